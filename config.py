@@ -1,0 +1,85 @@
+"""Flags from a script's dataclass, and how a user's mistake ends: one line on stderr and exit code 2."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import pathlib
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import tyro
+
+ConfigT = TypeVar("ConfigT")
+
+
+class UserError(Exception):
+    """A mistake of the user's: its text is one line that names the place and the remedy."""
+
+
+def parse(cls: type[ConfigT], argv: Sequence[str] | None = None) -> ConfigT:
+    """The dataclass `cls` filled from flags (`--batch_size=8 --model.layers=2`); raises UserError.
+
+    `--model.preset=NAME` and `--init=RUN` first set all of `--model.*`; single fields then override.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    default = cls()
+    if hasattr(default, "model"):
+        default = dataclasses.replace(default, model=_starting_model(default.model, argv))
+    message = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(message):
+            flags = (tyro.conf.FlagConversionOff,)
+            return tyro.cli(cls, args=argv, default=default, config=flags, use_underscores=True)
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        # tyro draws its message as a box: the text before the first rule is the fault, then come the proposals.
+        lines = [line.strip("│╭╮╰╯─ ").strip() for line in message.getvalue().splitlines()]
+        text = " ".join(line for line in lines[1:] if line)
+        text = re.sub(r" ?(Argument helptext|For full helptext).*", "", text)
+        raise UserError(f"flags: {text[:300]} (--help lists all flags)") from None
+
+
+def _starting_model(model: Any, argv: Sequence[str]) -> Any:
+    """The model that `--model.preset` or else the run of `--init` names."""
+    init, preset = _flag(argv, "--init"), _flag(argv, "--model.preset")
+    if preset is not None:
+        return model.from_preset(preset)
+    if init is not None:
+        return type(model)(**load_config(init)["model"])
+    return model
+
+
+def _flag(argv: Sequence[str], name: str) -> str | None:
+    for i, word in enumerate(argv):
+        if word.startswith(name + "="):
+            return word.split("=", 1)[1]
+        if word == name and i + 1 < len(argv):
+            return argv[i + 1]
+    return None
+
+
+def load_config(run: str) -> dict[str, Any]:
+    """`config.json` of the run folder `run`; raises UserError where there is none."""
+    path = pathlib.Path(run) / "config.json"
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{run}: no run here ({path} is missing); name the folder of a finished run") from None
+    except (OSError, ValueError) as fault:
+        raise UserError(f"{path}: not readable as JSON ({fault}); restore it or start another run") from None
+
+
+def run(main: Callable[[ConfigT], Any], cls: type[ConfigT]) -> None:
+    """What a script does when started: parse the flags, run `main`, end a user's mistake in one line."""
+    try:
+        main(parse(cls))
+    except UserError as fault:
+        print(f"error: {' '.join(str(fault).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("stopped by the keyboard; the same command resumes from the last checkpoint", file=sys.stderr)
+        raise SystemExit(130) from None

@@ -1,0 +1,257 @@
+"""What a person sees of a run: its arithmetic, a progress bar, metrics.jsonl, TensorBoard, samples."""
+
+import collections
+import json
+import math
+import pathlib
+import re
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from config import UserError
+
+SHOWN = ("loss", "score", "kl", "accuracy")
+"""Metrics on the progress bar, where a script has them."""
+
+
+class Recorder:
+    """Records a training loop one step late: values of step n are fetched when step n + 1 is recorded.
+
+        with Recorder(config.run, config.steps, start) as record:
+            for step in record.steps():                        # start + 1 .. total
+                state, metrics = train_step(state, batch)
+                record(step, metrics, tokens=batch["tokens_BT"].size)
+
+    Rows after step `start` that an interrupted run left are removed. Only process 0 writes and shows.
+    """
+
+    def __init__(self, run: str, total_steps: int, start: int = 0, *, unit: str = "step"):
+        self.run, self.total, self.start, self.unit = pathlib.Path(run), total_steps, start, unit
+        self.last: dict[str, float] = {}
+        """The values of the newest row."""
+        self._shows = jax.process_index() == 0
+        self._pending: tuple[int, dict[str, Any], int] | None = None
+        self._recent: collections.deque = collections.deque(maxlen=20)  # (time, tokens) of the last rows
+
+    def __enter__(self) -> "Recorder":
+        self._began = self._told = time.monotonic()
+        if self._shows:
+            from tensorboardX import SummaryWriter
+
+            self.run.mkdir(parents=True, exist_ok=True)
+            self._earlier = _cut_rows(self.run / "metrics.jsonl", self.start)
+            _cut_samples(self.run / "samples.md", self.start)
+            self._rows = (self.run / "metrics.jsonl").open("a", buffering=1)
+            self._board = SummaryWriter(str(self.run / "tensorboard"), purge_step=self.start + 1)
+            self._bar = tqdm(
+                total=self.total,
+                initial=self.start,
+                unit=self.unit,
+                dynamic_ncols=True,
+                leave=True,
+                disable=not sys.stderr.isatty(),
+            )
+        return self
+
+    def __exit__(self, kind: Any, fault: Any, trace: Any) -> None:
+        try:
+            self.flush()
+        finally:
+            if self._shows:
+                self._rows.close()
+                self._board.close()
+                self._bar.close()
+        if self._shows and fault is None:
+            from report import run_report
+
+            if not sys.stderr.isatty():
+                self._tell(self.last, force=True)
+            print(f"report: {run_report(str(self.run))}", file=sys.stderr)
+
+    def steps(self) -> Iterator[int]:
+        """The numbers of the steps still to do: `start` + 1 up to and including `total_steps`."""
+        yield from range(self.start + 1, self.total + 1)
+
+    def __call__(self, step: int, metrics: dict[str, Any], tokens: int = 0) -> None:
+        """Keeps the metrics of `step` and writes those of the step before; never waits for the device.
+
+        Values: scalars of a device or of Python, or pairs (sum, weight). Further calls for the same step (an
+        evaluation) join its row. `tokens`: how many the step trained on, for the throughput.
+        """
+        for value in jax.tree.leaves(metrics):
+            if hasattr(value, "copy_to_host_async"):
+                value.copy_to_host_async()
+        if self._pending is not None and self._pending[0] == step:
+            _, before, before_tokens = self._pending
+            metrics, tokens = {**before, **metrics}, before_tokens + tokens
+        else:
+            self.flush()
+        self._pending = (step, metrics, tokens)
+
+    def flush(self) -> None:
+        """Writes the pending row now, waiting for its values: call it before a checkpoint."""
+        if self._pending is None:
+            return
+        (step, metrics, tokens), self._pending = self._pending, None
+        values = {name: _number(value) for name, value in metrics.items()}
+        now = time.monotonic()
+        self._recent.append((now, tokens))
+        span = now - self._recent[0][0]
+        if tokens and span > 0:
+            values["tokens_per_second"] = sum(count for _, count in list(self._recent)[1:]) / span
+        self.last = {**values, "step": step}
+        if not self._shows:
+            return
+        row = {"step": step, "seconds": round(self._earlier + now - self._began, 3), **values}
+        finite = {name: value if math.isfinite(value) else None for name, value in row.items()}
+        self._rows.write(json.dumps(finite) + "\n")
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+        self._bar.set_postfix_str(_summary(values), refresh=False)
+        self._bar.update(step - self._bar.n)
+        if not sys.stderr.isatty():
+            self._tell({**values, "step": step})
+
+    def _tell(self, values: dict[str, float], force: bool = False) -> None:
+        """Where there is no terminal: a line every ten seconds."""
+        now = time.monotonic()
+        if values and (force or now - self._told > 10):
+            self._told = now
+            step = int(values["step"])
+            rate = (step - self.start) / (now - self._began)
+            left = tqdm.format_interval((self.total - step) / rate) if rate > 0 else "?"
+            line = f"{self.unit} {step}/{self.total}  {_summary(values)}  {left} left"
+            print(line, file=sys.stderr, flush=True)
+
+    def samples(self, step: int, rows: list[dict[str, Any]], shown: int = 2) -> None:
+        """Appends `rows` (prompt, response, anything more) to samples.md and shows the first `shown`."""
+        if not self._shows:
+            return
+        with (self.run / "samples.md").open("a") as file:
+            file.write(f"## Step {step}\n\n")
+            for row in rows:
+                file.writelines(f"**{name}**\n\n{_fenced(str(value))}\n\n" for name, value in row.items())
+                file.write("---\n\n")
+        lines = [f"samples at {self.unit} {step}:"]
+        for row in rows[:shown]:
+            for name, value in row.items():
+                lines += textwrap.wrap(f"{name}: {value}", 78, initial_indent="  ", subsequent_indent="    ")
+            lines.append("")
+        tqdm.write("\n".join(lines), file=sys.stderr)
+
+
+def describe(
+    title: str, params: Any, rest: Any, *, batch_size: int, length: int, steps: int, start: int = 0
+) -> str:
+    """The arithmetic of a run in a few lines of at most 80 columns.
+
+    `params` and `rest` (optimiser and the like): trees of arrays or ShapeDtypeStructs with their shardings;
+    `batch_size` in sequences over all devices, of `length` tokens.
+    """
+    leaves = jax.tree.leaves(params)
+    count = sum(math.prod(leaf.shape) for leaf in leaves)
+    dtypes = "/".join(sorted({str(leaf.dtype) for leaf in leaves}))
+    devices = jax.device_count()
+    mesh = getattr(leaves[0].sharding, "mesh", None)
+    axes = " × ".join(f"{name} {size}" for name, size in mesh.shape.items()) if mesh is not None else "none"
+    weights, others = _bytes_per_device(params), _bytes_per_device(rest)
+    spread = mesh.shape.get("data", 1) * mesh.shape.get("fsdp", 1) if mesh is not None else 1
+    tokens = batch_size * length
+    resumed = f", resumed after {start:,}" if start else ""
+    lines = {
+        "parameters": f"{count:,} {dtypes}",
+        "batch": f"{batch_size} sequences of {length}: {tokens:,} tokens a step, "
+        f"{batch_size / spread:g} sequences a device",
+        "steps": f"{steps:,}{resumed}; {steps * tokens:,} tokens",
+        "mesh": f"{axes}; {devices} {jax.devices()[0].device_kind} device{'s' * (devices > 1)}",
+        "memory": f"about {_size(2 * weights + others)} a device, and activations on top: "
+        f"parameters {_size(weights)}, gradients {_size(weights)}, optimiser {_size(others)}",
+        "compile": "the first step takes longer: it is compiled",
+    }
+    text = [title]
+    for name, line in lines.items():
+        text += textwrap.wrap(line, 80, initial_indent=f"  {name:<12}", subsequent_indent=" " * 14)
+    return "\n".join(text)
+
+
+def _bytes_per_device(tree: Any) -> int:
+    """Largest share that one device holds."""
+
+    def share(leaf: Any) -> int:
+        shape = leaf.sharding.shard_shape(leaf.shape) if getattr(leaf, "sharding", None) else leaf.shape
+        return math.prod(shape) * getattr(leaf.dtype, "itemsize", 8)
+
+    return sum(share(leaf) for leaf in jax.tree.leaves(tree))
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def _number(value: Any) -> float:
+    """A float of a scalar, or of a pair (sum, weight); waits for the device."""
+    if isinstance(value, tuple):
+        total, weight = (float(np.asarray(part)) for part in value)
+        return total / weight if weight else math.nan
+    return float(np.asarray(value))
+
+
+def _summary(values: dict[str, float]) -> str:
+    parts = [f"{name} {values[name]:.3f}" for name in SHOWN if name in values]
+    if "tokens_per_second" in values:
+        parts.append(f"{values['tokens_per_second']:,.0f} tokens/s")
+    return "  ".join(parts)
+
+
+def _fenced(text: str) -> str:
+    """`text` in a Markdown block that nothing in it can close."""
+    fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", text))])
+    return f"{fence}text\n{text}\n{fence}"
+
+
+def _cut_rows(path: pathlib.Path, last: int) -> float:
+    """Removes rows after step `last`, and a half-written one; returns the seconds of the last row kept."""
+    if not path.exists():
+        return 0.0
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            break
+        if row["step"] <= last:
+            kept.append(line)
+    new = path.with_suffix(".new")
+    new.write_text("".join(line + "\n" for line in kept))
+    new.replace(path)
+    return json.loads(kept[-1])["seconds"] if kept else 0.0
+
+
+def _cut_samples(path: pathlib.Path, last: int) -> None:
+    if path.exists():
+        text = path.read_text()
+        later = (m.start() for m in re.finditer(r"^## Step (\d+)\n", text, re.MULTILINE) if int(m[1]) > last)
+        path.write_text(text[: next(later, len(text))])
+
+
+def read_rows(run: str) -> list[dict[str, Any]]:
+    """The rows of a run's metrics.jsonl; raises UserError for a line that is not JSON."""
+    path = pathlib.Path(run) / "metrics.jsonl"
+    rows = []
+    for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            raise UserError(f"{path}:{number}: not JSON; remove the line") from None
+    return rows

@@ -1,0 +1,360 @@
+"""The decoder (RoPE, RMSNorm, SwiGLU, grouped-query attention) and its two heads: next token, and a scalar.
+
+Shape suffixes, everywhere in Plumb: B batch, T query length, S key length, D model width, V vocabulary,
+N query heads, K key/value heads, G query heads per K, H head width, F hidden width, L layers; C candidates
+for one prompt, R response length. M is B and T flattened: XLA's CPU backend runs the backward pass of a flat
+matmul up to three times as fast as of one over two leading axes, and others do not mind.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from config import UserError
+from kernels.attention import attention, decode_attention
+from sharding import constrain_batch
+
+Params = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A decoder's shape. `--model.preset=NAME` sets all of it; single fields then override."""
+
+    preset: str = "world"
+    """Name of the preset that the other fields started from."""
+    vocab: int = 1024
+    """Rows of the embedding; at least the tokenizer's size."""
+    width: int = 128
+    """Model width D."""
+    hidden: int = 384
+    """Hidden width F of SwiGLU."""
+    layers: int = 3
+    """Number of blocks L."""
+    heads: int = 4
+    """Query heads N."""
+    kv_heads: int = 2
+    """Key/value heads K; divides `heads`."""
+    head_width: int = 32
+    """Width H of one head."""
+    context: int = 256
+    """Longest sequence, in tokens."""
+    rope_base: float = 10_000.0
+    """Base of RoPE's frequencies."""
+    rope_scale: float = 1.0
+    """Positions are multiplied by this (linear interpolation)."""
+    rope_llama3: tuple[float, float, float, float] | None = None
+    """Llama 3.1 frequency scaling: factor, low and high frequency factor, original context."""
+    norm_eps: float = 1e-5
+    """Added to the mean square in RMSNorm."""
+    tied: bool = True
+    """Unembed with the embedding's transpose."""
+    qkv_bias: bool = False
+    """Bias on q, k, v (Qwen 2)."""
+    qk_norm: bool = False
+    """RMSNorm on each q and k head before RoPE (Qwen 3)."""
+    window: int | None = None
+    """Sliding window of attention, in tokens (Mistral 7B v0.1)."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Compute type; auto is bfloat16 on accelerators and float32 on CPU. Parameters are float32."""
+    remat: Literal["none", "dots", "full"] = "none"
+    """What the backward pass recomputes: nothing, all but matmul outputs, or everything."""
+
+    def __post_init__(self):
+        for field in ("vocab", "width", "hidden", "layers", "heads", "kv_heads", "head_width", "context"):
+            if getattr(self, field) < 1:
+                raise UserError(f"--model.{field}={getattr(self, field)}: must be at least 1")
+        if self.heads % self.kv_heads:
+            raise UserError(
+                f"--model.kv_heads={self.kv_heads}: must divide --model.heads={self.heads} without remainder"
+            )
+        if self.head_width % 2:
+            raise UserError(f"--model.head_width={self.head_width}: RoPE needs an even width")
+        if self.rope_llama3 is not None:  # JSON has lists only
+            object.__setattr__(self, "rope_llama3", tuple(self.rope_llama3))
+
+    @staticmethod
+    def from_preset(name: str) -> "ModelConfig":
+        """The preset `name`; raises UserError with the known names."""
+        if name not in PRESETS:
+            raise UserError(f"--model.preset={name}: unknown; choose one of {', '.join(PRESETS)}")
+        return PRESETS[name]
+
+    @property
+    def compute_dtype(self) -> jnp.dtype:
+        """The type of activations and of matmul operands."""
+        if self.dtype == "auto":
+            return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
+        return jnp.dtype(self.dtype)
+
+
+def _preset(name: str, *shape: int, **rest: Any) -> ModelConfig:
+    fields = ("vocab", "width", "hidden", "layers", "heads", "kv_heads", "head_width", "context")
+    return ModelConfig(preset=name, **dict(zip(fields, shape, strict=True)), **rest)
+
+
+# Shapes from the models' published configurations; tests/test_model.py checks the parameter counts.
+PRESETS = {
+    preset.preset: preset
+    for preset in (
+        ModelConfig(),
+        _preset("tiny", 512, 32, 64, 2, 4, 2, 8, 128),
+        _preset("stories260k", 512, 64, 172, 5, 8, 4, 8, 512),
+        _preset(
+            "llama3.2-1b", 128256, 2048, 8192, 16, 32, 8, 64, 131072,
+            rope_base=500_000.0, rope_llama3=(32.0, 1.0, 4.0, 8192.0), remat="full",
+        ),
+        _preset(
+            "llama3-8b", 128256, 4096, 14336, 32, 32, 8, 128, 8192,
+            rope_base=500_000.0, tied=False, remat="full",
+        ),
+        _preset(
+            "llama3-70b", 128256, 8192, 28672, 80, 64, 8, 128, 8192,
+            rope_base=500_000.0, tied=False, remat="full",
+        ),
+        _preset(
+            "qwen3-0.6b", 151936, 1024, 3072, 28, 16, 8, 128, 40960,
+            rope_base=1_000_000.0, norm_eps=1e-6, qk_norm=True, remat="full",
+        ),
+        _preset("mistral-7b", 32000, 4096, 14336, 32, 32, 8, 128, 32768, tied=False, window=4096, remat="full"),
+    )
+}  # fmt: skip
+
+
+def check_fit(config: ModelConfig, vocabulary: int, length: int) -> None:
+    """Raises UserError where the tokenizer or sequences of `length` tokens do not fit the model."""
+    if vocabulary > config.vocab:
+        raise UserError(f"--model.vocab={config.vocab}: the tokenizer has {vocabulary} tokens; raise it to that")
+    if not 1 <= length <= config.context:
+        raise UserError(f"sequences of {length} tokens: outside 1..{config.context}, --model.context; change one")
+
+
+@flax.struct.dataclass
+class KVCache:
+    """Keys and values of all tokens so far. Rows are left-padded, so all advance together."""
+
+    k_LBSKH: jax.Array
+    v_LBSKH: jax.Array
+    valid_BS: jax.Array
+    """1 where a slot holds a real token."""
+    length: jax.Array
+    """Slots in use; the next token goes here."""
+
+
+def empty_cache(config: ModelConfig, batch: int, slots: int) -> KVCache:
+    """A cache for `batch` rows of at most `slots` tokens."""
+    shape = (config.layers, batch, slots, config.kv_heads, config.head_width)
+    zeros = jnp.zeros(shape, config.compute_dtype)
+    return KVCache(zeros, zeros, jnp.zeros((batch, slots), jnp.int32), jnp.int32(0))
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """Root-mean-square norm over the last axis, in float32 (Zhang and Sennrich 2019)."""
+    x32 = x.astype(jnp.float32)
+    return (x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps) * scale).astype(x.dtype)
+
+
+def rope_frequencies(config: ModelConfig) -> jax.Array:
+    """Angle per position of each of the H/2 rotated pairs, in radians (Su et al. 2021)."""
+    exponents = jnp.arange(0, config.head_width, 2, dtype=jnp.float32) / config.head_width
+    frequencies = config.rope_base**-exponents
+    if config.rope_llama3 is None:
+        return frequencies * config.rope_scale
+    # Llama 3.1: long wavelengths are stretched by `factor`, short ones kept, those between interpolated.
+    factor, low, high, context = config.rope_llama3
+    turns = context * frequencies / (2 * jnp.pi)  # full rotations over the original context
+    kept = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
+    return frequencies * (kept + (1 - kept) / factor) * config.rope_scale
+
+
+def rope_turns(config: ModelConfig, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine of each pair's angle, [B, T, 1, H/2] float32 each; computed once for all layers."""
+    angles_BTH = positions_BT[..., None].astype(jnp.float32) * rope_frequencies(config)
+    return jnp.cos(angles_BTH)[:, :, None, :], jnp.sin(angles_BTH)[:, :, None, :]
+
+
+def rotate(x_BTNH: jax.Array, turns: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """RoPE, half-split: dimension i turns with i + H/2 (as in GPT-NeoX and Hugging Face's Llama).
+
+    Weights whose convention turns 2i with 2i + 1 (Meta's, llama2.c's) need their q and k permuted.
+    """
+    (cos, sin), (first, second) = turns, jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x_BTNH.dtype)
+
+
+def _normal(fan_in: int) -> Callable[..., jax.Array]:
+    return nn.initializers.normal(fan_in**-0.5)
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention with RoPE."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BTD, segment_ids_BT, turns, cache, layer):
+        c = self.config
+        q_shape, kv_shape = (c.width, c.heads, c.head_width), (c.width, c.kv_heads, c.head_width)
+        weights = {
+            "q": self.param("q", _normal(c.width), q_shape),
+            "k": self.param("k", _normal(c.width), kv_shape),
+            "v": self.param("v", _normal(c.width), kv_shape),
+        }
+        o_NHD = self.param("o", _normal(c.heads * c.head_width * 2 * c.layers), (*q_shape[1:], c.width))
+        x_MD = x_BTD.reshape(-1, c.width)
+        heads = {n: jnp.einsum("MD,DNH->MNH", x_MD, w.astype(x_MD.dtype)) for n, w in weights.items()}
+        if c.qkv_bias:
+            for name, w in weights.items():
+                bias_NH = self.param(f"{name}_bias", nn.initializers.zeros, w.shape[1:])
+                heads[name] += bias_NH.astype(x_MD.dtype)
+        if c.qk_norm:
+            for name in ("q", "k"):
+                scale_H = self.param(f"{name}_norm", nn.initializers.ones, (c.head_width,))
+                heads[name] = rms_norm(heads[name], scale_H, c.norm_eps)
+        q_BTNH, k_BTKH, v_BTKH = (x.reshape(*x_BTD.shape[:2], *x.shape[1:]) for x in heads.values())
+        q_BTNH, k_BTKH = rotate(q_BTNH, turns), rotate(k_BTKH, turns)
+
+        if cache is not None:
+            at = (layer, 0, cache.length, 0, 0)
+            cache = cache.replace(
+                k_LBSKH=jax.lax.dynamic_update_slice(cache.k_LBSKH, k_BTKH[None], at),
+                v_LBSKH=jax.lax.dynamic_update_slice(cache.v_LBSKH, v_BTKH[None], at),
+            )
+        if cache is not None and x_BTD.shape[1] == 1:  # one token against the cache
+            k_BSKH = jax.lax.dynamic_index_in_dim(cache.k_LBSKH, layer, keepdims=False)
+            v_BSKH = jax.lax.dynamic_index_in_dim(cache.v_LBSKH, layer, keepdims=False)
+            out_BTNH = decode_attention(q_BTNH, k_BSKH, v_BSKH, cache.valid_BS, cache.length, window=c.window)
+        else:  # training, or prefill of an empty cache: the tokens see one another only
+            out_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, segment_ids=segment_ids_BT, window=c.window)
+        out_MNH = out_BTNH.reshape(-1, *out_BTNH.shape[2:])
+        return jnp.einsum("MNH,NHD->MD", out_MNH, o_NHD.astype(x_MD.dtype)).reshape(x_BTD.shape), cache
+
+
+class SwiGLU(nn.Module):
+    """Gated feed-forward layer (Shazeer 2020)."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BTD):
+        c = self.config
+        x_MD = x_BTD.reshape(-1, c.width)
+        gate_DF = self.param("gate", _normal(c.width), (c.width, c.hidden)).astype(x_MD.dtype)
+        up_DF = self.param("up", _normal(c.width), (c.width, c.hidden)).astype(x_MD.dtype)
+        down_FD = self.param("down", _normal(c.hidden * 2 * c.layers), (c.hidden, c.width)).astype(x_MD.dtype)
+        gated_MF = nn.silu(jnp.einsum("MD,DF->MF", x_MD, gate_DF)) * jnp.einsum("MD,DF->MF", x_MD, up_DF)
+        return jnp.einsum("MF,FD->MD", gated_MF, down_FD).reshape(x_BTD.shape)
+
+
+class Block(nn.Module):
+    """One pre-norm layer; the carry holds the residual stream, the cache and the layer's number."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, carry, segment_ids_BT, turns):
+        x_BTD, cache, layer = carry
+        c, ones = self.config, nn.initializers.ones
+        normed_BTD = rms_norm(x_BTD, self.param("attention_norm", ones, (c.width,)), c.norm_eps)
+        mixed_BTD, cache = Attention(c, name="attention")(normed_BTD, segment_ids_BT, turns, cache, layer)
+        x_BTD = constrain_batch(x_BTD + mixed_BTD)
+        normed_BTD = rms_norm(x_BTD, self.param("mlp_norm", ones, (c.width,)), c.norm_eps)
+        x_BTD = constrain_batch(x_BTD + SwiGLU(c, name="mlp")(normed_BTD))
+        return (x_BTD, cache, layer + 1), None
+
+
+REMAT = {
+    "none": lambda block: block,
+    "dots": lambda block: nn.remat(
+        block, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable, prevent_cse=False
+    ),
+    "full": lambda block: nn.remat(block, prevent_cse=False),
+}
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks under one scan, final norm."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, tokens_BT, segment_ids_BT, positions_BT, cache=None):
+        """Hidden states [B, T, D], the cache with these tokens added, and the embedding [V, D]."""
+        c = self.config
+        embed_VD = self.param("embed", _normal(c.width), (c.vocab, c.width))
+        x_BTD = constrain_batch(embed_VD.astype(c.compute_dtype)[tokens_BT])
+        turns = rope_turns(c, positions_BT)
+        if cache is not None:
+            cache = cache.replace(
+                valid_BS=jax.lax.dynamic_update_slice(
+                    cache.valid_BS, (segment_ids_BT > 0).astype(jnp.int32), (0, cache.length)
+                )
+            )
+        layers = nn.scan(
+            REMAT[c.remat](Block),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(nn.broadcast, nn.broadcast),
+            length=c.layers,
+        )
+        # The cache rides in the carry: as xs and ys the scan would copy all of it.
+        carry = (x_BTD, cache, jnp.int32(0))
+        (x_BTD, cache, _), _ = layers(c, name="layers")(carry, segment_ids_BT, turns)
+        if cache is not None:
+            cache = cache.replace(length=cache.length + tokens_BT.shape[1])
+        x_BTD = rms_norm(x_BTD, self.param("final_norm", nn.initializers.ones, (c.width,)), c.norm_eps)
+        return x_BTD, cache, embed_VD
+
+
+class LanguageModel(nn.Module):
+    """A decoder that predicts the next token."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, tokens_BT, segment_ids_BT, positions_BT, cache=None, logits_from: int = 0):
+        """Float32 logits [B, T - logits_from, V] and the cache; earlier positions are not unembedded."""
+        c = self.config
+        x_BTD, cache, embed_VD = Decoder(c, name="decoder")(tokens_BT, segment_ids_BT, positions_BT, cache)
+        if c.tied:
+            unembed_DV = embed_VD.T
+        else:
+            unembed_DV = self.param("unembed", _normal(c.width), (c.width, c.vocab))
+        x_MD = x_BTD[:, logits_from:].reshape(-1, c.width)
+        logits_MV = jnp.einsum("MD,DV->MV", x_MD, unembed_DV.astype(x_MD.dtype))
+        return logits_MV.reshape(x_BTD.shape[0], -1, c.vocab).astype(jnp.float32), cache
+
+
+class ScalarModel(nn.Module):
+    """A decoder that gives one number per token: a reward model reads it at the last, a value model at each."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, tokens_BT, segment_ids_BT, positions_BT):
+        """Float32 scalars [B, T]."""
+        c = self.config
+        x_BTD, _, _ = Decoder(c, name="decoder")(tokens_BT, segment_ids_BT, positions_BT)
+        # N(0, 1/sqrt(D + 1)): Stiennon et al. 2020 and the "N+ details" reproduction of it.
+        head_D = self.param("head", nn.initializers.normal((c.width + 1) ** -0.5), (c.width,))
+        bias = self.param("bias", nn.initializers.zeros, ())
+        return jnp.einsum("BTD,D->BT", x_BTD.astype(jnp.float32), head_D) + bias
+
+
+def pure(model: nn.Module) -> tuple[Callable[[jax.Array], Params], Callable[..., Any]]:
+    """(init(key) -> params, apply(params, tokens_BT, segment_ids_BT, positions_BT, ...)) on plain trees."""
+    token_11 = jnp.ones((1, 1), jnp.int32)
+
+    def init(key: jax.Array) -> Params:
+        return model.init(key, token_11, token_11, token_11)["params"]
+
+    def apply(params: Params, *args: Any, **kwargs: Any) -> Any:
+        return model.apply({"params": params}, *args, **kwargs)
+
+    return init, apply

@@ -1,0 +1,122 @@
+"""PPO's mathematics: KL estimates, rewards per token, advantages, the clipped losses. Arrays in, arrays out.
+
+Index t of [B, R] arrays is response token t: its log-probability, the value of the state it was emitted in,
+the reward for having emitted it.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from objectives.likelihood import Apply, label_logprobs
+
+
+def kl_estimate(logp: jax.Array, reference_logp: jax.Array, estimator: str) -> jax.Array:
+    """Per-token estimates of KL(policy || reference) in nats, from tokens of the policy (Schulman 2020).
+
+    k1 = log ratio: unbiased. k2 = (log ratio)^2 / 2. k3 = exp(-k1) - 1 + k1: unbiased and never negative.
+    """
+    k1 = logp - reference_logp
+    return {"k1": lambda: k1, "k2": lambda: 0.5 * k1 * k1, "k3": lambda: jnp.expm1(-k1) + k1}[estimator]()
+
+
+def masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:
+    """Mean of `x` where `mask` is 1."""
+    return (x * mask).sum() / jnp.maximum(mask.sum(), 1.0)
+
+
+def whiten(x: jax.Array, mask: jax.Array, *, shift_mean: bool = True, unbiased: bool = False) -> jax.Array:
+    """(x - mean) / sqrt(var + 1e-8) over the masked entries, 0 elsewhere; `unbiased` divides by n - 1."""
+    mean, count = masked_mean(x, mask), mask.sum()
+    variance = (jnp.square(x - mean) * mask).sum() / jnp.maximum(count - unbiased, 1.0)
+    white = (x - mean) * jax.lax.rsqrt(variance + 1e-8)
+    return (white if shift_mean else white + mean) * mask
+
+
+def token_rewards(score_B: jax.Array, kl_BR: jax.Array, mask_BR: jax.Array, beta: jax.Array, at_B: jax.Array):
+    """-beta KL at each response token, plus the response's score at index `at_B` (Ziegler et al. 2019, eq. 2)."""
+    at_BR = jnp.arange(mask_BR.shape[1]) == at_B[:, None]
+    return -beta * kl_BR * mask_BR + jnp.where(at_BR, score_B[:, None], 0.0)
+
+
+def gae(
+    rewards_BR: jax.Array, values_BR: jax.Array, *, discount: float, smoothing: float
+) -> tuple[jax.Array, jax.Array]:
+    """Generalised advantage estimates and returns A + V (Schulman et al. 2016, eq. 16), [B, R] each.
+
+    delta_t = r_t + discount V_{t+1} - V_t, A_t = delta_t + discount smoothing A_{t+1}; V after the end is 0.
+    Rewards and values must be 0 after a row's last token.
+    """
+
+    def earlier(carry, now):
+        advantage, next_value = carry
+        reward, value = now
+        advantage = reward + discount * next_value - value + discount * smoothing * advantage
+        return (advantage, value), advantage
+
+    zero = jnp.zeros(rewards_BR.shape[0], jnp.float32)
+    _, advantages_RB = jax.lax.scan(earlier, (zero, zero), (rewards_BR.T, values_BR.T), reverse=True)
+    return advantages_RB.T, advantages_RB.T + values_BR
+
+
+def clipped_policy_loss(logp: jax.Array, old_logp: jax.Array, advantage: jax.Array, clip: float) -> jax.Array:
+    """max(-A ratio, -A clip(ratio, 1 +- clip)) per token (Schulman et al. 2017, eq. 7)."""
+    ratio = jnp.exp(logp - old_logp)
+    return jnp.maximum(-advantage * ratio, -advantage * jnp.clip(ratio, 1 - clip, 1 + clip))
+
+
+def clipped_value_loss(value: jax.Array, old_value: jax.Array, returns: jax.Array, clip: float) -> jax.Array:
+    """Half the larger square error of the value and of the value clipped to within `clip` of the old one."""
+    clipped = old_value + jnp.clip(value - old_value, -clip, clip)
+    return 0.5 * jnp.maximum(jnp.square(value - returns), jnp.square(clipped - returns))
+
+
+def adapt_kl(beta: jax.Array, kl: jax.Array, target: float, horizon: float, episodes: int) -> jax.Array:
+    """Adaptive KL coefficient (Ziegler et al. 2019, section 2.2): proportional control of KL towards `target`."""
+    error = jnp.clip(kl / target - 1.0, -0.2, 0.2)
+    return beta * (1.0 + error * episodes / horizon)
+
+
+def response_logprobs(apply: Apply, params: Any, batch: dict[str, jax.Array], temperature: float) -> jax.Array:
+    """[B, R] log-probabilities of the response's tokens at the sampling temperature (greedy counts as 1)."""
+    labels_BR = batch["response_BR"]
+    start = batch["tokens_BT"].shape[1] - labels_BR.shape[1] - 1
+    logits_BTV, _ = apply(
+        params, batch["tokens_BT"], batch["segment_ids_BT"], batch["positions_BT"], logits_from=start
+    )
+    return label_logprobs(logits_BTV[:, :-1] / (temperature or 1.0), labels_BR)
+
+
+def response_values(apply: Apply, params: Any, batch: dict[str, jax.Array]) -> jax.Array:
+    """[B, R] values of the states in which the response's tokens were emitted."""
+    scalars_BT = apply(params, batch["tokens_BT"], batch["segment_ids_BT"], batch["positions_BT"])
+    return scalars_BT[:, -batch["response_BR"].shape[1] - 1 : -1]
+
+
+def policy_objective(
+    apply: Apply, params: Any, batch: dict[str, jax.Array], *, clip: float, temperature: float
+):
+    """PPO's clipped surrogate, summed over response tokens."""
+    mask_BR = batch["mask_BR"]
+    logp_BR = response_logprobs(apply, params, batch, temperature)
+    # Padding gets ratio 1, so that nothing there can overflow before it is masked.
+    change_BR = (logp_BR - batch["old_logp_BR"]) * mask_BR
+    losses_BR = clipped_policy_loss(change_BR, jnp.zeros_like(change_BR), batch["advantages_BR"], clip) * mask_BR
+    ratio_BR, tokens = jnp.exp(change_BR), mask_BR.sum()
+    metrics = {
+        "approx_kl": (0.5 * jnp.square(change_BR).sum(), tokens),
+        "clipped": (((jnp.abs(ratio_BR - 1) > clip) * mask_BR).sum(), tokens),
+        "surprise": (-(logp_BR * mask_BR).sum(), tokens),
+    }
+    return losses_BR.sum(), (tokens, metrics)
+
+
+def value_objective(apply: Apply, params: Any, batch: dict[str, jax.Array], *, clip: float):
+    """Clipped square error of the values, summed over response tokens."""
+    mask_BR = batch["value_mask_BR"]
+    values_BR = response_values(apply, params, batch)
+    losses_BR = clipped_value_loss(values_BR, batch["old_values_BR"], batch["returns_BR"], clip) * mask_BR
+    error_BR = jnp.square(values_BR - batch["returns_BR"]) * mask_BR
+    tokens = mask_BR.sum()
+    return losses_BR.sum(), (tokens, {"square_error": (error_BR.sum(), tokens)})

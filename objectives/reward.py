@@ -1,0 +1,87 @@
+"""Reward models from comparisons: losses on scalar rewards of ranked candidates."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from objectives.likelihood import Apply, token_logprobs
+
+
+def bradley_terry(chosen: jax.Array, rejected: jax.Array, margin: jax.Array | float = 0.0) -> jax.Array:
+    """-log sigmoid(r_chosen - r_rejected - margin) (Stiennon et al. 2020, eq. 1; margin: Llama 2, eq. 2)."""
+    return -jax.nn.log_sigmoid(chosen - rejected - margin)
+
+
+def centring(chosen: jax.Array, rejected: jax.Array) -> jax.Array:
+    """(r_chosen + r_rejected)^2: holds rewards near 0 (Eisenstein et al. 2023, section 2)."""
+    return jnp.square(chosen + rejected)
+
+
+def better_pairs(ranks_BC: jax.Array) -> jax.Array:
+    """[B, C, C] float32: 1 where candidate i has a better (lower) rank than j; rank 0 is an absent one."""
+    i, j = ranks_BC[:, :, None], ranks_BC[:, None, :]
+    return ((i > 0) & (j > 0) & (i < j)).astype(jnp.float32)
+
+
+def ranking_loss(
+    rewards_BC: jax.Array, ranks_BC: jax.Array, margin_B: jax.Array, centring_coefficient: float = 0.0
+) -> tuple[jax.Array, jax.Array]:
+    """Per-prompt mean of the pair loss over all pairs in the ranking (Ouyang et al. 2022, eq. 1).
+
+    Rewards [B, C], ranks [B, C] (1 is best; ties and absent candidates form no pair). Returns losses [B] and
+    [B] 1.0 where the prompt has a pair at all. Two candidates: the plain Bradley-Terry loss.
+    """
+    pairs_BCC = better_pairs(ranks_BC)
+    better, worse = rewards_BC[:, :, None], rewards_BC[:, None, :]
+    loss_BCC = bradley_terry(better, worse, margin_B[:, None, None])
+    loss_BCC += centring_coefficient * centring(better, worse)
+    count_B = pairs_BCC.sum((1, 2))
+    return (loss_BCC * pairs_BCC).sum((1, 2)) / jnp.maximum(count_B, 1.0), (count_B > 0).astype(jnp.float32)
+
+
+def last_token(scalars_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
+    """[B]: the scalar at each row's last real token, on whichever side the padding is."""
+    length = segment_ids_BT.shape[1]
+    last_B = length - 1 - jnp.argmax(jnp.flip(segment_ids_BT > 0, axis=1), axis=1)
+    # A compare-and-sum: see label_logprobs.
+    return jnp.where(jnp.arange(length) == last_B[:, None], scalars_BT, 0.0).sum(1)
+
+
+def ranking_objective(
+    apply: Apply,
+    params: Any,
+    batch: dict[str, jax.Array],
+    *,
+    centring_coefficient: float = 0.0,
+    lm_coefficient: float = 0.0,
+    lm_apply: Apply | None = None,
+):
+    """Ranking loss (sum over prompts); with `lm_coefficient`, plus the NLL of the best response per token.
+
+    `lm_apply` gives logits from the same decoder, which keeps the reward model fluent in what it judges
+    (Askell et al. 2021, section 4; "language-model loss on the chosen response").
+    """
+    candidates = batch["ranks_BC"].shape[1]
+    flat = [batch[k].reshape(-1, batch[k].shape[-1]) for k in ("tokens_BCT", "segment_ids_BCT", "positions_BCT")]
+    rewards_BC = last_token(apply(params, *flat), flat[1]).reshape(-1, candidates)
+    losses_B, valid_B = ranking_loss(rewards_BC, batch["ranks_BC"], batch["margin_B"], centring_coefficient)
+    prompts = valid_B.sum()
+    loss = (losses_B * valid_B).sum()
+    pairs_BCC = better_pairs(batch["ranks_BC"])
+    right_BCC = (rewards_BC[:, :, None] > rewards_BC[:, None, :]) * pairs_BCC
+    gap_BCC = (rewards_BC[:, :, None] - rewards_BC[:, None, :]) * pairs_BCC
+    pairs = pairs_BCC.sum()
+    metrics = {"accuracy": (right_BCC.sum(), pairs), "margin": (gap_BCC.sum(), pairs)}
+    if lm_coefficient:
+        best_B = jnp.argmin(jnp.where(batch["ranks_BC"] > 0, batch["ranks_BC"], jnp.iinfo(jnp.int32).max), axis=1)
+        best = [jnp.take_along_axis(batch[k], best_B[:, None, None], 1)[:, 0] for k in BEST]
+        tokens_BT, segment_ids_BT, positions_BT, mask_BT = best
+        logits_BTV, _ = lm_apply(params, tokens_BT, segment_ids_BT, positions_BT)
+        nll_B = -(token_logprobs(logits_BTV, tokens_BT) * mask_BT).sum(1) / jnp.maximum(mask_BT.sum(1), 1.0)
+        loss += lm_coefficient * (nll_B * valid_B).sum()
+        metrics["nll"] = ((nll_B * valid_B).sum(), prompts)
+    return loss, (prompts, metrics)
+
+
+BEST = ("tokens_BCT", "segment_ids_BCT", "positions_BCT", "loss_mask_BCT")

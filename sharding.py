@@ -1,0 +1,131 @@
+"""How arrays lie on devices: the mesh, one table of parameter rules, sharded states and global batches."""
+
+import dataclasses
+import math
+import os
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from config import UserError
+
+BATCH = P(("data", "fsdp"))
+
+# Anchored path pattern -> PartitionSpec. Every parameter matches exactly one rule. The first axis of a
+# layer's parameter is the layer. An axis that does not divide its dimension is left out, so key/value heads
+# are replicated where they are fewer than the tensor axis.
+RULES = (
+    (r"decoder/embed", P("tensor", "fsdp")),
+    (r"decoder/final_norm", P(None)),
+    (r"decoder/layers/(attention|mlp)_norm", P(None, None)),
+    (r"decoder/layers/attention/[qkv]", P(None, "fsdp", "tensor", None)),
+    (r"decoder/layers/attention/[qkv]_bias", P(None, "tensor", None)),
+    (r"decoder/layers/attention/[qk]_norm", P(None, None)),
+    (r"decoder/layers/attention/o", P(None, "tensor", None, "fsdp")),
+    (r"decoder/layers/mlp/(gate|up)", P(None, "fsdp", "tensor")),
+    (r"decoder/layers/mlp/down", P(None, "tensor", "fsdp")),
+    (r"unembed", P("fsdp", "tensor")),
+    (r"head", P(None)),
+    (r"bias", P()),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis of the mesh; -1 takes the rest."""
+
+    data: int = -1
+    """Copies of the model, each with its part of the batch."""
+    fsdp: int = 1
+    """Devices over which a copy's parameters and its batch are split."""
+    tensor: int = 1
+    """Devices over which heads and hidden units are split."""
+
+
+def initialize_distributed() -> None:
+    """Join the other hosts where the environment names a coordinator (pods, SLURM, explicit variables)."""
+    named = ("JAX_COORDINATOR_ADDRESS", "COORDINATOR_ADDRESS", "SLURM_JOB_NUM_NODES", "MEGASCALE_COORDINATOR_ADDRESS")
+    tpu_hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "").count(",")
+    if (any(os.environ.get(name) for name in named) or tpu_hosts) and not jax.distributed.is_initialized():
+        jax.distributed.initialize()
+
+
+def make_mesh(config: MeshConfig) -> Mesh:
+    """The mesh over all devices, also set as the current one; raises UserError where it cannot be."""
+    initialize_distributed()
+    sizes, count = dataclasses.asdict(config), jax.device_count()
+    flags = ", ".join(f"--mesh.{name}={size}" for name, size in sizes.items())
+    if any(size == 0 or size < -1 for size in sizes.values()) or list(sizes.values()).count(-1) > 1:
+        raise UserError(f"{flags}: each size must be positive, and at most one -1 (the rest)")
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if count % fixed or (fixed != count and -1 not in sizes.values()):
+        raise UserError(f"{flags}: cannot lay {count} device(s) out so; the product must be {count}")
+    shape = tuple(count // fixed if size == -1 else size for size in sizes.values())
+    mesh = jax.make_mesh(shape, tuple(sizes), axis_types=(AxisType.Auto,) * len(shape))
+    jax.set_mesh(mesh)
+    return mesh
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """`decoder/layers/attention/q` for a key path of jax.tree_util."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def spec_of(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
+    """The PartitionSpec of a parameter, or of an optimiser's copy of it; replicated where no rule fits."""
+    for pattern, spec in RULES:
+        if re.search(rf"(^|/){pattern}$", name) and len(spec) == len(shape):
+            fits = [axis and size % mesh.shape[axis] == 0 for axis, size in zip(spec, shape, strict=True)]
+            return P(*(axis if fit else None for axis, fit in zip(spec, fits, strict=True)))
+    return P()
+
+
+def shardings_of(tree: Any, mesh: Mesh) -> Any:
+    """A NamedSharding for each leaf of a tree of arrays or shapes (parameters or a whole train state)."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: NamedSharding(mesh, spec_of(path_name(path), leaf.shape, mesh)), tree
+    )
+
+
+def abstract(tree: Any, mesh: Mesh) -> Any:
+    """Shapes, types and shardings of `tree`: what a checkpoint is restored onto."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        tree,
+        shardings_of(tree, mesh),
+    )
+
+
+def init_sharded(init: Callable[..., Any], mesh: Mesh, *args: Any) -> Any:
+    """`init(*args)` computed in place, each leaf by the rules (under one jit: else moments are replicated)."""
+    shardings = shardings_of(jax.eval_shape(init, *args), mesh)
+    return jax.jit(init, out_shardings=shardings)(*args)
+
+
+def to_mesh(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """This host's rows of a batch as global arrays, split over data and fsdp by their first axis."""
+    sharding = NamedSharding(mesh, BATCH)
+    return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+
+
+def check_batch(name: str, rows: int, microbatches: int, mesh: Mesh) -> None:
+    """Raises UserError unless `rows` split evenly over micro-batches and the batch axes of the mesh."""
+    parts = microbatches * mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows < 1 or microbatches < 1 or rows % parts:
+        raise UserError(
+            f"--{name}={rows}: must be a positive multiple of {parts} "
+            f"(--microbatches={microbatches} x data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']})"
+        )
+
+
+def constrain_batch(x: jax.Array) -> jax.Array:
+    """Keep the first axis split over data and fsdp; without a mesh, or with an odd batch, nothing."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
+        return x
+    return jax.lax.with_sharding_constraint(x, BATCH)

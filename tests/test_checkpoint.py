@@ -1,0 +1,372 @@
+"""Checkpoints: what was saved comes back to the bit, and nothing damaged or foreign is ever loaded."""
+
+import dataclasses
+import os
+import pathlib
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import checkpoint
+import run_folder
+from checkpoint import Checkpoints, load_params
+from config import UserError, load_config
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    layers: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    run: str = ""
+    steps: int = 9
+    lr: float = 0.1
+    model: Model = Model()
+
+
+def open_run(run, tokenizer=b"tokens", script="train", keep=2, **fields):
+    return Checkpoints(
+        str(run), Config(run=str(run), **fields), script=script, tokenizer=tokenizer, keep=keep
+    )
+
+
+def make_state(seed=0, dtype=jnp.float32):
+    keys = jax.random.split(jax.random.key(seed), 3)
+    params = {"decoder": {"embed": jax.random.normal(keys[0], (16, 8), dtype), "norm": jnp.ones(8, dtype)}}
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
+    opt_state = jax.tree.map(lambda x: x + 1, optimizer.init(params))
+    return {
+        "params": params,
+        "opt": opt_state,
+        "key": keys[1],
+        "raw": jax.random.PRNGKey(3),
+        "step": jnp.int32(seed),
+    }
+
+
+def abstract(state):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+
+
+def to_bytes(tree):
+    def raw(x):
+        key = isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+        return np.asarray(jax.random.key_data(x) if key else x).tobytes()
+
+    return [raw(x) for x in jax.tree.leaves(tree)]
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A run with steps 1 and 2."""
+    run = tmp_path / "run"
+    with open_run(run) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, make_state(step), extra={"row": step})
+    return run
+
+
+def restore(run, **fields):
+    with open_run(run, **fields) as checkpoints:
+        return checkpoints.restore(abstract(make_state()))
+
+
+def files(folder):
+    return [path for path in sorted(folder.rglob("*")) if path.is_file()]
+
+
+def test_round_trip_is_bitwise_with_optimizer_and_keys(saved):
+    step, state, extra = restore(saved, steps=99)  # a longer run is the same run
+    assert (step, extra) == (2, {"row": 2})
+    assert jax.tree.structure(state) == jax.tree.structure(make_state())
+    assert to_bytes(state) == to_bytes(make_state(2))
+    assert jax.random.normal(state["key"]) == jax.random.normal(make_state(2)["key"])
+
+
+def test_donated_buffers_do_not_change_what_is_saved(tmp_path):
+    change = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0 - 7, tree), donate_argnums=0)
+    with open_run(tmp_path / "run") as checkpoints:
+        state = make_state(5)
+        state["params"] = {"w": jnp.arange(500_000, dtype=jnp.float32)}
+        checkpoints.save(1, state)
+        jax.block_until_ready(change(state["params"]))
+    assert (load_params(str(tmp_path / "run"))["w"] == np.arange(500_000)).all()
+
+
+def test_new_run_has_nothing_to_restore_and_keeps_the_last_k(tmp_path):
+    run = tmp_path / "run"
+    with open_run(run, keep=3) as checkpoints:
+        assert checkpoints.restore(abstract(make_state())) is None
+        for step in range(1, 6):
+            checkpoints.save(step, make_state(step))
+    assert sorted(os.listdir(run / "checkpoints")) == ["3", "4", "5"]
+    assert (run / "tokenizer.model").read_bytes() == b"tokens"
+
+
+def test_every_flipped_bit_is_found(saved, capfd):
+    paths, good = files(saved / "checkpoints" / "2"), shutil.copytree(saved, saved.with_name("good"))
+    rng, config_hash = random.Random(0), run_folder.identity_hash(load_config(str(saved)))
+    for path in paths + rng.choices(paths, k=6):
+        shutil.rmtree(saved)
+        shutil.copytree(good, saved)
+        content = bytearray(path.read_bytes())
+        bit = rng.randrange(8 * len(content))
+        content[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(content)
+        assert not run_folder.is_good(saved / "checkpoints" / "2", config_hash)
+        assert str(path) in capfd.readouterr().err
+    assert restore(saved)[0] == 1
+
+
+@pytest.mark.parametrize("fault", ["truncated", "missing", "surplus", "manifest"])
+def test_damage_falls_back_with_a_warning_and_is_an_error_for_load_params(saved, fault, capfd):
+    folder = saved / "checkpoints" / "2"
+    path = next(p for p in files(folder / "params") if p.stat().st_size > 50)
+    if fault == "truncated":
+        path.write_bytes(path.read_bytes()[:-1])
+    elif fault == "missing":
+        path.unlink()
+    elif fault == "surplus":
+        path = folder / "params" / "stray"
+        path.write_text("")
+    else:
+        path = folder / "manifest.json"
+        path.write_text(path.read_text()[:-5])
+    with pytest.raises(UserError) as error:
+        load_params(str(saved))
+    assert str(path) in str(error.value) and str(error.value).endswith("good step before it: 1")
+    step, state, _ = restore(saved)
+    assert step == 1 and to_bytes(state) == to_bytes(make_state(1))
+    err = capfd.readouterr().err
+    assert str(path) in err and err.count("\n") == 1
+    assert os.listdir(saved / "checkpoints") == ["1"]  # so that step 2 can be saved again
+
+
+def test_all_damaged_is_an_error_not_a_new_run(saved):
+    for step in (1, 2):
+        next(iter(files(saved / "checkpoints" / str(step) / "rest"))).unlink()
+    with pytest.raises(UserError, match="no step is undamaged"):
+        restore(saved)
+
+
+def test_steps_without_manifest_do_not_exist(saved):
+    (saved / "checkpoints" / "3").mkdir()  # an empty folder
+    (saved / "checkpoints" / "4.orbax-checkpoint-tmp").mkdir()
+    (saved / "checkpoints" / "2" / "manifest.json").unlink()  # killed after Orbax, before the manifest
+    (saved / "checkpoints" / "1").rename(saved / "checkpoints" / "7")
+    with pytest.raises(UserError, match="damaged"):  # a manifest of another step does not count
+        load_params(str(saved))
+    (saved / "checkpoints" / "7").rename(saved / "checkpoints" / "1")
+    assert to_bytes(load_params(str(saved))) == to_bytes(make_state(1)["params"])
+    assert restore(saved)[0] == 1
+    assert os.listdir(saved / "checkpoints") == ["1"]
+
+
+def test_load_params_reads_only_the_parameters(saved):
+    shutil.rmtree(saved / "checkpoints" / "2" / "rest")
+    params = load_params(str(saved))
+    assert to_bytes(params) == to_bytes(make_state(2)["params"])
+    assert isinstance(params["decoder"]["embed"], np.ndarray)
+    assert to_bytes(load_params(str(saved), step=1)) == to_bytes(make_state(1)["params"])
+    placed = load_params(str(saved), shapes=abstract(make_state()["params"]))
+    assert isinstance(placed["decoder"]["embed"], jax.Array)
+    with pytest.raises(UserError, match=r"no checkpoint of step 7 \(finished steps: 2, 1\)"):
+        load_params(str(saved), step=7)
+    with pytest.raises(UserError, match="no run here"):
+        load_params(str(saved / "nowhere"))
+
+
+def test_parameters_alone_make_a_run(tmp_path):
+    with open_run(tmp_path / "run", tokenizer=None) as checkpoints:
+        checkpoints.save(0, {"params": make_state(1)["params"]})
+    assert to_bytes(load_params(str(tmp_path / "run"))) == to_bytes(make_state(1)["params"])
+
+
+@pytest.mark.parametrize(
+    "change, told",
+    [
+        ({"lr": 0.2}, "lr is 0.1 in this run and 0.2 now"),
+        ({"model": Model(layers=4)}, "model.layers is 2 in this run and 4 now"),
+        ({"script": "other"}, "script is 'train' in this run and 'other' now"),
+        ({"tokenizer": b"others"}, "tokenizer_sha256 is '[0-9a-f]{64}' in this run and '[0-9a-f]{64}' now"),
+    ],
+)
+def test_another_config_is_refused_and_nothing_written(saved, change, told):
+    before = {path: path.stat().st_mtime_ns for path in files(saved)}
+    with pytest.raises(UserError, match=told), open_run(saved, **change):
+        pass
+    assert {path: path.stat().st_mtime_ns for path in files(saved)} == before
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match="not a run"), open_run(tmp_path):
+        pass
+    with pytest.raises(UserError, match="not a folder"), open_run(tmp_path / "thesis.tex"):
+        pass
+    assert os.listdir(tmp_path) == ["thesis.tex"]
+
+
+def test_a_run_in_training_is_refused(tmp_path):
+    run = tmp_path / "run"
+    with open_run(run), pytest.raises(UserError, match="another process"), open_run(run):
+        pass
+
+
+def test_other_dtypes_shapes_and_names_are_refused(saved):
+    def refuse(change, told):
+        wanted = abstract(make_state())
+        wanted["params"]["decoder"].update(change)
+        with open_run(saved) as checkpoints, pytest.raises(UserError, match=told):
+            checkpoints.restore(wanted)
+
+    refuse(
+        {"norm": jax.ShapeDtypeStruct((8,), jnp.bfloat16)},
+        r"params/decoder/norm is float32\[8\] .* bfloat16\[8\]",
+    )
+    refuse(
+        {"norm": jax.ShapeDtypeStruct((9,), jnp.float32)},
+        r"decoder/norm is float32\[8\] stored and float32\[9\]",
+    )
+    refuse(
+        {"head": jax.ShapeDtypeStruct((9,), jnp.float32)}, r"decoder/head is absent stored and float32\[9\]"
+    )
+
+
+def test_parameters_that_are_not_finite_are_refused(saved):
+    state = make_state(3)
+    state["params"]["decoder"]["norm"] = state["params"]["decoder"]["norm"].at[3].set(jnp.nan)
+    with (
+        open_run(saved) as checkpoints,
+        pytest.raises(UserError, match=r"decoder/norm is not finite .*step: 2"),
+    ):
+        checkpoints.save(3, state)
+    assert restore(saved)[0] == 2
+
+
+def test_a_save_that_fails_in_the_background_is_told(saved, monkeypatch):
+    def full(path, body):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "write_manifest", full)
+    checkpoints = open_run(saved).__enter__()
+    checkpoints.save(3, make_state(3))
+    with pytest.raises(UserError, match="3: not saved: No space left"):
+        checkpoints.save(4, make_state(4))
+    checkpoints.save(4, make_state(4))
+    with pytest.raises(UserError, match="4: not saved: No space left"):
+        checkpoints.__exit__(None, None, None)
+    monkeypatch.undo()
+    assert restore(saved)[0] == 2
+
+
+LOOP = """
+import dataclasses, sys, time
+import jax, jax.numpy as jnp
+from checkpoint import Checkpoints
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    steps: int
+
+config = Config(int(sys.argv[2]))
+with Checkpoints(sys.argv[1], config, script="loop", keep=2) as checkpoints:
+    state = {"params": {"w": jnp.zeros(100_000)}, "key": jax.random.key(0)}
+    step, state, _ = checkpoints.restore(jax.eval_shape(lambda: state)) or (0, state, None)
+    print("from", step, flush=True)
+    for step in range(step + 1, config.steps + 1):
+        key, noise = jax.random.split(state["key"])
+        state = {"params": {"w": state["params"]["w"] + jax.random.normal(noise, 100_000)}, "key": key}
+        if checkpoints.due(step, 1, config.steps):
+            checkpoints.save(step, state)
+        print("step", step, flush=True)
+        if checkpoints.stopping:
+            break
+"""
+
+
+def start(run, steps, source=LOOP, **environment):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", **environment}
+    command = [sys.executable, "-W", "error", "-c", textwrap.dedent(source), str(run), str(steps)]
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def test_kill_at_any_moment_resumes_to_the_bit(tmp_path):
+    plain, killed = tmp_path / "plain", tmp_path / "killed"
+    reference = start(plain, 12)
+    rng, reached = random.Random(1), 0
+    for _ in range(3):
+        process = start(killed, 12)
+        reached = int(process.stdout.readline().split()[1])
+        for _ in range(3):
+            process.stdout.readline()
+        time.sleep(rng.uniform(0, 0.08))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    assert reached > 0  # the third start resumed
+    process = start(killed, 12)
+    assert process.communicate()[1] == "" and process.returncode == 0
+    assert reference.communicate()[1] == "" and reference.returncode == 0
+    assert to_bytes(load_params(str(killed), step=12)) == to_bytes(load_params(str(plain), step=12))
+    assert len(os.listdir(killed / "checkpoints")) == 2
+
+
+def test_sigterm_saves_and_exits_0(tmp_path):
+    process = start(tmp_path / "run", 10**6, LOOP.replace("due(step, 1,", "due(step, 0,"))
+    while "step 3" not in process.stdout.readline():
+        pass
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=30)
+    last = int(out.split()[-1]) if out else 3
+    assert process.returncode == 0 and err.strip().startswith("SIGTERM: saving")
+    assert os.listdir(tmp_path / "run" / "checkpoints") == [str(last)]
+
+
+def test_sigterm_handler_goes_when_the_run_ends(saved):
+    before = signal.getsignal(signal.SIGTERM)
+    with open_run(saved) as checkpoints:
+        assert signal.getsignal(signal.SIGTERM) == checkpoints._on_sigterm
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_restores_onto_another_mesh(tmp_path):
+    source = """
+        import sys
+        import jax, numpy as np
+        from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+        from tests.test_checkpoint import abstract, make_state, open_run, to_bytes
+
+        state = make_state(4)
+        def place(shape, embed):
+            mesh = jax.make_mesh(shape, ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+            placed = jax.device_put(state, NamedSharding(mesh, P()))
+            decoder = placed["params"]["decoder"]
+            decoder["embed"] = jax.device_put(decoder["embed"], NamedSharding(mesh, embed))
+            return placed
+        with open_run(sys.argv[1]) as checkpoints:
+            checkpoints.save(1, place((8, 1), P("data")))
+            for shape, embed in (((8, 1), P("data")), ((2, 4), P("tensor", "data")), ((1, 8), P(None, "tensor"))):
+                wanted = abstract(place(shape, embed))
+                step, restored, _ = checkpoints.restore(wanted)
+                assert to_bytes(restored) == to_bytes(state)
+                assert jax.tree.all(jax.tree.map(lambda x, y: x.sharding == y.sharding, restored, wanted))
+    """
+    process = start(tmp_path / "run", 0, source, XLA_FLAGS="--xla_force_host_platform_device_count=8")
+    assert process.communicate()[1] == "" and process.returncode == 0
+    assert to_bytes(load_params(str(tmp_path / "run"))) == to_bytes(make_state(4)["params"])

@@ -1,0 +1,255 @@
+import gzip
+import json
+import pathlib
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from config import UserError
+from data import sources
+from data.sources import held_out, open_source
+
+REAL = pathlib.Path(__file__).parents[2] / "shared" / "data"
+HH = {"chosen": "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: joke?\n\nAssistant: knock knock",
+      "rejected": "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: joke?\n\nAssistant: no"}
+HH_PROMPT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"},
+             {"role": "user", "content": "joke?"}]
+
+
+def turns(*contents):
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("PLUMB_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def write(path, rows):
+    data = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return str(path)
+
+
+def everything(data, schema):
+    return [source[i] for split in ("train", "heldout") for source in [open_source(data, schema, split)]
+            for i in range(len(source))]
+
+
+def only(tmp_path, row, schema):
+    """The record made of `row`, which stands among others of its schema."""
+    other = {"text": "x", "prompt": "other", "response": "x", "chosen": "x", "rejected": "y"}
+    found = everything(write(tmp_path / "rows.jsonl", [row, other]), schema)
+    return next(record for record in found if "other" not in str(record) and record != {"text": "x"})
+
+
+ADAPTED = [
+    ("text", {"text": " a\nb ", "id": 3}, {"text": " a\nb "}),
+    ("text", {"prompt": "p", "response": "r"}, {"text": "p\nr"}),
+    ("chat", {"messages": turns("p", "r")}, {"messages": turns("p", "r")}),
+    ("chat", {"prompt": "p", "response": "r"}, {"messages": turns("p", "r")}),
+    ("chat", {"prompt": turns("a", "b", "c"), "completion": "r"}, {"messages": turns("a", "b", "c", "r")}),
+    ("chat", {"question": "2+2?", "answer": "4\n#### 4"}, {"messages": turns("2+2?", "4\n#### 4")}),
+    ("chat", {"instruction": "Add.", "input": "2 2", "output": "4"}, {"messages": turns("Add.\n\n2 2", "4")}),
+    ("chat", {"instruction": "Go.", "instances": [{"input": "", "output": "ok"}]},
+     {"messages": turns("Go.", "ok")}),
+    ("chat", HH, {"messages": turns("hi", "hello", "joke?", "knock knock")}),
+    ("comparison", HH, {"prompt": HH_PROMPT, "responses": ["knock knock", "no"], "ranking": [1, 2]}),
+    ("comparison", {"chosen": turns("p", "a"), "rejected": turns("p", "b")},
+     {"prompt": turns("p"), "responses": ["a", "b"], "ranking": [1, 2]}),
+    ("comparison", {"prompt": "p", "chosen": "a", "rejected": "b", "margin": 2, "criterion": "honest"},
+     {"prompt": turns("p"), "responses": ["a", "b"], "ranking": [1, 2], "margin": 2.0, "criterion": "honest"}),
+    ("comparison", {"prompt": "p", "chosen": "a", "rejected": "a"},
+     {"prompt": turns("p"), "responses": ["a", "a"], "ranking": [1, 1]}),
+    ("comparison", {"prompt": "p", "responses": ["a", "b", "c"], "ranking": [2, 1, 2]},
+     {"prompt": turns("p"), "responses": ["a", "b", "c"], "ranking": [2, 1, 2]}),
+    ("prompt", {"prompt": "p", "answer": "4"}, {"prompt": turns("p"), "answer": "4"}),
+    ("prompt", {"question": "2+2?", "answer": "4"}, {"prompt": turns("2+2?"), "answer": "4"}),
+    ("prompt", {"messages": turns("p", "r")}, {"prompt": turns("p"), "answer": "r"}),
+    ("prompt", HH, {"prompt": HH_PROMPT, "answer": "knock knock"}),
+    ("prompt", {"text": "Once"}, {"text": "Once"}),
+]
+
+
+@pytest.mark.parametrize(("schema", "row", "record"), ADAPTED)
+def test_rows_are_adapted_by_content(tmp_path, schema, row, record):
+    assert only(tmp_path, row, schema) == record
+
+
+SYSTEM = {"role": "system", "content": "x"}
+BAD = [
+    ("text", "nonsense", "line: is not JSON"),
+    ("text", "[1]", "line: must be a JSON object, not list"),
+    ("text", b'{"text": "\xff"}', "line: is not UTF-8 (byte 11)"),
+    ("text", {"text": 3}, "text: must be a string, not int"),
+    ("text", {"text": " "}, "text: is empty"),
+    ("text", '{"text": "\\ud800"}', "text: holds half a surrogate pair"),
+    ("chat", {"query": "x"}, "messages: missing; the row needs"),
+    ("chat", {"prompt": "p", "response": None}, "response: must be a string, not NoneType"),
+    ("chat", {"messages": []}, "messages: must be a list of one or more messages"),
+    ("chat", {"messages": ["hi"]}, "messages[0]: must be an object"),
+    ("chat", {"messages": turns("p")}, "messages: the last turn must be the assistant's"),
+    ("chat", {"messages": [{"role": "bot", "content": "x"}]}, "messages[0].role: must be"),
+    ("chat", {"messages": [*turns("p", "r"), SYSTEM]}, "messages[2].role: must be"),
+    ("chat", {"messages": turns("p", "")}, "messages[1].content: is empty"),
+    ("chat", {"instruction": "x", "instances": []}, "instances: must be a list"),
+    ("chat", {"instruction": "x", "instances": [{"input": "y"}]}, "instances[0].output: missing"),
+    ("comparison", {"prompt": "p", "chosen": "a"}, "rejected: missing"),
+    ("comparison", {"chosen": "a", "rejected": "b"}, "chosen: must be a transcript"),
+    ("comparison", {**HH, "rejected": "\n\nHuman: x\n\nAssistant: no"}, "rejected: must be the conversation"),
+    ("comparison", {"prompt": "p", "chosen": "a", "rejected": "b", "margin": -1}, "margin: must be a number"),
+    ("comparison", {"prompt": "p", "responses": ["a"], "ranking": [1]}, "responses: must be a list of two"),
+    ("comparison", {"prompt": "p", "responses": ["a", "b"], "ranking": [1]}, "ranking: must be 2 whole"),
+    ("comparison", {"prompt": "p", "responses": ["a", "b"], "ranking": [0.9, 1]}, "ranking: must be 2 whole"),
+    ("comparison", {"prompt": "p", "responses": ["a", "b"], "ranking": [2, 3]}, "ranking: must be 2 whole"),
+    ("prompt", {"id": 1}, "prompt: missing"),
+    ("prompt", {"prompt": turns("p", "r")}, "prompt: the last turn must be the user's"),
+]
+
+
+@pytest.mark.parametrize(("schema", "row", "reason"), BAD)
+def test_a_bad_row_is_named_by_file_line_and_field(tmp_path, cache, schema, row, reason):
+    good = {"text": "t", "prompt": "p", "response": "r", "chosen": "c", "rejected": "r"}
+    row = row if isinstance(row, bytes) else (row if isinstance(row, str) else json.dumps(row)).encode()
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(json.dumps(good).encode() + b"\n\n" + row + b"\n")
+    with pytest.raises(UserError) as fault:
+        open_source(str(path), schema, "train")
+    assert str(fault.value).startswith(f"{path}:3: {reason}") and "\n" not in str(fault.value)
+    assert not list(cache.glob("*"))  # nothing half-written
+
+
+def test_bad_files_are_one_line(tmp_path):
+    (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "folder.jsonl").mkdir()
+    (tmp_path / "bad.jsonl.gz").write_bytes(b"plain")
+    write(tmp_path / "cut.jsonl.gz", [{"text": str(i)} for i in range(2000)])
+    (tmp_path / "cut.jsonl.gz").write_bytes((tmp_path / "cut.jsonl.gz").read_bytes()[:-2000])
+    write(tmp_path / "same.jsonl", [{"text": "x"}] * 3)
+    for name, reason in (("none.jsonl", "no such file"), ("folder.jsonl", "is a folder"),
+                         ("a.csv", "not a source"), ("empty.jsonl", "no rows"), ("same.jsonl", "the same"),
+                         ("bad.jsonl.gz", "broken gzip"), ("cut.jsonl.gz", "broken gzip")):
+        with pytest.raises(UserError, match=reason) as fault:
+            open_source(str(tmp_path / name), "text", "train")
+        assert name in str(fault.value)
+
+
+def test_gzip_equals_plain_and_line_order_is_kept(tmp_path):
+    rows = [{"text": f"text {i}"} for i in range(50)]
+    plain, packed = write(tmp_path / "a.jsonl", rows), write(tmp_path / "a.jsonl.gz", rows)
+    assert everything(plain, "text") == everything(packed, "text")
+    train = open_source(plain, "text", "train")
+    assert [train[i] for i in range(len(train))] == [rows[i] for i in train.rows]
+
+
+def test_prepared_once_and_again_when_the_content_changes(tmp_path, cache, monkeypatch):
+    data = write(tmp_path / "a.jsonl", [{"text": f"text {i}"} for i in range(20)])
+    first = everything(data, "text")
+    with monkeypatch.context() as patch:
+        patch.setattr(sources, "_records", lambda *_: pytest.fail("read again"))
+        assert everything(data, "text") == first
+    write(tmp_path / "a.jsonl", [{"text": f"new {i}"} for i in range(20)])
+    assert everything(data, "text") != first
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_a_preparation_that_fails_or_loses_rows_leaves_nothing(tmp_path, cache, monkeypatch):
+    data = write(tmp_path / "a.jsonl", [{"text": f"text {i}"} for i in range(20)])
+    with monkeypatch.context() as patch:
+        patch.setattr(sources.np, "savez", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full")))
+        with pytest.raises(UserError, match=r"disk full.*set PLUMB_CACHE"):
+            open_source(data, "text", "train")
+        assert not list(cache.iterdir())
+    every, calls = sources._records, []
+
+    def one_fewer_the_second_time(*args):
+        calls.append(1)
+        return list(every(*args))[:20 if len(calls) == 1 else 19]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sources, "_records", one_fewer_the_second_time)
+        with pytest.raises(RuntimeError, match="20 rows, but the prepared dataset has 19"):
+            open_source(data, "text", "train")
+    assert not list(cache.iterdir())
+    assert len(everything(data, "text")) == 20
+
+
+def test_held_out_rows_never_train(tmp_path):
+    rows = [{"prompt": f"prompt {i % 300}", "response": f"response {i}"} for i in range(600)]
+    data = write(tmp_path / "a.jsonl", rows)
+    train, held = (open_source(data, "chat", split) for split in ("train", "heldout"))
+    train_prompts, held_prompts = (open_source(data, "prompt", split) for split in ("train", "heldout"))
+    assert len(train) + len(held) == 600 and 10 < len(held) < 60
+    assert (train.rows == train_prompts.rows).all() and (held.rows == held_prompts.rows).all()  # in any schema
+    prompts = [{source[i]["messages"][0]["content"] for i in range(len(source))} for source in (train, held)]
+    assert not prompts[0] & prompts[1]  # though each prompt has two rows
+
+
+def test_the_share_held_out():
+    rng = np.random.default_rng(0)
+    for n in (2, 5, 100, 10_000, 100_000):
+        held = held_out(rng.integers(0, 2**64, n, np.uint64))
+        assert 1 <= held.sum() <= max(1, min(0.07 * n + 3, 1000))
+    assert held.sum() == 1000
+    assert held_out(np.array([7, 7], np.uint64)).all()
+
+
+def test_candidates_are_counted(tmp_path):
+    rows = [{"prompt": f"p{i}", "responses": list("abcd")[:2 + i % 3], "ranking": [1] * (2 + i % 3)}
+            for i in range(9)]
+    assert open_source(write(tmp_path / "a.jsonl", rows), "comparison", "train").candidates == 4
+
+
+def test_the_world_has_every_schema_and_split():
+    for schema in sources.records.SCHEMAS:
+        train, again, held = (open_source("world", schema, s) for s in ("train", "train", "heldout"))
+        assert train[7] == again[7] != held[7]
+        assert train[7] != open_source("world", schema, "train", seed=1)[7]
+        assert len(train) == sources.WORLD_SIZE
+    assert set(open_source("world", "comparison", "train")[0]) == {"prompt", "responses", "ranking"}
+
+
+class Gsm8k(tfds.core.GeneratorBasedBuilder):
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        text = tfds.features.Text()
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(
+            {"question": text, "answer": text}))
+
+    def _split_generators(self, _):
+        return {"train": self._generate_examples(8), "test": self._generate_examples(3)}
+
+    def _generate_examples(self, n):
+        for i in range(n):
+            yield i, {"question": f"{n} times {i}?", "answer": f"#### {n * i}"}
+
+
+def test_a_catalogue_name_is_read_from_disk(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
+    with pytest.raises(UserError, match=r"text\.gsm8k\.gsm8k; tfds.builder\('gsm8k'.*download_and_prepare"):
+        open_source("tfds:gsm8k", "chat", "train")
+    with pytest.raises(UserError, match=r"check the spelling"):
+        open_source("tfds:gms8k", "chat", "train")
+    tfds.disable_progress_bar()
+    Gsm8k(data_dir=tmp_path / "tfds", file_format="array_record").download_and_prepare()
+    train, held = (open_source("tfds:gsm8k", "chat", split) for split in ("train", "heldout"))
+    assert (len(train), len(held)) == (8, 3)
+    questions = {train[i]["messages"][0]["content"] for i in range(8)}
+    assert questions == {f"8 times {i}?" for i in range(8)}
+    record = open_source("tfds:gsm8k", "prompt", "heldout")[0]
+    assert record["answer"].startswith("#### ") and isinstance(record["prompt"][0]["content"], str)
+    with pytest.raises(UserError, match=r"tfds:gsm8k: train row 0: .*missing"):
+        open_source("tfds:gsm8k", "comparison", "train")[0]
+
+
+@pytest.mark.skipif(not REAL.exists(), reason="the real data files are not here")
+def test_real_files_work_unchanged():
+    hh = everything(str(REAL / "hh" / "harmless_base.jsonl"), "comparison")
+    assert len(hh) == 1800 and all(r["prompt"][-1]["role"] == "user" for r in hh)
+    assert len({r["responses"][0] for r in hh}) > 1700
+    gsm8k = everything(str(REAL / "gsm8k" / "test.jsonl"), "prompt")
+    assert len(gsm8k) == 1319 and all("####" in r["answer"] for r in gsm8k)
+    assert len(everything(str(REAL / "text" / "self_instruct_seed_tasks.jsonl"), "chat")) == 175

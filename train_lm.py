@@ -1,0 +1,107 @@
+"""Pre-training: cross-entropy on every token of packed documents.
+
+    python train_lm.py --run=runs/lm
+    python train_lm.py --data=my_texts.jsonl --model.preset=llama3.2-1b --run=runs/mine
+"""
+
+import dataclasses
+from functools import partial
+
+import jax
+
+import config as flags
+from checkpoint import Checkpoints
+from data.batches import text_batches
+from data.sources import open_source
+from data.tokenizer import tokenizer_for
+from generate import SamplingConfig, make_sampler
+from metrics import Recorder, describe
+from model import LanguageModel, ModelConfig, check_fit, pure
+from objectives.likelihood import likelihood_objective
+from sharding import MeshConfig, check_batch, make_mesh, to_mesh
+from train_step import (
+    OptimizerConfig,
+    as_items,
+    make_evaluation,
+    make_optimizer,
+    make_train_step,
+    start_or_resume,
+)
+
+EVAL_BATCHES = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    run: str = "runs/lm"
+    """Folder of this run; running again resumes it."""
+    init: str | None = None
+    """Run to start from (default: random weights)."""
+    data: str = "world"
+    """Documents: world, a .jsonl file, or tfds:<name>."""
+    tokenizer: str | None = None
+    """A SentencePiece .model (default: that of --init, else one trained on the data)."""
+    steps: int = 400
+    batch_size: int = 32
+    """Rows per step, over all devices; each holds several documents, packed."""
+    length: int = 128
+    """Tokens per row."""
+    microbatches: int = 1
+    """Parts of a batch whose gradients are summed."""
+    model: ModelConfig = ModelConfig()
+    optimizer: OptimizerConfig = OptimizerConfig(lr=3e-3)
+    mesh: MeshConfig = MeshConfig()
+    seed: int = 0
+    eval_every: int = 100
+    """Steps between evaluations and samples on held-out data; 0: never."""
+    save_every: int = 100
+    """Steps between checkpoints; 0: at the end only."""
+    keep: int = 2
+    """Checkpoints kept."""
+
+
+def main(config: Config) -> dict[str, float]:
+    mesh = make_mesh(config.mesh)
+    check_batch("batch_size", config.batch_size, config.microbatches, mesh)
+    source, held_out = (open_source(config.data, "text", split, seed=config.seed) for split in ("train", "heldout"))
+    tokenizer = tokenizer_for(config, source)
+    check_fit(config.model, tokenizer.size, config.length)
+    host = {"process": jax.process_index(), "processes": jax.process_count()}
+    batches_of = partial(text_batches, tokenizer=tokenizer, batch_size=config.batch_size, length=config.length, **host)
+    batches, held_out_batches = batches_of(source, seed=config.seed), batches_of(held_out)
+    eval_batches = [to_mesh(next(held_out_batches), mesh) for _ in range(EVAL_BATCHES)]
+
+    init, apply = pure(LanguageModel(config.model))
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    objective = partial(likelihood_objective, apply)
+    train_step = make_train_step(objective, optimizer, config.microbatches, config.optimizer.clip)
+    evaluate = make_evaluation(objective)
+    respond = make_sampler(config.model, SamplingConfig(0.0, max_new_tokens=min(64, config.length // 2)), tokenizer)
+    documents = [tokenizer.document(held_out[i]["text"]) for i in range(min(8, len(held_out)))]
+    prompts = [tokens[: min(16, len(tokens) // 2)] for tokens in documents]
+
+    with Checkpoints(config.run, config, script="train_lm", tokenizer=tokenizer.model, keep=config.keep) as checkpoints:
+        start, state, position = start_or_resume(checkpoints, config, init, optimizer, mesh)
+        if position:
+            batches.restore(position)
+        sizes = {"batch_size": config.batch_size, "length": config.length, "steps": config.steps, "start": start}
+        print(describe(f"{config.run}: pre-training on {source.name}", state.params, state.opt_state, **sizes))
+        with Recorder(config.run, config.steps, start) as record:
+            for step in record.steps():
+                state, metrics = train_step(state, to_mesh(next(batches), mesh))
+                record(step, metrics, tokens=config.batch_size * config.length)
+                if config.eval_every and (step % config.eval_every == 0 or step == config.steps):
+                    record(step, evaluate(state.params, eval_batches))
+                    responses = [tokenizer.decode(r) for r in respond(state.params, prompts, jax.random.key(step))]
+                    shown = zip(map(tokenizer.decode, prompts), responses, strict=True)
+                    record.samples(step, [{"prompt": p, "response": r} for p, r in shown])
+                if checkpoints.due(step, config.save_every, config.steps):
+                    record.flush()
+                    checkpoints.save(step, as_items(state), batches.state)
+                if checkpoints.stopping:
+                    break
+    return record.last
+
+
+if __name__ == "__main__":
+    flags.run(main, Config)

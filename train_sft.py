@@ -1,0 +1,107 @@
+"""Supervised fine-tuning: cross-entropy on the assistant's tokens.
+
+    python train_sft.py --init=runs/align/lm --run=runs/sft
+    python train_sft.py --data=my_chats.jsonl --run=runs/mine
+"""
+
+import dataclasses
+from functools import partial
+
+import jax
+
+import config as flags
+from checkpoint import Checkpoints
+from data.batches import chat_batches
+from data.sources import open_source
+from data.tokenizer import tokenizer_for
+from generate import SamplingConfig, make_sampler
+from metrics import Recorder, describe
+from model import LanguageModel, ModelConfig, check_fit, pure
+from objectives.likelihood import likelihood_objective
+from sharding import MeshConfig, check_batch, make_mesh, to_mesh
+from train_step import (
+    OptimizerConfig,
+    as_items,
+    make_evaluation,
+    make_optimizer,
+    make_train_step,
+    start_or_resume,
+)
+
+EVAL_BATCHES = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    run: str = "runs/sft"
+    """Folder of this run; running again resumes it."""
+    init: str | None = None
+    """Run to start from (default: random weights)."""
+    data: str = "world"
+    """Conversations: world, a .jsonl file, or tfds:<name>."""
+    tokenizer: str | None = None
+    """A SentencePiece .model (default: that of --init, else one trained on the data)."""
+    steps: int = 300
+    batch_size: int = 32
+    """Rows per step, over all devices; each holds several conversations, packed."""
+    length: int = 128
+    """Tokens per row."""
+    microbatches: int = 1
+    """Parts of a batch whose gradients are summed."""
+    model: ModelConfig = ModelConfig()
+    optimizer: OptimizerConfig = OptimizerConfig(lr=1e-3)
+    mesh: MeshConfig = MeshConfig()
+    seed: int = 0
+    eval_every: int = 100
+    """Steps between evaluations and samples on held-out data; 0: never."""
+    save_every: int = 100
+    """Steps between checkpoints; 0: at the end only."""
+    keep: int = 2
+    """Checkpoints kept."""
+
+
+def main(config: Config) -> dict[str, float]:
+    mesh = make_mesh(config.mesh)
+    check_batch("batch_size", config.batch_size, config.microbatches, mesh)
+    source, held_out = (open_source(config.data, "chat", split, seed=config.seed) for split in ("train", "heldout"))
+    tokenizer = tokenizer_for(config, source)
+    check_fit(config.model, tokenizer.size, config.length)
+    host = {"process": jax.process_index(), "processes": jax.process_count()}
+    batches_of = partial(chat_batches, tokenizer=tokenizer, batch_size=config.batch_size, length=config.length, **host)
+    batches, held_out_batches = batches_of(source, seed=config.seed), batches_of(held_out)
+    eval_batches = [to_mesh(next(held_out_batches), mesh) for _ in range(EVAL_BATCHES)]
+
+    init, apply = pure(LanguageModel(config.model))
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    objective = partial(likelihood_objective, apply)
+    train_step = make_train_step(objective, optimizer, config.microbatches, config.optimizer.clip)
+    evaluate = make_evaluation(objective)
+    respond = make_sampler(config.model, SamplingConfig(0.0, max_new_tokens=min(64, config.length // 2)), tokenizer)
+    messages = [held_out[i]["messages"] for i in range(min(8, len(held_out)))]
+    prompts = [tokenizer.prompt(m[:-1])[-config.length // 2 :] for m in messages]
+
+    with Checkpoints(config.run, config, script="train_sft", tokenizer=tokenizer.model, keep=config.keep) as checkpoints:
+        start, state, position = start_or_resume(checkpoints, config, init, optimizer, mesh)
+        if position:
+            batches.restore(position)
+        sizes = {"batch_size": config.batch_size, "length": config.length, "steps": config.steps, "start": start}
+        print(describe(f"{config.run}: fine-tuning on {source.name}", state.params, state.opt_state, **sizes))
+        with Recorder(config.run, config.steps, start) as record:
+            for step in record.steps():
+                state, metrics = train_step(state, to_mesh(next(batches), mesh))
+                record(step, metrics, tokens=config.batch_size * config.length)
+                if config.eval_every and (step % config.eval_every == 0 or step == config.steps):
+                    record(step, evaluate(state.params, eval_batches))
+                    responses = [tokenizer.decode(r) for r in respond(state.params, prompts, jax.random.key(step))]
+                    shown = zip(messages, responses, strict=True)
+                    record.samples(step, [{"prompt": m[-2]["content"], "response": r} for m, r in shown])
+                if checkpoints.due(step, config.save_every, config.steps):
+                    record.flush()
+                    checkpoints.save(step, as_items(state), batches.state)
+                if checkpoints.stopping:
+                    break
+    return record.last
+
+
+if __name__ == "__main__":
+    flags.run(main, Config)

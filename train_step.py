@@ -1,0 +1,209 @@
+"""The one jit-compiled training step: gradients, accumulation, clipping, non-finite updates, optimiser."""
+
+import dataclasses
+import re
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from checkpoint import Checkpoints, load_params
+from config import UserError, load_config
+from model import LanguageModel, ModelConfig, Params, pure
+from sharding import abstract, init_sharded, path_name
+
+Batch = dict[str, jax.Array]
+# objective(params, batch) -> (loss_sum, (weight, {name: (sum, weight)})), all float32 sums
+Objective = Callable[[Params, Batch], tuple[jax.Array, tuple[jax.Array, dict[str, tuple[jax.Array, jax.Array]]]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """Optimiser and learning-rate schedule."""
+
+    name: Literal["adamw", "adafactor"] = "adamw"
+    """adamw (Loshchilov and Hutter 2019) or adafactor (Shazeer and Stern 2018)."""
+    lr: float = 1e-3
+    """Peak learning rate."""
+    schedule: Literal["cosine", "linear", "inverse_sqrt", "constant"] = "cosine"
+    """Decay after the warm-up; cosine and linear end at `final_lr` of the peak."""
+    warmup: int = 20
+    """Steps of linear warm-up from 0."""
+    final_lr: float = 0.1
+    """Last learning rate as a share of the peak (cosine and linear)."""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    """Added to the root of Adam's second moment."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay; never on norms and biases."""
+    clip: float = 1.0
+    """Largest global gradient norm."""
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything that a step changes."""
+
+    step: jax.Array
+    """Updates tried so far, int32."""
+    skipped: jax.Array
+    """Of these, updates left out because loss or gradient was not finite, int32."""
+    params: Params
+    opt_state: Any
+
+
+def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Learning rate by step, over `steps` steps."""
+    if not 0 <= config.warmup < max(steps, 1):
+        raise UserError(f"--optimizer.warmup={config.warmup}: must be at least 0 and below the {steps} steps")
+    if not config.lr > 0:
+        raise UserError(f"--optimizer.lr={config.lr}: must be above 0")
+    rest = max(steps - config.warmup, 1)
+    decay = {
+        "cosine": optax.cosine_decay_schedule(config.lr, rest, config.final_lr),
+        "linear": optax.linear_schedule(config.lr, config.lr * config.final_lr, rest),
+        "inverse_sqrt": lambda t: config.lr * (max(config.warmup, 1) / (t + max(config.warmup, 1))) ** 0.5,
+        "constant": optax.constant_schedule(config.lr),
+    }[config.schedule]
+    # Step 0 already learns: the warm-up starts at 1/(warmup + 1) of the peak, not at 0.
+    warmup = optax.linear_schedule(config.lr / (config.warmup + 1), config.lr, config.warmup)
+    return optax.join_schedules([warmup, decay], [config.warmup])
+
+
+def decayed(params: Params) -> Any:
+    """True for the leaves under weight decay: all but norms and biases."""
+    name_of = jax.tree_util.tree_map_with_path
+    return name_of(lambda path, _: re.search(r"(norm|bias)$", path_name(path)) is None, params)
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """The optimiser for a run of `steps` updates; clipping is the step's."""
+    schedule = make_schedule(config, steps)
+    if config.name == "adafactor":
+        return optax.adafactor(schedule, weight_decay_rate=config.weight_decay or None, weight_decay_mask=decayed)
+    return optax.adamw(
+        schedule, config.beta1, config.beta2, config.eps, weight_decay=config.weight_decay, mask=decayed
+    )
+
+
+def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+    """A fresh state around `params`."""
+    return TrainState(jnp.int32(0), jnp.int32(0), params, optimizer.init(params))
+
+
+def as_items(state: TrainState) -> dict[str, Any]:
+    """The state as a checkpoint stores it: parameters apart from the rest."""
+    return {"params": state.params, "rest": state.replace(params={})}
+
+
+def from_items(items: dict[str, Any]) -> TrainState:
+    """The inverse of `as_items`."""
+    return items["rest"].replace(params=items["params"])
+
+
+def starting_params(init: Any, config: ModelConfig, run: str | None, mesh: jax.sharding.Mesh, seed: int) -> Params:
+    """Random parameters by `init(key)`; of these, what the language model of `run` has too is taken from there.
+
+    So a reward model starts with the run's decoder and a new head. Raises UserError if the architectures differ.
+    """
+    params = init_sharded(init, mesh, jax.random.key(seed))
+    if run is None:
+        return params
+    theirs, ours = ModelConfig(**load_config(run)["model"]), config
+    for field in dataclasses.fields(ModelConfig):
+        pair = getattr(theirs, field.name), getattr(ours, field.name)
+        if pair[0] != pair[1] and field.name not in ("preset", "dtype", "remat"):
+            raise UserError(f"--model.{field.name}={pair[1]}: --init={run} has {pair[0]}; leave --model.* out")
+    shapes = jax.eval_shape(pure(LanguageModel(config))[0], jax.random.key(0))
+    loaded = load_params(run, shapes=abstract(shapes, mesh))
+    return {**params, **{name: loaded[name] for name in params.keys() & loaded.keys()}}
+
+
+def start_or_resume(
+    checkpoints: Checkpoints, config: Any, init: Any, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh
+) -> tuple[int, TrainState, Any]:
+    """(step, state, data position) of the newest checkpoint, or 0, a state of `starting_params`, None.
+
+    `config`: the script's, with `model`, `init` and `seed`.
+    """
+    fresh = partial(init_state, optimizer=optimizer)
+    shapes = jax.eval_shape(fresh, jax.eval_shape(init, jax.random.key(0)))
+    if saved := checkpoints.restore(abstract(as_items(shapes), mesh)):
+        step, items, position = saved
+        return step, from_items(items), position
+    return 0, init_sharded(fresh, mesh, starting_params(init, config.model, config.init, mesh, config.seed)), None
+
+
+def make_train_step(
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    microbatches: int = 1,
+    clip: float = 1.0,
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    """step(state, batch) -> (state, metrics); compiled, and `state` is donated.
+
+    The batch's first axis is cut into `microbatches`; sums are divided by the total weight at the end, so the
+    result does not depend on the cut, whatever the counts of tokens. An update with a non-finite loss or gradient
+    changes nothing but the counters.
+    """
+    gradient = jax.value_and_grad(objective, has_aux=True)
+
+    def sums(params: Params, batch: Batch):
+        (loss, (weight, metrics)), grads = gradient(params, batch)
+        return loss, weight, metrics, grads
+
+    def accumulated(params: Params, batch: Batch):
+        if microbatches == 1:
+            return sums(params, batch)
+        # Micro-batch i takes every k-th row, so each device keeps to the rows that it holds.
+        cut = jax.tree.map(
+            lambda x: x.reshape(x.shape[0] // microbatches, microbatches, *x.shape[1:]).swapaxes(0, 1), batch
+        )
+        zeros = jax.tree.map(
+            lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(sums, params, jax.tree.map(lambda x: x[0], cut))
+        )
+        return jax.lax.scan(lambda acc, part: (jax.tree.map(jnp.add, acc, sums(params, part)), None), zeros, cut)[0]
+
+    @partial(jax.jit, donate_argnums=0)
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        loss, weight, metrics, grads = accumulated(state.params, batch)
+        grads = jax.tree.map(lambda g: g / weight, grads)
+        norm = optax.global_norm(grads)
+        finite = jnp.isfinite(loss / weight) & jnp.isfinite(norm)
+        factor = jnp.minimum(1.0, clip / jnp.maximum(norm, 1e-12))
+        updates, opt_state = optimizer.update(
+            jax.tree.map(lambda g: g * factor, grads), state.opt_state, state.params
+        )
+        params = optax.apply_updates(state.params, updates)
+        keep = partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
+        state = TrainState(
+            step=state.step + 1,
+            skipped=state.skipped + (~finite).astype(jnp.int32),
+            params=keep(params, state.params),
+            opt_state=keep(opt_state, state.opt_state),
+        )
+        means = {name: total / jnp.maximum(count, 1e-9) for name, (total, count) in metrics.items()}
+        return state, {"loss": loss / weight, **means, "grad_norm": norm, "skipped": state.skipped}
+
+    return step
+
+
+def make_evaluation(objective: Objective) -> Callable[[Params, list[Batch]], dict[str, float]]:
+    """evaluate(params, batches) -> means of loss and metrics over all batches, names prefixed by `eval/`."""
+
+    @jax.jit
+    def sums(params: Params, batch: Batch):
+        loss, (weight, metrics) = objective(params, batch)
+        return {"loss": (loss, weight), **metrics}
+
+    def evaluate(params: Params, batches: list[Batch]) -> dict[str, float]:
+        parts = [jax.device_get(sums(params, batch)) for batch in batches]
+        totals = jax.tree.map(lambda *x: float(sum(x)), *parts)
+        return {f"eval/{name}": total / max(weight, 1e-9) for name, (total, weight) in totals.items()}
+
+    return evaluate
