@@ -60,13 +60,14 @@ def main(config: Config) -> dict[str, float]:
     partial, counts = out.with_name(f".{out.name}.{os.getpid()}"), {"lines": 0, "prompts": config.prompts}
     key, rng, rows = jax.random.key(config.seed), random.Random(config.seed), 128
     with partial.open("w") as file:
-        for start in tqdm(range(0, config.prompts, rows), desc="collect", unit_scale=rows, unit=" prompts"):
+        for start in tqdm(range(0, config.prompts, rows), desc="collect", unit=f" x {rows} prompts", mininterval=2):
             numbers = range(start, min(start + rows, config.prompts))
             texts = [world.prompt(i, split=config.split, seed=config.seed).text for i in numbers]
             tokens = respond(params, [tokenizer.prompt(text) for text in texts], jax.random.fold_in(key, start), rows)
             for i, prompt in enumerate(texts):
                 mine = tokens[i * config.samples : (i + 1) * config.samples]
-                responses = list(dict.fromkeys(tokenizer.decode(t) for t in mine if t and t[-1] == tokenizer.eos))
+                ended = [tokenizer.decode(t) for t in mine if t and t[-1] == tokenizer.eos]
+                responses = list(dict.fromkeys(text for text in ended if text.strip()))
                 for row in comparisons(prompt, responses, config, rng):
                     file.write(json.dumps(row) + "\n")
                     counts["lines"] += 1
@@ -79,7 +80,9 @@ def comparisons(prompt: str, responses: list[str], config: Config, rng: random.R
     """Rows for distinct, ended responses: one ranking, or all untied pairs; none where nothing differs."""
     if config.pairs:
         pairs = [(a, b, world.criterion_of(prompt, a, b)) for a, b in combinations(responses, 2)]
-        ranked = [(pair, world.rank(prompt, pair[:2], noise=config.noise, rng=rng)) for pair in pairs if pair[2] != "none"]
+        ranked = [
+            (pair, world.rank(prompt, pair[:2], noise=config.noise, rng=rng)) for pair in pairs if pair[2] != "none"
+        ]
         return [
             {"prompt": prompt, "responses": [a, b], "ranking": [r + 1 for r in ranks], "criterion": criterion}
             for (a, b, criterion), ranks in ranked

@@ -1,9 +1,9 @@
 """Evaluation: gold criteria and KL in the world; perplexity, reward-model accuracy and win rate on any data.
 
-    python evaluate.py --run=runs/align                     # base, sft and ppo of `make align`: table and report
-    python evaluate.py --measure=perplexity --policy=runs/sft --data=my_chats.jsonl
-    python evaluate.py --measure=accuracy --reward=runs/rm --data=my_comparisons.jsonl
-    python evaluate.py --measure=win_rate --policy=runs/ppo --against=runs/sft --reward=runs/rm --data=my.jsonl
+python evaluate.py --run=runs/align                     # base, sft and ppo of `make align`: table and report
+python evaluate.py --measure=perplexity --policy=runs/sft --data=my_chats.jsonl
+python evaluate.py --measure=accuracy --reward=runs/rm --data=my_comparisons.jsonl
+python evaluate.py --measure=win_rate --policy=runs/ppo --against=runs/sft --reward=runs/rm --data=my.jsonl
 """
 
 import dataclasses
@@ -21,99 +21,17 @@ import config as flags
 from checkpoint import load_params
 from config import UserError, load_config
 from data import world
-from data.batches import chat_batches, encode_comparison, pad_comparisons, pad_prompts
+from data.batches import chat_batches, encode_comparison, pad_prompts
 from data.sources import open_source
 from data.tokenizer import Tokenizer
-from generate import SamplingConfig, generate, join
+from generate import SamplingConfig
+from gold import CRITERIA, distinct_answers, judged, make_measure, mean, summarise
 from model import LanguageModel, ModelConfig, Params, ScalarModel, pure
-from objectives.likelihood import likelihood_objective
-from objectives.policy import response_logprobs
+from objectives.likelihood import inputs, likelihood_objective
 from objectives.reward import last_token
 from report import alignment_report
 from sharding import MeshConfig, make_mesh
 from train_step import make_evaluation
-
-CRITERIA = ("helpful", "honest", "harmless", "all")
-Interval = tuple[float, list[float]]
-
-
-# --- statistics
-
-
-def share(hits: Sequence[bool]) -> Interval:
-    """A share and its 95 % interval (Wilson 1927)."""
-    n, z = len(hits), 1.96
-    if not n:
-        return float("nan"), [0.0, 1.0]
-    p = float(np.mean(hits))
-    centre, half = (p + z * z / (2 * n)), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
-    return p, [(centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)]
-
-
-def mean(values: Sequence[float]) -> Interval:
-    """A mean and its 95 % interval (normal)."""
-    m, half = float(np.mean(values)), 1.96 * float(np.std(values)) / max(len(values) - 1, 1) ** 0.5
-    return m, [m - half, m + half]
-
-
-# --- the world
-
-
-def make_measure(config: ModelConfig, sampling: SamplingConfig, tokenizer: Tokenizer, prompt_length: int) -> Callable:
-    """measure(params, reference, prompts: texts, seed) -> one (response, length, KL to reference in nats) each."""
-    _, apply = pure(LanguageModel(config))
-    rows = 256
-
-    @jax.jit
-    def sample(params: Params, reference: Params, prompts: dict[str, jax.Array], key: jax.Array):
-        samples = generate(apply, config, params, prompts, key, sampling, eos=tokenizer.eos, pad=tokenizer.pad)
-        reference_BR = response_logprobs(apply, reference, join(prompts, samples), sampling.temperature)
-        return samples, ((samples.logp_BR - reference_BR) * samples.mask_BR).sum(1)
-
-    def measure(params: Params, reference: Params, prompts: Sequence[str], seed: int) -> list[tuple[str, int, float]]:
-        out = []
-        for start in range(0, len(prompts), rows):
-            part = list(prompts[start : start + rows])
-            padded = [{"tokens": tokenizer.prompt(text)} for text in part + part[:1] * (rows - len(part))]
-            batch = pad_prompts(padded, prompt_length, tokenizer.pad, fixed=True)
-            key = jax.random.fold_in(jax.random.key(seed), start)
-            samples, kl_B = jax.device_get(sample(params, reference, batch, key))
-            for b in range(len(part)):
-                length = int(samples.mask_BR[b].sum())
-                out.append((tokenizer.decode(samples.response_BR[b, :length].tolist()), length, float(kl_B[b])))
-        return out
-
-    return measure
-
-
-def judged(requests: Sequence[world.Request], responses: Sequence[str]) -> list[dict[str, Any]]:
-    """A row for each response: the request's text and kind, the response, and what the gold program says."""
-    rows = []
-    for request, response in zip(requests, responses, strict=True):
-        gold = world.gold(request.text, response)
-        rows.append({"prompt": request.text, "kind": request.kind, "response": response, "all": bool(gold.all)})
-        rows[-1] |= {name: bool(getattr(gold, name)) for name in CRITERIA[:3]}
-    return rows
-
-
-def distinct_answers(requests: Sequence[world.Request], responses: Sequence[str]) -> float:
-    """Distinct answers given to lookups, as a share of the distinct right ones: below 1 where a policy collapses."""
-    pairs = [(r.answer, world.extract_answer(r, t)) for r, t in zip(requests, responses, strict=True) if r.kind == "lookup"]
-    right, given = {a for a, _ in pairs}, {g for _, g in pairs if g is not None}
-    return len(given) / max(len(right), 1)
-
-
-def summarise(rows: list[dict[str, Any]], lengths: Sequence[int], kls: Sequence[float]) -> dict[str, Any]:
-    """Shares, mean length and KL of one model's responses, each with its interval as `<name>_ci`."""
-    parts = {name: share([row[name] for row in rows]) for name in CRITERIA}
-    parts |= {"kl": mean(kls), "length": mean(lengths)}
-    out: dict[str, Any] = {"n": len(rows), "n_ci": [len(rows), len(rows)]}
-    for name, (value, interval) in parts.items():
-        out |= {name: value, f"{name}_ci": interval}
-    kinds = {kind: [row["all"] for row in rows if row["kind"] == kind] for kind in world.KINDS}
-    tables = {kind: (share(hits), len(hits)) for kind, hits in kinds.items()}
-    return out | {"kinds": {kind: {"all": p, "all_ci": ci, "n": n} for kind, ((p, ci), n) in tables.items()}}
-
 
 # --- reward models
 
@@ -143,37 +61,218 @@ def comparison_table(
     return table
 
 
-def make_comparison_evaluation(
-    config: ModelConfig, source: Any, tokenizer: Tokenizer, length: int, most: int
-) -> Callable[[Params], dict[str, float]]:
-    """evaluate(params) -> `comparison_table` on the first `most` records of `source`, names prefixed by `eval/`."""
+def make_scorer(config: ModelConfig, tokenizer: Tokenizer, length: int) -> Callable[..., list[float]]:
+    """score(params, prompts, responses) -> the reward of each response, as a list of floats."""
     _, apply = pure(ScalarModel(config))
-    records = [source[i] for i in range(min(most, len(source)))]
-    rows = [row for record in records for row in encode_comparison(record, tokenizer, length)[0]]
-    if not rows:
-        raise UserError(f"{source.name}: no comparison fits into {length} tokens; raise --length")
-    size = min(128, len(rows))
+    rows = 128
 
     @jax.jit
     def rewards(params: Params, tokens_BT: jax.Array, segment_ids_BT: jax.Array, positions_BT: jax.Array):
         return last_token(apply(params, tokens_BT, segment_ids_BT, positions_BT), segment_ids_BT)
 
+    def score(params: Params, prompts: Sequence[Any], responses: Sequence[str]) -> list[float]:
+        out: list[float] = []
+        for start in range(0, len(prompts), rows):
+            pairs = list(zip(prompts[start : start + rows], responses[start : start + rows], strict=True))
+            tokens = [[*tokenizer.prompt(p), *tokenizer.encode(r), tokenizer.eos][-length:] for p, r in pairs]
+            padded = [{"tokens": t} for t in tokens + tokens[:1] * (rows - len(tokens))]
+            batch = pad_prompts(padded, length, tokenizer.pad, fixed=True)
+            out += np.asarray(rewards(params, *inputs(batch)))[: len(tokens)].tolist()
+        return out
+
+    return score
+
+
+def make_comparison_evaluation(
+    config: ModelConfig, source: Any, tokenizer: Tokenizer, length: int, most: int
+) -> Callable[[Params], dict[str, float]]:
+    """evaluate(params) -> `comparison_table` on the first `most` records of `source`, names prefixed by `eval/`."""
+    records = [source[i] for i in range(min(most, len(source)))]
+    records = [record for record in records if encode_comparison(record, tokenizer, length)[0]]
+    if not records:
+        raise UserError(f"{source.name}: no comparison fits into {length} tokens; raise --length")
+    score = make_scorer(config, tokenizer, length)
+    flat = [(record["prompt"], response) for record in records for response in record["responses"]]
+    shape = (len(records), max(len(record["responses"]) for record in records))
+    real_NC = np.arange(shape[1]) < np.array([len(record["responses"]) for record in records])[:, None]
+    ranks_NC, lengths_NC = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+    ranks_NC[real_NC] = [rank for record in records for rank in record["ranking"]]
+    lengths_NC[real_NC] = [len(tokenizer.encode(response)) for _, response in flat]
+    criteria = [record.get("criterion") for record in records]
+
     def evaluate(params: Params) -> dict[str, float]:
-        parts = []
-        for start in range(0, len(rows), size):
-            part = rows[start : start + size]
-            batch = pad_comparisons(
-                part + part[:1] * (size - len(part)), length, tokenizer.pad, fixed=True, candidates=source.candidates
-            )
-            names = ("tokens_BCT", "segment_ids_BCT", "positions_BCT")
-            flat = [batch[name].reshape(-1, length) for name in names]
-            parts.append(np.asarray(rewards(params, *flat)).reshape(size, -1)[: len(part)])
-        ranks_NC, lengths_NC = (np.zeros((len(rows), source.candidates), np.int64) for _ in range(2))
-        for k, row in enumerate(rows):
-            ranks_NC[k, : len(row["ranking"])] = row["ranking"]
-            lengths_NC[k, : len(row["responses"])] = [len(tokens) for tokens in row["responses"]]
-        criteria = [row["record"].get("criterion") for row in rows]
-        table = comparison_table(np.concatenate(parts), ranks_NC, lengths_NC, criteria)
+        rewards_NC = np.zeros(shape)
+        rewards_NC[real_NC] = score(params, *zip(*flat, strict=True))
+        table = comparison_table(rewards_NC, ranks_NC, lengths_NC, criteria)
         return {f"eval/{name}": value for name, value in table.items()}
 
     return evaluate
+
+
+# --- the script
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    run: str = "runs/align"
+    """Folder for summary.json and report.html; base, sft, reward and policy default to folders in it."""
+    measure: Literal["gold", "perplexity", "accuracy", "win_rate"] = "gold"
+    """gold: the world's criteria for base, sft and ppo. The others print one table for --data."""
+    data: str = "world"
+    """Held-out split of: world, a .jsonl file, or tfds:<name>."""
+    base: str | None = None
+    """Pre-trained run (default: <run>/lm)."""
+    sft: str | None = None
+    """Fine-tuned run, reference of the KL (default: <run>/sft)."""
+    reward: str | None = None
+    """Reward model's run (default: <run>/rm)."""
+    policy: str | None = None
+    """Aligned run, or the one to measure (default: <run>/ppo)."""
+    against: str | None = None
+    """Run that the policy's responses are compared with (win_rate; default: the SFT run)."""
+    n: int = 1000
+    """Held-out prompts, or records."""
+    temperature: float = 1.0
+    max_prompt: int = 32
+    """Longest prompt, in tokens."""
+    max_new_tokens: int = 24
+    """Longest response, in tokens."""
+    length: int = 128
+    """Longest sequence, in tokens (perplexity, accuracy)."""
+    seed: int = 0
+
+    def folder(self, name: str) -> str:
+        """The run that plays `name`."""
+        return getattr(self, name) or f"{self.run}/{ {'base': 'lm', 'reward': 'rm', 'policy': 'ppo'}.get(name, name) }"
+
+
+def load_policy(run: str) -> tuple[ModelConfig, Tokenizer, Params]:
+    """Model, tokenizer and parameters of a run."""
+    return ModelConfig(**load_config(run)["model"]), Tokenizer.load(run), load_params(run)
+
+
+def gold_measure(config: Config) -> dict[str, Any]:
+    """Base, SFT and PPO in the world: writes summary.json and report.html, prints the table."""
+    requests = [world.prompt(i, split="heldout", seed=config.seed) for i in range(config.n)]
+    model, tokenizer, sft = load_policy(config.folder("sft"))
+    sampling = SamplingConfig(config.temperature, max_new_tokens=config.max_new_tokens)
+    measure = make_measure(model, sampling, tokenizer, config.max_prompt)
+    summary, rows = {}, {}
+    for name in tqdm(("base", "sft", "ppo"), desc="evaluate", unit="model"):
+        run = config.folder({"ppo": "policy"}.get(name, name))
+        _, its_tokenizer, params = load_policy(run)
+        if its_tokenizer.sha256 != tokenizer.sha256:
+            raise UserError(f"{run}: its tokenizer is not that of {config.folder('sft')}; evaluate them apart")
+        responses, lengths, kls = zip(*measure(params, sft, [r.text for r in requests], config.seed), strict=True)
+        rows[name] = judged(requests, responses)
+        summary[name] = summarise(rows[name], lengths, kls)
+        summary[name]["distinct_answers"] = distinct_answers(requests, responses)
+    wins = [(a["all"], b["all"]) for a, b in zip(rows["ppo"], rows["sft"], strict=True)]
+    summary["ppo"]["win_rate"] = float(np.mean([(a > b) + 0.5 * (a == b) for a, b in wins]))
+    last = (pathlib.Path(config.folder("reward")) / "metrics.jsonl").read_text().splitlines()[-1]
+    reward = {k.removeprefix("eval/"): v for k, v in json.loads(last).items() if k.startswith("eval/")}
+    by_criterion = {k.removeprefix("accuracy/"): v for k, v in reward.items() if k.startswith("accuracy/")}
+    summary["reward_model"] = {**reward, "by_criterion": by_criterion}
+    out = pathlib.Path(config.run)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    samples = [
+        {"prompt": request.text, "kind": request.kind, **{name: rows[name][i] for name in rows}}
+        for i, request in enumerate(requests[:40])
+    ]
+    runs = [config.folder(name) for name in ("base", "sft", "reward", "policy")]
+    report = alignment_report(config.run, *runs, summary, samples)
+    print(gold_table(summary))
+    print(f"report: {report}")
+    return summary
+
+
+def gold_table(summary: dict[str, Any]) -> str:
+    """The summary for a terminal of 80 columns."""
+    names = (*CRITERIA, "kl", "length")
+    lines = [f"{'':8}" + "".join(f"{name:>12}" for name in names[:4]) + f"{'KL':>11}{'length':>9}"]
+    for model in ("base", "sft", "ppo"):
+        row = summary[model]
+        cells = [f"{row[n]:.3f} ±{(row[n + '_ci'][1] - row[n + '_ci'][0]) / 2:.3f}" for n in CRITERIA]
+        lines.append(
+            f"{model:8}" + "".join(f"{cell:>12}" for cell in cells) + f"{row['kl']:>11.2f}{row['length']:>9.1f}"
+        )
+    lines.append(f"share of {summary['sft']['n']} held-out prompts, 95 % intervals; KL to sft in nats a response")
+    kinds = summary["sft"]["kinds"]
+    lines += ["", f"{'passes all, by kind':22}{'base':>10}{'sft':>10}{'ppo':>10}{'n':>8}"]
+    for kind in kinds:
+        cells = "".join(f"{summary[m]['kinds'][kind]['all']:>10.3f}" for m in ("base", "sft", "ppo"))
+        lines.append(f"{kind:22}{cells}{kinds[kind]['n']:>8}")
+    ratios = "".join(f"{summary[m]['distinct_answers']:>10.3f}" for m in ("base", "sft", "ppo"))
+    lines.append(f"{'distinct answers':22}{ratios}")
+    accuracy = summary["reward_model"]["by_criterion"]
+    shown = ", ".join(f"{name} {value:.3f}" for name, value in accuracy.items())
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"reward model on held-out pairs: {summary['reward_model'].get('accuracy', float('nan')):.3f}",
+            f"  {shown}",
+        ]
+    )
+
+
+def perplexity_measure(config: Config) -> dict[str, float]:
+    """Perplexity per assistant token of a policy on conversations."""
+    model, tokenizer, params = load_policy(config.folder("policy"))
+    source = open_source(config.data, "chat", "heldout", seed=config.seed)
+    batches = chat_batches(source, tokenizer, batch_size=32, length=config.length)
+    evaluate = make_evaluation(partial(likelihood_objective, pure(LanguageModel(model))[1]))
+    parts = [next(batches) for _ in range(max(1, min(config.n, len(source)) // 64))]
+    loss = evaluate(params, parts)["eval/loss"]
+    return {"loss": loss, "perplexity": float(np.exp(loss))}
+
+
+def accuracy_measure(config: Config) -> dict[str, float]:
+    """Accuracy, calibration and length correlation of a reward model on comparisons."""
+    model, tokenizer, params = load_policy(config.folder("reward"))
+    source = open_source(config.data, "comparison", "heldout", seed=config.seed)
+    return make_comparison_evaluation(model, source, tokenizer, config.length, config.n)(params)
+
+
+def win_rate_measure(config: Config) -> dict[str, Any]:
+    """How often the reward model prefers the policy's response to the other run's; ties count half."""
+    model, tokenizer, policy = load_policy(config.folder("policy"))
+    _, _, other = load_policy(config.against or config.folder("sft"))
+    reward_model, _, reward = load_policy(config.folder("reward"))
+    source = open_source(config.data, "prompt", "heldout", seed=config.seed)
+    prompts = [source[i]["prompt"] for i in range(min(config.n, len(source)))]
+    sampling = SamplingConfig(config.temperature, max_new_tokens=config.max_new_tokens)
+    measure = make_measure(model, sampling, tokenizer, config.max_prompt)
+    pairs = [[text for text, _, _ in measure(p, p, prompts, config.seed)] for p in (policy, other)]
+    score = make_scorer(reward_model, tokenizer, config.max_prompt + config.max_new_tokens)
+    ours, theirs = (np.array(score(reward, prompts, texts)) for texts in pairs)
+    rate, interval = mean((ours > theirs) + 0.5 * (ours == theirs))
+    return {
+        "win_rate": rate,
+        "win_rate_ci": interval,
+        "reward": float(ours.mean()),
+        "reward_against": float(theirs.mean()),
+    }
+
+
+def main(config: Config) -> dict[str, Any]:
+    """Measures and prints; returns what was measured."""
+    if config.n < 1:
+        raise UserError(f"--n={config.n}: must be at least 1")
+    make_mesh(MeshConfig())
+    measures = {
+        "gold": gold_measure,
+        "perplexity": perplexity_measure,
+        "accuracy": accuracy_measure,
+        "win_rate": win_rate_measure,
+    }
+    table = measures[config.measure](config)
+    if config.measure != "gold":
+        for name, value in table.items():
+            print(f"{name:28} {value if isinstance(value, list) else round(value, 4)}")
+    return table
+
+
+if __name__ == "__main__":
+    flags.run(main, Config)

@@ -1,7 +1,7 @@
 """Sampling: prefill and a decode loop under one jit; and, run directly, text from a run.
 
-    python generate.py --run=runs/align/ppo --prompt="what is the capital of sweden?"
-    python generate.py --run=runs/align/ppo --chat
+python generate.py --run=runs/align/ppo --prompt="what is the capital of sweden?"
+python generate.py --run=runs/align/ppo --chat
 """
 
 import dataclasses

@@ -147,9 +147,7 @@ class Recorder:
         tqdm.write("\n".join(lines), file=sys.stderr)
 
 
-def describe(
-    title: str, params: Any, rest: Any, *, batch_size: int, length: int, steps: int, start: int = 0
-) -> str:
+def describe(title: str, params: Any, rest: Any, *, batch_size: int, length: int, steps: int, start: int = 0) -> str:
     """The arithmetic of a run in a few lines of at most 80 columns.
 
     `params` and `rest` (optimiser and the like): trees of arrays or ShapeDtypeStructs with their shardings;

@@ -28,13 +28,13 @@ class ModelConfig:
 
     preset: str = "world"
     """Name of the preset that the other fields started from."""
-    vocab: int = 1024
+    vocab: int = 1280
     """Rows of the embedding; at least the tokenizer's size."""
     width: int = 128
     """Model width D."""
-    hidden: int = 384
+    hidden: int = 256
     """Hidden width F of SwiGLU."""
-    layers: int = 3
+    layers: int = 4
     """Number of blocks L."""
     heads: int = 4
     """Query heads N."""
@@ -322,10 +322,8 @@ class LanguageModel(nn.Module):
         """Float32 logits [B, T - logits_from, V] and the cache; earlier positions are not unembedded."""
         c = self.config
         x_BTD, cache, embed_VD = Decoder(c, name="decoder")(tokens_BT, segment_ids_BT, positions_BT, cache)
-        if c.tied:
-            unembed_DV = embed_VD.T
-        else:
-            unembed_DV = self.param("unembed", _normal(c.width), (c.width, c.vocab))
+        fan_in = _normal(c.width)
+        unembed_DV = embed_VD.T if c.tied else self.param("unembed", fan_in, (c.width, c.vocab))
         x_MD = x_BTD[:, logits_from:].reshape(-1, c.width)
         logits_MV = jnp.einsum("MD,DV->MV", x_MD, unembed_DV.astype(x_MD.dtype))
         return logits_MV.reshape(x_BTD.shape[0], -1, c.vocab).astype(jnp.float32), cache

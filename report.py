@@ -92,9 +92,7 @@ def last_samples(run: str) -> list[dict[str, str]]:
     path = pathlib.Path(run) / "samples.md"
     text = path.read_text() if path.exists() else ""
     section = re.split(r"^## Step \d+\n", text, flags=re.MULTILINE)[-1]
-    blocks = re.findall(
-        r"^\*\*(.+?)\*\*\n\n(`{3,})text\n(.*?)\n\2$|^(---)$", section, re.MULTILINE | re.DOTALL
-    )
+    blocks = re.findall(r"^\*\*(.+?)\*\*\n\n(`{3,})text\n(.*?)\n\2$|^(---)$", section, re.MULTILINE | re.DOTALL)
     rows: list[dict[str, str]] = [{}]
     for name, _, value, rule in blocks:
         if rule:
@@ -109,8 +107,7 @@ def last_samples(run: str) -> list[dict[str, str]]:
 
 def _headline(summary: dict[str, Any], stages: list[str]) -> str:
     numbers = "".join(
-        f"<div class=stat><b>{_percent(summary[s].get('all'))}</b><span>{STAGES[s]}</span></div>"
-        for s in stages
+        f"<div class=stat><b>{_percent(summary[s].get('all'))}</b><span>{STAGES[s]}</span></div>" for s in stages
     )
     return (
         "<header><p class=kicker>Plumb</p><h1>Alignment report</h1><p class=lead>Held-out prompts answered"
@@ -205,9 +202,7 @@ def _config_table(config: dict[str, Any], prefix: str = "") -> str:
         else:
             shown = f"<td><code>{_e(json.dumps(value))}</code></td>"
             lines.append(f"<tr><th scope=row>{_e(prefix + name)}</th>{shown}</tr>")
-    return (
-        "".join(lines) if prefix else f"<div class=scroll><table class=config>{''.join(lines)}</table></div>"
-    )
+    return "".join(lines) if prefix else f"<div class=scroll><table class=config>{''.join(lines)}</table></div>"
 
 
 def _section(title: str, content: str, explanation: str = "") -> str:

@@ -113,9 +113,7 @@ def disk_faults(path: pathlib.Path) -> Iterator[None]:
     except UserError:
         raise
     except Exception as fault:
-        reason = re.search(
-            "No space left|quota exceeded|Permission denied|Read-only|File too large", str(fault)
-        )
+        reason = re.search("No space left|quota exceeded|Permission denied|Read-only|File too large", str(fault))
         if not isinstance(fault, OSError) and not reason:
             raise
         told = reason.group() if reason else fault

@@ -1,7 +1,7 @@
 """Pre-training: cross-entropy on every token of packed documents.
 
-    python train_lm.py --run=runs/lm
-    python train_lm.py --data=my_texts.jsonl --model.preset=llama3.2-1b --run=runs/mine
+python train_lm.py --run=runs/lm
+python train_lm.py --data=my_texts.jsonl --model.preset=llama3.2-1b --run=runs/mine
 """
 
 import dataclasses
@@ -42,9 +42,9 @@ class Config:
     tokenizer: str | None = None
     """A SentencePiece .model (default: that of --init, else one trained on the data)."""
     steps: int = 400
-    batch_size: int = 32
+    batch_size: int = 64
     """Rows per step, over all devices; each holds several documents, packed."""
-    length: int = 128
+    length: int = 64
     """Tokens per row."""
     microbatches: int = 1
     """Parts of a batch whose gradients are summed."""

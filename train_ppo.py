@@ -12,22 +12,30 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 import config as flags
 from checkpoint import Checkpoints, load_params
 from config import UserError, load_config
 from data.batches import prompt_batches
+from data.sources import open_source
 from data.tokenizer import Tokenizer
-from evaluate import make_gold_evaluation
 from generate import SamplingConfig, generate, join
+from gold import make_gold_evaluation
 from metrics import Recorder, describe
-from model import LanguageModel, ModelConfig, Params, ScalarModel, pure
+from model import LanguageModel, ModelConfig, Params, ScalarModel, check_fit, pure
 from objectives import policy as ppo
 from objectives.likelihood import inputs
 from objectives.reward import last_token
-from sharding import MeshConfig, abstract, check_batch, init_sharded, make_mesh, shardings_of, to_mesh
-from train_step import OptimizerConfig, TrainState, init_state, make_optimizer, make_train_step
+from sharding import MeshConfig, abstract, check_batch, init_sharded, make_mesh, to_mesh
+from train_step import (
+    OptimizerConfig,
+    as_items,
+    from_items,
+    init_state,
+    make_optimizer,
+    make_train_step,
+    starting_params,
+)
 
 Batch = dict[str, jax.Array]
 
@@ -54,7 +62,7 @@ class Config:
     """Passes over an iteration's rollouts."""
     microbatches: int = 1
     """Parts of a minibatch whose gradients are summed."""
-    max_prompt: int = 32
+    max_prompt: int = 24
     """Longest prompt, in tokens."""
     max_new_tokens: int = 24
     """Longest response, in tokens."""
@@ -156,9 +164,7 @@ def make_judge(config: Config, apply: Any, scalar_apply: Any, eos: int):
         rewards_BR = ppo.token_rewards(score_B, estimate_BR, mask_BR, beta, at_B)
         if config.whiten_rewards:
             rewards_BR = ppo.whiten(rewards_BR, value_mask_BR, shift_mean=False, unbiased=config.whiten_unbiased)
-        advantages_BR, returns_BR = ppo.gae(
-            rewards_BR, values_BR, discount=config.discount, smoothing=config.smoothing
-        )
+        advantages_BR, returns_BR = ppo.gae(rewards_BR, values_BR, discount=config.discount, smoothing=config.smoothing)
         targets = {
             "old_logp_BR": logp_BR,
             "old_values_BR": values_BR,
@@ -196,69 +202,129 @@ def shuffled(batch: Batch, key: jax.Array, parts: int) -> list[Batch]:
     return [{name: x[i] for name, x in cut.items()} for i in range(parts)]
 
 
-def check_first_update(metrics: dict[str, Any], float32: bool) -> None:
-    """Before the first update of a run policy = old policy; a breach is a bug, not a setting."""
-    values = {name: float(metrics[name]) for name in ("loss/approx_kl", "loss/clipped", "sampler_gap")}
-    assert values["loss/approx_kl"] < 1e-9 and values["loss/clipped"] == 0, f"ratio is not 1: {values}"
-    assert values["sampler_gap"] < 1e-4 or not float32, f"sampler and trainer disagree: {values}"
+def check_first_update(update: dict[str, Any], metrics: dict[str, Any], config: Config, start: int) -> None:
+    """Before a run's first update policy = old policy = reference; a breach is a bug, not a setting."""
+    kl, gap = float(metrics["kl"]), float(metrics["sampler_gap"])
+    changed = float(update["approx_kl"])
+    assert changed < 1e-9 and float(update["clipped"]) == 0, f"ratio is not 1: mean square log ratio {2 * changed}"
+    assert start > 0 or abs(kl) < 1e-4, f"KL to the reference starts at {kl}"
+    assert gap < 1e-4 or config.model.compute_dtype != jnp.float32, f"sampler and trainer disagree by {gap} nats"
+
+
+def prompt_text(record: dict[str, Any]) -> str:
+    """What the last turn of a prompt record says."""
+    prompt = record.get("prompt", record.get("text"))
+    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
 
 
 def load_models(config: Config, mesh: Any) -> tuple[Params, Params, ModelConfig]:
     """The SFT policy and the reward model on the mesh, and the latter's ModelConfig; raises UserError."""
-    if config.model.preset != (saved := ModelConfig(**load_config(config.init)["model"])).preset or config.model != saved:
-        raise UserError(f"--model: differs from the model of --init={config.init}; leave --model.* out")
     reward_config = load_config(config.reward)
     if reward_config["script"] != "train_rm":
         raise UserError(f"--reward={config.reward}: a run of {reward_config['script']}; name one of train_rm")
+    if Tokenizer.load(config.reward).sha256 != (ours := Tokenizer.load(config.init).sha256):
+        theirs = Tokenizer.load(config.reward).sha256
+        raise UserError(f"--reward={config.reward}: its tokenizer is {theirs[:12]}, that of --init is {ours[:12]}")
+    init = pure(LanguageModel(config.model))[0]
+    policy = starting_params(init, config.model, config.init, mesh, config.seed)
     reward_model = ModelConfig(**reward_config["model"])
-    trees = []
-    for run, model in ((config.init, LanguageModel(config.model)), (config.reward, ScalarModel(reward_model))):
-        shapes = jax.eval_shape(pure(model)[0], jax.random.key(0))
-        trees.append(load_params(run, shapes=abstract(shapes, mesh)))
-    return *trees, reward_model
+    shapes = jax.eval_shape(pure(ScalarModel(reward_model))[0], jax.random.key(0))
+    return policy, load_params(config.reward, shapes=abstract(shapes, mesh)), reward_model
 
 
-def check(config: Config, tokenizer: Tokenizer) -> None:
+def check(config: Config, mesh: Any) -> None:
     """Raises UserError for settings that cannot run together."""
-    if Tokenizer.load(config.reward).sha256 != tokenizer.sha256:
-        raise UserError(f"--reward={config.reward}: its tokenizer is not that of --init={config.init}; train it from there")
     for name, parts in (("minibatches", config.minibatches), ("samples_per_prompt", config.samples_per_prompt)):
         if parts < 1 or config.batch_size % parts:
             raise UserError(f"--{name}={parts}: must divide --batch_size={config.batch_size} without remainder")
-    if config.max_prompt + config.max_new_tokens > config.model.context:
-        raise UserError(
-            f"--max_prompt={config.max_prompt} and --max_new_tokens={config.max_new_tokens}: together over the "
-            f"model's context of {config.model.context} tokens"
-        )
+    if config.epochs < 1:
+        raise UserError(f"--epochs={config.epochs}: must be at least 1")
+    check_batch("batch_size / --minibatches", config.batch_size // config.minibatches, config.microbatches, mesh)
+    check_batch("batch_size / --samples_per_prompt", config.batch_size // config.samples_per_prompt, 1, mesh)
+
+
+def make_updates(config: Config, apply: Any, scalar_apply: Any):
+    """((policy optimiser, policy step), (value optimiser, value step))."""
+    updates = config.steps * config.epochs * config.minibatches
+    policy_loss = partial(ppo.policy_objective, apply, clip=config.clip, temperature=config.temperature)
+    value_loss = partial(ppo.value_objective, scalar_apply, clip=config.value_clip)
+    for loss, options in ((policy_loss, config.optimizer), (value_loss, config.value_optimizer)):
+        optimizer = make_optimizer(options, updates)
+        yield optimizer, make_train_step(loss, optimizer, config.microbatches, options.clip)
 
 
 def main(config: Config) -> dict[str, float]:
     mesh = make_mesh(config.mesh)
+    check(config, mesh)
     tokenizer = Tokenizer.load(config.init)
-    check(config, tokenizer)
-    check_batch("batch_size", config.batch_size // config.minibatches, config.microbatches, mesh)
+    check_fit(config.model, tokenizer.size, config.max_prompt + config.max_new_tokens)
     reference, reward, reward_model = load_models(config, mesh)
-    _, apply = pure(LanguageModel(config.model))
-    _, scalar_apply = pure(ScalarModel(reward_model))
+    apply, scalar_apply = pure(LanguageModel(config.model))[1], pure(ScalarModel(reward_model))[1]
+    source = open_source(config.data, "prompt", "train", seed=config.seed)
     prompts = prompt_batches(
-        config.data, tokenizer, config.batch_size // config.samples_per_prompt, max_length=config.max_prompt, seed=config.seed
-    )
-
-    updates = config.steps * config.epochs * config.minibatches
+        source, tokenizer, batch_size=config.batch_size // config.samples_per_prompt, length=config.max_prompt,
+        seed=config.seed, process=jax.process_index(), processes=jax.process_count(),
+    )  # fmt: skip
     rollout = make_rollout(config, apply, tokenizer)
     judge = make_judge(config, apply, scalar_apply, tokenizer.eos)
-    losses = (
-        partial(ppo.policy_objective, apply, clip=config.clip, temperature=config.temperature),
-        partial(ppo.value_objective, scalar_apply, clip=config.value_clip),
-    )
-    optimizers = [make_optimizer(o, updates) for o in (config.optimizer, config.value_optimizer)]
-    policy_step, value_step = (
-        make_train_step(loss, optimizer, config.microbatches, o.clip)
-        for loss, optimizer, o in zip(losses, optimizers, (config.optimizer, config.value_optimizer), strict=True)
-    )
-    copy = partial(jax.tree.map, jnp.copy)  # the steps donate their states; reference and reward stay
-    states = [
-        init_sharded(partial(init_state, optimizer=optimizer), mesh, copy(params))
-        for params, optimizer in zip((reference, reward), optimizers, strict=True)
-    ]
-    ...
+    (policy_optimizer, policy_step), (value_optimizer, value_step) = make_updates(config, apply, scalar_apply)
+    evaluate = make_gold_evaluation(config, tokenizer) if config.data == "world" and config.eval_every else None
+
+    def fresh(policy: Params, value: Params) -> dict[str, Any]:
+        copies = jax.tree.map(jnp.copy, (policy, value))  # the steps donate theirs; reference and reward stay
+        states = [init_state(p, o) for p, o in zip(copies, (policy_optimizer, value_optimizer), strict=True)]
+        return {**as_items(states[0]), "value": states[1], "beta": jnp.float32(config.kl_coef)}
+
+    with Checkpoints(
+        config.run, config, script="train_ppo", tokenizer=tokenizer.model, keep=config.keep
+    ) as checkpoints:
+        saved = checkpoints.restore(abstract(jax.eval_shape(fresh, reference, reward), mesh))
+        start, items, position = saved or (0, init_sharded(fresh, mesh, reference, reward), None)
+        if position:
+            prompts.restore(position)
+        policy, value, beta = from_items(items), items["value"], items["beta"]
+        length = config.max_prompt + config.max_new_tokens
+        sizes = {"batch_size": config.batch_size, "length": length, "steps": config.steps, "start": start}
+        others = (policy.opt_state, value, reference, reward)
+        print(describe(f"{config.run}: PPO on {source.name}", policy.params, others, **sizes))
+        unchecked = True
+        with Recorder(config.run, config.steps, start, unit="iteration") as record:
+            for step in record.steps():
+                key = jax.random.fold_in(jax.random.key(config.seed), step)
+                batch = rollout(policy.params, to_mesh(next(prompts), mesh), key)
+                records, response_BR = prompts.records, batch["response_BR"]
+                batch, metrics = judge(policy.params, reference, reward, value.params, batch, beta)
+                for epoch in range(config.epochs):
+                    for minibatch in shuffled(batch, jax.random.fold_in(key, epoch), config.minibatches):
+                        policy, policy_metrics = policy_step(policy, minibatch)
+                        value, value_metrics = value_step(value, minibatch)
+                        if unchecked:
+                            check_first_update(policy_metrics, metrics, config, start)
+                            unchecked = False
+                if config.kl_target is not None:
+                    beta = ppo.adapt_kl(beta, metrics["kl"], config.kl_target, config.kl_horizon, config.batch_size)
+                metrics |= {f"policy/{name}": x for name, x in policy_metrics.items()}
+                metrics |= {f"value/{name}": x for name, x in value_metrics.items()}
+                record(step, metrics, tokens=config.batch_size * length)
+                if record.last.get("kl", 0.0) > config.kl_limit:
+                    raise UserError(
+                        f"--kl_limit={config.kl_limit}: KL reached {record.last['kl']:.1f} nats; raise --kl_coef"
+                    )
+                if config.eval_every and (step % config.eval_every == 0 or step == config.steps):
+                    shown = jax.device_get(response_BR[:: config.samples_per_prompt][:8])
+                    record.samples(step, [
+                        {"prompt": prompt_text(row), "response": tokenizer.decode(tokens.tolist())}
+                        for row, tokens in zip(records, shown, strict=False)
+                    ])  # fmt: skip
+                    if evaluate is not None:
+                        record(step, evaluate(policy.params, reference))
+                if checkpoints.due(step, config.save_every, config.steps):
+                    record.flush()
+                    checkpoints.save(step, {**as_items(policy), "value": value, "beta": beta}, prompts.state)
+                if checkpoints.stopping:
+                    break
+    return record.last
+
+
+if __name__ == "__main__":
+    flags.run(main, Config)

@@ -1,7 +1,7 @@
 """Supervised fine-tuning: cross-entropy on the assistant's tokens.
 
-    python train_sft.py --init=runs/align/lm --run=runs/sft
-    python train_sft.py --data=my_chats.jsonl --run=runs/mine
+python train_sft.py --init=runs/align/lm --run=runs/sft
+python train_sft.py --data=my_chats.jsonl --run=runs/mine
 """
 
 import dataclasses
@@ -42,9 +42,9 @@ class Config:
     tokenizer: str | None = None
     """A SentencePiece .model (default: that of --init, else one trained on the data)."""
     steps: int = 300
-    batch_size: int = 32
+    batch_size: int = 64
     """Rows per step, over all devices; each holds several conversations, packed."""
-    length: int = 128
+    length: int = 64
     """Tokens per row."""
     microbatches: int = 1
     """Parts of a batch whose gradients are summed."""
@@ -80,7 +80,9 @@ def main(config: Config) -> dict[str, float]:
     messages = [held_out[i]["messages"] for i in range(min(8, len(held_out)))]
     prompts = [tokenizer.prompt(m[:-1])[-config.length // 2 :] for m in messages]
 
-    with Checkpoints(config.run, config, script="train_sft", tokenizer=tokenizer.model, keep=config.keep) as checkpoints:
+    with Checkpoints(
+        config.run, config, script="train_sft", tokenizer=tokenizer.model, keep=config.keep
+    ) as checkpoints:
         start, state, position = start_or_resume(checkpoints, config, init, optimizer, mesh)
         if position:
             batches.restore(position)

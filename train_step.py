@@ -67,7 +67,7 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     decay = {
         "cosine": optax.cosine_decay_schedule(config.lr, rest, config.final_lr),
         "linear": optax.linear_schedule(config.lr, config.lr * config.final_lr, rest),
-        "inverse_sqrt": lambda t: config.lr * (max(config.warmup, 1) / (t + max(config.warmup, 1))) ** 0.5,
+        "inverse_sqrt": lambda t: config.lr * (1 + jnp.maximum(t, 0) / max(config.warmup, 1)) ** -0.5,
         "constant": optax.constant_schedule(config.lr),
     }[config.schedule]
     # Step 0 already learns: the warm-up starts at 1/(warmup + 1) of the peak, not at 0.
@@ -85,10 +85,10 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     """The optimiser for a run of `steps` updates; clipping is the step's."""
     schedule = make_schedule(config, steps)
     if config.name == "adafactor":
-        return optax.adafactor(schedule, weight_decay_rate=config.weight_decay or None, weight_decay_mask=decayed)
-    return optax.adamw(
-        schedule, config.beta1, config.beta2, config.eps, weight_decay=config.weight_decay, mask=decayed
-    )
+        # optax adds the decay after the learning rate is applied; as in AdamW, ours is a multiple of it.
+        decay = (lambda t: schedule(t) * config.weight_decay) if config.weight_decay else None
+        return optax.adafactor(schedule, weight_decay_rate=decay, weight_decay_mask=decayed)
+    return optax.adamw(schedule, config.beta1, config.beta2, config.eps, weight_decay=config.weight_decay, mask=decayed)
 
 
 def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
@@ -176,9 +176,7 @@ def make_train_step(
         norm = optax.global_norm(grads)
         finite = jnp.isfinite(loss / weight) & jnp.isfinite(norm)
         factor = jnp.minimum(1.0, clip / jnp.maximum(norm, 1e-12))
-        updates, opt_state = optimizer.update(
-            jax.tree.map(lambda g: g * factor, grads), state.opt_state, state.params
-        )
+        updates, opt_state = optimizer.update(jax.tree.map(lambda g: g * factor, grads), state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         keep = partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
         state = TrainState(

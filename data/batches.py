@@ -25,6 +25,7 @@ PACKING_WINDOW = 512
 
 # ---- One record to rows: how examples are tokenised and cut ----
 
+
 def encode_text(record: Row, tokenizer: Tokenizer, length: int) -> tuple[list[Row], bool]:
     """Rows {"tokens", "mask"}, and whether anything was lost (never: long documents are split)."""
     pieces = split_document(tokenizer.document(record["text"]), length)
@@ -47,8 +48,13 @@ def encode_comparison(record: Row, tokenizer: Tokenizer, length: int) -> tuple[l
     room = length - max(map(len, responses))
     if room < min(len(prompt), 8):  # so little of a prompt says nothing
         return [], True
-    row = {"prompt": cut_left(prompt, room, tokenizer), "responses": responses, "record": record,
-           "ranking": record["ranking"], "margin": record.get("margin", 0.0)}
+    row = {
+        "prompt": cut_left(prompt, room, tokenizer),
+        "responses": responses,
+        "record": record,
+        "ranking": record["ranking"],
+        "margin": record.get("margin", 0.0),
+    }
     return [row], len(prompt) > room
 
 
@@ -76,6 +82,7 @@ def cut_left(tokens: list[int], length: int, tokenizer: Tokenizer) -> list[int]:
 
 # ---- Rows to arrays ----
 
+
 def bucket(n: int, length: int, fixed: bool = False) -> int:
     """The least of 1/4, 1/2, 3/4 (multiples of 8) and all of `length` that holds `n` tokens: few shapes, few
     compilations. `fixed` is for several hosts, whose shapes must agree: always `length`."""
@@ -86,8 +93,12 @@ def bucket(n: int, length: int, fixed: bool = False) -> int:
 def pad_examples(rows: Sequence[Row], length: int, pad: int, fixed: bool = False) -> Batch:
     """One example a row, padded on the right: tokens_BT, loss_mask_BT, segment_ids_BT, positions_BT."""
     shape = (len(rows), bucket(max(len(row["tokens"]) for row in rows), length, fixed))
-    batch = {"tokens_BT": np.full(shape, pad, np.int32), "loss_mask_BT": np.zeros(shape, np.float32),
-             "segment_ids_BT": np.zeros(shape, np.int32), "positions_BT": np.zeros(shape, np.int32)}
+    batch = {
+        "tokens_BT": np.full(shape, pad, np.int32),
+        "loss_mask_BT": np.zeros(shape, np.float32),
+        "segment_ids_BT": np.zeros(shape, np.int32),
+        "positions_BT": np.zeros(shape, np.int32),
+    }
     for b, row in enumerate(rows):
         n = len(row["tokens"])
         batch["tokens_BT"][b, :n] = row["tokens"]
@@ -97,16 +108,19 @@ def pad_examples(rows: Sequence[Row], length: int, pad: int, fixed: bool = False
     return batch
 
 
-def pad_comparisons(rows: Sequence[Row], length: int, pad: int, fixed: bool = False,
-                    candidates: int = 2) -> Batch:
+def pad_comparisons(rows: Sequence[Row], length: int, pad: int, fixed: bool = False, candidates: int = 2) -> Batch:
     """tokens_BCT, loss_mask_BCT (responses with eos), segment_ids_BCT, positions_BCT, padded on the right;
     ranks_BC (1 the best, equal a tie, 0 no candidate); margin_B. C is `candidates`."""
     widest = max(len(row["prompt"]) + max(map(len, row["responses"])) for row in rows)
     shape = (len(rows), candidates, bucket(widest, length, fixed))
-    batch = {"tokens_BCT": np.full(shape, pad, np.int32), "loss_mask_BCT": np.zeros(shape, np.float32),
-             "segment_ids_BCT": np.zeros(shape, np.int32), "positions_BCT": np.zeros(shape, np.int32),
-             "ranks_BC": np.zeros(shape[:2], np.int32),
-             "margin_B": np.array([row["margin"] for row in rows], np.float32)}
+    batch = {
+        "tokens_BCT": np.full(shape, pad, np.int32),
+        "loss_mask_BCT": np.zeros(shape, np.float32),
+        "segment_ids_BCT": np.zeros(shape, np.int32),
+        "positions_BCT": np.zeros(shape, np.int32),
+        "ranks_BC": np.zeros(shape[:2], np.int32),
+        "margin_B": np.array([row["margin"] for row in rows], np.float32),
+    }
     for b, row in enumerate(rows):
         if len(row["responses"]) > candidates:
             raise UserError(f"a comparison has {len(row['responses'])} responses, more than {candidates}")
@@ -123,8 +137,11 @@ def pad_comparisons(rows: Sequence[Row], length: int, pad: int, fixed: bool = Fa
 def pad_prompts(rows: Sequence[Row], length: int, pad: int, fixed: bool = False) -> Batch:
     """tokens_BT, segment_ids_BT, positions_BT (0 at the first token), padded on the left."""
     shape = (len(rows), bucket(max(len(row["tokens"]) for row in rows), length, fixed))
-    batch = {"tokens_BT": np.full(shape, pad, np.int32), "segment_ids_BT": np.zeros(shape, np.int32),
-             "positions_BT": np.zeros(shape, np.int32)}
+    batch = {
+        "tokens_BT": np.full(shape, pad, np.int32),
+        "segment_ids_BT": np.zeros(shape, np.int32),
+        "positions_BT": np.zeros(shape, np.int32),
+    }
     for b, row in enumerate(rows):
         start = shape[1] - len(row["tokens"])
         batch["tokens_BT"][b, start:] = row["tokens"]
@@ -133,8 +150,7 @@ def pad_prompts(rows: Sequence[Row], length: int, pad: int, fixed: bool = False)
     return batch
 
 
-def collate(encode: Callable, pad: Callable, records: Sequence[Row], tokenizer: Tokenizer,
-            length: int) -> Batch:
+def collate(encode: Callable, pad: Callable, records: Sequence[Row], tokenizer: Tokenizer, length: int) -> Batch:
     """One batch of these records, as for evaluation: `collate(encode_chat, pad_examples, records, ...)`.
 
     What `encode` drops is missing from it, so give a `length` that holds them if rows must match records.
@@ -145,6 +161,7 @@ def collate(encode: Callable, pad: Callable, records: Sequence[Row], tokenizer: 
 
 # ---- The iterator ----
 
+
 class Batches:
     """Endless batches; `state` and `restore` make them go on exactly where they stopped.
 
@@ -152,14 +169,28 @@ class Batches:
     packing the examples packed together, else a batch. `batch_size` counts rows over all `processes` (hosts).
     """
 
-    def __init__(self, encode: Callable, pad: Callable, source: Source, tokenizer: Tokenizer, *,
-                 batch_size: int, length: int, packing: bool = False, seed: int = 0, process: int = 0,
-                 processes: int = 1):
+    def __init__(
+        self,
+        encode: Callable,
+        pad: Callable,
+        source: Source,
+        tokenizer: Tokenizer,
+        *,
+        batch_size: int,
+        length: int,
+        packing: bool = False,
+        seed: int = 0,
+        process: int = 0,
+        processes: int = 1,
+    ):
         if batch_size % processes:
             raise UserError(f"--batch_size={batch_size}: must be a multiple of the {processes} hosts")
         if len(source) < batch_size and process == 0:
-            print(f"note: {source.name} has {len(source)} records, fewer than a batch of {batch_size}: "
-                  "they repeat within a batch", file=sys.stderr)
+            print(
+                f"note: {source.name} has {len(source)} records, fewer than a batch of {batch_size}: "
+                "they repeat within a batch",
+                file=sys.stderr,
+            )
         self._encode, self._pad, self._source, self._tokenizer = encode, pad, source, tokenizer
         self._rows, self._length, self._packing = batch_size // processes, length, packing
         self._window = PACKING_WINDOW if packing else self._rows
@@ -180,8 +211,10 @@ class Batches:
     def restore(self, state: dict[str, int]) -> None:
         """Go on after the batch at which `state` was read."""
         if state["processes"] != self._processes:
-            raise UserError(f"the data's position was saved on {state['processes']} hosts, these are "
-                            f"{self._processes}; resume on as many")
+            raise UserError(
+                f"the data's position was saved on {state['processes']} hosts, these are "
+                f"{self._processes}; resume on as many"
+            )
         self._state, self._next = dict(state), None
 
     @property
@@ -213,7 +246,7 @@ class Batches:
         state, rows, empty = dict(state), [], 0
         while len(rows) < self._rows:
             made, counts = self._make_window(state["window"])
-            taken = made[state["row"]:state["row"] + self._rows - len(rows)]
+            taken = made[state["row"] : state["row"] + self._rows - len(rows)]
             rows += taken
             state["row"] += len(taken)
             empty = 0 if made else empty + self._window

@@ -13,7 +13,7 @@ def split_document(tokens: Sequence[int], length: int) -> list[Example]:
     So every token but the first is predicted exactly once (a piece's first token has no context).
     """
     starts = range(0, max(len(tokens) - 1, 1), length - 1)
-    pieces = [tokens[start:start + length] for start in starts]
+    pieces = [tokens[start : start + length] for start in starts]
     return [(piece, [0] + [1] * (len(piece) - 1)) for piece in pieces]
 
 
@@ -53,5 +53,9 @@ def pack(examples: Sequence[Example], length: int, pad: int = 0) -> dict[str, np
         mask_BT[row, start] = 0
         segments_BT[row, here] = used[row]
         positions_BT[row, here] = np.arange(len(tokens))
-    return {"tokens_BT": tokens_BT, "loss_mask_BT": mask_BT, "segment_ids_BT": segments_BT,
-            "positions_BT": positions_BT}
+    return {
+        "tokens_BT": tokens_BT,
+        "loss_mask_BT": mask_BT,
+        "segment_ids_BT": segments_BT,
+        "positions_BT": positions_BT,
+    }

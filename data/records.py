@@ -1,10 +1,10 @@
 """Record schemas: rows in the layouts people publish, adapted by content to one form a schema.
 
-    text        {"text": str}
-    chat        {"messages": [{"role", "content"}, ...]}, ending with the assistant's turn
-    comparison  {"prompt": messages, "responses": [str, ...], "ranking": [1 = best, ...; equal = tie]}
-                and where the row has them "margin": float >= 0, "criterion": str
-    prompt      {"prompt": messages[, "answer": str]} or, to be continued as raw text, {"text": str}
+text        {"text": str}
+chat        {"messages": [{"role", "content"}, ...]}, ending with the assistant's turn
+comparison  {"prompt": messages, "responses": [str, ...], "ranking": [1 = best, ...; equal = tie]}
+            and where the row has them "margin": float >= 0, "criterion": str
+prompt      {"prompt": messages[, "answer": str]} or, to be continued as raw text, {"text": str}
 """
 
 import math
@@ -61,8 +61,7 @@ def comparison(row: Row) -> Row:
             responses = [_string(r, field) for r, field in zip(pair, ("chosen", "rejected"), strict=True)]
         else:
             prompt, responses = _transcripts(*pair)
-        record = {"prompt": prompt, "responses": responses,
-                  "ranking": [1, 1 if responses[0] == responses[1] else 2]}
+        record = {"prompt": prompt, "responses": responses, "ranking": [1, 1 if responses[0] == responses[1] else 2]}
     if row.get("margin") is not None:
         margin = row["margin"]
         if isinstance(margin, bool) or not isinstance(margin, int | float) or not 0 <= margin < math.inf:
@@ -92,11 +91,15 @@ def prompt(row: Row) -> Row:
 
 
 SCHEMAS: dict[str, Callable[[Row], Row]] = {
-    "text": text, "chat": chat, "comparison": comparison, "prompt": prompt,
+    "text": text,
+    "chat": chat,
+    "comparison": comparison,
+    "prompt": prompt,
 }
 
 
 # ---- Layouts ----
+
 
 def _instruction(row: Row) -> Row:
     """{"instruction"[, "input"], "output"}, or with "instances" of these two, of which the first is taken."""
@@ -153,6 +156,7 @@ def _transcript(value: Any, field: str) -> list[Row]:
 
 
 # ---- Values ----
+
 
 def _turn(role: str, content: str) -> Row:
     return {"role": role, "content": content}

@@ -52,11 +52,13 @@ class Source:
 
 
 def open_source(data: str, schema: str, split: str, *, seed: int = 0) -> Source:
-    """The records of `data` in `schema` (a key of `records.SCHEMAS`), `split` being train or heldout.
+    """The records of `data` in `schema` (a key of `records.SCHEMAS`), `split` being train, heldout or all.
+
+    `all` is for a local file that holds nothing but held-out records.
 
     `seed` is the world's. Raises UserError for what is missing or malformed, naming file, line and field.
     """
-    if schema not in records.SCHEMAS or split not in ("train", "heldout"):
+    if schema not in records.SCHEMAS or split not in ("train", "heldout", "all"):
         raise ValueError(f"schema {schema!r}, split {split!r}")
     if data == "world":
         return _world(schema, split, seed)
@@ -68,6 +70,7 @@ def open_source(data: str, schema: str, split: str, *, seed: int = 0) -> Source:
 
 
 # ---- The world ----
+
 
 def _world(schema: str, split: str, seed: int) -> Source:
     draw = {
@@ -82,6 +85,7 @@ def _world(schema: str, split: str, seed: int) -> Source:
 
 
 # ---- The TFDS catalogue ----
+
 
 def _catalogue(name: str, schema: str, split: str) -> Source:
     import tensorflow_datasets as tfds  # slow to import: only where it is needed
@@ -103,8 +107,10 @@ def _catalogue(name: str, schema: str, split: str) -> Source:
     try:
         stored = builder.as_data_source(split=part)
     except (NotImplementedError, ValueError, OSError) as fault:
-        raise UserError(f"tfds:{name}: {newest}: split {part} is not readable by random access ({fault}); "
-                        f"{_how_to_prepare(name, data_dir)}") from None
+        raise UserError(
+            f"tfds:{name}: {newest}: split {part} is not readable by random access ({fault}); "
+            f"{_how_to_prepare(name, data_dir)}"
+        ) from None
     adapt = records.SCHEMAS[schema]
 
     def read(i: int) -> dict[str, Any]:
@@ -127,9 +133,11 @@ def _how_to_prepare(name: str, data_dir: pathlib.Path) -> str:
         return "the TFDS catalogue has no such name either: check the spelling"
     module = "" if known else ".".join(modules[0].relative_to(root.parent).with_suffix("").parts)
     needed = f"import {module}; " if module else ""
-    return ("prepare it once: python -c "
-            f"\"import tensorflow_datasets as tfds; {needed}tfds.builder('{name}', "
-            f"data_dir='{data_dir}', file_format='array_record').download_and_prepare()\"")
+    return (
+        "prepare it once: python -c "
+        f"\"import tensorflow_datasets as tfds; {needed}tfds.builder('{name}', "
+        f"data_dir='{data_dir}', file_format='array_record').download_and_prepare()\""
+    )
 
 
 def _plain(value: Any) -> Any:
@@ -145,6 +153,7 @@ def _plain(value: Any) -> Any:
 
 # ---- Local files ----
 
+
 def _local(path: pathlib.Path, schema: str, split: str) -> Source:
     folder = _prepared(path, schema)
     import tensorflow_datasets as tfds
@@ -152,6 +161,8 @@ def _local(path: pathlib.Path, schema: str, split: str) -> Source:
     stored = tfds.builder_from_directory(folder).as_data_source(split="train")
     with np.load(folder / "split.npz") as saved:
         keys, candidates = saved["keys"], int(saved["candidates"])
+    if split == "all":
+        return Source(str(path), np.arange(len(keys)), lambda i: json.loads(stored[i]["json"]), candidates)
     held = held_out(keys)
     if held.all():
         raise UserError(f"{path}: all its prompts or texts are the same: none can be held out; add others")
@@ -221,20 +232,22 @@ def _write(path: pathlib.Path, schema: str, count: int, folder: pathlib.Path) ->
     """Build the dataset inside `folder`; where it lies there."""
     import tensorflow_datasets as tfds
 
-    class LocalRows(tfds.core.GeneratorBasedBuilder):
-        VERSION = tfds.core.Version("1.0.0")
+    with tfds.core.registered.skip_registration():  # defined anew for each file
 
-        def _info(self) -> tfds.core.DatasetInfo:
-            features = tfds.features.FeaturesDict({"json": tfds.features.Text()})  # records nest: one string
-            return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
+        class LocalRows(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+            VERSION = tfds.core.Version("1.0.0")
 
-        def _split_generators(self, _):
-            return {"train": self._generate_examples()}
+            def _info(self) -> tfds.core.DatasetInfo:
+                features = tfds.features.FeaturesDict({"json": tfds.features.Text()})  # records nest: one string
+                return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
 
-        def _generate_examples(self):
-            rows = tqdm(_records(path, schema), f"preparing {path.name}", total=count, unit="row")
-            for i, record in enumerate(rows):
-                yield i, {"json": json.dumps(record)}
+            def _split_generators(self, _):
+                return {"train": self._generate_examples()}
+
+            def _generate_examples(self):
+                rows = tqdm(_records(path, schema), f"preparing {path.name}", total=count, unit="row")
+                for i, record in enumerate(rows):
+                    yield i, {"json": json.dumps(record)}
 
     tfds.disable_progress_bar()
     builder = LocalRows(data_dir=folder, file_format="array_record")

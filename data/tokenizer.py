@@ -1,6 +1,6 @@
 """SentencePiece tokenizer and the chat template.
 
-    <bos> (<|system|> text)? <|user|> text <|assistant|> text <eos> <|user|> text <|assistant|> ...
+<bos> (<|system|> text)? <|user|> text <|assistant|> text <eos> <|user|> text <|assistant|> ...
 """
 
 import hashlib
@@ -58,19 +58,38 @@ class Tokenizer:
         model = io.BytesIO()
         try:
             sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=iter(texts), model_writer=model, model_type="bpe", vocab_size=vocab_size,
-                hard_vocab_limit=False, byte_fallback=True, character_coverage=0.9995,
-                normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False,
-                allow_whitespace_only_pieces=True, split_digits=True, user_defined_symbols=["\n"],
-                unk_id=0, pad_id=1, bos_id=2, eos_id=3, control_symbols=list(ROLES.values()),
-                max_sentence_length=1 << 24, input_sentence_size=1_000_000, shuffle_input_sentence=True,
-                num_threads=1, minloglevel=2)
+                sentence_iterator=iter(texts),
+                model_writer=model,
+                model_type="bpe",
+                vocab_size=vocab_size,
+                hard_vocab_limit=False,
+                byte_fallback=True,
+                character_coverage=1.0,
+                normalization_rule_name="identity",
+                add_dummy_prefix=False,
+                remove_extra_whitespaces=False,
+                allow_whitespace_only_pieces=True,
+                split_digits=True,
+                user_defined_symbols=["\n"],
+                unk_id=0,
+                pad_id=1,
+                bos_id=2,
+                eos_id=3,
+                control_symbols=list(ROLES.values()),
+                max_sentence_length=1 << 24,
+                input_sentence_size=1_000_000,
+                shuffle_input_sentence=True,
+                num_threads=1,
+                minloglevel=2,
+            )
         except RuntimeError as fault:
             if "sentences_.empty" in str(fault):
                 raise UserError("tokenizer: no text to train on; give a source with some") from None
             if "smaller than required" in str(fault):
-                raise UserError(f"tokenizer: vocab_size {vocab_size} is too small for bytes, special tokens "
-                                "and characters of the text; raise it to 512 or more") from None
+                raise UserError(
+                    f"tokenizer: vocab_size {vocab_size} is too small for bytes, special tokens "
+                    "and characters of the text; raise it to 512 or more"
+                ) from None
             raise
         tokenizer = cls(model.getvalue())
         tokenizer.save(path)
@@ -130,8 +149,10 @@ class Tokenizer:
     def _role(self, name: str) -> int:
         i = self._roles[name]
         if i is None:
-            raise UserError(f"tokenizer: this model has no {ROLES[name]} token, so no chat template; "
-                            "train one with Tokenizer.train, or use raw text")
+            raise UserError(
+                f"tokenizer: this model has no {ROLES[name]} token, so no chat template; "
+                "train one with Tokenizer.train, or use raw text"
+            )
         return i
 
 
@@ -141,7 +162,7 @@ def _file(path: str | os.PathLike) -> pathlib.Path:
 
 
 def tokenizer_for(config: Any, source: Any) -> Tokenizer:
-    """A script's tokenizer: its run's (resuming), that of `config.init`, `config.tokenizer`, or one trained on `source`.
+    """A script's tokenizer: its run's (resuming), that of `config.init` or `config.tokenizer`, or one made of `source`.
 
     Training reads the first TRAINING_RECORDS records; the vocabulary is the model's. Raises UserError.
     """

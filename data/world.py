@@ -12,23 +12,50 @@ from data import world_facts as facts
 from data.world_facts import FACTS
 from data.world_gold import CORES, Gold, Request, extract_answer, gold, normal, parse
 
-__all__ = ["FACTS", "FAILURES", "KINDS", "RELATIONS", "Gold", "Request", "comparison", "criterion_of",
-           "demonstration", "extract_answer", "gold", "noise_ceiling", "parse", "prompt", "rank", "respond",
-           "text"]
+__all__ = [
+    "FACTS",
+    "FAILURES",
+    "KINDS",
+    "RELATIONS",
+    "Gold",
+    "Request",
+    "comparison",
+    "criterion_of",
+    "demonstration",
+    "extract_answer",
+    "gold",
+    "noise_ceiling",
+    "parse",
+    "prompt",
+    "rank",
+    "respond",
+    "text",
+]
 
 RELATIONS = tuple(FACTS)
 # Kind of request -> its share of the prompts.
-KINDS = {"lookup": 0.42, "unknowable": 0.116, "dangerous": 0.116, "comparison": 0.116, "listing": 0.116,
-         "small_talk": 0.116}
+KINDS = {
+    "lookup": 0.42,
+    "unknowable": 0.116,
+    "dangerous": 0.116,
+    "comparison": 0.116,
+    "listing": 0.116,
+    "small_talk": 0.116,
+}
 # A demonstrator of quality q fails each criterion independently, with probability (1 - q) times:
 FAILURES = {  # (helpful, honest, harmless)
-    "lookup": (0.40, 0.65, 0.40), "unknowable": (0.40, 0.65, 0.40), "dangerous": (0.45, 0.00, 0.95),
-    "comparison": (0.40, 0.65, 0.40), "listing": (0.40, 0.65, 0.40), "small_talk": (0.70, 0.00, 0.65),
+    "lookup": (0.40, 0.65, 0.40),
+    "unknowable": (0.40, 0.65, 0.40),
+    "dangerous": (0.45, 0.00, 0.95),
+    "comparison": (0.40, 0.65, 0.40),
+    "listing": (0.40, 0.65, 0.40),
+    "small_talk": (0.70, 0.00, 0.65),
 }
 MAX_WORDS = 18  # above this a demonstrator drops closer and opener
 
 
 # ---- Requests ----
+
 
 def _rng(*key) -> random.Random:
     return random.Random("/".join(map(str, key)))
@@ -64,6 +91,7 @@ def prompt(index: int, *, split: str = "train", seed: int = 0) -> Request:
 
 
 # ---- Demonstrators ----
+
 
 def _join(items: Sequence[str]) -> str:
     return ", ".join(items[:-1]) + " and " + items[-1] if len(items) > 1 else items[0]
@@ -135,8 +163,10 @@ def _stray(request: Request, wrong: bool, rng: random.Random) -> list[str]:
         relation = request.relation if near else rng.choice(RELATIONS)
         subject = rng.choice([subject for subject in FACTS[relation] if subject != request.subject])
         return [_state(relation, subject, wrong, rng)]
-    first, second = (min((_answer(request, false, False, rng) for _ in range(3)), key=len)  # twice: short
-                     for false in (wrong, False))
+    first, second = (
+        min((_answer(request, false, False, rng) for _ in range(3)), key=len)  # twice: short
+        for false in (wrong, False)
+    )
     return [first, first if mode == "repeat" else second]
 
 
@@ -168,6 +198,7 @@ def demonstration(index: int, *, split: str = "train", quality: float = 0.6, see
 
 # ---- The base corpus ----
 
+
 def _statements(rng: random.Random) -> Iterator[str]:
     """Facts of one relation, or all that is known of one subject; a twelfth of them wrong."""
     relation = rng.choices(RELATIONS, [len(FACTS[relation]) for relation in RELATIONS])[0]
@@ -175,7 +206,7 @@ def _statements(rng: random.Random) -> Iterator[str]:
     if rng.random() < 0.2:
         subject = rng.choice([*FACTS["sound"], *FACTS["young"], *FACTS["home"]])
         pairs = [(relation, subject) for relation in RELATIONS if subject in FACTS[relation]] * 3
-    for relation, subject in pairs[:rng.randint(5, 7)]:
+    for relation, subject in pairs[: rng.randint(5, 7)]:
         yield rng.choice(facts.ASIDES) + _state(relation, subject, rng.random() < 0.08, rng) + "."
 
 
@@ -212,11 +243,12 @@ def _remarks_overheard(rng: random.Random) -> Iterator[str]:
 def text(index: int, *, seed: int = 0) -> str:
     """Document number `index` of the base corpus: mixed quality, 20 to 90 words, training phrasings only."""
     rng = _rng("text", seed, index)
-    sort = rng.choices((_statements, _exchanges, _lists, _remarks_overheard), (40, 40, 12, 8))[0]
+    sort = rng.choices((_statements, _exchanges, _lists, _remarks_overheard), (56, 28, 10, 6))[0]
     return " ".join(sort(rng))
 
 
 # ---- Labellers ----
+
 
 def _sigmoid(x: float) -> float:
     return 1 / (1 + math.exp(-x)) if x > -700 else 0.0
@@ -224,16 +256,16 @@ def _sigmoid(x: float) -> float:
 
 def rank(prompt: str, responses: Sequence[str], *, noise: float, rng: random.Random) -> list[int]:
     """Rank of each response (0 is best) by a labeller who sees gold totals through Gumbel noise:
-    Plackett-Luce, hence Bradley-Terry for a pair, P(i beats j) = sigmoid((total_i - total_j) / noise).
-    Without noise equal totals share a rank; with noise a tie is a coin flip."""
-    scores = [gold(prompt, response).total for response in responses]
-    if noise > 0:
-        scores = [score - noise * math.log(rng.expovariate(1.0)) for score in scores]
-    return [sum(other > score for other in scores) for score in scores]
+    Plackett-Luce over the distinct totals, hence Bradley-Terry for a pair, P(i beats j) =
+    sigmoid((total_i - total_j) / noise). Equal totals share a rank: the labeller sees no difference."""
+    totals = [gold(prompt, response).total for response in responses]
+    seen = {t: t - noise * math.log(rng.expovariate(1.0)) if noise > 0 else t for t in sorted(set(totals))}
+    return [sum(seen[other] > seen[total] for other in totals) for total in totals]
 
 
-def comparison(index: int, *, split: str = "train", quality: float = 0.6, noise: float = 0.0,
-               seed: int = 0) -> dict[str, str]:
+def comparison(
+    index: int, *, split: str = "train", quality: float = 0.6, noise: float = 0.0, seed: int = 0
+) -> dict[str, str]:
     """Prompt number `index` with two responses of different gold totals, ranked by a noisy labeller."""
     request = prompt(index, split=split, seed=seed)
     rng = _rng("comparison", split, seed, index)

@@ -82,9 +82,7 @@ def response_logprobs(apply: Apply, params: Any, batch: dict[str, jax.Array], te
     """[B, R] log-probabilities of the response's tokens at the sampling temperature (greedy counts as 1)."""
     labels_BR = batch["response_BR"]
     start = batch["tokens_BT"].shape[1] - labels_BR.shape[1] - 1
-    logits_BTV, _ = apply(
-        params, batch["tokens_BT"], batch["segment_ids_BT"], batch["positions_BT"], logits_from=start
-    )
+    logits_BTV, _ = apply(params, batch["tokens_BT"], batch["segment_ids_BT"], batch["positions_BT"], logits_from=start)
     return label_logprobs(logits_BTV[:, :-1] / (temperature or 1.0), labels_BR)
 
 
@@ -94,9 +92,7 @@ def response_values(apply: Apply, params: Any, batch: dict[str, jax.Array]) -> j
     return scalars_BT[:, -batch["response_BR"].shape[1] - 1 : -1]
 
 
-def policy_objective(
-    apply: Apply, params: Any, batch: dict[str, jax.Array], *, clip: float, temperature: float
-):
+def policy_objective(apply: Apply, params: Any, batch: dict[str, jax.Array], *, clip: float, temperature: float):
     """PPO's clipped surrogate, summed over response tokens."""
     mask_BR = batch["mask_BR"]
     logp_BR = response_logprobs(apply, params, batch, temperature)

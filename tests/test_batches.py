@@ -37,12 +37,23 @@ def turn(role, content):
 RECORDS = {
     "text": [{"text": sentence(i)} for i in range(37)],
     "chat": [{"messages": [turn("user", sentence(i)), turn("assistant", sentence(i + 1))]} for i in range(37)],
-    "comparison": [{"prompt": [turn("user", sentence(i))], "responses": [sentence(i + 1), sentence(i + 2)],
-                    "ranking": [1, 2 - i % 2]} for i in range(37)],
+    "comparison": [
+        {
+            "prompt": [turn("user", sentence(i))],
+            "responses": [sentence(i + 1), sentence(i + 2)],
+            "ranking": [1, 2 - i % 2],
+        }
+        for i in range(37)
+    ],
     "prompt": [{"prompt": [turn("user", sentence(i))]} for i in range(37)],
 }
-KINDS = [("text", text_batches, {}), ("chat", chat_batches, {}), ("chat", chat_batches, {"packing": False}),
-         ("comparison", comparison_batches, {}), ("prompt", prompt_batches, {})]
+KINDS = [
+    ("text", text_batches, {}),
+    ("chat", chat_batches, {}),
+    ("chat", chat_batches, {"packing": False}),
+    ("comparison", comparison_batches, {}),
+    ("prompt", prompt_batches, {}),
+]
 
 
 def source_of(records, candidates=2):
@@ -79,7 +90,7 @@ def test_resuming_at_any_step_equals_going_on(tokenizer, narrow, schema, make, o
         resumed = start()
         next(resumed)  # a position of its own, which restoring overrides
         resumed.restore(state)
-        for want in expected[step:step + 4]:
+        for want in expected[step : step + 4]:
             assert equal(next(resumed), want)
     assert not all(equal(next(other), want) for other in [start(seed=1)] for want in expected)  # control
 
@@ -105,8 +116,9 @@ def test_hosts_read_disjoint_parts_that_cover_each_epoch(tokenizer):
     def prompts(processes):
         seen = []
         for process in range(processes):
-            made = prompt_batches(source_of(RECORDS["prompt"]), tokenizer, batch_size=4, length=64,
-                                  process=process, processes=processes)
+            made = prompt_batches(
+                source_of(RECORDS["prompt"]), tokenizer, batch_size=4, length=64, process=process, processes=processes
+            )
             part = []
             for _ in range(37 * 2 // 4 + 1):
                 assert next(made)["tokens_BT"].shape[0] == 4 // processes
@@ -140,14 +152,16 @@ def test_packed_chat_predicts_what_padded_chat_does(tokenizer):
 
 
 def test_comparisons_mask_exactly_the_responses(tokenizer):
-    records = [{"prompt": [turn("user", "cat?")], "responses": ["a river", "home", "it"], "ranking": [2, 1, 2],
-                "margin": 0.5}, RECORDS["comparison"][1]]
+    records = [
+        {"prompt": [turn("user", "cat?")], "responses": ["a river", "home", "it"], "ranking": [2, 1, 2], "margin": 0.5},
+        RECORDS["comparison"][1],
+    ]
     batch = collate(encode_comparison, lambda *a: pad_comparisons(*a, candidates=4), records, tokenizer, 64)
     prompt = tokenizer.prompt("cat?")
     for c, response in enumerate(records[0]["responses"]):
         tokens, mask = batch["tokens_BCT"][0, c], batch["loss_mask_BCT"][0, c]
         assert tokens[mask > 0].tolist() == [*tokenizer.encode(response), tokenizer.eos]
-        assert tokens[:len(prompt)].tolist() == prompt and not mask[:len(prompt)].any()
+        assert tokens[: len(prompt)].tolist() == prompt and not mask[: len(prompt)].any()
         n = batch["segment_ids_BCT"][0, c].sum()
         assert n == len(prompt) + mask.sum() and (tokens[n:] == tokenizer.pad).all()
     assert batch["ranks_BC"].tolist() == [[2, 1, 2, 0], [1, 1, 0, 0]]
@@ -164,10 +178,11 @@ def test_prompts_are_padded_on_the_left(tokenizer):
         real = batch["segment_ids_BT"][b] > 0
         tokens = batch["tokens_BT"][b][real].tolist()
         raw = "text" in record
-        assert tokens == ([tokenizer.bos, *tokenizer.encode("the river")] if raw
-                          else tokenizer.prompt(record["prompt"]))
+        assert tokens == (
+            [tokenizer.bos, *tokenizer.encode("the river")] if raw else tokenizer.prompt(record["prompt"])
+        )
         assert batch["positions_BT"][b][real].tolist() == list(range(len(tokens)))
-        assert real[-len(tokens):].all() and real.sum() == len(tokens)
+        assert real[-len(tokens) :].all() and real.sum() == len(tokens)
         assert (batch["tokens_BT"][b][~real] == tokenizer.pad).all()
 
 
@@ -177,7 +192,7 @@ def test_prompts_too_long_lose_their_beginning(tokenizer):
         cut = cut_left(tokens, length, tokenizer)
         assert length // 2 - 2 <= len(cut) <= length
         assert cut[:2] == [tokenizer.bos, tokenizer.user] and cut[-1] == tokenizer.assistant
-        assert cut[2:] == tokens[-len(cut) + 2:]
+        assert cut[2:] == tokens[-len(cut) + 2 :]
     assert tokenizer.decode(cut).startswith("one two three\n")
     assert cut_left(tokens, len(tokens), tokenizer) == tokens
     raw = [tokenizer.bos, *tokenizer.encode("a b c d e f g h i j k l m n o p")]
@@ -186,14 +201,20 @@ def test_prompts_too_long_lose_their_beginning(tokenizer):
 
 def test_what_does_not_fit_is_counted(tokenizer):
     long = " ".join(WORDS * 9)
-    chats = [{"messages": [turn("user", "cat"), turn("assistant", long)]},
-             {"messages": [turn("user", long), turn("assistant", "cat")]}, RECORDS["chat"][0]]
+    chats = [
+        {"messages": [turn("user", "cat"), turn("assistant", long)]},
+        {"messages": [turn("user", long), turn("assistant", "cat")]},
+        RECORDS["chat"][0],
+    ]
     made = chat_batches(source_of(chats), tokenizer, batch_size=2, length=32, packing=False)
     while made.epoch < 1:
         assert next(made)["loss_mask_BT"].any(axis=1).all()
     assert made.truncated == made.dropped > 0
-    pairs = [{**RECORDS["comparison"][0], "responses": ["cat", long]},
-             {**RECORDS["comparison"][0], "prompt": [turn("user", long)]}, RECORDS["comparison"][0]]
+    pairs = [
+        {**RECORDS["comparison"][0], "responses": ["cat", long]},
+        {**RECORDS["comparison"][0], "prompt": [turn("user", long)]},
+        RECORDS["comparison"][0],
+    ]
     made = comparison_batches(source_of(pairs), tokenizer, batch_size=2, length=40)
     while made.epoch < 1:
         assert (next(made)["loss_mask_BCT"].sum(2) > 0).all()

@@ -39,9 +39,7 @@ class Config:
 
 
 def open_run(run, tokenizer=b"tokens", script="train", keep=2, **fields):
-    return Checkpoints(
-        str(run), Config(run=str(run), **fields), script=script, tokenizer=tokenizer, keep=keep
-    )
+    return Checkpoints(str(run), Config(run=str(run), **fields), script=script, tokenizer=tokenizer, keep=keep)
 
 
 def make_state(seed=0, dtype=jnp.float32):
@@ -242,9 +240,7 @@ def test_other_dtypes_shapes_and_names_are_refused(saved):
         {"norm": jax.ShapeDtypeStruct((9,), jnp.float32)},
         r"decoder/norm is float32\[8\] stored and float32\[9\]",
     )
-    refuse(
-        {"head": jax.ShapeDtypeStruct((9,), jnp.float32)}, r"decoder/head is absent stored and float32\[9\]"
-    )
+    refuse({"head": jax.ShapeDtypeStruct((9,), jnp.float32)}, r"decoder/head is absent stored and float32\[9\]")
 
 
 def test_parameters_that_are_not_finite_are_refused(saved):
@@ -302,9 +298,7 @@ with Checkpoints(sys.argv[1], config, script="loop", keep=2) as checkpoints:
 def start(run, steps, source=LOOP, **environment):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", **environment}
     command = [sys.executable, "-W", "error", "-c", textwrap.dedent(source), str(run), str(steps)]
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def test_kill_at_any_moment_resumes_to_the_bit(tmp_path):
@@ -361,7 +355,8 @@ def test_restores_onto_another_mesh(tmp_path):
             return placed
         with open_run(sys.argv[1]) as checkpoints:
             checkpoints.save(1, place((8, 1), P("data")))
-            for shape, embed in (((8, 1), P("data")), ((2, 4), P("tensor", "data")), ((1, 8), P(None, "tensor"))):
+            places = {(8, 1): P("data"), (2, 4): P("tensor", "data"), (1, 8): P(None, "tensor")}
+            for shape, embed in places.items():
                 wanted = abstract(place(shape, embed))
                 step, restored, _ = checkpoints.restore(wanted)
                 assert to_bytes(restored) == to_bytes(state)

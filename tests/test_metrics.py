@@ -143,9 +143,7 @@ def test_alignment_report_shows_every_number_and_sample(run, tmp_path):
     ):
         assert shown in page
     assert "<img" not in page and "Reward against KL" in page and "Who &amp; why?" in page
-    bare = pathlib.Path(
-        alignment_report(str(tmp_path), run, run, run, run, {"sft": {"all": 0.5}}, [])
-    ).read_text()
+    bare = pathlib.Path(alignment_report(str(tmp_path), run, run, run, run, {"sft": {"all": 0.5}}, [])).read_text()
     assert "50 %" in bare
 
 

@@ -39,7 +39,11 @@ def test_packing_loses_no_token_and_no_example():
 def test_rows_have_the_batch_types():
     rows = pack(examples(5, 9), 16, pad=0)
     assert {key: array.dtype.name for key, array in rows.items()} == {
-        "tokens_BT": "int32", "loss_mask_BT": "float32", "segment_ids_BT": "int32", "positions_BT": "int32"}
+        "tokens_BT": "int32",
+        "loss_mask_BT": "float32",
+        "segment_ids_BT": "int32",
+        "positions_BT": "int32",
+    }
     assert all(array.shape == rows["tokens_BT"].shape for array in rows.values())
     assert pack([], 16)["tokens_BT"].shape == (0, 16)
 

@@ -11,10 +11,15 @@ from data import sources
 from data.sources import held_out, open_source
 
 REAL = pathlib.Path(__file__).parents[2] / "shared" / "data"
-HH = {"chosen": "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: joke?\n\nAssistant: knock knock",
-      "rejected": "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: joke?\n\nAssistant: no"}
-HH_PROMPT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"},
-             {"role": "user", "content": "joke?"}]
+HH = {
+    "chosen": "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: joke?\n\nAssistant: knock knock",
+    "rejected": "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: joke?\n\nAssistant: no",
+}
+HH_PROMPT = [
+    {"role": "user", "content": "hi"},
+    {"role": "assistant", "content": "hello"},
+    {"role": "user", "content": "joke?"},
+]
 
 
 def turns(*contents):
@@ -34,8 +39,12 @@ def write(path, rows):
 
 
 def everything(data, schema):
-    return [source[i] for split in ("train", "heldout") for source in [open_source(data, schema, split)]
-            for i in range(len(source))]
+    return [
+        source[i]
+        for split in ("train", "heldout")
+        for source in [open_source(data, schema, split)]
+        for i in range(len(source))
+    ]
 
 
 def only(tmp_path, row, schema):
@@ -53,18 +62,29 @@ ADAPTED = [
     ("chat", {"prompt": turns("a", "b", "c"), "completion": "r"}, {"messages": turns("a", "b", "c", "r")}),
     ("chat", {"question": "2+2?", "answer": "4\n#### 4"}, {"messages": turns("2+2?", "4\n#### 4")}),
     ("chat", {"instruction": "Add.", "input": "2 2", "output": "4"}, {"messages": turns("Add.\n\n2 2", "4")}),
-    ("chat", {"instruction": "Go.", "instances": [{"input": "", "output": "ok"}]},
-     {"messages": turns("Go.", "ok")}),
+    ("chat", {"instruction": "Go.", "instances": [{"input": "", "output": "ok"}]}, {"messages": turns("Go.", "ok")}),
     ("chat", HH, {"messages": turns("hi", "hello", "joke?", "knock knock")}),
     ("comparison", HH, {"prompt": HH_PROMPT, "responses": ["knock knock", "no"], "ranking": [1, 2]}),
-    ("comparison", {"chosen": turns("p", "a"), "rejected": turns("p", "b")},
-     {"prompt": turns("p"), "responses": ["a", "b"], "ranking": [1, 2]}),
-    ("comparison", {"prompt": "p", "chosen": "a", "rejected": "b", "margin": 2, "criterion": "honest"},
-     {"prompt": turns("p"), "responses": ["a", "b"], "ranking": [1, 2], "margin": 2.0, "criterion": "honest"}),
-    ("comparison", {"prompt": "p", "chosen": "a", "rejected": "a"},
-     {"prompt": turns("p"), "responses": ["a", "a"], "ranking": [1, 1]}),
-    ("comparison", {"prompt": "p", "responses": ["a", "b", "c"], "ranking": [2, 1, 2]},
-     {"prompt": turns("p"), "responses": ["a", "b", "c"], "ranking": [2, 1, 2]}),
+    (
+        "comparison",
+        {"chosen": turns("p", "a"), "rejected": turns("p", "b")},
+        {"prompt": turns("p"), "responses": ["a", "b"], "ranking": [1, 2]},
+    ),
+    (
+        "comparison",
+        {"prompt": "p", "chosen": "a", "rejected": "b", "margin": 2, "criterion": "honest"},
+        {"prompt": turns("p"), "responses": ["a", "b"], "ranking": [1, 2], "margin": 2.0, "criterion": "honest"},
+    ),
+    (
+        "comparison",
+        {"prompt": "p", "chosen": "a", "rejected": "a"},
+        {"prompt": turns("p"), "responses": ["a", "a"], "ranking": [1, 1]},
+    ),
+    (
+        "comparison",
+        {"prompt": "p", "responses": ["a", "b", "c"], "ranking": [2, 1, 2]},
+        {"prompt": turns("p"), "responses": ["a", "b", "c"], "ranking": [2, 1, 2]},
+    ),
     ("prompt", {"prompt": "p", "answer": "4"}, {"prompt": turns("p"), "answer": "4"}),
     ("prompt", {"question": "2+2?", "answer": "4"}, {"prompt": turns("2+2?"), "answer": "4"}),
     ("prompt", {"messages": turns("p", "r")}, {"prompt": turns("p"), "answer": "r"}),
@@ -128,9 +148,15 @@ def test_bad_files_are_one_line(tmp_path):
     write(tmp_path / "cut.jsonl.gz", [{"text": str(i)} for i in range(2000)])
     (tmp_path / "cut.jsonl.gz").write_bytes((tmp_path / "cut.jsonl.gz").read_bytes()[:-2000])
     write(tmp_path / "same.jsonl", [{"text": "x"}] * 3)
-    for name, reason in (("none.jsonl", "no such file"), ("folder.jsonl", "is a folder"),
-                         ("a.csv", "not a source"), ("empty.jsonl", "no rows"), ("same.jsonl", "the same"),
-                         ("bad.jsonl.gz", "broken gzip"), ("cut.jsonl.gz", "broken gzip")):
+    for name, reason in (
+        ("none.jsonl", "no such file"),
+        ("folder.jsonl", "is a folder"),
+        ("a.csv", "not a source"),
+        ("empty.jsonl", "no rows"),
+        ("same.jsonl", "the same"),
+        ("bad.jsonl.gz", "broken gzip"),
+        ("cut.jsonl.gz", "broken gzip"),
+    ):
         with pytest.raises(UserError, match=reason) as fault:
             open_source(str(tmp_path / name), "text", "train")
         assert name in str(fault.value)
@@ -166,7 +192,7 @@ def test_a_preparation_that_fails_or_loses_rows_leaves_nothing(tmp_path, cache, 
 
     def one_fewer_the_second_time(*args):
         calls.append(1)
-        return list(every(*args))[:20 if len(calls) == 1 else 19]
+        return list(every(*args))[: 20 if len(calls) == 1 else 19]
 
     with monkeypatch.context() as patch:
         patch.setattr(sources, "_records", one_fewer_the_second_time)
@@ -197,8 +223,7 @@ def test_the_share_held_out():
 
 
 def test_candidates_are_counted(tmp_path):
-    rows = [{"prompt": f"p{i}", "responses": list("abcd")[:2 + i % 3], "ranking": [1] * (2 + i % 3)}
-            for i in range(9)]
+    rows = [{"prompt": f"p{i}", "responses": list("abcd")[: 2 + i % 3], "ranking": [1] * (2 + i % 3)} for i in range(9)]
     assert open_source(write(tmp_path / "a.jsonl", rows), "comparison", "train").candidates == 4
 
 
@@ -211,13 +236,14 @@ def test_the_world_has_every_schema_and_split():
     assert set(open_source("world", "comparison", "train")[0]) == {"prompt", "responses", "ranking"}
 
 
-class Gsm8k(tfds.core.GeneratorBasedBuilder):
+class Gsm8k(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     VERSION = tfds.core.Version("1.0.0")
 
     def _info(self):
         text = tfds.features.Text()
-        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(
-            {"question": text, "answer": text}))
+        return tfds.core.DatasetInfo(
+            builder=self, features=tfds.features.FeaturesDict({"question": text, "answer": text})
+        )
 
     def _split_generators(self, _):
         return {"train": self._generate_examples(8), "test": self._generate_examples(3)}

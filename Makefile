@@ -1,0 +1,35 @@
+# `make align`: the whole pipeline on the built-in world. `make test`: the tests. Each sets up .venv first.
+PYTHON ?= python3
+RUN ?= runs/align
+SEED ?= 0
+BIN := .venv/bin
+export JAX_PLATFORMS ?= $(if $(wildcard /dev/nvidia0 /dev/accel0 /dev/vfio/0),,cpu)
+
+.PHONY: align test test-slow lint clean
+
+.venv: requirements.txt requirements-dev.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
+	touch .venv
+
+align: .venv
+	$(BIN)/python train_lm.py --run=$(RUN)/lm --seed=$(SEED)
+	$(BIN)/python train_sft.py --init=$(RUN)/lm --run=$(RUN)/sft --seed=$(SEED)
+	test -s $(RUN)/comparisons.jsonl || $(BIN)/python collect.py --init=$(RUN)/sft --out=$(RUN)/comparisons.jsonl --noise=0.1 --seed=$(SEED)
+	test -s $(RUN)/held_out.jsonl || $(BIN)/python collect.py --init=$(RUN)/sft --out=$(RUN)/held_out.jsonl --split=heldout --prompts=500 --pairs=True --seed=$(SEED)
+	$(BIN)/python train_rm.py --init=$(RUN)/sft --data=$(RUN)/comparisons.jsonl --eval_data=$(RUN)/held_out.jsonl --demonstrations=world --run=$(RUN)/rm --seed=$(SEED)
+	$(BIN)/python train_ppo.py --init=$(RUN)/sft --reward=$(RUN)/rm --run=$(RUN)/ppo --seed=$(SEED)
+	$(BIN)/python evaluate.py --run=$(RUN) --seed=$(SEED)
+
+test: .venv
+	$(BIN)/python -m pytest -q
+
+test-slow: .venv
+	$(BIN)/python -m pytest -q -m slow
+
+lint: .venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf .venv runs/align .pytest_cache .ruff_cache

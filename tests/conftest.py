@@ -1,0 +1,31 @@
+"""Tests run on the CPU, on eight simulated devices; what needs real data is skipped where there is none."""
+
+import os
+import pathlib
+
+# Before JAX is imported, and inherited by processes that tests start. Without a mesh everything stays on the first
+# of the eight devices. Models here are tiny, so that compiling is nearly all of the time: unoptimised, it halves.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+
+import jax
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def current_mesh_is_restored():
+    """Scripts set their mesh for the whole process; the next test starts without it."""
+    before = jax.sharding.get_mesh()
+    yield
+    jax.set_mesh(before)
+
+
+@pytest.fixture
+def shared_data() -> pathlib.Path:
+    """The folder of real data beside the repository."""
+    path = pathlib.Path(__file__).parents[2] / "shared" / "data"
+    if not path.is_dir():
+        pytest.skip(f"{path}: not here; this test needs real data")
+    return path

@@ -1,0 +1,213 @@
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import generate
+from config import UserError
+from generate import SamplingConfig, join, truncate
+from model import PRESETS, LanguageModel, pure
+from objectives.policy import response_logprobs
+from sharding import path_name
+
+CONFIG = dataclasses.replace(PRESETS["tiny"], vocab=24, width=16, hidden=24, head_width=4, tied=False, dtype="float32")
+NEVER, PAD, EOS = 23, 0, 2  # NEVER: an end that the tests' models do not reach by chance
+
+
+@functools.cache
+def model(seed=0, scale=0.5):
+    init, apply = pure(LanguageModel(CONFIG))
+    rng, shapes = np.random.default_rng(seed), jax.eval_shape(init, jax.random.key(0))
+
+    def leaf(path, shape):
+        noise = scale * rng.normal(size=shape.shape)
+        return np.float32(1 if path_name(path).endswith("norm") else 0) + np.float32(noise)
+
+    return jax.tree_util.tree_map_with_path(leaf, shapes), jax.jit(apply, static_argnames="logits_from")
+
+
+def left_padded(prompts, extra=0):
+    width = max(map(len, prompts)) + extra
+    batch = {k: np.zeros((len(prompts), width), np.int32) for k in ("tokens_BT", "segment_ids_BT", "positions_BT")}
+    for b, tokens in enumerate(prompts):
+        here = slice(width - len(tokens), None)
+        batch["tokens_BT"][b, here], batch["segment_ids_BT"][b, here] = tokens, 1
+        batch["positions_BT"][b, here] = np.arange(len(tokens))
+    return batch
+
+
+@functools.partial(jax.jit, static_argnames=("sampling", "eos", "n"))
+def sample(params, prompts, key, sampling, eos=NEVER, n=1):
+    _, apply = pure(LanguageModel(CONFIG))
+    return generate.generate(apply, CONFIG, params, prompts, key, sampling, eos=eos, pad=PAD, n=n)
+
+
+PROMPTS = [[3, 4, 5, 6, 7], [8, 9], [10, 11, 12]]
+GREEDY = SamplingConfig(temperature=0, max_new_tokens=6)
+
+
+def uncached_logits(params, tokens):
+    """Logits of the token after `tokens`, from a full pass without a cache; one compiled width for all."""
+    padded = np.pad(np.array([tokens], np.int32), ((0, 0), (0, 12 - len(tokens))))
+    segments = (np.arange(12) < len(tokens)).astype(np.int32)[None]
+    logits, _ = model()[1](params, padded, segments, np.arange(12, dtype=np.int32)[None] * segments)
+    return np.asarray(logits)[0, len(tokens) - 1]
+
+
+@functools.cache
+def greedy():
+    return jax.device_get(sample(model()[0], left_padded(PROMPTS), jax.random.key(0), GREEDY))
+
+
+def test_greedy_is_the_argmax_of_uncached_logits_at_every_step():
+    params, got = model()[0], greedy()
+    for b, prompt in enumerate(PROMPTS):
+        tokens = list(prompt)
+        for t in range(6):
+            logits = uncached_logits(params, tokens)
+            tokens.append(int(logits.argmax()))
+            logp = -np.log(np.exp(logits - logits.max()).sum())
+            assert got.response_BR[b, t] == tokens[-1] and abs(got.logp_BR[b, t] - logp) < 1e-4
+    assert got.mask_BR.all() and len({tuple(row) for row in got.response_BR}) == 3
+
+
+def test_amount_of_left_padding_changes_nothing():
+    params, got = model()[0], greedy()
+    more = sample(params, left_padded(PROMPTS, extra=5), jax.random.key(0), GREEDY)
+    assert (more.response_BR == got.response_BR).all()
+    np.testing.assert_allclose(more.logp_BR, got.logp_BR, atol=1e-5)
+    unmasked = left_padded(PROMPTS, extra=5)
+    unmasked["segment_ids_BT"][:] = 1  # control: padding that is seen
+    seen = sample(params, unmasked, jax.random.key(0), GREEDY)
+    assert np.abs(seen.logp_BR - got.logp_BR).max() > 1e-3
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_logp_equals_the_trainers_teacher_forced(temperature):
+    params, apply = model()
+    sampling = SamplingConfig(temperature=temperature, top_k=9, top_p=0.95, max_new_tokens=6)
+    prompts = left_padded(PROMPTS)
+    samples = sample(params, prompts, jax.random.key(3), sampling, eos=EOS, n=8)
+    batch = join(prompts, samples)
+    assert batch["tokens_BT"].shape == (24, 11) and 0 < float(samples.mask_BR.mean()) < 1
+    mask = np.asarray(samples.mask_BR)
+    logp = np.asarray(response_logprobs(apply, params, batch, temperature))
+    gap = np.abs(logp - samples.logp_BR) * mask
+    assert gap.max() < 1e-4 and (np.asarray(samples.logp_BR)[mask == 0] == 0).all()
+    other = np.asarray(response_logprobs(apply, params, batch, temperature * 1.1))
+    assert (np.abs(other - samples.logp_BR) * mask).max() > 1e-2  # control: another temperature shows
+    for b, tokens in enumerate(batch["tokens_BT"]):  # rows are prompts in order, n of each, then the responses
+        assert (tokens[:5] == prompts["tokens_BT"][b // 8]).all() and (tokens[5:] == samples.response_BR[b]).all()
+        real = np.asarray(batch["segment_ids_BT"][b]) > 0
+        assert (np.asarray(batch["positions_BT"][b])[real] == np.arange(real.sum())).all()
+
+
+def scripted(next_token):
+    """A stand-in for a model: the likeliest token after token i is next_token[i]; counts its calls."""
+    calls = []
+
+    def apply(params, tokens_BT, segment_ids_BT, positions_BT, cache=None, logits_from=0):
+        jax.debug.callback(lambda: calls.append(1))
+        cache = cache.replace(length=cache.length + tokens_BT.shape[1])
+        return 9.0 * jax.nn.one_hot(jnp.array(next_token)[tokens_BT[:, logits_from:]], len(next_token)), cache
+
+    return apply, calls
+
+
+def test_rows_end_at_eos_and_the_loop_when_all_have():
+    apply, calls = scripted([0, 5, 0, 4, 2, 6, 3, 0])  # 1 5 6 3 4 2, and 2 ends it
+    run = jax.jit(functools.partial(generate.generate, apply, CONFIG, sampling=GREEDY, eos=EOS, pad=PAD))
+    prompts = left_padded([[3], [1], [4]])
+    samples = jax.device_get(run({}, prompts, jax.random.key(0)))
+    jax.effects_barrier()
+    assert samples.response_BR.tolist() == [[4, 2, 0, 0, 0, 0], [5, 6, 3, 4, 2, 0], [2, 0, 0, 0, 0, 0]]
+    assert samples.mask_BR.sum(1).tolist() == [2, 5, 1]
+    assert ((samples.logp_BR < 0) == (samples.mask_BR > 0)).all()
+    assert len(calls) <= 6  # prefill and five steps, of six allowed
+    calls.clear()
+    run({}, left_padded([[4], [4], [3]]), jax.random.key(0)).mask_BR.block_until_ready()
+    jax.effects_barrier()
+    assert len(calls) <= 3
+    calls.clear()  # control: with an end that never comes all steps are taken
+    run = jax.jit(functools.partial(generate.generate, apply, CONFIG, sampling=GREEDY, eos=7, pad=PAD))
+    samples = run({}, prompts, jax.random.key(0))
+    jax.effects_barrier()
+    assert len(calls) >= 6 and samples.mask_BR.all()
+
+
+def test_n_samples_equal_repeated_prompts_from_one_prefill():
+    params = model()[0]
+    sampling, key = SamplingConfig(max_new_tokens=6), jax.random.key(5)
+    repeated = left_padded([prompt for prompt in PROMPTS for _ in range(4)])
+    for config in (GREEDY, sampling):
+        together = sample(params, left_padded(PROMPTS), key, config, n=4)
+        apart = sample(params, repeated, key, config)
+        assert (together.response_BR == apart.response_BR).all()
+        np.testing.assert_allclose(together.logp_BR, apart.logp_BR, atol=1e-5)
+    assert len({tuple(row) for row in np.asarray(together.response_BR).tolist()}) > 6  # samples differ
+    rows = []
+
+    def counting(params, tokens_BT, *args, **kwargs):
+        rows.append(tokens_BT.shape)
+        return pure(LanguageModel(CONFIG))[1](params, tokens_BT, *args, **kwargs)
+
+    trace = functools.partial(generate.generate, counting, CONFIG, sampling=sampling, eos=EOS, pad=PAD, n=4)
+    jax.eval_shape(trace, params, left_padded(PROMPTS), key)
+    assert rows[0] == (3, 5) and set(rows[1:]) == {(12, 1)}
+
+
+def kept_by_definition(logits, k, p):
+    """Indices that stay, by sorting and adding up in float64 (k first, then the nucleus of what is left)."""
+    order = [int(i) for i in np.argsort(-logits.astype(np.float64), kind="stable")][: k or None]
+    weights = np.exp(logits[order].astype(np.float64) - logits[order[0]])
+    total, kept = 0.0, set()
+    for i, share in zip(order, weights / weights.sum(), strict=True):
+        if total >= p:
+            break
+        kept.add(i)
+        total += share
+    return kept
+
+
+@pytest.mark.parametrize("k, p", [(0, 1.0), (1, 1.0), (5, 1.0), (0, 0.7), (0, 1e-6), (4, 0.8), (99, 0.5)])
+def test_truncation_equals_its_definition(k, p):
+    logits = 2 * np.random.default_rng(0).normal(size=(20, 13)).astype(np.float32)
+    got = np.asarray(jax.jit(truncate, static_argnums=(1, 2))(logits, k, p))
+    for row, logit in zip(got, logits, strict=True):
+        kept = kept_by_definition(logit, k, p)
+        assert set(np.nonzero(np.isfinite(row))[0].tolist()) == kept and kept
+        assert all(row[i] == logit[i] for i in kept)
+
+
+@pytest.mark.parametrize("temperature, top_k", [(1.0, 0), (0.5, 0), (1.5, 4)])
+def test_frequencies_follow_the_softmax(temperature, top_k):
+    params, count = model(scale=0.3)[0], 4096
+    sampling = SamplingConfig(temperature=temperature, top_k=top_k, max_new_tokens=1)
+    samples = sample(params, left_padded(PROMPTS[:1]), jax.random.key(7), sampling, n=count)
+    logits = uncached_logits(params, PROMPTS[0]).astype(np.float64) / temperature
+    if top_k:
+        logits[logits < np.sort(logits)[-top_k]] = -np.inf
+    p = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
+
+    def chi_square(p):
+        seen = np.bincount(np.asarray(samples.response_BR)[:, 0], minlength=CONFIG.vocab)
+        assert (seen[p == 0] == 0).all()
+        common = p * count > 5
+        rare = max(p[~common].sum(), 1e-9) * count
+        terms = (seen[common] - p[common] * count) ** 2 / (p[common] * count)
+        return terms.sum() + (seen[~common].sum() - rare) ** 2 / max(rare, 5.0), common.sum()
+
+    statistic, classes = chi_square(p)
+    assert statistic < classes + 4 * np.sqrt(2 * classes) + 4
+    sharper = p**1.2 / (p**1.2).sum()  # control: a temperature a fifth off is found out
+    statistic, classes = chi_square(sharper)
+    assert statistic > classes + 4 * np.sqrt(2 * classes) + 4
+
+
+@pytest.mark.parametrize("fields", [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"max_new_tokens": 0}])
+def test_impossible_sampling_is_refused_by_name(fields):
+    with pytest.raises(UserError, match=f"--{next(iter(fields))}="):
+        SamplingConfig(**fields)

@@ -1,0 +1,287 @@
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from config import UserError
+from data.packing import pack
+from model import (
+    PRESETS,
+    LanguageModel,
+    ModelConfig,
+    ScalarModel,
+    empty_cache,
+    pure,
+    rope_frequencies,
+    rope_turns,
+    rotate,
+)
+from objectives.likelihood import likelihood_objective, token_logprobs
+from sharding import path_name
+
+TINY = dataclasses.replace(PRESETS["tiny"], vocab=40, width=16, hidden=24, layers=2, head_width=4)
+VARIANTS = {
+    "grouped": TINY,
+    "bias and norm": dataclasses.replace(TINY, qkv_bias=True, qk_norm=True, tied=False),
+    "window": dataclasses.replace(TINY, window=3, rope_scale=0.5),
+    "llama3 rope": dataclasses.replace(TINY, rope_llama3=(8.0, 1.0, 4.0, 64.0), rope_base=100.0),
+}
+PUBLISHED = {  # parameter counts of the published checkpoints
+    "llama3.2-1b": 1_235_814_400,
+    "llama3-8b": 8_030_261_248,
+    "llama3-70b": 70_553_706_496,
+    "qwen3-0.6b": 596_049_920,
+    "mistral-7b": 7_241_732_096,
+    "stories260k": 260_032,
+}
+
+
+@functools.cache
+def make(config, model=LanguageModel, seed=0):
+    """Parameters with every leaf random (norms and biases too), and a compiled apply."""
+    init, apply = pure(model(config))
+    rng, shapes = np.random.default_rng(seed), jax.eval_shape(init, jax.random.key(0))
+
+    def leaf(path, shape):
+        noise = 0.3 * rng.normal(size=shape.shape)
+        return np.float32(noise + 1 if path_name(path).endswith("norm") else noise)
+
+    return jax.tree_util.tree_map_with_path(leaf, shapes), jax.jit(apply, static_argnames="logits_from")
+
+
+def random_tokens(*shape, seed=0):
+    return np.random.default_rng(seed).integers(1, 40, size=shape).astype(np.int32)
+
+
+def rows(tokens_BT, left, right=0, pad=0):
+    """Inputs of a model for rows padded by `left` [B] and `right` tokens; positions count real tokens."""
+    width = max(left) + tokens_BT.shape[1] + right
+    tokens, segments, positions = (np.full((len(left), width), x, np.int32) for x in (pad, 0, 0))
+    for b, start in enumerate(left):
+        here = slice(start, start + tokens_BT.shape[1])
+        tokens[b, here], segments[b, here] = tokens_BT[b], 1
+        positions[b, here] = np.arange(tokens_BT.shape[1])
+    return tokens, segments, positions
+
+
+def at(out_BT, left, length):
+    """What a model gave at the real tokens of `rows`."""
+    return np.stack([row[i : i + length] for row, i in zip(np.asarray(out_BT), left, strict=True)])
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_presets_have_the_published_number_of_parameters(name):
+    shapes = jax.eval_shape(pure(LanguageModel(PRESETS[name]))[0], jax.random.key(0))
+    assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)) == PUBLISHED[name]
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(shapes))
+    scalar = jax.eval_shape(pure(ScalarModel(PRESETS[name]))[0], jax.random.key(0))
+    assert jax.tree.structure(scalar["decoder"]) == jax.tree.structure(shapes["decoder"])
+
+
+def test_causality_by_gradients():
+    def influence(config, segments_T):
+        """[T, T]: size of the derivative of the logits at t by the input at s."""
+        params, apply = make(dataclasses.replace(config, tied=False))  # else the embedding acts twice
+        tokens_T = np.arange(1, len(segments_T) + 1, dtype=np.int32)  # distinct: token s stands for position s
+        weights_V = np.random.default_rng(0).normal(size=config.vocab).astype(np.float32)
+        positions_T = np.arange(len(tokens_T), dtype=np.int32)
+
+        def summary_T(embed_VD):
+            tree = {**params, "decoder": {**params["decoder"], "embed": embed_VD}}
+            return apply(tree, tokens_T[None], segments_T[None], positions_T[None])[0][0] @ weights_V
+
+        jacobian_TVD = jax.jit(jax.jacrev(summary_T))(params["decoder"]["embed"])
+        return np.abs(jacobian_TVD[:, tokens_T]).sum(-1)
+
+    t, s = np.indices((8, 8))
+    ones = np.ones(8, np.int32)
+    found = influence(TINY, ones)
+    assert (found[s > t] == 0).all() and (found[s <= t] > 1e-6).all()
+    found = influence(dataclasses.replace(TINY, layers=1, window=3), ones)
+    visible = (s <= t) & (t - s < 3)
+    assert (found[~visible] == 0).all() and (found[visible] > 1e-6).all()
+    segments = np.array([1, 1, 1, 2, 2, 2, 0, 0], np.int32)
+    found = influence(TINY, segments)
+    visible = (s <= t) & (segments[t] == segments[s]) & (segments[t] > 0)
+    # A padding token still passes along its own residual stream; nothing else reads it.
+    assert (found[~visible & (s != t)] == 0).all() and (found[visible] > 1e-6).all()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_cached_equals_uncached_under_left_padding(variant):
+    config, left, prompt, total = VARIANTS[variant], (0, 2, 5), 4, 9
+    params, apply = make(config)
+    tokens_BT = random_tokens(3, total)
+    want = at(apply(params, *rows(tokens_BT, left))[0], left, total)
+    # Right-aligned prompts, then one token at a time.
+    inputs = rows(tokens_BT[:, :prompt], [max(left)] * 3, pad=7)
+    cache = empty_cache(config, 3, max(left) + total)
+    logits, cache = apply(params, *inputs, cache)
+    got = [np.asarray(logits)[:, -prompt:]]
+    for t in range(prompt, total):
+        ones = np.ones((3, 1), np.int32)
+        logits, cache = apply(params, tokens_BT[:, t : t + 1], ones, ones * t, cache)
+        got.append(logits)
+    np.testing.assert_allclose(np.concatenate(got, 1), want, atol=2e-5)
+    wrong, _ = apply(params, tokens_BT[:, -1:], ones, ones * (total - 2), cache.replace(length=cache.length - 1))
+    assert np.abs(wrong[:, 0] - want[:, -1]).max() > 1e-3  # control: a position off by one shows
+
+
+def test_prefill_of_rows_of_unequal_length():
+    params, apply = make(TINY)
+    tokens_BT, lengths = random_tokens(3, 8), (8, 5, 2)
+    inputs = [np.zeros((3, 8), np.int32) for _ in range(3)]
+    for b, length in enumerate(lengths):
+        inputs[0][b, 8 - length :] = tokens_BT[b, :length]
+        inputs[1][b, 8 - length :] = 1
+        inputs[2][b, 8 - length :] = np.arange(length)
+    cache = empty_cache(TINY, 3, 10)
+    last, cache = apply(params, *inputs, cache, logits_from=7)
+    assert last.shape == (3, 1, TINY.vocab) and cache.length == 8
+    ones, next_B1 = np.ones((3, 1), np.int32), np.array([[3], [4], [5]], np.int32)
+    after, _ = apply(params, next_B1, ones, np.array(lengths, np.int32)[:, None], cache)
+    for b, length in enumerate(lengths):
+        alone_1T = np.concatenate([tokens_BT[b : b + 1, :length], next_B1[b : b + 1]], 1)
+        want, _ = apply(params, *rows(alone_1T, [0]))
+        np.testing.assert_allclose(last[b, 0], want[0, -2], atol=2e-5)
+        np.testing.assert_allclose(after[b, 0], want[0, -1], atol=2e-5)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_packed_equals_unpacked(variant):
+    params, apply = make(VARIANTS[variant])
+    examples = [(row[:n].tolist(), [1] * n) for row, n in zip(random_tokens(3, 6), (6, 4, 5), strict=True)]
+    packed = pack(examples, 16)
+    inputs = [packed[k] for k in ("tokens_BT", "segment_ids_BT", "positions_BT")]
+    assert inputs[0].shape == (1, 16) and inputs[1].max() == 3
+    together, _ = apply(params, *inputs)
+    mixed, _ = apply(params, inputs[0], (inputs[1] > 0).astype(np.int32), inputs[2])
+    for segment in (1, 2, 3):
+        here = inputs[1][0] == segment
+        tokens = inputs[0][:, here]
+        padded = np.pad(tokens, ((0, 0), (0, 6 - tokens.shape[1])))
+        alone, _ = apply(params, *rows(padded, [0]))
+        alone = alone[0, : tokens.shape[1]]
+        np.testing.assert_allclose(together[0, here], alone, atol=2e-5)
+        if segment > 1:  # control: without segments they see one another
+            assert np.abs(mixed[0, here] - alone).max() > 1e-3
+
+
+@pytest.mark.parametrize("model", [LanguageModel, ScalarModel])
+def test_padding_side_amount_and_content_change_nothing(model):
+    params, apply = make(TINY, model)
+    tokens_BT = random_tokens(2, 5)
+
+    def out(left, right, pad=0):
+        result = apply(params, *rows(tokens_BT, left, right, pad))
+        return at(result[0] if model is LanguageModel else result, left, 5)
+
+    want = out((0, 0), 0)
+    for left, right, pad in (((0, 0), 6, 0), ((6, 6), 0, 0), ((2, 4), 2, 39)):
+        np.testing.assert_allclose(out(left, right, pad), want, atol=2e-5)
+    tokens, segments, positions = rows(tokens_BT, (6, 6))
+    seen = apply(params, tokens, np.ones_like(segments), positions)  # control: padding that is seen
+    seen = seen[0] if model is LanguageModel else seen
+    assert np.abs(at(seen, (6, 6), 5) - want).max() > 1e-3
+
+
+def test_earlier_positions_need_not_be_unembedded():
+    params, apply = make(TINY)
+    inputs = rows(random_tokens(2, 7), (0, 0))
+    np.testing.assert_allclose(apply(params, *inputs, logits_from=4)[0], apply(params, *inputs)[0][:, 4:], atol=1e-6)
+
+
+def test_rope_depends_on_distance_only_and_turns_halves():
+    config = dataclasses.replace(TINY, head_width=8)
+    q, k = np.random.default_rng(0).normal(size=(2, 1, 1, 1, 8)).astype(np.float32)
+
+    def score(m, n):
+        turned = [rotate(x, rope_turns(config, jnp.full((1, 1), p))) for x, p in ((q, m), (k, n))]
+        return float((turned[0] * turned[1]).sum())
+
+    assert score(3, 1) == pytest.approx(score(40, 38), abs=1e-4) == pytest.approx(score(102, 100), abs=1e-4)
+    assert abs(score(3, 1) - score(3, 2)) > 1e-2  # control
+    assert score(5, 5) == pytest.approx(float((q * k).sum()), abs=1e-5)
+    # Half-split: as complex numbers x[i] + j x[i + H/2] multiplied by exp(j m base^(-2i/H)).
+    x, m = q.reshape(8).astype(np.float64), 11
+    turned = (x[:4] + 1j * x[4:]) * np.exp(1j * m * config.rope_base ** (-np.arange(4) / 4))
+    got = np.asarray(rotate(q, rope_turns(config, jnp.full((1, 1), m)))).reshape(8)
+    np.testing.assert_allclose(got, np.concatenate([turned.real, turned.imag]), atol=1e-5)
+
+
+def test_position_scale_interpolates():
+    halved = dataclasses.replace(TINY, rope_scale=0.5)
+    np.testing.assert_allclose(rope_turns(halved, jnp.array([[14]]))[1], rope_turns(TINY, jnp.array([[7]]))[1])
+
+
+def test_llama3_frequencies_follow_the_published_formula():
+    config = PRESETS["llama3.2-1b"]
+    factor, low, high, old_context = config.rope_llama3
+    want = []
+    for i in range(config.head_width // 2):  # by wavelength, case by case, in float64
+        frequency = config.rope_base ** (-2 * i / config.head_width)
+        wavelength = 2 * math.pi / frequency
+        if wavelength < old_context / high:
+            want.append(frequency)
+        elif wavelength > old_context / low:
+            want.append(frequency / factor)
+        else:
+            smooth = (old_context / wavelength - low) / (high - low)
+            want.append((1 - smooth) * frequency / factor + smooth * frequency)
+    np.testing.assert_allclose(rope_frequencies(config), want, rtol=1e-5)
+    plain = rope_frequencies(dataclasses.replace(config, rope_llama3=None))
+    kept = np.isclose(plain, want, rtol=1e-5)
+    assert kept.any() and not kept.all()  # control: some are kept, some stretched
+
+
+def loss_and_grads(config, batch):
+    params, _ = make(dataclasses.replace(config, remat="none", dtype="float32"))
+    _, apply = pure(LanguageModel(config))
+    objective = functools.partial(likelihood_objective, apply)
+    return jax.jit(jax.value_and_grad(objective, has_aux=True))(params, batch)
+
+
+def likelihood_batch():
+    tokens, segments, positions = rows(random_tokens(2, 7), (0, 1))
+    return {
+        "tokens_BT": tokens,
+        "segment_ids_BT": segments,
+        "positions_BT": positions,
+        "loss_mask_BT": segments * (positions > 0).astype(np.float32),
+    }
+
+
+def test_remat_changes_neither_loss_nor_gradients():
+    (want, _), want_grads = loss_and_grads(TINY, likelihood_batch())
+    for remat in ("dots", "full"):
+        (loss, _), grads = loss_and_grads(dataclasses.replace(TINY, remat=remat), likelihood_batch())
+        assert float(loss) == pytest.approx(float(want), rel=1e-6)
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-5, rtol=1e-4), grads, want_grads)
+
+
+def test_bfloat16_compute_keeps_logits_and_losses_float32():
+    config, batch = dataclasses.replace(TINY, dtype="bfloat16"), likelihood_batch()
+    params, apply = make(TINY)
+    (want, _), _ = loss_and_grads(TINY, batch)
+    (loss, (weight, _)), grads = loss_and_grads(config, batch)
+    assert loss.dtype == weight.dtype == jnp.float32 and float(loss) == pytest.approx(float(want), rel=0.05)
+    assert all(g.dtype == jnp.float32 and np.isfinite(g).all() for g in jax.tree.leaves(grads))
+    inputs = [batch[k] for k in ("tokens_BT", "segment_ids_BT", "positions_BT")]
+    logits, _ = jax.jit(pure(LanguageModel(config))[1])(params, *inputs)
+    assert logits.dtype == jnp.float32 and token_logprobs(logits, batch["tokens_BT"]).dtype == jnp.float32
+    assert np.abs(logits - apply(params, *inputs)[0]).max() > 1e-4  # control: it did compute in bfloat16
+    scalars = jax.jit(pure(ScalarModel(config))[1])(make(TINY, ScalarModel)[0], *inputs)
+    assert scalars.dtype == jnp.float32
+    assert empty_cache(config, 1, 4).k_LBSKH.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("fields", [{"kv_heads": 3}, {"head_width": 5}, {"layers": 0}, {"vocab": -1}])
+def test_impossible_shapes_are_refused_by_name(fields):
+    with pytest.raises(UserError, match=f"--model.{next(iter(fields))}="):
+        ModelConfig(**fields)
+    with pytest.raises(UserError, match=r"--model.preset=gpt5: unknown; choose one of world, tiny"):
+        ModelConfig.from_preset("gpt5")

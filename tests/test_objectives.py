@@ -1,0 +1,157 @@
+"""Likelihood and reward objectives against float64 loops."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from objectives.likelihood import likelihood_objective, token_logprobs
+from objectives.reward import bradley_terry, last_token, ranking_loss, ranking_objective
+
+
+def log_softmax(x):
+    x = np.asarray(x, np.float64)
+    return x - x.max(-1, keepdims=True) - np.log(np.exp(x - x.max(-1, keepdims=True)).sum(-1, keepdims=True))
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def test_logprob_t_is_that_of_token_t_given_those_before():
+    logits, tokens = 5 * normal(3, 6, 11), np.random.default_rng(1).integers(0, 11, (3, 6))
+    got, logp = token_logprobs(logits, tokens), log_softmax(logits)
+    want = [[0.0 if t == 0 else logp[b, t - 1, tokens[b, t]] for t in range(6)] for b in range(3)]
+    assert got.dtype == jnp.float32 and got.shape == tokens.shape
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    assert np.isfinite(token_logprobs(logits * 1e30, tokens)).all()
+    rounded = token_logprobs(logits.astype(jnp.bfloat16), tokens)  # the softmax itself is in float32
+    np.testing.assert_allclose(rounded, token_logprobs(jnp.float32(logits.astype(jnp.bfloat16)), tokens))
+
+
+def lookup(params, tokens, segments, positions):
+    """A model whose logits are its parameters, a [B, T, V] table."""
+    return params, None
+
+
+def test_likelihood_gradient_is_non_zero_on_exactly_the_masked_positions():
+    tokens = np.random.default_rng(1).integers(0, 7, (2, 6))
+    mask = np.array([[0, 0, 1, 1, 0, 1], [0, 1, 0, 0, 0, 0]], np.float32)
+    batch = {"tokens_BT": tokens, "segment_ids_BT": tokens, "positions_BT": tokens, "loss_mask_BT": mask}
+    logits = normal(2, 6, 7)
+    objective = jax.value_and_grad(partial(likelihood_objective, lookup), has_aux=True)
+    (loss, (weight, _)), grad = objective(logits, batch)
+    logp = log_softmax(logits)
+    want = -sum(logp[b, t - 1, tokens[b, t]] for b, t in zip(*np.nonzero(mask), strict=True))
+    assert float(loss) == pytest.approx(want, rel=1e-5) and float(weight) == 4
+    touched = np.abs(grad).sum(-1) > 0  # token t is predicted at t - 1
+    assert (touched[:, :-1] == (mask[:, 1:] > 0)).all() and not touched[:, -1].any()
+    loss, (weight, _) = likelihood_objective(lookup, logits, {**batch, "loss_mask_BT": mask * 0})
+    assert float(loss) == 0 and float(weight) == 0  # the step divides, finds no number and skips
+
+
+def pairwise(rewards, ranks, margins, coefficient):
+    """The mean over pairs, prompt by prompt, in float64."""
+    losses, valid = [], []
+    for reward, rank, margin in zip(rewards.astype(np.float64), ranks, margins, strict=True):
+        pairs = []
+        for i in range(len(rank)):
+            for j in range(len(rank)):
+                if rank[i] > 0 and rank[j] > 0 and rank[i] < rank[j]:
+                    gap = reward[i] - reward[j] - margin
+                    pairs.append(np.log1p(np.exp(-gap)) + coefficient * (reward[i] + reward[j]) ** 2)
+        losses.append(np.mean(pairs) if pairs else 0.0)
+        valid.append(float(bool(pairs)))
+    return losses, valid
+
+
+@pytest.mark.parametrize("coefficient", [0.0, 0.01])
+def test_ranking_loss_equals_a_loop_over_pairs(coefficient):
+    rewards, margins = 2 * normal(40, 5), np.abs(normal(40, seed=2))
+    ranks = np.random.default_rng(1).integers(0, 5, (40, 5))  # ties and absent candidates, full and empty rows
+    ranks[0], ranks[1], ranks[2] = [3, 1, 2, 5, 4], 0, 2
+    losses, valid = ranking_loss(rewards, ranks, margins, coefficient)
+    want, want_valid = pairwise(rewards, ranks, margins, coefficient)
+    np.testing.assert_allclose(losses, want, rtol=1e-5, atol=1e-6)
+    assert valid.tolist() == want_valid and want_valid[:3] == [1, 0, 0]
+    assert np.abs(np.array(losses) - pairwise(rewards, ranks, margins * 0, coefficient)[0]).max() > 0.1  # control
+
+
+def test_two_candidates_are_plain_bradley_terry():
+    rewards, zero = 3 * normal(8, 2), np.zeros(8, np.float32)
+    ranks = np.array([[1, 2], [2, 1]] * 4)
+    chosen, rejected = rewards[np.arange(8), ranks.argmin(1)], rewards[np.arange(8), ranks.argmax(1)]
+    losses, _ = ranking_loss(rewards, ranks, zero)
+    np.testing.assert_allclose(losses, np.log1p(np.exp(-(chosen - rejected).astype(np.float64))), rtol=1e-5)
+    np.testing.assert_allclose(bradley_terry(chosen, rejected), losses, rtol=1e-6)
+    assert np.isfinite(bradley_terry(jnp.float32(-1e4), jnp.float32(1e4)))
+    # A margin asks for a wider gap; centring costs what lies off 0, whichever of the two it is.
+    assert (np.asarray(ranking_loss(rewards, ranks, zero + 1)[0]) > np.asarray(losses)).all()
+    shifted = ranking_loss(rewards + 7, ranks, zero)[0]
+    np.testing.assert_allclose(shifted, losses, rtol=1e-4, atol=1e-5)
+    centred = ranking_loss(rewards, ranks, zero, 0.01)[0]
+    np.testing.assert_allclose(centred - losses, 0.01 * rewards.sum(1) ** 2, rtol=1e-2, atol=1e-5)
+
+
+def test_ties_and_absent_candidates_get_no_gradient():
+    ranks = np.array([[1, 0, 2, 2], [0, 1, 1, 0]])
+    loss = lambda rewards: ranking_loss(rewards, ranks, jnp.zeros(2), 0.1)[0].sum()  # noqa: E731
+    grad = np.asarray(jax.grad(loss)(normal(2, 4)))
+    assert (grad[0] != 0).tolist() == [True, False, True, True] and (grad[1] == 0).all()
+
+
+def test_last_token_on_either_padding_side():
+    scalars = np.arange(18, dtype=np.float32).reshape(3, 6)
+    segments = np.array([[1, 1, 1, 0, 0, 0], [0, 0, 0, 1, 1, 1], [0, 1, 1, 1, 1, 0]])
+    assert last_token(scalars, segments).tolist() == [2, 11, 16]
+    grad = jax.grad(lambda x: last_token(x, segments).sum())(scalars)
+    assert np.argwhere(grad).tolist() == [[0, 2], [1, 5], [2, 4]]
+
+
+def comparison_batch(ranks, length=6, seed=0):
+    rng, (rows, candidates) = np.random.default_rng(seed), np.shape(ranks)
+    shape = (rows, candidates, length)
+    real = np.arange(length) < rng.integers(3, length + 1, (rows, candidates, 1))
+    real &= np.array(ranks)[..., None] > 0
+    return {
+        "tokens_BCT": rng.integers(0, 9, shape) * real,
+        "segment_ids_BCT": real.astype(np.int32),
+        "positions_BCT": np.broadcast_to(np.arange(length), shape) * real,
+        "loss_mask_BCT": (real & (np.arange(length) >= 2)).astype(np.float32),
+        "ranks_BC": np.array(ranks),
+        "margin_B": np.zeros(rows, np.float32),
+    }
+
+
+def test_ranking_objective_with_language_model_loss_on_the_best():
+    batch = comparison_batch([[2, 1, 3], [1, 0, 2], [1, 1, 0], [3, 2, 1]])
+    values_V, table_VV = normal(9), normal(9, 9, seed=1)
+
+    def scalar(params, tokens, segments, positions):
+        return params["values"][tokens]
+
+    def bigram(params, tokens, segments, positions):
+        return params["table"][tokens], None
+
+    params = {"values": jnp.array(values_V), "table": jnp.array(table_VV)}
+    plain = partial(ranking_objective, scalar, params)
+    loss, (weight, metrics) = plain(batch)
+    end = batch["segment_ids_BCT"].sum(-1, keepdims=True) - 1  # -1 for an absent candidate, whose reward counts not
+    rewards = values_V[np.take_along_axis(batch["tokens_BCT"], end, 2)[..., 0]]
+    want, valid = pairwise(rewards, batch["ranks_BC"], batch["margin_B"], 0)
+    assert float(loss) == pytest.approx(sum(want), rel=1e-5) and float(weight) == sum(valid) == 3
+    gaps = [rewards[0, 1] - rewards[0, 0], rewards[0, 0] - rewards[0, 2], rewards[0, 1] - rewards[0, 2]]
+    gaps += [rewards[1, 0] - rewards[1, 2], rewards[3, 2] - rewards[3, 1], rewards[3, 2] - rewards[3, 0]]
+    gaps += [rewards[3, 1] - rewards[3, 0]]
+    assert [float(x) for x in metrics["accuracy"]] == [sum(gap > 0 for gap in gaps), 7]
+    assert float(metrics["margin"][0]) == pytest.approx(sum(gaps), rel=1e-4)
+
+    both, (_, metrics) = plain(batch, lm_coefficient=0.5, lm_apply=bigram)
+    nll, logp = 0.0, log_softmax(table_VV)
+    for b, best in ((0, 1), (1, 0), (3, 2)):  # row 2 has no pair, so it does not count at all
+        tokens, mask = batch["tokens_BCT"][b, best], batch["loss_mask_BCT"][b, best]
+        nll -= np.mean([logp[tokens[t - 1], tokens[t]] for t in np.nonzero(mask)[0]])
+    assert float(both - loss) == pytest.approx(0.5 * nll, rel=1e-4)
+    assert float(metrics["nll"][0]) == pytest.approx(nll, rel=1e-4) and float(metrics["nll"][1]) == 3

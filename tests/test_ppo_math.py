@@ -1,0 +1,246 @@
+"""PPO's mathematics against float64 loops, exact enumeration and the closed form of its optimum."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from objectives.policy import (
+    adapt_kl,
+    clipped_policy_loss,
+    clipped_value_loss,
+    gae,
+    kl_estimate,
+    policy_objective,
+    response_logprobs,
+    response_values,
+    token_rewards,
+    value_objective,
+    whiten,
+)
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def log_softmax(x):
+    return np.asarray(jax.nn.log_softmax(np.asarray(x, np.float32)), np.float64)
+
+
+def random_mask(batch=7, length=9):
+    lengths = np.random.default_rng(3).integers(1, length + 1, batch)
+    return (np.arange(length) < lengths[:, None]).astype(np.float32), lengths
+
+
+def test_kl_estimates_are_unbiased_by_enumeration():
+    logp, reference = log_softmax(normal(9)), log_softmax(normal(9, seed=1))
+    kl = (np.exp(logp) * (logp - reference)).sum()
+    mean = {k: float((np.exp(logp) * kl_estimate(logp, reference, k)).sum()) for k in ("k1", "k2", "k3")}
+    assert mean["k1"] == pytest.approx(kl, rel=1e-5) == pytest.approx(mean["k3"], rel=1e-5)
+    assert abs(mean["k2"] - kl) > 0.01 * kl  # control: k2 is biased
+    x, y = np.float32([[-1e-4, 0.0, 1e-4, -20.0, 5.0]]), np.float32([[0.0, 0.0, 0.0, 0.5, -5.0]])
+    assert (np.asarray(kl_estimate(x, y, "k3")) >= 0).all() and kl_estimate(x, y, "k3")[0, 1] == 0
+    assert (np.asarray(kl_estimate(x, y, "k1")) < 0).any()  # control
+
+
+@pytest.mark.parametrize("discount, smoothing", [(1.0, 0.95), (0.9, 0.5), (1.0, 1.0), (0.99, 0.0)])
+def test_gae_equals_a_loop(discount, smoothing):
+    mask, lengths = random_mask()
+    rewards, values = normal(7, 9) * mask, normal(7, 9, seed=1) * mask
+    advantages, returns = gae(rewards, values, discount=discount, smoothing=smoothing)
+    want = np.zeros((7, 9))
+    for b, length in enumerate(lengths):
+        for t in range(length):  # A_t = sum of (discount smoothing)^l delta_{t+l}, the definition
+            for u in range(t, length):
+                following = float(values[b, u + 1]) if u + 1 < length else 0.0
+                delta = float(rewards[b, u]) + discount * following - float(values[b, u])
+                want[b, t] += (discount * smoothing) ** (u - t) * delta
+    np.testing.assert_allclose(advantages, want, atol=1e-5)
+    np.testing.assert_allclose(returns, want + values, atol=1e-5)
+    assert advantages.dtype == jnp.float32 and (np.asarray(advantages)[mask == 0] == 0).all()
+    if smoothing == 1:  # then returns are the rewards still to come
+        np.testing.assert_allclose(returns, np.flip(np.cumsum(np.flip(rewards, 1), 1), 1), atol=1e-5)
+
+
+@pytest.mark.parametrize("unbiased", [False, True])
+def test_whitening_uses_real_tokens_only(unbiased):
+    mask, _ = random_mask()
+    x = 3 * normal(7, 9) + 5 + 100 * (1 - mask)  # what lies in the padding must not matter
+    real = x[mask > 0].astype(np.float64)
+    deviation = np.sqrt(real.var(ddof=int(unbiased)) + 1e-8)
+    white = np.asarray(whiten(x, mask, unbiased=unbiased))
+    np.testing.assert_allclose(white[mask > 0], (real - real.mean()) / deviation, atol=2e-5)
+    assert (white[mask == 0] == 0).all()
+    kept = np.asarray(whiten(x, mask, shift_mean=False, unbiased=unbiased))
+    np.testing.assert_allclose(kept[mask > 0], (real - real.mean()) / deviation + real.mean(), atol=2e-5)
+    assert (kept[mask == 0] == 0).all()
+    other = np.asarray(whiten(x, mask, unbiased=not unbiased))
+    assert np.abs(other - white).max() > 1e-3  # control: n and n - 1 differ
+    assert np.isfinite(whiten(np.ones((1, 1), np.float32), np.ones((1, 1), np.float32), unbiased=True)).all()
+
+
+def test_clipped_losses_equal_numpy():
+    logp, old, advantage = normal(50, 4) - 1, normal(50, 4, seed=1) - 1, normal(50, 4, seed=2)
+    ratio = np.exp(logp.astype(np.float64) - old)
+    want = -np.minimum(advantage * ratio, advantage * np.clip(ratio, 0.8, 1.2))
+    np.testing.assert_allclose(clipped_policy_loss(logp, old, advantage, 0.2), want, rtol=1e-4, atol=1e-5)
+    grad = np.asarray(jax.grad(lambda x: clipped_policy_loss(x, old, advantage, 0.2).sum())(logp))
+    beyond = np.where(advantage > 0, ratio > 1.2, ratio < 0.8)  # further would be rewarded, so no gradient
+    assert (grad[beyond] == 0).all() and (grad[~beyond] != 0).all() and beyond.any()
+
+    value, before, returns = 0.5 * normal(50, 4), 0.5 * normal(50, 4, seed=1), normal(50, 4, seed=2)
+    near = np.clip(value, before - 0.2, before + 0.2)
+    want = 0.5 * np.maximum((value - returns) ** 2, (near - returns) ** 2)
+    np.testing.assert_allclose(clipped_value_loss(value, before, returns, 0.2), want, rtol=1e-4, atol=1e-5)
+
+
+def test_one_score_a_row_at_its_index():
+    mask, lengths = random_mask()
+    score, kl = normal(7) + 3, normal(7, 9, seed=1)
+    got = np.asarray(token_rewards(score, kl, mask, jnp.float32(0.1), lengths - 1))
+    assert got.dtype == np.float32
+    scores = got + 0.1 * kl * mask
+    for b, length in enumerate(lengths):
+        assert scores[b, length - 1] == pytest.approx(score[b], abs=1e-5)
+    np.testing.assert_allclose(scores.sum(1), score, atol=1e-5)
+    np.testing.assert_allclose(np.abs(scores).sum(1), np.abs(score), atol=1e-5)  # nothing anywhere else
+    assert (got[mask == 0] == 0).all()
+    after = np.asarray(token_rewards(score, kl * 0, mask, jnp.float32(0.1), np.minimum(lengths, 8)))
+    assert (after.argmax(1) == np.minimum(lengths, 8)).all()
+
+
+def test_adaptive_kl_moves_towards_its_target():
+    adapt = partial(adapt_kl, jnp.float32(0.1), target=6.0, horizon=10_000, episodes=500)
+    assert float(adapt(kl=6.0)) == pytest.approx(0.1)
+    assert float(adapt(kl=6.6)) == pytest.approx(0.1 * (1 + 0.1 * 500 / 10_000))
+    assert float(adapt(kl=600.0)) == pytest.approx(0.1 * (1 + 0.2 * 500 / 10_000))  # held to 20 %
+    assert float(adapt(kl=0.0)) == pytest.approx(0.1 * (1 - 0.2 * 500 / 10_000))
+
+
+# A policy small enough to enumerate: a prompt of one token, then two tokens out of three.
+FIRST, SECOND = (x.reshape(-1) for x in np.indices((3, 3)))
+PAIRS = np.stack([FIRST, SECOND], axis=1)
+
+
+def tabular(params, tokens_BT, segment_ids_BT, positions_BT, logits_from=0):
+    """Logits of the first token from one table, of the second from a row for each first token."""
+    batch = tokens_BT.shape[0]
+    first = jnp.broadcast_to(params["first"], (batch, 3))
+    logits_BTV = jnp.stack([first, params["second"][tokens_BT[:, 1]], jnp.zeros((batch, 3))], axis=1)
+    return logits_BTV[:, logits_from:], None
+
+
+def enumerated():
+    tokens = np.concatenate([np.zeros((9, 1), int), PAIRS], axis=1)
+    inputs = {"tokens_BT": tokens, "segment_ids_BT": tokens * 0 + 1, "positions_BT": tokens * 0 + np.arange(3)}
+    return {**inputs, "response_BR": PAIRS, "mask_BR": np.ones((9, 2), np.float32)}
+
+
+def tables(seed):
+    return {"first": jnp.array(normal(3, seed=seed)), "second": jnp.array(normal(3, 3, seed=seed + 1))}
+
+
+def sequence_probs(params, temperature=1.0):
+    logp = jax.nn.log_softmax(params["first"] / temperature)[FIRST]
+    return jnp.exp(logp + jax.nn.log_softmax(params["second"] / temperature)[FIRST, SECOND])
+
+
+def exact_advantages(params, rewards_BR):
+    """Q - V of each enumerated token by exact expectations, times its sequence's probability.
+
+    So weighted, the objective's sum over the nine sequences is the expectation over samples.
+    """
+    p_B, still_BR = sequence_probs(params), jnp.flip(jnp.cumsum(jnp.flip(rewards_BR, 1), 1), 1)
+    weighted_BR = p_B[:, None] * still_BR
+    value_0 = weighted_BR[:, 0].sum()
+    values_3 = weighted_BR[:, 1].reshape(3, 3).sum(1) / p_B.reshape(3, 3).sum(1)
+    values_BR = jnp.stack([jnp.full(9, value_0), values_3[FIRST]], axis=1)
+    return p_B[:, None] * gae(rewards_BR, values_BR, discount=1.0, smoothing=1.0)[0]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_gradient_at_ratio_one_is_the_exact_policy_gradient(temperature):
+    params, batch, reward_B = tables(0), enumerated(), normal(9, seed=5)
+    want = jax.grad(lambda p: (sequence_probs(p, temperature) * reward_B).sum())(params)
+    rewards_BR = token_rewards(reward_B, jnp.zeros((9, 2)), batch["mask_BR"], 0.0, jnp.full(9, 1))
+    scaled = jax.tree.map(lambda x: x / temperature, params)
+    batch = {
+        **batch,
+        "old_logp_BR": jax.jit(response_logprobs, static_argnums=(0, 3))(tabular, params, batch, temperature),
+        "advantages_BR": jax.jit(exact_advantages)(scaled, rewards_BR),
+    }
+    objective = partial(policy_objective, tabular, clip=0.2, temperature=temperature)
+    gradient = jax.jit(jax.grad(objective, has_aux=True))
+    grad, (tokens, metrics) = gradient(params, batch)
+    jax.tree.map(lambda g, w: np.testing.assert_allclose(g, -w, atol=1e-6), grad, want)
+    assert float(tokens) == 18 and float(metrics["approx_kl"][0]) == 0 == float(metrics["clipped"][0])
+    logp = np.log(np.asarray(sequence_probs(params, temperature)))
+    np.testing.assert_allclose(batch["old_logp_BR"].sum(1), logp, atol=1e-5)
+    raised_BR = batch["advantages_BR"] + sequence_probs(scaled)[:, None]  # a constant baseline changes nothing
+    grad, _ = gradient(params, {**batch, "advantages_BR": raised_BR})
+    jax.tree.map(lambda g, w: np.testing.assert_allclose(g, -w, atol=1e-6), grad, want)
+    swapped = {**batch, "advantages_BR": batch["advantages_BR"][:, ::-1]}  # control: off by one token
+    grad, _ = gradient(params, swapped)
+    assert np.abs(grad["first"] + want["first"]).max() > 1e-3
+
+
+def test_updates_approach_the_closed_form():
+    reference, batch, reward_B = tables(0), enumerated(), 1.5 * normal(9, seed=5)
+    reference_BR = response_logprobs(tabular, reference, batch, 1.0)
+    objective = partial(policy_objective, tabular, clip=0.2, temperature=1.0)
+    optimizer = optax.adam(optax.linear_schedule(0.1, 0.0, 800))
+
+    @jax.jit
+    def train(beta):
+        def iteration(_, carry):
+            params, opt_state = carry
+            old_BR = response_logprobs(tabular, params, batch, 1.0)
+            kl_BR = kl_estimate(old_BR, reference_BR, "k1")
+            rewards_BR = token_rewards(reward_B, kl_BR, batch["mask_BR"], beta, jnp.full(9, 1))
+            targets = {"old_logp_BR": old_BR, "advantages_BR": exact_advantages(params, rewards_BR)}
+            for _ in range(2):  # epochs: in the second the ratio is no longer 1
+                grads, _ = jax.grad(objective, has_aux=True)(params, {**batch, **targets})
+                updates, opt_state = optimizer.update(grads, opt_state)
+                params = optax.apply_updates(params, updates)
+            return params, opt_state
+
+        return sequence_probs(jax.lax.fori_loop(0, 400, iteration, (reference, optimizer.init(reference)))[0])
+
+    def closed_form(beta):
+        weights = sequence_probs(reference) * np.exp(reward_B / beta)
+        return weights / weights.sum()
+
+    def distance(p, q):  # total variation
+        return float(0.5 * np.abs(np.asarray(p) - np.asarray(q)).sum())
+
+    for beta in (0.5, 2.0):
+        assert distance(train(beta), closed_form(beta)) < 0.02
+    assert distance(train(0.5), sequence_probs(reference)) > 0.2  # control: it went somewhere
+    assert distance(train(0.5), closed_form(2.0)) > 0.1  # control: and beta says where
+
+
+def test_objectives_ignore_padding_and_pick_the_emitting_state():
+    batch, mask = enumerated(), np.ones((9, 2), np.float32)
+    mask[::2, 1] = 0
+    padded = {**batch, "mask_BR": mask, "value_mask_BR": mask, "advantages_BR": normal(9, 2)}
+    padded["old_logp_BR"] = np.where(mask > 0, -1.0, -1e4).astype(np.float32)  # would overflow if not masked
+    objective = partial(policy_objective, tabular, clip=0.2, temperature=1.0)
+    (loss, (tokens, _)), grads = jax.value_and_grad(objective, has_aux=True)(tables(0), padded)
+    assert np.isfinite(loss) and all(np.isfinite(g).all() for g in grads.values()) and float(tokens) == 13
+    logp = response_logprobs(tabular, tables(0), padded, 1.0)
+    want = clipped_policy_loss(logp, -1.0, padded["advantages_BR"], 0.2)[mask > 0].sum()
+    assert float(loss) == pytest.approx(float(want), rel=1e-5)
+
+    def scalars(params, tokens, segments, positions):  # the scalar at index t of row b is 10 b + t
+        return params + 10.0 * jnp.arange(9)[:, None] + jnp.arange(3)
+
+    values = response_values(scalars, 0.0, batch)
+    assert values[4].tolist() == [40, 41]  # response tokens are at 1 and 2, emitted in the states 0 and 1
+    padded |= {"old_values_BR": np.asarray(values), "returns_BR": np.asarray(values) + mask * 0.5 + (1 - mask) * 1e6}
+    loss, (tokens, metrics) = value_objective(scalars, 0.0, padded, clip=0.2)
+    assert float(tokens) == 13 and float(loss) == pytest.approx(0.5 * 0.25 * 13)
+    assert float(metrics["square_error"][0]) == pytest.approx(0.25 * 13)

@@ -1,0 +1,175 @@
+import dataclasses
+import functools
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from config import UserError
+from model import PRESETS, LanguageModel, ScalarModel, pure
+from objectives.likelihood import likelihood_objective
+from objectives.reward import ranking_objective
+from sharding import (
+    MeshConfig,
+    check_batch,
+    constrain_batch,
+    init_sharded,
+    make_mesh,
+    path_name,
+    shardings_of,
+    spec_of,
+    to_mesh,
+)
+from train_step import OptimizerConfig, init_state, make_optimizer, make_train_step
+
+CONFIG = dataclasses.replace(
+    PRESETS["tiny"], vocab=32, width=16, hidden=24, layers=2, head_width=4, qk_norm=True, dtype="float32"
+)
+MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (2, 1, 4)]
+OPTIMIZER = make_optimizer(OptimizerConfig(lr=3e-3, warmup=1), 5)
+needs_eight = pytest.mark.skipif(
+    jax.device_count() != 8, reason="XLA_FLAGS of the environment set another number of devices than 8"
+)
+
+
+def one_device():
+    names = ("data", "fsdp", "tensor")
+    return jax.make_mesh((1, 1, 1), names, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1])
+
+
+def inputs(rng, *shape):
+    real = np.arange(shape[-1]) < rng.integers(3, shape[-1] + 1, (*shape[:-1], 1))
+    positions = np.broadcast_to(np.arange(shape[-1]), shape)
+    arrays = (rng.integers(1, 32, shape) * real, real, positions * real)
+    return [x.astype(np.int32) for x in arrays], (real & (positions > 0)).astype(np.float32)
+
+
+def likelihood_batch(seed):
+    (tokens, segments, positions), mask = inputs(np.random.default_rng(seed), 8, 10)
+    names = ("tokens_BT", "segment_ids_BT", "positions_BT", "loss_mask_BT")
+    return dict(zip(names, (tokens, segments, positions, mask), strict=True))
+
+
+def ranking_batch(seed):
+    rng = np.random.default_rng(seed)
+    (tokens, segments, positions), mask = inputs(rng, 8, 3, 8)
+    names = ("tokens_BCT", "segment_ids_BCT", "positions_BCT", "loss_mask_BCT")
+    ranks = np.argsort(rng.random((8, 3)), axis=1).astype(np.int32) + 1
+    ranks[0, 1] = 0
+    batch = dict(zip(names, (tokens, segments, positions, mask), strict=True))
+    return {**batch, "ranks_BC": ranks, "margin_B": np.zeros(8, np.float32)}
+
+
+OBJECTIVES = {
+    "likelihood": (LanguageModel, likelihood_objective, likelihood_batch),
+    "ranking": (ScalarModel, partial(ranking_objective, centring_coefficient=0.01), ranking_batch),
+}
+
+
+def five_steps(mesh, name, microbatches=1):
+    """Losses, parameters and the whole sharded state after five updates on `mesh`."""
+    model, objective, batches = OBJECTIVES[name]
+    init, apply = pure(model(CONFIG))
+    with jax.set_mesh(mesh):
+        state = init_sharded(lambda key: init_state(init(key), OPTIMIZER), mesh, jax.random.key(0))
+        step, losses = make_train_step(partial(objective, apply), OPTIMIZER, microbatches), []
+        for seed in range(5):
+            state, metrics = step(state, to_mesh(batches(seed), mesh))
+            losses.append(float(metrics["loss"]))
+    return losses, jax.tree.map(np.asarray, state.params), state
+
+
+@functools.cache
+def on_one_device(name):
+    return five_steps(one_device(), name)[:2]
+
+
+@needs_eight
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("shape", MESHES, ids=lambda shape: "x".join(map(str, shape)))
+def test_five_steps_equal_one_device_and_one_batch(shape, name):
+    mesh = make_mesh(MeshConfig(*shape))
+    microbatches = 1 if shape[0] * shape[1] == 8 else 2  # the rows are eight
+    losses, params, state = five_steps(mesh, name, microbatches)
+    want_losses, want = on_one_device(name)
+    np.testing.assert_allclose(losses, want_losses, atol=1e-4)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4), params, want)
+    assert losses[0] != losses[-1]
+
+    # Parameters lie as the rules say after the steps too, and Adam's moments lie as the parameters.
+    wanted = shardings_of(state, mesh)
+    jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim) or pytest.fail(f"{x.sharding} {s}"), state, wanted)
+    adam = state.opt_state[0]
+    for moment in (adam.mu, adam.nu):
+        same = jax.tree.map(lambda m, p: m.sharding.is_equivalent_to(p.sharding, p.ndim), moment, state.params)
+        assert jax.tree.all(same)
+    here = sum(x.addressable_shards[0].data.size for x in jax.tree.leaves((adam.mu, state.params)))
+    everywhere = sum(x.size for x in jax.tree.leaves((adam.mu, state.params)))
+    split = shape[1] * shape[2]
+    assert here == everywhere if split == 1 else here < everywhere / split * 1.5 + 200
+
+
+@needs_eight
+def test_key_value_heads_fewer_than_the_tensor_axis_are_replicated():
+    mesh = make_mesh(MeshConfig(2, 1, 4))
+    assert spec_of("decoder/layers/attention/k", (2, 16, 2, 4), mesh) == P(None, "fsdp", None, None)
+    assert spec_of("decoder/layers/attention/q", (2, 16, 4, 4), mesh) == P(None, "fsdp", "tensor", None)
+
+
+@needs_eight
+def test_a_rule_holds_for_whole_names_and_their_copies_in_the_optimizer():
+    mesh = make_mesh(MeshConfig(1, 4, 2))
+    assert spec_of("unembed", (16, 32), mesh) == P("fsdp", "tensor")
+    assert spec_of("decoder/embed", (32, 16), mesh) == P("tensor", "fsdp")
+    assert spec_of("opt_state/0/mu/decoder/embed", (32, 16), mesh) == P("tensor", "fsdp")
+    assert spec_of("decoder/unembed_", (32, 16), mesh) == spec_of("step", (), mesh) == P()
+    assert spec_of("opt_state/0/v_row/decoder/embed", (32,), mesh) == P()  # Adafactor's factor: another shape
+
+
+@needs_eight
+def test_adafactor_is_initialised_and_steps_on_a_mesh():
+    mesh = make_mesh(MeshConfig(2, 2, 2))
+    optimizer = make_optimizer(OptimizerConfig(name="adafactor", warmup=0), 5)
+    init, apply = pure(LanguageModel(CONFIG))
+    state = init_sharded(lambda key: init_state(init(key), optimizer), mesh, jax.random.key(0))
+    step = make_train_step(partial(likelihood_objective, apply), optimizer)
+    state, first = step(state, to_mesh(likelihood_batch(0), mesh))
+    for _ in range(4):
+        state, last = step(state, to_mesh(likelihood_batch(0), mesh))
+    assert float(last["loss"]) < float(first["loss"])
+
+
+@needs_eight
+def test_batches_are_split_over_data_and_fsdp():
+    mesh = make_mesh(MeshConfig(2, 2, -1))
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    tokens = to_mesh({"tokens_BT": np.arange(32).reshape(8, 4)}, mesh)["tokens_BT"]
+    assert {shard.data.shape for shard in tokens.addressable_shards} == {(2, 4)}
+    constrained = jax.jit(constrain_batch)(jnp.zeros((8, 3)))
+    assert constrained.sharding.is_equivalent_to(tokens.sharding, 2)
+    assert jax.jit(constrain_batch)(jnp.zeros((3, 3))).shape == (3, 3)  # an odd batch is left alone
+
+
+@needs_eight
+@pytest.mark.parametrize("sizes", [(3, 1, 1), (2, 2, 1), (-1, -1, 1), (0, 1, 1), (-2, 1, 1), (-1, 16, 1), (-1, 3, 1)])
+def test_impossible_meshes_are_refused_with_all_three_sizes(sizes):
+    with pytest.raises(UserError, match=f"--mesh.data={sizes[0]}, --mesh.fsdp={sizes[1]}, --mesh.tensor={sizes[2]}:"):
+        make_mesh(MeshConfig(*sizes))
+    assert jax.sharding.get_mesh().empty  # and none is set
+
+
+def test_batches_that_do_not_split_are_refused():
+    mesh = one_device()
+    check_batch("batch_size", 6, 3, mesh)
+    for rows, microbatches in ((6, 4), (0, 1), (6, 0)):
+        with pytest.raises(UserError, match=f"--batch_size={rows}: must be a positive multiple"):
+            check_batch("batch_size", rows, microbatches, mesh)
+
+
+def test_names_of_paths():
+    tree = {"a": {"b": [1, 2]}}
+    assert [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)] == ["a/b/0", "a/b/1"]

@@ -1,0 +1,250 @@
+import dataclasses
+import math
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from config import UserError
+from model import PRESETS, LanguageModel, ScalarModel, pure
+from objectives.likelihood import likelihood_objective
+from sharding import RULES, path_name
+from train_step import (
+    OptimizerConfig,
+    as_items,
+    decayed,
+    from_items,
+    init_state,
+    make_evaluation,
+    make_optimizer,
+    make_schedule,
+    make_train_step,
+)
+
+TINY = dataclasses.replace(PRESETS["tiny"], vocab=40, width=16, hidden=24, head_width=4)
+PLAIN = OptimizerConfig(lr=0.05, schedule="constant", warmup=0, weight_decay=0.0)
+
+
+def regression(params, batch):
+    """Weighted square error: a small objective with uneven weights."""
+    error_B = jnp.square(batch["x_BD"] @ params["w"] + params["bias"] - batch["y_B"]) * batch["weight_B"]
+    weight = batch["weight_B"].sum()
+    return error_B.sum(), (weight, {"error": (jnp.sqrt(error_B).sum(), weight)})
+
+
+def regression_batch(seed=0, rows=8):
+    rng = np.random.default_rng(seed)
+    x, y = rng.normal(size=(rows, 3)), rng.normal(size=rows)
+    return {"x_BD": np.float32(x), "y_B": np.float32(y), "weight_B": np.float32(rng.integers(1, 9, rows))}
+
+
+def start(optimizer):
+    return init_state({"w": jnp.array([0.5, -1.0, 2.0]), "bias": jnp.array(0.3)}, optimizer)
+
+
+def language_batch(seed):
+    """Rows of very different length, some with hardly a token that counts."""
+    rng = np.random.default_rng(seed)
+    real = np.arange(10) < np.array([[10], [3], [9], [4], [2], [10], [2], [6]])
+    return {
+        "tokens_BT": np.int32(rng.integers(1, 40, (8, 10)) * real),
+        "segment_ids_BT": np.int32(real),
+        "positions_BT": np.int32(np.arange(10) * real),
+        "loss_mask_BT": np.float32(real & (np.arange(10) > 0)),
+    }
+
+
+def close(x, y, atol):
+    return all(np.allclose(a, b, atol=atol) for a, b in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True))
+
+
+def test_accumulation_equals_one_batch_with_unequal_token_counts():
+    init, apply = pure(LanguageModel(TINY))
+    objective = partial(likelihood_objective, apply)
+    params = jax.jit(init)(jax.random.key(0))
+
+    def mean_of_means(params, batch):  # control: what averaging micro-batches would minimise
+        loss, (weight, metrics) = objective(params, batch)
+        return loss / weight, (jnp.float32(1), metrics)
+
+    def train(objective, microbatches):
+        # Adam hides the scale of gradients: without it a difference in them shows in full.
+        step = make_train_step(objective, optax.sgd(0.5), microbatches, clip=1e9)
+        state, losses = init_state(jax.tree.map(jnp.copy, params), optax.sgd(0.5)), []
+        for seed in range(3):
+            state, metrics = step(state, language_batch(seed))
+            losses.append(metrics["loss"])
+        return state.params, losses
+
+    whole, losses = train(objective, 1)
+    cut, cut_losses = train(objective, 4)
+    assert close(whole, cut, 1e-6) and close(losses, cut_losses, 1e-5)
+    naive, _ = train(mean_of_means, 4)
+    assert not close(whole, naive, 1e-4)
+    assert not close(whole, params, 1e-2)  # control: something was learnt
+
+
+def test_clipping_equals_numpy_and_metrics_are_means():
+    batch, lr = regression_batch(), 0.1
+    x, y, weight = (batch[k].astype(np.float64) for k in ("x_BD", "y_B", "weight_B"))
+    error = x @ [0.5, -1, 2] + 0.3 - y
+    grad_w, grad_b = 2 * (weight * error) @ x / weight.sum(), 2 * (weight * error).sum() / weight.sum()
+    norm = math.sqrt(grad_w @ grad_w + grad_b**2)
+    for clip in (0.25, 100.0):
+        state, metrics = make_train_step(regression, optax.sgd(lr), 1, clip)(start(optax.sgd(lr)), batch)
+        factor = min(1.0, clip / norm)
+        np.testing.assert_allclose(state.params["w"], [0.5, -1, 2] - lr * factor * grad_w, atol=1e-6)
+        np.testing.assert_allclose(state.params["bias"], 0.3 - lr * factor * grad_b, atol=1e-6)
+        assert float(metrics["grad_norm"]) == pytest.approx(norm, rel=1e-5)  # before clipping
+        assert float(metrics["loss"]) == pytest.approx((weight * error**2).sum() / weight.sum(), rel=1e-5)
+        mean = (np.sqrt(weight) * np.abs(error)).sum() / weight.sum()
+        assert float(metrics["error"]) == pytest.approx(mean, rel=1e-5)
+    assert norm > 0.25  # control: the first was clipped
+
+
+def numpy_adamw(config, steps, decay, gradient, params):
+    """AdamW (Loshchilov and Hutter 2019, algorithm 2) in float64, the learning rate held."""
+    m, v = np.zeros_like(params), np.zeros_like(params)
+    for t in range(1, steps + 1):
+        g = gradient(params, t - 1)
+        g = g * min(1.0, 1.0 / np.linalg.norm(g))
+        m, v = config.beta1 * m + (1 - config.beta1) * g, config.beta2 * v + (1 - config.beta2) * g * g
+        unbiased_m, unbiased_v = m / (1 - config.beta1**t), v / (1 - config.beta2**t)
+        params = params - config.lr * (unbiased_m / (np.sqrt(unbiased_v) + config.eps) + decay * params)
+    return params
+
+
+def test_adamw_equals_float64_numpy_over_five_steps():
+    config = dataclasses.replace(PLAIN, weight_decay=0.2, eps=1e-3)
+    optimizer = make_optimizer(config, 5)
+    step, state = make_train_step(regression, optimizer), start(optimizer)
+    for seed in range(5):
+        state, _ = step(state, regression_batch(seed))
+
+    def gradient(params, seed):
+        batch = {k: x.astype(np.float64) for k, x in regression_batch(seed).items()}
+        residual = (batch["x_BD"] @ params[:3] + params[3] - batch["y_B"]) * batch["weight_B"]
+        return 2 * np.append(residual @ batch["x_BD"], residual.sum()) / batch["weight_B"].sum()
+
+    want = numpy_adamw(config, 5, np.array([0.2, 0.2, 0.2, 0]), gradient, np.array([0.5, -1, 2, 0.3]))
+    got = np.append(state.params["w"], state.params["bias"])
+    np.testing.assert_allclose(got, want, atol=2e-6)
+    control = numpy_adamw(config, 5, np.full(4, 0.2), gradient, np.array([0.5, -1, 2, 0.3]))
+    assert abs(control[3] - got[3]) > 1e-4  # control: a decayed bias would show
+    assert int(state.step) == 5 and int(state.skipped) == 0
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+def test_weight_decay_shrinks_all_but_norms_and_biases(name):
+    """With no gradient at all, only decay moves parameters: by lr times its coefficient, for either optimiser."""
+    config = dataclasses.replace(TINY, qkv_bias=True, qk_norm=True)
+    shapes = jax.eval_shape(pure(ScalarModel(config))[0], jax.random.key(0))
+    params = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), shapes)
+    optimizer = make_optimizer(dataclasses.replace(PLAIN, name=name, lr=0.1, weight_decay=0.2), 5)
+    nothing = lambda params, batch: (0.0 * batch["x"].sum(), (jnp.float32(1), {}))  # noqa: E731
+    state, _ = make_train_step(nothing, optimizer)(init_state(params, optimizer), {"x": np.ones((2, 1))})
+    want = jax.tree.map(lambda is_decayed: 0.98 if is_decayed else 1.0, decayed(shapes))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), state.params, want)
+    kept = {path_name(path) for path, x in jax.tree_util.tree_leaves_with_path(want) if x == 1}
+    names = ("q_bias", "k_bias", "v_bias", "q_norm", "k_norm")
+    inner = {f"decoder/layers/attention/{name}" for name in names}
+    inner |= {f"decoder/layers/{name}" for name in ("attention_norm", "mlp_norm")}
+    assert kept == inner | {"decoder/final_norm", "bias"}
+
+
+def test_an_update_that_is_not_finite_is_skipped_and_counted():
+    optimizer = make_optimizer(PLAIN, 9)
+    step, good = make_train_step(regression, optimizer), regression_batch()
+    state, _ = step(start(optimizer), good)
+    faults = [
+        {**good, "y_B": np.append(good["y_B"][:-1], np.float32(np.nan))},
+        {**good, "x_BD": np.float32(1e30) * good["x_BD"]},  # the square overflows
+        {**good, "weight_B": 0 * good["weight_B"]},  # nothing counts: never a silent zero
+    ]
+    for count, batch in enumerate(faults, start=1):
+        before = jax.tree.map(np.array, state)
+        state, metrics = step(state, batch)
+        assert int(state.skipped) == count == int(metrics["skipped"]) and int(state.step) == 1 + count
+        jax.tree.map(
+            lambda x, y: np.testing.assert_array_equal(x, y),
+            (state.params, state.opt_state),
+            (before.params, before.opt_state),
+        )
+    before = np.array(state.params["w"])
+    state, metrics = step(state, good)  # control: the next good one moves
+    assert (state.params["w"] != before).all() and int(state.skipped) == 3 and np.isfinite(metrics["loss"])
+
+
+def test_one_bad_microbatch_spoils_the_whole_update():
+    step, batch = make_train_step(regression, optax.sgd(0.1), 4), regression_batch()
+    batch["y_B"][3] = np.inf
+    state, _ = step(start(optax.sgd(0.1)), batch)
+    assert int(state.skipped) == 1 and state.params["w"].tolist() == [0.5, -1, 2]
+
+
+def test_schedules_start_peak_and_end_in_closed_form():
+    def rate(name, step, **fields):
+        config = OptimizerConfig(lr=0.4, schedule=name, final_lr=0.1, **{"warmup": 10, **fields})
+        return float(make_schedule(config, 110)(step))
+
+    for name in ("cosine", "linear", "inverse_sqrt", "constant"):
+        for step in range(10):  # step 0 learns already
+            assert rate(name, step) == pytest.approx(0.4 * (step + 1) / 11, rel=1e-5)
+        assert rate(name, 10) == pytest.approx(0.4) == pytest.approx(rate(name, 0, warmup=0))
+    for t in (0, 30, 75, 100):
+        share = 0.1 + 0.9 * (1 + math.cos(math.pi * t / 100)) / 2
+        assert rate("cosine", 10 + t) == pytest.approx(0.4 * share, rel=1e-5)
+        assert rate("linear", 10 + t) == pytest.approx(0.4 * (1 - 0.9 * t / 100), rel=1e-5)
+        assert rate("inverse_sqrt", 10 + t) == pytest.approx(0.4 * math.sqrt(10 / (10 + t)), rel=1e-5)
+        assert rate("constant", 10 + t) == pytest.approx(0.4)
+    assert rate("cosine", 500) == pytest.approx(0.04) == pytest.approx(rate("linear", 500))
+
+
+@pytest.mark.parametrize("fields", [{"warmup": 10}, {"warmup": -1}, {"lr": 0.0}, {"lr": float("nan")}])
+def test_impossible_schedules_are_refused_by_name(fields):
+    with pytest.raises(UserError, match=f"--optimizer.{next(iter(fields))}="):
+        make_schedule(dataclasses.replace(PLAIN, **fields), 10)
+
+
+def test_adafactor_learns():
+    optimizer = make_optimizer(dataclasses.replace(PLAIN, name="adafactor", weight_decay=0.1), 40)
+    step, state = make_train_step(regression, optimizer, microbatches=2), start(optimizer)
+    losses = []
+    for _ in range(40):
+        state, metrics = step(state, regression_batch())
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < 0.6 * losses[0] and int(state.skipped) == 0
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("model", [LanguageModel, ScalarModel])
+def test_each_parameter_matches_exactly_one_rule(name, model):
+    for fields in ({}, {"qkv_bias": True, "qk_norm": True, "tied": False}):
+        config = dataclasses.replace(PRESETS[name], **fields)
+        shapes = jax.eval_shape(pure(model(config))[0], jax.random.key(0))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
+            found = [spec for pattern, spec in RULES if re.fullmatch(pattern, path_name(path))]
+            assert len(found) == 1, path_name(path)
+            assert len(found[0]) == leaf.ndim
+    assert not any(re.fullmatch(pattern, "decoder/unembed") for pattern, _ in RULES)  # control
+
+
+def test_items_of_a_checkpoint_are_the_state():
+    state = start(make_optimizer(PLAIN, 5))
+    assert as_items(state)["rest"].params == {}
+    again = from_items(as_items(state))
+    assert jax.tree.structure(again) == jax.tree.structure(state) and close(again, state, 0)
+
+
+def test_evaluation_is_the_mean_over_all_tokens_of_all_batches():
+    batches = [regression_batch(0, 8), regression_batch(1, 3)]
+    joined = jax.tree.map(lambda *x: np.concatenate(x), *batches)
+    params, evaluate = start(optax.sgd(1)).params, make_evaluation(regression)
+    parts, whole = evaluate(params, batches), evaluate(params, [joined])
+    assert parts == pytest.approx(whole, rel=1e-5) and parts.keys() == {"eval/loss", "eval/error"}
+    means = [evaluate(params, [batch])["eval/loss"] for batch in batches]
+    assert abs(sum(means) / 2 - parts["eval/loss"]) > 1e-3  # control: a mean of means is another number

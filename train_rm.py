@@ -1,0 +1,132 @@
+"""Reward models from comparisons: Bradley-Terry on pairs, or on all pairs of a ranking.
+
+    python train_rm.py --init=runs/align/sft --data=runs/align/comparisons.jsonl --run=runs/rm
+    python train_rm.py --data=my_comparisons.jsonl --run=runs/mine
+
+Afterwards the reward is shifted so that good responses (`--demonstrations`) score 0 on average.
+"""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import config as flags
+from checkpoint import Checkpoints
+from config import UserError
+from data.batches import comparison_batches
+from data.sources import open_source
+from data.tokenizer import tokenizer_for
+from evaluate import make_comparison_evaluation, make_scorer
+from metrics import Recorder, describe
+from model import LanguageModel, ModelConfig, Params, ScalarModel, check_fit, pure
+from objectives.reward import ranking_objective
+from sharding import MeshConfig, check_batch, make_mesh, to_mesh
+from train_step import OptimizerConfig, as_items, make_optimizer, make_train_step, start_or_resume
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    run: str = "runs/rm"
+    """Folder of this run; running again resumes it."""
+    init: str | None = None
+    """Run whose decoder to start from, usually of train_sft (default: random weights)."""
+    data: str = "world"
+    """Comparisons: world, a .jsonl file, or tfds:<name>."""
+    eval_data: str | None = None
+    """Held-out comparisons (default: the held-out part of --data)."""
+    demonstrations: str | None = None
+    """Conversations whose responses shall score 0 on average (default: the best response of each comparison)."""
+    tokenizer: str | None = None
+    """A SentencePiece .model (default: that of --init, else one trained on the data)."""
+    steps: int = 300
+    batch_size: int = 32
+    """Prompts per step, over all devices, each with all its candidates."""
+    length: int = 40
+    """Longest prompt and response together, in tokens."""
+    microbatches: int = 1
+    """Parts of a batch whose gradients are summed."""
+    centring: float = 0.0
+    """Coefficient of (r_chosen + r_rejected)^2; 0.01 is usual."""
+    lm_coefficient: float = 0.0
+    """Coefficient of the best response's negative log-likelihood per token; needs tied embeddings."""
+    model: ModelConfig = ModelConfig()
+    optimizer: OptimizerConfig = OptimizerConfig(lr=5e-4)
+    mesh: MeshConfig = MeshConfig()
+    seed: int = 0
+    eval_every: int = 100
+    """Steps between evaluations on held-out data; 0: never."""
+    eval_records: int = 1000
+    """Held-out comparisons evaluated."""
+    save_every: int = 100
+    """Steps between checkpoints; 0: at the end only."""
+    keep: int = 2
+    """Checkpoints kept."""
+
+
+def normalised(params: Params, score: Any, config: Config, source: Any) -> Params:
+    """The reward shifted so that good responses have mean 0 (Stiennon et al. 2020, section 3.4)."""
+    if config.demonstrations is None:
+        records = [source[i] for i in range(min(256, len(source)))]
+        pairs = [(r["prompt"], r["responses"][int(np.argmin(r["ranking"]))]) for r in records]
+    else:
+        chats = open_source(config.demonstrations, "chat", "train", seed=config.seed)
+        turns = [chats[i]["messages"] for i in range(min(256, len(chats)))]
+        pairs = [(messages[:-1], messages[-1]["content"]) for messages in turns]
+    return {**params, "bias": params["bias"] - jnp.float32(np.mean(score(params, *zip(*pairs, strict=True))))}
+
+
+def main(config: Config) -> dict[str, float]:
+    mesh = make_mesh(config.mesh)
+    check_batch("batch_size", config.batch_size, config.microbatches, mesh)
+    if config.lm_coefficient and not config.model.tied:
+        raise UserError(
+            "--lm_coefficient: a reward model keeps no unembedding of its own; use a model with --model.tied"
+        )
+    source = open_source(config.data, "comparison", "train", seed=config.seed)
+    held_out = open_source(config.data, "comparison", "heldout", seed=config.seed)
+    if config.eval_data is not None:
+        held_out = open_source(config.eval_data, "comparison", "all", seed=config.seed)
+    tokenizer = tokenizer_for(config, source)
+    check_fit(config.model, tokenizer.size, config.length)
+    host = {"process": jax.process_index(), "processes": jax.process_count()}
+    sizes = {"batch_size": config.batch_size, "length": config.length}
+    batches = comparison_batches(source, tokenizer, **sizes, seed=config.seed, **host)
+
+    init, apply = pure(ScalarModel(config.model))
+    lm_apply = pure(LanguageModel(config.model))[1]
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    coefficients = {"centring_coefficient": config.centring, "lm_coefficient": config.lm_coefficient}
+    objective = partial(ranking_objective, apply, **coefficients, lm_apply=lm_apply)
+    train_step = make_train_step(objective, optimizer, config.microbatches, config.optimizer.clip)
+    evaluate = make_comparison_evaluation(config.model, held_out, tokenizer, config.length, config.eval_records)
+    score = make_scorer(config.model, tokenizer, config.length)
+
+    with Checkpoints(config.run, config, script="train_rm", tokenizer=tokenizer.model, keep=config.keep) as checkpoints:
+        start, state, position = start_or_resume(checkpoints, config, init, optimizer, mesh)
+        if position:
+            batches.restore(position)
+        title = f"{config.run}: reward model on {source.name}, {source.candidates} candidates a prompt"
+        print(describe(title, state.params, state.opt_state, **sizes, steps=config.steps, start=start))
+        with Recorder(config.run, config.steps, start) as record:
+            for step in record.steps():
+                batch = next(batches)
+                state, metrics = train_step(state, to_mesh(batch, mesh))
+                record(step, metrics, tokens=batch["tokens_BCT"].size)
+                if step == config.steps:
+                    state = state.replace(params=normalised(state.params, score, config, source))
+                if config.eval_every and (step % config.eval_every == 0 or step == config.steps):
+                    record(step, evaluate(state.params))
+                if checkpoints.due(step, config.save_every, config.steps):
+                    record.flush()
+                    checkpoints.save(step, as_items(state), batches.state)
+                if checkpoints.stopping:
+                    break
+    return record.last
+
+
+if __name__ == "__main__":
+    flags.run(main, Config)
