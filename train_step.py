@@ -111,14 +111,14 @@ def starting_params(init: Any, config: ModelConfig, run: str | None, mesh: jax.s
 
     So a reward model starts with the run's decoder and a new head. Raises UserError if the architectures differ.
     """
-    params = init_sharded(init, mesh, jax.random.key(seed))
     if run is None:
-        return params
+        return init_sharded(init, mesh, jax.random.key(seed))
     theirs, ours = ModelConfig(**load_config(run)["model"]), config
     for field in dataclasses.fields(ModelConfig):
         pair = getattr(theirs, field.name), getattr(ours, field.name)
         if pair[0] != pair[1] and field.name not in ("preset", "dtype", "remat"):
             raise UserError(f"--model.{field.name}={pair[1]}: --init={run} has {pair[0]}; leave --model.* out")
+    params = init_sharded(init, mesh, jax.random.key(seed))
     shapes = jax.eval_shape(pure(LanguageModel(config))[0], jax.random.key(0))
     loaded = load_params(run, shapes=abstract(shapes, mesh))
     return {**params, **{name: loaded[name] for name in params.keys() & loaded.keys()}}

@@ -1,0 +1,135 @@
+"""A user's mistakes: one line on stderr, exit code 2, nothing half-written."""
+
+import json
+import shutil
+
+import pytest
+
+import collect
+import config
+import evaluate
+import generate
+import train_lm
+import train_ppo
+import train_rm
+import train_sft
+
+TINY = ["--model.preset=tiny", "--length=32", "--batch_size=8", "--steps=2", "--optimizer.warmup=0", "--eval_every=0"]
+
+
+@pytest.fixture(scope="module")
+def good_run(tmp_path_factory):
+    """A finished two-step run on a file of conversations."""
+    folder = tmp_path_factory.mktemp("good")
+    chats = folder / "chats.jsonl"
+    chats.write_text("".join(json.dumps({"prompt": f"say {i}", "response": f"{i}!"}) + "\n" for i in range(200)))
+    argv = [*TINY, f"--data={chats}", f"--run={folder / 'run'}"]
+    train_sft.main(config.parse(train_sft.Config, argv))
+    return folder / "run"
+
+
+def write(path, *lines):
+    path.write_text("".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines))
+    return str(path)
+
+
+def damage(path):
+    """Flip one bit in the middle of the largest file below `path`."""
+    file = max((p for p in path.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+CHAT = {"prompt": "a", "response": "b"}
+MISTAKES = {
+    "unknown flag": (train_sft, ["--batchsize=4"], "batchsize"),
+    "flag of another type": (train_sft, ["--steps=many"], "steps"),
+    "flag without a value": (train_sft, ["--run"], "--run"),
+    "unknown preset": (train_sft, ["--model.preset=gpt5"], "gpt5"),
+    "heads not divisible": (train_sft, ["--model.heads=4", "--model.kv_heads=3"], "kv_heads"),
+    "odd head width": (train_sft, ["--model.head_width=7"], "head_width"),
+    "no layers": (train_sft, ["--model.layers=0"], "layers"),
+    "batch does not split": (train_sft, [*TINY, "--batch_size=12", "--microbatches=5"], "microbatches"),
+    "mesh does not fit": (train_sft, [*TINY, "--mesh.data=3", "--mesh.fsdp=5"], "mesh"),
+    "two rests": (train_sft, [*TINY, "--mesh.data=-1", "--mesh.fsdp=-1"], "mesh"),
+    "sequence too long": (train_sft, [*TINY, "--length=1000"], "context"),
+    "warm-up too long": (train_sft, [*TINY, "--optimizer.warmup=9"], "warmup"),
+    "no such source": (train_sft, [*TINY, "--data=chats.csv"], "chats.csv"),
+    "no such file": (train_sft, [*TINY, "--data=nowhere.jsonl"], "nowhere.jsonl"),
+    "no such catalogue name": (train_sft, [*TINY, "--data=tfds:gms8k"], "gms8k"),
+    "no such run to start from": (train_sft, ["--init=nowhere"], "nowhere"),
+    "no such tokenizer": (train_sft, [*TINY, "--tokenizer=nowhere.model"], "nowhere.model"),
+    "nothing to sample from": (generate, ["--run=nowhere", "--prompt=a"], "nowhere"),
+    "temperature below 0": (generate, ["--temperature=-1"], "temperature"),
+    "no samples": (collect, ["--samples=1"], "samples"),
+    "no policy to align": (train_ppo, ["--init=nowhere"], "nowhere"),
+    "nothing to evaluate": (evaluate, ["--run=nowhere"], "nowhere"),
+    "language-model loss without an unembedding": (
+        train_rm,
+        ["--model.preset=tiny", "--model.tied=False", "--lm_coefficient=1", "--batch_size=8"],
+        "lm_coefficient",
+    ),
+}
+BAD_ROWS = {
+    "not JSON": ("{oops\n", "line"),
+    "not an object": ("[1]\n", "line"),
+    "missing field": ({"prompt": "a"}, "messages: missing"),
+    "wrong type": ({"prompt": "a", "response": 3}, "response"),
+    "empty": ({"prompt": "a", "response": ""}, "response"),
+    "unknown role": ({"messages": [{"role": "robot", "content": "a"}]}, "messages[0].role"),
+}
+
+
+def fails(script, argv, capsys) -> str:
+    """Runs a script as its guard does; the one line that it ends with."""
+    capsys.readouterr()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["script", *argv])
+        with pytest.raises(SystemExit) as stop:
+            config.run(script.main, script.Config)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert stop.value.code == 2 and len(lines) == 1
+    return lines[0]
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_wrong_flag_is_one_line(name, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    script, argv, place = MISTAKES[name]
+    assert place in fails(script, argv, capsys)
+    assert not list(tmp_path.iterdir())  # nothing half-written
+
+
+@pytest.mark.parametrize("name", BAD_ROWS)
+def test_a_bad_row_names_file_line_and_field(name, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    row, field = BAD_ROWS[name]
+    path = write(tmp_path / "chats.jsonl", CHAT, CHAT, row)
+    assert f"{path}:3: {field}" in fails(train_sft, [*TINY, f"--data={path}"], capsys)
+    assert [p.name for p in tmp_path.iterdir()] == ["chats.jsonl"]
+
+
+def test_another_configuration_or_tokenizer_is_refused(good_run, capsys, tmp_path):
+    data = f"--data={json.loads((good_run / 'config.json').read_text())['data']}"
+    before = sorted((p, p.stat().st_mtime_ns) for p in good_run.rglob("*") if p.is_file())
+    other = [*TINY, data, f"--run={good_run}", "--seed=7"]
+    line = fails(train_sft, other, capsys)
+    assert "seed" in line and "7" in line and "0" in line
+    wider = [*TINY, data, f"--run={tmp_path / 'x'}", f"--init={good_run}", "--model.width=64"]
+    assert "width" in fails(train_sft, wider, capsys)
+    assert sorted((p, p.stat().st_mtime_ns) for p in good_run.rglob("*") if p.is_file()) == before
+    assert "train_sft" in fails(train_ppo, [f"--init={good_run}", f"--reward={good_run}", "--batch_size=32"], capsys)
+
+
+def test_a_folder_that_is_not_a_run_is_left_alone(capsys, tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    assert str(tmp_path) in fails(train_sft, [*TINY, f"--run={tmp_path}"], capsys)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_flipped_bit_is_never_loaded(good_run, capsys, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(good_run, copy)
+    damage(next((copy / "checkpoints").iterdir()) / "params")
+    assert str(copy) in fails(generate, [f"--run={copy}", "--prompt=a"], capsys)
