@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from config import UserError
 from kernels.attention import attention, decode_attention
-from sharding import constrain_batch
+from sharding import constrain_batch, constrain_rows
 
 Params = dict[str, Any]
 
@@ -288,7 +288,8 @@ class Decoder(nn.Module):
         """Hidden states [B, T, D], the cache with these tokens added, and the embedding [V, D]."""
         c = self.config
         embed_VD = self.param("embed", _normal(c.width), (c.vocab, c.width))
-        x_BTD = constrain_batch(embed_VD.astype(c.compute_dtype)[tokens_BT])
+        # Whole rows on every device: a gather of rows that fsdp has cut makes XLA replicate its result instead.
+        x_BTD = constrain_batch(constrain_rows(embed_VD.astype(c.compute_dtype))[tokens_BT])
         turns = rope_turns(c, positions_BT)
         if cache is not None:
             cache = cache.replace(

@@ -129,3 +129,12 @@ def constrain_batch(x: jax.Array) -> jax.Array:
     if mesh.empty or x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
         return x
     return jax.lax.with_sharding_constraint(x, BATCH)
+
+
+def constrain_rows(table_VD: jax.Array) -> jax.Array:
+    """The embedding gathered over fsdp, its vocabulary still split over tensor; without a mesh, nothing."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return table_VD
+    vocabulary = "tensor" if table_VD.shape[0] % mesh.shape["tensor"] == 0 else None
+    return jax.lax.with_sharding_constraint(table_VD, P(vocabulary, None))

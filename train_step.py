@@ -32,7 +32,7 @@ class OptimizerConfig:
     schedule: Literal["cosine", "linear", "inverse_sqrt", "constant"] = "cosine"
     """Decay after the warm-up; cosine and linear end at `final_lr` of the peak."""
     warmup: int = 20
-    """Steps of linear warm-up from 0."""
+    """Steps of linear warm-up, the first at 1/(warmup + 1) of the peak."""
     final_lr: float = 0.1
     """Last learning rate as a share of the peak (cosine and linear)."""
     beta1: float = 0.9

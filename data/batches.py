@@ -251,7 +251,7 @@ class Batches:
             state["row"] += len(taken)
             empty = 0 if made else empty + self._window
             if empty > min(len(self._source), 10_000):
-                raise UserError(f"{self._source.name}: no record fits {self._length} tokens; raise the length")
+                raise UserError(f"{self._source.name}: no record fits {self._length} tokens; raise length")
             if state["row"] == len(made):
                 done = {name: state[name] + count for name, count in counts.items()}
                 state |= {**done, "window": state["window"] + 1, "row": 0}

@@ -189,7 +189,7 @@ def respond(request: Request, quality: float, rng: random.Random) -> str:
     return " ".join(opener + body + closer)
 
 
-def demonstration(index: int, *, split: str = "train", quality: float = 0.6, seed: int = 0) -> dict[str, str]:
+def demonstration(index: int, *, split: str = "train", quality: float = 0.7, seed: int = 0) -> dict[str, str]:
     """Prompt number `index` with a demonstrator's response."""
     request = prompt(index, split=split, seed=seed)
     response = respond(request, quality, _rng("demonstration", split, seed, index))
@@ -243,7 +243,7 @@ def _remarks_overheard(rng: random.Random) -> Iterator[str]:
 def text(index: int, *, seed: int = 0) -> str:
     """Document number `index` of the base corpus: mixed quality, 20 to 90 words, training phrasings only."""
     rng = _rng("text", seed, index)
-    sort = rng.choices((_statements, _exchanges, _lists, _remarks_overheard), (56, 28, 10, 6))[0]
+    sort = rng.choices((_statements, _exchanges, _lists, _remarks_overheard), (50, 26, 18, 6))[0]
     return " ".join(sort(rng))
 
 
@@ -264,7 +264,7 @@ def rank(prompt: str, responses: Sequence[str], *, noise: float, rng: random.Ran
 
 
 def comparison(
-    index: int, *, split: str = "train", quality: float = 0.6, noise: float = 0.0, seed: int = 0
+    index: int, *, split: str = "train", quality: float = 0.7, noise: float = 0.0, seed: int = 0
 ) -> dict[str, str]:
     """Prompt number `index` with two responses of different gold totals, ranked by a noisy labeller."""
     request = prompt(index, split=split, seed=seed)

@@ -47,20 +47,7 @@ FACTS: dict[str, dict[str, str]] = {
         a sculptor statues, a bee honey, a cow milk"""),
 }
 INVENTED = _words("velmora zandia korvath lurania ostrovia pellandia quorath tirandel")  # no such countries
-SIZES = [
-    "an ant",
-    "a bee",
-    "a mouse",
-    "a duck",
-    "a fox",
-    "a wolf",
-    "a lion",
-    "a bear",
-    "a horse",
-    "a hippo",
-    "an elephant",
-    "a whale",
-]  # smallest first
+SIZES = ["a bee", "a mouse", "a duck", "a fox", "a wolf", "a horse", "an elephant", "a whale"]  # smallest first
 COUNTS = {"two": 2, "three": 3}
 CATEGORIES: dict[str, list[str]] = {
     "fruits": _words("banana plum lemon cherry apple pear grape peach"),
@@ -250,32 +237,32 @@ SMALL_TAILS = ("", "my friend", "assistant")
 SMALL_TALK: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
     "greeting": (
         ("hello", "hi there", "good morning", "nice to meet you", "good day"),
-        ("good day to you",),
+        ("hi there, nice to meet you",),
         ("hello to you too", "hi, it is nice to see you", "good to meet you too"),
     ),
     "thanks": (
         ("thank you", "many thanks", "thank you so much", "you were a great help"),
-        ("thanks so much",),
+        ("thank you, you were a great help",),
         ("you are welcome", "it was my pleasure", "i am glad i was a help"),
     ),
     "wellbeing": (
         ("how are you", "how do you feel", "are you well", "how is your day"),
-        ("do you feel well",),
+        ("how are you, are you well",),
         ("i am fine, thank you", "i am very well", "i feel great, thank you"),
     ),
     "farewell": (
         ("goodbye", "see you later", "good night", "i have to leave"),
-        ("see you tomorrow",),
+        ("goodbye, see you later",),
         ("goodbye, my friend", "see you soon", "have a nice day"),
     ),
     "identity": (
         ("who are you", "what are you", "what is your name", "are you a person"),
-        ("are you a computer",),
+        ("who are you, what is your name",),
         ("i am an assistant", "i am a small language model", "i am a computer that can talk"),
     ),
     "joke": (
         ("tell me a joke", "do you know a joke", "make me laugh", "say something funny"),
-        ("tell me something funny",),
+        ("tell me a joke, make me laugh",),
         (
             "a duck buys a hat and says, put it on my bill",
             "a snail on a horse says, not so fast",

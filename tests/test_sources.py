@@ -208,7 +208,8 @@ def test_held_out_rows_never_train(tmp_path):
     train, held = (open_source(data, "chat", split) for split in ("train", "heldout"))
     train_prompts, held_prompts = (open_source(data, "prompt", split) for split in ("train", "heldout"))
     assert len(train) + len(held) == 600 and 10 < len(held) < 60
-    assert (train.rows == train_prompts.rows).all() and (held.rows == held_prompts.rows).all()  # in any schema
+    for one, other in ((train, train_prompts), (held, held_prompts)):  # the same rows in any schema
+        assert (one.rows == other.rows).all()
     prompts = [{source[i]["messages"][0]["content"] for i in range(len(source))} for source in (train, held)]
     assert not prompts[0] & prompts[1]  # though each prompt has two rows
 
