@@ -34,7 +34,7 @@ class Config:
     """File to write."""
     split: Literal["train", "heldout"] = "train"
     """Of the world's prompts."""
-    prompts: int = 6000
+    prompts: int = 10000
     samples: int = 4
     """Responses to a prompt, ranked together."""
     pairs: bool = False

@@ -20,12 +20,14 @@ class UserError(Exception):
 
 
 def parse(cls: type[ConfigT], argv: Sequence[str] | None = None) -> ConfigT:
-    """The dataclass `cls` filled from flags (`--batch_size=8 --model.layers=2`); raises UserError.
+    """The dataclass `cls` filled from flags (`--batch_size=8 --model.layers=2 --raw`); raises UserError.
 
     `--model.preset=NAME` and `--init=RUN` first set all of `--model.*`; single fields then override.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     default = cls()
+    is_switch = [isinstance(getattr(default, word.removeprefix("--"), None), bool) for word in argv]
+    argv = [f"{word}=True" if switch else word for word, switch in zip(argv, is_switch, strict=True)]
     if hasattr(default, "model"):
         default = dataclasses.replace(default, model=_starting_model(default.model, argv))
     message = io.StringIO()

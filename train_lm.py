@@ -41,20 +41,20 @@ class Config:
     """Documents: world, a .jsonl file, or tfds:<name>."""
     tokenizer: str | None = None
     """A SentencePiece .model (default: that of --init, else one trained on the data)."""
-    steps: int = 400
-    batch_size: int = 64
+    steps: int = 1200
+    batch_size: int = 32
     """Rows per step, over all devices; each holds several documents, packed."""
     length: int = 64
     """Tokens per row."""
     microbatches: int = 1
     """Parts of a batch whose gradients are summed."""
     model: ModelConfig = ModelConfig()
-    optimizer: OptimizerConfig = OptimizerConfig(lr=3e-3)
+    optimizer: OptimizerConfig = OptimizerConfig(lr=4e-3)
     mesh: MeshConfig = MeshConfig()
     seed: int = 0
-    eval_every: int = 100
+    eval_every: int = 400
     """Steps between evaluations and samples on held-out data; 0: never."""
-    save_every: int = 100
+    save_every: int = 400
     """Steps between checkpoints; 0: at the end only."""
     keep: int = 2
     """Checkpoints kept."""

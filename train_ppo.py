@@ -50,7 +50,7 @@ class Config:
     """Run of the reward model, from which the value model starts too."""
     data: str = "world"
     """Prompts: world, a .jsonl file, or tfds:<name>."""
-    steps: int = 100
+    steps: int = 30
     """PPO iterations."""
     batch_size: int = 256
     """Rollouts per iteration, over all devices."""
@@ -68,7 +68,7 @@ class Config:
     """Longest response, in tokens."""
     temperature: float = 1.0
     """Of sampling; policy, reference and updates all divide their logits by it."""
-    kl_coef: float = 0.05
+    kl_coef: float = 0.3
     """Beta: reward per token is -beta KL. The initial one, if adaptive."""
     kl_target: float | None = None
     """KL per response, in nats, that an adaptive beta steers to; None: beta is fixed."""
@@ -97,20 +97,20 @@ class Config:
     value_clip: float = 0.2
     """Clip of the value's move within an iteration."""
     optimizer: OptimizerConfig = OptimizerConfig(
-        lr=1e-4, schedule="linear", warmup=0, final_lr=0.1, beta2=0.999, eps=1e-5, weight_decay=0.0
+        lr=2e-4, schedule="linear", warmup=0, final_lr=0.1, beta2=0.999, eps=1e-5, weight_decay=0.0
     )
     """Of the policy."""
     value_optimizer: OptimizerConfig = OptimizerConfig(
-        lr=1e-4, schedule="linear", warmup=0, final_lr=0.1, beta2=0.999, eps=1e-5, weight_decay=0.0
+        lr=2e-4, schedule="linear", warmup=0, final_lr=0.1, beta2=0.999, eps=1e-5, weight_decay=0.0
     )
     """Of the value model."""
     model: ModelConfig = ModelConfig()
     """The policy's; taken from --init."""
     mesh: MeshConfig = MeshConfig()
     seed: int = 0
-    eval_every: int = 25
+    eval_every: int = 10
     """Iterations between gold evaluations on held-out prompts (world only)."""
-    save_every: int = 25
+    save_every: int = 10
     """Iterations between checkpoints."""
     keep: int = 2
     """Checkpoints kept."""
@@ -211,10 +211,12 @@ def check_first_update(update: dict[str, Any], metrics: dict[str, Any], config: 
     assert gap < 1e-4 or config.model.compute_dtype != jnp.float32, f"sampler and trainer disagree by {gap} nats"
 
 
-def prompt_text(record: dict[str, Any]) -> str:
-    """What the last turn of a prompt record says."""
-    prompt = record.get("prompt", record.get("text"))
-    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
+def samples(records: list[dict[str, Any]], response_BR: jax.Array, tokenizer: Tokenizer) -> list[dict[str, str]]:
+    """A row for each of the records' prompts and the first of its responses."""
+    n = response_BR.shape[0] // len(records)
+    texts = [tokenizer.decode(tokens.tolist()) for tokens in jax.device_get(response_BR[::n])]
+    prompts = [record["text"] if "text" in record else record["prompt"][-1]["content"] for record in records]
+    return [{"prompt": p, "response": r} for p, r in zip(prompts, texts, strict=True)]
 
 
 def load_models(config: Config, mesh: Any) -> tuple[Params, Params, ModelConfig]:
@@ -311,11 +313,7 @@ def main(config: Config) -> dict[str, float]:
                         f"--kl_limit={config.kl_limit}: KL reached {record.last['kl']:.1f} nats; raise --kl_coef"
                     )
                 if config.eval_every and (step % config.eval_every == 0 or step == config.steps):
-                    shown = jax.device_get(response_BR[:: config.samples_per_prompt][:8])
-                    record.samples(step, [
-                        {"prompt": prompt_text(row), "response": tokenizer.decode(tokens.tolist())}
-                        for row, tokens in zip(records, shown, strict=False)
-                    ])  # fmt: skip
+                    record.samples(step, samples(records, response_BR, tokenizer)[:8])
                     if evaluate is not None:
                         record(step, evaluate(policy.params, reference))
                 if checkpoints.due(step, config.save_every, config.steps):

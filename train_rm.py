@@ -42,7 +42,7 @@ class Config:
     """Conversations whose responses shall score 0 on average (default: the best response of each comparison)."""
     tokenizer: str | None = None
     """A SentencePiece .model (default: that of --init, else one trained on the data)."""
-    steps: int = 300
+    steps: int = 500
     batch_size: int = 32
     """Prompts per step, over all devices, each with all its candidates."""
     length: int = 40
@@ -54,14 +54,14 @@ class Config:
     lm_coefficient: float = 0.0
     """Coefficient of the best response's negative log-likelihood per token; needs tied embeddings."""
     model: ModelConfig = ModelConfig()
-    optimizer: OptimizerConfig = OptimizerConfig(lr=5e-4)
+    optimizer: OptimizerConfig = OptimizerConfig(lr=4e-4)
     mesh: MeshConfig = MeshConfig()
     seed: int = 0
-    eval_every: int = 100
+    eval_every: int = 200
     """Steps between evaluations on held-out data; 0: never."""
     eval_records: int = 1000
     """Held-out comparisons evaluated."""
-    save_every: int = 100
+    save_every: int = 200
     """Steps between checkpoints; 0: at the end only."""
     keep: int = 2
     """Checkpoints kept."""

@@ -41,20 +41,20 @@ class Config:
     """Conversations: world, a .jsonl file, or tfds:<name>."""
     tokenizer: str | None = None
     """A SentencePiece .model (default: that of --init, else one trained on the data)."""
-    steps: int = 300
-    batch_size: int = 64
+    steps: int = 400
+    batch_size: int = 32
     """Rows per step, over all devices; each holds several conversations, packed."""
     length: int = 64
     """Tokens per row."""
     microbatches: int = 1
     """Parts of a batch whose gradients are summed."""
     model: ModelConfig = ModelConfig()
-    optimizer: OptimizerConfig = OptimizerConfig(lr=1e-3)
+    optimizer: OptimizerConfig = OptimizerConfig(lr=1.5e-3)
     mesh: MeshConfig = MeshConfig()
     seed: int = 0
-    eval_every: int = 100
+    eval_every: int = 200
     """Steps between evaluations and samples on held-out data; 0: never."""
-    save_every: int = 100
+    save_every: int = 200
     """Steps between checkpoints; 0: at the end only."""
     keep: int = 2
     """Checkpoints kept."""

@@ -36,8 +36,7 @@ def turn(role, content):
 
 RECORDS = {
     "text": [{"text": sentence(i)} for i in range(37)],
-    "chat": [{"messages": [turn("user", sentence(i)), turn("assistant", sentence(i + 1))]}
-             for i in range(37)],
+    "chat": [{"messages": [turn("user", sentence(i)), turn("assistant", sentence(i + 1))]} for i in range(37)],
     "comparison": [
         {
             "prompt": [turn("user", sentence(i))],

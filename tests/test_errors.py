@@ -9,7 +9,6 @@ import collect
 import config
 import evaluate
 import generate
-import train_lm
 import train_ppo
 import train_rm
 import train_sft

@@ -63,7 +63,9 @@ def test_evaluation_writes_what_others_read(runs, capsys):
     summary = run(evaluate, f"--run={runs}", "--n=40", "--max_prompt=48", "--max_new_tokens=8")
     written = json.loads((runs / "summary.json").read_text())
     for model in ("base", "sft", "ppo"):
-        assert all(f"{key}_ci" in written[model] for key in ("helpful", "honest", "harmless", "all", "kl", "length", "n"))
+        assert all(
+            f"{key}_ci" in written[model] for key in ("helpful", "honest", "harmless", "all", "kl", "length", "n")
+        )
         low, high = summary[model]["honest_ci"]
         assert low <= summary[model]["honest"] <= high
     assert abs(summary["sft"]["kl"]) < 1e-4  # the SFT model against itself
@@ -72,7 +74,7 @@ def test_evaluation_writes_what_others_read(runs, capsys):
 
 
 def test_generate_prints_the_raw_prompt_and_its_continuation_only(runs, capsys):
-    [text] = run(generate, f"--run={runs}/lm", "--prompt=the capital of", "--raw=True", "--temperature=0")
+    [text] = run(generate, f"--run={runs}/lm", "--prompt=the capital of", "--raw", "--temperature=0")
     assert capsys.readouterr().out == text + "\n" and text.startswith("the capital of")
 
 
