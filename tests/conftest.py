@@ -14,12 +14,15 @@ import jax
 import pytest
 
 
+NO_MESH = jax.sharding.get_mesh()
+
+
 @pytest.fixture(autouse=True)
-def current_mesh_is_restored():
-    """Scripts set their mesh for the whole process; the next test starts without it."""
-    before = jax.sharding.get_mesh()
+def no_mesh_is_left():
+    """Scripts set their mesh for the whole process; the next test starts without one."""
+    jax.set_mesh(NO_MESH)
     yield
-    jax.set_mesh(before)
+    jax.set_mesh(NO_MESH)
 
 
 @pytest.fixture

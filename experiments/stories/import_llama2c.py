@@ -76,9 +76,7 @@ def main(config: Config) -> Params:
     params = jax.tree.map(np.ascontiguousarray, params)
     tokenizer = Tokenizer.load(config.tokenizer)
     if tokenizer.size != model.vocab:
-        raise UserError(
-            f"{config.tokenizer}: {tokenizer.size} tokens, but {config.bin} has {model.vocab}; name its own"
-        )
+        raise UserError(f"{config.tokenizer}: {tokenizer.size} tokens, {config.bin} has {model.vocab}; name its own")
     wanted = jax.eval_shape(pure(LanguageModel(model))[0], jax.random.key(0))
     assert jax.tree.map(lambda x: x.shape, wanted) == jax.tree.map(lambda x: x.shape, params)
     config = dataclasses.replace(config, model=model)
