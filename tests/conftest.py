@@ -13,7 +13,6 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 import jax
 import pytest
 
-
 NO_MESH = jax.sharding.get_mesh()
 
 
