@@ -47,14 +47,13 @@ class Checkpoints:
     UserError, and nothing is touched. SIGTERM asks `due` for a last save; a second one ends at once.
     """
 
-    def __init__(self, run: str, config: Any, *, script: str, tokenizer: Any = None, keep: int = 2):
-        """`config`: the script's dataclass; `tokenizer`: model file or its bytes; `keep`: steps kept."""
+    def __init__(self, run: str, config: Any, *, script: str, tokenizer: bytes | None = None, keep: int = 2):
+        """`config`: the script's dataclass; `tokenizer`: the bytes of its model file; `keep`: steps kept."""
         if keep < 1:
             raise UserError(f"--keep={keep}: at least one checkpoint must be kept")
         self.run, self.keep = pathlib.Path(run), keep
         self.folder = (self.run / "checkpoints").absolute()
-        path = None if tokenizer is None or isinstance(tokenizer, bytes) else pathlib.Path(tokenizer)
-        self.tokenizer = path.read_bytes() if path else tokenizer
+        self.tokenizer = tokenizer
         self.config = describe_run(config, script, self.tokenizer)
         self.stopping = False
         self._terminated = False

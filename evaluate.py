@@ -190,12 +190,12 @@ def gold_measure(config: Config) -> dict[str, Any]:
 def gold_table(summary: dict[str, Any]) -> str:
     """The summary for a terminal of 80 columns."""
     names = (*CRITERIA, "kl", "length")
-    lines = [f"{'':8}" + "".join(f"{name:>12}" for name in names[:4]) + f"{'KL':>11}{'length':>9}"]
+    lines = [f"{'':8}" + "".join(f"{name:>14}" for name in names[:4]) + f"{'KL':>8}{'length':>8}"]
     for model in ("base", "sft", "ppo"):
         row = summary[model]
         cells = [f"{row[n]:.3f} ±{(row[n + '_ci'][1] - row[n + '_ci'][0]) / 2:.3f}" for n in CRITERIA]
         lines.append(
-            f"{model:8}" + "".join(f"{cell:>12}" for cell in cells) + f"{row['kl']:>11.2f}{row['length']:>9.1f}"
+            f"{model:8}" + "".join(f"{cell:>14}" for cell in cells) + f"{row['kl']:>z8.2f}{row['length']:>8.1f}"
         )
     lines.append(f"share of {summary['sft']['n']} held-out prompts, 95 % intervals; KL to sft in nats a response")
     kinds = summary["sft"]["kinds"]

@@ -16,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from config import UserError
+from run_folder import write_whole
 
 SHOWN = ("loss", "score", "kl", "accuracy")
 """Metrics on the progress bar, where a script has them."""
@@ -230,9 +231,7 @@ def _cut_rows(path: pathlib.Path, last: int) -> float:
             break
         if row["step"] <= last:
             kept.append(line)
-    new = path.with_suffix(".new")
-    new.write_text("".join(line + "\n" for line in kept))
-    new.replace(path)
+    write_whole(path, "".join(line + "\n" for line in kept).encode())
     return json.loads(kept[-1])["seconds"] if kept else 0.0
 
 
@@ -240,7 +239,7 @@ def _cut_samples(path: pathlib.Path, last: int) -> None:
     if path.exists():
         text = path.read_text()
         later = (m.start() for m in re.finditer(r"^## Step (\d+)\n", text, re.MULTILINE) if int(m[1]) > last)
-        path.write_text(text[: next(later, len(text))])
+        write_whole(path, text[: next(later, len(text))].encode())
 
 
 def read_rows(run: str) -> list[dict[str, Any]]:

@@ -158,9 +158,9 @@ def _share(entry: dict[str, Any], name: str, stage: str) -> str:
 def _value(entry: dict[str, Any], name: str) -> str:
     if (value := entry.get(name)) is None:
         return "–"
-    shown = f"{value:,}" if isinstance(value, int) else f"{value:.2f}"
+    shown = f"{value:,}" if isinstance(value, int) else f"{value:z.2f}"
     ci = entry.get(f"{name}_ci")
-    return f"<b>{shown}</b>" + (f" <small>{ci[0]:.2f} to {ci[1]:.2f}</small>" if ci else "")
+    return f"<b>{shown}</b>" + (f" <small>{ci[0]:z.2f} to {ci[1]:z.2f}</small>" if ci else "")
 
 
 def _reward_model(entry: dict[str, Any] | None) -> str:
