@@ -19,9 +19,9 @@ align: .venv
 	$(BIN)/python train_sft.py --init=$(RUN)/lm --run=$(RUN)/sft --seed=$(SEED)
 	test -s $(RUN)/comparisons.jsonl || $(BIN)/python collect.py --init=$(RUN)/sft --out=$(RUN)/comparisons.jsonl --noise=0.1 --seed=$(SEED)
 	test -s $(RUN)/held_out.jsonl || $(BIN)/python collect.py --init=$(RUN)/sft --out=$(RUN)/held_out.jsonl --split=heldout --prompts=500 --pairs --seed=$(SEED)
-	$(BIN)/python train_rm.py --init=$(RUN)/sft --data=$(RUN)/comparisons.jsonl --eval_data=$(RUN)/held_out.jsonl --demonstrations=world --run=$(RUN)/rm --seed=$(SEED)
+	$(BIN)/python train_rm.py --init=$(RUN)/sft --data=$(RUN)/comparisons.jsonl --eval_data=$(RUN)/held_out.jsonl --demonstrations=world --lm_coefficient=0.5 --run=$(RUN)/rm --seed=$(SEED)
 	$(BIN)/python train_ppo.py --init=$(RUN)/sft --reward=$(RUN)/rm --run=$(RUN)/ppo --seed=$(SEED)
-	$(BIN)/python evaluate.py --run=$(RUN) --seed=$(SEED)
+	$(BIN)/python evaluate.py --run=$(RUN) --seed=$$((1000 + $(SEED)))  # prompts that no choice of ours has seen
 
 test: .venv
 	$(BIN)/python -m pytest -q

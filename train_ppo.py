@@ -50,7 +50,7 @@ class Config:
     """Run of the reward model, from which the value model starts too."""
     data: str = "world"
     """Prompts: world, a .jsonl file, or tfds:<name>."""
-    steps: int = 30
+    steps: int = 40
     """PPO iterations."""
     batch_size: int = 256
     """Rollouts per iteration, over all devices."""
@@ -62,13 +62,13 @@ class Config:
     """Passes over an iteration's rollouts."""
     microbatches: int = 1
     """Parts of a minibatch whose gradients are summed."""
-    max_prompt: int = 24
+    max_prompt: int = 20
     """Longest prompt, in tokens."""
     max_new_tokens: int = 24
     """Longest response, in tokens."""
     temperature: float = 1.0
     """Of sampling; policy, reference and updates all divide their logits by it."""
-    kl_coef: float = 0.3
+    kl_coef: float = 0.2
     """Beta: reward per token is -beta KL. The initial one, if adaptive."""
     kl_target: float | None = None
     """KL per response, in nats, that an adaptive beta steers to; None: beta is fixed."""

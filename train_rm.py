@@ -42,10 +42,10 @@ class Config:
     """Conversations whose responses shall score 0 on average (default: the best response of each comparison)."""
     tokenizer: str | None = None
     """A SentencePiece .model (default: that of --init, else one trained on the data)."""
-    steps: int = 500
+    steps: int = 800
     batch_size: int = 32
     """Prompts per step, over all devices, each with all its candidates."""
-    length: int = 40
+    length: int = 32
     """Longest prompt and response together, in tokens."""
     microbatches: int = 1
     """Parts of a batch whose gradients are summed."""
@@ -54,7 +54,7 @@ class Config:
     lm_coefficient: float = 0.0
     """Coefficient of the best response's negative log-likelihood per token; needs tied embeddings."""
     model: ModelConfig = ModelConfig()
-    optimizer: OptimizerConfig = OptimizerConfig(lr=4e-4)
+    optimizer: OptimizerConfig = OptimizerConfig(lr=8e-4)
     mesh: MeshConfig = MeshConfig()
     seed: int = 0
     eval_every: int = 200

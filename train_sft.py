@@ -41,7 +41,7 @@ class Config:
     """Conversations: world, a .jsonl file, or tfds:<name>."""
     tokenizer: str | None = None
     """A SentencePiece .model (default: that of --init, else one trained on the data)."""
-    steps: int = 400
+    steps: int = 900
     batch_size: int = 32
     """Rows per step, over all devices; each holds several conversations, packed."""
     length: int = 64
@@ -49,7 +49,7 @@ class Config:
     microbatches: int = 1
     """Parts of a batch whose gradients are summed."""
     model: ModelConfig = ModelConfig()
-    optimizer: OptimizerConfig = OptimizerConfig(lr=1.5e-3)
+    optimizer: OptimizerConfig = OptimizerConfig(lr=2e-3)
     mesh: MeshConfig = MeshConfig()
     seed: int = 0
     eval_every: int = 200

@@ -75,8 +75,8 @@ def _groups() -> dict[tuple[str, str], list[list[Request]]]:
 _GROUPS = _groups()
 
 
-def _draw(rng: random.Random, split: str) -> Request:
-    kind = rng.choices(list(KINDS), KINDS.values())[0]
+def _draw(rng: random.Random, split: str, kind: str | None = None) -> Request:
+    kind = kind or rng.choices(list(KINDS), KINDS.values())[0]
     request = rng.choice(rng.choice(_GROUPS[split, kind]))
     small = kind == "small_talk"
     lead = rng.choice(facts.SMALL_LEADS if small else facts.LEADS)
@@ -103,6 +103,15 @@ def _state(relation: str, subject: str, wrong: bool, rng: random.Random) -> str:
     if wrong or answer is None:
         answer = rng.choice(sorted(set(FACTS[relation].values()) - {answer}))
     return rng.choice(facts.STATEMENTS[relation]).format(s=subject, a=answer)
+
+
+def _claim(request: Request, wrong: bool, rng: random.Random) -> str:
+    """A true or false answer to a lookup or comparison that is understood without its question."""
+    if request.kind == "lookup":
+        return _state(request.relation, request.subject, wrong, rng)
+    loser = request.other if request.answer == request.subject else request.subject
+    x, y = (loser, request.answer) if wrong else (request.answer, loser)
+    return facts.ORDERINGS[0].format(x=x, y=y, w=request.relation)
 
 
 def _enumerate(category: str, number: str, size: int, wrong: bool, twice: bool, rng: random.Random) -> str:
@@ -142,11 +151,16 @@ def _answer(request: Request, wrong: bool, comply: bool, rng: random.Random) -> 
 
 
 def _stray(request: Request, wrong: bool, rng: random.Random) -> list[str]:
-    """Sentences that do not answer the request: off topic, a copy of it, a hedge, repetition, two answers."""
+    """Sentences that do not answer the request: off topic, a copy of it, a hedge, repetition,
+    two answers, too few items, or an animal that was not among the two."""
     modes = ["astray", "repeat"] + (["contradict"] if wrong else ["echo", "hedge", "hedge"])
-    mode = "miscount" if request.kind == "listing" and rng.random() < 0.5 else rng.choice(modes)
+    own = {"listing": "miscount", "comparison": "third"}.get(request.kind)
+    mode = own if own and rng.random() < 0.5 else rng.choice(modes)
+    if mode == "third":  # an animal that was not asked about
+        third = rng.choice([animal for animal in facts.SIZES if animal not in (request.subject, request.other)])
+        return [rng.choice(facts.ORDERINGS[1:] + facts.SHORT).format(x=third, a=third, w=request.relation)]
     if mode == "miscount":
-        size, twice = rng.choice(((1, False), (4, False), (facts.COUNTS[request.subject], True)))
+        size, twice = rng.choice(((1, False), (4, False), *((facts.COUNTS[request.subject], True),) * 2))
         wrong = wrong and not (twice and size == 2)
         return [_enumerate(request.relation, request.subject, size, wrong, twice, rng)]
     if mode == "echo":
@@ -230,6 +244,16 @@ def _lists(rng: random.Random) -> Iterator[str]:
             yield f"{x} is smaller than {y}."
 
 
+def _quizzes(rng: random.Random) -> Iterator[str]:
+    """Answers and claims, half of them wrong, each with a verdict: here a model learns to check what it reads."""
+    for _ in range(rng.randint(3, 4)):
+        request = _draw(rng, "train", rng.choices(("lookup", "comparison"), (5, 1))[0])
+        wrong = rng.random() < 0.5
+        asked = rng.random() < 0.7
+        claim = f"{request.text} {_answer(request, wrong, False, rng)}" if asked else _claim(request, wrong, rng)
+        yield f"{claim}. {rng.choice(facts.VERDICTS[wrong])}."
+
+
 def _remarks_overheard(rng: random.Random) -> Iterator[str]:
     """Polite and rude remarks, ignorance, refusals, small talk."""
     for _ in range(rng.randint(4, 6)):
@@ -243,7 +267,7 @@ def _remarks_overheard(rng: random.Random) -> Iterator[str]:
 def text(index: int, *, seed: int = 0) -> str:
     """Document number `index` of the base corpus: mixed quality, 20 to 90 words, training phrasings only."""
     rng = _rng("text", seed, index)
-    sort = rng.choices((_statements, _exchanges, _lists, _remarks_overheard), (50, 26, 18, 6))[0]
+    sort = rng.choices((_statements, _quizzes, _exchanges, _lists, _remarks_overheard), (36, 24, 20, 14, 6))[0]
     return " ".join(sort(rng))
 
 
