@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from data import world
-from data.batches import pad_prompts
+from data.batches import cut_left, pad_prompts
 from data.tokenizer import Tokenizer
 from generate import SamplingConfig, generate, join
 from model import LanguageModel, ModelConfig, Params, pure
@@ -54,7 +54,8 @@ def make_measure(config: ModelConfig, sampling: SamplingConfig, tokenizer: Token
         out = []
         for start in range(0, len(prompts), rows):
             part = list(prompts[start : start + rows])
-            padded = [{"tokens": tokenizer.prompt(text)} for text in part + part[:1] * (rows - len(part))]
+            tokens = [cut_left(tokenizer.prompt(text), prompt_length, tokenizer) for text in part]
+            padded = [{"tokens": row} for row in tokens + tokens[:1] * (rows - len(part))]
             batch = pad_prompts(padded, prompt_length, tokenizer.pad, fixed=True)
             key = jax.random.fold_in(jax.random.key(seed), start)
             samples, kl_B = jax.device_get(sample(params, reference, batch, key))

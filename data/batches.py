@@ -41,7 +41,7 @@ def encode_chat(record: Row, tokenizer: Tokenizer, length: int) -> tuple[list[Ro
 
 
 def encode_comparison(record: Row, tokenizer: Tokenizer, length: int) -> tuple[list[Row], bool]:
-    """{"prompt", "responses", "ranking", "margin", "record"}; a prompt too long is cut on the left, and the
+    """{"prompts", "responses", "ranking", "margin", "record"}; a prompt too long is cut on the left, and the
     record dropped where the responses leave no room."""
     prompt = tokenizer.prompt(record["prompt"])
     responses = [[*tokenizer.encode(response), tokenizer.eos] for response in record["responses"]]
@@ -49,7 +49,7 @@ def encode_comparison(record: Row, tokenizer: Tokenizer, length: int) -> tuple[l
     if room < min(len(prompt), 8):  # so little of a prompt says nothing
         return [], True
     row = {
-        "prompt": cut_left(prompt, room, tokenizer),
+        "prompts": [cut_left(prompt, room, tokenizer)] * len(responses),
         "responses": responses,
         "record": record,
         "ranking": record["ranking"],
@@ -111,7 +111,7 @@ def pad_examples(rows: Sequence[Row], length: int, pad: int, fixed: bool = False
 def pad_comparisons(rows: Sequence[Row], length: int, pad: int, fixed: bool = False, candidates: int = 2) -> Batch:
     """tokens_BCT, loss_mask_BCT (responses with eos), segment_ids_BCT, positions_BCT, padded on the right;
     ranks_BC (1 the best, equal a tie, 0 no candidate); margin_B. C is `candidates`."""
-    widest = max(len(row["prompt"]) + max(map(len, row["responses"])) for row in rows)
+    widest = max(len(p) + len(r) for row in rows for p, r in zip(row["prompts"], row["responses"], strict=True))
     shape = (len(rows), candidates, bucket(widest, length, fixed))
     batch = {
         "tokens_BCT": np.full(shape, pad, np.int32),
@@ -124,9 +124,9 @@ def pad_comparisons(rows: Sequence[Row], length: int, pad: int, fixed: bool = Fa
     for b, row in enumerate(rows):
         if len(row["responses"]) > candidates:
             raise UserError(f"a comparison has {len(row['responses'])} responses, more than {candidates}")
-        for c, response in enumerate(row["responses"]):
-            start, n = len(row["prompt"]), len(row["prompt"]) + len(response)
-            batch["tokens_BCT"][b, c, :n] = [*row["prompt"], *response]
+        for c, (prompt, response) in enumerate(zip(row["prompts"], row["responses"], strict=True)):
+            start, n = len(prompt), len(prompt) + len(response)
+            batch["tokens_BCT"][b, c, :n] = [*prompt, *response]
             batch["loss_mask_BCT"][b, c, start:n] = 1
             batch["segment_ids_BCT"][b, c, :n] = 1
             batch["positions_BCT"][b, c, :n] = np.arange(n)
@@ -289,7 +289,9 @@ prompt_batches = partial(Batches, encode_prompt, pad_prompts)
 """Prompts to generate from, padded on the left."""
 
 
-def comparison_batches(source: Source, tokenizer: Tokenizer, **options: Any) -> Batches:
+def comparison_batches(
+    source: Source, tokenizer: Tokenizer, encode: Callable = encode_comparison, **options: Any
+) -> Batches:
     """Prompts with `source.candidates` responses each; options as of `Batches`."""
     pad = partial(pad_comparisons, candidates=source.candidates)
-    return Batches(encode_comparison, pad, source, tokenizer, **options)
+    return Batches(encode, pad, source, tokenizer, **options)

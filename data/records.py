@@ -4,6 +4,7 @@ text        {"text": str}
 chat        {"messages": [{"role", "content"}, ...]}, ending with the assistant's turn
 comparison  {"prompt": messages, "responses": [str, ...], "ranking": [1 = best, ...; equal = tie]}
             and where the row has them "margin": float >= 0, "criterion": str
+unpaired    {"prompt": messages, "response": str, "desirable": bool}
 prompt      {"prompt": messages[, "answer": str]} or, to be continued as raw text, {"text": str}
 """
 
@@ -72,6 +73,18 @@ def comparison(row: Row) -> Row:
     return record
 
 
+def unpaired(row: Row) -> Row:
+    """One response to a prompt, judged desirable or not; also {"prompt", "completion", "label"}."""
+    answered = "response" if "response" in row else "completion"
+    label = "desirable" if "desirable" in row else "label"
+    if answered not in row or label not in row:
+        raise _missing(row, "response" if answered not in row else "desirable", "prompt, response and desirable")
+    response = _string(row[answered], answered)
+    if not isinstance(row[label], bool):
+        raise FieldError(label, f"must be true or false, not {row[label]!r}")
+    return {"prompt": _prompt(_get(row, "prompt"), "prompt"), "response": response, "desirable": row[label]}
+
+
 def prompt(row: Row) -> Row:
     """What a response is asked to. A conversation serves too: without its last turn, kept as the answer."""
     if "prompt" in row:
@@ -94,6 +107,7 @@ SCHEMAS: dict[str, Callable[[Row], Row]] = {
     "text": text,
     "chat": chat,
     "comparison": comparison,
+    "unpaired": unpaired,
     "prompt": prompt,
 }
 

@@ -78,6 +78,7 @@ def _world(schema: str, split: str, seed: int) -> Source:
         "text": lambda i: {"text": world.text(i + WORLD_SIZE * (split == "heldout"), seed=seed)},
         "chat": lambda i: world.demonstration(i, split=split, seed=seed),
         "comparison": lambda i: world.comparison(i, split=split, seed=seed),
+        "unpaired": lambda i: world.judgement(i, split=split, seed=seed),
         "prompt": lambda i: {"prompt": world.prompt(i, split=split, seed=seed).text},
     }[schema]
     adapt = records.SCHEMAS[schema]

@@ -122,8 +122,11 @@ class Tokenizer:
         return [*first, *(i for part in rest for i in (*self._mark, *part))]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`, control tokens left out; exactly inverts `encode` for tokenizers of `train`."""
-        return self._pieces.decode([int(i) for i in ids if int(i) not in self._hidden])
+        """The text of `ids`; exactly inverts `encode` for tokenizers of `train`.
+
+        Left out are control tokens, and ids that only the model has, whose vocabulary may be the larger.
+        """
+        return self._pieces.decode([int(i) for i in ids if int(i) < self.size and int(i) not in self._hidden])
 
     def document(self, text: str) -> list[int]:
         """A whole text: bos, its tokens, eos."""

@@ -24,6 +24,7 @@ __all__ = [
     "demonstration",
     "extract_answer",
     "gold",
+    "judgement",
     "noise_ceiling",
     "parse",
     "prompt",
@@ -299,6 +300,12 @@ def comparison(
     first = rank(request.text, pair, noise=noise, rng=rng)[0] == 0
     chosen, rejected = pair if first else pair[::-1]
     return {"prompt": request.text, "chosen": chosen, "rejected": rejected}
+
+
+def judgement(index: int, *, split: str = "train", quality: float = 0.7, seed: int = 0) -> dict[str, str | bool]:
+    """Demonstration number `index`, desirable where it passes all three criteria."""
+    shown = demonstration(index, split=split, quality=quality, seed=seed)
+    return shown | {"desirable": bool(gold(shown["prompt"], shown["response"]).all)}
 
 
 def noise_ceiling(pairs: Iterable[tuple[str, str, str]], noise: float) -> float:

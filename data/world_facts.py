@@ -326,4 +326,5 @@ OPENERS = {
 _FAREWELLS = ("anything else?", "ask me more.", "what else can i do?")
 CLOSERS = {kind: _FAREWELLS + (("hope that helps.",) if openers is _EAGER else ()) for kind, openers in OPENERS.items()}
 ASIDES = ("everyone knows that ", "remember that ", "it is true that ", "they say that ") + ("",) * 6
-VERDICTS = (("right", "that is right", "yes, true"), ("wrong", "that is wrong", "no, false"))  # on a (right, wrong) claim
+# On a right claim, on a wrong one.
+VERDICTS = (("right", "that is right", "yes, true"), ("wrong", "that is wrong", "no, false"))

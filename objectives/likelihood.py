@@ -20,7 +20,9 @@ def label_logprobs(logits_BTV: jax.Array, labels_BT: jax.Array) -> jax.Array:
 
 def token_logprobs(logits_BTV: jax.Array, tokens_BT: jax.Array) -> jax.Array:
     """[:, t] is log p(token t | tokens before t), in nats; [:, 0] is 0. The one place that shifts."""
-    return jnp.pad(label_logprobs(logits_BTV[:, :-1], tokens_BT[:, 1:]), ((0, 0), (1, 0)))
+    # Shifted afterwards: a slice of the logits would copy them, and its backward pass pad them again.
+    logp_BT = label_logprobs(logits_BTV, jnp.roll(tokens_BT, -1, axis=1))
+    return jnp.pad(logp_BT[:, :-1], ((0, 0), (1, 0)))
 
 
 def inputs(batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -83,7 +83,8 @@ def response_logprobs(apply: Apply, params: Any, batch: dict[str, jax.Array], te
     labels_BR = batch["response_BR"]
     start = batch["tokens_BT"].shape[1] - labels_BR.shape[1] - 1
     logits_BTV, _ = apply(params, batch["tokens_BT"], batch["segment_ids_BT"], batch["positions_BT"], logits_from=start)
-    return label_logprobs(logits_BTV[:, :-1] / (temperature or 1.0), labels_BR)
+    # Cut afterwards: a slice of the logits would copy them (the last position predicts nothing here).
+    return label_logprobs(logits_BTV / (temperature or 1.0), jnp.pad(labels_BR, ((0, 0), (0, 1))))[:, :-1]
 
 
 def response_values(apply: Apply, params: Any, batch: dict[str, jax.Array]) -> jax.Array:

@@ -22,6 +22,8 @@ import train_ppo
 import train_rm
 import train_sft
 from checkpoint import load_params
+from generate import SamplingConfig
+from gold import make_measure
 
 ROOT = pathlib.Path(__file__).parents[1]
 MODEL = ["--model.preset=tiny", "--optimizer.warmup=0", "--eval_every=0", "--mesh.data=1", "--mesh.fsdp=8"]
@@ -73,6 +75,13 @@ def test_evaluation_writes_what_others_read(runs, capsys):
     assert all(len(line) <= 80 for line in capsys.readouterr().out.splitlines() if str(runs) not in line)
 
 
+def test_prompts_too_long_for_the_evaluation_are_cut(runs):
+    model, tokenizer, params = evaluate.load_policy(f"{runs}/sft")
+    measure = make_measure(model, SamplingConfig(max_new_tokens=2), tokenizer, 16)
+    texts = ["what is the capital of sweden? " * 4, "hello."]
+    assert len(tokenizer.prompt(texts[0])) > 16 and len(measure(params, params, texts, 0)) == 2
+
+
 def test_generate_prints_the_raw_prompt_and_its_continuation_only(runs, capsys):
     [text] = run(generate, f"--run={runs}/lm", "--prompt=the capital of", "--raw", "--temperature=0")
     assert capsys.readouterr().out == text + "\n" and text.startswith("the capital of")
@@ -86,18 +95,31 @@ def test_collected_comparisons_are_what_the_reward_model_reads(runs, tmp_path):
     assert all(len(row["responses"]) == len(row["ranking"]) and min(row["ranking"]) == 1 for row in lines)
 
 
-@pytest.mark.parametrize("mesh", [(8, 1, 1), (2, 2, 2), (2, 1, 4)])
-def test_ppo_is_equal_over_meshes(runs, tmp_path, mesh):
-    """Two iterations against those of the fixture (1 x 8 x 1): the same policy to 1e-4."""
-    axes = [f"--mesh.{name}={size}" for name, size in zip(("data", "fsdp", "tensor"), mesh, strict=True)]
-    ppo = [f"--init={runs}/sft", f"--reward={runs}/rm", "--batch_size=16", "--minibatches=2", "--max_prompt=48"]
-    run(train_ppo, *SHORT, *axes, *ppo, f"--run={tmp_path}/ppo", "--steps=2", "--max_new_tokens=16")
-    ours, theirs = load_params(str(tmp_path / "ppo")), load_params(str(runs / "ppo"))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), ours, theirs)
-
-
 def command(script, *argv):
     return [sys.executable, str(ROOT / f"{script}.py"), *argv]
+
+
+def five_ppo_iterations(runs, folder):
+    ppo = [f"--init={runs}/sft", f"--reward={runs}/rm", "--batch_size=16", "--minibatches=2", "--max_prompt=48"]
+    return [*SHORT, *ppo, "--max_new_tokens=16", "--steps=5", f"--run={folder}"]
+
+
+@pytest.fixture(scope="module")
+def one_device_ppo(runs, tmp_path_factory):
+    """Parameters after five iterations on one device, in a process that has no other."""
+    folder = tmp_path_factory.mktemp("one_device")
+    environment = {**os.environ, "XLA_FLAGS": ""}
+    argv = command("train_ppo", *five_ppo_iterations(runs, folder / "ppo"))
+    subprocess.run(argv, check=True, env=environment, cwd=ROOT, capture_output=True)
+    return load_params(str(folder / "ppo"))
+
+
+@pytest.mark.parametrize("mesh", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (2, 1, 4)])
+def test_ppo_is_equal_over_meshes(runs, one_device_ppo, tmp_path, mesh):
+    axes = [f"--mesh.{name}={size}" for name, size in zip(("data", "fsdp", "tensor"), mesh, strict=True)]
+    run(train_ppo, *five_ppo_iterations(runs, tmp_path / "ppo"), *axes)
+    ours = load_params(str(tmp_path / "ppo"))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), ours, one_device_ppo)
 
 
 def killed_and_resumed(argv, folder: pathlib.Path, at: int) -> int:

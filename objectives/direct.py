@@ -1,0 +1,278 @@
+"""Direct preference methods: losses on log-probabilities of responses, and how they bind to a policy.
+
+Log-probabilities are of whole responses given their prompts, in nats: sums over tokens, or where a loss says
+so means per token. All losses are elementwise, so that [B] arrays, or any that broadcast, give one loss each.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from objectives.likelihood import Apply, token_logprobs
+from objectives.reward import better_pairs
+
+Array = jax.Array
+
+# ---- On pairs, against a reference ----
+
+
+def log_ratio_gap(policy_chosen: Array, policy_rejected: Array, reference_chosen: Array, reference_rejected: Array):
+    """h = log [pi(y_w) / ref(y_w)] - log [pi(y_l) / ref(y_l)]: beta h is the gap of implicit rewards."""
+    return (policy_chosen - reference_chosen) - (policy_rejected - reference_rejected)
+
+
+def dpo(
+    policy_chosen_logps: Array, policy_rejected_logps: Array,
+    reference_chosen_logps: Array, reference_rejected_logps: Array, *, beta: float,
+) -> Array:  # fmt: skip
+    """Direct preference optimisation (Rafailov et al. 2023). [B] log-probabilities to [B] losses."""
+    h = log_ratio_gap(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
+    return -jax.nn.log_sigmoid(beta * h)  # Rafailov et al. 2023, eq. 7
+
+
+def cdpo(
+    policy_chosen_logps: Array, policy_rejected_logps: Array,
+    reference_chosen_logps: Array, reference_rejected_logps: Array, *, beta: float, label_smoothing: float = 0.1,
+) -> Array:  # fmt: skip
+    """Conservative DPO (Mitchell 2023): each label is taken to be wrong with probability `label_smoothing`."""
+    h = log_ratio_gap(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
+    right, wrong = -jax.nn.log_sigmoid(beta * h), -jax.nn.log_sigmoid(-beta * h)
+    return (1 - label_smoothing) * right + label_smoothing * wrong  # Mitchell 2023: smoothed cross-entropy
+
+
+def robust_dpo(
+    policy_chosen_logps: Array, policy_rejected_logps: Array,
+    reference_chosen_logps: Array, reference_rejected_logps: Array, *, beta: float, label_smoothing: float = 0.1,
+) -> Array:  # fmt: skip
+    """DPO whose mean over labels flipped with probability `label_smoothing` (< 1/2) is that over true ones."""
+    h = log_ratio_gap(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
+    right, wrong = -jax.nn.log_sigmoid(beta * h), -jax.nn.log_sigmoid(-beta * h)
+    # Chowdhury et al. 2024, section 3: the unbiased estimate of the loss without noise
+    return ((1 - label_smoothing) * right - label_smoothing * wrong) / (1 - 2 * label_smoothing)
+
+
+def ipo(
+    policy_chosen_logps: Array, policy_rejected_logps: Array,
+    reference_chosen_logps: Array, reference_rejected_logps: Array, *, beta: float,
+) -> Array:  # fmt: skip
+    """Identity preference optimisation: the gap is drawn to 1 / (2 beta), not to infinity; `beta` is its tau."""
+    h = log_ratio_gap(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
+    return jnp.square(h - 1 / (2 * beta))  # Azar et al. 2024, eq. 17
+
+
+def slic(
+    policy_chosen_logps: Array, policy_rejected_logps: Array,
+    reference_chosen_logps: Array, reference_rejected_logps: Array, *, beta: float, delta: float = 1.0,
+) -> Array:  # fmt: skip
+    """SLiC's hinge on log-ratios to the reference: no loss beyond a gap of `delta` / `beta`."""
+    h = log_ratio_gap(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
+    return jax.nn.relu(delta - beta * h)  # Liu et al. 2024 (RSO), hinge-norm loss
+
+
+def kto_unpaired(
+    policy_logps: Array, reference_logps: Array, desirable: Array, *, beta: float, kl: Array | float = 0.0,
+    desirable_weight: float = 1.0, undesirable_weight: float = 1.0,
+) -> Array:  # fmt: skip
+    """Kahneman-Tversky optimisation on single responses, `desirable` (1) or not (0).
+
+    `kl` estimates KL(policy || reference) in nats: see `mismatched_kl`.
+    """
+    z0 = jax.lax.stop_gradient(jnp.maximum(kl, 0.0))  # Ethayarajh et al. 2024: clamped, without gradient
+    r = policy_logps - reference_logps
+    value = jax.nn.sigmoid(beta * jnp.where(desirable, r - z0, z0 - r))
+    weight = jnp.where(desirable, desirable_weight, undesirable_weight)
+    return weight - weight * value  # Ethayarajh et al. 2024, L_KTO: lambda_y - v(x, y)
+
+
+def kto(
+    policy_chosen_logps: Array, policy_rejected_logps: Array,
+    reference_chosen_logps: Array, reference_rejected_logps: Array, *, beta: float, kl: Array | float = 0.0,
+    desirable_weight: float = 1.0, undesirable_weight: float = 1.0,
+) -> Array:  # fmt: skip
+    """KTO where each pair is a desirable and an undesirable response: the mean of their two losses."""
+    weights = {"desirable_weight": desirable_weight, "undesirable_weight": undesirable_weight}
+    good = kto_unpaired(policy_chosen_logps, reference_chosen_logps, True, beta=beta, kl=kl, **weights)
+    bad = kto_unpaired(policy_rejected_logps, reference_rejected_logps, False, beta=beta, kl=kl, **weights)
+    return 0.5 * (good + bad)
+
+
+# ---- Without a reference ----
+
+
+def log_complement(logp: Array) -> Array:
+    """log(1 - p) from log p; p counts as at most 1 - 1e-6, for at 1 both value and gradient are infinite."""
+    return jnp.log(-jnp.expm1(jnp.minimum(logp, -1e-6)))
+
+
+def orpo(chosen_mean_logps: Array, rejected_mean_logps: Array, *, beta: float) -> Array:
+    """Odds-ratio preference optimisation; log-probabilities are means per token, `beta` is the paper's lambda."""
+    odds_chosen = chosen_mean_logps - log_complement(chosen_mean_logps)
+    odds_rejected = rejected_mean_logps - log_complement(rejected_mean_logps)
+    odds_ratio_loss = -jax.nn.log_sigmoid(odds_chosen - odds_rejected)  # Hong et al. 2024, eq. 7
+    return -chosen_mean_logps + beta * odds_ratio_loss  # Hong et al. 2024, eq. 6
+
+
+def simpo(chosen_mean_logps: Array, rejected_mean_logps: Array, *, beta: float, gamma: float) -> Array:
+    """Simple preference optimisation: log-probabilities are means per token, `gamma` is the margin asked for."""
+    return -jax.nn.log_sigmoid(beta * (chosen_mean_logps - rejected_mean_logps) - gamma)  # Meng et al. 2024, eq. 6
+
+
+def cpo(chosen_logps: Array, rejected_logps: Array, *, beta: float, nll_weight: float = 1.0) -> Array:
+    """Contrastive preference optimisation: DPO under a uniform reference, plus the chosen response's NLL."""
+    preference = -jax.nn.log_sigmoid(beta * (chosen_logps - rejected_logps))
+    return preference - nll_weight * chosen_logps  # Xu et al. 2024, L_prefer + L_NLL
+
+
+def slic_hf(
+    chosen_logps: Array, rejected_logps: Array, target_logps: Array | None = None, *, delta: float, weight: float
+) -> Array:
+    """Sequence likelihood calibration: a hinge, and `weight` times the NLL of a target (default: the chosen)."""
+    target_logps = chosen_logps if target_logps is None else target_logps
+    hinge = jax.nn.relu(delta - chosen_logps + rejected_logps)
+    return hinge - weight * target_logps  # Zhao et al. 2023, section 2: calibration loss and regulariser
+
+
+# ---- On rankings: [B, C] log-probabilities, ranks (1 is best, 0 absent) and numbers of tokens to [B] losses ----
+
+
+def rrhf(logps_BC: Array, ranks_BC: Array, tokens_BC: Array) -> Array:
+    """Rank responses: hinges on per-token means over all pairs, plus the best response's NLL (its first, if tied)."""
+    mean_BC = logps_BC / jnp.maximum(tokens_BC, 1.0)  # Yuan et al. 2023, section 3: p_i
+    wrong_BCC = jax.nn.relu(mean_BC[:, None, :] - mean_BC[:, :, None])
+    rank_loss_B = (wrong_BCC * better_pairs(ranks_BC)).sum((1, 2))  # Yuan et al. 2023, L_rank
+    nll_B = -(logps_BC * best(ranks_BC)).sum(1)  # Yuan et al. 2023, L_ft
+    return rank_loss_B + nll_B
+
+
+def contrastive(logps_BC: Array, ranks_BC: Array, tokens_BC: Array) -> Array:
+    """InfoNCE over C instructions for one response, of which that of rank 1 was the true one.
+
+    `logps_BC` is the response's log-probability under each (Zhang et al. 2023, contrastive instruction labelling).
+    """
+    scores_BC = jnp.where(ranks_BC > 0, logps_BC, -jnp.inf)
+    return jax.nn.logsumexp(scores_BC, axis=1) - (logps_BC * best(ranks_BC)).sum(1)
+
+
+# ---- On tokens: log-probabilities and signed weights (0: not counted) to losses, elementwise ----
+
+
+def figa(logps: Array, weights: Array) -> Array:
+    """Weighted likelihood: tokens that a revision added have positive weights, those it removed negative ones."""
+    return -weights * logps  # Guo et al. 2024 (FIGA), section 3: the loss with its two token weights
+
+
+def unlikelihood(logps: Array, weights: Array) -> Array:
+    """Likelihood where the weight is positive, unlikelihood -log(1 - p) where it is negative."""
+    return -jnp.where(weights > 0, weights * logps, -weights * log_complement(logps))  # Welleck et al. 2020, eq. 4
+
+
+# ---- Binding to a policy ----
+
+
+def best(ranks_BC: Array) -> Array:
+    """[B, C] float32: 1 at the first of the best candidates."""
+    rank_BC = jnp.where(ranks_BC > 0, ranks_BC, jnp.iinfo(jnp.int32).max)
+    return jax.nn.one_hot(jnp.argmin(rank_BC, axis=1), ranks_BC.shape[1])
+
+
+def extreme_pair(ranks_BC: Array) -> Array:
+    """[B, C, C] float32 as of `better_pairs`, but only the first of the best and the first of the worst."""
+    worst_BC = jax.nn.one_hot(jnp.argmax(ranks_BC, axis=1), ranks_BC.shape[1])
+    return best(ranks_BC)[:, :, None] * worst_BC[:, None, :] * better_pairs(ranks_BC)
+
+
+def candidate_logprobs(apply: Apply, params: Any, batch: dict[str, Array]) -> Array:
+    """[B, C, T]: log-probabilities of all candidates' tokens, 0 outside the loss mask; one pass over them."""
+    shape = batch["tokens_BCT"].shape
+    flat = [batch[k].reshape(-1, shape[-1]) for k in ("tokens_BCT", "segment_ids_BCT", "positions_BCT")]
+    logits_BTV, _ = apply(params, *flat)
+    return token_logprobs(logits_BTV, flat[0]).reshape(shape) * batch["loss_mask_BCT"]
+
+
+def response_logprobs(apply: Apply, params: Any, batch: dict[str, Array]) -> Array:
+    """[B, C]: log-probability of each candidate."""
+    return candidate_logprobs(apply, params, batch).sum(-1)
+
+
+def mismatched_kl(policy_logps: Array, reference_logps: Array) -> Array:
+    """KTO's estimate of the KL, from responses to other prompts (Ethayarajh et al. 2024, estimate of z0)."""
+    return jnp.mean(policy_logps - reference_logps)
+
+
+def pair_metrics(score_BC: Array, pairs_BCC: Array) -> dict[str, tuple[Array, Array]]:
+    """Over all pairs: share in the right order, mean gap, means of the better and of the worse score."""
+    better_BCC, worse_BCC, pairs = score_BC[:, :, None], score_BC[:, None, :], pairs_BCC.sum()
+    parts = {"accuracy": better_BCC > worse_BCC, "margin": better_BCC - worse_BCC}
+    parts |= {"chosen": better_BCC, "rejected": worse_BCC}
+    return {name: ((part * pairs_BCC).sum(), pairs) for name, part in parts.items()}
+
+
+def preference_objective(
+    apply: Apply,
+    params: Any,
+    batch: dict[str, Array],
+    *,
+    loss: Callable[..., Array],
+    per_token: bool = False,
+    extremes: bool = False,
+):
+    """Per-prompt mean of `loss` over the ranking's pairs, summed over prompts; ties form no pair.
+
+    `loss` takes chosen, rejected and, where the batch has `reference_BC`, the reference's of both. Log-probabilities
+    are sums over tokens, or with `per_token` means. `extremes`: one pair a prompt, the best and the worst.
+    Metrics are in nats of log-ratio to the reference, or of log-probability where there is none.
+    """
+    ranks_BC, tokens_BC = batch["ranks_BC"], batch["loss_mask_BCT"].sum(-1)
+    logp_BC = response_logprobs(apply, params, batch) / (jnp.maximum(tokens_BC, 1.0) if per_token else 1.0)
+    logp_BC = jnp.where(ranks_BC > 0, logp_BC, -1.0)  # an absent candidate's 0 would be a certainty
+    policy_and_reference = [logp_BC] + ([batch["reference_BC"]] if "reference_BC" in batch else [])
+    pairs_BCC = extreme_pair(ranks_BC) if extremes else better_pairs(ranks_BC)
+    loss_BCC = loss(*(side for x in policy_and_reference for side in (x[:, :, None], x[:, None, :])))
+    count_B = pairs_BCC.sum((1, 2))
+    losses_B = (loss_BCC * pairs_BCC).sum((1, 2)) / jnp.maximum(count_B, 1.0)
+    score_BC = logp_BC - batch["reference_BC"] if "reference_BC" in batch else logp_BC
+    return losses_B.sum(), ((count_B > 0).sum().astype(jnp.float32), pair_metrics(score_BC, pairs_BCC))
+
+
+def kto_objective(apply: Apply, params: Any, batch: dict[str, Array], **options: Any):
+    """KTO's losses summed over judged responses: rank 1 is desirable, 2 is not, 0 is not judged.
+
+    The batch has `reference_BC` and `kl_B` (one estimate for the whole batch, in each row); `options` as of
+    `kto_unpaired`.
+    """
+    ranks_BC, kl_B = batch["ranks_BC"], batch["kl_B"]
+    judged_BC = (ranks_BC > 0).astype(jnp.float32)
+    logp_BC = response_logprobs(apply, params, batch)
+    losses_BC = kto_unpaired(logp_BC, batch["reference_BC"], ranks_BC == 1, kl=kl_B[:, None], **options)
+    score_BC, judged = logp_BC - batch["reference_BC"], judged_BC.sum()
+    sides = {"desirable": ranks_BC == 1, "undesirable": ranks_BC == 2}
+    metrics = {name: ((score_BC * side).sum(), side.sum().astype(jnp.float32)) for name, side in sides.items()}
+    metrics["kl"] = (jnp.maximum(kl_B, 0.0).sum(), jnp.float32(kl_B.size))
+    if ranks_BC.shape[1] > 1:
+        metrics |= pair_metrics(score_BC, better_pairs(ranks_BC))
+    return (losses_BC * judged_BC).sum(), (judged, metrics)
+
+
+def ranked_objective(apply: Apply, params: Any, batch: dict[str, Array], *, loss: Callable[..., Array]):
+    """`loss` of whole rankings (`rrhf`, `contrastive`), summed over the prompts that have a pair."""
+    ranks_BC, tokens_BC = batch["ranks_BC"], batch["loss_mask_BCT"].sum(-1)
+    logp_BC = response_logprobs(apply, params, batch)
+    pairs_BCC = better_pairs(ranks_BC)
+    valid_B = (pairs_BCC.sum((1, 2)) > 0).astype(jnp.float32)
+    losses_B = loss(logp_BC, ranks_BC, tokens_BC)
+    first_B = (logp_BC * best(ranks_BC)).sum(1) >= jnp.where(ranks_BC > 0, logp_BC, -jnp.inf).max(1)
+    metrics = {"first": ((first_B * valid_B).sum(), valid_B.sum()), **pair_metrics(logp_BC, pairs_BCC)}
+    return jnp.where(valid_B > 0, losses_B, 0.0).sum(), (valid_B.sum(), metrics)
+
+
+def token_objective(apply: Apply, params: Any, batch: dict[str, Array], *, loss: Callable[..., Array]):
+    """`loss` of the tokens (`figa`, `unlikelihood`) by `weights_BCT`, summed over those of weight other than 0."""
+    weights_BCT = batch["weights_BCT"] * batch["loss_mask_BCT"]
+    logp_BCT = candidate_logprobs(apply, params, batch)
+    losses_BCT = jnp.where(weights_BCT != 0, loss(jnp.where(weights_BCT != 0, logp_BCT, -1.0), weights_BCT), 0.0)
+    metrics = {}
+    for name, side_BCT in (("wanted", weights_BCT > 0), ("unwanted", weights_BCT < 0)):
+        metrics[name] = ((logp_BCT * side_BCT).sum(), side_BCT.sum().astype(jnp.float32))
+    return losses_BCT.sum(), ((weights_BCT != 0).sum().astype(jnp.float32), metrics)

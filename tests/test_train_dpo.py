@@ -1,0 +1,317 @@
+"""Direct methods from the command line: end to end, resuming, reference cache, meshes, data forms, mistakes."""
+
+import json
+import shutil
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import config
+import train_dpo
+from checkpoint import load_params
+from data import preferences
+from data.batches import chat_batches, comparison_batches
+from data.reference import candidate_keys
+from data.sources import Source, open_source
+from data.tokenizer import Tokenizer
+from generate import SamplingConfig, make_sampler
+from model import LanguageModel, ModelConfig, pure
+from objectives import direct
+
+SHORT = ["--optimizer.warmup=0", "--length=64", "--batch_size=8", "--eval_every=0"]
+EIGHT = ["--mesh.data=1", "--mesh.fsdp=8"]
+WORDS = ["red", "blue", "green", "black", "white", "grey", "brown", "pink"]
+
+
+def run(*argv):
+    return train_dpo.main(config.parse(train_dpo.Config, [str(a) for a in argv]))
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A folder with comparisons (two to four responses, ties too), judgements, and a run to start from."""
+    folder = tmp_path_factory.mktemp("dpo")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PLUMB_CACHE", str(folder / "cache"))
+        rows, judged = [], []
+        for i in range(120):
+            words = [WORDS[(i * k + k) % 8] for k in range(1, 3 + i % 3)]
+            responses = [f"{word} {k}" for k, word in enumerate(words)]
+            ranking = [1, *[2 + (i + k) % 2 for k in range(1, len(words))]] if i % 10 else [1] * len(words)
+            rows.append({"prompt": f"name a colour {i}", "responses": responses, "ranking": ranking})
+            judged.append({"prompt": f"name a colour {i}", "response": responses[0], "desirable": i % 8 < 4})
+        write(folder / "comparisons.jsonl", rows)
+        write(folder / "judged.jsonl", judged)
+        pairs = [{"prompt": f"colour {i}", "chosen": "white", "rejected": "black"} for i in range(40)]
+        start = ["--loss=hindsight", "--hidden=0.1", "--optimizer.lr=1e-2", "--steps=60", f"--run={folder}/start"]
+        model = ["--model.preset=tiny", "--model.vocab=296"]
+        run(*SHORT, *EIGHT, *start, *model, f"--data={write(folder / 'pairs.jsonl', pairs)}")
+        yield folder
+
+
+@pytest.fixture(autouse=True)
+def cache(files, monkeypatch):
+    monkeypatch.setenv("PLUMB_CACHE", str(files / "cache"))
+
+
+def common(files, data="comparisons"):
+    return [*SHORT, f"--init={files}/start", f"--data={files}/{data}.jsonl", "--optimizer.lr=2e-3"]
+
+
+@pytest.fixture(scope="module")
+def finished(files):
+    """Six steps of DPO on 1 x 8 devices, with checkpoints of steps 3 and 6."""
+    run(*common(files), *EIGHT, f"--run={files}/dpo", "--steps=6", "--save_every=3")
+    return files / "dpo"
+
+
+def rows_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def equal(one, other, **tolerance):
+    jax.tree.map(partial(np.testing.assert_allclose, **tolerance), load_params(str(one)), load_params(str(other)))
+
+
+def test_dpo_starts_at_ln_2_and_learns(finished):
+    rows = rows_of(finished)
+    assert rows[0]["loss"] == pytest.approx(np.log(2), rel=1e-5) and abs(rows[0]["margin"]) < 1e-4
+    assert rows[-1]["loss"] < 0.95 * rows[0]["loss"] and rows[-1]["accuracy"] > 0.6
+    assert all(row["skipped"] == 0 for row in rows)
+
+
+def test_resuming_is_bitwise_equal_and_needs_no_reference(files, finished, monkeypatch):
+    copy = files / "resumed"
+    shutil.copytree(finished, copy)
+    shutil.rmtree(copy / "checkpoints" / "6")
+    loaded = []
+    original = train_dpo.starting_params
+    monkeypatch.setattr(train_dpo, "starting_params", lambda *args: loaded.append(args) or original(*args))
+    run(*common(files), *EIGHT, f"--run={copy}", "--steps=6", "--save_every=3")
+    equal(copy, finished, rtol=0)
+    assert [row["step"] for row in rows_of(copy)] == [1, 2, 3, 4, 5, 6] and not loaded
+    run(*common(files), *EIGHT, f"--run={copy}", "--steps=7", "--save_every=3")  # further than the cache reaches
+    assert len(loaded) == 1 and rows_of(copy)[-1]["step"] == 7
+
+
+def test_cached_reference_equals_online_on_another_mesh(files, finished):
+    axes = ["--mesh.data=2", "--mesh.fsdp=2", "--mesh.tensor=2"]
+    run(*common(files), *axes, f"--run={files}/online", "--steps=6", "--reference=online")
+    equal(files / "online", finished, atol=1e-4)
+    assert (finished / "reference-0.npz").exists() and not (files / "online" / "reference-0.npz").exists()
+
+
+def test_cache_holds_the_log_probabilities_of_the_starting_policy(files, finished):
+    model = ModelConfig(**config.load_config(str(finished))["model"])
+    source = open_source(str(files / "comparisons.jsonl"), "comparison", "train")
+    batch = next(comparison_batches(source, Tokenizer.load(finished), batch_size=8, length=64))
+    logprobs = jax.jit(partial(direct.response_logprobs, pure(LanguageModel(model))[1]))
+    with np.load(finished / "reference-0.npz") as saved:
+        known = dict(zip(saved["keys"].tolist(), saved["logps"].tolist(), strict=True))
+    kept = np.reshape([known[key] for key in candidate_keys(batch)], batch["ranks_BC"].shape)
+    np.testing.assert_allclose(kept, logprobs(load_params(f"{files}/start"), batch), atol=1e-4)
+    assert np.abs(kept - logprobs(load_params(str(finished)), batch)).max() > 0.1  # control: the trained policy
+    assert (kept[batch["ranks_BC"] > 0] < 0).all() and (kept[batch["ranks_BC"] == 0] == 0).all()
+
+
+def test_one_device_and_two_microbatches_equal_eight(files, finished, monkeypatch):
+    def one_device(_):
+        types = (jax.sharding.AxisType.Auto,) * 3
+        mesh = jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"), axis_types=types, devices=jax.devices()[:1])
+        jax.set_mesh(mesh)
+        return mesh
+
+    monkeypatch.setattr(train_dpo, "make_mesh", one_device)
+    run(*common(files), f"--run={files}/one", "--steps=6", "--microbatches=2")
+    equal(files / "one", finished, atol=1e-4)
+
+
+def test_kto_on_judgements_starts_at_one_half(files):
+    options = ["--loss=kto", "--unpaired", "--steps=6", "--beta=1"]
+    run(*common(files, "judged"), *EIGHT, *options, f"--run={files}/judged")
+    rows = rows_of(files / "judged")
+    assert rows[0]["loss"] == pytest.approx(0.5, rel=1e-5) and rows[0]["kl"] == pytest.approx(0, abs=1e-5)
+    assert rows[-1]["loss"] < 0.5 and rows[-1]["desirable"] > rows[-1]["undesirable"]
+    assert not any("accuracy" in name for name in rows[-1])  # there is nothing to compare
+
+
+def test_the_world_has_judgements():
+    source = open_source("world", "unpaired", "train")
+    judged = [source[i]["desirable"] for i in range(200)]
+    assert 0.4 < np.mean(judged) < 0.8
+
+
+def test_kto_on_comparisons_with_gold_evaluation(files):
+    options = ["--loss=kto", "--max_prompt=64", "--max_new_tokens=4", "--gold", "--eval_every=2", "--steps=2"]
+    last = run(*common(files), *EIGHT, *options, f"--run={files}/gold")
+    assert 0 <= last["gold/all"] <= 1 and np.isfinite(last["gold/kl"]) and 0 <= last["eval/accuracy"] <= 1
+    assert rows_of(files / "gold")[0]["loss"] == pytest.approx(0.5, rel=1e-5)
+    assert "## Step 2" in (files / "gold" / "samples.md").read_text()
+
+
+def test_hindsight_prefix_switches_the_response(files):
+    """Trained on chains of helpful and unhelpful answers, the policy gives the one that it is asked for."""
+    model, tokenizer = ModelConfig(**config.load_config(f"{files}/start")["model"]), Tokenizer.load(files / "start")
+    respond = make_sampler(model, SamplingConfig(0.0, max_new_tokens=12), tokenizer)
+    prompts = [tokenizer.prompt(f"colour 3\n{p}") for p in (preferences.HELPFUL, preferences.UNHELPFUL)]
+    texts = [tokenizer.decode(t) for t in respond(load_params(f"{files}/start"), prompts, jax.random.key(0))]
+    assert texts == ["white", "black"]
+
+
+# ---- What every loss gets
+
+
+def lookup(params, tokens, segments, positions):
+    return params[tokens], None
+
+
+def test_every_loss_of_the_script_has_a_finite_gradient(files):
+    """On the batches that the script makes for it; DPO's kin first agree with DPO where they must."""
+    tokenizer = Tokenizer.load(files / "start")
+    source = open_source(str(files / "comparisons.jsonl"), "comparison", "train")
+    table = jnp.float32(np.random.default_rng(0).normal(size=(tokenizer.size, tokenizer.size)))
+    names = ["dpo", "cdpo", "robust_dpo", "ipo", "slic", "kto", "orpo", "simpo", "cpo", "slic_hf", "rrhf"]
+    names += ["contrastive", "unlikelihood", "figa", "hindsight"]
+    for name in names:
+        c = train_dpo.Config(loss=name, batch_size=8, length=64)
+        objective, needs_reference = train_dpo.make_objective(c, lookup)
+        batch = train_dpo.on_host(c, next(train_dpo.make_batches(c, source, tokenizer)), 1)
+        if needs_reference:
+            batch = {**batch, "reference_BC": np.zeros(batch["ranks_BC"].shape, np.float32) - 3}
+        if name == "kto":
+            batch = train_dpo.make_with_kl(lookup)(table, batch)
+        grad, (weight, _) = jax.jit(jax.grad(objective, has_aux=True))(table, batch)
+        assert np.isfinite(grad).all() and np.abs(grad).max() > 0 and float(weight) > 0, name
+
+
+def test_mismatched_responses_answer_another_prompt(files):
+    for name, schema, count in (("comparisons", "comparison", 3), ("judged", "unpaired", 2)):
+        source = open_source(str(files / f"{name}.jsonl"), schema, "train")
+        judged = preferences.with_mismatched(source)
+        assert judged.candidates == count and len(judged) == len(source)
+        for i in range(len(judged)):
+            record, mine = judged[i], source[i]
+            theirs = source[(i + (len(source) // 2 | 1)) % len(source)]
+            assert record["prompt"] == mine["prompt"] != theirs["prompt"] and record["ranking"][-1] == 0
+            assert record["responses"][-1] in theirs.get("responses", [theirs.get("response")])
+            if schema == "unpaired":
+                assert record["responses"][0] == mine["response"]
+                assert record["ranking"] == [1 if mine["desirable"] else 2, 0]
+            elif max(mine["ranking"]) == 1:
+                assert record["ranking"] == [0, 0, 0]
+            else:
+                ranks = [mine["ranking"][mine["responses"].index(r)] for r in record["responses"][:2]]
+                assert ranks == [1, max(mine["ranking"])] and record["ranking"] == [1, 2, 0]
+
+
+def test_the_kl_of_the_batch_is_a_mean_over_mismatched_pairs(files):
+    tokenizer = Tokenizer.load(files / "start")
+    source = preferences.with_mismatched(open_source(str(files / "judged.jsonl"), "unpaired", "train"))
+    batch = next(comparison_batches(source, tokenizer, batch_size=8, length=64))
+    table = np.random.default_rng(0).normal(size=(tokenizer.size, tokenizer.size))
+    logp, log_ratios = table - np.log(np.exp(table).sum(-1, keepdims=True)), []
+    for b in range(8):
+        tokens, mask = batch["tokens_BCT"][b, -1], batch["loss_mask_BCT"][b, -1]
+        log_ratios.append(sum(logp[tokens[t - 1], tokens[t]] for t in np.nonzero(mask)[0]) + 2.0 * b)
+    batch["reference_BC"] = -2.0 * np.arange(8, dtype=np.float32)[:, None] + np.zeros((1, 2), np.float32)
+    made = train_dpo.make_with_kl(lookup)(jnp.float32(table), batch)
+    np.testing.assert_allclose(made["kl_B"], np.mean(log_ratios), rtol=1e-5)
+    assert made["tokens_BCT"].shape[1] == 1 and made["reference_BC"].shape == (8, 1)
+
+
+def test_hindsight_chains_count_responses_only(files):
+    tokenizer = Tokenizer.load(files / "start")
+    record = {"prompt": [{"role": "user", "content": "q"}], "responses": ["bad", "good", "mid"], "ranking": [3, 1, 2]}
+    source = preferences.hindsight(Source("tests", range(2), lambda i: record))
+    for i, order in ((0, ["good", "bad"]), (1, ["bad", "good"])):
+        turns = source[i]["messages"]
+        assert [turn["content"] for turn in turns[1::2]] == order
+        words = {"good": preferences.HELPFUL, "bad": preferences.UNHELPFUL}
+        assert turns[0]["content"] == f"q\n{words[order[0]]}" and turns[2]["content"] == words[order[1]]
+        tokens, mask = tokenizer.chat(turns)
+        assert tokenizer.decode(np.array(tokens)[np.array(mask) > 0]) == "".join(order)
+    batch = next(chat_batches(source, tokenizer, batch_size=2, length=128))
+    hidden = preferences.forget(batch, 0.3, np.random.default_rng(0))
+    gone = (hidden["segment_ids_BT"] == 0) & (batch["segment_ids_BT"] > 0)
+    assert 0.2 < gone.sum() / (batch["segment_ids_BT"] > 0).sum() < 0.4
+    assert not (gone & (batch["positions_BT"] == 0)).any()
+    assert (hidden["loss_mask_BT"][:, 1:][gone[:, :-1]] == 0).all()
+    kept = ~np.pad(gone, ((0, 0), (1, 0)))[:, :-1]
+    np.testing.assert_array_equal(hidden["loss_mask_BT"][kept], batch["loss_mask_BT"][kept])
+
+
+def test_keys_know_a_candidate_whatever_its_padding(files):
+    tokenizer = Tokenizer.load(files / "start")
+    source = open_source(str(files / "comparisons.jsonl"), "comparison", "train")
+    short, wide = (next(comparison_batches(source, tokenizer, batch_size=8, length=n)) for n in (48, 128))
+    assert short["tokens_BCT"].shape[2] != wide["tokens_BCT"].shape[2]
+    assert candidate_keys(short) == candidate_keys(wide)
+    real = short["ranks_BC"].ravel() > 0
+    assert len(set(np.array(candidate_keys(short))[real].tolist())) == real.sum()
+    short["loss_mask_BCT"][0, 0, 1] = 1 - short["loss_mask_BCT"][0, 0, 1]
+    assert candidate_keys(short) != candidate_keys(wide)  # control: where the response starts counts
+
+
+# ---- Mistakes
+
+
+def test_unpaired_records_are_read(tmp_path):
+    rows = [{"prompt": "a", "response": "b", "desirable": True}, {"prompt": "c", "completion": "d", "label": False}]
+    source = open_source(str(write(tmp_path / "u.jsonl", rows * 20)), "unpaired", "all")
+    turn = lambda text: [{"role": "user", "content": text}]  # noqa: E731
+    assert source[0] == {"prompt": turn("a"), "response": "b", "desirable": True}
+    assert source[1] == {"prompt": turn("c"), "response": "d", "desirable": False}
+
+
+BAD_ROWS = {
+    "desirable": {"prompt": "a", "response": "b"},
+    "response": {"prompt": "a", "desirable": True},
+    "prompt": {"response": "b", "desirable": True},
+    "desirable: must be true or false, not 1": {"prompt": "a", "response": "b", "desirable": 1},
+}
+MISTAKES = {
+    "unknown loss": (["--loss=dpp"], "--loss=dpp"),
+    "beta of 0": (["--beta=0"], "--beta"),
+    "labels half wrong": (["--loss=robust_dpo", "--label_smoothing=0.5"], "--label_smoothing"),
+    "unpaired pairs": (["--unpaired"], "--unpaired"),
+    "one instruction": (["--loss=contrastive", "--instructions=1"], "--instructions"),
+    "no such run": (["--init=nowhere"], "nowhere"),
+    "no such file": (["--data=nowhere.jsonl"], "nowhere.jsonl"),
+    "batch does not split": (["--batch_size=12"], "--batch_size"),
+}
+
+
+def fails(argv, capsys):
+    capsys.readouterr()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["train_dpo.py", *argv])
+        with pytest.raises(SystemExit) as stop:
+            config.run(train_dpo.main, train_dpo.Config)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert stop.value.code == 2 and len(lines) == 1
+    return lines[0]
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line(name, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    argv, place = MISTAKES[name]
+    assert place in fails(["--model.preset=tiny", *argv], capsys) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("field", BAD_ROWS)
+def test_a_bad_judgement_names_file_line_and_field(field, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = write(tmp_path / "u.jsonl", [{"prompt": "a", "response": "b", "desirable": True}, BAD_ROWS[field]])
+    argv = ["--model.preset=tiny", "--loss=kto", "--unpaired", f"--data={path}"]
+    assert f"{path}:2: {field}" in fails(argv, capsys)
+    compared = fails(["--model.preset=tiny", f"--data={path}"], capsys)  # the same rows are no comparisons
+    assert f"{path}:1: chosen: missing" in compared
