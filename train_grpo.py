@@ -259,11 +259,8 @@ def main(config: Config) -> dict[str, float]:
         if position:
             prompts.restore(position)
         sizes = {"batch_size": config.batch_size, "length": length, "steps": config.steps, "start": start}
-        print(
-            describe(
-                f"{config.run}: {config.method} on {source.name}", policy.params, (policy.opt_state, reference), **sizes
-            )
-        )
+        others = (policy.opt_state, reference)
+        print(describe(f"{config.run}: {config.method} on {source.name}", policy.params, others, **sizes))
         unchecked = True
         with Recorder(config.run, config.steps, start, unit="iteration") as record:
             for step in record.steps():
@@ -271,9 +268,8 @@ def main(config: Config) -> dict[str, float]:
                 batch, metrics, shown = experience(policy.params, reference, key)
                 batch = pairs(batch) if config.method == "online_dpo" else batch
                 for epoch in range(config.epochs):
-                    for minibatch in shuffled(
-                        batch, jax.random.fold_in(key, config.max_rounds + epoch), config.minibatches
-                    ):
+                    order = jax.random.fold_in(key, config.max_rounds + epoch)
+                    for minibatch in shuffled(batch, order, config.minibatches):
                         policy, update = train_step(policy, minibatch)
                         if unchecked:
                             check_first_update(update, metrics, config, start)

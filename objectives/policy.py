@@ -55,7 +55,7 @@ def gae(
         advantage = reward + discount * next_value - value + discount * smoothing * advantage
         return (advantage, value), advantage
 
-    zero = jnp.zeros(rewards_BR.shape[0], jnp.float32)
+    zero = jnp.zeros_like(rewards_BR[:, 0])
     _, advantages_RB = jax.lax.scan(earlier, (zero, zero), (rewards_BR.T, values_BR.T), reverse=True)
     return advantages_RB.T, advantages_RB.T + values_BR
 
