@@ -238,6 +238,7 @@ def main(config: Config) -> dict[str, float]:
     tokenizer = Tokenizer.load(config.init)
     length = config.max_prompt + config.max_new_tokens
     check_fit(config.model, tokenizer.size, length)
+    score = make_scorer(config.reward, tokenizer, mesh)
     init, apply = pure(LanguageModel(config.model))
     reference = starting_params(init, config.model, config.init, mesh, config.seed)
     source = open_source(config.data, "prompt", "train", seed=config.seed)
@@ -247,7 +248,7 @@ def main(config: Config) -> dict[str, float]:
     )  # fmt: skip
     advantages, objective = make_method(config, apply)
     rollout = make_rollout(config, apply, tokenizer)
-    score, judge = make_scorer(config.reward, tokenizer, mesh), make_judge(config, apply, advantages, tokenizer.eos)
+    judge = make_judge(config, apply, advantages, tokenizer.eos)
     experience = make_experience(config, prompts, mesh, tokenizer.pad, rollout, score, judge)
     optimizer = make_optimizer(config.optimizer, config.steps * config.epochs * config.minibatches)
     train_step = make_train_step(objective, optimizer, config.microbatches, config.optimizer.clip)

@@ -42,7 +42,8 @@ def combined(
 ):
     """One score a response, [B], from several. `gated`: the first where all others reach `gate`, else `floor`.
 
-    Mean and weighted sum: the survey's two ways to pool criteria; gates: Glaese et al. 2022 (rules beside preference).
+    A reward a criterion: Glaese et al. 2022 (a preference beside rules); Touvron et al. 2023, section 3.2.2 (Llama 2:
+    helpfulness counts where safety reaches a threshold).
     """
     scores_BC = jnp.stack(list(scores), axis=1)  # C here: criteria
     return {
