@@ -163,7 +163,7 @@ def make_judge(config: Config, apply: Any, advantages: Callable[..., jax.Array],
         mask_BR = batch["mask_BR"]
         logp_BR = ppo.response_logprobs(apply, policy, batch, config.temperature)
         reference_BR = ppo.response_logprobs(apply, reference, batch, config.temperature)
-        raw_B = pool(list(scores.values()))
+        raw_B = pool([scores[name] for name in config.reward])  # by name: jit sorts a dict
         score_B = with_eos_rule(config, raw_B, batch, eos)
         if config.overlong:
             score_B += group.overlong_penalty(mask_BR.sum(1), longest, config.overlong * longest)

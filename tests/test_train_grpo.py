@@ -67,7 +67,7 @@ def here(files, monkeypatch):
     monkeypatch.chdir(files)
 
 
-COMMON = [*SHORT, "--init=sft", "--data=sums.jsonl", "--optimizer.lr=1e-2"]
+COMMON = [*SHORT, "--init=sft", "--data=sums.jsonl", "--optimizer.lr=2e-3"]
 
 
 def rows_of(folder):
