@@ -26,11 +26,12 @@ UNCLIPPED = {"clip": inf, "clip_high": inf}
 PAPERS: dict[str, dict[str, Any]] = {
     "grpo": GRPO,  # Shao et al. 2024
     "dr_grpo": GRPO | {"average": "constant", "kl_coef": 0.0},  # Liu et al. 2025
-    "dapo": GRPO | {"average": "tokens", "clip_high": 0.28, "kl_coef": 0.0, "dynamic": True, "overlong": 0.2},  # 2025
+    # Yu et al. 2025: no KL; the penalty on length grows over the last 4,096 of 20,480 tokens.
+    "dapo": GRPO | {"average": "tokens", "clip_high": 0.28, "kl_coef": 0.0, "dynamic": True, "overlong": 0.2},
     "gspo": GRPO | {"ratio": "geometric", "clip": 3e-4, "clip_high": 4e-4, "kl_coef": 0.0},  # Zheng et al. 2025
     # Ahmadian et al. 2024: plain REINFORCE on whole responses, the KL in the reward; beta as for their summaries.
     "rloo": GRPO | IN_REWARD | UNCLIPPED | {"samples_per_prompt": 4, "ratio": "sequence", "kl_coef": 0.03},
-    "reinforce_pp": GRPO | IN_REWARD | {"samples_per_prompt": 1, "average": "tokens", "kl_coef": 0.01},  # Hu 2025
+    "reinforce_pp": GRPO | IN_REWARD | {"samples_per_prompt": 1, "average": "tokens", "kl_coef": 0.01},  # Hu et al.
     "online_dpo": GRPO | {"samples_per_prompt": 2, "kl_coef": 0.1},  # Guo et al. 2024
 }
 
@@ -42,7 +43,7 @@ def combined(
 ):
     """One score a response, [B], from several. `gated`: the first where all others reach `gate`, else `floor`.
 
-    A reward a criterion: Glaese et al. 2022 (a preference beside rules); Touvron et al. 2023, section 3.2.2 (Llama 2:
+    A reward a criterion: Glaese et al. 2022 (a preference beside rules); Touvron et al. 2023, section 3.2.3 (Llama 2:
     helpfulness counts where safety reaches a threshold).
     """
     scores_BC = jnp.stack(list(scores), axis=1)  # C here: criteria

@@ -1,6 +1,7 @@
 """Methods without a critic from the command line: rewards, meshes, resuming, every method, mistakes."""
 
 import json
+import pathlib
 import shutil
 from functools import partial
 
@@ -71,7 +72,7 @@ COMMON = [*SHORT, "--init=sft", "--data=sums.jsonl", "--optimizer.lr=2e-3"]
 
 
 def rows_of(folder):
-    return [json.loads(line) for line in open(f"{folder}/metrics.jsonl").read().splitlines()]
+    return [json.loads(line) for line in pathlib.Path(folder, "metrics.jsonl").read_text().splitlines()]
 
 
 def test_a_second_reward_of_weight_0_changes_nothing_on_another_mesh(files):
