@@ -81,7 +81,7 @@ def make_scorer(rewards: Sequence[str], tokenizer: Tokenizer, mesh: jax.sharding
         scores = np.zeros(len(rows), np.float32)
         for b, (row, length) in enumerate(zip(rows, lengths, strict=True)):
             score = functions[reward](tokenizer.decode(row[:length].tolist()), records[b // n])
-            if not isinstance(score, int | float | np.number) or not math.isfinite(score):
+            if not isinstance(score, int | float | np.number | np.bool_) or not math.isfinite(score):
                 raise UserError(f"--reward={reward}: returned {score!r}; it must return a finite number")
             scores[b] = score
         return to_mesh({"score_B": scores}, mesh)["score_B"]
