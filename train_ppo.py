@@ -14,18 +14,19 @@ import jax
 import jax.numpy as jnp
 
 import config as flags
-from checkpoint import Checkpoints, load_params
-from config import UserError, load_config
+from checkpoint import Checkpoints
+from config import UserError
 from data.batches import prompt_batches
 from data.sources import open_source
 from data.tokenizer import Tokenizer
-from generate import SamplingConfig, generate, join
 from gold import make_gold_evaluation
 from metrics import Recorder, describe
 from model import LanguageModel, ModelConfig, Params, ScalarModel, check_fit, pure
 from objectives import policy as ppo
 from objectives.likelihood import inputs
 from objectives.reward import last_token
+from rewards import load_reward_model
+from rollout import check_first_update, make_rollout, rollout_metrics, sample_rows, shuffled, with_eos_rule
 from sharding import MeshConfig, abstract, check_batch, init_sharded, make_mesh, to_mesh
 from train_step import (
     OptimizerConfig,
@@ -116,32 +117,6 @@ class Config:
     """Checkpoints kept."""
 
 
-def make_rollout(config: Config, apply: Any, tokenizer: Tokenizer):
-    """rollout(policy, prompts, key): prompts and sampled responses as one batch, [B, T] with T = P + R."""
-    sampling = SamplingConfig(config.temperature, max_new_tokens=config.max_new_tokens)
-    n = config.samples_per_prompt
-
-    @jax.jit
-    def rollout(policy: Params, prompts: Batch, key: jax.Array) -> Batch:
-        samples = generate(
-            apply, config.model, policy, prompts, key, sampling, eos=tokenizer.eos, pad=tokenizer.pad, n=n
-        )
-        return {**join(prompts, samples), "sampler_logp_BR": samples.logp_BR}
-
-    return rollout
-
-
-def score_responses(config: Config, raw_B: jax.Array, batch: Batch, eos: int) -> tuple[jax.Array, jax.Array]:
-    """The reward model's scores after the missing-EOS rule, and which responses ended, [B] each."""
-    ended_B = jnp.any((batch["response_BR"] == eos) & (batch["mask_BR"] > 0), axis=1)
-    without = {
-        "replace": jnp.full_like(raw_B, config.missing_eos_score),
-        "penalty": raw_B + config.missing_eos_score,
-        "none": raw_B,
-    }[config.missing_eos]
-    return jnp.where(ended_B, raw_B, without), ended_B
-
-
 def make_judge(config: Config, apply: Any, scalar_apply: Any, eos: int):
     """judge(policy, reference, reward, value, batch, beta) -> (batch with targets, metrics)."""
 
@@ -151,7 +126,7 @@ def make_judge(config: Config, apply: Any, scalar_apply: Any, eos: int):
         logp_BR = ppo.response_logprobs(apply, policy, batch, config.temperature)
         reference_BR = ppo.response_logprobs(apply, reference, batch, config.temperature)
         raw_B = last_token(scalar_apply(reward, *inputs(batch)), batch["segment_ids_BT"])
-        score_B, ended_B = score_responses(config, raw_B, batch, eos)
+        score_B = with_eos_rule(config, raw_B, batch, eos)
 
         length_B = mask_BR.sum(1).astype(jnp.int32)
         at_B = length_B - 1
@@ -172,21 +147,13 @@ def make_judge(config: Config, apply: Any, scalar_apply: Any, eos: int):
             "advantages_BR": ppo.whiten(advantages_BR, mask_BR, unbiased=config.whiten_unbiased),
             "returns_BR": returns_BR,
         }
-        response_BR = batch["response_BR"]
-        repeats_BR = (response_BR[:, 1:] == response_BR[:, :-1]) * mask_BR[:, 1:]
         metrics = {
             "score": raw_B.mean(),
             "score_with_eos_rule": score_B.mean(),
-            "kl": ((logp_BR - reference_BR) * mask_BR).sum(1).mean(),
-            "kl_k3": (ppo.kl_estimate(logp_BR, reference_BR, "k3") * mask_BR).sum(1).mean(),
             "kl_coef": beta,
             "reward": rewards_BR.sum(1).mean(),
-            "entropy": -ppo.masked_mean(logp_BR, mask_BR),
             "value": ppo.masked_mean(values_BR, value_mask_BR),
-            "length": length_B.mean(),
-            "ended": ended_B.mean(),
-            "repeats": ppo.masked_mean(repeats_BR, mask_BR[:, 1:]),
-            "sampler_gap": jnp.max(jnp.abs(logp_BR - batch["sampler_logp_BR"]) * mask_BR),
+            **rollout_metrics(logp_BR, reference_BR, batch, eos),
         }
         batch = {name: x for name, x in batch.items() if name != "sampler_logp_BR"}
         return {**batch, **targets}, metrics
@@ -194,44 +161,11 @@ def make_judge(config: Config, apply: Any, scalar_apply: Any, eos: int):
     return judge
 
 
-@partial(jax.jit, static_argnames="parts")
-def shuffled(batch: Batch, key: jax.Array, parts: int) -> list[Batch]:
-    """The rows of `batch` in random order, cut into `parts` minibatches."""
-    order_B = jax.random.permutation(key, batch["tokens_BT"].shape[0])
-    cut = {name: x[order_B].reshape(parts, -1, *x.shape[1:]) for name, x in batch.items()}
-    return [{name: x[i] for name, x in cut.items()} for i in range(parts)]
-
-
-def check_first_update(update: dict[str, Any], metrics: dict[str, Any], config: Config, start: int) -> None:
-    """Before a run's first update policy = old policy = reference; a breach is a bug, not a setting."""
-    kl, gap = float(metrics["kl"]), float(metrics["sampler_gap"])
-    changed = float(update["approx_kl"])
-    assert changed < 1e-9 and float(update["clipped"]) == 0, f"ratio is not 1: mean square log ratio {2 * changed}"
-    assert start > 0 or abs(kl) < 1e-4, f"KL to the reference starts at {kl}"
-    assert gap < 1e-4 or config.model.compute_dtype != jnp.float32, f"sampler and trainer disagree by {gap} nats"
-
-
-def samples(records: list[dict[str, Any]], response_BR: jax.Array, tokenizer: Tokenizer) -> list[dict[str, str]]:
-    """A row for each of the records' prompts and the first of its responses."""
-    n = response_BR.shape[0] // len(records)
-    texts = [tokenizer.decode(tokens.tolist()) for tokens in jax.device_get(response_BR[::n])]
-    prompts = [record["text"] if "text" in record else record["prompt"][-1]["content"] for record in records]
-    return [{"prompt": p, "response": r} for p, r in zip(prompts, texts, strict=True)]
-
-
 def load_models(config: Config, mesh: Any) -> tuple[Params, Params, ModelConfig]:
     """The SFT policy and the reward model on the mesh, and the latter's ModelConfig; raises UserError."""
-    reward_config = load_config(config.reward)
-    if reward_config["script"] != "train_rm":
-        raise UserError(f"--reward={config.reward}: a run of {reward_config['script']}; name one of train_rm")
-    if Tokenizer.load(config.reward).sha256 != (ours := Tokenizer.load(config.init).sha256):
-        theirs = Tokenizer.load(config.reward).sha256
-        raise UserError(f"--reward={config.reward}: its tokenizer is {theirs[:12]}, that of --init is {ours[:12]}")
     init = pure(LanguageModel(config.model))[0]
     policy = starting_params(init, config.model, config.init, mesh, config.seed)
-    reward_model = ModelConfig(**reward_config["model"])
-    shapes = jax.eval_shape(pure(ScalarModel(reward_model))[0], jax.random.key(0))
-    return policy, load_params(config.reward, shapes=abstract(shapes, mesh)), reward_model
+    return policy, *load_reward_model(config.reward, Tokenizer.load(config.init), mesh)
 
 
 def check(config: Config, mesh: Any) -> None:
@@ -313,7 +247,7 @@ def main(config: Config) -> dict[str, float]:
                         f"--kl_limit={config.kl_limit}: KL reached {record.last['kl']:.1f} nats; raise --kl_coef"
                     )
                 if config.eval_every and (step % config.eval_every == 0 or step == config.steps):
-                    record.samples(step, samples(records, response_BR, tokenizer)[:8])
+                    record.samples(step, sample_rows(records, response_BR, tokenizer)[:8])
                     if evaluate is not None:
                         record(step, evaluate(policy.params, reference))
                 if checkpoints.due(step, config.save_every, config.steps):

@@ -55,15 +55,21 @@ def gae(
         advantage = reward + discount * next_value - value + discount * smoothing * advantage
         return (advantage, value), advantage
 
-    zero = jnp.zeros(rewards_BR.shape[0], jnp.float32)
+    zero = jnp.zeros_like(rewards_BR[:, 0])
     _, advantages_RB = jax.lax.scan(earlier, (zero, zero), (rewards_BR.T, values_BR.T), reverse=True)
     return advantages_RB.T, advantages_RB.T + values_BR
 
 
-def clipped_policy_loss(logp: jax.Array, old_logp: jax.Array, advantage: jax.Array, clip: float) -> jax.Array:
-    """max(-A ratio, -A clip(ratio, 1 +- clip)) per token (Schulman et al. 2017, eq. 7)."""
+def clipped_policy_loss(
+    logp: jax.Array, old_logp: jax.Array, advantage: jax.Array, clip: float, clip_high: float | None = None
+) -> jax.Array:
+    """max(-A ratio, -A clip(ratio, 1 - clip, 1 + clip_high)) per token (Schulman et al. 2017, eq. 7).
+
+    `clip_high` is `clip` if not given (apart: Yu et al. 2025, eq. 10); infinite ones leave REINFORCE's weighted loss.
+    """
     ratio = jnp.exp(logp - old_logp)
-    return jnp.maximum(-advantage * ratio, -advantage * jnp.clip(ratio, 1 - clip, 1 + clip))
+    high = 1 + (clip if clip_high is None else clip_high)
+    return jnp.maximum(-advantage * ratio, -advantage * jnp.clip(ratio, 1 - clip, high))
 
 
 def clipped_value_loss(value: jax.Array, old_value: jax.Array, returns: jax.Array, clip: float) -> jax.Array:

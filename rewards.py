@@ -1,0 +1,98 @@
+"""Scores of sampled responses: reward models of train_rm.py, and Python functions that check an answer."""
+
+import importlib
+import math
+import os
+import pathlib
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from checkpoint import load_params
+from config import UserError, load_config
+from data.tokenizer import Tokenizer
+from model import ModelConfig, Params, ScalarModel, pure
+from objectives.likelihood import inputs
+from objectives.reward import last_token
+from sharding import BATCH, abstract, to_mesh
+
+Batch = dict[str, jax.Array]
+Check = Callable[[str, dict[str, Any]], float]
+
+
+def load_reward_model(run: str, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -> tuple[Params, ModelConfig]:
+    """A run of train_rm.py on the mesh; raises UserError, also where it has another tokenizer."""
+    config = load_config(run)
+    if config["script"] != "train_rm":
+        raise UserError(f"--reward={run}: a run of {config['script']}; name one of train_rm")
+    if (theirs := Tokenizer.load(run).sha256) != tokenizer.sha256:
+        ours = tokenizer.sha256
+        raise UserError(f"--reward={run}: its tokenizer is {theirs[:12]}, that of --init is {ours[:12]}")
+    model = ModelConfig(**config["model"])
+    shapes = jax.eval_shape(pure(ScalarModel(model))[0], jax.random.key(0))
+    return load_params(run, shapes=abstract(shapes, mesh)), model
+
+
+def is_function(reward: str) -> bool:
+    """Whether a reward is named as module:function rather than by a run's folder."""
+    return ":" in reward and not pathlib.Path(reward).is_dir()
+
+
+def load_function(reward: str) -> Check:
+    """function(response, record) -> float, named `module:function`; modules beside the scripts or in this folder."""
+    module, _, name = reward.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as fault:
+        raise UserError(f"--reward={reward}: {fault}; give module:function, or the folder of a train_rm run") from None
+    if not callable(function):
+        raise UserError(f"--reward={reward}: not a function; write one that takes (response, record)")
+    return function
+
+
+def make_scorer(rewards: Sequence[str], tokenizer: Tokenizer, mesh: jax.sharding.Mesh):
+    """score(batch, records) -> ({reward: scores [B]}, {reward: potentials [B, R]}), the latter of reward models.
+
+    `batch` as of a rollout, `records` those of this host's prompts. A potential is the model's scalar for the state
+    in which a token was emitted. Raises UserError for a reward that cannot be loaded or returns no number.
+    """
+    models = {reward: load_reward_model(reward, tokenizer, mesh) for reward in rewards if not is_function(reward)}
+    functions = {reward: load_function(reward) for reward in rewards if is_function(reward)}
+    applies = {reward: pure(ScalarModel(model))[1] for reward, (_, model) in models.items()}
+
+    @partial(jax.jit, static_argnames="reward")
+    def by_model(reward: str, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        scalars_BT = applies[reward](params, *inputs(batch))
+        new = batch["mask_BR"].shape[1]
+        return last_token(scalars_BT, batch["segment_ids_BT"]), scalars_BT[:, -new - 1 : -1]
+
+    def by_function(reward: str, batch: Batch, records: Sequence[dict[str, Any]]) -> jax.Array:
+        parts = (batch["response_BR"], batch["mask_BR"].sum(1).astype(np.int32))
+        local = multihost_utils.global_array_to_host_local_array(parts, mesh, (BATCH, BATCH))
+        rows, lengths = map(np.asarray, local)
+        n = len(rows) // len(records)
+        scores = np.zeros(len(rows), np.float32)
+        for b, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+            score = functions[reward](tokenizer.decode(row[:length].tolist()), records[b // n])
+            if not isinstance(score, int | float | np.number | np.bool_) or not math.isfinite(score):
+                raise UserError(f"--reward={reward}: returned {score!r}; it must return a finite number")
+            scores[b] = score
+        return to_mesh({"score_B": scores}, mesh)["score_B"]
+
+    def score(batch: Batch, records: Sequence[dict[str, Any]]) -> tuple[Batch, Batch]:
+        scores, potentials = {}, {}
+        for reward in rewards:
+            if reward in models:
+                scores[reward], potentials[reward] = by_model(reward, models[reward][0], batch)
+            else:
+                scores[reward] = by_function(reward, batch, records)
+        return scores, potentials
+
+    return score

@@ -1,0 +1,133 @@
+"""What online methods share: sampled responses as a batch, the missing-EOS rule, what is logged, minibatches."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from data.batches import Batches
+from data.tokenizer import Tokenizer
+from generate import SamplingConfig, generate, join
+from model import Params
+from objectives.group import refilled
+from objectives.policy import kl_estimate, masked_mean
+from sharding import to_mesh
+
+Batch = dict[str, jax.Array]
+
+
+def make_rollout(config: Any, apply: Any, tokenizer: Tokenizer):
+    """rollout(policy, prompts, key): prompts and sampled responses as one batch, [B, T] with T = P + R.
+
+    `config`: a script's, with `model`, `temperature`, `max_new_tokens` and `samples_per_prompt`.
+    """
+    sampling = SamplingConfig(config.temperature, max_new_tokens=config.max_new_tokens)
+    n = config.samples_per_prompt
+
+    @jax.jit
+    def rollout(policy: Params, prompts: Batch, key: jax.Array) -> Batch:
+        samples = generate(
+            apply, config.model, policy, prompts, key, sampling, eos=tokenizer.eos, pad=tokenizer.pad, n=n
+        )
+        return {**join(prompts, samples), "sampler_logp_BR": samples.logp_BR}
+
+    return rollout
+
+
+def ended(batch: Batch, eos: int) -> jax.Array:
+    """[B]: whether the response has an end of turn."""
+    return jnp.any((batch["response_BR"] == eos) & (batch["mask_BR"] > 0), axis=1)
+
+
+def with_eos_rule(config: Any, score_B: jax.Array, batch: Batch, eos: int) -> jax.Array:
+    """Scores [B] by `missing_eos` and `missing_eos_score` of a script's config."""
+    without = {
+        "replace": jnp.full_like(score_B, config.missing_eos_score),
+        "penalty": score_B + config.missing_eos_score,
+        "none": score_B,
+    }[config.missing_eos]
+    return jnp.where(ended(batch, eos), score_B, without)
+
+
+def rollout_metrics(logp_BR: jax.Array, reference_BR: jax.Array, batch: Batch, eos: int) -> dict[str, jax.Array]:
+    """What to watch in responses: KL in nats a response, entropy a token, lengths, ends, repeats, the sampler's gap."""
+    mask_BR, response_BR = batch["mask_BR"], batch["response_BR"]
+    repeats_BR = (response_BR[:, 1:] == response_BR[:, :-1]) * mask_BR[:, 1:]
+    return {
+        "kl": ((logp_BR - reference_BR) * mask_BR).sum(1).mean(),
+        "kl_k3": (kl_estimate(logp_BR, reference_BR, "k3") * mask_BR).sum(1).mean(),
+        "entropy": -masked_mean(logp_BR, mask_BR),
+        "length": mask_BR.sum(1).mean(),
+        "ended": ended(batch, eos).mean(),
+        "repeats": masked_mean(repeats_BR, mask_BR[:, 1:]),
+        "sampler_gap": jnp.max(jnp.abs(logp_BR - batch["sampler_logp_BR"]) * mask_BR),
+    }
+
+
+def make_experience(
+    config: Any,
+    prompts: Batches,
+    mesh: jax.sharding.Mesh,
+    pad: int,
+    rollout: Callable,
+    score: Callable,
+    judge: Callable,
+):
+    """experience(policy, reference, key) -> (judged rollouts, metrics, records and responses to show).
+
+    If `config.dynamic`, up to `max_rounds` rollouts are made, until no group is under an empty mask (`refilled`).
+    """
+    refill = jax.jit(partial(refilled, group=config.samples_per_prompt))
+
+    def widened(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Prompts of one width, so that all rollouts have one shape."""
+        wide = ((0, 0), (config.max_prompt - batch["tokens_BT"].shape[1], 0))
+        return {k: np.pad(x, wide, constant_values=pad if k == "tokens_BT" else 0) for k, x in batch.items()}
+
+    def experience(policy: Params, reference: Params, key: jax.Array):
+        batch, rounds = None, []
+        for number in range(config.max_rounds if config.dynamic else 1):
+            asked = to_mesh(widened(next(prompts)), mesh)
+            sampled = rollout(policy, asked, jax.random.fold_in(key, number))
+            judged, metrics = judge(policy, reference, sampled, *score(sampled, prompts.records))
+            rounds.append(metrics)
+            batch = judged if batch is None else refill(batch, judged)
+            kept = batch["mask_BR"].any(1).mean()
+            if config.dynamic and kept == 1:
+                break
+        means = jax.tree.map(lambda *values: sum(values) / len(values), *rounds)
+        shown = prompts.records, sampled["response_BR"]
+        return batch, means | {"rounds": float(len(rounds)), "kept": kept}, shown
+
+    return experience
+
+
+@partial(jax.jit, static_argnames="parts")
+def shuffled(batch: Batch, key: jax.Array, parts: int) -> list[Batch]:
+    """The rows of `batch` in random order, cut into `parts` minibatches."""
+    order_B = jax.random.permutation(key, jax.tree.leaves(batch)[0].shape[0])
+    cut = {name: x[order_B].reshape(parts, -1, *x.shape[1:]) for name, x in batch.items()}
+    return [{name: x[i] for name, x in cut.items()} for i in range(parts)]
+
+
+def check_first_update(update: dict[str, Any], metrics: dict[str, Any], config: Any, start: int) -> None:
+    """Before a run's first update policy = old policy = reference; a breach is a bug, not a setting."""
+    kl, gap = float(metrics["kl"]), float(metrics["sampler_gap"])
+    if "approx_kl" in update:
+        changed = float(update["approx_kl"])
+        assert changed < 1e-9 and float(update["clipped"]) == 0, f"ratio is not 1: mean square log ratio {2 * changed}"
+    else:  # online DPO: no ratio to the old policy, but a margin over the reference
+        assert start > 0 or abs(float(update["margin"])) < 1e-4, f"margin starts at {update['margin']}"
+    assert start > 0 or abs(kl) < 1e-4, f"KL to the reference starts at {kl}"
+    assert gap < 1e-4 or config.model.compute_dtype != jnp.float32, f"sampler and trainer disagree by {gap} nats"
+
+
+def sample_rows(records: list[dict[str, Any]], response_BR: jax.Array, tokenizer: Tokenizer) -> list[dict[str, str]]:
+    """A row for each of the records' prompts and the first of its responses."""
+    n = response_BR.shape[0] // len(records)
+    texts = [tokenizer.decode(tokens.tolist()) for tokens in jax.device_get(response_BR[::n])]
+    prompts = [record["text"] if "text" in record else record["prompt"][-1]["content"] for record in records]
+    return [{"prompt": p, "response": r} for p, r in zip(prompts, texts, strict=True)]
