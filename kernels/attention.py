@@ -2,43 +2,47 @@
 
 import functools
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from config import UserError
-from kernels import chunked, flash
-from kernels.masks import MASKED, Ranges, visible_ranges
-from sharding import BATCH
+from kernels import chunked, flash, library
+from kernels.masks import MASKED, Ranges, mask_of, visible_ranges
+from sharding import BATCH, platform
 
-Implementation = Literal[
-    "auto", "reference", "xla_chunked", "pallas_tpu", "pallas_gpu", "library"
-]  # fmt: skip
+Implementation = Literal["auto", "reference", "xla_chunked", "pallas_tpu", "pallas_gpu", "library"]
 
 
 class Line(NamedTuple):
-    """A line of the table: where it holds, `implementation` is what `auto` means."""
+    """A line of the table: up to `longest` tokens on `platform`, `auto` means `implementation`."""
 
     platform: str
-    longest: float
-    """Tokens of a sequence."""
-    widths: tuple[int, ...] | None
-    """Head widths; None: all."""
+    longest: float | Callable[[int, int], int]
+    """Tokens of a sequence; or a function of the head width and of a number's bytes that gives them."""
     implementation: str
     why: str
 
 
 ANY = float("inf")
 AUTO = (  # the first line that fits; the last always does
-    Line("cpu", 1024, None, "reference", "as fast up to here, and simplest"),
-    Line("cpu", ANY, None, "xla_chunked", "memory"),
-    Line("tpu", 127, None, "reference", "shorter than one tile"),
-    Line("tpu", 32768, flash.WIDTHS, "pallas_tpu", "compiled for v5e, v5p and v6e; not yet timed on one"),
-    Line("gpu", 1024, None, "reference", "the kernels have not yet been seen on a GPU"),
-    Line("", ANY, None, "xla_chunked", "no kernel fits, or none has been measured"),
+    Line("cpu", 1024, "reference", "as fast up to here, and simplest"),
+    Line("tpu", 127, "reference", "shorter than one tile"),
+    Line("tpu", flash.longest_on_tpu, "pallas_tpu", "compiled for v5e, v5p and v6e; not yet timed on one"),
+    Line("gpu", 1024, "reference", "the kernels have not yet been seen on a GPU"),
+    Line("", ANY, "xla_chunked", "memory; no kernel fits here, or none has been measured"),
 )
+
+
+def chosen(platform: str, length: int, width: int, itemsize: int) -> str:
+    """What `auto` means for `length` tokens and heads of `width` numbers of `itemsize` bytes."""
+    for line in AUTO:
+        longest = line.longest(width, itemsize) if callable(line.longest) else line.longest
+        if line.platform in ("", platform) and length <= longest:
+            return line.implementation
+    raise AssertionError("the table's last line fits everything")
 
 
 def attention(
@@ -58,39 +62,26 @@ def attention(
     `segment_ids` [B, T]: a token sees its own segment only, an unbroken run of one id (the same id again is another
     segment); 0 is padding, which sees nothing and is not seen. `window`: a token sees itself and the window - 1
     tokens before it. `soft_cap`: scores become soft_cap * tanh(scores / soft_cap) (Gemma 2). `scale` defaults to
-    1/sqrt(H). A row that sees nothing gives zeros. Under a mesh the kernels run on each device's own rows and heads.
-    Raises UserError where the implementation asked for does not serve the shape.
+    1/sqrt(H). A row that sees nothing gives zeros. Under a mesh every implementation but the reference runs on each
+    device's own rows and heads. Raises UserError where the implementation asked for does not serve the shape.
     """
     batch, length, heads, width = q_BTNH.shape
     if k_BSKH.shape != v_BSKH.shape or k_BSKH.shape[:2] != (batch, length) or heads % k_BSKH.shape[2]:
         raise ValueError(f"q {q_BTNH.shape}, k {k_BSKH.shape}, v {v_BSKH.shape}: not one self-attention")
     if implementation == "auto":
-        implementation = chosen(jax.default_backend(), length, width)
-    if implementation == "library":
-        return library(
-            q_BTNH, k_BSKH, v_BSKH, segment_ids=segment_ids, causal=causal, window=window, soft_cap=soft_cap, scale=scale
-        )
+        implementation = chosen(platform(), length, width, q_BTNH.dtype.itemsize)
     scale = width**-0.5 if scale is None else scale
+    if implementation == "library":
+        options = {"causal": causal, "window": window, "soft_cap": soft_cap, "scale": scale}
+        return on_each_device(functools.partial(library.attention, **options), q_BTNH, k_BSKH, v_BSKH, segment_ids)
     keys, queries = visible_ranges(batch, length, segment_ids, causal, window)
     if implementation == "reference":
         return masked_attention(q_BTNH, k_BSKH, v_BSKH, mask_of(keys), scale, soft_cap)
     if implementation not in BACKENDS:
-        raise UserError(f"attention {implementation!r}: unknown; choose one of auto, reference, {', '.join(BACKENDS)}")
+        names = ", ".join(("auto", "reference", *BACKENDS, "library"))
+        raise UserError(f"attention {implementation!r}: unknown; choose one of {names}")
     run = functools.partial(bounded_attention, implementation, scale, soft_cap)
-    if implementation == "xla_chunked":
-        return run(q_BTNH, k_BSKH, v_BSKH, keys, queries)
-    if width not in flash.WIDTHS:
-        raise UserError(f"{implementation}: head width {width} is none of {flash.WIDTHS}; use xla_chunked")
     return on_each_device(run, q_BTNH, k_BSKH, v_BSKH, keys, queries)
-
-
-def chosen(platform: str, length: int, width: int) -> str:
-    """What `auto` means for sequences of `length` tokens and heads of `width`."""
-    for line in AUTO:
-        fits = line.platform in ("", platform) and length <= line.longest
-        if fits and (line.widths is None or width in line.widths):
-            return line.implementation
-    raise AssertionError("the table's last line fits everything")
 
 
 def decode_attention(
@@ -135,12 +126,6 @@ def masked_attention(
     return out_BTKGH.reshape(q_BTNH.shape)
 
 
-def mask_of(keys: Ranges) -> jax.Array:
-    """[B, T, S]: whether a query sees a key."""
-    key = jnp.arange(keys.first_BT.shape[1], dtype=jnp.int32)
-    return (key >= keys.first_BT[:, :, None]) & (key <= keys.last_BT[:, :, None])
-
-
 # Implementations whose memory is linear in the length: (forward, backward) each, under one derivative rule.
 BACKENDS: dict[str, tuple[Callable, Callable]] = {
     "xla_chunked": (chunked.forward, chunked.backward),
@@ -174,70 +159,29 @@ def _bounded_backward(implementation, scale, soft_cap, saved, dout_BTNH):
 bounded_attention.defvjp(_bounded_forward, _bounded_backward)
 
 
-def on_each_device(run: Callable, q_BTNH, k_BSKH, v_BSKH, keys: Ranges, queries: Ranges) -> jax.Array:
+def on_each_device(run: Callable, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *tokens: Any) -> jax.Array:
     """`run` under shard_map: rows over data and fsdp, heads over tensor. Without a mesh, or inside one, just `run`.
 
-    Key/value heads that the tensor axis cuts are replicated, and each device takes the one its queries share; where
-    its queries do not share one, heads are not split at all.
+    `tokens`: trees of [B, T] arrays. Key/value heads that the tensor axis cuts are replicated, and each device takes
+    the one that its queries share; where its queries do not share one, heads are not split at all.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or mesh.manual_axes:
-        return run(q_BTNH, k_BSKH, v_BSKH, keys, queries)
+        return run(q_BTNH, k_BSKH, v_BSKH, *tokens)
     (batch, _, heads, _), kv_heads = q_BTNH.shape, k_BSKH.shape[2]
     parts, group = mesh.shape["tensor"], heads // kv_heads
     rows = BATCH[0] if batch % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0 else None
-    shared = heads % parts == 0 and kv_heads % parts != 0 and group % (heads // parts) == 0
-    split = shared or kv_heads % parts == 0
-    query = P(rows, None, "tensor" if split else None, None)
-    key = P(rows, None, "tensor" if split and not shared else None, None)
+    whole = kv_heads % parts == 0
+    shared = not whole and heads % parts == 0 and group % (heads // parts) == 0
+    query = P(rows, None, "tensor" if whole or shared else None, None)
+    key = P(rows, None, "tensor" if whole else None, None)
 
-    def local(q_BTNH, k_BSKH, v_BSKH, keys, queries):
+    def local(q_BTNH, k_BSKH, v_BSKH, *tokens):
         if shared:
             mine = jax.lax.axis_index("tensor") * (heads // parts) // group
             k_BSKH, v_BSKH = (jax.lax.dynamic_slice_in_dim(x, mine, 1, axis=2) for x in (k_BSKH, v_BSKH))
-        return run(q_BTNH, k_BSKH, v_BSKH, keys, queries)
+        return run(q_BTNH, k_BSKH, v_BSKH, *tokens)
 
-    ranges = Ranges(P(rows, None), P(rows, None))
+    specs = (query, key, key, *(P(rows, None) for _ in tokens))
     # Pallas calls do not say over which axes their results vary, so that cannot be checked.
-    mapped = jax.shard_map(local, in_specs=(query, key, key, ranges, ranges), out_specs=query, check_vma=False)
-    return mapped(q_BTNH, k_BSKH, v_BSKH, keys, queries)
-
-
-def library(q_BTNH, k_BSKH, v_BSKH, *, segment_ids, causal, window, soft_cap, scale) -> jax.Array:
-    """What JAX itself offers here: splash attention on TPU, cuDNN on GPU, plain XLA elsewhere. A baseline."""
-    batch, length, heads, width = q_BTNH.shape
-    scale = width**-0.5 if scale is None else scale
-    if jax.default_backend() == "tpu":
-        return splash(q_BTNH * scale, k_BSKH, v_BSKH, segment_ids, causal, window, soft_cap)
-    if soft_cap is not None:
-        raise UserError("library: jax.nn.dot_product_attention has no soft cap; use xla_chunked")
-    name = "cudnn" if jax.default_backend() == "gpu" else "xla"
-    options = {"scale": scale, "implementation": name}
-    if segment_ids is None:
-        past_and_future = None if window is None else (window - 1, 0 if causal else length - 1)
-        return jax.nn.dot_product_attention(
-            q_BTNH, k_BSKH, v_BSKH, is_causal=causal, local_window_size=past_and_future, **options
-        )
-    keys, _ = visible_ranges(batch, length, segment_ids, causal, window)  # cuDNN takes packed rows as a dense mask only
-    out_BTNH = jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=mask_of(keys)[:, None], **options)
-    return jnp.where((keys.first_BT <= keys.last_BT)[:, :, None, None], out_BTNH, 0).astype(q_BTNH.dtype)
-
-
-def splash(q_BTNH, k_BSKH, v_BSKH, segment_ids, causal, window, soft_cap) -> jax.Array:
-    """JAX's splash attention for TPU, for lengths that are multiples of 128."""
-    from jax.experimental.pallas.ops.tpu import splash_attention as lib
-
-    length, heads = q_BTNH.shape[1:3]
-    shape = (length, length)
-    mask = lib.CausalMask(shape) if causal else lib.FullMask(shape)
-    if window is not None:
-        mask = lib.LocalMask(shape, (window - 1, 0 if causal else None), 0)
-    kernel = lib.make_splash_mha(
-        lib.MultiHeadMask([mask] * heads), head_shards=1, q_seq_shards=1, attn_logits_soft_cap=soft_cap
-    )
-    group = heads // k_BSKH.shape[2]
-    q, k, v = (x.swapaxes(1, 2) for x in (q_BTNH, jnp.repeat(k_BSKH, group, 2), jnp.repeat(v_BSKH, group, 2)))
-    if segment_ids is None:
-        return jax.vmap(kernel)(q, k, v).swapaxes(1, 2)
-    out_BTNH = jax.vmap(kernel)(q, k, v, lib.SegmentIds(segment_ids, segment_ids)).swapaxes(1, 2)
-    return jnp.where((segment_ids > 0)[:, :, None, None], out_BTNH, 0).astype(q_BTNH.dtype)
+    return jax.shard_map(local, in_specs=specs, out_specs=query, check_vma=False)(q_BTNH, k_BSKH, v_BSKH, *tokens)

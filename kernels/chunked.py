@@ -10,13 +10,14 @@ import jax
 import jax.numpy as jnp
 
 from kernels.masks import MASKED, Ranges, block_bounds, pad_ranges
+from sharding import platform
 
 LOG2E = math.log2(math.e)
 
 
 def block_size(length: int) -> int:
     """Rows and columns of a tile. Small ones stay in a CPU's cache; an accelerator wants large matmuls."""
-    largest = 256 if jax.default_backend() == "cpu" else 512
+    largest = 256 if platform() == "cpu" else 512
     return min(largest, max(16, 1 << (length - 1).bit_length()))
 
 
@@ -34,7 +35,7 @@ def query_tiles(x_BNTH: jax.Array, kv_heads: int, block: int) -> jax.Array:
 
 def from_query_tiles(x: jax.Array, heads: int, length: int) -> jax.Array:
     """[T / block, B, K, R, H] as [B, T, N, H], cut to `length`."""
-    tiles, batch, kv_heads, rows, width = x.shape
+    tiles, batch, kv_heads, _, width = x.shape
     x = x.reshape(tiles, batch, kv_heads, heads // kv_heads, -1, width)
     return jnp.moveaxis(x, 0, 3).reshape(batch, heads, -1, width)[:, :, :length].swapaxes(1, 2)
 

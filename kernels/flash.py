@@ -233,13 +233,20 @@ def plan(platform: str, q_BTNH: jax.Array, k_BSKH: jax.Array) -> tuple[Blocks, i
     blocks = blocks_of(platform, length, width, 8 * size)
     largest = max(*blocks.forward, *blocks.dq, *blocks.dkv)
     padded = -(-length // largest) * largest
-    whole = 2 * padded * width * size  # K and V, or Q and dO, of one head
-    if platform == "tpu" and whole > VMEM * 3 // 4:
-        longest = VMEM * 3 // 4 // (2 * width * size)
+    if width not in WIDTHS:
+        raise UserError(f"pallas_{platform}: head width {width} is none of {WIDTHS}; use xla_chunked")
+    if platform == "tpu" and length > longest_on_tpu(width, size):
         raise UserError(
-            f"pallas_tpu: {length} tokens of width {width} do not fit into VMEM (at most {longest}); use xla_chunked"
+            f"pallas_tpu: at most {longest_on_tpu(width, size)} tokens of width {width} fit into VMEM, not {length}; "
+            "use xla_chunked"
         )
+    whole = 2 * padded * width * size  # K and V, or Q and dO, of one head
     return blocks, padded, heads // k_BSKH.shape[2], 1 if 2 * whole > VMEM // 2 else None
+
+
+def longest_on_tpu(width: int, itemsize: int) -> int:
+    """Tokens for which a head's K and V, or Q and dO, fit into three quarters of VMEM; 0 for a width not served."""
+    return VMEM * 3 // 4 // (2 * width * itemsize) // 512 * 512 if width in WIDTHS else 0
 
 
 def row_inputs(platform: str, seen: Ranges, length: int, block: int, other: int, at: Any) -> tuple[list, list]:

@@ -54,6 +54,12 @@ def _nothing_where(hidden_BT: jax.Array, seen: Ranges, length: int) -> tuple[jax
     return jnp.where(hidden_BT, length, seen.first_BT), jnp.where(hidden_BT, -1, seen.last_BT)
 
 
+def mask_of(keys: Ranges) -> jax.Array:
+    """[B, T, S]: whether a query sees a key."""
+    key = jnp.arange(keys.first_BT.shape[1], dtype=jnp.int32)
+    return (key >= keys.first_BT[:, :, None]) & (key <= keys.last_BT[:, :, None])
+
+
 def pad_ranges(seen: Ranges, length: int) -> Ranges:
     """`seen` lengthened to `length` rows; the new ones see nothing."""
     extra = ((0, 0), (0, length - seen.first_BT.shape[1]))
