@@ -313,6 +313,13 @@ class Decoder(nn.Module):
         return x_BTD, cache, embed_VD
 
 
+def unembed(x_BTD: jax.Array, unembed_DV: jax.Array) -> jax.Array:
+    """Float32 logits [B, T, V]."""
+    x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
+    logits_MV = jnp.einsum("MD,DV->MV", x_MD, unembed_DV.astype(x_MD.dtype))
+    return logits_MV.reshape(*x_BTD.shape[:2], -1).astype(jnp.float32)
+
+
 class LanguageModel(nn.Module):
     """A decoder that predicts the next token."""
 
@@ -325,9 +332,7 @@ class LanguageModel(nn.Module):
         x_BTD, cache, embed_VD = Decoder(c, name="decoder")(tokens_BT, segment_ids_BT, positions_BT, cache)
         fan_in = _normal(c.width)
         unembed_DV = embed_VD.T if c.tied else self.param("unembed", fan_in, (c.width, c.vocab))
-        x_MD = x_BTD[:, logits_from:].reshape(-1, c.width)
-        logits_MV = jnp.einsum("MD,DV->MV", x_MD, unembed_DV.astype(x_MD.dtype))
-        return logits_MV.reshape(x_BTD.shape[0], -1, c.vocab).astype(jnp.float32), cache
+        return unembed(x_BTD[:, logits_from:], unembed_DV), cache
 
 
 class ScalarModel(nn.Module):
@@ -336,14 +341,17 @@ class ScalarModel(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, tokens_BT, segment_ids_BT, positions_BT):
-        """Float32 scalars [B, T]."""
+    def __call__(self, tokens_BT, segment_ids_BT, positions_BT, logits_of=None):
+        """Float32 scalars [B, T]; also the logits [.., T, V] by the embedding of the rows `logits_of`, where given."""
         c = self.config
-        x_BTD, _, _ = Decoder(c, name="decoder")(tokens_BT, segment_ids_BT, positions_BT)
+        x_BTD, _, embed_VD = Decoder(c, name="decoder")(tokens_BT, segment_ids_BT, positions_BT)
         # N(0, 1/sqrt(D + 1)): Stiennon et al. 2020 and the "N+ details" reproduction of it.
         head_D = self.param("head", nn.initializers.normal((c.width + 1) ** -0.5), (c.width,))
         bias = self.param("bias", nn.initializers.zeros, ())
-        return jnp.einsum("BTD,D->BT", x_BTD.astype(jnp.float32), head_D) + bias
+        scalars_BT = jnp.einsum("BTD,D->BT", x_BTD.astype(jnp.float32), head_D) + bias
+        if logits_of is None:
+            return scalars_BT
+        return scalars_BT, unembed(x_BTD[logits_of], embed_VD.T)
 
 
 def pure(model: nn.Module) -> tuple[Callable[[jax.Array], Params], Callable[..., Any]]:

@@ -22,7 +22,7 @@ from data.sources import open_source
 from data.tokenizer import tokenizer_for
 from evaluate import make_comparison_evaluation, make_scorer
 from metrics import Recorder, describe
-from model import LanguageModel, ModelConfig, Params, ScalarModel, check_fit, pure
+from model import ModelConfig, Params, ScalarModel, check_fit, pure
 from objectives.reward import ranking_objective
 from sharding import MeshConfig, check_batch, make_mesh, to_mesh
 from train_step import OptimizerConfig, as_items, make_optimizer, make_train_step, start_or_resume
@@ -97,10 +97,9 @@ def main(config: Config) -> dict[str, float]:
     batches = comparison_batches(source, tokenizer, **sizes, seed=config.seed, **host)
 
     init, apply = pure(ScalarModel(config.model))
-    lm_apply = pure(LanguageModel(config.model))[1]
     optimizer = make_optimizer(config.optimizer, config.steps)
     coefficients = {"centring_coefficient": config.centring, "lm_coefficient": config.lm_coefficient}
-    objective = partial(ranking_objective, apply, **coefficients, lm_apply=lm_apply)
+    objective = partial(ranking_objective, apply, **coefficients)
     train_step = make_train_step(objective, optimizer, config.microbatches, config.optimizer.clip)
     evaluate = make_comparison_evaluation(config.model, held_out, tokenizer, config.length, config.eval_records)
     score = make_scorer(config.model, tokenizer, config.length)

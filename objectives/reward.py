@@ -55,33 +55,31 @@ def ranking_objective(
     *,
     centring_coefficient: float = 0.0,
     lm_coefficient: float = 0.0,
-    lm_apply: Apply | None = None,
 ):
     """Ranking loss (sum over prompts); with `lm_coefficient`, plus the NLL of the best response per token.
 
-    `lm_apply` gives logits from the same decoder, which keeps the reward model fluent in what it judges
-    (Askell et al. 2021, section 4; "language-model loss on the chosen response").
+    The second keeps the reward model fluent in what it judges (Askell et al. 2021, section 4); `apply` then also
+    gives the logits of the rows that it is asked for, from the same pass.
     """
-    candidates = batch["ranks_BC"].shape[1]
+    ranks_BC = batch["ranks_BC"]
     flat = [batch[k].reshape(-1, batch[k].shape[-1]) for k in ("tokens_BCT", "segment_ids_BCT", "positions_BCT")]
-    rewards_BC = last_token(apply(params, *flat), flat[1]).reshape(-1, candidates)
-    losses_B, valid_B = ranking_loss(rewards_BC, batch["ranks_BC"], batch["margin_B"], centring_coefficient)
-    prompts = valid_B.sum()
+    best_B = jnp.argmin(jnp.where(ranks_BC > 0, ranks_BC, jnp.iinfo(jnp.int32).max), axis=1)
+    best_B += jnp.arange(ranks_BC.shape[0]) * ranks_BC.shape[1]  # a row of the flat batch
+    if lm_coefficient:
+        scalars_MT, logits_BTV = apply(params, *flat, logits_of=best_B)
+    else:
+        scalars_MT = apply(params, *flat)
+    rewards_BC = last_token(scalars_MT, flat[1]).reshape(ranks_BC.shape)
+    losses_B, valid_B = ranking_loss(rewards_BC, ranks_BC, batch["margin_B"], centring_coefficient)
     loss = (losses_B * valid_B).sum()
-    pairs_BCC = better_pairs(batch["ranks_BC"])
-    right_BCC = (rewards_BC[:, :, None] > rewards_BC[:, None, :]) * pairs_BCC
+    pairs_BCC = better_pairs(ranks_BC)
     gap_BCC = (rewards_BC[:, :, None] - rewards_BC[:, None, :]) * pairs_BCC
     pairs = pairs_BCC.sum()
-    metrics = {"accuracy": (right_BCC.sum(), pairs), "margin": (gap_BCC.sum(), pairs)}
+    metrics = {"accuracy": ((gap_BCC > 0).sum(), pairs), "margin": (gap_BCC.sum(), pairs)}
     if lm_coefficient:
-        best_B = jnp.argmin(jnp.where(batch["ranks_BC"] > 0, batch["ranks_BC"], jnp.iinfo(jnp.int32).max), axis=1)
-        best = [jnp.take_along_axis(batch[k], best_B[:, None, None], 1)[:, 0] for k in BEST]
-        tokens_BT, segment_ids_BT, positions_BT, mask_BT = best
-        logits_BTV, _ = lm_apply(params, tokens_BT, segment_ids_BT, positions_BT)
-        nll_B = -(token_logprobs(logits_BTV, tokens_BT) * mask_BT).sum(1) / jnp.maximum(mask_BT.sum(1), 1.0)
+        mask_BT = batch["loss_mask_BCT"].reshape(flat[0].shape)[best_B]
+        logp_BT = token_logprobs(logits_BTV, flat[0][best_B])
+        nll_B = -(logp_BT * mask_BT).sum(1) / jnp.maximum(mask_BT.sum(1), 1.0)
         loss += lm_coefficient * (nll_B * valid_B).sum()
-        metrics["nll"] = ((nll_B * valid_B).sum(), prompts)
-    return loss, (prompts, metrics)
-
-
-BEST = ("tokens_BCT", "segment_ids_BCT", "positions_BCT", "loss_mask_BCT")
+        metrics["nll"] = ((nll_B * valid_B).sum(), valid_B.sum())
+    return loss, (valid_B.sum(), metrics)

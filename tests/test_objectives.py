@@ -129,11 +129,9 @@ def test_ranking_objective_with_language_model_loss_on_the_best():
     batch = comparison_batch([[2, 1, 3], [1, 0, 2], [1, 1, 0], [3, 2, 1]])
     values_V, table_VV = normal(9), normal(9, 9, seed=1)
 
-    def scalar(params, tokens, segments, positions):
-        return params["values"][tokens]
-
-    def bigram(params, tokens, segments, positions):
-        return params["table"][tokens], None
+    def scalar(params, tokens, segments, positions, logits_of=None):  # its logits are a bigram table
+        values = params["values"][tokens]
+        return values if logits_of is None else (values, params["table"][tokens[logits_of]])
 
     params = {"values": jnp.array(values_V), "table": jnp.array(table_VV)}
     plain = partial(ranking_objective, scalar, params)
@@ -148,7 +146,7 @@ def test_ranking_objective_with_language_model_loss_on_the_best():
     assert [float(x) for x in metrics["accuracy"]] == [sum(gap > 0 for gap in gaps), 7]
     assert float(metrics["margin"][0]) == pytest.approx(sum(gaps), rel=1e-4)
 
-    both, (_, metrics) = plain(batch, lm_coefficient=0.5, lm_apply=bigram)
+    both, (_, metrics) = plain(batch, lm_coefficient=0.5)
     nll, logp = 0.0, log_softmax(table_VV)
     for b, best in ((0, 1), (1, 0), (3, 2)):  # row 2 has no pair, so it does not count at all
         tokens, mask = batch["tokens_BCT"][b, best], batch["loss_mask_BCT"][b, best]
