@@ -57,6 +57,7 @@ def compile_kernels(config: Config) -> None:
     mesh = Mesh(
         np.array(topologies.get_topology_desc(platform="tpu", topology_name=config.topology).devices[:1]), "data"
     )
+    jax.set_mesh(mesh)  # tells JAX which chip it lowers for
     here = NamedSharding(mesh, P())
     q, kv = (jax.ShapeDtypeStruct((1, config.length, n, config.width), jnp.bfloat16, sharding=here) for n in (2, 1))
 
