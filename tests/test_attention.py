@@ -38,12 +38,13 @@ def packed(rng, batch, length):
     """Segment ids [batch, length] of runs of random length and id; 0 is padding, and an id may come back."""
     segments = np.zeros((batch, length), np.int32)
     for row in segments:
-        at = 0
+        row[: length // 3] = 1  # not all may be padding or single tokens: the controls could not fail
+        at = length // 3
         while at < length:
             end = at + rng.integers(1, length // 2 + 2)
             row[at:end] = rng.integers(0, 4)
             at = end
-    return segments
+    return np.roll(segments, rng.integers(length), axis=1)
 
 
 def visible(batch, length, segments, causal, window):
@@ -109,9 +110,8 @@ def assert_close(got, want, dtype):
 CASES = {  # type, rows, longest sequence, key/value heads, most queries per key, options
     "plain": ("float32", 2, 200, 2, 3, {"scale": 0.2}),
     "tiles": ("float32", 1, 800, 1, 2, {"packed": True, "window": 300}),
-    "both ways": ("float32", 2, 300, 1, 3, {"packed": True, "causal": False, "window": 40, "soft_cap": 2.0}),
-    "bfloat16": ("bfloat16", 1, 200, 1, 8, {"packed": True}),
-    "bfloat16, capped": ("bfloat16", 1, 700, 1, 1, {"packed": True, "window": 200, "soft_cap": 20.0}),
+    "both ways": ("float32", 1, 200, 1, 8, {"packed": True, "causal": False, "window": 40, "soft_cap": 2.0}),
+    "bfloat16": ("bfloat16", 1, 600, 1, 3, {"packed": True, "window": 200}),
 }
 
 
@@ -238,12 +238,12 @@ def test_only_inputs_output_and_log_sum_exp_are_saved_for_the_derivative(impleme
 
 
 def test_auto_is_a_table():
-    assert chosen("cpu", 256, 32, 4) == chosen("cpu", 1024, 128, 2) == "reference"
-    assert chosen("cpu", 1025, 32, 4) == "xla_chunked"
+    assert chosen("cpu", 256, 32, 4) == chosen("tpu", 100, 128, 2) == "reference"
+    assert chosen("cpu", 257, 32, 4) == "xla_chunked"
     assert chosen("tpu", 32768, 128, 2) == "pallas_tpu"
     assert chosen("tpu", 2048, 80, 2) == "xla_chunked" == chosen("tpu", 10**6, 128, 2)
     assert {line.implementation for line in AUTO} <= {"reference", *BACKENDS}
-    for length in (1024, 1025):
+    for length in (256, 257):
         auto, named = (
             str(computed.trace(*described(length), implementation=name).jaxpr)
             for name in ("auto", chosen(BACKEND, length, 64, 4))
