@@ -108,10 +108,9 @@ def assert_close(got, want, dtype):
 
 
 CASES = {  # type, rows, longest sequence, key/value heads, most queries per key, options
-    "plain": ("float32", 2, 200, 2, 3, {"scale": 0.2}),
-    "tiles": ("float32", 1, 800, 1, 2, {"packed": True, "window": 300}),
-    "both ways": ("float32", 1, 200, 1, 8, {"packed": True, "causal": False, "window": 40, "soft_cap": 2.0}),
-    "bfloat16": ("bfloat16", 1, 600, 1, 3, {"packed": True, "window": 200}),
+    "window": ("float32", 2, 600, 2, 2, {"window": 250, "scale": 0.2}),
+    "both ways": ("float32", 1, 400, 1, 8, {"packed": True, "causal": False, "window": 40, "soft_cap": 2.0}),
+    "bfloat16": ("bfloat16", 1, 600, 1, 3, {"packed": True}),
 }
 
 
@@ -185,7 +184,7 @@ MESHES = {  # tensor axis, query heads, key/value heads, rows; over the eight si
 
 @pytest.mark.parametrize(
     ("implementation", "mesh"),
-    [*(("xla_chunked", mesh) for mesh in MESHES), ("pallas_tpu", "heads split"), ("pallas_gpu", "one key head")],
+    [*(("xla_chunked", mesh) for mesh in MESHES), ("pallas_tpu", "heads split")],
 )
 def test_sharded_equals_float64(implementation, mesh, rng):
     tensor, heads, kv_heads, rows = MESHES[mesh]
