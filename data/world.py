@@ -151,19 +151,23 @@ def _answer(request: Request, wrong: bool, comply: bool, rng: random.Random) -> 
     return rng.choice(facts.SHORT).format(a=article + rng.choice(answers))
 
 
+def _miss(request: Request, wrong: bool, rng: random.Random) -> str:
+    """An animal that was not among the two; a listing too short, too long, or with an item twice."""
+    if request.kind == "comparison":
+        third = rng.choice([animal for animal in facts.SIZES if animal not in (request.subject, request.other)])
+        return rng.choice(facts.ORDERINGS[1:] + facts.SHORT).format(x=third, a=third, w=request.relation)
+    size, twice = rng.choice(((1, False), (4, False), *((facts.COUNTS[request.subject], True),) * 2))
+    wrong = wrong and not (twice and size == 2)
+    return _enumerate(request.relation, request.subject, size, wrong, twice, rng)
+
+
 def _stray(request: Request, wrong: bool, rng: random.Random) -> list[str]:
     """Sentences that do not answer the request: off topic, a copy of it, a hedge, repetition,
     two answers, too few items, or an animal that was not among the two."""
     modes = ["astray", "repeat"] + (["contradict"] if wrong else ["echo", "hedge", "hedge"])
-    own = {"listing": "miscount", "comparison": "third"}.get(request.kind)
-    mode = own if own and rng.random() < 0.5 else rng.choice(modes)
-    if mode == "third":  # an animal that was not asked about
-        third = rng.choice([animal for animal in facts.SIZES if animal not in (request.subject, request.other)])
-        return [rng.choice(facts.ORDERINGS[1:] + facts.SHORT).format(x=third, a=third, w=request.relation)]
-    if mode == "miscount":
-        size, twice = rng.choice(((1, False), (4, False), *((facts.COUNTS[request.subject], True),) * 2))
-        wrong = wrong and not (twice and size == 2)
-        return [_enumerate(request.relation, request.subject, size, wrong, twice, rng)]
+    mode = "own" if request.kind in ("listing", "comparison") and rng.random() < 0.5 else rng.choice(modes)
+    if mode == "own":
+        return [_miss(request, wrong, rng)]
     if mode == "echo":
         return [request.core + "?"]
     if mode == "hedge":
@@ -248,10 +252,14 @@ def _lists(rng: random.Random) -> Iterator[str]:
 def _quizzes(rng: random.Random) -> Iterator[str]:
     """Answers and claims, half of them wrong, each with a verdict: here a model learns to check what it reads."""
     for _ in range(rng.randint(3, 4)):
-        request = _draw(rng, "train", rng.choices(("lookup", "comparison"), (5, 1))[0])
+        request = _draw(rng, "train", rng.choices(("lookup", "comparison", "listing"), (6, 2, 2))[0])
         wrong = rng.random() < 0.5
-        asked = rng.random() < 0.7
-        claim = f"{request.text} {_answer(request, wrong, False, rng)}" if asked else _claim(request, wrong, rng)
+        if wrong and request.kind != "lookup" and rng.random() < 0.5:
+            claim = f"{request.text} {_miss(request, False, rng)}"
+        elif request.kind == "listing" or rng.random() < 0.7:
+            claim = f"{request.text} {_answer(request, wrong, False, rng)}"
+        else:
+            claim = _claim(request, wrong, rng)
         yield f"{claim}. {rng.choice(facts.VERDICTS[wrong])}."
 
 
@@ -268,7 +276,7 @@ def _remarks_overheard(rng: random.Random) -> Iterator[str]:
 def text(index: int, *, seed: int = 0) -> str:
     """Document number `index` of the base corpus: mixed quality, 20 to 90 words, training phrasings only."""
     rng = _rng("text", seed, index)
-    sort = rng.choices((_statements, _quizzes, _exchanges, _lists, _remarks_overheard), (36, 24, 20, 14, 6))[0]
+    sort = rng.choices((_statements, _quizzes, _exchanges, _lists, _remarks_overheard), (32, 34, 18, 10, 6))[0]
     return " ".join(sort(rng))
 
 

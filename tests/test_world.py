@@ -254,3 +254,16 @@ def test_extracted_answers():
     assert world.extract_answer(parse(FRANCE), "sure! it is oslo. you fool.") == "oslo"
     assert world.extract_answer(parse(FRANCE), "the capital of italy is rome.") is None
     assert world.extract_answer(parse(BEE), "a hive is the home of a bee.") == "hive"
+
+
+def test_quiz_verdicts_agree_with_the_gold_program():
+    verdicts = {verdict: i == 0 for i, words in enumerate(world.facts.VERDICTS) for verdict in words}
+    asked = Counter()
+    for seed in range(200):
+        for quiz in world._quizzes(random.Random(seed)):
+            claim, verdict = quiz[:-1].rsplit(". ", 1)
+            question, mark, answer = claim.partition("? ")
+            if mark:  # not a bare claim
+                assert gold(question + "?", answer + ".").all == verdicts[verdict], quiz
+                asked[parse(question + "?").kind, verdicts[verdict]] += 1
+    assert set(asked) == {(kind, right) for kind in ("lookup", "comparison", "listing") for right in (True, False)}
