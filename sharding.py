@@ -71,6 +71,12 @@ def make_mesh(config: MeshConfig) -> Mesh:
     return mesh
 
 
+def platform() -> str:
+    """`cpu`, `gpu` or `tpu`: where the current mesh lies; without a mesh, JAX's default."""
+    device = jax.sharding.get_abstract_mesh().abstract_device  # of the mesh, so that a CPU can compile for a TPU
+    return jax.default_backend() if device is None else device.platform
+
+
 def path_name(path: tuple[Any, ...]) -> str:
     """`decoder/layers/attention/q` for a key path of jax.tree_util."""
     return jax.tree_util.keystr(path, simple=True, separator="/")

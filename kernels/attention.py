@@ -1,9 +1,48 @@
-"""Attention: the reference in plain JAX behind the public functions that faster kernels will serve."""
+"""Attention: the public functions, the reference in plain JAX, and the table of which implementation serves what."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
-MASKED = -1e30  # finite, so that a row with no visible key gives no NaN
+from config import UserError
+from kernels import chunked, flash, library
+from kernels.masks import MASKED, Ranges, mask_of, visible_ranges
+from sharding import BATCH, platform
+
+Implementation = Literal["auto", "reference", "xla_chunked", "pallas_tpu", "pallas_gpu", "library"]
+
+
+class Line(NamedTuple):
+    """A line of the table: up to `longest` tokens on `platform`, `auto` means `implementation`."""
+
+    platform: str
+    longest: float | Callable[[int, int], int]
+    """Tokens of a sequence; or a function of the head width and of a number's bytes that gives them."""
+    implementation: str
+    why: str
+
+
+ANY = float("inf")
+AUTO = (  # the first line that fits; the last always does
+    Line("cpu", 256, "reference", "the world preset's length; xla_chunked is faster, but rounds differently"),
+    Line("tpu", 127, "reference", "shorter than one tile"),
+    Line("tpu", flash.longest_on_tpu, "pallas_tpu", "compiled for v5e, v5p and v6e; not yet timed on one"),
+    Line("gpu", 1024, "reference", "the kernels have not yet been seen on a GPU"),
+    Line("", ANY, "xla_chunked", "memory; no kernel fits here, or none has been measured"),
+)
+
+
+def chosen(platform: str, length: int, width: int, itemsize: int) -> str:
+    """What `auto` means for `length` tokens and heads of `width` numbers of `itemsize` bytes."""
+    for line in AUTO:
+        longest = line.longest(width, itemsize) if callable(line.longest) else line.longest
+        if line.platform in ("", platform) and length <= longest:
+            return line.implementation
+    raise AssertionError("the table's last line fits everything")
 
 
 def attention(
@@ -14,25 +53,35 @@ def attention(
     segment_ids: jax.Array | None = None,
     causal: bool = True,
     window: int | None = None,
+    soft_cap: float | None = None,
     scale: float | None = None,
+    implementation: Implementation = "auto",
 ) -> jax.Array:
     """Self-attention (T = S) with grouped queries; returns [B, T, N, H] in q's type.
 
-    `segment_ids` [B, T]: a token sees its own segment only; 0 is padding, which sees nothing and is not
-    seen. `window`: a token sees itself and the window - 1 tokens before it. `scale` defaults to 1/sqrt(H).
-    A row that sees nothing gives zeros.
+    `segment_ids` [B, T]: a token sees its own segment only, an unbroken run of one id (the same id again is another
+    segment); 0 is padding, which sees nothing and is not seen. `window`: a token sees itself and the window - 1
+    tokens before it. `soft_cap`: scores become soft_cap * tanh(scores / soft_cap) (Gemma 2). `scale` defaults to
+    1/sqrt(H). A row that sees nothing gives zeros. Under a mesh every implementation but the reference runs on each
+    device's own rows and heads. Raises UserError where the implementation asked for does not serve the shape.
     """
-    length = q_BTNH.shape[1]
-    query, key = jnp.arange(length)[:, None], jnp.arange(length)[None, :]
-    mask_BTS = jnp.ones((1, length, length), bool)
-    if causal:
-        mask_BTS &= key <= query
-    if window is not None:
-        mask_BTS &= query - key < window
-    if segment_ids is not None:
-        same = segment_ids[:, :, None] == segment_ids[:, None, :]
-        mask_BTS = mask_BTS & same & (segment_ids > 0)[:, :, None]
-    return masked_attention(q_BTNH, k_BSKH, v_BSKH, mask_BTS, scale)
+    batch, length, heads, width = q_BTNH.shape
+    if k_BSKH.shape != v_BSKH.shape or k_BSKH.shape[:2] != (batch, length) or heads % k_BSKH.shape[2]:
+        raise ValueError(f"q {q_BTNH.shape}, k {k_BSKH.shape}, v {v_BSKH.shape}: not one self-attention")
+    if implementation == "auto":
+        implementation = chosen(platform(), length, width, q_BTNH.dtype.itemsize)
+    scale = width**-0.5 if scale is None else scale
+    if implementation == "library":
+        options = {"causal": causal, "window": window, "soft_cap": soft_cap, "scale": scale}
+        return on_each_device(functools.partial(library.attention, **options), q_BTNH, k_BSKH, v_BSKH, segment_ids)
+    keys, queries = visible_ranges(batch, length, segment_ids, causal, window)
+    if implementation == "reference":
+        return masked_attention(q_BTNH, k_BSKH, v_BSKH, mask_of(keys), scale, soft_cap)
+    if implementation not in BACKENDS:
+        names = ", ".join(("auto", "reference", *BACKENDS, "library"))
+        raise UserError(f"attention {implementation!r}: unknown; choose one of {names}")
+    run = functools.partial(bounded_attention, implementation, scale, soft_cap)
+    return on_each_device(run, q_BTNH, k_BSKH, v_BSKH, keys, queries)
 
 
 def decode_attention(
@@ -43,26 +92,96 @@ def decode_attention(
     at: jax.Array,
     *,
     window: int | None = None,
+    soft_cap: float | None = None,
+    scale: float | None = None,
 ) -> jax.Array:
     """One query a row (T = 1), at slot `at` of a cache whose slots with `valid_BS` > 0 hold tokens."""
     slots = jnp.arange(k_BSKH.shape[1])
     mask_BS = (valid_BS > 0) & (slots <= at)
     if window is not None:  # rows are left-padded, so distances between slots are distances between tokens
         mask_BS &= at - slots < window
-    return masked_attention(q_BTNH, k_BSKH, v_BSKH, mask_BS[:, None, :])
+    return masked_attention(q_BTNH, k_BSKH, v_BSKH, mask_BS[:, None, :], scale, soft_cap)
 
 
 def masked_attention(
-    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array, scale: float | None = None
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    mask_BTS: jax.Array,
+    scale: float | None = None,
+    soft_cap: float | None = None,
 ) -> jax.Array:
-    """softmax(q k / sqrt(H)) v over the keys where `mask_BTS` holds; statistics in float32."""
+    """The reference: softmax(q k / sqrt(H)) v over the keys where `mask_BTS` holds; statistics in float32."""
     batch, length, heads, width = q_BTNH.shape
     kv_heads = k_BSKH.shape[2]
     q_BTKGH = q_BTNH.reshape(batch, length, kv_heads, heads // kv_heads, width)
     scores_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
     scores_BKGTS *= width**-0.5 if scale is None else scale
+    if soft_cap is not None:
+        scores_BKGTS = soft_cap * jnp.tanh(scores_BKGTS / soft_cap)
     mask_BKGTS = mask_BTS[:, None, None]
     weights_BKGTS = jax.nn.softmax(jnp.where(mask_BKGTS, scores_BKGTS, MASKED), axis=-1)
     weights_BKGTS = jnp.where(mask_BKGTS, weights_BKGTS, 0.0).astype(v_BSKH.dtype)
     out_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS, v_BSKH)
     return out_BTKGH.reshape(q_BTNH.shape)
+
+
+# Implementations whose memory is linear in the length: (forward, backward) each, under one derivative rule.
+BACKENDS: dict[str, tuple[Callable, Callable]] = {
+    "xla_chunked": (chunked.forward, chunked.backward),
+    **{
+        f"pallas_{name}": tuple(functools.partial(f, platform=name) for f in (flash.forward, flash.backward))
+        for name in ("tpu", "gpu")
+    },
+}
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def bounded_attention(implementation, scale, soft_cap, q_BTNH, k_BSKH, v_BSKH, keys: Ranges, queries: Ranges):
+    """Attention that saves for its derivative its inputs, its output and the log-sum-exp, nothing quadratic."""
+    forward, _ = BACKENDS[implementation]
+    return forward(q_BTNH, k_BSKH, v_BSKH, keys, queries, scale=scale, soft_cap=soft_cap)[0]
+
+
+def _bounded_forward(implementation, scale, soft_cap, *inputs):
+    forward, _ = BACKENDS[implementation]
+    out_BTNH, lse_BNT = forward(*inputs, scale=scale, soft_cap=soft_cap)
+    return out_BTNH, (inputs, out_BTNH, lse_BNT)
+
+
+def _bounded_backward(implementation, scale, soft_cap, saved, dout_BTNH):
+    _, backward = BACKENDS[implementation]
+    inputs, out_BTNH, lse_BNT = saved
+    dq, dk, dv = backward(*inputs, out_BTNH, lse_BNT, dout_BTNH, scale=scale, soft_cap=soft_cap)
+    return dq, dk, dv, None, None
+
+
+bounded_attention.defvjp(_bounded_forward, _bounded_backward)
+
+
+def on_each_device(run: Callable, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *tokens: Any) -> jax.Array:
+    """`run` under shard_map: rows over data and fsdp, heads over tensor. Without a mesh, or inside one, just `run`.
+
+    `tokens`: trees of [B, T] arrays. Key/value heads that the tensor axis cuts are replicated, and each device takes
+    the one that its queries share; where its queries do not share one, heads are not split at all.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1 or mesh.manual_axes:
+        return run(q_BTNH, k_BSKH, v_BSKH, *tokens)
+    (batch, _, heads, _), kv_heads = q_BTNH.shape, k_BSKH.shape[2]
+    parts, group = mesh.shape["tensor"], heads // kv_heads
+    rows = BATCH[0] if batch % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0 else None
+    whole = kv_heads % parts == 0
+    shared = not whole and heads % parts == 0 and group % (heads // parts) == 0
+    query = P(rows, None, "tensor" if whole or shared else None, None)
+    key = P(rows, None, "tensor" if whole else None, None)
+
+    def local(q_BTNH, k_BSKH, v_BSKH, *tokens):
+        if shared:
+            mine = jax.lax.axis_index("tensor") * (heads // parts) // group
+            k_BSKH, v_BSKH = (jax.lax.dynamic_slice_in_dim(x, mine, 1, axis=2) for x in (k_BSKH, v_BSKH))
+        return run(q_BTNH, k_BSKH, v_BSKH, *tokens)
+
+    specs = (query, key, key, *(P(rows, None) for _ in tokens))
+    # Pallas calls do not say over which axes their results vary, so that cannot be checked.
+    return jax.shard_map(local, in_specs=specs, out_specs=query, check_vma=False)(q_BTNH, k_BSKH, v_BSKH, *tokens)

@@ -1,0 +1,126 @@
+"""Count the instructions of the attention kernels' inner loops on a TPU, on a machine that has none.
+
+    python benchmarks/tpu_schedule.py                       # needs `pip install -r requirements-tpu.txt`
+    python benchmarks/tpu_schedule.py --forward 256 1024    # another tile: queries, keys
+
+A TPU core issues one bundle of instructions a cycle; the compiler's last listing has them all. Of each kernel's loop
+over whole tiles (no mask) this reports bundles, and the share of the matrix unit's issue slots that they fill. Waiting
+is not in the listing, so the share is an upper bound of what a chip reaches.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import sys
+import tempfile
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # the root's modules, from wherever this is started
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import config as flags
+from config import UserError
+from kernels import flash
+from kernels.attention import attention
+
+SLOTS = ("MXU", "XLU", "VALU", "VPOP", "EUP", "VLOAD", "fill", "VSTORE", "spill", "SALU")  # the listing's columns
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    topology: str = "v5e:2x2"
+    """Chip and arrangement, as libtpu names them."""
+    width: int = 128
+    """Head width."""
+    length: int = 4096
+    """Tokens of a sequence."""
+    forward: tuple[int, int] | None = None
+    """Queries and keys of the forward kernel's tile; None: the kernel's own choice."""
+    dq: tuple[int, int] | None = None
+    """The same of the dQ kernel."""
+    dkv: tuple[int, int] | None = None
+    """The same of the dK/dV kernel."""
+    out: str = str(pathlib.Path(__file__).parent / "results" / "tpu_schedule.json")
+    """File of the result."""
+
+
+def compile_kernels(config: Config) -> None:
+    """The three kernels in bfloat16 with two query heads on one key head, compiled for one chip."""
+    mesh = Mesh(
+        np.array(topologies.get_topology_desc(platform="tpu", topology_name=config.topology).devices[:1]), "data"
+    )
+    jax.set_mesh(mesh)  # tells JAX which chip it lowers for
+    here = NamedSharding(mesh, P())
+    q, kv = (jax.ShapeDtypeStruct((1, config.length, n, config.width), jnp.bfloat16, sharding=here) for n in (2, 1))
+
+    def both_passes(q, k, v, dout):
+        out, pull = jax.vjp(lambda *x: attention(*x, implementation="pallas_tpu"), q, k, v)
+        return (out, *pull(dout))
+
+    jax.jit(both_passes).lower(q, kv, kv, q).compile()
+
+
+def inner_loops(listing: str) -> list[tuple[int, int]]:
+    """Header and closing branch of each loop in a loop, as numbers of bundles, in the order of the program."""
+    loops, start = [], None
+    for line in listing.splitlines():
+        bundle = re.match(r"\s*(0x[0-9a-f]+)\s+(\w\w)?\s*: ([> ]*)\{", line)
+        if bundle and bundle[2] == "LB":
+            start = int(bundle[1], 16) if bundle[3].count(">") == 2 else None
+        elif bundle and start is not None and "sbr.rel (!%" in line:  # back to the header, until the loop is done
+            loops.append((start, int(bundle[1], 16)))
+            start = None
+    return loops
+
+
+def schedule_of(dump: str, kernel: str) -> dict[str, float]:
+    """Bundles of the unmasked inner loop of a kernel, and the share of each kind of slot that they fill."""
+    newest = lambda end: max(pathlib.Path(dump).glob(f"*-{kernel}.*{end}"))  # noqa: E731 (names begin with the time)
+    loops = inner_loops(newest("[0-9]-final_bundles.txt").read_text())
+    if len(loops) != 3:
+        raise RuntimeError(f"{kernel}: {len(loops)} inner loops in the listing, not masked, whole, masked")
+    first, last = loops[1]
+    lines = newest("-final_hlo-static-per-bundle-utilization.txt").read_text().splitlines()
+    capacity = [int(x) for x in lines[2].split()]
+    rows = [[int(x) for x in line.split()] for line in lines[4:] if line.strip()]
+    used = np.sum(rows[first : last + 1], axis=0)
+    count = last + 1 - first
+    shares = {name: round(float(n) / (count * c), 3) for name, n, c in zip(SLOTS, used, capacity, strict=True)}
+    return {"bundles": count, **shares}
+
+
+def main(config: Config) -> None:
+    """Prints the table and writes the JSON."""
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError("libtpu is not installed; pip install -r requirements-tpu.txt")
+    blocks = flash.blocks_of("tpu", config.length, config.width, 16)
+    own = {name: getattr(config, name) for name in ("forward", "dq", "dkv") if getattr(config, name)}
+    blocks = blocks._replace(**own)
+    flash.blocks_of = lambda *_: blocks
+    result = {"topology": config.topology, "width": config.width, "length": config.length, "jax": jax.__version__}
+    with tempfile.TemporaryDirectory() as dump:
+        os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true"  # read as libtpu loads
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server to ask
+        compile_kernels(config)
+        result["kernels"] = {
+            name: {"tile": list(getattr(blocks, name)), **schedule_of(dump, f"flash_{name}")}
+            for name in ("forward", "dq", "dkv")
+        }
+    for name, row in result["kernels"].items():
+        queries, keys = row["tile"]
+        per_score = row["bundles"] / (queries * keys / 1024)
+        print(f"{name:8} {queries} x {keys}: {row['bundles']} bundles, {per_score:.2f} per 1,024 scores, "
+              + ", ".join(f"{slot} {row[slot]:.2f}" for slot in SLOTS))  # fmt: skip
+    pathlib.Path(config.out).write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    flags.run(main, Config)
