@@ -168,6 +168,18 @@ def scaled_norm(module: nn.Module, name: str, x: jax.Array) -> jax.Array:
     return rms_norm(x, 1 + scale if c.gemma else scale, c.norm_eps)
 
 
+def linear(module: nn.Module, labels: str, x: jax.Array, name: str, w: jax.Array) -> jax.Array:
+    """x w by einsum, and x A B where lora.py has laid the adapters of the weight `name` beside it."""
+    out = jnp.einsum(labels, x, w.astype(x.dtype))
+    if module.has_variable("params", f"{name}_a"):
+        a, b = (module.get_variable("params", f"{name}_{which}").astype(x.dtype) for which in "ab")
+        (inward, outward), ends = labels.split("->")[0].split(","), labels.split("->")[1]
+        shared = "".join(x for x in outward if x in inward)
+        low_MR = jnp.einsum(f"{inward},{shared}R->MR", x, a)
+        out += jnp.einsum(f"MR,R{ends[1:]}->{ends}", low_MR, b)
+    return out
+
+
 def rope_frequencies(config: ModelConfig) -> jax.Array:
     """Angle per position of each of the H/2 rotated pairs, in radians (Su et al. 2021)."""
     exponents = jnp.arange(0, config.head_width, 2, dtype=jnp.float32) / config.head_width
@@ -217,7 +229,7 @@ class Attention(nn.Module):
         }
         o_NHD = self.param("o", _normal(c.heads * c.head_width * 2 * c.layers), (*q_shape[1:], c.width))
         x_MD = x_BTD.reshape(-1, c.width)
-        heads = {n: jnp.einsum("MD,DNH->MNH", x_MD, w.astype(x_MD.dtype)) for n, w in weights.items()}
+        heads = {n: linear(self, "MD,DNH->MNH", x_MD, n, w) for n, w in weights.items()}
         if c.qkv_bias:
             for name, w in weights.items():
                 bias_NH = self.param(f"{name}_bias", nn.initializers.zeros, w.shape[1:])
@@ -241,7 +253,7 @@ class Attention(nn.Module):
         else:  # training, or prefill of an empty cache: the tokens see one another only
             out_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, segment_ids=segment_ids_BT, window=c.window)
         out_MNH = out_BTNH.reshape(-1, *out_BTNH.shape[2:])
-        return jnp.einsum("MNH,NHD->MD", out_MNH, o_NHD.astype(x_MD.dtype)).reshape(x_BTD.shape), cache
+        return linear(self, "MNH,NHD->MD", out_MNH, "o", o_NHD).reshape(x_BTD.shape), cache
 
 
 class SwiGLU(nn.Module):
@@ -253,12 +265,13 @@ class SwiGLU(nn.Module):
     def __call__(self, x_BTD):
         c = self.config
         x_MD = x_BTD.reshape(-1, c.width)
-        gate_DF = self.param("gate", _normal(c.width), (c.width, c.hidden)).astype(x_MD.dtype)
-        up_DF = self.param("up", _normal(c.width), (c.width, c.hidden)).astype(x_MD.dtype)
-        down_FD = self.param("down", _normal(c.hidden * 2 * c.layers), (c.hidden, c.width)).astype(x_MD.dtype)
+        gate_DF = self.param("gate", _normal(c.width), (c.width, c.hidden))
+        up_DF = self.param("up", _normal(c.width), (c.width, c.hidden))
+        down_FD = self.param("down", _normal(c.hidden * 2 * c.layers), (c.hidden, c.width))
         activation = nn.gelu if c.gemma else nn.silu  # Flax's GELU is the tanh approximation, as Gemma's
-        gated_MF = activation(jnp.einsum("MD,DF->MF", x_MD, gate_DF)) * jnp.einsum("MD,DF->MF", x_MD, up_DF)
-        return jnp.einsum("MF,FD->MD", gated_MF, down_FD).reshape(x_BTD.shape)
+        gated_MF = activation(linear(self, "MD,DF->MF", x_MD, "gate", gate_DF))
+        gated_MF *= linear(self, "MD,DF->MF", x_MD, "up", up_DF)
+        return linear(self, "MF,FD->MD", gated_MF, "down", down_FD).reshape(x_BTD.shape)
 
 
 class Block(nn.Module):
