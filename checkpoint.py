@@ -13,7 +13,7 @@ import pathlib
 import signal
 import sys
 import threading
-from functools import partial, reduce
+from functools import partial
 from typing import Any
 
 import jax
@@ -22,6 +22,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from config import UserError, load_config
+from lora import merged
 from run_folder import (
     Damaged,
     check_step,
@@ -30,7 +31,9 @@ from run_folder import (
     finished_steps,
     identity_hash,
     is_good,
+    kind_of,
     lock_run,
+    nested,
     read_manifest,
     refuse_other_run,
     remove_step,
@@ -122,7 +125,7 @@ class Checkpoints:
         body = {
             "step": step,
             "config": identity_hash(self.config),
-            "arrays": {name: _kind(leaf) for name, leaf in _named(items).items()},
+            "arrays": {name: kind_of(leaf) for name, leaf in _named(items).items()},
             "extra": json.loads(json.dumps(extra)),
         }
         path = self.folder / str(step)
@@ -180,8 +183,15 @@ def load_params(run: str, step: int | None = None, shapes: Any = None) -> dict[s
 
     With `shapes` (tree of ShapeDtypeStructs with shardings) they are checked against it and become
     jax.Arrays placed so. Raises UserError for a missing run or step, a damaged file, another shape or dtype.
+    Where a run has adapters alone (lora.py) they come merged into its base.
     """
-    config_hash = identity_hash(load_config(run))
+    if (config := load_config(run)).get("lora", {}).get("rank"):
+        return merged(run, config, _load_step(run, config, step, None), load_params, shapes)
+    return _load_step(run, config, step, shapes)
+
+
+def _load_step(run: str, config: dict[str, Any], step: int | None, shapes: Any) -> dict[str, Any]:
+    config_hash = identity_hash(config)
     folder = (pathlib.Path(run) / "checkpoints").absolute()
     steps = finished_steps(folder)
     if not steps or step not in (None, *steps):
@@ -195,7 +205,7 @@ def load_params(run: str, step: int | None = None, shapes: Any = None) -> dict[s
         good = [s for s in steps if s < step and is_good(folder / str(s), config_hash, quiet=True)]
         raise UserError(f"{fault}; last good step before it: {good[0] if good else 'none'}") from None
     if shapes is None:
-        shapes = _nested(manifest["arrays"])["params"]
+        shapes = nested(manifest["arrays"])["params"]
     return _load(path, manifest, "params", shapes)
 
 
@@ -215,17 +225,6 @@ def _items(state: dict[str, Any]) -> dict[str, Any]:
 def _named(tree: Any) -> dict[str, Any]:
     leaves, _ = jax.tree.flatten_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
-
-
-def _nested(kinds: dict[str, str]) -> dict[str, Any]:
-    """The abstract tree that a manifest's `arrays` names."""
-    tree: dict[str, Any] = {}
-    for name, kind in kinds.items():
-        *parents, last = name.split("/")
-        dtype, shape = kind.rstrip("]").split("[")
-        leaf = jax.ShapeDtypeStruct([int(size) for size in shape.split(",") if size], dtype)
-        reduce(lambda inner, key: inner.setdefault(key, {}), parents, tree)[last] = leaf
-    return tree
 
 
 def _raw(leaf: Any) -> Any:
@@ -252,7 +251,7 @@ def _load(path: pathlib.Path, manifest: dict[str, Any], item: str, tree: Any) ->
     if not (leaves := _named(tree)):
         return tree
     stored = {name: kind for name, kind in manifest["arrays"].items() if name.startswith(f"{item}/")}
-    wanted = {f"{item}/{name}": _kind(leaf) for name, leaf in leaves.items()}
+    wanted = {f"{item}/{name}": kind_of(leaf) for name, leaf in leaves.items()}
     for name in [*wanted, *stored]:
         there, here = stored.get(name, "absent"), wanted.get(name, "absent")
         if there != here:
@@ -263,10 +262,6 @@ def _load(path: pathlib.Path, manifest: dict[str, Any], item: str, tree: Any) ->
     places = jax.tree.map(lambda leaf: placed(sharding=leaf.sharding) if leaf.sharding else numpy(), tree)
     with contextlib.closing(ocp.Checkpointer(ocp.PyTreeCheckpointHandler())) as reader:
         return reader.restore(path / item, args=ocp.args.PyTreeRestore(tree, restore_args=places))
-
-
-def _kind(leaf: Any) -> str:
-    return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
 
 
 @jax.jit

@@ -60,6 +60,8 @@ class ModelConfig:
     """RMSNorm on each q and k head before RoPE (Qwen 3)."""
     window: int | None = None
     """Sliding window of attention, in tokens (Mistral 7B v0.1)."""
+    gemma: bool = False
+    """Gemma's conventions: norms scale by 1 + w, embeddings are multiplied by sqrt(D), GELU in place of SiLU."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute type; auto is bfloat16 on accelerators and float32 on CPU. Parameters are float32."""
     remat: Literal["none", "dots", "full"] = "none"
@@ -159,6 +161,25 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     return (x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps) * scale).astype(x.dtype)
 
 
+def scaled_norm(module: nn.Module, name: str, x: jax.Array) -> jax.Array:
+    """`rms_norm` by the parameter `name` of `module`, which Gemma keeps less 1."""
+    c = module.config
+    scale = module.param(name, nn.initializers.zeros if c.gemma else nn.initializers.ones, x.shape[-1:])
+    return rms_norm(x, 1 + scale if c.gemma else scale, c.norm_eps)
+
+
+def linear(module: nn.Module, labels: str, x: jax.Array, name: str, w: jax.Array) -> jax.Array:
+    """x w by einsum, and x A B where lora.py has laid the adapters of the weight `name` beside it."""
+    out = jnp.einsum(labels, x, w.astype(x.dtype))
+    if module.has_variable("params", f"{name}_a"):
+        a, b = (module.get_variable("params", f"{name}_{which}").astype(x.dtype) for which in "ab")
+        (inward, outward), ends = labels.split("->")[0].split(","), labels.split("->")[1]
+        shared = "".join(x for x in outward if x in inward)
+        low_MR = jnp.einsum(f"{inward},{shared}R->MR", x, a)
+        out += jnp.einsum(f"MR,R{ends[1:]}->{ends}", low_MR, b)
+    return out
+
+
 def rope_frequencies(config: ModelConfig) -> jax.Array:
     """Angle per position of each of the H/2 rotated pairs, in radians (Su et al. 2021)."""
     exponents = jnp.arange(0, config.head_width, 2, dtype=jnp.float32) / config.head_width
@@ -208,15 +229,14 @@ class Attention(nn.Module):
         }
         o_NHD = self.param("o", _normal(c.heads * c.head_width * 2 * c.layers), (*q_shape[1:], c.width))
         x_MD = x_BTD.reshape(-1, c.width)
-        heads = {n: jnp.einsum("MD,DNH->MNH", x_MD, w.astype(x_MD.dtype)) for n, w in weights.items()}
+        heads = {n: linear(self, "MD,DNH->MNH", x_MD, n, w) for n, w in weights.items()}
         if c.qkv_bias:
             for name, w in weights.items():
                 bias_NH = self.param(f"{name}_bias", nn.initializers.zeros, w.shape[1:])
                 heads[name] += bias_NH.astype(x_MD.dtype)
         if c.qk_norm:
             for name in ("q", "k"):
-                scale_H = self.param(f"{name}_norm", nn.initializers.ones, (c.head_width,))
-                heads[name] = rms_norm(heads[name], scale_H, c.norm_eps)
+                heads[name] = scaled_norm(self, f"{name}_norm", heads[name])
         q_BTNH, k_BTKH, v_BTKH = (x.reshape(*x_BTD.shape[:2], *x.shape[1:]) for x in heads.values())
         q_BTNH, k_BTKH = rotate(q_BTNH, turns), rotate(k_BTKH, turns)
 
@@ -233,7 +253,7 @@ class Attention(nn.Module):
         else:  # training, or prefill of an empty cache: the tokens see one another only
             out_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, segment_ids=segment_ids_BT, window=c.window)
         out_MNH = out_BTNH.reshape(-1, *out_BTNH.shape[2:])
-        return jnp.einsum("MNH,NHD->MD", out_MNH, o_NHD.astype(x_MD.dtype)).reshape(x_BTD.shape), cache
+        return linear(self, "MNH,NHD->MD", out_MNH, "o", o_NHD).reshape(x_BTD.shape), cache
 
 
 class SwiGLU(nn.Module):
@@ -245,11 +265,13 @@ class SwiGLU(nn.Module):
     def __call__(self, x_BTD):
         c = self.config
         x_MD = x_BTD.reshape(-1, c.width)
-        gate_DF = self.param("gate", _normal(c.width), (c.width, c.hidden)).astype(x_MD.dtype)
-        up_DF = self.param("up", _normal(c.width), (c.width, c.hidden)).astype(x_MD.dtype)
-        down_FD = self.param("down", _normal(c.hidden * 2 * c.layers), (c.hidden, c.width)).astype(x_MD.dtype)
-        gated_MF = nn.silu(jnp.einsum("MD,DF->MF", x_MD, gate_DF)) * jnp.einsum("MD,DF->MF", x_MD, up_DF)
-        return jnp.einsum("MF,FD->MD", gated_MF, down_FD).reshape(x_BTD.shape)
+        gate_DF = self.param("gate", _normal(c.width), (c.width, c.hidden))
+        up_DF = self.param("up", _normal(c.width), (c.width, c.hidden))
+        down_FD = self.param("down", _normal(c.hidden * 2 * c.layers), (c.hidden, c.width))
+        activation = nn.gelu if c.gemma else nn.silu  # Flax's GELU is the tanh approximation, as Gemma's
+        gated_MF = activation(linear(self, "MD,DF->MF", x_MD, "gate", gate_DF))
+        gated_MF *= linear(self, "MD,DF->MF", x_MD, "up", up_DF)
+        return linear(self, "MF,FD->MD", gated_MF, "down", down_FD).reshape(x_BTD.shape)
 
 
 class Block(nn.Module):
@@ -260,11 +282,11 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, carry, segment_ids_BT, turns):
         x_BTD, cache, layer = carry
-        c, ones = self.config, nn.initializers.ones
-        normed_BTD = rms_norm(x_BTD, self.param("attention_norm", ones, (c.width,)), c.norm_eps)
+        c = self.config
+        normed_BTD = scaled_norm(self, "attention_norm", x_BTD)
         mixed_BTD, cache = Attention(c, name="attention")(normed_BTD, segment_ids_BT, turns, cache, layer)
         x_BTD = constrain_batch(x_BTD + mixed_BTD)
-        normed_BTD = rms_norm(x_BTD, self.param("mlp_norm", ones, (c.width,)), c.norm_eps)
+        normed_BTD = scaled_norm(self, "mlp_norm", x_BTD)
         x_BTD = constrain_batch(x_BTD + SwiGLU(c, name="mlp")(normed_BTD))
         return (x_BTD, cache, layer + 1), None
 
@@ -290,6 +312,8 @@ class Decoder(nn.Module):
         embed_VD = self.param("embed", _normal(c.width), (c.vocab, c.width))
         # Whole rows on every device: a gather of rows that fsdp has cut makes XLA replicate its result instead.
         x_BTD = constrain_batch(constrain_rows(embed_VD.astype(c.compute_dtype))[tokens_BT])
+        if c.gemma:
+            x_BTD *= jnp.asarray(c.width**0.5, x_BTD.dtype)
         turns = rope_turns(c, positions_BT)
         if cache is not None:
             cache = cache.replace(
@@ -309,8 +333,7 @@ class Decoder(nn.Module):
         (x_BTD, cache, _), _ = layers(c, name="layers")(carry, segment_ids_BT, turns)
         if cache is not None:
             cache = cache.replace(length=cache.length + tokens_BT.shape[1])
-        x_BTD = rms_norm(x_BTD, self.param("final_norm", nn.initializers.ones, (c.width,)), c.norm_eps)
-        return x_BTD, cache, embed_VD
+        return scaled_norm(self, "final_norm", x_BTD), cache, embed_VD
 
 
 def unembed(x_BTD: jax.Array, unembed_DV: jax.Array) -> jax.Array:

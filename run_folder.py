@@ -15,6 +15,7 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator
+from functools import reduce
 from typing import Any
 
 import jax
@@ -134,6 +135,22 @@ def _sum(path: pathlib.Path, sync: bool = False) -> dict[str, Any]:
         if sync:
             os.fsync(file.fileno())
         return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "size": path.stat().st_size}
+
+
+def kind_of(leaf: Any) -> str:
+    """How the manifest's `arrays` names dtype and shape: `float32[2,3]`."""
+    return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
+
+
+def nested(kinds: dict[str, str]) -> dict[str, Any]:
+    """The abstract tree that a manifest's `arrays` names."""
+    tree: dict[str, Any] = {}
+    for name, kind in kinds.items():
+        *parents, last = name.split("/")
+        dtype, shape = kind.rstrip("]").split("[")
+        leaf = jax.ShapeDtypeStruct([int(size) for size in shape.split(",") if size], dtype)
+        reduce(lambda inner, key: inner.setdefault(key, {}), parents, tree)[last] = leaf
+    return tree
 
 
 def write_manifest(path: pathlib.Path, body: dict[str, Any]) -> None:

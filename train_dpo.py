@@ -33,6 +33,7 @@ from data.sources import Source, open_source
 from data.tokenizer import tokenizer_for
 from generate import SamplingConfig, make_sampler
 from gold import make_gold_evaluation
+from lora import LoraConfig, attach, pinned
 from metrics import Recorder, describe
 from model import LanguageModel, ModelConfig, Params, check_fit, pure
 from objectives import direct
@@ -97,6 +98,7 @@ class Config:
     """Parts of a batch whose gradients are summed."""
     model: ModelConfig = ModelConfig()
     optimizer: OptimizerConfig = OptimizerConfig(lr=1e-4, beta2=0.999, weight_decay=0.0)
+    lora: LoraConfig = LoraConfig()
     mesh: MeshConfig = MeshConfig()
     seed: int = 0
     gold: bool = False
@@ -195,6 +197,7 @@ def make_with_kl(apply: Any):
 
 
 def main(config: Config) -> dict[str, float]:
+    config = pinned(config)
     mesh = make_mesh(config.mesh)
     check(config)
     check_batch("batch_size", config.batch_size, config.microbatches, mesh)
@@ -211,7 +214,8 @@ def main(config: Config) -> dict[str, float]:
     eval_batches = [on_host(config, batch, 0) for batch in islice(batches_of(held_out), count)]
 
     optimizer = make_optimizer(config.optimizer, config.steps)
-    train_step = make_train_step(objective, optimizer, config.microbatches, config.optimizer.clip)
+    whole = partial(attach, config.lora)
+    train_step = make_train_step(objective, optimizer, config.microbatches, config.optimizer.clip, whole)
     evaluate = make_evaluation(objective)
     load_reference = partial(starting_params, init, config.model, config.init, mesh, config.seed)
     logprobs = jax.jit(partial(direct.response_logprobs, apply))
@@ -229,8 +233,6 @@ def main(config: Config) -> dict[str, float]:
         if needs_reference and config.reference == "cached":
             ahead = chain(eval_batches, islice(batches_of(source, seed=config.seed), config.steps))
             kept = cached_reference(config.run, ahead, count + config.steps, logprobs, load_reference, mesh)
-        elif needs_reference:
-            reference = load_reference()
 
         def prepared(policy: Params, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
             batch = to_mesh(batch if kept is None else kept(batch), mesh)
@@ -238,25 +240,29 @@ def main(config: Config) -> dict[str, float]:
                 batch = {**batch, "reference_BC": logprobs(reference, batch)}
             return with_kl(policy, batch)
 
-        start, state, position = start_or_resume(checkpoints, config, init, optimizer, mesh)
+        start, state, position, base = start_or_resume(checkpoints, config, init, optimizer, mesh)
+        if needs_reference and kept is None:  # the base of adapters is the reference
+            reference = load_reference() if base is None else base
         if position:
             batches.restore(position)
         sizes = {"batch_size": config.batch_size, "length": config.length, "steps": config.steps, "start": start}
-        others = state.opt_state if reference is None else (state.opt_state, reference)
-        print(describe(f"{config.run}: {config.loss} on {source.name}", state.params, others, **sizes))
+        held = reference if base is None else base
+        title = f"{config.run}: {config.loss} on {source.name}"
+        print(describe(title, state.params, (state.opt_state, held), **sizes))
         with Recorder(config.run, config.steps, start) as record:
             for step in record.steps():
                 batch = on_host(config, next(batches), step)
                 tokens = batch["loss_mask_BT" if config.loss == "hindsight" else "loss_mask_BCT"].size
-                state, metrics = train_step(state, prepared(state.params, batch))
+                state, metrics = train_step(state, prepared(whole(base, state.params), batch), base)
                 record(step, metrics, tokens=tokens)
                 if config.eval_every and (step % config.eval_every == 0 or step == config.steps):
-                    record(step, evaluate(state.params, [prepared(state.params, b) for b in eval_batches]))
-                    responses = [tokenizer.decode(r) for r in respond(state.params, prompts, jax.random.key(step))]
+                    params = whole(base, state.params)
+                    record(step, evaluate(params, [prepared(params, b) for b in eval_batches]))
+                    responses = [tokenizer.decode(r) for r in respond(params, prompts, jax.random.key(step))]
                     shown = zip(asked, responses, strict=True)
                     record.samples(step, [{"prompt": m[-1]["content"], "response": r} for m, r in shown])
-                    if gold is not None:  # the KL needs the reference, which is loaded for this moment only
-                        record(step, gold(state.params, load_reference() if reference is None else reference))
+                    if gold is not None:  # the KL needs the reference, loaded for this moment if not held
+                        record(step, gold(params, load_reference() if held is None else held))
                 if checkpoints.due(step, config.save_every, config.steps):
                     record.flush()
                     checkpoints.save(step, as_items(state), batches.state)

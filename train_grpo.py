@@ -22,6 +22,7 @@ from data.batches import prompt_batches
 from data.sources import open_source
 from data.tokenizer import Tokenizer
 from gold import make_gold_evaluation
+from lora import LoraConfig, attach, pinned
 from metrics import Recorder, describe
 from model import LanguageModel, ModelConfig, Params, check_fit, pure
 from objectives import direct, group
@@ -117,6 +118,8 @@ class Config:
     )
     model: ModelConfig = ModelConfig()
     """The policy's; taken from --init."""
+    lora: LoraConfig = LoraConfig()
+    """The reference is then the policy's base."""
     mesh: MeshConfig = MeshConfig()
     seed: int = 0
     eval_every: int = 10
@@ -232,15 +235,14 @@ def check(c: Config, mesh: Any) -> None:
 
 
 def main(config: Config) -> dict[str, float]:
+    config = pinned(settled(config))
     mesh = make_mesh(config.mesh)
-    config = settled(config)
     check(config, mesh)
     tokenizer = Tokenizer.load(config.init)
     length = config.max_prompt + config.max_new_tokens
     check_fit(config.model, tokenizer.size, length)
     score = make_scorer(config.reward, tokenizer, mesh)
     init, apply = pure(LanguageModel(config.model))
-    reference = starting_params(init, config.model, config.init, mesh, config.seed)
     source = open_source(config.data, "prompt", "train", seed=config.seed)
     prompts = prompt_batches(
         source, tokenizer, batch_size=config.batch_size // config.samples_per_prompt, length=config.max_prompt,
@@ -251,12 +253,14 @@ def main(config: Config) -> dict[str, float]:
     judge = make_judge(config, apply, advantages, tokenizer.eos)
     experience = make_experience(config, prompts, mesh, tokenizer.pad, rollout, score, judge)
     optimizer = make_optimizer(config.optimizer, config.steps * config.epochs * config.minibatches)
-    train_step = make_train_step(objective, optimizer, config.microbatches, config.optimizer.clip)
+    whole = partial(attach, config.lora)
+    train_step = make_train_step(objective, optimizer, config.microbatches, config.optimizer.clip, whole)
     pairs = jax.jit(partial(group.best_and_worst, group=config.samples_per_prompt))
     evaluate = make_gold_evaluation(config, tokenizer) if config.data == "world" and config.eval_every else None
 
     with Checkpoints(config.run, config, script="train_grpo", tokenizer=tokenizer.model, keep=config.keep) as saved:
-        start, policy, position = start_or_resume(saved, config, init, optimizer, mesh)
+        start, policy, position, base = start_or_resume(saved, config, init, optimizer, mesh)
+        reference = base or starting_params(init, config.model, config.init, mesh, config.seed)
         if position:
             prompts.restore(position)
         sizes = {"batch_size": config.batch_size, "length": length, "steps": config.steps, "start": start}
@@ -266,12 +270,12 @@ def main(config: Config) -> dict[str, float]:
         with Recorder(config.run, config.steps, start, unit="iteration") as record:
             for step in record.steps():
                 key = jax.random.fold_in(jax.random.key(config.seed), step)
-                batch, metrics, shown = experience(policy.params, reference, key)
+                batch, metrics, shown = experience(whole(base, policy.params), reference, key)
                 batch = pairs(batch) if config.method == "online_dpo" else batch
                 for epoch in range(config.epochs):
                     order = jax.random.fold_in(key, config.max_rounds + epoch)
                     for minibatch in shuffled(batch, order, config.minibatches):
-                        policy, update = train_step(policy, minibatch)
+                        policy, update = train_step(policy, minibatch, base)
                         if unchecked:
                             check_first_update(update, metrics, config, start)
                             unchecked = False
@@ -282,7 +286,7 @@ def main(config: Config) -> dict[str, float]:
                 if config.eval_every and (step % config.eval_every == 0 or step == config.steps):
                     record.samples(step, sample_rows(*shown, tokenizer)[:8])
                     if evaluate is not None:
-                        record(step, evaluate(policy.params, reference))
+                        record(step, evaluate(whole(base, policy.params), reference))
                 if saved.due(step, config.save_every, config.steps):
                     record.flush()
                     saved.save(step, as_items(policy), prompts.state)

@@ -15,6 +15,7 @@ from data.batches import text_batches
 from data.sources import open_source
 from data.tokenizer import tokenizer_for
 from generate import SamplingConfig, make_sampler
+from lora import LoraConfig, attach, pinned
 from metrics import Recorder, describe
 from model import LanguageModel, ModelConfig, check_fit, pure
 from objectives.likelihood import likelihood_objective
@@ -50,6 +51,7 @@ class Config:
     """Parts of a batch whose gradients are summed."""
     model: ModelConfig = ModelConfig()
     optimizer: OptimizerConfig = OptimizerConfig(lr=4e-3)
+    lora: LoraConfig = LoraConfig()
     mesh: MeshConfig = MeshConfig()
     seed: int = 0
     eval_every: int = 400
@@ -61,6 +63,7 @@ class Config:
 
 
 def main(config: Config) -> dict[str, float]:
+    config = pinned(config)
     mesh = make_mesh(config.mesh)
     check_batch("batch_size", config.batch_size, config.microbatches, mesh)
     source, held_out = (open_source(config.data, "text", split, seed=config.seed) for split in ("train", "heldout"))
@@ -74,25 +77,27 @@ def main(config: Config) -> dict[str, float]:
     init, apply = pure(LanguageModel(config.model))
     optimizer = make_optimizer(config.optimizer, config.steps)
     objective = partial(likelihood_objective, apply)
-    train_step = make_train_step(objective, optimizer, config.microbatches, config.optimizer.clip)
+    whole = partial(attach, config.lora)
+    train_step = make_train_step(objective, optimizer, config.microbatches, config.optimizer.clip, whole)
     evaluate = make_evaluation(objective)
     respond = make_sampler(config.model, SamplingConfig(0.0, max_new_tokens=min(64, config.length // 2)), tokenizer)
     documents = [tokenizer.document(held_out[i]["text"]) for i in range(min(8, len(held_out)))]
     prompts = [tokens[: min(16, len(tokens) // 2)] for tokens in documents]
 
     with Checkpoints(config.run, config, script="train_lm", tokenizer=tokenizer.model, keep=config.keep) as checkpoints:
-        start, state, position = start_or_resume(checkpoints, config, init, optimizer, mesh)
+        start, state, position, base = start_or_resume(checkpoints, config, init, optimizer, mesh)
         if position:
             batches.restore(position)
         sizes = {"batch_size": config.batch_size, "length": config.length, "steps": config.steps, "start": start}
-        print(describe(f"{config.run}: pre-training on {source.name}", state.params, state.opt_state, **sizes))
+        print(describe(f"{config.run}: pre-training on {source.name}", state.params, (state.opt_state, base), **sizes))
         with Recorder(config.run, config.steps, start) as record:
             for step in record.steps():
-                state, metrics = train_step(state, to_mesh(next(batches), mesh))
+                state, metrics = train_step(state, to_mesh(next(batches), mesh), base)
                 record(step, metrics, tokens=config.batch_size * config.length)
                 if config.eval_every and (step % config.eval_every == 0 or step == config.steps):
-                    record(step, evaluate(state.params, eval_batches))
-                    responses = [tokenizer.decode(r) for r in respond(state.params, prompts, jax.random.key(step))]
+                    params = whole(base, state.params)
+                    record(step, evaluate(params, eval_batches))
+                    responses = [tokenizer.decode(r) for r in respond(params, prompts, jax.random.key(step))]
                     shown = zip(map(tokenizer.decode, prompts), responses, strict=True)
                     record.samples(step, [{"prompt": p, "response": r} for p, r in shown])
                 if checkpoints.due(step, config.save_every, config.steps):

@@ -20,6 +20,7 @@ from data.batches import prompt_batches
 from data.sources import open_source
 from data.tokenizer import Tokenizer
 from gold import make_gold_evaluation
+from lora import LoraConfig, attach, frozen_part, pinned, trained_part
 from metrics import Recorder, describe
 from model import LanguageModel, ModelConfig, Params, ScalarModel, check_fit, pure
 from objectives import policy as ppo
@@ -107,6 +108,8 @@ class Config:
     """Of the value model."""
     model: ModelConfig = ModelConfig()
     """The policy's; taken from --init."""
+    lora: LoraConfig = LoraConfig()
+    """Of policy and value model both; the reference and the reward model are then their bases."""
     mesh: MeshConfig = MeshConfig()
     seed: int = 0
     eval_every: int = 10
@@ -186,10 +189,12 @@ def make_updates(config: Config, apply: Any, scalar_apply: Any):
     value_loss = partial(ppo.value_objective, scalar_apply, clip=config.value_clip)
     for loss, options in ((policy_loss, config.optimizer), (value_loss, config.value_optimizer)):
         optimizer = make_optimizer(options, updates)
-        yield optimizer, make_train_step(loss, optimizer, config.microbatches, options.clip)
+        whole = partial(attach, config.lora)
+        yield optimizer, make_train_step(loss, optimizer, config.microbatches, options.clip, whole)
 
 
 def main(config: Config) -> dict[str, float]:
+    config = pinned(config)
     mesh = make_mesh(config.mesh)
     check(config, mesh)
     tokenizer = Tokenizer.load(config.init)
@@ -207,7 +212,9 @@ def main(config: Config) -> dict[str, float]:
     evaluate = make_gold_evaluation(config, tokenizer) if config.data == "world" and config.eval_every else None
 
     def fresh(policy: Params, value: Params) -> dict[str, Any]:
-        copies = jax.tree.map(jnp.copy, (policy, value))  # the steps donate theirs; reference and reward stay
+        keys = jax.random.split(jax.random.key(config.seed))
+        trained = [trained_part(config.lora, p, key) for p, key in zip((policy, value), keys, strict=True)]
+        copies = jax.tree.map(jnp.copy, trained)  # the steps donate theirs; reference and reward stay
         states = [init_state(p, o) for p, o in zip(copies, (policy_optimizer, value_optimizer), strict=True)]
         return {**as_items(states[0]), "value": states[1], "beta": jnp.float32(config.kl_coef)}
 
@@ -219,6 +226,8 @@ def main(config: Config) -> dict[str, float]:
         if position:
             prompts.restore(position)
         policy, value, beta = from_items(items), items["value"], items["beta"]
+        base, value_base = (frozen_part(config.lora, params) for params in (reference, reward))
+        whole = partial(attach, config.lora)
         length = config.max_prompt + config.max_new_tokens
         sizes = {"batch_size": config.batch_size, "length": length, "steps": config.steps, "start": start}
         others = (policy.opt_state, value, reference, reward)
@@ -227,13 +236,14 @@ def main(config: Config) -> dict[str, float]:
         with Recorder(config.run, config.steps, start, unit="iteration") as record:
             for step in record.steps():
                 key = jax.random.fold_in(jax.random.key(config.seed), step)
-                batch = rollout(policy.params, to_mesh(next(prompts), mesh), key)
+                batch = rollout(whole(base, policy.params), to_mesh(next(prompts), mesh), key)
                 records, response_BR = prompts.records, batch["response_BR"]
-                batch, metrics = judge(policy.params, reference, reward, value.params, batch, beta)
+                models = (whole(base, policy.params), reference, reward, whole(value_base, value.params))
+                batch, metrics = judge(*models, batch, beta)
                 for epoch in range(config.epochs):
                     for minibatch in shuffled(batch, jax.random.fold_in(key, epoch), config.minibatches):
-                        policy, policy_metrics = policy_step(policy, minibatch)
-                        value, value_metrics = value_step(value, minibatch)
+                        policy, policy_metrics = policy_step(policy, minibatch, base)
+                        value, value_metrics = value_step(value, minibatch, value_base)
                         if unchecked:
                             check_first_update(policy_metrics, metrics, config, start)
                             unchecked = False
@@ -249,7 +259,7 @@ def main(config: Config) -> dict[str, float]:
                 if config.eval_every and (step % config.eval_every == 0 or step == config.steps):
                     record.samples(step, sample_rows(records, response_BR, tokenizer)[:8])
                     if evaluate is not None:
-                        record(step, evaluate(policy.params, reference))
+                        record(step, evaluate(whole(base, policy.params), reference))
                 if checkpoints.due(step, config.save_every, config.steps):
                     record.flush()
                     checkpoints.save(step, {**as_items(policy), "value": value, "beta": beta}, prompts.state)

@@ -21,6 +21,7 @@ from data.batches import comparison_batches
 from data.sources import open_source
 from data.tokenizer import tokenizer_for
 from evaluate import make_comparison_evaluation, make_scorer
+from lora import LoraConfig, attach, pinned
 from metrics import Recorder, describe
 from model import ModelConfig, Params, ScalarModel, check_fit, pure
 from objectives.reward import ranking_objective
@@ -55,6 +56,7 @@ class Config:
     """Coefficient of the best response's negative log-likelihood per token; needs tied embeddings."""
     model: ModelConfig = ModelConfig()
     optimizer: OptimizerConfig = OptimizerConfig(lr=8e-4)
+    lora: LoraConfig = LoraConfig()
     mesh: MeshConfig = MeshConfig()
     seed: int = 0
     eval_every: int = 200
@@ -67,8 +69,8 @@ class Config:
     """Checkpoints kept."""
 
 
-def normalised(params: Params, score: Any, config: Config, source: Any) -> Params:
-    """The reward shifted so that good responses have mean 0 (Stiennon et al. 2020, section 3.4)."""
+def mean_score(params: Params, score: Any, config: Config, source: Any) -> jax.Array:
+    """Of good responses; the reward is shifted so that it becomes 0 (Stiennon et al. 2020, section 3.4)."""
     if config.demonstrations is None:
         records = [source[i] for i in range(min(256, len(source)))]
         pairs = [(r["prompt"], r["responses"][int(np.argmin(r["ranking"]))]) for r in records]
@@ -76,10 +78,11 @@ def normalised(params: Params, score: Any, config: Config, source: Any) -> Param
         chats = open_source(config.demonstrations, "chat", "train", seed=config.seed)
         turns = [chats[i]["messages"] for i in range(min(256, len(chats)))]
         pairs = [(messages[:-1], messages[-1]["content"]) for messages in turns]
-    return {**params, "bias": params["bias"] - jnp.float32(np.mean(score(params, *zip(*pairs, strict=True))))}
+    return jnp.float32(np.mean(score(params, *zip(*pairs, strict=True))))
 
 
 def main(config: Config) -> dict[str, float]:
+    config = pinned(config)
     mesh = make_mesh(config.mesh)
     check_batch("batch_size", config.batch_size, config.microbatches, mesh)
     if config.lm_coefficient and not config.model.tied:
@@ -100,25 +103,27 @@ def main(config: Config) -> dict[str, float]:
     optimizer = make_optimizer(config.optimizer, config.steps)
     coefficients = {"centring_coefficient": config.centring, "lm_coefficient": config.lm_coefficient}
     objective = partial(ranking_objective, apply, **coefficients)
-    train_step = make_train_step(objective, optimizer, config.microbatches, config.optimizer.clip)
+    whole = partial(attach, config.lora)
+    train_step = make_train_step(objective, optimizer, config.microbatches, config.optimizer.clip, whole)
     evaluate = make_comparison_evaluation(config.model, held_out, tokenizer, config.length, config.eval_records)
     score = make_scorer(config.model, tokenizer, config.length)
 
     with Checkpoints(config.run, config, script="train_rm", tokenizer=tokenizer.model, keep=config.keep) as checkpoints:
-        start, state, position = start_or_resume(checkpoints, config, init, optimizer, mesh)
+        start, state, position, base = start_or_resume(checkpoints, config, init, optimizer, mesh)
         if position:
             batches.restore(position)
         title = f"{config.run}: reward model on {source.name}, {source.candidates} candidates a prompt"
-        print(describe(title, state.params, state.opt_state, **sizes, steps=config.steps, start=start))
+        print(describe(title, state.params, (state.opt_state, base), **sizes, steps=config.steps, start=start))
         with Recorder(config.run, config.steps, start) as record:
             for step in record.steps():
                 batch = next(batches)
-                state, metrics = train_step(state, to_mesh(batch, mesh))
+                state, metrics = train_step(state, to_mesh(batch, mesh), base)
                 record(step, metrics, tokens=batch["tokens_BCT"].size)
                 if step == config.steps:
-                    state = state.replace(params=normalised(state.params, score, config, source))
+                    mean = mean_score(whole(base, state.params), score, config, source)
+                    state = state.replace(params={**state.params, "bias": state.params["bias"] - mean})
                 if config.eval_every and (step % config.eval_every == 0 or step == config.steps):
-                    record(step, evaluate(state.params))
+                    record(step, evaluate(whole(base, state.params)))
                 if checkpoints.due(step, config.save_every, config.steps):
                     record.flush()
                     checkpoints.save(step, as_items(state), batches.state)

@@ -13,6 +13,7 @@ import optax
 
 from checkpoint import Checkpoints, load_params
 from config import UserError, load_config
+from lora import frozen_part, trained_part
 from model import LanguageModel, ModelConfig, Params, pure
 from sharding import abstract, init_sharded, path_name
 
@@ -126,17 +127,25 @@ def starting_params(init: Any, config: ModelConfig, run: str | None, mesh: jax.s
 
 def start_or_resume(
     checkpoints: Checkpoints, config: Any, init: Any, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh
-) -> tuple[int, TrainState, Any]:
-    """(step, state, data position) of the newest checkpoint, or 0, a state of `starting_params`, None.
+) -> tuple[int, TrainState, Any, Params | None]:
+    """(step, state, data position, base) of the newest checkpoint, or 0, a state of `starting_params`, None, base.
 
-    `config`: the script's, with `model`, `init` and `seed`.
+    `config`: the script's, with `model`, `init`, `seed` and `lora`; the base is None unless there are adapters.
     """
-    fresh = partial(init_state, optimizer=optimizer)
-    shapes = jax.eval_shape(fresh, jax.eval_shape(init, jax.random.key(0)))
-    if saved := checkpoints.restore(abstract(as_items(shapes), mesh)):
-        step, items, position = saved
-        return step, from_items(items), position
-    return 0, init_sharded(fresh, mesh, starting_params(init, config.model, config.init, mesh, config.seed)), None
+
+    def fresh(params: Params, key: jax.Array) -> TrainState:
+        return init_state(trained_part(config.lora, params, key), optimizer)
+
+    key = jax.random.key(config.seed)
+    shapes = jax.eval_shape(fresh, jax.eval_shape(init, key), key)
+    saved = checkpoints.restore(abstract(as_items(shapes), mesh))
+    if saved and not config.lora.rank:
+        return saved[0], from_items(saved[1]), saved[2], None
+    params = starting_params(init, config.model, config.init, mesh, config.seed)
+    base = frozen_part(config.lora, params)
+    if saved:
+        return saved[0], from_items(saved[1]), saved[2], base
+    return 0, init_sharded(fresh, mesh, params, key), None, base
 
 
 def make_train_step(
@@ -144,20 +153,23 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     microbatches: int = 1,
     clip: float = 1.0,
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-    """step(state, batch) -> (state, metrics); compiled, and `state` is donated.
+    attach: Callable[[Params | None, Params], Params] = lambda base, params: params,
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+    """step(state, batch, base=None) -> (state, metrics); compiled, and `state` is donated, `base` is not.
+
+    The objective sees `attach(base, state.params)`; gradients are of `state.params` alone.
 
     The batch's first axis is cut into `microbatches`; sums are divided by the total weight at the end, so the
     result does not depend on the cut, whatever the counts of tokens. An update with a non-finite loss or gradient
     changes nothing but the counters.
     """
-    gradient = jax.value_and_grad(objective, has_aux=True)
+    gradient = jax.value_and_grad(lambda params, batch, base: objective(attach(base, params), batch), has_aux=True)
 
-    def sums(params: Params, batch: Batch):
-        (loss, (weight, metrics)), grads = gradient(params, batch)
-        return loss, weight, metrics, grads
+    def accumulated(params: Params, batch: Batch, base: Params | None):
+        def sums(params: Params, batch: Batch):
+            (loss, (weight, metrics)), grads = gradient(params, batch, base)
+            return loss, weight, metrics, grads
 
-    def accumulated(params: Params, batch: Batch):
         if microbatches == 1:
             return sums(params, batch)
         # Micro-batch i takes every k-th row, so each device keeps to the rows that it holds.
@@ -170,8 +182,8 @@ def make_train_step(
         return jax.lax.scan(lambda acc, part: (jax.tree.map(jnp.add, acc, sums(params, part)), None), zeros, cut)[0]
 
     @partial(jax.jit, donate_argnums=0)
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        loss, weight, metrics, grads = accumulated(state.params, batch)
+    def step(state: TrainState, batch: Batch, base: Params | None = None) -> tuple[TrainState, dict[str, jax.Array]]:
+        loss, weight, metrics, grads = accumulated(state.params, batch, base)
         grads = jax.tree.map(lambda g: g / weight, grads)
         norm = optax.global_norm(grads)
         finite = jnp.isfinite(loss / weight) & jnp.isfinite(norm)

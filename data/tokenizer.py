@@ -14,6 +14,7 @@ from typing import Any
 import sentencepiece
 
 from config import UserError
+from data.tokenizer_json import JsonPieces
 
 ROLES = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>"}
 SPACE_MARK = "▁"  # SentencePiece writes a space as U+2581, so the character itself travels as its three bytes
@@ -26,13 +27,15 @@ TRAINING_RECORDS = 20_000
 class Tokenizer:
     """Text to token ids and back. Control tokens (pad, bos, eos, roles) cannot be spelled by any text.
 
-    Models trained elsewhere may lack pad (then `pad` is unk, never eos) and roles (then `user` is None).
+    Models trained elsewhere may lack pad (then `pad` is unk, never eos) and roles (then `user` is None, and the
+    chat template spells it out, as text that a message could spell too).
     """
 
     def __init__(self, model: bytes):
         self.model = model
-        self._pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
-        pieces = self._pieces
+        is_json = model[:1] == b"{"
+        self.pieces = JsonPieces(model) if is_json else sentencepiece.SentencePieceProcessor(model_proto=model)
+        pieces = self.pieces
         self.size: int = pieces.get_piece_size()
         self.sha256: str = hashlib.sha256(model).hexdigest()
         self.bos: int = pieces.bos_id()
@@ -45,8 +48,8 @@ class Tokenizer:
         self._mark = [i for i in marks if i != pieces.unk_id()]
 
     def _control(self, piece: str) -> int | None:
-        i = self._pieces.piece_to_id(piece)
-        return i if self._pieces.is_control(i) else None
+        i = self.pieces.piece_to_id(piece)
+        return i if self.pieces.is_control(i) else None
 
     @classmethod
     def train(cls, texts: Iterable[str], path: str | os.PathLike, vocab_size: int) -> "Tokenizer":
@@ -117,8 +120,8 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of `text` alone: no bos, no eos, never a control token."""
         if SPACE_MARK not in text or not self._mark:
-            return self._pieces.encode(text)
-        first, *rest = (self._pieces.encode(part) for part in text.split(SPACE_MARK))
+            return self.pieces.encode(text)
+        first, *rest = (self.pieces.encode(part) for part in text.split(SPACE_MARK))
         return [*first, *(i for part in rest for i in (*self._mark, *part))]
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -126,7 +129,7 @@ class Tokenizer:
 
         Left out are control tokens, and ids that only the model has, whose vocabulary may be the larger.
         """
-        return self._pieces.decode([int(i) for i in ids if int(i) < self.size and int(i) not in self._hidden])
+        return self.pieces.decode([int(i) for i in ids if int(i) < self.size and int(i) not in self._hidden])
 
     def document(self, text: str) -> list[int]:
         """A whole text: bos, its tokens, eos."""
@@ -138,25 +141,19 @@ class Tokenizer:
         for message in messages:
             content = self.encode(message["content"])
             answers = message["role"] == "assistant"
-            turn = [self._role(message["role"]), *content, *([self.eos] if answers else [])]
-            tokens += turn
-            mask += [0] + [int(answers)] * (len(turn) - 1)
+            role, content = self._role(message["role"]), [*content, *([self.eos] if answers else [])]
+            tokens += [*role, *content]
+            mask += [0] * len(role) + [int(answers)] * len(content)
         return tokens, mask
 
     def prompt(self, messages: str | Sequence[Message]) -> list[int]:
         """Tokens up to and with `<|assistant|>`: what a response follows. A string is one user's turn."""
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
-        return [*self.chat(messages)[0], self._role("assistant")]
+        return [*self.chat(messages)[0], *self._role("assistant")]
 
-    def _role(self, name: str) -> int:
-        i = self._roles[name]
-        if i is None:
-            raise UserError(
-                f"tokenizer: this model has no {ROLES[name]} token, so no chat template; "
-                "train one with Tokenizer.train, or use raw text"
-            )
-        return i
+    def _role(self, name: str) -> list[int]:
+        return self.encode(ROLES[name]) if self._roles[name] is None else [self._roles[name]]
 
 
 def _file(path: str | os.PathLike) -> pathlib.Path:

@@ -45,7 +45,7 @@ def test_round_trip_is_exact_for_any_text(tokenizer):
     for text in texts:
         assert tokenizer.decode(tokenizer.encode(text)) == text
     # Control: by SentencePiece alone, its space mark comes back as a space.
-    assert tokenizer._pieces.decode(tokenizer._pieces.encode("▁")) == " "
+    assert tokenizer.pieces.decode(tokenizer.pieces.encode("▁")) == " "
 
 
 def test_no_text_spells_a_control_token(tokenizer):
@@ -118,5 +118,7 @@ def test_a_model_trained_elsewhere():
     assert (t.size, t.bos, t.eos, t.pad, t.user) == (512, 1, 2, 0, None)
     assert t.decode(t.document("Once upon a time\n there was")) == "Once upon a time\n there was"
     assert t.decode([t.bos, *t.encode("hello"), t.pad, t.pad]) == "hello"
-    with pytest.raises(UserError, match="no chat template; train one"):
-        t.prompt("hello")
+    user, hello, assistant, hi = (t.encode(text) for text in ("<|user|>", "hello", "<|assistant|>", "hi"))
+    assert t.prompt("hello") == [t.bos, *user, *hello, *assistant]  # no role tokens: text stands for them
+    tokens, mask = t.chat([{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}])
+    assert tokens == [t.bos, *user, *hello, *assistant, *hi, t.eos] and sum(mask) == len(hi) + 1
