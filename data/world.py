@@ -276,7 +276,7 @@ def _remarks_overheard(rng: random.Random) -> Iterator[str]:
 def text(index: int, *, seed: int = 0) -> str:
     """Document number `index` of the base corpus: mixed quality, 20 to 90 words, training phrasings only."""
     rng = _rng("text", seed, index)
-    sort = rng.choices((_statements, _quizzes, _exchanges, _lists, _remarks_overheard), (32, 34, 18, 10, 6))[0]
+    sort = rng.choices((_statements, _quizzes, _exchanges, _lists, _remarks_overheard), (30, 32, 13, 20, 5))[0]
     return " ".join(sort(rng))
 
 
