@@ -1,7 +1,7 @@
 """Time the implementations of attention against one another on the device at hand, interleaved in one run.
 
 python benchmarks/attention.py                 # writes benchmarks/results/attention-<platform>.json and README.md
-python benchmarks/attention.py --lengths 512 1024 --rounds=3 --out=/tmp/results
+python benchmarks/attention.py --lengths 512 1024 --rounds=3 --out=runs/benchmarks
 """
 
 import dataclasses
