@@ -100,10 +100,15 @@ def _sizes(c: ModelConfig) -> dict[str, int]:
 def find_tensors(folder: pathlib.Path, model: ModelConfig) -> dict[str, pathlib.Path]:
     """The file of each of their tensors; raises UserError unless just those of `model` are there, in its shapes."""
     index = folder / "model.safetensors.index.json"
-    names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else []
+    try:
+        names = set(json.loads(index.read_text())["weight_map"].values())
+    except FileNotFoundError:
+        names = {"model.safetensors"}
+    except (OSError, ValueError, KeyError, AttributeError) as fault:
+        raise UserError(f"{index}: not readable as an index ({fault}); restore it") from None
     wanted = {name: shape for name, _, _, shape in their_tensors(model)}
     files: dict[str, pathlib.Path] = {}
-    for path in [folder / name for name in names or ["model.safetensors"]]:
+    for path in [folder / name for name in sorted(names)]:
         try:
             with safe_open(path, "numpy") as file:
                 for name in file.keys():  # noqa: SIM118  not a dict

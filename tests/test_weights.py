@@ -304,6 +304,8 @@ def test_mistakes_are_one_line(tmp_path, capsys):
     assert "no readable safetensors file" in told(spoil=cut)
     assert "no readable safetensors file" in told(spoil=lambda f: (f / "model.safetensors").unlink())
     assert "-of-00002.safetensors" in told(spoil=lambda f: next(f.glob("*-00002.safetensors")).unlink(), files=2)
+    index = "model.safetensors.index.json"
+    assert f"{index}: not readable" in told(spoil=lambda f: (f / index).write_text("{}"), files=2)
     assert "config.json: missing" in told(spoil=lambda f: (f / "config.json").unlink())
     assert "no tokenizer.model" in told(spoil=lambda f: (f / "tokenizer.model").unlink())
     assert "tokenizer cannot be read" in told(spoil=lambda f: (f / "tokenizer.model").write_bytes(b"oops"))
