@@ -55,7 +55,7 @@ class Config:
     lm_coefficient: float = 0.0
     """Coefficient of the best response's negative log-likelihood per token; needs tied embeddings."""
     model: ModelConfig = ModelConfig()
-    optimizer: OptimizerConfig = OptimizerConfig(lr=8e-4)
+    optimizer: OptimizerConfig = OptimizerConfig(lr=1.5e-3)
     lora: LoraConfig = LoraConfig()
     mesh: MeshConfig = MeshConfig()
     seed: int = 0
