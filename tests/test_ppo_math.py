@@ -1,6 +1,7 @@
 """PPO's mathematics against float64 loops, exact enumeration and the closed form of its optimum."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+from model import ModelConfig
 from objectives.policy import (
     adapt_kl,
     clipped_policy_loss,
@@ -21,6 +23,7 @@ from objectives.policy import (
     value_objective,
     whiten,
 )
+from rollout import check_first_update
 
 
 def normal(*shape, seed=0):
@@ -244,3 +247,13 @@ def test_objectives_ignore_padding_and_pick_the_emitting_state():
     loss, (tokens, metrics) = value_objective(scalars, 0.0, padded, clip=0.2)
     assert float(tokens) == 13 and float(loss) == pytest.approx(0.5 * 0.25 * 13)
     assert float(metrics["square_error"][0]) == pytest.approx(0.25 * 13)
+
+
+def test_a_first_update_off_the_policy_is_refused():
+    metrics, update = {"kl": 0.0, "sampler_gap": 0.0}, {"approx_kl": 0.0, "clipped": 0.0}
+    setting = SimpleNamespace(model=ModelConfig.from_preset("tiny"))
+    check_first_update(update, metrics, setting, 0)
+    for wrong in (*metrics, *update):
+        bad = [{name: 0.01 if name == wrong else x for name, x in part.items()} for part in (update, metrics)]
+        with pytest.raises(AssertionError):
+            check_first_update(*bad, setting, 0)
