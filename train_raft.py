@@ -224,7 +224,8 @@ def main(config: Config) -> dict[str, float]:
         return make_experience(config, prompts, mesh, tokenizer.pad, rollout, score, judge)
 
     # The first responses are the reference's own, which knows no quantiles yet (Quark, algorithm 1).
-    first, later = make_sampling(plain), make_sampling(best_asked)
+    first = make_sampling(plain)
+    later = make_sampling(best_asked) if by_quantile else first
     pool_rows = config.batch_size * (1 + config.carry)
     choose, (draw, parts) = make_choose(config, words), make_draw(config, pool_rows)
     add = jax.jit(imitate.added, out_shardings=NamedSharding(mesh, P()))
@@ -263,7 +264,7 @@ def main(config: Config) -> dict[str, float]:
                 ranked, chosen_B, of_chosen = choose(pool, jax.random.fold_in(key, 1))
                 count, best = int(of_chosen["chosen"]), float(of_chosen["best_score"])  # waits: once a round
                 updates = -(-config.epochs * count // config.minibatch_size)
-                for minibatch in draw(ranked, chosen_B, jax.random.fold_in(key, 2))[:updates]:
+                for minibatch in draw(ranked, chosen_B, jax.random.fold_in(key, 2))[:updates] if count else []:
                     policy, update = train_step(policy, minibatch, held)
                     metrics |= {f"policy/{name}": x for name, x in update.items()}
                 if not count and jax.process_index() == 0:

@@ -67,7 +67,7 @@ def test_of_equal_responses_to_a_prompt_the_first_is_distinct():
 @pytest.mark.parametrize("rows, empty, count", [(24, 5, 5), (24, 0, 4), (7, 4, 5)])
 def test_quantiles_are_equally_filled_and_in_order(rows, empty, count):
     scores = scores_with_ties(0, rows, empty)
-    given = [np.asarray(imitate.quantiles(scores, count, jax.random.key(k))) for k in range(8)]
+    given = [np.asarray(imitate.quantiles(scores, count, jax.random.key(k))) for k in range(32)]
     for quantile in given:
         assert (quantile[scores == NONE] == 0).all()
         sizes = np.bincount(quantile[scores > NONE], minlength=count + 1)[1:]
