@@ -39,15 +39,27 @@ def mean(values: Sequence[float]) -> Interval:
 # --- the world
 
 
-def make_measure(config: ModelConfig, sampling: SamplingConfig, tokenizer: Tokenizer, prompt_length: int) -> Callable:
-    """measure(params, reference, prompts: texts, seed) -> one (response, length, KL to reference in nats) each."""
-    _, apply = pure(LanguageModel(config))
+def make_measure(
+    config: ModelConfig,
+    sampling: SamplingConfig,
+    tokenizer: Tokenizer,
+    prompt_length: int,
+    condition: Callable = lambda prompts: prompts,
+    reference: ModelConfig | None = None,
+) -> Callable:
+    """measure(params, reference, prompts: texts, seed) -> one (response, length, KL to reference in nats) each.
+
+    `condition`: the batch of prompts as `params` sees them (the reference sees them as they are). `reference`: the
+    reference's shape, where it is not `config`.
+    """
+    apply, reference_apply = (pure(LanguageModel(shape))[1] for shape in (config, reference or config))
     rows = 256
 
     @jax.jit
     def sample(params: Params, reference: Params, prompts: dict[str, jax.Array], key: jax.Array):
-        samples = generate(apply, config, params, prompts, key, sampling, eos=tokenizer.eos, pad=tokenizer.pad)
-        reference_BR = response_logprobs(apply, reference, join(prompts, samples), sampling.temperature)
+        asked = condition(prompts)
+        samples = generate(apply, config, params, asked, key, sampling, eos=tokenizer.eos, pad=tokenizer.pad)
+        reference_BR = response_logprobs(reference_apply, reference, join(prompts, samples), sampling.temperature)
         return samples, ((samples.logp_BR - reference_BR) * samples.mask_BR).sum(1)
 
     def measure(params: Params, reference: Params, prompts: Sequence[str], seed: int) -> list[tuple[str, int, float]]:
@@ -99,14 +111,18 @@ def summarise(rows: list[dict[str, Any]], lengths: Sequence[int], kls: Sequence[
 
 
 def make_gold_evaluation(
-    config: Any, tokenizer: Tokenizer, n: int = 256
+    config: Any,
+    tokenizer: Tokenizer,
+    n: int = 256,
+    condition: Callable = lambda prompts: prompts,
+    reference: ModelConfig | None = None,
 ) -> Callable[[Params, Params], dict[str, float]]:
     """evaluate(params, reference) -> gold shares, distinct answers, KL on `n` held-out prompts, as `gold/...`.
 
-    `config`: a script's, with `model`, `temperature`, `max_prompt`, `max_new_tokens` and `seed`.
+    `config`: a script's, with `model`, `temperature`, `max_prompt`, `max_new_tokens` and `seed`; the last two as above.
     """
     sampling = SamplingConfig(config.temperature, max_new_tokens=config.max_new_tokens)
-    measure = make_measure(config.model, sampling, tokenizer, config.max_prompt)
+    measure = make_measure(config.model, sampling, tokenizer, config.max_prompt, condition, reference)
     requests = [world.prompt(i, split="heldout", seed=config.seed) for i in range(n)]
 
     def evaluate(params: Params, reference: Params) -> dict[str, float]:

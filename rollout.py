@@ -17,12 +17,14 @@ from objectives.policy import kl_estimate, masked_mean
 from sharding import to_mesh
 
 Batch = dict[str, jax.Array]
+Condition = Callable[[Batch], Batch]
 
 
-def make_rollout(config: Any, apply: Any, tokenizer: Tokenizer):
+def make_rollout(config: Any, apply: Any, tokenizer: Tokenizer, condition: Condition = lambda batch: batch):
     """rollout(policy, prompts, key): prompts and sampled responses as one batch, [B, T] with T = P + R.
 
-    `config`: a script's, with `model`, `temperature`, `max_new_tokens` and `samples_per_prompt`.
+    `config`: a script's, with `model`, `temperature`, `max_new_tokens` and `samples_per_prompt`. `condition`: the
+    prompts as the policy sees them, where that is not how they come back.
     """
     sampling = SamplingConfig(config.temperature, max_new_tokens=config.max_new_tokens)
     n = config.samples_per_prompt
@@ -30,7 +32,7 @@ def make_rollout(config: Any, apply: Any, tokenizer: Tokenizer):
     @jax.jit
     def rollout(policy: Params, prompts: Batch, key: jax.Array) -> Batch:
         samples = generate(
-            apply, config.model, policy, prompts, key, sampling, eos=tokenizer.eos, pad=tokenizer.pad, n=n
+            apply, config.model, policy, condition(prompts), key, sampling, eos=tokenizer.eos, pad=tokenizer.pad, n=n
         )
         return {**join(prompts, samples), "sampler_logp_BR": samples.logp_BR}
 
@@ -75,10 +77,11 @@ def make_experience(
     rollout: Callable,
     score: Callable,
     judge: Callable,
+    most: int = 1,
 ):
     """experience(policy, reference, key) -> (judged rollouts, metrics, records and responses to show).
 
-    If `config.dynamic`, up to `max_rounds` rollouts are made, until no group is under an empty mask (`refilled`).
+    Up to `most` rollouts are made, until no group is under an empty mask (`refilled`).
     """
     refill = jax.jit(partial(refilled, group=config.samples_per_prompt))
 
@@ -89,14 +92,14 @@ def make_experience(
 
     def experience(policy: Params, reference: Params, key: jax.Array):
         batch, rounds = None, []
-        for number in range(config.max_rounds if config.dynamic else 1):
+        for number in range(most):
             asked = to_mesh(widened(next(prompts)), mesh)
             sampled = rollout(policy, asked, jax.random.fold_in(key, number))
             judged, metrics = judge(policy, reference, sampled, *score(sampled, prompts.records))
             rounds.append(metrics)
             batch = judged if batch is None else refill(batch, judged)
             kept = batch["mask_BR"].any(1).mean()
-            if config.dynamic and kept == 1:
+            if number + 1 < most and kept == 1:
                 break
         means = jax.tree.map(lambda *values: sum(values) / len(values), *rounds)
         shown = prompts.records, sampled["response_BR"]

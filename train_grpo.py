@@ -251,7 +251,8 @@ def main(config: Config) -> dict[str, float]:
     advantages, objective = make_method(config, apply)
     rollout = make_rollout(config, apply, tokenizer)
     judge = make_judge(config, apply, advantages, tokenizer.eos)
-    experience = make_experience(config, prompts, mesh, tokenizer.pad, rollout, score, judge)
+    most = config.max_rounds if config.dynamic else 1
+    experience = make_experience(config, prompts, mesh, tokenizer.pad, rollout, score, judge, most)
     optimizer = make_optimizer(config.optimizer, config.steps * config.epochs * config.minibatches)
     whole = partial(attach, config.lora)
     train_step = make_train_step(objective, optimizer, config.microbatches, config.optimizer.clip, whole)

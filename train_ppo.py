@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import config as flags
 from checkpoint import Checkpoints
 from config import UserError
-from data.batches import prompt_batches
+from data.batches import prompt_batches, text_batches
 from data.sources import open_source
 from data.tokenizer import Tokenizer
 from gold import make_gold_evaluation
@@ -96,6 +96,12 @@ class Config:
     """Variance in whitening divided by n - 1 (TRL, verl) instead of n (OpenAI's and the reproduction's)."""
     clip: float = 0.2
     """Clip of the probability ratio."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy per token, added to what is maximised."""
+    ptx_data: str | None = None
+    """Pre-training text mixed into each update (PPO-ptx): world, a .jsonl file, or tfds:<name>."""
+    ptx_coef: float = 1.0
+    """Weight of its loss per token beside the policy's; Ouyang et al. 2022 took 27.8."""
     value_clip: float = 0.2
     """Clip of the value's move within an iteration."""
     optimizer: OptimizerConfig = OptimizerConfig(
@@ -178,6 +184,8 @@ def check(config: Config, mesh: Any) -> None:
             raise UserError(f"--{name}={parts}: must divide --batch_size={config.batch_size} without remainder")
     if config.epochs < 1:
         raise UserError(f"--epochs={config.epochs}: must be at least 1")
+    if min(config.ptx_coef, config.entropy_coef) < 0:
+        raise UserError(f"--ptx_coef={config.ptx_coef}, --entropy_coef={config.entropy_coef}: must be at least 0")
     check_batch("batch_size / --minibatches", config.batch_size // config.minibatches, config.microbatches, mesh)
     check_batch("batch_size / --samples_per_prompt", config.batch_size // config.samples_per_prompt, 1, mesh)
 
@@ -185,7 +193,8 @@ def check(config: Config, mesh: Any) -> None:
 def make_updates(config: Config, apply: Any, scalar_apply: Any):
     """((policy optimiser, policy step), (value optimiser, value step))."""
     updates = config.steps * config.epochs * config.minibatches
-    policy_loss = partial(ppo.policy_objective, apply, clip=config.clip, temperature=config.temperature)
+    terms = {"clip": config.clip, "temperature": config.temperature, "entropy_coef": config.entropy_coef}
+    policy_loss = partial(ppo.policy_objective, apply, **terms)
     value_loss = partial(ppo.value_objective, scalar_apply, clip=config.value_clip)
     for loss, options in ((policy_loss, config.optimizer), (value_loss, config.value_optimizer)):
         optimizer = make_optimizer(options, updates)
@@ -198,14 +207,19 @@ def main(config: Config) -> dict[str, float]:
     mesh = make_mesh(config.mesh)
     check(config, mesh)
     tokenizer = Tokenizer.load(config.init)
-    check_fit(config.model, tokenizer.size, config.max_prompt + config.max_new_tokens)
+    length = config.max_prompt + config.max_new_tokens
+    check_fit(config.model, tokenizer.size, length)
     reference, reward, reward_model = load_models(config, mesh)
     apply, scalar_apply = pure(LanguageModel(config.model))[1], pure(ScalarModel(reward_model))[1]
     source = open_source(config.data, "prompt", "train", seed=config.seed)
-    prompts = prompt_batches(
-        source, tokenizer, batch_size=config.batch_size // config.samples_per_prompt, length=config.max_prompt,
-        seed=config.seed, process=jax.process_index(), processes=jax.process_count(),
-    )  # fmt: skip
+    options = {"seed": config.seed, "process": jax.process_index(), "processes": jax.process_count()}
+    asked, rows = config.batch_size // config.samples_per_prompt, config.batch_size // config.minibatches
+    prompts = prompt_batches(source, tokenizer, batch_size=asked, length=config.max_prompt, **options)
+    read = {"prompts": prompts}
+    if config.ptx_data is not None:
+        text = open_source(config.ptx_data, "text", "train", seed=config.seed)
+        read["text"] = text_batches(text, tokenizer, batch_size=rows, length=length, **options)
+    with_text = jax.jit(partial(ppo.with_text, coefficient=config.ptx_coef))
     rollout = make_rollout(config, apply, tokenizer)
     judge = make_judge(config, apply, scalar_apply, tokenizer.eos)
     (policy_optimizer, policy_step), (value_optimizer, value_step) = make_updates(config, apply, scalar_apply)
@@ -223,12 +237,11 @@ def main(config: Config) -> dict[str, float]:
     ) as checkpoints:
         saved = checkpoints.restore(abstract(jax.eval_shape(fresh, reference, reward), mesh))
         start, items, position = saved or (0, init_sharded(fresh, mesh, reference, reward), None)
-        if position:
-            prompts.restore(position)
+        for name, state in (position or {}).items():
+            read[name].restore(state)
         policy, value, beta = from_items(items), items["value"], items["beta"]
         base, value_base = (frozen_part(config.lora, params) for params in (reference, reward))
         whole = partial(attach, config.lora)
-        length = config.max_prompt + config.max_new_tokens
         sizes = {"batch_size": config.batch_size, "length": length, "steps": config.steps, "start": start}
         others = (policy.opt_state, value, reference, reward)
         print(describe(f"{config.run}: PPO on {source.name}", policy.params, others, **sizes))
@@ -242,8 +255,10 @@ def main(config: Config) -> dict[str, float]:
                 batch, metrics = judge(*models, batch, beta)
                 for epoch in range(config.epochs):
                     for minibatch in shuffled(batch, jax.random.fold_in(key, epoch), config.minibatches):
-                        policy, policy_metrics = policy_step(policy, minibatch, base)
                         value, value_metrics = value_step(value, minibatch, value_base)
+                        if "text" in read:
+                            minibatch = with_text(minibatch, to_mesh(next(read["text"]), mesh))
+                        policy, policy_metrics = policy_step(policy, minibatch, base)
                         if unchecked:
                             check_first_update(policy_metrics, metrics, config, start)
                             unchecked = False
@@ -262,7 +277,8 @@ def main(config: Config) -> dict[str, float]:
                         record(step, evaluate(whole(base, policy.params), reference))
                 if checkpoints.due(step, config.save_every, config.steps):
                     record.flush()
-                    checkpoints.save(step, {**as_items(policy), "value": value, "beta": beta}, prompts.state)
+                    places = {name: batches.state for name, batches in read.items()}
+                    checkpoints.save(step, {**as_items(policy), "value": value, "beta": beta}, places)
                 if checkpoints.stopping:
                     break
     return record.last

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from objectives.likelihood import Apply, label_logprobs
+from objectives.likelihood import Apply, label_logprobs, likelihood_objective
 
 
 def kl_estimate(logp: jax.Array, reference_logp: jax.Array, estimator: str) -> jax.Array:
@@ -84,13 +84,22 @@ def adapt_kl(beta: jax.Array, kl: jax.Array, target: float, horizon: float, epis
     return beta * (1.0 + error * episodes / horizon)
 
 
+def response_logits(apply: Apply, params: Any, batch: dict[str, jax.Array], temperature: float) -> jax.Array:
+    """[B, R + 1, V]: at t what response token t is drawn from; the last position predicts nothing here."""
+    start = batch["tokens_BT"].shape[1] - batch["response_BR"].shape[1] - 1
+    logits_BTV, _ = apply(params, batch["tokens_BT"], batch["segment_ids_BT"], batch["positions_BT"], logits_from=start)
+    return logits_BTV / (temperature or 1.0)
+
+
+def chosen_logprobs(logits_BTV: jax.Array, response_BR: jax.Array) -> jax.Array:
+    """[B, R] log-probabilities of the response's tokens by its `response_logits`."""
+    # Cut afterwards: a slice of the logits would copy them.
+    return label_logprobs(logits_BTV, jnp.pad(response_BR, ((0, 0), (0, 1))))[:, :-1]
+
+
 def response_logprobs(apply: Apply, params: Any, batch: dict[str, jax.Array], temperature: float) -> jax.Array:
     """[B, R] log-probabilities of the response's tokens at the sampling temperature (greedy counts as 1)."""
-    labels_BR = batch["response_BR"]
-    start = batch["tokens_BT"].shape[1] - labels_BR.shape[1] - 1
-    logits_BTV, _ = apply(params, batch["tokens_BT"], batch["segment_ids_BT"], batch["positions_BT"], logits_from=start)
-    # Cut afterwards: a slice of the logits would copy them (the last position predicts nothing here).
-    return label_logprobs(logits_BTV / (temperature or 1.0), jnp.pad(labels_BR, ((0, 0), (0, 1))))[:, :-1]
+    return chosen_logprobs(response_logits(apply, params, batch, temperature), batch["response_BR"])
 
 
 def response_values(apply: Apply, params: Any, batch: dict[str, jax.Array]) -> jax.Array:
@@ -99,10 +108,28 @@ def response_values(apply: Apply, params: Any, batch: dict[str, jax.Array]) -> j
     return scalars_BT[:, -batch["response_BR"].shape[1] - 1 : -1]
 
 
-def policy_objective(apply: Apply, params: Any, batch: dict[str, jax.Array], *, clip: float, temperature: float):
-    """PPO's clipped surrogate, summed over response tokens."""
+def entropy(logits_BTV: jax.Array) -> jax.Array:
+    """-sum_v p_v log p_v of the next token's distribution, [B, T] in nats."""
+    logp_BTV = jax.nn.log_softmax(logits_BTV)
+    return -(jnp.exp(logp_BTV) * logp_BTV).sum(-1)
+
+
+def policy_objective(
+    apply: Apply,
+    params: Any,
+    batch: dict[str, jax.Array],
+    *,
+    clip: float,
+    temperature: float,
+    entropy_coef: float = 0.0,
+):
+    """PPO's clipped surrogate less `entropy_coef` times the entropy (Schulman et al. 2017, eq. 9), over responses.
+
+    With a "text" in the batch (`with_text`), plus its negative log-likelihood: PPO-ptx (Ouyang et al. 2022, eq. 2).
+    """
     mask_BR = batch["mask_BR"]
-    logp_BR = response_logprobs(apply, params, batch, temperature)
+    logits_BTV = response_logits(apply, params, batch, temperature)
+    logp_BR = chosen_logprobs(logits_BTV, batch["response_BR"])
     # Padding gets ratio 1, so that nothing there can overflow before it is masked.
     change_BR = (logp_BR - batch["old_logp_BR"]) * mask_BR
     losses_BR = clipped_policy_loss(change_BR, jnp.zeros_like(change_BR), batch["advantages_BR"], clip) * mask_BR
@@ -112,7 +139,23 @@ def policy_objective(apply: Apply, params: Any, batch: dict[str, jax.Array], *, 
         "clipped": (((jnp.abs(ratio_BR - 1) > clip) * mask_BR).sum(), tokens),
         "surprise": (-(logp_BR * mask_BR).sum(), tokens),
     }
-    return losses_BR.sum(), (tokens, metrics)
+    loss = losses_BR.sum()
+    if entropy_coef:
+        bonus = (entropy(logits_BTV)[:, :-1] * mask_BR).sum()
+        loss, metrics["entropy"] = loss - entropy_coef * bonus, (bonus, tokens)
+    if "text" in batch:
+        nll, (weight, _) = likelihood_objective(apply, params, batch["text"])
+        loss, metrics["text_nll"] = loss + nll, (nll, weight)
+    return loss, (tokens, metrics)
+
+
+def with_text(batch: dict[str, Any], text: dict[str, jax.Array], coefficient: float) -> dict[str, Any]:
+    """`batch` with pre-training rows whose mean loss per token counts `coefficient` times the policy's.
+
+    The loss mask carries the weight, of the whole batch's counts of tokens, so that the objective stays a sum.
+    """
+    weight = coefficient * batch["mask_BR"].sum() / text["loss_mask_BT"].sum()
+    return {**batch, "text": {**text, "loss_mask_BT": weight * text["loss_mask_BT"]}}
 
 
 def value_objective(apply: Apply, params: Any, batch: dict[str, jax.Array], *, clip: float):

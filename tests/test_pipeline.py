@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -120,6 +121,24 @@ def test_ppo_is_equal_over_meshes(runs, one_device_ppo, tmp_path, mesh):
     run(train_ppo, *five_ppo_iterations(runs, tmp_path / "ppo"), *axes)
     ours = load_params(str(tmp_path / "ppo"))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), ours, one_device_ppo)
+
+
+@pytest.mark.slow
+def test_ppo_with_pretraining_text_and_entropy_resumes_bitwise_equal(runs, tmp_path):
+    start = [f"--init={runs}/sft", f"--reward={runs}/rm", "--batch_size=16", "--minibatches=2", "--max_prompt=48"]
+    terms = ["--ptx_data=world", "--ptx_coef=2", "--entropy_coef=0.01", "--max_new_tokens=16", "--save_every=2"]
+    argv = [*MODEL[1:], *start, *terms, "--steps=4"]
+    run(train_ppo, *argv, f"--run={tmp_path}/whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut" / "checkpoints" / "4")
+    run(train_ppo, *argv, f"--run={tmp_path}/cut")
+    whole, cut = (load_params(f"{tmp_path}/{name}") for name in ("whole", "cut"))
+    jax.tree.map(np.testing.assert_array_equal, whole, cut)
+    first = json.loads((tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()[0])
+    assert abs(first["kl"]) < 1e-5 and first["policy/text_nll"] > 0 and first["policy/entropy"] > 0
+    run(train_ppo, *argv, "--ptx_coef=0", f"--run={tmp_path}/without")  # control: the text moves the policy
+    apart = jax.tree.map(lambda a, b: np.abs(a - b).max(), whole, load_params(f"{tmp_path}/without"))
+    assert max(jax.tree.leaves(apart)) > 1e-5
 
 
 def killed_and_resumed(argv, folder: pathlib.Path, at: int) -> int:

@@ -22,8 +22,10 @@ from objectives.policy import (
     token_rewards,
     value_objective,
     whiten,
+    with_text,
 )
-from rollout import check_first_update
+from rollout import check_first_update, with_eos_rule
+from train_step import init_state, make_train_step
 
 
 def normal(*shape, seed=0):
@@ -257,3 +259,157 @@ def test_a_first_update_off_the_policy_is_refused():
         bad = [{name: 0.01 if name == wrong else x for name, x in part.items()} for part in (update, metrics)]
         with pytest.raises(AssertionError):
             check_first_update(*bad, setting, 0)
+
+
+# ---- Further terms: entropy, pre-training text, an adaptive KL, the missing end
+
+
+def numpy_table_rows(params):
+    """[9, 2, 3]: the logits that each token of the nine sequences is drawn from, float64."""
+    first, second = (np.asarray(params[name], np.float64) for name in ("first", "second"))
+    return np.stack([np.broadcast_to(first, (9, 3)), second[FIRST]], axis=1)
+
+
+def to_tables(slope_BRV):
+    """Gradients in the rows' logits as gradients in the tables."""
+    second = np.zeros((3, 3))
+    np.add.at(second, FIRST, slope_BRV[:, 1])
+    return {"first": slope_BRV[:, 0].sum(0), "second": second}
+
+
+def numpy_softmax(z):
+    e = np.exp(z - z.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def some_targets(mask):
+    return {**enumerated(), "mask_BR": mask, "old_logp_BR": normal(9, 2, seed=6) - 1, "advantages_BR": normal(9, 2)}
+
+
+def test_entropy_bonus_equals_numpy():
+    mask = np.ones((9, 2))
+    mask[::2, 1] = 0
+    with jax.enable_x64(True):
+        params = jax.tree.map(lambda x: x.astype(jnp.float64), tables(0))
+        grad_of = lambda coef: jax.value_and_grad(  # noqa: E731
+            partial(policy_objective, tabular, clip=0.2, temperature=0.7, entropy_coef=coef), has_aux=True
+        )(params, some_targets(mask))
+        (plain, _), without = grad_of(0.0)
+        (loss, (tokens, metrics)), slopes = grad_of(0.3)
+    p = numpy_softmax(numpy_table_rows(params) / 0.7)
+    entropy = -(p * np.log(p)).sum(-1) * mask
+    assert float(loss) - float(plain) == pytest.approx(-0.3 * entropy.sum(), abs=1e-6)
+    assert float(metrics["entropy"][0]) / float(tokens) == pytest.approx(entropy.sum() / 13, abs=1e-6)
+    slope = -p * (np.log(p) + (-(p * np.log(p)).sum(-1))[..., None]) / 0.7 * mask[..., None]
+    want = jax.tree.map(lambda g, s: np.asarray(g) - 0.3 * s, without, to_tables(slope))
+    jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, atol=1e-6), slopes, want)
+    assert np.abs(slope).max() > 0.01  # control
+
+
+def text_rows(loss_mask):
+    tokens = np.concatenate([np.zeros((9, 1), int), PAIRS], axis=1)
+    loss_mask = np.concatenate([np.zeros((9, 1)), loss_mask], axis=1).astype(np.float32)
+    places = {"segment_ids_BT": tokens * 0 + 1, "positions_BT": tokens * 0 + np.arange(3)}
+    return {"tokens_BT": tokens, "loss_mask_BT": loss_mask, **places}
+
+
+def test_pretraining_text_adds_its_mean_loss_whatever_the_microbatches():
+    params, mask, kept = tables(0), np.ones((9, 2), np.float32), np.zeros((9, 2), np.float32)
+    mask[:4, 1], kept[2:, 0], kept[7:, 1] = 0, 1, 1  # unequal counts, also over the parts
+    batch = with_text(some_targets(mask), text_rows(kept), 1.7)
+    objective = partial(policy_objective, tabular, clip=0.2, temperature=1.0)
+    alone = jax.grad(objective, has_aux=True)(params, some_targets(mask))[0]
+    p = numpy_softmax(numpy_table_rows(params))
+    said = np.take_along_axis(p, PAIRS[..., None], -1)[..., 0]
+    slope = (p - np.eye(3)[PAIRS]) * kept[..., None] / kept.sum()
+    want = jax.tree.map(lambda g, s: np.asarray(g) / mask.sum() + 1.7 * s, alone, to_tables(slope))
+    for parts in (1, 3):
+        step = make_train_step(objective, optax.sgd(1.0), parts, clip=1e9)
+        state, metrics = step(init_state(jax.tree.map(jnp.copy, params), optax.sgd(1.0)), batch)
+        moved = jax.tree.map(lambda before, after: before - after, params, state.params)
+        jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, atol=1e-6), moved, want)
+        assert float(metrics["text_nll"]) == pytest.approx(-(np.log(said) * kept).sum() / kept.sum(), abs=1e-6)
+
+
+def optimum(reference, known_B, reward_B, beta, text_weight, rate=0.05, steps=1500):
+    """The policy that PPO-ptx ends at (exact expectations, old policy = policy), its text being `known_B` likely."""
+    optimizer = optax.adam(optax.linear_schedule(rate, 0.0, steps))
+    reference_BR = response_logprobs(tabular, reference, enumerated(), 1.0)
+    text = text_rows(np.repeat(known_B[:, None], 2, axis=1))
+    objective = partial(policy_objective, tabular, clip=0.2, temperature=1.0)
+
+    def update(_, carry):
+        params, opt_state = carry
+        old_BR = response_logprobs(tabular, params, enumerated(), 1.0)
+        rewards_BR = token_rewards(
+            reward_B, kl_estimate(old_BR, reference_BR, "k1"), jnp.ones((9, 2)), beta, jnp.full(9, 1)
+        )
+        targets = {"old_logp_BR": old_BR, "advantages_BR": exact_advantages(params, rewards_BR)}
+        batch = with_text({**enumerated(), **targets}, text, text_weight / 18)  # 18 tokens: the sum is no mean here
+        updates, opt_state = optimizer.update(jax.grad(objective, has_aux=True)(params, batch)[0], opt_state)
+        return optax.apply_updates(params, updates), opt_state
+
+    return sequence_probs(jax.lax.fori_loop(0, steps, update, (reference, optimizer.init(reference)))[0])
+
+
+def test_with_pretraining_text_the_tax_is_smaller_at_equal_reward():
+    """The tax: by how many nats the text, which the reference knows, has become less likely."""
+    reference, reward_B = tables(0), 1.5 * normal(9, seed=5)
+    known = np.asarray(sequence_probs(reference), np.float64)
+
+    def plain(beta):  # the closed form of the optimum without text
+        weights = known * np.exp(reward_B / beta)
+        return weights / weights.sum()
+
+    def plain_with_reward(reward, low=0.05, high=20.0):
+        for _ in range(60):  # reward falls with beta
+            middle = (low * high) ** 0.5
+            low, high = (middle, high) if plain(middle) @ reward_B > reward else (low, middle)
+        return plain(low)
+
+    def tax(policy):
+        return (known * np.log(known / policy)).sum()
+
+    train = jax.jit(jax.vmap(lambda beta: optimum(reference, known, reward_B, beta, 0.6)))
+    for mixed in np.asarray(train(jnp.array([0.01, 0.1])), np.float64):
+        other = plain_with_reward(mixed @ reward_B)
+        assert other @ reward_B == pytest.approx(mixed @ reward_B, abs=1e-6) and mixed @ reward_B > known @ reward_B + 1
+        assert 0.1 < tax(mixed) < 0.8 * tax(other)
+
+
+@pytest.mark.parametrize("start", [0.02, 5.0])
+def test_adaptive_kl_converges_to_its_target(start):
+    """PPO with exact advantages on the enumerable policy; within 20 % of the target, from either side."""
+    reference, reward_B, target = tables(0), 1.5 * normal(9, seed=5), 0.15
+    reference_BR = response_logprobs(tabular, reference, enumerated(), 1.0)
+    objective, optimizer = partial(policy_objective, tabular, clip=0.2, temperature=1.0), optax.adam(0.03)
+
+    @partial(jax.jit, static_argnames="adapts")
+    def train(beta, adapts):
+        def update(_, carry):
+            params, opt_state, beta, _ = carry
+            old_BR = response_logprobs(tabular, params, enumerated(), 1.0)
+            kl = (sequence_probs(params) * (old_BR - reference_BR).sum(1)).sum()
+            rewards_BR = token_rewards(reward_B, old_BR - reference_BR, jnp.ones((9, 2)), beta, jnp.full(9, 1))
+            batch = enumerated() | {"old_logp_BR": old_BR, "advantages_BR": exact_advantages(params, rewards_BR)}
+            updates, opt_state = optimizer.update(jax.grad(objective, has_aux=True)(params, batch)[0], opt_state)
+            beta = adapt_kl(beta, kl, target, horizon=10_000, episodes=512) if adapts else beta
+            return optax.apply_updates(params, updates), opt_state, beta, kl
+
+        start = (reference, optimizer.init(reference), beta, 0.0)
+        return jax.lax.fori_loop(0, 1500, update, start)[3]
+
+    assert float(train(jnp.float32(start), True)) == pytest.approx(target, rel=0.2)
+    assert float(train(jnp.float32(start), False)) != pytest.approx(target, rel=0.2)  # control
+
+
+def test_a_missing_end_replaces_or_lowers_the_score():
+    response = np.array([[5, 3, 0], [5, 5, 5], [5, 3, 0]])
+    batch = {
+        "response_BR": response,
+        "mask_BR": np.array([[1, 1, 0], [1, 1, 1], [1, 0, 0]]),
+    }  # the last one's is padding
+    rules = {"replace": [2.0, -1.0, -1.0], "penalty": [2.0, 2.0, 3.0], "none": [2.0, 3.0, 4.0]}
+    for rule, want in rules.items():
+        config = SimpleNamespace(missing_eos=rule, missing_eos_score=-1.0)
+        assert with_eos_rule(config, jnp.array([2.0, 3.0, 4.0]), batch, 3).tolist() == want
