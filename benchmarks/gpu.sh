@@ -5,5 +5,5 @@ cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-.venv/bin/python}
 export JAX_PLATFORMS=cuda
 # Float32 as float32: by default a GPU multiplies in TensorFloat-32, which is not what the tests promise.
-JAX_DISABLE_MOST_OPTIMIZATIONS=0 JAX_DEFAULT_MATMUL_PRECISION=highest "$PYTHON" -m pytest -q tests/test_attention.py -k "not sharded"
+JAX_DEFAULT_MATMUL_PRECISION=highest "$PYTHON" -m pytest -q tests/test_attention.py -k "not sharded"
 "$PYTHON" benchmarks/attention.py --lengths 512 1024 2048 4096 8192 16384

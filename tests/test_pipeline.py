@@ -115,7 +115,9 @@ def one_device_ppo(runs, tmp_path_factory):
     return load_params(str(folder / "ppo"))
 
 
-@pytest.mark.parametrize("mesh", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (2, 1, 4)])
+@pytest.mark.parametrize(
+    "mesh", [*(pytest.param(m, marks=pytest.mark.slow) for m in [(8, 1, 1), (1, 8, 1), (2, 1, 4)]), (2, 2, 2)]
+)
 def test_ppo_is_equal_over_meshes(runs, one_device_ppo, tmp_path, mesh):
     axes = [f"--mesh.{name}={size}" for name, size in zip(("data", "fsdp", "tensor"), mesh, strict=True)]
     run(train_ppo, *five_ppo_iterations(runs, tmp_path / "ppo"), *axes)
@@ -181,11 +183,7 @@ def resumes(runs, tmp_path, script, points):
         assert numbers == list(range(1, steps + 1))  # no row lost, none twice
 
 
-def test_kill_and_resume_is_bitwise_equal(runs, tmp_path):
-    resumes(runs, tmp_path, "train_ppo", [5])
-
-
-@pytest.mark.slow
+@pytest.mark.slow  # minutes; the quick suite kills a process in tests/test_checkpoint.py
 @pytest.mark.parametrize("script", ["train_sft", "train_rm", "train_ppo"])
 def test_kill_at_ten_points_resumes_bitwise_equal(runs, tmp_path, script):
     resumes(runs, tmp_path, script, random.Random(0).sample(range(1, 12), 10))

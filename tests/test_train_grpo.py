@@ -75,6 +75,7 @@ def rows_of(folder):
     return [json.loads(line) for line in pathlib.Path(folder, "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_second_reward_of_weight_0_changes_nothing_on_another_mesh(files):
     """check_first_update asserts in the runs that the first ratio is 1 and the first KL 0."""
     run(train_grpo, *COMMON, *EIGHT, "--reward=own:even", "--run=one")

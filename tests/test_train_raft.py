@@ -42,7 +42,7 @@ def files(tmp_path_factory):
         sums = [(f"{i} plus {j}", str(i + j)) for i in range(10) for j in range(10)]
         write(folder / "sums.jsonl", [{"prompt": p, "answer": a} for p, a in sums])
         write(folder / "raw.jsonl", [{"text": p} for p, _ in sums])
-        (folder / "own.py").write_text(OWN)
+        (folder / "own_sums.py").write_text(OWN)
         tokenizer = Tokenizer.train((f"{p} is {a}" for p, a in sums), folder / "made", 512)
         start = train_sft.Config(run=str(folder / "sft"), model=PRESETS["tiny"])
         params = jax.jit(pure(LanguageModel(start.model))[0])(jax.random.key(0))
@@ -57,7 +57,7 @@ def here(files, monkeypatch):
     monkeypatch.chdir(files)
 
 
-COMMON = [*SHORT, "--init=sft", "--data=sums.jsonl", "--optimizer.lr=2e-3", "--reward=own:digits"]
+COMMON = [*SHORT, "--init=sft", "--data=sums.jsonl", "--optimizer.lr=2e-3", "--reward=own_sums:digits"]
 
 
 def rows_of(folder):
@@ -103,7 +103,7 @@ def test_quark_asks_for_its_best_quantile_from_the_second_round_on(files):
     assert all(row["sampler_gap"] < 1e-4 and row["policy/reference_kl"] > 0 for row in rows)
     stored = config.load_config("quark")
     assert (stored["kl_coef"], stored["carry"], stored["samples_per_prompt"]) == (0.05, 4, 1)
-    asked = ["--policy=quark", "--data=sums.jsonl", "--reward=own:digits", "--max_new_tokens=8"]
+    asked = ["--policy=quark", "--data=sums.jsonl", "--reward=own_sums:digits", "--max_new_tokens=8"]
     table = run(best_of_n, *asked, "--system=5", "--n=1", "--prompts=20")
     assert 0 <= table[1]["reward"][0] <= 80
 
@@ -138,7 +138,7 @@ def test_another_mesh_and_adapters_give_what_they_should(files):
 
 
 def test_best_of_more_is_better(files, capsys):
-    options = ["--policy=sft", "--data=sums.jsonl", "--reward=own:digits", "--max_new_tokens=8", "--prompts=40"]
+    options = ["--policy=sft", "--data=sums.jsonl", "--reward=own_sums:digits", "--max_new_tokens=8", "--prompts=40"]
     table = run(best_of_n, *options, "--n=6")
     means = [table[n]["reward"][0] for n in (1, 2, 4, 6)]
     assert means == sorted(means) and 0 < means[0] < means[-1]
@@ -151,7 +151,7 @@ MISTAKES = {
     "unknown selection": (["--select=worst"], "select"),
     "no such run": (["--reward=nowhere"], "nowhere"),
     "not a reward model": (["--reward=sft"], "train_sft"),
-    "no such function": (["--reward=own:odd"], "odd"),
+    "no such function": (["--reward=own_sums:odd"], "odd"),
     "no threshold": (["--method=rft"], "--threshold"),
     "threshold unused": (["--threshold=1"], "--threshold"),
     "groups do not divide": (["--samples_per_prompt=5"], "samples_per_prompt"),
@@ -184,7 +184,9 @@ BEST = {"no samples": (["--n=0"], "--n"), "raw": (["--system=5", "--data=raw.jso
 @pytest.mark.parametrize("name", BEST)
 def test_a_mistake_of_best_of_n_is_one_line(name, files, capsys, monkeypatch):
     argv, place = BEST[name]
-    monkeypatch.setattr("sys.argv", ["best_of_n.py", "--policy=sft", "--data=sums.jsonl", "--reward=own:digits", *argv])
+    monkeypatch.setattr(
+        "sys.argv", ["best_of_n.py", "--policy=sft", "--data=sums.jsonl", "--reward=own_sums:digits", *argv]
+    )
     with pytest.raises(SystemExit) as stop:
         config.run(best_of_n.main, best_of_n.Config)
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
