@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from tqdm import tqdm
 
 import config as flags
 from checkpoint import load_params
@@ -55,10 +56,10 @@ def sampled(config: Config, records: list[dict[str, Any]], mesh: Any) -> tuple[n
     score = make_scorer([config.reward], tokenizer, mesh)
     init, apply = pure(LanguageModel(model))
     params = load_params(config.policy, shapes=abstract(jax.eval_shape(init, jax.random.key(0)), mesh))
-    rollout = make_rollout(SimpleNamespace(**vars(config), model=model, samples_per_prompt=config.n), apply, tokenizer)
+    rollout = make_rollout(SimpleNamespace(**vars(config), model=model), apply, tokenizer, config.n)
     devices, rewards, texts = mesh.shape["data"], [], []
     rows = devices * max(1, 512 // (config.n * devices))
-    for start in range(0, len(records), rows):
+    for start in tqdm(range(0, len(records), rows), desc="sample", unit=f" x {rows} prompts", mininterval=2):
         part = records[start : start + rows]
         asked = [*part, *[part[0]] * (rows - len(part))]
         tokens = [row for record in asked for row in encode_prompt(record, tokenizer, config.max_prompt)[0]]
@@ -87,7 +88,7 @@ def main(config: Config) -> dict[int, dict[str, Interval]]:
     in_world = config.data == "world"
     requests = [world.prompt(i, split="heldout", seed=config.seed) for i in range(len(records))] if in_world else []
     table = {}
-    print(f"{'n':>5}{'KL bound':>10}{'reward':>16}" + "".join(f"{name:>16}" for name in CRITERIA if in_world))
+    print(f"{'n':>5}{'KL bound':>9}{'reward':>14}" + "".join(f"{name:>13}" for name in CRITERIA if in_world))
     for n in sorted({*(1 << k for k in range(config.n.bit_length())), config.n}):
         best_P = rewards_PN[:, :n].argmax(1)
         row = {"reward": mean(rewards_PN[np.arange(len(records)), best_P])}
@@ -95,8 +96,8 @@ def main(config: Config) -> dict[int, dict[str, Interval]]:
             rows = judged(requests, [texts[p][i] for p, i in enumerate(best_P)])
             row |= {name: share([r[name] for r in rows]) for name in CRITERIA}
         table[n] = row
-        cells = "".join(f"{f'{value:.3f} ±{(high - low) / 2:.3f}':>16}" for value, (low, high) in row.values())
-        print(f"{n:5}{best_of_n_kl(n):10.3f}{cells}")
+        cells = "".join(f"{f'{value:.3f} ±{(high - low) / 2:.3f}':>13}" for value, (low, high) in row.values())
+        print(f"{n:5}{best_of_n_kl(n):9.3f} {cells}")
     print(f"{len(records)} held-out prompts, 95 % intervals; KL of the best of n to the policy: at most, in nats")
     return table
 

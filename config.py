@@ -19,6 +19,18 @@ class UserError(Exception):
     """A mistake of the user's: its text is one line that names the place and the remedy."""
 
 
+def require(rules: dict[str, bool]) -> None:
+    """Raises UserError with the first fault in `rules` (fault: whether all is well) that is one."""
+    for fault, well in rules.items():
+        if not well:
+            raise UserError(fault)
+
+
+def settled(config: ConfigT, values: dict[str, Any]) -> ConfigT:
+    """`config` with those fields of `values` set that it leaves at None: what a method's paper says of the rest."""
+    return dataclasses.replace(config, **{name: x for name, x in values.items() if getattr(config, name) is None})
+
+
 def parse(cls: type[ConfigT], argv: Sequence[str] | None = None) -> ConfigT:
     """The dataclass `cls` filled from flags (`--batch_size=8 --model.layers=2 --raw`); raises UserError.
 

@@ -73,10 +73,7 @@ def linear(module: nn.Module, labels: str, x: jax.Array, name: str, w: jax.Array
     out = jnp.einsum(labels, x, w.astype(x.dtype))
     if module.has_variable("params", f"{name}_a"):
         a, b = (module.get_variable("params", f"{name}_{which}").astype(x.dtype) for which in "ab")
-        (inward, outward), ends = labels.split("->")[0].split(","), labels.split("->")[1]
-        shared = "".join(x for x in outward if x in inward)
-        low_MR = jnp.einsum(f"{inward},{shared}R->MR", x, a)
-        out += jnp.einsum(f"MR,R{ends[1:]}->{ends}", low_MR, b)
+        out += jnp.tensordot(jnp.tensordot(x, a, a.ndim - 1), b, 1)  # over all inputs, then over the rank R
     return out
 
 

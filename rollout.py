@@ -1,4 +1,4 @@
-"""What online methods share: sampled responses as a batch, the missing-EOS rule, what is logged, minibatches."""
+"""What online methods share: sampled responses as a batch, what is logged of them, minibatches."""
 
 from collections.abc import Callable
 from functools import partial
@@ -20,20 +20,27 @@ Batch = dict[str, jax.Array]
 Condition = Callable[[Batch], Batch]
 
 
-def make_rollout(config: Any, apply: Any, tokenizer: Tokenizer, condition: Condition = lambda batch: batch):
-    """rollout(policy, prompts, key): prompts and sampled responses as one batch, [B, T] with T = P + R.
+def make_rollout(
+    config: Any,
+    apply: Any,
+    tokenizer: Tokenizer,
+    n: int = 1,
+    *,
+    eos: int | None = None,
+    condition: Condition = lambda batch: batch,
+):
+    """rollout(policy, prompts, key): prompts and `n` sampled responses to each as one batch, [B, T] with T = P + R.
 
-    `config`: a script's, with `model`, `temperature`, `max_new_tokens` and `samples_per_prompt`. `condition`: the
-    prompts as the policy sees them, where that is not how they come back.
+    `config`: a script's, with `temperature` and `max_new_tokens`, and `model`, whose `apply` it is. `eos`: the token
+    that ends a response, if not the tokenizer's. `condition`: the prompts as the policy sees them, where that is not
+    how they come back.
     """
     sampling = SamplingConfig(config.temperature, max_new_tokens=config.max_new_tokens)
-    n = config.samples_per_prompt
+    ends = {"eos": tokenizer.eos if eos is None else eos, "pad": tokenizer.pad}
 
     @jax.jit
     def rollout(policy: Params, prompts: Batch, key: jax.Array) -> Batch:
-        samples = generate(
-            apply, config.model, policy, condition(prompts), key, sampling, eos=tokenizer.eos, pad=tokenizer.pad, n=n
-        )
+        samples = generate(apply, config.model, policy, condition(prompts), key, sampling, **ends, n=n)
         return {**join(prompts, samples), "sampler_logp_BR": samples.logp_BR}
 
     return rollout
@@ -42,16 +49,6 @@ def make_rollout(config: Any, apply: Any, tokenizer: Tokenizer, condition: Condi
 def ended(batch: Batch, eos: int) -> jax.Array:
     """[B]: whether the response has an end of turn."""
     return jnp.any((batch["response_BR"] == eos) & (batch["mask_BR"] > 0), axis=1)
-
-
-def with_eos_rule(config: Any, score_B: jax.Array, batch: Batch, eos: int) -> jax.Array:
-    """Scores [B] by `missing_eos` and `missing_eos_score` of a script's config."""
-    without = {
-        "replace": jnp.full_like(score_B, config.missing_eos_score),
-        "penalty": score_B + config.missing_eos_score,
-        "none": score_B,
-    }[config.missing_eos]
-    return jnp.where(ended(batch, eos), score_B, without)
 
 
 def rollout_metrics(logp_BR: jax.Array, reference_BR: jax.Array, batch: Batch, eos: int) -> dict[str, jax.Array]:

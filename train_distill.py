@@ -12,22 +12,22 @@ from functools import partial
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import config as flags
 from checkpoint import Checkpoints, load_params
-from config import UserError, load_config
+from config import UserError, load_config, require
 from data.batches import chat_batches, prompt_batches
 from data.sources import open_source
 from data.tokenizer import Tokenizer
-from generate import SamplingConfig, generate, join, make_sampler
+from generate import SamplingConfig, make_sampler
 from gold import make_gold_evaluation
 from lora import LoraConfig, attach, pinned
 from metrics import Recorder, describe
 from model import LanguageModel, ModelConfig, Params, check_fit, pure
 from objectives import distill
-from rollout import Batch
+from objectives.likelihood import response_mask
+from rollout import make_rollout
 from sharding import MeshConfig, abstract, check_batch, make_mesh, to_mesh
 from train_step import (
     OptimizerConfig,
@@ -96,9 +96,7 @@ def check(config: Config) -> None:
         f"--tau={config.tau}: must be above 0": config.tau > 0,
         f"--on_policy={config.on_policy}: must be in 0..1": 0 <= config.on_policy <= 1,
     }
-    for fault, holds in rules.items():
-        if not holds:
-            raise UserError(fault)
+    require(rules)
 
 
 def load_teacher(config: Config) -> tuple[ModelConfig, Tokenizer]:
@@ -112,20 +110,6 @@ def load_teacher(config: Config) -> tuple[ModelConfig, Tokenizer]:
         check_fit(shape, tokenizer.size, config.length)
         check_fit(shape, tokenizer.size, config.max_prompt + config.max_new_tokens)
     return model, tokenizer
-
-
-def make_own(config: Config, apply: Any, tokenizer: Tokenizer):
-    """own(student, prompts, key): its sampled responses as a batch, [B, T + R]."""
-    sampling = SamplingConfig(config.temperature, max_new_tokens=config.max_new_tokens)
-
-    @jax.jit
-    def own(student: Params, prompts: Batch, key: jax.Array) -> Batch:
-        samples = generate(apply, config.model, student, prompts, key, sampling, eos=tokenizer.eos, pad=tokenizer.pad)
-        batch = join(prompts, samples)
-        asked = prompts["tokens_BT"].shape[1]
-        return {**batch, "loss_mask_BT": jnp.pad(samples.mask_BR, ((0, 0), (asked, 0)))}
-
-    return own
 
 
 def is_own(config: Config, step: int) -> bool:
@@ -161,7 +145,7 @@ def main(config: Config) -> dict[str, float]:
 
     step_of = partial(make_train_step, microbatches=config.microbatches, clip=config.optimizer.clip, attach=whole)
     train_step, own_step = step_of(objective, optimizer), step_of(partial(objective, labelled=False), optimizer)
-    evaluate, own = make_evaluation(objective), make_own(config, apply, tokenizer)
+    evaluate, own = make_evaluation(objective), make_rollout(config, apply, tokenizer)
     respond = make_sampler(config.model, SamplingConfig(0.0, max_new_tokens=config.max_new_tokens), tokenizer)
     messages = [held_out[i]["messages"] for i in range(min(8, len(held_out)))]
     texts = [tokenizer.prompt(m[:-1])[-config.max_prompt :] for m in messages]
@@ -185,7 +169,7 @@ def main(config: Config) -> dict[str, float]:
                 if is_own(config, step):
                     key = jax.random.fold_in(jax.random.key(config.seed), step)
                     batch = own(whole(held, state.params)["student"], to_mesh(next(prompts), mesh), key)
-                    state, metrics = own_step(state, batch, held)
+                    state, metrics = own_step(state, {**batch, "loss_mask_BT": response_mask(batch)}, held)
                     metrics = {f"own/{name}": x for name, x in metrics.items()}
                 else:
                     batch = to_mesh(next(batches), mesh)

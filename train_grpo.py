@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 import config as flags
 from checkpoint import Checkpoints
-from config import UserError
+from config import UserError, require, settled
 from data.batches import prompt_batches
 from data.sources import open_source
 from data.tokenizer import Tokenizer
@@ -31,12 +31,12 @@ from rewards import is_function, make_scorer
 from rollout import (
     Batch,
     check_first_update,
+    ended,
     make_experience,
     make_rollout,
     rollout_metrics,
     sample_rows,
     shuffled,
-    with_eos_rule,
 )
 from sharding import MeshConfig, check_batch, make_mesh
 from train_step import OptimizerConfig, as_items, make_optimizer, make_train_step, start_or_resume, starting_params
@@ -167,7 +167,7 @@ def make_judge(config: Config, apply: Any, advantages: Callable[..., jax.Array],
         logp_BR = ppo.response_logprobs(apply, policy, batch, config.temperature)
         reference_BR = ppo.response_logprobs(apply, reference, batch, config.temperature)
         raw_B = pool([scores[name] for name in config.reward])  # by name: jit sorts a dict
-        score_B = with_eos_rule(config, raw_B, batch, eos)
+        score_B = ppo.missing_eos(raw_B, ended(batch, eos), config.missing_eos, config.missing_eos_score)
         if config.overlong:
             score_B += group.overlong_penalty(mask_BR.sum(1), longest, config.overlong * longest)
         cost_BR = config.entropy_coef * logp_BR
@@ -196,12 +196,6 @@ def make_judge(config: Config, apply: Any, advantages: Callable[..., jax.Array],
     return judge
 
 
-def settled(config: Config) -> Config:
-    """`config` with what it leaves to --method filled in."""
-    left = {name: value for name, value in group.PAPERS[config.method].items() if getattr(config, name) is None}
-    return dataclasses.replace(config, **left)
-
-
 def check(c: Config, mesh: Any) -> None:
     """Raises UserError for settings that cannot run together."""
     n, alone = c.samples_per_prompt, c.method == "reinforce_pp" and not c.dynamic
@@ -227,15 +221,13 @@ def check(c: Config, mesh: Any) -> None:
             c.shaping == 0 or (c.method == "reinforce_pp" and not is_function(c.reward[0]))
         ),
     }
-    for fault, holds in rules.items():
-        if not holds:
-            raise UserError(fault)
+    require(rules)
     check_batch("batch_size / --minibatches", rows // c.minibatches, c.microbatches, mesh)
     check_batch("batch_size / --samples_per_prompt", c.batch_size // n, 1, mesh)
 
 
 def main(config: Config) -> dict[str, float]:
-    config = pinned(settled(config))
+    config = pinned(settled(config, group.PAPERS[config.method]))
     mesh = make_mesh(config.mesh)
     check(config, mesh)
     tokenizer = Tokenizer.load(config.init)
@@ -249,7 +241,7 @@ def main(config: Config) -> dict[str, float]:
         seed=config.seed, process=jax.process_index(), processes=jax.process_count(),
     )  # fmt: skip
     advantages, objective = make_method(config, apply)
-    rollout = make_rollout(config, apply, tokenizer)
+    rollout = make_rollout(config, apply, tokenizer, config.samples_per_prompt)
     judge = make_judge(config, apply, advantages, tokenizer.eos)
     most = config.max_rounds if config.dynamic else 1
     experience = make_experience(config, prompts, mesh, tokenizer.pad, rollout, score, judge, most)

@@ -27,7 +27,7 @@ from objectives import policy as ppo
 from objectives.likelihood import inputs
 from objectives.reward import last_token
 from rewards import load_reward_model
-from rollout import check_first_update, make_rollout, rollout_metrics, sample_rows, shuffled, with_eos_rule
+from rollout import check_first_update, ended, make_rollout, rollout_metrics, sample_rows, shuffled
 from sharding import MeshConfig, abstract, check_batch, init_sharded, make_mesh, to_mesh
 from train_step import (
     OptimizerConfig,
@@ -135,7 +135,7 @@ def make_judge(config: Config, apply: Any, scalar_apply: Any, eos: int):
         logp_BR = ppo.response_logprobs(apply, policy, batch, config.temperature)
         reference_BR = ppo.response_logprobs(apply, reference, batch, config.temperature)
         raw_B = last_token(scalar_apply(reward, *inputs(batch)), batch["segment_ids_BT"])
-        score_B = with_eos_rule(config, raw_B, batch, eos)
+        score_B = ppo.missing_eos(raw_B, ended(batch, eos), config.missing_eos, config.missing_eos_score)
 
         length_B = mask_BR.sum(1).astype(jnp.int32)
         at_B = length_B - 1
@@ -220,7 +220,7 @@ def main(config: Config) -> dict[str, float]:
         text = open_source(config.ptx_data, "text", "train", seed=config.seed)
         read["text"] = text_batches(text, tokenizer, batch_size=rows, length=length, **options)
     with_text = jax.jit(partial(ppo.with_text, coefficient=config.ptx_coef))
-    rollout = make_rollout(config, apply, tokenizer)
+    rollout = make_rollout(config, apply, tokenizer, config.samples_per_prompt)
     judge = make_judge(config, apply, scalar_apply, tokenizer.eos)
     (policy_optimizer, policy_step), (value_optimizer, value_step) = make_updates(config, apply, scalar_apply)
     evaluate = make_gold_evaluation(config, tokenizer) if config.data == "world" and config.eval_every else None

@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 import config as flags
 from checkpoint import Checkpoints
-from config import UserError
+from config import UserError, require, settled
 from data.batches import prompt_batches
 from data.sources import open_source
 from data.tokenizer import Tokenizer
@@ -29,9 +29,9 @@ from lora import LoraConfig, attach, frozen_part, pinned, trained_part
 from metrics import Recorder, describe
 from model import LanguageModel, ModelConfig, Params, check_fit, pure
 from objectives import imitate
-from objectives.policy import response_logprobs
+from objectives.policy import missing_eos, response_logprobs
 from rewards import make_scorer
-from rollout import Batch, Condition, make_experience, make_rollout, rollout_metrics, sample_rows, with_eos_rule
+from rollout import Batch, Condition, ended, make_experience, make_rollout, rollout_metrics, sample_rows
 from sharding import MeshConfig, abstract, check_batch, constrain_batch, init_sharded, make_mesh
 from train_step import (
     OptimizerConfig,
@@ -106,12 +106,6 @@ class Config:
     """Checkpoints kept."""
 
 
-def settled(config: Config) -> Config:
-    """`config` with what it leaves to --method filled in."""
-    left = {name: value for name, value in imitate.PAPERS[config.method].items() if getattr(config, name) is None}
-    return dataclasses.replace(config, **left)
-
-
 def check(c: Config, mesh: Any) -> None:
     """Raises UserError for settings that cannot run together."""
     n = c.samples_per_prompt
@@ -128,9 +122,7 @@ def check(c: Config, mesh: Any) -> None:
             c.select == "passing" or c.threshold is None
         ),
     }
-    for fault, holds in rules.items():
-        if not holds:
-            raise UserError(fault)
+    require(rules)
     check_batch("minibatch_size", c.minibatch_size, c.microbatches, mesh)
     check_batch("batch_size / --samples_per_prompt", c.batch_size // n, 1, mesh)
 
@@ -152,7 +144,8 @@ def make_judge(config: Config, apply: Any, eos: int, condition: Condition):
         logp_BR = response_logprobs(apply, policy, asked, config.temperature)
         reference_BR = response_logprobs(apply, reference, batch, config.temperature)
         metrics = {"score": scores[config.reward].mean(), **rollout_metrics(logp_BR, reference_BR, batch, eos)}
-        return {**batch, "score_B": with_eos_rule(config, scores[config.reward], batch, eos)}, metrics
+        rule = (config.missing_eos, config.missing_eos_score)
+        return {**batch, "score_B": missing_eos(scores[config.reward], ended(batch, eos), *rule)}, metrics
 
     return judge
 
@@ -194,7 +187,7 @@ def make_draw(config: Config, pool_rows: int):
 
 
 def main(config: Config) -> dict[str, float]:
-    config = pinned(settled(config))
+    config = pinned(settled(config, imitate.PAPERS[config.method]))
     mesh = make_mesh(config.mesh)
     check(config, mesh)
     tokenizer = Tokenizer.load(config.init)
@@ -219,7 +212,7 @@ def main(config: Config) -> dict[str, float]:
         return imitate.conditioned(batch, tokenizer.system, batch["word_B"]) if by_quantile else batch
 
     def make_sampling(condition: Condition):
-        rollout = make_rollout(config, apply, tokenizer, condition)
+        rollout = make_rollout(config, apply, tokenizer, config.samples_per_prompt, condition=condition)
         judge = make_judge(config, apply, tokenizer.eos, condition)
         return make_experience(config, prompts, mesh, tokenizer.pad, rollout, score, judge)
 

@@ -165,9 +165,9 @@ def _stray(request: Request, wrong: bool, rng: random.Random) -> list[str]:
     """Sentences that do not answer the request: off topic, a copy of it, a hedge, repetition,
     two answers, too few items, or an animal that was not among the two."""
     modes = ["astray", "repeat"] + (["contradict"] if wrong else ["echo", "hedge", "hedge"])
-    mode = "own" if request.kind in ("listing", "comparison") and rng.random() < 0.5 else rng.choice(modes)
-    if mode == "own":
+    if request.kind in ("listing", "comparison") and rng.random() < 0.5:
         return [_miss(request, wrong, rng)]
+    mode = rng.choice(modes)
     if mode == "echo":
         return [request.core + "?"]
     if mode == "hedge":

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from objectives.likelihood import Apply
+from objectives.likelihood import Apply, response_mask
 from objectives.policy import clipped_policy_loss, gae, kl_estimate, response_logprobs, whiten
 
 Array = jax.Array
@@ -195,14 +195,12 @@ def best_and_worst(batch: dict[str, Array], group: int) -> dict[str, Array]:
     total_PC = batch["total_B"].reshape(-1, group)
     picked_P2 = jnp.stack([total_PC.argmax(1), total_PC.argmin(1)], axis=1)
     rows_P2 = picked_P2 + group * jnp.arange(total_PC.shape[0])[:, None]
-    mask_BR, tokens_BT = batch["mask_BR"], batch["tokens_BT"]
-    prompt = tokens_BT.shape[1] - mask_BR.shape[1]
     parts = {
-        "tokens_BCT": tokens_BT,
+        "tokens_BCT": batch["tokens_BT"],
         "segment_ids_BCT": batch["segment_ids_BT"],
         "positions_BCT": batch["positions_BT"],
-        "loss_mask_BCT": jnp.pad(mask_BR, ((0, 0), (prompt, 0))),
-        "reference_BC": (batch["reference_BR"] * mask_BR).sum(1),
+        "loss_mask_BCT": response_mask(batch),
+        "reference_BC": (batch["reference_BR"] * batch["mask_BR"]).sum(1),
     }
     unequal_P = (total_PC.max(1) > total_PC.min(1)).astype(jnp.int32)
     ranks_P2 = jnp.stack([jnp.ones_like(unequal_P), 1 + unequal_P], axis=1)

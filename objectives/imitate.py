@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from objectives.likelihood import Apply, inputs, token_logprobs
+from objectives.likelihood import Apply, inputs, response_mask, token_logprobs
 
 Array = jax.Array
 Batch = dict[str, Array]
@@ -90,8 +90,7 @@ def empty_pool(rows: int, prompt: int, response: int, pad: int) -> Batch:
 def added(pool: Batch, batch: Batch, number: Array) -> Batch:
     """`pool` with a round's judged rollouts in the place of the oldest ones; `number`: rounds before this one."""
     rows = batch["score_B"].shape[0]
-    prompt = batch["tokens_BT"].shape[1] - batch["mask_BR"].shape[1]
-    batch = {**batch, "loss_mask_BT": jnp.pad(batch["mask_BR"], ((0, 0), (prompt, 0)))}
+    batch = {**batch, "loss_mask_BT": response_mask(batch)}
     start = number % (pool["score_B"].shape[0] // rows) * rows
     return {name: jax.lax.dynamic_update_slice_in_dim(x, batch[name], start, 0) for name, x in pool.items()}
 

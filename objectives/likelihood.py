@@ -30,6 +30,12 @@ def inputs(batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array
     return batch["tokens_BT"], batch["segment_ids_BT"], batch["positions_BT"]
 
 
+def response_mask(batch: dict[str, jax.Array]) -> jax.Array:
+    """[B, T]: `mask_BR`, of the responses at the rows' ends, over the whole rows: a loss mask of the responses."""
+    before = batch["tokens_BT"].shape[1] - batch["mask_BR"].shape[1]
+    return jnp.pad(batch["mask_BR"], ((0, 0), (before, 0)))
+
+
 def likelihood_objective(apply: Apply, params: Any, batch: dict[str, jax.Array]):
     """Negative log-likelihood of the tokens under the loss mask, in nats (sum over tokens)."""
     logits_BTV, _ = apply(params, *inputs(batch))

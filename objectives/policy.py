@@ -40,6 +40,12 @@ def token_rewards(score_B: jax.Array, kl_BR: jax.Array, mask_BR: jax.Array, beta
     return -beta * kl_BR * mask_BR + jnp.where(at_BR, score_B[:, None], 0.0)
 
 
+def missing_eos(score_B: jax.Array, ended_B: jax.Array, rule: str, score: float) -> jax.Array:
+    """Scores [B] in which an unended response has `score` (replace), its own and `score` (penalty), or its own."""
+    without = {"replace": jnp.full_like(score_B, score), "penalty": score_B + score, "none": score_B}[rule]
+    return jnp.where(ended_B, score_B, without)
+
+
 def gae(
     rewards_BR: jax.Array, values_BR: jax.Array, *, discount: float, smoothing: float
 ) -> tuple[jax.Array, jax.Array]:

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+from running import fails
 
 import collect
 import config
@@ -78,18 +79,6 @@ BAD_ROWS = {
     "empty": ({"prompt": "a", "response": ""}, "response"),
     "unknown role": ({"messages": [{"role": "robot", "content": "a"}]}, "messages[0].role"),
 }
-
-
-def fails(script, argv, capsys) -> str:
-    """Runs a script as its guard does; the one line that it ends with."""
-    capsys.readouterr()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["script", *argv])
-        with pytest.raises(SystemExit) as stop:
-            config.run(script.main, script.Config)
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-    assert stop.value.code == 2 and len(lines) == 1
-    return lines[0]
 
 
 @pytest.mark.parametrize("name", MISTAKES)

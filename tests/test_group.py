@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+import config as flags
 import train_grpo
 from objectives import group
 from objectives.policy import kl_estimate, response_logprobs, token_rewards
@@ -22,7 +23,8 @@ def normal(*shape, seed=0):
 
 
 def settled(method, **fields):
-    return train_grpo.settled(train_grpo.Config(**{"method": method, "reward": ("r",), **fields}))
+    given = train_grpo.Config(**{"method": method, "reward": ("r",), **fields})
+    return flags.settled(given, group.PAPERS[method])
 
 
 def judged(config, apply, policy, reference, batch, rewards_B, potentials=None):

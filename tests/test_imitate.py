@@ -221,7 +221,7 @@ def test_raft_with_one_sample_is_sft_on_the_policys_own_responses(tokenizer):
     texts = ["1 plus 2", "what is 11 plus 19, please?", "3", "19 plus 0 is 19"]
     asked = [tokenizer.prompt(text) for text in texts]
     length, new = max(map(len, asked)), 6
-    options = SimpleNamespace(model=model, temperature=1.0, max_new_tokens=new, samples_per_prompt=1)
+    options = SimpleNamespace(model=model, temperature=1.0, max_new_tokens=new)
     prompts = pad_prompts([{"tokens": row} for row in asked], length, tokenizer.pad, fixed=True)
     batch = make_rollout(options, apply, tokenizer)(params, prompts, jax.random.key(1))
     batch["score_B"] = jnp.array([0.5, -1.0, 0.0, 2.0])

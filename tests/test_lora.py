@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from running import run
 
 import config
 import train_dpo
@@ -99,10 +100,6 @@ def test_gradients_are_those_of_the_chain_rule_and_the_base_stays():
 
 SHORT = ["--optimizer.warmup=0", "--batch_size=8", "--length=64", "--eval_every=0", "--mesh.data=4", "--mesh.fsdp=2"]
 RANK = ["--lora.rank=2", "--optimizer.lr=0.01"]
-
-
-def run(script, *argv):
-    return script.main(config.parse(script.Config, [str(a) for a in argv]))
 
 
 def stored(folder):

@@ -13,9 +13,9 @@ import time
 import jax
 import numpy as np
 import pytest
+from running import run
 
 import collect
-import config
 import evaluate
 import generate
 import train_lm
@@ -29,10 +29,6 @@ from gold import make_measure
 ROOT = pathlib.Path(__file__).parents[1]
 MODEL = ["--model.preset=tiny", "--optimizer.warmup=0", "--eval_every=0", "--mesh.data=1", "--mesh.fsdp=8"]
 SHORT = ["--optimizer.warmup=0", "--eval_every=0"]
-
-
-def run(script, *argv):
-    return script.main(config.parse(script.Config, [str(a) for a in argv]))
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from objectives.policy import (
     clipped_value_loss,
     gae,
     kl_estimate,
+    missing_eos,
     policy_objective,
     response_logprobs,
     response_values,
@@ -24,7 +25,7 @@ from objectives.policy import (
     whiten,
     with_text,
 )
-from rollout import check_first_update, with_eos_rule
+from rollout import check_first_update, ended
 from train_step import init_state, make_train_step
 
 
@@ -411,5 +412,4 @@ def test_a_missing_end_replaces_or_lowers_the_score():
     }  # the last one's is padding
     rules = {"replace": [2.0, -1.0, -1.0], "penalty": [2.0, 2.0, 3.0], "none": [2.0, 3.0, 4.0]}
     for rule, want in rules.items():
-        config = SimpleNamespace(missing_eos=rule, missing_eos_score=-1.0)
-        assert with_eos_rule(config, jnp.array([2.0, 3.0, 4.0]), batch, 3).tolist() == want
+        assert missing_eos(jnp.array([2.0, 3.0, 4.0]), ended(batch, 3), rule, -1.0).tolist() == want

@@ -8,6 +8,7 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
+from running import fails, rows_of, run
 
 import config
 import train_distill
@@ -20,14 +21,6 @@ START = ["--optimizer.warmup=0", "--length=48", "--batch_size=8", "--eval_every=
 EIGHT = ["--mesh.data=1", "--mesh.fsdp=8"]
 COMMON = [*START, "--teacher=teacher", "--max_prompt=24", "--max_new_tokens=8", "--steps=2"]
 SMALL = ["--model.preset=tiny", "--model.layers=1", "--model.width=16", "--model.heads=2", "--model.kv_heads=1"]
-
-
-def run(script, *argv):
-    return script.main(config.parse(script.Config, [str(a) for a in argv]))
-
-
-def rows_of(folder):
-    return [json.loads(line) for line in pathlib.Path(folder, "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -152,10 +145,5 @@ def test_a_mistake_is_one_line(name, files, capsys, monkeypatch):
         Tokenizer.train(["other words than those"] * 9, "stranger", 280)
     argv, place = MISTAKES[name]
     shape = [] if "--init=stranger" in argv else [*SMALL, "--model.context=256"]
-    monkeypatch.setattr("sys.argv", ["train_distill.py", *COMMON, *shape, *EIGHT, *argv, f"--run={files}/new"])
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        config.run(train_distill.main, train_distill.Config)
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-    assert stop.value.code == 2 and len(lines) == 1 and place in lines[0]
+    assert place in fails(train_distill, [*COMMON, *shape, *EIGHT, *argv, f"--run={files}/new"], capsys)
     assert not (files / "new").exists()  # nothing half-written

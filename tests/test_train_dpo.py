@@ -1,6 +1,5 @@
 """Direct methods from the command line: end to end, resuming, reference cache, meshes, data forms, mistakes."""
 
-import json
 import shutil
 from functools import partial
 
@@ -8,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from running import fails, rows_of, run, write
 
 import config
 import train_dpo
@@ -24,15 +24,6 @@ from objectives import direct
 SHORT = ["--optimizer.warmup=0", "--length=64", "--batch_size=8", "--eval_every=0"]
 EIGHT = ["--mesh.data=1", "--mesh.fsdp=8"]
 WORDS = ["red", "blue", "green", "black", "white", "grey", "brown", "pink"]
-
-
-def run(*argv):
-    return train_dpo.main(config.parse(train_dpo.Config, [str(a) for a in argv]))
-
-
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +44,7 @@ def files(tmp_path_factory):
         pairs = [{"prompt": f"colour {i}", "chosen": "white", "rejected": "black"} for i in range(40)]
         start = ["--loss=hindsight", "--hidden=0.1", "--optimizer.lr=1e-2", "--steps=60", f"--run={folder}/start"]
         model = ["--model.preset=tiny", "--model.vocab=296"]
-        run(*SHORT, *EIGHT, *start, *model, f"--data={write(folder / 'pairs.jsonl', pairs)}")
+        run(train_dpo, *SHORT, *EIGHT, *start, *model, f"--data={write(folder / 'pairs.jsonl', pairs)}")
         yield folder
 
 
@@ -69,12 +60,8 @@ def common(files, data="comparisons"):
 @pytest.fixture(scope="module")
 def finished(files):
     """Six steps of DPO on 1 x 8 devices, with checkpoints of steps 3 and 6."""
-    run(*common(files), *EIGHT, f"--run={files}/dpo", "--steps=6", "--save_every=3")
+    run(train_dpo, *common(files), *EIGHT, f"--run={files}/dpo", "--steps=6", "--save_every=3")
     return files / "dpo"
-
-
-def rows_of(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def equal(one, other, **tolerance):
@@ -95,16 +82,17 @@ def test_resuming_is_bitwise_equal_and_needs_no_reference(files, finished, monke
     loaded = []
     original = train_dpo.starting_params
     monkeypatch.setattr(train_dpo, "starting_params", lambda *args: loaded.append(args) or original(*args))
-    run(*common(files), *EIGHT, f"--run={copy}", "--steps=6", "--save_every=3")
+    run(train_dpo, *common(files), *EIGHT, f"--run={copy}", "--steps=6", "--save_every=3")
     equal(copy, finished, rtol=0)
     assert [row["step"] for row in rows_of(copy)] == [1, 2, 3, 4, 5, 6] and not loaded
-    run(*common(files), *EIGHT, f"--run={copy}", "--steps=7", "--save_every=3")  # further than the cache reaches
+    further = ["--steps=7", "--save_every=3"]  # than the cache reaches
+    run(train_dpo, *common(files), *EIGHT, f"--run={copy}", *further)
     assert len(loaded) == 1 and rows_of(copy)[-1]["step"] == 7
 
 
 def test_cached_reference_equals_online_on_another_mesh(files, finished):
     axes = ["--mesh.data=2", "--mesh.fsdp=2", "--mesh.tensor=2"]
-    run(*common(files), *axes, f"--run={files}/online", "--steps=6", "--reference=online")
+    run(train_dpo, *common(files), *axes, f"--run={files}/online", "--steps=6", "--reference=online")
     equal(files / "online", finished, atol=1e-4)
     assert (finished / "reference-0.npz").exists() and not (files / "online" / "reference-0.npz").exists()
 
@@ -130,13 +118,13 @@ def test_one_device_and_two_microbatches_equal_eight(files, finished, monkeypatc
         return mesh
 
     monkeypatch.setattr(train_dpo, "make_mesh", one_device)
-    run(*common(files), f"--run={files}/one", "--steps=6", "--microbatches=2")
+    run(train_dpo, *common(files), f"--run={files}/one", "--steps=6", "--microbatches=2")
     equal(files / "one", finished, atol=1e-4)
 
 
 def test_kto_on_judgements_starts_at_one_half(files):
     options = ["--loss=kto", "--unpaired", "--steps=24", "--beta=1"]
-    run(*common(files, "judged"), *EIGHT, *options, f"--run={files}/judged")
+    run(train_dpo, *common(files, "judged"), *EIGHT, *options, f"--run={files}/judged")
     rows = rows_of(files / "judged")
     assert rows[0]["loss"] == pytest.approx(0.5, rel=1e-5) and rows[0]["kl"] == pytest.approx(0, abs=1e-5)
     late = {name: np.mean([row[name] for row in rows[-8:]]) for name in ("loss", "desirable", "undesirable")}
@@ -152,7 +140,7 @@ def test_the_world_has_judgements():
 
 def test_kto_on_comparisons_with_gold_evaluation(files):
     options = ["--loss=kto", "--max_prompt=64", "--max_new_tokens=4", "--gold", "--eval_every=2", "--steps=2"]
-    last = run(*common(files), *EIGHT, *options, f"--run={files}/gold")
+    last = run(train_dpo, *common(files), *EIGHT, *options, f"--run={files}/gold")
     assert 0 <= last["gold/all"] <= 1 and np.isfinite(last["gold/kl"]) and 0 <= last["eval/accuracy"] <= 1
     assert rows_of(files / "gold")[0]["loss"] == pytest.approx(0.5, rel=1e-5)
     assert "## Step 2" in (files / "gold" / "samples.md").read_text()
@@ -290,22 +278,11 @@ MISTAKES = {
 }
 
 
-def fails(argv, capsys):
-    capsys.readouterr()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["train_dpo.py", *argv])
-        with pytest.raises(SystemExit) as stop:
-            config.run(train_dpo.main, train_dpo.Config)
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-    assert stop.value.code == 2 and len(lines) == 1
-    return lines[0]
-
-
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_is_one_line(name, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     argv, place = MISTAKES[name]
-    assert place in fails(["--model.preset=tiny", *argv], capsys) and not list(tmp_path.iterdir())
+    assert place in fails(train_dpo, ["--model.preset=tiny", *argv], capsys) and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("field", BAD_ROWS)
@@ -313,6 +290,6 @@ def test_a_bad_judgement_names_file_line_and_field(field, capsys, tmp_path, monk
     monkeypatch.chdir(tmp_path)
     path = write(tmp_path / "u.jsonl", [{"prompt": "a", "response": "b", "desirable": True}, BAD_ROWS[field]])
     argv = ["--model.preset=tiny", "--loss=kto", "--unpaired", f"--data={path}"]
-    assert f"{path}:2: {field}" in fails(argv, capsys)
-    compared = fails(["--model.preset=tiny", f"--data={path}"], capsys)  # the same rows are no comparisons
+    assert f"{path}:2: {field}" in fails(train_dpo, argv, capsys)
+    compared = fails(train_dpo, ["--model.preset=tiny", f"--data={path}"], capsys)  # the same rows are no comparisons
     assert f"{path}:1: chosen: missing" in compared

@@ -1,13 +1,12 @@
 """Methods without a critic from the command line: rewards, meshes, resuming, every method, mistakes."""
 
-import json
-import pathlib
 import shutil
 from functools import partial
 
 import jax
 import numpy as np
 import pytest
+from running import fails, rows_of, run, write
 
 import config
 import rewards
@@ -27,15 +26,6 @@ def even(response, record):
 
 limit = 3
 """
-
-
-def run(script, *argv):
-    return script.main(config.parse(script.Config, [str(a) for a in argv]))
-
-
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -69,10 +59,6 @@ def here(files, monkeypatch):
 
 
 COMMON = [*SHORT, "--init=sft", "--data=sums.jsonl", "--optimizer.lr=2e-3"]
-
-
-def rows_of(folder):
-    return [json.loads(line) for line in pathlib.Path(folder, "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.slow
@@ -192,14 +178,9 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_is_one_line(name, files, capsys, monkeypatch):
+def test_a_mistake_is_one_line(name, files, capsys):
     argv, place = MISTAKES[name]
     if not any(word.startswith("--reward") for word in argv):
         argv = [*argv, "--reward=rm"]
-    monkeypatch.setattr("sys.argv", ["train_grpo.py", *COMMON, *argv, f"--run={files}/new"])
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        config.run(train_grpo.main, train_grpo.Config)
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-    assert stop.value.code == 2 and len(lines) == 1 and place in lines[0]
+    assert place in fails(train_grpo, [*COMMON, *argv, f"--run={files}/new"], capsys)
     assert not (files / "new").exists()  # nothing half-written

@@ -1,12 +1,11 @@
 """Sample, rank, imitate from the command line: learning, thresholds, resuming, every method, best-of-n, mistakes."""
 
-import json
-import pathlib
 import shutil
 
 import jax
 import numpy as np
 import pytest
+from running import fails, rows_of, run, write
 
 import best_of_n
 import config
@@ -22,15 +21,6 @@ OWN = """
 def digits(response, record):
     return float(sum(letter in "0123456789" for letter in response)) + 0.0 * len(record["prompt"][-1]["content"])
 """
-
-
-def run(script, *argv):
-    return script.main(config.parse(script.Config, [str(a) for a in argv]))
-
-
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -58,10 +48,6 @@ def here(files, monkeypatch):
 
 
 COMMON = [*SHORT, "--init=sft", "--data=sums.jsonl", "--optimizer.lr=2e-3", "--reward=own_sums:digits"]
-
-
-def rows_of(folder):
-    return [json.loads(line) for line in pathlib.Path(folder, "metrics.jsonl").read_text().splitlines()]
 
 
 def test_a_checkable_reward_is_learnt_in_a_few_rounds(files):
@@ -167,14 +153,9 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_is_one_line(name, files, capsys, monkeypatch):
+def test_a_mistake_is_one_line(name, files, capsys):
     argv, place = MISTAKES[name]
-    monkeypatch.setattr("sys.argv", ["train_raft.py", *COMMON, *argv, f"--run={files}/new"])
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        config.run(train_raft.main, train_raft.Config)
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-    assert stop.value.code == 2 and len(lines) == 1 and place in lines[0]
+    assert place in fails(train_raft, [*COMMON, *argv, f"--run={files}/new"], capsys)
     assert not (files / "new").exists()  # nothing half-written
 
 
@@ -182,12 +163,6 @@ BEST = {"no samples": (["--n=0"], "--n"), "raw": (["--system=5", "--data=raw.jso
 
 
 @pytest.mark.parametrize("name", BEST)
-def test_a_mistake_of_best_of_n_is_one_line(name, files, capsys, monkeypatch):
+def test_a_mistake_of_best_of_n_is_one_line(name, files, capsys):
     argv, place = BEST[name]
-    monkeypatch.setattr(
-        "sys.argv", ["best_of_n.py", "--policy=sft", "--data=sums.jsonl", "--reward=own_sums:digits", *argv]
-    )
-    with pytest.raises(SystemExit) as stop:
-        config.run(best_of_n.main, best_of_n.Config)
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-    assert stop.value.code == 2 and len(lines) == 1 and place in lines[0]
+    assert place in fails(best_of_n, ["--policy=sft", "--data=sums.jsonl", "--reward=own_sums:digits", *argv], capsys)

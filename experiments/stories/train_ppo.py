@@ -26,11 +26,10 @@ from data.batches import pad_prompts, prompt_batches
 from data.sources import Source
 from data.tokenizer import Tokenizer
 from experiments.stories import happy
-from generate import SamplingConfig, generate, join
 from metrics import Recorder, describe
 from model import PRESETS, LanguageModel, ModelConfig, Params, ScalarModel, check_fit, pure
 from objectives import policy as ppo
-from rollout import check_first_update, shuffled
+from rollout import check_first_update, make_rollout, rollout_metrics, shuffled
 from sharding import MeshConfig, abstract, check_batch, init_sharded, make_mesh, to_mesh
 from train_step import (
     OptimizerConfig,
@@ -95,18 +94,6 @@ class Config:
     """Checkpoints kept."""
 
 
-def make_rollout(config: Config, apply: Any, tokenizer: Tokenizer):
-    """rollout(policy, prompts, key): prompts and sampled responses as one batch, [B, T] with T = P + R."""
-    sampling = SamplingConfig(config.temperature, max_new_tokens=config.max_new_tokens)
-
-    @jax.jit
-    def rollout(policy: Params, prompts: Batch, key: jax.Array) -> Batch:
-        samples = generate(apply, config.model, policy, prompts, key, sampling, eos=tokenizer.bos, pad=tokenizer.pad)
-        return {**join(prompts, samples), "sampler_logp_BR": samples.logp_BR}
-
-    return rollout
-
-
 def score_stories(openings: list[str], response_BR: jax.Array, tokenizer: Tokenizer) -> tuple[list[str], Batch]:
     """What continues each opening, and per response the parts of its reward, float32 [B] each; waits for the device."""
     rows = zip(openings, jax.device_get(response_BR).tolist(), strict=True)
@@ -121,13 +108,12 @@ def make_judge(config: Config, apply: Any, scalar_apply: Any, bos: int):
 
     @jax.jit
     def judge(policy: Params, reference: Params, value: Params, batch: Batch):
-        mask_BR, response_BR = batch["mask_BR"], batch["response_BR"]
+        mask_BR = batch["mask_BR"]
         logp_BR = ppo.response_logprobs(apply, policy, batch, config.temperature)
         reference_BR = ppo.response_logprobs(apply, reference, batch, config.temperature)
-        length_B = mask_BR.sum(1).astype(jnp.int32)
         values_BR = ppo.response_values(scalar_apply, value, batch) * mask_BR
         kl_BR = ppo.kl_estimate(logp_BR, reference_BR, "k1")
-        rewards_BR = ppo.token_rewards(batch["score_B"], kl_BR, mask_BR, config.kl_coef, length_B - 1)
+        rewards_BR = ppo.token_rewards(batch["score_B"], kl_BR, mask_BR, config.kl_coef, mask_BR.sum(1) - 1)
         advantages_BR, returns_BR = ppo.gae(rewards_BR, values_BR, discount=1.0, smoothing=config.smoothing)
         targets = {
             "old_logp_BR": logp_BR,
@@ -138,15 +124,10 @@ def make_judge(config: Config, apply: Any, scalar_apply: Any, bos: int):
         }
         metrics = {
             **{name: batch[f"{name}_B"].mean() for name in ("score", "happy", "sad", "words")},
-            "kl": (kl_BR * mask_BR).sum(1).mean(),
-            "kl_k3": (ppo.kl_estimate(logp_BR, reference_BR, "k3") * mask_BR).sum(1).mean(),
             "reward": rewards_BR.sum(1).mean(),
-            "entropy": -ppo.masked_mean(logp_BR, mask_BR),
             "reference_surprise": -ppo.masked_mean(reference_BR, mask_BR),
             "value": ppo.masked_mean(values_BR, mask_BR),
-            "length": length_B.mean(),
-            "ended": jnp.any((response_BR == bos) & (mask_BR > 0), axis=1).mean(),
-            "sampler_gap": jnp.max(jnp.abs(logp_BR - batch["sampler_logp_BR"]) * mask_BR),
+            **rollout_metrics(logp_BR, reference_BR, batch, bos),
         }
         return {**{name: x for name, x in batch.items() if name != "sampler_logp_BR"}, **targets}, metrics
 
@@ -204,7 +185,7 @@ def main(config: Config) -> dict[str, float]:
     prompts = prompt_batches(source, tokenizer, **sizes, seed=config.seed)
     apply, scalar_apply = pure(LanguageModel(config.model))[1], pure(ScalarModel(config.model))[1]
     reference, value_start = load_models(config, mesh)
-    rollout = make_rollout(config, apply, tokenizer)
+    rollout = make_rollout(config, apply, tokenizer, eos=tokenizer.bos)
     judge = make_judge(config, apply, scalar_apply, tokenizer.bos)
     evaluate = make_evaluation(config, rollout, tokenizer, mesh)
     (policy_optimizer, policy_step), (value_optimizer, value_step) = make_updates(config, apply, scalar_apply)
