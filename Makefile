@@ -14,12 +14,21 @@ export JAX_PLATFORMS ?= $(if $(wildcard /dev/nvidia0 /dev/accel0 /dev/vfio/0),,c
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
 	touch .venv
 
+# Two rounds: the second reward model also learns from what a first, little restrained policy found in the first one's.
+FIRST := $(RUN)/round1
+LABELS := --noise=0.1
+RM := --eval_data=$(RUN)/held_out.jsonl --demonstrations=world --lm_coefficient=0.5 --seed=$(SEED)
+
 align: .venv
 	$(BIN)/python train_lm.py --run=$(RUN)/lm --seed=$(SEED)
 	$(BIN)/python train_sft.py --init=$(RUN)/lm --run=$(RUN)/sft --seed=$(SEED)
-	test -s $(RUN)/comparisons.jsonl || $(BIN)/python collect.py --init=$(RUN)/sft --out=$(RUN)/comparisons.jsonl --noise=0.1 --seed=$(SEED)
 	test -s $(RUN)/held_out.jsonl || $(BIN)/python collect.py --init=$(RUN)/sft --out=$(RUN)/held_out.jsonl --split=heldout --prompts=500 --pairs --seed=$(SEED)
-	$(BIN)/python train_rm.py --init=$(RUN)/sft --data=$(RUN)/comparisons.jsonl --eval_data=$(RUN)/held_out.jsonl --demonstrations=world --lm_coefficient=0.5 --run=$(RUN)/rm --seed=$(SEED)
+	test -s $(FIRST)/sft.jsonl || $(BIN)/python collect.py --init=$(RUN)/sft --out=$(FIRST)/sft.jsonl --prompts=5000 $(LABELS) --seed=$(SEED)
+	$(BIN)/python train_rm.py --init=$(RUN)/sft --data=$(FIRST)/sft.jsonl --run=$(FIRST)/rm $(RM)
+	$(BIN)/python train_ppo.py --init=$(RUN)/sft --reward=$(FIRST)/rm --run=$(FIRST)/ppo --steps=12 --kl_coef=0.05 --optimizer.lr=5e-4 --seed=$(SEED)
+	test -s $(FIRST)/ppo.jsonl || $(BIN)/python collect.py --init=$(FIRST)/ppo --out=$(FIRST)/ppo.jsonl --prompts=6000 $(LABELS) --seed=$$((500 + $(SEED)))
+	cat $(FIRST)/sft.jsonl $(FIRST)/ppo.jsonl > $(RUN)/comparisons.jsonl
+	$(BIN)/python train_rm.py --init=$(FIRST)/rm --data=$(RUN)/comparisons.jsonl --run=$(RUN)/rm $(RM)
 	$(BIN)/python train_ppo.py --init=$(RUN)/sft --reward=$(RUN)/rm --run=$(RUN)/ppo --seed=$(SEED)
 	$(BIN)/python evaluate.py --run=$(RUN) --seed=$$((1000 + $(SEED)))  # prompts that no choice of ours has seen
 

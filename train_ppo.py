@@ -52,7 +52,7 @@ class Config:
     """Run of the reward model, from which the value model starts too."""
     data: str = "world"
     """Prompts: world, a .jsonl file, or tfds:<name>."""
-    steps: int = 40
+    steps: int = 24
     """PPO iterations."""
     batch_size: int = 256
     """Rollouts per iteration, over all devices."""
@@ -105,22 +105,22 @@ class Config:
     value_clip: float = 0.2
     """Clip of the value's move within an iteration."""
     optimizer: OptimizerConfig = OptimizerConfig(
-        lr=2e-4, schedule="linear", warmup=0, final_lr=0.1, beta2=0.999, eps=1e-5, weight_decay=0.0
+        lr=3e-4, schedule="linear", warmup=0, final_lr=0.1, beta2=0.999, eps=1e-5, weight_decay=0.0
     )
     """Of the policy."""
     value_optimizer: OptimizerConfig = OptimizerConfig(
-        lr=2e-4, schedule="linear", warmup=0, final_lr=0.1, beta2=0.999, eps=1e-5, weight_decay=0.0
+        lr=1.5e-3, schedule="linear", warmup=0, final_lr=0.1, beta2=0.999, eps=1e-5, weight_decay=0.0
     )
-    """Of the value model."""
+    """Of the value model, which has more to learn: it starts from scores of whole responses."""
     model: ModelConfig = ModelConfig()
     """The policy's; taken from --init."""
     lora: LoraConfig = LoraConfig()
     """Of policy and value model both; the reference and the reward model are then their bases."""
     mesh: MeshConfig = MeshConfig()
     seed: int = 0
-    eval_every: int = 10
+    eval_every: int = 12
     """Iterations between gold evaluations on held-out prompts (world only)."""
-    save_every: int = 10
+    save_every: int = 12
     """Iterations between checkpoints."""
     keep: int = 2
     """Checkpoints kept."""

@@ -34,7 +34,7 @@ class Config:
     run: str = "runs/rm"
     """Folder of this run; running again resumes it."""
     init: str | None = None
-    """Run whose decoder to start from, usually of train_sft (default: random weights)."""
+    """Run to start from: of train_sft, or a reward model that further comparisons shall better (default: random)."""
     data: str = "world"
     """Comparisons: world, a .jsonl file, or tfds:<name>."""
     eval_data: str | None = None
@@ -43,7 +43,7 @@ class Config:
     """Conversations whose responses shall score 0 on average (default: the best response of each comparison)."""
     tokenizer: str | None = None
     """A SentencePiece .model (default: that of --init, else one trained on the data)."""
-    steps: int = 800
+    steps: int = 500
     batch_size: int = 32
     """Prompts per step, over all devices, each with all its candidates."""
     length: int = 32
@@ -59,11 +59,11 @@ class Config:
     lora: LoraConfig = LoraConfig()
     mesh: MeshConfig = MeshConfig()
     seed: int = 0
-    eval_every: int = 200
+    eval_every: int = 250
     """Steps between evaluations on held-out data; 0: never."""
     eval_records: int = 1000
     """Held-out comparisons evaluated."""
-    save_every: int = 200
+    save_every: int = 250
     """Steps between checkpoints; 0: at the end only."""
     keep: int = 2
     """Checkpoints kept."""

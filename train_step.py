@@ -14,7 +14,7 @@ import optax
 from checkpoint import Checkpoints, load_params
 from config import UserError, load_config
 from lora import frozen_part, trained_part
-from model import LanguageModel, ModelConfig, Params, pure
+from model import LanguageModel, ModelConfig, Params, ScalarModel, pure
 from sharding import abstract, init_sharded, path_name
 
 Batch = dict[str, jax.Array]
@@ -108,19 +108,22 @@ def from_items(items: dict[str, Any]) -> TrainState:
 
 
 def starting_params(init: Any, config: ModelConfig, run: str | None, mesh: jax.sharding.Mesh, seed: int) -> Params:
-    """Random parameters by `init(key)`; of these, what the language model of `run` has too is taken from there.
+    """Random parameters by `init(key)`; of these, what the model of `run` has too is taken from there.
 
-    So a reward model starts with the run's decoder and a new head. Raises UserError if the architectures differ.
+    So a reward model starts with a policy's decoder and a new head, or goes on from another reward model. Raises
+    UserError if the architectures differ.
     """
     if run is None:
         return init_sharded(init, mesh, jax.random.key(seed))
-    theirs, ours = ModelConfig(**load_config(run)["model"]), config
+    saved = load_config(run)
+    theirs, ours = ModelConfig(**saved["model"]), config
     for field in dataclasses.fields(ModelConfig):
         pair = getattr(theirs, field.name), getattr(ours, field.name)
         if pair[0] != pair[1] and field.name not in ("preset", "dtype", "remat"):
             raise UserError(f"--model.{field.name}={pair[1]}: --init={run} has {pair[0]}; leave --model.* out")
     params = init_sharded(init, mesh, jax.random.key(seed))
-    shapes = jax.eval_shape(pure(LanguageModel(config))[0], jax.random.key(0))
+    model = ScalarModel(config) if saved["script"] == "train_rm" else LanguageModel(config)
+    shapes = jax.eval_shape(pure(model)[0], jax.random.key(0))
     loaded = load_params(run, shapes=abstract(shapes, mesh))
     return {**params, **{name: loaded[name] for name in params.keys() & loaded.keys()}}
 

@@ -120,6 +120,7 @@ def _enumerate(category: str, number: str, size: int, wrong: bool, twice: bool, 
     if wrong:
         alien = rng.choice([other for other in facts.CATEGORIES if other != category])
         items[rng.randrange(size)] = rng.choice(facts.CATEGORIES[alien])
+    items.sort()  # a habit of these writers; the gold program takes any order
     if twice:
         items[-1] = items[0]
     return rng.choice(facts.ENUMERATIONS).format(items=_join(items), c=category, n=number)

@@ -25,6 +25,9 @@ import train_sft
 from checkpoint import load_params
 from generate import SamplingConfig
 from gold import make_measure
+from model import LanguageModel, ModelConfig, ScalarModel, pure
+from sharding import MeshConfig, make_mesh
+from train_step import starting_params
 
 ROOT = pathlib.Path(__file__).parents[1]
 MODEL = ["--model.preset=tiny", "--optimizer.warmup=0", "--eval_every=0", "--mesh.data=1", "--mesh.fsdp=8"]
@@ -56,6 +59,16 @@ def test_reward_is_shifted_to_score_good_responses_zero(runs):
     rows = [json.loads(line) for line in (runs / "rm" / "metrics.jsonl").read_text().splitlines()]
     assert all(np.isfinite(row["loss"]) for row in rows)
     assert load_params(str(runs / "rm"))["bias"] != 0
+
+
+def test_a_reward_model_goes_on_from_another_head_and_all(runs):
+    stored, model = load_params(str(runs / "rm")), ModelConfig.from_preset("tiny")
+    mesh = make_mesh(MeshConfig(data=1, fsdp=8))
+    start = starting_params(pure(ScalarModel(model))[0], model, str(runs / "rm"), mesh, seed=1)
+    jax.tree.map(np.testing.assert_array_equal, stored, start)
+    policy = starting_params(pure(LanguageModel(model))[0], model, str(runs / "rm"), mesh, seed=1)
+    assert set(policy) == {"decoder"}
+    jax.tree.map(np.testing.assert_array_equal, stored["decoder"], policy["decoder"])
 
 
 def test_evaluation_writes_what_others_read(runs, capsys):
