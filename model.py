@@ -38,10 +38,10 @@ Params = dict[str, Any]
 
 @flax.struct.dataclass
 class KVCache:
-    """Keys and values of all tokens so far. Rows are left-padded, so all advance together."""
+    """Keys and values of all tokens so far, slots innermost but one. Rows are left-padded, so all advance together."""
 
-    k_LBSKH: jax.Array
-    v_LBSKH: jax.Array
+    k_LBKSH: jax.Array
+    v_LBKSH: jax.Array
     valid_BS: jax.Array
     """1 where a slot holds a real token."""
     length: jax.Array
@@ -50,7 +50,7 @@ class KVCache:
 
 def empty_cache(config: ModelConfig, batch: int, slots: int) -> KVCache:
     """A cache for `batch` rows of at most `slots` tokens."""
-    shape = (config.layers, batch, slots, config.kv_heads, config.head_width)
+    shape = (config.layers, batch, config.kv_heads, slots, config.head_width)
     zeros = jnp.zeros(shape, config.compute_dtype)
     return KVCache(zeros, zeros, jnp.zeros((batch, slots), jnp.int32), jnp.int32(0))
 
@@ -138,15 +138,15 @@ class Attention(nn.Module):
         q_BTNH, k_BTKH = rotate(q_BTNH, turns), rotate(k_BTKH, turns)
 
         if cache is not None:
-            at = (layer, 0, cache.length, 0, 0)
+            at = (layer, 0, 0, cache.length, 0)
             cache = cache.replace(
-                k_LBSKH=jax.lax.dynamic_update_slice(cache.k_LBSKH, k_BTKH[None], at),
-                v_LBSKH=jax.lax.dynamic_update_slice(cache.v_LBSKH, v_BTKH[None], at),
+                k_LBKSH=jax.lax.dynamic_update_slice(cache.k_LBKSH, k_BTKH.swapaxes(1, 2)[None], at),
+                v_LBKSH=jax.lax.dynamic_update_slice(cache.v_LBKSH, v_BTKH.swapaxes(1, 2)[None], at),
             )
         if cache is not None and x_BTD.shape[1] == 1:  # one token against the cache
-            k_BSKH = jax.lax.dynamic_index_in_dim(cache.k_LBSKH, layer, keepdims=False)
-            v_BSKH = jax.lax.dynamic_index_in_dim(cache.v_LBSKH, layer, keepdims=False)
-            out_BTNH = decode_attention(q_BTNH, k_BSKH, v_BSKH, cache.valid_BS, cache.length, window=c.window)
+            k_BKSH = jax.lax.dynamic_index_in_dim(cache.k_LBKSH, layer, keepdims=False)
+            v_BKSH = jax.lax.dynamic_index_in_dim(cache.v_LBKSH, layer, keepdims=False)
+            out_BTNH = decode_attention(q_BTNH, k_BKSH, v_BKSH, cache.valid_BS, cache.length, window=c.window)
         else:  # training, or prefill of an empty cache: the tokens see one another only
             out_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, segment_ids=segment_ids_BT, window=c.window)
         out_MNH = out_BTNH.reshape(-1, *out_BTNH.shape[2:])
@@ -224,6 +224,7 @@ class Decoder(nn.Module):
             split_rngs={"params": True},
             in_axes=(nn.broadcast, nn.broadcast),
             length=c.layers,
+            unroll=c.layers if cache is not None and tokens_BT.shape[1] == 1 else 1,
         )
         # The cache rides in the carry: as xs and ys the scan would copy all of it.
         carry = (x_BTD, cache, jnp.int32(0))
