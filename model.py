@@ -40,8 +40,8 @@ Params = dict[str, Any]
 class KVCache:
     """Keys and values of all tokens so far, slots innermost but one. Rows are left-padded, so all advance together."""
 
-    k_LBKSH: jax.Array
-    v_LBKSH: jax.Array
+    k_LBKSH: jax.Array | tuple[jax.Array, ...]
+    v_LBKSH: jax.Array | tuple[jax.Array, ...]
     valid_BS: jax.Array
     """1 where a slot holds a real token."""
     length: jax.Array
@@ -224,11 +224,20 @@ class Decoder(nn.Module):
             split_rngs={"params": True},
             in_axes=(nn.broadcast, nn.broadcast),
             length=c.layers,
-            unroll=c.layers if cache is not None and tokens_BT.shape[1] == 1 else 1,
         )
-        # The cache rides in the carry: as xs and ys the scan would copy all of it.
-        carry = (x_BTD, cache, jnp.int32(0))
-        (x_BTD, cache, _), _ = layers(c, name="layers")(carry, segment_ids_BT, turns)
+        if cache is not None and isinstance(cache.k_LBKSH, tuple):  # sampling.py's layers_apart
+            weights, k, v = self.get_variable("params", "layers"), [], []
+            for i in range(c.layers):
+                mine = jax.tree.map(lambda w, i=i: w[i], weights, is_leaf=lambda w: isinstance(w, tuple))
+                here = cache.replace(k_LBKSH=cache.k_LBKSH[i][None], v_LBKSH=cache.v_LBKSH[i][None])
+                block = Block(c, parent=None)
+                (x_BTD, here, _), _ = block.apply({"params": mine}, (x_BTD, here, 0), segment_ids_BT, turns)
+                k, v = [*k, here.k_LBKSH[0]], [*v, here.v_LBKSH[0]]
+            cache = cache.replace(k_LBKSH=tuple(k), v_LBKSH=tuple(v))
+        else:
+            # The cache rides in the carry: as xs and ys the scan would copy all of it.
+            carry = (x_BTD, cache, jnp.int32(0))
+            (x_BTD, cache, _), _ = layers(c, name="layers")(carry, segment_ids_BT, turns)
         if cache is not None:
             cache = cache.replace(length=cache.length + tokens_BT.shape[1])
         return scaled_norm(self, "final_norm", x_BTD), cache, embed_VD

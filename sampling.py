@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from config import UserError
 from model import KVCache, ModelConfig, Params, empty_cache
+from sharding import path_name
 
 Apply = Callable[..., Any]
 
@@ -75,11 +76,14 @@ def draw(
     """
     logits_BV = logits_BV / (sampling.temperature or 1.0)
     if sampling.temperature == 0:
-        token_B = jnp.argmax(logits_BV, axis=-1)
-    else:
+        score_BV = logits_BV
+    else:  # Gumbel's maximum
         key_of = jax.vmap(lambda row, t: jax.random.fold_in(jax.random.fold_in(key, row), t))
-        kept_BV = truncate(logits_BV, sampling.top_k, sampling.top_p)
-        token_B = jax.vmap(jax.random.categorical)(key_of(row_B, t_B), kept_BV)
+        noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, logits_BV.shape[-1:]))(key_of(row_B, t_B))
+        score_BV = truncate(logits_BV, sampling.top_k, sampling.top_p) + noise_BV
+    # The first maximum, as argmax has it, which on a CPU takes several times as long.
+    best_BV = score_BV == jnp.max(score_BV, axis=-1, keepdims=True)
+    token_B = jnp.min(jnp.where(best_BV, jnp.arange(best_BV.shape[-1]), best_BV.shape[-1]), axis=-1)
     logp_B = jnp.take_along_axis(jax.nn.log_softmax(logits_BV), token_B[:, None], axis=-1)[:, 0]
     return token_B.astype(jnp.int32), logp_B
 
@@ -90,6 +94,21 @@ def prefill(apply: Apply, config: ModelConfig, params: Params, prompts: dict[str
     inputs = (prompts["tokens_BT"], prompts["segment_ids_BT"], prompts["positions_BT"])
     logits_B1V, cache = apply(params, *inputs, empty_cache(config, rows, length + more), logits_from=length - 1)
     return logits_B1V[:, 0], cache
+
+
+def layers_apart(config: ModelConfig, params: Params, cache: KVCache) -> tuple[Params, KVCache]:
+    """Weights and cache for a loop over tokens: tuples of layers, for of a stack each step would copy every slice.
+
+    Weights are cast once to the type that they are multiplied in; norms are not multiplied and stay float32.
+    """
+
+    def leaf(path: Any, w: jax.Array) -> Any:
+        name = path_name(path)
+        w = w if name.endswith("norm") else w.astype(config.compute_dtype)
+        return tuple(w) if "/layers/" in name else w
+
+    apart = jax.tree_util.tree_map_with_path(leaf, params)
+    return apart, cache.replace(k_LBKSH=tuple(cache.k_LBKSH), v_LBKSH=tuple(cache.v_LBKSH))
 
 
 def generate(
@@ -107,9 +126,8 @@ def generate(
 ) -> Samples:
     """`n` responses to each left-padded prompt (rows in order, n a prompt); traceable, prompts prefilled once.
 
-    The loop ends when every row has ended or `max_new_tokens` is reached. `prompts` as from prompt_batches. `slots`:
-    only so many responses are decoded at a time, and where one ends the next begins (`refilled_slots`); what is
-    generated is the same.
+    The loop ends when every row has. `prompts` as from prompt_batches. `slots`: only so many responses are decoded at
+    a time, and where one ends the next begins; what is generated is the same.
     """
     rows, new = prompts["tokens_BT"].shape[0] * n, sampling.max_new_tokens
     if slots is not None and slots < rows:
@@ -121,28 +139,26 @@ def generate(
             v_LBKSH=jnp.repeat(cache.v_LBKSH, n, axis=1),
             valid_BS=jnp.repeat(cache.valid_BS, n, axis=0),
         )
+    params, cache = layers_apart(config, params, cache)
     row_B = jnp.arange(rows)
     token_B, logp_B = draw(jnp.repeat(logits_PV, n, axis=0), key, row_B, jnp.zeros_like(row_B), sampling)
     zeros_BR = jnp.zeros((rows, new), jnp.float32)
-    samples = Samples(
-        response_BR=jnp.full((rows, new), pad, jnp.int32).at[:, 0].set(token_B),
-        mask_BR=zeros_BR.at[:, 0].set(1.0),
-        logp_BR=zeros_BR.at[:, 0].set(logp_B),
-    )
+    pads_BR = jnp.full((rows, new), pad, jnp.int32)
+    samples = Samples(*(x.at[:, 0].set(y) for x, y in ((pads_BR, token_B), (zeros_BR, 1.0), (zeros_BR, logp_B))))
     last_B = jnp.repeat(prompts["positions_BT"][:, -1], n, axis=0)
 
-    def step(cache: KVCache, token_B: jax.Array, last_B: jax.Array, row_B: jax.Array, t_B: jax.Array):
-        """Token t of each row, from token t - 1 and the cache of those before; `last_B`: where the prompt ends."""
-        at_B1 = (last_B + t_B)[:, None]
+    def step(cache: KVCache, token_B: jax.Array, row_B: jax.Array, t_B: jax.Array):
+        """Token t of each row, from token t - 1 and the cache of those before."""
+        at_B1 = (last_B[row_B] + t_B)[:, None]
         logits_B1V, cache = apply(params, token_B[:, None], jnp.ones_like(at_B1), at_B1, cache)
         return cache, *draw(logits_B1V[:, 0], key, row_B, t_B, sampling)
 
     if slots is not None and slots < rows:
-        return refilled_slots(config, step, cache, last_B, samples, eos, slots, n)
+        return refilled(config, step, cache, samples, eos, slots)
 
     def one_more(carry):
         t, token_B, done_B, cache, samples = carry
-        cache, token_B, logp_B = step(cache, token_B, last_B, row_B, jnp.full_like(row_B, t))
+        cache, token_B, logp_B = step(cache, token_B, row_B, jnp.full_like(row_B, t))
         put = lambda out_BR, x_B: jax.lax.dynamic_update_slice(out_BR, x_B[:, None], (0, t))  # noqa: E731
         samples = Samples(
             response_BR=put(samples.response_BR, jnp.where(done_B, pad, token_B)),
@@ -155,67 +171,86 @@ def generate(
     return jax.lax.while_loop(lambda c: (c[0] < new) & ~jnp.all(c[2]), one_more, start)[-1]
 
 
-def refilled_slots(
-    config: ModelConfig,
-    step: Callable[..., Any],
-    prompts: KVCache,
-    last_N: jax.Array,
-    samples: Samples,
-    eos: int,
-    slots: int,
-    n: int,
+@flax.struct.dataclass
+class Slots:
+    """Responses in the making, one a slot."""
+
+    cache: KVCache
+    """A ring of columns, into which all slots write at the same place, wherever in its response each may be."""
+    token_B: jax.Array
+    """Its last token."""
+    row_B: jax.Array
+    """Which response it is."""
+    t_B: jax.Array
+    """Index of its next token."""
+    busy_B: jax.Array
+    """Whether it has not ended."""
+    following: jax.Array
+    """The response that enters next."""
+
+
+def entered(slots: Slots, prompts: KVCache, first_N: jax.Array, eos: int, limit: int, several: int) -> Slots:
+    """The next `several` of N responses in slots that are free; a prompt is turned to end where the ring is written."""
+    (total,), (count, width), ring = first_N.shape, prompts.valid_BS.shape, slots.cache.valid_BS.shape[1]
+    row_E = slots.following + jnp.arange(several)
+    slot_E = jnp.where(row_E < total, jnp.argsort(slots.busy_B)[:several], slots.row_B.size)  # past the end: dropped
+    known_E = jnp.minimum(row_E, total - 1)
+    prompt_E, token_E = known_E // (total // count), first_N[known_E]
+    put = lambda x_B, x_E: x_B.at[slot_E].set(x_E, mode="drop")  # noqa: E731
+
+    def turned(x: jax.Array, axis: int) -> jax.Array:
+        before = [(ring - width, 0) if i == axis else (0, 0) for i in range(x.ndim)]
+        return jnp.roll(jnp.pad(x[prompt_E], before), slots.cache.length, axis)
+
+    copied = lambda ours, theirs: tuple(put(x, turned(y, 2)) for x, y in zip(ours, theirs, strict=True))  # noqa: E731
+    return Slots(
+        cache=slots.cache.replace(
+            k_LBKSH=copied(slots.cache.k_LBKSH, prompts.k_LBKSH),
+            v_LBKSH=copied(slots.cache.v_LBKSH, prompts.v_LBKSH),
+            valid_BS=put(slots.cache.valid_BS, turned(prompts.valid_BS, 1)),
+        ),
+        token_B=put(slots.token_B, token_E),
+        row_B=put(slots.row_B, row_E),
+        t_B=put(slots.t_B, jnp.ones_like(row_E)),
+        busy_B=put(slots.busy_B, (token_E != eos) & (limit > 1)),
+        following=jnp.minimum(slots.following + several, total),
+    )
+
+
+def refilled(
+    config: ModelConfig, step: Callable[..., Any], prompts: KVCache, samples: Samples, eos: int, count: int
 ) -> Samples:
-    """The responses to more prompts than there are slots: when one ends, its slot takes the next.
+    """The responses to more prompts than the `count` of slots: where one ends, the next begins.
 
-    `prompts`: their keys and values; `last_N`: of all N responses, where the prompt ends; `samples`: theirs, with the
-    first tokens in place. The slots' cache is a ring of columns, into which all write at the same place, wherever in
-    its response each may be: a prompt that enters is turned to end just there. An eighth of the slots enter at once,
-    for an entry is a copy.
+    `samples`: with their first tokens. An eighth of the slots enter at once, for to enter is to copy the prompt.
     """
-    (total, new), width = samples.mask_BR.shape, prompts.valid_BS.shape[1]
-    ring, several = width + new, max(1, slots // 8)
+    (total, limit), several = samples.mask_BR.shape, max(1, count // 8)
+    enter = functools.partial(
+        entered, prompts=prompts, first_N=samples.response_BR[:, 0], eos=eos, limit=limit, several=several
+    )
 
-    def turned(x: jax.Array, axis: int, at: jax.Array) -> jax.Array:
-        """Columns of a prompt as columns of the ring, the last of them just before `at`."""
-        before = [(0, 0)] * x.ndim
-        before[axis] = (ring - width, 0)
-        return jnp.roll(jnp.pad(x, before), at, axis)
-
-    def some_wait(carry) -> jax.Array:
-        _, _, _, _, busy_B, following, _ = carry
-        return (following < total) & (jnp.sum(~busy_B) >= jnp.minimum(several, total - following))
-
-    def enter(carry):
-        cache, token_B, row_B, t_B, busy_B, following, samples = carry
-        row_E = following + jnp.arange(several)
-        slot_E = jnp.where(row_E < total, jnp.argsort(busy_B)[:several], slots)  # those past the end are dropped
-        prompt_E = jnp.minimum(row_E, total - 1) // n
-        put = lambda x_B, x_E: x_B.at[slot_E].set(x_E, mode="drop")  # noqa: E731
-        k, v = (turned(x[:, prompt_E], 3, cache.length) for x in (prompts.k_LBKSH, prompts.v_LBKSH))
-        cache = cache.replace(
-            k_LBKSH=cache.k_LBKSH.at[:, slot_E].set(k, mode="drop"),
-            v_LBKSH=cache.v_LBKSH.at[:, slot_E].set(v, mode="drop"),
-            valid_BS=put(cache.valid_BS, turned(prompts.valid_BS[prompt_E], 1, cache.length)),
-        )
-        token_E = samples.response_BR[jnp.minimum(row_E, total - 1), 0]
-        busy_B = put(busy_B, (token_E != eos) & (new > 1))
-        carry = (cache, put(token_B, token_E), put(row_B, row_E), put(t_B, jnp.ones_like(row_E)), busy_B)
-        return (*carry, jnp.minimum(following + several, total), samples)
+    def wait(slots: Slots) -> jax.Array:
+        waiting = total - slots.following
+        return (waiting > 0) & (jnp.sum(~slots.busy_B) >= jnp.minimum(several, waiting))
 
     def one_more(carry):
-        cache, token_B, row_B, t_B, busy_B, following, samples = carry
-        cache, token_B, logp_B = step(cache, token_B, last_N[row_B], row_B, t_B)
-        cache = cache.replace(length=cache.length % ring)
-        at = (jnp.where(busy_B, row_B, total), t_B)  # past the last: dropped
+        slots, samples = carry
+        cache, token_B, logp_B = step(slots.cache, slots.token_B, slots.row_B, slots.t_B)
+        at = (jnp.where(slots.busy_B, slots.row_B, total), slots.t_B)  # past the last: dropped
         samples = Samples(
             response_BR=samples.response_BR.at[at].set(token_B, mode="drop"),
             mask_BR=samples.mask_BR.at[at].set(1.0, mode="drop"),
             logp_BR=samples.logp_BR.at[at].set(logp_B, mode="drop"),
         )
-        busy_B &= (token_B != eos) & (t_B + 1 < new)
-        return all_enter((cache, token_B, row_B, t_B + 1, busy_B, following, samples))
+        slots = slots.replace(
+            cache=cache.replace(length=cache.length % cache.valid_BS.shape[1]),
+            token_B=token_B,
+            t_B=slots.t_B + 1,
+            busy_B=slots.busy_B & (token_B != eos) & (slots.t_B + 1 < limit),
+        )
+        return jax.lax.while_loop(wait, enter, slots), samples
 
-    all_enter = functools.partial(jax.lax.while_loop, some_wait, enter)
-    zeros_B = jnp.zeros(slots, jnp.int32)
-    carry = (empty_cache(config, slots, ring), zeros_B, zeros_B, zeros_B, zeros_B > 0, jnp.int32(0), samples)
-    return jax.lax.while_loop(lambda c: jnp.any(c[4]), one_more, all_enter(carry))[-1]
+    _, cache = layers_apart(config, {}, empty_cache(config, count, prompts.valid_BS.shape[1] + limit))
+    none_B = jnp.zeros(count, jnp.int32)
+    slots = jax.lax.while_loop(wait, enter, Slots(cache, none_B, none_B, none_B, none_B > 0, jnp.int32(0)))
+    return jax.lax.while_loop(lambda carry: jnp.any(carry[0].busy_B), one_more, (slots, samples))[1]

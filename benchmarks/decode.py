@@ -12,6 +12,7 @@ from typing import Any
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # the root's modules, from wherever this is started
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from side_by_side import RESULTS, SMALL, count, interleaved, on_cpu, peaks, plain_batch, random_params, report
 
@@ -31,6 +32,8 @@ class Config:
     """Tokens of a prompt."""
     new: int = 64 if on_cpu() else 256
     """Tokens sampled after it."""
+    requests: int = 128 if on_cpu() else 512
+    """Prompts of the comparison of refilled slots with fixed batches; the slots are the first of `batches`."""
     rounds: int = 7
     """Timings of each row; the median is reported."""
     peer: bool = True
@@ -69,6 +72,41 @@ def fixed_rows(config: Config, params: Params, net: Any) -> list[dict[str, Any]]
     return rows
 
 
+def refill_row(config: Config, params: Params) -> dict[str, Any]:
+    """Requests whose lengths are geometric, a quarter of the limit on average: refilled slots beside fixed batches."""
+    plain, sampling, eos = pure(LanguageModel(config.model))[1], SamplingConfig(max_new_tokens=config.new), 2
+    odds = 1 / (config.new / 4 - 1)  # of an end of turn, at each token
+
+    def apply(*args, **kwargs):
+        logits_BTV, cache = plain(*args, **kwargs)
+        others_BT = jax.nn.logsumexp(logits_BTV.at[..., eos].set(-jnp.inf), axis=-1)
+        return logits_BTV.at[..., eos].set(others_BT + np.log(odds)), cache
+
+    def sampler(slots: int | None):
+        how = {"eos": eos, "pad": 0, "slots": slots}
+        return jax.jit(lambda prompts, key: generate(apply, config.model, params, prompts, key, sampling, **how))
+
+    slots, key = config.batches[0], jax.random.key(0)
+    refilled, fixed = sampler(slots), sampler(None)
+    prompts = plain_batch(config.model, config.requests, config.prompt)
+    parts = [{k: x[i : i + slots] for k, x in prompts.items()} for i in range(0, config.requests, slots)]
+    one_by_one = lambda: [fixed(part, jax.random.fold_in(key, i)) for i, part in enumerate(parts)]  # noqa: E731
+    mine, whole = jax.device_get([refilled(prompts, key), fixed(prompts, key)])
+    assert (mine.response_BR == whole.response_BR).mean() > (1 if on_cpu() else 0.5) - 1e-3  # equal but for rounding
+    tokens, theirs = mine.mask_BR.sum(), sum(float(part.mask_BR.sum()) for part in one_by_one())
+    return {
+        "what": f"refill, {slots} slots, {config.requests} asked",
+        "calls": {
+            "plumb": lambda: jax.block_until_ready(refilled(prompts, key)),
+            "fixed batches": lambda: jax.block_until_ready(one_by_one()),
+            "one batch": lambda: jax.block_until_ready(fixed(prompts, key)),
+        },
+        "tokens": float(tokens),
+        "fixed_tokens": theirs,
+        "mean_length": float(tokens) / config.requests,
+    }
+
+
 def add_roofline(config: Config, params: Params, rows: list[dict[str, Any]]) -> None:
     """Share of the memory's speed at which a decode step reads what it must: weights once, and each row's cache."""
     c, width = config.model, config.model.compute_dtype.itemsize
@@ -90,9 +128,12 @@ def main(config: Config) -> None:
 
         net = peers.llama(params, config.model, peers.DTYPE)
     rows = fixed_rows(config, params, net)
-    interleaved(rows, config.rounds)
+    refill = refill_row(config, params)
+    interleaved([*rows, refill], config.rounds)
     add_roofline(config, params, rows)
-    report("decode", config, rows, ("torch", "transformers") if config.peer else (), loads)
+    per_token = refill["tokens"] / refill["fixed_tokens"]  # of other random numbers: seconds for as many tokens
+    refill["seconds"]["fixed batches"] = [per_token * x for x in refill["seconds"]["fixed batches"]]
+    report("decode", config, [*rows, refill], ("torch", "transformers") if config.peer else (), loads)
 
 
 if __name__ == "__main__":

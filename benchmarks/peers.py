@@ -1,6 +1,6 @@
 """The peers: a transformers Llama with our weights, trained and sampled from, and TRL's PPO, paced from outside.
 
-Needs `pip install -r benchmarks/requirements-bench.txt`.
+Needs `pip install -r requirements-bench.txt`.
 """
 
 import copy

@@ -28,7 +28,7 @@ class Line(NamedTuple):
 
 ANY = float("inf")
 AUTO = (  # the first line that fits; the last always does
-    Line("cpu", 256, "reference", "the world preset's length; xla_chunked is faster, but rounds differently"),
+    Line("cpu", 64, "reference", "one tile of xla_chunked: nothing to skip"),
     Line("tpu", 127, "reference", "shorter than one tile"),
     Line("tpu", flash.longest_on_tpu, "pallas_tpu", "compiled for v5e, v5p and v6e; not yet timed on one"),
     Line("gpu", 1024, "reference", "the kernels have not yet been seen on a GPU"),

@@ -9,8 +9,9 @@ import pytest
 import generate
 from config import UserError
 from generate import SamplingConfig, join, truncate
-from model import PRESETS, LanguageModel, pure
+from model import PRESETS, LanguageModel, empty_cache, pure
 from objectives.policy import response_logprobs
+from sampling import layers_apart
 from sharding import path_name
 
 CONFIG = dataclasses.replace(PRESETS["tiny"], vocab=24, width=16, hidden=24, head_width=4, tied=False, dtype="float32")
@@ -184,6 +185,22 @@ def test_a_slot_does_not_wait_for_the_longest_row():
         samples = jax.device_get(jax.jit(functools.partial(run, slots=slots))({}, prompts, jax.random.key(0)))
         jax.effects_barrier()
         assert samples.mask_BR.sum(1).tolist() == [5, 2, 2, 2, 2, 1] and len(calls) == 1 + steps
+
+
+def test_layers_apart_in_bfloat16_change_no_bit():
+    config, params = dataclasses.replace(CONFIG, dtype="bfloat16"), model()[0]
+    _, apply = pure(LanguageModel(config))
+    op_by_op = jax.disable_jit()(apply)  # a compiler may leave roundings out
+    prompts = left_padded(PROMPTS)
+    inputs = [prompts[name] for name in ("tokens_BT", "segment_ids_BT", "positions_BT")]
+    _, cache = jax.jit(apply)(params, *inputs, empty_cache(config, 3, 6))
+    one = (inputs[0][:, -1:], inputs[1][:, -1:], inputs[2][:, -1:] + 1)
+    want, _ = op_by_op(params, *one, cache)
+    apart, tuples = layers_apart(config, params, cache)
+    assert (op_by_op(apart, *one, tuples)[0] == want).all() and isinstance(tuples.k_LBKSH, tuple)
+    assert apart["decoder"]["layers"]["mlp"]["up"][1].dtype == jnp.bfloat16
+    rounded = jax.tree.map(lambda w: w.astype(jnp.bfloat16), apart)  # control: the norms' scales too
+    assert (op_by_op(rounded, *one, tuples)[0] != want).any()
 
 
 def kept_by_definition(logits, k, p):
