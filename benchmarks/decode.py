@@ -5,11 +5,7 @@ python benchmarks/decode.py                    # prints a table, writes benchmar
 
 import dataclasses
 import os
-import pathlib
-import sys
 from typing import Any
-
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # the root's modules, from wherever this is started
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,7 @@
-"""What the benchmarks beside a peer share: models by platform, interleaved timing, one table, one JSON file."""
+"""What the benchmarks beside a peer share: models by platform, interleaved timing, one table, one JSON file.
+
+python benchmarks/side_by_side.py              # writes the README's table anew from benchmarks/results/
+"""
 
 import dataclasses
 import datetime
@@ -11,6 +14,8 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # the root's modules, from wherever this is started
 
 import jax
 import numpy as np
@@ -126,3 +131,27 @@ def report(name: str, config: Any, rows: Sequence[dict[str, Any]], packages: Seq
         "rows": rows,
     }
     (folder / f"{name}-{jax.default_backend()}.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+def markdown(folder: pathlib.Path) -> str:
+    """The results of all benchmarks beside peers as a table."""
+    lines = ["| device | what | ms | tokens/s | times as fast as |", "|---|---|---|---|---|"]
+    for path in sorted(path for name in ("train", "decode", "ppo") for path in folder.glob(f"{name}-*.json")):
+        result = json.loads(path.read_text())
+        for row in result["rows"]:
+            versions = result["versions"]
+            ratios = [
+                f"{peer} {versions.get(peer, '')}".strip() + " {:.2f} ({:.2f} to {:.2f})".format(*ratio)
+                for peer, ratio in row["faster_than"].items()
+            ]
+            ratios += [f"{key} {row[key]:.2f}" for key in ("mfu", "of_roofline") if key in row]
+            cells = (result["device"], row["what"].strip(), f"{row['ms']:.0f}", f"{row['tokens_per_s']:.0f}")
+            lines.append(f"| {' | '.join((*cells, '; '.join(ratios)))} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    readme = pathlib.Path(__file__).parents[1] / "README.md"
+    before, _, rest = readme.read_text().partition("<!-- benchmarks -->\n")
+    _, _, after = rest.partition("<!-- end -->\n")
+    readme.write_text(f"{before}<!-- benchmarks -->\n{markdown(pathlib.Path(RESULTS))}\n<!-- end -->\n{after}")

@@ -5,12 +5,8 @@ python benchmarks/train.py                     # prints a table, writes benchmar
 
 import dataclasses
 import os
-import pathlib
-import sys
 from functools import partial
 from typing import Any
-
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # the root's modules, from wherever this is started
 
 import jax
 import numpy as np
