@@ -7,6 +7,7 @@ matmul up to three times as fast as of one over two leading axes, and others do 
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -55,6 +56,7 @@ def empty_cache(config: ModelConfig, batch: int, slots: int) -> KVCache:
     return KVCache(zeros, zeros, jnp.zeros((batch, slots), jnp.int32), jnp.int32(0))
 
 
+@partial(jax.checkpoint, prevent_cse=False)  # for its backward pass x alone is kept: to compute again is cheaper
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     """Root-mean-square norm over the last axis, in float32 (Zhang and Sennrich 2019)."""
     x32 = x.astype(jnp.float32)
@@ -166,8 +168,9 @@ class SwiGLU(nn.Module):
         up_DF = self.param("up", _normal(c.width), (c.width, c.hidden))
         down_FD = self.param("down", _normal(c.hidden * 2 * c.layers), (c.hidden, c.width))
         activation = nn.gelu if c.gemma else nn.silu  # Flax's GELU is the tanh approximation, as Gemma's
-        gated_MF = activation(linear(self, "MD,DF->MF", x_MD, "gate", gate_DF))
-        gated_MF *= linear(self, "MD,DF->MF", x_MD, "up", up_DF)
+        gate_MF = linear(self, "MD,DF->MF", x_MD, "gate", gate_DF)
+        up_MF = linear(self, "MD,DF->MF", x_MD, "up", up_DF)
+        gated_MF = jax.checkpoint(lambda gate, up: activation(gate) * up, prevent_cse=False)(gate_MF, up_MF)
         return linear(self, "MF,FD->MD", gated_MF, "down", down_FD).reshape(x_BTD.shape)
 
 
