@@ -14,6 +14,7 @@ from side_by_side import RESULTS, SMALL, count, interleaved, on_cpu, peaks, plai
 
 import config as flags
 from generate import SamplingConfig, generate
+from kernels.attention import decode_attention
 from model import LanguageModel, ModelConfig, Params, pure
 from presets import PRESETS
 
@@ -103,6 +104,39 @@ def refill_row(config: Config, params: Params) -> dict[str, Any]:
     }
 
 
+def split_attention(q_BTNH, k_BKSH, v_BKSH, valid_BS, at, parts: int = 8):
+    """`decode_attention` with the keys in C parts that are worked on apart, their softmaxes joined afterwards."""
+    batch, kv_heads, slots, width = k_BKSH.shape
+    q_BKGH = q_BTNH.reshape(batch, kv_heads, -1, width) * width**-0.5
+    k_BKCSH, v_BKCSH = (x.reshape(batch, kv_heads, parts, slots // parts, width) for x in (k_BKSH, v_BKSH))
+    scores_BKCGS = jnp.einsum("BKGH,BKCSH->BKCGS", q_BKGH, k_BKCSH, preferred_element_type=jnp.float32)
+    seen = (valid_BS > 0).reshape(batch, 1, parts, 1, -1)
+    top = jnp.max(jnp.where(seen, scores_BKCGS, -1e30), axis=-1, keepdims=True)
+    weights_BKCGS = jnp.where(seen, jnp.exp(scores_BKCGS - top), 0.0)
+    kept = jnp.exp(top - jnp.max(top, axis=2, keepdims=True))
+    out = jnp.einsum("BKCGS,BKCSH->BKCGH", weights_BKCGS.astype(v_BKSH.dtype), v_BKCSH) * kept
+    total = (weights_BKCGS.sum(-1, keepdims=True) * kept).sum(2)
+    return (out.sum(2) / total).astype(q_BTNH.dtype).reshape(q_BTNH.shape)
+
+
+def long_cache_rows(config: Config) -> list[dict[str, Any]]:
+    """One token against a long cache, by the einsum and split over the keys; eight query heads on two."""
+    rows = []
+    for batch in (1, 16):
+        keys = jax.random.split(jax.random.key(0), 3)
+        shapes = [(batch, 1, 8, 64), *[(batch, 2, 8192, 64)] * 2]
+        arrays = [jax.random.normal(k, s, config.model.compute_dtype) for k, s in zip(keys, shapes, strict=True)]
+        arrays += [jnp.ones((batch, 8192), jnp.int32), jnp.int32(8191)]
+        einsum, split = jax.jit(decode_attention), jax.jit(split_attention)
+        np.testing.assert_allclose(einsum(*arrays), split(*arrays), atol=1e-5 if on_cpu() else 1e-2)
+        calls = {
+            "plumb": lambda run=einsum, arrays=arrays: run(*arrays).block_until_ready(),
+            "split": lambda run=split, arrays=arrays: run(*arrays).block_until_ready(),
+        }
+        rows.append({"what": f"attention, {batch} x cache of 8192", "calls": calls, "tokens": batch})
+    return rows
+
+
 def add_roofline(config: Config, params: Params, rows: list[dict[str, Any]]) -> None:
     """Share of the memory's speed at which a decode step reads what it must: weights once, and each row's cache."""
     c, width = config.model, config.model.compute_dtype.itemsize
@@ -125,11 +159,12 @@ def main(config: Config) -> None:
         net = peers.llama(params, config.model, peers.DTYPE)
     rows = fixed_rows(config, params, net)
     refill = refill_row(config, params)
-    interleaved([*rows, refill], config.rounds)
+    others = [refill, *long_cache_rows(config)]
+    interleaved([*rows, *others], config.rounds)
     add_roofline(config, params, rows)
     per_token = refill["tokens"] / refill["fixed_tokens"]  # of other random numbers: seconds for as many tokens
     refill["seconds"]["fixed batches"] = [per_token * x for x in refill["seconds"]["fixed batches"]]
-    report("decode", config, [*rows, refill], ("torch", "transformers") if config.peer else (), loads)
+    report("decode", config, [*rows, *others], ("torch", "transformers") if config.peer else (), loads)
 
 
 if __name__ == "__main__":
