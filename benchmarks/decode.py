@@ -5,6 +5,7 @@ python benchmarks/decode.py                    # prints a table, writes benchmar
 
 import dataclasses
 import os
+from functools import partial
 from typing import Any
 
 import jax
@@ -127,11 +128,12 @@ def long_cache_rows(config: Config) -> list[dict[str, Any]]:
         shapes = [(batch, 1, 8, 64), *[(batch, 2, 8192, 64)] * 2]
         arrays = [jax.random.normal(k, s, config.model.compute_dtype) for k, s in zip(keys, shapes, strict=True)]
         arrays += [jnp.ones((batch, 8192), jnp.int32), jnp.int32(8191)]
-        einsum, split = jax.jit(decode_attention), jax.jit(split_attention)
-        np.testing.assert_allclose(einsum(*arrays), split(*arrays), atol=1e-5 if on_cpu() else 1e-2)
+        runs = {"plumb": decode_attention, "8 parts": split_attention, "1 part": partial(split_attention, parts=1)}
+        runs = {name: jax.jit(run) for name, run in runs.items()}
+        for run in runs.values():
+            np.testing.assert_allclose(run(*arrays), runs["plumb"](*arrays), atol=1e-5 if on_cpu() else 1e-2)
         calls = {
-            "plumb": lambda run=einsum, arrays=arrays: run(*arrays).block_until_ready(),
-            "split": lambda run=split, arrays=arrays: run(*arrays).block_until_ready(),
+            name: partial(lambda run, args: run(*args).block_until_ready(), run, arrays) for name, run in runs.items()
         }
         rows.append({"what": f"attention, {batch} x cache of 8192", "calls": calls, "tokens": batch})
     return rows
