@@ -7,6 +7,7 @@ matmul up to three times as fast as of one over two leading axes, and others do 
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -38,10 +39,10 @@ Params = dict[str, Any]
 
 @flax.struct.dataclass
 class KVCache:
-    """Keys and values of all tokens so far. Rows are left-padded, so all advance together."""
+    """Keys and values of all tokens so far, slots innermost but one. Rows are left-padded, so all advance together."""
 
-    k_LBSKH: jax.Array
-    v_LBSKH: jax.Array
+    k_LBKSH: jax.Array | tuple[jax.Array, ...]
+    v_LBKSH: jax.Array | tuple[jax.Array, ...]
     valid_BS: jax.Array
     """1 where a slot holds a real token."""
     length: jax.Array
@@ -50,11 +51,12 @@ class KVCache:
 
 def empty_cache(config: ModelConfig, batch: int, slots: int) -> KVCache:
     """A cache for `batch` rows of at most `slots` tokens."""
-    shape = (config.layers, batch, slots, config.kv_heads, config.head_width)
+    shape = (config.layers, batch, config.kv_heads, slots, config.head_width)
     zeros = jnp.zeros(shape, config.compute_dtype)
     return KVCache(zeros, zeros, jnp.zeros((batch, slots), jnp.int32), jnp.int32(0))
 
 
+@partial(jax.checkpoint, prevent_cse=False)  # for its backward pass x alone is kept: to compute again is cheaper
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     """Root-mean-square norm over the last axis, in float32 (Zhang and Sennrich 2019)."""
     x32 = x.astype(jnp.float32)
@@ -138,15 +140,15 @@ class Attention(nn.Module):
         q_BTNH, k_BTKH = rotate(q_BTNH, turns), rotate(k_BTKH, turns)
 
         if cache is not None:
-            at = (layer, 0, cache.length, 0, 0)
+            at = (layer, 0, 0, cache.length, 0)
             cache = cache.replace(
-                k_LBSKH=jax.lax.dynamic_update_slice(cache.k_LBSKH, k_BTKH[None], at),
-                v_LBSKH=jax.lax.dynamic_update_slice(cache.v_LBSKH, v_BTKH[None], at),
+                k_LBKSH=jax.lax.dynamic_update_slice(cache.k_LBKSH, k_BTKH.swapaxes(1, 2)[None], at),
+                v_LBKSH=jax.lax.dynamic_update_slice(cache.v_LBKSH, v_BTKH.swapaxes(1, 2)[None], at),
             )
         if cache is not None and x_BTD.shape[1] == 1:  # one token against the cache
-            k_BSKH = jax.lax.dynamic_index_in_dim(cache.k_LBSKH, layer, keepdims=False)
-            v_BSKH = jax.lax.dynamic_index_in_dim(cache.v_LBSKH, layer, keepdims=False)
-            out_BTNH = decode_attention(q_BTNH, k_BSKH, v_BSKH, cache.valid_BS, cache.length, window=c.window)
+            k_BKSH = jax.lax.dynamic_index_in_dim(cache.k_LBKSH, layer, keepdims=False)
+            v_BKSH = jax.lax.dynamic_index_in_dim(cache.v_LBKSH, layer, keepdims=False)
+            out_BTNH = decode_attention(q_BTNH, k_BKSH, v_BKSH, cache.valid_BS, cache.length, window=c.window)
         else:  # training, or prefill of an empty cache: the tokens see one another only
             out_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, segment_ids=segment_ids_BT, window=c.window)
         out_MNH = out_BTNH.reshape(-1, *out_BTNH.shape[2:])
@@ -166,8 +168,9 @@ class SwiGLU(nn.Module):
         up_DF = self.param("up", _normal(c.width), (c.width, c.hidden))
         down_FD = self.param("down", _normal(c.hidden * 2 * c.layers), (c.hidden, c.width))
         activation = nn.gelu if c.gemma else nn.silu  # Flax's GELU is the tanh approximation, as Gemma's
-        gated_MF = activation(linear(self, "MD,DF->MF", x_MD, "gate", gate_DF))
-        gated_MF *= linear(self, "MD,DF->MF", x_MD, "up", up_DF)
+        gate_MF = linear(self, "MD,DF->MF", x_MD, "gate", gate_DF)
+        up_MF = linear(self, "MD,DF->MF", x_MD, "up", up_DF)
+        gated_MF = jax.checkpoint(lambda gate, up: activation(gate) * up, prevent_cse=False)(gate_MF, up_MF)
         return linear(self, "MF,FD->MD", gated_MF, "down", down_FD).reshape(x_BTD.shape)
 
 
@@ -225,9 +228,19 @@ class Decoder(nn.Module):
             in_axes=(nn.broadcast, nn.broadcast),
             length=c.layers,
         )
-        # The cache rides in the carry: as xs and ys the scan would copy all of it.
-        carry = (x_BTD, cache, jnp.int32(0))
-        (x_BTD, cache, _), _ = layers(c, name="layers")(carry, segment_ids_BT, turns)
+        if cache is not None and isinstance(cache.k_LBKSH, tuple):  # sampling.py's layers_apart
+            weights, k, v = self.get_variable("params", "layers"), [], []
+            for i in range(c.layers):
+                mine = jax.tree.map(lambda w, i=i: w[i], weights, is_leaf=lambda w: isinstance(w, tuple))
+                here = cache.replace(k_LBKSH=cache.k_LBKSH[i][None], v_LBKSH=cache.v_LBKSH[i][None])
+                block = Block(c, parent=None)
+                (x_BTD, here, _), _ = block.apply({"params": mine}, (x_BTD, here, 0), segment_ids_BT, turns)
+                k, v = [*k, here.k_LBKSH[0]], [*v, here.v_LBKSH[0]]
+            cache = cache.replace(k_LBKSH=tuple(k), v_LBKSH=tuple(v))
+        else:
+            # The cache rides in the carry: as xs and ys the scan would copy all of it.
+            carry = (x_BTD, cache, jnp.int32(0))
+            (x_BTD, cache, _), _ = layers(c, name="layers")(carry, segment_ids_BT, turns)
         if cache is not None:
             cache = cache.replace(length=cache.length + tokens_BT.shape[1])
         return scaled_norm(self, "final_norm", x_BTD), cache, embed_VD

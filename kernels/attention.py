@@ -28,7 +28,7 @@ class Line(NamedTuple):
 
 ANY = float("inf")
 AUTO = (  # the first line that fits; the last always does
-    Line("cpu", 256, "reference", "the world preset's length; xla_chunked is faster, but rounds differently"),
+    Line("cpu", 64, "reference", "one tile of xla_chunked: nothing to skip"),
     Line("tpu", 127, "reference", "shorter than one tile"),
     Line("tpu", flash.longest_on_tpu, "pallas_tpu", "compiled for v5e, v5p and v6e; not yet timed on one"),
     Line("gpu", 1024, "reference", "the kernels have not yet been seen on a GPU"),
@@ -86,8 +86,8 @@ def attention(
 
 def decode_attention(
     q_BTNH: jax.Array,
-    k_BSKH: jax.Array,
-    v_BSKH: jax.Array,
+    k_BKSH: jax.Array,
+    v_BKSH: jax.Array,
     valid_BS: jax.Array,
     at: jax.Array,
     *,
@@ -95,12 +95,23 @@ def decode_attention(
     soft_cap: float | None = None,
     scale: float | None = None,
 ) -> jax.Array:
-    """One query a row (T = 1), at slot `at` of a cache whose slots with `valid_BS` > 0 hold tokens."""
-    slots = jnp.arange(k_BSKH.shape[1])
-    mask_BS = (valid_BS > 0) & (slots <= at)
+    """One query a row (T = 1), at slot `at` of a ring of slots, of which those with `valid_BS` > 0 hold tokens."""
+    slots, width = k_BKSH.shape[2:]
+    mask_BS = valid_BS > 0
     if window is not None:  # rows are left-padded, so distances between slots are distances between tokens
-        mask_BS &= at - slots < window
-    return masked_attention(q_BTNH, k_BSKH, v_BSKH, mask_BS[:, None, :], scale, soft_cap)
+        mask_BS &= (at - jnp.arange(slots)) % slots < window
+    q_BKGH = q_BTNH.reshape(*k_BKSH.shape[:2], -1, width)
+    scores_BKGS = jnp.einsum("BKGH,BKSH->BKGS", q_BKGH, k_BKSH, preferred_element_type=jnp.float32)
+    weights_BKGS = softmax_where(mask_BS[:, None, None], scores_BKGS, width**-0.5 if scale is None else scale, soft_cap)
+    return jnp.einsum("BKGS,BKSH->BKGH", weights_BKGS.astype(v_BKSH.dtype), v_BKSH).reshape(q_BTNH.shape)
+
+
+def softmax_where(mask: jax.Array, scores: jax.Array, scale: float, soft_cap: float | None) -> jax.Array:
+    """Softmax of the scaled and capped scores over the last axis, where `mask` holds; 0 elsewhere."""
+    scores *= scale
+    if soft_cap is not None:
+        scores = soft_cap * jnp.tanh(scores / soft_cap)
+    return jnp.where(mask, jax.nn.softmax(jnp.where(mask, scores, MASKED), axis=-1), 0.0)
 
 
 def masked_attention(
@@ -116,12 +127,8 @@ def masked_attention(
     kv_heads = k_BSKH.shape[2]
     q_BTKGH = q_BTNH.reshape(batch, length, kv_heads, heads // kv_heads, width)
     scores_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
-    scores_BKGTS *= width**-0.5 if scale is None else scale
-    if soft_cap is not None:
-        scores_BKGTS = soft_cap * jnp.tanh(scores_BKGTS / soft_cap)
-    mask_BKGTS = mask_BTS[:, None, None]
-    weights_BKGTS = jax.nn.softmax(jnp.where(mask_BKGTS, scores_BKGTS, MASKED), axis=-1)
-    weights_BKGTS = jnp.where(mask_BKGTS, weights_BKGTS, 0.0).astype(v_BSKH.dtype)
+    scale = width**-0.5 if scale is None else scale
+    weights_BKGTS = softmax_where(mask_BTS[:, None, None], scores_BKGTS, scale, soft_cap).astype(v_BSKH.dtype)
     out_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS, v_BSKH)
     return out_BTKGH.reshape(q_BTNH.shape)
 

@@ -9,8 +9,9 @@ import pytest
 import generate
 from config import UserError
 from generate import SamplingConfig, join, truncate
-from model import PRESETS, LanguageModel, pure
+from model import PRESETS, LanguageModel, empty_cache, pure
 from objectives.policy import response_logprobs
+from sampling import layers_apart
 from sharding import path_name
 
 CONFIG = dataclasses.replace(PRESETS["tiny"], vocab=24, width=16, hidden=24, head_width=4, tied=False, dtype="float32")
@@ -126,16 +127,16 @@ def test_rows_end_at_eos_and_the_loop_when_all_have():
     assert samples.response_BR.tolist() == [[4, 2, 0, 0, 0, 0], [5, 6, 3, 4, 2, 0], [2, 0, 0, 0, 0, 0]]
     assert samples.mask_BR.sum(1).tolist() == [2, 5, 1]
     assert ((samples.logp_BR < 0) == (samples.mask_BR > 0)).all()
-    assert len(calls) <= 6  # prefill and five steps, of six allowed
+    assert len(calls) == 5  # prefill and four steps for five tokens: none after the last
     calls.clear()
     run({}, left_padded([[4], [4], [3]]), jax.random.key(0)).mask_BR.block_until_ready()
     jax.effects_barrier()
-    assert len(calls) <= 3
+    assert len(calls) == 2
     calls.clear()  # control: with an end that never comes all steps are taken
     run = jax.jit(functools.partial(generate.generate, apply, CONFIG, sampling=GREEDY, eos=7, pad=PAD))
     samples = run({}, prompts, jax.random.key(0))
     jax.effects_barrier()
-    assert len(calls) >= 6 and samples.mask_BR.all()
+    assert len(calls) == 6 and samples.mask_BR.all()
 
 
 def test_n_samples_equal_repeated_prompts_from_one_prefill():
@@ -157,6 +158,49 @@ def test_n_samples_equal_repeated_prompts_from_one_prefill():
     trace = functools.partial(generate.generate, counting, CONFIG, sampling=sampling, eos=EOS, pad=PAD, n=4)
     jax.eval_shape(trace, params, left_padded(PROMPTS), key)
     assert rows[0] == (3, 5) and set(rows[1:]) == {(12, 1)}
+
+
+@pytest.mark.parametrize("slots, window, temperature", [(3, None, 1.0), (16, 4, 0.7)])
+def test_refilled_slots_give_what_the_plain_loop_gives(slots, window, temperature):
+    params, config = model()[0], dataclasses.replace(CONFIG, window=window)
+    _, apply = pure(LanguageModel(config))
+    prompts = left_padded([list(range(3, 4 + i % 5)) for i in range(7)])
+    how = {"sampling": SamplingConfig(temperature, max_new_tokens=8), "eos": EOS, "pad": PAD, "n": 3}
+    run = jax.jit(functools.partial(generate.generate, apply, config, **how), static_argnames="slots")
+    want = run(params, prompts, jax.random.key(1))
+    got = run(params, prompts, jax.random.key(1), slots=slots)
+    assert (got.response_BR == want.response_BR).all() and (got.mask_BR == want.mask_BR).all()
+    np.testing.assert_allclose(got.logp_BR, want.logp_BR, atol=1e-5)
+    assert len(set(np.asarray(want.mask_BR.sum(1)).tolist())) > 3  # of many lengths
+    other = run(params, prompts, jax.random.key(2), slots=slots)
+    assert (other.response_BR != want.response_BR).any()  # control
+
+
+def test_a_slot_does_not_wait_for_the_longest_row():
+    apply, calls = scripted([0, 5, 0, 4, 2, 6, 3, 0])  # after 4 one token, after 3 two, after 1 five
+    run = functools.partial(generate.generate, apply, CONFIG, sampling=GREEDY, eos=EOS, pad=PAD)
+    prompts = left_padded([[1], *[[3]] * 4, [4]])
+    for slots, steps in ((2, 4), (1, 8), (6, 4)):  # one of two slots takes all but the first, one after another
+        calls.clear()
+        samples = jax.device_get(jax.jit(functools.partial(run, slots=slots))({}, prompts, jax.random.key(0)))
+        jax.effects_barrier()
+        assert samples.mask_BR.sum(1).tolist() == [5, 2, 2, 2, 2, 1] and len(calls) == 1 + steps
+
+
+def test_layers_apart_in_bfloat16_change_no_bit():
+    config, params = dataclasses.replace(CONFIG, dtype="bfloat16"), model()[0]
+    _, apply = pure(LanguageModel(config))
+    op_by_op = jax.disable_jit()(apply)  # a compiler may leave roundings out
+    prompts = left_padded(PROMPTS)
+    inputs = [prompts[name] for name in ("tokens_BT", "segment_ids_BT", "positions_BT")]
+    _, cache = jax.jit(apply)(params, *inputs, empty_cache(config, 3, 6))
+    one = (inputs[0][:, -1:], inputs[1][:, -1:], inputs[2][:, -1:] + 1)
+    want, _ = op_by_op(params, *one, cache)
+    apart, tuples = layers_apart(config, params, cache)
+    assert (op_by_op(apart, *one, tuples)[0] == want).all() and isinstance(tuples.k_LBKSH, tuple)
+    assert apart["decoder"]["layers"]["mlp"]["up"][1].dtype == jnp.bfloat16
+    rounded = jax.tree.map(lambda w: w.astype(jnp.bfloat16), apart)  # control: the norms' scales too
+    assert (op_by_op(rounded, *one, tuples)[0] != want).any()
 
 
 def kept_by_definition(logits, k, p):

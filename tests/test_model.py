@@ -276,7 +276,7 @@ def test_bfloat16_compute_keeps_logits_and_losses_float32():
     assert np.abs(logits - apply(params, *inputs)[0]).max() > 1e-4  # control: it did compute in bfloat16
     scalars = jax.jit(pure(ScalarModel(config))[1])(make(TINY, ScalarModel)[0], *inputs)
     assert scalars.dtype == jnp.float32
-    assert empty_cache(config, 1, 4).k_LBSKH.dtype == jnp.bfloat16
+    assert empty_cache(config, 1, 4).k_LBKSH.dtype == jnp.bfloat16
 
 
 @pytest.mark.parametrize("fields", [{"kv_heads": 3}, {"head_width": 5}, {"layers": 0}, {"vocab": -1}])

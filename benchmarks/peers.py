@@ -1,0 +1,136 @@
+"""The peers: a transformers Llama with our weights, trained and sampled from, and TRL's PPO, paced from outside.
+
+Needs `pip install -r requirements-bench.txt`.
+"""
+
+import copy
+import json
+import pathlib
+import queue
+import tempfile
+import threading
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from families import config_of
+from model import ModelConfig, Params
+from weights import write_tensors
+
+PAD, BOS, EOS = 0, 1, 2
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+
+
+def llama(params: Params, model: ModelConfig, dtype: torch.dtype = torch.float32) -> Any:
+    """The LlamaForCausalLM with these parameters."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as folder:
+        write_tensors(pathlib.Path(folder), params, model, "float32", 1 << 40)
+        content = config_of(model, SimpleNamespace(bos=BOS, eos=EOS, pad=PAD), "float32")
+        pathlib.Path(folder, "config.json").write_text(json.dumps(content))
+        return transformers.LlamaForCausalLM.from_pretrained(folder, dtype=dtype).to(DEVICE)
+
+
+def wait() -> None:
+    """Until the GPU has done what it was told."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+def trainer(net: Any, tokens_BT: np.ndarray, lr: float) -> Callable[[], float]:
+    """A call of one step on the same batch: loss, gradients, clipping, fused AdamW; returns the loss."""
+    tokens = torch.tensor(tokens_BT, dtype=torch.long, device=DEVICE)
+    optimizer = torch.optim.AdamW(net.parameters(), lr, (0.9, 0.95), 1e-8, weight_decay=0.1, fused=True)
+    net.train()
+
+    def step() -> float:
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=DEVICE == "cuda"):
+            loss = net(input_ids=tokens, labels=tokens, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+
+    return step
+
+
+def sampler(net: Any, prompts_BT: np.ndarray, new: int) -> Callable[[], None]:
+    """A call that samples exactly `new` tokens after each prompt, at temperature 1 from all tokens."""
+    tokens = torch.tensor(prompts_BT, dtype=torch.long, device=DEVICE)
+    net.eval()
+    how = {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0, "pad_token_id": PAD, "eos_token_id": None}
+
+    @torch.no_grad()
+    def sample() -> None:
+        out = net.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=new, **how)
+        wait()
+        assert out.shape[1] == tokens.shape[1] + new
+
+    return sample
+
+
+class Paced(transformers.TrainerCallback):
+    """Holds a trainer after each iteration until the next is asked for."""
+
+    def __init__(self):
+        self.go, self.done = queue.Queue(), queue.Queue()
+
+    def on_step_end(self, args, state, control, **_):
+        wait()
+        self.done.put(None)
+        self.go.get()
+
+    def __call__(self) -> None:
+        """One iteration."""
+        self.go.put(None)
+        if (fault := self.done.get()) is not None:
+            raise fault
+
+
+def ppo(params: Params, model: ModelConfig, prompts_PT: np.ndarray, config: Any) -> Callable[[], None]:
+    """A call of one iteration of TRL's PPOTrainer, in a thread that waits between calls; the first sets it up.
+
+    `config`: batch_size, max_new_tokens, minibatches, epochs and temperature. The rewards are a random model's.
+    """
+    from datasets import Dataset
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from trl.experimental.ppo import PPOConfig, PPOTrainer
+
+    policy = llama(params, model)
+    scalar = transformers.AutoModelForSequenceClassification.from_config(policy.config, num_labels=1).to(DEVICE)
+    words = {f"<{i}>": i for i in range(model.vocab)}
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(words, unk_token="<3>")), pad_token="<0>", eos_token="<2>"
+    )
+    paced, folder = Paced(), tempfile.mkdtemp()
+    options = PPOConfig(
+        folder, per_device_train_batch_size=config.batch_size // config.minibatches,
+        gradient_accumulation_steps=config.minibatches, num_mini_batches=config.minibatches,
+        total_episodes=10_000 * config.batch_size, num_ppo_epochs=config.epochs, response_length=config.max_new_tokens,
+        temperature=config.temperature, local_rollout_forward_batch_size=config.batch_size, num_sample_generations=0,
+        report_to="none", disable_tqdm=True, logging_strategy="no", save_strategy="no", bf16=DEVICE == "cuda",
+        use_cpu=DEVICE == "cpu", optim="adamw_torch_fused", learning_rate=1e-5,
+    )  # fmt: skip
+    train = PPOTrainer(
+        args=options, processing_class=tokenizer, model=policy, ref_model=copy.deepcopy(policy), reward_model=scalar,
+        value_model=copy.deepcopy(scalar), train_dataset=Dataset.from_dict({"input_ids": prompts_PT.tolist()}),
+        eval_dataset=Dataset.from_dict({"input_ids": prompts_PT.tolist()}), callbacks=[paced],
+    )  # fmt: skip
+
+    def work() -> None:
+        paced.go.get()
+        try:
+            train.train()
+        except BaseException as fault:  # handed over: the benchmark's own thread must end
+            paced.done.put(fault)
+
+    threading.Thread(target=work, daemon=True).start()
+    return paced
