@@ -27,6 +27,10 @@ Response A: {a}
 Response B: {b}
 Principle: {principle}
 Which response follows the principle better? Answer with A or B."""
+CLASSIFY = """Request: {request}
+Response: {response}
+Rule: {rule}
+Does the response keep the rule? Answer with A for yes or B for no."""
 CRITIQUE = "Say how your last answer breaks this principle: {principle}"
 REVISE = "Write your answer again, so that it follows the principle. Write the answer only."
 Messages = list[Message]
@@ -56,18 +60,21 @@ def read_principles(path: str) -> dict[str, str]:
 # ---- A language model ----
 
 
+def asked_in(messages: Messages) -> str:
+    """A prompt as the text of one request."""
+    return "\n\n".join(message["content"] for message in messages)
+
+
 def comparing_prompts(question: Question, text: str) -> list[str]:
     """What a judge is asked about two responses and a principle: in this order, and in the other."""
     messages, a, b = question
-    request = "\n\n".join(message["content"] for message in messages)
-    return [COMPARE.format(request=request, a=x, b=y, principle=text) for x, y in ((a, b), (b, a))]
+    return [COMPARE.format(request=asked_in(messages), a=x, b=y, principle=text) for x, y in ((a, b), (b, a))]
 
 
-def make_prefer(judge: Judge, principles: Sequence[str]) -> Callable[[Sequence[Question]], np.ndarray]:
-    """prefer(questions), from the log-probabilities of the answers "A" and "B", averaged over both orders.
+def make_first(judge: Judge) -> Callable[[Sequence[str]], np.ndarray]:
+    """first(what a user asks) -> P(the answer is A, where it is A or B), by the log-probabilities of these two.
 
-    So what the judge likes about a position cancels: p(a, b) = 1 - p(b, a) (Lee et al. 2023, RLAIF: soft labels, and
-    their handling of position bias). Raises UserError where the answers' first tokens are one.
+    A question longer than the model's context loses its beginning. Raises UserError where their first tokens are one.
     """
     (model, tokenizer, params), rows = judge, 64
     answers = [tokenizer.encode(answer)[:1] for answer in "AB"]
@@ -76,25 +83,50 @@ def make_prefer(judge: Judge, principles: Sequence[str]) -> Callable[[Sequence[Q
     apply = pure(LanguageModel(model))[1]
 
     @jax.jit
-    def first(params: Params, batch: dict[str, jax.Array]) -> jax.Array:
-        """[B]: the probability of A, given that the answer is A or B."""
+    def probability(params: Params, batch: dict[str, jax.Array]) -> jax.Array:
         logits_BTV, _ = apply(params, *inputs(batch))
         logits_B2 = logits_BTV[:, -1, jnp.array(answers)[:, 0]].astype(jnp.float32)
         return jax.nn.softmax(logits_B2)[:, 0]
 
-    def prefer(questions: Sequence[Question]) -> np.ndarray:
-        asked = [ask for question in questions for text in principles for ask in comparing_prompts(question, text)]
-        tokens = [cut_left(tokenizer.prompt(ask), model.context, tokenizer) for ask in asked]
+    def first(texts: Sequence[str]) -> np.ndarray:
+        tokens = [cut_left(tokenizer.prompt(text), model.context, tokenizer) for text in texts]
         length, out = min(-(-max(map(len, tokens), default=1) // 32) * 32, model.context), []
         for start in range(0, len(tokens), rows):
             part = tokens[start : start + rows]
             padded = [{"tokens": row} for row in part + part[:1] * (rows - len(part))]
             batch = pad_prompts(padded, length, tokenizer.pad, fixed=True)
-            out += np.asarray(first(params, batch))[: len(part)].tolist()
-        orders_QP2 = np.array(out).reshape(len(questions), len(principles), 2)
+            out += np.asarray(probability(params, batch))[: len(part)].tolist()
+        return np.array(out)
+
+    return first
+
+
+def make_prefer(judge: Judge, principles: Sequence[str]) -> Callable[[Sequence[Question]], np.ndarray]:
+    """prefer(questions), averaged over both orders of the two responses.
+
+    So what the judge likes about a position cancels: p(a, b) = 1 - p(b, a) (Lee et al. 2023, RLAIF: soft labels, and
+    their handling of position bias).
+    """
+    first = make_first(judge)
+
+    def prefer(questions: Sequence[Question]) -> np.ndarray:
+        texts = [ask for question in questions for text in principles for ask in comparing_prompts(question, text)]
+        orders_QP2 = first(texts).reshape(len(questions), len(principles), 2)
         return (orders_QP2[..., 0] + 1 - orders_QP2[..., 1]) / 2
 
     return prefer
+
+
+def make_keeps(judge: Judge, rule: str) -> Callable[[str, dict[str, Any]], float]:
+    """function(response, record) -> P(the response keeps the rule): a classifier without training, usable as a reward.
+
+    As the rule-based reward models of OpenAI 2023 (GPT-4, system card). In a module of your own,
+    `polite = make_keeps(load_policy("runs/llama"), "The response is polite.")` makes --reward=module:polite.
+    """
+    first = make_first(judge)
+    return lambda response, record: float(
+        first([CLASSIFY.format(request=asked_in(record["prompt"]), response=response, rule=rule)])[0]
+    )
 
 
 def make_revise(judge: Judge, principles: dict[str, str], sampling: SamplingConfig, n: int) -> Callable:

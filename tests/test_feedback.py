@@ -1,5 +1,6 @@
 """AI feedback: set reliabilities, revisions, a language model's judgement, rules, and a reward behind HTTP."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -49,7 +50,7 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("feedback")
     tokenizer = Tokenizer.train((world.text(i) for i in range(200)), folder / "made", 512)
     for name, script, kind in (("sft", train_sft, LanguageModel), ("rm", train_rm, ScalarModel)):
-        start = script.Config(run=str(folder / name), model=PRESETS["tiny"])
+        start = script.Config(run=str(folder / name), model=dataclasses.replace(PRESETS["tiny"], context=512))
         params = jax.jit(pure(kind(start.model))[0])(jax.random.key(1))
         if "head" in params:
             params["head"] = jax.random.normal(jax.random.key(2), params["head"].shape)  # it starts at 0
@@ -153,24 +154,48 @@ QUESTIONS = [
 ]
 
 
+def chance_of_a(judge):
+    """chance(text) -> P(A | A or B) after the chat template, in float64 from the logits of a right-padded row."""
+    model, tokenizer, params = judge
+    apply = jax.jit(pure(LanguageModel(model))[1])
+    a, b = (tokenizer.encode(answer)[0] for answer in "AB")
+
+    def chance(text):
+        tokens = tokenizer.prompt(text)
+        row, real = np.zeros((1, 256), np.int32), np.arange(256)[None] < len(tokens)
+        row[0, : len(tokens)] = tokens
+        logits = np.asarray(apply(params, row, real.astype(np.int32), np.arange(256)[None] * real)[0], np.float64)
+        return 1 / (1 + np.exp(logits[0, len(tokens) - 1, b] - logits[0, len(tokens) - 1, a]))
+
+    return chance
+
+
 def test_position_bias_cancels_in_a_language_models_judgement(runs):
-    model, tokenizer, params = judge = load_policy(str(runs / "sft"))
+    judge = load_policy(str(runs / "sft"))
     principles = ["be polite.", "be brief."]
     prefer = judges.make_prefer(judge, principles)
     ours, mirrored = prefer(QUESTIONS), prefer([(p, b, a) for p, a, b in QUESTIONS])
     np.testing.assert_allclose(ours + mirrored, 1, atol=1e-6)
     np.testing.assert_allclose(ours[1], 0.5, atol=1e-6)  # a response against itself
-    a, b = (tokenizer.encode(answer)[0] for answer in "AB")
-    apply, single = pure(LanguageModel(model))[1], np.zeros((2, 2, 2))
+    chance, single = chance_of_a(judge), np.zeros((2, 2, 2))
     for q, question in enumerate(QUESTIONS):
         for p, text in enumerate(principles):
-            for order, prompt in enumerate(judges.comparing_prompts(question, text)):
-                tokens = np.array([tokenizer.prompt(prompt)])
-                at = np.arange(tokens.shape[1])[None]
-                logits = np.asarray(apply(params, tokens, np.ones_like(tokens), at)[0])[0, -1].astype(np.float64)
-                single[q, p, order] = np.exp(logits[a]) / (np.exp(logits[a]) + np.exp(logits[b]))
+            single[q, p] = [chance(prompt) for prompt in judges.comparing_prompts(question, text)]
     np.testing.assert_allclose(ours, (single[..., 0] + 1 - single[..., 1]) / 2, atol=1e-5)
     assert np.abs(single[1] - 0.5).max() > 1e-3  # control: one order alone has a favourite position
+
+
+def test_a_language_model_is_a_rule_and_a_reward(runs, tmp_path, monkeypatch):
+    """One response at a time, whatever the reward's caller; the same probability from the model's own logits."""
+    module = f"from evaluate import load_policy\nfrom judges import make_keeps\npath = {str(runs / 'sft')!r}\n"
+    (tmp_path / "own_rule.py").write_text(module + "polite = make_keeps(load_policy(path), 'be polite.')\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    keeps = rewards.load_function("own_rule:polite")
+    (messages, *responses), chance = QUESTIONS[0], chance_of_a(load_policy(str(runs / "sft")))
+    for response in responses:
+        text = judges.CLASSIFY.format(request=messages[0]["content"], response=response, rule="be polite.")
+        assert keeps(response, {"prompt": messages}) == pytest.approx(chance(text), abs=1e-5)
 
 
 def test_a_language_model_criticises_and_revises(runs):
