@@ -141,7 +141,7 @@ def report(config: Config, rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     """What the gold program says of the rows (world only): agreement, or violations at each revision."""
     if config.write == "comparisons":
         right = agreement(rows)
-        table = {"agreement": float(np.mean(right)), "pairs": float(len(right))}
+        table = {"agreement": sum(right) / max(len(right), 1), "pairs": float(len(right))}
         print(f"the gold program's order in {table['agreement']:.3f} of {len(right)} untied pairs (ties count half)")
         return table
     table = {}
@@ -179,7 +179,7 @@ def check(c: Config, n: int) -> None:
 def main(config: Config) -> dict[str, float]:
     """Writes the file whole or not at all; returns counts and, in the world, what the gold program says."""
     comparing = config.write == "comparisons"
-    n = config.samples or (4 if comparing else 1)
+    n = config.samples if config.samples is not None else 4 if comparing else 1
     check(config, n)
     principles = read_principles(config.principles)
     make_mesh(MeshConfig())
@@ -212,7 +212,7 @@ def main(config: Config) -> dict[str, float]:
         responses = [ended for _, ended in answered if ended]
         if comparing:
             made += comparisons(prefer, prompts, responses)
-        else:
+        elif responses:
             first, key = [ended[0] for ended in responses], jax.random.fold_in(key, 1)
             made += revisions(config, list(principles), revise, pick, prompts, first, key)
     partial = out.with_name(f".{out.name}.{os.getpid()}")
