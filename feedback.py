@@ -138,11 +138,16 @@ def make_pick(config: Config) -> Callable[[Sequence[Messages], list[list[str]]],
 
 
 def report(config: Config, rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """What the gold program says of the rows (world only): agreement, or violations at each revision."""
+    """What the gold program says of the rows (world only): agreement, or violations at each revision.
+
+    What the judge finds equal is not written, and does not count: with two samples agreement is above that of all.
+    """
     if config.write == "comparisons":
         right = agreement(rows)
         table = {"agreement": sum(right) / max(len(right), 1), "pairs": float(len(right))}
-        print(f"the gold program's order in {table['agreement']:.3f} of {len(right)} untied pairs (ties count half)")
+        print(
+            f"the gold program's order in {table['agreement']:.3f} of {len(right)} untied pairs written (ties count half)"
+        )
         return table
     table = {}
     print(f"{'violated':12}" + "".join(f"{name:>10}" for name in CRITERIA[:3]) + f"{'any':>10}")
