@@ -145,9 +145,7 @@ def report(config: Config, rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     if config.write == "comparisons":
         right = agreement(rows)
         table = {"agreement": sum(right) / max(len(right), 1), "pairs": float(len(right))}
-        print(
-            f"the gold program's order in {table['agreement']:.3f} of {len(right)} untied pairs written (ties count half)"
-        )
+        print(f"gold's order in {table['agreement']:.3f} of {len(right)} untied pairs that were written (ties half)")
         return table
     table = {}
     print(f"{'violated':12}" + "".join(f"{name:>10}" for name in CRITERIA[:3]) + f"{'any':>10}")
