@@ -98,7 +98,7 @@ def ask(reward: str, question: dict[str, Any]) -> list[float]:
     if away:
         print(f"note: --reward={reward}: answers again after {time.monotonic() - start:.0f} s", file=sys.stderr)
     try:
-        return json.loads(text)["scores"]
+        return list(json.loads(text)["scores"])
     except (ValueError, KeyError, TypeError):
         raise UserError(f'--reward={reward}: answered {text[:80]!r}; it must answer {{"scores": [...]}}') from None
 
@@ -123,8 +123,10 @@ def make_scorer(rewards: Sequence[str], tokenizer: Tokenizer, mesh: jax.sharding
         return last_token(scalars_BT, batch["segment_ids_BT"]), scalars_BT[:, -new - 1 : -1]
 
     def on_host(reward: str, batch: Batch, records: Sequence[dict[str, Any]]) -> jax.Array:
-        local = multihost_utils.global_array_to_host_local_array([batch[name] for name in SENT], mesh, [BATCH] * 5)
-        rows = dict(zip(SENT, map(np.asarray, local), strict=True))
+        names = SENT if reward in servers else SENT[-2:]
+        parts = [batch[name] for name in names]
+        local = multihost_utils.global_array_to_host_local_array(parts, mesh, [BATCH] * len(parts))
+        rows = dict(zip(names, map(np.asarray, local), strict=True))
         lengths = rows["mask_BR"].sum(1).astype(np.int32)
         texts = [tokenizer.decode(row[:n].tolist()) for row, n in zip(rows["response_BR"], lengths, strict=True)]
         asked = [records[b // (len(texts) // len(records))] for b in range(len(texts))]
