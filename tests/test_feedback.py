@@ -341,8 +341,8 @@ def test_a_server_that_stays_away_ends_the_command(monkeypatch, runs):
 @pytest.mark.slow
 def test_training_survives_its_server_being_killed(runs, tmp_path):
     """kill -9 after the first iteration; the run ends with the weights of one whose reward was never away."""
-    common = [f"--init={runs}/sft", "--batch_size=32", "--minibatches=2", "--max_prompt=48", "--max_new_tokens=8"]
-    common += ["--steps=4", "--eval_every=0", "--save_every=0", "--optimizer.lr=1e-3"]
+    common = [f"--init={runs}/sft", "--batch_size=64", "--minibatches=2", "--max_prompt=48", "--max_new_tokens=8"]
+    common += ["--steps=8", "--eval_every=0", "--save_every=0", "--optimizer.lr=1e-3"]
     run(train_grpo, *common, f"--reward={runs}/rm", f"--run={tmp_path}/whole")
     command = [sys.executable, str(ROOT / "serve_reward.py"), f"--reward={runs}/rm", "--port=8641"]
     servers, killed = [subprocess.Popen(command, env=dict(os.environ))], []
@@ -362,7 +362,7 @@ def test_training_survives_its_server_being_killed(runs, tmp_path):
     finally:
         for server in servers:
             server.kill()
-    assert killed and killed[0] < 4 and len(servers) == 2
+    assert killed and killed[0] < 8 and len(servers) == 2
     ours, theirs = ([row["score"] for row in rows_of(tmp_path / name)] for name in ("served", "whole"))
     np.testing.assert_allclose(ours, theirs, atol=1e-6)
     jax.tree.map(
