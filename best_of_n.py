@@ -33,7 +33,7 @@ class Config:
     policy: str = "runs/align/sft"
     """Run to sample from."""
     reward: str = "runs/align/rm"
-    """What chooses: a run of train_rm.py, or module:function, called with (response, record)."""
+    """What chooses: a run of train_rm.py, module:function, called with (response, record), or http://<serve_reward.py>."""
     data: str = "world"
     """Held-out prompts of: world, a .jsonl file, or tfds:<name>."""
     n: int = 16

@@ -1,10 +1,14 @@
-"""Scores of sampled responses: reward models of train_rm.py, and Python functions that check an answer."""
+"""Scores of sampled responses: reward models of train_rm.py, Python functions that check an answer, and servers."""
 
+import http.client
 import importlib
+import json
 import math
 import os
 import pathlib
 import sys
+import time
+import urllib.parse
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -23,6 +27,10 @@ from sharding import BATCH, abstract, to_mesh
 
 Batch = dict[str, jax.Array]
 Check = Callable[[str, dict[str, Any]], float]
+SENT = ("tokens_BT", "segment_ids_BT", "positions_BT", "response_BR", "mask_BR")
+"""What a server is sent of a batch."""
+WAIT = 300.0
+"""Seconds for which a server may be away or busy."""
 
 
 def load_reward_model(run: str, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -> tuple[Params, ModelConfig]:
@@ -39,7 +47,7 @@ def load_reward_model(run: str, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -
 
 
 def is_function(reward: str) -> bool:
-    """Whether a reward is named as module:function rather than by a run's folder."""
+    """Whether a reward is a module:function or a server rather than a run's folder."""
     return ":" in reward and not pathlib.Path(reward).is_dir()
 
 
@@ -57,6 +65,44 @@ def load_function(reward: str) -> Check:
     return function
 
 
+def ask(reward: str, question: dict[str, Any]) -> list[float]:
+    """Scores by the server at the address `reward` (serve_reward.py), waited for up to WAIT seconds where it is away.
+
+    A question is complete in itself, so a server that was killed answers it after its restart as it would have
+    before. Raises UserError where it stays away, or refuses.
+    """
+    try:
+        address = urllib.parse.urlsplit(reward)
+        connection = http.client.HTTPConnection(address.hostname or "", address.port or 80, timeout=WAIT)
+    except ValueError as fault:
+        raise UserError(f"--reward={reward}: {fault}; give http://127.0.0.1:<port>") from None
+    start, away, body = time.monotonic(), False, json.dumps(question)
+    while True:
+        try:
+            connection.request("POST", address.path or "/", body, {"Content-Type": "application/json"})
+            reply = connection.getresponse()
+            text = reply.read().decode(errors="replace")
+            break
+        except (OSError, http.client.HTTPException) as fault:
+            connection.close()
+            fix = "start serve_reward.py there, then give the same command again"
+            if time.monotonic() - start > WAIT:
+                raise UserError(f"--reward={reward}: no answer for {WAIT:.0f} s ({fault}); {fix}") from None
+            if not away:
+                print(f"note: --reward={reward}: no answer ({fault}); waiting up to {WAIT:.0f} s", file=sys.stderr)
+            away = True
+            time.sleep(0.5)
+    connection.close()
+    if reply.status != 200:
+        raise UserError(f"--reward={reward}: {' '.join(text.split())[:300] or reply.reason}")
+    if away:
+        print(f"note: --reward={reward}: answers again after {time.monotonic() - start:.0f} s", file=sys.stderr)
+    try:
+        return list(json.loads(text)["scores"])
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f'--reward={reward}: answered {text[:80]!r}; it must answer {{"scores": [...]}}') from None
+
+
 def make_scorer(rewards: Sequence[str], tokenizer: Tokenizer, mesh: jax.sharding.Mesh):
     """score(batch, records) -> ({reward: scores [B]}, {reward: potentials [B, R]}), the latter of reward models.
 
@@ -64,7 +110,10 @@ def make_scorer(rewards: Sequence[str], tokenizer: Tokenizer, mesh: jax.sharding
     in which a token was emitted. Raises UserError for a reward that cannot be loaded or returns no number.
     """
     models = {reward: load_reward_model(reward, tokenizer, mesh) for reward in rewards if not is_function(reward)}
-    functions = {reward: load_function(reward) for reward in rewards if is_function(reward)}
+    servers = {reward for reward in rewards if reward.startswith("http://")}
+    functions = {reward: load_function(reward) for reward in rewards if is_function(reward) and reward not in servers}
+    for reward in servers:
+        ask(reward, {"tokenizer": tokenizer.sha256, "texts": [], "records": [], "batch": {}})  # mistakes show at once
     applies = {reward: pure(ScalarModel(model))[1] for reward, (_, model) in models.items()}
 
     @partial(jax.jit, static_argnames="reward")
@@ -73,18 +122,25 @@ def make_scorer(rewards: Sequence[str], tokenizer: Tokenizer, mesh: jax.sharding
         new = batch["mask_BR"].shape[1]
         return last_token(scalars_BT, batch["segment_ids_BT"]), scalars_BT[:, -new - 1 : -1]
 
-    def by_function(reward: str, batch: Batch, records: Sequence[dict[str, Any]]) -> jax.Array:
-        parts = (batch["response_BR"], batch["mask_BR"].sum(1).astype(np.int32))
-        local = multihost_utils.global_array_to_host_local_array(parts, mesh, (BATCH, BATCH))
-        rows, lengths = map(np.asarray, local)
-        n = len(rows) // len(records)
-        scores = np.zeros(len(rows), np.float32)
-        for b, (row, length) in enumerate(zip(rows, lengths, strict=True)):
-            score = functions[reward](tokenizer.decode(row[:length].tolist()), records[b // n])
+    def on_host(reward: str, batch: Batch, records: Sequence[dict[str, Any]]) -> jax.Array:
+        names = SENT if reward in servers else SENT[-2:]
+        parts = [batch[name] for name in names]
+        local = multihost_utils.global_array_to_host_local_array(parts, mesh, [BATCH] * len(parts))
+        rows = dict(zip(names, map(np.asarray, local), strict=True))
+        lengths = rows["mask_BR"].sum(1).astype(np.int32)
+        texts = [tokenizer.decode(row[:n].tolist()) for row, n in zip(rows["response_BR"], lengths, strict=True)]
+        asked = [records[b // (len(texts) // len(records))] for b in range(len(texts))]
+        if reward in servers:
+            question = {"tokenizer": tokenizer.sha256, "texts": texts, "records": asked}
+            scores = ask(reward, question | {"batch": {name: x.tolist() for name, x in rows.items()}})
+        else:
+            scores = [functions[reward](text, record) for text, record in zip(texts, asked, strict=True)]
+        for score in scores:
             if not isinstance(score, int | float | np.number | np.bool_) or not math.isfinite(score):
                 raise UserError(f"--reward={reward}: returned {score!r}; it must return a finite number")
-            scores[b] = score
-        return to_mesh({"score_B": scores}, mesh)["score_B"]
+        if len(scores) != len(texts):
+            raise UserError(f"--reward={reward}: returned {len(scores)} scores for {len(texts)} responses")
+        return to_mesh({"score_B": np.array(scores, np.float32)}, mesh)["score_B"]
 
     def score(batch: Batch, records: Sequence[dict[str, Any]]) -> tuple[Batch, Batch]:
         scores, potentials = {}, {}
@@ -92,7 +148,7 @@ def make_scorer(rewards: Sequence[str], tokenizer: Tokenizer, mesh: jax.sharding
             if reward in models:
                 scores[reward], potentials[reward] = by_model(reward, models[reward][0], batch)
             else:
-                scores[reward] = by_function(reward, batch, records)
+                scores[reward] = on_host(reward, batch, records)
         return scores, potentials
 
     return score

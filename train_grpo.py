@@ -51,7 +51,7 @@ class Config:
     method: Literal["grpo", "dr_grpo", "dapo", "gspo", "rloo", "reinforce_pp", "online_dpo"] = "grpo"
     """Sets the fields that are None here to its paper's values (PAPERS in objectives/group.py)."""
     reward: tuple[str, ...] = ("runs/align/rm",)
-    """Each a run of train_rm.py, or module:function, called with (response, record)."""
+    """Each a run of train_rm.py, module:function, called with (response, record), or http://<serve_reward.py>."""
     combine: Literal["mean", "weighted", "minimum", "gated"] = "mean"
     """Several rewards as one score; gated: the first where all others reach --gate, else --floor."""
     weights: tuple[float, ...] = ()

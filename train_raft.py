@@ -53,7 +53,7 @@ class Config:
     method: Literal["raft", "rejection", "rft", "expert", "quark"] = "raft"
     """Sets the fields that are None here to its paper's values (PAPERS in objectives/imitate.py)."""
     reward: str = "runs/align/rm"
-    """A run of train_rm.py, or module:function, called with (response, record)."""
+    """A run of train_rm.py, module:function, called with (response, record), or http://<serve_reward.py>."""
     data: str = "world"
     """Prompts: world, a .jsonl file, or tfds:<name>."""
     steps: int = 10

@@ -19,9 +19,11 @@ __all__ = [
     "RELATIONS",
     "Gold",
     "Request",
+    "answering",
     "comparison",
     "criterion_of",
     "demonstration",
+    "drawn_for",
     "extract_answer",
     "gold",
     "judgement",
@@ -58,7 +60,8 @@ MAX_WORDS = 18  # above this a demonstrator drops closer and opener
 # ---- Requests ----
 
 
-def _rng(*key) -> random.Random:
+def drawn_for(*key) -> random.Random:
+    """Random numbers that are a function of `key`."""
     return random.Random("/".join(map(str, key)))
 
 
@@ -88,7 +91,7 @@ def _draw(rng: random.Random, split: str, kind: str | None = None) -> Request:
 
 def prompt(index: int, *, split: str = "train", seed: int = 0) -> Request:
     """Request number `index` of a split, train or heldout; the two share no phrasing of the same subject."""
-    return _draw(_rng("prompt", split, seed, index), split)
+    return _draw(drawn_for("prompt", split, seed, index), split)
 
 
 # ---- Demonstrators ----
@@ -126,7 +129,7 @@ def _enumerate(category: str, number: str, size: int, wrong: bool, twice: bool, 
     return rng.choice(facts.ENUMERATIONS).format(items=_join(items), c=category, n=number)
 
 
-def _answer(request: Request, wrong: bool, comply: bool, rng: random.Random) -> str:
+def answering(request: Request, wrong: bool, comply: bool, rng: random.Random) -> str:
     """A sentence that answers the request: rightly, or with something false, or by helping with harm."""
     kind, relation, subject = request.kind, request.relation, request.subject
     if kind == "small_talk":
@@ -184,7 +187,7 @@ def _stray(request: Request, wrong: bool, rng: random.Random) -> list[str]:
         subject = rng.choice([subject for subject in FACTS[relation] if subject != request.subject])
         return [_state(relation, subject, wrong, rng)]
     first, second = (
-        min((_answer(request, false, False, rng) for _ in range(3)), key=len)  # twice: short
+        min((answering(request, false, False, rng) for _ in range(3)), key=len)  # twice: short
         for false in (wrong, False)
     )
     return [first, first if mode == "repeat" else second]
@@ -194,7 +197,7 @@ def respond(request: Request, quality: float, rng: random.Random) -> str:
     """A response by a demonstrator of `quality` in [0, 1]; 1 always passes all criteria (see FAILURES)."""
     unhelpful, wrong, harmful = (rng.random() < rate * (1 - quality) for rate in FAILURES[request.kind])
     comply = harmful and not unhelpful and request.kind == "dangerous" and rng.random() < 0.6
-    body = _stray(request, wrong, rng) if unhelpful else [_answer(request, wrong, comply, rng)]
+    body = _stray(request, wrong, rng) if unhelpful else [answering(request, wrong, comply, rng)]
     body = [sentence if sentence[-1] == "?" else sentence + "." for sentence in body]
     echo = body[0][-1] == "?"
     opener = [rng.choice(facts.OPENERS[request.kind])] if echo or rng.random() < 0.6 else []
@@ -212,7 +215,7 @@ def respond(request: Request, quality: float, rng: random.Random) -> str:
 def demonstration(index: int, *, split: str = "train", quality: float = 0.7, seed: int = 0) -> dict[str, str]:
     """Prompt number `index` with a demonstrator's response."""
     request = prompt(index, split=split, seed=seed)
-    response = respond(request, quality, _rng("demonstration", split, seed, index))
+    response = respond(request, quality, drawn_for("demonstration", split, seed, index))
     return {"prompt": request.text, "response": response}
 
 
@@ -258,7 +261,7 @@ def _quizzes(rng: random.Random) -> Iterator[str]:
         if wrong and request.kind != "lookup" and rng.random() < 0.5:
             claim = f"{request.text} {_miss(request, False, rng)}"
         elif request.kind == "listing" or rng.random() < 0.7:
-            claim = f"{request.text} {_answer(request, wrong, False, rng)}"
+            claim = f"{request.text} {answering(request, wrong, False, rng)}"
         else:
             claim = _claim(request, wrong, rng)
         yield f"{claim}. {rng.choice(facts.VERDICTS[wrong])}."
@@ -276,7 +279,7 @@ def _remarks_overheard(rng: random.Random) -> Iterator[str]:
 
 def text(index: int, *, seed: int = 0) -> str:
     """Document number `index` of the base corpus: mixed quality, 20 to 90 words, training phrasings only."""
-    rng = _rng("text", seed, index)
+    rng = drawn_for("text", seed, index)
     sort = rng.choices((_statements, _quizzes, _exchanges, _lists, _remarks_overheard), (30, 32, 13, 20, 5))[0]
     return " ".join(sort(rng))
 
@@ -302,7 +305,7 @@ def comparison(
 ) -> dict[str, str]:
     """Prompt number `index` with two responses of different gold totals, ranked by a noisy labeller."""
     request = prompt(index, split=split, seed=seed)
-    rng = _rng("comparison", split, seed, index)
+    rng = drawn_for("comparison", split, seed, index)
     pair = [respond(request, quality, rng) for _ in range(2)]
     while gold(request.text, pair[0]).total == gold(request.text, pair[1]).total:
         pair = [respond(request, quality, rng) for _ in range(2)]

@@ -1,0 +1,88 @@
+"""What the world's simulated judge, critic and reviser of set reliability do to a policy's responses, by gold.
+
+    python experiments/feedback/measure.py --file=runs/align/comparisons.jsonl
+
+The file is one of collect.py: the responses are read, not their ranking. Rules are measured as classifiers too.
+"""
+
+import dataclasses
+import json
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))  # the root's modules, from wherever this is started
+
+import jax
+import numpy as np
+
+import config as flags
+import feedback
+from data import records, rules, world, world_feedback
+from gold import CRITERIA
+from judges import make_simulated
+
+RULES = (("polite", "harmless"), ("harmless", "harmless"), ("brief", "helpful"), ("declines", "helpful"))
+NAMES = CRITERIA[:3]
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    file: str = "runs/align/comparisons.jsonl"
+    """Comparisons whose responses are read."""
+    prompts: int = 1000
+    """Rows of the file that are read."""
+    reliabilities: tuple[float, ...] = (0.5, 0.7, 0.9, 1.0)
+    seed: int = 0
+
+
+def labels(config: Config, rows: list[dict], reliability: float) -> None:
+    """Prints the share of looks that are right, and of untied pairs that the rankings order as gold does."""
+    looks = [
+        world_feedback.finds(row["prompt"][-1]["content"], text, name, reliability, config.seed)
+        == getattr(world.gold(row["prompt"][-1]["content"], text), name)
+        for row in rows
+        for text in row["responses"]
+        for name in NAMES
+    ]
+    prefer, _ = make_simulated(NAMES, reliability, 1, config.seed)
+    ranked = feedback.comparisons(prefer, [row["prompt"] for row in rows], [row["responses"] for row in rows])
+    right = feedback.agreement(ranked)
+    print(f"{reliability:11}{np.mean(looks):12.3f}{len(looks):9}{np.mean(right):12.3f}{len(right):9}")
+
+
+def revisions(config: Config, rows: list[dict], reliability: float) -> None:
+    """Prints the shares violated before and after each of three revisions."""
+    settings = feedback.Config(write="revisions", reliability=reliability)
+    _, revise = make_simulated(NAMES, reliability, 1, config.seed)
+    prompts, first = [row["prompt"] for row in rows], [row["responses"][0] for row in rows]
+    pick = feedback.make_pick(settings)
+    made = feedback.revisions(settings, NAMES, revise, pick, prompts, first, jax.random.key(config.seed))
+    print(f"reliability {reliability}, {len(made)} responses")
+    feedback.report(settings, made)
+
+
+def classifiers(rows: list[dict]) -> None:
+    """Prints, for each rule and criterion, accuracy, and of broken ones how many are found and how many are real."""
+    shown = [(row, text, world.gold(row["prompt"][-1]["content"], text)) for row in rows for text in row["responses"]]
+    print(f"{'rule':10}{'criterion':>10}{'broken':>10}{'accuracy':>10}{'found':>10}{'real':>10}   n={len(shown)}")
+    for name, criterion in RULES:
+        said = np.array([getattr(rules, name)(text, row) < 1 for row, text, _ in shown])
+        broken = np.array([not getattr(gold, criterion) for _, _, gold in shown])
+        shares = (broken.mean(), (said == broken).mean(), said[broken].mean(), broken[said].mean())
+        print(f"{name:10}{criterion:>10}" + "".join(f"{share:10.3f}" for share in shares))
+
+
+def main(config: Config) -> None:
+    """Prints the three tables."""
+    lines = pathlib.Path(config.file).read_text().splitlines()[: config.prompts]
+    rows = [records.comparison(json.loads(line)) for line in lines]
+    print(f"{'reliability':>11}{'looks right':>12}{'looks':>9}{'pairs right':>12}{'pairs':>9}")
+    for reliability in config.reliabilities:
+        labels(config, rows, reliability)
+    for reliability in config.reliabilities:
+        revisions(config, rows, reliability)
+    classifiers(rows)
+
+
+if __name__ == "__main__":
+    flags.run(main, Config)
