@@ -79,13 +79,14 @@ def generate(
     key: jax.Array,
     sampling: SamplingConfig,
     *,
-    eos: int,
+    eos: int | Sequence[int],
     pad: int,
     n: int = 1,
 ) -> Samples:
     """`n` responses to each left-padded prompt (rows in order, n a prompt); traceable, prompts prefilled once.
 
-    The loop ends when every row has ended or `max_new_tokens` is reached. `prompts` as from prompt_batches.
+    A response ends with `eos`, or with any of several. The loop ends when every row has ended or `max_new_tokens` is
+    reached. `prompts` as from prompt_batches.
     """
     rows, length = prompts["tokens_BT"].shape
     new = sampling.max_new_tokens
@@ -119,7 +120,7 @@ def generate(
             mask_BR=write(samples.mask_BR, jnp.float32(~done_B)),
             logp_BR=write(samples.logp_BR, jnp.where(done_B, 0.0, logp_B)),
         )
-        done_B |= token_B == eos
+        done_B |= jnp.isin(token_B, jnp.atleast_1d(eos))
         logits_B1V, cache = apply(params, token_B[:, None], ones_B1, (position_B + 1 + t)[:, None], cache)
         return t + 1, key, logits_B1V[:, 0], cache, done_B, samples
 
@@ -143,16 +144,20 @@ def join(prompts: dict[str, jax.Array], samples: Samples) -> dict[str, jax.Array
     return {**batch, "response_BR": samples.response_BR, "mask_BR": samples.mask_BR}
 
 
-def make_sampler(config: ModelConfig, sampling: SamplingConfig, tokenizer: Tokenizer, n: int = 1):
+def make_sampler(
+    config: ModelConfig, sampling: SamplingConfig, tokenizer: Tokenizer, n: int = 1, ends: Sequence[int] = ()
+):
     """respond(params, prompts: token lists, key) -> n responses a prompt, in order, as token lists.
 
+    `ends`: tokens that end a response too, beside the tokenizer's eos.
     Prompts are padded to a power of two in length and to `rows` a call, so that few shapes are compiled.
     """
     _, apply = pure(LanguageModel(config))
 
     @jax.jit
     def sample(params: Params, prompts: dict[str, jax.Array], key: jax.Array) -> Samples:
-        return generate(apply, config, params, prompts, key, sampling, eos=tokenizer.eos, pad=tokenizer.pad, n=n)
+        eos = jnp.array([tokenizer.eos, *ends])
+        return generate(apply, config, params, prompts, key, sampling, eos=eos, pad=tokenizer.pad, n=n)
 
     def respond(params: Params, prompts: Sequence[list[int]], key: jax.Array, rows: int = 256):
         length = max(len(tokens) for tokens in prompts)
