@@ -70,7 +70,7 @@ def success_shares(
     """For each state (prompt's tokens, text so far, record) the share of completions that `check` finds right.
 
     `complete`: token lists to equally many continuations of each, in order. Unbiased for the probability that the
-    policy comes right from there (Wang et al. 2024, eq. 4).
+    policy comes right from there (Wang et al. 2024: soft estimation).
     """
     written = [tokenizer.encode(text) for _, text, _ in states]
     tokens = complete([[*prompt, *so_far] for (prompt, _, _), so_far in zip(states, written, strict=True)])

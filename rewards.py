@@ -34,10 +34,12 @@ def load_reward_model(
     """A run of `script` on the mesh; raises UserError, also where it has another tokenizer."""
     config = load_config(run)
     if config["script"] != script:
-        raise UserError(f"--reward={run}: a run of {config['script']}; name one of {script}")
+        raise UserError(f"{run}: a run of {config['script']}; name one of {script}")
     if (theirs := Tokenizer.load(run).sha256) != tokenizer.sha256:
         ours = tokenizer.sha256
-        raise UserError(f"--reward={run}: its tokenizer is {theirs[:12]}, that of --init is {ours[:12]}")
+        raise UserError(
+            f"{run}: its tokenizer is {theirs[:12]}, that of the policy is {ours[:12]}; use one trained from it"
+        )
     model = ModelConfig(**config["model"])
     shapes = jax.eval_shape(pure(ScalarModel(model))[0], jax.random.key(0))
     return load_params(run, shapes=abstract(shapes, mesh)), model

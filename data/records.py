@@ -118,7 +118,9 @@ def steps(row: Row) -> Row:
         share = isinstance(label, int | float) and not isinstance(label, bool) and 0 <= label <= 1
         if not share and label is not None and label not in STEP_LABELS:
             raise FieldError(f"labels[{i}]", f"must be {', '.join(STEP_LABELS)}, 0 to 1, or null, not {label!r}")
-    steps = [_string(step, f"steps[{i}]") for i, step in enumerate(steps)]
+    for i, step in enumerate(steps):
+        if "\n" in _string(step, f"steps[{i}]"):
+            raise FieldError(f"steps[{i}]", "must be one line; join its lines")
     return {"prompt": _prompt(_get(row, "prompt"), "prompt"), "steps": steps, "labels": labels}
 
 
@@ -193,7 +195,8 @@ def _prm800k(row: Row) -> Row:
     """The trajectory of a labelled PRM800K solution (Lightman et al. 2023); alternatives to its steps are left out.
 
     A step's text is the chosen completion's, else the human's, else (the labelling ended here) the first one's. What
-    a human wrote counts as positive. Problems given up may have no step; batches drop them.
+    a human wrote counts as positive. A step of several lines becomes one line. Problems given up may have no step;
+    batches drop them.
     """
     record: Row = {"prompt": _prompt(_get(_object(row, "question"), "problem", "question."), "question.problem")}
     chosen = []
@@ -215,7 +218,7 @@ def _prm800k(row: Row) -> Row:
         if rating not in (-1, 0, 1, None):
             raise FieldError(place, f"rating must be -1, 0, 1 or null, not {rating!r}")
         label = None if rating is None else STEP_LABELS[1 - rating]
-        chosen.append((_string(completion.get("text"), place), label))
+        chosen.append((" ".join(_string(completion.get("text"), place).split()), label))
     return record | {"steps": [text for text, _ in chosen], "labels": [label for _, label in chosen]}
 
 

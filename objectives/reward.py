@@ -92,14 +92,14 @@ def ranking_objective(
 
 
 def step_loss(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """Cross-entropy of sigmoid(logit) to a target in [0, 1], in nats (Wang et al. 2024, eq. 2; shares: their eq. 4)."""
+    """Cross-entropy of sigmoid(logit) to a target in [0, 1], in nats (Wang et al. 2024, Math-Shepherd)."""
     return -targets * jax.nn.log_sigmoid(logits) - (1 - targets) * jax.nn.log_sigmoid(-logits)
 
 
 def process_objective(apply: Apply, params: Any, batch: dict[str, jax.Array]):
     """`step_loss` at the last token of each labelled step, summed over steps; of `data.steps.steps_batches`.
 
-    With a label on the last step only, an outcome reward model's (Uesato et al. 2022, section 2.3).
+    With a label on the last step only, an outcome reward model's (Lightman et al. 2023, section 2.5).
     """
     mask_BT, targets_BT = batch["loss_mask_BT"], batch["targets_BT"]
     logits_BT = apply(params, *inputs(batch))

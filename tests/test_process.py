@@ -51,7 +51,7 @@ PRM800K = {  # a row as the dataset's README describes it
         "steps": [
             {"completions": [{"text": "I add.", "rating": 0}], "human_completion": None, "chosen_completion": 0},
             {
-                "completions": [{"text": "2+2=5", "rating": -1}, {"text": "2+2=4", "rating": 1}],
+                "completions": [{"text": "2+2=5", "rating": -1}, {"text": "2+2\n\n=4", "rating": 1}],
                 "human_completion": None,
                 "chosen_completion": 1,
             },
@@ -71,7 +71,7 @@ PRM800K = {  # a row as the dataset's README describes it
 def test_prm800k_s_rows_become_labelled_steps():
     record = records.steps(PRM800K)
     assert record["prompt"] == [{"role": "user", "content": "What is 2+2?"}]
-    assert record["steps"] == ["I add.", "2+2=4", "So 4.", "Hm.", "It is 7."]
+    assert record["steps"] == ["I add.", "2+2 =4", "So 4.", "Hm.", "It is 7."]
     assert record["labels"] == ["neutral", "positive", "positive", None, "negative"]
     given_up = {**PRM800K, "label": {"steps": [], "finish_reason": "give_up"}}
     assert records.steps(given_up)["steps"] == []
@@ -86,6 +86,7 @@ def test_prm800k_s_rows_become_labelled_steps():
         ({"labels": [0, 1.5]}, "labels[1]: must be"),
         ({"steps": []}, "steps: must be a list of one or more"),
         ({"steps": ["1", ""]}, "steps[1]: is empty"),
+        ({"steps": ["1", "a\nb"]}, "steps[1]: must be one line"),
         ({"question": 3, "label": {}}, "question: must be an object"),
         ({**PRM800K, "label": {"steps": [{"completions": [], "chosen_completion": 2}, 5]}}, "label.steps[1]"),
     ],
@@ -395,4 +396,4 @@ def test_the_whole_of_process_supervision_runs(tmp_path, monkeypatch, capsys):
     small = ["--steps=2", "--batch_size=16", "--minibatches=2", "--optimizer.warmup=0"]
     run(train_ppo, *ppo, *small, "--step_rewards=product")
     assert all(0 <= row["score"] <= 1 for row in rows_of("ppo"))
-    assert "--reward=gold: a run of train_prm; name one of train_rm" in fails(train_ppo, [*ppo, "--run=no"], capsys)
+    assert "gold: a run of train_prm; name one of train_rm" in fails(train_ppo, [*ppo, "--run=no"], capsys)
