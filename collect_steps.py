@@ -20,10 +20,10 @@ from tqdm import tqdm
 
 import config as flags
 from checkpoint import load_params
-from config import UserError, load_config, require
+from config import load_config, require
 from data import arithmetic
-from data.batches import encode_prompt
 from data.sources import open_source
+from data.steps import problems
 from data.tokenizer import Tokenizer
 from generate import SamplingConfig, make_sampler
 from model import ModelConfig, check_fit
@@ -121,9 +121,7 @@ def main(config: Config) -> dict[str, float]:
     with partial.open("w") as file:
         for start in tqdm(range(0, count, part), desc="collect", unit=f" x {part} problems", mininterval=2):
             records = [source[i] for i in range(start, min(start + part, count))]
-            if any("prompt" not in record for record in records):
-                raise UserError(f"{source.name}: holds raw text; give rows with prompt and answer")
-            prompts = [encode_prompt(record, tokenizer, config.max_prompt)[0][0]["tokens"] for record in records]
+            prompts = problems(records, tokenizer, config.max_prompt)
             keys = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), start))
             solved = solutions(config, respond, prompts, keys[0], tokenizer)
             rows = [(i, steps) for i, of_one in enumerate(solved) for steps in of_one]

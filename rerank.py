@@ -16,11 +16,10 @@ import numpy as np
 
 import config as flags
 from checkpoint import load_params
-from config import UserError, load_config, require
-from data.batches import encode_prompt
+from config import load_config, require
 from data.checks import last_number
 from data.sources import open_source
-from data.steps import majority
+from data.steps import majority, problems
 from data.tokenizer import Tokenizer
 from generate import SamplingConfig, make_sampler
 from gold import Interval, mean
@@ -69,9 +68,7 @@ def main(config: Config) -> dict[str, dict[int, Interval]]:
     scorers = {run: make_step_scorer(run, tokenizer, mesh, length) for run in config.models}
     source = open_source(config.data, "prompt", "heldout", seed=config.seed)
     records = [source[i] for i in range(min(config.prompts, len(source)))]
-    if any("prompt" not in record for record in records):
-        raise UserError(f"{source.name}: holds raw text; give rows with prompt and answer")
-    prompts = [encode_prompt(record, tokenizer, config.max_prompt)[0][0]["tokens"] for record in records]
+    prompts = problems(records, tokenizer, config.max_prompt)
 
     sampling = SamplingConfig(config.temperature, max_new_tokens=config.max_new_tokens)
     respond, key = make_sampler(model, sampling, tokenizer, config.n), jax.random.key(config.seed)

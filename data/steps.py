@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from data.batches import Batch, Batches, Row, pad_examples
+from config import UserError
+from data.batches import Batch, Batches, Row, encode_prompt, pad_examples
 from data.tokenizer import Tokenizer
 
 TARGETS = {"positive": 1.0, "neutral": 1.0, "negative": 0.0}
@@ -30,6 +31,13 @@ def encode_steps(record: Row, tokenizer: Tokenizer, length: int) -> tuple[list[R
         targets += [0.0] * (len(ids) - 1) + [0.0 if label is None else float(TARGETS.get(label, label))]
     row = {"tokens": tokens[:length], "mask": mask[:length], "targets": targets[:length]}
     return [row] if any(row["mask"]) else [], len(tokens) > length
+
+
+def problems(records: Sequence[Row], tokenizer: Tokenizer, length: int) -> list[list[int]]:
+    """The tokens of each record's prompt, at most `length`; raises UserError for raw text, which has no answer."""
+    if any("prompt" not in record for record in records):
+        raise UserError("--data: holds raw text; give rows with prompt and answer")
+    return [encode_prompt(record, tokenizer, length)[0][0]["tokens"] for record in records]
 
 
 def pad_steps(rows: Sequence[Row], length: int, pad: int, fixed: bool = False) -> Batch:
