@@ -34,6 +34,7 @@ PAIRS = (
     ("process model of completions, last step", "outcome model, last step"),
     ("outcome model, last step", "majority"),
 )
+MODELS = ("gold", "outcome", "completions")
 
 
 def read(path: pathlib.Path) -> Any:
@@ -80,22 +81,23 @@ def agreement(run: pathlib.Path) -> dict[str, float]:
 
 
 def main(runs: list[pathlib.Path]) -> dict[str, Any]:
-    """Prints the tables; returns what results.json gets."""
+    """Prints the tables of what all `runs` have; returns what results.json gets."""
     ranked = [read(run / "rerank.json") for run in runs]
+    pairs = list(zip(ranked, runs, strict=True))
     hits = {
-        way: [table["hits"][name.format(r=run)] for table, run in zip(ranked, runs, strict=True)]
+        way: [table["hits"][name.format(r=run)] for table, run in pairs]
         for way, name in WAYS.items()
+        if all(name.format(r=run) in table["hits"] for table, run in pairs)
     }
-    last = {
-        name: [lines(run / name / "metrics.jsonl")[-1] for run in runs] for name in ("gold", "outcome", "completions")
-    }
+    models = [name for name in MODELS if all(f"{run}/{name} last" in table["hits"] for table, run in pairs)]
+    last = {name: [lines(run / name / "metrics.jsonl")[-1] for run in runs] for name in models}
     agreements = [agreement(run) for run in runs]
-    beams = sorted(path.name for path in runs[0].glob("beam*.json"))
+    common = set.intersection(*({path.name for path in run.glob("*.json")} for run in runs))
     sizes = ranked[0]["accuracy"]["random"]
     out = {
         "problems": len(hits["majority"][0]),
         "accuracy": {way: over_seeds([float(np.mean(h)) for h in of_way]) for way, of_way in hits.items()},
-        "differences": {f"{a} - {b}": paired(hits[a], hits[b]) for a, b in PAIRS},
+        "differences": {f"{a} - {b}": paired(hits[a], hits[b]) for a, b in PAIRS if {a, b} <= hits.keys()},
         "steps": {
             f"{name}: {what}": over_seeds([row[f"eval/{what}"] for row in rows])
             for name, rows in last.items()
@@ -104,9 +106,7 @@ def main(runs: list[pathlib.Path]) -> dict[str, Any]:
         "completions": {name: over_seeds([a[name] for a in agreements]) for name in agreements[0]},
         "best of n, product": {
             f"n={n}": {
-                "accuracy": over_seeds(
-                    [t["accuracy"][f"{r}/gold product"][n][0] for t, r in zip(ranked, runs, strict=True)]
-                ),
+                "accuracy": over_seeds([t["accuracy"][f"{r}/gold product"][n][0] for t, r in pairs]),
                 "tokens": over_seeds([t["tokens"] * int(n) / t["config"]["n"] for t in ranked]),
             }
             for n in sizes
@@ -116,13 +116,14 @@ def main(runs: list[pathlib.Path]) -> dict[str, Any]:
                 "accuracy": over_seeds([read(run / name)["accuracy"][0] for run in runs]),
                 "tokens": over_seeds([read(run / name)["tokens"] for run in runs]),
             }
-            for name in beams
+            for name in sorted(common)
+            if name.startswith("beam")
         },
-        "ppo": {
-            "one sample before": over_seeds([t["accuracy"]["random"]["1"][0] for t in ranked]),
-            "one sample after": over_seeds([read(run / "ppo.json")["accuracy"]["random"]["1"][0] for run in runs]),
-        },
+        "one sample": {"SFT": over_seeds([t["accuracy"]["random"]["1"][0] for t in ranked])},
     }
+    if "ppo.json" in common:
+        after = [read(run / "ppo.json")["accuracy"]["random"]["1"][0] for run in runs]
+        out["one sample"]["PPO on step rewards"] = over_seeds(after)
     for name, rows in out.items():
         print(f"\n{name}: {rows}" if isinstance(rows, int) else f"\n| {name} | | seeds |\n|---|---|---|")
         for row, value in rows.items() if isinstance(rows, dict) else ():
