@@ -1,5 +1,5 @@
 #!/bin/sh
-# One seed of the study: sh experiments/arithmetic/run.sh SEED [PYTHON]; about a quarter of an hour on two CPU cores.
+# One seed of the study: sh experiments/arithmetic/run.sh SEED [PYTHON].
 set -e
 seed=$1 python=${2:-.venv/bin/python} r=runs/arithmetic$1
 $python train_sft.py --data=arithmetic --steps=600 --model.vocab=320 --eval_every=0 --run=$r/sft --seed=$seed
