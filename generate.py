@@ -36,19 +36,25 @@ def join(prompts: dict[str, jax.Array], samples: Samples) -> dict[str, jax.Array
 
 
 def make_sampler(
-    config: ModelConfig, sampling: SamplingConfig, tokenizer: Tokenizer, n: int = 1, slots: int | None = None
+    config: ModelConfig,
+    sampling: SamplingConfig,
+    tokenizer: Tokenizer,
+    n: int = 1,
+    *,
+    slots: int | None = None,
+    ends: Sequence[int] = (),
 ):
     """respond(params, prompts: token lists, key) -> n responses a prompt, in order, as token lists.
 
     Prompts are padded to a power of two in length and to `rows` a call, so that few shapes are compiled. `slots`:
-    responses decoded at a time (`generate`).
+    responses decoded at a time (`generate`). `ends`: tokens that end a response beside the tokenizer's.
     """
     _, apply = pure(LanguageModel(config))
-    how = {"eos": tokenizer.eos, "pad": tokenizer.pad, "n": n, "slots": slots}
+    how = {"pad": tokenizer.pad, "n": n, "slots": slots}
 
     @jax.jit
     def sample(params: Params, prompts: dict[str, jax.Array], key: jax.Array) -> Samples:
-        return generate(apply, config, params, prompts, key, sampling, **how)
+        return generate(apply, config, params, prompts, key, sampling, eos=jnp.array([tokenizer.eos, *ends]), **how)
 
     def respond(params: Params, prompts: Sequence[list[int]], key: jax.Array, rows: int = 256):
         length = max(len(tokens) for tokens in prompts)

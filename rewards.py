@@ -19,12 +19,15 @@ from jax.experimental import multihost_utils
 
 from checkpoint import load_params
 from config import UserError, load_config
+from data.batches import pad_examples
 from data.tokenizer import Tokenizer
 from model import ModelConfig, Params, ScalarModel, pure
 from objectives.likelihood import inputs
-from objectives.reward import last_token
+from objectives.reward import last_token, running_score, step_ends
 from sharding import BATCH, abstract, to_mesh
 
+SCORES = ("product", "minimum", "last")
+"""How the probabilities of a response's steps make its score (objectives/reward.py)."""
 Batch = dict[str, jax.Array]
 Check = Callable[[str, dict[str, Any]], float]
 SENT = ("tokens_BT", "segment_ids_BT", "positions_BT", "response_BR", "mask_BR")
@@ -33,14 +36,18 @@ WAIT = 300.0
 """Seconds for which a server may be away or busy."""
 
 
-def load_reward_model(run: str, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -> tuple[Params, ModelConfig]:
-    """A run of train_rm.py on the mesh; raises UserError, also where it has another tokenizer."""
+def load_reward_model(
+    run: str, tokenizer: Tokenizer, mesh: jax.sharding.Mesh, script: str = "train_rm"
+) -> tuple[Params, ModelConfig]:
+    """A run of `script` on the mesh; raises UserError, also where it has another tokenizer."""
     config = load_config(run)
-    if config["script"] != "train_rm":
-        raise UserError(f"--reward={run}: a run of {config['script']}; name one of train_rm")
+    if config["script"] != script:
+        raise UserError(f"{run}: a run of {config['script']}; name one of {script}")
     if (theirs := Tokenizer.load(run).sha256) != tokenizer.sha256:
         ours = tokenizer.sha256
-        raise UserError(f"--reward={run}: its tokenizer is {theirs[:12]}, that of --init is {ours[:12]}")
+        raise UserError(
+            f"{run}: its tokenizer is {theirs[:12]}, that of the policy is {ours[:12]}; use one trained from it"
+        )
     model = ModelConfig(**config["model"])
     shapes = jax.eval_shape(pure(ScalarModel(model))[0], jax.random.key(0))
     return load_params(run, shapes=abstract(shapes, mesh)), model
@@ -150,5 +157,30 @@ def make_scorer(rewards: Sequence[str], tokenizer: Tokenizer, mesh: jax.sharding
             else:
                 scores[reward] = on_host(reward, batch, records)
         return scores, potentials
+
+    return score
+
+
+def make_step_scorer(run: str, tokenizer: Tokenizer, mesh: jax.sharding.Mesh, length: int):
+    """score(prompts, responses) -> {how: log scores [N]}, of token lists that fit `length` together; by train_prm.py.
+
+    What has been written of a response is scored too: its last token ends a step.
+    """
+    params, model = load_reward_model(run, tokenizer, mesh, "train_prm")
+    apply, newline, rows = pure(ScalarModel(model))[1], tokenizer.encode("\n")[-1], 512
+
+    @jax.jit
+    def scores(params: Params, batch: Batch) -> Batch:
+        ends_BT = step_ends(batch["tokens_BT"], batch["loss_mask_BT"], newline)
+        logits_BT = apply(params, *inputs(batch))
+        return {how: running_score(logits_BT, ends_BT, how)[:, -1] for how in SCORES}
+
+    def score(prompts: Sequence[list[int]], responses: Sequence[list[int]]) -> dict[str, np.ndarray]:
+        pairs = zip(prompts, responses, strict=True)
+        examples = [{"tokens": [*p, *r], "mask": [0] * len(p) + [1] * len(r)} for p, r in pairs]
+        filled = examples + examples[:1] * (-len(examples) % rows)
+        batches = (pad_examples(filled[i : i + rows], length, tokenizer.pad, True) for i in range(0, len(filled), rows))
+        parts = [jax.device_get(scores(params, to_mesh(batch, mesh))) for batch in batches]
+        return {how: np.concatenate([part[how] for part in parts])[: len(examples)] for how in SCORES}
 
     return score

@@ -111,6 +111,11 @@ def layers_apart(config: ModelConfig, params: Params, cache: KVCache) -> tuple[P
     return apart, cache.replace(k_LBKSH=tuple(cache.k_LBKSH), v_LBKSH=tuple(cache.v_LBKSH))
 
 
+def ends(token_B: jax.Array, eos: Any) -> jax.Array:
+    """Whether each token is `eos`, or one of several."""
+    return jnp.isin(token_B, jnp.atleast_1d(eos))
+
+
 def generate(
     apply: Apply,
     config: ModelConfig,
@@ -119,15 +124,16 @@ def generate(
     key: jax.Array,
     sampling: SamplingConfig,
     *,
-    eos: int,
+    eos: int | jax.Array,
     pad: int,
     n: int = 1,
     slots: int | None = None,
 ) -> Samples:
     """`n` responses to each left-padded prompt (rows in order, n a prompt); traceable, prompts prefilled once.
 
-    The loop ends when every row has. `prompts` as from prompt_batches. `slots`: only so many responses are decoded at
-    a time, and where one ends the next begins; what is generated is the same.
+    A response ends with `eos`, or with any of several; the loop when every row has. `prompts` as from prompt_batches.
+    `slots`: only so many responses are decoded at a time, and where one ends the next begins; what is generated is
+    the same.
     """
     rows, new = prompts["tokens_BT"].shape[0] * n, sampling.max_new_tokens
     if slots is not None and slots < rows:
@@ -165,9 +171,9 @@ def generate(
             mask_BR=put(samples.mask_BR, jnp.float32(~done_B)),
             logp_BR=put(samples.logp_BR, jnp.where(done_B, 0.0, logp_B)),
         )
-        return t + 1, token_B, done_B | (token_B == eos), cache, samples
+        return t + 1, token_B, done_B | ends(token_B, eos), cache, samples
 
-    start = (jnp.int32(1), token_B, token_B == eos, cache, samples)
+    start = (jnp.int32(1), token_B, ends(token_B, eos), cache, samples)
     return jax.lax.while_loop(lambda c: (c[0] < new) & ~jnp.all(c[2]), one_more, start)[-1]
 
 
@@ -189,7 +195,7 @@ class Slots:
     """The response that enters next."""
 
 
-def entered(slots: Slots, prompts: KVCache, first_N: jax.Array, eos: int, limit: int, several: int) -> Slots:
+def entered(slots: Slots, prompts: KVCache, first_N: jax.Array, eos: Any, limit: int, several: int) -> Slots:
     """The next `several` of N responses in slots that are free; a prompt is turned to end where the ring is written."""
     (total,), (count, width), ring = first_N.shape, prompts.valid_BS.shape, slots.cache.valid_BS.shape[1]
     row_E = slots.following + jnp.arange(several)
@@ -212,13 +218,13 @@ def entered(slots: Slots, prompts: KVCache, first_N: jax.Array, eos: int, limit:
         token_B=put(slots.token_B, token_E),
         row_B=put(slots.row_B, row_E),
         t_B=put(slots.t_B, jnp.ones_like(row_E)),
-        busy_B=put(slots.busy_B, (token_E != eos) & (limit > 1)),
+        busy_B=put(slots.busy_B, ~ends(token_E, eos) & (limit > 1)),
         following=jnp.minimum(slots.following + several, total),
     )
 
 
 def refilled(
-    config: ModelConfig, step: Callable[..., Any], prompts: KVCache, samples: Samples, eos: int, count: int
+    config: ModelConfig, step: Callable[..., Any], prompts: KVCache, samples: Samples, eos: Any, count: int
 ) -> Samples:
     """The responses to more prompts than the `count` of slots: where one ends, the next begins.
 
@@ -246,7 +252,7 @@ def refilled(
             cache=cache.replace(length=cache.length % cache.valid_BS.shape[1]),
             token_B=token_B,
             t_B=slots.t_B + 1,
-            busy_B=slots.busy_B & (token_B != eos) & (slots.t_B + 1 < limit),
+            busy_B=slots.busy_B & ~ends(token_B, eos) & (slots.t_B + 1 < limit),
         )
         return jax.lax.while_loop(wait, enter, slots), samples
 

@@ -25,7 +25,7 @@ from metrics import Recorder, describe
 from model import LanguageModel, ModelConfig, Params, ScalarModel, check_fit, pure
 from objectives import policy as ppo
 from objectives.likelihood import inputs
-from objectives.reward import last_token
+from objectives.reward import last_token, step_ends, step_rewards
 from rewards import load_reward_model
 from rollout import check_first_update, ended, make_rollout, rollout_metrics, sample_rows, shuffled
 from sharding import MeshConfig, abstract, check_batch, init_sharded, make_mesh, to_mesh
@@ -49,7 +49,7 @@ class Config:
     init: str = "runs/align/sft"
     """Run that policy and reference start from."""
     reward: str = "runs/align/rm"
-    """Run of the reward model, from which the value model starts too."""
+    """Run of the reward model (train_rm.py), from which the value model starts too."""
     data: str = "world"
     """Prompts: world, a .jsonl file, or tfds:<name>."""
     steps: int = 24
@@ -80,6 +80,8 @@ class Config:
     """Estimate of KL per token in the reward (objectives/policy.py)."""
     kl_limit: float = 50.0
     """The run ends in an error when KL per response exceeds this: the policy has collapsed."""
+    step_rewards: Literal["none", "product", "minimum", "last"] = "none"
+    """Reward at each step's last token too: how the score changes there by --reward, then a run of train_prm.py."""
     score_at: Literal["last", "after"] = "last"
     """The score is added at the last real token, or at the position after it (where one is left)."""
     missing_eos: Literal["replace", "penalty", "none"] = "replace"
@@ -126,7 +128,7 @@ class Config:
     """Checkpoints kept."""
 
 
-def make_judge(config: Config, apply: Any, scalar_apply: Any, eos: int):
+def make_judge(config: Config, apply: Any, scalar_apply: Any, eos: int, newline: int):
     """judge(policy, reference, reward, value, batch, beta) -> (batch with targets, metrics)."""
 
     @jax.jit
@@ -134,7 +136,13 @@ def make_judge(config: Config, apply: Any, scalar_apply: Any, eos: int):
         mask_BR, new = batch["mask_BR"], batch["mask_BR"].shape[1]
         logp_BR = ppo.response_logprobs(apply, policy, batch, config.temperature)
         reference_BR = ppo.response_logprobs(apply, reference, batch, config.temperature)
-        raw_B = last_token(scalar_apply(reward, *inputs(batch)), batch["segment_ids_BT"])
+        scalars_BT = scalar_apply(reward, *inputs(batch))
+        if config.step_rewards == "none":
+            raw_B, steps_BR = last_token(scalars_BT, batch["segment_ids_BT"]), jnp.zeros_like(mask_BR)
+        else:
+            ends_BR = step_ends(batch["response_BR"], mask_BR, newline)
+            steps_BR = step_rewards(scalars_BT[:, -new:], ends_BR, config.step_rewards)
+            raw_B = steps_BR.sum(1)
         score_B = ppo.missing_eos(raw_B, ended(batch, eos), config.missing_eos, config.missing_eos_score)
 
         length_B = mask_BR.sum(1).astype(jnp.int32)
@@ -145,7 +153,9 @@ def make_judge(config: Config, apply: Any, scalar_apply: Any, eos: int):
             value_mask_BR = (jnp.arange(new) <= at_B[:, None]).astype(jnp.float32)
         values_BR = ppo.response_values(scalar_apply, value, batch) * value_mask_BR
         estimate_BR = ppo.kl_estimate(logp_BR, reference_BR, config.kl_estimator)
-        rewards_BR = ppo.token_rewards(score_B, estimate_BR, mask_BR, beta, at_B)
+        # What the steps were not given comes at the end: the sum is the score, eos rule included.
+        rest_B = score_B - steps_BR.sum(1)
+        rewards_BR = steps_BR + ppo.token_rewards(rest_B, estimate_BR, mask_BR, beta, at_B)
         if config.whiten_rewards:
             rewards_BR = ppo.whiten(rewards_BR, value_mask_BR, shift_mean=False, unbiased=config.whiten_unbiased)
         advantages_BR, returns_BR = ppo.gae(rewards_BR, values_BR, discount=config.discount, smoothing=config.smoothing)
@@ -174,7 +184,8 @@ def load_models(config: Config, mesh: Any) -> tuple[Params, Params, ModelConfig]
     """The SFT policy and the reward model on the mesh, and the latter's ModelConfig; raises UserError."""
     init = pure(LanguageModel(config.model))[0]
     policy = starting_params(init, config.model, config.init, mesh, config.seed)
-    return policy, *load_reward_model(config.reward, Tokenizer.load(config.init), mesh)
+    script = "train_rm" if config.step_rewards == "none" else "train_prm"
+    return policy, *load_reward_model(config.reward, Tokenizer.load(config.init), mesh, script)
 
 
 def check(config: Config, mesh: Any) -> None:
@@ -221,7 +232,7 @@ def main(config: Config) -> dict[str, float]:
         read["text"] = text_batches(text, tokenizer, batch_size=rows, length=length, **options)
     with_text = jax.jit(partial(ppo.with_text, coefficient=config.ptx_coef))
     rollout = make_rollout(config, apply, tokenizer, config.samples_per_prompt)
-    judge = make_judge(config, apply, scalar_apply, tokenizer.eos)
+    judge = make_judge(config, apply, scalar_apply, tokenizer.eos, tokenizer.encode("\n")[-1])
     (policy_optimizer, policy_step), (value_optimizer, value_step) = make_updates(config, apply, scalar_apply)
     evaluate = make_gold_evaluation(config, tokenizer) if config.data == "world" and config.eval_every else None
 

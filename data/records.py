@@ -6,6 +6,7 @@ comparison  {"prompt": messages, "responses": [str, ...], "ranking": [1 = best, 
             and where the row has them "margin": float >= 0, "criterion": str
 unpaired    {"prompt": messages, "response": str, "desirable": bool}
 prompt      {"prompt": messages[, "answer": str]} or, to be continued as raw text, {"text": str}
+steps       {"prompt": messages, "steps": [str, ...], "labels": [one of STEP_LABELS, 0 to 1, or None, ...]}
 """
 
 import math
@@ -15,6 +16,7 @@ from typing import Any
 
 Row = dict[str, Any]
 ROLES = ("system", "user", "assistant")
+STEP_LABELS = ("positive", "neutral", "negative")
 
 
 class FieldError(Exception):
@@ -103,12 +105,32 @@ def prompt(row: Row) -> Row:
     return {"prompt": asked, "answer": answer["content"]}
 
 
+def steps(row: Row) -> Row:
+    """A solution in steps; a number is the share of completions that come right, None no label. Also PRM800K's rows."""
+    if "question" in row and "label" in row:
+        return _prm800k(row)
+    steps, labels = _get(row, "steps"), _get(row, "labels")
+    if not isinstance(steps, list) or not steps:
+        raise FieldError("steps", "must be a list of one or more strings")
+    if not isinstance(labels, list) or len(labels) != len(steps):
+        raise FieldError("labels", f"must be a list of {len(steps)} labels, as many as steps")
+    for i, label in enumerate(labels):
+        share = isinstance(label, int | float) and not isinstance(label, bool) and 0 <= label <= 1
+        if not share and label is not None and label not in STEP_LABELS:
+            raise FieldError(f"labels[{i}]", f"must be {', '.join(STEP_LABELS)}, 0 to 1, or null, not {label!r}")
+    for i, step in enumerate(steps):
+        if "\n" in _string(step, f"steps[{i}]"):
+            raise FieldError(f"steps[{i}]", "must be one line; join its lines")
+    return {"prompt": _prompt(_get(row, "prompt"), "prompt"), "steps": steps, "labels": labels}
+
+
 SCHEMAS: dict[str, Callable[[Row], Row]] = {
     "text": text,
     "chat": chat,
     "comparison": comparison,
     "unpaired": unpaired,
     "prompt": prompt,
+    "steps": steps,
 }
 
 
@@ -167,6 +189,43 @@ def _transcript(value: Any, field: str) -> list[Row]:
     if len(turns) < 2 or turns[-1]["role"] != "assistant":
         raise FieldError(field, "must end with an assistant's turn that follows another's")
     return turns
+
+
+def _prm800k(row: Row) -> Row:
+    """The trajectory of a labelled PRM800K solution (Lightman et al. 2023); alternatives to its steps are left out.
+
+    A step's text is the chosen completion's, else the human's, else (the labelling ended here) the first one's. What
+    a human wrote counts as positive. A step of several lines becomes one line. Problems given up may have no step;
+    batches drop them.
+    """
+    record: Row = {"prompt": _prompt(_get(_object(row, "question"), "problem", "question."), "question.problem")}
+    chosen = []
+    stages = _get(_object(row, "label"), "steps", "label.")
+    for i, stage in enumerate(stages if isinstance(stages, list) else []):
+        place = f"label.steps[{i}]"
+        if not isinstance(stage, dict) or not isinstance(stage.get("completions"), list):
+            raise FieldError(place, "must be an object with completions")
+        number, human, offered = stage.get("chosen_completion"), stage.get("human_completion"), stage["completions"]
+        if number is None and human is not None:
+            completion = {"rating": 1, **{name: x for name, x in human.items() if x is not None}}
+        elif not offered:
+            break
+        elif number is None or (type(number) is int and 0 <= number < len(offered)):
+            completion = offered[number or 0]
+        else:
+            raise FieldError(place + ".chosen_completion", f"must be one of {len(offered)} completions")
+        rating = completion.get("rating")
+        if rating not in (-1, 0, 1, None):
+            raise FieldError(place, f"rating must be -1, 0, 1 or null, not {rating!r}")
+        label = None if rating is None else STEP_LABELS[1 - rating]
+        chosen.append((" ".join(_string(completion.get("text"), place).split()), label))
+    return record | {"steps": [text for text, _ in chosen], "labels": [label for _, label in chosen]}
+
+
+def _object(row: Row, field: str) -> Row:
+    if not isinstance(row[field], dict):
+        raise FieldError(field, "must be an object")
+    return row[field]
 
 
 # ---- Values ----

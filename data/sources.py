@@ -1,6 +1,6 @@
-"""Records by random access, in one schema, from the world, a JSON Lines file or the TFDS catalogue.
+"""Records by random access, in one schema, from what is built in, a JSON Lines file or the TFDS catalogue.
 
-    open_source("world" | "path.jsonl[.gz]" | "tfds:<name>[/config]", schema, split, seed=0)
+    open_source("world" | "arithmetic" | "path.jsonl[.gz]" | "tfds:<name>[/config]", schema, split, seed=0)
 
 Local files are validated line by line and prepared once as a TFDS ArrayRecord dataset, in $PLUMB_CACHE.
 """
@@ -23,10 +23,10 @@ import numpy as np
 from tqdm import tqdm
 
 from config import UserError
-from data import records, world
+from data import arithmetic, records, world
 
-WORLD_SIZE = 1 << 30
-"""Records a split of the world is said to have: more than any run reads."""
+ENDLESS = 1 << 30
+"""Records a split of what is built in is said to have: more than any run reads."""
 HELDOUT_SHARE, HELDOUT_MOST = 0.05, 1000
 """Of a source without a held-out split of its own: the share held out, and the most rows."""
 
@@ -56,33 +56,44 @@ def open_source(data: str, schema: str, split: str, *, seed: int = 0) -> Source:
 
     `all` is for a local file that holds nothing but held-out records.
 
-    `seed` is the world's. Raises UserError for what is missing or malformed, naming file, line and field.
+    `seed` is that of what is built in. Raises UserError for what is missing or malformed, naming file, line and field.
     """
     if schema not in records.SCHEMAS or split not in ("train", "heldout", "all"):
         raise ValueError(f"schema {schema!r}, split {split!r}")
-    if data == "world":
-        return _world(schema, split, seed)
+    if data in ("world", "arithmetic"):
+        return _built_in(data, schema, split, seed)
     if data.startswith("tfds:"):
         return _catalogue(data.removeprefix("tfds:"), schema, split)
     if data.endswith((".jsonl", ".jsonl.gz")):
         return _local(pathlib.Path(data), schema, split)
-    raise UserError(f"--data={data}: not a source; give world, a .jsonl or .jsonl.gz file, or tfds:<name>")
+    raise UserError(f"--data={data}: not a source; give world, arithmetic, a .jsonl or .jsonl.gz file, or tfds:<name>")
 
 
-# ---- The world ----
+# ---- Built in ----
 
 
-def _world(schema: str, split: str, seed: int) -> Source:
+def _built_in(name: str, schema: str, split: str, seed: int) -> Source:
+    options = {"split": split, "seed": seed}
+    # Documents have no splits of their own: the held-out ones are numbered after the others.
+    first = ENDLESS * (split == "heldout")
     draw = {
-        # Documents have no splits of their own: the held-out ones are numbered after the others.
-        "text": lambda i: {"text": world.text(i + WORLD_SIZE * (split == "heldout"), seed=seed)},
-        "chat": lambda i: world.demonstration(i, split=split, seed=seed),
-        "comparison": lambda i: world.comparison(i, split=split, seed=seed),
-        "unpaired": lambda i: world.judgement(i, split=split, seed=seed),
-        "prompt": lambda i: {"prompt": world.prompt(i, split=split, seed=seed).text},
-    }[schema]
-    adapt = records.SCHEMAS[schema]
-    return Source("world", range(WORLD_SIZE), lambda i: adapt(draw(i)))
+        "world": {
+            "text": lambda i: {"text": world.text(i + first, seed=seed)},
+            "chat": lambda i: world.demonstration(i, **options),
+            "comparison": lambda i: world.comparison(i, **options),
+            "unpaired": lambda i: world.judgement(i, **options),
+            "prompt": lambda i: {"prompt": world.prompt(i, **options).text},
+        },
+        "arithmetic": {
+            "text": lambda i: {"text": arithmetic.document(i + first, seed=seed)},
+            "chat": lambda i: arithmetic.demonstration(i, **options),
+            "prompt": lambda i: arithmetic.prompt(i, **options),
+            "steps": lambda i: arithmetic.labelled(i, **options),
+        },
+    }[name]
+    if schema not in draw:
+        raise UserError(f"--data={name}: has no {schema} records, only {', '.join(draw)}; name another source")
+    return Source(name, range(ENDLESS), lambda i: records.SCHEMAS[schema](draw[schema](i)))
 
 
 # ---- The TFDS catalogue ----

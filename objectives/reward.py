@@ -1,11 +1,14 @@
-"""Reward models from comparisons: losses on scalar rewards of ranked candidates."""
+"""Reward models: losses on scalar rewards of ranked candidates, and on the steps of one response.
+
+A process reward model's scalar at a step's last token is the log-odds that the step is right.
+"""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from objectives.likelihood import Apply, token_logprobs
+from objectives.likelihood import Apply, inputs, token_logprobs
 
 
 def bradley_terry(chosen: jax.Array, rejected: jax.Array, margin: jax.Array | float = 0.0) -> jax.Array:
@@ -83,3 +86,54 @@ def ranking_objective(
         loss += lm_coefficient * (nll_B * valid_B).sum()
         metrics["nll"] = ((nll_B * valid_B).sum(), valid_B.sum())
     return loss, (valid_B.sum(), metrics)
+
+
+# ---- Steps ----
+
+
+def step_loss(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """Cross-entropy of sigmoid(logit) to a target in [0, 1], in nats (Wang et al. 2024, Math-Shepherd)."""
+    return -targets * jax.nn.log_sigmoid(logits) - (1 - targets) * jax.nn.log_sigmoid(-logits)
+
+
+def process_objective(apply: Apply, params: Any, batch: dict[str, jax.Array]):
+    """`step_loss` at the last token of each labelled step, summed over steps; of `data.steps.steps_batches`.
+
+    With a label on the last step only, an outcome reward model's (Lightman et al. 2023, section 2.5).
+    """
+    mask_BT, targets_BT = batch["loss_mask_BT"], batch["targets_BT"]
+    logits_BT = apply(params, *inputs(batch))
+    steps = mask_BT.sum()
+    right_BT = ((logits_BT > 0) == (targets_BT >= 0.5)) * mask_BT
+    return (step_loss(logits_BT, targets_BT) * mask_BT).sum(), (steps, {"accuracy": (right_BT.sum(), steps)})
+
+
+def step_ends(tokens_BT: jax.Array, mask_BT: jax.Array, newline: int) -> jax.Array:
+    """[B, T] bool: the last token of each step: a newline, or the last token, of what `mask_BT` has of a row."""
+    length = tokens_BT.shape[1]
+    last_B = length - 1 - jnp.argmax(jnp.flip(mask_BT > 0, axis=1), axis=1)
+    return (mask_BT > 0) & ((tokens_BT == newline) | (jnp.arange(length) == last_B[:, None]))
+
+
+def running_score(logits_BT: jax.Array, ends_BT: jax.Array, how: str) -> jax.Array:
+    """[B, T]: log of the score of the steps that have ended by t; -inf before the first has.
+
+    product: the probability that all are right (Lightman et al. 2023, section 2.6). minimum: the least of theirs
+    (their appendix F). last: the latest alone, as of an outcome model, or of one that says how often it comes right.
+    """
+    logp_BT = jnp.where(ends_BT, jax.nn.log_sigmoid(logits_BT), 0.0)
+    if how == "last":
+        at_BT = jax.lax.cummax(jnp.where(ends_BT, jnp.arange(ends_BT.shape[1]), 0), axis=1)
+        score_BT = jnp.take_along_axis(logp_BT, at_BT, axis=1)
+    else:
+        score_BT = {"product": jnp.cumsum, "minimum": jax.lax.cummin}[how](logp_BT, axis=1)
+    return jnp.where(jnp.cumsum(ends_BT, axis=1) > 0, score_BT, -jnp.inf)
+
+
+def step_rewards(logits_BT: jax.Array, ends_BT: jax.Array, how: str) -> jax.Array:
+    """[B, T]: at each step's last token, by how much that step changes the response's score; 0 elsewhere.
+
+    They sum to the score that re-ranking goes by, so a response gains nothing from having more steps, as it would
+    if the steps' probabilities were summed. `how` as of `running_score`.
+    """
+    return jnp.diff(jnp.exp(running_score(logits_BT, ends_BT, how)), axis=1, prepend=0.0)

@@ -1,0 +1,399 @@
+"""Process supervision: step labels, scores and rewards of steps, Monte Carlo labels, re-ranking, step-level search."""
+
+import json
+import math
+import pathlib
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from running import fails, rows_of, run, write
+
+import collect_steps
+import rerank
+import step_beam
+import train_ppo
+import train_prm
+import train_sft
+from data import arithmetic, records
+from data.batches import collate
+from data.sources import open_source
+from data.steps import auc, encode_steps, majority, pad_steps, step_table
+from data.tokenizer import Tokenizer
+from generate import SamplingConfig, make_sampler
+from model import LanguageModel, ModelConfig, ScalarModel, pure
+from objectives.reward import process_objective, running_score, step_ends, step_rewards
+
+TINY = ModelConfig(vocab=320, width=16, hidden=32, layers=1, heads=2, kv_heads=1, head_width=8, context=128)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    texts = (f"{row['prompt']}\n{row['response']}" for row in map(arithmetic.demonstration, range(200)))
+    return Tokenizer.train(texts, tmp_path_factory.mktemp("tokenizer"), 320)
+
+
+def rows_in(path):
+    return [json.loads(line) for line in pathlib.Path(path).read_text().splitlines()]
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-np.asarray(x, np.float64)))
+
+
+# ---- Records ----
+
+PRM800K = {  # a row as the dataset's README describes it
+    "question": {"problem": "What is 2+2?", "ground_truth_answer": "4"},
+    "label": {
+        "steps": [
+            {"completions": [{"text": "I add.", "rating": 0}], "human_completion": None, "chosen_completion": 0},
+            {
+                "completions": [{"text": "2+2=5", "rating": -1}, {"text": "2+2\n\n=4", "rating": 1}],
+                "human_completion": None,
+                "chosen_completion": 1,
+            },
+            {
+                "completions": [{"text": "So 5.", "rating": -1}],
+                "human_completion": {"text": "So 4.", "rating": None},
+                "chosen_completion": None,
+            },
+            {"completions": [{"text": "Hm.", "rating": None}], "human_completion": None, "chosen_completion": 0},
+            {"completions": [{"text": "It is 7.", "rating": -1}], "human_completion": None, "chosen_completion": None},
+        ],
+        "finish_reason": "found_error",
+    },
+}
+
+
+def test_prm800k_s_rows_become_labelled_steps():
+    record = records.steps(PRM800K)
+    assert record["prompt"] == [{"role": "user", "content": "What is 2+2?"}]
+    assert record["steps"] == ["I add.", "2+2 =4", "So 4.", "Hm.", "It is 7."]
+    assert record["labels"] == ["neutral", "positive", "positive", None, "negative"]
+    given_up = {**PRM800K, "label": {"steps": [], "finish_reason": "give_up"}}
+    assert records.steps(given_up)["steps"] == []
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"labels": ["positive"]}, "labels: must be a list of 2 labels"),
+        ({"labels": ["positive", "good"]}, "labels[1]: must be positive, neutral, negative, 0 to 1, or null"),
+        ({"labels": [True, 1.5]}, "labels[0]: must be"),
+        ({"labels": [0, 1.5]}, "labels[1]: must be"),
+        ({"steps": []}, "steps: must be a list of one or more"),
+        ({"steps": ["1", ""]}, "steps[1]: is empty"),
+        ({"steps": ["1", "a\nb"]}, "steps[1]: must be one line"),
+        ({"question": 3, "label": {}}, "question: must be an object"),
+        ({**PRM800K, "label": {"steps": [{"completions": [], "chosen_completion": 2}, 5]}}, "label.steps[1]"),
+    ],
+)
+def test_malformed_steps_name_their_field(change, message):
+    row = {"prompt": "1+1", "steps": ["1+1=2", "answer 2"], "labels": ["positive", 0.25]} | change
+    if message == "label.steps[1]":  # a stage without completions ends the solution; what is no stage is a fault
+        row["label"]["steps"].reverse()
+        message = "label.steps[0]: must be an object with completions"
+    with pytest.raises(records.FieldError) as fault:
+        records.steps(row)
+    assert message in str(fault.value)
+
+
+def test_targets_stand_at_each_labelled_step_s_last_token(tokenizer):
+    labels = ["positive", None, 0.25, "neutral", "negative"]
+    record = records.steps(
+        {"prompt": "27+8-6", "steps": ["27+8=35", "so 35", "35-6=29", "so 29", "answer 28"], "labels": labels}
+    )
+    (row,), lost = encode_steps(record, tokenizer, 64)
+    text = "27+8=35\nso 35\n35-6=29\nso 29\nanswer 28"
+    prompt = tokenizer.prompt("27+8-6")
+    assert row["tokens"] == [*prompt, *tokenizer.encode(text), tokenizer.eos] and not lost  # as a policy samples it
+    ends = [
+        t
+        for t in range(len(prompt), len(row["tokens"]))
+        if row["tokens"][t] in (*tokenizer.encode("\n"), tokenizer.eos)
+    ]
+    assert [row["mask"][t] for t in ends] == [1, 0, 1, 1, 1] and sum(row["mask"]) == 4
+    assert [row["targets"][t] for t in ends] == [1.0, 0.0, 0.25, 1.0, 0.0]
+    batch = pad_steps([row], 64, tokenizer.pad)
+    mask_BT = np.arange(batch["tokens_BT"].shape[1])[None] >= len(prompt)
+    mask_BT = mask_BT * (batch["segment_ids_BT"] > 0)
+    found = step_ends(batch["tokens_BT"], mask_BT, tokenizer.encode("\n")[-1])  # the rule by which responses are read
+    assert np.flatnonzero(found[0]).tolist() == ends
+    short, lost = encode_steps(record, tokenizer, ends[2])
+    assert lost and sum(short[0]["mask"]) == 1
+    assert encode_steps(record, tokenizer, ends[0]) == ([], True)  # no label is left
+
+
+# ---- Losses, scores, rewards ----
+
+
+def test_process_objective_and_its_gradient_against_numpy(tokenizer):
+    rng = np.random.default_rng(0)
+    logits_BT, targets_BT = rng.normal(size=(4, 9)) * 3, rng.uniform(size=(4, 9)).round(1)
+    mask_BT = (rng.uniform(size=(4, 9)) < 0.4).astype(np.float64)
+    p = sigmoid(logits_BT)
+    expected = -(mask_BT * (targets_BT * np.log(p) + (1 - targets_BT) * np.log(1 - p))).sum()
+    ones = np.ones((4, 9), np.int32)
+    batch = {"tokens_BT": ones, "segment_ids_BT": ones, "positions_BT": ones}
+    batch |= {"loss_mask_BT": np.float32(mask_BT), "targets_BT": np.float32(targets_BT)}
+    objective = lambda logits: process_objective(lambda x, *_: x, logits, batch)  # noqa: E731
+    (loss, (weight, metrics)), grad = jax.value_and_grad(objective, has_aux=True)(jnp.float32(logits_BT))
+    assert float(loss) == pytest.approx(expected, rel=1e-6) and float(weight) == mask_BT.sum()
+    np.testing.assert_allclose(grad, mask_BT * (p - targets_BT), atol=1e-6)
+    right = (((p > 0.5) == (targets_BT >= 0.5)) * mask_BT).sum()
+    assert [float(x) for x in metrics["accuracy"]] == [right, mask_BT.sum()]
+    extreme = jnp.full((4, 9), 200.0)
+    assert np.isfinite(objective(extreme)[0]) and np.isfinite(jax.grad(lambda x: objective(x)[0])(extreme)).all()
+
+
+def test_padding_does_not_change_the_process_objective(tokenizer):
+    source = open_source("arithmetic", "steps", "train")
+    init, apply = pure(ScalarModel(TINY))
+    params = init(jax.random.key(0))
+    rows = [source[i] for i in range(6)]
+    collated = partial(collate, encode_steps, partial(pad_steps, fixed=True))
+    sums = jax.jit(partial(process_objective, apply))
+    alone = [sums(params, collated([row], tokenizer, 64)) for row in rows]
+    loss, (weight, _) = sums(params, collated(rows, tokenizer, 100))
+    assert float(loss) == pytest.approx(sum(float(x[0]) for x in alone), rel=1e-5)
+    assert float(weight) == sum(float(x[1][0]) for x in alone) > 6
+
+
+def by_loop(logits, ends, how):
+    """Scores after each token, in probabilities: a Python loop over the steps that have ended."""
+    out, past = [], []
+    for logit, end in zip(logits, ends, strict=True):
+        past += [float(sigmoid(logit))] if end else []
+        value = {"product": math.prod, "minimum": min, "last": lambda p: p[-1]}[how](past) if past else 0.0
+        out.append(value)
+    return np.array(out)
+
+
+@pytest.mark.parametrize("how", ["product", "minimum", "last"])
+def test_step_rewards_stand_at_steps_and_sum_to_the_outcome(how):
+    rng = np.random.default_rng(1)
+    logits_BT, ends_BT = rng.normal(size=(6, 12)) * 2, rng.uniform(size=(6, 12)) < 0.35
+    ends_BT[0], ends_BT[1, -1] = False, True
+    expected = np.stack([by_loop(*row, how) for row in zip(logits_BT, ends_BT, strict=True)])
+    score_BT = jnp.exp(running_score(jnp.float32(logits_BT), ends_BT, how))
+    np.testing.assert_allclose(score_BT, expected, atol=1e-6)
+    rewards_BT = np.asarray(step_rewards(jnp.float32(logits_BT), ends_BT, how))
+    assert (rewards_BT[~ends_BT] == 0).all() and (rewards_BT[ends_BT] != 0).any()
+    np.testing.assert_allclose(rewards_BT.sum(1), expected[:, -1], atol=1e-6)  # telescoped
+    assert rewards_BT[0].sum() == 0  # no step, no reward
+    summed = (sigmoid(logits_BT) * ends_BT).sum(1)
+    assert np.abs(summed - expected[:, -1]).max() > 0.5  # control: probabilities simply summed do not
+
+
+def test_ppo_gives_each_step_its_reward_at_its_last_token():
+    """Returns without discount or smoothing are sums of rewards to come: their differences are the rewards."""
+    newline, eos = 5, 3
+    response_BR = np.array([[7, 8, newline, 9, newline, 7, eos, 1], [7, newline, 7, 7, newline, 7, 7, 7]])
+    mask_BR = np.float32([[1] * 7 + [0], [1] * 8])
+    scalars_BT = np.random.default_rng(2).normal(size=(2, 10))
+    segments = np.concatenate([np.ones((2, 2)), mask_BR], 1).astype(np.int32)
+    tokens = np.concatenate([np.full((2, 2), 6), response_BR], 1)
+    batch = {"tokens_BT": tokens, "segment_ids_BT": segments, "positions_BT": np.cumsum(segments, 1) - 1}
+    batch |= {"response_BR": response_BR, "mask_BR": mask_BR, "sampler_logp_BR": np.zeros((2, 8), np.float32)}
+    batch = jax.tree.map(jnp.asarray, batch)
+    policy = lambda params, tokens, *_, logits_from: (jnp.zeros((2, 10 - logits_from, 10)), None)  # noqa: E731
+    rewards = {}
+    for how in ("product", "none"):
+        config = train_ppo.Config(step_rewards=how, smoothing=1.0, missing_eos_score=-1.0)
+        judge = train_ppo.make_judge(config, policy, lambda params, *_: params, eos, newline)
+        targets, _ = judge({}, {}, jnp.float32(scalars_BT), jnp.zeros((2, 10)), batch, jnp.float32(0.2))
+        rewards[how] = -np.diff(np.asarray(targets["returns_BR"]), axis=1, append=0.0)
+    p = sigmoid(scalars_BT[:, 2:])
+    a, b, c = p[0, [2, 4, 6]]
+    np.testing.assert_allclose(rewards["product"][0], [0, 0, a, 0, a * b - a, 0, a * b * c - a * b, 0], atol=1e-6)
+    a, b = p[1, [1, 4]]  # it never ends: by the rule its sum is -1, and the last token makes up for the steps
+    np.testing.assert_allclose(rewards["product"][1], [0, a, 0, 0, a * b - a, 0, 0, -1 - a * b], atol=1e-6)
+    np.testing.assert_allclose(rewards["none"][0], [0] * 6 + [scalars_BT[0, 8], 0], atol=1e-6)
+
+
+# ---- Monte Carlo labels ----
+
+
+def odd(text, record):
+    """1 where an ASCII character of odd code is in the text: what each token settles for itself."""
+    return float(any(ord(c) < 128 and ord(c) % 2 for c in text))
+
+
+def test_completion_shares_err_as_one_over_the_root_of_n(tokenizer):
+    """Exact success probabilities by enumerating both tokens of every completion."""
+    init, apply = pure(LanguageModel(TINY))
+    params = init(jax.random.key(1))
+    params["decoder"]["embed"] *= 3  # far from uniform
+    prompts = [tokenizer.prompt(f"{i}{j}") for i in "02468" for j in "02468"]
+    states = [(prompt, "2\n" if i % 2 else "", {}) for i, prompt in enumerate(prompts)]
+    hit_V = np.array([odd(tokenizer.decode([v]), {}) for v in range(320)], np.float64)
+    vocabulary = np.arange(320)
+
+    @jax.jit
+    def next_probabilities(tokens_BT):
+        ones = jnp.ones_like(tokens_BT)
+        logits_BTV, _ = apply(params, tokens_BT, ones, jnp.cumsum(ones, 1) - 1)
+        return jax.nn.softmax(logits_BTV[:, -1])
+
+    exact = []
+    for prompt, so_far, _ in states:
+        context = np.array([*prompt, *tokenizer.encode(so_far)])
+        first_V = np.asarray(next_probabilities(context[None]))[0].astype(np.float64)
+        rows = np.concatenate([np.tile(context, (320, 1)), vocabulary[:, None]], 1)
+        second_V = np.asarray(next_probabilities(rows)).astype(np.float64) @ hit_V
+        second_V[tokenizer.eos] = 0  # nothing follows
+        exact.append(first_V @ np.where(hit_V > 0, 1.0, second_V))
+    exact = np.array(exact)
+    assert exact.min() > 0.02 and exact.max() < 0.98 and exact.std() > 0.02
+
+    rms = {}
+    for n in (16, 256):
+        respond = make_sampler(TINY, SamplingConfig(max_new_tokens=2), tokenizer, n)
+        complete = lambda contexts, r=respond: r(params, contexts, jax.random.key(5))  # noqa: E731
+        errors = np.array(collect_steps.success_shares(complete, odd, tokenizer, states)) - exact
+        predicted = math.sqrt((exact * (1 - exact)).mean() / n)
+        rms[n] = math.sqrt((errors**2).mean())
+        assert rms[n] == pytest.approx(predicted, rel=0.4)
+        assert abs(errors.mean()) < 3 * predicted / math.sqrt(len(states))
+    assert rms[16] / rms[256] == pytest.approx(4, rel=0.5)
+
+
+# ---- Measures, re-ranking, search ----
+
+
+def test_auc_and_first_error_against_loops():
+    rng = np.random.default_rng(3)
+    scores, right = rng.normal(size=80).round(1), rng.uniform(size=80) < 0.7
+    pairs = [(a > b) + 0.5 * (a == b) for a in scores[right] for b in scores[~right]]
+    assert auc(scores, right) == pytest.approx(np.mean(pairs), abs=1e-12)
+    assert math.isnan(auc(scores, np.ones(80, bool)))
+    logits = np.array([[1.0, -1, 2, -3], [1, -1, -2, 5], [1, 2, 3, 4], [1, 2, 3, 4]])
+    mask = np.array([[1, 1, 0, 1], [1, 1, 1, 0], [1, 1, 1, 1], [1, 0, 1, 1]])
+    targets = np.array([[1, 0.2, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 1]])
+    table = step_table(logits, targets, mask)
+    assert table["first_error"] == pytest.approx(1 / 3)  # found; an earlier one named; none named
+    assert (
+        table["steps"] == 13 and table["wrong"] == pytest.approx(4 / 13) and table["accuracy"] == pytest.approx(11 / 13)
+    )
+
+
+def test_majority_and_choices():
+    assert majority([3.0, 4.0, None, 4.0, None, None]) == 1
+    assert majority([3.0, 4.0]) == 0 and majority([None, None]) == 0  # ties: the first
+    scores = {"prm": np.array([[-3.0, -1.0, -2.0, -0.5]]), "orm": np.array([[0.0, -1.0, -1.0, -1.0]])}
+    answers = [[7.0, 8.0, 8.0, 9.0]]
+    for n, expected in ((1, (0, 0, 0)), (3, (1, 1, 0)), (4, (1, 3, 0))):
+        chosen = rerank.choices(n, scores, answers)
+        assert [int(chosen[way][0]) for way in ("majority", "prm", "orm")] == list(expected)
+
+
+def test_step_search_on_a_tree_that_is_known():
+    """Steps are [digit, newline] or [digit, eos] at the third; the score is of the digits alone."""
+    newline, eos, calls = 90, 99, []
+
+    def extend(contexts, number):
+        calls.append(len(contexts))
+        end = eos if number == 2 else newline
+        return [[digit, end] for context in contexts for digit in (1 + len(context) % 2, 3)]
+
+    def score(prompts, responses):
+        digits = [[t for t in r if t < 90] for r in responses]
+        # A first 3 looks best at once, and is a dead end two steps later.
+        return np.array([-10.0 if d[:1] == [3] and len(d) > 2 else sum(d) for d in digits])
+
+    greedy, tokens = step_beam.search([[50]], extend, score, eos, beams=1, branch=2, longest=8)
+    assert [t for t in greedy[0] if t < 90] == [3, 3, 2]
+    assert tokens == 3 * 2 * 2  # rounds x branches x tokens of a step
+    wide, tokens = step_beam.search([[50], [51]], extend, score, eos, beams=4, branch=2, longest=8)
+    assert [[t for t in r if t < 90] for r in wide] == [[2, 3, 3], [2, 3, 3]]
+    assert all(r[-1] == eos for r in wide) and tokens == 2 * 3 * 4 * 2 * 2
+    assert calls == [1] * 3 + [8] * 3
+    cut, _ = step_beam.search([[50]], extend, score, eos, beams=2, branch=2, longest=3)
+    assert len(cut[0]) == 3  # and it stops there
+    assert step_beam.best([[1], [1], [2]], np.array([3.0, 3.0, 1.0]), 2) == [[1], [2]]
+
+
+def test_sampled_steps_end_at_a_newline(tokenizer):
+    init, _ = pure(LanguageModel(TINY))
+    newline = tokenizer.encode("\n")[-1]
+    params = init(jax.random.key(0))
+    params["decoder"]["embed"] = params["decoder"]["embed"].at[newline].multiply(3.0)
+    prompts = [tokenizer.prompt("27+8")] * 64
+    for ends in ((newline,), ()):
+        respond = make_sampler(TINY, SamplingConfig(max_new_tokens=24), tokenizer, 2, ends=ends)
+        out = respond(params, prompts, jax.random.key(1))
+        inside = sum(newline in row[:-1] for row in out)
+        assert (inside == 0) == bool(ends)  # without: goes on
+    assert sum(row[-1] == newline for row in out) < len(out)
+
+
+# ---- The scripts ----
+
+SHORT = ["--optimizer.warmup=0", "--batch_size=8", "--eval_every=0"]
+SMALL = [f"--model.{name}={value}" for name, value in (("preset", "tiny"), ("vocab", 320))]
+
+
+def test_a_process_model_learns_from_rows_of_every_kind(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PLUMB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    rows = [arithmetic.labelled(i) for i in range(60)] + [PRM800K, {**PRM800K, "label": {"steps": []}}]
+    rows += [{"prompt": f"{i}+1", "steps": [f"{i}+1={i + 1}"], "labels": [i / 9]} for i in range(10)]
+    data = write(tmp_path / "steps.jsonl", rows)
+    flags = [*SHORT, *SMALL, f"--data={data}", "--steps=6", "--eval_every=3", "--save_every=3", "--run=prm"]
+    last = run(train_prm, *flags, f"--eval_data={data}", "--optimizer.lr=5e-3")
+    found = rows_of("prm")
+    assert found[-1]["loss"] < found[0]["loss"]
+    labelled = sum(label is not None for row in rows[:60] for label in row["labels"]) + 4 + 10
+    assert last["eval/steps"] == labelled and 0 < last["eval/auc"] < 1
+    bad = write(tmp_path / "bad.jsonl", [{"prompt": "1+1", "steps": ["2"], "labels": ["fine"]}])
+    assert "bad.jsonl:1: labels[0]: must be positive" in fails(train_prm, [f"--data={bad}", "--run=no"], capsys)
+    message = fails(collect_steps, ["--data=x.jsonl", "--labels=gold"], capsys)
+    assert "--labels=gold: no program checks the steps of x.jsonl" in message
+
+
+@pytest.mark.slow
+def test_the_whole_of_process_supervision_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PLUMB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    run(
+        train_sft,
+        *SHORT,
+        *SMALL,
+        "--data=arithmetic",
+        "--length=128",
+        "--steps=300",
+        "--run=sft",
+        "--optimizer.lr=1e-2",
+    )
+    files = {}
+    for labels in ("gold", "outcome", "completions"):
+        counts = run(
+            collect_steps, "--init=sft", f"--labels={labels}", f"--out={labels}.jsonl", "--prompts=300", "--samples=2"
+        )
+        files[labels] = rows_in(f"{labels}.jsonl")
+        assert counts["lines"] == len(files[labels]) > 100
+    # The same solutions, and labels that agree where they speak of the same thing.
+    for gold, outcome, shares in zip(*files.values(), strict=True):
+        assert gold["steps"] == outcome["steps"] == shares["steps"]
+        assert outcome["labels"][:-1] == [None] * (len(gold["steps"]) - 1)
+        text, response = gold["prompt"][0]["content"], "\n".join(gold["steps"])
+        assert outcome["labels"][-1] == shares["labels"][-1] == float(arithmetic.solved(text, response))
+        assert all(0 <= label <= 1 and (8 * label).is_integer() for label in shares["labels"])
+    for labels in files:
+        run(train_prm, *SHORT, "--init=sft", f"--data={labels}.jsonl", f"--run={labels}", "--steps=4")
+    table = run(rerank, "--policy=sft", "--models", "outcome", "gold", "--prompts=40", "--n=4", "--out=table.json")
+    assert set(table) == {"random", "majority", "any"} | {
+        f"{m} {how}" for m in ("outcome", "gold") for how in ("product", "minimum", "last")
+    }
+    assert len({row[1][0] for row in table.values()}) == 1  # of one answer nothing can be chosen
+    assert len(rows_in("table.json")[0]["hits"]["majority"]) == 40
+    (accuracy, _), tokens = run(step_beam, "--policy=sft", "--model=gold", "--beams=2", "--branch=2", "--prompts=40")
+    assert 0 <= accuracy <= 1 and tokens > 0
+    ppo = ["--init=sft", "--reward=gold", "--data=arithmetic", "--max_prompt=16", "--max_new_tokens=48", "--run=ppo"]
+    small = ["--steps=2", "--batch_size=16", "--minibatches=2", "--optimizer.warmup=0"]
+    run(train_ppo, *ppo, *small, "--step_rewards=product")
+    assert all(0 <= row["score"] <= 1 for row in rows_of("ppo"))
+    assert "gold: a run of train_prm; name one of train_rm" in fails(train_ppo, [*ppo, "--run=no"], capsys)
