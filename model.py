@@ -13,10 +13,11 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kernels.attention import attention, decode_attention
 from presets import PRESETS, ModelConfig, check_fit
-from sharding import constrain_batch, constrain_rows
+from sharding import constrain_residual, constrain_rows
 
 __all__ = [
     "PRESETS",
@@ -182,9 +183,9 @@ class Block(nn.Module):
         c = self.config
         normed_BTD = scaled_norm(self, "attention_norm", x_BTD)
         mixed_BTD, cache = Attention(c, name="attention")(normed_BTD, segment_ids_BT, turns, cache, layer)
-        x_BTD = constrain_batch(x_BTD + mixed_BTD)
+        x_BTD = constrain_residual(x_BTD + mixed_BTD)
         normed_BTD = scaled_norm(self, "mlp_norm", x_BTD)
-        x_BTD = constrain_batch(x_BTD + SwiGLU(c, name="mlp")(normed_BTD))
+        x_BTD = constrain_residual(x_BTD + SwiGLU(c, name="mlp")(normed_BTD))
         return (x_BTD, cache, layer + 1), None
 
 
@@ -208,7 +209,7 @@ class Decoder(nn.Module):
         c = self.config
         embed_VD = self.param("embed", _normal(c.width), (c.vocab, c.width))
         # Whole rows on every device: a gather of rows that fsdp has cut makes XLA replicate its result instead.
-        x_BTD = constrain_batch(constrain_rows(embed_VD.astype(c.compute_dtype))[tokens_BT])
+        x_BTD = constrain_residual(constrain_rows(embed_VD.astype(c.compute_dtype))[tokens_BT])
         if c.gemma:
             x_BTD *= jnp.asarray(c.width**0.5, x_BTD.dtype)
         turns = rope_turns(c, positions_BT)
@@ -276,7 +277,7 @@ class ScalarModel(nn.Module):
 
 def pure(model: nn.Module) -> tuple[Callable[[jax.Array], Params], Callable[..., Any]]:
     """(init(key) -> params, apply(params, tokens_BT, segment_ids_BT, positions_BT, ...)) on plain trees."""
-    token_11 = jnp.ones((1, 1), jnp.int32)
+    token_11 = np.ones((1, 1), np.int32)  # not on a device: plan.py has none
 
     def init(key: jax.Array) -> Params:
         return model.init(key, token_11, token_11, token_11)["params"]

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -55,10 +55,12 @@ def initialize_distributed() -> None:
         jax.distributed.initialize()
 
 
-def make_mesh(config: MeshConfig) -> Mesh:
-    """The mesh over all devices, also set as the current one; raises UserError where it cannot be."""
-    initialize_distributed()
-    sizes, count = dataclasses.asdict(config), jax.device_count()
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh over `devices`, or over all, also set as the current one; raises UserError where it cannot be."""
+    if devices is None:
+        initialize_distributed()
+        devices = jax.devices()
+    sizes, count = dataclasses.asdict(config), len(devices)
     flags = ", ".join(f"--mesh.{name}={size}" for name, size in sizes.items())
     if any(size == 0 or size < -1 for size in sizes.values()) or list(sizes.values()).count(-1) > 1:
         raise UserError(f"{flags}: each size must be positive, and at most one -1 (the rest)")
@@ -66,7 +68,7 @@ def make_mesh(config: MeshConfig) -> Mesh:
     if count % fixed or (fixed != count and -1 not in sizes.values()):
         raise UserError(f"{flags}: cannot lay {count} device(s) out so; the product must be {count}")
     shape = tuple(count // fixed if size == -1 else size for size in sizes.values())
-    mesh = jax.make_mesh(shape, tuple(sizes), axis_types=(AxisType.Auto,) * len(shape))
+    mesh = jax.make_mesh(shape, tuple(sizes), axis_types=(AxisType.Auto,) * len(shape), devices=devices)
     jax.set_mesh(mesh)
     return mesh
 
@@ -135,6 +137,18 @@ def constrain_batch(x: jax.Array) -> jax.Array:
     if mesh.empty or x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
         return x
     return jax.lax.with_sharding_constraint(x, BATCH)
+
+
+def constrain_residual(x_BTD: jax.Array) -> jax.Array:
+    """The residual stream between layers: rows over data and fsdp, tokens over tensor (Korthikanti et al. 2022).
+
+    Else each device of the tensor axis would keep all of it, for every layer, until the backward pass.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    rows, tokens = x_BTD.shape[:2]
+    if mesh.empty or rows % (mesh.shape["data"] * mesh.shape["fsdp"]) or tokens % mesh.shape["tensor"]:
+        return constrain_batch(x_BTD)
+    return jax.lax.with_sharding_constraint(x_BTD, P(*BATCH, "tensor"))
 
 
 def constrain_rows(table_VD: jax.Array) -> jax.Array:
