@@ -247,13 +247,16 @@ class LanguageModel(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, tokens_BT, segment_ids_BT, positions_BT, cache=None, logits_from: int = 0):
-        """Float32 logits [B, T - logits_from, V] and the cache; earlier positions are not unembedded."""
+    def __call__(self, tokens_BT, segment_ids_BT, positions_BT, cache=None, logits_from: int = 0, read=unembed):
+        """Float32 logits [B, T - logits_from, V] and the cache; earlier positions are not unembedded.
+
+        `read(x_BTD, unembed_DV)`: what is made of the hidden states, if not all their logits.
+        """
         c = self.config
         x_BTD, cache, embed_VD = Decoder(c, name="decoder")(tokens_BT, segment_ids_BT, positions_BT, cache)
         fan_in = _normal(c.width)
         unembed_DV = embed_VD.T if c.tied else self.param("unembed", fan_in, (c.width, c.vocab))
-        return unembed(x_BTD[:, logits_from:], unembed_DV), cache
+        return read(x_BTD[:, logits_from:], unembed_DV), cache
 
 
 class ScalarModel(nn.Module):

@@ -7,12 +7,10 @@ All other flags are the script's own. Its jitted functions are compiled by the c
 that are not here; no weight is ever made. Ends with exit code 0 where the run fits and 1 where it does not.
 """  # noqa: E501
 
-import contextlib
 import dataclasses
 import importlib
 import importlib.util
 import math
-import os
 import re
 import sys
 import time
@@ -20,39 +18,13 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
-from jax.experimental import topologies
 
 import config as flags
 import hlo
+from chips import CHIPS, GIB, Chip, devices_of
 from config import UserError
 from programs import Plan, Program, programs_of
 from sharding import make_mesh
-
-GIB = 2**30
-
-
-class Chip(NamedTuple):
-    """What a chip can do at most."""
-
-    memory: float
-    """Bytes that programs may use."""
-    flops: float
-    """Bfloat16 a second."""
-    bandwidth: float
-    """Of its memory, bytes a second."""
-    links: float
-    """Bytes a second that it can receive over the links of one mesh axis."""
-
-
-# `memory`: what libtpu 0.0.42 names as available when a program is too large. The rest: Google Cloud's pages "TPU v5e",
-# "TPU v5p" and "TPU v6e"; their bidirectional bandwidth between chips, halved, over the dimensions of the torus (2, 3,
-# 2), as if each mesh axis were laid along one dimension. H200: NVIDIA's data sheet, NVLink's 900 GB/s halved; memory as
-# in XLA's description of the chip.
-CHIPS = {
-    "v5e": Chip(15.75 * GIB, 197e12, 819e9, 400e9 / 2 / 2),
-    "v5p": Chip(95.74 * GIB, 459e12, 2765e9, 1200e9 / 2 / 3),
-    "v6e": Chip(31.25 * GIB, 918e12, 1638e9, 800e9 / 2 / 2),
-}
 
 
 @dataclasses.dataclass
@@ -93,35 +65,6 @@ def bytes_of(tree: Any) -> float:
     return float(sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves))
 
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Nothing on stderr: libtpu looks for a TPU's host there, and says that it finds none."""
-    sys.stderr.flush()
-    saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nowhere, 2)
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
-        os.close(nowhere)
-
-
-def devices_of(topology: str) -> list[Any]:
-    """Devices that can be compiled for and nothing else; raises UserError."""
-    kind = topology.partition(":")[0]
-    if kind not in CHIPS:
-        raise UserError(f"--topology={topology}: unknown chip; {', '.join(CHIPS)}, as in v5e:16x16")
-    if importlib.util.find_spec("libtpu") is None:
-        raise UserError("libtpu is not installed; pip install -r requirements-tpu.txt")
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server to ask
-    try:
-        with quiet():
-            return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
-    except (ValueError, RuntimeError) as fault:
-        raise UserError(f"--topology={topology}: {str(fault).splitlines()[0]}; as in v5e:16x16, v5p:8x8x8") from None
-
-
 def compiled(program: Program, plan: Plan, mesh: jax.sharding.Mesh) -> Result:
     """Compile a program; one that its compiler refuses for its size has the size that it names, and no cost."""
     held = sum(bytes_of(tree) for name, tree in plan.held.items() if name not in program.held)
@@ -139,6 +82,14 @@ def compiled(program: Program, plan: Plan, mesh: jax.sharding.Mesh) -> Result:
     new_outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
     temporaries = memory.temp_size_in_bytes + new_outputs
     return Result(program, memory.argument_size_in_bytes, temporaries, held, cost, time.monotonic() - start)
+
+
+def compiled_all(plan: Plan, mesh: jax.sharding.Mesh, chip: Chip) -> list[Result]:
+    """The programs; none is compiled where what is held all the time is more than the memory."""
+    if sum(map(bytes_of, plan.held.values())) < chip.memory:
+        return [compiled(program, plan, mesh) for program in plan.programs]
+    held = [sum(bytes_of(t) for name, t in plan.held.items() if name not in p.held) for p in plan.programs]
+    return [Result(p, bytes_of(p.args), 0.0, h, None, 0.0) for p, h in zip(plan.programs, held, strict=True)]
 
 
 def table(rows: list[list[Any]]) -> str:
@@ -223,7 +174,7 @@ def judged(name: str, script: Any, config: Any, topology: str, devices: list[Any
     """Compile everything and write the tables."""
     mesh, chip = make_mesh(config.mesh, devices), CHIPS[topology.partition(":")[0]]
     plan, chips = programs_of(name, script, config, mesh), len(devices)
-    results = [compiled(program, plan, mesh) for program in plan.programs]
+    results = compiled_all(plan, mesh, chip)
     worst = max(results, key=lambda r: r.peak)
     shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     lines = [f"{name}, {config.model.preset} on {topology}: {chips} chips as {shape}; "
@@ -302,7 +253,12 @@ def main(argv: list[str]) -> Verdict | None:
     return verdict
 
 
+def run(argv: list[str]) -> int:
+    """`main` as a command: its exit code."""
+    verdicts: list[Verdict | None] = []
+    flags.guarded(lambda: verdicts.append(main(argv)))
+    return 0 if verdicts[0] and verdicts[0].fits else 1
+
+
 if __name__ == "__main__":
-    fine: list[Verdict | None] = []
-    flags.guarded(lambda: fine.append(main(sys.argv[1:])))
-    raise SystemExit(0 if fine[0] and fine[0].fits else 1)
+    raise SystemExit(run(sys.argv[1:]))
