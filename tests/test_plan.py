@@ -18,6 +18,7 @@ from programs import forward_flops
 from sharding import MeshConfig, constrain_residual, make_mesh
 
 needs_tpu = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="libtpu is not installed")
+needs_cuda = pytest.mark.skipif(not importlib.util.find_spec("jax_cuda13_plugin"), reason="no CUDA plugin")
 needs_eight = pytest.mark.skipif(jax.device_count() != 8, reason="XLA_FLAGS set another number of devices than 8")
 
 # Eight devices as data 2 x fsdp 2 x tensor 2. In a loop of five: an all-gather over fsdp of 1,024 bytes a device (its
@@ -237,6 +238,15 @@ def test_ppo_is_planned_whole(capsys):
     assert plan.bytes_of(rollout.program.cache) == cache < rollout.temporaries
     # Every token that is decoded reads the weights: the loop's trips are in the count.
     assert rollout.cost.memory > 64 * plan.bytes_of(rollout.program.args[0]) / 2
+
+
+@needs_cuda
+def test_a_plan_for_gpus_is_of_the_cuda_compiler(capsys):
+    argv = [word for word in TINY if "topology" not in word]
+    verdict = plan.main(["train_sft", *argv, "--topology=h200:4", "--batch_size=8", "--length=64"])
+    (result,) = verdict.results
+    assert verdict.fits and abs(result.arguments / plan.bytes_of(result.program.args) - 1) < 0.02
+    assert result.program.model_flops / 4 == pytest.approx(result.cost.flops, rel=0.1)
 
 
 @needs_tpu
