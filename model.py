@@ -3,7 +3,7 @@
 Shape suffixes, everywhere in Plumb: B batch, T query length, S key length, D model width, V vocabulary,
 N query heads, K key/value heads, G query heads per K, H head width, F hidden width, L layers; C candidates
 for one prompt, R response length. M is B and T flattened: XLA's CPU backend runs the backward pass of a flat
-matmul up to three times as fast as of one over two leading axes, and others do not mind.
+matmul up to three times as fast as of one over two leading axes, and others do not mind (but see sharding.flat).
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ import numpy as np
 
 from kernels.attention import attention, decode_attention
 from presets import PRESETS, ModelConfig, check_fit
-from sharding import constrain_residual, constrain_rows
+from sharding import constrain_residual, constrain_rows, constrain_units, flat
 
 __all__ = [
     "PRESETS",
@@ -126,8 +126,8 @@ class Attention(nn.Module):
             "v": self.param("v", _normal(c.width), kv_shape),
         }
         o_NHD = self.param("o", _normal(c.heads * c.head_width * 2 * c.layers), (*q_shape[1:], c.width))
-        x_MD = x_BTD.reshape(-1, c.width)
-        heads = {n: linear(self, "MD,DNH->MNH", x_MD, n, w) for n, w in weights.items()}
+        x_MD = flat(x_BTD)
+        heads = {n: constrain_units(linear(self, "...D,DNH->...NH", x_MD, n, w)) for n, w in weights.items()}
         if c.qkv_bias:
             for name, w in weights.items():
                 bias_NH = self.param(f"{name}_bias", nn.initializers.zeros, w.shape[1:])
@@ -135,7 +135,7 @@ class Attention(nn.Module):
         if c.qk_norm:
             for name in ("q", "k"):
                 heads[name] = scaled_norm(self, f"{name}_norm", heads[name])
-        q_BTNH, k_BTKH, v_BTKH = (x.reshape(*x_BTD.shape[:2], *x.shape[1:]) for x in heads.values())
+        q_BTNH, k_BTKH, v_BTKH = (x.reshape(*x_BTD.shape[:2], *x.shape[-2:]) for x in heads.values())
         q_BTNH, k_BTKH = rotate(q_BTNH, turns), rotate(k_BTKH, turns)
 
         if cache is not None:
@@ -150,8 +150,7 @@ class Attention(nn.Module):
             out_BTNH = decode_attention(q_BTNH, k_BSKH, v_BSKH, cache.valid_BS, cache.length, window=c.window)
         else:  # training, or prefill of an empty cache: the tokens see one another only
             out_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, segment_ids=segment_ids_BT, window=c.window)
-        out_MNH = out_BTNH.reshape(-1, *out_BTNH.shape[2:])
-        return linear(self, "MNH,NHD->MD", out_MNH, "o", o_NHD).reshape(x_BTD.shape), cache
+        return linear(self, "...NH,NHD->...D", flat(out_BTNH), "o", o_NHD).reshape(x_BTD.shape), cache
 
 
 class SwiGLU(nn.Module):
@@ -162,14 +161,14 @@ class SwiGLU(nn.Module):
     @nn.compact
     def __call__(self, x_BTD):
         c = self.config
-        x_MD = x_BTD.reshape(-1, c.width)
+        x_MD = flat(x_BTD)
         gate_DF = self.param("gate", _normal(c.width), (c.width, c.hidden))
         up_DF = self.param("up", _normal(c.width), (c.width, c.hidden))
         down_FD = self.param("down", _normal(c.hidden * 2 * c.layers), (c.hidden, c.width))
         activation = nn.gelu if c.gemma else nn.silu  # Flax's GELU is the tanh approximation, as Gemma's
-        gated_MF = activation(linear(self, "MD,DF->MF", x_MD, "gate", gate_DF))
-        gated_MF *= linear(self, "MD,DF->MF", x_MD, "up", up_DF)
-        return linear(self, "MF,FD->MD", gated_MF, "down", down_FD).reshape(x_BTD.shape)
+        gated_MF = activation(constrain_units(linear(self, "...D,DF->...F", x_MD, "gate", gate_DF)))
+        gated_MF *= constrain_units(linear(self, "...D,DF->...F", x_MD, "up", up_DF))
+        return linear(self, "...F,FD->...D", gated_MF, "down", down_FD).reshape(x_BTD.shape)
 
 
 class Block(nn.Module):

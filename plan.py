@@ -77,7 +77,7 @@ def compiled(program: Program, plan: Plan, mesh: jax.sharding.Mesh) -> Result:
             raise
         needed = float(sizes[0][0]) * 1024 ** (1 + "KMGT".index(sizes[0][1]))
         arguments = bytes_of(program.args)
-        return Result(program, arguments, max(needed - arguments, 0.0), held, None, time.monotonic() - start)
+        return Result(program, arguments, needed, held, None, time.monotonic() - start)
     memory, cost = executable.memory_analysis(), hlo.cost(executable.as_text(), dict(mesh.shape))
     new_outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
     temporaries = memory.temp_size_in_bytes + new_outputs
@@ -156,7 +156,10 @@ def remedy(config: Any, plan: Plan, worst: Result, chip: Chip) -> str:
         if worst.program.rows % (parts * jax.sharding.get_mesh().shape["data"] * jax.sharding.get_mesh().shape["fsdp"]):
             return f"raise --mesh.tensor (now {mesh.tensor}) and lower --mesh.fsdp: a micro-batch is already one row"
         return f"--microbatches={parts}"
-    return f"lower --batch_size (now {config.batch_size}): {worst.program.name} takes all of it at once"
+    advice = f"lower --batch_size (now {config.batch_size}): {worst.program.name} takes all of it at once"
+    if worst.program.cache is not None:
+        advice += "; or raise --mesh.tensor and lower --mesh.fsdp, over which decoding holds the weights whole"
+    return advice
 
 
 class Verdict(NamedTuple):
@@ -248,6 +251,11 @@ def main(argv: list[str]) -> Verdict | None:
     script = importlib.import_module(name)
     config = flags.parse(script.Config, rest)
     devices = devices_of(topology)
+    if devices[0].platform == "cpu":
+        print("note: the CPU's compiler stands in for CUDA's (pip install -r requirements-gpu.txt): the same FLOPs and "
+              "collectives, but temporaries are too large, for it holds some bfloat16 arrays in float32")  # fmt: skip
+        if config.model.dtype == "auto":
+            config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="bfloat16"))
     verdict = (sweep if sweeping else judged)(name, script, config, topology, devices)
     print(verdict.text if verdict else "does not fit: no mesh that was tried; name a larger --topology", flush=True)
     return verdict

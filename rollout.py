@@ -14,7 +14,7 @@ from generate import SamplingConfig, generate, join
 from model import Params
 from objectives.group import refilled
 from objectives.policy import kl_estimate, masked_mean
-from sharding import constrain_batch, to_mesh
+from sharding import constrain_batch, gathered, to_mesh
 
 Batch = dict[str, jax.Array]
 Condition = Callable[[Batch], Batch]
@@ -40,6 +40,7 @@ def make_rollout(
 
     @jax.jit
     def rollout(policy: Params, prompts: Batch, key: jax.Array) -> Batch:
+        policy = gathered(policy, config.model.compute_dtype)
         samples = generate(apply, config.model, policy, condition(prompts), key, sampling, **ends, n=n)
         batch = {**join(prompts, samples), "sampler_logp_BR": samples.logp_BR}
         return jax.tree.map(constrain_batch, batch)  # or XLA decides how rollouts lie, and may replicate them

@@ -142,13 +142,47 @@ def constrain_batch(x: jax.Array) -> jax.Array:
 def constrain_residual(x_BTD: jax.Array) -> jax.Array:
     """The residual stream between layers: rows over data and fsdp, tokens over tensor (Korthikanti et al. 2022).
 
-    Else each device of the tensor axis would keep all of it, for every layer, until the backward pass.
+    Otherwise each device of the tensor axis would keep all of it, for every layer, until the backward pass.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    rows, tokens = x_BTD.shape[:2]
+    mesh, (rows, tokens) = jax.sharding.get_abstract_mesh(), x_BTD.shape[:2]
     if mesh.empty or rows % (mesh.shape["data"] * mesh.shape["fsdp"]) or tokens % mesh.shape["tensor"]:
         return constrain_batch(x_BTD)
     return jax.lax.with_sharding_constraint(x_BTD, P(*BATCH, "tensor"))
+
+
+def flat(x: jax.Array) -> jax.Array:
+    """[B, T, ...] as [M, ...]; as it is under a tensor axis, for XLA cannot split a sum over M by tokens."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return x.reshape(-1, *x.shape[2:]) if mesh.empty or mesh.shape["tensor"] == 1 else x
+
+
+def constrain_units(x: jax.Array) -> jax.Array:
+    """[B, T, N, H] or [B, T, F]: heads or hidden units over tensor, so that XLA gathers the tokens, not the weights."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape["tensor"] == 1 or x.shape[2] % mesh.shape["tensor"]:
+        return x
+    rows = BATCH[0] if x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0 else None
+    return jax.lax.with_sharding_constraint(x, P(rows, None, "tensor"))
+
+
+def constrain_params(tree: Any) -> Any:
+    """Parameters, or their gradients, laid as the rules say: a gradient's sum over rows is then a reduce-scatter."""
+    mesh = jax.sharding.get_abstract_mesh()
+    lay = lambda path, x: jax.lax.with_sharding_constraint(x, spec_of(path_name(path), x.shape, mesh))  # noqa: E731
+    return tree if mesh.empty else jax.tree_util.tree_map_with_path(lay, tree)
+
+
+def gathered(params: Any, dtype: Any) -> Any:
+    """Weights for many passes in a row: in `dtype`, and whole over fsdp. Else decoding gathers them for every token."""
+    mesh = jax.sharding.get_abstract_mesh()
+
+    def whole(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+        spec = spec_of(path_name(path), leaf.shape, mesh)
+        if "fsdp" not in spec:
+            return leaf
+        return jax.lax.with_sharding_constraint(leaf.astype(dtype), P(*(a if a != "fsdp" else None for a in spec)))
+
+    return params if mesh.empty else jax.tree_util.tree_map_with_path(whole, params)
 
 
 def constrain_rows(table_VD: jax.Array) -> jax.Array:

@@ -15,7 +15,7 @@ from config import UserError
 from model import PRESETS, LanguageModel, pure, unembed
 from objectives import likelihood
 from programs import forward_flops
-from sharding import MeshConfig, constrain_residual, make_mesh
+from sharding import MeshConfig, constrain_residual, gathered, make_mesh
 
 needs_tpu = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="libtpu is not installed")
 needs_cuda = pytest.mark.skipif(not importlib.util.find_spec("jax_cuda13_plugin"), reason="no CUDA plugin")
@@ -197,8 +197,9 @@ def test_a_loss_in_parts_takes_a_quarter_of_the_temporaries_at_a_vocabulary_of_1
 @needs_eight
 def test_the_residual_stream_is_split_over_tensor_where_its_tokens_divide():
     mesh = make_mesh(MeshConfig(2, 2, 2))
-    for tokens, spec in ((6, P(("data", "fsdp"), "tensor")), (1, P(("data", "fsdp")))):
-        x = jax.jit(constrain_residual)(jnp.zeros((4, tokens, 3)))
+    rows = ("data", "fsdp")
+    for shape, spec in (((4, 6), P(rows, "tensor")), ((4, 1), P(rows)), ((3, 6), P())):
+        x = jax.jit(constrain_residual)(jnp.zeros((*shape, 3)))
         assert x.sharding.is_equivalent_to(NamedSharding(mesh, spec), 3)
 
 
@@ -249,6 +250,18 @@ def test_a_plan_for_gpus_is_of_the_cuda_compiler(capsys):
     assert result.program.model_flops / 4 == pytest.approx(result.cost.flops, rel=0.1)
 
 
+@needs_eight
+def test_without_the_cuda_compiler_the_cpus_stands_in(monkeypatch, capsys):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if "cuda" in name else found(name))
+    argv = [word for word in TINY if "topology" not in word]
+    verdict = plan.main(["train_sft", *argv, "--topology=h200:4", "--batch_size=8", "--length=64"])
+    (result,) = verdict.results
+    assert verdict.fits and capsys.readouterr().out.startswith("note: the CPU's compiler")
+    assert result.program.model_flops / 4 == pytest.approx(result.cost.flops, rel=0.1)
+    assert {axes for _, axes in result.cost.moved} >= {"fsdp", "tensor"}
+
+
 @needs_tpu
 def test_what_does_not_fit_says_so_and_names_a_field(capsys):
     argv = ["train_sft", "--model.preset=llama3-8b", "--topology=v5e:2x2", "--length=64", "--batch_size=4"]
@@ -284,3 +297,15 @@ def test_without_libtpu_the_requirement_is_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "libtpu" else found(name))
     with pytest.raises(UserError, match=r"requirements-tpu\.txt"):
         plan.main(["train_sft", "--topology=v5e:2x2"])
+
+
+@needs_eight
+def test_weights_for_decoding_are_whole_over_fsdp_and_equal_to_the_bit():
+    make_mesh(MeshConfig(1, 4, 2))
+    params = pure(LanguageModel(PRESETS["tiny"]))[0](jax.random.key(0))
+    whole = jax.jit(lambda p: gathered(p, jnp.bfloat16))(params)
+    q = whole["decoder"]["layers"]["attention"]["q"]
+    assert q.dtype == jnp.bfloat16 and q.sharding.spec == P(None, None, "tensor")
+    norm = whole["decoder"]["final_norm"]
+    assert norm.dtype == jnp.float32  # what is not cut over fsdp stays as it is: norms are float32
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, np.asarray(y.astype(x.dtype))), whole, params)
