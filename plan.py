@@ -144,17 +144,17 @@ def speed_tables(results: list[Result], chip: Chip, chips: int) -> Iterator[str]
 
 def remedy(config: Any, plan: Plan, worst: Result, chip: Chip) -> str:
     """The field to change where the run does not fit."""
-    always, mesh = sum(map(bytes_of, plan.held.values())), config.mesh
+    always, mesh = sum(map(bytes_of, plan.held.values())), jax.sharding.get_mesh().shape
     if always > 0.9 * chip.memory:
-        if mesh.data != 1:
+        if mesh["data"] > 1:
             return "raise --mesh.fsdp and lower --mesh.data: what is held all the time is copied over data"
         return "name a larger --topology, or train adapters (--lora.rank=8)"
     if worst.program.gradients is not None:
         if config.model.remat != "full":
             return "--model.remat=full"
         parts = config.microbatches * 2
-        if worst.program.rows % (parts * jax.sharding.get_mesh().shape["data"] * jax.sharding.get_mesh().shape["fsdp"]):
-            return f"raise --mesh.tensor (now {mesh.tensor}) and lower --mesh.fsdp: a micro-batch is already one row"
+        if worst.program.rows % (parts * mesh["data"] * mesh["fsdp"]):
+            return f"raise --mesh.tensor (now {mesh['tensor']}) and lower --mesh.fsdp: a micro-batch is one row"
         return f"--microbatches={parts}"
     advice = f"lower --batch_size (now {config.batch_size}): {worst.program.name} takes all of it at once"
     if worst.program.cache is not None:

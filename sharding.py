@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -68,7 +69,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     if count % fixed or (fixed != count and -1 not in sizes.values()):
         raise UserError(f"{flags}: cannot lay {count} device(s) out so; the product must be {count}")
     shape = tuple(count // fixed if size == -1 else size for size in sizes.values())
-    mesh = jax.make_mesh(shape, tuple(sizes), axis_types=(AxisType.Auto,) * len(shape), devices=devices)
+    # jax.make_mesh refuses axes that share a dimension of the torus, such as 128 x 4 on a v5p of 8 x 8 x 8.
+    places = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    mesh = Mesh(places, tuple(sizes), axis_types=(AxisType.Auto,) * len(shape))
     jax.set_mesh(mesh)
     return mesh
 

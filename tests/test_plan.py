@@ -220,7 +220,7 @@ def test_a_plan_agrees_with_the_tpu_compiler(capsys):
     assert plan.bytes_of((state.params, state.opt_state)) == pytest.approx(3 * 4 * count / 4, rel=0.02)
     moved = result.cost.moved
     # Weights in bfloat16 are gathered over fsdp for the forward and again at most for the backward pass.
-    assert count / 4 * 2 < moved["all-gather", "fsdp"][1] < 2.1 * count / 4 * 2
+    assert 0.9 * count / 4 * 2 < moved["all-gather", "fsdp"][1] < 2.1 * count / 4 * 2
     assert ("all-gather", "tensor") in moved and result.cost.flops > 0
     assert result.program.model_flops / 4 == pytest.approx(result.cost.flops, rel=0.1)  # nothing is computed twice
 
@@ -260,6 +260,11 @@ def test_without_the_cuda_compiler_the_cpus_stands_in(monkeypatch, capsys):
     assert verdict.fits and capsys.readouterr().out.startswith("note: the CPU's compiler")
     assert result.program.model_flops / 4 == pytest.approx(result.cost.flops, rel=0.1)
     assert {axes for _, axes in result.cost.moved} >= {"fsdp", "tensor"}
+
+
+@needs_tpu
+def test_axes_may_share_a_dimension_of_the_torus():
+    assert make_mesh(MeshConfig(1, 128, 4), plan.devices_of("v5p:8x8x8")).size == 512
 
 
 @needs_tpu
