@@ -144,7 +144,7 @@ def matmul_flops(op: Op, computation: Computation) -> float:
         places = np.arange(out[sides[3].index(str(n))])[:, None] * stride - low
         at = places + np.arange(right[sides[2].index(str(n))]) * spread
         inside = (at >= 0) & (at <= (left[sides[1].index(str(n))] - 1) * dilated) & (at % dilated == 0)
-        total *= inside.sum()  # a window's places outside the array multiply nothing
+        total *= float(inside.sum())  # a window's places outside the array multiply nothing
     return total
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from kernels.attention import attention, decode_attention
 from presets import PRESETS, ModelConfig, check_fit
-from sharding import constrain_residual, constrain_rows, constrain_units, flat
+from sharding import constrain_batch, constrain_residual, constrain_rows, constrain_units, flat
 
 __all__ = [
     "PRESETS",
@@ -208,7 +208,8 @@ class Decoder(nn.Module):
         c = self.config
         embed_VD = self.param("embed", _normal(c.width), (c.vocab, c.width))
         # Whole rows on every device: a gather of rows that fsdp has cut makes XLA replicate its result instead.
-        x_BTD = constrain_residual(constrain_rows(embed_VD.astype(c.compute_dtype))[tokens_BT])
+        x_BTD = constrain_batch(constrain_rows(embed_VD.astype(c.compute_dtype))[tokens_BT])
+        x_BTD = constrain_residual(x_BTD)  # only then: tokens and vocabulary cannot both be cut over tensor
         if c.gemma:
             x_BTD *= jnp.asarray(c.width**0.5, x_BTD.dtype)
         turns = rope_turns(c, positions_BT)

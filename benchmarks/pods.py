@@ -6,15 +6,14 @@ python benchmarks/pods.py sft-8b ppo-8b  # compiles these first, one to five min
 
 import json
 import pathlib
+import re
 import sys
-from typing import Any
 
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 import config as flags  # noqa: E402
 import plan  # noqa: E402
-from chips import GIB  # noqa: E402
 from config import UserError  # noqa: E402
 
 RESULTS, PAGE = ROOT / "benchmarks" / "results" / "pods.json", ROOT / "docs" / "pods.md"
@@ -39,59 +38,40 @@ SCALING = {
 CASES = MODELS | SCALING
 
 
-def measured(argv: str) -> dict[str, Any]:
-    """A plan's verdict and tables, as JSON."""
-    verdict = plan.main(argv.split())
-    programs = [
-        {
-            "name": r.program.name, "calls": r.program.calls, "peak": r.peak, "arguments": r.arguments,
-            "state_by_rules": plan.bytes_of(r.program.args), "seconds": r.seconds,
-            "moved": {" ".join(key): value for key, value in r.cost.moved.items()},
-        }
-        for r in verdict.results if r.cost is not None
-    ]  # fmt: skip
-    return {"argv": argv, "fits": verdict.fits, "peak": verdict.peak, "text": verdict.text, "programs": programs}
-
-
 def table(rows: list[list[str]]) -> list[str]:
     """Markdown."""
     lines = [f"| {' | '.join(row)} |" for row in rows]
     return [lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]
 
 
-def models_table(results: dict[str, Any]) -> list[str]:
+def models_table(results: dict[str, str]) -> list[str]:
     """A line a plan."""
-    rows = [["plan", "chips", "peak, GiB a chip", "verdict", "arguments, rules to compiler", "compiled in", "at most"]]
+    rows = [["plan", "mesh", "verdict", "parameters and optimiser: compiler less rules", "compiled in", "a step"]]
     for name in MODELS:
-        if name not in results:
-            continue
-        r = results[name]
-        lines = r["text"].splitlines()
-        gap = max((abs(p["arguments"] / p["state_by_rules"] - 1) for p in r["programs"]), default=float("nan"))
-        seconds = sum(p["seconds"] for p in r["programs"])
-        step = next((line for line in lines if line.startswith("a step:")), "-")
-        speed = step.split(";")[0].removeprefix("a step: ")
-        rows.append([f"`{name}`", lines[0].split(": ")[1].split(";")[0], f"{r['peak'] / GIB:.2f}",
-                     "fits" if r["fits"] else lines[-1], f"{gap:.2%}", f"{seconds:.0f} s", speed])  # fmt: skip
+        if text := results.get(name):
+            first, *_, last = text.splitlines()
+            gaps = re.findall(r"by the compiler \(([+-][\d.]+%)\)", text)
+            step = re.search(r"^a step: ([^;]*)", text, re.MULTILINE)
+            mesh, seconds = re.search(r"chips as ([^;]*);.*compiled in (\d+ s)", first).groups()
+            rows.append([f"`{name}`", mesh, last, ", ".join(gaps), seconds, step[1] if step else "-"])
     return table(rows)
 
 
-def scaling_table(results: dict[str, Any]) -> list[str]:
+def scaling_table(results: dict[str, str]) -> list[str]:
     """Peak and traffic against the number of chips."""
-    kinds = ["all-gather fsdp", "reduce-scatter fsdp", "all-reduce fsdp"]
-    rows = [["chips", "peak, GiB a chip", *(f"{kind}, GB a chip (times)" for kind in kinds), "all, GB a chip"]]
+    kinds = ("all-gather", "reduce-scatter", "all-reduce")
+    rows = [["chips", "peak, GiB a chip", *(f"{kind} over fsdp, GB a chip (times)" for kind in kinds)]]
     for name in SCALING:
-        if name in results and results[name]["programs"]:
-            moved = results[name]["programs"][0]["moved"]
-            cells = [f"{moved[k][1] / 1e9:.2f} ({moved[k][0]:.0f})" if k in moved else "-" for k in kinds]
-            rows.append([name.removeprefix("scale-"), f"{results[name]['peak'] / GIB:.2f}", *cells,
-                         f"{sum(x[1] for x in moved.values()) / 1e9:.2f}"])  # fmt: skip
+        if text := results.get(name):
+            peak = re.search(r"peaks at ([\d.]+)", text)[1]
+            moved = {k: f"{gb} ({n})" for k, n, gb in re.findall(r"update: (\S+) +fsdp +([\d,]+) +(\S+)", text)}
+            rows.append([name.removeprefix("scale-"), peak, *(moved.get(kind, "-") for kind in kinds)])
     return table(rows)
 
 
-def section(results: dict[str, Any]) -> str:
+def section(results: dict[str, str]) -> str:
     """The part of the page that this file writes."""
-    commands = [f"{name:8} python plan.py {results[name]['argv']}" for name in MODELS if name in results]
+    commands = [f"{name:8} python plan.py {CASES[name]}" for name in MODELS if name in results]
     lines = [
         BEGIN, "## Plans of real models, compiled without a pod", "",
         "By the TPU's compiler on two CPU cores (`python benchmarks/pods.py all`); nothing has run on a TPU. What a "
@@ -101,7 +81,7 @@ def section(results: dict[str, Any]) -> str:
         *scaling_table(results), "",
     ]  # fmt: skip
     if "ppo-8b" in results:
-        lines += ["The whole of `ppo-8b`:", "", "```", results["ppo-8b"]["text"], "```", ""]
+        lines += ["The whole of `ppo-8b`:", "", "```", results["ppo-8b"], "```", ""]
     return "\n".join([*lines, END])
 
 
@@ -111,7 +91,7 @@ def main(names: list[str]) -> None:
         raise UserError(f"{unknown[0]}: unknown; choose of {', '.join(CASES)}")
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for name in CASES if "all" in names else names:
-        results[name] = measured(CASES[name])
+        results[name] = plan.main(CASES[name].split()).text
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     page = PAGE.read_text() if PAGE.exists() else "# Pods\n\n" + BEGIN + END + "\n"
     if BEGIN not in page:
