@@ -87,7 +87,7 @@ def test_amount_of_left_padding_changes_nothing():
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_logp_equals_the_trainers_teacher_forced(temperature):
-    params, apply = model()
+    params, apply = model()[0], pure(LanguageModel(CONFIG))[1]
     sampling = SamplingConfig(temperature=temperature, top_k=9, top_p=0.95, max_new_tokens=6)
     prompts = left_padded(PROMPTS)
     samples = sample(params, prompts, jax.random.key(3), sampling, eos=EOS, n=8)

@@ -38,8 +38,8 @@ def judged(config, apply, policy, reference, batch, rewards_B, potentials=None):
 # ---- Loss and gradient of every method, from rewards on, as its paper writes it
 
 
-def bigram(params, tokens, segments, positions, logits_from=0):
-    return params[tokens][:, logits_from:], None
+def bigram(params, tokens, segments, positions, logits_from=0, read=lambda x, _: x):
+    return read(params[tokens][:, logits_from:], jnp.eye(params.shape[-1])), None
 
 
 def rollouts(seed=0):
