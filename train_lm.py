@@ -68,8 +68,11 @@ def make_update(config: Config):
     optimizer = make_optimizer(config.optimizer, config.steps)
     objective = partial(likelihood_objective, apply)
     whole = partial(attach, config.lora)
-    return init, optimizer, objective, make_train_step(
-        objective, optimizer, config.microbatches, config.optimizer.clip, whole
+    return (
+        init,
+        optimizer,
+        objective,
+        make_train_step(objective, optimizer, config.microbatches, config.optimizer.clip, whole),
     )
 
 

@@ -88,8 +88,11 @@ def make_update(config: Config):
     coefficients = {"centring_coefficient": config.centring, "lm_coefficient": config.lm_coefficient}
     objective = partial(ranking_objective, apply, **coefficients)
     whole = partial(attach, config.lora)
-    return init, optimizer, objective, make_train_step(
-        objective, optimizer, config.microbatches, config.optimizer.clip, whole
+    return (
+        init,
+        optimizer,
+        objective,
+        make_train_step(objective, optimizer, config.microbatches, config.optimizer.clip, whole),
     )
 
 

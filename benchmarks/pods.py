@@ -77,9 +77,10 @@ def section(results: dict[str, str]) -> str:
         "By the TPU's compiler on two CPU cores (`python benchmarks/pods.py all`); nothing has run on a TPU. What a "
         "step takes at least is a roofline of compute, memory and links, each fully overlapped: a bound, no forecast.",
         "", *models_table(results), "", "```", *commands, "```", "",
-        f"`{SCALING['scale-256']}` and the same on fewer chips, `--mesh.fsdp` their number:", "",
-        *scaling_table(results), "",
     ]  # fmt: skip
+    if results.keys() & SCALING.keys():
+        lines += [f"`{SCALING['scale-256']}` and the same on fewer chips, `--mesh.fsdp` their number:", "",
+                  *scaling_table(results), ""]  # fmt: skip
     if "ppo-8b" in results:
         lines += ["The whole of `ppo-8b`:", "", "```", results["ppo-8b"], "```", ""]
     return "\n".join([*lines, END])
