@@ -150,9 +150,11 @@ def ppo(script: Any, config: Any, mesh: Mesh) -> Plan:
         minibatch_policy = minibatch
 
     heads = "tensor" if c.kv_heads % mesh.shape["tensor"] == 0 else None
-    place = NamedSharding(mesh, P(None, BATCH[0], None, heads))
-    cache = jax.eval_shape(lambda: empty_cache(c, rows, length))
-    cache = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) for x in (cache.k_LBSKH, cache.v_LBSKH)]
+    cache = [  # as XLA lays it: rows with the batch, key/value heads over tensor where they divide
+        jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, P(None, BATCH[0], None, heads)))
+        for x in jax.tree.leaves(jax.eval_shape(lambda: empty_cache(c, rows, length)))
+        if x.ndim == 5
+    ]
     new, calls = config.max_new_tokens + 1, config.epochs * config.minibatches
     of = lambda model, count, unembedded: forward_flops(model, count, length, unembedded)  # noqa: E731
     judging = 2 * of(c, rows, new) + 2 * of(scalar, rows, 0)
