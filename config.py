@@ -89,8 +89,13 @@ def load_config(run: str) -> dict[str, Any]:
 
 def run(main: Callable[[ConfigT], Any], cls: type[ConfigT]) -> None:
     """What a script does when started: parse the flags, run `main`, end a user's mistake in one line."""
+    guarded(lambda: main(parse(cls)))
+
+
+def guarded(main: Callable[[], Any]) -> None:
+    """Run `main`; a user's mistake ends in one line and exit code 2."""
     try:
-        main(parse(cls))
+        main()
     except UserError as fault:
         print(f"error: {' '.join(str(fault).split())}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -3,7 +3,7 @@
 Shape suffixes, everywhere in Plumb: B batch, T query length, S key length, D model width, V vocabulary,
 N query heads, K key/value heads, G query heads per K, H head width, F hidden width, L layers; C candidates
 for one prompt, R response length. M is B and T flattened: XLA's CPU backend runs the backward pass of a flat
-matmul up to three times as fast as of one over two leading axes, and others do not mind.
+matmul up to three times as fast as of one over two leading axes, and others do not mind (but see sharding.flat).
 """
 
 from collections.abc import Callable
@@ -14,10 +14,11 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kernels.attention import attention, decode_attention
 from presets import PRESETS, ModelConfig, check_fit
-from sharding import constrain_batch, constrain_rows
+from sharding import constrain_batch, constrain_residual, constrain_rows, constrain_units, flat
 
 __all__ = [
     "PRESETS",
@@ -127,8 +128,8 @@ class Attention(nn.Module):
             "v": self.param("v", _normal(c.width), kv_shape),
         }
         o_NHD = self.param("o", _normal(c.heads * c.head_width * 2 * c.layers), (*q_shape[1:], c.width))
-        x_MD = x_BTD.reshape(-1, c.width)
-        heads = {n: linear(self, "MD,DNH->MNH", x_MD, n, w) for n, w in weights.items()}
+        x_MD = flat(x_BTD)
+        heads = {n: constrain_units(linear(self, "...D,DNH->...NH", x_MD, n, w)) for n, w in weights.items()}
         if c.qkv_bias:
             for name, w in weights.items():
                 bias_NH = self.param(f"{name}_bias", nn.initializers.zeros, w.shape[1:])
@@ -136,7 +137,7 @@ class Attention(nn.Module):
         if c.qk_norm:
             for name in ("q", "k"):
                 heads[name] = scaled_norm(self, f"{name}_norm", heads[name])
-        q_BTNH, k_BTKH, v_BTKH = (x.reshape(*x_BTD.shape[:2], *x.shape[1:]) for x in heads.values())
+        q_BTNH, k_BTKH, v_BTKH = (x.reshape(*x_BTD.shape[:2], *x.shape[-2:]) for x in heads.values())
         q_BTNH, k_BTKH = rotate(q_BTNH, turns), rotate(k_BTKH, turns)
 
         if cache is not None:
@@ -151,8 +152,7 @@ class Attention(nn.Module):
             out_BTNH = decode_attention(q_BTNH, k_BKSH, v_BKSH, cache.valid_BS, cache.length, window=c.window)
         else:  # training, or prefill of an empty cache: the tokens see one another only
             out_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, segment_ids=segment_ids_BT, window=c.window)
-        out_MNH = out_BTNH.reshape(-1, *out_BTNH.shape[2:])
-        return linear(self, "MNH,NHD->MD", out_MNH, "o", o_NHD).reshape(x_BTD.shape), cache
+        return linear(self, "...NH,NHD->...D", flat(out_BTNH), "o", o_NHD).reshape(x_BTD.shape), cache
 
 
 class SwiGLU(nn.Module):
@@ -163,15 +163,15 @@ class SwiGLU(nn.Module):
     @nn.compact
     def __call__(self, x_BTD):
         c = self.config
-        x_MD = x_BTD.reshape(-1, c.width)
+        x_MD = flat(x_BTD)
         gate_DF = self.param("gate", _normal(c.width), (c.width, c.hidden))
         up_DF = self.param("up", _normal(c.width), (c.width, c.hidden))
         down_FD = self.param("down", _normal(c.hidden * 2 * c.layers), (c.hidden, c.width))
         activation = nn.gelu if c.gemma else nn.silu  # Flax's GELU is the tanh approximation, as Gemma's
-        gate_MF = linear(self, "MD,DF->MF", x_MD, "gate", gate_DF)
-        up_MF = linear(self, "MD,DF->MF", x_MD, "up", up_DF)
+        gate_MF = constrain_units(linear(self, "...D,DF->...F", x_MD, "gate", gate_DF))
+        up_MF = constrain_units(linear(self, "...D,DF->...F", x_MD, "up", up_DF))
         gated_MF = jax.checkpoint(lambda gate, up: activation(gate) * up, prevent_cse=False)(gate_MF, up_MF)
-        return linear(self, "MF,FD->MD", gated_MF, "down", down_FD).reshape(x_BTD.shape)
+        return linear(self, "...F,FD->...D", gated_MF, "down", down_FD).reshape(x_BTD.shape)
 
 
 class Block(nn.Module):
@@ -185,9 +185,9 @@ class Block(nn.Module):
         c = self.config
         normed_BTD = scaled_norm(self, "attention_norm", x_BTD)
         mixed_BTD, cache = Attention(c, name="attention")(normed_BTD, segment_ids_BT, turns, cache, layer)
-        x_BTD = constrain_batch(x_BTD + mixed_BTD)
+        x_BTD = constrain_residual(x_BTD + mixed_BTD)
         normed_BTD = scaled_norm(self, "mlp_norm", x_BTD)
-        x_BTD = constrain_batch(x_BTD + SwiGLU(c, name="mlp")(normed_BTD))
+        x_BTD = constrain_residual(x_BTD + SwiGLU(c, name="mlp")(normed_BTD))
         return (x_BTD, cache, layer + 1), None
 
 
@@ -212,6 +212,7 @@ class Decoder(nn.Module):
         embed_VD = self.param("embed", _normal(c.width), (c.vocab, c.width))
         # Whole rows on every device: a gather of rows that fsdp has cut makes XLA replicate its result instead.
         x_BTD = constrain_batch(constrain_rows(embed_VD.astype(c.compute_dtype))[tokens_BT])
+        x_BTD = constrain_residual(x_BTD)  # only then: tokens and vocabulary cannot both be cut over tensor
         if c.gemma:
             x_BTD *= jnp.asarray(c.width**0.5, x_BTD.dtype)
         turns = rope_turns(c, positions_BT)
@@ -259,13 +260,16 @@ class LanguageModel(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, tokens_BT, segment_ids_BT, positions_BT, cache=None, logits_from: int = 0):
-        """Float32 logits [B, T - logits_from, V] and the cache; earlier positions are not unembedded."""
+    def __call__(self, tokens_BT, segment_ids_BT, positions_BT, cache=None, logits_from: int = 0, read=unembed):
+        """Float32 logits [B, T - logits_from, V] and the cache; earlier positions are not unembedded.
+
+        `read(x_BTD, unembed_DV)`: what is made of the hidden states, if not all their logits.
+        """
         c = self.config
         x_BTD, cache, embed_VD = Decoder(c, name="decoder")(tokens_BT, segment_ids_BT, positions_BT, cache)
         fan_in = _normal(c.width)
         unembed_DV = embed_VD.T if c.tied else self.param("unembed", fan_in, (c.width, c.vocab))
-        return unembed(x_BTD[:, logits_from:], unembed_DV), cache
+        return read(x_BTD[:, logits_from:], unembed_DV), cache
 
 
 class ScalarModel(nn.Module):
@@ -289,7 +293,7 @@ class ScalarModel(nn.Module):
 
 def pure(model: nn.Module) -> tuple[Callable[[jax.Array], Params], Callable[..., Any]]:
     """(init(key) -> params, apply(params, tokens_BT, segment_ids_BT, positions_BT, ...)) on plain trees."""
-    token_11 = jnp.ones((1, 1), jnp.int32)
+    token_11 = np.ones((1, 1), np.int32)  # not on a device: plan.py has none
 
     def init(key: jax.Array) -> Params:
         return model.init(key, token_11, token_11, token_11)["params"]

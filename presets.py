@@ -3,10 +3,10 @@
 import dataclasses
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 
 from config import UserError
+from sharding import platform
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +78,7 @@ class ModelConfig:
     def compute_dtype(self) -> jnp.dtype:
         """The type of activations and of matmul operands."""
         if self.dtype == "auto":
-            return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
+            return jnp.dtype("float32" if platform() == "cpu" else "bfloat16")
         return jnp.dtype(self.dtype)
 
 

@@ -14,7 +14,7 @@ from generate import SamplingConfig, generate, join
 from model import Params
 from objectives.group import refilled
 from objectives.policy import kl_estimate, masked_mean
-from sharding import to_mesh
+from sharding import constrain_batch, gathered, to_mesh
 
 Batch = dict[str, jax.Array]
 Condition = Callable[[Batch], Batch]
@@ -40,8 +40,10 @@ def make_rollout(
 
     @jax.jit
     def rollout(policy: Params, prompts: Batch, key: jax.Array) -> Batch:
+        policy = gathered(policy, config.model.compute_dtype)
         samples = generate(apply, config.model, policy, condition(prompts), key, sampling, **ends, n=n)
-        return {**join(prompts, samples), "sampler_logp_BR": samples.logp_BR}
+        batch = {**join(prompts, samples), "sampler_logp_BR": samples.logp_BR}
+        return jax.tree.map(constrain_batch, batch)  # or XLA decides how rollouts lie, and may replicate them
 
     return rollout
 
@@ -110,7 +112,7 @@ def shuffled(batch: Batch, key: jax.Array, parts: int) -> list[Batch]:
     """The rows of `batch` in random order, cut into `parts` minibatches."""
     order_B = jax.random.permutation(key, jax.tree.leaves(batch)[0].shape[0])
     cut = {name: x[order_B].reshape(parts, -1, *x.shape[1:]) for name, x in batch.items()}
-    return [{name: x[i] for name, x in cut.items()} for i in range(parts)]
+    return [{name: constrain_batch(x[i]) for name, x in cut.items()} for i in range(parts)]
 
 
 def check_first_update(update: dict[str, Any], metrics: dict[str, Any], config: Any, start: int) -> None:

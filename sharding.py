@@ -4,11 +4,12 @@ import dataclasses
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -55,10 +56,12 @@ def initialize_distributed() -> None:
         jax.distributed.initialize()
 
 
-def make_mesh(config: MeshConfig) -> Mesh:
-    """The mesh over all devices, also set as the current one; raises UserError where it cannot be."""
-    initialize_distributed()
-    sizes, count = dataclasses.asdict(config), jax.device_count()
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh over `devices`, or over all, also set as the current one; raises UserError where it cannot be."""
+    if devices is None:
+        initialize_distributed()
+        devices = jax.devices()
+    sizes, count = dataclasses.asdict(config), len(devices)
     flags = ", ".join(f"--mesh.{name}={size}" for name, size in sizes.items())
     if any(size == 0 or size < -1 for size in sizes.values()) or list(sizes.values()).count(-1) > 1:
         raise UserError(f"{flags}: each size must be positive, and at most one -1 (the rest)")
@@ -66,7 +69,9 @@ def make_mesh(config: MeshConfig) -> Mesh:
     if count % fixed or (fixed != count and -1 not in sizes.values()):
         raise UserError(f"{flags}: cannot lay {count} device(s) out so; the product must be {count}")
     shape = tuple(count // fixed if size == -1 else size for size in sizes.values())
-    mesh = jax.make_mesh(shape, tuple(sizes), axis_types=(AxisType.Auto,) * len(shape))
+    # jax.make_mesh refuses axes that share a dimension of the torus, such as 128 x 4 on a v5p of 8 x 8 x 8.
+    places = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    mesh = Mesh(places, tuple(sizes), axis_types=(AxisType.Auto,) * len(shape))
     jax.set_mesh(mesh)
     return mesh
 
@@ -135,6 +140,52 @@ def constrain_batch(x: jax.Array) -> jax.Array:
     if mesh.empty or x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
         return x
     return jax.lax.with_sharding_constraint(x, BATCH)
+
+
+def constrain_residual(x_BTD: jax.Array) -> jax.Array:
+    """The residual stream between layers: rows over data and fsdp, tokens over tensor (Korthikanti et al. 2022).
+
+    Otherwise each device of the tensor axis would keep all of it, for every layer, until the backward pass.
+    """
+    mesh, (rows, tokens) = jax.sharding.get_abstract_mesh(), x_BTD.shape[:2]
+    if mesh.empty or rows % (mesh.shape["data"] * mesh.shape["fsdp"]) or tokens % mesh.shape["tensor"]:
+        return constrain_batch(x_BTD)
+    return jax.lax.with_sharding_constraint(x_BTD, P(*BATCH, "tensor"))
+
+
+def flat(x: jax.Array) -> jax.Array:
+    """[B, T, ...] as [M, ...]; as it is under a tensor axis, for XLA cannot split a sum over M by tokens."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return x.reshape(-1, *x.shape[2:]) if mesh.empty or mesh.shape["tensor"] == 1 else x
+
+
+def constrain_units(x: jax.Array) -> jax.Array:
+    """[B, T, N, H] or [B, T, F]: heads or hidden units over tensor, so that XLA gathers the tokens, not the weights."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape["tensor"] == 1 or x.shape[2] % mesh.shape["tensor"]:
+        return x
+    rows = BATCH[0] if x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0 else None
+    return jax.lax.with_sharding_constraint(x, P(rows, None, "tensor"))
+
+
+def constrain_params(tree: Any) -> Any:
+    """Parameters, or their gradients, laid as the rules say: a gradient's sum over rows is then a reduce-scatter."""
+    mesh = jax.sharding.get_abstract_mesh()
+    lay = lambda path, x: jax.lax.with_sharding_constraint(x, spec_of(path_name(path), x.shape, mesh))  # noqa: E731
+    return tree if mesh.empty else jax.tree_util.tree_map_with_path(lay, tree)
+
+
+def gathered(params: Any, dtype: Any) -> Any:
+    """Weights for many passes in a row: in `dtype`, and whole over fsdp. Else decoding gathers them for every token."""
+    mesh = jax.sharding.get_abstract_mesh()
+
+    def whole(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+        spec = spec_of(path_name(path), leaf.shape, mesh)
+        if "fsdp" not in spec:
+            return leaf
+        return jax.lax.with_sharding_constraint(leaf.astype(dtype), P(*(a if a != "fsdp" else None for a in spec)))
+
+    return params if mesh.empty else jax.tree_util.tree_map_with_path(whole, params)
 
 
 def constrain_rows(table_VD: jax.Array) -> jax.Array:

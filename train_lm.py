@@ -62,6 +62,20 @@ class Config:
     """Checkpoints kept."""
 
 
+def make_update(config: Config):
+    """(init, optimiser, objective, train step)."""
+    init, apply = pure(LanguageModel(config.model))
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    objective = partial(likelihood_objective, apply)
+    whole = partial(attach, config.lora)
+    return (
+        init,
+        optimizer,
+        objective,
+        make_train_step(objective, optimizer, config.microbatches, config.optimizer.clip, whole),
+    )
+
+
 def main(config: Config) -> dict[str, float]:
     config = pinned(config)
     mesh = make_mesh(config.mesh)
@@ -74,12 +88,8 @@ def main(config: Config) -> dict[str, float]:
     batches, held_out_batches = batches_of(source, seed=config.seed), batches_of(held_out)
     eval_batches = [to_mesh(next(held_out_batches), mesh) for _ in range(EVAL_BATCHES)]
 
-    init, apply = pure(LanguageModel(config.model))
-    optimizer = make_optimizer(config.optimizer, config.steps)
-    objective = partial(likelihood_objective, apply)
-    whole = partial(attach, config.lora)
-    train_step = make_train_step(objective, optimizer, config.microbatches, config.optimizer.clip, whole)
-    evaluate = make_evaluation(objective)
+    init, optimizer, objective, train_step = make_update(config)
+    whole, evaluate = partial(attach, config.lora), make_evaluation(objective)
     respond = make_sampler(config.model, SamplingConfig(0.0, max_new_tokens=min(64, config.length // 2)), tokenizer)
     documents = [tokenizer.document(held_out[i]["text"]) for i in range(min(8, len(held_out)))]
     prompts = [tokens[: min(16, len(tokens) // 2)] for tokens in documents]

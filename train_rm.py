@@ -81,6 +81,21 @@ def mean_score(params: Params, score: Any, config: Config, source: Any) -> jax.A
     return jnp.float32(np.mean(score(params, *zip(*pairs, strict=True))))
 
 
+def make_update(config: Config):
+    """(init, optimiser, objective, train step)."""
+    init, apply = pure(ScalarModel(config.model))
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    coefficients = {"centring_coefficient": config.centring, "lm_coefficient": config.lm_coefficient}
+    objective = partial(ranking_objective, apply, **coefficients)
+    whole = partial(attach, config.lora)
+    return (
+        init,
+        optimizer,
+        objective,
+        make_train_step(objective, optimizer, config.microbatches, config.optimizer.clip, whole),
+    )
+
+
 def main(config: Config) -> dict[str, float]:
     config = pinned(config)
     mesh = make_mesh(config.mesh)
@@ -99,12 +114,8 @@ def main(config: Config) -> dict[str, float]:
     sizes = {"batch_size": config.batch_size, "length": config.length}
     batches = comparison_batches(source, tokenizer, **sizes, seed=config.seed, **host)
 
-    init, apply = pure(ScalarModel(config.model))
-    optimizer = make_optimizer(config.optimizer, config.steps)
-    coefficients = {"centring_coefficient": config.centring, "lm_coefficient": config.lm_coefficient}
-    objective = partial(ranking_objective, apply, **coefficients)
+    init, optimizer, _, train_step = make_update(config)
     whole = partial(attach, config.lora)
-    train_step = make_train_step(objective, optimizer, config.microbatches, config.optimizer.clip, whole)
     evaluate = make_comparison_evaluation(config.model, held_out, tokenizer, config.length, config.eval_records)
     score = make_scorer(config.model, tokenizer, config.length)
 

@@ -15,7 +15,7 @@ from checkpoint import Checkpoints, load_params
 from config import UserError, load_config
 from lora import frozen_part, trained_part
 from model import LanguageModel, ModelConfig, Params, ScalarModel, pure
-from sharding import abstract, init_sharded, path_name
+from sharding import abstract, constrain_params, init_sharded, path_name
 
 Batch = dict[str, jax.Array]
 # objective(params, batch) -> (loss_sum, (weight, {name: (sum, weight)})), all float32 sums
@@ -171,7 +171,7 @@ def make_train_step(
     def accumulated(params: Params, batch: Batch, base: Params | None):
         def sums(params: Params, batch: Batch):
             (loss, (weight, metrics)), grads = gradient(params, batch, base)
-            return loss, weight, metrics, grads
+            return loss, weight, metrics, constrain_params(grads)
 
         if microbatches == 1:
             return sums(params, batch)

@@ -1,12 +1,17 @@
 """Log-probabilities of tokens, and the likelihood objective of pre-training and supervised fine-tuning."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from model import unembed
+
 Apply = Callable[..., Any]
+LOGITS = 2**26
+"""The most logits that a device holds at a time, where a loss needs no more than the labels' log-probabilities."""
 
 
 def label_logprobs(logits_BTV: jax.Array, labels_BT: jax.Array) -> jax.Array:
@@ -18,10 +23,39 @@ def label_logprobs(logits_BTV: jax.Array, labels_BT: jax.Array) -> jax.Array:
     return label_BT - jax.nn.logsumexp(logits_BTV, axis=-1)
 
 
+def hidden_logprobs(x_BTD: jax.Array, unembed_DV: jax.Array, *, labels_BT: jax.Array, temperature: float = 1.0):
+    """`label_logprobs` of the hidden states' logits / temperature, [B, T], in parts of the tokens.
+
+    At most LOGITS logits exist at once on a device; the backward pass computes them again.
+    """
+    (batch, length, _), mesh = x_BTD.shape, jax.sharding.get_abstract_mesh()
+    parts = -(-batch * length * unembed_DV.shape[1] // (LOGITS * (1 if mesh.empty else mesh.size)))
+
+    def of(x_BTD: jax.Array, labels_BT: jax.Array) -> jax.Array:
+        return label_logprobs(unembed(x_BTD, unembed_DV) / temperature, labels_BT)
+
+    if parts == 1:
+        return of(x_BTD, labels_BT)
+    part = -(-length // parts)
+    fill = ((0, 0), (0, parts * part - length))
+    cut = [jnp.pad(x, (*fill, (0, 0))[: x.ndim]).reshape(batch, parts, part, *x.shape[2:]) for x in (x_BTD, labels_BT)]
+    logp = jax.lax.map(lambda xs: jax.checkpoint(of)(*xs), [x.swapaxes(0, 1) for x in cut])
+    return logp.swapaxes(0, 1).reshape(batch, -1)[:, :length]
+
+
 def token_logprobs(logits_BTV: jax.Array, tokens_BT: jax.Array) -> jax.Array:
     """[:, t] is log p(token t | tokens before t), in nats; [:, 0] is 0. The one place that shifts."""
     # Shifted afterwards: a slice of the logits would copy them, and its backward pass pad them again.
-    logp_BT = label_logprobs(logits_BTV, jnp.roll(tokens_BT, -1, axis=1))
+    return shifted(label_logprobs(logits_BTV, following(tokens_BT)))
+
+
+def following(tokens_BT: jax.Array) -> jax.Array:
+    """The label of each position: the next token, of the last one the first."""
+    return jnp.roll(tokens_BT, -1, axis=1)
+
+
+def shifted(logp_BT: jax.Array) -> jax.Array:
+    """Log-probabilities of `following` tokens to the tokens' own places; the first has none."""
     return jnp.pad(logp_BT[:, :-1], ((0, 0), (1, 0)))
 
 
@@ -38,8 +72,8 @@ def response_mask(batch: dict[str, jax.Array]) -> jax.Array:
 
 def likelihood_objective(apply: Apply, params: Any, batch: dict[str, jax.Array]):
     """Negative log-likelihood of the tokens under the loss mask, in nats (sum over tokens)."""
-    logits_BTV, _ = apply(params, *inputs(batch))
-    mask_BT = batch["loss_mask_BT"]
-    logp_BT = token_logprobs(logits_BTV, batch["tokens_BT"])
+    mask_BT, labels_BT = batch["loss_mask_BT"], following(batch["tokens_BT"])
+    logp_BT, _ = apply(params, *inputs(batch), read=partial(hidden_logprobs, labels_BT=labels_BT))
+    logp_BT = shifted(logp_BT)
     tokens = mask_BT.sum()
     return -(logp_BT * mask_BT).sum(), (tokens, {})

@@ -4,12 +4,13 @@ Index t of [B, R] arrays is response token t: its log-probability, the value of 
 the reward for having emitted it.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from objectives.likelihood import Apply, label_logprobs, likelihood_objective
+from objectives.likelihood import Apply, hidden_logprobs, inputs, label_logprobs, likelihood_objective
 
 
 def kl_estimate(logp: jax.Array, reference_logp: jax.Array, estimator: str) -> jax.Array:
@@ -92,20 +93,25 @@ def adapt_kl(beta: jax.Array, kl: jax.Array, target: float, horizon: float, epis
 
 def response_logits(apply: Apply, params: Any, batch: dict[str, jax.Array], temperature: float) -> jax.Array:
     """[B, R + 1, V]: at t what response token t is drawn from; the last position predicts nothing here."""
-    start = batch["tokens_BT"].shape[1] - batch["response_BR"].shape[1] - 1
-    logits_BTV, _ = apply(params, batch["tokens_BT"], batch["segment_ids_BT"], batch["positions_BT"], logits_from=start)
+    logits_BTV, _ = apply(params, *inputs(batch), logits_from=before_response(batch))
     return logits_BTV / (temperature or 1.0)
 
 
-def chosen_logprobs(logits_BTV: jax.Array, response_BR: jax.Array) -> jax.Array:
-    """[B, R] log-probabilities of the response's tokens by its `response_logits`."""
-    # Cut afterwards: a slice of the logits would copy them.
-    return label_logprobs(logits_BTV, jnp.pad(response_BR, ((0, 0), (0, 1))))[:, :-1]
+def before_response(batch: dict[str, jax.Array]) -> int:
+    """The position that predicts the first response token."""
+    return batch["tokens_BT"].shape[1] - batch["response_BR"].shape[1] - 1
+
+
+def response_labels(batch: dict[str, jax.Array]) -> jax.Array:
+    """[B, R + 1]: the response's tokens, and one more, of which nothing is used: a slice of logits would copy them."""
+    return jnp.pad(batch["response_BR"], ((0, 0), (0, 1)))
 
 
 def response_logprobs(apply: Apply, params: Any, batch: dict[str, jax.Array], temperature: float) -> jax.Array:
     """[B, R] log-probabilities of the response's tokens at the sampling temperature (greedy counts as 1)."""
-    return chosen_logprobs(response_logits(apply, params, batch, temperature), batch["response_BR"])
+    read = partial(hidden_logprobs, labels_BT=response_labels(batch), temperature=temperature or 1.0)
+    logp_BT, _ = apply(params, *inputs(batch), logits_from=before_response(batch), read=read)
+    return logp_BT[:, :-1]
 
 
 def response_values(apply: Apply, params: Any, batch: dict[str, jax.Array]) -> jax.Array:
@@ -134,8 +140,11 @@ def policy_objective(
     With a "text" in the batch (`with_text`), plus its negative log-likelihood: PPO-ptx (Ouyang et al. 2022, eq. 2).
     """
     mask_BR = batch["mask_BR"]
-    logits_BTV = response_logits(apply, params, batch, temperature)
-    logp_BR = chosen_logprobs(logits_BTV, batch["response_BR"])
+    if entropy_coef:
+        logits_BTV = response_logits(apply, params, batch, temperature)
+        logp_BR = label_logprobs(logits_BTV, response_labels(batch))[:, :-1]
+    else:
+        logp_BR = response_logprobs(apply, params, batch, temperature)
     # Padding gets ratio 1, so that nothing there can overflow before it is masked.
     change_BR = (logp_BR - batch["old_logp_BR"]) * mask_BR
     losses_BR = clipped_policy_loss(change_BR, jnp.zeros_like(change_BR), batch["advantages_BR"], clip) * mask_BR

@@ -88,17 +88,18 @@ def test_amount_of_left_padding_changes_nothing():
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_logp_equals_the_trainers_teacher_forced(temperature):
-    params, apply = model()
+    params, _ = model()
+    logprobs = jax.jit(functools.partial(response_logprobs, pure(LanguageModel(CONFIG))[1]), static_argnums=2)
     sampling = SamplingConfig(temperature=temperature, top_k=9, top_p=0.95, max_new_tokens=6)
     prompts = left_padded(PROMPTS)
     samples = sample(params, prompts, jax.random.key(3), sampling, eos=EOS, n=8)
     batch = join(prompts, samples)
     assert batch["tokens_BT"].shape == (24, 11) and 0 < float(samples.mask_BR.mean()) < 1
     mask = np.asarray(samples.mask_BR)
-    logp = np.asarray(response_logprobs(apply, params, batch, temperature))
+    logp = np.asarray(logprobs(params, batch, temperature))
     gap = np.abs(logp - samples.logp_BR) * mask
     assert gap.max() < 1e-4 and (np.asarray(samples.logp_BR)[mask == 0] == 0).all()
-    other = np.asarray(response_logprobs(apply, params, batch, temperature * 1.1))
+    other = np.asarray(logprobs(params, batch, temperature * 1.1))
     assert (np.abs(other - samples.logp_BR) * mask).max() > 1e-2  # control: another temperature shows
     for b, tokens in enumerate(batch["tokens_BT"]):  # rows are prompts in order, n of each, then the responses
         assert (tokens[:5] == prompts["tokens_BT"][b // 8]).all() and (tokens[5:] == samples.response_BR[b]).all()

@@ -38,8 +38,8 @@ def judged(config, apply, policy, reference, batch, rewards_B, potentials=None):
 # ---- Loss and gradient of every method, from rewards on, as its paper writes it
 
 
-def bigram(params, tokens, segments, positions, logits_from=0):
-    return params[tokens][:, logits_from:], None
+def bigram(params, tokens, segments, positions, logits_from=0, read=lambda x, _: x):
+    return read(params[tokens][:, logits_from:], jnp.eye(params.shape[-1])), None
 
 
 def rollouts(seed=0):
@@ -201,7 +201,10 @@ def test_dr_grpo_weighs_neither_length_nor_spread():
     logits = jnp.zeros((4, R + 1, 2))  # logits of its own for each row and position
 
     def push(method):
-        free = lambda params, *_, logits_from=0: (params[:, logits_from:], None)  # noqa: E731
+
+        def free(params, *_, logits_from=0, read):
+            return read(params[:, logits_from:], jnp.eye(2)), None
+
         config = settled(method, samples_per_prompt=2, max_new_tokens=R, kl_coef=0.0)
         targets, _ = judged(config, free, logits, logits, batch, rewards)
         grad = jax.grad(train_grpo.make_method(config, free)[1], has_aux=True)(logits, targets)[0]
@@ -242,7 +245,8 @@ def test_gspo_ratio_is_the_geometric_mean():
 def test_dapo_clips_higher_above():
     """Where going further would be rewarded and the ratio is out of [1 - 0.2, 1 + 0.28], no gradient is left."""
     config = settled("dapo", samples_per_prompt=2)
-    objective = train_grpo.make_method(config, lambda params, *_, logits_from=0: (params, None))[1]
+    model = lambda params, *_, logits_from=0, read: (read(params, jnp.eye(2)), None)  # noqa: E731
+    objective = train_grpo.make_method(config, model)[1]
     ratios = np.float32([0.75, 0.85, 1.15, 1.25, 1.35])
     batch = {name: np.zeros((10, 2), np.int32) for name in ("tokens_BT", "segment_ids_BT", "positions_BT")}
     batch |= {"response_BR": np.zeros((10, 1), np.int32), "mask_BR": np.ones((10, 1), np.float32)}
@@ -315,12 +319,12 @@ def test_rewards_combine():
 FIRST, SECOND = (x.reshape(-1) for x in np.indices((3, 3)))
 
 
-def tabular(params, tokens_BT, segment_ids_BT, positions_BT, logits_from=0):
+def tabular(params, tokens_BT, segment_ids_BT, positions_BT, logits_from=0, read=lambda x, _: x):
     """Logits of the first token from one table, of the second from a row for each first token."""
     batch = tokens_BT.shape[0]
     first = jnp.broadcast_to(params["first"], (batch, 3))
     logits_BTV = jnp.stack([first, params["second"][tokens_BT[:, 1]], jnp.zeros((batch, 3))], axis=1)
-    return logits_BTV[:, logits_from:], None
+    return read(logits_BTV[:, logits_from:], jnp.eye(3)), None
 
 
 def sequences(which_B):

@@ -132,12 +132,12 @@ FIRST, SECOND = (x.reshape(-1) for x in np.indices((3, 3)))
 PAIRS = np.stack([FIRST, SECOND], axis=1)
 
 
-def tabular(params, tokens_BT, segment_ids_BT, positions_BT, logits_from=0):
+def tabular(params, tokens_BT, segment_ids_BT, positions_BT, logits_from=0, read=lambda x, _: x):
     """Logits of the first token from one table, of the second from a row for each first token."""
     batch = tokens_BT.shape[0]
     first = jnp.broadcast_to(params["first"], (batch, 3))
     logits_BTV = jnp.stack([first, params["second"][tokens_BT[:, 1]], jnp.zeros((batch, 3))], axis=1)
-    return logits_BTV[:, logits_from:], None
+    return read(logits_BTV[:, logits_from:], jnp.eye(3)), None
 
 
 def enumerated():

@@ -1,0 +1,316 @@
+"""plan.py: what is read from compiled programs, and small plans through the TPU's real compiler where it is here."""
+
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import hlo
+import plan
+from config import UserError
+from model import PRESETS, LanguageModel, pure, unembed
+from objectives import likelihood
+from programs import forward_flops
+from sharding import MeshConfig, constrain_residual, gathered, make_mesh
+
+needs_tpu = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="libtpu is not installed")
+needs_cuda = pytest.mark.skipif(not importlib.util.find_spec("jax_cuda13_plugin"), reason="no CUDA plugin")
+needs_eight = pytest.mark.skipif(jax.device_count() != 8, reason="XLA_FLAGS set another number of devices than 8")
+
+# Eight devices as data 2 x fsdp 2 x tensor 2. In a loop of five: an all-gather over fsdp of 1,024 bytes a device (its
+# second half, on the same channel, in another fusion), an all-reduce of 4,096 bytes over data and tensor, a matmul.
+# Once: a reduce-scatter of 2,048 bytes over tensor, as a fusion; a permutation of 512 bytes over data.
+PROGRAM = """HloModule m, is_scheduled=true
+
+%sum (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %add = f32[] add(%a, %b)
+}
+
+%start (p: bf16[16,32]) -> bf16[32,32] {
+  %p = bf16[16,32]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %gather.1 = bf16[32,32]{1,0:T(8,128)(2,1)S(1)} all-gather(%p), channel_id=7, replica_groups={{0,2},{1,3},{4,6},{5,7}}, dimensions={0}
+}
+
+%more (q: bf16[16,32]) -> bf16[32,32] {
+  %q = bf16[16,32]{1,0} parameter(0)
+  ROOT %gather.2 = bf16[32,32]{1,0} all-gather(%q), channel_id=7, replica_groups={{0,2},{1,3},{4,6},{5,7}}, dimensions={0}
+}
+
+%body (c: (s32[], bf16[16,32], f32[32,32])) -> (s32[], bf16[16,32], f32[32,32]) {
+  %c = (s32[]{:T(128)}, bf16[16,32]{1,0}, f32[32,32]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%c), index=0
+  %w = bf16[16,32]{1,0} get-tuple-element(%c), index=1
+  %x = f32[32,32]{1,0} get-tuple-element(%c), index=2
+  %one = s32[] constant(1)
+  %next = s32[] add(%i, %one)
+  %g = bf16[32,32]{1,0:S(1)} fusion(%w), kind=kCustom, calls=%start
+  %h = bf16[32,32]{1,0:S(1)} fusion(%w), kind=kCustom, calls=%more
+  %y = f32[32,32]{1,0} convolution(%x, %g), dim_labels=bf_io->bf
+  %z = f32[32,32]{1,0} all-reduce(%y), channel_id=8, replica_groups=[2,4]<=[2,2,2]T(1,0,2), to_apply=%sum
+  ROOT %t = (s32[], bf16[16,32]{1,0}, f32[32,32]{1,0}) tuple(%next, %w, %z)
+}
+
+%condition (d: (s32[], bf16[16,32], f32[32,32])) -> pred[] {
+  %d = (s32[], bf16[16,32]{1,0}, f32[32,32]{1,0}) parameter(0)
+  %j = s32[] get-tuple-element(%d), index=0
+  %five = s32[]{:T(128)} constant(5)
+  ROOT %less = pred[] compare(%j, %five), direction=LT
+}
+
+%all-reduce-scatter.3 (r: f32[16,32]) -> f32[8,32] {
+  %r = f32[16,32]{1,0} parameter(0)
+  %whole = f32[16,32]{1,0} all-reduce(%r), channel_id=9, replica_groups=mesh['a'=4,'b'=2] {'b'}, to_apply=%sum
+  %zero = s32[] constant(0)
+  ROOT %cut = f32[8,32]{1,0} dynamic-slice(%whole, %zero, %zero), dynamic_slice_sizes={8,32}
+}
+
+ENTRY %main (w0: bf16[16,32], x0: f32[32,32], stack: f32[10,16,32]) -> f32[8,32] {
+  %w0 = bf16[16,32]{1,0} parameter(0)
+  %x0 = f32[32,32]{1,0} parameter(1)
+  %stack = f32[10,16,32]{2,1,0} parameter(2)
+  %nought = s32[] constant(0)
+  %t0 = (s32[], bf16[16,32]{1,0}, f32[32,32]{1,0}) tuple(%nought, %w0, %x0)
+  %loop = (s32[], bf16[16,32]{1,0}, f32[32,32]{1,0}) while(%t0), condition=%condition, body=%body
+  %slice = f32[1,16,32]{2,1,0} dynamic-slice(%stack, %nought, %nought, %nought), dynamic_slice_sizes={1,16,32}
+  %flat = f32[16,32]{1,0} bitcast(%slice)
+  %cut8 = f32[8,32]{1,0} fusion(%flat), kind=kCustom, calls=%all-reduce-scatter.3
+  %small = f32[4,32]{1,0} slice(%cut8), slice={[0:4], [0:32]}
+  %sent = f32[4,32]{1,0} collective-permute(%small), channel_id=10, source_target_pairs={{0,4},{4,0},{1,5},{5,1}}
+  ROOT %result = f32[8,32]{1,0} copy(%cut8)
+}
+"""  # noqa: E501
+MESH = {"data": 2, "fsdp": 2, "tensor": 2}
+
+
+def test_collectives_are_counted_once_a_channel_and_once_a_turn_of_their_loop():
+    assert hlo.cost(PROGRAM, MESH).moved == {
+        ("all-gather", "fsdp"): [5, 5 * 1024],  # of two devices, each receives the other's part
+        ("all-reduce", "data+tensor"): [5, 5 * 2 * 4096 * 3 / 4],  # reduced and gathered again: Thakur et al. 2005
+        ("reduce-scatter", "tensor"): [1, 2048 / 2],
+        ("collective-permute", "data"): [1, 512],
+    }
+
+
+def test_matmuls_count_as_often_as_their_loop_runs():
+    assert hlo.cost(PROGRAM, MESH).flops == 5 * 2 * 32**3
+    assert hlo.cost(PROGRAM.replace("constant(5)", "constant(7)"), MESH).flops == 7 * 2 * 32**3
+
+
+def test_a_slice_of_an_array_moves_no_more_than_itself():
+    """2,048 bytes read and written, whatever the stack's size; and arrays in vector memory, S(1), move nothing."""
+    few, many = (hlo.cost(PROGRAM.replace("[10,", f"[{n},"), MESH).memory for n in (10, 1000))
+    assert few == many
+    in_vector_memory = PROGRAM.replace("%slice = f32[1,16,32]{2,1,0}", "%slice = f32[1,16,32]{2,1,0:S(1)}")
+    assert few - hlo.cost(in_vector_memory, MESH).memory == 2048
+
+
+@pytest.mark.parametrize(
+    ("text", "joined"),
+    [
+        ("replica_groups={{1,3},{0,2}}", [1, 3]),
+        ("replica_groups=[4,2]<=[8]", [0, 1]),
+        ("replica_groups=[2,4]<=[4,2]T(1,0)", [0, 2, 4, 6]),
+        ("replica_groups=mesh['a'=4,'b'=2] {'a'}", [0, 2, 4, 6]),
+        ("replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}", [0, 2, 4, 6]),
+        ("replica_groups={}", list(range(8))),
+        ("source_target_pairs={{3,5},{5,3}}", [3, 5]),
+    ],
+)
+def test_groups_of_devices_in_all_notations(text, joined):
+    assert list(hlo.one_group(hlo.Op("x", "", "all-reduce", [], text, False), 8)) == joined
+
+
+def test_a_convolution_counts_only_places_inside_the_array():
+    """XLA writes a batched matmul as a convolution with a reversed, padded window: one of 4 x 7 places is in use."""
+    shapes = {"l": "bf16[4,16,8]{2,1,0}", "r": "bf16[4,8,32]{2,1,0}"}
+    computation = {name: hlo.Op(name, shape, "parameter", [], "", False) for name, shape in shapes.items()}
+    attributes = ", window={size=4 stride=3 pad=3_3 lhs_dilate=4 rhs_reversal=1}, dim_labels=0bf_0io->0bf"
+    op = hlo.Op("c", "bf16[4,16,32]{2,1,0}", "convolution", ["l", "r"], attributes, False)
+    want = sum(  # the definition: output o, window place k, at o * stride - pad + k of the dilated input
+        0 <= (at := 3 * o - 3 + k) <= 4 * 3 and at % 4 == 0 for o in range(4) for k in range(4)
+    )
+    assert hlo.matmul_flops(op, computation) == 2 * 16 * 8 * 32 * want and 0 < want < 16
+
+
+def test_forward_flops_are_those_of_the_compiled_model():
+    """Against the CPU's compiler, whose attention computes the half that causality masks too."""
+    c, rows, length = PRESETS["tiny"], 2, 24
+    init, apply = pure(LanguageModel(c))
+    params = jax.eval_shape(init, jax.random.key(0))
+    tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32)
+    text = jax.jit(lambda p, t: apply(p, t, t, t)[0]).lower(params, tokens).compile().as_text()
+    masked = rows * c.layers * 2 * length * length * c.heads * c.head_width
+    assert hlo.cost(text, {"data": 1}).flops == forward_flops(c, rows, length, length) + masked
+
+
+def hidden(rng, rows=2, length=10, width=6, vocab=11):
+    x, w = rng.normal(size=(rows, length, width)), rng.normal(size=(width, vocab))
+    return x, w, rng.integers(0, vocab, (rows, length))
+
+
+def test_log_probabilities_in_parts_are_those_of_all_logits(monkeypatch):
+    x, w, labels = hidden(np.random.default_rng(0))
+    logits = x @ w / 0.7
+    want = np.take_along_axis(logits, labels[..., None], -1)[..., 0] - np.log(np.exp(logits).sum(-1))
+    weights = np.random.default_rng(1).normal(size=labels.shape)
+
+    def loss(x, w):
+        logp = likelihood.hidden_logprobs(x, w, labels_BT=jnp.asarray(labels), temperature=0.7)
+        return (logp * weights).sum(), logp
+
+    gradient = jax.value_and_grad(loss, (0, 1), has_aux=True)
+    arrays = jnp.float32(x), jnp.float32(w)
+    (_, plain), plain_grads = gradient(*arrays)
+    monkeypatch.setattr(likelihood, "LOGITS", 2 * 3 * 11)  # four parts of three tokens, the last padded
+    (_, parts), grads = gradient(*arrays)
+    assert "scan" in str(jax.make_jaxpr(loss)(*arrays))
+    np.testing.assert_allclose(parts, want, atol=1e-5)
+    np.testing.assert_allclose(parts, plain, atol=1e-5)
+    # d loss / d logits = weight (one-hot - softmax) / temperature
+    softmax = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    dlogits = weights[..., None] * (np.eye(11)[labels] - softmax) / 0.7
+    for got, whole, exact in zip(
+        grads, plain_grads, (dlogits @ w.T, np.einsum("BTD,BTV->DV", x, dlogits)), strict=True
+    ):
+        np.testing.assert_allclose(got, exact, atol=1e-5)
+        np.testing.assert_allclose(got, whole, atol=1e-5)
+
+
+def test_a_loss_in_parts_takes_a_quarter_of_the_temporaries_at_a_vocabulary_of_128k():
+    vocab, shapes = 2**17, [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((4, 1024, 32), (32, 2**17))]
+    labels = jnp.zeros((4, 1024), jnp.int32)
+    plain = lambda x, w: likelihood.label_logprobs(unembed(x, w), labels).sum()  # noqa: E731
+    parts = lambda x, w: likelihood.hidden_logprobs(x, w, labels_BT=labels).sum()  # noqa: E731
+    sizes = [
+        jax.jit(jax.grad(f, (0, 1))).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+        for f in (plain, parts)
+    ]
+    assert sizes[0] > 4 * 1024 * vocab * 4 and sizes[1] < sizes[0] / 4
+
+
+@needs_eight
+def test_the_residual_stream_is_split_over_tensor_where_its_tokens_divide():
+    mesh = make_mesh(MeshConfig(2, 2, 2))
+    rows = ("data", "fsdp")
+    for shape, spec in (((4, 6), P(rows, "tensor")), ((4, 1), P(rows)), ((3, 6), P())):
+        x = jax.jit(constrain_residual)(jnp.zeros((*shape, 3)))
+        assert x.sharding.is_equivalent_to(NamedSharding(mesh, spec), 3)
+
+
+TINY = (
+    "--model.preset=tiny", "--model.width=512", "--model.hidden=1024", "--model.head_width=128", "--model.vocab=2048",
+    "--model.tied=False", "--topology=v5e:2x2", "--mesh.fsdp=2", "--mesh.tensor=2",
+)  # fmt: skip
+
+
+@needs_tpu
+def test_a_plan_agrees_with_the_tpu_compiler(capsys):
+    verdict = plan.main(["train_sft", *TINY, "--batch_size=8", "--length=128"])
+    assert verdict.fits and capsys.readouterr().out.splitlines()[-1].startswith("fits: update peaks at")
+    (result,) = verdict.results
+    state = result.program.args[0]
+    assert abs(result.arguments / plan.bytes_of(result.program.args) - 1) < 0.02
+    count = sum(x.size for x in jax.tree.leaves(state.params))
+    assert plan.bytes_of((state.params, state.opt_state)) == pytest.approx(3 * 4 * count / 4, rel=0.02)
+    moved = result.cost.moved
+    # Weights in bfloat16 are gathered over fsdp for the forward and again at most for the backward pass.
+    assert 0.9 * count / 4 * 2 < moved["all-gather", "fsdp"][1] < 2.1 * count / 4 * 2
+    assert ("all-gather", "tensor") in moved and result.cost.flops > 0
+    assert result.program.model_flops / 4 == pytest.approx(result.cost.flops, rel=0.1)  # nothing is computed twice
+
+
+@needs_tpu
+@pytest.mark.slow
+def test_ppo_is_planned_whole(capsys):
+    verdict = plan.main(
+        ["train_ppo", *TINY, "--batch_size=16", "--max_prompt=128", "--max_new_tokens=64", "--samples_per_prompt=2"]
+    )
+    assert [r.program.name for r in verdict.results] == ["rollout", "judge", "value update", "policy update"]
+    assert verdict.fits and all(r.cost.flops > 0 for r in verdict.results)
+    rollout = verdict.results[0]
+    c, rows = PRESETS["tiny"], 16 / 2
+    cache = 2 * c.layers * rows * (128 + 64) * c.kv_heads / 2 * 128 * 2  # bfloat16, heads over tensor
+    assert plan.bytes_of(rollout.program.cache) == cache < rollout.temporaries
+    # Every token that is decoded reads the weights: the loop's trips are in the count.
+    assert rollout.cost.memory > 64 * plan.bytes_of(rollout.program.args[0]) / 2
+
+
+@needs_cuda
+def test_a_plan_for_gpus_is_of_the_cuda_compiler(capsys):
+    argv = [word for word in TINY if "topology" not in word]
+    verdict = plan.main(["train_sft", *argv, "--topology=h200:4", "--batch_size=8", "--length=64"])
+    (result,) = verdict.results
+    assert verdict.fits and abs(result.arguments / plan.bytes_of(result.program.args) - 1) < 0.02
+    assert result.program.model_flops / 4 == pytest.approx(result.cost.flops, rel=0.1)
+
+
+@needs_eight
+def test_without_the_cuda_compiler_the_cpus_stands_in(monkeypatch, capsys):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if "cuda" in name else found(name))
+    argv = [word for word in TINY if "topology" not in word]
+    verdict = plan.main(["train_sft", *argv, "--topology=h200:4", "--batch_size=8", "--length=64"])
+    (result,) = verdict.results
+    assert verdict.fits and capsys.readouterr().out.startswith("note: the CPU's compiler")
+    assert result.program.model_flops / 4 == pytest.approx(result.cost.flops, rel=0.1)
+    assert {axes for _, axes in result.cost.moved} >= {"fsdp", "tensor"}
+
+
+@needs_tpu
+def test_axes_may_share_a_dimension_of_the_torus():
+    assert make_mesh(MeshConfig(1, 128, 4), plan.devices_of("v5p:8x8x8")).size == 512
+
+
+@needs_tpu
+def test_what_does_not_fit_says_so_and_names_a_field(capsys):
+    argv = ["train_sft", "--model.preset=llama3-8b", "--topology=v5e:2x2", "--length=64", "--batch_size=4"]
+    assert plan.run(argv) == 1  # held alone is too much: found without compiling
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("does not fit: update peaks at 89.7") and "--mesh.fsdp" in last
+    assert plan.run([*argv, "--mesh.data=1", "--mesh.fsdp=4"]) == 1
+    assert "--topology" in capsys.readouterr().out.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ([], "name a script"),
+        (["train_sft"], "--topology: missing"),
+        (["train_sfx", "--topology=v5e:2x2"], "no such script"),
+        (["train_sft", "--topology=v9:2x2"], "--topology=v9:2x2: unknown chip"),
+        (["train_sft", "--topology=v5e:2x2", "--lenght=3"], "flags:"),
+        pytest.param(["train_sft", "--topology=v5e:2x2", "--batch_size=3"], "--batch_size=3", marks=needs_tpu),
+        pytest.param(["train_sft", "--topology=v5e:2x9"], "--topology=v5e:2x9", marks=needs_tpu),
+        pytest.param(["train_dpo", "--topology=v5e:2x2"], "programs.py", marks=needs_tpu),
+    ],
+)
+def test_mistakes_end_in_one_line_and_code_2(argv, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        plan.run(argv)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert stop.value.code == 2 and len(lines) == 1 and words in lines[0]
+
+
+def test_without_libtpu_the_requirement_is_named(monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "libtpu" else found(name))
+    with pytest.raises(UserError, match=r"requirements-tpu\.txt"):
+        plan.main(["train_sft", "--topology=v5e:2x2"])
+
+
+@needs_eight
+def test_weights_for_decoding_are_whole_over_fsdp_and_equal_to_the_bit():
+    make_mesh(MeshConfig(1, 4, 2))
+    params = pure(LanguageModel(PRESETS["tiny"]))[0](jax.random.key(0))
+    whole = jax.jit(lambda p: gathered(p, jnp.bfloat16))(params)
+    q = whole["decoder"]["layers"]["attention"]["q"]
+    assert q.dtype == jnp.bfloat16 and q.sharding.spec == P(None, None, "tensor")
+    norm = whole["decoder"]["final_norm"]
+    assert norm.dtype == jnp.float32  # what is not cut over fsdp stays as it is: norms are float32
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, np.asarray(y.astype(x.dtype))), whole, params)
