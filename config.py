@@ -88,12 +88,19 @@ def load_config(run: str) -> dict[str, Any]:
 
 
 def run(main: Callable[[ConfigT], Any], cls: type[ConfigT]) -> None:
-    """What a script does when started: parse the flags, run `main`, end a user's mistake in one line."""
+    """What a script does when started: parse the flags, run `main`, end a user's mistake in one line.
+
+    A config with `hosts` joins the other processes first.
+    """
+    from hosts import joined, leave  # which imports this module
+
     try:
-        main(parse(cls))
+        config = parse(cls)
+        with joined(config.hosts) if hasattr(config, "hosts") else contextlib.nullcontext():
+            main(config)
     except UserError as fault:
         print(f"error: {' '.join(str(fault).split())}", file=sys.stderr)
-        raise SystemExit(2) from None
+        leave(2)
     except KeyboardInterrupt:
         print("stopped by the keyboard; the same command resumes from the last checkpoint", file=sys.stderr)
-        raise SystemExit(130) from None
+        leave(130)

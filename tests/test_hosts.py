@@ -1,0 +1,207 @@
+"""Two real processes on loopback: results equal one process's, and whatever happens to one ends both."""
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from running import rows_of, run
+
+import hosts
+import train_rm
+from checkpoint import load_params
+from config import UserError
+from run_folder import finished_steps
+from sharding import reader
+
+ROOT = pathlib.Path(__file__).parents[1]
+TINY = ["--model.preset=tiny", "--optimizer.warmup=0", "--eval_every=0", "--batch_size=8", "--save_every=2"]
+FAULTS = {
+    "killed": "os.kill(os.getpid(), signal.SIGKILL)",
+    "stopped": "os.kill(os.getpid(), signal.SIGSTOP)",
+    "stuck": "time.sleep(1000)",
+    "raises": "raise ValueError('planted')",
+    "sigterm": "os.kill(os.getpid(), signal.SIGTERM)",
+}
+# Runs a script as its command line does, and does `fault` after step 3, or when the save of step 4 is half done.
+DRIVER = """
+import importlib, os, signal, sys, time
+import checkpoint, config, hosts
+
+script, at, fault = sys.argv[1:4]
+del sys.argv[1:4]
+due, finish = checkpoint.Checkpoints.due, checkpoint.Checkpoints._finish
+
+def due_with_fault(self, step, every, last):
+    if at == "step" and step == 3:
+        exec(fault)
+    return due(self, step, every, last)
+
+def finish_with_fault(self, path, body):
+    if at == "save" and body["step"] == 4:
+        exec(fault)
+    finish(self, path, body)
+
+checkpoint.Checkpoints.due, checkpoint.Checkpoints._finish = due_with_fault, finish_with_fault
+script = importlib.import_module(script)
+config.run(script.main, script.Config)
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def start_two(script, argv, faults=(None, None), at="step", stall=5):
+    """Two processes of `script`; `faults`: what each of them does."""
+    address = f"127.0.0.1:{free_port()}"
+    environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT), "PLUMB_TEST": str(ROOT)}
+    processes = []
+    for index, fault in enumerate(faults):
+        flags = [
+            f"--hosts.coordinator={address}",
+            "--hosts.count=2",
+            f"--hosts.index={index}",
+            f"--hosts.stall={stall}",
+        ]
+        command = [sys.executable, "-c", DRIVER, script, at if fault else "never", fault or "", *argv, *flags]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+        processes.append(subprocess.Popen(command, env=environment, cwd=ROOT, **pipes))
+    return processes
+
+
+def ends(processes, seconds=120):
+    """Exit codes and what was written to stderr."""
+    try:
+        errors = [process.communicate(timeout=seconds)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [process.returncode for process in processes], errors
+
+
+def equal(one, other, **tolerance):
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, **tolerance), load_params(str(one)), load_params(str(other))
+    )
+
+
+def test_killed_peer_then_resumed_equals_one_process(tmp_path):
+    argv = [*TINY, "--length=64", "--steps=5", "--seed=3"]
+    codes, errors = ends(start_two("train_rm", [*argv, f"--run={tmp_path}/two"], (None, FAULTS["killed"])))
+    assert codes == [hosts.LOST, -signal.SIGKILL]
+    told = [line for line in errors[0].splitlines() if line]
+    assert len(told) == 1 and told[0].startswith("error: process 0: ") and "the same command resumes" in told[0]
+    codes, errors = ends(start_two("train_rm", [*argv, f"--run={tmp_path}/two"]))
+    assert codes == [0, 0], errors
+    assert errors[1] == ""  # process 0 alone speaks
+    run(train_rm, *argv, f"--run={tmp_path}/one", "--mesh.data=1", "--mesh.fsdp=8")
+    equal(tmp_path / "two", tmp_path / "one", atol=1e-5)
+    ours, theirs = ([row["loss"] for row in rows_of(tmp_path / name)] for name in ("two", "one"))
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+LM = [*TINY, "--length=32", "--steps=8", "--keep=5"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An undisturbed run of two processes, packed: their positions in the data differ."""
+    folder = tmp_path_factory.mktemp("whole") / "lm"
+    codes, errors = ends(start_two("train_lm", [*LM, f"--run={folder}"]))
+    assert codes == [0, 0], errors
+    return folder
+
+
+CASES = [(fault, rank, "step") for fault in FAULTS for rank in (0, 1)] + [("killed", rank, "save") for rank in (0, 1)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("fault", "rank", "at"), CASES)
+def test_a_fault_of_one_ends_both_and_the_run_resumes_bitwise(whole, tmp_path, fault, rank, at):
+    argv = [*LM, f"--run={tmp_path}/lm"]
+    faults = [FAULTS[fault] if index == rank else None for index in (0, 1)]
+    processes = start_two("train_lm", argv, faults, at)
+    rows = tmp_path / "lm" / "metrics.jsonl"
+    while not rows.exists() or len(rows.read_text().splitlines()) < 2:  # the fault comes after the third step
+        assert time.sleep(0.05) is None
+    began = time.monotonic()
+    codes, errors = ends(processes)
+    print(f"{fault} {rank} {at}: {time.monotonic() - began:.1f} s, codes {codes}\n{errors[0]}{errors[1]}")
+    assert time.monotonic() - began < 15
+    for process in processes:  # nothing is left of their process groups
+        with pytest.raises(ProcessLookupError):
+            os.killpg(process.pid, 0)
+    own = {"killed": -signal.SIGKILL, "stopped": -signal.SIGKILL, "stuck": hosts.LOST, "raises": 1, "sigterm": 0}[fault]
+    other = 0 if fault == "sigterm" else hosts.LOST
+    assert codes[rank] == own and codes[1 - rank] == other
+    if other:
+        assert len(errors[1 - rank].splitlines()) == 1 and "the same command resumes" in errors[1 - rank]
+    if fault == "sigterm":
+        saved = finished_steps(tmp_path / "lm" / "checkpoints")
+        assert saved and saved[0] >= 3
+    codes, errors = ends(start_two("train_lm", argv))
+    assert codes == [0, 0], errors
+    equal(tmp_path / "lm", whole, rtol=0)
+    assert [row["loss"] for row in rows_of(tmp_path / "lm")] == [row["loss"] for row in rows_of(whole)]
+
+
+def test_positions_of_both_are_saved(whole):
+    manifest = json.loads((whole / "checkpoints" / "8" / "manifest.json").read_text())
+    one, two = manifest["extra"]
+    assert one != two and one["batches"] == two["batches"] == 8
+
+
+@pytest.mark.skipif(jax.device_count() != 8, reason="needs eight devices")
+def test_hosts_that_hold_the_same_rows_read_the_same_data():
+    def read(shape, hosts_of):
+        """What each host reads, were the devices of the mesh those of `hosts_of`."""
+        mesh = jax.make_mesh(shape, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+        owner = np.array(hosts_of).reshape(shape)
+        return [reader(mesh, owner, host) for host in sorted(set(hosts_of))]
+
+    apart = [{"process": 0, "processes": 2}, {"process": 1, "processes": 2}]
+    assert read((8, 1, 1), [0] * 4 + [1] * 4) == apart == read((2, 1, 4), [0] * 4 + [1] * 4)
+    assert read((1, 4, 2), [0] * 4 + [1] * 4) == apart
+    assert read((1, 1, 8), [0] * 4 + [1] * 4) == [{"process": 0, "processes": 1}] * 2
+    assert read((2, 1, 4), [0, 0, 1, 1] * 2) == [{"process": 0, "processes": 1}] * 2
+    with pytest.raises(UserError, match="hosts share rows of the batch in part"):
+        read((4, 1, 2), [0, 0, 0, 1, 1, 1, 1, 1])
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ({"coordinator": "127.0.0.1:9"}, "--hosts.count is missing"),
+        ({"coordinator": "127.0.0.1:9", "count": 2}, "--hosts.index is missing"),
+        ({"coordinator": "localhost", "count": 2, "index": 0}, "--hosts.coordinator=localhost: must be host:port"),
+        ({"coordinator": "127.0.0.1:9", "count": 2, "index": 2}, "--hosts.index=2: must be at least 0 and below"),
+    ],
+)
+def test_incomplete_settings_are_told(flags, told):
+    with pytest.raises(UserError, match=told):
+        hosts.join(hosts.HostsConfig(**flags))
+
+
+def test_settings_come_from_the_environment_too(monkeypatch):
+    monkeypatch.setenv("JAX_PROCESS_ID", "one")
+    with pytest.raises(UserError, match="JAX_PROCESS_ID=one: must be a number"):
+        hosts.join(hosts.HostsConfig())
+    joined = []
+    monkeypatch.setattr("jax.distributed.initialize", lambda *a, **named: joined.append((a, named)))
+    for name, value in {"COORDINATOR_ADDRESS": "h:1", "NUM_PROCESSES": "2", "PROCESS_ID": "1"}.items():
+        monkeypatch.setenv(f"JAX_{name}", value)
+    hosts.join(hosts.HostsConfig(stall=7))
+    hosts.join(hosts.HostsConfig(bind="i:2"))
+    options = [{"coordinator_bind_address": b, "heartbeat_timeout_seconds": s} for b, s in (("h:1", 7), ("i:2", 100))]
+    assert joined == [(("h:1", 2, 1), option) for option in options]
