@@ -10,7 +10,9 @@ import dataclasses
 import importlib.util
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -54,48 +56,61 @@ def _number(given: int | None, variable: str) -> int | None:
         raise UserError(f"{variable}={os.environ[variable]}: must be a number") from None
 
 
-def join(config: HostsConfig) -> None:
-    """Joins the other processes, where flags or the environment name any; raises UserError."""
+def settings(config: HostsConfig) -> dict[str, Any] | None:
+    """Arguments of jax.distributed.initialize where flags or the environment name other processes; raises UserError."""
     coordinator = config.coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
     count, index = _number(config.count, "JAX_NUM_PROCESSES"), _number(config.index, "JAX_PROCESS_ID")
     on_slurm = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1
     # JAX sets the first variable at its import where it finds no chip.
     has_tpu = "TPU_SKIP_MDS_QUERY" not in os.environ and importlib.util.find_spec("libtpu") is not None
     on_tpu = has_tpu and "tpu" in (os.environ.get("JAX_PLATFORMS") or "tpu")
-    if jax.distributed.is_initialized() or not (coordinator or count or index or on_slurm or on_tpu):
-        return
-    if not (on_slurm or on_tpu):
-        for flag, value in {"coordinator": coordinator, "count": count, "index": index}.items():
+    explicit = {"coordinator": coordinator, "count": count, "index": index}
+    if not on_slurm and not on_tpu:
+        if not any(value is not None for value in explicit.values()):
+            return None
+        for flag, value in explicit.items():
             if value is None:
                 raise UserError(f"--hosts.{flag} is missing: give coordinator, count and index, or none of them")
-    if coordinator and ":" not in coordinator:
-        raise UserError(f"--hosts.coordinator={coordinator}: must be host:port")
     if None not in (count, index) and not 0 <= index < count:
         raise UserError(f"--hosts.index={index}: must be at least 0 and below --hosts.count={count}")
+    bind = config.bind or os.environ.get("JAX_COORDINATOR_BIND_ADDRESS") or coordinator
+    for flag, address in {"coordinator": coordinator, "bind": bind}.items():
+        if address is not None and not re.fullmatch(r".+:\d+", address):
+            raise UserError(f"--hosts.{flag}={address}: must be host:port")
+    if index == 0 and bind is not None:
+        host, port = bind.rsplit(":", 1)
+        try:  # JAX would crash
+            socket.create_server((host.strip("[]"), int(port))).close()
+        except (OSError, OverflowError) as fault:
+            raise UserError(f"--hosts.bind={bind}: cannot listen there ({fault}); name another address") from None
+    options = {"coordinator_bind_address": bind, "heartbeat_timeout_seconds": min(100, config.stall or 100)}
+    return {"coordinator_address": coordinator, "num_processes": count, "process_id": index, **options}
+
+
+def join(named: dict[str, Any]) -> None:
+    """Joins the other processes; where they do not come, ends this one."""
     try:
-        jax.distributed.initialize(
-            coordinator,
-            count,
-            index,
-            coordinator_bind_address=config.bind or os.environ.get("JAX_COORDINATOR_BIND_ADDRESS") or coordinator,
-            heartbeat_timeout_seconds=min(100, config.stall or 100),
-        )
-    except (ValueError, RuntimeError) as fault:
-        if on_tpu and "should be defined" in str(fault):  # a TPU machine that belongs to no pod
+        jax.distributed.initialize(**named)
+    except ValueError as fault:
+        if "should be defined" in str(fault):  # a TPU machine that belongs to no pod
             return
-        first = str(fault).splitlines()[0]
-        raise UserError(f"--hosts.coordinator={coordinator}: cannot join the other processes ({first})") from None
+        raise
+    except RuntimeError as fault:
+        end(f"cannot join the others ({str(fault).splitlines()[0]})")
+    if jax.process_index() > 0:  # process 0 alone speaks
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 @contextlib.contextmanager
 def joined(config: HostsConfig) -> Iterator[None]:
     """The other processes' company, for a script's main: within it any fault of one ends all."""
-    join(config)
-    several = jax.distributed.is_initialized()
-    done = threading.Event()
-    sentinel = _post_sentinel(config.stall) if several else None
+    named, done = settings(config), threading.Event()
+    sentinel = _post_sentinel(config.stall, named["process_id"]) if named else None
     if config.stall:
         threading.Thread(target=_watch, args=(config.stall, sentinel, done), daemon=True).start()
+    if named:
+        join(named)
+    several = jax.distributed.is_initialized()
     try:
         yield
         if several:
@@ -113,6 +128,17 @@ def joined(config: HostsConfig) -> Iterator[None]:
         leave(1)
     finally:
         done.set()
+        if sentinel is not None:
+            sentinel.stdin.close()
+
+
+def of_all(value: Any) -> list[Any]:
+    """Each process's `value`, as JSON gives it back; all must call it."""
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    longest = int(np.max(multihost_utils.process_allgather(np.int32(text.size))))
+    padded = np.pad(text, (0, longest // 256 * 256 + 256 - text.size), constant_values=ord(" "))  # few shapes
+    rows = multihost_utils.process_allgather(padded).reshape(jax.process_count(), -1)
+    return [json.loads(row.tobytes()) for row in rows]
 
 
 def leave(code: int) -> NoReturn:
@@ -132,22 +158,13 @@ def end(reason: str) -> NoReturn:
     """Ends this process at once, from any thread, with code 75 and one line."""
     if not _ending.acquire(blocking=False):
         time.sleep(60)  # another thread is ending it
-    told = f"error: process {_index()}: {reason}; the same command resumes from the last checkpoint\n"
+    told = f"error: {_name()}: {reason}; the same command resumes from the last checkpoint\n"
     os.write(sys.stderr.fileno(), told.encode())
     os._exit(LOST)
 
 
-def of_all(value: Any) -> list[Any]:
-    """Each process's `value`, as JSON gives it back; all must call it."""
-    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
-    longest = int(np.max(multihost_utils.process_allgather(np.int32(text.size))))
-    padded = np.pad(text, (0, longest - text.size), constant_values=ord(" "))
-    rows = multihost_utils.process_allgather(padded).reshape(jax.process_count(), longest)
-    return [json.loads(row.tobytes()) for row in rows]
-
-
-def _index() -> int:
-    return jax.process_index() if jax.distributed.is_initialized() else 0
+def _name() -> str:
+    return f"process {jax.process_index()}" if jax.distributed.is_initialized() else socket.gethostname()
 
 
 # --- the watchdog
@@ -166,7 +183,7 @@ def _watch(stall: int, sentinel: subprocess.Popen | None, done: threading.Event)
     seen = idle = 0
     while not done.wait(1):
         if sentinel is not None:
-            with contextlib.suppress(OSError):  # it is stopped, or gone
+            with contextlib.suppress(OSError, ValueError):  # it is stopped, or gone
                 os.write(sentinel.stdin.fileno(), b".")
         seen, idle = _finished, 0 if _finished != seen else idle + 1
         if idle >= (stall if seen else 10 * stall):
@@ -192,24 +209,23 @@ while True:
         break
     idle = 0 if 0 in ready else idle + 1
     if stall and idle > stall:
-        os.write(2, b"error: process %s: stopped for %d s: killed\\n" % (sys.argv[4].encode(), idle))
+        os.write(2, b"error: %s: stopped for %d s: killed\\n" % (sys.argv[4].encode(), idle))
         os.kill(pid, signal.SIGKILL)
         break
 """
 
 
-def _post_sentinel(stall: int) -> subprocess.Popen:
+def _post_sentinel(stall: int, index: int | None) -> subprocess.Popen:
     """Starts that second process; this one is to write to its stdin every second."""
     native, written = os.pipe()
-    argv = [sys.executable, "-IS", "-c", _SENTINEL, str(os.getpid()), str(stall), str(native), str(jax.process_index())]
+    name = socket.gethostname() if index is None else f"process {index}"
+    argv = [sys.executable, "-IS", "-c", _SENTINEL, str(os.getpid()), str(stall), str(native), name]
     post = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, pass_fds=[native])
     os.close(native)
     sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
     os.dup2(written, 2)
     os.close(written)
-    if jax.process_index() > 0:  # process 0 alone speaks
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    # JAX aborts this process when the coordinator or a peer is lost. Its hook for that cannot be in Python.
+    # JAX aborts this process when the coordinator is out of reach or a peer lost. Its own hook cannot be in Python.
     ctypes.CDLL(None).signal(signal.SIGABRT, _on_abort)
     os.set_blocking(post.stdin.fileno(), False)
     return post
@@ -217,4 +233,4 @@ def _post_sentinel(stall: int) -> subprocess.Popen:
 
 @ctypes.CFUNCTYPE(None, ctypes.c_int)
 def _on_abort(number: int) -> None:
-    end("another process was lost")
+    end("another process was lost, or never came")

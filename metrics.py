@@ -50,7 +50,7 @@ class Recorder:
         self._pending: tuple[int, dict[str, Any], int] | None = None
         self._recent: collections.deque = collections.deque(maxlen=20)  # (time, tokens) of the last rows
         self._guard, self._history = guard, collections.deque(maxlen=guard and guard.window)
-        self._compiled = 0
+        self._compiled = self._told_compiled = 0
 
     def __enter__(self) -> "Recorder":
         jax.monitoring.register_event_duration_secs_listener(self._on_event)
@@ -102,6 +102,12 @@ class Recorder:
         Values: scalars of a device or of Python, or pairs (sum, weight). Further calls for the same step (an
         evaluation) join its row. `tokens`: how many the step trained on, for the throughput.
         """
+        if self._compiled > MOST_COMPILATIONS:
+            fault = f"the step was compiled {self._compiled} times by step {step}, for batches of as many shapes"
+            raise UserError(f"{self.run}: {fault}; pad them to few (data.batches.bucket)")
+        if self._compiled > self._told_compiled:
+            metrics = {**metrics, "compilations": self._compiled}
+            self._told_compiled = self._compiled
         for value in jax.tree.leaves(metrics):
             if hasattr(value, "copy_to_host_async"):
                 value.copy_to_host_async()
@@ -119,19 +125,14 @@ class Recorder:
         (step, metrics, tokens), self._pending = self._pending, None
         values = {name: _number(value) for name, value in metrics.items()}
         finished_step()
-        if self._compiled > self.last.get("compilations", 0):
-            values["compilations"] = self._compiled
         now = time.monotonic()
         self._recent.append((now, tokens))
         span = now - self._recent[0][0]
         if tokens and span > 0:
             values["tokens_per_second"] = sum(count for _, count in list(self._recent)[1:]) / span
-        self.last = {"compilations": self._compiled, **values, "step": step}
+        self.last = {**values, "step": step}
         if self._shows:
             self._write(step, values, now)
-        if self._compiled > MOST_COMPILATIONS:
-            fault = f"the step was compiled {self._compiled} times by step {step}, for batches of as many shapes"
-            raise UserError(f"{self.run}: {fault}; pad them to few (data.batches.bucket)")
         if self._guard is not None and (seen := watched(values)):
             if is_spike(self._guard, self._history, seen):
                 raise Spike(step)

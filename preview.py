@@ -19,7 +19,7 @@ PREDICTED, PADDING, OFF = "\x1b[32m", "\x1b[2m", "\x1b[0m"
 
 
 def preview(config: Any, init: Any, optimizer: Any, mesh: Any, batch: Batch, tokenizer: Tokenizer) -> dict[str, float]:
-    """`preview_items` of a script whose state is `start_or_resume`'s."""
+    """`preview_items` of a script whose state is `start_or_resume`'s; models that it only reads are not counted."""
     return preview_items(config, shapes_of(config, init, optimizer, mesh), batch, tokenizer)
 
 

@@ -151,7 +151,7 @@ def main(config: Config) -> dict[str, float]:
     gold = make_gold_evaluation(config, tokenizer, reference=teacher_model) if judges else None
 
     if config.dry_run:
-        return preview(config(config, init, optimizer, mesh), next(batches), tokenizer)
+        return preview(config, init, optimizer, mesh, next(batches), tokenizer)
     with Checkpoints(
         config.run, config, script="train_distill", tokenizer=tokenizer.model, keep=config.keep
     ) as checkpoints:

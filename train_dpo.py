@@ -232,7 +232,7 @@ def main(config: Config) -> dict[str, float]:
     prompts = [tokenizer.prompt(messages)[-config.length :] for messages in asked]
 
     if config.dry_run:
-        return preview(config(config, init, optimizer, mesh), next(batches), tokenizer)
+        return preview(config, init, optimizer, mesh, next(batches), tokenizer)
     with Checkpoints(
         config.run, config, script="train_dpo", tokenizer=tokenizer.model, keep=config.keep
     ) as checkpoints:

@@ -257,7 +257,7 @@ def main(config: Config) -> dict[str, float]:
     evaluate = make_gold_evaluation(config, tokenizer) if config.data == "world" and config.eval_every else None
 
     if config.dry_run:
-        return preview(config(config, init, optimizer, mesh), next(prompts), tokenizer)
+        return preview(config, init, optimizer, mesh, next(prompts), tokenizer)
     with Checkpoints(config.run, config, script="train_grpo", tokenizer=tokenizer.model, keep=config.keep) as saved:
         start, policy, position, base = start_or_resume(saved, config, init, optimizer, mesh)
         reference = base or starting_params(init, config.model, config.init, mesh, config.seed)

@@ -86,7 +86,7 @@ def main(config: Config) -> dict[str, float]:
     prompts = [tokens[: min(16, len(tokens) // 2)] for tokens in documents]
 
     if config.dry_run:
-        return preview(config(config, init, optimizer, mesh), next(batches), tokenizer)
+        return preview(config, init, optimizer, mesh, next(batches), tokenizer)
     with Checkpoints(config.run, config, script="train_lm", tokenizer=tokenizer.model, keep=config.keep) as checkpoints:
         start, state, position, base = start_or_resume(checkpoints, config, init, optimizer, mesh)
         if position:

@@ -238,7 +238,8 @@ def main(config: Config) -> dict[str, float]:
         return {**as_items(states[0]), "value": states[1], "beta": jnp.float32(config.kl_coef)}
 
     if config.dry_run:
-        return preview_items(config, abstract(jax.eval_shape(fresh, reference, reward), mesh), next(prompts), tokenizer)
+        items = abstract(jax.eval_shape(fresh, reference, reward), mesh)
+        return preview_items(config, {**items, "held": (reference, reward)}, next(prompts), tokenizer)
     with Checkpoints(
         config.run, config, script="train_ppo", tokenizer=tokenizer.model, keep=config.keep
     ) as checkpoints:

@@ -244,7 +244,8 @@ def main(config: Config) -> dict[str, float]:
         return {**as_items(state), "pool": pool}
 
     if config.dry_run:
-        return preview_items(config, abstract(jax.eval_shape(fresh, reference), mesh), next(prompts), tokenizer)
+        items = abstract(jax.eval_shape(fresh, reference), mesh)
+        return preview_items(config, {**items, "held": reference}, next(prompts), tokenizer)
     with Checkpoints(config.run, config, script="train_raft", tokenizer=tokenizer.model, keep=config.keep) as saved:
         found = saved.restore(abstract(jax.eval_shape(fresh, reference), mesh))
         start, items, position = found or (0, init_sharded(fresh, mesh, reference), None)

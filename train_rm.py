@@ -114,7 +114,7 @@ def main(config: Config) -> dict[str, float]:
     score = make_scorer(config.model, tokenizer, config.length)
 
     if config.dry_run:
-        return preview(config(config, init, optimizer, mesh), next(batches), tokenizer)
+        return preview(config, init, optimizer, mesh, next(batches), tokenizer)
     with Checkpoints(config.run, config, script="train_rm", tokenizer=tokenizer.model, keep=config.keep) as checkpoints:
         start, state, position, base = start_or_resume(checkpoints, config, init, optimizer, mesh)
         if position:

@@ -86,7 +86,7 @@ def main(config: Config) -> dict[str, float]:
     prompts = [tokenizer.prompt(m[:-1])[-config.length // 2 :] for m in messages]
 
     if config.dry_run:
-        return preview(config(config, init, optimizer, mesh), next(batches), tokenizer)
+        return preview(config, init, optimizer, mesh, next(batches), tokenizer)
     with Checkpoints(
         config.run, config, script="train_sft", tokenizer=tokenizer.model, keep=config.keep
     ) as checkpoints:

@@ -16,7 +16,7 @@ from jax.sharding import AxisType
 from running import rows_of, run
 
 import hosts
-import train_rm
+import train_dpo
 from checkpoint import load_params
 from config import UserError
 from run_folder import finished_steps
@@ -97,15 +97,15 @@ def equal(one, other, **tolerance):
 
 
 def test_killed_peer_then_resumed_equals_one_process(tmp_path):
-    argv = [*TINY, "--length=64", "--steps=5", "--seed=3"]
-    codes, errors = ends(start_two("train_rm", [*argv, f"--run={tmp_path}/two"], (None, FAULTS["killed"])))
+    argv = [*TINY, "--loss=simpo", "--steps=5", "--seed=3"]  # without packing hosts share one order of the data
+    codes, errors = ends(start_two("train_dpo", [*argv, f"--run={tmp_path}/two"], (None, FAULTS["killed"])))
     assert codes == [hosts.LOST, -signal.SIGKILL]
     told = [line for line in errors[0].splitlines() if line]
     assert len(told) == 1 and told[0].startswith("error: process 0: ") and "the same command resumes" in told[0]
-    codes, errors = ends(start_two("train_rm", [*argv, f"--run={tmp_path}/two"]))
+    codes, errors = ends(start_two("train_dpo", [*argv, f"--run={tmp_path}/two"]))
     assert codes == [0, 0], errors
     assert errors[1] == ""  # process 0 alone speaks
-    run(train_rm, *argv, f"--run={tmp_path}/one", "--mesh.data=1", "--mesh.fsdp=8")
+    run(train_dpo, *argv, f"--run={tmp_path}/one", "--mesh.data=1", "--mesh.fsdp=8")
     equal(tmp_path / "two", tmp_path / "one", atol=1e-5)
     ours, theirs = ([row["loss"] for row in rows_of(tmp_path / name)] for name in ("two", "one"))
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
@@ -190,18 +190,28 @@ def test_hosts_that_hold_the_same_rows_read_the_same_data():
 )
 def test_incomplete_settings_are_told(flags, told):
     with pytest.raises(UserError, match=told):
-        hosts.join(hosts.HostsConfig(**flags))
+        hosts.settings(hosts.HostsConfig(**flags))
 
 
-def test_settings_come_from_the_environment_too(monkeypatch):
-    monkeypatch.setenv("JAX_PROCESS_ID", "one")
-    with pytest.raises(UserError, match="JAX_PROCESS_ID=one: must be a number"):
-        hosts.join(hosts.HostsConfig())
-    joined = []
-    monkeypatch.setattr("jax.distributed.initialize", lambda *a, **named: joined.append((a, named)))
+def test_the_coordinator_listens_where_it_is_told(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(UserError, match=f"--hosts.bind={address}: cannot listen there"):
+            hosts.settings(hosts.HostsConfig(coordinator=address, count=2, index=0))
+    given = {"coordinator_address": "h:1", "num_processes": 2, "process_id": 1}
     for name, value in {"COORDINATOR_ADDRESS": "h:1", "NUM_PROCESSES": "2", "PROCESS_ID": "1"}.items():
         monkeypatch.setenv(f"JAX_{name}", value)
-    hosts.join(hosts.HostsConfig(stall=7))
-    hosts.join(hosts.HostsConfig(bind="i:2"))
-    options = [{"coordinator_bind_address": b, "heartbeat_timeout_seconds": s} for b, s in (("h:1", 7), ("i:2", 100))]
-    assert joined == [(("h:1", 2, 1), option) for option in options]
+    for config, bind, beat in ((hosts.HostsConfig(stall=7), "h:1", 7), (hosts.HostsConfig(bind="i:2"), "i:2", 100)):
+        options = {"coordinator_bind_address": bind, "heartbeat_timeout_seconds": beat}
+        assert hosts.settings(config) == {**given, **options}
+    monkeypatch.setenv("JAX_PROCESS_ID", "one")
+    with pytest.raises(UserError, match="JAX_PROCESS_ID=one: must be a number"):
+        hosts.settings(hosts.HostsConfig())
+
+
+def test_without_others_nothing_is_joined(monkeypatch):
+    assert hosts.settings(hosts.HostsConfig()) is None
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")  # a job of one task
+    assert hosts.settings(hosts.HostsConfig()) is None
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")  # JAX finds the rest out
+    assert hosts.settings(hosts.HostsConfig())["coordinator_address"] is None
