@@ -89,7 +89,7 @@ def go_back(config: Any, step: int) -> None:
     if jax.process_index() == 0:
         finished = finished_steps(folder)
         good = next((s for s in finished if s <= step - guard.skip), min(finished, default=0))
-        for later in finished[: finished.index(good) if good else len(finished)]:
+        for later in (s for s in finished if s > good):
             remove_step(folder / str(later))
         before, numbers, number = left_out(config.run), [], 0
         while len(numbers) < step:  # the batch of each step so far

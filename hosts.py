@@ -97,6 +97,8 @@ def join(named: dict[str, Any]) -> None:
         raise
     except RuntimeError as fault:
         end(f"cannot join the others ({str(fault).splitlines()[0]})")
+    global _name
+    _name = f"process {jax.process_index()}"
     if jax.process_index() > 0:  # process 0 alone speaks
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
@@ -152,19 +154,16 @@ def leave(code: int) -> NoReturn:
 
 
 _ending = threading.Lock()
+_name = "this process"  # JAX must not be asked for its number by a thread that ends it: it might wait for the others
 
 
 def end(reason: str) -> NoReturn:
     """Ends this process at once, from any thread, with code 75 and one line."""
     if not _ending.acquire(blocking=False):
         time.sleep(60)  # another thread is ending it
-    told = f"error: {_name()}: {reason}; the same command resumes from the last checkpoint\n"
+    told = f"error: {_name}: {reason}; the same command resumes from the last checkpoint\n"
     os.write(sys.stderr.fileno(), told.encode())
     os._exit(LOST)
-
-
-def _name() -> str:
-    return f"process {jax.process_index()}" if jax.distributed.is_initialized() else socket.gethostname()
 
 
 # --- the watchdog
@@ -187,7 +186,7 @@ def _watch(stall: int, sentinel: subprocess.Popen | None, done: threading.Event)
                 os.write(sentinel.stdin.fileno(), b".")
         seen, idle = _finished, 0 if _finished != seen else idle + 1
         if idle >= (stall if seen else 10 * stall):
-            end(f"no step finished in {idle} s (--hosts.stall={stall})")
+            end(f"no step finished in {idle} s (--hosts.stall={stall}; ten times as long up to the first)")
 
 
 # A process that is stopped, or whose interpreter is, cannot end itself: a second one does it. It also passes on what
@@ -218,8 +217,9 @@ while True:
 def _post_sentinel(stall: int, index: int | None) -> subprocess.Popen:
     """Starts that second process; this one is to write to its stdin every second."""
     native, written = os.pipe()
-    name = socket.gethostname() if index is None else f"process {index}"
-    argv = [sys.executable, "-IS", "-c", _SENTINEL, str(os.getpid()), str(stall), str(native), name]
+    global _name
+    _name = socket.gethostname() if index is None else f"process {index}"
+    argv = [sys.executable, "-IS", "-c", _SENTINEL, str(os.getpid()), str(stall), str(native), _name]
     post = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, pass_fds=[native])
     os.close(native)
     sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)

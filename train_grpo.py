@@ -284,7 +284,7 @@ def main(config: Config) -> dict[str, float]:
                 if record.last.get("kl", 0.0) > config.kl_limit:
                     raise UserError(f"--kl_limit={config.kl_limit}: KL is {record.last['kl']:.1f}; raise --kl_coef")
                 if config.eval_every and (step % config.eval_every == 0 or step == config.steps):
-                    record.samples(step, sample_rows(*shown, tokenizer)[:8])
+                    record.samples(step, sample_rows(*shown, tokenizer, config.samples_per_prompt)[:8])
                     if evaluate is not None:
                         record(step, evaluate(whole(base, policy.params), reference))
                 if saved.due(step, config.save_every, config.steps):

@@ -280,7 +280,7 @@ def main(config: Config) -> dict[str, float]:
                         f"--kl_limit={config.kl_limit}: KL reached {record.last['kl']:.1f} nats; raise --kl_coef"
                     )
                 if config.eval_every and (step % config.eval_every == 0 or step == config.steps):
-                    record.samples(step, sample_rows(records, response_BR, tokenizer)[:8])
+                    record.samples(step, sample_rows(records, response_BR, tokenizer, config.samples_per_prompt)[:8])
                     if evaluate is not None:
                         record(step, evaluate(whole(base, policy.params), reference))
                 if checkpoints.due(step, config.save_every, config.steps):

@@ -273,7 +273,7 @@ def main(config: Config) -> dict[str, float]:
                     print(f"note: round {step}: {reason}: nothing was learnt", file=sys.stderr)
                 record(step, metrics | of_chosen | {"updates": updates}, tokens=config.batch_size * length)
                 if config.eval_every and (step % config.eval_every == 0 or step == config.steps):
-                    record.samples(step, sample_rows(*shown, tokenizer)[:8])
+                    record.samples(step, sample_rows(*shown, tokenizer, config.samples_per_prompt)[:8])
                     if evaluate is not None:
                         record(step, evaluate(whole(held["base"], policy.params), reference))
                 if saved.due(step, config.save_every, config.steps):

@@ -17,6 +17,7 @@ from running import rows_of, run
 
 import hosts
 import train_dpo
+import train_lm
 from checkpoint import load_params
 from config import UserError
 from run_folder import finished_steps
@@ -156,6 +157,38 @@ def test_a_fault_of_one_ends_both_and_the_run_resumes_bitwise(whole, tmp_path, f
     assert [row["loss"] for row in rows_of(tmp_path / "lm")] == [row["loss"] for row in rows_of(whole)]
 
 
+@pytest.mark.slow
+def test_hosts_that_tensor_spans_equal_one_process(tmp_path):
+    codes, errors = ends(start_two("train_lm", [*LM, "--mesh.tensor=2", f"--run={tmp_path}/two"]))
+    assert codes == [0, 0], errors
+    run(train_lm, *LM, f"--run={tmp_path}/one", "--mesh.data=1", "--mesh.fsdp=8")
+    equal(tmp_path / "two", tmp_path / "one", atol=1e-4)
+
+
+@pytest.mark.slow
+def test_every_script_runs_on_two_and_evaluates(tmp_path):
+    r = tmp_path
+    short = ["--optimizer.warmup=0", "--steps=2", "--eval_every=2", "--batch_size=16"]
+    sampled = [*short, f"--init={r}/train_sft", "--max_prompt=48", "--max_new_tokens=8"]
+    with_reward = [*sampled, f"--reward={r}/train_rm"]
+    flags = {
+        "train_lm": [*short, "--model.preset=tiny"],
+        "train_sft": [*short, f"--init={r}/train_lm"],
+        "train_rm": [*short, f"--init={r}/train_sft", "--length=64"],
+        "train_dpo": [*sampled, "--length=64"],
+        "train_distill": [*sampled, f"--teacher={r}/train_sft", "--on_policy=0.5"],
+        "train_ppo": [*with_reward, "--minibatches=2"],
+        "train_grpo": [*with_reward, "--minibatches=2", "--samples_per_prompt=2"],
+        "train_raft": [*with_reward, "--samples_per_prompt=2"],
+    }
+    for script, argv in flags.items():
+        codes, errors = ends(start_two(script, [*argv, f"--run={r}/{script}"], stall=60))
+        assert codes == [0, 0], f"{script}: {errors}"
+        rows = rows_of(r / script)
+        assert len(rows) == 2 and errors[1] == "" and np.isfinite(list(rows[-1].values())).all()
+
+
+@pytest.mark.slow
 def test_positions_of_both_are_saved(whole):
     manifest = json.loads((whole / "checkpoints" / "8" / "manifest.json").read_text())
     one, two = manifest["extra"]
