@@ -289,8 +289,8 @@ def _refuse_non_finite(params: Any, folder: pathlib.Path, step: int) -> None:
 
 
 def _orbax() -> Any:
-    """Orbax, imported at its first use (0.4 s), its log kept off the terminal."""
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    """Orbax, imported at its first use (0.4 s), its log kept off the terminal: what fails is raised too."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     import orbax.checkpoint as ocp
 
     return ocp

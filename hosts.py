@@ -119,19 +119,28 @@ def joined(config: HostsConfig) -> Iterator[None]:
             jax.distributed.shutdown()  # waits for the others, while the watchdog still looks
     except (UserError, KeyboardInterrupt):  # told by config.run
         raise
-    except jax.errors.JaxRuntimeError as fault:
+    except Exception as fault:
         if not several:
             raise
-        end(f"another process was lost ({str(fault).splitlines()[0][:200]})")
-    except Exception:
-        if not several:
-            raise
+        if reason := _loss_in(fault):
+            end(f"another process was lost ({reason})")
         traceback.print_exc()
         leave(1)
     finally:
         done.set()
         if sentinel is not None:
             sentinel.stdin.close()
+
+
+def _loss_in(fault: BaseException | None) -> str | None:
+    """What a fault, or one that it came from, says of a lost process; None where it is a bug or a lack of memory."""
+    while fault is not None:
+        if isinstance(fault, jax.errors.JaxRuntimeError) and re.search(
+            "Gloo|NCCL|[Cc]oordination|Barrier|heartbeat|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED", str(fault)
+        ):
+            return str(fault).splitlines()[0][:200]
+        fault = fault.__cause__ or fault.__context__
+    return None
 
 
 def of_all(value: Any) -> list[Any]:
