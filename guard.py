@@ -25,10 +25,9 @@ from run_folder import finished_steps, remove_step, write_whole
 class GuardConfig:
     """What counts as a loss spike, and what is then left out."""
 
-    threshold: float = 8.0
-    """A spike: the loss is so many robust deviations above its running median, the gradient norm a quarter as many; 0:
-    no guard."""
-    window: int = 64
+    threshold: float = 6.0
+    """A spike: loss and gradient norm are both so many robust deviations above their running medians; 0: no guard."""
+    window: int = 32
     """Steps before it that median and deviation are of; half of them must be there."""
     skip: int = 8
     """Batches left out: the spike's and those before it, as far as to the checkpoint gone back to."""
@@ -62,14 +61,12 @@ def watched(row: dict[str, float | None]) -> list[float] | None:
 
 
 def is_spike(config: GuardConfig, history: Sequence[list[float]], values: list[float]) -> bool:
-    """Whether a step's loss and gradient norm stand out from `history`.
+    """Whether a step's loss and gradient norm both stand out from `history`.
 
     The gradient norm alone often does without a fault, and a hard batch raises the loss alone.
     """
-    if not config.threshold or len(history) < max(config.window // 2, 2):
-        return False
-    loss, norm = deviations(np.array(history), np.array(values))
-    return bool(loss > config.threshold and norm > config.threshold / 4)
+    enough = config.threshold > 0 and len(history) >= max(config.window // 2, 2)
+    return enough and bool((deviations(np.array(history), np.array(values)) > config.threshold).all())
 
 
 def left_out(run: str) -> frozenset[int]:

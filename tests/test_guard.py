@@ -15,7 +15,6 @@ from config import UserError
 from data.batches import Batches
 
 LM = ["--model.preset=tiny", "--optimizer.warmup=0", "--batch_size=8", "--length=32", "--eval_every=0", "--mesh.fsdp=8"]
-GUARD = ["--guard.window=16", "--guard.skip=2", "--save_every=5", "--mesh.data=1"]
 
 
 def poison(monkeypatch, numbers):
@@ -51,43 +50,49 @@ def test_a_spike_is_of_loss_and_gradient_both_and_needs_a_history():
     assert guard.is_spike(config, history, [6.0, 4.0])
     assert not guard.is_spike(config, history, [6.0, 1.0])  # a hard batch
     assert not guard.is_spike(config, history, [3.0, 4.0])  # clipping deals with it
-    assert not guard.is_spike(config, history[:31], [6.0, 4.0])
+    assert not guard.is_spike(config, history[:15], [6.0, 4.0])
     assert not guard.is_spike(guard.GuardConfig(threshold=0), history, [6.0, 4.0])
     assert guard.watched({"loss": float("nan"), "grad_norm": 1.0}) is guard.watched({"loss": 1.0}) is None
 
 
-def test_poison_is_skipped_and_the_run_resumes_bitwise(tmp_path, monkeypatch, capfd):
-    argv = [*LM, *GUARD, "--steps=24", "--keep=9"]
-    poison(monkeypatch, {18})
+def test_poison_is_skipped(tmp_path, monkeypatch, capfd):
+    argv = [*LM, "--steps=66", "--keep=9", "--save_every=20", "--guard.skip=2"]
+    poison(monkeypatch, {64})
     run(train_lm, *argv, f"--run={tmp_path}/run")
-    assert "loss spike at step 18: back to step 15; batches 17 to 18 are left out" in capfd.readouterr().err
+    assert "loss spike at step 64: back to step 60; batches 63 to 64 are left out" in capfd.readouterr().err
     [spike] = json.loads((tmp_path / "run" / "left_out.json").read_text())
-    assert spike == {"step": 18, "resumed_after": 15, "batches": [17, 18]}
-    assert [row["step"] for row in rows_of(tmp_path / "run")] == list(range(1, 25))
-    shutil.copytree(tmp_path / "run", tmp_path / "cut")
-    for step in (15, 20, 24):  # resumed from before the spike
-        shutil.rmtree(tmp_path / "cut" / "checkpoints" / str(step))
-    run(train_lm, *argv, f"--run={tmp_path}/cut")
-    equal(tmp_path / "cut", tmp_path / "run")
-    (tmp_path / "cut" / "left_out.json").unlink()  # killed while going back: it is found again
-    for step in (15, 20, 24):
-        shutil.rmtree(tmp_path / "cut" / "checkpoints" / str(step))
-    run(train_lm, *argv, f"--run={tmp_path}/cut")
-    assert "back to step 10; batches 17 to 18" in capfd.readouterr().err
-    equal(tmp_path / "cut", tmp_path / "run")
+    assert spike == {"step": 64, "resumed_after": 60, "batches": [63, 64]}
+    assert [row["step"] for row in rows_of(tmp_path / "run")] == list(range(1, 67))
 
 
-def test_too_many_spikes_end_the_run_and_checkpoints_at_fault_go(tmp_path, monkeypatch):
-    poison(monkeypatch, {12, 13})
-    argv = [*LM, *GUARD, "--steps=16", "--guard.skip=1", "--guard.most=1", "--save_every=11", f"--run={tmp_path}/run"]
-    with pytest.raises(UserError, match=r"spiked more than --guard.most=1 times, now at step 12; lower"):
+@pytest.mark.slow
+def test_a_run_that_left_batches_out_resumes_bitwise(tmp_path, monkeypatch):
+    argv = [*LM, "--steps=66", "--keep=9", "--save_every=20", "--guard.skip=2"]
+    poison(monkeypatch, {64})
+    run(train_lm, *argv, f"--run={tmp_path}/run")
+    for kept in ("left_out.json", None):  # from before the spike; and as if killed while going back: it is found again
+        shutil.copytree(tmp_path / "run", tmp_path / str(kept))
+        for step in (40, 60, 66) if kept else (60, 66):
+            shutil.rmtree(tmp_path / str(kept) / "checkpoints" / str(step))
+        if not kept:
+            (tmp_path / "None" / "left_out.json").unlink()
+        run(train_lm, *argv, f"--run={tmp_path}/{kept}")
+        assert json.loads((tmp_path / str(kept) / "left_out.json").read_text())[0]["batches"] == [63, 64]
+        equal(tmp_path / str(kept), tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_too_many_spikes_end_the_run_and_what_is_good_stays(tmp_path, monkeypatch):
+    poison(monkeypatch, {64, 65})
+    argv = [*LM, "--steps=70", "--guard.skip=1", "--guard.most=1", "--save_every=30", f"--run={tmp_path}/run"]
+    with pytest.raises(UserError, match=r"spiked more than --guard.most=1 times, now at step 64; lower"):
         run(train_lm, *argv)
-    assert (tmp_path / "run" / "checkpoints" / "11").exists()
+    assert (tmp_path / "run" / "checkpoints" / "60").exists()
 
 
 @pytest.mark.slow
 def test_poison_costs_less_than_one_percent(tmp_path, monkeypatch):
-    argv = [*LM, "--steps=400", "--eval_every=400", "--save_every=50", "--optimizer.lr=4e-3", "--mesh.data=1"]
+    argv = [*LM, "--steps=400", "--eval_every=400", "--save_every=50"]
     run(train_lm, *argv, f"--run={tmp_path}/clean")
     poison(monkeypatch, {233})
     run(train_lm, *argv, f"--run={tmp_path}/guarded")
@@ -112,5 +117,5 @@ def test_silent_on_twenty_clean_runs(tmp_path):
         )
         assert not (tmp_path / str(seed) / "left_out.json").exists()
         rows = np.array([[row["loss"], row["grad_norm"]] for row in rows_of(tmp_path / str(seed))])
-        largest.append(np.max([guard.deviations(rows[max(0, i - 64) : i], rows[i]) for i in range(32, 300)], axis=0))
+        largest.append(np.max([guard.deviations(rows[max(0, i - 32) : i], rows[i]) for i in range(16, 300)], axis=0))
     print(f"largest deviations over 20 runs, of loss and gradient norm: {np.max(largest, axis=0).round(1)}")

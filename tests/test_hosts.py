@@ -102,6 +102,7 @@ def equal(one, other, **tolerance):
     )
 
 
+@pytest.mark.slow
 def test_killed_peer_then_resumed_equals_one_process(tmp_path):
     argv = [*TINY, "--loss=simpo", "--steps=5", "--seed=3"]  # without packing hosts share one order of the data
     codes, errors = ends(start_two("train_dpo", [*argv, f"--run={tmp_path}/two"], (None, FAULTS["killed"])))
@@ -175,11 +176,10 @@ def check_fault(whole, tmp_path, argv, fault, rank, at):
 
 
 CASES = [(fault, rank, "step") for fault in FAULTS for rank in (0, 1)] + [("killed", rank, "save") for rank in (0, 1)]
-QUICK = [("killed", 0, "step"), ("sigterm", 1, "step")]
 
 
 @pytest.mark.parametrize(
-    ("fault", "rank", "at"), [case if case in QUICK else pytest.param(*case, marks=pytest.mark.slow) for case in CASES]
+    ("fault", "rank", "at"), [CASES[0], *(pytest.param(*case, marks=pytest.mark.slow) for case in CASES[1:])]
 )
 def test_a_fault_of_one_ends_both_and_the_run_resumes_bitwise(whole, tmp_path, fault, rank, at):
     check_fault(whole, tmp_path, LOOP, fault, rank, at)

@@ -24,7 +24,7 @@ def tokenizer(tmp_path_factory):
 
 
 @pytest.mark.skipif(jax.device_count() != 8, reason="needs eight devices")
-@pytest.mark.parametrize("script", [train_sft, train_rm])
+@pytest.mark.parametrize("script", [train_sft, pytest.param(train_rm, marks=pytest.mark.slow)])
 def test_a_dry_run_tells_shapes_and_writes_nothing(script, tmp_path, capsys):
     assert run(script, *TINY, "--mesh.tensor=2", f"--run={tmp_path}/run") == {}
     out = capsys.readouterr().out
