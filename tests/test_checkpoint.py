@@ -117,28 +117,12 @@ def test_new_run_has_nothing_to_restore_and_keeps_the_last_k(tmp_path):
     assert (run / "tokenizer.model").read_bytes() == b"tokens"
 
 
-def test_every_flipped_bit_is_found(saved, capfd):
-    paths, good = files(saved / "checkpoints" / "2"), shutil.copytree(saved, saved.with_name("good"))
-    rng, config_hash = random.Random(0), run_folder.identity_hash(load_config(str(saved)))
-    for path in paths + rng.choices(paths, k=6):
-        shutil.rmtree(saved)
-        shutil.copytree(good, saved)
-        content = bytearray(path.read_bytes())
-        bit = rng.randrange(8 * len(content))
-        content[bit // 8] ^= 1 << bit % 8
-        path.write_bytes(content)
-        assert not run_folder.is_good(saved / "checkpoints" / "2", config_hash)
-        assert str(path) in capfd.readouterr().err
-    assert restore(saved)[0] == 1
-
-
-@pytest.mark.slow
 def test_a_hundred_flipped_bits_and_twenty_truncations_are_found(saved, capfd):
     rng, config_hash = random.Random(1), run_folder.identity_hash(load_config(str(saved)))
     step = saved / "checkpoints" / "2"
     paths, sizes = files(step), [path.stat().st_size for path in files(step)]
     for number in range(120):
-        path = rng.choices(paths, sizes)[0]  # each byte as likely as another
+        path = paths[number] if number < len(paths) else rng.choices(paths, sizes)[0]  # each file, then any byte
         good = path.read_bytes()
         bad = bytearray(good)
         if number < 100:
