@@ -17,7 +17,7 @@ from running import rows_of, run
 
 import hosts
 import train_dpo
-import train_lm
+import train_sft
 from checkpoint import load_params
 from config import UserError
 from run_folder import finished_steps
@@ -35,8 +35,9 @@ FAULTS = {
 # Runs a script as its command line does, and does `fault` after step 3, or when the save of step 4 is half done.
 DRIVER = """
 import importlib, os, signal, sys, time
-import checkpoint, config, hosts
+import checkpoint, config, data.batches, hosts
 
+data.batches.PACKING_WINDOW = 16  # few rows each, so that the hosts' positions soon differ
 script, at, fault = sys.argv[1:4]
 del sys.argv[1:4]
 sys.path.append("tests")
@@ -118,7 +119,7 @@ def test_killed_peer_then_resumed_equals_one_process(tmp_path):
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
-LM = ["train_lm", *TINY, "--length=32", "--steps=8", "--keep=5"]
+PACKED = ["train_sft", *TINY, "--length=64", "--steps=8", "--keep=5"]
 LOOP = ["host_loop", "--steps=8"]
 
 
@@ -188,8 +189,8 @@ def test_a_fault_of_one_ends_both_and_the_run_resumes_bitwise(whole, tmp_path, f
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [("killed", 1, "step"), ("killed", 0, "save"), ("sigterm", 1, "step")])
 def test_so_it_is_with_a_script_that_packs(whole, tmp_path, case):
-    check_fault(whole, tmp_path, LM, *case)
-    folder = whole(*LM)
+    check_fault(whole, tmp_path, PACKED, *case)
+    folder = whole(*PACKED)
     assert [row["loss"] for row in rows_of(tmp_path / "run")] == [row["loss"] for row in rows_of(folder)]
     one, two = json.loads((folder / "checkpoints" / "8" / "manifest.json").read_text())["extra"]
     assert one != two and one["batches"] == two["batches"] == 8  # their positions in the data
@@ -197,9 +198,9 @@ def test_so_it_is_with_a_script_that_packs(whole, tmp_path, case):
 
 @pytest.mark.slow
 def test_hosts_that_tensor_spans_equal_one_process(tmp_path):
-    codes, errors = ends(start_two("train_lm", [*LM[1:], "--mesh.tensor=2", f"--run={tmp_path}/two"]))
+    codes, errors = ends(start_two("train_sft", [*PACKED[1:], "--mesh.tensor=2", f"--run={tmp_path}/two"]))
     assert codes == [0, 0], errors
-    run(train_lm, *LM[1:], f"--run={tmp_path}/one", "--mesh.data=1", "--mesh.fsdp=8")
+    run(train_sft, *PACKED[1:], f"--run={tmp_path}/one", "--mesh.data=1", "--mesh.fsdp=8")
     equal(tmp_path / "two", tmp_path / "one", atol=1e-4)
 
 
