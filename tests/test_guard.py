@@ -117,5 +117,5 @@ def test_silent_on_twenty_clean_runs(tmp_path):
         )
         assert not (tmp_path / str(seed) / "left_out.json").exists()
         rows = np.array([[row["loss"], row["grad_norm"]] for row in rows_of(tmp_path / str(seed))])
-        largest.append(np.max([guard.deviations(rows[max(0, i - 32) : i], rows[i]) for i in range(16, 300)], axis=0))
+        largest.append(np.max([guard.deviations(rows[max(0, i - 32) : i], rows[i]) for i in range(16, 200)], axis=0))
     print(f"largest deviations over 20 runs, of loss and gradient norm: {np.max(largest, axis=0).round(1)}")
