@@ -109,7 +109,7 @@ def test_silent_on_twenty_clean_runs(tmp_path):
         run(
             train_lm,
             *LM,
-            "--steps=300",
+            "--steps=200",
             "--save_every=0",
             "--mesh.data=1",
             f"--seed={seed}",
