@@ -22,6 +22,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from config import UserError, load_config
+from hosts import of_all
 from lora import merged
 from run_folder import (
     Damaged,
@@ -75,7 +76,7 @@ class Checkpoints:
         ocp = _orbax()
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), timeout_secs=3600)
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="manifest")
-        # With several processes they must agree on the step: JAX's preemption service does (see `due`).
+        # Several processes must agree on the step: JAX's preemption service, which takes SIGTERM, does (see `due`).
         in_main_thread = threading.current_thread() is threading.main_thread()
         self._handles_signal = in_main_thread and jax.process_count() == 1
         if self._handles_signal:
@@ -83,6 +84,8 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: Any, fault: Any, trace: Any) -> None:
+        if isinstance(fault, jax.errors.JaxRuntimeError) and jax.process_count() > 1:
+            return  # another process is gone: its part of a save would be waited for in vain
         try:
             self.wait()
         except Exception as unsaved:
@@ -116,6 +119,8 @@ class Checkpoints:
     def save(self, step: int, state: dict[str, Any], extra: Any = None) -> None:
         """Starts saving `state` (arrays, typed keys; its "params" apart) and `extra` (small, JSON) as `step`.
 
+        `extra` is each process's own, such as its position in the data.
+
         Returns once the arrays are copied to the host. Raises UserError where parameters are not finite, or
         where the previous save failed.
         """
@@ -126,7 +131,7 @@ class Checkpoints:
             "step": step,
             "config": identity_hash(self.config),
             "arrays": {name: kind_of(leaf) for name, leaf in _named(items).items()},
-            "extra": json.loads(json.dumps(extra)),
+            "extra": of_all(extra),
         }
         path = self.folder / str(step)
         with disk_faults(path):
@@ -175,7 +180,8 @@ class Checkpoints:
         if jax.process_index() == 0:
             for step in steps[: steps.index(good)]:
                 remove_step(self.folder / str(step))
-        return good, {"params": items["params"], **rest}, manifest["extra"]
+        extras = manifest["extra"]  # a process too many gets another's, which the data then refuses
+        return good, {"params": items["params"], **rest}, extras[jax.process_index() % len(extras)]
 
 
 def load_params(run: str, step: int | None = None, shapes: Any = None) -> dict[str, Any]:
@@ -283,8 +289,8 @@ def _refuse_non_finite(params: Any, folder: pathlib.Path, step: int) -> None:
 
 
 def _orbax() -> Any:
-    """Orbax, imported at its first use (0.4 s), its log kept off the terminal."""
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    """Orbax, imported at its first use (0.4 s), its log kept off the terminal: what fails is raised too."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     import orbax.checkpoint as ocp
 
     return ocp

@@ -88,17 +88,29 @@ def load_config(run: str) -> dict[str, Any]:
 
 
 def run(main: Callable[[ConfigT], Any], cls: type[ConfigT]) -> None:
-    """What a script does when started: parse the flags, run `main`, end a user's mistake in one line."""
-    guarded(lambda: main(parse(cls)))
+    """What a script does when started: parse the flags, run `main`, end a user's mistake in one line.
+
+    A config with `hosts` joins the other processes first.
+    """
+    from hosts import joined  # which imports this module
+
+    def start() -> None:
+        config = parse(cls)
+        with joined(config.hosts) if hasattr(config, "hosts") else contextlib.nullcontext():
+            main(config)
+
+    ending_in_one_line(start)
 
 
-def guarded(main: Callable[[], Any]) -> None:
+def ending_in_one_line(main: Callable[[], Any]) -> None:
     """Run `main`; a user's mistake ends in one line and exit code 2."""
+    from hosts import leave
+
     try:
         main()
     except UserError as fault:
         print(f"error: {' '.join(str(fault).split())}", file=sys.stderr)
-        raise SystemExit(2) from None
+        leave(2)
     except KeyboardInterrupt:
         print("stopped by the keyboard; the same command resumes from the last checkpoint", file=sys.stderr)
-        raise SystemExit(130) from None
+        leave(130)

@@ -30,7 +30,7 @@ from model import LanguageModel, ModelConfig, Params, ScalarModel, pure
 from objectives.likelihood import inputs, likelihood_objective
 from objectives.reward import last_token
 from report import alignment_report
-from sharding import MeshConfig, make_mesh
+from sharding import MeshConfig, make_mesh, to_host
 from train_step import make_evaluation
 
 # --- reward models
@@ -77,7 +77,7 @@ def make_scorer(config: ModelConfig, tokenizer: Tokenizer, length: int) -> Calla
             tokens = [[*tokenizer.prompt(p), *tokenizer.encode(r), tokenizer.eos][-length:] for p, r in pairs]
             padded = [{"tokens": t} for t in tokens + tokens[:1] * (rows - len(tokens))]
             batch = pad_prompts(padded, length, tokenizer.pad, fixed=True)
-            out += np.asarray(rewards(params, *inputs(batch)))[: len(tokens)].tolist()
+            out += to_host(rewards(params, *inputs(batch)))[: len(tokens)].tolist()
         return out
 
     return score

@@ -17,6 +17,7 @@ from data.batches import pad_prompts
 from data.tokenizer import Tokenizer
 from model import LanguageModel, ModelConfig, Params, pure
 from sampling import Samples, SamplingConfig, generate, truncate
+from sharding import to_host
 
 __all__ = ["Samples", "SamplingConfig", "generate", "join", "make_sampler", "truncate"]
 
@@ -65,7 +66,7 @@ def make_sampler(
             part = list(prompts[start : start + rows])
             padded = [{"tokens": tokens} for tokens in part + [part[0]] * (rows - len(part))]
             batch = pad_prompts(padded, length, tokenizer.pad, fixed=True)
-            samples = jax.device_get(sample(params, batch, jax.random.fold_in(key, start)))
+            samples = to_host(sample(params, batch, jax.random.fold_in(key, start)))
             lengths = samples.mask_BR.sum(1).astype(int)[: len(part) * n]
             out += [row[:end].tolist() for row, end in zip(samples.response_BR, lengths, strict=False)]
         return out

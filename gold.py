@@ -12,6 +12,7 @@ from data.tokenizer import Tokenizer
 from generate import SamplingConfig, generate, join
 from model import LanguageModel, ModelConfig, Params, pure
 from objectives.policy import response_logprobs
+from sharding import to_host
 
 CRITERIA = ("helpful", "honest", "harmless", "all")
 Interval = tuple[float, list[float]]
@@ -70,7 +71,7 @@ def make_measure(
             padded = [{"tokens": row} for row in tokens + tokens[:1] * (rows - len(part))]
             batch = pad_prompts(padded, prompt_length, tokenizer.pad, fixed=True)
             key = jax.random.fold_in(jax.random.key(seed), start)
-            samples, kl_B = jax.device_get(sample(params, reference, batch, key))
+            samples, kl_B = to_host(sample(params, reference, batch, key))
             for b in range(len(part)):
                 length = int(samples.mask_BR[b].sum())
                 out.append((tokenizer.decode(samples.response_BR[b, :length].tolist()), length, float(kl_B[b])))

@@ -16,10 +16,16 @@ import numpy as np
 from tqdm import tqdm
 
 from config import UserError
+from guard import GuardConfig, Spike, is_spike, watched
+from hosts import finished_step, of_all
 from run_folder import write_whole
 
 SHOWN = ("loss", "score", "kl", "accuracy")
 """Metrics on the progress bar, where a script has them."""
+STEP_NAMES = ("jit(step)", "jit_step", "step")
+"""What JAX calls make_train_step's `step` when it tells of compilations, in one version or another."""
+MOST_COMPILATIONS = 32
+"""Of a run's steps; with a large model each takes minutes. Scripts have one or two, and batches up to four shapes."""
 
 
 class Recorder:
@@ -30,18 +36,24 @@ class Recorder:
                 state, metrics = train_step(state, batch)
                 record(step, metrics, tokens=batch["tokens_BT"].size)
 
-    Rows after step `start` that an interrupted run left are removed. Only process 0 writes and shows.
+    Rows after step `start` that an interrupted run left are removed. Only process 0 writes and shows. Compilations of
+    the step are counted in the row of the step that brought one, and capped; `guard` raises guard.Spike.
     """
 
-    def __init__(self, run: str, total_steps: int, start: int = 0, *, unit: str = "step"):
+    def __init__(
+        self, run: str, total_steps: int, start: int = 0, *, unit: str = "step", guard: GuardConfig | None = None
+    ):
         self.run, self.total, self.start, self.unit = pathlib.Path(run), total_steps, start, unit
         self.last: dict[str, float] = {}
         """The values of the newest row."""
         self._shows = jax.process_index() == 0
         self._pending: tuple[int, dict[str, Any], int] | None = None
         self._recent: collections.deque = collections.deque(maxlen=20)  # (time, tokens) of the last rows
+        self._guard, self._history = guard, collections.deque(maxlen=guard and guard.window)
+        self._compiled = self._told_compiled = 0
 
     def __enter__(self) -> "Recorder":
+        jax.monitoring.register_event_duration_secs_listener(self._on_event)
         self._began = self._told = time.monotonic()
         if self._shows:
             from tensorboardX import SummaryWriter
@@ -59,9 +71,13 @@ class Recorder:
                 leave=True,
                 disable=not sys.stderr.isatty(),
             )
+        if self._guard is not None:
+            rows = read_rows(str(self.run)) if self._shows else []
+            self._history.extend(of_all([seen for row in rows if (seen := watched(row))][-self._guard.window :])[0])
         return self
 
     def __exit__(self, kind: Any, fault: Any, trace: Any) -> None:
+        jax.monitoring.unregister_event_duration_listener(self._on_event)
         try:
             self.flush()
         finally:
@@ -86,6 +102,12 @@ class Recorder:
         Values: scalars of a device or of Python, or pairs (sum, weight). Further calls for the same step (an
         evaluation) join its row. `tokens`: how many the step trained on, for the throughput.
         """
+        if self._compiled > MOST_COMPILATIONS:
+            fault = f"the step was compiled {self._compiled} times by step {step}, for batches of as many shapes"
+            raise UserError(f"{self.run}: {fault}; pad them to few (data.batches.bucket)")
+        if self._compiled > self._told_compiled:
+            metrics = {**metrics, "compilations": self._compiled}
+            self._told_compiled = self._compiled
         for value in jax.tree.leaves(metrics):
             if hasattr(value, "copy_to_host_async"):
                 value.copy_to_host_async()
@@ -102,14 +124,25 @@ class Recorder:
             return
         (step, metrics, tokens), self._pending = self._pending, None
         values = {name: _number(value) for name, value in metrics.items()}
+        finished_step()
         now = time.monotonic()
         self._recent.append((now, tokens))
         span = now - self._recent[0][0]
         if tokens and span > 0:
             values["tokens_per_second"] = sum(count for _, count in list(self._recent)[1:]) / span
         self.last = {**values, "step": step}
-        if not self._shows:
-            return
+        if self._shows:
+            self._write(step, values, now)
+        if self._guard is not None and (seen := watched(values)):
+            if is_spike(self._guard, self._history, seen):
+                raise Spike(step)
+            self._history.append(seen)
+
+    def _on_event(self, event: str, seconds: float, **named: Any) -> None:
+        """Counts what JAX tells of compilations: those of make_train_step's `step`."""
+        self._compiled += event.endswith("backend_compile_duration") and named.get("fun_name") in STEP_NAMES
+
+    def _write(self, step: int, values: dict[str, float], now: float) -> None:
         row = {"step": step, "seconds": round(self._earlier + now - self._began, 3), **values}
         finite = {name: value if math.isfinite(value) else None for name, value in row.items()}
         self._rows.write(json.dumps(finite) + "\n")

@@ -264,7 +264,7 @@ def main(argv: list[str]) -> Verdict | None:
 def run(argv: list[str]) -> int:
     """`main` as a command: its exit code."""
     verdicts: list[Verdict | None] = []
-    flags.guarded(lambda: verdicts.append(main(argv)))
+    flags.ending_in_one_line(lambda: verdicts.append(main(argv)))
     return 0 if verdicts[0] and verdicts[0].fits else 1
 
 

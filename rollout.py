@@ -14,7 +14,7 @@ from generate import SamplingConfig, generate, join
 from model import Params
 from objectives.group import refilled
 from objectives.policy import kl_estimate, masked_mean
-from sharding import constrain_batch, gathered, to_mesh
+from sharding import constrain_batch, gathered, to_host, to_mesh
 
 Batch = dict[str, jax.Array]
 Condition = Callable[[Batch], Batch]
@@ -127,9 +127,10 @@ def check_first_update(update: dict[str, Any], metrics: dict[str, Any], config: 
     assert gap < 1e-4 or config.model.compute_dtype != jnp.float32, f"sampler and trainer disagree by {gap} nats"
 
 
-def sample_rows(records: list[dict[str, Any]], response_BR: jax.Array, tokenizer: Tokenizer) -> list[dict[str, str]]:
-    """A row for each of the records' prompts and the first of its responses."""
-    n = response_BR.shape[0] // len(records)
-    texts = [tokenizer.decode(tokens.tolist()) for tokens in jax.device_get(response_BR[::n])]
+def sample_rows(
+    records: list[dict[str, Any]], response_BR: jax.Array, tokenizer: Tokenizer, n: int
+) -> list[dict[str, str]]:
+    """A row for each of the records' prompts and the first of its `n` responses; right on the first host alone."""
+    texts = [tokenizer.decode(tokens.tolist()) for tokens in to_host(response_BR)[::n][: len(records)]]
     prompts = [record["text"] if "text" in record else record["prompt"][-1]["content"] for record in records]
     return [{"prompt": p, "response": r} for p, r in zip(prompts, texts, strict=True)]

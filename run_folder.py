@@ -22,7 +22,7 @@ import jax
 
 from config import UserError, load_config
 
-FREE = {"run", "steps", "keep", "mesh", "eval_every", "save_every", "log_every", "sample_every"}
+FREE = {"run", "steps", "keep", "mesh", "eval_every", "save_every", "log_every", "sample_every", "hosts", "dry_run"}
 """Config fields that may change when a run is resumed; all others decide its results."""
 
 LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint")

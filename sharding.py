@@ -2,14 +2,13 @@
 
 import dataclasses
 import math
-import os
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import mesh_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -48,19 +47,9 @@ class MeshConfig:
     """Devices over which heads and hidden units are split."""
 
 
-def initialize_distributed() -> None:
-    """Join the other hosts where the environment names a coordinator (pods, SLURM, explicit variables)."""
-    named = ("JAX_COORDINATOR_ADDRESS", "COORDINATOR_ADDRESS", "SLURM_JOB_NUM_NODES", "MEGASCALE_COORDINATOR_ADDRESS")
-    tpu_hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "").count(",")
-    if (any(os.environ.get(name) for name in named) or tpu_hosts) and not jax.distributed.is_initialized():
-        jax.distributed.initialize()
-
-
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh over `devices`, or over all, also set as the current one; raises UserError where it cannot be."""
-    if devices is None:
-        initialize_distributed()
-        devices = jax.devices()
+    devices = jax.devices() if devices is None else devices
     sizes, count = dataclasses.asdict(config), len(devices)
     flags = ", ".join(f"--mesh.{name}={size}" for name, size in sizes.items())
     if any(size == 0 or size < -1 for size in sizes.values()) or list(sizes.values()).count(-1) > 1:
@@ -122,6 +111,35 @@ def to_mesh(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """This host's rows of a batch as global arrays, split over data and fsdp by their first axis."""
     sharding = NamedSharding(mesh, BATCH)
     return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+
+
+def to_host(tree: Any) -> Any:
+    """`tree` with NumPy arrays, whole on every host; of several hosts all must call it."""
+
+    def whole(x: Any) -> Any:
+        split = isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated)
+        return multihost_utils.process_allgather(x, tiled=True) if split else x
+
+    return jax.device_get(jax.tree.map(whole, tree))
+
+
+def reader(mesh: Mesh, owners: np.ndarray | None = None, host: int | None = None) -> dict[str, int]:
+    """Which part of the data this host reads, as `process` of `processes`, for data.batches.
+
+    Hosts whose devices hold the same rows, as where tensor spans them, read the same part. `owners`: the host of each
+    device of the mesh, and `host`: this one, if not as JAX says. Raises UserError for a mesh on which hosts share some
+    rows but not all.
+    """
+    owners = np.vectorize(lambda device: device.process_index)(mesh.devices) if owners is None else owners
+    host = jax.process_index() if host is None else host
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    rows = np.moveaxis(owners, [mesh.axis_names.index(axis) for axis in ("data", "fsdp")], (0, 1)).reshape(ways, -1)
+    held = {int(o): tuple(np.flatnonzero((rows == o).any(1)).tolist()) for o in np.unique(owners)}
+    parts = sorted(set(held.values()))
+    if sum(map(len, parts)) != ways or len({len(part) for part in parts}) > 1:
+        axes = ", ".join(f"--mesh.{name}={size}" for name, size in mesh.shape.items())
+        raise UserError(f"{axes}: hosts share rows of the batch in part; make tensor divide a host's devices")
+    return {"process": parts.index(held[host]), "processes": len(parts)}
 
 
 def check_batch(name: str, rows: int, microbatches: int, mesh: Mesh) -> None:

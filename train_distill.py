@@ -22,21 +22,16 @@ from data.sources import open_source
 from data.tokenizer import Tokenizer
 from generate import SamplingConfig, make_sampler
 from gold import make_gold_evaluation
+from hosts import HostsConfig
 from lora import LoraConfig, attach, pinned
 from metrics import Recorder, describe
 from model import LanguageModel, ModelConfig, Params, check_fit, pure
 from objectives import distill
 from objectives.likelihood import response_mask
+from preview import preview
 from rollout import make_rollout
-from sharding import MeshConfig, abstract, check_batch, make_mesh, to_mesh
-from train_step import (
-    OptimizerConfig,
-    as_items,
-    make_evaluation,
-    make_optimizer,
-    make_train_step,
-    start_or_resume,
-)
+from sharding import MeshConfig, abstract, check_batch, make_mesh, reader, to_mesh
+from train_step import OptimizerConfig, as_items, make_evaluation, make_optimizer, make_train_step, start_or_resume
 
 EVAL_BATCHES = 4
 
@@ -79,6 +74,7 @@ class Config:
     optimizer: OptimizerConfig = OptimizerConfig(lr=2e-3)
     lora: LoraConfig = LoraConfig()
     mesh: MeshConfig = MeshConfig()
+    hosts: HostsConfig = HostsConfig()
     seed: int = 0
     eval_every: int = 200
     """Steps between evaluations on held-out data, and by the gold program (world only); 0: never."""
@@ -86,6 +82,8 @@ class Config:
     """Steps between checkpoints; 0: at the end only."""
     keep: int = 2
     """Checkpoints kept."""
+    dry_run: bool = False
+    """Print shapes, shardings, memory and the first batch, and write nothing."""
 
 
 def check(config: Config) -> None:
@@ -125,7 +123,7 @@ def main(config: Config) -> dict[str, float]:
     teacher_model, tokenizer = load_teacher(config)
     source, held_out = (open_source(config.data, "chat", split, seed=config.seed) for split in ("train", "heldout"))
     options = {"tokenizer": tokenizer, "batch_size": config.batch_size}
-    options |= {"process": jax.process_index(), "processes": jax.process_count()}
+    options |= reader(mesh)
     batches = chat_batches(source, length=config.length, seed=config.seed, **options)
     asked = dataclasses.replace(source, read=lambda i: {"prompt": source.read(i)["messages"][:-1]})
     prompts = prompt_batches(asked, length=config.max_prompt, seed=config.seed, **options)
@@ -152,6 +150,8 @@ def main(config: Config) -> dict[str, float]:
     judges = config.data == "world" and config.eval_every > 0
     gold = make_gold_evaluation(config, tokenizer, reference=teacher_model) if judges else None
 
+    if config.dry_run:
+        return preview(config, init, optimizer, mesh, next(batches), tokenizer)
     with Checkpoints(
         config.run, config, script="train_distill", tokenizer=tokenizer.model, keep=config.keep
     ) as checkpoints:

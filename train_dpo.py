@@ -33,12 +33,14 @@ from data.sources import Source, open_source
 from data.tokenizer import tokenizer_for
 from generate import SamplingConfig, make_sampler
 from gold import make_gold_evaluation
+from hosts import HostsConfig
 from lora import LoraConfig, attach, pinned
 from metrics import Recorder, describe
 from model import LanguageModel, ModelConfig, Params, check_fit, pure
 from objectives import direct
 from objectives.likelihood import likelihood_objective
-from sharding import MeshConfig, check_batch, make_mesh, to_mesh
+from preview import preview
+from sharding import MeshConfig, check_batch, make_mesh, reader, to_mesh
 from train_step import (
     Objective,
     OptimizerConfig,
@@ -100,6 +102,7 @@ class Config:
     optimizer: OptimizerConfig = OptimizerConfig(lr=1e-4, beta2=0.999, weight_decay=0.0)
     lora: LoraConfig = LoraConfig()
     mesh: MeshConfig = MeshConfig()
+    hosts: HostsConfig = HostsConfig()
     seed: int = 0
     gold: bool = False
     """Gold evaluation too, where --data is not world but is of the world (as collect.py writes it)."""
@@ -117,6 +120,8 @@ class Config:
     """Steps between checkpoints; 0: at the end only."""
     keep: int = 2
     """Checkpoints kept."""
+    dry_run: bool = False
+    """Print shapes, shardings, memory and the first batch, and write nothing."""
 
 
 def make_objective(config: Config, apply: Any) -> tuple[Objective, bool]:
@@ -173,12 +178,12 @@ def make_batches(config: Config, source: Source, tokenizer: Any, **options: Any)
     return comparison_batches(with_mismatched(source) if judged else source, tokenizer, **options)
 
 
-def on_host(config: Config, batch: dict[str, np.ndarray], step: int) -> dict[str, np.ndarray]:
+def on_host(config: Config, batch: dict[str, np.ndarray], step: int, host: int) -> dict[str, np.ndarray]:
     """What a loss needs beside the batch and NumPy can tell."""
     if config.loss in ("figa", "unlikelihood"):
         return {"figa": with_edit_weights, "unlikelihood": with_rank_weights}[config.loss](batch, config.weight)
     if config.loss == "hindsight" and config.hidden:
-        rng = np.random.default_rng((config.seed, step, jax.process_index()))
+        rng = np.random.default_rng((config.seed, step, host))
         return forget(batch, config.hidden, rng)
     return batch
 
@@ -207,11 +212,11 @@ def main(config: Config) -> dict[str, float]:
     source, held_out = (open_source(config.data, schema, split, seed=config.seed) for split in ("train", "heldout"))
     tokenizer = tokenizer_for(config, source)
     check_fit(config.model, tokenizer.size, config.length)
-    host = {"process": jax.process_index(), "processes": jax.process_count()}
+    host = reader(mesh)
     batches_of = partial(make_batches, config, tokenizer=tokenizer, **host)
     batches = batches_of(source, seed=config.seed)
     count = max(1, min(config.eval_records, len(held_out)) // config.batch_size) if config.eval_every else 0
-    eval_batches = [on_host(config, batch, 0) for batch in islice(batches_of(held_out), count)]
+    eval_batches = [on_host(config, batch, 0, host["process"]) for batch in islice(batches_of(held_out), count)]
 
     optimizer = make_optimizer(config.optimizer, config.steps)
     whole = partial(attach, config.lora)
@@ -226,6 +231,8 @@ def main(config: Config) -> dict[str, float]:
     asked = [held_out[i]["prompt"] for i in range(min(8, len(held_out)))]
     prompts = [tokenizer.prompt(messages)[-config.length :] for messages in asked]
 
+    if config.dry_run:
+        return preview(config, init, optimizer, mesh, next(batches), tokenizer)
     with Checkpoints(
         config.run, config, script="train_dpo", tokenizer=tokenizer.model, keep=config.keep
     ) as checkpoints:
@@ -251,7 +258,7 @@ def main(config: Config) -> dict[str, float]:
         print(describe(title, state.params, (state.opt_state, held), **sizes))
         with Recorder(config.run, config.steps, start) as record:
             for step in record.steps():
-                batch = on_host(config, next(batches), step)
+                batch = on_host(config, next(batches), step, host["process"])
                 tokens = batch["loss_mask_BT" if config.loss == "hindsight" else "loss_mask_BCT"].size
                 state, metrics = train_step(state, prepared(whole(base, state.params), batch), base)
                 record(step, metrics, tokens=tokens)

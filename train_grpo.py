@@ -22,11 +22,13 @@ from data.batches import prompt_batches
 from data.sources import open_source
 from data.tokenizer import Tokenizer
 from gold import make_gold_evaluation
+from hosts import HostsConfig
 from lora import LoraConfig, attach, pinned
 from metrics import Recorder, describe
 from model import LanguageModel, ModelConfig, Params, check_fit, pure
 from objectives import direct, group
 from objectives import policy as ppo
+from preview import preview
 from rewards import is_function, make_scorer
 from rollout import (
     Batch,
@@ -38,7 +40,7 @@ from rollout import (
     sample_rows,
     shuffled,
 )
-from sharding import MeshConfig, check_batch, make_mesh
+from sharding import MeshConfig, check_batch, make_mesh, reader
 from train_step import OptimizerConfig, as_items, make_optimizer, make_train_step, start_or_resume, starting_params
 
 
@@ -121,6 +123,7 @@ class Config:
     lora: LoraConfig = LoraConfig()
     """The reference is then the policy's base."""
     mesh: MeshConfig = MeshConfig()
+    hosts: HostsConfig = HostsConfig()
     seed: int = 0
     eval_every: int = 10
     """Iterations between gold evaluations on held-out prompts (world only)."""
@@ -128,6 +131,8 @@ class Config:
     """Iterations between checkpoints."""
     keep: int = 2
     """Checkpoints kept."""
+    dry_run: bool = False
+    """Print shapes, shardings, memory and the first batch, and write nothing."""
 
 
 def make_method(config: Config, apply: Any) -> tuple[Callable[..., jax.Array], Any]:
@@ -238,7 +243,7 @@ def main(config: Config) -> dict[str, float]:
     source = open_source(config.data, "prompt", "train", seed=config.seed)
     prompts = prompt_batches(
         source, tokenizer, batch_size=config.batch_size // config.samples_per_prompt, length=config.max_prompt,
-        seed=config.seed, process=jax.process_index(), processes=jax.process_count(),
+        seed=config.seed, **reader(mesh),
     )  # fmt: skip
     advantages, objective = make_method(config, apply)
     rollout = make_rollout(config, apply, tokenizer, config.samples_per_prompt)
@@ -251,6 +256,8 @@ def main(config: Config) -> dict[str, float]:
     pairs = jax.jit(partial(group.best_and_worst, group=config.samples_per_prompt))
     evaluate = make_gold_evaluation(config, tokenizer) if config.data == "world" and config.eval_every else None
 
+    if config.dry_run:
+        return preview(config, init, optimizer, mesh, next(prompts), tokenizer)
     with Checkpoints(config.run, config, script="train_grpo", tokenizer=tokenizer.model, keep=config.keep) as saved:
         start, policy, position, base = start_or_resume(saved, config, init, optimizer, mesh)
         reference = base or starting_params(init, config.model, config.init, mesh, config.seed)
@@ -277,7 +284,7 @@ def main(config: Config) -> dict[str, float]:
                 if record.last.get("kl", 0.0) > config.kl_limit:
                     raise UserError(f"--kl_limit={config.kl_limit}: KL is {record.last['kl']:.1f}; raise --kl_coef")
                 if config.eval_every and (step % config.eval_every == 0 or step == config.steps):
-                    record.samples(step, sample_rows(*shown, tokenizer)[:8])
+                    record.samples(step, sample_rows(*shown, tokenizer, config.samples_per_prompt)[:8])
                     if evaluate is not None:
                         record(step, evaluate(whole(base, policy.params), reference))
                 if saved.due(step, config.save_every, config.steps):

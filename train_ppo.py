@@ -20,15 +20,17 @@ from data.batches import prompt_batches, text_batches
 from data.sources import open_source
 from data.tokenizer import Tokenizer
 from gold import make_gold_evaluation
+from hosts import HostsConfig
 from lora import LoraConfig, attach, frozen_part, pinned, trained_part
 from metrics import Recorder, describe
 from model import LanguageModel, ModelConfig, Params, ScalarModel, check_fit, pure
 from objectives import policy as ppo
 from objectives.likelihood import inputs
 from objectives.reward import last_token, step_ends, step_rewards
+from preview import preview_items
 from rewards import load_reward_model
 from rollout import check_first_update, ended, make_rollout, rollout_metrics, sample_rows, shuffled
-from sharding import MeshConfig, abstract, check_batch, init_sharded, make_mesh, to_mesh
+from sharding import MeshConfig, abstract, check_batch, init_sharded, make_mesh, reader, to_mesh
 from train_step import (
     OptimizerConfig,
     as_items,
@@ -119,6 +121,7 @@ class Config:
     lora: LoraConfig = LoraConfig()
     """Of policy and value model both; the reference and the reward model are then their bases."""
     mesh: MeshConfig = MeshConfig()
+    hosts: HostsConfig = HostsConfig()
     seed: int = 0
     eval_every: int = 12
     """Iterations between gold evaluations on held-out prompts (world only)."""
@@ -126,6 +129,8 @@ class Config:
     """Iterations between checkpoints."""
     keep: int = 2
     """Checkpoints kept."""
+    dry_run: bool = False
+    """Print shapes, shardings, memory and the first batch, and write nothing."""
 
 
 def make_judge(config: Config, apply: Any, scalar_apply: Any, eos: int, newline: int):
@@ -223,7 +228,7 @@ def main(config: Config) -> dict[str, float]:
     reference, reward, reward_model = load_models(config, mesh)
     apply, scalar_apply = pure(LanguageModel(config.model))[1], pure(ScalarModel(reward_model))[1]
     source = open_source(config.data, "prompt", "train", seed=config.seed)
-    options = {"seed": config.seed, "process": jax.process_index(), "processes": jax.process_count()}
+    options = {"seed": config.seed, **reader(mesh)}
     asked, rows = config.batch_size // config.samples_per_prompt, config.batch_size // config.minibatches
     prompts = prompt_batches(source, tokenizer, batch_size=asked, length=config.max_prompt, **options)
     read = {"prompts": prompts}
@@ -243,6 +248,9 @@ def main(config: Config) -> dict[str, float]:
         states = [init_state(p, o) for p, o in zip(copies, (policy_optimizer, value_optimizer), strict=True)]
         return {**as_items(states[0]), "value": states[1], "beta": jnp.float32(config.kl_coef)}
 
+    if config.dry_run:
+        items = abstract(jax.eval_shape(fresh, reference, reward), mesh)
+        return preview_items(config, {**items, "held": (reference, reward)}, next(prompts), tokenizer)
     with Checkpoints(
         config.run, config, script="train_ppo", tokenizer=tokenizer.model, keep=config.keep
     ) as checkpoints:
@@ -283,7 +291,7 @@ def main(config: Config) -> dict[str, float]:
                         f"--kl_limit={config.kl_limit}: KL reached {record.last['kl']:.1f} nats; raise --kl_coef"
                     )
                 if config.eval_every and (step % config.eval_every == 0 or step == config.steps):
-                    record.samples(step, sample_rows(records, response_BR, tokenizer)[:8])
+                    record.samples(step, sample_rows(records, response_BR, tokenizer, config.samples_per_prompt)[:8])
                     if evaluate is not None:
                         record(step, evaluate(whole(base, policy.params), reference))
                 if checkpoints.due(step, config.save_every, config.steps):

@@ -25,14 +25,16 @@ from data.batches import prompt_batches
 from data.sources import open_source
 from data.tokenizer import Tokenizer
 from gold import make_gold_evaluation
+from hosts import HostsConfig
 from lora import LoraConfig, attach, frozen_part, pinned, trained_part
 from metrics import Recorder, describe
 from model import LanguageModel, ModelConfig, Params, check_fit, pure
 from objectives import imitate
 from objectives.policy import missing_eos, response_logprobs
+from preview import preview_items
 from rewards import make_scorer
 from rollout import Batch, Condition, ended, make_experience, make_rollout, rollout_metrics, sample_rows
-from sharding import MeshConfig, abstract, check_batch, constrain_batch, init_sharded, make_mesh
+from sharding import MeshConfig, abstract, check_batch, constrain_batch, init_sharded, make_mesh, reader
 from train_step import (
     OptimizerConfig,
     as_items,
@@ -97,6 +99,7 @@ class Config:
     lora: LoraConfig = LoraConfig()
     """The reference is then the policy's base."""
     mesh: MeshConfig = MeshConfig()
+    hosts: HostsConfig = HostsConfig()
     seed: int = 0
     eval_every: int = 1
     """Rounds between gold evaluations on held-out prompts (world only)."""
@@ -104,6 +107,8 @@ class Config:
     """Rounds between checkpoints."""
     keep: int = 2
     """Checkpoints kept."""
+    dry_run: bool = False
+    """Print shapes, shardings, memory and the first batch, and write nothing."""
 
 
 def check(c: Config, mesh: Any) -> None:
@@ -199,7 +204,7 @@ def main(config: Config) -> dict[str, float]:
     source = open_source(config.data, "prompt", "train", seed=config.seed)
     prompts = prompt_batches(
         source, tokenizer, batch_size=config.batch_size // config.samples_per_prompt, length=config.max_prompt,
-        seed=config.seed, process=jax.process_index(), processes=jax.process_count(),
+        seed=config.seed, **reader(mesh),
     )  # fmt: skip
 
     def plain(batch: Batch) -> Batch:
@@ -238,6 +243,9 @@ def main(config: Config) -> dict[str, float]:
         pool = imitate.empty_pool(pool_rows, config.max_prompt, config.max_new_tokens, tokenizer.pad)
         return {**as_items(state), "pool": pool}
 
+    if config.dry_run:
+        items = abstract(jax.eval_shape(fresh, reference), mesh)
+        return preview_items(config, {**items, "held": reference}, next(prompts), tokenizer)
     with Checkpoints(config.run, config, script="train_raft", tokenizer=tokenizer.model, keep=config.keep) as saved:
         found = saved.restore(abstract(jax.eval_shape(fresh, reference), mesh))
         start, items, position = found or (0, init_sharded(fresh, mesh, reference), None)
@@ -265,7 +273,7 @@ def main(config: Config) -> dict[str, float]:
                     print(f"note: round {step}: {reason}: nothing was learnt", file=sys.stderr)
                 record(step, metrics | of_chosen | {"updates": updates}, tokens=config.batch_size * length)
                 if config.eval_every and (step % config.eval_every == 0 or step == config.steps):
-                    record.samples(step, sample_rows(*shown, tokenizer)[:8])
+                    record.samples(step, sample_rows(*shown, tokenizer, config.samples_per_prompt)[:8])
                     if evaluate is not None:
                         record(step, evaluate(whole(held["base"], policy.params), reference))
                 if saved.due(step, config.save_every, config.steps):

@@ -21,11 +21,13 @@ from data.batches import comparison_batches
 from data.sources import open_source
 from data.tokenizer import tokenizer_for
 from evaluate import make_comparison_evaluation, make_scorer
+from hosts import HostsConfig
 from lora import LoraConfig, attach, pinned
 from metrics import Recorder, describe
 from model import ModelConfig, Params, ScalarModel, check_fit, pure
 from objectives.reward import ranking_objective
-from sharding import MeshConfig, check_batch, make_mesh, to_mesh
+from preview import preview
+from sharding import MeshConfig, check_batch, make_mesh, reader, to_mesh
 from train_step import OptimizerConfig, as_items, make_optimizer, make_train_step, start_or_resume
 
 
@@ -58,6 +60,7 @@ class Config:
     optimizer: OptimizerConfig = OptimizerConfig(lr=1.5e-3)
     lora: LoraConfig = LoraConfig()
     mesh: MeshConfig = MeshConfig()
+    hosts: HostsConfig = HostsConfig()
     seed: int = 0
     eval_every: int = 250
     """Steps between evaluations on held-out data; 0: never."""
@@ -67,6 +70,8 @@ class Config:
     """Steps between checkpoints; 0: at the end only."""
     keep: int = 2
     """Checkpoints kept."""
+    dry_run: bool = False
+    """Print shapes, shardings, memory and the first batch, and write nothing."""
 
 
 def mean_score(params: Params, score: Any, config: Config, source: Any) -> jax.Array:
@@ -110,7 +115,7 @@ def main(config: Config) -> dict[str, float]:
         held_out = open_source(config.eval_data, "comparison", "all", seed=config.seed)
     tokenizer = tokenizer_for(config, source)
     check_fit(config.model, tokenizer.size, config.length)
-    host = {"process": jax.process_index(), "processes": jax.process_count()}
+    host = reader(mesh)
     sizes = {"batch_size": config.batch_size, "length": config.length}
     batches = comparison_batches(source, tokenizer, **sizes, seed=config.seed, **host)
 
@@ -119,6 +124,8 @@ def main(config: Config) -> dict[str, float]:
     evaluate = make_comparison_evaluation(config.model, held_out, tokenizer, config.length, config.eval_records)
     score = make_scorer(config.model, tokenizer, config.length)
 
+    if config.dry_run:
+        return preview(config, init, optimizer, mesh, next(batches), tokenizer)
     with Checkpoints(config.run, config, script="train_rm", tokenizer=tokenizer.model, keep=config.keep) as checkpoints:
         start, state, position, base = start_or_resume(checkpoints, config, init, optimizer, mesh)
         if position:

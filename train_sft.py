@@ -15,19 +15,15 @@ from data.batches import chat_batches
 from data.sources import open_source
 from data.tokenizer import tokenizer_for
 from generate import SamplingConfig, make_sampler
+from guard import GuardConfig, guarded, left_out
+from hosts import HostsConfig
 from lora import LoraConfig, attach, pinned
 from metrics import Recorder, describe
 from model import LanguageModel, ModelConfig, check_fit, pure
 from objectives.likelihood import likelihood_objective
-from sharding import MeshConfig, check_batch, make_mesh, to_mesh
-from train_step import (
-    OptimizerConfig,
-    as_items,
-    make_evaluation,
-    make_optimizer,
-    make_train_step,
-    start_or_resume,
-)
+from preview import preview
+from sharding import MeshConfig, check_batch, make_mesh, reader, to_mesh
+from train_step import OptimizerConfig, as_items, make_evaluation, make_optimizer, make_train_step, start_or_resume
 
 EVAL_BATCHES = 4
 
@@ -53,6 +49,8 @@ class Config:
     optimizer: OptimizerConfig = OptimizerConfig(lr=2e-3)
     lora: LoraConfig = LoraConfig()
     mesh: MeshConfig = MeshConfig()
+    guard: GuardConfig = GuardConfig()
+    hosts: HostsConfig = HostsConfig()
     seed: int = 0
     eval_every: int = 200
     """Steps between evaluations and samples on held-out data; 0: never."""
@@ -60,6 +58,8 @@ class Config:
     """Steps between checkpoints; 0: at the end only."""
     keep: int = 2
     """Checkpoints kept."""
+    dry_run: bool = False
+    """Print shapes, shardings, memory and the first batch, and write nothing."""
 
 
 def make_update(config: Config):
@@ -76,6 +76,7 @@ def make_update(config: Config):
     )
 
 
+@guarded
 def main(config: Config) -> dict[str, float]:
     config = pinned(config)
     mesh = make_mesh(config.mesh)
@@ -83,9 +84,9 @@ def main(config: Config) -> dict[str, float]:
     source, held_out = (open_source(config.data, "chat", split, seed=config.seed) for split in ("train", "heldout"))
     tokenizer = tokenizer_for(config, source)
     check_fit(config.model, tokenizer.size, config.length)
-    host = {"process": jax.process_index(), "processes": jax.process_count()}
+    host = reader(mesh)
     batches_of = partial(chat_batches, tokenizer=tokenizer, batch_size=config.batch_size, length=config.length, **host)
-    batches, held_out_batches = batches_of(source, seed=config.seed), batches_of(held_out)
+    batches, held_out_batches = batches_of(source, seed=config.seed, without=left_out(config.run)), batches_of(held_out)
     eval_batches = [to_mesh(next(held_out_batches), mesh) for _ in range(EVAL_BATCHES)]
 
     init, optimizer, objective, train_step = make_update(config)
@@ -94,6 +95,8 @@ def main(config: Config) -> dict[str, float]:
     messages = [held_out[i]["messages"] for i in range(min(8, len(held_out)))]
     prompts = [tokenizer.prompt(m[:-1])[-config.length // 2 :] for m in messages]
 
+    if config.dry_run:
+        return preview(config, init, optimizer, mesh, next(batches), tokenizer)
     with Checkpoints(
         config.run, config, script="train_sft", tokenizer=tokenizer.model, keep=config.keep
     ) as checkpoints:
@@ -102,7 +105,7 @@ def main(config: Config) -> dict[str, float]:
             batches.restore(position)
         sizes = {"batch_size": config.batch_size, "length": config.length, "steps": config.steps, "start": start}
         print(describe(f"{config.run}: fine-tuning on {source.name}", state.params, (state.opt_state, base), **sizes))
-        with Recorder(config.run, config.steps, start) as record:
+        with Recorder(config.run, config.steps, start, guard=config.guard) as record:
             for step in record.steps():
                 state, metrics = train_step(state, to_mesh(next(batches), mesh), base)
                 record(step, metrics, tokens=config.batch_size * config.length)

@@ -128,6 +128,19 @@ def starting_params(init: Any, config: ModelConfig, run: str | None, mesh: jax.s
     return {**params, **{name: loaded[name] for name in params.keys() & loaded.keys()}}
 
 
+def fresh_state(config: Any, optimizer: optax.GradientTransformation, params: Params, key: jax.Array) -> TrainState:
+    """The state that a script of `config` starts from: of adapters where it has any, else of `params`."""
+    return init_state(trained_part(config.lora, params, key), optimizer)
+
+
+def shapes_of(config: Any, init: Any, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh) -> Any:
+    """A fresh state as a checkpoint stores it, and the `base` of its adapters: shapes and shardings alone."""
+    key = jax.random.key(config.seed)
+    params = jax.eval_shape(init, key)
+    state = jax.eval_shape(partial(fresh_state, config, optimizer), params, key)
+    return abstract({**as_items(state), "base": frozen_part(config.lora, params)}, mesh)
+
+
 def start_or_resume(
     checkpoints: Checkpoints, config: Any, init: Any, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh
 ) -> tuple[int, TrainState, Any, Params | None]:
@@ -135,20 +148,16 @@ def start_or_resume(
 
     `config`: the script's, with `model`, `init`, `seed` and `lora`; the base is None unless there are adapters.
     """
-
-    def fresh(params: Params, key: jax.Array) -> TrainState:
-        return init_state(trained_part(config.lora, params, key), optimizer)
-
-    key = jax.random.key(config.seed)
-    shapes = jax.eval_shape(fresh, jax.eval_shape(init, key), key)
-    saved = checkpoints.restore(abstract(as_items(shapes), mesh))
+    shapes = shapes_of(config, init, optimizer, mesh)
+    saved = checkpoints.restore({"params": shapes["params"], "rest": shapes["rest"]})
     if saved and not config.lora.rank:
         return saved[0], from_items(saved[1]), saved[2], None
     params = starting_params(init, config.model, config.init, mesh, config.seed)
     base = frozen_part(config.lora, params)
     if saved:
         return saved[0], from_items(saved[1]), saved[2], base
-    return 0, init_sharded(fresh, mesh, params, key), None, base
+    fresh = partial(fresh_state, config, optimizer)
+    return 0, init_sharded(fresh, mesh, params, jax.random.key(config.seed)), None, base
 
 
 def make_train_step(

@@ -4,7 +4,7 @@ Every host reads a disjoint part of one shuffled order. Prefetching never shows 
 """
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -167,6 +167,7 @@ class Batches:
 
     The shuffled order is cut into windows of consecutive examples, each a function of (seed, number): with
     packing the examples packed together, else a batch. `batch_size` counts rows over all `processes` (hosts).
+    `without`: numbers, from 1, of batches that are passed over.
     """
 
     def __init__(
@@ -182,6 +183,7 @@ class Batches:
         seed: int = 0,
         process: int = 0,
         processes: int = 1,
+        without: Collection[int] = (),
     ):
         if batch_size % processes:
             raise UserError(f"--batch_size={batch_size}: must be a multiple of the {processes} hosts")
@@ -194,14 +196,14 @@ class Batches:
         self._encode, self._pad, self._source, self._tokenizer = encode, pad, source, tokenizer
         self._rows, self._length, self._packing = batch_size // processes, length, packing
         self._window = PACKING_WINDOW if packing else self._rows
-        self._process, self._processes = process, processes
+        self._process, self._processes, self._without = process, processes, without
         # Indices past its end are those of the next epoch, in another order.
         self._order = grain.MapDataset.range(len(source)).seed(seed).shuffle()
         self._made: tuple[int, list[Row], dict[str, int]] = (-1, [], {})  # the last window made
         self._pool = ThreadPoolExecutor(1, "batches")
         self.records: list[Row] = []
         """Of the last prompt or comparison batch, the record of each row on this host."""
-        self.restore({"window": 0, "row": 0, "truncated": 0, "dropped": 0, "processes": processes})
+        self.restore({"batches": 0, "window": 0, "row": 0, "truncated": 0, "dropped": 0, "processes": processes})
 
     @property
     def state(self) -> dict[str, int]:
@@ -242,8 +244,14 @@ class Batches:
         return batch
 
     def _make(self, state: dict[str, int]) -> tuple[Batch, list[Row], dict[str, int]]:
-        """The batch after `state`, its records, and the state after it."""
-        state, rows, empty = dict(state), [], 0
+        """The batch after `state` that is not left out, its records, and the state after it."""
+        made = self._make_any(state)
+        while made[2]["batches"] in self._without:
+            made = self._make_any(made[2])
+        return made
+
+    def _make_any(self, state: dict[str, int]) -> tuple[Batch, list[Row], dict[str, int]]:
+        state, rows, empty = state | {"batches": state["batches"] + 1}, [], 0
         while len(rows) < self._rows:
             made, counts = self._make_window(state["window"])
             taken = made[state["row"] : state["row"] + self._rows - len(rows)]

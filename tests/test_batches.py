@@ -244,3 +244,17 @@ def test_the_world_in_batches(tokenizer):
     batch = next(made)
     assert (batch["segment_ids_BT"] > 0).mean() > 0.9
     assert (batch["tokens_BT"] == tokenizer.bos).sum() == batch["segment_ids_BT"].max(axis=1).sum()
+
+
+def test_batches_left_out_are_passed_over_and_the_rest_stays(tokenizer, narrow):
+    def start(**options):
+        return chat_batches(source_of(RECORDS["chat"]), tokenizer, batch_size=3, length=64, **options)
+
+    whole, without = start(), start(without={1, 4, 5})
+    numbers = [2, 3, 6, 7]
+    batches = [next(whole) for _ in range(7)]
+    for number in numbers:
+        assert equal(next(without), batches[number - 1]) and without.state["batches"] == number
+    resumed = start(without={9})
+    resumed.restore(without.state)
+    assert equal(next(resumed), next(whole)) and next(whole) and equal(next(resumed), next(whole))

@@ -16,11 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType
 
 import checkpoint
 import run_folder
 from checkpoint import Checkpoints, load_params
 from config import UserError, load_config
+from sharding import shardings_of
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -115,19 +117,29 @@ def test_new_run_has_nothing_to_restore_and_keeps_the_last_k(tmp_path):
     assert (run / "tokenizer.model").read_bytes() == b"tokens"
 
 
-def test_every_flipped_bit_is_found(saved, capfd):
-    paths, good = files(saved / "checkpoints" / "2"), shutil.copytree(saved, saved.with_name("good"))
-    rng, config_hash = random.Random(0), run_folder.identity_hash(load_config(str(saved)))
-    for path in paths + rng.choices(paths, k=6):
-        shutil.rmtree(saved)
-        shutil.copytree(good, saved)
-        content = bytearray(path.read_bytes())
-        bit = rng.randrange(8 * len(content))
-        content[bit // 8] ^= 1 << bit % 8
-        path.write_bytes(content)
-        assert not run_folder.is_good(saved / "checkpoints" / "2", config_hash)
+def test_a_hundred_flipped_bits_and_twenty_truncations_are_found(saved, capfd):
+    rng, config_hash = random.Random(1), run_folder.identity_hash(load_config(str(saved)))
+    step = saved / "checkpoints" / "2"
+    paths, sizes = files(step), [path.stat().st_size for path in files(step)]
+    for number in range(120):
+        path = paths[number] if number < len(paths) else rng.choices(paths, sizes)[0]  # each file, then any byte
+        good = path.read_bytes()
+        bad = bytearray(good)
+        if number < 100:
+            bit = rng.randrange(8 * len(good))
+            bad[bit // 8] ^= 1 << bit % 8
+        else:
+            del bad[rng.randrange(len(good)) :]
+        path.write_bytes(bad)
+        assert not run_folder.is_good(step, config_hash)
         assert str(path) in capfd.readouterr().err
-    assert restore(saved)[0] == 1
+        offered = "damaged.*last good step before it: 1"
+        if path.name == "manifest.json" or "params" in path.parts:
+            with pytest.raises(UserError, match=offered):
+                load_params(str(saved))
+        path.write_bytes(good)
+    path.write_bytes(bad)
+    assert restore(saved)[0] == 1 and "falling back to the step before" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("fault", ["truncated", "missing", "surplus", "manifest"])
@@ -337,6 +349,28 @@ def test_sigterm_handler_goes_when_the_run_ends(saved):
     with open_run(saved) as checkpoints:
         assert signal.getsignal(signal.SIGTERM) == checkpoints._on_sigterm
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(jax.device_count() != 8, reason="needs eight devices")
+def test_all_pairs_of_meshes(tmp_path):
+    shapes = [(count, data) for count in (1, 2, 4, 8) for data in (1, 2, 4, 8) if data <= count]
+    shapes += [(count, -1) for count in (2, 4, 8)]  # -1: all fsdp
+
+    def placed(shape):
+        names, (count, data) = ("data", "fsdp", "tensor"), shape
+        sizes = (data, 1, count // data) if data > 0 else (1, count, 1)
+        mesh = jax.make_mesh(sizes, names, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:count])
+        return jax.tree.map(jax.device_put, make_state(4), shardings_of(make_state(4), mesh))
+
+    for number, before in enumerate(shapes):
+        with open_run(tmp_path / str(number)) as checkpoints:
+            checkpoints.save(1, placed(before))
+            for after in shapes:
+                wanted = abstract(placed(after))
+                restored = checkpoints.restore(wanted)[1]
+                assert to_bytes(restored) == to_bytes(make_state(4))
+                assert jax.tree.all(jax.tree.map(lambda x, y: x.sharding == y.sharding, restored, wanted))
 
 
 def test_restores_onto_another_mesh(tmp_path):

@@ -6,11 +6,14 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+import metrics
 from config import UserError
 from metrics import Recorder, describe, read_rows
 from report import alignment_report, last_samples, run_report
+from train_step import init_state, make_train_step
 
 
 class Watched:
@@ -79,6 +82,17 @@ def test_without_a_terminal_there_are_lines_and_no_carriage_returns(run, capfd):
     assert "\r" not in err and "step 3/3  loss 1.250" in err
     assert err.count("response: yes") == 6  # two a call
     assert max(map(len, err.splitlines()[:-1])) <= 80
+
+
+def test_compilations_of_the_step_are_counted_and_capped(run, monkeypatch):
+    monkeypatch.setattr(metrics, "MOST_COMPILATIONS", 2)
+    step = make_train_step(lambda params, batch: ((params * batch).sum(), (1.0, {})), optax.sgd(0.1))
+    state = init_state(jnp.float32(1), optax.sgd(0.1))
+    with pytest.raises(UserError, match="compiled 3 times by step 5"), Recorder(run, 6) as record:
+        for number, length in enumerate([3, 3, 4, 3, 5, 5], 1):
+            state, values = step(state, jnp.ones(length))
+            record(number, values)
+    assert [row.get("compilations") for row in read_rows(run)] == [1, None, 2, None]
 
 
 def test_a_fault_in_the_loop_keeps_the_rows_and_shows_itself(run):

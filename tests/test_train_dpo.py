@@ -172,7 +172,7 @@ def test_every_loss_of_the_script_has_a_finite_gradient(files):
     for name in names:
         c = train_dpo.Config(loss=name, batch_size=8, length=64)
         objective, needs_reference = train_dpo.make_objective(c, lookup)
-        batch = train_dpo.on_host(c, next(train_dpo.make_batches(c, source, tokenizer)), 1)
+        batch = train_dpo.on_host(c, next(train_dpo.make_batches(c, source, tokenizer)), 1, 0)
         if needs_reference:
             batch = {**batch, "reference_BC": np.zeros(batch["ranks_BC"].shape, np.float32) - 3}
         if name == "kto":

@@ -1,0 +1,78 @@
+"""`--dry_run`: what a script would train and on what, told before anything is written."""
+
+import os
+from typing import Any
+
+import jax
+import numpy as np
+
+from data.batches import Batch
+from data.tokenizer import Tokenizer
+from metrics import describe
+from run_folder import kind_of
+from sharding import path_name
+from train_step import shapes_of
+
+SHOWN = 4
+"""Rows of the batch that are shown."""
+PREDICTED, PADDING, OFF = "\x1b[32m", "\x1b[2m", "\x1b[0m"
+
+
+def preview(config: Any, init: Any, optimizer: Any, mesh: Any, batch: Batch, tokenizer: Tokenizer) -> dict[str, float]:
+    """`preview_items` of a script whose state is `start_or_resume`'s; models that it only reads are not counted."""
+    return preview_items(config, shapes_of(config, init, optimizer, mesh), batch, tokenizer)
+
+
+def preview_items(config: Any, items: dict[str, Any], batch: Batch, tokenizer: Tokenizer) -> dict[str, float]:
+    """Prints a run's arithmetic, each parameter's shape and sharding, and the first batch decoded; returns {}.
+
+    `config`: the script's; `items`: shapes with shardings of its checkpoint (parameters as `params`) and of what else
+    it holds. Tokens under the loss mask are green; with NO_COLOR in the environment, in brackets.
+    """
+    params, rest = items["params"], {name: tree for name, tree in items.items() if name != "params"}
+    length = max(x.shape[-1] for name, x in batch.items() if name.startswith("tokens"))
+    sizes = {"batch_size": config.batch_size, "length": length, "steps": config.steps}
+    print(describe(f"{config.run}: dry run", params, rest, **sizes))
+    print("parameters, and the mesh axes that split them:")
+    for path, leaf in jax.tree.leaves_with_path(params):
+        axes = ", ".join("-" if axis is None else str(axis) for axis in leaf.sharding.spec)
+        print(f"  {path_name(path):<36} {kind_of(leaf):<28} ({axes})")
+    print("the first batch:" if jax.process_count() == 1 else "this host's rows of the first batch:")
+    for name, x in batch.items():
+        print(f"  {name:<36} {kind_of(x)}")
+    for name in (name for name in batch if name.startswith("tokens")):
+        mask = batch.get(name.replace("tokens", "loss_mask"))
+        segments = batch[name.replace("tokens", "segment_ids")]
+        parts = [
+            x.reshape(-1, x.shape[-1])
+            for x in (batch[name], np.zeros_like(segments) if mask is None else mask, segments)
+        ]
+        print(f"{name}, {'no loss mask' if mask is None else 'the loss is of what is green'}:")
+        for tokens, wanted, segment in list(zip(*parts, strict=True))[:SHOWN]:
+            print(f"  {decoded(tokens, wanted, segment, tokenizer)}\n")
+    return {}
+
+
+def decoded(tokens_T: np.ndarray, mask_T: np.ndarray, segments_T: np.ndarray, tokenizer: Tokenizer) -> str:
+    """A row as text: predicted tokens green, a bar between segments, padding as its length."""
+    plain = "NO_COLOR" in os.environ
+    begin, after = ("[", "]") if plain else (PREDICTED, OFF)
+    parts, start = [], 0
+    kinds = np.stack([mask_T > 0, segments_T])
+    for end in [*(np.flatnonzero((kinds[:, 1:] != kinds[:, :-1]).any(0)) + 1), len(tokens_T)]:
+        text = "".join(piece(int(token), tokenizer) for token in tokens_T[start:end])
+        if segments_T[start] == 0:
+            text = f"({end - start} padding)" if plain else f"{PADDING}({end - start} padding){OFF}"
+        elif mask_T[start] > 0:
+            text = f"{begin}{text}{after}"
+        parts.append(" | " if start and segments_T[start] != segments_T[start - 1] else "")
+        parts.append(text)
+        start = end
+    return "".join(parts)
+
+
+def piece(token: int, tokenizer: Tokenizer) -> str:
+    """A token as it is seen in text; control tokens by their names."""
+    if token >= tokenizer.size:
+        return f"<{token}>"
+    return tokenizer.pieces.id_to_piece(token).replace("▁", " ").replace("\n", "⏎").replace("Ċ", "⏎").replace("Ġ", " ")

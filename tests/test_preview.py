@@ -1,0 +1,51 @@
+"""Dry runs: what is told is true, and nothing is written."""
+
+import re
+
+import jax
+import numpy as np
+import pytest
+from running import run
+
+import train_rm
+import train_sft
+from data.batches import chat_batches
+from data.sources import open_source
+from data.tokenizer import Tokenizer
+from preview import decoded
+
+TINY = ["--model.preset=tiny", "--batch_size=8", "--length=64", "--dry_run", "--mesh.data=2", "--mesh.fsdp=2"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    texts = [message["content"] for i in range(200) for message in open_source("world", "chat", "train")[i]["messages"]]
+    return Tokenizer.train(texts, tmp_path_factory.mktemp("tokenizer"), 400)
+
+
+@pytest.mark.skipif(jax.device_count() != 8, reason="needs eight devices")
+@pytest.mark.parametrize("script", [train_sft, pytest.param(train_rm, marks=pytest.mark.slow)])
+def test_a_dry_run_tells_shapes_and_writes_nothing(script, tmp_path, capsys):
+    assert run(script, *TINY, "--mesh.tensor=2", f"--run={tmp_path}/run") == {}
+    out = capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+    assert re.search(r"decoder/layers/attention/q +float32\[2,32,4,8\] +\(-, fsdp, tensor, -\)", out)
+    shapes = [(2, 32, 4, 8), (2, 32, 2, 8), (2, 32, 2, 8), (2, 4, 8, 32), (2, 32, 64), (2, 32, 64), (2, 64, 32)]
+    count = 512 * 32 + 32 + 2 * 2 * 32 + sum(map(np.prod, shapes)) + (33 if script is train_rm else 0)
+    assert f"parameters  {count:,} float32" in out
+    assert "\x1b[32m" in out and "padding" in out and "<|assistant|>" in out
+
+
+def test_what_is_green_is_what_the_loss_is_of(tokenizer, monkeypatch):
+    batch = next(chat_batches(open_source("world", "chat", "train"), tokenizer, batch_size=8, length=64))
+    names = ("tokens_BT", "loss_mask_BT", "segment_ids_BT")
+    for tokens, mask, segments in zip(*(batch[name] for name in names), strict=True):
+        text = decoded(tokens, mask, segments, tokenizer)
+        green = "".join(re.findall(r"\x1b\[32m(.*?)\x1b\[0m", text)).replace("</s>", "")
+        assert green == "".join(tokenizer.decode([t]) for t in tokens[mask > 0])
+        assert text.count(" | ") == len(set(segments.tolist())) - 1
+        monkeypatch.setenv("NO_COLOR", "1")
+        assert "\x1b" not in decoded(tokens, mask, segments, tokenizer) and "[" in decoded(
+            tokens, mask, segments, tokenizer
+        )
+        monkeypatch.delenv("NO_COLOR")
