@@ -4,6 +4,7 @@ Needs `pip install -r requirements-bench.txt`.
 """
 
 import copy
+import gc
 import json
 import os
 import pathlib
@@ -130,6 +131,7 @@ def ppo(params: Params, model: ModelConfig, prompts_PT: np.ndarray, config: Any)
         eval_dataset=Dataset.from_dict({"input_ids": prompts_PT.tolist()}), callbacks=[paced],
     )  # fmt: skip
     train.remove_callback(transformers.PrinterCallback)
+    gc.freeze()  # it collects garbage in each iteration, and need not look through JAX's objects
 
     def work() -> None:
         paced.go.get()
