@@ -4,7 +4,9 @@ Needs `pip install -r requirements-bench.txt`.
 """
 
 import copy
+import gc
 import json
+import os
 import pathlib
 import queue
 import tempfile
@@ -102,10 +104,14 @@ def ppo(params: Params, model: ModelConfig, prompts_PT: np.ndarray, config: Any)
     from datasets import Dataset
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
+
+    os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
     policy = llama(params, model)
-    scalar = transformers.AutoModelForSequenceClassification.from_config(policy.config, num_labels=1).to(DEVICE)
+    one_number = copy.deepcopy(policy.config)
+    one_number.num_labels = 1
+    scalar = transformers.LlamaForSequenceClassification(one_number).to(DEVICE)
     words = {f"<{i}>": i for i in range(model.vocab)}
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(WordLevel(words, unk_token="<3>")), pad_token="<0>", eos_token="<2>"
@@ -124,6 +130,8 @@ def ppo(params: Params, model: ModelConfig, prompts_PT: np.ndarray, config: Any)
         value_model=copy.deepcopy(scalar), train_dataset=Dataset.from_dict({"input_ids": prompts_PT.tolist()}),
         eval_dataset=Dataset.from_dict({"input_ids": prompts_PT.tolist()}), callbacks=[paced],
     )  # fmt: skip
+    train.remove_callback(transformers.PrinterCallback)
+    gc.freeze()  # it collects garbage in each iteration, and need not look through JAX's objects
 
     def work() -> None:
         paced.go.get()
