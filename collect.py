@@ -54,11 +54,12 @@ def main(config: Config) -> dict[str, float]:
     make_mesh(MeshConfig())
     model, tokenizer = ModelConfig(**load_config(config.init)["model"]), Tokenizer.load(config.init)
     sampling = SamplingConfig(config.temperature, max_new_tokens=config.max_new_tokens)
-    respond, params = make_sampler(model, sampling, tokenizer, config.samples), load_params(config.init)
+    respond = make_sampler(model, sampling, tokenizer, config.samples, slots=256)
+    params = load_params(config.init)
     out = pathlib.Path(config.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial, counts = out.with_name(f".{out.name}.{os.getpid()}"), {"lines": 0, "prompts": config.prompts}
-    key, rng, rows = jax.random.key(config.seed), random.Random(config.seed), 128
+    key, rng, rows = jax.random.key(config.seed), random.Random(config.seed), 500
     with partial.open("w") as file:
         for start in tqdm(range(0, config.prompts, rows), desc="collect", unit=f" x {rows} prompts", mininterval=2):
             numbers = range(start, min(start + rows, config.prompts))

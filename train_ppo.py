@@ -26,7 +26,7 @@ from metrics import Recorder, describe
 from model import LanguageModel, ModelConfig, Params, ScalarModel, check_fit, pure
 from objectives import policy as ppo
 from objectives.likelihood import inputs
-from objectives.reward import last_token, step_ends, step_rewards
+from objectives.reward import response_scores
 from preview import preview_items
 from rewards import load_reward_model
 from rollout import check_first_update, ended, make_rollout, rollout_metrics, sample_rows, shuffled
@@ -142,17 +142,11 @@ def make_judge(config: Config, apply: Any, scalar_apply: Any, eos: int, newline:
         logp_BR = ppo.response_logprobs(apply, policy, batch, config.temperature)
         reference_BR = ppo.response_logprobs(apply, reference, batch, config.temperature)
         scalars_BT = scalar_apply(reward, *inputs(batch))
-        if config.step_rewards == "none":
-            raw_B, steps_BR = last_token(scalars_BT, batch["segment_ids_BT"]), jnp.zeros_like(mask_BR)
-        else:
-            ends_BR = step_ends(batch["response_BR"], mask_BR, newline)
-            steps_BR = step_rewards(scalars_BT[:, -new:], ends_BR, config.step_rewards)
-            raw_B = steps_BR.sum(1)
+        raw_B, steps_BR = response_scores(scalars_BT, batch, config.step_rewards, newline)
         score_B = ppo.missing_eos(raw_B, ended(batch, eos), config.missing_eos, config.missing_eos_score)
 
         length_B = mask_BR.sum(1).astype(jnp.int32)
-        at_B = length_B - 1
-        value_mask_BR = mask_BR
+        at_B, value_mask_BR = length_B - 1, mask_BR
         if config.score_at == "after":  # the state after the last token then has a value and a reward too
             at_B = jnp.minimum(length_B, new - 1)
             value_mask_BR = (jnp.arange(new) <= at_B[:, None]).astype(jnp.float32)
@@ -198,10 +192,9 @@ def check(config: Config, mesh: Any) -> None:
     for name, parts in (("minibatches", config.minibatches), ("samples_per_prompt", config.samples_per_prompt)):
         if parts < 1 or config.batch_size % parts:
             raise UserError(f"--{name}={parts}: must divide --batch_size={config.batch_size} without remainder")
-    if config.epochs < 1:
-        raise UserError(f"--epochs={config.epochs}: must be at least 1")
-    if min(config.ptx_coef, config.entropy_coef) < 0:
-        raise UserError(f"--ptx_coef={config.ptx_coef}, --entropy_coef={config.entropy_coef}: must be at least 0")
+    weights = f"--ptx_coef={config.ptx_coef}, --entropy_coef={config.entropy_coef}: must be at least 0"
+    least = {f"--epochs={config.epochs}: must be at least 1": config.epochs >= 1}
+    flags.require(least | {weights: min(config.ptx_coef, config.entropy_coef) >= 0})
     check_batch("batch_size / --minibatches", config.batch_size // config.minibatches, config.microbatches, mesh)
     check_batch("batch_size / --samples_per_prompt", config.batch_size // config.samples_per_prompt, 1, mesh)
 

@@ -137,3 +137,18 @@ def step_rewards(logits_BT: jax.Array, ends_BT: jax.Array, how: str) -> jax.Arra
     if the steps' probabilities were summed. `how` as of `running_score`.
     """
     return jnp.diff(jnp.exp(running_score(logits_BT, ends_BT, how)), axis=1, prepend=0.0)
+
+
+def response_scores(
+    scalars_BT: jax.Array, batch: dict[str, jax.Array], how: str, newline: int
+) -> tuple[jax.Array, jax.Array]:
+    """[B] scores of responses, and what of them [B, R] comes at steps' ends (`step_rewards`): nothing if `how` is none.
+
+    `newline`: the token that ends a step.
+    """
+    mask_BR = batch["mask_BR"]
+    if how == "none":
+        return last_token(scalars_BT, batch["segment_ids_BT"]), jnp.zeros_like(mask_BR)
+    ends_BR = step_ends(batch["response_BR"], mask_BR, newline)
+    steps_BR = step_rewards(scalars_BT[:, -mask_BR.shape[1] :], ends_BR, how)
+    return steps_BR.sum(1), steps_BR

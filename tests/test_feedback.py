@@ -225,7 +225,7 @@ def test_the_reward_model_picks_the_best_refinement(runs):
 
 def test_the_files_are_in_the_trainers_schemas(runs, tmp_path):
     common = [f"--init={runs}/sft", "--prompts=128", f"--out={tmp_path}/out.jsonl"]
-    for write, schema, samples in (("comparisons", "comparison", 12), ("revisions", "chat", 1)):  # few samples end
+    for write, schema, samples in (("comparisons", "comparison", 32), ("revisions", "chat", 1)):  # few samples end
         out = run(feedback, *common, f"--write={write}", f"--samples={samples}")
         rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
         assert len(rows) == out["lines"] > 0

@@ -9,18 +9,9 @@ import pytest
 
 from config import UserError
 from data.packing import pack
-from model import (
-    PRESETS,
-    LanguageModel,
-    ModelConfig,
-    ScalarModel,
-    empty_cache,
-    pure,
-    rope_frequencies,
-    rope_turns,
-    rotate,
-)
+from model import PRESETS, LanguageModel, ModelConfig, ScalarModel, empty_cache, pure
 from objectives.likelihood import likelihood_objective, token_logprobs
+from rope import rope_frequencies, rope_turns, rotate
 from sharding import path_name
 
 TINY = dataclasses.replace(PRESETS["tiny"], vocab=40, width=16, hidden=24, layers=2, head_width=4)

@@ -199,7 +199,8 @@ def test_ppo_gives_each_step_its_reward_at_its_last_token():
     batch = {"tokens_BT": tokens, "segment_ids_BT": segments, "positions_BT": np.cumsum(segments, 1) - 1}
     batch |= {"response_BR": response_BR, "mask_BR": mask_BR, "sampler_logp_BR": np.zeros((2, 8), np.float32)}
     batch = jax.tree.map(jnp.asarray, batch)
-    policy = lambda params, tokens, *_, logits_from: (jnp.zeros((2, 10 - logits_from, 10)), None)  # noqa: E731
+    hidden = lambda start: (jnp.zeros((2, 10 - start, 1)), jnp.zeros((1, 10)))  # noqa: E731
+    policy = lambda params, tokens, *_, logits_from, read: (read(*hidden(logits_from)), None)  # noqa: E731
     rewards = {}
     for how in ("product", "none"):
         config = train_ppo.Config(step_rewards=how, smoothing=1.0, missing_eos_score=-1.0)

