@@ -52,7 +52,7 @@ class Config:
     guard: GuardConfig = GuardConfig()
     hosts: HostsConfig = HostsConfig()
     seed: int = 0
-    eval_every: int = 400
+    eval_every: int = 600
     """Steps between evaluations and samples on held-out data; 0: never."""
     save_every: int = 400
     """Steps between checkpoints; 0: at the end only."""

@@ -62,7 +62,7 @@ class Config:
     mesh: MeshConfig = MeshConfig()
     hosts: HostsConfig = HostsConfig()
     seed: int = 0
-    eval_every: int = 250
+    eval_every: int = 500
     """Steps between evaluations on held-out data; 0: never."""
     eval_records: int = 1000
     """Held-out comparisons evaluated."""

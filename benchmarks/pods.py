@@ -103,4 +103,4 @@ def main(names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.guarded(lambda: main(sys.argv[1:]))
+    flags.ending_in_one_line(lambda: main(sys.argv[1:]))
