@@ -28,7 +28,8 @@ def share(hits: Sequence[bool]) -> Interval:
         return float("nan"), [0.0, 1.0]
     p = float(np.mean(hits))
     centre, half = (p + z * z / (2 * n)), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
-    return p, [(centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)]
+    ends = (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
+    return p, [max(0.0, ends[0]), min(1.0, ends[1])]  # rounding may leave [0, 1]
 
 
 def mean(values: Sequence[float]) -> Interval:
