@@ -152,9 +152,8 @@ def test_ppo_with_pretraining_text_and_entropy_resumes_bitwise_equal(runs, tmp_p
     assert max(jax.tree.leaves(apart)) > 1e-5
 
 
-def killed_and_resumed(argv, folder: pathlib.Path, at: int) -> int:
+def killed_and_resumed(argv, folder: pathlib.Path, at: int, environment) -> int:
     """Runs `argv`, kills it -9 once `at` steps are recorded, and runs it again to its end; returns the kills."""
-    environment = {**os.environ, "XLA_FLAGS": ""}
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": environment, "cwd": ROOT}
     kills = 0
     process = subprocess.Popen(argv, **quiet)
@@ -180,13 +179,15 @@ def resumes(runs, tmp_path, script, points):
         f"--steps={steps}",
         "--save_every=3",
     ]
-    environment = {**os.environ, "XLA_FLAGS": ""}
+    # Compiled once, as in `make align`: what was kept must give the same bits.
+    kept = {"JAX_COMPILATION_CACHE_DIR": f"{tmp_path}/compiled", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
+    environment = {**os.environ, "XLA_FLAGS": "", **kept}
     whole = command(script, *common, f"--run={tmp_path}/whole")
     subprocess.run(whole, check=True, env=environment, cwd=ROOT, capture_output=True)
     expected = load_params(f"{tmp_path}/whole")
     for at in points:
         folder = tmp_path / f"killed{at}"
-        assert killed_and_resumed(command(script, *common, f"--run={folder}"), folder, at) == 1
+        assert killed_and_resumed(command(script, *common, f"--run={folder}"), folder, at, environment) == 1
         jax.tree.map(np.testing.assert_array_equal, load_params(str(folder)), expected)
         numbers = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
         assert numbers == list(range(1, steps + 1))  # no row lost, none twice
