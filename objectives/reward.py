@@ -12,12 +12,12 @@ from objectives.likelihood import Apply, inputs, token_logprobs
 
 
 def bradley_terry(chosen: jax.Array, rejected: jax.Array, margin: jax.Array | float = 0.0) -> jax.Array:
-    """-log sigmoid(r_chosen - r_rejected - margin) (Stiennon et al. 2020, eq. 1; margin: Llama 2, eq. 2)."""
+    """-log sigmoid(r_chosen - r_rejected - margin) (Stiennon et al. 2020; margin: Touvron et al. 2023, eq. 2)."""
     return -jax.nn.log_sigmoid(chosen - rejected - margin)
 
 
 def centring(chosen: jax.Array, rejected: jax.Array) -> jax.Array:
-    """(r_chosen + r_rejected)^2: holds rewards near 0 (Eisenstein et al. 2023, section 2)."""
+    """(r_chosen + r_rejected)^2: holds rewards near 0 (Eisenstein et al. 2023, eq. 2)."""
     return jnp.square(chosen + rejected)
 
 
@@ -61,7 +61,7 @@ def ranking_objective(
 ):
     """Ranking loss (sum over prompts); with `lm_coefficient`, plus the NLL of the best response per token.
 
-    The second keeps the reward model fluent in what it judges (Askell et al. 2021, section 4); `apply` then also
+    The second keeps the reward model fluent in what it judges (Askell et al. 2021); `apply` then also
     gives the logits of the rows that it is asked for, from the same pass.
     """
     ranks_BC = batch["ranks_BC"]
@@ -99,7 +99,8 @@ def step_loss(logits: jax.Array, targets: jax.Array) -> jax.Array:
 def process_objective(apply: Apply, params: Any, batch: dict[str, jax.Array]):
     """`step_loss` at the last token of each labelled step, summed over steps; of `data.steps.steps_batches`.
 
-    With a label on the last step only, an outcome reward model's (Lightman et al. 2023, section 2.5).
+    With a label on the last step only, an outcome reward model's, whose score Lightman et al. 2023 (section 2.5) too
+    read at the last token; they trained it at every one.
     """
     mask_BT, targets_BT = batch["loss_mask_BT"], batch["targets_BT"]
     logits_BT = apply(params, *inputs(batch))
