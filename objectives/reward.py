@@ -109,11 +109,11 @@ def process_objective(apply: Apply, params: Any, batch: dict[str, jax.Array]):
     return (step_loss(logits_BT, targets_BT) * mask_BT).sum(), (steps, {"accuracy": (right_BT.sum(), steps)})
 
 
-def step_ends(tokens_BT: jax.Array, mask_BT: jax.Array, newline: int) -> jax.Array:
-    """[B, T] bool: the last token of each step: a newline, or the last token, of what `mask_BT` has of a row."""
+def step_ends(tokens_BT: jax.Array, mask_BT: jax.Array, newlines: list[int]) -> jax.Array:
+    """[B, T] bool: the last token of each step: of `newlines`, or the last one, of what `mask_BT` has of a row."""
     length = tokens_BT.shape[1]
     last_B = length - 1 - jnp.argmax(jnp.flip(mask_BT > 0, axis=1), axis=1)
-    return (mask_BT > 0) & ((tokens_BT == newline) | (jnp.arange(length) == last_B[:, None]))
+    return (mask_BT > 0) & (jnp.isin(tokens_BT, jnp.array(newlines)) | (jnp.arange(length) == last_B[:, None]))
 
 
 def running_score(logits_BT: jax.Array, ends_BT: jax.Array, how: str) -> jax.Array:
@@ -141,15 +141,15 @@ def step_rewards(logits_BT: jax.Array, ends_BT: jax.Array, how: str) -> jax.Arra
 
 
 def response_scores(
-    scalars_BT: jax.Array, batch: dict[str, jax.Array], how: str, newline: int
+    scalars_BT: jax.Array, batch: dict[str, jax.Array], how: str, newlines: list[int]
 ) -> tuple[jax.Array, jax.Array]:
     """[B] scores of responses, and what of them [B, R] comes at steps' ends (`step_rewards`): nothing if `how` is none.
 
-    `newline`: the token that ends a step.
+    `newlines`: the tokens that end a step (`Tokenizer.newlines`).
     """
     mask_BR = batch["mask_BR"]
     if how == "none":
         return last_token(scalars_BT, batch["segment_ids_BT"]), jnp.zeros_like(mask_BR)
-    ends_BR = step_ends(batch["response_BR"], mask_BR, newline)
+    ends_BR = step_ends(batch["response_BR"], mask_BR, newlines)
     steps_BR = step_rewards(scalars_BT[:, -mask_BR.shape[1] :], ends_BR, how)
     return steps_BR.sum(1), steps_BR
