@@ -16,7 +16,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from functools import reduce
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 
@@ -104,6 +104,22 @@ def write_whole(path: pathlib.Path, content: bytes) -> None:
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)
+
+
+@contextlib.contextmanager
+def written_whole(path: str) -> Iterator[TextIO]:
+    """A file to write into that is at `path`, its folder made, once all is written; of a fault nothing is left."""
+    out = pathlib.Path(path)
+    new = out.with_name(f".{out.name}.{os.getpid()}")
+    with disk_faults(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        file = new.open("w")
+    try:
+        with file:
+            yield file
+        new.replace(out)
+    finally:
+        new.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

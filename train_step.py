@@ -122,7 +122,7 @@ def starting_params(init: Any, config: ModelConfig, run: str | None, mesh: jax.s
         if pair[0] != pair[1] and field.name not in ("preset", "dtype", "remat"):
             raise UserError(f"--model.{field.name}={pair[1]}: --init={run} has {pair[0]}; leave --model.* out")
     params = init_sharded(init, mesh, jax.random.key(seed))
-    model = ScalarModel(config) if saved["script"] == "train_rm" else LanguageModel(config)
+    model = ScalarModel(config) if saved["script"] in ("train_rm", "train_prm") else LanguageModel(config)
     shapes = jax.eval_shape(pure(model)[0], jax.random.key(0))
     loaded = load_params(run, shapes=abstract(shapes, mesh))
     return {**params, **{name: loaded[name] for name in params.keys() & loaded.keys()}}
