@@ -56,12 +56,19 @@ def identity_hash(config: dict[str, Any]) -> str:
 
 
 def refuse_other_run(run: pathlib.Path, config: dict[str, Any]) -> None:
-    """Raises UserError unless the folder `run` is new, empty, or a run that `config` continues."""
+    """Raises UserError unless the folder `run` is new, empty, or a run that `config` continues.
+
+    A run that ended before its first step was saved, as after a mistake, is begun anew with any config.
+    """
     if run.exists() and not run.is_dir():
         raise UserError(f"{run}: a file, not a folder; name another --run")
     if not (run / "config.json").exists():
         if run.exists() and set(os.listdir(run)) - {"checkpoints", "config.json.new"}:
             raise UserError(f"{run}: holds files but no config.json, so it is not a run; name another --run")
+        return
+    if not (
+        finished_steps(run / "checkpoints") or any(run.glob("reference-*.npz")) or (run / "left_out.json").exists()
+    ):
         return
     stored = load_config(str(run))
     old, new = _identity(stored), _identity(config)
