@@ -28,7 +28,7 @@ from data.tokenizer import Tokenizer
 from data.tokenizer_json import read_tokenizer, tokenizer_files
 from families import config_of, model_of
 from model import LanguageModel, ModelConfig, Params, check_fit, pure
-from run_folder import finished_steps
+from run_folder import disk_faults, finished_steps
 from sharding import MeshConfig, abstract, make_mesh, path_name
 
 SHARD_BYTES = 4 << 30
@@ -214,13 +214,14 @@ def save(
     if out.exists():
         raise UserError(f"{out}: exists already; name another folder")
     new = out.with_name(f".{out.name}.{os.getpid()}")
-    new.mkdir(parents=True)
     try:
-        write_tensors(new, params, config, dtype, SHARD_BYTES)
-        (new / "config.json").write_text(json.dumps(content, indent=1))
-        for name, file in tokenizer_files(tokenizer).items():
-            (new / name).write_bytes(file)
-        new.replace(out)
+        with disk_faults(out):
+            new.mkdir(parents=True)
+            write_tensors(new, params, config, dtype, SHARD_BYTES)
+            (new / "config.json").write_text(json.dumps(content, indent=1))
+            for name, file in tokenizer_files(tokenizer).items():
+                (new / name).write_bytes(file)
+            new.replace(out)
     finally:
         shutil.rmtree(new, ignore_errors=True)
 

@@ -371,7 +371,8 @@ def test_a_process_model_learns_from_rows_of_every_kind(tmp_path, monkeypatch, c
     again = [*SHORT, "--init=prm", f"--data={data}", "--steps=1", "--run=again"]
     assert run(train_prm, *again, "--dry_run") == {} and not (tmp_path / "again").exists()
     assert run(train_prm, *again)["loss"] < found[0]["loss"]  # goes on, head and all
-    assert "prm: a reward model (of train_prm); name" in fails(rerank, ["--policy=prm"], capsys)
+    for script, flag in ((rerank, "--policy=prm"), (train_sft, "--init=prm")):
+        assert "prm: a reward model (of train_prm); name" in fails(script, [flag], capsys)
     bad = write(tmp_path / "bad.jsonl", [{"prompt": "1+1", "steps": ["2"], "labels": ["fine"]}])
     assert "bad.jsonl:1: labels[0]: must be positive" in fails(train_prm, [f"--data={bad}", "--run=no"], capsys)
     message = fails(collect_steps, ["--data=x.jsonl", "--labels=gold"], capsys)
