@@ -102,7 +102,8 @@ def main(config: Config) -> dict[str, float]:
     })  # fmt: skip
     make_mesh(MeshConfig())
     model, tokenizer, params = load_run(config.init)
-    check_fit(model, tokenizer.size, config.max_prompt + config.max_new_tokens)
+    written = 2 if config.labels == "completions" else 1  # a completion may begin near a solution's end, and be as long
+    check_fit(model, tokenizer.size, config.max_prompt + written * config.max_new_tokens)
     check = load_function(config.check)
     sampling = SamplingConfig(config.temperature, max_new_tokens=config.max_new_tokens)
 

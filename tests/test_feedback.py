@@ -33,6 +33,7 @@ from evaluate import make_scorer as make_text_scorer
 from generate import SamplingConfig, load_run
 from model import PRESETS, LanguageModel, ScalarModel, pure
 from objectives.group import combined
+from objectives.reward import last_token
 from sharding import MeshConfig, make_mesh, to_mesh
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -257,14 +258,13 @@ def test_mistakes_are_one_line(runs, tmp_path, capsys):
 def test_a_response_is_scored_after_its_prompt_as_training_cuts_it(runs):
     model, tokenizer, params = load_run(str(runs / "rm"), reward=True)
     prompt, length = asked("what is the capital of france? " * 20), 40
-    record = {"prompt": prompt, "responses": ["paris.", "no."], "ranking": [1, 2]}
+    record = {"prompt": prompt, "responses": ["it is paris."] * 2, "ranking": [1, 2]}
     [row], cut = encode_comparison(record, tokenizer, length)
     batch = pad_comparisons([row], length, tokenizer.pad)
     flat = (batch[name][0] for name in ("tokens_BCT", "segment_ids_BCT", "positions_BCT"))
-    ends = (batch["segment_ids_BCT"][0] > 0).sum(-1) - 1
-    wanted = np.asarray(pure(ScalarModel(model))[1](params, *flat))[[0, 1], ends]
-    score = make_text_scorer(model, tokenizer, length)
+    wanted = last_token(pure(ScalarModel(model))[1](params, *flat), batch["segment_ids_BCT"][0])
     assert cut
+    score = make_text_scorer(model, tokenizer, length)
     np.testing.assert_allclose(score(params, [prompt] * 2, record["responses"]), wanted, atol=1e-5)
 
 

@@ -375,6 +375,9 @@ def test_a_process_model_learns_from_rows_of_every_kind(tmp_path, monkeypatch, c
         assert "prm: a reward model (of train_prm); name" in fails(script, [flag], capsys)
     bad = write(tmp_path / "bad.jsonl", [{"prompt": "1+1", "steps": ["2"], "labels": ["fine"]}])
     assert "bad.jsonl:1: labels[0]: must be positive" in fails(train_prm, [f"--data={bad}", "--run=no"], capsys)
+    labels = ["--init=arithmetic", "--labels=completions", "--max_new_tokens=60"]
+    run(train_sft, *SHORT, *SMALL, "--data=arithmetic", "--steps=1", "--run=arithmetic")
+    assert "sequences of 136 tokens: outside 1..128" in fails(collect_steps, labels, capsys)
     message = fails(collect_steps, ["--data=x.jsonl", "--labels=gold"], capsys)
     assert "--labels=gold: no program checks the steps of x.jsonl" in message
 
