@@ -17,6 +17,9 @@ export JAX_PLATFORMS ?= $(if $(wildcard /dev/nvidia0 /dev/accel0 /dev/vfio/0),,c
 # Two rounds: the second reward model also learns from what a first, little restrained policy found in the first one's.
 FIRST := $(RUN)/round1
 LABELS := --noise=0.1
+# Programs that a second stage uses again (the second round's, mostly) are compiled once.
+align: export JAX_COMPILATION_CACHE_DIR ?= $(RUN)/compiled
+align: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.2
 RM := --eval_data=$(RUN)/held_out.jsonl --demonstrations=world --lm_coefficient=0.5 --seed=$(SEED)
 
 align: .venv

@@ -39,7 +39,7 @@ class Config:
     tokenizer: str | None = None
     """A SentencePiece .model (default: that of --init, else one trained on the data)."""
     steps: int = 1200
-    batch_size: int = 32
+    batch_size: int = 24
     """Rows per step, over all devices; each holds several documents, packed."""
     length: int = 64
     """Tokens per row."""
