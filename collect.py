@@ -7,8 +7,6 @@ Writes JSON Lines as `train_rm.py --data` reads them; with your own prompts and 
 
 import dataclasses
 import json
-import os
-import pathlib
 import random
 from itertools import combinations
 from typing import Literal
@@ -17,12 +15,10 @@ import jax
 from tqdm import tqdm
 
 import config as flags
-from checkpoint import load_params
-from config import UserError, load_config
+from config import UserError
 from data import world
-from data.tokenizer import Tokenizer
-from generate import SamplingConfig, make_sampler
-from model import ModelConfig
+from generate import SamplingConfig, load_run, make_sampler
+from run_folder import written_whole
 from sharding import MeshConfig, make_mesh
 
 
@@ -52,15 +48,12 @@ def main(config: Config) -> dict[str, float]:
     if config.prompts < 1 or config.samples < 2 or config.noise < 0:
         raise UserError("--prompts must be at least 1, --samples at least 2 and --noise at least 0")
     make_mesh(MeshConfig())
-    model, tokenizer = ModelConfig(**load_config(config.init)["model"]), Tokenizer.load(config.init)
+    model, tokenizer, params = load_run(config.init)
     sampling = SamplingConfig(config.temperature, max_new_tokens=config.max_new_tokens)
     respond = make_sampler(model, sampling, tokenizer, config.samples, slots=256)
-    params = load_params(config.init)
-    out = pathlib.Path(config.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial, counts = out.with_name(f".{out.name}.{os.getpid()}"), {"lines": 0, "prompts": config.prompts}
+    counts = {"lines": 0, "prompts": config.prompts}
     key, rng, rows = jax.random.key(config.seed), random.Random(config.seed), 500
-    with partial.open("w") as file:
+    with written_whole(config.out) as file:
         for start in tqdm(range(0, config.prompts, rows), desc="collect", unit=f" x {rows} prompts", mininterval=2):
             numbers = range(start, min(start + rows, config.prompts))
             texts = [world.prompt(i, split=config.split, seed=config.seed).text for i in numbers]
@@ -72,8 +65,7 @@ def main(config: Config) -> dict[str, float]:
                 for row in comparisons(prompt, responses, config, rng):
                     file.write(json.dumps(row) + "\n")
                     counts["lines"] += 1
-    partial.replace(out)
-    print(f"{out}: {counts['lines']} lines from {config.prompts} prompts")
+    print(f"{config.out}: {counts['lines']} lines from {config.prompts} prompts")
     return counts
 
 

@@ -9,8 +9,6 @@ Writes JSON Lines as `train_prm.py --data` reads them. With the same seed the so
 
 import dataclasses
 import json
-import os
-import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -19,15 +17,15 @@ import numpy as np
 from tqdm import tqdm
 
 import config as flags
-from checkpoint import load_params
-from config import load_config, require
+from config import require
 from data import arithmetic
 from data.sources import open_source
 from data.steps import problems
 from data.tokenizer import Tokenizer
-from generate import SamplingConfig, make_sampler
-from model import ModelConfig, check_fit
+from generate import SamplingConfig, load_run, make_sampler
+from model import check_fit
 from rewards import Check, load_function
+from run_folder import written_whole
 from sharding import MeshConfig, make_mesh
 
 Row = dict[str, Any]
@@ -103,9 +101,10 @@ def main(config: Config) -> dict[str, float]:
         ),
     })  # fmt: skip
     make_mesh(MeshConfig())
-    model, tokenizer = ModelConfig(**load_config(config.init)["model"]), Tokenizer.load(config.init)
-    check_fit(model, tokenizer.size, config.max_prompt + config.max_new_tokens)
-    check, params = load_function(config.check), load_params(config.init)
+    model, tokenizer, params = load_run(config.init)
+    written = 2 if config.labels == "completions" else 1  # a completion may begin near a solution's end, and be as long
+    check_fit(model, tokenizer.size, config.max_prompt + written * config.max_new_tokens)
+    check = load_function(config.check)
     sampling = SamplingConfig(config.temperature, max_new_tokens=config.max_new_tokens)
 
     def sampler(n: int) -> Callable:
@@ -115,10 +114,8 @@ def main(config: Config) -> dict[str, float]:
     respond, complete = sampler(config.samples), sampler(config.completions)
     source = open_source(config.data, "prompt", config.split, seed=config.seed)
     count, part = min(config.prompts, len(source)), 256
-    out = pathlib.Path(config.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial, counts = out.with_name(f".{out.name}.{os.getpid()}"), {"lines": 0, "steps": 0, "completions": 0}
-    with partial.open("w") as file:
+    counts = {"lines": 0, "steps": 0, "completions": 0}
+    with written_whole(config.out) as file:
         for start in tqdm(range(0, count, part), desc="collect", unit=f" x {part} problems", mininterval=2):
             records = [source[i] for i in range(start, min(start + part, count))]
             prompts = problems(records, tokenizer, config.max_prompt)
@@ -132,8 +129,7 @@ def main(config: Config) -> dict[str, float]:
             counts["lines"] += len(rows)
             if config.labels == "completions":
                 counts["completions"] += config.completions * sum(len(steps) - 1 for _, steps in rows)
-    partial.replace(out)
-    print(f"{out}: {counts['lines']} solutions, {counts['steps']} labels, {counts['completions']} completions")
+    print(f"{config.out}: {counts['lines']} solutions, {counts['steps']} labels, {counts['completions']} completions")
     return counts
 
 

@@ -18,13 +18,12 @@ import numpy as np
 from tqdm import tqdm
 
 import config as flags
-from checkpoint import load_params
-from config import UserError, load_config
+from config import UserError
 from data import world
-from data.batches import chat_batches, encode_comparison, pad_prompts
+from data.batches import chat_batches, cut_left, encode_comparison, pad_prompts
 from data.sources import open_source
 from data.tokenizer import Tokenizer
-from generate import SamplingConfig
+from generate import SamplingConfig, load_run
 from gold import CRITERIA, distinct_answers, judged, make_measure, mean, summarise
 from model import LanguageModel, ModelConfig, Params, ScalarModel, pure
 from objectives.likelihood import inputs, likelihood_objective
@@ -74,7 +73,10 @@ def make_scorer(config: ModelConfig, tokenizer: Tokenizer, length: int) -> Calla
         out: list[float] = []
         for start in range(0, len(prompts), rows):
             pairs = list(zip(prompts[start : start + rows], responses[start : start + rows], strict=True))
-            tokens = [[*tokenizer.prompt(p), *tokenizer.encode(r), tokenizer.eos][-length:] for p, r in pairs]
+            answers = [[*tokenizer.encode(response), tokenizer.eos] for _, response in pairs]
+            rooms = [max(length - len(answer), 8) for answer in answers]
+            asked = [cut_left(tokenizer.prompt(p), n, tokenizer) for (p, _), n in zip(pairs, rooms, strict=True)]
+            tokens = [[*p, *answer][-length:] for p, answer in zip(asked, answers, strict=True)]
             padded = [{"tokens": t} for t in tokens + tokens[:1] * (rows - len(tokens))]
             batch = pad_prompts(padded, length, tokenizer.pad, fixed=True)
             out += to_host(rewards(params, *inputs(batch)))[: len(tokens)].tolist()
@@ -146,21 +148,16 @@ class Config:
         return getattr(self, name) or f"{self.run}/{ {'base': 'lm', 'reward': 'rm', 'policy': 'ppo'}.get(name, name) }"
 
 
-def load_policy(run: str) -> tuple[ModelConfig, Tokenizer, Params]:
-    """Model, tokenizer and parameters of a run."""
-    return ModelConfig(**load_config(run)["model"]), Tokenizer.load(run), load_params(run)
-
-
 def gold_measure(config: Config) -> dict[str, Any]:
     """Base, SFT and PPO in the world: writes summary.json and report.html, prints the table."""
     requests = [world.prompt(i, split="heldout", seed=config.seed) for i in range(config.n)]
-    model, tokenizer, sft = load_policy(config.folder("sft"))
+    model, tokenizer, sft = load_run(config.folder("sft"))
     sampling = SamplingConfig(config.temperature, max_new_tokens=config.max_new_tokens)
     measure = make_measure(model, sampling, tokenizer, config.max_prompt)
     summary, rows = {}, {}
     for name in tqdm(("base", "sft", "ppo"), desc="evaluate", unit="model"):
         run = config.folder({"ppo": "policy"}.get(name, name))
-        _, its_tokenizer, params = load_policy(run)
+        _, its_tokenizer, params = load_run(run)
         if its_tokenizer.sha256 != tokenizer.sha256:
             raise UserError(f"{run}: its tokenizer is not that of {config.folder('sft')}; evaluate them apart")
         responses, lengths, kls = zip(*measure(params, sft, [r.text for r in requests], config.seed), strict=True)
@@ -219,7 +216,7 @@ def gold_table(summary: dict[str, Any]) -> str:
 
 def perplexity_measure(config: Config) -> dict[str, float]:
     """Perplexity per assistant token of a policy on conversations."""
-    model, tokenizer, params = load_policy(config.folder("policy"))
+    model, tokenizer, params = load_run(config.folder("policy"))
     source = open_source(config.data, "chat", "heldout", seed=config.seed)
     batches = chat_batches(source, tokenizer, batch_size=32, length=config.length)
     evaluate = make_evaluation(partial(likelihood_objective, pure(LanguageModel(model))[1]))
@@ -230,23 +227,29 @@ def perplexity_measure(config: Config) -> dict[str, float]:
 
 def accuracy_measure(config: Config) -> dict[str, float]:
     """Accuracy, calibration and length correlation of a reward model on comparisons."""
-    model, tokenizer, params = load_policy(config.folder("reward"))
+    model, tokenizer, params = load_run(config.folder("reward"), reward=True)
     source = open_source(config.data, "comparison", "heldout", seed=config.seed)
     return make_comparison_evaluation(model, source, tokenizer, config.length, config.n)(params)
 
 
 def win_rate_measure(config: Config) -> dict[str, Any]:
     """How often the reward model prefers the policy's response to the other run's; ties count half."""
-    model, tokenizer, policy = load_policy(config.folder("policy"))
-    _, _, other = load_policy(config.against or config.folder("sft"))
-    reward_model, _, reward = load_policy(config.folder("reward"))
     source = open_source(config.data, "prompt", "heldout", seed=config.seed)
-    prompts = [source[i]["prompt"] for i in range(min(config.n, len(source)))]
+    records = [source[i] for i in range(min(config.n, len(source)))]
+    if any("prompt" not in record for record in records):
+        raise UserError(f"--data={config.data}: holds raw text; win rates are of answers to prompts")
+    prompts = [record["prompt"] for record in records]
     sampling = SamplingConfig(config.temperature, max_new_tokens=config.max_new_tokens)
-    measure = make_measure(model, sampling, tokenizer, config.max_prompt)
-    pairs = [[text for text, _, _ in measure(p, p, prompts, config.seed)] for p in (policy, other)]
+
+    def responses(run: str) -> list[str]:
+        model, tokenizer, params = load_run(run)
+        measure = make_measure(model, sampling, tokenizer, config.max_prompt)
+        return [text for text, _, _ in measure(params, params, prompts, config.seed)]
+
+    reward_model, tokenizer, reward = load_run(config.folder("reward"), reward=True)
     score = make_scorer(reward_model, tokenizer, config.max_prompt + config.max_new_tokens)
-    ours, theirs = (np.array(score(reward, prompts, texts)) for texts in pairs)
+    runs = config.folder("policy"), config.against or config.folder("sft")
+    ours, theirs = (np.array(score(reward, prompts, responses(run))) for run in runs)
     rate, interval = mean((ours > theirs) + 0.5 * (ours == theirs))
     return {
         "win_rate": rate,

@@ -29,11 +29,11 @@ FEATURES = {  # by what a model has of gemma, qk_norm, qkv_bias, window: the fam
 def model_of(path: pathlib.Path) -> ModelConfig:
     """The model that the config.json at `path` describes; raises UserError for what the decoder does not cover."""
     try:
-        given = json.loads(path.read_text())
+        given = dict(json.loads(path.read_text()))
     except FileNotFoundError:
         raise UserError(f"{path}: missing; name a folder with config.json and safetensors") from None
-    except (OSError, ValueError) as fault:
-        raise UserError(f"{path}: not readable as JSON ({fault}); restore it") from None
+    except (OSError, ValueError, TypeError) as fault:
+        raise UserError(f"{path}: not readable as a JSON object ({fault}); restore it") from None
     family = given.get("model_type")
     if family not in FAMILIES:
         why = ": soft caps, and norms after layers" if family == "gemma2" else ""

@@ -11,7 +11,6 @@ language model is asked.
 
 import dataclasses
 import json
-import os
 import pathlib
 from collections.abc import Callable, Sequence
 from itertools import combinations
@@ -22,14 +21,15 @@ import numpy as np
 from tqdm import tqdm
 
 import config as flags
-from config import UserError, load_config, require
+from config import UserError, require
 from data import world
 from data.batches import cut_left
 from data.sources import open_source
-from evaluate import load_policy, make_scorer
-from generate import SamplingConfig, make_sampler
+from evaluate import make_scorer
+from generate import SamplingConfig, load_run, make_sampler
 from gold import CRITERIA
 from judges import Messages, make_prefer, make_revise, make_simulated, read_principles
+from run_folder import written_whole
 from sharding import MeshConfig, make_mesh
 
 
@@ -124,9 +124,7 @@ def make_pick(config: Config) -> Callable[[Sequence[Messages], list[list[str]]],
     """pick(prompts, revisions of each): those that the reward model scores highest (Scheurer et al. 2023, ILF)."""
     if config.reward is None:
         return lambda prompts, revisions: [texts[0] for texts in revisions]
-    model, tokenizer, params = load_policy(config.reward)
-    if load_config(config.reward)["script"] != "train_rm":
-        raise UserError(f"--reward={config.reward}: no run of train_rm; name one")
+    model, tokenizer, params = load_run(config.reward, reward=True)
     score = make_scorer(model, tokenizer, model.context)
 
     def pick(prompts: Sequence[Messages], revisions: list[list[str]]) -> list[str]:
@@ -186,42 +184,39 @@ def main(config: Config) -> dict[str, float]:
     check(config, n)
     principles = read_principles(config.principles)
     make_mesh(MeshConfig())
-    model, tokenizer, params = load_policy(config.init)
+    model, tokenizer, params = load_run(config.init)
     sampling = SamplingConfig(config.temperature, max_new_tokens=config.max_new_tokens)
     respond = make_sampler(model, sampling, tokenizer, n if comparing else 1)
     if config.judge is None:
         prefer, revise = make_simulated(list(principles), config.reliability, n, config.seed)
     else:
-        judge = load_policy(config.judge)
+        judge = load_run(config.judge)
         prefer, revise = make_prefer(judge, list(principles.values())), make_revise(judge, principles, sampling, n)
     pick = make_pick(config)
     source = open_source(config.data, "prompt", config.split, seed=config.seed)
     count, rows, made = min(config.prompts, len(source)), 128, []
-    out = pathlib.Path(config.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    for start in tqdm(range(0, count, rows), desc=config.write, unit=f" x {rows} prompts", mininterval=2):
-        records = [source[i] for i in range(start, min(start + rows, count))]
-        if any("prompt" not in record for record in records):
-            raise UserError(f"--data={config.data}: holds raw text; feedback is on answers to prompts")
-        prompts = [record["prompt"] for record in records]
-        room = model.context - config.max_new_tokens
-        asked = [cut_left(tokenizer.prompt(prompt), room, tokenizer) for prompt in prompts]
-        key = jax.random.fold_in(jax.random.key(config.seed), start)
-        tokens = respond(params, asked, key, rows)
-        texts = [tokenizer.decode(t) if t and t[-1] == tokenizer.eos else "" for t in tokens]
-        per = len(texts) // len(prompts)
-        answered = [(p, [t for t in texts[i * per :][:per] if t.strip()]) for i, p in enumerate(prompts)]
-        prompts = [prompt for prompt, ended in answered if ended]
-        responses = [ended for _, ended in answered if ended]
-        if comparing:
-            made += comparisons(prefer, prompts, responses)
-        elif responses:
-            first, key = [ended[0] for ended in responses], jax.random.fold_in(key, 1)
-            made += revisions(config, list(principles), revise, pick, prompts, first, key)
-    partial = out.with_name(f".{out.name}.{os.getpid()}")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in made))
-    partial.replace(out)
-    print(f"{out}: {len(made)} lines from {count} prompts")
+    with written_whole(config.out) as file:  # opened at once, so that a place that cannot be written shows
+        for start in tqdm(range(0, count, rows), desc=config.write, unit=f" x {rows} prompts", mininterval=2):
+            records = [source[i] for i in range(start, min(start + rows, count))]
+            if any("prompt" not in record for record in records):
+                raise UserError(f"--data={config.data}: holds raw text; feedback is on answers to prompts")
+            prompts = [record["prompt"] for record in records]
+            room = model.context - config.max_new_tokens
+            asked = [cut_left(tokenizer.prompt(prompt), room, tokenizer) for prompt in prompts]
+            key = jax.random.fold_in(jax.random.key(config.seed), start)
+            tokens = respond(params, asked, key, rows)
+            texts = [tokenizer.decode(t) if t and t[-1] == tokenizer.eos else "" for t in tokens]
+            per = len(texts) // len(prompts)
+            answered = [(p, [t for t in texts[i * per :][:per] if t.strip()]) for i, p in enumerate(prompts)]
+            prompts = [prompt for prompt, ended in answered if ended]
+            responses = [ended for _, ended in answered if ended]
+            if comparing:
+                made += comparisons(prefer, prompts, responses)
+            elif responses:
+                first, key = [ended[0] for ended in responses], jax.random.fold_in(key, 1)
+                made += revisions(config, list(principles), revise, pick, prompts, first, key)
+        file.writelines(json.dumps(row) + "\n" for row in made)
+    print(f"{config.out}: {len(made)} lines from {count} prompts")
     return {"lines": len(made), "prompts": count} | (report(config, made) if config.data == "world" and made else {})
 
 

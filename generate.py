@@ -19,7 +19,16 @@ from model import LanguageModel, ModelConfig, Params, pure
 from sampling import Samples, SamplingConfig, generate, truncate
 from sharding import to_host
 
-__all__ = ["Samples", "SamplingConfig", "generate", "join", "make_sampler", "truncate"]
+__all__ = ["Samples", "SamplingConfig", "generate", "join", "load_run", "make_sampler", "truncate"]
+
+
+def load_run(run: str, reward: bool = False) -> tuple[ModelConfig, Tokenizer, Params]:
+    """Model, tokenizer and parameters of a language model's run, or of a `reward` model's; UserError for the other."""
+    config, params = load_config(run), load_params(run)
+    if ("head" in params) != reward:
+        kinds = ("language model", "reward model")
+        raise UserError(f"{run}: a {kinds[not reward]} (of {config['script']}); name the run of a {kinds[reward]}")
+    return ModelConfig(**config["model"]), Tokenizer.load(run), params
 
 
 def join(prompts: dict[str, jax.Array], samples: Samples) -> dict[str, jax.Array]:
@@ -104,9 +113,7 @@ def main(config: Config) -> list[str]:
     sampling = SamplingConfig(config.temperature, config.top_k, config.top_p, config.max_new_tokens)
     if config.n < 1:
         raise UserError(f"--n={config.n}: must be at least 1")
-    model = ModelConfig(**load_config(config.run)["model"])
-    tokenizer = Tokenizer.load(config.run)
-    params = load_params(config.run)
+    model, tokenizer, params = load_run(config.run)
     respond = make_sampler(model, sampling, tokenizer, 1 if config.chat else config.n)
     key = jax.random.key(config.seed)
 

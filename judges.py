@@ -121,7 +121,7 @@ def make_keeps(judge: Judge, rule: str) -> Callable[[str, dict[str, Any]], float
     """function(response, record) -> P(the response keeps the rule): a classifier without training, usable as a reward.
 
     As the rule-based reward models of OpenAI 2023 (GPT-4, system card). In a module of your own,
-    `polite = make_keeps(load_policy("runs/llama"), "The response is polite.")` makes --reward=module:polite.
+    `polite = make_keeps(load_run("runs/llama"), "The response is polite.")` makes --reward=module:polite.
     """
     first = make_first(judge)
     return lambda response, record: float(

@@ -9,7 +9,6 @@ that are not here; no weight is ever made. Ends with exit code 0 where the run f
 
 import dataclasses
 import importlib
-import importlib.util
 import math
 import re
 import sys
@@ -23,7 +22,7 @@ import config as flags
 import hlo
 from chips import CHIPS, GIB, Chip, devices_of
 from config import UserError
-from programs import Plan, Program, programs_of
+from programs import SCRIPTS, Plan, Program
 from sharding import make_mesh
 
 
@@ -176,7 +175,7 @@ class Verdict(NamedTuple):
 def judged(name: str, script: Any, config: Any, topology: str, devices: list[Any]) -> Verdict:
     """Compile everything and write the tables."""
     mesh, chip = make_mesh(config.mesh, devices), CHIPS[topology.partition(":")[0]]
-    plan, chips = programs_of(name, script, config, mesh), len(devices)
+    plan, chips = SCRIPTS[name](script, config, mesh), len(devices)
     results = compiled_all(plan, mesh, chip)
     worst = max(results, key=lambda r: r.peak)
     shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
@@ -246,8 +245,8 @@ def main(argv: list[str]) -> Verdict | None:
     """Prints the tables, the verdict last; returns it (of a sweep the best, None where nothing fits)."""
     jax.config.update("jax_platforms", "cpu")  # a TPU that happens to be here is not asked
     name, topology, sweeping, rest = split_flags(argv)
-    if importlib.util.find_spec(name) is None:
-        raise UserError(f"{name}: no such script; as in train_ppo")
+    if name not in SCRIPTS:
+        raise UserError(f"{name}: plan.py knows {', '.join(SCRIPTS)}; describe it in programs.py")
     script = importlib.import_module(name)
     config = flags.parse(script.Config, rest)
     devices = devices_of(topology)

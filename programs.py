@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from config import UserError, load_config
+from config import load_config
 from data.batches import pad_comparisons, pad_examples, pad_prompts
 from lora import attach, frozen_part, trained_part
 from model import LanguageModel, ModelConfig, ScalarModel, empty_cache, pure
@@ -136,7 +136,7 @@ def ppo(script: Any, config: Any, mesh: Mesh) -> Plan:
     rows, part = config.batch_size, config.batch_size // config.minibatches
     prompts = pad_prompts([full_row(config.max_prompt)] * (rows // n), config.max_prompt, 0)
     rollout = make_rollout(config, apply, SimpleNamespace(eos=1, pad=0), n)
-    judge = script.make_judge(config, apply, scalar_apply, 1)
+    judge = script.make_judge(config, apply, scalar_apply, eos=1, newlines=[0])
     asked = on_batch_axes(prompts, mesh)
     sampled = on_batch_axes(jax.eval_shape(rollout, wholes[0], asked, a_key()), mesh)
     models, beta = (wholes[0], reference, reward, wholes[1]), jax.ShapeDtypeStruct((), jnp.float32)
@@ -174,10 +174,3 @@ def ppo(script: Any, config: Any, mesh: Mesh) -> Plan:
 
 
 SCRIPTS = {"train_lm": likelihood, "train_sft": likelihood, "train_rm": ranking, "train_ppo": ppo}
-
-
-def programs_of(name: str, script: Any, config: Any, mesh: Mesh) -> Plan:
-    """The plan of the script `name`; raises UserError for one that is not described here."""
-    if name not in SCRIPTS:
-        raise UserError(f"{name}: plan.py knows {', '.join(SCRIPTS)}; describe it in programs.py")
-    return SCRIPTS[name](script, config, mesh)

@@ -8,23 +8,21 @@ A row is a way to choose, a column the number of answers chosen from, always the
 
 import dataclasses
 import json
-import pathlib
 from typing import Any
 
 import jax
 import numpy as np
 
 import config as flags
-from checkpoint import load_params
-from config import load_config, require
+from config import require
 from data.checks import last_number
 from data.sources import open_source
 from data.steps import majority, problems
-from data.tokenizer import Tokenizer
-from generate import SamplingConfig, make_sampler
+from generate import SamplingConfig, load_run, make_sampler
 from gold import Interval, mean
-from model import ModelConfig, check_fit
+from model import check_fit
 from rewards import load_function, make_step_scorer
+from run_folder import written_whole
 from sharding import MeshConfig, make_mesh
 
 
@@ -61,7 +59,7 @@ def main(config: Config) -> dict[str, dict[int, Interval]]:
     """Prints and returns accuracies with 95 % intervals over problems; {way: {n: (share, interval)}}."""
     require({f"--n={config.n}, --prompts={config.prompts}: must be at least 1": min(config.n, config.prompts) >= 1})
     mesh = make_mesh(MeshConfig())
-    model, tokenizer = ModelConfig(**load_config(config.policy)["model"]), Tokenizer.load(config.policy)
+    model, tokenizer, params = load_run(config.policy)
     length = config.max_prompt + config.max_new_tokens
     check_fit(model, tokenizer.size, length)
     check = load_function(config.check)
@@ -72,7 +70,7 @@ def main(config: Config) -> dict[str, dict[int, Interval]]:
 
     sampling = SamplingConfig(config.temperature, max_new_tokens=config.max_new_tokens)
     respond, key = make_sampler(model, sampling, tokenizer, config.n), jax.random.key(config.seed)
-    responses = respond(load_params(config.policy), prompts, key, max(1, 512 // config.n))
+    responses = respond(params, prompts, key, max(1, 512 // config.n))
     texts, shape = [tokenizer.decode(r) for r in responses], (len(records), config.n)
     right_PN = np.reshape([check(text, records[i // config.n]) for i, text in enumerate(texts)], shape)
     answers = [[last_number(t) for t in texts[i : i + config.n]] for i in range(0, len(texts), config.n)]
@@ -93,7 +91,8 @@ def main(config: Config) -> dict[str, dict[int, Interval]]:
     if config.out is not None:
         last = {way: row[config.n].round(4).tolist() for way, row in hits.items()}
         content = {"config": dataclasses.asdict(config), "tokens": tokens, "accuracy": table, "hits": last}
-        pathlib.Path(config.out).write_text(json.dumps(content) + "\n")
+        with written_whole(config.out) as file:
+            file.write(json.dumps(content) + "\n")
     return table
 
 

@@ -167,11 +167,11 @@ def make_step_scorer(run: str, tokenizer: Tokenizer, mesh: jax.sharding.Mesh, le
     What has been written of a response is scored too: its last token ends a step.
     """
     params, model = load_reward_model(run, tokenizer, mesh, "train_prm")
-    apply, newline, rows = pure(ScalarModel(model))[1], tokenizer.encode("\n")[-1], 512
+    apply, newlines, rows = pure(ScalarModel(model))[1], tokenizer.newlines(), 512
 
     @jax.jit
     def scores(params: Params, batch: Batch) -> Batch:
-        ends_BT = step_ends(batch["tokens_BT"], batch["loss_mask_BT"], newline)
+        ends_BT = step_ends(batch["tokens_BT"], batch["loss_mask_BT"], newlines)
         logits_BT = apply(params, *inputs(batch))
         return {how: running_score(logits_BT, ends_BT, how)[:, -1] for how in SCORES}
 

@@ -16,7 +16,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from functools import reduce
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 
@@ -56,12 +56,19 @@ def identity_hash(config: dict[str, Any]) -> str:
 
 
 def refuse_other_run(run: pathlib.Path, config: dict[str, Any]) -> None:
-    """Raises UserError unless the folder `run` is new, empty, or a run that `config` continues."""
+    """Raises UserError unless the folder `run` is new, empty, or a run that `config` continues.
+
+    A run that ended before its first step was saved, as after a mistake, is begun anew with any config.
+    """
     if run.exists() and not run.is_dir():
         raise UserError(f"{run}: a file, not a folder; name another --run")
     if not (run / "config.json").exists():
         if run.exists() and set(os.listdir(run)) - {"checkpoints", "config.json.new"}:
             raise UserError(f"{run}: holds files but no config.json, so it is not a run; name another --run")
+        return
+    if not (
+        finished_steps(run / "checkpoints") or any(run.glob("reference-*.npz")) or (run / "left_out.json").exists()
+    ):
         return
     stored = load_config(str(run))
     old, new = _identity(stored), _identity(config)
@@ -104,6 +111,22 @@ def write_whole(path: pathlib.Path, content: bytes) -> None:
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)
+
+
+@contextlib.contextmanager
+def written_whole(path: str) -> Iterator[TextIO]:
+    """A file to write into that is at `path`, its folder made, once all is written; of a fault nothing is left."""
+    out = pathlib.Path(path)
+    new = out.with_name(f".{out.name}.{os.getpid()}")
+    with disk_faults(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        file = new.open("w")
+    try:
+        with file:
+            yield file
+        new.replace(out)
+    finally:
+        new.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ import numpy as np
 import config as flags
 from config import UserError
 from data.tokenizer import Tokenizer
-from rewards import SENT, make_scorer
+from rewards import SENT, is_function, make_scorer
 from sharding import MeshConfig, make_mesh, to_mesh
 
 
@@ -36,6 +36,8 @@ class Config:
 def make_answer(config: Config):
     """answer(question) -> {"scores": one a response}; raises UserError for a question it cannot answer."""
     mesh = make_mesh(config.mesh)
+    if config.tokenizer is None and is_function(config.reward):
+        raise UserError(f"--reward={config.reward}: a function has no tokenizer; give --tokenizer, the askers' run")
     tokenizer = Tokenizer.load(config.tokenizer or config.reward)
     score = make_scorer([config.reward], tokenizer, mesh)
     types = {name: np.float32 if name == "mask_BR" else np.int32 for name in SENT}

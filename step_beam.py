@@ -7,7 +7,6 @@ Compare with as many answers of rerank.py, --n = beams x branch: both print the 
 
 import dataclasses
 import json
-import pathlib
 from collections.abc import Callable
 from typing import Literal
 
@@ -15,15 +14,14 @@ import jax
 import numpy as np
 
 import config as flags
-from checkpoint import load_params
-from config import load_config, require
+from config import require
 from data.sources import open_source
 from data.steps import problems
-from data.tokenizer import Tokenizer
-from generate import SamplingConfig, make_sampler
+from generate import SamplingConfig, load_run, make_sampler
 from gold import Interval, mean
-from model import ModelConfig, check_fit
+from model import check_fit
 from rewards import load_function, make_step_scorer
+from run_folder import written_whole
 from sharding import MeshConfig, make_mesh
 
 Tokens = list[int]
@@ -112,7 +110,7 @@ def main(config: Config) -> tuple[Interval, float]:
         )
     })  # fmt: skip
     mesh = make_mesh(MeshConfig())
-    model, tokenizer = ModelConfig(**load_config(config.policy)["model"]), Tokenizer.load(config.policy)
+    model, tokenizer, params = load_run(config.policy)
     length = config.max_prompt + config.max_new_tokens
     check_fit(model, tokenizer.size, length)
     check, score = load_function(config.check), make_step_scorer(config.model, tokenizer, mesh, length)
@@ -120,8 +118,8 @@ def main(config: Config) -> tuple[Interval, float]:
     records = [source[i] for i in range(min(config.prompts, len(source)))]
     prompts = problems(records, tokenizer, config.max_prompt)
     sampling = SamplingConfig(config.temperature, max_new_tokens=config.max_new_tokens)
-    respond = make_sampler(model, sampling, tokenizer, config.branch, ends=tokenizer.encode("\n")[-1:])
-    params, key = load_params(config.policy), jax.random.key(config.seed)
+    respond = make_sampler(model, sampling, tokenizer, config.branch, ends=tokenizer.newlines())
+    key = jax.random.key(config.seed)
 
     def extend(contexts: list[Tokens], number: int) -> list[Tokens]:
         return respond(params, contexts, jax.random.fold_in(key, number), max(1, 512 // config.branch))
@@ -136,7 +134,8 @@ def main(config: Config) -> tuple[Interval, float]:
     print(f"{len(records)} held-out problems: {accuracy:.3f} ±{(high - low) / 2:.3f} right, {tokens:.0f} tokens each")
     if config.out is not None:
         content = {"config": dataclasses.asdict(config), "tokens": tokens, "accuracy": [accuracy, [low, high]]}
-        pathlib.Path(config.out).write_text(json.dumps({**content, "hits": right}) + "\n")
+        with written_whole(config.out) as file:
+            file.write(json.dumps({**content, "hits": right}) + "\n")
     return (accuracy, [low, high]), tokens
 
 

@@ -133,7 +133,7 @@ class Config:
     """Print shapes, shardings, memory and the first batch, and write nothing."""
 
 
-def make_judge(config: Config, apply: Any, scalar_apply: Any, eos: int, newline: int):
+def make_judge(config: Config, apply: Any, scalar_apply: Any, eos: int, newlines: list[int]):
     """judge(policy, reference, reward, value, batch, beta) -> (batch with targets, metrics)."""
 
     @jax.jit
@@ -142,7 +142,7 @@ def make_judge(config: Config, apply: Any, scalar_apply: Any, eos: int, newline:
         logp_BR = ppo.response_logprobs(apply, policy, batch, config.temperature)
         reference_BR = ppo.response_logprobs(apply, reference, batch, config.temperature)
         scalars_BT = scalar_apply(reward, *inputs(batch))
-        raw_B, steps_BR = response_scores(scalars_BT, batch, config.step_rewards, newline)
+        raw_B, steps_BR = response_scores(scalars_BT, batch, config.step_rewards, newlines)
         score_B = ppo.missing_eos(raw_B, ended(batch, eos), config.missing_eos, config.missing_eos_score)
 
         length_B = mask_BR.sum(1).astype(jnp.int32)
@@ -230,7 +230,7 @@ def main(config: Config) -> dict[str, float]:
         read["text"] = text_batches(text, tokenizer, batch_size=rows, length=length, **options)
     with_text = jax.jit(partial(ppo.with_text, coefficient=config.ptx_coef))
     rollout = make_rollout(config, apply, tokenizer, config.samples_per_prompt)
-    judge = make_judge(config, apply, scalar_apply, tokenizer.eos, tokenizer.encode("\n")[-1])
+    judge = make_judge(config, apply, scalar_apply, tokenizer.eos, tokenizer.newlines())
     (policy_optimizer, policy_step), (value_optimizer, value_step) = make_updates(config, apply, scalar_apply)
     evaluate = make_gold_evaluation(config, tokenizer) if config.data == "world" and config.eval_every else None
 

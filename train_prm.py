@@ -21,12 +21,14 @@ from data.batches import collate
 from data.sources import Source, open_source
 from data.steps import encode_steps, pad_steps, step_table, steps_batches
 from data.tokenizer import Tokenizer, tokenizer_for
+from hosts import HostsConfig
 from lora import LoraConfig, attach, pinned
 from metrics import Recorder, describe
 from model import ModelConfig, Params, ScalarModel, check_fit, pure
 from objectives.likelihood import inputs
 from objectives.reward import process_objective
-from sharding import MeshConfig, check_batch, make_mesh, to_mesh
+from preview import preview
+from sharding import MeshConfig, check_batch, make_mesh, reader, to_host, to_mesh
 from train_step import OptimizerConfig, as_items, make_optimizer, make_train_step, start_or_resume
 
 EVAL_ROWS = 128
@@ -55,6 +57,7 @@ class Config:
     optimizer: OptimizerConfig = OptimizerConfig(lr=1e-3)
     lora: LoraConfig = LoraConfig()
     mesh: MeshConfig = MeshConfig()
+    hosts: HostsConfig = HostsConfig()
     seed: int = 0
     eval_every: int = 200
     """Steps between evaluations on held-out data; 0: never."""
@@ -64,6 +67,8 @@ class Config:
     """Steps between checkpoints; 0: at the end only."""
     keep: int = 2
     """Checkpoints kept."""
+    dry_run: bool = False
+    """Print shapes, shardings, memory and the first batch, and write nothing."""
 
 
 def make_evaluation(config: Config, apply: Any, source: Source, tokenizer: Tokenizer):
@@ -79,7 +84,7 @@ def make_evaluation(config: Config, apply: Any, source: Source, tokenizer: Token
     logits = jax.jit(lambda params, batch: apply(params, *inputs(batch)))
 
     def evaluate(params: Params) -> dict[str, float]:
-        logits_NT = np.concatenate([logits(params, batch) for batch in batches])
+        logits_NT = np.concatenate([to_host(logits(params, batch)) for batch in batches])
         columns = (np.concatenate([b[name] for b in batches]) for name in ("targets_BT", "loss_mask_BT"))
         table = step_table(*(x[: len(records)] for x in (logits_NT, *columns)))
         return {f"eval/{name}": value for name, value in table.items()}
@@ -96,9 +101,8 @@ def main(config: Config) -> dict[str, float]:
     held_out = open_source(config.eval_data or config.data, "steps", split, seed=config.seed)
     tokenizer = tokenizer_for(config, source)
     check_fit(config.model, tokenizer.size, config.length)
-    host = {"process": jax.process_index(), "processes": jax.process_count()}
     sizes = {"batch_size": config.batch_size, "length": config.length}
-    batches = steps_batches(source, tokenizer, **sizes, seed=config.seed, **host)
+    batches = steps_batches(source, tokenizer, **sizes, seed=config.seed, **reader(mesh))
 
     init, apply = pure(ScalarModel(config.model))
     optimizer = make_optimizer(config.optimizer, config.steps)
@@ -107,6 +111,8 @@ def main(config: Config) -> dict[str, float]:
     train_step = make_train_step(objective, optimizer, config.microbatches, config.optimizer.clip, whole)
     evaluate = make_evaluation(config, apply, held_out, tokenizer)
 
+    if config.dry_run:
+        return preview(config, init, optimizer, mesh, next(batches), tokenizer)
     with Checkpoints(config.run, config, script="train_prm", tokenizer=tokenizer.model, keep=config.keep) as saved:
         start, state, position, base = start_or_resume(saved, config, init, optimizer, mesh)
         if position:

@@ -111,7 +111,7 @@ def starting_params(init: Any, config: ModelConfig, run: str | None, mesh: jax.s
     """Random parameters by `init(key)`; of these, what the model of `run` has too is taken from there.
 
     So a reward model starts with a policy's decoder and a new head, or goes on from another reward model. Raises
-    UserError if the architectures differ.
+    UserError if the architectures differ, or for a language model that would start from a reward model.
     """
     if run is None:
         return init_sharded(init, mesh, jax.random.key(seed))
@@ -122,7 +122,10 @@ def starting_params(init: Any, config: ModelConfig, run: str | None, mesh: jax.s
         if pair[0] != pair[1] and field.name not in ("preset", "dtype", "remat"):
             raise UserError(f"--model.{field.name}={pair[1]}: --init={run} has {pair[0]}; leave --model.* out")
     params = init_sharded(init, mesh, jax.random.key(seed))
-    model = ScalarModel(config) if saved["script"] == "train_rm" else LanguageModel(config)
+    scalar = saved["script"] in ("train_rm", "train_prm")
+    if scalar and "head" not in params:
+        raise UserError(f"--init={run}: a reward model (of {saved['script']}); name the run of a language model")
+    model = ScalarModel(config) if scalar else LanguageModel(config)
     shapes = jax.eval_shape(pure(model)[0], jax.random.key(0))
     loaded = load_params(run, shapes=abstract(shapes, mesh))
     return {**params, **{name: loaded[name] for name in params.keys() & loaded.keys()}}

@@ -28,7 +28,7 @@ from data.tokenizer import Tokenizer
 from data.tokenizer_json import read_tokenizer, tokenizer_files
 from families import config_of, model_of
 from model import LanguageModel, ModelConfig, Params, check_fit, pure
-from run_folder import finished_steps
+from run_folder import disk_faults, finished_steps
 from sharding import MeshConfig, abstract, make_mesh, path_name
 
 SHARD_BYTES = 4 << 30
@@ -191,6 +191,41 @@ def write_tensors(folder: pathlib.Path, params: Params, model: ModelConfig, dtyp
         (folder / "model.safetensors.index.json").write_text(text)
 
 
+# --- folders
+
+
+def load(folder: str | os.PathLike, mesh: jax.sharding.Mesh | None = None) -> tuple[ModelConfig, Params]:
+    """The model of a Hugging Face folder, its parameters in float32 on `mesh`; raises UserError.
+
+    Default: all devices, as MeshConfig lays them.
+    """
+    model = model_of(pathlib.Path(folder) / "config.json")
+    files = find_tensors(pathlib.Path(folder), model)
+    return model, read_params(files, model, mesh or make_mesh(MeshConfig()))
+
+
+def save(
+    folder: str | os.PathLike, config: ModelConfig, params: Params, tokenizer: Tokenizer, dtype: str = "float32"
+) -> None:
+    """Writes a Hugging Face folder, whole or not at all; raises UserError where it exists, or no family fits."""
+    content, out = config_of(config, tokenizer, dtype), pathlib.Path(folder)
+    if "head" in params:
+        raise UserError(f"{out}: not written: a reward model; only language models are exported")
+    if out.exists():
+        raise UserError(f"{out}: exists already; name another folder")
+    new = out.with_name(f".{out.name}.{os.getpid()}")
+    try:
+        with disk_faults(out):
+            new.mkdir(parents=True)
+            write_tensors(new, params, config, dtype, SHARD_BYTES)
+            (new / "config.json").write_text(json.dumps(content, indent=1))
+            for name, file in tokenizer_files(tokenizer).items():
+                (new / name).write_bytes(file)
+            new.replace(out)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
 # --- the script
 
 
@@ -203,37 +238,23 @@ def import_run(config: Config) -> Params:
     except RuntimeError as fault:
         raise UserError(f"{folder}: its tokenizer cannot be read ({fault}); restore the file") from None
     check_fit(model, tokenizer.size, 1)
-    files = find_tensors(folder, model)
     if finished_steps(pathlib.Path(config.run) / "checkpoints"):
         raise UserError(f"{config.run}: holds a checkpoint already; name another --run")
     config = dataclasses.replace(config, model=model)
+    _, params = load(folder, mesh)
     with Checkpoints(config.run, config, script="weights", tokenizer=tokenizer.model) as checkpoints:
-        params = read_params(files, model, mesh)
         checkpoints.save(0, {"params": params})
     print(f"{config.run}: {sum(x.size for x in jax.tree.leaves(params)):,} parameters of {folder}")
     return params
 
 
 def export_run(config: Config) -> Params:
-    """Writes the folder, whole or not at all; returns the parameters."""
+    """Writes the folder; returns the parameters."""
+    params = load_params(config.run)
     model, tokenizer = ModelConfig(**load_config(config.run)["model"]), Tokenizer.load(config.run)
-    content = config_of(model, tokenizer, config.dtype)
-    params, out = load_params(config.run), pathlib.Path(config.write)
-    if "head" in params:
-        raise UserError(f"--run={config.run}: a reward model; only language models are exported")
-    if out.exists():
-        raise UserError(f"--write={out}: exists already; name another folder")
-    new = out.with_name(f".{out.name}.{os.getpid()}")
-    new.mkdir(parents=True)
-    try:
-        write_tensors(new, params, model, config.dtype, SHARD_BYTES)
-        (new / "config.json").write_text(json.dumps(content, indent=1))
-        for name, file in tokenizer_files(tokenizer).items():
-            (new / name).write_bytes(file)
-        new.replace(out)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-    print(f"{out}: {sum(x.size for x in jax.tree.leaves(params)):,} parameters of {config.run}, as {config.dtype}")
+    save(config.write, model, params, tokenizer, config.dtype)
+    size = sum(x.size for x in jax.tree.leaves(params))
+    print(f"{config.write}: {size:,} parameters of {config.run}, as {config.dtype}")
     return params
 
 

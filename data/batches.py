@@ -69,9 +69,11 @@ def encode_prompt(record: Row, tokenizer: Tokenizer, length: int) -> tuple[list[
 
 def cut_left(tokens: list[int], length: int, tokenizer: Tokenizer) -> list[int]:
     """At most `length` of `tokens`: bos, the role whose turn is cut into, and the end, from after a newline
-    if its first half has one."""
+    if its first half has one. Raises UserError below 3 tokens, which hold no prompt."""
     if len(tokens) <= length:
         return tokens
+    if length < 3:
+        raise UserError(f"{length} tokens hold no prompt; raise --max_prompt or --length, or lower --max_new_tokens")
     roles = {tokenizer.system, tokenizer.user, tokenizer.assistant} - {None}
     cut = len(tokens) - length + (2 if tokens[1] in roles else 1)
     newline = tokenizer.encode("\n")[-1]

@@ -14,7 +14,7 @@ NUMBER = re.compile(r"-?\d+(?:,\d{3})*(?:\.\d+)?")
 def answer(record: dict[str, Any]) -> str:
     """The record's answer; raises UserError where it has none."""
     if "answer" not in record:
-        raise UserError("--reward: the prompts of --data have no answer to check; give rows with prompt and answer")
+        raise UserError("--data: its prompts have no answer to check; give rows with prompt and answer")
     return record["answer"]
 
 

@@ -1,6 +1,5 @@
 """Comparisons in other forms: judged responses for KTO, hindsight chains, instruction contrasts, token weights."""
 
-import difflib
 from typing import Any
 
 import numpy as np
@@ -109,15 +108,28 @@ def encode_contrast(record: Record, tokenizer: Tokenizer, length: int) -> tuple[
 def edit_weights(
     initial: list[int], revised: list[int], *, added: float = 1.0, removed: float = -0.5, kept: float = 0.0
 ) -> tuple[list[float], list[float]]:
-    """Weights of the tokens of an answer and of its revision, from the shortest edit between them.
+    """Weights of the tokens of an answer and of its revision, from a shortest edit between them (Levenshtein's).
 
     Tokens that the revision adds or puts in another's place weigh `added`, those that it drops or replaces
     `removed`, all others `kept` in the revision and 0 before (Guo et al. 2024, FIGA, section 3).
     """
-    before, after = [0.0] * len(initial), [kept] * len(revised)
-    for kind, i, j, k, end in difflib.SequenceMatcher(None, initial, revised, autojunk=False).get_opcodes():
-        if kind != "equal":
-            before[i:j], after[k:end] = [removed] * (j - i), [added] * (end - k)
+    before, after, insertions = [removed] * len(initial), [added] * len(revised), np.arange(len(revised) + 1)
+    same = np.array(initial)[:, None] == np.array(revised)
+    edits = [insertions]  # [i][j]: fewest that make the first j tokens of the revision from the first i
+    for equal in same:
+        row = edits[-1] + 1
+        row[1:] = np.minimum(row[1:], edits[-1][:-1] + ~equal)
+        edits.append(np.minimum.accumulate(row - insertions) + insertions)
+    i, j = len(initial), len(revised)
+    while i and j:
+        if same[i - 1, j - 1]:
+            before[i - 1], after[j - 1] = 0.0, kept
+        if edits[i][j] == edits[i - 1][j - 1] + (not same[i - 1, j - 1]):
+            i, j = i - 1, j - 1
+        elif edits[i][j] == edits[i - 1][j] + 1:
+            i -= 1
+        else:
+            j -= 1
     return before, after
 
 

@@ -131,6 +131,10 @@ class Tokenizer:
         """
         return self.pieces.decode([int(i) for i in ids if int(i) < self.size and int(i) not in self._hidden])
 
+    def newlines(self) -> list[int]:
+        """The tokens whose text ends in a newline; those of other makers may have one for `.` and a newline."""
+        return [i for i in range(self.size) if self.decode([i]).endswith("\n")]
+
     def document(self, text: str) -> list[int]:
         """A whole text: bos, its tokens, eos."""
         return [self.bos, *self.encode(text), self.eos]

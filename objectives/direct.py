@@ -49,7 +49,7 @@ def robust_dpo(
     """DPO whose mean over labels flipped with probability `label_smoothing` (< 1/2) is that over true ones."""
     h = log_ratio_gap(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
     right, wrong = -jax.nn.log_sigmoid(beta * h), -jax.nn.log_sigmoid(-beta * h)
-    # Chowdhury et al. 2024, section 3: the unbiased estimate of the loss without noise
+    # Chowdhury et al. 2024: the unbiased estimate of the loss without noise
     return ((1 - label_smoothing) * right - label_smoothing * wrong) / (1 - 2 * label_smoothing)
 
 
@@ -83,7 +83,7 @@ def kto_unpaired(
     r = policy_logps - reference_logps
     value = jax.nn.sigmoid(beta * jnp.where(desirable, r - z0, z0 - r))
     weight = jnp.where(desirable, desirable_weight, undesirable_weight)
-    return weight - weight * value  # Ethayarajh et al. 2024, L_KTO: lambda_y - v(x, y)
+    return weight - weight * value  # Ethayarajh et al. 2024, eq. 7: lambda_y - v(x, y)
 
 
 def kto(
@@ -122,7 +122,7 @@ def simpo(chosen_mean_logps: Array, rejected_mean_logps: Array, *, beta: float, 
 def cpo(chosen_logps: Array, rejected_logps: Array, *, beta: float, nll_weight: float = 1.0) -> Array:
     """Contrastive preference optimisation: DPO under a uniform reference, plus the chosen response's NLL."""
     preference = -jax.nn.log_sigmoid(beta * (chosen_logps - rejected_logps))
-    return preference - nll_weight * chosen_logps  # Xu et al. 2024, L_prefer + L_NLL
+    return preference - nll_weight * chosen_logps  # Xu et al. 2024, eq. 3: L_prefer + L_NLL
 
 
 def slic_hf(
@@ -165,7 +165,7 @@ def figa(logps: Array, weights: Array) -> Array:
 
 def unlikelihood(logps: Array, weights: Array) -> Array:
     """Likelihood where the weight is positive, unlikelihood -log(1 - p) where it is negative."""
-    return -jnp.where(weights > 0, weights * logps, -weights * log_complement(logps))  # Welleck et al. 2020, eq. 4
+    return -jnp.where(weights > 0, weights * logps, -weights * log_complement(logps))  # Welleck et al. 2020
 
 
 # ---- Binding to a policy ----

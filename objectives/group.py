@@ -44,7 +44,7 @@ def combined(
     """One score a response, [B], from several. `gated`: the first where all others reach `gate`, else `floor`.
 
     A reward a criterion: Glaese et al. 2022 (a preference beside rules); Touvron et al. 2023, section 3.2.3 (Llama 2:
-    helpfulness counts where safety reaches a threshold).
+    helpfulness counts where safety reaches a threshold; below it, there, the safety score).
     """
     scores_BC = jnp.stack(list(scores), axis=1)  # C here: criteria
     return {
@@ -61,7 +61,7 @@ def overlong_penalty(length_B: Array, longest: int, cache: float) -> Array:
 
 
 def shaped(rewards_BR: Array, potential_BR: Array, mask_BR: Array) -> Array:
-    """Rewards plus phi(s') - phi(s), which leaves the optimal policy as it is (Ng et al. 1999, eq. 2, gamma = 1).
+    """Rewards plus phi(s') - phi(s), which leaves the optimal policy as it is (Ng et al. 1999, theorem 1, gamma = 1).
 
     `potential_BR`: phi of the states in which the tokens were emitted; after the last token it counts as 0.
     """
@@ -112,7 +112,8 @@ def by_response(advantage: Callable[[Array], Array], rewards_BR: Array, mask_BR:
 def reinforce_pp(rewards_BR: Array, mask_BR: Array, *, group: int = 1, unbiased: bool = False) -> Array:
     """A_t = rewards from t on, normalised over all tokens of the batch (Hu et al. 2025, REINFORCE++).
 
-    With several responses to a prompt their mean reward is taken off first (the paper's variant with baseline).
+    With several responses to a prompt their mean reward is taken off first: the paper's variant with baseline, which
+    also has the KL in the loss, by k2.
     """
     to_go_BR = gae(rewards_BR, jnp.zeros_like(rewards_BR), discount=1.0, smoothing=1.0)[0]
     if group > 1:
@@ -137,7 +138,7 @@ def row_weights(mask_BR: Array, average: str) -> tuple[Array, Array]:
     """Of each response, the weight of its tokens and what it adds to the denominator, [B] each; 0 without tokens.
 
     sequence: mean over its tokens, then over responses (GRPO, eq. 3). tokens: mean over all tokens (DAPO, eq. 8, over
-    the minibatch). constant: sum over its tokens by the longest length, then mean over responses (Dr. GRPO, appendix).
+    the minibatch). constant: sum over its tokens by the longest length, then mean over responses (Dr. GRPO).
     """
     length_B = mask_BR.sum(1)
     counts_B = (length_B > 0).astype(jnp.float32)

@@ -24,7 +24,7 @@ PAPERS: dict[str, dict[str, Any]] = {
     # Yuan et al. 2023: all distinct right answers. They start over from the pretrained model each time; we go on.
     "rft": RAFT | {"select": "passing", "distinct": True, "carry": 4},
     "expert": RAFT | {"select": "passing"},  # as STaR's filter (Zelikman et al. 2022, algorithm 1), but it starts over
-    # Lu et al. 2022: beta and the number of quantiles, five, as for their detoxification.
+    # Lu et al. 2022: beta and the number of quantiles, five, as their program has them against toxicity.
     "quark": RAFT | {"select": "quantiles", "samples_per_prompt": 1, "carry": 4, "kl_coef": 0.05},
 }
 
@@ -54,7 +54,7 @@ def passing(scores_B: Array, threshold: float) -> Array:
 
 
 def first_of_equal(tokens_BT: Array, group: int) -> Array:
-    """False for a response whose tokens are those of an earlier one to its prompt (distinct ones: RFT, section 3.3)."""
+    """False for a response whose tokens are those of an earlier one to its prompt (RFT compares equations)."""
     tokens_PCT = tokens_BT.reshape(-1, group, tokens_BT.shape[1])
     equal_PCC = (tokens_PCT[:, :, None] == tokens_PCT[:, None]).all(-1)
     return ~jnp.tril(equal_PCC, -1).any(2).reshape(-1)
@@ -132,8 +132,8 @@ def imitation_objective(
 ):
     """-log p(y | x, r_k) + beta sum_t KL(p_0(. | x, y_<t) || p(. | x, y_<t, r_k)) in nats, summed over the loss mask.
 
-    Lu et al. 2022 (Quark), eq. 2; their program takes the KL the other way round. With a `condition` that changes
-    nothing and beta 0 this is supervised fine-tuning.
+    Lu et al. 2022 (Quark); their program takes the KL the other way round and adds an entropy bonus. With a
+    `condition` that changes nothing and beta 0 this is supervised fine-tuning.
     `params`: {"policy", "reference"}; the reference p_0 sees the rows as they are.
     """
     shown = condition(batch)
@@ -157,6 +157,6 @@ def imitation_objective(
 def best_of_n_kl(n: int) -> float:
     """log n - (n - 1) / n in nats: the most that KL(best of n || policy) can be (Stiennon et al. 2020, appendix G.3).
 
-    An upper bound (Beirami et al. 2024, theorem 3.1), nearly reached where no response is likely and no rewards tie.
+    An upper bound (Beirami et al. 2024), nearly reached where no response is likely and no rewards tie.
     """
     return math.log(n) - (n - 1) / n

@@ -12,12 +12,12 @@ from objectives.likelihood import Apply, inputs, token_logprobs
 
 
 def bradley_terry(chosen: jax.Array, rejected: jax.Array, margin: jax.Array | float = 0.0) -> jax.Array:
-    """-log sigmoid(r_chosen - r_rejected - margin) (Stiennon et al. 2020, eq. 1; margin: Llama 2, eq. 2)."""
+    """-log sigmoid(r_chosen - r_rejected - margin) (Stiennon et al. 2020; margin: Touvron et al. 2023, eq. 2)."""
     return -jax.nn.log_sigmoid(chosen - rejected - margin)
 
 
 def centring(chosen: jax.Array, rejected: jax.Array) -> jax.Array:
-    """(r_chosen + r_rejected)^2: holds rewards near 0 (Eisenstein et al. 2023, section 2)."""
+    """(r_chosen + r_rejected)^2: holds rewards near 0 (Eisenstein et al. 2023, eq. 2)."""
     return jnp.square(chosen + rejected)
 
 
@@ -61,7 +61,7 @@ def ranking_objective(
 ):
     """Ranking loss (sum over prompts); with `lm_coefficient`, plus the NLL of the best response per token.
 
-    The second keeps the reward model fluent in what it judges (Askell et al. 2021, section 4); `apply` then also
+    The second keeps the reward model fluent in what it judges (Askell et al. 2021); `apply` then also
     gives the logits of the rows that it is asked for, from the same pass.
     """
     ranks_BC = batch["ranks_BC"]
@@ -99,7 +99,8 @@ def step_loss(logits: jax.Array, targets: jax.Array) -> jax.Array:
 def process_objective(apply: Apply, params: Any, batch: dict[str, jax.Array]):
     """`step_loss` at the last token of each labelled step, summed over steps; of `data.steps.steps_batches`.
 
-    With a label on the last step only, an outcome reward model's (Lightman et al. 2023, section 2.5).
+    With a label on the last step only, an outcome reward model's, whose score Lightman et al. 2023 (section 2.5) too
+    read at the last token; they trained it at every one.
     """
     mask_BT, targets_BT = batch["loss_mask_BT"], batch["targets_BT"]
     logits_BT = apply(params, *inputs(batch))
@@ -108,11 +109,11 @@ def process_objective(apply: Apply, params: Any, batch: dict[str, jax.Array]):
     return (step_loss(logits_BT, targets_BT) * mask_BT).sum(), (steps, {"accuracy": (right_BT.sum(), steps)})
 
 
-def step_ends(tokens_BT: jax.Array, mask_BT: jax.Array, newline: int) -> jax.Array:
-    """[B, T] bool: the last token of each step: a newline, or the last token, of what `mask_BT` has of a row."""
+def step_ends(tokens_BT: jax.Array, mask_BT: jax.Array, newlines: list[int]) -> jax.Array:
+    """[B, T] bool: the last token of each step: of `newlines`, or the last one, of what `mask_BT` has of a row."""
     length = tokens_BT.shape[1]
     last_B = length - 1 - jnp.argmax(jnp.flip(mask_BT > 0, axis=1), axis=1)
-    return (mask_BT > 0) & ((tokens_BT == newline) | (jnp.arange(length) == last_B[:, None]))
+    return (mask_BT > 0) & (jnp.isin(tokens_BT, jnp.array(newlines)) | (jnp.arange(length) == last_B[:, None]))
 
 
 def running_score(logits_BT: jax.Array, ends_BT: jax.Array, how: str) -> jax.Array:
@@ -140,15 +141,15 @@ def step_rewards(logits_BT: jax.Array, ends_BT: jax.Array, how: str) -> jax.Arra
 
 
 def response_scores(
-    scalars_BT: jax.Array, batch: dict[str, jax.Array], how: str, newline: int
+    scalars_BT: jax.Array, batch: dict[str, jax.Array], how: str, newlines: list[int]
 ) -> tuple[jax.Array, jax.Array]:
     """[B] scores of responses, and what of them [B, R] comes at steps' ends (`step_rewards`): nothing if `how` is none.
 
-    `newline`: the token that ends a step.
+    `newlines`: the tokens that end a step (`Tokenizer.newlines`).
     """
     mask_BR = batch["mask_BR"]
     if how == "none":
         return last_token(scalars_BT, batch["segment_ids_BT"]), jnp.zeros_like(mask_BR)
-    ends_BR = step_ends(batch["response_BR"], mask_BR, newline)
+    ends_BR = step_ends(batch["response_BR"], mask_BR, newlines)
     steps_BR = step_rewards(scalars_BT[:, -mask_BR.shape[1] :], ends_BR, how)
     return steps_BR.sum(1), steps_BR

@@ -197,6 +197,9 @@ def test_prompts_too_long_lose_their_beginning(tokenizer):
     assert cut_left(tokens, len(tokens), tokenizer) == tokens
     raw = [tokenizer.bos, *tokenizer.encode("a b c d e f g h i j k l m n o p")]
     assert cut_left(raw, 9, tokenizer) == [tokenizer.bos, *raw[-8:]]
+    assert len(cut_left(tokens, 3, tokenizer)) <= 3
+    with pytest.raises(UserError, match="2 tokens hold no prompt"):
+        cut_left(tokens, 2, tokenizer)
 
 
 def test_what_does_not_fit_is_counted(tokenizer):

@@ -222,6 +222,17 @@ def test_another_config_is_refused_and_nothing_written(saved, change, told):
     assert {path: path.stat().st_mtime_ns for path in files(saved)} == before
 
 
+def test_a_run_of_which_no_step_was_saved_is_begun_anew_with_any_config(tmp_path):
+    run = tmp_path / "run"
+    for lr in (0.1, 0.2):
+        with open_run(run, lr=lr):
+            pass
+        assert load_config(str(run))["lr"] == lr
+    (run / "reference-0.npz").touch()  # what was computed once belongs to the config
+    with pytest.raises(UserError, match=r"lr is 0\.2 in this run"), open_run(run):
+        pass
+
+
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(UserError, match="not a run"), open_run(tmp_path):

@@ -1,6 +1,6 @@
 """Direct methods against float64 loops written from the papers, their limits, and their optima on a tiny policy."""
 
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -473,6 +473,24 @@ def test_edit_weights_mark_what_a_revision_changed():
     assert edit_weights([a, b, c], [a, c]) == ([0, -0.5, 0], [0, 0])  # dropped
     assert edit_weights([a, c], [a, b, c, e], kept=0.1) == ([0, 0], [0.1, 1, 0.1, 1])  # added
     assert edit_weights([a, b], [a, b]) == ([0, 0], [0, 0])
+
+
+def test_edit_weights_are_of_a_shortest_edit():
+    @cache
+    def distance(a, b):  # Levenshtein's, by its definition
+        if not a or not b:
+            return len(a) + len(b)
+        swapped = distance(a[1:], b[1:]) + (a[0] != b[0])
+        return min(swapped, distance(a[1:], b) + 1, distance(a, b[1:]) + 1)
+
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        a, b = (tuple(rng.integers(3, size=rng.integers(8)).tolist()) for _ in range(2))
+        before, after = edit_weights(list(a), list(b))
+        kept = [[-1, *(i for i, w in enumerate(weights) if w == 0), len(weights)] for weights in (before, after)]
+        assert [a[i] for i in kept[0][1:-1]] == [b[j] for j in kept[1][1:-1]]
+        between = np.maximum(*(np.diff(indices) - 1 for indices in kept))  # edits between two tokens that are kept
+        assert between.sum() == distance(a, b), (a, b)
 
 
 def test_tokens_that_a_revision_keeps_have_no_gradient():

@@ -27,12 +27,13 @@ import train_sft
 from checkpoint import Checkpoints, load_params
 from config import UserError
 from data import records, rules, world, world_feedback
+from data.batches import encode_comparison, pad_comparisons
 from data.tokenizer import Tokenizer
-from evaluate import load_policy
 from evaluate import make_scorer as make_text_scorer
-from generate import SamplingConfig
+from generate import SamplingConfig, load_run
 from model import PRESETS, LanguageModel, ScalarModel, pure
 from objectives.group import combined
+from objectives.reward import last_token
 from sharding import MeshConfig, make_mesh, to_mesh
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -170,7 +171,7 @@ def chance_of_a(judge):
 
 
 def test_position_bias_cancels_in_a_language_models_judgement(runs):
-    judge = load_policy(str(runs / "sft"))
+    judge = load_run(str(runs / "sft"))
     principles = ["be polite.", "be brief."]
     prefer = judges.make_prefer(judge, principles)
     ours, mirrored = prefer(QUESTIONS), prefer([(p, b, a) for p, a, b in QUESTIONS])
@@ -186,12 +187,12 @@ def test_position_bias_cancels_in_a_language_models_judgement(runs):
 
 def test_a_language_model_is_a_rule_and_a_reward(runs, tmp_path, monkeypatch):
     """One response at a time, whatever the reward's caller; the same probability from the model's own logits."""
-    module = f"from evaluate import load_policy\nfrom judges import make_keeps\npath = {str(runs / 'sft')!r}\n"
-    (tmp_path / "own_rule.py").write_text(module + "polite = make_keeps(load_policy(path), 'be polite.')\n")
+    module = f"from generate import load_run\nfrom judges import make_keeps\npath = {str(runs / 'sft')!r}\n"
+    (tmp_path / "own_rule.py").write_text(module + "polite = make_keeps(load_run(path), 'be polite.')\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     keeps = rewards.load_function("own_rule:polite")
-    (messages, *responses), chance = QUESTIONS[0], chance_of_a(load_policy(str(runs / "sft")))
+    (messages, *responses), chance = QUESTIONS[0], chance_of_a(load_run(str(runs / "sft")))
     for response in responses:
         text = judges.CLASSIFY.format(request=messages[0]["content"], response=response, rule="be polite.")
         assert keeps(response, {"prompt": messages}) == pytest.approx(chance(text), abs=1e-5)
@@ -199,7 +200,7 @@ def test_a_language_model_is_a_rule_and_a_reward(runs, tmp_path, monkeypatch):
 
 def test_a_language_model_criticises_and_revises(runs):
     revise = judges.make_revise(
-        load_policy(str(runs / "sft")), {"polite": "be polite."}, SamplingConfig(max_new_tokens=4), 2
+        load_run(str(runs / "sft")), {"polite": "be polite."}, SamplingConfig(max_new_tokens=4), 2
     )
     prompts, responses = [p for p, _, _ in QUESTIONS], [b for _, _, b in QUESTIONS]
     critiques, revisions = revise(prompts, responses, ["polite"] * 2, jax.random.key(0))
@@ -210,7 +211,7 @@ def test_a_language_model_criticises_and_revises(runs):
 
 def test_the_reward_model_picks_the_best_refinement(runs):
     config = feedback.Config(write="revisions", reward=str(runs / "rm"))
-    model, tokenizer, params = load_policy(config.reward)
+    model, tokenizer, params = load_run(config.reward, reward=True)
     texts = ["it is paris.", "you fool.", "i do not know.", "it is oslo. anything else?"]
     prompt = asked("what is the capital of france?")
     score = make_text_scorer(model, tokenizer, model.context)
@@ -250,8 +251,21 @@ def test_mistakes_are_one_line(runs, tmp_path, capsys):
     assert "--judge" in fails(feedback, [*start, "--data=mine.jsonl"], capsys)
     assert "--reward" in fails(feedback, [*start, "--write=revisions", "--samples=2"], capsys)
     wrong = [*start, "--write=revisions", f"--reward={runs}/sft"]
-    assert "no run of train_rm" in fails(feedback, wrong, capsys)
+    assert "name the run of a reward model" in fails(feedback, wrong, capsys)
     assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_a_response_is_scored_after_its_prompt_as_training_cuts_it(runs):
+    model, tokenizer, params = load_run(str(runs / "rm"), reward=True)
+    prompt, length = asked("what is the capital of france? " * 20), 40
+    record = {"prompt": prompt, "responses": ["it is paris."] * 2, "ranking": [1, 2]}
+    [row], cut = encode_comparison(record, tokenizer, length)
+    batch = pad_comparisons([row], length, tokenizer.pad)
+    flat = (batch[name][0] for name in ("tokens_BCT", "segment_ids_BCT", "positions_BCT"))
+    wanted = last_token(pure(ScalarModel(model))[1](params, *flat), batch["segment_ids_BCT"][0])
+    assert cut
+    score = make_text_scorer(model, tokenizer, length)
+    np.testing.assert_allclose(score(params, [prompt] * 2, record["responses"]), wanted, atol=1e-5)
 
 
 # ---- Rules ----

@@ -122,7 +122,7 @@ def test_kl_of_best_of_n_stays_below_the_bound():
     distinct, tied = np.arange(5.0), np.array([0.0, 1.0, 1.0, 1.0, 1.0])
     for n in (1, 2, 3, 5):
         exact = kl_of_best(probs, distinct, n)
-        cumulative = np.concatenate([[0.0], np.cumsum(probs)]) ** n  # of the best reward (Beirami et al., lemma 1)
+        cumulative = np.concatenate([[0.0], np.cumsum(probs)]) ** n  # of the best reward (Beirami et al. 2024)
         best = np.diff(cumulative)
         np.testing.assert_allclose(exact, (best * np.log(best / probs)).sum(), atol=1e-12)
         assert -1e-12 <= kl_of_best(probs, tied, n) <= exact + 1e-12 <= imitate.best_of_n_kl(n) + 2e-12

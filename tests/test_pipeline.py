@@ -86,7 +86,7 @@ def test_evaluation_writes_what_others_read(runs, capsys):
 
 
 def test_prompts_too_long_for_the_evaluation_are_cut(runs):
-    model, tokenizer, params = evaluate.load_policy(f"{runs}/sft")
+    model, tokenizer, params = generate.load_run(f"{runs}/sft")
     measure = make_measure(model, SamplingConfig(max_new_tokens=2), tokenizer, 16)
     texts = ["what is the capital of sweden? " * 4, "hello."]
     assert len(tokenizer.prompt(texts[0])) > 16 and len(measure(params, params, texts, 0)) == 2

@@ -1,5 +1,6 @@
 """plan.py: what is read from compiled programs, and small plans through the TPU's real compiler where it is here."""
 
+import importlib
 import importlib.util
 
 import jax
@@ -14,7 +15,7 @@ import plan
 from config import UserError
 from model import PRESETS, LanguageModel, pure, unembed
 from objectives import likelihood
-from programs import forward_flops
+from programs import SCRIPTS, forward_flops
 from sharding import MeshConfig, constrain_residual, gathered, make_mesh
 
 needs_tpu = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="libtpu is not installed")
@@ -241,6 +242,17 @@ def test_ppo_is_planned_whole(capsys):
     assert rollout.cost.memory > 64 * plan.bytes_of(rollout.program.args[0]) / 2
 
 
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_s_functions_take_what_its_plan_says(name):
+    script = importlib.import_module(name)
+    config = script.Config(model=PRESETS["tiny"], batch_size=16)
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    planned = SCRIPTS[name](script, config, mesh)
+    for program in planned.programs:
+        assert jax.tree.leaves(jax.eval_shape(program.function, *program.args))
+        assert set(program.held) <= set(planned.held)
+
+
 @needs_cuda
 def test_a_plan_for_gpus_is_of_the_cuda_compiler(capsys):
     argv = [word for word in TINY if "topology" not in word]
@@ -282,7 +294,7 @@ def test_what_does_not_fit_says_so_and_names_a_field(capsys):
     [
         ([], "name a script"),
         (["train_sft"], "--topology: missing"),
-        (["train_sfx", "--topology=v5e:2x2"], "no such script"),
+        (["train_sfx", "--topology=v5e:2x2"], "plan.py knows"),
         (["train_sft", "--topology=v9:2x2"], "--topology=v9:2x2: unknown chip"),
         (["train_sft", "--topology=v5e:2x2", "--lenght=3"], "flags:"),
         pytest.param(["train_sft", "--topology=v5e:2x2", "--batch_size=3"], "--batch_size=3", marks=needs_tpu),

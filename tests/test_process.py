@@ -17,6 +17,7 @@ import step_beam
 import train_ppo
 import train_prm
 import train_sft
+from config import UserError
 from data import arithmetic, records
 from data.batches import collate
 from data.sources import open_source
@@ -25,6 +26,7 @@ from data.tokenizer import Tokenizer
 from generate import SamplingConfig, make_sampler
 from model import LanguageModel, ModelConfig, ScalarModel, pure
 from objectives.reward import process_objective, running_score, step_ends, step_rewards
+from run_folder import written_whole
 
 TINY = ModelConfig(vocab=320, width=16, hidden=32, layers=1, heads=2, kv_heads=1, head_width=8, context=128)
 
@@ -120,7 +122,7 @@ def test_targets_stand_at_each_labelled_step_s_last_token(tokenizer):
     batch = pad_steps([row], 64, tokenizer.pad)
     mask_BT = np.arange(batch["tokens_BT"].shape[1])[None] >= len(prompt)
     mask_BT = mask_BT * (batch["segment_ids_BT"] > 0)
-    found = step_ends(batch["tokens_BT"], mask_BT, tokenizer.encode("\n")[-1])  # the rule by which responses are read
+    found = step_ends(batch["tokens_BT"], mask_BT, tokenizer.newlines())  # the rule by which responses are read
     assert np.flatnonzero(found[0]).tolist() == ends
     short, lost = encode_steps(record, tokenizer, ends[2])
     assert lost and sum(short[0]["mask"]) == 1
@@ -172,6 +174,11 @@ def by_loop(logits, ends, how):
     return np.array(out)
 
 
+def test_a_step_ends_at_each_token_that_ends_in_a_newline():
+    tokens_BT, mask_BT = np.array([[5, 7, 5, 8, 6, 9, 5]]), np.array([[0, 1, 1, 1, 1, 1, 0]])
+    assert step_ends(tokens_BT, mask_BT, [5, 6]).tolist() == [[False, False, True, False, True, True, False]]
+
+
 @pytest.mark.parametrize("how", ["product", "minimum", "last"])
 def test_step_rewards_stand_at_steps_and_sum_to_the_outcome(how):
     rng = np.random.default_rng(1)
@@ -204,7 +211,7 @@ def test_ppo_gives_each_step_its_reward_at_its_last_token():
     rewards = {}
     for how in ("product", "none"):
         config = train_ppo.Config(step_rewards=how, smoothing=1.0, missing_eos_score=-1.0)
-        judge = train_ppo.make_judge(config, policy, lambda params, *_: params, eos, newline)
+        judge = train_ppo.make_judge(config, policy, lambda params, *_: params, eos, [newline])
         targets, _ = judge({}, {}, jnp.float32(scalars_BT), jnp.zeros((2, 10)), batch, jnp.float32(0.2))
         rewards[how] = -np.diff(np.asarray(targets["returns_BR"]), axis=1, append=0.0)
     p = sigmoid(scalars_BT[:, 2:])
@@ -337,6 +344,18 @@ SHORT = ["--optimizer.warmup=0", "--batch_size=8", "--eval_every=0"]
 SMALL = [f"--model.{name}={value}" for name, value in (("preset", "tiny"), ("vocab", 320))]
 
 
+def test_what_is_written_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "new" / "rows.jsonl"
+    with pytest.raises(ZeroDivisionError), written_whole(str(path)) as file:
+        file.write(str(1 / 0))
+    assert not list(path.parent.iterdir())
+    with written_whole(str(path)) as file:
+        file.write("row\n")
+    assert path.read_text() == "row\n" and len(list(path.parent.iterdir())) == 1
+    with pytest.raises(UserError, match="not saved"), written_whole(str(path / "below_a_file")) as file:
+        pass
+
+
 def test_a_process_model_learns_from_rows_of_every_kind(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PLUMB_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
@@ -349,8 +368,16 @@ def test_a_process_model_learns_from_rows_of_every_kind(tmp_path, monkeypatch, c
     assert found[-1]["loss"] < found[0]["loss"]
     labelled = sum(label is not None for row in rows[:60] for label in row["labels"]) + 4 + 10
     assert last["eval/steps"] == labelled and 0 < last["eval/auc"] < 1
+    again = [*SHORT, "--init=prm", f"--data={data}", "--steps=1", "--run=again"]
+    assert run(train_prm, *again, "--dry_run") == {} and not (tmp_path / "again").exists()
+    assert run(train_prm, *again)["loss"] < found[0]["loss"]  # goes on, head and all
+    for script, flag in ((rerank, "--policy=prm"), (train_sft, "--init=prm")):
+        assert "prm: a reward model (of train_prm); name" in fails(script, [flag], capsys)
     bad = write(tmp_path / "bad.jsonl", [{"prompt": "1+1", "steps": ["2"], "labels": ["fine"]}])
     assert "bad.jsonl:1: labels[0]: must be positive" in fails(train_prm, [f"--data={bad}", "--run=no"], capsys)
+    labels = ["--init=arithmetic", "--labels=completions", "--max_new_tokens=60"]
+    run(train_sft, *SHORT, *SMALL, "--data=arithmetic", "--steps=1", "--run=arithmetic")
+    assert "sequences of 136 tokens: outside 1..128" in fails(collect_steps, labels, capsys)
     message = fails(collect_steps, ["--data=x.jsonl", "--labels=gold"], capsys)
     assert "--labels=gold: no program checks the steps of x.jsonl" in message
 

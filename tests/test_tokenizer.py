@@ -72,6 +72,8 @@ def test_training_is_deterministic(tokenizer, tmp_path):
 def test_newlines_are_tokens_of_their_own(tokenizer):
     newline = tokenizer.encode("\n")
     assert len(newline) == 1 and tokenizer.encode("cat.\n\nThe").count(newline[0]) == 2
+    byte = tokenizer.pieces.piece_to_id("<0x0A>")
+    assert tokenizer.newlines() == sorted([*newline, byte])
 
 
 def test_mask_is_exactly_the_assistants_tokens_and_their_eos(tokenizer):

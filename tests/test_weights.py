@@ -207,6 +207,9 @@ def test_logits_of_a_random_checkpoint_and_its_round_trip(name, tmp_path, capsys
     trees = [load_params(str(tmp_path / run)) for run in ("run", "again")]
     assert jax.tree.all(jax.tree.map(np.array_equal, *trees))
     assert (folder / "tokenizer.model").read_bytes() == (tmp_path / "theirs" / "tokenizer.model").read_bytes()
+    weights.save(tmp_path / "saved", *weights.load(folder), Tokenizer.load(tmp_path / "run"))
+    for name in ("config.json", "model.safetensors", "tokenizer.model"):
+        assert (tmp_path / "saved" / name).read_bytes() == (folder / name).read_bytes()
 
 
 WRONG = {
@@ -242,12 +245,9 @@ def swap(tensors, a, b):
 def test_a_weight_in_a_wrong_place_would_be_seen(tmp_path):
     c = SHAPE | CONFIGS["llama 2"]
     tensors = checkpoint(c)
-    mesh = weights.make_mesh(weights.MeshConfig())
     want = forward(tensors, c, TOKENS)
     for name, wrong in {"right": lambda t: t, **WRONG}.items():
-        folder = write(tmp_path / "theirs", c, wrong(tensors))
-        model = families.model_of(folder / "config.json")
-        params = weights.read_params(weights.find_tensors(folder, model), model, mesh)
+        model, params = weights.load(write(tmp_path / "theirs", c, wrong(tensors)))
         gap = np.abs(logits_of(model)(params, TOKENS[None])[0] - want).max()
         assert gap < 1e-4 if name == "right" else gap > 0.05, name
 
@@ -306,6 +306,7 @@ def test_mistakes_are_one_line(tmp_path, capsys):
     assert "-of-00002.safetensors" in told(spoil=lambda f: next(f.glob("*-00002.safetensors")).unlink(), files=2)
     index = "model.safetensors.index.json"
     assert f"{index}: not readable" in told(spoil=lambda f: (f / index).write_text("{}"), files=2)
+    assert "not readable as a JSON object" in told(spoil=lambda f: (f / "config.json").write_text("[1]"))
     assert "config.json: missing" in told(spoil=lambda f: (f / "config.json").unlink())
     assert "no tokenizer.model" in told(spoil=lambda f: (f / "tokenizer.model").unlink())
     assert "tokenizer cannot be read" in told(spoil=lambda f: (f / "tokenizer.model").write_bytes(b"oops"))
