@@ -46,7 +46,7 @@ class Config:
     tokenizer: str | None = None
     """A SentencePiece .model (default: that of --init, else one trained on the data)."""
     steps: int = 500
-    batch_size: int = 24
+    batch_size: int = 32
     """Prompts per step, over all devices, each with all its candidates."""
     length: int = 32
     """Longest prompt and response together, in tokens."""

@@ -39,7 +39,7 @@ class Config:
     tokenizer: str | None = None
     """A SentencePiece .model (default: that of --init, else one trained on the data)."""
     steps: int = 900
-    batch_size: int = 24
+    batch_size: int = 32
     """Rows per step, over all devices; each holds several conversations, packed."""
     length: int = 64
     """Tokens per row."""
