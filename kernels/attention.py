@@ -27,7 +27,8 @@ class Line(NamedTuple):
 
 
 ANY = float("inf")
-AUTO = (  # the first line that fits; the last always does. pallas_gpu, pallas_hopper: not yet measured on GPU, so in none
+# pallas_gpu and pallas_hopper are in no line: not yet measured on GPU.
+AUTO = (  # the first line that fits; the last always does
     Line("cpu", 64, "reference", "one tile of xla_chunked: nothing to skip"),
     Line("tpu", 127, "reference", "shorter than one tile"),
     Line("tpu", flash.longest_on_tpu, "pallas_tpu", "compiled for v5e, v5p and v6e; not yet timed on one"),
