@@ -1,8 +1,8 @@
 """FlashAttention for Hopper GPUs, in Pallas' Mosaic GPU dialect; its backward pass is kernels/hopper_backward.py.
 
 Not yet measured on a GPU: compiled for an H200 (no spilled register, no serialised product: tests/test_compile.py) and
-equal to float64 in JAX's interpreter, where products are not asynchronous (tests/test_hopper.py), but never run on the
-chip. So `auto` does not choose it.
+within 1e-2 of float64 in JAX's interpreter, whose products are not asynchronous (tests/test_hopper.py), but never run
+on a chip. So `auto` does not choose it.
 
 The mathematics is that of kernels/flash.py, and so are the ranges that stand for masks; this file is about keeping
 the tensor cores busy (Shah et al. 2024, FlashAttention-3, section 3). A program has three warpgroups of 128 threads.
@@ -84,11 +84,7 @@ def slot_of(at: Ring, step: jax.Array) -> jax.Array:
 def fill(at: Ring, step: jax.Array, *sources: Any) -> None:
     """The producer's part: waits until the slot is free, and starts the copies."""
     slot = slot_of(at, step)
-
-    @pl.when(step >= at.tiles[0].shape[0])
-    def _():
-        plgpu.barrier_wait(at.free.at[slot])
-
+    pl.when(step >= at.tiles[0].shape[0])(lambda: plgpu.barrier_wait(at.free.at[slot]))
     for source, tile in zip(sources, at.tiles, strict=True):
         plgpu.copy_gmem_to_smem(source, tile.at[slot], at.full.at[slot])
 
@@ -223,8 +219,12 @@ def plan(q_BTNH: jax.Array, k_BSKH: jax.Array, scale: float) -> tuple[Tiles, int
 def forward_body(bounds, lo, hi, q, k, v, o, lse, qs, totals, ks, vs, full, turn, *, group, scale, soft_cap):
     """Queries of a block over their keys.
 
-    The consumers take turns: while one multiplies, the other computes its softmax, which needs no tensor core. At
-    the barrier `turn` they meet twice a tile, each before its second product and after its first, and so alternate.
+    The consumers take turns, so that one multiplies while the other computes its softmax, without a tensor core:
+
+        first   S0 | softmax 0 | O0 S1     | softmax 1 | O1 S2 | ...
+        second     | S0        | softmax 0 | O0 S1     | softmax 1 | ...
+
+    S = Q K^T and O += P V; a | is a meeting at the barrier `turn`, once S has begun and before O begins.
     """
     b, n, kv, i, rows_of = program(CONSUMERS, group, bounds.shape[1])
     bounds = [bounds[b, i, x] for x in range(4)]
@@ -239,7 +239,7 @@ def forward_body(bounds, lo, hi, q, k, v, o, lse, qs, totals, ks, vs, full, turn
         rows, mine = rows_of(me), qs.at[me]
         seen = per_row(lo, b, rows), per_row(hi, b, rows)
         plgpu.barrier_wait(full)
-        pl.when(me == 1)(lambda: meet(turn))  # the second begins once the first has begun
+        pl.when(me == 1)(lambda: meet(turn))
 
         def over_keys(acc):
             def tile(step, carry):
@@ -271,7 +271,7 @@ def forward_body(bounds, lo, hi, q, k, v, o, lse, qs, totals, ks, vs, full, turn
             return *lax.fori_loop(0, count, tile, tuple(start)), acc[...]
 
         m, l, acc = pl.run_scoped(over_keys, plgpu.ACC((ROWS, width), jnp.float32))
-        pl.when(me == 0)(lambda: meet(turn))  # the second's last
+        pl.when(me == 0)(lambda: meet(turn))
         l_or_1, c = jnp.where(l > 0, l, 1.0), LOG2E * (scale if soft_cap is None else soft_cap)
         store(jnp.where(l > 0, m * c + jnp.log(l_or_1) * LOG2E, -MASKED), totals.at[me], lse.at[b, n, rows])
         store(acc * spread(1 / l_or_1, acc.shape), mine, o.at[b, rows, n])
