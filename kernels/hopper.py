@@ -15,7 +15,6 @@ on; reading the sum, or `wgmma_wait`, waits for it. Registers limit tiles: a thr
 """
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -28,7 +27,6 @@ from config import UserError
 from kernels import flash
 from kernels.masks import MASKED, Ranges, block_bounds, pad_ranges
 
-LOG2E = math.log2(math.e)
 CONSUMERS = 2
 ROWS = 64  # of a consumer: those of a wgmma
 ROW = plgpu.Layout.WGMMA.reduce(1)  # registers that hold a number per row of a product
@@ -37,16 +35,11 @@ ROW = plgpu.Layout.WGMMA.reduce(1)  # registers that hold a number per row of a 
 class Tiles(NamedTuple):
     """Sizes for a head width, from registers and from 227 KiB of shared memory; none has been timed."""
 
-    keys: int
-    """Keys of a tile in the forward kernel; in the others tiles are 64 x 64."""
-    forward: int
-    """Slots of the ring of K and of the ring of V."""
-    dq: tuple[int, int]
-    """Slots of K and of V in the dQ kernel."""
-    dkv: int
-    """Slots of Q and of dO in the dK/dV kernel."""
-    shared: bool
-    """In the dK/dV kernel both consumers have the same keys, and one sums dV, the other dK."""
+    keys: int  # of a tile in the forward kernel; in the others tiles are 64 x 64
+    forward: int  # slots of the ring of K and of that of V
+    dq: tuple[int, int]  # slots of K and of V in the dQ kernel
+    dkv: int  # slots of Q and of dO in the dK/dV kernel
+    shared: bool  # in it both consumers have the same keys, and one sums dV, the other dK
 
 
 TILES = {
@@ -59,16 +52,15 @@ TILES = {
 class Ring(NamedTuple):
     """Slots in shared memory that the producer fills in turn; step i uses slot i modulo their number."""
 
-    tiles: tuple[Any, ...]
-    """What a slot holds, each [slots, ...]."""
+    tiles: tuple[Any, ...]  # what a slot holds, each [slots, ...]
     full: Any
     free: Any
 
 
 def matrices(count: int, rows: int, width: int) -> Any:
     """`count` matrices in shared memory, laid out as wgmma wants them: 8 x 64 tiles, their banks permuted."""
-    layout = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-    return plgpu.SMEM((count, rows, width), jnp.bfloat16, transforms=layout)
+    transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    return plgpu.SMEM((count, rows, width), jnp.bfloat16, transforms=transforms)
 
 
 def ring(slots: int, *tiles: Any) -> Ring:
@@ -87,6 +79,14 @@ def fill(at: Ring, step: jax.Array, *sources: Any) -> None:
     pl.when(step >= at.tiles[0].shape[0])(lambda: plgpu.barrier_wait(at.free.at[slot]))
     for source, tile in zip(sources, at.tiles, strict=True):
         plgpu.copy_gmem_to_smem(source, tile.at[slot], at.full.at[slot])
+
+
+def drain(at: Ring, steps: jax.Array) -> None:
+    """The producer's part after `steps`: sees the last slots free too, so that no barrier is left half used."""
+
+    @pl.loop(lax.max(steps - at.tiles[0].shape[0], 0), steps)
+    def _(step):
+        plgpu.barrier_wait(at.free.at[slot_of(at, step)])
 
 
 def take(at: Ring, step: jax.Array) -> list[Any]:
@@ -112,8 +112,8 @@ def base2(products: jax.Array, scale: float, soft_cap: float | None) -> tuple[ja
     Written with exp2: tanh.approx errs by up to 2^-11 (PTX ISA), which a cap of 50 makes 0.02 of a score.
     """
     if soft_cap is None:
-        return products, scale * LOG2E
-    return 1 - 2 / (1 + jnp.exp2(products * (2 * LOG2E * scale / soft_cap))), soft_cap * LOG2E
+        return products, scale * flash.LOG2E
+    return 1 - 2 / (1 + jnp.exp2(products * (2 * flash.LOG2E * scale / soft_cap))), soft_cap * flash.LOG2E
 
 
 def where_seen(x: jax.Array, tile: jax.Array, bounds: list[jax.Array], seen: tuple, otherwise: float) -> jax.Array:
@@ -158,7 +158,7 @@ def roles(produce: Any, consume: Any) -> None:
 def program(parts: int, group: int, last_first: int | None = None) -> tuple[Any, ...]:
     """Batch row, head, key/value head and block of this program, and the rows of each of the block's `parts`.
 
-    The last of `last_first` blocks goes first: under a causal mask it is the longest, and none waits for it.
+    The last of `last_first` blocks goes first: the longest under a causal mask, which else all would wait for.
     """
     b, n, i = (lax.axis_index(name) for name in ("batch", "head", "block"))
     i = i if last_first is None else last_first - 1 - i
@@ -175,6 +175,9 @@ def produce_keys(begin, count, k, v, ks: Ring, vs: Ring) -> None:
         fill(ks, step, k.at[keys])
         fill(vs, step, v.at[keys])
 
+    drain(ks, count)
+    drain(vs, count)
+
 
 def meet(barrier: Any) -> None:
     """Waits until both consumers are here."""
@@ -185,7 +188,7 @@ def meet(barrier: Any) -> None:
 def call(body: Any, name: str, seen: Ranges, block: int, other: int, heads: int, scratch: dict, out: Any, *arrays: Any):
     """`body` over blocks of `block` rows and tiles of `other` columns, for each of `heads` and each row of the batch.
 
-    The fastest axis of the grid is the first: programs that run together share their keys.
+    The grid's first axis is the fastest: programs that run together share their keys.
     """
     batch, length = seen.first_BT.shape
     return plgpu.kernel(
@@ -197,10 +200,8 @@ def call(body: Any, name: str, seen: Ranges, block: int, other: int, heads: int,
         num_threads=CONSUMERS + 1,
         thread_name="warpgroup",
         kernel_name=name,
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True,  # ex2.approx and lg2.approx, whose errors are below 2^-22
-            lowering_semantics=plgpu.LoweringSemantics.Lane,
-        ),
+        # Of functions that are used, this makes exp2 and log approximate; their errors are below 2^-22 (PTX ISA).
+        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
     )(block_bounds(seen, block, other), *seen, *arrays)
 
 
@@ -212,8 +213,7 @@ def plan(q_BTNH: jax.Array, k_BSKH: jax.Array, scale: float) -> tuple[Tiles, int
             f"pallas_hopper: serves bfloat16, head widths {tuple(TILES)} and a scale above 0, not {q_BTNH.dtype}, "
             f"{width} and {scale}; use xla_chunked"
         )
-    block = CONSUMERS * ROWS
-    return TILES[width], -(-length // block) * block, heads // k_BSKH.shape[2]
+    return TILES[width], -(-length // (CONSUMERS * ROWS)) * CONSUMERS * ROWS, heads // k_BSKH.shape[2]
 
 
 def forward_body(bounds, lo, hi, q, k, v, o, lse, qs, totals, ks, vs, full, turn, *, group, scale, soft_cap):
@@ -272,8 +272,8 @@ def forward_body(bounds, lo, hi, q, k, v, o, lse, qs, totals, ks, vs, full, turn
 
         m, l, acc = pl.run_scoped(over_keys, plgpu.ACC((ROWS, width), jnp.float32))
         pl.when(me == 0)(lambda: meet(turn))
-        l_or_1, c = jnp.where(l > 0, l, 1.0), LOG2E * (scale if soft_cap is None else soft_cap)
-        store(jnp.where(l > 0, m * c + jnp.log(l_or_1) * LOG2E, -MASKED), totals.at[me], lse.at[b, n, rows])
+        l_or_1, c = jnp.where(l > 0, l, 1.0), flash.LOG2E * (scale if soft_cap is None else soft_cap)
+        store(jnp.where(l > 0, m * c + jnp.log(l_or_1) * flash.LOG2E, -MASKED), totals.at[me], lse.at[b, n, rows])
         store(acc * spread(1 / l_or_1, acc.shape), mine, o.at[b, rows, n])
 
     roles(produce, consume)
@@ -293,7 +293,6 @@ def forward(q_BTNH, k_BSKH, v_BSKH, keys: Ranges, queries: Ranges, *, scale, sof
         "turn": plgpu.Barrier(num_arrivals=CONSUMERS),
     }
     out = (jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((batch, heads, padded), jnp.float32))
-    body = functools.partial(forward_body, group=group, scale=scale, soft_cap=soft_cap)
-    seen = pad_ranges(keys, padded)
+    body, seen = functools.partial(forward_body, group=group, scale=scale, soft_cap=soft_cap), pad_ranges(keys, padded)
     o, lse = call(body, "hopper_forward", seen, CONSUMERS * ROWS, tiles.keys, heads, scratch, out, q, k, v)
     return flash.restore("gpu", o, length), lse[:, :, :length]

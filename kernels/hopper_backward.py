@@ -20,6 +20,7 @@ from kernels.hopper import (
     Ring,
     base2,
     call,
+    drain,
     fill,
     leave,
     matrices,
@@ -155,6 +156,9 @@ def dkv_body(bounds, lo, hi, q, k, v, do, lse, delta, dk, dv, ks, vs, qs, dos, f
             queries = pl.ds(tile * block, block)
             fill(qs, step, q.at[b, queries, head], lse.at[b, head, queries])
             fill(dos, step, do.at[b, queries, head], delta.at[b, head, queries])
+
+        drain(qs, group * count)
+        drain(dos, group * count)
 
     def consume(me):
         part = me if parts > 1 else 0
