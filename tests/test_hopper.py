@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax._src.pallas.mosaic_gpu import primitives
-from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, params
+from jax._src.pallas.mosaic_gpu.interpret import params, shared_memory
 from jax._src.state.primitives import ref_set
 from jax.experimental import pallas as pl  # noqa: F401  (mosaic_gpu needs it)
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -41,11 +41,17 @@ def in_python(patch):
 
     def wgmma(total, a, b):
         product = jnp.dot(matrix(a), matrix(b), preferred_element_type=jnp.float32)
+        plgpu.commit_smem()  # products read as copies do, ordered among themselves without this
         ref_set(total, (), plgpu.wgmma_accumulator_load(total) + product)
+
+    def load(ref, at, **_):
+        value = ref[at] if at else ref[...]
+        plgpu.commit_smem()  # the barrier that frees the slot is held to be enough (CUTLASS does), but not here
+        return value
 
     patch.setattr(plgpu, "wgmma", wgmma)
     patch.setattr(primitives, "wgmma_accumulator_store", lambda ref, value: ref_set(ref, (), value))
-    patch.setattr(plgpu, "load", lambda ref, at, **_: ref[at] if at else ref[...])
+    patch.setattr(plgpu, "load", load)
     patch.setattr(plgpu, "layout_cast", lambda x, _: x)
     patch.setattr(
         plgpu, "broadcasted_iota", lambda dtype, shape, axis, **_: jax.lax.broadcasted_iota(dtype, shape, axis)
@@ -77,12 +83,10 @@ def test_equals_float64(rng, monkeypatch):  # noqa: F811
 
 
 CASES = {  # tokens, query heads, key/value heads, width, options
-    "longer than the rings": (800, 1, 1, 64, {"packed": True}),
-    "width 128": (300, 3, 1, 128, {"packed": True, "window": 150}),
-    "width 256": (300, 2, 1, 256, {"packed": True}),
-    "width 256, longer than the rings": (400, 1, 1, 256, {"causal": False}),
-    "capped": (300, 2, 2, 128, {"soft_cap": 2.0, "scale": 0.3}),
-    "both ways": (300, 2, 1, 64, {"causal": False, "window": 40, "packed": True}),
+    "width 64, both ways": (300, 2, 1, 64, {"causal": False, "window": 40, "packed": True}),
+    "width 128": (300, 1, 1, 128, {"causal": False}),  # more tiles than slots of any ring
+    "width 256": (300, 1, 1, 256, {"packed": True}),
+    "capped": (200, 3, 1, 128, {"soft_cap": 2.0, "scale": 0.3, "window": 150}),
 }
 
 
@@ -91,7 +95,7 @@ CASES = {  # tokens, query heads, key/value heads, width, options
 def test_cases_equal_float64(case, rng, monkeypatch):  # noqa: F811
     length, heads, kv_heads, width, options = CASES[case]
     options = dict(options)
-    batch = 1 if length > 500 or JAX_10 else 2
+    batch = 2 if width == 64 else 1
     arrays = drawn(rng, batch, length, heads, kv_heads, width, "bfloat16")
     segments = packed(rng, batch, length) if options.pop("packed", False) else None
     got = results(arrays, segments, monkeypatch, **options)
@@ -101,16 +105,16 @@ def test_cases_equal_float64(case, rng, monkeypatch):  # noqa: F811
 @pytest.mark.slow
 @pytest.mark.skipif(JAX_10, reason="JAX 0.10's interpreter sees races in part only")
 @pytest.mark.skipif(ON_GPU, reason="the interpreter looks for races")
-@pytest.mark.parametrize("width", [64, 256])
+@pytest.mark.parametrize("width", [128, 256])
 def test_nothing_is_read_before_it_is_written_or_written_while_it_is_read(width, rng, monkeypatch, capfd):  # noqa: F811
-    arrays = drawn(rng, 1, 640 if width == 64 else 320, 1, 1, width, "bfloat16")
+    arrays = drawn(rng, 1, 300, 1, 1, width, "bfloat16")
 
     def races():
         capfd.readouterr()
         results(arrays, None, monkeypatch, races=True)
         blocks = capfd.readouterr().out.split("RACE DETECTED")[1:]
         # Registers of one program and of the next have the same name here, but are not the same.
-        registers = f"memory_space_id={gpu_callbacks.get_memory_space_idx(plgpu.REGS)},"
+        registers = f"memory_space_id={shared_memory.get_memory_space_idx(plgpu.REGS)},"
         return [block for block in blocks if registers not in block]
 
     assert not races()
