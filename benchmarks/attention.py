@@ -28,7 +28,7 @@ from model import ModelConfig
 
 RUNS_ON = {
     "cpu": ("reference", "xla_chunked", "library"),
-    "gpu": ("reference", "xla_chunked", "library", "pallas_gpu"),
+    "gpu": ("reference", "xla_chunked", "library", "pallas_gpu", "pallas_hopper"),
     "tpu": ("reference", "xla_chunked", "library", "pallas_tpu"),
 }
 MATMULS = {"forward": 2, "forward and backward": 7}  # of a head's scores, by the mathematics: nothing recomputed

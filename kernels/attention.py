@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from config import UserError
-from kernels import chunked, flash, library
+from kernels import chunked, flash, hopper, hopper_backward, library
 from kernels.masks import MASKED, Ranges, mask_of, visible_ranges
 from sharding import BATCH, platform
 
-Implementation = Literal["auto", "reference", "xla_chunked", "pallas_tpu", "pallas_gpu", "library"]
+Implementation = Literal["auto", "reference", "xla_chunked", "pallas_tpu", "pallas_gpu", "pallas_hopper", "library"]
 
 
 class Line(NamedTuple):
@@ -27,6 +27,7 @@ class Line(NamedTuple):
 
 
 ANY = float("inf")
+# pallas_gpu and pallas_hopper are in no line: not yet measured on GPU.
 AUTO = (  # the first line that fits; the last always does
     Line("cpu", 64, "reference", "one tile of xla_chunked: nothing to skip"),
     Line("tpu", 127, "reference", "shorter than one tile"),
@@ -80,6 +81,8 @@ def attention(
     if implementation not in BACKENDS:
         names = ", ".join(("auto", "reference", *BACKENDS, "library"))
         raise UserError(f"attention {implementation!r}: unknown; choose one of {names}")
+    if implementation == "pallas_hopper" and platform() != "gpu":
+        raise UserError(f"pallas_hopper: runs on Hopper GPUs only, not on {platform()}; use auto")
     run = functools.partial(bounded_attention, implementation, scale, soft_cap)
     return on_each_device(run, q_BTNH, k_BSKH, v_BSKH, keys, queries)
 
@@ -143,6 +146,7 @@ BACKENDS: dict[str, tuple[Callable, Callable]] = {
         f"pallas_{name}": tuple(functools.partial(f, platform=name) for f in (flash.forward, flash.backward))
         for name in ("tpu", "gpu")
     },
+    "pallas_hopper": (hopper.forward, hopper_backward.backward),
 }
 
 

@@ -259,6 +259,7 @@ def test_auto_is_a_table():
     [
         ("flash", 16, 64, "choose one of auto, reference, xla_chunked"),
         ("pallas_gpu", 16, 80, "head width 80"),
+        ("pallas_hopper", 16, 80, "Hopper GPUs only|head widths"),
         ("pallas_tpu", 2**16, 256, "at most"),
     ],
 )
