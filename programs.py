@@ -84,12 +84,14 @@ def full_row(length: int) -> dict[str, list[int]]:
 def likelihood(script: Any, config: Any, mesh: Mesh) -> Plan:
     """train_lm and train_sft: one step on packed rows."""
     batch = pad_examples([full_row(config.length)] * config.batch_size, config.length, 0)
+    check_batch("batch_size", config.batch_size, config.microbatches, mesh, config.length, config.model.layers)
     flops = 3 * forward_flops(config.model, config.batch_size, config.length, config.length)
     return update(script, config, mesh, LanguageModel(config.model), batch, flops, config.batch_size)
 
 
 def ranking(script: Any, config: Any, mesh: Mesh) -> Plan:
     """train_rm: one step on pairs."""
+    check_batch("batch_size", config.batch_size, config.microbatches, mesh, config.length)
     pair = {"prompts": [[0]] * 2, "responses": [[0] * (config.length - 1)] * 2, "ranking": [1, 2], "margin": 0.0}
     batch = pad_comparisons([pair] * config.batch_size, config.length, 0)
     rows, unembedded = 2 * config.batch_size, config.length / 2 if config.lm_coefficient else 0
@@ -99,7 +101,6 @@ def ranking(script: Any, config: Any, mesh: Mesh) -> Plan:
 
 def update(script: Any, config: Any, mesh: Mesh, model: Any, batch: Any, flops: float, rows: int) -> Plan:
     """A script whose step is one update on `rows` sequences."""
-    check_batch("batch_size", config.batch_size, config.microbatches, mesh)
     _, optimizer, _, step = script.make_update(config)
     params = whole_model(model, mesh)
     state, base = fresh(config, params, optimizer, mesh), frozen_part(config.lora, params)
@@ -136,7 +137,7 @@ def ppo(script: Any, config: Any, mesh: Mesh) -> Plan:
     rows, part = config.batch_size, config.batch_size // config.minibatches
     prompts = pad_prompts([full_row(config.max_prompt)] * (rows // n), config.max_prompt, 0)
     rollout = make_rollout(config, apply, SimpleNamespace(eos=1, pad=0), n)
-    judge = script.make_judge(config, apply, scalar_apply, 1)
+    judge = script.make_judge(config, apply, scalar_apply, 1, 2)
     asked = on_batch_axes(prompts, mesh)
     sampled = on_batch_axes(jax.eval_shape(rollout, wholes[0], asked, a_key()), mesh)
     models, beta = (wholes[0], reference, reward, wholes[1]), jax.ShapeDtypeStruct((), jnp.float32)

@@ -125,10 +125,14 @@ def one_device_ppo(runs, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "mesh", [*(pytest.param(m, marks=pytest.mark.slow) for m in [(8, 1, 1), (1, 8, 1), (2, 1, 4)]), (2, 2, 2)]
+    "mesh",
+    [
+        *(pytest.param(m, marks=pytest.mark.slow) for m in [(8, 1, 1, 1), (1, 8, 1, 1), (2, 1, 4, 1), (2, 1, 2, 2)]),
+        (2, 2, 2, 1),
+    ],
 )
 def test_ppo_is_equal_over_meshes(runs, one_device_ppo, tmp_path, mesh):
-    axes = [f"--mesh.{name}={size}" for name, size in zip(("data", "fsdp", "tensor"), mesh, strict=True)]
+    axes = [f"--mesh.{name}={size}" for name, size in zip(("data", "fsdp", "tensor", "sequence"), mesh, strict=True)]
     run(train_ppo, *five_ppo_iterations(runs, tmp_path / "ppo"), *axes)
     ours = load_params(str(tmp_path / "ppo"))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), ours, one_device_ppo)
