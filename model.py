@@ -126,8 +126,7 @@ class Attention(nn.Module):
             v_BKSH = jax.lax.dynamic_index_in_dim(cache.v_LBKSH, layer, keepdims=False)
             out_BTNH = decode_attention(q_BTNH, k_BKSH, v_BKSH, cache.valid_BS, cache.length, window=c.window)
         else:  # training, or prefill of an empty cache: the tokens see one another only
-            masks = {"segment_ids": segment_ids_BT, "window": c.window}
-            out_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, **masks, ring=self.ring)
+            out_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, segment_ids=segment_ids_BT, window=c.window, ring=self.ring)
         return linear(self, "...NH,NHD->...D", flat(out_BTNH, *TOKENS), "o", o_NHD).reshape(x_BTD.shape), cache
 
 
@@ -151,13 +150,10 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """One pre-norm layer; the carry holds the residual stream, the cache and the layer's number.
-
-    With a `ring` of several devices its tokens are striped over them, but `segment_ids_BT` are in order.
-    """
+    """One pre-norm layer; the carry holds the residual stream, the cache and the layer's number."""
 
     config: ModelConfig
-    ring: int = 1
+    ring: int = 1  # of so many devices, over which its tokens are striped (kernels/ring.py), but not segment_ids_BT
 
     @nn.compact
     def __call__(self, carry, segment_ids_BT, turns):
@@ -206,7 +202,7 @@ class Decoder(nn.Module):
         ring = turns_of(tokens_BT.shape[1]) if cache is None else 1
         if ring > 1:
             tokens_BT, positions_BT = striped(tokens_BT, ring), striped(positions_BT, ring)
-        x_BTD = constrain_tokens(constrain_rows(embed_VD.astype(c.compute_dtype))[tokens_BT], "stage", "sequence")
+        x_BTD = constrain_tokens(constrain_rows(embed_VD.astype(c.compute_dtype))[tokens_BT], "sequence")
         x_BTD = constrain_residual(x_BTD)  # only then: tokens and vocabulary cannot both be cut over tensor
         if c.gemma:
             x_BTD *= jnp.asarray(c.width**0.5, x_BTD.dtype)
@@ -230,8 +226,8 @@ class Decoder(nn.Module):
         elif stages > 1 and cache is None and not self.is_initializing():
             part = scanned(c, c.layers // stages)(c, ring, parent=None)
             run = lambda weights, x, *rows: part.apply({"params": weights}, (x, None, 0), *rows)[0][0]  # noqa: E731
-            weights = self.get_variable("params", "layers")
-            x_BTD = pipelined(run, weights, x_BTD, (segment_ids_BT, turns), self.microbatches)
+            weights, rows = self.get_variable("params", "layers"), (segment_ids_BT, turns)
+            x_BTD = pipelined(run, weights, x_BTD, rows, self.microbatches)
         else:
             # The cache rides in the carry: as xs and ys the scan would copy all of it.
             carry = (x_BTD, cache, jnp.int32(0))
@@ -240,6 +236,8 @@ class Decoder(nn.Module):
             cache = cache.replace(length=cache.length + tokens_BT.shape[1])
         if ring > 1:
             x_BTD = unstriped(x_BTD, ring)
+        if stages > 1:  # a pipeline's result lies on every stage: each unembeds its part
+            x_BTD = constrain_tokens(x_BTD, "sequence", "stage")
         return scaled_norm(self, "final_norm", x_BTD), cache, embed_VD
 
 
@@ -263,9 +261,8 @@ class LanguageModel(nn.Module):
         `read(x_BTD, unembed_DV)`: what is made of the hidden states, if not all their logits.
         """
         c = self.config
-        x_BTD, cache, embed_VD = Decoder(c, self.microbatches, name="decoder")(
-            tokens_BT, segment_ids_BT, positions_BT, cache
-        )
+        decoder = Decoder(c, self.microbatches, name="decoder")
+        x_BTD, cache, embed_VD = decoder(tokens_BT, segment_ids_BT, positions_BT, cache)
         fan_in = _normal(c.width)
         unembed_DV = embed_VD.T if c.tied else self.param("unembed", fan_in, (c.width, c.vocab))
         return read(x_BTD[:, logits_from:], unembed_DV), cache

@@ -49,7 +49,7 @@ def pipelined(run: Callable[..., jax.Array], weights: Any, x_BTD: jax.Array, row
             return jax.lax.ppermute(x_BTD, "stage", [(s, s + 1) for s in range(stages - 1)]), x_BTD
 
         _, outs = jax.lax.scan(tick, jnp.zeros_like(x_PBTD[0]), jnp.arange(parts + stages - 1))
-        # The last stage's, for all of them: embedding and head are outside, where stages share the tokens.
+        # The last stage's, for all of them.
         return jax.lax.psum(jnp.where(here == stages - 1, outs[stages - 1 :], 0).astype(summed), "stage")
 
     specs = {"in_specs": (P("stage"), P(), P()), "out_specs": P(), "axis_names": {"stage"}}

@@ -135,6 +135,11 @@ def to_mesh(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
 
 
+def moved(tree: Any, memory: str) -> Any:
+    """`tree` as it lies on the mesh, in the memory `device` or the hosts' `pinned_host`; itself if it is there."""
+    return jax.device_put(tree, jax.tree.map(lambda x: x.sharding.with_memory_kind(memory), tree))
+
+
 def to_host(tree: Any) -> Any:
     """`tree` with NumPy arrays, whole on every host; of several hosts all must call it."""
 
@@ -204,10 +209,9 @@ def constrain_tokens(x: jax.Array, *axes: str) -> jax.Array:
 def constrain_residual(x_BTD: jax.Array) -> jax.Array:
     """The residual stream between layers: its tokens over sequence, and over tensor (Korthikanti et al. 2022).
 
-    Otherwise each device of the tensor axis would keep all of it, for every layer, until the backward pass. Before
-    and after a pipeline over stage too, so that each stage embeds and unembeds its part.
+    Otherwise each device of the tensor axis would keep all of it, for every layer, until the backward pass.
     """
-    return constrain_tokens(x_BTD, "stage", "sequence", "tensor")
+    return constrain_tokens(x_BTD, "sequence", "tensor")
 
 
 def flat(x: jax.Array, *axes: str) -> jax.Array:

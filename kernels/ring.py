@@ -48,6 +48,13 @@ def within(seen: Ranges, stripe: jax.Array, ring: int) -> Ranges:
     return Ranges((seen.first_BT - stripe + ring - 1) // ring, (seen.last_BT - stripe) // ring)
 
 
+def ranges_in(turn: jax.Array | int, keys: Ranges, queries: Ranges, ring: int) -> tuple[Ranges, Ranges]:
+    """Of this device's queries the keys, and of the keys that are here in that turn the queries, that they see."""
+    here = jax.lax.axis_index("sequence")
+    whose = (here - turn) % ring
+    return within(of_stripe(keys, here, ring), whose, ring), within(of_stripe(queries, whose, ring), here, ring)
+
+
 def passed_on(tree: Any, ring: int) -> Any:
     """What the device before holds."""
     return jax.lax.ppermute(tree, "sequence", [(i, (i + 1) % ring) for i in range(ring)])
@@ -62,13 +69,9 @@ def put_together(seen: tuple[jax.Array, jax.Array], more: tuple[jax.Array, jax.A
 
 def ring_forward(attend: Callable, ring: int, q_BTNH, k_BSKH, v_BSKH, keys: Ranges, queries: Ranges, **options):
     """As `attend`, a backend's forward, of this device's tokens of the sequence; the ranges are of all of it."""
-    here = jax.lax.axis_index("sequence")
-    mine = of_stripe(keys, here, ring)
 
     def seen(k_BSKH, v_BSKH, turn):
-        whose = (here - turn) % ring
-        ranges = within(mine, whose, ring), within(of_stripe(queries, whose, ring), here, ring)
-        out_BTNH, lse_BNT = attend(q_BTNH, k_BSKH, v_BSKH, *ranges, **options)
+        out_BTNH, lse_BNT = attend(q_BTNH, k_BSKH, v_BSKH, *ranges_in(turn, keys, queries, ring), **options)
         return out_BTNH.astype(jnp.float32), jnp.where(lse_BNT > -MASKED / 2, MASKED, lse_BNT)  # nothing seen
 
     def turn(carry, i):
@@ -87,12 +90,9 @@ def ring_backward(
     **options,
 ):  # fmt: skip
     """As `attend`, a backend's backward. Gradients of keys and values go round after them, a turn behind, and home."""
-    here = jax.lax.axis_index("sequence")
-    mine = of_stripe(keys, here, ring)
 
     def added(key_value, dkey_value, dq, turn):
-        whose = (here - turn) % ring
-        ranges = within(mine, whose, ring), within(of_stripe(queries, whose, ring), here, ring)
+        ranges = ranges_in(turn, keys, queries, ring)
         more = attend(q_BTNH, *key_value, *ranges, out_BTNH, lse_BNT, dout_BTNH, **options)
         dq, *dkey_value = (x + y.astype(jnp.float32) for x, y in zip((dq, *dkey_value), more, strict=True))
         return dkey_value, dq

@@ -139,6 +139,23 @@ def test_ppo_is_equal_over_meshes(runs, one_device_ppo, tmp_path, mesh):
 
 
 @pytest.mark.slow
+def test_offloaded_judges_change_nothing(runs, tmp_path, monkeypatch):
+    kinds, moved = [], train_ppo.moved
+
+    def spied(tree, memory):
+        tree = moved(tree, memory)
+        kinds.append({x.sharding.memory_kind for x in jax.tree.leaves(tree)})
+        return tree
+
+    monkeypatch.setattr(train_ppo, "moved", spied)
+    ppo = [f"--init={runs}/sft", f"--reward={runs}/rm", "--batch_size=16", "--minibatches=2", "--max_prompt=48"]
+    argv = [*MODEL[1:], *ppo, "--steps=2", "--max_new_tokens=16"]
+    run(train_ppo, *argv, "--offload", f"--run={tmp_path}/ppo")
+    assert kinds == [{"pinned_host"}, {"device"}, {"device"}]  # and in between nothing holds what was judged with
+    jax.tree.map(np.testing.assert_array_equal, load_params(f"{tmp_path}/ppo"), load_params(f"{runs}/ppo"))
+
+
+@pytest.mark.slow
 def test_ppo_with_pretraining_text_and_entropy_resumes_bitwise_equal(runs, tmp_path):
     start = [f"--init={runs}/sft", f"--reward={runs}/rm", "--batch_size=16", "--minibatches=2", "--max_prompt=48"]
     terms = ["--ptx_data=world", "--ptx_coef=2", "--entropy_coef=0.01", "--max_new_tokens=16", "--save_every=2"]
