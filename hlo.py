@@ -252,12 +252,14 @@ def cost(text: str, mesh: dict[str, int]) -> Cost:
         if not fused:
             total.memory += times * memory_bytes(op, computation, module)
         if op.code.removesuffix("-start") in COLLECTIVES:
-            # An asynchronous one is spread over the fusions that overlap with it, under one channel.
-            channel = re.search(r"channel_id=(\d+)", op.rest)
-            if channel and channel[1] in seen:
-                continue
-            seen.add(channel and channel[1])
             kind, axes, received = collective(op, name, computation, mesh)
+            # An asynchronous one is spread over the fusions that overlap with it, under one channel; but all that
+            # JAX's shard_map makes have the same, a ring's permutations for one.
+            channel, source = (re.search(x, op.rest) for x in (r"channel_id=(\d+)", r'op_name="([^"]*)"'))
+            same = (channel[1], source and source[1]) if channel and (fused or kind != "collective-permute") else None
+            if same in seen:
+                continue
+            seen |= {same} - {None}
             if axes:
                 entry_of = total.moved.setdefault((kind, axes), [0.0, 0.0])
                 entry_of[0] += times

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from config import UserError
 from guard import GuardConfig, Spike, is_spike, watched
 from hosts import finished_step, of_all
+from pipeline import in_words
 from run_folder import write_whole
 
 SHOWN = ("loss", "score", "kl", "accuracy")
@@ -181,11 +182,21 @@ class Recorder:
         tqdm.write("\n".join(lines), file=sys.stderr)
 
 
-def describe(title: str, params: Any, rest: Any, *, batch_size: int, length: int, steps: int, start: int = 0) -> str:
+def describe(
+    title: str,
+    params: Any,
+    rest: Any,
+    *,
+    batch_size: int,
+    length: int,
+    steps: int,
+    start: int = 0,
+    microbatches: int = 1,
+) -> str:
     """The arithmetic of a run in a few lines of at most 80 columns.
 
     `params` and `rest` (optimiser and the like): trees of arrays or ShapeDtypeStructs with their shardings;
-    `batch_size` in sequences over all devices, of `length` tokens.
+    `batch_size` in sequences over all devices, of `length` tokens. `microbatches`: of a pipeline.
     """
     leaves = jax.tree.leaves(params)
     count = sum(math.prod(leaf.shape) for leaf in leaves)
@@ -195,6 +206,7 @@ def describe(title: str, params: Any, rest: Any, *, batch_size: int, length: int
     axes = " × ".join(f"{name} {size}" for name, size in mesh.shape.items()) if mesh is not None else "none"
     weights, others = _bytes_per_device(params), _bytes_per_device(rest)
     spread = mesh.shape.get("data", 1) * mesh.shape.get("fsdp", 1) if mesh is not None else 1
+    stages = mesh.shape.get("stage", 1) if mesh is not None else 1
     tokens = batch_size * length
     resumed = f", resumed after {start:,}" if start else ""
     lines = {
@@ -205,6 +217,7 @@ def describe(title: str, params: Any, rest: Any, *, batch_size: int, length: int
         "mesh": f"{axes}; {devices} {jax.devices()[0].device_kind} device{'s' * (devices > 1)}",
         "memory": f"about {_size(2 * weights + others)} a device, and activations on top: "
         f"parameters {_size(weights)}, gradients {_size(weights)}, optimiser {_size(others)}",
+        **({"pipeline": in_words(stages, microbatches)} if stages > 1 else {}),
         "compile": "the first step takes longer: it is compiled",
     }
     text = [title]

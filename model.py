@@ -17,9 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels.attention import attention, decode_attention
+from kernels.ring import striped, turns_of, unstriped
+from pipeline import pipelined
 from presets import PRESETS, ModelConfig, check_fit
 from rope import rope_turns, rotate
-from sharding import constrain_batch, constrain_residual, constrain_rows, constrain_units, flat
+from sharding import along, constrain_residual, constrain_rows, constrain_tokens, constrain_units, flat
 
 __all__ = [
     "PRESETS",
@@ -36,6 +38,7 @@ __all__ = [
 ]
 
 Params = dict[str, Any]
+TOKENS = ("sequence", "tensor")  # the axes that cut the tokens of a layer's input
 
 
 @flax.struct.dataclass
@@ -88,6 +91,7 @@ class Attention(nn.Module):
     """Grouped-query self-attention with RoPE."""
 
     config: ModelConfig
+    ring: int = 1
 
     @nn.compact
     def __call__(self, x_BTD, segment_ids_BT, turns, cache, layer):
@@ -99,7 +103,7 @@ class Attention(nn.Module):
             "v": self.param("v", _normal(c.width), kv_shape),
         }
         o_NHD = self.param("o", _normal(c.heads * c.head_width * 2 * c.layers), (*q_shape[1:], c.width))
-        x_MD = flat(x_BTD)
+        x_MD = flat(x_BTD, *TOKENS)
         heads = {n: constrain_units(linear(self, "...D,DNH->...NH", x_MD, n, w)) for n, w in weights.items()}
         if c.qkv_bias:
             for name, w in weights.items():
@@ -122,8 +126,8 @@ class Attention(nn.Module):
             v_BKSH = jax.lax.dynamic_index_in_dim(cache.v_LBKSH, layer, keepdims=False)
             out_BTNH = decode_attention(q_BTNH, k_BKSH, v_BKSH, cache.valid_BS, cache.length, window=c.window)
         else:  # training, or prefill of an empty cache: the tokens see one another only
-            out_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, segment_ids=segment_ids_BT, window=c.window)
-        return linear(self, "...NH,NHD->...D", flat(out_BTNH), "o", o_NHD).reshape(x_BTD.shape), cache
+            out_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, segment_ids=segment_ids_BT, window=c.window, ring=self.ring)
+        return linear(self, "...NH,NHD->...D", flat(out_BTNH, *TOKENS), "o", o_NHD).reshape(x_BTD.shape), cache
 
 
 class SwiGLU(nn.Module):
@@ -134,7 +138,7 @@ class SwiGLU(nn.Module):
     @nn.compact
     def __call__(self, x_BTD):
         c = self.config
-        x_MD = flat(x_BTD)
+        x_MD = flat(x_BTD, *TOKENS)
         gate_DF = self.param("gate", _normal(c.width), (c.width, c.hidden))
         up_DF = self.param("up", _normal(c.width), (c.width, c.hidden))
         down_FD = self.param("down", _normal(c.hidden * 2 * c.layers), (c.hidden, c.width))
@@ -149,13 +153,14 @@ class Block(nn.Module):
     """One pre-norm layer; the carry holds the residual stream, the cache and the layer's number."""
 
     config: ModelConfig
+    ring: int = 1  # of so many devices, over which its tokens are striped (kernels/ring.py), but not segment_ids_BT
 
     @nn.compact
     def __call__(self, carry, segment_ids_BT, turns):
         x_BTD, cache, layer = carry
         c = self.config
         normed_BTD = scaled_norm(self, "attention_norm", x_BTD)
-        mixed_BTD, cache = Attention(c, name="attention")(normed_BTD, segment_ids_BT, turns, cache, layer)
+        mixed_BTD, cache = Attention(c, self.ring, name="attention")(normed_BTD, segment_ids_BT, turns, cache, layer)
         x_BTD = constrain_residual(x_BTD + mixed_BTD)
         normed_BTD = scaled_norm(self, "mlp_norm", x_BTD)
         x_BTD = constrain_residual(x_BTD + SwiGLU(c, name="mlp")(normed_BTD))
@@ -171,10 +176,22 @@ REMAT = {
 }
 
 
+def scanned(config: ModelConfig, layers: int) -> Any:
+    """`layers` blocks under one scan, a class."""
+    return nn.scan(
+        REMAT[config.remat](Block),
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=(nn.broadcast, nn.broadcast),
+        length=layers,
+    )
+
+
 class Decoder(nn.Module):
-    """Embedding, blocks under one scan, final norm."""
+    """Embedding, blocks under one scan, final norm. `microbatches`: of a pipeline, if the mesh has stages."""
 
     config: ModelConfig
+    microbatches: int = 1
 
     @nn.compact
     def __call__(self, tokens_BT, segment_ids_BT, positions_BT, cache=None):
@@ -182,7 +199,10 @@ class Decoder(nn.Module):
         c = self.config
         embed_VD = self.param("embed", _normal(c.width), (c.vocab, c.width))
         # Whole rows on every device: a gather of rows that fsdp has cut makes XLA replicate its result instead.
-        x_BTD = constrain_batch(constrain_rows(embed_VD.astype(c.compute_dtype))[tokens_BT])
+        ring = turns_of(tokens_BT.shape[1]) if cache is None else 1
+        if ring > 1:
+            tokens_BT, positions_BT = striped(tokens_BT, ring), striped(positions_BT, ring)
+        x_BTD = constrain_tokens(constrain_rows(embed_VD.astype(c.compute_dtype))[tokens_BT], "sequence")
         x_BTD = constrain_residual(x_BTD)  # only then: tokens and vocabulary cannot both be cut over tensor
         if c.gemma:
             x_BTD *= jnp.asarray(c.width**0.5, x_BTD.dtype)
@@ -193,13 +213,7 @@ class Decoder(nn.Module):
                     cache.valid_BS, (segment_ids_BT > 0).astype(jnp.int32), (0, cache.length)
                 )
             )
-        layers = nn.scan(
-            REMAT[c.remat](Block),
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(nn.broadcast, nn.broadcast),
-            length=c.layers,
-        )
+        stages = along(jax.sharding.get_abstract_mesh(), "stage")
         if cache is not None and isinstance(cache.k_LBKSH, tuple):  # sampling.py's layers_apart
             weights, k, v = self.get_variable("params", "layers"), [], []
             for i in range(c.layers):
@@ -209,19 +223,28 @@ class Decoder(nn.Module):
                 (x_BTD, here, _), _ = block.apply({"params": mine}, (x_BTD, here, 0), segment_ids_BT, turns)
                 k, v = [*k, here.k_LBKSH[0]], [*v, here.v_LBKSH[0]]
             cache = cache.replace(k_LBKSH=tuple(k), v_LBKSH=tuple(v))
+        elif stages > 1 and cache is None and not self.is_initializing():
+            part = scanned(c, c.layers // stages)(c, ring, parent=None)
+            run = lambda weights, x, *rows: part.apply({"params": weights}, (x, None, 0), *rows)[0][0]  # noqa: E731
+            weights, rows = self.get_variable("params", "layers"), (segment_ids_BT, turns)
+            x_BTD = pipelined(run, weights, x_BTD, rows, self.microbatches)
         else:
             # The cache rides in the carry: as xs and ys the scan would copy all of it.
             carry = (x_BTD, cache, jnp.int32(0))
-            (x_BTD, cache, _), _ = layers(c, name="layers")(carry, segment_ids_BT, turns)
+            (x_BTD, cache, _), _ = scanned(c, c.layers)(c, ring, name="layers")(carry, segment_ids_BT, turns)
         if cache is not None:
             cache = cache.replace(length=cache.length + tokens_BT.shape[1])
+        if ring > 1:
+            x_BTD = unstriped(x_BTD, ring)
+        if stages > 1:  # a pipeline's result lies on every stage: each unembeds its part
+            x_BTD = constrain_tokens(x_BTD, "sequence", "stage")
         return scaled_norm(self, "final_norm", x_BTD), cache, embed_VD
 
 
 def unembed(x_BTD: jax.Array, unembed_DV: jax.Array) -> jax.Array:
     """Float32 logits [B, T, V]."""
-    x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
-    logits_MV = jnp.einsum("MD,DV->MV", x_MD, unembed_DV.astype(x_MD.dtype))
+    x_MD = flat(x_BTD, "stage", "sequence")
+    logits_MV = jnp.einsum("...D,DV->...V", x_MD, unembed_DV.astype(x_MD.dtype))
     return logits_MV.reshape(*x_BTD.shape[:2], -1).astype(jnp.float32)
 
 
@@ -229,6 +252,7 @@ class LanguageModel(nn.Module):
     """A decoder that predicts the next token."""
 
     config: ModelConfig
+    microbatches: int = 1
 
     @nn.compact
     def __call__(self, tokens_BT, segment_ids_BT, positions_BT, cache=None, logits_from: int = 0, read=unembed):
@@ -237,7 +261,8 @@ class LanguageModel(nn.Module):
         `read(x_BTD, unembed_DV)`: what is made of the hidden states, if not all their logits.
         """
         c = self.config
-        x_BTD, cache, embed_VD = Decoder(c, name="decoder")(tokens_BT, segment_ids_BT, positions_BT, cache)
+        decoder = Decoder(c, self.microbatches, name="decoder")
+        x_BTD, cache, embed_VD = decoder(tokens_BT, segment_ids_BT, positions_BT, cache)
         fan_in = _normal(c.width)
         unembed_DV = embed_VD.T if c.tied else self.param("unembed", fan_in, (c.width, c.vocab))
         return read(x_BTD[:, logits_from:], unembed_DV), cache

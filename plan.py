@@ -199,6 +199,7 @@ def judged(name: str, script: Any, config: Any, topology: str, devices: list[Any
 
 def shapes_to_try(config: Any, chips: int) -> Iterator[Any]:
     """Meshes worth trying: the model cut over fsdp, or over fsdp and tensor, or over parts with copies of it."""
+    chips //= max(config.mesh.sequence, 1) * max(config.mesh.stage, 1)  # which are as they were asked for
     for tensor in (1, 2, 4, 8):
         for data in (1, 2, 4, 8):
             if chips % (tensor * data) == 0 and config.model.heads % tensor == 0:

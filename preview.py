@@ -32,6 +32,7 @@ def preview_items(config: Any, items: dict[str, Any], batch: Batch, tokenizer: T
     params, rest = items["params"], {name: tree for name, tree in items.items() if name != "params"}
     length = max(x.shape[-1] for name, x in batch.items() if name.startswith("tokens"))
     sizes = {"batch_size": config.batch_size, "length": length, "steps": config.steps}
+    sizes["microbatches"] = config.microbatches
     print(describe(f"{config.run}: dry run", params, rest, **sizes))
     print("parameters, and the mesh axes that split them:")
     for path, leaf in jax.tree.leaves_with_path(params):

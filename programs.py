@@ -84,12 +84,14 @@ def full_row(length: int) -> dict[str, list[int]]:
 def likelihood(script: Any, config: Any, mesh: Mesh) -> Plan:
     """train_lm and train_sft: one step on packed rows."""
     batch = pad_examples([full_row(config.length)] * config.batch_size, config.length, 0)
+    check_batch("batch_size", config.batch_size, config.microbatches, mesh, config.length, config.model.layers)
     flops = 3 * forward_flops(config.model, config.batch_size, config.length, config.length)
     return update(script, config, mesh, LanguageModel(config.model), batch, flops, config.batch_size)
 
 
 def ranking(script: Any, config: Any, mesh: Mesh) -> Plan:
     """train_rm: one step on pairs."""
+    check_batch("batch_size", config.batch_size, config.microbatches, mesh, config.length)
     pair = {"prompts": [[0]] * 2, "responses": [[0] * (config.length - 1)] * 2, "ranking": [1, 2], "margin": 0.0}
     batch = pad_comparisons([pair] * config.batch_size, config.length, 0)
     rows, unembedded = 2 * config.batch_size, config.length / 2 if config.lm_coefficient else 0
@@ -99,7 +101,6 @@ def ranking(script: Any, config: Any, mesh: Mesh) -> Plan:
 
 def update(script: Any, config: Any, mesh: Mesh, model: Any, batch: Any, flops: float, rows: int) -> Plan:
     """A script whose step is one update on `rows` sequences."""
-    check_batch("batch_size", config.batch_size, config.microbatches, mesh)
     _, optimizer, _, step = script.make_update(config)
     params = whole_model(model, mesh)
     state, base = fresh(config, params, optimizer, mesh), frozen_part(config.lora, params)
@@ -126,6 +127,8 @@ def ppo(script: Any, config: Any, mesh: Mesh) -> Plan:
         "policy": policy.params, "policy optimiser": policy.opt_state, "value": value.params,
         "value optimiser": value.opt_state, "reference": reference, "reward": reward,
     }  # fmt: skip
+    if config.offload:  # the judge's alone, and among its arguments
+        del held["reference"], held["reward"]
     bases = [frozen_part(config.lora, params) for params in (reference, reward)]
     wholes = [  # with adapters, the bases are the reference's and the reward model's own arrays
         abstract(jax.eval_shape(partial(attach, config.lora), base, state.params), mesh)
@@ -161,10 +164,11 @@ def ppo(script: Any, config: Any, mesh: Mesh) -> Plan:
     texts = forward_flops(c, part, length, length) if config.ptx_data is not None else 0.0
     policy_flops, value_flops = 3 * (of(c, part, new) + texts), 3 * of(scalar, part, 0)
     policy_held = with_base("policy", "reference")
+    judge_held = tuple(held.keys() & {"policy", "value", "reference", "reward"})
     value_held = with_base("value", "reward")
     programs = [
         Program("rollout", rollout, (wholes[0], asked, a_key()), policy_held, 1, of(c, rows, new), rows, cache=cache),
-        Program("judge", judge, (*models, sampled, beta), ("policy", "reference", "reward", "value"), 1, judging, rows),
+        Program("judge", judge, (*models, sampled, beta), judge_held, 1, judging, rows),
         Program("value update", value_step, (value, minibatch, bases[1]), (*value_held, "value optimiser"), calls,
                 value_flops, part, gradients=value.params),
         Program("policy update", policy_step, (policy, minibatch_policy, bases[0]), (*policy_held, "policy optimiser"),

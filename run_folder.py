@@ -22,7 +22,8 @@ import jax
 
 from config import UserError, load_config
 
-FREE = {"run", "steps", "keep", "mesh", "eval_every", "save_every", "log_every", "sample_every", "hosts", "dry_run"}
+FREE = {"run", "steps", "keep", "mesh", "hosts", "offload", "dry_run"}
+FREE |= {"eval_every", "save_every", "log_every", "sample_every"}
 """Config fields that may change when a run is resumed; all others decide its results."""
 
 LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint")

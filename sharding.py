@@ -15,20 +15,23 @@ from jax.sharding import PartitionSpec as P
 from config import UserError
 
 BATCH = P(("data", "fsdp"))
+AXES = ("stage", "data", "fsdp", "sequence", "tensor")
+"""From the outermost, whose devices talk least, to the innermost. A mesh has stage and sequence only if asked for."""
 
 # Anchored path pattern -> PartitionSpec. Every parameter matches exactly one rule. The first axis of a
 # layer's parameter is the layer. An axis that does not divide its dimension is left out, so key/value heads
-# are replicated where they are fewer than the tensor axis.
+# are replicated where they are fewer than the tensor axis; so is one that the mesh does not have. What is cut over
+# fsdp is cut over sequence too.
 RULES = (
     (r"decoder/embed", P("tensor", "fsdp")),
     (r"decoder/final_norm", P(None)),
-    (r"decoder/layers/(attention|mlp)_norm", P(None, None)),
-    (r"decoder/layers/attention/[qkv]", P(None, "fsdp", "tensor", None)),
-    (r"decoder/layers/attention/[qkv]_bias", P(None, "tensor", None)),
-    (r"decoder/layers/attention/[qk]_norm", P(None, None)),
-    (r"decoder/layers/attention/o", P(None, "tensor", None, "fsdp")),
-    (r"decoder/layers/mlp/(gate|up)", P(None, "fsdp", "tensor")),
-    (r"decoder/layers/mlp/down", P(None, "tensor", "fsdp")),
+    (r"decoder/layers/(attention|mlp)_norm", P("stage", None)),
+    (r"decoder/layers/attention/[qkv]", P("stage", "fsdp", "tensor", None)),
+    (r"decoder/layers/attention/[qkv]_bias", P("stage", "tensor", None)),
+    (r"decoder/layers/attention/[qk]_norm", P("stage", None)),
+    (r"decoder/layers/attention/o", P("stage", "tensor", None, "fsdp")),
+    (r"decoder/layers/mlp/(gate|up)", P("stage", "fsdp", "tensor")),
+    (r"decoder/layers/mlp/down", P("stage", "tensor", "fsdp")),
     (r"unembed", P("fsdp", "tensor")),
     (r"head", P(None)),
     (r"bias", P()),
@@ -45,12 +48,17 @@ class MeshConfig:
     """Devices over which a copy's parameters and its batch are split."""
     tensor: int = 1
     """Devices over which heads and hidden units are split."""
+    sequence: int = 1
+    """Devices over which the tokens of a row are split, for long context (kernels/ring.py)."""
+    stage: int = 1
+    """Stages of a pipeline over which the layers are split (pipeline.py); of train_lm and train_sft."""
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh over `devices`, or over all, also set as the current one; raises UserError where it cannot be."""
     devices = jax.devices() if devices is None else devices
-    sizes, count = dataclasses.asdict(config), len(devices)
+    sizes = {axis: getattr(config, axis) for axis in AXES}
+    sizes, count = {axis: n for axis, n in sizes.items() if n != 1 or axis not in ("stage", "sequence")}, len(devices)
     flags = ", ".join(f"--mesh.{name}={size}" for name, size in sizes.items())
     if any(size == 0 or size < -1 for size in sizes.values()) or list(sizes.values()).count(-1) > 1:
         raise UserError(f"{flags}: each size must be positive, and at most one -1 (the rest)")
@@ -76,12 +84,26 @@ def path_name(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
+def along(mesh: Mesh, *axes: str) -> int:
+    """Devices along these axes together; one that the mesh does not have is of size 1."""
+    return math.prod(mesh.shape.get(axis, 1) for axis in axes)
+
+
+def fitting(mesh: Mesh, size: int, *axes: str | None) -> str | tuple[str, ...] | None:
+    """Of `axes` those that the mesh has, and that together divide `size`: to cut a dimension over them."""
+    found: tuple[str, ...] = ()
+    for axis in axes:
+        if axis in mesh.axis_names and axis not in mesh.manual_axes and size % along(mesh, *found, axis) == 0:
+            found += (axis,)
+    return found if len(found) > 1 else found[0] if found else None
+
+
 def spec_of(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
     """The PartitionSpec of a parameter, or of an optimiser's copy of it; replicated where no rule fits."""
     for pattern, spec in RULES:
         if re.search(rf"(^|/){pattern}$", name) and len(spec) == len(shape):
-            fits = [axis and size % mesh.shape[axis] == 0 for axis, size in zip(spec, shape, strict=True)]
-            return P(*(axis if fit else None for axis, fit in zip(spec, fits, strict=True)))
+            axes = [("fsdp", "sequence") if axis == "fsdp" else (axis,) for axis in spec]
+            return P(*(fitting(mesh, size, *some) for some, size in zip(axes, shape, strict=True)))
     return P()
 
 
@@ -113,6 +135,11 @@ def to_mesh(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
 
 
+def moved(tree: Any, memory: str) -> Any:
+    """`tree` as it lies on the mesh, in the memory `device` or the hosts' `pinned_host`; itself if it is there."""
+    return jax.device_put(tree, jax.tree.map(lambda x: x.sharding.with_memory_kind(memory), tree))
+
+
 def to_host(tree: Any) -> Any:
     """`tree` with NumPy arrays, whole on every host; of several hosts all must call it."""
 
@@ -138,12 +165,23 @@ def reader(mesh: Mesh, owners: np.ndarray | None = None, host: int | None = None
     parts = sorted(set(held.values()))
     if sum(map(len, parts)) != ways or len({len(part) for part in parts}) > 1:
         axes = ", ".join(f"--mesh.{name}={size}" for name, size in mesh.shape.items())
-        raise UserError(f"{axes}: hosts share rows of the batch in part; make tensor divide a host's devices")
+        raise UserError(
+            f"{axes}: hosts share rows of the batch in part; make what is not data or fsdp divide a host's devices"
+        )
     return {"process": parts.index(held[host]), "processes": len(parts)}
 
 
-def check_batch(name: str, rows: int, microbatches: int, mesh: Mesh) -> None:
-    """Raises UserError unless `rows` split evenly over micro-batches and the batch axes of the mesh."""
+def check_batch(name: str, rows: int, microbatches: int, mesh: Mesh, length: int = 0, layers: int = 0) -> None:
+    """Raises UserError unless `rows` split evenly over micro-batches and the batch axes of the mesh.
+
+    So must rows' `length` over sequence, and over stage the `layers` of a model that a script can pipeline, else 0.
+    """
+    sequence, stage = along(mesh, "sequence"), along(mesh, "stage")
+    if length % sequence**2:
+        raise UserError(f"--mesh.sequence={sequence}: its square must divide --length={length} (kernels/ring.py)")
+    if stage > 1 and (not layers or layers % stage):
+        wrong = f"must divide --model.layers={layers}" if layers else "no pipeline here; take fsdp, tensor or sequence"
+        raise UserError(f"--mesh.stage={stage}: {wrong}")
     parts = microbatches * mesh.shape["data"] * mesh.shape["fsdp"]
     if rows < 1 or microbatches < 1 or rows % parts:
         raise UserError(
@@ -160,21 +198,26 @@ def constrain_batch(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, BATCH)
 
 
+def constrain_tokens(x: jax.Array, *axes: str) -> jax.Array:
+    """[B, T, ...]: rows over data and fsdp, tokens over those of `axes` that divide them."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
+        return x
+    return jax.lax.with_sharding_constraint(x, P(*BATCH, fitting(mesh, x.shape[1], *axes)))
+
+
 def constrain_residual(x_BTD: jax.Array) -> jax.Array:
-    """The residual stream between layers: rows over data and fsdp, tokens over tensor (Korthikanti et al. 2022).
+    """The residual stream between layers: its tokens over sequence, and over tensor (Korthikanti et al. 2022).
 
     Otherwise each device of the tensor axis would keep all of it, for every layer, until the backward pass.
     """
-    mesh, (rows, tokens) = jax.sharding.get_abstract_mesh(), x_BTD.shape[:2]
-    if mesh.empty or rows % (mesh.shape["data"] * mesh.shape["fsdp"]) or tokens % mesh.shape["tensor"]:
-        return constrain_batch(x_BTD)
-    return jax.lax.with_sharding_constraint(x_BTD, P(*BATCH, "tensor"))
+    return constrain_tokens(x_BTD, "sequence", "tensor")
 
 
-def flat(x: jax.Array) -> jax.Array:
-    """[B, T, ...] as [M, ...]; as it is under a tensor axis, for XLA cannot split a sum over M by tokens."""
+def flat(x: jax.Array, *axes: str) -> jax.Array:
+    """[B, T, ...] as [M, ...]; as it is where one of `axes` cuts the tokens, for XLA cannot split a sum over M so."""
     mesh = jax.sharding.get_abstract_mesh()
-    return x.reshape(-1, *x.shape[2:]) if mesh.empty or mesh.shape["tensor"] == 1 else x
+    return x.reshape(-1, *x.shape[2:]) if mesh.empty or along(mesh, *axes) == 1 else x
 
 
 def constrain_units(x: jax.Array) -> jax.Array:
@@ -183,7 +226,7 @@ def constrain_units(x: jax.Array) -> jax.Array:
     if mesh.empty or mesh.shape["tensor"] == 1 or x.shape[2] % mesh.shape["tensor"]:
         return x
     rows = BATCH[0] if x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0 else None
-    return jax.lax.with_sharding_constraint(x, P(rows, None, "tensor"))
+    return jax.lax.with_sharding_constraint(x, P(rows, fitting(mesh, x.shape[1], "sequence"), "tensor"))
 
 
 def constrain_params(tree: Any) -> Any:
@@ -194,14 +237,13 @@ def constrain_params(tree: Any) -> Any:
 
 
 def gathered(params: Any, dtype: Any) -> Any:
-    """Weights for many passes in a row: in `dtype`, and whole over fsdp. Else decoding gathers them for every token."""
+    """Weights for many passes in a row: in `dtype`, cut over tensor alone. Else decoding gathers them for a token."""
     mesh = jax.sharding.get_abstract_mesh()
 
     def whole(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
         spec = spec_of(path_name(path), leaf.shape, mesh)
-        if "fsdp" not in spec:
-            return leaf
-        return jax.lax.with_sharding_constraint(leaf.astype(dtype), P(*(a if a != "fsdp" else None for a in spec)))
+        left = P(*(axis if axis == "tensor" else None for axis in spec))
+        return leaf if left == spec else jax.lax.with_sharding_constraint(leaf.astype(dtype), left)
 
     return params if mesh.empty else jax.tree_util.tree_map_with_path(whole, params)
 

@@ -205,7 +205,7 @@ def main(config: Config) -> dict[str, float]:
     config = pinned(config)
     mesh = make_mesh(config.mesh)
     check(config)
-    check_batch("batch_size", config.batch_size, config.microbatches, mesh)
+    check_batch("batch_size", config.batch_size, config.microbatches, mesh, config.length)
     init, apply = pure(LanguageModel(config.model))
     objective, needs_reference = make_objective(config, apply)
     schema = "unpaired" if config.unpaired else "comparison"

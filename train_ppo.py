@@ -30,7 +30,7 @@ from objectives.reward import response_scores
 from preview import preview_items
 from rewards import load_reward_model
 from rollout import check_first_update, ended, make_rollout, rollout_metrics, sample_rows, shuffled
-from sharding import MeshConfig, abstract, check_batch, init_sharded, make_mesh, reader, to_mesh
+from sharding import MeshConfig, abstract, check_batch, init_sharded, make_mesh, moved, reader, to_mesh
 from train_step import (
     OptimizerConfig,
     as_items,
@@ -120,6 +120,8 @@ class Config:
     """The policy's; taken from --init."""
     lora: LoraConfig = LoraConfig()
     """Of policy and value model both; the reference and the reward model are then their bases."""
+    offload: bool = False
+    """Keep reference and reward model in the host's memory; on the devices only while they judge."""
     mesh: MeshConfig = MeshConfig()
     hosts: HostsConfig = HostsConfig()
     seed: int = 0
@@ -153,8 +155,7 @@ def make_judge(config: Config, apply: Any, scalar_apply: Any, eos: int, newlines
         values_BR = ppo.response_values(scalar_apply, value, batch) * value_mask_BR
         estimate_BR = ppo.kl_estimate(logp_BR, reference_BR, config.kl_estimator)
         # What the steps were not given comes at the end: the sum is the score, eos rule included.
-        rest_B = score_B - steps_BR.sum(1)
-        rewards_BR = steps_BR + ppo.token_rewards(rest_B, estimate_BR, mask_BR, beta, at_B)
+        rewards_BR = steps_BR + ppo.token_rewards(score_B - steps_BR.sum(1), estimate_BR, mask_BR, beta, at_B)
         if config.whiten_rewards:
             rewards_BR = ppo.whiten(rewards_BR, value_mask_BR, shift_mean=False, unbiased=config.whiten_unbiased)
         advantages_BR, returns_BR = ppo.gae(rewards_BR, values_BR, discount=config.discount, smoothing=config.smoothing)
@@ -194,7 +195,9 @@ def check(config: Config, mesh: Any) -> None:
             raise UserError(f"--{name}={parts}: must divide --batch_size={config.batch_size} without remainder")
     weights = f"--ptx_coef={config.ptx_coef}, --entropy_coef={config.entropy_coef}: must be at least 0"
     least = {f"--epochs={config.epochs}: must be at least 1": config.epochs >= 1}
-    flags.require(least | {weights: min(config.ptx_coef, config.entropy_coef) >= 0})
+    fault = "--offload: adapters need their base all the time; leave it out"
+    least |= {weights: min(config.ptx_coef, config.entropy_coef) >= 0, fault: not (config.offload and config.lora.rank)}
+    flags.require(least)
     check_batch("batch_size / --minibatches", config.batch_size // config.minibatches, config.microbatches, mesh)
     check_batch("batch_size / --samples_per_prompt", config.batch_size // config.samples_per_prompt, 1, mesh)
 
@@ -206,8 +209,7 @@ def make_updates(config: Config, apply: Any, scalar_apply: Any):
     policy_loss = partial(ppo.policy_objective, apply, **terms)
     value_loss = partial(ppo.value_objective, scalar_apply, clip=config.value_clip)
     for loss, options in ((policy_loss, config.optimizer), (value_loss, config.value_optimizer)):
-        optimizer = make_optimizer(options, updates)
-        whole = partial(attach, config.lora)
+        optimizer, whole = make_optimizer(options, updates), partial(attach, config.lora)
         yield optimizer, make_train_step(loss, optimizer, config.microbatches, options.clip, whole)
 
 
@@ -244,9 +246,8 @@ def main(config: Config) -> dict[str, float]:
     if config.dry_run:
         items = abstract(jax.eval_shape(fresh, reference, reward), mesh)
         return preview_items(config, {**items, "held": (reference, reward)}, next(prompts), tokenizer)
-    with Checkpoints(
-        config.run, config, script="train_ppo", tokenizer=tokenizer.model, keep=config.keep
-    ) as checkpoints:
+    names = {"script": "train_ppo", "tokenizer": tokenizer.model}
+    with Checkpoints(config.run, config, **names, keep=config.keep) as checkpoints:
         saved = checkpoints.restore(abstract(jax.eval_shape(fresh, reference, reward), mesh))
         start, items, position = saved or (0, init_sharded(fresh, mesh, reference, reward), None)
         for name, state in (position or {}).items():
@@ -255,7 +256,8 @@ def main(config: Config) -> dict[str, float]:
         base, value_base = (frozen_part(config.lora, params) for params in (reference, reward))
         whole = partial(attach, config.lora)
         sizes = {"batch_size": config.batch_size, "length": length, "steps": config.steps, "start": start}
-        others = (policy.opt_state, value, reference, reward)
+        reference, reward = moved((reference, reward), "pinned_host" if config.offload else "device")
+        others = (policy.opt_state, value, *(() if config.offload else (reference, reward)))
         print(describe(f"{config.run}: PPO on {source.name}", policy.params, others, **sizes))
         unchecked = True
         with Recorder(config.run, config.steps, start, unit="iteration") as record:
@@ -263,8 +265,8 @@ def main(config: Config) -> dict[str, float]:
                 key = jax.random.fold_in(jax.random.key(config.seed), step)
                 batch = rollout(whole(base, policy.params), to_mesh(next(prompts), mesh), key)
                 records, response_BR = prompts.records, batch["response_BR"]
-                models = (whole(base, policy.params), reference, reward, whole(value_base, value.params))
-                batch, metrics = judge(*models, batch, beta)
+                models = whole(base, policy.params), whole(value_base, value.params)
+                batch, metrics = judge(models[0], *moved((reference, reward), "device"), models[1], batch, beta)
                 for epoch in range(config.epochs):
                     for minibatch in shuffled(batch, jax.random.fold_in(key, epoch), config.minibatches):
                         value, value_metrics = value_step(value, minibatch, value_base)
@@ -279,18 +281,16 @@ def main(config: Config) -> dict[str, float]:
                 metrics |= {f"policy/{name}": x for name, x in policy_metrics.items()}
                 metrics |= {f"value/{name}": x for name, x in value_metrics.items()}
                 record(step, metrics, tokens=config.batch_size * length)
-                if record.last.get("kl", 0.0) > config.kl_limit:
-                    raise UserError(
-                        f"--kl_limit={config.kl_limit}: KL reached {record.last['kl']:.1f} nats; raise --kl_coef"
-                    )
+                if (kl := record.last.get("kl", 0.0)) > config.kl_limit:
+                    raise UserError(f"--kl_limit={config.kl_limit}: KL reached {kl:.1f} nats; raise --kl_coef")
                 if config.eval_every and (step % config.eval_every == 0 or step == config.steps):
                     record.samples(step, sample_rows(records, response_BR, tokenizer, config.samples_per_prompt)[:8])
                     if evaluate is not None:
-                        record(step, evaluate(whole(base, policy.params), reference))
+                        record(step, evaluate(whole(base, policy.params), moved(reference, "device")))
                 if checkpoints.due(step, config.save_every, config.steps):
                     record.flush()
-                    places = {name: batches.state for name, batches in read.items()}
-                    checkpoints.save(step, {**as_items(policy), "value": value, "beta": beta}, places)
+                    items = {**as_items(policy), "value": value, "beta": beta}
+                    checkpoints.save(step, items, {name: batches.state for name, batches in read.items()})
                 if checkpoints.stopping:
                     break
     return record.last

@@ -95,7 +95,7 @@ def make_evaluation(config: Config, apply: Any, source: Source, tokenizer: Token
 def main(config: Config) -> dict[str, float]:
     config = pinned(config)
     mesh = make_mesh(config.mesh)
-    check_batch("batch_size", config.batch_size, config.microbatches, mesh)
+    check_batch("batch_size", config.batch_size, config.microbatches, mesh, config.length)
     source = open_source(config.data, "steps", "train", seed=config.seed)
     split = "all" if config.eval_data and config.eval_data.endswith((".jsonl", ".jsonl.gz")) else "heldout"
     held_out = open_source(config.eval_data or config.data, "steps", split, seed=config.seed)

@@ -104,7 +104,7 @@ def make_update(config: Config):
 def main(config: Config) -> dict[str, float]:
     config = pinned(config)
     mesh = make_mesh(config.mesh)
-    check_batch("batch_size", config.batch_size, config.microbatches, mesh)
+    check_batch("batch_size", config.batch_size, config.microbatches, mesh, config.length)
     if config.lm_coefficient and not config.model.tied:
         raise UserError(
             "--lm_coefficient: a reward model keeps no unembedding of its own; use a model with --model.tied"

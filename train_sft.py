@@ -44,7 +44,7 @@ class Config:
     length: int = 64
     """Tokens per row."""
     microbatches: int = 1
-    """Parts of a batch whose gradients are summed."""
+    """Parts of a batch whose gradients are summed; over stages, that go through the pipeline one after another."""
     model: ModelConfig = ModelConfig()
     optimizer: OptimizerConfig = OptimizerConfig(lr=2e-3)
     lora: LoraConfig = LoraConfig()
@@ -64,7 +64,7 @@ class Config:
 
 def make_update(config: Config):
     """(init, optimiser, objective, train step)."""
-    init, apply = pure(LanguageModel(config.model))
+    init, apply = pure(LanguageModel(config.model, config.microbatches))
     optimizer = make_optimizer(config.optimizer, config.steps)
     objective = partial(likelihood_objective, apply)
     whole = partial(attach, config.lora)
@@ -80,7 +80,7 @@ def make_update(config: Config):
 def main(config: Config) -> dict[str, float]:
     config = pinned(config)
     mesh = make_mesh(config.mesh)
-    check_batch("batch_size", config.batch_size, config.microbatches, mesh)
+    check_batch("batch_size", config.batch_size, config.microbatches, mesh, config.length, config.model.layers)
     source, held_out = (open_source(config.data, "chat", split, seed=config.seed) for split in ("train", "heldout"))
     tokenizer = tokenizer_for(config, source)
     check_fit(config.model, tokenizer.size, config.length)
@@ -104,6 +104,7 @@ def main(config: Config) -> dict[str, float]:
         if position:
             batches.restore(position)
         sizes = {"batch_size": config.batch_size, "length": config.length, "steps": config.steps, "start": start}
+        sizes["microbatches"] = config.microbatches
         print(describe(f"{config.run}: fine-tuning on {source.name}", state.params, (state.opt_state, base), **sizes))
         with Recorder(config.run, config.steps, start, guard=config.guard) as record:
             for step in record.steps():

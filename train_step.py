@@ -15,7 +15,7 @@ from checkpoint import Checkpoints, load_params
 from config import UserError, load_config
 from lora import frozen_part, trained_part
 from model import LanguageModel, ModelConfig, Params, ScalarModel, pure
-from sharding import abstract, constrain_params, init_sharded, path_name
+from sharding import abstract, along, constrain_params, init_sharded, path_name
 
 Batch = dict[str, jax.Array]
 # objective(params, batch) -> (loss_sum, (weight, {name: (sum, weight)})), all float32 sums
@@ -185,7 +185,7 @@ def make_train_step(
             (loss, (weight, metrics)), grads = gradient(params, batch, base)
             return loss, weight, metrics, constrain_params(grads)
 
-        if microbatches == 1:
+        if microbatches == 1 or along(jax.sharding.get_abstract_mesh(), "stage") > 1:  # which pipeline.py cuts itself
             return sums(params, batch)
         # Micro-batch i takes every k-th row, so each device keeps to the rows that it holds.
         cut = jax.tree.map(

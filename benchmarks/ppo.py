@@ -54,7 +54,7 @@ def our_calls(config: Config) -> dict[str, Any]:
     scalar_init, scalar_apply = pure(ScalarModel(model))
     reference, reward = random_params(model), jax.jit(scalar_init)(jax.random.key(1))
     rollout = make_rollout(ppo, apply, SimpleNamespace(eos=NEVER, pad=0))
-    judge = train_ppo.make_judge(ppo, apply, scalar_apply, NEVER)
+    judge = train_ppo.make_judge(ppo, apply, scalar_apply, eos=NEVER, newlines=[NEVER])
     (policy_optimizer, policy_step), (value_optimizer, value_step) = train_ppo.make_updates(ppo, apply, scalar_apply)
     prompts = jax.device_put(plain_batch(model, config.batch_size, config.max_prompt))
     copied = [jax.tree.map(jnp.copy, params) for params in (reference, reward)]

@@ -1,6 +1,7 @@
 """Attention: the public functions, the reference in plain JAX, and the table of which implementation serves what."""
 
 import functools
+import importlib
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -9,9 +10,10 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from config import UserError
-from kernels import chunked, flash, hopper, hopper_backward, library
+from kernels import chunked, flash, library
 from kernels.masks import MASKED, Ranges, mask_of, visible_ranges
-from sharding import BATCH, platform
+from kernels.ring import ring_backward, ring_forward
+from sharding import BATCH, along, platform
 
 Implementation = Literal["auto", "reference", "xla_chunked", "pallas_tpu", "pallas_gpu", "pallas_hopper", "library"]
 
@@ -57,6 +59,7 @@ def attention(
     soft_cap: float | None = None,
     scale: float | None = None,
     implementation: Implementation = "auto",
+    ring: int = 1,
 ) -> jax.Array:
     """Self-attention (T = S) with grouped queries; returns [B, T, N, H] in q's type.
 
@@ -64,13 +67,19 @@ def attention(
     segment); 0 is padding, which sees nothing and is not seen. `window`: a token sees itself and the window - 1
     tokens before it. `soft_cap`: scores become soft_cap * tanh(scores / soft_cap) (Gemma 2). `scale` defaults to
     1/sqrt(H). A row that sees nothing gives zeros. Under a mesh every implementation but the reference runs on each
-    device's own rows and heads. Raises UserError where the implementation asked for does not serve the shape.
+    device's own rows and heads. `ring`: devices of the mesh's sequence axis over which the tokens of q, k, v and the
+    result, though not of `segment_ids`, are striped (kernels/ring.py). Raises UserError where the implementation asked
+    for does not serve the shape.
     """
     batch, length, heads, width = q_BTNH.shape
     if k_BSKH.shape != v_BSKH.shape or k_BSKH.shape[:2] != (batch, length) or heads % k_BSKH.shape[2]:
         raise ValueError(f"q {q_BTNH.shape}, k {k_BSKH.shape}, v {v_BSKH.shape}: not one self-attention")
     if implementation == "auto":
-        implementation = chosen(platform(), length, width, q_BTNH.dtype.itemsize)
+        implementation = chosen(platform(), length // ring, width, q_BTNH.dtype.itemsize)
+        if ring > 1 and implementation == "reference":
+            implementation = "xla_chunked"
+    if ring > 1 and implementation not in BACKENDS:
+        raise UserError(f"attention {implementation!r}: not over a sequence axis; choose one of {', '.join(BACKENDS)}")
     scale = width**-0.5 if scale is None else scale
     if implementation == "library":
         options = {"causal": causal, "window": window, "soft_cap": soft_cap, "scale": scale}
@@ -83,8 +92,8 @@ def attention(
         raise UserError(f"attention {implementation!r}: unknown; choose one of {names}")
     if implementation == "pallas_hopper" and platform() != "gpu":
         raise UserError(f"pallas_hopper: runs on Hopper GPUs only, not on {platform()}; use auto")
-    run = functools.partial(bounded_attention, implementation, scale, soft_cap)
-    return on_each_device(run, q_BTNH, k_BSKH, v_BSKH, keys, queries)
+    run = functools.partial(bounded_attention, (implementation, ring), scale, soft_cap)
+    return on_each_device(run, q_BTNH, k_BSKH, v_BSKH, keys, queries, ring=ring)
 
 
 def decode_attention(
@@ -139,6 +148,11 @@ def masked_attention(
     return jnp.where(mask_BTS.any(-1)[..., None, None], out_BTNH, 0)  # a row that sees nothing
 
 
+def _hopper(module: str, name: str) -> Callable:
+    """The function `name` of the module, which is imported when called: Mosaic GPU takes a third of a second."""
+    return lambda *args, **options: getattr(importlib.import_module(module), name)(*args, **options)
+
+
 # Implementations whose memory is linear in the length: (forward, backward) each, under one derivative rule.
 BACKENDS: dict[str, tuple[Callable, Callable]] = {
     "xla_chunked": (chunked.forward, chunked.backward),
@@ -146,25 +160,33 @@ BACKENDS: dict[str, tuple[Callable, Callable]] = {
         f"pallas_{name}": tuple(functools.partial(f, platform=name) for f in (flash.forward, flash.backward))
         for name in ("tpu", "gpu")
     },
-    "pallas_hopper": (hopper.forward, hopper_backward.backward),
+    "pallas_hopper": (_hopper("kernels.hopper", "forward"), _hopper("kernels.hopper_backward", "backward")),
 }
 
 
+def passes(implementation: str, ring: int) -> tuple[Callable, Callable]:
+    """(forward, backward) of the implementation, or of a ring of several devices around it."""
+    forward, backward = BACKENDS[implementation]
+    if ring == 1:
+        return forward, backward
+    return functools.partial(ring_forward, forward, ring), functools.partial(ring_backward, backward, ring)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def bounded_attention(implementation, scale, soft_cap, q_BTNH, k_BSKH, v_BSKH, keys: Ranges, queries: Ranges):
+def bounded_attention(how, scale, soft_cap, q_BTNH, k_BSKH, v_BSKH, keys: Ranges, queries: Ranges):
     """Attention that saves for its derivative its inputs, its output and the log-sum-exp, nothing quadratic."""
-    forward, _ = BACKENDS[implementation]
+    forward, _ = passes(*how)
     return forward(q_BTNH, k_BSKH, v_BSKH, keys, queries, scale=scale, soft_cap=soft_cap)[0]
 
 
-def _bounded_forward(implementation, scale, soft_cap, *inputs):
-    forward, _ = BACKENDS[implementation]
+def _bounded_forward(how, scale, soft_cap, *inputs):
+    forward, _ = passes(*how)
     out_BTNH, lse_BNT = forward(*inputs, scale=scale, soft_cap=soft_cap)
     return out_BTNH, (inputs, out_BTNH, lse_BNT)
 
 
-def _bounded_backward(implementation, scale, soft_cap, saved, dout_BTNH):
-    _, backward = BACKENDS[implementation]
+def _bounded_backward(how, scale, soft_cap, saved, dout_BTNH):
+    _, backward = passes(*how)
     inputs, out_BTNH, lse_BNT = saved
     dq, dk, dv = backward(*inputs, out_BTNH, lse_BNT, dout_BTNH, scale=scale, soft_cap=soft_cap)
     return dq, dk, dv, None, None
@@ -173,22 +195,27 @@ def _bounded_backward(implementation, scale, soft_cap, saved, dout_BTNH):
 bounded_attention.defvjp(_bounded_forward, _bounded_backward)
 
 
-def on_each_device(run: Callable, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *tokens: Any) -> jax.Array:
-    """`run` under shard_map: rows over data and fsdp, heads over tensor. Without a mesh, or inside one, just `run`.
+def on_each_device(
+    run: Callable, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *tokens: Any, ring: int = 1
+) -> jax.Array:
+    """`run` under shard_map: rows over data and fsdp, heads over tensor, tokens over sequence in a `ring`.
 
-    `tokens`: trees of [B, T] arrays. Key/value heads that the tensor axis cuts are replicated, and each device takes
+    Without a mesh, or inside a shard_map over these axes, just `run`. `tokens`: trees of [B, T] arrays, which are not
+    cut by tokens. Key/value heads that the tensor axis cuts are replicated, and each device takes
     the one that its queries share; where its queries do not share one, heads are not split at all.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1 or mesh.manual_axes:
+    axes = set(mesh.axis_names) - set(mesh.manual_axes)  # in a pipeline, its stages are manual already
+    if mesh.empty or along(mesh, *axes) == 1:
         return run(q_BTNH, k_BSKH, v_BSKH, *tokens)
     (batch, _, heads, _), kv_heads = q_BTNH.shape, k_BSKH.shape[2]
     parts, group = mesh.shape["tensor"], heads // kv_heads
     rows = BATCH[0] if batch % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0 else None
     whole = kv_heads % parts == 0
     shared = not whole and heads % parts == 0 and group % (heads // parts) == 0
-    query = P(rows, None, "tensor" if whole or shared else None, None)
-    key = P(rows, None, "tensor" if whole else None, None)
+    sequence = "sequence" if ring > 1 else None
+    query = P(rows, sequence, "tensor" if whole or shared else None, None)
+    key = P(rows, sequence, "tensor" if whole else None, None)
 
     def local(q_BTNH, k_BSKH, v_BSKH, *tokens):
         if shared:
@@ -198,4 +225,5 @@ def on_each_device(run: Callable, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: 
 
     specs = (query, key, key, *(P(rows, None) for _ in tokens))
     # Pallas calls do not say over which axes their results vary, so that cannot be checked.
-    return jax.shard_map(local, in_specs=specs, out_specs=query, check_vma=False)(q_BTNH, k_BSKH, v_BSKH, *tokens)
+    options = {"in_specs": specs, "out_specs": query, "axis_names": axes, "check_vma": False}
+    return jax.shard_map(local, **options)(q_BTNH, k_BSKH, v_BSKH, *tokens)

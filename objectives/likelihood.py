@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from model import unembed
+from sharding import along
 
 Apply = Callable[..., Any]
 LOGITS = 2**26
@@ -36,11 +37,21 @@ def hidden_logprobs(x_BTD: jax.Array, unembed_DV: jax.Array, *, labels_BT: jax.A
 
     if parts == 1:
         return of(x_BTD, labels_BT)
-    part = -(-length // parts)
-    fill = ((0, 0), (0, parts * part - length))
-    cut = [jnp.pad(x, (*fill, (0, 0))[: x.ndim]).reshape(batch, parts, part, *x.shape[2:]) for x in (x_BTD, labels_BT)]
-    logp = jax.lax.map(lambda xs: jax.checkpoint(of)(*xs), [x.swapaxes(0, 1) for x in cut])
-    return logp.swapaxes(0, 1).reshape(batch, -1)[:, :length]
+    # Each device's tokens are cut on their own, or a part would be of some devices alone.
+    ways = 1 if mesh.empty else along(mesh, "stage", "sequence")
+    ways = ways if length % ways == 0 else 1
+    own = length // ways
+    part = -(-own // parts)
+
+    def cut(x: jax.Array) -> jax.Array:
+        x = x.reshape(batch, ways, own, *x.shape[2:])
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, parts * part - own), *[(0, 0)] * (x.ndim - 3)))
+        x = jnp.moveaxis(x.reshape(batch, ways, parts, part, *x.shape[3:]), 2, 0)
+        return x.reshape(parts, batch, ways * part, *x.shape[4:])
+
+    logp = jax.lax.map(lambda xs: jax.checkpoint(of)(*xs), (cut(x_BTD), cut(labels_BT)))
+    logp = jnp.moveaxis(logp.reshape(parts, batch, ways, part), 0, 2)
+    return logp.reshape(batch, ways, -1)[:, :, :own].reshape(batch, length)
 
 
 def token_logprobs(logits_BTV: jax.Array, tokens_BT: jax.Array) -> jax.Array:

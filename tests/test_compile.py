@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from chips import H200
 from kernels.attention import attention
-from sharding import BATCH, MeshConfig
+from sharding import BATCH
 
 HEADS = P(BATCH[0], None, "tensor", None)
 
@@ -33,7 +33,7 @@ needs_cuda = pytest.mark.skipif(not installed("jax_cuda13_plugin"), reason="jax_
 
 def set_mesh(devices, data, fsdp, tensor):
     """A mesh of devices that can be compiled for and nothing else, set as the current one."""
-    axes = tuple(MeshConfig.__dataclass_fields__)
+    axes = ("data", "fsdp", "tensor")
     mesh = Mesh(np.array(devices).reshape(data, fsdp, tensor), axes, axis_types=(AxisType.Auto,) * 3)
     jax.set_mesh(mesh)
     return mesh

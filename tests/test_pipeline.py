@@ -125,13 +125,34 @@ def one_device_ppo(runs, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "mesh", [*(pytest.param(m, marks=pytest.mark.slow) for m in [(8, 1, 1), (1, 8, 1), (2, 1, 4)]), (2, 2, 2)]
+    "mesh",
+    [
+        *(pytest.param(m, marks=pytest.mark.slow) for m in [(8, 1, 1, 1), (1, 8, 1, 1), (2, 1, 4, 1), (2, 1, 2, 2)]),
+        (2, 2, 2, 1),
+    ],
 )
 def test_ppo_is_equal_over_meshes(runs, one_device_ppo, tmp_path, mesh):
-    axes = [f"--mesh.{name}={size}" for name, size in zip(("data", "fsdp", "tensor"), mesh, strict=True)]
+    axes = [f"--mesh.{name}={size}" for name, size in zip(("data", "fsdp", "tensor", "sequence"), mesh, strict=True)]
     run(train_ppo, *five_ppo_iterations(runs, tmp_path / "ppo"), *axes)
     ours = load_params(str(tmp_path / "ppo"))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), ours, one_device_ppo)
+
+
+@pytest.mark.slow
+def test_offloaded_judges_change_nothing(runs, tmp_path, monkeypatch):
+    kinds, moved = [], train_ppo.moved
+
+    def spied(tree, memory):
+        tree = moved(tree, memory)
+        kinds.append({x.sharding.memory_kind for x in jax.tree.leaves(tree)})
+        return tree
+
+    monkeypatch.setattr(train_ppo, "moved", spied)
+    ppo = [f"--init={runs}/sft", f"--reward={runs}/rm", "--batch_size=16", "--minibatches=2", "--max_prompt=48"]
+    argv = [*MODEL[1:], *ppo, "--steps=2", "--max_new_tokens=16"]
+    run(train_ppo, *argv, "--offload", f"--run={tmp_path}/ppo")
+    assert kinds == [{"pinned_host"}, {"device"}, {"device"}]  # and in between nothing holds what was judged with
+    jax.tree.map(np.testing.assert_array_equal, load_params(f"{tmp_path}/ppo"), load_params(f"{runs}/ppo"))
 
 
 @pytest.mark.slow
