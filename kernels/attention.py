@@ -149,7 +149,7 @@ def masked_attention(
 
 
 def _hopper(module: str, name: str) -> Callable:
-    """The function `name` of the module, which is imported when called: Mosaic GPU takes a third of a second."""
+    """The function `name` of the module, which is imported when it is called: few do, and Mosaic GPU loads slowly."""
     return lambda *args, **options: getattr(importlib.import_module(module), name)(*args, **options)
 
 
