@@ -38,7 +38,7 @@ class Config:
     """Documents: world, a .jsonl file, or tfds:<name>."""
     tokenizer: str | None = None
     """A SentencePiece .model (default: that of --init, else one trained on the data)."""
-    steps: int = 1100
+    steps: int = 1200
     batch_size: int = 32
     """Rows per step, over all devices; each holds several documents, packed."""
     length: int = 64
@@ -52,7 +52,7 @@ class Config:
     guard: GuardConfig = GuardConfig()
     hosts: HostsConfig = HostsConfig()
     seed: int = 0
-    eval_every: int = 550
+    eval_every: int = 600
     """Steps between evaluations and samples on held-out data; 0: never."""
     save_every: int = 400
     """Steps between checkpoints; 0: at the end only."""

@@ -119,11 +119,11 @@ def decode_attention(
 
 
 def softmax_where(mask: jax.Array, scores: jax.Array, scale: float, soft_cap: float | None) -> jax.Array:
-    """Softmax of the scaled and capped scores over the last axis, where `mask` holds; anything where it never does."""
+    """Softmax of the scaled and capped scores over the last axis, where `mask` holds; 0 elsewhere."""
     scores *= scale
     if soft_cap is not None:
         scores = soft_cap * jnp.tanh(scores / soft_cap)
-    return jax.nn.softmax(jnp.where(mask, scores, MASKED), axis=-1)
+    return jnp.where(mask, jax.nn.softmax(jnp.where(mask, scores, MASKED), axis=-1), 0.0)
 
 
 def masked_attention(
@@ -137,15 +137,12 @@ def masked_attention(
     """The reference: softmax(q k / sqrt(H)) v over the keys where `mask_BTS` holds; statistics in float32."""
     batch, length, heads, width = q_BTNH.shape
     kv_heads = k_BSKH.shape[2]
-    # Heads first, as the matmuls want them: else XLA turns the scores instead, which are larger.
-    q_BKGTH = q_BTNH.reshape(batch, length, kv_heads, heads // kv_heads, width).transpose(0, 2, 3, 1, 4)
-    k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
-    scores_BKGTS = jnp.einsum("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH, preferred_element_type=jnp.float32)
+    q_BTKGH = q_BTNH.reshape(batch, length, kv_heads, heads // kv_heads, width)
+    scores_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
     scale = width**-0.5 if scale is None else scale
     weights_BKGTS = softmax_where(mask_BTS[:, None, None], scores_BKGTS, scale, soft_cap).astype(v_BSKH.dtype)
-    out_BKGTH = jnp.einsum("BKGTS,BKSH->BKGTH", weights_BKGTS, v_BKSH)
-    out_BTNH = out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(q_BTNH.shape)
-    return jnp.where(mask_BTS.any(-1)[..., None, None], out_BTNH, 0)  # a row that sees nothing
+    out_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS, v_BSKH)
+    return out_BTKGH.reshape(q_BTNH.shape)
 
 
 def _hopper(module: str, name: str) -> Callable:
