@@ -55,8 +55,8 @@ def run(words: list[str], folder: pathlib.Path) -> dict[str, float]:
     log = folder.parent / f"{folder.name}.log"
     with log.open("w") as file:
         process = subprocess.Popen(
-            [sys.executable, str(ROOT / words[0]), *words[1:], f"--run={folder}", f"--steps={STEPS}", "--eval_every=0",
-             "--save_every=0"],
+            [sys.executable, str(ROOT / words[0]), *words[1:], f"--run={folder}", f"--steps={STEPS}",
+             "--optimizer.warmup=0", "--eval_every=0", "--save_every=0"],
             stdout=file, stderr=subprocess.STDOUT,
         )  # fmt: skip
         peak = 0.0
