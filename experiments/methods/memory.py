@@ -49,7 +49,7 @@ class Config:
 
 
 def run(words: list[str], folder: pathlib.Path) -> dict[str, float]:
-    """Seconds of a step, and peak MB up to the last but one."""
+    """CPU seconds of a step, and peak MB, before the last one."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     log = folder.parent / f"{folder.name}.log"
@@ -59,20 +59,21 @@ def run(words: list[str], folder: pathlib.Path) -> dict[str, float]:
              "--optimizer.warmup=0", "--eval_every=0", "--save_every=0"],
             stdout=file, stderr=subprocess.STDOUT,
         )  # fmt: skip
-        peak = 0.0
+        peak, spent = 0.0, {}
         while process.poll() is None:
-            rows = read_rows(str(folder))
-            if len(rows) >= STEPS - 1:  # a row is written when the next step is recorded
+            done = len(read_rows(str(folder)))  # a row is written when the next step is recorded
+            if done >= STEPS:
                 break
-            status = pathlib.Path(f"/proc/{process.pid}/status").read_text()
-            peak = next((int(line.split()[1]) / 1e3 for line in status.splitlines() if line.startswith("VmHWM")), peak)
-            time.sleep(0.05)
+            seen = pathlib.Path(f"/proc/{process.pid}")
+            spent[done] = sum(map(int, seen.joinpath("stat").read_text().rsplit(")")[-1].split()[11:13]))
+            status = seen.joinpath("status").read_text().splitlines()
+            peak = next((int(line.split()[1]) / 1e3 for line in status if line.startswith("VmHWM")), peak)
+            time.sleep(0.02)
         process.wait()
     if process.returncode:
         raise UserError(f"{log}: the run ended with {process.returncode}; its last lines say why")
-    rows = read_rows(str(folder))
-    between = rows[-2]["seconds"] - rows[1]["seconds"]  # the first two steps may compile, the last one saves
-    return {"seconds": between / (len(rows) - 3), "peak_mb": peak}
+    ticks = (spent[STEPS - 1] - spent[2]) / (STEPS - 3)  # the first two steps may compile, the last one saves
+    return {"cpu_seconds": ticks / os.sysconf("SC_CLK_TCK"), "peak_mb": peak}
 
 
 def main(config: Config) -> dict[str, dict[str, float]]:
@@ -90,7 +91,7 @@ def main(config: Config) -> dict[str, dict[str, float]]:
         script, *options = METHODS[name]
         source = data if script == "train_dpo.py" else f"--reward={out / 'rm'}"
         table[name] = run([script, start, source, *options], out / name)
-        print(f"{name:12} {table[name]['seconds']:8.2f} s {table[name]['peak_mb']:8.0f} MB", flush=True)
+        print(f"{name:12} {table[name]['cpu_seconds']:8.2f} CPU s {table[name]['peak_mb']:8.0f} MB", flush=True)
     path.write_text(json.dumps(table, indent=1) + "\n")
     return table
 

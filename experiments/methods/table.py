@@ -1,4 +1,4 @@
-"""Tables and the plot of results.jsonl, tuning.jsonl and memory.json: prints what README.md shows, draws frontier.png.
+"""Tables and the plot of results.jsonl, tuning.jsonl and memory.json: writes them into README.md and frontier.png.
 
 python experiments/methods/table.py
 """
@@ -47,63 +47,72 @@ def half(values: list[float]) -> float:
     return float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5)
 
 
-def cell(of_seed: dict[int, dict[str, Any]], name: str, digits: int = 3, scale: float = 1.0) -> str:
+def mean(of_seed: dict[int, dict[str, Any]], name: str, scale: float = 1.0, digits: int = 1) -> str:
+    """Of what differs between seeds by rounding only."""
+    values = [row[name] * scale for row in of_seed.values() if row.get(name)]
+    return f"{np.mean(values):.{digits}f}" if values else ""
+
+
+def cell(of_seed: dict[int, dict[str, Any]], name: str, digits: int = 3) -> str:
     """Mean over seeds, with half of its interval where there are several; nothing where no row has it."""
-    values = [row[name] * scale for row in of_seed.values() if name in row]
+    values = [row[name] for row in of_seed.values() if name in row]
     if not values:
         return ""
     spread = f" ±{half(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.{digits}f}{spread}"
+    return f"{np.mean(values):z.{digits}f}{spread}"
 
 
-def quality(rows: Rows) -> None:
-    head = "seeds | all | helpful | honest | harmless | KL | tokens | gain over SFT, by seed"
-    print(f"\n| method | {head} |\n" + "|---" * 9 + "|")
+def table(head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)) + "\n"
+
+
+def quality(rows: Rows) -> str:
+    """Shares, KL and length, and which of MUST gain what is asked for."""
+    lines, verdicts = [], []
     for method, of_seed in rows.items():
-        shares = " | ".join(cell(of_seed, name) for name in ("all", "helpful", "honest", "harmless"))
         gains = [row["all"] - rows["sft"][seed]["all"] for seed, row in of_seed.items() if method != "sft"]
-        shown = f"{cell(of_seed, 'kl', 2)} | {cell(of_seed, 'length', 1)} | {', '.join(f'{g:+.3f}' for g in gains)}"
-        print(f"| {method} | {len(of_seed)} | {shares} | {shown} |")
-    for method in (m for m in MUST if m in rows):
-        gains = [row["all"] - rows["sft"][seed]["all"] for seed, row in rows[method].items()]
-        print(f"{method}: {sum(g >= GAIN for g in gains)} of {len(gains)} seeds gain {GAIN} or more")
+        shares = [cell(of_seed, name) for name in ("all", "helpful", "honest", "harmless")]
+        shown = [cell(of_seed, "kl", 2), cell(of_seed, "length", 1), ", ".join(f"{gain:+.3f}" for gain in gains)]
+        lines.append([method, ", ".join(map(str, of_seed)), *shares, *shown])
+        if method in MUST:
+            verdicts.append(f"{method} {sum(gain >= GAIN for gain in gains)} of {len(gains)}")
+    head = ["method", "seeds", "all", "helpful", "honest", "harmless", "KL", "tokens", "gain over SFT, by seed"]
+    return table(head, lines) + f"\nSeeds that gain {GAIN:.2f} or more: {', '.join(verdicts)}.\n"
 
 
-def kinds(rows: Rows) -> None:
+def kinds(rows: Rows) -> str:
     """Share that passes everything by kind of request, mean over seeds."""
     names = list(next(iter(rows["sft"].values()))["kinds"])
-    head = " | ".join(name.replace("_", " ") for name in names)
-    print(f"\n| method | {head} |\n" + "|---" * (len(names) + 1) + "|")
-    for method, of_seed in rows.items():
-        shares = [np.mean([row["kinds"][name]["all"] for row in of_seed.values()]) for name in names]
-        print(f"| {method} | " + " | ".join(f"{share:.2f}" for share in shares) + " |")
+    shares = {
+        m: [np.mean([row["kinds"][name]["all"] for row in s.values()]) for name in names] for m, s in rows.items()
+    }
+    head = ["all criteria, by kind", *(name.replace("_", " ") for name in names)]
+    return table(head, [[method, *(f"{share:.2f}" for share in of_kind)] for method, of_kind in shares.items()])
 
 
-def cost(rows: Rows) -> None:
-    head = "training, TFLOPs | with the reward models' | an answer, MFLOPs | seconds | CPU seconds | peak, MB"
-    print(f"\n| method | {head} |\n" + "|---" * 7 + "|")
+def cost(rows: Rows) -> str:
+    lines = []
     for method, of_seed in rows.items():
         totals = {s: {"total": r.get("training_flops", 0.0) + r["reward_model_flops"]} for s, r in of_seed.items()}
-        cells = [cell({0: next(iter(of_seed.values()))}, "training_flops", 1, 1e-12)]
-        cells += [cell({0: next(iter(totals.values()))}, "total", 1, 1e-12)]
-        cells += [cell({0: next(iter(of_seed.values()))}, "response_flops", 0, 1e-6)]
-        cells += [cell(of_seed, "seconds", 0), cell(of_seed, "cpu_seconds", 0), cell(of_seed, "peak_mb", 0)]
-        print(f"| {method} | " + " | ".join(cells) + " |")
+        flops = [mean(of_seed, "training_flops", 1e-12), mean(totals, "total", 1e-12)]
+        flops.append(mean(of_seed, "response_flops", 1e-6, 0))
+        lines.append([method, *flops, *(cell(of_seed, name, 0) for name in ("seconds", "cpu_seconds", "peak_mb"))])
+    head = ["method", "training, TFLOPs", "with the reward models'", "an answer, MFLOPs", "seconds", "CPU seconds"]
+    return table([*head, "peak, MB"], lines)
 
 
-def tuning() -> None:
-    print("\n| method | flags | all | KL |\n|---|---|---|---|")
+def tuning() -> str:
     rows = sorted(read("tuning.jsonl"), key=lambda row: row["method"])
-    for row in rows:
-        print(f"| {row['method']} | `{row['flags']}` | {row['all']:.3f} | {row['kl']:.2f} |")
     counts = collections.Counter(row["method"] for row in rows)
-    print(f"{len(rows)} configurations: " + ", ".join(f"{m} {n}" for m, n in counts.items()))
+    lines = [[row["method"], f"`{row['flags']}`", f"{row['all']:.3f}", f"{row['kl']:.2f}"] for row in rows]
+    told = ", ".join(f"{method} {count}" for method, count in counts.items())
+    return table(["method", "flags", "all", "KL"], lines) + f"\n{len(rows)} configurations: {told}.\n"
 
 
-def memory() -> None:
-    print("\n| method | seconds a step | peak, MB |\n|---|---|---|")
-    for name, row in json.loads((HERE / "memory.json").read_text()).items():
-        print(f"| {name} | {row['seconds']:.2f} | {row['peak_mb']:.0f} |")
+def memory() -> str:
+    rows = json.loads((HERE / "memory.json").read_text())
+    lines = [[name, f"{row['cpu_seconds']:.1f}", f"{row['peak_mb']:.0f}"] for name, row in rows.items()]
+    return table(["32 million parameters", "CPU seconds a step", "peak, MB"], lines)
 
 
 def plot(rows: Rows) -> None:
@@ -128,12 +137,13 @@ def plot(rows: Rows) -> None:
 
 
 def main() -> None:
-    rows = by_method(read("results.jsonl"))
-    quality(rows)
-    kinds(rows)
-    cost(rows)
-    tuning()
-    memory()
+    rows, readme = by_method(read("results.jsonl")), HERE / "README.md"
+    parts = {"quality": quality(rows), "kinds": kinds(rows), "cost": cost(rows), "memory": memory(), "tuning": tuning()}
+    text = readme.read_text()
+    for name, part in parts.items():
+        before, _, rest = text.partition(f"<!-- {name} -->\n")
+        text = f"{before}<!-- {name} -->\n{part}{rest[rest.index('<!-- end -->') :]}"
+    readme.write_text(text)
     plot(rows)
 
 
