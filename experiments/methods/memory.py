@@ -36,7 +36,7 @@ METHODS = {
     "dpo_cached": (*DIRECT, "--reference=cached"),
     "dpo_online": (*DIRECT, "--reference=online"),
 }
-STEPS = 5
+STEPS = 4
 
 
 @dataclasses.dataclass(frozen=True)

@@ -55,7 +55,7 @@ METHODS = {  # name -> script and the flags that are not its defaults; none: not
     "gspo": ("train_grpo.py", "--method=gspo", "--steps=56"),
     "reinforce_pp": ("train_grpo.py", "--method=reinforce_pp", "--steps=56"),
     "online_dpo": ("train_grpo.py", "--method=online_dpo", "--steps=56"),
-    "expert": ("train_raft.py", "--method=expert", "--steps=20"),
+    "expert": ("train_raft.py", "--method=expert", "--threshold=2", "--steps=20"),
     "quark": ("train_raft.py", "--method=quark", "--steps=20"),
 }
 BEST_OF = 16

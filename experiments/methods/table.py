@@ -110,7 +110,8 @@ def tuning() -> str:
 
 
 def memory() -> str:
-    rows = json.loads((HERE / "memory.json").read_text())
+    path = HERE / "memory.json"
+    rows = json.loads(path.read_text()) if path.exists() else {}  # memory.py writes it
     lines = [[name, f"{row['cpu_seconds']:.1f}", f"{row['peak_mb']:.0f}"] for name, row in rows.items()]
     return table(["32 million parameters", "CPU seconds a step", "peak, MB"], lines)
 
