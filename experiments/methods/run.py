@@ -1,0 +1,240 @@
+"""Every method on the built-in world, from one SFT model and one file of comparisons: trains, measures, a line a run.
+
+    python experiments/methods/run.py --align=runs/align{seed} --seeds 0 1 2 3 4
+    python experiments/methods/run.py --methods dpo --seeds 0 --tune --flags=--beta=0.05
+
+`--align` are runs of `make align`. What results.jsonl has already is not run again. Training updates take about as
+many FLOPs as PPO's, so steps differ; a reward model's own training is counted apart.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import time
+from functools import partial
+from typing import Any
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))  # the root's modules, from wherever this is started
+
+import best_of_n
+import config as flags
+from checkpoint import load_params
+from config import UserError, load_config
+from data import world
+from data.tokenizer import Tokenizer
+from generate import SamplingConfig
+from gold import CRITERIA, judged, make_measure, summarise
+from metrics import read_rows
+from model import ModelConfig
+from objectives import imitate
+from programs import forward_flops
+from sharding import MeshConfig, make_mesh
+
+HERE = pathlib.Path(__file__).parent
+ROOT = HERE.parents[1]
+DIRECT = ("train_dpo.py", "--length=32")  # as of the reward model: the same comparisons fit
+METHODS = {  # name -> script and the flags that are not its defaults; none: nothing is trained
+    "sft": (),
+    "best_of_16": (),
+    "ppo": ("train_ppo.py",),
+    "dpo": (*DIRECT, "--loss=dpo", "--steps=240", "--beta=0.5", "--optimizer.lr=3e-4"),
+    "kto": (*DIRECT, "--loss=kto", "--steps=216", "--beta=0.5", "--optimizer.lr=3e-4"),
+    "grpo": ("train_grpo.py", "--method=grpo", "--steps=56"),
+    "rloo": ("train_grpo.py", "--method=rloo", "--steps=56"),
+    "raft": ("train_raft.py", "--method=raft", "--steps=20"),
+    "ipo": (*DIRECT, "--loss=ipo", "--steps=240"),
+    "cdpo": (*DIRECT, "--loss=cdpo", "--steps=240"),
+    "orpo": (*DIRECT, "--loss=orpo", "--steps=320"),
+    "simpo": (*DIRECT, "--loss=simpo", "--steps=320"),
+    "dr_grpo": ("train_grpo.py", "--method=dr_grpo", "--steps=56"),
+    "dapo": ("train_grpo.py", "--method=dapo", "--steps=56"),
+    "gspo": ("train_grpo.py", "--method=gspo", "--steps=56"),
+    "reinforce_pp": ("train_grpo.py", "--method=reinforce_pp", "--steps=56"),
+    "online_dpo": ("train_grpo.py", "--method=online_dpo", "--steps=56"),
+    "expert": ("train_raft.py", "--method=expert", "--threshold=2", "--steps=20"),
+    "quark": ("train_raft.py", "--method=quark", "--steps=20"),
+}
+BEST_OF = 16
+MAX_PROMPT, MAX_NEW = 32, 24  # as evaluate.py
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    methods: tuple[str, ...] = tuple(METHODS)
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    align: str = "runs/align{seed}"
+    """Runs of `make align`, of which lm, sft, rm and comparisons.jsonl are read."""
+    out: str = "runs/methods"
+    """Folder for the runs."""
+    tune: bool = False
+    """Judge on the prompts of the seed itself, which are for choices, and write tuning.jsonl."""
+    flags: str = ""
+    """More flags of the script (--tune only)."""
+    n: int = 1000
+    """Prompts of the evaluation."""
+
+
+# --- cost: matmuls as forward_flops counts them, of all tokens passed, padding too; a backward pass is two forward
+
+
+def sampling_flops(c: ModelConfig, config: dict[str, Any], rows: int) -> float:
+    """Prompts are prefilled once, and `rows` responses decoded to the longest allowed."""
+    prompt, new = config["max_prompt"], config["max_new_tokens"]
+    prefill = forward_flops(c, rows // (config.get("samples_per_prompt") or 1), prompt, 1)
+    decoded = forward_flops(c, rows, prompt + new, new) - forward_flops(c, rows, prompt, 0)
+    return prefill + decoded
+
+
+def training_flops(run: str) -> float:
+    """Of a finished run, from its settings and what it logged."""
+    config, rows = load_config(run), read_rows(run)
+    c, script = ModelConfig(**config["model"]), config["script"]
+    batch, steps = config["batch_size"], config["steps"]
+    if script in ("train_dpo", "train_rm"):
+        # Four candidates a prompt. KTO's fifth answers another prompt: twice passed forward, never back.
+        length, count = config["length"], 4 * batch
+        if script == "train_rm":  # logits of the best response only
+            return steps * 3 * forward_flops(c, count, length, length / 4 if config["lm_coefficient"] else 0)
+        forward = partial(forward_flops, c, length=length, unembedded=length)
+        reference = config["loss"] in ("dpo", "ipo", "cdpo", "kto")
+        extra = batch if config["loss"] == "kto" else 0
+        return steps * (3 * forward(rows=count) + reference * forward(rows=count + extra) + forward(rows=extra))
+    length, new = config["max_prompt"] + config["max_new_tokens"], config["max_new_tokens"]
+    policy = forward_flops(c, batch, length, new + 1)
+    scalar = forward_flops(c, batch, length, 0)
+    sampled = sampling_flops(c, config, batch)
+    if script == "train_ppo":  # rollout; policy, reference, reward and value; updates of policy and value
+        return steps * (sampled + 2 * policy + 2 * scalar + config["epochs"] * 3 * (policy + scalar))
+    judged = sampled + 2 * policy + scalar  # rollout; policy, reference and reward
+    whole = forward_flops(c, 1, length, length)  # logits of the prompt too
+    if script == "train_grpo":
+        update = batch * whole if config["method"] == "online_dpo" else policy
+        return sum(row["rounds"] for row in rows) * judged + steps * config["epochs"] * 3 * update
+    passes = 3 + (config["kl_coef"] > 0)  # of train_raft; its KL needs the reference
+    return steps * judged + sum(row["updates"] for row in rows) * config["minibatch_size"] * passes * whole
+
+
+# --- one run
+
+
+def command(config: Config, method: str, seed: int, run: pathlib.Path) -> list[str]:
+    """What trains `method`."""
+    script, *options = METHODS[method]
+    align = config.align.format(seed=seed)
+    source = f"--data={align}/comparisons.jsonl" if script == "train_dpo.py" else f"--reward={align}/rm"
+    common = [f"--init={align}/sft", source, f"--run={run}", f"--seed={seed}", "--eval_every=0", "--save_every=100000"]
+    return [sys.executable, str(ROOT / script), *common, *options, *config.flags.split()]
+
+
+def train(words: list[str], run: pathlib.Path) -> dict[str, float]:
+    """Runs the command alone from the start, unless it is done; what it cost: seconds, CPU seconds, peak MB."""
+    cost = run / "cost.json"
+    if not cost.exists():
+        shutil.rmtree(run, ignore_errors=True)
+        run.mkdir(parents=True)
+        log, began = run.parent / f"{run.name}.log", time.monotonic()
+        with log.open("w") as file:
+            process = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT)
+            _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            raise UserError(f"{log}: the run ended with {process.returncode}; its last lines say why")
+        seconds = {"seconds": time.monotonic() - began, "cpu_seconds": used.ru_utime + used.ru_stime}
+        cost.write_text(json.dumps({**seconds, "peak_mb": used.ru_maxrss / 1e3}))
+    return json.loads(cost.read_text())
+
+
+def best_of(
+    config: Config, seed: int, requests: list[world.Request], judge_seed: int
+) -> tuple[list[str], list, list, list[tuple[float, float]]]:
+    """Of BEST_OF responses of the SFT model the one with the highest reward: texts, lengths, KL (its upper bound).
+
+    Last: KL and share that passes everything for the best of the first 1, 2, 4, ...
+    """
+    align = config.align.format(seed=seed)
+    folders = {"policy": f"{align}/sft", "reward": f"{align}/rm"}
+    settings = best_of_n.Config(**folders, n=BEST_OF, prompts=len(requests), max_prompt=MAX_PROMPT, seed=judge_seed)
+    records = [{"prompt": [{"role": "user", "content": r.text}]} for r in requests]
+    rewards_PN, texts = best_of_n.sampled(settings, records, make_mesh(MeshConfig()))
+    curve = []
+    for n in (1 << k for k in range(BEST_OF.bit_length())):
+        best = [row[i] for row, i in zip(texts, rewards_PN[:, :n].argmax(1), strict=True)]
+        share = sum(row["all"] for row in judged(requests, best)) / len(best)
+        curve.append((imitate.best_of_n_kl(n), share))
+    encode = Tokenizer.load(f"{align}/sft").encode
+    return best, [len(encode(text)) + 1 for text in best], [curve[-1][0]] * len(best), curve
+
+
+def responses_of(
+    config: Config, method: str, seed: int, run: pathlib.Path, requests: list[world.Request], judge_seed: int
+) -> tuple[list[str], list, list]:
+    """Texts, lengths, KL to the SFT model, of a policy."""
+    sft = config.align.format(seed=seed) + "/sft"
+    model, tokenizer, reference = ModelConfig(**load_config(sft)["model"]), Tokenizer.load(sft), load_params(sft)
+    params = load_params(str(run)) if METHODS[method] else reference
+    condition = {}
+    if method == "quark":  # what it learnt is asked for by its best quantile
+        best = tokenizer.encode(str(load_config(str(run))["quantiles"]))[0]
+        condition = {"condition": lambda prompts: imitate.conditioned(prompts, tokenizer.system, best)}
+    measure = make_measure(model, SamplingConfig(1.0, max_new_tokens=MAX_NEW), tokenizer, MAX_PROMPT, **condition)
+    return zip(*measure(params, reference, [r.text for r in requests], judge_seed), strict=True)
+
+
+def row_of(config: Config, method: str, seed: int) -> dict[str, Any]:
+    """Trains and measures one method with one seed."""
+    align = config.align.format(seed=seed)
+    words = [*METHODS[method][1:], *config.flags.split()]  # name the run, so that it is never taken for another's
+    run, cost = pathlib.Path(config.out) / "_".join([method, *(word.lstrip("-") for word in words), str(seed)]), {}
+    if METHODS[method]:
+        cost = train(command(config, method, seed, run), run)
+        cost["training_flops"] = training_flops(str(run))
+    sees_reward_model = METHODS[method][:1] != (DIRECT[0],) and method != "sft"
+    models = [f"{align}/{name}" for name in ("round1/rm", "rm")] if sees_reward_model else []
+    cost["reward_model_flops"] = sum(training_flops(path) for path in models)
+    c = ModelConfig(**load_config(f"{align}/sft")["model"])
+    several = BEST_OF if method == "best_of_16" else 1
+    asked = {"max_prompt": MAX_PROMPT, "max_new_tokens": MAX_NEW, "samples_per_prompt": several}
+    scoring = forward_flops(c, several, MAX_PROMPT + MAX_NEW, 0) if several > 1 else 0.0
+    cost["response_flops"] = sampling_flops(c, asked, several) + scoring
+    judge_seed = seed if config.tune else 1000 + seed
+    requests = [world.prompt(i, split="heldout", seed=judge_seed) for i in range(config.n)]
+    if method == "best_of_16":
+        texts, lengths, kls, cost["curve"] = best_of(config, seed, requests, judge_seed)
+    else:
+        texts, lengths, kls = responses_of(config, method, seed, run, requests, judge_seed)
+    summary = summarise(judged(requests, texts), lengths, kls)
+    settings = {"flags": " ".join([*METHODS[method], *config.flags.split()]), "prompts_seed": judge_seed}
+    return {"method": method, "seed": seed, **settings, **cost, **summary}
+
+
+def main(config: Config) -> list[dict[str, Any]]:
+    """Adds the rows that are missing to results.jsonl or tuning.jsonl; returns the new ones."""
+    if unknown := set(config.methods) - METHODS.keys():
+        raise UserError(f"--methods: {', '.join(sorted(unknown))} unknown; choose of {', '.join(METHODS)}")
+    if config.flags and not config.tune:
+        raise UserError("--flags: for --tune only; settings that are kept belong into METHODS")
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    path = HERE / ("tuning.jsonl" if config.tune else "results.jsonl")
+    done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    make_mesh(MeshConfig())
+    new = []
+    for seed in config.seeds:
+        for method in config.methods:
+            settings = " ".join([*METHODS[method], *config.flags.split()])
+            if any((row["method"], row["seed"], row["flags"]) == (method, seed, settings) for row in done):
+                continue
+            row = row_of(config, method, seed)
+            with path.open("a") as file:
+                file.write(json.dumps(row, default=float) + "\n")
+            new.append(row)
+            shown = {name: row.get(name, 0.0) for name in (*CRITERIA, "kl", "length", "seconds", "peak_mb")}
+            print(f"{method} {seed} {config.flags}: " + ", ".join(f"{name} {x:.3f}" for name, x in shown.items()))
+    return new
+
+
+if __name__ == "__main__":
+    flags.run(main, Config)

@@ -1,0 +1,79 @@
+"""The study of methods: what a run is said to cost, that it is not made twice, intervals over seeds."""
+
+import dataclasses
+import json
+
+import pytest
+import running
+
+import train_sft
+from experiments.methods import run as study
+from experiments.methods import table
+from presets import ModelConfig
+
+# Attention's own products are small beside its weights here, so that 2 FLOPs a weight and token are nearly all.
+MODEL = ModelConfig(vocab=512, width=256, hidden=512, layers=3, heads=4, kv_heads=2, head_width=64)
+BLOCKS = 3 * (2 * 256 * 256 + 2 * 256 * 128 + 3 * 256 * 512)
+UNEMBEDDING = 512 * 256
+
+
+def counted(tmp_path, rows=(), **fields):
+    """What the study says of a run with these settings."""
+    (tmp_path / "config.json").write_text(json.dumps({"model": dataclasses.asdict(MODEL), **fields}))
+    running.write(tmp_path / "metrics.jsonl", [{"step": i + 1, "seconds": 0.0, **row} for i, row in enumerate(rows)])
+    return study.training_flops(str(tmp_path))
+
+
+def test_a_direct_method_passes_four_candidates_forward_and_back_and_the_reference_once(tmp_path):
+    tokens = 10 * 8 * 4 * 32
+    options = {"script": "train_dpo", "batch_size": 8, "steps": 10, "length": 32}
+    weights = BLOCKS + UNEMBEDDING
+    assert counted(tmp_path, **options, loss="simpo") == pytest.approx(6 * weights * tokens, rel=0.02)
+    assert counted(tmp_path, **options, loss="dpo") == pytest.approx(8 * weights * tokens, rel=0.02)
+    # KTO's mismatched response: of the reference, and of the policy in each step; never back
+    assert counted(tmp_path, **options, loss="kto") == pytest.approx((8 + 4 / 4) * weights * tokens, rel=0.02)
+
+
+def test_an_online_method_samples_judges_and_updates(tmp_path):
+    shape = {"batch_size": 64, "steps": 2, "max_prompt": 20, "max_new_tokens": 24, "epochs": 1}
+    blocks, unembedded = BLOCKS * 64 * 44, UNEMBEDDING * 64 * 25
+    policy, scalar = 2 * (blocks + unembedded), 2 * blocks
+    # One prompt a response: sampling passes each token once.
+    ppo = counted(tmp_path, **shape, script="train_ppo", samples_per_prompt=1)
+    assert ppo == pytest.approx(2 * ((1 + 2 + 3) * policy + (2 + 3) * scalar), rel=0.02)
+    # Eight responses share a prefill.
+    sampled = 2 * (BLOCKS * (8 * 20 + 64 * 24) + UNEMBEDDING * (8 + 64 * 24))
+    grpo = {**shape, "script": "train_grpo", "method": "grpo", "samples_per_prompt": 8}
+    once = 2 * (sampled + (2 + 3) * policy + scalar)
+    assert counted(tmp_path, [{"rounds": 1}, {"rounds": 1}], **grpo) == pytest.approx(once, rel=0.02)
+    again = once + sampled + 2 * policy + scalar  # a second rollout, judged too, in one of the two iterations
+    assert counted(tmp_path, [{"rounds": 2}, {"rounds": 1}], **grpo) == pytest.approx(again, rel=0.02)
+    raft = {**shape, "script": "train_raft", "samples_per_prompt": 8, "minibatch_size": 16, "kl_coef": 0.0}
+    update = 6 * (BLOCKS + UNEMBEDDING) * 16 * 44
+    expected = 2 * (sampled + 2 * policy + scalar) + 5 * update
+    assert counted(tmp_path, [{"updates": 2}, {"updates": 3}], **raft) == pytest.approx(expected, rel=0.02)
+
+
+def test_a_run_is_measured_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "HERE", tmp_path)
+    options = ["--model.preset=tiny", "--model.vocab=1280", "--steps=1", "--optimizer.warmup=0", "--batch_size=8"]
+    running.run(train_sft, *options, "--eval_every=0", f"--run={tmp_path}/align3/sft")
+    words = [f"--align={tmp_path}/align{{seed}}", f"--out={tmp_path}/out", "--methods", "sft", "--seeds", "3", "--n=16"]
+    (row,) = running.run(study, *words)
+    assert (row["method"], row["seed"], row["prompts_seed"], row["n"]) == ("sft", 3, 1003, 16)
+    assert abs(row["kl"]) < 1e-4 and "training_flops" not in row and row["reward_model_flops"] == 0
+    before = (tmp_path / "results.jsonl").read_text()
+    assert running.run(study, *words) == [] and (tmp_path / "results.jsonl").read_text() == before
+    (other,) = running.run(study, *words, "--tune")  # the seed's own prompts, in another file
+    assert other["prompts_seed"] == 3 and (tmp_path / "results.jsonl").read_text() == before
+
+
+def test_mistakes_are_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(study, "HERE", tmp_path)
+    assert "ppp unknown" in running.fails(study, ["--methods", "ppp"], capsys)
+    assert "--tune only" in running.fails(study, ["--methods", "dpo", "--flags=--beta=1"], capsys)
+
+
+def test_the_interval_over_three_seeds_is_student_s():
+    assert table.half([0.0, 1.0, 2.0]) == pytest.approx(4.302652729911275 / 3**0.5)  # t of 0.975 with 2 degrees
+    assert table.half([1.0]) != table.half([1.0])  # of one seed there is none
