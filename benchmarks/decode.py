@@ -32,6 +32,8 @@ class Config:
     """Tokens sampled after it."""
     requests: int = 128 if on_cpu() else 512
     """Prompts of the comparison of refilled slots with fixed batches; the slots are the first of `batches`."""
+    limit: int = 256 if on_cpu() else 1024
+    """Most tokens of a response there; their mean length is a quarter of it."""
     rounds: int = 7
     """Timings of each row; the median is reported."""
     peer: bool = True
@@ -72,8 +74,8 @@ def fixed_rows(config: Config, params: Params, net: Any) -> list[dict[str, Any]]
 
 def refill_row(config: Config, params: Params) -> dict[str, Any]:
     """Requests whose lengths are geometric, a quarter of the limit on average: refilled slots beside fixed batches."""
-    plain, sampling, eos = pure(LanguageModel(config.model))[1], SamplingConfig(max_new_tokens=config.new), 2
-    odds = 1 / (config.new / 4 - 1)  # of an end of turn, at each token
+    plain, sampling, eos = pure(LanguageModel(config.model))[1], SamplingConfig(max_new_tokens=config.limit), 2
+    odds = 1 / (config.limit / 4 - 1)  # of an end of turn, at each token
 
     def apply(*args, **kwargs):
         logits_BTV, cache = plain(*args, **kwargs)
@@ -93,11 +95,10 @@ def refill_row(config: Config, params: Params) -> dict[str, Any]:
     assert (mine.response_BR == whole.response_BR).mean() > (1 if on_cpu() else 0.5) - 1e-3  # equal but for rounding
     tokens, theirs = mine.mask_BR.sum(), sum(float(part.mask_BR.sum()) for part in one_by_one())
     return {
-        "what": f"refill, {slots} slots, {config.requests} asked",
+        "what": f"refill {slots}, {config.requests} x up to {config.limit}",
         "calls": {
             "plumb": lambda: jax.block_until_ready(refilled(prompts, key)),
             "fixed batches": lambda: jax.block_until_ready(one_by_one()),
-            "one batch": lambda: jax.block_until_ready(fixed(prompts, key)),
         },
         "tokens": float(tokens),
         "fixed_tokens": theirs,

@@ -11,6 +11,7 @@ import pathlib
 import queue
 import tempfile
 import threading
+import warnings
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -106,6 +107,7 @@ def ppo(params: Params, model: ModelConfig, prompts_PT: np.ndarray, config: Any)
     from tokenizers.models import WordLevel
 
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+    warnings.simplefilter("ignore", FutureWarning)  # of transformers, about what TRL calls
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
     policy = llama(params, model)
@@ -131,6 +133,7 @@ def ppo(params: Params, model: ModelConfig, prompts_PT: np.ndarray, config: Any)
         eval_dataset=Dataset.from_dict({"input_ids": prompts_PT.tolist()}), callbacks=[paced],
     )  # fmt: skip
     train.remove_callback(transformers.PrinterCallback)
+    train.accelerator.print = lambda *_: None
     gc.freeze()  # it collects garbage in each iteration, and need not look through JAX's objects
 
     def work() -> None:

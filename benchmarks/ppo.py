@@ -47,7 +47,7 @@ class Config:
 
 
 def our_calls(config: Config) -> dict[str, Any]:
-    """A call of one iteration, as in train_ppo.py's loop, and one of its rollout alone; both go on from the last."""
+    """A call of one iteration, as in train_ppo.py's loop, and one of each of its parts; all go on from the last."""
     shared = ("batch_size", "max_prompt", "max_new_tokens", "minibatches", "epochs", "temperature", "model")
     ppo = train_ppo.Config(**{name: getattr(config, name) for name in shared}, missing_eos="none", steps=10_000)
     model, apply = config.model, pure(LanguageModel(config.model))[1]
@@ -61,18 +61,32 @@ def our_calls(config: Config) -> dict[str, Any]:
     states = [init_state(*pair) for pair in zip(copied, (policy_optimizer, value_optimizer), strict=True)]
     keys = iter(jax.random.split(jax.random.key(2), 10_000))
 
-    def iteration() -> None:
-        key = next(keys)
-        batch = rollout(states[0].params, prompts, key)
-        models = (states[0].params, reference, reward, states[1].params)
-        batch, metrics = judge(*models, batch, jnp.float32(ppo.kl_coef))
-        for epoch in range(config.epochs):
-            for minibatch in shuffled(batch, jax.random.fold_in(key, epoch), config.minibatches):
-                states[1], _ = value_step(states[1], minibatch, None)
-                states[0], updated = policy_step(states[0], minibatch, None)
-        assert np.isfinite(jax.device_get({**metrics, **updated})["loss"])
+    def sampled() -> dict[str, Any]:
+        return rollout(states[0].params, prompts, next(keys))
 
-    return {"iteration": iteration, "rollout": lambda: jax.block_until_ready(rollout(reference, prompts, next(keys)))}
+    def judged(batch: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        return judge(states[0].params, reference, reward, states[1].params, batch, jnp.float32(ppo.kl_coef))
+
+    def updated(minibatch: dict[str, Any]) -> dict[str, Any]:
+        states[1], _ = value_step(states[1], minibatch, None)
+        states[0], metrics = policy_step(states[0], minibatch, None)
+        return metrics
+
+    def iteration() -> None:
+        batch, metrics = judged(sampled())
+        for _ in range(config.epochs):
+            for minibatch in shuffled(batch, next(keys), config.minibatches):
+                last = updated(minibatch)
+        assert np.isfinite(jax.device_get({**metrics, **last})["loss"])
+
+    batch = sampled()
+    (minibatch, *_), wait = shuffled(judged(batch)[0], next(keys), config.minibatches), jax.block_until_ready
+    return {
+        "iteration": iteration,
+        "rollout": lambda: wait(sampled()),
+        "judgement": lambda: wait(judged(batch)),
+        "update": lambda: wait((updated(minibatch), states)),
+    }
 
 
 def main(config: Config) -> None:
@@ -86,9 +100,12 @@ def main(config: Config) -> None:
         prompts_PT = plain_batch(config.model, 4 * config.batch_size, config.max_prompt)["tokens_BT"]
         calls["trl"] = peers.ppo(random_params(config.model), config.model, prompts_PT, config)
     tokens = config.batch_size * config.max_new_tokens
+    read = config.batch_size * (config.max_prompt + config.max_new_tokens)
     rows = [
         {"what": f"PPO {size}, {config.epochs} epochs", "calls": calls, "tokens": tokens},
         {"what": "  of this, the rollout", "calls": {"plumb": ours["rollout"]}, "tokens": tokens},
+        {"what": "  the judgement", "calls": {"plumb": ours["judgement"]}, "tokens": read},
+        {"what": "  each update of both", "calls": {"plumb": ours["update"]}, "tokens": read // config.minibatches},
     ]
     interleaved(rows, config.rounds)
     report("ppo", config, rows, ("torch", "transformers", "trl") if config.peer else (), loads)

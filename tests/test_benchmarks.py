@@ -33,11 +33,12 @@ def test_decode_and_ppo_benchmarks_run(benchmarks, tmp_path):
     import decode
     import ppo
 
-    run(decode, *TINY, "--batches", "8", "1", "--prompt=8", "--new=16", "--requests=32", f"--out={tmp_path}")
+    sizes = ("--batches", "8", "1", "--prompt=8", "--new=16", "--requests=32", "--limit=16")
+    run(decode, *TINY, *sizes, f"--out={tmp_path}")
     rows = json.loads((tmp_path / "decode-cpu.json").read_text())["rows"]
     assert [row["tokens"] for row in rows[:4]] == [128, 8, 16, 1] and 2 < rows[4]["mean_length"] < 7
     run(ppo, *TINY, "--batch_size=8", "--max_prompt=8", "--max_new_tokens=8", f"--out={tmp_path}")
-    assert len(json.loads((tmp_path / "ppo-cpu.json").read_text())["rows"]) == 2
+    assert len(json.loads((tmp_path / "ppo-cpu.json").read_text())["rows"]) == 4
 
 
 def test_the_readme_has_the_results(benchmarks):
