@@ -21,6 +21,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # the root's modules
 
 import jax
 import jaxlib
+import numpy as np
 
 import config as flags
 from kernels.attention import attention
@@ -46,6 +47,8 @@ class Config:
     """Query heads that share a key/value head."""
     width: int = 0
     """Head width; 0: 64 on CPU, 128 elsewhere."""
+    segments: tuple[int, ...] = (1, 4)
+    """Equal parts packed in a sequence, of which none sees another; 1: it is not packed."""
     causal: bool = True
     """Each token sees those before it only."""
     rounds: int = 5
@@ -67,24 +70,23 @@ def both_passes(function: Callable[..., jax.Array]) -> Callable[..., Any]:
 
 
 def rows_of(config: Config) -> list[tuple[dict[str, Any], Callable[[], Any]]]:
-    """Each combination of length, pass and implementation: what it is, and a call of it, compiled."""
+    """Each combination of length, packing, pass and implementation: what it is, and a call of it, compiled."""
     rows, platform = [], jax.default_backend()
-    for length in config.lengths:
-        batch = max(1, config.tokens // length)
+    for length, segments in itertools.product(config.lengths, config.segments):
+        batch, part = max(1, config.tokens // length), length // segments
         heads = (config.heads, config.heads // config.group, config.heads // config.group, config.heads)
         keys = jax.random.split(jax.random.key(length), len(heads))
         arrays = [
             jax.random.normal(k, (batch, length, n, config.width), ModelConfig().compute_dtype)
             for k, n in zip(keys, heads, strict=True)
         ]
-        scores = (
-            batch * config.heads * length * (length + 1) // 2 if config.causal else batch * config.heads * length**2
-        )
+        seen = part * (part + 1) // 2 if config.causal else part**2
+        packed = {"segment_ids": np.arange(length)[None] // part + np.ones((batch, 1), int)} if segments > 1 else {}
         for what, name in itertools.product(MATMULS, RUNS_ON[platform]):
-            function = functools.partial(attention, causal=config.causal, implementation=name)
+            function = functools.partial(attention, causal=config.causal, implementation=name, **packed)
             args = arrays[:3] if what == "forward" else arrays
-            row = {"length": length, "batch": batch, "pass": what, "implementation": name}
-            row["flops"] = 2 * MATMULS[what] * scores * config.width
+            row = {"length": length, "segments": segments, "batch": batch, "pass": what, "implementation": name}
+            row["flops"] = 2 * MATMULS[what] * batch * config.heads * segments * seen * config.width
             try:
                 start = time.perf_counter()
                 compiled = jax.jit(function if what == "forward" else both_passes(function)).lower(*args).compile()
@@ -158,16 +160,19 @@ def table(platform: str, folder: pathlib.Path) -> str:
         f"{'causal' if setting['causal'] else 'not causal'}. Median of {setting['rounds']} interleaved rounds "
         "(fastest to slowest).",
         "",
-        "| length | pass | implementation | ms | TFLOP/s | time of reference | temporaries, MiB |",
+        "| tokens | pass | implementation | ms | TFLOP/s | time of reference | temporaries, MiB |",
         "|---|---|---|---|---|---|---|",
     ]
-    times = {(r["length"], r["pass"]): r.get("ms") for r in result["rows"] if r["implementation"] == "reference"}
+    kind = lambda row: (row["length"], row["segments"], row["pass"])  # noqa: E731
+    times = {kind(row): row.get("ms") for row in result["rows"] if row["implementation"] == "reference"}
     for row in result["rows"]:
-        start = f"| {row['length']} | {row['pass']} | {row['implementation']} |"
+        part = row["length"] // row["segments"]
+        tokens = f"{part}" if row["segments"] == 1 else f"{row['segments']} x {part}"
+        start = f"| {tokens} | {row['pass']} | {row['implementation']} |"
         if "failed" in row:
             lines.append(f"{start} {row['failed']} | | | |")
             continue
-        base = times[row["length"], row["pass"]]
+        base = times[kind(row)]
         ratio = f"{row['ms'] / base:.2f}" if base else ""
         spread = f"{row['ms']:.3g} ({min(row['ms_every']):.3g} to {max(row['ms_every']):.3g})"
         lines.append(f"{start} {spread} | {row['tflops']:.3g} | {ratio} | {row['temporary_MiB']:.0f} |")
