@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from side_by_side import RESULTS, SMALL, count, interleaved, on_cpu, peaks, plain_batch, random_params, report
+from side_by_side import RESULTS, SMALL, apart, count, interleaved, on_cpu, peaks, plain_batch, random_params, report
 
 import config as flags
 from generate import SamplingConfig, generate
@@ -56,19 +56,21 @@ def our_sampler(config: Config, params: Params, prompts: dict[str, Any], new: in
     return call
 
 
-def fixed_rows(config: Config, params: Params, net: Any) -> list[dict[str, Any]]:
+def fixed_rows(config: Config, params: Params) -> list[dict[str, Any]]:
     """A row for each batch size, and one for its prefill."""
-    rows = []
+    rows, asked = [], []
     for batch in config.batches:
         prompts = jax.device_put(plain_batch(config.model, batch, config.prompt))
         for what, new in (("generate", config.new), ("  of this, prefill", 1)):
-            calls = {"plumb": our_sampler(config, params, prompts, new)}
-            if net is not None:
-                import peers
-
-                calls["transformers"] = peers.sampler(net, np.asarray(prompts["tokens_BT"]), new)
+            calls, asked = {"plumb": our_sampler(config, params, prompts, new)}, [*asked, (prompts["tokens_BT"], new)]
             what = f"{what} {batch} x {config.prompt}+{new}"
             rows.append({"what": what, "calls": calls, "batch": batch, "tokens": batch * new})
+    if config.peer:
+        import peers
+
+        samplers = apart(peers.samplers, config.model, [(np.asarray(tokens_BT), new) for tokens_BT, new in asked])
+        for row, sampler in zip(rows, samplers, strict=True):
+            row["calls"]["transformers"] = sampler
     return rows
 
 
@@ -155,12 +157,8 @@ def add_roofline(config: Config, params: Params, rows: list[dict[str, Any]]) -> 
 
 def main(config: Config) -> None:
     """Times, prints and writes."""
-    loads, params, net = [os.getloadavg()[0]], random_params(config.model), None
-    if config.peer:
-        import peers
-
-        net = peers.llama(params, config.model, peers.DTYPE)
-    rows = fixed_rows(config, params, net)
+    loads, params = [os.getloadavg()[0]], random_params(config.model)
+    rows = fixed_rows(config, params)
     refill = refill_row(config, params)
     others = [refill, *long_cache_rows(config)]
     interleaved([*rows, *others], config.rounds)

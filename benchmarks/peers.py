@@ -1,10 +1,10 @@
 """The peers: a transformers Llama with our weights, trained and sampled from, and TRL's PPO, paced from outside.
 
+Each function returns calls for `side_by_side.apart`.
 Needs `pip install -r requirements-bench.txt`.
 """
 
 import copy
-import gc
 import json
 import os
 import pathlib
@@ -13,15 +13,17 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
+from side_by_side import random_params
 
 from families import config_of
-from model import ModelConfig, Params
+from model import ModelConfig
 from weights import write_tensors
 
 PAD, BOS, EOS = 0, 1, 2
@@ -29,12 +31,12 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 
 
-def llama(params: Params, model: ModelConfig, dtype: torch.dtype = torch.float32) -> Any:
-    """The LlamaForCausalLM with these parameters."""
+def llama(model: ModelConfig, dtype: torch.dtype = torch.float32) -> Any:
+    """The LlamaForCausalLM with the parameters of `random_params`."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
-        write_tensors(pathlib.Path(folder), params, model, "float32", 1 << 40)
+        write_tensors(pathlib.Path(folder), random_params(model), model, "float32", 1 << 40)
         content = config_of(model, SimpleNamespace(bos=BOS, eos=EOS, pad=PAD), "float32")
         pathlib.Path(folder, "config.json").write_text(json.dumps(content))
         return transformers.LlamaForCausalLM.from_pretrained(folder, dtype=dtype).to(DEVICE)
@@ -46,8 +48,9 @@ def wait() -> None:
         torch.cuda.synchronize()
 
 
-def trainer(net: Any, tokens_BT: np.ndarray, lr: float) -> Callable[[], float]:
+def trainer(model: ModelConfig, tokens_BT: np.ndarray, lr: float) -> list[Callable[[], float]]:
     """A call of one step on the same batch: loss, gradients, clipping, fused AdamW; returns the loss."""
+    net = llama(model)
     tokens = torch.tensor(tokens_BT, dtype=torch.long, device=DEVICE)
     optimizer = torch.optim.AdamW(net.parameters(), lr, (0.9, 0.95), 1e-8, weight_decay=0.1, fused=True)
     net.train()
@@ -61,22 +64,21 @@ def trainer(net: Any, tokens_BT: np.ndarray, lr: float) -> Callable[[], float]:
         optimizer.zero_grad(set_to_none=True)
         return loss.item()
 
-    return step
+    return [step]
 
 
-def sampler(net: Any, prompts_BT: np.ndarray, new: int) -> Callable[[], None]:
-    """A call that samples exactly `new` tokens after each prompt, at temperature 1 from all tokens."""
-    tokens = torch.tensor(prompts_BT, dtype=torch.long, device=DEVICE)
-    net.eval()
+def samplers(model: ModelConfig, asked: list[tuple[np.ndarray, int]]) -> list[Callable[[], None]]:
+    """For each (prompts [B, T], new) a call that samples exactly `new` tokens after each, at temperature 1 from all."""
+    net = llama(model, DTYPE).eval()
     how = {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0, "pad_token_id": PAD, "eos_token_id": None}
 
     @torch.no_grad()
-    def sample() -> None:
-        out = net.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=new, **how)
+    def sample(prompts_BT: torch.Tensor, new: int) -> None:
+        out = net.generate(prompts_BT, attention_mask=torch.ones_like(prompts_BT), max_new_tokens=new, **how)
         wait()
-        assert out.shape[1] == tokens.shape[1] + new
+        assert out.shape[1] == prompts_BT.shape[1] + new
 
-    return sample
+    return [partial(sample, torch.tensor(x, dtype=torch.long, device=DEVICE), new) for x, new in asked]
 
 
 class Paced(transformers.TrainerCallback):
@@ -97,10 +99,10 @@ class Paced(transformers.TrainerCallback):
             raise fault
 
 
-def ppo(params: Params, model: ModelConfig, prompts_PT: np.ndarray, config: Any) -> Callable[[], None]:
+def ppo(prompts_PT: np.ndarray, config: Any) -> list[Callable[[], None]]:
     """A call of one iteration of TRL's PPOTrainer, in a thread that waits between calls; the first sets it up.
 
-    `config`: batch_size, max_new_tokens, minibatches, epochs and temperature. The rewards are a random model's.
+    `config`: model, batch_size, max_new_tokens, minibatches, epochs and temperature. The rewards are a random model's.
     """
     from datasets import Dataset
     from tokenizers import Tokenizer
@@ -110,7 +112,7 @@ def ppo(params: Params, model: ModelConfig, prompts_PT: np.ndarray, config: Any)
     warnings.simplefilter("ignore", FutureWarning)  # of transformers, about what TRL calls
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
-    policy = llama(params, model)
+    model, policy = config.model, llama(config.model)
     one_number = copy.deepcopy(policy.config)
     one_number.num_labels = 1
     scalar = transformers.LlamaForSequenceClassification(one_number).to(DEVICE)
@@ -134,7 +136,6 @@ def ppo(params: Params, model: ModelConfig, prompts_PT: np.ndarray, config: Any)
     )  # fmt: skip
     train.remove_callback(transformers.PrinterCallback)
     train.accelerator.print = lambda *_: None
-    gc.freeze()  # it collects garbage in each iteration, and need not look through JAX's objects
 
     def work() -> None:
         paced.go.get()
@@ -144,4 +145,4 @@ def ppo(params: Params, model: ModelConfig, prompts_PT: np.ndarray, config: Any)
             paced.done.put(fault)
 
     threading.Thread(target=work, daemon=True).start()
-    return paced
+    return [paced]

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from side_by_side import RESULTS, SMALL, interleaved, on_cpu, plain_batch, random_params, report
+from side_by_side import RESULTS, SMALL, apart, interleaved, on_cpu, plain_batch, random_params, report
 
 import config as flags
 import train_ppo
@@ -98,7 +98,7 @@ def main(config: Config) -> None:
         import peers
 
         prompts_PT = plain_batch(config.model, 4 * config.batch_size, config.max_prompt)["tokens_BT"]
-        calls["trl"] = peers.ppo(random_params(config.model), config.model, prompts_PT, config)
+        (calls["trl"],) = apart(peers.ppo, prompts_PT, config)
     tokens = config.batch_size * config.max_new_tokens
     read = config.batch_size * (config.max_prompt + config.max_new_tokens)
     rows = [

@@ -7,12 +7,14 @@ import dataclasses
 import datetime
 import importlib.metadata
 import json
+import multiprocessing
 import os
 import pathlib
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # the root's modules, from wherever this is started
@@ -68,10 +70,46 @@ def plain_batch(model: ModelConfig, rows: int, length: int, seed: int = 0) -> di
     }
 
 
+def _serve(pipe: Any, build: Callable[..., Sequence[Call]], args: tuple[Any, ...]) -> None:
+    """Does what it is asked for, in a peer's process."""
+    try:
+        calls = build(*args)
+        pipe.send(len(calls))
+        while True:
+            pipe.send(calls[pipe.recv()]())
+    except EOFError:  # nobody asks any more
+        pass
+    except BaseException as fault:  # told where the call was made
+        pipe.send(fault)
+
+
+def apart(build: Callable[..., Sequence[Call]], *args: Any) -> list[Call]:
+    """The calls that `build(*args)` gives, made in a process of their own; they return what can be pickled.
+
+    In one process with PyTorch a PPO iteration of ours took 13 % longer than alone: threads and memory are shared.
+    """
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    context.Process(target=_serve, args=(theirs, build, args), daemon=True).start()
+    theirs.close()
+
+    def answer() -> Any:
+        result = ours.recv()
+        if isinstance(result, BaseException):
+            raise result
+        return result
+
+    def ask(number: int) -> Any:
+        ours.send(number)
+        return answer()
+
+    return [partial(ask, number) for number in range(answer())]
+
+
 def seconds_of(call: Call, at_least: float) -> float:
     """Seconds of one call, averaged over as many as fill `at_least`; a call returns when its work is done."""
-    time.sleep(0.3)  # another library's threads may still be spinning
-    call()  # and its memory has gone back to the system: the first call fetches pages anew, which no loop of steps does
+    time.sleep(0.3)  # the other process's threads may still be spinning
+    call()  # after a pause: caches, and pages that went back to the system
     calls, start = 0, time.perf_counter()
     while calls == 0 or time.perf_counter() - start < at_least:
         call()

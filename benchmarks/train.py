@@ -10,7 +10,19 @@ from typing import Any
 
 import jax
 import numpy as np
-from side_by_side import LARGE, RESULTS, SMALL, count, interleaved, on_cpu, peaks, plain_batch, random_params, report
+from side_by_side import (
+    LARGE,
+    RESULTS,
+    SMALL,
+    apart,
+    count,
+    interleaved,
+    on_cpu,
+    peaks,
+    plain_batch,
+    random_params,
+    report,
+)
 
 import config as flags
 from model import LanguageModel, ModelConfig, pure
@@ -57,7 +69,7 @@ def main(config: Config) -> None:
         import peers
 
         tokens_BT = plain_batch(model, config.batch, config.length)["tokens_BT"]
-        calls["transformers"] = peers.trainer(peers.llama(random_params(model), model), tokens_BT, 1e-3)
+        (calls["transformers"],) = apart(peers.trainer, model, tokens_BT, 1e-3)
         losses = [[call() for _ in range(4)] for call in calls.values()]
         np.testing.assert_allclose(*losses, rtol=2e-3 if on_cpu() else 2e-2)
     params = count(random_params(model))

@@ -47,7 +47,7 @@ def last_token(scalars_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
     """[B]: the scalar at each row's last real token, on whichever side the padding is."""
     length = segment_ids_BT.shape[1]
     last_B = length - 1 - jnp.argmax(jnp.flip(segment_ids_BT > 0, axis=1), axis=1)
-    # A compare-and-sum: see label_logprobs.
+    # A compare-and-sum, for the backward pass of a gather is a scatter, slow on every platform.
     return jnp.where(jnp.arange(length) == last_B[:, None], scalars_BT, 0.0).sum(1)
 
 

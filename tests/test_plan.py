@@ -192,7 +192,7 @@ def test_a_loss_in_parts_takes_a_quarter_of_the_temporaries_at_a_vocabulary_of_1
         jax.jit(jax.grad(f, (0, 1))).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
         for f in (plain, parts)
     ]
-    assert sizes[0] > 4 * 1024 * vocab * 4 and sizes[1] < sizes[0] / 4
+    assert sizes[0] >= 4 * 1024 * vocab * 4 and sizes[1] < sizes[0] / 4
 
 
 @needs_eight

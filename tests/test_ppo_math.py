@@ -183,7 +183,8 @@ def test_gradient_at_ratio_one_is_the_exact_policy_gradient(temperature):
     gradient = jax.jit(jax.grad(objective, has_aux=True))
     grad, (tokens, metrics) = gradient(params, batch)
     jax.tree.map(lambda g, w: np.testing.assert_allclose(g, -w, atol=1e-6), grad, want)
-    assert float(tokens) == 18 and float(metrics["approx_kl"][0]) == 0 == float(metrics["clipped"][0])
+    rounding = 0 if temperature == 1 else 1e-12  # two programs may round a division by the temperature in two ways
+    assert float(tokens) == 18 and float(metrics["approx_kl"][0]) <= rounding and float(metrics["clipped"][0]) == 0
     logp = np.log(np.asarray(sequence_probs(params, temperature)))
     np.testing.assert_allclose(batch["old_logp_BR"].sum(1), logp, atol=1e-5)
     raised_BR = batch["advantages_BR"] + sequence_probs(scaled)[:, None]  # a constant baseline changes nothing
