@@ -34,7 +34,7 @@ class Config:
     """Prompts of the comparison of refilled slots with fixed batches; the slots are the first of `batches`."""
     limit: int = 256 if on_cpu() else 1024
     """Most tokens of a response there; their mean length is a quarter of it."""
-    rounds: int = 7
+    rounds: int = 5
     """Timings of each row; the median is reported."""
     peer: bool = True
     """Time transformers too, in the same run."""
