@@ -184,7 +184,7 @@ def markdown(folder: pathlib.Path) -> str:
                 for peer, ratio in row["faster_than"].items()
             ]
             ratios += [f"{key} {row[key]:.2f}" for key in ("mfu", "of_roofline") if key in row]
-            cells = (result["device"], row["what"].strip(), f"{row['ms']:.0f}", f"{row['tokens_per_s']:.0f}")
+            cells = (result["device"], row["what"].strip(), f"{row['ms']:,.1f}", f"{row['tokens_per_s']:,.0f}")
             lines.append(f"| {' | '.join((*cells, '; '.join(ratios)))} |")
     return "\n".join(lines)
 
