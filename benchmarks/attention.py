@@ -179,6 +179,36 @@ def table(platform: str, folder: pathlib.Path) -> str:
     return "\n".join(lines)
 
 
+def schedule_table(folder: pathlib.Path) -> str:
+    """What benchmarks/tpu_schedule.py has counted, as Markdown."""
+    path = folder / "tpu_schedule.json"
+    result = json.loads(path.read_text()) if path.exists() else {"topology": "a TPU", "rows": []}
+    lines = [
+        "## Inner loops as compiled for a TPU",
+        "",
+        f"{result['topology']}, bfloat16, {', '.join(f'{k} {x}' for k, x in result.get('versions', {}).items())}; "
+        "`python benchmarks/tpu_schedule.py`. Ideal: the cycles that a tile's products take the matrix units at peak "
+        "rate; share: of the bundles. Waiting is not counted, so that a share can be above 1. Slots: the fullest. "
+        "A product of width 64 leaves half of a matrix unit empty; half is then about the most that a share can be.",
+        "",
+        "| width | kernel | tile | bundles | ideal | share | slots filled |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        fullest = sorted(row["slots"].items(), key=lambda slot: -slot[1])[:4]
+        tile, slots = " x ".join(map(str, row["tile"])), ", ".join(f"{name} {share:.2f}" for name, share in fullest)
+        numbers = f"{row['bundles']} | {row['ideal']:.0f} | {row['share']:.2f}"
+        lines.append(f"| {row['width']} | {row['kernel']} | {tile} | {numbers} | {slots} |")
+    return "\n".join(lines)
+
+
+def write_readme(folder: pathlib.Path) -> None:
+    """All tables anew, from the JSON beside them."""
+    written = "Written by `python benchmarks/attention.py` and `python benchmarks/tpu_schedule.py`; not edited by hand."
+    tables = [*(table(platform, folder) for platform in RUNS_ON), schedule_table(folder)]
+    (folder / "README.md").write_text("\n\n".join(["# Attention: results", written, *tables]) + "\n")
+
+
 def main(config: Config) -> None:
     """Measures, writes the JSON, and writes all platforms' tables anew."""
     cpu = jax.default_backend() == "cpu"
@@ -188,9 +218,7 @@ def main(config: Config) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     result = measure(config)
     (folder / f"attention-{jax.default_backend()}.json").write_text(json.dumps(result, indent=1) + "\n")
-    tables = [table(platform, folder) for platform in RUNS_ON]
-    head = "# Attention: results\n\nWritten by `python benchmarks/attention.py`; not edited by hand."
-    (folder / "README.md").write_text("\n\n".join([head, *tables]) + "\n")
+    write_readme(folder)
     print(table(jax.default_backend(), folder))
 
 

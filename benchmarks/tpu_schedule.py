@@ -4,11 +4,13 @@
     python benchmarks/tpu_schedule.py --forward 256 1024    # another tile: queries, keys
 
 A TPU core issues one bundle of instructions a cycle; the compiler's last listing has them all. Of each kernel's loop
-over whole tiles (no mask) this reports bundles, and the share of the matrix unit's issue slots that they fill. Waiting
-is not in the listing, so the share is an upper bound of what a chip reaches.
+over whole tiles (no mask) this reports how many there are, the cycles that the tile's products take the matrix units at
+their peak rate (`ideal`), the one by the other (`share`), and how much of each kind of slot the bundles fill. Waiting
+is not in the listing: the share is an upper bound of what a chip reaches, and can be above 1.
 """
 
 import dataclasses
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -22,6 +24,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # the root's modules
 import jax
 import jax.numpy as jnp
 import numpy as np
+from attention import write_readme  # benchmarks/attention.py
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -31,6 +34,9 @@ from config import UserError
 from kernels import flash
 from kernels.attention import attention
 
+# Multiply-adds a cycle: four matrix units of 128 x 128; 197 TFLOP/s at 1.5 GHz.
+MULTIPLY_ADDS = {"v5e": 4 * 128 * 128}
+PRODUCTS = {"forward": 2, "dq": 3, "dkv": 4}  # matrix products of a tile
 SLOTS = ("MXU", "XLU", "VALU", "VPOP", "EUP", "VLOAD", "fill", "VSTORE", "spill", "SALU")  # the listing's columns
 
 
@@ -38,8 +44,8 @@ SLOTS = ("MXU", "XLU", "VALU", "VPOP", "EUP", "VLOAD", "fill", "VSTORE", "spill"
 class Config:
     topology: str = "v5e:2x2"
     """Chip and arrangement, as libtpu names them."""
-    width: int = 128
-    """Head width."""
+    widths: tuple[int, ...] = (64, 128, 256)
+    """Head widths."""
     length: int = 4096
     """Tokens of a sequence."""
     forward: tuple[int, int] | None = None
@@ -48,18 +54,18 @@ class Config:
     """The same of the dQ kernel."""
     dkv: tuple[int, int] | None = None
     """The same of the dK/dV kernel."""
-    out: str = str(pathlib.Path(__file__).parent / "results" / "tpu_schedule.json")
-    """File of the result."""
+    out: str = str(pathlib.Path(__file__).parent / "results")
+    """Folder of the result."""
 
 
-def compile_kernels(config: Config) -> None:
+def compile_kernels(config: Config, width: int) -> None:
     """The three kernels in bfloat16 with two query heads on one key head, compiled for one chip."""
     mesh = Mesh(
         np.array(topologies.get_topology_desc(platform="tpu", topology_name=config.topology).devices[:1]), "data"
     )
     jax.set_mesh(mesh)  # tells JAX which chip it lowers for
     here = NamedSharding(mesh, P())
-    q, kv = (jax.ShapeDtypeStruct((1, config.length, n, config.width), jnp.bfloat16, sharding=here) for n in (2, 1))
+    q, kv = (jax.ShapeDtypeStruct((1, config.length, n, width), jnp.bfloat16, sharding=here) for n in (2, 1))
 
     def both_passes(q, k, v, dout):
         out, pull = jax.vjp(lambda *x: attention(*x, implementation="pallas_tpu"), q, k, v)
@@ -81,7 +87,7 @@ def inner_loops(listing: str) -> list[tuple[int, int]]:
     return loops
 
 
-def schedule_of(dump: str, kernel: str) -> dict[str, float]:
+def schedule_of(dump: str, kernel: str) -> dict:
     """Bundles of the unmasked inner loop of a kernel, and the share of each kind of slot that they fill."""
     newest = lambda end: max(pathlib.Path(dump).glob(f"*-{kernel}.*{end}"))  # noqa: E731 (names begin with the time)
     loops = inner_loops(newest("[0-9]-final_bundles.txt").read_text())
@@ -94,32 +100,37 @@ def schedule_of(dump: str, kernel: str) -> dict[str, float]:
     used = np.sum(rows[first : last + 1], axis=0)
     count = last + 1 - first
     shares = {name: round(float(n) / (count * c), 3) for name, n, c in zip(SLOTS, used, capacity, strict=True)}
-    return {"bundles": count, **shares}
+    return {"bundles": count, "slots": shares}
 
 
 def main(config: Config) -> None:
-    """Prints the table and writes the JSON."""
+    """Prints the table, writes the JSON, and the README beside it anew."""
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("libtpu is not installed; pip install -r requirements-tpu.txt")
-    blocks = flash.blocks_of("tpu", config.length, config.width, 16)
-    own = {name: getattr(config, name) for name in ("forward", "dq", "dkv") if getattr(config, name)}
-    blocks = blocks._replace(**own)
-    flash.blocks_of = lambda *_: blocks
-    result = {"topology": config.topology, "width": config.width, "length": config.length, "jax": jax.__version__}
+    chip = config.topology.partition(":")[0]
+    if chip not in MULTIPLY_ADDS:
+        raise UserError(f"--topology={config.topology}: the peak rate of {chip} is not known here, only of v5e")
+    own = {name: getattr(config, name) for name in PRODUCTS if getattr(config, name)}
+    usual, rows = flash.blocks_of, []
+    flash.blocks_of = lambda *args: usual(*args)._replace(**own)
     with tempfile.TemporaryDirectory() as dump:
         os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true"  # read as libtpu loads
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server to ask
-        compile_kernels(config)
-        result["kernels"] = {
-            name: {"tile": list(getattr(blocks, name)), **schedule_of(dump, f"flash_{name}")}
-            for name in ("forward", "dq", "dkv")
-        }
-    for name, row in result["kernels"].items():
-        queries, keys = row["tile"]
-        per_score = row["bundles"] / (queries * keys / 1024)
-        print(f"{name:8} {queries} x {keys}: {row['bundles']} bundles, {per_score:.2f} per 1,024 scores, "
-              + ", ".join(f"{slot} {row[slot]:.2f}" for slot in SLOTS))  # fmt: skip
-    pathlib.Path(config.out).write_text(json.dumps(result, indent=1) + "\n")
+        for width in config.widths:
+            compile_kernels(config, width)
+            for name, products in PRODUCTS.items():
+                queries, keys = getattr(flash.blocks_of("tpu", config.length, width, 16), name)
+                ideal = products * queries * keys * width / MULTIPLY_ADDS[chip]
+                counts = schedule_of(dump, f"flash_{name}")
+                share = round(ideal / counts["bundles"], 3)
+                row = {"width": width, "kernel": name, "tile": [queries, keys], "ideal": ideal, "share": share}
+                rows.append({**row, **counts})
+                print(f"{name:8} width {width}, {queries} x {keys}: {counts['bundles']} bundles, share {share:.2f}")
+                print("         " + ", ".join(f"{slot} {filled:.2f}" for slot, filled in counts["slots"].items()))
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
+    result = {"topology": config.topology, "length": config.length, "versions": versions, "rows": rows}
+    pathlib.Path(config.out, "tpu_schedule.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_readme(pathlib.Path(config.out))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from config import UserError
 from kernels import flash
+from kernels.flash_bodies import LOG2E
 from kernels.masks import MASKED, Ranges, block_bounds, pad_ranges
 
 CONSUMERS = 2
@@ -112,8 +113,8 @@ def base2(products: jax.Array, scale: float, soft_cap: float | None) -> tuple[ja
     Written with exp2: tanh.approx errs by up to 2^-11 (PTX ISA), which a cap of 50 makes 0.02 of a score.
     """
     if soft_cap is None:
-        return products, scale * flash.LOG2E
-    return 1 - 2 / (1 + jnp.exp2(products * (2 * flash.LOG2E * scale / soft_cap))), soft_cap * flash.LOG2E
+        return products, scale * LOG2E
+    return 1 - 2 / (1 + jnp.exp2(products * (2 * LOG2E * scale / soft_cap))), soft_cap * LOG2E
 
 
 def where_seen(x: jax.Array, tile: jax.Array, bounds: list[jax.Array], seen: tuple, otherwise: float) -> jax.Array:
@@ -272,8 +273,8 @@ def forward_body(bounds, lo, hi, q, k, v, o, lse, qs, totals, ks, vs, full, turn
 
         m, l, acc = pl.run_scoped(over_keys, plgpu.ACC((ROWS, width), jnp.float32))
         pl.when(me == 0)(lambda: meet(turn))
-        l_or_1, c = jnp.where(l > 0, l, 1.0), flash.LOG2E * (scale if soft_cap is None else soft_cap)
-        store(jnp.where(l > 0, m * c + jnp.log(l_or_1) * flash.LOG2E, -MASKED), totals.at[me], lse.at[b, n, rows])
+        l_or_1, c = jnp.where(l > 0, l, 1.0), LOG2E * (scale if soft_cap is None else soft_cap)
+        store(jnp.where(l > 0, m * c + jnp.log(l_or_1) * LOG2E, -MASKED), totals.at[me], lse.at[b, n, rows])
         store(acc * spread(1 / l_or_1, acc.shape), mine, o.at[b, rows, n])
 
     roles(produce, consume)

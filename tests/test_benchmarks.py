@@ -4,6 +4,8 @@ import pathlib
 import pytest
 from running import run
 
+from kernels import flash
+
 ROOT = pathlib.Path(__file__).parents[1]
 TINY = ("--peer=False", "--model.preset=tiny", "--rounds=2")
 
@@ -46,3 +48,13 @@ def test_the_readme_has_the_results(benchmarks):
 
     table = side_by_side.markdown(ROOT / "benchmarks" / "results")
     assert f"<!-- benchmarks -->\n{table}\n<!-- end -->\n" in (ROOT / "README.md").read_text()
+
+
+def test_the_counted_inner_loops_are_those_of_the_kernels_as_they_are(benchmarks):
+    import attention
+
+    folder = ROOT / "benchmarks" / "results"
+    result = json.loads((folder / "tpu_schedule.json").read_text())
+    for row in result["rows"]:
+        assert row["tile"] == list(getattr(flash.blocks_of("tpu", result["length"], row["width"], 16), row["kernel"]))
+    assert attention.schedule_table(folder) in (folder / "README.md").read_text()

@@ -6,8 +6,12 @@ They need `pip install -r requirements-tpu.txt`, or the CUDA plugin and its ptxa
 import functools
 import importlib.util
 import itertools
+import json
 import os
+import pathlib
 import re
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -97,6 +101,23 @@ def test_compiles_for_tpus(chip, width, length):
 def test_compiles_for_tpus_in_float32_with_a_soft_cap(chip, width):
     mesh = set_mesh(tpus(chip)[:1], 1, 1, 1)
     check(compiled(mesh, 2048, width, "float32", soft_cap=30.0), 2048, "tpu_custom_call")
+
+
+@needs_tpu
+@pytest.mark.slow
+def test_the_inner_loops_keep_the_matrix_units_of_a_v5e_busy(tmp_path):
+    # In a process of its own: libtpu reads once, as it is loaded, where its listings go.
+    command = [sys.executable, "benchmarks/tpu_schedule.py", "--widths", "128", f"--out={tmp_path}"]
+    # Optimised, unlike all else that tests compile; and beside this process, which may have libtpu loaded itself.
+    environment = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    subprocess.run(command, cwd=pathlib.Path(__file__).parents[1], env=environment, check=True, timeout=300)
+    rows = json.loads((tmp_path / "tpu_schedule.json").read_text())["rows"]
+    assert [row["kernel"] for row in rows] == ["forward", "dq", "dkv"]
+    for row in rows:
+        queries, keys = row["tile"]
+        products = {"forward": 2, "dq": 3, "dkv": 4}[row["kernel"]]
+        cycles = products * queries * keys * 128 / (4 * 128 * 128)  # four matrix units
+        assert row["bundles"] <= 1.15 * cycles, row
 
 
 @needs_tpu
