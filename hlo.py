@@ -42,8 +42,8 @@ class Cost:
     """Of matmuls and attention kernels."""
     memory: float = 0.0
     """Bytes read from and written to the chip's main memory."""
-    moved: dict[tuple[str, str], list[float]] = dataclasses.field(default_factory=dict)
-    """(collective, mesh axes) -> [times run, bytes that the chip receives]."""
+    moved: dict[tuple[str, str], tuple[float, float, float]] = dataclasses.field(default_factory=dict)
+    """(collective, mesh axes) -> [times run, bytes that the chip receives, and of these by the largest one]."""
 
 
 def balanced(text: str, start: int) -> int:
@@ -261,7 +261,7 @@ def cost(text: str, mesh: dict[str, int]) -> Cost:
                 continue
             seen |= {same} - {None}
             if axes:
-                entry_of = total.moved.setdefault((kind, axes), [0.0, 0.0])
-                entry_of[0] += times
-                entry_of[1] += times * received
+                so_far = total.moved.get((kind, axes), (0.0, 0.0, 0.0))
+                sums = so_far[0] + times, so_far[1] + times * received
+                total.moved[kind, axes] = (*sums, max(so_far[2], received))
     return total

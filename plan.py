@@ -46,7 +46,7 @@ class Result:
 
     def bounds(self, chip: Chip) -> dict[str, float]:
         """Seconds that each resource needs for a call, if it were the only one."""
-        moved = sum(received for _, received in self.cost.moved.values())
+        moved = sum(received for _, received, _ in self.cost.moved.values())
         return {
             "compute": self.cost.flops / chip.flops,
             "memory": self.cost.memory / chip.bandwidth,
@@ -128,16 +128,16 @@ def speed_tables(results: list[Result], chip: Chip, chips: int) -> Iterator[str]
              "compute s", "memory s", "links s", "roofline s"]]  # fmt: skip
     for r in results:
         n, bounds = r.program.calls, r.bounds(chip)
-        moved = sum(received for _, received in r.cost.moved.values())
+        moved = sum(received for _, received, _ in r.cost.moved.values())
         rows.append([r.program.name, n, n * r.cost.flops / 1e12, n * r.program.model_flops / chips / 1e12,
                      n * r.cost.memory / 1e9, n * moved / 1e9, *(n * x for x in bounds.values()),
                      n * r.roofline(chip)])  # fmt: skip
     yield table(rows)
-    rows = [["collectives, a chip and step", "over", "times", "GB received"]]
+    rows = [["collectives, a chip and step", "over", "times", "GB received", "MB by the largest"]]
     for r in results:
-        for (kind, axes), (times, received) in sorted(r.cost.moved.items(), key=lambda x: -x[1][1]):
+        for (kind, axes), (times, received, largest) in sorted(r.cost.moved.items(), key=lambda x: -x[1][1]):
             n = r.program.calls
-            rows.append([f"{r.program.name}: {kind}", axes, f"{n * times:,.0f}", n * received / 1e9])
+            rows.append([f"{r.program.name}: {kind}", axes, f"{n * times:,.0f}", n * received / 1e9, largest / 1e6])
     yield table(rows)
 
 
