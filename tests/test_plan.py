@@ -103,6 +103,8 @@ def test_collectives_are_counted_once_a_channel_and_once_a_turn_of_their_loop():
 def test_matmuls_count_as_often_as_their_loop_runs():
     assert hlo.cost(PROGRAM, MESH).flops == 5 * 2 * 32**3
     assert hlo.cost(PROGRAM.replace("constant(5)", "constant(7)"), MESH).flops == 7 * 2 * 32**3
+    by_two = PROGRAM.replace("%one = s32[] constant(1)", "%one = s32[] constant(2)")
+    assert hlo.cost(by_two, MESH).flops == 3 * 2 * 32**3  # at 0, 2 and 4
 
 
 def test_a_slice_of_an_array_moves_no_more_than_itself():
