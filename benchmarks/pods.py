@@ -73,6 +73,9 @@ REFERENCES = {
 CASES = MODELS | SCALING | {"sweep": SWEEP} | {name: f"train_sft {argv}" for name, (_, argv) in REFERENCES.items()}
 
 
+KINDS = ("all-gather", "collective-permute", "reduce-scatter", "all-reduce")
+
+
 def table(rows: list[list[str]]) -> list[str]:
     """Markdown."""
     lines = [f"| {' | '.join(row)} |" for row in rows]
@@ -105,13 +108,12 @@ def traffic(text: str) -> dict[str, tuple[str, str, str]]:
 
 def scaling_table(results: dict[str, str]) -> list[str]:
     """Peak and traffic against the number of chips."""
-    kinds = ("all-gather", "reduce-scatter", "all-reduce")
-    heads = (f"{kind} over fsdp: times, GB a chip, MB by the largest" for kind in kinds)
+    heads = (f"{kind} over fsdp: times, GB a chip, MB by the largest" for kind in KINDS)
     rows = [["chips", "peak, GiB a chip", *heads]]
     for name in SCALING:
         if text := results.get(name):
             moved = {kind: ", ".join(numbers) for kind, numbers in traffic(text).items()}
-            rows.append([name.removeprefix("scale-"), f"{peak(text):.2f}", *(moved.get(kind, "-") for kind in kinds)])
+            rows.append([name.removeprefix("scale-"), f"{peak(text):.2f}", *(moved.get(kind, "-") for kind in KINDS)])
     return table(rows)
 
 
@@ -125,7 +127,7 @@ def scaling_remarks(results: dict[str, str]) -> list[str]:
     largest = max(float(traffic(text)["all-gather"][2].replace(",", "")) for text in texts.values()) / 1e3
     times = lambda text, kind: float(traffic(text).get(kind, "0")[0].replace(",", "")) / c.layers  # noqa: E731
     words = ", ".join(f"{kind} " + " / ".join(f"{times(text, kind):.1f}" for text in texts.values())
-                      for kind in ("all-gather", "reduce-scatter", "all-reduce"))  # fmt: skip
+                      for kind in KINDS)  # fmt: skip
     return [
         f"- From {few} to {many} chips parameters and optimiser fall from {held[few]:.2f} to {held[many]:.2f} GiB a "
         f"chip ({held[few] / held[many]:.1f} times less), the peak from {peak(texts[few]):.2f} to "
@@ -133,8 +135,10 @@ def scaling_remarks(results: dict[str, str]) -> list[str]:
         f"- No whole model is gathered: the largest all-gather brings a chip {largest:.2f} GB, the embedding in "
         f"bfloat16; the model has {model:.1f} GB.",
         f"- Times a layer, at {' / '.join(map(str, texts))} chips: {words}. A layer has seven matrices: each is "
-        "gathered for the forward pass and again for the backward pass (XLA joins some), and each gradient summed "
-        "once.",
+        "gathered for the forward pass and again for the backward pass (XLA joins some), and its gradient summed "
+        "once: by a reduce-scatter, by an all-reduce where fsdp is the whole of a square slice (the compiler's choice, "
+        "twice the traffic), or, on few chips, by permutations in a ring that overlap with the matmuls, as are then "
+        "the gathers. The unembedding's gradient is summed anew for each part of the loss.",
     ]
 
 

@@ -292,14 +292,14 @@ def test_methods_beside_ppo_are_planned_whole(script, capsys):
     sizes = {"train_dpo": ["--length=128"], "train_grpo": ["--max_prompt=128", "--max_new_tokens=128"]}
     verdict = plan.main([script, *TINY, "--batch_size=16", *sizes[script]])
     assert verdict.fits
-    for result in verdict.results:  # nothing is computed twice, and in the rollout little beside it
-        expected = result.program.model_flops / 4
-        assert expected * 0.9 < result.cost.flops < expected * (2.5 if result.program.name == "rollout" else 1.1)
+    for result in verdict.results:  # nothing is computed twice; of tokens decoded some products are sums to XLA
+        least = 0.5 if result.program.name == "rollout" else 0.9
+        assert least < result.cost.flops / (result.program.model_flops / 4) < 1.1
 
 
 @needs_tpu
 @pytest.mark.slow
-def test_a_ring_compiles_for_a_tpu_and_sends_keys_and_values_alone(capsys):
+def test_a_ring_compiles_for_a_tpu_and_sends_keys_and_values_round(capsys):
     sizes = ["--topology=v5e:2x4", "--mesh.data=1", "--mesh.fsdp=2", "--mesh.sequence=4", "--model.context=512"]
     verdict = plan.main(["train_lm", *[x for x in TINY if "v5e" not in x and "mesh" not in x], *sizes,
                          "--batch_size=8", "--length=512"])  # fmt: skip
@@ -307,9 +307,8 @@ def test_a_ring_compiles_for_a_tpu_and_sends_keys_and_values_alone(capsys):
     assert verdict.fits and result.program.model_flops / 8 == pytest.approx(result.cost.flops, rel=0.1)
     turn = 2 * (8 / 2) * (512 / 4) * 2 * 128 * 2  # keys and values of a device's tokens, in bfloat16
     # Three turns forward and three back, and gradients in float32 go round with them, and home.
-    layers = 2
-    _, received, largest = result.cost.moved["collective-permute", "sequence"]
-    assert received == pytest.approx(layers * turn * (3 + 3 + 2 * 4), rel=0.05) and largest <= 2 * turn
+    expected, (_, received, largest) = 2 * turn * (3 + 3 + 2 * 4), result.cost.moved["collective-permute", "sequence"]
+    assert expected <= received < 1.1 * expected and largest <= turn  # keys and values each for themselves
 
 
 @needs_tpu
@@ -319,9 +318,8 @@ def test_a_pipeline_compiles_for_a_tpu_and_sends_its_activations_alone(capsys):
     verdict = plan.main(["train_lm", *[x for x in TINY if "mesh" not in x], *sizes, "--batch_size=16", "--length=128"])
     (result,) = verdict.results
     handed = 16 / 2 / 4 * 128 * 512 * 2  # a micro-batch's residual stream, in bfloat16
-    times, received, _ = result.cost.moved["collective-permute", "stage"]
-    ticks = 4 + 2 - 1
-    assert verdict.fits and received == pytest.approx(2 * ticks * handed, rel=0.05) and times == 2 * ticks
+    ticks, (_, received, _) = 4 + 2 - 1, result.cost.moved["collective-permute", "stage"]
+    assert verdict.fits and received == pytest.approx(2 * ticks * handed, rel=0.05)  # there, and gradients back
     c = result.program
     unembedding = 6 * 16 * 128 * 2048 * 512 / 4
     layers = c.model_flops / 4 - unembedding
