@@ -42,8 +42,8 @@ class Cost:
     """Of matmuls and attention kernels."""
     memory: float = 0.0
     """Bytes read from and written to the chip's main memory."""
-    moved: dict[tuple[str, str], list[float]] = dataclasses.field(default_factory=dict)
-    """(collective, mesh axes) -> [times run, bytes that the chip receives]."""
+    moved: dict[tuple[str, str], tuple[float, float, float]] = dataclasses.field(default_factory=dict)
+    """(collective, mesh axes) -> [times run, bytes that the chip receives, and of these by the largest one]."""
 
 
 def balanced(text: str, start: int) -> int:
@@ -100,16 +100,25 @@ def attribute(op: Op, name: str) -> list[str]:
 
 
 def trips(op: Op, module: dict[str, Computation]) -> int:
-    """How often a while loop runs: the compiler's count, else the largest integer that its condition knows."""
+    """How often a while loop runs: the compiler's count, else the largest integer that its condition knows.
+
+    That over the step, where the body adds a constant to what the condition looks at: XLA unrolls loops by two.
+    """
     if known := re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', op.rest):
         return int(known[1])
-    numbers, todo = [1], attribute(op, "condition")
+    numbers, todo, counters = [1], attribute(op, "condition"), []
     for name in todo:
         for inner in module[name].values():
             todo += attribute(inner, "calls")
+            if inner.code == "get-tuple-element":
+                counters.append(int(re.search(r"index=(\d+)", inner.rest)[1]))
             if inner.code == "constant" and re.match(r"[su]\d+\[\]", inner.shape):
                 numbers.append(int(re.match(r"\((-?\d+)\)", inner.rest)[1]))
-    return max(numbers)
+    body = module[attribute(op, "body")[0]]
+    results = next(x for x in body.values() if x.root).operands
+    added = [body[results[i]].operands for i in counters if i < len(results) and body[results[i]].code == "add"]
+    steps = [int(re.match(r"\((-?\d+)\)", body[x].rest)[1]) for xs in added for x in xs if body[x].code == "constant"]
+    return -(-max(numbers) // max(steps, default=1))
 
 
 def walk(module: dict[str, Computation], name: str, times: int = 1, fused: bool = False) -> Iterator[tuple]:
@@ -261,7 +270,7 @@ def cost(text: str, mesh: dict[str, int]) -> Cost:
                 continue
             seen |= {same} - {None}
             if axes:
-                entry_of = total.moved.setdefault((kind, axes), [0.0, 0.0])
-                entry_of[0] += times
-                entry_of[1] += times * received
+                so_far = total.moved.get((kind, axes), (0.0, 0.0, 0.0))
+                sums = so_far[0] + times, so_far[1] + times * received
+                total.moved[kind, axes] = (*sums, max(so_far[2], received))
     return total

@@ -274,17 +274,17 @@ class ScalarModel(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, tokens_BT, segment_ids_BT, positions_BT, logits_of=None):
-        """Float32 scalars [B, T]; also the logits [.., T, V] by the embedding of the rows `logits_of`, where given."""
+    def __call__(self, tokens_BT, segment_ids_BT, positions_BT, rows=None, read=unembed):
+        """Float32 scalars [B, T]; also, of `rows` where given, `read` of their hidden states and the embedding."""
         c = self.config
         x_BTD, _, embed_VD = Decoder(c, name="decoder")(tokens_BT, segment_ids_BT, positions_BT)
         # N(0, 1/sqrt(D + 1)): Stiennon et al. 2020 and the "N+ details" reproduction of it.
         head_D = self.param("head", nn.initializers.normal((c.width + 1) ** -0.5), (c.width,))
         bias = self.param("bias", nn.initializers.zeros, ())
         scalars_BT = jnp.einsum("BTD,D->BT", x_BTD.astype(jnp.float32), head_D) + bias
-        if logits_of is None:
+        if rows is None:
             return scalars_BT
-        return scalars_BT, unembed(x_BTD[logits_of], embed_VD.T)
+        return scalars_BT, read(x_BTD[rows], embed_VD.T)
 
 
 def pure(model: nn.Module) -> tuple[Callable[[jax.Array], Params], Callable[..., Any]]:

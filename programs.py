@@ -7,13 +7,17 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from config import load_config
+from config import load_config, require, settled
 from data.batches import pad_comparisons, pad_examples, pad_prompts
 from lora import attach, frozen_part, trained_part
 from model import LanguageModel, ModelConfig, ScalarModel, empty_cache, pure
+from objectives import direct
+from objectives.group import PAPERS, best_and_worst
+from rewards import is_function, make_model_scorer
 from rollout import make_rollout, shuffled
 from sharding import BATCH, abstract, check_batch
 from train_step import TrainState, init_state
@@ -89,14 +93,44 @@ def likelihood(script: Any, config: Any, mesh: Mesh) -> Plan:
     return update(script, config, mesh, LanguageModel(config.model), batch, flops, config.batch_size)
 
 
+def pairs_of(config: Any) -> dict[str, Any]:
+    """A batch of comparisons of two responses, every row filled."""
+    pair = {"prompts": [[0]] * 2, "responses": [[0] * (config.length - 1)] * 2, "ranking": [1, 2], "margin": 0.0}
+    return pad_comparisons([pair] * config.batch_size, config.length, 0)
+
+
 def ranking(script: Any, config: Any, mesh: Mesh) -> Plan:
     """train_rm: one step on pairs."""
     check_batch("batch_size", config.batch_size, config.microbatches, mesh, config.length)
-    pair = {"prompts": [[0]] * 2, "responses": [[0] * (config.length - 1)] * 2, "ranking": [1, 2], "margin": 0.0}
-    batch = pad_comparisons([pair] * config.batch_size, config.length, 0)
     rows, unembedded = 2 * config.batch_size, config.length / 2 if config.lm_coefficient else 0
     flops = 3 * forward_flops(config.model, rows, config.length, unembedded)
-    return update(script, config, mesh, ScalarModel(config.model), batch, flops, rows)
+    return update(script, config, mesh, ScalarModel(config.model), pairs_of(config), flops, rows)
+
+
+def preferences(script: Any, config: Any, mesh: Mesh) -> Plan:
+    """train_dpo with a loss on pairs: one step, and the reference's pass over its batch."""
+    script.check(config)
+    check_batch("batch_size", config.batch_size, config.microbatches, mesh, config.length)
+    others = ("kto", "contrastive", "unlikelihood", "figa", "hindsight")
+    require({f"--loss={config.loss}: plan.py knows losses on pairs only, such as dpo": config.loss not in others})
+    model, batch = LanguageModel(config.model), pairs_of(config)
+    apply, rows = pure(model)[1], 2 * config.batch_size
+    forward = forward_flops(config.model, rows, config.length, config.length)
+    if not script.make_objective(config, apply)[1]:
+        return update(script, config, mesh, model, batch, 3 * forward, rows)
+    judged = {**batch, "reference_BC": np.zeros(batch["ranks_BC"].shape, np.float32)}
+    plan = update(script, config, mesh, model, judged, 3 * forward, rows)
+    reference, held = whole_model(model, mesh), tuple(plan.held)
+    if config.reference == "online" and not config.lora.rank:
+        plan.held["reference"] = reference
+        held = ("reference",)
+    elif config.reference == "online":  # the base of adapters is the reference
+        held = ("frozen base",)
+    # Cached, it judges all batches before there is a state: then nothing else is held.
+    judge = jax.jit(partial(direct.response_logprobs, apply))
+    args = reference, on_batch_axes(batch, mesh)
+    plan.programs.insert(0, Program("reference", judge, args, held, 1, forward, rows))
+    return plan
 
 
 def update(script: Any, config: Any, mesh: Mesh, model: Any, batch: Any, flops: float, rows: int) -> Plan:
@@ -112,12 +146,44 @@ def update(script: Any, config: Any, mesh: Mesh, model: Any, batch: Any, flops: 
     return Plan(held, [program], rows * config.length)
 
 
+def reward_model(run: str, policy: ModelConfig) -> ModelConfig:
+    """Of the run, if it exists; else the policy's."""
+    known = os.path.exists(os.path.join(run, "config.json"))
+    return ModelConfig(**load_config(run)["model"]) if known else policy
+
+
+def sampled(config: Any, mesh: Mesh, apply: Any, policy: Any, held: tuple[str, ...]) -> tuple[Program, Any]:
+    """The rollout by the `policy`, adapters attached, and the shapes of the batch that it makes."""
+    c, rows, n = config.model, config.batch_size, config.samples_per_prompt
+    prompts = pad_prompts([full_row(config.max_prompt)] * (rows // n), config.max_prompt, 0)
+    rollout, asked = make_rollout(config, apply, SimpleNamespace(eos=1, pad=0), n), on_batch_axes(prompts, mesh)
+    batch = on_batch_axes(jax.eval_shape(rollout, policy, asked, a_key()), mesh)
+    length = config.max_prompt + config.max_new_tokens
+    heads = "tensor" if c.kv_heads % mesh.shape["tensor"] == 0 else None
+    cache = [  # as XLA lays it: rows with the batch, key/value heads over tensor where they divide
+        jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, P(None, BATCH[0], None, heads)))
+        for x in jax.tree.leaves(jax.eval_shape(lambda: empty_cache(c, rows, length)))
+        if x.ndim == 5
+    ]
+    flops = forward_flops(c, rows, length, config.max_new_tokens + 1)
+    return Program("rollout", rollout, (policy, asked, a_key()), held, 1, flops, rows, cache=cache), batch
+
+
+def attached(config: Any, base: Any, state: TrainState, mesh: Mesh) -> Any:
+    """Shapes of the weights that a model is applied with: the state's, or its adapters on their base."""
+    return abstract(jax.eval_shape(partial(attach, config.lora), base, state.params), mesh)
+
+
+def minibatch_of(batch: Any, parts: int, mesh: Mesh) -> Any:
+    """Shapes of what an update takes."""
+    return on_batch_axes(jax.eval_shape(partial(shuffled, parts=parts), batch, a_key())[0], mesh)
+
+
 def ppo(script: Any, config: Any, mesh: Mesh) -> Plan:
     """train_ppo: rollout, judgement, and the updates of an iteration. The reward model is of --reward, if it exists."""
     script.check(config, mesh)
-    c, length, n = config.model, config.max_prompt + config.max_new_tokens, config.samples_per_prompt
-    known = os.path.exists(os.path.join(config.reward, "config.json"))
-    scalar = ModelConfig(**load_config(config.reward)["model"]) if known else c
+    c, length = config.model, config.max_prompt + config.max_new_tokens
+    scalar = reward_model(config.reward, c)
     apply, scalar_apply = pure(LanguageModel(c))[1], pure(ScalarModel(scalar))[1]
     reference, reward = whole_model(LanguageModel(c), mesh), whole_model(ScalarModel(scalar), mesh)
     (policy_optimizer, policy_step), (value_optimizer, value_step) = script.make_updates(config, apply, scalar_apply)
@@ -129,52 +195,76 @@ def ppo(script: Any, config: Any, mesh: Mesh) -> Plan:
     }  # fmt: skip
     if config.offload:  # the judge's alone, and among its arguments
         del held["reference"], held["reward"]
+    # With adapters, the bases are the reference's and the reward model's own arrays.
     bases = [frozen_part(config.lora, params) for params in (reference, reward)]
-    wholes = [  # with adapters, the bases are the reference's and the reward model's own arrays
-        abstract(jax.eval_shape(partial(attach, config.lora), base, state.params), mesh)
-        for base, state in zip(bases, (policy, value), strict=True)
-    ]
+    wholes = [attached(config, base, state, mesh) for base, state in zip(bases, (policy, value), strict=True)]
     with_base = lambda name, base: (name, base) if config.lora.rank else (name,)  # noqa: E731
+    policy_held, value_held = with_base("policy", "reference"), with_base("value", "reward")
 
-    rows, part = config.batch_size, config.batch_size // config.minibatches
-    prompts = pad_prompts([full_row(config.max_prompt)] * (rows // n), config.max_prompt, 0)
-    rollout = make_rollout(config, apply, SimpleNamespace(eos=1, pad=0), n)
+    rollout, batch = sampled(config, mesh, apply, wholes[0], policy_held)
     judge = script.make_judge(config, apply, scalar_apply, eos=1, newlines=[0])
-    asked = on_batch_axes(prompts, mesh)
-    sampled = on_batch_axes(jax.eval_shape(rollout, wholes[0], asked, a_key()), mesh)
     models, beta = (wholes[0], reference, reward, wholes[1]), jax.ShapeDtypeStruct((), jnp.float32)
-    judged = jax.eval_shape(judge, *models, sampled, beta)[0]
-    minibatch = on_batch_axes(jax.eval_shape(partial(shuffled, parts=config.minibatches), judged, a_key())[0], mesh)
+    minibatch = minibatch_of(jax.eval_shape(judge, *models, batch, beta)[0], config.minibatches, mesh)
+    rows, part, mixed = config.batch_size, config.batch_size // config.minibatches, minibatch
     if config.ptx_data is not None:
         text = on_batch_axes(pad_examples([full_row(length)] * part, length, 0), mesh)
-        mixed = jax.eval_shape(partial(script.ppo.with_text, coefficient=config.ptx_coef), minibatch, text)
-        minibatch_policy = on_batch_axes(mixed, mesh)
-    else:
-        minibatch_policy = minibatch
+        with_text = partial(script.ppo.with_text, coefficient=config.ptx_coef)
+        mixed = on_batch_axes(jax.eval_shape(with_text, minibatch, text), mesh)
 
-    heads = "tensor" if c.kv_heads % mesh.shape["tensor"] == 0 else None
-    cache = [  # as XLA lays it: rows with the batch, key/value heads over tensor where they divide
-        jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, P(None, BATCH[0], None, heads)))
-        for x in jax.tree.leaves(jax.eval_shape(lambda: empty_cache(c, rows, length)))
-        if x.ndim == 5
-    ]
     new, calls = config.max_new_tokens + 1, config.epochs * config.minibatches
     of = lambda model, count, unembedded: forward_flops(model, count, length, unembedded)  # noqa: E731
     judging = 2 * of(c, rows, new) + 2 * of(scalar, rows, 0)
-    texts = forward_flops(c, part, length, length) if config.ptx_data is not None else 0.0
+    texts = of(c, part, length) if config.ptx_data is not None else 0.0
     policy_flops, value_flops = 3 * (of(c, part, new) + texts), 3 * of(scalar, part, 0)
-    policy_held = with_base("policy", "reference")
     judge_held = tuple(held.keys() & {"policy", "value", "reference", "reward"})
-    value_held = with_base("value", "reward")
     programs = [
-        Program("rollout", rollout, (wholes[0], asked, a_key()), policy_held, 1, of(c, rows, new), rows, cache=cache),
-        Program("judge", judge, (*models, sampled, beta), judge_held, 1, judging, rows),
+        rollout,
+        Program("judge", judge, (*models, batch, beta), judge_held, 1, judging, rows),
         Program("value update", value_step, (value, minibatch, bases[1]), (*value_held, "value optimiser"), calls,
                 value_flops, part, gradients=value.params),
-        Program("policy update", policy_step, (policy, minibatch_policy, bases[0]), (*policy_held, "policy optimiser"),
+        Program("policy update", policy_step, (policy, mixed, bases[0]), (*policy_held, "policy optimiser"),
                 calls, policy_flops, part, gradients=policy.params),
     ]  # fmt: skip
     return Plan(held, programs, rows * length)
 
 
-SCRIPTS = {"train_lm": likelihood, "train_sft": likelihood, "train_rm": ranking, "train_ppo": ppo}
+def grpo(script: Any, config: Any, mesh: Mesh) -> Plan:
+    """train_grpo: one rollout of an iteration, its scores by reward models, judgement, and the updates."""
+    config = settled(config, PAPERS[config.method])
+    script.check(config, mesh)
+    c, n, apply = config.model, config.samples_per_prompt, pure(LanguageModel(config.model))[1]
+    advantages, objective = script.make_method(config, apply)
+    optimizer, step = script.make_update(config, objective)
+    reference = whole_model(LanguageModel(c), mesh)
+    policy, base = fresh(config, reference, optimizer, mesh), frozen_part(config.lora, reference)
+    models = {run: reward_model(run, c) for run in config.reward if not is_function(run)}
+    rewards = {run: whole_model(ScalarModel(model), mesh) for run, model in models.items()}
+    held = {"policy": policy.params, "optimiser": policy.opt_state, "reference": reference, **rewards}
+    policy_held = ("policy", "reference") if config.lora.rank else ("policy",)
+    whole = attached(config, base, policy, mesh)
+
+    rollout, batch = sampled(config, mesh, apply, whole, policy_held)
+    rows, length, new = config.batch_size, config.max_prompt + config.max_new_tokens, config.max_new_tokens + 1
+    shape = jax.ShapeDtypeStruct((rows,), jnp.float32, sharding=NamedSharding(mesh, BATCH))
+    scores, potentials, programs = dict.fromkeys(config.reward, shape), {}, [rollout]
+    for run, model in models.items():
+        score, args = make_model_scorer(model), (rewards[run], batch)
+        scores[run], potentials[run] = on_batch_axes(jax.eval_shape(score, *args), mesh)
+        programs.append(Program(f"score {run}", score, args, (run,), 1, forward_flops(model, rows, length, 0), rows))
+    judge, args = script.make_judge(config, apply, advantages, 1), (whole, reference, batch, scores, potentials)
+    judged, unembedded, flops = jax.eval_shape(judge, *args)[0], new, 2 * forward_flops(c, rows, length, new)
+    programs.append(Program("judge", judge, args, ("policy", "reference"), 1, flops, rows))
+    if config.method == "online_dpo":  # the best and the worst of each group, whole rows unembedded
+        judged, unembedded = jax.eval_shape(partial(best_and_worst, group=n), judged), length
+        rows = rows // n * 2
+    part, calls = rows // config.minibatches, config.epochs * config.minibatches
+    minibatch, flops = minibatch_of(judged, config.minibatches, mesh), 3 * forward_flops(c, part, length, unembedded)
+    programs.append(Program("update", step, (policy, minibatch, base), (*policy_held, "optimiser"), calls, flops, part,
+                            gradients=policy.params))  # fmt: skip
+    return Plan(held, programs, config.batch_size * length)
+
+
+SCRIPTS = {
+    "train_lm": likelihood, "train_sft": likelihood, "train_rm": ranking, "train_dpo": preferences, "train_ppo": ppo,
+    "train_grpo": grpo,
+}  # fmt: skip

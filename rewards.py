@@ -10,7 +10,6 @@ import sys
 import time
 import urllib.parse
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -110,6 +109,19 @@ def ask(reward: str, question: dict[str, Any]) -> list[float]:
         raise UserError(f'--reward={reward}: answered {text[:80]!r}; it must answer {{"scores": [...]}}') from None
 
 
+def make_model_scorer(model: ModelConfig):
+    """score(params, batch) -> (scores [B], potentials [B, R]) by a reward model of that shape."""
+    apply = pure(ScalarModel(model))[1]
+
+    @jax.jit
+    def score(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        scalars_BT = apply(params, *inputs(batch))
+        new = batch["mask_BR"].shape[1]
+        return last_token(scalars_BT, batch["segment_ids_BT"]), scalars_BT[:, -new - 1 : -1]
+
+    return score
+
+
 def make_scorer(rewards: Sequence[str], tokenizer: Tokenizer, mesh: jax.sharding.Mesh):
     """score(batch, records) -> ({reward: scores [B]}, {reward: potentials [B, R]}), the latter of reward models.
 
@@ -121,13 +133,7 @@ def make_scorer(rewards: Sequence[str], tokenizer: Tokenizer, mesh: jax.sharding
     functions = {reward: load_function(reward) for reward in rewards if is_function(reward) and reward not in servers}
     for reward in servers:
         ask(reward, {"tokenizer": tokenizer.sha256, "texts": [], "records": [], "batch": {}})  # mistakes show at once
-    applies = {reward: pure(ScalarModel(model))[1] for reward, (_, model) in models.items()}
-
-    @partial(jax.jit, static_argnames="reward")
-    def by_model(reward: str, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        scalars_BT = applies[reward](params, *inputs(batch))
-        new = batch["mask_BR"].shape[1]
-        return last_token(scalars_BT, batch["segment_ids_BT"]), scalars_BT[:, -new - 1 : -1]
+    by_model = {reward: make_model_scorer(model) for reward, (_, model) in models.items()}
 
     def on_host(reward: str, batch: Batch, records: Sequence[dict[str, Any]]) -> jax.Array:
         names = SENT if reward in servers else SENT[-2:]
@@ -153,7 +159,7 @@ def make_scorer(rewards: Sequence[str], tokenizer: Tokenizer, mesh: jax.sharding
         scores, potentials = {}, {}
         for reward in rewards:
             if reward in models:
-                scores[reward], potentials[reward] = by_model(reward, models[reward][0], batch)
+                scores[reward], potentials[reward] = by_model[reward](models[reward][0], batch)
             else:
                 scores[reward] = on_host(reward, batch, records)
         return scores, potentials

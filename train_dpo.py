@@ -153,6 +153,14 @@ def make_objective(config: Config, apply: Any) -> tuple[Objective, bool]:
     return {**to_a_reference, **without}[config.loss], config.loss in to_a_reference
 
 
+def make_update(config: Config):
+    """(init, optimiser, objective, train step)."""
+    init, apply = pure(LanguageModel(config.model))
+    objective, optimizer = make_objective(config, apply)[0], make_optimizer(config.optimizer, config.steps)
+    options = config.microbatches, config.optimizer.clip, partial(attach, config.lora)
+    return init, optimizer, objective, make_train_step(objective, optimizer, *options)
+
+
 def check(config: Config) -> None:
     """Raises UserError for settings that cannot run together."""
     if not config.beta > 0:
@@ -206,8 +214,9 @@ def main(config: Config) -> dict[str, float]:
     mesh = make_mesh(config.mesh)
     check(config)
     check_batch("batch_size", config.batch_size, config.microbatches, mesh, config.length)
-    init, apply = pure(LanguageModel(config.model))
-    objective, needs_reference = make_objective(config, apply)
+    init, optimizer, objective, train_step = make_update(config)
+    apply = pure(LanguageModel(config.model))[1]
+    needs_reference = make_objective(config, apply)[1]
     schema = "unpaired" if config.unpaired else "comparison"
     source, held_out = (open_source(config.data, schema, split, seed=config.seed) for split in ("train", "heldout"))
     tokenizer = tokenizer_for(config, source)
@@ -218,10 +227,7 @@ def main(config: Config) -> dict[str, float]:
     count = max(1, min(config.eval_records, len(held_out)) // config.batch_size) if config.eval_every else 0
     eval_batches = [on_host(config, batch, 0, host["process"]) for batch in islice(batches_of(held_out), count)]
 
-    optimizer = make_optimizer(config.optimizer, config.steps)
-    whole = partial(attach, config.lora)
-    train_step = make_train_step(objective, optimizer, config.microbatches, config.optimizer.clip, whole)
-    evaluate = make_evaluation(objective)
+    whole, evaluate = partial(attach, config.lora), make_evaluation(objective)
     load_reference = partial(starting_params, init, config.model, config.init, mesh, config.seed)
     logprobs = jax.jit(partial(direct.response_logprobs, apply))
     with_kl = make_with_kl(apply) if config.loss == "kto" else lambda policy, batch: batch

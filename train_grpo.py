@@ -145,11 +145,8 @@ def make_method(config: Config, apply: Any) -> tuple[Callable[..., jax.Array], A
     options["kl_coef"] = config.kl_coef if config.kl_in == "loss" else 0.0
     surrogate = partial(group.surrogate_objective, apply, **options)
 
-    def tempered(*args: Any):
-        logits_BTV, cache = apply(*args)
-        return logits_BTV / (config.temperature or 1.0), cache
-
-    dpo = partial(direct.preference_objective, tempered, loss=partial(direct.dpo, beta=config.kl_coef))
+    loss = partial(direct.dpo, beta=config.kl_coef)
+    dpo = partial(direct.preference_objective, apply, loss=loss, temperature=config.temperature or 1.0)
     return {
         "grpo": (normalised, surrogate),
         "dr_grpo": (centred, surrogate),
@@ -201,6 +198,13 @@ def make_judge(config: Config, apply: Any, advantages: Callable[..., jax.Array],
     return judge
 
 
+def make_update(config: Config, objective: Any):
+    """(optimiser, train step)."""
+    optimizer = make_optimizer(config.optimizer, config.steps * config.epochs * config.minibatches)
+    options = config.microbatches, config.optimizer.clip, partial(attach, config.lora)
+    return optimizer, make_train_step(objective, optimizer, *options)
+
+
 def check(c: Config, mesh: Any) -> None:
     """Raises UserError for settings that cannot run together."""
     n, alone = c.samples_per_prompt, c.method == "reinforce_pp" and not c.dynamic
@@ -246,13 +250,10 @@ def main(config: Config) -> dict[str, float]:
         seed=config.seed, **reader(mesh),
     )  # fmt: skip
     advantages, objective = make_method(config, apply)
-    rollout = make_rollout(config, apply, tokenizer, config.samples_per_prompt)
-    judge = make_judge(config, apply, advantages, tokenizer.eos)
-    most = config.max_rounds if config.dynamic else 1
+    rollout, whole = make_rollout(config, apply, tokenizer, config.samples_per_prompt), partial(attach, config.lora)
+    judge, most = make_judge(config, apply, advantages, tokenizer.eos), config.max_rounds if config.dynamic else 1
     experience = make_experience(config, prompts, mesh, tokenizer.pad, rollout, score, judge, most)
-    optimizer = make_optimizer(config.optimizer, config.steps * config.epochs * config.minibatches)
-    whole = partial(attach, config.lora)
-    train_step = make_train_step(objective, optimizer, config.microbatches, config.optimizer.clip, whole)
+    optimizer, train_step = make_update(config, objective)
     pairs = jax.jit(partial(group.best_and_worst, group=config.samples_per_prompt))
     evaluate = make_gold_evaluation(config, tokenizer) if config.data == "world" and config.eval_every else None
 

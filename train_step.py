@@ -40,6 +40,8 @@ class OptimizerConfig:
     beta2: float = 0.95
     eps: float = 1e-8
     """Added to the root of Adam's second moment."""
+    moment: Literal["float32", "bfloat16"] = "float32"
+    """Type of Adam's first moment. The second is always float32: bfloat16 would round its steps of 1 - beta2 away."""
     weight_decay: float = 0.1
     """Decoupled weight decay; never on norms and biases."""
     clip: float = 1.0
@@ -89,7 +91,8 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
         # optax adds the decay after the learning rate is applied; as in AdamW, ours is a multiple of it.
         decay = (lambda t: schedule(t) * config.weight_decay) if config.weight_decay else None
         return optax.adafactor(schedule, weight_decay_rate=decay, weight_decay_mask=decayed)
-    return optax.adamw(schedule, config.beta1, config.beta2, config.eps, weight_decay=config.weight_decay, mask=decayed)
+    options = {"mu_dtype": config.moment, "weight_decay": config.weight_decay, "mask": decayed}
+    return optax.adamw(schedule, config.beta1, config.beta2, config.eps, **options)
 
 
 def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:

@@ -68,8 +68,8 @@ class Config:
     """Folder to export to; must not exist."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the exported weights; imported ones become float32."""
-    mesh: MeshConfig = MeshConfig()
-    """Over which the imported weights are laid."""
+    mesh: MeshConfig = MeshConfig(data=1, fsdp=-1)
+    """Over which the imported weights are laid: split over all devices."""
     model: tyro.conf.Suppress[ModelConfig] = ModelConfig()
     """Filled from config.json."""
 
@@ -156,8 +156,15 @@ def read_params(files: dict[str, pathlib.Path], model: ModelConfig, mesh: jax.sh
                 out[i if layered else ...] = tensor
             return out
 
-        # Waited for, so that at most one leaf is held twice, as it is copied to its devices.
-        return jax.make_array_from_callback(like.shape, like.sharding, part).block_until_ready()
+        devices: dict[str, list[Any]] = {}  # of each part, all that hold it
+        where = like.sharding.addressable_devices_indices_map(like.shape)
+        for device, index in where.items():
+            devices.setdefault(str(index), []).append((device, index))
+        parts = []
+        for holders in devices.values():  # waited for, so that at most one part is held twice, as it is copied
+            read = part(holders[0][1])
+            parts += [jax.device_put(read, device).block_until_ready() for device, _ in holders]
+        return jax.make_array_from_single_device_arrays(like.shape, like.sharding, parts)
 
     return jax.tree_util.tree_map_with_path(leaf, abstract(shapes_of(model), mesh))
 
@@ -197,11 +204,11 @@ def write_tensors(folder: pathlib.Path, params: Params, model: ModelConfig, dtyp
 def load(folder: str | os.PathLike, mesh: jax.sharding.Mesh | None = None) -> tuple[ModelConfig, Params]:
     """The model of a Hugging Face folder, its parameters in float32 on `mesh`; raises UserError.
 
-    Default: all devices, as MeshConfig lays them.
+    Default: split over all devices.
     """
     model = model_of(pathlib.Path(folder) / "config.json")
     files = find_tensors(pathlib.Path(folder), model)
-    return model, read_params(files, model, mesh or make_mesh(MeshConfig()))
+    return model, read_params(files, model, mesh or make_mesh(MeshConfig(data=1, fsdp=-1)))
 
 
 def save(

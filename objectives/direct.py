@@ -5,12 +5,13 @@ so means per token. All losses are elementwise, so that [B] arrays, or any that 
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from objectives.likelihood import Apply, token_logprobs
+from objectives.likelihood import Apply, following, hidden_logprobs, shifted
 from objectives.reward import better_pairs
 
 Array = jax.Array
@@ -183,17 +184,18 @@ def extreme_pair(ranks_BC: Array) -> Array:
     return best(ranks_BC)[:, :, None] * worst_BC[:, None, :] * better_pairs(ranks_BC)
 
 
-def candidate_logprobs(apply: Apply, params: Any, batch: dict[str, Array]) -> Array:
+def candidate_logprobs(apply: Apply, params: Any, batch: dict[str, Array], temperature: float = 1.0) -> Array:
     """[B, C, T]: log-probabilities of all candidates' tokens, 0 outside the loss mask; one pass over them."""
     shape = batch["tokens_BCT"].shape
     flat = [batch[k].reshape(-1, shape[-1]) for k in ("tokens_BCT", "segment_ids_BCT", "positions_BCT")]
-    logits_BTV, _ = apply(params, *flat)
-    return token_logprobs(logits_BTV, flat[0]).reshape(shape) * batch["loss_mask_BCT"]
+    read = partial(hidden_logprobs, labels_BT=following(flat[0]), temperature=temperature)
+    logp_BT, _ = apply(params, *flat, read=read)
+    return shifted(logp_BT).reshape(shape) * batch["loss_mask_BCT"]
 
 
-def response_logprobs(apply: Apply, params: Any, batch: dict[str, Array]) -> Array:
+def response_logprobs(apply: Apply, params: Any, batch: dict[str, Array], temperature: float = 1.0) -> Array:
     """[B, C]: log-probability of each candidate."""
-    return candidate_logprobs(apply, params, batch).sum(-1)
+    return candidate_logprobs(apply, params, batch, temperature).sum(-1)
 
 
 def mismatched_kl(policy_logps: Array, reference_logps: Array) -> Array:
@@ -217,15 +219,18 @@ def preference_objective(
     loss: Callable[..., Array],
     per_token: bool = False,
     extremes: bool = False,
+    temperature: float = 1.0,
 ):
     """Per-prompt mean of `loss` over the ranking's pairs, summed over prompts; ties form no pair.
 
     `loss` takes chosen, rejected and, where the batch has `reference_BC`, the reference's of both. Log-probabilities
     are sums over tokens, or with `per_token` means. `extremes`: one pair a prompt, the best and the worst.
+    `temperature`: by which the logits are divided.
     Metrics are in nats of log-ratio to the reference, or of log-probability where there is none.
     """
     ranks_BC, tokens_BC = batch["ranks_BC"], batch["loss_mask_BCT"].sum(-1)
-    logp_BC = response_logprobs(apply, params, batch) / (jnp.maximum(tokens_BC, 1.0) if per_token else 1.0)
+    logp_BC = response_logprobs(apply, params, batch, temperature)
+    logp_BC /= jnp.maximum(tokens_BC, 1.0) if per_token else 1.0
     logp_BC = jnp.where(ranks_BC > 0, logp_BC, -1.0)  # an absent candidate's 0 would be a certainty
     policy_and_reference = [logp_BC] + ([batch["reference_BC"]] if "reference_BC" in batch else [])
     pairs_BCC = extreme_pair(ranks_BC) if extremes else better_pairs(ranks_BC)

@@ -3,12 +3,13 @@
 A process reward model's scalar at a step's last token is the log-odds that the step is right.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from objectives.likelihood import Apply, inputs, token_logprobs
+from objectives.likelihood import Apply, following, hidden_logprobs, inputs, shifted
 
 
 def bradley_terry(chosen: jax.Array, rejected: jax.Array, margin: jax.Array | float = 0.0) -> jax.Array:
@@ -62,14 +63,15 @@ def ranking_objective(
     """Ranking loss (sum over prompts); with `lm_coefficient`, plus the NLL of the best response per token.
 
     The second keeps the reward model fluent in what it judges (Askell et al. 2021); `apply` then also
-    gives the logits of the rows that it is asked for, from the same pass.
+    reads the rows that it is asked for, from the same pass.
     """
     ranks_BC = batch["ranks_BC"]
     flat = [batch[k].reshape(-1, batch[k].shape[-1]) for k in ("tokens_BCT", "segment_ids_BCT", "positions_BCT")]
     best_B = jnp.argmin(jnp.where(ranks_BC > 0, ranks_BC, jnp.iinfo(jnp.int32).max), axis=1)
     best_B += jnp.arange(ranks_BC.shape[0]) * ranks_BC.shape[1]  # a row of the flat batch
     if lm_coefficient:
-        scalars_MT, logits_BTV = apply(params, *flat, logits_of=best_B)
+        read = partial(hidden_logprobs, labels_BT=following(flat[0][best_B]))
+        scalars_MT, logp_BT = apply(params, *flat, rows=best_B, read=read)
     else:
         scalars_MT = apply(params, *flat)
     rewards_BC = last_token(scalars_MT, flat[1]).reshape(ranks_BC.shape)
@@ -81,8 +83,7 @@ def ranking_objective(
     metrics = {"accuracy": ((gap_BCC > 0).sum(), pairs), "margin": (gap_BCC.sum(), pairs)}
     if lm_coefficient:
         mask_BT = batch["loss_mask_BCT"].reshape(flat[0].shape)[best_B]
-        logp_BT = token_logprobs(logits_BTV, flat[0][best_B])
-        nll_B = -(logp_BT * mask_BT).sum(1) / jnp.maximum(mask_BT.sum(1), 1.0)
+        nll_B = -(shifted(logp_BT) * mask_BT).sum(1) / jnp.maximum(mask_BT.sum(1), 1.0)
         loss += lm_coefficient * (nll_B * valid_B).sum()
         metrics["nll"] = ((nll_B * valid_B).sum(), valid_B.sum())
     return loss, (valid_B.sum(), metrics)

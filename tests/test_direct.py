@@ -246,8 +246,8 @@ def test_rrhf_is_zero_when_ordered_and_restores_order():
 # ---- Batches of candidates
 
 
-def bigram(params, tokens, segments, positions):
-    return params[tokens], None
+def bigram(params, tokens, segments, positions, read):
+    return read(params[tokens], jnp.eye(params.shape[-1])), None
 
 
 def candidates(ranks, length=6, vocab=7, seed=0):
@@ -345,10 +345,11 @@ def test_kto_objective_judges_by_rank():
 FIRST, SECOND = (x.reshape(-1) for x in np.indices((3, 3)))
 
 
-def tabular(params, tokens_BT, segment_ids_BT, positions_BT):
+def tabular(params, tokens_BT, segment_ids_BT, positions_BT, read):
     batch = tokens_BT.shape[0]
     first = jnp.broadcast_to(params["first"], (batch, 3))
-    return jnp.stack([first, params["second"][tokens_BT[:, 1]], jnp.zeros((batch, 3))], axis=1), None
+    logits_BTV = jnp.stack([first, params["second"][tokens_BT[:, 1]], jnp.zeros((batch, 3))], axis=1)
+    return read(logits_BTV, jnp.eye(3)), None
 
 
 def sequences(order):
@@ -501,8 +502,8 @@ def test_tokens_that_a_revision_keeps_have_no_gradient():
     weighted = with_edit_weights(batch, 0.5)
     assert weighted["weights_BCT"][0].tolist() == [[0, 0, 0, -0.5, 0, 0], [0, 0, 0, 1, 0, 1], [0] * 6]
 
-    def table(params, tokens, segments, positions):  # logits of its own for each row and position
-        return params, None
+    def table(params, tokens, segments, positions, read):  # logits of its own for each row and position
+        return read(params, jnp.eye(9)), None
 
     logits = jnp.float32(normal(3, 6, 9))
     loss = partial(direct.token_objective, table, loss=direct.figa)

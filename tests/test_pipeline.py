@@ -13,7 +13,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from running import run
+from running import rows_of, run
 
 import collect
 import evaluate
@@ -116,12 +116,12 @@ def five_ppo_iterations(runs, folder):
 
 @pytest.fixture(scope="module")
 def one_device_ppo(runs, tmp_path_factory):
-    """Parameters after five iterations on one device, in a process that has no other."""
+    """The run of five iterations on one device, in a process that has no other."""
     folder = tmp_path_factory.mktemp("one_device")
     environment = {**os.environ, "XLA_FLAGS": ""}
     argv = command("train_ppo", *five_ppo_iterations(runs, folder / "ppo"))
     subprocess.run(argv, check=True, env=environment, cwd=ROOT, capture_output=True)
-    return load_params(str(folder / "ppo"))
+    return folder / "ppo"
 
 
 @pytest.mark.parametrize(
@@ -134,8 +134,12 @@ def one_device_ppo(runs, tmp_path_factory):
 def test_ppo_is_equal_over_meshes(runs, one_device_ppo, tmp_path, mesh):
     axes = [f"--mesh.{name}={size}" for name, size in zip(("data", "fsdp", "tensor", "sequence"), mesh, strict=True)]
     run(train_ppo, *five_ppo_iterations(runs, tmp_path / "ppo"), *axes)
-    ours = load_params(str(tmp_path / "ppo"))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), ours, one_device_ppo)
+    ours, theirs = (load_params(str(folder)) for folder in (tmp_path / "ppo", one_device_ppo))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), ours, theirs)
+    for loss in ("policy/loss", "value/loss"):
+        ours, theirs = ([row[loss] for row in rows_of(folder)] for folder in (tmp_path / "ppo", one_device_ppo))
+        assert len(ours) == 5
+        np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 
 @pytest.mark.slow
