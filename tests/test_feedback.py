@@ -381,6 +381,7 @@ def test_training_survives_its_server_being_killed(runs, tmp_path):
     finally:
         for server in servers:
             server.kill()
+            server.wait()
     assert killed and killed[0] < 8 and len(servers) == 2
     ours, theirs = ([row["score"] for row in rows_of(tmp_path / name)] for name in ("served", "whole"))
     np.testing.assert_allclose(ours, theirs, atol=1e-6)
