@@ -3,7 +3,8 @@
     python rerank.py --policy=runs/maths --models runs/orm runs/prm
     python rerank.py --policy=runs/gsm8k --data=tfds:gsm8k --models runs/prm --max_prompt=256 --max_new_tokens=256
 
-A row is a way to choose, a column the number of answers chosen from, always the first of the same samples.
+A row is a way to choose, a column the number of answers chosen from, always the first of the same samples. `random`:
+any of them; `blind`: any of the distinct ones, as by a score that knows nothing, for equal answers score equal.
 """
 
 import dataclasses
@@ -55,6 +56,11 @@ def choices(n: int, scores: dict[str, np.ndarray], answers: list[list[Any]]) -> 
     return {"majority": voted, **{name: x[:, :n].argmax(1) for name, x in scores.items()}}
 
 
+def first_of_equal(texts: list[list[str]]) -> np.ndarray:
+    """[P, N] bool: whether an answer to a problem is unlike all earlier ones."""
+    return np.array([[text not in row[:i] for i, text in enumerate(row)] for row in texts])
+
+
 def main(config: Config) -> dict[str, dict[int, Interval]]:
     """Prints and returns accuracies with 95 % intervals over problems; {way: {n: (share, interval)}}."""
     require({f"--n={config.n}, --prompts={config.prompts}: must be at least 1": min(config.n, config.prompts) >= 1})
@@ -73,7 +79,8 @@ def main(config: Config) -> dict[str, dict[int, Interval]]:
     responses = respond(params, prompts, key, max(1, 512 // config.n))
     texts, shape = [tokenizer.decode(r) for r in responses], (len(records), config.n)
     right_PN = np.reshape([check(text, records[i // config.n]) for i, text in enumerate(texts)], shape)
-    answers = [[last_number(t) for t in texts[i : i + config.n]] for i in range(0, len(texts), config.n)]
+    of_each = [texts[i : i + config.n] for i in range(0, len(texts), config.n)]
+    answers, new_PN = [[last_number(t) for t in row] for row in of_each], first_of_equal(of_each)
     asked = [prompt for prompt in prompts for _ in range(config.n)]
     scores = {
         f"{run} {how}": x.reshape(shape) for run, score in scorers.items() for how, x in score(asked, responses).items()
@@ -81,7 +88,7 @@ def main(config: Config) -> dict[str, dict[int, Interval]]:
     sizes = sorted({*(1 << k for k in range(config.n.bit_length())), config.n})
     hits: dict[str, dict[int, np.ndarray]] = {}
     for n in sizes:
-        of_n = {"random": right_PN[:, :n].mean(1)}
+        of_n = {"random": right_PN[:, :n].mean(1), "blind": np.average(right_PN[:, :n], 1, new_PN[:, :n])}
         of_n |= {way: right_PN[np.arange(len(records)), at] for way, at in choices(n, scores, answers).items()}
         for way, hit_P in (of_n | {"any": right_PN[:, :n].max(1)}).items():
             hits.setdefault(way, {})[n] = hit_P

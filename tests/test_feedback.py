@@ -21,7 +21,6 @@ import feedback
 import judges
 import rewards
 import serve_reward
-import train_grpo
 import train_rm
 import train_sft
 from checkpoint import Checkpoints, load_params
@@ -355,11 +354,17 @@ def test_a_server_that_stays_away_ends_the_command(monkeypatch, runs):
 @pytest.mark.slow
 def test_training_survives_its_server_being_killed(runs, tmp_path):
     """kill -9 after the first iteration; the run ends with the weights of one whose reward was never away."""
+    one = {**os.environ, "XLA_FLAGS": ""}  # a device each: eight simulated ones starve one another on few cores
     common = [f"--init={runs}/sft", "--batch_size=64", "--minibatches=2", "--max_prompt=48", "--max_new_tokens=8"]
     common += ["--steps=8", "--eval_every=0", "--save_every=0", "--optimizer.lr=1e-3"]
-    run(train_grpo, *common, f"--reward={runs}/rm", f"--run={tmp_path}/whole")
+
+    def train(reward, name):
+        command = [sys.executable, str(ROOT / "train_grpo.py"), *common, f"--reward={reward}"]
+        subprocess.run([*command, f"--run={tmp_path / name}"], env=one, check=True)
+
+    train(runs / "rm", "whole")
     command = [sys.executable, str(ROOT / "serve_reward.py"), f"--reward={runs}/rm", "--port=8641"]
-    servers, killed = [subprocess.Popen(command, env=dict(os.environ))], []
+    servers, killed = [subprocess.Popen(command, env=one)], []
 
     def kill():
         rows = tmp_path / "served" / "metrics.jsonl"
@@ -368,14 +373,15 @@ def test_training_survives_its_server_being_killed(runs, tmp_path):
         servers[0].send_signal(signal.SIGKILL)
         servers[0].wait()
         killed.append(rows.read_text().count("\n"))
-        servers.append(subprocess.Popen(command, env=dict(os.environ)))
+        servers.append(subprocess.Popen(command, env=one))
 
     try:
         threading.Thread(target=kill, daemon=True).start()
-        run(train_grpo, *common, "--reward=http://127.0.0.1:8641", f"--run={tmp_path}/served")
+        train("http://127.0.0.1:8641", "served")
     finally:
         for server in servers:
             server.kill()
+            server.wait()
     assert killed and killed[0] < 8 and len(servers) == 2
     ours, theirs = ([row["score"] for row in rows_of(tmp_path / name)] for name in ("served", "whole"))
     np.testing.assert_allclose(ours, theirs, atol=1e-6)

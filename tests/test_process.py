@@ -298,6 +298,20 @@ def test_majority_and_choices():
         assert [int(chosen[way][0]) for way in ("majority", "prm", "orm")] == list(expected)
 
 
+def test_a_score_that_knows_nothing_is_right_as_often_as_blind_says():
+    """Random scores, equal for equal texts: choosing the highest is a uniform draw of the distinct ones."""
+    texts, right = [["a", "b", "a", "a", "c"]], np.array([[1, 0, 1, 1, 0]])
+    new_PN = rerank.first_of_equal(texts)
+    assert new_PN.tolist() == [[True, True, False, False, True]]
+    rng, hits = np.random.default_rng(0), []
+    for _ in range(4000):
+        of_text = dict(zip("abc", rng.normal(size=3), strict=True))
+        scores = {"orm": np.array([[of_text[text] for text in row] for row in texts])}
+        hits.append(right[0, rerank.choices(5, scores, [[1, 2, 1, 1, 3]])["orm"][0]])
+    blind, one_sample = np.average(right, 1, new_PN)[0], right.mean()
+    assert np.mean(hits) == pytest.approx(blind, abs=0.03) and blind == pytest.approx(1 / 3) and one_sample == 0.6
+
+
 def test_step_search_on_a_tree_that_is_known():
     """Steps are [digit, newline] or [digit, eos] at the third; the score is of the digits alone."""
     newline, eos, calls = 90, 99, []
@@ -413,7 +427,7 @@ def test_the_whole_of_process_supervision_runs(tmp_path, monkeypatch, capsys):
     for labels in files:
         run(train_prm, *SHORT, "--init=sft", f"--data={labels}.jsonl", f"--run={labels}", "--steps=4")
     table = run(rerank, "--policy=sft", "--models", "outcome", "gold", "--prompts=40", "--n=4", "--out=table.json")
-    assert set(table) == {"random", "majority", "any"} | {
+    assert set(table) == {"random", "blind", "majority", "any"} | {
         f"{m} {how}" for m in ("outcome", "gold") for how in ("product", "minimum", "last")
     }
     assert len({row[1][0] for row in table.values()}) == 1  # of one answer nothing can be chosen

@@ -18,6 +18,7 @@ from data.steps import auc
 HERE = pathlib.Path(__file__).parent
 WAYS = {  # what the table calls a way to choose -> its name in rerank.json, {r} the run
     "a random answer (SFT)": "random",
+    "a score that knows nothing": "blind",
     "majority": "majority",
     "outcome model, last step": "{r}/outcome last",
     "process model, product": "{r}/gold product",
@@ -33,6 +34,9 @@ PAIRS = (
     ("process model of completions, product", "process model of completions, last step"),
     ("process model of completions, last step", "outcome model, last step"),
     ("outcome model, last step", "majority"),
+    ("outcome model, last step", "a score that knows nothing"),
+    ("process model, product", "majority"),
+    ("process model, minimum", "majority"),
 )
 MODELS = ("gold", "outcome", "completions")
 

@@ -47,6 +47,14 @@ def half(values: list[float]) -> float:
     return float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5)
 
 
+def over(rows: Rows, method: str, other: str) -> str:
+    """Mean over common seeds of how much more passes everything than of `other`, with half of its interval."""
+    common = [] if method == other else rows[method].keys() & rows[other].keys()
+    gaps = [rows[method][seed]["all"] - rows[other][seed]["all"] for seed in common]
+    spread = f" ±{half(gaps):.3f}" if len(gaps) > 1 else ""
+    return f"{np.mean(gaps):+.3f}{spread}" if gaps else ""
+
+
 def mean(of_seed: dict[int, dict[str, Any]], name: str, scale: float = 1.0, digits: int = 1) -> str:
     """Of what differs between seeds by rounding only."""
     values = [row[name] * scale for row in of_seed.values() if row.get(name)]
@@ -72,11 +80,13 @@ def quality(rows: Rows) -> str:
     for method, of_seed in rows.items():
         gains = [row["all"] - rows["sft"][seed]["all"] for seed, row in of_seed.items() if method != "sft"]
         shares = [cell(of_seed, name) for name in ("all", "helpful", "honest", "harmless")]
-        shown = [cell(of_seed, "kl", 2), cell(of_seed, "length", 1), ", ".join(f"{gain:+.3f}" for gain in gains)]
-        lines.append([method, ", ".join(map(str, of_seed)), *shares, *shown])
+        against = [over(rows, method, "sft"), ", ".join(f"{gain:+.3f}" for gain in gains), over(rows, method, "ppo")]
+        shown = [cell(of_seed, "kl", 2), cell(of_seed, "length", 1)]
+        lines.append([method, ", ".join(map(str, of_seed)), *shares, *against, *shown])
         if method in MUST:
             verdicts.append(f"{method} {sum(gain >= GAIN for gain in gains)} of {len(gains)}")
-    head = ["method", "seeds", "all", "helpful", "honest", "harmless", "KL", "tokens", "gain over SFT, by seed"]
+    head = ["method", "seeds", "all", "helpful", "honest", "harmless"]
+    head += ["over SFT", "by seed", "over PPO", "KL", "tokens"]
     return table(head, lines) + f"\nSeeds that gain {GAIN:.2f} or more: {', '.join(verdicts)}.\n"
 
 
@@ -96,9 +106,9 @@ def cost(rows: Rows) -> str:
         totals = {s: {"total": r.get("training_flops", 0.0) + r["reward_model_flops"]} for s, r in of_seed.items()}
         flops = [mean(of_seed, "training_flops", 1e-12), mean(totals, "total", 1e-12)]
         flops.append(mean(of_seed, "response_flops", 1e-6, 0))
-        lines.append([method, *flops, *(cell(of_seed, name, 0) for name in ("seconds", "cpu_seconds", "peak_mb"))])
-    head = ["method", "training, TFLOPs", "with the reward models'", "an answer, MFLOPs", "seconds", "CPU seconds"]
-    return table([*head, "peak, MB"], lines)
+        lines.append([method, *flops, *(cell(of_seed, name, 0) for name in ("cpu_seconds", "peak_mb"))])
+    head = ["method", "training, TFLOPs", "with the reward models'", "an answer, MFLOPs", "CPU seconds", "peak, MB"]
+    return table(head, lines)
 
 
 def tuning() -> str:
