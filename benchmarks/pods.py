@@ -89,13 +89,13 @@ def peak(text: str) -> float:
 
 def models_table(results: dict[str, str]) -> list[str]:
     """A line a plan."""
-    rows = [["plan", "mesh", "verdict", "parameters and optimiser: compiler less rules", "CPU-s to compile", "a step"]]
+    rows = [["plan", "mesh", "verdict", "parameters and optimiser: compiler less rules", "compiled in", "a step"]]
     for name in MODELS:
         if text := results.get(name):
             first, last = re.search(r"^.*chips as .*$", text, re.MULTILINE)[0], text.splitlines()[-1]
             gaps = re.findall(r"by the compiler \(([+-][\d.]+%)\)", text)
             step = re.search(r"^a step: ([^;]*)", text, re.MULTILINE)
-            mesh, seconds = re.search(r"chips as ([^;]*);.*compiled in (\d+) (?:CPU-)?s", first).groups()
+            mesh, seconds = re.search(r"chips as ([^;]*);.*compiled in (\d+ \S*s)", first).groups()
             rows.append([f"`{name}`", mesh, last, ", ".join(gaps), seconds, step[1] if step else "-"])
     return table(rows)
 
@@ -131,7 +131,7 @@ def scaling_remarks(results: dict[str, str]) -> list[str]:
     return [
         f"- From {few} to {many} chips parameters and optimiser fall from {held[few]:.2f} to {held[many]:.2f} GiB a "
         f"chip ({held[few] / held[many]:.1f} times less), the peak from {peak(texts[few]):.2f} to "
-        f"{peak(texts[many]):.2f}.",
+        f"{peak(texts[many]):.2f}. On {few} chips: {texts[few].splitlines()[-1]}.",
         f"- No whole model is gathered: the largest all-gather brings a chip {largest:.2f} GB, the embedding in "
         f"bfloat16; the model has {model:.1f} GB.",
         f"- Times a layer, at {' / '.join(map(str, texts))} chips: {words}. A layer has seven matrices: each is "
@@ -158,7 +158,7 @@ def section(results: dict[str, str]) -> str:
         BEGIN, "## Plans of real models, compiled without a pod", "",
         "By the chips' compilers on one of two CPU cores (`python benchmarks/pods.py all`); nothing has run on a TPU. "
         "What a step takes at least is a roofline of compute, memory and links, each fully overlapped: a bound, no "
-        "forecast.", "", *models_table(results), "", "```", *commands, "```", "",
+        "forecast. CPU-s are the processor's, s the clock's, pauses included.", "", *models_table(results), "", "```", *commands, "```", "",
     ]  # fmt: skip
     if results.keys() & SCALING.keys():
         lines += [f"`{SCALING['scale-256']}` and the same on fewer chips, `--mesh.fsdp` their number:", "",
