@@ -44,7 +44,7 @@ SCALING = {
     "--batch_size=256 --length=1024"
     for chips, shape in ((16, "4x4"), (32, "4x8"), (64, "8x8"), (128, "8x16"), (256, "16x16"))
 }
-SWEEP = "train_sft --model.preset=llama3.2-1b --topology=v5e:2x2 --batch_size=32 --length=2048 --sweep"
+SWEEP = "train_sft --model.preset=llama3.2-1b --topology=h200:8 --batch_size=64 --length=2048 --sweep"
 LLAMA2_7B = "--model.preset=llama3-8b --model.vocab=32000 --model.hidden=11008 --model.kv_heads=32 --model.context=4096"
 ON_256 = "--topology=v5e:16x16 --mesh.fsdp=256 --length=2048"
 ON_H200 = "--model.preset=llama3.2-1b --model.tied=False --topology=h200:1 --batch_size=8 --length=2048"
@@ -158,7 +158,8 @@ def section(results: dict[str, str]) -> str:
         BEGIN, "## Plans of real models, compiled without a pod", "",
         "By the chips' compilers on one of two CPU cores (`python benchmarks/pods.py all`); nothing has run on a TPU. "
         "What a step takes at least is a roofline of compute, memory and links, each fully overlapped: a bound, no "
-        "forecast. CPU-s are the processor's, s the clock's, pauses included.", "", *models_table(results), "", "```", *commands, "```", "",
+        "forecast. CPU-s are the processor's, s the clock's, pauses included.", "",
+        *models_table(results), "", "```", *commands, "```", "",
     ]  # fmt: skip
     if results.keys() & SCALING.keys():
         lines += [f"`{SCALING['scale-256']}` and the same on fewer chips, `--mesh.fsdp` their number:", "",
