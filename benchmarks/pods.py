@@ -44,7 +44,7 @@ SCALING = {
     "--batch_size=256 --length=1024"
     for chips, shape in ((16, "4x4"), (32, "4x8"), (64, "8x8"), (128, "8x16"), (256, "16x16"))
 }
-SWEEP = "train_sft --model.preset=llama3.2-1b --topology=v5e:2x2 --batch_size=32 --length=2048 --sweep"
+SWEEP = "train_sft --model.preset=llama3.2-1b --topology=h200:8 --batch_size=64 --length=2048 --sweep"
 LLAMA2_7B = "--model.preset=llama3-8b --model.vocab=32000 --model.hidden=11008 --model.kv_heads=32 --model.context=4096"
 ON_256 = "--topology=v5e:16x16 --mesh.fsdp=256 --length=2048"
 ON_H200 = "--model.preset=llama3.2-1b --model.tied=False --topology=h200:1 --batch_size=8 --length=2048"
@@ -89,13 +89,13 @@ def peak(text: str) -> float:
 
 def models_table(results: dict[str, str]) -> list[str]:
     """A line a plan."""
-    rows = [["plan", "mesh", "verdict", "parameters and optimiser: compiler less rules", "CPU-s to compile", "a step"]]
+    rows = [["plan", "mesh", "verdict", "parameters and optimiser: compiler less rules", "compiled in", "a step"]]
     for name in MODELS:
         if text := results.get(name):
             first, last = re.search(r"^.*chips as .*$", text, re.MULTILINE)[0], text.splitlines()[-1]
             gaps = re.findall(r"by the compiler \(([+-][\d.]+%)\)", text)
             step = re.search(r"^a step: ([^;]*)", text, re.MULTILINE)
-            mesh, seconds = re.search(r"chips as ([^;]*);.*compiled in (\d+) (?:CPU-)?s", first).groups()
+            mesh, seconds = re.search(r"chips as ([^;]*);.*compiled in (\d+ \S*s)", first).groups()
             rows.append([f"`{name}`", mesh, last, ", ".join(gaps), seconds, step[1] if step else "-"])
     return table(rows)
 
@@ -131,7 +131,7 @@ def scaling_remarks(results: dict[str, str]) -> list[str]:
     return [
         f"- From {few} to {many} chips parameters and optimiser fall from {held[few]:.2f} to {held[many]:.2f} GiB a "
         f"chip ({held[few] / held[many]:.1f} times less), the peak from {peak(texts[few]):.2f} to "
-        f"{peak(texts[many]):.2f}.",
+        f"{peak(texts[many]):.2f}. On {few} chips: {texts[few].splitlines()[-1]}.",
         f"- No whole model is gathered: the largest all-gather brings a chip {largest:.2f} GB, the embedding in "
         f"bfloat16; the model has {model:.1f} GB.",
         f"- Times a layer, at {' / '.join(map(str, texts))} chips: {words}. A layer has seven matrices: each is "
@@ -158,7 +158,8 @@ def section(results: dict[str, str]) -> str:
         BEGIN, "## Plans of real models, compiled without a pod", "",
         "By the chips' compilers on one of two CPU cores (`python benchmarks/pods.py all`); nothing has run on a TPU. "
         "What a step takes at least is a roofline of compute, memory and links, each fully overlapped: a bound, no "
-        "forecast.", "", *models_table(results), "", "```", *commands, "```", "",
+        "forecast. CPU-s are the processor's, s the clock's, pauses included.", "",
+        *models_table(results), "", "```", *commands, "```", "",
     ]  # fmt: skip
     if results.keys() & SCALING.keys():
         lines += [f"`{SCALING['scale-256']}` and the same on fewer chips, `--mesh.fsdp` their number:", "",
