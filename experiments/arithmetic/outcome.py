@@ -1,0 +1,52 @@
+"""How well outcome models tell right solutions from wrong ones: AUC over all, and between solutions to one problem.
+
+    python experiments/arithmetic/outcome.py POLICY LABELLED.jsonl MODEL...
+
+LABELLED is of `collect_steps.py --labels=outcome`, with --split=heldout and a --seed of its own for held-out problems.
+"""
+
+import collections
+import json
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))  # the root's modules, from wherever this is started
+
+import numpy as np
+
+from data import arithmetic
+from data.steps import auc
+from data.tokenizer import Tokenizer
+from rewards import make_step_scorer
+from sharding import MeshConfig, make_mesh
+
+LENGTH = 64  # of prompt and solution, as train_prm.py's
+
+
+def within(scores: np.ndarray, right: np.ndarray, problems: list[str]) -> float:
+    """Share of pairs of a right and a wrong solution to one problem that are in order, ties a half."""
+    of_problem = collections.defaultdict(list)
+    for i, problem in enumerate(problems):
+        of_problem[problem].append(i)
+    gaps = [scores[i] - scores[j] for own in of_problem.values() for i in own for j in own if right[i] > right[j]]
+    return float(np.mean(0.5 * (np.sign(gaps) + 1)))
+
+
+def main(policy: str, labelled: str, *models: str) -> None:
+    mesh, tokenizer = make_mesh(MeshConfig()), Tokenizer.load(policy)
+    rows = [json.loads(line) for line in pathlib.Path(labelled).read_text().splitlines()]
+    right = np.array([row["labels"][-1] for row in rows]) > 0.5
+    prompts = [tokenizer.prompt(row["prompt"]) for row in rows]
+    responses = [[*tokenizer.encode("\n".join(row["steps"])), tokenizer.eos] for row in rows]
+    verdicts = [arithmetic.verdicts(row["prompt"][-1]["content"], row["steps"]) for row in rows]
+    faulty = np.array([arithmetic.NEGATIVE in of_one for of_one in verdicts])
+    told = f"{right.mean():.3f} right, of those with a wrong step {right[faulty].mean():.3f}"
+    print(f"{labelled}: {len(rows)} distinct solutions, {told}")
+    for model in models:
+        scores = make_step_scorer(model, tokenizer, mesh, LENGTH)(prompts, responses)["last"]
+        inside = within(scores, right, [json.dumps(row["prompt"]) for row in rows])
+        print(f"{model}: AUC {auc(scores, right):.3f}, within a problem {inside:.3f}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
