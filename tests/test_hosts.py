@@ -197,7 +197,8 @@ def test_so_it_is_with_a_script_that_packs(whole, tmp_path, case):
 
 
 @pytest.mark.slow
-def test_hosts_that_tensor_spans_equal_one_process(tmp_path):
+def test_hosts_that_tensor_spans_equal_one_process(tmp_path, monkeypatch):
+    monkeypatch.setattr("data.batches.PACKING_WINDOW", 16)  # as in the two processes
     codes, errors = ends(start_two("train_sft", [*PACKED[1:], "--mesh.tensor=2", f"--run={tmp_path}/two"]))
     assert codes == [0, 0], errors
     run(train_sft, *PACKED[1:], f"--run={tmp_path}/one", "--mesh.data=1", "--mesh.fsdp=8")
