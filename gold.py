@@ -104,7 +104,7 @@ def summarise(rows: list[dict[str, Any]], lengths: Sequence[int], kls: Sequence[
     """Shares, mean length and KL of one model's responses, each with its interval as `<name>_ci`."""
     parts = {name: share([row[name] for row in rows]) for name in CRITERIA}
     parts |= {"kl": mean(kls), "length": mean(lengths)}
-    out: dict[str, Any] = {"n": len(rows), "n_ci": [len(rows), len(rows)]}
+    out: dict[str, Any] = {"n": len(rows)}
     for name, (value, interval) in parts.items():
         out |= {name: value, f"{name}_ci": interval}
     kinds = {kind: [row["all"] for row in rows if row["kind"] == kind] for kind in world.KINDS}

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from sharding import along, constrain_residual, platform
+from sharding import along, constrain_residual, in_microbatches, platform
 
 
 def bubble(stages: int, microbatches: int) -> float:
@@ -32,9 +32,7 @@ def pipelined(run: Callable[..., jax.Array], weights: Any, x_BTD: jax.Array, row
     [B, ...] arrays that every layer reads. Other axes of the mesh are XLA's and `run`'s as ever.
     """
     stages, parts = along(jax.sharding.get_abstract_mesh(), "stage"), microbatches
-    # Micro-batch i takes every m-th row, so each device keeps to the rows that it holds.
-    cut = lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)  # noqa: E731
-    x_PBTD, rows_P = cut(x_BTD), jax.tree.map(cut, rows)
+    x_PBTD, rows_P = jax.tree.map(lambda x: in_microbatches(x, parts), (x_BTD, rows))
 
     # XLA's CPU backend dies of sums over stage in bfloat16, here and in the derivative.
     summed = jnp.float32 if platform() == "cpu" else x_BTD.dtype

@@ -22,6 +22,7 @@ from data.steps import majority, problems
 from generate import SamplingConfig, load_run, make_sampler
 from gold import Interval, mean
 from model import check_fit
+from objectives.imitate import first_of_equal
 from rewards import load_function, make_step_scorer
 from run_folder import written_whole
 from sharding import MeshConfig, make_mesh
@@ -56,11 +57,6 @@ def choices(n: int, scores: dict[str, np.ndarray], answers: list[list[Any]]) -> 
     return {"majority": voted, **{name: x[:, :n].argmax(1) for name, x in scores.items()}}
 
 
-def first_of_equal(texts: list[list[str]]) -> np.ndarray:
-    """[P, N] bool: whether an answer to a problem is unlike all earlier ones."""
-    return np.array([[text not in row[:i] for i, text in enumerate(row)] for row in texts])
-
-
 def main(config: Config) -> dict[str, dict[int, Interval]]:
     """Prints and returns accuracies with 95 % intervals over problems; {way: {n: (share, interval)}}."""
     require({f"--n={config.n}, --prompts={config.prompts}: must be at least 1": min(config.n, config.prompts) >= 1})
@@ -79,8 +75,9 @@ def main(config: Config) -> dict[str, dict[int, Interval]]:
     responses = respond(params, prompts, key, max(1, 512 // config.n))
     texts, shape = [tokenizer.decode(r) for r in responses], (len(records), config.n)
     right_PN = np.reshape([check(text, records[i // config.n]) for i, text in enumerate(texts)], shape)
-    of_each = [texts[i : i + config.n] for i in range(0, len(texts), config.n)]
-    answers, new_PN = [[last_number(t) for t in row] for row in of_each], first_of_equal(of_each)
+    answers = [[last_number(t) for t in texts[i : i + config.n]] for i in range(0, len(texts), config.n)]
+    numbers = np.unique(texts, return_inverse=True)[1]  # equal ones of equal texts
+    new_PN = np.reshape(first_of_equal(numbers[:, None], config.n), shape)
     asked = [prompt for prompt in prompts for _ in range(config.n)]
     scores = {
         f"{run} {how}": x.reshape(shape) for run, score in scorers.items() for how, x in score(asked, responses).items()

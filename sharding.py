@@ -198,6 +198,11 @@ def constrain_batch(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, BATCH)
 
 
+def in_microbatches(x: jax.Array, parts: int) -> jax.Array:
+    """[B, ...] as [parts, B / parts, ...]: part i has every k-th row, so a device keeps to the rows that it holds."""
+    return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
+
+
 def constrain_tokens(x: jax.Array, *axes: str) -> jax.Array:
     """[B, T, ...]: rows over data and fsdp, tokens over those of `axes` that divide them."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -15,7 +15,7 @@ from checkpoint import Checkpoints, load_params
 from config import UserError, load_config
 from lora import frozen_part, trained_part
 from model import LanguageModel, ModelConfig, Params, ScalarModel, pure
-from sharding import abstract, along, constrain_params, init_sharded, path_name
+from sharding import abstract, along, constrain_params, in_microbatches, init_sharded, path_name
 
 Batch = dict[str, jax.Array]
 # objective(params, batch) -> (loss_sum, (weight, {name: (sum, weight)})), all float32 sums
@@ -190,10 +190,7 @@ def make_train_step(
 
         if microbatches == 1 or along(jax.sharding.get_abstract_mesh(), "stage") > 1:  # which pipeline.py cuts itself
             return sums(params, batch)
-        # Micro-batch i takes every k-th row, so each device keeps to the rows that it holds.
-        cut = jax.tree.map(
-            lambda x: x.reshape(x.shape[0] // microbatches, microbatches, *x.shape[1:]).swapaxes(0, 1), batch
-        )
+        cut = jax.tree.map(lambda x: in_microbatches(x, microbatches), batch)
         zeros = jax.tree.map(
             lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(sums, params, jax.tree.map(lambda x: x[0], cut))
         )

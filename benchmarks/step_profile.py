@@ -7,16 +7,11 @@ import collections
 import pathlib
 import re
 import tempfile
-from functools import partial
 
 import jax
-from side_by_side import plain_batch, random_params
-from train import Config
+from train import Config, our_parts
 
 import config as flags
-from model import LanguageModel, pure
-from objectives.likelihood import likelihood_objective
-from train_step import OptimizerConfig, init_state, make_optimizer, make_train_step
 
 PARTS = {  # by a part of the operation's name; the first that fits
     "attention: scores, softmax, values": r"layers/attention/while|BK[A-Z]*,BK|BT[A-Z]*,BS|softmax|pallas",
@@ -38,10 +33,7 @@ def part_of(name: str) -> str:
 
 def main(config: Config) -> None:
     """Compiles, runs under JAX's profiler, and prints."""
-    optimizer = make_optimizer(OptimizerConfig(schedule="constant", warmup=0), 1000)
-    step = make_train_step(partial(likelihood_objective, pure(LanguageModel(config.model))[1]), optimizer)
-    batch = jax.device_put(plain_batch(config.model, config.batch, config.length))
-    state = init_state(random_params(config.model), optimizer)
+    step, state, batch = our_parts(config)
     text = step.lower(state, batch).compile().as_text()
     names = dict(re.findall(r'^ *(?:ROOT )?%?([\w.-]+) = .*?op_name="([^"]*)"', text, re.MULTILINE))
     with tempfile.TemporaryDirectory() as folder:

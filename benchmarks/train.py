@@ -46,13 +46,17 @@ class Config:
     """Folder of the results."""
 
 
-def our_step(config: Config) -> Any:
-    """A call of one step on the same batch; returns the loss."""
+def our_parts(config: Config) -> tuple[Any, Any, Any]:
+    """The step, its state and its batch."""
     optimizer = make_optimizer(OptimizerConfig(schedule="constant", warmup=0), 1000)
     objective = partial(likelihood_objective, pure(LanguageModel(config.model))[1])
-    step = make_train_step(objective, optimizer)
     batch = jax.device_put(plain_batch(config.model, config.batch, config.length))
-    state = [init_state(random_params(config.model), optimizer)]
+    return make_train_step(objective, optimizer), init_state(random_params(config.model), optimizer), batch
+
+
+def our_step(config: Config) -> Any:
+    """A call of one step on the same batch; returns the loss."""
+    step, *state, batch = our_parts(config)
 
     def call() -> float:
         state[0], metrics = step(state[0], batch)

@@ -26,7 +26,7 @@ from checkpoint import load_params
 from config import UserError, load_config
 from data import world
 from data.tokenizer import Tokenizer
-from generate import SamplingConfig
+from generate import SamplingConfig, load_run
 from gold import CRITERIA, judged, make_measure, summarise
 from metrics import read_rows
 from model import ModelConfig
@@ -174,7 +174,7 @@ def responses_of(
 ) -> tuple[list[str], list, list]:
     """Texts, lengths, KL to the SFT model, of a policy."""
     sft = config.align.format(seed=seed) + "/sft"
-    model, tokenizer, reference = ModelConfig(**load_config(sft)["model"]), Tokenizer.load(sft), load_params(sft)
+    model, tokenizer, reference = load_run(sft)
     params = load_params(str(run)) if METHODS[method] else reference
     condition = {}
     if method == "quark":  # what it learnt is asked for by its best quantile
