@@ -202,6 +202,11 @@ def bytes_read(name: str, computation: Computation, module: dict[str, Computatio
             number = f"({op.operands.index(name)})"
             inside = next(x.name for x in inner.values() if x.code == "parameter" and x.rest.startswith(number))
             total += bytes_read(inside, inner, module)
+            result = next(x for x in inner.values() if x.root)
+            while result.code == "bitcast":
+                result = inner[result.operands[0]]
+            if result.name == inside:  # passed on as it is
+                total += bytes_read(op.name, computation, module)
         elif not (op.code == "dynamic-update-slice" and op.operands[0] == name):  # which is written in place
             return math.inf
     return total
