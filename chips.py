@@ -27,7 +27,7 @@ class Chip(NamedTuple):
     bandwidth: float
     """Of its memory, bytes a second."""
     links: float
-    """Bytes a second that it can receive over the links of one mesh axis."""
+    """Bytes a second that it can receive over all its links together."""
 
 
 H200 = (pathlib.Path(__file__).parent / "kernels" / "h200.txtpb").read_text()
@@ -40,15 +40,15 @@ def described(name: str) -> float:
 
 
 # `memory`: what libtpu 0.0.42 names as available when a program is too large. The rest: Google Cloud's pages "TPU v5e",
-# "TPU v5p" and "TPU v6e"; their bidirectional bandwidth between chips, halved, over the dimensions of the torus (2, 3,
-# 2), as if each mesh axis were laid along one dimension. H200: memory as in XLA's description of the chip, of which JAX
-# takes three quarters, or XLA_PYTHON_CLIENT_MEM_FRACTION; from NVIDIA's data sheet dense bfloat16 and half of NVLink's
-# 900 GB/s.
+# "TPU v5p" and "TPU v6e"; their bidirectional bandwidth between chips, halved. A mesh axis along one dimension of the
+# torus (of 2, 3, 2) has that dimension's part alone: the time by it is a bound. H200: of the memory that XLA
+# describes the three quarters that JAX takes, unless XLA_PYTHON_CLIENT_MEM_FRACTION is larger; from NVIDIA's data sheet
+# dense bfloat16 and half of NVLink's 900 GB/s.
 CHIPS = {
-    "v5e": Chip(15.75 * GIB, 197e12, 819e9, 400e9 / 2 / 2),
-    "v5p": Chip(95.74 * GIB, 459e12, 2765e9, 1200e9 / 2 / 3),
-    "v6e": Chip(31.25 * GIB, 918e12, 1638e9, 800e9 / 2 / 2),
-    "h200": Chip(described("device_memory_size"), 989e12, described("memory_bandwidth"), 900e9 / 2),
+    "v5e": Chip(15.75 * GIB, 197e12, 819e9, 400e9 / 2),
+    "v5p": Chip(95.74 * GIB, 459e12, 2765e9, 1200e9 / 2),
+    "v6e": Chip(31.25 * GIB, 918e12, 1638e9, 800e9 / 2),
+    "h200": Chip(0.75 * described("device_memory_size"), 989e12, described("memory_bandwidth"), 900e9 / 2),
 }
 
 

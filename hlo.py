@@ -87,10 +87,15 @@ def arrays(shape: str) -> list[tuple[str, list[int], bool]]:
     return [(kind, [int(d) for d in dims.split(",") if d], "S(" not in layout) for kind, dims, layout in found]
 
 
+def array_bytes(array: tuple[str, list[int], bool], main_memory: bool = True) -> float:
+    """Of one of `arrays`; with `main_memory` 0 for one that does not lie there."""
+    kind, dims, main = array
+    return math.prod(dims) * BITS.get(kind, 0) / 8 * (main or not main_memory)
+
+
 def size(shape: str, main_memory: bool = False) -> float:
     """Bytes of a type; with `main_memory` only of its arrays that lie there."""
-    sizes = (math.prod(d) * BITS.get(k, 0) / 8 for k, d, main in arrays(shape) if main or not main_memory)
-    return sum(sizes)
+    return sum(array_bytes(array, main_memory) for array in arrays(shape))
 
 
 def attribute(op: Op, name: str) -> list[str]:
@@ -99,14 +104,16 @@ def attribute(op: Op, name: str) -> list[str]:
     return [] if not found else [found[1]] if found[1] else re.findall(r"%([\w.\-]+)", found[2])
 
 
-def trips(op: Op, module: dict[str, Computation]) -> int:
+def trips(op: Op, module: dict[str, Computation], around: float = 1) -> float:
     """How often a while loop runs: the compiler's count, else the largest integer that its condition knows.
 
-    That over the step, where the body adds a constant to what the condition looks at: XLA unrolls loops by two.
+    That over the step, where the body adds a constant to what the condition looks at: XLA unrolls loops by two. Where
+    the condition knows no number, the bounds are data. Such loops are attention's (kernels/chunked.py), over the tiles
+    that the mask leaves of the `around` many of the loop around it: under a causal mask half, and half a tile.
     """
     if known := re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', op.rest):
         return int(known[1])
-    numbers, todo, counters = [1], attribute(op, "condition"), []
+    numbers, todo, counters = [], attribute(op, "condition"), []
     for name in todo:
         for inner in module[name].values():
             todo += attribute(inner, "calls")
@@ -114,6 +121,8 @@ def trips(op: Op, module: dict[str, Computation]) -> int:
                 counters.append(int(re.search(r"index=(\d+)", inner.rest)[1]))
             if inner.code == "constant" and re.match(r"[su]\d+\[\]", inner.shape):
                 numbers.append(int(re.match(r"\((-?\d+)\)", inner.rest)[1]))
+    if not numbers:
+        return (around + 1) / 2
     body = module[attribute(op, "body")[0]]
     results = next(x for x in body.values() if x.root).operands
     added = [body[results[i]].operands for i in counters if i < len(results) and body[results[i]].code == "add"]
@@ -121,19 +130,24 @@ def trips(op: Op, module: dict[str, Computation]) -> int:
     return -(-max(numbers) // max(steps, default=1))
 
 
-def walk(module: dict[str, Computation], name: str, times: int = 1, fused: bool = False) -> Iterator[tuple]:
-    """(instruction, its computation, the computation's name, how often it runs, whether it is inside a fusion)."""
+def walk(
+    module: dict[str, Computation], name: str, times: float = 1, fused: bool = False, around: float = 1
+) -> Iterator[tuple]:
+    """(instruction, its computation, the computation's name, how often it runs, whether it is inside a fusion).
+
+    `around`: how often the innermost loop runs that all of it is in.
+    """
     for op in module[name].values():
         yield op, module[name], name, times, fused
         if op.code == "while":
-            n = trips(op, module)
-            yield from walk(module, attribute(op, "body")[0], times * n, fused)
-            yield from walk(module, attribute(op, "condition")[0], times * n, fused)
+            n = trips(op, module, around)
+            yield from walk(module, attribute(op, "body")[0], times * n, fused, n)
+            yield from walk(module, attribute(op, "condition")[0], times * n, fused, n)
             continue
         inner = attribute(op, "calls") + attribute(op, "branch_computations")
         inner += attribute(op, "to_apply") if op.code == "call" else []
         for called in inner:
-            yield from walk(module, called, times, fused or op.code == "fusion")
+            yield from walk(module, called, times, fused or op.code == "fusion", around)
 
 
 def matmul_flops(op: Op, computation: Computation) -> float:
@@ -169,21 +183,27 @@ def kernel_flops(op: Op, computation: Computation) -> float:
 
 def memory_bytes(op: Op, computation: Computation, module: dict[str, Computation]) -> float:
     """Main memory read and written by an instruction outside fusions; slices count as what is sliced."""
-    if op.code in FREE or op.code.endswith("-done"):
+    if op.code in FREE or op.code.endswith("-done") or "AllocateBuffer" in op.rest:
         return 0.0
     if op.code in ("copy-start", "slice-start"):  # a copy between two memories
         (kind, first, first_main), (_, second, second_main) = arrays(op.shape)[:2]
         return min(math.prod(first), math.prod(second)) * BITS[kind] / 8 * (first_main + second_main)
     body = module[attribute(op, "calls")[0]] if op.code == "fusion" else {op.name: op}
     root = next((x for x in body.values() if x.root), op)
+    # A collective in flight goes through the fusions that overlap with it, in the place of an operand: nothing moves.
+    passing = any(x.code in COLLECTIVES for x in body.values()) and op.code == "fusion"
+    aliases = dict(re.findall(r"\{(\d*)\}: \((\d+), \{\}", op.rest)) if passing else {}
+    written = arrays(op.shape)
+    if op.code.endswith("-start") and op.shape.startswith("(") and op.code != "all-reduce-start":
+        written = written[len(op.operands) : 2 * len(op.operands)]  # after the operands again
+    total = sum(array_bytes(x) for i, x in enumerate(written) if not aliases.keys() & {"", str(i)})
     if root.code == "dynamic-update-slice":
         update = (body if op.code == "fusion" else computation)[root.operands[1]]
         total = size(update.shape) * ("S(" not in op.shape)
-    else:
-        total = size(op.shape, main_memory=True)
-    for name in op.operands:
+    for i, name in enumerate(op.operands):
         whole = size(computation[name].shape, main_memory=True)
-        total += min(whole, bytes_read(name, {op.name: op}, module)) if whole else 0.0
+        if whole and str(i) not in aliases.values():
+            total += min(whole, bytes_read(name, {op.name: op}, module))
     return total
 
 
@@ -267,10 +287,9 @@ def cost(text: str, mesh: dict[str, int]) -> Cost:
             total.memory += times * memory_bytes(op, computation, module)
         if op.code.removesuffix("-start") in COLLECTIVES:
             kind, axes, received = collective(op, name, computation, mesh)
-            # An asynchronous one is spread over the fusions that overlap with it, under one channel; but all that
-            # JAX's shard_map makes have the same, a ring's permutations for one.
+            # An asynchronous one is spread over the fusions that overlap with it, under one channel.
             channel, source = (re.search(x, op.rest) for x in (r"channel_id=(\d+)", r'op_name="([^"]*)"'))
-            same = (channel[1], source and source[1]) if channel and (fused or kind != "collective-permute") else None
+            same = (channel[1], source and source[1]) if channel and fused else None
             if same in seen:
                 continue
             seen |= {same} - {None}

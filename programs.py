@@ -36,7 +36,7 @@ class Program(NamedTuple):
     model_flops: float
     """Of a call, all chips together: what the mathematics needs, nothing computed twice."""
     rows: int
-    """Sequences that it works on at a time."""
+    """What it works on at a time and may be cut into micro-batches: sequences, or pairs of them."""
     gradients: Any = None
     """What has a gradient."""
     cache: Any = None
@@ -142,7 +142,9 @@ def update(script: Any, config: Any, mesh: Mesh, model: Any, batch: Any, flops: 
     if base is not None:
         held["frozen base"] = base
     batch = on_batch_axes(batch, mesh)
-    program = Program("update", step, (state, batch, base), tuple(held), 1, flops, rows, gradients=state.params)
+    program = Program(
+        "update", step, (state, batch, base), tuple(held), 1, flops, config.batch_size, gradients=state.params
+    )
     return Plan(held, [program], rows * config.length)
 
 
@@ -161,7 +163,7 @@ def sampled(config: Any, mesh: Mesh, apply: Any, policy: Any, held: tuple[str, .
     length = config.max_prompt + config.max_new_tokens
     heads = "tensor" if c.kv_heads % mesh.shape["tensor"] == 0 else None
     cache = [  # as XLA lays it: rows with the batch, key/value heads over tensor where they divide
-        jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, P(None, BATCH[0], None, heads)))
+        jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, P(None, BATCH[0], heads)))
         for x in jax.tree.leaves(jax.eval_shape(lambda: empty_cache(c, rows, length)))
         if x.ndim == 5
     ]

@@ -116,15 +116,20 @@ def shuffled(batch: Batch, key: jax.Array, parts: int) -> list[Batch]:
 
 
 def check_first_update(update: dict[str, Any], metrics: dict[str, Any], config: Any, start: int) -> None:
-    """Before a run's first update policy = old policy = reference; a breach is a bug, not a setting."""
-    kl, gap = float(metrics["kl"]), float(metrics["sampler_gap"])
+    """Before a run's first update policy = old policy = reference; a breach is a bug, not a setting.
+
+    In bfloat16 a product over other rows may be tiled, and so rounded, otherwise: by hundredths of a nat a token.
+    """
+    kl, gap, exact = float(metrics["kl"]), float(metrics["sampler_gap"]), config.model.compute_dtype == jnp.float32
+    near = 1e-4 if exact else 1e-2
     if "approx_kl" in update:
-        changed = float(update["approx_kl"])
-        assert changed < 1e-9 and float(update["clipped"]) == 0, f"ratio is not 1: mean square log ratio {2 * changed}"
+        changed, clipped = float(update["approx_kl"]), float(update["clipped"])
+        assert changed < (1e-9 if exact else 1e-3), f"ratio is not 1: mean square log ratio {2 * changed}"
+        assert clipped == 0 or not exact, f"clipped of the first update is {clipped}"
     else:  # online DPO: no ratio to the old policy, but a margin over the reference
-        assert start > 0 or abs(float(update["margin"])) < 1e-4, f"margin starts at {update['margin']}"
-    assert start > 0 or abs(kl) < 1e-4, f"KL to the reference starts at {kl}"
-    assert gap < 1e-4 or config.model.compute_dtype != jnp.float32, f"sampler and trainer disagree by {gap} nats"
+        assert start > 0 or abs(float(update["margin"])) < near, f"margin starts at {update['margin']}"
+    assert start > 0 or abs(kl) < near, f"KL to the reference starts at {kl}"
+    assert gap < 1e-4 or not exact, f"sampler and trainer disagree by {gap} nats"
 
 
 def sample_rows(

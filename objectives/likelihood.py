@@ -1,5 +1,6 @@
 """Log-probabilities of tokens, and the likelihood objective of pre-training and supervised fine-tuning."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -11,8 +12,9 @@ from model import unembed
 from sharding import along
 
 Apply = Callable[..., Any]
-LOGITS = 2**25
-"""The most logits that a device holds at a time, where a loss needs no more than the labels' log-probabilities."""
+LOGITS, TOKENS = 2**25, 1024
+"""Where a loss needs no more than the labels' log-probabilities, a device holds the logits of a part of its tokens at a
+time: so many logits at most, if these are of so many tokens. Each part gathers the unembedding over fsdp anew."""
 
 
 def label_logprobs(logits_BTV: jax.Array, labels_BT: jax.Array) -> jax.Array:
@@ -47,10 +49,12 @@ _label_logprobs.defvjp(_label_logprobs_forward, _label_logprobs_backward)
 def hidden_logprobs(x_BTD: jax.Array, unembed_DV: jax.Array, *, labels_BT: jax.Array, temperature: float = 1.0):
     """`label_logprobs` of the hidden states' logits / temperature, [B, T], in parts of the tokens.
 
-    At most LOGITS logits exist at once on a device; the backward pass computes them again.
+    How large the parts are is said above; the backward pass computes their logits again.
     """
     (batch, length, _), mesh = x_BTD.shape, jax.sharding.get_abstract_mesh()
-    parts = -(-batch * length * unembed_DV.shape[1] // (LOGITS * (1 if mesh.empty else mesh.size)))
+    chips, tensor = (1, 1) if mesh.empty else (mesh.size, along(mesh, "tensor"))
+    tokens, vocab = batch * length * tensor / chips, unembed_DV.shape[1] / tensor
+    parts = math.ceil(min(tokens * vocab / LOGITS, tokens / TOKENS))
 
     def of(x_BTD: jax.Array, labels_BT: jax.Array) -> jax.Array:
         return label_logprobs(unembed(x_BTD, unembed_DV) / temperature, labels_BT)

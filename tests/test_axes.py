@@ -253,6 +253,7 @@ def test_five_steps_equal_one_device(sizes, name, microbatches):
 def test_parts_of_a_chunked_loss_are_of_all_devices(monkeypatch):
     """As five steps, but the logits of a row are computed in parts."""
     want_losses, want = on_one_device("likelihood")
+    monkeypatch.setattr(likelihood, "TOKENS", 1)
     monkeypatch.setattr(likelihood, "LOGITS", 8 * 16 * 32 // 8 // 3)  # three parts: a device's four tokens as 2, 2, 0
     losses, state, _ = five_steps(MeshConfig(data=2, sequence=4), "likelihood", 1)
     np.testing.assert_allclose(losses, want_losses, atol=1e-4)
