@@ -109,6 +109,7 @@ def ranking(script: Any, config: Any, mesh: Mesh) -> Plan:
 
 def preferences(script: Any, config: Any, mesh: Mesh) -> Plan:
     """train_dpo with a loss on pairs: one step, and the reference's pass over its batch."""
+    config = settled(config, direct.PAPERS.get(config.loss, direct.USUAL))
     script.check(config)
     check_batch("batch_size", config.batch_size, config.microbatches, mesh, config.length)
     others = ("kto", "contrastive", "unlikelihood", "figa", "hindsight")

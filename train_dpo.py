@@ -17,7 +17,7 @@ import numpy as np
 
 import config as flags
 from checkpoint import Checkpoints
-from config import UserError
+from config import UserError, settled
 from data.batches import Batches, chat_batches, comparison_batches
 from data.preferences import (
     encode_contrast,
@@ -68,16 +68,17 @@ class Config:
     loss: str = "dpo"
     """dpo, cdpo, robust_dpo, ipo, slic, kto; without a reference orpo, simpo, cpo, slic_hf, rrhf, contrastive,
     unlikelihood, figa, hindsight."""
-    beta: float = 0.1
-    """Strength of the pull to the reference; ORPO's lambda; SimPO's and CPO's scale."""
+    beta: float | None = None
+    """Strength of the pull to the reference; ORPO's lambda; SimPO's and CPO's scale (default: 0.1; simpo 2)."""
     label_smoothing: float = 0.1
     """Share of labels taken to be wrong (cdpo, robust_dpo)."""
     gamma: float = 1.0
     """SimPO's margin, in scaled nats per token."""
     delta: float = 1.0
     """Margin of the hinge, in nats (slic_hf) or scaled nats (slic)."""
-    weight: float = 1.0
-    """Of the second term: the chosen's NLL (cpo, slic_hf), unwanted tokens (unlikelihood, figa)."""
+    weight: float | None = None
+    """Of the second term: the chosen's NLL (cpo, slic_hf), unwanted tokens (unlikelihood, figa) (default: 1; figa
+    0.5)."""
     desirable_weight: float = 1.0
     """KTO's weight of desirable responses."""
     undesirable_weight: float = 1.0
@@ -142,7 +143,7 @@ def make_objective(config: Config, apply: Any) -> tuple[Objective, bool]:
         "simpo": partial(pairs, loss=partial(direct.simpo, **beta, gamma=config.gamma), per_token=True),
         "cpo": partial(pairs, loss=partial(direct.cpo, **beta, nll_weight=config.weight)),
         "slic_hf": partial(pairs, loss=partial(direct.slic_hf, delta=config.delta, weight=config.weight)),
-        "rrhf": partial(direct.ranked_objective, apply, loss=direct.rrhf),
+        "rrhf": partial(direct.ranked_objective, apply, loss=direct.rrhf, per_token=True),
         "contrastive": partial(direct.ranked_objective, apply, loss=direct.contrastive),
         "unlikelihood": partial(direct.token_objective, apply, loss=direct.unlikelihood),
         "figa": partial(direct.token_objective, apply, loss=direct.figa),
@@ -169,6 +170,15 @@ def check(config: Config) -> None:
         raise UserError(f"--label_smoothing={config.label_smoothing}: must be at least 0 and below 0.5")
     if config.unpaired and config.loss not in ("kto", "unlikelihood"):
         raise UserError(f"--unpaired: --loss={config.loss} compares responses; use kto or unlikelihood")
+    if config.pairs == "extremes" and config.loss in (
+        "kto",
+        "rrhf",
+        "contrastive",
+        "unlikelihood",
+        "figa",
+        "hindsight",
+    ):
+        raise UserError(f"--pairs=extremes: --loss={config.loss} is none on pairs; leave it out")
     if config.instructions < 2:
         raise UserError(f"--instructions={config.instructions}: must be at least 2")
 
@@ -210,7 +220,7 @@ def make_with_kl(apply: Any):
 
 
 def main(config: Config) -> dict[str, float]:
-    config = pinned(config)
+    config = pinned(settled(config, direct.PAPERS.get(config.loss, direct.USUAL)))
     mesh = make_mesh(config.mesh)
     check(config)
     check_batch("batch_size", config.batch_size, config.microbatches, mesh, config.length)

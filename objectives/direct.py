@@ -15,6 +15,9 @@ from objectives.likelihood import Apply, following, hidden_logprobs, shifted
 from objectives.reward import better_pairs
 
 Array = jax.Array
+USUAL = {"beta": 0.1, "weight": 1.0}
+PAPERS = {"simpo": USUAL | {"beta": 2.0}, "figa": USUAL | {"weight": 0.5}}  # Meng et al. 2024; Guo et al. 2024
+"""Where a paper's settings are not the usual ones."""
 
 # ---- On pairs, against a reference ----
 
@@ -103,8 +106,12 @@ def kto(
 
 
 def log_complement(logp: Array) -> Array:
-    """log(1 - p) from log p; p counts as at most 1 - 1e-6, for at 1 both value and gradient are infinite."""
-    return jnp.log(-jnp.expm1(jnp.minimum(logp, -1e-6)))
+    """log(1 - p) from log p; p counts as at most 1 - 1e-6, for at 1 both value and gradient are infinite.
+
+    The gradient there is that at 1 - 1e-6, not 0: of what a model is sure it must be able to unlearn.
+    """
+    at_most = logp + jax.lax.stop_gradient(jnp.minimum(logp, -1e-6) - logp)
+    return jnp.log(-jnp.expm1(at_most))
 
 
 def orpo(chosen_mean_logps: Array, rejected_mean_logps: Array, *, beta: float) -> Array:
@@ -254,21 +261,27 @@ def kto_objective(apply: Apply, params: Any, batch: dict[str, Array], **options:
     score_BC, judged = logp_BC - batch["reference_BC"], judged_BC.sum()
     sides = {"desirable": ranks_BC == 1, "undesirable": ranks_BC == 2}
     metrics = {name: ((score_BC * side).sum(), side.sum().astype(jnp.float32)) for name, side in sides.items()}
-    metrics["kl"] = (jnp.maximum(kl_B, 0.0).sum(), jnp.float32(kl_B.size))
+    metrics["kl"] = (kl_B.sum(), jnp.float32(kl_B.size))  # as estimated: where it is below 0 the loss takes 0
     if ranks_BC.shape[1] > 1:
         metrics |= pair_metrics(score_BC, better_pairs(ranks_BC))
     return (losses_BC * judged_BC).sum(), (judged, metrics)
 
 
-def ranked_objective(apply: Apply, params: Any, batch: dict[str, Array], *, loss: Callable[..., Array]):
-    """`loss` of whole rankings (`rrhf`, `contrastive`), summed over the prompts that have a pair."""
+def ranked_objective(
+    apply: Apply, params: Any, batch: dict[str, Array], *, loss: Callable[..., Array], per_token: bool = False
+):
+    """`loss` of whole rankings (`rrhf`, `contrastive`), summed over the prompts that have a pair.
+
+    `per_token`: the metrics too compare means over tokens, as the loss does.
+    """
     ranks_BC, tokens_BC = batch["ranks_BC"], batch["loss_mask_BCT"].sum(-1)
     logp_BC = response_logprobs(apply, params, batch)
     pairs_BCC = better_pairs(ranks_BC)
     valid_B = (pairs_BCC.sum((1, 2)) > 0).astype(jnp.float32)
     losses_B = loss(logp_BC, ranks_BC, tokens_BC)
-    first_B = (logp_BC * best(ranks_BC)).sum(1) >= jnp.where(ranks_BC > 0, logp_BC, -jnp.inf).max(1)
-    metrics = {"first": ((first_B * valid_B).sum(), valid_B.sum()), **pair_metrics(logp_BC, pairs_BCC)}
+    score_BC = logp_BC / jnp.maximum(tokens_BC, 1.0) if per_token else logp_BC
+    first_B = (score_BC * best(ranks_BC)).sum(1) >= jnp.where(ranks_BC > 0, score_BC, -jnp.inf).max(1)
+    metrics = {"first": ((first_B * valid_B).sum(), valid_B.sum()), **pair_metrics(score_BC, pairs_BCC)}
     return jnp.where(valid_B > 0, losses_B, 0.0).sum(), (valid_B.sum(), metrics)
 
 

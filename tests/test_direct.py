@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from data.preferences import edit_weights, with_edit_weights, with_rank_weights
-from objectives import direct
+from objectives import direct, likelihood
 
 
 def normal(*shape, seed=0):
@@ -527,6 +527,18 @@ def test_unlikelihood_lowers_what_is_marked_bad_and_nothing_else():
         assert (probs(end)[3, [4, 5]] < 0.2 * probs(start)[3, [4, 5]]).all()
         assert probs(end)[1, 2] > 0.9 if good else probs(end)[1, 2] == probs(start)[1, 2]
         np.testing.assert_array_equal(np.delete(end, [1, 3], 0), np.delete(start, [1, 3], 0))
+
+
+def test_unlikelihood_also_unlearns_what_the_model_is_sure_of():
+    """In float32 log p is 0 to rounding at a margin of 16 nats or more, where the loss is clamped."""
+
+    def loss(margin):
+        logits = jnp.array([[[margin, 0.0]]])
+        return direct.unlikelihood(likelihood.label_logprobs(logits, jnp.array([[0]])), jnp.float32([[-1.0]]))[0, 0]
+
+    for margin in (0.0, 10.0, 15.0):
+        assert float(jax.grad(loss)(margin)) > 0.3  # exactly: p
+    assert float(jax.grad(loss)(16.0)) > 0.05 and np.isfinite(float(loss(1e3)))
 
 
 def test_contrast_of_instructions_starts_at_chance_and_is_learnt():

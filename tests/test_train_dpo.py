@@ -12,6 +12,7 @@ from running import fails, rows_of, run, write
 import config
 import train_dpo
 from checkpoint import load_params
+from config import settled
 from data import preferences
 from data.batches import chat_batches, comparison_batches
 from data.reference import candidate_keys
@@ -94,6 +95,7 @@ def test_cached_reference_equals_online_on_another_mesh(files, finished):
     axes = ["--mesh.data=2", "--mesh.fsdp=2", "--mesh.tensor=2"]
     run(train_dpo, *common(files), *axes, f"--run={files}/online", "--steps=6", "--reference=online")
     equal(files / "online", finished, atol=1e-4)
+    assert config.load_config(str(finished))["beta"] == 0.1  # where none is given
     assert (finished / "reference-0.npz").exists() and not (files / "online" / "reference-0.npz").exists()
 
 
@@ -170,7 +172,7 @@ def test_every_loss_of_the_script_has_a_finite_gradient(files):
     names = ["dpo", "cdpo", "robust_dpo", "ipo", "slic", "kto", "orpo", "simpo", "cpo", "slic_hf", "rrhf"]
     names += ["contrastive", "unlikelihood", "figa", "hindsight"]
     for name in names:
-        c = train_dpo.Config(loss=name, batch_size=8, length=64)
+        c = settled(train_dpo.Config(loss=name, batch_size=8, length=64), direct.PAPERS.get(name, direct.USUAL))
         objective, needs_reference = train_dpo.make_objective(c, lookup)
         batch = train_dpo.on_host(c, next(train_dpo.make_batches(c, source, tokenizer)), 1, 0)
         if needs_reference:
