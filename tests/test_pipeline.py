@@ -13,7 +13,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from running import rows_of, run
+from running import fails, rows_of, run
 
 import collect
 import evaluate
@@ -216,6 +216,16 @@ def resumes(runs, tmp_path, script, points):
         jax.tree.map(np.testing.assert_array_equal, load_params(str(folder)), expected)
         numbers = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
         assert numbers == list(range(1, steps + 1))  # no row lost, none twice
+
+
+@pytest.mark.slow
+def test_a_run_beyond_its_kl_limit_stops_an_iteration_later_at_most(runs, tmp_path, capsys):
+    ppo = [f"--init={runs}/sft", f"--reward={runs}/rm", "--batch_size=16", "--minibatches=2", "--max_prompt=48"]
+    options = ["--max_new_tokens=16", "--steps=9", "--optimizer.lr=1e-2", "--kl_limit=0.001", f"--run={tmp_path}/far"]
+    line = fails(train_ppo, [*SHORT, "--mesh.data=1", "--mesh.fsdp=8", *ppo, *options], capsys)
+    assert line.startswith("error: --kl_limit=0.001: KL reached") and "--kl_coef" in line
+    beyond = [row["kl"] > 0.001 for row in rows_of(tmp_path / "far")]
+    assert sum(beyond) in (1, 2) and len(beyond) < 9  # metrics are read when the next iteration's are there
 
 
 @pytest.mark.slow  # minutes; the quick suite kills a process in tests/test_checkpoint.py

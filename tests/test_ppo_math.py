@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+import train_ppo
 from model import ModelConfig
 from objectives.policy import (
     adapt_kl,
@@ -403,6 +404,57 @@ def test_adaptive_kl_converges_to_its_target(start):
 
     assert float(train(jnp.float32(start), True)) == pytest.approx(target, rel=0.2)
     assert float(train(jnp.float32(start), False)) != pytest.approx(target, rel=0.2)  # control
+
+
+@pytest.mark.parametrize("whitened", [False, True])
+@pytest.mark.parametrize("at", ["last", "after"])
+def test_a_judgement_equals_loops(at, whitened):
+    """Of responses of all lengths, four with an end and two without, token by token in float64."""
+    rng = np.random.default_rng(0)
+    rows, before, new, vocab, eos, beta, discount, smoothing, temperature = 6, 2, 5, 7, 6, 0.2, 0.9, 0.95, 0.7
+    lengths = np.array([1, 2, 5, 3, 4, 5])
+    mask = (np.arange(new) < lengths[:, None]).astype(np.float32)
+    response = np.where(mask > 0, rng.integers(1, 6, (rows, new)), 0).astype(np.int32)
+    response[np.arange(4), lengths[:4] - 1] = eos
+    tokens = np.concatenate([rng.integers(1, 6, (rows, before)), response], axis=1).astype(np.int32)
+    segments = np.concatenate([np.ones((rows, before)), mask], axis=1).astype(np.int32)
+    batch = {"tokens_BT": tokens, "segment_ids_BT": segments, "positions_BT": segments.cumsum(1) - 1}
+    batch |= {"response_BR": response, "mask_BR": mask, "sampler_logp_BR": 0 * mask}
+    policy, reference = normal(vocab, vocab, seed=1), normal(vocab, vocab, seed=2)
+    reward, value = normal(vocab, seed=3), normal(vocab, seed=4)
+
+    def bigram(table, tokens, segments, positions, logits_from=0, read=None):
+        return read(table[tokens][:, logits_from:], jnp.eye(vocab)), None
+
+    config = train_ppo.Config(score_at=at, whiten_rewards=whitened, temperature=temperature, discount=discount)
+    judge = train_ppo.make_judge(config, bigram, lambda table, tokens, *_: table[tokens], eos, [])
+    got, _ = judge(*map(jnp.asarray, (policy, reference, reward, value)), batch, jnp.float32(beta))
+
+    logps = [np.asarray(x, np.float64) / temperature for x in (policy, reference)]
+    logps = [x - np.log(np.exp(x).sum(1, keepdims=True)) for x in logps]
+    ends, rewards, values = [], np.zeros((rows, new)), np.zeros((rows, new))
+    for b, n in enumerate(lengths):
+        ends.append(min(n, new - 1) if at == "after" else n - 1)
+        for t in range(ends[b] + 1):
+            state = tokens[b, before - 1 + t]
+            values[b, t] = value[state]
+            if t < n:
+                rewards[b, t] -= beta * (logps[0] - logps[1])[state, response[b, t]]
+        rewards[b, ends[b]] += reward[eos] if b < 4 else config.missing_eos_score
+    counted = np.arange(new) <= np.array(ends)[:, None]
+    if whitened:  # the mean stays
+        mean, deviation = rewards[counted].mean(), np.sqrt(rewards[counted].var() + 1e-8)
+        rewards = np.where(counted, (rewards - mean) / deviation + mean, 0)
+    advantages, later = np.zeros((rows, new + 1)), np.pad(values, ((0, 0), (0, 1)))
+    for t in reversed(range(new)):
+        change = rewards[:, t] + discount * later[:, t + 1] - later[:, t]
+        advantages[:, t] = change + discount * smoothing * advantages[:, t + 1]
+    advantages = advantages[:, :new]
+    np.testing.assert_allclose(got["old_values_BR"], values, atol=1e-5)
+    np.testing.assert_allclose(got["returns_BR"] * counted, (advantages + values) * counted, atol=1e-5)
+    real = advantages[mask > 0]
+    want = (advantages - real.mean()) / np.sqrt(real.var() + 1e-8)
+    np.testing.assert_allclose(got["advantages_BR"] * mask, want * mask, atol=1e-5)
 
 
 def test_a_missing_end_replaces_or_lowers_the_score():
