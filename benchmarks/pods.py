@@ -156,9 +156,9 @@ def section(results: dict[str, str]) -> str:
     commands = [f"{name:11} python plan.py {CASES[name]}" for name in MODELS if name in results]
     lines = [
         BEGIN, "## Plans of real models, compiled without a pod", "",
-        "By the chips' compilers on one of two CPU cores (`python benchmarks/pods.py all`); nothing has run on a TPU. "
-        "What a step takes at least is a roofline of compute, memory and links, each fully overlapped: a bound, no "
-        "forecast. CPU-s are the processor's, s the clock's, pauses included.", "",
+        "By the chips' compilers on two shared CPU cores (`python benchmarks/pods.py all`); nothing has run on a TPU. "
+        "What a step takes at least is a roofline of compute, memory and a chip's links together, each fully "
+        "overlapped: a bound, no forecast. CPU-s are the processor's.", "",
         *models_table(results), "", "```", *commands, "```", "",
     ]  # fmt: skip
     if results.keys() & SCALING.keys():
