@@ -48,7 +48,7 @@ class Checkpoints:
     """The run folder `run` while a script trains in it.
 
     On entry the folder is created, or found to hold a run of the same config, script and tokenizer: else
-    UserError, and nothing is touched. SIGTERM asks `due` for a last save; a second one ends at once.
+    UserError, and nothing is touched. SIGTERM and Ctrl-C ask `due` for a last save; a second one ends at once.
     """
 
     def __init__(self, run: str, config: Any, *, script: str, tokenizer: bytes | None = None, keep: int = 2):
@@ -77,10 +77,9 @@ class Checkpoints:
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), timeout_secs=3600)
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="manifest")
         # Several processes must agree on the step: JAX's preemption service, which takes SIGTERM, does (see `due`).
-        in_main_thread = threading.current_thread() is threading.main_thread()
-        self._handles_signal = in_main_thread and jax.process_count() == 1
-        if self._handles_signal:
-            self._old_handler = signal.signal(signal.SIGTERM, self._on_sigterm)
+        self._old_handlers = {}
+        if threading.current_thread() is threading.main_thread() and jax.process_count() == 1:
+            self._old_handlers = {n: signal.signal(n, self._on_signal) for n in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def __exit__(self, kind: Any, fault: Any, trace: Any) -> None:
@@ -96,18 +95,21 @@ class Checkpoints:
             self._thread.shutdown()
             with contextlib.suppress(Exception):  # what it could tell, `wait` has told
                 self._orbax.close()
-            if self._handles_signal:
-                signal.signal(signal.SIGTERM, self._old_handler)
+            self._restore_handlers()
             if jax.process_index() == 0:
                 os.close(self._lock)
 
-    def _on_sigterm(self, number: int, frame: Any) -> None:
+    def _on_signal(self, number: int, frame: Any) -> None:
         self._terminated = True
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        os.write(2, b"\nSIGTERM: saving after this step (again: stop at once)\n")
+        self._restore_handlers()
+        os.write(2, f"\n{signal.Signals(number).name}: saving after this step (again: stop at once)\n".encode())
+
+    def _restore_handlers(self) -> None:
+        for number, handler in self._old_handlers.items():
+            signal.signal(number, handler)
 
     def due(self, step: int, every: int, last: int) -> bool:
-        """Whether to save now: every `every` steps, at step `last`, after SIGTERM (then `stopping` is set).
+        """Whether to save now: every `every` steps, at step `last`, after a signal (then `stopping` is set).
 
         With several processes, all must call it at every step.
         """

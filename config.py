@@ -112,5 +112,5 @@ def ending_in_one_line(main: Callable[[], Any]) -> None:
         print(f"error: {' '.join(str(fault).split())}", file=sys.stderr)
         leave(2)
     except KeyboardInterrupt:
-        print("stopped by the keyboard; the same command resumes from the last checkpoint", file=sys.stderr)
+        print("stopped by the keyboard", file=sys.stderr)
         leave(130)

@@ -117,25 +117,26 @@ def main(config: Config) -> list[str]:
     respond = make_sampler(model, sampling, tokenizer, 1 if config.chat else config.n)
     key = jax.random.key(config.seed)
 
-    def fits(tokens: list[int]) -> list[int]:
-        if len(tokens) + config.max_new_tokens > model.context:
-            raise UserError(
-                f"--prompt: {len(tokens)} tokens and --max_new_tokens={config.max_new_tokens} exceed the model's "
-                f"context of {model.context}; shorten one of them"
-            )
-        return tokens
-
+    room = model.context - config.max_new_tokens
     if config.chat:
-        return [chat(lambda tokens, turn: respond(params, [fits(tokens)], turn)[0], tokenizer, key)]
+        return [chat(lambda tokens, turn: respond(params, [tokens], turn)[0], tokenizer, key, room)]
     tokens = [tokenizer.bos, *tokenizer.encode(config.prompt)] if config.raw else tokenizer.prompt(config.prompt)
+    if len(tokens) > room:
+        raise UserError(
+            f"--prompt: {len(tokens)} tokens and --max_new_tokens={config.max_new_tokens} exceed the model's "
+            f"context of {model.context}; shorten one of them"
+        )
     shown = tokens if config.raw else []  # decoded together: a space where the two meet is kept
-    texts = [tokenizer.decode(shown + response) for response in respond(params, [fits(tokens)], key)]
+    texts = [tokenizer.decode(shown + response) for response in respond(params, [tokens], key)]
     print("\n".join(texts))
     return texts
 
 
-def chat(reply: Callable[[list[int], jax.Array], list[int]], tokenizer: Tokenizer, key: jax.Array) -> str:
-    """Alternate turns with the person at the terminal; returns the last reply."""
+def chat(reply: Callable[[list[int], jax.Array], list[int]], tokenizer: Tokenizer, key: jax.Array, room: int) -> str:
+    """Alternate turns with the person at the terminal; returns the last reply.
+
+    What exceeds `room` tokens is forgotten, the oldest turns first.
+    """
     messages: list[dict[str, str]] = []
     print("Type a message; an empty line ends the chat.")
     while True:
@@ -147,6 +148,12 @@ def chat(reply: Callable[[list[int], jax.Array], list[int]], tokenizer: Tokenize
             return messages[-1]["content"] if messages else ""
         messages.append({"role": "user", "content": text})
         key, turn = jax.random.split(key)
+        while len(tokenizer.prompt(messages)) > room and len(messages) > 1:
+            del messages[:2]
+        if len(tokenizer.prompt(messages)) > room:
+            print(f"[too long: a message may have {room} tokens]")
+            messages.clear()
+            continue
         response = reply(tokenizer.prompt(messages), turn)
         messages.append({"role": "assistant", "content": tokenizer.decode(response)})
         print(messages[-1]["content"])

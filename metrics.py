@@ -216,7 +216,7 @@ def describe(
         "steps": f"{steps:,}{resumed}; {steps * tokens:,} tokens",
         "mesh": f"{axes}; {devices} {jax.devices()[0].device_kind} device{'s' * (devices > 1)}",
         "memory": f"about {_size(2 * weights + others)} a device, and activations on top: "
-        f"parameters {_size(weights)}, gradients {_size(weights)}, optimiser {_size(others)}",
+        f"parameters {_size(weights)}, gradients {_size(weights)}, optimiser and other models {_size(others)}",
         **({"pipeline": in_words(stages, microbatches)} if stages > 1 else {}),
         "compile": "the first step takes longer: it is compiled",
     }

@@ -39,6 +39,8 @@ def load_reward_model(
     run: str, tokenizer: Tokenizer, mesh: jax.sharding.Mesh, script: str = "train_rm"
 ) -> tuple[Params, ModelConfig]:
     """A run of `script` on the mesh; raises UserError, also where it has another tokenizer."""
+    if is_function(run):
+        raise UserError(f"--reward={run}: here it is a run of {script}; train_grpo.py and train_raft.py take others")
     config = load_config(run)
     if config["script"] != script:
         raise UserError(f"{run}: a run of {config['script']}; name one of {script}")

@@ -344,22 +344,24 @@ def test_kill_at_any_moment_resumes_to_the_bit(tmp_path):
     assert len(os.listdir(killed / "checkpoints")) == 2
 
 
-def test_sigterm_saves_and_exits_0(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_exits_0(tmp_path, number):
     process = start(tmp_path / "run", 10**6, LOOP.replace("due(step, 1,", "due(step, 0,"))
     while "step 3" not in process.stdout.readline():
         pass
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     out, err = process.communicate(timeout=30)
     last = int(out.split()[-1]) if out else 3
-    assert process.returncode == 0 and err.strip().startswith("SIGTERM: saving")
+    assert process.returncode == 0 and err.strip().startswith(f"{number.name}: saving")
     assert os.listdir(tmp_path / "run" / "checkpoints") == [str(last)]
 
 
 def test_sigterm_handler_goes_when_the_run_ends(saved):
-    before = signal.getsignal(signal.SIGTERM)
+    numbers = signal.SIGTERM, signal.SIGINT
+    before = list(map(signal.getsignal, numbers))
     with open_run(saved) as checkpoints:
-        assert signal.getsignal(signal.SIGTERM) == checkpoints._on_sigterm
-    assert signal.getsignal(signal.SIGTERM) == before
+        assert list(map(signal.getsignal, numbers)) == [checkpoints._on_signal] * 2
+    assert list(map(signal.getsignal, numbers)) == before
 
 
 @pytest.mark.slow

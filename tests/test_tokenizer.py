@@ -1,10 +1,12 @@
 import pathlib
 import random
 
+import jax
 import pytest
 
 from config import UserError
 from data.tokenizer import Tokenizer
+from generate import chat
 
 STORIES = pathlib.Path(__file__).parents[2] / "shared" / "data" / "stories260k" / "tok512.model"
 CORPUS = [
@@ -124,3 +126,22 @@ def test_a_model_trained_elsewhere():
     assert t.prompt("hello") == [t.bos, *user, *hello, *assistant]  # no role tokens: text stands for them
     tokens, mask = t.chat([{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}])
     assert tokens == [t.bos, *user, *hello, *assistant, *hi, t.eos] and sum(mask) == len(hi) + 1
+
+
+def test_a_chat_forgets_its_oldest_turns(tokenizer, monkeypatch, capsys):
+    """What the model is given always fits; a message that is too long alone ends nothing."""
+    typed, given = iter(["hello there", "how are you", "x " * 200, "good bye", ""]), []
+    monkeypatch.setattr("builtins.input", lambda _: next(typed))
+    room = len(tokenizer.prompt("how are you")) + 4
+
+    def reply(tokens, key):
+        given.append(tokens)
+        return tokenizer.encode(f"answer {len(given)}")
+
+    assert chat(reply, tokenizer, jax.random.key(0), room) == "answer 3"
+    assert given == [tokenizer.prompt(text) for text in ("hello there", "how are you", "good bye")]
+    assert "too long" in capsys.readouterr().out
+    typed = iter(["hello there", "how are you", ""])
+    given.clear()
+    chat(reply, tokenizer, jax.random.key(0), 1000)
+    assert "hello" in tokenizer.decode(given[1])  # control: where there is room, all turns are given
