@@ -88,7 +88,8 @@ class Config:
     instructions: int = 4
     """Prompts between which a response decides (contrastive)."""
     pairs: Literal["all", "extremes"] = "all"
-    """Of a ranking: all its pairs, averaged over the prompt, or only the best against the worst."""
+    """Of a ranking: all its pairs, averaged over the prompt, or only the best against the worst. With all, orpo, cpo
+    and slic_hf imitate the better of each pair, not the best alone."""
     reference: Literal["cached", "online"] = "cached"
     """Its log-probabilities: computed once before the first step and kept in the run, so that training holds one
     model; or in every step."""
