@@ -427,7 +427,7 @@ def test_the_whole_of_process_supervision_runs(tmp_path, monkeypatch, capsys):
     for labels in files:
         run(train_prm, *SHORT, "--init=sft", f"--data={labels}.jsonl", f"--run={labels}", "--steps=4")
     table = run(rerank, "--policy=sft", "--models", "outcome", "gold", "--prompts=40", "--n=4", "--out=table.json")
-    assert set(table) == {"random", "blind", "majority", "any"} | {
+    assert set(table) == {"one drawn at random", "a score that knows nothing", "majority", "one of them is right"} | {
         f"{m} {how}" for m in ("outcome", "gold") for how in ("product", "minimum", "last")
     }
     assert len({row[1][0] for row in table.values()}) == 1  # of one answer nothing can be chosen
