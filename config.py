@@ -60,11 +60,10 @@ def parse(cls: type[ConfigT], argv: Sequence[str] | None = None) -> ConfigT:
 def _starting_model(model: Any, argv: Sequence[str]) -> Any:
     """The model that `--model.preset` or else the run of `--init` names."""
     init, preset = _flag(argv, "--init"), _flag(argv, "--model.preset")
+    stored = None if init is None else load_config(init)["model"]  # first: a run that is missing is said to be
     if preset is not None:
         return model.from_preset(preset)
-    if init is not None:
-        return type(model)(**load_config(init)["model"])
-    return model
+    return model if stored is None else type(model)(**stored)
 
 
 def _flag(argv: Sequence[str], name: str) -> str | None:

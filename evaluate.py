@@ -123,13 +123,13 @@ class Config:
     data: str = "world"
     """Held-out split of: world, a .jsonl file, or tfds:<name>."""
     base: str | None = None
-    """Pre-trained run (default: <run>/lm)."""
+    """Pre-trained run; None: <run>/lm."""
     sft: str | None = None
-    """Fine-tuned run, reference of the KL (default: <run>/sft)."""
+    """Fine-tuned run, reference of the KL; None: <run>/sft."""
     reward: str | None = None
-    """Reward model's run (default: <run>/rm)."""
+    """Reward model's run; None: <run>/rm."""
     policy: str | None = None
-    """Aligned run, or the one to measure (default: <run>/ppo)."""
+    """Aligned run, or the one to measure; None: <run>/ppo."""
     against: str | None = None
     """Run that the policy's responses are compared with (win_rate; default: the SFT run)."""
     n: int = 1000

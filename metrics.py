@@ -65,8 +65,8 @@ class Recorder:
             _cut_samples(self.run / "samples.md", self.start)
             self._rows = (self.run / "metrics.jsonl").open("a", buffering=1)
             self._board = SummaryWriter(str(self.run / "tensorboard"), purge_step=self.start + 1)
-            options = {"total": self.total, "initial": self.start, "unit": self.unit, "disable": not sys.stderr.isatty()}
-            self._bar = tqdm(**options, dynamic_ncols=True)
+            counts = {"total": self.total, "initial": self.start, "unit": self.unit}
+            self._bar = tqdm(**counts, dynamic_ncols=True, disable=not sys.stderr.isatty())
         if self._guard is not None:
             rows = read_rows(str(self.run)) if self._shows else []
             self._history.extend(of_all([seen for row in rows if (seen := watched(row))][-self._guard.window :])[0])

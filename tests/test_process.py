@@ -366,6 +366,8 @@ def test_what_is_written_is_written_whole_or_not_at_all(tmp_path):
     with written_whole(str(path)) as file:
         file.write("row\n")
     assert path.read_text() == "row\n" and len(list(path.parent.iterdir())) == 1
+    with pytest.raises(UserError, match="exists; remove it"), written_whole(str(path), anew=True):
+        pass
     with pytest.raises(UserError, match="not saved"), written_whole(str(path / "below_a_file")) as file:
         pass
 
