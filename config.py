@@ -6,6 +6,7 @@ import io
 import json
 import pathlib
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -43,10 +44,13 @@ def parse(cls: type[ConfigT], argv: Sequence[str] | None = None) -> ConfigT:
     if hasattr(default, "model"):
         default = dataclasses.replace(default, model=_starting_model(default.model, argv))
     message = io.StringIO()
+    about = (sys.modules[cls.__module__].__doc__ or "").partition("\n")[0]
+    if "--help" in argv:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a pager that is left early ends it, without a traceback
     try:
         with contextlib.redirect_stderr(message):
             flags = (tyro.conf.FlagConversionOff,)
-            return tyro.cli(cls, args=argv, default=default, config=flags, use_underscores=True)
+            return tyro.cli(cls, description=about, args=argv, default=default, config=flags, use_underscores=True)
     except SystemExit as stop:
         if stop.code in (0, None):
             raise

@@ -216,7 +216,7 @@ def _prepared(path: pathlib.Path, schema: str) -> pathlib.Path:
         if folder.exists():
             return folder
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; --data takes world, a .jsonl file, or tfds:<name>") from None
+        raise UserError(f"{path}: no such file; give world, arithmetic, a .jsonl file, or tfds:<name>") from None
     except OSError as fault:
         raise UserError(f"{path}: cannot be read ({fault.strerror})") from None
     adapted = [(_key(record), len(record.get("responses", ()))) for record in _records(path, schema)]

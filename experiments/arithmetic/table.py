@@ -13,6 +13,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))  # the root's modules
 import numpy as np
 from scipy import stats
 
+from config import UserError, ending_in_one_line
 from data.steps import auc
 
 HERE = pathlib.Path(__file__).parent
@@ -137,6 +138,16 @@ def main(runs: list[pathlib.Path]) -> dict[str, Any]:
     return out
 
 
-if __name__ == "__main__":
-    results = main([pathlib.Path(argument) for argument in sys.argv[1:]])
+def start() -> None:
+    """Results of the runs that the command names."""
+    if len(sys.argv) < 3:
+        raise UserError("name two runs of run.sh or more, one a seed: table.py runs/arithmetic0 runs/arithmetic1")
+    try:
+        results = main([pathlib.Path(argument) for argument in sys.argv[1:]])
+    except OSError as fault:
+        raise UserError(f"{fault.filename}: {fault.strerror}; finish the run with run.sh") from None
     (HERE / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    ending_in_one_line(start)
