@@ -23,7 +23,7 @@ Condition = Callable[[Batch], Batch]
 
 def in_parts(count: int, rows: int, name: str) -> Iterator[int]:
     """0, `rows`, 2 `rows`, ... below `count`: where each part of `count` prompts starts, with a progress bar."""
-    with tqdm(total=count, desc=name, unit=" prompts", mininterval=2) as bar:
+    with tqdm(total=count, desc=name, unit="prompt", mininterval=2) as bar:
         for start in range(0, count, rows):
             yield start
             bar.update(min(rows, count - start))
