@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 import config as flags
 from checkpoint import load_params
@@ -24,7 +23,7 @@ from gold import CRITERIA, Interval, judged, mean, share
 from model import LanguageModel, ModelConfig, check_fit, pure
 from objectives.imitate import best_of_n_kl
 from rewards import make_scorer
-from rollout import make_rollout
+from rollout import in_parts, make_rollout
 from sharding import MeshConfig, abstract, make_mesh, to_mesh
 
 
@@ -59,7 +58,7 @@ def sampled(config: Config, records: list[dict[str, Any]], mesh: Any) -> tuple[n
     rollout = make_rollout(SimpleNamespace(**vars(config), model=model), apply, tokenizer, config.n)
     devices, rewards, texts = mesh.shape["data"], [], []
     rows = devices * max(1, 512 // (config.n * devices))
-    for start in tqdm(range(0, len(records), rows), desc="sample", unit=f" x {rows} prompts", mininterval=2):
+    for start in in_parts(len(records), rows, "sample"):
         part = records[start : start + rows]
         asked = [*part, *[part[0]] * (rows - len(part))]
         tokens = [row for record in asked for row in encode_prompt(record, tokenizer, config.max_prompt)[0]]

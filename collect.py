@@ -12,12 +12,12 @@ from itertools import combinations
 from typing import Literal
 
 import jax
-from tqdm import tqdm
 
 import config as flags
 from config import UserError
 from data import world
 from generate import SamplingConfig, load_run, make_sampler
+from rollout import in_parts
 from run_folder import written_whole
 from sharding import MeshConfig, make_mesh
 
@@ -53,8 +53,8 @@ def main(config: Config) -> dict[str, float]:
     respond = make_sampler(model, sampling, tokenizer, config.samples, slots=256)
     counts = {"lines": 0, "prompts": config.prompts}
     key, rng, rows = jax.random.key(config.seed), random.Random(config.seed), 500
-    with written_whole(config.out) as file:
-        for start in tqdm(range(0, config.prompts, rows), desc="collect", unit=f" x {rows} prompts", mininterval=2):
+    with written_whole(config.out, anew=True) as file:
+        for start in in_parts(config.prompts, rows, "collect"):
             numbers = range(start, min(start + rows, config.prompts))
             texts = [world.prompt(i, split=config.split, seed=config.seed).text for i in numbers]
             tokens = respond(params, [tokenizer.prompt(text) for text in texts], jax.random.fold_in(key, start), rows)

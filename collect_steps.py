@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 import config as flags
 from config import require
@@ -25,6 +24,7 @@ from data.tokenizer import Tokenizer
 from generate import SamplingConfig, load_run, make_sampler
 from model import check_fit
 from rewards import Check, load_function
+from rollout import in_parts
 from run_folder import written_whole
 from sharding import MeshConfig, make_mesh
 
@@ -115,8 +115,8 @@ def main(config: Config) -> dict[str, float]:
     source = open_source(config.data, "prompt", config.split, seed=config.seed)
     count, part = min(config.prompts, len(source)), 256
     counts = {"lines": 0, "steps": 0, "completions": 0}
-    with written_whole(config.out) as file:
-        for start in tqdm(range(0, count, part), desc="collect", unit=f" x {part} problems", mininterval=2):
+    with written_whole(config.out, anew=True) as file:
+        for start in in_parts(count, part, "collect"):
             records = [source[i] for i in range(start, min(start + part, count))]
             prompts = problems(records, tokenizer, config.max_prompt)
             keys = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), start))

@@ -6,6 +6,7 @@ import io
 import json
 import pathlib
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -43,10 +44,13 @@ def parse(cls: type[ConfigT], argv: Sequence[str] | None = None) -> ConfigT:
     if hasattr(default, "model"):
         default = dataclasses.replace(default, model=_starting_model(default.model, argv))
     message = io.StringIO()
+    about = (sys.modules[cls.__module__].__doc__ or "").partition("\n")[0]
+    if "--help" in argv:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a pager that is left early ends it, without a traceback
     try:
         with contextlib.redirect_stderr(message):
             flags = (tyro.conf.FlagConversionOff,)
-            return tyro.cli(cls, args=argv, default=default, config=flags, use_underscores=True)
+            return tyro.cli(cls, description=about, args=argv, default=default, config=flags, use_underscores=True)
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
@@ -60,11 +64,10 @@ def parse(cls: type[ConfigT], argv: Sequence[str] | None = None) -> ConfigT:
 def _starting_model(model: Any, argv: Sequence[str]) -> Any:
     """The model that `--model.preset` or else the run of `--init` names."""
     init, preset = _flag(argv, "--init"), _flag(argv, "--model.preset")
+    stored = None if init is None else load_config(init)["model"]  # first: a run that is missing is said to be
     if preset is not None:
         return model.from_preset(preset)
-    if init is not None:
-        return type(model)(**load_config(init)["model"])
-    return model
+    return model if stored is None else type(model)(**stored)
 
 
 def _flag(argv: Sequence[str], name: str) -> str | None:

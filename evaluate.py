@@ -123,13 +123,13 @@ class Config:
     data: str = "world"
     """Held-out split of: world, a .jsonl file, or tfds:<name>."""
     base: str | None = None
-    """Pre-trained run (default: <run>/lm)."""
+    """Pre-trained run; None: <run>/lm."""
     sft: str | None = None
-    """Fine-tuned run, reference of the KL (default: <run>/sft)."""
+    """Fine-tuned run, reference of the KL; None: <run>/sft."""
     reward: str | None = None
-    """Reward model's run (default: <run>/rm)."""
+    """Reward model's run; None: <run>/rm."""
     policy: str | None = None
-    """Aligned run, or the one to measure (default: <run>/ppo)."""
+    """Aligned run, or the one to measure; None: <run>/ppo."""
     against: str | None = None
     """Run that the policy's responses are compared with (win_rate; default: the SFT run)."""
     n: int = 1000
@@ -222,7 +222,7 @@ def perplexity_measure(config: Config) -> dict[str, float]:
     evaluate = make_evaluation(partial(likelihood_objective, pure(LanguageModel(model))[1]))
     parts = [next(batches) for _ in range(max(1, min(config.n, len(source)) // 64))]
     loss = evaluate(params, parts)["eval/loss"]
-    return {"loss": loss, "perplexity": float(np.exp(loss))}
+    return {"rows": 32 * len(parts), "loss": loss, "perplexity": float(np.exp(loss))}
 
 
 def accuracy_measure(config: Config) -> dict[str, float]:
@@ -252,6 +252,7 @@ def win_rate_measure(config: Config) -> dict[str, Any]:
     ours, theirs = (np.array(score(reward, prompts, responses(run))) for run in runs)
     rate, interval = mean((ours > theirs) + 0.5 * (ours == theirs))
     return {
+        "n": len(prompts),
         "win_rate": rate,
         "win_rate_ci": interval,
         "reward": float(ours.mean()),
@@ -273,7 +274,8 @@ def main(config: Config) -> dict[str, Any]:
     table = measures[config.measure](config)
     if config.measure != "gold":
         for name, value in table.items():
-            print(f"{name:28} {value if isinstance(value, list) else round(value, 4)}")
+            ends = value if isinstance(value, list) else [value]
+            print(f"{name:28} " + " to ".join(f"{end:.4f}".rstrip("0").rstrip(".") for end in ends))
     return table
 
 

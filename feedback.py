@@ -18,7 +18,6 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 import config as flags
 from config import UserError, require
@@ -29,6 +28,7 @@ from evaluate import make_scorer
 from generate import SamplingConfig, load_run, make_sampler
 from gold import CRITERIA
 from judges import Messages, make_prefer, make_revise, make_simulated, read_principles
+from rollout import in_parts
 from run_folder import written_whole
 from sharding import MeshConfig, make_mesh
 
@@ -44,7 +44,7 @@ class Config:
     principles: str = str(pathlib.Path(__file__).parent / "data" / "principles.txt")
     """A principle a line."""
     judge: str | None = None
-    """Run that judges, criticises and revises (default: the world's simulated one)."""
+    """Run that judges, criticises and revises; None: the world's simulated one."""
     reliability: float = 0.9
     """Of the simulated judge, critic and reviser: the chance that a look at a criterion, or a revision, is right."""
     reward: str | None = None
@@ -195,8 +195,8 @@ def main(config: Config) -> dict[str, float]:
     pick = make_pick(config)
     source = open_source(config.data, "prompt", config.split, seed=config.seed)
     count, rows, made = min(config.prompts, len(source)), 128, []
-    with written_whole(config.out) as file:  # opened at once, so that a place that cannot be written shows
-        for start in tqdm(range(0, count, rows), desc=config.write, unit=f" x {rows} prompts", mininterval=2):
+    with written_whole(config.out, anew=True) as file:  # opened at once, so that a place that cannot be written shows
+        for start in in_parts(count, rows, config.write):
             records = [source[i] for i in range(start, min(start + rows, count))]
             if any("prompt" not in record for record in records):
                 raise UserError(f"--data={config.data}: holds raw text; feedback is on answers to prompts")

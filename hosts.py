@@ -36,13 +36,13 @@ class HostsConfig:
     """The processes of a run, and how long they wait for one another."""
 
     coordinator: str | None = None
-    """host:port of process 0 (default: JAX_COORDINATOR_ADDRESS, or what SLURM or the TPU pod says)."""
+    """host:port of process 0; None: JAX_COORDINATOR_ADDRESS, or what SLURM or the TPU pod says."""
     count: int | None = None
-    """Processes (default: JAX_NUM_PROCESSES, or SLURM's or the pod's)."""
+    """Processes; None: JAX_NUM_PROCESSES, or SLURM's or the pod's."""
     index: int | None = None
-    """This process, from 0 (default: JAX_PROCESS_ID, or SLURM's or the pod's)."""
+    """This process, from 0; None: JAX_PROCESS_ID, or SLURM's or the pod's."""
     bind: str | None = None
-    """host:port that process 0 listens on (default: JAX_COORDINATOR_BIND_ADDRESS, or the coordinator's address)."""
+    """host:port that process 0 listens on; None: JAX_COORDINATOR_BIND_ADDRESS, or the coordinator's address."""
     stall: int = 1800
     """Seconds without a finished step after which the run ends; up to the first step ten times as many; 0: never."""
 

@@ -56,6 +56,7 @@ class Recorder:
     def __enter__(self) -> "Recorder":
         jax.monitoring.register_event_duration_secs_listener(self._on_event)
         self._began = self._told = time.monotonic()
+        self._first: tuple[int, float] | None = None  # this start's first step, which is compiled, and when it was done
         if self._shows:
             from tensorboardX import SummaryWriter
 
@@ -64,14 +65,8 @@ class Recorder:
             _cut_samples(self.run / "samples.md", self.start)
             self._rows = (self.run / "metrics.jsonl").open("a", buffering=1)
             self._board = SummaryWriter(str(self.run / "tensorboard"), purge_step=self.start + 1)
-            self._bar = tqdm(
-                total=self.total,
-                initial=self.start,
-                unit=self.unit,
-                dynamic_ncols=True,
-                leave=True,
-                disable=not sys.stderr.isatty(),
-            )
+            counts = {"total": self.total, "initial": self.start, "unit": self.unit}
+            self._bar = tqdm(**counts, dynamic_ncols=True, disable=not sys.stderr.isatty())
         if self._guard is not None:
             rows = read_rows(str(self.run)) if self._shows else []
             self._history.extend(of_all([seen for row in rows if (seen := watched(row))][-self._guard.window :])[0])
@@ -89,8 +84,6 @@ class Recorder:
         if self._shows and fault is None:
             from report import run_report
 
-            if not sys.stderr.isatty():
-                self._tell(self.last, force=True)
             print(f"report: {run_report(str(self.run))}", file=sys.stderr)
 
     def steps(self) -> Iterator[int]:
@@ -149,21 +142,25 @@ class Recorder:
         self._rows.write(json.dumps(finite) + "\n")
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
-        self._bar.set_postfix_str(_summary(values), refresh=False)
+        if self._first is None:
+            self._first = step, now
+            self._bar.initial = self._bar.n = self._bar.last_print_n = step
+            self._bar.unpause()
+        self._bar.set_postfix_str("  ".join(_summary(values)), refresh=False)
         self._bar.update(step - self._bar.n)
-        if not sys.stderr.isatty():
-            self._tell({**values, "step": step})
+        held_out = any(name.startswith("eval/") for name in values)
+        if held_out or (not sys.stderr.isatty() and (step == self.total or now - self._told > 10)):
+            self._tell(step, values, now)
 
-    def _tell(self, values: dict[str, float], force: bool = False) -> None:
-        """Where there is no terminal: a line every ten seconds."""
-        now = time.monotonic()
-        if values and (force or now - self._told > 10):
-            self._told = now
-            step = int(values["step"])
-            rate = (step - self.start) / (now - self._began)
-            left = tqdm.format_interval((self.total - step) / rate) if rate > 0 else "?"
-            line = f"{self.unit} {step}/{self.total}  {_summary(values)}  {left} left"
-            print(line, file=sys.stderr, flush=True)
+    def _tell(self, step: int, values: dict[str, float], now: float) -> None:
+        """A line of at most 80 columns; without a terminal one every ten seconds, else where something is held out."""
+        self._told, (first, then) = now, self._first
+        line = f"{self.unit} {step}/{self.total}"
+        seconds = (self.total - step) / (step - first) * (now - then) if step > first else None
+        left = [] if seconds is None else [f"{tqdm.format_interval(seconds)} left"]
+        for part in [*_summary(values), *left]:
+            line += f"  {part}" if len(line) + len(part) <= 78 else ""
+        tqdm.write(line, file=sys.stderr)
 
     def samples(self, step: int, rows: list[dict[str, Any]], shown: int = 2) -> None:
         """Appends `rows` (prompt, response, anything more) to samples.md and shows the first `shown`."""
@@ -252,11 +249,13 @@ def _number(value: Any) -> float:
     return float(np.asarray(value))
 
 
-def _summary(values: dict[str, float]) -> str:
-    parts = [f"{name} {values[name]:.3f}" for name in SHOWN if name in values]
-    if "tokens_per_second" in values:
-        parts.append(f"{values['tokens_per_second']:,.0f} tokens/s")
-    return "  ".join(parts)
+def _summary(values: dict[str, float]) -> list[str]:
+    parts = []
+    for name in (name for name in SHOWN if name in values):
+        held_out = f" (held out {values[f'eval/{name}']:.3f})" if f"eval/{name}" in values else ""
+        parts.append(f"{name} {values[name]:.3f}{held_out}")
+    speed = [f"{values['tokens_per_second']:,.0f} tokens/s"] if "tokens_per_second" in values else []
+    return parts + speed
 
 
 def _fenced(text: str) -> str:

@@ -30,7 +30,7 @@ def preview_items(config: Any, items: dict[str, Any], batch: Batch, tokenizer: T
     it holds. Tokens under the loss mask are green; with NO_COLOR in the environment, in brackets.
     """
     params, rest = items["params"], {name: tree for name, tree in items.items() if name != "params"}
-    length = max(x.shape[-1] for name, x in batch.items() if name.startswith("tokens"))
+    length = config.length if hasattr(config, "length") else config.max_prompt + config.max_new_tokens
     sizes = {"batch_size": config.batch_size, "length": length, "steps": config.steps}
     sizes["microbatches"] = config.microbatches
     print(describe(f"{config.run}: dry run", params, rest, **sizes))
@@ -48,7 +48,7 @@ def preview_items(config: Any, items: dict[str, Any], batch: Batch, tokenizer: T
             x.reshape(-1, x.shape[-1])
             for x in (batch[name], np.zeros_like(segments) if mask is None else mask, segments)
         ]
-        print(f"{name}, {'no loss mask' if mask is None else 'the loss is of what is green'}:")
+        print(f"{name}, {'prompts: the run samples responses' if mask is None else 'the loss is of what is green'}:")
         for tokens, wanted, segment in list(zip(*parts, strict=True))[:SHOWN]:
             print(f"  {decoded(tokens, wanted, segment, tokenizer)}\n")
     return {}

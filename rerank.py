@@ -3,8 +3,8 @@
     python rerank.py --policy=runs/maths --models runs/orm runs/prm
     python rerank.py --policy=runs/gsm8k --data=tfds:gsm8k --models runs/prm --max_prompt=256 --max_new_tokens=256
 
-A row is a way to choose, a column the number of answers chosen from, always the first of the same samples. `random`:
-any of them; `blind`: any of the distinct ones, as by a score that knows nothing, for equal answers score equal.
+A row is a way to choose, a column the number of answers chosen from, always the first of the same samples. A score
+that knows nothing draws one of the distinct answers, for equal ones score equal.
 """
 
 import dataclasses
@@ -85,9 +85,10 @@ def main(config: Config) -> dict[str, dict[int, Interval]]:
     sizes = sorted({*(1 << k for k in range(config.n.bit_length())), config.n})
     hits: dict[str, dict[int, np.ndarray]] = {}
     for n in sizes:
-        of_n = {"random": right_PN[:, :n].mean(1), "blind": np.average(right_PN[:, :n], 1, new_PN[:, :n])}
+        of_n = {"one drawn at random": right_PN[:, :n].mean(1)}
+        of_n["a score that knows nothing"] = np.average(right_PN[:, :n], 1, new_PN[:, :n])
         of_n |= {way: right_PN[np.arange(len(records)), at] for way, at in choices(n, scores, answers).items()}
-        for way, hit_P in (of_n | {"any": right_PN[:, :n].max(1)}).items():
+        for way, hit_P in (of_n | {"one of them is right": right_PN[:, :n].max(1)}).items():
             hits.setdefault(way, {})[n] = hit_P
     table = {way: {n: mean(hit_P) for n, hit_P in row.items()} for way, row in hits.items()}
     tokens = sum(map(len, responses)) / len(records)
@@ -103,7 +104,7 @@ def main(config: Config) -> dict[str, dict[int, Interval]]:
 def report(config: Config, table: dict[str, dict[int, Interval]], problems: int, tokens: float) -> None:
     """The table for a terminal."""
     wide = max(map(len, table)) + 2
-    print(" " * wide + "".join(f"{f'n={n}':>15}" for n in table["random"]))
+    print(" " * wide + "".join(f"{f'n={n}':>15}" for n in table["majority"]))
     for way, row in table.items():
         cells = (f"{value:.3f} ±{(high - low) / 2:.3f}" for value, (low, high) in row.values())
         print(f"{way:{wide}}" + "".join(f"{cell:>15}" for cell in cells))

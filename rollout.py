@@ -1,12 +1,13 @@
 """What online methods share: sampled responses as a batch, what is logged of them, minibatches."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tqdm import tqdm
 
 from data.batches import Batches
 from data.tokenizer import Tokenizer
@@ -18,6 +19,14 @@ from sharding import constrain_batch, gathered, to_host, to_mesh
 
 Batch = dict[str, jax.Array]
 Condition = Callable[[Batch], Batch]
+
+
+def in_parts(count: int, rows: int, name: str) -> Iterator[int]:
+    """0, `rows`, 2 `rows`, ... below `count`: where each part of `count` prompts starts, with a progress bar."""
+    with tqdm(total=count, desc=name, unit="prompt", mininterval=2) as bar:
+        for start in range(0, count, rows):
+            yield start
+            bar.update(min(rows, count - start))
 
 
 def make_rollout(

@@ -115,9 +115,14 @@ def write_whole(path: pathlib.Path, content: bytes) -> None:
 
 
 @contextlib.contextmanager
-def written_whole(path: str) -> Iterator[TextIO]:
-    """A file to write into that is at `path`, its folder made, once all is written; of a fault nothing is left."""
+def written_whole(path: str, anew: bool = False) -> Iterator[TextIO]:
+    """A file to write into that is at `path`, its folder made, once all is written; of a fault nothing is left.
+
+    `anew`: raises UserError where there is one that is not empty.
+    """
     out = pathlib.Path(path)
+    if anew and out.exists() and out.stat().st_size:
+        raise UserError(f"{out}: exists; remove it or name another --out")
     new = out.with_name(f".{out.name}.{os.getpid()}")
     with disk_faults(out):
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from config import UserError
+from config import require
 from model import KVCache, ModelConfig, Params, empty_cache
 from sharding import path_name
 
@@ -30,15 +30,12 @@ class SamplingConfig:
     """Longest response, its end-of-turn token included."""
 
     def __post_init__(self):
-        limits = {
-            "temperature": self.temperature >= 0,
-            "top_k": self.top_k >= 0,
-            "top_p": 0 < self.top_p <= 1,
-            "max_new_tokens": self.max_new_tokens >= 1,
-        }
-        for name, holds in limits.items():
-            if not holds:
-                raise UserError(f"--{name}={getattr(self, name)}: out of range (see --help)")
+        require({
+            f"--temperature={self.temperature}: must be at least 0": self.temperature >= 0,
+            f"--top_k={self.top_k}: must be at least 0": self.top_k >= 0,
+            f"--top_p={self.top_p}: must be above 0 and at most 1": 0 < self.top_p <= 1,
+            f"--max_new_tokens={self.max_new_tokens}: must be at least 1": self.max_new_tokens >= 1,
+        })  # fmt: skip
 
 
 @flax.struct.dataclass

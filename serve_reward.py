@@ -27,7 +27,7 @@ class Config:
     reward: str = "runs/align/rm"
     """A run of train_rm.py, or module:function, called with (response, record)."""
     tokenizer: str | None = None
-    """Run or .model file whose tokenizer the askers have (default: that of --reward)."""
+    """Run or .model file whose tokenizer the askers have; None: that of --reward."""
     host: str = "127.0.0.1"
     port: int = 8600
     mesh: MeshConfig = MeshConfig()

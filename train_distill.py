@@ -43,7 +43,7 @@ class Config:
     teacher: str = "runs/align/ppo"
     """Run whose model is imitated, of any shape; its tokenizer is the student's."""
     init: str | None = None
-    """Run that the student starts from, with the teacher's tokenizer (default: random weights)."""
+    """Run that the student starts from, with the teacher's tokenizer; None: random weights."""
     data: str = "world"
     """Conversations: world, a .jsonl file, or tfds:<name>; of them also the prompts of own samples."""
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"

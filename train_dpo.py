@@ -32,7 +32,7 @@ from data.reference import cached_reference
 from data.sources import Source, open_source
 from data.tokenizer import tokenizer_for
 from generate import SamplingConfig, make_sampler
-from gold import make_gold_evaluation
+from gold import check_of_world, make_gold_evaluation
 from hosts import HostsConfig
 from lora import LoraConfig, attach, pinned
 from metrics import Recorder, describe
@@ -58,18 +58,18 @@ class Config:
     run: str = "runs/dpo"
     """Folder of this run; running again resumes it."""
     init: str | None = None
-    """Run that policy and reference start from, usually of train_sft (default: random weights)."""
+    """Run that policy and reference start from, usually of train_sft; None: random weights."""
     data: str = "world"
     """Comparisons: world, a .jsonl file, or tfds:<name>."""
     unpaired: bool = False
     """--data has single responses, each judged desirable or not (kto and unlikelihood)."""
     tokenizer: str | None = None
-    """A SentencePiece .model (default: that of --init, else one trained on the data)."""
+    """A SentencePiece .model; None: that of --init, else one trained on the data."""
     loss: str = "dpo"
     """dpo, cdpo, robust_dpo, ipo, slic, kto; without a reference orpo, simpo, cpo, slic_hf, rrhf, contrastive,
     unlikelihood, figa, hindsight."""
     beta: float | None = None
-    """Strength of the pull to the reference; ORPO's lambda; SimPO's and CPO's scale (default: 0.1; simpo 2)."""
+    """Strength of the pull to the reference; ORPO's lambda; SimPO's and CPO's scale; None: 0.1, simpo 2."""
     label_smoothing: float = 0.1
     """Share of labels taken to be wrong (cdpo, robust_dpo)."""
     gamma: float = 1.0
@@ -77,8 +77,8 @@ class Config:
     delta: float = 1.0
     """Margin of the hinge, in nats (slic_hf) or scaled nats (slic)."""
     weight: float | None = None
-    """Of the second term: the chosen's NLL (cpo, slic_hf), unwanted tokens (unlikelihood, figa) (default: 1; figa
-    0.5)."""
+    """Of the second term: the chosen's NLL (cpo, slic_hf), unwanted tokens (unlikelihood, figa); None: 1, figa
+    0.5."""
     desirable_weight: float = 1.0
     """KTO's weight of desirable responses."""
     undesirable_weight: float = 1.0
@@ -246,6 +246,8 @@ def main(config: Config) -> dict[str, float]:
     gold = make_gold_evaluation(config, tokenizer) if judges else None
     respond = make_sampler(config.model, SamplingConfig(0.0, max_new_tokens=config.max_new_tokens), tokenizer)
     asked = [held_out[i]["prompt"] for i in range(min(8, len(held_out)))]
+    if config.gold:
+        check_of_world("--gold", asked)
     prompts = [tokenizer.prompt(messages)[-config.length :] for messages in asked]
 
     if config.dry_run:

@@ -33,11 +33,11 @@ class Config:
     run: str = "runs/lm"
     """Folder of this run; running again resumes it."""
     init: str | None = None
-    """Run to start from (default: random weights)."""
+    """Run to start from; None: random weights."""
     data: str = "world"
     """Documents: world, a .jsonl file, or tfds:<name>."""
     tokenizer: str | None = None
-    """A SentencePiece .model (default: that of --init, else one trained on the data)."""
+    """A SentencePiece .model; None: that of --init, else one trained on the data."""
     steps: int = 1200
     batch_size: int = 32
     """Rows per step, over all devices; each holds several documents, packed."""

@@ -39,13 +39,13 @@ class Config:
     run: str = "runs/prm"
     """Folder of this run; running again resumes it."""
     init: str | None = None
-    """Run whose decoder to start from, usually of train_sft (default: random weights)."""
+    """Run whose decoder to start from, usually of train_sft; None: random weights."""
     data: str = "arithmetic"
     """Solutions with labelled steps: arithmetic, a .jsonl file (also PRM800K's), or tfds:<name>."""
     eval_data: str | None = None
-    """Held-out ones (default: the held-out part of --data)."""
+    """Held-out ones; None: the held-out part of --data."""
     tokenizer: str | None = None
-    """A SentencePiece .model (default: that of --init, else one trained on the data)."""
+    """A SentencePiece .model; None: that of --init, else one trained on the data."""
     steps: int = 600
     batch_size: int = 32
     """Solutions per step, over all devices."""

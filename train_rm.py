@@ -36,15 +36,15 @@ class Config:
     run: str = "runs/rm"
     """Folder of this run; running again resumes it."""
     init: str | None = None
-    """Run to start from: of train_sft, or a reward model that further comparisons shall better (default: random)."""
+    """Run to start from: of train_sft, or a reward model that further comparisons shall better; None: random."""
     data: str = "world"
     """Comparisons: world, a .jsonl file, or tfds:<name>."""
     eval_data: str | None = None
-    """Held-out comparisons (default: the held-out part of --data)."""
+    """Held-out comparisons; None: the held-out part of --data."""
     demonstrations: str | None = None
-    """Conversations whose responses shall score 0 on average (default: the best response of each comparison)."""
+    """Conversations whose responses shall score 0 on average; None: the best response of each comparison."""
     tokenizer: str | None = None
-    """A SentencePiece .model (default: that of --init, else one trained on the data)."""
+    """A SentencePiece .model; None: that of --init, else one trained on the data."""
     steps: int = 500
     batch_size: int = 32
     """Prompts per step, over all devices, each with all its candidates."""

@@ -63,7 +63,10 @@ class TrainState:
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """Learning rate by step, over `steps` steps."""
     if not 0 <= config.warmup < max(steps, 1):
-        raise UserError(f"--optimizer.warmup={config.warmup}: must be at least 0 and below the {steps} steps")
+        raise UserError(
+            f"--optimizer.warmup={config.warmup}: must be at least 0 and below the {steps} steps; "
+            "lower it, or raise --steps"
+        )
     if not config.lr > 0:
         raise UserError(f"--optimizer.lr={config.lr}: must be above 0")
     rest = max(steps - config.warmup, 1)

@@ -3,6 +3,7 @@
 python benchmarks/side_by_side.py              # writes the README's table anew from benchmarks/results/
 """
 
+import argparse
 import dataclasses
 import datetime
 import importlib.metadata
@@ -190,6 +191,7 @@ def markdown(folder: pathlib.Path) -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__.partition("\n")[0]).parse_args()  # it takes no arguments
     readme = pathlib.Path(__file__).parents[1] / "README.md"
     before, _, rest = readme.read_text().partition("<!-- benchmarks -->\n")
     _, _, after = rest.partition("<!-- end -->\n")

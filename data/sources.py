@@ -179,7 +179,8 @@ def _local(path: pathlib.Path, schema: str, split: str) -> Source:
     if held.all():
         raise UserError(f"{path}: all its prompts or texts are the same: none can be held out; add others")
     rows = np.flatnonzero(held if split == "heldout" else ~held)
-    return Source(str(path), rows, lambda i: json.loads(stored[i]["json"]), candidates)
+    name = f"the held-out split of {path}" if split == "heldout" else str(path)
+    return Source(name, rows, lambda i: json.loads(stored[i]["json"]), candidates)
 
 
 def held_out(keys_N: np.ndarray) -> np.ndarray:
@@ -215,7 +216,7 @@ def _prepared(path: pathlib.Path, schema: str) -> pathlib.Path:
         if folder.exists():
             return folder
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; --data takes world, a .jsonl file, or tfds:<name>") from None
+        raise UserError(f"{path}: no such file; give world, arithmetic, a .jsonl file, or tfds:<name>") from None
     except OSError as fault:
         raise UserError(f"{path}: cannot be read ({fault.strerror})") from None
     adapted = [(_key(record), len(record.get("responses", ()))) for record in _records(path, schema)]
@@ -280,7 +281,7 @@ def _records(path: pathlib.Path, schema: str) -> Iterator[dict[str, Any]]:
             for line in lines:
                 number += 1
                 if line.strip():
-                    row = json.loads(line.decode("utf-8-sig"))
+                    row = json.loads(line.decode("utf-8-sig").rstrip())  # the newline would be where the fault is
                     if not isinstance(row, dict):
                         raise records.FieldError("line", f"must be a JSON object, not {type(row).__name__}")
                     yield records.SCHEMAS[schema](row)

@@ -1,5 +1,7 @@
 import json
 import pathlib
+import subprocess
+import sys
 
 import pytest
 from running import run
@@ -13,6 +15,13 @@ TINY = ("--peer=False", "--model.preset=tiny", "--rounds=2")
 @pytest.fixture
 def benchmarks(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+
+
+def test_the_readmes_table_is_not_written_for_a_typo():
+    before = (ROOT / "README.md").stat().st_mtime_ns
+    command = [sys.executable, str(ROOT / "benchmarks" / "side_by_side.py"), "--nosuch"]
+    assert subprocess.run(command, capture_output=True).returncode == 2
+    assert (ROOT / "README.md").stat().st_mtime_ns == before
 
 
 def test_a_training_benchmark_writes_what_it_prints(benchmarks, tmp_path, capsys):

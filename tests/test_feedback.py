@@ -224,10 +224,11 @@ def test_the_reward_model_picks_the_best_refinement(runs):
 
 
 def test_the_files_are_in_the_trainers_schemas(runs, tmp_path):
-    common = [f"--init={runs}/sft", "--prompts=128", f"--out={tmp_path}/out.jsonl"]
+    common = [f"--init={runs}/sft", "--prompts=128"]
     for write, schema, samples in (("comparisons", "comparison", 32), ("revisions", "chat", 1)):  # few samples end
-        out = run(feedback, *common, f"--write={write}", f"--samples={samples}")
-        rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+        path = tmp_path / f"{write}.jsonl"
+        out = run(feedback, *common, f"--write={write}", f"--samples={samples}", f"--out={path}")
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
         assert len(rows) == out["lines"] > 0
         for row in rows:
             record = records.SCHEMAS[schema](row)

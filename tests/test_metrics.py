@@ -79,9 +79,20 @@ def test_without_a_terminal_there_are_lines_and_no_carriage_returns(run, capfd):
             record(step, {"loss": 1.25}, tokens=10)
             record.samples(step, [{"prompt": "word " * 60, "response": "yes"}] * 5)
     err = capfd.readouterr().err
-    assert "\r" not in err and "step 3/3  loss 1.250" in err
+    assert "\r" not in err and "step 3/3  loss 1.250" in err and err.count("left") == err.count("00:00 left") == 1
     assert err.count("response: yes") == 6  # two a call
     assert max(map(len, err.splitlines()[:-1])) <= 80
+
+
+def test_what_is_held_out_is_told_and_time_left_from_the_second_step_on(run, capfd):
+    with Recorder(run, 3) as record:
+        for step in record.steps():
+            record(step, {"loss": 1.25, "accuracy": 0.5}, tokens=10)
+            record(step, {"eval/loss": 2.5, "eval/accuracy": 0.75, "eval/margin": 3.0})
+    lines = capfd.readouterr().err.splitlines()[:-1]
+    told = "loss 1.250 (held out 2.500)  accuracy 0.500 (held out 0.750)"
+    assert lines[0] == f"step 1/3  {told}" and len(lines) == 3 and max(map(len, lines)) <= 80
+    assert lines[1].startswith(f"step 2/3  {told}")
 
 
 def test_compilations_of_the_step_are_counted_and_capped(run, monkeypatch):

@@ -1,6 +1,7 @@
 """Dry runs: what is told is true, and nothing is written."""
 
 import re
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -9,10 +10,11 @@ from running import run
 
 import train_rm
 import train_sft
-from data.batches import chat_batches
+from data.batches import chat_batches, prompt_batches
 from data.sources import open_source
 from data.tokenizer import Tokenizer
-from preview import decoded
+from preview import decoded, preview_items
+from sharding import MeshConfig, make_mesh
 
 TINY = ["--model.preset=tiny", "--batch_size=8", "--length=64", "--dry_run", "--mesh.data=2", "--mesh.fsdp=2"]
 
@@ -34,6 +36,15 @@ def test_a_dry_run_tells_shapes_and_writes_nothing(script, tmp_path, capsys):
     count = 512 * 32 + 32 + 2 * 2 * 32 + sum(map(np.prod, shapes)) + (33 if script is train_rm else 0)
     assert f"parameters  {count:,} float32" in out
     assert "\x1b[32m" in out and "padding" in out and "<|assistant|>" in out
+
+
+def test_a_dry_run_counts_prompt_and_response(tokenizer, capsys):
+    batch = next(prompt_batches(open_source("world", "prompt", "train"), tokenizer, batch_size=8, length=20))
+    leaf = jax.device_put(np.zeros(2), jax.NamedSharding(make_mesh(MeshConfig()), jax.P(None)))
+    online = SimpleNamespace(run="r", steps=2, batch_size=8, microbatches=1, max_prompt=20, max_new_tokens=24)
+    preview_items(online, {"params": {"w": leaf}}, batch, tokenizer)
+    out = capsys.readouterr().out
+    assert "8 sequences of 44: 352 tokens a step" in out and "tokens_BT, prompts: the run samples responses" in out
 
 
 def test_what_is_green_is_what_the_loss_is_of(tokenizer, monkeypatch):

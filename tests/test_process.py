@@ -366,6 +366,8 @@ def test_what_is_written_is_written_whole_or_not_at_all(tmp_path):
     with written_whole(str(path)) as file:
         file.write("row\n")
     assert path.read_text() == "row\n" and len(list(path.parent.iterdir())) == 1
+    with pytest.raises(UserError, match="exists; remove it"), written_whole(str(path), anew=True):
+        pass
     with pytest.raises(UserError, match="not saved"), written_whole(str(path / "below_a_file")) as file:
         pass
 
@@ -427,7 +429,7 @@ def test_the_whole_of_process_supervision_runs(tmp_path, monkeypatch, capsys):
     for labels in files:
         run(train_prm, *SHORT, "--init=sft", f"--data={labels}.jsonl", f"--run={labels}", "--steps=4")
     table = run(rerank, "--policy=sft", "--models", "outcome", "gold", "--prompts=40", "--n=4", "--out=table.json")
-    assert set(table) == {"random", "blind", "majority", "any"} | {
+    assert set(table) == {"one drawn at random", "a score that knows nothing", "majority", "one of them is right"} | {
         f"{m} {how}" for m in ("outcome", "gold") for how in ("product", "minimum", "last")
     }
     assert len({row[1][0] for row in table.values()}) == 1  # of one answer nothing can be chosen

@@ -14,7 +14,9 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))  # the root's modules
 
 import numpy as np
 
+from config import UserError, ending_in_one_line
 from data import arithmetic
+from data.sources import open_source
 from data.steps import auc
 from data.tokenizer import Tokenizer
 from rewards import make_step_scorer
@@ -32,9 +34,13 @@ def within(scores: np.ndarray, right: np.ndarray, problems: list[str]) -> float:
     return float(np.mean(0.5 * (np.sign(gaps) + 1)))
 
 
-def main(policy: str, labelled: str, *models: str) -> None:
+def main() -> None:
+    if len(sys.argv) < 4:
+        raise UserError("usage: python experiments/arithmetic/outcome.py POLICY LABELLED.jsonl MODEL...")
+    policy, labelled, *models = sys.argv[1:]
     mesh, tokenizer = make_mesh(MeshConfig()), Tokenizer.load(policy)
-    rows = [json.loads(line) for line in pathlib.Path(labelled).read_text().splitlines()]
+    source = open_source(labelled, "steps", "all")
+    rows = [source[i] for i in range(len(source))]
     right = np.array([row["labels"][-1] for row in rows]) > 0.5
     prompts = [tokenizer.prompt(row["prompt"]) for row in rows]
     responses = [[*tokenizer.encode("\n".join(row["steps"])), tokenizer.eos] for row in rows]
@@ -49,4 +55,4 @@ def main(policy: str, labelled: str, *models: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    ending_in_one_line(main)

@@ -13,12 +13,13 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))  # the root's modules
 import numpy as np
 from scipy import stats
 
+from config import UserError, ending_in_one_line
 from data.steps import auc
 
 HERE = pathlib.Path(__file__).parent
 WAYS = {  # what the table calls a way to choose -> its name in rerank.json, {r} the run
-    "a random answer (SFT)": "random",
-    "a score that knows nothing": "blind",
+    "one drawn at random": "one drawn at random",
+    "a score that knows nothing": "a score that knows nothing",
     "majority": "majority",
     "outcome model, last step": "{r}/outcome last",
     "process model, product": "{r}/gold product",
@@ -26,7 +27,7 @@ WAYS = {  # what the table calls a way to choose -> its name in rerank.json, {r}
     "process model of completions, product": "{r}/completions product",
     "process model of completions, minimum": "{r}/completions minimum",
     "process model of completions, last step": "{r}/completions last",
-    "any answer is right": "any",
+    "one of them is right": "one of them is right",
 }
 PAIRS = (
     ("process model, product", "outcome model, last step"),
@@ -97,7 +98,7 @@ def main(runs: list[pathlib.Path]) -> dict[str, Any]:
     last = {name: [lines(run / name / "metrics.jsonl")[-1] for run in runs] for name in models}
     agreements = [agreement(run) for run in runs]
     common = set.intersection(*({path.name for path in run.glob("*.json")} for run in runs))
-    sizes = ranked[0]["accuracy"]["random"]
+    sizes = ranked[0]["accuracy"]["one drawn at random"]
     out = {
         "problems": len(hits["majority"][0]),
         "accuracy": {way: over_seeds([float(np.mean(h)) for h in of_way]) for way, of_way in hits.items()},
@@ -123,10 +124,10 @@ def main(runs: list[pathlib.Path]) -> dict[str, Any]:
             for name in sorted(common)
             if name.startswith("beam")
         },
-        "one sample": {"SFT": over_seeds([t["accuracy"]["random"]["1"][0] for t in ranked])},
+        "one sample": {"SFT": over_seeds([t["accuracy"]["one drawn at random"]["1"][0] for t in ranked])},
     }
     if "ppo.json" in common:
-        after = [read(run / "ppo.json")["accuracy"]["random"]["1"][0] for run in runs]
+        after = [read(run / "ppo.json")["accuracy"]["one drawn at random"]["1"][0] for run in runs]
         out["one sample"]["PPO on step rewards"] = over_seeds(after)
     for name, rows in out.items():
         print(f"\n{name}: {rows}" if isinstance(rows, int) else f"\n| {name} | | seeds |\n|---|---|---|")
@@ -137,6 +138,16 @@ def main(runs: list[pathlib.Path]) -> dict[str, Any]:
     return out
 
 
-if __name__ == "__main__":
-    results = main([pathlib.Path(argument) for argument in sys.argv[1:]])
+def start() -> None:
+    """Results of the runs that the command names."""
+    if len(sys.argv) < 3:
+        raise UserError("name two runs of run.sh or more, one a seed: table.py runs/arithmetic0 runs/arithmetic1")
+    try:
+        results = main([pathlib.Path(argument) for argument in sys.argv[1:]])
+    except OSError as fault:
+        raise UserError(f"{fault.filename}: {fault.strerror}; finish the run with run.sh") from None
     (HERE / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    ending_in_one_line(start)

@@ -6,7 +6,6 @@ The file is one of collect.py: the responses are read, not their ranking. Rules 
 """
 
 import dataclasses
-import json
 import pathlib
 import sys
 
@@ -17,7 +16,8 @@ import numpy as np
 
 import config as flags
 import feedback
-from data import records, rules, world, world_feedback
+from data import rules, world, world_feedback
+from data.sources import open_source
 from gold import CRITERIA
 from judges import make_simulated
 
@@ -74,8 +74,8 @@ def classifiers(rows: list[dict]) -> None:
 
 def main(config: Config) -> None:
     """Prints the three tables."""
-    lines = pathlib.Path(config.file).read_text().splitlines()[: config.prompts]
-    rows = [records.comparison(json.loads(line)) for line in lines]
+    source = open_source(config.file, "comparison", "all")
+    rows = [source[i] for i in range(min(config.prompts, len(source)))]
     print(f"{'reliability':>11}{'looks right':>12}{'looks':>9}{'pairs right':>12}{'pairs':>9}")
     for reliability in config.reliabilities:
         labels(config, rows, reliability)
