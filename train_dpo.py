@@ -69,7 +69,7 @@ class Config:
     """dpo, cdpo, robust_dpo, ipo, slic, kto; without a reference orpo, simpo, cpo, slic_hf, rrhf, contrastive,
     unlikelihood, figa, hindsight."""
     beta: float | None = None
-    """Strength of the pull to the reference; ORPO's lambda; SimPO's and CPO's scale; None: 0.1, simpo 2."""
+    """Strength of the pull to the reference; ORPO's lambda; SimPO's and CPO's scale. None: 0.1, for simpo 2."""
     label_smoothing: float = 0.1
     """Share of labels taken to be wrong (cdpo, robust_dpo)."""
     gamma: float = 1.0
@@ -77,8 +77,7 @@ class Config:
     delta: float = 1.0
     """Margin of the hinge, in nats (slic_hf) or scaled nats (slic)."""
     weight: float | None = None
-    """Of the second term: the chosen's NLL (cpo, slic_hf), unwanted tokens (unlikelihood, figa); None: 1, figa
-    0.5."""
+    """Of the second term: the chosen's NLL (cpo, slic_hf), unwanted tokens (unlikelihood, figa). None: 1, figa 0.5."""
     desirable_weight: float = 1.0
     """KTO's weight of desirable responses."""
     undesirable_weight: float = 1.0
