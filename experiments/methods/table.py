@@ -16,11 +16,13 @@ from scipy import stats
 
 HERE = pathlib.Path(__file__).parent
 GAIN = 0.20
+DIRECT = ("dpo", "cdpo", "robust_dpo", "ipo", "slic", "kto", "orpo", "simpo", "cpo", "slic_hf", "rrhf", "contrastive")
+DIRECT += ("unlikelihood", "figa", "hindsight")
 FAMILIES = {
     "SFT": ("sft",),
     "best of n at inference": ("best_of_16",),
     "PPO": ("ppo",),
-    "direct, without a reward model": ("dpo", "kto", "ipo", "cdpo", "orpo", "simpo"),
+    "direct, without a reward model": DIRECT,
     "online, without a critic": ("grpo", "rloo", "dr_grpo", "dapo", "gspo", "reinforce_pp", "online_dpo"),
     "sample, rank, imitate": ("raft", "expert", "quark"),
 }
@@ -130,21 +132,30 @@ def plot(rows: Rows) -> None:
     """frontier.png: share that passes everything against KL; means over seeds, faint dots each seed."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.5, 5), layout="constrained")
+    figure = Figure(figsize=(8.5, 6), layout="constrained")
     axes = figure.add_subplot(xlabel="KL to the SFT model, nats a response", ylabel="share that passes all criteria")
+    means = {m: [np.mean([row[name] for row in s.values()]) for name in ("kl", "all")] for m, s in rows.items()}
     for family, methods in FAMILIES.items():
         for method in (m for m in methods if m in rows):
-            kl, share = (np.array([row[name] for row in rows[method].values()]) for name in ("kl", "all"))
-            axes.plot(kl, share, ".", color=COLOURS[family], alpha=0.3, markersize=5)
-            axes.plot(kl.mean(), share.mean(), "o", color=COLOURS[family], markersize=6, label=family)
-            axes.annotate(method, (kl.mean(), share.mean()), xytext=(5, 3), textcoords="offset points", fontsize=8)
+            each = np.array([(row["kl"], row["all"]) for row in rows[method].values()])
+            axes.plot(*each.T, ".", color=COLOURS[family], alpha=0.3, markersize=4)
+            axes.plot(*means[method], "o", color=COLOURS[family], markersize=6, label=family)
     curves = np.mean([row["curve"] for row in rows["best_of_16"].values()], axis=0)
     axes.plot(*curves.T, "--", color=COLOURS["best of n at inference"], linewidth=1, zorder=0)
+    # Names in a column beside the axes, in the order of the shares, for most points lie close together.
+    family_of = {m: family for family, methods in FAMILIES.items() for m in methods}
+    ordered = sorted(rows, key=lambda m: means[m][1])
+    for method, height in zip(ordered, np.linspace(0.02, 0.98, len(rows)), strict=True):
+        axes.annotate(
+            f"{method} {means[method][1]:.2f}", means[method], xytext=(1.03, height), textcoords="axes fraction",
+            va="center", fontsize=8, color=COLOURS[family_of[method]], annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": COLOURS[family_of[method]], "linewidth": 0.5, "alpha": 0.5},
+        )  # fmt: skip
     handles = dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
     axes.legend(handles.values(), handles, fontsize=8, frameon=False, loc="lower right")
     axes.grid(alpha=0.2)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(HERE / "frontier.png", dpi=110)
+    figure.savefig(HERE / "frontier.png", dpi=120)
 
 
 def main() -> None:
