@@ -53,7 +53,7 @@ METHODS = {  # name -> script and the flags that are not its defaults; none: not
     "ipo": (*DIRECT, "--loss=ipo", "--steps=240"),
     "cdpo": (*DIRECT, "--loss=cdpo", "--steps=240", "--beta=0.5", "--optimizer.lr=3e-4"),
     "orpo": (*DIRECT, "--loss=orpo", "--steps=320"),
-    "simpo": (*DIRECT, "--loss=simpo", "--steps=320"),
+    "simpo": (*DIRECT, "--loss=simpo", "--steps=320", "--beta=2"),
     "robust_dpo": (*DIRECT, "--loss=robust_dpo", "--steps=240", "--beta=0.5", "--optimizer.lr=3e-4"),
     "slic": (*DIRECT, "--loss=slic", "--steps=240"),
     "slic_hf": (*DIRECT, "--loss=slic_hf", "--steps=320"),
@@ -68,8 +68,8 @@ METHODS = {  # name -> script and the flags that are not its defaults; none: not
     "gspo": ("train_grpo.py", "--method=gspo", "--steps=56"),
     "reinforce_pp": ("train_grpo.py", "--method=reinforce_pp", "--steps=56"),
     "online_dpo": ("train_grpo.py", "--method=online_dpo", "--steps=56"),
-    "expert": ("train_raft.py", "--method=expert", "--threshold=2", "--steps=20"),
-    "quark": ("train_raft.py", "--method=quark", "--steps=20"),
+    "expert": ("train_raft.py", "--method=expert", "--threshold=2", "--steps=13"),
+    "quark": ("train_raft.py", "--method=quark", "--batch_size=512", "--epochs=1", "--steps=9"),
 }
 BEST_OF = 16
 MAX_PROMPT, MAX_NEW = 32, 24  # as evaluate.py
