@@ -52,7 +52,7 @@ METHODS = {  # name -> script and the flags that are not its defaults; none: not
     "raft": ("train_raft.py", "--method=raft", "--steps=20"),
     "ipo": (*DIRECT, "--loss=ipo", "--steps=240"),
     "cdpo": (*DIRECT, "--loss=cdpo", "--steps=240", "--beta=0.5", "--optimizer.lr=3e-4"),
-    "orpo": (*DIRECT, "--loss=orpo", "--steps=320"),
+    "orpo": (*DIRECT, "--loss=orpo", "--steps=320", "--beta=1", "--optimizer.lr=3e-4"),
     "simpo": (*DIRECT, "--loss=simpo", "--steps=320", "--beta=2"),
     "robust_dpo": (*DIRECT, "--loss=robust_dpo", "--steps=240", "--beta=0.5", "--optimizer.lr=3e-4"),
     "slic": (*DIRECT, "--loss=slic", "--steps=240"),
