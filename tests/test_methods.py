@@ -3,10 +3,13 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 import running
 
 import train_sft
+from data.batches import pad_prompts
+from data.tokenizer import Tokenizer
 from experiments.methods import run as study
 from experiments.methods import table
 from presets import ModelConfig
@@ -30,8 +33,20 @@ def test_a_direct_method_passes_four_candidates_forward_and_back_and_the_referen
     weights = BLOCKS + UNEMBEDDING
     assert counted(tmp_path, **options, loss="simpo") == pytest.approx(6 * weights * tokens, rel=0.02)
     assert counted(tmp_path, **options, loss="dpo") == pytest.approx(8 * weights * tokens, rel=0.02)
-    # KTO's mismatched response: of the reference, and of the policy in each step; never back
-    assert counted(tmp_path, **options, loss="kto") == pytest.approx((8 + 4 / 4) * weights * tokens, rel=0.02)
+    # KTO: the best and the worst, and one to another prompt, which is never passed back
+    assert counted(tmp_path, **options, loss="kto") == pytest.approx((2 * 8 + 1 * 4) / 4 * weights * tokens, rel=0.02)
+    chains = counted(tmp_path, **options, loss="hindsight")  # one row a prompt
+    assert chains == pytest.approx(6 / 4 * weights * tokens, rel=0.02)
+
+
+def test_words_are_added_at_the_end_of_the_user_s_turn(tmp_path):
+    added, texts = "\nA helpful answer:", ("hello.", "please name two months.")
+    tokenizer = Tokenizer.train([*texts, added] * 9, tmp_path, 300)
+    plain, expected = ([{"tokens": tokenizer.prompt(text + end)} for text in texts] for end in ("", added))
+    words, longest = tokenizer.encode(added), max(len(row["tokens"]) for row in plain)
+    asked = study.with_suffix(pad_prompts(plain, longest, tokenizer.pad, fixed=True), words)
+    for name, x in pad_prompts(expected, longest + len(words), tokenizer.pad, fixed=True).items():
+        np.testing.assert_array_equal(asked[name], x)
 
 
 def test_an_online_method_samples_judges_and_updates(tmp_path):

@@ -20,11 +20,15 @@ from typing import Any
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))  # the root's modules, from wherever this is started
 
+import jax
+import jax.numpy as jnp
+
 import best_of_n
 import config as flags
 from checkpoint import load_params
 from config import UserError, load_config
 from data import world
+from data.preferences import HELPFUL
 from data.tokenizer import Tokenizer
 from generate import SamplingConfig, load_run
 from gold import CRITERIA, judged, make_measure, summarise
@@ -42,21 +46,30 @@ METHODS = {  # name -> script and the flags that are not its defaults; none: not
     "best_of_16": (),
     "ppo": ("train_ppo.py",),
     "dpo": (*DIRECT, "--loss=dpo", "--steps=240", "--beta=0.5", "--optimizer.lr=3e-4"),
-    "kto": (*DIRECT, "--loss=kto", "--steps=216", "--beta=0.5", "--optimizer.lr=3e-4"),
+    "kto": (*DIRECT, "--loss=kto", "--steps=384", "--beta=0.5", "--optimizer.lr=3e-4"),
     "grpo": ("train_grpo.py", "--method=grpo", "--steps=56"),
     "rloo": ("train_grpo.py", "--method=rloo", "--steps=56"),
     "raft": ("train_raft.py", "--method=raft", "--steps=20"),
-    "ipo": (*DIRECT, "--loss=ipo", "--steps=240"),
-    "cdpo": (*DIRECT, "--loss=cdpo", "--steps=240"),
-    "orpo": (*DIRECT, "--loss=orpo", "--steps=320"),
-    "simpo": (*DIRECT, "--loss=simpo", "--steps=320"),
+    "ipo": (*DIRECT, "--loss=ipo", "--steps=240", "--optimizer.lr=3e-4"),
+    "cdpo": (*DIRECT, "--loss=cdpo", "--steps=240", "--beta=0.5", "--optimizer.lr=3e-4"),
+    "orpo": (*DIRECT, "--loss=orpo", "--steps=320", "--beta=1", "--optimizer.lr=3e-4"),
+    "simpo": (*DIRECT, "--loss=simpo", "--steps=320", "--beta=2"),
+    "robust_dpo": (*DIRECT, "--loss=robust_dpo", "--steps=240", "--beta=0.5", "--optimizer.lr=3e-4"),
+    "slic": (*DIRECT, "--loss=slic", "--steps=240", "--beta=0.5", "--optimizer.lr=3e-4"),
+    "slic_hf": (*DIRECT, "--loss=slic_hf", "--steps=320", "--optimizer.lr=3e-4"),
+    "cpo": (*DIRECT, "--loss=cpo", "--steps=320", "--optimizer.lr=3e-4"),
+    "rrhf": (*DIRECT, "--loss=rrhf", "--steps=320", "--optimizer.lr=3e-4"),
+    "contrastive": (*DIRECT, "--loss=contrastive", "--steps=320"),
+    "unlikelihood": (*DIRECT, "--loss=unlikelihood", "--steps=320"),
+    "figa": (*DIRECT, "--loss=figa", "--steps=320"),
+    "hindsight": ("train_dpo.py", "--length=72", "--loss=hindsight", "--steps=568"),
     "dr_grpo": ("train_grpo.py", "--method=dr_grpo", "--steps=56"),
     "dapo": ("train_grpo.py", "--method=dapo", "--steps=56"),
     "gspo": ("train_grpo.py", "--method=gspo", "--steps=56"),
     "reinforce_pp": ("train_grpo.py", "--method=reinforce_pp", "--steps=56"),
     "online_dpo": ("train_grpo.py", "--method=online_dpo", "--steps=56"),
-    "expert": ("train_raft.py", "--method=expert", "--threshold=2", "--steps=20"),
-    "quark": ("train_raft.py", "--method=quark", "--steps=20"),
+    "expert": ("train_raft.py", "--method=expert", "--threshold=2", "--steps=13"),
+    "quark": ("train_raft.py", "--method=quark", "--batch_size=512", "--epochs=1", "--steps=9"),
 }
 BEST_OF = 16
 MAX_PROMPT, MAX_NEW = 32, 24  # as evaluate.py
@@ -94,15 +107,16 @@ def training_flops(run: str) -> float:
     config, rows = load_config(run), read_rows(run)
     c, script = ModelConfig(**config["model"]), config["script"]
     batch, steps = config["batch_size"], config["steps"]
-    if script in ("train_dpo", "train_rm"):
-        # Four candidates a prompt. KTO's fifth answers another prompt: twice passed forward, never back.
+    if script == "train_rm":  # four responses a prompt; logits of the best one only
         length, count = config["length"], 4 * batch
-        if script == "train_rm":  # logits of the best response only
-            return steps * 3 * forward_flops(c, count, length, length / 4 if config["lm_coefficient"] else 0)
-        forward = partial(forward_flops, c, length=length, unembedded=length)
-        reference = config["loss"] in ("dpo", "ipo", "cdpo", "kto")
-        extra = batch if config["loss"] == "kto" else 0
-        return steps * (3 * forward(rows=count) + reference * forward(rows=count + extra) + forward(rows=extra))
+        return steps * 3 * forward_flops(c, count, length, length / 4 if config["lm_coefficient"] else 0)
+    if script == "train_dpo":
+        # Rows of a prompt that pass forward and back, and forward only. KTO takes the best response, the worst and
+        # one to another prompt; hindsight makes one row of two. The reference counts in a second epoch too.
+        trained, other = {"kto": (2, 1), "hindsight": (1, 0)}.get(config["loss"], (4, 0))
+        reference = config["loss"] in ("dpo", "cdpo", "robust_dpo", "ipo", "slic", "kto")
+        passes = 3 * trained + other + reference * (trained + other)
+        return steps * passes * forward_flops(c, batch, config["length"], config["length"])
     length, new = config["max_prompt"] + config["max_new_tokens"], config["max_new_tokens"]
     policy = forward_flops(c, batch, length, new + 1)
     scalar = forward_flops(c, batch, length, 0)
@@ -119,6 +133,19 @@ def training_flops(run: str) -> float:
 
 
 # --- one run
+
+
+def with_suffix(prompts: dict[str, jax.Array], suffix: list[int]) -> dict[str, jax.Array]:
+    """Left-padded prompts with the tokens of `suffix` at the end of the user's turn, before the assistant's begins."""
+    tokens_BT, rows = prompts["tokens_BT"], prompts["tokens_BT"].shape[0]
+    added_BT = jnp.broadcast_to(jnp.array(suffix, jnp.int32), (rows, len(suffix)))
+    return {
+        "tokens_BT": jnp.concatenate([tokens_BT[:, :-1], added_BT, tokens_BT[:, -1:]], axis=1),
+        "segment_ids_BT": jnp.pad(prompts["segment_ids_BT"], ((0, 0), (0, len(suffix))), constant_values=1),
+        "positions_BT": jnp.concatenate(
+            [prompts["positions_BT"], prompts["positions_BT"][:, -1:] + 1 + jnp.arange(len(suffix))], axis=1
+        ),
+    }
 
 
 def command(config: Config, method: str, seed: int, run: pathlib.Path) -> list[str]:
@@ -180,6 +207,8 @@ def responses_of(
     if method == "quark":  # what it learnt is asked for by its best quantile
         best = tokenizer.encode(str(load_config(str(run))["quantiles"]))[0]
         condition = {"condition": lambda prompts: imitate.conditioned(prompts, tokenizer.system, best)}
+    if method == "hindsight":
+        condition = {"condition": partial(with_suffix, suffix=tokenizer.encode(f"\n{HELPFUL}"))}
     measure = make_measure(model, SamplingConfig(1.0, max_new_tokens=MAX_NEW), tokenizer, MAX_PROMPT, **condition)
     return zip(*measure(params, reference, [r.text for r in requests], judge_seed), strict=True)
 

@@ -16,15 +16,18 @@ from scipy import stats
 
 HERE = pathlib.Path(__file__).parent
 GAIN = 0.20
+DIRECT = ("dpo", "cdpo", "robust_dpo", "ipo", "slic", "kto", "orpo", "simpo", "cpo", "slic_hf", "rrhf", "contrastive")
+DIRECT += ("unlikelihood", "figa", "hindsight")
 FAMILIES = {
     "SFT": ("sft",),
     "best of n at inference": ("best_of_16",),
     "PPO": ("ppo",),
-    "direct, without a reward model": ("dpo", "kto", "ipo", "cdpo", "orpo", "simpo"),
+    "direct, without a reward model": DIRECT,
     "online, without a critic": ("grpo", "rloo", "dr_grpo", "dapo", "gspo", "reinforce_pp", "online_dpo"),
     "sample, rank, imitate": ("raft", "expert", "quark"),
 }
 COLOURS = dict(zip(FAMILIES, ("black", "dimgrey", "tab:red", "tab:blue", "tab:green", "tab:orange"), strict=True))
+UPPER = 0.7  # the plot's second panel shows the shares above this
 MUST = ("dpo", "kto", "grpo", "rloo", "raft", "best_of_16", "ppo")
 
 Rows = dict[str, dict[int, dict[str, Any]]]
@@ -126,25 +129,53 @@ def memory() -> str:
     return table(["32 million parameters", "CPU seconds a step", "peak, MB"], lines)
 
 
+def named(axes: Any, points: dict[str, list[float]], colours: dict[str, str]) -> None:
+    """Writes each name into the nearest free place around its point, with a line to it."""
+    axes.figure.draw_without_rendering()  # settles the layout, so that data have their places in pixels
+    scale = axes.figure.dpi / 72
+    centres = {name: axes.transData.transform(point) for name, point in points.items()}
+    taken = [np.array([*(xy - 4 * scale), *(xy + 4 * scale)]) for xy in centres.values()]
+    frame = axes.get_window_extent()
+    angles = np.linspace(0, 2 * np.pi, 24, endpoint=False)
+    for name, xy in sorted(centres.items(), key=lambda item: -item[1][1]):
+        size = scale * np.array([4.8 * len(name), 9.0])
+        for radius, angle in ((radius, angle) for radius in range(6, 300, 4) for angle in angles):
+            middle = xy + np.array([np.cos(angle), np.sin(angle)]) * (radius * scale + size / 2)
+            box = np.array([*(middle - size / 2), *(middle + size / 2)])
+            inside = (box[:2] > frame.min).all() and (box[2:] < frame.max).all()
+            if inside and not any((box[:2] < other[2:]).all() and (other[:2] < box[2:]).all() for other in taken):
+                break
+        taken.append(box)
+        options = {"xycoords": "data", "textcoords": "figure pixels", "ha": "center", "va": "center", "fontsize": 8}
+        line = {"arrowstyle": "-", "color": colours[name], "linewidth": 0.5, "shrinkA": 0, "shrinkB": 2}
+        axes.annotate(name, points[name], xytext=middle, color=colours[name], arrowprops=line, **options)
+
+
 def plot(rows: Rows) -> None:
-    """frontier.png: share that passes everything against KL; means over seeds, faint dots each seed."""
+    """frontier.png: share that passes everything against KL, all and the upper part; dots are means over seeds."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.5, 5), layout="constrained")
-    axes = figure.add_subplot(xlabel="KL to the SFT model, nats a response", ylabel="share that passes all criteria")
-    for family, methods in FAMILIES.items():
-        for method in (m for m in methods if m in rows):
-            kl, share = (np.array([row[name] for row in rows[method].values()]) for name in ("kl", "all"))
-            axes.plot(kl, share, ".", color=COLOURS[family], alpha=0.3, markersize=5)
-            axes.plot(kl.mean(), share.mean(), "o", color=COLOURS[family], markersize=6, label=family)
-            axes.annotate(method, (kl.mean(), share.mean()), xytext=(5, 3), textcoords="offset points", fontsize=8)
-    curves = np.mean([row["curve"] for row in rows["best_of_16"].values()], axis=0)
-    axes.plot(*curves.T, "--", color=COLOURS["best of n at inference"], linewidth=1, zorder=0)
-    handles = dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
-    axes.legend(handles.values(), handles, fontsize=8, frameon=False, loc="lower right")
-    axes.grid(alpha=0.2)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(HERE / "frontier.png", dpi=110)
+    figure = Figure(figsize=(10, 5.5), layout="constrained", dpi=110)
+    whole, upper = figure.subplots(1, 2, width_ratios=(1, 2.4))
+    means = {m: [np.mean([row[name] for row in s.values()]) for name in ("kl", "all")] for m, s in rows.items()}
+    high = {m: point for m, point in means.items() if point[1] > UPPER}
+    colours = {m: COLOURS[family] for family, methods in FAMILIES.items() for m in methods}
+    curve = np.mean([row["curve"] for row in rows["best_of_16"].values()], axis=0)
+    for axes in (whole, upper):
+        axes.plot(*curve.T, "--", color=COLOURS["best of n at inference"], linewidth=1, zorder=0)
+        for family, methods in FAMILIES.items():
+            points = np.array([means[m] for m in methods if m in rows])
+            axes.plot(*points.T, "o", color=COLOURS[family], markersize=5, label=family)
+        axes.set_xlabel("KL to the SFT model, nats a response")
+        axes.grid(alpha=0.2)
+        axes.spines[["top", "right"]].set_visible(False)
+    whole.set_ylabel("share that passes all criteria")
+    figure.legend(*whole.get_legend_handles_labels(), fontsize=8, frameon=False, loc="outside lower center", ncols=6)
+    lowest = min(share for _, share in high.values())
+    upper.set(ylim=(lowest - 0.02, None), xlim=(0, 1.1 * max(kl for kl, _ in high.values())))
+    named(upper, high, colours)
+    named(whole, {m: point for m, point in means.items() if m not in high}, colours)
+    figure.savefig(HERE / "frontier.png")
 
 
 def main() -> None:
