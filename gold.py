@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from config import UserError
 from data import world
 from data.batches import cut_left, pad_prompts
 from data.tokenizer import Tokenizer
@@ -111,17 +110,6 @@ def summarise(rows: list[dict[str, Any]], lengths: Sequence[int], kls: Sequence[
     kinds = {kind: [row["all"] for row in rows if row["kind"] == kind] for kind in world.KINDS}
     tables = {kind: (share(hits), len(hits)) for kind, hits in kinds.items()}
     return out | {"kinds": {kind: {"all": p, "all_ci": ci, "n": n} for kind, ((p, ci), n) in tables.items()}}
-
-
-def check_of_world(flag: str, prompts: Sequence[list[dict[str, str]]]) -> None:
-    """Raises UserError, which names `flag`, unless all `prompts` are the world's."""
-    for messages in prompts:
-        try:
-            world.parse(messages[-1]["content"])
-        except ValueError:
-            text = messages[-1]["content"][:40]
-            fault = f"{flag}: --data has a prompt that is not of the built-in world: {text!r}"
-            raise UserError(f"{fault}; leave {flag} out") from None
 
 
 def make_gold_evaluation(

@@ -32,7 +32,7 @@ from data.reference import cached_reference
 from data.sources import Source, open_source
 from data.tokenizer import tokenizer_for
 from generate import SamplingConfig, make_sampler
-from gold import check_of_world, make_gold_evaluation
+from gold import make_gold_evaluation
 from hosts import HostsConfig
 from lora import LoraConfig, attach, pinned
 from metrics import Recorder, describe
@@ -106,7 +106,7 @@ class Config:
     hosts: HostsConfig = HostsConfig()
     seed: int = 0
     gold: bool = False
-    """Gold evaluation too, where --data is not world but is of the world (as collect.py writes it)."""
+    """Gold evaluation, of the world's own prompts, also where --data is a file (as collect.py writes it)."""
     temperature: float = 1.0
     """Of the responses that the gold program judges."""
     max_prompt: int = 24
@@ -245,8 +245,6 @@ def main(config: Config) -> dict[str, float]:
     gold = make_gold_evaluation(config, tokenizer) if judges else None
     respond = make_sampler(config.model, SamplingConfig(0.0, max_new_tokens=config.max_new_tokens), tokenizer)
     asked = [held_out[i]["prompt"] for i in range(min(8, len(held_out)))]
-    if config.gold:
-        check_of_world("--gold", asked)
     prompts = [tokenizer.prompt(messages)[-config.length :] for messages in asked]
 
     if config.dry_run:

@@ -287,12 +287,6 @@ def test_a_mistake_is_one_line(name, capsys, tmp_path, monkeypatch):
     assert place in fails(train_dpo, ["--model.preset=tiny", *argv], capsys) and not list(tmp_path.iterdir())
 
 
-def test_gold_is_of_the_world_only(capsys, tmp_path):
-    rows = [{"prompt": f"say {i}", "chosen": "a", "rejected": "b"} for i in range(40)]
-    argv = ["--model.preset=tiny", "--gold", f"--data={write(tmp_path / 'c.jsonl', rows)}", "--batch_size=8"]
-    assert "--gold: --data has a prompt that is not of the built-in world: 'say " in fails(train_dpo, argv, capsys)
-
-
 @pytest.mark.parametrize("field", BAD_ROWS)
 def test_a_bad_judgement_names_file_line_and_field(field, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
