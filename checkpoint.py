@@ -48,7 +48,8 @@ class Checkpoints:
     """The run folder `run` while a script trains in it.
 
     On entry the folder is created, or found to hold a run of the same config, script and tokenizer: else
-    UserError, and nothing is touched. SIGTERM and Ctrl-C ask `due` for a last save; a second one ends at once.
+    UserError, and nothing is touched. SIGTERM and Ctrl-C ask `due` for a last save, a second one ends at once.
+    After Ctrl-C the exit raises KeyboardInterrupt, so that nothing follows in a shell.
     """
 
     def __init__(self, run: str, config: Any, *, script: str, tokenizer: bytes | None = None, keep: int = 2):
@@ -59,8 +60,7 @@ class Checkpoints:
         self.folder = (self.run / "checkpoints").absolute()
         self.tokenizer = tokenizer
         self.config = describe_run(config, script, self.tokenizer)
-        self.stopping = False
-        self._terminated = False
+        self.stopping, self._signal = False, None
         self._pending: concurrent.futures.Future | None = None
 
     def __enter__(self) -> "Checkpoints":
@@ -98,9 +98,11 @@ class Checkpoints:
             self._restore_handlers()
             if jax.process_index() == 0:
                 os.close(self._lock)
+        if self._signal == signal.SIGINT and fault is None:
+            raise KeyboardInterrupt
 
     def _on_signal(self, number: int, frame: Any) -> None:
-        self._terminated = True
+        self._signal = number
         self._restore_handlers()
         os.write(2, f"\n{signal.Signals(number).name}: saving after this step (again: stop at once)\n".encode())
 
@@ -113,7 +115,7 @@ class Checkpoints:
 
         With several processes, all must call it at every step.
         """
-        self.stopping = self._terminated
+        self.stopping = self._signal is not None
         if jax.process_count() > 1:
             self.stopping = multihost_utils.reached_preemption_sync_point(step)
         return self.stopping or step == last or (every > 0 and step % every == 0)

@@ -118,14 +118,14 @@ def main(config: Config) -> list[str]:
     key = jax.random.key(config.seed)
 
     room = model.context - config.max_new_tokens
-    if config.chat:
-        return [chat(lambda tokens, turn: respond(params, [tokens], turn)[0], tokenizer, key, room)]
     tokens = [tokenizer.bos, *tokenizer.encode(config.prompt)] if config.raw else tokenizer.prompt(config.prompt)
     if len(tokens) > room:
         raise UserError(
             f"--prompt: {len(tokens)} tokens and --max_new_tokens={config.max_new_tokens} exceed the model's "
             f"context of {model.context}; shorten one of them"
         )
+    if config.chat:
+        return [chat(lambda tokens, turn: respond(params, [tokens], turn)[0], tokenizer, key, room)]
     shown = tokens if config.raw else []  # decoded together: a space where the two meet is kept
     texts = [tokenizer.decode(shown + response) for response in respond(params, [tokens], key)]
     print("\n".join(texts))
@@ -148,13 +148,13 @@ def chat(reply: Callable[[list[int], jax.Array], list[int]], tokenizer: Tokenize
             return messages[-1]["content"] if messages else ""
         messages.append({"role": "user", "content": text})
         key, turn = jax.random.split(key)
-        while len(tokenizer.prompt(messages)) > room and len(messages) > 1:
+        while len(tokens := tokenizer.prompt(messages)) > room and len(messages) > 1:
             del messages[:2]
-        if len(tokenizer.prompt(messages)) > room:
+        if len(tokens) > room:
             print(f"[too long: a message may have {room} tokens]")
             messages.clear()
             continue
-        response = reply(tokenizer.prompt(messages), turn)
+        response = reply(tokens, turn)
         messages.append({"role": "assistant", "content": tokenizer.decode(response)})
         print(messages[-1]["content"])
 

@@ -112,8 +112,8 @@ def preferences(script: Any, config: Any, mesh: Mesh) -> Plan:
     config = settled(config, direct.PAPERS.get(config.loss, direct.USUAL))
     script.check(config)
     check_batch("batch_size", config.batch_size, config.microbatches, mesh, config.length)
-    others = ("kto", "contrastive", "unlikelihood", "figa", "hindsight")
-    require({f"--loss={config.loss}: plan.py knows losses on pairs only, such as dpo": config.loss not in others})
+    known = config.loss not in script.NO_RANKINGS
+    require({f"--loss={config.loss}: plan.py knows losses on pairs only, such as dpo": known})
     model, batch = LanguageModel(config.model), pairs_of(config)
     apply, rows = pure(model)[1], 2 * config.batch_size
     forward = forward_flops(config.model, rows, config.length, config.length)

@@ -52,6 +52,9 @@ from train_step import (
     starting_params,
 )
 
+NO_RANKINGS = ("kto", "contrastive", "unlikelihood", "figa", "hindsight")
+"""Losses that do not compare the responses of a ranking."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -170,14 +173,7 @@ def check(config: Config) -> None:
         raise UserError(f"--label_smoothing={config.label_smoothing}: must be at least 0 and below 0.5")
     if config.unpaired and config.loss not in ("kto", "unlikelihood"):
         raise UserError(f"--unpaired: --loss={config.loss} compares responses; use kto or unlikelihood")
-    if config.pairs == "extremes" and config.loss in (
-        "kto",
-        "rrhf",
-        "contrastive",
-        "unlikelihood",
-        "figa",
-        "hindsight",
-    ):
+    if config.pairs == "extremes" and config.loss in (*NO_RANKINGS, "rrhf"):
         raise UserError(f"--pairs=extremes: --loss={config.loss} is none on pairs; leave it out")
     if config.instructions < 2:
         raise UserError(f"--instructions={config.instructions}: must be at least 2")

@@ -118,7 +118,7 @@ def _catalogue(name: str, schema: str, split: str) -> Source:
         part = own if split == "heldout" else "train"
     try:
         stored = builder.as_data_source(split=part)
-    except (NotImplementedError, ValueError, OSError) as fault:
+    except (NotImplementedError, ValueError, OSError) as fault:  # the first is TFDS's word for files read in order only
         raise UserError(
             f"tfds:{name}: {newest}: split {part} is not readable by random access ({fault}); "
             f"{_how_to_prepare(name, data_dir)}"
