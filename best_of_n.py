@@ -52,7 +52,7 @@ def sampled(config: Config, records: list[dict[str, Any]], mesh: Any) -> tuple[n
     """The rewards of the responses to `records`, [P, N], and their texts."""
     model, tokenizer = ModelConfig(**load_config(config.policy)["model"]), Tokenizer.load(config.policy)
     check_fit(model, tokenizer.size, config.max_prompt + config.max_new_tokens)
-    score = make_scorer([config.reward], tokenizer, mesh)
+    models, score = make_scorer([config.reward], tokenizer, mesh)
     init, apply = pure(LanguageModel(model))
     params = load_params(config.policy, shapes=abstract(jax.eval_shape(init, jax.random.key(0)), mesh))
     rollout = make_rollout(SimpleNamespace(**vars(config), model=model), apply, tokenizer, config.n)
@@ -64,7 +64,7 @@ def sampled(config: Config, records: list[dict[str, Any]], mesh: Any) -> tuple[n
         tokens = [row for record in asked for row in encode_prompt(record, tokenizer, config.max_prompt)[0]]
         batch = to_mesh(pad_prompts(tokens, config.max_prompt, tokenizer.pad, fixed=True), mesh)
         batch = rollout(params, batch, jax.random.fold_in(jax.random.key(config.seed), start))
-        scores, _ = score(batch, asked)
+        scores, _ = score(models, batch, asked)
         rewards.append(np.asarray(scores[config.reward]).reshape(rows, config.n)[: len(part)])
         decoded = [tokenizer.decode(row.tolist()) for row in np.asarray(batch["response_BR"])]
         texts += [decoded[i * config.n : (i + 1) * config.n] for i in range(len(part))]

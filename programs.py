@@ -149,10 +149,25 @@ def update(script: Any, config: Any, mesh: Mesh, model: Any, batch: Any, flops: 
     return Plan(held, [program], rows * config.length)
 
 
-def reward_model(run: str, policy: ModelConfig) -> ModelConfig:
-    """Of the run, if it exists; else the policy's."""
-    known = os.path.exists(os.path.join(run, "config.json"))
-    return ModelConfig(**load_config(run)["model"]) if known else policy
+def reward_models(config: Any, mesh: Mesh) -> tuple[dict[str, ModelConfig], dict[str, Any]]:
+    """Of the runs in --reward: the models, the policy's where there is no such run yet, and parameters' shapes."""
+    models = {run: config.model for run in config.reward if not is_function(run)}
+    for run in models:
+        if os.path.exists(os.path.join(run, "config.json")):
+            models[run] = ModelConfig(**load_config(run)["model"])
+    return models, {run: whole_model(ScalarModel(model), mesh) for run, model in models.items()}
+
+
+def scored(config: Any, mesh: Mesh, held: Any, models: dict[str, ModelConfig], rewards: dict[str, Any], batch: Any):
+    """Programs by which the reward models score a batch, and the shapes of the scores and of the scalars."""
+    rows, length = config.batch_size, config.max_prompt + config.max_new_tokens
+    shape = jax.ShapeDtypeStruct((rows,), jnp.float32, sharding=NamedSharding(mesh, BATCH))
+    programs, scores, scalars = [], dict.fromkeys(config.reward, shape), {}
+    for run, model in models.items():
+        score, args, ours = make_model_scorer(model), (rewards[run], batch), tuple(held.keys() & {run})
+        scores[run], scalars[run] = on_batch_axes(jax.eval_shape(score, *args), mesh)
+        programs.append(Program(f"score {run}", score, args, ours, 1, forward_flops(model, rows, length, 0), rows))
+    return programs, scores, scalars
 
 
 def sampled(config: Any, mesh: Mesh, apply: Any, policy: Any, held: tuple[str, ...]) -> tuple[Program, Any]:
@@ -183,31 +198,35 @@ def minibatch_of(batch: Any, parts: int, mesh: Mesh) -> Any:
 
 
 def ppo(script: Any, config: Any, mesh: Mesh) -> Plan:
-    """train_ppo: rollout, judgement, and the updates of an iteration. The reward model is of --reward, if it exists."""
+    """train_ppo: rollout, scores, judgement, and the updates of an iteration. Reward models are those that exist."""
     script.check(config, mesh)
     c, length = config.model, config.max_prompt + config.max_new_tokens
-    scalar = reward_model(config.reward, c)
+    models, rewards = reward_models(config, mesh)
+    scalar = next(iter(models.values()), c)
     apply, scalar_apply = pure(LanguageModel(c))[1], pure(ScalarModel(scalar))[1]
-    reference, reward = whole_model(LanguageModel(c), mesh), whole_model(ScalarModel(scalar), mesh)
+    reference, critic = whole_model(LanguageModel(c), mesh), whole_model(ScalarModel(scalar), mesh)
     (policy_optimizer, policy_step), (value_optimizer, value_step) = script.make_updates(config, apply, scalar_apply)
     policy = fresh(config, reference, policy_optimizer, mesh)
-    value = fresh(config, reward, value_optimizer, mesh)
+    value = fresh(config, critic, value_optimizer, mesh)
     held = {
         "policy": policy.params, "policy optimiser": policy.opt_state, "value": value.params,
-        "value optimiser": value.opt_state, "reference": reference, "reward": reward,
+        "value optimiser": value.opt_state,
     }  # fmt: skip
-    if config.offload:  # the judge's alone, and among its arguments
-        del held["reference"], held["reward"]
-    # With adapters, the bases are the reference's and the reward model's own arrays.
-    bases = [frozen_part(config.lora, params) for params in (reference, reward)]
+    if not config.offload:  # else they are on the devices while they judge, and among the judges' arguments
+        held |= {"reference": reference, **rewards}
+    # With adapters, the bases are the reference's and the first reward model's own arrays.
+    bases = [frozen_part(config.lora, params) for params in (reference, critic)]
+    if config.lora.rank and not models:
+        held["value base"] = critic
     wholes = [attached(config, base, state, mesh) for base, state in zip(bases, (policy, value), strict=True)]
     with_base = lambda name, base: (name, base) if config.lora.rank else (name,)  # noqa: E731
-    policy_held, value_held = with_base("policy", "reference"), with_base("value", "reward")
+    policy_held, value_held = with_base("policy", "reference"), with_base("value", next(iter(models), "value base"))
 
     rollout, batch = sampled(config, mesh, apply, wholes[0], policy_held)
+    scoring, scores, scalars = scored(config, mesh, held, models, rewards, batch)
     judge = script.make_judge(config, apply, scalar_apply, eos=1, newlines=[0])
-    models, beta = (wholes[0], reference, reward, wholes[1]), jax.ShapeDtypeStruct((), jnp.float32)
-    minibatch = minibatch_of(jax.eval_shape(judge, *models, batch, beta)[0], config.minibatches, mesh)
+    args = (wholes[0], reference, wholes[1], batch, scores, scalars, jax.ShapeDtypeStruct((), jnp.float32))
+    minibatch = minibatch_of(jax.eval_shape(judge, *args)[0], config.minibatches, mesh)
     rows, part, mixed = config.batch_size, config.batch_size // config.minibatches, minibatch
     if config.ptx_data is not None:
         text = on_batch_axes(pad_examples([full_row(length)] * part, length, 0), mesh)
@@ -216,13 +235,14 @@ def ppo(script: Any, config: Any, mesh: Mesh) -> Plan:
 
     new, calls = config.max_new_tokens + 1, config.epochs * config.minibatches
     of = lambda model, count, unembedded: forward_flops(model, count, length, unembedded)  # noqa: E731
-    judging = 2 * of(c, rows, new) + 2 * of(scalar, rows, 0)
+    judging = 2 * of(c, rows, new) + of(scalar, rows, 0)
     texts = of(c, part, length) if config.ptx_data is not None else 0.0
     policy_flops, value_flops = 3 * (of(c, part, new) + texts), 3 * of(scalar, part, 0)
-    judge_held = tuple(held.keys() & {"policy", "value", "reference", "reward"})
+    judge_held = tuple(held.keys() & {*policy_held, *value_held, "reference"})
     programs = [
         rollout,
-        Program("judge", judge, (*models, batch, beta), judge_held, 1, judging, rows),
+        *scoring,
+        Program("judge", judge, args, judge_held, 1, judging, rows),
         Program("value update", value_step, (value, minibatch, bases[1]), (*value_held, "value optimiser"), calls,
                 value_flops, part, gradients=value.params),
         Program("policy update", policy_step, (policy, mixed, bases[0]), (*policy_held, "policy optimiser"),
@@ -240,23 +260,17 @@ def grpo(script: Any, config: Any, mesh: Mesh) -> Plan:
     optimizer, step = script.make_update(config, objective)
     reference = whole_model(LanguageModel(c), mesh)
     policy, base = fresh(config, reference, optimizer, mesh), frozen_part(config.lora, reference)
-    models = {run: reward_model(run, c) for run in config.reward if not is_function(run)}
-    rewards = {run: whole_model(ScalarModel(model), mesh) for run, model in models.items()}
+    models, rewards = reward_models(config, mesh)
     held = {"policy": policy.params, "optimiser": policy.opt_state, "reference": reference, **rewards}
     policy_held = ("policy", "reference") if config.lora.rank else ("policy",)
     whole = attached(config, base, policy, mesh)
 
     rollout, batch = sampled(config, mesh, apply, whole, policy_held)
     rows, length, new = config.batch_size, config.max_prompt + config.max_new_tokens, config.max_new_tokens + 1
-    shape = jax.ShapeDtypeStruct((rows,), jnp.float32, sharding=NamedSharding(mesh, BATCH))
-    scores, potentials, programs = dict.fromkeys(config.reward, shape), {}, [rollout]
-    for run, model in models.items():
-        score, args = make_model_scorer(model), (rewards[run], batch)
-        scores[run], potentials[run] = on_batch_axes(jax.eval_shape(score, *args), mesh)
-        programs.append(Program(f"score {run}", score, args, (run,), 1, forward_flops(model, rows, length, 0), rows))
-    judge, args = script.make_judge(config, apply, advantages, 1), (whole, reference, batch, scores, potentials)
+    scoring, scores, scalars = scored(config, mesh, held, models, rewards, batch)
+    judge, args = script.make_judge(config, apply, advantages, 1), (whole, reference, batch, scores, scalars)
     judged, unembedded, flops = jax.eval_shape(judge, *args)[0], new, 2 * forward_flops(c, rows, length, new)
-    programs.append(Program("judge", judge, args, ("policy", "reference"), 1, flops, rows))
+    programs = [rollout, *scoring, Program("judge", judge, args, ("policy", "reference"), 1, flops, rows)]
     if config.method == "online_dpo":  # the best and the worst of each group, whole rows unembedded
         judged, unembedded = jax.eval_shape(partial(best_and_worst, group=n), judged), length
         rows = rows // n * 2

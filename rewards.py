@@ -17,12 +17,12 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from checkpoint import load_params
-from config import UserError, load_config
+from config import UserError, load_config, require
 from data.batches import pad_examples
 from data.tokenizer import Tokenizer
 from model import ModelConfig, Params, ScalarModel, pure
 from objectives.likelihood import inputs
-from objectives.reward import last_token, running_score, step_ends
+from objectives.reward import combined, last_token, running_score, step_ends
 from sharding import BATCH, abstract, to_mesh
 
 SCORES = ("product", "minimum", "last")
@@ -39,8 +39,6 @@ def load_reward_model(
     run: str, tokenizer: Tokenizer, mesh: jax.sharding.Mesh, script: str = "train_rm"
 ) -> tuple[Params, ModelConfig]:
     """A run of `script` on the mesh; raises UserError, also where it has another tokenizer."""
-    if is_function(run):
-        raise UserError(f"--reward={run}: here it is a run of {script}; train_grpo.py and train_raft.py take others")
     config = load_config(run)
     if config["script"] != script:
         raise UserError(f"{run}: a run of {config['script']}; name one of {script}")
@@ -57,6 +55,23 @@ def load_reward_model(
 def is_function(reward: str) -> bool:
     """Whether a reward is a module:function or a server rather than a run's folder."""
     return ":" in reward and not pathlib.Path(reward).is_dir()
+
+
+def check_rewards(c: Any) -> None:
+    """Raises UserError for rewards, of a script's Config, that cannot be combined."""
+    require({
+        "--reward: name at least one, and none twice": 0 < len(c.reward) == len(set(c.reward)),
+        f"--weights: {len(c.weights)} for {len(c.reward)} rewards; give one each with --combine=weighted, else none": (
+            len(c.weights) == (len(c.reward) if c.combine == "weighted" else 0)
+        ),
+        "--combine=gated: name the reward that counts, then those that gate": c.combine != "gated" or len(c.reward) > 1,
+    })  # fmt: skip
+
+
+def pooled(c: Any, scores: Batch) -> jax.Array:
+    """[B]: one score a response from `scores`, {reward: [B]}, as a script's --combine says."""
+    in_order = [scores[reward] for reward in c.reward]  # jit sorts a dict
+    return combined(in_order, c.combine, weights=c.weights, gate=c.gate, floor=c.floor)
 
 
 def load_function(reward: str) -> Check:
@@ -112,30 +127,33 @@ def ask(reward: str, question: dict[str, Any]) -> list[float]:
 
 
 def make_model_scorer(model: ModelConfig):
-    """score(params, batch) -> (scores [B], potentials [B, R]) by a reward model of that shape."""
+    """score(params, batch) -> (scores [B], scalars [B, R + 1]) by a reward model of that shape."""
     apply = pure(ScalarModel(model))[1]
 
     @jax.jit
     def score(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
         scalars_BT = apply(params, *inputs(batch))
         new = batch["mask_BR"].shape[1]
-        return last_token(scalars_BT, batch["segment_ids_BT"]), scalars_BT[:, -new - 1 : -1]
+        return last_token(scalars_BT, batch["segment_ids_BT"]), scalars_BT[:, -new - 1 :]
 
     return score
 
 
-def make_scorer(rewards: Sequence[str], tokenizer: Tokenizer, mesh: jax.sharding.Mesh):
-    """score(batch, records) -> ({reward: scores [B]}, {reward: potentials [B, R]}), the latter of reward models.
+def make_scorer(rewards: Sequence[str], tokenizer: Tokenizer, mesh: jax.sharding.Mesh, script: str = "train_rm"):
+    """(models, score): {reward: parameters} of those that are runs of `script`, and what scores responses.
 
-    `batch` as of a rollout, `records` those of this host's prompts. A potential is the model's scalar for the state
-    in which a token was emitted. Raises UserError for a reward that cannot be loaded or returns no number.
+    score(models, batch, records) -> ({reward: scores [B]}, {reward: scalars [B, R + 1]}), the latter of reward models:
+    for the state before each token of the response, and for that after the last. `batch` as of a rollout, `records`
+    those of this host's prompts. Raises UserError for a reward that cannot be loaded or returns no number.
     """
-    models = {reward: load_reward_model(reward, tokenizer, mesh) for reward in rewards if not is_function(reward)}
+    loaded = {
+        reward: load_reward_model(reward, tokenizer, mesh, script) for reward in rewards if not is_function(reward)
+    }
     servers = {reward for reward in rewards if reward.startswith("http://")}
     functions = {reward: load_function(reward) for reward in rewards if is_function(reward) and reward not in servers}
     for reward in servers:
         ask(reward, {"tokenizer": tokenizer.sha256, "texts": [], "records": [], "batch": {}})  # mistakes show at once
-    by_model = {reward: make_model_scorer(model) for reward, (_, model) in models.items()}
+    by_model = {reward: make_model_scorer(model) for reward, (_, model) in loaded.items()}
 
     def on_host(reward: str, batch: Batch, records: Sequence[dict[str, Any]]) -> jax.Array:
         names = SENT if reward in servers else SENT[-2:]
@@ -157,16 +175,16 @@ def make_scorer(rewards: Sequence[str], tokenizer: Tokenizer, mesh: jax.sharding
             raise UserError(f"--reward={reward}: returned {len(scores)} scores for {len(texts)} responses")
         return to_mesh({"score_B": np.array(scores, np.float32)}, mesh)["score_B"]
 
-    def score(batch: Batch, records: Sequence[dict[str, Any]]) -> tuple[Batch, Batch]:
-        scores, potentials = {}, {}
+    def score(models: dict[str, Params], batch: Batch, records: Sequence[dict[str, Any]]) -> tuple[Batch, Batch]:
+        scores, scalars = {}, {}
         for reward in rewards:
             if reward in models:
-                scores[reward], potentials[reward] = by_model[reward](models[reward][0], batch)
+                scores[reward], scalars[reward] = by_model[reward](models[reward], batch)
             else:
                 scores[reward] = on_host(reward, batch, records)
-        return scores, potentials
+        return scores, scalars
 
-    return score
+    return {reward: params for reward, (params, _) in loaded.items()}, score
 
 
 def make_step_scorer(run: str, tokenizer: Tokenizer, mesh: jax.sharding.Mesh, length: int):

@@ -39,7 +39,7 @@ def make_answer(config: Config):
     if config.tokenizer is None and is_function(config.reward):
         raise UserError(f"--reward={config.reward}: a function has no tokenizer; give --tokenizer, the askers' run")
     tokenizer = Tokenizer.load(config.tokenizer or config.reward)
-    score = make_scorer([config.reward], tokenizer, mesh)
+    models, score = make_scorer([config.reward], tokenizer, mesh)
     types = {name: np.float32 if name == "mask_BR" else np.int32 for name in SENT}
 
     def answer(question: dict) -> dict[str, list[float]]:
@@ -52,7 +52,7 @@ def make_answer(config: Config):
             raise UserError(f"the server's tokenizer is {tokenizer.sha256[:12]}, the asker's is {theirs[:12]}")
         if not records:
             return {"scores": []}
-        scores, _ = score(to_mesh(batch, mesh), records)
+        scores, _ = score(models, to_mesh(batch, mesh), records)
         return {"scores": np.asarray(scores[config.reward]).tolist()}
 
     return answer

@@ -29,7 +29,7 @@ from model import LanguageModel, ModelConfig, Params, check_fit, pure
 from objectives import direct, group
 from objectives import policy as ppo
 from preview import preview
-from rewards import is_function, make_scorer
+from rewards import check_rewards, is_function, make_scorer, pooled
 from rollout import (
     Batch,
     check_first_update,
@@ -159,16 +159,15 @@ def make_method(config: Config, apply: Any) -> tuple[Callable[..., jax.Array], A
 
 
 def make_judge(config: Config, apply: Any, advantages: Callable[..., jax.Array], eos: int):
-    """judge(policy, reference, batch, scores, potentials) -> (batch with targets, metrics)."""
+    """judge(policy, reference, batch, scores, scalars) -> (batch with targets, metrics)."""
     n, longest = config.samples_per_prompt, config.max_new_tokens
-    pool = partial(group.combined, how=config.combine, weights=config.weights, gate=config.gate, floor=config.floor)
 
     @jax.jit
-    def judge(policy: Params, reference: Params, batch: Batch, scores: Batch, potentials: Batch):
+    def judge(policy: Params, reference: Params, batch: Batch, scores: Batch, scalars: Batch):
         mask_BR = batch["mask_BR"]
         logp_BR = ppo.response_logprobs(apply, policy, batch, config.temperature)
         reference_BR = ppo.response_logprobs(apply, reference, batch, config.temperature)
-        raw_B = pool([scores[name] for name in config.reward])  # by name: jit sorts a dict
+        raw_B = pooled(config, scores)
         score_B = ppo.missing_eos(raw_B, ended(batch, eos), config.missing_eos, config.missing_eos_score)
         if config.overlong:
             score_B += group.overlong_penalty(mask_BR.sum(1), longest, config.overlong * longest)
@@ -177,7 +176,8 @@ def make_judge(config: Config, apply: Any, advantages: Callable[..., jax.Array],
             cost_BR += config.kl_coef * ppo.kl_estimate(logp_BR, reference_BR, config.kl_estimator)
         rewards_BR = ppo.token_rewards(score_B, cost_BR, mask_BR, 1.0, mask_BR.sum(1) - 1)
         if config.shaping:
-            rewards_BR = group.shaped(rewards_BR, config.shaping * potentials[config.reward[0]], mask_BR)
+            before_BR = scalars[config.reward[0]][:, :-1]
+            rewards_BR = group.shaped(rewards_BR, config.shaping * before_BR, mask_BR)
         unequal_P = jnp.ptp(raw_B.reshape(-1, n), axis=1) > 0
         targets = {
             "old_logp_BR": logp_BR,
@@ -214,11 +214,6 @@ def check(c: Config, mesh: Any) -> None:
         f"--samples_per_prompt={n}: responses are compared in groups; give at least 2": n >= 2 or alone,
         f"--minibatches={c.minibatches}: must divide {rows} rows": c.minibatches >= 1 and rows % c.minibatches == 0,
         f"--epochs={c.epochs}, --max_rounds={c.max_rounds}: must be at least 1": min(c.epochs, c.max_rounds) >= 1,
-        "--reward: name at least one, and none twice": 0 < len(c.reward) == len(set(c.reward)),
-        f"--weights: {len(c.weights)} for {len(c.reward)} rewards; give one each with --combine=weighted, else none": (
-            len(c.weights) == (len(c.reward) if c.combine == "weighted" else 0)
-        ),
-        "--combine=gated: name the reward that counts, then those that gate": c.combine != "gated" or len(c.reward) > 1,
         f"--kl_coef={c.kl_coef}: must be at least 0": c.kl_coef >= 0,
         "--kl_coef=0: online_dpo needs one above 0": c.kl_coef > 0 or c.method != "online_dpo",
         "--kl_estimator=k1: in the loss its gradient is 0 on average; use k2 or k3, or --kl_in=reward": (
@@ -230,6 +225,7 @@ def check(c: Config, mesh: Any) -> None:
             c.shaping == 0 or (c.method == "reinforce_pp" and not is_function(c.reward[0]))
         ),
     }
+    check_rewards(c)
     require(rules)
     check_batch("batch_size / --minibatches", rows // c.minibatches, c.microbatches, mesh)
     check_batch("batch_size / --samples_per_prompt", c.batch_size // n, 1, mesh)
@@ -242,7 +238,7 @@ def main(config: Config) -> dict[str, float]:
     tokenizer = Tokenizer.load(config.init)
     length = config.max_prompt + config.max_new_tokens
     check_fit(config.model, tokenizer.size, length)
-    score = make_scorer(config.reward, tokenizer, mesh)
+    models, score = make_scorer(config.reward, tokenizer, mesh)
     init, apply = pure(LanguageModel(config.model))
     source = open_source(config.data, "prompt", "train", seed=config.seed)
     prompts = prompt_batches(
@@ -252,7 +248,7 @@ def main(config: Config) -> dict[str, float]:
     advantages, objective = make_method(config, apply)
     rollout, whole = make_rollout(config, apply, tokenizer, config.samples_per_prompt), partial(attach, config.lora)
     judge, most = make_judge(config, apply, advantages, tokenizer.eos), config.max_rounds if config.dynamic else 1
-    experience = make_experience(config, prompts, mesh, tokenizer.pad, rollout, score, judge, most)
+    experience = make_experience(config, prompts, mesh, tokenizer.pad, rollout, partial(score, models), judge, most)
     optimizer, train_step = make_update(config, objective)
     pairs = jax.jit(partial(group.best_and_worst, group=config.samples_per_prompt))
     evaluate = make_gold_evaluation(config, tokenizer) if config.data == "world" and config.eval_every else None

@@ -1,9 +1,9 @@
-"""PPO with a critic, against a reward model: rollout, judgement, advantages, epochs of clipped updates.
+"""PPO with a critic, against any number of rewards: rollout, judgement, advantages, epochs of clipped updates.
 
     python train_ppo.py --init=runs/align/sft --reward=runs/align/rm --run=runs/align/ppo
 
-Policy and reference start from the SFT run, the value model from the reward model. The defaults follow the
-"N+ implementation details" reproduction of Stiennon et al. 2020; contested ones are fields of Config.
+Policy and reference start from the SFT run, the value model from the first reward model, else from the SFT run too. The
+defaults follow the "N+ implementation details" of Stiennon et al. 2020; contested ones are fields of Config.
 """
 
 import dataclasses
@@ -21,27 +21,27 @@ from data.sources import open_source
 from data.tokenizer import Tokenizer
 from gold import make_gold_evaluation
 from hosts import HostsConfig
-from lora import LoraConfig, attach, frozen_part, pinned, trained_part
+from lora import LoraConfig, attach, frozen_part, pinned
 from metrics import Recorder, describe
-from model import LanguageModel, ModelConfig, Params, ScalarModel, check_fit, pure
+from model import LanguageModel, ModelConfig, Params, check_fit, pure
 from objectives import policy as ppo
-from objectives.likelihood import inputs
-from objectives.reward import response_scores
+from objectives.reward import step_ends, step_rewards
 from preview import preview_items
-from rewards import load_reward_model
-from rollout import check_first_update, ended, make_rollout, rollout_metrics, sample_rows, shuffled
+from rewards import check_rewards, is_function, make_scorer, pooled
+from rollout import Batch, check_first_update, ended, make_rollout, rollout_metrics, sample_rows, shuffled
 from sharding import MeshConfig, abstract, check_batch, init_sharded, make_mesh, moved, reader, to_mesh
 from train_step import (
     OptimizerConfig,
     as_items,
+    fresh_state,
     from_items,
-    init_state,
     make_optimizer,
     make_train_step,
+    starting_critic,
     starting_params,
 )
 
-Batch = dict[str, jax.Array]
+ADAM = partial(OptimizerConfig, schedule="linear", warmup=0, final_lr=0.1, beta2=0.999, eps=1e-5, weight_decay=0.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +50,16 @@ class Config:
     """Folder of this run; running again resumes it."""
     init: str = "runs/align/sft"
     """Run that policy and reference start from."""
-    reward: str = "runs/align/rm"
-    """Run of the reward model (train_rm.py), from which the value model starts too."""
+    reward: tuple[str, ...] = ("runs/align/rm",)
+    """Each a run of train_rm.py, module:function, called with (response, record), or http://<serve_reward.py>."""
+    combine: Literal["mean", "weighted", "minimum", "gated"] = "mean"
+    """Several rewards as one score; gated: the first where all others reach --gate, else --floor."""
+    weights: tuple[float, ...] = ()
+    """Of the rewards (weighted: their sum, not divided)."""
+    gate: float = 0.0
+    """What the second reward and those after it must reach (gated)."""
+    floor: float = -1.0
+    """Score where one does not (gated)."""
     data: str = "world"
     """Prompts: world, a .jsonl file, or tfds:<name>."""
     steps: int = 24
@@ -83,7 +91,7 @@ class Config:
     kl_limit: float = 50.0
     """The run ends in an error when KL per response exceeds this: the policy has collapsed."""
     step_rewards: Literal["none", "product", "minimum", "last"] = "none"
-    """Reward at each step's last token too: how the score changes there by --reward, then a run of train_prm.py."""
+    """Reward at each step's last token: how the score changes there by --reward, then a run of train_prm.py."""
     score_at: Literal["last", "after"] = "last"
     """The score is added at the last real token, or at the position after it (where one is left)."""
     missing_eos: Literal["replace", "penalty", "none"] = "replace"
@@ -108,20 +116,16 @@ class Config:
     """Weight of its loss per token beside the policy's; Ouyang et al. 2022 took 27.8."""
     value_clip: float = 0.2
     """Clip of the value's move within an iteration."""
-    optimizer: OptimizerConfig = OptimizerConfig(
-        lr=3e-4, schedule="linear", warmup=0, final_lr=0.1, beta2=0.999, eps=1e-5, weight_decay=0.0
-    )
+    optimizer: OptimizerConfig = ADAM(lr=3e-4)
     """Of the policy."""
-    value_optimizer: OptimizerConfig = OptimizerConfig(
-        lr=1.5e-3, schedule="linear", warmup=0, final_lr=0.1, beta2=0.999, eps=1e-5, weight_decay=0.0
-    )
+    value_optimizer: OptimizerConfig = ADAM(lr=1.5e-3)
     """Of the value model, which has more to learn: it starts from scores of whole responses."""
     model: ModelConfig = ModelConfig()
     """The policy's; taken from --init."""
     lora: LoraConfig = LoraConfig()
-    """Of policy and value model both; the reference and the reward model are then their bases."""
+    """Of policy and value model both; what they start from are then their bases."""
     offload: bool = False
-    """Keep reference and reward model in the host's memory; on the devices only while they judge."""
+    """Keep reference and reward models in the host's memory; on the devices only while they judge."""
     mesh: MeshConfig = MeshConfig()
     hosts: HostsConfig = HostsConfig()
     seed: int = 0
@@ -136,22 +140,21 @@ class Config:
 
 
 def make_judge(config: Config, apply: Any, scalar_apply: Any, eos: int, newlines: list[int]):
-    """judge(policy, reference, reward, value, batch, beta) -> (batch with targets, metrics)."""
+    """judge(policy, reference, value, batch, scores, scalars, beta) -> (batch with targets, metrics)."""
 
     @jax.jit
-    def judge(policy: Params, reference: Params, reward: Params, value: Params, batch: Batch, beta: jax.Array):
-        mask_BR, new = batch["mask_BR"], batch["mask_BR"].shape[1]
+    def judge(policy: Params, reference: Params, value: Params, batch: Batch, scores: Batch, scalars: Batch, beta: Any):
+        mask_BR = batch["mask_BR"]
         logp_BR = ppo.response_logprobs(apply, policy, batch, config.temperature)
         reference_BR = ppo.response_logprobs(apply, reference, batch, config.temperature)
-        scalars_BT = scalar_apply(reward, *inputs(batch))
-        raw_B, steps_BR = response_scores(scalars_BT, batch, config.step_rewards, newlines)
+        raw_B, steps_BR = pooled(config, scores), jnp.zeros_like(mask_BR)
+        if config.step_rewards != "none":
+            ends_BR = step_ends(batch["response_BR"], mask_BR, newlines)
+            steps_BR = step_rewards(scalars[config.reward[0]][:, 1:], ends_BR, config.step_rewards)
+            raw_B = steps_BR.sum(1)
         score_B = ppo.missing_eos(raw_B, ended(batch, eos), config.missing_eos, config.missing_eos_score)
 
-        length_B = mask_BR.sum(1).astype(jnp.int32)
-        at_B, value_mask_BR = length_B - 1, mask_BR
-        if config.score_at == "after":  # the state after the last token then has a value and a reward too
-            at_B = jnp.minimum(length_B, new - 1)
-            value_mask_BR = (jnp.arange(new) <= at_B[:, None]).astype(jnp.float32)
+        at_B, value_mask_BR = ppo.score_position(mask_BR, config.score_at)
         values_BR = ppo.response_values(scalar_apply, value, batch) * value_mask_BR
         estimate_BR = ppo.kl_estimate(logp_BR, reference_BR, config.kl_estimator)
         # What the steps were not given comes at the end: the sum is the score, eos rule included.
@@ -167,6 +170,7 @@ def make_judge(config: Config, apply: Any, scalar_apply: Any, eos: int, newlines
             "returns_BR": returns_BR,
         }
         metrics = {
+            **{f"reward/{name}": x.mean() for name, x in scores.items()},
             "score": raw_B.mean(),
             "score_with_eos_rule": score_B.mean(),
             "kl_coef": beta,
@@ -174,54 +178,50 @@ def make_judge(config: Config, apply: Any, scalar_apply: Any, eos: int, newlines
             "value": ppo.masked_mean(values_BR, value_mask_BR),
             **rollout_metrics(logp_BR, reference_BR, batch, eos),
         }
-        batch = {name: x for name, x in batch.items() if name != "sampler_logp_BR"}
         return {**batch, **targets}, metrics
 
     return judge
 
 
-def load_models(config: Config, mesh: Any) -> tuple[Params, Params, ModelConfig]:
-    """The SFT policy and the reward model on the mesh, and the latter's ModelConfig; raises UserError."""
-    init = pure(LanguageModel(config.model))[0]
-    policy = starting_params(init, config.model, config.init, mesh, config.seed)
-    script = "train_rm" if config.step_rewards == "none" else "train_prm"
-    return policy, *load_reward_model(config.reward, Tokenizer.load(config.init), mesh, script)
-
-
-def check(config: Config, mesh: Any) -> None:
+def check(c: Config, mesh: Any) -> None:
     """Raises UserError for settings that cannot run together."""
-    for name, parts in (("minibatches", config.minibatches), ("samples_per_prompt", config.samples_per_prompt)):
-        if parts < 1 or config.batch_size % parts:
-            raise UserError(f"--{name}={parts}: must divide --batch_size={config.batch_size} without remainder")
-    weights = f"--ptx_coef={config.ptx_coef}, --entropy_coef={config.entropy_coef}: must be at least 0"
-    least = {f"--epochs={config.epochs}: must be at least 1": config.epochs >= 1}
-    fault = "--offload: adapters need their base all the time; leave it out"
-    least |= {weights: min(config.ptx_coef, config.entropy_coef) >= 0, fault: not (config.offload and config.lora.rank)}
-    flags.require(least)
-    check_batch("batch_size / --minibatches", config.batch_size // config.minibatches, config.microbatches, mesh)
-    check_batch("batch_size / --samples_per_prompt", config.batch_size // config.samples_per_prompt, 1, mesh)
+    rows, n, weights = c.batch_size, c.samples_per_prompt, (c.ptx_coef, c.entropy_coef)
+    rules = {
+        f"--minibatches={c.minibatches}: must divide --batch_size={rows}": c.minibatches > 0 == rows % c.minibatches,
+        f"--samples_per_prompt={n}: must divide --batch_size={rows}": n > 0 == rows % n,
+        f"--epochs={c.epochs}: must be at least 1": c.epochs >= 1,
+        f"--ptx_coef={weights[0]}, --entropy_coef={weights[1]}: must be at least 0": min(weights) >= 0,
+        "--offload: adapters need their base all the time; leave it out": not (c.offload and c.lora.rank),
+        f"--step_rewards={c.step_rewards}: --reward must be one run of train_prm.py": (
+            c.step_rewards == "none" or (len(c.reward) == 1 and not is_function(c.reward[0]))
+        ),
+    }
+    flags.require(rules)
+    check_rewards(c)
+    check_batch("batch_size / --minibatches", rows // c.minibatches, c.microbatches, mesh)
+    check_batch("batch_size / --samples_per_prompt", rows // n, 1, mesh)
 
 
-def make_updates(config: Config, apply: Any, scalar_apply: Any):
+def make_updates(c: Config, apply: Any, scalar_apply: Any):
     """((policy optimiser, policy step), (value optimiser, value step))."""
-    updates = config.steps * config.epochs * config.minibatches
-    terms = {"clip": config.clip, "temperature": config.temperature, "entropy_coef": config.entropy_coef}
-    policy_loss = partial(ppo.policy_objective, apply, **terms)
-    value_loss = partial(ppo.value_objective, scalar_apply, clip=config.value_clip)
-    for loss, options in ((policy_loss, config.optimizer), (value_loss, config.value_optimizer)):
-        optimizer, whole = make_optimizer(options, updates), partial(attach, config.lora)
-        yield optimizer, make_train_step(loss, optimizer, config.microbatches, options.clip, whole)
+    policy = partial(ppo.policy_objective, apply, clip=c.clip, temperature=c.temperature, entropy_coef=c.entropy_coef)
+    value = partial(ppo.value_objective, scalar_apply, clip=c.value_clip)
+    for loss, options in ((policy, c.optimizer), (value, c.value_optimizer)):
+        optimizer = make_optimizer(options, c.steps * c.epochs * c.minibatches)
+        yield optimizer, make_train_step(loss, optimizer, c.microbatches, options.clip, partial(attach, c.lora))
 
 
 def main(config: Config) -> dict[str, float]:
     config = pinned(config)
     mesh = make_mesh(config.mesh)
     check(config, mesh)
-    tokenizer = Tokenizer.load(config.init)
-    length = config.max_prompt + config.max_new_tokens
+    tokenizer, length = Tokenizer.load(config.init), config.max_prompt + config.max_new_tokens
     check_fit(config.model, tokenizer.size, length)
-    reference, reward, reward_model = load_models(config, mesh)
-    apply, scalar_apply = pure(LanguageModel(config.model))[1], pure(ScalarModel(reward_model))[1]
+    script = "train_rm" if config.step_rewards == "none" else "train_prm"
+    models, score = make_scorer(config.reward, tokenizer, mesh, script)
+    init, apply = pure(LanguageModel(config.model))
+    reference = starting_params(init, config.model, config.init, mesh, config.seed)
+    critic, scalar_apply = starting_critic(config, models, mesh)
     source = open_source(config.data, "prompt", "train", seed=config.seed)
     options = {"seed": config.seed, **reader(mesh)}
     asked, rows = config.batch_size // config.samples_per_prompt, config.batch_size // config.minibatches
@@ -231,42 +231,41 @@ def main(config: Config) -> dict[str, float]:
         text = open_source(config.ptx_data, "text", "train", seed=config.seed)
         read["text"] = text_batches(text, tokenizer, batch_size=rows, length=length, **options)
     with_text = jax.jit(partial(ppo.with_text, coefficient=config.ptx_coef))
-    rollout = make_rollout(config, apply, tokenizer, config.samples_per_prompt)
+    rollout, whole = make_rollout(config, apply, tokenizer, config.samples_per_prompt), partial(attach, config.lora)
     judge = make_judge(config, apply, scalar_apply, tokenizer.eos, tokenizer.newlines())
     (policy_optimizer, policy_step), (value_optimizer, value_step) = make_updates(config, apply, scalar_apply)
     evaluate = make_gold_evaluation(config, tokenizer) if config.data == "world" and config.eval_every else None
 
     def fresh(policy: Params, value: Params) -> dict[str, Any]:
         keys = jax.random.split(jax.random.key(config.seed))
-        trained = [trained_part(config.lora, p, key) for p, key in zip((policy, value), keys, strict=True)]
-        copies = jax.tree.map(jnp.copy, trained)  # the steps donate theirs; reference and reward stay
-        states = [init_state(p, o) for p, o in zip(copies, (policy_optimizer, value_optimizer), strict=True)]
+        copies = jax.tree.map(jnp.copy, (policy, value))  # the steps donate theirs; reference and rewards stay
+        starts = zip((policy_optimizer, value_optimizer), copies, keys, strict=True)
+        states = [fresh_state(config, *start) for start in starts]
         return {**as_items(states[0]), "value": states[1], "beta": jnp.float32(config.kl_coef)}
 
     if config.dry_run:
-        items = abstract(jax.eval_shape(fresh, reference, reward), mesh)
-        return preview_items(config, {**items, "held": (reference, reward)}, next(prompts), tokenizer)
-    names = {"script": "train_ppo", "tokenizer": tokenizer.model}
-    with Checkpoints(config.run, config, **names, keep=config.keep) as checkpoints:
-        saved = checkpoints.restore(abstract(jax.eval_shape(fresh, reference, reward), mesh))
-        start, items, position = saved or (0, init_sharded(fresh, mesh, reference, reward), None)
+        items = abstract(jax.eval_shape(fresh, reference, critic), mesh)
+        return preview_items(config, {**items, "held": (reference, models)}, next(prompts), tokenizer)
+    with Checkpoints(config.run, config, script="train_ppo", tokenizer=tokenizer.model, keep=config.keep) as saved:
+        found = saved.restore(abstract(jax.eval_shape(fresh, reference, critic), mesh))
+        start, items, position = found or (0, init_sharded(fresh, mesh, reference, critic), None)
         for name, state in (position or {}).items():
             read[name].restore(state)
         policy, value, beta = from_items(items), items["value"], items["beta"]
-        base, value_base = (frozen_part(config.lora, params) for params in (reference, reward))
-        whole = partial(attach, config.lora)
+        base, value_base = (frozen_part(config.lora, params) for params in (reference, critic))
+        del critic  # with --offload nothing of it stays on the devices
         sizes = {"batch_size": config.batch_size, "length": length, "steps": config.steps, "start": start}
-        reference, reward = moved((reference, reward), "pinned_host" if config.offload else "device")
-        others = (policy.opt_state, value, *(() if config.offload else (reference, reward)))
+        reference, models = moved((reference, models), "pinned_host" if config.offload else "device")
+        others = (policy.opt_state, value, *(() if config.offload else (reference, models)))
         print(describe(f"{config.run}: PPO on {source.name}", policy.params, others, **sizes))
         unchecked = True
         with Recorder(config.run, config.steps, start, unit="iteration") as record:
             for step in record.steps():
                 key = jax.random.fold_in(jax.random.key(config.seed), step)
                 batch = rollout(whole(base, policy.params), to_mesh(next(prompts), mesh), key)
-                records, response_BR = prompts.records, batch["response_BR"]
-                models = whole(base, policy.params), whole(value_base, value.params)
-                batch, metrics = judge(models[0], *moved((reference, reward), "device"), models[1], batch, beta)
+                scores, scalars = score(moved(models, "device"), batch, prompts.records)
+                three = whole(base, policy.params), moved(reference, "device"), whole(value_base, value.params)
+                batch, metrics = judge(*three, batch, scores, scalars, beta)
                 for epoch in range(config.epochs):
                     for minibatch in shuffled(batch, jax.random.fold_in(key, epoch), config.minibatches):
                         value, value_metrics = value_step(value, minibatch, value_base)
@@ -284,14 +283,15 @@ def main(config: Config) -> dict[str, float]:
                 if (kl := record.last.get("kl", 0.0)) > config.kl_limit:
                     raise UserError(f"--kl_limit={config.kl_limit}: KL reached {kl:.1f} nats; raise --kl_coef")
                 if config.eval_every and (step % config.eval_every == 0 or step == config.steps):
-                    record.samples(step, sample_rows(records, response_BR, tokenizer, config.samples_per_prompt)[:8])
+                    shown = prompts.records, batch["response_BR"], tokenizer, config.samples_per_prompt
+                    record.samples(step, sample_rows(*shown)[:8])
                     if evaluate is not None:
                         record(step, evaluate(whole(base, policy.params), moved(reference, "device")))
-                if checkpoints.due(step, config.save_every, config.steps):
+                if saved.due(step, config.save_every, config.steps):
                     record.flush()
                     items = {**as_items(policy), "value": value, "beta": beta}
-                    checkpoints.save(step, items, {name: batches.state for name, batches in read.items()})
-                if checkpoints.stopping:
+                    saved.save(step, items, {name: batches.state for name, batches in read.items()})
+                if saved.stopping:
                     break
     return record.last
 

@@ -46,7 +46,7 @@ class Config:
     """Held-out ones; None: the held-out part of --data."""
     tokenizer: str | None = None
     """A SentencePiece .model; None: that of --init, else one trained on the data."""
-    steps: int = 600
+    steps: int = 1200
     batch_size: int = 32
     """Solutions per step, over all devices."""
     length: int = 64

@@ -141,10 +141,10 @@ def quantile_words(config: Config, tokenizer: Tokenizer) -> jax.Array:
 
 
 def make_judge(config: Config, apply: Any, eos: int, condition: Condition):
-    """judge(policy, reference, batch, scores, potentials) -> (batch with `score_B`, metrics)."""
+    """judge(policy, reference, batch, scores, scalars) -> (batch with `score_B`, metrics)."""
 
     @jax.jit
-    def judge(policy: Params, reference: Params, batch: Batch, scores: Batch, potentials: Batch):
+    def judge(policy: Params, reference: Params, batch: Batch, scores: Batch, scalars: Batch):
         asked = {**batch, **condition(batch)}
         logp_BR = response_logprobs(apply, policy, asked, config.temperature)
         reference_BR = response_logprobs(apply, reference, batch, config.temperature)
@@ -199,7 +199,7 @@ def main(config: Config) -> dict[str, float]:
     by_quantile, length = config.select == "quantiles", config.max_prompt + config.max_new_tokens
     check_fit(config.model, tokenizer.size, length + 2 * by_quantile)
     words = quantile_words(config, tokenizer) if by_quantile else None
-    score = make_scorer([config.reward], tokenizer, mesh)
+    models, score = make_scorer([config.reward], tokenizer, mesh)
     init, apply = pure(LanguageModel(config.model))
     source = open_source(config.data, "prompt", "train", seed=config.seed)
     prompts = prompt_batches(
@@ -219,7 +219,7 @@ def main(config: Config) -> dict[str, float]:
     def make_sampling(condition: Condition):
         rollout = make_rollout(config, apply, tokenizer, config.samples_per_prompt, condition=condition)
         judge = make_judge(config, apply, tokenizer.eos, condition)
-        return make_experience(config, prompts, mesh, tokenizer.pad, rollout, score, judge)
+        return make_experience(config, prompts, mesh, tokenizer.pad, rollout, partial(score, models), judge)
 
     # The first responses are the reference's own, which knows no quantiles yet (Quark, algorithm 1).
     first = make_sampling(plain)

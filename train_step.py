@@ -137,6 +137,18 @@ def starting_params(init: Any, config: ModelConfig, run: str | None, mesh: jax.s
     return {**params, **{name: loaded[name] for name in params.keys() & loaded.keys()}}
 
 
+def starting_critic(config: Any, models: dict[str, Params], mesh: jax.sharding.Mesh) -> tuple[Params, Any]:
+    """Parameters that a value model starts from, and its apply; `models`: runs of reward models and their parameters.
+
+    The first of these; where there is none, the decoder of --init, with a head that says 0.
+    """
+    for run, params in models.items():
+        return params, pure(ScalarModel(ModelConfig(**load_config(run)["model"])))[1]
+    init, apply = pure(ScalarModel(config.model))
+    params = starting_params(init, config.model, config.init, mesh, config.seed)
+    return {**params, "head": jnp.zeros_like(params["head"])}, apply
+
+
 def fresh_state(config: Any, optimizer: optax.GradientTransformation, params: Params, key: jax.Array) -> TrainState:
     """The state that a script of `config` starts from: of adapters where it has any, else of `params`."""
     return init_state(trained_part(config.lora, params, key), optimizer)

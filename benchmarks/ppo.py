@@ -16,6 +16,7 @@ from side_by_side import RESULTS, SMALL, apart, interleaved, on_cpu, plain_batch
 import config as flags
 import train_ppo
 from model import LanguageModel, ModelConfig, ScalarModel, pure
+from rewards import make_model_scorer
 from rollout import make_rollout, shuffled
 from train_step import init_state
 
@@ -54,7 +55,7 @@ def our_calls(config: Config) -> dict[str, Any]:
     scalar_init, scalar_apply = pure(ScalarModel(model))
     reference, reward = random_params(model), jax.jit(scalar_init)(jax.random.key(1))
     rollout = make_rollout(ppo, apply, SimpleNamespace(eos=NEVER, pad=0))
-    judge = train_ppo.make_judge(ppo, apply, scalar_apply, eos=NEVER, newlines=[NEVER])
+    score, judge = make_model_scorer(model), train_ppo.make_judge(ppo, apply, scalar_apply, eos=NEVER, newlines=[NEVER])
     (policy_optimizer, policy_step), (value_optimizer, value_step) = train_ppo.make_updates(ppo, apply, scalar_apply)
     prompts = jax.device_put(plain_batch(model, config.batch_size, config.max_prompt))
     copied = [jax.tree.map(jnp.copy, params) for params in (reference, reward)]
@@ -65,7 +66,9 @@ def our_calls(config: Config) -> dict[str, Any]:
         return rollout(states[0].params, prompts, next(keys))
 
     def judged(batch: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        return judge(states[0].params, reference, reward, states[1].params, batch, jnp.float32(ppo.kl_coef))
+        scores, scalars = ({ppo.reward[0]: x} for x in score(reward, batch))
+        models = states[0].params, reference, states[1].params
+        return judge(*models, batch, scores, scalars, jnp.float32(ppo.kl_coef))
 
     def updated(minibatch: dict[str, Any]) -> dict[str, Any]:
         states[1], _ = value_step(states[1], minibatch, None)

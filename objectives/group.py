@@ -4,7 +4,7 @@ Rows are responses, those to one prompt next to one another: B = P C for P promp
 of [B, R] arrays is response token t, as in objectives/policy.py. No gradient passes through rewards or advantages.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from math import inf
 from typing import Any
 
@@ -36,23 +36,6 @@ PAPERS: dict[str, dict[str, Any]] = {
 }
 
 # ---- Rewards ----
-
-
-def combined(
-    scores: Sequence[Array], how: str, *, weights: Sequence[float] = (), gate: float = 0.0, floor: float = -1.0
-):
-    """One score a response, [B], from several. `gated`: the first where all others reach `gate`, else `floor`.
-
-    A reward a criterion: Glaese et al. 2022 (a preference beside rules); Touvron et al. 2023, section 3.2.3 (Llama 2:
-    helpfulness counts where safety reaches a threshold; below it, there, the safety score).
-    """
-    scores_BC = jnp.stack(list(scores), axis=1)  # C here: criteria
-    return {
-        "mean": lambda: scores_BC.mean(1),
-        "weighted": lambda: (scores_BC * jnp.array(weights, jnp.float32)).sum(1),
-        "minimum": lambda: scores_BC.min(1),
-        "gated": lambda: jnp.where((scores_BC[:, 1:] >= gate).all(1), scores_BC[:, 0], floor),
-    }[how]()
 
 
 def overlong_penalty(length_B: Array, longest: int, cache: float) -> Array:

@@ -41,6 +41,18 @@ def token_rewards(score_B: jax.Array, kl_BR: jax.Array, mask_BR: jax.Array, beta
     return -beta * kl_BR * mask_BR + jnp.where(at_BR, score_B[:, None], 0.0)
 
 
+def score_position(mask_BR: jax.Array, at: str) -> tuple[jax.Array, jax.Array]:
+    """Where the score is added, [B], and the mask [B, R] of states that have a value.
+
+    At the `last` real token; or at the position `after` it, whose state then has a value too, where one is left.
+    """
+    length_B, new = mask_BR.sum(1).astype(jnp.int32), mask_BR.shape[1]
+    if at == "last":
+        return length_B - 1, mask_BR
+    at_B = jnp.minimum(length_B, new - 1)
+    return at_B, (jnp.arange(new) <= at_B[:, None]).astype(jnp.float32)
+
+
 def missing_eos(score_B: jax.Array, ended_B: jax.Array, rule: str, score: float) -> jax.Array:
     """Scores [B] in which an unended response has `score` (replace), its own and `score` (penalty), or its own."""
     without = {"replace": jnp.full_like(score_B, score), "penalty": score_B + score, "none": score_B}[rule]

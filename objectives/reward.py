@@ -3,6 +3,7 @@
 A process reward model's scalar at a step's last token is the log-odds that the step is right.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -89,6 +90,23 @@ def ranking_objective(
     return loss, (valid_B.sum(), metrics)
 
 
+def combined(
+    scores: Sequence[jax.Array], how: str, *, weights: Sequence[float] = (), gate: float = 0.0, floor: float = -1.0
+) -> jax.Array:
+    """One score a response, [B], from several. `gated`: the first where all others reach `gate`, else `floor`.
+
+    A reward a criterion: Glaese et al. 2022 (a preference beside rules); Touvron et al. 2023, section 3.2.3 (Llama 2:
+    helpfulness counts where safety reaches a threshold; below it, there, the safety score).
+    """
+    scores_BC = jnp.stack(list(scores), axis=1)  # C here: criteria
+    return {
+        "mean": lambda: scores_BC.mean(1),
+        "weighted": lambda: (scores_BC * jnp.array(weights, jnp.float32)).sum(1),
+        "minimum": lambda: scores_BC.min(1),
+        "gated": lambda: jnp.where((scores_BC[:, 1:] >= gate).all(1), scores_BC[:, 0], floor),
+    }[how]()
+
+
 # ---- Steps ----
 
 
@@ -139,18 +157,3 @@ def step_rewards(logits_BT: jax.Array, ends_BT: jax.Array, how: str) -> jax.Arra
     if the steps' probabilities were summed. `how` as of `running_score`.
     """
     return jnp.diff(jnp.exp(running_score(logits_BT, ends_BT, how)), axis=1, prepend=0.0)
-
-
-def response_scores(
-    scalars_BT: jax.Array, batch: dict[str, jax.Array], how: str, newlines: list[int]
-) -> tuple[jax.Array, jax.Array]:
-    """[B] scores of responses, and what of them [B, R] comes at steps' ends (`step_rewards`): nothing if `how` is none.
-
-    `newlines`: the tokens that end a step (`Tokenizer.newlines`).
-    """
-    mask_BR = batch["mask_BR"]
-    if how == "none":
-        return last_token(scalars_BT, batch["segment_ids_BT"]), jnp.zeros_like(mask_BR)
-    ends_BR = step_ends(batch["response_BR"], mask_BR, newlines)
-    steps_BR = step_rewards(scalars_BT[:, -mask_BR.shape[1] :], ends_BR, how)
-    return steps_BR.sum(1), steps_BR

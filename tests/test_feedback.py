@@ -31,8 +31,7 @@ from data.tokenizer import Tokenizer
 from evaluate import make_scorer as make_text_scorer
 from generate import SamplingConfig, load_run
 from model import PRESETS, LanguageModel, ScalarModel, pure
-from objectives.group import combined
-from objectives.reward import last_token
+from objectives.reward import combined, last_token
 from sharding import MeshConfig, make_mesh, to_mesh
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -319,22 +318,23 @@ def test_scores_over_http_are_those_in_process_also_after_a_restart(runs, capsys
     mesh, tokenizer = make_mesh(MeshConfig()), Tokenizer.load(runs / "rm")
     batch, records, texts = one_batch(tokenizer, mesh)
     name = str(runs / "rm")
-    wanted = np.asarray(rewards.make_scorer([name], tokenizer, mesh)(batch, records)[0][name])
+    models, score = rewards.make_scorer([name], tokenizer, mesh)
+    wanted = np.asarray(score(models, batch, records)[0][name])
     assert np.ptp(wanted) > 1e-3
     server, thread = serving(serve_reward.Config(reward=name, port=0))
     config = serve_reward.Config(reward=name, port=server.server_port)
     address = f"http://127.0.0.1:{config.port}"
-    score = rewards.make_scorer([address, "data.rules:brief"], tokenizer, mesh)
-    scores, potentials = score(batch, records)
+    models, score = rewards.make_scorer([address, "data.rules:brief"], tokenizer, mesh)
+    scores, scalars = score(models, batch, records)
     np.testing.assert_array_equal(np.asarray(scores[address]), wanted)
     assert np.asarray(scores["data.rules:brief"]).tolist() == [rules.brief(t, records[0]) for t in texts]
-    assert not potentials
+    assert models == scalars == {}
     server.shutdown(), server.server_close(), thread.join()
     later = threading.Timer(1.5, lambda: up.append(serving(config)[0]))
     up = []
     later.start()
     capsys.readouterr()
-    np.testing.assert_array_equal(np.asarray(score(batch, records)[0][address]), wanted)
+    np.testing.assert_array_equal(np.asarray(score(models, batch, records)[0][address]), wanted)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2 and "no answer" in lines[0] and "answers again" in lines[1]
     with pytest.raises(UserError, match="the server's tokenizer is"):
@@ -353,18 +353,21 @@ def test_a_server_that_stays_away_ends_the_command(monkeypatch, runs):
 
 
 @pytest.mark.slow
-def test_training_survives_its_server_being_killed(runs, tmp_path):
+@pytest.mark.parametrize(("script", "reward"), [("train_grpo", "rm"), ("train_ppo", "data.rules:brief")])
+def test_training_survives_its_server_being_killed(runs, tmp_path, script, reward):
     """kill -9 after the first iteration; the run ends with the weights of one whose reward was never away."""
+    reward = runs / reward if script == "train_grpo" else reward  # of PPO a function: a model starts the critic too
     one = {**os.environ, "XLA_FLAGS": ""}  # a device each: eight simulated ones starve one another on few cores
     common = [f"--init={runs}/sft", "--batch_size=64", "--minibatches=2", "--max_prompt=48", "--max_new_tokens=8"]
     common += ["--steps=8", "--eval_every=0", "--save_every=0", "--optimizer.lr=1e-3"]
 
     def train(reward, name):
-        command = [sys.executable, str(ROOT / "train_grpo.py"), *common, f"--reward={reward}"]
+        command = [sys.executable, str(ROOT / f"{script}.py"), *common, f"--reward={reward}"]
         subprocess.run([*command, f"--run={tmp_path / name}"], env=one, check=True)
 
-    train(runs / "rm", "whole")
-    command = [sys.executable, str(ROOT / "serve_reward.py"), f"--reward={runs}/rm", "--port=8641"]
+    train(reward, "whole")
+    command = [sys.executable, str(ROOT / "serve_reward.py"), f"--reward={reward}", "--port=8641"]
+    command += [f"--tokenizer={runs}/sft"]
     servers, killed = [subprocess.Popen(command, env=one)], []
 
     def kill():
@@ -384,6 +387,7 @@ def test_training_survives_its_server_being_killed(runs, tmp_path):
             server.kill()
             server.wait()
     assert killed and killed[0] < 8 and len(servers) == 2
+    assert script == "train_grpo" or rows_of(tmp_path / "whole")[0]["value"] == 0
     ours, theirs = ([row["score"] for row in rows_of(tmp_path / name)] for name in ("served", "whole"))
     np.testing.assert_allclose(ours, theirs, atol=1e-6)
     jax.tree.map(

@@ -13,6 +13,7 @@ import config as flags
 import train_grpo
 from objectives import group
 from objectives.policy import kl_estimate, response_logprobs, token_rewards
+from objectives.reward import combined
 
 METHODS = ["grpo", "dr_grpo", "dapo", "gspo", "rloo", "reinforce_pp", "online_dpo"]
 P, C, R, V = 3, 4, 6, 5  # prompts, responses to each, tokens of a response, vocabulary
@@ -31,8 +32,8 @@ def judged(config, apply, policy, reference, batch, rewards_B, potentials=None):
     """The rollouts `batch` with the targets of the script."""
     advantages, _ = train_grpo.make_method(config, apply)
     judge = train_grpo.make_judge(config, apply, advantages, eos=-1)
-    potentials = {} if potentials is None else {config.reward[0]: potentials}
-    return judge(policy, reference, batch, {"r": rewards_B}, potentials)
+    scalars = {} if potentials is None else {config.reward[0]: np.pad(potentials, ((0, 0), (0, 1)))}
+    return judge(policy, reference, batch, {"r": rewards_B}, scalars)
 
 
 # ---- Loss and gradient of every method, from rewards on, as its paper writes it
@@ -305,13 +306,13 @@ def test_reinforce_pp_normalises_over_the_batch():
 def test_rewards_combine():
     help_B, harm_B, true_B = np.float32([2.0, 3.0, -1.0]), np.float32([0.5, -0.5, 1.0]), np.float32([1.0, 1.0, -2.0])
     scores = [help_B, harm_B, true_B]
-    np.testing.assert_allclose(group.combined(scores, "mean"), np.mean(scores, 0), rtol=1e-6)
-    np.testing.assert_allclose(group.combined(scores, "weighted", weights=(1, 0, 0)), help_B)
-    np.testing.assert_allclose(group.combined(scores, "weighted", weights=(1, 2, -1)), help_B + 2 * harm_B - true_B)
-    assert group.combined(scores, "minimum").tolist() == [0.5, -0.5, -2.0]
-    assert group.combined(scores, "gated", gate=0.0, floor=-7.0).tolist() == [2.0, -7.0, -7.0]
-    assert group.combined(scores[:2], "gated", gate=-0.5, floor=-7.0).tolist() == [2.0, 3.0, -1.0]
-    assert group.combined(scores[:1], "gated", gate=9.0, floor=-7.0).tolist() == help_B.tolist()  # nothing gates
+    np.testing.assert_allclose(combined(scores, "mean"), np.mean(scores, 0), rtol=1e-6)
+    np.testing.assert_allclose(combined(scores, "weighted", weights=(1, 0, 0)), help_B)
+    np.testing.assert_allclose(combined(scores, "weighted", weights=(1, 2, -1)), help_B + 2 * harm_B - true_B)
+    assert combined(scores, "minimum").tolist() == [0.5, -0.5, -2.0]
+    assert combined(scores, "gated", gate=0.0, floor=-7.0).tolist() == [2.0, -7.0, -7.0]
+    assert combined(scores[:2], "gated", gate=-0.5, floor=-7.0).tolist() == [2.0, 3.0, -1.0]
+    assert combined(scores[:1], "gated", gate=9.0, floor=-7.0).tolist() == help_B.tolist()  # nothing gates
 
 
 # ---- A policy small enough to enumerate: a prompt of one token, then two tokens out of three
@@ -393,9 +394,9 @@ def train(config, rewards, reference=None, steps=300, lr=0.1, potentials=None, p
             params, opt_state = carry
             key = jax.random.fold_in(jax.random.key(0), step)
             which_B = jax.random.categorical(key, nine_logps(params), shape=(config.batch_size,))
-            at_BR = {} if potentials is None else {config.reward[0]: potentials(which_B)}
+            scalars = {} if potentials is None else {config.reward[0]: potentials(which_B)}
             batch = sequences(which_B)
-            batch, _ = judge(params, reference, batch, {name: r[which_B] for name, r in rewards.items()}, at_BR)
+            batch, _ = judge(params, reference, batch, {name: r[which_B] for name, r in rewards.items()}, scalars)
             grads, (count, _) = jax.grad(objective, has_aux=True)(params, batch)
             updates, opt_state = optimizer.update(jax.tree.map(lambda g: g / count, grads), opt_state)
             return optax.apply_updates(params, updates), opt_state
@@ -426,7 +427,7 @@ def test_with_the_kl_in_the_reward_the_optimum_is_the_closed_form(method):
     if method == "shaping":
         options["shaping"] = 1.0
         phi = jnp.float32(3 * normal(3, seed=8))  # of the state after each first token; 2 at the start
-        potentials = lambda which_B: jnp.stack([2 + 0.0 * which_B, phi[jnp.array(FIRST)[which_B]]], 1)  # noqa: E731
+        potentials = lambda which_B: jnp.stack([2 + 0.0 * which_B, phi[jnp.array(FIRST)[which_B]], which_B], 1)  # noqa: E731
     reached = train(settled(name, **options, entropy_coef=alpha), {"r": REWARD}, potentials=potentials)
     assert distance(reached, closed_form(REWARD, 0.7, alpha)) < 0.02
     assert distance(reached, closed_form(REWARD, 0.7, 0.4 - alpha)) > 0.05  # controls: alpha and beta say where

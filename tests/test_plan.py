@@ -304,7 +304,7 @@ def test_a_plan_agrees_with_the_tpu_compiler(capsys):
 def test_ppo_is_planned_whole(capsys):
     rows = ("--batch_size=16", "--max_prompt=128", "--max_new_tokens=64", "--samples_per_prompt=2")
     verdict = plan.main(["train_ppo", *TINY, "--model.width=2048", "--model.hidden=28672", *rows])
-    assert [r.program.name for r in verdict.results] == ["rollout", "judge", "value update", "policy update"]
+    assert [r.program.name for r in verdict.results] == ["rollout", "score runs/align/rm", "judge", *UPDATES]
     assert verdict.fits and all(r.cost.flops > 0 for r in verdict.results)
     rollout = verdict.results[0]
     c, rows = PRESETS["tiny"], 16 / 2
@@ -315,6 +315,7 @@ def test_ppo_is_planned_whole(capsys):
     assert 64 * (weights - 2**27) < rollout.cost.memory < 64 * 1.2 * weights
 
 
+UPDATES = ("value update", "policy update")
 VARIANTS = {  # a script's fields, and the programs that its plan then has
     "train_lm": [({}, ["update"])],
     "train_sft": [({"lora": LoraConfig(rank=2), "init": "x"}, ["update"])],
@@ -326,8 +327,10 @@ VARIANTS = {  # a script's fields, and the programs that its plan then has
         ({"loss": "simpo"}, ["update"]),
     ],
     "train_ppo": [
-        ({"ptx_data": "world"}, ["rollout", "judge", "value update", "policy update"]),
-        ({"lora": LoraConfig(rank=2)}, ["rollout", "judge", "value update", "policy update"]),
+        ({"ptx_data": "world"}, ["rollout", "score runs/align/rm", "judge", *UPDATES]),
+        ({"reward": ("a", "b"), "lora": LoraConfig(rank=2)}, ["rollout", "score a", "score b", "judge", *UPDATES]),
+        ({"reward": ("data.checks:number",), "lora": LoraConfig(rank=2)}, ["rollout", "judge", *UPDATES]),
+        ({"offload": True}, ["rollout", "score runs/align/rm", "judge", *UPDATES]),
     ],
     "train_grpo": [
         ({}, ["rollout", "score runs/align/rm", "judge", "update"]),

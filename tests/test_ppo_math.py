@@ -406,6 +406,10 @@ def test_adaptive_kl_converges_to_its_target(start):
     assert float(train(jnp.float32(start), False)) != pytest.approx(target, rel=0.2)  # control
 
 
+def bigram(table, tokens, segments, positions, logits_from=0, read=None):
+    return read(table[tokens][:, logits_from:], jnp.eye(len(table))), None
+
+
 @pytest.mark.parametrize("whitened", [False, True])
 @pytest.mark.parametrize("at", ["last", "after"])
 def test_a_judgement_equals_loops(at, whitened):
@@ -421,14 +425,12 @@ def test_a_judgement_equals_loops(at, whitened):
     batch = {"tokens_BT": tokens, "segment_ids_BT": segments, "positions_BT": segments.cumsum(1) - 1}
     batch |= {"response_BR": response, "mask_BR": mask, "sampler_logp_BR": 0 * mask}
     policy, reference = normal(vocab, vocab, seed=1), normal(vocab, vocab, seed=2)
-    reward, value = normal(vocab, seed=3), normal(vocab, seed=4)
-
-    def bigram(table, tokens, segments, positions, logits_from=0, read=None):
-        return read(table[tokens][:, logits_from:], jnp.eye(vocab)), None
+    value, given = normal(vocab, seed=4), normal(rows, seed=3)
 
     config = train_ppo.Config(score_at=at, whiten_rewards=whitened, temperature=temperature, discount=discount)
     judge = train_ppo.make_judge(config, bigram, lambda table, tokens, *_: table[tokens], eos, [])
-    got, _ = judge(*map(jnp.asarray, (policy, reference, reward, value)), batch, jnp.float32(beta))
+    scores = {config.reward[0]: jnp.float32(given)}
+    got, _ = judge(*map(jnp.asarray, (policy, reference, value)), batch, scores, {}, jnp.float32(beta))
 
     logps = [np.asarray(x, np.float64) / temperature for x in (policy, reference)]
     logps = [x - np.log(np.exp(x).sum(1, keepdims=True)) for x in logps]
@@ -440,7 +442,7 @@ def test_a_judgement_equals_loops(at, whitened):
             values[b, t] = value[state]
             if t < n:
                 rewards[b, t] -= beta * (logps[0] - logps[1])[state, response[b, t]]
-        rewards[b, ends[b]] += reward[eos] if b < 4 else config.missing_eos_score
+        rewards[b, ends[b]] += given[b] if b < 4 else config.missing_eos_score
     counted = np.arange(new) <= np.array(ends)[:, None]
     if whitened:  # the mean stays
         mean, deviation = rewards[counted].mean(), np.sqrt(rewards[counted].var() + 1e-8)
@@ -455,6 +457,30 @@ def test_a_judgement_equals_loops(at, whitened):
     real = advantages[mask > 0]
     want = (advantages - real.mean()) / np.sqrt(real.var() + 1e-8)
     np.testing.assert_allclose(got["advantages_BR"] * mask, want * mask, atol=1e-5)
+
+
+def test_several_rewards_are_one_score_in_a_judgement():
+    """Weights 1 and 0 are the first reward alone; where the second is below the gate, the score is the floor."""
+    response = np.array([[1, 2], [3, 2], [2, 0]], np.int32)
+    mask = np.float32([[1, 1], [1, 1], [1, 0]])
+    tokens, segments = (np.insert(x, 0, 1, axis=1).astype(np.int32) for x in (response, mask))
+    batch = {"tokens_BT": tokens, "segment_ids_BT": segments, "positions_BT": segments.cumsum(1) - 1}
+    batch |= {"response_BR": response, "mask_BR": mask, "sampler_logp_BR": 0 * mask}
+    scores = {"a": jnp.float32([2.0, 3.0, -1.0]), "b": jnp.float32([0.0, 1.0, 1.0])}
+
+    def returns(**fields):
+        """Of a critic that says 0, discounted by nothing: each response's score at its first token."""
+        config = train_ppo.Config(smoothing=1.0, missing_eos="none", **fields)
+        judge = train_ppo.make_judge(config, bigram, lambda table, tokens, *_: table[tokens], 9, [])
+        table = jnp.asarray(normal(4, 4))
+        targets, metrics = judge(table, table, jnp.zeros(4), batch, scores, {}, jnp.float32(0.2))
+        assert metrics["reward/b"] == pytest.approx(2 / 3)  # logged apart
+        return np.asarray(targets["returns_BR"][:, 0]).tolist()
+
+    both = {"reward": ("a", "b")}
+    assert returns(**both, combine="weighted", weights=(1.0, 0.0)) == returns(reward=("a",)) == [2, 3, -1]
+    assert returns(**both) == [1, 2, 0] and returns(**both, combine="minimum") == [0, 1, -1]
+    assert returns(**both, combine="gated", gate=0.5, floor=-7.0) == [-7, 3, -1]
 
 
 def test_a_missing_end_replaces_or_lowers_the_score():

@@ -212,7 +212,8 @@ def test_ppo_gives_each_step_its_reward_at_its_last_token():
     for how in ("product", "none"):
         config = train_ppo.Config(step_rewards=how, smoothing=1.0, missing_eos_score=-1.0)
         judge = train_ppo.make_judge(config, policy, lambda params, *_: params, eos, [newline])
-        targets, _ = judge({}, {}, jnp.float32(scalars_BT), jnp.zeros((2, 10)), batch, jnp.float32(0.2))
+        given = [{config.reward[0]: jnp.float32(x)} for x in (scalars_BT[[0, 1], [8, 9]], scalars_BT[:, 1:])]
+        targets, _ = judge({}, {}, jnp.zeros((2, 10)), batch, *given, jnp.float32(0.2))
         rewards[how] = -np.diff(np.asarray(targets["returns_BR"]), axis=1, append=0.0)
     p = sigmoid(scalars_BT[:, 2:])
     a, b, c = p[0, [2, 4, 6]]

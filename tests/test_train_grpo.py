@@ -139,10 +139,11 @@ def test_a_function_sees_each_response_with_its_prompts_record(files, monkeypatc
 
     def scores(function):
         monkeypatch.setattr(rewards, "load_function", lambda name: function)
-        return rewards.make_scorer(["any:thing"], tokenizer, mesh)(batch, records)
+        models, score = rewards.make_scorer(["any:thing"], tokenizer, mesh)
+        return score(models, batch, records)
 
-    given, potentials = scores(lambda text, record: seen.append((text, record["n"])) or record["n"])
-    assert given["any:thing"].tolist() == [0, 0, 1, 1, 2, 2, 3, 3] and potentials == {}
+    given, scalars = scores(lambda text, record: seen.append((text, record["n"])) or record["n"])
+    assert given["any:thing"].tolist() == [0, 0, 1, 1, 2, 2, 3, 3] and scalars == {}
     assert seen == [(text, i // 2) for i, text in enumerate(texts)]
     for bad in ("many", None, float("nan")):
         with pytest.raises(UserError, match="any:thing"):

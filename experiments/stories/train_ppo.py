@@ -27,7 +27,7 @@ from data.sources import Source
 from data.tokenizer import Tokenizer
 from experiments.stories import happy
 from metrics import Recorder, describe
-from model import PRESETS, LanguageModel, ModelConfig, Params, ScalarModel, check_fit, pure
+from model import PRESETS, LanguageModel, ModelConfig, Params, check_fit, pure
 from objectives import policy as ppo
 from rollout import check_first_update, make_rollout, rollout_metrics, shuffled
 from sharding import MeshConfig, abstract, check_batch, init_sharded, make_mesh, to_mesh
@@ -38,6 +38,7 @@ from train_step import (
     init_state,
     make_optimizer,
     make_train_step,
+    starting_critic,
     starting_params,
 )
 
@@ -152,13 +153,6 @@ def make_evaluation(config: Config, rollout: Any, tokenizer: Tokenizer, mesh: An
     return evaluate
 
 
-def load_models(config: Config, mesh: Any) -> tuple[Params, Params]:
-    """Policy and value model, on the mesh: the decoder of --init, and a head that says 0 everywhere."""
-    policy = starting_params(pure(LanguageModel(config.model))[0], config.model, config.init, mesh, config.seed)
-    value = starting_params(pure(ScalarModel(config.model))[0], config.model, config.init, mesh, config.seed)
-    return policy, {**value, "head": jnp.zeros_like(value["head"])}
-
-
 def make_updates(config: Config, apply: Any, scalar_apply: Any):
     """((policy optimiser, policy step), (value optimiser, value step))."""
     policy_loss = partial(ppo.policy_objective, apply, clip=config.clip, temperature=config.temperature)
@@ -183,8 +177,9 @@ def main(config: Config) -> dict[str, float]:
     source = Source("openings", range(len(openings)), lambda i: {"text": openings[i]})
     sizes = {"batch_size": config.batch_size, "length": config.max_prompt}
     prompts = prompt_batches(source, tokenizer, **sizes, seed=config.seed)
-    apply, scalar_apply = pure(LanguageModel(config.model))[1], pure(ScalarModel(config.model))[1]
-    reference, value_start = load_models(config, mesh)
+    init, apply = pure(LanguageModel(config.model))
+    reference = starting_params(init, config.model, config.init, mesh, config.seed)
+    value_start, scalar_apply = starting_critic(config, {}, mesh)
     rollout = make_rollout(config, apply, tokenizer, eos=tokenizer.bos)
     judge = make_judge(config, apply, scalar_apply, tokenizer.bos)
     evaluate = make_evaluation(config, rollout, tokenizer, mesh)
