@@ -2,7 +2,9 @@
 
     python step_beam.py --policy=runs/maths --model=runs/prm --beams=4 --branch=4
 
-Compare with as many answers of rerank.py, --n = beams x branch: both print the tokens sampled a problem.
+Compare with as many answers of rerank.py, --n = beams x branch: both print the tokens sampled a problem. What is found
+with --split=train can be imitated, and searched from again: expert iteration (Anthony et al. 2017), as
+experiments/arithmetic/search.sh does.
 """
 
 import dataclasses
@@ -36,7 +38,9 @@ class Config:
     how: Literal["product", "minimum", "last"] = "product"
     """What makes the score of the steps so far (objectives/reward.py)."""
     data: str = "arithmetic"
-    """Held-out problems with answers of: arithmetic, a .jsonl file, or tfds:<name>."""
+    """Problems with answers of: arithmetic, a .jsonl file, or tfds:<name>."""
+    split: Literal["heldout", "train"] = "heldout"
+    """Of these problems."""
     check: str = "data.checks:number"
     """module:function that is 1 where a response (first argument) has its record's answer."""
     beams: int = 4
@@ -46,6 +50,8 @@ class Config:
     prompts: int = 500
     out: str | None = None
     """JSON file for what is printed, with the result on each problem."""
+    solutions: str | None = None
+    """File for the solutions that have ended, right or wrong, as conversations for train_sft.py."""
     temperature: float = 1.0
     max_prompt: int = 16
     """Longest prompt, in tokens."""
@@ -114,7 +120,7 @@ def main(config: Config) -> tuple[Interval, float]:
     length = config.max_prompt + config.max_new_tokens
     check_fit(model, tokenizer.size, length)
     check, score = load_function(config.check), make_step_scorer(config.model, tokenizer, mesh, length)
-    source = open_source(config.data, "prompt", "heldout", seed=config.seed)
+    source = open_source(config.data, "prompt", config.split, seed=config.seed)
     records = [source[i] for i in range(min(config.prompts, len(source)))]
     prompts = problems(records, tokenizer, config.max_prompt)
     sampling = SamplingConfig(config.temperature, max_new_tokens=config.max_new_tokens)
@@ -131,11 +137,17 @@ def main(config: Config) -> tuple[Interval, float]:
     right = [check(tokenizer.decode(tokens), record) for tokens, record in zip(found, records, strict=True)]
     accuracy, (low, high) = mean(right)
     tokens = sampled / len(records)
-    print(f"{len(records)} held-out problems: {accuracy:.3f} ±{(high - low) / 2:.3f} right, {tokens:.0f} tokens each")
+    print(f"{len(records)} problems: {accuracy:.3f} ±{(high - low) / 2:.3f} right, {tokens:.0f} tokens each")
     if config.out is not None:
         content = {"config": dataclasses.asdict(config), "tokens": tokens, "accuracy": [accuracy, [low, high]]}
         with written_whole(config.out) as file:
             file.write(json.dumps({**content, "hits": right}) + "\n")
+    if config.solutions is not None:
+        with written_whole(config.solutions) as file:
+            for record, solution in zip(records, found, strict=True):
+                if solution[-1] == tokenizer.eos:
+                    said = {"role": "assistant", "content": tokenizer.decode(solution)}
+                    file.write(json.dumps({"messages": [*record["prompt"], said]}) + "\n")
     return (accuracy, [low, high]), tokens
 
 

@@ -50,7 +50,7 @@ def test_words_are_added_at_the_end_of_the_user_s_turn(tmp_path):
 
 
 def test_an_online_method_samples_judges_and_updates(tmp_path):
-    shape = {"batch_size": 64, "steps": 2, "max_prompt": 20, "max_new_tokens": 24, "epochs": 1}
+    shape = {"batch_size": 64, "steps": 2, "max_prompt": 20, "max_new_tokens": 24, "epochs": 1, "reward": ["runs/rm"]}
     blocks, unembedded = BLOCKS * 64 * 44, UNEMBEDDING * 64 * 25
     policy, scalar = 2 * (blocks + unembedded), 2 * blocks
     # One prompt a response: sampling passes each token once.
@@ -61,9 +61,18 @@ def test_an_online_method_samples_judges_and_updates(tmp_path):
     grpo = {**shape, "script": "train_grpo", "method": "grpo", "samples_per_prompt": 8}
     once = 2 * (sampled + (2 + 3) * policy + scalar)
     assert counted(tmp_path, [{"rounds": 1}, {"rounds": 1}], **grpo) == pytest.approx(once, rel=0.02)
+    ruled = counted(tmp_path, [{"rounds": 1}, {"rounds": 1}], **{**grpo, "reward": ["data.rules:all_kept"]})
+    assert ruled == pytest.approx(once - 2 * scalar, rel=0.02)
     again = once + sampled + 2 * policy + scalar  # a second rollout, judged too, in one of the two iterations
     assert counted(tmp_path, [{"rounds": 2}, {"rounds": 1}], **grpo) == pytest.approx(again, rel=0.02)
-    raft = {**shape, "script": "train_raft", "samples_per_prompt": 8, "minibatch_size": 16, "kl_coef": 0.0}
+    raft = {
+        **shape,
+        "reward": "runs/rm",
+        "script": "train_raft",
+        "samples_per_prompt": 8,
+        "minibatch_size": 16,
+        "kl_coef": 0.0,
+    }
     update = 6 * (BLOCKS + UNEMBEDDING) * 16 * 44
     expected = 2 * (sampled + 2 * policy + scalar) + 5 * update
     assert counted(tmp_path, [{"updates": 2}, {"updates": 3}], **raft) == pytest.approx(expected, rel=0.02)

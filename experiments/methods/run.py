@@ -36,12 +36,13 @@ from metrics import read_rows
 from model import ModelConfig
 from objectives import imitate
 from programs import forward_flops
+from rewards import is_function
 from sharding import MeshConfig, make_mesh
 
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parents[1]
 DIRECT = ("train_dpo.py", "--length=32")  # as of the reward model: the same comparisons fit
-METHODS = {  # name -> script and the flags that are not its defaults; none: nothing is trained
+METHODS = {  # name -> script and the flags that are not its defaults, {rm} the reward model; none: nothing is trained
     "sft": (),
     "best_of_16": (),
     "ppo": ("train_ppo.py",),
@@ -68,6 +69,9 @@ METHODS = {  # name -> script and the flags that are not its defaults; none: not
     "gspo": ("train_grpo.py", "--method=gspo", "--steps=56"),
     "reinforce_pp": ("train_grpo.py", "--method=reinforce_pp", "--steps=56"),
     "online_dpo": ("train_grpo.py", "--method=online_dpo", "--steps=56"),
+    "gated": ("train_grpo.py", "--steps=56", "--reward", "{rm}", "data.rules:harmless", "--combine=gated", "--gate=1"),
+    "rules": ("train_grpo.py", "--steps=56", "--reward", "data.rules:all_kept"),
+    "rejection": ("train_raft.py", "--method=rejection", "--steps=20"),
     "expert": ("train_raft.py", "--method=expert", "--threshold=2", "--steps=13"),
     "quark": ("train_raft.py", "--method=quark", "--batch_size=512", "--epochs=1", "--steps=9"),
 }
@@ -119,11 +123,12 @@ def training_flops(run: str) -> float:
         return steps * passes * forward_flops(c, batch, config["length"], config["length"])
     length, new = config["max_prompt"] + config["max_new_tokens"], config["max_new_tokens"]
     policy = forward_flops(c, batch, length, new + 1)
-    scalar = forward_flops(c, batch, length, 0)
+    scalar, rewards = forward_flops(c, batch, length, 0), config["reward"]
+    models = sum(not is_function(name) for name in ([rewards] if isinstance(rewards, str) else rewards))
     sampled = sampling_flops(c, config, batch)
     if script == "train_ppo":  # rollout; policy, reference, reward and value; updates of policy and value
-        return steps * (sampled + 2 * policy + 2 * scalar + config["epochs"] * 3 * (policy + scalar))
-    judged = sampled + 2 * policy + scalar  # rollout; policy, reference and reward
+        return steps * (sampled + 2 * policy + (models + 1) * scalar + config["epochs"] * 3 * (policy + scalar))
+    judged = sampled + 2 * policy + models * scalar  # rollout; policy, reference and rewards
     whole = forward_flops(c, 1, length, length)  # logits of the prompt too
     if script == "train_grpo":
         update = batch * whole if config["method"] == "online_dpo" else policy
@@ -150,11 +155,12 @@ def with_suffix(prompts: dict[str, jax.Array], suffix: list[int]) -> dict[str, j
 
 def command(config: Config, method: str, seed: int, run: pathlib.Path) -> list[str]:
     """What trains `method`."""
-    script, *options = METHODS[method]
     align = config.align.format(seed=seed)
-    source = f"--data={align}/comparisons.jsonl" if script == "train_dpo.py" else f"--reward={align}/rm"
-    common = [f"--init={align}/sft", source, f"--run={run}", f"--seed={seed}", "--eval_every=0", "--save_every=100000"]
-    return [sys.executable, str(ROOT / script), *common, *options, *config.flags.split()]
+    script, *options = [word.format(rm=f"{align}/rm") for word in METHODS[method]]
+    source = [f"--data={align}/comparisons.jsonl"] if script == "train_dpo.py" else [f"--reward={align}/rm"]
+    source = [] if "--reward" in options else source
+    common = [f"--init={align}/sft", f"--run={run}", f"--seed={seed}", "--eval_every=0", "--save_every=100000"]
+    return [sys.executable, str(ROOT / script), *common, *source, *options, *config.flags.split()]
 
 
 def train(words: list[str], run: pathlib.Path) -> dict[str, float]:
@@ -221,7 +227,7 @@ def row_of(config: Config, method: str, seed: int) -> dict[str, Any]:
     if METHODS[method]:
         cost = train(command(config, method, seed, run), run)
         cost["training_flops"] = training_flops(str(run))
-    sees_reward_model = METHODS[method][:1] != (DIRECT[0],) and method != "sft"
+    sees_reward_model = METHODS[method][:1] != (DIRECT[0],) and method not in ("sft", "rules")
     models = [f"{align}/{name}" for name in ("round1/rm", "rm")] if sees_reward_model else []
     cost["reward_model_flops"] = sum(training_flops(path) for path in models)
     c = ModelConfig(**load_config(f"{align}/sft")["model"])

@@ -23,8 +23,18 @@ FAMILIES = {
     "best of n at inference": ("best_of_16",),
     "PPO": ("ppo",),
     "direct, without a reward model": DIRECT,
-    "online, without a critic": ("grpo", "rloo", "dr_grpo", "dapo", "gspo", "reinforce_pp", "online_dpo"),
-    "sample, rank, imitate": ("raft", "expert", "quark"),
+    "online, without a critic": (
+        "grpo",
+        "rloo",
+        "dr_grpo",
+        "dapo",
+        "gspo",
+        "reinforce_pp",
+        "online_dpo",
+        "gated",
+        "rules",
+    ),
+    "sample, rank, imitate": ("raft", "rejection", "expert", "quark"),
 }
 COLOURS = dict(zip(FAMILIES, ("black", "dimgrey", "tab:red", "tab:blue", "tab:green", "tab:orange"), strict=True))
 UPPER = 0.7  # the plot's second panel shows the shares above this
