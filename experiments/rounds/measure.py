@@ -1,0 +1,53 @@
+"""Accuracy of the reward models of two rounds on pairs sampled from the policy of each: prints it, writes summary.json.
+
+python experiments/rounds/measure.py --align=runs/align --run=runs/rounds
+"""
+
+import dataclasses
+import json
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))  # the root's modules, from wherever this is started
+
+import config as flags
+from data.sources import open_source
+from evaluate import make_comparison_evaluation
+from generate import load_run
+from sharding import MeshConfig, make_mesh
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    align: str = "runs/align"
+    """Run of `make align`."""
+    run: str = "runs/rounds"
+    """What run.sh made of it."""
+    length: int = 32
+    """As of train_rm.py."""
+
+
+def main(config: Config) -> dict[str, dict[str, float]]:
+    """Reward model -> policy -> accuracy on held-out pairs without label noise."""
+    make_mesh(MeshConfig())
+    models = {
+        "first round": f"{config.align}/round1/rm",
+        "second, both rounds' comparisons": f"{config.align}/rm",
+        "second, its own comparisons alone": f"{config.run}/rm",
+    }
+    pairs = {"SFT's": f"{config.align}/held_out.jsonl", "the first PPO's": f"{config.run}/pairs.jsonl"}
+    table = {}
+    for name, run in models.items():
+        model, tokenizer, params = load_run(run, reward=True)
+        table[name] = {}
+        for policy, path in pairs.items():
+            source = open_source(path, "comparison", "all")
+            evaluate = make_comparison_evaluation(model, source, tokenizer, config.length, len(source))
+            table[name][policy] = evaluate(params)["eval/accuracy"]
+        print(f"{name:34} " + ", ".join(f"{policy} pairs {x:.3f}" for policy, x in table[name].items()))
+    (pathlib.Path(config.run) / "summary.json").write_text(json.dumps(table, indent=1) + "\n")
+    return table
+
+
+if __name__ == "__main__":
+    flags.run(main, Config)
