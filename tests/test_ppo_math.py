@@ -94,8 +94,8 @@ def test_clipped_losses_equal_numpy():
     logp, old, advantage = normal(50, 4) - 1, normal(50, 4, seed=1) - 1, normal(50, 4, seed=2)
     ratio = np.exp(logp.astype(np.float64) - old)
     want = -np.minimum(advantage * ratio, advantage * np.clip(ratio, 0.8, 1.2))
-    np.testing.assert_allclose(clipped_policy_loss(logp, old, advantage, 0.2), want, rtol=1e-4, atol=1e-5)
-    grad = np.asarray(jax.grad(lambda x: clipped_policy_loss(x, old, advantage, 0.2).sum())(logp))
+    np.testing.assert_allclose(clipped_policy_loss(logp, old, advantage, 0.2, 0.2), want, rtol=1e-4, atol=1e-5)
+    grad = np.asarray(jax.grad(lambda x: clipped_policy_loss(x, old, advantage, 0.2, 0.2).sum())(logp))
     beyond = np.where(advantage > 0, ratio > 1.2, ratio < 0.8)  # further would be rewarded, so no gradient
     assert (grad[beyond] == 0).all() and (grad[~beyond] != 0).all() and beyond.any()
 
@@ -240,7 +240,7 @@ def test_objectives_ignore_padding_and_pick_the_emitting_state():
     (loss, (tokens, _)), grads = jax.value_and_grad(objective, has_aux=True)(tables(0), padded)
     assert np.isfinite(loss) and all(np.isfinite(g).all() for g in grads.values()) and float(tokens) == 13
     logp = response_logprobs(tabular, tables(0), padded, 1.0)
-    want = clipped_policy_loss(logp, -1.0, padded["advantages_BR"], 0.2)[mask > 0].sum()
+    want = clipped_policy_loss(logp, -1.0, padded["advantages_BR"], 0.2, 0.2)[mask > 0].sum()
     assert float(loss) == pytest.approx(float(want), rel=1e-5)
 
     def scalars(params, tokens, segments, positions):  # the scalar at index t of row b is 10 b + t
