@@ -140,11 +140,11 @@ def test_ranking_objective_with_language_model_loss_on_the_best():
     rewards = values_V[np.take_along_axis(batch["tokens_BCT"], end, 2)[..., 0]]
     want, valid = pairwise(rewards, batch["ranks_BC"], batch["margin_B"], 0)
     assert float(loss) == pytest.approx(sum(want), rel=1e-5) and float(weight) == sum(valid) == 3
-    gaps = [rewards[0, 1] - rewards[0, 0], rewards[0, 0] - rewards[0, 2], rewards[0, 1] - rewards[0, 2]]
-    gaps += [rewards[1, 0] - rewards[1, 2], rewards[3, 2] - rewards[3, 1], rewards[3, 2] - rewards[3, 0]]
-    gaps += [rewards[3, 1] - rewards[3, 0]]
-    assert [float(x) for x in metrics["accuracy"]] == [sum(gap > 0 for gap in gaps), 7]
-    assert float(metrics["margin"][0]) == pytest.approx(sum(gaps), rel=1e-4)
+    pairs = [(0, 1, 0), (0, 0, 2), (0, 1, 2), (1, 0, 2), (3, 2, 1), (3, 2, 0), (3, 1, 0)]  # row, better, worse
+    better, worse = (np.array([rewards[b, pair[k]] for b, *pair in pairs]) for k in (0, 1))
+    assert [float(x) for x in metrics["accuracy"]] == [(better > worse).sum(), 7]
+    for name, parts in (("margin", better - worse), ("chosen", better), ("rejected", worse)):
+        assert float(metrics[name][0]) == pytest.approx(parts.sum(), rel=1e-4)
 
     both, (_, metrics) = plain(batch, lm_coefficient=0.5)
     nll, logp = 0.0, log_softmax(table_VV)
