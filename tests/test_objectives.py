@@ -68,14 +68,22 @@ def pairwise(rewards, ranks, margins, coefficient):
 
 
 @pytest.mark.parametrize("coefficient", [0.0, 0.01])
-def test_ranking_loss_equals_a_loop_over_pairs(coefficient):
-    rewards, margins = 2 * normal(40, 5), np.abs(normal(40, seed=2))
+def test_ranking_loss_and_gradient_equal_a_loop_over_pairs(coefficient):
+    rewards, margins = 2 * np.float64(normal(40, 5)), np.abs(np.float64(normal(40, seed=2)))
     ranks = np.random.default_rng(1).integers(0, 5, (40, 5))  # ties and absent candidates, full and empty rows
     ranks[0], ranks[1], ranks[2] = [3, 1, 2, 5, 4], 0, 2
-    losses, valid = ranking_loss(rewards, ranks, margins, coefficient)
+    with jax.enable_x64(True):
+        losses, valid = ranking_loss(rewards, ranks, margins, coefficient)
+        grad = jax.grad(lambda x: ranking_loss(x, ranks, margins, coefficient)[0].sum())(jnp.array(rewards))
     want, want_valid = pairwise(rewards, ranks, margins, coefficient)
-    np.testing.assert_allclose(losses, want, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(losses, want, atol=1e-6)
     assert valid.tolist() == want_valid and want_valid[:3] == [1, 0, 0]
+    slope = np.zeros_like(rewards)
+    for c in range(5):  # in all rows at once, of which each has a loss of its own
+        up, down = (pairwise(rewards + step * np.eye(5)[c], ranks, margins, coefficient)[0] for step in (1e-5, -1e-5))
+        slope[:, c] = (np.array(up) - down) / 2e-5
+    np.testing.assert_allclose(grad, slope, atol=1e-6)
+    assert (np.asarray(grad)[ranks == 0] == 0).all() and np.abs(slope).max() > 0.1
     assert np.abs(np.array(losses) - pairwise(rewards, ranks, margins * 0, coefficient)[0]).max() > 0.1  # control
 
 
