@@ -210,7 +210,7 @@ def test_quarks_loss_and_gradient_equal_numpy():
     objective = partial(imitate.imitation_objective, apply, condition=condition, kl_coef=0.3)
     with jax.enable_x64(True):
         tables = {"policy": jnp.array(policy), "reference": jnp.array(reference)}
-        (loss, (weight, metrics)), grads = jax.value_and_grad(objective, has_aux=True)(tables, batch)
+        (loss, (weight, metrics)), grads = jax.jit(jax.value_and_grad(objective, has_aux=True))(tables, batch)
     np.testing.assert_allclose([loss, metrics["reference_kl"][0]], parts(policy), rtol=1e-6)
     assert float(weight) == 5
     slope = np.zeros_like(policy)

@@ -73,8 +73,9 @@ def test_ranking_loss_and_gradient_equal_a_loop_over_pairs(coefficient):
     ranks = np.random.default_rng(1).integers(0, 5, (40, 5))  # ties and absent candidates, full and empty rows
     ranks[0], ranks[1], ranks[2] = [3, 1, 2, 5, 4], 0, 2
     with jax.enable_x64(True):
-        losses, valid = ranking_loss(rewards, ranks, margins, coefficient)
-        grad = jax.grad(lambda x: ranking_loss(x, ranks, margins, coefficient)[0].sum())(jnp.array(rewards))
+        of = lambda x: ranking_loss(x, ranks, margins, coefficient)  # noqa: E731
+        (losses, valid), pull = jax.jit(partial(jax.vjp, of))(jnp.array(rewards))
+        (grad,) = pull((jnp.ones(40), jnp.zeros(40, jnp.float32)))
     want, want_valid = pairwise(rewards, ranks, margins, coefficient)
     np.testing.assert_allclose(losses, want, atol=1e-6)
     assert valid.tolist() == want_valid and want_valid[:3] == [1, 0, 0]

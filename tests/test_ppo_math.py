@@ -96,9 +96,10 @@ def test_clipped_losses_and_gradients_equal_numpy():
     want = -np.minimum(advantage * ratio, advantage * np.clip(ratio, 0.8, 1.28))
     beyond = np.where(advantage > 0, ratio > 1.28, ratio < 0.8)  # further would be rewarded, so no gradient
     with jax.enable_x64(True):
-        of = lambda x: clipped_policy_loss(x, old, advantage, 0.2, 0.28)  # noqa: E731
-        np.testing.assert_allclose(of(logp), want, atol=1e-6)
-        grad = jax.grad(lambda x: of(x).sum())(jnp.array(logp))
+        of = jax.jit(partial(jax.vjp, lambda x: clipped_policy_loss(x, old, advantage, 0.2, 0.28)))
+        losses, pull = of(jnp.array(logp))
+        (grad,) = pull(jnp.ones((50, 4)))
+    np.testing.assert_allclose(losses, want, atol=1e-6)
     np.testing.assert_allclose(grad, np.where(beyond, 0, -advantage * ratio), atol=1e-6)
     assert 0.1 < beyond.mean() < 0.9
 
@@ -114,9 +115,10 @@ def test_clipped_losses_and_gradients_equal_numpy():
     batch = {"tokens_BT": tokens, "segment_ids_BT": tokens, "positions_BT": tokens, "response_BR": tokens[:, 2:]}
     batch |= {"value_mask_BR": mask, "old_values_BR": before, "returns_BR": returns}
     with jax.enable_x64(True):
-        np.testing.assert_allclose(clipped_value_loss(value, before, returns, 0.2), want, atol=1e-6)
+        losses = jax.jit(clipped_value_loss)(value, before, returns, 0.2)
         objective = partial(value_objective, lambda params, *_: params[:, :6], clip=0.2)
-        (loss, (count, _)), grad = jax.value_and_grad(objective, has_aux=True)(jnp.array(scalars), batch)
+        (loss, (count, _)), grad = jax.jit(jax.value_and_grad(objective, has_aux=True))(jnp.array(scalars), batch)
+    np.testing.assert_allclose(losses, want, atol=1e-6)
     assert float(loss) == pytest.approx((want * mask).sum(), abs=1e-6) and float(count) == mask.sum()
     np.testing.assert_allclose(grad, slope, atol=1e-6)
     assert 0.1 < held[mask > 0].mean() < 0.9
