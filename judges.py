@@ -93,7 +93,8 @@ def make_first(judge: Judge) -> Callable[[Sequence[str]], np.ndarray]:
         length, out = min(-(-max(map(len, tokens), default=1) // 32) * 32, model.context), []
         for start in range(0, len(tokens), rows):
             part = tokens[start : start + rows]
-            padded = [{"tokens": row} for row in part + part[:1] * (rows - len(part))]
+            count = 1 << (len(part) - 1).bit_length()  # a power of two: few programs, and one response costs one row
+            padded = [{"tokens": row} for row in part + part[:1] * (count - len(part))]
             batch = pad_prompts(padded, length, tokenizer.pad, fixed=True)
             out += np.asarray(probability(params, batch))[: len(part)].tolist()
         return np.array(out)

@@ -1,5 +1,6 @@
 """Comparisons in other forms: judged responses for KTO, hindsight chains, instruction contrasts, token weights."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,11 +14,17 @@ HELPFUL, UNHELPFUL = "A helpful answer:", "An unhelpful answer:"
 """Prefixes of chain of hindsight; at generation, HELPFUL follows the prompt on a line of its own."""
 
 
+def first_and_last(ranking: Sequence[int] | np.ndarray) -> tuple[int, int | None]:
+    """Where the first of the best is, and the first of the worst: None where all are equal. Rank 0 is an absent one."""
+    ranks = np.asarray(ranking)
+    worst, best = int(ranks.argmax()), int(np.where(ranks > 0, ranks, ranks.max() + 1).argmin())
+    return best, worst if ranks[worst] > ranks[best] else None
+
+
 def extremes(record: Record) -> tuple[str, str | None]:
     """The first best response of a comparison and its first worst; None where all are equal."""
-    responses, ranking = record["responses"], record["ranking"]
-    worst = max(ranking)
-    return responses[ranking.index(1)], responses[ranking.index(worst)] if worst > 1 else None
+    best, worst = first_and_last(record["ranking"])
+    return record["responses"][best], None if worst is None else record["responses"][worst]
 
 
 def judged(record: Record) -> tuple[list[str], list[int]]:
@@ -137,8 +144,8 @@ def with_edit_weights(batch: Batch, removed: float) -> Batch:
     """The batch with `weights_BCT`: of each row, the worst response as the initial answer, the best as its revision."""
     weights_BCT = np.zeros_like(batch["loss_mask_BCT"])
     for b, ranks in enumerate(batch["ranks_BC"]):
-        if ranks.max() > 1:
-            worst, best = int(ranks.argmax()), int(np.where(ranks > 0, ranks, ranks.max() + 1).argmin())
+        best, worst = first_and_last(ranks)
+        if worst is not None:
             masks = [batch["loss_mask_BCT"][b, c] > 0 for c in (worst, best)]
             tokens = [batch["tokens_BCT"][b, c][mask].tolist() for c, mask in zip((worst, best), masks, strict=True)]
             for c, mask, weights in zip((worst, best), masks, edit_weights(*tokens, removed=-removed), strict=True):

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from objectives.likelihood import Apply, following, hidden_logprobs, shifted
-from objectives.reward import better_pairs
+from objectives.reward import better_pairs, first_best, pair_means, pair_metrics
 
 Array = jax.Array
 USUAL = {"beta": 0.1, "weight": 1.0}
@@ -181,8 +181,7 @@ def unlikelihood(logps: Array, weights: Array) -> Array:
 
 def best(ranks_BC: Array) -> Array:
     """[B, C] float32: 1 at the first of the best candidates."""
-    rank_BC = jnp.where(ranks_BC > 0, ranks_BC, jnp.iinfo(jnp.int32).max)
-    return jax.nn.one_hot(jnp.argmin(rank_BC, axis=1), ranks_BC.shape[1])
+    return jax.nn.one_hot(first_best(ranks_BC), ranks_BC.shape[1])
 
 
 def extreme_pair(ranks_BC: Array) -> Array:
@@ -210,14 +209,6 @@ def mismatched_kl(policy_logps: Array, reference_logps: Array) -> Array:
     return jnp.mean(policy_logps - reference_logps)
 
 
-def pair_metrics(score_BC: Array, pairs_BCC: Array) -> dict[str, tuple[Array, Array]]:
-    """Over all pairs: share in the right order, mean gap, means of the better and of the worse score."""
-    better_BCC, worse_BCC, pairs = score_BC[:, :, None], score_BC[:, None, :], pairs_BCC.sum()
-    parts = {"accuracy": better_BCC > worse_BCC, "margin": better_BCC - worse_BCC}
-    parts |= {"chosen": better_BCC, "rejected": worse_BCC}
-    return {name: ((part * pairs_BCC).sum(), pairs) for name, part in parts.items()}
-
-
 def preference_objective(
     apply: Apply,
     params: Any,
@@ -242,10 +233,9 @@ def preference_objective(
     policy_and_reference = [logp_BC] + ([batch["reference_BC"]] if "reference_BC" in batch else [])
     pairs_BCC = extreme_pair(ranks_BC) if extremes else better_pairs(ranks_BC)
     loss_BCC = loss(*(side for x in policy_and_reference for side in (x[:, :, None], x[:, None, :])))
-    count_B = pairs_BCC.sum((1, 2))
-    losses_B = (loss_BCC * pairs_BCC).sum((1, 2)) / jnp.maximum(count_B, 1.0)
+    losses_B, valid_B = pair_means(loss_BCC, pairs_BCC)
     score_BC = logp_BC - batch["reference_BC"] if "reference_BC" in batch else logp_BC
-    return losses_B.sum(), ((count_B > 0).sum().astype(jnp.float32), pair_metrics(score_BC, pairs_BCC))
+    return losses_B.sum(), (valid_B.sum(), pair_metrics(score_BC, pairs_BCC))
 
 
 def kto_objective(apply: Apply, params: Any, batch: dict[str, Array], **options: Any):

@@ -5,6 +5,7 @@ of [B, R] arrays is response token t, as in objectives/policy.py. No gradient pa
 """
 
 from collections.abc import Callable
+from functools import partial
 from math import inf
 from typing import Any
 
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from objectives.likelihood import Apply, response_mask
-from objectives.policy import clipped_policy_loss, gae, kl_estimate, response_logprobs, whiten
+from objectives.policy import clipped_surrogate, gae, kl_estimate, response_logprobs, whiten
 
 Array = jax.Array
 
@@ -148,23 +149,14 @@ def surrogate_objective(
     """Clipped surrogate of the advantages, plus `kl_coef` times the KL estimate of each token (GRPO, eq. 3 and 4)."""
     mask_BR = batch["mask_BR"]
     logp_BR = response_logprobs(apply, params, batch, temperature)
-    # Padding gets ratio 1 and KL 0, so that nothing there can overflow before it is masked.
-    change_BR = (logp_BR - batch["old_logp_BR"]) * mask_BR
-    log_ratio_BR = log_ratio(change_BR, mask_BR, ratio)
-    losses_BR = clipped_policy_loss(log_ratio_BR, 0.0, batch["advantages_BR"], clip, clip_high)
+    losses_BR, metrics = clipped_surrogate(logp_BR, batch, clip, clip_high, partial(log_ratio, level=ratio))
+    # Padding gets KL 0, so that nothing there can overflow before it is masked.
     kl_BR = kl_estimate(logp_BR * mask_BR, batch["reference_BR"] * mask_BR, kl_estimator)
+    metrics["kl"] = (kl_BR.sum(), mask_BR.sum())
     if kl_coef:
         losses_BR += kl_coef * kl_BR
     weight_B, count_B = row_weights(mask_BR, average)
     loss = (losses_BR * mask_BR * weight_B[:, None]).sum()
-    ratio_BR, tokens = jnp.exp(log_ratio_BR), mask_BR.sum()
-    clipped_BR = ((ratio_BR < 1 - clip) | (ratio_BR > 1 + clip_high)) * mask_BR
-    metrics = {
-        "approx_kl": (0.5 * jnp.square(change_BR).sum(), tokens),
-        "clipped": (clipped_BR.sum(), tokens),
-        "kl": (kl_BR.sum(), tokens),
-        "surprise": (-(logp_BR * mask_BR).sum(), tokens),
-    }
     return loss, (count_B.sum(), metrics)
 
 

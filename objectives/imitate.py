@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from objectives.distill import kl
 from objectives.likelihood import Apply, inputs, response_mask, token_logprobs
 
 Array = jax.Array
@@ -142,12 +143,11 @@ def imitation_objective(
     loss, tokens, metrics = -(token_logprobs(logits_BTV, shown["tokens_BT"]) * mask_BT).sum(), mask_BT.sum(), {}
     if kl_coef:
         reference_BTV, _ = apply(jax.lax.stop_gradient(params["reference"]), *inputs(batch))
-        log_p0_BTV = jax.nn.log_softmax(reference_BTV.astype(jnp.float32))
-        log_p_BTV = jax.nn.log_softmax(logits_BTV[:, -reference_BTV.shape[1] :].astype(jnp.float32))
-        kl_BT = (jnp.exp(log_p0_BTV) * (log_p0_BTV - log_p_BTV)).sum(-1)
-        kl = (kl_BT[:, :-1] * batch["loss_mask_BT"][:, 1:]).sum()  # position t predicts token t + 1
-        metrics = {"nll": (loss, tokens), "reference_kl": (kl, tokens)}
-        loss += kl_coef * kl
+        ours_BTV = logits_BTV[:, -reference_BTV.shape[1] :]
+        kl_BT = kl(jax.nn.log_softmax(reference_BTV), jax.nn.log_softmax(ours_BTV))
+        total = (kl_BT[:, :-1] * batch["loss_mask_BT"][:, 1:]).sum()  # position t predicts token t + 1
+        metrics = {"nll": (loss, tokens), "reference_kl": (total, tokens)}
+        loss += kl_coef * total
     return loss, (tokens, metrics)
 
 

@@ -4,6 +4,7 @@ Index t of [B, R] arrays is response token t: its log-probability, the value of 
 the reward for having emitted it.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -80,15 +81,14 @@ def gae(
 
 
 def clipped_policy_loss(
-    logp: jax.Array, old_logp: jax.Array, advantage: jax.Array, clip: float, clip_high: float | None = None
+    logp: jax.Array, old_logp: jax.Array, advantage: jax.Array, clip: float, clip_high: float
 ) -> jax.Array:
     """max(-A ratio, -A clip(ratio, 1 - clip, 1 + clip_high)) per token (Schulman et al. 2017, eq. 7).
 
-    `clip_high` is `clip` if not given (apart: Yu et al. 2025, eq. 10); infinite ones leave REINFORCE's weighted loss.
+    `clip_high` is PPO's `clip` (apart: Yu et al. 2025, eq. 10); infinite ones leave REINFORCE's weighted loss.
     """
     ratio = jnp.exp(logp - old_logp)
-    high = 1 + (clip if clip_high is None else clip_high)
-    return jnp.maximum(-advantage * ratio, -advantage * jnp.clip(ratio, 1 - clip, high))
+    return jnp.maximum(-advantage * ratio, -advantage * jnp.clip(ratio, 1 - clip, 1 + clip_high))
 
 
 def clipped_value_loss(value: jax.Array, old_value: jax.Array, returns: jax.Array, clip: float) -> jax.Array:
@@ -138,6 +138,31 @@ def entropy(logits_BTV: jax.Array) -> jax.Array:
     return -(jnp.exp(logp_BTV) * logp_BTV).sum(-1)
 
 
+def clipped_surrogate(
+    logp_BR: jax.Array,
+    batch: dict[str, jax.Array],
+    clip: float,
+    clip_high: float,
+    log_ratio: Callable[[jax.Array, jax.Array], jax.Array] = lambda change_BR, mask_BR: change_BR,
+) -> tuple[jax.Array, dict[str, tuple[jax.Array, jax.Array]]]:
+    """`clipped_policy_loss` against `old_logp_BR`, [B, R], not masked yet; metrics of how far the policy has moved.
+
+    `log_ratio` takes the tokens' own log-ratios, 0 at padding, and the mask.
+    """
+    mask_BR = batch["mask_BR"]
+    # Padding gets ratio 1, so that nothing there can overflow before it is masked.
+    change_BR = (logp_BR - batch["old_logp_BR"]) * mask_BR
+    log_ratio_BR = log_ratio(change_BR, mask_BR)
+    losses_BR = clipped_policy_loss(log_ratio_BR, 0.0, batch["advantages_BR"], clip, clip_high)
+    ratio_BR, tokens = jnp.exp(log_ratio_BR), mask_BR.sum()
+    clipped_BR = ((ratio_BR < 1 - clip) | (ratio_BR > 1 + clip_high)) * mask_BR
+    return losses_BR, {
+        "approx_kl": (0.5 * jnp.square(change_BR).sum(), tokens),
+        "clipped": (clipped_BR.sum(), tokens),
+        "surprise": (-(logp_BR * mask_BR).sum(), tokens),
+    }
+
+
 def policy_objective(
     apply: Apply,
     params: Any,
@@ -157,16 +182,9 @@ def policy_objective(
         logp_BR = label_logprobs(logits_BTV, response_labels(batch))[:, :-1]
     else:
         logp_BR = response_logprobs(apply, params, batch, temperature)
-    # Padding gets ratio 1, so that nothing there can overflow before it is masked.
-    change_BR = (logp_BR - batch["old_logp_BR"]) * mask_BR
-    losses_BR = clipped_policy_loss(change_BR, jnp.zeros_like(change_BR), batch["advantages_BR"], clip) * mask_BR
-    ratio_BR, tokens = jnp.exp(change_BR), mask_BR.sum()
-    metrics = {
-        "approx_kl": (0.5 * jnp.square(change_BR).sum(), tokens),
-        "clipped": (((jnp.abs(ratio_BR - 1) > clip) * mask_BR).sum(), tokens),
-        "surprise": (-(logp_BR * mask_BR).sum(), tokens),
-    }
-    loss = losses_BR.sum()
+    losses_BR, metrics = clipped_surrogate(logp_BR, batch, clip, clip)
+    tokens = mask_BR.sum()
+    loss = (losses_BR * mask_BR).sum()
     if entropy_coef:
         bonus = (entropy(logits_BTV)[:, :-1] * mask_BR).sum()
         loss, metrics["entropy"] = loss - entropy_coef * bonus, (bonus, tokens)

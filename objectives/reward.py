@@ -29,20 +29,36 @@ def better_pairs(ranks_BC: jax.Array) -> jax.Array:
     return ((i > 0) & (j > 0) & (i < j)).astype(jnp.float32)
 
 
+def first_best(ranks_BC: jax.Array) -> jax.Array:
+    """[B]: the first of the best candidates."""
+    return jnp.argmin(jnp.where(ranks_BC > 0, ranks_BC, jnp.iinfo(jnp.int32).max), axis=1)
+
+
+def pair_means(loss_BCC: jax.Array, pairs_BCC: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Mean over each prompt's pairs (Ouyang et al. 2022, eq. 1), [B]; and 1.0 where it has a pair at all, [B]."""
+    count_B = pairs_BCC.sum((1, 2))
+    return (loss_BCC * pairs_BCC).sum((1, 2)) / jnp.maximum(count_B, 1.0), (count_B > 0).astype(jnp.float32)
+
+
+def pair_metrics(score_BC: jax.Array, pairs_BCC: jax.Array) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """Over all pairs: share in the right order, mean gap, means of the better and of the worse score."""
+    better_BCC, worse_BCC, pairs = score_BC[:, :, None], score_BC[:, None, :], pairs_BCC.sum()
+    parts = {"accuracy": better_BCC > worse_BCC, "margin": better_BCC - worse_BCC}
+    parts |= {"chosen": better_BCC, "rejected": worse_BCC}
+    return {name: ((part * pairs_BCC).sum(), pairs) for name, part in parts.items()}
+
+
 def ranking_loss(
     rewards_BC: jax.Array, ranks_BC: jax.Array, margin_B: jax.Array, centring_coefficient: float = 0.0
 ) -> tuple[jax.Array, jax.Array]:
-    """Per-prompt mean of the pair loss over all pairs in the ranking (Ouyang et al. 2022, eq. 1).
+    """`pair_means` of the pair loss over all pairs in the ranking. Two candidates: the plain Bradley-Terry loss.
 
-    Rewards [B, C], ranks [B, C] (1 is best; ties and absent candidates form no pair). Returns losses [B] and
-    [B] 1.0 where the prompt has a pair at all. Two candidates: the plain Bradley-Terry loss.
+    Rewards [B, C], ranks [B, C] (1 is best; ties and absent candidates form no pair).
     """
-    pairs_BCC = better_pairs(ranks_BC)
     better, worse = rewards_BC[:, :, None], rewards_BC[:, None, :]
     loss_BCC = bradley_terry(better, worse, margin_B[:, None, None])
     loss_BCC += centring_coefficient * centring(better, worse)
-    count_B = pairs_BCC.sum((1, 2))
-    return (loss_BCC * pairs_BCC).sum((1, 2)) / jnp.maximum(count_B, 1.0), (count_B > 0).astype(jnp.float32)
+    return pair_means(loss_BCC, better_pairs(ranks_BC))
 
 
 def last_token(scalars_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
@@ -68,8 +84,7 @@ def ranking_objective(
     """
     ranks_BC = batch["ranks_BC"]
     flat = [batch[k].reshape(-1, batch[k].shape[-1]) for k in ("tokens_BCT", "segment_ids_BCT", "positions_BCT")]
-    best_B = jnp.argmin(jnp.where(ranks_BC > 0, ranks_BC, jnp.iinfo(jnp.int32).max), axis=1)
-    best_B += jnp.arange(ranks_BC.shape[0]) * ranks_BC.shape[1]  # a row of the flat batch
+    best_B = first_best(ranks_BC) + jnp.arange(ranks_BC.shape[0]) * ranks_BC.shape[1]  # a row of the flat batch
     if lm_coefficient:
         read = partial(hidden_logprobs, labels_BT=following(flat[0][best_B]))
         scalars_MT, logp_BT = apply(params, *flat, rows=best_B, read=read)
@@ -78,10 +93,7 @@ def ranking_objective(
     rewards_BC = last_token(scalars_MT, flat[1]).reshape(ranks_BC.shape)
     losses_B, valid_B = ranking_loss(rewards_BC, ranks_BC, batch["margin_B"], centring_coefficient)
     loss = (losses_B * valid_B).sum()
-    pairs_BCC = better_pairs(ranks_BC)
-    gap_BCC = (rewards_BC[:, :, None] - rewards_BC[:, None, :]) * pairs_BCC
-    pairs = pairs_BCC.sum()
-    metrics = {"accuracy": ((gap_BCC > 0).sum(), pairs), "margin": (gap_BCC.sum(), pairs)}
+    metrics = pair_metrics(rewards_BC, better_pairs(ranks_BC))
     if lm_coefficient:
         mask_BT = batch["loss_mask_BCT"].reshape(flat[0].shape)[best_B]
         nll_B = -(shifted(logp_BT) * mask_BT).sum(1) / jnp.maximum(mask_BT.sum(1), 1.0)

@@ -319,6 +319,20 @@ def test_objective_averages_over_the_pairs_of_each_ranking(name, extremes):
     np.testing.assert_allclose(grad, numerical, atol=2e-6)
 
 
+def test_chosen_and_rejected_go_through_the_model_once():
+    """All candidates in one pass forward; the gradient takes no other."""
+    passes, batch = [], candidates(RANKS)
+    batch["reference_BC"] = np.zeros((5, 4), np.float32)
+
+    def counted(params, tokens, *rest, **options):
+        passes.append(tokens.shape[0])
+        return bigram(params, tokens, *rest, **options)
+
+    objective = partial(direct.preference_objective, counted, batch=batch, loss=partial(direct.dpo, beta=0.1))
+    jax.eval_shape(jax.value_and_grad(objective, has_aux=True), np.float32(normal(7, 7)))
+    assert passes == [5 * 4]
+
+
 def test_certain_and_absent_candidates_leave_the_gradient_finite():
     batch = candidates(RANKS)
     objective = partial(direct.preference_objective, bigram, loss=partial(direct.orpo, beta=1.0), per_token=True)
@@ -527,6 +541,27 @@ def test_unlikelihood_lowers_what_is_marked_bad_and_nothing_else():
         assert (probs(end)[3, [4, 5]] < 0.2 * probs(start)[3, [4, 5]]).all()
         assert probs(end)[1, 2] > 0.9 if good else probs(end)[1, 2] == probs(start)[1, 2]
         np.testing.assert_array_equal(np.delete(end, [1, 3], 0), np.delete(start, [1, 3], 0))
+
+
+def test_unlikelihood_in_one_context_lowers_the_bad_token_and_never_the_good_one():
+    """Good and bad answer follow the same token; at every step, and from many starts."""
+    batch = candidates([[1, 2]], vocab=6)
+    batch["tokens_BCT"][:, :, :3] = [[[0, 1, 2], [0, 1, 3]]]
+    batch["loss_mask_BCT"][:] = [0, 0, 1, 0, 0, 0]
+    batch = with_rank_weights(batch, 1.0)
+
+    def course(batch):
+        """[starts, steps, V]: what follows token 1."""
+        slope = jax.grad(lambda table: direct.token_objective(bigram, table, batch, loss=direct.unlikelihood)[0])
+        descend = lambda table, _: (table - 0.5 * slope(table), table[1])  # noqa: E731
+        starts = jnp.float32(normal(20, 6, 6))
+        return np.asarray(jax.nn.softmax(jax.jit(jax.vmap(lambda x: jax.lax.scan(descend, x, None, 100)[1]))(starts)))
+
+    good, bad = course(batch)[..., 2], course(batch)[..., 3]
+    assert (np.diff(bad / good) < 0).all() and (bad[:, -1] < 0.1 * bad[:, 0]).all()
+    assert (np.diff(good) >= 0).all() and (good[:, -1] > 0.9).all()
+    swapped = course({**batch, "weights_BCT": batch["weights_BCT"][:, ::-1]})[..., 2]
+    assert (swapped[:, -1] < 0.1 * swapped[:, 0]).all()  # control: marked bad, it goes
 
 
 def test_unlikelihood_also_unlearns_what_the_model_is_sure_of():

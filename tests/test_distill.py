@@ -222,5 +222,4 @@ def test_forward_kl_covers_the_mass_and_reverse_kl_seeks_a_mode():
     assert (wide * np.log(wide / teacher)).sum() > -2 * np.log(0.6)  # each is worse by the other's measure
     assert (teacher * np.log(teacher / narrow)).sum() > 2 * (teacher * np.log(teacher / wide)).sum()
     near_forward, near_reverse = (fitted(partial(jsd, beta=beta))[0] for beta in (0.001, 0.9))
-    print("JSDSUM", np.abs(near_forward - wide).sum(), np.abs(near_reverse - narrow).sum())
     assert np.abs(near_forward - wide).sum() < 0.1 and np.abs(near_reverse - narrow).sum() < 0.1

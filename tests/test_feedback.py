@@ -184,16 +184,25 @@ def test_position_bias_cancels_in_a_language_models_judgement(runs):
 
 
 def test_a_language_model_is_a_rule_and_a_reward(runs, tmp_path, monkeypatch):
-    """One response at a time, whatever the reward's caller; the same probability from the model's own logits."""
+    """One response at a time, whatever the reward's caller; the same probability from the model's own logits.
+
+    Rows are padded to a power of two, so one question costs one, and each number of them is not a program of its own.
+    """
     module = f"from generate import load_run\nfrom judges import make_keeps\npath = {str(runs / 'sft')!r}\n"
     (tmp_path / "own_rule.py").write_text(module + "polite = make_keeps(load_run(path), 'be polite.')\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    keeps = rewards.load_function("own_rule:polite")
+    keeps, pad, sizes = rewards.load_function("own_rule:polite"), judges.pad_prompts, []
+    counted = lambda rows, *rest, **options: sizes.append(len(rows)) or pad(rows, *rest, **options)  # noqa: E731
+    monkeypatch.setattr(judges, "pad_prompts", counted)
     (messages, *responses), chance = QUESTIONS[0], chance_of_a(load_run(str(runs / "sft")))
     for response in responses:
         text = judges.CLASSIFY.format(request=messages[0]["content"], response=response, rule="be polite.")
         assert keeps(response, {"prompt": messages}) == pytest.approx(chance(text), abs=1e-5)
+    assert sizes == [1, 1]
+    three = judges.make_first(load_run(str(runs / "sft")))([text, "a", "b c"])
+    np.testing.assert_allclose(three, [chance(text), chance("a"), chance("b c")], atol=1e-5)
+    assert sizes[2:] == [4]
 
 
 def test_a_language_model_criticises_and_revises(runs):

@@ -2,11 +2,13 @@
 
 import itertools
 import math
+from functools import partial
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from data.batches import pad_examples, pad_prompts
@@ -173,10 +175,14 @@ def test_a_conditioned_row_is_the_chat_with_a_system_turn_that_no_user_can_spell
     np.testing.assert_array_equal(found["positions_BT"][:, -2], wanted["positions_BT"][:, -1] + 1)
 
 
-def test_quarks_loss_equals_numpy():
+def log_softmax(x):
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+def test_quarks_loss_and_gradient_equal_numpy():
     """A policy whose logits are a row of a table, by the last token and whether the row has a quantile."""
     rng = np.random.default_rng(0)
-    tables = {name: rng.normal(size=(2, 7, 7)).astype(np.float32) for name in ("policy", "reference")}
+    policy, reference = rng.normal(size=(2, 2, 7, 7))
     segments = np.array([[0, 0, 1, 1, 1, 1, 0], [0, 1, 1, 1, 1, 1, 1]], np.int32)
     batch = {
         "tokens_BT": np.where(segments, rng.integers(1, 6, segments.shape), 0).astype(np.int32),
@@ -190,24 +196,83 @@ def test_quarks_loss_equals_numpy():
         has_system_B = (tokens_BT == 6).any(1).astype(int)
         return params[has_system_B[:, None], tokens_BT], None
 
-    def condition(rows):
-        return imitate.conditioned(rows, 6, rows["word_B"])
+    def parts(policy):
+        """The likelihood with the quantile and the KL from the reference without, in loops."""
+        nll, kl = 0.0, 0.0
+        for b, t in zip(*np.nonzero(batch["loss_mask_BT"]), strict=True):
+            before, token = batch["tokens_BT"][b, t - 1 : t + 1]
+            ours, theirs = log_softmax(policy[1, before]), log_softmax(reference[0, before])
+            nll -= ours[token]
+            kl += sum(math.exp(q) * (q - p) for p, q in zip(ours, theirs, strict=True))
+        return nll + 0.3 * kl, kl
 
-    def log_softmax(x):
-        x = x.astype(np.float64)
-        return x - np.log(np.exp(x).sum(-1, keepdims=True))
+    condition = lambda rows: imitate.conditioned(rows, 6, rows["word_B"])  # noqa: E731
+    objective = partial(imitate.imitation_objective, apply, condition=condition, kl_coef=0.3)
+    with jax.enable_x64(True):
+        tables = {"policy": jnp.array(policy), "reference": jnp.array(reference)}
+        (loss, (weight, metrics)), grads = jax.jit(jax.value_and_grad(objective, has_aux=True))(tables, batch)
+    np.testing.assert_allclose([loss, metrics["reference_kl"][0]], parts(policy), rtol=1e-6)
+    assert float(weight) == 5
+    slope = np.zeros_like(policy)
+    for index in np.ndindex(policy.shape):
+        step = np.zeros_like(policy)
+        step[index] = 1e-5
+        slope[index] = (parts(policy + step)[0] - parts(policy - step)[0]) / 2e-5
+    np.testing.assert_allclose(grads["policy"], slope, atol=1e-6)
+    assert not np.any(grads["reference"]) and np.any(slope[1]) and not np.any(slope[0])
 
-    nll, kl = 0.0, 0.0
-    for b, t in zip(*np.nonzero(batch["loss_mask_BT"]), strict=True):
-        before, token = batch["tokens_BT"][b, t - 1 : t + 1]
-        ours, theirs = log_softmax(tables["policy"][1, before]), log_softmax(tables["reference"][0, before])
-        nll -= ours[token]
-        kl += sum(math.exp(q) * (q - p) for p, q in zip(ours, theirs, strict=True))
-    options = {"condition": condition, "kl_coef": 0.3}
-    loss, (weight, metrics) = imitate.imitation_objective(apply, tables, batch, **options)
-    np.testing.assert_allclose([loss, weight, metrics["reference_kl"][0]], [nll + 0.3 * kl, 5, kl], rtol=1e-5)
-    grads = jax.grad(lambda p: imitate.imitation_objective(apply, p, batch, **options)[0])(tables)
-    assert not np.any(grads["reference"]) and np.any(grads["policy"][1]) and not np.any(grads["policy"][0])
+
+# ---- Quark in rounds, on a policy that is a table: the logits of a one-token answer by the quantile's word
+
+ANSWERS, WORDS, SYSTEM, BOS = 200, 200, 206, 207  # tokens: 0 to 199 answers; 200, as of no word, to 205 words; two more
+
+
+def worded(table, tokens_BT, segment_ids_BT, positions_BT):
+    word_B = jnp.where(tokens_BT[:, 1] == SYSTEM, tokens_BT[:, 2] - WORDS, 0)
+    return jnp.broadcast_to(table[word_B][:, None], (*tokens_BT.shape, table.shape[-1])), None
+
+
+@jax.jit
+def quark(reference, reward_V, blind):
+    """The table after rounds as of train_raft.py, from the reference; `blind`: responses are ranked by noise."""
+    rounds, rows, updates, size = 4, 512, 40, 128
+    rows_BT = jnp.zeros((rows, 2), jnp.int32)
+    plain = {"segment_ids_BT": rows_BT + 1, "positions_BT": rows_BT + jnp.arange(2), "mask_BR": jnp.ones((rows, 1))}
+    told = lambda batch: imitate.conditioned(batch, SYSTEM, batch["word_B"])  # noqa: E731
+    objective = partial(imitate.imitation_objective, worded, condition=told, kl_coef=0.05)
+    optimizer = optax.adam(0.1)
+
+    def update(carry, minibatch):
+        loss = lambda table: objective({"policy": table, "reference": reference}, minibatch)[0] / size  # noqa: E731
+        changes, state = optimizer.update(jax.grad(loss)(carry[0]), carry[1])
+        return (optax.apply_updates(carry[0], changes), state), None
+
+    def turn(number, carry):
+        table, state, pool = carry
+        keys = jax.random.split(jax.random.key(number), 4)
+        asked_V = table[jnp.where(number == 0, 0, 5), :ANSWERS]  # at first the reference's own, then by the best word
+        answers_B = jax.random.categorical(keys[0], asked_V, shape=(rows,))
+        batch = {**plain, "tokens_BT": rows_BT.at[:, 0].set(BOS).at[:, 1].set(answers_B)}
+        score_B = jnp.where(blind, jax.random.uniform(keys[1], (rows,)), reward_V[answers_B])
+        pool = imitate.added(pool, batch | {"score_B": score_B}, number)
+        ranked = {**pool, "word_B": WORDS + imitate.quantiles(pool["score_B"], 5, keys[2])}
+        (drawn,) = imitate.drawn(ranked, imitate.filled(pool["score_B"]), keys[3], 1, updates * size)
+        minibatches = jax.tree.map(lambda x: x.reshape(updates, size, *x.shape[1:]), drawn)
+        return *jax.lax.scan(update, (table, state), minibatches)[0], pool
+
+    pool = imitate.empty_pool(rounds * rows, 1, 1, 0)
+    return jax.lax.fori_loop(0, rounds, turn, (reference, optimizer.init(reference), pool))[0]
+
+
+def test_quark_orders_its_words_by_reward_and_the_best_word_gains():
+    """Mean rewards under each word, exactly; the control's quantiles are of noise, so that words tell nothing."""
+    rng = np.random.default_rng(0)
+    reward_V, start = rng.permutation(ANSWERS) / 25, np.full((6, 208), -1e4, np.float32)
+    start[:, :ANSWERS] = rng.normal(size=ANSWERS)  # the same whatever the word, which the reference does not know
+    mean = lambda table: np.exp(log_softmax(np.float64(table)))[:, :ANSWERS] @ reward_V  # noqa: E731
+    before, after, blind = mean(start)[0], *(mean(quark(start, np.float32(reward_V), noise)) for noise in (False, True))
+    assert (np.diff(after[1:]) > 0).all() and after[5] > before + 2
+    assert np.ptp(blind[1:]) < 1 and blind[5] < before + 0.5  # control
 
 
 # ---- RAFT ----

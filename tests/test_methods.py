@@ -32,7 +32,8 @@ def test_a_direct_method_passes_four_candidates_forward_and_back_and_the_referen
     options = {"script": "train_dpo", "batch_size": 8, "steps": 10, "length": 32}
     weights = BLOCKS + UNEMBEDDING
     assert counted(tmp_path, **options, loss="simpo") == pytest.approx(6 * weights * tokens, rel=0.02)
-    assert counted(tmp_path, **options, loss="dpo") == pytest.approx(8 * weights * tokens, rel=0.02)
+    for loss in ("dpo", "cdpo", "robust_dpo", "ipo", "slic"):
+        assert counted(tmp_path, **options, loss=loss) == pytest.approx(8 * weights * tokens, rel=0.02)
     # KTO: the best and the worst, and one to another prompt, which is never passed back
     assert counted(tmp_path, **options, loss="kto") == pytest.approx((2 * 8 + 1 * 4) / 4 * weights * tokens, rel=0.02)
     chains = counted(tmp_path, **options, loss="hindsight")  # one row a prompt

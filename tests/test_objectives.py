@@ -68,14 +68,23 @@ def pairwise(rewards, ranks, margins, coefficient):
 
 
 @pytest.mark.parametrize("coefficient", [0.0, 0.01])
-def test_ranking_loss_equals_a_loop_over_pairs(coefficient):
-    rewards, margins = 2 * normal(40, 5), np.abs(normal(40, seed=2))
+def test_ranking_loss_and_gradient_equal_a_loop_over_pairs(coefficient):
+    rewards, margins = 2 * np.float64(normal(40, 5)), np.abs(np.float64(normal(40, seed=2)))
     ranks = np.random.default_rng(1).integers(0, 5, (40, 5))  # ties and absent candidates, full and empty rows
     ranks[0], ranks[1], ranks[2] = [3, 1, 2, 5, 4], 0, 2
-    losses, valid = ranking_loss(rewards, ranks, margins, coefficient)
+    with jax.enable_x64(True):
+        of = lambda x: ranking_loss(x, ranks, margins, coefficient)  # noqa: E731
+        (losses, valid), pull = jax.jit(partial(jax.vjp, of))(jnp.array(rewards))
+        (grad,) = pull((jnp.ones(40), jnp.zeros(40, jnp.float32)))
     want, want_valid = pairwise(rewards, ranks, margins, coefficient)
-    np.testing.assert_allclose(losses, want, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(losses, want, atol=1e-6)
     assert valid.tolist() == want_valid and want_valid[:3] == [1, 0, 0]
+    slope = np.zeros_like(rewards)
+    for c in range(5):  # in all rows at once, of which each has a loss of its own
+        up, down = (pairwise(rewards + step * np.eye(5)[c], ranks, margins, coefficient)[0] for step in (1e-5, -1e-5))
+        slope[:, c] = (np.array(up) - down) / 2e-5
+    np.testing.assert_allclose(grad, slope, atol=1e-6)
+    assert (np.asarray(grad)[ranks == 0] == 0).all() and np.abs(slope).max() > 0.1
     assert np.abs(np.array(losses) - pairwise(rewards, ranks, margins * 0, coefficient)[0]).max() > 0.1  # control
 
 
@@ -140,11 +149,11 @@ def test_ranking_objective_with_language_model_loss_on_the_best():
     rewards = values_V[np.take_along_axis(batch["tokens_BCT"], end, 2)[..., 0]]
     want, valid = pairwise(rewards, batch["ranks_BC"], batch["margin_B"], 0)
     assert float(loss) == pytest.approx(sum(want), rel=1e-5) and float(weight) == sum(valid) == 3
-    gaps = [rewards[0, 1] - rewards[0, 0], rewards[0, 0] - rewards[0, 2], rewards[0, 1] - rewards[0, 2]]
-    gaps += [rewards[1, 0] - rewards[1, 2], rewards[3, 2] - rewards[3, 1], rewards[3, 2] - rewards[3, 0]]
-    gaps += [rewards[3, 1] - rewards[3, 0]]
-    assert [float(x) for x in metrics["accuracy"]] == [sum(gap > 0 for gap in gaps), 7]
-    assert float(metrics["margin"][0]) == pytest.approx(sum(gaps), rel=1e-4)
+    pairs = [(0, 1, 0), (0, 0, 2), (0, 1, 2), (1, 0, 2), (3, 2, 1), (3, 2, 0), (3, 1, 0)]  # row, better, worse
+    better, worse = (np.array([rewards[b, pair[k]] for b, *pair in pairs]) for k in (0, 1))
+    assert [float(x) for x in metrics["accuracy"]] == [(better > worse).sum(), 7]
+    for name, parts in (("margin", better - worse), ("chosen", better), ("rejected", worse)):
+        assert float(metrics[name][0]) == pytest.approx(parts.sum(), rel=1e-4)
 
     both, (_, metrics) = plain(batch, lm_coefficient=0.5)
     nll, logp = 0.0, log_softmax(table_VV)

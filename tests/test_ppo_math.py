@@ -90,19 +90,38 @@ def test_whitening_uses_real_tokens_only(unbiased):
     assert np.isfinite(whiten(np.ones((1, 1), np.float32), np.ones((1, 1), np.float32), unbiased=True)).all()
 
 
-def test_clipped_losses_equal_numpy():
-    logp, old, advantage = normal(50, 4) - 1, normal(50, 4, seed=1) - 1, normal(50, 4, seed=2)
-    ratio = np.exp(logp.astype(np.float64) - old)
-    want = -np.minimum(advantage * ratio, advantage * np.clip(ratio, 0.8, 1.2))
-    np.testing.assert_allclose(clipped_policy_loss(logp, old, advantage, 0.2), want, rtol=1e-4, atol=1e-5)
-    grad = np.asarray(jax.grad(lambda x: clipped_policy_loss(x, old, advantage, 0.2).sum())(logp))
-    beyond = np.where(advantage > 0, ratio > 1.2, ratio < 0.8)  # further would be rewarded, so no gradient
-    assert (grad[beyond] == 0).all() and (grad[~beyond] != 0).all() and beyond.any()
+def test_clipped_losses_and_gradients_equal_numpy():
+    logp, old, advantage, before, returns = (np.float64(normal(50, 4, seed=k)) - (k < 2) for k in range(5))
+    ratio = np.exp(logp - old)
+    want = -np.minimum(advantage * ratio, advantage * np.clip(ratio, 0.8, 1.28))
+    beyond = np.where(advantage > 0, ratio > 1.28, ratio < 0.8)  # further would be rewarded, so no gradient
+    with jax.enable_x64(True):
+        of = jax.jit(partial(jax.vjp, lambda x: clipped_policy_loss(x, old, advantage, 0.2, 0.28)))
+        losses, pull = of(jnp.array(logp))
+        (grad,) = pull(jnp.ones((50, 4)))
+    np.testing.assert_allclose(losses, want, atol=1e-6)
+    np.testing.assert_allclose(grad, np.where(beyond, 0, -advantage * ratio), atol=1e-6)
+    assert 0.1 < beyond.mean() < 0.9
 
-    value, before, returns = 0.5 * normal(50, 4), 0.5 * normal(50, 4, seed=1), normal(50, 4, seed=2)
+    mask = (np.arange(4) < np.random.default_rng(5).integers(1, 5, 50)[:, None]).astype(np.float64)
+    scalars = 0.5 * np.float64(normal(50, 7, seed=6))  # of two prompt tokens, and of responses of up to four
+    value = scalars[:, 1:5]  # of the states in which those were emitted
     near = np.clip(value, before - 0.2, before + 0.2)
     want = 0.5 * np.maximum((value - returns) ** 2, (near - returns) ** 2)
-    np.testing.assert_allclose(clipped_value_loss(value, before, returns, 0.2), want, rtol=1e-4, atol=1e-5)
+    held = (near != value) & ((near - returns) ** 2 > (value - returns) ** 2)  # the clipped one counts, and is constant
+    slope = np.zeros_like(scalars)
+    slope[:, 1:5] = np.where(held, 0, value - returns) * mask
+    tokens = np.zeros((50, 6), np.int32)
+    batch = {"tokens_BT": tokens, "segment_ids_BT": tokens, "positions_BT": tokens, "response_BR": tokens[:, 2:]}
+    batch |= {"value_mask_BR": mask, "old_values_BR": before, "returns_BR": returns}
+    with jax.enable_x64(True):
+        losses = jax.jit(clipped_value_loss)(value, before, returns, 0.2)
+        objective = partial(value_objective, lambda params, *_: params[:, :6], clip=0.2)
+        (loss, (count, _)), grad = jax.jit(jax.value_and_grad(objective, has_aux=True))(jnp.array(scalars), batch)
+    np.testing.assert_allclose(losses, want, atol=1e-6)
+    assert float(loss) == pytest.approx((want * mask).sum(), abs=1e-6) and float(count) == mask.sum()
+    np.testing.assert_allclose(grad, slope, atol=1e-6)
+    assert 0.1 < held[mask > 0].mean() < 0.9
 
 
 def test_one_score_a_row_at_its_index():
@@ -240,7 +259,7 @@ def test_objectives_ignore_padding_and_pick_the_emitting_state():
     (loss, (tokens, _)), grads = jax.value_and_grad(objective, has_aux=True)(tables(0), padded)
     assert np.isfinite(loss) and all(np.isfinite(g).all() for g in grads.values()) and float(tokens) == 13
     logp = response_logprobs(tabular, tables(0), padded, 1.0)
-    want = clipped_policy_loss(logp, -1.0, padded["advantages_BR"], 0.2)[mask > 0].sum()
+    want = clipped_policy_loss(logp, -1.0, padded["advantages_BR"], 0.2, 0.2)[mask > 0].sum()
     assert float(loss) == pytest.approx(float(want), rel=1e-5)
 
     def scalars(params, tokens, segments, positions):  # the scalar at index t of row b is 10 b + t

@@ -1,6 +1,9 @@
 """Direct methods from the command line: end to end, resuming, reference cache, meshes, data forms, mistakes."""
 
+import inspect
+import pathlib
 import shutil
+import textwrap
 from functools import partial
 
 import jax
@@ -12,7 +15,7 @@ from running import fails, rows_of, run, write
 import config
 import train_dpo
 from checkpoint import load_params
-from config import settled
+from config import UserError, settled
 from data import preferences
 from data.batches import chat_batches, comparison_batches
 from data.reference import candidate_keys
@@ -169,8 +172,10 @@ def test_every_loss_of_the_script_has_a_finite_gradient(files):
     tokenizer = Tokenizer.load(files / "start")
     source = open_source(str(files / "comparisons.jsonl"), "comparison", "train")
     table = jnp.float32(np.random.default_rng(0).normal(size=(tokenizer.size, tokenizer.size)))
-    names = ["dpo", "cdpo", "robust_dpo", "ipo", "slic", "kto", "orpo", "simpo", "cpo", "slic_hf", "rrhf"]
-    names += ["contrastive", "unlikelihood", "figa", "hindsight"]
+    with pytest.raises(UserError, match="unknown") as refused:
+        train_dpo.make_objective(train_dpo.Config(loss="none"), lookup)
+    names = str(refused.value).split("choose one of ")[1].split(", ")  # all that there are
+    assert {"dpo", "kto", "hindsight"} < set(names)
     for name in names:
         c = settled(train_dpo.Config(loss=name, batch_size=8, length=64), direct.PAPERS.get(name, direct.USUAL))
         objective, needs_reference = train_dpo.make_objective(c, lookup)
@@ -181,6 +186,27 @@ def test_every_loss_of_the_script_has_a_finite_gradient(files):
             batch = train_dpo.make_with_kl(lookup)(table, batch)
         grad, (weight, _) = jax.jit(jax.grad(objective, has_aux=True))(table, batch)
         assert np.isfinite(grad).all() and np.abs(grad).max() > 0 and float(weight) > 0, name
+
+
+def test_the_readmes_method_of_your_own_is_dpo(monkeypatch):
+    """Its two snippets as they stand: the function in objectives/direct.py, the entry in `make_objective`."""
+    readme = (pathlib.Path(train_dpo.__file__).parent / "README.md").read_text()
+    _, after = readme.split("A direct method of your own")
+    function, entry = (textwrap.dedent(part) for part in after.split("\n\n")[1:3])
+    exec(function, vars(direct).copy(), found := {})
+    logps, beta = 3 * np.random.default_rng(0).normal(size=(4, 20)), 0.3
+    with jax.enable_x64(True):
+        of = lambda loss: jax.vjp(partial(loss, beta=beta), *jnp.array(logps))  # noqa: E731
+        (mine, slopes), (dpo, theirs) = of(found["mine"]), of(direct.dpo)
+        np.testing.assert_allclose(mine, dpo, atol=1e-12)
+        np.testing.assert_allclose(slopes(jnp.ones(20)), theirs(jnp.ones(20)), atol=1e-12)
+    monkeypatch.setattr(direct, "mine", found["mine"], raising=False)
+    source, place = inspect.getsource(train_dpo.make_objective), "to_a_reference = {\n"
+    assert source.count(place) == 1
+    exec(source.replace(place, place + entry), vars(train_dpo).copy(), made := {})
+    objective, needs_reference = made["make_objective"](train_dpo.Config(loss="mine", beta=beta), lookup)
+    assert needs_reference and objective.keywords["loss"].func is direct.mine
+    assert objective.keywords["loss"].keywords == {"beta": beta}
 
 
 def test_mismatched_responses_answer_another_prompt(files):

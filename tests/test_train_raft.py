@@ -54,8 +54,10 @@ def test_a_checkable_reward_is_learnt_in_a_few_rounds(files):
     """Digits in a response of at most eight tokens, from a policy that knows nothing."""
     run(train_raft, *COMMON, "--batch_size=256", "--steps=4", "--optimizer.lr=3e-3", "--run=digits")
     rows = rows_of("digits")
-    scores = [row["score"] for row in rows]
-    assert scores[-1] > 2 * scores[0]
+    scores = np.array([row["score"] for row in rows])
+    # From round to round, but for two standard errors: means of 256 counts, which vary by about their mean (Poisson).
+    noise = np.sqrt((scores[1:] + scores[:-1]) / 256)
+    assert (np.diff(scores) > -2 * noise).all() and scores[-1] > 2 * scores[0]
     assert abs(rows[0]["kl"]) < 1e-5 and rows[-1]["kl"] > 0.1 and rows[0]["sampler_gap"] < 1e-4
     assert all(row["chosen"] == 32 and row["updates"] == 8 and row["policy/skipped"] == 0 for row in rows)
     assert all(row["chosen_score"] >= row["score"] for row in rows)

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 
 import best_of_n
 import config as flags
+import train_dpo
 from checkpoint import load_params
 from config import UserError, load_config
 from data import world
@@ -118,7 +119,7 @@ def training_flops(run: str) -> float:
         # Rows of a prompt that pass forward and back, and forward only. KTO takes the best response, the worst and
         # one to another prompt; hindsight makes one row of two. The reference counts in a second epoch too.
         trained, other = {"kto": (2, 1), "hindsight": (1, 0)}.get(config["loss"], (4, 0))
-        reference = config["loss"] in ("dpo", "cdpo", "robust_dpo", "ipo", "slic", "kto")
+        _, reference = train_dpo.make_objective(train_dpo.Config(loss=config["loss"]), None)
         passes = 3 * trained + other + reference * (trained + other)
         return steps * passes * forward_flops(c, batch, config["length"], config["length"])
     length, new = config["max_prompt"] + config["max_new_tokens"], config["max_new_tokens"]
