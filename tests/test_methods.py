@@ -11,7 +11,7 @@ import train_sft
 from data.batches import pad_prompts
 from data.tokenizer import Tokenizer
 from experiments.methods import run as study
-from experiments.methods import table
+from experiments.seeds import half
 from presets import ModelConfig
 
 # Attention's own products are small beside its weights here, so that 2 FLOPs a weight and token are nearly all.
@@ -100,5 +100,5 @@ def test_mistakes_are_named(tmp_path, monkeypatch, capsys):
 
 
 def test_the_interval_over_three_seeds_is_student_s():
-    assert table.half([0.0, 1.0, 2.0]) == pytest.approx(4.302652729911275 / 3**0.5)  # t of 0.975 with 2 degrees
-    assert table.half([1.0]) != table.half([1.0])  # of one seed there is none
+    assert half([0.0, 1.0, 2.0]) == pytest.approx(4.302652729911275 / 3**0.5)  # t of 0.975 with 2 degrees
+    assert half([1.0]) != half([1.0])  # of one seed there is none

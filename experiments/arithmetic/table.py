@@ -11,10 +11,10 @@ from typing import Any
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))  # the root's modules, from wherever this is started
 
 import numpy as np
-from scipy import stats
 
 from config import UserError, ending_in_one_line
 from data.steps import auc
+from experiments.seeds import half
 
 HERE = pathlib.Path(__file__).parent
 WAYS = {  # what the table calls a way to choose -> its name in rerank.json, {r} the run
@@ -52,16 +52,15 @@ def lines(path: pathlib.Path) -> list[Any]:
 
 def over_seeds(values: list[float]) -> dict[str, Any]:
     """Mean, half of its 95 % interval (Student's t over seeds), and the values."""
-    half = stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5
-    return {"mean": float(np.mean(values)), "half": float(half), "seeds": [round(v, 4) for v in values]}
+    return {"mean": float(np.mean(values)), "half": half(values), "seeds": [round(v, 4) for v in values]}
 
 
 def paired(better: list[list[float]], worse: list[list[float]]) -> dict[str, Any]:
     """Mean difference over all seeds' problems, half of its 95 % interval, and each seed's."""
     gaps = [np.subtract(a, b) for a, b in zip(better, worse, strict=True)]
     every = np.concatenate(gaps)
-    half = 1.96 * every.std(ddof=1) / len(every) ** 0.5
-    return {"mean": float(every.mean()), "half": float(half), "seeds": [round(float(g.mean()), 4) for g in gaps]}
+    width = 1.96 * every.std(ddof=1) / len(every) ** 0.5
+    return {"mean": float(every.mean()), "half": float(width), "seeds": [round(float(g.mean()), 4) for g in gaps]}
 
 
 def agreement(run: pathlib.Path) -> dict[str, float]:

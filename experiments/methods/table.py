@@ -12,7 +12,8 @@ from typing import Any
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))  # the root's modules, from wherever this is started
 
 import numpy as np
-from scipy import stats
+
+from experiments.seeds import half
 
 HERE = pathlib.Path(__file__).parent
 GAIN = 0.20
@@ -51,13 +52,6 @@ def by_method(rows: list[dict[str, Any]]) -> Rows:
     """method -> seed -> row, in the order of FAMILIES."""
     found = {m: {r["seed"]: r for r in rows if r["method"] == m} for names in FAMILIES.values() for m in names}
     return {method: dict(sorted(of_seed.items())) for method, of_seed in found.items() if of_seed}
-
-
-def half(values: list[float]) -> float:
-    """Half of the 95 % interval of the mean over seeds (Student's t); nan of one seed."""
-    if len(values) < 2:
-        return float("nan")
-    return float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5)
 
 
 def over(rows: Rows, method: str, other: str) -> str:

@@ -18,13 +18,13 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))  # the root's modules
 
 import jax
 import numpy as np
-from scipy import stats
 
 import config as flags
 from checkpoint import load_params
 from config import UserError, load_config
 from data.batches import pad_prompts
 from data.tokenizer import Tokenizer
+from experiments.seeds import half
 from experiments.stories import happy
 from generate import SamplingConfig, generate, join
 from model import LanguageModel, ModelConfig, Params, pure
@@ -133,12 +133,8 @@ def summarise(openings: Sequence[str], stories: Sequence[str], counts: dict[str,
 
 def interval(values: Sequence[float]) -> dict[str, float]:
     """Mean over seeds, with its 95 % interval by Student's t; one seed has no interval."""
-    x = np.array(values)
-    half = float(stats.t.ppf(0.975, len(x) - 1) * x.std(ddof=1) / len(x) ** 0.5) if len(x) > 1 else math.nan
-    return {
-        "mean": float(x.mean()),
-        **({} if math.isnan(half) else {"low": float(x.mean()) - half, "high": float(x.mean()) + half}),
-    }
+    mean, width = float(np.mean(values)), half(values)
+    return {"mean": mean, **({} if math.isnan(width) else {"low": mean - width, "high": mean + width})}
 
 
 def markdown(results: dict[str, Any]) -> str:
