@@ -125,9 +125,11 @@ def main(runs: list[pathlib.Path]) -> dict[str, Any]:
         },
         "one sample": {"SFT": over_seeds([t["accuracy"]["one drawn at random"]["1"][0] for t in ranked])},
     }
-    if "ppo.json" in common:
-        after = [read(run / "ppo.json")["accuracy"]["one drawn at random"]["1"][0] for run in runs]
-        out["one sample"]["PPO on step rewards"] = over_seeds(after)
+    after = {"PPO on step rewards": "ppo"} | {f"search imitated, round {k}": f"search{k}" for k in (1, 2, 3)}
+    for name, file in after.items():
+        if f"{file}.json" in common:
+            right = [read(run / f"{file}.json")["accuracy"]["one drawn at random"]["1"][0] for run in runs]
+            out["one sample"][name] = over_seeds(right)
     for name, rows in out.items():
         print(f"\n{name}: {rows}" if isinstance(rows, int) else f"\n| {name} | | seeds |\n|---|---|---|")
         for row, value in rows.items() if isinstance(rows, dict) else ():
