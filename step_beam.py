@@ -51,7 +51,7 @@ class Config:
     out: str | None = None
     """JSON file for what is printed, with the result on each problem."""
     solutions: str | None = None
-    """File for the solutions that have ended, right or wrong, as conversations for train_sft.py."""
+    """File for the solutions that are right, as conversations for train_sft.py."""
     temperature: float = 1.0
     max_prompt: int = 16
     """Longest prompt, in tokens."""
@@ -144,8 +144,8 @@ def main(config: Config) -> tuple[Interval, float]:
             file.write(json.dumps({**content, "hits": right}) + "\n")
     if config.solutions is not None:
         with written_whole(config.solutions) as file:
-            for record, solution in zip(records, found, strict=True):
-                if solution[-1] == tokenizer.eos:
+            for record, solution, hit in zip(records, found, right, strict=True):
+                if hit and solution[-1] == tokenizer.eos:
                     said = {"role": "assistant", "content": tokenizer.decode(solution)}
                     file.write(json.dumps({"messages": [*record["prompt"], said]}) + "\n")
     return (accuracy, [low, high]), tokens
