@@ -142,7 +142,8 @@ def starting_critic(config: Any, models: dict[str, Params], mesh: jax.sharding.M
 
     The first of these; where there is none, the decoder of --init, with a head that says 0.
     """
-    for run, params in models.items():
+    if models:
+        run, params = next(iter(models.items()))
         return params, pure(ScalarModel(ModelConfig(**load_config(run)["model"])))[1]
     init, apply = pure(ScalarModel(config.model))
     params = starting_params(init, config.model, config.init, mesh, config.seed)

@@ -158,10 +158,10 @@ def command(config: Config, method: str, seed: int, run: pathlib.Path) -> list[s
     """What trains `method`."""
     align = config.align.format(seed=seed)
     script, *options = [word.format(rm=f"{align}/rm") for word in METHODS[method]]
-    source = [f"--data={align}/comparisons.jsonl"] if script == "train_dpo.py" else [f"--reward={align}/rm"]
-    source = [] if "--reward" in options else source
     common = [f"--init={align}/sft", f"--run={run}", f"--seed={seed}", "--eval_every=0", "--save_every=100000"]
-    return [sys.executable, str(ROOT / script), *common, *source, *options, *config.flags.split()]
+    if "--reward" not in options:
+        common += [f"--data={align}/comparisons.jsonl" if script == "train_dpo.py" else f"--reward={align}/rm"]
+    return [sys.executable, str(ROOT / script), *common, *options, *config.flags.split()]
 
 
 def train(words: list[str], run: pathlib.Path) -> dict[str, float]:
