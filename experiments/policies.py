@@ -1,6 +1,6 @@
-"""A student fine-tuned on demonstrations, one distilled from the aligned teacher, and the teacher, by the gold program.
+"""Policies side by side, by the gold program: shares, KL to the first, FLOPs of a token; prints them, writes JSON.
 
-python experiments/distill/measure.py --align=runs/align --run=runs/distill --seed=1000
+python experiments/policies.py --runs runs/align/ppo runs/distill/sft runs/distill/distilled --out=runs/distill.json
 """
 
 import dataclasses
@@ -9,9 +9,10 @@ import pathlib
 import sys
 from typing import Any
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))  # the root's modules, from wherever this is started
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # the root's modules, from wherever this is started
 
 import config as flags
+from config import UserError
 from data import world
 from generate import SamplingConfig, load_run
 from gold import CRITERIA, judged, make_measure, summarise
@@ -23,10 +24,10 @@ MAX_PROMPT, MAX_NEW = 32, 24  # as evaluate.py
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    align: str = "runs/align"
-    """Run of `make align`, whose PPO policy is the teacher."""
-    run: str = "runs/distill"
-    """What run.sh made of it."""
+    runs: tuple[str, ...] = ("runs/align/sft", "runs/align/ppo")
+    """Policies; KL and FLOPs are beside the first."""
+    out: str = "runs/policies.json"
+    """File to write."""
     n: int = 1000
     """Held-out prompts."""
     seed: int = 1000
@@ -34,27 +35,28 @@ class Config:
 
 
 def main(config: Config) -> dict[str, dict[str, Any]]:
-    """Model -> gold shares with intervals, KL to the teacher, FLOPs of a token as a share of the teacher's."""
+    """Name of a run's folder -> gold shares with intervals, KL to the first, FLOPs as a share of the first's."""
+    names = [pathlib.Path(run).name for run in config.runs]
+    if len(set(names)) < len(names) or not names:
+        raise UserError(f"--runs: {', '.join(names)}; give at least one, in folders of different names")
     make_mesh(MeshConfig())
     requests = [world.prompt(i, split="heldout", seed=config.seed) for i in range(config.n)]
-    shape, _, teacher = load_run(f"{config.align}/ppo")
-    runs = {"teacher": f"{config.align}/ppo", "student, SFT": f"{config.run}/sft"}
-    runs["student, distilled"] = f"{config.run}/distilled"
+    shape, _, first = load_run(config.runs[0])
     table = {}
-    for name, run in runs.items():
+    for name, run in zip(names, config.runs, strict=True):
         model, tokenizer, params = load_run(run)
         sampling = SamplingConfig(1.0, max_new_tokens=MAX_NEW)
         measure = make_measure(model, sampling, tokenizer, MAX_PROMPT, reference=shape)
-        texts, lengths, kls = zip(*measure(params, teacher, [r.text for r in requests], config.seed), strict=True)
+        texts, lengths, kls = zip(*measure(params, first, [r.text for r in requests], config.seed), strict=True)
         table[name] = summarise(judged(requests, texts), lengths, kls)
         length = MAX_PROMPT + MAX_NEW
         table[name]["flops"] = forward_flops(model, 1, length, length) / forward_flops(shape, 1, length, length)
         shares = ", ".join(f"{c} {table[name][c]:.3f}" for c in CRITERIA)
         refused = table[name]["kinds"]["dangerous"]["all"]
         print(
-            f"{name:19} {shares}, dangerous {refused:.3f}, KL {table[name]['kl']:.2f}, FLOPs {table[name]['flops']:.2f}"
+            f"{name:16} {shares}, dangerous {refused:.3f}, KL {table[name]['kl']:.2f}, FLOPs {table[name]['flops']:.2f}"
         )
-    (pathlib.Path(config.run) / "summary.json").write_text(json.dumps(table, indent=1) + "\n")
+    pathlib.Path(config.out).write_text(json.dumps(table, indent=1) + "\n")
     return table
 
 
