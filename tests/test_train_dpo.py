@@ -1,6 +1,7 @@
 """Direct methods from the command line: end to end, resuming, reference cache, meshes, data forms, mistakes."""
 
 import inspect
+import json
 import pathlib
 import shutil
 import textwrap
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from running import fails, rows_of, run, write
 
+import collect_spin
 import config
 import train_dpo
 from checkpoint import load_params
@@ -158,6 +160,20 @@ def test_hindsight_prefix_switches_the_response(files):
     prompts = [tokenizer.prompt(f"colour 3\n{p}") for p in (preferences.HELPFUL, preferences.UNHELPFUL)]
     texts = [tokenizer.decode(t) for t in respond(load_params(f"{files}/start"), prompts, jax.random.key(0))]
     assert texts == ["white", "black"]
+
+
+def test_spin_prefers_the_demonstration_to_what_the_policy_says(files, tmp_path):
+    white, black = (f"colour 3\n{words}" for words in (preferences.HELPFUL, preferences.UNHELPFUL))
+    shown = [(white, "red"), (white, "white"), (black, "white")]  # the second is what the policy says itself
+    rows = [{"prompt": prompt, "response": response} for prompt, response in shown * 20]
+    out = tmp_path / "spin.jsonl"
+    asked = [f"--init={files}/start", f"--data={write(tmp_path / 'chats.jsonl', rows)}", f"--out={out}"]
+    counts = run(collect_spin, *asked, "--temperature=0", "--max_new_tokens=8", "--split=all")
+    pairs = [json.loads(line) for line in out.read_text().splitlines()]
+    expected = {(white, "red", "white"), (black, "white", "black")}
+    assert {(p["prompt"][0]["content"], p["chosen"], p["rejected"]) for p in pairs} == expected
+    assert counts == {"lines": 40, "prompts": 60} and len(pairs) == 40
+    assert open_source(str(out), "comparison", "all")[0]["ranking"] == [1, 2]
 
 
 # ---- What every loss gets

@@ -2,7 +2,8 @@
 
     python experiments/feedback/measure.py --file=runs/align/comparisons.jsonl
 
-The file is one of collect.py: the responses are read, not their ranking. Rules are measured as classifiers too.
+The file is one of collect.py: the responses are read, not their ranking. Rules are measured as classifiers too, and
+with --judge=RUN a language model that is asked whether a response keeps a principle (`make_keeps`).
 """
 
 import dataclasses
@@ -13,13 +14,15 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))  # the root's modules
 
 import jax
 import numpy as np
+from tqdm import tqdm
 
 import config as flags
 import feedback
 from data import rules, world, world_feedback
 from data.sources import open_source
+from generate import load_run
 from gold import CRITERIA
-from judges import make_simulated
+from judges import make_keeps, make_simulated, read_principles
 
 RULES = (("polite", "harmless"), ("harmless", "harmless"), ("brief", "helpful"), ("declines", "helpful"))
 NAMES = CRITERIA[:3]
@@ -31,6 +34,8 @@ class Config:
     """Comparisons whose responses are read."""
     prompts: int = 1000
     """Rows of the file that are read."""
+    judge: str | None = None
+    """Run of a language model as a classifier."""
     reliabilities: tuple[float, ...] = (0.5, 0.7, 0.9, 1.0)
     seed: int = 0
 
@@ -61,15 +66,19 @@ def revisions(config: Config, rows: list[dict], reliability: float) -> None:
     feedback.report(settings, made)
 
 
-def classifiers(rows: list[dict]) -> None:
+def classifiers(config: Config, rows: list[dict]) -> None:
     """Prints, for each rule and criterion, accuracy, and of broken ones how many are found and how many are real."""
     shown = [(row, text, world.gold(row["prompt"][-1]["content"], text)) for row in rows for text in row["responses"]]
-    print(f"{'rule':10}{'criterion':>10}{'broken':>10}{'accuracy':>10}{'found':>10}{'real':>10}   n={len(shown)}")
-    for name, criterion in RULES:
-        said = np.array([getattr(rules, name)(text, row) < 1 for row, text, _ in shown])
+    tried = [(name, criterion, getattr(rules, name)) for name, criterion in RULES]
+    if config.judge is not None:
+        judge, principles = load_run(config.judge), read_principles(feedback.Config.principles)
+        tried += [(config.judge, name, make_keeps(judge, text)) for name, text in principles.items()]
+    print(f"{'rule':20}{'criterion':>10}{'broken':>10}{'accuracy':>10}{'found':>10}{'real':>10}   n={len(shown)}")
+    for name, criterion, keeps in tried:
+        said = np.array([keeps(text, row) < 0.5 for row, text, _ in tqdm(shown, name, leave=False)])
         broken = np.array([not getattr(gold, criterion) for _, _, gold in shown])
         shares = (broken.mean(), (said == broken).mean(), said[broken].mean(), broken[said].mean())
-        print(f"{name:10}{criterion:>10}" + "".join(f"{share:10.3f}" for share in shares))
+        print(f"{name:20}{criterion:>10}" + "".join(f"{share:10.3f}" for share in shares))
 
 
 def main(config: Config) -> None:
@@ -81,7 +90,7 @@ def main(config: Config) -> None:
         labels(config, rows, reliability)
     for reliability in config.reliabilities:
         revisions(config, rows, reliability)
-    classifiers(rows)
+    classifiers(config, rows)
 
 
 if __name__ == "__main__":
