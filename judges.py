@@ -133,15 +133,15 @@ def make_keeps(judge: Judge, rule: str) -> Callable[[str, dict[str, Any]], float
 def make_revise(judge: Judge, principles: dict[str, str], sampling: SamplingConfig, n: int) -> Callable:
     """revise, as turns of one chat: the critique, then `n` revisions (Bai et al. 2022, Constitutional AI, section 3.1).
 
-    A chat that does not fit is cut on its left.
+    A chat that does not fit is cut on its left. Revisions that never end are left out, and where none ends the response
+    stays as it is.
     """
     model, tokenizer, params = judge
     speak, rewrite = (make_sampler(model, sampling, tokenizer, count) for count in (1, n))
 
-    def ask(sampler: Callable, chats: list[Messages], key: jax.Array) -> list[str]:
+    def ask(sampler: Callable, chats: list[Messages], key: jax.Array) -> list[list[int]]:
         room = model.context - sampling.max_new_tokens
-        tokens = [cut_left(tokenizer.prompt(chat), room, tokenizer) for chat in chats]
-        return [tokenizer.decode(row) for row in sampler(params, tokens, key, 64)]
+        return sampler(params, [cut_left(tokenizer.prompt(chat), room, tokenizer) for chat in chats], key, 64)
 
     def revise(prompts: Sequence[Messages], responses: Sequence[str], names: Sequence[str], key: jax.Array):
         turns = lambda *said: [{"role": role, "content": text} for role, text in said]  # noqa: E731
@@ -149,10 +149,12 @@ def make_revise(judge: Judge, principles: dict[str, str], sampling: SamplingConf
             [*prompt, *turns(("assistant", response), ("user", CRITIQUE.format(principle=principles[name])))]
             for prompt, response, name in zip(prompts, responses, names, strict=True)
         ]
-        critiques = ask(speak, chats, jax.random.fold_in(key, 0))
+        critiques = [tokenizer.decode(said) for said in ask(speak, chats, jax.random.fold_in(key, 0))]
         chats = [c + turns(("assistant", said), ("user", REVISE)) for c, said in zip(chats, critiques, strict=True)]
-        revisions = ask(rewrite, chats, jax.random.fold_in(key, 1))
-        return critiques, [revisions[i * n : (i + 1) * n] for i in range(len(chats))]
+        written = ask(rewrite, chats, jax.random.fold_in(key, 1))
+        ended = [[t for t in written[i * n : (i + 1) * n] if t and t[-1] == tokenizer.eos] for i in range(len(chats))]
+        kept = [[tokenizer.decode(t) for t in of_one] for of_one in ended]
+        return critiques, [texts or [response] for texts, response in zip(kept, responses, strict=True)]
 
     return revise
 

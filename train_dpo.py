@@ -251,7 +251,7 @@ def main(config: Config) -> dict[str, float]:
         kept, reference = None, None
         if needs_reference and config.reference == "cached":
             ahead = chain(eval_batches, islice(batches_of(source, seed=config.seed), config.steps))
-            kept = cached_reference(config.run, ahead, count + config.steps, logprobs, load_reference, mesh)
+            kept = cached_reference(config.run, ahead, (count, config.steps), logprobs, load_reference, mesh)
 
         def prepared(policy: Params, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
             batch = to_mesh(batch if kept is None else kept(batch), mesh)

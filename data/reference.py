@@ -3,7 +3,7 @@
 import hashlib
 import pathlib
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -24,22 +24,23 @@ def candidate_keys(batch: Batch) -> list[int]:
 
 
 def cached_reference(
-    run: str, batches: Iterable[Batch], count: int, logprobs: Callable, load_reference: Callable, mesh: Any
+    run: str, batches: Iterable[Batch], counts: Sequence[int], logprobs: Callable, load_reference: Callable, mesh: Any
 ) -> Callable[[Batch], Batch]:
-    """with_reference(batch) -> the batch with `reference_BC`, for the `count` batches of `batches` in any order.
+    """with_reference(batch) -> the batch with `reference_BC`, for the batches of `batches` in any order.
 
+    They are so many held out and so many of training, `counts`; a run that goes on may ask for more of either.
     `logprobs(params, batch)` gives [B, C]. What an earlier epoch has met is not computed again, unless there are
     several hosts, which must compute together; each has a file of its own.
     """
     path = pathlib.Path(run) / f"reference-{jax.process_index()}.npz"
     known: dict[int, float] = {}
-    covered = 0
+    covered = np.zeros(len(counts), int)
     if path.exists():
         with np.load(path) as saved:
-            known, covered = dict(zip(saved["keys"].tolist(), saved["logps"].tolist(), strict=True)), saved["count"]
-    if covered < count:
+            known, covered = dict(zip(saved["keys"].tolist(), saved["logps"].tolist(), strict=True)), saved["counts"]
+    if (covered < counts).any():
         reference = load_reference()
-        for batch in tqdm(batches, "reference", count, unit="batch", disable=not sys.stderr.isatty()):
+        for batch in tqdm(batches, "reference", sum(counts), unit="batch", disable=not sys.stderr.isatty()):
             keys = candidate_keys(batch)
             if jax.process_count() > 1 or not known.keys() >= set(keys):
                 logp_BC = logprobs(reference, to_mesh(batch, mesh))
@@ -49,7 +50,7 @@ def cached_reference(
         new = path.with_suffix(".new")
         with new.open("wb") as file:
             keys, logps = np.array(list(known), np.uint64), np.array(list(known.values()), np.float32)
-            np.savez(file, keys=keys, logps=logps, count=count)
+            np.savez(file, keys=keys, logps=logps, counts=np.maximum(covered, counts))
         new.replace(path)
 
     def with_reference(batch: Batch) -> Batch:

@@ -205,15 +205,28 @@ def test_a_language_model_is_a_rule_and_a_reward(runs, tmp_path, monkeypatch):
     assert sizes[2:] == [4]
 
 
-def test_a_language_model_criticises_and_revises(runs):
-    revise = judges.make_revise(
-        load_run(str(runs / "sft")), {"polite": "be polite."}, SamplingConfig(max_new_tokens=4), 2
-    )
+def test_a_language_model_criticises_and_revises(runs, monkeypatch):
+    """What never ends is no revision: it would be taught as a whole answer."""
+    judge, asked_of = load_run(str(runs / "sft")), []
+    tokenizer = judge[1]
+    revise = judges.make_revise(judge, {"polite": "be polite."}, SamplingConfig(max_new_tokens=4), 2)
     prompts, responses = [p for p, _, _ in QUESTIONS], [b for _, _, b in QUESTIONS]
+    (one, _), (other, _) = (revise(prompts, responses, ["polite"] * 2, jax.random.key(k)) for k in (0, 1))
+    assert len(one) == len(other) == 2 and one != other  # the critiques: sampled, of the model itself
+    yes, never = [*tokenizer.encode("yes."), tokenizer.eos], tokenizer.encode("and so on and")
+
+    def written(model, sampling, tokenizer, n):
+        def respond(params, tokens, key, rows):
+            asked_of.extend(tokenizer.decode(t) for t in tokens)
+            return [never] * len(tokens) if n == 1 else [yes, never, yes, never, never, never]
+
+        return respond
+
+    monkeypatch.setattr(judges, "make_sampler", written)
+    revise = judges.make_revise(judge, {"polite": "be polite."}, SamplingConfig(max_new_tokens=4), 3)
     critiques, revisions = revise(prompts, responses, ["polite"] * 2, jax.random.key(0))
-    assert len(critiques) == 2 and [len(texts) for texts in revisions] == [2, 2]
-    again = revise(prompts, responses, ["polite"] * 2, jax.random.key(1))
-    assert again != (critiques, revisions)
+    assert critiques == ["and so on and"] * 2 and revisions == [["yes.", "yes."], responses[1:]]
+    assert "be polite." in asked_of[0] and "and so on and" in asked_of[2]
 
 
 def test_the_reward_model_picks_the_best_refinement(runs):
@@ -245,6 +258,28 @@ def test_the_files_are_in_the_trainers_schemas(runs, tmp_path):
             else:
                 assert record["messages"][-1]["content"] == row["revisions"][-1] and len(row["critiques"]) == 3
     assert {f"violated/{name}/3" for name in (*NAMES, "all")} <= out.keys()
+
+
+@pytest.mark.parametrize("write", ["comparisons", "revisions"])
+def test_a_policy_that_judges_itself(runs, tmp_path, write):
+    """Self-rewarding: one run answers, and judges or revises, by principles with names of their own."""
+    mine, path = tmp_path / "principles.txt", tmp_path / "out.jsonl"
+    mine.write_text("kind: Be kind.\nBe brief.\n")
+    options = [f"--init={runs}/sft", f"--judge={runs}/sft", f"--principles={mine}", "--prompts=128", f"--out={path}"]
+    samples = ["--samples=32"] if write == "comparisons" else ["--rounds=1"]  # few samples end
+    out = run(feedback, *options, *samples, f"--write={write}")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(rows) == out["lines"] > 0
+    if write == "comparisons":
+        prefer = judges.make_prefer(load_run(f"{runs}/sft"), ["Be kind.", "Be brief."])
+        for row in rows[:3]:
+            n = len(row["responses"])
+            pairs = list(itertools.combinations(range(n), 2))
+            p = prefer([(row["prompt"], row["responses"][i], row["responses"][j]) for i, j in pairs]).mean(1)
+            points = [
+                sum(x if c == i else 1 - x for x, (i, j) in zip(p, pairs, strict=True) if c in (i, j)) for c in range(n)
+            ]
+            assert row["ranking"][int(np.argmax(points))] == 1
 
 
 def test_mistakes_are_one_line(runs, tmp_path, capsys):

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from running import fails, rows_of, run, write
+from test_direct import PAIRED, PER_TOKEN, kto_value, ranked_in_loops
 
 import collect_spin
 import config
@@ -91,9 +92,10 @@ def test_resuming_is_bitwise_equal_and_needs_no_reference(files, finished, monke
     run(train_dpo, *common(files), *EIGHT, f"--run={copy}", "--steps=6", "--save_every=3")
     equal(copy, finished, rtol=0)
     assert [row["step"] for row in rows_of(copy)] == [1, 2, 3, 4, 5, 6] and not loaded
-    further = ["--steps=7", "--save_every=3"]  # than the cache reaches
-    run(train_dpo, *common(files), *EIGHT, f"--run={copy}", *further)
-    assert len(loaded) == 1 and rows_of(copy)[-1]["step"] == 7
+    # Further than the cache reaches; then evaluated batches, which are in it, do not count for a step that is not.
+    for further in (["--steps=7", "--eval_every=7"], ["--steps=8"]):
+        run(train_dpo, *common(files), *EIGHT, f"--run={copy}", "--save_every=3", *further)
+    assert len(loaded) == 2 and rows_of(copy)[-1]["step"] == 8
 
 
 def test_cached_reference_equals_online_on_another_mesh(files, finished):
@@ -183,25 +185,80 @@ def lookup(params, tokens, segments, positions, read=lambda x, _: x):
     return read(params[tokens], jnp.eye(params.shape[-1])), None
 
 
-def test_every_loss_of_the_script_has_a_finite_gradient(files):
-    """On the batches that the script makes for it; DPO's kin first agree with DPO where they must."""
-    tokenizer = Tokenizer.load(files / "start")
-    source = open_source(str(files / "comparisons.jsonl"), "comparison", "train")
-    table = jnp.float32(np.random.default_rng(0).normal(size=(tokenizer.size, tokenizer.size)))
+SETTINGS = {"beta": 0.3, "label_smoothing": 0.2, "delta": 0.7, "gamma": 0.5}  # those of test_direct.py's formulas
+SETTINGS |= {"desirable_weight": 1.5, "undesirable_weight": 0.8}
+OWN = {"simpo": {"beta": 2.0}, "cpo": {"weight": 0.5}, "slic_hf": {"weight": 0.2}}
+
+
+def in_loops(name, table, batch, kl):
+    """The loss of a whole batch, summed, in float64: from the bigram `table` to the paper's formula."""
+    logp_VV = np.asarray(table) - np.log(np.exp(table).sum(1, keepdims=True))
+
+    def read(tokens, mask):  # log-probabilities of the tokens under the mask, by place
+        return {t: logp_VV[tokens[t - 1], tokens[t]] for t in range(1, len(tokens)) if mask[t]}
+
+    if name == "hindsight":
+        rows = zip(batch["tokens_BT"], batch["loss_mask_BT"], strict=True)
+        return -sum(sum(read(*row).values()) for row in rows)
+    total = 0.0
+    for b, ranks in enumerate(batch["ranks_BC"]):
+        real = [c for c, rank in enumerate(ranks) if rank > 0]
+        tokens = {c: read(batch["tokens_BCT"][b, c], batch["loss_mask_BCT"][b, c]) for c in real}
+        logps = {c: sum(x.values()) for c, x in tokens.items()}
+        pairs = [(i, j) for i in real for j in real if ranks[i] < ranks[j]]
+        if name in ("figa", "unlikelihood"):
+            for c in real:
+                for t, x in tokens[c].items():
+                    w = batch["weights_BCT"][b, c, t]
+                    total += w * np.log(1 - np.exp(x)) if w < 0 and name == "unlikelihood" else -w * x
+        elif name == "kto":
+            for c in real:
+                weight = SETTINGS["desirable_weight" if ranks[c] == 1 else "undesirable_weight"]
+                r = logps[c] - batch["reference_BC"][b, c]
+                total += weight * (1 - kto_value(r, max(kl, 0.0), ranks[c] == 1, SETTINGS["beta"]))
+        elif name in ("rrhf", "contrastive") and pairs:
+            x, n = ([of.get(c, 1.0) for c in range(len(ranks))] for of in (logps, {c: len(tokens[c]) for c in real}))
+            total += ranked_in_loops(name, [x], [ranks], [n])[0]
+        elif pairs:
+            x = {c: np.mean(list(tokens[c].values())) for c in real} if name in PER_TOKEN else logps
+            reference = dict(enumerate(batch.get("reference_BC", batch["ranks_BC"])[b]))
+            if name == "slic_hf":  # its target is the chosen response
+                reference = x
+            formula = {**PAIRED, **PER_TOKEN}[name][1]
+            total += np.mean([formula(x[i], x[j], reference[i], reference[j]) for i, j in pairs])
+    return total
+
+
+def losses_of_the_script():
     with pytest.raises(UserError, match="unknown") as refused:
         train_dpo.make_objective(train_dpo.Config(loss="none"), lookup)
-    names = str(refused.value).split("choose one of ")[1].split(", ")  # all that there are
-    assert {"dpo", "kto", "hindsight"} < set(names)
-    for name in names:
-        c = settled(train_dpo.Config(loss=name, batch_size=8, length=64), direct.PAPERS.get(name, direct.USUAL))
-        objective, needs_reference = train_dpo.make_objective(c, lookup)
-        batch = train_dpo.on_host(c, next(train_dpo.make_batches(c, source, tokenizer)), 1, 0)
-        if needs_reference:
-            batch = {**batch, "reference_BC": np.zeros(batch["ranks_BC"].shape, np.float32) - 3}
-        if name == "kto":
-            batch = train_dpo.make_with_kl(lookup)(table, batch)
-        grad, (weight, _) = jax.jit(jax.grad(objective, has_aux=True))(table, batch)
-        assert np.isfinite(grad).all() and np.abs(grad).max() > 0 and float(weight) > 0, name
+    return str(refused.value).split("choose one of ")[1].split(", ")  # all that there are
+
+
+@pytest.mark.parametrize("name", losses_of_the_script())
+def test_every_loss_of_the_script_is_the_papers_on_its_own_batches(files, name):
+    """Sum over the batch and gradient, with settings that are not the defaults: what is bound to what, too."""
+    tokenizer, rng = Tokenizer.load(files / "start"), np.random.default_rng(0)
+    source = open_source(str(files / "comparisons.jsonl"), "comparison", "train")
+    table, direction = rng.normal(size=(2, tokenizer.size, tokenizer.size))
+    settings = {**SETTINGS, "loss": name, "batch_size": 8, "length": 64, **OWN.get(name, {})}
+    c = settled(train_dpo.Config(**settings), direct.PAPERS.get(name, direct.USUAL))
+    objective, needs_reference = train_dpo.make_objective(c, lookup)
+    batch = dict(train_dpo.on_host(c, next(train_dpo.make_batches(c, source, tokenizer)), 1, 0))
+    expected, kl = batch, 0.0
+    if needs_reference:
+        near = np.asarray(direct.response_logprobs(lookup, jnp.float32(table), batch))
+        batch["reference_BC"] = (near + rng.normal(size=near.shape)).astype(np.float32)
+    if name == "kto":
+        mismatched = near[:, -1] - batch["reference_BC"][:, -1]
+        kl, batch = mismatched.mean(), train_dpo.make_with_kl(lookup)(jnp.float32(table), batch)
+        assert batch["ranks_BC"].shape[1] == expected["ranks_BC"].shape[1] - 1
+        expected = {n: np.asarray(x) for n, x in batch.items()}
+    (loss, (weight, _)), grad = jax.jit(jax.value_and_grad(objective, has_aux=True))(jnp.float32(table), batch)
+    np.testing.assert_allclose(loss, in_loops(name, table, expected, kl), rtol=1e-6)
+    ahead, behind = (in_loops(name, table + x * direction, expected, kl) for x in (1e-5, -1e-5))
+    np.testing.assert_allclose((np.float64(grad) * direction).sum(), (ahead - behind) / 2e-5, rtol=2e-5, atol=1e-5)
+    assert float(weight) > 0
 
 
 def test_the_readmes_method_of_your_own_is_dpo(monkeypatch):

@@ -1,19 +1,20 @@
-"""How soon PPO reaches a gold share from the SFT policy and from RAFT's: prints both curves, writes summary.json.
+"""How soon PPO reaches a gold share from the SFT policy and from RAFT's, and what PPO and RAFT reach at which KL.
 
 python experiments/raft_first/measure.py --run=runs/raft_first
+
+Prints the curves, of the runs' own evaluations, and writes summary.json.
 """
 
 import dataclasses
 import json
 import pathlib
 import sys
+from typing import Any
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))  # the root's modules, from wherever this is started
 
 import config as flags
 from metrics import read_rows
-
-STARTS = ("sft", "raft")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,19 +23,31 @@ class Config:
     """What run.sh made."""
     targets: tuple[float, ...] = (0.75, 0.8, 0.85)
     """Shares of the evaluation's prompts that pass all criteria."""
+    limits: tuple[float, ...] = (1.0, 2.0, 3.0, 4.0)
+    """Of the KL to the SFT policy, in nats a response."""
 
 
-def main(config: Config) -> dict[str, dict[str, int | None]]:
-    """Start -> target -> the first evaluated iteration at or above it; None where there is none."""
-    table: dict[str, dict[str, int | None]] = {}
-    for start in STARTS:
-        rows = read_rows(f"{config.run}/from_{start}")
-        curve = {row["step"]: row["gold/all"] for row in rows if "gold/all" in row}
-        print(f"from {start:5}" + " ".join(f"{step}: {x:.3f}" for step, x in curve.items()))
-        table[start] = {str(x): next((step for step, y in curve.items() if y >= x), None) for x in config.targets}
-    print(table)
-    (pathlib.Path(config.run) / "summary.json").write_text(json.dumps(table, indent=1) + "\n")
-    return table
+def main(config: Config) -> dict[str, Any]:
+    """Of each run the first step at or above each target; of those from SFT the most that passes within each limit."""
+    curves = {}
+    for name in ("from_sft", "from_raft", "raft"):
+        curves[name] = {row["step"]: row for row in read_rows(f"{config.run}/{name}") if "gold/all" in row}
+        shown = (f"{step}: {row['gold/all']:.3f} ({row['gold/kl']:.2f})" for step, row in curves[name].items())
+        print(f"{name}: share (KL to where it began): {', '.join(shown)}")
+    reached = {
+        name: {str(x): next((step for step, row in curve.items() if row["gold/all"] >= x), None) for x in config.targets}
+        for name, curve in curves.items()
+    }
+    within = {
+        name: {
+            str(most): max((row["gold/all"] for row in curves[name].values() if row["gold/kl"] <= most), default=None)
+            for most in config.limits
+        }
+        for name in ("from_sft", "raft")
+    }
+    print(f"first step at a share: {reached}\nthe most within a KL: {within}")
+    (pathlib.Path(config.run) / "summary.json").write_text(json.dumps({"reached": reached, "within": within}) + "\n")
+    return {"reached": reached, "within": within}
 
 
 if __name__ == "__main__":
