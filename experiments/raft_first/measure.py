@@ -35,7 +35,10 @@ def main(config: Config) -> dict[str, Any]:
         shown = (f"{step}: {row['gold/all']:.3f} ({row['gold/kl']:.2f})" for step, row in curves[name].items())
         print(f"{name}: share (KL to where it began): {', '.join(shown)}")
     reached = {
-        name: {str(x): next((step for step, row in curve.items() if row["gold/all"] >= x), None) for x in config.targets}
+        name: {
+            str(target): next((step for step, row in curve.items() if row["gold/all"] >= target), None)
+            for target in config.targets
+        }
         for name, curve in curves.items()
     }
     within = {
