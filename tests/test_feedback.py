@@ -358,7 +358,7 @@ def serving(config):
     return server, thread
 
 
-def test_scores_over_http_are_those_in_process_also_after_a_restart(runs, capsys):
+def test_scores_over_http_are_those_in_process_also_after_a_restart(runs, capsys, monkeypatch):
     mesh, tokenizer = make_mesh(MeshConfig()), Tokenizer.load(runs / "rm")
     batch, records, texts = one_batch(tokenizer, mesh)
     name = str(runs / "rm")
@@ -369,8 +369,11 @@ def test_scores_over_http_are_those_in_process_also_after_a_restart(runs, capsys
     config = serve_reward.Config(reward=name, port=server.server_port)
     address = f"http://127.0.0.1:{config.port}"
     models, score = rewards.make_scorer([address, "data.rules:brief"], tokenizer, mesh)
+    questions, ask = [], rewards.ask
+    monkeypatch.setattr(rewards, "ask", lambda *question: questions.append(question) or ask(*question))
     scores, scalars = score(models, batch, records)
     np.testing.assert_array_equal(np.asarray(scores[address]), wanted)
+    assert [len(question["texts"]) for _, question in questions] == [8]  # a batch is one question
     assert np.asarray(scores["data.rules:brief"]).tolist() == [rules.brief(t, records[0]) for t in texts]
     assert models == scalars == {}
     server.shutdown(), server.server_close(), thread.join()

@@ -21,8 +21,9 @@ import train_sft
 import weights
 from checkpoint import load_params
 from lora import INPUTS, LoraConfig, attach, frozen_part, merge, trained_part
-from model import LanguageModel, ScalarModel, pure
+from model import LanguageModel, ModelConfig, ScalarModel, pure
 from objectives.likelihood import likelihood_objective
+from objectives.policy import response_logprobs
 from run_folder import finished_steps, read_manifest
 from sharding import path_name
 from tests.test_errors import fails
@@ -102,6 +103,10 @@ SHORT = ["--optimizer.warmup=0", "--batch_size=8", "--length=64", "--eval_every=
 RANK = ["--lora.rank=2", "--optimizer.lr=0.01"]
 
 
+def ppo_logprobs(apply, params, batch):
+    return np.asarray(jax.jit(partial(response_logprobs, apply, temperature=1.0))(params, batch))
+
+
 def stored(folder):
     step = finished_steps(pathlib.Path(folder) / "checkpoints")[0]
     return read_manifest(pathlib.Path(folder) / "checkpoints" / str(step))["arrays"]
@@ -149,7 +154,7 @@ def test_dpo_compares_with_the_base_it_already_holds(runs):
 
 
 @pytest.mark.slow
-def test_reward_model_and_ppo_train_adapters_and_heads(runs):
+def test_reward_model_and_ppo_train_adapters_and_heads(runs, monkeypatch):
     run(train_rm, *SHORT, *RANK, f"--init={runs}/lm", f"--run={runs}/rm", "--steps=3")
     assert {n for n in stored(runs / "rm") if n.startswith("params/") and n[-2] != "_"} == {
         "params/head",
@@ -158,15 +163,29 @@ def test_reward_model_and_ppo_train_adapters_and_heads(runs):
     reward = load_params(f"{runs}/rm")
     assert set(reward) == {"decoder", "head", "bias"} and reward["bias"] != 0
     ppo = [f"--init={runs}/lm", f"--reward={runs}/rm", "--batch_size=16", "--minibatches=2", "--max_prompt=48"]
-    ppo += [
-        "--max_new_tokens=16",
-        "--eval_every=0",
-        "--mesh.data=4",
-        "--mesh.fsdp=2",
-        "--lora.rank=2",
-        "--save_every=1",
-    ]
+    ppo += ["--max_new_tokens=16", "--eval_every=0", "--mesh.data=4", "--mesh.fsdp=2", "--lora.rank=2"]
+    ppo += ["--save_every=1"]
+    judged, shared, make_judge = [], [], train_ppo.make_judge
+
+    def watched(config, apply, *rest):
+        judge = make_judge(config, apply, *rest)
+
+        def watching(policy, reference, value, batch, *more):
+            logps = [ppo_logprobs(apply, params, batch) for params in (policy, reference)]
+            shared.append(policy["decoder"]["embed"] is reference["decoder"]["embed"])
+            judged.append((*logps, jax.device_get(batch)))
+            return judge(policy, reference, value, batch, *more)
+
+        return watching
+
+    monkeypatch.setattr(train_ppo, "make_judge", watched)
     run(train_ppo, *ppo, f"--run={runs}/ppo", "--steps=2")  # in which check_first_update asserts a KL of 0
+    policy, reference, batch = judged[-1]  # after the first iteration's updates
+    # The reference is the base below the adapters, not a copy, and says what the run it was loaded from says.
+    assert shared == [True, True]
+    apply = pure(LanguageModel(ModelConfig(**config.load_config(f"{runs}/lm")["model"])))[1]
+    np.testing.assert_allclose(reference, ppo_logprobs(apply, load_params(f"{runs}/lm"), batch), atol=1e-5)
+    assert np.abs(policy - reference).max() > 1e-3  # control: the policy has moved
     names = [n for n in stored(runs / "ppo") if "params/" in n]
     assert names and all(n.endswith(("_a", "_b", "/head", "/bias")) for n in names)
     assert largest_gap(load_params(f"{runs}/ppo"), load_params(f"{runs}/lm")) > 0

@@ -339,6 +339,19 @@ def test_step_search_on_a_tree_that_is_known():
     assert step_beam.best([[1], [1], [2]], np.array([3.0, 3.0, 1.0]), 2) == [[1], [2]]
 
 
+def test_step_search_over_whole_solutions_is_the_best_of_n():
+    """Expert iteration with it is then rejection sampling: of beams x branch samples the best by score."""
+    rng, eos = np.random.default_rng(0), 99
+    drawn = rng.integers(1, 90, (5, 12, 3))  # to each of 5 problems 12 solutions of 3 tokens
+    rows = iter(drawn.reshape(-1, 4, 3))
+    extend = lambda contexts, number: [[*map(int, t), eos] for _ in contexts for t in next(rows)]  # noqa: E731
+    score = lambda prompts, responses: np.array([sum(r) % 41 for r in responses])  # noqa: E731
+    found, tokens = step_beam.search([[i] for i in range(5)], extend, score, eos, beams=3, branch=4, longest=9)
+    best = [max(of_one.tolist(), key=lambda t: (sum(t) + eos) % 41) for of_one in drawn]
+    assert [r[:-1] for r in found] == best and tokens == 5 * 12 * 4
+    assert best != [of_one[0].tolist() for of_one in drawn]  # control
+
+
 def test_sampled_steps_end_at_a_newline(tokenizer):
     init, _ = pure(LanguageModel(TINY))
     newline = tokenizer.encode("\n")[-1]
