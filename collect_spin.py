@@ -3,9 +3,8 @@
     python collect_spin.py --init=runs/align/sft --data=world --out=runs/spin/1.jsonl
     python train_dpo.py --init=runs/align/sft --data=runs/spin/1.jsonl --beta=0.1 --run=runs/spin/1
 
-The next round samples and starts from the run of the last one, which is its opponent and its reference. No labels are
-needed, and no loss of its own: SPIN's with the logistic loss (Chen et al. 2024) is DPO's with lambda as beta. The game
-ends where the policy's responses cannot be told from demonstrations.
+The next round samples, and starts, from the run of the last one: its opponent and its reference. SPIN's loss (Chen et
+al. 2024, the logistic one) is DPO's, lambda its beta.
 """
 
 import dataclasses

@@ -7,6 +7,7 @@ import pytest
 from running import fails
 
 import collect
+import collect_spin
 import config
 import evaluate
 import generate
@@ -64,6 +65,7 @@ MISTAKES = {
     "nothing to sample from": (generate, ["--run=nowhere", "--prompt=a"], "nowhere"),
     "temperature below 0": (generate, ["--temperature=-1"], "--temperature=-1.0: must be at least 0"),
     "no samples": (collect, ["--samples=1"], "samples"),
+    "no prompts": (collect_spin, ["--prompts=0"], "--prompts=0: must be at least 1"),
     "no policy to align": (train_ppo, ["--init=nowhere"], "nowhere"),
     "nothing to evaluate": (evaluate, ["--run=nowhere"], "nowhere"),
     "language-model loss without an unembedding": (
