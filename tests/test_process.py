@@ -450,10 +450,11 @@ def test_the_whole_of_process_supervision_runs(tmp_path, monkeypatch, capsys):
     assert len(rows_in("table.json")[0]["hits"]["majority"]) == 40
     (accuracy, _), tokens = run(step_beam, "--policy=sft", "--model=gold", "--beams=2", "--branch=2", "--prompts=40")
     assert 0 <= accuracy <= 1 and tokens > 0
-    beam = ["--policy=sft", "--model=gold", "--beams=1", "--prompts=40", "--out=beam.json", "--solutions=found.jsonl"]
+    # Of this policy's samples one in twenty is right.
+    beam = ["--policy=sft", "--model=gold", "--beams=1", "--prompts=300", "--out=beam.json", "--solutions=found.jsonl"]
     run(step_beam, *beam, "--split=train")
     right = [arithmetic.solved(*(message["content"] for message in row["messages"])) for row in rows_in("found.jsonl")]
-    assert 0 < len(right) <= sum(rows_in("beam.json")[0]["hits"]) <= 40 and all(right)  # of hits some have no end
+    assert 0 < len(right) <= sum(rows_in("beam.json")[0]["hits"]) <= 300 and all(right)  # of hits some have no end
     run(train_sft, *SHORT, "--init=sft", "--data=found.jsonl", "--steps=1", "--run=imitated")
     ppo = ["--init=sft", "--reward=gold", "--data=arithmetic", "--max_prompt=16", "--max_new_tokens=48", "--run=ppo"]
     small = ["--steps=2", "--batch_size=16", "--minibatches=2", "--optimizer.warmup=0"]

@@ -112,7 +112,7 @@ def test_a_checkable_reward_is_learnt(files):
     options = ["--batch_size=128", "--steps=20", "--optimizer.lr=3e-3", "--kl_coef=0"]
     run(train_grpo, *COMMON, *options, *EIGHT, "--reward=own:even", "--run=even")
     rows = rows_of("even")
-    assert np.mean([row["score"] for row in rows[-3:]]) > np.mean([row["score"] for row in rows[:3]]) + 0.3
+    assert np.mean([row["score"] for row in rows[-3:]]) > np.mean([row["score"] for row in rows[:3]]) + 0.2
 
 
 def test_checks_compare_numbers_and_texts():
