@@ -37,7 +37,7 @@ def cached_reference(
     covered = np.zeros(len(counts), int)
     if path.exists():
         with np.load(path) as saved:
-            known, covered = dict(zip(saved["keys"].tolist(), saved["logps"].tolist(), strict=True)), saved["counts"]
+            known, covered = dict(zip(saved["keys"].tolist(), saved["logps"].tolist(), strict=True)), saved["count"]
     if (covered < counts).any():
         reference = load_reference()
         for batch in tqdm(batches, "reference", sum(counts), unit="batch", disable=not sys.stderr.isatty()):
@@ -50,7 +50,7 @@ def cached_reference(
         new = path.with_suffix(".new")
         with new.open("wb") as file:
             keys, logps = np.array(list(known), np.uint64), np.array(list(known.values()), np.float32)
-            np.savez(file, keys=keys, logps=logps, counts=np.maximum(covered, counts))
+            np.savez(file, keys=keys, logps=logps, count=np.maximum(covered, counts))
         new.replace(path)
 
     def with_reference(batch: Batch) -> Batch:
