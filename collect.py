@@ -60,8 +60,7 @@ def main(config: Config) -> dict[str, float]:
             tokens = respond(params, [tokenizer.prompt(text) for text in texts], jax.random.fold_in(key, start), rows)
             for i, prompt in enumerate(texts):
                 mine = tokens[i * config.samples : (i + 1) * config.samples]
-                ended = [tokenizer.decode(t) for t in mine if t and t[-1] == tokenizer.eos]
-                responses = list(dict.fromkeys(text for text in ended if text.strip()))
+                responses = list(dict.fromkeys(text for text in tokenizer.ended(mine) if text.strip()))
                 for row in comparisons(prompt, responses, config, rng):
                     file.write(json.dumps(row) + "\n")
                     counts["lines"] += 1

@@ -30,8 +30,7 @@ class Config:
     """Run that plays against the demonstrations."""
     data: str = "world"
     """Demonstrations: world, arithmetic, a .jsonl file, or tfds:<name>."""
-    split: Literal["train", "heldout", "all"] = "train"
-    """all: for a file, nothing of which is to be held out."""
+    split: Literal["train", "heldout"] = "train"
     out: str = "runs/spin/1.jsonl"
     """File to write."""
     prompts: int = 10000
@@ -59,10 +58,11 @@ def main(config: Config) -> dict[str, int]:
             asked = [cut_left(tokenizer.prompt(messages[:-1]), room, tokenizer) for messages in chats]
             tokens = respond(params, asked, jax.random.fold_in(key, start), rows)
             for (*prompt, demonstrated), own in zip(chats, tokens, strict=True):
-                chosen, rejected = demonstrated["content"], tokenizer.decode(own)
-                if own and own[-1] == tokenizer.eos and rejected.strip() and rejected != chosen:
-                    file.write(json.dumps({"prompt": prompt, "chosen": chosen, "rejected": rejected}) + "\n")
-                    lines += 1
+                chosen = demonstrated["content"]
+                for rejected in tokenizer.ended([own]):
+                    if rejected.strip() and rejected != chosen:
+                        file.write(json.dumps({"prompt": prompt, "chosen": chosen, "rejected": rejected}) + "\n")
+                        lines += 1
     print(f"{config.out}: {lines} lines from {count} prompts")
     return {"lines": lines, "prompts": count}
 

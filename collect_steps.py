@@ -85,8 +85,7 @@ def solutions(config: Config, respond: Callable, prompts: list[list[int]], key: 
     tokens = respond(prompts, key)
     for i in range(len(prompts)):
         mine = tokens[i * config.samples : (i + 1) * config.samples]
-        ended = (tokenizer.decode(t) for t in mine if t and t[-1] == tokenizer.eos)
-        steps = (text.split("\n") for text in dict.fromkeys(ended))
+        steps = (text.split("\n") for text in dict.fromkeys(tokenizer.ended(mine)))
         yield [lines for lines in steps if all(line.strip() for line in lines)]
 
 

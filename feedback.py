@@ -205,9 +205,9 @@ def main(config: Config) -> dict[str, float]:
             asked = [cut_left(tokenizer.prompt(prompt), room, tokenizer) for prompt in prompts]
             key = jax.random.fold_in(jax.random.key(config.seed), start)
             tokens = respond(params, asked, key, rows)
-            texts = [tokenizer.decode(t) if t and t[-1] == tokenizer.eos else "" for t in tokens]
-            per = len(texts) // len(prompts)
-            answered = [(p, [t for t in texts[i * per :][:per] if t.strip()]) for i, p in enumerate(prompts)]
+            per = len(tokens) // len(prompts)
+            texts = [tokenizer.ended(tokens[i * per :][:per]) for i in range(len(prompts))]
+            answered = [(p, [t for t in mine if t.strip()]) for p, mine in zip(prompts, texts, strict=True)]
             prompts = [prompt for prompt, ended in answered if ended]
             responses = [ended for _, ended in answered if ended]
             if comparing:

@@ -152,8 +152,7 @@ def make_revise(judge: Judge, principles: dict[str, str], sampling: SamplingConf
         critiques = [tokenizer.decode(said) for said in ask(speak, chats, jax.random.fold_in(key, 0))]
         chats = [c + turns(("assistant", said), ("user", REVISE)) for c, said in zip(chats, critiques, strict=True)]
         written = ask(rewrite, chats, jax.random.fold_in(key, 1))
-        ended = [[t for t in written[i * n : (i + 1) * n] if t and t[-1] == tokenizer.eos] for i in range(len(chats))]
-        kept = [[tokenizer.decode(t) for t in of_one] for of_one in ended]
+        kept = [tokenizer.ended(written[i * n : (i + 1) * n]) for i in range(len(chats))]
         return critiques, [texts or [response] for texts, response in zip(kept, responses, strict=True)]
 
     return revise

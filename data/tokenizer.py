@@ -131,6 +131,10 @@ class Tokenizer:
         """
         return self.pieces.decode([int(i) for i in ids if int(i) < self.size and int(i) not in self._hidden])
 
+    def ended(self, responses: Iterable[Sequence[int]]) -> list[str]:
+        """The texts of those that came to their end; others are no whole answers."""
+        return [self.decode(ids) for ids in responses if ids and ids[-1] == self.eos]
+
     def newlines(self) -> list[int]:
         """The tokens whose text ends in a newline; those of other makers may have one for `.` and a newline."""
         return [i for i in range(self.size) if self.decode([i]).endswith("\n")]

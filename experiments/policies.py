@@ -41,21 +41,23 @@ def main(config: Config) -> dict[str, dict[str, Any]]:
         raise UserError(f"--runs: {', '.join(names)}; give at least one, in folders of different names")
     make_mesh(MeshConfig())
     requests = [world.prompt(i, split="heldout", seed=config.seed) for i in range(config.n)]
-    shape, _, first = load_run(config.runs[0])
+    shape, first_tokenizer, first = load_run(config.runs[0])
     table = {}
+    columns = "".join(f"{column:>10}" for column in (*CRITERIA, "dangerous"))
+    print(f"{'':16}{columns}{'KL':>9}{'FLOPs':>9}")
     for name, run in zip(names, config.runs, strict=True):
         model, tokenizer, params = load_run(run)
+        if tokenizer.sha256 != first_tokenizer.sha256:
+            raise UserError(f"{run}: its tokenizer is not that of {config.runs[0]}; measure them apart")
         sampling = SamplingConfig(1.0, max_new_tokens=MAX_NEW)
         measure = make_measure(model, sampling, tokenizer, MAX_PROMPT, reference=shape)
         texts, lengths, kls = zip(*measure(params, first, [r.text for r in requests], config.seed), strict=True)
         table[name] = summarise(judged(requests, texts), lengths, kls)
         length = MAX_PROMPT + MAX_NEW
         table[name]["flops"] = forward_flops(model, 1, length, length) / forward_flops(shape, 1, length, length)
-        shares = ", ".join(f"{c} {table[name][c]:.3f}" for c in CRITERIA)
-        refused = table[name]["kinds"]["dangerous"]["all"]
-        print(
-            f"{name:16} {shares}, dangerous {refused:.3f}, KL {table[name]['kl']:.2f}, FLOPs {table[name]['flops']:.2f}"
-        )
+        shares = [*(table[name][criterion] for criterion in CRITERIA), table[name]["kinds"]["dangerous"]["all"]]
+        rest = f"{table[name]['kl']:>z9.2f}{table[name]['flops']:9.2f}"
+        print(f"{name:16}" + "".join(f"{share:10.3f}" for share in shares) + rest)
     pathlib.Path(config.out).write_text(json.dumps(table, indent=1) + "\n")
     return table
 

@@ -165,16 +165,19 @@ def test_hindsight_prefix_switches_the_response(files):
 
 
 def test_spin_prefers_the_demonstration_to_what_the_policy_says(files, tmp_path):
-    white, black = (f"colour 3\n{words}" for words in (preferences.HELPFUL, preferences.UNHELPFUL))
-    shown = [(white, "red"), (white, "white"), (black, "white")]  # the second is what the policy says itself
-    rows = [{"prompt": prompt, "response": response} for prompt, response in shown * 20]
+    said = {"white": preferences.HELPFUL, "black": preferences.UNHELPFUL}  # what the policy says to what
+    asked = {f"colour {i}\n{words}": response for i in range(20) for response, words in said.items()}
+    shown = [(prompt, response) for prompt in asked for response in ("white", "red")]
+    rows = [{"prompt": prompt, "response": response} for prompt, response in shown]
     out = tmp_path / "spin.jsonl"
-    asked = [f"--init={files}/start", f"--data={write(tmp_path / 'chats.jsonl', rows)}", f"--out={out}"]
-    counts = run(collect_spin, *asked, "--temperature=0", "--max_new_tokens=8", "--split=all")
+    options = [f"--init={files}/start", f"--data={write(tmp_path / 'chats.jsonl', rows)}", f"--out={out}"]
+    counts = run(collect_spin, *options, "--temperature=0", "--max_new_tokens=8")
     pairs = [json.loads(line) for line in out.read_text().splitlines()]
-    expected = {(white, "red", "white"), (black, "white", "black")}
-    assert {(p["prompt"][0]["content"], p["chosen"], p["rejected"]) for p in pairs} == expected
-    assert counts == {"lines": 40, "prompts": 60} and len(pairs) == 40
+    kept = {p["prompt"][0]["content"] for p in pairs}  # the rest is held out
+    expected = {(prompt, response, asked[prompt]) for prompt, response in shown if response != asked[prompt]}
+    got = [(p["prompt"][0]["content"], p["chosen"], p["rejected"]) for p in pairs]
+    assert sorted(got) == sorted(row for row in expected if row[0] in kept)
+    assert counts == {"lines": len(pairs), "prompts": 2 * len(kept)} and len(kept) > 30
     assert open_source(str(out), "comparison", "all")[0]["ranking"] == [1, 2]
 
 
@@ -185,17 +188,23 @@ def lookup(params, tokens, segments, positions, read=lambda x, _: x):
     return read(params[tokens], jnp.eye(params.shape[-1])), None
 
 
+def mean_so_far(params, tokens, segments, positions, read=lambda x, _: x):
+    """Logits by the mean of the rows of all tokens so far, so that a response depends on all of its prompt."""
+    rows = jnp.cumsum(params[tokens], axis=1) / jnp.arange(1, tokens.shape[1] + 1)[:, None]
+    return read(rows, jnp.eye(params.shape[-1])), None
+
+
 SETTINGS = {"beta": 0.3, "label_smoothing": 0.2, "delta": 0.7, "gamma": 0.5}  # those of test_direct.py's formulas
 SETTINGS |= {"desirable_weight": 1.5, "undesirable_weight": 0.8}
 OWN = {"simpo": {"beta": 2.0}, "cpo": {"weight": 0.5}, "slic_hf": {"weight": 0.2}}
 
 
 def in_loops(name, table, batch, kl):
-    """The loss of a whole batch, summed, in float64: from the bigram `table` to the paper's formula."""
-    logp_VV = np.asarray(table) - np.log(np.exp(table).sum(1, keepdims=True))
+    """The loss of a whole batch, summed, in float64: from the `table` of `mean_so_far` to the paper's formula."""
 
     def read(tokens, mask):  # log-probabilities of the tokens under the mask, by place
-        return {t: logp_VV[tokens[t - 1], tokens[t]] for t in range(1, len(tokens)) if mask[t]}
+        logits = {t: table[tokens[:t]].mean(0) for t in range(1, len(tokens)) if mask[t]}
+        return {t: x[tokens[t]] - np.log(np.exp(x).sum()) for t, x in logits.items()}
 
     if name == "hindsight":
         rows = zip(batch["tokens_BT"], batch["loss_mask_BT"], strict=True)
@@ -232,7 +241,9 @@ def in_loops(name, table, batch, kl):
 def losses_of_the_script():
     with pytest.raises(UserError, match="unknown") as refused:
         train_dpo.make_objective(train_dpo.Config(loss="none"), lookup)
-    return str(refused.value).split("choose one of ")[1].split(", ")  # all that there are
+    names = str(refused.value).split("choose one of ")[1].split(", ")  # all that there are
+    assert {"dpo", "kto", "hindsight"} < set(names)
+    return names
 
 
 @pytest.mark.parametrize("name", losses_of_the_script())
@@ -243,22 +254,22 @@ def test_every_loss_of_the_script_is_the_papers_on_its_own_batches(files, name):
     table, direction = rng.normal(size=(2, tokenizer.size, tokenizer.size))
     settings = {**SETTINGS, "loss": name, "batch_size": 8, "length": 64, **OWN.get(name, {})}
     c = settled(train_dpo.Config(**settings), direct.PAPERS.get(name, direct.USUAL))
-    objective, needs_reference = train_dpo.make_objective(c, lookup)
+    objective, needs_reference = train_dpo.make_objective(c, mean_so_far)
     batch = dict(train_dpo.on_host(c, next(train_dpo.make_batches(c, source, tokenizer)), 1, 0))
     expected, kl = batch, 0.0
     if needs_reference:
-        near = np.asarray(direct.response_logprobs(lookup, jnp.float32(table), batch))
+        near = np.asarray(direct.response_logprobs(mean_so_far, jnp.float32(table), batch))
         batch["reference_BC"] = (near + rng.normal(size=near.shape)).astype(np.float32)
     if name == "kto":
         mismatched = near[:, -1] - batch["reference_BC"][:, -1]
-        kl, batch = mismatched.mean(), train_dpo.make_with_kl(lookup)(jnp.float32(table), batch)
+        kl, batch = mismatched.mean(), train_dpo.make_with_kl(mean_so_far)(jnp.float32(table), batch)
         assert batch["ranks_BC"].shape[1] == expected["ranks_BC"].shape[1] - 1
         expected = {n: np.asarray(x) for n, x in batch.items()}
     (loss, (weight, _)), grad = jax.jit(jax.value_and_grad(objective, has_aux=True))(jnp.float32(table), batch)
     np.testing.assert_allclose(loss, in_loops(name, table, expected, kl), rtol=1e-6)
     ahead, behind = (in_loops(name, table + x * direction, expected, kl) for x in (1e-5, -1e-5))
-    np.testing.assert_allclose((np.float64(grad) * direction).sum(), (ahead - behind) / 2e-5, rtol=2e-5, atol=1e-5)
-    assert float(weight) > 0
+    np.testing.assert_allclose((np.float64(grad) * direction).sum(), (ahead - behind) / 2e-5, rtol=2e-5)
+    assert np.isfinite(grad).all() and np.abs(grad).max() > 0 and float(weight) > 0
 
 
 def test_the_readmes_method_of_your_own_is_dpo(monkeypatch):

@@ -109,10 +109,10 @@ def test_every_method_runs_and_starts_at_the_reference(reward_model, method):
 @pytest.mark.slow
 def test_a_checkable_reward_is_learnt(files):
     """Responses of an even number of letters, from a policy that knows next to nothing."""
-    options = ["--batch_size=128", "--steps=20", "--optimizer.lr=3e-3", "--kl_coef=0"]
+    options = ["--batch_size=128", "--steps=40", "--optimizer.lr=3e-3", "--kl_coef=0"]
     run(train_grpo, *COMMON, *options, *EIGHT, "--reward=own:even", "--run=even")
     rows = rows_of("even")
-    assert np.mean([row["score"] for row in rows[-3:]]) > np.mean([row["score"] for row in rows[:3]]) + 0.2
+    assert np.mean([row["score"] for row in rows[-3:]]) > np.mean([row["score"] for row in rows[:3]]) + 0.3
 
 
 def test_checks_compare_numbers_and_texts():

@@ -32,8 +32,6 @@ def main(config: Config) -> dict[str, Any]:
     curves = {}
     for name in ("from_sft", "from_raft", "raft"):
         curves[name] = {row["step"]: row for row in read_rows(f"{config.run}/{name}") if "gold/all" in row}
-        shown = (f"{step}: {row['gold/all']:.3f} ({row['gold/kl']:.2f})" for step, row in curves[name].items())
-        print(f"{name}: share (KL to where it began): {', '.join(shown)}")
     reached = {
         name: {
             str(target): next((step for step, row in curve.items() if row["gold/all"] >= target), None)
@@ -48,7 +46,15 @@ def main(config: Config) -> dict[str, Any]:
         }
         for name in ("from_sft", "raft")
     }
-    print(f"first step at a share: {reached}\nthe most within a KL: {within}")
+    print("share (KL to where it began)\nstep " + "".join(f"{name:>16}" for name in curves))
+    for step in sorted(set().union(*curves.values())):
+        rows = (curve.get(step) for curve in curves.values())
+        cells = (f"{row['gold/all']:.3f} ({row['gold/kl']:.2f})" if row else "" for row in rows)
+        print(f"{step:4} " + "".join(f"{cell:>16}" for cell in cells))
+    for name in curves:
+        print(f"{name}: first step at a share {reached[name]}")
+    for name in within:
+        print(f"{name}: most within a KL { {most: x and round(x, 3) for most, x in within[name].items()} }")
     (pathlib.Path(config.run) / "summary.json").write_text(json.dumps({"reached": reached, "within": within}) + "\n")
     return {"reached": reached, "within": within}
 
