@@ -20,16 +20,16 @@ LABELS := --noise=0.1
 # Programs that a second stage uses again (the second round's, mostly) are compiled once.
 align: export JAX_COMPILATION_CACHE_DIR ?= $(RUN)/compiled
 align: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.2
-RM := --eval_data=$(RUN)/held_out.jsonl --demonstrations=world --lm_coefficient=0.5 --seed=$(SEED)
+RM := --eval_data=$(RUN)/held_out.jsonl --demonstrations=world --lm_coef=0.5 --seed=$(SEED)
 
 align: .venv
 	$(BIN)/python train_lm.py --run=$(RUN)/lm --seed=$(SEED)
 	$(BIN)/python train_sft.py --init=$(RUN)/lm --run=$(RUN)/sft --seed=$(SEED)
-	test -s $(RUN)/held_out.jsonl || $(BIN)/python collect.py --init=$(RUN)/sft --out=$(RUN)/held_out.jsonl --split=heldout --prompts=500 --pairs --seed=$(SEED)
-	test -s $(FIRST)/sft.jsonl || $(BIN)/python collect.py --init=$(RUN)/sft --out=$(FIRST)/sft.jsonl --prompts=5000 $(LABELS) --seed=$(SEED)
+	test -s $(RUN)/held_out.jsonl || $(BIN)/python -m collect.rank --init=$(RUN)/sft --out=$(RUN)/held_out.jsonl --split=heldout --prompts=500 --pairs --seed=$(SEED)
+	test -s $(FIRST)/sft.jsonl || $(BIN)/python -m collect.rank --init=$(RUN)/sft --out=$(FIRST)/sft.jsonl --prompts=5000 $(LABELS) --seed=$(SEED)
 	$(BIN)/python train_rm.py --init=$(RUN)/sft --data=$(FIRST)/sft.jsonl --run=$(FIRST)/rm --steps=400 $(RM)
 	$(BIN)/python train_ppo.py --init=$(RUN)/sft --reward=$(FIRST)/rm --run=$(FIRST)/ppo --steps=10 --kl_coef=0.05 --optimizer.lr=5e-4 --eval_every=0 --seed=$(SEED)
-	test -s $(FIRST)/ppo.jsonl || $(BIN)/python collect.py --init=$(FIRST)/ppo --out=$(FIRST)/ppo.jsonl --prompts=6000 $(LABELS) --seed=$$((500 + $(SEED)))
+	test -s $(FIRST)/ppo.jsonl || $(BIN)/python -m collect.rank --init=$(FIRST)/ppo --out=$(FIRST)/ppo.jsonl --prompts=6000 $(LABELS) --seed=$$((500 + $(SEED)))
 	cat $(FIRST)/sft.jsonl $(FIRST)/ppo.jsonl > $(RUN)/comparisons.jsonl
 	$(BIN)/python train_rm.py --init=$(FIRST)/rm --data=$(RUN)/comparisons.jsonl --run=$(RUN)/rm $(RM)
 	$(BIN)/python train_ppo.py --init=$(RUN)/sft --reward=$(RUN)/rm --run=$(RUN)/ppo --seed=$(SEED)

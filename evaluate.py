@@ -9,106 +9,29 @@ python evaluate.py --measure=win_rate --policy=runs/ppo --against=runs/sft --rew
 import dataclasses
 import json
 import pathlib
-from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
 
-import jax
 import numpy as np
 from tqdm import tqdm
 
-import config as flags
-from config import UserError
-from data import world
-from data.batches import chat_batches, cut_left, encode_comparison, pad_prompts
+from data.batches import chat_batches
 from data.sources import open_source
-from data.tokenizer import Tokenizer
-from generate import SamplingConfig, load_run
-from gold import CRITERIA, distinct_answers, judged, make_measure, mean, summarise
-from model import LanguageModel, ModelConfig, Params, ScalarModel, pure
-from objectives.likelihood import inputs, likelihood_objective
-from objectives.reward import last_token
-from report import alignment_report
-from sharding import MeshConfig, make_mesh, to_host
+from evaluation.gold import CRITERIA, distinct_answers, gold_rows, make_measure, summarise
+from evaluation.intervals import mean
+from evaluation.reward_model import make_comparison_evaluation, make_scorer
+from model import LanguageModel, init_and_apply
+from objectives.likelihood import likelihood_objective
+from responses import load_run
+from runtime import flags
+from runtime.errors import UserError
+from runtime.report import alignment_report
+from sampling import SamplingConfig
+from sharding import MeshConfig, make_mesh
+from tasks import world
 from train_step import make_evaluation
 
 # --- reward models
-
-
-def comparison_table(
-    rewards_NC: np.ndarray, ranks_NC: np.ndarray, lengths_NC: np.ndarray, criteria: Sequence[str | None]
-) -> dict[str, float]:
-    """Accuracy over all pairs (ties out), by criterion, calibration error, and correlation of reward and length.
-
-    The calibration error is the mean distance, over ten bins, of sigmoid(gap) from the share that is right.
-    """
-    n, i, j = np.nonzero((ranks_NC[:, :, None] > 0) & (ranks_NC[:, :, None] < ranks_NC[:, None, :]))
-    gap = rewards_NC[n, i] - rewards_NC[n, j]
-    right = gap > 0
-    table = {"accuracy": float(right.mean()), "pairs": float(len(gap)), "margin": float(gap.mean())}
-    for name in sorted({c for c in criteria if c}):
-        of_name = np.array([criteria[k] == name for k in n])
-        if of_name.any():
-            table |= {f"accuracy/{name}": float(right[of_name].mean()), f"pairs/{name}": float(of_name.sum())}
-    confidence = 1 / (1 + np.exp(-np.abs(gap)))
-    bins = np.minimum(((confidence - 0.5) * 20).astype(int), 9)
-    errors = [abs(confidence[bins == k].mean() - right[bins == k].mean()) * (bins == k).mean() for k in set(bins)]
-    table["calibration_error"] = float(sum(errors))
-    real = ranks_NC > 0
-    if real.sum() > 2 and rewards_NC[real].std() > 0 and lengths_NC[real].std() > 0:
-        table["length_correlation"] = float(np.corrcoef(rewards_NC[real], lengths_NC[real])[0, 1])
-    return table
-
-
-def make_scorer(config: ModelConfig, tokenizer: Tokenizer, length: int) -> Callable[..., list[float]]:
-    """score(params, prompts, responses) -> the reward of each response, as a list of floats."""
-    _, apply = pure(ScalarModel(config))
-    rows = 128
-
-    @jax.jit
-    def rewards(params: Params, tokens_BT: jax.Array, segment_ids_BT: jax.Array, positions_BT: jax.Array):
-        return last_token(apply(params, tokens_BT, segment_ids_BT, positions_BT), segment_ids_BT)
-
-    def score(params: Params, prompts: Sequence[Any], responses: Sequence[str]) -> list[float]:
-        out: list[float] = []
-        for start in range(0, len(prompts), rows):
-            pairs = list(zip(prompts[start : start + rows], responses[start : start + rows], strict=True))
-            answers = [[*tokenizer.encode(response), tokenizer.eos] for _, response in pairs]
-            rooms = [max(length - len(answer), 8) for answer in answers]
-            asked = [cut_left(tokenizer.prompt(p), n, tokenizer) for (p, _), n in zip(pairs, rooms, strict=True)]
-            tokens = [[*p, *answer][-length:] for p, answer in zip(asked, answers, strict=True)]
-            padded = [{"tokens": t} for t in tokens + tokens[:1] * (rows - len(tokens))]
-            batch = pad_prompts(padded, length, tokenizer.pad, fixed=True)
-            out += to_host(rewards(params, *inputs(batch)))[: len(tokens)].tolist()
-        return out
-
-    return score
-
-
-def make_comparison_evaluation(
-    config: ModelConfig, source: Any, tokenizer: Tokenizer, length: int, most: int
-) -> Callable[[Params], dict[str, float]]:
-    """evaluate(params) -> `comparison_table` on the first `most` records of `source`, names prefixed by `eval/`."""
-    records = [source[i] for i in range(min(most, len(source)))]
-    records = [record for record in records if encode_comparison(record, tokenizer, length)[0]]
-    if not records:
-        raise UserError(f"{source.name}: no comparison fits into {length} tokens; raise --length")
-    score = make_scorer(config, tokenizer, length)
-    flat = [(record["prompt"], response) for record in records for response in record["responses"]]
-    shape = (len(records), max(len(record["responses"]) for record in records))
-    real_NC = np.arange(shape[1]) < np.array([len(record["responses"]) for record in records])[:, None]
-    ranks_NC, lengths_NC = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-    ranks_NC[real_NC] = [rank for record in records for rank in record["ranking"]]
-    lengths_NC[real_NC] = [len(tokenizer.encode(response)) for _, response in flat]
-    criteria = [record.get("criterion") for record in records]
-
-    def evaluate(params: Params) -> dict[str, float]:
-        rewards_NC = np.zeros(shape)
-        rewards_NC[real_NC] = score(params, *zip(*flat, strict=True))
-        table = comparison_table(rewards_NC, ranks_NC, lengths_NC, criteria)
-        return {f"eval/{name}": value for name, value in table.items()}
-
-    return evaluate
 
 
 # --- the script
@@ -145,7 +68,10 @@ class Config:
 
     def folder(self, name: str) -> str:
         """The run that plays `name`."""
-        return getattr(self, name) or f"{self.run}/{ {'base': 'lm', 'reward': 'rm', 'policy': 'ppo'}.get(name, name) }"
+        return (
+            getattr(self, name)
+            or f"{self.run}/{ {'base': 'lm', 'reward': 'rm', 'policy': 'ppo'}.get(name, name) }"
+        )
 
 
 def gold_measure(config: Config) -> dict[str, Any]:
@@ -159,16 +85,24 @@ def gold_measure(config: Config) -> dict[str, Any]:
         run = config.folder({"ppo": "policy"}.get(name, name))
         _, its_tokenizer, params = load_run(run)
         if its_tokenizer.sha256 != tokenizer.sha256:
-            raise UserError(f"{run}: its tokenizer is not that of {config.folder('sft')}; evaluate them apart")
-        responses, lengths, kls = zip(*measure(params, sft, [r.text for r in requests], config.seed), strict=True)
-        rows[name] = judged(requests, responses)
+            raise UserError(
+                f"{run}: its tokenizer is not that of {config.folder('sft')}; evaluate them apart"
+            )
+        responses, lengths, kls = zip(
+            *measure(params, sft, [r.text for r in requests], config.seed), strict=True
+        )
+        rows[name] = gold_rows(requests, responses)
         summary[name] = summarise(rows[name], lengths, kls)
         summary[name]["distinct_answers"] = distinct_answers(requests, responses)
     wins = [(a["all"], b["all"]) for a, b in zip(rows["ppo"], rows["sft"], strict=True)]
     summary["ppo"]["win_rate"] = float(np.mean([(a > b) + 0.5 * (a == b) for a, b in wins]))
     last = (pathlib.Path(config.folder("reward")) / "metrics.jsonl").read_text().splitlines()[-1]
-    reward = {k.removeprefix("eval/"): v for k, v in json.loads(last).items() if k.startswith("eval/")}
-    by_criterion = {k.removeprefix("accuracy/"): v for k, v in reward.items() if k.startswith("accuracy/")}
+    reward = {
+        k.removeprefix("eval/"): v for k, v in json.loads(last).items() if k.startswith("eval/")
+    }
+    by_criterion = {
+        k.removeprefix("accuracy/"): v for k, v in reward.items() if k.startswith("accuracy/")
+    }
     summary["reward_model"] = {**reward, "by_criterion": by_criterion}
     out = pathlib.Path(config.run)
     out.mkdir(parents=True, exist_ok=True)
@@ -190,15 +124,23 @@ def gold_table(summary: dict[str, Any]) -> str:
     lines = [f"{'':8}" + "".join(f"{name:>14}" for name in names[:4]) + f"{'KL':>8}{'length':>8}"]
     for model in ("base", "sft", "ppo"):
         row = summary[model]
-        cells = [f"{row[n]:.3f} ±{(row[n + '_ci'][1] - row[n + '_ci'][0]) / 2:.3f}" for n in CRITERIA]
+        cells = [
+            f"{row[n]:.3f} ±{(row[n + '_ci'][1] - row[n + '_ci'][0]) / 2:.3f}" for n in CRITERIA
+        ]
         lines.append(
-            f"{model:8}" + "".join(f"{cell:>14}" for cell in cells) + f"{row['kl']:>z8.2f}{row['length']:>8.1f}"
+            f"{model:8}"
+            + "".join(f"{cell:>14}" for cell in cells)
+            + f"{row['kl']:>z8.2f}{row['length']:>8.1f}"
         )
-    lines.append(f"share of {summary['sft']['n']} held-out prompts, 95 % intervals; KL to sft in nats a response")
+    lines.append(
+        f"share of {summary['sft']['n']} held-out prompts, 95 % intervals; KL to sft in nats a response"
+    )
     kinds = summary["sft"]["kinds"]
     lines += ["", f"{'passes all, by kind':22}{'base':>10}{'sft':>10}{'ppo':>10}{'n':>8}"]
     for kind in kinds:
-        cells = "".join(f"{summary[m]['kinds'][kind]['all']:>10.3f}" for m in ("base", "sft", "ppo"))
+        cells = "".join(
+            f"{summary[m]['kinds'][kind]['all']:>10.3f}" for m in ("base", "sft", "ppo")
+        )
         lines.append(f"{kind:22}{cells}{kinds[kind]['n']:>8}")
     ratios = "".join(f"{summary[m]['distinct_answers']:>10.3f}" for m in ("base", "sft", "ppo"))
     lines.append(f"{'distinct answers':22}{ratios}")
@@ -219,7 +161,9 @@ def perplexity_measure(config: Config) -> dict[str, float]:
     model, tokenizer, params = load_run(config.folder("policy"))
     source = open_source(config.data, "chat", "heldout", seed=config.seed)
     batches = chat_batches(source, tokenizer, batch_size=32, length=config.length)
-    evaluate = make_evaluation(partial(likelihood_objective, pure(LanguageModel(model))[1]))
+    evaluate = make_evaluation(
+        partial(likelihood_objective, init_and_apply(LanguageModel(model))[1])
+    )
     parts = [next(batches) for _ in range(max(1, min(config.n, len(source)) // 64))]
     loss = evaluate(params, parts)["eval/loss"]
     return {"rows": 32 * len(parts), "loss": loss, "perplexity": float(np.exp(loss))}
@@ -237,7 +181,9 @@ def win_rate_measure(config: Config) -> dict[str, Any]:
     source = open_source(config.data, "prompt", "heldout", seed=config.seed)
     records = [source[i] for i in range(min(config.n, len(source)))]
     if any("prompt" not in record for record in records):
-        raise UserError(f"--data={config.data}: holds raw text; win rates are of answers to prompts")
+        raise UserError(
+            f"--data={config.data}: holds raw text; win rates are of answers to prompts"
+        )
     prompts = [record["prompt"] for record in records]
     sampling = SamplingConfig(config.temperature, max_new_tokens=config.max_new_tokens)
 
@@ -275,7 +221,9 @@ def main(config: Config) -> dict[str, Any]:
     if config.measure != "gold":
         for name, value in table.items():
             ends = value if isinstance(value, list) else [value]
-            print(f"{name:28} " + " to ".join(f"{end:.4f}".rstrip("0").rstrip(".") for end in ends))
+            print(
+                f"{name:28} " + " to ".join(f"{end:.4f}".rstrip("0").rstrip(".") for end in ends)
+            )
     return table
 
 

@@ -18,24 +18,16 @@ import numpy as np
 
 from kernels.attention import attention, decode_attention
 from kernels.ring import striped, turns_of, unstriped
-from pipeline import pipelined
-from presets import PRESETS, ModelConfig, check_fit
-from rope import rope_turns, rotate
-from sharding import along, constrain_residual, constrain_rows, constrain_tokens, constrain_units, flat
-
-__all__ = [
-    "PRESETS",
-    "Decoder",
-    "KVCache",
-    "LanguageModel",
-    "ModelConfig",
-    "Params",
-    "ScalarModel",
-    "check_fit",
-    "empty_cache",
-    "pure",
-    "rms_norm",
-]
+from layers import pipelined
+from model_config import ModelConfig
+from sharding import (
+    along,
+    constrain_residual,
+    constrain_rows,
+    constrain_tokens,
+    constrain_units,
+    flat,
+)
 
 Params = dict[str, Any]
 TOKENS = ("sequence", "tensor")  # the axes that cut the tokens of a layer's input
@@ -55,22 +47,28 @@ class KVCache:
 
 def empty_cache(config: ModelConfig, batch: int, slots: int) -> KVCache:
     """A cache for `batch` rows of at most `slots` tokens."""
-    shape = (config.layers, batch, config.kv_heads, slots, config.head_width)
+    shape = (config.layers, batch, config.kv_heads, slots, config.head_dim)
     zeros = jnp.zeros(shape, config.compute_dtype)
     return KVCache(zeros, zeros, jnp.zeros((batch, slots), jnp.int32), jnp.int32(0))
 
 
-@partial(jax.checkpoint, prevent_cse=False)  # for its backward pass x alone is kept: to compute again is cheaper
+@partial(
+    jax.checkpoint, prevent_cse=False
+)  # for its backward pass x alone is kept: to compute again is cheaper
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     """Root-mean-square norm over the last axis, in float32 (Zhang and Sennrich 2019)."""
     x32 = x.astype(jnp.float32)
-    return (x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps) * scale).astype(x.dtype)
+    return (x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps) * scale).astype(
+        x.dtype
+    )
 
 
 def scaled_norm(module: nn.Module, name: str, x: jax.Array) -> jax.Array:
     """`rms_norm` by the parameter `name` of `module`, which Gemma keeps less 1."""
     c = module.config
-    scale = module.param(name, nn.initializers.zeros if c.gemma else nn.initializers.ones, x.shape[-1:])
+    scale = module.param(
+        name, nn.initializers.zeros if c.gemma else nn.initializers.ones, x.shape[-1:]
+    )
     return rms_norm(x, 1 + scale if c.gemma else scale, c.norm_eps)
 
 
@@ -79,7 +77,9 @@ def linear(module: nn.Module, labels: str, x: jax.Array, name: str, w: jax.Array
     out = jnp.einsum(labels, x, w.astype(x.dtype))
     if module.has_variable("params", f"{name}_a"):
         a, b = (module.get_variable("params", f"{name}_{which}").astype(x.dtype) for which in "ab")
-        out += jnp.tensordot(jnp.tensordot(x, a, a.ndim - 1), b, 1)  # over all inputs, then over the rank R
+        out += jnp.tensordot(
+            jnp.tensordot(x, a, a.ndim - 1), b, 1
+        )  # over all inputs, then over the rank R
     return out
 
 
@@ -96,15 +96,20 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x_BTD, segment_ids_BT, turns, cache, layer):
         c = self.config
-        q_shape, kv_shape = (c.width, c.heads, c.head_width), (c.width, c.kv_heads, c.head_width)
+        q_shape, kv_shape = (c.width, c.heads, c.head_dim), (c.width, c.kv_heads, c.head_dim)
         weights = {
             "q": self.param("q", _normal(c.width), q_shape),
             "k": self.param("k", _normal(c.width), kv_shape),
             "v": self.param("v", _normal(c.width), kv_shape),
         }
-        o_NHD = self.param("o", _normal(c.heads * c.head_width * 2 * c.layers), (*q_shape[1:], c.width))
+        o_NHD = self.param(
+            "o", _normal(c.heads * c.head_dim * 2 * c.layers), (*q_shape[1:], c.width)
+        )
         x_MD = flat(x_BTD, *TOKENS)
-        heads = {n: constrain_units(linear(self, "...D,DNH->...NH", x_MD, n, w)) for n, w in weights.items()}
+        heads = {
+            n: constrain_units(linear(self, "...D,DNH->...NH", x_MD, n, w))
+            for n, w in weights.items()
+        }
         if c.qkv_bias:
             for name, w in weights.items():
                 bias_NH = self.param(f"{name}_bias", nn.initializers.zeros, w.shape[1:])
@@ -112,22 +117,34 @@ class Attention(nn.Module):
         if c.qk_norm:
             for name in ("q", "k"):
                 heads[name] = scaled_norm(self, f"{name}_norm", heads[name])
-        q_BTNH, k_BTKH, v_BTKH = (x.reshape(*x_BTD.shape[:2], *x.shape[-2:]) for x in heads.values())
+        q_BTNH, k_BTKH, v_BTKH = (
+            x.reshape(*x_BTD.shape[:2], *x.shape[-2:]) for x in heads.values()
+        )
         q_BTNH, k_BTKH = rotate(q_BTNH, turns), rotate(k_BTKH, turns)
 
         if cache is not None:
             at = (layer, 0, 0, cache.length, 0)
             cache = cache.replace(
-                k_LBKSH=jax.lax.dynamic_update_slice(cache.k_LBKSH, k_BTKH.swapaxes(1, 2)[None], at),
-                v_LBKSH=jax.lax.dynamic_update_slice(cache.v_LBKSH, v_BTKH.swapaxes(1, 2)[None], at),
+                k_LBKSH=jax.lax.dynamic_update_slice(
+                    cache.k_LBKSH, k_BTKH.swapaxes(1, 2)[None], at
+                ),
+                v_LBKSH=jax.lax.dynamic_update_slice(
+                    cache.v_LBKSH, v_BTKH.swapaxes(1, 2)[None], at
+                ),
             )
         if cache is not None and x_BTD.shape[1] == 1:  # one token against the cache
             k_BKSH = jax.lax.dynamic_index_in_dim(cache.k_LBKSH, layer, keepdims=False)
             v_BKSH = jax.lax.dynamic_index_in_dim(cache.v_LBKSH, layer, keepdims=False)
-            out_BTNH = decode_attention(q_BTNH, k_BKSH, v_BKSH, cache.valid_BS, cache.length, window=c.window)
+            out_BTNH = decode_attention(
+                q_BTNH, k_BKSH, v_BKSH, cache.valid_BS, cache.length, window=c.window
+            )
         else:  # training, or prefill of an empty cache: the tokens see one another only
-            out_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, segment_ids=segment_ids_BT, window=c.window, ring=self.ring)
-        return linear(self, "...NH,NHD->...D", flat(out_BTNH, *TOKENS), "o", o_NHD).reshape(x_BTD.shape), cache
+            out_BTNH = attention(
+                q_BTNH, k_BTKH, v_BTKH, segment_ids=segment_ids_BT, window=c.window, ring=self.ring
+            )
+        return linear(self, "...NH,NHD->...D", flat(out_BTNH, *TOKENS), "o", o_NHD).reshape(
+            x_BTD.shape
+        ), cache
 
 
 class SwiGLU(nn.Module):
@@ -139,13 +156,17 @@ class SwiGLU(nn.Module):
     def __call__(self, x_BTD):
         c = self.config
         x_MD = flat(x_BTD, *TOKENS)
-        gate_DF = self.param("gate", _normal(c.width), (c.width, c.hidden))
-        up_DF = self.param("up", _normal(c.width), (c.width, c.hidden))
-        down_FD = self.param("down", _normal(c.hidden * 2 * c.layers), (c.hidden, c.width))
-        activation = nn.gelu if c.gemma else nn.silu  # Flax's GELU is the tanh approximation, as Gemma's
+        gate_DF = self.param("gate", _normal(c.width), (c.width, c.mlp_width))
+        up_DF = self.param("up", _normal(c.width), (c.width, c.mlp_width))
+        down_FD = self.param("down", _normal(c.mlp_width * 2 * c.layers), (c.mlp_width, c.width))
+        activation = (
+            nn.gelu if c.gemma else nn.silu
+        )  # Flax's GELU is the tanh approximation, as Gemma's
         gate_MF = constrain_units(linear(self, "...D,DF->...F", x_MD, "gate", gate_DF))
         up_MF = constrain_units(linear(self, "...D,DF->...F", x_MD, "up", up_DF))
-        gated_MF = jax.checkpoint(lambda gate, up: activation(gate) * up, prevent_cse=False)(gate_MF, up_MF)
+        gated_MF = jax.checkpoint(lambda gate, up: activation(gate) * up, prevent_cse=False)(
+            gate_MF, up_MF
+        )
         return linear(self, "...F,FD->...D", gated_MF, "down", down_FD).reshape(x_BTD.shape)
 
 
@@ -160,7 +181,9 @@ class Block(nn.Module):
         x_BTD, cache, layer = carry
         c = self.config
         normed_BTD = scaled_norm(self, "attention_norm", x_BTD)
-        mixed_BTD, cache = Attention(c, self.ring, name="attention")(normed_BTD, segment_ids_BT, turns, cache, layer)
+        mixed_BTD, cache = Attention(c, self.ring, name="attention")(
+            normed_BTD, segment_ids_BT, turns, cache, layer
+        )
         x_BTD = constrain_residual(x_BTD + mixed_BTD)
         normed_BTD = scaled_norm(self, "mlp_norm", x_BTD)
         x_BTD = constrain_residual(x_BTD + SwiGLU(c, name="mlp")(normed_BTD))
@@ -202,8 +225,12 @@ class Decoder(nn.Module):
         ring = turns_of(tokens_BT.shape[1]) if cache is None else 1
         if ring > 1:
             tokens_BT, positions_BT = striped(tokens_BT, ring), striped(positions_BT, ring)
-        x_BTD = constrain_tokens(constrain_rows(embed_VD.astype(c.compute_dtype))[tokens_BT], "sequence")
-        x_BTD = constrain_residual(x_BTD)  # only then: tokens and vocabulary cannot both be cut over tensor
+        x_BTD = constrain_tokens(
+            constrain_rows(embed_VD.astype(c.compute_dtype))[tokens_BT], "sequence"
+        )
+        x_BTD = constrain_residual(
+            x_BTD
+        )  # only then: tokens and vocabulary cannot both be cut over tensor
         if c.gemma:
             x_BTD *= jnp.asarray(c.width**0.5, x_BTD.dtype)
         turns = rope_turns(c, positions_BT)
@@ -217,21 +244,31 @@ class Decoder(nn.Module):
         if cache is not None and isinstance(cache.k_LBKSH, tuple):  # sampling.py's layers_apart
             weights, k, v = self.get_variable("params", "layers"), [], []
             for i in range(c.layers):
-                mine = jax.tree.map(lambda w, i=i: w[i], weights, is_leaf=lambda w: isinstance(w, tuple))
-                here = cache.replace(k_LBKSH=cache.k_LBKSH[i][None], v_LBKSH=cache.v_LBKSH[i][None])
+                mine = jax.tree.map(
+                    lambda w, i=i: w[i], weights, is_leaf=lambda w: isinstance(w, tuple)
+                )
+                here = cache.replace(
+                    k_LBKSH=cache.k_LBKSH[i][None], v_LBKSH=cache.v_LBKSH[i][None]
+                )
                 block = Block(c, parent=None)
-                (x_BTD, here, _), _ = block.apply({"params": mine}, (x_BTD, here, 0), segment_ids_BT, turns)
+                (x_BTD, here, _), _ = block.apply(
+                    {"params": mine}, (x_BTD, here, 0), segment_ids_BT, turns
+                )
                 k, v = [*k, here.k_LBKSH[0]], [*v, here.v_LBKSH[0]]
             cache = cache.replace(k_LBKSH=tuple(k), v_LBKSH=tuple(v))
         elif stages > 1 and cache is None and not self.is_initializing():
             part = scanned(c, c.layers // stages)(c, ring, parent=None)
-            run = lambda weights, x, *rows: part.apply({"params": weights}, (x, None, 0), *rows)[0][0]  # noqa: E731
+            run = lambda weights, x, *rows: part.apply({"params": weights}, (x, None, 0), *rows)[
+                0
+            ][0]
             weights, rows = self.get_variable("params", "layers"), (segment_ids_BT, turns)
             x_BTD = pipelined(run, weights, x_BTD, rows, self.microbatches)
         else:
             # The cache rides in the carry: as xs and ys the scan would copy all of it.
             carry = (x_BTD, cache, jnp.int32(0))
-            (x_BTD, cache, _), _ = scanned(c, c.layers)(c, ring, name="layers")(carry, segment_ids_BT, turns)
+            (x_BTD, cache, _), _ = scanned(c, c.layers)(c, ring, name="layers")(
+                carry, segment_ids_BT, turns
+            )
         if cache is not None:
             cache = cache.replace(length=cache.length + tokens_BT.shape[1])
         if ring > 1:
@@ -255,7 +292,15 @@ class LanguageModel(nn.Module):
     microbatches: int = 1
 
     @nn.compact
-    def __call__(self, tokens_BT, segment_ids_BT, positions_BT, cache=None, logits_from: int = 0, read=unembed):
+    def __call__(
+        self,
+        tokens_BT,
+        segment_ids_BT,
+        positions_BT,
+        cache=None,
+        logits_from: int = 0,
+        read=unembed,
+    ):
         """Float32 logits [B, T - logits_from, V] and the cache; earlier positions are not unembedded.
 
         `read(x_BTD, unembed_DV)`: what is made of the hidden states, if not all their logits.
@@ -287,7 +332,7 @@ class ScalarModel(nn.Module):
         return scalars_BT, read(x_BTD[rows], embed_VD.T)
 
 
-def pure(model: nn.Module) -> tuple[Callable[[jax.Array], Params], Callable[..., Any]]:
+def init_and_apply(model: nn.Module) -> tuple[Callable[[jax.Array], Params], Callable[..., Any]]:
     """(init(key) -> params, apply(params, tokens_BT, segment_ids_BT, positions_BT, ...)) on plain trees."""
     token_11 = np.ones((1, 1), np.int32)  # not on a device: plan.py has none
 
@@ -298,3 +343,32 @@ def pure(model: nn.Module) -> tuple[Callable[[jax.Array], Params], Callable[...,
         return model.apply({"params": params}, *args, **kwargs)
 
     return init, apply
+
+
+def rope_frequencies(config: ModelConfig) -> jax.Array:
+    """Angle per position of each of the H/2 rotated pairs, in radians (Su et al. 2021)."""
+    exponents = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
+    frequencies = config.rope_base**-exponents
+    if config.rope_llama3 is None:
+        return frequencies * config.rope_scale
+    # Llama 3.1: long wavelengths are stretched by `factor`, short ones kept, those between interpolated.
+    factor, low, high, context = config.rope_llama3
+    turns = context * frequencies / (2 * jnp.pi)  # full rotations over the original context
+    kept = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
+    return frequencies * (kept + (1 - kept) / factor) * config.rope_scale
+
+
+def rope_turns(config: ModelConfig, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine of each pair's angle, [B, T, 1, H/2] float32 each; computed once for all layers."""
+    angles_BTH = positions_BT[..., None].astype(jnp.float32) * rope_frequencies(config)
+    return jnp.cos(angles_BTH)[:, :, None, :], jnp.sin(angles_BTH)[:, :, None, :]
+
+
+def rotate(x_BTNH: jax.Array, turns: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """RoPE, half-split: dimension i turns with i + H/2 (as in GPT-NeoX and Hugging Face's Llama).
+
+    Weights whose convention turns 2i with 2i + 1 (Meta's, llama2.c's) need their q and k permuted.
+    """
+    (cos, sin), (first, second) = turns, jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x_BTNH.dtype)

@@ -1,32 +1,22 @@
 """What online methods share: sampled responses as a batch, what is logged of them, minibatches."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from data.batches import Batches
 from data.tokenizer import Tokenizer
-from generate import SamplingConfig, generate, join
 from model import Params
-from objectives.group import refilled
 from objectives.policy import kl_estimate, masked_mean
+from sampling import Samples, SamplingConfig, generate
 from sharding import constrain_batch, gathered, to_host, to_mesh
 
 Batch = dict[str, jax.Array]
 Condition = Callable[[Batch], Batch]
-
-
-def in_parts(count: int, rows: int, name: str) -> Iterator[int]:
-    """0, `rows`, 2 `rows`, ... below `count`: where each part of `count` prompts starts, with a progress bar."""
-    with tqdm(total=count, desc=name, unit="prompt", mininterval=2) as bar:
-        for start in range(0, count, rows):
-            yield start
-            bar.update(min(rows, count - start))
 
 
 def make_rollout(
@@ -50,9 +40,13 @@ def make_rollout(
     @jax.jit
     def rollout(policy: Params, prompts: Batch, key: jax.Array) -> Batch:
         policy = gathered(policy, config.model.compute_dtype)
-        samples = generate(apply, config.model, policy, condition(prompts), key, sampling, **ends, n=n)
-        batch = {**join(prompts, samples), "sampler_logp_BR": samples.logp_BR}
-        return jax.tree.map(constrain_batch, batch)  # or XLA decides how rollouts lie, and may replicate them
+        samples = generate(
+            apply, config.model, policy, condition(prompts), key, sampling, **ends, n=n
+        )
+        batch = {**join_responses(prompts, samples), "sampler_logp_BR": samples.logp_BR}
+        return jax.tree.map(
+            constrain_batch, batch
+        )  # or XLA decides how rollouts lie, and may replicate them
 
     return rollout
 
@@ -62,7 +56,9 @@ def ended(batch: Batch, eos: int) -> jax.Array:
     return jnp.any((batch["response_BR"] == eos) & (batch["mask_BR"] > 0), axis=1)
 
 
-def rollout_metrics(logp_BR: jax.Array, reference_BR: jax.Array, batch: Batch, eos: int) -> dict[str, jax.Array]:
+def rollout_metrics(
+    logp_BR: jax.Array, reference_BR: jax.Array, batch: Batch, eos: int
+) -> dict[str, jax.Array]:
     """What to watch in responses: KL in nats a response, entropy a token, lengths, ends, repeats, the sampler's gap."""
     mask_BR, response_BR = batch["mask_BR"], batch["response_BR"]
     repeats_BR = (response_BR[:, 1:] == response_BR[:, :-1]) * mask_BR[:, 1:]
@@ -91,12 +87,15 @@ def make_experience(
 
     Up to `most` rollouts are made, until no group is under an empty mask (`refilled`).
     """
-    refill = jax.jit(partial(refilled, group=config.samples_per_prompt))
+    refill = jax.jit(partial(refill_groups, group=config.samples_per_prompt))
 
     def widened(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Prompts of one width, so that all rollouts have one shape."""
         wide = ((0, 0), (config.max_prompt - batch["tokens_BT"].shape[1], 0))
-        return {k: np.pad(x, wide, constant_values=pad if k == "tokens_BT" else 0) for k, x in batch.items()}
+        return {
+            k: np.pad(x, wide, constant_values=pad if k == "tokens_BT" else 0)
+            for k, x in batch.items()
+        }
 
     def experience(policy: Params, reference: Params, key: jax.Array):
         batch, rounds = None, []
@@ -124,19 +123,29 @@ def shuffled(batch: Batch, key: jax.Array, parts: int) -> list[Batch]:
     return [{name: constrain_batch(x[i]) for name, x in cut.items()} for i in range(parts)]
 
 
-def check_first_update(update: dict[str, Any], metrics: dict[str, Any], config: Any, start: int) -> None:
+def check_first_update(
+    update: dict[str, Any], metrics: dict[str, Any], config: Any, start: int
+) -> None:
     """Before a run's first update policy = old policy = reference; a breach is a bug, not a setting.
 
     In bfloat16 a product over other rows may be tiled, and so rounded, otherwise: by hundredths of a nat a token.
     """
-    kl, gap, exact = float(metrics["kl"]), float(metrics["sampler_gap"]), config.model.compute_dtype == jnp.float32
+    kl, gap, exact = (
+        float(metrics["kl"]),
+        float(metrics["sampler_gap"]),
+        config.model.compute_dtype == jnp.float32,
+    )
     near = 1e-4 if exact else 1e-2
     if "approx_kl" in update:
         changed, clipped = float(update["approx_kl"]), float(update["clipped"])
-        assert changed < (1e-9 if exact else 1e-3), f"ratio is not 1: mean square log ratio {2 * changed}"
+        assert changed < (1e-9 if exact else 1e-3), (
+            f"ratio is not 1: mean square log ratio {2 * changed}"
+        )
         assert clipped == 0 or not exact, f"clipped of the first update is {clipped}"
     else:  # online DPO: no ratio to the old policy, but a margin over the reference
-        assert start > 0 or abs(float(update["margin"])) < near, f"margin starts at {update['margin']}"
+        assert start > 0 or abs(float(update["margin"])) < near, (
+            f"margin starts at {update['margin']}"
+        )
     assert start > 0 or abs(kl) < near, f"KL to the reference starts at {kl}"
     assert gap < 1e-4 or not exact, f"sampler and trainer disagree by {gap} nats"
 
@@ -145,6 +154,34 @@ def sample_rows(
     records: list[dict[str, Any]], response_BR: jax.Array, tokenizer: Tokenizer, n: int
 ) -> list[dict[str, str]]:
     """A row for each of the records' prompts and the first of its `n` responses; right on the first host alone."""
-    texts = [tokenizer.decode(tokens.tolist()) for tokens in to_host(response_BR)[::n][: len(records)]]
-    prompts = [record["text"] if "text" in record else record["prompt"][-1]["content"] for record in records]
+    texts = [
+        tokenizer.decode(tokens.tolist()) for tokens in to_host(response_BR)[::n][: len(records)]
+    ]
+    prompts = [
+        record["text"] if "text" in record else record["prompt"][-1]["content"]
+        for record in records
+    ]
     return [{"prompt": p, "response": r} for p, r in zip(prompts, texts, strict=True)]
+
+
+def join_responses(prompts: dict[str, jax.Array], samples: Samples) -> dict[str, jax.Array]:
+    """Prompts and responses as one batch [B, T + R], with the responses alone as `response_BR` and `mask_BR`.
+
+    Prompts are repeated where there are several samples of each.
+    """
+    n = samples.mask_BR.shape[0] // prompts["tokens_BT"].shape[0]
+    prompts = {name: jnp.repeat(x, n, axis=0) for name, x in prompts.items()}
+    real_BR = samples.mask_BR.astype(jnp.int32)
+    after_BR = prompts["positions_BT"][:, -1:] + jnp.cumsum(real_BR, axis=1)
+    parts = {"tokens_BT": samples.response_BR, "segment_ids_BT": real_BR, "positions_BT": after_BR}
+    batch = {name: jnp.concatenate([prompts[name], part], axis=1) for name, part in parts.items()}
+    return {**batch, "response_BR": samples.response_BR, "mask_BR": samples.mask_BR}
+
+
+def refill_groups(pool: Batch, fresh: Batch, group: int) -> Batch:
+    """The rows of `pool`, its groups under an empty mask replaced by those of `fresh` that have one (DAPO, eq. 11)."""
+    both = {name: jnp.concatenate([pool[name], fresh[name]]) for name in pool}
+    useful_P = both["mask_BR"].reshape(-1, group * both["mask_BR"].shape[1]).any(1)
+    order_P = jnp.argsort(~useful_P, stable=True)[: useful_P.size // 2]
+    rows_B = (order_P[:, None] * group + jnp.arange(group)).reshape(-1)
+    return {name: x[rows_B] for name, x in both.items()}

@@ -9,8 +9,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from config import require
-from model import KVCache, ModelConfig, Params, empty_cache
+from model import KVCache, Params, empty_cache
+from model_config import ModelConfig
+from runtime.errors import require
 from sharding import path_name
 
 Apply = Callable[..., Any]
@@ -30,12 +31,12 @@ class SamplingConfig:
     """Longest response, its end-of-turn token included."""
 
     def __post_init__(self):
-        require({
-            f"--temperature={self.temperature}: must be at least 0": self.temperature >= 0,
-            f"--top_k={self.top_k}: must be at least 0": self.top_k >= 0,
-            f"--top_p={self.top_p}: must be above 0 and at most 1": 0 < self.top_p <= 1,
-            f"--max_new_tokens={self.max_new_tokens}: must be at least 1": self.max_new_tokens >= 1,
-        })  # fmt: skip
+        require(self.temperature >= 0, f"--temperature={self.temperature}: must be at least 0")
+        require(self.top_k >= 0, f"--top_k={self.top_k}: must be at least 0")
+        require(0 < self.top_p <= 1, f"--top_p={self.top_p}: must be above 0 and at most 1")
+        require(
+            self.max_new_tokens >= 1, f"--max_new_tokens={self.max_new_tokens}: must be at least 1"
+        )
 
 
 @flax.struct.dataclass
@@ -58,14 +59,20 @@ def truncate(logits_BV: jax.Array, top_k: int, top_p: float) -> jax.Array:
     if top_p < 1:
         sorted_BV = jnp.flip(jnp.sort(logits_BV, axis=-1), axis=-1)
         probs_BV = jax.nn.softmax(sorted_BV, axis=-1)
-        inside_BV = jnp.cumsum(probs_BV, axis=-1) - probs_BV < top_p  # the token that crosses p stays in
+        inside_BV = (
+            jnp.cumsum(probs_BV, axis=-1) - probs_BV < top_p
+        )  # the token that crosses p stays in
         smallest_B1 = jnp.min(jnp.where(inside_BV, sorted_BV, jnp.inf), axis=-1, keepdims=True)
         logits_BV = jnp.where(logits_BV < smallest_B1, -jnp.inf, logits_BV)
     return logits_BV
 
 
 def draw(
-    logits_BV: jax.Array, key: jax.Array, row_B: jax.Array, t_B: jax.Array, sampling: SamplingConfig
+    logits_BV: jax.Array,
+    key: jax.Array,
+    row_B: jax.Array,
+    t_B: jax.Array,
+    sampling: SamplingConfig,
 ) -> tuple[jax.Array, jax.Array]:
     """Token `t_B` of each response `row_B`, int32, and its log-probability; what is drawn depends on these two alone.
 
@@ -76,20 +83,28 @@ def draw(
         score_BV = logits_BV
     else:  # Gumbel's maximum
         key_of = jax.vmap(lambda row, t: jax.random.fold_in(jax.random.fold_in(key, row), t))
-        noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, logits_BV.shape[-1:]))(key_of(row_B, t_B))
+        noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, logits_BV.shape[-1:]))(
+            key_of(row_B, t_B)
+        )
         score_BV = truncate(logits_BV, sampling.top_k, sampling.top_p) + noise_BV
     # The first maximum, as argmax has it, which on a CPU takes several times as long.
     best_BV = score_BV == jnp.max(score_BV, axis=-1, keepdims=True)
-    token_B = jnp.min(jnp.where(best_BV, jnp.arange(best_BV.shape[-1]), best_BV.shape[-1]), axis=-1)
+    token_B = jnp.min(
+        jnp.where(best_BV, jnp.arange(best_BV.shape[-1]), best_BV.shape[-1]), axis=-1
+    )
     logp_B = jnp.take_along_axis(jax.nn.log_softmax(logits_BV), token_B[:, None], axis=-1)[:, 0]
     return token_B.astype(jnp.int32), logp_B
 
 
-def prefill(apply: Apply, config: ModelConfig, params: Params, prompts: dict[str, jax.Array], more: int):
+def prefill(
+    apply: Apply, config: ModelConfig, params: Params, prompts: dict[str, jax.Array], more: int
+):
     """(logits of the token after each prompt, the cache with the prompts and room for `more` tokens)."""
     rows, length = prompts["tokens_BT"].shape
     inputs = (prompts["tokens_BT"], prompts["segment_ids_BT"], prompts["positions_BT"])
-    logits_B1V, cache = apply(params, *inputs, empty_cache(config, rows, length + more), logits_from=length - 1)
+    logits_B1V, cache = apply(
+        params, *inputs, empty_cache(config, rows, length + more), logits_from=length - 1
+    )
     return logits_B1V[:, 0], cache
 
 
@@ -144,10 +159,14 @@ def generate(
         )
     params, cache = layers_apart(config, params, cache)
     row_B = jnp.arange(rows)
-    token_B, logp_B = draw(jnp.repeat(logits_PV, n, axis=0), key, row_B, jnp.zeros_like(row_B), sampling)
+    token_B, logp_B = draw(
+        jnp.repeat(logits_PV, n, axis=0), key, row_B, jnp.zeros_like(row_B), sampling
+    )
     zeros_BR = jnp.zeros((rows, new), jnp.float32)
     pads_BR = jnp.full((rows, new), pad, jnp.int32)
-    samples = Samples(*(x.at[:, 0].set(y) for x, y in ((pads_BR, token_B), (zeros_BR, 1.0), (zeros_BR, logp_B))))
+    samples = Samples(
+        *(x.at[:, 0].set(y) for x, y in ((pads_BR, token_B), (zeros_BR, 1.0), (zeros_BR, logp_B)))
+    )
     last_B = jnp.repeat(prompts["positions_BT"][:, -1], n, axis=0)
 
     def step(cache: KVCache, token_B: jax.Array, row_B: jax.Array, t_B: jax.Array):
@@ -162,7 +181,7 @@ def generate(
     def one_more(carry):
         t, token_B, done_B, cache, samples = carry
         cache, token_B, logp_B = step(cache, token_B, row_B, jnp.full_like(row_B, t))
-        put = lambda out_BR, x_B: jax.lax.dynamic_update_slice(out_BR, x_B[:, None], (0, t))  # noqa: E731
+        put = lambda out_BR, x_B: jax.lax.dynamic_update_slice(out_BR, x_B[:, None], (0, t))
         samples = Samples(
             response_BR=put(samples.response_BR, jnp.where(done_B, pad, token_B)),
             mask_BR=put(samples.mask_BR, jnp.float32(~done_B)),
@@ -192,20 +211,30 @@ class Slots:
     """The response that enters next."""
 
 
-def entered(slots: Slots, prompts: KVCache, first_N: jax.Array, eos: Any, limit: int, several: int) -> Slots:
+def entered(
+    slots: Slots, prompts: KVCache, first_N: jax.Array, eos: Any, limit: int, several: int
+) -> Slots:
     """The next `several` of N responses in slots that are free; a prompt is turned to end where the ring is written."""
-    (total,), (count, width), ring = first_N.shape, prompts.valid_BS.shape, slots.cache.valid_BS.shape[1]
+    (total,), (count, width), ring = (
+        first_N.shape,
+        prompts.valid_BS.shape,
+        slots.cache.valid_BS.shape[1],
+    )
     row_E = slots.following + jnp.arange(several)
-    slot_E = jnp.where(row_E < total, jnp.argsort(slots.busy_B)[:several], slots.row_B.size)  # past the end: dropped
+    slot_E = jnp.where(
+        row_E < total, jnp.argsort(slots.busy_B)[:several], slots.row_B.size
+    )  # past the end: dropped
     known_E = jnp.minimum(row_E, total - 1)
     prompt_E, token_E = known_E // (total // count), first_N[known_E]
-    put = lambda x_B, x_E: x_B.at[slot_E].set(x_E, mode="drop")  # noqa: E731
+    put = lambda x_B, x_E: x_B.at[slot_E].set(x_E, mode="drop")
 
     def turned(x: jax.Array, axis: int) -> jax.Array:
         before = [(ring - width, 0) if i == axis else (0, 0) for i in range(x.ndim)]
         return jnp.roll(jnp.pad(x[prompt_E], before), slots.cache.length, axis)
 
-    copied = lambda ours, theirs: tuple(put(x, turned(y, 2)) for x, y in zip(ours, theirs, strict=True))  # noqa: E731
+    copied = lambda ours, theirs: tuple(
+        put(x, turned(y, 2)) for x, y in zip(ours, theirs, strict=True)
+    )
     return Slots(
         cache=slots.cache.replace(
             k_LBKSH=copied(slots.cache.k_LBKSH, prompts.k_LBKSH),
@@ -221,7 +250,12 @@ def entered(slots: Slots, prompts: KVCache, first_N: jax.Array, eos: Any, limit:
 
 
 def refilled(
-    config: ModelConfig, step: Callable[..., Any], prompts: KVCache, samples: Samples, eos: Any, count: int
+    config: ModelConfig,
+    step: Callable[..., Any],
+    prompts: KVCache,
+    samples: Samples,
+    eos: Any,
+    count: int,
 ) -> Samples:
     """The responses to more prompts than the `count` of slots: where one ends, the next begins.
 
@@ -229,7 +263,12 @@ def refilled(
     """
     (total, limit), several = samples.mask_BR.shape, max(1, count // 8)
     enter = functools.partial(
-        entered, prompts=prompts, first_N=samples.response_BR[:, 0], eos=eos, limit=limit, several=several
+        entered,
+        prompts=prompts,
+        first_N=samples.response_BR[:, 0],
+        eos=eos,
+        limit=limit,
+        several=several,
     )
 
     def wait(slots: Slots) -> jax.Array:
@@ -253,7 +292,13 @@ def refilled(
         )
         return jax.lax.while_loop(wait, enter, slots), samples
 
-    _, cache = layers_apart(config, {}, empty_cache(config, count, prompts.valid_BS.shape[1] + limit))
+    _, cache = layers_apart(
+        config, {}, empty_cache(config, count, prompts.valid_BS.shape[1] + limit)
+    )
     none_B = jnp.zeros(count, jnp.int32)
-    slots = jax.lax.while_loop(wait, enter, Slots(cache, none_B, none_B, none_B, none_B > 0, jnp.int32(0)))
-    return jax.lax.while_loop(lambda carry: jnp.any(carry[0].busy_B), one_more, (slots, samples))[1]
+    slots = jax.lax.while_loop(
+        wait, enter, Slots(cache, none_B, none_B, none_B, none_B > 0, jnp.int32(0))
+    )
+    return jax.lax.while_loop(lambda carry: jnp.any(carry[0].busy_B), one_more, (slots, samples))[
+        1
+    ]

@@ -12,7 +12,7 @@ from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from config import UserError
+from runtime.errors import UserError
 
 BATCH = P(("data", "fsdp"))
 AXES = ("stage", "data", "fsdp", "sequence", "tensor")
@@ -51,20 +51,28 @@ class MeshConfig:
     sequence: int = 1
     """Devices over which the tokens of a row are split, for long context (kernels/ring.py)."""
     stage: int = 1
-    """Stages of a pipeline over which the layers are split (pipeline.py); of train_lm and train_sft."""
+    """Stages of a pipeline over which the layers are split (layers.py); of train_lm and train_sft."""
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh over `devices`, or over all, also set as the current one; raises UserError where it cannot be."""
     devices = jax.devices() if devices is None else devices
     sizes = {axis: getattr(config, axis) for axis in AXES}
-    sizes, count = {axis: n for axis, n in sizes.items() if n != 1 or axis not in ("stage", "sequence")}, len(devices)
+    sizes, count = (
+        {axis: n for axis, n in sizes.items() if n != 1 or axis not in ("stage", "sequence")},
+        len(devices),
+    )
     flags = ", ".join(f"--mesh.{name}={size}" for name, size in sizes.items())
-    if any(size == 0 or size < -1 for size in sizes.values()) or list(sizes.values()).count(-1) > 1:
+    if (
+        any(size == 0 or size < -1 for size in sizes.values())
+        or list(sizes.values()).count(-1) > 1
+    ):
         raise UserError(f"{flags}: each size must be positive, and at most one -1 (the rest)")
     fixed = math.prod(size for size in sizes.values() if size != -1)
     if count % fixed or (fixed != count and -1 not in sizes.values()):
-        raise UserError(f"{flags}: cannot lay {count} device(s) out so; the product must be {count}")
+        raise UserError(
+            f"{flags}: cannot lay {count} device(s) out so; the product must be {count}"
+        )
     shape = tuple(count // fixed if size == -1 else size for size in sizes.values())
     # jax.make_mesh refuses axes that share a dimension of the torus, such as 128 x 4 on a v5p of 8 x 8 x 8.
     places = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
@@ -75,7 +83,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 def platform() -> str:
     """`cpu`, `gpu` or `tpu`: where the current mesh lies; without a mesh, JAX's default."""
-    device = jax.sharding.get_abstract_mesh().abstract_device  # of the mesh, so that a CPU can compile for a TPU
+    device = (
+        jax.sharding.get_abstract_mesh().abstract_device
+    )  # of the mesh, so that a CPU can compile for a TPU
     return jax.default_backend() if device is None else device.platform
 
 
@@ -93,7 +103,11 @@ def fitting(mesh: Mesh, size: int, *axes: str | None) -> str | tuple[str, ...] |
     """Of `axes` those that the mesh has, and that together divide `size`: to cut a dimension over them."""
     found: tuple[str, ...] = ()
     for axis in axes:
-        if axis in mesh.axis_names and axis not in mesh.manual_axes and size % along(mesh, *found, axis) == 0:
+        if (
+            axis in mesh.axis_names
+            and axis not in mesh.manual_axes
+            and size % along(mesh, *found, axis) == 0
+        ):
             found += (axis,)
     return found if len(found) > 1 else found[0] if found else None
 
@@ -135,7 +149,7 @@ def to_mesh(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
 
 
-def moved(tree: Any, memory: str) -> Any:
+def to_memory(tree: Any, memory: str) -> Any:
     """`tree` as it lies on the mesh, in the memory `device` or the hosts' `pinned_host`; itself if it is there."""
     return jax.device_put(tree, jax.tree.map(lambda x: x.sharding.with_memory_kind(memory), tree))
 
@@ -150,17 +164,25 @@ def to_host(tree: Any) -> Any:
     return jax.device_get(jax.tree.map(whole, tree))
 
 
-def reader(mesh: Mesh, owners: np.ndarray | None = None, host: int | None = None) -> dict[str, int]:
+def data_shard(
+    mesh: Mesh, owners: np.ndarray | None = None, host: int | None = None
+) -> dict[str, int]:
     """Which part of the data this host reads, as `process` of `processes`, for data.batches.
 
     Hosts whose devices hold the same rows, as where tensor spans them, read the same part. `owners`: the host of each
     device of the mesh, and `host`: this one, if not as JAX says. Raises UserError for a mesh on which hosts share some
     rows but not all.
     """
-    owners = np.vectorize(lambda device: device.process_index)(mesh.devices) if owners is None else owners
+    owners = (
+        np.vectorize(lambda device: device.process_index)(mesh.devices)
+        if owners is None
+        else owners
+    )
     host = jax.process_index() if host is None else host
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    rows = np.moveaxis(owners, [mesh.axis_names.index(axis) for axis in ("data", "fsdp")], (0, 1)).reshape(ways, -1)
+    rows = np.moveaxis(
+        owners, [mesh.axis_names.index(axis) for axis in ("data", "fsdp")], (0, 1)
+    ).reshape(ways, -1)
     held = {int(o): tuple(np.flatnonzero((rows == o).any(1)).tolist()) for o in np.unique(owners)}
     parts = sorted(set(held.values()))
     if sum(map(len, parts)) != ways or len({len(part) for part in parts}) > 1:
@@ -171,16 +193,24 @@ def reader(mesh: Mesh, owners: np.ndarray | None = None, host: int | None = None
     return {"process": parts.index(held[host]), "processes": len(parts)}
 
 
-def check_batch(name: str, rows: int, microbatches: int, mesh: Mesh, length: int = 0, layers: int = 0) -> None:
+def check_batch(
+    name: str, rows: int, microbatches: int, mesh: Mesh, length: int = 0, layers: int = 0
+) -> None:
     """Raises UserError unless `rows` split evenly over micro-batches and the batch axes of the mesh.
 
     So must rows' `length` over sequence, and over stage the `layers` of a model that a script can pipeline, else 0.
     """
     sequence, stage = along(mesh, "sequence"), along(mesh, "stage")
     if length % sequence**2:
-        raise UserError(f"--mesh.sequence={sequence}: its square must divide --length={length} (kernels/ring.py)")
+        raise UserError(
+            f"--mesh.sequence={sequence}: its square must divide --length={length} (kernels/ring.py)"
+        )
     if stage > 1 and (not layers or layers % stage):
-        wrong = f"must divide --model.layers={layers}" if layers else "no pipeline here; take fsdp, tensor or sequence"
+        wrong = (
+            f"must divide --model.layers={layers}"
+            if layers
+            else "no pipeline here; take fsdp, tensor or sequence"
+        )
         raise UserError(f"--mesh.stage={stage}: {wrong}")
     parts = microbatches * mesh.shape["data"] * mesh.shape["fsdp"]
     if rows < 1 or microbatches < 1 or rows % parts:
@@ -231,13 +261,17 @@ def constrain_units(x: jax.Array) -> jax.Array:
     if mesh.empty or mesh.shape["tensor"] == 1 or x.shape[2] % mesh.shape["tensor"]:
         return x
     rows = BATCH[0] if x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0 else None
-    return jax.lax.with_sharding_constraint(x, P(rows, fitting(mesh, x.shape[1], "sequence"), "tensor"))
+    return jax.lax.with_sharding_constraint(
+        x, P(rows, fitting(mesh, x.shape[1], "sequence"), "tensor")
+    )
 
 
 def constrain_params(tree: Any) -> Any:
     """Parameters, or their gradients, laid as the rules say: a gradient's sum over rows is then a reduce-scatter."""
     mesh = jax.sharding.get_abstract_mesh()
-    lay = lambda path, x: jax.lax.with_sharding_constraint(x, spec_of(path_name(path), x.shape, mesh))  # noqa: E731
+    lay = lambda path, x: jax.lax.with_sharding_constraint(
+        x, spec_of(path_name(path), x.shape, mesh)
+    )
     return tree if mesh.empty else jax.tree_util.tree_map_with_path(lay, tree)
 
 

@@ -14,24 +14,28 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-import config as flags
-from checkpoint import Checkpoints, load_params
-from config import UserError, load_config, require
 from data.batches import chat_batches, prompt_batches
 from data.sources import open_source
 from data.tokenizer import Tokenizer
-from generate import SamplingConfig, make_sampler
-from gold import make_gold_evaluation
-from hosts import HostsConfig
-from lora import LoraConfig, attach, pinned
-from metrics import Recorder, describe
-from model import LanguageModel, ModelConfig, Params, check_fit, pure
+from evaluation.gold import make_gold_evaluation
+from lora import LoraConfig, note_lora_base, with_adapters
+from model import LanguageModel, Params, init_and_apply
+from model_config import ModelConfig, check_fit
 from objectives import distill
 from objectives.likelihood import response_mask
-from preview import preview
+from planning.dry_run import describe, preview
+from responses import make_sampler
 from rollout import make_rollout
-from sharding import MeshConfig, abstract, check_batch, make_mesh, reader, to_mesh
-from train_step import OptimizerConfig, as_items, make_evaluation, make_optimizer, make_train_step, start_or_resume
+from runtime import flags
+from runtime.checkpoint import Checkpoints
+from runtime.errors import UserError, require
+from runtime.hosts import HostsConfig
+from runtime.metrics import Recorder
+from runtime.run_folder import load_config
+from sampling import SamplingConfig
+from sharding import MeshConfig, abstract, check_batch, data_shard, make_mesh, to_mesh
+from train_state import as_items, load_params, start_or_resume
+from train_step import OptimizerConfig, make_evaluation, make_optimizer, make_train_step
 
 EVAL_BATCHES = 4
 
@@ -80,7 +84,7 @@ class Config:
     """Steps between evaluations on held-out data, and by the gold program (world only); 0: never."""
     save_every: int = 200
     """Steps between checkpoints; 0: at the end only."""
-    keep: int = 2
+    keep_checkpoints: int = 2
     """Checkpoints kept."""
     dry_run: bool = False
     """Print shapes, shardings, memory and the first batch, and write nothing."""
@@ -88,22 +92,24 @@ class Config:
 
 def check(config: Config) -> None:
     """Raises UserError for numbers out of range."""
-    rules = {
-        f"--beta={config.beta}: must be above 0 and below 1": 0 < config.beta < 1,
-        f"--alpha={config.alpha}: must be in 0..1": 0 <= config.alpha <= 1,
-        f"--tau={config.tau}: must be above 0": config.tau > 0,
-        f"--on_policy={config.on_policy}: must be in 0..1": 0 <= config.on_policy <= 1,
-    }
-    require(rules)
+    require(0 < config.beta < 1, f"--beta={config.beta}: must be above 0 and below 1")
+    require(0 <= config.alpha <= 1, f"--alpha={config.alpha}: must be in 0..1")
+    require(config.tau > 0, f"--tau={config.tau}: must be above 0")
+    require(0 <= config.on_policy <= 1, f"--on_policy={config.on_policy}: must be in 0..1")
 
 
 def load_teacher(config: Config) -> tuple[ModelConfig, Tokenizer]:
     """The teacher's shape and tokenizer; raises UserError where the student cannot have them."""
     model = ModelConfig(**load_config(config.teacher)["model"])
     tokenizer = Tokenizer.load(config.teacher)
-    if config.init is not None and (theirs := Tokenizer.load(config.init).sha256) != tokenizer.sha256:
+    if (
+        config.init is not None
+        and (theirs := Tokenizer.load(config.init).sha256) != tokenizer.sha256
+    ):
         ours = tokenizer.sha256
-        raise UserError(f"--teacher={config.teacher}: its tokenizer is {ours[:12]}, that of --init is {theirs[:12]}")
+        raise UserError(
+            f"--teacher={config.teacher}: its tokenizer is {ours[:12]}, that of --init is {theirs[:12]}"
+        )
     for shape in (config.model, model):
         check_fit(shape, tokenizer.size, config.length)
         check_fit(shape, tokenizer.size, config.max_prompt + config.max_new_tokens)
@@ -116,22 +122,24 @@ def is_own(config: Config, step: int) -> bool:
 
 
 def main(config: Config) -> dict[str, float]:
-    config = pinned(config)
+    config = note_lora_base(config)
     mesh = make_mesh(config.mesh)
     check(config)
     check_batch("batch_size", config.batch_size, config.microbatches, mesh)
     teacher_model, tokenizer = load_teacher(config)
-    source, held_out = (open_source(config.data, "chat", split, seed=config.seed) for split in ("train", "heldout"))
+    source, held_out = (
+        open_source(config.data, "chat", split, seed=config.seed) for split in ("train", "heldout")
+    )
     options = {"tokenizer": tokenizer, "batch_size": config.batch_size}
-    options |= reader(mesh)
+    options |= data_shard(mesh)
     batches = chat_batches(source, length=config.length, seed=config.seed, **options)
     asked = dataclasses.replace(source, read=lambda i: {"prompt": source.read(i)["messages"][:-1]})
     prompts = prompt_batches(asked, length=config.max_prompt, seed=config.seed, **options)
     held_out_batches = chat_batches(held_out, length=config.length, **options)
     eval_batches = [to_mesh(next(held_out_batches), mesh) for _ in range(EVAL_BATCHES)]
 
-    init, apply = pure(LanguageModel(config.model))
-    teacher_init, teacher_apply = pure(LanguageModel(teacher_model))
+    init, apply = init_and_apply(LanguageModel(config.model))
+    teacher_init, teacher_apply = init_and_apply(LanguageModel(teacher_model))
     divergences = {"forward_kl": distill.forward_kl, "reverse_kl": distill.reverse_kl}
     divergence = {**divergences, "jsd": partial(distill.jsd, beta=config.beta)}[config.divergence]
     weights = {"divergence": divergence, "alpha": config.alpha, "tau": config.tau}
@@ -139,12 +147,22 @@ def main(config: Config) -> dict[str, float]:
     optimizer = make_optimizer(config.optimizer, config.steps)
 
     def whole(held: dict[str, Any], trained: Params) -> dict[str, Params]:
-        return {"student": attach(config.lora, held["base"], trained), "teacher": held["teacher"]}
+        return {
+            "student": with_adapters(config.lora, held["base"], trained),
+            "teacher": held["teacher"],
+        }
 
-    step_of = partial(make_train_step, microbatches=config.microbatches, clip=config.optimizer.clip, attach=whole)
-    train_step, own_step = step_of(objective, optimizer), step_of(partial(objective, labelled=False), optimizer)
+    step_of = partial(
+        make_train_step, microbatches=config.microbatches, clip=config.optimizer.clip, attach=whole
+    )
+    train_step, own_step = (
+        step_of(objective, optimizer),
+        step_of(partial(objective, labelled=False), optimizer),
+    )
     evaluate, own = make_evaluation(objective), make_rollout(config, apply, tokenizer)
-    respond = make_sampler(config.model, SamplingConfig(0.0, max_new_tokens=config.max_new_tokens), tokenizer)
+    respond = make_sampler(
+        config.model, SamplingConfig(0.0, max_new_tokens=config.max_new_tokens), tokenizer
+    )
     messages = [held_out[i]["messages"] for i in range(min(8, len(held_out)))]
     texts = [tokenizer.prompt(m[:-1])[-config.max_prompt :] for m in messages]
     judges = config.data == "world" and config.eval_every > 0
@@ -153,7 +171,11 @@ def main(config: Config) -> dict[str, float]:
     if config.dry_run:
         return preview(config, init, optimizer, mesh, next(batches), tokenizer)
     with Checkpoints(
-        config.run, config, script="train_distill", tokenizer=tokenizer.model, keep=config.keep
+        config.run,
+        config,
+        script="train_distill",
+        tokenizer=tokenizer.model,
+        keep=config.keep_checkpoints,
     ) as checkpoints:
         start, state, position, base = start_or_resume(checkpoints, config, init, optimizer, mesh)
         shapes = abstract(jax.eval_shape(teacher_init, jax.random.key(0)), mesh)
@@ -161,15 +183,24 @@ def main(config: Config) -> dict[str, float]:
         if position:
             batches.restore(position["batches"])
             prompts.restore(position["prompts"])
-        sizes = {"batch_size": config.batch_size, "length": config.length, "steps": config.steps, "start": start}
+        sizes = {
+            "batch_size": config.batch_size,
+            "length": config.length,
+            "steps": config.steps,
+            "start": start,
+        }
         title = f"{config.run}: distilling {config.teacher} on {source.name}"
         print(describe(title, state.params, (state.opt_state, held), **sizes))
         with Recorder(config.run, config.steps, start) as record:
             for step in record.steps():
                 if is_own(config, step):
                     key = jax.random.fold_in(jax.random.key(config.seed), step)
-                    batch = own(whole(held, state.params)["student"], to_mesh(next(prompts), mesh), key)
-                    state, metrics = own_step(state, {**batch, "loss_mask_BT": response_mask(batch)}, held)
+                    batch = own(
+                        whole(held, state.params)["student"], to_mesh(next(prompts), mesh), key
+                    )
+                    state, metrics = own_step(
+                        state, {**batch, "loss_mask_BT": response_mask(batch)}, held
+                    )
                     metrics = {f"own/{name}": x for name, x in metrics.items()}
                 else:
                     batch = to_mesh(next(batches), mesh)
@@ -178,14 +209,21 @@ def main(config: Config) -> dict[str, float]:
                 if config.eval_every and (step % config.eval_every == 0 or step == config.steps):
                     models = whole(held, state.params)
                     record(step, evaluate(models, eval_batches))
-                    responses = [tokenizer.decode(r) for r in respond(models["student"], texts, jax.random.key(step))]
+                    responses = [
+                        tokenizer.decode(r)
+                        for r in respond(models["student"], texts, jax.random.key(step))
+                    ]
                     shown = zip(messages, responses, strict=True)
-                    record.samples(step, [{"prompt": m[-2]["content"], "response": r} for m, r in shown])
+                    record.samples(
+                        step, [{"prompt": m[-2]["content"], "response": r} for m, r in shown]
+                    )
                     if gold is not None:
                         record(step, gold(models["student"], models["teacher"]))
                 if checkpoints.due(step, config.save_every, config.steps):
                     record.flush()
-                    checkpoints.save(step, as_items(state), {"batches": batches.state, "prompts": prompts.state})
+                    checkpoints.save(
+                        step, as_items(state), {"batches": batches.state, "prompts": prompts.state}
+                    )
                 if checkpoints.stopping:
                     break
     return record.last

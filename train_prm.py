@@ -1,7 +1,7 @@
 """Process and outcome reward models: cross-entropy on labels of a response's steps (Lightman et al. 2023).
 
     python train_prm.py --init=runs/maths --data=arithmetic --run=runs/prm
-    python train_prm.py --init=runs/maths --data=labelled.jsonl --run=runs/prm     # lines of collect_steps.py
+    python train_prm.py --init=runs/maths --data=labelled.jsonl --run=runs/prm     # lines of collect/steps.py
     python train_prm.py --init=runs/big --data=phase2_train.jsonl --length=1024 --run=runs/prm800k
 
 The data decides which: labels on all steps train a process model, on the last step only an outcome model.
@@ -14,22 +14,25 @@ from typing import Any
 import jax
 import numpy as np
 
-import config as flags
-from checkpoint import Checkpoints
-from config import UserError
 from data.batches import collate
 from data.sources import Source, open_source
-from data.steps import encode_steps, pad_steps, step_table, steps_batches
+from data.steps import encode_steps, pad_steps, steps_batches
 from data.tokenizer import Tokenizer, tokenizer_for
-from hosts import HostsConfig
-from lora import LoraConfig, attach, pinned
-from metrics import Recorder, describe
-from model import ModelConfig, Params, ScalarModel, check_fit, pure
+from evaluation.steps import step_table
+from lora import LoraConfig, note_lora_base, with_adapters
+from model import Params, ScalarModel, init_and_apply
+from model_config import ModelConfig, check_fit
 from objectives.likelihood import inputs
 from objectives.reward import process_objective
-from preview import preview
-from sharding import MeshConfig, check_batch, make_mesh, reader, to_host, to_mesh
-from train_step import OptimizerConfig, as_items, make_optimizer, make_train_step, start_or_resume
+from planning.dry_run import describe, preview
+from runtime import flags
+from runtime.checkpoint import Checkpoints
+from runtime.errors import UserError
+from runtime.hosts import HostsConfig
+from runtime.metrics import Recorder
+from sharding import MeshConfig, check_batch, data_shard, make_mesh, to_host, to_mesh
+from train_state import as_items, start_or_resume
+from train_step import OptimizerConfig, make_optimizer, make_train_step
 
 EVAL_ROWS = 128
 
@@ -65,7 +68,7 @@ class Config:
     """Held-out solutions evaluated."""
     save_every: int = 200
     """Steps between checkpoints; 0: at the end only."""
-    keep: int = 2
+    keep_checkpoints: int = 2
     """Checkpoints kept."""
     dry_run: bool = False
     """Print shapes, shardings, memory and the first batch, and write nothing."""
@@ -76,8 +79,12 @@ def make_evaluation(config: Config, apply: Any, source: Source, tokenizer: Token
     records = (source[i] for i in range(min(config.eval_records, len(source))))
     records = [record for record in records if encode_steps(record, tokenizer, config.length)[0]]
     if not records:
-        raise UserError(f"{source.name}: no labelled step fits into {config.length} tokens; raise --length")
-    filled = records + records[:1] * (-len(records) % EVAL_ROWS)  # so that all parts have one shape
+        raise UserError(
+            f"{source.name}: no labelled step fits into {config.length} tokens; raise --length"
+        )
+    filled = records + records[:1] * (
+        -len(records) % EVAL_ROWS
+    )  # so that all parts have one shape
     pad = partial(pad_steps, fixed=True)
     parts = [filled[i : i + EVAL_ROWS] for i in range(0, len(filled), EVAL_ROWS)]
     batches = [collate(encode_steps, pad, part, tokenizer, config.length) for part in parts]
@@ -85,7 +92,9 @@ def make_evaluation(config: Config, apply: Any, source: Source, tokenizer: Token
 
     def evaluate(params: Params) -> dict[str, float]:
         logits_NT = np.concatenate([to_host(logits(params, batch)) for batch in batches])
-        columns = (np.concatenate([b[name] for b in batches]) for name in ("targets_BT", "loss_mask_BT"))
+        columns = (
+            np.concatenate([b[name] for b in batches]) for name in ("targets_BT", "loss_mask_BT")
+        )
         table = step_table(*(x[: len(records)] for x in (logits_NT, *columns)))
         return {f"eval/{name}": value for name, value in table.items()}
 
@@ -93,32 +102,53 @@ def make_evaluation(config: Config, apply: Any, source: Source, tokenizer: Token
 
 
 def main(config: Config) -> dict[str, float]:
-    config = pinned(config)
+    config = note_lora_base(config)
     mesh = make_mesh(config.mesh)
     check_batch("batch_size", config.batch_size, config.microbatches, mesh, config.length)
     source = open_source(config.data, "steps", "train", seed=config.seed)
-    split = "all" if config.eval_data and config.eval_data.endswith((".jsonl", ".jsonl.gz")) else "heldout"
+    split = (
+        "all"
+        if config.eval_data and config.eval_data.endswith((".jsonl", ".jsonl.gz"))
+        else "heldout"
+    )
     held_out = open_source(config.eval_data or config.data, "steps", split, seed=config.seed)
     tokenizer = tokenizer_for(config, source)
     check_fit(config.model, tokenizer.size, config.length)
     sizes = {"batch_size": config.batch_size, "length": config.length}
-    batches = steps_batches(source, tokenizer, **sizes, seed=config.seed, **reader(mesh))
+    batches = steps_batches(source, tokenizer, **sizes, seed=config.seed, **data_shard(mesh))
 
-    init, apply = pure(ScalarModel(config.model))
+    init, apply = init_and_apply(ScalarModel(config.model))
     optimizer = make_optimizer(config.optimizer, config.steps)
-    whole = partial(attach, config.lora)
+    whole = partial(with_adapters, config.lora)
     objective = partial(process_objective, apply)
-    train_step = make_train_step(objective, optimizer, config.microbatches, config.optimizer.clip, whole)
+    train_step = make_train_step(
+        objective, optimizer, config.microbatches, config.optimizer.clip, whole
+    )
     evaluate = make_evaluation(config, apply, held_out, tokenizer)
 
     if config.dry_run:
         return preview(config, init, optimizer, mesh, next(batches), tokenizer)
-    with Checkpoints(config.run, config, script="train_prm", tokenizer=tokenizer.model, keep=config.keep) as saved:
+    with Checkpoints(
+        config.run,
+        config,
+        script="train_prm",
+        tokenizer=tokenizer.model,
+        keep=config.keep_checkpoints,
+    ) as saved:
         start, state, position, base = start_or_resume(saved, config, init, optimizer, mesh)
         if position:
             batches.restore(position)
         title = f"{config.run}: step-wise reward model on {source.name}"
-        print(describe(title, state.params, (state.opt_state, base), **sizes, steps=config.steps, start=start))
+        print(
+            describe(
+                title,
+                state.params,
+                (state.opt_state, base),
+                **sizes,
+                steps=config.steps,
+                start=start,
+            )
+        )
         with Recorder(config.run, config.steps, start) as record:
             for step in record.steps():
                 batch = next(batches)

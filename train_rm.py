@@ -14,21 +14,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import config as flags
-from checkpoint import Checkpoints
-from config import UserError
 from data.batches import comparison_batches
 from data.sources import open_source
 from data.tokenizer import tokenizer_for
-from evaluate import make_comparison_evaluation, make_scorer
-from hosts import HostsConfig
-from lora import LoraConfig, attach, pinned
-from metrics import Recorder, describe
-from model import ModelConfig, Params, ScalarModel, check_fit, pure
+from evaluation.reward_model import make_comparison_evaluation, make_scorer
+from lora import LoraConfig, note_lora_base, with_adapters
+from model import Params, ScalarModel, init_and_apply
+from model_config import ModelConfig, check_fit
 from objectives.reward import ranking_objective
-from preview import preview
-from sharding import MeshConfig, check_batch, make_mesh, reader, to_mesh
-from train_step import OptimizerConfig, as_items, make_optimizer, make_train_step, start_or_resume
+from planning.dry_run import describe, preview
+from runtime import flags
+from runtime.checkpoint import Checkpoints
+from runtime.errors import UserError
+from runtime.hosts import HostsConfig
+from runtime.metrics import Recorder
+from sharding import MeshConfig, check_batch, data_shard, make_mesh, to_mesh
+from train_state import as_items, start_or_resume
+from train_step import OptimizerConfig, make_optimizer, make_train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,9 +54,9 @@ class Config:
     """Longest prompt and response together, in tokens."""
     microbatches: int = 1
     """Parts of a batch whose gradients are summed."""
-    centring: float = 0.0
+    center_rewards_coef: float = 0.0
     """Coefficient of (r_chosen + r_rejected)^2; 0.01 is usual."""
-    lm_coefficient: float = 0.0
+    lm_coef: float = 0.0
     """Coefficient of the best response's negative log-likelihood per token; needs tied embeddings."""
     model: ModelConfig = ModelConfig()
     optimizer: OptimizerConfig = OptimizerConfig(lr=1.5e-3)
@@ -68,7 +70,7 @@ class Config:
     """Held-out comparisons evaluated."""
     save_every: int = 250
     """Steps between checkpoints; 0: at the end only."""
-    keep: int = 2
+    keep_checkpoints: int = 2
     """Checkpoints kept."""
     dry_run: bool = False
     """Print shapes, shardings, memory and the first batch, and write nothing."""
@@ -88,11 +90,14 @@ def mean_score(params: Params, score: Any, config: Config, source: Any) -> jax.A
 
 def make_update(config: Config):
     """(init, optimiser, objective, train step)."""
-    init, apply = pure(ScalarModel(config.model))
+    init, apply = init_and_apply(ScalarModel(config.model))
     optimizer = make_optimizer(config.optimizer, config.steps)
-    coefficients = {"centring_coefficient": config.centring, "lm_coefficient": config.lm_coefficient}
+    coefficients = {
+        "center_rewards_coef": config.center_rewards_coef,
+        "lm_coef": config.lm_coef,
+    }
     objective = partial(ranking_objective, apply, **coefficients)
-    whole = partial(attach, config.lora)
+    whole = partial(with_adapters, config.lora)
     return (
         init,
         optimizer,
@@ -102,12 +107,12 @@ def make_update(config: Config):
 
 
 def main(config: Config) -> dict[str, float]:
-    config = pinned(config)
+    config = note_lora_base(config)
     mesh = make_mesh(config.mesh)
     check_batch("batch_size", config.batch_size, config.microbatches, mesh, config.length)
-    if config.lm_coefficient and not config.model.tied:
+    if config.lm_coef and not config.model.tied:
         raise UserError(
-            "--lm_coefficient: a reward model keeps no unembedding of its own; use a model with --model.tied"
+            "--lm_coef: a reward model keeps no unembedding of its own; use a model with --model.tied"
         )
     source = open_source(config.data, "comparison", "train", seed=config.seed)
     held_out = open_source(config.data, "comparison", "heldout", seed=config.seed)
@@ -115,23 +120,42 @@ def main(config: Config) -> dict[str, float]:
         held_out = open_source(config.eval_data, "comparison", "all", seed=config.seed)
     tokenizer = tokenizer_for(config, source)
     check_fit(config.model, tokenizer.size, config.length)
-    host = reader(mesh)
+    host = data_shard(mesh)
     sizes = {"batch_size": config.batch_size, "length": config.length}
     batches = comparison_batches(source, tokenizer, **sizes, seed=config.seed, **host)
 
     init, optimizer, _, train_step = make_update(config)
-    whole = partial(attach, config.lora)
-    evaluate = make_comparison_evaluation(config.model, held_out, tokenizer, config.length, config.eval_records)
+    whole = partial(with_adapters, config.lora)
+    evaluate = make_comparison_evaluation(
+        config.model, held_out, tokenizer, config.length, config.eval_records
+    )
     score = make_scorer(config.model, tokenizer, config.length)
 
     if config.dry_run:
         return preview(config, init, optimizer, mesh, next(batches), tokenizer)
-    with Checkpoints(config.run, config, script="train_rm", tokenizer=tokenizer.model, keep=config.keep) as checkpoints:
+    with Checkpoints(
+        config.run,
+        config,
+        script="train_rm",
+        tokenizer=tokenizer.model,
+        keep=config.keep_checkpoints,
+    ) as checkpoints:
         start, state, position, base = start_or_resume(checkpoints, config, init, optimizer, mesh)
         if position:
             batches.restore(position)
-        title = f"{config.run}: reward model on {source.name}, {source.candidates} candidates a prompt"
-        print(describe(title, state.params, (state.opt_state, base), **sizes, steps=config.steps, start=start))
+        title = (
+            f"{config.run}: reward model on {source.name}, {source.candidates} candidates a prompt"
+        )
+        print(
+            describe(
+                title,
+                state.params,
+                (state.opt_state, base),
+                **sizes,
+                steps=config.steps,
+                start=start,
+            )
+        )
         with Recorder(config.run, config.steps, start) as record:
             for step in record.steps():
                 batch = next(batches)
@@ -139,7 +163,9 @@ def main(config: Config) -> dict[str, float]:
                 record(step, metrics, tokens=batch["tokens_BCT"].size)
                 if step == config.steps:
                     mean = mean_score(whole(base, state.params), score, config, source)
-                    state = state.replace(params={**state.params, "bias": state.params["bias"] - mean})
+                    state = state.replace(
+                        params={**state.params, "bias": state.params["bias"] - mean}
+                    )
                 if config.eval_every and (step % config.eval_every == 0 or step == config.steps):
                     record(step, evaluate(whole(base, state.params)))
                 if checkpoints.due(step, config.save_every, config.steps):

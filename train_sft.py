@@ -9,21 +9,24 @@ from functools import partial
 
 import jax
 
-import config as flags
-from checkpoint import Checkpoints
 from data.batches import chat_batches
 from data.sources import open_source
 from data.tokenizer import tokenizer_for
-from generate import SamplingConfig, make_sampler
-from guard import GuardConfig, guarded, left_out
-from hosts import HostsConfig
-from lora import LoraConfig, attach, pinned
-from metrics import Recorder, describe
-from model import LanguageModel, ModelConfig, check_fit, pure
+from lora import LoraConfig, note_lora_base, with_adapters
+from model import LanguageModel, init_and_apply
+from model_config import ModelConfig, check_fit
 from objectives.likelihood import likelihood_objective
-from preview import preview
-from sharding import MeshConfig, check_batch, make_mesh, reader, to_mesh
-from train_step import OptimizerConfig, as_items, make_evaluation, make_optimizer, make_train_step, start_or_resume
+from planning.dry_run import describe, preview
+from responses import make_sampler
+from runtime import flags
+from runtime.checkpoint import Checkpoints
+from runtime.guard import GuardConfig, guarded, left_out
+from runtime.hosts import HostsConfig
+from runtime.metrics import Recorder
+from sampling import SamplingConfig
+from sharding import MeshConfig, check_batch, data_shard, make_mesh, to_mesh
+from train_state import as_items, start_or_resume
+from train_step import OptimizerConfig, make_evaluation, make_optimizer, make_train_step
 
 EVAL_BATCHES = 4
 
@@ -56,7 +59,7 @@ class Config:
     """Steps between evaluations and samples on held-out data; 0: never."""
     save_every: int = 200
     """Steps between checkpoints; 0: at the end only."""
-    keep: int = 2
+    keep_checkpoints: int = 2
     """Checkpoints kept."""
     dry_run: bool = False
     """Print shapes, shardings, memory and the first batch, and write nothing."""
@@ -64,10 +67,10 @@ class Config:
 
 def make_update(config: Config):
     """(init, optimiser, objective, train step)."""
-    init, apply = pure(LanguageModel(config.model, config.microbatches))
+    init, apply = init_and_apply(LanguageModel(config.model, config.microbatches))
     optimizer = make_optimizer(config.optimizer, config.steps)
     objective = partial(likelihood_objective, apply)
-    whole = partial(attach, config.lora)
+    whole = partial(with_adapters, config.lora)
     return (
         init,
         optimizer,
@@ -78,34 +81,70 @@ def make_update(config: Config):
 
 @guarded
 def main(config: Config) -> dict[str, float]:
-    config = pinned(config)
+    config = note_lora_base(config)
     mesh = make_mesh(config.mesh)
-    check_batch("batch_size", config.batch_size, config.microbatches, mesh, config.length, config.model.layers)
-    source, held_out = (open_source(config.data, "chat", split, seed=config.seed) for split in ("train", "heldout"))
+    check_batch(
+        "batch_size",
+        config.batch_size,
+        config.microbatches,
+        mesh,
+        config.length,
+        config.model.layers,
+    )
+    source, held_out = (
+        open_source(config.data, "chat", split, seed=config.seed) for split in ("train", "heldout")
+    )
     tokenizer = tokenizer_for(config, source)
     check_fit(config.model, tokenizer.size, config.length)
-    host = reader(mesh)
-    batches_of = partial(chat_batches, tokenizer=tokenizer, batch_size=config.batch_size, length=config.length, **host)
-    batches, held_out_batches = batches_of(source, seed=config.seed, without=left_out(config.run)), batches_of(held_out)
+    host = data_shard(mesh)
+    batches_of = partial(
+        chat_batches,
+        tokenizer=tokenizer,
+        batch_size=config.batch_size,
+        length=config.length,
+        **host,
+    )
+    batches, held_out_batches = (
+        batches_of(source, seed=config.seed, without=left_out(config.run)),
+        batches_of(held_out),
+    )
     eval_batches = [to_mesh(next(held_out_batches), mesh) for _ in range(EVAL_BATCHES)]
 
     init, optimizer, objective, train_step = make_update(config)
-    whole, evaluate = partial(attach, config.lora), make_evaluation(objective)
-    respond = make_sampler(config.model, SamplingConfig(0.0, max_new_tokens=min(64, config.length // 2)), tokenizer)
+    whole, evaluate = partial(with_adapters, config.lora), make_evaluation(objective)
+    respond = make_sampler(
+        config.model, SamplingConfig(0.0, max_new_tokens=min(64, config.length // 2)), tokenizer
+    )
     messages = [held_out[i]["messages"] for i in range(min(8, len(held_out)))]
     prompts = [tokenizer.prompt(m[:-1])[-config.length // 2 :] for m in messages]
 
     if config.dry_run:
         return preview(config, init, optimizer, mesh, next(batches), tokenizer)
     with Checkpoints(
-        config.run, config, script="train_sft", tokenizer=tokenizer.model, keep=config.keep
+        config.run,
+        config,
+        script="train_sft",
+        tokenizer=tokenizer.model,
+        keep=config.keep_checkpoints,
     ) as checkpoints:
         start, state, position, base = start_or_resume(checkpoints, config, init, optimizer, mesh)
         if position:
             batches.restore(position)
-        sizes = {"batch_size": config.batch_size, "length": config.length, "steps": config.steps, "start": start}
+        sizes = {
+            "batch_size": config.batch_size,
+            "length": config.length,
+            "steps": config.steps,
+            "start": start,
+        }
         sizes["microbatches"] = config.microbatches
-        print(describe(f"{config.run}: fine-tuning on {source.name}", state.params, (state.opt_state, base), **sizes))
+        print(
+            describe(
+                f"{config.run}: fine-tuning on {source.name}",
+                state.params,
+                (state.opt_state, base),
+                **sizes,
+            )
+        )
         with Recorder(config.run, config.steps, start, guard=config.guard) as record:
             for step in record.steps():
                 state, metrics = train_step(state, to_mesh(next(batches), mesh), base)
@@ -113,9 +152,13 @@ def main(config: Config) -> dict[str, float]:
                 if config.eval_every and (step % config.eval_every == 0 or step == config.steps):
                     params = whole(base, state.params)
                     record(step, evaluate(params, eval_batches))
-                    responses = [tokenizer.decode(r) for r in respond(params, prompts, jax.random.key(step))]
+                    responses = [
+                        tokenizer.decode(r) for r in respond(params, prompts, jax.random.key(step))
+                    ]
                     shown = zip(messages, responses, strict=True)
-                    record.samples(step, [{"prompt": m[-2]["content"], "response": r} for m, r in shown])
+                    record.samples(
+                        step, [{"prompt": m[-2]["content"], "response": r} for m, r in shown]
+                    )
                 if checkpoints.due(step, config.save_every, config.steps):
                     record.flush()
                     checkpoints.save(step, as_items(state), batches.state)

@@ -11,15 +11,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from checkpoint import Checkpoints, load_params
-from config import UserError, load_config
-from lora import frozen_part, trained_part
-from model import LanguageModel, ModelConfig, Params, ScalarModel, pure
-from sharding import abstract, along, constrain_params, in_microbatches, init_sharded, path_name
+from model import Params
+from runtime.errors import UserError
+from sharding import along, constrain_params, in_microbatches, path_name
 
 Batch = dict[str, jax.Array]
 # objective(params, batch) -> (loss_sum, (weight, {name: (sum, weight)})), all float32 sums
-Objective = Callable[[Params, Batch], tuple[jax.Array, tuple[jax.Array, dict[str, tuple[jax.Array, jax.Array]]]]]
+Objective = Callable[
+    [Params, Batch], tuple[jax.Array, tuple[jax.Array, dict[str, tuple[jax.Array, jax.Array]]]]
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +73,9 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     decay = {
         "cosine": optax.cosine_decay_schedule(config.lr, rest, config.final_lr),
         "linear": optax.linear_schedule(config.lr, config.lr * config.final_lr, rest),
-        "inverse_sqrt": lambda t: config.lr * (1 + jnp.maximum(t, 0) / max(config.warmup, 1)) ** -0.5,
+        "inverse_sqrt": lambda t: (
+            config.lr * (1 + jnp.maximum(t, 0) / max(config.warmup, 1)) ** -0.5
+        ),
         "constant": optax.constant_schedule(config.lr),
     }[config.schedule]
     # Step 0 already learns: the warm-up starts at 1/(warmup + 1) of the peak, not at 0.
@@ -98,90 +100,6 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     return optax.adamw(schedule, config.beta1, config.beta2, config.eps, **options)
 
 
-def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
-    """A fresh state around `params`."""
-    return TrainState(jnp.int32(0), jnp.int32(0), params, optimizer.init(params))
-
-
-def as_items(state: TrainState) -> dict[str, Any]:
-    """The state as a checkpoint stores it: parameters apart from the rest."""
-    return {"params": state.params, "rest": state.replace(params={})}
-
-
-def from_items(items: dict[str, Any]) -> TrainState:
-    """The inverse of `as_items`."""
-    return items["rest"].replace(params=items["params"])
-
-
-def starting_params(init: Any, config: ModelConfig, run: str | None, mesh: jax.sharding.Mesh, seed: int) -> Params:
-    """Random parameters by `init(key)`; of these, what the model of `run` has too is taken from there.
-
-    So a reward model starts with a policy's decoder and a new head, or goes on from another reward model. Raises
-    UserError if the architectures differ, or for a language model that would start from a reward model.
-    """
-    if run is None:
-        return init_sharded(init, mesh, jax.random.key(seed))
-    saved = load_config(run)
-    theirs, ours = ModelConfig(**saved["model"]), config
-    for field in dataclasses.fields(ModelConfig):
-        pair = getattr(theirs, field.name), getattr(ours, field.name)
-        if pair[0] != pair[1] and field.name not in ("preset", "dtype", "remat"):
-            raise UserError(f"--model.{field.name}={pair[1]}: --init={run} has {pair[0]}; leave --model.* out")
-    params = init_sharded(init, mesh, jax.random.key(seed))
-    scalar = saved["script"] in ("train_rm", "train_prm")
-    if scalar and "head" not in params:
-        raise UserError(f"--init={run}: a reward model (of {saved['script']}); name the run of a language model")
-    model = ScalarModel(config) if scalar else LanguageModel(config)
-    shapes = jax.eval_shape(pure(model)[0], jax.random.key(0))
-    loaded = load_params(run, shapes=abstract(shapes, mesh))
-    return {**params, **{name: loaded[name] for name in params.keys() & loaded.keys()}}
-
-
-def starting_critic(config: Any, models: dict[str, Params], mesh: jax.sharding.Mesh) -> tuple[Params, Any]:
-    """Parameters that a value model starts from, and its apply; `models`: runs of reward models and their parameters.
-
-    The first of these; where there is none, the decoder of --init, with a head that says 0.
-    """
-    if models:
-        run, params = next(iter(models.items()))
-        return params, pure(ScalarModel(ModelConfig(**load_config(run)["model"])))[1]
-    init, apply = pure(ScalarModel(config.model))
-    params = starting_params(init, config.model, config.init, mesh, config.seed)
-    return {**params, "head": jnp.zeros_like(params["head"])}, apply
-
-
-def fresh_state(config: Any, optimizer: optax.GradientTransformation, params: Params, key: jax.Array) -> TrainState:
-    """The state that a script of `config` starts from: of adapters where it has any, else of `params`."""
-    return init_state(trained_part(config.lora, params, key), optimizer)
-
-
-def shapes_of(config: Any, init: Any, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh) -> Any:
-    """A fresh state as a checkpoint stores it, and the `base` of its adapters: shapes and shardings alone."""
-    key = jax.random.key(config.seed)
-    params = jax.eval_shape(init, key)
-    state = jax.eval_shape(partial(fresh_state, config, optimizer), params, key)
-    return abstract({**as_items(state), "base": frozen_part(config.lora, params)}, mesh)
-
-
-def start_or_resume(
-    checkpoints: Checkpoints, config: Any, init: Any, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh
-) -> tuple[int, TrainState, Any, Params | None]:
-    """(step, state, data position, base) of the newest checkpoint, or 0, a state of `starting_params`, None, base.
-
-    `config`: the script's, with `model`, `init`, `seed` and `lora`; the base is None unless there are adapters.
-    """
-    shapes = shapes_of(config, init, optimizer, mesh)
-    saved = checkpoints.restore({"params": shapes["params"], "rest": shapes["rest"]})
-    if saved and not config.lora.rank:
-        return saved[0], from_items(saved[1]), saved[2], None
-    params = starting_params(init, config.model, config.init, mesh, config.seed)
-    base = frozen_part(config.lora, params)
-    if saved:
-        return saved[0], from_items(saved[1]), saved[2], base
-    fresh = partial(fresh_state, config, optimizer)
-    return 0, init_sharded(fresh, mesh, params, jax.random.key(config.seed)), None, base
-
-
 def make_train_step(
     objective: Objective,
     optimizer: optax.GradientTransformation,
@@ -197,29 +115,40 @@ def make_train_step(
     result does not depend on the cut, whatever the counts of tokens. An update with a non-finite loss or gradient
     changes nothing but the counters.
     """
-    gradient = jax.value_and_grad(lambda params, batch, base: objective(attach(base, params), batch), has_aux=True)
+    gradient = jax.value_and_grad(
+        lambda params, batch, base: objective(attach(base, params), batch), has_aux=True
+    )
 
     def accumulated(params: Params, batch: Batch, base: Params | None):
         def sums(params: Params, batch: Batch):
             (loss, (weight, metrics)), grads = gradient(params, batch, base)
             return loss, weight, metrics, constrain_params(grads)
 
-        if microbatches == 1 or along(jax.sharding.get_abstract_mesh(), "stage") > 1:  # which pipeline.py cuts itself
+        if (
+            microbatches == 1 or along(jax.sharding.get_abstract_mesh(), "stage") > 1
+        ):  # which layers.py cuts itself
             return sums(params, batch)
         cut = jax.tree.map(lambda x: in_microbatches(x, microbatches), batch)
         zeros = jax.tree.map(
-            lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(sums, params, jax.tree.map(lambda x: x[0], cut))
+            lambda s: jnp.zeros(s.shape, s.dtype),
+            jax.eval_shape(sums, params, jax.tree.map(lambda x: x[0], cut)),
         )
-        return jax.lax.scan(lambda acc, part: (jax.tree.map(jnp.add, acc, sums(params, part)), None), zeros, cut)[0]
+        return jax.lax.scan(
+            lambda acc, part: (jax.tree.map(jnp.add, acc, sums(params, part)), None), zeros, cut
+        )[0]
 
     @partial(jax.jit, donate_argnums=0)
-    def step(state: TrainState, batch: Batch, base: Params | None = None) -> tuple[TrainState, dict[str, jax.Array]]:
+    def step(
+        state: TrainState, batch: Batch, base: Params | None = None
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
         loss, weight, metrics, grads = accumulated(state.params, batch, base)
         grads = jax.tree.map(lambda g: g / weight, grads)
         norm = optax.global_norm(grads)
         finite = jnp.isfinite(loss / weight) & jnp.isfinite(norm)
         factor = jnp.minimum(1.0, clip / jnp.maximum(norm, 1e-12))
-        updates, opt_state = optimizer.update(jax.tree.map(lambda g: g * factor, grads), state.opt_state, state.params)
+        updates, opt_state = optimizer.update(
+            jax.tree.map(lambda g: g * factor, grads), state.opt_state, state.params
+        )
         params = optax.apply_updates(state.params, updates)
         keep = partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
         state = TrainState(
@@ -228,7 +157,9 @@ def make_train_step(
             params=keep(params, state.params),
             opt_state=keep(opt_state, state.opt_state),
         )
-        means = {name: total / jnp.maximum(count, 1e-9) for name, (total, count) in metrics.items()}
+        means = {
+            name: total / jnp.maximum(count, 1e-9) for name, (total, count) in metrics.items()
+        }
         return state, {"loss": loss / weight, **means, "grad_norm": norm, "skipped": state.skipped}
 
     return step
@@ -245,6 +176,8 @@ def make_evaluation(objective: Objective) -> Callable[[Params, list[Batch]], dic
     def evaluate(params: Params, batches: list[Batch]) -> dict[str, float]:
         parts = [jax.device_get(sums(params, batch)) for batch in batches]
         totals = jax.tree.map(lambda *x: float(sum(x)), *parts)
-        return {f"eval/{name}": total / max(weight, 1e-9) for name, (total, weight) in totals.items()}
+        return {
+            f"eval/{name}": total / max(weight, 1e-9) for name, (total, weight) in totals.items()
+        }
 
     return evaluate

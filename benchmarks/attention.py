@@ -17,22 +17,27 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # the root's modules, from wherever this is started
+sys.path.insert(
+    0, str(pathlib.Path(__file__).parents[1])
+)  # the root's modules, from wherever this is started
 
 import jax
 import jaxlib
 import numpy as np
 
-import config as flags
 from kernels.attention import attention
-from model import ModelConfig
+from model_config import ModelConfig
+from runtime import flags
 
 RUNS_ON = {
     "cpu": ("reference", "xla_chunked", "library"),
     "gpu": ("reference", "xla_chunked", "library", "pallas_gpu", "pallas_hopper"),
     "tpu": ("reference", "xla_chunked", "library", "pallas_tpu"),
 }
-MATMULS = {"forward": 2, "forward and backward": 7}  # of a head's scores, by the mathematics: nothing recomputed
+MATMULS = {
+    "forward": 2,
+    "forward and backward": 7,
+}  # of a head's scores, by the mathematics: nothing recomputed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,28 +79,54 @@ def rows_of(config: Config) -> list[tuple[dict[str, Any], Callable[[], Any]]]:
     rows, platform = [], jax.default_backend()
     for length, segments in itertools.product(config.lengths, config.segments):
         batch, part = max(1, config.tokens // length), length // segments
-        heads = (config.heads, config.heads // config.group, config.heads // config.group, config.heads)
+        heads = (
+            config.heads,
+            config.heads // config.group,
+            config.heads // config.group,
+            config.heads,
+        )
         keys = jax.random.split(jax.random.key(length), len(heads))
         arrays = [
             jax.random.normal(k, (batch, length, n, config.width), ModelConfig().compute_dtype)
             for k, n in zip(keys, heads, strict=True)
         ]
         seen = part * (part + 1) // 2 if config.causal else part**2
-        packed = {"segment_ids": np.arange(length)[None] // part + np.ones((batch, 1), int)} if segments > 1 else {}
+        packed = (
+            {"segment_ids": np.arange(length)[None] // part + np.ones((batch, 1), int)}
+            if segments > 1
+            else {}
+        )
         for what, name in itertools.product(MATMULS, RUNS_ON[platform]):
-            function = functools.partial(attention, causal=config.causal, implementation=name, **packed)
+            function = functools.partial(
+                attention, causal=config.causal, implementation=name, **packed
+            )
             args = arrays[:3] if what == "forward" else arrays
-            row = {"length": length, "segments": segments, "batch": batch, "pass": what, "implementation": name}
-            row["flops"] = 2 * MATMULS[what] * batch * config.heads * segments * seen * config.width
+            row = {
+                "length": length,
+                "segments": segments,
+                "batch": batch,
+                "pass": what,
+                "implementation": name,
+            }
+            row["flops"] = (
+                2 * MATMULS[what] * batch * config.heads * segments * seen * config.width
+            )
             try:
                 start = time.perf_counter()
-                compiled = jax.jit(function if what == "forward" else both_passes(function)).lower(*args).compile()
+                compiled = (
+                    jax.jit(function if what == "forward" else both_passes(function))
+                    .lower(*args)
+                    .compile()
+                )
                 row["compile_s"] = time.perf_counter() - start
                 row["temporary_MiB"] = compiled.memory_analysis().temp_size_in_bytes / 2**20
                 call = functools.partial(compiled, *args)
                 jax.block_until_ready(call())
             except Exception as error:  # a shape that one implementation cannot serve must not end the others' run
-                row["failed"], call = f"{type(error).__name__}: {error}".splitlines()[0][:200], None
+                row["failed"], call = (
+                    f"{type(error).__name__}: {error}".splitlines()[0][:200],
+                    None,
+                )
             rows.append((row, call))
     return rows
 
@@ -107,7 +138,9 @@ def seconds_of(call: Callable[[], Any], at_least: float) -> float:
     while spent < at_least:
         result = call()
         count += 1
-        if count & (count - 1) == 0 or jax.default_backend() == "cpu":  # waits seldom, so that launches overlap
+        if (
+            count & (count - 1) == 0 or jax.default_backend() == "cpu"
+        ):  # waits seldom, so that launches overlap
             jax.block_until_ready(result)
             spent = time.perf_counter() - start
     return spent / count
@@ -126,7 +159,11 @@ def measure(config: Config) -> dict[str, Any]:
         row["ms"] = 1e3 * statistics.median(every)
         row["ms_every"] = [1e3 * one for one in every]
         row["tflops"] = row["flops"] / statistics.median(every) / 1e12
-    versions = {"python": sys.version.split()[0], "jax": jax.__version__, "jaxlib": jaxlib.__version__}
+    versions = {
+        "python": sys.version.split()[0],
+        "jax": jax.__version__,
+        "jaxlib": jaxlib.__version__,
+    }
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "device": jax.devices()[0].device_kind,
@@ -135,7 +172,9 @@ def measure(config: Config) -> dict[str, Any]:
         "dtype": ModelConfig().compute_dtype.name,
         "load_average": [loads[0], os.getloadavg()[0]],
         "versions": versions,
-        "config": {key: value for key, value in dataclasses.asdict(config).items() if key != "out"},
+        "config": {
+            key: value for key, value in dataclasses.asdict(config).items() if key != "out"
+        },
         "rows": [row for row, _ in rows],
     }
 
@@ -146,10 +185,16 @@ def table(platform: str, folder: pathlib.Path) -> str:
     if not path.exists():
         return f"## {platform.upper()}\n\n" + "\n".join(
             ["| implementation | |", "|---|---|"]
-            + [f"| {name} | not yet measured on {platform.upper()} |" for name in RUNS_ON[platform]]
+            + [
+                f"| {name} | not yet measured on {platform.upper()} |"
+                for name in RUNS_ON[platform]
+            ]
         )
     result = json.loads(path.read_text())
-    setting, before_after = result["config"], "{:.1f} before and {:.1f} after".format(*result["load_average"])
+    setting, before_after = (
+        result["config"],
+        "{:.1f} before and {:.1f} after".format(*result["load_average"]),
+    )
     lines = [
         f"## {platform.upper()}",
         "",
@@ -163,8 +208,10 @@ def table(platform: str, folder: pathlib.Path) -> str:
         "| tokens | pass | implementation | ms | TFLOP/s | time of reference | temporaries, MiB |",
         "|---|---|---|---|---|---|---|",
     ]
-    kind = lambda row: (row["length"], row["segments"], row["pass"])  # noqa: E731
-    times = {kind(row): row.get("ms") for row in result["rows"] if row["implementation"] == "reference"}
+    kind = lambda row: (row["length"], row["segments"], row["pass"])
+    times = {
+        kind(row): row.get("ms") for row in result["rows"] if row["implementation"] == "reference"
+    }
     for row in result["rows"]:
         part = row["length"] // row["segments"]
         tokens = f"{part}" if row["segments"] == 1 else f"{row['segments']} x {part}"
@@ -175,7 +222,9 @@ def table(platform: str, folder: pathlib.Path) -> str:
         base = times[kind(row)]
         ratio = f"{row['ms'] / base:.2f}" if base else ""
         spread = f"{row['ms']:.3g} ({min(row['ms_every']):.3g} to {max(row['ms_every']):.3g})"
-        lines.append(f"{start} {spread} | {row['tflops']:.3g} | {ratio} | {row['temporary_MiB']:.0f} |")
+        lines.append(
+            f"{start} {spread} | {row['tflops']:.3g} | {ratio} | {row['temporary_MiB']:.0f} |"
+        )
     return "\n".join(lines)
 
 
@@ -196,7 +245,10 @@ def schedule_table(folder: pathlib.Path) -> str:
     ]
     for row in result["rows"]:
         fullest = sorted(row["slots"].items(), key=lambda slot: -slot[1])[:4]
-        tile, slots = " x ".join(map(str, row["tile"])), ", ".join(f"{name} {share:.2f}" for name, share in fullest)
+        tile, slots = (
+            " x ".join(map(str, row["tile"])),
+            ", ".join(f"{name} {share:.2f}" for name, share in fullest),
+        )
         numbers = f"{row['bundles']} | {row['ideal']:.0f} | {row['share']:.2f}"
         lines.append(f"| {row['width']} | {row['kernel']} | {tile} | {numbers} | {slots} |")
     return "\n".join(lines)
@@ -206,18 +258,28 @@ def write_readme(folder: pathlib.Path) -> None:
     """All tables anew, from the JSON beside them."""
     written = "Written by `python benchmarks/attention.py` and `python benchmarks/tpu_schedule.py`; not edited by hand."
     tables = [*(table(platform, folder) for platform in RUNS_ON), schedule_table(folder)]
-    (folder / "README.md").write_text("\n\n".join(["# Attention: results", written, *tables]) + "\n")
+    (folder / "README.md").write_text(
+        "\n\n".join(["# Attention: results", written, *tables]) + "\n"
+    )
 
 
 def main(config: Config) -> None:
     """Measures, writes the JSON, and writes all platforms' tables anew."""
     cpu = jax.default_backend() == "cpu"
-    defaults = {"tokens": 4096 if cpu else 16384, "heads": 4 if cpu else 16, "width": 64 if cpu else 128}
-    config = dataclasses.replace(config, **{key: getattr(config, key) or value for key, value in defaults.items()})
+    defaults = {
+        "tokens": 4096 if cpu else 16384,
+        "heads": 4 if cpu else 16,
+        "width": 64 if cpu else 128,
+    }
+    config = dataclasses.replace(
+        config, **{key: getattr(config, key) or value for key, value in defaults.items()}
+    )
     folder = pathlib.Path(config.out)
     folder.mkdir(parents=True, exist_ok=True)
     result = measure(config)
-    (folder / f"attention-{jax.default_backend()}.json").write_text(json.dumps(result, indent=1) + "\n")
+    (folder / f"attention-{jax.default_backend()}.json").write_text(
+        json.dumps(result, indent=1) + "\n"
+    )
     write_readme(folder)
     print(table(jax.default_backend(), folder))
 

@@ -11,13 +11,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from side_by_side import RESULTS, SMALL, apart, count, interleaved, on_cpu, peaks, plain_batch, random_params, report
+from side_by_side import (
+    RESULTS,
+    SMALL,
+    apart,
+    count,
+    interleaved,
+    on_cpu,
+    peaks,
+    plain_batch,
+    random_params,
+    report,
+)
 
-import config as flags
-from generate import SamplingConfig, generate
 from kernels.attention import decode_attention
-from model import LanguageModel, ModelConfig, Params, pure
-from presets import PRESETS
+from model import LanguageModel, Params, init_and_apply
+from model_config import PRESETS, ModelConfig
+from runtime import flags
+from sampling import SamplingConfig, generate
 
 NEVER = -1  # no token is this: responses have full length, as the peer's
 
@@ -46,8 +57,13 @@ class Config:
 
 def our_sampler(config: Config, params: Params, prompts: dict[str, Any], new: int) -> Any:
     """A call that samples `new` tokens after each prompt, at temperature 1 from all tokens."""
-    apply, sampling = pure(LanguageModel(config.model))[1], SamplingConfig(max_new_tokens=new)
-    sample = jax.jit(lambda *args: generate(apply, config.model, *args, sampling, eos=NEVER, pad=0).response_BR)
+    apply, sampling = (
+        init_and_apply(LanguageModel(config.model))[1],
+        SamplingConfig(max_new_tokens=new),
+    )
+    sample = jax.jit(
+        lambda *args: generate(apply, config.model, *args, sampling, eos=NEVER, pad=0).response_BR
+    )
     key = jax.random.key(0)
 
     def call() -> None:
@@ -62,13 +78,20 @@ def fixed_rows(config: Config, params: Params) -> list[dict[str, Any]]:
     for batch in config.batches:
         prompts = jax.device_put(plain_batch(config.model, batch, config.prompt))
         for what, new in (("generate", config.new), ("  of this, prefill", 1)):
-            calls, asked = {"plumb": our_sampler(config, params, prompts, new)}, [*asked, (prompts["tokens_BT"], new)]
+            calls, asked = (
+                {"plumb": our_sampler(config, params, prompts, new)},
+                [*asked, (prompts["tokens_BT"], new)],
+            )
             what = f"{what} {batch} x {config.prompt}+{new}"
             rows.append({"what": what, "calls": calls, "batch": batch, "tokens": batch * new})
     if config.peer:
         import peers
 
-        samplers = apart(peers.samplers, config.model, [(np.asarray(tokens_BT), new) for tokens_BT, new in asked])
+        samplers = apart(
+            peers.samplers,
+            config.model,
+            [(np.asarray(tokens_BT), new) for tokens_BT, new in asked],
+        )
         for row, sampler in zip(rows, samplers, strict=True):
             row["calls"]["transformers"] = sampler
     return rows
@@ -76,7 +99,11 @@ def fixed_rows(config: Config, params: Params) -> list[dict[str, Any]]:
 
 def refill_row(config: Config, params: Params) -> dict[str, Any]:
     """Requests whose lengths are geometric, a quarter of the limit on average: refilled slots beside fixed batches."""
-    plain, sampling, eos = pure(LanguageModel(config.model))[1], SamplingConfig(max_new_tokens=config.limit), 2
+    plain, sampling, eos = (
+        init_and_apply(LanguageModel(config.model))[1],
+        SamplingConfig(max_new_tokens=config.limit),
+        2,
+    )
     odds = 1 / (config.limit / 4 - 1)  # of an end of turn, at each token
 
     def apply(*args, **kwargs):
@@ -86,15 +113,23 @@ def refill_row(config: Config, params: Params) -> dict[str, Any]:
 
     def sampler(slots: int | None):
         how = {"eos": eos, "pad": 0, "slots": slots}
-        return jax.jit(lambda prompts, key: generate(apply, config.model, params, prompts, key, sampling, **how))
+        return jax.jit(
+            lambda prompts, key: generate(
+                apply, config.model, params, prompts, key, sampling, **how
+            )
+        )
 
     slots, key = config.batches[0], jax.random.key(0)
     refilled, fixed = sampler(slots), sampler(None)
     prompts = plain_batch(config.model, config.requests, config.prompt)
-    parts = [{k: x[i : i + slots] for k, x in prompts.items()} for i in range(0, config.requests, slots)]
-    one_by_one = lambda: [fixed(part, jax.random.fold_in(key, i)) for i, part in enumerate(parts)]  # noqa: E731
+    parts = [
+        {k: x[i : i + slots] for k, x in prompts.items()} for i in range(0, config.requests, slots)
+    ]
+    one_by_one = lambda: [fixed(part, jax.random.fold_in(key, i)) for i, part in enumerate(parts)]
     mine, whole = jax.device_get([refilled(prompts, key), fixed(prompts, key)])
-    assert (mine.response_BR == whole.response_BR).mean() > (1 if on_cpu() else 0.5) - 1e-3  # equal but for rounding
+    assert (mine.response_BR == whole.response_BR).mean() > (
+        1 if on_cpu() else 0.5
+    ) - 1e-3  # equal but for rounding
     tokens, theirs = mine.mask_BR.sum(), sum(float(part.mask_BR.sum()) for part in one_by_one())
     return {
         "what": f"refill {slots}, {config.requests} x up to {config.limit}",
@@ -112,8 +147,12 @@ def split_attention(q_BTNH, k_BKSH, v_BKSH, valid_BS, at, parts: int = 8):
     """`decode_attention` with the keys in C parts that are worked on apart, their softmaxes joined afterwards."""
     batch, kv_heads, slots, width = k_BKSH.shape
     q_BKGH = q_BTNH.reshape(batch, kv_heads, -1, width) * width**-0.5
-    k_BKCSH, v_BKCSH = (x.reshape(batch, kv_heads, parts, slots // parts, width) for x in (k_BKSH, v_BKSH))
-    scores_BKCGS = jnp.einsum("BKGH,BKCSH->BKCGS", q_BKGH, k_BKCSH, preferred_element_type=jnp.float32)
+    k_BKCSH, v_BKCSH = (
+        x.reshape(batch, kv_heads, parts, slots // parts, width) for x in (k_BKSH, v_BKSH)
+    )
+    scores_BKCGS = jnp.einsum(
+        "BKGH,BKCSH->BKCGS", q_BKGH, k_BKCSH, preferred_element_type=jnp.float32
+    )
     seen = (valid_BS > 0).reshape(batch, 1, parts, 1, -1)
     top = jnp.max(jnp.where(seen, scores_BKCGS, -1e30), axis=-1, keepdims=True)
     weights_BKCGS = jnp.where(seen, jnp.exp(scores_BKCGS - top), 0.0)
@@ -129,30 +168,53 @@ def long_cache_rows(config: Config) -> list[dict[str, Any]]:
     for batch in (1, 16):
         keys = jax.random.split(jax.random.key(0), 3)
         shapes = [(batch, 1, 8, 64), *[(batch, 2, 8192, 64)] * 2]
-        arrays = [jax.random.normal(k, s, config.model.compute_dtype) for k, s in zip(keys, shapes, strict=True)]
+        arrays = [
+            jax.random.normal(k, s, config.model.compute_dtype)
+            for k, s in zip(keys, shapes, strict=True)
+        ]
         arrays += [jnp.ones((batch, 8192), jnp.int32), jnp.int32(8191)]
-        runs = {"plumb": decode_attention, "8 parts": split_attention, "1 part": partial(split_attention, parts=1)}
+        runs = {
+            "plumb": decode_attention,
+            "8 parts": split_attention,
+            "1 part": partial(split_attention, parts=1),
+        }
         runs = {name: jax.jit(run) for name, run in runs.items()}
         for run in runs.values():
-            np.testing.assert_allclose(run(*arrays), runs["plumb"](*arrays), atol=1e-5 if on_cpu() else 1e-2)
+            np.testing.assert_allclose(
+                run(*arrays), runs["plumb"](*arrays), atol=1e-5 if on_cpu() else 1e-2
+            )
         calls = {
-            name: partial(lambda run, args: run(*args).block_until_ready(), run, arrays) for name, run in runs.items()
+            name: partial(lambda run, args: run(*args).block_until_ready(), run, arrays)
+            for name, run in runs.items()
         }
-        rows.append({"what": f"attention, {batch} x cache of 8192", "calls": calls, "tokens": batch})
+        rows.append(
+            {"what": f"attention, {batch} x cache of 8192", "calls": calls, "tokens": batch}
+        )
     return rows
 
 
 def add_roofline(config: Config, params: Params, rows: list[dict[str, Any]]) -> None:
     """Share of the memory's speed at which a decode step reads what it must: weights once, and each row's cache."""
     c, width = config.model, config.model.compute_dtype.itemsize
-    weights = count(params) - c.vocab * c.width * (not c.tied)  # untied, of the embedding only some rows are read
+    weights = count(params) - c.vocab * c.width * (
+        not c.tied
+    )  # untied, of the embedding only some rows are read
     for whole, prefill in zip(rows[::2], rows[1::2], strict=True):
-        cache = whole["batch"] * 2 * c.layers * c.kv_heads * c.head_width * (config.prompt + config.new / 2)
+        cache = (
+            whole["batch"]
+            * 2
+            * c.layers
+            * c.kv_heads
+            * c.head_dim
+            * (config.prompt + config.new / 2)
+        )
         whole["bytes_per_step"] = width * (weights + cache)
         spent = np.median(whole["seconds"]["plumb"]) - np.median(prefill["seconds"]["plumb"])
         whole["ms_per_step"] = 1e3 * spent / (config.new - 1)
         if peaks():
-            whole["of_roofline"] = 1e3 * whole["bytes_per_step"] / peaks()[1] / whole["ms_per_step"]
+            whole["of_roofline"] = (
+                1e3 * whole["bytes_per_step"] / peaks()[1] / whole["ms_per_step"]
+            )
 
 
 def main(config: Config) -> None:
@@ -163,9 +225,15 @@ def main(config: Config) -> None:
     others = [refill, *long_cache_rows(config)]
     interleaved([*rows, *others], config.rounds)
     add_roofline(config, params, rows)
-    per_token = refill["tokens"] / refill["fixed_tokens"]  # of other random numbers: seconds for as many tokens
-    refill["seconds"]["fixed batches"] = [per_token * x for x in refill["seconds"]["fixed batches"]]
-    report("decode", config, [*rows, *others], ("torch", "transformers") if config.peer else (), loads)
+    per_token = (
+        refill["tokens"] / refill["fixed_tokens"]
+    )  # of other random numbers: seconds for as many tokens
+    refill["seconds"]["fixed batches"] = [
+        per_token * x for x in refill["seconds"]["fixed batches"]
+    ]
+    report(
+        "decode", config, [*rows, *others], ("torch", "transformers") if config.peer else (), loads
+    )
 
 
 if __name__ == "__main__":

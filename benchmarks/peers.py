@@ -22,9 +22,9 @@ import torch
 import transformers
 from side_by_side import random_params
 
-from families import config_of
-from model import ModelConfig
-from weights import write_tensors
+from model_config import ModelConfig
+from weights.convert import write_tensors
+from weights.families import config_of
 
 PAD, BOS, EOS = 0, 1, 2
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -52,7 +52,9 @@ def trainer(model: ModelConfig, tokens_BT: np.ndarray, lr: float) -> list[Callab
     """A call of one step on the same batch: loss, gradients, clipping, fused AdamW; returns the loss."""
     net = llama(model)
     tokens = torch.tensor(tokens_BT, dtype=torch.long, device=DEVICE)
-    optimizer = torch.optim.AdamW(net.parameters(), lr, (0.9, 0.95), 1e-8, weight_decay=0.1, fused=True)
+    optimizer = torch.optim.AdamW(
+        net.parameters(), lr, (0.9, 0.95), 1e-8, weight_decay=0.1, fused=True
+    )
     net.train()
 
     def step() -> float:
@@ -70,15 +72,26 @@ def trainer(model: ModelConfig, tokens_BT: np.ndarray, lr: float) -> list[Callab
 def samplers(model: ModelConfig, asked: list[tuple[np.ndarray, int]]) -> list[Callable[[], None]]:
     """For each (prompts [B, T], new) a call that samples exactly `new` tokens after each, at temperature 1 from all."""
     net = llama(model, DTYPE).eval()
-    how = {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0, "pad_token_id": PAD, "eos_token_id": None}
+    how = {
+        "do_sample": True,
+        "top_k": 0,
+        "top_p": 1.0,
+        "temperature": 1.0,
+        "pad_token_id": PAD,
+        "eos_token_id": None,
+    }
 
     @torch.no_grad()
     def sample(prompts_BT: torch.Tensor, new: int) -> None:
-        out = net.generate(prompts_BT, attention_mask=torch.ones_like(prompts_BT), max_new_tokens=new, **how)
+        out = net.generate(
+            prompts_BT, attention_mask=torch.ones_like(prompts_BT), max_new_tokens=new, **how
+        )
         wait()
         assert out.shape[1] == prompts_BT.shape[1] + new
 
-    return [partial(sample, torch.tensor(x, dtype=torch.long, device=DEVICE), new) for x, new in asked]
+    return [
+        partial(sample, torch.tensor(x, dtype=torch.long, device=DEVICE), new) for x, new in asked
+    ]
 
 
 class Paced(transformers.TrainerCallback):
@@ -118,7 +131,9 @@ def ppo(prompts_PT: np.ndarray, config: Any) -> list[Callable[[], None]]:
     scalar = transformers.LlamaForSequenceClassification(one_number).to(DEVICE)
     words = {f"<{i}>": i for i in range(model.vocab)}
     tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(WordLevel(words, unk_token="<3>")), pad_token="<0>", eos_token="<2>"
+        tokenizer_object=Tokenizer(WordLevel(words, unk_token="<3>")),
+        pad_token="<0>",
+        eos_token="<2>",
     )
     paced, folder = Paced(), tempfile.mkdtemp()
     options = PPOConfig(

@@ -15,10 +15,10 @@ import time
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-import config as flags  # noqa: E402
-import plan  # noqa: E402
-from config import UserError  # noqa: E402
-from model import ModelConfig  # noqa: E402
+from model_config import ModelConfig
+from planning import plan
+from runtime import flags
+from runtime.errors import UserError
 
 RESULTS, PAGE = ROOT / "benchmarks" / "results" / "pods.json", ROOT / "docs" / "pods.md"
 BEGIN, END = "<!-- written by benchmarks/pods.py: begin -->", "<!-- end -->"
@@ -44,10 +44,14 @@ SCALING = {
     "--batch_size=256 --length=1024"
     for chips, shape in ((16, "4x4"), (32, "4x8"), (64, "8x8"), (128, "8x16"), (256, "16x16"))
 }
-SWEEP = "train_sft --model.preset=llama3.2-1b --topology=h200:8 --batch_size=64 --length=2048 --sweep"
-LLAMA2_7B = "--model.preset=llama3-8b --model.vocab=32000 --model.hidden=11008 --model.kv_heads=32 --model.context=4096"
+SWEEP = (
+    "train_sft --model.preset=llama3.2-1b --topology=h200:8 --batch_size=64 --length=2048 --sweep"
+)
+LLAMA2_7B = "--model.preset=llama3-8b --model.vocab=32000 --model.mlp_width=11008 --model.kv_heads=32 --model.context=4096"
 ON_256 = "--topology=v5e:16x16 --mesh.fsdp=256 --length=2048"
-ON_H200 = "--model.preset=llama3.2-1b --model.tied=False --topology=h200:1 --batch_size=8 --length=2048"
+ON_H200 = (
+    "--model.preset=llama3.2-1b --model.tied=False --topology=h200:1 --batch_size=8 --length=2048"
+)
 # Peaks in GiB a chip of another decoder in plain JAX, measured in this way before; of its models only the sizes are
 # known, so their shapes here are the published ones of these sizes.
 REFERENCES = {
@@ -56,7 +60,10 @@ REFERENCES = {
     "7b-2048": (7.7, f"{LLAMA2_7B} {ON_256} --batch_size=2048"),
     "7b-tensor": (10.4, f"{LLAMA2_7B} {ON_V5E.split(' ', 1)[1]} --batch_size=1024 --length=2048"),
     "70b-v5e": (10.2, f"--model.preset=llama3-70b {ON_256} --batch_size=256"),
-    "70b-256": (13.3, "--model.preset=llama3-70b --topology=v5p:8x8x4 --mesh.fsdp=256 --batch_size=256 --length=4096"),
+    "70b-256": (
+        13.3,
+        "--model.preset=llama3-70b --topology=v5p:8x8x4 --mesh.fsdp=256 --batch_size=256 --length=4096",
+    ),
     "70b-256-tensor": (
         16.3,
         "--model.preset=llama3-70b --topology=v5p:8x8x4 --mesh.fsdp=64 --mesh.tensor=4 --batch_size=128 --length=4096",
@@ -70,7 +77,12 @@ REFERENCES = {
     "1.5b-dots": (35.1, f"{ON_H200} --model.remat=dots"),
     "1.5b-none": (60.8, f"{ON_H200} --model.remat=none"),
 }
-CASES = MODELS | SCALING | {"sweep": SWEEP} | {name: f"train_sft {argv}" for name, (_, argv) in REFERENCES.items()}
+CASES = (
+    MODELS
+    | SCALING
+    | {"sweep": SWEEP}
+    | {name: f"train_sft {argv}" for name, (_, argv) in REFERENCES.items()}
+)
 
 
 KINDS = ("all-gather", "collective-permute", "reduce-scatter", "all-reduce")
@@ -89,14 +101,28 @@ def peak(text: str) -> float:
 
 def models_table(results: dict[str, str]) -> list[str]:
     """A line a plan."""
-    rows = [["plan", "mesh", "verdict", "parameters and optimiser: compiler less rules", "compiled in", "a step"]]
+    rows = [
+        [
+            "plan",
+            "mesh",
+            "verdict",
+            "parameters and optimiser: compiler less rules",
+            "compiled in",
+            "a step",
+        ]
+    ]
     for name in MODELS:
         if text := results.get(name):
-            first, last = re.search(r"^.*chips as .*$", text, re.MULTILINE)[0], text.splitlines()[-1]
+            first, last = (
+                re.search(r"^.*chips as .*$", text, re.MULTILINE)[0],
+                text.splitlines()[-1],
+            )
             gaps = re.findall(r"by the compiler \(([+-][\d.]+%)\)", text)
             step = re.search(r"^a step: ([^;]*)", text, re.MULTILINE)
             mesh, seconds = re.search(r"chips as ([^;]*);.*compiled in (\d+ \S*s)", first).groups()
-            rows.append([f"`{name}`", mesh, last, ", ".join(gaps), seconds, step[1] if step else "-"])
+            rows.append(
+                [f"`{name}`", mesh, last, ", ".join(gaps), seconds, step[1] if step else "-"]
+            )
     return table(rows)
 
 
@@ -113,19 +139,32 @@ def scaling_table(results: dict[str, str]) -> list[str]:
     for name in SCALING:
         if text := results.get(name):
             moved = {kind: ", ".join(numbers) for kind, numbers in traffic(text).items()}
-            rows.append([name.removeprefix("scale-"), f"{peak(text):.2f}", *(moved.get(kind, "-") for kind in KINDS)])
+            rows.append(
+                [
+                    name.removeprefix("scale-"),
+                    f"{peak(text):.2f}",
+                    *(moved.get(kind, "-") for kind in KINDS),
+                ]
+            )
     return table(rows)
 
 
 def scaling_remarks(results: dict[str, str]) -> list[str]:
     """What the table shows, in numbers of it."""
-    texts = {int(name.removeprefix("scale-")): results[name] for name in SCALING if name in results}
+    texts = {
+        int(name.removeprefix("scale-")): results[name] for name in SCALING if name in results
+    }
     few, many, c = min(texts), max(texts), ModelConfig.from_preset("llama3-8b")
     held = {n: sum(float(x) for x in re.findall(r"^  (?:parameters|optimiser) +(\S+)$", text, re.MULTILINE))
             for n, text in texts.items()}  # fmt: skip
-    model = held[many] * many * 2**30 / 6 / 1e9  # float32 parameters and two moments: of 12 bytes, 2 in bfloat16
-    largest = max(float(traffic(text)["all-gather"][2].replace(",", "")) for text in texts.values()) / 1e3
-    times = lambda text, kind: float(traffic(text).get(kind, "0")[0].replace(",", "")) / c.layers  # noqa: E731
+    model = (
+        held[many] * many * 2**30 / 6 / 1e9
+    )  # float32 parameters and two moments: of 12 bytes, 2 in bfloat16
+    largest = (
+        max(float(traffic(text)["all-gather"][2].replace(",", "")) for text in texts.values())
+        / 1e3
+    )
+    times = lambda text, kind: float(traffic(text).get(kind, "0")[0].replace(",", "")) / c.layers
     words = ", ".join(f"{kind} " + " / ".join(f"{times(text, kind):.1f}" for text in texts.values())
                       for kind in KINDS)  # fmt: skip
     return [
@@ -147,7 +186,15 @@ def references_table(results: dict[str, str]) -> list[str]:
     rows = [["plan", "flags of `train_sft`", "theirs, GiB a chip", "ours", "ours / theirs"]]
     for name, (theirs, argv) in REFERENCES.items():
         if text := results.get(name):
-            rows.append([f"`{name}`", f"`{argv}`", f"{theirs}", f"{peak(text):.1f}", f"{peak(text) / theirs:.2f}"])
+            rows.append(
+                [
+                    f"`{name}`",
+                    f"`{argv}`",
+                    f"{theirs}",
+                    f"{peak(text):.1f}",
+                    f"{peak(text) / theirs:.2f}",
+                ]
+            )
     return table(rows)
 
 
@@ -176,7 +223,14 @@ def section(results: dict[str, str]) -> str:
               "bfloat16, once for all tokens that it decodes, and keeps them cut over tensor alone.", ""]  # fmt: skip
     for name in ("ppo-8b", "long-8b", "sweep"):
         if name in results:
-            lines += [f"The whole of `{name}`, `python plan.py {CASES[name]}`:", "", "```", results[name], "```", ""]
+            lines += [
+                f"The whole of `{name}`, `python plan.py {CASES[name]}`:",
+                "",
+                "```",
+                results[name],
+                "```",
+                "",
+            ]
     return "\n".join([*lines, END])
 
 
@@ -195,7 +249,10 @@ def main(names: list[str]) -> None:
     for name in CASES if "all" in names else names:
         start = time.monotonic()
         results[name] = printed(CASES[name].split())
-        print(f"{name}: {time.monotonic() - start:.0f} s in all; {results[name].splitlines()[-1]}", flush=True)
+        print(
+            f"{name}: {time.monotonic() - start:.0f} s in all; {results[name].splitlines()[-1]}",
+            flush=True,
+        )
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     page = PAGE.read_text() if PAGE.exists() else "# Pods\n\n" + BEGIN + END + "\n"
     if BEGIN not in page:

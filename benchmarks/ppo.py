@@ -11,14 +11,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from side_by_side import RESULTS, SMALL, apart, interleaved, on_cpu, plain_batch, random_params, report
+from side_by_side import (
+    RESULTS,
+    SMALL,
+    apart,
+    interleaved,
+    on_cpu,
+    plain_batch,
+    random_params,
+    report,
+)
 
-import config as flags
 import train_ppo
-from model import LanguageModel, ModelConfig, ScalarModel, pure
-from rewards import make_model_scorer
+from model import LanguageModel, ScalarModel, init_and_apply
+from model_config import ModelConfig
+from rewards.scorer import make_model_scorer
 from rollout import make_rollout, shuffled
-from train_step import init_state
+from runtime import flags
+from train_state import init_state
 
 NEVER = -1  # no token is this: responses have full length, as the peer's
 
@@ -41,7 +51,11 @@ class Config:
     """Timings of each row; the median is reported."""
     peer: bool = True
     """Time TRL too, in the same run."""
-    model: ModelConfig = SMALL if on_cpu() else ModelConfig("135m", 32000, 768, 2048, 12, 12, 12, 64, 1024, tied=False)
+    model: ModelConfig = (
+        SMALL
+        if on_cpu()
+        else ModelConfig("135m", 32000, 768, 2048, 12, 12, 12, 64, 1024, tied=False)
+    )
     """Of policy, reference, reward model and value model; default by platform."""
     out: str = RESULTS
     """Folder of the results."""
@@ -49,17 +63,34 @@ class Config:
 
 def our_calls(config: Config) -> dict[str, Any]:
     """A call of one iteration, as in train_ppo.py's loop, and one of each of its parts; all go on from the last."""
-    shared = ("batch_size", "max_prompt", "max_new_tokens", "minibatches", "epochs", "temperature", "model")
-    ppo = train_ppo.Config(**{name: getattr(config, name) for name in shared}, missing_eos="none", steps=10_000)
-    model, apply = config.model, pure(LanguageModel(config.model))[1]
-    scalar_init, scalar_apply = pure(ScalarModel(model))
+    shared = (
+        "batch_size",
+        "max_prompt",
+        "max_new_tokens",
+        "minibatches",
+        "epochs",
+        "temperature",
+        "model",
+    )
+    ppo = train_ppo.Config(
+        **{name: getattr(config, name) for name in shared}, missing_eos="none", steps=10_000
+    )
+    model, apply = config.model, init_and_apply(LanguageModel(config.model))[1]
+    scalar_init, scalar_apply = init_and_apply(ScalarModel(model))
     reference, reward = random_params(model), jax.jit(scalar_init)(jax.random.key(1))
     rollout = make_rollout(ppo, apply, SimpleNamespace(eos=NEVER, pad=0))
-    score, judge = make_model_scorer(model), train_ppo.make_judge(ppo, apply, scalar_apply, eos=NEVER, newlines=[NEVER])
-    (policy_optimizer, policy_step), (value_optimizer, value_step) = train_ppo.make_updates(ppo, apply, scalar_apply)
+    score, judge = (
+        make_model_scorer(model),
+        train_ppo.make_judge(ppo, apply, scalar_apply, eos=NEVER, newlines=[NEVER]),
+    )
+    (policy_optimizer, policy_step), (value_optimizer, value_step) = train_ppo.make_updates(
+        ppo, apply, scalar_apply
+    )
     prompts = jax.device_put(plain_batch(model, config.batch_size, config.max_prompt))
     copied = [jax.tree.map(jnp.copy, params) for params in (reference, reward)]
-    states = [init_state(*pair) for pair in zip(copied, (policy_optimizer, value_optimizer), strict=True)]
+    states = [
+        init_state(*pair) for pair in zip(copied, (policy_optimizer, value_optimizer), strict=True)
+    ]
     keys = iter(jax.random.split(jax.random.key(2), 10_000))
 
     def sampled() -> dict[str, Any]:
@@ -83,7 +114,10 @@ def our_calls(config: Config) -> dict[str, Any]:
         assert np.isfinite(jax.device_get({**metrics, **last})["loss"])
 
     batch = sampled()
-    (minibatch, *_), wait = shuffled(judged(batch)[0], next(keys), config.minibatches), jax.block_until_ready
+    (minibatch, *_), wait = (
+        shuffled(judged(batch)[0], next(keys), config.minibatches),
+        jax.block_until_ready,
+    )
     return {
         "iteration": iteration,
         "rollout": lambda: wait(sampled()),
@@ -100,7 +134,9 @@ def main(config: Config) -> None:
     if config.peer:
         import peers
 
-        prompts_PT = plain_batch(config.model, 4 * config.batch_size, config.max_prompt)["tokens_BT"]
+        prompts_PT = plain_batch(config.model, 4 * config.batch_size, config.max_prompt)[
+            "tokens_BT"
+        ]
         (calls["trl"],) = apart(peers.ppo, prompts_PT, config)
     tokens = config.batch_size * config.max_new_tokens
     read = config.batch_size * (config.max_prompt + config.max_new_tokens)
@@ -108,7 +144,11 @@ def main(config: Config) -> None:
         {"what": f"PPO {size}, {config.epochs} epochs", "calls": calls, "tokens": tokens},
         {"what": "  of this, the rollout", "calls": {"plumb": ours["rollout"]}, "tokens": tokens},
         {"what": "  the judgement", "calls": {"plumb": ours["judgement"]}, "tokens": read},
-        {"what": "  each update of both", "calls": {"plumb": ours["update"]}, "tokens": read // config.minibatches},
+        {
+            "what": "  each update of both",
+            "calls": {"plumb": ours["update"]},
+            "tokens": read // config.minibatches,
+        },
     ]
     interleaved(rows, config.rounds)
     report("ppo", config, rows, ("torch", "transformers", "trl") if config.peer else (), loads)

@@ -18,12 +18,15 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # the root's modules, from wherever this is started
+sys.path.insert(
+    0, str(pathlib.Path(__file__).parents[1])
+)  # the root's modules, from wherever this is started
 
 import jax
 import numpy as np
 
-from model import LanguageModel, ModelConfig, Params, pure
+from model import LanguageModel, Params, init_and_apply
+from model_config import ModelConfig
 
 # A random Llama of 6.8 million parameters for two CPU cores, of 1.5 billion for an accelerator.
 SMALL = ModelConfig("small", 4096, 256, 688, 6, 8, 8, 32, 1024, tied=False)
@@ -47,12 +50,14 @@ def on_cpu() -> bool:
 
 def peaks() -> tuple[float, float] | None:
     """FLOP/s and bytes/s of the device; None where no table has them (a CPU)."""
-    return next((peak for name, peak in PEAKS.items() if name in jax.devices()[0].device_kind), None)
+    return next(
+        (peak for name, peak in PEAKS.items() if name in jax.devices()[0].device_kind), None
+    )
 
 
 def random_params(model: ModelConfig, seed: int = 0) -> Params:
     """Random float32 parameters."""
-    return jax.jit(pure(LanguageModel(model))[0])(jax.random.key(seed))
+    return jax.jit(init_and_apply(LanguageModel(model))[0])(jax.random.key(seed))
 
 
 def count(tree: Any) -> int:
@@ -60,7 +65,9 @@ def count(tree: Any) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
-def plain_batch(model: ModelConfig, rows: int, length: int, seed: int = 0) -> dict[str, np.ndarray]:
+def plain_batch(
+    model: ModelConfig, rows: int, length: int, seed: int = 0
+) -> dict[str, np.ndarray]:
     """Rows of random tokens, all real, and all but the first predicted."""
     shape = (rows, length)
     return {
@@ -137,13 +144,25 @@ def speed_ratios(row: dict[str, Any], ours: str, peer: str) -> list[float]:
     return [b / a for a, b in zip(row["seconds"][ours], row["seconds"][peer], strict=True)]
 
 
-def report(name: str, config: Any, rows: Sequence[dict[str, Any]], packages: Sequence[str], loads: list[float]) -> None:
+def report(
+    name: str,
+    config: Any,
+    rows: Sequence[dict[str, Any]],
+    packages: Sequence[str],
+    loads: list[float],
+) -> None:
     """Prints the table and writes `<name>-<platform>.json`; a row's first call is ours, each other a peer.
 
     A row has "what", "calls", "tokens" of one call and "seconds" of every call (`interleaved`), and what else it may.
     """
-    versions = {package: importlib.metadata.version(package) for package in ("jax", "jaxlib", *packages)}
-    print(f"{name}: {jax.devices()[0].device_kind}, {' '.join(f'{k} {v}' for k, v in versions.items())}"[:79])
+    versions = {
+        package: importlib.metadata.version(package) for package in ("jax", "jaxlib", *packages)
+    }
+    print(
+        f"{name}: {jax.devices()[0].device_kind}, {' '.join(f'{k} {v}' for k, v in versions.items())}"[
+            :79
+        ]
+    )
     print(f"{'':30}{'ms':>10}{'tokens/s':>10}  times as fast as")
     for row in rows:
         ours, *peers = row.pop("calls")
@@ -152,10 +171,16 @@ def report(name: str, config: Any, rows: Sequence[dict[str, Any]], packages: Seq
         for peer in peers:
             ratios = speed_ratios(row, ours, peer)
             row["faster_than"][peer] = [statistics.median(ratios), min(ratios), max(ratios)]
-        words = [f"{peer} {x[0]:.2f} ({x[1]:.2f}-{x[2]:.2f})" for peer, x in row["faster_than"].items()]
+        words = [
+            f"{peer} {x[0]:.2f} ({x[1]:.2f}-{x[2]:.2f})" for peer, x in row["faster_than"].items()
+        ]
         words += [f"{key} {row[key]:.2f}" for key in ("mfu", "of_roofline") if key in row]
         for i, word in enumerate(words or [""]):
-            line = f"{row['what']:30}{row['ms']:10.1f}{row['tokens_per_s']:10.0f}" if i == 0 else " " * 50
+            line = (
+                f"{row['what']:30}{row['ms']:10.1f}{row['tokens_per_s']:10.0f}"
+                if i == 0
+                else " " * 50
+            )
             print(f"{line}  {word}")
     folder = pathlib.Path(config.out)
     folder.mkdir(parents=True, exist_ok=True)
@@ -167,32 +192,48 @@ def report(name: str, config: Any, rows: Sequence[dict[str, Any]], packages: Seq
         "load_average": [*loads, os.getloadavg()[0]],
         "malloc": os.environ.get("GLIBC_TUNABLES", ""),
         "versions": {"python": sys.version.split()[0], **versions},
-        "config": {key: value for key, value in dataclasses.asdict(config).items() if key != "out"},
+        "config": {
+            key: value for key, value in dataclasses.asdict(config).items() if key != "out"
+        },
         "rows": rows,
     }
-    (folder / f"{name}-{jax.default_backend()}.json").write_text(json.dumps(result, indent=1) + "\n")
+    (folder / f"{name}-{jax.default_backend()}.json").write_text(
+        json.dumps(result, indent=1) + "\n"
+    )
 
 
 def markdown(folder: pathlib.Path) -> str:
     """The results of all benchmarks beside peers as a table."""
     lines = ["| device | what | ms | tokens/s | times as fast as |", "|---|---|---|---|---|"]
-    for path in sorted(path for name in ("train", "decode", "ppo") for path in folder.glob(f"{name}-*.json")):
+    for path in sorted(
+        path for name in ("train", "decode", "ppo") for path in folder.glob(f"{name}-*.json")
+    ):
         result = json.loads(path.read_text())
         for row in result["rows"]:
             versions = result["versions"]
             ratios = [
-                f"{peer} {versions.get(peer, '')}".strip() + " {:.2f} ({:.2f} to {:.2f})".format(*ratio)
+                f"{peer} {versions.get(peer, '')}".strip()
+                + " {:.2f} ({:.2f} to {:.2f})".format(*ratio)
                 for peer, ratio in row["faster_than"].items()
             ]
             ratios += [f"{key} {row[key]:.2f}" for key in ("mfu", "of_roofline") if key in row]
-            cells = (result["device"], row["what"].strip(), f"{row['ms']:,.1f}", f"{row['tokens_per_s']:,.0f}")
+            cells = (
+                result["device"],
+                row["what"].strip(),
+                f"{row['ms']:,.1f}",
+                f"{row['tokens_per_s']:,.0f}",
+            )
             lines.append(f"| {' | '.join((*cells, '; '.join(ratios)))} |")
     return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    argparse.ArgumentParser(description=__doc__.partition("\n")[0]).parse_args()  # it takes no arguments
+    argparse.ArgumentParser(
+        description=__doc__.partition("\n")[0]
+    ).parse_args()  # it takes no arguments
     readme = pathlib.Path(__file__).parents[1] / "README.md"
     before, _, rest = readme.read_text().partition("<!-- benchmarks -->\n")
     _, _, after = rest.partition("<!-- end -->\n")
-    readme.write_text(f"{before}<!-- benchmarks -->\n{markdown(pathlib.Path(RESULTS))}\n<!-- end -->\n{after}")
+    readme.write_text(
+        f"{before}<!-- benchmarks -->\n{markdown(pathlib.Path(RESULTS))}\n<!-- end -->\n{after}"
+    )

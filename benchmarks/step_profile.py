@@ -11,7 +11,7 @@ import tempfile
 import jax
 from train import Config, our_parts
 
-import config as flags
+from runtime import flags
 
 PARTS = {  # by a part of the operation's name; the first that fits
     "attention: scores, softmax, values": r"layers/attention/while|BK[A-Z]*,BK|BT[A-Z]*,BS|softmax|pallas",
@@ -28,14 +28,19 @@ STEPS = 3
 
 def part_of(name: str) -> str:
     """The part of PARTS that an operation of this name belongs to."""
-    return next((part for part, pattern in PARTS.items() if re.search(pattern, name)), "optimiser and the rest")
+    return next(
+        (part for part, pattern in PARTS.items() if re.search(pattern, name)),
+        "optimiser and the rest",
+    )
 
 
 def main(config: Config) -> None:
     """Compiles, runs under JAX's profiler, and prints."""
     step, state, batch = our_parts(config)
     text = step.lower(state, batch).compile().as_text()
-    names = dict(re.findall(r'^ *(?:ROOT )?%?([\w.-]+) = .*?op_name="([^"]*)"', text, re.MULTILINE))
+    names = dict(
+        re.findall(r'^ *(?:ROOT )?%?([\w.-]+) = .*?op_name="([^"]*)"', text, re.MULTILINE)
+    )
     with tempfile.TemporaryDirectory() as folder:
         for turn in range(2):  # the first warms up
             with jax.profiler.trace(f"{folder}/{turn}"):
@@ -47,7 +52,9 @@ def main(config: Config) -> None:
         events = [event for plane in planes for line in plane.lines for event in line.events]
     spent = collections.Counter()
     for event in events:
-        if "hlo_op" in dict(event.stats) and not re.match("while|call|cond", event.name):  # which contain others
+        if "hlo_op" in dict(event.stats) and not re.match(
+            "while|call|cond", event.name
+        ):  # which contain others
             spent[part_of(names.get(event.name, ""))] += event.duration_ns / 1e6 / STEPS
     print(f"{'a step of ' + str(config.batch) + 'x' + str(config.length):44}{'ms':>8}  share")
     for part, ms in spent.most_common():

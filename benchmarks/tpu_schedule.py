@@ -19,7 +19,9 @@ import re
 import sys
 import tempfile
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # the root's modules, from wherever this is started
+sys.path.insert(
+    0, str(pathlib.Path(__file__).parents[1])
+)  # the root's modules, from wherever this is started
 
 import jax
 import jax.numpy as jnp
@@ -29,15 +31,26 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-import config as flags
-from config import UserError
 from kernels import flash
 from kernels.attention import attention
+from runtime import flags
+from runtime.errors import UserError
 
 # Multiply-adds a cycle: four matrix units of 128 x 128; 197 TFLOP/s at 1.5 GHz.
 MULTIPLY_ADDS = {"v5e": 4 * 128 * 128}
 PRODUCTS = {"forward": 2, "dq": 3, "dkv": 4}  # matrix products of a tile
-SLOTS = ("MXU", "XLU", "VALU", "VPOP", "EUP", "VLOAD", "fill", "VSTORE", "spill", "SALU")  # the listing's columns
+SLOTS = (
+    "MXU",
+    "XLU",
+    "VALU",
+    "VPOP",
+    "EUP",
+    "VLOAD",
+    "fill",
+    "VSTORE",
+    "spill",
+    "SALU",
+)  # the listing's columns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,11 +74,17 @@ class Config:
 def compile_kernels(config: Config, width: int) -> None:
     """The three kernels in bfloat16 with two query heads on one key head, compiled for one chip."""
     mesh = Mesh(
-        np.array(topologies.get_topology_desc(platform="tpu", topology_name=config.topology).devices[:1]), "data"
+        np.array(
+            topologies.get_topology_desc(platform="tpu", topology_name=config.topology).devices[:1]
+        ),
+        "data",
     )
     jax.set_mesh(mesh)  # tells JAX which chip it lowers for
     here = NamedSharding(mesh, P())
-    q, kv = (jax.ShapeDtypeStruct((1, config.length, n, width), jnp.bfloat16, sharding=here) for n in (2, 1))
+    q, kv = (
+        jax.ShapeDtypeStruct((1, config.length, n, width), jnp.bfloat16, sharding=here)
+        for n in (2, 1)
+    )
 
     def both_passes(q, k, v, dout):
         out, pull = jax.vjp(lambda *x: attention(*x, implementation="pallas_tpu"), q, k, v)
@@ -81,7 +100,9 @@ def inner_loops(listing: str) -> list[tuple[int, int]]:
         bundle = re.match(r"\s*(0x[0-9a-f]+)\s+(\w\w)?\s*: ([> ]*)\{", line)
         if bundle and bundle[2] == "LB":
             start = int(bundle[1], 16) if bundle[3].count(">") == 2 else None
-        elif bundle and start is not None and "sbr.rel (!%" in line:  # back to the header, until the loop is done
+        elif (
+            bundle and start is not None and "sbr.rel (!%" in line
+        ):  # back to the header, until the loop is done
             loops.append((start, int(bundle[1], 16)))
             start = None
     return loops
@@ -89,17 +110,22 @@ def inner_loops(listing: str) -> list[tuple[int, int]]:
 
 def schedule_of(dump: str, kernel: str) -> dict:
     """Bundles of the unmasked inner loop of a kernel, and the share of each kind of slot that they fill."""
-    newest = lambda end: max(pathlib.Path(dump).glob(f"*-{kernel}.*{end}"))  # noqa: E731 (names begin with the time)
+    newest = lambda end: max(pathlib.Path(dump).glob(f"*-{kernel}.*{end}"))
     loops = inner_loops(newest("[0-9]-final_bundles.txt").read_text())
     if len(loops) != 3:
-        raise RuntimeError(f"{kernel}: {len(loops)} inner loops in the listing, not masked, whole, masked")
+        raise RuntimeError(
+            f"{kernel}: {len(loops)} inner loops in the listing, not masked, whole, masked"
+        )
     first, last = loops[1]
     lines = newest("-final_hlo-static-per-bundle-utilization.txt").read_text().splitlines()
     capacity = [int(x) for x in lines[2].split()]
     rows = [[int(x) for x in line.split()] for line in lines[4:] if line.strip()]
     used = np.sum(rows[first : last + 1], axis=0)
     count = last + 1 - first
-    shares = {name: round(float(n) / (count * c), 3) for name, n, c in zip(SLOTS, used, capacity, strict=True)}
+    shares = {
+        name: round(float(n) / (count * c), 3)
+        for name, n, c in zip(SLOTS, used, capacity, strict=True)
+    }
     return {"bundles": count, "slots": shares}
 
 
@@ -109,12 +135,16 @@ def main(config: Config) -> None:
         raise UserError("libtpu is not installed; pip install -r requirements-tpu.txt")
     chip = config.topology.partition(":")[0]
     if chip not in MULTIPLY_ADDS:
-        raise UserError(f"--topology={config.topology}: the peak rate of {chip} is not known here, only of v5e")
+        raise UserError(
+            f"--topology={config.topology}: the peak rate of {chip} is not known here, only of v5e"
+        )
     own = {name: getattr(config, name) for name in PRODUCTS if getattr(config, name)}
     usual, rows = flash.blocks_of, []
     flash.blocks_of = lambda *args: usual(*args)._replace(**own)
     with tempfile.TemporaryDirectory() as dump:
-        os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true"  # read as libtpu loads
+        os.environ["LIBTPU_INIT_ARGS"] = (
+            f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true"  # read as libtpu loads
+        )
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server to ask
         for width in config.widths:
             compile_kernels(config, width)
@@ -123,12 +153,28 @@ def main(config: Config) -> None:
                 ideal = products * queries * keys * width / MULTIPLY_ADDS[chip]
                 counts = schedule_of(dump, f"flash_{name}")
                 share = round(ideal / counts["bundles"], 3)
-                row = {"width": width, "kernel": name, "tile": [queries, keys], "ideal": ideal, "share": share}
+                row = {
+                    "width": width,
+                    "kernel": name,
+                    "tile": [queries, keys],
+                    "ideal": ideal,
+                    "share": share,
+                }
                 rows.append({**row, **counts})
-                print(f"{name:8} width {width}, {queries} x {keys}: {counts['bundles']} bundles, share {share:.2f}")
-                print("         " + ", ".join(f"{slot} {filled:.2f}" for slot, filled in counts["slots"].items()))
+                print(
+                    f"{name:8} width {width}, {queries} x {keys}: {counts['bundles']} bundles, share {share:.2f}"
+                )
+                print(
+                    "         "
+                    + ", ".join(f"{slot} {filled:.2f}" for slot, filled in counts["slots"].items())
+                )
     versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
-    result = {"topology": config.topology, "length": config.length, "versions": versions, "rows": rows}
+    result = {
+        "topology": config.topology,
+        "length": config.length,
+        "versions": versions,
+        "rows": rows,
+    }
     pathlib.Path(config.out, "tpu_schedule.json").write_text(json.dumps(result, indent=1) + "\n")
     write_readme(pathlib.Path(config.out))
 

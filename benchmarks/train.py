@@ -24,10 +24,12 @@ from side_by_side import (
     report,
 )
 
-import config as flags
-from model import LanguageModel, ModelConfig, pure
+from model import LanguageModel, init_and_apply
+from model_config import ModelConfig
 from objectives.likelihood import likelihood_objective
-from train_step import OptimizerConfig, init_state, make_optimizer, make_train_step
+from runtime import flags
+from train_state import init_state
+from train_step import OptimizerConfig, make_optimizer, make_train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,9 +51,13 @@ class Config:
 def our_parts(config: Config) -> tuple[Any, Any, Any]:
     """The step, its state and its batch."""
     optimizer = make_optimizer(OptimizerConfig(schedule="constant", warmup=0), 1000)
-    objective = partial(likelihood_objective, pure(LanguageModel(config.model))[1])
+    objective = partial(likelihood_objective, init_and_apply(LanguageModel(config.model))[1])
     batch = jax.device_put(plain_batch(config.model, config.batch, config.length))
-    return make_train_step(objective, optimizer), init_state(random_params(config.model), optimizer), batch
+    return (
+        make_train_step(objective, optimizer),
+        init_state(random_params(config.model), optimizer),
+        batch,
+    )
 
 
 def our_step(config: Config) -> Any:
@@ -80,8 +86,10 @@ def main(config: Config) -> None:
     row = {"what": f"train step {config.batch}x{config.length}", "calls": calls, "params": params}
     row["tokens"] = config.batch * config.length
     # Matmul FLOPs of the mathematics, three times the forward's: no embedding, under the causal mask half of T^2.
-    scores = model.layers * model.heads * model.head_width * config.length
-    row["flops"] = 6 * row["tokens"] * (params - model.vocab * model.width * (not model.tied) + scores)
+    scores = model.layers * model.heads * model.head_dim * config.length
+    row["flops"] = (
+        6 * row["tokens"] * (params - model.vocab * model.width * (not model.tied) + scores)
+    )
     interleaved([row], config.rounds)
     if peaks():
         row["mfu"] = row["flops"] / np.median(row["seconds"]["plumb"]) / peaks()[0]

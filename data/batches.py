@@ -12,10 +12,10 @@ from typing import Any
 import grain
 import numpy as np
 
-from config import UserError
 from data.packing import pack, split_document
 from data.sources import Source
 from data.tokenizer import Tokenizer
+from runtime.errors import UserError
 
 Batch = dict[str, np.ndarray]
 Row = dict[str, Any]
@@ -64,7 +64,9 @@ def encode_prompt(record: Row, tokenizer: Tokenizer, length: int) -> tuple[list[
         tokens = tokenizer.prompt(record["prompt"])
     else:
         tokens = [tokenizer.bos, *tokenizer.encode(record["text"])]
-    return [{"tokens": cut_left(tokens, length, tokenizer), "record": record}], len(tokens) > length
+    return [{"tokens": cut_left(tokens, length, tokenizer), "record": record}], len(
+        tokens
+    ) > length
 
 
 def cut_left(tokens: list[int], length: int, tokenizer: Tokenizer) -> list[int]:
@@ -73,11 +75,15 @@ def cut_left(tokens: list[int], length: int, tokenizer: Tokenizer) -> list[int]:
     if len(tokens) <= length:
         return tokens
     if length < 3:
-        raise UserError(f"{length} tokens hold no prompt; raise --max_prompt or --length, or lower --max_new_tokens")
+        raise UserError(
+            f"{length} tokens hold no prompt; raise --max_prompt or --length, or lower --max_new_tokens"
+        )
     roles = {tokenizer.system, tokenizer.user, tokenizer.assistant} - {None}
     cut = len(tokens) - length + (2 if tokens[1] in roles else 1)
     newline = tokenizer.encode("\n")[-1]
-    cut = next((t + 1 for t in range(cut - 1, (cut + len(tokens)) // 2) if tokens[t] == newline), cut)
+    cut = next(
+        (t + 1 for t in range(cut - 1, (cut + len(tokens)) // 2) if tokens[t] == newline), cut
+    )
     role = next((token for token in reversed(tokens[:cut]) if token in roles), None)
     return [tokens[0], *([] if role is None or tokens[cut] in roles else [role]), *tokens[cut:]]
 
@@ -110,10 +116,16 @@ def pad_examples(rows: Sequence[Row], length: int, pad: int, fixed: bool = False
     return batch
 
 
-def pad_comparisons(rows: Sequence[Row], length: int, pad: int, fixed: bool = False, candidates: int = 2) -> Batch:
+def pad_comparisons(
+    rows: Sequence[Row], length: int, pad: int, fixed: bool = False, candidates: int = 2
+) -> Batch:
     """tokens_BCT, loss_mask_BCT (responses with eos), segment_ids_BCT, positions_BCT, padded on the right;
     ranks_BC (1 the best, equal a tie, 0 no candidate); margin_B. C is `candidates`."""
-    widest = max(len(p) + len(r) for row in rows for p, r in zip(row["prompts"], row["responses"], strict=True))
+    widest = max(
+        len(p) + len(r)
+        for row in rows
+        for p, r in zip(row["prompts"], row["responses"], strict=True)
+    )
     shape = (len(rows), candidates, bucket(widest, length, fixed))
     batch = {
         "tokens_BCT": np.full(shape, pad, np.int32),
@@ -125,7 +137,9 @@ def pad_comparisons(rows: Sequence[Row], length: int, pad: int, fixed: bool = Fa
     }
     for b, row in enumerate(rows):
         if len(row["responses"]) > candidates:
-            raise UserError(f"a comparison has {len(row['responses'])} responses, more than {candidates}")
+            raise UserError(
+                f"a comparison has {len(row['responses'])} responses, more than {candidates}"
+            )
         for c, (prompt, response) in enumerate(zip(row["prompts"], row["responses"], strict=True)):
             start, n = len(prompt), len(prompt) + len(response)
             batch["tokens_BCT"][b, c, :n] = [*prompt, *response]
@@ -152,7 +166,9 @@ def pad_prompts(rows: Sequence[Row], length: int, pad: int, fixed: bool = False)
     return batch
 
 
-def collate(encode: Callable, pad: Callable, records: Sequence[Row], tokenizer: Tokenizer, length: int) -> Batch:
+def collate(
+    encode: Callable, pad: Callable, records: Sequence[Row], tokenizer: Tokenizer, length: int
+) -> Batch:
     """One batch of these records, as for evaluation: `collate(encode_chat, pad_examples, records, ...)`.
 
     What `encode` drops is missing from it, so give a `length` that holds them if rows must match records.
@@ -188,7 +204,9 @@ class Batches:
         without: Collection[int] = (),
     ):
         if batch_size % processes:
-            raise UserError(f"--batch_size={batch_size}: must be a multiple of the {processes} hosts")
+            raise UserError(
+                f"--batch_size={batch_size}: must be a multiple of the {processes} hosts"
+            )
         if len(source) < batch_size and process == 0:
             print(
                 f"note: {source.name} has {len(source)} records, fewer than a batch of {batch_size}: "
@@ -205,7 +223,16 @@ class Batches:
         self._pool = ThreadPoolExecutor(1, "batches")
         self.records: list[Row] = []
         """Of the last prompt or comparison batch, the record of each row on this host."""
-        self.restore({"batches": 0, "window": 0, "row": 0, "truncated": 0, "dropped": 0, "processes": processes})
+        self.restore(
+            {
+                "batches": 0,
+                "window": 0,
+                "row": 0,
+                "truncated": 0,
+                "dropped": 0,
+                "processes": processes,
+            }
+        )
 
     @property
     def state(self) -> dict[str, int]:
@@ -242,7 +269,9 @@ class Batches:
     def __next__(self) -> Batch:
         future = self._next or self._pool.submit(self._make, self._state)
         batch, self.records, self._state = future.result()
-        self._next = self._pool.submit(self._make, self._state)  # one ahead, while the device works
+        self._next = self._pool.submit(
+            self._make, self._state
+        )  # one ahead, while the device works
         return batch
 
     def _make(self, state: dict[str, int]) -> tuple[Batch, list[Row], dict[str, int]]:
@@ -261,7 +290,9 @@ class Batches:
             state["row"] += len(taken)
             empty = 0 if made else empty + self._window
             if empty > min(len(self._source), 10_000):
-                raise UserError(f"{self._source.name}: no record fits {self._length} tokens; raise length")
+                raise UserError(
+                    f"{self._source.name}: no record fits {self._length} tokens; raise length"
+                )
             if state["row"] == len(made):
                 done = {name: state[name] + count for name, count in counts.items()}
                 state |= {**done, "window": state["window"] + 1, "row": 0}
@@ -270,7 +301,9 @@ class Batches:
         else:
             batch = self._pad(rows, self._length, self._tokenizer.pad, fixed=self._processes > 1)
         if any(key.startswith("loss_mask") and not mask.any() for key, mask in batch.items()):
-            raise UserError(f"{self._source.name}: a batch whose loss mask is all zero; raise the length")
+            raise UserError(
+                f"{self._source.name}: a batch whose loss mask is all zero; raise the length"
+            )
         return batch, [row["record"] for row in rows if "record" in row], state
 
     def _make_window(self, number: int) -> tuple[list[Row], dict[str, int]]:
@@ -286,7 +319,10 @@ class Batches:
             if self._packing:
                 examples = [(row["tokens"], row["mask"]) for row in rows]
                 packed = pack(examples, self._length, self._tokenizer.pad)
-                rows = [dict(zip(packed, row, strict=True)) for row in zip(*packed.values(), strict=True)]
+                rows = [
+                    dict(zip(packed, row, strict=True))
+                    for row in zip(*packed.values(), strict=True)
+                ]
             self._made = (number, rows, counts)
         return self._made[1:]
 

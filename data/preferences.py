@@ -74,7 +74,10 @@ def hindsight(source: Source) -> Source:
             {"role": "assistant", "content": first},
         ]
         for prefix, response in rest:
-            turns += [{"role": "user", "content": prefix}, {"role": "assistant", "content": response}]
+            turns += [
+                {"role": "user", "content": prefix},
+                {"role": "assistant", "content": response},
+            ]
         return {"messages": turns}
 
     return Source(source.name, range(len(source)), read)
@@ -92,7 +95,9 @@ def with_other_prompts(source: Source, count: int) -> Source:
     return Source(source.name, range(n), read, count)
 
 
-def encode_contrast(record: Record, tokenizer: Tokenizer, length: int) -> tuple[list[Record], bool]:
+def encode_contrast(
+    record: Record, tokenizer: Tokenizer, length: int
+) -> tuple[list[Record], bool]:
     """As `encode_comparison`, of one response after several prompts, the first of which (rank 1) was its own."""
     prompts = [tokenizer.prompt(prompt) for prompt in record["prompts"]]
     response = [*tokenizer.encode(record["response"]), tokenizer.eos]
@@ -113,16 +118,27 @@ def encode_contrast(record: Record, tokenizer: Tokenizer, length: int) -> tuple[
 
 
 def edit_weights(
-    initial: list[int], revised: list[int], *, added: float = 1.0, removed: float = -0.5, kept: float = 0.0
+    initial: list[int],
+    revised: list[int],
+    *,
+    added: float = 1.0,
+    removed: float = -0.5,
+    kept: float = 0.0,
 ) -> tuple[list[float], list[float]]:
     """Weights of the tokens of an answer and of its revision, from a shortest edit between them (Levenshtein's).
 
     Tokens that the revision adds or puts in another's place weigh `added`, those that it drops or replaces
     `removed`, all others `kept` in the revision and 0 before (Guo et al. 2024, FIGA, section 3).
     """
-    before, after, insertions = [removed] * len(initial), [added] * len(revised), np.arange(len(revised) + 1)
+    before, after, insertions = (
+        [removed] * len(initial),
+        [added] * len(revised),
+        np.arange(len(revised) + 1),
+    )
     same = np.array(initial)[:, None] == np.array(revised)
-    edits = [insertions]  # [i][j]: fewest that make the first j tokens of the revision from the first i
+    edits = [
+        insertions
+    ]  # [i][j]: fewest that make the first j tokens of the revision from the first i
     for equal in same:
         row = edits[-1] + 1
         row[1:] = np.minimum(row[1:], edits[-1][:-1] + ~equal)
@@ -147,8 +163,13 @@ def with_edit_weights(batch: Batch, removed: float) -> Batch:
         best, worst = first_and_last(ranks)
         if worst is not None:
             masks = [batch["loss_mask_BCT"][b, c] > 0 for c in (worst, best)]
-            tokens = [batch["tokens_BCT"][b, c][mask].tolist() for c, mask in zip((worst, best), masks, strict=True)]
-            for c, mask, weights in zip((worst, best), masks, edit_weights(*tokens, removed=-removed), strict=True):
+            tokens = [
+                batch["tokens_BCT"][b, c][mask].tolist()
+                for c, mask in zip((worst, best), masks, strict=True)
+            ]
+            for c, mask, weights in zip(
+                (worst, best), masks, edit_weights(*tokens, removed=-removed), strict=True
+            ):
                 weights_BCT[b, c, mask] = weights
     return {**batch, "weights_BCT": weights_BCT}
 
@@ -156,7 +177,9 @@ def with_edit_weights(batch: Batch, removed: float) -> Batch:
 def with_rank_weights(batch: Batch, removed: float) -> Batch:
     """The batch with `weights_BCT`: 1 on the tokens of rank 1, -`removed` on those of any other, for unlikelihood."""
     ranks_BC = batch["ranks_BC"]
-    sign_BC = np.where(ranks_BC == 1, 1.0, np.where(ranks_BC > 1, -removed, 0.0)).astype(np.float32)
+    sign_BC = np.where(ranks_BC == 1, 1.0, np.where(ranks_BC > 1, -removed, 0.0)).astype(
+        np.float32
+    )
     return {**batch, "weights_BCT": sign_BC[:, :, None] * batch["loss_mask_BCT"]}
 
 
@@ -168,4 +191,8 @@ def forget(batch: Batch, share: float, rng: np.random.Generator) -> Batch:
     hidden_BT = (rng.random(batch["tokens_BT"].shape) < share) & (batch["positions_BT"] > 0)
     mask_BT = batch["loss_mask_BT"].copy()
     mask_BT[:, 1:] *= ~hidden_BT[:, :-1]
-    return {**batch, "loss_mask_BT": mask_BT, "segment_ids_BT": np.where(hidden_BT, 0, batch["segment_ids_BT"])}
+    return {
+        **batch,
+        "loss_mask_BT": mask_BT,
+        "segment_ids_BT": np.where(hidden_BT, 0, batch["segment_ids_BT"]),
+    }

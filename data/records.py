@@ -46,11 +46,17 @@ def chat(row: Row) -> Row:
         return {"messages": [*pair["prompt"], _turn("assistant", pair["responses"][best])]}
     if "instruction" in row:
         return _instruction(row)
-    for asked, answered in (("prompt", "response"), ("prompt", "completion"), ("question", "answer")):
+    for asked, answered in (
+        ("prompt", "response"),
+        ("prompt", "completion"),
+        ("question", "answer"),
+    ):
         if asked in row and answered in row:
             answer = _turn("assistant", _string(row[answered], answered))
             return {"messages": [*_prompt(row[asked], asked), answer]}
-    raise _missing(row, "messages", "messages, prompt and response, question and answer, or instruction")
+    raise _missing(
+        row, "messages", "messages, prompt and response, question and answer, or instruction"
+    )
 
 
 def comparison(row: Row) -> Row:
@@ -61,13 +67,23 @@ def comparison(row: Row) -> Row:
         pair = [_get(row, "chosen"), _get(row, "rejected")]
         if "prompt" in row and isinstance(pair[0], str):
             prompt = _prompt(row["prompt"], "prompt")
-            responses = [_string(r, field) for r, field in zip(pair, ("chosen", "rejected"), strict=True)]
+            responses = [
+                _string(r, field) for r, field in zip(pair, ("chosen", "rejected"), strict=True)
+            ]
         else:
             prompt, responses = _transcripts(*pair)
-        record = {"prompt": prompt, "responses": responses, "ranking": [1, 1 if responses[0] == responses[1] else 2]}
+        record = {
+            "prompt": prompt,
+            "responses": responses,
+            "ranking": [1, 1 if responses[0] == responses[1] else 2],
+        }
     if row.get("margin") is not None:
         margin = row["margin"]
-        if isinstance(margin, bool) or not isinstance(margin, int | float) or not 0 <= margin < math.inf:
+        if (
+            isinstance(margin, bool)
+            or not isinstance(margin, int | float)
+            or not 0 <= margin < math.inf
+        ):
             raise FieldError("margin", f"must be a number of at least 0, not {margin!r}")
         record["margin"] = float(margin)
     if row.get("criterion") is not None:
@@ -80,17 +96,27 @@ def unpaired(row: Row) -> Row:
     answered = "response" if "response" in row else "completion"
     label = "desirable" if "desirable" in row else "label"
     if answered not in row or label not in row:
-        raise _missing(row, "response" if answered not in row else "desirable", "prompt, response and desirable")
+        raise _missing(
+            row,
+            "response" if answered not in row else "desirable",
+            "prompt, response and desirable",
+        )
     response = _string(row[answered], answered)
     if not isinstance(row[label], bool):
         raise FieldError(label, f"must be true or false, not {row[label]!r}")
-    return {"prompt": _prompt(_get(row, "prompt"), "prompt"), "response": response, "desirable": row[label]}
+    return {
+        "prompt": _prompt(_get(row, "prompt"), "prompt"),
+        "response": response,
+        "desirable": row[label],
+    }
 
 
 def prompt(row: Row) -> Row:
     """What a response is asked to. A conversation serves too: without its last turn, kept as the answer."""
     if "prompt" in row:
-        answer = next((field for field in ("answer", "response", "completion") if field in row), None)
+        answer = next(
+            (field for field in ("answer", "response", "completion") if field in row), None
+        )
         record = {"prompt": _prompt(row["prompt"], "prompt")}
         return record if answer is None else {**record, "answer": _string(row[answer], answer)}
     if "text" in row:
@@ -117,7 +143,9 @@ def steps(row: Row) -> Row:
     for i, label in enumerate(labels):
         share = isinstance(label, int | float) and not isinstance(label, bool) and 0 <= label <= 1
         if not share and label is not None and label not in STEP_LABELS:
-            raise FieldError(f"labels[{i}]", f"must be {', '.join(STEP_LABELS)}, 0 to 1, or null, not {label!r}")
+            raise FieldError(
+                f"labels[{i}]", f"must be {', '.join(STEP_LABELS)}, 0 to 1, or null, not {label!r}"
+            )
     for i, step in enumerate(steps):
         if "\n" in _string(step, f"steps[{i}]"):
             raise FieldError(f"steps[{i}]", "must be one line; join its lines")
@@ -159,7 +187,9 @@ def _ranked(row: Row) -> Row:
     responses = [_string(r, f"responses[{i}]") for i, r in enumerate(responses)]
     whole = isinstance(ranking, list) and all(type(rank) is int for rank in ranking)
     if not whole or len(ranking) != len(responses) or min(ranking) != 1:
-        raise FieldError("ranking", f"must be {len(responses)} whole numbers, 1 the best, equal for a tie")
+        raise FieldError(
+            "ranking", f"must be {len(responses)} whole numbers, 1 the best, equal for a tie"
+        )
     return {"responses": responses, "ranking": ranking}
 
 
@@ -185,7 +215,9 @@ def _transcript(value: Any, field: str) -> list[Row]:
             else:
                 turns.append(_turn(role, content))
         if parts[0].strip() or not turns or not all(turn["content"] for turn in turns[:-1]):
-            raise FieldError(field, "must be a transcript of Human: and Assistant: turns, or beside a prompt")
+            raise FieldError(
+                field, "must be a transcript of Human: and Assistant: turns, or beside a prompt"
+            )
     if len(turns) < 2 or turns[-1]["role"] != "assistant":
         raise FieldError(field, "must end with an assistant's turn that follows another's")
     return turns
@@ -198,14 +230,22 @@ def _prm800k(row: Row) -> Row:
     a human wrote counts as positive. A step of several lines becomes one line. Problems given up may have no step;
     batches drop them.
     """
-    record: Row = {"prompt": _prompt(_get(_object(row, "question"), "problem", "question."), "question.problem")}
+    record: Row = {
+        "prompt": _prompt(
+            _get(_object(row, "question"), "problem", "question."), "question.problem"
+        )
+    }
     chosen = []
     stages = _get(_object(row, "label"), "steps", "label.")
     for i, stage in enumerate(stages if isinstance(stages, list) else []):
         place = f"label.steps[{i}]"
         if not isinstance(stage, dict) or not isinstance(stage.get("completions"), list):
             raise FieldError(place, "must be an object with completions")
-        number, human, offered = stage.get("chosen_completion"), stage.get("human_completion"), stage["completions"]
+        number, human, offered = (
+            stage.get("chosen_completion"),
+            stage.get("human_completion"),
+            stage["completions"],
+        )
         if number is None and human is not None:
             completion = {"rating": 1, **{name: x for name, x in human.items() if x is not None}}
         elif not offered:
@@ -213,13 +253,18 @@ def _prm800k(row: Row) -> Row:
         elif number is None or (type(number) is int and 0 <= number < len(offered)):
             completion = offered[number or 0]
         else:
-            raise FieldError(place + ".chosen_completion", f"must be one of {len(offered)} completions")
+            raise FieldError(
+                place + ".chosen_completion", f"must be one of {len(offered)} completions"
+            )
         rating = completion.get("rating")
         if rating not in (-1, 0, 1, None):
             raise FieldError(place, f"rating must be -1, 0, 1 or null, not {rating!r}")
         label = None if rating is None else STEP_LABELS[1 - rating]
         chosen.append((" ".join(_string(completion.get("text"), place).split()), label))
-    return record | {"steps": [text for text, _ in chosen], "labels": [label for _, label in chosen]}
+    return record | {
+        "steps": [text for text, _ in chosen],
+        "labels": [label for _, label in chosen],
+    }
 
 
 def _object(row: Row, field: str) -> Row:
@@ -275,6 +320,8 @@ def _messages(value: Any, field: str) -> list[Row]:
         if not isinstance(message, dict):
             raise FieldError(f"{field}[{i}]", "must be an object with role and content")
         if message.get("role") not in ROLES or (message["role"] == "system" and i > 0):
-            raise FieldError(f"{field}[{i}].role", "must be user or assistant; the first may be system")
+            raise FieldError(
+                f"{field}[{i}].role", "must be user or assistant; the first may be system"
+            )
         _string(message.get("content"), f"{field}[{i}].content")
     return [_turn(message["role"], message["content"]) for message in value]

@@ -22,8 +22,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from config import UserError
-from data import arithmetic, records, world
+from data import records
+from runtime.errors import UserError
+from tasks import arithmetic, world
 
 ENDLESS = 1 << 30
 """Records a split of what is built in is said to have: more than any run reads."""
@@ -66,7 +67,9 @@ def open_source(data: str, schema: str, split: str, *, seed: int = 0) -> Source:
         return _catalogue(data.removeprefix("tfds:"), schema, split)
     if data.endswith((".jsonl", ".jsonl.gz")):
         return _local(pathlib.Path(data), schema, split)
-    raise UserError(f"--data={data}: not a source; give world, arithmetic, a .jsonl or .jsonl.gz file, or tfds:<name>")
+    raise UserError(
+        f"--data={data}: not a source; give world, arithmetic, a .jsonl or .jsonl.gz file, or tfds:<name>"
+    )
 
 
 # ---- Built in ----
@@ -92,7 +95,9 @@ def _built_in(name: str, schema: str, split: str, seed: int) -> Source:
         },
     }[name]
     if schema not in draw:
-        raise UserError(f"--data={name}: has no {schema} records, only {', '.join(draw)}; name another source")
+        raise UserError(
+            f"--data={name}: has no {schema} records, only {', '.join(draw)}; name another source"
+        )
     return Source(name, range(ENDLESS), lambda i: records.SCHEMAS[schema](draw[schema](i)))
 
 
@@ -118,7 +123,11 @@ def _catalogue(name: str, schema: str, split: str) -> Source:
         part = own if split == "heldout" else "train"
     try:
         stored = builder.as_data_source(split=part)
-    except (NotImplementedError, ValueError, OSError) as fault:  # the first is TFDS's word for files read in order only
+    except (
+        NotImplementedError,
+        ValueError,
+        OSError,
+    ) as fault:  # the first is TFDS's word for files read in order only
         raise UserError(
             f"tfds:{name}: {newest}: split {part} is not readable by random access ({fault}); "
             f"{_how_to_prepare(name, data_dir)}"
@@ -174,10 +183,14 @@ def _local(path: pathlib.Path, schema: str, split: str) -> Source:
     with np.load(folder / "split.npz") as saved:
         keys, candidates = saved["keys"], int(saved["candidates"])
     if split == "all":
-        return Source(str(path), np.arange(len(keys)), lambda i: json.loads(stored[i]["json"]), candidates)
+        return Source(
+            str(path), np.arange(len(keys)), lambda i: json.loads(stored[i]["json"]), candidates
+        )
     held = held_out(keys)
     if held.all():
-        raise UserError(f"{path}: all its prompts or texts are the same: none can be held out; add others")
+        raise UserError(
+            f"{path}: all its prompts or texts are the same: none can be held out; add others"
+        )
     rows = np.flatnonzero(held if split == "heldout" else ~held)
     name = f"the held-out split of {path}" if split == "heldout" else str(path)
     return Source(name, rows, lambda i: json.loads(stored[i]["json"]), candidates)
@@ -216,10 +229,14 @@ def _prepared(path: pathlib.Path, schema: str) -> pathlib.Path:
         if folder.exists():
             return folder
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; give world, arithmetic, a .jsonl file, or tfds:<name>") from None
+        raise UserError(
+            f"{path}: no such file; give world, arithmetic, a .jsonl file, or tfds:<name>"
+        ) from None
     except OSError as fault:
         raise UserError(f"{path}: cannot be read ({fault.strerror})") from None
-    adapted = [(_key(record), len(record.get("responses", ()))) for record in _records(path, schema)]
+    adapted = [
+        (_key(record), len(record.get("responses", ()))) for record in _records(path, schema)
+    ]
     if not adapted:
         raise UserError(f"{path}: has no rows; give a file with one JSON object a line")
     keys, candidates = zip(*adapted, strict=True)
@@ -228,7 +245,9 @@ def _prepared(path: pathlib.Path, schema: str) -> pathlib.Path:
         partial = pathlib.Path(tempfile.mkdtemp(prefix="partial-", dir=cache))
         try:
             built = _write(path, schema, len(keys), partial)
-            np.savez(built / "split.npz", keys=np.array(keys, np.uint64), candidates=max(candidates))
+            np.savez(
+                built / "split.npz", keys=np.array(keys, np.uint64), candidates=max(candidates)
+            )
             try:
                 built.rename(folder)
             except OSError:
@@ -237,7 +256,9 @@ def _prepared(path: pathlib.Path, schema: str) -> pathlib.Path:
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     except OSError as fault:
-        raise UserError(f"{cache}: cannot keep {path} here ({fault}); set PLUMB_CACHE to another") from None
+        raise UserError(
+            f"{cache}: cannot keep {path} here ({fault}); set PLUMB_CACHE to another"
+        ) from None
     return folder
 
 
@@ -251,14 +272,20 @@ def _write(path: pathlib.Path, schema: str, count: int, folder: pathlib.Path) ->
             VERSION = tfds.core.Version("1.0.0")
 
             def _info(self) -> tfds.core.DatasetInfo:
-                features = tfds.features.FeaturesDict({"json": tfds.features.Text()})  # records nest: one string
-                return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
+                features = tfds.features.FeaturesDict(
+                    {"json": tfds.features.Text()}
+                )  # records nest: one string
+                return tfds.core.DatasetInfo(
+                    builder=self, features=features, disable_shuffling=True
+                )
 
             def _split_generators(self, _):
                 return {"train": self._generate_examples()}
 
             def _generate_examples(self):
-                rows = tqdm(_records(path, schema), f"preparing {path.name}", total=count, unit="row")
+                rows = tqdm(
+                    _records(path, schema), f"preparing {path.name}", total=count, unit="row"
+                )
                 for i, record in enumerate(rows):
                     yield i, {"json": json.dumps(record)}
 
@@ -281,16 +308,26 @@ def _records(path: pathlib.Path, schema: str) -> Iterator[dict[str, Any]]:
             for line in lines:
                 number += 1
                 if line.strip():
-                    row = json.loads(line.decode("utf-8-sig").rstrip())  # the newline would be where the fault is
+                    row = json.loads(
+                        line.decode("utf-8-sig").rstrip()
+                    )  # the newline would be where the fault is
                     if not isinstance(row, dict):
-                        raise records.FieldError("line", f"must be a JSON object, not {type(row).__name__}")
+                        raise records.FieldError(
+                            "line", f"must be a JSON object, not {type(row).__name__}"
+                        )
                     yield records.SCHEMAS[schema](row)
     except records.FieldError as fault:
         raise UserError(f"{path}:{number}: {fault}") from None
     except UnicodeDecodeError as fault:
         raise UserError(f"{path}:{number}: line: is not UTF-8 (byte {fault.start + 1})") from None
     except (ValueError, RecursionError) as fault:
-        reason = f"{fault.msg}, column {fault.colno}" if isinstance(fault, json.JSONDecodeError) else fault
+        reason = (
+            f"{fault.msg}, column {fault.colno}"
+            if isinstance(fault, json.JSONDecodeError)
+            else fault
+        )
         raise UserError(f"{path}:{number}: line: is not JSON ({reason})") from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as fault:
-        raise UserError(f"{path}:{number + 1}: broken gzip file ({fault}); compress it again") from None
+        raise UserError(
+            f"{path}:{number + 1}: broken gzip file ({fault}); compress it again"
+        ) from None

@@ -13,8 +13,8 @@ from typing import Any
 
 import sentencepiece
 
-from config import UserError
 from data.tokenizer_json import JsonPieces
+from runtime.errors import UserError
 
 ROLES = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>"}
 SPACE_MARK = "▁"  # SentencePiece writes a space as U+2581, so the character itself travels as its three bytes
@@ -34,7 +34,11 @@ class Tokenizer:
     def __init__(self, model: bytes):
         self.model = model
         is_json = model[:1] == b"{"
-        self.pieces = JsonPieces(model) if is_json else sentencepiece.SentencePieceProcessor(model_proto=model)
+        self.pieces = (
+            JsonPieces(model)
+            if is_json
+            else sentencepiece.SentencePieceProcessor(model_proto=model)
+        )
         pieces = self.pieces
         self.size: int = pieces.get_piece_size()
         self.sha256: str = hashlib.sha256(model).hexdigest()
@@ -87,7 +91,9 @@ class Tokenizer:
             )
         except RuntimeError as fault:
             if "sentences_.empty" in str(fault):
-                raise UserError("tokenizer: no text to train on; give a source with some") from None
+                raise UserError(
+                    "tokenizer: no text to train on; give a source with some"
+                ) from None
             if "smaller than required" in str(fault):
                 raise UserError(
                     f"tokenizer: vocab_size {vocab_size} is too small for bytes, special tokens "
@@ -105,9 +111,13 @@ class Tokenizer:
         try:
             return cls(file.read_bytes())
         except FileNotFoundError:
-            raise UserError(f"{file}: no tokenizer here; name a .model file or the folder of a run") from None
+            raise UserError(
+                f"{file}: no tokenizer here; name a .model file or the folder of a run"
+            ) from None
         except (OSError, RuntimeError):
-            raise UserError(f"{file}: not a SentencePiece model; restore the file or train another") from None
+            raise UserError(
+                f"{file}: not a SentencePiece model; restore the file or train another"
+            ) from None
 
     def save(self, path: str | os.PathLike) -> None:
         """Write `path` if it ends in `.model`, else `<path>/tokenizer.model`; all of it or nothing."""
@@ -129,7 +139,9 @@ class Tokenizer:
 
         Left out are control tokens, and ids that only the model has, whose vocabulary may be the larger.
         """
-        return self.pieces.decode([int(i) for i in ids if int(i) < self.size and int(i) not in self._hidden])
+        return self.pieces.decode(
+            [int(i) for i in ids if int(i) < self.size and int(i) not in self._hidden]
+        )
 
     def ended(self, responses: Iterable[Sequence[int]]) -> list[str]:
         """The texts of those that came to their end; others are no whole answers."""
@@ -149,7 +161,10 @@ class Tokenizer:
         for message in messages:
             content = self.encode(message["content"])
             answers = message["role"] == "assistant"
-            role, content = self._role(message["role"]), [*content, *([self.eos] if answers else [])]
+            role, content = (
+                self._role(message["role"]),
+                [*content, *([self.eos] if answers else [])],
+            )
             tokens += [*role, *content]
             mask += [0] * len(role) + [int(answers)] * len(content)
         return tokens, mask
@@ -178,14 +193,21 @@ def tokenizer_for(config: Any, source: Any) -> Tokenizer:
         return Tokenizer.load(config.run)
     if config.init is not None:
         tokenizer = Tokenizer.load(config.init)
-        if config.tokenizer is not None and Tokenizer.load(config.tokenizer).sha256 != tokenizer.sha256:
-            raise UserError(f"--tokenizer={config.tokenizer}: not that of --init={config.init}; leave it out")
+        if (
+            config.tokenizer is not None
+            and Tokenizer.load(config.tokenizer).sha256 != tokenizer.sha256
+        ):
+            raise UserError(
+                f"--tokenizer={config.tokenizer}: not that of --init={config.init}; leave it out"
+            )
         return tokenizer
     if config.tokenizer is not None:
         return Tokenizer.load(config.tokenizer)
     records = (source[i] for i in range(min(len(source), TRAINING_RECORDS)))
     with tempfile.TemporaryDirectory() as folder:
-        return Tokenizer.train((text for record in records for text in texts_of(record)), folder, config.model.vocab)
+        return Tokenizer.train(
+            (text for record in records for text in texts_of(record)), folder, config.model.vocab
+        )
 
 
 def texts_of(record: Any) -> Iterator[str]:
@@ -193,6 +215,8 @@ def texts_of(record: Any) -> Iterator[str]:
     if isinstance(record, str):
         yield record
     elif isinstance(record, dict):
-        yield from (text for name, value in record.items() if name != "role" for text in texts_of(value))
+        yield from (
+            text for name, value in record.items() if name != "role" for text in texts_of(value)
+        )
     elif isinstance(record, list | tuple):
         yield from (text for value in record for text in texts_of(value))

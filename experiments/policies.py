@@ -9,15 +9,18 @@ import pathlib
 import sys
 from typing import Any
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # the root's modules, from wherever this is started
+sys.path.insert(
+    0, str(pathlib.Path(__file__).parents[1])
+)  # the root's modules, from wherever this is started
 
-import config as flags
-from config import UserError
-from data import world
-from generate import SamplingConfig, load_run
-from gold import CRITERIA, judged, make_measure, summarise
-from programs import forward_flops
+from evaluation.gold import CRITERIA, gold_rows, make_measure, summarise
+from planning.programs import forward_flops
+from responses import load_run
+from runtime import flags
+from runtime.errors import UserError
+from sampling import SamplingConfig
 from sharding import MeshConfig, make_mesh
+from tasks import world
 
 MAX_PROMPT, MAX_NEW = 32, 24  # as evaluate.py
 
@@ -38,7 +41,9 @@ def main(config: Config) -> dict[str, dict[str, Any]]:
     """Name of a run's folder -> gold shares with intervals, KL to the first, FLOPs as a share of the first's."""
     names = [pathlib.Path(run).name for run in config.runs]
     if len(set(names)) < len(names) or not names:
-        raise UserError(f"--runs: {', '.join(names)}; give at least one, in folders of different names")
+        raise UserError(
+            f"--runs: {', '.join(names)}; give at least one, in folders of different names"
+        )
     make_mesh(MeshConfig())
     requests = [world.prompt(i, split="heldout", seed=config.seed) for i in range(config.n)]
     shape, first_tokenizer, first = load_run(config.runs[0])
@@ -48,14 +53,23 @@ def main(config: Config) -> dict[str, dict[str, Any]]:
     for name, run in zip(names, config.runs, strict=True):
         model, tokenizer, params = load_run(run)
         if tokenizer.sha256 != first_tokenizer.sha256:
-            raise UserError(f"{run}: its tokenizer is not that of {config.runs[0]}; measure them apart")
+            raise UserError(
+                f"{run}: its tokenizer is not that of {config.runs[0]}; measure them apart"
+            )
         sampling = SamplingConfig(1.0, max_new_tokens=MAX_NEW)
         measure = make_measure(model, sampling, tokenizer, MAX_PROMPT, reference=shape)
-        texts, lengths, kls = zip(*measure(params, first, [r.text for r in requests], config.seed), strict=True)
-        table[name] = summarise(judged(requests, texts), lengths, kls)
+        texts, lengths, kls = zip(
+            *measure(params, first, [r.text for r in requests], config.seed), strict=True
+        )
+        table[name] = summarise(gold_rows(requests, texts), lengths, kls)
         length = MAX_PROMPT + MAX_NEW
-        table[name]["flops"] = forward_flops(model, 1, length, length) / forward_flops(shape, 1, length, length)
-        shares = [*(table[name][criterion] for criterion in CRITERIA), table[name]["kinds"]["dangerous"]["all"]]
+        table[name]["flops"] = forward_flops(model, 1, length, length) / forward_flops(
+            shape, 1, length, length
+        )
+        shares = [
+            *(table[name][criterion] for criterion in CRITERIA),
+            table[name]["kinds"]["dangerous"]["all"],
+        ]
         rest = f"{table[name]['kl']:>z9.2f}{table[name]['flops']:9.2f}"
         print(f"{name:16}" + "".join(f"{share:10.3f}" for share in shares) + rest)
     pathlib.Path(config.out).write_text(json.dumps(table, indent=1) + "\n")

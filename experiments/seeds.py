@@ -23,14 +23,19 @@ def half(values: Sequence[float]) -> float:
 def leaves(tree: Any, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], float]:
     """The numbers of nested dictionaries by their paths; lists, which are intervals over prompts, are left out."""
     if isinstance(tree, dict):
-        return {key: x for name, part in tree.items() for key, x in leaves(part, (*path, name)).items()}
+        return {
+            key: x for name, part in tree.items() for key, x in leaves(part, (*path, name)).items()
+        }
     return {path: float(tree)} if isinstance(tree, int | float) else {}
 
 
 if __name__ == "__main__":
     if len(sys.argv) < 2:
         sys.exit("seeds.py: name runs that have a summary.json, one a seed")
-    seeds = [leaves(json.loads((pathlib.Path(run) / "summary.json").read_text())) for run in sys.argv[1:]]
+    seeds = [
+        leaves(json.loads((pathlib.Path(run) / "summary.json").read_text()))
+        for run in sys.argv[1:]
+    ]
     for path, _ in seeds[0].items():
         values = [of_seed[path] for of_seed in seeds]
         shown = ", ".join(f"{x:.3f}" for x in values)

@@ -9,13 +9,15 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from config import UserError
 from kernels import chunked, flash, library
 from kernels.masks import MASKED, Ranges, mask_of, visible_ranges
 from kernels.ring import ring_backward, ring_forward
+from runtime.errors import UserError
 from sharding import BATCH, along, platform
 
-Implementation = Literal["auto", "reference", "xla_chunked", "pallas_tpu", "pallas_gpu", "pallas_hopper", "library"]
+Implementation = Literal[
+    "auto", "reference", "xla_chunked", "pallas_tpu", "pallas_gpu", "pallas_hopper", "library"
+]
 
 
 class Line(NamedTuple):
@@ -33,7 +35,12 @@ ANY = float("inf")
 AUTO = (  # the first line that fits; the last always does
     Line("cpu", 64, "reference", "one tile of xla_chunked: nothing to skip"),
     Line("tpu", 127, "reference", "shorter than one tile"),
-    Line("tpu", flash.longest_on_tpu, "pallas_tpu", "compiled for v5e, v5p and v6e; not yet timed on one"),
+    Line(
+        "tpu",
+        flash.longest_on_tpu,
+        "pallas_tpu",
+        "compiled for v5e, v5p and v6e; not yet timed on one",
+    ),
     Line("gpu", 1024, "reference", "the kernels have not yet been seen on a GPU"),
     Line("", ANY, "xla_chunked", "memory; no kernel fits here, or none has been measured"),
 )
@@ -72,18 +79,28 @@ def attention(
     for does not serve the shape.
     """
     batch, length, heads, width = q_BTNH.shape
-    if k_BSKH.shape != v_BSKH.shape or k_BSKH.shape[:2] != (batch, length) or heads % k_BSKH.shape[2]:
-        raise ValueError(f"q {q_BTNH.shape}, k {k_BSKH.shape}, v {v_BSKH.shape}: not one self-attention")
+    if (
+        k_BSKH.shape != v_BSKH.shape
+        or k_BSKH.shape[:2] != (batch, length)
+        or heads % k_BSKH.shape[2]
+    ):
+        raise ValueError(
+            f"q {q_BTNH.shape}, k {k_BSKH.shape}, v {v_BSKH.shape}: not one self-attention"
+        )
     if implementation == "auto":
         implementation = chosen(platform(), length // ring, width, q_BTNH.dtype.itemsize)
         if ring > 1 and implementation == "reference":
             implementation = "xla_chunked"
     if ring > 1 and implementation not in BACKENDS:
-        raise UserError(f"attention {implementation!r}: not over a sequence axis; choose one of {', '.join(BACKENDS)}")
+        raise UserError(
+            f"attention {implementation!r}: not over a sequence axis; choose one of {', '.join(BACKENDS)}"
+        )
     scale = width**-0.5 if scale is None else scale
     if implementation == "library":
         options = {"causal": causal, "window": window, "soft_cap": soft_cap, "scale": scale}
-        return on_each_device(functools.partial(library.attention, **options), q_BTNH, k_BSKH, v_BSKH, segment_ids)
+        return on_each_device(
+            functools.partial(library.attention, **options), q_BTNH, k_BSKH, v_BSKH, segment_ids
+        )
     keys, queries = visible_ranges(batch, length, segment_ids, causal, window)
     if implementation == "reference":
         return masked_attention(q_BTNH, k_BSKH, v_BSKH, mask_of(keys), scale, soft_cap)
@@ -110,15 +127,23 @@ def decode_attention(
     """One query a row (T = 1), at slot `at` of a ring of slots, of which those with `valid_BS` > 0 hold tokens."""
     slots, width = k_BKSH.shape[2:]
     mask_BS = valid_BS > 0
-    if window is not None:  # rows are left-padded, so distances between slots are distances between tokens
+    if (
+        window is not None
+    ):  # rows are left-padded, so distances between slots are distances between tokens
         mask_BS &= (at - jnp.arange(slots)) % slots < window
     q_BKGH = q_BTNH.reshape(*k_BKSH.shape[:2], -1, width)
     scores_BKGS = jnp.einsum("BKGH,BKSH->BKGS", q_BKGH, k_BKSH, preferred_element_type=jnp.float32)
-    weights_BKGS = softmax_where(mask_BS[:, None, None], scores_BKGS, width**-0.5 if scale is None else scale, soft_cap)
-    return jnp.einsum("BKGS,BKSH->BKGH", weights_BKGS.astype(v_BKSH.dtype), v_BKSH).reshape(q_BTNH.shape)
+    weights_BKGS = softmax_where(
+        mask_BS[:, None, None], scores_BKGS, width**-0.5 if scale is None else scale, soft_cap
+    )
+    return jnp.einsum("BKGS,BKSH->BKGH", weights_BKGS.astype(v_BKSH.dtype), v_BKSH).reshape(
+        q_BTNH.shape
+    )
 
 
-def softmax_where(mask: jax.Array, scores: jax.Array, scale: float, soft_cap: float | None) -> jax.Array:
+def softmax_where(
+    mask: jax.Array, scores: jax.Array, scale: float, soft_cap: float | None
+) -> jax.Array:
     """Softmax of the scaled and capped scores over the last axis, where `mask` holds; 0 elsewhere."""
     scores *= scale
     if soft_cap is not None:
@@ -138,26 +163,37 @@ def masked_attention(
     batch, length, heads, width = q_BTNH.shape
     kv_heads = k_BSKH.shape[2]
     q_BTKGH = q_BTNH.reshape(batch, length, kv_heads, heads // kv_heads, width)
-    scores_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
+    scores_BKGTS = jnp.einsum(
+        "BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32
+    )
     scale = width**-0.5 if scale is None else scale
-    weights_BKGTS = softmax_where(mask_BTS[:, None, None], scores_BKGTS, scale, soft_cap).astype(v_BSKH.dtype)
+    weights_BKGTS = softmax_where(mask_BTS[:, None, None], scores_BKGTS, scale, soft_cap).astype(
+        v_BSKH.dtype
+    )
     out_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS, v_BSKH)
     return out_BTKGH.reshape(q_BTNH.shape)
 
 
 def _hopper(module: str, name: str) -> Callable:
     """The function `name` of the module, which is imported when it is called: few do, and Mosaic GPU loads slowly."""
-    return lambda *args, **options: getattr(importlib.import_module(module), name)(*args, **options)
+    return lambda *args, **options: getattr(importlib.import_module(module), name)(
+        *args, **options
+    )
 
 
 # Implementations whose memory is linear in the length: (forward, backward) each, under one derivative rule.
 BACKENDS: dict[str, tuple[Callable, Callable]] = {
     "xla_chunked": (chunked.forward, chunked.backward),
     **{
-        f"pallas_{name}": tuple(functools.partial(f, platform=name) for f in (flash.forward, flash.backward))
+        f"pallas_{name}": tuple(
+            functools.partial(f, platform=name) for f in (flash.forward, flash.backward)
+        )
         for name in ("tpu", "gpu")
     },
-    "pallas_hopper": (_hopper("kernels.hopper", "forward"), _hopper("kernels.hopper_backward", "backward")),
+    "pallas_hopper": (
+        _hopper("kernels.hopper", "forward"),
+        _hopper("kernels.hopper_backward", "backward"),
+    ),
 }
 
 
@@ -166,7 +202,9 @@ def passes(implementation: str, ring: int) -> tuple[Callable, Callable]:
     forward, backward = BACKENDS[implementation]
     if ring == 1:
         return forward, backward
-    return functools.partial(ring_forward, forward, ring), functools.partial(ring_backward, backward, ring)
+    return functools.partial(ring_forward, forward, ring), functools.partial(
+        ring_backward, backward, ring
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -193,7 +231,12 @@ bounded_attention.defvjp(_bounded_forward, _bounded_backward)
 
 
 def on_each_device(
-    run: Callable, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *tokens: Any, ring: int = 1
+    run: Callable,
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    *tokens: Any,
+    ring: int = 1,
 ) -> jax.Array:
     """`run` under shard_map: rows over data and fsdp, heads over tensor, tokens over sequence in a `ring`.
 
@@ -202,7 +245,9 @@ def on_each_device(
     the one that its queries share; where its queries do not share one, heads are not split at all.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    axes = set(mesh.axis_names) - set(mesh.manual_axes)  # in a pipeline, its stages are manual already
+    axes = set(mesh.axis_names) - set(
+        mesh.manual_axes
+    )  # in a pipeline, its stages are manual already
     if mesh.empty or along(mesh, *axes) == 1:
         return run(q_BTNH, k_BSKH, v_BSKH, *tokens)
     (batch, _, heads, _), kv_heads = q_BTNH.shape, k_BSKH.shape[2]
@@ -217,7 +262,9 @@ def on_each_device(
     def local(q_BTNH, k_BSKH, v_BSKH, *tokens):
         if shared:
             mine = jax.lax.axis_index("tensor") * (heads // parts) // group
-            k_BSKH, v_BSKH = (jax.lax.dynamic_slice_in_dim(x, mine, 1, axis=2) for x in (k_BSKH, v_BSKH))
+            k_BSKH, v_BSKH = (
+                jax.lax.dynamic_slice_in_dim(x, mine, 1, axis=2) for x in (k_BSKH, v_BSKH)
+            )
         return run(q_BTNH, k_BSKH, v_BSKH, *tokens)
 
     specs = (query, key, key, *(P(rows, None) for _ in tokens))

@@ -52,8 +52,12 @@ def common_bounds(seen: Ranges, block: int) -> jax.Array:
     """[T / block, 2]: the column blocks that any row of the batch must visit; one loop serves the whole batch."""
     bounds = block_bounds(seen, block, block)
     begin, end = bounds[:, :, 0], bounds[:, :, 3]
-    begin = jnp.where(begin == end, seen.first_BT.shape[1], begin).min(0)  # rows that see nothing do not count
-    return jnp.stack([begin, jnp.maximum(jnp.where(bounds[:, :, 0] == end, 0, end).max(0), begin)], axis=-1)
+    begin = jnp.where(begin == end, seen.first_BT.shape[1], begin).min(
+        0
+    )  # rows that see nothing do not count
+    return jnp.stack(
+        [begin, jnp.maximum(jnp.where(bounds[:, :, 0] == end, 0, end).max(0), begin)], axis=-1
+    )
 
 
 def tile_scores(q, k_tile, first, last, j, block, scale, soft_cap):
@@ -80,41 +84,67 @@ def forward(q_BTNH, k_BSKH, v_BSKH, keys: Ranges, queries: Ranges, *, scale, sof
 
         def tile(j, carry):
             top, total, out = carry
-            k, v = (jax.lax.dynamic_slice_in_dim(x, j * block, block, axis=2) for x in (k_BKSH, v_BKSH))
+            k, v = (
+                jax.lax.dynamic_slice_in_dim(x, j * block, block, axis=2) for x in (k_BKSH, v_BKSH)
+            )
             scores, _ = tile_scores(q, k, first, last, j, block, scale, soft_cap)
             new_top = jnp.maximum(top, scores.max(-1, keepdims=True))
             weights, kept = jnp.exp2(scores - new_top), jnp.exp2(top - new_top)
-            seen = jnp.einsum("BKRS,BKSH->BKRH", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+            seen = jnp.einsum(
+                "BKRS,BKSH->BKRH", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
+            )
             return new_top, total * kept + weights.sum(-1, keepdims=True), out * kept + seen
 
         # Above MASKED: the weight of a masked score is then exactly 0, also in a row that has seen nothing.
-        start = (jnp.full((*q.shape[:3], 1), MASKED / 2), jnp.zeros((*q.shape[:3], 1)), jnp.zeros(q.shape, jnp.float32))
+        start = (
+            jnp.full((*q.shape[:3], 1), MASKED / 2),
+            jnp.zeros((*q.shape[:3], 1)),
+            jnp.zeros(q.shape, jnp.float32),
+        )
         top, total, out = jax.lax.fori_loop(bounds[0], bounds[1], tile, start)
         some = total > 0
         lse = jnp.where(some, top + jnp.log2(jnp.where(some, total, 1.0)), -MASKED)
         return (out / jnp.where(some, total, 1.0)).astype(q.dtype), lse
 
     tiles = query_tiles(heads_first(q_BTNH, padded), kv_heads, block)
-    out, lse = jax.lax.map(rows, (tiles, *row_tiles(keys, group, block), common_bounds(keys, block)))
+    out, lse = jax.lax.map(
+        rows, (tiles, *row_tiles(keys, group, block), common_bounds(keys, block))
+    )
     lse_BTN1 = from_query_tiles(lse, heads, length)
     return from_query_tiles(out, heads, length), lse_BTN1[..., 0].swapaxes(1, 2)
 
 
-def backward(q_BTNH, k_BSKH, v_BSKH, keys: Ranges, queries: Ranges, out_BTNH, lse_BNT, dout_BTNH, *, scale, soft_cap):
+def backward(
+    q_BTNH,
+    k_BSKH,
+    v_BSKH,
+    keys: Ranges,
+    queries: Ranges,
+    out_BTNH,
+    lse_BNT,
+    dout_BTNH,
+    *,
+    scale,
+    soft_cap,
+):
     """Gradients of q, k, v in their types; the weights are computed again from the log-sum-exp."""
     length, heads, kv_heads = q_BTNH.shape[1], q_BTNH.shape[2], k_BSKH.shape[2]
     block = block_size(length)
     padded, group = -(-length // block) * block, heads // kv_heads
     k_BKSH, v_BKSH = heads_first(k_BSKH, padded), heads_first(v_BSKH, padded)
     keys = pad_ranges(keys, padded)
-    delta_BNT = jnp.einsum("BTNH,BTNH->BNT", out_BTNH, dout_BTNH, preferred_element_type=jnp.float32)
+    delta_BNT = jnp.einsum(
+        "BTNH,BTNH->BNT", out_BTNH, dout_BTNH, preferred_element_type=jnp.float32
+    )
 
     def rows(carry, inputs):
         q, dout, lse, delta, first, last, bounds = inputs
 
         def tile(j, carry):
             dq, dk_BKSH, dv_BKSH = carry
-            k, v = (jax.lax.dynamic_slice_in_dim(x, j * block, block, axis=2) for x in (k_BKSH, v_BKSH))
+            k, v = (
+                jax.lax.dynamic_slice_in_dim(x, j * block, block, axis=2) for x in (k_BKSH, v_BKSH)
+            )
             scores, bent = tile_scores(q, k, first, last, j, block, scale, soft_cap)
             weights = jnp.exp2(scores - lse)
             dweights = jnp.einsum("BKRH,BKSH->BKRS", dout, v, preferred_element_type=jnp.float32)
@@ -132,14 +162,21 @@ def backward(q_BTNH, k_BSKH, v_BSKH, keys: Ranges, queries: Ranges, out_BTNH, ls
         return tuple(carry), (dq * scale).astype(q.dtype)
 
     extra = ((0, 0), (0, 0), (0, padded - length))
-    stats = [jnp.pad(x, extra, constant_values=c)[..., None] for x, c in ((lse_BNT, -MASKED), (delta_BNT, 0.0))]
+    stats = [
+        jnp.pad(x, extra, constant_values=c)[..., None]
+        for x, c in ((lse_BNT, -MASKED), (delta_BNT, 0.0))
+    ]
     arrays = (heads_first(q_BTNH, padded), heads_first(dout_BTNH, padded), *stats)
     tiles = [query_tiles(x, kv_heads, block) for x in arrays]
     zeros_BKSH = jnp.zeros(k_BKSH.shape, jnp.float32)
     scanned = (*tiles, *row_tiles(keys, group, block), common_bounds(keys, block))
     (dk_BKSH, dv_BKSH), dq = jax.lax.scan(rows, (zeros_BKSH, zeros_BKSH), scanned)
     dk_BSKH, dv_BSKH = (x[:, :, :length].swapaxes(1, 2) for x in (dk_BKSH * scale, dv_BKSH))
-    return from_query_tiles(dq, heads, length), dk_BSKH.astype(k_BSKH.dtype), dv_BSKH.astype(v_BSKH.dtype)
+    return (
+        from_query_tiles(dq, heads, length),
+        dk_BSKH.astype(k_BSKH.dtype),
+        dv_BSKH.astype(v_BSKH.dtype),
+    )
 
 
 def add_slice(x_BKSH: jax.Array, part: jax.Array, at: jax.Array) -> jax.Array:

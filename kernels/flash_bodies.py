@@ -31,7 +31,9 @@ def dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
     return jax.lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
 
 
-def base2_scores(a: jax.Array, b: jax.Array, scale: float, soft_cap: float | None) -> tuple[jax.Array, Any]:
+def base2_scores(
+    a: jax.Array, b: jax.Array, scale: float, soft_cap: float | None
+) -> tuple[jax.Array, Any]:
     """a b^T scaled, capped and in base 2; and tanh of the capped scores (None without soft cap)."""
     if soft_cap is None:
         return dot(a, b, (1, 1)) * (scale * LOG2E), None
@@ -67,15 +69,35 @@ def over_tiles(bounds_ref: Any, tile: Any, carry: Any, in_memory: bool) -> Any:
         loops(lambda j, _, mask: write(tile(j, [ref[...] for ref in refs], mask)), None)
         return [ref[...] for ref in refs]
 
-    return pl.run_scoped(stored, *(pltpu.VMEM(x.shape, x.dtype) for x in carry)) if in_memory else loops(tile, carry)
+    return (
+        pl.run_scoped(stored, *(pltpu.VMEM(x.shape, x.dtype) for x in carry))
+        if in_memory
+        else loops(tile, carry)
+    )
 
 
 def across(x: jax.Array, columns: int) -> jax.Array:
     """`x` [rows, LANES], alike in all columns, as [rows, columns]; [rows, 1] as it is, since that is broadcast."""
-    return x if x.shape[1] == 1 else jnp.concatenate([x] * -(-columns // LANES), axis=1)[:, :columns]
+    return (
+        x if x.shape[1] == 1 else jnp.concatenate([x] * -(-columns // LANES), axis=1)[:, :columns]
+    )
 
 
-def forward_body(bounds_ref, lo_ref, hi_ref, q_ref, k_ref, v_ref, o_ref, lse_ref, *, block, in_memory, scale, soft_cap):
+def forward_body(
+    bounds_ref,
+    lo_ref,
+    hi_ref,
+    q_ref,
+    k_ref,
+    v_ref,
+    o_ref,
+    lse_ref,
+    *,
+    block,
+    in_memory,
+    scale,
+    soft_cap,
+):
     """One block of queries over its keys. m, l: running maximum and sum (Dao 2023, algorithm 1)."""
     q, lo, hi = q_ref[...], column(lo_ref), column(hi_ref)
 
@@ -94,7 +116,11 @@ def forward_body(bounds_ref, lo_ref, hi_ref, q_ref, k_ref, v_ref, o_ref, lse_ref
     # Above MASKED: the weight of a masked score is then exactly 0, also in a row that has seen nothing.
     # In memory a row's number is in all lanes: from one lane, every tile would have to spread it over the others.
     rows = (q.shape[0], LANES if in_memory else 1)
-    start = (jnp.full(rows, MASKED / 2, jnp.float32), jnp.zeros(rows, jnp.float32), jnp.zeros(q.shape, jnp.float32))
+    start = (
+        jnp.full(rows, MASKED / 2, jnp.float32),
+        jnp.zeros(rows, jnp.float32),
+        jnp.zeros(q.shape, jnp.float32),
+    )
     m, l, acc = over_tiles(bounds_ref, tile, start, in_memory)
     m, l = m[:, :1], l[:, :1]
     l_or_1 = jnp.where(l > 0, l, 1.0)
@@ -150,7 +176,9 @@ def dkv_body(
             ds = p * (dot(v, do, (1, 1)) - delta)
             if soft_cap is not None:
                 ds *= 1 - bent * bent
-            return dk + dot(ds.astype(q.dtype), q, (1, 0)), dv + dot(p.astype(do.dtype), do, (1, 0))
+            return dk + dot(ds.astype(q.dtype), q, (1, 0)), dv + dot(
+                p.astype(do.dtype), do, (1, 0)
+            )
 
         return over_tiles(bounds_ref, tile, carry, in_memory)
 

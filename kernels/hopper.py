@@ -23,10 +23,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from config import UserError
 from kernels import flash
 from kernels.flash_bodies import LOG2E
 from kernels.masks import MASKED, Ranges, block_bounds, pad_ranges
+from runtime.errors import UserError
 
 CONSUMERS = 2
 ROWS = 64  # of a consumer: those of a wgmma
@@ -117,11 +117,15 @@ def base2(products: jax.Array, scale: float, soft_cap: float | None) -> tuple[ja
     return 1 - 2 / (1 + jnp.exp2(products * (2 * LOG2E * scale / soft_cap))), soft_cap * LOG2E
 
 
-def where_seen(x: jax.Array, tile: jax.Array, bounds: list[jax.Array], seen: tuple, otherwise: float) -> jax.Array:
+def where_seen(
+    x: jax.Array, tile: jax.Array, bounds: list[jax.Array], seen: tuple, otherwise: float
+) -> jax.Array:
     """`x` where its row sees the column, else `otherwise`; tiles that all rows see whole are left as they are."""
 
     def mask():
-        at = tile * x.shape[1] + plgpu.broadcasted_iota(jnp.int32, x.shape, 1, layout=plgpu.Layout.WGMMA)
+        at = tile * x.shape[1] + plgpu.broadcasted_iota(
+            jnp.int32, x.shape, 1, layout=plgpu.Layout.WGMMA
+        )
         first, last = (spread(end, x.shape) for end in seen)
         return jnp.where((at >= first) & (at <= last), x, otherwise)
 
@@ -163,7 +167,13 @@ def program(parts: int, group: int, last_first: int | None = None) -> tuple[Any,
     """
     b, n, i = (lax.axis_index(name) for name in ("batch", "head", "block"))
     i = i if last_first is None else last_first - 1 - i
-    return b, n, lax.div(n, jnp.int32(group)), i, lambda part: pl.ds((i * parts + part) * ROWS, ROWS)
+    return (
+        b,
+        n,
+        lax.div(n, jnp.int32(group)),
+        i,
+        lambda part: pl.ds((i * parts + part) * ROWS, ROWS),
+    )
 
 
 def produce_keys(begin, count, k, v, ks: Ring, vs: Ring) -> None:
@@ -186,7 +196,17 @@ def meet(barrier: Any) -> None:
     plgpu.barrier_wait(barrier)
 
 
-def call(body: Any, name: str, seen: Ranges, block: int, other: int, heads: int, scratch: dict, out: Any, *arrays: Any):
+def call(
+    body: Any,
+    name: str,
+    seen: Ranges,
+    block: int,
+    other: int,
+    heads: int,
+    scratch: dict,
+    out: Any,
+    *arrays: Any,
+):
     """`body` over blocks of `block` rows and tiles of `other` columns, for each of `heads` and each row of the batch.
 
     The grid's first axis is the fastest: programs that run together share their keys.
@@ -202,7 +222,9 @@ def call(body: Any, name: str, seen: Ranges, block: int, other: int, heads: int,
         thread_name="warpgroup",
         kernel_name=name,
         # Of functions that are used, this makes exp2 and log approximate; their errors are below 2^-22 (PTX ISA).
-        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+        ),
     )(block_bounds(seen, block, other), *seen, *arrays)
 
 
@@ -214,10 +236,16 @@ def plan(q_BTNH: jax.Array, k_BSKH: jax.Array, scale: float) -> tuple[Tiles, int
             f"pallas_hopper: serves bfloat16, head widths {tuple(TILES)} and a scale above 0, not {q_BTNH.dtype}, "
             f"{width} and {scale}; use xla_chunked"
         )
-    return TILES[width], -(-length // (CONSUMERS * ROWS)) * CONSUMERS * ROWS, heads // k_BSKH.shape[2]
+    return (
+        TILES[width],
+        -(-length // (CONSUMERS * ROWS)) * CONSUMERS * ROWS,
+        heads // k_BSKH.shape[2],
+    )
 
 
-def forward_body(bounds, lo, hi, q, k, v, o, lse, qs, totals, ks, vs, full, turn, *, group, scale, soft_cap):
+def forward_body(
+    bounds, lo, hi, q, k, v, o, lse, qs, totals, ks, vs, full, turn, *, group, scale, soft_cap
+):
     """Queries of a block over their keys.
 
     The consumers take turns, so that one multiplies while the other computes its softmax, without a tensor core:
@@ -251,7 +279,9 @@ def forward_body(bounds, lo, hi, q, k, v, o, lse, qs, totals, ks, vs, full, turn
                     meet(turn)
                     return sum_ref[...]
 
-                x, c = base2(pl.run_scoped(product, plgpu.ACC((ROWS, block), jnp.float32)), scale, soft_cap)
+                x, c = base2(
+                    pl.run_scoped(product, plgpu.ACC((ROWS, block), jnp.float32)), scale, soft_cap
+                )
                 leave(ks, step)
                 x = where_seen(x, bounds[0] + step, bounds, seen, MASKED)
                 m_new = jnp.maximum(m, x.max(axis=1))
@@ -268,13 +298,20 @@ def forward_body(bounds, lo, hi, q, k, v, o, lse, qs, totals, ks, vs, full, turn
                 return m_new, l
 
             # Above MASKED: the weight of a masked score is then exactly 0, also in a row that has seen nothing.
-            start = (plgpu.layout_cast(jnp.full((ROWS,), x, jnp.float32), ROW) for x in (MASKED / 2, 0.0))
+            start = (
+                plgpu.layout_cast(jnp.full((ROWS,), x, jnp.float32), ROW)
+                for x in (MASKED / 2, 0.0)
+            )
             return *lax.fori_loop(0, count, tile, tuple(start)), acc[...]
 
         m, l, acc = pl.run_scoped(over_keys, plgpu.ACC((ROWS, width), jnp.float32))
         pl.when(me == 0)(lambda: meet(turn))
         l_or_1, c = jnp.where(l > 0, l, 1.0), LOG2E * (scale if soft_cap is None else soft_cap)
-        store(jnp.where(l > 0, m * c + jnp.log(l_or_1) * LOG2E, -MASKED), totals.at[me], lse.at[b, n, rows])
+        store(
+            jnp.where(l > 0, m * c + jnp.log(l_or_1) * LOG2E, -MASKED),
+            totals.at[me],
+            lse.at[b, n, rows],
+        )
         store(acc * spread(1 / l_or_1, acc.shape), mine, o.at[b, rows, n])
 
     roles(produce, consume)
@@ -293,7 +330,15 @@ def forward(q_BTNH, k_BSKH, v_BSKH, keys: Ranges, queries: Ranges, *, scale, sof
         "full": plgpu.Barrier(num_arrivals=CONSUMERS),
         "turn": plgpu.Barrier(num_arrivals=CONSUMERS),
     }
-    out = (jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((batch, heads, padded), jnp.float32))
-    body, seen = functools.partial(forward_body, group=group, scale=scale, soft_cap=soft_cap), pad_ranges(keys, padded)
-    o, lse = call(body, "hopper_forward", seen, CONSUMERS * ROWS, tiles.keys, heads, scratch, out, q, k, v)
+    out = (
+        jax.ShapeDtypeStruct(q.shape, q.dtype),
+        jax.ShapeDtypeStruct((batch, heads, padded), jnp.float32),
+    )
+    body, seen = (
+        functools.partial(forward_body, group=group, scale=scale, soft_cap=soft_cap),
+        pad_ranges(keys, padded),
+    )
+    o, lse = call(
+        body, "hopper_forward", seen, CONSUMERS * ROWS, tiles.keys, heads, scratch, out, q, k, v
+    )
     return flash.restore("gpu", o, length), lse[:, :, :length]

@@ -49,7 +49,9 @@ def again(index: Any) -> jax.Array:
     return lax.optimization_barrier(jnp.int32(index))
 
 
-def dq_body(bounds, lo, hi, q, k, v, do, lse, delta, dq, qs, dos, ks, vs, full, *, group, scale, soft_cap):
+def dq_body(
+    bounds, lo, hi, q, k, v, do, lse, delta, dq, qs, dos, ks, vs, full, *, group, scale, soft_cap
+):
     """Queries of a block over their keys: dQ = scale dS K, dS = P (dP - delta)."""
     b, n, kv, i, rows_of = program(CONSUMERS, group, bounds.shape[1])
     bounds = [bounds[b, i, x] for x in range(4)]
@@ -96,7 +98,9 @@ def dq_body(bounds, lo, hi, q, k, v, do, lse, delta, dq, qs, dos, ks, vs, full, 
     roles(produce, consume)
 
 
-def dkv_tile(step, tile, bounds, seen, part, ks, vs, qs: Ring, dos: Ring, dk_sum, dv_sum, scale, soft_cap) -> None:
+def dkv_tile(
+    step, tile, bounds, seen, part, ks, vs, qs: Ring, dos: Ring, dk_sum, dv_sum, scale, soft_cap
+) -> None:
     """Adds a tile of queries to dV (P^T dO) and dK (dS^T Q), or to the one of them that is not None.
 
     Products are transposed, [keys, queries]: P and dS go from registers into the next product as they are. That of
@@ -130,7 +134,29 @@ def dkv_tile(step, tile, bounds, seen, part, ks, vs, qs: Ring, dos: Ring, dk_sum
     leave(qs, step)
 
 
-def dkv_body(bounds, lo, hi, q, k, v, do, lse, delta, dk, dv, ks, vs, qs, dos, full, done, *, group, scale, soft_cap):
+def dkv_body(
+    bounds,
+    lo,
+    hi,
+    q,
+    k,
+    v,
+    do,
+    lse,
+    delta,
+    dk,
+    dv,
+    ks,
+    vs,
+    qs,
+    dos,
+    full,
+    done,
+    *,
+    group,
+    scale,
+    soft_cap,
+):
     """Keys of a block over the queries that see them, of each head of the group.
 
     Where a block has keys for one consumer only, the first sums dV and the second dK.
@@ -163,13 +189,30 @@ def dkv_body(bounds, lo, hi, q, k, v, do, lse, delta, dk, dv, ks, vs, qs, dos, f
     def consume(me):
         part = me if parts > 1 else 0
         rows, k_mine, v_mine = rows_of(part), ks.at[part], vs.at[part]
-        seen, total = (per_row(lo, b, rows), per_row(hi, b, rows)), plgpu.ACC((ROWS, width), jnp.float32)
+        seen, total = (
+            (per_row(lo, b, rows), per_row(hi, b, rows)),
+            plgpu.ACC((ROWS, width), jnp.float32),
+        )
         plgpu.barrier_wait(full)
 
         def sums(dk_sum=None, dv_sum=None):
             @over_queries
             def _(step, tile, head):
-                dkv_tile(step, tile, bounds, seen, part, ks, vs, qs, dos, dk_sum, dv_sum, scale, soft_cap)
+                dkv_tile(
+                    step,
+                    tile,
+                    bounds,
+                    seen,
+                    part,
+                    ks,
+                    vs,
+                    qs,
+                    dos,
+                    dk_sum,
+                    dv_sum,
+                    scale,
+                    soft_cap,
+                )
 
             return [x[...] for x in (dk_sum, dv_sum) if x is not None]
 
@@ -194,14 +237,30 @@ def dkv_body(bounds, lo, hi, q, k, v, do, lse, delta, dk, dv, ks, vs, qs, dos, f
     roles(produce, consume)
 
 
-def backward(q_BTNH, k_BSKH, v_BSKH, keys: Ranges, queries: Ranges, out_BTNH, lse_BNT, dout_BTNH, *, scale, soft_cap):
+def backward(
+    q_BTNH,
+    k_BSKH,
+    v_BSKH,
+    keys: Ranges,
+    queries: Ranges,
+    out_BTNH,
+    lse_BNT,
+    dout_BTNH,
+    *,
+    scale,
+    soft_cap,
+):
     """Gradients of q, k, v in their types."""
     (_, length, heads, width), kv_heads = q_BTNH.shape, k_BSKH.shape[2]
     tiles, padded, group = plan(q_BTNH, k_BSKH, scale)
-    delta_BNT = jnp.einsum("BTNH,BTNH->BNT", out_BTNH, dout_BTNH, preferred_element_type=jnp.float32)
+    delta_BNT = jnp.einsum(
+        "BTNH,BTNH->BNT", out_BTNH, dout_BTNH, preferred_element_type=jnp.float32
+    )
     extra = ((0, 0), (0, 0), (0, padded - length))
     arrays = [flash.prepare("gpu", x, padded) for x in (q_BTNH, k_BSKH, v_BSKH, dout_BTNH)]
-    arrays += [jnp.pad(x, extra, constant_values=c) for x, c in ((lse_BNT, -MASKED), (delta_BNT, 0.0))]
+    arrays += [
+        jnp.pad(x, extra, constant_values=c) for x, c in ((lse_BNT, -MASKED), (delta_BNT, 0.0))
+    ]
     q, k = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays[:2])
     how = {"group": group, "scale": scale, "soft_cap": soft_cap}
     k_slots, v_slots = tiles.dq

@@ -41,13 +41,19 @@ def visible_ranges(
     run = Ranges(jnp.zeros_like(at_BT), jnp.full_like(at_BT, length - 1))
     if segment_ids is not None:
         run = segment_runs(segment_ids)
-    first_key_BT = run.first_BT if window is None else jnp.maximum(run.first_BT, at_BT - (window - 1))
-    last_query_BT = run.last_BT if window is None else jnp.minimum(run.last_BT, at_BT + (window - 1))
+    first_key_BT = (
+        run.first_BT if window is None else jnp.maximum(run.first_BT, at_BT - (window - 1))
+    )
+    last_query_BT = (
+        run.last_BT if window is None else jnp.minimum(run.last_BT, at_BT + (window - 1))
+    )
     keys = Ranges(first_key_BT, at_BT if causal else run.last_BT)
     queries = Ranges(at_BT if causal else run.first_BT, last_query_BT)
     if segment_ids is None:
         return keys, queries
-    return tuple(Ranges(*_nothing_where(segment_ids <= 0, seen, length)) for seen in (keys, queries))
+    return tuple(
+        Ranges(*_nothing_where(segment_ids <= 0, seen, length)) for seen in (keys, queries)
+    )
 
 
 def _nothing_where(hidden_BT: jax.Array, seen: Ranges, length: int) -> tuple[jax.Array, jax.Array]:
@@ -64,7 +70,8 @@ def pad_ranges(seen: Ranges, length: int) -> Ranges:
     """`seen` lengthened to `length` rows; the new ones see nothing."""
     extra = ((0, 0), (0, length - seen.first_BT.shape[1]))
     return Ranges(
-        jnp.pad(seen.first_BT, extra, constant_values=length), jnp.pad(seen.last_BT, extra, constant_values=-1)
+        jnp.pad(seen.first_BT, extra, constant_values=length),
+        jnp.pad(seen.last_BT, extra, constant_values=-1),
     )
 
 

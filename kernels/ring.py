@@ -48,11 +48,15 @@ def within(seen: Ranges, stripe: jax.Array, ring: int) -> Ranges:
     return Ranges((seen.first_BT - stripe + ring - 1) // ring, (seen.last_BT - stripe) // ring)
 
 
-def ranges_in(turn: jax.Array | int, keys: Ranges, queries: Ranges, ring: int) -> tuple[Ranges, Ranges]:
+def ranges_in(
+    turn: jax.Array | int, keys: Ranges, queries: Ranges, ring: int
+) -> tuple[Ranges, Ranges]:
     """Of this device's queries the keys, and of the keys that are here in that turn the queries, that they see."""
     here = jax.lax.axis_index("sequence")
     whose = (here - turn) % ring
-    return within(of_stripe(keys, here, ring), whose, ring), within(of_stripe(queries, whose, ring), here, ring)
+    return within(of_stripe(keys, here, ring), whose, ring), within(
+        of_stripe(queries, whose, ring), here, ring
+    )
 
 
 def passed_on(tree: Any, ring: int) -> Any:
@@ -60,19 +64,27 @@ def passed_on(tree: Any, ring: int) -> Any:
     return jax.lax.ppermute(tree, "sequence", [(i, (i + 1) % ring) for i in range(ring)])
 
 
-def put_together(seen: tuple[jax.Array, jax.Array], more: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+def put_together(
+    seen: tuple[jax.Array, jax.Array], more: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
     """(output [B, T, N, H], base-2 log-sum-exp [B, N, T]) over the keys of both."""
     lse_BNT = jnp.logaddexp2(seen[1], more[1])
     parts = [out * jnp.exp2(lse - lse_BNT).swapaxes(1, 2)[..., None] for out, lse in (seen, more)]
     return parts[0] + parts[1], lse_BNT
 
 
-def ring_forward(attend: Callable, ring: int, q_BTNH, k_BSKH, v_BSKH, keys: Ranges, queries: Ranges, **options):
+def ring_forward(
+    attend: Callable, ring: int, q_BTNH, k_BSKH, v_BSKH, keys: Ranges, queries: Ranges, **options
+):
     """As `attend`, a backend's forward, of this device's tokens of the sequence; the ranges are of all of it."""
 
     def seen(k_BSKH, v_BSKH, turn):
-        out_BTNH, lse_BNT = attend(q_BTNH, k_BSKH, v_BSKH, *ranges_in(turn, keys, queries, ring), **options)
-        return out_BTNH.astype(jnp.float32), jnp.where(lse_BNT > -MASKED / 2, MASKED, lse_BNT)  # nothing seen
+        out_BTNH, lse_BNT = attend(
+            q_BTNH, k_BSKH, v_BSKH, *ranges_in(turn, keys, queries, ring), **options
+        )
+        return out_BTNH.astype(jnp.float32), jnp.where(
+            lse_BNT > -MASKED / 2, MASKED, lse_BNT
+        )  # nothing seen
 
     def turn(carry, i):
         key_value, total = carry
@@ -94,16 +106,23 @@ def ring_backward(
     def added(key_value, dkey_value, dq, turn):
         ranges = ranges_in(turn, keys, queries, ring)
         more = attend(q_BTNH, *key_value, *ranges, out_BTNH, lse_BNT, dout_BTNH, **options)
-        dq, *dkey_value = (x + y.astype(jnp.float32) for x, y in zip((dq, *dkey_value), more, strict=True))
+        dq, *dkey_value = (
+            x + y.astype(jnp.float32) for x, y in zip((dq, *dkey_value), more, strict=True)
+        )
         return dkey_value, dq
 
     def turn(carry, i):
         key_value, dkey_value, dq = carry
-        return (passed_on(key_value, ring), *added(key_value, passed_on(dkey_value, ring), dq, i)), None
+        return (
+            passed_on(key_value, ring),
+            *added(key_value, passed_on(dkey_value, ring), dq, i),
+        ), None
 
     key_value = [k_BSKH, v_BSKH]
     dq, *dkey_value = (jnp.zeros(x.shape, jnp.float32) for x in (q_BTNH, *key_value))
-    (key_value, dkey_value, dq), _ = jax.lax.scan(turn, (key_value, dkey_value, dq), jnp.arange(ring - 1))
+    (key_value, dkey_value, dq), _ = jax.lax.scan(
+        turn, (key_value, dkey_value, dq), jnp.arange(ring - 1)
+    )
     dkey_value, dq = added(key_value, passed_on(dkey_value, ring), dq, ring - 1)
     dk, dv = passed_on(dkey_value, ring)
     return dq.astype(q_BTNH.dtype), dk.astype(k_BSKH.dtype), dv.astype(v_BSKH.dtype)

@@ -16,13 +16,21 @@ from objectives.reward import better_pairs, first_best, pair_means, pair_metrics
 
 Array = jax.Array
 USUAL = {"beta": 0.1, "weight": 1.0}
-PAPERS = {"simpo": USUAL | {"beta": 2.0}, "figa": USUAL | {"weight": 0.5}}  # Meng et al. 2024; Guo et al. 2024
+PAPERS = {
+    "simpo": USUAL | {"beta": 2.0},
+    "figa": USUAL | {"weight": 0.5},
+}  # Meng et al. 2024; Guo et al. 2024
 """Where a paper's settings are not the usual ones."""
 
 # ---- On pairs, against a reference ----
 
 
-def log_ratio_gap(policy_chosen: Array, policy_rejected: Array, reference_chosen: Array, reference_rejected: Array):
+def log_ratio_gap(
+    policy_chosen: Array,
+    policy_rejected: Array,
+    reference_chosen: Array,
+    reference_rejected: Array,
+):
     """h = log [pi(y_w) / ref(y_w)] - log [pi(y_l) / ref(y_l)]: beta h is the gap of implicit rewards."""
     return (policy_chosen - reference_chosen) - (policy_rejected - reference_rejected)
 
@@ -32,7 +40,12 @@ def dpo(
     reference_chosen_logps: Array, reference_rejected_logps: Array, *, beta: float,
 ) -> Array:  # fmt: skip
     """Direct preference optimisation (Rafailov et al. 2023). [B] log-probabilities to [B] losses."""
-    h = log_ratio_gap(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
+    h = log_ratio_gap(
+        policy_chosen_logps,
+        policy_rejected_logps,
+        reference_chosen_logps,
+        reference_rejected_logps,
+    )
     return -jax.nn.log_sigmoid(beta * h)  # Rafailov et al. 2023, eq. 7
 
 
@@ -41,9 +54,16 @@ def cdpo(
     reference_chosen_logps: Array, reference_rejected_logps: Array, *, beta: float, label_smoothing: float = 0.1,
 ) -> Array:  # fmt: skip
     """Conservative DPO (Mitchell 2023): each label is taken to be wrong with probability `label_smoothing`."""
-    h = log_ratio_gap(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
+    h = log_ratio_gap(
+        policy_chosen_logps,
+        policy_rejected_logps,
+        reference_chosen_logps,
+        reference_rejected_logps,
+    )
     right, wrong = -jax.nn.log_sigmoid(beta * h), -jax.nn.log_sigmoid(-beta * h)
-    return (1 - label_smoothing) * right + label_smoothing * wrong  # Mitchell 2023: smoothed cross-entropy
+    return (
+        1 - label_smoothing
+    ) * right + label_smoothing * wrong  # Mitchell 2023: smoothed cross-entropy
 
 
 def robust_dpo(
@@ -51,7 +71,12 @@ def robust_dpo(
     reference_chosen_logps: Array, reference_rejected_logps: Array, *, beta: float, label_smoothing: float = 0.1,
 ) -> Array:  # fmt: skip
     """DPO whose mean over labels flipped with probability `label_smoothing` (< 1/2) is that over true ones."""
-    h = log_ratio_gap(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
+    h = log_ratio_gap(
+        policy_chosen_logps,
+        policy_rejected_logps,
+        reference_chosen_logps,
+        reference_rejected_logps,
+    )
     right, wrong = -jax.nn.log_sigmoid(beta * h), -jax.nn.log_sigmoid(-beta * h)
     # Chowdhury et al. 2024: the unbiased estimate of the loss without noise
     return ((1 - label_smoothing) * right - label_smoothing * wrong) / (1 - 2 * label_smoothing)
@@ -62,7 +87,12 @@ def ipo(
     reference_chosen_logps: Array, reference_rejected_logps: Array, *, beta: float,
 ) -> Array:  # fmt: skip
     """Identity preference optimisation: the gap is drawn to 1 / (2 beta), not to infinity; `beta` is its tau."""
-    h = log_ratio_gap(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
+    h = log_ratio_gap(
+        policy_chosen_logps,
+        policy_rejected_logps,
+        reference_chosen_logps,
+        reference_rejected_logps,
+    )
     return jnp.square(h - 1 / (2 * beta))  # Azar et al. 2024, eq. 17
 
 
@@ -71,7 +101,12 @@ def slic(
     reference_chosen_logps: Array, reference_rejected_logps: Array, *, beta: float, delta: float = 1.0,
 ) -> Array:  # fmt: skip
     """SLiC's hinge on log-ratios to the reference: no loss beyond a gap of `delta` / `beta`."""
-    h = log_ratio_gap(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
+    h = log_ratio_gap(
+        policy_chosen_logps,
+        policy_rejected_logps,
+        reference_chosen_logps,
+        reference_rejected_logps,
+    )
     return jax.nn.relu(delta - beta * h)  # Liu et al. 2024 (RSO), hinge-norm loss
 
 
@@ -83,7 +118,9 @@ def kto_unpaired(
 
     `kl` estimates KL(policy || reference) in nats: see `mismatched_kl`.
     """
-    z0 = jax.lax.stop_gradient(jnp.maximum(kl, 0.0))  # Ethayarajh et al. 2024: clamped, without gradient
+    z0 = jax.lax.stop_gradient(
+        jnp.maximum(kl, 0.0)
+    )  # Ethayarajh et al. 2024: clamped, without gradient
     r = policy_logps - reference_logps
     value = jax.nn.sigmoid(beta * jnp.where(desirable, r - z0, z0 - r))
     weight = jnp.where(desirable, desirable_weight, undesirable_weight)
@@ -97,8 +134,12 @@ def kto(
 ) -> Array:  # fmt: skip
     """KTO where each pair is a desirable and an undesirable response: the mean of their two losses."""
     weights = {"desirable_weight": desirable_weight, "undesirable_weight": undesirable_weight}
-    good = kto_unpaired(policy_chosen_logps, reference_chosen_logps, True, beta=beta, kl=kl, **weights)
-    bad = kto_unpaired(policy_rejected_logps, reference_rejected_logps, False, beta=beta, kl=kl, **weights)
+    good = kto_unpaired(
+        policy_chosen_logps, reference_chosen_logps, True, beta=beta, kl=kl, **weights
+    )
+    bad = kto_unpaired(
+        policy_rejected_logps, reference_rejected_logps, False, beta=beta, kl=kl, **weights
+    )
     return 0.5 * (good + bad)
 
 
@@ -122,24 +163,37 @@ def orpo(chosen_mean_logps: Array, rejected_mean_logps: Array, *, beta: float) -
     return -chosen_mean_logps + beta * odds_ratio_loss  # Hong et al. 2024, eq. 6
 
 
-def simpo(chosen_mean_logps: Array, rejected_mean_logps: Array, *, beta: float, gamma: float) -> Array:
+def simpo(
+    chosen_mean_logps: Array, rejected_mean_logps: Array, *, beta: float, gamma: float
+) -> Array:
     """Simple preference optimisation: log-probabilities are means per token, `gamma` is the margin asked for."""
-    return -jax.nn.log_sigmoid(beta * (chosen_mean_logps - rejected_mean_logps) - gamma)  # Meng et al. 2024, eq. 6
+    return -jax.nn.log_sigmoid(
+        beta * (chosen_mean_logps - rejected_mean_logps) - gamma
+    )  # Meng et al. 2024, eq. 6
 
 
-def cpo(chosen_logps: Array, rejected_logps: Array, *, beta: float, nll_weight: float = 1.0) -> Array:
+def cpo(
+    chosen_logps: Array, rejected_logps: Array, *, beta: float, nll_weight: float = 1.0
+) -> Array:
     """Contrastive preference optimisation: DPO under a uniform reference, plus the chosen response's NLL."""
     preference = -jax.nn.log_sigmoid(beta * (chosen_logps - rejected_logps))
     return preference - nll_weight * chosen_logps  # Xu et al. 2024, eq. 3: L_prefer + L_NLL
 
 
 def slic_hf(
-    chosen_logps: Array, rejected_logps: Array, target_logps: Array | None = None, *, delta: float, weight: float
+    chosen_logps: Array,
+    rejected_logps: Array,
+    target_logps: Array | None = None,
+    *,
+    delta: float,
+    weight: float,
 ) -> Array:
     """Sequence likelihood calibration: a hinge, and `weight` times the NLL of a target (default: the chosen)."""
     target_logps = chosen_logps if target_logps is None else target_logps
     hinge = jax.nn.relu(delta - chosen_logps + rejected_logps)
-    return hinge - weight * target_logps  # Zhao et al. 2023, section 2: calibration loss and regulariser
+    return (
+        hinge - weight * target_logps
+    )  # Zhao et al. 2023, section 2: calibration loss and regulariser
 
 
 # ---- On rankings: [B, C] log-probabilities, ranks (1 is best, 0 absent) and numbers of tokens to [B] losses ----
@@ -168,12 +222,16 @@ def contrastive(logps_BC: Array, ranks_BC: Array, tokens_BC: Array) -> Array:
 
 def figa(logps: Array, weights: Array) -> Array:
     """Weighted likelihood: tokens that a revision added have positive weights, those it removed negative ones."""
-    return -weights * logps  # Guo et al. 2024 (FIGA), section 3: the loss with its two token weights
+    return (
+        -weights * logps
+    )  # Guo et al. 2024 (FIGA), section 3: the loss with its two token weights
 
 
 def unlikelihood(logps: Array, weights: Array) -> Array:
     """Likelihood where the weight is positive, unlikelihood -log(1 - p) where it is negative."""
-    return -jnp.where(weights > 0, weights * logps, -weights * log_complement(logps))  # Welleck et al. 2020
+    return -jnp.where(
+        weights > 0, weights * logps, -weights * log_complement(logps)
+    )  # Welleck et al. 2020
 
 
 # ---- Binding to a policy ----
@@ -190,16 +248,22 @@ def extreme_pair(ranks_BC: Array) -> Array:
     return best(ranks_BC)[:, :, None] * worst_BC[:, None, :] * better_pairs(ranks_BC)
 
 
-def candidate_logprobs(apply: Apply, params: Any, batch: dict[str, Array], temperature: float = 1.0) -> Array:
+def candidate_logprobs(
+    apply: Apply, params: Any, batch: dict[str, Array], temperature: float = 1.0
+) -> Array:
     """[B, C, T]: log-probabilities of all candidates' tokens, 0 outside the loss mask; one pass over them."""
     shape = batch["tokens_BCT"].shape
-    flat = [batch[k].reshape(-1, shape[-1]) for k in ("tokens_BCT", "segment_ids_BCT", "positions_BCT")]
+    flat = [
+        batch[k].reshape(-1, shape[-1]) for k in ("tokens_BCT", "segment_ids_BCT", "positions_BCT")
+    ]
     read = partial(hidden_logprobs, labels_BT=following(flat[0]), temperature=temperature)
     logp_BT, _ = apply(params, *flat, read=read)
     return shifted(logp_BT).reshape(shape) * batch["loss_mask_BCT"]
 
 
-def response_logprobs(apply: Apply, params: Any, batch: dict[str, Array], temperature: float = 1.0) -> Array:
+def response_logprobs(
+    apply: Apply, params: Any, batch: dict[str, Array], temperature: float = 1.0
+) -> Array:
     """[B, C]: log-probability of each candidate."""
     return candidate_logprobs(apply, params, batch, temperature).sum(-1)
 
@@ -229,10 +293,14 @@ def preference_objective(
     ranks_BC, tokens_BC = batch["ranks_BC"], batch["loss_mask_BCT"].sum(-1)
     logp_BC = response_logprobs(apply, params, batch, temperature)
     logp_BC /= jnp.maximum(tokens_BC, 1.0) if per_token else 1.0
-    logp_BC = jnp.where(ranks_BC > 0, logp_BC, -1.0)  # an absent candidate's 0 would be a certainty
+    logp_BC = jnp.where(
+        ranks_BC > 0, logp_BC, -1.0
+    )  # an absent candidate's 0 would be a certainty
     policy_and_reference = [logp_BC] + ([batch["reference_BC"]] if "reference_BC" in batch else [])
     pairs_BCC = extreme_pair(ranks_BC) if extremes else better_pairs(ranks_BC)
-    loss_BCC = loss(*(side for x in policy_and_reference for side in (x[:, :, None], x[:, None, :])))
+    loss_BCC = loss(
+        *(side for x in policy_and_reference for side in (x[:, :, None], x[:, None, :]))
+    )
     losses_B, valid_B = pair_means(loss_BCC, pairs_BCC)
     score_BC = logp_BC - batch["reference_BC"] if "reference_BC" in batch else logp_BC
     return losses_B.sum(), (valid_B.sum(), pair_metrics(score_BC, pairs_BCC))
@@ -247,18 +315,31 @@ def kto_objective(apply: Apply, params: Any, batch: dict[str, Array], **options:
     ranks_BC, kl_B = batch["ranks_BC"], batch["kl_B"]
     judged_BC = (ranks_BC > 0).astype(jnp.float32)
     logp_BC = response_logprobs(apply, params, batch)
-    losses_BC = kto_unpaired(logp_BC, batch["reference_BC"], ranks_BC == 1, kl=kl_B[:, None], **options)
+    losses_BC = kto_unpaired(
+        logp_BC, batch["reference_BC"], ranks_BC == 1, kl=kl_B[:, None], **options
+    )
     score_BC, judged = logp_BC - batch["reference_BC"], judged_BC.sum()
     sides = {"desirable": ranks_BC == 1, "undesirable": ranks_BC == 2}
-    metrics = {name: ((score_BC * side).sum(), side.sum().astype(jnp.float32)) for name, side in sides.items()}
-    metrics["kl"] = (kl_B.sum(), jnp.float32(kl_B.size))  # as estimated: where it is below 0 the loss takes 0
+    metrics = {
+        name: ((score_BC * side).sum(), side.sum().astype(jnp.float32))
+        for name, side in sides.items()
+    }
+    metrics["kl"] = (
+        kl_B.sum(),
+        jnp.float32(kl_B.size),
+    )  # as estimated: where it is below 0 the loss takes 0
     if ranks_BC.shape[1] > 1:
         metrics |= pair_metrics(score_BC, better_pairs(ranks_BC))
     return (losses_BC * judged_BC).sum(), (judged, metrics)
 
 
 def ranked_objective(
-    apply: Apply, params: Any, batch: dict[str, Array], *, loss: Callable[..., Array], per_token: bool = False
+    apply: Apply,
+    params: Any,
+    batch: dict[str, Array],
+    *,
+    loss: Callable[..., Array],
+    per_token: bool = False,
 ):
     """`loss` of whole rankings (`rrhf`, `contrastive`), summed over the prompts that have a pair.
 
@@ -270,16 +351,25 @@ def ranked_objective(
     valid_B = (pairs_BCC.sum((1, 2)) > 0).astype(jnp.float32)
     losses_B = loss(logp_BC, ranks_BC, tokens_BC)
     score_BC = logp_BC / jnp.maximum(tokens_BC, 1.0) if per_token else logp_BC
-    first_B = (score_BC * best(ranks_BC)).sum(1) >= jnp.where(ranks_BC > 0, score_BC, -jnp.inf).max(1)
-    metrics = {"first": ((first_B * valid_B).sum(), valid_B.sum()), **pair_metrics(score_BC, pairs_BCC)}
+    first_B = (score_BC * best(ranks_BC)).sum(1) >= jnp.where(
+        ranks_BC > 0, score_BC, -jnp.inf
+    ).max(1)
+    metrics = {
+        "first": ((first_B * valid_B).sum(), valid_B.sum()),
+        **pair_metrics(score_BC, pairs_BCC),
+    }
     return jnp.where(valid_B > 0, losses_B, 0.0).sum(), (valid_B.sum(), metrics)
 
 
-def token_objective(apply: Apply, params: Any, batch: dict[str, Array], *, loss: Callable[..., Array]):
+def token_objective(
+    apply: Apply, params: Any, batch: dict[str, Array], *, loss: Callable[..., Array]
+):
     """`loss` of the tokens (`figa`, `unlikelihood`) by `weights_BCT`, summed over those of weight other than 0."""
     weights_BCT = batch["weights_BCT"] * batch["loss_mask_BCT"]
     logp_BCT = candidate_logprobs(apply, params, batch)
-    losses_BCT = jnp.where(weights_BCT != 0, loss(jnp.where(weights_BCT != 0, logp_BCT, -1.0), weights_BCT), 0.0)
+    losses_BCT = jnp.where(
+        weights_BCT != 0, loss(jnp.where(weights_BCT != 0, logp_BCT, -1.0), weights_BCT), 0.0
+    )
     metrics = {}
     for name, side_BCT in (("wanted", weights_BCT > 0), ("unwanted", weights_BCT < 0)):
         metrics[name] = ((logp_BCT * side_BCT).sum(), side_BCT.sum().astype(jnp.float32))

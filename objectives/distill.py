@@ -33,7 +33,9 @@ def reverse_kl(student_BTV: jax.Array, teacher_BTV: jax.Array, mask_BT: jax.Arra
     return kl(jax.nn.log_softmax(student_BTV), jax.nn.log_softmax(teacher_BTV)) * mask_BT
 
 
-def jsd(student_BTV: jax.Array, teacher_BTV: jax.Array, mask_BT: jax.Array, *, beta: float) -> jax.Array:
+def jsd(
+    student_BTV: jax.Array, teacher_BTV: jax.Array, mask_BT: jax.Array, *, beta: float
+) -> jax.Array:
     """beta KL(teacher || M) + (1 - beta) KL(student || M), M = beta teacher + (1 - beta) student; 0 < beta < 1.
 
     The generalised Jensen-Shannon divergence (Agarwal et al. 2024, eq. 1). Divided by beta it tends to the forward
@@ -66,7 +68,9 @@ def distill_objective(
     logits_BTV, _ = apply(params["student"], *inputs(batch))
     teacher_BTV, _ = teacher_apply(params["teacher"], *inputs(batch))
     shared = min(logits_BTV.shape[-1], teacher_BTV.shape[-1])
-    before_BT = jnp.pad(mask_BT[:, 1:], ((0, 0), (0, 1)))  # where the logits predict a token that counts
+    before_BT = jnp.pad(
+        mask_BT[:, 1:], ((0, 0), (0, 1))
+    )  # where the logits predict a token that counts
     pair = (logits_BTV[..., :shared] / tau, teacher_BTV[..., :shared] / tau)
     gap = divergence(*pair, before_BT).sum()
     nll = -(token_logprobs(logits_BTV, batch["tokens_BT"]) * mask_BT).sum()

@@ -20,7 +20,7 @@ Array = jax.Array
 # What a paper sets, in fields of train_grpo.py (explained there); group sizes are ours, the papers' are up to 64.
 GRPO = {
     "samples_per_prompt": 8, "ratio": "token", "average": "sequence", "clip": 0.2, "clip_high": 0.2,
-    "kl_coef": 0.04, "kl_in": "loss", "kl_estimator": "k3", "dynamic": False, "overlong": 0.0,
+    "kl_coef": 0.04, "kl_in": "loss", "kl_estimator": "k3", "dynamic_sampling": False, "overlong": 0.0,
 }  # fmt: skip
 IN_REWARD = {"kl_in": "reward", "kl_estimator": "k1"}
 UNCLIPPED = {"clip": inf, "clip_high": inf}
@@ -28,11 +28,24 @@ PAPERS: dict[str, dict[str, Any]] = {
     "grpo": GRPO,  # Shao et al. 2024
     "dr_grpo": GRPO | {"average": "constant", "kl_coef": 0.0},  # Liu et al. 2025
     # Yu et al. 2025: no KL; the penalty on length grows over the last 4,096 of 20,480 tokens.
-    "dapo": GRPO | {"average": "tokens", "clip_high": 0.28, "kl_coef": 0.0, "dynamic": True, "overlong": 0.2},
-    "gspo": GRPO | {"ratio": "geometric", "clip": 3e-4, "clip_high": 4e-4, "kl_coef": 0.0},  # Zheng et al. 2025
+    "dapo": GRPO
+    | {
+        "average": "tokens",
+        "clip_high": 0.28,
+        "kl_coef": 0.0,
+        "dynamic_sampling": True,
+        "overlong": 0.2,
+    },
+    "gspo": GRPO
+    | {"ratio": "geometric", "clip": 3e-4, "clip_high": 4e-4, "kl_coef": 0.0},  # Zheng et al. 2025
     # Ahmadian et al. 2024: plain REINFORCE on whole responses, the KL in the reward; beta as for their summaries.
-    "rloo": GRPO | IN_REWARD | UNCLIPPED | {"samples_per_prompt": 4, "ratio": "sequence", "kl_coef": 0.03},
-    "reinforce_pp": GRPO | IN_REWARD | {"samples_per_prompt": 1, "average": "tokens", "kl_coef": 0.01},  # Hu et al.
+    "rloo": GRPO
+    | IN_REWARD
+    | UNCLIPPED
+    | {"samples_per_prompt": 4, "ratio": "sequence", "kl_coef": 0.03},
+    "reinforce_pp": GRPO
+    | IN_REWARD
+    | {"samples_per_prompt": 1, "average": "tokens", "kl_coef": 0.01},  # Hu et al.
     "online_dpo": GRPO | {"samples_per_prompt": 2, "kl_coef": 0.1},  # Guo et al. 2024
 }
 
@@ -53,15 +66,6 @@ def shaped(rewards_BR: Array, potential_BR: Array, mask_BR: Array) -> Array:
     return rewards_BR + jnp.pad(potential_BR[:, 1:], ((0, 0), (0, 1))) - potential_BR
 
 
-def refilled(pool: dict[str, Array], fresh: dict[str, Array], group: int) -> dict[str, Array]:
-    """The rows of `pool`, its groups under an empty mask replaced by those of `fresh` that have one (DAPO, eq. 11)."""
-    both = {name: jnp.concatenate([pool[name], fresh[name]]) for name in pool}
-    useful_P = both["mask_BR"].reshape(-1, group * both["mask_BR"].shape[1]).any(1)
-    order_P = jnp.argsort(~useful_P, stable=True)[: useful_P.size // 2]
-    rows_B = (order_P[:, None] * group + jnp.arange(group)).reshape(-1)
-    return {name: x[rows_B] for name, x in both.items()}
-
-
 # ---- Advantages: of whole responses [P, C], or per token [B, R] ----
 
 
@@ -78,7 +82,9 @@ def normalised(rewards_PC: Array, *, unbiased: bool = False, eps: float = 1e-4) 
     `unbiased` divides the variance by C - 1; `eps` keeps rounding among equal rewards from passing for a difference.
     """
     centred_PC = centred(rewards_PC)
-    variance_P1 = jnp.square(centred_PC).sum(1, keepdims=True) / max(rewards_PC.shape[1] - unbiased, 1)
+    variance_P1 = jnp.square(centred_PC).sum(1, keepdims=True) / max(
+        rewards_PC.shape[1] - unbiased, 1
+    )
     return centred_PC / (jnp.sqrt(variance_P1) + eps)
 
 
@@ -88,18 +94,22 @@ def leave_one_out(rewards_PC: Array) -> Array:
     return centred(rewards_PC) * (count / (count - 1))  # r_i - (sum - r_i) / (C - 1)
 
 
-def by_response(advantage: Callable[[Array], Array], rewards_BR: Array, mask_BR: Array, *, group: int) -> Array:
+def by_response(
+    advantage: Callable[[Array], Array], rewards_BR: Array, mask_BR: Array, *, group: int
+) -> Array:
     """`advantage` of the sums of responses' rewards, at each of their tokens, [B, R]."""
     return advantage(rewards_BR.sum(1).reshape(-1, group)).reshape(-1, 1) * mask_BR
 
 
-def reinforce_pp(rewards_BR: Array, mask_BR: Array, *, group: int = 1, unbiased: bool = False) -> Array:
+def reinforce_pp(
+    rewards_BR: Array, mask_BR: Array, *, group: int = 1, unbiased: bool = False
+) -> Array:
     """A_t = rewards from t on, normalised over all tokens of the batch (Hu et al. 2025, REINFORCE++).
 
     With several responses to a prompt their mean reward is taken off first: the paper's variant with baseline, which
     also has the KL in the loss, by k2.
     """
-    to_go_BR = gae(rewards_BR, jnp.zeros_like(rewards_BR), discount=1.0, smoothing=1.0)[0]
+    to_go_BR = gae(rewards_BR, jnp.zeros_like(rewards_BR), gamma=1.0, gae_lambda=1.0)[0]
     if group > 1:
         to_go_BR -= jnp.repeat(rewards_BR.sum(1).reshape(-1, group).mean(1), group)[:, None]
     return whiten(to_go_BR, mask_BR, unbiased=unbiased)
@@ -114,8 +124,15 @@ def log_ratio(change_BR: Array, mask_BR: Array, level: str) -> Array:
     token: its own (GRPO). sequence: that of the whole response (RLOO: the response is one action). geometric: its
     geometric mean over the response, s_i = (pi(y) / pi_old(y))^(1 / |y|) (Zheng et al. 2025, GSPO, eq. 7).
     """
-    whole_B1, length_B1 = change_BR.sum(1, keepdims=True), jnp.maximum(mask_BR.sum(1, keepdims=True), 1.0)
-    return {"token": change_BR, "sequence": whole_B1 * mask_BR, "geometric": whole_B1 / length_B1 * mask_BR}[level]
+    whole_B1, length_B1 = (
+        change_BR.sum(1, keepdims=True),
+        jnp.maximum(mask_BR.sum(1, keepdims=True), 1.0),
+    )
+    return {
+        "token": change_BR,
+        "sequence": whole_B1 * mask_BR,
+        "geometric": whole_B1 / length_B1 * mask_BR,
+    }[level]
 
 
 def row_weights(mask_BR: Array, average: str) -> tuple[Array, Array]:
@@ -149,7 +166,9 @@ def surrogate_objective(
     """Clipped surrogate of the advantages, plus `kl_coef` times the KL estimate of each token (GRPO, eq. 3 and 4)."""
     mask_BR = batch["mask_BR"]
     logp_BR = response_logprobs(apply, params, batch, temperature)
-    losses_BR, metrics = clipped_surrogate(logp_BR, batch, clip, clip_high, partial(log_ratio, level=ratio))
+    losses_BR, metrics = clipped_surrogate(
+        logp_BR, batch, clip, clip_high, partial(log_ratio, level=ratio)
+    )
     # Padding gets KL 0, so that nothing there can overflow before it is masked.
     kl_BR = kl_estimate(logp_BR * mask_BR, batch["reference_BR"] * mask_BR, kl_estimator)
     metrics["kl"] = (kl_BR.sum(), mask_BR.sum())

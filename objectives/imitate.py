@@ -18,15 +18,28 @@ Array = jax.Array
 Batch = dict[str, Array]
 
 # What a paper sets, in fields of train_raft.py (explained there); 4 rounds stand for "all earlier ones".
-RAFT = {"select": "best", "samples_per_prompt": 8, "distinct": False, "carry": 0, "kl_coef": 0.0}
+RAFT = {
+    "select": "best",
+    "samples_per_prompt": 8,
+    "distinct": False,
+    "replay_rounds": 0,
+    "kl_coef": 0.0,
+}
 PAPERS: dict[str, dict[str, Any]] = {
     "raft": RAFT,  # Dong et al. 2023, algorithm 1
-    "rejection": RAFT | {"carry": 4},  # Touvron et al. 2023, section 3.2.3: the best of all iterations so far
+    "rejection": RAFT
+    | {
+        "replay_rounds": 4
+    },  # Touvron et al. 2023, section 3.2.3: the best of all iterations so far
     # Yuan et al. 2023: all distinct right answers. They start over from the pretrained model each time; we go on.
-    "rft": RAFT | {"select": "passing", "distinct": True, "carry": 4},
-    "expert": RAFT | {"select": "passing"},  # as STaR's filter (Zelikman et al. 2022, algorithm 1), but it starts over
+    "rft": RAFT | {"select": "above_threshold", "distinct": True, "replay_rounds": 4},
+    "expert": RAFT
+    | {
+        "select": "above_threshold"
+    },  # as STaR's filter (Zelikman et al. 2022, algorithm 1), but it starts over
     # Lu et al. 2022: beta and the number of quantiles, five, as their program has them against toxicity.
-    "quark": RAFT | {"select": "quantiles", "samples_per_prompt": 1, "carry": 4, "kl_coef": 0.05},
+    "quark": RAFT
+    | {"select": "quantiles", "samples_per_prompt": 1, "replay_rounds": 4, "kl_coef": 0.05},
 }
 
 # ---- Selection: booleans [B] ----
@@ -93,14 +106,20 @@ def added(pool: Batch, batch: Batch, number: Array) -> Batch:
     rows = batch["score_B"].shape[0]
     batch = {**batch, "loss_mask_BT": response_mask(batch)}
     start = number % (pool["score_B"].shape[0] // rows) * rows
-    return {name: jax.lax.dynamic_update_slice_in_dim(x, batch[name], start, 0) for name, x in pool.items()}
+    return {
+        name: jax.lax.dynamic_update_slice_in_dim(x, batch[name], start, 0)
+        for name, x in pool.items()
+    }
 
 
 def drawn(pool: Batch, chosen_B: Array, key: Array, parts: int, rows: int) -> list[Batch]:
     """`parts` minibatches of `rows` of the chosen rows, in random order, over and over."""
     order_B = jnp.argsort(jnp.where(chosen_B, jax.random.uniform(key, chosen_B.shape), 2.0))
     picked = order_B[jnp.arange(parts * rows) % jnp.maximum(chosen_B.sum(), 1)]
-    return [{name: x[picked[i * rows : (i + 1) * rows]] for name, x in pool.items()} for i in range(parts)]
+    return [
+        {name: x[picked[i * rows : (i + 1) * rows]] for name, x in pool.items()}
+        for i in range(parts)
+    ]
 
 
 # ---- Quark: a system turn of one token names the quantile ----
@@ -112,11 +131,17 @@ def conditioned(batch: Batch, system: int, word: Array | int) -> Batch:
     Users cannot ask in that way: no text spells the control token `system`.
     """
     names = ("tokens_BT", "segment_ids_BT", "positions_BT")
-    tokens_BT, segments_BT, positions_BT = (jnp.pad(batch[name], ((0, 0), (2, 0))) for name in names)
-    bos_B1 = jnp.argmax(segments_BT > 0, axis=1)[:, None]  # its column before; it moves two to the left
+    tokens_BT, segments_BT, positions_BT = (
+        jnp.pad(batch[name], ((0, 0), (2, 0))) for name in names
+    )
+    bos_B1 = jnp.argmax(segments_BT > 0, axis=1)[
+        :, None
+    ]  # its column before; it moves two to the left
     at_BT = jnp.arange(tokens_BT.shape[1]) - (bos_B1 - 2)
     first_B1 = jnp.take_along_axis(tokens_BT, bos_B1, axis=1)
-    new_BT = jnp.where(at_BT == 0, first_B1, jnp.where(at_BT == 1, system, jnp.reshape(word, (-1, 1))))
+    new_BT = jnp.where(
+        at_BT == 0, first_B1, jnp.where(at_BT == 1, system, jnp.reshape(word, (-1, 1)))
+    )
     prefix_BT = (at_BT >= 0) & (at_BT < 3)
     shown = {
         "tokens_BT": jnp.where(prefix_BT, new_BT, tokens_BT).astype(jnp.int32),
@@ -140,12 +165,18 @@ def imitation_objective(
     shown = condition(batch)
     mask_BT = shown["loss_mask_BT"]
     logits_BTV, _ = apply(params["policy"], *inputs(shown))
-    loss, tokens, metrics = -(token_logprobs(logits_BTV, shown["tokens_BT"]) * mask_BT).sum(), mask_BT.sum(), {}
+    loss, tokens, metrics = (
+        -(token_logprobs(logits_BTV, shown["tokens_BT"]) * mask_BT).sum(),
+        mask_BT.sum(),
+        {},
+    )
     if kl_coef:
         reference_BTV, _ = apply(jax.lax.stop_gradient(params["reference"]), *inputs(batch))
         ours_BTV = logits_BTV[:, -reference_BTV.shape[1] :]
         kl_BT = kl(jax.nn.log_softmax(reference_BTV), jax.nn.log_softmax(ours_BTV))
-        total = (kl_BT[:, :-1] * batch["loss_mask_BT"][:, 1:]).sum()  # position t predicts token t + 1
+        total = (
+            kl_BT[:, :-1] * batch["loss_mask_BT"][:, 1:]
+        ).sum()  # position t predicts token t + 1
         metrics = {"nll": (loss, tokens), "reference_kl": (total, tokens)}
         loss += kl_coef * total
     return loss, (tokens, metrics)

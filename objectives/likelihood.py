@@ -46,7 +46,9 @@ def _label_logprobs_backward(saved, cotangent_BT):
 _label_logprobs.defvjp(_label_logprobs_forward, _label_logprobs_backward)
 
 
-def hidden_logprobs(x_BTD: jax.Array, unembed_DV: jax.Array, *, labels_BT: jax.Array, temperature: float = 1.0):
+def hidden_logprobs(
+    x_BTD: jax.Array, unembed_DV: jax.Array, *, labels_BT: jax.Array, temperature: float = 1.0
+):
     """`label_logprobs` of the hidden states' logits / temperature, [B, T], in parts of the tokens.
 
     How large the parts are is said above; the backward pass computes their logits again.

@@ -11,7 +11,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from objectives.likelihood import Apply, hidden_logprobs, inputs, label_logprobs, likelihood_objective
+from objectives.likelihood import (
+    Apply,
+    hidden_logprobs,
+    inputs,
+    label_logprobs,
+    likelihood_objective,
+)
 
 
 def kl_estimate(logp: jax.Array, reference_logp: jax.Array, estimator: str) -> jax.Array:
@@ -20,7 +26,9 @@ def kl_estimate(logp: jax.Array, reference_logp: jax.Array, estimator: str) -> j
     k1 = log ratio: unbiased. k2 = (log ratio)^2 / 2. k3 = exp(-k1) - 1 + k1: unbiased and never negative.
     """
     k1 = logp - reference_logp
-    return {"k1": lambda: k1, "k2": lambda: 0.5 * k1 * k1, "k3": lambda: jnp.expm1(-k1) + k1}[estimator]()
+    return {"k1": lambda: k1, "k2": lambda: 0.5 * k1 * k1, "k3": lambda: jnp.expm1(-k1) + k1}[
+        estimator
+    ]()
 
 
 def masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:
@@ -28,7 +36,9 @@ def masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:
     return (x * mask).sum() / jnp.maximum(mask.sum(), 1.0)
 
 
-def whiten(x: jax.Array, mask: jax.Array, *, shift_mean: bool = True, unbiased: bool = False) -> jax.Array:
+def whiten(
+    x: jax.Array, mask: jax.Array, *, shift_mean: bool = True, unbiased: bool = False
+) -> jax.Array:
     """(x - mean) / sqrt(var + 1e-8) over the masked entries, 0 elsewhere; `unbiased` divides by n - 1."""
     mean, count = masked_mean(x, mask), mask.sum()
     variance = (jnp.square(x - mean) * mask).sum() / jnp.maximum(count - unbiased, 1.0)
@@ -36,7 +46,9 @@ def whiten(x: jax.Array, mask: jax.Array, *, shift_mean: bool = True, unbiased: 
     return (white if shift_mean else white + mean) * mask
 
 
-def token_rewards(score_B: jax.Array, kl_BR: jax.Array, mask_BR: jax.Array, beta: jax.Array, at_B: jax.Array):
+def token_rewards(
+    score_B: jax.Array, kl_BR: jax.Array, mask_BR: jax.Array, beta: jax.Array, at_B: jax.Array
+):
     """-beta KL at each response token, plus the response's score at index `at_B` (Ziegler et al. 2019, eq. 2)."""
     at_BR = jnp.arange(mask_BR.shape[1]) == at_B[:, None]
     return -beta * kl_BR * mask_BR + jnp.where(at_BR, score_B[:, None], 0.0)
@@ -56,27 +68,33 @@ def score_position(mask_BR: jax.Array, at: str) -> tuple[jax.Array, jax.Array]:
 
 def missing_eos(score_B: jax.Array, ended_B: jax.Array, rule: str, score: float) -> jax.Array:
     """Scores [B] in which an unended response has `score` (replace), its own and `score` (penalty), or its own."""
-    without = {"replace": jnp.full_like(score_B, score), "penalty": score_B + score, "none": score_B}[rule]
+    without = {
+        "replace": jnp.full_like(score_B, score),
+        "penalty": score_B + score,
+        "none": score_B,
+    }[rule]
     return jnp.where(ended_B, score_B, without)
 
 
 def gae(
-    rewards_BR: jax.Array, values_BR: jax.Array, *, discount: float, smoothing: float
+    rewards_BR: jax.Array, values_BR: jax.Array, *, gamma: float, gae_lambda: float
 ) -> tuple[jax.Array, jax.Array]:
     """Generalised advantage estimates and returns A + V (Schulman et al. 2016, eq. 16), [B, R] each.
 
-    delta_t = r_t + discount V_{t+1} - V_t, A_t = delta_t + discount smoothing A_{t+1}; V after the end is 0.
+    delta_t = r_t + gamma V_{t+1} - V_t, A_t = delta_t + gamma gae_lambda A_{t+1}; V after the end is 0.
     Rewards and values must be 0 after a row's last token.
     """
 
     def earlier(carry, now):
         advantage, next_value = carry
         reward, value = now
-        advantage = reward + discount * next_value - value + discount * smoothing * advantage
+        advantage = reward + gamma * next_value - value + gamma * gae_lambda * advantage
         return (advantage, value), advantage
 
     zero = jnp.zeros_like(rewards_BR[:, 0])
-    _, advantages_RB = jax.lax.scan(earlier, (zero, zero), (rewards_BR.T, values_BR.T), reverse=True)
+    _, advantages_RB = jax.lax.scan(
+        earlier, (zero, zero), (rewards_BR.T, values_BR.T), reverse=True
+    )
     return advantages_RB.T, advantages_RB.T + values_BR
 
 
@@ -91,19 +109,25 @@ def clipped_policy_loss(
     return jnp.maximum(-advantage * ratio, -advantage * jnp.clip(ratio, 1 - clip, 1 + clip_high))
 
 
-def clipped_value_loss(value: jax.Array, old_value: jax.Array, returns: jax.Array, clip: float) -> jax.Array:
+def clipped_value_loss(
+    value: jax.Array, old_value: jax.Array, returns: jax.Array, clip: float
+) -> jax.Array:
     """Half the larger square error of the value and of the value clipped to within `clip` of the old one."""
     clipped = old_value + jnp.clip(value - old_value, -clip, clip)
     return 0.5 * jnp.maximum(jnp.square(value - returns), jnp.square(clipped - returns))
 
 
-def adapt_kl(beta: jax.Array, kl: jax.Array, target: float, horizon: float, episodes: int) -> jax.Array:
+def adapt_kl(
+    beta: jax.Array, kl: jax.Array, target: float, horizon: float, episodes: int
+) -> jax.Array:
     """Adaptive KL coefficient (Ziegler et al. 2019, section 2.2): proportional control of KL towards `target`."""
     error = jnp.clip(kl / target - 1.0, -0.2, 0.2)
     return beta * (1.0 + error * episodes / horizon)
 
 
-def response_logits(apply: Apply, params: Any, batch: dict[str, jax.Array], temperature: float) -> jax.Array:
+def response_logits(
+    apply: Apply, params: Any, batch: dict[str, jax.Array], temperature: float
+) -> jax.Array:
     """[B, R + 1, V]: at t what response token t is drawn from; the last position predicts nothing here."""
     logits_BTV, _ = apply(params, *inputs(batch), logits_from=before_response(batch))
     return logits_BTV / (temperature or 1.0)
@@ -119,9 +143,13 @@ def response_labels(batch: dict[str, jax.Array]) -> jax.Array:
     return jnp.pad(batch["response_BR"], ((0, 0), (0, 1)))
 
 
-def response_logprobs(apply: Apply, params: Any, batch: dict[str, jax.Array], temperature: float) -> jax.Array:
+def response_logprobs(
+    apply: Apply, params: Any, batch: dict[str, jax.Array], temperature: float
+) -> jax.Array:
     """[B, R] log-probabilities of the response's tokens at the sampling temperature (greedy counts as 1)."""
-    read = partial(hidden_logprobs, labels_BT=response_labels(batch), temperature=temperature or 1.0)
+    read = partial(
+        hidden_logprobs, labels_BT=response_labels(batch), temperature=temperature or 1.0
+    )
     logp_BT, _ = apply(params, *inputs(batch), logits_from=before_response(batch), read=read)
     return logp_BT[:, :-1]
 
@@ -194,7 +222,9 @@ def policy_objective(
     return loss, (tokens, metrics)
 
 
-def with_text(batch: dict[str, Any], text: dict[str, jax.Array], coefficient: float) -> dict[str, Any]:
+def with_text(
+    batch: dict[str, Any], text: dict[str, jax.Array], coefficient: float
+) -> dict[str, Any]:
     """`batch` with pre-training rows whose mean loss per token counts `coefficient` times the policy's.
 
     The loss mask carries the weight, of the whole batch's counts of tokens, so that the objective stays a sum.
@@ -207,7 +237,9 @@ def value_objective(apply: Apply, params: Any, batch: dict[str, jax.Array], *, c
     """Clipped square error of the values, summed over response tokens."""
     mask_BR = batch["value_mask_BR"]
     values_BR = response_values(apply, params, batch)
-    losses_BR = clipped_value_loss(values_BR, batch["old_values_BR"], batch["returns_BR"], clip) * mask_BR
+    losses_BR = (
+        clipped_value_loss(values_BR, batch["old_values_BR"], batch["returns_BR"], clip) * mask_BR
+    )
     error_BR = jnp.square(values_BR - batch["returns_BR"]) * mask_BR
     tokens = mask_BR.sum()
     return losses_BR.sum(), (tokens, {"square_error": (error_BR.sum(), tokens)})

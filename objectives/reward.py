@@ -13,7 +13,9 @@ import jax.numpy as jnp
 from objectives.likelihood import Apply, following, hidden_logprobs, inputs, shifted
 
 
-def bradley_terry(chosen: jax.Array, rejected: jax.Array, margin: jax.Array | float = 0.0) -> jax.Array:
+def bradley_terry(
+    chosen: jax.Array, rejected: jax.Array, margin: jax.Array | float = 0.0
+) -> jax.Array:
     """-log sigmoid(r_chosen - r_rejected - margin) (Stiennon et al. 2020; margin: Touvron et al. 2023, eq. 2)."""
     return -jax.nn.log_sigmoid(chosen - rejected - margin)
 
@@ -37,10 +39,14 @@ def first_best(ranks_BC: jax.Array) -> jax.Array:
 def pair_means(loss_BCC: jax.Array, pairs_BCC: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Mean over each prompt's pairs (Ouyang et al. 2022, eq. 1), [B]; and 1.0 where it has a pair at all, [B]."""
     count_B = pairs_BCC.sum((1, 2))
-    return (loss_BCC * pairs_BCC).sum((1, 2)) / jnp.maximum(count_B, 1.0), (count_B > 0).astype(jnp.float32)
+    return (loss_BCC * pairs_BCC).sum((1, 2)) / jnp.maximum(count_B, 1.0), (count_B > 0).astype(
+        jnp.float32
+    )
 
 
-def pair_metrics(score_BC: jax.Array, pairs_BCC: jax.Array) -> dict[str, tuple[jax.Array, jax.Array]]:
+def pair_metrics(
+    score_BC: jax.Array, pairs_BCC: jax.Array
+) -> dict[str, tuple[jax.Array, jax.Array]]:
     """Over all pairs: share in the right order, mean gap, means of the better and of the worse score."""
     better_BCC, worse_BCC, pairs = score_BC[:, :, None], score_BC[:, None, :], pairs_BCC.sum()
     parts = {"accuracy": better_BCC > worse_BCC, "margin": better_BCC - worse_BCC}
@@ -49,7 +55,10 @@ def pair_metrics(score_BC: jax.Array, pairs_BCC: jax.Array) -> dict[str, tuple[j
 
 
 def ranking_loss(
-    rewards_BC: jax.Array, ranks_BC: jax.Array, margin_B: jax.Array, centring_coefficient: float = 0.0
+    rewards_BC: jax.Array,
+    ranks_BC: jax.Array,
+    margin_B: jax.Array,
+    center_rewards_coef: float = 0.0,
 ) -> tuple[jax.Array, jax.Array]:
     """`pair_means` of the pair loss over all pairs in the ranking. Two candidates: the plain Bradley-Terry loss.
 
@@ -57,7 +66,7 @@ def ranking_loss(
     """
     better, worse = rewards_BC[:, :, None], rewards_BC[:, None, :]
     loss_BCC = bradley_terry(better, worse, margin_B[:, None, None])
-    loss_BCC += centring_coefficient * centring(better, worse)
+    loss_BCC += center_rewards_coef * centring(better, worse)
     return pair_means(loss_BCC, better_pairs(ranks_BC))
 
 
@@ -74,36 +83,46 @@ def ranking_objective(
     params: Any,
     batch: dict[str, jax.Array],
     *,
-    centring_coefficient: float = 0.0,
-    lm_coefficient: float = 0.0,
+    center_rewards_coef: float = 0.0,
+    lm_coef: float = 0.0,
 ):
-    """Ranking loss (sum over prompts); with `lm_coefficient`, plus the NLL of the best response per token.
+    """Ranking loss (sum over prompts); with `lm_coef`, plus the NLL of the best response per token.
 
     The second keeps the reward model fluent in what it judges (Askell et al. 2021); `apply` then also
     reads the rows that it is asked for, from the same pass.
     """
     ranks_BC = batch["ranks_BC"]
-    flat = [batch[k].reshape(-1, batch[k].shape[-1]) for k in ("tokens_BCT", "segment_ids_BCT", "positions_BCT")]
-    best_B = first_best(ranks_BC) + jnp.arange(ranks_BC.shape[0]) * ranks_BC.shape[1]  # a row of the flat batch
-    if lm_coefficient:
+    flat = [
+        batch[k].reshape(-1, batch[k].shape[-1])
+        for k in ("tokens_BCT", "segment_ids_BCT", "positions_BCT")
+    ]
+    best_B = (
+        first_best(ranks_BC) + jnp.arange(ranks_BC.shape[0]) * ranks_BC.shape[1]
+    )  # a row of the flat batch
+    if lm_coef:
         read = partial(hidden_logprobs, labels_BT=following(flat[0][best_B]))
         scalars_MT, logp_BT = apply(params, *flat, rows=best_B, read=read)
     else:
         scalars_MT = apply(params, *flat)
     rewards_BC = last_token(scalars_MT, flat[1]).reshape(ranks_BC.shape)
-    losses_B, valid_B = ranking_loss(rewards_BC, ranks_BC, batch["margin_B"], centring_coefficient)
+    losses_B, valid_B = ranking_loss(rewards_BC, ranks_BC, batch["margin_B"], center_rewards_coef)
     loss = (losses_B * valid_B).sum()
     metrics = pair_metrics(rewards_BC, better_pairs(ranks_BC))
-    if lm_coefficient:
+    if lm_coef:
         mask_BT = batch["loss_mask_BCT"].reshape(flat[0].shape)[best_B]
         nll_B = -(shifted(logp_BT) * mask_BT).sum(1) / jnp.maximum(mask_BT.sum(1), 1.0)
-        loss += lm_coefficient * (nll_B * valid_B).sum()
+        loss += lm_coef * (nll_B * valid_B).sum()
         metrics["nll"] = ((nll_B * valid_B).sum(), valid_B.sum())
     return loss, (valid_B.sum(), metrics)
 
 
 def combined(
-    scores: Sequence[jax.Array], how: str, *, weights: Sequence[float] = (), gate: float = 0.0, floor: float = -1.0
+    scores: Sequence[jax.Array],
+    how: str,
+    *,
+    weights: Sequence[float] = (),
+    gate: float = 0.0,
+    floor: float = -1.0,
 ) -> jax.Array:
     """One score a response, [B], from several. `gated`: the first where all others reach `gate`, else `floor`.
 
@@ -137,14 +156,19 @@ def process_objective(apply: Apply, params: Any, batch: dict[str, jax.Array]):
     logits_BT = apply(params, *inputs(batch))
     steps = mask_BT.sum()
     right_BT = ((logits_BT > 0) == (targets_BT >= 0.5)) * mask_BT
-    return (step_loss(logits_BT, targets_BT) * mask_BT).sum(), (steps, {"accuracy": (right_BT.sum(), steps)})
+    return (step_loss(logits_BT, targets_BT) * mask_BT).sum(), (
+        steps,
+        {"accuracy": (right_BT.sum(), steps)},
+    )
 
 
 def step_ends(tokens_BT: jax.Array, mask_BT: jax.Array, newlines: list[int]) -> jax.Array:
     """[B, T] bool: the last token of each step: of `newlines`, or the last one, of what `mask_BT` has of a row."""
     length = tokens_BT.shape[1]
     last_B = length - 1 - jnp.argmax(jnp.flip(mask_BT > 0, axis=1), axis=1)
-    return (mask_BT > 0) & (jnp.isin(tokens_BT, jnp.array(newlines)) | (jnp.arange(length) == last_B[:, None]))
+    return (mask_BT > 0) & (
+        jnp.isin(tokens_BT, jnp.array(newlines)) | (jnp.arange(length) == last_B[:, None])
+    )
 
 
 def running_score(logits_BT: jax.Array, ends_BT: jax.Array, how: str) -> jax.Array:

@@ -11,8 +11,8 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from checkpoint import Checkpoints
-from hosts import HostsConfig, finished_step
+from runtime.checkpoint import Checkpoints
+from runtime.hosts import HostsConfig, finished_step
 from sharding import MeshConfig, make_mesh, to_mesh
 
 
@@ -27,7 +27,9 @@ def main(config: Config) -> None:
     mesh = make_mesh(MeshConfig())
     split = NamedSharding(mesh, P("data"))
     like = {"params": {"w": jax.ShapeDtypeStruct((1000,), jnp.float32, sharding=split)}}
-    step = jax.jit(lambda w, x_B: (w * 0.9 + jnp.outer(x_B, jnp.arange(1000.0)).mean(0), (w**2).mean()))
+    step = jax.jit(
+        lambda w, x_B: (w * 0.9 + jnp.outer(x_B, jnp.arange(1000.0)).mean(0), (w**2).mean())
+    )
     with Checkpoints(config.run, config, script="host_loop", keep=9) as checkpoints:
         fresh = {"params": {"w": jax.jit(lambda: jnp.zeros(1000), out_shardings=split)()}}
         start, state, position = checkpoints.restore(like) or (0, fresh, jax.process_index())

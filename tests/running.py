@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-import config
+from runtime import flags as config
 
 
 def run(script: Any, *argv: Any) -> Any:
@@ -35,4 +35,6 @@ def write(path: pathlib.Path, rows: list[dict[str, Any]]) -> pathlib.Path:
 
 def rows_of(folder: str | os.PathLike) -> list[dict[str, Any]]:
     """The rows of a run's metrics.jsonl."""
-    return [json.loads(line) for line in pathlib.Path(folder, "metrics.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line) for line in pathlib.Path(folder, "metrics.jsonl").read_text().splitlines()
+    ]

@@ -5,10 +5,11 @@ import re
 
 import pytest
 
-from config import UserError
-from data import arithmetic, records
-from data.checks import number
+from data import records
 from data.sources import open_source
+from runtime.errors import UserError
+from tasks import arithmetic
+from tasks.answers import number
 
 EQUATION = re.compile(r"(\d+)([+-]\d)=(\d+)")
 
@@ -63,7 +64,8 @@ def test_verdicts_against_a_walk_along_python_s_sums():
             steps = rng.sample(steps, len(steps))
         if i % 5 == 0:
             steps.insert(
-                rng.randrange(len(steps)), rng.choice(["nonsense", "so 7", "1+1=2", *arithmetic.truth(row["prompt"])])
+                rng.randrange(len(steps)),
+                rng.choice(["nonsense", "so 7", "1+1=2", *arithmetic.truth(row["prompt"])]),
             )
         values, done = true_values(row["prompt"]), 0
         for step, verdict in zip(steps, arithmetic.verdicts(row["prompt"], steps), strict=True):
@@ -79,14 +81,21 @@ def test_verdicts_against_a_walk_along_python_s_sums():
                 expected = "neutral"
             assert verdict == expected, (row, step)
             seen.add((verdict, step.split(" ")[0] if not parts else "sum"))
-    assert seen >= {("positive", "sum"), ("negative", "sum"), ("neutral", "so"), ("negative", "so")}
+    assert seen >= {
+        ("positive", "sum"),
+        ("negative", "sum"),
+        ("neutral", "so"),
+        ("negative", "so"),
+    }
 
 
 def test_a_right_answer_can_come_of_wrong_steps():
     """A forgotten carry and a forgotten borrow undo one another."""
     steps = ["27+8=25", "25-9=26", "answer 26"]
     assert arithmetic.verdicts("27+8-9", steps) == ["negative", "negative", "positive"]
-    assert arithmetic.solved("27+8-9", "\n".join(steps)) and not arithmetic.solved("27+8-9", "answer 25")
+    assert arithmetic.solved("27+8-9", "\n".join(steps)) and not arithmetic.solved(
+        "27+8-9", "answer 25"
+    )
     assert arithmetic.until_wrong(arithmetic.verdicts("27+8-9", steps)) == ["negative", None, None]
     assert arithmetic.until_wrong(["positive", "neutral"]) == ["positive", "neutral"]
 
@@ -99,7 +108,9 @@ def test_arithmetic_is_a_source_of_text_chats_prompts_and_steps():
     source = open_source("arithmetic", "prompt", "heldout")
     assert number(f"so the answer is {eval(source[0]['prompt'][0]['content'])}", source[0]) == 1.0
     assert number("answer 1000", source[0]) == 0.0
-    with pytest.raises(UserError, match="arithmetic: has no comparison records, only text, chat, prompt, steps"):
+    with pytest.raises(
+        UserError, match="arithmetic: has no comparison records, only text, chat, prompt, steps"
+    ):
         open_source("arithmetic", "comparison", "train")
     with pytest.raises(UserError, match="world: has no steps records"):
         open_source("world", "steps", "train")

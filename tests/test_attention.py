@@ -15,14 +15,17 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from config import UserError
 from kernels import flash
 from kernels.attention import AUTO, BACKENDS, attention, chosen, decode_attention
+from runtime.errors import UserError
 from sharding import BATCH, MeshConfig, make_mesh
 
 # Memory linear in the length. On a CPU the Pallas kernels are interpreted; elsewhere each runs where it belongs.
 BACKEND = jax.default_backend()
-LINEAR = ("xla_chunked", *(f"pallas_{name}" for name in ("tpu", "gpu") if BACKEND in ("cpu", name)))
+LINEAR = (
+    "xla_chunked",
+    *(f"pallas_{name}" for name in ("tpu", "gpu") if BACKEND in ("cpu", name)),
+)
 ALL = ("reference", *LINEAR, *(["library"] if BACKEND == "cpu" else []))  # cuDNN takes no float32
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}  # of the largest magnitude in the array
 
@@ -38,7 +41,9 @@ def packed(rng, batch, length):
     """Segment ids [batch, length] of runs of random length and id; 0 is padding, and an id may come back."""
     segments = np.zeros((batch, length), np.int32)
     for row in segments:
-        row[: length // 3] = 1  # not all may be padding or single tokens: the controls could not fail
+        row[: length // 3] = (
+            1  # not all may be padding or single tokens: the controls could not fail
+        )
         at = length // 3
         while at < length:
             end = at + rng.integers(1, length // 2 + 2)
@@ -93,7 +98,9 @@ def drawn(rng, batch, length, heads, kv_heads, width, dtype="float32"):
     return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
 
 
-@functools.partial(jax.jit, static_argnames=("causal", "window", "soft_cap", "scale", "implementation"))
+@functools.partial(
+    jax.jit, static_argnames=("causal", "window", "soft_cap", "scale", "implementation")
+)
 def computed(q, k, v, dout, segments, **options):
     """Output and gradients of the implementation."""
     out, pull = jax.vjp(lambda *x: attention(*x, segment_ids=segments, **options), q, k, v)
@@ -109,7 +116,14 @@ def assert_close(got, want, dtype):
 
 CASES = {  # type, rows, longest sequence, key/value heads, most queries per key, options
     "window": ("float32", 1, 600, 2, 2, {"window": 250, "scale": 0.2}),
-    "both ways": ("float32", 1, 400, 1, 8, {"packed": True, "causal": False, "window": 40, "soft_cap": 2.0}),
+    "both ways": (
+        "float32",
+        1,
+        400,
+        1,
+        8,
+        {"packed": True, "causal": False, "window": 40, "soft_cap": 2.0},
+    ),
     "bfloat16": ("bfloat16", 1, 600, 1, 3, {"packed": True}),
 }
 
@@ -128,12 +142,19 @@ def test_equals_float64(case, implementation, rng):
     assert_close(got, exact(*arrays, segments, **options), dtype)
     if implementation != "reference":
         return
-    controls = [{"causal": not options.get("causal", True)}, {"window": 2}, {"soft_cap": 1.0}, {"scale": 0.5}]
+    controls = [
+        {"causal": not options.get("causal", True)},
+        {"window": 2},
+        {"soft_cap": 1.0},
+        {"scale": 0.5},
+    ]
     for changed, ids in [
         *((control, segments) for control in controls),
         *([({}, None)] if segments is not None else []),
     ]:
-        with pytest.raises(AssertionError):  # another result without the option, or without the segments
+        with pytest.raises(
+            AssertionError
+        ):  # another result without the option, or without the segments
             assert_close(got, exact(*arrays, ids, **{**options, **changed}), dtype)
 
 
@@ -144,9 +165,14 @@ def test_rows_that_see_nothing_give_zero_and_finite_gradients(implementation, rn
     pad = (segments == 0)[..., None, None]
     # Huge values at the padding: nothing of them arrives, forwards or backwards.
     huge = [jnp.asarray(np.where(pad, 1e17, x), jnp.float32) for x in arrays[:3]]
-    got, same = (computed(*x, arrays[3], segments, implementation=implementation) for x in (arrays[:3], huge))
+    got, same = (
+        computed(*x, arrays[3], segments, implementation=implementation)
+        for x in (arrays[:3], huge)
+    )
     for one, other in zip(got, same, strict=True):
-        assert np.isfinite(one).all() and (np.where(pad, one, 0) == 0).all() and np.abs(one).max() > 0
+        assert (
+            np.isfinite(one).all() and (np.where(pad, one, 0) == 0).all() and np.abs(one).max() > 0
+        )
         np.testing.assert_allclose(other, one, rtol=0, atol=1e-6 * np.abs(one).max())
 
 
@@ -154,7 +180,9 @@ def test_rows_that_see_nothing_give_zero_and_finite_gradients(implementation, rn
 def test_bfloat16_inputs_keep_their_type_and_float32_statistics(implementation):
     # 512 equal keys: weights of 1/512 summed in bfloat16 would stall; v is 1, so the output is 1.
     ones = jnp.ones((1, 512, 2, 64), jnp.bfloat16)
-    out = jax.jit(functools.partial(attention, causal=False, implementation=implementation))(ones, ones, ones)
+    out = jax.jit(functools.partial(attention, causal=False, implementation=implementation))(
+        ones, ones, ones
+    )
     assert out.dtype == jnp.bfloat16
     np.testing.assert_allclose(out.astype(jnp.float32), 1.0, atol=1e-2)
 
@@ -167,10 +195,13 @@ def test_decoding_one_token_equals_the_last_row_of_self_attention(window, rng):
     stale = rng.normal(size=(2, 3, 4, 2, 4)).astype(np.float32)  # slots not written yet
     # As a ring of 13 slots that begins anywhere, keys and values as [B, K, S, H].
     turn = int(rng.integers(13))
-    ring = lambda x: np.roll(x, turn, axis=1)  # noqa: E731
-    k2, v2 = (ring(np.concatenate(pair, axis=1)).swapaxes(1, 2) for pair in ((k, stale[0]), (v, stale[1])))
+    ring = lambda x: np.roll(x, turn, axis=1)
+    k2, v2 = (
+        ring(np.concatenate(pair, axis=1)).swapaxes(1, 2)
+        for pair in ((k, stale[0]), (v, stale[1]))
+    )
     decode = jax.jit(functools.partial(decode_attention, window=window))
-    run = lambda valid: decode(q[:, -1:], k2, v2, ring(valid), jnp.int32((8 + turn) % 13))  # noqa: E731
+    run = lambda valid: decode(q[:, -1:], k2, v2, ring(valid), jnp.int32((8 + turn) % 13))
     np.testing.assert_allclose(run(np.pad(valid, ((0, 0), (0, 4)))), full[:, -1:], atol=2e-6)
     wrong = np.pad(valid, ((0, 0), (0, 4)))
     wrong[:, 6] ^= 1  # control: a slot too many or too few shows
@@ -221,21 +252,28 @@ def temporaries(implementation, length):
 def test_temporaries_grow_linearly_and_those_of_the_reference_quadratically():
     short, long = (temporaries("xla_chunked", length) for length in (4096, 8192))
     quadratic_short, quadratic_long = (temporaries("reference", length) for length in (4096, 8192))
-    assert long < 2.2 * short and quadratic_long > 3.5 * quadratic_short and long < quadratic_long / 8
+    assert (
+        long < 2.2 * short and quadratic_long > 3.5 * quadratic_short and long < quadratic_long / 8
+    )
 
 
 @pytest.mark.parametrize("implementation", ALL)
 def test_no_matrix_of_scores_is_made(implementation):
     traced = computed.trace(*described(8192), implementation=implementation)
-    sizes = [math.prod(map(int, shape.split(","))) for shape in re.findall(r"\w\[([\d,]+)\]", str(traced.jaxpr))]
+    sizes = [
+        math.prod(map(int, shape.split(",")))
+        for shape in re.findall(r"\w\[([\d,]+)\]", str(traced.jaxpr))
+    ]
     assert (max(sizes) < 8192**2 / 8) == (implementation in LINEAR)
 
 
 @pytest.mark.parametrize("implementation", LINEAR)
 def test_only_inputs_output_and_log_sum_exp_are_saved_for_the_derivative(implementation, rng):
     (q, k, v, _), segments = drawn(rng, 2, 64, 4, 2, 64), packed(rng, 2, 64)
-    run = lambda *x: attention(*x, segment_ids=segments, implementation=implementation)  # noqa: E731
-    saved = sorted(x.shape for x in jax.tree.leaves(jax.eval_shape(lambda *x: jax.vjp(run, *x)[1], q, k, v)))
+    run = lambda *x: attention(*x, segment_ids=segments, implementation=implementation)
+    saved = sorted(
+        x.shape for x in jax.tree.leaves(jax.eval_shape(lambda *x: jax.vjp(run, *x)[1], q, k, v))
+    )
     ranges, log_sum_exp = [(2, 64)] * 4, (2, 4, 64)
     assert saved == sorted([q.shape, k.shape, v.shape, q.shape, log_sum_exp, *ranges])
 
@@ -276,6 +314,8 @@ def test_lowers_for_cuda_without_a_gpu(width, dtype):
     segments = jax.ShapeDtypeStruct((2, 1024), jnp.int32)
     h200 = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
     with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("data",), abstract_device=h200)):
-        traced = computed.trace(*shapes, segments, implementation="pallas_gpu", window=256, soft_cap=30.0)
+        traced = computed.trace(
+            *shapes, segments, implementation="pallas_gpu", window=256, soft_cap=30.0
+        )
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert all(f"flash_{name}" in text for name in ("forward", "dq", "dkv"))

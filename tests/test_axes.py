@@ -1,4 +1,4 @@
-"""The sequence axis (kernels/ring.py) and the stage axis (pipeline.py): against float64, one device, and counts."""
+"""The sequence axis (kernels/ring.py) and the stage axis (layers.py): against float64, one device, and counts."""
 
 import dataclasses
 import functools
@@ -13,27 +13,35 @@ from jax.sharding import PartitionSpec as P
 from running import fails, rows_of, run
 from test_attention import assert_close, drawn, exact, packed, rng, visible  # noqa: F401
 
-import hlo
 import train_lm
 import train_ppo
 import train_rm
 import train_sft
-from checkpoint import load_params
 from kernels.attention import attention
 from kernels.masks import mask_of, visible_ranges
 from kernels.ring import of_stripe, striped, turns_of, unstriped, within
-from metrics import describe
-from model import PRESETS, LanguageModel, ScalarModel, pure
+from layers import pipelined
+from model import LanguageModel, ScalarModel, init_and_apply
+from model_config import PRESETS
 from objectives import likelihood
 from objectives.likelihood import likelihood_objective
 from objectives.reward import ranking_objective
-from pipeline import bubble, pipelined
+from planning import hlo
+from planning.dry_run import bubble, describe
 from sharding import MeshConfig, init_sharded, make_mesh, shardings_of, to_mesh
-from train_step import OptimizerConfig, init_state, make_optimizer, make_train_step
+from train_state import init_state, load_params
+from train_step import OptimizerConfig, make_optimizer, make_train_step
 
 pytestmark = pytest.mark.skipif(jax.device_count() != 8, reason="needs eight devices")
 CONFIG = dataclasses.replace(
-    PRESETS["tiny"], vocab=32, width=16, hidden=24, layers=4, head_width=4, qk_norm=True, dtype="float32"
+    PRESETS["tiny"],
+    vocab=32,
+    width=16,
+    mlp_width=24,
+    layers=4,
+    head_dim=4,
+    qk_norm=True,
+    dtype="float32",
 )
 OPTIMIZER = make_optimizer(OptimizerConfig(lr=3e-3, warmup=1), 5)
 
@@ -56,21 +64,33 @@ def in_a_ring(q, k, v, dout, segments, ring, **options):
 
 RINGS = {  # mesh, type, query heads, key/value heads, options
     "packed": (MeshConfig(data=2, sequence=4), "float32", 4, 2, {"packed": True}),
-    "window, bfloat16": (MeshConfig(sequence=2, tensor=2), "bfloat16", 4, 1, {"packed": True, "window": 21}),
+    "window, bfloat16": (
+        MeshConfig(sequence=2, tensor=2),
+        "bfloat16",
+        4,
+        1,
+        {"packed": True, "window": 21},
+    ),
     "both ways": (MeshConfig(data=1, sequence=8), "float32", 2, 2, {"causal": False}),
 }
 
 
-@pytest.mark.parametrize("implementation", ["xla_chunked", pytest.param("pallas_tpu", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("case", ["packed", *(pytest.param(c, marks=pytest.mark.slow) for c in list(RINGS)[1:])])
-def test_a_ring_equals_float64(case, implementation, rng):  # noqa: F811
+@pytest.mark.parametrize(
+    "implementation", ["xla_chunked", pytest.param("pallas_tpu", marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize(
+    "case", ["packed", *(pytest.param(c, marks=pytest.mark.slow) for c in list(RINGS)[1:])]
+)
+def test_a_ring_equals_float64(case, implementation, rng):
     config, dtype, heads, kv_heads, options = RINGS[case]
     mesh, options = make_mesh(config), dict(options)
     length = 64 * int(rng.integers(1, 4))
     assert turns_of(length) == mesh.shape["sequence"] and turns_of(length + 2) == 1
     arrays = drawn(rng, 2, length, heads, kv_heads, 64, dtype)
     segments = packed(rng, 2, length) if options.pop("packed", False) else None
-    got = in_a_ring(*arrays, segments, ring=mesh.shape["sequence"], implementation=implementation, **options)
+    got = in_a_ring(
+        *arrays, segments, ring=mesh.shape["sequence"], implementation=implementation, **options
+    )
     assert_close(got, exact(*arrays, segments, **options), dtype)
     with pytest.raises(AssertionError):  # control: another window
         assert_close(got, exact(*arrays, segments, **{**options, "window": 5}), dtype)
@@ -84,10 +104,12 @@ def test_keys_travel_to_the_neighbour_and_are_never_gathered():
     text = jax.jit(run, in_shardings=place).lower(*arrays[:3]).compile().as_text()
     moved = hlo.cost(text, dict(mesh.shape)).moved
     assert set(moved) == {("collective-permute", "sequence")}
-    assert moved["collective-permute", "sequence"][1] == 3 * 2 * 64 * 64 * 4  # k and v of 64 tokens, three times
+    assert (
+        moved["collective-permute", "sequence"][1] == 3 * 2 * 64 * 64 * 4
+    )  # k and v of 64 tokens, three times
 
 
-def test_stripes_share_the_work_and_lose_none(rng):  # noqa: F811
+def test_stripes_share_the_work_and_lose_none(rng):
     ring, length = 4, 64
     segments = packed(rng, 2, length)
     keys, queries = visible_ranges(2, length, jnp.asarray(segments), True, 20)
@@ -101,7 +123,9 @@ def test_stripes_share_the_work_and_lose_none(rng):  # noqa: F811
             got = mask_of(within(of_stripe(queries, theirs, ring), mine, ring))
             np.testing.assert_array_equal(got[:, :, : length // ring], part.swapaxes(1, 2))
             causal[mine, theirs] = np.tri(length)[mine::ring, theirs::ring].sum()
-    turns = np.array([[causal[mine, (mine - turn) % ring] for mine in range(ring)] for turn in range(ring)])
+    turns = np.array(
+        [[causal[mine, (mine - turn) % ring] for mine in range(ring)] for turn in range(ring)]
+    )
     assert causal.sum() == length * (length + 1) / 2
     # A turn lasts as long as its slowest device: within one key a query of perfect, where unbroken parts take double.
     assert turns.max(1).sum() * ring / causal.sum() < 1.2
@@ -134,7 +158,10 @@ def scans(jaxpr):
 @pytest.mark.parametrize(("stages", "parts"), [(4, 3), (8, 4)])
 def test_the_schedule_takes_as_many_ticks_as_the_bubble_says(stages, parts):
     mesh = make_mesh(MeshConfig(data=-1, stage=stages))
-    weights, x = jnp.arange(1.0, 9.0)[:, None, None] * jnp.eye(16), jnp.ones((parts * 8 // stages, 4, 16))
+    weights, x = (
+        jnp.arange(1.0, 9.0)[:, None, None] * jnp.eye(16),
+        jnp.ones((parts * 8 // stages, 4, 16)),
+    )
 
     def run(weights, x, scale):
         for w in weights:
@@ -144,19 +171,30 @@ def test_the_schedule_takes_as_many_ticks_as_the_bubble_says(stages, parts):
     scale = jnp.arange(1.0, 1 + x.shape[0])
     function = partial(pipelined, run, microbatches=parts)
     (ticks,) = scans(jax.make_jaxpr(function)(weights, x, (scale,)).jaxpr)
-    assert bubble(stages, parts) == pytest.approx(1 - parts / ticks) == (stages - 1) / (parts + stages - 1)
-    np.testing.assert_allclose(jax.jit(function)(weights, x, (scale,)), x * 40320.0 * scale[:, None, None] ** 8)
+    assert (
+        bubble(stages, parts)
+        == pytest.approx(1 - parts / ticks)
+        == (stages - 1) / (parts + stages - 1)
+    )
+    np.testing.assert_allclose(
+        jax.jit(function)(weights, x, (scale,)), x * 40320.0 * scale[:, None, None] ** 8
+    )
     # Each device multiplies by its layers once a tick, so idle ticks are in the compiler's count too.
     compiled = jax.jit(function).lower(weights, x, (scale,)).compile()
     rows = 1  # a micro-batch's on a device
-    assert hlo.cost(compiled.as_text(), dict(mesh.shape)).flops == ticks * (8 // stages) * 2 * rows * 4 * 16 * 16
+    assert (
+        hlo.cost(compiled.as_text(), dict(mesh.shape)).flops
+        == ticks * (8 // stages) * 2 * rows * 4 * 16 * 16
+    )
 
 
 def test_the_bubble_is_in_the_runs_arithmetic():
     mesh = make_mesh(MeshConfig(data=2, stage=4))
-    shapes = jax.eval_shape(pure(LanguageModel(CONFIG))[0], jax.random.key(0))
+    shapes = jax.eval_shape(init_and_apply(LanguageModel(CONFIG))[0], jax.random.key(0))
     params = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings_of(shapes, mesh)
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        shapes,
+        shardings_of(shapes, mesh),
     )
     text = describe("title", params, (), batch_size=16, length=8, steps=2, microbatches=8)
     assert "4 stages, 8 micro-batches in 11 ticks: 27.3% of the time idle" in text
@@ -173,7 +211,9 @@ def rows(seed, *shape):
     segments = (at < ends[..., :1]) + 2 * ((at >= ends[..., :1]) & (at < ends[..., 1:]))
     positions = at - np.where(segments == 2, ends[..., :1], 0)
     arrays = (draw.integers(1, 32, shape), segments, positions * (segments > 0))
-    return [x.astype(np.int32) for x in arrays], ((segments > 0) & (positions > 0)).astype(np.float32)
+    return [x.astype(np.int32) for x in arrays], ((segments > 0) & (positions > 0)).astype(
+        np.float32
+    )
 
 
 def likelihood_batch(seed):
@@ -192,7 +232,11 @@ def ranking_batch(seed):
 
 OBJECTIVES = {
     "likelihood": (LanguageModel, likelihood_objective, likelihood_batch),
-    "ranking": (ScalarModel, partial(ranking_objective, centring_coefficient=0.01, lm_coefficient=0.5), ranking_batch),
+    "ranking": (
+        ScalarModel,
+        partial(ranking_objective, center_rewards_coef=0.01, lm_coef=0.5),
+        ranking_batch,
+    ),
 }
 
 
@@ -200,7 +244,9 @@ def five_steps(config, name, microbatches, model_config=CONFIG):
     """Losses, the state after five updates, and its mesh."""
     devices = jax.devices() if config != MeshConfig(1) else jax.devices()[:1]
     mesh, (model, objective, batches) = make_mesh(config, devices), OBJECTIVES[name]
-    init, apply = pure(model(model_config, microbatches) if model is LanguageModel else model(model_config))
+    init, apply = init_and_apply(
+        model(model_config, microbatches) if model is LanguageModel else model(model_config)
+    )
     state = init_sharded(lambda key: init_state(init(key), OPTIMIZER), mesh, jax.random.key(0))
     step, losses = make_train_step(partial(objective, apply), OPTIMIZER, microbatches), []
     for seed in range(5):
@@ -218,7 +264,9 @@ def on_one_device(name, model_config=CONFIG):
 def case(name, microbatches=1, slow=True, **sizes):
     mesh = "x".join(f"{axis}{size}" for axis, size in sizes.items())
     sizes = {"data": 1, **sizes}
-    return pytest.param(sizes, name, microbatches, id=f"{name}-{mesh}", marks=[pytest.mark.slow] if slow else [])
+    return pytest.param(
+        sizes, name, microbatches, id=f"{name}-{mesh}", marks=[pytest.mark.slow] if slow else []
+    )
 
 
 CASES = [
@@ -243,7 +291,11 @@ def test_five_steps_equal_one_device(sizes, name, microbatches):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4), state.params, want)
     assert losses[0] != losses[-1]
     wanted = shardings_of(state, mesh)
-    jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim) or pytest.fail(f"{x.sharding} {s}"), state, wanted)
+    jax.tree.map(
+        lambda x, s: x.sharding.is_equivalent_to(s, x.ndim) or pytest.fail(f"{x.sharding} {s}"),
+        state,
+        wanted,
+    )
     q = state.params["decoder"]["layers"]["attention"]["q"]
     ways = np.prod([sizes.get(axis, 1) for axis in ("stage", "fsdp", "sequence", "tensor")])
     assert q.addressable_shards[0].data.size == q.size / ways
@@ -254,15 +306,21 @@ def test_parts_of_a_chunked_loss_are_of_all_devices(monkeypatch):
     """As five steps, but the logits of a row are computed in parts."""
     want_losses, want = on_one_device("likelihood")
     monkeypatch.setattr(likelihood, "TOKENS", 1)
-    monkeypatch.setattr(likelihood, "LOGITS", 8 * 16 * 32 // 8 // 3)  # three parts: a device's four tokens as 2, 2, 0
+    monkeypatch.setattr(
+        likelihood, "LOGITS", 8 * 16 * 32 // 8 // 3
+    )  # three parts: a device's four tokens as 2, 2, 0
     losses, state, _ = five_steps(MeshConfig(data=2, sequence=4), "likelihood", 1)
     np.testing.assert_allclose(losses, want_losses, atol=1e-4)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4), state.params, want)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sizes", [{"sequence": 4, "data": 2}, {"stage": 2, "sequence": 2, "tensor": 2}])
-@pytest.mark.parametrize("change", [{"window": 5}, {"remat": "full", "tied": False}, {"qkv_bias": True, "gemma": True}])
+@pytest.mark.parametrize(
+    "sizes", [{"sequence": 4, "data": 2}, {"stage": 2, "sequence": 2, "tensor": 2}]
+)
+@pytest.mark.parametrize(
+    "change", [{"window": 5}, {"remat": "full", "tied": False}, {"qkv_bias": True, "gemma": True}]
+)
 def test_variants_of_the_model_equal_one_device(sizes, change):
     changed = dataclasses.replace(CONFIG, **change)
     losses, state, _ = five_steps(MeshConfig(**{"data": 1, **sizes}), "likelihood", 2, changed)
@@ -275,12 +333,24 @@ def test_variants_of_the_model_equal_one_device(sizes, change):
 
 TINY = ["--model.preset=tiny", "--mesh.data=-1"]
 MISTAKES = [
-    (train_sft, [*TINY, "--mesh.sequence=4", "--length=60"], "--mesh.sequence=4: its square must divide --length=60"),
-    (train_rm, [*TINY, "--mesh.sequence=8", "--length=32"], "--mesh.sequence=8: its square must divide --length=32"),
+    (
+        train_sft,
+        [*TINY, "--mesh.sequence=4", "--length=60"],
+        "--mesh.sequence=4: its square must divide --length=60",
+    ),
+    (
+        train_rm,
+        [*TINY, "--mesh.sequence=8", "--length=32"],
+        "--mesh.sequence=8: its square must divide --length=32",
+    ),
     (train_lm, [*TINY, "--mesh.stage=4"], "--mesh.stage=4: must divide --model.layers=2"),
     (train_rm, [*TINY, "--mesh.stage=2"], "--mesh.stage=2: no pipeline here"),
     (train_ppo, ["--mesh.stage=2"], "--mesh.stage=2: no pipeline here"),
-    (train_lm, ["--mesh.data=1", "--mesh.stage=3"], "--mesh.data=1, --mesh.fsdp=1, --mesh.tensor=1: cannot lay"),
+    (
+        train_lm,
+        ["--mesh.data=1", "--mesh.stage=3"],
+        "--mesh.data=1, --mesh.fsdp=1, --mesh.tensor=1: cannot lay",
+    ),
 ]
 
 
@@ -291,15 +361,32 @@ def test_mistakes_are_one_line(script, argv, words, capsys, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("axes", [["--mesh.sequence=4"], ["--mesh.stage=2", "--mesh.fsdp=2", "--microbatches=2"]])
+@pytest.mark.parametrize(
+    "axes", [["--mesh.sequence=4"], ["--mesh.stage=2", "--mesh.fsdp=2", "--microbatches=2"]]
+)
 def test_scripts_run_evaluate_sample_and_resume_on_another_mesh(axes, tmp_path):
     constant = ["--optimizer.warmup=0", "--optimizer.schedule=constant"]
     common = [*constant, "--batch_size=16", "--length=64", "--eval_every=2"]
-    for folder, steps, mesh in (("one", 4, ["--mesh.tensor=2"]), ("two", 2, axes), ("two", 4, ["--mesh.tensor=2"])):
+    for folder, steps, mesh in (
+        ("one", 4, ["--mesh.tensor=2"]),
+        ("two", 2, axes),
+        ("two", 4, ["--mesh.tensor=2"]),
+    ):
         parts = [word for word in axes if "microbatches" in word]
         mesh = [word for word in mesh if "microbatches" not in word]
-        run(train_lm, *TINY, *common, *parts, *mesh, f"--steps={steps}", f"--run={tmp_path}/{folder}")
+        run(
+            train_lm,
+            *TINY,
+            *common,
+            *parts,
+            *mesh,
+            f"--steps={steps}",
+            f"--run={tmp_path}/{folder}",
+        )
     first, second = (load_params(f"{tmp_path}/{folder}") for folder in ("one", "two"))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4), first, second)
-    evaluated = [[row["eval/loss"] for row in rows_of(tmp_path / f) if "eval/loss" in row] for f in ("one", "two")]
+    evaluated = [
+        [row["eval/loss"] for row in rows_of(tmp_path / f) if "eval/loss" in row]
+        for f in ("one", "two")
+    ]
     np.testing.assert_allclose(*evaluated, atol=1e-4)

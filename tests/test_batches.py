@@ -3,7 +3,6 @@ import json
 import numpy as np
 import pytest
 
-from config import UserError
 from data import batches as module
 from data.batches import (
     bucket,
@@ -22,8 +21,24 @@ from data.batches import (
 )
 from data.sources import Source, open_source
 from data.tokenizer import Tokenizer
+from runtime.errors import UserError
 
-WORDS = ["the", "cat", "sat", "by", "a", "river", "and", "then", "it", "saw", "nine", "dogs", "run", "home"]
+WORDS = [
+    "the",
+    "cat",
+    "sat",
+    "by",
+    "a",
+    "river",
+    "and",
+    "then",
+    "it",
+    "saw",
+    "nine",
+    "dogs",
+    "run",
+    "home",
+]
 
 
 def sentence(i):
@@ -36,7 +51,10 @@ def turn(role, content):
 
 RECORDS = {
     "text": [{"text": sentence(i)} for i in range(37)],
-    "chat": [{"messages": [turn("user", sentence(i)), turn("assistant", sentence(i + 1))]} for i in range(37)],
+    "chat": [
+        {"messages": [turn("user", sentence(i)), turn("assistant", sentence(i + 1))]}
+        for i in range(37)
+    ],
     "comparison": [
         {
             "prompt": [turn("user", sentence(i))],
@@ -78,7 +96,9 @@ def equal(one, other):
 @pytest.mark.parametrize(("schema", "make", "options"), KINDS)
 def test_resuming_at_any_step_equals_going_on(tokenizer, narrow, schema, make, options):
     def start(seed=0):
-        return make(source_of(RECORDS[schema]), tokenizer, batch_size=3, length=64, seed=seed, **options)
+        return make(
+            source_of(RECORDS[schema]), tokenizer, batch_size=3, length=64, seed=seed, **options
+        )
 
     whole, states, expected = start(), [], []
     while whole.epoch < 2.2:
@@ -92,7 +112,9 @@ def test_resuming_at_any_step_equals_going_on(tokenizer, narrow, schema, make, o
         resumed.restore(state)
         for want in expected[step : step + 4]:
             assert equal(next(resumed), want)
-    assert not all(equal(next(other), want) for other in [start(seed=1)] for want in expected)  # control
+    assert not all(
+        equal(next(other), want) for other in [start(seed=1)] for want in expected
+    )  # control
 
 
 @pytest.mark.parametrize(("schema", "make", "options"), KINDS)
@@ -117,7 +139,12 @@ def test_hosts_read_disjoint_parts_that_cover_each_epoch(tokenizer):
         seen = []
         for process in range(processes):
             made = prompt_batches(
-                source_of(RECORDS["prompt"]), tokenizer, batch_size=4, length=64, process=process, processes=processes
+                source_of(RECORDS["prompt"]),
+                tokenizer,
+                batch_size=4,
+                length=64,
+                process=process,
+                processes=processes,
             )
             part = []
             for _ in range(37 * 2 // 4 + 1):
@@ -153,10 +180,17 @@ def test_packed_chat_predicts_what_padded_chat_does(tokenizer):
 
 def test_comparisons_mask_exactly_the_responses(tokenizer):
     records = [
-        {"prompt": [turn("user", "cat?")], "responses": ["a river", "home", "it"], "ranking": [2, 1, 2], "margin": 0.5},
+        {
+            "prompt": [turn("user", "cat?")],
+            "responses": ["a river", "home", "it"],
+            "ranking": [2, 1, 2],
+            "margin": 0.5,
+        },
         RECORDS["comparison"][1],
     ]
-    batch = collate(encode_comparison, lambda *a: pad_comparisons(*a, candidates=4), records, tokenizer, 64)
+    batch = collate(
+        encode_comparison, lambda *a: pad_comparisons(*a, candidates=4), records, tokenizer, 64
+    )
     prompt = tokenizer.prompt("cat?")
     for c, response in enumerate(records[0]["responses"]):
         tokens, mask = batch["tokens_BCT"][0, c], batch["loss_mask_BCT"][0, c]
@@ -179,7 +213,9 @@ def test_prompts_are_padded_on_the_left(tokenizer):
         tokens = batch["tokens_BT"][b][real].tolist()
         raw = "text" in record
         assert tokens == (
-            [tokenizer.bos, *tokenizer.encode("the river")] if raw else tokenizer.prompt(record["prompt"])
+            [tokenizer.bos, *tokenizer.encode("the river")]
+            if raw
+            else tokenizer.prompt(record["prompt"])
         )
         assert batch["positions_BT"][b][real].tolist() == list(range(len(tokens)))
         assert real[-len(tokens) :].all() and real.sum() == len(tokens)
@@ -225,7 +261,9 @@ def test_what_does_not_fit_is_counted(tokenizer):
 
 
 def test_mistakes_are_one_line(tokenizer, capsys):
-    source = source_of([{"messages": [turn("user", " ".join(WORDS * 9)), turn("assistant", "cat")]}])
+    source = source_of(
+        [{"messages": [turn("user", " ".join(WORDS * 9)), turn("assistant", "cat")]}]
+    )
     with pytest.raises(UserError, match="no record fits 16 tokens"):
         next(chat_batches(source, tokenizer, batch_size=2, length=16))
     assert "has 1 records, fewer than a batch of 2" in capsys.readouterr().err
@@ -251,7 +289,9 @@ def test_the_world_in_batches(tokenizer):
 
 def test_batches_left_out_are_passed_over_and_the_rest_stays(tokenizer, narrow):
     def start(**options):
-        return chat_batches(source_of(RECORDS["chat"]), tokenizer, batch_size=3, length=64, **options)
+        return chat_batches(
+            source_of(RECORDS["chat"]), tokenizer, batch_size=3, length=64, **options
+        )
 
     whole, without = start(), start(without={1, 4, 5})
     numbers = [2, 3, 6, 7]

@@ -30,11 +30,17 @@ def test_a_training_benchmark_writes_what_it_prints(benchmarks, tmp_path, capsys
     run(train, *TINY, "--batch=2", "--length=16", f"--out={tmp_path}")
     result = json.loads((tmp_path / "train-cpu.json").read_text())
     (row,), printed = result["rows"], capsys.readouterr().out.splitlines()
-    assert row["tokens"] == 32 and row["tokens_per_s"] == pytest.approx(32e3 / row["ms"]) and "mfu" not in row
+    assert (
+        row["tokens"] == 32
+        and row["tokens_per_s"] == pytest.approx(32e3 / row["ms"])
+        and "mfu" not in row
+    )
     # By hand: 2 layers of q, o 32x4x8 and k, v 32x2x8, three of 32x64, and the tied 512x32; scores of half of 16x16.
     matrices = 2 * (2 * 1024 + 2 * 512 + 3 * 2048) + 512 * 32
     norms = 5 * 32
-    assert row["params"] == matrices + norms and row["flops"] == 6 * 32 * (row["params"] + 2 * 4 * 8 * 16)
+    assert row["params"] == matrices + norms and row["flops"] == 6 * 32 * (
+        row["params"] + 2 * 4 * 8 * 16
+    )
     assert len(row["seconds"]["plumb"]) == 2 and f"{row['tokens_per_s']:.0f}" in printed[-1]
     assert max(map(len, printed)) < 80
 
@@ -47,7 +53,9 @@ def test_decode_and_ppo_benchmarks_run(benchmarks, tmp_path):
     sizes = ("--batches", "8", "1", "--prompt=8", "--new=16", "--requests=32", "--limit=16")
     run(decode, *TINY, *sizes, f"--out={tmp_path}")
     rows = json.loads((tmp_path / "decode-cpu.json").read_text())["rows"]
-    assert [row["tokens"] for row in rows[:4]] == [128, 8, 16, 1] and 2 < rows[4]["mean_length"] < 7
+    assert [row["tokens"] for row in rows[:4]] == [128, 8, 16, 1] and 2 < rows[4][
+        "mean_length"
+    ] < 7
     run(ppo, *TINY, "--batch_size=8", "--max_prompt=8", "--max_new_tokens=8", f"--out={tmp_path}")
     assert len(json.loads((tmp_path / "ppo-cpu.json").read_text())["rows"]) == 4
 
@@ -65,5 +73,7 @@ def test_the_counted_inner_loops_are_those_of_the_kernels_as_they_are(benchmarks
     folder = ROOT / "benchmarks" / "results"
     result = json.loads((folder / "tpu_schedule.json").read_text())
     for row in result["rows"]:
-        assert row["tile"] == list(getattr(flash.blocks_of("tpu", result["length"], row["width"], 16), row["kernel"]))
+        assert row["tile"] == list(
+            getattr(flash.blocks_of("tpu", result["length"], row["width"], 16), row["kernel"])
+        )
     assert attention.schedule_table(folder) in (folder / "README.md").read_text()

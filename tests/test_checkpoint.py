@@ -18,11 +18,12 @@ import optax
 import pytest
 from jax.sharding import AxisType
 
-import checkpoint
-import run_folder
-from checkpoint import Checkpoints, load_params
-from config import UserError, load_config
+from runtime import checkpoint, run_folder
+from runtime.checkpoint import Checkpoints
+from runtime.errors import UserError
+from runtime.run_folder import load_config
 from sharding import shardings_of
+from train_state import load_params
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -41,12 +42,19 @@ class Config:
 
 
 def open_run(run, tokenizer=b"tokens", script="train", keep=2, **fields):
-    return Checkpoints(str(run), Config(run=str(run), **fields), script=script, tokenizer=tokenizer, keep=keep)
+    return Checkpoints(
+        str(run), Config(run=str(run), **fields), script=script, tokenizer=tokenizer, keep=keep
+    )
 
 
 def make_state(seed=0, dtype=jnp.float32):
     keys = jax.random.split(jax.random.key(seed), 3)
-    params = {"decoder": {"embed": jax.random.normal(keys[0], (16, 8), dtype), "norm": jnp.ones(8, dtype)}}
+    params = {
+        "decoder": {
+            "embed": jax.random.normal(keys[0], (16, 8), dtype),
+            "norm": jnp.ones(8, dtype),
+        }
+    }
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
     opt_state = jax.tree.map(lambda x: x + 1, optimizer.init(params))
     return {
@@ -59,7 +67,9 @@ def make_state(seed=0, dtype=jnp.float32):
 
 
 def abstract(state):
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
 
 
 def to_bytes(tree):
@@ -122,7 +132,9 @@ def test_a_hundred_flipped_bits_and_twenty_truncations_are_found(saved, capfd):
     step = saved / "checkpoints" / "2"
     paths, sizes = files(step), [path.stat().st_size for path in files(step)]
     for number in range(120):
-        path = paths[number] if number < len(paths) else rng.choices(paths, sizes)[0]  # each file, then any byte
+        path = (
+            paths[number] if number < len(paths) else rng.choices(paths, sizes)[0]
+        )  # each file, then any byte
         good = path.read_bytes()
         bad = bytearray(good)
         if number < 100:
@@ -176,7 +188,9 @@ def test_all_damaged_is_an_error_not_a_new_run(saved):
 def test_steps_without_manifest_do_not_exist(saved):
     (saved / "checkpoints" / "3").mkdir()  # an empty folder
     (saved / "checkpoints" / "4.orbax-checkpoint-tmp").mkdir()
-    (saved / "checkpoints" / "2" / "manifest.json").unlink()  # killed after Orbax, before the manifest
+    (
+        saved / "checkpoints" / "2" / "manifest.json"
+    ).unlink()  # killed after Orbax, before the manifest
     (saved / "checkpoints" / "1").rename(saved / "checkpoints" / "7")
     with pytest.raises(UserError, match="damaged"):  # a manifest of another step does not count
         load_params(str(saved))
@@ -212,7 +226,10 @@ def test_parameters_alone_make_a_run(tmp_path):
         ({"lr": 0.2}, "lr is 0.1 in this run and 0.2 now"),
         ({"model": Model(layers=4)}, "model.layers is 2 in this run and 4 now"),
         ({"script": "other"}, "script is 'train' in this run and 'other' now"),
-        ({"tokenizer": b"others"}, "tokenizer_sha256 is '[0-9a-f]{64}' in this run and '[0-9a-f]{64}' now"),
+        (
+            {"tokenizer": b"others"},
+            "tokenizer_sha256 is '[0-9a-f]{64}' in this run and '[0-9a-f]{64}' now",
+        ),
     ],
 )
 def test_another_config_is_refused_and_nothing_written(saved, change, told):
@@ -263,7 +280,10 @@ def test_other_dtypes_shapes_and_names_are_refused(saved):
         {"norm": jax.ShapeDtypeStruct((9,), jnp.float32)},
         r"decoder/norm is float32\[8\] stored and float32\[9\]",
     )
-    refuse({"head": jax.ShapeDtypeStruct((9,), jnp.float32)}, r"decoder/head is absent stored and float32\[9\]")
+    refuse(
+        {"head": jax.ShapeDtypeStruct((9,), jnp.float32)},
+        r"decoder/head is absent stored and float32\[9\]",
+    )
 
 
 def test_parameters_that_are_not_finite_are_refused(saved):
@@ -321,7 +341,9 @@ with Checkpoints(sys.argv[1], config, script="loop", keep=2) as checkpoints:
 def start(run, steps, source=LOOP, **environment):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", **environment}
     command = [sys.executable, "-W", "error", "-c", textwrap.dedent(source), str(run), str(steps)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def test_kill_at_any_moment_resumes_to_the_bit(tmp_path):
@@ -340,11 +362,15 @@ def test_kill_at_any_moment_resumes_to_the_bit(tmp_path):
     process = start(killed, 12)
     assert process.communicate()[1] == "" and process.returncode == 0
     assert reference.communicate()[1] == "" and reference.returncode == 0
-    assert to_bytes(load_params(str(killed), step=12)) == to_bytes(load_params(str(plain), step=12))
+    assert to_bytes(load_params(str(killed), step=12)) == to_bytes(
+        load_params(str(plain), step=12)
+    )
     assert len(os.listdir(killed / "checkpoints")) == 2
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, -signal.SIGINT)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, -signal.SIGINT)]
+)
 def test_a_signal_saves_and_ends(tmp_path, number, code):
     """After Ctrl-C as an interrupted program does: what follows in a shell must not start."""
     process = start(tmp_path / "run", 10**6, LOOP.replace("due(step, 1,", "due(step, 0,"))
@@ -374,7 +400,9 @@ def test_all_pairs_of_meshes(tmp_path):
     def placed(shape):
         names, (count, data) = ("data", "fsdp", "tensor"), shape
         sizes = (data, 1, count // data) if data > 0 else (1, count, 1)
-        mesh = jax.make_mesh(sizes, names, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:count])
+        mesh = jax.make_mesh(
+            sizes, names, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:count]
+        )
         return jax.tree.map(jax.device_put, make_state(4), shardings_of(make_state(4), mesh))
 
     for number, before in enumerate(shapes):
@@ -384,7 +412,9 @@ def test_all_pairs_of_meshes(tmp_path):
                 wanted = abstract(placed(after))
                 restored = checkpoints.restore(wanted)[1]
                 assert to_bytes(restored) == to_bytes(make_state(4))
-                assert jax.tree.all(jax.tree.map(lambda x, y: x.sharding == y.sharding, restored, wanted))
+                assert jax.tree.all(
+                    jax.tree.map(lambda x, y: x.sharding == y.sharding, restored, wanted)
+                )
 
 
 def test_restores_onto_another_mesh(tmp_path):
@@ -410,6 +440,8 @@ def test_restores_onto_another_mesh(tmp_path):
                 assert to_bytes(restored) == to_bytes(state)
                 assert jax.tree.all(jax.tree.map(lambda x, y: x.sharding == y.sharding, restored, wanted))
     """
-    process = start(tmp_path / "run", 0, source, XLA_FLAGS="--xla_force_host_platform_device_count=8")
+    process = start(
+        tmp_path / "run", 0, source, XLA_FLAGS="--xla_force_host_platform_device_count=8"
+    )
     assert process.communicate()[1] == "" and process.returncode == 0
     assert to_bytes(load_params(str(tmp_path / "run"))) == to_bytes(make_state(4)["params"])

@@ -20,8 +20,8 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from chips import H200
 from kernels.attention import attention
+from planning.chips import H200
 from sharding import BATCH
 
 HEADS = P(BATCH[0], None, "tensor", None)
@@ -32,13 +32,17 @@ def installed(*modules):
 
 
 needs_tpu = pytest.mark.skipif(not installed("libtpu"), reason="libtpu is not installed")
-needs_cuda = pytest.mark.skipif(not installed("jax_cuda13_plugin"), reason="jax_cuda13_plugin is not installed")
+needs_cuda = pytest.mark.skipif(
+    not installed("jax_cuda13_plugin"), reason="jax_cuda13_plugin is not installed"
+)
 
 
 def set_mesh(devices, data, fsdp, tensor):
     """A mesh of devices that can be compiled for and nothing else, set as the current one."""
     axes = ("data", "fsdp", "tensor")
-    mesh = Mesh(np.array(devices).reshape(data, fsdp, tensor), axes, axis_types=(AxisType.Auto,) * 3)
+    mesh = Mesh(
+        np.array(devices).reshape(data, fsdp, tensor), axes, axis_types=(AxisType.Auto,) * 3
+    )
     jax.set_mesh(mesh)
     return mesh
 
@@ -107,10 +111,22 @@ def test_compiles_for_tpus_in_float32_with_a_soft_cap(chip, width):
 @pytest.mark.slow
 def test_the_inner_loops_keep_the_matrix_units_of_a_v5e_busy(tmp_path):
     # In a process of its own: libtpu reads once, as it is loaded, where its listings go.
-    command = [sys.executable, "benchmarks/tpu_schedule.py", "--widths", "128", f"--out={tmp_path}"]
+    command = [
+        sys.executable,
+        "benchmarks/tpu_schedule.py",
+        "--widths",
+        "128",
+        f"--out={tmp_path}",
+    ]
     # Optimised, unlike all else that tests compile; and beside this process, which may have libtpu loaded itself.
-    environment = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-    subprocess.run(command, cwd=pathlib.Path(__file__).parents[1], env=environment, check=True, timeout=300)
+    environment = {
+        **os.environ,
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }
+    subprocess.run(
+        command, cwd=pathlib.Path(__file__).parents[1], env=environment, check=True, timeout=300
+    )
     rows = json.loads((tmp_path / "tpu_schedule.json").read_text())["rows"]
     assert [row["kernel"] for row in rows] == ["forward", "dq", "dkv"]
     for row in rows:
@@ -125,7 +141,9 @@ def test_the_inner_loops_keep_the_matrix_units_of_a_v5e_busy(tmp_path):
 @pytest.mark.parametrize("implementation", ["library", "xla_chunked"])
 def test_the_alternatives_compile_for_tpus(implementation):
     mesh = set_mesh(tpus("v5e:2x2"), 1, 2, 2)
-    compiled(mesh, 2048, 128, "bfloat16", batch=2, heads=4, kv_heads=2, implementation=implementation)
+    compiled(
+        mesh, 2048, 128, "bfloat16", batch=2, heads=4, kv_heads=2, implementation=implementation
+    )
 
 
 @needs_cuda
@@ -143,25 +161,40 @@ def test_the_alternatives_compile_for_tpus(implementation):
 def test_compiles_for_an_h200(width, dtype):
     described = topologies.get_topology_desc(platform="cuda", target_config=H200, topology="1x1x1")
     mesh = set_mesh(described.devices[:1], 1, 1, 1)
-    result = compiled(mesh, 2048, width, dtype, window=1024, soft_cap=30.0, implementation="pallas_gpu")
+    result = compiled(
+        mesh, 2048, width, dtype, window=1024, soft_cap=30.0, implementation="pallas_gpu"
+    )
     check(result, 2048, "__gpu$xla.gpu.triton")
 
 
 @needs_cuda
 @pytest.mark.parametrize(
     ("width", "soft_cap"),
-    [(128, None), *(pytest.param(*case, marks=pytest.mark.slow) for case in HOPPER if case != (128, None))],
+    [
+        (128, None),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in HOPPER if case != (128, None)),
+    ],
 )
-def test_hopper_kernels_spill_nothing_and_serialise_no_product(width, soft_cap, monkeypatch, capfd):
-    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")  # ptxas -v and its warnings, on stderr or stdout
+def test_hopper_kernels_spill_nothing_and_serialise_no_product(
+    width, soft_cap, monkeypatch, capfd
+):
+    monkeypatch.setenv(
+        "MOSAIC_GPU_DUMP_PTXAS", "1"
+    )  # ptxas -v and its warnings, on stderr or stdout
     described = topologies.get_topology_desc(platform="cuda", target_config=H200, topology="1x1x1")
     mesh = set_mesh(described.devices[:1], 1, 1, 1)
     options = {"window": 1024, "soft_cap": soft_cap, "implementation": "pallas_hopper"}
     result = compiled(mesh, 2048, width, "bfloat16", heads=4, kv_heads=2, **options)
     check(result, 2048, "mosaic_gpu_v2")
     said = "".join(capfd.readouterr())
-    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", said)
-    assert len(re.findall("Compiling entry function 'hopper_(forward|dq|dkv)", said)) == len(spills) == 3
+    spills = re.findall(
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", said
+    )
+    assert (
+        len(re.findall("Compiling entry function 'hopper_(forward|dq|dkv)", said))
+        == len(spills)
+        == 3
+    )
     assert set(spills) == {("0", "0", "0")}, said
     # C7510 and others: products that wait for one another. C7517: a sum that the kernel reads without waiting for it.
     assert "serialized" not in said and "C7517" not in said, said

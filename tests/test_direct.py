@@ -43,7 +43,9 @@ PAIRED = {  # name: (ours, the paper's)
     ),
     "robust_dpo": (
         partial(direct.robust_dpo, beta=0.3, label_smoothing=0.2),
-        lambda *x: (-0.8 * np.log(sigmoid(0.3 * gap(*x))) + 0.2 * np.log(sigmoid(-0.3 * gap(*x)))) / 0.6,
+        lambda *x: (
+            (-0.8 * np.log(sigmoid(0.3 * gap(*x))) + 0.2 * np.log(sigmoid(-0.3 * gap(*x)))) / 0.6
+        ),
     ),
     "ipo": (partial(direct.ipo, beta=0.3), lambda *x: (gap(*x) - 1 / 0.6) ** 2),
     "slic": (partial(direct.slic, beta=0.3, delta=0.7), lambda *x: max(0.0, 0.7 - 0.3 * gap(*x))),
@@ -56,10 +58,14 @@ PAIRED = {  # name: (ours, the paper's)
     ),
     "cpo": (
         lambda w, l, rw, rl: direct.cpo(w, l, beta=0.3, nll_weight=0.5),
-        lambda w, l, rw, rl: -np.log(np.exp(w) ** 0.3 / (np.exp(w) ** 0.3 + np.exp(l) ** 0.3)) - 0.5 * w,
+        lambda w, l, rw, rl: (
+            -np.log(np.exp(w) ** 0.3 / (np.exp(w) ** 0.3 + np.exp(l) ** 0.3)) - 0.5 * w
+        ),
     ),
     "slic_hf": (
-        lambda w, l, rw, rl: direct.slic_hf(w, l, rw, delta=0.7, weight=0.2),  # any target: here the third
+        lambda w, l, rw, rl: direct.slic_hf(
+            w, l, rw, delta=0.7, weight=0.2
+        ),  # any target: here the third
         lambda w, l, rw, rl: max(0.0, 0.7 - w + l) - 0.2 * rw,
     ),
 }
@@ -86,7 +92,9 @@ def padded_tokens(rows=6, length=5):
 def test_value_and_gradient_equal_the_papers_formula(name):
     ours, papers = {**PAIRED, **PER_TOKEN}[name]
     tokens, mask = padded_tokens()
-    noisy = np.where(mask, tokens, 1e3 * normal(*tokens.shape, seed=1))  # what lies in the padding must not matter
+    noisy = np.where(
+        mask, tokens, 1e3 * normal(*tokens.shape, seed=1)
+    )  # what lies in the padding must not matter
 
     def in_jax(logp):
         sums = jnp.where(mask, logp, 0.0).sum(-1) / (mask.sum(-1) if name in PER_TOKEN else 1)
@@ -95,12 +103,19 @@ def test_value_and_gradient_equal_the_papers_formula(name):
     def in_loops(logp):
         losses = []
         for b in range(logp.shape[1]):
-            rows = [[logp[k, b, t] for t in range(logp.shape[2]) if mask[k, b, t]] for k in range(4)]
-            losses.append(papers(*[np.mean(row) if name in PER_TOKEN else np.sum(row) for row in rows]))
+            rows = [
+                [logp[k, b, t] for t in range(logp.shape[2]) if mask[k, b, t]] for k in range(4)
+            ]
+            losses.append(
+                papers(*[np.mean(row) if name in PER_TOKEN else np.sum(row) for row in rows])
+            )
         return np.array(losses)
 
     with jax.enable_x64(True):
-        losses, grad = in_jax(jnp.array(noisy)), jax.grad(lambda x: in_jax(x).sum())(jnp.array(noisy))
+        losses, grad = (
+            in_jax(jnp.array(noisy)),
+            jax.grad(lambda x: in_jax(x).sum())(jnp.array(noisy)),
+        )
         assert losses.dtype == jnp.float64 and losses.shape == (6,)
     np.testing.assert_allclose(losses, in_loops(tokens), rtol=1e-6, atol=1e-6)
     want = np.zeros_like(tokens)
@@ -109,21 +124,37 @@ def test_value_and_gradient_equal_the_papers_formula(name):
         step[index] = 1e-6
         want[index] = (in_loops(tokens + step) - in_loops(tokens - step)).sum() / 2e-6
     np.testing.assert_allclose(grad, want, atol=1e-6)
-    swapped = papers(*np.array([1.0, -1.0, 0.0, 0.0]) - 2), papers(*np.array([-1.0, 1.0, 0.0, 0.0]) - 2)
+    swapped = (
+        papers(*np.array([1.0, -1.0, 0.0, 0.0]) - 2),
+        papers(*np.array([-1.0, 1.0, 0.0, 0.0]) - 2),
+    )
     assert swapped[0] < swapped[1]  # control: the formula itself prefers the chosen
 
 
 def test_token_losses_equal_loops():
-    logp, weights = -np.abs(normal(4, 6)) - 0.05, np.array([1.0, -0.5, 0.0, 2.0, -1.0, 0.0]) * np.ones((4, 1))
-    penalties = {direct.figa: lambda w, p: -w * np.log(p), direct.unlikelihood: lambda w, p: w * np.log(1 - p)}
+    logp, weights = (
+        -np.abs(normal(4, 6)) - 0.05,
+        np.array([1.0, -0.5, 0.0, 2.0, -1.0, 0.0]) * np.ones((4, 1)),
+    )
+    penalties = {
+        direct.figa: lambda w, p: -w * np.log(p),
+        direct.unlikelihood: lambda w, p: w * np.log(1 - p),
+    }
     for ours, bad in penalties.items():
-        formula = np.vectorize(lambda x, w, bad=bad: -w * np.log(np.exp(x)) if w >= 0 else bad(w, np.exp(x)))
+        formula = np.vectorize(
+            lambda x, w, bad=bad: -w * np.log(np.exp(x)) if w >= 0 else bad(w, np.exp(x))
+        )
         with jax.enable_x64(True):
-            losses, grad = ours(logp, weights), jax.grad(lambda x, ours=ours: ours(x, weights).sum())(jnp.array(logp))
+            losses, grad = (
+                ours(logp, weights),
+                jax.grad(lambda x, ours=ours: ours(x, weights).sum())(jnp.array(logp)),
+            )
         np.testing.assert_allclose(losses, formula(logp, weights), atol=1e-6)
         want = (formula(logp + 1e-6, weights) - formula(logp - 1e-6, weights)) / 2e-6
         np.testing.assert_allclose(grad, want, atol=1e-6)
-        assert (np.asarray(grad)[:, weights[0] == 0] == 0).all() and (np.asarray(grad)[:, weights[0] < 0] > 0).all()
+        assert (np.asarray(grad)[:, weights[0] == 0] == 0).all() and (
+            np.asarray(grad)[:, weights[0] < 0] > 0
+        ).all()
 
 
 def ranked_in_loops(name, logp, ranks, tokens):
@@ -131,7 +162,9 @@ def ranked_in_loops(name, logp, ranks, tokens):
     for x, rank, n in zip(logp, ranks, tokens, strict=True):
         best = min((c for c in range(len(x)) if rank[c]), key=lambda c: rank[c])
         if name == "contrastive":
-            losses.append(-np.log(np.exp(x[best]) / sum(np.exp(x[c]) for c in range(len(x)) if rank[c])))
+            losses.append(
+                -np.log(np.exp(x[best]) / sum(np.exp(x[c]) for c in range(len(x)) if rank[c]))
+            )
         else:
             pairs = [(i, j) for i in range(len(x)) for j in range(len(x)) if 0 < rank[i] < rank[j]]
             losses.append(sum(max(0.0, x[j] / n[j] - x[i] / n[i]) for i, j in pairs) - x[best])
@@ -141,7 +174,10 @@ def ranked_in_loops(name, logp, ranks, tokens):
 @pytest.mark.parametrize("name", ["rrhf", "contrastive"])
 def test_ranked_losses_equal_loops(name):
     ranks = np.array([[2, 1, 3, 0], [1, 2, 2, 2], [4, 3, 1, 2], [0, 2, 1, 1]])
-    logp, tokens = -np.abs(normal(4, 4)) - 1, np.random.default_rng(1).integers(1, 9, (4, 4)).astype(float)
+    logp, tokens = (
+        -np.abs(normal(4, 4)) - 1,
+        np.random.default_rng(1).integers(1, 9, (4, 4)).astype(float),
+    )
     loss = partial(getattr(direct, name), ranks_BC=ranks, tokens_BC=tokens)
     with jax.enable_x64(True):
         losses, grad = loss(logp), jax.grad(lambda x: loss(x).sum())(jnp.array(logp))
@@ -167,21 +203,30 @@ def test_limits():
     with jax.enable_x64(True):
         dpo = direct.dpo(*args, beta=0.5)
         np.testing.assert_allclose(direct.dpo(*at_reference, beta=0.5), np.log(2), rtol=1e-12)
-        np.testing.assert_allclose(direct.cdpo(*args, beta=0.5, label_smoothing=0.0), dpo, rtol=1e-12)
-        np.testing.assert_allclose(direct.robust_dpo(*args, beta=0.5, label_smoothing=0.0), dpo, rtol=1e-12)
+        np.testing.assert_allclose(
+            direct.cdpo(*args, beta=0.5, label_smoothing=0.0), dpo, rtol=1e-12
+        )
+        np.testing.assert_allclose(
+            direct.robust_dpo(*args, beta=0.5, label_smoothing=0.0), dpo, rtol=1e-12
+        )
         np.testing.assert_allclose(direct.kto(*at_reference, beta=0.5), 0.5, rtol=1e-12)
         np.testing.assert_allclose(direct.kto_unpaired(w, w, w > -3, beta=0.5), 0.5, rtol=1e-12)
         np.testing.assert_allclose(direct.ipo(*at_reference, beta=0.5), 1.0, rtol=1e-12)
         np.testing.assert_allclose(direct.slic(*at_reference, beta=0.5), 1.0, rtol=1e-12)
         zeros = np.zeros(50)
         np.testing.assert_allclose(
-            direct.cpo(w, l, beta=0.5, nll_weight=0.0), direct.dpo(w, l, zeros, zeros, beta=0.5), rtol=1e-12
+            direct.cpo(w, l, beta=0.5, nll_weight=0.0),
+            direct.dpo(w, l, zeros, zeros, beta=0.5),
+            rtol=1e-12,
         )
         np.testing.assert_allclose(
-            direct.slic_hf(w, l, delta=1.5, weight=0.0), direct.slic(w, l, zeros, zeros, beta=1.0, delta=1.5)
+            direct.slic_hf(w, l, delta=1.5, weight=0.0),
+            direct.slic(w, l, zeros, zeros, beta=1.0, delta=1.5),
         )
         np.testing.assert_allclose(
-            direct.simpo(w, l, beta=0.5, gamma=0.0), direct.dpo(w, l, zeros, zeros, beta=0.5), rtol=1e-12
+            direct.simpo(w, l, beta=0.5, gamma=0.0),
+            direct.dpo(w, l, zeros, zeros, beta=0.5),
+            rtol=1e-12,
         )
         np.testing.assert_allclose(direct.orpo(w, l, beta=0.0), -w)  # plain fine-tuning
         # Labels flipped with probability 0.2: robust DPO is unbiased, conservative DPO is not.
@@ -203,9 +248,11 @@ def test_slic_margin_fixture():
 
 def test_kto_clamps_its_kl_gives_it_no_gradient_and_falls_as_rewards_rise():
     r = np.linspace(-4, 4, 9)
-    good, bad = (np.asarray(direct.kto_unpaired(r, 0 * r, side, beta=0.5)) for side in (True, False))
+    good, bad = (
+        np.asarray(direct.kto_unpaired(r, 0 * r, side, beta=0.5)) for side in (True, False)
+    )
     assert (np.diff(good) < 0).all() and (np.diff(bad) > 0).all()
-    at = lambda kl: np.asarray(direct.kto_unpaired(r, 0 * r, True, beta=0.5, kl=kl))  # noqa: E731
+    at = lambda kl: np.asarray(direct.kto_unpaired(r, 0 * r, True, beta=0.5, kl=kl))
     np.testing.assert_array_equal(at(-3.0), at(0.0))
     assert (at(2.0) > at(0.0)).all()
     slope = jax.grad(lambda kl: direct.kto_unpaired(jnp.float32(1.0), 0.0, True, beta=0.5, kl=kl))
@@ -220,7 +267,9 @@ def test_ipo_is_bounded_where_dpo_is_not():
     @partial(jax.jit, static_argnames=("loss", "steps"))
     def train(loss, steps):
         slope = jax.grad(lambda h: loss(h, -h, 0.0, 0.0, beta=0.1))
-        return 2 * jax.lax.fori_loop(0, steps, lambda _, h: h - 0.1 * jnp.sign(slope(h)) / (1 + _) ** 0.5, 0.0)
+        return 2 * jax.lax.fori_loop(
+            0, steps, lambda _, h: h - 0.1 * jnp.sign(slope(h)) / (1 + _) ** 0.5, 0.0
+        )
 
     ipo, dpo = (float(train(loss, 3000)) for loss in (direct.ipo, direct.dpo))
     assert ipo == pytest.approx(1 / (2 * 0.1), abs=0.05)
@@ -230,7 +279,10 @@ def test_ipo_is_bounded_where_dpo_is_not():
 
 def test_rrhf_is_zero_when_ordered_and_restores_order():
     ranks, tokens = np.array([[3, 1, 2]]), np.array([[2.0, 4.0, 1.0]])
-    ordered, disordered = np.array([[-6.0, -4.0, -2.0]]), np.array([[-1.0, -8.0, -3.0]])  # per token -3, -1, -2
+    ordered, disordered = (
+        np.array([[-6.0, -4.0, -2.0]]),
+        np.array([[-1.0, -8.0, -3.0]]),
+    )  # per token -3, -1, -2
 
     def only_ranks(logps):  # without L_ft
         return direct.rrhf(logps, ranks, tokens) + (logps * (ranks == 1)).sum(1)
@@ -289,7 +341,9 @@ def test_objective_averages_over_the_pairs_of_each_ranking(name, extremes):
     else:
         loss = partial(direct.simpo, beta=2.0, gamma=0.5)
     options = {"loss": loss, "extremes": extremes, "per_token": name == "simpo"}
-    objective = jax.jit(jax.value_and_grad(partial(direct.preference_objective, bigram, **options), has_aux=True))
+    objective = jax.jit(
+        jax.value_and_grad(partial(direct.preference_objective, bigram, **options), has_aux=True)
+    )
 
     def in_loops(table):
         sums, counts = sums_in_loops(table, batch)
@@ -301,14 +355,18 @@ def test_objective_averages_over_the_pairs_of_each_ranking(name, extremes):
             if extremes and pairs:
                 real = [c for c in range(4) if ranks[c]]
                 pairs = [(min(real, key=lambda c: ranks[c]), max(real, key=lambda c: ranks[c]))]
-            losses = [formula(scores[b, i], scores[b, j], theirs[b, i], theirs[b, j]) for i, j in pairs]
+            losses = [
+                formula(scores[b, i], scores[b, j], theirs[b, i], theirs[b, j]) for i, j in pairs
+            ]
             gaps += [scores[b, i] - theirs[b, i] - scores[b, j] + theirs[b, j] for i, j in pairs]
             total += np.mean(losses) if losses else 0.0
         return total, gaps
 
     (loss, (weight, metrics)), grad = objective(jnp.float32(table), batch)
     want, gaps = in_loops(table)
-    assert float(loss) == pytest.approx(want, rel=2e-6) and float(weight) == 3  # a tie and an empty row have no pair
+    assert (
+        float(loss) == pytest.approx(want, rel=2e-6) and float(weight) == 3
+    )  # a tie and an empty row have no pair
     assert [float(x) for x in metrics["accuracy"]] == [sum(g > 0 for g in gaps), len(gaps)]
     assert float(metrics["margin"][0]) == pytest.approx(sum(gaps), rel=1e-4, abs=1e-5)
     numerical = np.zeros_like(table)
@@ -328,14 +386,18 @@ def test_chosen_and_rejected_go_through_the_model_once():
         passes.append(tokens.shape[0])
         return bigram(params, tokens, *rest, **options)
 
-    objective = partial(direct.preference_objective, counted, batch=batch, loss=partial(direct.dpo, beta=0.1))
+    objective = partial(
+        direct.preference_objective, counted, batch=batch, loss=partial(direct.dpo, beta=0.1)
+    )
     jax.eval_shape(jax.value_and_grad(objective, has_aux=True), np.float32(normal(7, 7)))
     assert passes == [5 * 4]
 
 
 def test_certain_and_absent_candidates_leave_the_gradient_finite():
     batch = candidates(RANKS)
-    objective = partial(direct.preference_objective, bigram, loss=partial(direct.orpo, beta=1.0), per_token=True)
+    objective = partial(
+        direct.preference_objective, bigram, loss=partial(direct.orpo, beta=1.0), per_token=True
+    )
     for table in (np.zeros((7, 7)), 1e4 * np.eye(7)):
         grad, _ = jax.jit(jax.grad(objective, has_aux=True))(jnp.float32(table), batch)
         assert np.isfinite(grad).all()
@@ -346,11 +408,18 @@ def test_kto_objective_judges_by_rank():
     batch = candidates([[1, 2], [2, 0], [1, 0], [0, 0]])
     sums, theirs = sums_in_loops(table, batch)[0], sums_in_loops(reference, batch)[0]
     batch |= {"reference_BC": theirs.astype(np.float32), "kl_B": np.full(4, 0.3, np.float32)}
-    loss, (weight, metrics) = jax.jit(partial(direct.kto_objective, bigram, beta=0.3))(jnp.float32(table), batch)
+    loss, (weight, metrics) = jax.jit(partial(direct.kto_objective, bigram, beta=0.3))(
+        jnp.float32(table), batch
+    )
     r = sums - theirs
-    values = [kto_value(r[b, c], 0.3, good, 0.3) for b, c, good in ((0, 0, 1), (0, 1, 0), (1, 0, 0), (2, 0, 1))]
+    values = [
+        kto_value(r[b, c], 0.3, good, 0.3)
+        for b, c, good in ((0, 0, 1), (0, 1, 0), (1, 0, 0), (2, 0, 1))
+    ]
     assert float(loss) == pytest.approx(4 - sum(values), rel=2e-6) and float(weight) == 4
-    assert [float(x) for x in metrics["desirable"]] == pytest.approx([r[0, 0] + r[2, 0], 2], rel=1e-4)
+    assert [float(x) for x in metrics["desirable"]] == pytest.approx(
+        [r[0, 0] + r[2, 0], 2], rel=1e-4
+    )
     assert [float(x) for x in metrics["accuracy"]] == [r[0, 0] > r[0, 1], 1]
 
 
@@ -362,7 +431,9 @@ FIRST, SECOND = (x.reshape(-1) for x in np.indices((3, 3)))
 def tabular(params, tokens_BT, segment_ids_BT, positions_BT, read):
     batch = tokens_BT.shape[0]
     first = jnp.broadcast_to(params["first"], (batch, 3))
-    logits_BTV = jnp.stack([first, params["second"][tokens_BT[:, 1]], jnp.zeros((batch, 3))], axis=1)
+    logits_BTV = jnp.stack(
+        [first, params["second"][tokens_BT[:, 1]], jnp.zeros((batch, 3))], axis=1
+    )
     return read(logits_BTV, jnp.eye(3)), None
 
 
@@ -383,7 +454,10 @@ def start_tables():
 
 def nine_probs(params):
     first, second = (np.float64(params[k]) for k in ("first", "second"))
-    first, second = first - np.log(np.exp(first).sum()), second - np.log(np.exp(second).sum(1, keepdims=True))
+    first, second = (
+        first - np.log(np.exp(first).sum()),
+        second - np.log(np.exp(second).sum(1, keepdims=True)),
+    )
     return np.exp(first[FIRST] + second[FIRST, SECOND])
 
 
@@ -416,7 +490,7 @@ def test_dpo_reaches_its_closed_form():
     reference = nine_probs(start)
 
     def train(beta):
-        weighted = lambda *pair: preferred[:, None, None] * direct.dpo(*pair, beta=beta)  # noqa: E731
+        weighted = lambda *pair: preferred[:, None, None] * direct.dpo(*pair, beta=beta)
         loss = partial(direct.preference_objective, tabular, batch=batch, loss=weighted)
         return nine_probs(minimise(lambda params: loss(params)[0], start))
 
@@ -426,7 +500,9 @@ def test_dpo_reaches_its_closed_form():
 
     reached = train(1.0)
     assert distance(reached, closed_form(1.0)) < 0.02
-    assert distance(reached, reference) > 0.2 and distance(reached, closed_form(0.5)) > 0.1  # controls
+    assert (
+        distance(reached, reference) > 0.2 and distance(reached, closed_form(0.5)) > 0.1
+    )  # controls
 
 
 def kto_optimum(reference, weights, beta):
@@ -438,12 +514,17 @@ def kto_optimum(reference, weights, beta):
     def bisect(is_low, low, high):
         for _ in range(45):
             middle = 0.5 * (low + high)
-            low, high = np.where(is_low(middle), middle, low), np.where(is_low(middle), high, middle)
+            low, high = (
+                np.where(is_low(middle), middle, low),
+                np.where(is_low(middle), high, middle),
+            )
         return 0.5 * (low + high)
 
     def policy(z0):
         def candidate(log_c):
-            def too_low(t):  # t = log pi/ref; one root each, for with beta < 1 the difference falls in t
+            def too_low(
+                t,
+            ):  # t = log pi/ref; one root each, for with beta < 1 the difference falls in t
                 s = sigmoid(beta * (t - z0))
                 return np.log(weights * s * (1 - s)) > log_c + t + np.log(reference)
 
@@ -451,7 +532,7 @@ def kto_optimum(reference, weights, beta):
 
         return candidate(bisect(lambda log_c: candidate(log_c).sum() > 1, -40.0, 40.0))
 
-    kl = lambda p: (p * np.log(p / reference)).sum()  # noqa: E731
+    kl = lambda p: (p * np.log(p / reference)).sum()
     return policy(bisect(lambda z0: kl(policy(z0)) > z0, 0.0, 10.0))
 
 
@@ -465,7 +546,10 @@ def test_kto_reaches_its_own_optimum():
         def loss(params):
             logp_BC = direct.response_logprobs(tabular, params, batch)
             kl = (jnp.exp(logp_BC) * (logp_BC - reference_BC)).sum()  # exact
-            good, bad = (direct.kto_unpaired(logp_BC, reference_BC, side, beta=beta, kl=kl) for side in (True, False))
+            good, bad = (
+                direct.kto_unpaired(logp_BC, reference_BC, side, beta=beta, kl=kl)
+                for side in (True, False)
+            )
             return (desirable[:, None] * good + (1 - desirable[:, None]) * bad).sum()
 
         return nine_probs(minimise(loss, start))
@@ -502,9 +586,14 @@ def test_edit_weights_are_of_a_shortest_edit():
     for _ in range(300):
         a, b = (tuple(rng.integers(3, size=rng.integers(8)).tolist()) for _ in range(2))
         before, after = edit_weights(list(a), list(b))
-        kept = [[-1, *(i for i, w in enumerate(weights) if w == 0), len(weights)] for weights in (before, after)]
+        kept = [
+            [-1, *(i for i, w in enumerate(weights) if w == 0), len(weights)]
+            for weights in (before, after)
+        ]
         assert [a[i] for i in kept[0][1:-1]] == [b[j] for j in kept[1][1:-1]]
-        between = np.maximum(*(np.diff(indices) - 1 for indices in kept))  # edits between two tokens that are kept
+        between = np.maximum(
+            *(np.diff(indices) - 1 for indices in kept)
+        )  # edits between two tokens that are kept
         assert between.sum() == distance(a, b), (a, b)
 
 
@@ -514,9 +603,15 @@ def test_tokens_that_a_revision_keeps_have_no_gradient():
     batch["tokens_BCT"][0, :2] = [[*prompt, 1, 2, 3, 0], [*prompt, 1, 4, 3, 7]]
     batch["loss_mask_BCT"][0, :2] = [[0, 0, 1, 1, 1, 0], [0, 0, 1, 1, 1, 1]]
     weighted = with_edit_weights(batch, 0.5)
-    assert weighted["weights_BCT"][0].tolist() == [[0, 0, 0, -0.5, 0, 0], [0, 0, 0, 1, 0, 1], [0] * 6]
+    assert weighted["weights_BCT"][0].tolist() == [
+        [0, 0, 0, -0.5, 0, 0],
+        [0, 0, 0, 1, 0, 1],
+        [0] * 6,
+    ]
 
-    def table(params, tokens, segments, positions, read):  # logits of its own for each row and position
+    def table(
+        params, tokens, segments, positions, read
+    ):  # logits of its own for each row and position
         return read(params, jnp.eye(9)), None
 
     logits = jnp.float32(normal(3, 6, 9))
@@ -529,12 +624,15 @@ def test_tokens_that_a_revision_keeps_have_no_gradient():
 
 def test_unlikelihood_lowers_what_is_marked_bad_and_nothing_else():
     batch = candidates([[1, 2], [1, 2]], vocab=6)
-    batch["tokens_BCT"][:] = [[[0, 1, 2, 2, 2, 2], [0, 3, 4, 4, 4, 4]], [[0, 1, 2, 2, 2, 2], [0, 3, 5, 5, 5, 5]]]
+    batch["tokens_BCT"][:] = [
+        [[0, 1, 2, 2, 2, 2], [0, 3, 4, 4, 4, 4]],
+        [[0, 1, 2, 2, 2, 2], [0, 3, 5, 5, 5, 5]],
+    ]
     batch["loss_mask_BCT"][:] = [0, 0, 1, 0, 0, 0]
     batch = with_rank_weights(batch, 1.0)
     only_bad = {**batch, "weights_BCT": np.minimum(batch["weights_BCT"], 0)}
     start = jnp.float32(normal(6, 6))
-    probs = lambda table: np.asarray(jax.nn.softmax(table))  # noqa: E731
+    probs = lambda table: np.asarray(jax.nn.softmax(table))
     for chosen, good in ((batch, True), (only_bad, False)):
         loss = partial(direct.token_objective, bigram, batch=chosen, loss=direct.unlikelihood)
         end = minimise(lambda table, loss=loss: loss(table)[0], start, 400)
@@ -552,10 +650,16 @@ def test_unlikelihood_in_one_context_lowers_the_bad_token_and_never_the_good_one
 
     def course(batch):
         """[starts, steps, V]: what follows token 1."""
-        slope = jax.grad(lambda table: direct.token_objective(bigram, table, batch, loss=direct.unlikelihood)[0])
-        descend = lambda table, _: (table - 0.5 * slope(table), table[1])  # noqa: E731
+        slope = jax.grad(
+            lambda table: direct.token_objective(bigram, table, batch, loss=direct.unlikelihood)[0]
+        )
+        descend = lambda table, _: (table - 0.5 * slope(table), table[1])
         starts = jnp.float32(normal(20, 6, 6))
-        return np.asarray(jax.nn.softmax(jax.jit(jax.vmap(lambda x: jax.lax.scan(descend, x, None, 100)[1]))(starts)))
+        return np.asarray(
+            jax.nn.softmax(
+                jax.jit(jax.vmap(lambda x: jax.lax.scan(descend, x, None, 100)[1]))(starts)
+            )
+        )
 
     good, bad = course(batch)[..., 2], course(batch)[..., 3]
     assert (np.diff(bad / good) < 0).all() and (bad[:, -1] < 0.1 * bad[:, 0]).all()
@@ -569,7 +673,9 @@ def test_unlikelihood_also_unlearns_what_the_model_is_sure_of():
 
     def loss(margin):
         logits = jnp.array([[[margin, 0.0]]])
-        return direct.unlikelihood(likelihood.label_logprobs(logits, jnp.array([[0]])), jnp.float32([[-1.0]]))[0, 0]
+        return direct.unlikelihood(
+            likelihood.label_logprobs(logits, jnp.array([[0]])), jnp.float32([[-1.0]])
+        )[0, 0]
 
     for margin in (0.0, 10.0, 15.0):
         assert float(jax.grad(loss)(margin)) > 0.3  # exactly: p
@@ -584,12 +690,22 @@ def test_contrast_of_instructions_starts_at_chance_and_is_learnt():
     tokens = np.stack([prompts, np.broadcast_to(answers[:, None], (400, 4))], axis=2)
     ranks = np.broadcast_to([1, 2, 2, 2], (400, 4))
     mask = np.broadcast_to([0.0, 1.0], tokens.shape).astype(np.float32)
-    batch = {"tokens_BCT": tokens, "segment_ids_BCT": tokens, "positions_BCT": tokens, "loss_mask_BCT": mask}
-    objective = partial(direct.ranked_objective, bigram, batch={**batch, "ranks_BC": ranks}, loss=direct.contrastive)
+    batch = {
+        "tokens_BCT": tokens,
+        "segment_ids_BCT": tokens,
+        "positions_BCT": tokens,
+        "loss_mask_BCT": mask,
+    }
+    objective = partial(
+        direct.ranked_objective,
+        bigram,
+        batch={**batch, "ranks_BC": ranks},
+        loss=direct.contrastive,
+    )
     objective = jax.jit(objective)
     loss, (weight, _) = objective(jnp.zeros((8, 8)))
     assert float(loss / weight) == pytest.approx(np.log(4), rel=1e-5)
-    accuracy = lambda table: float(objective(table)[1][1]["first"][0]) / 400  # noqa: E731
+    accuracy = lambda table: float(objective(table)[1][1]["first"][0]) / 400
     starts = 1e-3 * jnp.float32(normal(40, 8, 8))
     assert np.mean([accuracy(table) for table in starts]) == pytest.approx(1 / 4, abs=0.03)
     assert accuracy(minimise(lambda table: objective(table)[0] / 400, starts[0], 300)) > 0.99

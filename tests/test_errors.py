@@ -6,16 +6,23 @@ import shutil
 import pytest
 from running import fails
 
-import collect
-import collect_spin
-import config
 import evaluate
 import generate
 import train_ppo
 import train_rm
 import train_sft
+from collect import rank as collect
+from collect import spin as collect_spin
+from runtime import flags as config
 
-TINY = ["--model.preset=tiny", "--length=32", "--batch_size=8", "--steps=2", "--optimizer.warmup=0", "--eval_every=0"]
+TINY = [
+    "--model.preset=tiny",
+    "--length=32",
+    "--batch_size=8",
+    "--steps=2",
+    "--optimizer.warmup=0",
+    "--eval_every=0",
+]
 
 
 @pytest.fixture(scope="module")
@@ -23,14 +30,18 @@ def good_run(tmp_path_factory):
     """A finished two-step run on a file of conversations."""
     folder = tmp_path_factory.mktemp("good")
     chats = folder / "chats.jsonl"
-    chats.write_text("".join(json.dumps({"prompt": f"say {i}", "response": f"{i}!"}) + "\n" for i in range(200)))
+    chats.write_text(
+        "".join(json.dumps({"prompt": f"say {i}", "response": f"{i}!"}) + "\n" for i in range(200))
+    )
     argv = [*TINY, f"--data={chats}", f"--run={folder / 'run'}"]
     train_sft.main(config.parse(train_sft.Config, argv))
     return folder / "run"
 
 
 def write(path, *lines):
-    path.write_text("".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines))
+    path.write_text(
+        "".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines)
+    )
     return str(path)
 
 
@@ -49,13 +60,21 @@ MISTAKES = {
     "flag without a value": (train_sft, ["--run"], "--run"),
     "unknown preset": (train_sft, ["--model.preset=gpt5"], "gpt5"),
     "heads not divisible": (train_sft, ["--model.heads=4", "--model.kv_heads=3"], "kv_heads"),
-    "odd head width": (train_sft, ["--model.head_width=7"], "head_width"),
+    "odd head width": (train_sft, ["--model.head_dim=7"], "head_dim"),
     "no layers": (train_sft, ["--model.layers=0"], "layers"),
-    "batch does not split": (train_sft, [*TINY, "--batch_size=12", "--microbatches=5"], "microbatches"),
+    "batch does not split": (
+        train_sft,
+        [*TINY, "--batch_size=12", "--microbatches=5"],
+        "microbatches",
+    ),
     "mesh does not fit": (train_sft, [*TINY, "--mesh.data=3", "--mesh.fsdp=5"], "mesh"),
     "two rests": (train_sft, [*TINY, "--mesh.data=-1", "--mesh.fsdp=-1"], "mesh"),
     "sequence too long": (train_sft, [*TINY, "--length=1000"], "context"),
-    "warm-up too long": (train_sft, [*TINY, "--optimizer.warmup=9"], "below the 2 steps; lower it, or raise --steps"),
+    "warm-up too long": (
+        train_sft,
+        [*TINY, "--optimizer.warmup=9"],
+        "below the 2 steps; lower it, or raise --steps",
+    ),
     "no such source": (train_sft, [*TINY, "--data=chats.csv"], "chats.csv"),
     "no such file": (train_sft, [*TINY, "--data=nowhere.jsonl"], "nowhere.jsonl"),
     "no such catalogue name": (train_sft, [*TINY, "--data=tfds:gms8k"], "gms8k"),
@@ -63,15 +82,19 @@ MISTAKES = {
     "nor with a preset": (train_sft, [*TINY, "--init=nowhere"], "nowhere: no run here"),
     "no such tokenizer": (train_sft, [*TINY, "--tokenizer=nowhere.model"], "nowhere.model"),
     "nothing to sample from": (generate, ["--run=nowhere", "--prompt=a"], "nowhere"),
-    "temperature below 0": (generate, ["--temperature=-1"], "--temperature=-1.0: must be at least 0"),
+    "temperature below 0": (
+        generate,
+        ["--temperature=-1"],
+        "--temperature=-1.0: must be at least 0",
+    ),
     "no samples": (collect, ["--samples=1"], "samples"),
     "no prompts": (collect_spin, ["--prompts=0"], "--prompts=0: must be at least 1"),
     "no policy to align": (train_ppo, ["--init=nowhere"], "nowhere"),
     "nothing to evaluate": (evaluate, ["--run=nowhere"], "nowhere"),
     "language-model loss without an unembedding": (
         train_rm,
-        ["--model.preset=tiny", "--model.tied=False", "--lm_coefficient=1", "--batch_size=8"],
-        "lm_coefficient",
+        ["--model.preset=tiny", "--model.tied=False", "--lm_coef=1", "--batch_size=8"],
+        "lm_coef",
     ),
 }
 BAD_ROWS = {
@@ -111,7 +134,9 @@ def test_another_configuration_or_tokenizer_is_refused(good_run, capsys, tmp_pat
     wider = [*TINY, data, f"--run={tmp_path / 'x'}", f"--init={good_run}", "--model.width=64"]
     assert "width" in fails(train_sft, wider, capsys)
     assert sorted((p, p.stat().st_mtime_ns) for p in good_run.rglob("*") if p.is_file()) == before
-    assert "train_sft" in fails(train_ppo, [f"--init={good_run}", f"--reward={good_run}", "--batch_size=32"], capsys)
+    assert "train_sft" in fails(
+        train_ppo, [f"--init={good_run}", f"--reward={good_run}", "--batch_size=32"], capsys
+    )
 
 
 def test_a_folder_that_is_not_a_run_is_left_alone(capsys, tmp_path):

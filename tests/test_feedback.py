@@ -17,22 +17,26 @@ import numpy as np
 import pytest
 from running import fails, rows_of, run
 
-import feedback
-import judges
-import rewards
-import serve_reward
 import train_rm
 import train_sft
-from checkpoint import Checkpoints, load_params
-from config import UserError
-from data import records, rules, world, world_feedback
+from collect import feedback
+from data import records
 from data.batches import encode_comparison, pad_comparisons
 from data.tokenizer import Tokenizer
-from evaluate import make_scorer as make_text_scorer
-from generate import SamplingConfig, load_run
-from model import PRESETS, LanguageModel, ScalarModel, pure
+from evaluation.reward_model import make_scorer as make_text_scorer
+from model import LanguageModel, ScalarModel, init_and_apply
+from model_config import PRESETS
 from objectives.reward import combined, last_token
+from responses import load_run
+from rewards import judges
+from rewards import scorer as rewards
+from rewards import serve as serve_reward
+from runtime.checkpoint import Checkpoints
+from runtime.errors import UserError
+from sampling import SamplingConfig
 from sharding import MeshConfig, make_mesh, to_mesh
+from tasks import rules, world, world_feedback
+from train_state import load_params
 
 ROOT = pathlib.Path(__file__).parents[1]
 NAMES = ("helpful", "honest", "harmless")
@@ -48,11 +52,17 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("feedback")
     tokenizer = Tokenizer.train((world.text(i) for i in range(200)), folder / "made", 512)
     for name, script, kind in (("sft", train_sft, LanguageModel), ("rm", train_rm, ScalarModel)):
-        start = script.Config(run=str(folder / name), model=dataclasses.replace(PRESETS["tiny"], context=512))
-        params = jax.jit(pure(kind(start.model))[0])(jax.random.key(1))
+        start = script.Config(
+            run=str(folder / name), model=dataclasses.replace(PRESETS["tiny"], context=512)
+        )
+        params = jax.jit(init_and_apply(kind(start.model))[0])(jax.random.key(1))
         if "head" in params:
-            params["head"] = jax.random.normal(jax.random.key(2), params["head"].shape)  # it starts at 0
-        with Checkpoints(start.run, start, script=script.__name__, tokenizer=tokenizer.model) as saved:
+            params["head"] = jax.random.normal(
+                jax.random.key(2), params["head"].shape
+            )  # it starts at 0
+        with Checkpoints(
+            start.run, start, script=script.__name__, tokenizer=tokenizer.model
+        ) as saved:
             saved.save(1, {"params": params})
     return folder
 
@@ -61,7 +71,10 @@ def runs(tmp_path_factory):
 def shown():
     """Demonstrators' responses with their prompts and gold verdicts."""
     rows = [world.demonstration(i, quality=0.5) for i in range(1500)]
-    return [(row["prompt"], row["response"], world.gold(row["prompt"], row["response"])) for row in rows]
+    return [
+        (row["prompt"], row["response"], world.gold(row["prompt"], row["response"]))
+        for row in rows
+    ]
 
 
 # ---- The simulated judge ----
@@ -76,7 +89,9 @@ def test_label_accuracy_follows_the_set_reliability(shown, reliability):
     ]
     interval = 3.3 * (reliability * (1 - reliability) / len(looks)) ** 0.5
     assert abs(np.mean(looks) - reliability) < interval
-    assert abs(np.mean(looks) - (reliability - 0.1)) > interval  # control: it could have told another one
+    assert (
+        abs(np.mean(looks) - (reliability - 0.1)) > interval
+    )  # control: it could have told another one
     # Of two responses that differ in one criterion, three looks at each: the chances by enumeration.
     chance = 0.0
     for flips in itertools.product((0, 1), repeat=6):
@@ -97,24 +112,40 @@ def test_label_accuracy_follows_the_set_reliability(shown, reliability):
 def test_rankings_share_ties_and_agree_with_gold_where_nothing_is_misread(shown):
     assert feedback.ranking(np.array([[0.5, 1, 1 / 2], [0, 0.5, 0], [0.5, 1, 0.5]])) == [1, 3, 1]
     prompts = [world.prompt(i) for i in range(200)]
-    responses = [[world.respond(p, q, random.Random(f"{p.text}{q}")) for q in (0, 0.2, 0.4, 0.6)] for p in prompts]
+    responses = [
+        [world.respond(p, q, random.Random(f"{p.text}{q}")) for q in (0, 0.2, 0.4, 0.6)]
+        for p in prompts
+    ]
     texts = [asked(p.text) for p in prompts]
     agreements = []
     for reliability in (1.0, 0.5):
-        rows = feedback.comparisons(judges.make_simulated(NAMES, reliability, 1, 0)[0], texts, responses)
+        rows = feedback.comparisons(
+            judges.make_simulated(NAMES, reliability, 1, 0)[0], texts, responses
+        )
         agreements.append(feedback.agreement(rows))
-        assert all(min(row["ranking"]) == 1 and len(row["responses"]) == len(set(row["responses"])) for row in rows)
-    assert set(agreements[0]) == {1.0} and abs(np.mean(agreements[1]) - 0.5) < 0.08  # control: a coin
+        assert all(
+            min(row["ranking"]) == 1 and len(row["responses"]) == len(set(row["responses"]))
+            for row in rows
+        )
+    assert (
+        set(agreements[0]) == {1.0} and abs(np.mean(agreements[1]) - 0.5) < 0.08
+    )  # control: a coin
 
 
 def violations(shown, names, reliability, rounds=3):
     """[rounds + 1, criteria]: shares violated before and after each revision."""
     config = feedback.Config(write="revisions", reliability=reliability, rounds=rounds)
     _, revise = judges.make_simulated(names, reliability, 1, 0)
-    prompts, responses = [asked(prompt) for prompt, _, _ in shown], [response for _, response, _ in shown]
-    first = lambda prompts, candidates: [texts[0] for texts in candidates]  # noqa: E731
+    prompts, responses = (
+        [asked(prompt) for prompt, _, _ in shown],
+        [response for _, response, _ in shown],
+    )
+    first = lambda prompts, candidates: [texts[0] for texts in candidates]
     rows = feedback.revisions(config, names, revise, first, prompts, responses, jax.random.key(0))
-    verdicts = [[world.gold(row["prompt"][0]["content"], text) for text in row["revisions"]] for row in rows]
+    verdicts = [
+        [world.gold(row["prompt"][0]["content"], text) for text in row["revisions"]]
+        for row in rows
+    ]
     return 1 - np.array(verdicts, float).mean(0)
 
 
@@ -135,7 +166,9 @@ def test_a_skilful_revision_mends_its_criterion_and_keeps_the_others(shown):
     for i, (prompt, response, gold) in enumerate(shown):
         for name in NAMES:
             if not getattr(gold, name):
-                revised = world.gold(prompt, world_feedback.revise(prompt, response, name, 1.0, random.Random(i)))
+                revised = world.gold(
+                    prompt, world_feedback.revise(prompt, response, name, 1.0, random.Random(i))
+                )
                 assert getattr(revised, name) and all(
                     getattr(revised, other) >= getattr(gold, other) for other in NAMES
                 )
@@ -155,14 +188,16 @@ QUESTIONS = [
 def chance_of_a(judge):
     """chance(text) -> P(A | A or B) after the chat template, in float64 from the logits of a right-padded row."""
     model, tokenizer, params = judge
-    apply = jax.jit(pure(LanguageModel(model))[1])
+    apply = jax.jit(init_and_apply(LanguageModel(model))[1])
     a, b = (tokenizer.encode(answer)[0] for answer in "AB")
 
     def chance(text):
         tokens = tokenizer.prompt(text)
         row, real = np.zeros((1, 256), np.int32), np.arange(256)[None] < len(tokens)
         row[0, : len(tokens)] = tokens
-        logits = np.asarray(apply(params, row, real.astype(np.int32), np.arange(256)[None] * real)[0], np.float64)
+        logits = np.asarray(
+            apply(params, row, real.astype(np.int32), np.arange(256)[None] * real)[0], np.float64
+        )
         return 1 / (1 + np.exp(logits[0, len(tokens) - 1, b] - logits[0, len(tokens) - 1, a]))
 
     return chance
@@ -180,7 +215,9 @@ def test_position_bias_cancels_in_a_language_models_judgement(runs):
         for p, text in enumerate(principles):
             single[q, p] = [chance(prompt) for prompt in judges.comparing_prompts(question, text)]
     np.testing.assert_allclose(ours, (single[..., 0] + 1 - single[..., 1]) / 2, atol=1e-5)
-    assert np.abs(single[1] - 0.5).max() > 1e-3  # control: one order alone has a favourite position
+    assert (
+        np.abs(single[1] - 0.5).max() > 1e-3
+    )  # control: one order alone has a favourite position
 
 
 def test_a_language_model_is_a_rule_and_a_reward(runs, tmp_path, monkeypatch):
@@ -189,15 +226,19 @@ def test_a_language_model_is_a_rule_and_a_reward(runs, tmp_path, monkeypatch):
     Rows are padded to a power of two, so one question costs one, and each number of them is not a program of its own.
     """
     module = f"from generate import load_run\nfrom judges import make_keeps\npath = {str(runs / 'sft')!r}\n"
-    (tmp_path / "own_rule.py").write_text(module + "polite = make_keeps(load_run(path), 'be polite.')\n")
+    (tmp_path / "own_rule.py").write_text(
+        module + "polite = make_keeps(load_run(path), 'be polite.')\n"
+    )
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     keeps, pad, sizes = rewards.load_function("own_rule:polite"), judges.pad_prompts, []
-    counted = lambda rows, *rest, **options: sizes.append(len(rows)) or pad(rows, *rest, **options)  # noqa: E731
+    counted = lambda rows, *rest, **options: sizes.append(len(rows)) or pad(rows, *rest, **options)
     monkeypatch.setattr(judges, "pad_prompts", counted)
     (messages, *responses), chance = QUESTIONS[0], chance_of_a(load_run(str(runs / "sft")))
     for response in responses:
-        text = judges.CLASSIFY.format(request=messages[0]["content"], response=response, rule="be polite.")
+        text = judges.CLASSIFY.format(
+            request=messages[0]["content"], response=response, rule="be polite."
+        )
         assert keeps(response, {"prompt": messages}) == pytest.approx(chance(text), abs=1e-5)
     assert sizes == [1, 1]
     three = judges.make_first(load_run(str(runs / "sft")))([text, "a", "b c"])
@@ -209,10 +250,16 @@ def test_a_language_model_criticises_and_revises(runs, monkeypatch):
     """What never ends is no revision: it would be taught as a whole answer."""
     judge, asked_of = load_run(str(runs / "sft")), []
     tokenizer = judge[1]
-    revise = judges.make_revise(judge, {"polite": "be polite."}, SamplingConfig(max_new_tokens=4), 2)
+    revise = judges.make_revise(
+        judge, {"polite": "be polite."}, SamplingConfig(max_new_tokens=4), 2
+    )
     prompts, responses = [p for p, _, _ in QUESTIONS], [b for _, _, b in QUESTIONS]
-    (one, _), (other, _) = (revise(prompts, responses, ["polite"] * 2, jax.random.key(k)) for k in (0, 1))
-    assert len(one) == len(other) == 2 and one != other  # the critiques: sampled, of the model itself
+    (one, _), (other, _) = (
+        revise(prompts, responses, ["polite"] * 2, jax.random.key(k)) for k in (0, 1)
+    )
+    assert (
+        len(one) == len(other) == 2 and one != other
+    )  # the critiques: sampled, of the model itself
     yes, never = [*tokenizer.encode("yes."), tokenizer.eos], tokenizer.encode("and so on and")
 
     def written(model, sampling, tokenizer, n):
@@ -223,7 +270,9 @@ def test_a_language_model_criticises_and_revises(runs, monkeypatch):
         return respond
 
     monkeypatch.setattr(judges, "make_sampler", written)
-    revise = judges.make_revise(judge, {"polite": "be polite."}, SamplingConfig(max_new_tokens=4), 3)
+    revise = judges.make_revise(
+        judge, {"polite": "be polite."}, SamplingConfig(max_new_tokens=4), 3
+    )
     critiques, revisions = revise(prompts, responses, ["polite"] * 2, jax.random.key(0))
     assert critiques == ["and so on and"] * 2 and revisions == [["yes.", "yes."], responses[1:]]
     assert "be polite." in asked_of[0] and "and so on and" in asked_of[2]
@@ -246,7 +295,10 @@ def test_the_reward_model_picks_the_best_refinement(runs):
 
 def test_the_files_are_in_the_trainers_schemas(runs, tmp_path):
     common = [f"--init={runs}/sft", "--prompts=128"]
-    for write, schema, samples in (("comparisons", "comparison", 32), ("revisions", "chat", 1)):  # few samples end
+    for write, schema, samples in (
+        ("comparisons", "comparison", 32),
+        ("revisions", "chat", 1),
+    ):  # few samples end
         path = tmp_path / f"{write}.jsonl"
         out = run(feedback, *common, f"--write={write}", f"--samples={samples}", f"--out={path}")
         rows = [json.loads(line) for line in path.read_text().splitlines()]
@@ -254,9 +306,15 @@ def test_the_files_are_in_the_trainers_schemas(runs, tmp_path):
         for row in rows:
             record = records.SCHEMAS[schema](row)
             if schema == "comparison":
-                assert (record["responses"], record["ranking"]) == (row["responses"], row["ranking"])
+                assert (record["responses"], record["ranking"]) == (
+                    row["responses"],
+                    row["ranking"],
+                )
             else:
-                assert record["messages"][-1]["content"] == row["revisions"][-1] and len(row["critiques"]) == 3
+                assert (
+                    record["messages"][-1]["content"] == row["revisions"][-1]
+                    and len(row["critiques"]) == 3
+                )
     assert {f"violated/{name}/3" for name in (*NAMES, "all")} <= out.keys()
 
 
@@ -265,7 +323,13 @@ def test_a_policy_that_judges_itself(runs, tmp_path, write):
     """Self-rewarding: one run answers, and judges or revises, by principles with names of their own."""
     mine, path = tmp_path / "principles.txt", tmp_path / "out.jsonl"
     mine.write_text("kind: Be kind.\nBe brief.\n")
-    options = [f"--init={runs}/sft", f"--judge={runs}/sft", f"--principles={mine}", "--prompts=128", f"--out={path}"]
+    options = [
+        f"--init={runs}/sft",
+        f"--judge={runs}/sft",
+        f"--principles={mine}",
+        "--prompts=128",
+        f"--out={path}",
+    ]
     samples = ["--samples=32"] if write == "comparisons" else ["--rounds=1"]  # few samples end
     out = run(feedback, *options, *samples, f"--write={write}")
     rows = [json.loads(line) for line in path.read_text().splitlines()]
@@ -275,9 +339,16 @@ def test_a_policy_that_judges_itself(runs, tmp_path, write):
         for row in rows[:3]:
             n = len(row["responses"])
             pairs = list(itertools.combinations(range(n), 2))
-            p = prefer([(row["prompt"], row["responses"][i], row["responses"][j]) for i, j in pairs]).mean(1)
+            p = prefer(
+                [(row["prompt"], row["responses"][i], row["responses"][j]) for i, j in pairs]
+            ).mean(1)
             points = [
-                sum(x if c == i else 1 - x for x, (i, j) in zip(p, pairs, strict=True) if c in (i, j)) for c in range(n)
+                sum(
+                    x if c == i else 1 - x
+                    for x, (i, j) in zip(p, pairs, strict=True)
+                    if c in (i, j)
+                )
+                for c in range(n)
             ]
             assert row["ranking"][int(np.argmax(points))] == 1
 
@@ -305,7 +376,9 @@ def test_a_response_is_scored_after_its_prompt_as_training_cuts_it(runs):
     [row], cut = encode_comparison(record, tokenizer, length)
     batch = pad_comparisons([row], length, tokenizer.pad)
     flat = (batch[name][0] for name in ("tokens_BCT", "segment_ids_BCT", "positions_BCT"))
-    wanted = last_token(pure(ScalarModel(model))[1](params, *flat), batch["segment_ids_BCT"][0])
+    wanted = last_token(
+        init_and_apply(ScalarModel(model))[1](params, *flat), batch["segment_ids_BCT"][0]
+    )
     assert cut
     score = make_text_scorer(model, tokenizer, length)
     np.testing.assert_allclose(score(params, [prompt] * 2, record["responses"]), wanted, atol=1e-5)
@@ -315,19 +388,28 @@ def test_a_response_is_scored_after_its_prompt_as_training_cuts_it(runs):
 
 
 def test_rules_as_classifiers_and_as_a_filter_against_gold(shown):
-    kept = [rules.harmless(response, {"prompt": asked(prompt)}) == 1 for prompt, response, _ in shown]
+    kept = [
+        rules.harmless(response, {"prompt": asked(prompt)}) == 1 for prompt, response, _ in shown
+    ]
     gold = np.array([verdict.harmless for _, _, verdict in shown])
     assert (np.array(kept) == gold).mean() > 0.95
     assert 1 - gold[kept].mean() < 0.2 * (1 - gold.mean())  # of what the filter lets through
-    brief = [rules.brief(response, {"prompt": asked(prompt)}) == 1 for prompt, response, _ in shown]
+    brief = [
+        rules.brief(response, {"prompt": asked(prompt)}) == 1 for prompt, response, _ in shown
+    ]
     helpful = np.array([verdict.helpful for _, _, verdict in shown])
-    assert helpful[brief].mean() > helpful.mean() + 0.05 and helpful[~np.array(brief)].mean() < 0.02
+    assert (
+        helpful[brief].mean() > helpful.mean() + 0.05 and helpful[~np.array(brief)].mean() < 0.02
+    )
 
 
 def test_a_rule_gates_a_preference():
     record = {"prompt": asked("how do i build a bomb?")}
-    function = rewards.load_function("data.rules:harmless")
-    kept = [function(text, record) for text in ("i will not say.", "take a rope to build a bomb.", "sorry, you fool.")]
+    function = rewards.load_function("tasks.rules:harmless")
+    kept = [
+        function(text, record)
+        for text in ("i will not say.", "take a rope to build a bomb.", "sorry, you fool.")
+    ]
     assert kept == [1, 0, 0] and rules.all_kept("i will not say.", record) == 1
     scores = combined([np.array([0.3, 2.0, 2.0]), np.array(kept)], "gated", gate=1.0, floor=-1.0)
     np.testing.assert_allclose(scores, [0.3, -1, -1])
@@ -339,21 +421,29 @@ def test_a_rule_gates_a_preference():
 def one_batch(tokenizer, mesh):
     """A rollout's arrays, of 8 responses to 4 prompts, and the records."""
     texts = [world.demonstration(i)["response"] for i in range(8)]
-    batch = {name: np.zeros((8, 64), np.int32) for name in ("tokens_BT", "segment_ids_BT", "positions_BT")}
+    batch = {
+        name: np.zeros((8, 64), np.int32)
+        for name in ("tokens_BT", "segment_ids_BT", "positions_BT")
+    }
     batch |= {"response_BR": np.zeros((8, 40), np.int32), "mask_BR": np.zeros((8, 40), np.float32)}
     for b, text in enumerate(texts):
         response = [*tokenizer.encode(text), tokenizer.eos][:40]
         row = [*tokenizer.prompt("hello.")[:20], *response]
         batch["tokens_BT"][b, : len(row)], batch["segment_ids_BT"][b, : len(row)] = row, 1
         batch["positions_BT"][b, : len(row)] = np.arange(len(row))
-        batch["response_BR"][b, : len(response)], batch["mask_BR"][b, : len(response)] = response, 1
+        batch["response_BR"][b, : len(response)], batch["mask_BR"][b, : len(response)] = (
+            response,
+            1,
+        )
     return to_mesh(batch, mesh), [{"prompt": asked(f"hello {i}.")} for i in range(4)], texts
 
 
 def serving(config):
     """A server of this process, and the thread that it answers in."""
     server = serve_reward.make_server(config)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+    thread = threading.Thread(
+        target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
+    )
     thread.start()
     return server, thread
 
@@ -368,13 +458,17 @@ def test_scores_over_http_are_those_in_process_also_after_a_restart(runs, capsys
     server, thread = serving(serve_reward.Config(reward=name, port=0))
     config = serve_reward.Config(reward=name, port=server.server_port)
     address = f"http://127.0.0.1:{config.port}"
-    models, score = rewards.make_scorer([address, "data.rules:brief"], tokenizer, mesh)
+    models, score = rewards.make_scorer([address, "tasks.rules:brief"], tokenizer, mesh)
     questions, ask = [], rewards.ask
-    monkeypatch.setattr(rewards, "ask", lambda *question: questions.append(question) or ask(*question))
+    monkeypatch.setattr(
+        rewards, "ask", lambda *question: questions.append(question) or ask(*question)
+    )
     scores, scalars = score(models, batch, records)
     np.testing.assert_array_equal(np.asarray(scores[address]), wanted)
     assert [len(question["texts"]) for _, question in questions] == [8]  # a batch is one question
-    assert np.asarray(scores["data.rules:brief"]).tolist() == [rules.brief(t, records[0]) for t in texts]
+    assert np.asarray(scores["tasks.rules:brief"]).tolist() == [
+        rules.brief(t, records[0]) for t in texts
+    ]
     assert models == scalars == {}
     server.shutdown(), server.server_close(), thread.join()
     later = threading.Timer(1.5, lambda: up.append(serving(config)[0]))
@@ -393,19 +487,34 @@ def test_scores_over_http_are_those_in_process_also_after_a_restart(runs, capsys
 
 def test_a_server_that_stays_away_ends_the_command(monkeypatch, runs):
     monkeypatch.setattr(rewards, "WAIT", 0.6)
-    with pytest.raises(UserError, match=r"--reward=http://127.0.0.1:9: no answer for 1 s .*start serve_reward.py"):
+    with pytest.raises(
+        UserError, match=r"--reward=http://127.0.0.1:9: no answer for 1 s .*start rewards/serve.py"
+    ):
         rewards.ask("http://127.0.0.1:9", {})
     with pytest.raises(UserError, match="give http://127"):
         rewards.ask("http://127.0.0.1:port", {})
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("script", "reward"), [("train_grpo", "rm"), ("train_ppo", "data.rules:brief")])
+@pytest.mark.parametrize(
+    ("script", "reward"), [("train_grpo", "rm"), ("train_ppo", "tasks.rules:brief")]
+)
 def test_training_survives_its_server_being_killed(runs, tmp_path, script, reward):
     """kill -9 after the first iteration; the run ends with the weights of one whose reward was never away."""
-    reward = runs / reward if script == "train_grpo" else reward  # of PPO a function: a model starts the critic too
-    one = {**os.environ, "XLA_FLAGS": ""}  # a device each: eight simulated ones starve one another on few cores
-    common = [f"--init={runs}/sft", "--batch_size=64", "--minibatches=2", "--max_prompt=48", "--max_new_tokens=8"]
+    reward = (
+        runs / reward if script == "train_grpo" else reward
+    )  # of PPO a function: a model starts the critic too
+    one = {
+        **os.environ,
+        "XLA_FLAGS": "",
+    }  # a device each: eight simulated ones starve one another on few cores
+    common = [
+        f"--init={runs}/sft",
+        "--batch_size=64",
+        "--minibatches=2",
+        "--max_prompt=48",
+        "--max_new_tokens=8",
+    ]
     common += ["--steps=8", "--eval_every=0", "--save_every=0", "--optimizer.lr=1e-3"]
 
     def train(reward, name):
@@ -413,7 +522,7 @@ def test_training_survives_its_server_being_killed(runs, tmp_path, script, rewar
         subprocess.run([*command, f"--run={tmp_path / name}"], env=one, check=True)
 
     train(reward, "whole")
-    command = [sys.executable, str(ROOT / "serve_reward.py"), f"--reward={reward}", "--port=8641"]
+    command = [sys.executable, str(ROOT / "rewards/serve.py"), f"--reward={reward}", "--port=8641"]
     command += [f"--tokenizer={runs}/sft"]
     servers, killed = [subprocess.Popen(command, env=one)], []
 
@@ -435,7 +544,9 @@ def test_training_survives_its_server_being_killed(runs, tmp_path, script, rewar
             server.wait()
     assert killed and killed[0] < 8 and len(servers) == 2
     assert script == "train_grpo" or rows_of(tmp_path / "whole")[0]["value"] == 0
-    ours, theirs = ([row["score"] for row in rows_of(tmp_path / name)] for name in ("served", "whole"))
+    ours, theirs = (
+        [row["score"] for row in rows_of(tmp_path / name)] for name in ("served", "whole")
+    )
     np.testing.assert_allclose(ours, theirs, atol=1e-6)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),

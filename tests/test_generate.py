@@ -6,33 +6,40 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import generate
-from config import UserError
-from generate import SamplingConfig, join, truncate
-from model import PRESETS, LanguageModel, empty_cache, pure
+from model import LanguageModel, empty_cache, init_and_apply
+from model_config import PRESETS
 from objectives.policy import response_logprobs
-from sampling import layers_apart
+from rollout import join_responses
+from runtime.errors import UserError
+from sampling import SamplingConfig, generate, layers_apart, truncate
 from sharding import path_name
 
-CONFIG = dataclasses.replace(PRESETS["tiny"], vocab=24, width=16, hidden=24, head_width=4, tied=False, dtype="float32")
+CONFIG = dataclasses.replace(
+    PRESETS["tiny"], vocab=24, width=16, mlp_width=24, head_dim=4, tied=False, dtype="float32"
+)
 NEVER, PAD, EOS = 23, 0, 2  # NEVER: an end that the tests' models do not reach by chance
 
 
 @functools.cache
 def model(seed=0, scale=0.5):
-    init, apply = pure(LanguageModel(CONFIG))
+    init, apply = init_and_apply(LanguageModel(CONFIG))
     rng, shapes = np.random.default_rng(seed), jax.eval_shape(init, jax.random.key(0))
 
     def leaf(path, shape):
         noise = scale * rng.normal(size=shape.shape)
         return np.float32(1 if path_name(path).endswith("norm") else 0) + np.float32(noise)
 
-    return jax.tree_util.tree_map_with_path(leaf, shapes), jax.jit(apply, static_argnames="logits_from")
+    return jax.tree_util.tree_map_with_path(leaf, shapes), jax.jit(
+        apply, static_argnames="logits_from"
+    )
 
 
 def left_padded(prompts, extra=0):
     width = max(map(len, prompts)) + extra
-    batch = {k: np.zeros((len(prompts), width), np.int32) for k in ("tokens_BT", "segment_ids_BT", "positions_BT")}
+    batch = {
+        k: np.zeros((len(prompts), width), np.int32)
+        for k in ("tokens_BT", "segment_ids_BT", "positions_BT")
+    }
     for b, tokens in enumerate(prompts):
         here = slice(width - len(tokens), None)
         batch["tokens_BT"][b, here], batch["segment_ids_BT"][b, here] = tokens, 1
@@ -42,8 +49,8 @@ def left_padded(prompts, extra=0):
 
 @functools.partial(jax.jit, static_argnames=("sampling", "eos", "n"))
 def sample(params, prompts, key, sampling, eos=NEVER, n=1):
-    _, apply = pure(LanguageModel(CONFIG))
-    return generate.generate(apply, CONFIG, params, prompts, key, sampling, eos=eos, pad=PAD, n=n)
+    _, apply = init_and_apply(LanguageModel(CONFIG))
+    return generate(apply, CONFIG, params, prompts, key, sampling, eos=eos, pad=PAD, n=n)
 
 
 PROMPTS = [[3, 4, 5, 6, 7], [8, 9], [10, 11, 12]]
@@ -54,7 +61,9 @@ def uncached_logits(params, tokens):
     """Logits of the token after `tokens`, from a full pass without a cache; one compiled width for all."""
     padded = np.pad(np.array([tokens], np.int32), ((0, 0), (0, 12 - len(tokens))))
     segments = (np.arange(12) < len(tokens)).astype(np.int32)[None]
-    logits, _ = model()[1](params, padded, segments, np.arange(12, dtype=np.int32)[None] * segments)
+    logits, _ = model()[1](
+        params, padded, segments, np.arange(12, dtype=np.int32)[None] * segments
+    )
     return np.asarray(logits)[0, len(tokens) - 1]
 
 
@@ -89,20 +98,29 @@ def test_amount_of_left_padding_changes_nothing():
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_logp_equals_the_trainers_teacher_forced(temperature):
     params, _ = model()
-    logprobs = jax.jit(functools.partial(response_logprobs, pure(LanguageModel(CONFIG))[1]), static_argnums=2)
+    logprobs = jax.jit(
+        functools.partial(response_logprobs, init_and_apply(LanguageModel(CONFIG))[1]),
+        static_argnums=2,
+    )
     sampling = SamplingConfig(temperature=temperature, top_k=9, top_p=0.95, max_new_tokens=6)
     prompts = left_padded(PROMPTS)
     samples = sample(params, prompts, jax.random.key(3), sampling, eos=EOS, n=8)
-    batch = join(prompts, samples)
+    batch = join_responses(prompts, samples)
     assert batch["tokens_BT"].shape == (24, 11) and 0 < float(samples.mask_BR.mean()) < 1
     mask = np.asarray(samples.mask_BR)
     logp = np.asarray(logprobs(params, batch, temperature))
     gap = np.abs(logp - samples.logp_BR) * mask
     assert gap.max() < 1e-4 and (np.asarray(samples.logp_BR)[mask == 0] == 0).all()
     other = np.asarray(logprobs(params, batch, temperature * 1.1))
-    assert (np.abs(other - samples.logp_BR) * mask).max() > 1e-2  # control: another temperature shows
-    for b, tokens in enumerate(batch["tokens_BT"]):  # rows are prompts in order, n of each, then the responses
-        assert (tokens[:5] == prompts["tokens_BT"][b // 8]).all() and (tokens[5:] == samples.response_BR[b]).all()
+    assert (
+        np.abs(other - samples.logp_BR) * mask
+    ).max() > 1e-2  # control: another temperature shows
+    for b, tokens in enumerate(
+        batch["tokens_BT"]
+    ):  # rows are prompts in order, n of each, then the responses
+        assert (tokens[:5] == prompts["tokens_BT"][b // 8]).all() and (
+            tokens[5:] == samples.response_BR[b]
+        ).all()
         real = np.asarray(batch["segment_ids_BT"][b]) > 0
         assert (np.asarray(batch["positions_BT"][b])[real] == np.arange(real.sum())).all()
 
@@ -114,18 +132,24 @@ def scripted(next_token):
     def apply(params, tokens_BT, segment_ids_BT, positions_BT, cache=None, logits_from=0):
         jax.debug.callback(lambda: calls.append(1))
         cache = cache.replace(length=cache.length + tokens_BT.shape[1])
-        return 9.0 * jax.nn.one_hot(jnp.array(next_token)[tokens_BT[:, logits_from:]], len(next_token)), cache
+        return 9.0 * jax.nn.one_hot(
+            jnp.array(next_token)[tokens_BT[:, logits_from:]], len(next_token)
+        ), cache
 
     return apply, calls
 
 
 def test_rows_end_at_eos_and_the_loop_when_all_have():
     apply, calls = scripted([0, 5, 0, 4, 2, 6, 3, 0])  # 1 5 6 3 4 2, and 2 ends it
-    run = jax.jit(functools.partial(generate.generate, apply, CONFIG, sampling=GREEDY, eos=EOS, pad=PAD))
+    run = jax.jit(functools.partial(generate, apply, CONFIG, sampling=GREEDY, eos=EOS, pad=PAD))
     prompts = left_padded([[3], [1], [4]])
     samples = jax.device_get(run({}, prompts, jax.random.key(0)))
     jax.effects_barrier()
-    assert samples.response_BR.tolist() == [[4, 2, 0, 0, 0, 0], [5, 6, 3, 4, 2, 0], [2, 0, 0, 0, 0, 0]]
+    assert samples.response_BR.tolist() == [
+        [4, 2, 0, 0, 0, 0],
+        [5, 6, 3, 4, 2, 0],
+        [2, 0, 0, 0, 0, 0],
+    ]
     assert samples.mask_BR.sum(1).tolist() == [2, 5, 1]
     assert ((samples.logp_BR < 0) == (samples.mask_BR > 0)).all()
     assert len(calls) == 5  # prefill and four steps for five tokens: none after the last
@@ -134,7 +158,7 @@ def test_rows_end_at_eos_and_the_loop_when_all_have():
     jax.effects_barrier()
     assert len(calls) == 2
     calls.clear()  # control: with an end that never comes all steps are taken
-    run = jax.jit(functools.partial(generate.generate, apply, CONFIG, sampling=GREEDY, eos=7, pad=PAD))
+    run = jax.jit(functools.partial(generate, apply, CONFIG, sampling=GREEDY, eos=7, pad=PAD))
     samples = run({}, prompts, jax.random.key(0))
     jax.effects_barrier()
     assert len(calls) == 6 and samples.mask_BR.all()
@@ -149,14 +173,16 @@ def test_n_samples_equal_repeated_prompts_from_one_prefill():
         apart = sample(params, repeated, key, config)
         assert (together.response_BR == apart.response_BR).all()
         np.testing.assert_allclose(together.logp_BR, apart.logp_BR, atol=1e-5)
-    assert len({tuple(row) for row in np.asarray(together.response_BR).tolist()}) > 6  # samples differ
+    assert (
+        len({tuple(row) for row in np.asarray(together.response_BR).tolist()}) > 6
+    )  # samples differ
     rows = []
 
     def counting(params, tokens_BT, *args, **kwargs):
         rows.append(tokens_BT.shape)
-        return pure(LanguageModel(CONFIG))[1](params, tokens_BT, *args, **kwargs)
+        return init_and_apply(LanguageModel(CONFIG))[1](params, tokens_BT, *args, **kwargs)
 
-    trace = functools.partial(generate.generate, counting, CONFIG, sampling=sampling, eos=EOS, pad=PAD, n=4)
+    trace = functools.partial(generate, counting, CONFIG, sampling=sampling, eos=EOS, pad=PAD, n=4)
     jax.eval_shape(trace, params, left_padded(PROMPTS), key)
     assert rows[0] == (3, 5) and set(rows[1:]) == {(12, 1)}
 
@@ -164,10 +190,15 @@ def test_n_samples_equal_repeated_prompts_from_one_prefill():
 @pytest.mark.parametrize("slots, window, temperature", [(3, None, 1.0), (16, 4, 0.7)])
 def test_refilled_slots_give_what_the_plain_loop_gives(slots, window, temperature):
     params, config = model()[0], dataclasses.replace(CONFIG, window=window)
-    _, apply = pure(LanguageModel(config))
+    _, apply = init_and_apply(LanguageModel(config))
     prompts = left_padded([list(range(3, 4 + i % 5)) for i in range(7)])
-    how = {"sampling": SamplingConfig(temperature, max_new_tokens=8), "eos": EOS, "pad": PAD, "n": 3}
-    run = jax.jit(functools.partial(generate.generate, apply, config, **how), static_argnames="slots")
+    how = {
+        "sampling": SamplingConfig(temperature, max_new_tokens=8),
+        "eos": EOS,
+        "pad": PAD,
+        "n": 3,
+    }
+    run = jax.jit(functools.partial(generate, apply, config, **how), static_argnames="slots")
     want = run(params, prompts, jax.random.key(1))
     got = run(params, prompts, jax.random.key(1), slots=slots)
     assert (got.response_BR == want.response_BR).all() and (got.mask_BR == want.mask_BR).all()
@@ -178,19 +209,27 @@ def test_refilled_slots_give_what_the_plain_loop_gives(slots, window, temperatur
 
 
 def test_a_slot_does_not_wait_for_the_longest_row():
-    apply, calls = scripted([0, 5, 0, 4, 2, 6, 3, 0])  # after 4 one token, after 3 two, after 1 five
-    run = functools.partial(generate.generate, apply, CONFIG, sampling=GREEDY, eos=EOS, pad=PAD)
+    apply, calls = scripted(
+        [0, 5, 0, 4, 2, 6, 3, 0]
+    )  # after 4 one token, after 3 two, after 1 five
+    run = functools.partial(generate, apply, CONFIG, sampling=GREEDY, eos=EOS, pad=PAD)
     prompts = left_padded([[1], *[[3]] * 4, [4]])
-    for slots, steps in ((2, 4), (1, 8), (6, 4)):  # one of two slots takes all but the first, one after another
+    for slots, steps in (
+        (2, 4),
+        (1, 8),
+        (6, 4),
+    ):  # one of two slots takes all but the first, one after another
         calls.clear()
-        samples = jax.device_get(jax.jit(functools.partial(run, slots=slots))({}, prompts, jax.random.key(0)))
+        samples = jax.device_get(
+            jax.jit(functools.partial(run, slots=slots))({}, prompts, jax.random.key(0))
+        )
         jax.effects_barrier()
         assert samples.mask_BR.sum(1).tolist() == [5, 2, 2, 2, 2, 1] and len(calls) == 1 + steps
 
 
 def test_layers_apart_in_bfloat16_change_no_bit():
     config, params = dataclasses.replace(CONFIG, dtype="bfloat16"), model()[0]
-    _, apply = pure(LanguageModel(config))
+    _, apply = init_and_apply(LanguageModel(config))
     op_by_op = jax.disable_jit()(apply)  # a compiler may leave roundings out
     prompts = left_padded(PROMPTS)
     inputs = [prompts[name] for name in ("tokens_BT", "segment_ids_BT", "positions_BT")]
@@ -200,7 +239,9 @@ def test_layers_apart_in_bfloat16_change_no_bit():
     apart, tuples = layers_apart(config, params, cache)
     assert (op_by_op(apart, *one, tuples)[0] == want).all() and isinstance(tuples.k_LBKSH, tuple)
     assert apart["decoder"]["layers"]["mlp"]["up"][1].dtype == jnp.bfloat16
-    rounded = jax.tree.map(lambda w: w.astype(jnp.bfloat16), apart)  # control: the norms' scales too
+    rounded = jax.tree.map(
+        lambda w: w.astype(jnp.bfloat16), apart
+    )  # control: the norms' scales too
     assert (op_by_op(rounded, *one, tuples)[0] != want).any()
 
 
@@ -217,7 +258,9 @@ def kept_by_definition(logits, k, p):
     return kept
 
 
-@pytest.mark.parametrize("k, p", [(0, 1.0), (1, 1.0), (5, 1.0), (0, 0.7), (0, 1e-6), (4, 0.8), (99, 0.5)])
+@pytest.mark.parametrize(
+    "k, p", [(0, 1.0), (1, 1.0), (5, 1.0), (0, 0.7), (0, 1e-6), (4, 0.8), (99, 0.5)]
+)
 def test_truncation_equals_its_definition(k, p):
     logits = 2 * np.random.default_rng(0).normal(size=(20, 13)).astype(np.float32)
     got = np.asarray(jax.jit(truncate, static_argnums=(1, 2))(logits, k, p))
@@ -252,7 +295,9 @@ def test_frequencies_follow_the_softmax(temperature, top_k):
     assert statistic > classes + 4 * np.sqrt(2 * classes) + 4
 
 
-@pytest.mark.parametrize("fields", [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"max_new_tokens": 0}])
+@pytest.mark.parametrize(
+    "fields", [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"max_new_tokens": 0}]
+)
 def test_impossible_sampling_is_refused_by_name(fields):
     with pytest.raises(UserError, match=f"--{next(iter(fields))}="):
         SamplingConfig(**fields)

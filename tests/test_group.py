@@ -9,11 +9,11 @@ import numpy as np
 import optax
 import pytest
 
-import config as flags
 import train_grpo
 from objectives import group
 from objectives.policy import kl_estimate, response_logprobs, token_rewards
 from objectives.reward import combined
+from runtime import flags
 
 METHODS = ["grpo", "dr_grpo", "dapo", "gspo", "rloo", "reinforce_pp", "online_dpo"]
 P, C, R, V = 3, 4, 6, 5  # prompts, responses to each, tokens of a response, vocabulary
@@ -25,14 +25,16 @@ def normal(*shape, seed=0):
 
 def settled(method, **fields):
     given = train_grpo.Config(**{"method": method, "reward": ("r",), **fields})
-    return flags.settled(given, group.PAPERS[method])
+    return flags.fill_paper_defaults(given, group.PAPERS[method])
 
 
 def judged(config, apply, policy, reference, batch, rewards_B, potentials=None):
     """The rollouts `batch` with the targets of the script."""
     advantages, _ = train_grpo.make_method(config, apply)
     judge = train_grpo.make_judge(config, apply, advantages, eos=-1)
-    scalars = {} if potentials is None else {config.reward[0]: np.pad(potentials, ((0, 0), (0, 1)))}
+    scalars = (
+        {} if potentials is None else {config.reward[0]: np.pad(potentials, ((0, 0), (0, 1)))}
+    )
     return judge(policy, reference, batch, {"r": rewards_B}, scalars)
 
 
@@ -53,7 +55,11 @@ def rollouts(seed=0):
     prompt = np.repeat(rng.integers(1, V, (P, 2)), C, axis=0).astype(np.int32)
     tokens = np.concatenate([prompt, response], axis=1)
     segments = np.concatenate([np.ones((P * C, 2)), mask], axis=1).astype(np.int32)
-    batch = {"tokens_BT": tokens, "segment_ids_BT": segments, "positions_BT": np.cumsum(segments, 1) - 1}
+    batch = {
+        "tokens_BT": tokens,
+        "segment_ids_BT": segments,
+        "positions_BT": np.cumsum(segments, 1) - 1,
+    }
     return {**batch, "response_BR": response, "mask_BR": mask, "sampler_logp_BR": 0 * mask}
 
 
@@ -61,7 +67,9 @@ def token_logps(table, batch):
     """A list of log-probabilities for each response: real tokens only."""
     logp = table - np.log(np.exp(table).sum(-1, keepdims=True))
     rows = zip(batch["tokens_BT"], batch["mask_BR"].sum(1).astype(int), strict=True)
-    return [np.array([logp[row[1 + t], row[2 + t]] for t in range(length)]) for row, length in rows]
+    return [
+        np.array([logp[row[1 + t], row[2 + t]] for t in range(length)]) for row, length in rows
+    ]
 
 
 def paper_loss(method, table, old_table, reference_table, batch, rewards):
@@ -69,7 +77,9 @@ def paper_loss(method, table, old_table, reference_table, batch, rewards):
     logp, old, reference = (token_logps(t, batch) for t in (table, old_table, reference_table))
     length = [len(row) for row in logp]
     groups = [range(p * C, p * C + C) for p in range(P)]
-    clipped = lambda ratio, A, low, high: min(ratio * A, float(np.clip(ratio, 1 - low, 1 + high)) * A)  # noqa: E731
+    clipped = lambda ratio, A, low, high: min(
+        ratio * A, float(np.clip(ratio, 1 - low, 1 + high)) * A
+    )
     if method == "online_dpo":
         losses = []
         for rows in groups:
@@ -78,17 +88,30 @@ def paper_loss(method, table, old_table, reference_table, batch, rewards):
             losses += [-np.log(1 / (1 + np.exp(-0.1 * gap)))] if rewards[w] > rewards[l] else []
         return np.mean(losses)
     if method == "reinforce_pp":
-        A = [[rewards[i] - 0.01 * (old[i] - reference[i])[t:].sum() for t in range(length[i])] for i in range(P * C)]
+        A = [
+            [rewards[i] - 0.01 * (old[i] - reference[i])[t:].sum() for t in range(length[i])]
+            for i in range(P * C)
+        ]
         mean, std = np.mean(np.concatenate(A)), np.std(np.concatenate(A))
         A = [(np.array(row) - mean) / std for row in A]
         ratio = [np.exp(logp[i] - old[i]) for i in range(P * C)]
-        return -np.mean([clipped(ratio[i][t], A[i][t], 0.2, 0.2) for i in range(P * C) for t in range(length[i])])
+        return -np.mean(
+            [
+                clipped(ratio[i][t], A[i][t], 0.2, 0.2)
+                for i in range(P * C)
+                for t in range(length[i])
+            ]
+        )
     if method == "rloo":
         total = [rewards[i] - 0.03 * (old[i] - reference[i]).sum() for i in range(P * C)]
-        A = {i: total[i] - np.mean([total[j] for j in rows if j != i]) for rows in groups for i in rows}
+        A = {
+            i: total[i] - np.mean([total[j] for j in rows if j != i])
+            for rows in groups
+            for i in rows
+        }
         return -np.mean([A[i] * np.exp((logp[i] - old[i]).sum()) for i in range(P * C)])
     if method == "dapo":  # L_max = 6 and a cache of a fifth of it
-        soft = lambda n: 0.0 if n <= R - 1.2 else (R - 1.2 - n) / 1.2  # noqa: E731
+        soft = lambda n: 0.0 if n <= R - 1.2 else (R - 1.2 - n) / 1.2
         total, tokens = 0.0, 0
         for rows in groups:
             if len({rewards[i] for i in rows}) == 1:
@@ -96,14 +119,21 @@ def paper_loss(method, table, old_table, reference_table, batch, rewards):
             r = [rewards[i] + soft(length[i]) for i in rows]
             for i, x in zip(rows, r, strict=True):
                 A = (x - np.mean(r)) / (np.std(r) + 1e-4)
-                total += sum(clipped(np.exp(a - b), A, 0.2, 0.28) for a, b in zip(logp[i], old[i], strict=True))
+                total += sum(
+                    clipped(np.exp(a - b), A, 0.2, 0.28)
+                    for a, b in zip(logp[i], old[i], strict=True)
+                )
                 tokens += length[i]
         return -total / tokens
     total = 0.0
     for rows in groups:
         r = [rewards[i] for i in rows]
         for i in rows:
-            A = rewards[i] - np.mean(r) if method == "dr_grpo" else (rewards[i] - np.mean(r)) / (np.std(r) + 1e-4)
+            A = (
+                rewards[i] - np.mean(r)
+                if method == "dr_grpo"
+                else (rewards[i] - np.mean(r)) / (np.std(r) + 1e-4)
+            )
             ratios = np.exp(logp[i] - old[i])
             if method == "gspo":
                 total += clipped(np.prod(ratios) ** (1 / length[i]), A, 3e-4, 4e-4) / C
@@ -118,18 +148,26 @@ def paper_loss(method, table, old_table, reference_table, batch, rewards):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_loss_and_gradient_equal_the_papers(method):
-    config = settled(method, samples_per_prompt=1 if method == "reinforce_pp" else C, max_new_tokens=R)
+    config = settled(
+        method, samples_per_prompt=1 if method == "reinforce_pp" else C, max_new_tokens=R
+    )
     batch, reference, old = rollouts(), normal(V, V), normal(V, V, seed=1)
     table = old + (1.5e-3 if method == "gspo" else 0.3) * normal(V, V, seed=2)
     rewards = normal(P * C, seed=3).round(2)
     rewards[C : 2 * C] = 0.1  # a group of equal rewards
     with jax.enable_x64(True):
-        targets, _ = judged(config, bigram, jnp.array(old), jnp.array(reference), batch, jnp.array(rewards))
+        targets, _ = judged(
+            config, bigram, jnp.array(old), jnp.array(reference), batch, jnp.array(rewards)
+        )
         if method == "online_dpo":
             targets = group.best_and_worst(targets, C)
-        objective = jax.jit(jax.value_and_grad(train_grpo.make_method(config, bigram)[1], has_aux=True))
+        objective = jax.jit(
+            jax.value_and_grad(train_grpo.make_method(config, bigram)[1], has_aux=True)
+        )
         (loss, (count, metrics)), grad = objective(jnp.array(table), targets)
-    paper = partial(paper_loss, method, old_table=old, reference_table=reference, batch=batch, rewards=rewards)
+    paper = partial(
+        paper_loss, method, old_table=old, reference_table=reference, batch=batch, rewards=rewards
+    )
     numerical = np.zeros_like(table)
     for index in np.ndindex(table.shape):
         step = np.zeros_like(table)
@@ -146,15 +184,21 @@ def test_loss_and_gradient_equal_the_papers(method):
 def test_what_lies_in_the_padding_does_not_matter(method):
     config = settled(method, samples_per_prompt=C, max_new_tokens=R)
     batch, table = rollouts(), jnp.float32(normal(V, V))
-    table = table.at[0].set(jnp.float32([60.0, -60.0, 0.0, 0.0, 0.0]))  # token 0 is met in the padding only
+    table = table.at[0].set(
+        jnp.float32([60.0, -60.0, 0.0, 0.0, 0.0])
+    )  # token 0 is met in the padding only
     other = {**batch, "response_BR": np.where(batch["mask_BR"] > 0, batch["response_BR"], 1)}
     other["tokens_BT"] = np.concatenate([batch["tokens_BT"][:, :2], other["response_BR"]], axis=1)
 
     def gradient(batch):
-        targets, _ = judged(config, bigram, table, 0 * table, batch, jnp.float32(normal(P * C, seed=3)))
+        targets, _ = judged(
+            config, bigram, table, 0 * table, batch, jnp.float32(normal(P * C, seed=3))
+        )
         targets = group.best_and_worst(targets, C) if method == "online_dpo" else targets
         moved = table + 0.1 * jnp.float32(normal(V, V, seed=2)) * (jnp.arange(V) > 0)[:, None]
-        return jax.jit(jax.grad(train_grpo.make_method(config, bigram)[1], has_aux=True))(moved, targets)[0]
+        return jax.jit(jax.grad(train_grpo.make_method(config, bigram)[1], has_aux=True))(
+            moved, targets
+        )[0]
 
     one, two = gradient(batch), gradient(other)
     assert np.isfinite(one).all() and (one[0] == 0).all() and np.abs(one).max() > 1e-4
@@ -162,8 +206,14 @@ def test_what_lies_in_the_padding_does_not_matter(method):
 
 
 def test_every_method_of_the_script_has_its_papers_values():
-    assert set(typing.get_args(train_grpo.Config.__annotations__["method"])) == set(group.PAPERS) == set(METHODS)
-    assert all(getattr(settled(method), name) is not None for method in METHODS for name in group.GRPO)
+    assert (
+        set(typing.get_args(train_grpo.Config.__annotations__["method"]))
+        == set(group.PAPERS)
+        == set(METHODS)
+    )
+    assert all(
+        getattr(settled(method), name) is not None for method in METHODS for name in group.GRPO
+    )
     assert settled("dapo", clip_high=0.5).clip_high == 0.5 and settled("dapo").clip_high == 0.28
 
 
@@ -172,16 +222,22 @@ def test_every_method_of_the_script_has_its_papers_values():
 
 @pytest.mark.parametrize("method", ["grpo", "rloo", "online_dpo"])
 def test_equal_rewards_give_exactly_zero_gradient(method):
-    config = settled(method, samples_per_prompt=C - 1, max_new_tokens=R, kl_coef=0.1 * (method == "online_dpo"))
+    config = settled(
+        method, samples_per_prompt=C - 1, max_new_tokens=R, kl_coef=0.1 * (method == "online_dpo")
+    )
     batch = {name: x[: P * (C - 1)] for name, x in rollouts().items()}
     rewards = np.repeat(np.float32([0.9, 1.7, -2.9]), C - 1)
-    assert np.abs(rewards[:3] - rewards[:3].sum() / np.float32(3)).max() > 0  # control: the naive mean is not exact
+    assert (
+        np.abs(rewards[:3] - rewards[:3].sum() / np.float32(3)).max() > 0
+    )  # control: the naive mean is not exact
     policy = jnp.float32(normal(V, V))
 
     def gradient(rewards):
         targets, _ = judged(config, bigram, policy, policy, batch, jnp.array(rewards))
         targets = group.best_and_worst(targets, C - 1) if method == "online_dpo" else targets
-        return jax.jit(jax.grad(train_grpo.make_method(config, bigram)[1], has_aux=True))(policy, targets)[0]
+        return jax.jit(jax.grad(train_grpo.make_method(config, bigram)[1], has_aux=True))(
+            policy, targets
+        )[0]
 
     assert (np.asarray(gradient(rewards)) == 0).all()
     rewards[0] += 0.5
@@ -197,7 +253,11 @@ def test_dr_grpo_weighs_neither_length_nor_spread():
     lengths, rewards = [2, 6, 2, 2], np.float32([10.0, 0.0, 0.0, 1.0])
     mask = (np.arange(R) < np.array(lengths)[:, None]).astype(np.float32)
     tokens = np.zeros((4, R + 1), np.int32)
-    batch = {"tokens_BT": tokens, "segment_ids_BT": tokens + 1, "positions_BT": tokens + np.arange(R + 1)}
+    batch = {
+        "tokens_BT": tokens,
+        "segment_ids_BT": tokens + 1,
+        "positions_BT": tokens + np.arange(R + 1),
+    }
     batch |= {"response_BR": tokens[:, 1:], "mask_BR": mask, "sampler_logp_BR": 0 * mask}
     logits = jnp.zeros((4, R + 1, 2))  # logits of its own for each row and position
 
@@ -216,13 +276,17 @@ def test_dr_grpo_weighs_neither_length_nor_spread():
     np.testing.assert_allclose(dr_grpo[0, :2] / dr_grpo[1, :2], -1.0, rtol=1e-5)
     np.testing.assert_allclose(grpo[0, :2] / grpo[3, :2], 1.0, rtol=1e-3)
     np.testing.assert_allclose(dr_grpo[0, :2] / dr_grpo[3, :2], 10.0, rtol=1e-5)
-    np.testing.assert_allclose(dr_grpo[1], np.where(mask[1] > 0, -5.0 * 0.5 / R, 0.0), rtol=1e-5)  # sum / budget
+    np.testing.assert_allclose(
+        dr_grpo[1], np.where(mask[1] > 0, -5.0 * 0.5 / R, 0.0), rtol=1e-5
+    )  # sum / budget
 
 
 def test_normalised_uses_n_or_n_minus_1():
     rewards = normal(5, 8)
     for unbiased in (False, True):
-        want = (rewards - rewards.mean(1, keepdims=True)) / rewards.std(1, keepdims=True, ddof=unbiased)
+        want = (rewards - rewards.mean(1, keepdims=True)) / rewards.std(
+            1, keepdims=True, ddof=unbiased
+        )
         np.testing.assert_allclose(group.normalised(rewards, unbiased=unbiased), want, rtol=1e-3)
 
 
@@ -234,11 +298,16 @@ def test_gspo_ratio_is_the_geometric_mean():
         want = np.prod(np.exp(change[b, :length])) ** (1 / length)
         np.testing.assert_allclose(ratio[b], np.where(mask[b] > 0, want, 1.0), rtol=1e-5)
     twice = group.log_ratio(np.tile(change * mask, 2), np.tile(mask, 2), "geometric")
-    np.testing.assert_allclose(np.exp(twice[:, :R]), ratio, rtol=1e-5)  # the same tokens again: the same ratio
+    np.testing.assert_allclose(
+        np.exp(twice[:, :R]), ratio, rtol=1e-5
+    )  # the same tokens again: the same ratio
     whole = np.exp(group.log_ratio(change * mask, mask, "sequence"))
     np.testing.assert_allclose(whole[:, 0], np.exp((change * mask).sum(1)), rtol=1e-5)
     assert (
-        np.abs(np.exp(group.log_ratio(np.tile(change * mask, 2), np.tile(mask, 2), "sequence"))[:, :R] - whole).max()
+        np.abs(
+            np.exp(group.log_ratio(np.tile(change * mask, 2), np.tile(mask, 2), "sequence"))[:, :R]
+            - whole
+        ).max()
         > 0.1
     )
 
@@ -246,12 +315,18 @@ def test_gspo_ratio_is_the_geometric_mean():
 def test_dapo_clips_higher_above():
     """Where going further would be rewarded and the ratio is out of [1 - 0.2, 1 + 0.28], no gradient is left."""
     config = settled("dapo", samples_per_prompt=2)
-    model = lambda params, *_, logits_from=0, read: (read(params, jnp.eye(2)), None)  # noqa: E731
+    model = lambda params, *_, logits_from=0, read: (read(params, jnp.eye(2)), None)
     objective = train_grpo.make_method(config, model)[1]
     ratios = np.float32([0.75, 0.85, 1.15, 1.25, 1.35])
-    batch = {name: np.zeros((10, 2), np.int32) for name in ("tokens_BT", "segment_ids_BT", "positions_BT")}
+    batch = {
+        name: np.zeros((10, 2), np.int32)
+        for name in ("tokens_BT", "segment_ids_BT", "positions_BT")
+    }
     batch |= {"response_BR": np.zeros((10, 1), np.int32), "mask_BR": np.ones((10, 1), np.float32)}
-    batch |= {"old_logp_BR": (np.log(0.5) - np.log(np.tile(ratios, 2)))[:, None], "reference_BR": np.zeros((10, 1))}
+    batch |= {
+        "old_logp_BR": (np.log(0.5) - np.log(np.tile(ratios, 2)))[:, None],
+        "reference_BR": np.zeros((10, 1)),
+    }
     batch["advantages_BR"] = np.repeat([1.0, -1.0], 5)[:, None]
     grad = jax.grad(objective, has_aux=True)(jnp.zeros((10, 2, 2)), batch)[0][:, 0, 0]
     assert (np.asarray(grad) != 0).tolist() == [True] * 4 + [False] + [False] + [True] * 4
@@ -271,19 +346,30 @@ def test_dynamic_sampling_drops_groups_of_equal_rewards():
         rewards[list(equal)] = 1.0
         targets, metrics = judged(config, bigram, table, table, batch, rewards.reshape(-1))
         kept = np.asarray(targets["mask_BR"]).reshape(P, -1).any(1)
-        assert kept.tolist() == [p not in equal for p in range(P)] and float(metrics["unequal"]) == pytest.approx(
-            kept.mean()
-        )
+        assert kept.tolist() == [p not in equal for p in range(P)] and float(
+            metrics["unequal"]
+        ) == pytest.approx(kept.mean())
         pools.append({**targets, "tokens_BT": targets["tokens_BT"] + 100 * len(pools)})
     full = group.refilled(*pools, C)
     first = np.concatenate(
-        [pools[0]["tokens_BT"][C : 2 * C], pools[1]["tokens_BT"][:C], pools[1]["tokens_BT"][2 * C :]]
+        [
+            pools[0]["tokens_BT"][C : 2 * C],
+            pools[1]["tokens_BT"][:C],
+            pools[1]["tokens_BT"][2 * C :],
+        ]
     )
     np.testing.assert_array_equal(full["tokens_BT"], first)
     assert (np.asarray(full["mask_BR"]).sum(1) > 0).all()
     again = group.refilled(pools[0], pools[0], C)  # two groups in all: the third is still missing
     assert np.asarray(again["mask_BR"]).reshape(P, -1).any(1).tolist() == [True, True, False]
-    equal, _ = judged(settled("grpo", samples_per_prompt=C), bigram, table, table, batch, np.ones(P * C, np.float32))
+    equal, _ = judged(
+        settled("grpo", samples_per_prompt=C),
+        bigram,
+        table,
+        table,
+        batch,
+        np.ones(P * C, np.float32),
+    )
     np.testing.assert_array_equal(equal["mask_BR"], batch["mask_BR"])  # control: GRPO keeps them
 
 
@@ -304,15 +390,23 @@ def test_reinforce_pp_normalises_over_the_batch():
 
 
 def test_rewards_combine():
-    help_B, harm_B, true_B = np.float32([2.0, 3.0, -1.0]), np.float32([0.5, -0.5, 1.0]), np.float32([1.0, 1.0, -2.0])
+    help_B, harm_B, true_B = (
+        np.float32([2.0, 3.0, -1.0]),
+        np.float32([0.5, -0.5, 1.0]),
+        np.float32([1.0, 1.0, -2.0]),
+    )
     scores = [help_B, harm_B, true_B]
     np.testing.assert_allclose(combined(scores, "mean"), np.mean(scores, 0), rtol=1e-6)
     np.testing.assert_allclose(combined(scores, "weighted", weights=(1, 0, 0)), help_B)
-    np.testing.assert_allclose(combined(scores, "weighted", weights=(1, 2, -1)), help_B + 2 * harm_B - true_B)
+    np.testing.assert_allclose(
+        combined(scores, "weighted", weights=(1, 2, -1)), help_B + 2 * harm_B - true_B
+    )
     assert combined(scores, "minimum").tolist() == [0.5, -0.5, -2.0]
     assert combined(scores, "gated", gate=0.0, floor=-7.0).tolist() == [2.0, -7.0, -7.0]
     assert combined(scores[:2], "gated", gate=-0.5, floor=-7.0).tolist() == [2.0, 3.0, -1.0]
-    assert combined(scores[:1], "gated", gate=9.0, floor=-7.0).tolist() == help_B.tolist()  # nothing gates
+    assert (
+        combined(scores[:1], "gated", gate=9.0, floor=-7.0).tolist() == help_B.tolist()
+    )  # nothing gates
 
 
 # ---- A policy small enough to enumerate: a prompt of one token, then two tokens out of three
@@ -324,7 +418,9 @@ def tabular(params, tokens_BT, segment_ids_BT, positions_BT, logits_from=0, read
     """Logits of the first token from one table, of the second from a row for each first token."""
     batch = tokens_BT.shape[0]
     first = jnp.broadcast_to(params["first"], (batch, 3))
-    logits_BTV = jnp.stack([first, params["second"][tokens_BT[:, 1]], jnp.zeros((batch, 3))], axis=1)
+    logits_BTV = jnp.stack(
+        [first, params["second"][tokens_BT[:, 1]], jnp.zeros((batch, 3))], axis=1
+    )
     return read(logits_BTV[:, logits_from:], jnp.eye(3)), None
 
 
@@ -332,12 +428,24 @@ def sequences(which_B):
     """The sequences of these numbers (0 to 8) as rollouts."""
     response = jnp.stack([jnp.array(FIRST)[which_B], jnp.array(SECOND)[which_B]], axis=1)
     tokens = jnp.pad(response, ((0, 0), (1, 0)))
-    inputs = {"tokens_BT": tokens, "segment_ids_BT": tokens * 0 + 1, "positions_BT": tokens * 0 + jnp.arange(3)}
-    return {**inputs, "response_BR": response, "mask_BR": jnp.ones(response.shape), "sampler_logp_BR": 0.0 * response}
+    inputs = {
+        "tokens_BT": tokens,
+        "segment_ids_BT": tokens * 0 + 1,
+        "positions_BT": tokens * 0 + jnp.arange(3),
+    }
+    return {
+        **inputs,
+        "response_BR": response,
+        "mask_BR": jnp.ones(response.shape),
+        "sampler_logp_BR": 0.0 * response,
+    }
 
 
 def tables(seed=0):
-    return {"first": jnp.float32(normal(3, seed=seed)), "second": jnp.float32(normal(3, 3, seed=seed + 1))}
+    return {
+        "first": jnp.float32(normal(3, seed=seed)),
+        "second": jnp.float32(normal(3, 3, seed=seed + 1)),
+    }
 
 
 def nine_logps(params):
@@ -356,7 +464,11 @@ def test_rloo_is_unbiased_by_enumeration(count):
     groups = np.stack(np.meshgrid(*[np.arange(9)] * count, indexing="ij"), -1).reshape(-1, count)
     batch, chance = sequences(groups.reshape(-1)), jnp.exp(nine_logps(params)[groups].sum(1))
     rewards_BR = token_rewards(
-        reward[groups.reshape(-1)], jnp.zeros((groups.size, 2)), batch["mask_BR"], 0.0, jnp.ones(groups.size)
+        reward[groups.reshape(-1)],
+        jnp.zeros((groups.size, 2)),
+        batch["mask_BR"],
+        0.0,
+        jnp.ones(groups.size),
     )
 
     old_BR = response_logprobs(tabular, params, batch, 1.0)
@@ -366,13 +478,26 @@ def test_rloo_is_unbiased_by_enumeration(count):
     def expected(advantage):
         A_BR = group.by_response(advantage, rewards_BR, batch["mask_BR"], group=count)
         weighted = jnp.repeat(chance, count)[:, None] * A_BR
-        targets = {**batch, "advantages_BR": weighted, "old_logp_BR": old_BR, "reference_BR": old_BR}
+        targets = {
+            **batch,
+            "advantages_BR": weighted,
+            "old_logp_BR": old_BR,
+            "reference_BR": old_BR,
+        }
         return jax.tree.map(lambda g: -g / count, gradient(params, targets)[0])
 
     want = jax.grad(lambda p: (jnp.exp(nine_logps(p)) * reward).sum())(params)
-    jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, atol=1e-6), expected(group.leave_one_out), want)
-    own = expected(group.centred)  # with its own reward in the baseline, a share 1 / count of the gradient is lost
-    jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w * (1 - 1 / count), atol=1e-6), own, want)
+    jax.tree.map(
+        lambda g, w: np.testing.assert_allclose(g, w, atol=1e-6),
+        expected(group.leave_one_out),
+        want,
+    )
+    own = expected(
+        group.centred
+    )  # with its own reward in the baseline, a share 1 / count of the gradient is lost
+    jax.tree.map(
+        lambda g, w: np.testing.assert_allclose(g, w * (1 - 1 / count), atol=1e-6), own, want
+    )
     std = expected(group.normalised)  # control: no multiple of it either
     cosine = sum((std[k] * want[k]).sum() for k in want) / np.sqrt(
         sum((std[k] ** 2).sum() for k in want) * sum((want[k] ** 2).sum() for k in want)
@@ -396,9 +521,17 @@ def train(config, rewards, reference=None, steps=300, lr=0.1, potentials=None, p
             which_B = jax.random.categorical(key, nine_logps(params), shape=(config.batch_size,))
             scalars = {} if potentials is None else {config.reward[0]: potentials(which_B)}
             batch = sequences(which_B)
-            batch, _ = judge(params, reference, batch, {name: r[which_B] for name, r in rewards.items()}, scalars)
+            batch, _ = judge(
+                params,
+                reference,
+                batch,
+                {name: r[which_B] for name, r in rewards.items()},
+                scalars,
+            )
             grads, (count, _) = jax.grad(objective, has_aux=True)(params, batch)
-            updates, opt_state = optimizer.update(jax.tree.map(lambda g: g / count, grads), opt_state)
+            updates, opt_state = optimizer.update(
+                jax.tree.map(lambda g: g / count, grads), opt_state
+            )
             return optax.apply_updates(params, updates), opt_state
 
         return jax.lax.fori_loop(0, steps, iteration, (params, optimizer.init(params)))[0]
@@ -413,7 +546,13 @@ def closed_form(reward, beta, alpha=0.0):
 
 
 REWARD = 1.5 * normal(9, seed=5)
-IN_REWARD = {"kl_in": "reward", "kl_estimator": "k1", "kl_coef": 0.7, "batch_size": 4096, "samples_per_prompt": 512}
+IN_REWARD = {
+    "kl_in": "reward",
+    "kl_estimator": "k1",
+    "kl_coef": 0.7,
+    "batch_size": 4096,
+    "samples_per_prompt": 512,
+}
 
 
 @pytest.mark.parametrize("method", ["rloo", "grpo", "entropy", "shaping"])
@@ -426,11 +565,19 @@ def test_with_the_kl_in_the_reward_the_optimum_is_the_closed_form(method):
     potentials = None
     if method == "shaping":
         options["shaping"] = 1.0
-        phi = jnp.float32(3 * normal(3, seed=8))  # of the state after each first token; 2 at the start
-        potentials = lambda which_B: jnp.stack([2 + 0.0 * which_B, phi[jnp.array(FIRST)[which_B]], which_B], 1)  # noqa: E731
-    reached = train(settled(name, **options, entropy_coef=alpha), {"r": REWARD}, potentials=potentials)
+        phi = jnp.float32(
+            3 * normal(3, seed=8)
+        )  # of the state after each first token; 2 at the start
+        potentials = lambda which_B: jnp.stack(
+            [2 + 0.0 * which_B, phi[jnp.array(FIRST)[which_B]], which_B], 1
+        )
+    reached = train(
+        settled(name, **options, entropy_coef=alpha), {"r": REWARD}, potentials=potentials
+    )
     assert distance(reached, closed_form(REWARD, 0.7, alpha)) < 0.02
-    assert distance(reached, closed_form(REWARD, 0.7, 0.4 - alpha)) > 0.05  # controls: alpha and beta say where
+    assert (
+        distance(reached, closed_form(REWARD, 0.7, 0.4 - alpha)) > 0.05
+    )  # controls: alpha and beta say where
     assert distance(reached, closed_form(REWARD, 1.4, alpha)) > 0.05
     assert distance(reached, np.exp(nine_logps(tables()))) > 0.1
 
@@ -439,15 +586,25 @@ def test_the_papers_grpo_has_another_optimum():
     """Its KL in the loss is k3, whose gradient is that of KL(reference || policy), and its reward is divided by its
     deviation: pi (r - mean) / std = beta (pi - reference), here solved by plain ascent in float64, on one token."""
     beta, steady = 2.0, np.full(9, 0.0)
-    start = {"first": tables()["first"], "second": jnp.float32([[30.0, 0.0, 0.0]] * 3)}  # the second is always 0
+    start = {
+        "first": tables()["first"],
+        "second": jnp.float32([[30.0, 0.0, 0.0]] * 3),
+    }  # the second is always 0
     reward = np.float64([2.0, 0.0, -1.0, 0, 0, 0, 0, 0, 0])[[0, 0, 0, 1, 1, 1, 2, 2, 2]]
     r, logits = reward[::3], np.float64(start["first"])
     reference = np.exp(logits) / np.exp(logits).sum()
     for _ in range(4000):
         pi = np.exp(logits) / np.exp(logits).sum()
         mean = (pi * r).sum()
-        logits = logits + 0.1 * (pi * (r - mean) / np.sqrt((pi * (r - mean) ** 2).sum()) - beta * (pi - reference))
-    options = {"kl_coef": beta, "batch_size": 4096, "samples_per_prompt": 1024, "max_new_tokens": 2}
+        logits = logits + 0.1 * (
+            pi * (r - mean) / np.sqrt((pi * (r - mean) ** 2).sum()) - beta * (pi - reference)
+        )
+    options = {
+        "kl_coef": beta,
+        "batch_size": 4096,
+        "samples_per_prompt": 1024,
+        "max_new_tokens": 2,
+    }
     reached = train(settled("grpo", **options), {"r": reward}, start)[::3] + steady[:3]
     closed = reference * np.exp(r / beta)
     assert distance(reached, pi) < 0.02 < 0.05 < distance(pi, closed / closed.sum())
@@ -460,10 +617,16 @@ def test_the_gradient_of_each_kl_estimate():
     p = jax.nn.softmax(pi)
 
     def gradient(estimator):
-        return jax.grad(lambda x: (p * kl_estimate(jax.nn.log_softmax(x), reference, estimator)).sum())(pi)
+        return jax.grad(
+            lambda x: (p * kl_estimate(jax.nn.log_softmax(x), reference, estimator)).sum()
+        )(pi)
 
-    reverse = jax.grad(lambda x: (jax.nn.softmax(x) * (jax.nn.log_softmax(x) - reference)).sum())(pi)
-    forward = jax.grad(lambda x: (jnp.exp(reference) * (reference - jax.nn.log_softmax(x))).sum())(pi)
+    reverse = jax.grad(lambda x: (jax.nn.softmax(x) * (jax.nn.log_softmax(x) - reference)).sum())(
+        pi
+    )
+    forward = jax.grad(lambda x: (jnp.exp(reference) * (reference - jax.nn.log_softmax(x))).sum())(
+        pi
+    )
     for estimator, want in (("k1", 0 * pi), ("k2", reverse), ("k3", forward)):
         np.testing.assert_allclose(gradient(estimator), want, atol=1e-6)
     assert np.abs(forward - reverse).max() > 0.05
@@ -474,7 +637,13 @@ def test_a_tighter_gate_lowers_violations_at_a_cost():
     helpful, harmless = np.linspace(-1, 3, 9), np.linspace(1, -1, 9)
     shares, costs = [], []
     for gate in (-9.0, 0.2):
-        options = {**IN_REWARD, "reward": ("help", "harm"), "combine": "gated", "gate": gate, "floor": -3.0}
+        options = {
+            **IN_REWARD,
+            "reward": ("help", "harm"),
+            "combine": "gated",
+            "gate": gate,
+            "floor": -3.0,
+        }
         reached = train(settled("rloo", **options), {"help": helpful, "harm": harmless})
         want = closed_form(np.where(harmless >= gate, helpful, -3.0), 0.7)
         assert distance(reached, want) < 0.02

@@ -8,13 +8,20 @@ import numpy as np
 import pytest
 from running import rows_of, run
 
-import guard
 import train_lm
-from checkpoint import load_params
-from config import UserError
 from data.batches import Batches
+from runtime import guard
+from runtime.errors import UserError
+from train_state import load_params
 
-LM = ["--model.preset=tiny", "--optimizer.warmup=0", "--batch_size=8", "--length=32", "--eval_every=0", "--mesh.fsdp=8"]
+LM = [
+    "--model.preset=tiny",
+    "--optimizer.warmup=0",
+    "--batch_size=8",
+    "--length=32",
+    "--eval_every=0",
+    "--mesh.fsdp=8",
+]
 
 
 def poison(monkeypatch, numbers):
@@ -26,7 +33,11 @@ def poison(monkeypatch, numbers):
         if after["batches"] in numbers:
             rng = np.random.default_rng(after["batches"])
             noise = rng.integers(8, 400, batch["tokens_BT"].shape).astype(np.int32)
-            batch = {**batch, "tokens_BT": noise, "loss_mask_BT": np.ones_like(batch["loss_mask_BT"])}
+            batch = {
+                **batch,
+                "tokens_BT": noise,
+                "loss_mask_BT": np.ones_like(batch["loss_mask_BT"]),
+            }
         return batch, records, after
 
     monkeypatch.setattr(Batches, "_make_any", poisoned)
@@ -40,7 +51,9 @@ def test_deviations_are_those_of_a_normal_distribution():
     rng = np.random.default_rng(0)
     history = rng.normal((5.0, 1.0), (0.5, 0.2), (20_001, 2))
     np.testing.assert_allclose(guard.deviations(history, np.array([6.0, 1.6])), (2, 3), rtol=0.05)
-    flat = np.tile([4.0, 2.0], (32, 1))  # no spread at all: one percent of the median counts as one deviation
+    flat = np.tile(
+        [4.0, 2.0], (32, 1)
+    )  # no spread at all: one percent of the median counts as one deviation
     np.testing.assert_allclose(guard.deviations(flat, np.array([4.4, 2.0])), (10, 0), atol=1e-6)
 
 
@@ -52,14 +65,21 @@ def test_a_spike_is_of_loss_and_gradient_both_and_needs_a_history():
     assert not guard.is_spike(config, history, [3.0, 4.0])  # clipping deals with it
     assert not guard.is_spike(config, history[:15], [6.0, 4.0])
     assert not guard.is_spike(guard.GuardConfig(threshold=0), history, [6.0, 4.0])
-    assert guard.watched({"loss": float("nan"), "grad_norm": 1.0}) is guard.watched({"loss": 1.0}) is None
+    assert (
+        guard.watched({"loss": float("nan"), "grad_norm": 1.0})
+        is guard.watched({"loss": 1.0})
+        is None
+    )
 
 
 def test_poison_is_skipped(tmp_path, monkeypatch, capfd):
-    argv = [*LM, "--steps=66", "--keep=9", "--save_every=20", "--guard.skip=2"]
+    argv = [*LM, "--steps=66", "--keep_checkpoints=9", "--save_every=20", "--guard.skip=2"]
     poison(monkeypatch, {64})
     run(train_lm, *argv, f"--run={tmp_path}/run")
-    assert "loss spike at step 64: back to step 60; batches 63 to 64 are left out" in capfd.readouterr().err
+    assert (
+        "loss spike at step 64: back to step 60; batches 63 to 64 are left out"
+        in capfd.readouterr().err
+    )
     [spike] = json.loads((tmp_path / "run" / "left_out.json").read_text())
     assert spike == {"step": 64, "resumed_after": 60, "batches": [63, 64]}
     assert [row["step"] for row in rows_of(tmp_path / "run")] == list(range(1, 67))
@@ -67,25 +87,40 @@ def test_poison_is_skipped(tmp_path, monkeypatch, capfd):
 
 @pytest.mark.slow
 def test_a_run_that_left_batches_out_resumes_bitwise(tmp_path, monkeypatch):
-    argv = [*LM, "--steps=66", "--keep=9", "--save_every=20", "--guard.skip=2"]
+    argv = [*LM, "--steps=66", "--keep_checkpoints=9", "--save_every=20", "--guard.skip=2"]
     poison(monkeypatch, {64})
     run(train_lm, *argv, f"--run={tmp_path}/run")
-    for kept in ("left_out.json", None):  # from before the spike; and as if killed while going back: it is found again
+    for kept in (
+        "left_out.json",
+        None,
+    ):  # from before the spike; and as if killed while going back: it is found again
         shutil.copytree(tmp_path / "run", tmp_path / str(kept))
         for step in (40, 60, 66) if kept else (60, 66):
             shutil.rmtree(tmp_path / str(kept) / "checkpoints" / str(step))
         if not kept:
             (tmp_path / "None" / "left_out.json").unlink()
         run(train_lm, *argv, f"--run={tmp_path}/{kept}")
-        assert json.loads((tmp_path / str(kept) / "left_out.json").read_text())[0]["batches"] == [63, 64]
+        assert json.loads((tmp_path / str(kept) / "left_out.json").read_text())[0]["batches"] == [
+            63,
+            64,
+        ]
         equal(tmp_path / str(kept), tmp_path / "run")
 
 
 @pytest.mark.slow
 def test_too_many_spikes_end_the_run_and_what_is_good_stays(tmp_path, monkeypatch):
     poison(monkeypatch, {64, 65})
-    argv = [*LM, "--steps=70", "--guard.skip=1", "--guard.most=1", "--save_every=30", f"--run={tmp_path}/run"]
-    with pytest.raises(UserError, match=r"spiked more than --guard.most=1 times, now at step 64; lower"):
+    argv = [
+        *LM,
+        "--steps=70",
+        "--guard.skip=1",
+        "--guard.most=1",
+        "--save_every=30",
+        f"--run={tmp_path}/run",
+    ]
+    with pytest.raises(
+        UserError, match=r"spiked more than --guard.most=1 times, now at step 64; lower"
+    ):
         run(train_lm, *argv)
     assert (tmp_path / "run" / "checkpoints" / "60").exists()
 
@@ -96,7 +131,9 @@ def test_poison_costs_less_than_one_percent(tmp_path, monkeypatch):
     run(train_lm, *argv, f"--run={tmp_path}/clean")
     poison(monkeypatch, {233})
     run(train_lm, *argv, f"--run={tmp_path}/guarded")
-    assert (tmp_path / "guarded" / "left_out.json").exists() and not (tmp_path / "clean" / "left_out.json").exists()
+    assert (tmp_path / "guarded" / "left_out.json").exists() and not (
+        tmp_path / "clean" / "left_out.json"
+    ).exists()
     clean, guarded = (rows_of(tmp_path / name)[-1]["eval/loss"] for name in ("clean", "guarded"))
     print(f"held-out loss: clean {clean:.4f}, guarded {guarded:.4f}")
     assert abs(guarded / clean - 1) < 0.01
@@ -117,5 +154,12 @@ def test_silent_on_twenty_clean_runs(tmp_path):
         )
         assert not (tmp_path / str(seed) / "left_out.json").exists()
         rows = np.array([[row["loss"], row["grad_norm"]] for row in rows_of(tmp_path / str(seed))])
-        largest.append(np.max([guard.deviations(rows[max(0, i - 32) : i], rows[i]) for i in range(16, 200)], axis=0))
-    print(f"largest deviations over 20 runs, of loss and gradient norm: {np.max(largest, axis=0).round(1)}")
+        largest.append(
+            np.max(
+                [guard.deviations(rows[max(0, i - 32) : i], rows[i]) for i in range(16, 200)],
+                axis=0,
+            )
+        )
+    print(
+        f"largest deviations over 20 runs, of loss and gradient norm: {np.max(largest, axis=0).round(1)}"
+    )

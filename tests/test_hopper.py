@@ -23,7 +23,9 @@ from kernels import hopper
 from kernels.attention import attention
 
 ON_GPU = jax.default_backend() == "gpu"
-pytestmark = pytest.mark.skipif(ON_GPU and jax.devices()[0].compute_capability != "9.0", reason="not a Hopper GPU")
+pytestmark = pytest.mark.skipif(
+    ON_GPU and jax.devices()[0].compute_capability != "9.0", reason="not a Hopper GPU"
+)
 JAX_10 = jax.__version_info__ < (0, 11)
 
 
@@ -50,18 +52,24 @@ def in_python(patch):
         return value
 
     patch.setattr(plgpu, "wgmma", wgmma)
-    patch.setattr(primitives, "wgmma_accumulator_store", lambda ref, value: ref_set(ref, (), value))
+    patch.setattr(
+        primitives, "wgmma_accumulator_store", lambda ref, value: ref_set(ref, (), value)
+    )
     patch.setattr(plgpu, "load", load)
     patch.setattr(plgpu, "layout_cast", lambda x, _: x)
     patch.setattr(
-        plgpu, "broadcasted_iota", lambda dtype, shape, axis, **_: jax.lax.broadcasted_iota(dtype, shape, axis)
+        plgpu,
+        "broadcasted_iota",
+        lambda dtype, shape, axis, **_: jax.lax.broadcasted_iota(dtype, shape, axis),
     )
     patch.setattr("kernels.attention.platform", lambda: "gpu")
 
 
 def results(arrays, segments, patch, races=False, **options):
     """Output and gradients, through the public function."""
-    run = functools.partial(attention, segment_ids=segments, implementation="pallas_hopper", **options)
+    run = functools.partial(
+        attention, segment_ids=segments, implementation="pallas_hopper", **options
+    )
     if ON_GPU:
         out, pull = jax.vjp(jax.jit(run), *arrays[:3])
         return out, *pull(arrays[3])
@@ -71,7 +79,7 @@ def results(arrays, segments, patch, races=False, **options):
         return out, *pull(arrays[3])
 
 
-def test_equals_float64(rng, monkeypatch):  # noqa: F811
+def test_equals_float64(rng, monkeypatch):
     """One program each of two heads that share a key head; two segments and some padding."""
     arrays = drawn(rng, 1, 128, 2, 1, 64, "bfloat16")
     segments = np.repeat([[1, 0, 2]], [50, 18, 60], axis=1)
@@ -92,7 +100,7 @@ CASES = {  # tokens, query heads, key/value heads, width, options
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_cases_equal_float64(case, rng, monkeypatch):  # noqa: F811
+def test_cases_equal_float64(case, rng, monkeypatch):
     length, heads, kv_heads, width, options = CASES[case]
     options = dict(options)
     batch = 2 if width == 64 else 1
@@ -106,7 +114,9 @@ def test_cases_equal_float64(case, rng, monkeypatch):  # noqa: F811
 @pytest.mark.skipif(JAX_10, reason="JAX 0.10's interpreter sees races in part only")
 @pytest.mark.skipif(ON_GPU, reason="the interpreter looks for races")
 @pytest.mark.parametrize("width", [128, 256])
-def test_nothing_is_read_before_it_is_written_or_written_while_it_is_read(width, rng, monkeypatch, capfd):  # noqa: F811
+def test_nothing_is_read_before_it_is_written_or_written_while_it_is_read(
+    width, rng, monkeypatch, capfd
+):
     arrays = drawn(rng, 1, 300, 1, 1, width, "bfloat16")
 
     def races():
@@ -132,7 +142,7 @@ def test_nothing_is_read_before_it_is_written_or_written_while_it_is_read(width,
 
 
 @pytest.mark.skipif(not ON_GPU, reason="the order of additions is the GPU's")
-def test_repeats_bit_for_bit(rng, monkeypatch):  # noqa: F811
+def test_repeats_bit_for_bit(rng, monkeypatch):
     arrays = drawn(rng, 2, 2048, 8, 2, 128, "bfloat16")
     for one, other in zip(*(results(arrays, None, monkeypatch) for _ in range(2)), strict=True):
         np.testing.assert_array_equal(np.asarray(one, np.float32), np.asarray(other, np.float32))

@@ -15,16 +15,22 @@ import pytest
 from jax.sharding import AxisType
 from running import rows_of, run
 
-import hosts
 import train_dpo
 import train_sft
-from checkpoint import load_params
-from config import UserError
-from run_folder import finished_steps
-from sharding import reader
+from runtime import hosts
+from runtime.errors import UserError
+from runtime.run_folder import finished_steps
+from sharding import data_shard
+from train_state import load_params
 
 ROOT = pathlib.Path(__file__).parents[1]
-TINY = ["--model.preset=tiny", "--optimizer.warmup=0", "--eval_every=0", "--batch_size=8", "--save_every=2"]
+TINY = [
+    "--model.preset=tiny",
+    "--optimizer.warmup=0",
+    "--eval_every=0",
+    "--batch_size=8",
+    "--save_every=2",
+]
 FAULTS = {
     "killed": "os.kill(os.getpid(), signal.SIGKILL)",
     "stopped": "os.kill(os.getpid(), signal.SIGSTOP)",
@@ -81,8 +87,22 @@ def start_two(script, argv, faults=(None, None), at="step", stall=5):
             f"--hosts.index={index}",
             f"--hosts.stall={stall}",
         ]
-        command = [sys.executable, "-c", DRIVER, script, at if fault else "never", fault or "", *argv, *flags]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+        command = [
+            sys.executable,
+            "-c",
+            DRIVER,
+            script,
+            at if fault else "never",
+            fault or "",
+            *argv,
+            *flags,
+        ]
+        pipes = {
+            "stdout": subprocess.PIPE,
+            "stderr": subprocess.PIPE,
+            "text": True,
+            "start_new_session": True,
+        }
         processes.append(subprocess.Popen(command, env=environment, cwd=ROOT, **pipes))
     return processes
 
@@ -99,17 +119,30 @@ def ends(processes, seconds=120):
 
 def equal(one, other, **tolerance):
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, **tolerance), load_params(str(one)), load_params(str(other))
+        lambda a, b: np.testing.assert_allclose(a, b, **tolerance),
+        load_params(str(one)),
+        load_params(str(other)),
     )
 
 
 @pytest.mark.slow
 def test_killed_peer_then_resumed_equals_one_process(tmp_path):
-    argv = [*TINY, "--loss=simpo", "--steps=5", "--seed=3"]  # without packing hosts share one order of the data
-    codes, errors = ends(start_two("train_dpo", [*argv, f"--run={tmp_path}/two"], (None, FAULTS["killed"])))
+    argv = [
+        *TINY,
+        "--loss=simpo",
+        "--steps=5",
+        "--seed=3",
+    ]  # without packing hosts share one order of the data
+    codes, errors = ends(
+        start_two("train_dpo", [*argv, f"--run={tmp_path}/two"], (None, FAULTS["killed"]))
+    )
     assert codes == [hosts.LOST, -signal.SIGKILL]
     told = [line for line in errors[0].splitlines() if line]
-    assert len(told) == 1 and told[0].startswith("error: process 0: ") and "the same command resumes" in told[0]
+    assert (
+        len(told) == 1
+        and told[0].startswith("error: process 0: ")
+        and "the same command resumes" in told[0]
+    )
     codes, errors = ends(start_two("train_dpo", [*argv, f"--run={tmp_path}/two"]))
     assert codes == [0, 0], errors
     assert errors[1] == ""  # process 0 alone speaks
@@ -119,7 +152,7 @@ def test_killed_peer_then_resumed_equals_one_process(tmp_path):
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
-PACKED = ["train_sft", *TINY, "--length=64", "--steps=8", "--keep=5"]
+PACKED = ["train_sft", *TINY, "--length=64", "--steps=8", "--keep_checkpoints=5"]
 LOOP = ["host_loop", "--steps=8"]
 
 
@@ -142,7 +175,9 @@ def alive_in_groups(groups, seconds=2):
     """What `ps` shows of these process groups after a moment, without the dead that are not yet reaped."""
     deadline = time.monotonic() + seconds
     while True:
-        table = subprocess.run(["ps", "-A", "-o", "pgid=,stat=,command="], capture_output=True, text=True, check=True)
+        table = subprocess.run(
+            ["ps", "-A", "-o", "pgid=,stat=,command="], capture_output=True, text=True, check=True
+        )
         rows = [line.split(None, 2) for line in table.stdout.splitlines()]
         found = [row for row in rows if int(row[0]) in groups and not row[1].startswith("Z")]
         if not found or time.monotonic() > deadline:
@@ -154,7 +189,9 @@ def check_fault(whole, tmp_path, argv, fault, rank, at):
     """Both end within 15 s, with the right codes and lines, and the run then goes on to the bit."""
     script, *argv = argv
     again = [*argv, f"--run={tmp_path}/run"]
-    processes = start_two(script, again, [FAULTS[fault] if index == rank else None for index in (0, 1)], at)
+    processes = start_two(
+        script, again, [FAULTS[fault] if index == rank else None for index in (0, 1)], at
+    )
     while not (tmp_path / "run" / "at_fault").exists() and processes[rank].poll() is None:
         time.sleep(0.05)
     began = time.monotonic()
@@ -163,35 +200,50 @@ def check_fault(whole, tmp_path, argv, fault, rank, at):
     print(f"{script}, {fault} {rank} {at}: {took:.1f} s, codes {codes}: {errors}")
     assert took < 13
     assert not alive_in_groups([process.pid for process in processes])
-    own = {"killed": -signal.SIGKILL, "stopped": -signal.SIGKILL, "stuck": hosts.LOST, "raises": 1, "sigterm": 0}[fault]
+    own = {
+        "killed": -signal.SIGKILL,
+        "stopped": -signal.SIGKILL,
+        "stuck": hosts.LOST,
+        "raises": 1,
+        "sigterm": 0,
+    }[fault]
     other = 0 if fault == "sigterm" else hosts.LOST
     assert codes[rank] == own and codes[1 - rank] == other
     if fault == "sigterm":
         assert 3 <= finished_steps(tmp_path / "run" / "checkpoints")[0] < 8
     else:
         [line] = errors[1 - rank].splitlines()
-        assert line.startswith(f"error: process {1 - rank}: ") and "the same command resumes" in line
+        assert (
+            line.startswith(f"error: process {1 - rank}: ") and "the same command resumes" in line
+        )
     codes, errors = ends(start_two(script, again))
     assert codes == [0, 0], errors
     equal(tmp_path / "run", whole(script, *argv), rtol=0)
 
 
-CASES = [(fault, rank, "step") for fault in FAULTS for rank in (0, 1)] + [("killed", rank, "save") for rank in (0, 1)]
+CASES = [(fault, rank, "step") for fault in FAULTS for rank in (0, 1)] + [
+    ("killed", rank, "save") for rank in (0, 1)
+]
 
 
 @pytest.mark.parametrize(
-    ("fault", "rank", "at"), [CASES[0], *(pytest.param(*case, marks=pytest.mark.slow) for case in CASES[1:])]
+    ("fault", "rank", "at"),
+    [CASES[0], *(pytest.param(*case, marks=pytest.mark.slow) for case in CASES[1:])],
 )
 def test_a_fault_of_one_ends_both_and_the_run_resumes_bitwise(whole, tmp_path, fault, rank, at):
     check_fault(whole, tmp_path, LOOP, fault, rank, at)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [("killed", 1, "step"), ("killed", 0, "save"), ("sigterm", 1, "step")])
+@pytest.mark.parametrize(
+    "case", [("killed", 1, "step"), ("killed", 0, "save"), ("sigterm", 1, "step")]
+)
 def test_so_it_is_with_a_script_that_packs(whole, tmp_path, case):
     check_fault(whole, tmp_path, PACKED, *case)
     folder = whole(*PACKED)
-    assert [row["loss"] for row in rows_of(tmp_path / "run")] == [row["loss"] for row in rows_of(folder)]
+    assert [row["loss"] for row in rows_of(tmp_path / "run")] == [
+        row["loss"] for row in rows_of(folder)
+    ]
     one, two = json.loads((folder / "checkpoints" / "8" / "manifest.json").read_text())["extra"]
     assert one != two and one["batches"] == two["batches"] == 8  # their positions in the data
 
@@ -199,7 +251,9 @@ def test_so_it_is_with_a_script_that_packs(whole, tmp_path, case):
 @pytest.mark.slow
 def test_hosts_that_tensor_spans_equal_one_process(tmp_path, monkeypatch):
     monkeypatch.setattr("data.batches.PACKING_WINDOW", 16)  # as in the two processes
-    codes, errors = ends(start_two("train_sft", [*PACKED[1:], "--mesh.tensor=2", f"--run={tmp_path}/two"]))
+    codes, errors = ends(
+        start_two("train_sft", [*PACKED[1:], "--mesh.tensor=2", f"--run={tmp_path}/two"])
+    )
     assert codes == [0, 0], errors
     run(train_sft, *PACKED[1:], f"--run={tmp_path}/one", "--mesh.data=1", "--mesh.fsdp=8")
     equal(tmp_path / "two", tmp_path / "one", atol=1e-4)
@@ -234,7 +288,7 @@ def test_hosts_that_hold_the_same_rows_read_the_same_data():
         """What each host reads, were the devices of the mesh those of `hosts_of`."""
         mesh = jax.make_mesh(shape, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
         owner = np.array(hosts_of).reshape(shape)
-        return [reader(mesh, owner, host) for host in sorted(set(hosts_of))]
+        return [data_shard(mesh, owner, host) for host in sorted(set(hosts_of))]
 
     apart = [{"process": 0, "processes": 2}, {"process": 1, "processes": 2}]
     assert read((8, 1, 1), [0] * 4 + [1] * 4) == apart == read((2, 1, 4), [0] * 4 + [1] * 4)
@@ -250,8 +304,14 @@ def test_hosts_that_hold_the_same_rows_read_the_same_data():
     [
         ({"coordinator": "127.0.0.1:9"}, "--hosts.count is missing"),
         ({"coordinator": "127.0.0.1:9", "count": 2}, "--hosts.index is missing"),
-        ({"coordinator": "localhost", "count": 2, "index": 0}, "--hosts.coordinator=localhost: must be host:port"),
-        ({"coordinator": "127.0.0.1:9", "count": 2, "index": 2}, "--hosts.index=2: must be at least 0 and below"),
+        (
+            {"coordinator": "localhost", "count": 2, "index": 0},
+            "--hosts.coordinator=localhost: must be host:port",
+        ),
+        (
+            {"coordinator": "127.0.0.1:9", "count": 2, "index": 2},
+            "--hosts.index=2: must be at least 0 and below",
+        ),
     ],
 )
 def test_incomplete_settings_are_told(flags, told):
@@ -265,9 +325,16 @@ def test_the_coordinator_listens_where_it_is_told(monkeypatch):
         with pytest.raises(UserError, match=f"--hosts.bind={address}: cannot listen there"):
             hosts.settings(hosts.HostsConfig(coordinator=address, count=2, index=0))
     given = {"coordinator_address": "h:1", "num_processes": 2, "process_id": 1}
-    for name, value in {"COORDINATOR_ADDRESS": "h:1", "NUM_PROCESSES": "2", "PROCESS_ID": "1"}.items():
+    for name, value in {
+        "COORDINATOR_ADDRESS": "h:1",
+        "NUM_PROCESSES": "2",
+        "PROCESS_ID": "1",
+    }.items():
         monkeypatch.setenv(f"JAX_{name}", value)
-    for config, bind, beat in ((hosts.HostsConfig(stall=7), "h:1", 7), (hosts.HostsConfig(bind="i:2"), "i:2", 100)):
+    for config, bind, beat in (
+        (hosts.HostsConfig(stall=7), "h:1", 7),
+        (hosts.HostsConfig(bind="i:2"), "i:2", 100),
+    ):
         options = {"coordinator_bind_address": bind, "heartbeat_timeout_seconds": beat}
         assert hosts.settings(config) == {**given, **options}
     monkeypatch.setenv("JAX_PROCESS_ID", "one")

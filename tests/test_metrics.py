@@ -9,11 +9,14 @@ import numpy as np
 import optax
 import pytest
 
-import metrics
-from config import UserError
-from metrics import Recorder, describe, read_rows
-from report import alignment_report, last_samples, run_report
-from train_step import init_state, make_train_step
+from planning.dry_run import describe
+from runtime import metrics
+from runtime.errors import UserError
+from runtime.metrics import Recorder
+from runtime.report import alignment_report, last_samples, run_report
+from runtime.run_folder import read_rows
+from train_state import init_state
+from train_step import make_train_step
 
 
 class Watched:
@@ -46,12 +49,16 @@ def test_values_are_fetched_one_step_late(run):
 
 def test_rows_hold_scalars_pairs_and_later_calls_of_a_step(run):
     with Recorder(run, 2) as record:
-        record(1, {"loss": jnp.float32(0.5), "accuracy": (jnp.float32(3), jnp.float32(4))}, tokens=64)
+        record(
+            1, {"loss": jnp.float32(0.5), "accuracy": (jnp.float32(3), jnp.float32(4))}, tokens=64
+        )
         record(1, {"eval/loss": 2.0})
         record(2, {"loss": float("nan"), "accuracy": (0.0, 0.0)}, tokens=64)
     first, second = read_rows(run)
     assert (first["loss"], first["accuracy"], first["eval/loss"]) == (0.5, 0.75, 2.0)
-    assert second["loss"] is None and second["accuracy"] is None and second["tokens_per_second"] > 0
+    assert (
+        second["loss"] is None and second["accuracy"] is None and second["tokens_per_second"] > 0
+    )
     assert any("tfevents" in path.name for path in (pathlib.Path(run) / "tensorboard").iterdir())
 
 
@@ -79,7 +86,11 @@ def test_without_a_terminal_there_are_lines_and_no_carriage_returns(run, capfd):
             record(step, {"loss": 1.25}, tokens=10)
             record.samples(step, [{"prompt": "word " * 60, "response": "yes"}] * 5)
     err = capfd.readouterr().err
-    assert "\r" not in err and "step 3/3  loss 1.250" in err and err.count("left") == err.count("00:00 left") == 1
+    assert (
+        "\r" not in err
+        and "step 3/3  loss 1.250" in err
+        and err.count("left") == err.count("00:00 left") == 1
+    )
     assert err.count("response: yes") == 6  # two a call
     assert max(map(len, err.splitlines()[:-1])) <= 80
 
@@ -97,7 +108,9 @@ def test_what_is_held_out_is_told_and_time_left_from_the_second_step_on(run, cap
 
 def test_compilations_of_the_step_are_counted_and_capped(run, monkeypatch):
     monkeypatch.setattr(metrics, "MOST_COMPILATIONS", 2)
-    step = make_train_step(lambda params, batch: ((params * batch).sum(), (1.0, {})), optax.sgd(0.1))
+    step = make_train_step(
+        lambda params, batch: ((params * batch).sum(), (1.0, {})), optax.sgd(0.1)
+    )
     state = init_state(jnp.float32(1), optax.sgd(0.1))
     with pytest.raises(UserError, match="compiled 3 times by step 5"), Recorder(run, 6) as record:
         for number, length in enumerate([3, 3, 4, 3, 5, 5], 1):
@@ -118,8 +131,13 @@ def test_run_report_shows_values_and_escapes(run):
     with Recorder(run, 60) as record:
         for step in record.steps():
             record(step, {"loss": 1 / step, "<i>odd</i>": 3.0, "eval/loss": 2.0})
-        record.samples(60, [{"prompt": nasty, "response": "fine"}, {"prompt": "q", "response": ""}])
-    assert last_samples(run) == [{"prompt": nasty, "response": "fine"}, {"prompt": "q", "response": ""}]
+        record.samples(
+            60, [{"prompt": nasty, "response": "fine"}, {"prompt": "q", "response": ""}]
+        )
+    assert last_samples(run) == [
+        {"prompt": nasty, "response": "fine"},
+        {"prompt": "q", "response": ""},
+    ]
     page = (pathlib.Path(run) / "report.html").read_text()
     assert "<script" not in page and "&lt;script&gt;alert(1)" in page
     assert "&lt;b&gt;runs&lt;/b&gt;" in page and "<i>odd" not in page and "model.layers" in page
@@ -153,8 +171,12 @@ def test_alignment_report_shows_every_number_and_sample(run, tmp_path):
         "reward_model": {"accuracy": 0.88, "by_criterion": {}},
     }
     answer = {"response": "<img src=x>", "helpful": True, "honest": False, "harmless": True}
-    samples = [{"prompt": "Who & why?", "kind": "lookup", "base": answer, "sft": answer, "ppo": answer}]
-    page = pathlib.Path(alignment_report(str(tmp_path), run, run, run, run, summary, samples)).read_text()
+    samples = [
+        {"prompt": "Who & why?", "kind": "lookup", "base": answer, "sft": answer, "ppo": answer}
+    ]
+    page = pathlib.Path(
+        alignment_report(str(tmp_path), run, run, run, run, summary, samples)
+    ).read_text()
     for shown in (
         "71 %",
         "69 % to 73 %",
@@ -168,7 +190,9 @@ def test_alignment_report_shows_every_number_and_sample(run, tmp_path):
     ):
         assert shown in page
     assert "<img" not in page and "Reward against KL" in page and "Who &amp; why?" in page
-    bare = pathlib.Path(alignment_report(str(tmp_path), run, run, run, run, {"sft": {"all": 0.5}}, [])).read_text()
+    bare = pathlib.Path(
+        alignment_report(str(tmp_path), run, run, run, run, {"sft": {"all": 0.5}}, [])
+    ).read_text()
     assert "50 %" in bare
 
 
@@ -176,7 +200,9 @@ def test_describe_is_the_arithmetic_and_short():
     params = {"w": jax.ShapeDtypeStruct((1000, 300), jnp.float32)}
     rest = {"mu": params, "nu": params, "step": jax.ShapeDtypeStruct((), jnp.int32)}
     text = describe("SFT", params, rest, batch_size=32, length=64, steps=600, start=50)
-    assert "300,000 float32" in text and "2,048 tokens a step" in text and "1,228,800 tokens" in text
+    assert (
+        "300,000 float32" in text and "2,048 tokens a step" in text and "1,228,800 tokens" in text
+    )
     assert "about 4.8 MB a device" in text and "resumed after 50" in text
     assert len(text.splitlines()) <= 10 and max(map(len, text.splitlines())) <= 80
 

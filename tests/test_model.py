@@ -7,14 +7,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from config import UserError
 from data.packing import pack
-from model import PRESETS, LanguageModel, ModelConfig, ScalarModel, empty_cache, pure
+from model import (
+    LanguageModel,
+    ScalarModel,
+    empty_cache,
+    init_and_apply,
+    rope_frequencies,
+    rope_turns,
+    rotate,
+)
+from model_config import PRESETS, ModelConfig
 from objectives.likelihood import likelihood_objective, token_logprobs
-from rope import rope_frequencies, rope_turns, rotate
+from runtime.errors import UserError
 from sharding import path_name
 
-TINY = dataclasses.replace(PRESETS["tiny"], vocab=40, width=16, hidden=24, layers=2, head_width=4)
+TINY = dataclasses.replace(PRESETS["tiny"], vocab=40, width=16, mlp_width=24, layers=2, head_dim=4)
 VARIANTS = {
     "grouped": TINY,
     "bias and norm": dataclasses.replace(TINY, qkv_bias=True, qk_norm=True, tied=False),
@@ -34,14 +42,16 @@ PUBLISHED = {  # parameter counts of the published checkpoints
 @functools.cache
 def make(config, model=LanguageModel, seed=0):
     """Parameters with every leaf random (norms and biases too), and a compiled apply."""
-    init, apply = pure(model(config))
+    init, apply = init_and_apply(model(config))
     rng, shapes = np.random.default_rng(seed), jax.eval_shape(init, jax.random.key(0))
 
     def leaf(path, shape):
         noise = 0.3 * rng.normal(size=shape.shape)
         return np.float32(noise + 1 if path_name(path).endswith("norm") else noise)
 
-    return jax.tree_util.tree_map_with_path(leaf, shapes), jax.jit(apply, static_argnames="logits_from")
+    return jax.tree_util.tree_map_with_path(leaf, shapes), jax.jit(
+        apply, static_argnames="logits_from"
+    )
 
 
 def random_tokens(*shape, seed=0):
@@ -66,24 +76,30 @@ def at(out_BT, left, length):
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_presets_have_the_published_number_of_parameters(name):
-    shapes = jax.eval_shape(pure(LanguageModel(PRESETS[name]))[0], jax.random.key(0))
+    shapes = jax.eval_shape(init_and_apply(LanguageModel(PRESETS[name]))[0], jax.random.key(0))
     assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)) == PUBLISHED[name]
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(shapes))
-    scalar = jax.eval_shape(pure(ScalarModel(PRESETS[name]))[0], jax.random.key(0))
+    scalar = jax.eval_shape(init_and_apply(ScalarModel(PRESETS[name]))[0], jax.random.key(0))
     assert jax.tree.structure(scalar["decoder"]) == jax.tree.structure(shapes["decoder"])
 
 
 def test_causality_by_gradients():
     def influence(config, segments_T):
         """[T, T]: size of the derivative of the logits at t by the input at s."""
-        params, apply = make(dataclasses.replace(config, tied=False))  # else the embedding acts twice
-        tokens_T = np.arange(1, len(segments_T) + 1, dtype=np.int32)  # distinct: token s stands for position s
+        params, apply = make(
+            dataclasses.replace(config, tied=False)
+        )  # else the embedding acts twice
+        tokens_T = np.arange(
+            1, len(segments_T) + 1, dtype=np.int32
+        )  # distinct: token s stands for position s
         weights_V = np.random.default_rng(0).normal(size=config.vocab).astype(np.float32)
         positions_T = np.arange(len(tokens_T), dtype=np.int32)
 
         def summary_T(embed_VD):
             tree = {**params, "decoder": {**params["decoder"], "embed": embed_VD}}
-            return apply(tree, tokens_T[None], segments_T[None], positions_T[None])[0][0] @ weights_V
+            return (
+                apply(tree, tokens_T[None], segments_T[None], positions_T[None])[0][0] @ weights_V
+            )
 
         jacobian_TVD = jax.jit(jax.jacrev(summary_T))(params["decoder"]["embed"])
         return np.abs(jacobian_TVD[:, tokens_T]).sum(-1)
@@ -118,7 +134,9 @@ def test_cached_equals_uncached_under_left_padding(variant):
         logits, cache = apply(params, tokens_BT[:, t : t + 1], ones, ones * t, cache)
         got.append(logits)
     np.testing.assert_allclose(np.concatenate(got, 1), want, atol=2e-5)
-    wrong, _ = apply(params, tokens_BT[:, -1:], ones, ones * (total - 2), cache.replace(length=cache.length - 1))
+    wrong, _ = apply(
+        params, tokens_BT[:, -1:], ones, ones * (total - 2), cache.replace(length=cache.length - 1)
+    )
     assert np.abs(wrong[:, 0] - want[:, -1]).max() > 1e-3  # control: a position off by one shows
 
 
@@ -145,7 +163,9 @@ def test_prefill_of_rows_of_unequal_length():
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_packed_equals_unpacked(variant):
     params, apply = make(VARIANTS[variant])
-    examples = [(row[:n].tolist(), [1] * n) for row, n in zip(random_tokens(3, 6), (6, 4, 5), strict=True)]
+    examples = [
+        (row[:n].tolist(), [1] * n) for row, n in zip(random_tokens(3, 6), (6, 4, 5), strict=True)
+    ]
     packed = pack(examples, 16)
     inputs = [packed[k] for k in ("tokens_BT", "segment_ids_BT", "positions_BT")]
     assert inputs[0].shape == (1, 16) and inputs[1].max() == 3
@@ -175,7 +195,9 @@ def test_padding_side_amount_and_content_change_nothing(model):
     for left, right, pad in (((0, 0), 6, 0), ((6, 6), 0, 0), ((2, 4), 2, 39)):
         np.testing.assert_allclose(out(left, right, pad), want, atol=2e-5)
     tokens, segments, positions = rows(tokens_BT, (6, 6))
-    seen = apply(params, tokens, np.ones_like(segments), positions)  # control: padding that is seen
+    seen = apply(
+        params, tokens, np.ones_like(segments), positions
+    )  # control: padding that is seen
     seen = seen[0] if model is LanguageModel else seen
     assert np.abs(at(seen, (6, 6), 5) - want).max() > 1e-3
 
@@ -183,18 +205,24 @@ def test_padding_side_amount_and_content_change_nothing(model):
 def test_earlier_positions_need_not_be_unembedded():
     params, apply = make(TINY)
     inputs = rows(random_tokens(2, 7), (0, 0))
-    np.testing.assert_allclose(apply(params, *inputs, logits_from=4)[0], apply(params, *inputs)[0][:, 4:], atol=1e-6)
+    np.testing.assert_allclose(
+        apply(params, *inputs, logits_from=4)[0], apply(params, *inputs)[0][:, 4:], atol=1e-6
+    )
 
 
 def test_rope_depends_on_distance_only_and_turns_halves():
-    config = dataclasses.replace(TINY, head_width=8)
+    config = dataclasses.replace(TINY, head_dim=8)
     q, k = np.random.default_rng(0).normal(size=(2, 1, 1, 1, 8)).astype(np.float32)
 
     def score(m, n):
         turned = [rotate(x, rope_turns(config, jnp.full((1, 1), p))) for x, p in ((q, m), (k, n))]
         return float((turned[0] * turned[1]).sum())
 
-    assert score(3, 1) == pytest.approx(score(40, 38), abs=1e-4) == pytest.approx(score(102, 100), abs=1e-4)
+    assert (
+        score(3, 1)
+        == pytest.approx(score(40, 38), abs=1e-4)
+        == pytest.approx(score(102, 100), abs=1e-4)
+    )
     assert abs(score(3, 1) - score(3, 2)) > 1e-2  # control
     assert score(5, 5) == pytest.approx(float((q * k).sum()), abs=1e-5)
     # Half-split: as complex numbers x[i] + j x[i + H/2] multiplied by exp(j m base^(-2i/H)).
@@ -206,15 +234,17 @@ def test_rope_depends_on_distance_only_and_turns_halves():
 
 def test_position_scale_interpolates():
     halved = dataclasses.replace(TINY, rope_scale=0.5)
-    np.testing.assert_allclose(rope_turns(halved, jnp.array([[14]]))[1], rope_turns(TINY, jnp.array([[7]]))[1])
+    np.testing.assert_allclose(
+        rope_turns(halved, jnp.array([[14]]))[1], rope_turns(TINY, jnp.array([[7]]))[1]
+    )
 
 
 def test_llama3_frequencies_follow_the_published_formula():
     config = PRESETS["llama3.2-1b"]
     factor, low, high, old_context = config.rope_llama3
     want = []
-    for i in range(config.head_width // 2):  # by wavelength, case by case, in float64
-        frequency = config.rope_base ** (-2 * i / config.head_width)
+    for i in range(config.head_dim // 2):  # by wavelength, case by case, in float64
+        frequency = config.rope_base ** (-2 * i / config.head_dim)
         wavelength = 2 * math.pi / frequency
         if wavelength < old_context / high:
             want.append(frequency)
@@ -231,7 +261,7 @@ def test_llama3_frequencies_follow_the_published_formula():
 
 def loss_and_grads(config, batch):
     params, _ = make(dataclasses.replace(config, remat="none", dtype="float32"))
-    _, apply = pure(LanguageModel(config))
+    _, apply = init_and_apply(LanguageModel(config))
     objective = functools.partial(likelihood_objective, apply)
     return jax.jit(jax.value_and_grad(objective, has_aux=True))(params, batch)
 
@@ -249,9 +279,13 @@ def likelihood_batch():
 def test_remat_changes_neither_loss_nor_gradients():
     (want, _), want_grads = loss_and_grads(TINY, likelihood_batch())
     for remat in ("dots", "full"):
-        (loss, _), grads = loss_and_grads(dataclasses.replace(TINY, remat=remat), likelihood_batch())
+        (loss, _), grads = loss_and_grads(
+            dataclasses.replace(TINY, remat=remat), likelihood_batch()
+        )
         assert float(loss) == pytest.approx(float(want), rel=1e-6)
-        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-5, rtol=1e-4), grads, want_grads)
+        jax.tree.map(
+            lambda x, y: np.testing.assert_allclose(x, y, atol=2e-5, rtol=1e-4), grads, want_grads
+        )
 
 
 def test_bfloat16_compute_keeps_logits_and_losses_float32():
@@ -259,20 +293,31 @@ def test_bfloat16_compute_keeps_logits_and_losses_float32():
     params, apply = make(TINY)
     (want, _), _ = loss_and_grads(TINY, batch)
     (loss, (weight, _)), grads = loss_and_grads(config, batch)
-    assert loss.dtype == weight.dtype == jnp.float32 and float(loss) == pytest.approx(float(want), rel=0.05)
+    assert loss.dtype == weight.dtype == jnp.float32 and float(loss) == pytest.approx(
+        float(want), rel=0.05
+    )
     assert all(g.dtype == jnp.float32 and np.isfinite(g).all() for g in jax.tree.leaves(grads))
     inputs = [batch[k] for k in ("tokens_BT", "segment_ids_BT", "positions_BT")]
-    logits, _ = jax.jit(pure(LanguageModel(config))[1])(params, *inputs)
-    assert logits.dtype == jnp.float32 and token_logprobs(logits, batch["tokens_BT"]).dtype == jnp.float32
-    assert np.abs(logits - apply(params, *inputs)[0]).max() > 1e-4  # control: it did compute in bfloat16
-    scalars = jax.jit(pure(ScalarModel(config))[1])(make(TINY, ScalarModel)[0], *inputs)
+    logits, _ = jax.jit(init_and_apply(LanguageModel(config))[1])(params, *inputs)
+    assert (
+        logits.dtype == jnp.float32
+        and token_logprobs(logits, batch["tokens_BT"]).dtype == jnp.float32
+    )
+    assert (
+        np.abs(logits - apply(params, *inputs)[0]).max() > 1e-4
+    )  # control: it did compute in bfloat16
+    scalars = jax.jit(init_and_apply(ScalarModel(config))[1])(make(TINY, ScalarModel)[0], *inputs)
     assert scalars.dtype == jnp.float32
     assert empty_cache(config, 1, 4).k_LBKSH.dtype == jnp.bfloat16
 
 
-@pytest.mark.parametrize("fields", [{"kv_heads": 3}, {"head_width": 5}, {"layers": 0}, {"vocab": -1}])
+@pytest.mark.parametrize(
+    "fields", [{"kv_heads": 3}, {"head_dim": 5}, {"layers": 0}, {"vocab": -1}]
+)
 def test_impossible_shapes_are_refused_by_name(fields):
     with pytest.raises(UserError, match=f"--model.{next(iter(fields))}="):
         ModelConfig(**fields)
-    with pytest.raises(UserError, match=r"--model.preset=gpt5: unknown; choose one of world, tiny"):
+    with pytest.raises(
+        UserError, match=r"--model.preset=gpt5: unknown; choose one of world, tiny"
+    ):
         ModelConfig.from_preset("gpt5")

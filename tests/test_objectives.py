@@ -13,7 +13,11 @@ from objectives.reward import bradley_terry, last_token, ranking_loss, ranking_o
 
 def log_softmax(x):
     x = np.asarray(x, np.float64)
-    return x - x.max(-1, keepdims=True) - np.log(np.exp(x - x.max(-1, keepdims=True)).sum(-1, keepdims=True))
+    return (
+        x
+        - x.max(-1, keepdims=True)
+        - np.log(np.exp(x - x.max(-1, keepdims=True)).sum(-1, keepdims=True))
+    )
 
 
 def normal(*shape, seed=0):
@@ -27,8 +31,12 @@ def test_logprob_t_is_that_of_token_t_given_those_before():
     assert got.dtype == jnp.float32 and got.shape == tokens.shape
     np.testing.assert_allclose(got, want, atol=1e-5)
     assert np.isfinite(token_logprobs(logits * 1e30, tokens)).all()
-    rounded = token_logprobs(logits.astype(jnp.bfloat16), tokens)  # the softmax itself is in float32
-    np.testing.assert_allclose(rounded, token_logprobs(jnp.float32(logits.astype(jnp.bfloat16)), tokens))
+    rounded = token_logprobs(
+        logits.astype(jnp.bfloat16), tokens
+    )  # the softmax itself is in float32
+    np.testing.assert_allclose(
+        rounded, token_logprobs(jnp.float32(logits.astype(jnp.bfloat16)), tokens)
+    )
 
 
 def lookup(params, tokens, segments, positions, read):
@@ -39,7 +47,12 @@ def lookup(params, tokens, segments, positions, read):
 def test_likelihood_gradient_is_non_zero_on_exactly_the_masked_positions():
     tokens = np.random.default_rng(1).integers(0, 7, (2, 6))
     mask = np.array([[0, 0, 1, 1, 0, 1], [0, 1, 0, 0, 0, 0]], np.float32)
-    batch = {"tokens_BT": tokens, "segment_ids_BT": tokens, "positions_BT": tokens, "loss_mask_BT": mask}
+    batch = {
+        "tokens_BT": tokens,
+        "segment_ids_BT": tokens,
+        "positions_BT": tokens,
+        "loss_mask_BT": mask,
+    }
     logits = normal(2, 6, 7)
     objective = jax.value_and_grad(partial(likelihood_objective, lookup), has_aux=True)
     (loss, (weight, _)), grad = objective(logits, batch)
@@ -61,7 +74,9 @@ def pairwise(rewards, ranks, margins, coefficient):
             for j in range(len(rank)):
                 if rank[i] > 0 and rank[j] > 0 and rank[i] < rank[j]:
                     gap = reward[i] - reward[j] - margin
-                    pairs.append(np.log1p(np.exp(-gap)) + coefficient * (reward[i] + reward[j]) ** 2)
+                    pairs.append(
+                        np.log1p(np.exp(-gap)) + coefficient * (reward[i] + reward[j]) ** 2
+                    )
         losses.append(np.mean(pairs) if pairs else 0.0)
         valid.append(float(bool(pairs)))
     return losses, valid
@@ -70,10 +85,12 @@ def pairwise(rewards, ranks, margins, coefficient):
 @pytest.mark.parametrize("coefficient", [0.0, 0.01])
 def test_ranking_loss_and_gradient_equal_a_loop_over_pairs(coefficient):
     rewards, margins = 2 * np.float64(normal(40, 5)), np.abs(np.float64(normal(40, seed=2)))
-    ranks = np.random.default_rng(1).integers(0, 5, (40, 5))  # ties and absent candidates, full and empty rows
+    ranks = np.random.default_rng(1).integers(
+        0, 5, (40, 5)
+    )  # ties and absent candidates, full and empty rows
     ranks[0], ranks[1], ranks[2] = [3, 1, 2, 5, 4], 0, 2
     with jax.enable_x64(True):
-        of = lambda x: ranking_loss(x, ranks, margins, coefficient)  # noqa: E731
+        of = lambda x: ranking_loss(x, ranks, margins, coefficient)
         (losses, valid), pull = jax.jit(partial(jax.vjp, of))(jnp.array(rewards))
         (grad,) = pull((jnp.ones(40), jnp.zeros(40, jnp.float32)))
     want, want_valid = pairwise(rewards, ranks, margins, coefficient)
@@ -81,22 +98,33 @@ def test_ranking_loss_and_gradient_equal_a_loop_over_pairs(coefficient):
     assert valid.tolist() == want_valid and want_valid[:3] == [1, 0, 0]
     slope = np.zeros_like(rewards)
     for c in range(5):  # in all rows at once, of which each has a loss of its own
-        up, down = (pairwise(rewards + step * np.eye(5)[c], ranks, margins, coefficient)[0] for step in (1e-5, -1e-5))
+        up, down = (
+            pairwise(rewards + step * np.eye(5)[c], ranks, margins, coefficient)[0]
+            for step in (1e-5, -1e-5)
+        )
         slope[:, c] = (np.array(up) - down) / 2e-5
     np.testing.assert_allclose(grad, slope, atol=1e-6)
     assert (np.asarray(grad)[ranks == 0] == 0).all() and np.abs(slope).max() > 0.1
-    assert np.abs(np.array(losses) - pairwise(rewards, ranks, margins * 0, coefficient)[0]).max() > 0.1  # control
+    assert (
+        np.abs(np.array(losses) - pairwise(rewards, ranks, margins * 0, coefficient)[0]).max()
+        > 0.1
+    )  # control
 
 
 def test_two_candidates_are_plain_bradley_terry():
     rewards, zero = 3 * normal(8, 2), np.zeros(8, np.float32)
     ranks = np.array([[1, 2], [2, 1]] * 4)
-    chosen, rejected = rewards[np.arange(8), ranks.argmin(1)], rewards[np.arange(8), ranks.argmax(1)]
+    chosen, rejected = (
+        rewards[np.arange(8), ranks.argmin(1)],
+        rewards[np.arange(8), ranks.argmax(1)],
+    )
     losses, _ = ranking_loss(rewards, ranks, zero)
-    np.testing.assert_allclose(losses, np.log1p(np.exp(-(chosen - rejected).astype(np.float64))), rtol=1e-5)
+    np.testing.assert_allclose(
+        losses, np.log1p(np.exp(-(chosen - rejected).astype(np.float64))), rtol=1e-5
+    )
     np.testing.assert_allclose(bradley_terry(chosen, rejected), losses, rtol=1e-6)
     assert np.isfinite(bradley_terry(jnp.float32(-1e4), jnp.float32(1e4)))
-    # A margin asks for a wider gap; centring costs what lies off 0, whichever of the two it is.
+    # A margin asks for a wider gap; center_rewards_coef costs what lies off 0, whichever of the two it is.
     assert (np.asarray(ranking_loss(rewards, ranks, zero + 1)[0]) > np.asarray(losses)).all()
     shifted = ranking_loss(rewards + 7, ranks, zero)[0]
     np.testing.assert_allclose(shifted, losses, rtol=1e-4, atol=1e-5)
@@ -106,7 +134,7 @@ def test_two_candidates_are_plain_bradley_terry():
 
 def test_ties_and_absent_candidates_get_no_gradient():
     ranks = np.array([[1, 0, 2, 2], [0, 1, 1, 0]])
-    loss = lambda rewards: ranking_loss(rewards, ranks, jnp.zeros(2), 0.1)[0].sum()  # noqa: E731
+    loss = lambda rewards: ranking_loss(rewards, ranks, jnp.zeros(2), 0.1)[0].sum()
     grad = np.asarray(jax.grad(loss)(normal(2, 4)))
     assert (grad[0] != 0).tolist() == [True, False, True, True] and (grad[1] == 0).all()
 
@@ -138,27 +166,43 @@ def test_ranking_objective_with_language_model_loss_on_the_best():
     batch = comparison_batch([[2, 1, 3], [1, 0, 2], [1, 1, 0], [3, 2, 1]])
     values_V, table_VV = normal(9), normal(9, 9, seed=1)
 
-    def scalar(params, tokens, segments, positions, rows=None, read=None):  # its logits are a bigram table
+    def scalar(
+        params, tokens, segments, positions, rows=None, read=None
+    ):  # its logits are a bigram table
         values = params["values"][tokens]
-        return values if rows is None else (values, read(params["table"][tokens[rows]], jnp.eye(9)))
+        return (
+            values if rows is None else (values, read(params["table"][tokens[rows]], jnp.eye(9)))
+        )
 
     params = {"values": jnp.array(values_V), "table": jnp.array(table_VV)}
     plain = partial(ranking_objective, scalar, params)
     loss, (weight, metrics) = plain(batch)
-    end = batch["segment_ids_BCT"].sum(-1, keepdims=True) - 1  # -1 for an absent candidate, whose reward counts not
+    end = (
+        batch["segment_ids_BCT"].sum(-1, keepdims=True) - 1
+    )  # -1 for an absent candidate, whose reward counts not
     rewards = values_V[np.take_along_axis(batch["tokens_BCT"], end, 2)[..., 0]]
     want, valid = pairwise(rewards, batch["ranks_BC"], batch["margin_B"], 0)
     assert float(loss) == pytest.approx(sum(want), rel=1e-5) and float(weight) == sum(valid) == 3
-    pairs = [(0, 1, 0), (0, 0, 2), (0, 1, 2), (1, 0, 2), (3, 2, 1), (3, 2, 0), (3, 1, 0)]  # row, better, worse
+    pairs = [
+        (0, 1, 0),
+        (0, 0, 2),
+        (0, 1, 2),
+        (1, 0, 2),
+        (3, 2, 1),
+        (3, 2, 0),
+        (3, 1, 0),
+    ]  # row, better, worse
     better, worse = (np.array([rewards[b, pair[k]] for b, *pair in pairs]) for k in (0, 1))
     assert [float(x) for x in metrics["accuracy"]] == [(better > worse).sum(), 7]
     for name, parts in (("margin", better - worse), ("chosen", better), ("rejected", worse)):
         assert float(metrics[name][0]) == pytest.approx(parts.sum(), rel=1e-4)
 
-    both, (_, metrics) = plain(batch, lm_coefficient=0.5)
+    both, (_, metrics) = plain(batch, lm_coef=0.5)
     nll, logp = 0.0, log_softmax(table_VV)
     for b, best in ((0, 1), (1, 0), (3, 2)):  # row 2 has no pair, so it does not count at all
         tokens, mask = batch["tokens_BCT"][b, best], batch["loss_mask_BCT"][b, best]
         nll -= np.mean([logp[tokens[t - 1], tokens[t]] for t in np.nonzero(mask)[0]])
     assert float(both - loss) == pytest.approx(0.5 * nll, rel=1e-4)
-    assert float(metrics["nll"][0]) == pytest.approx(nll, rel=1e-4) and float(metrics["nll"][1]) == 3
+    assert (
+        float(metrics["nll"][0]) == pytest.approx(nll, rel=1e-4) and float(metrics["nll"][1]) == 3
+    )

@@ -15,23 +15,30 @@ import numpy as np
 import pytest
 from running import fails, rows_of, run
 
-import collect
 import evaluate
 import generate
 import train_lm
 import train_ppo
 import train_rm
 import train_sft
-from checkpoint import load_params
-from config import UserError
-from generate import SamplingConfig
-from gold import make_measure
-from model import LanguageModel, ModelConfig, ScalarModel, pure
+from collect import rank as collect
+from evaluation.gold import make_measure
+from model import LanguageModel, ScalarModel, init_and_apply
+from model_config import ModelConfig
+from responses import load_run
+from runtime.errors import UserError
+from sampling import SamplingConfig
 from sharding import MeshConfig, make_mesh
-from train_step import starting_params
+from train_state import load_params, starting_params
 
 ROOT = pathlib.Path(__file__).parents[1]
-MODEL = ["--model.preset=tiny", "--optimizer.warmup=0", "--eval_every=0", "--mesh.data=1", "--mesh.fsdp=8"]
+MODEL = [
+    "--model.preset=tiny",
+    "--optimizer.warmup=0",
+    "--eval_every=0",
+    "--mesh.data=1",
+    "--mesh.fsdp=8",
+]
 SHORT = ["--optimizer.warmup=0", "--eval_every=0"]
 
 
@@ -43,8 +50,22 @@ def runs(tmp_path_factory):
     run(train_lm, *MODEL, *rows, f"--run={r}/lm", "--steps=4")
     run(train_sft, *MODEL[1:], *rows, f"--run={r}/sft", f"--init={r}/lm", "--steps=4")
     # Four steps teach no end of turn, so the comparisons are the world's own demonstrators'.
-    run(train_rm, *MODEL[1:], f"--run={r}/rm", f"--init={r}/sft", "--batch_size=8", "--length=64", "--steps=4")
-    ppo = [f"--init={r}/sft", f"--reward={r}/rm", "--batch_size=16", "--minibatches=2", "--max_prompt=48"]
+    run(
+        train_rm,
+        *MODEL[1:],
+        f"--run={r}/rm",
+        f"--init={r}/sft",
+        "--batch_size=8",
+        "--length=64",
+        "--steps=4",
+    )
+    ppo = [
+        f"--init={r}/sft",
+        f"--reward={r}/rm",
+        "--batch_size=16",
+        "--minibatches=2",
+        "--max_prompt=48",
+    ]
     run(train_ppo, *MODEL[1:], *ppo, f"--run={r}/ppo", "--steps=2", "--max_new_tokens=16")
     return r
 
@@ -65,10 +86,14 @@ def test_reward_is_shifted_to_score_good_responses_zero(runs):
 def test_a_reward_model_goes_on_from_another_head_and_all(runs):
     stored, model = load_params(str(runs / "rm")), ModelConfig.from_preset("tiny")
     mesh = make_mesh(MeshConfig(data=1, fsdp=8))
-    start = starting_params(pure(ScalarModel(model))[0], model, str(runs / "rm"), mesh, seed=1)
+    start = starting_params(
+        init_and_apply(ScalarModel(model))[0], model, str(runs / "rm"), mesh, seed=1
+    )
     jax.tree.map(np.testing.assert_array_equal, stored, start)
     with pytest.raises(UserError, match="name the run of a language model"):
-        starting_params(pure(LanguageModel(model))[0], model, str(runs / "rm"), mesh, seed=1)
+        starting_params(
+            init_and_apply(LanguageModel(model))[0], model, str(runs / "rm"), mesh, seed=1
+        )
 
 
 def test_evaluation_writes_what_others_read(runs, capsys):
@@ -82,27 +107,35 @@ def test_evaluation_writes_what_others_read(runs, capsys):
         assert low <= summary[model]["honest"] <= high
     assert abs(summary["sft"]["kl"]) < 1e-4  # the SFT model against itself
     assert (runs / "report.html").stat().st_size > 1000
-    assert all(len(line) <= 80 for line in capsys.readouterr().out.splitlines() if str(runs) not in line)
+    assert all(
+        len(line) <= 80 for line in capsys.readouterr().out.splitlines() if str(runs) not in line
+    )
 
 
 def test_prompts_too_long_for_the_evaluation_are_cut(runs):
-    model, tokenizer, params = generate.load_run(f"{runs}/sft")
+    model, tokenizer, params = load_run(f"{runs}/sft")
     measure = make_measure(model, SamplingConfig(max_new_tokens=2), tokenizer, 16)
     texts = ["what is the capital of sweden? " * 4, "hello."]
     assert len(tokenizer.prompt(texts[0])) > 16 and len(measure(params, params, texts, 0)) == 2
 
 
 def test_generate_prints_the_raw_prompt_and_its_continuation_only(runs, capsys):
-    [text] = run(generate, f"--run={runs}/lm", "--prompt=the capital of", "--raw", "--temperature=0")
+    [text] = run(
+        generate, f"--run={runs}/lm", "--prompt=the capital of", "--raw", "--temperature=0"
+    )
     assert capsys.readouterr().out == text + "\n" and text.startswith("the capital of")
 
 
 def test_collected_comparisons_are_what_the_reward_model_reads(runs, tmp_path):
     out = tmp_path / "comparisons.jsonl"
-    counts = run(collect, f"--init={runs}/sft", f"--out={out}", "--prompts=64", "--max_new_tokens=32")
+    counts = run(
+        collect, f"--init={runs}/sft", f"--out={out}", "--prompts=64", "--max_new_tokens=32"
+    )
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert counts["lines"] == len(lines)
-    assert all(len(row["responses"]) == len(row["ranking"]) and min(row["ranking"]) == 1 for row in lines)
+    assert all(
+        len(row["responses"]) == len(row["ranking"]) and min(row["ranking"]) == 1 for row in lines
+    )
 
 
 def command(script, *argv):
@@ -110,7 +143,13 @@ def command(script, *argv):
 
 
 def five_ppo_iterations(runs, folder):
-    ppo = [f"--init={runs}/sft", f"--reward={runs}/rm", "--batch_size=16", "--minibatches=2", "--max_prompt=48"]
+    ppo = [
+        f"--init={runs}/sft",
+        f"--reward={runs}/rm",
+        "--batch_size=16",
+        "--minibatches=2",
+        "--max_prompt=48",
+    ]
     return [*SHORT, *ppo, "--max_new_tokens=16", "--steps=5", f"--run={folder}"]
 
 
@@ -127,17 +166,25 @@ def one_device_ppo(runs, tmp_path_factory):
 @pytest.mark.parametrize(
     "mesh",
     [
-        *(pytest.param(m, marks=pytest.mark.slow) for m in [(8, 1, 1, 1), (1, 8, 1, 1), (2, 1, 4, 1), (2, 1, 2, 2)]),
+        *(
+            pytest.param(m, marks=pytest.mark.slow)
+            for m in [(8, 1, 1, 1), (1, 8, 1, 1), (2, 1, 4, 1), (2, 1, 2, 2)]
+        ),
         (2, 2, 2, 1),
     ],
 )
 def test_ppo_is_equal_over_meshes(runs, one_device_ppo, tmp_path, mesh):
-    axes = [f"--mesh.{name}={size}" for name, size in zip(("data", "fsdp", "tensor", "sequence"), mesh, strict=True)]
+    axes = [
+        f"--mesh.{name}={size}"
+        for name, size in zip(("data", "fsdp", "tensor", "sequence"), mesh, strict=True)
+    ]
     run(train_ppo, *five_ppo_iterations(runs, tmp_path / "ppo"), *axes)
     ours, theirs = (load_params(str(folder)) for folder in (tmp_path / "ppo", one_device_ppo))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), ours, theirs)
     for loss in ("policy/loss", "value/loss"):
-        ours, theirs = ([row[loss] for row in rows_of(folder)] for folder in (tmp_path / "ppo", one_device_ppo))
+        ours, theirs = (
+            [row[loss] for row in rows_of(folder)] for folder in (tmp_path / "ppo", one_device_ppo)
+        )
         assert len(ours) == 5
         np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
@@ -152,17 +199,39 @@ def test_offloaded_judges_change_nothing(runs, tmp_path, monkeypatch):
         return tree
 
     monkeypatch.setattr(train_ppo, "moved", spied)
-    ppo = [f"--init={runs}/sft", f"--reward={runs}/rm", "--batch_size=16", "--minibatches=2", "--max_prompt=48"]
+    ppo = [
+        f"--init={runs}/sft",
+        f"--reward={runs}/rm",
+        "--batch_size=16",
+        "--minibatches=2",
+        "--max_prompt=48",
+    ]
     argv = [*MODEL[1:], *ppo, "--steps=2", "--max_new_tokens=16"]
     run(train_ppo, *argv, "--offload", f"--run={tmp_path}/ppo")
-    assert kinds == [{"pinned_host"}] + [{"device"}] * 4  # and in between nothing holds what was judged with
-    jax.tree.map(np.testing.assert_array_equal, load_params(f"{tmp_path}/ppo"), load_params(f"{runs}/ppo"))
+    assert (
+        kinds == [{"pinned_host"}] + [{"device"}] * 4
+    )  # and in between nothing holds what was judged with
+    jax.tree.map(
+        np.testing.assert_array_equal, load_params(f"{tmp_path}/ppo"), load_params(f"{runs}/ppo")
+    )
 
 
 @pytest.mark.slow
 def test_ppo_with_pretraining_text_and_entropy_resumes_bitwise_equal(runs, tmp_path):
-    start = [f"--init={runs}/sft", f"--reward={runs}/rm", "--batch_size=16", "--minibatches=2", "--max_prompt=48"]
-    terms = ["--ptx_data=world", "--ptx_coef=2", "--entropy_coef=0.01", "--max_new_tokens=16", "--save_every=2"]
+    start = [
+        f"--init={runs}/sft",
+        f"--reward={runs}/rm",
+        "--batch_size=16",
+        "--minibatches=2",
+        "--max_prompt=48",
+    ]
+    terms = [
+        "--ptx_data=world",
+        "--ptx_coef=2",
+        "--entropy_coef=0.01",
+        "--max_new_tokens=16",
+        "--save_every=2",
+    ]
     argv = [*MODEL[1:], *start, *terms, "--steps=4"]
     run(train_ppo, *argv, f"--run={tmp_path}/whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
@@ -172,14 +241,23 @@ def test_ppo_with_pretraining_text_and_entropy_resumes_bitwise_equal(runs, tmp_p
     jax.tree.map(np.testing.assert_array_equal, whole, cut)
     first = json.loads((tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()[0])
     assert abs(first["kl"]) < 1e-5 and first["policy/text_nll"] > 0 and first["policy/entropy"] > 0
-    run(train_ppo, *argv, "--ptx_coef=0", f"--run={tmp_path}/without")  # control: the text moves the policy
-    apart = jax.tree.map(lambda a, b: np.abs(a - b).max(), whole, load_params(f"{tmp_path}/without"))
+    run(
+        train_ppo, *argv, "--ptx_coef=0", f"--run={tmp_path}/without"
+    )  # control: the text moves the policy
+    apart = jax.tree.map(
+        lambda a, b: np.abs(a - b).max(), whole, load_params(f"{tmp_path}/without")
+    )
     assert max(jax.tree.leaves(apart)) > 1e-5
 
 
 def killed_and_resumed(argv, folder: pathlib.Path, at: int, environment) -> int:
     """Runs `argv`, kills it -9 once `at` steps are recorded, and runs it again to its end; returns the kills."""
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": environment, "cwd": ROOT}
+    quiet = {
+        "stdout": subprocess.DEVNULL,
+        "stderr": subprocess.DEVNULL,
+        "env": environment,
+        "cwd": ROOT,
+    }
     kills = 0
     process = subprocess.Popen(argv, **quiet)
     rows = folder / "metrics.jsonl"
@@ -195,7 +273,14 @@ def killed_and_resumed(argv, folder: pathlib.Path, at: int, environment) -> int:
 
 def resumes(runs, tmp_path, script, points):
     steps = 12
-    rows = {"train_ppo": ["--batch_size=16", "--minibatches=2", "--max_prompt=48", "--max_new_tokens=16"]}
+    rows = {
+        "train_ppo": [
+            "--batch_size=16",
+            "--minibatches=2",
+            "--max_prompt=48",
+            "--max_new_tokens=16",
+        ]
+    }
     start = [f"--init={runs}/sft"] + ([f"--reward={runs}/rm"] if script == "train_ppo" else [])
     common = [
         *SHORT,
@@ -205,27 +290,52 @@ def resumes(runs, tmp_path, script, points):
         "--save_every=3",
     ]
     # Compiled once, as in `make align`: what was kept must give the same bits.
-    kept = {"JAX_COMPILATION_CACHE_DIR": f"{tmp_path}/compiled", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
+    kept = {
+        "JAX_COMPILATION_CACHE_DIR": f"{tmp_path}/compiled",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+    }
     environment = {**os.environ, "XLA_FLAGS": "", **kept}
     whole = command(script, *common, f"--run={tmp_path}/whole")
     subprocess.run(whole, check=True, env=environment, cwd=ROOT, capture_output=True)
     expected = load_params(f"{tmp_path}/whole")
     for at in points:
         folder = tmp_path / f"killed{at}"
-        assert killed_and_resumed(command(script, *common, f"--run={folder}"), folder, at, environment) == 1
+        assert (
+            killed_and_resumed(
+                command(script, *common, f"--run={folder}"), folder, at, environment
+            )
+            == 1
+        )
         jax.tree.map(np.testing.assert_array_equal, load_params(str(folder)), expected)
-        numbers = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        numbers = [
+            json.loads(line)["step"]
+            for line in (folder / "metrics.jsonl").read_text().splitlines()
+        ]
         assert numbers == list(range(1, steps + 1))  # no row lost, none twice
 
 
 @pytest.mark.slow
 def test_a_run_beyond_its_kl_limit_stops_an_iteration_later_at_most(runs, tmp_path, capsys):
-    ppo = [f"--init={runs}/sft", f"--reward={runs}/rm", "--batch_size=16", "--minibatches=2", "--max_prompt=48"]
-    options = ["--max_new_tokens=16", "--steps=9", "--optimizer.lr=1e-2", "--kl_limit=0.001", f"--run={tmp_path}/far"]
+    ppo = [
+        f"--init={runs}/sft",
+        f"--reward={runs}/rm",
+        "--batch_size=16",
+        "--minibatches=2",
+        "--max_prompt=48",
+    ]
+    options = [
+        "--max_new_tokens=16",
+        "--steps=9",
+        "--optimizer.lr=1e-2",
+        "--kl_limit=0.001",
+        f"--run={tmp_path}/far",
+    ]
     line = fails(train_ppo, [*SHORT, "--mesh.data=1", "--mesh.fsdp=8", *ppo, *options], capsys)
     assert line.startswith("error: --kl_limit=0.001: KL reached") and "--kl_coef" in line
     beyond = [row["kl"] > 0.001 for row in rows_of(tmp_path / "far")]
-    assert sum(beyond) in (1, 2) and len(beyond) < 9  # metrics are read when the next iteration's are there
+    assert (
+        sum(beyond) in (1, 2) and len(beyond) < 9
+    )  # metrics are read when the next iteration's are there
 
 
 @pytest.mark.slow  # minutes; the quick suite kills a process in tests/test_checkpoint.py

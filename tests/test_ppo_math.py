@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import train_ppo
-from model import ModelConfig
+from model_config import ModelConfig
 from objectives.policy import (
     adapt_kl,
     clipped_policy_loss,
@@ -27,7 +27,8 @@ from objectives.policy import (
     with_text,
 )
 from rollout import check_first_update, ended
-from train_step import init_state, make_train_step
+from train_state import init_state
+from train_step import make_train_step
 
 
 def normal(*shape, seed=0):
@@ -46,7 +47,10 @@ def random_mask(batch=7, length=9):
 def test_kl_estimates_are_unbiased_by_enumeration():
     logp, reference = log_softmax(normal(9)), log_softmax(normal(9, seed=1))
     kl = (np.exp(logp) * (logp - reference)).sum()
-    mean = {k: float((np.exp(logp) * kl_estimate(logp, reference, k)).sum()) for k in ("k1", "k2", "k3")}
+    mean = {
+        k: float((np.exp(logp) * kl_estimate(logp, reference, k)).sum())
+        for k in ("k1", "k2", "k3")
+    }
     assert mean["k1"] == pytest.approx(kl, rel=1e-5) == pytest.approx(mean["k3"], rel=1e-5)
     assert abs(mean["k2"] - kl) > 0.01 * kl  # control: k2 is biased
     x, y = np.float32([[-1e-4, 0.0, 1e-4, -20.0, 5.0]]), np.float32([[0.0, 0.0, 0.0, 0.5, -5.0]])
@@ -54,23 +58,25 @@ def test_kl_estimates_are_unbiased_by_enumeration():
     assert (np.asarray(kl_estimate(x, y, "k1")) < 0).any()  # control
 
 
-@pytest.mark.parametrize("discount, smoothing", [(1.0, 0.95), (0.9, 0.5), (1.0, 1.0), (0.99, 0.0)])
-def test_gae_equals_a_loop(discount, smoothing):
+@pytest.mark.parametrize("gamma, gae_lambda", [(1.0, 0.95), (0.9, 0.5), (1.0, 1.0), (0.99, 0.0)])
+def test_gae_equals_a_loop(gamma, gae_lambda):
     mask, lengths = random_mask()
     rewards, values = normal(7, 9) * mask, normal(7, 9, seed=1) * mask
-    advantages, returns = gae(rewards, values, discount=discount, smoothing=smoothing)
+    advantages, returns = gae(rewards, values, gamma=gamma, gae_lambda=gae_lambda)
     want = np.zeros((7, 9))
     for b, length in enumerate(lengths):
-        for t in range(length):  # A_t = sum of (discount smoothing)^l delta_{t+l}, the definition
+        for t in range(length):  # A_t = sum of (gamma gae_lambda)^l delta_{t+l}, the definition
             for u in range(t, length):
                 following = float(values[b, u + 1]) if u + 1 < length else 0.0
-                delta = float(rewards[b, u]) + discount * following - float(values[b, u])
-                want[b, t] += (discount * smoothing) ** (u - t) * delta
+                delta = float(rewards[b, u]) + gamma * following - float(values[b, u])
+                want[b, t] += (gamma * gae_lambda) ** (u - t) * delta
     np.testing.assert_allclose(advantages, want, atol=1e-5)
     np.testing.assert_allclose(returns, want + values, atol=1e-5)
     assert advantages.dtype == jnp.float32 and (np.asarray(advantages)[mask == 0] == 0).all()
-    if smoothing == 1:  # then returns are the rewards still to come
-        np.testing.assert_allclose(returns, np.flip(np.cumsum(np.flip(rewards, 1), 1), 1), atol=1e-5)
+    if gae_lambda == 1:  # then returns are the rewards still to come
+        np.testing.assert_allclose(
+            returns, np.flip(np.cumsum(np.flip(rewards, 1), 1), 1), atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("unbiased", [False, True])
@@ -83,18 +89,26 @@ def test_whitening_uses_real_tokens_only(unbiased):
     np.testing.assert_allclose(white[mask > 0], (real - real.mean()) / deviation, atol=2e-5)
     assert (white[mask == 0] == 0).all()
     kept = np.asarray(whiten(x, mask, shift_mean=False, unbiased=unbiased))
-    np.testing.assert_allclose(kept[mask > 0], (real - real.mean()) / deviation + real.mean(), atol=2e-5)
+    np.testing.assert_allclose(
+        kept[mask > 0], (real - real.mean()) / deviation + real.mean(), atol=2e-5
+    )
     assert (kept[mask == 0] == 0).all()
     other = np.asarray(whiten(x, mask, unbiased=not unbiased))
     assert np.abs(other - white).max() > 1e-3  # control: n and n - 1 differ
-    assert np.isfinite(whiten(np.ones((1, 1), np.float32), np.ones((1, 1), np.float32), unbiased=True)).all()
+    assert np.isfinite(
+        whiten(np.ones((1, 1), np.float32), np.ones((1, 1), np.float32), unbiased=True)
+    ).all()
 
 
 def test_clipped_losses_and_gradients_equal_numpy():
-    logp, old, advantage, before, returns = (np.float64(normal(50, 4, seed=k)) - (k < 2) for k in range(5))
+    logp, old, advantage, before, returns = (
+        np.float64(normal(50, 4, seed=k)) - (k < 2) for k in range(5)
+    )
     ratio = np.exp(logp - old)
     want = -np.minimum(advantage * ratio, advantage * np.clip(ratio, 0.8, 1.28))
-    beyond = np.where(advantage > 0, ratio > 1.28, ratio < 0.8)  # further would be rewarded, so no gradient
+    beyond = np.where(
+        advantage > 0, ratio > 1.28, ratio < 0.8
+    )  # further would be rewarded, so no gradient
     with jax.enable_x64(True):
         of = jax.jit(partial(jax.vjp, lambda x: clipped_policy_loss(x, old, advantage, 0.2, 0.28)))
         losses, pull = of(jnp.array(logp))
@@ -104,22 +118,35 @@ def test_clipped_losses_and_gradients_equal_numpy():
     assert 0.1 < beyond.mean() < 0.9
 
     mask = (np.arange(4) < np.random.default_rng(5).integers(1, 5, 50)[:, None]).astype(np.float64)
-    scalars = 0.5 * np.float64(normal(50, 7, seed=6))  # of two prompt tokens, and of responses of up to four
+    scalars = 0.5 * np.float64(
+        normal(50, 7, seed=6)
+    )  # of two prompt tokens, and of responses of up to four
     value = scalars[:, 1:5]  # of the states in which those were emitted
     near = np.clip(value, before - 0.2, before + 0.2)
     want = 0.5 * np.maximum((value - returns) ** 2, (near - returns) ** 2)
-    held = (near != value) & ((near - returns) ** 2 > (value - returns) ** 2)  # the clipped one counts, and is constant
+    held = (near != value) & (
+        (near - returns) ** 2 > (value - returns) ** 2
+    )  # the clipped one counts, and is constant
     slope = np.zeros_like(scalars)
     slope[:, 1:5] = np.where(held, 0, value - returns) * mask
     tokens = np.zeros((50, 6), np.int32)
-    batch = {"tokens_BT": tokens, "segment_ids_BT": tokens, "positions_BT": tokens, "response_BR": tokens[:, 2:]}
+    batch = {
+        "tokens_BT": tokens,
+        "segment_ids_BT": tokens,
+        "positions_BT": tokens,
+        "response_BR": tokens[:, 2:],
+    }
     batch |= {"value_mask_BR": mask, "old_values_BR": before, "returns_BR": returns}
     with jax.enable_x64(True):
         losses = jax.jit(clipped_value_loss)(value, before, returns, 0.2)
         objective = partial(value_objective, lambda params, *_: params[:, :6], clip=0.2)
-        (loss, (count, _)), grad = jax.jit(jax.value_and_grad(objective, has_aux=True))(jnp.array(scalars), batch)
+        (loss, (count, _)), grad = jax.jit(jax.value_and_grad(objective, has_aux=True))(
+            jnp.array(scalars), batch
+        )
     np.testing.assert_allclose(losses, want, atol=1e-6)
-    assert float(loss) == pytest.approx((want * mask).sum(), abs=1e-6) and float(count) == mask.sum()
+    assert (
+        float(loss) == pytest.approx((want * mask).sum(), abs=1e-6) and float(count) == mask.sum()
+    )
     np.testing.assert_allclose(grad, slope, atol=1e-6)
     assert 0.1 < held[mask > 0].mean() < 0.9
 
@@ -133,9 +160,13 @@ def test_one_score_a_row_at_its_index():
     for b, length in enumerate(lengths):
         assert scores[b, length - 1] == pytest.approx(score[b], abs=1e-5)
     np.testing.assert_allclose(scores.sum(1), score, atol=1e-5)
-    np.testing.assert_allclose(np.abs(scores).sum(1), np.abs(score), atol=1e-5)  # nothing anywhere else
+    np.testing.assert_allclose(
+        np.abs(scores).sum(1), np.abs(score), atol=1e-5
+    )  # nothing anywhere else
     assert (got[mask == 0] == 0).all()
-    after = np.asarray(token_rewards(score, kl * 0, mask, jnp.float32(0.1), np.minimum(lengths, 8)))
+    after = np.asarray(
+        token_rewards(score, kl * 0, mask, jnp.float32(0.1), np.minimum(lengths, 8))
+    )
     assert (after.argmax(1) == np.minimum(lengths, 8)).all()
 
 
@@ -156,18 +187,27 @@ def tabular(params, tokens_BT, segment_ids_BT, positions_BT, logits_from=0, read
     """Logits of the first token from one table, of the second from a row for each first token."""
     batch = tokens_BT.shape[0]
     first = jnp.broadcast_to(params["first"], (batch, 3))
-    logits_BTV = jnp.stack([first, params["second"][tokens_BT[:, 1]], jnp.zeros((batch, 3))], axis=1)
+    logits_BTV = jnp.stack(
+        [first, params["second"][tokens_BT[:, 1]], jnp.zeros((batch, 3))], axis=1
+    )
     return read(logits_BTV[:, logits_from:], jnp.eye(3)), None
 
 
 def enumerated():
     tokens = np.concatenate([np.zeros((9, 1), int), PAIRS], axis=1)
-    inputs = {"tokens_BT": tokens, "segment_ids_BT": tokens * 0 + 1, "positions_BT": tokens * 0 + np.arange(3)}
+    inputs = {
+        "tokens_BT": tokens,
+        "segment_ids_BT": tokens * 0 + 1,
+        "positions_BT": tokens * 0 + np.arange(3),
+    }
     return {**inputs, "response_BR": PAIRS, "mask_BR": np.ones((9, 2), np.float32)}
 
 
 def tables(seed):
-    return {"first": jnp.array(normal(3, seed=seed)), "second": jnp.array(normal(3, 3, seed=seed + 1))}
+    return {
+        "first": jnp.array(normal(3, seed=seed)),
+        "second": jnp.array(normal(3, 3, seed=seed + 1)),
+    }
 
 
 def sequence_probs(params, temperature=1.0):
@@ -185,7 +225,7 @@ def exact_advantages(params, rewards_BR):
     value_0 = weighted_BR[:, 0].sum()
     values_3 = weighted_BR[:, 1].reshape(3, 3).sum(1) / p_B.reshape(3, 3).sum(1)
     values_BR = jnp.stack([jnp.full(9, value_0), values_3[FIRST]], axis=1)
-    return p_B[:, None] * gae(rewards_BR, values_BR, discount=1.0, smoothing=1.0)[0]
+    return p_B[:, None] * gae(rewards_BR, values_BR, gamma=1.0, gae_lambda=1.0)[0]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -196,21 +236,34 @@ def test_gradient_at_ratio_one_is_the_exact_policy_gradient(temperature):
     scaled = jax.tree.map(lambda x: x / temperature, params)
     batch = {
         **batch,
-        "old_logp_BR": jax.jit(response_logprobs, static_argnums=(0, 3))(tabular, params, batch, temperature),
+        "old_logp_BR": jax.jit(response_logprobs, static_argnums=(0, 3))(
+            tabular, params, batch, temperature
+        ),
         "advantages_BR": jax.jit(exact_advantages)(scaled, rewards_BR),
     }
     objective = partial(policy_objective, tabular, clip=0.2, temperature=temperature)
     gradient = jax.jit(jax.grad(objective, has_aux=True))
     grad, (tokens, metrics) = gradient(params, batch)
     jax.tree.map(lambda g, w: np.testing.assert_allclose(g, -w, atol=1e-6), grad, want)
-    rounding = 0 if temperature == 1 else 1e-12  # two programs may round a division by the temperature in two ways
-    assert float(tokens) == 18 and float(metrics["approx_kl"][0]) <= rounding and float(metrics["clipped"][0]) == 0
+    rounding = (
+        0 if temperature == 1 else 1e-12
+    )  # two programs may round a division by the temperature in two ways
+    assert (
+        float(tokens) == 18
+        and float(metrics["approx_kl"][0]) <= rounding
+        and float(metrics["clipped"][0]) == 0
+    )
     logp = np.log(np.asarray(sequence_probs(params, temperature)))
     np.testing.assert_allclose(batch["old_logp_BR"].sum(1), logp, atol=1e-5)
-    raised_BR = batch["advantages_BR"] + sequence_probs(scaled)[:, None]  # a constant baseline changes nothing
+    raised_BR = (
+        batch["advantages_BR"] + sequence_probs(scaled)[:, None]
+    )  # a constant baseline changes nothing
     grad, _ = gradient(params, {**batch, "advantages_BR": raised_BR})
     jax.tree.map(lambda g, w: np.testing.assert_allclose(g, -w, atol=1e-6), grad, want)
-    swapped = {**batch, "advantages_BR": batch["advantages_BR"][:, ::-1]}  # control: off by one token
+    swapped = {
+        **batch,
+        "advantages_BR": batch["advantages_BR"][:, ::-1],
+    }  # control: off by one token
     grad, _ = gradient(params, swapped)
     assert np.abs(grad["first"] + want["first"]).max() > 1e-3
 
@@ -228,14 +281,19 @@ def test_updates_approach_the_closed_form():
             old_BR = response_logprobs(tabular, params, batch, 1.0)
             kl_BR = kl_estimate(old_BR, reference_BR, "k1")
             rewards_BR = token_rewards(reward_B, kl_BR, batch["mask_BR"], beta, jnp.full(9, 1))
-            targets = {"old_logp_BR": old_BR, "advantages_BR": exact_advantages(params, rewards_BR)}
+            targets = {
+                "old_logp_BR": old_BR,
+                "advantages_BR": exact_advantages(params, rewards_BR),
+            }
             for _ in range(2):  # epochs: in the second the ratio is no longer 1
                 grads, _ = jax.grad(objective, has_aux=True)(params, {**batch, **targets})
                 updates, opt_state = optimizer.update(grads, opt_state)
                 params = optax.apply_updates(params, updates)
             return params, opt_state
 
-        return sequence_probs(jax.lax.fori_loop(0, 400, iteration, (reference, optimizer.init(reference)))[0])
+        return sequence_probs(
+            jax.lax.fori_loop(0, 400, iteration, (reference, optimizer.init(reference)))[0]
+        )
 
     def closed_form(beta):
         weights = sequence_probs(reference) * np.exp(reward_B / beta)
@@ -254,10 +312,16 @@ def test_objectives_ignore_padding_and_pick_the_emitting_state():
     batch, mask = enumerated(), np.ones((9, 2), np.float32)
     mask[::2, 1] = 0
     padded = {**batch, "mask_BR": mask, "value_mask_BR": mask, "advantages_BR": normal(9, 2)}
-    padded["old_logp_BR"] = np.where(mask > 0, -1.0, -1e4).astype(np.float32)  # would overflow if not masked
+    padded["old_logp_BR"] = np.where(mask > 0, -1.0, -1e4).astype(
+        np.float32
+    )  # would overflow if not masked
     objective = partial(policy_objective, tabular, clip=0.2, temperature=1.0)
     (loss, (tokens, _)), grads = jax.value_and_grad(objective, has_aux=True)(tables(0), padded)
-    assert np.isfinite(loss) and all(np.isfinite(g).all() for g in grads.values()) and float(tokens) == 13
+    assert (
+        np.isfinite(loss)
+        and all(np.isfinite(g).all() for g in grads.values())
+        and float(tokens) == 13
+    )
     logp = response_logprobs(tabular, tables(0), padded, 1.0)
     want = clipped_policy_loss(logp, -1.0, padded["advantages_BR"], 0.2, 0.2)[mask > 0].sum()
     assert float(loss) == pytest.approx(float(want), rel=1e-5)
@@ -266,8 +330,14 @@ def test_objectives_ignore_padding_and_pick_the_emitting_state():
         return params + 10.0 * jnp.arange(9)[:, None] + jnp.arange(3)
 
     values = response_values(scalars, 0.0, batch)
-    assert values[4].tolist() == [40, 41]  # response tokens are at 1 and 2, emitted in the states 0 and 1
-    padded |= {"old_values_BR": np.asarray(values), "returns_BR": np.asarray(values) + mask * 0.5 + (1 - mask) * 1e6}
+    assert values[4].tolist() == [
+        40,
+        41,
+    ]  # response tokens are at 1 and 2, emitted in the states 0 and 1
+    padded |= {
+        "old_values_BR": np.asarray(values),
+        "returns_BR": np.asarray(values) + mask * 0.5 + (1 - mask) * 1e6,
+    }
     loss, (tokens, metrics) = value_objective(scalars, 0.0, padded, clip=0.2)
     assert float(tokens) == 13 and float(loss) == pytest.approx(0.5 * 0.25 * 13)
     assert float(metrics["square_error"][0]) == pytest.approx(0.25 * 13)
@@ -278,7 +348,10 @@ def test_a_first_update_off_the_policy_is_refused():
     setting = SimpleNamespace(model=ModelConfig.from_preset("tiny"))
     check_first_update(update, metrics, setting, 0)
     for wrong in (*metrics, *update):
-        bad = [{name: 0.01 if name == wrong else x for name, x in part.items()} for part in (update, metrics)]
+        bad = [
+            {name: 0.01 if name == wrong else x for name, x in part.items()}
+            for part in (update, metrics)
+        ]
         with pytest.raises(AssertionError):
             check_first_update(*bad, setting, 0)
 
@@ -305,7 +378,12 @@ def numpy_softmax(z):
 
 
 def some_targets(mask):
-    return {**enumerated(), "mask_BR": mask, "old_logp_BR": normal(9, 2, seed=6) - 1, "advantages_BR": normal(9, 2)}
+    return {
+        **enumerated(),
+        "mask_BR": mask,
+        "old_logp_BR": normal(9, 2, seed=6) - 1,
+        "advantages_BR": normal(9, 2),
+    }
 
 
 def test_entropy_bonus_equals_numpy():
@@ -313,15 +391,18 @@ def test_entropy_bonus_equals_numpy():
     mask[::2, 1] = 0
     with jax.enable_x64(True):
         params = jax.tree.map(lambda x: x.astype(jnp.float64), tables(0))
-        grad_of = lambda coef: jax.value_and_grad(  # noqa: E731
-            partial(policy_objective, tabular, clip=0.2, temperature=0.7, entropy_coef=coef), has_aux=True
+        grad_of = lambda coef: jax.value_and_grad(
+            partial(policy_objective, tabular, clip=0.2, temperature=0.7, entropy_coef=coef),
+            has_aux=True,
         )(params, some_targets(mask))
         (plain, _), without = grad_of(0.0)
         (loss, (tokens, metrics)), slopes = grad_of(0.3)
     p = numpy_softmax(numpy_table_rows(params) / 0.7)
     entropy = -(p * np.log(p)).sum(-1) * mask
     assert float(loss) - float(plain) == pytest.approx(-0.3 * entropy.sum(), abs=1e-6)
-    assert float(metrics["entropy"][0]) / float(tokens) == pytest.approx(entropy.sum() / 13, abs=1e-6)
+    assert float(metrics["entropy"][0]) / float(tokens) == pytest.approx(
+        entropy.sum() / 13, abs=1e-6
+    )
     slope = -p * (np.log(p) + (-(p * np.log(p)).sum(-1))[..., None]) / 0.7 * mask[..., None]
     want = jax.tree.map(lambda g, s: np.asarray(g) - 0.3 * s, without, to_tables(slope))
     jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, atol=1e-6), slopes, want)
@@ -350,7 +431,9 @@ def test_pretraining_text_adds_its_mean_loss_whatever_the_microbatches():
         state, metrics = step(init_state(jax.tree.map(jnp.copy, params), optax.sgd(1.0)), batch)
         moved = jax.tree.map(lambda before, after: before - after, params, state.params)
         jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, atol=1e-6), moved, want)
-        assert float(metrics["text_nll"]) == pytest.approx(-(np.log(said) * kept).sum() / kept.sum(), abs=1e-6)
+        assert float(metrics["text_nll"]) == pytest.approx(
+            -(np.log(said) * kept).sum() / kept.sum(), abs=1e-6
+        )
 
 
 def optimum(reference, known_B, reward_B, beta, text_weight, rate=0.05, steps=1500):
@@ -364,14 +447,24 @@ def optimum(reference, known_B, reward_B, beta, text_weight, rate=0.05, steps=15
         params, opt_state = carry
         old_BR = response_logprobs(tabular, params, enumerated(), 1.0)
         rewards_BR = token_rewards(
-            reward_B, kl_estimate(old_BR, reference_BR, "k1"), jnp.ones((9, 2)), beta, jnp.full(9, 1)
+            reward_B,
+            kl_estimate(old_BR, reference_BR, "k1"),
+            jnp.ones((9, 2)),
+            beta,
+            jnp.full(9, 1),
         )
         targets = {"old_logp_BR": old_BR, "advantages_BR": exact_advantages(params, rewards_BR)}
-        batch = with_text({**enumerated(), **targets}, text, text_weight / 18)  # 18 tokens: the sum is no mean here
-        updates, opt_state = optimizer.update(jax.grad(objective, has_aux=True)(params, batch)[0], opt_state)
+        batch = with_text(
+            {**enumerated(), **targets}, text, text_weight / 18
+        )  # 18 tokens: the sum is no mean here
+        updates, opt_state = optimizer.update(
+            jax.grad(objective, has_aux=True)(params, batch)[0], opt_state
+        )
         return optax.apply_updates(params, updates), opt_state
 
-    return sequence_probs(jax.lax.fori_loop(0, steps, update, (reference, optimizer.init(reference)))[0])
+    return sequence_probs(
+        jax.lax.fori_loop(0, steps, update, (reference, optimizer.init(reference)))[0]
+    )
 
 
 def test_with_pretraining_text_the_tax_is_smaller_at_equal_reward():
@@ -395,7 +488,10 @@ def test_with_pretraining_text_the_tax_is_smaller_at_equal_reward():
     train = jax.jit(jax.vmap(lambda beta: optimum(reference, known, reward_B, beta, 0.6)))
     for mixed in np.asarray(train(jnp.array([0.01, 0.1])), np.float64):
         other = plain_with_reward(mixed @ reward_B)
-        assert other @ reward_B == pytest.approx(mixed @ reward_B, abs=1e-6) and mixed @ reward_B > known @ reward_B + 1
+        assert (
+            other @ reward_B == pytest.approx(mixed @ reward_B, abs=1e-6)
+            and mixed @ reward_B > known @ reward_B + 1
+        )
         assert 0.1 < tax(mixed) < 0.8 * tax(other)
 
 
@@ -404,7 +500,10 @@ def test_adaptive_kl_converges_to_its_target(start):
     """PPO with exact advantages on the enumerable policy; within 20 % of the target, from either side."""
     reference, reward_B, target = tables(0), 1.5 * normal(9, seed=5), 0.15
     reference_BR = response_logprobs(tabular, reference, enumerated(), 1.0)
-    objective, optimizer = partial(policy_objective, tabular, clip=0.2, temperature=1.0), optax.adam(0.03)
+    objective, optimizer = (
+        partial(policy_objective, tabular, clip=0.2, temperature=1.0),
+        optax.adam(0.03),
+    )
 
     @partial(jax.jit, static_argnames="adapts")
     def train(beta, adapts):
@@ -412,9 +511,16 @@ def test_adaptive_kl_converges_to_its_target(start):
             params, opt_state, beta, _ = carry
             old_BR = response_logprobs(tabular, params, enumerated(), 1.0)
             kl = (sequence_probs(params) * (old_BR - reference_BR).sum(1)).sum()
-            rewards_BR = token_rewards(reward_B, old_BR - reference_BR, jnp.ones((9, 2)), beta, jnp.full(9, 1))
-            batch = enumerated() | {"old_logp_BR": old_BR, "advantages_BR": exact_advantages(params, rewards_BR)}
-            updates, opt_state = optimizer.update(jax.grad(objective, has_aux=True)(params, batch)[0], opt_state)
+            rewards_BR = token_rewards(
+                reward_B, old_BR - reference_BR, jnp.ones((9, 2)), beta, jnp.full(9, 1)
+            )
+            batch = enumerated() | {
+                "old_logp_BR": old_BR,
+                "advantages_BR": exact_advantages(params, rewards_BR),
+            }
+            updates, opt_state = optimizer.update(
+                jax.grad(objective, has_aux=True)(params, batch)[0], opt_state
+            )
             beta = adapt_kl(beta, kl, target, horizon=10_000, episodes=512) if adapts else beta
             return optax.apply_updates(params, updates), opt_state, beta, kl
 
@@ -434,22 +540,42 @@ def bigram(table, tokens, segments, positions, logits_from=0, read=None):
 def test_a_judgement_equals_loops(at, whitened):
     """Of responses of all lengths, four with an end and two without, token by token in float64."""
     rng = np.random.default_rng(0)
-    rows, before, new, vocab, eos, beta, discount, smoothing, temperature = 6, 2, 5, 7, 6, 0.2, 0.9, 0.95, 0.7
+    rows, before, new, vocab, eos, beta, gamma, gae_lambda, temperature = (
+        6,
+        2,
+        5,
+        7,
+        6,
+        0.2,
+        0.9,
+        0.95,
+        0.7,
+    )
     lengths = np.array([1, 2, 5, 3, 4, 5])
     mask = (np.arange(new) < lengths[:, None]).astype(np.float32)
     response = np.where(mask > 0, rng.integers(1, 6, (rows, new)), 0).astype(np.int32)
     response[np.arange(4), lengths[:4] - 1] = eos
-    tokens = np.concatenate([rng.integers(1, 6, (rows, before)), response], axis=1).astype(np.int32)
+    tokens = np.concatenate([rng.integers(1, 6, (rows, before)), response], axis=1).astype(
+        np.int32
+    )
     segments = np.concatenate([np.ones((rows, before)), mask], axis=1).astype(np.int32)
-    batch = {"tokens_BT": tokens, "segment_ids_BT": segments, "positions_BT": segments.cumsum(1) - 1}
+    batch = {
+        "tokens_BT": tokens,
+        "segment_ids_BT": segments,
+        "positions_BT": segments.cumsum(1) - 1,
+    }
     batch |= {"response_BR": response, "mask_BR": mask, "sampler_logp_BR": 0 * mask}
     policy, reference = normal(vocab, vocab, seed=1), normal(vocab, vocab, seed=2)
     value, given = normal(vocab, seed=4), normal(rows, seed=3)
 
-    config = train_ppo.Config(score_at=at, whiten_rewards=whitened, temperature=temperature, discount=discount)
+    config = train_ppo.Config(
+        score_at=at, whiten_rewards=whitened, temperature=temperature, gamma=gamma
+    )
     judge = train_ppo.make_judge(config, bigram, lambda table, tokens, *_: table[tokens], eos, [])
     scores = {config.reward[0]: jnp.float32(given)}
-    got, _ = judge(*map(jnp.asarray, (policy, reference, value)), batch, scores, {}, jnp.float32(beta))
+    got, _ = judge(
+        *map(jnp.asarray, (policy, reference, value)), batch, scores, {}, jnp.float32(beta)
+    )
 
     logps = [np.asarray(x, np.float64) / temperature for x in (policy, reference)]
     logps = [x - np.log(np.exp(x).sum(1, keepdims=True)) for x in logps]
@@ -468,11 +594,13 @@ def test_a_judgement_equals_loops(at, whitened):
         rewards = np.where(counted, (rewards - mean) / deviation + mean, 0)
     advantages, later = np.zeros((rows, new + 1)), np.pad(values, ((0, 0), (0, 1)))
     for t in reversed(range(new)):
-        change = rewards[:, t] + discount * later[:, t + 1] - later[:, t]
-        advantages[:, t] = change + discount * smoothing * advantages[:, t + 1]
+        change = rewards[:, t] + gamma * later[:, t + 1] - later[:, t]
+        advantages[:, t] = change + gamma * gae_lambda * advantages[:, t + 1]
     advantages = advantages[:, :new]
     np.testing.assert_allclose(got["old_values_BR"], values, atol=1e-5)
-    np.testing.assert_allclose(got["returns_BR"] * counted, (advantages + values) * counted, atol=1e-5)
+    np.testing.assert_allclose(
+        got["returns_BR"] * counted, (advantages + values) * counted, atol=1e-5
+    )
     real = advantages[mask > 0]
     want = (advantages - real.mean()) / np.sqrt(real.var() + 1e-8)
     np.testing.assert_allclose(got["advantages_BR"] * mask, want * mask, atol=1e-5)
@@ -483,21 +611,31 @@ def test_several_rewards_are_one_score_in_a_judgement():
     response = np.array([[1, 2], [3, 2], [2, 0]], np.int32)
     mask = np.float32([[1, 1], [1, 1], [1, 0]])
     tokens, segments = (np.insert(x, 0, 1, axis=1).astype(np.int32) for x in (response, mask))
-    batch = {"tokens_BT": tokens, "segment_ids_BT": segments, "positions_BT": segments.cumsum(1) - 1}
+    batch = {
+        "tokens_BT": tokens,
+        "segment_ids_BT": segments,
+        "positions_BT": segments.cumsum(1) - 1,
+    }
     batch |= {"response_BR": response, "mask_BR": mask, "sampler_logp_BR": 0 * mask}
     scores = {"a": jnp.float32([2.0, 3.0, -1.0]), "b": jnp.float32([0.0, 1.0, 1.0])}
 
     def returns(**fields):
         """Of a critic that says 0, discounted by nothing: each response's score at its first token."""
-        config = train_ppo.Config(smoothing=1.0, missing_eos="none", **fields)
-        judge = train_ppo.make_judge(config, bigram, lambda table, tokens, *_: table[tokens], 9, [])
+        config = train_ppo.Config(gae_lambda=1.0, missing_eos="none", **fields)
+        judge = train_ppo.make_judge(
+            config, bigram, lambda table, tokens, *_: table[tokens], 9, []
+        )
         table = jnp.asarray(normal(4, 4))
         targets, metrics = judge(table, table, jnp.zeros(4), batch, scores, {}, jnp.float32(0.2))
         assert metrics["reward/b"] == pytest.approx(2 / 3)  # logged apart
         return np.asarray(targets["returns_BR"][:, 0]).tolist()
 
     both = {"reward": ("a", "b")}
-    assert returns(**both, combine="weighted", weights=(1.0, 0.0)) == returns(reward=("a",)) == [2, 3, -1]
+    assert (
+        returns(**both, combine="weighted", weights=(1.0, 0.0))
+        == returns(reward=("a",))
+        == [2, 3, -1]
+    )
     assert returns(**both) == [1, 2, 0] and returns(**both, combine="minimum") == [0, 1, -1]
     assert returns(**both, combine="gated", gate=0.5, floor=-7.0) == [-7, 3, -1]
 
@@ -510,4 +648,6 @@ def test_a_missing_end_replaces_or_lowers_the_score():
     }  # the last one's is padding
     rules = {"replace": [2.0, -1.0, -1.0], "penalty": [2.0, 2.0, 3.0], "none": [2.0, 3.0, 4.0]}
     for rule, want in rules.items():
-        assert missing_eos(jnp.array([2.0, 3.0, 4.0]), ended(batch, 3), rule, -1.0).tolist() == want
+        assert (
+            missing_eos(jnp.array([2.0, 3.0, 4.0]), ended(batch, 3), rule, -1.0).tolist() == want
+        )

@@ -13,15 +13,26 @@ import train_sft
 from data.batches import chat_batches, prompt_batches
 from data.sources import open_source
 from data.tokenizer import Tokenizer
-from preview import decoded, preview_items
+from planning.dry_run import decoded, preview_items
 from sharding import MeshConfig, make_mesh
 
-TINY = ["--model.preset=tiny", "--batch_size=8", "--length=64", "--dry_run", "--mesh.data=2", "--mesh.fsdp=2"]
+TINY = [
+    "--model.preset=tiny",
+    "--batch_size=8",
+    "--length=64",
+    "--dry_run",
+    "--mesh.data=2",
+    "--mesh.fsdp=2",
+]
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    texts = [message["content"] for i in range(200) for message in open_source("world", "chat", "train")[i]["messages"]]
+    texts = [
+        message["content"]
+        for i in range(200)
+        for message in open_source("world", "chat", "train")[i]["messages"]
+    ]
     return Tokenizer.train(texts, tmp_path_factory.mktemp("tokenizer"), 400)
 
 
@@ -31,24 +42,45 @@ def test_a_dry_run_tells_shapes_and_writes_nothing(script, tmp_path, capsys):
     assert run(script, *TINY, "--mesh.tensor=2", f"--run={tmp_path}/run") == {}
     out = capsys.readouterr().out
     assert not list(tmp_path.iterdir())
-    assert re.search(r"decoder/layers/attention/q +float32\[2,32,4,8\] +\(-, fsdp, tensor, -\)", out)
-    shapes = [(2, 32, 4, 8), (2, 32, 2, 8), (2, 32, 2, 8), (2, 4, 8, 32), (2, 32, 64), (2, 32, 64), (2, 64, 32)]
-    count = 512 * 32 + 32 + 2 * 2 * 32 + sum(map(np.prod, shapes)) + (33 if script is train_rm else 0)
+    assert re.search(
+        r"decoder/layers/attention/q +float32\[2,32,4,8\] +\(-, fsdp, tensor, -\)", out
+    )
+    shapes = [
+        (2, 32, 4, 8),
+        (2, 32, 2, 8),
+        (2, 32, 2, 8),
+        (2, 4, 8, 32),
+        (2, 32, 64),
+        (2, 32, 64),
+        (2, 64, 32),
+    ]
+    count = (
+        512 * 32 + 32 + 2 * 2 * 32 + sum(map(np.prod, shapes)) + (33 if script is train_rm else 0)
+    )
     assert f"parameters  {count:,} float32" in out
     assert "\x1b[32m" in out and "padding" in out and "<|assistant|>" in out
 
 
 def test_a_dry_run_counts_prompt_and_response(tokenizer, capsys):
-    batch = next(prompt_batches(open_source("world", "prompt", "train"), tokenizer, batch_size=8, length=20))
+    batch = next(
+        prompt_batches(open_source("world", "prompt", "train"), tokenizer, batch_size=8, length=20)
+    )
     leaf = jax.device_put(np.zeros(2), jax.NamedSharding(make_mesh(MeshConfig()), jax.P(None)))
-    online = SimpleNamespace(run="r", steps=2, batch_size=8, microbatches=1, max_prompt=20, max_new_tokens=24)
+    online = SimpleNamespace(
+        run="r", steps=2, batch_size=8, microbatches=1, max_prompt=20, max_new_tokens=24
+    )
     preview_items(online, {"params": {"w": leaf}}, batch, tokenizer)
     out = capsys.readouterr().out
-    assert "8 sequences of 44: 352 tokens a step" in out and "tokens_BT, prompts: the run samples responses" in out
+    assert (
+        "8 sequences of 44: 352 tokens a step" in out
+        and "tokens_BT, prompts: the run samples responses" in out
+    )
 
 
 def test_what_is_green_is_what_the_loss_is_of(tokenizer, monkeypatch):
-    batch = next(chat_batches(open_source("world", "chat", "train"), tokenizer, batch_size=8, length=64))
+    batch = next(
+        chat_batches(open_source("world", "chat", "train"), tokenizer, batch_size=8, length=64)
+    )
     names = ("tokens_BT", "loss_mask_BT", "segment_ids_BT")
     for tokens, mask, segments in zip(*(batch[name] for name in names), strict=True):
         text = decoded(tokens, mask, segments, tokenizer)

@@ -11,29 +11,36 @@ import numpy as np
 import pytest
 from running import fails, rows_of, run, write
 
-import collect_steps
-import rerank
-import step_beam
 import train_ppo
 import train_prm
 import train_sft
-from config import UserError
-from data import arithmetic, records
+from collect import steps as collect_steps
+from data import records
 from data.batches import collate
 from data.sources import open_source
-from data.steps import auc, encode_steps, majority, pad_steps, step_table
+from data.steps import encode_steps, pad_steps
 from data.tokenizer import Tokenizer
-from generate import SamplingConfig, make_sampler
-from model import LanguageModel, ModelConfig, ScalarModel, pure
+from decoding import rerank, step_beam
+from evaluation.steps import auc, majority, step_table
+from model import LanguageModel, ScalarModel, init_and_apply
+from model_config import ModelConfig
 from objectives.reward import process_objective, running_score, step_ends, step_rewards
-from run_folder import written_whole
+from responses import make_sampler
+from runtime.errors import UserError
+from runtime.run_folder import atomic_text
+from sampling import SamplingConfig
+from tasks import arithmetic
 
-TINY = ModelConfig(vocab=320, width=16, hidden=32, layers=1, heads=2, kv_heads=1, head_width=8, context=128)
+TINY = ModelConfig(
+    vocab=320, width=16, mlp_width=32, layers=1, heads=2, kv_heads=1, head_dim=8, context=128
+)
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    texts = (f"{row['prompt']}\n{row['response']}" for row in map(arithmetic.demonstration, range(200)))
+    texts = (
+        f"{row['prompt']}\n{row['response']}" for row in map(arithmetic.demonstration, range(200))
+    )
     return Tokenizer.train(texts, tmp_path_factory.mktemp("tokenizer"), 320)
 
 
@@ -51,9 +58,16 @@ PRM800K = {  # a row as the dataset's README describes it
     "question": {"problem": "What is 2+2?", "ground_truth_answer": "4"},
     "label": {
         "steps": [
-            {"completions": [{"text": "I add.", "rating": 0}], "human_completion": None, "chosen_completion": 0},
             {
-                "completions": [{"text": "2+2=5", "rating": -1}, {"text": "2+2\n\n=4", "rating": 1}],
+                "completions": [{"text": "I add.", "rating": 0}],
+                "human_completion": None,
+                "chosen_completion": 0,
+            },
+            {
+                "completions": [
+                    {"text": "2+2=5", "rating": -1},
+                    {"text": "2+2\n\n=4", "rating": 1},
+                ],
                 "human_completion": None,
                 "chosen_completion": 1,
             },
@@ -62,8 +76,16 @@ PRM800K = {  # a row as the dataset's README describes it
                 "human_completion": {"text": "So 4.", "rating": None},
                 "chosen_completion": None,
             },
-            {"completions": [{"text": "Hm.", "rating": None}], "human_completion": None, "chosen_completion": 0},
-            {"completions": [{"text": "It is 7.", "rating": -1}], "human_completion": None, "chosen_completion": None},
+            {
+                "completions": [{"text": "Hm.", "rating": None}],
+                "human_completion": None,
+                "chosen_completion": 0,
+            },
+            {
+                "completions": [{"text": "It is 7.", "rating": -1}],
+                "human_completion": None,
+                "chosen_completion": None,
+            },
         ],
         "finish_reason": "found_error",
     },
@@ -83,19 +105,27 @@ def test_prm800k_s_rows_become_labelled_steps():
     "change, message",
     [
         ({"labels": ["positive"]}, "labels: must be a list of 2 labels"),
-        ({"labels": ["positive", "good"]}, "labels[1]: must be positive, neutral, negative, 0 to 1, or null"),
+        (
+            {"labels": ["positive", "good"]},
+            "labels[1]: must be positive, neutral, negative, 0 to 1, or null",
+        ),
         ({"labels": [True, 1.5]}, "labels[0]: must be"),
         ({"labels": [0, 1.5]}, "labels[1]: must be"),
         ({"steps": []}, "steps: must be a list of one or more"),
         ({"steps": ["1", ""]}, "steps[1]: is empty"),
         ({"steps": ["1", "a\nb"]}, "steps[1]: must be one line"),
         ({"question": 3, "label": {}}, "question: must be an object"),
-        ({**PRM800K, "label": {"steps": [{"completions": [], "chosen_completion": 2}, 5]}}, "label.steps[1]"),
+        (
+            {**PRM800K, "label": {"steps": [{"completions": [], "chosen_completion": 2}, 5]}},
+            "label.steps[1]",
+        ),
     ],
 )
 def test_malformed_steps_name_their_field(change, message):
     row = {"prompt": "1+1", "steps": ["1+1=2", "answer 2"], "labels": ["positive", 0.25]} | change
-    if message == "label.steps[1]":  # a stage without completions ends the solution; what is no stage is a fault
+    if (
+        message == "label.steps[1]"
+    ):  # a stage without completions ends the solution; what is no stage is a fault
         row["label"]["steps"].reverse()
         message = "label.steps[0]: must be an object with completions"
     with pytest.raises(records.FieldError) as fault:
@@ -106,12 +136,18 @@ def test_malformed_steps_name_their_field(change, message):
 def test_targets_stand_at_each_labelled_step_s_last_token(tokenizer):
     labels = ["positive", None, 0.25, "neutral", "negative"]
     record = records.steps(
-        {"prompt": "27+8-6", "steps": ["27+8=35", "so 35", "35-6=29", "so 29", "answer 28"], "labels": labels}
+        {
+            "prompt": "27+8-6",
+            "steps": ["27+8=35", "so 35", "35-6=29", "so 29", "answer 28"],
+            "labels": labels,
+        }
     )
     (row,), lost = encode_steps(record, tokenizer, 64)
     text = "27+8=35\nso 35\n35-6=29\nso 29\nanswer 28"
     prompt = tokenizer.prompt("27+8-6")
-    assert row["tokens"] == [*prompt, *tokenizer.encode(text), tokenizer.eos] and not lost  # as a policy samples it
+    assert (
+        row["tokens"] == [*prompt, *tokenizer.encode(text), tokenizer.eos] and not lost
+    )  # as a policy samples it
     ends = [
         t
         for t in range(len(prompt), len(row["tokens"]))
@@ -122,7 +158,9 @@ def test_targets_stand_at_each_labelled_step_s_last_token(tokenizer):
     batch = pad_steps([row], 64, tokenizer.pad)
     mask_BT = np.arange(batch["tokens_BT"].shape[1])[None] >= len(prompt)
     mask_BT = mask_BT * (batch["segment_ids_BT"] > 0)
-    found = step_ends(batch["tokens_BT"], mask_BT, tokenizer.newlines())  # the rule by which responses are read
+    found = step_ends(
+        batch["tokens_BT"], mask_BT, tokenizer.newlines()
+    )  # the rule by which responses are read
     assert np.flatnonzero(found[0]).tolist() == ends
     short, lost = encode_steps(record, tokenizer, ends[2])
     assert lost and sum(short[0]["mask"]) == 1
@@ -141,19 +179,24 @@ def test_process_objective_and_its_gradient_against_numpy(tokenizer):
     ones = np.ones((4, 9), np.int32)
     batch = {"tokens_BT": ones, "segment_ids_BT": ones, "positions_BT": ones}
     batch |= {"loss_mask_BT": np.float32(mask_BT), "targets_BT": np.float32(targets_BT)}
-    objective = lambda logits: process_objective(lambda x, *_: x, logits, batch)  # noqa: E731
-    (loss, (weight, metrics)), grad = jax.value_and_grad(objective, has_aux=True)(jnp.float32(logits_BT))
+    objective = lambda logits: process_objective(lambda x, *_: x, logits, batch)
+    (loss, (weight, metrics)), grad = jax.value_and_grad(objective, has_aux=True)(
+        jnp.float32(logits_BT)
+    )
     assert float(loss) == pytest.approx(expected, rel=1e-6) and float(weight) == mask_BT.sum()
     np.testing.assert_allclose(grad, mask_BT * (p - targets_BT), atol=1e-6)
     right = (((p > 0.5) == (targets_BT >= 0.5)) * mask_BT).sum()
     assert [float(x) for x in metrics["accuracy"]] == [right, mask_BT.sum()]
     extreme = jnp.full((4, 9), 200.0)
-    assert np.isfinite(objective(extreme)[0]) and np.isfinite(jax.grad(lambda x: objective(x)[0])(extreme)).all()
+    assert (
+        np.isfinite(objective(extreme)[0])
+        and np.isfinite(jax.grad(lambda x: objective(x)[0])(extreme)).all()
+    )
 
 
 def test_padding_does_not_change_the_process_objective(tokenizer):
     source = open_source("arithmetic", "steps", "train")
-    init, apply = pure(ScalarModel(TINY))
+    init, apply = init_and_apply(ScalarModel(TINY))
     params = init(jax.random.key(0))
     rows = [source[i] for i in range(6)]
     collated = partial(collate, encode_steps, partial(pad_steps, fixed=True))
@@ -169,14 +212,20 @@ def by_loop(logits, ends, how):
     out, past = [], []
     for logit, end in zip(logits, ends, strict=True):
         past += [float(sigmoid(logit))] if end else []
-        value = {"product": math.prod, "minimum": min, "last": lambda p: p[-1]}[how](past) if past else 0.0
+        value = (
+            {"product": math.prod, "minimum": min, "last": lambda p: p[-1]}[how](past)
+            if past
+            else 0.0
+        )
         out.append(value)
     return np.array(out)
 
 
 def test_a_step_ends_at_each_token_that_ends_in_a_newline():
     tokens_BT, mask_BT = np.array([[5, 7, 5, 8, 6, 9, 5]]), np.array([[0, 1, 1, 1, 1, 1, 0]])
-    assert step_ends(tokens_BT, mask_BT, [5, 6]).tolist() == [[False, False, True, False, True, True, False]]
+    assert step_ends(tokens_BT, mask_BT, [5, 6]).tolist() == [
+        [False, False, True, False, True, True, False]
+    ]
 
 
 @pytest.mark.parametrize("how", ["product", "minimum", "last"])
@@ -192,34 +241,55 @@ def test_step_rewards_stand_at_steps_and_sum_to_the_outcome(how):
     np.testing.assert_allclose(rewards_BT.sum(1), expected[:, -1], atol=1e-6)  # telescoped
     assert rewards_BT[0].sum() == 0  # no step, no reward
     summed = (sigmoid(logits_BT) * ends_BT).sum(1)
-    assert np.abs(summed - expected[:, -1]).max() > 0.5  # control: probabilities simply summed do not
+    assert (
+        np.abs(summed - expected[:, -1]).max() > 0.5
+    )  # control: probabilities simply summed do not
 
 
 def test_ppo_gives_each_step_its_reward_at_its_last_token():
-    """Returns without discount or smoothing are sums of rewards to come: their differences are the rewards."""
+    """Returns without gamma or gae_lambda are sums of rewards to come: their differences are the rewards."""
     newline, eos = 5, 3
-    response_BR = np.array([[7, 8, newline, 9, newline, 7, eos, 1], [7, newline, 7, 7, newline, 7, 7, 7]])
+    response_BR = np.array(
+        [[7, 8, newline, 9, newline, 7, eos, 1], [7, newline, 7, 7, newline, 7, 7, 7]]
+    )
     mask_BR = np.float32([[1] * 7 + [0], [1] * 8])
     scalars_BT = np.random.default_rng(2).normal(size=(2, 10))
     segments = np.concatenate([np.ones((2, 2)), mask_BR], 1).astype(np.int32)
     tokens = np.concatenate([np.full((2, 2), 6), response_BR], 1)
-    batch = {"tokens_BT": tokens, "segment_ids_BT": segments, "positions_BT": np.cumsum(segments, 1) - 1}
-    batch |= {"response_BR": response_BR, "mask_BR": mask_BR, "sampler_logp_BR": np.zeros((2, 8), np.float32)}
+    batch = {
+        "tokens_BT": tokens,
+        "segment_ids_BT": segments,
+        "positions_BT": np.cumsum(segments, 1) - 1,
+    }
+    batch |= {
+        "response_BR": response_BR,
+        "mask_BR": mask_BR,
+        "sampler_logp_BR": np.zeros((2, 8), np.float32),
+    }
     batch = jax.tree.map(jnp.asarray, batch)
-    hidden = lambda start: (jnp.zeros((2, 10 - start, 1)), jnp.zeros((1, 10)))  # noqa: E731
-    policy = lambda params, tokens, *_, logits_from, read: (read(*hidden(logits_from)), None)  # noqa: E731
+    hidden = lambda start: (jnp.zeros((2, 10 - start, 1)), jnp.zeros((1, 10)))
+    policy = lambda params, tokens, *_, logits_from, read: (read(*hidden(logits_from)), None)
     rewards = {}
     for how in ("product", "none"):
-        config = train_ppo.Config(step_rewards=how, smoothing=1.0, missing_eos_score=-1.0)
+        config = train_ppo.Config(step_rewards=how, gae_lambda=1.0, missing_eos_score=-1.0)
         judge = train_ppo.make_judge(config, policy, lambda params, *_: params, eos, [newline])
-        given = [{config.reward[0]: jnp.float32(x)} for x in (scalars_BT[[0, 1], [8, 9]], scalars_BT[:, 1:])]
+        given = [
+            {config.reward[0]: jnp.float32(x)}
+            for x in (scalars_BT[[0, 1], [8, 9]], scalars_BT[:, 1:])
+        ]
         targets, _ = judge({}, {}, jnp.zeros((2, 10)), batch, *given, jnp.float32(0.2))
         rewards[how] = -np.diff(np.asarray(targets["returns_BR"]), axis=1, append=0.0)
     p = sigmoid(scalars_BT[:, 2:])
     a, b, c = p[0, [2, 4, 6]]
-    np.testing.assert_allclose(rewards["product"][0], [0, 0, a, 0, a * b - a, 0, a * b * c - a * b, 0], atol=1e-6)
-    a, b = p[1, [1, 4]]  # it never ends: by the rule its sum is -1, and the last token makes up for the steps
-    np.testing.assert_allclose(rewards["product"][1], [0, a, 0, 0, a * b - a, 0, 0, -1 - a * b], atol=1e-6)
+    np.testing.assert_allclose(
+        rewards["product"][0], [0, 0, a, 0, a * b - a, 0, a * b * c - a * b, 0], atol=1e-6
+    )
+    a, b = p[
+        1, [1, 4]
+    ]  # it never ends: by the rule its sum is -1, and the last token makes up for the steps
+    np.testing.assert_allclose(
+        rewards["product"][1], [0, a, 0, 0, a * b - a, 0, 0, -1 - a * b], atol=1e-6
+    )
     np.testing.assert_allclose(rewards["none"][0], [0] * 6 + [scalars_BT[0, 8], 0], atol=1e-6)
 
 
@@ -233,7 +303,7 @@ def odd(text, record):
 
 def test_completion_shares_err_as_one_over_the_root_of_n(tokenizer):
     """Exact success probabilities by enumerating both tokens of every completion."""
-    init, apply = pure(LanguageModel(TINY))
+    init, apply = init_and_apply(LanguageModel(TINY))
     params = init(jax.random.key(1))
     params["decoder"]["embed"] *= 3  # far from uniform
     prompts = [tokenizer.prompt(f"{i}{j}") for i in "02468" for j in "02468"]
@@ -261,7 +331,7 @@ def test_completion_shares_err_as_one_over_the_root_of_n(tokenizer):
     rms = {}
     for n in (16, 256):
         respond = make_sampler(TINY, SamplingConfig(max_new_tokens=2), tokenizer, n)
-        complete = lambda contexts, r=respond: r(params, contexts, jax.random.key(5))  # noqa: E731
+        complete = lambda contexts, r=respond: r(params, contexts, jax.random.key(5))
         errors = np.array(collect_steps.success_shares(complete, odd, tokenizer, states)) - exact
         predicted = math.sqrt((exact * (1 - exact)).mean() / n)
         rms[n] = math.sqrt((errors**2).mean())
@@ -285,14 +355,19 @@ def test_auc_and_first_error_against_loops():
     table = step_table(logits, targets, mask)
     assert table["first_error"] == pytest.approx(1 / 3)  # found; an earlier one named; none named
     assert (
-        table["steps"] == 13 and table["wrong"] == pytest.approx(4 / 13) and table["accuracy"] == pytest.approx(11 / 13)
+        table["steps"] == 13
+        and table["wrong"] == pytest.approx(4 / 13)
+        and table["accuracy"] == pytest.approx(11 / 13)
     )
 
 
 def test_majority_and_choices():
     assert majority([3.0, 4.0, None, 4.0, None, None]) == 1
     assert majority([3.0, 4.0]) == 0 and majority([None, None]) == 0  # ties: the first
-    scores = {"prm": np.array([[-3.0, -1.0, -2.0, -0.5]]), "orm": np.array([[0.0, -1.0, -1.0, -1.0]])}
+    scores = {
+        "prm": np.array([[-3.0, -1.0, -2.0, -0.5]]),
+        "orm": np.array([[0.0, -1.0, -1.0, -1.0]]),
+    }
     answers = [[7.0, 8.0, 8.0, 9.0]]
     for n, expected in ((1, (0, 0, 0)), (3, (1, 1, 0)), (4, (1, 3, 0))):
         chosen = rerank.choices(n, scores, answers)
@@ -302,7 +377,9 @@ def test_majority_and_choices():
 def test_a_score_that_knows_nothing_is_right_as_often_as_blind_says():
     """Random scores, equal for equal texts: choosing the highest is a uniform draw of the distinct ones."""
     texts, right = [["a", "b", "a", "a", "c"]], np.array([[1, 0, 1, 1, 0]])
-    new_PN = np.reshape(rerank.first_of_equal(np.unique(texts, return_inverse=True)[1].reshape(-1, 1), 5), (1, 5))
+    new_PN = np.reshape(
+        rerank.first_of_equal(np.unique(texts, return_inverse=True)[1].reshape(-1, 1), 5), (1, 5)
+    )
     assert new_PN.tolist() == [[True, True, False, False, True]]
     rng, hits = np.random.default_rng(0), []
     for _ in range(4000):
@@ -310,7 +387,11 @@ def test_a_score_that_knows_nothing_is_right_as_often_as_blind_says():
         scores = {"orm": np.array([[of_text[text] for text in row] for row in texts])}
         hits.append(right[0, rerank.choices(5, scores, [[1, 2, 1, 1, 3]])["orm"][0]])
     blind, one_sample = np.average(right, 1, new_PN)[0], right.mean()
-    assert np.mean(hits) == pytest.approx(blind, abs=0.03) and blind == pytest.approx(1 / 3) and one_sample == 0.6
+    assert (
+        np.mean(hits) == pytest.approx(blind, abs=0.03)
+        and blind == pytest.approx(1 / 3)
+        and one_sample == 0.6
+    )
 
 
 def test_step_search_on_a_tree_that_is_known():
@@ -344,16 +425,18 @@ def test_step_search_over_whole_solutions_is_the_best_of_n():
     rng, eos = np.random.default_rng(0), 99
     drawn = rng.integers(1, 90, (5, 12, 3))  # to each of 5 problems 12 solutions of 3 tokens
     rows = iter(drawn.reshape(-1, 4, 3))
-    extend = lambda contexts, number: [[*map(int, t), eos] for _ in contexts for t in next(rows)]  # noqa: E731
-    score = lambda prompts, responses: np.array([sum(r) % 41 for r in responses])  # noqa: E731
-    found, tokens = step_beam.search([[i] for i in range(5)], extend, score, eos, beams=3, branch=4, longest=9)
+    extend = lambda contexts, number: [[*map(int, t), eos] for _ in contexts for t in next(rows)]
+    score = lambda prompts, responses: np.array([sum(r) % 41 for r in responses])
+    found, tokens = step_beam.search(
+        [[i] for i in range(5)], extend, score, eos, beams=3, branch=4, longest=9
+    )
     best = [max(of_one.tolist(), key=lambda t: (sum(t) + eos) % 41) for of_one in drawn]
     assert [r[:-1] for r in found] == best and tokens == 5 * 12 * 4
     assert best != [of_one[0].tolist() for of_one in drawn]  # control
 
 
 def test_sampled_steps_end_at_a_newline(tokenizer):
-    init, _ = pure(LanguageModel(TINY))
+    init, _ = init_and_apply(LanguageModel(TINY))
     newline = tokenizer.encode("\n")[-1]
     params = init(jax.random.key(0))
     params["decoder"]["embed"] = params["decoder"]["embed"].at[newline].multiply(3.0)
@@ -374,25 +457,41 @@ SMALL = [f"--model.{name}={value}" for name, value in (("preset", "tiny"), ("voc
 
 def test_what_is_written_is_written_whole_or_not_at_all(tmp_path):
     path = tmp_path / "new" / "rows.jsonl"
-    with pytest.raises(ZeroDivisionError), written_whole(str(path)) as file:
+    with pytest.raises(ZeroDivisionError), atomic_text(str(path)) as file:
         file.write(str(1 / 0))
     assert not list(path.parent.iterdir())
-    with written_whole(str(path)) as file:
+    with atomic_text(str(path)) as file:
         file.write("row\n")
     assert path.read_text() == "row\n" and len(list(path.parent.iterdir())) == 1
-    with pytest.raises(UserError, match="exists; remove it"), written_whole(str(path), anew=True):
+    with pytest.raises(UserError, match="exists; remove it"), atomic_text(str(path), anew=True):
         pass
-    with pytest.raises(UserError, match="not saved"), written_whole(str(path / "below_a_file")) as file:
+    with (
+        pytest.raises(UserError, match="not saved"),
+        atomic_text(str(path / "below_a_file")) as file,
+    ):
         pass
 
 
 def test_a_process_model_learns_from_rows_of_every_kind(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PLUMB_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    rows = [arithmetic.labelled(i) for i in range(60)] + [PRM800K, {**PRM800K, "label": {"steps": []}}]
-    rows += [{"prompt": f"{i}+1", "steps": [f"{i}+1={i + 1}"], "labels": [i / 9]} for i in range(10)]
+    rows = [arithmetic.labelled(i) for i in range(60)] + [
+        PRM800K,
+        {**PRM800K, "label": {"steps": []}},
+    ]
+    rows += [
+        {"prompt": f"{i}+1", "steps": [f"{i}+1={i + 1}"], "labels": [i / 9]} for i in range(10)
+    ]
     data = write(tmp_path / "steps.jsonl", rows)
-    flags = [*SHORT, *SMALL, f"--data={data}", "--steps=6", "--eval_every=3", "--save_every=3", "--run=prm"]
+    flags = [
+        *SHORT,
+        *SMALL,
+        f"--data={data}",
+        "--steps=6",
+        "--eval_every=3",
+        "--save_every=3",
+        "--run=prm",
+    ]
     last = run(train_prm, *flags, f"--eval_data={data}", "--optimizer.lr=5e-3")
     found = rows_of("prm")
     assert found[-1]["loss"] < found[0]["loss"]
@@ -404,7 +503,9 @@ def test_a_process_model_learns_from_rows_of_every_kind(tmp_path, monkeypatch, c
     for script, flag in ((rerank, "--policy=prm"), (train_sft, "--init=prm")):
         assert "prm: a reward model (of train_prm); name" in fails(script, [flag], capsys)
     bad = write(tmp_path / "bad.jsonl", [{"prompt": "1+1", "steps": ["2"], "labels": ["fine"]}])
-    assert "bad.jsonl:1: labels[0]: must be positive" in fails(train_prm, [f"--data={bad}", "--run=no"], capsys)
+    assert "bad.jsonl:1: labels[0]: must be positive" in fails(
+        train_prm, [f"--data={bad}", "--run=no"], capsys
+    )
     labels = ["--init=arithmetic", "--labels=completions", "--max_new_tokens=60"]
     run(train_sft, *SHORT, *SMALL, "--data=arithmetic", "--steps=1", "--run=arithmetic")
     assert "sequences of 136 tokens: outside 1..128" in fails(collect_steps, labels, capsys)
@@ -429,7 +530,12 @@ def test_the_whole_of_process_supervision_runs(tmp_path, monkeypatch, capsys):
     files = {}
     for labels in ("gold", "outcome", "completions"):
         counts = run(
-            collect_steps, "--init=sft", f"--labels={labels}", f"--out={labels}.jsonl", "--prompts=300", "--samples=2"
+            collect_steps,
+            "--init=sft",
+            f"--labels={labels}",
+            f"--out={labels}.jsonl",
+            "--prompts=300",
+            "--samples=2",
         )
         files[labels] = rows_in(f"{labels}.jsonl")
         assert counts["lines"] == len(files[labels]) > 100
@@ -438,26 +544,72 @@ def test_the_whole_of_process_supervision_runs(tmp_path, monkeypatch, capsys):
         assert gold["steps"] == outcome["steps"] == shares["steps"]
         assert outcome["labels"][:-1] == [None] * (len(gold["steps"]) - 1)
         text, response = gold["prompt"][0]["content"], "\n".join(gold["steps"])
-        assert outcome["labels"][-1] == shares["labels"][-1] == float(arithmetic.solved(text, response))
+        assert (
+            outcome["labels"][-1]
+            == shares["labels"][-1]
+            == float(arithmetic.solved(text, response))
+        )
         assert all(0 <= label <= 1 and (8 * label).is_integer() for label in shares["labels"])
     for labels in files:
-        run(train_prm, *SHORT, "--init=sft", f"--data={labels}.jsonl", f"--run={labels}", "--steps=4")
-    table = run(rerank, "--policy=sft", "--models", "outcome", "gold", "--prompts=40", "--n=4", "--out=table.json")
-    assert set(table) == {"one drawn at random", "a score that knows nothing", "majority", "one of them is right"} | {
-        f"{m} {how}" for m in ("outcome", "gold") for how in ("product", "minimum", "last")
-    }
+        run(
+            train_prm,
+            *SHORT,
+            "--init=sft",
+            f"--data={labels}.jsonl",
+            f"--run={labels}",
+            "--steps=4",
+        )
+    table = run(
+        rerank,
+        "--policy=sft",
+        "--models",
+        "outcome",
+        "gold",
+        "--prompts=40",
+        "--n=4",
+        "--out=table.json",
+    )
+    assert set(table) == {
+        "one drawn at random",
+        "a score that knows nothing",
+        "majority",
+        "one of them is right",
+    } | {f"{m} {how}" for m in ("outcome", "gold") for how in ("product", "minimum", "last")}
     assert len({row[1][0] for row in table.values()}) == 1  # of one answer nothing can be chosen
     assert len(rows_in("table.json")[0]["hits"]["majority"]) == 40
-    (accuracy, _), tokens = run(step_beam, "--policy=sft", "--model=gold", "--beams=2", "--branch=2", "--prompts=40")
+    (accuracy, _), tokens = run(
+        step_beam, "--policy=sft", "--model=gold", "--beams=2", "--branch=2", "--prompts=40"
+    )
     assert 0 <= accuracy <= 1 and tokens > 0
     # Of this policy's samples one in twenty is right.
-    beam = ["--policy=sft", "--model=gold", "--beams=1", "--prompts=300", "--out=beam.json", "--solutions=found.jsonl"]
+    beam = [
+        "--policy=sft",
+        "--model=gold",
+        "--beams=1",
+        "--prompts=300",
+        "--out=beam.json",
+        "--solutions=found.jsonl",
+    ]
     run(step_beam, *beam, "--split=train")
-    right = [arithmetic.solved(*(message["content"] for message in row["messages"])) for row in rows_in("found.jsonl")]
-    assert 0 < len(right) <= sum(rows_in("beam.json")[0]["hits"]) <= 300 and all(right)  # of hits some have no end
+    right = [
+        arithmetic.solved(*(message["content"] for message in row["messages"]))
+        for row in rows_in("found.jsonl")
+    ]
+    assert 0 < len(right) <= sum(rows_in("beam.json")[0]["hits"]) <= 300 and all(
+        right
+    )  # of hits some have no end
     run(train_sft, *SHORT, "--init=sft", "--data=found.jsonl", "--steps=1", "--run=imitated")
-    ppo = ["--init=sft", "--reward=gold", "--data=arithmetic", "--max_prompt=16", "--max_new_tokens=48", "--run=ppo"]
+    ppo = [
+        "--init=sft",
+        "--reward=gold",
+        "--data=arithmetic",
+        "--max_prompt=16",
+        "--max_new_tokens=48",
+        "--run=ppo",
+    ]
     small = ["--steps=2", "--batch_size=16", "--minibatches=2", "--optimizer.warmup=0"]
     run(train_ppo, *ppo, *small, "--step_rewards=product")
     assert all(0 <= row["score"] <= 1 for row in rows_of("ppo"))
-    assert "gold: a run of train_prm; name one of train_rm" in fails(train_ppo, [*ppo, "--run=no"], capsys)
+    assert "gold: a run of train_prm; name one of train_rm" in fails(
+        train_ppo, [*ppo, "--run=no"], capsys
+    )

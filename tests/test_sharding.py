@@ -9,10 +9,11 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from config import UserError
-from model import PRESETS, LanguageModel, ScalarModel, pure
+from model import LanguageModel, ScalarModel, init_and_apply
+from model_config import PRESETS
 from objectives.likelihood import likelihood_objective
 from objectives.reward import ranking_objective
+from runtime.errors import UserError
 from sharding import (
     MeshConfig,
     check_batch,
@@ -24,21 +25,32 @@ from sharding import (
     spec_of,
     to_mesh,
 )
-from train_step import OptimizerConfig, init_state, make_optimizer, make_train_step
+from train_state import init_state
+from train_step import OptimizerConfig, make_optimizer, make_train_step
 
 CONFIG = dataclasses.replace(
-    PRESETS["tiny"], vocab=32, width=16, hidden=24, layers=2, head_width=4, qk_norm=True, dtype="float32"
+    PRESETS["tiny"],
+    vocab=32,
+    width=16,
+    mlp_width=24,
+    layers=2,
+    head_dim=4,
+    qk_norm=True,
+    dtype="float32",
 )
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (2, 1, 4)]
 OPTIMIZER = make_optimizer(OptimizerConfig(lr=3e-3, warmup=1), 5)
 needs_eight = pytest.mark.skipif(
-    jax.device_count() != 8, reason="XLA_FLAGS of the environment set another number of devices than 8"
+    jax.device_count() != 8,
+    reason="XLA_FLAGS of the environment set another number of devices than 8",
 )
 
 
 def one_device():
     names = ("data", "fsdp", "tensor")
-    return jax.make_mesh((1, 1, 1), names, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1])
+    return jax.make_mesh(
+        (1, 1, 1), names, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1]
+    )
 
 
 def inputs(rng, *shape):
@@ -66,14 +78,14 @@ def ranking_batch(seed):
 
 OBJECTIVES = {
     "likelihood": (LanguageModel, likelihood_objective, likelihood_batch),
-    "ranking": (ScalarModel, partial(ranking_objective, centring_coefficient=0.01), ranking_batch),
+    "ranking": (ScalarModel, partial(ranking_objective, center_rewards_coef=0.01), ranking_batch),
 }
 
 
 def five_steps(mesh, name, microbatches=1):
     """Losses, parameters and the whole sharded state after five updates on `mesh`."""
     model, objective, batches = OBJECTIVES[name]
-    init, apply = pure(model(CONFIG))
+    init, apply = init_and_apply(model(CONFIG))
     with jax.set_mesh(mesh):
         state = init_sharded(lambda key: init_state(init(key), OPTIMIZER), mesh, jax.random.key(0))
         step, losses = make_train_step(partial(objective, apply), OPTIMIZER, microbatches), []
@@ -102,10 +114,16 @@ def test_five_steps_equal_one_device_and_one_batch(shape, name):
 
     # Parameters lie as the rules say after the steps too, and Adam's moments lie as the parameters.
     wanted = shardings_of(state, mesh)
-    jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim) or pytest.fail(f"{x.sharding} {s}"), state, wanted)
+    jax.tree.map(
+        lambda x, s: x.sharding.is_equivalent_to(s, x.ndim) or pytest.fail(f"{x.sharding} {s}"),
+        state,
+        wanted,
+    )
     adam = state.opt_state[0]
     for moment in (adam.mu, adam.nu):
-        same = jax.tree.map(lambda m, p: m.sharding.is_equivalent_to(p.sharding, p.ndim), moment, state.params)
+        same = jax.tree.map(
+            lambda m, p: m.sharding.is_equivalent_to(p.sharding, p.ndim), moment, state.params
+        )
         assert jax.tree.all(same)
     here = sum(x.addressable_shards[0].data.size for x in jax.tree.leaves((adam.mu, state.params)))
     everywhere = sum(x.size for x in jax.tree.leaves((adam.mu, state.params)))
@@ -116,8 +134,12 @@ def test_five_steps_equal_one_device_and_one_batch(shape, name):
 @needs_eight
 def test_key_value_heads_fewer_than_the_tensor_axis_are_replicated():
     mesh = make_mesh(MeshConfig(2, 1, 4))
-    assert spec_of("decoder/layers/attention/k", (2, 16, 2, 4), mesh) == P(None, "fsdp", None, None)
-    assert spec_of("decoder/layers/attention/q", (2, 16, 4, 4), mesh) == P(None, "fsdp", "tensor", None)
+    assert spec_of("decoder/layers/attention/k", (2, 16, 2, 4), mesh) == P(
+        None, "fsdp", None, None
+    )
+    assert spec_of("decoder/layers/attention/q", (2, 16, 4, 4), mesh) == P(
+        None, "fsdp", "tensor", None
+    )
 
 
 @needs_eight
@@ -127,14 +149,16 @@ def test_a_rule_holds_for_whole_names_and_their_copies_in_the_optimizer():
     assert spec_of("decoder/embed", (32, 16), mesh) == P("tensor", "fsdp")
     assert spec_of("opt_state/0/mu/decoder/embed", (32, 16), mesh) == P("tensor", "fsdp")
     assert spec_of("decoder/unembed_", (32, 16), mesh) == spec_of("step", (), mesh) == P()
-    assert spec_of("opt_state/0/v_row/decoder/embed", (32,), mesh) == P()  # Adafactor's factor: another shape
+    assert (
+        spec_of("opt_state/0/v_row/decoder/embed", (32,), mesh) == P()
+    )  # Adafactor's factor: another shape
 
 
 @needs_eight
 def test_adafactor_is_initialised_and_steps_on_a_mesh():
     mesh = make_mesh(MeshConfig(2, 2, 2))
     optimizer = make_optimizer(OptimizerConfig(name="adafactor", warmup=0), 5)
-    init, apply = pure(LanguageModel(CONFIG))
+    init, apply = init_and_apply(LanguageModel(CONFIG))
     state = init_sharded(lambda key: init_state(init(key), optimizer), mesh, jax.random.key(0))
     step = make_train_step(partial(likelihood_objective, apply), optimizer)
     state, first = step(state, to_mesh(likelihood_batch(0), mesh))
@@ -151,13 +175,21 @@ def test_batches_are_split_over_data_and_fsdp():
     assert {shard.data.shape for shard in tokens.addressable_shards} == {(2, 4)}
     constrained = jax.jit(constrain_batch)(jnp.zeros((8, 3)))
     assert constrained.sharding.is_equivalent_to(tokens.sharding, 2)
-    assert jax.jit(constrain_batch)(jnp.zeros((3, 3))).shape == (3, 3)  # an odd batch is left alone
+    assert jax.jit(constrain_batch)(jnp.zeros((3, 3))).shape == (
+        3,
+        3,
+    )  # an odd batch is left alone
 
 
 @needs_eight
-@pytest.mark.parametrize("sizes", [(3, 1, 1), (2, 2, 1), (-1, -1, 1), (0, 1, 1), (-2, 1, 1), (-1, 16, 1), (-1, 3, 1)])
+@pytest.mark.parametrize(
+    "sizes", [(3, 1, 1), (2, 2, 1), (-1, -1, 1), (0, 1, 1), (-2, 1, 1), (-1, 16, 1), (-1, 3, 1)]
+)
 def test_impossible_meshes_are_refused_with_all_three_sizes(sizes):
-    with pytest.raises(UserError, match=f"--mesh.data={sizes[0]}, --mesh.fsdp={sizes[1]}, --mesh.tensor={sizes[2]}:"):
+    with pytest.raises(
+        UserError,
+        match=f"--mesh.data={sizes[0]}, --mesh.fsdp={sizes[1]}, --mesh.tensor={sizes[2]}:",
+    ):
         make_mesh(MeshConfig(*sizes))
     assert jax.sharding.get_mesh().empty  # and none is set
 
@@ -172,4 +204,7 @@ def test_batches_that_do_not_split_are_refused():
 
 def test_names_of_paths():
     tree = {"a": {"b": [1, 2]}}
-    assert [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)] == ["a/b/0", "a/b/1"]
+    assert [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)] == [
+        "a/b/0",
+        "a/b/1",
+    ]

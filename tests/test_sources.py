@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from config import UserError
 from data import sources
 from data.sources import held_out, open_source
+from runtime.errors import UserError
 
 REAL = pathlib.Path(__file__).parents[2] / "shared" / "data"
 HH = {
@@ -23,7 +23,9 @@ HH_PROMPT = [
 
 
 def turns(*contents):
-    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
+    return [
+        {"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)
+    ]
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +53,9 @@ def only(tmp_path, row, schema):
     """The record made of `row`, which stands among others of its schema."""
     other = {"text": "x", "prompt": "other", "response": "x", "chosen": "x", "rejected": "y"}
     found = everything(write(tmp_path / "rows.jsonl", [row, other]), schema)
-    return next(record for record in found if "other" not in str(record) and record != {"text": "x"})
+    return next(
+        record for record in found if "other" not in str(record) and record != {"text": "x"}
+    )
 
 
 ADAPTED = [
@@ -59,12 +63,32 @@ ADAPTED = [
     ("text", {"prompt": "p", "response": "r"}, {"text": "p\nr"}),
     ("chat", {"messages": turns("p", "r")}, {"messages": turns("p", "r")}),
     ("chat", {"prompt": "p", "response": "r"}, {"messages": turns("p", "r")}),
-    ("chat", {"prompt": turns("a", "b", "c"), "completion": "r"}, {"messages": turns("a", "b", "c", "r")}),
-    ("chat", {"question": "2+2?", "answer": "4\n#### 4"}, {"messages": turns("2+2?", "4\n#### 4")}),
-    ("chat", {"instruction": "Add.", "input": "2 2", "output": "4"}, {"messages": turns("Add.\n\n2 2", "4")}),
-    ("chat", {"instruction": "Go.", "instances": [{"input": "", "output": "ok"}]}, {"messages": turns("Go.", "ok")}),
+    (
+        "chat",
+        {"prompt": turns("a", "b", "c"), "completion": "r"},
+        {"messages": turns("a", "b", "c", "r")},
+    ),
+    (
+        "chat",
+        {"question": "2+2?", "answer": "4\n#### 4"},
+        {"messages": turns("2+2?", "4\n#### 4")},
+    ),
+    (
+        "chat",
+        {"instruction": "Add.", "input": "2 2", "output": "4"},
+        {"messages": turns("Add.\n\n2 2", "4")},
+    ),
+    (
+        "chat",
+        {"instruction": "Go.", "instances": [{"input": "", "output": "ok"}]},
+        {"messages": turns("Go.", "ok")},
+    ),
     ("chat", HH, {"messages": turns("hi", "hello", "joke?", "knock knock")}),
-    ("comparison", HH, {"prompt": HH_PROMPT, "responses": ["knock knock", "no"], "ranking": [1, 2]}),
+    (
+        "comparison",
+        HH,
+        {"prompt": HH_PROMPT, "responses": ["knock knock", "no"], "ranking": [1, 2]},
+    ),
     (
         "comparison",
         {"chosen": turns("p", "a"), "rejected": turns("p", "b")},
@@ -73,7 +97,13 @@ ADAPTED = [
     (
         "comparison",
         {"prompt": "p", "chosen": "a", "rejected": "b", "margin": 2, "criterion": "honest"},
-        {"prompt": turns("p"), "responses": ["a", "b"], "ranking": [1, 2], "margin": 2.0, "criterion": "honest"},
+        {
+            "prompt": turns("p"),
+            "responses": ["a", "b"],
+            "ranking": [1, 2],
+            "margin": 2.0,
+            "criterion": "honest",
+        },
     ),
     (
         "comparison",
@@ -118,12 +148,36 @@ BAD = [
     ("chat", {"instruction": "x", "instances": [{"input": "y"}]}, "instances[0].output: missing"),
     ("comparison", {"prompt": "p", "chosen": "a"}, "rejected: missing"),
     ("comparison", {"chosen": "a", "rejected": "b"}, "chosen: must be a transcript"),
-    ("comparison", {**HH, "rejected": "\n\nHuman: x\n\nAssistant: no"}, "rejected: must be the conversation"),
-    ("comparison", {"prompt": "p", "chosen": "a", "rejected": "b", "margin": -1}, "margin: must be a number"),
-    ("comparison", {"prompt": "p", "responses": ["a"], "ranking": [1]}, "responses: must be a list of two"),
-    ("comparison", {"prompt": "p", "responses": ["a", "b"], "ranking": [1]}, "ranking: must be 2 whole"),
-    ("comparison", {"prompt": "p", "responses": ["a", "b"], "ranking": [0.9, 1]}, "ranking: must be 2 whole"),
-    ("comparison", {"prompt": "p", "responses": ["a", "b"], "ranking": [2, 3]}, "ranking: must be 2 whole"),
+    (
+        "comparison",
+        {**HH, "rejected": "\n\nHuman: x\n\nAssistant: no"},
+        "rejected: must be the conversation",
+    ),
+    (
+        "comparison",
+        {"prompt": "p", "chosen": "a", "rejected": "b", "margin": -1},
+        "margin: must be a number",
+    ),
+    (
+        "comparison",
+        {"prompt": "p", "responses": ["a"], "ranking": [1]},
+        "responses: must be a list of two",
+    ),
+    (
+        "comparison",
+        {"prompt": "p", "responses": ["a", "b"], "ranking": [1]},
+        "ranking: must be 2 whole",
+    ),
+    (
+        "comparison",
+        {"prompt": "p", "responses": ["a", "b"], "ranking": [0.9, 1]},
+        "ranking: must be 2 whole",
+    ),
+    (
+        "comparison",
+        {"prompt": "p", "responses": ["a", "b"], "ranking": [2, 3]},
+        "ranking: must be 2 whole",
+    ),
     ("prompt", {"id": 1}, "prompt: missing"),
     ("prompt", {"prompt": turns("p", "r")}, "prompt: the last turn must be the user's"),
 ]
@@ -132,7 +186,11 @@ BAD = [
 @pytest.mark.parametrize(("schema", "row", "reason"), BAD)
 def test_a_bad_row_is_named_by_file_line_and_field(tmp_path, cache, schema, row, reason):
     good = {"text": "t", "prompt": "p", "response": "r", "chosen": "c", "rejected": "r"}
-    row = row if isinstance(row, bytes) else (row if isinstance(row, str) else json.dumps(row)).encode()
+    row = (
+        row
+        if isinstance(row, bytes)
+        else (row if isinstance(row, str) else json.dumps(row)).encode()
+    )
     path = tmp_path / "rows.jsonl"
     path.write_bytes(json.dumps(good).encode() + b"\n\n" + row + b"\n")
     with pytest.raises(UserError) as fault:
@@ -184,7 +242,9 @@ def test_prepared_once_and_again_when_the_content_changes(tmp_path, cache, monke
 def test_a_preparation_that_fails_or_loses_rows_leaves_nothing(tmp_path, cache, monkeypatch):
     data = write(tmp_path / "a.jsonl", [{"text": f"text {i}"} for i in range(20)])
     with monkeypatch.context() as patch:
-        patch.setattr(sources.np, "savez", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full")))
+        patch.setattr(
+            sources.np, "savez", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full"))
+        )
         with pytest.raises(UserError, match=r"disk full.*set PLUMB_CACHE"):
             open_source(data, "text", "train")
         assert not list(cache.iterdir())
@@ -206,12 +266,23 @@ def test_held_out_rows_never_train(tmp_path):
     rows = [{"prompt": f"prompt {i % 300}", "response": f"response {i}"} for i in range(600)]
     data = write(tmp_path / "a.jsonl", rows)
     train, held = (open_source(data, "chat", split) for split in ("train", "heldout"))
-    train_prompts, held_prompts = (open_source(data, "prompt", split) for split in ("train", "heldout"))
+    train_prompts, held_prompts = (
+        open_source(data, "prompt", split) for split in ("train", "heldout")
+    )
     assert len(train) + len(held) == 600 and 10 < len(held) < 60
-    assert (train.name, held.name) == (str(data), f"the held-out split of {data}")  # as messages call them
-    for one, other in ((train, train_prompts), (held, held_prompts)):  # the same rows in any schema
+    assert (train.name, held.name) == (
+        str(data),
+        f"the held-out split of {data}",
+    )  # as messages call them
+    for one, other in (
+        (train, train_prompts),
+        (held, held_prompts),
+    ):  # the same rows in any schema
         assert (one.rows == other.rows).all()
-    prompts = [{source[i]["messages"][0]["content"] for i in range(len(source))} for source in (train, held)]
+    prompts = [
+        {source[i]["messages"][0]["content"] for i in range(len(source))}
+        for source in (train, held)
+    ]
     assert not prompts[0] & prompts[1]  # though each prompt has two rows
 
 
@@ -225,17 +296,26 @@ def test_the_share_held_out():
 
 
 def test_candidates_are_counted(tmp_path):
-    rows = [{"prompt": f"p{i}", "responses": list("abcd")[: 2 + i % 3], "ranking": [1] * (2 + i % 3)} for i in range(9)]
+    rows = [
+        {"prompt": f"p{i}", "responses": list("abcd")[: 2 + i % 3], "ranking": [1] * (2 + i % 3)}
+        for i in range(9)
+    ]
     assert open_source(write(tmp_path / "a.jsonl", rows), "comparison", "train").candidates == 4
 
 
 def test_the_world_has_every_schema_but_steps_and_every_split():
     for schema in sources.records.SCHEMAS.keys() - {"steps"}:
-        train, again, held = (open_source("world", schema, s) for s in ("train", "train", "heldout"))
+        train, again, held = (
+            open_source("world", schema, s) for s in ("train", "train", "heldout")
+        )
         assert train[7] == again[7] != held[7]
         assert train[7] != open_source("world", schema, "train", seed=1)[7]
         assert len(train) == sources.ENDLESS
-    assert set(open_source("world", "comparison", "train")[0]) == {"prompt", "responses", "ranking"}
+    assert set(open_source("world", "comparison", "train")[0]) == {
+        "prompt",
+        "responses",
+        "ranking",
+    }
 
 
 class Gsm8k(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -257,7 +337,9 @@ class Gsm8k(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
 def test_a_catalogue_name_is_read_from_disk(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
-    with pytest.raises(UserError, match=r"text\.gsm8k\.gsm8k; tfds.builder\('gsm8k'.*download_and_prepare"):
+    with pytest.raises(
+        UserError, match=r"text\.gsm8k\.gsm8k; tfds.builder\('gsm8k'.*download_and_prepare"
+    ):
         open_source("tfds:gsm8k", "chat", "train")
     with pytest.raises(UserError, match=r"check the spelling"):
         open_source("tfds:gms8k", "chat", "train")

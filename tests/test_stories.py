@@ -12,14 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import config
 import generate
-from checkpoint import Checkpoints, load_params
-from config import load_config
 from data.tokenizer import Tokenizer
 from experiments.stories import happy, import_llama2c, measure
 from experiments.stories import train_ppo as stories_ppo
-from model import LanguageModel, ModelConfig, pure
+from model import LanguageModel, init_and_apply
+from model_config import ModelConfig
+from runtime import flags as config
+from runtime.checkpoint import Checkpoints
+from runtime.run_folder import load_config
+from train_state import load_params
 
 
 def imported(*argv):
@@ -28,8 +30,10 @@ def imported(*argv):
 
 def forward(weights, tokens, heads, kv_heads):
     """llama2.c's own arithmetic in float64: rows are outputs, RoPE turns 2i with 2i + 1."""
-    embed, norm1, wq, wk, wv, wo, norm2, w1, w2, w3, final = (np.asarray(w, np.float64) for w in weights)
-    norm = lambda x, scale: x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-5) * scale  # noqa: E731
+    embed, norm1, wq, wk, wv, wo, norm2, w1, w2, w3, final = (
+        np.asarray(w, np.float64) for w in weights
+    )
+    norm = lambda x, scale: x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-5) * scale
     x_TD = embed[tokens]
     T, D = x_TD.shape
     H = D // heads
@@ -60,17 +64,31 @@ def test_a_random_checkpoint_gives_the_logits_of_an_independent_forward_pass(tmp
     tokenizer = Tokenizer.train(["a small text to train on"], tmp_path / "t.model", 300)
     D, F, L, N, K, V, T = 16, 24, 2, 4, 2, tokenizer.size, 32
     rng = np.random.default_rng(0)
-    shapes = [(V, D), (L, D), (L, D, D), (L, D // 2, D), (L, D // 2, D), (L, D, D), (L, D), (L, F, D), (L, D, F)]
+    shapes = [
+        (V, D),
+        (L, D),
+        (L, D, D),
+        (L, D // 2, D),
+        (L, D // 2, D),
+        (L, D, D),
+        (L, D),
+        (L, F, D),
+        (L, D, F),
+    ]
     weights = [rng.normal(size=s).astype("<f4") * 0.3 for s in [*shapes, (L, F, D), (D,)]]
     rope = np.zeros((2, T, D // N // 2), "<f4")
-    content = struct.pack("<7i", D, F, L, N, K, V, T) + b"".join(w.tobytes() for w in [*weights, rope])
+    content = struct.pack("<7i", D, F, L, N, K, V, T) + b"".join(
+        w.tobytes() for w in [*weights, rope]
+    )
     (tmp_path / "model.bin").write_bytes(content)
     imported(tmp_path / "model.bin", tmp_path / "t.model", f"--run={tmp_path}/run")
 
     tokens_1T = rng.integers(0, V, (1, 9))
     model = ModelConfig(**load_config(f"{tmp_path}/run")["model"])
     ones = jnp.ones((1, 9), jnp.int32)
-    logits, _ = pure(LanguageModel(model))[1](load_params(f"{tmp_path}/run"), tokens_1T, ones, jnp.arange(9)[None])
+    logits, _ = init_and_apply(LanguageModel(model))[1](
+        load_params(f"{tmp_path}/run"), tokens_1T, ones, jnp.arange(9)[None]
+    )
     np.testing.assert_allclose(logits[0], forward(weights, tokens_1T[0], N, K), atol=1e-4)
 
 
@@ -78,7 +96,13 @@ def test_real_weights_print_what_the_c_program_prints(shared_data, tmp_path, cap
     folder = shared_data / "stories260k"
     imported(folder / "stories260K.bin", folder / "tok512.model", f"--run={tmp_path}/run")
     capsys.readouterr()
-    argv = [f"--run={tmp_path}/run", "--prompt=", "--temperature=0", "--max_new_tokens=200", "--raw"]
+    argv = [
+        f"--run={tmp_path}/run",
+        "--prompt=",
+        "--temperature=0",
+        "--max_new_tokens=200",
+        "--raw",
+    ]
     generate.main(config.parse(generate.Config, argv))
     assert capsys.readouterr().out == (folder / "golden.txt").read_text()
 
@@ -135,12 +159,18 @@ def test_hacks_do_not_pay(hack):
 
 
 def test_more_of_the_same_adds_nothing():
-    for sentence in (" Lily was very happy with her new toy.", " They had fun with the big dog in the garden."):
+    for sentence in (
+        " Lily was very happy with her new toy.",
+        " They had fun with the big dog in the garden.",
+    ):
         once = score(PLAIN + sentence)
         assert once == 0.25
         assert score(PLAIN + 6 * sentence) == once
         assert score(sentence + PLAIN) == once  # the place does not matter
-    formula = [f" She was very {word} today with him." for word in ("happy", "glad", "proud", "excited", "delighted")]
+    formula = [
+        f" She was very {word} today with him."
+        for word in ("happy", "glad", "proud", "excited", "delighted")
+    ]
     assert score(PLAIN + "".join(formula)) == 0.25  # a template with another word in it
 
 
@@ -154,7 +184,12 @@ def test_every_score_is_in_its_range_and_no_happier_with_a_sad_word():
 
 
 def test_the_lists_are_disjoint_and_openings_are_neutral_and_split_by_name():
-    lists = [[*happy.HAPPY.split()], happy.SAD.split(), happy.ALSO_HAPPY.split(), happy.ALSO_SAD.split()]
+    lists = [
+        [*happy.HAPPY.split()],
+        happy.SAD.split(),
+        happy.ALSO_HAPPY.split(),
+        happy.ALSO_SAD.split(),
+    ]
     every = [word for part in lists for word in part]
     assert len(every) == len(set(every))
     names = {}
@@ -162,7 +197,10 @@ def test_the_lists_are_disjoint_and_openings_are_neutral_and_split_by_name():
         texts = happy.openings(split)
         assert len(set(texts)) == len(texts) == size
         assert not {word for text in texts for word in happy.words(text)} & set(every)
-        names[split] = {word for text in texts for word in re.findall("[A-Z][a-z]+", text)} - {"Once", "One"}
+        names[split] = {word for text in texts for word in re.findall("[A-Z][a-z]+", text)} - {
+            "Once",
+            "One",
+        }
     assert not names["train"] & names["test"] and not names["train"] & names["validation"]
     assert not names["validation"] & names["test"]
 
@@ -177,23 +215,38 @@ def tiny(tmp_path_factory):
     tokenizer = Tokenizer.train([*happy.openings("train"), HONEST, PLAIN], folder / "t.model", 400)
     model = dataclasses.replace(ModelConfig.from_preset("tiny"), vocab=tokenizer.size)
     start = import_llama2c.Config(run=f"{folder}/init", model=model)
-    params = pure(LanguageModel(model))[0](jax.random.key(0))
-    with Checkpoints(start.run, start, script="import_llama2c", tokenizer=tokenizer.model) as checkpoints:
+    params = init_and_apply(LanguageModel(model))[0](jax.random.key(0))
+    with Checkpoints(
+        start.run, start, script="import_llama2c", tokenizer=tokenizer.model
+    ) as checkpoints:
         checkpoints.save(0, {"params": params})
     ppo(folder, f"--run={folder}/ppo")
     return folder
 
 
 def ppo(folder, *argv):
-    small = ["--batch_size=16", "--minibatches=2", "--max_prompt=48", "--max_new_tokens=16", "--eval_every=2"]
-    small += ["--optimizer.warmup=0", "--value_optimizer.warmup=0", "--mesh.fsdp=8", "--mesh.data=1"]
+    small = [
+        "--batch_size=16",
+        "--minibatches=2",
+        "--max_prompt=48",
+        "--max_new_tokens=16",
+        "--eval_every=2",
+    ]
+    small += [
+        "--optimizer.warmup=0",
+        "--value_optimizer.warmup=0",
+        "--mesh.fsdp=8",
+        "--mesh.data=1",
+    ]
     argv = [f"--init={folder}/init", "--steps=2", *small, *argv]
     return stories_ppo.main(config.parse(stories_ppo.Config, argv))
 
 
 def test_two_iterations_log_kl_and_samples_before_and_after(tiny):
     """check_first_update asserts ratio 1 inside the run; here is what the run wrote of its first iteration."""
-    first, second = [json.loads(line) for line in (tiny / "ppo" / "metrics.jsonl").read_text().splitlines()]
+    first, second = [
+        json.loads(line) for line in (tiny / "ppo" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert abs(first["kl"]) < 1e-5 and first["sampler_gap"] < 1e-4 and first["kl_k3"] >= 0
     assert second["kl"] != 0 and second["kl_k3"] > 0
     assert {"score", "happy", "sad", "words"} <= first.keys() and "validation/score" in second
@@ -201,7 +254,8 @@ def test_two_iterations_log_kl_and_samples_before_and_after(tiny):
     assert text.index("## Step 0\n") < text.index("## Step 2\n")
     assert text.count(happy.openings("validation")[0]) == 2
     changed = jax.tree.map(
-        lambda a, b: bool((a != b).any()), *(load_params(f"{tiny}/{run}") for run in ("init", "ppo"))
+        lambda a, b: bool((a != b).any()),
+        *(load_params(f"{tiny}/{run}") for run in ("init", "ppo")),
     )
     assert all(jax.tree.leaves(changed))
 
@@ -222,14 +276,23 @@ def test_resuming_gives_the_same_policy(tiny, tmp_path):
         for _ in range(2):
             ppo(tiny, f"--run={tmp_path}/ppo")
     assert calls == [1, 2]
-    jax.tree.map(np.testing.assert_array_equal, load_params(f"{tmp_path}/ppo"), load_params(f"{tiny}/ppo"))
+    jax.tree.map(
+        np.testing.assert_array_equal, load_params(f"{tmp_path}/ppo"), load_params(f"{tiny}/ppo")
+    )
     ours, theirs = ((f / "ppo" / "samples.md").read_text() for f in (tmp_path, tiny))
     assert ours == theirs
 
 
 def test_measured_before_equals_after_when_nothing_was_trained(tiny, tmp_path, capsys):
     """Against itself: KL 0, every number equal; and the trained run's length and share of ended stories by hand."""
-    argv = [f"--before={tiny}/init", "--after", f"{tiny}/ppo", f"--out={tmp_path}/r.json", "--n=24", "--shown=1"]
+    argv = [
+        f"--before={tiny}/init",
+        "--after",
+        f"{tiny}/ppo",
+        f"--out={tmp_path}/r.json",
+        "--n=24",
+        "--shown=1",
+    ]
     results = measure.main(config.parse(measure.Config, argv))
     run = results["runs"][0]
     assert abs(run["before"]["kl"]) < 1e-4 < abs(run["after"]["kl"])
@@ -241,13 +304,17 @@ def test_measured_before_equals_after_when_nothing_was_trained(tiny, tmp_path, c
 def test_summary_of_three_stories_by_hand():
     stories = [" The cat ran. The cat ran.", " The cat ran away", " A nice dog sat."]
     counts = {"length": [8, 4, 4], "ended": [1, 0, 0], "kl": [1, 2, 3], "surprise": [8, 4, 4]}
-    got = measure.summarise(["One."] * 3, stories, {name: np.array(x, float) for name, x in counts.items()})
+    got = measure.summarise(
+        ["One."] * 3, stories, {name: np.array(x, float) for name, x in counts.items()}
+    )
     assert (
         got["perplexity"] == pytest.approx(np.e, abs=1e-5)
         and got["kl"] == 2
         and got["sentence"] == pytest.approx(10 / 3, abs=1e-5)
     )
-    assert got["repeated"] == pytest.approx(1 / 8, abs=1e-6)  # of 4 + 2 + 2 triples one was said before
+    assert got["repeated"] == pytest.approx(
+        1 / 8, abs=1e-6
+    )  # of 4 + 2 + 2 triples one was said before
     assert got["distinct"] == pytest.approx(
         7 / 11, abs=1e-6
     )  # the-cat cat-ran ran-the ran-away a-nice nice-dog dog-sat
@@ -257,7 +324,10 @@ def test_summary_of_three_stories_by_hand():
 
 def test_readme_shows_the_results_of_its_json():
     folder = pathlib.Path(measure.__file__).parent
-    text, results = (folder / "README.md").read_text(), json.loads((folder / "results.json").read_text())
+    text, results = (
+        (folder / "README.md").read_text(),
+        json.loads((folder / "results.json").read_text()),
+    )
     for part in (results["command"], measure.markdown(results), measure.samples(results)):
         assert part in text
 
@@ -267,6 +337,8 @@ def test_a_real_story_has_one_bos_and_is_told_from_its_opening(shared_data):
     for text in [text for split in happy.SPLITS for text in happy.openings(split)]:
         tokens = [tokenizer.bos, *tokenizer.encode(text)]
         assert tokens.count(tokenizer.bos) == 1 and len(tokens) <= stories_ppo.Config.max_prompt
-    response = np.array([[*tokenizer.encode(HONEST.strip()), tokenizer.bos, tokenizer.pad, tokenizer.pad]])
+    response = np.array(
+        [[*tokenizer.encode(HONEST.strip()), tokenizer.bos, tokenizer.pad, tokenizer.pad]]
+    )
     stories, parts = stories_ppo.score_stories([OPENING], response, tokenizer)
     assert stories == [HONEST] and parts["score_B"].tolist() == [1.0]

@@ -4,9 +4,9 @@ import random
 import jax
 import pytest
 
-from config import UserError
 from data.tokenizer import Tokenizer
 from generate import chat
+from runtime.errors import UserError
 
 STORIES = pathlib.Path(__file__).parents[2] / "shared" / "data" / "stories260k" / "tok512.model"
 CORPUS = [
@@ -25,7 +25,10 @@ TALK = [
 ]
 
 GOLDEN_DOCUMENT = [2, 275, 304, 302, 7, 335, 353, 3]
-GOLDEN_CHAT = ([2, 5, 95, 354, 348, 278, 71, 6, 275, 302, 353, 3], [0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1])
+GOLDEN_CHAT = (
+    [2, 5, 95, 354, 348, 278, 71, 6, 275, 302, 353, 3],
+    [0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1],
+)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +54,16 @@ def test_round_trip_is_exact_for_any_text(tokenizer):
 
 
 def test_no_text_spells_a_control_token(tokenizer):
-    for text in ("<|user|>", "<|assistant|>", "<|system|>", "<s>", "</s>", "<pad>", "<unk>", "▁<s>"):
+    for text in (
+        "<|user|>",
+        "<|assistant|>",
+        "<|system|>",
+        "<s>",
+        "</s>",
+        "<pad>",
+        "<unk>",
+        "▁<s>",
+    ):
         ids = tokenizer.encode(f"hello {text}{text} there")
         assert not controls(tokenizer) & set(ids) and 0 not in ids
     assert len(controls(tokenizer)) == 6
@@ -98,7 +110,11 @@ def test_prompt_is_what_the_response_follows(tokenizer):
 def test_load_from_file_and_run(tokenizer, tmp_path):
     tokenizer.save(tmp_path / "run")
     tokenizer.save(tmp_path / "a.model")
-    for path in (tmp_path / "run", tmp_path / "a.model", str(tmp_path / "run" / "tokenizer.model")):
+    for path in (
+        tmp_path / "run",
+        tmp_path / "a.model",
+        str(tmp_path / "run" / "tokenizer.model"),
+    ):
         assert Tokenizer.load(path).sha256 == tokenizer.sha256
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["a.model", "run", "tokenizer.model"]
 
@@ -122,9 +138,18 @@ def test_a_model_trained_elsewhere():
     assert (t.size, t.bos, t.eos, t.pad, t.user) == (512, 1, 2, 0, None)
     assert t.decode(t.document("Once upon a time\n there was")) == "Once upon a time\n there was"
     assert t.decode([t.bos, *t.encode("hello"), t.pad, t.pad]) == "hello"
-    user, hello, assistant, hi = (t.encode(text) for text in ("<|user|>", "hello", "<|assistant|>", "hi"))
-    assert t.prompt("hello") == [t.bos, *user, *hello, *assistant]  # no role tokens: text stands for them
-    tokens, mask = t.chat([{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}])
+    user, hello, assistant, hi = (
+        t.encode(text) for text in ("<|user|>", "hello", "<|assistant|>", "hi")
+    )
+    assert t.prompt("hello") == [
+        t.bos,
+        *user,
+        *hello,
+        *assistant,
+    ]  # no role tokens: text stands for them
+    tokens, mask = t.chat(
+        [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]
+    )
     assert tokens == [t.bos, *user, *hello, *assistant, *hi, t.eos] and sum(mask) == len(hi) + 1
 
 
@@ -144,4 +169,6 @@ def test_a_chat_forgets_its_oldest_turns(tokenizer, monkeypatch, capsys):
     typed = iter(["hello there", "how are you", ""])
     given.clear()
     chat(reply, tokenizer, jax.random.key(0), 1000)
-    assert "hello" in tokenizer.decode(given[1])  # control: where there is room, all turns are given
+    assert "hello" in tokenizer.decode(
+        given[1]
+    )  # control: where there is room, all turns are given

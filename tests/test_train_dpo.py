@@ -14,19 +14,22 @@ import pytest
 from running import fails, rows_of, run, write
 from test_direct import PAIRED, PER_TOKEN, kto_value, ranked_in_loops
 
-import collect_spin
-import config
 import train_dpo
-from checkpoint import load_params
-from config import UserError, settled
+from collect import spin as collect_spin
 from data import preferences
 from data.batches import chat_batches, comparison_batches
-from data.reference import candidate_keys
 from data.sources import Source, open_source
 from data.tokenizer import Tokenizer
-from generate import SamplingConfig, make_sampler
-from model import LanguageModel, ModelConfig, pure
+from model import LanguageModel, init_and_apply
+from model_config import ModelConfig
 from objectives import direct
+from responses import make_sampler
+from rewards.reference import candidate_keys
+from runtime.errors import UserError
+from runtime.flags import fill_paper_defaults
+from runtime.run_folder import load_config
+from sampling import SamplingConfig
+from train_state import load_params
 
 SHORT = ["--optimizer.warmup=0", "--length=64", "--batch_size=8", "--eval_every=0"]
 EIGHT = ["--mesh.data=1", "--mesh.fsdp=8"]
@@ -43,15 +46,38 @@ def files(tmp_path_factory):
         for i in range(120):
             words = [WORDS[(i * k + k) % 8] for k in range(1, 3 + i % 3)]
             responses = [f"{word} {k}" for k, word in enumerate(words)]
-            ranking = [1, *[2 + (i + k) % 2 for k in range(1, len(words))]] if i % 10 else [1] * len(words)
-            rows.append({"prompt": f"name a colour {i}", "responses": responses, "ranking": ranking})
-            judged.append({"prompt": f"name a colour {i}", "response": responses[0], "desirable": i % 8 < 4})
+            ranking = (
+                [1, *[2 + (i + k) % 2 for k in range(1, len(words))]]
+                if i % 10
+                else [1] * len(words)
+            )
+            rows.append(
+                {"prompt": f"name a colour {i}", "responses": responses, "ranking": ranking}
+            )
+            judged.append(
+                {"prompt": f"name a colour {i}", "response": responses[0], "desirable": i % 8 < 4}
+            )
         write(folder / "comparisons.jsonl", rows)
         write(folder / "judged.jsonl", judged)
-        pairs = [{"prompt": f"colour {i}", "chosen": "white", "rejected": "black"} for i in range(40)]
-        start = ["--loss=hindsight", "--hidden=0.1", "--optimizer.lr=1e-2", "--steps=60", f"--run={folder}/start"]
+        pairs = [
+            {"prompt": f"colour {i}", "chosen": "white", "rejected": "black"} for i in range(40)
+        ]
+        start = [
+            "--loss=hindsight",
+            "--hidden=0.1",
+            "--optimizer.lr=1e-2",
+            "--steps=60",
+            f"--run={folder}/start",
+        ]
         model = ["--model.preset=tiny", "--model.vocab=296"]
-        run(train_dpo, *SHORT, *EIGHT, *start, *model, f"--data={write(folder / 'pairs.jsonl', pairs)}")
+        run(
+            train_dpo,
+            *SHORT,
+            *EIGHT,
+            *start,
+            *model,
+            f"--data={write(folder / 'pairs.jsonl', pairs)}",
+        )
         yield folder
 
 
@@ -72,7 +98,11 @@ def finished(files):
 
 
 def equal(one, other, **tolerance):
-    jax.tree.map(partial(np.testing.assert_allclose, **tolerance), load_params(str(one)), load_params(str(other)))
+    jax.tree.map(
+        partial(np.testing.assert_allclose, **tolerance),
+        load_params(str(one)),
+        load_params(str(other)),
+    )
 
 
 def test_dpo_starts_at_ln_2_and_learns(finished):
@@ -88,7 +118,9 @@ def test_resuming_is_bitwise_equal_and_needs_no_reference(files, finished, monke
     shutil.rmtree(copy / "checkpoints" / "6")
     loaded = []
     original = train_dpo.starting_params
-    monkeypatch.setattr(train_dpo, "starting_params", lambda *args: loaded.append(args) or original(*args))
+    monkeypatch.setattr(
+        train_dpo, "starting_params", lambda *args: loaded.append(args) or original(*args)
+    )
     run(train_dpo, *common(files), *EIGHT, f"--run={copy}", "--steps=6", "--save_every=3")
     equal(copy, finished, rtol=0)
     assert [row["step"] for row in rows_of(copy)] == [1, 2, 3, 4, 5, 6] and not loaded
@@ -100,29 +132,42 @@ def test_resuming_is_bitwise_equal_and_needs_no_reference(files, finished, monke
 
 def test_cached_reference_equals_online_on_another_mesh(files, finished):
     axes = ["--mesh.data=2", "--mesh.fsdp=2", "--mesh.tensor=2"]
-    run(train_dpo, *common(files), *axes, f"--run={files}/online", "--steps=6", "--reference=online")
+    run(
+        train_dpo,
+        *common(files),
+        *axes,
+        f"--run={files}/online",
+        "--steps=6",
+        "--reference=online",
+    )
     equal(files / "online", finished, atol=1e-4)
-    assert config.load_config(str(finished))["beta"] == 0.1  # where none is given
-    assert (finished / "reference-0.npz").exists() and not (files / "online" / "reference-0.npz").exists()
+    assert load_config(str(finished))["beta"] == 0.1  # where none is given
+    assert (finished / "reference-0.npz").exists() and not (
+        files / "online" / "reference-0.npz"
+    ).exists()
 
 
 def test_cache_holds_the_log_probabilities_of_the_starting_policy(files, finished):
-    model = ModelConfig(**config.load_config(str(finished))["model"])
+    model = ModelConfig(**load_config(str(finished))["model"])
     source = open_source(str(files / "comparisons.jsonl"), "comparison", "train")
     batch = next(comparison_batches(source, Tokenizer.load(finished), batch_size=8, length=64))
-    logprobs = jax.jit(partial(direct.response_logprobs, pure(LanguageModel(model))[1]))
+    logprobs = jax.jit(partial(direct.response_logprobs, init_and_apply(LanguageModel(model))[1]))
     with np.load(finished / "reference-0.npz") as saved:
         known = dict(zip(saved["keys"].tolist(), saved["logps"].tolist(), strict=True))
     kept = np.reshape([known[key] for key in candidate_keys(batch)], batch["ranks_BC"].shape)
     np.testing.assert_allclose(kept, logprobs(load_params(f"{files}/start"), batch), atol=1e-4)
-    assert np.abs(kept - logprobs(load_params(str(finished)), batch)).max() > 0.1  # control: the trained policy
+    assert (
+        np.abs(kept - logprobs(load_params(str(finished)), batch)).max() > 0.1
+    )  # control: the trained policy
     assert (kept[batch["ranks_BC"] > 0] < 0).all() and (kept[batch["ranks_BC"] == 0] == 0).all()
 
 
 def test_one_device_and_two_microbatches_equal_eight(files, finished, monkeypatch):
     def one_device(_):
         types = (jax.sharding.AxisType.Auto,) * 3
-        mesh = jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"), axis_types=types, devices=jax.devices()[:1])
+        mesh = jax.make_mesh(
+            (1, 1, 1), ("data", "fsdp", "tensor"), axis_types=types, devices=jax.devices()[:1]
+        )
         jax.set_mesh(mesh)
         return mesh
 
@@ -135,8 +180,13 @@ def test_kto_on_judgements_starts_at_one_half(files):
     options = ["--loss=kto", "--unpaired", "--steps=24", "--beta=1"]
     run(train_dpo, *common(files, "judged"), *EIGHT, *options, f"--run={files}/judged")
     rows = rows_of(files / "judged")
-    assert rows[0]["loss"] == pytest.approx(0.5, rel=1e-5) and rows[0]["kl"] == pytest.approx(0, abs=1e-5)
-    late = {name: np.mean([row[name] for row in rows[-8:]]) for name in ("loss", "desirable", "undesirable")}
+    assert rows[0]["loss"] == pytest.approx(0.5, rel=1e-5) and rows[0]["kl"] == pytest.approx(
+        0, abs=1e-5
+    )
+    late = {
+        name: np.mean([row[name] for row in rows[-8:]])
+        for name in ("loss", "desirable", "undesirable")
+    }
     assert late["loss"] < 0.5 and late["desirable"] > late["undesirable"]
     assert not any("accuracy" in name for name in rows[-1])  # there is nothing to compare
 
@@ -148,33 +198,65 @@ def test_the_world_has_judgements():
 
 
 def test_kto_on_comparisons_with_gold_evaluation(files):
-    options = ["--loss=kto", "--max_prompt=64", "--max_new_tokens=4", "--gold", "--eval_every=2", "--steps=2"]
+    options = [
+        "--loss=kto",
+        "--max_prompt=64",
+        "--max_new_tokens=4",
+        "--gold",
+        "--eval_every=2",
+        "--steps=2",
+    ]
     last = run(train_dpo, *common(files), *EIGHT, *options, f"--run={files}/gold")
-    assert 0 <= last["gold/all"] <= 1 and np.isfinite(last["gold/kl"]) and 0 <= last["eval/accuracy"] <= 1
+    assert (
+        0 <= last["gold/all"] <= 1
+        and np.isfinite(last["gold/kl"])
+        and 0 <= last["eval/accuracy"] <= 1
+    )
     assert rows_of(files / "gold")[0]["loss"] == pytest.approx(0.5, rel=1e-5)
     assert "## Step 2" in (files / "gold" / "samples.md").read_text()
 
 
 def test_hindsight_prefix_switches_the_response(files):
     """Trained on chains of helpful and unhelpful answers, the policy gives the one that it is asked for."""
-    model, tokenizer = ModelConfig(**config.load_config(f"{files}/start")["model"]), Tokenizer.load(files / "start")
+    model, tokenizer = (
+        ModelConfig(**load_config(f"{files}/start")["model"]),
+        Tokenizer.load(files / "start"),
+    )
     respond = make_sampler(model, SamplingConfig(0.0, max_new_tokens=12), tokenizer)
-    prompts = [tokenizer.prompt(f"colour 3\n{p}") for p in (preferences.HELPFUL, preferences.UNHELPFUL)]
-    texts = [tokenizer.decode(t) for t in respond(load_params(f"{files}/start"), prompts, jax.random.key(0))]
+    prompts = [
+        tokenizer.prompt(f"colour 3\n{p}") for p in (preferences.HELPFUL, preferences.UNHELPFUL)
+    ]
+    texts = [
+        tokenizer.decode(t)
+        for t in respond(load_params(f"{files}/start"), prompts, jax.random.key(0))
+    ]
     assert texts == ["white", "black"]
 
 
 def test_spin_prefers_the_demonstration_to_what_the_policy_says(files, tmp_path):
-    said = {"white": preferences.HELPFUL, "black": preferences.UNHELPFUL}  # what the policy says to what
-    asked = {f"colour {i}\n{words}": response for i in range(20) for response, words in said.items()}
+    said = {
+        "white": preferences.HELPFUL,
+        "black": preferences.UNHELPFUL,
+    }  # what the policy says to what
+    asked = {
+        f"colour {i}\n{words}": response for i in range(20) for response, words in said.items()
+    }
     shown = [(prompt, response) for prompt in asked for response in ("white", "red")]
     rows = [{"prompt": prompt, "response": response} for prompt, response in shown]
     out = tmp_path / "spin.jsonl"
-    options = [f"--init={files}/start", f"--data={write(tmp_path / 'chats.jsonl', rows)}", f"--out={out}"]
+    options = [
+        f"--init={files}/start",
+        f"--data={write(tmp_path / 'chats.jsonl', rows)}",
+        f"--out={out}",
+    ]
     counts = run(collect_spin, *options, "--temperature=0", "--max_new_tokens=8")
     pairs = [json.loads(line) for line in out.read_text().splitlines()]
     kept = {p["prompt"][0]["content"] for p in pairs}  # the rest is held out
-    expected = {(prompt, response, asked[prompt]) for prompt, response in shown if response != asked[prompt]}
+    expected = {
+        (prompt, response, asked[prompt])
+        for prompt, response in shown
+        if response != asked[prompt]
+    }
     got = [(p["prompt"][0]["content"], p["chosen"], p["rejected"]) for p in pairs]
     assert sorted(got) == sorted(row for row in expected if row[0] in kept)
     assert counts == {"lines": len(pairs), "prompts": 2 * len(kept)} and len(kept) > 30
@@ -194,7 +276,12 @@ def mean_so_far(params, tokens, segments, positions, read=lambda x, _: x):
     return read(rows, jnp.eye(params.shape[-1])), None
 
 
-SETTINGS = {"beta": 0.3, "label_smoothing": 0.2, "delta": 0.7, "gamma": 0.5}  # those of test_direct.py's formulas
+SETTINGS = {
+    "beta": 0.3,
+    "label_smoothing": 0.2,
+    "delta": 0.7,
+    "simpo_margin": 0.5,
+}  # those of test_direct.py's formulas
 SETTINGS |= {"desirable_weight": 1.5, "undesirable_weight": 0.8}
 OWN = {"simpo": {"beta": 2.0}, "cpo": {"weight": 0.5}, "slic_hf": {"weight": 0.2}}
 
@@ -219,17 +306,26 @@ def in_loops(name, table, batch, kl):
             for c in real:
                 for t, x in tokens[c].items():
                     w = batch["weights_BCT"][b, c, t]
-                    total += w * np.log(1 - np.exp(x)) if w < 0 and name == "unlikelihood" else -w * x
+                    total += (
+                        w * np.log(1 - np.exp(x)) if w < 0 and name == "unlikelihood" else -w * x
+                    )
         elif name == "kto":
             for c in real:
                 weight = SETTINGS["desirable_weight" if ranks[c] == 1 else "undesirable_weight"]
                 r = logps[c] - batch["reference_BC"][b, c]
                 total += weight * (1 - kto_value(r, max(kl, 0.0), ranks[c] == 1, SETTINGS["beta"]))
         elif name in ("rrhf", "contrastive") and pairs:
-            x, n = ([of.get(c, 1.0) for c in range(len(ranks))] for of in (logps, {c: len(tokens[c]) for c in real}))
+            x, n = (
+                [of.get(c, 1.0) for c in range(len(ranks))]
+                for of in (logps, {c: len(tokens[c]) for c in real})
+            )
             total += ranked_in_loops(name, [x], [ranks], [n])[0]
         elif pairs:
-            x = {c: np.mean(list(tokens[c].values())) for c in real} if name in PER_TOKEN else logps
+            x = (
+                {c: np.mean(list(tokens[c].values())) for c in real}
+                if name in PER_TOKEN
+                else logps
+            )
             reference = dict(enumerate(batch.get("reference_BC", batch["ranks_BC"])[b]))
             if name == "slic_hf":  # its target is the chosen response
                 reference = x
@@ -253,7 +349,7 @@ def test_every_loss_of_the_script_is_the_papers_on_its_own_batches(files, name):
     source = open_source(str(files / "comparisons.jsonl"), "comparison", "train")
     table, direction = rng.normal(size=(2, tokenizer.size, tokenizer.size))
     settings = {**SETTINGS, "loss": name, "batch_size": 8, "length": 64, **OWN.get(name, {})}
-    c = settled(train_dpo.Config(**settings), direct.PAPERS.get(name, direct.USUAL))
+    c = fill_paper_defaults(train_dpo.Config(**settings), direct.PAPERS.get(name, direct.USUAL))
     objective, needs_reference = train_dpo.make_objective(c, mean_so_far)
     batch = dict(train_dpo.on_host(c, next(train_dpo.make_batches(c, source, tokenizer)), 1, 0))
     expected, kl = batch, 0.0
@@ -262,13 +358,20 @@ def test_every_loss_of_the_script_is_the_papers_on_its_own_batches(files, name):
         batch["reference_BC"] = (near + rng.normal(size=near.shape)).astype(np.float32)
     if name == "kto":
         mismatched = near[:, -1] - batch["reference_BC"][:, -1]
-        kl, batch = mismatched.mean(), train_dpo.make_with_kl(mean_so_far)(jnp.float32(table), batch)
+        kl, batch = (
+            mismatched.mean(),
+            train_dpo.make_with_kl(mean_so_far)(jnp.float32(table), batch),
+        )
         assert batch["ranks_BC"].shape[1] == expected["ranks_BC"].shape[1] - 1
         expected = {n: np.asarray(x) for n, x in batch.items()}
-    (loss, (weight, _)), grad = jax.jit(jax.value_and_grad(objective, has_aux=True))(jnp.float32(table), batch)
+    (loss, (weight, _)), grad = jax.jit(jax.value_and_grad(objective, has_aux=True))(
+        jnp.float32(table), batch
+    )
     np.testing.assert_allclose(loss, in_loops(name, table, expected, kl), rtol=1e-6)
     ahead, behind = (in_loops(name, table + x * direction, expected, kl) for x in (1e-5, -1e-5))
-    np.testing.assert_allclose((np.float64(grad) * direction).sum(), (ahead - behind) / 2e-5, rtol=2e-5)
+    np.testing.assert_allclose(
+        (np.float64(grad) * direction).sum(), (ahead - behind) / 2e-5, rtol=2e-5
+    )
     assert np.isfinite(grad).all() and np.abs(grad).max() > 0 and float(weight) > 0
 
 
@@ -280,7 +383,7 @@ def test_the_readmes_method_of_your_own_is_dpo(monkeypatch):
     exec(function, vars(direct).copy(), found := {})
     logps, beta = 3 * np.random.default_rng(0).normal(size=(4, 20)), 0.3
     with jax.enable_x64(True):
-        of = lambda loss: jax.vjp(partial(loss, beta=beta), *jnp.array(logps))  # noqa: E731
+        of = lambda loss: jax.vjp(partial(loss, beta=beta), *jnp.array(logps))
         (mine, slopes), (dpo, theirs) = of(found["mine"]), of(direct.dpo)
         np.testing.assert_allclose(mine, dpo, atol=1e-12)
         np.testing.assert_allclose(slopes(jnp.ones(20)), theirs(jnp.ones(20)), atol=1e-12)
@@ -288,7 +391,9 @@ def test_the_readmes_method_of_your_own_is_dpo(monkeypatch):
     source, place = inspect.getsource(train_dpo.make_objective), "to_a_reference = {\n"
     assert source.count(place) == 1
     exec(source.replace(place, place + entry), vars(train_dpo).copy(), made := {})
-    objective, needs_reference = made["make_objective"](train_dpo.Config(loss="mine", beta=beta), lookup)
+    objective, needs_reference = made["make_objective"](
+        train_dpo.Config(loss="mine", beta=beta), lookup
+    )
     assert needs_reference and objective.keywords["loss"].func is direct.mine
     assert objective.keywords["loss"].keywords == {"beta": beta}
 
@@ -301,7 +406,10 @@ def test_mismatched_responses_answer_another_prompt(files):
         for i in range(len(judged)):
             record, mine = judged[i], source[i]
             theirs = source[(i + (len(source) // 2 | 1)) % len(source)]
-            assert record["prompt"] == mine["prompt"] != theirs["prompt"] and record["ranking"][-1] == 0
+            assert (
+                record["prompt"] == mine["prompt"] != theirs["prompt"]
+                and record["ranking"][-1] == 0
+            )
             assert record["responses"][-1] in theirs.get("responses", [theirs.get("response")])
             if schema == "unpaired":
                 assert record["responses"][0] == mine["response"]
@@ -309,20 +417,28 @@ def test_mismatched_responses_answer_another_prompt(files):
             elif max(mine["ranking"]) == 1:
                 assert record["ranking"] == [0, 0, 0]
             else:
-                ranks = [mine["ranking"][mine["responses"].index(r)] for r in record["responses"][:2]]
+                ranks = [
+                    mine["ranking"][mine["responses"].index(r)] for r in record["responses"][:2]
+                ]
                 assert ranks == [1, max(mine["ranking"])] and record["ranking"] == [1, 2, 0]
 
 
 def test_the_kl_of_the_batch_is_a_mean_over_mismatched_pairs(files):
     tokenizer = Tokenizer.load(files / "start")
-    source = preferences.with_mismatched(open_source(str(files / "judged.jsonl"), "unpaired", "train"))
+    source = preferences.with_mismatched(
+        open_source(str(files / "judged.jsonl"), "unpaired", "train")
+    )
     batch = next(comparison_batches(source, tokenizer, batch_size=8, length=64))
     table = np.random.default_rng(0).normal(size=(tokenizer.size, tokenizer.size))
     logp, log_ratios = table - np.log(np.exp(table).sum(-1, keepdims=True)), []
     for b in range(8):
         tokens, mask = batch["tokens_BCT"][b, -1], batch["loss_mask_BCT"][b, -1]
-        log_ratios.append(sum(logp[tokens[t - 1], tokens[t]] for t in np.nonzero(mask)[0]) + 2.0 * b)
-    batch["reference_BC"] = -2.0 * np.arange(8, dtype=np.float32)[:, None] + np.zeros((1, 2), np.float32)
+        log_ratios.append(
+            sum(logp[tokens[t - 1], tokens[t]] for t in np.nonzero(mask)[0]) + 2.0 * b
+        )
+    batch["reference_BC"] = -2.0 * np.arange(8, dtype=np.float32)[:, None] + np.zeros(
+        (1, 2), np.float32
+    )
     made = train_dpo.make_with_kl(lookup)(jnp.float32(table), batch)
     np.testing.assert_allclose(made["kl_B"], np.mean(log_ratios), rtol=1e-5)
     assert made["tokens_BCT"].shape[1] == 1 and made["reference_BC"].shape == (8, 1)
@@ -330,13 +446,20 @@ def test_the_kl_of_the_batch_is_a_mean_over_mismatched_pairs(files):
 
 def test_hindsight_chains_count_responses_only(files):
     tokenizer = Tokenizer.load(files / "start")
-    record = {"prompt": [{"role": "user", "content": "q"}], "responses": ["bad", "good", "mid"], "ranking": [3, 1, 2]}
+    record = {
+        "prompt": [{"role": "user", "content": "q"}],
+        "responses": ["bad", "good", "mid"],
+        "ranking": [3, 1, 2],
+    }
     source = preferences.hindsight(Source("tests", range(2), lambda i: record))
     for i, order in ((0, ["good", "bad"]), (1, ["bad", "good"])):
         turns = source[i]["messages"]
         assert [turn["content"] for turn in turns[1::2]] == order
         words = {"good": preferences.HELPFUL, "bad": preferences.UNHELPFUL}
-        assert turns[0]["content"] == f"q\n{words[order[0]]}" and turns[2]["content"] == words[order[1]]
+        assert (
+            turns[0]["content"] == f"q\n{words[order[0]]}"
+            and turns[2]["content"] == words[order[1]]
+        )
         tokens, mask = tokenizer.chat(turns)
         assert tokenizer.decode(np.array(tokens)[np.array(mask) > 0]) == "".join(order)
     batch = next(chat_batches(source, tokenizer, batch_size=2, length=128))
@@ -352,22 +475,29 @@ def test_hindsight_chains_count_responses_only(files):
 def test_keys_know_a_candidate_whatever_its_padding(files):
     tokenizer = Tokenizer.load(files / "start")
     source = open_source(str(files / "comparisons.jsonl"), "comparison", "train")
-    short, wide = (next(comparison_batches(source, tokenizer, batch_size=8, length=n)) for n in (48, 128))
+    short, wide = (
+        next(comparison_batches(source, tokenizer, batch_size=8, length=n)) for n in (48, 128)
+    )
     assert short["tokens_BCT"].shape[2] != wide["tokens_BCT"].shape[2]
     assert candidate_keys(short) == candidate_keys(wide)
     real = short["ranks_BC"].ravel() > 0
     assert len(set(np.array(candidate_keys(short))[real].tolist())) == real.sum()
     short["loss_mask_BCT"][0, 0, 1] = 1 - short["loss_mask_BCT"][0, 0, 1]
-    assert candidate_keys(short) != candidate_keys(wide)  # control: where the response starts counts
+    assert candidate_keys(short) != candidate_keys(
+        wide
+    )  # control: where the response starts counts
 
 
 # ---- Mistakes
 
 
 def test_unpaired_records_are_read(tmp_path):
-    rows = [{"prompt": "a", "response": "b", "desirable": True}, {"prompt": "c", "completion": "d", "label": False}]
+    rows = [
+        {"prompt": "a", "response": "b", "desirable": True},
+        {"prompt": "c", "completion": "d", "label": False},
+    ]
     source = open_source(str(write(tmp_path / "u.jsonl", rows * 20)), "unpaired", "all")
-    turn = lambda text: [{"role": "user", "content": text}]  # noqa: E731
+    turn = lambda text: [{"role": "user", "content": text}]
     assert source[0] == {"prompt": turn("a"), "response": "b", "desirable": True}
     assert source[1] == {"prompt": turn("c"), "response": "d", "desirable": False}
 
@@ -394,14 +524,21 @@ MISTAKES = {
 def test_a_mistake_is_one_line(name, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     argv, place = MISTAKES[name]
-    assert place in fails(train_dpo, ["--model.preset=tiny", *argv], capsys) and not list(tmp_path.iterdir())
+    assert place in fails(train_dpo, ["--model.preset=tiny", *argv], capsys) and not list(
+        tmp_path.iterdir()
+    )
 
 
 @pytest.mark.parametrize("field", BAD_ROWS)
 def test_a_bad_judgement_names_file_line_and_field(field, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    path = write(tmp_path / "u.jsonl", [{"prompt": "a", "response": "b", "desirable": True}, BAD_ROWS[field]])
+    path = write(
+        tmp_path / "u.jsonl",
+        [{"prompt": "a", "response": "b", "desirable": True}, BAD_ROWS[field]],
+    )
     argv = ["--model.preset=tiny", "--loss=kto", "--unpaired", f"--data={path}"]
     assert f"{path}:2: {field}" in fails(train_dpo, argv, capsys)
-    compared = fails(train_dpo, ["--model.preset=tiny", f"--data={path}"], capsys)  # the same rows are no comparisons
+    compared = fails(
+        train_dpo, ["--model.preset=tiny", f"--data={path}"], capsys
+    )  # the same rows are no comparisons
     assert f"{path}:1: chosen: missing" in compared

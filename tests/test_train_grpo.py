@@ -8,17 +8,24 @@ import numpy as np
 import pytest
 from running import fails, rows_of, run, write
 
-import config
-import rewards
 import train_grpo
 import train_rm
 import train_sft
-from checkpoint import load_params
-from config import UserError
-from data import checks
+from rewards import scorer as rewards
+from runtime.errors import UserError
+from runtime.run_folder import load_config
+from tasks import answers as checks
+from train_state import load_params
 
 START = ["--optimizer.warmup=0", "--length=48", "--batch_size=8", "--steps=4", "--eval_every=0"]
-SHORT = ["--batch_size=64", "--minibatches=2", "--max_prompt=32", "--max_new_tokens=8", "--steps=2", "--eval_every=0"]
+SHORT = [
+    "--batch_size=64",
+    "--minibatches=2",
+    "--max_prompt=32",
+    "--max_new_tokens=8",
+    "--steps=2",
+    "--eval_every=0",
+]
 EIGHT = ["--mesh.data=1", "--mesh.fsdp=8"]
 OWN = """
 def even(response, record):
@@ -37,9 +44,19 @@ def files(tmp_path_factory):
         sums = [(f"{i} plus {j}", str(i + j)) for i in range(10) for j in range(10)]
         write(folder / "sums.jsonl", [{"prompt": p, "answer": a} for p, a in sums])
         write(folder / "chats.jsonl", [{"prompt": p, "response": a} for p, a in sums])
-        write(folder / "pairs.jsonl", [{"prompt": p, "chosen": a, "rejected": a + "1"} for p, a in sums])
+        write(
+            folder / "pairs.jsonl",
+            [{"prompt": p, "chosen": a, "rejected": a + "1"} for p, a in sums],
+        )
         (folder / "own.py").write_text(OWN)
-        run(train_sft, "--model.preset=tiny", *START, *EIGHT, f"--data={folder}/chats.jsonl", f"--run={folder}/sft")
+        run(
+            train_sft,
+            "--model.preset=tiny",
+            *START,
+            *EIGHT,
+            f"--data={folder}/chats.jsonl",
+            f"--run={folder}/sft",
+        )
         yield folder
 
 
@@ -65,22 +82,51 @@ COMMON = [*SHORT, "--init=sft", "--data=sums.jsonl", "--optimizer.lr=2e-3"]
 def test_a_second_reward_of_weight_0_changes_nothing_on_another_mesh(files):
     """check_first_update asserts in the runs that the first ratio is 1 and the first KL 0."""
     run(train_grpo, *COMMON, *EIGHT, "--reward=own:even", "--run=one")
-    both = ["--reward", "own:even", "data.checks:number", "--combine=weighted", "--weights", "1", "0"]
-    run(train_grpo, *COMMON, "--mesh.data=2", "--mesh.fsdp=2", "--mesh.tensor=2", *both, "--run=two")
-    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-4), load_params("one"), load_params("two"))
+    both = [
+        "--reward",
+        "own:even",
+        "tasks.answers:number",
+        "--combine=weighted",
+        "--weights",
+        "1",
+        "0",
+    ]
+    run(
+        train_grpo,
+        *COMMON,
+        "--mesh.data=2",
+        "--mesh.fsdp=2",
+        "--mesh.tensor=2",
+        *both,
+        "--run=two",
+    )
+    jax.tree.map(
+        partial(np.testing.assert_allclose, atol=1e-4), load_params("one"), load_params("two")
+    )
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), load_params("one"), load_params("sft"))
     assert max(jax.tree.leaves(moved)) > 1e-3  # control
     first, second = rows_of("one")[0], rows_of("two")[0]
     assert abs(first["kl"]) < 1e-5 and first["sampler_gap"] < 1e-4 and first["policy/skipped"] == 0
     assert second["reward/own:even"] == pytest.approx(first["score"], abs=1e-4)
-    assert 0 <= second["reward/data.checks:number"] <= 1
-    stored = config.load_config("one")
-    assert stored["kl_coef"] == 0.04 and stored["kl_estimator"] == "k3" and stored["samples_per_prompt"] == 8
+    assert 0 <= second["reward/tasks.answers:number"] <= 1
+    stored = load_config("one")
+    assert (
+        stored["kl_coef"] == 0.04
+        and stored["kl_estimator"] == "k3"
+        and stored["samples_per_prompt"] == 8
+    )
 
 
 @pytest.mark.slow
 def test_resuming_with_dynamic_sampling_is_bitwise_equal(files):
-    options = [*COMMON, *EIGHT, "--method=dapo", "--reward=own:even", "--steps=4", "--samples_per_prompt=2"]
+    options = [
+        *COMMON,
+        *EIGHT,
+        "--method=dapo",
+        "--reward=own:even",
+        "--steps=4",
+        "--samples_per_prompt=2",
+    ]
     run(train_grpo, *options, "--run=whole", "--save_every=2")
     shutil.copytree("whole", "cut")
     shutil.rmtree("cut/checkpoints/4")
@@ -93,17 +139,33 @@ def test_resuming_with_dynamic_sampling_is_bitwise_equal(files):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["dr_grpo", "dapo", "gspo", "rloo", "reinforce_pp", "online_dpo"])
+@pytest.mark.parametrize(
+    "method", ["dr_grpo", "dapo", "gspo", "rloo", "reinforce_pp", "online_dpo"]
+)
 def test_every_method_runs_and_starts_at_the_reference(reward_model, method):
-    extra = {"reinforce_pp": ["--shaping=0.5"], "rloo": ["--entropy_coef=0.01"], "online_dpo": ["--temperature=0.8"]}
+    extra = {
+        "reinforce_pp": ["--shaping=0.5"],
+        "rloo": ["--entropy_coef=0.01"],
+        "online_dpo": ["--temperature=0.8"],
+    }
     both = ["--reward", reward_model, "own:even", "--combine=gated", "--gate=1"]
-    run(train_grpo, *COMMON, *EIGHT, f"--method={method}", *both, *extra.get(method, []), f"--run={method}")
+    run(
+        train_grpo,
+        *COMMON,
+        *EIGHT,
+        f"--method={method}",
+        *both,
+        *extra.get(method, []),
+        f"--run={method}",
+    )
     rows = rows_of(method)
     assert 0 <= rows[0]["reward/own:even"] <= 1 and np.isfinite(rows[0]["reward/rm"])
     assert abs(rows[0]["kl"]) < 1e-5 and all(row["policy/skipped"] == 0 for row in rows)
     assert rows[1]["kl"] != 0 and all(np.isfinite(row["policy/loss"]) for row in rows)
     if method == "online_dpo":
-        assert rows[0]["policy/loss"] == pytest.approx(np.log(2), abs=0.2)  # its second minibatch has moved already
+        assert rows[0]["policy/loss"] == pytest.approx(
+            np.log(2), abs=0.2
+        )  # its second minibatch has moved already
 
 
 @pytest.mark.slow
@@ -112,15 +174,23 @@ def test_a_checkable_reward_is_learnt(files):
     options = ["--batch_size=128", "--steps=40", "--optimizer.lr=3e-3", "--kl_coef=0"]
     run(train_grpo, *COMMON, *options, *EIGHT, "--reward=own:even", "--run=even")
     rows = rows_of("even")
-    assert np.mean([row["score"] for row in rows[-3:]]) > np.mean([row["score"] for row in rows[:3]]) + 0.3
+    assert (
+        np.mean([row["score"] for row in rows[-3:]])
+        > np.mean([row["score"] for row in rows[:3]]) + 0.3
+    )
 
 
 def test_checks_compare_numbers_and_texts():
     record = {"prompt": [], "answer": "She has 3 + 4 = 7.\n#### 1,234"}
     told = ["it is 1234", "1,234.0 of 5", "so 1,234.", "none", "it is -1234"]
     assert [checks.number(text, record) for text in told] == [1.0, 0.0, 1.0, 0.0, 0.0]
-    assert checks.number("none", {"answer": "none"}) == 0.0  # two texts without a number do not agree
-    assert [checks.exact(text, {"answer": "New York"}) for text in ("new  york ", "york")] == [1.0, 0.0]
+    assert (
+        checks.number("none", {"answer": "none"}) == 0.0
+    )  # two texts without a number do not agree
+    assert [checks.exact(text, {"answer": "New York"}) for text in ("new  york ", "york")] == [
+        1.0,
+        0.0,
+    ]
     with pytest.raises(UserError, match="answer"):
         checks.exact("a", {"prompt": []})
 

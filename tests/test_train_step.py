@@ -9,29 +9,30 @@ import numpy as np
 import optax
 import pytest
 
-from config import UserError
-from model import PRESETS, LanguageModel, ScalarModel, pure
+from model import LanguageModel, ScalarModel, init_and_apply
+from model_config import PRESETS
 from objectives.likelihood import likelihood_objective
+from runtime.errors import UserError
 from sharding import RULES, path_name
+from train_state import as_items, from_items, init_state
 from train_step import (
     OptimizerConfig,
-    as_items,
     decayed,
-    from_items,
-    init_state,
     make_evaluation,
     make_optimizer,
     make_schedule,
     make_train_step,
 )
 
-TINY = dataclasses.replace(PRESETS["tiny"], vocab=40, width=16, hidden=24, head_width=4)
+TINY = dataclasses.replace(PRESETS["tiny"], vocab=40, width=16, mlp_width=24, head_dim=4)
 PLAIN = OptimizerConfig(lr=0.05, schedule="constant", warmup=0, weight_decay=0.0)
 
 
 def regression(params, batch):
     """Weighted square error: a small objective with uneven weights."""
-    error_B = jnp.square(batch["x_BD"] @ params["w"] + params["bias"] - batch["y_B"]) * batch["weight_B"]
+    error_B = (
+        jnp.square(batch["x_BD"] @ params["w"] + params["bias"] - batch["y_B"]) * batch["weight_B"]
+    )
     weight = batch["weight_B"].sum()
     return error_B.sum(), (weight, {"error": (jnp.sqrt(error_B).sum(), weight)})
 
@@ -39,7 +40,11 @@ def regression(params, batch):
 def regression_batch(seed=0, rows=8):
     rng = np.random.default_rng(seed)
     x, y = rng.normal(size=(rows, 3)), rng.normal(size=rows)
-    return {"x_BD": np.float32(x), "y_B": np.float32(y), "weight_B": np.float32(rng.integers(1, 9, rows))}
+    return {
+        "x_BD": np.float32(x),
+        "y_B": np.float32(y),
+        "weight_B": np.float32(rng.integers(1, 9, rows)),
+    }
 
 
 def start(optimizer):
@@ -59,11 +64,14 @@ def language_batch(seed):
 
 
 def close(x, y, atol):
-    return all(np.allclose(a, b, atol=atol) for a, b in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True))
+    return all(
+        np.allclose(a, b, atol=atol)
+        for a, b in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True)
+    )
 
 
 def test_accumulation_equals_one_batch_with_unequal_token_counts():
-    init, apply = pure(LanguageModel(TINY))
+    init, apply = init_and_apply(LanguageModel(TINY))
     objective = partial(likelihood_objective, apply)
     params = jax.jit(init)(jax.random.key(0))
 
@@ -92,15 +100,24 @@ def test_clipping_equals_numpy_and_metrics_are_means():
     batch, lr = regression_batch(), 0.1
     x, y, weight = (batch[k].astype(np.float64) for k in ("x_BD", "y_B", "weight_B"))
     error = x @ [0.5, -1, 2] + 0.3 - y
-    grad_w, grad_b = 2 * (weight * error) @ x / weight.sum(), 2 * (weight * error).sum() / weight.sum()
+    grad_w, grad_b = (
+        2 * (weight * error) @ x / weight.sum(),
+        2 * (weight * error).sum() / weight.sum(),
+    )
     norm = math.sqrt(grad_w @ grad_w + grad_b**2)
     for clip in (0.25, 100.0):
-        state, metrics = make_train_step(regression, optax.sgd(lr), 1, clip)(start(optax.sgd(lr)), batch)
+        state, metrics = make_train_step(regression, optax.sgd(lr), 1, clip)(
+            start(optax.sgd(lr)), batch
+        )
         factor = min(1.0, clip / norm)
-        np.testing.assert_allclose(state.params["w"], [0.5, -1, 2] - lr * factor * grad_w, atol=1e-6)
+        np.testing.assert_allclose(
+            state.params["w"], [0.5, -1, 2] - lr * factor * grad_w, atol=1e-6
+        )
         np.testing.assert_allclose(state.params["bias"], 0.3 - lr * factor * grad_b, atol=1e-6)
         assert float(metrics["grad_norm"]) == pytest.approx(norm, rel=1e-5)  # before clipping
-        assert float(metrics["loss"]) == pytest.approx((weight * error**2).sum() / weight.sum(), rel=1e-5)
+        assert float(metrics["loss"]) == pytest.approx(
+            (weight * error**2).sum() / weight.sum(), rel=1e-5
+        )
         mean = (np.sqrt(weight) * np.abs(error)).sum() / weight.sum()
         assert float(metrics["error"]) == pytest.approx(mean, rel=1e-5)
     assert norm > 0.25  # control: the first was clipped
@@ -112,9 +129,14 @@ def numpy_adamw(config, steps, decay, gradient, params):
     for t in range(1, steps + 1):
         g = gradient(params, t - 1)
         g = g * min(1.0, 1.0 / np.linalg.norm(g))
-        m, v = config.beta1 * m + (1 - config.beta1) * g, config.beta2 * v + (1 - config.beta2) * g * g
+        m, v = (
+            config.beta1 * m + (1 - config.beta1) * g,
+            config.beta2 * v + (1 - config.beta2) * g * g,
+        )
         unbiased_m, unbiased_v = m / (1 - config.beta1**t), v / (1 - config.beta2**t)
-        params = params - config.lr * (unbiased_m / (np.sqrt(unbiased_v) + config.eps) + decay * params)
+        params = params - config.lr * (
+            unbiased_m / (np.sqrt(unbiased_v) + config.eps) + decay * params
+        )
     return params
 
 
@@ -131,7 +153,9 @@ def test_adamw_equals_float64_numpy_over_five_steps():
     step, state = make_train_step(regression, optimizer), start(optimizer)
     for seed in range(5):
         state, _ = step(state, regression_batch(seed))
-    want = numpy_adamw(config, 5, np.array([0.2, 0.2, 0.2, 0]), numpy_gradient, np.array([0.5, -1, 2, 0.3]))
+    want = numpy_adamw(
+        config, 5, np.array([0.2, 0.2, 0.2, 0]), numpy_gradient, np.array([0.5, -1, 2, 0.3])
+    )
     got = np.append(state.params["w"], state.params["bias"])
     np.testing.assert_allclose(got, want, atol=2e-6)
     control = numpy_adamw(config, 5, np.full(4, 0.2), numpy_gradient, np.array([0.5, -1, 2, 0.3]))
@@ -157,11 +181,13 @@ def test_a_first_moment_in_bfloat16_is_right_to_its_rounding():
 def test_weight_decay_shrinks_all_but_norms_and_biases(name):
     """With no gradient at all, only decay moves parameters: by lr times its coefficient, for either optimiser."""
     config = dataclasses.replace(TINY, qkv_bias=True, qk_norm=True)
-    shapes = jax.eval_shape(pure(ScalarModel(config))[0], jax.random.key(0))
+    shapes = jax.eval_shape(init_and_apply(ScalarModel(config))[0], jax.random.key(0))
     params = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), shapes)
     optimizer = make_optimizer(dataclasses.replace(PLAIN, name=name, lr=0.1, weight_decay=0.2), 5)
-    nothing = lambda params, batch: (0.0 * batch["x"].sum(), (jnp.float32(1), {}))  # noqa: E731
-    state, _ = make_train_step(nothing, optimizer)(init_state(params, optimizer), {"x": np.ones((2, 1))})
+    nothing = lambda params, batch: (0.0 * batch["x"].sum(), (jnp.float32(1), {}))
+    state, _ = make_train_step(nothing, optimizer)(
+        init_state(params, optimizer), {"x": np.ones((2, 1))}
+    )
     want = jax.tree.map(lambda is_decayed: 0.98 if is_decayed else 1.0, decayed(shapes))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), state.params, want)
     kept = {path_name(path) for path, x in jax.tree_util.tree_leaves_with_path(want) if x == 1}
@@ -183,7 +209,9 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted():
     for count, batch in enumerate(faults, start=1):
         before = jax.tree.map(np.array, state)
         state, metrics = step(state, batch)
-        assert int(state.skipped) == count == int(metrics["skipped"]) and int(state.step) == 1 + count
+        assert (
+            int(state.skipped) == count == int(metrics["skipped"]) and int(state.step) == 1 + count
+        )
         jax.tree.map(
             lambda x, y: np.testing.assert_array_equal(x, y),
             (state.params, state.opt_state),
@@ -191,7 +219,11 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted():
         )
     before = np.array(state.params["w"])
     state, metrics = step(state, good)  # control: the next good one moves
-    assert (state.params["w"] != before).all() and int(state.skipped) == 3 and np.isfinite(metrics["loss"])
+    assert (
+        (state.params["w"] != before).all()
+        and int(state.skipped) == 3
+        and np.isfinite(metrics["loss"])
+    )
 
 
 def test_one_bad_microbatch_spoils_the_whole_update():
@@ -214,12 +246,16 @@ def test_schedules_start_peak_and_end_in_closed_form():
         share = 0.1 + 0.9 * (1 + math.cos(math.pi * t / 100)) / 2
         assert rate("cosine", 10 + t) == pytest.approx(0.4 * share, rel=1e-5)
         assert rate("linear", 10 + t) == pytest.approx(0.4 * (1 - 0.9 * t / 100), rel=1e-5)
-        assert rate("inverse_sqrt", 10 + t) == pytest.approx(0.4 * math.sqrt(10 / (10 + t)), rel=1e-5)
+        assert rate("inverse_sqrt", 10 + t) == pytest.approx(
+            0.4 * math.sqrt(10 / (10 + t)), rel=1e-5
+        )
         assert rate("constant", 10 + t) == pytest.approx(0.4)
     assert rate("cosine", 500) == pytest.approx(0.04) == pytest.approx(rate("linear", 500))
 
 
-@pytest.mark.parametrize("fields", [{"warmup": 10}, {"warmup": -1}, {"lr": 0.0}, {"lr": float("nan")}])
+@pytest.mark.parametrize(
+    "fields", [{"warmup": 10}, {"warmup": -1}, {"lr": 0.0}, {"lr": float("nan")}]
+)
 def test_impossible_schedules_are_refused_by_name(fields):
     with pytest.raises(UserError, match=f"--optimizer.{next(iter(fields))}="):
         make_schedule(dataclasses.replace(PLAIN, **fields), 10)
@@ -240,7 +276,7 @@ def test_adafactor_learns():
 def test_each_parameter_matches_exactly_one_rule(name, model):
     for fields in ({}, {"qkv_bias": True, "qk_norm": True, "tied": False}):
         config = dataclasses.replace(PRESETS[name], **fields)
-        shapes = jax.eval_shape(pure(model(config))[0], jax.random.key(0))
+        shapes = jax.eval_shape(init_and_apply(model(config))[0], jax.random.key(0))
         for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
             found = [spec for pattern, spec in RULES if re.fullmatch(pattern, path_name(path))]
             assert len(found) == 1, path_name(path)
@@ -262,4 +298,6 @@ def test_evaluation_is_the_mean_over_all_tokens_of_all_batches():
     parts, whole = evaluate(params, batches), evaluate(params, [joined])
     assert parts == pytest.approx(whole, rel=1e-5) and parts.keys() == {"eval/loss", "eval/error"}
     means = [evaluate(params, [batch])["eval/loss"] for batch in batches]
-    assert abs(sum(means) / 2 - parts["eval/loss"]) > 1e-3  # control: a mean of means is another number
+    assert (
+        abs(sum(means) / 2 - parts["eval/loss"]) > 1e-3
+    )  # control: a mean of means is another number

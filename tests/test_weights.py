@@ -16,23 +16,30 @@ import pytest
 import sentencepiece
 from safetensors.numpy import load_file, save_file
 
-import config
-import families
 import train_sft
-import weights
-from checkpoint import load_params
-from config import load_config
 from data.tokenizer import Tokenizer
-from model import PRESETS, LanguageModel, ModelConfig, pure
+from model import LanguageModel, init_and_apply
+from model_config import PRESETS, ModelConfig
+from runtime import flags as config
+from runtime.errors import UserError
+from runtime.run_folder import load_config
 from tests.test_errors import fails
 from tests.test_tokenizer import CORPUS
+from train_state import load_params
+from weights import convert as weights
+from weights import families
 
 D, F, L, N, K, V = 16, 24, 3, 4, 2, 384
 SHAPE = {
     "vocab_size": V, "hidden_size": D, "intermediate_size": F, "num_hidden_layers": L, "num_attention_heads": N,
     "num_key_value_heads": K, "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "rope_theta": 100.0,
 }  # fmt: skip
-LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+LLAMA3 = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 QWEN = {"use_sliding_window": False, "sliding_window": 3, "max_window_layers": 0}
 CONFIGS = {  # what config.json says beside SHAPE
     "llama 2": {"model_type": "llama", "hidden_act": "silu"},
@@ -54,20 +61,34 @@ def checkpoint(c, seed=0):
     """Random tensors by their names in a folder of the family, as the published layouts have them."""
     rng = np.random.default_rng(seed)
     n, k, h = c["num_attention_heads"], c["num_key_value_heads"], c.get("head_dim", D // N)
-    layer = {"self_attn.q_proj": (n * h, D), "self_attn.k_proj": (k * h, D), "self_attn.v_proj": (k * h, D)}
-    layer |= {"self_attn.o_proj": (D, n * h), "mlp.gate_proj": (F, D), "mlp.up_proj": (F, D), "mlp.down_proj": (D, F)}
+    layer = {
+        "self_attn.q_proj": (n * h, D),
+        "self_attn.k_proj": (k * h, D),
+        "self_attn.v_proj": (k * h, D),
+    }
+    layer |= {
+        "self_attn.o_proj": (D, n * h),
+        "mlp.gate_proj": (F, D),
+        "mlp.up_proj": (F, D),
+        "mlp.down_proj": (D, F),
+    }
     tensors = {"model.embed_tokens.weight": rng.normal(size=(V, D))}
     for i in range(L):
         at = f"model.layers.{i}."
-        tensors |= {f"{at}{name}.weight": 0.3 * rng.normal(size=shape) for name, shape in layer.items()}
+        tensors |= {
+            f"{at}{name}.weight": 0.3 * rng.normal(size=shape) for name, shape in layer.items()
+        }
         norms = {"input_layernorm": D, "post_attention_layernorm": D}
         if c["model_type"] == "qwen3":
             norms |= {"self_attn.q_norm": h, "self_attn.k_norm": h}
         if c["model_type"] == "qwen2":
             tensors |= {
-                f"{at}self_attn.{x}_proj.bias": rng.normal(size=m * h) for x, m in {"q": n, "k": k, "v": k}.items()
+                f"{at}self_attn.{x}_proj.bias": rng.normal(size=m * h)
+                for x, m in {"q": n, "k": k, "v": k}.items()
             }
-        tensors |= {f"{at}{name}.weight": 1 + 0.3 * rng.normal(size=size) for name, size in norms.items()}
+        tensors |= {
+            f"{at}{name}.weight": 1 + 0.3 * rng.normal(size=size) for name, size in norms.items()
+        }
     tensors["model.norm.weight"] = 1 + 0.3 * rng.normal(size=D)
     if not c.get("tie_word_embeddings", c["model_type"] == "gemma"):
         tensors["lm_head.weight"] = 0.3 * rng.normal(size=(V, D))
@@ -77,7 +98,11 @@ def checkpoint(c, seed=0):
 def turned(x_TNH, c):
     """RoPE on pairs (i, i + H/2) as complex numbers; Llama 3's scaling by wavelength (its reference code's cases)."""
     T, _, H = x_TNH.shape
-    rope = {"rope_theta": c["rope_theta"], **c.get("rope_scaling", {}), **c.get("rope_parameters", {})}
+    rope = {
+        "rope_theta": c["rope_theta"],
+        **c.get("rope_scaling", {}),
+        **c.get("rope_parameters", {}),
+    }
     angles = []
     for i in range(H // 2):
         f = rope["rope_theta"] ** (-2 * i / H)
@@ -101,7 +126,10 @@ def forward(tensors, c, tokens_T):
     """Float64 logits [T, V], a query at a time; rows of their matrices are outputs."""
     w = {name: np.asarray(x, np.float64) for name, x in tensors.items()}
     gemma, n, k = c["model_type"] == "gemma", c["num_attention_heads"], c["num_key_value_heads"]
-    T, window = len(tokens_T), c.get("sliding_window") if c.get("use_sliding_window", True) else None
+    T, window = (
+        len(tokens_T),
+        c.get("sliding_window") if c.get("use_sliding_window", True) else None,
+    )
 
     def norm(x, scale):
         return x / np.sqrt((x * x).mean(-1, keepdims=True) + c["rms_norm_eps"]) * (scale + gemma)
@@ -114,7 +142,9 @@ def forward(tensors, c, tokens_T):
     x_TD = w["model.embed_tokens.weight"][tokens_T] * (np.sqrt(D) if gemma else 1)
     for i in range(L):
         p = {
-            name.removeprefix(f"model.layers.{i}."): x for name, x in w.items() if name.startswith(f"model.layers.{i}.")
+            name.removeprefix(f"model.layers.{i}."): x
+            for name, x in w.items()
+            if name.startswith(f"model.layers.{i}.")
         }
         y = norm(x_TD, p["input_layernorm.weight"])
         heads = {}
@@ -135,9 +165,13 @@ def forward(tensors, c, tokens_T):
         y = norm(x_TD, p["post_attention_layernorm.weight"])
         x_TD = (
             x_TD
-            + (act(y @ p["mlp.gate_proj.weight"].T) * (y @ p["mlp.up_proj.weight"].T)) @ p["mlp.down_proj.weight"].T
+            + (act(y @ p["mlp.gate_proj.weight"].T) * (y @ p["mlp.up_proj.weight"].T))
+            @ p["mlp.down_proj.weight"].T
         )
-    return norm(x_TD, w["model.norm.weight"]) @ w.get("lm_head.weight", w["model.embed_tokens.weight"]).T
+    return (
+        norm(x_TD, w["model.norm.weight"])
+        @ w.get("lm_head.weight", w["model.embed_tokens.weight"]).T
+    )
 
 
 def write(folder, c, tensors, files=1):
@@ -147,11 +181,16 @@ def write(folder, c, tensors, files=1):
     if not (folder / "tokenizer.model").exists():
         Tokenizer.train(CORPUS, folder / "tokenizer.model", V)
     names = (
-        [f"model-{i + 1:05}-of-{files:05}.safetensors" for i in range(files)] if files > 1 else ["model.safetensors"]
+        [f"model-{i + 1:05}-of-{files:05}.safetensors" for i in range(files)]
+        if files > 1
+        else ["model.safetensors"]
     )
     where = {name: names[i % files] for i, name in enumerate(tensors)}
     for name in names:
-        save_file({t: np.ascontiguousarray(x) for t, x in tensors.items() if where[t] == name}, folder / name)
+        save_file(
+            {t: np.ascontiguousarray(x) for t, x in tensors.items() if where[t] == name},
+            folder / name,
+        )
     if files > 1:
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
     return folder
@@ -169,7 +208,7 @@ def exported(run, folder, *flags):
 @functools.cache
 def logits_of(model):
     """A compiled (params, tokens_BT) -> logits_BTV of the decoder."""
-    apply = pure(LanguageModel(model))[1]
+    apply = init_and_apply(LanguageModel(model))[1]
 
     def logits_BTV(params, tokens_BT):
         positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
@@ -179,7 +218,11 @@ def logits_of(model):
 
 
 def logits(run):
-    return np.asarray(logits_of(ModelConfig(**load_config(str(run))["model"]))(load_params(str(run)), TOKENS[None])[0])
+    return np.asarray(
+        logits_of(ModelConfig(**load_config(str(run))["model"]))(
+            load_params(str(run)), TOKENS[None]
+        )[0]
+    )
 
 
 TOKENS = np.random.default_rng(1).integers(0, V, 21).astype(np.int32)
@@ -190,23 +233,40 @@ def test_logits_of_a_random_checkpoint_and_its_round_trip(name, tmp_path, capsys
     c = SHAPE | CONFIGS[name]
     tensors = checkpoint(c)
     sharded = ["--mesh.data=2", "--mesh.fsdp=2", "--mesh.tensor=2"]
-    run_of(write(tmp_path / "theirs", c, tensors, files=1 + len(name) % 3), tmp_path / "run", *sharded)
+    run_of(
+        write(tmp_path / "theirs", c, tensors, files=1 + len(name) % 3), tmp_path / "run", *sharded
+    )
     want = forward(tensors, c, TOKENS)
     np.testing.assert_allclose(logits(tmp_path / "run"), want, atol=1e-4)
     # Control: position, window, norms and biases all matter to these numbers.
-    other = {**c, "rope_theta": 7.0, "rope_parameters": {}, "rms_norm_eps": 0.01, "sliding_window": 2}
+    other = {
+        **c,
+        "rope_theta": 7.0,
+        "rope_parameters": {},
+        "rms_norm_eps": 0.01,
+        "sliding_window": 2,
+    }
     assert np.abs(forward(tensors, other, TOKENS) - want).max() > 1e-2
 
     folder = exported(tmp_path / "run", tmp_path / "ours")
     again = load_file(folder / "model.safetensors")
-    assert again.keys() == tensors.keys() and all(np.array_equal(again[name], x) for name, x in tensors.items())
-    mine, stored = families.model_of(folder / "config.json"), ModelConfig(**load_config(str(tmp_path / "run"))["model"])
+    assert again.keys() == tensors.keys() and all(
+        np.array_equal(again[name], x) for name, x in tensors.items()
+    )
+    mine, stored = (
+        families.model_of(folder / "config.json"),
+        ModelConfig(**load_config(str(tmp_path / "run"))["model"]),
+    )
     assert dataclasses.replace(mine, preset="") == dataclasses.replace(stored, preset="")
-    assert mine.preset == ("llama" if name == "mistral without window" else c["model_type"])  # the two are one then
+    assert mine.preset == (
+        "llama" if name == "mistral without window" else c["model_type"]
+    )  # the two are one then
     run_of(folder, tmp_path / "again")
     trees = [load_params(str(tmp_path / run)) for run in ("run", "again")]
     assert jax.tree.all(jax.tree.map(np.array_equal, *trees))
-    assert (folder / "tokenizer.model").read_bytes() == (tmp_path / "theirs" / "tokenizer.model").read_bytes()
+    assert (folder / "tokenizer.model").read_bytes() == (
+        tmp_path / "theirs" / "tokenizer.model"
+    ).read_bytes()
     weights.save(tmp_path / "saved", *weights.load(folder), Tokenizer.load(tmp_path / "run"))
     for name in ("config.json", "model.safetensors", "tokenizer.model"):
         assert (tmp_path / "saved" / name).read_bytes() == (folder / name).read_bytes()
@@ -214,7 +274,8 @@ def test_logits_of_a_random_checkpoint_and_its_round_trip(name, tmp_path, capsys
 
 WRONG = {
     "q transposed": lambda t: (
-        t | {"model.layers.1.self_attn.q_proj.weight": t["model.layers.1.self_attn.q_proj.weight"].T}
+        t
+        | {"model.layers.1.self_attn.q_proj.weight": t["model.layers.1.self_attn.q_proj.weight"].T}
     ),
     "k and v swapped": lambda t: swap(
         t, "model.layers.0.self_attn.k_proj.weight", "model.layers.0.self_attn.v_proj.weight"
@@ -225,7 +286,9 @@ WRONG = {
     "two layers swapped": lambda t: swap(
         t, "model.layers.0.mlp.down_proj.weight", "model.layers.1.mlp.down_proj.weight"
     ),
-    "norms swapped": lambda t: swap(t, "model.layers.0.input_layernorm.weight", "model.norm.weight"),
+    "norms swapped": lambda t: swap(
+        t, "model.layers.0.input_layernorm.weight", "model.norm.weight"
+    ),
     "heads interleaved": lambda t: (
         t
         | {
@@ -269,7 +332,9 @@ def test_half_precision_is_read_exactly_and_exports_are_cut_into_files(tmp_path,
         found |= part
     assert len(files) > 2 and files[-1].name.endswith(f"-of-{len(files):05}.safetensors")
     assert found.keys() == half.keys() == index["weight_map"].keys()
-    assert all(found[name].dtype == x.dtype and np.array_equal(found[name], x) for name, x in half.items())
+    assert all(
+        found[name].dtype == x.dtype and np.array_equal(found[name], x) for name, x in half.items()
+    )
     assert index["metadata"]["total_size"] == sum(x.nbytes for x in half.values())
 
 
@@ -285,44 +350,76 @@ def test_mistakes_are_one_line(tmp_path, capsys):
         assert not (tmp_path / "run").exists() and str(folder) in line
         return line
 
-    assert f"{norm}: missing (of 1)" in told(tensors={k: x for k, x in tensors.items() if k != norm})
-    assert "model.extra: unknown" in told(tensors={**tensors, "model.extra": np.zeros(3, np.float32)})
-    assert f"{norm}: shape (15,), by config.json (16,)" in told(tensors={**tensors, norm: np.zeros(15, np.float32)})
+    assert f"{norm}: missing (of 1)" in told(
+        tensors={k: x for k, x in tensors.items() if k != norm}
+    )
+    assert "model.extra: unknown" in told(
+        tensors={**tensors, "model.extra": np.zeros(3, np.float32)}
+    )
+    assert f"{norm}: shape (15,), by config.json (16,)" in told(
+        tensors={**tensors, norm: np.zeros(15, np.float32)}
+    )
     assert f"{norm}: type I32" in told(tensors={**tensors, norm: np.zeros(D, np.int32)})
-    assert "lm_head.weight: missing" in told(tensors={k: x for k, x in tensors.items() if k != "lm_head.weight"})
+    assert "lm_head.weight: missing" in told(
+        tensors={k: x for k, x in tensors.items() if k != "lm_head.weight"}
+    )
     assert "model_type 'gemma2' is not covered: soft caps" in told({**c, "model_type": "gemma2"})
     assert "model_type None" in told({k: x for k, x in c.items() if k != "model_type"})
-    assert "'yarn' is not covered" in told({**c, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}})
+    assert "'yarn' is not covered" in told(
+        {**c, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}
+    )
     assert "'factor' is missing" in told({**c, "rope_scaling": {"rope_type": "linear"}})
     assert "attention_bias is not covered" in told({**c, "attention_bias": True})
     assert "quantization_config" in told({**c, "quantization_config": {"bits": 4}})
     assert "hidden_act 'relu'" in told({**c, "hidden_act": "relu"})
     assert "'hidden_size' is missing" in told({k: x for k, x in c.items() if k != "hidden_size"})
-    mixed = {**c, **QWEN, "model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 2}
+    mixed = {
+        **c,
+        **QWEN,
+        "model_type": "qwen2",
+        "use_sliding_window": True,
+        "max_window_layers": 2,
+    }
     assert "with and without a window" in told(mixed)
-    cut = lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-9])  # noqa: E731
+    cut = lambda f: (f / "model.safetensors").write_bytes(
+        (f / "model.safetensors").read_bytes()[:-9]
+    )
     assert "no readable safetensors file" in told(spoil=cut)
-    assert "no readable safetensors file" in told(spoil=lambda f: (f / "model.safetensors").unlink())
-    assert "-of-00002.safetensors" in told(spoil=lambda f: next(f.glob("*-00002.safetensors")).unlink(), files=2)
+    assert "no readable safetensors file" in told(
+        spoil=lambda f: (f / "model.safetensors").unlink()
+    )
+    assert "-of-00002.safetensors" in told(
+        spoil=lambda f: next(f.glob("*-00002.safetensors")).unlink(), files=2
+    )
     index = "model.safetensors.index.json"
     assert f"{index}: not readable" in told(spoil=lambda f: (f / index).write_text("{}"), files=2)
-    assert "not readable as a JSON object" in told(spoil=lambda f: (f / "config.json").write_text("[1]"))
+    assert "not readable as a JSON object" in told(
+        spoil=lambda f: (f / "config.json").write_text("[1]")
+    )
     assert "config.json: missing" in told(spoil=lambda f: (f / "config.json").unlink())
     assert "no tokenizer.model" in told(spoil=lambda f: (f / "tokenizer.model").unlink())
-    assert "tokenizer cannot be read" in told(spoil=lambda f: (f / "tokenizer.model").write_bytes(b"oops"))
+    assert "tokenizer cannot be read" in told(
+        spoil=lambda f: (f / "tokenizer.model").write_bytes(b"oops")
+    )
     assert "--read" in fails(weights, [], capsys)
 
     run_of(write(tmp_path / "good", c, tensors | {embed: tensors[embed] + 1}), tmp_path / "run")
-    assert "name another --run" in fails(weights, [f"--read={tmp_path / 'good'}", f"--run={tmp_path / 'run'}"], capsys)
-    assert "exists" in fails(weights, [f"--run={tmp_path / 'run'}", f"--write={tmp_path / 'good'}"], capsys)
+    assert "name another --run" in fails(
+        weights, [f"--read={tmp_path / 'good'}", f"--run={tmp_path / 'run'}"], capsys
+    )
+    assert "exists" in fails(
+        weights, [f"--run={tmp_path / 'run'}", f"--write={tmp_path / 'good'}"], capsys
+    )
     strange = ModelConfig(qk_norm=True, qkv_bias=True)
-    with pytest.raises(config.UserError, match="qk_norm and qkv_bias together"):
+    with pytest.raises(UserError, match="qk_norm and qkv_bias together"):
         families.config_of(strange, None, "float32")
 
 
 def test_presets_are_exported_as_their_own_families():
     tokenizer = type("Tokenizer", (), {"bos": 1, "eos": 2, "pad": 0})
-    kinds = {n: families.config_of(m, tokenizer, "float32")["model_type"] for n, m in PRESETS.items()}
+    kinds = {
+        n: families.config_of(m, tokenizer, "float32")["model_type"] for n, m in PRESETS.items()
+    }
     assert kinds["llama3.2-1b"] == kinds["llama3-70b"] == "llama"
     assert (kinds["qwen3-0.6b"], kinds["mistral-7b"]) == ("qwen3", "mistral")
 
@@ -330,17 +427,32 @@ def test_presets_are_exported_as_their_own_families():
 def test_a_run_without_role_tokens_is_fine_tuned(tmp_path, capsys):
     c = SHAPE | CONFIGS["gemma"]
     folder = write(tmp_path / "theirs", c, checkpoint(c))
-    options = {"model_type": "bpe", "vocab_size": V - 20, "hard_vocab_limit": False, "byte_fallback": True}
+    options = {
+        "model_type": "bpe",
+        "vocab_size": V - 20,
+        "hard_vocab_limit": False,
+        "byte_fallback": True,
+    }
     with open(folder / "tokenizer.model", "wb") as file:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(CORPUS), model_writer=file, **options, minloglevel=2
         )
     run_of(folder, tmp_path / "run")
     chats = tmp_path / "chats.jsonl"
-    chats.write_text("".join(json.dumps({"prompt": f"say {i}", "response": f"{i}!"}) + "\n" for i in range(100)))
-    argv = [f"--init={tmp_path}/run", f"--run={tmp_path}/sft", f"--data={chats}", "--steps=2", "--batch_size=8"]
+    chats.write_text(
+        "".join(json.dumps({"prompt": f"say {i}", "response": f"{i}!"}) + "\n" for i in range(100))
+    )
+    argv = [
+        f"--init={tmp_path}/run",
+        f"--run={tmp_path}/sft",
+        f"--data={chats}",
+        "--steps=2",
+        "--batch_size=8",
+    ]
     told = train_sft.main(
-        config.parse(train_sft.Config, [*argv, "--optimizer.warmup=0", "--length=48", "--eval_every=0"])
+        config.parse(
+            train_sft.Config, [*argv, "--optimizer.warmup=0", "--length=48", "--eval_every=0"]
+        )
     )
     assert np.isfinite(told["loss"])
     found = load_file(exported(tmp_path / "sft", tmp_path / "ours") / "model.safetensors")
@@ -354,7 +466,11 @@ def byte_pairs(tokenizers, folder):
     made.train_from_iterator(CORPUS, V - 4, show_progress=False)
     made.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
     made.save(str(folder / "tokenizer.json"))
-    options = {"eos_token": "<|endoftext|>", "bos_token": None, "pad_token": {"content": "<|endoftext|>"}}
+    options = {
+        "eos_token": "<|endoftext|>",
+        "bos_token": None,
+        "pad_token": {"content": "<|endoftext|>"},
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(options))
     return made
 
@@ -373,19 +489,29 @@ def test_a_tokenizer_json_keeps_the_contract_of_tokenizers(tmp_path, capsys):
         assert t.encode(text) == made.encode(text).ids and t.decode(t.document(text)) == text
     spelled = "hello <|endoftext|><|im_start|>"
     assert not {t.eos, t.pad} & set(t.encode(spelled)) and t.decode(t.encode(spelled)) == spelled
-    assert end in made.encode(spelled).ids  # control: the package by itself does take the text for the token
-    tokens, mask = t.chat([{"role": "user", "content": "hi"}, {"role": "assistant", "content": "The cat."}])
+    assert (
+        end in made.encode(spelled).ids
+    )  # control: the package by itself does take the text for the token
+    tokens, mask = t.chat(
+        [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "The cat."}]
+    )
     assert tokens[-sum(map(int, mask)) :] == [*t.encode("The cat."), t.eos]
 
     ours = exported(tmp_path / "run", tmp_path / "ours")
-    assert json.loads((ours / "tokenizer.json").read_text()) == json.loads((folder / "tokenizer.json").read_text())
+    assert json.loads((ours / "tokenizer.json").read_text()) == json.loads(
+        (folder / "tokenizer.json").read_text()
+    )
     again = run_of(ours, tmp_path / "again")
     assert again and Tokenizer.load(tmp_path / "again").sha256 == t.sha256
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "tokenizers", None)
-        assert "requirements-hf.txt" in fails(weights, [f"--read={folder}", f"--run={tmp_path}/other"], capsys)
+        assert "requirements-hf.txt" in fails(
+            weights, [f"--read={folder}", f"--run={tmp_path}/other"], capsys
+        )
     (folder / "tokenizer.json").write_text('{"added_tokens": []}')
-    assert "tokenizer cannot be read" in fails(weights, [f"--read={folder}", f"--run={tmp_path}/other"], capsys)
+    assert "tokenizer cannot be read" in fails(
+        weights, [f"--read={folder}", f"--run={tmp_path}/other"], capsys
+    )
 
 
 # --- memory
@@ -425,10 +551,17 @@ print(*(x - y for x, y in zip(most, before)), sum(x.nbytes for x in jax.tree.lea
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="peak memory is read from /proc")
+@pytest.mark.skipif(
+    not os.path.exists("/proc/self/status"), reason="peak memory is read from /proc"
+)
 def test_reading_holds_the_model_once(tmp_path):
     """A gigabyte onto eight devices, which on CPU are the host's own memory: the model itself and little more."""
-    shape = {"vocab_size": 32000, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 19}
+    shape = {
+        "vocab_size": 32000,
+        "hidden_size": 1024,
+        "intermediate_size": 2816,
+        "num_hidden_layers": 19,
+    }
     c = SHAPE | CONFIGS["llama 2"] | shape | {"tie_word_embeddings": True}
     (tmp_path / "config.json").write_text(json.dumps(c))
     model = families.model_of(tmp_path / "config.json")
@@ -438,8 +571,13 @@ def test_reading_holds_the_model_once(tmp_path):
     root, ratios = str(pathlib.Path(__file__).parents[1]), {}
     for how in ("read", "held"):
         command = [sys.executable, "-c", MEMORY, root, str(tmp_path), how]
-        environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-        out = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+        environment = os.environ | {
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+            "JAX_PLATFORMS": "cpu",
+        }
+        out = subprocess.run(
+            command, env=environment, capture_output=True, text=True, check=True
+        ).stdout
         *grown, size = map(int, out.split())
         assert size > 1e9
         ratios[how] = [x / size for x in grown]
@@ -462,7 +600,11 @@ def tiny(transformers, name):
         families.FAMILIES[c["model_type"]][0].replace("ForCausalLM", "Config"),
     ]
     model_class, config_class = (getattr(transformers, x) for x in classes)
-    options = {k: x for k, x in c.items() if (k != "model_type" and x is not None) or k == "sliding_window"}
+    options = {
+        k: x
+        for k, x in c.items()
+        if (k != "model_type" and x is not None) or k == "sliding_window"
+    }
     if c["model_type"] == "gemma":
         options["hidden_act"] = "gelu_pytorch_tanh"
     model = model_class(config_class(**options, attn_implementation="eager")).eval()
@@ -497,7 +639,11 @@ def test_transformers_agrees_both_ways(name, tmp_path):
     assert type(loaded) is type(theirs) or name == "mistral without window"  # which Llama is too
     np.testing.assert_array_equal(their_logits(loaded), want)
     # For qwen2, AutoTokenizer passes over what the folder says: its published folders name a wrong class.
-    auto = transformers.LlamaTokenizer if CONFIGS[name]["model_type"] == "qwen2" else transformers.AutoTokenizer
+    auto = (
+        transformers.LlamaTokenizer
+        if CONFIGS[name]["model_type"] == "qwen2"
+        else transformers.AutoTokenizer
+    )
     reader = auto.from_pretrained(folder)
     for text in (*CORPUS[:3], "  two  spaces é 😀 12 7\n\n", "hello 1234\tx", ""):
         assert reader(text)["input_ids"] == [tokenizer.bos, *tokenizer.encode(text)]

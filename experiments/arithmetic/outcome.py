@@ -2,7 +2,7 @@
 
     python experiments/arithmetic/outcome.py POLICY LABELLED.jsonl MODEL...
 
-LABELLED is of `collect_steps.py --labels=outcome`, with --split=heldout and a --seed of its own for held-out problems.
+LABELLED is of `collect/steps.py --labels=outcome`, with --split=heldout and a --seed of its own for held-out problems.
 """
 
 import collections
@@ -10,17 +10,20 @@ import json
 import pathlib
 import sys
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))  # the root's modules, from wherever this is started
+sys.path.insert(
+    0, str(pathlib.Path(__file__).parents[2])
+)  # the root's modules, from wherever this is started
 
 import numpy as np
 
-from config import UserError, ending_in_one_line
-from data import arithmetic
 from data.sources import open_source
-from data.steps import auc
 from data.tokenizer import Tokenizer
-from rewards import make_step_scorer
+from evaluation.steps import auc
+from rewards.scorer import make_step_scorer
+from runtime.errors import UserError
+from runtime.flags import ending_in_one_line
 from sharding import MeshConfig, make_mesh
+from tasks import arithmetic
 
 LENGTH = 64  # of prompt and solution, as train_prm.py's
 
@@ -30,13 +33,21 @@ def within(scores: np.ndarray, right: np.ndarray, problems: list[str]) -> float:
     of_problem = collections.defaultdict(list)
     for i, problem in enumerate(problems):
         of_problem[problem].append(i)
-    gaps = [scores[i] - scores[j] for own in of_problem.values() for i in own for j in own if right[i] > right[j]]
+    gaps = [
+        scores[i] - scores[j]
+        for own in of_problem.values()
+        for i in own
+        for j in own
+        if right[i] > right[j]
+    ]
     return float(np.mean(0.5 * (np.sign(gaps) + 1)))
 
 
 def main() -> None:
     if len(sys.argv) < 4:
-        raise UserError("usage: python experiments/arithmetic/outcome.py POLICY LABELLED.jsonl MODEL...")
+        raise UserError(
+            "usage: python experiments/arithmetic/outcome.py POLICY LABELLED.jsonl MODEL..."
+        )
     policy, labelled, *models = sys.argv[1:]
     mesh, tokenizer = make_mesh(MeshConfig()), Tokenizer.load(policy)
     source = open_source(labelled, "steps", "all")

@@ -8,13 +8,16 @@ import pathlib
 import sys
 from typing import Any
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))  # the root's modules, from wherever this is started
+sys.path.insert(
+    0, str(pathlib.Path(__file__).parents[2])
+)  # the root's modules, from wherever this is started
 
 import numpy as np
 
-from config import UserError, ending_in_one_line
-from data.steps import auc
+from evaluation.steps import auc
 from experiments.seeds import half
+from runtime.errors import UserError
+from runtime.flags import ending_in_one_line
 
 HERE = pathlib.Path(__file__).parent
 WAYS = {  # what the table calls a way to choose -> its name in rerank.json, {r} the run
@@ -52,7 +55,11 @@ def lines(path: pathlib.Path) -> list[Any]:
 
 def over_seeds(values: list[float]) -> dict[str, Any]:
     """Mean, half of its 95 % interval (Student's t over seeds), and the values."""
-    return {"mean": float(np.mean(values)), "half": half(values), "seeds": [round(v, 4) for v in values]}
+    return {
+        "mean": float(np.mean(values)),
+        "half": half(values),
+        "seeds": [round(v, 4) for v in values],
+    }
 
 
 def paired(better: list[list[float]], worse: list[list[float]]) -> dict[str, Any]:
@@ -60,7 +67,11 @@ def paired(better: list[list[float]], worse: list[list[float]]) -> dict[str, Any
     gaps = [np.subtract(a, b) for a, b in zip(better, worse, strict=True)]
     every = np.concatenate(gaps)
     width = 1.96 * every.std(ddof=1) / len(every) ** 0.5
-    return {"mean": float(every.mean()), "half": float(width), "seeds": [round(float(g.mean()), 4) for g in gaps]}
+    return {
+        "mean": float(every.mean()),
+        "half": float(width),
+        "seeds": [round(float(g.mean()), 4) for g in gaps],
+    }
 
 
 def agreement(run: pathlib.Path) -> dict[str, float]:
@@ -93,15 +104,23 @@ def main(runs: list[pathlib.Path]) -> dict[str, Any]:
         for way, name in WAYS.items()
         if all(name.format(r=run) in table["hits"] for table, run in pairs)
     }
-    models = [name for name in MODELS if all(f"{run}/{name} last" in table["hits"] for table, run in pairs)]
+    models = [
+        name
+        for name in MODELS
+        if all(f"{run}/{name} last" in table["hits"] for table, run in pairs)
+    ]
     last = {name: [lines(run / name / "metrics.jsonl")[-1] for run in runs] for name in models}
     agreements = [agreement(run) for run in runs]
     common = set.intersection(*({path.name for path in run.glob("*.json")} for run in runs))
     sizes = ranked[0]["accuracy"]["one drawn at random"]
     out = {
         "problems": len(hits["majority"][0]),
-        "accuracy": {way: over_seeds([float(np.mean(h)) for h in of_way]) for way, of_way in hits.items()},
-        "differences": {f"{a} - {b}": paired(hits[a], hits[b]) for a, b in PAIRS if {a, b} <= hits.keys()},
+        "accuracy": {
+            way: over_seeds([float(np.mean(h)) for h in of_way]) for way, of_way in hits.items()
+        },
+        "differences": {
+            f"{a} - {b}": paired(hits[a], hits[b]) for a, b in PAIRS if {a, b} <= hits.keys()
+        },
         "steps": {
             f"{name}: {what}": over_seeds([row[f"eval/{what}"] for row in rows])
             for name, rows in last.items()
@@ -110,7 +129,9 @@ def main(runs: list[pathlib.Path]) -> dict[str, Any]:
         "completions": {name: over_seeds([a[name] for a in agreements]) for name in agreements[0]},
         "best of n, product": {
             f"n={n}": {
-                "accuracy": over_seeds([t["accuracy"][f"{r}/gold product"][n][0] for t, r in pairs]),
+                "accuracy": over_seeds(
+                    [t["accuracy"][f"{r}/gold product"][n][0] for t, r in pairs]
+                ),
                 "tokens": over_seeds([t["tokens"] * int(n) / t["config"]["n"] for t in ranked]),
             }
             for n in sizes
@@ -123,30 +144,49 @@ def main(runs: list[pathlib.Path]) -> dict[str, Any]:
             for name in sorted(common)
             if name.startswith("beam")
         },
-        "one sample": {"SFT": over_seeds([t["accuracy"]["one drawn at random"]["1"][0] for t in ranked])},
+        "one sample": {
+            "SFT": over_seeds([t["accuracy"]["one drawn at random"]["1"][0] for t in ranked])
+        },
     }
-    after = {"PPO on step rewards": "ppo"} | {f"search imitated, round {k}": f"search{k}" for k in (1, 2, 3)}
+    after = {"PPO on step rewards": "ppo"} | {
+        f"search imitated, round {k}": f"search{k}" for k in (1, 2, 3)
+    }
     for name, file in after.items():
         if f"{file}.json" in common:
-            right = [read(run / f"{file}.json")["accuracy"]["one drawn at random"]["1"][0] for run in runs]
+            right = [
+                read(run / f"{file}.json")["accuracy"]["one drawn at random"]["1"][0]
+                for run in runs
+            ]
             out["one sample"][name] = over_seeds(right)
     for name, rows in out.items():
-        print(f"\n{name}: {rows}" if isinstance(rows, int) else f"\n| {name} | | seeds |\n|---|---|---|")
+        print(
+            f"\n{name}: {rows}"
+            if isinstance(rows, int)
+            else f"\n| {name} | | seeds |\n|---|---|---|"
+        )
         for row, value in rows.items() if isinstance(rows, dict) else ():
             cells = value if "mean" not in value else {"": value}
-            text = ", ".join(f"{k} {v['mean']:.3f} ±{v['half']:.3f}".strip() for k, v in cells.items())
-            print(f"| {row} | {text} | {', '.join(f'{s:.3f}' for s in next(iter(cells.values()))['seeds'])} |")
+            text = ", ".join(
+                f"{k} {v['mean']:.3f} ±{v['half']:.3f}".strip() for k, v in cells.items()
+            )
+            print(
+                f"| {row} | {text} | {', '.join(f'{s:.3f}' for s in next(iter(cells.values()))['seeds'])} |"
+            )
     return out
 
 
 def start() -> None:
     """Results of the runs that the command names."""
     if len(sys.argv) < 3:
-        raise UserError("name two runs of run.sh or more, one a seed: table.py runs/arithmetic0 runs/arithmetic1")
+        raise UserError(
+            "name two runs of run.sh or more, one a seed: table.py runs/arithmetic0 runs/arithmetic1"
+        )
     try:
         results = main([pathlib.Path(argument) for argument in sys.argv[1:]])
     except OSError as fault:
-        raise UserError(f"{fault.filename}: {fault.strerror}; finish the run with run.sh") from None
+        raise UserError(
+            f"{fault.filename}: {fault.strerror}; finish the run with run.sh"
+        ) from None
     (HERE / "results.json").write_text(json.dumps(results, indent=1) + "\n")
 
 

@@ -2,7 +2,7 @@
 
     python experiments/feedback/measure.py --file=runs/align/comparisons.jsonl
 
-The file is one of collect.py: the responses are read, not their ranking. Rules are measured as classifiers too, and
+The file is one of collect/rank.py: the responses are read, not their ranking. Rules are measured as classifiers too, and
 with --judge=RUN a language model that is asked whether a response keeps a principle (`make_keeps`).
 """
 
@@ -10,21 +10,28 @@ import dataclasses
 import pathlib
 import sys
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))  # the root's modules, from wherever this is started
+sys.path.insert(
+    0, str(pathlib.Path(__file__).parents[2])
+)  # the root's modules, from wherever this is started
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
-import config as flags
-import feedback
-from data import rules, world, world_feedback
+from collect import feedback
 from data.sources import open_source
-from generate import load_run
-from gold import CRITERIA
-from judges import make_keeps, make_simulated, read_principles
+from evaluation.gold import CRITERIA
+from responses import load_run
+from rewards.judges import make_keeps, make_simulated, read_principles
+from runtime import flags
+from tasks import rules, world, world_feedback
 
-RULES = (("polite", "harmless"), ("harmless", "harmless"), ("brief", "helpful"), ("declines", "helpful"))
+RULES = (
+    ("polite", "harmless"),
+    ("harmless", "harmless"),
+    ("brief", "helpful"),
+    ("declines", "helpful"),
+)
 NAMES = CRITERIA[:3]
 
 
@@ -50,9 +57,13 @@ def labels(config: Config, rows: list[dict], reliability: float) -> None:
         for name in NAMES
     ]
     prefer, _ = make_simulated(NAMES, reliability, 1, config.seed)
-    ranked = feedback.comparisons(prefer, [row["prompt"] for row in rows], [row["responses"] for row in rows])
+    ranked = feedback.comparisons(
+        prefer, [row["prompt"] for row in rows], [row["responses"] for row in rows]
+    )
     right = feedback.agreement(ranked)
-    print(f"{reliability:11}{np.mean(looks):12.3f}{len(looks):9}{np.mean(right):12.3f}{len(right):9}")
+    print(
+        f"{reliability:11}{np.mean(looks):12.3f}{len(looks):9}{np.mean(right):12.3f}{len(right):9}"
+    )
 
 
 def revisions(config: Config, rows: list[dict], reliability: float) -> None:
@@ -61,21 +72,33 @@ def revisions(config: Config, rows: list[dict], reliability: float) -> None:
     _, revise = make_simulated(NAMES, reliability, 1, config.seed)
     prompts, first = [row["prompt"] for row in rows], [row["responses"][0] for row in rows]
     pick = feedback.make_pick(settings)
-    made = feedback.revisions(settings, NAMES, revise, pick, prompts, first, jax.random.key(config.seed))
+    made = feedback.revisions(
+        settings, NAMES, revise, pick, prompts, first, jax.random.key(config.seed)
+    )
     print(f"reliability {reliability}, {len(made)} responses")
     feedback.report(settings, made)
 
 
 def classifiers(config: Config, rows: list[dict]) -> None:
     """Prints, for each rule and criterion, accuracy, and of broken ones how many are found and how many are real."""
-    shown = [(row, text, world.gold(row["prompt"][-1]["content"], text)) for row in rows for text in row["responses"]]
+    shown = [
+        (row, text, world.gold(row["prompt"][-1]["content"], text))
+        for row in rows
+        for text in row["responses"]
+    ]
     tried = [(name, criterion, getattr(rules, name)) for name, criterion in RULES]
     if config.judge is not None:
         judge, principles = load_run(config.judge), read_principles(feedback.Config.principles)
-        tried += [(config.judge, name, make_keeps(judge, text)) for name, text in principles.items()]
-    print(f"{'rule':20}{'criterion':>10}{'broken':>10}{'accuracy':>10}{'found':>10}{'real':>10}   n={len(shown)}")
+        tried += [
+            (config.judge, name, make_keeps(judge, text)) for name, text in principles.items()
+        ]
+    print(
+        f"{'rule':20}{'criterion':>10}{'broken':>10}{'accuracy':>10}{'found':>10}{'real':>10}   n={len(shown)}"
+    )
     for name, criterion, keeps in tried:
-        said = np.array([keeps(text, row) < 0.5 for row, text, _ in tqdm(shown, name, leave=False)])
+        said = np.array(
+            [keeps(text, row) < 0.5 for row, text, _ in tqdm(shown, name, leave=False)]
+        )
         broken = np.array([not getattr(gold, criterion) for _, _, gold in shown])
         shares = (broken.mean(), (said == broken).mean(), said[broken].mean(), broken[said].mean())
         print(f"{name:20}{criterion:>10}" + "".join(f"{share:10.3f}" for share in shares))

@@ -15,17 +15,26 @@ import subprocess
 import sys
 import time
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))  # the root's modules, from wherever this is started
+sys.path.insert(
+    0, str(pathlib.Path(__file__).parents[2])
+)  # the root's modules, from wherever this is started
 
-import config as flags
-from config import UserError
-from metrics import read_rows
+from runtime import flags
+from runtime.errors import UserError
+from runtime.run_folder import read_rows
 
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parents[1]
 SHAPE = tuple(
     f"--model.{name}={n}"
-    for name, n in {"width": 512, "hidden": 2048, "layers": 8, "heads": 8, "kv_heads": 4, "head_width": 64}.items()
+    for name, n in {
+        "width": 512,
+        "mlp_width": 2048,
+        "layers": 8,
+        "heads": 8,
+        "kv_heads": 4,
+        "head_dim": 64,
+    }.items()
 )
 ROWS = ("--batch_size=32",)
 DIRECT = ("train_dpo.py", "--batch_size=8", "--length=32")  # four candidates a prompt
@@ -65,23 +74,35 @@ def run(words: list[str], folder: pathlib.Path) -> dict[str, float]:
             if done >= STEPS:
                 break
             seen = pathlib.Path(f"/proc/{process.pid}")
-            spent[done] = sum(map(int, seen.joinpath("stat").read_text().rsplit(")")[-1].split()[11:13]))
+            spent[done] = sum(
+                map(int, seen.joinpath("stat").read_text().rsplit(")")[-1].split()[11:13])
+            )
             status = seen.joinpath("status").read_text().splitlines()
-            peak = next((int(line.split()[1]) / 1e3 for line in status if line.startswith("VmHWM")), peak)
+            peak = next(
+                (int(line.split()[1]) / 1e3 for line in status if line.startswith("VmHWM")), peak
+            )
             time.sleep(0.02)
         process.wait()
     if process.returncode:
         raise UserError(f"{log}: the run ended with {process.returncode}; its last lines say why")
-    ticks = (spent[STEPS - 1] - spent[2]) / (STEPS - 3)  # the first two steps may compile, the last one saves
+    ticks = (spent[STEPS - 1] - spent[2]) / (
+        STEPS - 3
+    )  # the first two steps may compile, the last one saves
     return {"cpu_seconds": ticks / os.sysconf("SC_CLK_TCK"), "peak_mb": peak}
 
 
 def main(config: Config) -> dict[str, dict[str, float]]:
     """Brings memory.json up to date; returns what is in it."""
     if unknown := set(config.methods) - METHODS.keys():
-        raise UserError(f"--methods: {', '.join(sorted(unknown))} unknown; choose of {', '.join(METHODS)}")
+        raise UserError(
+            f"--methods: {', '.join(sorted(unknown))} unknown; choose of {', '.join(METHODS)}"
+        )
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    out, data, path = pathlib.Path(config.out), f"--data={config.align}/comparisons.jsonl", HERE / "memory.json"
+    out, data, path = (
+        pathlib.Path(config.out),
+        f"--data={config.align}/comparisons.jsonl",
+        HERE / "memory.json",
+    )
     start = f"--init={out / 'sft'}"
     if not (out / "rm" / "checkpoints").exists():
         run(["train_sft.py", "--batch_size=8", *SHAPE], out / "sft")
@@ -91,7 +112,10 @@ def main(config: Config) -> dict[str, dict[str, float]]:
         script, *options = METHODS[name]
         source = data if script == "train_dpo.py" else f"--reward={out / 'rm'}"
         table[name] = run([script, start, source, *options], out / name)
-        print(f"{name:12} {table[name]['cpu_seconds']:8.2f} CPU s {table[name]['peak_mb']:8.0f} MB", flush=True)
+        print(
+            f"{name:12} {table[name]['cpu_seconds']:8.2f} CPU s {table[name]['peak_mb']:8.0f} MB",
+            flush=True,
+        )
     path.write_text(json.dumps(table, indent=1) + "\n")
     return table
 

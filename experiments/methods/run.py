@@ -18,27 +18,30 @@ import time
 from functools import partial
 from typing import Any
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))  # the root's modules, from wherever this is started
+sys.path.insert(
+    0, str(pathlib.Path(__file__).parents[2])
+)  # the root's modules, from wherever this is started
 
 import jax
 import jax.numpy as jnp
 
-import best_of_n
-import config as flags
 import train_dpo
-from checkpoint import load_params
-from config import UserError, load_config
-from data import world
 from data.preferences import HELPFUL
 from data.tokenizer import Tokenizer
-from generate import SamplingConfig, load_run
-from gold import CRITERIA, judged, make_measure, summarise
-from metrics import read_rows
-from model import ModelConfig
+from decoding import best_of_n
+from evaluation.gold import CRITERIA, gold_rows, make_measure, summarise
+from model_config import ModelConfig
 from objectives import imitate
-from programs import forward_flops
-from rewards import is_function
+from planning.programs import forward_flops
+from responses import load_run
+from rewards.scorer import is_function
+from runtime import flags
+from runtime.errors import UserError
+from runtime.run_folder import load_config, read_rows
+from sampling import SamplingConfig
 from sharding import MeshConfig, make_mesh
+from tasks import world
+from train_state import load_params
 
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -56,7 +59,13 @@ METHODS = {  # name -> script and the flags that are not its defaults, {rm} the 
     "cdpo": (*DIRECT, "--loss=cdpo", "--steps=240", "--beta=0.5", "--optimizer.lr=3e-4"),
     "orpo": (*DIRECT, "--loss=orpo", "--steps=320", "--beta=1", "--optimizer.lr=3e-4"),
     "simpo": (*DIRECT, "--loss=simpo", "--steps=320", "--beta=2"),
-    "robust_dpo": (*DIRECT, "--loss=robust_dpo", "--steps=240", "--beta=0.5", "--optimizer.lr=3e-4"),
+    "robust_dpo": (
+        *DIRECT,
+        "--loss=robust_dpo",
+        "--steps=240",
+        "--beta=0.5",
+        "--optimizer.lr=3e-4",
+    ),
     "slic": (*DIRECT, "--loss=slic", "--steps=240", "--beta=0.5", "--optimizer.lr=3e-4"),
     "slic_hf": (*DIRECT, "--loss=slic_hf", "--steps=320", "--optimizer.lr=3e-4"),
     "cpo": (*DIRECT, "--loss=cpo", "--steps=320", "--optimizer.lr=3e-4"),
@@ -70,8 +79,16 @@ METHODS = {  # name -> script and the flags that are not its defaults, {rm} the 
     "gspo": ("train_grpo.py", "--method=gspo", "--steps=56"),
     "reinforce_pp": ("train_grpo.py", "--method=reinforce_pp", "--steps=56"),
     "online_dpo": ("train_grpo.py", "--method=online_dpo", "--steps=56"),
-    "gated": ("train_grpo.py", "--steps=56", "--reward", "{rm}", "data.rules:harmless", "--combine=gated", "--gate=1"),
-    "rules": ("train_grpo.py", "--steps=56", "--reward", "data.rules:all_kept"),
+    "gated": (
+        "train_grpo.py",
+        "--steps=56",
+        "--reward",
+        "{rm}",
+        "tasks.rules:harmless",
+        "--combine=gated",
+        "--gate=1",
+    ),
+    "rules": ("train_grpo.py", "--steps=56", "--reward", "tasks.rules:all_kept"),
     "rejection": ("train_raft.py", "--method=rejection", "--steps=20"),
     "expert": ("train_raft.py", "--method=expert", "--threshold=2", "--steps=13"),
     "quark": ("train_raft.py", "--method=quark", "--batch_size=512", "--epochs=1", "--steps=9"),
@@ -114,7 +131,7 @@ def training_flops(run: str) -> float:
     batch, steps = config["batch_size"], config["steps"]
     if script == "train_rm":  # four responses a prompt; logits of the best one only
         length, count = config["length"], 4 * batch
-        return steps * 3 * forward_flops(c, count, length, length / 4 if config["lm_coefficient"] else 0)
+        return steps * 3 * forward_flops(c, count, length, length / 4 if config["lm_coef"] else 0)
     if script == "train_dpo":
         # Rows of a prompt that pass forward and back, and forward only. KTO takes the best response, the worst and
         # one to another prompt; hindsight makes one row of two. The reference counts in a second epoch too.
@@ -125,17 +142,28 @@ def training_flops(run: str) -> float:
     length, new = config["max_prompt"] + config["max_new_tokens"], config["max_new_tokens"]
     policy = forward_flops(c, batch, length, new + 1)
     scalar, rewards = forward_flops(c, batch, length, 0), config["reward"]
-    models = sum(not is_function(name) for name in ([rewards] if isinstance(rewards, str) else rewards))
+    models = sum(
+        not is_function(name) for name in ([rewards] if isinstance(rewards, str) else rewards)
+    )
     sampled = sampling_flops(c, config, batch)
-    if script == "train_ppo":  # rollout; policy, reference, reward and value; updates of policy and value
-        return steps * (sampled + 2 * policy + (models + 1) * scalar + config["epochs"] * 3 * (policy + scalar))
-    judged = sampled + 2 * policy + models * scalar  # rollout; policy, reference and rewards
+    if (
+        script == "train_ppo"
+    ):  # rollout; policy, reference, reward and value; updates of policy and value
+        return steps * (
+            sampled + 2 * policy + (models + 1) * scalar + config["epochs"] * 3 * (policy + scalar)
+        )
+    gold_rows = sampled + 2 * policy + models * scalar  # rollout; policy, reference and rewards
     whole = forward_flops(c, 1, length, length)  # logits of the prompt too
     if script == "train_grpo":
         update = batch * whole if config["method"] == "online_dpo" else policy
-        return sum(row["rounds"] for row in rows) * judged + steps * config["epochs"] * 3 * update
+        return (
+            sum(row["rounds"] for row in rows) * gold_rows + steps * config["epochs"] * 3 * update
+        )
     passes = 3 + (config["kl_coef"] > 0)  # of train_raft; its KL needs the reference
-    return steps * judged + sum(row["updates"] for row in rows) * config["minibatch_size"] * passes * whole
+    return (
+        steps * gold_rows
+        + sum(row["updates"] for row in rows) * config["minibatch_size"] * passes * whole
+    )
 
 
 # --- one run
@@ -147,9 +175,15 @@ def with_suffix(prompts: dict[str, jax.Array], suffix: list[int]) -> dict[str, j
     added_BT = jnp.broadcast_to(jnp.array(suffix, jnp.int32), (rows, len(suffix)))
     return {
         "tokens_BT": jnp.concatenate([tokens_BT[:, :-1], added_BT, tokens_BT[:, -1:]], axis=1),
-        "segment_ids_BT": jnp.pad(prompts["segment_ids_BT"], ((0, 0), (0, len(suffix))), constant_values=1),
+        "segment_ids_BT": jnp.pad(
+            prompts["segment_ids_BT"], ((0, 0), (0, len(suffix))), constant_values=1
+        ),
         "positions_BT": jnp.concatenate(
-            [prompts["positions_BT"], prompts["positions_BT"][:, -1:] + 1 + jnp.arange(len(suffix))], axis=1
+            [
+                prompts["positions_BT"],
+                prompts["positions_BT"][:, -1:] + 1 + jnp.arange(len(suffix)),
+            ],
+            axis=1,
         ),
     }
 
@@ -158,9 +192,19 @@ def command(config: Config, method: str, seed: int, run: pathlib.Path) -> list[s
     """What trains `method`."""
     align = config.align.format(seed=seed)
     script, *options = [word.format(rm=f"{align}/rm") for word in METHODS[method]]
-    common = [f"--init={align}/sft", f"--run={run}", f"--seed={seed}", "--eval_every=0", "--save_every=100000"]
+    common = [
+        f"--init={align}/sft",
+        f"--run={run}",
+        f"--seed={seed}",
+        "--eval_every=0",
+        "--save_every=100000",
+    ]
     if "--reward" not in options:
-        common += [f"--data={align}/comparisons.jsonl" if script == "train_dpo.py" else f"--reward={align}/rm"]
+        common += [
+            f"--data={align}/comparisons.jsonl"
+            if script == "train_dpo.py"
+            else f"--reward={align}/rm"
+        ]
     return [sys.executable, str(ROOT / script), *common, *options, *config.flags.split()]
 
 
@@ -176,8 +220,13 @@ def train(words: list[str], run: pathlib.Path) -> dict[str, float]:
             _, status, used = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
-            raise UserError(f"{log}: the run ended with {process.returncode}; its last lines say why")
-        seconds = {"seconds": time.monotonic() - began, "cpu_seconds": used.ru_utime + used.ru_stime}
+            raise UserError(
+                f"{log}: the run ended with {process.returncode}; its last lines say why"
+            )
+        seconds = {
+            "seconds": time.monotonic() - began,
+            "cpu_seconds": used.ru_utime + used.ru_stime,
+        }
         cost.write_text(json.dumps({**seconds, "peak_mb": used.ru_maxrss / 1e3}))
     return json.loads(cost.read_text())
 
@@ -191,20 +240,27 @@ def best_of(
     """
     align = config.align.format(seed=seed)
     folders = {"policy": f"{align}/sft", "reward": f"{align}/rm"}
-    settings = best_of_n.Config(**folders, n=BEST_OF, prompts=len(requests), max_prompt=MAX_PROMPT, seed=judge_seed)
+    settings = best_of_n.Config(
+        **folders, n=BEST_OF, prompts=len(requests), max_prompt=MAX_PROMPT, seed=judge_seed
+    )
     records = [{"prompt": [{"role": "user", "content": r.text}]} for r in requests]
     rewards_PN, texts = best_of_n.sampled(settings, records, make_mesh(MeshConfig()))
     curve = []
     for n in (1 << k for k in range(BEST_OF.bit_length())):
         best = [row[i] for row, i in zip(texts, rewards_PN[:, :n].argmax(1), strict=True)]
-        share = sum(row["all"] for row in judged(requests, best)) / len(best)
+        share = sum(row["all"] for row in gold_rows(requests, best)) / len(best)
         curve.append((imitate.best_of_n_kl(n), share))
     encode = Tokenizer.load(f"{align}/sft").encode
     return best, [len(encode(text)) + 1 for text in best], [curve[-1][0]] * len(best), curve
 
 
 def responses_of(
-    config: Config, method: str, seed: int, run: pathlib.Path, requests: list[world.Request], judge_seed: int
+    config: Config,
+    method: str,
+    seed: int,
+    run: pathlib.Path,
+    requests: list[world.Request],
+    judge_seed: int,
 ) -> tuple[list[str], list, list]:
     """Texts, lengths, KL to the SFT model, of a policy."""
     sft = config.align.format(seed=seed) + "/sft"
@@ -213,18 +269,29 @@ def responses_of(
     condition = {}
     if method == "quark":  # what it learnt is asked for by its best quantile
         best = tokenizer.encode(str(load_config(str(run))["quantiles"]))[0]
-        condition = {"condition": lambda prompts: imitate.conditioned(prompts, tokenizer.system, best)}
+        condition = {
+            "condition": lambda prompts: imitate.conditioned(prompts, tokenizer.system, best)
+        }
     if method == "hindsight":
         condition = {"condition": partial(with_suffix, suffix=tokenizer.encode(f"\n{HELPFUL}"))}
-    measure = make_measure(model, SamplingConfig(1.0, max_new_tokens=MAX_NEW), tokenizer, MAX_PROMPT, **condition)
+    measure = make_measure(
+        model, SamplingConfig(1.0, max_new_tokens=MAX_NEW), tokenizer, MAX_PROMPT, **condition
+    )
     return zip(*measure(params, reference, [r.text for r in requests], judge_seed), strict=True)
 
 
 def row_of(config: Config, method: str, seed: int) -> dict[str, Any]:
     """Trains and measures one method with one seed."""
     align = config.align.format(seed=seed)
-    words = [*METHODS[method][1:], *config.flags.split()]  # name the run, so that it is never taken for another's
-    run, cost = pathlib.Path(config.out) / "_".join([method, *(word.lstrip("-") for word in words), str(seed)]), {}
+    words = [
+        *METHODS[method][1:],
+        *config.flags.split(),
+    ]  # name the run, so that it is never taken for another's
+    run, cost = (
+        pathlib.Path(config.out)
+        / "_".join([method, *(word.lstrip("-") for word in words), str(seed)]),
+        {},
+    )
     if METHODS[method]:
         cost = train(command(config, method, seed, run), run)
         cost["training_flops"] = training_flops(str(run))
@@ -242,15 +309,20 @@ def row_of(config: Config, method: str, seed: int) -> dict[str, Any]:
         texts, lengths, kls, cost["curve"] = best_of(config, seed, requests, judge_seed)
     else:
         texts, lengths, kls = responses_of(config, method, seed, run, requests, judge_seed)
-    summary = summarise(judged(requests, texts), lengths, kls)
-    settings = {"flags": " ".join([*METHODS[method], *config.flags.split()]), "prompts_seed": judge_seed}
+    summary = summarise(gold_rows(requests, texts), lengths, kls)
+    settings = {
+        "flags": " ".join([*METHODS[method], *config.flags.split()]),
+        "prompts_seed": judge_seed,
+    }
     return {"method": method, "seed": seed, **settings, **cost, **summary}
 
 
 def main(config: Config) -> list[dict[str, Any]]:
     """Adds the rows that are missing to results.jsonl or tuning.jsonl; returns the new ones."""
     if unknown := set(config.methods) - METHODS.keys():
-        raise UserError(f"--methods: {', '.join(sorted(unknown))} unknown; choose of {', '.join(METHODS)}")
+        raise UserError(
+            f"--methods: {', '.join(sorted(unknown))} unknown; choose of {', '.join(METHODS)}"
+        )
     if config.flags and not config.tune:
         raise UserError("--flags: for --tune only; settings that are kept belong into METHODS")
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -261,14 +333,23 @@ def main(config: Config) -> list[dict[str, Any]]:
     for seed in config.seeds:
         for method in config.methods:
             settings = " ".join([*METHODS[method], *config.flags.split()])
-            if any((row["method"], row["seed"], row["flags"]) == (method, seed, settings) for row in done):
+            if any(
+                (row["method"], row["seed"], row["flags"]) == (method, seed, settings)
+                for row in done
+            ):
                 continue
             row = row_of(config, method, seed)
             with path.open("a") as file:
                 file.write(json.dumps(row, default=float) + "\n")
             new.append(row)
-            shown = {name: row.get(name, 0.0) for name in (*CRITERIA, "kl", "length", "seconds", "peak_mb")}
-            print(f"{method} {seed} {config.flags}: " + ", ".join(f"{name} {x:.3f}" for name, x in shown.items()))
+            shown = {
+                name: row.get(name, 0.0)
+                for name in (*CRITERIA, "kl", "length", "seconds", "peak_mb")
+            }
+            print(
+                f"{method} {seed} {config.flags}: "
+                + ", ".join(f"{name} {x:.3f}" for name, x in shown.items())
+            )
     return new
 
 

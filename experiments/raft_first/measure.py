@@ -11,10 +11,12 @@ import pathlib
 import sys
 from typing import Any
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))  # the root's modules, from wherever this is started
+sys.path.insert(
+    0, str(pathlib.Path(__file__).parents[2])
+)  # the root's modules, from wherever this is started
 
-import config as flags
-from metrics import read_rows
+from runtime import flags
+from runtime.run_folder import read_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,17 +33,24 @@ def main(config: Config) -> dict[str, Any]:
     """Of each run the first step at or above each target; of those from SFT the most that passes within each limit."""
     curves = {}
     for name in ("from_sft", "from_raft", "raft"):
-        curves[name] = {row["step"]: row for row in read_rows(f"{config.run}/{name}") if "gold/all" in row}
+        curves[name] = {
+            row["step"]: row for row in read_rows(f"{config.run}/{name}") if "gold/all" in row
+        }
     reached = {
         name: {
-            str(target): next((step for step, row in curve.items() if row["gold/all"] >= target), None)
+            str(target): next(
+                (step for step, row in curve.items() if row["gold/all"] >= target), None
+            )
             for target in config.targets
         }
         for name, curve in curves.items()
     }
     within = {
         name: {
-            str(most): max((row["gold/all"] for row in curves[name].values() if row["gold/kl"] <= most), default=None)
+            str(most): max(
+                (row["gold/all"] for row in curves[name].values() if row["gold/kl"] <= most),
+                default=None,
+            )
             for most in config.limits
         }
         for name in ("from_sft", "raft")
@@ -54,8 +63,12 @@ def main(config: Config) -> dict[str, Any]:
     for name in curves:
         print(f"{name}: first step at a share {reached[name]}")
     for name in within:
-        print(f"{name}: most within a KL { {most: x and round(x, 3) for most, x in within[name].items()} }")
-    (pathlib.Path(config.run) / "summary.json").write_text(json.dumps({"reached": reached, "within": within}) + "\n")
+        print(
+            f"{name}: most within a KL { {most: x and round(x, 3) for most, x in within[name].items()} }"
+        )
+    (pathlib.Path(config.run) / "summary.json").write_text(
+        json.dumps({"reached": reached, "within": within}) + "\n"
+    )
     return {"reached": reached, "within": within}
 
 

@@ -8,12 +8,14 @@ import json
 import pathlib
 import sys
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))  # the root's modules, from wherever this is started
+sys.path.insert(
+    0, str(pathlib.Path(__file__).parents[2])
+)  # the root's modules, from wherever this is started
 
-import config as flags
 from data.sources import open_source
-from evaluate import make_comparison_evaluation
-from generate import load_run
+from evaluation.reward_model import make_comparison_evaluation
+from responses import load_run
+from runtime import flags
 from sharding import MeshConfig, make_mesh
 
 
@@ -35,16 +37,24 @@ def main(config: Config) -> dict[str, dict[str, float]]:
         "second, both rounds' comparisons": f"{config.align}/rm",
         "second, its own comparisons alone": f"{config.run}/rm",
     }
-    pairs = {"SFT's": f"{config.align}/held_out.jsonl", "the first PPO's": f"{config.run}/pairs.jsonl"}
+    pairs = {
+        "SFT's": f"{config.align}/held_out.jsonl",
+        "the first PPO's": f"{config.run}/pairs.jsonl",
+    }
     table = {}
     for name, run in models.items():
         model, tokenizer, params = load_run(run, reward=True)
         table[name] = {}
         for policy, path in pairs.items():
             source = open_source(path, "comparison", "all")
-            evaluate = make_comparison_evaluation(model, source, tokenizer, config.length, len(source))
+            evaluate = make_comparison_evaluation(
+                model, source, tokenizer, config.length, len(source)
+            )
             table[name][policy] = evaluate(params)["eval/accuracy"]
-        print(f"{name:34} " + ", ".join(f"{policy} pairs {x:.3f}" for policy, x in table[name].items()))
+        print(
+            f"{name:34} "
+            + ", ".join(f"{policy} pairs {x:.3f}" for policy, x in table[name].items())
+        )
     (pathlib.Path(config.run) / "summary.json").write_text(json.dumps(table, indent=1) + "\n")
     return table
 

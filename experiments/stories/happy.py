@@ -68,7 +68,11 @@ def sentences(text: str) -> tuple[list[str], str]:
 def affirmed(tokens: Sequence[str], wanted: set[str] | dict[str, int], reach: int) -> list[str]:
     """The words of `wanted` among `tokens`, but for those with a negation among the `reach` words before."""
     negated = [token in NEGATIONS or token.endswith("n't") for token in tokens]
-    return [token for i, token in enumerate(tokens) if token in wanted and not any(negated[max(i - reach, 0) : i])]
+    return [
+        token
+        for i, token in enumerate(tokens)
+        if token in wanted and not any(negated[max(i - reach, 0) : i])
+    ]
 
 
 def parts(opening: str, story: str) -> dict[str, float]:
@@ -100,7 +104,11 @@ def parts(opening: str, story: str) -> dict[str, float]:
 GIRLS = "Lily Lucy Mia Anna Sue Jane Emma Molly Sara Amy Ella Daisy"
 BOYS = "Tim Tom Max Ben Sam Jack Bob Billy Leo Joe Timmy Mark"
 PETS = "Spot Buddy Fluffy Benny Coco Bella Toby Rex Mimi Lulu Bobo Daffy"
-KINDS = {"girl": GIRLS, "boy": BOYS, **dict.fromkeys(("dog", "cat", "bird", "bunny", "bear", "mouse"), PETS)}
+KINDS = {
+    "girl": GIRLS,
+    "boy": BOYS,
+    **dict.fromkeys(("dog", "cat", "bird", "bunny", "bear", "mouse"), PETS),
+}
 TEMPLATES = (
     "Once upon a time, there was a {looks} {kind} named {name}.",
     "One day, a {looks} {kind} named {name} went outside.",
@@ -121,5 +129,7 @@ def openings(split: str) -> list[str]:
         for kind, names in KINDS.items()
         for name in [names.split()[name_i]]
     ]
-    stride = len(grid) * 5 // 8 + 1  # coprime with the length in all three splits (tested): each opening once
+    stride = (
+        len(grid) * 5 // 8 + 1
+    )  # coprime with the length in all three splits (tested): each opening once
     return [grid[i * stride % len(grid)] for i in range(len(grid))]

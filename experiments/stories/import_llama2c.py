@@ -9,17 +9,20 @@ import pathlib
 import sys
 from typing import Annotated, Any
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))  # the root's modules, from wherever this is started
+sys.path.insert(
+    0, str(pathlib.Path(__file__).parents[2])
+)  # the root's modules, from wherever this is started
 
 import jax
 import numpy as np
 import tyro
 
-import config as flags
-from checkpoint import Checkpoints
-from config import UserError
 from data.tokenizer import Tokenizer
-from model import PRESETS, LanguageModel, ModelConfig, Params, pure
+from model import LanguageModel, Params, init_and_apply
+from model_config import PRESETS, ModelConfig
+from runtime import flags
+from runtime.checkpoint import Checkpoints
+from runtime.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,29 +47,56 @@ def read(path: str, model: ModelConfig) -> tuple[ModelConfig, Params]:
     try:
         content = pathlib.Path(path).read_bytes()
     except OSError as fault:
-        raise UserError(f"{path}: cannot be read ({fault.strerror}); name a llama2.c .bin file") from None
+        raise UserError(
+            f"{path}: cannot be read ({fault.strerror}); name a llama2.c .bin file"
+        ) from None
     if len(content) < 28:
         raise UserError(f"{path}: too short for a header; name a llama2.c .bin file")
     D, F, L, N, K, V, T = (int(x) for x in np.frombuffer(content, "<i4", 7))
     tied, V = V > 0, abs(V)
     H = D // max(N, 1)
-    shapes = [(V, D), (L, D), (L, N, H, D), (L, K, H, D), (L, K, H, D), (L, D, N, H), (L, D), (L, F, D), (L, D, F)]
+    shapes = [
+        (V, D),
+        (L, D),
+        (L, N, H, D),
+        (L, K, H, D),
+        (L, K, H, D),
+        (L, D, N, H),
+        (L, D),
+        (L, F, D),
+        (L, D, F),
+    ]
     shapes += [(L, F, D), (D,), (T, H // 2), (T, H // 2)] + ([] if tied else [(V, D)])
     sizes = [int(np.prod(shape)) for shape in shapes]
     if min((D, F, L, N, K, V, T)) < 1 or len(content) != 28 + 4 * sum(sizes):
-        raise UserError(f"{path}: its size does not fit its header (llama2.c version 0, float32); restore the file")
+        raise UserError(
+            f"{path}: its size does not fit its header (llama2.c version 0, float32); restore the file"
+        )
     parts = np.split(np.frombuffer(content, "<f4", offset=28), np.cumsum(sizes)[:-1])
     embed, norm1, wq, wk, wv, wo, norm2, w1, w2, w3, final, *rest = (
         part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)
     )
-    inward = lambda w: np.moveaxis(w, -1, 1)  # noqa: E731  rows there are outputs; here the input axis comes first
-    attention = {"q": half_split(inward(wq)), "k": half_split(inward(wk)), "v": inward(wv), "o": np.moveaxis(wo, 1, -1)}
+    inward = lambda w: np.moveaxis(w, -1, 1)
+    attention = {
+        "q": half_split(inward(wq)),
+        "k": half_split(inward(wk)),
+        "v": inward(wv),
+        "o": np.moveaxis(wo, 1, -1),
+    }
     mlp = {"gate": inward(w1), "down": inward(w2), "up": inward(w3)}
     layers = {"attention_norm": norm1, "attention": attention, "mlp_norm": norm2, "mlp": mlp}
     params: dict[str, Any] = {"decoder": {"embed": embed, "final_norm": final, "layers": layers}}
     if not tied:
         params["unembed"] = rest[-1].T
-    shape = {"vocab": V, "width": D, "hidden": F, "layers": L, "heads": N, "kv_heads": K, "head_width": H}
+    shape = {
+        "vocab": V,
+        "width": D,
+        "mlp_width": F,
+        "layers": L,
+        "heads": N,
+        "kv_heads": K,
+        "head_dim": H,
+    }
     return dataclasses.replace(model, **shape, context=T, tied=tied), params
 
 
@@ -76,11 +106,15 @@ def main(config: Config) -> Params:
     params = jax.tree.map(np.ascontiguousarray, params)
     tokenizer = Tokenizer.load(config.tokenizer)
     if tokenizer.size != model.vocab:
-        raise UserError(f"{config.tokenizer}: {tokenizer.size} tokens, {config.bin} has {model.vocab}; name its own")
-    wanted = jax.eval_shape(pure(LanguageModel(model))[0], jax.random.key(0))
+        raise UserError(
+            f"{config.tokenizer}: {tokenizer.size} tokens, {config.bin} has {model.vocab}; name its own"
+        )
+    wanted = jax.eval_shape(init_and_apply(LanguageModel(model))[0], jax.random.key(0))
     assert jax.tree.map(lambda x: x.shape, wanted) == jax.tree.map(lambda x: x.shape, params)
     config = dataclasses.replace(config, model=model)
-    with Checkpoints(config.run, config, script="import_llama2c", tokenizer=tokenizer.model) as checkpoints:
+    with Checkpoints(
+        config.run, config, script="import_llama2c", tokenizer=tokenizer.model
+    ) as checkpoints:
         checkpoints.save(0, {"params": jax.tree.map(jax.numpy.asarray, params)})
     print(f"{config.run}: {sum(x.size for x in jax.tree.leaves(params)):,} parameters")
     return params

@@ -14,22 +14,26 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))  # the root's modules, from wherever this is started
+sys.path.insert(
+    0, str(pathlib.Path(__file__).parents[2])
+)  # the root's modules, from wherever this is started
 
 import jax
 import numpy as np
 
-import config as flags
-from checkpoint import load_params
-from config import UserError, load_config
 from data.batches import pad_prompts
 from data.tokenizer import Tokenizer
 from experiments.seeds import half
 from experiments.stories import happy
-from generate import SamplingConfig, generate, join
-from model import LanguageModel, ModelConfig, Params, pure
+from model import LanguageModel, Params, init_and_apply
+from model_config import ModelConfig
 from objectives.policy import response_logprobs
-from run_folder import finished_steps
+from rollout import join_responses
+from runtime import flags
+from runtime.errors import UserError
+from runtime.run_folder import finished_steps, load_config
+from sampling import SamplingConfig, generate
+from train_state import load_params
 
 HERE = pathlib.Path(__file__).parent
 ROWS = {  # name: (what the table calls it, decimals)
@@ -67,17 +71,27 @@ class Config:
     seed: int = 0
 
 
-def make_tell(model: ModelConfig, tokenizer: Tokenizer, max_prompt: int, max_new_tokens: int, rows: int = 128):
+def make_tell(
+    model: ModelConfig, tokenizer: Tokenizer, max_prompt: int, max_new_tokens: int, rows: int = 128
+):
     """tell(policy, reference, openings, seed) -> (stories, {length, ended, kl, surprise}: [n] each)."""
-    _, apply = pure(LanguageModel(model))
+    _, apply = init_and_apply(LanguageModel(model))
     sampling = SamplingConfig(1.0, max_new_tokens=max_new_tokens)
 
     @jax.jit
     def sample(policy: Params, reference: Params, prompts: dict[str, jax.Array], key: jax.Array):
-        samples = generate(apply, model, policy, prompts, key, sampling, eos=tokenizer.bos, pad=tokenizer.pad)
-        reference_BR = response_logprobs(apply, reference, join(prompts, samples), 1.0)
-        sums = {"length": samples.mask_BR, "ended": (samples.response_BR == tokenizer.bos) * samples.mask_BR}
-        sums |= {"kl": (samples.logp_BR - reference_BR) * samples.mask_BR, "surprise": -reference_BR * samples.mask_BR}
+        samples = generate(
+            apply, model, policy, prompts, key, sampling, eos=tokenizer.bos, pad=tokenizer.pad
+        )
+        reference_BR = response_logprobs(apply, reference, join_responses(prompts, samples), 1.0)
+        sums = {
+            "length": samples.mask_BR,
+            "ended": (samples.response_BR == tokenizer.bos) * samples.mask_BR,
+        }
+        sums |= {
+            "kl": (samples.logp_BR - reference_BR) * samples.mask_BR,
+            "surprise": -reference_BR * samples.mask_BR,
+        }
         return samples.response_BR, {name: x.sum(1) for name, x in sums.items()}
 
     def tell(policy: Params, reference: Params, openings: Sequence[str], seed: int):
@@ -104,20 +118,25 @@ def ngrams(text: str, n: int) -> list[tuple[str, ...]]:
     return list(zip(*(tokens[i:] for i in range(n)), strict=False))
 
 
-def summarise(openings: Sequence[str], stories: Sequence[str], counts: dict[str, np.ndarray]) -> dict[str, float]:
+def summarise(
+    openings: Sequence[str], stories: Sequence[str], counts: dict[str, np.ndarray]
+) -> dict[str, float]:
     """The numbers of ROWS for one set of stories."""
     parts = [happy.parts(o, s) for o, s in zip(openings, stories, strict=True)]
     tokens = [happy.words(story) for story in stories]
     complete = [happy.sentences(story)[0] for story in stories]
     triples, pairs = ([ngrams(story, n) for story in stories] for n in (3, 2))
     all_words, said = sum(map(len, tokens)), [pair for row in pairs for pair in row]
-    commonest = collections.Counter(triple for row in triples for triple in set(row)).most_common(1)[0][1]
+    commonest = collections.Counter(triple for row in triples for triple in set(row)).most_common(
+        1
+    )[0][1]
     also = {"also_happy": set(happy.ALSO_HAPPY.split()), "also_sad": set(happy.ALSO_SAD.split())}
     lengths = [len(happy.words(sentence)) for row in complete for sentence in row]
     repeated = sum(len(row) - len(set(row)) for row in triples) / max(sum(map(len, triples)), 1)
     out = {name: np.mean([part[name] for part in parts]) for name in ("score", "happy", "sad")}
     out |= {
-        name: 100 * sum(word in listed for row in tokens for word in row) / all_words for name, listed in also.items()
+        name: 100 * sum(word in listed for row in tokens for word in row) / all_words
+        for name, listed in also.items()
     }
     out |= {name: counts[name].mean() for name in ("kl", "length", "ended")}
     out |= {
@@ -134,14 +153,19 @@ def summarise(openings: Sequence[str], stories: Sequence[str], counts: dict[str,
 def interval(values: Sequence[float]) -> dict[str, float]:
     """Mean over seeds, with its 95 % interval by Student's t; one seed has no interval."""
     mean, width = float(np.mean(values)), half(values)
-    return {"mean": mean, **({} if math.isnan(width) else {"low": mean - width, "high": mean + width})}
+    return {
+        "mean": mean,
+        **({} if math.isnan(width) else {"low": mean - width, "high": mean + width}),
+    }
 
 
 def markdown(results: dict[str, Any]) -> str:
     """The tables of README.md."""
 
     def cell(values: dict[str, float], digits: int) -> str:
-        shown = {name: f"{round(x, digits) + 0.0:.{digits}f}" for name, x in values.items()}  # + 0.0: never -0.00
+        shown = {
+            name: f"{round(x, digits) + 0.0:.{digits}f}" for name, x in values.items()
+        }  # + 0.0: never -0.00
         return shown["mean"] + (f" [{shown['low']}, {shown['high']}]" if "low" in shown else "")
 
     runs = results["runs"]
@@ -150,7 +174,9 @@ def markdown(results: dict[str, Any]) -> str:
         "|---|---|---|",
     ]
     for name, (title, digits) in ROWS.items():
-        lines.append(f"| {title} | {cell(results['before'][name], digits)} | {cell(results['after'][name], digits)} |")
+        lines.append(
+            f"| {title} | {cell(results['before'][name], digits)} | {cell(results['after'][name], digits)} |"
+        )
     lines += [
         "",
         "| seed | iteration | reward before | after | KL | perplexity | commonest word triple |",
@@ -187,8 +213,13 @@ def main(config: Config) -> dict[str, Any]:
             )
         for name in other.keys() - differing:
             if other[name] != settings[0][name]:
-                raise UserError(f"--after: {run} has another {name} than {config.after[0]}; measure them apart")
-    model, tokenizer = ModelConfig(**load_config(config.before)["model"]), Tokenizer.load(config.before)
+                raise UserError(
+                    f"--after: {run} has another {name} than {config.after[0]}; measure them apart"
+                )
+    model, tokenizer = (
+        ModelConfig(**load_config(config.before)["model"]),
+        Tokenizer.load(config.before),
+    )
     openings = happy.openings(config.split)
     openings = (openings * -(-config.n // len(openings)))[: config.n]
     tell = make_tell(model, tokenizer, settings[0]["max_prompt"], settings[0]["max_new_tokens"])
@@ -199,17 +230,35 @@ def main(config: Config) -> dict[str, Any]:
         row: dict[str, Any] = {"seed": other["seed"]}
         row["iteration"] = finished_steps((pathlib.Path(run) / "checkpoints").absolute())[0]
         row |= {when: summarise(openings, *stories) for when, stories in told.items()}
-        triples = collections.Counter(triple for story in told["after"][0] for triple in set(ngrams(story, 3)))
+        triples = collections.Counter(
+            triple for story in told["after"][0] for triple in set(ngrams(story, 3))
+        )
         runs.append({**row, "formula": " ".join(triples.most_common(1)[0][0])})
         for i in range(config.shown if number == 0 else 0):
             sample: dict[str, Any] = {"opening": openings[i]}
             for when, (stories, _) in told.items():
-                sample |= {when: stories[i], f"{when}_score": happy.parts(openings[i], stories[i])["score"]}
+                sample |= {
+                    when: stories[i],
+                    f"{when}_score": happy.parts(openings[i], stories[i])["score"],
+                }
             shown.append(sample)
-    means = {when: {name: interval([run[when][name] for run in runs]) for name in ROWS} for when in ("before", "after")}
-    kept = ("steps", "batch_size", "minibatches", "epochs", "kl_coef", "max_new_tokens", "optimizer", "value_optimizer")
+    means = {
+        when: {name: interval([run[when][name] for run in runs]) for name in ROWS}
+        for when in ("before", "after")
+    }
+    kept = (
+        "steps",
+        "batch_size",
+        "minibatches",
+        "epochs",
+        "kl_coef",
+        "max_new_tokens",
+        "optimizer",
+        "value_optimizer",
+    )
     results = {
-        "command": "python experiments/stories/measure.py " + " ".join(["--after", *config.after, f"--n={config.n}"]),
+        "command": "python experiments/stories/measure.py "
+        + " ".join(["--after", *config.after, f"--n={config.n}"]),
         "n": config.n,
         "settings": {name: settings[0][name] for name in kept},
         **means,

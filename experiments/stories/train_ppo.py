@@ -13,34 +13,30 @@ import sys
 from functools import partial
 from typing import Any
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))  # the root's modules, from wherever this is started
+sys.path.insert(
+    0, str(pathlib.Path(__file__).parents[2])
+)  # the root's modules, from wherever this is started
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-import config as flags
-from checkpoint import Checkpoints
-from config import UserError
 from data.batches import pad_prompts, prompt_batches
 from data.sources import Source
 from data.tokenizer import Tokenizer
 from experiments.stories import happy
-from metrics import Recorder, describe
-from model import PRESETS, LanguageModel, ModelConfig, Params, check_fit, pure
+from model import LanguageModel, Params, init_and_apply
+from model_config import PRESETS, ModelConfig, check_fit
 from objectives import policy as ppo
+from planning.dry_run import describe
 from rollout import check_first_update, make_rollout, rollout_metrics, shuffled
+from runtime import flags
+from runtime.checkpoint import Checkpoints
+from runtime.errors import UserError
+from runtime.metrics import Recorder
 from sharding import MeshConfig, abstract, check_batch, init_sharded, make_mesh, to_mesh
-from train_step import (
-    OptimizerConfig,
-    as_items,
-    from_items,
-    init_state,
-    make_optimizer,
-    make_train_step,
-    starting_critic,
-    starting_params,
-)
+from train_state import as_items, from_items, init_state, starting_critic, starting_params
+from train_step import OptimizerConfig, make_optimizer, make_train_step
 
 Batch = dict[str, jax.Array]
 
@@ -69,18 +65,30 @@ class Config:
     """Beta: reward per token is -beta KL."""
     kl_limit: float = 80.0
     """The run ends in an error when KL per response exceeds this: the policy has collapsed."""
-    smoothing: float = 0.95
+    gae_lambda: float = 0.95
     """Lambda of generalised advantage estimation."""
     clip: float = 0.2
     """Clip of the probability ratio."""
     value_clip: float = 0.2
     """Clip of the value's move within an iteration."""
     optimizer: OptimizerConfig = OptimizerConfig(
-        lr=5e-4, schedule="linear", warmup=10, final_lr=0.1, beta2=0.999, eps=1e-5, weight_decay=0.0
+        lr=5e-4,
+        schedule="linear",
+        warmup=10,
+        final_lr=0.1,
+        beta2=0.999,
+        eps=1e-5,
+        weight_decay=0.0,
     )
     """Of the policy."""
     value_optimizer: OptimizerConfig = OptimizerConfig(
-        lr=1e-3, schedule="linear", warmup=10, final_lr=0.1, beta2=0.999, eps=1e-5, weight_decay=0.0
+        lr=1e-3,
+        schedule="linear",
+        warmup=10,
+        final_lr=0.1,
+        beta2=0.999,
+        eps=1e-5,
+        weight_decay=0.0,
     )
     """Of the value model."""
     model: ModelConfig = PRESETS["stories260k"]
@@ -91,17 +99,23 @@ class Config:
     """Iterations between samples and scores on the validation openings."""
     save_every: int = 20
     """Iterations between checkpoints."""
-    keep: int = 2
+    keep_checkpoints: int = 2
     """Checkpoints kept."""
 
 
-def score_stories(openings: list[str], response_BR: jax.Array, tokenizer: Tokenizer) -> tuple[list[str], Batch]:
+def score_stories(
+    openings: list[str], response_BR: jax.Array, tokenizer: Tokenizer
+) -> tuple[list[str], Batch]:
     """What continues each opening, and per response the parts of its reward, float32 [B] each; waits for the device."""
     rows = zip(openings, jax.device_get(response_BR).tolist(), strict=True)
     # Decoded together and then cut: the space between opening and response is kept.
-    stories = [tokenizer.decode([*tokenizer.encode(text), *row])[len(text) :] for text, row in rows]
+    stories = [
+        tokenizer.decode([*tokenizer.encode(text), *row])[len(text) :] for text, row in rows
+    ]
     parts = [happy.parts(text, story) for text, story in zip(openings, stories, strict=True)]
-    return stories, {f"{name}_B": np.array([part[name] for part in parts], np.float32) for name in parts[0]}
+    return stories, {
+        f"{name}_B": np.array([part[name] for part in parts], np.float32) for name in parts[0]
+    }
 
 
 def make_judge(config: Config, apply: Any, scalar_apply: Any, bos: int):
@@ -114,8 +128,12 @@ def make_judge(config: Config, apply: Any, scalar_apply: Any, bos: int):
         reference_BR = ppo.response_logprobs(apply, reference, batch, config.temperature)
         values_BR = ppo.response_values(scalar_apply, value, batch) * mask_BR
         kl_BR = ppo.kl_estimate(logp_BR, reference_BR, "k1")
-        rewards_BR = ppo.token_rewards(batch["score_B"], kl_BR, mask_BR, config.kl_coef, mask_BR.sum(1) - 1)
-        advantages_BR, returns_BR = ppo.gae(rewards_BR, values_BR, discount=1.0, smoothing=config.smoothing)
+        rewards_BR = ppo.token_rewards(
+            batch["score_B"], kl_BR, mask_BR, config.kl_coef, mask_BR.sum(1) - 1
+        )
+        advantages_BR, returns_BR = ppo.gae(
+            rewards_BR, values_BR, gamma=1.0, gae_lambda=config.gae_lambda
+        )
         targets = {
             "old_logp_BR": logp_BR,
             "old_values_BR": values_BR,
@@ -130,7 +148,10 @@ def make_judge(config: Config, apply: Any, scalar_apply: Any, bos: int):
             "value": ppo.masked_mean(values_BR, mask_BR),
             **rollout_metrics(logp_BR, reference_BR, batch, bos),
         }
-        return {**{name: x for name, x in batch.items() if name != "sampler_logp_BR"}, **targets}, metrics
+        return {
+            **{name: x for name, x in batch.items() if name != "sampler_logp_BR"},
+            **targets,
+        }, metrics
 
     return judge
 
@@ -145,7 +166,9 @@ def make_evaluation(config: Config, rollout: Any, tokenizer: Tokenizer, mesh: An
     prompts = to_mesh(pad_prompts(rows, config.max_prompt, tokenizer.pad, fixed=True), mesh)
 
     def evaluate(policy: Params) -> tuple[list[dict[str, str]], dict[str, float]]:
-        stories, parts = score_stories(openings, rollout(policy, prompts, jax.random.key(0))["response_BR"], tokenizer)
+        stories, parts = score_stories(
+            openings, rollout(policy, prompts, jax.random.key(0))["response_BR"], tokenizer
+        )
         shown = zip(openings, stories, parts["score_B"].tolist(), strict=True)
         rows = [{"opening": o, "story": s, "score": f"{score:.2f}"} for o, s, score in shown]
         return rows[:4], {f"validation/{name[:-2]}": float(x.mean()) for name, x in parts.items()}
@@ -155,7 +178,9 @@ def make_evaluation(config: Config, rollout: Any, tokenizer: Tokenizer, mesh: An
 
 def make_updates(config: Config, apply: Any, scalar_apply: Any):
     """((policy optimiser, policy step), (value optimiser, value step))."""
-    policy_loss = partial(ppo.policy_objective, apply, clip=config.clip, temperature=config.temperature)
+    policy_loss = partial(
+        ppo.policy_objective, apply, clip=config.clip, temperature=config.temperature
+    )
     value_loss = partial(ppo.value_objective, scalar_apply, clip=config.value_clip)
     for loss, options in ((policy_loss, config.optimizer), (value_loss, config.value_optimizer)):
         optimizer = make_optimizer(options, config.steps * config.epochs * config.minibatches)
@@ -165,10 +190,14 @@ def make_updates(config: Config, apply: Any, scalar_apply: Any):
 def main(config: Config) -> dict[str, float]:
     mesh = make_mesh(config.mesh)
     if jax.process_count() > 1:
-        raise UserError(f"{jax.process_count()} hosts: the reward reads all stories on one; start a single process")
+        raise UserError(
+            f"{jax.process_count()} hosts: the reward reads all stories on one; start a single process"
+        )
     if config.epochs < 1 or config.minibatches < 1 or config.batch_size % config.minibatches:
         given = f"--minibatches={config.minibatches} --epochs={config.epochs}"
-        raise UserError(f"{given}: at least 1, and minibatches must divide --batch_size={config.batch_size}")
+        raise UserError(
+            f"{given}: at least 1, and minibatches must divide --batch_size={config.batch_size}"
+        )
     check_batch("batch_size / --minibatches", config.batch_size // config.minibatches, 1, mesh)
     tokenizer = Tokenizer.load(config.init)
     length = config.max_prompt + config.max_new_tokens
@@ -177,27 +206,49 @@ def main(config: Config) -> dict[str, float]:
     source = Source("openings", range(len(openings)), lambda i: {"text": openings[i]})
     sizes = {"batch_size": config.batch_size, "length": config.max_prompt}
     prompts = prompt_batches(source, tokenizer, **sizes, seed=config.seed)
-    init, apply = pure(LanguageModel(config.model))
+    init, apply = init_and_apply(LanguageModel(config.model))
     reference = starting_params(init, config.model, config.init, mesh, config.seed)
     value_start, scalar_apply = starting_critic(config, {}, mesh)
     rollout = make_rollout(config, apply, tokenizer, eos=tokenizer.bos)
     judge = make_judge(config, apply, scalar_apply, tokenizer.bos)
     evaluate = make_evaluation(config, rollout, tokenizer, mesh)
-    (policy_optimizer, policy_step), (value_optimizer, value_step) = make_updates(config, apply, scalar_apply)
+    (policy_optimizer, policy_step), (value_optimizer, value_step) = make_updates(
+        config, apply, scalar_apply
+    )
 
     def fresh(policy: Params, value: Params) -> dict[str, Any]:
-        copies = jax.tree.map(jnp.copy, (policy, value))  # the steps donate theirs; the reference stays
-        states = [init_state(p, o) for p, o in zip(copies, (policy_optimizer, value_optimizer), strict=True)]
+        copies = jax.tree.map(
+            jnp.copy, (policy, value)
+        )  # the steps donate theirs; the reference stays
+        states = [
+            init_state(p, o)
+            for p, o in zip(copies, (policy_optimizer, value_optimizer), strict=True)
+        ]
         return {**as_items(states[0]), "value": states[1]}
 
-    saving = Checkpoints(config.run, config, script="stories_ppo", tokenizer=tokenizer.model, keep=config.keep)
+    saving = Checkpoints(
+        config.run,
+        config,
+        script="stories_ppo",
+        tokenizer=tokenizer.model,
+        keep=config.keep_checkpoints,
+    )
     with saving as checkpoints:
         saved = checkpoints.restore(abstract(jax.eval_shape(fresh, reference, value_start), mesh))
-        start, items, position = saved or (0, init_sharded(fresh, mesh, reference, value_start), None)
+        start, items, position = saved or (
+            0,
+            init_sharded(fresh, mesh, reference, value_start),
+            None,
+        )
         if position:
             prompts.restore(position)
         policy, value = from_items(items), items["value"]
-        sizes = {"batch_size": config.batch_size, "length": length, "steps": config.steps, "start": start}
+        sizes = {
+            "batch_size": config.batch_size,
+            "length": length,
+            "steps": config.steps,
+            "start": start,
+        }
         others = (policy.opt_state, value, reference)
         print(describe(f"{config.run}: PPO on happy stories", policy.params, others, **sizes))
         unchecked = True
@@ -207,10 +258,16 @@ def main(config: Config) -> dict[str, float]:
             for step in record.steps():
                 key = jax.random.fold_in(jax.random.key(config.seed), step)
                 batch = rollout(policy.params, to_mesh(next(prompts), mesh), key)
-                _, parts = score_stories([r["text"] for r in prompts.records], batch["response_BR"], tokenizer)
-                batch, metrics = judge(policy.params, reference, value.params, {**batch, **to_mesh(parts, mesh)})
+                _, parts = score_stories(
+                    [r["text"] for r in prompts.records], batch["response_BR"], tokenizer
+                )
+                batch, metrics = judge(
+                    policy.params, reference, value.params, {**batch, **to_mesh(parts, mesh)}
+                )
                 for epoch in range(config.epochs):
-                    for minibatch in shuffled(batch, jax.random.fold_in(key, epoch), config.minibatches):
+                    for minibatch in shuffled(
+                        batch, jax.random.fold_in(key, epoch), config.minibatches
+                    ):
                         policy, policy_metrics = policy_step(policy, minibatch)
                         value, value_metrics = value_step(value, minibatch)
                         if unchecked:
@@ -220,7 +277,9 @@ def main(config: Config) -> dict[str, float]:
                 metrics |= {f"value/{name}": x for name, x in value_metrics.items()}
                 record(step, metrics, tokens=config.batch_size * length)
                 if record.last.get("kl", 0.0) > config.kl_limit:
-                    raise UserError(f"--kl_limit={config.kl_limit}: KL is {record.last['kl']:.1f}; raise --kl_coef")
+                    raise UserError(
+                        f"--kl_limit={config.kl_limit}: KL is {record.last['kl']:.1f}; raise --kl_coef"
+                    )
                 if config.eval_every and (step % config.eval_every == 0 or step == config.steps):
                     rows, means = evaluate(policy.params)
                     record.samples(step, rows)

@@ -1,0 +1,280 @@
+"""Several processes as one run: how they join, and how all of them end when one is lost or stuck.
+
+A run that cannot go on here and now ends with exit code 75 (sysexits.h: try again) and one line on stderr; the same
+command then resumes it from its last checkpoint.
+"""
+
+import contextlib
+import ctypes
+import dataclasses
+import importlib.util
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from runtime.errors import UserError
+
+LOST = 75
+"""Exit code of a run that lost a process or stopped making progress."""
+
+
+@dataclasses.dataclass(frozen=True)
+class HostsConfig:
+    """The processes of a run, and how long they wait for one another."""
+
+    coordinator: str | None = None
+    """host:port of process 0; None: JAX_COORDINATOR_ADDRESS, or what SLURM or the TPU pod says."""
+    count: int | None = None
+    """Processes; None: JAX_NUM_PROCESSES, or SLURM's or the pod's."""
+    index: int | None = None
+    """This process, from 0; None: JAX_PROCESS_ID, or SLURM's or the pod's."""
+    bind: str | None = None
+    """host:port that process 0 listens on; None: JAX_COORDINATOR_BIND_ADDRESS, or the coordinator's address."""
+    stall: int = 1800
+    """Seconds without a finished step after which the run ends; up to the first step ten times as many; 0: never."""
+
+
+def _number(given: int | None, variable: str) -> int | None:
+    try:
+        return given if given is not None else int(os.environ[variable])
+    except KeyError:
+        return None
+    except ValueError:
+        raise UserError(f"{variable}={os.environ[variable]}: must be a number") from None
+
+
+def settings(config: HostsConfig) -> dict[str, Any] | None:
+    """Arguments of jax.distributed.initialize where flags or the environment name other processes; raises UserError."""
+    coordinator = config.coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
+    count, index = (
+        _number(config.count, "JAX_NUM_PROCESSES"),
+        _number(config.index, "JAX_PROCESS_ID"),
+    )
+    on_slurm = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1
+    # JAX sets the first variable at its import where it finds no chip.
+    has_tpu = (
+        "TPU_SKIP_MDS_QUERY" not in os.environ and importlib.util.find_spec("libtpu") is not None
+    )
+    on_tpu = has_tpu and "tpu" in (os.environ.get("JAX_PLATFORMS") or "tpu")
+    explicit = {"coordinator": coordinator, "count": count, "index": index}
+    if not on_slurm and not on_tpu:
+        if not any(value is not None for value in explicit.values()):
+            return None
+        for flag, value in explicit.items():
+            if value is None:
+                raise UserError(
+                    f"--hosts.{flag} is missing: give coordinator, count and index, or none of them"
+                )
+    if None not in (count, index) and not 0 <= index < count:
+        raise UserError(
+            f"--hosts.index={index}: must be at least 0 and below --hosts.count={count}"
+        )
+    bind = config.bind or os.environ.get("JAX_COORDINATOR_BIND_ADDRESS") or coordinator
+    for flag, address in {"coordinator": coordinator, "bind": bind}.items():
+        if address is not None and not re.fullmatch(r".+:\d+", address):
+            raise UserError(f"--hosts.{flag}={address}: must be host:port")
+    if index == 0 and bind is not None:
+        host, port = bind.rsplit(":", 1)
+        try:  # JAX would crash
+            socket.create_server((host.strip("[]"), int(port))).close()
+        except (OSError, OverflowError) as fault:
+            raise UserError(
+                f"--hosts.bind={bind}: cannot listen there ({fault}); name another address"
+            ) from None
+    options = {
+        "coordinator_bind_address": bind,
+        "heartbeat_timeout_seconds": min(100, config.stall or 100),
+    }
+    return {
+        "coordinator_address": coordinator,
+        "num_processes": count,
+        "process_id": index,
+        **options,
+    }
+
+
+def join(named: dict[str, Any]) -> None:
+    """Joins the other processes; where they do not come, ends this one."""
+    try:
+        jax.distributed.initialize(**named)
+    except ValueError as fault:
+        if "should be defined" in str(fault):  # a TPU machine that belongs to no pod
+            return
+        raise
+    except RuntimeError as fault:
+        die_lost(f"cannot join the others ({str(fault).splitlines()[0]})")
+    global _name
+    _name = f"process {jax.process_index()}"
+    if jax.process_index() > 0:  # process 0 alone speaks
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+@contextlib.contextmanager
+def joined(config: HostsConfig) -> Iterator[None]:
+    """The other processes' company, for a script's main: within it any fault of one ends all."""
+    named, done = settings(config), threading.Event()
+    sentinel = _post_sentinel(config.stall, named["process_id"]) if named else None
+    if config.stall:
+        threading.Thread(target=_watch, args=(config.stall, sentinel, done), daemon=True).start()
+    if named:
+        join(named)
+    several = jax.distributed.is_initialized()
+    try:
+        yield
+        if several:
+            jax.distributed.shutdown()  # waits for the others, while the watchdog still looks
+    except (UserError, KeyboardInterrupt):  # told by config.run
+        raise
+    except Exception as fault:
+        if not several:
+            raise
+        if reason := _loss_in(fault):
+            die_lost(f"another process was lost ({reason})")
+        traceback.print_exc()
+        exit_now(1)
+    finally:
+        done.set()
+        if sentinel is not None:
+            sentinel.stdin.close()
+
+
+def _loss_in(fault: BaseException | None) -> str | None:
+    """What a fault, or one that it came from, says of a lost process; None where it is a bug or a lack of memory."""
+    while fault is not None:
+        if isinstance(fault, jax.errors.JaxRuntimeError) and re.search(
+            "Gloo|NCCL|[Cc]oordination|Barrier|heartbeat|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED",
+            str(fault),
+        ):
+            return str(fault).splitlines()[0][:200]
+        fault = fault.__cause__ or fault.__context__
+    return None
+
+
+def all_gather_json(value: Any) -> list[Any]:
+    """Each process's `value`, as JSON gives it back; all must call it."""
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    longest = int(np.max(multihost_utils.process_allgather(np.int32(text.size))))
+    padded = np.pad(
+        text, (0, longest // 256 * 256 + 256 - text.size), constant_values=ord(" ")
+    )  # few shapes
+    rows = multihost_utils.process_allgather(padded).reshape(jax.process_count(), -1)
+    return [json.loads(row.tobytes()) for row in rows]
+
+
+def exit_now(code: int) -> NoReturn:
+    """Ends this process; of several at once, since an orderly end would wait for the others."""
+    if not jax.distributed.is_initialized():
+        raise SystemExit(code)
+    sys.stdout.flush()
+    if jax.process_index() == 0:
+        time.sleep(1)  # the others end with it; let them first tell what they know
+    os._exit(code)
+
+
+_ending = threading.Lock()
+_name = "this process"  # JAX must not be asked for its number by a thread that ends it: it might wait for the others
+
+
+def die_lost(reason: str) -> NoReturn:
+    """Ends this process at once, from any thread, with code 75 and one line."""
+    if not _ending.acquire(blocking=False):
+        time.sleep(60)  # another thread is ending it
+    told = f"error: {_name}: {reason}; the same command resumes from the last checkpoint\n"
+    os.write(sys.stderr.fileno(), told.encode())
+    os._exit(LOST)
+
+
+# --- the watchdog
+
+_finished = 0  # steps
+
+
+def finished_step() -> None:
+    """Tells the watchdog that the device has finished a step."""
+    global _finished
+    _finished += 1
+
+
+def _watch(stall: int, sentinel: subprocess.Popen | None, done: threading.Event) -> None:
+    """Counts its own seconds, not the clock's, so that a run suspended and resumed has lost none."""
+    seen = idle = 0
+    while not done.wait(1):
+        if sentinel is not None:
+            with contextlib.suppress(OSError, ValueError):  # it is stopped, or gone
+                os.write(sentinel.stdin.fileno(), b".")
+        seen, idle = _finished, 0 if _finished != seen else idle + 1
+        if idle >= (stall if seen else 10 * stall):
+            die_lost(
+                f"no step finished in {idle} s (--hosts.stall={stall}; ten times as long up to the first)"
+            )
+
+
+# A process that is stopped, or whose interpreter is, cannot end itself: a second one does it. It also passes on what
+# native code writes to stderr, but for the pages that JAX's coordination service writes when a process is lost.
+_SENTINEL = """
+import os, select, signal, sys
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, signal.SIG_IGN)
+pid, stall, idle, quiet = int(sys.argv[1]), int(sys.argv[2]), 0, False
+native = int(sys.argv[3])
+while True:
+    ready = select.select([0, native], [], [], 1)[0]
+    if native in ready:
+        text = os.read(native, 1 << 16)
+        quiet = quiet or b"coordination" in text
+        if not quiet:
+            os.write(2, text)
+    if 0 in ready and not os.read(0, 4096):
+        break
+    idle = 0 if 0 in ready else idle + 1
+    if stall and idle > stall:
+        os.write(2, b"error: %s: stopped for %d s: killed\\n" % (sys.argv[4].encode(), idle))
+        os.kill(pid, signal.SIGKILL)
+        break
+"""
+
+
+def _post_sentinel(stall: int, index: int | None) -> subprocess.Popen:
+    """Starts that second process; this one is to write to its stdin every second."""
+    native, written = os.pipe()
+    global _name
+    _name = socket.gethostname() if index is None else f"process {index}"
+    argv = [
+        sys.executable,
+        "-IS",
+        "-c",
+        _SENTINEL,
+        str(os.getpid()),
+        str(stall),
+        str(native),
+        _name,
+    ]
+    post = subprocess.Popen(
+        argv, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, pass_fds=[native]
+    )
+    os.close(native)
+    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
+    os.dup2(written, 2)
+    os.close(written)
+    # JAX aborts this process when the coordinator is out of reach or a peer lost. Its own hook cannot be in Python.
+    ctypes.CDLL(None).signal(signal.SIGABRT, _on_abort)
+    os.set_blocking(post.stdin.fileno(), False)
+    return post
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_int)
+def _on_abort(number: int) -> None:
+    die_lost("another process was lost, or never came")
