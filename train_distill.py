@@ -153,7 +153,10 @@ def main(config: Config) -> dict[str, float]:
         }
 
     step_of = partial(
-        make_train_step, microbatches=config.microbatches, clip=config.optimizer.clip, attach=whole
+        make_train_step,
+        microbatches=config.microbatches,
+        max_norm=config.optimizer.clip,
+        full=whole,
     )
     train_step, own_step = (
         step_of(objective, optimizer),

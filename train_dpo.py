@@ -45,7 +45,14 @@ from runtime.metrics import Recorder
 from sampling import SamplingConfig
 from sharding import MeshConfig, check_batch, data_shard, make_mesh, to_mesh
 from train_state import as_items, start_or_resume, starting_params
-from train_step import Objective, OptimizerConfig, make_evaluation, make_optimizer, make_train_step
+from train_step import (
+    Objective,
+    OptimizerConfig,
+    Update,
+    make_evaluation,
+    make_optimizer,
+    make_train_step,
+)
 
 NO_RANKINGS = ("kto", "contrastive", "unlikelihood", "figa", "hindsight")
 """Losses that do not compare the responses of a ranking."""
@@ -161,15 +168,16 @@ def make_objective(config: Config, apply: Any) -> tuple[Objective, bool]:
     return {**to_a_reference, **without}[config.loss], config.loss in to_a_reference
 
 
-def make_update(config: Config):
-    """(init, optimiser, objective, train step)."""
+def make_update(config: Config) -> Update:
+    """Make the model's initialiser, its optimiser, its loss and the jitted step."""
     init, apply = init_and_apply(LanguageModel(config.model))
-    objective, optimizer = (
-        make_objective(config, apply)[0],
-        make_optimizer(config.optimizer, config.steps),
+    objective = make_objective(config, apply)[0]
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    full = partial(with_adapters, config.lora)
+    step = make_train_step(
+        objective, optimizer, config.microbatches, max_norm=config.optimizer.clip, full=full
     )
-    options = config.microbatches, config.optimizer.clip, partial(with_adapters, config.lora)
-    return init, optimizer, objective, make_train_step(objective, optimizer, *options)
+    return Update(init, optimizer, objective, step)
 
 
 def check(config: Config) -> None:

@@ -217,8 +217,11 @@ def make_judge(config: Config, apply: Any, advantages: Callable[..., jax.Array],
 def make_update(config: Config, objective: Any):
     """(optimiser, train step)."""
     optimizer = make_optimizer(config.optimizer, config.steps * config.epochs * config.minibatches)
-    options = config.microbatches, config.optimizer.clip, partial(with_adapters, config.lora)
-    return optimizer, make_train_step(objective, optimizer, *options)
+    full = partial(with_adapters, config.lora)
+    step = make_train_step(
+        objective, optimizer, config.microbatches, max_norm=config.optimizer.clip, full=full
+    )
+    return optimizer, step
 
 
 def check(c: Config, mesh: Any) -> None:

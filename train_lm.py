@@ -26,7 +26,7 @@ from runtime.metrics import Recorder
 from sampling import SamplingConfig
 from sharding import MeshConfig, check_batch, data_shard, make_mesh, to_mesh
 from train_state import as_items, start_or_resume
-from train_step import OptimizerConfig, make_evaluation, make_optimizer, make_train_step
+from train_step import OptimizerConfig, Update, make_evaluation, make_optimizer, make_train_step
 
 EVAL_BATCHES = 4
 
@@ -65,18 +65,16 @@ class Config:
     """Print shapes, shardings, memory and the first batch, and write nothing."""
 
 
-def make_update(config: Config):
-    """(init, optimiser, objective, train step)."""
+def make_update(config: Config) -> Update:
+    """Make the model's initialiser, its optimiser, its loss and the jitted step."""
     init, apply = init_and_apply(LanguageModel(config.model, config.microbatches))
     optimizer = make_optimizer(config.optimizer, config.steps)
     objective = partial(likelihood_objective, apply)
     whole = partial(with_adapters, config.lora)
-    return (
-        init,
-        optimizer,
-        objective,
-        make_train_step(objective, optimizer, config.microbatches, config.optimizer.clip, whole),
+    step = make_train_step(
+        objective, optimizer, config.microbatches, max_norm=config.optimizer.clip, full=whole
     )
+    return Update(init, optimizer, objective, step)
 
 
 @guarded

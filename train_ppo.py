@@ -258,7 +258,11 @@ def make_updates(c: Config, apply: Any, scalar_apply: Any):
         yield (
             optimizer,
             make_train_step(
-                loss, optimizer, c.microbatches, options.clip, partial(with_adapters, c.lora)
+                loss,
+                optimizer,
+                c.microbatches,
+                max_norm=options.clip,
+                full=partial(with_adapters, c.lora),
             ),
         )
 

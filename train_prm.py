@@ -122,7 +122,7 @@ def main(config: Config) -> dict[str, float]:
     whole = partial(with_adapters, config.lora)
     objective = partial(process_objective, apply)
     train_step = make_train_step(
-        objective, optimizer, config.microbatches, config.optimizer.clip, whole
+        objective, optimizer, config.microbatches, max_norm=config.optimizer.clip, full=whole
     )
     evaluate = make_evaluation(config, apply, held_out, tokenizer)
 

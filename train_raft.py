@@ -277,7 +277,7 @@ def main(config: Config) -> dict[str, float]:
         "reference": held["reference"],
     }
     train_step = make_train_step(
-        objective, optimizer, config.microbatches, config.optimizer.clip, both
+        objective, optimizer, config.microbatches, max_norm=config.optimizer.clip, full=both
     )
     judges = config.data == "world" and config.eval_every > 0
     evaluate = make_gold_evaluation(config, tokenizer, condition=best_asked) if judges else None

@@ -30,7 +30,7 @@ from runtime.hosts import HostsConfig
 from runtime.metrics import Recorder
 from sharding import MeshConfig, check_batch, data_shard, make_mesh, to_mesh
 from train_state import as_items, start_or_resume
-from train_step import OptimizerConfig, make_optimizer, make_train_step
+from train_step import OptimizerConfig, Update, make_optimizer, make_train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,8 +88,8 @@ def mean_score(params: Params, score: Any, config: Config, source: Any) -> jax.A
     return jnp.float32(np.mean(score(params, *zip(*pairs, strict=True))))
 
 
-def make_update(config: Config):
-    """(init, optimiser, objective, train step)."""
+def make_update(config: Config) -> Update:
+    """Make the model's initialiser, its optimiser, its loss and the jitted step."""
     init, apply = init_and_apply(ScalarModel(config.model))
     optimizer = make_optimizer(config.optimizer, config.steps)
     coefficients = {
@@ -98,12 +98,10 @@ def make_update(config: Config):
     }
     objective = partial(ranking_objective, apply, **coefficients)
     whole = partial(with_adapters, config.lora)
-    return (
-        init,
-        optimizer,
-        objective,
-        make_train_step(objective, optimizer, config.microbatches, config.optimizer.clip, whole),
+    step = make_train_step(
+        objective, optimizer, config.microbatches, max_norm=config.optimizer.clip, full=whole
     )
+    return Update(init, optimizer, objective, step)
 
 
 def main(config: Config) -> dict[str, float]:

@@ -11,22 +11,21 @@ import jax
 
 from data.batches import chat_batches
 from data.sources import open_source
-from data.tokenizer import tokenizer_for
+from data.tokenizer import Tokenizer, tokenizer_for
 from lora import LoraConfig, note_lora_base, with_adapters
 from model import LanguageModel, init_and_apply
 from model_config import ModelConfig, check_fit
 from objectives.likelihood import likelihood_objective
-from planning.dry_run import describe, preview
+from planning.dry_run import preview
 from responses import make_sampler
 from runtime import flags
-from runtime.checkpoint import Checkpoints
 from runtime.guard import GuardConfig, guarded, left_out
 from runtime.hosts import HostsConfig
-from runtime.metrics import Recorder
 from sampling import SamplingConfig
 from sharding import MeshConfig, check_batch, data_shard, make_mesh, to_mesh
-from train_state import as_items, start_or_resume
-from train_step import OptimizerConfig, make_evaluation, make_optimizer, make_train_step
+from train_state import as_items
+from train_step import OptimizerConfig, Update, make_evaluation, make_optimizer, make_train_step
+from training_run import Run
 
 EVAL_BATCHES = 4
 
@@ -65,22 +64,24 @@ class Config:
     """Print shapes, shardings, memory and the first batch, and write nothing."""
 
 
-def make_update(config: Config):
-    """(init, optimiser, objective, train step)."""
+def make_update(config: Config) -> Update:
+    """Make the model's initialiser, its optimiser, its loss and the jitted step."""
     init, apply = init_and_apply(LanguageModel(config.model, config.microbatches))
-    optimizer = make_optimizer(config.optimizer, config.steps)
     objective = partial(likelihood_objective, apply)
-    whole = partial(with_adapters, config.lora)
-    return (
-        init,
-        optimizer,
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    step = make_train_step(
         objective,
-        make_train_step(objective, optimizer, config.microbatches, config.optimizer.clip, whole),
+        optimizer,
+        config.microbatches,
+        max_norm=config.optimizer.clip,
+        full=partial(with_adapters, config.lora),
     )
+    return Update(init, optimizer, objective, step)
 
 
 @guarded
 def main(config: Config) -> dict[str, float]:
+    """Fine-tune on conversations; return the last metrics."""
     config = note_lora_base(config)
     mesh = make_mesh(config.mesh)
     check_batch(
@@ -91,80 +92,62 @@ def main(config: Config) -> dict[str, float]:
         config.length,
         config.model.layers,
     )
-    source, held_out = (
-        open_source(config.data, "chat", split, seed=config.seed) for split in ("train", "heldout")
-    )
-    tokenizer = tokenizer_for(config, source)
+
+    # Data: conversations, the tokenizer they fit, and packed rows. Batches at fault of a loss
+    # spike are left out (runtime/guard.py).
+    train_chats = open_source(config.data, "chat", "train", seed=config.seed)
+    held_out_chats = open_source(config.data, "chat", "heldout", seed=config.seed)
+    tokenizer = tokenizer_for(config, train_chats)
     check_fit(config.model, tokenizer.size, config.length)
-    host = data_shard(mesh)
-    batches_of = partial(
+    packed = partial(
         chat_batches,
         tokenizer=tokenizer,
         batch_size=config.batch_size,
         length=config.length,
-        **host,
+        **data_shard(mesh),
     )
-    batches, held_out_batches = (
-        batches_of(source, seed=config.seed, without=left_out(config.run)),
-        batches_of(held_out),
-    )
+    batches = packed(train_chats, seed=config.seed, without=left_out(config.run))
+    held_out_batches = packed(held_out_chats)
     eval_batches = [to_mesh(next(held_out_batches), mesh) for _ in range(EVAL_BATCHES)]
 
-    init, optimizer, objective, train_step = make_update(config)
-    whole, evaluate = partial(with_adapters, config.lora), make_evaluation(objective)
-    respond = make_sampler(
-        config.model, SamplingConfig(0.0, max_new_tokens=min(64, config.length // 2)), tokenizer
-    )
-    messages = [held_out[i]["messages"] for i in range(min(8, len(held_out)))]
-    prompts = [tokenizer.prompt(m[:-1])[-config.length // 2 :] for m in messages]
+    # One jitted step. With LoRA `state.params` are the adapters alone; `full` lays their base
+    # beside them.
+    update = make_update(config)
+    evaluate = make_evaluation(update.objective)
+    full = partial(with_adapters, config.lora)
+
+    # Samples: greedy answers to the first held-out prompts, in samples.md.
+    sampling = SamplingConfig(temperature=0.0, max_new_tokens=min(64, config.length // 2))
+    respond = make_sampler(config.model, sampling, tokenizer)
+    sample_chats = [held_out_chats[i]["messages"] for i in range(min(8, len(held_out_chats)))]
+    sample_prompts = [tokenizer.prompt(chat[:-1])[-config.length // 2 :] for chat in sample_chats]
 
     if config.dry_run:
-        return preview(config, init, optimizer, mesh, next(batches), tokenizer)
-    with Checkpoints(
-        config.run,
-        config,
-        script="train_sft",
-        tokenizer=tokenizer.model,
-        keep=config.keep_checkpoints,
-    ) as checkpoints:
-        start, state, position, base = start_or_resume(checkpoints, config, init, optimizer, mesh)
-        if position:
-            batches.restore(position)
-        sizes = {
-            "batch_size": config.batch_size,
-            "length": config.length,
-            "steps": config.steps,
-            "start": start,
-        }
-        sizes["microbatches"] = config.microbatches
-        print(
-            describe(
-                f"{config.run}: fine-tuning on {source.name}",
-                state.params,
-                (state.opt_state, base),
-                **sizes,
-            )
-        )
-        with Recorder(config.run, config.steps, start, guard=config.guard) as record:
-            for step in record.steps():
-                state, metrics = train_step(state, to_mesh(next(batches), mesh), base)
-                record(step, metrics, tokens=config.batch_size * config.length)
-                if config.eval_every and (step % config.eval_every == 0 or step == config.steps):
-                    params = whole(base, state.params)
-                    record(step, evaluate(params, eval_batches))
-                    responses = [
-                        tokenizer.decode(r) for r in respond(params, prompts, jax.random.key(step))
-                    ]
-                    shown = zip(messages, responses, strict=True)
-                    record.samples(
-                        step, [{"prompt": m[-2]["content"], "response": r} for m, r in shown]
-                    )
-                if checkpoints.due(step, config.save_every, config.steps):
-                    record.flush()
-                    checkpoints.save(step, as_items(state), batches.state)
-                if checkpoints.stopping:
-                    break
-    return record.last
+        return preview(config, update.init, update.optimizer, mesh, next(batches), tokenizer)
+    with Run(config, tokenizer, guard=config.guard) as run:
+        state, base = run.start_or_resume(update.init, update.optimizer, mesh, batches)
+        what = f"fine-tuning on {train_chats.name}"
+        run.describe(what, state.params, (state.opt_state, base), length=config.length)
+        for step in run.steps():
+            state, metrics = update.step(state, to_mesh(next(batches), mesh), base)
+            run.record(step, metrics, tokens=config.batch_size * config.length)
+            if run.due(step, config.eval_every):
+                params = full(base, state.params)
+                run.record(step, evaluate(params, eval_batches))
+                responses = respond(params, sample_prompts, jax.random.key(step))
+                run.samples(step, chat_samples(sample_chats, responses, tokenizer))
+            run.save_when_due(step, as_items(state), batches)
+    return run.last_metrics
+
+
+def chat_samples(
+    chats: list[list[dict[str, str]]], responses: list[list[int]], tokenizer: Tokenizer
+) -> list[dict[str, str]]:
+    """Pair the last prompt of each chat with the response to it, as text."""
+    return [
+        {"prompt": chat[-2]["content"], "response": tokenizer.decode(response)}
+        for chat, response in zip(chats, responses, strict=True)
+    ]
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import dataclasses
 import re
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import flax.struct
 import jax
@@ -100,67 +100,92 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     return optax.adamw(schedule, config.beta1, config.beta2, config.eps, **options)
 
 
+class Update(NamedTuple):
+    """The pieces of a script that trains one model; `make_update` of each script makes them."""
+
+    init: Callable[[jax.Array], Params]
+    """init(key) -> random parameters."""
+    optimizer: optax.GradientTransformation
+    objective: Objective
+    step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
+    """step(state, batch, base) -> (state, metrics), of make_train_step."""
+
+
 def make_train_step(
     objective: Objective,
     optimizer: optax.GradientTransformation,
     microbatches: int = 1,
-    clip: float = 1.0,
-    attach: Callable[[Params | None, Params], Params] = lambda base, params: params,
+    *,
+    max_norm: float = 1.0,
+    full: Callable[[Params | None, Params], Params] = lambda base, params: params,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
-    """step(state, batch, base=None) -> (state, metrics); compiled, and `state` is donated, `base` is not.
+    """Compile step(state, batch, base=None) -> (state, metrics).
 
-    The objective sees `attach(base, state.params)`; gradients are of `state.params` alone.
+    `state` is donated: its buffers are gone after the call; `base` and `batch` are not.
+    `microbatches`: parts into which the batch's first axis is cut, one after another. Sums are
+    divided by the total weight at the end, so the result does not depend on the cut, whatever
+    the counts of tokens. `max_norm`: largest global gradient norm; a longer gradient is scaled
+    down to it. `full(base, state.params)`: the parameters that the objective sees, where
+    `state.params` are adapters on `base`; gradients are of `state.params` alone.
 
-    The batch's first axis is cut into `microbatches`; sums are divided by the total weight at the end, so the
-    result does not depend on the cut, whatever the counts of tokens. An update with a non-finite loss or gradient
-    changes nothing but the counters.
+    Metrics are of the parameters before the update: `loss`, the objective's own as means,
+    `grad_norm` before clipping, and `skipped`, updates left out so far. An update with a
+    non-finite loss or gradient changes nothing but the counters.
     """
-    gradient = jax.value_and_grad(
-        lambda params, batch, base: objective(attach(base, params), batch), has_aux=True
-    )
+
+    def loss_of(params: Params, batch: Batch, base: Params | None):
+        return objective(full(base, params), batch)
+
+    gradient = jax.value_and_grad(loss_of, has_aux=True)
+
+    def sums(params: Params, batch: Batch, base: Params | None):
+        """Sums over one part of the batch: loss, weight, metrics, gradient."""
+        (loss, (weight, metrics)), grads = gradient(params, batch, base)
+        return loss, weight, metrics, constrain_params(grads)
 
     def accumulated(params: Params, batch: Batch, base: Params | None):
-        def sums(params: Params, batch: Batch):
-            (loss, (weight, metrics)), grads = gradient(params, batch, base)
-            return loss, weight, metrics, constrain_params(grads)
+        """Sums over the whole batch, part by part. A pipeline cuts the batch itself (layers.py)."""
+        is_pipeline = along(jax.sharding.get_abstract_mesh(), "stage") > 1
+        if microbatches == 1 or is_pipeline:
+            return sums(params, batch, base)
+        parts = jax.tree.map(lambda x: in_microbatches(x, microbatches), batch)
+        first = jax.tree.map(lambda x: x[0], parts)
+        shapes = jax.eval_shape(sums, params, first, base)
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
-        if (
-            microbatches == 1 or along(jax.sharding.get_abstract_mesh(), "stage") > 1
-        ):  # which layers.py cuts itself
-            return sums(params, batch)
-        cut = jax.tree.map(lambda x: in_microbatches(x, microbatches), batch)
-        zeros = jax.tree.map(
-            lambda s: jnp.zeros(s.shape, s.dtype),
-            jax.eval_shape(sums, params, jax.tree.map(lambda x: x[0], cut)),
-        )
-        return jax.lax.scan(
-            lambda acc, part: (jax.tree.map(jnp.add, acc, sums(params, part)), None), zeros, cut
-        )[0]
+        def add(totals, part):
+            return jax.tree.map(jnp.add, totals, sums(params, part, base)), None
+
+        return jax.lax.scan(add, zeros, parts)[0]
 
     @partial(jax.jit, donate_argnums=0)
     def step(
         state: TrainState, batch: Batch, base: Params | None = None
     ) -> tuple[TrainState, dict[str, jax.Array]]:
+        # The mean gradient, clipped to a global norm.
         loss, weight, metrics, grads = accumulated(state.params, batch, base)
-        grads = jax.tree.map(lambda g: g / weight, grads)
+        grads = jax.tree.map(lambda grad: grad / weight, grads)
         norm = optax.global_norm(grads)
-        finite = jnp.isfinite(loss / weight) & jnp.isfinite(norm)
-        factor = jnp.minimum(1.0, clip / jnp.maximum(norm, 1e-12))
-        updates, opt_state = optimizer.update(
-            jax.tree.map(lambda g: g * factor, grads), state.opt_state, state.params
-        )
+        scale = jnp.minimum(1.0, max_norm / jnp.maximum(norm, 1e-12))
+        clipped = jax.tree.map(lambda grad: grad * scale, grads)
+
+        # The optimiser's step, undone where the loss or the gradient is not finite.
+        updates, opt_state = optimizer.update(clipped, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        keep = partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
+        finite = jnp.isfinite(loss / weight) & jnp.isfinite(norm)
+        if_finite = partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
         state = TrainState(
             step=state.step + 1,
             skipped=state.skipped + (~finite).astype(jnp.int32),
-            params=keep(params, state.params),
-            opt_state=keep(opt_state, state.opt_state),
+            params=if_finite(params, state.params),
+            opt_state=if_finite(opt_state, state.opt_state),
         )
+
         means = {
             name: total / jnp.maximum(count, 1e-9) for name, (total, count) in metrics.items()
         }
-        return state, {"loss": loss / weight, **means, "grad_norm": norm, "skipped": state.skipped}
+        metrics = {"loss": loss / weight, **means, "grad_norm": norm, "skipped": state.skipped}
+        return state, metrics
 
     return step
 

@@ -97,7 +97,7 @@ def test_gradients_are_those_of_the_chain_rule_and_the_base_stays():
     full = jax.jit(jax.grad(lambda p: objective(p, batch)[0] / mask.sum()))(merged)
 
     step = make_train_step(
-        objective, optax.sgd(1.0), 2, clip=1e9, attach=partial(with_adapters, LORA)
+        objective, optax.sgd(1.0), 2, max_norm=1e9, full=partial(with_adapters, LORA)
     )
     state, _ = step(init_state(jax.tree.map(jnp.asarray, start), optax.sgd(1.0)), batch, base)
     moved = jax.tree.map(lambda old, new: old - np.asarray(new), start, state.params)

@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import plan as command
 from kernels.attention import attention
 from kernels.chunked import block_size
 from lora import LoraConfig

@@ -427,7 +427,7 @@ def test_pretraining_text_adds_its_mean_loss_whatever_the_microbatches():
     slope = (p - np.eye(3)[PAIRS]) * kept[..., None] / kept.sum()
     want = jax.tree.map(lambda g, s: np.asarray(g) / mask.sum() + 1.7 * s, alone, to_tables(slope))
     for parts in (1, 3):
-        step = make_train_step(objective, optax.sgd(1.0), parts, clip=1e9)
+        step = make_train_step(objective, optax.sgd(1.0), parts, max_norm=1e9)
         state, metrics = step(init_state(jax.tree.map(jnp.copy, params), optax.sgd(1.0)), batch)
         moved = jax.tree.map(lambda before, after: before - after, params, state.params)
         jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, atol=1e-6), moved, want)

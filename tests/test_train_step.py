@@ -81,7 +81,7 @@ def test_accumulation_equals_one_batch_with_unequal_token_counts():
 
     def train(objective, microbatches):
         # Adam hides the scale of gradients: without it a difference in them shows in full.
-        step = make_train_step(objective, optax.sgd(0.5), microbatches, clip=1e9)
+        step = make_train_step(objective, optax.sgd(0.5), microbatches, max_norm=1e9)
         state, losses = init_state(jax.tree.map(jnp.copy, params), optax.sgd(0.5)), []
         for seed in range(3):
             state, metrics = step(state, language_batch(seed))
@@ -106,7 +106,7 @@ def test_clipping_equals_numpy_and_metrics_are_means():
     )
     norm = math.sqrt(grad_w @ grad_w + grad_b**2)
     for clip in (0.25, 100.0):
-        state, metrics = make_train_step(regression, optax.sgd(lr), 1, clip)(
+        state, metrics = make_train_step(regression, optax.sgd(lr), 1, max_norm=clip)(
             start(optax.sgd(lr)), batch
         )
         factor = min(1.0, clip / norm)

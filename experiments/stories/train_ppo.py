@@ -184,7 +184,7 @@ def make_updates(config: Config, apply: Any, scalar_apply: Any):
     value_loss = partial(ppo.value_objective, scalar_apply, clip=config.value_clip)
     for loss, options in ((policy_loss, config.optimizer), (value_loss, config.value_optimizer)):
         optimizer = make_optimizer(options, config.steps * config.epochs * config.minibatches)
-        yield optimizer, make_train_step(loss, optimizer, clip=options.clip)
+        yield optimizer, make_train_step(loss, optimizer, max_norm=options.clip)
 
 
 def main(config: Config) -> dict[str, float]:

@@ -1,0 +1,193 @@
+"""The frame of a training script: restore, describe, record, save on time, stop on a signal.
+
+    with Run(config, tokenizer) as run:
+        state, base = run.start_or_resume(init, optimizer, mesh, batches)
+        run.describe("fine-tuning on world", state.params, state.opt_state, length=config.length)
+        for step in run.steps():
+            state, metrics = train_step(state, to_mesh(next(batches), mesh), base)
+            run.record(step, metrics, tokens=config.batch_size * config.length)
+            if run.due(step, config.eval_every):
+                run.record(step, evaluate(state.params, eval_batches))
+            run.save_when_due(step, as_items(state), batches)
+    return run.last_metrics
+
+What a step does stays in the script; what every script does around its steps is here.
+"""
+
+import contextlib
+import pathlib
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import optax
+
+from data.batches import Batches
+from data.tokenizer import Tokenizer
+from model import Params
+from planning.dry_run import describe
+from runtime.checkpoint import Checkpoints
+from runtime.guard import GuardConfig
+from runtime.metrics import Recorder
+from train_state import start_or_resume
+from train_step import TrainState
+
+ROOT = pathlib.Path(__file__).parent
+Data = Batches | dict[str, Batches]
+"""What a script reads: one stream of batches, or several by name."""
+
+
+def script_name(config: Any) -> str:
+    """Name the script that defines the class of `config`, by its path from the root without `.py`.
+
+    A fork is named by its folder too: `experiments/alibi/train_sft`. One outside the repository
+    is named by its whole path.
+    """
+    path = pathlib.Path(sys.modules[type(config).__module__].__file__).resolve()
+    if path.is_relative_to(ROOT):
+        path = path.relative_to(ROOT)
+    return path.with_suffix("").as_posix()
+
+
+class Run:
+    """A script's run folder while it trains: checkpoints, metrics and samples.
+
+    `config` is the script's: `run`, `steps`, `save_every`, `keep_checkpoints` and `batch_size` are
+    read here. On entry the folder is created or found to be the same run, else UserError and
+    nothing is touched. On exit the last row of metrics and the last save are on the disk.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        tokenizer: Tokenizer,
+        *,
+        unit: str = "step",
+        guard: GuardConfig | None = None,
+    ):
+        """`unit`: the word for a step on the terminal; `guard`: what counts as a loss spike."""
+        self.config = config
+        self.start = 0
+        """Steps that an earlier start of this run has finished."""
+        self._unit = unit
+        self._guard = guard
+        self._open = contextlib.ExitStack()
+        self._checkpoints = Checkpoints(
+            config.run,
+            config,
+            script=script_name(config),
+            tokenizer=tokenizer.model,
+            keep=config.keep_checkpoints,
+        )
+
+    def __enter__(self) -> "Run":
+        self._open.enter_context(self._checkpoints)
+        return self
+
+    def __exit__(self, kind: Any, fault: Any, trace: Any) -> None:
+        self._open.__exit__(kind, fault, trace)
+
+    # --- before the first step
+
+    def restore(self, shapes: dict[str, Any], data: Data) -> dict[str, Any] | None:
+        """Load the newest checkpoint and set `data` to where it was; None for a new run.
+
+        `shapes`: the tree that `save_when_due` is given, as ShapeDtypeStructs with shardings.
+        """
+        found = self._checkpoints.restore(shapes)
+        if found is None:
+            return None
+        self.start, items, position = found
+        _set_position(data, position)
+        return items
+
+    def start_or_resume(
+        self,
+        init: Any,
+        optimizer: optax.GradientTransformation,
+        mesh: jax.sharding.Mesh,
+        data: Data,
+    ) -> tuple[TrainState, Params | None]:
+        """Return the state of the newest checkpoint, or a fresh one, and the base of its adapters.
+
+        `data` is set to where that checkpoint left it. The base is None without adapters.
+        """
+        self.start, state, position, base = start_or_resume(
+            self._checkpoints, self.config, init, optimizer, mesh
+        )
+        _set_position(data, position)
+        return state, base
+
+    def describe(self, what: str, params: Any, rest: Any, *, length: int) -> None:
+        """Print the arithmetic of the run: sizes, mesh, memory, steps.
+
+        `params`: what is trained. `rest`: every other tree that lies on the devices. `length`:
+        tokens a row.
+        """
+        text = describe(
+            f"{self.config.run}: {what}",
+            params,
+            rest,
+            batch_size=self.config.batch_size,
+            length=length,
+            steps=self.config.steps,
+            start=self.start,
+            microbatches=self.config.microbatches,
+        )
+        print(text)
+
+    # --- around each step
+
+    def steps(self) -> Iterator[int]:
+        """Yield the steps still to do, up to `config.steps`; stop early after a signal's save."""
+        recorder = Recorder(
+            self.config.run, self.config.steps, self.start, unit=self._unit, guard=self._guard
+        )
+        self._recorder = self._open.enter_context(recorder)
+        for step in self._recorder.steps():
+            yield step
+            if self._checkpoints.stopping:
+                return
+
+    def record(self, step: int, metrics: dict[str, Any], tokens: int = 0) -> None:
+        """Keep the metrics of `step` and write those of the step before (see Recorder)."""
+        self._recorder(step, metrics, tokens=tokens)
+
+    def samples(self, step: int, rows: list[dict[str, Any]]) -> None:
+        """Append `rows` of prompt and response to samples.md, and show the first two."""
+        self._recorder.samples(step, rows)
+
+    def due(self, step: int, every: int) -> bool:
+        """True every `every` steps and at the last one; never where `every` is 0."""
+        return every > 0 and (step % every == 0 or step == self.config.steps)
+
+    def save_when_due(self, step: int, items: dict[str, Any], data: Data) -> None:
+        """Save `items` and the position of `data` every `save_every` steps, at the last, on a signal.
+
+        Call it at every step, on every process: this is where processes agree to stop.
+        """
+        if self._checkpoints.due(step, self.config.save_every, self.config.steps):
+            self._recorder.flush()
+            self._checkpoints.save(step, items, _position(data))
+
+    @property
+    def last_metrics(self) -> dict[str, float]:
+        """The newest row of metrics that has been written."""
+        return self._recorder.last
+
+
+def _position(data: Data) -> Any:
+    if isinstance(data, dict):
+        return {name: batches.state for name, batches in data.items()}
+    return data.state
+
+
+def _set_position(data: Data, position: Any) -> None:
+    if not position:
+        return
+    if isinstance(data, dict):
+        for name, state in position.items():
+            data[name].restore(state)
+    else:
+        data.restore(position)
