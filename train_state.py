@@ -26,8 +26,8 @@ def load_params(run: str, step: int | None = None, shapes: Any = None) -> dict[s
     Where a run has adapters alone (lora.py) they come merged into its base.
     """
     if (config := load_config(run)).get("lora", {}).get("rank"):
-        return merged(run, config, load_step_params(run, config, step, None), load_params, shapes)
-    return load_step_params(run, config, step, shapes)
+        return merged(run, config, load_step_params(run, step, None), load_params, shapes)
+    return load_step_params(run, step, shapes)
 
 
 def starting_params(

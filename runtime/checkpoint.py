@@ -39,6 +39,7 @@ from runtime.run_folder import (
     refuse_other_run,
     remove_step,
     remove_unfinished,
+    stored_identity,
     write_manifest,
 )
 
@@ -203,10 +204,8 @@ class Checkpoints:
         return good, {"params": items["params"], **rest}, extras[jax.process_index() % len(extras)]
 
 
-def load_step_params(
-    run: str, config: dict[str, Any], step: int | None, shapes: Any
-) -> dict[str, Any]:
-    config_hash = identity_hash(config)
+def load_step_params(run: str, step: int | None, shapes: Any) -> dict[str, Any]:
+    config_hash = stored_identity(run)
     folder = (pathlib.Path(run) / "checkpoints").absolute()
     steps = finished_steps(folder)
     if not steps or step not in (None, *steps):

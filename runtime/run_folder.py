@@ -26,6 +26,19 @@ FREE = {"run", "steps", "keep_checkpoints", "mesh", "hosts", "offload", "dry_run
 FREE |= {"eval_every", "save_every", "log_every", "sample_every"}
 """Config fields that may change when a run is resumed; all others decide its results."""
 
+RENAMED = {
+    "model.hidden": "model.mlp_width",
+    "model.head_width": "model.head_dim",
+    "keep": "keep_checkpoints",
+    "discount": "gamma",
+    "smoothing": "gae_lambda",
+    "centring": "center_rewards_coef",
+    "lm_coefficient": "lm_coef",
+    "dynamic": "dynamic_sampling",
+    "carry": "replay_rounds",
+}
+"""Config fields by the names that older runs have for them. Such a run is read, never resumed."""
+
 LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint")
 
 
@@ -47,7 +60,11 @@ def describe_run(config: Any, script: str, tokenizer: bytes | None) -> dict[str,
 
 def _identity(config: dict[str, Any]) -> dict[str, Any]:
     """The fields that must not change, by dotted name."""
-    fixed = {key: value for key, value in config.items() if key not in FREE | {"versions"}}
+    fixed = {
+        key: value
+        for key, value in config.items()
+        if key != "versions" and RENAMED.get(key, key) not in FREE
+    }
     named = jax.tree_util.tree_leaves_with_path(
         fixed, is_leaf=lambda value: not isinstance(value, dict)
     )
@@ -77,7 +94,14 @@ def refuse_other_run(run: pathlib.Path, config: dict[str, Any]) -> None:
         or (run / "left_out.json").exists()
     ):
         return
-    stored = load_config(str(run))
+    stored = _stored_config(str(run))
+    for before, now in RENAMED.items():
+        part, _, field = before.rpartition(".")
+        if field in (stored.get(part, {}) if part else stored):
+            raise UserError(
+                f"{run}/config.json: made before {before} was renamed to {now}; "
+                "start from it with --init, or name another --run"
+            )
     old, new = _identity(stored), _identity(config)
     for name in [*new, *old]:
         if old.get(name) != new.get(name):
@@ -284,7 +308,23 @@ def remove_unfinished(folder: pathlib.Path) -> None:
 
 
 def load_config(run: str) -> dict[str, Any]:
-    """`config.json` of the run folder `run`; raises UserError where there is none."""
+    """Read `config.json` of the run folder `run`, with today's names of fields.
+
+    Raises UserError where there is none.
+    """
+    config = _stored_config(run)
+    if "model" in config:
+        model = {RENAMED.get(f"model.{name}", name): x for name, x in config["model"].items()}
+        config["model"] = {name.removeprefix("model."): x for name, x in model.items()}
+    return config
+
+
+def stored_identity(run: str) -> str:
+    """Hash the settings of `run` as it was made, which the manifests of its steps name too."""
+    return identity_hash(_stored_config(run))
+
+
+def _stored_config(run: str) -> dict[str, Any]:
     path = pathlib.Path(run) / "config.json"
     try:
         return json.loads(path.read_text())
