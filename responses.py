@@ -83,16 +83,3 @@ def in_parts(count: int, rows: int, name: str) -> Iterator[int]:
         for start in range(0, count, rows):
             yield start
             bar.update(min(rows, count - start))
-
-
-def sample_pairs(
-    prompts: Sequence[str], responses: Sequence[Sequence[int]], tokenizer: Tokenizer
-) -> list[dict[str, str]]:
-    """Pair each prompt's text with the response to it, decoded: the rows that `Run.samples` takes.
-
-    `responses`: token lists of `make_sampler`'s respond, one a prompt and in the same order.
-    """
-    return [
-        {"prompt": prompt, "response": tokenizer.decode(response)}
-        for prompt, response in zip(prompts, responses, strict=True)
-    ]

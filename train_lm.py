@@ -17,7 +17,7 @@ from model import LanguageModel, init_and_apply
 from model_config import ModelConfig, check_fit
 from objectives.likelihood import likelihood_objective
 from planning.dry_run import preview
-from responses import make_sampler, sample_pairs
+from responses import make_sampler
 from runtime import flags
 from runtime.guard import GuardConfig, guarded, left_out
 from runtime.hosts import HostsConfig
@@ -25,7 +25,7 @@ from sampling import SamplingConfig
 from sharding import MeshConfig, check_batch, data_shard, make_mesh, to_mesh
 from train_state import as_items
 from train_step import OptimizerConfig, Update, make_evaluation, make_optimizer, make_train_step
-from training_run import Run
+from training_run import Run, sample_pairs
 
 EVAL_BATCHES = 4
 

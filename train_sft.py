@@ -17,15 +17,13 @@ from model import LanguageModel, init_and_apply
 from model_config import ModelConfig, check_fit
 from objectives.likelihood import likelihood_objective
 from planning.dry_run import preview
-from responses import make_sampler, sample_pairs
 from runtime import flags
 from runtime.guard import GuardConfig, guarded, left_out
 from runtime.hosts import HostsConfig
-from sampling import SamplingConfig
 from sharding import MeshConfig, check_batch, data_shard, make_mesh, to_mesh
 from train_state import as_items
 from train_step import OptimizerConfig, Update, make_evaluation, make_optimizer, make_train_step
-from training_run import Run
+from training_run import Run, make_greedy_samples
 
 EVAL_BATCHES = 4
 
@@ -134,12 +132,15 @@ def main(config: Config) -> dict[str, float]:
     evaluate = make_evaluation(update.objective)
     full = partial(with_adapters, config.lora)
 
-    # Samples: greedy answers to the first held-out conversations without their last turn.
-    sampling = SamplingConfig(temperature=0.0, max_new_tokens=min(64, config.length // 2))
-    respond = make_sampler(config.model, sampling, tokenizer)
+    # Samples: greedy answers to the last questions of held-out conversations.
     sample_chats = [held_out_chats[i]["messages"] for i in range(min(8, len(held_out_chats)))]
-    sample_prompts = [tokenizer.prompt(chat[:-1])[-config.length // 2 :] for chat in sample_chats]
-    questions = [chat[-2]["content"] for chat in sample_chats]
+    sample = make_greedy_samples(
+        config.model,
+        tokenizer,
+        [chat[:-1] for chat in sample_chats],
+        max_prompt=(config.length + 1) // 2,
+        max_new_tokens=min(64, config.length // 2),
+    )
 
     # A dry run ends here and has written nothing.
     if config.dry_run:
@@ -157,8 +158,7 @@ def main(config: Config) -> dict[str, float]:
             if run.due(step, config.eval_every):
                 params = full(base, state.params)
                 run.record(step, evaluate(params, eval_batches))
-                responses = respond(params, sample_prompts, jax.random.key(step))
-                run.samples(step, sample_pairs(questions, responses, tokenizer))
+                run.samples(step, sample(params, jax.random.key(step)))
             run.save_when_due(step, as_items(state), batches)
     return run.last_metrics
 
