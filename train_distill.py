@@ -251,11 +251,13 @@ def prompts_of(chats: Source) -> Source:
 
 def main(config: Config) -> dict[str, float]:
     """Distil a teacher into a student; return the last metrics."""
-    # A mesh of all devices, a batch that splits over it, and the teacher's shape.
+    # A mesh of all devices, and a batch that splits over it.
     config = note_lora_base(config)
     mesh = make_mesh(config.mesh)
     check(config)
     check_batch("batch_size", config.batch_size, config.microbatches, mesh)
+
+    # The teacher's shape, and the tokenizer that both have.
     teacher_model, tokenizer = load_teacher(config)
 
     # Data: packed rows of conversations; their prompts, for own samples.
@@ -278,11 +280,10 @@ def main(config: Config) -> dict[str, float]:
     own_samples = make_own_samples(config, tokenizer)
 
     # Samples: greedy answers to held-out conversations. The gold program judges the world's own.
-    shown = range(min(8, len(held_out_chats)))
     sample = make_greedy_samples(
         config.model,
         tokenizer,
-        [held_out_chats[i]["messages"][:-1] for i in shown],
+        [held_out_chats[i]["messages"][:-1] for i in range(min(8, len(held_out_chats)))],
         max_prompt=config.max_prompt,
         max_new_tokens=config.max_new_tokens,
     )
@@ -294,6 +295,7 @@ def main(config: Config) -> dict[str, float]:
     if config.dry_run:
         return preview(config, update.init, update.optimizer, mesh, next(batches), tokenizer)
     with Run(config, tokenizer) as run:
+        # Both streams go on where a resumed run left them. The teacher is loaded once.
         data = {"batches": batches, "prompts": prompts}
         state, base = run.start_or_resume(update.init, update.optimizer, mesh, data)
         held = {"base": base, "teacher": load_teacher_params(config, teacher_model, mesh)}
