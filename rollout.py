@@ -33,8 +33,8 @@ from sharding import constrain_batch, gathered, to_host, to_mesh
 Record = dict[str, Any]
 Metrics = dict[str, Any]
 Prompts = dict[str, jax.Array]
-"""Left-padded prompts as data.batches.prompt_batches yields them, [B / n, P] int32: `tokens_BT`,
-`segment_ids_BT` and `positions_BT`. The suffix is T, as in every batch; beside a rollout it is P."""
+"""Left-padded prompts as data.batches.prompt_batches yields them: `tokens_BT`, `segment_ids_BT`
+and `positions_BT`, [B / n, P] int32. The suffix is T there, as in every batch."""
 
 
 class Rollout(TypedDict):
@@ -173,7 +173,7 @@ def make_experience(
     prompts: Batches,
     rollout: Callable[[Params, Prompts, jax.Array], Rollout],
     score: Score,
-    compute_targets: Callable[..., tuple[dict[str, jax.Array], Metrics]],
+    compute_targets: Callable[..., tuple[Any, Metrics]],
     *,
     mesh: jax.sharding.Mesh,
     pad: int,

@@ -2,7 +2,6 @@
 
 import os
 from functools import partial
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
@@ -16,12 +15,13 @@ from lora import lora_base, trainable_part, with_adapters
 from model import LanguageModel, ScalarModel, empty_cache, init_and_apply
 from model_config import ModelConfig
 from objectives import direct
-from objectives.group import PAPERS, best_and_worst
+from objectives.group import PAPERS
 from rewards.scorer import is_function, make_model_scorer
 from rollout import make_rollout, shuffled
 from runtime.errors import require
 from runtime.flags import fill_paper_defaults
 from runtime.run_folder import load_config
+from sampling import SamplingConfig
 from sharding import BATCH, abstract, check_batch
 from train_state import init_state
 from train_step import TrainState
@@ -220,8 +220,9 @@ def sampled(
     """The rollout by the `policy`, adapters attached, and the shapes of the batch that it makes."""
     c, rows, n = config.model, config.batch_size, config.samples_per_prompt
     prompts = pad_prompts([full_row(config.max_prompt)] * (rows // n), config.max_prompt, 0)
+    sampling = SamplingConfig(config.temperature, max_new_tokens=config.max_new_tokens)
     rollout, asked = (
-        make_rollout(config, apply, SimpleNamespace(eos=1, pad=0), n),
+        make_rollout(apply, config.model, sampling, eos=1, pad=0, n=n),
         on_batch_axes(prompts, mesh),
     )
     batch = on_batch_axes(jax.eval_shape(rollout, policy, asked, a_key()), mesh)
@@ -251,7 +252,7 @@ def minibatch_of(batch: Any, parts: int, mesh: Mesh) -> Any:
 
 
 def ppo(script: Any, config: Any, mesh: Mesh) -> Plan:
-    """train_ppo: rollout, scores, judgement, and the updates of an iteration. Reward models are those that exist."""
+    """train_ppo: rollout, scores, advantages, and the updates of an iteration. Reward models are those that exist."""
     script.check(config, mesh)
     c, length = config.model, config.max_prompt + config.max_new_tokens
     models, rewards = reward_models(config, mesh)
@@ -261,9 +262,8 @@ def ppo(script: Any, config: Any, mesh: Mesh) -> Plan:
         init_and_apply(ScalarModel(scalar))[1],
     )
     reference, critic = whole_model(LanguageModel(c), mesh), whole_model(ScalarModel(scalar), mesh)
-    (policy_optimizer, policy_step), (value_optimizer, value_step) = script.make_updates(
-        config, apply, scalar_apply
-    )
+    policy_optimizer, policy_step = script.make_policy_update(config, apply)
+    value_optimizer, value_step = script.make_critic_update(config, scalar_apply)
     policy = fresh(config, reference, policy_optimizer, mesh)
     value = fresh(config, critic, value_optimizer, mesh)
     held = {
@@ -272,7 +272,7 @@ def ppo(script: Any, config: Any, mesh: Mesh) -> Plan:
     }  # fmt: skip
     if (
         not config.offload
-    ):  # else they are on the devices while they judge, and among the judges' arguments
+    ):  # else they are on the devices while in use, and among the programs' arguments
         held |= {"reference": reference, **rewards}
     # With adapters, the bases are the reference's and the first reward model's own arrays.
     bases = [lora_base(config.lora, params) for params in (reference, critic)]
@@ -290,33 +290,33 @@ def ppo(script: Any, config: Any, mesh: Mesh) -> Plan:
 
     rollout, batch = sampled(config, mesh, apply, wholes[0], policy_held)
     scoring, scores, scalars = scored(config, mesh, held, models, rewards, batch)
-    judge = script.make_judge(config, apply, scalar_apply, eos=1, newlines=[0])
+    compute_advantages = script.make_advantages(config, apply, scalar_apply, eos=1, newlines=[0])
     args = (
-        wholes[0],
-        reference,
-        wholes[1],
+        script.Models(policy=wholes[0], reference=reference, critic=wholes[1]),
         batch,
         scores,
         scalars,
         jax.ShapeDtypeStruct((), jnp.float32),
     )
-    minibatch = minibatch_of(jax.eval_shape(judge, *args)[0], config.minibatches, mesh)
+    minibatch = minibatch_of(
+        jax.eval_shape(compute_advantages, *args)[0], config.minibatches, mesh
+    )
     rows, part, mixed = config.batch_size, config.batch_size // config.minibatches, minibatch
     if config.ptx_data is not None:
         text = on_batch_axes(pad_examples([full_row(length)] * part, length, 0), mesh)
-        with_text = partial(script.ppo.with_text, coefficient=config.ptx_coef)
+        with_text = partial(script.with_text, coefficient=config.ptx_coef)
         mixed = on_batch_axes(jax.eval_shape(with_text, minibatch, text), mesh)
 
     new, calls = config.max_new_tokens + 1, config.epochs * config.minibatches
     of = lambda model, count, unembedded: forward_flops(model, count, length, unembedded)
-    judging = 2 * of(c, rows, new) + of(scalar, rows, 0)
+    reading = 2 * of(c, rows, new) + of(scalar, rows, 0)
     texts = of(c, part, length) if config.ptx_data is not None else 0.0
     policy_flops, value_flops = 3 * (of(c, part, new) + texts), 3 * of(scalar, part, 0)
-    judge_held = tuple(held.keys() & {*policy_held, *value_held, "reference"})
+    models_held = tuple(held.keys() & {*policy_held, *value_held, "reference"})
     programs = [
         rollout,
         *scoring,
-        Program("judge", judge, args, judge_held, 1, judging, rows),
+        Program("advantages", compute_advantages, args, models_held, 1, reading, rows),
         Program("value update", value_step, (value, minibatch, bases[1]), (*value_held, "value optimiser"), calls,
                 value_flops, part, gradients=value.params),
         Program("policy update", policy_step, (policy, mixed, bases[0]), (*policy_held, "policy optimiser"),
@@ -326,16 +326,13 @@ def ppo(script: Any, config: Any, mesh: Mesh) -> Plan:
 
 
 def grpo(script: Any, config: Any, mesh: Mesh) -> Plan:
-    """train_grpo: one rollout of an iteration, its scores by reward models, judgement, and the updates."""
+    """train_grpo: one rollout of an iteration, its scores by reward models, advantages, and the updates."""
     config = fill_paper_defaults(config, PAPERS[config.method])
     script.check(config, mesh)
-    c, n, apply = (
-        config.model,
-        config.samples_per_prompt,
-        init_and_apply(LanguageModel(config.model))[1],
-    )
+    c = config.model
+    _, apply = init_and_apply(LanguageModel(c))
     advantages, objective = script.make_method(config, apply)
-    optimizer, step = script.make_update(config, objective)
+    _, optimizer, _, step = script.make_update(config, None, objective)
     reference = whole_model(LanguageModel(c), mesh)
     policy, base = fresh(config, reference, optimizer, mesh), lora_base(config.lora, reference)
     models, rewards = reward_models(config, mesh)
@@ -355,29 +352,19 @@ def grpo(script: Any, config: Any, mesh: Mesh) -> Plan:
         config.max_new_tokens + 1,
     )
     scoring, scores, scalars = scored(config, mesh, held, models, rewards, batch)
-    judge, args = (
-        script.make_judge(config, apply, advantages, 1),
-        (whole, reference, batch, scores, scalars),
-    )
-    judged, unembedded, flops = (
-        jax.eval_shape(judge, *args)[0],
-        new,
-        2 * forward_flops(c, rows, length, new),
-    )
+    compute_advantages = script.make_advantages(config, apply, advantages, eos=1)
+    args = (whole, reference, batch, scores, scalars)
+    experience = jax.eval_shape(compute_advantages, *args)[0]
+    flops = 2 * forward_flops(c, rows, length, new)
     programs = [
         rollout,
         *scoring,
-        Program("judge", judge, args, ("policy", "reference"), 1, flops, rows),
+        Program("advantages", compute_advantages, args, ("policy", "reference"), 1, flops, rows),
     ]
-    if (
-        config.method == "online_dpo"
-    ):  # the best and the worst of each group, whole rows unembedded
-        judged, unembedded = jax.eval_shape(partial(best_and_worst, group=n), judged), length
-        rows = rows // n * 2
     part, calls = rows // config.minibatches, config.epochs * config.minibatches
     minibatch, flops = (
-        minibatch_of(judged, config.minibatches, mesh),
-        3 * forward_flops(c, part, length, unembedded),
+        minibatch_of(experience, config.minibatches, mesh),
+        3 * forward_flops(c, part, length, new),
     )
     programs.append(Program("update", step, (policy, minibatch, base), (*policy_held, "optimiser"), calls, flops, part,
                             gradients=policy.params))  # fmt: skip

@@ -346,7 +346,7 @@ def test_ppo_is_planned_whole(capsys):
     assert [r.program.name for r in verdict.results] == [
         "rollout",
         "score runs/align/rm",
-        "judge",
+        "advantages",
         *UPDATES,
     ]
     assert verdict.fits and all(r.cost.flops > 0 for r in verdict.results)
@@ -376,26 +376,26 @@ VARIANTS = {  # a script's fields, and the programs that its plan then has
         ({"loss": "simpo"}, ["update"]),
     ],
     "train_ppo": [
-        ({"ptx_data": "world"}, ["rollout", "score runs/align/rm", "judge", *UPDATES]),
+        ({"ptx_data": "world"}, ["rollout", "score runs/align/rm", "advantages", *UPDATES]),
         (
             {"reward": ("a", "b"), "lora": LoraConfig(rank=2)},
-            ["rollout", "score a", "score b", "judge", *UPDATES],
+            ["rollout", "score a", "score b", "advantages", *UPDATES],
         ),
         (
             {"reward": ("tasks.answers:number",), "lora": LoraConfig(rank=2)},
-            ["rollout", "judge", *UPDATES],
+            ["rollout", "advantages", *UPDATES],
         ),
-        ({"offload": True}, ["rollout", "score runs/align/rm", "judge", *UPDATES]),
+        ({"offload": True}, ["rollout", "score runs/align/rm", "advantages", *UPDATES]),
     ],
     "train_grpo": [
-        ({}, ["rollout", "score runs/align/rm", "judge", "update"]),
+        ({}, ["rollout", "score runs/align/rm", "advantages", "update"]),
         (
-            {"reward": ("tasks.answers:number",), "method": "online_dpo"},
-            ["rollout", "judge", "update"],
+            {"reward": ("tasks.answers:number",), "method": "rloo"},
+            ["rollout", "advantages", "update"],
         ),
         (
             {"reward": ("a", "b"), "lora": LoraConfig(rank=2)},
-            ["rollout", "score a", "score b", "judge", "update"],
+            ["rollout", "score a", "score b", "advantages", "update"],
         ),
     ],
 }
