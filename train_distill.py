@@ -20,7 +20,7 @@ from data.tokenizer import Tokenizer
 from evaluation.gold import make_gold_evaluation
 from lora import LoraConfig, note_lora_base, with_adapters
 from model import LanguageModel, Params, init_and_apply
-from model_config import ModelConfig, check_fit
+from model_config import ModelConfig, check_fit, stored_model
 from objectives import distill
 from objectives.likelihood import response_mask
 from planning.dry_run import describe, preview
@@ -31,7 +31,6 @@ from runtime.checkpoint import Checkpoints
 from runtime.errors import UserError, require
 from runtime.hosts import HostsConfig
 from runtime.metrics import Recorder
-from runtime.run_folder import load_config
 from sampling import SamplingConfig
 from sharding import MeshConfig, abstract, check_batch, data_shard, make_mesh, to_mesh
 from train_state import as_items, load_params, start_or_resume
@@ -100,7 +99,7 @@ def check(config: Config) -> None:
 
 def load_teacher(config: Config) -> tuple[ModelConfig, Tokenizer]:
     """The teacher's shape and tokenizer; raises UserError where the student cannot have them."""
-    model = ModelConfig(**load_config(config.teacher)["model"])
+    model = stored_model(config.teacher)
     tokenizer = Tokenizer.load(config.teacher)
     if (
         config.init is not None
