@@ -182,7 +182,7 @@ def start_or_resume(
 
 
 def as_items(state: TrainState) -> dict[str, Any]:
-    """Split the state as a checkpoint stores it: `params`, and the state without them as `rest`."""
+    """Split the state as a checkpoint stores it: `params`, and the state without them: `rest`."""
     return {"params": state.params, "rest": state.replace(params={})}
 
 

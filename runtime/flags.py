@@ -102,6 +102,7 @@ def run(main: Callable[[ConfigT], Any], cls: type[ConfigT]) -> None:
 
     A config with `hosts` joins the other processes first.
     """
+
     def start() -> None:
         config = parse(cls)
         with joined(config.hosts) if hasattr(config, "hosts") else contextlib.nullcontext():
