@@ -339,5 +339,5 @@ def test_a_real_story_has_one_bos_and_is_told_from_its_opening(shared_data):
     response = np.array(
         [[*tokenizer.encode(HONEST.strip()), tokenizer.bos, tokenizer.pad, tokenizer.pad]]
     )
-    stories, parts = stories_ppo.score_stories([OPENING], response, tokenizer)
+    stories, parts = stories_ppo.score_stories([{"text": OPENING}], response, tokenizer)
     assert stories == [HONEST] and parts["score_B"].tolist() == [1.0]
