@@ -88,7 +88,7 @@ def make_evaluation(config: Config, apply: Any, source: Source, tokenizer: Token
     pad = partial(pad_steps, fixed=True)
     parts = [filled[i : i + EVAL_ROWS] for i in range(0, len(filled), EVAL_ROWS)]
     batches = [collate(encode_steps, pad, part, tokenizer, config.length) for part in parts]
-    logits = jax.jit(lambda params, batch: apply(params, *inputs(batch)))
+    logits = jax.jit(lambda params, batch: apply(params, *inputs(batch)).scalars_BT)
 
     def evaluate(params: Params) -> dict[str, float]:
         logits_NT = np.concatenate([to_host(logits(params, batch)) for batch in batches])

@@ -29,6 +29,7 @@ FREE |= {"eval_every", "save_every", "log_every", "sample_every"}
 RENAMED = {
     "model.hidden": "model.mlp_width",
     "model.head_width": "model.head_dim",
+    "model.gemma": "model.activation, model.scale_embedding and model.zero_centered_norm",
     "keep": "keep_checkpoints",
     "discount": "gamma",
     "smoothing": "gae_lambda",
@@ -314,7 +315,14 @@ def load_config(run: str) -> dict[str, Any]:
     """
     config = _stored_config(run)
     if "model" in config:
-        model = {RENAMED.get(f"model.{name}", name): x for name, x in config["model"].items()}
+        model = config["model"]
+        # One switch in older runs, three settings now.
+        if "gemma" in model:
+            gemma = model.pop("gemma")
+            model["activation"] = "gelu" if gemma else "silu"
+            model["scale_embedding"] = gemma
+            model["zero_centered_norm"] = gemma
+        model = {RENAMED.get(f"model.{name}", name): x for name, x in model.items()}
         config["model"] = {name.removeprefix("model."): x for name, x in model.items()}
     return config
 
