@@ -1,6 +1,6 @@
 """Stories before and after PPO, on openings whose names training never saw: reward, KL, collapse, readability.
 
-    python experiments/stories/measure.py --after runs/stories_ppo0 runs/stories_ppo1 runs/stories_ppo2
+    PYTHONPATH=. python experiments/stories/measure.py --after runs/stories_ppo0 runs/stories_ppo1 runs/stories_ppo2
 
 Writes results.json; prints the tables and samples that stand in README.md (a test compares them).
 """
@@ -10,13 +10,8 @@ import dataclasses
 import json
 import math
 import pathlib
-import sys
 from collections.abc import Sequence
 from typing import Any
-
-sys.path.insert(
-    0, str(pathlib.Path(__file__).parents[2])
-)  # the root's modules, from wherever this is started
 
 import jax
 import numpy as np
@@ -26,7 +21,7 @@ from data.tokenizer import Tokenizer
 from experiments.seeds import half
 from experiments.stories import happy
 from model import LanguageModel, Params, init_and_apply
-from model_config import ModelConfig
+from model_config import ModelConfig, stored_model
 from objectives.policy import response_logprobs
 from rollout import join_responses
 from runtime import flags
@@ -217,7 +212,7 @@ def main(config: Config) -> dict[str, Any]:
                     f"--after: {run} has another {name} than {config.after[0]}; measure them apart"
                 )
     model, tokenizer = (
-        ModelConfig(**load_config(config.before)["model"]),
+        stored_model(config.before),
         Tokenizer.load(config.before),
     )
     openings = happy.openings(config.split)
