@@ -2,7 +2,8 @@
 
     python train_grpo.py --init=runs/align/sft --reward=runs/align/rm --run=runs/grpo
     python train_grpo.py --method=rloo --reward runs/rm runs/harm --combine=gated --run=runs/gated
-    python train_grpo.py --method=dapo --data=sums.jsonl --reward=tasks.answers:number --run=runs/sums
+    python train_grpo.py --method=dapo --data=sums.jsonl --reward=tasks.answers:number \\
+        --run=runs/sums
 
 A method is an entry of `make_method` here and of PAPERS in objectives/group.py, where its
 mathematics is.
@@ -174,7 +175,7 @@ def make_method(config: Config, apply: Apply) -> tuple[Advantages, Objective]:
     `config`: with no field of the method left at None.
     """
     size = config.samples_per_prompt
-    of_group = {
+    of_group: dict[str, Callable[[jax.Array], jax.Array]] = {
         "normalised": partial(group.normalised, unbiased=config.unbiased_std),
         "centred": group.centred,
         "leave_one_out": group.leave_one_out,

@@ -551,8 +551,8 @@ def main(config: Config) -> dict[str, float]:
     fresh = partial(fresh_items, config, policy_update.optimizer, critic_update.optimizer)
     shapes = abstract(jax.eval_shape(fresh, loaded.reference, loaded.critic), mesh)
     if config.dry_run:
-        items = {**shapes, "held": (loaded.reference, loaded.rewards)}
-        return preview_items(config, items, next(data["prompts"]), tokenizer)
+        held = {"held": (loaded.reference, loaded.rewards)}
+        return preview_items(config, {**shapes, **held}, next(data["prompts"]), tokenizer)
 
     with Run(config, tokenizer, unit="iteration") as run:
         items = run.restore(shapes, data)

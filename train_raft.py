@@ -1,7 +1,8 @@
-"""Sample, rank, imitate: raft, rejection, rft and expert, in rounds, of the policy's own responses.
+"""Sample, rank, imitate in rounds, on the policy's own responses: raft, rejection, rft, expert.
 
     python train_raft.py --init=runs/align/sft --reward=runs/align/rm --run=runs/raft
-    python train_raft.py --method=expert --data=sums.jsonl --reward=tasks.answers:number --threshold=1
+    python train_raft.py --method=expert --threshold=1 --data=sums.jsonl \\
+        --reward=tasks.answers:number --run=runs/sums
 
 A method is an entry of PAPERS in objectives/imitate.py, where its mathematics is: it sets fields.
 """
@@ -217,8 +218,8 @@ def make_targets(
 class PoolFunctions(NamedTuple):
     """The jitted functions on the pool."""
 
-    add: Callable[[Pool, ScoredRollout, int], Pool]
-    """add(pool, rollout, number) -> pool; see imitate.added. The pool is replicated."""
+    add: Callable[[Pool, Any, int], Pool]
+    """add(pool, scored rollout, number) -> pool; see imitate.added. The pool is replicated."""
     choose: Callable[[Pool], tuple[jax.Array, dict[str, jax.Array]]]
     """choose(pool) -> (chosen [rows] bool, {chosen: their number, chosen_score: their mean score,
     best_score: the best of the pool})."""
@@ -285,23 +286,17 @@ def note_nothing_chosen(config: Config, step: int, best: float) -> None:
     print(f"note: round {step}: {reason}: nothing was learnt", file=sys.stderr)
 
 
-class Frozen(NamedTuple):
-    """Parameters that an update reads and does not change."""
-
-    base: Params | None
-    """Under the policy's adapters; None without LoRA."""
-    reference: Params
-
-
 def make_update(config: Config, init: Any, apply: Apply) -> Update:
     """Make the policy's optimiser over the most updates of a run, and its jitted step.
 
-    The step's `base` is a Frozen.
+    The step's `base` is {"base", "reference"}: what lies under the policy's adapters, or None, and
+    the reference.
     """
 
-    def both(frozen: Frozen, trained: Params) -> imitate.Models:
-        policy = with_adapters(config.lora, frozen.base, trained)
-        return {"policy": policy, "reference": frozen.reference}
+    def both(frozen: Params | None, trained: Params) -> Params:
+        assert frozen is not None
+        policy = with_adapters(config.lora, frozen["base"], trained)
+        return {"policy": policy, "reference": frozen["reference"]}
 
     objective = partial(imitate.imitation_objective, apply, kl_coef=config.kl_coef)
     optimizer = make_optimizer(config.optimizer, config.steps * config.most_updates)
@@ -358,7 +353,7 @@ def main(config: Config) -> dict[str, float]:
     prompts = open_prompts(config, source, tokenizer, mesh)
     init, apply = init_and_apply(LanguageModel(config.model))
     reference = starting_params(init, config.model, config.init, mesh, config.seed)
-    frozen = Frozen(lora_base(config.lora, reference), reference)
+    frozen = {"base": lora_base(config.lora, reference), "reference": reference}
 
     # The parts of a round: sample and score, the pool, the update. With LoRA the state holds
     # adapters alone, and `full` lays them on their base.
@@ -381,7 +376,7 @@ def main(config: Config) -> dict[str, float]:
     )
     functions = make_pool_functions(config, mesh)
     update = make_update(config, init, apply)
-    full = partial(with_adapters, config.lora, frozen.base)
+    full = partial(with_adapters, config.lora, frozen["base"])
     evaluate_gold = None
     if config.data == "world" and config.eval_every > 0:
         evaluate_gold = make_gold_evaluation(config, tokenizer)

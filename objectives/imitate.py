@@ -7,11 +7,12 @@ wins.
 
 import math
 from collections.abc import Mapping
-from typing import Any, TypedDict
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from model import unembed
 from objectives.distill import kl
 from objectives.likelihood import Apply, inputs, response_mask, token_logprobs
 from objectives.policy import Sums
@@ -19,25 +20,10 @@ from objectives.policy import Sums
 Array = jax.Array
 
 
-class Pool(TypedDict):
-    """Responses of several rounds, in the places that `added` gives them."""
-
-    tokens_BT: Array
-    """Prompt and response, int32, as in a Rollout."""
-    segment_ids_BT: Array
-    positions_BT: Array
-    loss_mask_BT: Array
-    """1 for the response's tokens, the end-of-turn token included; float32."""
-    score_B: Array
-    """-inf for a row without a response."""
-
-
-class Models(TypedDict):
-    """Whole parameters, adapters merged in."""
-
-    policy: Any
-    reference: Any
-
+Pool = dict[str, Array]
+"""Responses of several rounds, in the rows that `added` gives them: `tokens_BT`, `segment_ids_BT`
+and `positions_BT`, int32, as in a Rollout; `loss_mask_BT`, 1 for the response's tokens, the
+end-of-turn token included; `score_B`, -inf for a row without a response."""
 
 # What a paper sets, in fields of train_raft.py, which explains them; "paper" is its citation. Four
 # rounds stand for "all earlier ones".
@@ -141,7 +127,7 @@ def added(pool: Pool, batch: Mapping[str, Any], number: Array | int) -> Pool:
     }
 
 
-def drawn(pool: Mapping[str, Any], chosen_B: Array, key: Array, parts: int, rows: int) -> list:
+def drawn(pool: Pool, chosen_B: Array, key: Array, parts: int, rows: int) -> list[Pool]:
     """Cut the chosen rows, in random order, into `parts` minibatches of `rows`, over and over.
 
     Minibatches have the keys of `pool`. At least one row must be chosen.
@@ -162,22 +148,24 @@ def drawn(pool: Mapping[str, Any], chosen_B: Array, key: Array, parts: int, rows
 
 
 def imitation_objective(
-    apply: Apply, params: Models, batch: Mapping[str, Any], *, kl_coef: float
+    apply: Apply, params: dict[str, Any], batch: Pool, *, kl_coef: float
 ) -> tuple[Array, tuple[Array, Sums]]:
     """Sum -log p(y | x) + beta KL(p_0(. | x, y_<t) || p(. | x, y_<t)) over the loss mask, in nats.
 
     With `kl_coef` (beta) 0 this is supervised fine-tuning, and the reference p_0 is not read.
-    `batch`: rows of a Pool. Returns (loss sum, (tokens, metrics)); metrics, with a beta alone, are
+    `params`: {"policy", "reference"}, whole parameters. `batch`: rows of a Pool. Returns (loss sum, (tokens, metrics)); metrics, with a beta alone, are
     nll and reference_kl per token.
     """
     mask_BT = batch["loss_mask_BT"]
     tokens = mask_BT.sum()
-    logits_BTV, _ = apply(params["policy"], *inputs(batch))
+    policy = apply(params["policy"], *inputs(batch))
+    logits_BTV = unembed(policy.x_BTD, policy.unembed_DV)
     loss = -(token_logprobs(logits_BTV, batch["tokens_BT"]) * mask_BT).sum()
     if not kl_coef:
         return loss, (tokens, {})
 
-    reference_BTV, _ = apply(jax.lax.stop_gradient(params["reference"]), *inputs(batch))
+    reference = apply(jax.lax.stop_gradient(params["reference"]), *inputs(batch))
+    reference_BTV = unembed(reference.x_BTD, reference.unembed_DV)
     kl_BT = kl(jax.nn.log_softmax(reference_BTV), jax.nn.log_softmax(logits_BTV))
     # Position t predicts token t + 1.
     total = (kl_BT[:, :-1] * mask_BT[:, 1:]).sum()

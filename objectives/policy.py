@@ -3,8 +3,8 @@
 Arrays in, arrays out, float32. Index t of a [B, R] array is response token t: its log-probability,
 the value of the state it was emitted in, the reward for having emitted it.
 
-A row of a batch is a left-padded prompt of P tokens and a response of R, T = P + R. Position s of a
-model's output [B, T] is computed from tokens 0 to s. So it is position P - 1 + t that predicts
+A row of a batch is a left-padded prompt of P tokens and a response of R, T = P + R. Position s of
+a model's output [B, T] is computed from tokens 0 to s. So it is position P - 1 + t that predicts
 response token t, and that gives the value of the state in which token t was emitted:
 
     position        0     1     2     3     4     5     6     7         P = 4, R = 4
@@ -13,12 +13,12 @@ response token t, and that gives the value of the state in which token t was emi
 """
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
+from model import unembed
 from objectives.likelihood import (
     Apply,
     hidden_logprobs,
@@ -191,39 +191,58 @@ def entropy(logits_BTV: jax.Array) -> jax.Array:
 # ---- A model's outputs for the response ----
 
 
-def response_logits(
-    apply: Apply, params: Any, batch: dict[str, jax.Array], temperature: float
-) -> jax.Array:
-    """[B, R + 1, V]: at t what response token t is drawn from; the last position predicts nothing here."""
-    logits_BTV, _ = apply(params, *inputs(batch), logits_from=before_response(batch))
-    return logits_BTV / (temperature or 1.0)
+def response_states(batch: Mapping[str, Any], x_BT: jax.Array) -> jax.Array:
+    """Select the positions from the one before the response on, [B, R + 1, ...], of [B, T, ...].
+
+    Index t predicts response token t, and is the state in which it was emitted. Index R, after the
+    last token, predicts nothing here. Reads the shapes of `tokens_BT` and `response_BR`.
+    """
+    prompt_length = batch["tokens_BT"].shape[1] - batch["response_BR"].shape[1]
+    return x_BT[:, prompt_length - 1 :]
 
 
-def before_response(batch: dict[str, jax.Array]) -> int:
-    """The position that predicts the first response token."""
-    return batch["tokens_BT"].shape[1] - batch["response_BR"].shape[1] - 1
+def response_labels(batch: Mapping[str, Any]) -> jax.Array:
+    """Return the response's tokens and one more, [B, R + 1]: the labels of `response_states`.
 
-
-def response_labels(batch: dict[str, jax.Array]) -> jax.Array:
-    """[B, R + 1]: the response's tokens, and one more, of which nothing is used: a slice of logits would copy them."""
+    The last one is never used. It saves cutting the last logits off, which would copy the others.
+    """
     return jnp.pad(batch["response_BR"], ((0, 0), (0, 1)))
 
 
-def response_logprobs(
-    apply: Apply, params: Any, batch: dict[str, jax.Array], temperature: float
+def response_logits(
+    apply: Apply, params: Any, batch: Mapping[str, Any], temperature: float
 ) -> jax.Array:
-    """[B, R] log-probabilities of the response's tokens at the sampling temperature (greedy counts as 1)."""
-    read = partial(
-        hidden_logprobs, labels_BT=response_labels(batch), temperature=temperature or 1.0
-    )
-    logp_BT, _ = apply(params, *inputs(batch), logits_from=before_response(batch), read=read)
+    """Return the logits at `response_states`, [B, R + 1, V], divided by the temperature.
+
+    Token t of the response was drawn from their softmax. A temperature of 0 counts as 1.
+    """
+    output = apply(params, *inputs(batch))
+    logits_BTV = unembed(response_states(batch, output.x_BTD), output.unembed_DV)
+    return logits_BTV / (temperature or 1.0)
+
+
+def response_logprobs(
+    apply: Apply, params: Any, batch: Mapping[str, Any], temperature: float
+) -> jax.Array:
+    """Return the log-probability of each response token, [B, R], at the sampling temperature.
+
+    `apply` is that of a LanguageModel, `batch` a Rollout. Padding has values too: mask them. A
+    temperature of 0 counts as 1.
+    """
+    output = apply(params, *inputs(batch))
+    x_BTD = response_states(batch, output.x_BTD)
+    labels_BT = response_labels(batch)
+    logp_BT = hidden_logprobs(x_BTD, output.unembed_DV, labels_BT, temperature or 1.0)
     return logp_BT[:, :-1]
 
 
-def response_values(apply: Apply, params: Any, batch: dict[str, jax.Array]) -> jax.Array:
-    """[B, R] values of the states in which the response's tokens were emitted."""
-    scalars_BT = apply(params, batch["tokens_BT"], batch["segment_ids_BT"], batch["positions_BT"])
-    return scalars_BT[:, -batch["response_BR"].shape[1] - 1 : -1]
+def response_values(apply: Apply, params: Any, batch: Mapping[str, Any]) -> jax.Array:
+    """Return the value of the state in which each response token was emitted, [B, R].
+
+    `apply` is that of a ScalarModel, `batch` a Rollout. Padding has values too: mask them.
+    """
+    scalars_BT = apply(params, *inputs(batch)).scalars_BT
+    return response_states(batch, scalars_BT)[:, :-1]
 
 
 # ---- Objectives: sums over a minibatch, for train_step.make_train_step ----

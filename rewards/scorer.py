@@ -21,6 +21,7 @@ from data.tokenizer import Tokenizer
 from model import Params, ScalarModel, init_and_apply
 from model_config import ModelConfig, stored_model
 from objectives.likelihood import inputs
+from objectives.policy import response_states
 from objectives.reward import combined, last_token, running_score, step_ends
 from runtime.errors import UserError, require
 from runtime.run_folder import load_config
@@ -154,9 +155,9 @@ def make_model_scorer(model: ModelConfig):
 
     @jax.jit
     def score(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        scalars_BT = apply(params, *inputs(batch))
-        new = batch["mask_BR"].shape[1]
-        return last_token(scalars_BT, batch["segment_ids_BT"]), scalars_BT[:, -new - 1 :]
+        scalars_BT = apply(params, *inputs(batch)).scalars_BT
+        score_B = last_token(scalars_BT, batch["segment_ids_BT"])
+        return score_B, response_states(batch, scalars_BT)
 
     return score
 
@@ -245,7 +246,7 @@ def make_step_scorer(run: str, tokenizer: Tokenizer, mesh: jax.sharding.Mesh, le
     @jax.jit
     def scores(params: Params, batch: Batch) -> Batch:
         ends_BT = step_ends(batch["tokens_BT"], batch["loss_mask_BT"], newlines)
-        logits_BT = apply(params, *inputs(batch))
+        logits_BT = apply(params, *inputs(batch)).scalars_BT
         return {how: running_score(logits_BT, ends_BT, how)[:, -1] for how in SCORES}
 
     def score(

@@ -12,7 +12,7 @@ import train_sft
 from data.tokenizer import Tokenizer
 from experiments.online_dpo import train_grpo
 from experiments.online_dpo.pairs import best_and_worst
-from model import LanguageModel, init_and_apply
+from model import LanguageModel, LanguageOutput, init_and_apply
 from model_config import PRESETS
 from runtime.checkpoint import Checkpoints
 from runtime.run_folder import load_config
@@ -38,8 +38,8 @@ def small_config(group):
     )
 
 
-def bigram(params, tokens, segments, positions, logits_from=0, read=lambda x, _: x):
-    return read(params[tokens][:, logits_from:], jnp.eye(params.shape[-1])), None
+def bigram(params, tokens, segments, positions):
+    return LanguageOutput(params[tokens], jnp.eye(params.shape[-1]))
 
 
 def rollouts(seed=0):

@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import train_ppo
+from model import LanguageOutput, ScalarOutput
 from objectives.policy import (
     adapt_kl,
     clipped_policy_loss,
@@ -137,9 +138,13 @@ def test_clipped_losses_and_gradients_equal_numpy():
         "response_BR": tokens[:, 2:],
     }
     batch |= {"value_mask_BR": mask, "old_values_BR": before, "returns_BR": returns}
+
+    def first_six(params, *_):
+        return ScalarOutput(params[:, :6], None, None)
+
     with jax.enable_x64(True):
         losses = jax.jit(clipped_value_loss)(value, before, returns, 0.2)
-        objective = partial(value_objective, lambda params, *_: params[:, :6], clip=0.2)
+        objective = partial(value_objective, first_six, clip=0.2)
         (loss, (count, _)), grad = jax.jit(jax.value_and_grad(objective, has_aux=True))(
             jnp.array(scalars), batch
         )
@@ -183,14 +188,14 @@ FIRST, SECOND = (x.reshape(-1) for x in np.indices((3, 3)))
 PAIRS = np.stack([FIRST, SECOND], axis=1)
 
 
-def tabular(params, tokens_BT, segment_ids_BT, positions_BT, logits_from=0, read=lambda x, _: x):
+def tabular(params, tokens_BT, segment_ids_BT, positions_BT):
     """Logits of the first token from one table, of the second from a row for each first token."""
     batch = tokens_BT.shape[0]
     first = jnp.broadcast_to(params["first"], (batch, 3))
     logits_BTV = jnp.stack(
         [first, params["second"][tokens_BT[:, 1]], jnp.zeros((batch, 3))], axis=1
     )
-    return read(logits_BTV[:, logits_from:], jnp.eye(3)), None
+    return LanguageOutput(logits_BTV, jnp.eye(3))
 
 
 def enumerated():
@@ -328,7 +333,8 @@ def test_objectives_ignore_padding_and_pick_the_emitting_state():
     assert float(loss) == pytest.approx(float(want), rel=1e-5)
 
     def scalars(params, tokens, segments, positions):  # the scalar at index t of row b is 10 b + t
-        return params + 10.0 * jnp.arange(9)[:, None] + jnp.arange(3)
+        scalars_BT = params + 10.0 * jnp.arange(9)[:, None] + jnp.arange(3)
+        return ScalarOutput(scalars_BT, None, None)
 
     values = response_values(scalars, 0.0, batch)
     assert values[4].tolist() == [
@@ -532,13 +538,13 @@ def test_adaptive_kl_converges_to_its_target(start):
     assert float(train(jnp.float32(start), False)) != pytest.approx(target, rel=0.2)  # control
 
 
-def bigram(table, tokens, segments, positions, logits_from=0, read=None):
-    return read(table[tokens][:, logits_from:], jnp.eye(len(table))), None
+def bigram(table, tokens, segments, positions):
+    return LanguageOutput(table[tokens], jnp.eye(len(table)))
 
 
 def value_of_token(values_V, tokens_BT, *_):
     """A critic that knows the last token alone."""
-    return values_V[tokens_BT]
+    return ScalarOutput(values_V[tokens_BT], None, None)
 
 
 @pytest.mark.parametrize("whitened", [False, True])

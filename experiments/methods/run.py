@@ -271,9 +271,7 @@ def responses_of(
     condition = {}
     if method == "quark":  # what it learnt is asked for by its best quantile
         best = tokenizer.encode(str(load_config(str(run))["quantiles"]))[0]
-        condition = {
-            "condition": partial(conditioned, system=tokenizer.system, word=best)
-        }
+        condition = {"condition": partial(conditioned, system=tokenizer.system, word=best)}
     if method == "hindsight":
         condition = {"condition": partial(with_suffix, suffix=tokenizer.encode(f"\n{HELPFUL}"))}
     measure = make_measure(

@@ -10,10 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from model import Params
+from model import Params, unembed
 from model_config import ModelConfig
 from objectives.distill import kl
-from objectives.imitate import Models, filled
+from objectives.imitate import filled
 from objectives.likelihood import Apply, inputs, token_logprobs
 from objectives.policy import Sums
 from rollout import Prompts, Rollout, join_responses
@@ -68,24 +68,26 @@ def conditioned(batch: Mapping[str, Any], system: int, word: Array | int) -> dic
 
 
 def quark_objective(
-    apply: Apply, params: Models, batch: Mapping[str, Any], *, system: int, kl_coef: float
+    apply: Apply, params: dict[str, Any], batch: Mapping[str, Any], *, system: int, kl_coef: float
 ) -> tuple[Array, tuple[Array, Sums]]:
     """Sum -log p(y | x, r_k) + beta KL(p_0(. | x, y_<t) || p(. | x, y_<t, r_k)), in nats.
 
     Over the loss mask; beta is `kl_coef`. The reference p_0 sees the rows without the quantile.
-    The paper's program takes the KL the other way round and adds an entropy bonus. `batch`: rows
-    of a Pool with `word_B`, the token of each row's quantile. Returns (loss sum, (tokens,
+    The paper's program takes the KL the other way round and adds an entropy bonus. `params`:
+    {"policy", "reference"}. `batch`: rows of a Pool with `word_B`, the token of each quantile. Returns (loss sum, (tokens,
     metrics)); metrics, with a beta alone, are nll and reference_kl per token.
     """
     told = conditioned(batch, system, batch["word_B"])
     mask_BT = told["loss_mask_BT"]
     tokens = mask_BT.sum()
-    logits_BTV, _ = apply(params["policy"], *inputs(told))
+    policy = apply(params["policy"], *inputs(told))
+    logits_BTV = unembed(policy.x_BTD, policy.unembed_DV)
     loss = -(token_logprobs(logits_BTV, told["tokens_BT"]) * mask_BT).sum()
     if not kl_coef:
         return loss, (tokens, {})
 
-    reference_BTV, _ = apply(jax.lax.stop_gradient(params["reference"]), *inputs(batch))
+    reference = apply(jax.lax.stop_gradient(params["reference"]), *inputs(batch))
+    reference_BTV = unembed(reference.x_BTD, reference.unembed_DV)
     ours_BTV = logits_BTV[:, ADDED:]
     kl_BT = kl(jax.nn.log_softmax(reference_BTV), jax.nn.log_softmax(ours_BTV))
     # Position t predicts token t + 1.

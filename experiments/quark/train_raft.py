@@ -222,8 +222,8 @@ def make_targets(
 class PoolFunctions(NamedTuple):
     """The jitted functions on the pool."""
 
-    add: Callable[[Pool, ScoredRollout, int], Pool]
-    """add(pool, rollout, number) -> pool; see imitate.added. The pool is replicated."""
+    add: Callable[[Pool, Any, int], Pool]
+    """add(pool, scored rollout, number) -> pool; see imitate.added. The pool is replicated."""
     choose: Callable[[Pool, jax.Array], tuple[Pool, jax.Array, dict[str, jax.Array]]]
     """choose(pool, key) -> (pool with `word_B`, the token of each row's quantile; chosen [rows]
     bool; {chosen: their number, chosen_score: their mean score, best_score: the pool's best})."""
@@ -269,23 +269,17 @@ def minibatches_of(
     return functions.draw(ranked, chosen_B, jax.random.fold_in(key, 2))[:updates], metrics
 
 
-class Frozen(NamedTuple):
-    """Parameters that an update reads and does not change."""
-
-    base: Params | None
-    """Under the policy's adapters; None without LoRA."""
-    reference: Params
-
-
 def make_update(config: Config, init: Any, apply: Apply, system: int) -> Update:
     """Make the policy's optimiser over the most updates of a run, and its jitted step.
 
-    The step's `base` is a Frozen; `system` is the token that begins a system turn.
+    The step's `base` is {"base", "reference"}: what lies under the policy's adapters, or None, and
+    the reference; `system` is the token that begins a system turn.
     """
 
-    def both(frozen: Frozen, trained: Params) -> imitate.Models:
-        policy = with_adapters(config.lora, frozen.base, trained)
-        return {"policy": policy, "reference": frozen.reference}
+    def both(frozen: Params | None, trained: Params) -> Params:
+        assert frozen is not None
+        policy = with_adapters(config.lora, frozen["base"], trained)
+        return {"policy": policy, "reference": frozen["reference"]}
 
     objective = partial(quark_objective, apply, system=system, kl_coef=config.kl_coef)
     optimizer = make_optimizer(config.optimizer, config.steps * config.most_updates)
@@ -376,7 +370,7 @@ def main(config: Config) -> dict[str, float]:
     prompts = open_prompts(config, source, tokenizer, mesh)
     init, apply = init_and_apply(LanguageModel(config.model))
     reference = starting_params(init, config.model, config.init, mesh, config.seed)
-    frozen = Frozen(lora_base(config.lora, reference), reference)
+    frozen = {"base": lora_base(config.lora, reference), "reference": reference}
 
     # The parts of a round: sample and score, the pool, the update. The first responses are the
     # reference's own, which knows no quantiles yet (algorithm 1); from then on the best is asked
@@ -394,7 +388,7 @@ def main(config: Config) -> dict[str, float]:
     asking_experience_of = round_of(words[-1])
     functions = make_pool_functions(config, mesh, words)
     update = make_update(config, init, apply, tokenizer.system)
-    full = partial(with_adapters, config.lora, frozen.base)
+    full = partial(with_adapters, config.lora, frozen["base"])
     evaluate_gold = None
     if config.data == "world" and config.eval_every > 0:
         evaluate_gold = make_asking_gold_evaluation(config, tokenizer, words[-1])

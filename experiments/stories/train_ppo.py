@@ -156,7 +156,7 @@ class Models(NamedTuple):
 
 
 class Experience(Rollout):
-    """A rollout and the targets of its updates, as in train_ppo.py; the parts of the reward too."""
+    """A rollout, the parts of its reward and the targets of its updates, as in train_ppo.py."""
 
     old_logp_BR: jax.Array
     old_values_BR: jax.Array
@@ -219,8 +219,8 @@ def make_evaluation(
 ) -> Callable[[Params], tuple[list[dict[str, str]], dict[str, float]]]:
     """Return evaluate(policy) -> (rows for samples.md, mean parts of the reward).
 
-    One story for each of the first validation openings; metrics are named validation/... Always the same openings and key, so that
-    what one sees before and after differs by the policy alone.
+    One story for each of the first validation openings; metrics are named validation/... Always
+    the same openings and key, so that what one sees before and after differs by the policy alone.
     """
     openings = happy.openings("validation")[:VALIDATION_STORIES]
     records = [{"text": text} for text in openings]
