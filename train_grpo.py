@@ -29,6 +29,7 @@ from objectives.policy import kl_estimate, missing_eos, response_logprobs, token
 from planning.dry_run import preview
 from rewards.scorer import check_rewards, is_function, make_scorer, pooled
 from rollout import (
+    Batch,
     Rollout,
     Score,
     check_first_update,
@@ -36,6 +37,7 @@ from rollout import (
     ended,
     make_experience,
     make_rollout,
+    named,
     rollout_metrics,
     sample_rows,
     shuffled_minibatches,
@@ -56,12 +58,15 @@ Advantages = Callable[[jax.Array, jax.Array], jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Config:
+    # Folders and method
     run: str = "runs/grpo"
     """Folder of this run; running again resumes it."""
     init: str = "runs/align/sft"
     """Run that policy and reference start from."""
     method: Literal["grpo", "dr_grpo", "dapo", "gspo", "rloo", "reinforce_pp"] = "grpo"
     """Fills fields left at None with its paper's values (PAPERS in objectives/group.py)."""
+
+    # Rewards, and how they make one score
     reward: tuple[str, ...] = ("runs/align/rm",)
     """Each a run of train_rm.py, module:function called with (response, record), or http://<server>
     (rewards/serve.py)."""
@@ -74,8 +79,12 @@ class Config:
     """Least value of the second reward and of those after it (gated)."""
     floor: float = -1.0
     """Score where one of them is below --gate (gated)."""
+
+    # Prompts
     data: str = "world"
     """Prompts: world, a .jsonl file, or tfds:<name>."""
+
+    # Sizes of an iteration
     steps: int = 40
     """Iterations."""
     batch_size: int = 256
@@ -88,12 +97,16 @@ class Config:
     """Passes over an iteration's rollouts."""
     microbatches: int = 1
     """Parts of a minibatch whose gradients are summed."""
+
+    # Sampling
     max_prompt: int = 20
     """Longest prompt, in tokens."""
     max_new_tokens: int = 24
     """Longest response, in tokens."""
     temperature: float = 1.0
     """Sampling temperature; also applied to the log-probabilities in the KL and the loss."""
+
+    # Loss
     ratio: Literal["token", "sequence", "geometric"] | None = None
     """Importance ratio of a token: its own, its whole response's, or the geometric mean over the
     response."""
@@ -104,6 +117,8 @@ class Config:
     """The ratio is clipped below at 1 - clip; inf: never."""
     clip_high: float | None = None
     """The ratio is clipped above at 1 + clip_high."""
+
+    # KL to the reference
     kl_coef: float | None = None
     """Beta of the KL to the reference."""
     kl_in: Literal["loss", "reward"] | None = None
@@ -112,12 +127,16 @@ class Config:
     kl_estimator: Literal["k1", "k2", "k3"] | None = None
     """Estimate of KL per token (objectives/policy.py). In the loss k2 has the gradient of
     KL(policy || reference), k3 that of KL(reference || policy)."""
+
+    # Groups
     unbiased_std: bool = False
     """Variances divided by n - 1 (TRL, verl) instead of n."""
     dynamic_sampling: bool | None = None
     """Leave groups of equal scores out, and sample other prompts in their place."""
     max_rounds: int = 4
     """Most rollouts of an iteration with --dynamic_sampling; groups still missing are left out."""
+
+    # What is added to the score
     overlong: float | None = None
     """Share of max_new_tokens, the last, over which a penalty on the score grows from 0 to 1."""
     missing_eos: Literal["replace", "penalty", "none"] = "none"
@@ -130,6 +149,8 @@ class Config:
     shaping: float = 0.0
     """Weight of a potential in the reward: the first reward model's scalar at each token
     (reinforce_pp)."""
+
+    # Update
     kl_limit: float = 50.0
     """The run ends in an error when KL per response exceeds this: the policy has collapsed."""
     optimizer: OptimizerConfig = OptimizerConfig(
@@ -139,6 +160,8 @@ class Config:
     """The policy's architecture; taken from --init."""
     lora: LoraConfig = LoraConfig()
     """Adapters of the policy; the reference is then their base."""
+
+    # Run
     mesh: MeshConfig = MeshConfig()
     hosts: HostsConfig = HostsConfig()
     seed: int = 0
@@ -209,7 +232,7 @@ def make_method(config: Config, apply: Apply) -> tuple[Advantages, Objective]:
 
 def make_advantages(
     config: Config, apply: Apply, advantages: Advantages, *, eos: int
-) -> Callable[..., tuple[Experience, dict[str, jax.Array]]]:
+) -> Callable[..., tuple[Experience, Batch]]:
     """Compile compute_advantages(policy, reference, rollout, scores, scalars).
 
     It returns (experience, metrics). `scores`: {reward: [B]} and `scalars`: {reward: [B, R + 1]}
@@ -224,9 +247,9 @@ def make_advantages(
         policy: Params,
         reference: Params,
         rollout: Rollout,
-        scores: dict[str, jax.Array],
-        scalars: dict[str, jax.Array],
-    ) -> tuple[Experience, dict[str, jax.Array]]:
+        scores: Batch,
+        scalars: Batch,
+    ) -> tuple[Experience, Batch]:
         mask_BR = rollout["mask_BR"]
         logp_BR = response_logprobs(apply, policy, rollout, config.temperature)
         reference_BR = response_logprobs(apply, reference, rollout, config.temperature)
@@ -428,7 +451,7 @@ def main(config: Config) -> dict[str, float]:
                     )
 
             # 5. Record, and stop where the policy has left the reference too far behind.
-            metrics |= {f"policy/{name}": x for name, x in update_metrics.items()}
+            metrics |= named(policy=update_metrics)
             run.record(step, metrics, tokens=config.batch_size * config.length)
             check_kl(run.last_metrics, config.kl_limit)
 

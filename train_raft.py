@@ -32,11 +32,13 @@ from objectives.policy import missing_eos, response_logprobs
 from planning.dry_run import preview_items
 from rewards.scorer import make_scorer
 from rollout import (
+    Batch,
     Rollout,
     Score,
     ended,
     make_experience,
     make_rollout,
+    named,
     rollout_metrics,
     sample_rows,
 )
@@ -61,23 +63,30 @@ from training_run import Run
 
 @dataclasses.dataclass(frozen=True)
 class Config:
+    # Folders and method
     run: str = "runs/raft"
     """Folder of this run; running again resumes it."""
     init: str = "runs/align/sft"
     """Run that policy and reference start from."""
     method: Literal["raft", "rejection", "rft", "expert"] = "raft"
     """Fills fields left at None with its paper's values (PAPERS in objectives/imitate.py)."""
+
+    # Rewards and prompts
     reward: str = "runs/align/rm"
     """A run of train_rm.py, module:function called with (response, record), or http://<server>
     (rewards/serve.py)."""
     data: str = "world"
     """Prompts: world, a .jsonl file, or tfds:<name>."""
+
+    # Sizes of a round
     steps: int = 10
     """Rounds: sample, rank, imitate."""
     batch_size: int = 1024
     """Responses sampled in a round, over all devices."""
     samples_per_prompt: int | None = None
     """Responses to each prompt of a round."""
+
+    # What is imitated
     select: Literal["best", "top", "above_threshold"] | None = None
     """Responses to imitate. best: the best to each prompt. top: the best 1 / samples_per_prompt of
     all. above_threshold: those whose score is at least --threshold."""
@@ -87,6 +96,8 @@ class Config:
     """Imitate only the first of equal responses to a prompt."""
     replay_rounds: int | None = None
     """Earlier rounds whose responses stay in the pool, to be ranked and imitated again."""
+
+    # Update
     epochs: int = 2
     """Passes over the chosen responses in a round."""
     minibatch_size: int = 64
@@ -95,6 +106,8 @@ class Config:
     """Parts of a minibatch whose gradients are summed."""
     kl_coef: float | None = None
     """Beta of KL(reference || policy), over the whole vocabulary at each token."""
+
+    # Sampling
     max_prompt: int = 20
     """Longest prompt, in tokens."""
     max_new_tokens: int = 24
@@ -106,6 +119,8 @@ class Config:
     stays."""
     missing_eos_score: float = -1.0
     """Score of a response without an end; with `penalty`, added to its score."""
+
+    # Model
     optimizer: OptimizerConfig = OptimizerConfig(
         lr=2e-4, schedule="constant", warmup=0, weight_decay=0.0
     )
@@ -113,6 +128,8 @@ class Config:
     """The policy's architecture; taken from --init."""
     lora: LoraConfig = LoraConfig()
     """Adapters of the policy; the reference is then their base."""
+
+    # Run
     mesh: MeshConfig = MeshConfig()
     hosts: HostsConfig = HostsConfig()
     seed: int = 0
@@ -185,7 +202,7 @@ class ScoredRollout(Rollout):
 
 def make_targets(
     config: Config, apply: Apply, *, eos: int
-) -> Callable[..., tuple[ScoredRollout, dict[str, jax.Array]]]:
+) -> Callable[..., tuple[ScoredRollout, Batch]]:
     """Compile compute_targets(policy, reference, rollout, scores, scalars).
 
     It returns (scored rollout, metrics). `scores`: {reward: [B]} of rewards.scorer.make_scorer,
@@ -197,9 +214,9 @@ def make_targets(
         policy: Params,
         reference: Params,
         rollout: Rollout,
-        scores: dict[str, jax.Array],
-        scalars: dict[str, jax.Array],
-    ) -> tuple[ScoredRollout, dict[str, jax.Array]]:
+        scores: Batch,
+        scalars: Batch,
+    ) -> tuple[ScoredRollout, Batch]:
         logp_BR = response_logprobs(apply, policy, rollout, config.temperature)
         reference_BR = response_logprobs(apply, reference, rollout, config.temperature)
         raw_B = scores[config.reward]
@@ -220,7 +237,7 @@ class PoolFunctions(NamedTuple):
 
     add: Callable[[Pool, Any, int], Pool]
     """add(pool, scored rollout, number) -> pool; see imitate.added. The pool is replicated."""
-    choose: Callable[[Pool], tuple[jax.Array, dict[str, jax.Array]]]
+    choose: Callable[[Pool], tuple[jax.Array, Batch]]
     """choose(pool) -> (chosen [rows] bool, {chosen: their number, chosen_score: their mean score,
     best_score: the best of the pool})."""
     draw: Callable[[Pool, jax.Array, jax.Array], list[Pool]]
@@ -237,7 +254,7 @@ def make_pool_functions(config: Config, mesh: jax.sharding.Mesh) -> PoolFunction
     }[config.select]
 
     @jax.jit
-    def choose(pool: Pool) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def choose(pool: Pool) -> tuple[jax.Array, Batch]:
         score_B = pool["score_B"]
         chosen_B = select(score_B)
         if config.distinct:
@@ -263,7 +280,7 @@ def minibatches_of(
     pool: Pool,
     key: jax.Array,
     step: int,
-) -> tuple[list[Pool], dict[str, jax.Array]]:
+) -> tuple[list[Pool], Batch]:
     """Choose the responses to imitate in round `step`; return minibatches and choose's metrics.
 
     `epochs` passes over what was chosen. Where nothing was, there are none, and a note on stderr
@@ -410,7 +427,7 @@ def main(config: Config) -> dict[str, float]:
             # 3. Imitate: supervised fine-tuning on it.
             for minibatch in minibatches:
                 policy, update_metrics = update.step(policy, minibatch, frozen)
-                metrics |= {f"policy/{name}": x for name, x in update_metrics.items()}
+                metrics |= named(policy=update_metrics)
             metrics |= {**of_chosen, "updates": len(minibatches)}
             run.record(step, metrics, tokens=config.batch_size * config.length)
 

@@ -153,8 +153,8 @@ def imitation_objective(
     """Sum -log p(y | x) + beta KL(p_0(. | x, y_<t) || p(. | x, y_<t)) over the loss mask, in nats.
 
     With `kl_coef` (beta) 0 this is supervised fine-tuning, and the reference p_0 is not read.
-    `params`: {"policy", "reference"}, whole parameters. `batch`: rows of a Pool. Returns (loss sum, (tokens, metrics)); metrics, with a beta alone, are
-    nll and reference_kl per token.
+    `params`: {"policy", "reference"}, whole parameters. `batch`: rows of a Pool. Returns (loss
+    sum, (tokens, metrics)); metrics, with a beta alone, are nll and reference_kl per token.
     """
     mask_BT = batch["loss_mask_BT"]
     tokens = mask_BT.sum()

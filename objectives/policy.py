@@ -27,17 +27,18 @@ from objectives.likelihood import (
     likelihood_objective,
 )
 
+Array = jax.Array
 KlEstimator = Literal["k1", "k2", "k3"]
 MissingEos = Literal["replace", "penalty", "none"]
 ScoreAt = Literal["last", "after"]
-Sums = dict[str, tuple[jax.Array, jax.Array]]
+Sums = dict[str, tuple[Array, Array]]
 """Metrics of an objective: {name: (sum, weight)}."""
 
 
 # ---- Rewards: a KL penalty at each token, the score at the end ----
 
 
-def kl_estimate(logp: jax.Array, reference_logp: jax.Array, estimator: KlEstimator) -> jax.Array:
+def kl_estimate(logp: Array, reference_logp: Array, estimator: KlEstimator) -> Array:
     """Estimate KL(policy || reference) per token in nats, from tokens of the policy.
 
     Schulman 2020. k1 = log ratio: unbiased. k2 = (log ratio)^2 / 2. k3 = exp(-k1) - 1 + k1:
@@ -51,9 +52,7 @@ def kl_estimate(logp: jax.Array, reference_logp: jax.Array, estimator: KlEstimat
     return jnp.expm1(-k1) + k1
 
 
-def missing_eos(
-    score_B: jax.Array, ended_B: jax.Array, rule: MissingEos, score: float
-) -> jax.Array:
+def missing_eos(score_B: Array, ended_B: Array, rule: MissingEos, score: float) -> Array:
     """Apply the rule on responses without an end to their scores, [B].
 
     `ended_B` is True for a response with its end-of-turn token, whose score stays. Without one:
@@ -67,7 +66,7 @@ def missing_eos(
     return jnp.where(ended_B, score_B, without)
 
 
-def score_position(mask_BR: jax.Array, at: ScoreAt) -> tuple[jax.Array, jax.Array]:
+def score_position(mask_BR: Array, at: ScoreAt) -> tuple[Array, Array]:
     """Return the index at which a response's score is added, [B] int32, and the value mask [B, R].
 
     The value mask is 1 for states that have a value. last: the score is added at the last real
@@ -83,12 +82,12 @@ def score_position(mask_BR: jax.Array, at: ScoreAt) -> tuple[jax.Array, jax.Arra
 
 
 def token_rewards(
-    score_B: jax.Array,
-    kl_BR: jax.Array,
-    mask_BR: jax.Array,
-    beta: jax.Array | float,
-    at_B: jax.Array,
-) -> jax.Array:
+    score_B: Array,
+    kl_BR: Array,
+    mask_BR: Array,
+    beta: Array | float,
+    at_B: Array,
+) -> Array:
     """Return -beta KL at each response token, plus the response's score at index `at_B`, [B, R].
 
     Ziegler et al. 2019, eq. 2.
@@ -97,9 +96,7 @@ def token_rewards(
     return -beta * kl_BR * mask_BR + jnp.where(at_BR, score_B[:, None], 0.0)
 
 
-def adapt_kl(
-    beta: jax.Array, kl: jax.Array, target: float, horizon: float, episodes: int
-) -> jax.Array:
+def adapt_kl(beta: Array, kl: Array, target: float, horizon: float, episodes: int) -> Array:
     """Move beta by proportional control of the KL towards `target` (Ziegler et al. 2019, 2.2).
 
     `kl` and `target` are in nats a response; `episodes` is the number of responses since the last
@@ -112,14 +109,12 @@ def adapt_kl(
 # ---- Advantages ----
 
 
-def masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:
+def masked_mean(x: Array, mask: Array) -> Array:
     """Return the mean of `x` where `mask` is 1; 0 where it is nowhere."""
     return (x * mask).sum() / jnp.maximum(mask.sum(), 1.0)
 
 
-def whiten(
-    x: jax.Array, mask: jax.Array, *, shift_mean: bool = True, unbiased: bool = False
-) -> jax.Array:
+def whiten(x: Array, mask: Array, *, shift_mean: bool = True, unbiased: bool = False) -> Array:
     """Return (x - mean) / sqrt(var + 1e-8) over the masked entries, 0 elsewhere.
 
     Without `shift_mean` the mean is put back afterwards: the result has the mean of `x` and
@@ -133,8 +128,8 @@ def whiten(
 
 
 def gae(
-    rewards_BR: jax.Array, values_BR: jax.Array, *, gamma: float, gae_lambda: float
-) -> tuple[jax.Array, jax.Array]:
+    rewards_BR: Array, values_BR: Array, *, gamma: float, gae_lambda: float
+) -> tuple[Array, Array]:
     """Return generalised advantage estimates A, and returns A + V, [B, R] each.
 
     Schulman et al. 2016, eq. 16: delta_t = r_t + gamma V_{t+1} - V_t, and
@@ -158,8 +153,8 @@ def gae(
 
 
 def clipped_policy_loss(
-    log_ratio: jax.Array, advantage: jax.Array, clip: float, clip_high: float
-) -> jax.Array:
+    log_ratio: Array, advantage: Array, clip: float, clip_high: float
+) -> Array:
     """Return max(-A ratio, -A clip(ratio, 1 - clip, 1 + clip_high)) per token.
 
     Schulman et al. 2017, eq. 7, where `clip_high` is `clip` (apart: Yu et al. 2025, eq. 10).
@@ -171,9 +166,7 @@ def clipped_policy_loss(
     return jnp.maximum(-advantage * ratio, -advantage * clipped)
 
 
-def clipped_value_loss(
-    value: jax.Array, old_value: jax.Array, returns: jax.Array, clip: float
-) -> jax.Array:
+def clipped_value_loss(value: Array, old_value: Array, returns: Array, clip: float) -> Array:
     """Return half the larger square error of the value and of the clipped value, per state.
 
     The value is clipped to within `clip` of the old one. All arrays have the same shape.
@@ -182,7 +175,7 @@ def clipped_value_loss(
     return 0.5 * jnp.maximum(jnp.square(value - returns), jnp.square(clipped - returns))
 
 
-def entropy(logits_BTV: jax.Array) -> jax.Array:
+def entropy(logits_BTV: Array) -> Array:
     """Return -sum_v p_v log p_v of each next token's distribution, [B, T] in nats."""
     logp_BTV = jax.nn.log_softmax(logits_BTV)
     return -(jnp.exp(logp_BTV) * logp_BTV).sum(-1)
@@ -191,7 +184,7 @@ def entropy(logits_BTV: jax.Array) -> jax.Array:
 # ---- A model's outputs for the response ----
 
 
-def response_states(batch: Mapping[str, Any], x_BT: jax.Array) -> jax.Array:
+def response_states(batch: Mapping[str, Any], x_BT: Array) -> Array:
     """Select the positions from the one before the response on, [B, R + 1, ...], of [B, T, ...].
 
     Index t predicts response token t, and is the state in which it was emitted. Index R, after the
@@ -201,7 +194,7 @@ def response_states(batch: Mapping[str, Any], x_BT: jax.Array) -> jax.Array:
     return x_BT[:, prompt_length - 1 :]
 
 
-def response_labels(batch: Mapping[str, Any]) -> jax.Array:
+def response_labels(batch: Mapping[str, Any]) -> Array:
     """Return the response's tokens and one more, [B, R + 1]: the labels of `response_states`.
 
     The last one is never used. It saves cutting the last logits off, which would copy the others.
@@ -211,7 +204,7 @@ def response_labels(batch: Mapping[str, Any]) -> jax.Array:
 
 def response_logits(
     apply: Apply, params: Any, batch: Mapping[str, Any], temperature: float
-) -> jax.Array:
+) -> Array:
     """Return the logits at `response_states`, [B, R + 1, V], divided by the temperature.
 
     Token t of the response was drawn from their softmax. A temperature of 0 counts as 1.
@@ -223,7 +216,7 @@ def response_logits(
 
 def response_logprobs(
     apply: Apply, params: Any, batch: Mapping[str, Any], temperature: float
-) -> jax.Array:
+) -> Array:
     """Return the log-probability of each response token, [B, R], at the sampling temperature.
 
     `apply` is that of a LanguageModel, `batch` a Rollout. Padding has values too: mask them. A
@@ -236,7 +229,7 @@ def response_logprobs(
     return logp_BT[:, :-1]
 
 
-def response_values(apply: Apply, params: Any, batch: Mapping[str, Any]) -> jax.Array:
+def response_values(apply: Apply, params: Any, batch: Mapping[str, Any]) -> Array:
     """Return the value of the state in which each response token was emitted, [B, R].
 
     `apply` is that of a ScalarModel, `batch` a Rollout. Padding has values too: mask them.
@@ -248,18 +241,18 @@ def response_values(apply: Apply, params: Any, batch: Mapping[str, Any]) -> jax.
 # ---- Objectives: sums over a minibatch, for train_step.make_train_step ----
 
 
-def own_log_ratio(change_BR: jax.Array, mask_BR: jax.Array) -> jax.Array:
+def own_log_ratio(change_BR: Array, mask_BR: Array) -> Array:
     """Return each token's own log-ratio: PPO's importance ratio."""
     return change_BR
 
 
 def clipped_surrogate(
-    logp_BR: jax.Array,
+    logp_BR: Array,
     batch: Mapping[str, Any],
     clip: float,
     clip_high: float,
-    log_ratio: Callable[[jax.Array, jax.Array], jax.Array] = own_log_ratio,
-) -> tuple[jax.Array, Sums]:
+    log_ratio: Callable[[Array, Array], Array] = own_log_ratio,
+) -> tuple[Array, Sums]:
     """Return `clipped_policy_loss` of each token, [B, R], not masked yet, and metrics.
 
     `batch`: `mask_BR`, `old_logp_BR` and `advantages_BR`. `log_ratio(change_BR, mask_BR)` makes
@@ -292,7 +285,7 @@ def policy_objective(
     clip: float,
     temperature: float,
     entropy_coef: float = 0.0,
-) -> tuple[jax.Array, tuple[jax.Array, Sums]]:
+) -> tuple[Array, tuple[Array, Sums]]:
     """Sum PPO's clipped surrogate less `entropy_coef` times the entropy over response tokens.
 
     Schulman et al. 2017, eq. 9. `batch`: a Rollout with `old_logp_BR` and `advantages_BR`; with a
@@ -322,7 +315,7 @@ def policy_objective(
 
 
 def with_text(
-    batch: Mapping[str, Any], text: dict[str, jax.Array], coefficient: float
+    batch: Mapping[str, Any], text: dict[str, Array], coefficient: float
 ) -> dict[str, Any]:
     """Lay packed pre-training rows beside `batch`, as "text".
 
@@ -335,7 +328,7 @@ def with_text(
 
 def value_objective(
     apply: Apply, params: Any, batch: Mapping[str, Any], *, clip: float
-) -> tuple[jax.Array, tuple[jax.Array, Sums]]:
+) -> tuple[Array, tuple[Array, Sums]]:
     """Sum the clipped square error of the values over states that have one.
 
     `batch`: a Rollout with `value_mask_BR`, `old_values_BR` and `returns_BR`. Returns (loss sum,

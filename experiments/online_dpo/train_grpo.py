@@ -28,6 +28,7 @@ from objectives.policy import missing_eos, response_logprobs
 from planning.dry_run import preview
 from rewards.scorer import check_rewards, make_scorer, pooled
 from rollout import (
+    Batch,
     Metrics,
     Rollout,
     Score,
@@ -36,6 +37,7 @@ from rollout import (
     ended,
     make_experience,
     make_rollout,
+    named,
     rollout_metrics,
     sample_rows,
     shuffled_minibatches,
@@ -56,10 +58,13 @@ FIRST_EPOCH = 4
 
 @dataclasses.dataclass(frozen=True)
 class Config:
+    # Folders
     run: str = "runs/online_dpo"
     """Folder of this run; running again resumes it."""
     init: str = "runs/align/sft"
     """Run that policy and reference start from."""
+
+    # Rewards, and how they make one score
     reward: tuple[str, ...] = ("runs/align/rm",)
     """Each a run of train_rm.py, module:function called with (response, record), or http://<server>
     (rewards/serve.py)."""
@@ -72,8 +77,12 @@ class Config:
     """Least value of the second reward and of those after it (gated)."""
     floor: float = -1.0
     """Score where one of them is below --gate (gated)."""
+
+    # Prompts
     data: str = "world"
     """Prompts: world, a .jsonl file, or tfds:<name>."""
+
+    # Sizes of an iteration
     steps: int = 40
     """Iterations."""
     batch_size: int = 256
@@ -86,12 +95,16 @@ class Config:
     """Passes over an iteration's rollouts."""
     microbatches: int = 1
     """Parts of a minibatch whose gradients are summed."""
+
+    # Sampling
     max_prompt: int = 20
     """Longest prompt, in tokens."""
     max_new_tokens: int = 24
     """Longest response, in tokens."""
     temperature: float = 1.0
     """Sampling temperature; also applied to the log-probabilities in the KL and the loss."""
+
+    # Loss and score
     beta: float = 0.1
     """DPO's beta: how strongly the policy is held to the reference."""
     missing_eos: Literal["replace", "penalty", "none"] = "none"
@@ -99,6 +112,8 @@ class Config:
     stays."""
     missing_eos_score: float = -1.0
     """Score of a response without an end; with `penalty`, added to its score."""
+
+    # Update
     kl_limit: float = 50.0
     """The run ends in an error when KL per response exceeds this: the policy has collapsed."""
     optimizer: OptimizerConfig = OptimizerConfig(
@@ -108,6 +123,8 @@ class Config:
     """The policy's architecture; taken from --init."""
     lora: LoraConfig = LoraConfig()
     """Adapters of the policy; the reference is then their base."""
+
+    # Run
     mesh: MeshConfig = MeshConfig()
     hosts: HostsConfig = HostsConfig()
     seed: int = 0
@@ -137,7 +154,7 @@ class RankedRollout(Rollout):
 
 def make_targets(
     config: Config, apply: Apply, *, eos: int
-) -> Callable[..., tuple[RankedRollout, dict[str, jax.Array]]]:
+) -> Callable[..., tuple[RankedRollout, Batch]]:
     """Compile compute_targets(policy, reference, rollout, scores, scalars).
 
     It returns (ranked rollout, metrics). `scores`: {reward: [B]} of rewards.scorer.make_scorer,
@@ -150,9 +167,9 @@ def make_targets(
         policy: Params,
         reference: Params,
         rollout: Rollout,
-        scores: dict[str, jax.Array],
-        scalars: dict[str, jax.Array],
-    ) -> tuple[RankedRollout, dict[str, jax.Array]]:
+        scores: Batch,
+        scalars: Batch,
+    ) -> tuple[RankedRollout, Batch]:
         logp_BR = response_logprobs(apply, policy, rollout, config.temperature)
         reference_BR = response_logprobs(apply, reference, rollout, config.temperature)
         raw_B = pooled(config, scores)
@@ -316,7 +333,7 @@ def main(config: Config) -> dict[str, float]:
                     )
 
             # 5. Record, and stop where the policy has left the reference too far behind.
-            metrics |= {f"policy/{name}": x for name, x in update_metrics.items()}
+            metrics |= named(policy=update_metrics)
             run.record(step, metrics, tokens=config.batch_size * config.length)
             check_kl(run.last_metrics, config.kl_limit)
 

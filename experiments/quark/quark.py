@@ -74,8 +74,9 @@ def quark_objective(
 
     Over the loss mask; beta is `kl_coef`. The reference p_0 sees the rows without the quantile.
     The paper's program takes the KL the other way round and adds an entropy bonus. `params`:
-    {"policy", "reference"}. `batch`: rows of a Pool with `word_B`, the token of each quantile. Returns (loss sum, (tokens,
-    metrics)); metrics, with a beta alone, are nll and reference_kl per token.
+    {"policy", "reference"}. `batch`: rows of a Pool with `word_B`, the token of each quantile.
+    Returns (loss sum, (tokens, metrics)); metrics, with a beta alone, are nll and reference_kl per
+    token.
     """
     told = conditioned(batch, system, batch["word_B"])
     mask_BT = told["loss_mask_BT"]

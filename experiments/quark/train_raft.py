@@ -38,12 +38,14 @@ from objectives.policy import missing_eos, response_logprobs
 from planning.dry_run import preview_items
 from rewards.scorer import make_scorer
 from rollout import (
+    Batch,
     Rollout,
     Score,
     Shown,
     ended,
     make_experience,
     make_rollout,
+    named,
     rollout_metrics,
     sample_rows,
 )
@@ -67,25 +69,34 @@ from training_run import Run
 
 @dataclasses.dataclass(frozen=True)
 class Config:
+    # Folders
     run: str = "runs/quark"
     """Folder of this run; running again resumes it."""
     init: str = "runs/align/sft"
     """Run that policy and reference start from."""
+
+    # Rewards and prompts
     reward: str = "runs/align/rm"
     """A run of train_rm.py, module:function called with (response, record), or http://<server>
     (rewards/serve.py)."""
     data: str = "world"
     """Prompts: world, a .jsonl file, or tfds:<name>."""
+
+    # Sizes of a round
     steps: int = 10
     """Rounds: sample, rank, imitate."""
     batch_size: int = 1024
     """Responses sampled in a round, over all devices."""
     samples_per_prompt: int = 1
     """Responses to each prompt of a round."""
+
+    # What is imitated
     quantiles: int = 5
     """Parts into which the pool is cut, 2..9; from the second round on the last is asked for."""
     replay_rounds: int = 4
     """Earlier rounds whose responses stay in the pool, to be ranked and imitated again."""
+
+    # Update
     epochs: int = 2
     """Passes over the pool in a round."""
     minibatch_size: int = 64
@@ -94,6 +105,8 @@ class Config:
     """Parts of a minibatch whose gradients are summed."""
     kl_coef: float = 0.05
     """Beta of KL(reference || policy), over the whole vocabulary at each token."""
+
+    # Sampling
     max_prompt: int = 20
     """Longest prompt, in tokens."""
     max_new_tokens: int = 24
@@ -105,6 +118,8 @@ class Config:
     stays."""
     missing_eos_score: float = -1.0
     """Score of a response without an end; with `penalty`, added to its score."""
+
+    # Model
     optimizer: OptimizerConfig = OptimizerConfig(
         lr=2e-4, schedule="constant", warmup=0, weight_decay=0.0
     )
@@ -112,6 +127,8 @@ class Config:
     """The policy's architecture; taken from --init."""
     lora: LoraConfig = LoraConfig()
     """Adapters of the policy; the reference is then their base."""
+
+    # Run
     mesh: MeshConfig = MeshConfig()
     hosts: HostsConfig = HostsConfig()
     seed: int = 0
@@ -186,8 +203,8 @@ class ScoredRollout(Rollout):
 
 
 def make_targets(
-    config: Config, apply: Apply, *, eos: int, asking: Callable[[Rollout], dict[str, jax.Array]]
-) -> Callable[..., tuple[ScoredRollout, dict[str, jax.Array]]]:
+    config: Config, apply: Apply, *, eos: int, asking: Callable[[Rollout], Batch]
+) -> Callable[..., tuple[ScoredRollout, Batch]]:
     """Compile compute_targets(policy, reference, rollout, scores, scalars).
 
     It returns (scored rollout, metrics). `asking(rollout)` makes the rows as the policy saw them;
@@ -200,9 +217,9 @@ def make_targets(
         policy: Params,
         reference: Params,
         rollout: Rollout,
-        scores: dict[str, jax.Array],
-        scalars: dict[str, jax.Array],
-    ) -> tuple[ScoredRollout, dict[str, jax.Array]]:
+        scores: Batch,
+        scalars: Batch,
+    ) -> tuple[ScoredRollout, Batch]:
         seen = {**rollout, **asking(rollout)}
         logp_BR = response_logprobs(apply, policy, seen, config.temperature)
         reference_BR = response_logprobs(apply, reference, rollout, config.temperature)
@@ -224,7 +241,7 @@ class PoolFunctions(NamedTuple):
 
     add: Callable[[Pool, Any, int], Pool]
     """add(pool, scored rollout, number) -> pool; see imitate.added. The pool is replicated."""
-    choose: Callable[[Pool, jax.Array], tuple[Pool, jax.Array, dict[str, jax.Array]]]
+    choose: Callable[[Pool, jax.Array], tuple[Pool, jax.Array, Batch]]
     """choose(pool, key) -> (pool with `word_B`, the token of each row's quantile; chosen [rows]
     bool; {chosen: their number, chosen_score: their mean score, best_score: the pool's best})."""
     draw: Callable[[Pool, jax.Array, jax.Array], list[Pool]]
@@ -237,7 +254,7 @@ def make_pool_functions(
     """Compile the functions on the pool; `words` are those of quantile_words."""
 
     @jax.jit
-    def choose(pool: Pool, key: jax.Array) -> tuple[Pool, jax.Array, dict[str, jax.Array]]:
+    def choose(pool: Pool, key: jax.Array) -> tuple[Pool, jax.Array, Batch]:
         score_B = pool["score_B"]
         chosen_B = imitate.filled(score_B)
         ranked = {**pool, "word_B": words[quantiles(score_B, config.quantiles, key)]}
@@ -259,7 +276,7 @@ def make_pool_functions(
 
 def minibatches_of(
     config: Config, functions: PoolFunctions, pool: Pool, key: jax.Array
-) -> tuple[list[Pool], dict[str, jax.Array]]:
+) -> tuple[list[Pool], Batch]:
     """Rank the pool; return `epochs` passes over it in minibatches, and choose's metrics.
 
     Waits for the device, once a round.
@@ -422,7 +439,7 @@ def main(config: Config) -> dict[str, float]:
             # 3. Imitate: supervised fine-tuning on it.
             for minibatch in minibatches:
                 policy, update_metrics = update.step(policy, minibatch, frozen)
-                metrics |= {f"policy/{name}": x for name, x in update_metrics.items()}
+                metrics |= named(policy=update_metrics)
             metrics |= {**of_chosen, "updates": len(minibatches)}
             run.record(step, metrics, tokens=config.batch_size * config.length)
 

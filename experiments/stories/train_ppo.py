@@ -35,10 +35,12 @@ from objectives.policy import (
     whiten,
 )
 from rollout import (
+    Batch,
     Rollout,
     check_first_update,
     check_kl,
     make_rollout,
+    named,
     rollout_metrics,
     shuffled_minibatches,
 )
@@ -55,10 +57,13 @@ VALIDATION_STORIES = 64
 
 @dataclasses.dataclass(frozen=True)
 class Config:
+    # Folders
     run: str = "runs/stories_ppo"
     """Folder of this run; running again resumes it."""
     init: str = "runs/stories"
     """Run that policy, reference and critic start from (import_llama2c.py writes it)."""
+
+    # Sizes of an iteration
     steps: int = 60
     """PPO iterations."""
     batch_size: int = 128
@@ -67,22 +72,30 @@ class Config:
     """Updates per epoch; divides batch_size."""
     epochs: int = 1
     """Passes over an iteration's rollouts."""
+
+    # Sampling
     max_prompt: int = 28
     """Longest opening, in tokens."""
     max_new_tokens: int = 80
     """Longest response, in tokens: the beginning of a story."""
     temperature: float = 1.0
     """Sampling temperature; also applied to the log-probabilities in the KL and the loss."""
+
+    # KL to the reference, as a reward
     kl_coef: float = 0.03
     """Beta: a token's reward is -beta times its KL estimate."""
     kl_limit: float = 80.0
     """The run ends in an error when KL per response exceeds this: the policy has collapsed."""
+
+    # Advantages and losses
     gae_lambda: float = 0.95
     """Lambda of generalised advantage estimation."""
     clip: float = 0.2
     """Clip of the probability ratio."""
     value_clip: float = 0.2
     """Clip of the value's change within an iteration."""
+
+    # Models and their updates
     optimizer: OptimizerConfig = OptimizerConfig(
         lr=5e-4,
         schedule="linear",
@@ -105,6 +118,8 @@ class Config:
     """The critic's optimiser."""
     model: ModelConfig = PRESETS["stories260k"]
     """The policy's architecture; taken from --init."""
+
+    # Run
     mesh: MeshConfig = MeshConfig()
     seed: int = 0
     eval_every: int = 20
@@ -167,7 +182,7 @@ class Experience(Rollout):
 
 def make_advantages(
     config: Config, apply: Apply, scalar_apply: Apply, *, eos: int
-) -> Callable[..., tuple[Experience, dict[str, jax.Array]]]:
+) -> Callable[..., tuple[Experience, Batch]]:
     """Compile compute_advantages(models, rollout, parts) -> (experience, metrics).
 
     `models`: a Models; `apply` is the policy's and the reference's, `scalar_apply` the critic's.
@@ -176,8 +191,8 @@ def make_advantages(
 
     @jax.jit
     def compute_advantages(
-        models: Models, rollout: Rollout, parts: dict[str, jax.Array]
-    ) -> tuple[Experience, dict[str, jax.Array]]:
+        models: Models, rollout: Rollout, parts: Batch
+    ) -> tuple[Experience, Batch]:
         mask_BR = rollout["mask_BR"]
         logp_BR = response_logprobs(apply, models.policy, rollout, config.temperature)
         reference_BR = response_logprobs(apply, models.reference, rollout, config.temperature)
@@ -297,11 +312,6 @@ def check(config: Config, mesh: jax.sharding.Mesh) -> None:
             f"divide --batch_size={rows}"
         )
     check_batch("batch_size / --minibatches", rows // parts, 1, mesh)
-
-
-def named(**parts: dict[str, Any]) -> dict[str, Any]:
-    """Join metrics under their part's name: named(policy={"loss": x}) is {"policy/loss": x}."""
-    return {f"{part}/{name}": x for part, metrics in parts.items() for name, x in metrics.items()}
 
 
 def open_openings(config: Config, tokenizer: Tokenizer) -> Batches:
