@@ -280,7 +280,8 @@ ANSWERS, WORDS, SYSTEM, BOS = (
 
 def worded(table, tokens_BT, segment_ids_BT, positions_BT):
     word_B = jnp.where(tokens_BT[:, 1] == SYSTEM, tokens_BT[:, 2] - WORDS, 0)
-    return jnp.broadcast_to(table[word_B][:, None], (*tokens_BT.shape, table.shape[-1])), None
+    logits_BTV = jnp.broadcast_to(table[word_B][:, None], (*tokens_BT.shape, table.shape[-1]))
+    return LanguageOutput(logits_BTV, jnp.eye(table.shape[-1]))
 
 
 @jax.jit

@@ -537,6 +537,11 @@ def test_adaptive_kl_converges_to_its_target(start):
     assert float(train(jnp.float32(start), False)) != pytest.approx(target, rel=0.2)  # control
 
 
+def value_table(table, tokens, segments, positions):
+    """A value model whose scalars are a table's."""
+    return ScalarOutput(table[tokens], None, None)
+
+
 def bigram(table, tokens, segments, positions):
     return LanguageOutput(table[tokens], jnp.eye(len(table)))
 
@@ -577,7 +582,7 @@ def test_a_judgement_equals_loops(at, whitened):
     config = train_ppo.Config(
         score_at=at, whiten_rewards=whitened, temperature=temperature, gamma=gamma
     )
-    judge = train_ppo.make_judge(config, bigram, lambda table, tokens, *_: table[tokens], eos, [])
+    judge = train_ppo.make_judge(config, bigram, value_table, eos, [])
     scores = {config.reward[0]: jnp.float32(given)}
     got, _ = judge(
         *map(jnp.asarray, (policy, reference, value)), batch, scores, {}, jnp.float32(beta)
@@ -628,9 +633,7 @@ def test_several_rewards_are_one_score_in_a_judgement():
     def returns(**fields):
         """Of a critic that says 0, discounted by nothing: each response's score at its first token."""
         config = train_ppo.Config(gae_lambda=1.0, missing_eos="none", **fields)
-        judge = train_ppo.make_judge(
-            config, bigram, lambda table, tokens, *_: table[tokens], 9, []
-        )
+        judge = train_ppo.make_judge(config, bigram, value_table, 9, [])
         table = jnp.asarray(normal(4, 4))
         targets, metrics = judge(table, table, jnp.zeros(4), batch, scores, {}, jnp.float32(0.2))
         assert metrics["reward/b"] == pytest.approx(2 / 3)  # logged apart
