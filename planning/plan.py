@@ -424,10 +424,8 @@ def load_script(name: str) -> Script:
     sees to.
     """
     path = find_script(name)
-    if path.parent == ROOT:
-        module = importlib.import_module(path.stem)
-    else:
-        module = import_file(path)
+    is_fork = path.parent != ROOT
+    module = import_file(path) if is_fork else importlib.import_module(path.stem)
     return Script(name, module, layout_of(module))
 
 
@@ -439,8 +437,8 @@ def find_script(name: str) -> pathlib.Path:
         if path.is_file():
             return path
     raise UserError(
-        f"{name}: no such script; plan.py knows those of the root, such as train_sft, and forks by "
-        "their path, such as experiments/mine/train_sft"
+        f"{name}: no such script; plan.py knows those of the root, such as train_sft, and forks "
+        "by their path, such as experiments/mine/train_sft"
     )
 
 
