@@ -194,3 +194,11 @@ def test_flags_in_the_text_are_of_some_script(path):
         if not any(word in line for word in LAUNCHERS):
             unknown |= set(re.findall(r"`--([a-z][\w.]*)", line)) - known
     assert not unknown
+
+
+# --- the changelog
+
+
+def test_bullets_of_the_changelog_are_short():
+    bullets = re.findall(r"^- (.*)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert [bullet for bullet in bullets if len(bullet.split()) > 25] == []
