@@ -61,7 +61,7 @@ Score = Callable[[Rollout, list[Record]], tuple[Batch, Batch]]
 """score(rollout, records) -> ({reward: scores [B]}, {reward: scalars [B, R + 1]}), as of
 rewards.scorer.make_scorer with its models given."""
 Targets = Callable[..., tuple[Any, Metrics]]
-"""compute_targets(policy, reference, rollout, scores, scalars) -> (batch to learn from, metrics)"""
+"""compute_targets(policy, reference, rollout, scores, scalars) -> (batch to learn on, metrics)"""
 
 
 # --- sampling
@@ -163,7 +163,7 @@ def rollout_metrics(
 
 def named(**parts: Mapping[str, Any]) -> Metrics:
     """Join metrics under their part's name: named(policy={"loss": x}) is {"policy/loss": x}."""
-    joined = {}
+    joined: Metrics = {}
     for part, metrics in parts.items():
         joined |= {f"{part}/{name}": value for name, value in metrics.items()}
     return joined
