@@ -165,7 +165,8 @@ def named(**parts: Mapping[str, Any]) -> Metrics:
     """Join metrics under their part's name: named(policy={"loss": x}) is {"policy/loss": x}."""
     joined: Metrics = {}
     for part, metrics in parts.items():
-        joined |= {f"{part}/{name}": value for name, value in metrics.items()}
+        for name, value in metrics.items():
+            joined[f"{part}/{name}"] = value
     return joined
 
 
@@ -237,6 +238,7 @@ def make_experience(
             # The comparison waits for the device: only where another round may follow.
             if number + 1 < max_rounds and kept == 1:
                 break
+        # Means over the rounds.
         means = jax.tree.map(lambda *values: sum(values) / len(values), *rounds)
         metrics = {**means, "rounds": float(len(rounds)), "kept": kept}
         return batch, metrics, Shown(prompts.records, sampled["response_BR"])
@@ -246,9 +248,12 @@ def make_experience(
 
 def widened(batch: dict[str, np.ndarray], length: int, pad: int) -> dict[str, np.ndarray]:
     """Pad prompts [B, T] on the left to `length`: tokens with `pad`, all else with 0."""
-    missing = ((0, 0), (length - batch["tokens_BT"].shape[1], 0))
-    fill = dict.fromkeys(batch, 0) | {"tokens_BT": pad}
-    return {name: np.pad(x, missing, constant_values=fill[name]) for name, x in batch.items()}
+    missing = length - batch["tokens_BT"].shape[1]
+    wide = {}
+    for name, x in batch.items():
+        fill = pad if name == "tokens_BT" else 0
+        wide[name] = np.pad(x, ((0, 0), (missing, 0)), constant_values=fill)
+    return wide
 
 
 def refill_groups(pool: Batch, fresh: Batch, group: int) -> Batch:
@@ -279,10 +284,12 @@ def shuffled(batch: Mapping[str, Any], key: Array, parts: int) -> list[Batch]:
     """
     rows = jax.tree.leaves(batch)[0].shape[0]
     order_B = jax.random.permutation(key, rows)
-    cut = {name: x[order_B].reshape(parts, -1, *x.shape[1:]) for name, x in batch.items()}
-    minibatches = []
-    for part in range(parts):
-        minibatches.append({name: constrain_batch(x[part]) for name, x in cut.items()})
+    minibatches: list[Batch] = [{} for _ in range(parts)]
+    for name, x in batch.items():
+        mixed = x[order_B]
+        cut = mixed.reshape(parts, -1, *x.shape[1:])
+        for part, minibatch in enumerate(minibatches):
+            minibatch[name] = constrain_batch(cut[part])
     return minibatches
 
 
@@ -307,6 +314,7 @@ def check_first_update(update: Metrics, metrics: Metrics, dtype: Any, start: int
     a setting. `dtype`: the model's compute type. In bfloat16 a product over other rows may be
     tiled, and so rounded, otherwise: by hundredths of a nat a token.
     """
+    # Policy and old policy are the same parameters.
     exact = dtype == jnp.float32
     changed = float(update["approx_kl"])
     limit = 1e-9 if exact else 1e-3
@@ -321,9 +329,12 @@ def check_sampler(metrics: Metrics, dtype: Any, start: int) -> None:
 
     Arguments as of `check_first_update`, which calls this.
     """
-    exact = dtype == jnp.float32
+    # In a new run policy and reference are the same parameters.
     kl = float(metrics["kl"])
     assert start > 0 or abs(kl) < start_tolerance(dtype), f"KL to the reference starts at {kl}"
+
+    # Decoding and training are two programs for one computation.
+    exact = dtype == jnp.float32
     gap = float(metrics["sampler_gap"])
     assert gap < 1e-4 or not exact, f"sampler and trainer disagree by {gap} nats"
 

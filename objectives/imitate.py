@@ -63,8 +63,11 @@ def filled(scores_B: Array) -> Array:
 
 def best_of_n(scores_B: Array, group: int) -> Array:
     """Choose argmax_j r(x, y_j) among the `group` responses to each prompt (RAFT, algorithm 1)."""
-    best_P1 = scores_B.reshape(-1, group).argmax(1)[:, None]
-    return (best_P1 == jnp.arange(group)).reshape(-1) & filled(scores_B)
+    scores_PC = scores_B.reshape(-1, group)
+    best_P = scores_PC.argmax(1)
+    is_best_PC = best_P[:, None] == jnp.arange(group)
+    # The best of a group without responses is none.
+    return is_best_PC.reshape(-1) & filled(scores_B)
 
 
 def top_fraction(scores_B: Array, one_in: int) -> Array:
@@ -73,9 +76,11 @@ def top_fraction(scores_B: Array, one_in: int) -> Array:
     RAFT's acceptance ratio, over the whole pool.
     """
     # Both sorts are stable, so the first of equal rows ranks first.
-    rank_B = jnp.argsort(jnp.argsort(-scores_B))
-    count = -(-filled(scores_B).sum() // one_in)
-    return (rank_B < count) & filled(scores_B)
+    order_B = jnp.argsort(-scores_B)
+    rank_B = jnp.argsort(order_B)
+    has_B = filled(scores_B)
+    count = -(-has_B.sum() // one_in)
+    return (rank_B < count) & has_B
 
 
 def passing(scores_B: Array, threshold: float) -> Array:
@@ -117,14 +122,16 @@ def added(pool: Pool, batch: Mapping[str, Any], number: Array | int) -> Pool:
 
     `number`: rounds before this one. The pool's rows are a multiple of the rollout's.
     """
+    # The rows of the oldest round, in a ring.
     rows = batch["score_B"].shape[0]
-    batch = {**batch, "loss_mask_BT": response_mask(batch)}
     rounds = pool["score_B"].shape[0] // rows
     start = number % rounds * rows
-    return {
-        name: jax.lax.dynamic_update_slice_in_dim(x, batch[name], start, 0)
-        for name, x in pool.items()
-    }
+
+    fresh = {**batch, "loss_mask_BT": response_mask(batch)}
+    renewed = {}
+    for name, x in pool.items():
+        renewed[name] = jax.lax.dynamic_update_slice_in_dim(x, fresh[name], start, 0)
+    return renewed
 
 
 def drawn(pool: Pool, chosen_B: Array, key: Array, parts: int, rows: int) -> list[Pool]:
@@ -135,11 +142,14 @@ def drawn(pool: Pool, chosen_B: Array, key: Array, parts: int, rows: int) -> lis
     # Chosen rows first, in random order.
     random_B = jax.random.uniform(key, chosen_B.shape)
     order_B = jnp.argsort(jnp.where(chosen_B, random_B, 2.0))
-    picked = order_B[jnp.arange(parts * rows) % jnp.maximum(chosen_B.sum(), 1)]
 
+    # Over and over, as often as is asked for.
+    count = jnp.maximum(chosen_B.sum(), 1)
+    places = jnp.arange(parts * rows) % count
+    picked = order_B[places]
     minibatches = []
-    for part in range(parts):
-        rows_B = picked[part * rows : (part + 1) * rows]
+    for start in range(0, parts * rows, rows):
+        rows_B = picked[start : start + rows]
         minibatches.append({name: x[rows_B] for name, x in pool.items()})
     return minibatches
 

@@ -76,9 +76,12 @@ def score_position(mask_BR: Array, at: ScoreAt) -> tuple[Array, Array]:
     length_B = mask_BR.sum(1).astype(jnp.int32)
     if at == "last":
         return length_B - 1, mask_BR
+
+    # A response of the longest length has no position after it.
     longest = mask_BR.shape[1]
     at_B = jnp.minimum(length_B, longest - 1)
-    return at_B, (jnp.arange(longest) <= at_B[:, None]).astype(jnp.float32)
+    has_value_BR = jnp.arange(longest) <= at_B[:, None]
+    return at_B, has_value_BR.astype(jnp.float32)
 
 
 def token_rewards(
@@ -92,8 +95,9 @@ def token_rewards(
 
     Ziegler et al. 2019, eq. 2.
     """
-    at_BR = jnp.arange(mask_BR.shape[1]) == at_B[:, None]
-    return -beta * kl_BR * mask_BR + jnp.where(at_BR, score_B[:, None], 0.0)
+    penalty_BR = -beta * kl_BR * mask_BR
+    is_place_BR = jnp.arange(mask_BR.shape[1]) == at_B[:, None]
+    return penalty_BR + jnp.where(is_place_BR, score_B[:, None], 0.0)
 
 
 def adapt_kl(beta: Array, kl: Array, target: float, horizon: float, episodes: int) -> Array:
@@ -102,7 +106,9 @@ def adapt_kl(beta: Array, kl: Array, target: float, horizon: float, episodes: in
     `kl` and `target` are in nats a response; `episodes` is the number of responses since the last
     call, `horizon` the number over which beta moves.
     """
-    error = jnp.clip(kl / target - 1.0, -0.2, 0.2)
+    # The relative error, at most a fifth.
+    error = kl / target - 1.0
+    error = jnp.clip(error, -0.2, 0.2)
     return beta * (1.0 + error * episodes / horizon)
 
 
@@ -111,7 +117,8 @@ def adapt_kl(beta: Array, kl: Array, target: float, horizon: float, episodes: in
 
 def masked_mean(x: Array, mask: Array) -> Array:
     """Return the mean of `x` where `mask` is 1; 0 where it is nowhere."""
-    return (x * mask).sum() / jnp.maximum(mask.sum(), 1.0)
+    count = jnp.maximum(mask.sum(), 1.0)
+    return (x * mask).sum() / count
 
 
 def whiten(x: Array, mask: Array, *, shift_mean: bool = True, unbiased: bool = False) -> Array:
@@ -120,11 +127,16 @@ def whiten(x: Array, mask: Array, *, shift_mean: bool = True, unbiased: bool = F
     Without `shift_mean` the mean is put back afterwards: the result has the mean of `x` and
     deviation 1. `unbiased` divides the variance by n - 1.
     """
+    # Mean and variance of what is under the mask.
     mean = masked_mean(x, mask)
-    count = mask.sum()
-    variance = (jnp.square(x - mean) * mask).sum() / jnp.maximum(count - unbiased, 1.0)
+    square = jnp.square(x - mean) * mask
+    count = jnp.maximum(mask.sum() - unbiased, 1.0)
+    variance = square.sum() / count
+
     white = (x - mean) * jax.lax.rsqrt(variance + 1e-8)
-    return (white if shift_mean else white + mean) * mask
+    if not shift_mean:
+        white = white + mean
+    return white * mask
 
 
 def gae(
@@ -137,6 +149,7 @@ def gae(
     0 after a row's last token.
     """
 
+    # From the last token back; the carry is of the token after.
     def earlier(carry, now):
         next_advantage, next_value = carry
         reward, value = now
@@ -171,14 +184,20 @@ def clipped_value_loss(value: Array, old_value: Array, returns: Array, clip: flo
 
     The value is clipped to within `clip` of the old one. All arrays have the same shape.
     """
-    clipped = old_value + jnp.clip(value - old_value, -clip, clip)
-    return 0.5 * jnp.maximum(jnp.square(value - returns), jnp.square(clipped - returns))
+    change = jnp.clip(value - old_value, -clip, clip)
+    clipped = old_value + change
+
+    # The larger error counts: a value beyond the clip gets no gradient from being closer.
+    own_error = jnp.square(value - returns)
+    clipped_error = jnp.square(clipped - returns)
+    return 0.5 * jnp.maximum(own_error, clipped_error)
 
 
 def entropy(logits_BTV: Array) -> Array:
     """Return -sum_v p_v log p_v of each next token's distribution, [B, T] in nats."""
     logp_BTV = jax.nn.log_softmax(logits_BTV)
-    return -(jnp.exp(logp_BTV) * logp_BTV).sum(-1)
+    terms_BTV = jnp.exp(logp_BTV) * logp_BTV
+    return -terms_BTV.sum(-1)
 
 
 # ---- A model's outputs for the response ----
@@ -190,7 +209,9 @@ def response_states(batch: Mapping[str, Any], x_BT: Array) -> Array:
     Index t predicts response token t, and is the state in which it was emitted. Index R, after the
     last token, predicts nothing here. Reads the shapes of `tokens_BT` and `response_BR`.
     """
-    prompt_length = batch["tokens_BT"].shape[1] - batch["response_BR"].shape[1]
+    length = batch["tokens_BT"].shape[1]
+    response_length = batch["response_BR"].shape[1]
+    prompt_length = length - response_length
     return x_BT[:, prompt_length - 1 :]
 
 
@@ -267,6 +288,7 @@ def clipped_surrogate(
     log_ratio_BR = log_ratio(change_BR, mask_BR)
     losses_BR = clipped_policy_loss(log_ratio_BR, batch["advantages_BR"], clip, clip_high)
 
+    # How far the policy has moved from the one that sampled.
     ratio_BR = jnp.exp(log_ratio_BR)
     outside_BR = ((ratio_BR < 1 - clip) | (ratio_BR > 1 + clip_high)) * mask_BR
     metrics = {
@@ -293,6 +315,7 @@ def policy_objective(
     2022, eq. 2). Returns (loss sum, (tokens, metrics)); metrics as of `clipped_surrogate`, and
     entropy and text_nll where there are such.
     """
+    # The entropy needs whole distributions; without it the logits are never held at once.
     mask_BR = batch["mask_BR"]
     tokens = mask_BR.sum()
     if entropy_coef:
@@ -303,6 +326,7 @@ def policy_objective(
     losses_BR, metrics = clipped_surrogate(logp_BR, batch, clip, clip)
     loss = (losses_BR * mask_BR).sum()
 
+    # The terms beside the surrogate, where they are asked for.
     if entropy_coef:
         bonus = (entropy(logits_BTV)[:, :-1] * mask_BR).sum()
         loss -= entropy_coef * bonus
@@ -322,8 +346,11 @@ def with_text(
     Their mean loss per token counts `coefficient` times the policy's. The text's loss mask carries
     that weight, from the whole batch's counts of tokens, so that the objective stays a sum.
     """
-    weight = coefficient * batch["mask_BR"].sum() / text["loss_mask_BT"].sum()
-    return {**batch, "text": {**text, "loss_mask_BT": weight * text["loss_mask_BT"]}}
+    response_mask_BR = batch["mask_BR"]
+    text_mask_BT = text["loss_mask_BT"]
+    weight = coefficient * response_mask_BR.sum() / text_mask_BT.sum()
+    weighted = {**text, "loss_mask_BT": weight * text_mask_BT}
+    return {**batch, "text": weighted}
 
 
 def value_objective(
@@ -335,8 +362,10 @@ def value_objective(
     (states, metrics)); the metric square_error is not clipped and not halved.
     """
     mask_BR = batch["value_mask_BR"]
+    returns_BR = batch["returns_BR"]
     states = mask_BR.sum()
     values_BR = response_values(apply, params, batch)
-    losses_BR = clipped_value_loss(values_BR, batch["old_values_BR"], batch["returns_BR"], clip)
-    error_BR = jnp.square(values_BR - batch["returns_BR"]) * mask_BR
-    return (losses_BR * mask_BR).sum(), (states, {"square_error": (error_BR.sum(), states)})
+    losses_BR = clipped_value_loss(values_BR, batch["old_values_BR"], returns_BR, clip) * mask_BR
+    error_BR = jnp.square(values_BR - returns_BR) * mask_BR
+    metrics = {"square_error": (error_BR.sum(), states)}
+    return losses_BR.sum(), (states, metrics)

@@ -20,5 +20,10 @@ def test_every_link_of_the_ppo_page_names_what_is_there():
     assert len(links) > 40 and not missing
 
 
+def test_the_ppo_page_sends_its_reader_to_at_most_seven_files():
+    links = LINK.findall((DOCS / "ppo.md").read_text())
+    assert len({file for _, file in links}) <= 7
+
+
 def test_a_name_that_is_not_there_is_found():
     assert "no_such_function" not in names_in(DOCS / "../rollout.py")
