@@ -95,7 +95,10 @@ def reward_against_kl(rows: list[dict[str, Any]]) -> list[str]:
         return []
     _, kl = _series(both, "kl")
     _, score = _series(both, "score")
-    why = "What each nat of distance from SFT buys; the stronger the colour, the later the iteration."
+    why = (
+        "What each nat of distance from SFT buys; the stronger the colour, the later the "
+        "iteration."
+    )
     drawn = _draw([("", kl, score)], "KL to SFT, nats", dots=True)
     return [_figure("Reward against KL", drawn, why)]
 
