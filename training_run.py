@@ -178,7 +178,7 @@ class Run:
         self._recorder(step, metrics, tokens=tokens)
 
     def samples(self, step: int, rows: list[dict[str, Any]]) -> None:
-        """Append `rows`, each of prompt and response as text, to samples.md, and show the first two."""
+        """Append `rows`, each of prompt and response as text, to samples.md; show the first two."""
         self._recorder.samples(step, rows)
 
     def due(self, step: int, every: int) -> bool:

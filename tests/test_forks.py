@@ -1,4 +1,4 @@
-"""A fork is a citizen: what a run is follows from what it holds, and a stranger's is refused in a line."""
+"""Forks: what a run is follows from what it holds; what cannot be read is refused in a line."""
 
 import dataclasses
 import json
@@ -35,7 +35,7 @@ class Config:
 
 
 def save(folder, script, params, **others):
-    """Save `params` as the one step of a run of `script`; `others`: further entries of config.json."""
+    """Save `params` as the one step of a run of `script`; `others`: more of its config.json."""
     with Checkpoints(str(folder), Config(str(folder)), script=script) as checkpoints:
         checkpoints.config.update(others)
         checkpoints.save(0, {"params": params})
