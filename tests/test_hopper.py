@@ -17,7 +17,7 @@ from jax._src.pallas.mosaic_gpu.interpret import params, shared_memory
 from jax._src.state.primitives import ref_set
 from jax.experimental import pallas as pl  # noqa: F401  (mosaic_gpu needs it)
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from test_attention import assert_close, drawn, exact, packed, rng  # noqa: F401  (rng: a fixture)
+from test_attention import assert_close, drawn, exact, packed
 
 from kernels import hopper
 from kernels.attention import attention
