@@ -1,4 +1,4 @@
-"""Tests run on the CPU, on eight simulated devices; what needs real data is skipped where there is none."""
+"""Tests run on the CPU, on eight simulated devices; they skip real data that is not there."""
 
 import os
 import pathlib
@@ -30,7 +30,10 @@ def no_mesh_is_left():
 
 @pytest.fixture
 def rng() -> np.random.Generator:
-    """Random numbers that no run has seen before; a failing test prints SEED=<n>, which repeats it."""
+    """Return random numbers that no run has seen before.
+
+    A failing test prints SEED=<n>, which repeats it as an environment variable.
+    """
     seed = int(os.environ.get("SEED") or int.from_bytes(os.urandom(4), "little"))
     print(f"SEED={seed}")
     return np.random.default_rng(seed)
