@@ -7,7 +7,6 @@ Prints a table and writes benchmarks/results/decode-<platform>.json.
 
 import dataclasses
 import os
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -109,16 +108,13 @@ def fixed_rows(config: Config, params: Params) -> list[dict[str, Any]]:
 # ---- Refilled slots, beside fixed batches ----
 
 
-def with_odds_of_end(plain: Callable[..., Any], eos: int, odds: float) -> Callable[..., Any]:
-    """Return `plain`, a model's apply, with these odds of the token `eos` at each position."""
+def ending_tokens(vocab: int, limit: int) -> np.ndarray:
+    """Return the tokens that end a response, so many that its mean length is a quarter of `limit`.
 
-    def apply(*args, **kwargs):
-        logits_BTV, cache = plain(*args, **kwargs)
-        others_BTV = logits_BTV.at[..., eos].set(-jnp.inf)
-        others_BT = jax.nn.logsumexp(others_BTV, axis=-1)
-        return logits_BTV.at[..., eos].set(others_BT + np.log(odds)), cache
-
-    return apply
+    The weights are random, so each token of the vocabulary is about as likely; pad, 0, is no end.
+    """
+    number = max(1, 4 * vocab // limit)
+    return np.random.default_rng(0).choice(np.arange(1, vocab), number, replace=False)
 
 
 def refill_row(config: Config, params: Params) -> dict[str, Any]:
@@ -126,10 +122,9 @@ def refill_row(config: Config, params: Params) -> dict[str, Any]:
 
     The lengths of responses are geometric, a quarter of the limit on average.
     """
-    eos = 2
+    _, apply = init_and_apply(LanguageModel(config.model))
     sampling = SamplingConfig(max_new_tokens=config.limit)
-    _, plain = init_and_apply(LanguageModel(config.model))
-    apply = with_odds_of_end(plain, eos, 1 / (config.limit / 4 - 1))
+    eos = ending_tokens(config.model.vocab, config.limit)
 
     def sampler(slots: int | None):
         @jax.jit

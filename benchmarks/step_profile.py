@@ -28,7 +28,7 @@ PARTS = {
     "feed-forward: the rest": r"layers/mlp",
     "unembedding": r"DV->",
     "layers: norms, residuals, what scan keeps": r"LanguageModel.*decoder",
-    "loss": r"LanguageModel",
+    "loss": r"jvp\(\)",
 }
 REST = "optimiser and the rest"
 STEPS = 3

@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 from data.batches import pad_examples
 from data.tokenizer import Tokenizer
 from model import Params, ScalarModel, init_and_apply
-from model_config import ModelConfig
+from model_config import ModelConfig, stored_model
 from objectives.likelihood import inputs
 from objectives.reward import combined, last_token, running_score, step_ends
 from runtime.errors import UserError, require
@@ -49,7 +49,7 @@ def load_reward_model(
         raise UserError(
             f"{run}: its tokenizer is {theirs[:12]}, that of the policy is {ours[:12]}; use one trained from it"
         )
-    model = ModelConfig(**config["model"])
+    model = stored_model(run)
     shapes = jax.eval_shape(init_and_apply(ScalarModel(model))[0], jax.random.key(0))
     return load_params(run, shapes=abstract(shapes, mesh)), model
 
@@ -154,7 +154,7 @@ def make_model_scorer(model: ModelConfig):
 
     @jax.jit
     def score(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        scalars_BT = apply(params, *inputs(batch))
+        scalars_BT = apply(params, *inputs(batch)).scalars_BT
         new = batch["mask_BR"].shape[1]
         return last_token(scalars_BT, batch["segment_ids_BT"]), scalars_BT[:, -new - 1 :]
 
@@ -245,7 +245,7 @@ def make_step_scorer(run: str, tokenizer: Tokenizer, mesh: jax.sharding.Mesh, le
     @jax.jit
     def scores(params: Params, batch: Batch) -> Batch:
         ends_BT = step_ends(batch["tokens_BT"], batch["loss_mask_BT"], newlines)
-        logits_BT = apply(params, *inputs(batch))
+        logits_BT = apply(params, *inputs(batch)).scalars_BT
         return {how: running_score(logits_BT, ends_BT, how)[:, -1] for how in SCORES}
 
     def score(

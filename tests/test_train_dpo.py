@@ -20,8 +20,8 @@ from data import preferences
 from data.batches import chat_batches, comparison_batches
 from data.sources import Source, open_source
 from data.tokenizer import Tokenizer
-from model import LanguageModel, init_and_apply
-from model_config import ModelConfig
+from model import LanguageModel, LanguageOutput, init_and_apply
+from model_config import stored_model
 from objectives import direct
 from responses import make_sampler
 from rewards.reference import candidate_keys
@@ -148,7 +148,7 @@ def test_cached_reference_equals_online_on_another_mesh(files, finished):
 
 
 def test_cache_holds_the_log_probabilities_of_the_starting_policy(files, finished):
-    model = ModelConfig(**load_config(str(finished))["model"])
+    model = stored_model(str(finished))
     source = open_source(str(files / "comparisons.jsonl"), "comparison", "train")
     batch = next(comparison_batches(source, Tokenizer.load(finished), batch_size=8, length=64))
     logprobs = jax.jit(partial(direct.response_logprobs, init_and_apply(LanguageModel(model))[1]))
@@ -219,7 +219,7 @@ def test_kto_on_comparisons_with_gold_evaluation(files):
 def test_hindsight_prefix_switches_the_response(files):
     """Trained on chains of helpful and unhelpful answers, the policy gives the one that it is asked for."""
     model, tokenizer = (
-        ModelConfig(**load_config(f"{files}/start")["model"]),
+        stored_model(f"{files}/start"),
         Tokenizer.load(files / "start"),
     )
     respond = make_sampler(model, SamplingConfig(0.0, max_new_tokens=12), tokenizer)
@@ -266,14 +266,14 @@ def test_spin_prefers_the_demonstration_to_what_the_policy_says(files, tmp_path)
 # ---- What every loss gets
 
 
-def lookup(params, tokens, segments, positions, read=lambda x, _: x):
-    return read(params[tokens], jnp.eye(params.shape[-1])), None
+def lookup(params, tokens, segments, positions):
+    return LanguageOutput(params[tokens], jnp.eye(params.shape[-1]))
 
 
-def mean_so_far(params, tokens, segments, positions, read=lambda x, _: x):
+def mean_so_far(params, tokens, segments, positions):
     """Logits by the mean of the rows of all tokens so far, so that a response depends on all of its prompt."""
     rows = jnp.cumsum(params[tokens], axis=1) / jnp.arange(1, tokens.shape[1] + 1)[:, None]
-    return read(rows, jnp.eye(params.shape[-1])), None
+    return LanguageOutput(rows, jnp.eye(params.shape[-1]))
 
 
 SETTINGS = {
