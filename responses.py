@@ -9,7 +9,7 @@ from tqdm import tqdm
 from data.batches import pad_prompts
 from data.tokenizer import Tokenizer
 from model import LanguageModel, Params, init_and_apply
-from model_config import ModelConfig
+from model_config import ModelConfig, stored_model
 from runtime.errors import UserError
 from runtime.run_folder import load_config
 from sampling import Samples, SamplingConfig, generate
@@ -25,7 +25,7 @@ def load_run(run: str, reward: bool = False) -> tuple[ModelConfig, Tokenizer, Pa
         raise UserError(
             f"{run}: a {kinds[not reward]} (of {config['script']}); name the run of a {kinds[reward]}"
         )
-    return ModelConfig(**config["model"]), Tokenizer.load(run), params
+    return stored_model(run), Tokenizer.load(run), params
 
 
 def make_sampler(

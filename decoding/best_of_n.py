@@ -18,14 +18,13 @@ from data.tokenizer import Tokenizer
 from evaluation.gold import CRITERIA, gold_rows
 from evaluation.intervals import Interval, mean, share
 from model import LanguageModel, init_and_apply
-from model_config import ModelConfig, check_fit
+from model_config import check_fit, stored_model
 from objectives.imitate import best_of_n_kl
 from responses import in_parts
 from rewards.scorer import make_scorer
 from rollout import make_rollout
 from runtime import flags
 from runtime.errors import UserError
-from runtime.run_folder import load_config
 from sharding import MeshConfig, abstract, make_mesh, to_mesh
 from tasks import world
 from train_state import load_params
@@ -57,7 +56,7 @@ def sampled(
 ) -> tuple[np.ndarray, list[list[str]]]:
     """The rewards of the responses to `records`, [P, N], and their texts."""
     model, tokenizer = (
-        ModelConfig(**load_config(config.policy)["model"]),
+        stored_model(config.policy),
         Tokenizer.load(config.policy),
     )
     check_fit(model, tokenizer.size, config.max_prompt + config.max_new_tokens)

@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 from data.batches import pad_examples
 from data.tokenizer import Tokenizer
 from model import Params, ScalarModel, init_and_apply
-from model_config import ModelConfig
+from model_config import ModelConfig, stored_model
 from objectives.likelihood import inputs
 from objectives.reward import combined, last_token, running_score, step_ends
 from runtime.errors import UserError, require
@@ -49,7 +49,7 @@ def load_reward_model(
         raise UserError(
             f"{run}: its tokenizer is {theirs[:12]}, that of the policy is {ours[:12]}; use one trained from it"
         )
-    model = ModelConfig(**config["model"])
+    model = stored_model(run)
     shapes = jax.eval_shape(init_and_apply(ScalarModel(model))[0], jax.random.key(0))
     return load_params(run, shapes=abstract(shapes, mesh)), model
 

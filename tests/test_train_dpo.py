@@ -31,7 +31,7 @@ from data.batches import comparison_batches
 from data.sources import open_source
 from data.tokenizer import Tokenizer
 from model import LanguageModel, init_and_apply
-from model_config import ModelConfig
+from model_config import stored_model
 from objectives import direct
 from rewards.reference import candidate_keys
 from runtime.run_folder import load_config
@@ -135,7 +135,7 @@ def test_cached_reference_equals_online_on_another_mesh(files, finished):
 
 
 def test_cache_holds_the_log_probabilities_of_the_starting_policy(files, finished):
-    model = ModelConfig(**load_config(str(finished))["model"])
+    model = stored_model(str(finished))
     source = open_source(str(files / "comparisons.jsonl"), "comparison", "train")
     batch = next(comparison_batches(source, Tokenizer.load(finished), batch_size=8, length=64))
     logprobs = jax.jit(partial(direct.candidate_logprobs, init_and_apply(LanguageModel(model))[1]))
