@@ -32,6 +32,7 @@ from rollout import make_rollout
 from runtime import flags
 from runtime.errors import require
 from runtime.hosts import HostsConfig
+from sampling import SamplingConfig
 from sharding import MeshConfig, abstract, check_batch, data_shard, make_mesh, to_mesh
 from train_state import as_items, load_params
 from train_step import (
@@ -223,13 +224,19 @@ def make_own_samples(
     responses.
     """
     _, apply = init_and_apply(LanguageModel(config.model))
-    rollout = make_rollout(config, apply, tokenizer)
+    sampling = SamplingConfig(config.temperature, max_new_tokens=config.max_new_tokens)
+    rollout = make_rollout(apply, config.model, sampling, eos=tokenizer.eos, pad=tokenizer.pad)
 
     def own_samples(student: Params, prompts: Batch, step: int) -> Batch:
         # Another key each step, and the same one after resuming.
         key = jax.random.fold_in(jax.random.key(config.seed), step)
-        batch = rollout(student, prompts, key)
-        return {**batch, "loss_mask_BT": response_mask(batch)}
+        samples = rollout(student, prompts, key)
+        return {
+            "tokens_BT": samples["tokens_BT"],
+            "segment_ids_BT": samples["segment_ids_BT"],
+            "positions_BT": samples["positions_BT"],
+            "loss_mask_BT": response_mask(samples),  # type: ignore[arg-type]
+        }
 
     return own_samples
 
@@ -262,11 +269,21 @@ def main(config: Config) -> dict[str, float]:
     # Data: packed rows of conversations; their prompts, for own samples.
     train_chats = open_source(config.data, "chat", "train", seed=config.seed)
     held_out_chats = open_source(config.data, "chat", "heldout", seed=config.seed)
-    sized = {"tokenizer": tokenizer, "batch_size": config.batch_size, **data_shard(mesh)}
-    packed = partial(chat_batches, length=config.length, **sized)
+    packed = partial(
+        chat_batches,
+        tokenizer=tokenizer,
+        batch_size=config.batch_size,
+        length=config.length,
+        **data_shard(mesh),
+    )
     batches = packed(train_chats, seed=config.seed)
-    prompts = partial(prompt_batches, length=config.max_prompt, **sized)(
-        prompts_of(train_chats), seed=config.seed
+    prompts = prompt_batches(
+        prompts_of(train_chats),
+        tokenizer,
+        batch_size=config.batch_size,
+        length=config.max_prompt,
+        seed=config.seed,
+        **data_shard(mesh),
     )
     held_out_batches = packed(held_out_chats)
     eval_batches = [to_mesh(next(held_out_batches), mesh) for _ in range(EVAL_BATCHES)]

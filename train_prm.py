@@ -11,6 +11,7 @@ last step only an outcome reward model.
 import dataclasses
 from collections.abc import Callable
 from functools import partial
+from typing import Literal
 
 import jax
 import numpy as np
@@ -156,7 +157,7 @@ def main(config: Config) -> dict[str, float]:
     source = open_source(config.data, "steps", "train", seed=config.seed)
     eval_data = config.eval_data or config.data
     is_own_file = bool(config.eval_data) and eval_data.endswith((".jsonl", ".jsonl.gz"))
-    held_out_split = "all" if is_own_file else "heldout"
+    held_out_split: Literal["all", "heldout"] = "all" if is_own_file else "heldout"
     held_out = open_source(eval_data, "steps", held_out_split, seed=config.seed)
     tokenizer = tokenizer_for(config, source)
     check_fit(config.model, tokenizer.size, config.length)

@@ -1,13 +1,11 @@
 """Comparisons and judgements as KTO's candidates: judged responses, and one to another prompt."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
+from data.records import Record
 from data.sources import Source
-
-Record = dict[str, Any]
 
 
 def best_and_worst_index(ranking: Sequence[int] | np.ndarray) -> tuple[int, int | None]:

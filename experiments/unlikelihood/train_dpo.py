@@ -10,6 +10,7 @@ reference.
 import dataclasses
 from functools import partial
 from itertools import islice
+from typing import Literal
 
 import jax
 
@@ -130,7 +131,7 @@ def main(config: Config) -> dict[str, float]:
 
     # Data: comparisons or judged responses, the tokenizer they fit, and batches of prompts
     # with all their candidates, whose tokens `weighted` weighs.
-    schema = "unpaired" if config.unpaired else "comparison"
+    schema: Literal["comparison", "unpaired"] = "unpaired" if config.unpaired else "comparison"
     source = open_source(config.data, schema, "train", seed=config.seed)
     held_out = open_source(config.data, schema, "heldout", seed=config.seed)
     tokenizer = tokenizer_for(config, source)
