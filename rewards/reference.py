@@ -32,6 +32,7 @@ def candidate_keys(batch: Batch) -> list[int]:
     is_real_MT = batch["segment_ids_BCT"].reshape(-1, length) > 0
     keys = []
     for tokens, mask, is_real in zip(tokens_MT, mask_MT, is_real_MT, strict=True):
+        # What is padding depends on the other candidates of the batch.
         content = tokens[is_real].tobytes() + mask[is_real].tobytes()
         digest = hashlib.blake2b(content, digest_size=8).digest()
         keys.append(int.from_bytes(digest))
@@ -61,23 +62,25 @@ def cached_reference(
     path = pathlib.Path(run) / f"reference-{jax.process_index()}.npz"
     known, covered = _load(path, len(counts))
     if (covered < counts).any():
+        # One pass over all batches, with a second model in memory for as long as it takes.
         reference = load_reference()
         progress = tqdm(
             batches, "reference", sum(counts), unit="batch", disable=not sys.stderr.isatty()
         )
         for batch in progress:
             keys = candidate_keys(batch)
-            is_new = not known.keys() >= set(keys)
-            if is_new or jax.process_count() > 1:
+            is_known = known.keys() >= set(keys)
+            if not is_known or jax.process_count() > 1:
                 logp_BC = logprobs(reference, to_mesh(batch, mesh))
-                logp_BC = multihost_utils.global_array_to_host_local_array(logp_BC, mesh, BATCH)
-                values = np.asarray(logp_BC).ravel().tolist()
+                own_BC = multihost_utils.global_array_to_host_local_array(logp_BC, mesh, BATCH)
+                values = np.asarray(own_BC).ravel().tolist()
                 # The first value stands, so that a resumed run reads what the run has read.
                 for key, value in zip(keys, values, strict=True):
                     known.setdefault(key, value)
         _save(path, known, np.maximum(covered, counts))
 
     def with_reference(batch: Batch) -> Batch:
+        # Absent candidates too: their keys are digests of nothing, their sums 0.
         values = [known[key] for key in candidate_keys(batch)]
         reference_BC = np.array(values, np.float32).reshape(batch["ranks_BC"].shape)
         return {**batch, "reference_BC": reference_BC}
@@ -98,6 +101,7 @@ def _load(path: pathlib.Path, kinds: int) -> tuple[Known, np.ndarray]:
 def _save(path: pathlib.Path, known: Known, covered: np.ndarray) -> None:
     keys = np.array(list(known), np.uint64)
     values = np.array(list(known.values()), np.float32)
+    # Beside the old file, then in its place.
     new = path.with_suffix(".new")
     with new.open("wb") as file:
         np.savez(file, keys=keys, logps=values, count=covered)
