@@ -224,9 +224,10 @@ def make_update(config: Config) -> Update:
 
 
 def make_batches(config: Config, source: Source, tokenizer: Tokenizer, **options: Any) -> Batches:
-    """Batches of candidates, as `comparison_batches` with the `options` of `Batches`.
+    """Iterate over the candidates that --loss compares; `options`: others of `BatchOptions`.
 
-    For kto the candidates are judged responses and, last, one to another prompt.
+    `source`: comparisons, or for kto unpaired records too; its candidates are judged responses
+    and, last, one to another prompt.
     """
     # KTO's candidates: the best and the worst response, or one judged response; and one more.
     if config.loss == "kto":
