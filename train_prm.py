@@ -134,7 +134,7 @@ def make_step_evaluation(
 
     @jax.jit
     def step_logits(params: Params, batch: dict[str, jax.Array]) -> jax.Array:
-        return apply(params, *inputs(batch))
+        return apply(params, *inputs(batch)).scalars_BT
 
     def evaluate(params: Params) -> dict[str, float]:
         parts = [to_host(step_logits(params, batch)) for batch in batches]

@@ -47,7 +47,9 @@ def script_name(config: Any) -> str:
     A fork is named by its folder too: `experiments/alibi/train_sft`. One outside the repository
     is named by its whole path.
     """
-    path = pathlib.Path(sys.modules[type(config).__module__].__file__).resolve()
+    file = sys.modules[type(config).__module__].__file__
+    assert file is not None, "a script is a file"
+    path = pathlib.Path(file).resolve()
     if path.is_relative_to(ROOT):
         path = path.relative_to(ROOT)
     return path.with_suffix("").as_posix()
@@ -166,7 +168,7 @@ class Run:
         return every > 0 and (step % every == 0 or step == self.config.steps)
 
     def save_when_due(self, step: int, items: dict[str, Any], data: Data) -> None:
-        """Save `items` and the position of `data` every `save_every` steps, at the last, on a signal.
+        """Save `items` and the position of `data` every `save_every` steps, at the last, on a stop.
 
         Call it at every step, on every process: this is where processes agree to stop.
         """

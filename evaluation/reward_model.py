@@ -67,7 +67,8 @@ def make_scorer(
     def rewards(
         params: Params, tokens_BT: jax.Array, segment_ids_BT: jax.Array, positions_BT: jax.Array
     ):
-        return last_token(apply(params, tokens_BT, segment_ids_BT, positions_BT), segment_ids_BT)
+        output = apply(params, tokens_BT, segment_ids_BT, positions_BT)
+        return last_token(output.scalars_BT, segment_ids_BT)
 
     def score(params: Params, prompts: Sequence[Any], responses: Sequence[str]) -> list[float]:
         out: list[float] = []

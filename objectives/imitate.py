@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from model import unembed
 from objectives.distill import kl
 from objectives.likelihood import Apply, inputs, response_mask, token_logprobs
 
@@ -164,14 +165,16 @@ def imitation_objective(
     """
     shown = condition(batch)
     mask_BT = shown["loss_mask_BT"]
-    logits_BTV, _ = apply(params["policy"], *inputs(shown))
+    policy = apply(params["policy"], *inputs(shown))
+    logits_BTV = unembed(policy.x_BTD, policy.unembed_DV)
     loss, tokens, metrics = (
         -(token_logprobs(logits_BTV, shown["tokens_BT"]) * mask_BT).sum(),
         mask_BT.sum(),
         {},
     )
     if kl_coef:
-        reference_BTV, _ = apply(jax.lax.stop_gradient(params["reference"]), *inputs(batch))
+        reference = apply(jax.lax.stop_gradient(params["reference"]), *inputs(batch))
+        reference_BTV = unembed(reference.x_BTD, reference.unembed_DV)
         ours_BTV = logits_BTV[:, -reference_BTV.shape[1] :]
         kl_BT = kl(jax.nn.log_softmax(reference_BTV), jax.nn.log_softmax(ours_BTV))
         total = (

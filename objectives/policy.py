@@ -5,12 +5,12 @@ the reward for having emitted it.
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from model import unembed
 from objectives.likelihood import (
     Apply,
     hidden_logprobs,
@@ -129,7 +129,8 @@ def response_logits(
     apply: Apply, params: Any, batch: dict[str, jax.Array], temperature: float
 ) -> jax.Array:
     """[B, R + 1, V]: at t what response token t is drawn from; the last position predicts nothing here."""
-    logits_BTV, _ = apply(params, *inputs(batch), logits_from=before_response(batch))
+    output = apply(params, *inputs(batch))
+    logits_BTV = unembed(output.x_BTD[:, before_response(batch) :], output.unembed_DV)
     return logits_BTV / (temperature or 1.0)
 
 
@@ -147,16 +148,15 @@ def response_logprobs(
     apply: Apply, params: Any, batch: dict[str, jax.Array], temperature: float
 ) -> jax.Array:
     """[B, R] log-probabilities of the response's tokens at the sampling temperature (greedy counts as 1)."""
-    read = partial(
-        hidden_logprobs, labels_BT=response_labels(batch), temperature=temperature or 1.0
-    )
-    logp_BT, _ = apply(params, *inputs(batch), logits_from=before_response(batch), read=read)
+    output = apply(params, *inputs(batch))
+    x_BTD = output.x_BTD[:, before_response(batch) :]
+    logp_BT = hidden_logprobs(x_BTD, output.unembed_DV, response_labels(batch), temperature or 1.0)
     return logp_BT[:, :-1]
 
 
 def response_values(apply: Apply, params: Any, batch: dict[str, jax.Array]) -> jax.Array:
     """[B, R] values of the states in which the response's tokens were emitted."""
-    scalars_BT = apply(params, batch["tokens_BT"], batch["segment_ids_BT"], batch["positions_BT"])
+    scalars_BT = apply(params, *inputs(batch)).scalars_BT
     return scalars_BT[:, -batch["response_BR"].shape[1] - 1 : -1]
 
 

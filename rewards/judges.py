@@ -16,7 +16,7 @@ import numpy as np
 
 from data.batches import cut_left, pad_prompts
 from data.tokenizer import Message, Tokenizer
-from model import LanguageModel, Params, init_and_apply
+from model import LanguageModel, Params, init_and_apply, unembed
 from model_config import ModelConfig
 from objectives.likelihood import inputs
 from responses import make_sampler
@@ -95,7 +95,8 @@ def make_first(judge: Judge) -> Callable[[Sequence[str]], np.ndarray]:
 
     @jax.jit
     def probability(params: Params, batch: dict[str, jax.Array]) -> jax.Array:
-        logits_BTV, _ = apply(params, *inputs(batch))
+        output = apply(params, *inputs(batch))
+        logits_BTV = unembed(output.x_BTD, output.unembed_DV)
         logits_B2 = logits_BTV[:, -1, jnp.array(answers)[:, 0]].astype(jnp.float32)
         return jax.nn.softmax(logits_B2)[:, 0]
 

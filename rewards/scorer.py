@@ -154,7 +154,7 @@ def make_model_scorer(model: ModelConfig):
 
     @jax.jit
     def score(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        scalars_BT = apply(params, *inputs(batch))
+        scalars_BT = apply(params, *inputs(batch)).scalars_BT
         new = batch["mask_BR"].shape[1]
         return last_token(scalars_BT, batch["segment_ids_BT"]), scalars_BT[:, -new - 1 :]
 
@@ -245,7 +245,7 @@ def make_step_scorer(run: str, tokenizer: Tokenizer, mesh: jax.sharding.Mesh, le
     @jax.jit
     def scores(params: Params, batch: Batch) -> Batch:
         ends_BT = step_ends(batch["tokens_BT"], batch["loss_mask_BT"], newlines)
-        logits_BT = apply(params, *inputs(batch))
+        logits_BT = apply(params, *inputs(batch)).scalars_BT
         return {how: running_score(logits_BT, ends_BT, how)[:, -1] for how in SCORES}
 
     def score(

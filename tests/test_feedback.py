@@ -24,7 +24,7 @@ from data import records
 from data.batches import encode_comparison, pad_comparisons
 from data.tokenizer import Tokenizer
 from evaluation.reward_model import make_scorer as make_text_scorer
-from model import LanguageModel, ScalarModel, init_and_apply
+from model import LanguageModel, ScalarModel, init_and_apply, unembed
 from model_config import PRESETS
 from objectives.reward import combined, last_token
 from responses import load_run
@@ -195,9 +195,8 @@ def chance_of_a(judge):
         tokens = tokenizer.prompt(text)
         row, real = np.zeros((1, 256), np.int32), np.arange(256)[None] < len(tokens)
         row[0, : len(tokens)] = tokens
-        logits = np.asarray(
-            apply(params, row, real.astype(np.int32), np.arange(256)[None] * real)[0], np.float64
-        )
+        output = apply(params, row, real.astype(np.int32), np.arange(256)[None] * real)
+        logits = np.asarray(unembed(output.x_BTD, output.unembed_DV), np.float64)
         return 1 / (1 + np.exp(logits[0, len(tokens) - 1, b] - logits[0, len(tokens) - 1, a]))
 
     return chance
@@ -376,9 +375,8 @@ def test_a_response_is_scored_after_its_prompt_as_training_cuts_it(runs):
     [row], cut = encode_comparison(record, tokenizer, length)
     batch = pad_comparisons([row], length, tokenizer.pad)
     flat = (batch[name][0] for name in ("tokens_BCT", "segment_ids_BCT", "positions_BCT"))
-    wanted = last_token(
-        init_and_apply(ScalarModel(model))[1](params, *flat), batch["segment_ids_BCT"][0]
-    )
+    output = init_and_apply(ScalarModel(model))[1](params, *flat)
+    wanted = last_token(output.scalars_BT, batch["segment_ids_BCT"][0])
     assert cut
     score = make_text_scorer(model, tokenizer, length)
     np.testing.assert_allclose(score(params, [prompt] * 2, record["responses"]), wanted, atol=1e-5)

@@ -10,6 +10,7 @@ import optax
 import pytest
 
 import train_grpo
+from model import LanguageOutput
 from objectives import group
 from objectives.policy import kl_estimate, response_logprobs, token_rewards
 from objectives.reward import combined
@@ -41,8 +42,8 @@ def judged(config, apply, policy, reference, batch, rewards_B, potentials=None):
 # ---- Loss and gradient of every method, from rewards on, as its paper writes it
 
 
-def bigram(params, tokens, segments, positions, logits_from=0, read=lambda x, _: x):
-    return read(params[tokens][:, logits_from:], jnp.eye(params.shape[-1])), None
+def bigram(params, tokens, segments, positions):
+    return LanguageOutput(params[tokens], jnp.eye(params.shape[-1]))
 
 
 def rollouts(seed=0):
@@ -263,8 +264,8 @@ def test_dr_grpo_weighs_neither_length_nor_spread():
 
     def push(method):
 
-        def free(params, *_, logits_from=0, read):
-            return read(params[:, logits_from:], jnp.eye(2)), None
+        def free(params, *_):
+            return LanguageOutput(params, jnp.eye(2))
 
         config = settled(method, samples_per_prompt=2, max_new_tokens=R, kl_coef=0.0)
         targets, _ = judged(config, free, logits, logits, batch, rewards)
@@ -315,7 +316,7 @@ def test_gspo_ratio_is_the_geometric_mean():
 def test_dapo_clips_higher_above():
     """Where going further would be rewarded and the ratio is out of [1 - 0.2, 1 + 0.28], no gradient is left."""
     config = settled("dapo", samples_per_prompt=2)
-    model = lambda params, *_, logits_from=0, read: (read(params, jnp.eye(2)), None)
+    model = lambda params, *_: LanguageOutput(params, jnp.eye(2))
     objective = train_grpo.make_method(config, model)[1]
     ratios = np.float32([0.75, 0.85, 1.15, 1.25, 1.35])
     batch = {
@@ -414,14 +415,14 @@ def test_rewards_combine():
 FIRST, SECOND = (x.reshape(-1) for x in np.indices((3, 3)))
 
 
-def tabular(params, tokens_BT, segment_ids_BT, positions_BT, logits_from=0, read=lambda x, _: x):
+def tabular(params, tokens_BT, segment_ids_BT, positions_BT):
     """Logits of the first token from one table, of the second from a row for each first token."""
     batch = tokens_BT.shape[0]
     first = jnp.broadcast_to(params["first"], (batch, 3))
     logits_BTV = jnp.stack(
         [first, params["second"][tokens_BT[:, 1]], jnp.zeros((batch, 3))], axis=1
     )
-    return read(logits_BTV[:, logits_from:], jnp.eye(3)), None
+    return LanguageOutput(logits_BTV, jnp.eye(3))
 
 
 def sequences(which_B):

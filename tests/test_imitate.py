@@ -13,7 +13,7 @@ import pytest
 
 from data.batches import pad_examples, pad_prompts
 from data.tokenizer import Tokenizer
-from model import LanguageModel, init_and_apply
+from model import LanguageModel, LanguageOutput, init_and_apply
 from model_config import PRESETS
 from objectives import imitate
 from objectives.likelihood import likelihood_objective
@@ -238,7 +238,7 @@ def test_quarks_loss_and_gradient_equal_numpy():
 
     def apply(params, tokens_BT, segment_ids_BT, positions_BT):
         has_system_B = (tokens_BT == 6).any(1).astype(int)
-        return params[has_system_B[:, None], tokens_BT], None
+        return LanguageOutput(params[has_system_B[:, None], tokens_BT], jnp.eye(params.shape[-1]))
 
     def parts(policy):
         """The likelihood with the quantile and the KL from the reference without, in loops."""
@@ -280,7 +280,8 @@ ANSWERS, WORDS, SYSTEM, BOS = (
 
 def worded(table, tokens_BT, segment_ids_BT, positions_BT):
     word_B = jnp.where(tokens_BT[:, 1] == SYSTEM, tokens_BT[:, 2] - WORDS, 0)
-    return jnp.broadcast_to(table[word_B][:, None], (*tokens_BT.shape, table.shape[-1])), None
+    logits_BTV = jnp.broadcast_to(table[word_B][:, None], (*tokens_BT.shape, table.shape[-1]))
+    return LanguageOutput(logits_BTV, jnp.eye(table.shape[-1]))
 
 
 @jax.jit

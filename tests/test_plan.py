@@ -241,7 +241,12 @@ def test_forward_flops_are_those_of_the_compiled_model():
     init, apply = init_and_apply(LanguageModel(c))
     params = jax.eval_shape(init, jax.random.key(0))
     tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32)
-    text = jax.jit(lambda p, t: apply(p, t, t, t)[0]).lower(params, tokens).compile().as_text()
+
+    def logits_BTV(params, tokens_BT):
+        output = apply(params, tokens_BT, tokens_BT, tokens_BT)
+        return unembed(output.x_BTD, output.unembed_DV)
+
+    text = jax.jit(logits_BTV).lower(params, tokens).compile().as_text()
     masked = rows * c.layers * 2 * length * length * c.heads * c.head_dim
     assert hlo.cost(text, {"data": 1}).flops == forward_flops(c, rows, length, length) + masked
 
@@ -260,7 +265,7 @@ def test_log_probabilities_in_parts_are_those_of_all_logits(monkeypatch):
     weights = np.random.default_rng(1).normal(size=labels.shape)
 
     def loss(x, w):
-        logp = likelihood.hidden_logprobs(x, w, labels_BT=jnp.asarray(labels), temperature=0.7)
+        logp = likelihood.hidden_logprobs(x, w, jnp.asarray(labels), temperature=0.7)
         return (logp * weights).sum(), logp
 
     gradient = jax.value_and_grad(loss, (0, 1), has_aux=True)
@@ -291,7 +296,7 @@ def test_a_loss_in_parts_takes_a_quarter_of_the_temporaries_at_a_vocabulary_of_1
     )
     labels = jnp.zeros((16, 1024), jnp.int32)
     plain = lambda x, w: likelihood.label_logprobs(unembed(x, w), labels).sum()
-    parts = lambda x, w: likelihood.hidden_logprobs(x, w, labels_BT=labels).sum()
+    parts = lambda x, w: likelihood.hidden_logprobs(x, w, labels).sum()
     sizes = [
         jax.jit(jax.grad(f, (0, 1))).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
         for f in (plain, parts)

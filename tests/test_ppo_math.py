@@ -10,6 +10,7 @@ import optax
 import pytest
 
 import train_ppo
+from model import LanguageOutput, ScalarOutput
 from model_config import ModelConfig
 from objectives.policy import (
     adapt_kl,
@@ -137,9 +138,13 @@ def test_clipped_losses_and_gradients_equal_numpy():
         "response_BR": tokens[:, 2:],
     }
     batch |= {"value_mask_BR": mask, "old_values_BR": before, "returns_BR": returns}
+
+    def first_six(params, *_):
+        return ScalarOutput(params[:, :6], None, None)
+
     with jax.enable_x64(True):
         losses = jax.jit(clipped_value_loss)(value, before, returns, 0.2)
-        objective = partial(value_objective, lambda params, *_: params[:, :6], clip=0.2)
+        objective = partial(value_objective, first_six, clip=0.2)
         (loss, (count, _)), grad = jax.jit(jax.value_and_grad(objective, has_aux=True))(
             jnp.array(scalars), batch
         )
@@ -183,14 +188,14 @@ FIRST, SECOND = (x.reshape(-1) for x in np.indices((3, 3)))
 PAIRS = np.stack([FIRST, SECOND], axis=1)
 
 
-def tabular(params, tokens_BT, segment_ids_BT, positions_BT, logits_from=0, read=lambda x, _: x):
+def tabular(params, tokens_BT, segment_ids_BT, positions_BT):
     """Logits of the first token from one table, of the second from a row for each first token."""
     batch = tokens_BT.shape[0]
     first = jnp.broadcast_to(params["first"], (batch, 3))
     logits_BTV = jnp.stack(
         [first, params["second"][tokens_BT[:, 1]], jnp.zeros((batch, 3))], axis=1
     )
-    return read(logits_BTV[:, logits_from:], jnp.eye(3)), None
+    return LanguageOutput(logits_BTV, jnp.eye(3))
 
 
 def enumerated():
@@ -327,7 +332,8 @@ def test_objectives_ignore_padding_and_pick_the_emitting_state():
     assert float(loss) == pytest.approx(float(want), rel=1e-5)
 
     def scalars(params, tokens, segments, positions):  # the scalar at index t of row b is 10 b + t
-        return params + 10.0 * jnp.arange(9)[:, None] + jnp.arange(3)
+        scalars_BT = params + 10.0 * jnp.arange(9)[:, None] + jnp.arange(3)
+        return ScalarOutput(scalars_BT, None, None)
 
     values = response_values(scalars, 0.0, batch)
     assert values[4].tolist() == [
@@ -531,8 +537,13 @@ def test_adaptive_kl_converges_to_its_target(start):
     assert float(train(jnp.float32(start), False)) != pytest.approx(target, rel=0.2)  # control
 
 
-def bigram(table, tokens, segments, positions, logits_from=0, read=None):
-    return read(table[tokens][:, logits_from:], jnp.eye(len(table))), None
+def value_table(table, tokens, segments, positions):
+    """A value model whose scalars are a table's."""
+    return ScalarOutput(table[tokens], None, None)
+
+
+def bigram(table, tokens, segments, positions):
+    return LanguageOutput(table[tokens], jnp.eye(len(table)))
 
 
 @pytest.mark.parametrize("whitened", [False, True])
@@ -571,7 +582,7 @@ def test_a_judgement_equals_loops(at, whitened):
     config = train_ppo.Config(
         score_at=at, whiten_rewards=whitened, temperature=temperature, gamma=gamma
     )
-    judge = train_ppo.make_judge(config, bigram, lambda table, tokens, *_: table[tokens], eos, [])
+    judge = train_ppo.make_judge(config, bigram, value_table, eos, [])
     scores = {config.reward[0]: jnp.float32(given)}
     got, _ = judge(
         *map(jnp.asarray, (policy, reference, value)), batch, scores, {}, jnp.float32(beta)
@@ -622,9 +633,7 @@ def test_several_rewards_are_one_score_in_a_judgement():
     def returns(**fields):
         """Of a critic that says 0, discounted by nothing: each response's score at its first token."""
         config = train_ppo.Config(gae_lambda=1.0, missing_eos="none", **fields)
-        judge = train_ppo.make_judge(
-            config, bigram, lambda table, tokens, *_: table[tokens], 9, []
-        )
+        judge = train_ppo.make_judge(config, bigram, value_table, 9, [])
         table = jnp.asarray(normal(4, 4))
         targets, metrics = judge(table, table, jnp.zeros(4), batch, scores, {}, jnp.float32(0.2))
         assert metrics["reward/b"] == pytest.approx(2 / 3)  # logged apart

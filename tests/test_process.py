@@ -22,7 +22,7 @@ from data.steps import encode_steps, pad_steps
 from data.tokenizer import Tokenizer
 from decoding import rerank, step_beam
 from evaluation.steps import auc, majority, step_table
-from model import LanguageModel, ScalarModel, init_and_apply
+from model import LanguageModel, LanguageOutput, ScalarModel, ScalarOutput, init_and_apply, unembed
 from model_config import ModelConfig
 from objectives.reward import process_objective, running_score, step_ends, step_rewards
 from responses import make_sampler
@@ -267,12 +267,17 @@ def test_ppo_gives_each_step_its_reward_at_its_last_token():
         "sampler_logp_BR": np.zeros((2, 8), np.float32),
     }
     batch = jax.tree.map(jnp.asarray, batch)
-    hidden = lambda start: (jnp.zeros((2, 10 - start, 1)), jnp.zeros((1, 10)))
-    policy = lambda params, tokens, *_, logits_from, read: (read(*hidden(logits_from)), None)
+
+    def policy(*_):
+        return LanguageOutput(jnp.zeros((2, 10, 1)), jnp.zeros((1, 10)))
+
+    def value_model(params, *_):
+        return ScalarOutput(params, None, None)
+
     rewards = {}
     for how in ("product", "none"):
         config = train_ppo.Config(step_rewards=how, gae_lambda=1.0, missing_eos_score=-1.0)
-        judge = train_ppo.make_judge(config, policy, lambda params, *_: params, eos, [newline])
+        judge = train_ppo.make_judge(config, policy, value_model, eos, [newline])
         given = [
             {config.reward[0]: jnp.float32(x)}
             for x in (scalars_BT[[0, 1], [8, 9]], scalars_BT[:, 1:])
@@ -314,7 +319,8 @@ def test_completion_shares_err_as_one_over_the_root_of_n(tokenizer):
     @jax.jit
     def next_probabilities(tokens_BT):
         ones = jnp.ones_like(tokens_BT)
-        logits_BTV, _ = apply(params, tokens_BT, ones, jnp.cumsum(ones, 1) - 1)
+        output = apply(params, tokens_BT, ones, jnp.cumsum(ones, 1) - 1)
+        logits_BTV = unembed(output.x_BTD, output.unembed_DV)
         return jax.nn.softmax(logits_BTV[:, -1])
 
     exact = []

@@ -16,7 +16,7 @@ import generate
 from data.tokenizer import Tokenizer
 from experiments.stories import happy, import_llama2c, measure
 from experiments.stories import train_ppo as stories_ppo
-from model import LanguageModel, init_and_apply
+from model import LanguageModel, init_and_apply, unembed
 from model_config import ModelConfig, stored_model
 from runtime import flags as config
 from runtime.checkpoint import Checkpoints
@@ -85,9 +85,10 @@ def test_a_random_checkpoint_gives_the_logits_of_an_independent_forward_pass(tmp
     tokens_1T = rng.integers(0, V, (1, 9))
     model = stored_model(f"{tmp_path}/run")
     ones = jnp.ones((1, 9), jnp.int32)
-    logits, _ = init_and_apply(LanguageModel(model))[1](
+    output = init_and_apply(LanguageModel(model))[1](
         load_params(f"{tmp_path}/run"), tokens_1T, ones, jnp.arange(9)[None]
     )
+    logits = unembed(output.x_BTD, output.unembed_DV)
     np.testing.assert_allclose(logits[0], forward(weights, tokens_1T[0], N, K), atol=1e-4)
 
 
