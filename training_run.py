@@ -168,7 +168,7 @@ class Run:
         return every > 0 and (step % every == 0 or step == self.config.steps)
 
     def save_when_due(self, step: int, items: dict[str, Any], data: Data) -> None:
-        """Save `items` and the position of `data` every `save_every` steps, at the last, on a stop.
+        """Save `items` and the position of `data` every `save_every` steps, last, on a signal.
 
         Call it at every step, on every process: this is where processes agree to stop.
         """

@@ -230,6 +230,7 @@ def log_complement(logp: Array) -> Array:
     At p = 1 value and gradient would be infinite. The gradient there is that at 1 - 1e-6, not 0,
     so that a certain token can still be unlearned.
     """
+    # The value is clamped; its gradient there reaches logp unclamped.
     at_most = logp + jax.lax.stop_gradient(jnp.minimum(logp, -1e-6) - logp)
     return jnp.log(-jnp.expm1(at_most))
 
@@ -256,6 +257,7 @@ def cpo(
     chosen_logps: Array, rejected_logps: Array, *, beta: float, nll_weight: float = 1.0
 ) -> Array:
     """Return CPO's losses, [B]: DPO under a uniform reference, plus the chosen response's NLL."""
+    # The reference, uniform, drops out of the gap.
     preference = -jax.nn.log_sigmoid(beta * (chosen_logps - rejected_logps))
     # Xu et al. 2024, eq. 3: L_prefer + L_NLL
     return preference - nll_weight * chosen_logps
@@ -307,6 +309,7 @@ def extreme_pair(ranks_BC: Array) -> Array:
 
     All 0 in a row whose candidates tie; as of `better_pairs`, the better one comes first.
     """
+    # An absent candidate, rank 0, is never the worst.
     worst_BC = jax.nn.one_hot(jnp.argmax(ranks_BC, axis=1), ranks_BC.shape[1])
     return best(ranks_BC)[:, :, None] * worst_BC[:, None, :] * better_pairs(ranks_BC)
 
@@ -321,6 +324,7 @@ def candidate_token_logprobs(
 
     One pass over all candidates. Logits are divided by `temperature`.
     """
+    # M = B * C rows for the model.
     tokens_MT, segment_ids_MT, positions_MT = flat_candidates(batch)
     output = apply(params, tokens_MT, segment_ids_MT, positions_MT)
     labels_MT = following(tokens_MT)
@@ -380,6 +384,7 @@ def kto_kl_estimate(apply: Apply, policy: Any, batch: Batch) -> Batch:
     same `mismatched_kl`, over the last candidates of all rows. `batch` has `reference_BC` [B, C];
     `margin_B`, which KTO does not use, goes too. `policy`: all its parameters.
     """
+    # All arrays of the batch but the margin have a candidate axis.
     per_candidate = {name: x for name, x in batch.items() if name != "margin_B"}
     judged = {name: x[:, :-1] for name, x in per_candidate.items()}
     mismatched = {name: x[:, -1:] for name, x in per_candidate.items()}
@@ -407,6 +412,8 @@ def kto_objective(
     ranks_BC = batch["ranks_BC"]
     kl_B = batch["kl_B"]
     logp_BC = candidate_logprobs(apply, params, batch)
+
+    # One loss a judged response; all share the batch's estimate of the KL.
     losses_BC = kto_unpaired(
         logp_BC,
         batch["reference_BC"],
@@ -426,6 +433,7 @@ def kto_objective(
     if ranks_BC.shape[1] > 1:
         metrics |= pair_metrics(score_BC, better_pairs(ranks_BC))
 
+    # Rank 0 is not judged.
     judged_BC = (ranks_BC > 0).astype(jnp.float32)
     return (losses_BC * judged_BC).sum(), (judged_BC.sum(), metrics)
 
@@ -450,6 +458,7 @@ def ranked_objective(
     pairs_BCC = better_pairs(ranks_BC)
     valid_B = (pairs_BCC.sum((1, 2)) > 0).astype(jnp.float32)
 
+    # How often the best candidate is the likeliest of those that are there.
     score_BC = logp_BC / jnp.maximum(tokens_BC, 1.0) if per_token else logp_BC
     best_score_B = (score_BC * best(ranks_BC)).sum(1)
     highest_B = jnp.where(ranks_BC > 0, score_BC, -jnp.inf).max(1)

@@ -32,6 +32,7 @@ def forward_kl(student_BTV: Array, teacher_BTV: Array, mask_BT: Array) -> Array:
     Plus the teacher's entropy it is the cross-entropy with soft targets of Hinton et al. 2015,
     section 2, whose gradient is their eq. 2; Agarwal et al. 2024, section 2.
     """
+    # The expectation is under the teacher: what it may say and the student would not costs.
     teacher_logp_BTV = jax.nn.log_softmax(teacher_BTV)
     student_logp_BTV = jax.nn.log_softmax(student_BTV)
     return kl(teacher_logp_BTV, student_logp_BTV) * mask_BT
@@ -42,6 +43,7 @@ def reverse_kl(student_BTV: Array, teacher_BTV: Array, mask_BT: Array) -> Array:
 
     Agarwal et al. 2024, section 2.
     """
+    # The expectation is under the student: what the teacher alone would say costs nothing.
     student_logp_BTV = jax.nn.log_softmax(student_BTV)
     teacher_logp_BTV = jax.nn.log_softmax(teacher_BTV)
     return kl(student_logp_BTV, teacher_logp_BTV) * mask_BT
@@ -94,8 +96,11 @@ def distill_objective(
 
     # D at the positions that predict a token under the loss mask.
     mask_BT = batch["loss_mask_BT"]
-    predicts_BT = jnp.pad(mask_BT[:, 1:], ((0, 0), (0, 1)))
-    shared = min(student_BTV.shape[-1], teacher_BTV.shape[-1])
+    next_BT = mask_BT[:, 1:]
+    predicts_BT = jnp.pad(next_BT, ((0, 0), (0, 1)))
+    *_, student_vocab = student_BTV.shape
+    *_, teacher_vocab = teacher_BTV.shape
+    shared = min(student_vocab, teacher_vocab)
     soft_student_BTV = student_BTV[..., :shared] / tau
     soft_teacher_BTV = teacher_BTV[..., :shared] / tau
     gap = divergence(soft_student_BTV, soft_teacher_BTV, predicts_BT).sum()
@@ -106,4 +111,5 @@ def distill_objective(
     labels = alpha * nll if labelled else 0.0
     loss = labels + (1 - alpha) * tau**2 * gap
     tokens = mask_BT.sum()
-    return loss, (tokens, {"nll": (nll, tokens), "divergence": (gap, tokens)})
+    metrics = {"nll": (nll, tokens), "divergence": (gap, tokens)}
+    return loss, (tokens, metrics)

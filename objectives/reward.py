@@ -25,20 +25,20 @@ StepScore = Literal["product", "minimum", "last"]
 
 
 def bradley_terry(chosen: Array, rejected: Array, margin: Array | float = 0.0) -> Array:
-    """Return -log sigmoid(r_chosen - r_rejected - margin), elementwise, in nats.
-
-    Stiennon et al. 2020; the margin: Touvron et al. 2023, eq. 2.
-    """
+    """Return -log sigmoid(r_chosen - r_rejected - margin), elementwise, in nats."""
+    # Stiennon et al. 2020; with the margin, Touvron et al. 2023, eq. 2
     return -jax.nn.log_sigmoid(chosen - rejected - margin)
 
 
 def center_rewards(chosen: Array, rejected: Array) -> Array:
-    """Return (r_chosen + r_rejected)^2: rewards stay near 0 (Eisenstein et al. 2023, eq. 2)."""
+    """Return (r_chosen + r_rejected)^2, elementwise: a penalty that holds rewards near 0."""
+    # Eisenstein et al. 2023, eq. 2
     return jnp.square(chosen + rejected)
 
 
 def better_pairs(ranks_BC: Array) -> Array:
     """Return [B, C, C] float32: 1 where candidate i has a better (lower) rank than j, else 0."""
+    # Candidate i in rows against candidate j in columns.
     i = ranks_BC[:, :, None]
     j = ranks_BC[:, None, :]
     both_present = (i > 0) & (j > 0)
@@ -47,16 +47,18 @@ def better_pairs(ranks_BC: Array) -> Array:
 
 def first_best(ranks_BC: Array) -> Array:
     """Return the index of the first of the best candidates, [B]."""
-    absent_last_BC = jnp.where(ranks_BC > 0, ranks_BC, jnp.iinfo(jnp.int32).max)
+    # Absent candidates stand behind all others.
+    last = jnp.iinfo(jnp.int32).max
+    absent_last_BC = jnp.where(ranks_BC > 0, ranks_BC, last)
     return jnp.argmin(absent_last_BC, axis=1)
 
 
 def pair_means(loss_BCC: Array, pairs_BCC: Array) -> tuple[Array, Array]:
     """Return the mean of `loss_BCC` over each prompt's pairs, [B], and 1.0 where it has one, [B].
 
-    `pairs_BCC`: 1 for a pair, as of `better_pairs`. The mean is 0 where there is none. Ouyang et
-    al. 2022, eq. 1.
+    `pairs_BCC`: 1 for a pair, as of `better_pairs`. The mean is 0 where there is none.
     """
+    # Ouyang et al. 2022, eq. 1: all pairs of a prompt weigh as much as one
     count_B = pairs_BCC.sum((1, 2))
     total_B = (loss_BCC * pairs_BCC).sum((1, 2))
     mean_B = total_B / jnp.maximum(count_B, 1.0)
@@ -78,7 +80,11 @@ def pair_metrics(score_BC: Array, pairs_BCC: Array) -> Metrics:
         "chosen": better_BCC,
         "rejected": worse_BCC,
     }
-    return {name: ((part * pairs_BCC).sum(), pairs) for name, part in parts.items()}
+    metrics = {}
+    for name, part_BCC in parts.items():
+        total = (part_BCC * pairs_BCC).sum()
+        metrics[name] = (total, pairs)
+    return metrics
 
 
 def ranking_loss(
@@ -92,6 +98,7 @@ def ranking_loss(
     The pair loss is `bradley_terry` with the prompt's margin, plus `center_rewards_coef` times
     `center_rewards`. Two candidates: the plain Bradley-Terry loss.
     """
+    # Every candidate against every other; `better_pairs` picks those that form a pair.
     better = rewards_BC[:, :, None]
     worse = rewards_BC[:, None, :]
     loss_BCC = bradley_terry(better, worse, margin_B[:, None, None])
@@ -155,7 +162,8 @@ def ranking_objective(
 
     # The best candidate of each prompt, as a row of the flat batch, read as a language model.
     rows, candidates = ranks_BC.shape
-    best_B = first_best(ranks_BC) + jnp.arange(rows) * candidates
+    first_of_prompt_B = jnp.arange(rows) * candidates
+    best_B = first_best(ranks_BC) + first_of_prompt_B
     labels_BT = following(tokens_MT[best_B])
     logp_BT = hidden_logprobs(output.x_BTD[best_B], output.unembed_DV, labels_BT)
     mask_BT = batch["loss_mask_BCT"].reshape(tokens_MT.shape)[best_B]
@@ -200,10 +208,8 @@ def combined(
 
 
 def step_loss(logits: Array, targets: Array) -> Array:
-    """Return the cross-entropy of sigmoid(logit) to a target in [0, 1], elementwise, in nats.
-
-    Wang et al. 2024 (Math-Shepherd).
-    """
+    """Return the cross-entropy of sigmoid(logit) to a target in [0, 1], elementwise, in nats."""
+    # Wang et al. 2024 (Math-Shepherd)
     log_right = jax.nn.log_sigmoid(logits)
     log_wrong = jax.nn.log_sigmoid(-logits)
     return -targets * log_right - (1 - targets) * log_wrong
@@ -223,7 +229,10 @@ def process_objective(apply: Apply, params: Any, batch: Batch) -> LossSum:
     logits_BT = apply(params, *inputs(batch)).scalars_BT
     steps = mask_BT.sum()
     losses_BT = step_loss(logits_BT, targets_BT) * mask_BT
-    right_BT = ((logits_BT > 0) == (targets_BT >= 0.5)) * mask_BT
+    # Right where both are on the same side of 1/2.
+    says_right_BT = logits_BT > 0
+    is_right_BT = targets_BT >= 0.5
+    right_BT = (says_right_BT == is_right_BT) * mask_BT
     metrics = {"accuracy": (right_BT.sum(), steps)}
     return losses_BT.sum(), (steps, metrics)
 
@@ -268,5 +277,7 @@ def step_rewards(logits_BT: Array, ends_BT: Array, how: StepScore) -> Array:
     response gains nothing from having more steps, as it would if the steps' probabilities were
     summed.
     """
-    score_BT = jnp.exp(running_score(logits_BT, ends_BT, how))
+    # Of the score itself, not its log: 0 before the first step has ended.
+    log_score_BT = running_score(logits_BT, ends_BT, how)
+    score_BT = jnp.exp(log_score_BT)
     return jnp.diff(score_BT, axis=1, prepend=0.0)
