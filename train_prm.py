@@ -11,13 +11,12 @@ last step only an outcome reward model.
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
 
 import jax
 import numpy as np
 
 from data.batches import collate
-from data.sources import Source, open_source
+from data.sources import Source, Split, open_source
 from data.steps import encode_steps, pad_steps, steps_batches
 from data.tokenizer import Tokenizer, tokenizer_for
 from evaluation.steps import step_table
@@ -157,7 +156,7 @@ def main(config: Config) -> dict[str, float]:
     source = open_source(config.data, "steps", "train", seed=config.seed)
     eval_data = config.eval_data or config.data
     is_own_file = bool(config.eval_data) and eval_data.endswith((".jsonl", ".jsonl.gz"))
-    held_out_split: Literal["all", "heldout"] = "all" if is_own_file else "heldout"
+    held_out_split: Split = "all" if is_own_file else "heldout"
     held_out = open_source(eval_data, "steps", held_out_split, seed=config.seed)
     tokenizer = tokenizer_for(config, source)
     check_fit(config.model, tokenizer.size, config.length)

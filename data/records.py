@@ -318,12 +318,15 @@ def _prm800k_completion(stage: Any, place: str) -> Row | None:
     if not completions:
         return None
     if chosen is None:
-        return completions[0]
+        chosen = 0
     if type(chosen) is not int or not 0 <= chosen < len(completions):
         raise FieldError(
             f"{place}.chosen_completion", f"must be one of {len(completions)} completions"
         )
-    return completions[chosen]
+    completion = completions[chosen]
+    if not isinstance(completion, dict):
+        raise FieldError(f"{place}.completions[{chosen}]", "must be an object with text")
+    return completion
 
 
 # ---- Values ----

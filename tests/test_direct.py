@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 
+from model import LanguageOutput
 from objectives import direct
 
 
@@ -263,8 +264,8 @@ def test_rrhf_is_zero_when_ordered_and_restores_order():
 # ---- Batches of candidates
 
 
-def bigram(params, tokens, segments, positions, read):
-    return read(params[tokens], jnp.eye(params.shape[-1])), None
+def bigram(params, tokens, segments, positions):
+    return LanguageOutput(params[tokens], jnp.eye(params.shape[-1]))
 
 
 def candidates(ranks, length=6, vocab=7, seed=0):
@@ -393,13 +394,13 @@ def test_kto_objective_judges_by_rank():
 FIRST, SECOND = (x.reshape(-1) for x in np.indices((3, 3)))
 
 
-def tabular(params, tokens_BT, segment_ids_BT, positions_BT, read):
+def tabular(params, tokens_BT, segment_ids_BT, positions_BT):
     batch = tokens_BT.shape[0]
     first = jnp.broadcast_to(params["first"], (batch, 3))
     logits_BTV = jnp.stack(
         [first, params["second"][tokens_BT[:, 1]], jnp.zeros((batch, 3))], axis=1
     )
-    return read(logits_BTV, jnp.eye(3)), None
+    return LanguageOutput(logits_BTV, jnp.eye(3))
 
 
 def sequences(order):

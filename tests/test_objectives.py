@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model import ScalarOutput
+from model import LanguageOutput, ScalarOutput
 from objectives.likelihood import likelihood_objective, token_logprobs
 from objectives.reward import bradley_terry, last_token, ranking_loss, ranking_objective
 
@@ -40,9 +40,9 @@ def test_logprob_t_is_that_of_token_t_given_those_before():
     )
 
 
-def lookup(params, tokens, segments, positions, read):
+def lookup(params, tokens, segments, positions):
     """A model whose logits are its parameters, a [B, T, V] table."""
-    return read(params, jnp.eye(params.shape[-1])), None
+    return LanguageOutput(params, jnp.eye(params.shape[-1]))
 
 
 def test_likelihood_gradient_is_non_zero_on_exactly_the_masked_positions():

@@ -93,12 +93,12 @@ PRM800K = {  # a row as the dataset's README describes it
 
 
 def test_prm800k_s_rows_become_labelled_steps():
-    record = records.steps(PRM800K)
+    record = records.steps_record(PRM800K)
     assert record["prompt"] == [{"role": "user", "content": "What is 2+2?"}]
     assert record["steps"] == ["I add.", "2+2 =4", "So 4.", "Hm.", "It is 7."]
     assert record["labels"] == ["neutral", "positive", "positive", None, "negative"]
     given_up = {**PRM800K, "label": {"steps": [], "finish_reason": "give_up"}}
-    assert records.steps(given_up)["steps"] == []
+    assert records.steps_record(given_up)["steps"] == []
 
 
 @pytest.mark.parametrize(
@@ -129,13 +129,13 @@ def test_malformed_steps_name_their_field(change, message):
         row["label"]["steps"].reverse()
         message = "label.steps[0]: must be an object with completions"
     with pytest.raises(records.FieldError) as fault:
-        records.steps(row)
+        records.steps_record(row)
     assert message in str(fault.value)
 
 
 def test_targets_stand_at_each_labelled_step_s_last_token(tokenizer):
     labels = ["positive", None, 0.25, "neutral", "negative"]
-    record = records.steps(
+    record = records.steps_record(
         {
             "prompt": "27+8-6",
             "steps": ["27+8=35", "so 35", "35-6=29", "so 29", "answer 28"],
