@@ -67,7 +67,7 @@ class Config:
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
     """KL(teacher, student), KL(student, teacher), or one in between (objectives/distill.py)."""
     beta: float = 0.5
-    """Of jsd: near 0 it is beta times the forward KL, near 1 (1 - beta) times the reverse."""
+    """For jsd: near 0 it is beta times the forward KL, near 1 (1 - beta) times the reverse."""
     alpha: float = 0.1
     """Weight of the data's own tokens as labels; 1 - alpha: the teacher's. 1: fine-tuning."""
     tau: float = 1.0
@@ -105,7 +105,7 @@ class Config:
     hosts: HostsConfig = HostsConfig()
     """Processes of this run."""
     seed: int = 0
-    """Of random weights, the order of the data, the kind of each step and samples."""
+    """Seed of random weights, the order of the data, the kind of each step and samples."""
     eval_every: int = 200
     """Steps between evaluations on held-out data, and by the gold program on world; 0: never."""
     save_every: int = 200
