@@ -160,7 +160,7 @@ class DistillUpdate(NamedTuple):
     """init(key) -> random parameters of the student."""
     optimizer: optax.GradientTransformation
     objective: Objective
-    """Of {"student", "teacher"} and a batch of conversations."""
+    """objective({"student", "teacher"}, batch of conversations), see train_step.Objective."""
     data_step: Callable[[TrainState, Batch, Params], tuple[TrainState, dict[str, jax.Array]]]
     """data_step(state, batch, held) -> (state, metrics): labels and teacher; donates `state`."""
     own_step: Callable[[TrainState, Batch, Params], tuple[TrainState, dict[str, jax.Array]]]

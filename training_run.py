@@ -38,7 +38,7 @@ from train_step import TrainState
 
 ROOT = pathlib.Path(__file__).parent
 Data = Batches | dict[str, Batches]
-"""What a script reads: one stream of batches, or several by name."""
+"""The batches that a script reads: one stream, or several by name."""
 
 
 def script_name(config: Any) -> str:

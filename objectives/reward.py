@@ -17,7 +17,7 @@ Batch = dict[str, Array]
 Metrics = dict[str, tuple[Array, Array]]
 """(sum, weight) by name."""
 LossSum = tuple[Array, tuple[Array, Metrics]]
-"""What an objective returns: loss sum, (weight, metrics); see train_step.Objective."""
+"""Result of an objective: loss sum, (weight, metrics); see train_step.Objective."""
 StepScore = Literal["product", "minimum", "last"]
 """How the probabilities of a response's steps make its score; see `running_score`."""
 
