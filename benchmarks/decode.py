@@ -28,7 +28,7 @@ from kernels.attention import decode_attention
 from model import LanguageModel, Params, init_and_apply
 from model_config import PRESETS, ModelConfig
 from runtime import flags
-from sampling import SamplingConfig, generate
+from sampling import SamplingConfig, generate, generate_in_slots
 
 NEVER = -1  # no token is this: responses have full length, as the peer's
 
@@ -107,16 +107,18 @@ def refill_row(config: Config, params: Params) -> dict[str, Any]:
     tokens = np.arange(1, config.model.vocab)  # all but the pad token
     eos = np.random.default_rng(0).choice(tokens, count, replace=False)
 
-    def sampler(slots: int | None):
-        how = {"eos": eos, "pad": 0, "slots": slots}
-        return jax.jit(
-            lambda prompts, key: generate(
-                apply, config.model, params, prompts, key, sampling, **how
-            )
+    slots, key = config.batches[0], jax.random.key(0)
+
+    @jax.jit
+    def refilled(prompts, key):
+        return generate_in_slots(
+            apply, config.model, params, prompts, key, sampling, eos=eos, pad=0, slots=slots
         )
 
-    slots, key = config.batches[0], jax.random.key(0)
-    refilled, fixed = sampler(slots), sampler(None)
+    @jax.jit
+    def fixed(prompts, key):
+        return generate(apply, config.model, params, prompts, key, sampling, eos=eos, pad=0)
+
     prompts = plain_batch(config.model, config.requests, config.prompt)
     parts = [
         {k: x[i : i + slots] for k, x in prompts.items()} for i in range(0, config.requests, slots)
