@@ -18,6 +18,7 @@ import numpy as np
 
 from data.batches import Batches, comparison_batches
 from data.preferences import with_mismatched
+from data.records import Schema
 from data.sources import Source, open_source
 from data.tokenizer import Tokenizer, tokenizer_for
 from evaluation.gold import make_gold_evaluation
@@ -103,7 +104,7 @@ class Config:
 
     # Model
     model: ModelConfig = ModelConfig()
-    """Its shape; that of --init where there is one."""
+    """Shape of the model; that of --init where there is one."""
     optimizer: OptimizerConfig = OptimizerConfig(lr=1e-4, beta2=0.999, weight_decay=0.0)
     """Learning rate, schedule, clipping."""
     lora: LoraConfig = LoraConfig()
@@ -129,7 +130,7 @@ class Config:
     hosts: HostsConfig = HostsConfig()
     """Processes of this run."""
     seed: int = 0
-    """Of random weights, the order of the data and samples."""
+    """Seed of random weights, the order of the data and samples."""
     save_every: int = 100
     """Steps between checkpoints; 0: at the end only."""
     keep_checkpoints: int = 2
@@ -224,9 +225,10 @@ def make_update(config: Config) -> Update:
 
 
 def make_batches(config: Config, source: Source, tokenizer: Tokenizer, **options: Any) -> Batches:
-    """Batches of candidates, as `comparison_batches` with the `options` of `Batches`.
+    """Iterate over the candidates that --loss compares; `options`: others of `BatchOptions`.
 
-    For kto the candidates are judged responses and, last, one to another prompt.
+    `source`: comparisons, or for kto unpaired records too; its candidates are judged responses
+    and, last, one to another prompt.
     """
     # KTO's candidates: the best and the worst response, or one judged response; and one more.
     if config.loss == "kto":
@@ -293,7 +295,7 @@ def main(config: Config) -> dict[str, float]:
 
     # Data: comparisons or judged responses, the tokenizer they fit, and batches of prompts with
     # all their candidates.
-    schema = "unpaired" if config.unpaired else "comparison"
+    schema: Schema = "unpaired" if config.unpaired else "comparison"
     source = open_source(config.data, schema, "train", seed=config.seed)
     held_out = open_source(config.data, schema, "heldout", seed=config.seed)
     tokenizer = tokenizer_for(config, source)

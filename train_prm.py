@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from data.batches import collate
-from data.sources import Source, open_source
+from data.sources import Source, Split, open_source
 from data.steps import encode_steps, pad_steps, steps_batches
 from data.tokenizer import Tokenizer, tokenizer_for
 from evaluation.steps import step_table
@@ -66,7 +66,7 @@ class Config:
 
     # Model
     model: ModelConfig = ModelConfig()
-    """Its shape; that of --init where there is one."""
+    """Shape of the model; that of --init where there is one."""
     optimizer: OptimizerConfig = OptimizerConfig(lr=1e-3)
     """Learning rate, schedule, clipping."""
     lora: LoraConfig = LoraConfig()
@@ -78,7 +78,7 @@ class Config:
     hosts: HostsConfig = HostsConfig()
     """Processes of this run."""
     seed: int = 0
-    """Of random weights and the order of the data."""
+    """Seed of random weights and the order of the data."""
     eval_every: int = 200
     """Steps between evaluations on held-out data; 0: never."""
     eval_records: int = 1024
@@ -156,7 +156,7 @@ def main(config: Config) -> dict[str, float]:
     source = open_source(config.data, "steps", "train", seed=config.seed)
     eval_data = config.eval_data or config.data
     is_own_file = bool(config.eval_data) and eval_data.endswith((".jsonl", ".jsonl.gz"))
-    held_out_split = "all" if is_own_file else "heldout"
+    held_out_split: Split = "all" if is_own_file else "heldout"
     held_out = open_source(eval_data, "steps", held_out_split, seed=config.seed)
     tokenizer = tokenizer_for(config, source)
     check_fit(config.model, tokenizer.size, config.length)

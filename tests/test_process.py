@@ -93,12 +93,12 @@ PRM800K = {  # a row as the dataset's README describes it
 
 
 def test_prm800k_s_rows_become_labelled_steps():
-    record = records.steps(PRM800K)
+    record = records.steps_record(PRM800K)
     assert record["prompt"] == [{"role": "user", "content": "What is 2+2?"}]
     assert record["steps"] == ["I add.", "2+2 =4", "So 4.", "Hm.", "It is 7."]
     assert record["labels"] == ["neutral", "positive", "positive", None, "negative"]
     given_up = {**PRM800K, "label": {"steps": [], "finish_reason": "give_up"}}
-    assert records.steps(given_up)["steps"] == []
+    assert records.steps_record(given_up)["steps"] == []
 
 
 @pytest.mark.parametrize(
@@ -129,13 +129,13 @@ def test_malformed_steps_name_their_field(change, message):
         row["label"]["steps"].reverse()
         message = "label.steps[0]: must be an object with completions"
     with pytest.raises(records.FieldError) as fault:
-        records.steps(row)
+        records.steps_record(row)
     assert message in str(fault.value)
 
 
 def test_targets_stand_at_each_labelled_step_s_last_token(tokenizer):
     labels = ["positive", None, 0.25, "neutral", "negative"]
-    record = records.steps(
+    record = records.steps_record(
         {
             "prompt": "27+8-6",
             "steps": ["27+8=35", "so 35", "35-6=29", "so 29", "answer 28"],
@@ -277,12 +277,15 @@ def test_ppo_gives_each_step_its_reward_at_its_last_token():
     rewards = {}
     for how in ("product", "none"):
         config = train_ppo.Config(step_rewards=how, gae_lambda=1.0, missing_eos_score=-1.0)
-        judge = train_ppo.make_judge(config, policy, value_model, eos, [newline])
+        compute_advantages = train_ppo.make_advantages(
+            config, policy, value_model, eos=eos, newlines=[newline]
+        )
+        models = train_ppo.Models(policy={}, reference={}, critic=jnp.zeros((2, 10)))
         given = [
             {config.reward[0]: jnp.float32(x)}
             for x in (scalars_BT[[0, 1], [8, 9]], scalars_BT[:, 1:])
         ]
-        targets, _ = judge({}, {}, jnp.zeros((2, 10)), batch, *given, jnp.float32(0.2))
+        targets, _ = compute_advantages(models, batch, *given, jnp.float32(0.2))
         rewards[how] = -np.diff(np.asarray(targets["returns_BR"]), axis=1, append=0.0)
     p = sigmoid(scalars_BT[:, 2:])
     a, b, c = p[0, [2, 4, 6]]
