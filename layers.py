@@ -36,7 +36,7 @@ def run_layers(
     ring: int,
     x_BTD: jax.Array,
     cache: Cache,
-    rows: tuple[Any, ...],
+    rows: tuple[Any, Any],
 ) -> tuple[jax.Array, Cache, jax.Array | None]:
     """Run all layers; return the hidden states, the cache, and the sum of the auxiliary losses.
 
@@ -115,7 +115,7 @@ def _one_by_one(
     block_class: type[nn.Module],
     x_BTD: jax.Array,
     cache: Cache,
-    rows: tuple[Any, ...],
+    rows: tuple[Any, Any],
 ) -> tuple[jax.Array, Cache]:
     """Run unstacked layers on an unstacked cache."""
     weights: Params = decoder.get_variable("params", "layers")
@@ -145,7 +145,7 @@ def _over_stages(
     block_class: type[nn.Module],
     ring: int,
     x_BTD: jax.Array,
-    rows: tuple[Any, ...],
+    rows: tuple[Any, Any],
     stages: int,
 ) -> jax.Array:
     """Run the layers as a pipeline, an equal part of them on each of `stages` devices."""
@@ -167,7 +167,7 @@ def pipelined(
     run: Callable[..., jax.Array],
     weights: Any,
     x_BTD: jax.Array,
-    rows: tuple[Any, ...],
+    rows: tuple[Any, Any],
     microbatches: int,
 ) -> jax.Array:
     """Return `run(weights, x_BTD, *rows)` of all layers, [B, T, D], computed stage after stage.
