@@ -9,7 +9,6 @@ from runtime.errors import UserError
 from runtime.run_folder import load_model_config
 from sharding import platform
 
-
 SIZES = ("vocab", "width", "mlp_width", "layers", "heads", "kv_heads", "head_dim", "context")
 """Fields of ModelConfig that are at least 1."""
 

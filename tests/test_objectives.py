@@ -48,7 +48,7 @@ def lookup(params, tokens, segments, positions):
 def test_an_auxiliary_loss_of_the_layers_is_added_for_each_token():
     table_BTV = normal(2, 6, 9)
     tokens = np.random.default_rng(1).integers(0, 9, (2, 6)).astype(np.int32)
-    batch = {name: tokens for name in ("tokens_BT", "segment_ids_BT", "positions_BT")}
+    batch = dict.fromkeys(("tokens_BT", "segment_ids_BT", "positions_BT"), tokens)
     batch["loss_mask_BT"] = np.float32([[0, 1, 1, 0, 1, 0], [0, 1, 0, 0, 0, 0]])
 
     def with_auxiliary(params, *batch):
