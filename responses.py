@@ -1,6 +1,7 @@
 """A run and prompts in, responses out: what every collector, searcher and page samples with."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from model import LanguageModel, Params, init_and_apply
 from model_config import ModelConfig, stored_model
 from runtime.errors import UserError
 from runtime.run_folder import load_config
-from sampling import Samples, SamplingConfig, generate
+from sampling import Samples, SamplingConfig, generate, generate_in_slots
 from sharding import to_host
 from train_state import load_params
 
@@ -40,22 +41,16 @@ def make_sampler(
     """respond(params, prompts: token lists, key) -> n responses a prompt, in order, as token lists.
 
     Prompts are padded to a power of two in length and to `rows` a call, so that few shapes are compiled. `slots`:
-    responses decoded at a time (`generate`). `ends`: tokens that end a response beside the tokenizer's.
+    responses decoded at a time (`generate_in_slots`). `ends`: tokens that end a response beside the tokenizer's.
     """
     _, apply = init_and_apply(LanguageModel(config))
-    how = {"pad": tokenizer.pad, "n": n, "slots": slots}
+    decode = generate if slots is None else partial(generate_in_slots, slots=slots)
 
     @jax.jit
     def sample(params: Params, prompts: dict[str, jax.Array], key: jax.Array) -> Samples:
-        return generate(
-            apply,
-            config,
-            params,
-            prompts,
-            key,
-            sampling,
-            eos=jnp.array([tokenizer.eos, *ends]),
-            **how,
+        eos = jnp.array([tokenizer.eos, *ends])
+        return decode(
+            apply, config, params, prompts, key, sampling, eos=eos, pad=tokenizer.pad, n=n
         )
 
     def respond(params: Params, prompts: Sequence[list[int]], key: jax.Array, rows: int = 256):
