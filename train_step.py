@@ -27,6 +27,8 @@ TrainStep = Callable[..., tuple["TrainState", Metrics]]
 
 
 # --- optimiser and schedule
+
+
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     """Optimiser and learning-rate schedule."""
@@ -135,6 +137,8 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 
 
 # --- the step
+
+
 class Update(NamedTuple):
     """The pieces of an update of one model; a script's `make_update` makes them.
 
@@ -256,6 +260,8 @@ def make_train_step(
 
 
 # --- evaluation
+
+
 def make_evaluation(objective: Objective) -> Callable[[Params, list[Batch]], dict[str, float]]:
     """Return evaluate(params, batches) -> means over all batches, {"eval/loss", "eval/NAME"}."""
 

@@ -30,6 +30,7 @@ def run_report(run: str) -> str:
     """Write `<run>/report.html`: curves, last samples and config; return its path."""
     config = load_config(run)
     rows = read_rows(run)
+    # A page is a list of sections.
     script = str(config.get("script", "run"))
     body = [
         f"<header><p class=kicker>{_e(script)}</p><h1>{_e(run)}</h1>"
@@ -72,6 +73,7 @@ def alignment_report(
     length and n, each with `<name>_ci`, and `kinds`; optionally `reward_model`. `samples`: prompt,
     kind, and per stage a response with its criteria.
     """
+    # The curves of the four runs.
     lm_rows = read_rows(lm_run)
     sft_rows = read_rows(sft_run)
     rm_rows = read_rows(rm_run)
@@ -86,6 +88,7 @@ def alignment_report(
     ppo = [*reward_against_kl(ppo_rows), *panels(ppo_rows, "iteration")]
     reward_model = _reward_model(summary.get("reward_model"))
     side_by_side = "".join(_comparison(sample, stages) for sample in samples)
+    # The settings of each run, folded.
     configs = ""
     for run in (lm_run, sft_run, rm_run, ppo_run):
         table = _config_table(load_config(run))
@@ -106,6 +109,7 @@ def last_samples(run: str) -> list[dict[str, str]]:
     """Return the rows of the last section of samples.md, {name: text}; [] without the file."""
     path = pathlib.Path(run) / "samples.md"
     text = path.read_text() if path.exists() else ""
+    # What follows the last heading.
     section = re.split(r"^## Step \d+\n", text, flags=re.MULTILINE)[-1]
     # A name in bold, its text in a fence of as many ticks as it needs; or the rule after a row.
     blocks = re.findall(
@@ -137,6 +141,7 @@ def _headline(summary: dict[str, Any], stages: list[str]) -> str:
 
 def _criteria_table(summary: dict[str, Any], stages: list[str]) -> str:
     lines = [f"<tr><th></th>{_heads(stages)}</tr>"]
+    # First the shares, then what is no share.
     shares = {criterion: criterion for criterion in CRITERIA} | {"all": "all three"}
     for name, label in shares.items():
         cells = "".join(f"<td>{_share(summary[stage], name, stage)}</td>" for stage in stages)
@@ -153,6 +158,7 @@ def _kinds_table(summary: dict[str, Any], stages: list[str]) -> str:
     kinds = sorted(set().union(*by_stage.values()))
     if not kinds:
         return "<p>Not measured.</p>"
+    # A row a kind, a column a stage.
     lines = [f"<tr><th></th>{_heads(stages)}<th scope=col>n</th></tr>"]
     for kind in kinds:
         cells = ""
@@ -174,6 +180,7 @@ def _share(entry: dict[str, Any], name: str, stage: str) -> str:
     share = entry.get(name)
     if share is None:
         return "–"
+    # Without an interval the bar ends in a point.
     low, high = entry.get(f"{name}_ci") or (share, share)
     interval = f"{_percent(low)} to {_percent(high)}"
     return (
@@ -200,6 +207,7 @@ def _value(entry: dict[str, Any], name: str) -> str:
 def _reward_model(entry: dict[str, Any] | None) -> str:
     if not entry:
         return ""
+    # Of all pairs, then by what decided them.
     shares = {"all pairs": entry.get("accuracy"), **(entry.get("by_criterion") or {})}
     cells = ""
     for name, share in shares.items():
@@ -216,6 +224,7 @@ def _config_table(config: dict[str, Any]) -> str:
 def _config_rows(config: dict[str, Any], prefix: str) -> str:
     rows = ""
     for name, value in config.items():
+        # Nested settings by their dotted names, as flags have them.
         if isinstance(value, dict):
             rows += _config_rows(value, f"{prefix}{name}.")
         else:
@@ -273,6 +282,7 @@ def _page(folder: pathlib.Path, title: str, body: list[str]) -> str:
     """Write the page with its style sheet inside; return its path."""
     path = folder / "report.html"
     style = pathlib.Path(__file__).with_name("report.css").read_text()
+    # One file: styles and figures are inside.
     text = (
         f"<!doctype html><html lang=en><head><meta charset=utf-8><title>{_e(title)}</title>"
         "<meta name=viewport content='width=device-width, initial-scale=1'>"
@@ -294,6 +304,7 @@ def _percent(share: Any) -> str:
 
 
 def _duration(seconds: float) -> str:
+    # To the minute from an hour on.
     minutes, seconds = divmod(round(seconds), 60)
     if minutes >= 60:
         return f"{minutes // 60} h {minutes % 60} min"
