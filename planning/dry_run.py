@@ -49,6 +49,7 @@ def preview_items(
     `params`, and of what else it holds. `batch`: on the host. Tokens under the loss mask are
     green; with NO_COLOR in the environment, in brackets. Returns {}, the metrics of no step.
     """
+    # Sizes, mesh and memory.
     rest = {name: tree for name, tree in items.items() if name != "params"}
     if hasattr(config, "length"):
         length = config.length
@@ -65,11 +66,13 @@ def preview_items(
     )
     print(text)
 
+    # Each parameter, and how it is split.
     print("parameters, and the mesh axes that split them:")
     for path, leaf in jax.tree.leaves_with_path(items["params"]):
         axes = ", ".join("-" if axis is None else str(axis) for axis in leaf.sharding.spec)
         print(f"  {path_name(path):<36} {array_type(leaf):<28} ({axes})")
 
+    # The batch: its arrays, then its tokens as text.
     is_alone = jax.process_count() == 1
     print("the first batch:" if is_alone else "this host's rows of the first batch:")
     for name, array in batch.items():
@@ -82,6 +85,7 @@ def preview_items(
 
 def print_rows(name: str, batch: Batch, tokenizer: Tokenizer) -> None:
     """Print the first rows of the tokens `name` of `batch`, with their loss mask."""
+    # Arrays of one batch share their names' endings: tokens_BT has segment_ids_BT.
     segments = batch[name.replace("tokens", "segment_ids")]
     mask = batch.get(name.replace("tokens", "loss_mask"))
     if mask is None:
@@ -89,6 +93,7 @@ def print_rows(name: str, batch: Batch, tokenizer: Tokenizer) -> None:
         mask = np.zeros_like(segments)
     else:
         print(f"{name}, green tokens are trained on:")
+    # Candidates of a prompt are rows too.
     rows = [array.reshape(-1, array.shape[-1])[:SHOWN] for array in (batch[name], mask, segments)]
     for tokens_T, mask_T, segments_T in zip(*rows, strict=True):
         print(f"  {decoded(tokens_T, mask_T, segments_T, tokenizer)}\n")
@@ -154,6 +159,7 @@ def describe(
     ShapeDtypeStructs with their shardings. `batch_size`: sequences over all devices, each of
     `length` tokens. `start`: steps finished. `microbatches`: those of a pipeline.
     """
+    # What is trained.
     leaves = jax.tree.leaves(params)
     count = sum(math.prod(leaf.shape) for leaf in leaves)
     dtypes = "/".join(sorted({str(leaf.dtype) for leaf in leaves}))
@@ -167,6 +173,7 @@ def describe(
     per_device = batch_size / (sizes.get("data", 1) * sizes.get("fsdp", 1))
     stages = sizes.get("stage", 1)
 
+    # In order of what one asks first.
     tokens = batch_size * length
     devices = jax.device_count()
     kind = jax.devices()[0].device_kind
@@ -196,6 +203,7 @@ def _wrapped(lines: dict[str, str]) -> Iterable[str]:
 
 def _bytes_per_device(tree: Any) -> int:
     """Return the largest share of a tree that one device holds."""
+    # An array without a sharding lies whole on each device; a key has no item size.
     total = 0
     for leaf in jax.tree.leaves(tree):
         sharding = getattr(leaf, "sharding", None)

@@ -116,6 +116,7 @@ def parse(text: str) -> tuple[Module, str]:
     module: Module = {}
     entry = ""
     for line in text.splitlines():
+        # A line at the margin opens or closes a computation.
         if not line.startswith(" "):
             header = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
             if header:
@@ -152,6 +153,7 @@ def parse_op(line: str) -> Op | None:
 
 def balanced(text: str, start: int) -> int:
     """Return the index after the bracket that closes the one at `start`."""
+    # Brackets of all three kinds count as one.
     depth = 0
     for i in range(start, len(text)):
         depth += (text[i] in "([{") - (text[i] in ")]}")
@@ -272,6 +274,7 @@ def walk(
             for part in ("body", "condition"):
                 yield from walk(module, attribute(op, part)[0], times * turns, fused, turns)
             continue
+        # A fusion's body, the branches of a conditional, a called computation.
         inner = attribute(op, "calls") + attribute(op, "branch_computations")
         if op.code == "call":
             inner += attribute(op, "to_apply")
@@ -286,6 +289,7 @@ def matmul_flops(op: Op, computation: Computation) -> float:
     """Return the FLOPs of a dot or of a convolution, which a TPU's compiler makes of a dot."""
     if op.code == "convolution":
         return convolution_flops(op, computation)
+    # A multiplication and an addition for each element of the result and each that is summed.
     out = arrays(op.shape)[0].dims
     left = arrays(computation[op.operands[0]].shape)[0].dims
     contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", op.rest)[1]
@@ -505,6 +509,7 @@ def collective(
     places = np.unravel_index(group, tuple(mesh.values()))
     axes = [axis for axis, row in zip(mesh, places, strict=True) if len(set(row.tolist())) > 1]
 
+    # Of a ring: each chip receives all but its own part; of an all-reduce twice.
     share = 1 - 1 / len(group)
     taken = sum(size(computation[operand].shape) for operand in op.operands)
     received = {

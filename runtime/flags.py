@@ -27,7 +27,7 @@ def fill_paper_defaults(config: ConfigT, paper: dict[str, Any]) -> ConfigT:
 
 
 def with_paper_defaults(config: ConfigT, method: str, paper: dict[str, Any]) -> ConfigT:
-    """Fill as `fill_paper_defaults`, and print the line that names what was filled, if anything."""
+    """Fill as `fill_paper_defaults`, and print the line that names what was filled, if any was."""
     line = paper_defaults_line(config, method, paper)
     if line:
         print(line)
