@@ -18,8 +18,10 @@ from train_state import Init, shapes_of
 
 SHOWN = 4
 """Rows of the batch that are shown."""
-PREDICTED, PADDING, OFF = "\x1b[32m", "\x1b[2m", "\x1b[0m"
-"""Terminal codes."""
+# Codes of a terminal.
+PREDICTED = "\x1b[32m"
+PADDING = "\x1b[2m"
+OFF = "\x1b[0m"
 
 
 # --- what --dry_run prints
@@ -94,9 +96,13 @@ def print_rows(name: str, batch: Batch, tokenizer: Tokenizer) -> None:
     else:
         print(f"{name}, green tokens are trained on:")
     # Candidates of a prompt are rows too.
-    rows = [array.reshape(-1, array.shape[-1])[:SHOWN] for array in (batch[name], mask, segments)]
-    for tokens_T, mask_T, segments_T in zip(*rows, strict=True):
-        print(f"  {decoded(tokens_T, mask_T, segments_T, tokenizer)}\n")
+    length = segments.shape[-1]
+    tokens_NT, mask_NT, segments_NT = (
+        array.reshape(-1, length) for array in (batch[name], mask, segments)
+    )
+    for row in range(min(SHOWN, len(tokens_NT))):
+        text = decoded(tokens_NT[row], mask_NT[row], segments_NT[row], tokenizer)
+        print(f"  {text}\n")
 
 
 def decoded(
@@ -107,14 +113,16 @@ def decoded(
     `mask_T`: above 0 for predicted tokens. `segments_T`: 0 for padding.
     """
     is_plain = "NO_COLOR" in os.environ
-    begin, after = ("[", "]") if is_plain else (PREDICTED, OFF)
+    begin = "[" if is_plain else PREDICTED
+    after = "]" if is_plain else OFF
 
     # Pieces of one segment that are all predicted or all not.
     kinds = np.stack([mask_T > 0, segments_T])
     changes = (kinds[:, 1:] != kinds[:, :-1]).any(0)
+    ends = [*(np.flatnonzero(changes) + 1), len(tokens_T)]
     parts = []
     start = 0
-    for end in [*(np.flatnonzero(changes) + 1), len(tokens_T)]:
+    for end in ends:
         if start and segments_T[start] != segments_T[start - 1]:
             parts.append(" | ")
         text = "".join(piece(int(token), tokenizer) for token in tokens_T[start:end])
@@ -170,7 +178,8 @@ def describe(
     mesh = getattr(leaves[0].sharding, "mesh", None)
     sizes = {} if mesh is None else dict(mesh.shape)
     axes = " × ".join(f"{name} {size}" for name, size in sizes.items()) or "none"
-    per_device = batch_size / (sizes.get("data", 1) * sizes.get("fsdp", 1))
+    parts = sizes.get("data", 1) * sizes.get("fsdp", 1)
+    per_device = batch_size / parts
     stages = sizes.get("stage", 1)
 
     # In order of what one asks first.
@@ -223,7 +232,8 @@ def _size(count: float) -> str:
 def pipeline_line(stages: int, microbatches: int) -> str:
     """Return the arithmetic of a pipeline's schedule as text."""
     ticks = f"{microbatches} micro-batches in {microbatches + stages - 1} ticks"
-    return f"{stages} stages, {ticks}: {bubble(stages, microbatches):.1%} of the time idle"
+    idle = bubble(stages, microbatches)
+    return f"{stages} stages, {ticks}: {idle:.1%} of the time idle"
 
 
 def bubble(stages: int, microbatches: int) -> float:

@@ -176,6 +176,11 @@ def _integers(text: str) -> list[int]:
     return [int(number) for number in text.split(",") if number]
 
 
+def dims_of(op: Op) -> list[int]:
+    """Return the dimensions of an instruction's result, of a tuple's first."""
+    return arrays(op.shape)[0].dims
+
+
 def array_bytes(array: Array, main_memory: bool = True) -> float:
     """Return the bytes of an array; with `main_memory` 0 for one that does not lie there."""
     if main_memory and not array.in_main_memory:
@@ -290,16 +295,18 @@ def matmul_flops(op: Op, computation: Computation) -> float:
     if op.code == "convolution":
         return convolution_flops(op, computation)
     # A multiplication and an addition for each element of the result and each that is summed.
-    out = arrays(op.shape)[0].dims
-    left = arrays(computation[op.operands[0]].shape)[0].dims
+    out = dims_of(op)
+    left = dims_of(computation[op.operands[0]])
     contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", op.rest)[1]
-    return 2.0 * math.prod(out) * math.prod(left[d] for d in _integers(contracted))
+    summed = [left[dimension] for dimension in _integers(contracted)]
+    return 2.0 * math.prod(out) * math.prod(summed)
 
 
 def convolution_flops(op: Op, computation: Computation) -> float:
     """Return the FLOPs of a convolution; a window's places outside the array multiply nothing."""
-    out = arrays(op.shape)[0].dims
-    left, right = (arrays(computation[name].shape)[0].dims for name in op.operands[:2])
+    out = dims_of(op)
+    left = dims_of(computation[op.operands[0]])
+    right = dims_of(computation[op.operands[1]])
 
     # dim_labels names the dimensions of left, right and result: b batch, f features, i and o
     # features in and out, and a digit for each spatial dimension.
@@ -332,19 +339,24 @@ def places_inside(left: int, right: int, out: int, window: dict[str, str]) -> fl
     spread = int(window.get("rhs_dilate", "1"))
     first = np.arange(out)[:, None] * stride - low
     at = first + np.arange(right) * spread
-    is_inside = (at >= 0) & (at <= (left - 1) * dilated) & (at % dilated == 0)
-    return float(is_inside.sum())
+    last = (left - 1) * dilated
+    is_inside = (at >= 0) & (at <= last)
+    is_element = at % dilated == 0
+    return float((is_inside & is_element).sum())
 
 
 def kernel_flops(op: Op, computation: Computation) -> float:
     """Return the FLOPs of a Pallas attention kernel, told by its name; 0 for any other call."""
-    matmuls = next((n for name, n in KERNELS.items() if op.name.startswith(name)), 0)
+    matmuls = 0
+    for name, count in KERNELS.items():
+        if op.name.startswith(name):
+            matmuls = count
     if not matmuls:
         return 0.0
-    operands = [arrays(computation[name].shape)[0].dims for name in op.operands]
     # The largest of four dimensions are the queries.
-    queries = max((dims for dims in operands if len(dims) == 4), key=math.prod)
-    batch, heads, length, width = queries
+    operands = [dims_of(computation[name]) for name in op.operands]
+    candidates = [dims for dims in operands if len(dims) == 4]
+    batch, heads, length, width = max(candidates, key=math.prod)
     return 0.5 * matmuls * 2.0 * batch * heads * length * length * width
 
 
@@ -388,7 +400,8 @@ def memory_bytes(op: Op, computation: Computation, module: Module) -> float:
 def copied_bytes(op: Op) -> float:
     """Return the bytes that a copy between two memories moves in main memory."""
     source, target = arrays(op.shape)[:2]
-    moved = min(math.prod(source.dims), math.prod(target.dims)) * BITS[source.kind] / 8
+    elements = min(math.prod(source.dims), math.prod(target.dims))
+    moved = elements * BITS[source.kind] / 8
     return moved * (source.in_main_memory + target.in_main_memory)
 
 
@@ -482,7 +495,8 @@ def one_group(op: Op, devices: int) -> list[int]:
         axes = {name: int(n) for name, n in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
         joined = re.findall(r"'(\w+)'", mesh[3])
         one = tuple(slice(None) if name in joined else 0 for name in axes)
-        return list(ids.reshape(list(axes.values()))[one].reshape(-1))
+        ids = ids.reshape(list(axes.values()))
+        return list(ids[one].reshape(-1))
     return list(range(devices))
 
 
@@ -507,7 +521,10 @@ def collective(
     # The axes along which the devices of a group differ.
     group = one_group(op, math.prod(mesh.values()))
     places = np.unravel_index(group, tuple(mesh.values()))
-    axes = [axis for axis, row in zip(mesh, places, strict=True) if len(set(row.tolist())) > 1]
+    axes = []
+    for axis, row in zip(mesh, places, strict=True):
+        if len(set(row.tolist())) > 1:
+            axes.append(axis)
 
     # Of a ring: each chip receives all but its own part; of an all-reduce twice.
     share = 1 - 1 / len(group)

@@ -87,7 +87,11 @@ def forward_flops(config: ModelConfig, rows: int, length: int, unembedded: float
 def on_batch_axes(tree: Any, mesh: Mesh) -> Any:
     """Return the shapes of `tree` with the sharding that to_mesh gives a batch."""
     place = NamedSharding(mesh, BATCH)
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
+
+    def placed(leaf: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+
+    return jax.tree.map(placed, tree)
 
 
 def abstract_key() -> Any:
@@ -234,7 +238,9 @@ def reward_models(config: Any, mesh: Mesh) -> tuple[dict[str, ModelConfig], dict
             continue
         exists = os.path.exists(os.path.join(run, "config.json"))
         models[run] = stored_model(run) if exists else config.model
-    params = {run: abstract_params(ScalarModel(model), mesh) for run, model in models.items()}
+    params = {}
+    for run, model in models.items():
+        params[run] = abstract_params(ScalarModel(model), mesh)
     return models, params
 
 
@@ -246,7 +252,8 @@ def rollout_program(
     rows = config.batch_size
     n = config.samples_per_prompt
     # The ids of the control tokens do not change the shapes.
-    prompts = pad_prompts([full_row(config.max_prompt)] * (rows // n), config.max_prompt, 0)
+    full_prompts = [full_row(config.max_prompt)] * (rows // n)
+    prompts = pad_prompts(full_prompts, config.max_prompt, 0)
     sampling = SamplingConfig(config.temperature, max_new_tokens=config.max_new_tokens)
     rollout = make_rollout(apply, model, sampling, eos=1, pad=0, n=n)
     args = (policy, on_batch_axes(prompts, mesh), abstract_key())
@@ -273,10 +280,10 @@ def abstract_cache(model: ModelConfig, rows: int, length: int, mesh: Mesh) -> li
     # The layers' axis is whole.
     heads = "tensor" if model.kv_heads % mesh.shape["tensor"] == 0 else None
     place = NamedSharding(mesh, P(None, BATCH[0], heads))
-    leaves = jax.tree.leaves(jax.eval_shape(lambda: empty_cache(model, rows, length)))
+    cache = jax.eval_shape(lambda: empty_cache(model, rows, length))
     return [
         jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
-        for leaf in leaves
+        for leaf in jax.tree.leaves(cache)
         if leaf.ndim == 5
     ]
 
@@ -394,7 +401,8 @@ def ppo(script: Any, config: Any, mesh: Mesh) -> Plan:
     policy_minibatch = minibatch
     policy_flops = 3 * forward_flops(config.model, part, length, config.max_new_tokens + 1)
     if config.ptx_data is not None:
-        text = on_batch_axes(pad_examples([full_row(length)] * part, length, 0), mesh)
+        text_rows = pad_examples([full_row(length)] * part, length, 0)
+        text = on_batch_axes(text_rows, mesh)
         with_text = partial(script.with_text, coefficient=config.ptx_coef)
         policy_minibatch = on_batch_axes(jax.eval_shape(with_text, minibatch, text), mesh)
         policy_flops += 3 * forward_flops(config.model, part, length, length)

@@ -90,7 +90,8 @@ class Recorder:
             seen = [loss_and_norm(row) for row in rows]
             history = [values for values in seen if values]
             # Process 0 read them: all get the same.
-            self._history.extend(all_gather_json(history[-self._guard.window :])[0])
+            of_all = all_gather_json(history[-self._guard.window :])
+            self._history.extend(of_all[0])
         return self
 
     def _open_files(self) -> None:
@@ -198,7 +199,8 @@ class Recorder:
 
     def _write(self, step: int, values: dict[str, float], now: float) -> None:
         """Write a row to metrics.jsonl and TensorBoard, and move the bar."""
-        row = {"step": step, "seconds": round(self._earlier + now - self._began, 3), **values}
+        seconds = self._earlier + now - self._began
+        row = {"step": step, "seconds": round(seconds, 3), **values}
         # JSON has no NaN.
         finite = {name: value if math.isfinite(value) else None for name, value in row.items()}
         self._rows.write(json.dumps(finite) + "\n")
@@ -248,7 +250,8 @@ class Recorder:
             file.write(f"## Step {step}\n\n")
             for row in rows:
                 for name, value in row.items():
-                    file.write(f"**{name}**\n\n{_fenced(str(value))}\n\n")
+                    text = _fenced(str(value))
+                    file.write(f"**{name}**\n\n{text}\n\n")
                 file.write("---\n\n")
         # On the terminal the first rows alone, wrapped.
         lines = [f"samples at {self.unit} {step}:"]
@@ -307,7 +310,8 @@ def _cut_rows(path: pathlib.Path, last: int) -> float:
             break
         if row["step"] <= last:
             kept.append(line)
-    atomic_bytes(path, "".join(line + "\n" for line in kept).encode())
+    text = "".join(line + "\n" for line in kept)
+    atomic_bytes(path, text.encode())
     return json.loads(kept[-1])["seconds"] if kept else 0.0
 
 

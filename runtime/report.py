@@ -51,7 +51,8 @@ def _facts(rows: list[dict[str, Any]]) -> list[str]:
     if not rows:
         return []
     last = rows[-1]
-    facts = [f"{last['step']:,} steps in {_duration(last.get('seconds') or 0)}."]
+    duration = _duration(last.get("seconds") or 0)
+    facts = [f"{last['step']:,} steps in {duration}."]
     speed = last.get("tokens_per_second")
     if speed:
         facts.append(f"{speed:,.0f} tokens a second at the end.")
@@ -144,13 +145,13 @@ def _criteria_table(summary: dict[str, Any], stages: list[str]) -> str:
     # First the shares, then what is no share.
     shares = {criterion: criterion for criterion in CRITERIA} | {"all": "all three"}
     for name, label in shares.items():
-        cells = "".join(f"<td>{_share(summary[stage], name, stage)}</td>" for stage in stages)
-        lines.append(f"<tr class={name}><th scope=row>{label}</th>{cells}</tr>")
+        cells = [_share(summary[stage], name, stage) for stage in stages]
+        lines.append(_table_row(label, cells, css=name))
     values = {"kl": "KL to SFT, nats", "length": "length, tokens", "n": "responses"}
     for name, label in values.items():
-        cells = "".join(f"<td>{_value(summary[stage], name)}</td>" for stage in stages)
-        lines.append(f"<tr><th scope=row>{label}</th>{cells}</tr>")
-    return f"<div class=scroll><table>{''.join(lines)}</table></div>"
+        cells = [_value(summary[stage], name) for stage in stages]
+        lines.append(_table_row(label, cells))
+    return _table(lines)
 
 
 def _kinds_table(summary: dict[str, Any], stages: list[str]) -> str:
@@ -161,14 +162,25 @@ def _kinds_table(summary: dict[str, Any], stages: list[str]) -> str:
     # A row a kind, a column a stage.
     lines = [f"<tr><th></th>{_heads(stages)}<th scope=col>n</th></tr>"]
     for kind in kinds:
-        cells = ""
+        cells = []
         for stage in stages:
             entry = by_stage[stage].get(kind, {})
-            cells += f"<td>{_share(entry, 'all', stage)}</td>"
+            cells.append(_share(entry, "all", stage))
         # All stages answer the same prompts: the last one's count is theirs too.
-        count = _e(entry.get("n", ""))
-        lines.append(f"<tr><th scope=row>{_e(kind)}</th>{cells}<td>{count}</td></tr>")
+        cells.append(_e(entry.get("n", "")))
+        lines.append(_table_row(_e(kind), cells))
+    return _table(lines)
+
+
+def _table(lines: list[str]) -> str:
     return f"<div class=scroll><table>{''.join(lines)}</table></div>"
+
+
+def _table_row(label: str, cells: list[str], css: str = "") -> str:
+    """Return a row of a table; `css`: its class in the style sheet."""
+    opening = f"<tr class={css}>" if css else "<tr>"
+    columns = "".join(f"<td>{cell}</td>" for cell in cells)
+    return f"{opening}<th scope=row>{label}</th>{columns}</tr>"
 
 
 def _heads(stages: list[str]) -> str:
@@ -183,11 +195,11 @@ def _share(entry: dict[str, Any], name: str, stage: str) -> str:
     # Without an interval the bar ends in a point.
     low, high = entry.get(f"{name}_ci") or (share, share)
     interval = f"{_percent(low)} to {_percent(high)}"
+    bar = f"<i style='width:{100 * share:.1f}%'></i>"
+    bar += f"<u style='left:{100 * low:.1f}%;width:{100 * (high - low):.1f}%'></u>"
     return (
         f"<b>{_percent(share)}</b> <small>{interval}</small>"
-        f"<div class='bar {stage}' aria-hidden=true>"
-        f"<i style='width:{100 * share:.1f}%'></i>"
-        f"<u style='left:{100 * low:.1f}%;width:{100 * (high - low):.1f}%'></u></div>"
+        f"<div class='bar {stage}' aria-hidden=true>{bar}</div>"
     )
 
 
@@ -200,7 +212,8 @@ def _value(entry: dict[str, Any], name: str) -> str:
     text = f"<b>{shown}</b>"
     interval = entry.get(f"{name}_ci")
     if interval:
-        text += f" <small>{interval[0]:z.2f} to {interval[1]:z.2f}</small>"
+        low, high = interval
+        text += f" <small>{low:z.2f} to {high:z.2f}</small>"
     return text
 
 
@@ -228,8 +241,8 @@ def _config_rows(config: dict[str, Any], prefix: str) -> str:
         if isinstance(value, dict):
             rows += _config_rows(value, f"{prefix}{name}.")
         else:
-            cell = f"<td><code>{_e(json.dumps(value))}</code></td>"
-            rows += f"<tr><th scope=row>{_e(prefix + name)}</th>{cell}</tr>"
+            text = _e(json.dumps(value))
+            rows += _table_row(_e(prefix + name), [f"<code>{text}</code>"])
     return rows
 
 
@@ -262,7 +275,8 @@ def _response_card(response: dict[str, Any], stage: str) -> str:
         verdict, mark = ("pass", "✓") if passed else ("fail", "✗")
         marks += f"<li class={verdict}>{mark} {criterion}</li>"
     text = _e(response["response"]) or "<i>(empty)</i>"
-    card = f"<h4>{STAGES[stage]}</h4><p class=text>{text}</p><ul class=marks>{marks}</ul>"
+    card = f"<h4>{STAGES[stage]}</h4><p class=text>{text}</p>"
+    card += f"<ul class=marks>{marks}</ul>"
     return f"<article class='card {stage}'>{card}</article>"
 
 
