@@ -104,7 +104,7 @@ def test_files_that_a_document_names_exist(path):
 
 
 def is_file(name):
-    """Whether the repository has `name`, from its root or as a file of some folder."""
+    """Tell whether the repository has `name`, from its root or as a file of some folder."""
     return (ROOT / name).exists() or ("/" not in name and any(ROOT.glob(f"*/**/{name}")))
 
 
@@ -114,7 +114,7 @@ def test_no_document_has_a_name_that_is_gone(path):
 
 
 def has_name(text, name):
-    """Whether `name` is in `text`, not as the end of a longer one."""
+    """Tell whether `name` is in `text`, not as the end of a longer one."""
     return re.search(rf"(?<![\w/.]){re.escape(name)}", text) is not None
 
 
