@@ -131,7 +131,7 @@ def run_within(tests: Iterable[str], seconds: float, root: pathlib.Path) -> tupl
             left_out.append(name)
             continue
         print(f"{name}: {remaining:.0f} s left", flush=True)
-        command = [sys.executable, *"-m pytest -q -x -rs".split(), name]
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-rs", name]
         try:
             result = subprocess.run(command, cwd=root, timeout=remaining)
         except subprocess.TimeoutExpired:
