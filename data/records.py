@@ -313,6 +313,8 @@ def _prm800k_completion(stage: Any, place: str) -> Row | None:
     human = stage.get("human_completion")
     completions = stage["completions"]
     if chosen is None and human is not None:
+        if not isinstance(human, dict):
+            raise FieldError(f"{place}.human_completion", "must be an object with text")
         written = {name: value for name, value in human.items() if value is not None}
         return {"rating": 1, **written}
     if not completions:

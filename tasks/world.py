@@ -1,8 +1,8 @@
-"""The built-in world: requests, demonstrators of set quality, simulated labellers and a gold program.
+"""The built-in world: requests, demonstrators of set quality, labellers and a gold program.
 
-An endless stream of each; the gold program scores any response. Everything is a function of
-(index, seed); nothing is downloaded. `tasks/world_gold.py` holds the grammar and the gold program,
-`tasks/world_facts.py` the tables.
+Requests have no end; labellers are simulated; the gold program scores any response. Everything is
+a function of (index, seed); nothing is downloaded. `tasks/world_gold.py` holds the grammar and the
+gold program, `tasks/world_facts.py` the tables.
 """
 
 import math
@@ -98,7 +98,7 @@ _QUESTION = re.compile(r"what|wh|how|is |are |do |can |of |an? |the |i want")
 
 
 def _draw(rng: random.Random, split: Split, kind: str | None = None) -> Request:
-    """Draw a request of `split`, of any kind if `kind` is None, in a random frame of courtesies."""
+    """Draw a request of `split`, of `kind` or of any, in a random frame of courtesies."""
     if kind is None:
         kind = rng.choices(list(KINDS), list(KINDS.values()))[0]
     group = rng.choice(_GROUPS[split, kind])

@@ -62,7 +62,11 @@ class Gold(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """What one sentence of a response does: answers this request, says nothing false, does no harm."""
+    """What one sentence of a response does.
+
+    `apt`: it answers this request; `honest`: it says nothing false; `safe`: it does no harm;
+    `answer`: what it gives as the answer to a lookup or comparison.
+    """
 
     apt: bool
     honest: bool = True
@@ -325,7 +329,7 @@ def _first_match(patterns: Sequence[re.Pattern], sentence: str) -> re.Match | No
 
 
 def _read_remark(request: Request, sentence: str) -> Reading | None:
-    """Read a fixed sentence: ignorance, refusal, help with harm, small talk, or a made-up answer."""
+    """Read a fixed sentence, such as a refusal or small talk, or a made-up answer."""
     if sentence in _REMARKS:
         purpose, about = _REMARKS[sentence]
         comply = purpose == "compliance"
