@@ -2,11 +2,9 @@
 
 python -m decoding.best_of_n --policy=runs/align/sft --reward=runs/align/rm --n=64
 python -m decoding.best_of_n --policy=runs/maths --data=maths.jsonl --reward=tasks.answers:number --n=16
-python -m decoding.best_of_n --policy=runs/quark --system=5 --n=1       # with the system turn that Quark was trained on
 """
 
 import dataclasses
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -25,6 +23,7 @@ from rewards.scorer import make_scorer
 from rollout import make_rollout
 from runtime import flags
 from runtime.errors import UserError
+from sampling import SamplingConfig
 from sharding import MeshConfig, abstract, make_mesh, to_mesh
 from tasks import world
 from train_state import load_params
@@ -41,8 +40,6 @@ class Config:
     n: int = 16
     """Samples a prompt; reported are the best of the first 1, 2, 4, ... and of all."""
     prompts: int = 500
-    system: str = ""
-    """A system turn before each prompt."""
     temperature: float = 1.0
     max_prompt: int = 32
     """Longest prompt, in tokens."""
@@ -66,7 +63,12 @@ def sampled(
         config.policy, shapes=abstract(jax.eval_shape(init, jax.random.key(0)), mesh)
     )
     rollout = make_rollout(
-        SimpleNamespace(**vars(config), model=model), apply, tokenizer, config.n
+        apply,
+        model,
+        SamplingConfig(config.temperature, max_new_tokens=config.max_new_tokens),
+        eos=tokenizer.eos,
+        pad=tokenizer.pad,
+        n=config.n,
     )
     devices, rewards, texts = mesh.shape["data"], [], []
     rows = devices * max(1, 512 // (config.n * devices))
@@ -94,13 +96,6 @@ def main(config: Config) -> dict[int, dict[str, Interval]]:
     mesh = make_mesh(MeshConfig())
     source = open_source(config.data, "prompt", "heldout", seed=config.seed)
     records = [source[i] for i in range(min(config.prompts, len(source)))]
-    if config.system:
-        turn = {"role": "system", "content": config.system}
-        if any("prompt" not in record for record in records):
-            raise UserError(
-                f"--system={config.system}: {source.name} holds raw text, which has no turns"
-            )
-        records = [{**record, "prompt": [turn, *record["prompt"]]} for record in records]
     rewards_PN, texts = sampled(config, records, mesh)
     in_world = config.data == "world"
     requests = (

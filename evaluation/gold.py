@@ -128,16 +128,15 @@ def make_gold_evaluation(
     config: Any,
     tokenizer: Tokenizer,
     n: int = 256,
-    condition: Callable = lambda prompts: prompts,
     reference: ModelConfig | None = None,
 ) -> Callable[[Params, Params], dict[str, float]]:
     """evaluate(params, reference) -> gold shares, distinct answers, KL on `n` held-out prompts, as `gold/...`.
 
-    `config`: a script's, with `model`, `temperature`, `max_prompt`, `max_new_tokens` and `seed`; the last two as above.
+    `config`: a script's, with `model`, `temperature`, `max_prompt`, `max_new_tokens` and `seed`; `reference` as above.
     """
     sampling = SamplingConfig(config.temperature, max_new_tokens=config.max_new_tokens)
     measure = make_measure(
-        config.model, sampling, tokenizer, config.max_prompt, condition, reference
+        config.model, sampling, tokenizer, config.max_prompt, reference=reference
     )
     requests = [world.prompt(i, split="heldout", seed=config.seed) for i in range(n)]
 

@@ -1,7 +1,7 @@
 """Log-probabilities of tokens, and the likelihood objective of pre-training and supervised fine-tuning."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -95,12 +95,12 @@ def shifted(logp_BT: jax.Array) -> jax.Array:
     return jnp.pad(logp_BT[:, :-1], ((0, 0), (1, 0)))
 
 
-def inputs(batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+def inputs(batch: Mapping[str, Any]) -> tuple[jax.Array, jax.Array, jax.Array]:
     """What a model's apply takes from a batch."""
     return batch["tokens_BT"], batch["segment_ids_BT"], batch["positions_BT"]
 
 
-def response_mask(batch: dict[str, jax.Array]) -> jax.Array:
+def response_mask(batch: Mapping[str, Any]) -> jax.Array:
     """[B, T]: `mask_BR`, of the responses at the rows' ends, over the whole rows: a loss mask of the responses."""
     before = batch["tokens_BT"].shape[1] - batch["mask_BR"].shape[1]
     return jnp.pad(batch["mask_BR"], ((0, 0), (before, 0)))

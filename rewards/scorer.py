@@ -21,6 +21,7 @@ from data.tokenizer import Tokenizer
 from model import Params, ScalarModel, init_and_apply
 from model_config import ModelConfig, stored_model
 from objectives.likelihood import inputs
+from objectives.policy import response_states
 from objectives.reward import combined, last_token, running_score, step_ends
 from runtime.errors import UserError, require
 from runtime.run_folder import load_config
@@ -155,8 +156,8 @@ def make_model_scorer(model: ModelConfig):
     @jax.jit
     def score(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
         scalars_BT = apply(params, *inputs(batch)).scalars_BT
-        new = batch["mask_BR"].shape[1]
-        return last_token(scalars_BT, batch["segment_ids_BT"]), scalars_BT[:, -new - 1 :]
+        score_B = last_token(scalars_BT, batch["segment_ids_BT"])
+        return score_B, response_states(batch, scalars_BT)
 
     return score
 

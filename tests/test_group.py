@@ -14,9 +14,10 @@ from model import LanguageOutput
 from objectives import group
 from objectives.policy import kl_estimate, response_logprobs, token_rewards
 from objectives.reward import combined
+from rollout import refill_groups
 from runtime import flags
 
-METHODS = ["grpo", "dr_grpo", "dapo", "gspo", "rloo", "reinforce_pp", "online_dpo"]
+METHODS = ["grpo", "dr_grpo", "dapo", "gspo", "rloo", "reinforce_pp"]
 P, C, R, V = 3, 4, 6, 5  # prompts, responses to each, tokens of a response, vocabulary
 
 
@@ -29,14 +30,11 @@ def settled(method, **fields):
     return flags.fill_paper_defaults(given, group.PAPERS[method])
 
 
-def judged(config, apply, policy, reference, batch, rewards_B, potentials=None):
-    """The rollouts `batch` with the targets of the script."""
+def experience_of(config, apply, policy, reference, batch, rewards_B):
+    """The rollouts `batch` with the targets of the script, and the metrics."""
     advantages, _ = train_grpo.make_method(config, apply)
-    judge = train_grpo.make_judge(config, apply, advantages, eos=-1)
-    scalars = (
-        {} if potentials is None else {config.reward[0]: np.pad(potentials, ((0, 0), (0, 1)))}
-    )
-    return judge(policy, reference, batch, {"r": rewards_B}, scalars)
+    compute_advantages = train_grpo.make_advantages(config, apply, advantages, eos=-1)
+    return compute_advantages(policy, reference, batch, {"r": rewards_B}, {})
 
 
 # ---- Loss and gradient of every method, from rewards on, as its paper writes it
@@ -81,13 +79,6 @@ def paper_loss(method, table, old_table, reference_table, batch, rewards):
     clipped = lambda ratio, A, low, high: min(
         ratio * A, float(np.clip(ratio, 1 - low, 1 + high)) * A
     )
-    if method == "online_dpo":
-        losses = []
-        for rows in groups:
-            w, l = max(rows, key=lambda i: rewards[i]), min(rows, key=lambda i: rewards[i])
-            gap = (logp[w].sum() - reference[w].sum()) - (logp[l].sum() - reference[l].sum())
-            losses += [-np.log(1 / (1 + np.exp(-0.1 * gap)))] if rewards[w] > rewards[l] else []
-        return np.mean(losses)
     if method == "reinforce_pp":
         A = [
             [rewards[i] - 0.01 * (old[i] - reference[i])[t:].sum() for t in range(length[i])]
@@ -157,11 +148,9 @@ def test_loss_and_gradient_equal_the_papers(method):
     rewards = normal(P * C, seed=3).round(2)
     rewards[C : 2 * C] = 0.1  # a group of equal rewards
     with jax.enable_x64(True):
-        targets, _ = judged(
+        targets, _ = experience_of(
             config, bigram, jnp.array(old), jnp.array(reference), batch, jnp.array(rewards)
         )
-        if method == "online_dpo":
-            targets = group.best_and_worst(targets, C)
         objective = jax.jit(
             jax.value_and_grad(train_grpo.make_method(config, bigram)[1], has_aux=True)
         )
@@ -177,11 +166,11 @@ def test_loss_and_gradient_equal_the_papers(method):
     assert float(loss) / float(count) == pytest.approx(paper(table), abs=1e-6)
     np.testing.assert_allclose(np.asarray(grad) / float(count), numerical, atol=1e-6)
     assert np.abs(numerical).max() > 1e-3
-    if method not in ("rloo", "online_dpo"):  # control: both sides of the clip were met
+    if method != "rloo":  # control: both sides of the clip were met
         assert 0.1 < float(metrics["clipped"][0] / metrics["clipped"][1]) < 0.9
 
 
-@pytest.mark.parametrize("method", ["grpo", "rloo", "reinforce_pp", "online_dpo"])
+@pytest.mark.parametrize("method", ["grpo", "rloo", "reinforce_pp"])
 def test_what_lies_in_the_padding_does_not_matter(method):
     config = settled(method, samples_per_prompt=C, max_new_tokens=R)
     batch, table = rollouts(), jnp.float32(normal(V, V))
@@ -192,10 +181,9 @@ def test_what_lies_in_the_padding_does_not_matter(method):
     other["tokens_BT"] = np.concatenate([batch["tokens_BT"][:, :2], other["response_BR"]], axis=1)
 
     def gradient(batch):
-        targets, _ = judged(
+        targets, _ = experience_of(
             config, bigram, table, 0 * table, batch, jnp.float32(normal(P * C, seed=3))
         )
-        targets = group.best_and_worst(targets, C) if method == "online_dpo" else targets
         moved = table + 0.1 * jnp.float32(normal(V, V, seed=2)) * (jnp.arange(V) > 0)[:, None]
         return jax.jit(jax.grad(train_grpo.make_method(config, bigram)[1], has_aux=True))(
             moved, targets
@@ -212,20 +200,19 @@ def test_every_method_of_the_script_has_its_papers_values():
         == set(group.PAPERS)
         == set(METHODS)
     )
-    assert all(
-        getattr(settled(method), name) is not None for method in METHODS for name in group.GRPO
-    )
+    fields = group.GRPO.keys() - {"paper"}
+    assert all(getattr(settled(method), name) is not None for method in METHODS for name in fields)
+    citations = {paper["paper"] for paper in group.PAPERS.values()}
+    assert len(citations) == len(METHODS)
     assert settled("dapo", clip_high=0.5).clip_high == 0.5 and settled("dapo").clip_high == 0.28
 
 
 # ---- Limits
 
 
-@pytest.mark.parametrize("method", ["grpo", "rloo", "online_dpo"])
+@pytest.mark.parametrize("method", ["grpo", "rloo"])
 def test_equal_rewards_give_exactly_zero_gradient(method):
-    config = settled(
-        method, samples_per_prompt=C - 1, max_new_tokens=R, kl_coef=0.1 * (method == "online_dpo")
-    )
+    config = settled(method, samples_per_prompt=C - 1, max_new_tokens=R, kl_coef=0.0)
     batch = {name: x[: P * (C - 1)] for name, x in rollouts().items()}
     rewards = np.repeat(np.float32([0.9, 1.7, -2.9]), C - 1)
     assert (
@@ -234,8 +221,7 @@ def test_equal_rewards_give_exactly_zero_gradient(method):
     policy = jnp.float32(normal(V, V))
 
     def gradient(rewards):
-        targets, _ = judged(config, bigram, policy, policy, batch, jnp.array(rewards))
-        targets = group.best_and_worst(targets, C - 1) if method == "online_dpo" else targets
+        targets, _ = experience_of(config, bigram, policy, policy, batch, jnp.array(rewards))
         return jax.jit(jax.grad(train_grpo.make_method(config, bigram)[1], has_aux=True))(
             policy, targets
         )[0]
@@ -268,7 +254,7 @@ def test_dr_grpo_weighs_neither_length_nor_spread():
             return LanguageOutput(params, jnp.eye(2))
 
         config = settled(method, samples_per_prompt=2, max_new_tokens=R, kl_coef=0.0)
-        targets, _ = judged(config, free, logits, logits, batch, rewards)
+        targets, _ = experience_of(config, free, logits, logits, batch, rewards)
         grad = jax.grad(train_grpo.make_method(config, free)[1], has_aux=True)(logits, targets)[0]
         return np.asarray(-grad[:, :R, 0])  # descent: how far the taken token goes up
 
@@ -345,13 +331,13 @@ def test_dynamic_sampling_drops_groups_of_equal_rewards():
     for equal in (0, 2), (1,):
         rewards = np.float32(normal(P, C, seed=3).round(2))
         rewards[list(equal)] = 1.0
-        targets, metrics = judged(config, bigram, table, table, batch, rewards.reshape(-1))
+        targets, metrics = experience_of(config, bigram, table, table, batch, rewards.reshape(-1))
         kept = np.asarray(targets["mask_BR"]).reshape(P, -1).any(1)
         assert kept.tolist() == [p not in equal for p in range(P)] and float(
-            metrics["unequal"]
+            metrics["groups_with_signal"]
         ) == pytest.approx(kept.mean())
         pools.append({**targets, "tokens_BT": targets["tokens_BT"] + 100 * len(pools)})
-    full = group.refilled(*pools, C)
+    full = refill_groups(*pools, C)
     first = np.concatenate(
         [
             pools[0]["tokens_BT"][C : 2 * C],
@@ -361,9 +347,9 @@ def test_dynamic_sampling_drops_groups_of_equal_rewards():
     )
     np.testing.assert_array_equal(full["tokens_BT"], first)
     assert (np.asarray(full["mask_BR"]).sum(1) > 0).all()
-    again = group.refilled(pools[0], pools[0], C)  # two groups in all: the third is still missing
+    again = refill_groups(pools[0], pools[0], C)  # two groups in all: the third is still missing
     assert np.asarray(again["mask_BR"]).reshape(P, -1).any(1).tolist() == [True, True, False]
-    equal, _ = judged(
+    equal, _ = experience_of(
         settled("grpo", samples_per_prompt=C),
         bigram,
         table,
@@ -507,10 +493,10 @@ def test_rloo_is_unbiased_by_enumeration(count):
 
 
 def train(config, rewards, reference=None, steps=300, lr=0.1, potentials=None, pool=None):
-    """The nine probabilities after training on samples of the policy, by the script's judge and objective."""
+    """The nine probabilities after training on samples of the policy, by the script's advantages and objective."""
     reference = tables() if reference is None else reference
     advantages, objective = train_grpo.make_method(config, tabular)
-    judge = train_grpo.make_judge(config, tabular, advantages, eos=-1)
+    compute_advantages = train_grpo.make_advantages(config, tabular, advantages, eos=-1)
     optimizer = optax.adam(optax.linear_schedule(lr, 0.0, steps))
     rewards = {name: jnp.float32(r) for name, r in rewards.items()}
 
@@ -522,7 +508,7 @@ def train(config, rewards, reference=None, steps=300, lr=0.1, potentials=None, p
             which_B = jax.random.categorical(key, nine_logps(params), shape=(config.batch_size,))
             scalars = {} if potentials is None else {config.reward[0]: potentials(which_B)}
             batch = sequences(which_B)
-            batch, _ = judge(
+            batch, _ = compute_advantages(
                 params,
                 reference,
                 batch,

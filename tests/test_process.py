@@ -277,12 +277,15 @@ def test_ppo_gives_each_step_its_reward_at_its_last_token():
     rewards = {}
     for how in ("product", "none"):
         config = train_ppo.Config(step_rewards=how, gae_lambda=1.0, missing_eos_score=-1.0)
-        judge = train_ppo.make_judge(config, policy, value_model, eos, [newline])
+        compute_advantages = train_ppo.make_advantages(
+            config, policy, value_model, eos=eos, newlines=[newline]
+        )
+        models = train_ppo.Models(policy={}, reference={}, critic=jnp.zeros((2, 10)))
         given = [
             {config.reward[0]: jnp.float32(x)}
             for x in (scalars_BT[[0, 1], [8, 9]], scalars_BT[:, 1:])
         ]
-        targets, _ = judge({}, {}, jnp.zeros((2, 10)), batch, *given, jnp.float32(0.2))
+        targets, _ = compute_advantages(models, batch, *given, jnp.float32(0.2))
         rewards[how] = -np.diff(np.asarray(targets["returns_BR"]), axis=1, append=0.0)
     p = sigmoid(scalars_BT[:, 2:])
     a, b, c = p[0, [2, 4, 6]]

@@ -303,7 +303,7 @@ def test_measured_before_equals_after_when_nothing_was_trained(tiny, tmp_path, c
 
 def test_summary_of_three_stories_by_hand():
     stories = [" The cat ran. The cat ran.", " The cat ran away", " A nice dog sat."]
-    counts = {"length": [8, 4, 4], "ended": [1, 0, 0], "kl": [1, 2, 3], "surprise": [8, 4, 4]}
+    counts = {"length": [8, 4, 4], "ended": [1, 0, 0], "kl": [1, 2, 3], "nll": [8, 4, 4]}
     got = measure.summarise(
         ["One."] * 3, stories, {name: np.array(x, float) for name, x in counts.items()}
     )
@@ -340,5 +340,5 @@ def test_a_real_story_has_one_bos_and_is_told_from_its_opening(shared_data):
     response = np.array(
         [[*tokenizer.encode(HONEST.strip()), tokenizer.bos, tokenizer.pad, tokenizer.pad]]
     )
-    stories, parts = stories_ppo.score_stories([OPENING], response, tokenizer)
+    stories, parts = stories_ppo.score_stories([{"text": OPENING}], response, tokenizer)
     assert stories == [HONEST] and parts["score_B"].tolist() == [1.0]
