@@ -16,6 +16,9 @@ LINKED = [*READ_BY_USERS, ROOT / "CHANGELOG.md", *sorted(ROOT.glob("experiments/
 
 COMMAND = re.compile(r"(?:plan\.py (\w+)|python3? -m ([\w.]+)|([\w/]+)\.py)((?: +\S+)*)")
 FLAG = re.compile(r"(?<![\w-])--([a-z][\w.]*)")
+ALONE = re.compile(r"`--([a-z](?:[\w.]*\w)?)(?![\w.*-])")
+"""A flag in the text: `--seed`; not `--mesh.*`, which stands for several, and no name with hyphens,
+which is another program's."""
 OUTSIDE = ("pytest", "venv", "pip", "mypy")
 """Modules that `python -m` runs and that are not ours."""
 PLAN_FLAGS = {"topology", "sweep"}
@@ -198,8 +201,7 @@ def test_flags_in_the_text_are_of_some_script(path):
     unknown = set()
     for line in path.read_text().splitlines():
         if not any(word in line for word in LAUNCHERS):
-            # `--mesh.*` stands for several.
-            unknown |= set(re.findall(r"`--([a-z][\w.]*)(?!\.?\*)\b", line)) - known
+            unknown |= set(ALONE.findall(line)) - known
     assert not unknown
 
 
