@@ -25,7 +25,7 @@ from model_config import ModelConfig, check_fit
 from objectives import direct, group
 from objectives import policy as ppo
 from planning.dry_run import describe, preview
-from rewards.scorer import check_rewards, is_function, make_scorer, pooled
+from rewards.scorer import check_rewards, is_function, make_reward_scorer, pooled
 from rollout import (
     Batch,
     check_first_update,
@@ -271,7 +271,7 @@ def main(config: Config) -> dict[str, float]:
     tokenizer = Tokenizer.load(config.init)
     length = config.max_prompt + config.max_new_tokens
     check_fit(config.model, tokenizer.size, length)
-    models, score = make_scorer(config.reward, tokenizer, mesh)
+    models, score = make_reward_scorer(config.reward, tokenizer, mesh)
     init, apply = init_and_apply(LanguageModel(config.model))
     source = open_source(config.data, "prompt", "train", seed=config.seed)
     prompts = prompt_batches(

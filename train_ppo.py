@@ -23,7 +23,7 @@ from model_config import ModelConfig, check_fit
 from objectives import policy as ppo
 from objectives.reward import step_ends, step_rewards
 from planning.dry_run import describe, preview_items
-from rewards.scorer import check_rewards, is_function, make_scorer, pooled
+from rewards.scorer import check_rewards, is_function, make_reward_scorer, pooled
 from rollout import (
     Batch,
     check_first_update,
@@ -273,8 +273,7 @@ def main(config: Config) -> dict[str, float]:
     check(config, mesh)
     tokenizer, length = Tokenizer.load(config.init), config.max_prompt + config.max_new_tokens
     check_fit(config.model, tokenizer.size, length)
-    script = "train_rm" if config.step_rewards == "none" else "train_prm"
-    models, score = make_scorer(config.reward, tokenizer, mesh, script)
+    models, score = make_reward_scorer(config.reward, tokenizer, mesh)
     init, apply = init_and_apply(LanguageModel(config.model))
     reference = starting_params(init, config.model, config.init, mesh, config.seed)
     critic, scalar_apply = starting_critic(config, models, mesh)

@@ -28,7 +28,7 @@ from model_config import ModelConfig, check_fit
 from objectives import imitate
 from objectives.policy import missing_eos, response_logprobs
 from planning.dry_run import describe, preview_items
-from rewards.scorer import make_scorer
+from rewards.scorer import make_reward_scorer
 from rollout import (
     Batch,
     Condition,
@@ -235,7 +235,7 @@ def main(config: Config) -> dict[str, float]:
     by_quantile, length = config.select == "quantiles", config.max_prompt + config.max_new_tokens
     check_fit(config.model, tokenizer.size, length + 2 * by_quantile)
     words = quantile_words(config, tokenizer) if by_quantile else None
-    models, score = make_scorer([config.reward], tokenizer, mesh)
+    models, score = make_reward_scorer([config.reward], tokenizer, mesh)
     init, apply = init_and_apply(LanguageModel(config.model))
     source = open_source(config.data, "prompt", "train", seed=config.seed)
     prompts = prompt_batches(

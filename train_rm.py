@@ -17,12 +17,13 @@ import numpy as np
 from data.batches import comparison_batches
 from data.sources import open_source
 from data.tokenizer import tokenizer_for
-from evaluation.reward_model import make_comparison_evaluation, make_scorer
+from evaluation.reward_model import make_comparison_evaluation
 from lora import LoraConfig, note_lora_base, with_adapters
 from model import Params, ScalarModel, init_and_apply
 from model_config import ModelConfig, check_fit
 from objectives.reward import ranking_objective
 from planning.dry_run import describe, preview
+from rewards.models import make_text_scorer
 from runtime import flags
 from runtime.checkpoint import Checkpoints
 from runtime.errors import UserError
@@ -127,7 +128,7 @@ def main(config: Config) -> dict[str, float]:
     evaluate = make_comparison_evaluation(
         config.model, held_out, tokenizer, config.length, config.eval_records
     )
-    score = make_scorer(config.model, tokenizer, config.length)
+    score = make_text_scorer(config.model, tokenizer, config.length)
 
     if config.dry_run:
         return preview(config, init, optimizer, mesh, next(batches), tokenizer)

@@ -25,7 +25,7 @@ from side_by_side import (
 import train_ppo
 from model import LanguageModel, ScalarModel, init_and_apply
 from model_config import ModelConfig
-from rewards.scorer import make_model_scorer
+from rewards.models import make_model_scorer
 from rollout import make_rollout, shuffled
 from runtime import flags
 from train_state import init_state

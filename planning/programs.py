@@ -17,7 +17,8 @@ from model import LanguageModel, ScalarModel, empty_cache, init_and_apply
 from model_config import ModelConfig
 from objectives import direct
 from objectives.group import PAPERS, best_and_worst
-from rewards.scorer import is_function, make_model_scorer
+from rewards.models import make_model_scorer
+from rewards.scorer import is_function
 from rollout import make_rollout, shuffled
 from runtime.errors import require
 from runtime.flags import fill_paper_defaults

@@ -22,7 +22,7 @@ import train_ppo
 import train_rm
 import train_sft
 from collect import rank as collect
-from evaluation.gold import make_measure
+from evaluation.gold import make_kl_sampler
 from model import LanguageModel, ScalarModel, init_and_apply
 from model_config import ModelConfig
 from responses import load_run
@@ -114,7 +114,7 @@ def test_evaluation_writes_what_others_read(runs, capsys):
 
 def test_prompts_too_long_for_the_evaluation_are_cut(runs):
     model, tokenizer, params = load_run(f"{runs}/sft")
-    measure = make_measure(model, SamplingConfig(max_new_tokens=2), tokenizer, 16)
+    measure = make_kl_sampler(model, SamplingConfig(max_new_tokens=2), tokenizer, 16)
     texts = ["what is the capital of sweden? " * 4, "hello."]
     assert len(tokenizer.prompt(texts[0])) > 16 and len(measure(params, params, texts, 0)) == 2
 

@@ -1,0 +1,175 @@
+"""Reward models as scores: of texts, of a rollout's responses, and of the steps of solutions.
+
+All three run the same model over rows of prompt and response (`make_scalars`). They differ in how
+rows come to be, and in which of a row's scalars make its score.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import numpy as np
+
+from data.batches import Row, cut_left, pad_examples, pad_prompts
+from data.tokenizer import Message, Tokenizer
+from model import Params, ScalarModel, init_and_apply
+from model_config import ModelConfig
+from objectives.likelihood import inputs
+from objectives.reward import last_token, running_score, step_ends
+from responses import full_parts
+from runtime.errors import UserError
+from runtime.run_folder import load_config
+from sharding import abstract, to_host, to_mesh
+from train_state import load_params
+
+Batch = Mapping[str, Any]
+"""Arrays by name."""
+Prompt = str | Sequence[Message]
+StepScore = Literal["product", "minimum", "last"]
+STEP_SCORES: tuple[StepScore, ...] = get_args(StepScore)
+"""How the probabilities of a response's steps make its score (objectives/reward.py)."""
+TEXT_ROWS = 128
+STEP_ROWS = 512
+"""Rows a call, of texts and of solutions; the last call's are filled up."""
+SHORTEST_PROMPT = 8
+"""Tokens of a prompt that are kept, however long the response."""
+
+
+class RewardModel(NamedTuple):
+    """The shape of a reward model, and its parameters on the mesh."""
+
+    config: ModelConfig
+    params: Params
+
+
+def load_reward_model(run: str, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -> RewardModel:
+    """Load the reward model of the folder `run`, whichever script trained it, onto `mesh`.
+
+    Raises UserError for the run of a language model, and for one whose tokenizer is another than
+    `tokenizer`, the policy's.
+    """
+    stored = load_config(run)
+    if "head" not in load_params(run):
+        raise UserError(
+            f"{run}: a language model (of {stored['script']}); name the run of a reward model"
+        )
+    theirs = Tokenizer.load(run).sha256
+    ours = tokenizer.sha256
+    if theirs != ours:
+        raise UserError(
+            f"{run}: its tokenizer is {theirs[:12]}, that of the policy is {ours[:12]}; "
+            "use one trained from it"
+        )
+
+    config = ModelConfig(**stored["model"])
+    init, _ = init_and_apply(ScalarModel(config))
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    return RewardModel(config, load_params(run, shapes=abstract(shapes, mesh)))
+
+
+def make_scalars(config: ModelConfig) -> Callable[[Params, Batch], jax.Array]:
+    """Make the pass of a reward model of shape `config` over rows of prompt and response.
+
+    Returns scalars(params, batch) -> float32 [B, T], traceable: the scalar at each token, after
+    which it says how good the row is so far. `batch`: `tokens_BT`, `segment_ids_BT` and
+    `positions_BT`, padded on either side.
+    """
+    _, apply = init_and_apply(ScalarModel(config))
+
+    def scalars(params: Params, batch: Batch) -> jax.Array:
+        return apply(params, *inputs(batch))
+
+    return scalars
+
+
+def make_model_scorer(
+    config: ModelConfig,
+) -> Callable[[Params, Batch], tuple[jax.Array, jax.Array]]:
+    """Make the jitted scorer of a rollout's responses by a reward model of shape `config`.
+
+    Returns score(params, batch) -> (scores [B], scalars [B, R + 1]). A score is the scalar at the
+    response's last token, its end token included. The scalars are those at the last token of the
+    prompt and at the response's R tokens. `batch`: a rollout's (rollout.py), with `mask_BR`.
+    """
+    scalars = make_scalars(config)
+
+    @jax.jit
+    def score(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        scalars_BT = scalars(params, batch)
+        new = batch["mask_BR"].shape[1]
+        return last_token(scalars_BT, batch["segment_ids_BT"]), scalars_BT[:, -new - 1 :]
+
+    return score
+
+
+def make_text_scorer(
+    config: ModelConfig, tokenizer: Tokenizer, length: int
+) -> Callable[[Params, Sequence[Prompt], Sequence[str]], list[float]]:
+    """Make the scorer of responses that are texts, by a reward model of shape `config`.
+
+    Returns score_texts(params, prompts, responses) -> one score a response, in order. A prompt is
+    a user's text or a list of messages; there are as many as responses. The end token is added to
+    each response. Rows of more than `length` tokens are cut on the left as in training: the prompt
+    first, down to 8 tokens, then whatever is still too long.
+    """
+    scalars = make_scalars(config)
+
+    @jax.jit
+    def last_scalars(params: Params, batch: Batch) -> jax.Array:
+        return last_token(scalars(params, batch), batch["segment_ids_BT"])
+
+    def row_of(prompt: Prompt, response: str) -> Row:
+        answer = [*tokenizer.encode(response), tokenizer.eos]
+        room = max(length - len(answer), SHORTEST_PROMPT)
+        asked = cut_left(tokenizer.prompt(prompt), room, tokenizer)
+        return {"tokens": [*asked, *answer][-length:]}
+
+    def score_texts(
+        params: Params, prompts: Sequence[Prompt], responses: Sequence[str]
+    ) -> list[float]:
+        rows = [row_of(*pair) for pair in zip(prompts, responses, strict=True)]
+        scores: list[float] = []
+        for _, part in full_parts(rows, TEXT_ROWS):
+            batch = pad_prompts(part, length, tokenizer.pad, fixed=True)
+            scores += to_host(last_scalars(params, batch)).tolist()
+        return scores[: len(rows)]
+
+    return score_texts
+
+
+def make_step_scorer(
+    run: str, tokenizer: Tokenizer, mesh: jax.sharding.Mesh, length: int
+) -> Callable[[Sequence[list[int]], Sequence[list[int]]], dict[StepScore, np.ndarray]]:
+    """Load the reward model `run` as a scorer of the steps of solutions.
+
+    Returns score_steps(prompts, responses) -> {way: log of the score [N]} for each of STEP_SCORES.
+    Both are token lists, N of each, at most `length` tokens together; a response may have its end
+    token. What is written so far of one is scored too: its last token ends a step. Raises
+    UserError as `load_reward_model` does.
+    """
+    config, params = load_reward_model(run, tokenizer, mesh)
+    scalars = make_scalars(config)
+    newlines = tokenizer.newlines()
+
+    @jax.jit
+    def last_scores(params: Params, batch: Batch) -> dict[StepScore, jax.Array]:
+        ends_BT = step_ends(batch["tokens_BT"], batch["loss_mask_BT"], newlines)
+        logits_BT = scalars(params, batch)
+        return {way: running_score(logits_BT, ends_BT, way)[:, -1] for way in STEP_SCORES}
+
+    def row_of(prompt: list[int], response: list[int]) -> Row:
+        mask = [0] * len(prompt) + [1] * len(response)
+        return {"tokens": [*prompt, *response], "mask": mask}
+
+    def score_steps(
+        prompts: Sequence[list[int]], responses: Sequence[list[int]]
+    ) -> dict[StepScore, np.ndarray]:
+        rows = [row_of(*pair) for pair in zip(prompts, responses, strict=True)]
+        scores: dict[StepScore, list[np.ndarray]] = {way: [] for way in STEP_SCORES}
+        for _, part in full_parts(rows, STEP_ROWS):
+            batch = to_mesh(pad_examples(part, length, tokenizer.pad, fixed=True), mesh)
+            for way, scores_B in jax.device_get(last_scores(params, batch)).items():
+                scores[way].append(scores_B)
+        return {way: np.concatenate(parts)[: len(rows)] for way, parts in scores.items()}
+
+    return score_steps
