@@ -1,8 +1,21 @@
-"""What online methods share: sampled responses as a batch, what is logged of them, minibatches."""
+"""Rollouts of PPO, GRPO and RAFT: sample, join to the prompts, log, cut into minibatches.
 
-from collections.abc import Callable
+B rows, P tokens of prompt, R of response, T = P + R. One row, with P = 4 and R = 4:
+
+    position        0     1     2     3     4     5     6     7
+    tokens_BT     pad   bos    is    it   yes     .   eos   pad
+    segment_ids     0     1     1     1     1     1     1     0
+    response_BR                           yes     .   eos   pad
+    mask_BR                                 1     1     1     0
+
+Prompts are padded on the left, so every response starts at position P. Responses are padded on
+the right; their end-of-turn token is under the mask. Which position predicts a response's token
+is explained in objectives/policy.py.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -11,56 +24,112 @@ import numpy as np
 from data.batches import Batches
 from data.tokenizer import Tokenizer
 from model import Params
+from model_config import ModelConfig
 from objectives.policy import kl_estimate, masked_mean
-from sampling import Samples, SamplingConfig, generate
+from runtime.errors import UserError
+from sampling import Apply, Samples, SamplingConfig, generate
 from sharding import constrain_batch, gathered, to_host, to_mesh
 
-Batch = dict[str, jax.Array]
-Condition = Callable[[Batch], Batch]
+Record = dict[str, Any]
+Metrics = dict[str, Any]
+Prompts = dict[str, jax.Array]
+"""Left-padded prompts as data.batches.prompt_batches yields them, [B / n, P] int32: `tokens_BT`,
+`segment_ids_BT` and `positions_BT`. The suffix is T, as in every batch; beside a rollout it is P."""
+
+
+class Rollout(TypedDict):
+    """Sampled responses behind their prompts. Responses to one prompt are neighbouring rows."""
+
+    tokens_BT: jax.Array
+    """[B, P + R] int32."""
+    segment_ids_BT: jax.Array
+    """1 for real tokens, 0 for padding, int32."""
+    positions_BT: jax.Array
+    """0 at the first real token, int32."""
+    response_BR: jax.Array
+    """The last R columns of `tokens_BT`."""
+    mask_BR: jax.Array
+    """1 for the response's tokens, the end-of-turn token included; float32."""
+    sampler_logp_BR: jax.Array
+    """The sampler's log-probabilities at the sampling temperature, in nats; 0 where masked."""
+
+
+Score = Callable[[Rollout, list[Record]], tuple[dict[str, jax.Array], dict[str, jax.Array]]]
+"""score(rollout, records) -> ({reward: scores [B]}, {reward: scalars [B, R + 1]}), as of
+rewards.scorer.make_reward_scorer with its models given."""
+
+
+# --- sampling
 
 
 def make_rollout(
-    config: Any,
-    apply: Any,
-    tokenizer: Tokenizer,
-    n: int = 1,
+    apply: Apply,
+    config: ModelConfig,
+    sampling: SamplingConfig,
     *,
-    eos: int | None = None,
-    condition: Condition = lambda batch: batch,
-):
-    """rollout(policy, prompts, key): prompts and `n` sampled responses to each as one batch, [B, T] with T = P + R.
+    eos: int,
+    pad: int,
+    n: int = 1,
+) -> Callable[[Params, Prompts, jax.Array], Rollout]:
+    """Compile rollout(params, prompts, key) -> Rollout: sample `n` responses to each prompt.
 
-    `config`: a script's, with `temperature` and `max_new_tokens`, and `model`, whose `apply` it is. `eos`: the token
-    that ends a response, if not the tokenizer's. `condition`: the prompts as the policy sees them, where that is not
-    how they come back.
+    `apply` is that of a LanguageModel of `config`. `eos` is the token that ends a response. Rows
+    are in the order of the prompts, `n` to each. Nothing is donated.
     """
-    sampling = SamplingConfig(config.temperature, max_new_tokens=config.max_new_tokens)
-    ends = {"eos": tokenizer.eos if eos is None else eos, "pad": tokenizer.pad}
 
     @jax.jit
-    def rollout(policy: Params, prompts: Batch, key: jax.Array) -> Batch:
-        policy = gathered(policy, config.model.compute_dtype)
-        samples = generate(
-            apply, config.model, policy, condition(prompts), key, sampling, **ends, n=n
-        )
+    def rollout(params: Params, prompts: Prompts, key: jax.Array) -> Rollout:
+        params = gathered(params, config.compute_dtype)
+        samples = generate(apply, config, params, prompts, key, sampling, eos=eos, pad=pad, n=n)
         batch = {**join_responses(prompts, samples), "sampler_logp_BR": samples.logp_BR}
-        return jax.tree.map(
-            constrain_batch, batch
-        )  # or XLA decides how rollouts lie, and may replicate them
+        # Otherwise XLA decides how rollouts lie, and may replicate them.
+        return jax.tree.map(constrain_batch, batch)
 
     return rollout
 
 
-def ended(batch: Batch, eos: int) -> jax.Array:
-    """[B]: whether the response has an end of turn."""
+def join_responses(prompts: Prompts, samples: Samples) -> dict[str, jax.Array]:
+    """Join prompts [B / n, P] and their responses [B, R] into rows [B, P + R].
+
+    Returns the keys of Rollout but for `sampler_logp_BR`. Each prompt is repeated for its n
+    responses, which are neighbouring rows.
+    """
+    n = samples.mask_BR.shape[0] // prompts["tokens_BT"].shape[0]
+    repeated = {name: jnp.repeat(x, n, axis=0) for name, x in prompts.items()}
+    real_BR = samples.mask_BR.astype(jnp.int32)
+    positions_BR = repeated["positions_BT"][:, -1:] + jnp.cumsum(real_BR, axis=1)
+    behind = {
+        "tokens_BT": samples.response_BR,
+        "segment_ids_BT": real_BR,
+        "positions_BT": positions_BR,
+    }
+    rows = {name: jnp.concatenate([repeated[name], x], axis=1) for name, x in behind.items()}
+    return {**rows, "response_BR": samples.response_BR, "mask_BR": samples.mask_BR}
+
+
+# --- what is logged of rollouts
+
+
+def ended(batch: Mapping[str, Any], eos: int) -> jax.Array:
+    """Return [B] bool: True where the response has its end-of-turn token `eos`.
+
+    Reads `response_BR` and `mask_BR`.
+    """
     return jnp.any((batch["response_BR"] == eos) & (batch["mask_BR"] > 0), axis=1)
 
 
 def rollout_metrics(
-    logp_BR: jax.Array, reference_BR: jax.Array, batch: Batch, eos: int
+    logp_BR: jax.Array, reference_BR: jax.Array, batch: Mapping[str, Any], eos: int
 ) -> dict[str, jax.Array]:
-    """What to watch in responses: KL in nats a response, entropy a token, lengths, ends, repeats, the sampler's gap."""
-    mask_BR, response_BR = batch["mask_BR"], batch["response_BR"]
+    """Summarise a Rollout and the policy's and the reference's log-probabilities of it.
+
+    kl, kl_k3: estimates of KL(policy || reference) in nats a response. entropy: minus the mean
+    log-probability of the sampled tokens, an estimate. length: tokens a response. ended: share of
+    responses with an `eos`. repeats: share of tokens equal to the one before. sampler_gap: the
+    largest difference between the sampler's log-probability of a token and `logp_BR`.
+    """
+    mask_BR = batch["mask_BR"]
+    response_BR = batch["response_BR"]
     repeats_BR = (response_BR[:, 1:] == response_BR[:, :-1]) * mask_BR[:, 1:]
     return {
         "kl": ((logp_BR - reference_BR) * mask_BR).sum(1).mean(),
@@ -73,115 +142,169 @@ def rollout_metrics(
     }
 
 
+def sample_rows(
+    records: list[Record], response_BR: jax.Array, tokenizer: Tokenizer, n: int
+) -> list[dict[str, str]]:
+    """Pair each prompt with the first of its `n` responses, as text, for samples.md.
+
+    `records`: those of this host's prompts, in order. Every process must call this; the rows are
+    right on the first host alone.
+    """
+    firsts = to_host(response_BR)[::n][: len(records)]
+    rows = []
+    for record, tokens in zip(records, firsts, strict=True):
+        prompt = record["text"] if "text" in record else record["prompt"][-1]["content"]
+        rows.append({"prompt": prompt, "response": tokenizer.decode(tokens.tolist())})
+    return rows
+
+
+# --- an iteration of a method without a critic: sample, score, compute advantages, again
+
+
+class Shown(NamedTuple):
+    """The prompts and responses of a rollout, for `sample_rows`."""
+
+    records: list[Record]
+    """Of this host's prompts."""
+    response_BR: jax.Array
+
+
 def make_experience(
-    config: Any,
     prompts: Batches,
+    rollout: Callable[[Params, Prompts, jax.Array], Rollout],
+    score: Score,
+    compute_targets: Callable[..., tuple[dict[str, jax.Array], Metrics]],
+    *,
     mesh: jax.sharding.Mesh,
     pad: int,
-    rollout: Callable,
-    score: Callable,
-    judge: Callable,
-    most: int = 1,
-):
-    """experience(policy, reference, key) -> (judged rollouts, metrics, records and responses to show).
+    prompt_length: int,
+    group: int,
+    max_rounds: int = 1,
+) -> Callable[[Params, Params, jax.Array], tuple[dict[str, jax.Array], Metrics, Shown]]:
+    """Return experience(policy, reference, key) -> (batch, metrics, shown).
 
-    Up to `most` rollouts are made, until no group is under an empty mask (`refilled`).
+    A round draws the next batch of `prompts`, samples a `rollout`, and takes the batch to learn
+    from, with its metrics, from `compute_targets(policy, reference, rollout, scores, scalars)`.
+    Groups of `group` responses whose mask is empty there are replaced by those of further rounds,
+    `max_rounds` in all, until every group has a usable response.
+
+    Prompts are padded on the left to `prompt_length`, so that all rounds have one shape. Metrics
+    are means over the rounds, plus `rounds` and `kept`, the share of rows with a usable token.
     """
-    refill = jax.jit(partial(refill_groups, group=config.samples_per_prompt))
+    refill = jax.jit(partial(refill_groups, group=group))
 
-    def widened(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Prompts of one width, so that all rollouts have one shape."""
-        wide = ((0, 0), (config.max_prompt - batch["tokens_BT"].shape[1], 0))
-        return {
-            k: np.pad(x, wide, constant_values=pad if k == "tokens_BT" else 0)
-            for k, x in batch.items()
-        }
-
-    def experience(policy: Params, reference: Params, key: jax.Array):
-        batch, rounds = None, []
-        for number in range(most):
-            asked = to_mesh(widened(next(prompts)), mesh)
-            sampled = rollout(policy, asked, jax.random.fold_in(key, number))
-            judged, metrics = judge(policy, reference, sampled, *score(sampled, prompts.records))
+    def experience(
+        policy: Params, reference: Params, key: jax.Array
+    ) -> tuple[dict[str, jax.Array], Metrics, Shown]:
+        batch: dict[str, jax.Array] = {}
+        rounds = []
+        for number in range(max_rounds):
+            prompt_batch = to_mesh(widened(next(prompts), prompt_length, pad), mesh)
+            sampled = rollout(policy, prompt_batch, jax.random.fold_in(key, number))
+            scores, scalars = score(sampled, prompts.records)
+            targets, metrics = compute_targets(policy, reference, sampled, scores, scalars)
             rounds.append(metrics)
-            batch = judged if batch is None else refill(batch, judged)
+            batch = refill(batch, targets) if batch else targets
             kept = batch["mask_BR"].any(1).mean()
-            if number + 1 < most and kept == 1:
+            # The comparison waits for the device: only where another round may follow.
+            if number + 1 < max_rounds and kept == 1:
                 break
         means = jax.tree.map(lambda *values: sum(values) / len(values), *rounds)
-        shown = prompts.records, sampled["response_BR"]
-        return batch, means | {"rounds": float(len(rounds)), "kept": kept}, shown
+        metrics = {**means, "rounds": float(len(rounds)), "kept": kept}
+        return batch, metrics, Shown(prompts.records, sampled["response_BR"])
 
     return experience
 
 
+def widened(batch: dict[str, np.ndarray], length: int, pad: int) -> dict[str, np.ndarray]:
+    """Pad prompts [B, T] on the left to `length`: tokens with `pad`, all else with 0."""
+    missing = ((0, 0), (length - batch["tokens_BT"].shape[1], 0))
+    fill = dict.fromkeys(batch, 0) | {"tokens_BT": pad}
+    return {name: np.pad(x, missing, constant_values=fill[name]) for name, x in batch.items()}
+
+
+def refill_groups(
+    pool: dict[str, jax.Array], fresh: dict[str, jax.Array], group: int
+) -> dict[str, jax.Array]:
+    """Replace masked-out groups of `pool` by unmasked groups of `fresh` (DAPO, eq. 11).
+
+    Both have the same keys and shapes, `mask_BR` among them, and `group` neighbouring rows a
+    prompt. Where `fresh` has too few, masked-out groups remain.
+    """
+    both = {name: jnp.concatenate([pool[name], fresh[name]]) for name in pool}
+    mask_BR = both["mask_BR"]
+    useful_P = mask_BR.reshape(-1, group * mask_BR.shape[1]).any(1)
+    order_P = jnp.argsort(~useful_P, stable=True)[: useful_P.size // 2]
+    rows_B = (order_P[:, None] * group + jnp.arange(group)).reshape(-1)
+    return {name: x[rows_B] for name, x in both.items()}
+
+
+# --- updates
+
+
 @partial(jax.jit, static_argnames="parts")
-def shuffled(batch: Batch, key: jax.Array, parts: int) -> list[Batch]:
-    """The rows of `batch` in random order, cut into `parts` minibatches."""
+def shuffled(batch: Mapping[str, Any], key: jax.Array, parts: int) -> list[dict[str, jax.Array]]:
+    """Cut the rows of `batch`, in random order, into `parts` minibatches of equal size.
+
+    `parts` must divide the number of rows.
+    """
     order_B = jax.random.permutation(key, jax.tree.leaves(batch)[0].shape[0])
     cut = {name: x[order_B].reshape(parts, -1, *x.shape[1:]) for name, x in batch.items()}
     return [{name: constrain_batch(x[i]) for name, x in cut.items()} for i in range(parts)]
 
 
-def check_first_update(
-    update: dict[str, Any], metrics: dict[str, Any], config: Any, start: int
-) -> None:
-    """Before a run's first update policy = old policy = reference; a breach is a bug, not a setting.
+def shuffled_minibatches(
+    batch: Mapping[str, Any], key: jax.Array, epochs: int, parts: int, first_epoch: int = 0
+) -> Iterator[dict[str, jax.Array]]:
+    """Yield the `parts` minibatches of each epoch, every epoch in another random order.
 
-    In bfloat16 a product over other rows may be tiled, and so rounded, otherwise: by hundredths of a nat a token.
+    Epoch e is shuffled by fold_in(key, first_epoch + e): `first_epoch` leaves smaller numbers to
+    other uses of `key`.
     """
-    kl, gap, exact = (
-        float(metrics["kl"]),
-        float(metrics["sampler_gap"]),
-        config.model.compute_dtype == jnp.float32,
-    )
-    near = 1e-4 if exact else 1e-2
-    if "approx_kl" in update:
-        changed, clipped = float(update["approx_kl"]), float(update["clipped"])
-        assert changed < (1e-9 if exact else 1e-3), (
-            f"ratio is not 1: mean square log ratio {2 * changed}"
-        )
-        assert clipped == 0 or not exact, f"clipped of the first update is {clipped}"
-    else:  # online DPO: no ratio to the old policy, but a margin over the reference
-        assert start > 0 or abs(float(update["margin"])) < near, (
-            f"margin starts at {update['margin']}"
-        )
-    assert start > 0 or abs(kl) < near, f"KL to the reference starts at {kl}"
+    for epoch in range(first_epoch, first_epoch + epochs):
+        yield from shuffled(batch, jax.random.fold_in(key, epoch), parts)
+
+
+def check_first_update(update: Metrics, metrics: Metrics, dtype: Any, start: int) -> None:
+    """Assert that an update began at the policy that sampled: ratio 1, and KL 0 in a new run.
+
+    Called once per start, after the first update. `update`: that step's metrics, which are of the
+    parameters before it (make_train_step), so policy and old policy were equal. `metrics`: the
+    rollout's; in a new run (`start` 0) policy and reference are equal too. A breach is a bug, not
+    a setting. `dtype`: the model's compute type. In bfloat16 a product over other rows may be
+    tiled, and so rounded, otherwise: by hundredths of a nat a token.
+    """
+    exact = dtype == jnp.float32
+    changed = float(update["approx_kl"])
+    limit = 1e-9 if exact else 1e-3
+    assert changed < limit, f"ratio is not 1: mean square log ratio {2 * changed}"
+    clipped = float(update["clipped"])
+    assert clipped == 0 or not exact, f"clipped of the first update is {clipped}"
+    check_sampler(metrics, dtype, start)
+
+
+def check_sampler(metrics: Metrics, dtype: Any, start: int) -> None:
+    """Assert that sampler and training agree on log-probabilities, and that a new run has KL 0.
+
+    Arguments as of `check_first_update`, which calls this.
+    """
+    exact = dtype == jnp.float32
+    kl = float(metrics["kl"])
+    assert start > 0 or abs(kl) < start_tolerance(dtype), f"KL to the reference starts at {kl}"
+    gap = float(metrics["sampler_gap"])
     assert gap < 1e-4 or not exact, f"sampler and trainer disagree by {gap} nats"
 
 
-def sample_rows(
-    records: list[dict[str, Any]], response_BR: jax.Array, tokenizer: Tokenizer, n: int
-) -> list[dict[str, str]]:
-    """A row for each of the records' prompts and the first of its `n` responses; right on the first host alone."""
-    texts = [
-        tokenizer.decode(tokens.tolist()) for tokens in to_host(response_BR)[::n][: len(records)]
-    ]
-    prompts = [
-        record["text"] if "text" in record else record["prompt"][-1]["content"]
-        for record in records
-    ]
-    return [{"prompt": p, "response": r} for p, r in zip(prompts, texts, strict=True)]
+def start_tolerance(dtype: Any) -> float:
+    """Return how far a quantity that starts at 0 may be off, in nats a response."""
+    return 1e-4 if dtype == jnp.float32 else 1e-2
 
 
-def join_responses(prompts: dict[str, jax.Array], samples: Samples) -> dict[str, jax.Array]:
-    """Prompts and responses as one batch [B, T + R], with the responses alone as `response_BR` and `mask_BR`.
+def check_kl(metrics: Mapping[str, float], limit: float) -> None:
+    """Raise UserError where the newest `kl`, in nats a response, is above `limit`.
 
-    Prompts are repeated where there are several samples of each.
+    `metrics` may still be empty: they are written one step late.
     """
-    n = samples.mask_BR.shape[0] // prompts["tokens_BT"].shape[0]
-    prompts = {name: jnp.repeat(x, n, axis=0) for name, x in prompts.items()}
-    real_BR = samples.mask_BR.astype(jnp.int32)
-    after_BR = prompts["positions_BT"][:, -1:] + jnp.cumsum(real_BR, axis=1)
-    parts = {"tokens_BT": samples.response_BR, "segment_ids_BT": real_BR, "positions_BT": after_BR}
-    batch = {name: jnp.concatenate([prompts[name], part], axis=1) for name, part in parts.items()}
-    return {**batch, "response_BR": samples.response_BR, "mask_BR": samples.mask_BR}
-
-
-def refill_groups(pool: Batch, fresh: Batch, group: int) -> Batch:
-    """The rows of `pool`, its groups under an empty mask replaced by those of `fresh` that have one (DAPO, eq. 11)."""
-    both = {name: jnp.concatenate([pool[name], fresh[name]]) for name in pool}
-    useful_P = both["mask_BR"].reshape(-1, group * both["mask_BR"].shape[1]).any(1)
-    order_P = jnp.argsort(~useful_P, stable=True)[: useful_P.size // 2]
-    rows_B = (order_P[:, None] * group + jnp.arange(group)).reshape(-1)
-    return {name: x[rows_B] for name, x in both.items()}
+    kl = metrics.get("kl", 0.0)
+    if kl > limit:
+        raise UserError(f"--kl_limit={limit}: KL reached {kl:.1f} nats; raise --kl_coef")

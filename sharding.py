@@ -4,7 +4,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 import jax
 import numpy as np
@@ -164,9 +164,18 @@ def to_host(tree: Any) -> Any:
     return jax.device_get(jax.tree.map(whole, tree))
 
 
+class DataShard(TypedDict):
+    """The part of the data that a host reads: keywords of data.batches.Batches."""
+
+    process: int
+    """From 0."""
+    processes: int
+    """Parts of the data in all."""
+
+
 def data_shard(
     mesh: Mesh, owners: np.ndarray | None = None, host: int | None = None
-) -> dict[str, int]:
+) -> DataShard:
     """Which part of the data this host reads, as `process` of `processes`, for data.batches.
 
     Hosts whose devices hold the same rows, as where tensor spans them, read the same part. `owners`: the host of each

@@ -1,21 +1,25 @@
-"""Distillation: a student learns a teacher's distribution of each token, on data and on its own samples.
+"""Distillation: a student learns a teacher's distribution of each token.
 
     python train_distill.py --teacher=runs/align/ppo --model.layers=2 --run=runs/small
-    python train_distill.py --teacher=runs/align/ppo --init=runs/small --on_policy=1 --divergence=jsd --run=runs/own
+    python train_distill.py --teacher=runs/align/ppo --init=runs/small --on_policy=1 \\
+        --divergence=jsd --run=runs/own
 
-The loss is alpha CE + (1 - alpha) tau^2 D (Hinton et al. 2015); D and the share of own samples are those of
-generalised knowledge distillation (Agarwal et al. 2024, algorithm 1).
+On data and on the student's own samples. The loss is alpha CE + (1 - alpha) tau^2 D (Hinton et al.
+2015); D and the share of own samples are those of generalised knowledge distillation (Agarwal et
+al. 2024, algorithm 1).
 """
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
+import optax
 
 from data.batches import chat_batches, prompt_batches
-from data.sources import open_source
+from data.sources import Source, open_source
 from data.tokenizer import Tokenizer
 from evaluation.gold import make_gold_evaluation
 from lora import LoraConfig, note_lora_base, with_adapters
@@ -23,75 +27,97 @@ from model import LanguageModel, Params, init_and_apply
 from model_config import ModelConfig, check_fit
 from objectives import distill
 from objectives.likelihood import response_mask
-from planning.dry_run import describe, preview
-from responses import make_sampler
+from planning.dry_run import preview
 from rollout import make_rollout
 from runtime import flags
-from runtime.checkpoint import Checkpoints
-from runtime.errors import UserError, require
+from runtime.errors import require
 from runtime.hosts import HostsConfig
-from runtime.metrics import Recorder
 from runtime.run_folder import load_config
-from sampling import SamplingConfig
 from sharding import MeshConfig, abstract, check_batch, data_shard, make_mesh, to_mesh
-from train_state import as_items, load_params, start_or_resume
-from train_step import OptimizerConfig, make_evaluation, make_optimizer, make_train_step
+from train_state import as_items, load_params
+from train_step import (
+    Batch,
+    Objective,
+    OptimizerConfig,
+    TrainState,
+    make_evaluation,
+    make_optimizer,
+    make_train_step,
+)
+from training_run import Run, make_greedy_samples
 
 EVAL_BATCHES = 4
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
+    # Folders
     run: str = "runs/distill"
     """Folder of this run; running again resumes it."""
     teacher: str = "runs/align/ppo"
     """Run whose model is imitated, of any shape; its tokenizer is the student's."""
     init: str | None = None
     """Run that the student starts from, with the teacher's tokenizer; None: random weights."""
+
+    # Data
     data: str = "world"
-    """Conversations: world, a .jsonl file, or tfds:<name>; of them also the prompts of own samples."""
+    """Conversations: world, a .jsonl file, or tfds:<name>; own samples answer their prompts."""
+
+    # Loss
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
-    """KL(teacher, student), KL(student, teacher), or what lies between (objectives/distill.py)."""
+    """KL(teacher, student), KL(student, teacher), or one in between (objectives/distill.py)."""
     beta: float = 0.5
     """Of jsd: near 0 it is beta times the forward KL, near 1 (1 - beta) times the reverse."""
     alpha: float = 0.1
-    """Weight of the data's own tokens as labels; 1 - alpha of the teacher. 1 is supervised fine-tuning."""
+    """Weight of the data's own tokens as labels; 1 - alpha: the teacher's. 1: fine-tuning."""
     tau: float = 1.0
-    """Both models' logits are divided by this in the divergence, which is multiplied by its square."""
+    """Temperature of both models in the divergence, which is multiplied by its square."""
     on_policy: float = 0.0
     """Share of the steps that train on the student's own samples, which have no labels."""
+
+    # Batches
     steps: int = 900
+    """Updates."""
     batch_size: int = 32
-    """Rows per step, over all devices: of packed conversations, or each one sample of the student's."""
+    """Rows per step, over all devices: packed conversations, or one own sample each."""
     length: int = 64
     """Tokens per row of conversations."""
     max_prompt: int = 20
     """Longest prompt of own samples and of the gold evaluation, in tokens."""
     max_new_tokens: int = 24
-    """Longest response there, in tokens."""
+    """Longest own sample and response of the gold evaluation, in tokens."""
     temperature: float = 1.0
-    """Of the student's samples."""
+    """Sampling temperature of own samples."""
     microbatches: int = 1
     """Parts of a batch whose gradients are summed."""
+
+    # Model
     model: ModelConfig = ModelConfig()
-    """The student's."""
+    """The student's shape; that of --init where there is one."""
     optimizer: OptimizerConfig = OptimizerConfig(lr=2e-3)
+    """Learning rate, schedule, clipping."""
     lora: LoraConfig = LoraConfig()
+    """Low-rank adapters, trained in place of all weights."""
+
+    # Run
     mesh: MeshConfig = MeshConfig()
+    """Devices along each axis."""
     hosts: HostsConfig = HostsConfig()
+    """Processes of this run."""
     seed: int = 0
+    """Of random weights, the order of the data, the kind of each step and samples."""
     eval_every: int = 200
-    """Steps between evaluations on held-out data, and by the gold program (world only); 0: never."""
+    """Steps between evaluations on held-out data, and by the gold program on world; 0: never."""
     save_every: int = 200
     """Steps between checkpoints; 0: at the end only."""
     keep_checkpoints: int = 2
-    """Checkpoints kept."""
+    """Newest checkpoints kept."""
     dry_run: bool = False
     """Print shapes, shardings, memory and the first batch, and write nothing."""
 
 
 def check(config: Config) -> None:
-    """Raises UserError for numbers out of range."""
+    """Raise UserError for numbers out of range."""
     require(0 < config.beta < 1, f"--beta={config.beta}: must be above 0 and below 1")
     require(0 <= config.alpha <= 1, f"--alpha={config.alpha}: must be in 0..1")
     require(config.tau > 0, f"--tau={config.tau}: must be above 0")
@@ -99,137 +125,206 @@ def check(config: Config) -> None:
 
 
 def load_teacher(config: Config) -> tuple[ModelConfig, Tokenizer]:
-    """The teacher's shape and tokenizer; raises UserError where the student cannot have them."""
-    model = ModelConfig(**load_config(config.teacher)["model"])
+    """Return the teacher's shape and tokenizer; UserError where the student cannot have them."""
+    teacher_model = ModelConfig(**load_config(config.teacher)["model"])
     tokenizer = Tokenizer.load(config.teacher)
-    if (
-        config.init is not None
-        and (theirs := Tokenizer.load(config.init).sha256) != tokenizer.sha256
-    ):
-        ours = tokenizer.sha256
-        raise UserError(
-            f"--teacher={config.teacher}: its tokenizer is {ours[:12]}, that of --init is {theirs[:12]}"
+    # A distribution over tokens is another's only where the tokens are the same.
+    if config.init is not None:
+        theirs = Tokenizer.load(config.init).sha256
+        require(
+            theirs == tokenizer.sha256,
+            f"--teacher={config.teacher}: its tokenizer is {tokenizer.sha256[:12]}, "
+            f"that of --init is {theirs[:12]}",
         )
-    for shape in (config.model, model):
-        check_fit(shape, tokenizer.size, config.length)
-        check_fit(shape, tokenizer.size, config.max_prompt + config.max_new_tokens)
-    return model, tokenizer
+    # Both models see all rows.
+    for model in (config.model, teacher_model):
+        check_fit(model, tokenizer.size, config.length)
+        check_fit(model, tokenizer.size, config.max_prompt + config.max_new_tokens)
+    return teacher_model, tokenizer
+
+
+def load_teacher_params(
+    config: Config, teacher_model: ModelConfig, mesh: jax.sharding.Mesh
+) -> Params:
+    """Load the teacher's parameters, sharded over `mesh`."""
+    init, _ = init_and_apply(LanguageModel(teacher_model))
+    # Straight onto its shards, never whole on one device.
+    shapes = abstract(jax.eval_shape(init, jax.random.key(0)), mesh)
+    return load_params(config.teacher, shapes=shapes)
+
+
+class DistillUpdate(NamedTuple):
+    """The two jitted steps and their pieces. Their `held` is {"base", "teacher"}."""
+
+    init: Callable[[jax.Array], Params]
+    """init(key) -> random parameters of the student."""
+    optimizer: optax.GradientTransformation
+    objective: Objective
+    """Of {"student", "teacher"} and a batch of conversations."""
+    data_step: Callable[[TrainState, Batch, Params], tuple[TrainState, dict[str, jax.Array]]]
+    """data_step(state, batch, held) -> (state, metrics): labels and teacher; donates `state`."""
+    own_step: Callable[[TrainState, Batch, Params], tuple[TrainState, dict[str, jax.Array]]]
+    """own_step, the same on own samples: the teacher alone. Its metrics begin with `own/`."""
+
+
+def make_update(config: Config, teacher_model: ModelConfig) -> DistillUpdate:
+    """Make the student's initialiser, its optimiser, its loss and the jitted steps."""
+    init, apply = init_and_apply(LanguageModel(config.model))
+    _, teacher_apply = init_and_apply(LanguageModel(teacher_model))
+    divergences: dict[str, distill.Divergence] = {
+        "forward_kl": distill.forward_kl,
+        "reverse_kl": distill.reverse_kl,
+        "jsd": partial(distill.jsd, beta=config.beta),
+    }
+    objective = partial(
+        distill.distill_objective,
+        apply,
+        teacher_apply,
+        divergence=divergences[config.divergence],
+        alpha=config.alpha,
+        tau=config.tau,
+    )
+
+    # On data and on own samples: one optimiser, one state, two losses.
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    make_step = partial(
+        make_train_step,
+        optimizer=optimizer,
+        microbatches=config.microbatches,
+        max_norm=config.optimizer.clip,
+        full=partial(student_and_teacher, config.lora),
+    )
+    data_step = make_step(objective)
+    unlabelled_step = make_step(partial(objective, labelled=False))
+
+    def own_step(state: TrainState, batch: Batch, held: Params):
+        state, metrics = unlabelled_step(state, batch, held)
+        return state, {f"own/{name}": value for name, value in metrics.items()}
+
+    return DistillUpdate(init, optimizer, objective, data_step, own_step)
+
+
+def student_and_teacher(lora: LoraConfig, held: Params | None, trained: Params) -> Params:
+    """Return {"student", "teacher"}, all parameters of both.
+
+    `held`: {"base", "teacher"}, the base being that of the student's adapters, or None without.
+    `trained`: the student's parameters, or its adapters.
+    """
+    assert held is not None
+    student = with_adapters(lora, held["base"], trained)
+    return {"student": student, "teacher": held["teacher"]}
+
+
+def make_own_samples(
+    config: Config, tokenizer: Tokenizer
+) -> Callable[[Params, Batch, int], Batch]:
+    """Make own_samples(student, prompts, step) -> one response to each prompt, as a batch.
+
+    `prompts`: left-padded, of prompt_batches. The batch, [B, P + R], has a `loss_mask_BT` of the
+    responses.
+    """
+    _, apply = init_and_apply(LanguageModel(config.model))
+    rollout = make_rollout(config, apply, tokenizer)
+
+    def own_samples(student: Params, prompts: Batch, step: int) -> Batch:
+        # Another key each step, and the same one after resuming.
+        key = jax.random.fold_in(jax.random.key(config.seed), step)
+        batch = rollout(student, prompts, key)
+        return {**batch, "loss_mask_BT": response_mask(batch)}
+
+    return own_samples
 
 
 def is_own(config: Config, step: int) -> bool:
-    """Whether `step` trains on own samples: a coin that all hosts, and a resumed run, toss alike."""
+    """Toss the coin for `step`: train on own samples? All hosts, and a resumed run, toss alike."""
     return np.random.default_rng((config.seed, step)).random() < config.on_policy
 
 
+def prompts_of(chats: Source) -> Source:
+    """Turn conversations into prompts, {"prompt"}: all but their last turn."""
+
+    def read(row: int) -> dict[str, Any]:
+        return {"prompt": chats.read(row)["messages"][:-1]}
+
+    return dataclasses.replace(chats, read=read)
+
+
 def main(config: Config) -> dict[str, float]:
+    """Distil a teacher into a student; return the last metrics."""
+    # A mesh of all devices, and a batch that splits over it.
     config = note_lora_base(config)
     mesh = make_mesh(config.mesh)
     check(config)
     check_batch("batch_size", config.batch_size, config.microbatches, mesh)
+
+    # The teacher's shape, and the tokenizer that both have.
     teacher_model, tokenizer = load_teacher(config)
-    source, held_out = (
-        open_source(config.data, "chat", split, seed=config.seed) for split in ("train", "heldout")
+
+    # Data: packed rows of conversations; their prompts, for own samples.
+    train_chats = open_source(config.data, "chat", "train", seed=config.seed)
+    held_out_chats = open_source(config.data, "chat", "heldout", seed=config.seed)
+    sized = {"tokenizer": tokenizer, "batch_size": config.batch_size, **data_shard(mesh)}
+    packed = partial(chat_batches, length=config.length, **sized)
+    batches = packed(train_chats, seed=config.seed)
+    prompts = partial(prompt_batches, length=config.max_prompt, **sized)(
+        prompts_of(train_chats), seed=config.seed
     )
-    options = {"tokenizer": tokenizer, "batch_size": config.batch_size}
-    options |= data_shard(mesh)
-    batches = chat_batches(source, length=config.length, seed=config.seed, **options)
-    asked = dataclasses.replace(source, read=lambda i: {"prompt": source.read(i)["messages"][:-1]})
-    prompts = prompt_batches(asked, length=config.max_prompt, seed=config.seed, **options)
-    held_out_batches = chat_batches(held_out, length=config.length, **options)
+    held_out_batches = packed(held_out_chats)
     eval_batches = [to_mesh(next(held_out_batches), mesh) for _ in range(EVAL_BATCHES)]
 
-    init, apply = init_and_apply(LanguageModel(config.model))
-    teacher_init, teacher_apply = init_and_apply(LanguageModel(teacher_model))
-    divergences = {"forward_kl": distill.forward_kl, "reverse_kl": distill.reverse_kl}
-    divergence = {**divergences, "jsd": partial(distill.jsd, beta=config.beta)}[config.divergence]
-    weights = {"divergence": divergence, "alpha": config.alpha, "tau": config.tau}
-    objective = partial(distill.distill_objective, apply, teacher_apply, **weights)
-    optimizer = make_optimizer(config.optimizer, config.steps)
+    # Two jitted steps. With LoRA `state.params` are the adapters alone; `full` lays their base,
+    # and the teacher, beside them.
+    update = make_update(config, teacher_model)
+    full = partial(student_and_teacher, config.lora)
+    evaluate = make_evaluation(update.objective)
+    own_samples = make_own_samples(config, tokenizer)
 
-    def whole(held: dict[str, Any], trained: Params) -> dict[str, Params]:
-        return {
-            "student": with_adapters(config.lora, held["base"], trained),
-            "teacher": held["teacher"],
-        }
+    # Samples: greedy answers to held-out conversations. The gold program judges the world's own.
+    sample = make_greedy_samples(
+        config.model,
+        tokenizer,
+        [held_out_chats[i]["messages"][:-1] for i in range(min(8, len(held_out_chats)))],
+        max_prompt=config.max_prompt,
+        max_new_tokens=config.max_new_tokens,
+    )
+    gold = None
+    if config.data == "world" and config.eval_every:
+        gold = make_gold_evaluation(config, tokenizer, reference=teacher_model)
 
-    step_of = partial(
-        make_train_step,
-        microbatches=config.microbatches,
-        max_norm=config.optimizer.clip,
-        full=whole,
-    )
-    train_step, own_step = (
-        step_of(objective, optimizer),
-        step_of(partial(objective, labelled=False), optimizer),
-    )
-    evaluate, own = make_evaluation(objective), make_rollout(config, apply, tokenizer)
-    respond = make_sampler(
-        config.model, SamplingConfig(0.0, max_new_tokens=config.max_new_tokens), tokenizer
-    )
-    messages = [held_out[i]["messages"] for i in range(min(8, len(held_out)))]
-    texts = [tokenizer.prompt(m[:-1])[-config.max_prompt :] for m in messages]
-    judges = config.data == "world" and config.eval_every > 0
-    gold = make_gold_evaluation(config, tokenizer, reference=teacher_model) if judges else None
-
+    # A dry run ends here and has written nothing.
     if config.dry_run:
-        return preview(config, init, optimizer, mesh, next(batches), tokenizer)
-    with Checkpoints(
-        config.run,
-        config,
-        script="train_distill",
-        tokenizer=tokenizer.model,
-        keep=config.keep_checkpoints,
-    ) as checkpoints:
-        start, state, position, base = start_or_resume(checkpoints, config, init, optimizer, mesh)
-        shapes = abstract(jax.eval_shape(teacher_init, jax.random.key(0)), mesh)
-        held = {"base": base, "teacher": load_params(config.teacher, shapes=shapes)}
-        if position:
-            batches.restore(position["batches"])
-            prompts.restore(position["prompts"])
-        sizes = {
-            "batch_size": config.batch_size,
-            "length": config.length,
-            "steps": config.steps,
-            "start": start,
-        }
-        title = f"{config.run}: distilling {config.teacher} on {source.name}"
-        print(describe(title, state.params, (state.opt_state, held), **sizes))
-        with Recorder(config.run, config.steps, start) as record:
-            for step in record.steps():
-                if is_own(config, step):
-                    key = jax.random.fold_in(jax.random.key(config.seed), step)
-                    batch = own(
-                        whole(held, state.params)["student"], to_mesh(next(prompts), mesh), key
-                    )
-                    state, metrics = own_step(
-                        state, {**batch, "loss_mask_BT": response_mask(batch)}, held
-                    )
-                    metrics = {f"own/{name}": x for name, x in metrics.items()}
-                else:
-                    batch = to_mesh(next(batches), mesh)
-                    state, metrics = train_step(state, batch, held)
-                record(step, metrics, tokens=batch["tokens_BT"].size)
-                if config.eval_every and (step % config.eval_every == 0 or step == config.steps):
-                    models = whole(held, state.params)
-                    record(step, evaluate(models, eval_batches))
-                    responses = [
-                        tokenizer.decode(r)
-                        for r in respond(models["student"], texts, jax.random.key(step))
-                    ]
-                    shown = zip(messages, responses, strict=True)
-                    record.samples(
-                        step, [{"prompt": m[-2]["content"], "response": r} for m, r in shown]
-                    )
-                    if gold is not None:
-                        record(step, gold(models["student"], models["teacher"]))
-                if checkpoints.due(step, config.save_every, config.steps):
-                    record.flush()
-                    checkpoints.save(
-                        step, as_items(state), {"batches": batches.state, "prompts": prompts.state}
-                    )
-                if checkpoints.stopping:
-                    break
-    return record.last
+        return preview(config, update.init, update.optimizer, mesh, next(batches), tokenizer)
+    with Run(config, tokenizer) as run:
+        # Both streams go on where a resumed run left them. The teacher is loaded once.
+        data = {"batches": batches, "prompts": prompts}
+        state, base = run.start_or_resume(update.init, update.optimizer, mesh, data)
+        held = {"base": base, "teacher": load_teacher_params(config, teacher_model, mesh)}
+        run.describe(
+            f"distilling {config.teacher} on {train_chats.name}",
+            state.params,
+            (state.opt_state, held),
+            length=config.length,
+        )
+        for step in run.steps():
+            # One update, on own samples or on data; its metrics are written while the next runs.
+            if is_own(config, step):
+                student = full(held, state.params)["student"]
+                batch = own_samples(student, to_mesh(next(prompts), mesh), step)
+                state, metrics = update.own_step(state, batch, held)
+            else:
+                batch = to_mesh(next(batches), mesh)
+                state, metrics = update.data_step(state, batch, held)
+            run.record(step, metrics, tokens=batch["tokens_BT"].size)
+
+            # Held-out loss, samples, and gold shares with the KL to the teacher.
+            if run.due(step, config.eval_every):
+                models = full(held, state.params)
+                run.record(step, evaluate(models, eval_batches))
+                run.samples(step, sample(models["student"], jax.random.key(step)))
+                if gold is not None:
+                    run.record(step, gold(models["student"], models["teacher"]))
+            run.save_when_due(step, as_items(state), data)
+    return run.last_metrics
 
 
 if __name__ == "__main__":

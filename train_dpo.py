@@ -1,51 +1,40 @@
-"""Direct methods on preferences: dpo, ipo, kto, orpo, simpo and their kin; chosen and rejected in one pass.
+"""Direct methods on preferences: dpo, ipo, kto, orpo, simpo and their kin.
 
-    python train_dpo.py --init=runs/align/sft --data=runs/align/comparisons.jsonl --gold --run=runs/dpo
-    python train_dpo.py --init=runs/align/sft --data=my_judgements.jsonl --unpaired --loss=kto --run=runs/mine
+    python train_dpo.py --init=runs/align/sft --data=runs/align/comparisons.jsonl --gold
+    python train_dpo.py --init=runs/align/sft --data=my_judgements.jsonl --unpaired --loss=kto
 
-A loss of your own is a function in objectives/direct.py and an entry in `make_objective`.
+A loss of your own is a function in objectives/direct.py, its name in `Loss` here, and an entry in
+`make_objective`.
 """
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from itertools import chain, islice
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from data.batches import Batches, chat_batches, comparison_batches
-from data.preferences import (
-    encode_contrast,
-    forget,
-    hindsight,
-    with_edit_weights,
-    with_mismatched,
-    with_other_prompts,
-    with_rank_weights,
-)
+from data.batches import Batches, comparison_batches
+from data.preferences import with_mismatched
 from data.sources import Source, open_source
-from data.tokenizer import tokenizer_for
+from data.tokenizer import Tokenizer, tokenizer_for
 from evaluation.gold import make_gold_evaluation
 from lora import LoraConfig, note_lora_base, with_adapters
 from model import LanguageModel, Params, init_and_apply
 from model_config import ModelConfig, check_fit
 from objectives import direct
-from objectives.likelihood import likelihood_objective
-from planning.dry_run import describe, preview
-from responses import make_sampler
+from objectives.likelihood import Apply
+from planning.dry_run import preview
 from rewards.reference import cached_reference
 from runtime import flags
-from runtime.checkpoint import Checkpoints
-from runtime.errors import UserError
-from runtime.flags import fill_paper_defaults
+from runtime.errors import require
 from runtime.hosts import HostsConfig
-from runtime.metrics import Recorder
-from sampling import SamplingConfig
 from sharding import MeshConfig, check_batch, data_shard, make_mesh, to_mesh
-from train_state import as_items, start_or_resume, starting_params
+from train_state import as_items, starting_params
 from train_step import (
+    Batch,
     Objective,
     OptimizerConfig,
     Update,
@@ -53,301 +42,335 @@ from train_step import (
     make_optimizer,
     make_train_step,
 )
+from training_run import Run, make_greedy_samples
 
-NO_RANKINGS = ("kto", "contrastive", "unlikelihood", "figa", "hindsight")
-"""Losses that do not compare the responses of a ranking."""
+HostBatch = dict[str, np.ndarray]
+Loss = Literal[
+    "dpo", "cdpo", "robust_dpo", "ipo", "slic", "kto", "orpo", "simpo", "cpo", "slic_hf", "rrhf"
+]
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
+    # Folders
     run: str = "runs/dpo"
     """Folder of this run; running again resumes it."""
     init: str | None = None
     """Run that policy and reference start from, usually of train_sft; None: random weights."""
+
+    # Data
     data: str = "world"
     """Comparisons: world, a .jsonl file, or tfds:<name>."""
     unpaired: bool = False
-    """--data has single responses, each judged desirable or not (kto and unlikelihood)."""
+    """--data has single responses, each judged desirable or not (kto)."""
     tokenizer: str | None = None
     """A SentencePiece .model; None: that of --init, else one trained on the data."""
-    loss: str = "dpo"
-    """dpo, cdpo, robust_dpo, ipo, slic, kto; without a reference orpo, simpo, cpo, slic_hf, rrhf, contrastive,
-    unlikelihood, figa, hindsight."""
+
+    # Loss
+    loss: Loss = "dpo"
+    """dpo to kto pull towards a reference; orpo to rrhf have none."""
     beta: float | None = None
-    """Strength of the pull to the reference; ORPO's lambda; SimPO's and CPO's scale. None: 0.1, for simpo 2."""
+    """Strength of the pull to the reference; ORPO's lambda; SimPO's and CPO's scale.
+    None: 0.1, for simpo 2."""
     label_smoothing: float = 0.1
     """Share of labels taken to be wrong (cdpo, robust_dpo)."""
     simpo_margin: float = 1.0
     """SimPO's margin, in scaled nats per token."""
     delta: float = 1.0
     """Margin of the hinge, in nats (slic_hf) or scaled nats (slic)."""
-    weight: float | None = None
-    """Of the second term: the chosen's NLL (cpo, slic_hf), unwanted tokens (unlikelihood, figa). None: 1, figa 0.5."""
+    weight: float = 1.0
+    """Weight of the chosen response's negative log-likelihood (cpo, slic_hf)."""
     desirable_weight: float = 1.0
     """KTO's weight of desirable responses."""
     undesirable_weight: float = 1.0
     """KTO's weight of undesirable responses."""
-    hidden: float = 0.0
-    """Share of past tokens that cannot be looked at, up to 0.15 (hindsight)."""
-    instructions: int = 4
-    """Prompts between which a response decides (contrastive)."""
     pairs: Literal["all", "best_vs_worst"] = "all"
-    """Of a ranking: all its pairs, averaged over the prompt, or only the best against the worst. With all, orpo, cpo
-    and slic_hf imitate the better of each pair, not the best alone."""
+    """Pairs of a ranking: all, averaged over the prompt, or only the best against the worst.
+    With all, orpo, cpo and slic_hf imitate the better of each pair, not the best alone."""
     reference: Literal["cached", "online"] = "cached"
-    """Its log-probabilities: computed once before the first step and kept in the run, so that training holds one
-    model; or in every step."""
+    """cached: log-probabilities are computed once before the first step and kept in the run, so
+    that training holds one model; online: in every step."""
+
+    # Batches
     steps: int = 300
+    """Updates."""
     batch_size: int = 32
     """Prompts per step, over all devices, each with all its responses."""
     length: int = 40
-    """Longest prompt and response together, in tokens; of hindsight, both responses."""
+    """Longest prompt and response together, in tokens."""
     microbatches: int = 1
     """Parts of a batch whose gradients are summed."""
+
+    # Model
     model: ModelConfig = ModelConfig()
+    """Its shape; that of --init where there is one."""
     optimizer: OptimizerConfig = OptimizerConfig(lr=1e-4, beta2=0.999, weight_decay=0.0)
+    """Learning rate, schedule, clipping."""
     lora: LoraConfig = LoraConfig()
-    mesh: MeshConfig = MeshConfig()
-    hosts: HostsConfig = HostsConfig()
-    seed: int = 0
+    """Low-rank adapters, trained in place of all weights; their base is the reference."""
+
+    # Evaluation
     gold: bool = False
-    """Gold evaluation, of the world's own prompts, also where --data is a file (as collect/rank.py writes it)."""
+    """Gold evaluation on the world's prompts also where --data is a file (of collect/rank.py)."""
     temperature: float = 1.0
-    """Of the responses that the gold program judges."""
+    """Sampling temperature of the responses that the gold program judges."""
     max_prompt: int = 24
     """Longest prompt of the gold evaluation, in tokens."""
     max_new_tokens: int = 24
-    """Longest response of the gold evaluation, in tokens."""
+    """Longest response of the gold evaluation and the samples, in tokens."""
     eval_every: int = 100
     """Steps between evaluations on held-out data; 0: never."""
     eval_records: int = 512
     """Held-out records evaluated."""
+
+    # Run
+    mesh: MeshConfig = MeshConfig()
+    """Devices along each axis."""
+    hosts: HostsConfig = HostsConfig()
+    """Processes of this run."""
+    seed: int = 0
+    """Of random weights, the order of the data and samples."""
     save_every: int = 100
     """Steps between checkpoints; 0: at the end only."""
     keep_checkpoints: int = 2
-    """Checkpoints kept."""
+    """Newest checkpoints kept."""
     dry_run: bool = False
     """Print shapes, shardings, memory and the first batch, and write nothing."""
 
 
-def make_objective(config: Config, apply: Any) -> tuple[Objective, bool]:
-    """The objective of --loss, and whether it needs the reference's log-probabilities."""
-    beta, smoothing = {"beta": config.beta}, {"label_smoothing": config.label_smoothing}
-    pairs = partial(direct.preference_objective, apply, extremes=config.pairs == "best_vs_worst")
-    kto = {
-        "desirable_weight": config.desirable_weight,
-        "undesirable_weight": config.undesirable_weight,
-    }
+def check(config: Config) -> None:
+    """Raise UserError for settings that cannot run together; `beta` is filled in."""
+    require(config.beta is not None and config.beta > 0, f"--beta={config.beta}: must be above 0")
+    require(
+        0 <= config.label_smoothing < 0.5,
+        f"--label_smoothing={config.label_smoothing}: must be at least 0 and below 0.5",
+    )
+    require(
+        not config.unpaired or config.loss == "kto",
+        f"--unpaired: --loss={config.loss} compares responses; use kto",
+    )
+    require(
+        config.pairs == "all" or config.loss not in ("kto", "rrhf"),
+        f"--pairs=best_vs_worst: --loss={config.loss} is none on pairs; leave it out",
+    )
+
+
+class DirectObjective(NamedTuple):
+    """An objective on batches of candidates, and what its batches must have."""
+
+    objective: Objective
+    needs_reference: bool
+    """The batch has `reference_BC`, the reference's log-probability of each candidate, in nats."""
+
+
+def make_objective(config: Config, apply: Apply) -> DirectObjective:
+    """Bind --loss to its settings and to the policy's `apply`; `config.beta` is filled in."""
+    beta = config.beta
+    assert beta is not None, "with_paper_defaults comes first"
+    smoothing = config.label_smoothing
+
+    # A loss on pairs takes the log-probabilities of chosen and rejected, and, where it has a
+    # reference, the reference's of both.
+    extremes = config.pairs == "best_vs_worst"
+    pairs = partial(direct.preference_objective, apply, extremes=extremes)
+
+    # Pulled towards a reference with strength `beta`.
     to_a_reference = {
-        "dpo": partial(pairs, loss=partial(direct.dpo, **beta)),
-        "cdpo": partial(pairs, loss=partial(direct.cdpo, **beta, **smoothing)),
-        "robust_dpo": partial(pairs, loss=partial(direct.robust_dpo, **beta, **smoothing)),
-        "ipo": partial(pairs, loss=partial(direct.ipo, **beta)),
-        "slic": partial(pairs, loss=partial(direct.slic, **beta, delta=config.delta)),
-        "kto": partial(direct.kto_objective, apply, **beta, **kto),
-    }
-    without = {
-        "orpo": partial(pairs, loss=partial(direct.orpo, **beta), per_token=True),
-        "simpo": partial(
-            pairs, loss=partial(direct.simpo, **beta, gamma=config.simpo_margin), per_token=True
+        "dpo": partial(pairs, loss=partial(direct.dpo, beta=beta)),
+        "cdpo": partial(pairs, loss=partial(direct.cdpo, beta=beta, label_smoothing=smoothing)),
+        "robust_dpo": partial(
+            pairs, loss=partial(direct.robust_dpo, beta=beta, label_smoothing=smoothing)
         ),
-        "cpo": partial(pairs, loss=partial(direct.cpo, **beta, nll_weight=config.weight)),
+        "ipo": partial(pairs, loss=partial(direct.ipo, beta=beta)),
+        "slic": partial(pairs, loss=partial(direct.slic, beta=beta, delta=config.delta)),
+        "kto": partial(
+            direct.kto_objective,
+            apply,
+            beta=beta,
+            desirable_weight=config.desirable_weight,
+            undesirable_weight=config.undesirable_weight,
+        ),
+    }
+
+    # Without a reference: `beta` is a scale, or the weight of a term.
+    without = {
+        "orpo": partial(pairs, loss=partial(direct.orpo, beta=beta), per_token=True),
+        "simpo": partial(
+            pairs, loss=partial(direct.simpo, beta=beta, gamma=config.simpo_margin), per_token=True
+        ),
+        "cpo": partial(pairs, loss=partial(direct.cpo, beta=beta, nll_weight=config.weight)),
         "slic_hf": partial(
             pairs, loss=partial(direct.slic_hf, delta=config.delta, weight=config.weight)
         ),
         "rrhf": partial(direct.ranked_objective, apply, loss=direct.rrhf, per_token=True),
-        "contrastive": partial(direct.ranked_objective, apply, loss=direct.contrastive),
-        "unlikelihood": partial(direct.token_objective, apply, loss=direct.unlikelihood),
-        "figa": partial(direct.token_objective, apply, loss=direct.figa),
-        "hindsight": partial(likelihood_objective, apply),
     }
-    if config.loss not in {**to_a_reference, **without}:
-        raise UserError(
-            f"--loss={config.loss}: unknown; choose one of {', '.join({**to_a_reference, **without})}"
-        )
-    return {**to_a_reference, **without}[config.loss], config.loss in to_a_reference
+    objective = {**to_a_reference, **without}[config.loss]
+    return DirectObjective(objective, needs_reference=config.loss in to_a_reference)
 
 
 def make_update(config: Config) -> Update:
     """Make the model's initialiser, its optimiser, its loss and the jitted step."""
     init, apply = init_and_apply(LanguageModel(config.model))
-    objective = make_objective(config, apply)[0]
+    objective = make_objective(config, apply).objective
     optimizer = make_optimizer(config.optimizer, config.steps)
-    full = partial(with_adapters, config.lora)
     step = make_train_step(
-        objective, optimizer, config.microbatches, max_norm=config.optimizer.clip, full=full
+        objective,
+        optimizer,
+        config.microbatches,
+        max_norm=config.optimizer.clip,
+        full=partial(with_adapters, config.lora),
     )
     return Update(init, optimizer, objective, step)
 
 
-def check(config: Config) -> None:
-    """Raises UserError for settings that cannot run together."""
-    if not config.beta > 0:
-        raise UserError(f"--beta={config.beta}: must be above 0")
-    if not 0 <= config.label_smoothing < 0.5:
-        raise UserError(
-            f"--label_smoothing={config.label_smoothing}: must be at least 0 and below 0.5"
-        )
-    if config.unpaired and config.loss not in ("kto", "unlikelihood"):
-        raise UserError(
-            f"--unpaired: --loss={config.loss} compares responses; use kto or unlikelihood"
-        )
-    if config.pairs == "best_vs_worst" and config.loss in (*NO_RANKINGS, "rrhf"):
-        raise UserError(
-            f"--pairs=best_vs_worst: --loss={config.loss} is none on pairs; leave it out"
-        )
-    if config.instructions < 2:
-        raise UserError(f"--instructions={config.instructions}: must be at least 2")
+def make_batches(config: Config, source: Source, tokenizer: Tokenizer, **options: Any) -> Batches:
+    """Batches of candidates, as `comparison_batches` with the `options` of `Batches`.
+
+    For kto the candidates are judged responses and, last, one to another prompt.
+    """
+    # KTO's candidates: the best and the worst response, or one judged response; and one more.
+    if config.loss == "kto":
+        source = with_mismatched(source)
+    return comparison_batches(
+        source, tokenizer, batch_size=config.batch_size, length=config.length, **options
+    )
 
 
-def make_batches(config: Config, source: Source, tokenizer: Any, **options: Any) -> Batches:
-    """Batches in the form that --loss takes."""
-    options |= {"batch_size": config.batch_size, "length": config.length}
-    if config.loss == "hindsight":
-        return chat_batches(hindsight(source), tokenizer, **options)
-    if config.loss == "contrastive":
-        prompts = with_other_prompts(source, config.instructions)
-        return comparison_batches(prompts, tokenizer, encode=encode_contrast, **options)
-    # Judged responses with one to another prompt; unlikelihood's unpaired records take the same form.
-    judged = config.loss == "kto" or config.unpaired
-    return comparison_batches(with_mismatched(source) if judged else source, tokenizer, **options)
+def make_prepare(
+    config: Config,
+    mesh: jax.sharding.Mesh,
+    cached: Callable[[HostBatch], HostBatch] | None,
+    reference: Params | None,
+) -> Callable[[Params, HostBatch], Batch]:
+    """Make prepare(policy, batch) -> `batch` on the mesh, with all that --loss reads.
+
+    That is `reference_BC`, by `cached` (of cached_reference) or else by a pass of `reference`, and
+    for kto `kl_B` instead of the last candidate (direct.kto_kl_estimate). `policy` and `reference`
+    are all parameters of a language model.
+    """
+    _, apply = init_and_apply(LanguageModel(config.model))
+    is_online = make_objective(config, apply).needs_reference and cached is None
+    logprobs = jax.jit(partial(direct.candidate_logprobs, apply))
+    with_kl = jax.jit(partial(direct.kto_kl_estimate, apply))
+
+    def prepare(policy: Params, batch: HostBatch) -> Batch:
+        # Looked up on the host, or computed on the devices.
+        if cached is not None:
+            batch = cached(batch)
+        on_mesh = to_mesh(batch, mesh)
+        if is_online:
+            on_mesh = {**on_mesh, "reference_BC": logprobs(reference, on_mesh)}
+        if config.loss == "kto":
+            on_mesh = with_kl(policy, on_mesh)
+        return on_mesh
+
+    return prepare
 
 
-def on_host(
-    config: Config, batch: dict[str, np.ndarray], step: int, host: int
-) -> dict[str, np.ndarray]:
-    """What a loss needs beside the batch and NumPy can tell."""
-    if config.loss in ("figa", "unlikelihood"):
-        return {"figa": with_edit_weights, "unlikelihood": with_rank_weights}[config.loss](
-            batch, config.weight
-        )
-    if config.loss == "hindsight" and config.hidden:
-        rng = np.random.default_rng((config.seed, step, host))
-        return forget(batch, config.hidden, rng)
-    return batch
+def eval_batch_count(config: Config, held_out: Source) -> int:
+    """Return how many batches hold --eval_records, at least 1; 0 without evaluations."""
+    if not config.eval_every:
+        return 0
+    return max(1, min(config.eval_records, len(held_out)) // config.batch_size)
 
 
-def make_with_kl(apply: Any):
-    """with_kl(policy, batch): the last candidate, which answers another prompt, becomes the estimate `kl_B`."""
-
-    @jax.jit
-    def with_kl(policy: Params, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        last = {name: x[:, -1:] if name != "margin_B" else x for name, x in batch.items()}
-        kl = direct.mismatched_kl(
-            direct.response_logprobs(apply, policy, last), last["reference_BC"]
-        )
-        rest = {name: x[:, :-1] for name, x in batch.items() if name != "margin_B"}
-        return {**rest, "kl_B": jnp.broadcast_to(kl, batch["margin_B"].shape)}
-
-    return with_kl
+def with_paper_defaults(config: Config) -> Config:
+    """Fill `beta`, where it is None, with the value of the loss's paper, and print that."""
+    paper = direct.PAPERS.get(config.loss, direct.USUAL)
+    line = flags.paper_defaults_line(config, config.loss, paper)
+    if line:
+        print(line)
+    return flags.fill_paper_defaults(config, paper)
 
 
 def main(config: Config) -> dict[str, float]:
-    config = note_lora_base(
-        fill_paper_defaults(config, direct.PAPERS.get(config.loss, direct.USUAL))
-    )
+    """Train a policy on preferences; return the last metrics."""
+    # A mesh of all devices, and a batch that splits over it.
+    config = note_lora_base(with_paper_defaults(config))
     mesh = make_mesh(config.mesh)
     check(config)
     check_batch("batch_size", config.batch_size, config.microbatches, mesh, config.length)
-    init, optimizer, objective, train_step = make_update(config)
-    apply = init_and_apply(LanguageModel(config.model))[1]
-    needs_reference = make_objective(config, apply)[1]
+
+    # Data: comparisons or judged responses, the tokenizer they fit, and batches of prompts with
+    # all their candidates.
     schema = "unpaired" if config.unpaired else "comparison"
-    source, held_out = (
-        open_source(config.data, schema, split, seed=config.seed) for split in ("train", "heldout")
-    )
+    source = open_source(config.data, schema, "train", seed=config.seed)
+    held_out = open_source(config.data, schema, "heldout", seed=config.seed)
     tokenizer = tokenizer_for(config, source)
     check_fit(config.model, tokenizer.size, config.length)
-    host = data_shard(mesh)
-    batches_of = partial(make_batches, config, tokenizer=tokenizer, **host)
-    batches = batches_of(source, seed=config.seed)
-    count = (
-        max(1, min(config.eval_records, len(held_out)) // config.batch_size)
-        if config.eval_every
-        else 0
-    )
-    eval_batches = [
-        on_host(config, batch, 0, host["process"]) for batch in islice(batches_of(held_out), count)
-    ]
+    candidates = partial(make_batches, config, tokenizer=tokenizer, **data_shard(mesh))
+    batches = candidates(source, seed=config.seed)
+    eval_batches = list(islice(candidates(held_out), eval_batch_count(config, held_out)))
 
-    whole, evaluate = partial(with_adapters, config.lora), make_evaluation(objective)
-    load_reference = partial(starting_params, init, config.model, config.init, mesh, config.seed)
-    logprobs = jax.jit(partial(direct.response_logprobs, apply))
-    with_kl = make_with_kl(apply) if config.loss == "kto" else lambda policy, batch: batch
-    judges = (config.gold or config.data == "world") and config.eval_every > 0
-    gold = make_gold_evaluation(config, tokenizer) if judges else None
-    respond = make_sampler(
-        config.model, SamplingConfig(0.0, max_new_tokens=config.max_new_tokens), tokenizer
+    # One jitted step. With LoRA `state.params` are the adapters alone; `full` lays their base
+    # beside them. The reference is the policy that training starts from.
+    update = make_update(config)
+    evaluate = make_evaluation(update.objective)
+    full = partial(with_adapters, config.lora)
+    apply = init_and_apply(LanguageModel(config.model))[1]
+    needs_reference = make_objective(config, apply).needs_reference
+    load_reference = partial(
+        starting_params, update.init, config.model, config.init, mesh, config.seed
     )
-    asked = [held_out[i]["prompt"] for i in range(min(8, len(held_out)))]
-    prompts = [tokenizer.prompt(messages)[-config.length :] for messages in asked]
 
+    # Samples: greedy answers to held-out prompts. The gold program judges the world's own.
+    prompts = [held_out[i]["prompt"] for i in range(min(8, len(held_out)))]
+    sample = make_greedy_samples(
+        config.model,
+        tokenizer,
+        prompts,
+        max_prompt=config.length,
+        max_new_tokens=config.max_new_tokens,
+    )
+    gold = None
+    if config.eval_every and (config.gold or config.data == "world"):
+        gold = make_gold_evaluation(config, tokenizer)
+
+    # A dry run ends here and has written nothing.
     if config.dry_run:
-        return preview(config, init, optimizer, mesh, next(batches), tokenizer)
-    with Checkpoints(
-        config.run,
-        config,
-        script="train_dpo",
-        tokenizer=tokenizer.model,
-        keep=config.keep_checkpoints,
-    ) as checkpoints:
-        kept, reference = None, None
+        return preview(config, update.init, update.optimizer, mesh, next(batches), tokenizer)
+    with Run(config, tokenizer) as run:
+        # The reference's log-probabilities: cached before there is a state, so that one model is
+        # held at a time; or, online, by a second model. The base of adapters is the reference.
+        cached = None
         if needs_reference and config.reference == "cached":
-            ahead = chain(eval_batches, islice(batches_of(source, seed=config.seed), config.steps))
-            kept = cached_reference(
-                config.run, ahead, (count, config.steps), logprobs, load_reference, mesh
+            cached = cached_reference(
+                config.run,
+                chain(eval_batches, islice(candidates(source, seed=config.seed), config.steps)),
+                (len(eval_batches), config.steps),
+                jax.jit(partial(direct.candidate_logprobs, apply)),
+                load_reference,
+                mesh,
             )
+        state, base = run.start_or_resume(update.init, update.optimizer, mesh, batches)
+        reference = base
+        if needs_reference and cached is None and base is None:
+            reference = load_reference()
+        prepare = make_prepare(config, mesh, cached, reference)
 
-        def prepared(policy: Params, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-            batch = to_mesh(batch if kept is None else kept(batch), mesh)
-            if reference is not None:
-                batch = {**batch, "reference_BC": logprobs(reference, batch)}
-            return with_kl(policy, batch)
+        run.describe(
+            f"{config.loss} on {source.name}",
+            state.params,
+            (state.opt_state, reference),
+            length=config.length,
+        )
+        for step in run.steps():
+            # One update; its metrics are written while the next one runs.
+            batch = next(batches)
+            policy = full(base, state.params)
+            state, metrics = update.step(state, prepare(policy, batch), base)
+            run.record(step, metrics, tokens=batch["loss_mask_BCT"].size)
 
-        start, state, position, base = start_or_resume(checkpoints, config, init, optimizer, mesh)
-        if needs_reference and kept is None:  # the base of adapters is the reference
-            reference = load_reference() if base is None else base
-        if position:
-            batches.restore(position)
-        sizes = {
-            "batch_size": config.batch_size,
-            "length": config.length,
-            "steps": config.steps,
-            "start": start,
-        }
-        held = reference if base is None else base
-        title = f"{config.run}: {config.loss} on {source.name}"
-        print(describe(title, state.params, (state.opt_state, held), **sizes))
-        with Recorder(config.run, config.steps, start) as record:
-            for step in record.steps():
-                batch = on_host(config, next(batches), step, host["process"])
-                tokens = batch[
-                    "loss_mask_BT" if config.loss == "hindsight" else "loss_mask_BCT"
-                ].size
-                state, metrics = train_step(
-                    state, prepared(whole(base, state.params), batch), base
-                )
-                record(step, metrics, tokens=tokens)
-                if config.eval_every and (step % config.eval_every == 0 or step == config.steps):
-                    params = whole(base, state.params)
-                    record(step, evaluate(params, [prepared(params, b) for b in eval_batches]))
-                    responses = [
-                        tokenizer.decode(r) for r in respond(params, prompts, jax.random.key(step))
-                    ]
-                    shown = zip(asked, responses, strict=True)
-                    record.samples(
-                        step, [{"prompt": m[-1]["content"], "response": r} for m, r in shown]
-                    )
-                    if (
-                        gold is not None
-                    ):  # the KL needs the reference, loaded for this moment if not held
-                        record(step, gold(params, load_reference() if held is None else held))
-                if checkpoints.due(step, config.save_every, config.steps):
-                    record.flush()
-                    checkpoints.save(step, as_items(state), batches.state)
-                if checkpoints.stopping:
-                    break
-    return record.last
+            # Held-out loss, samples, and gold shares. Their KL needs the reference, loaded for
+            # this moment where it is not held.
+            if run.due(step, config.eval_every):
+                policy = full(base, state.params)
+                run.record(step, evaluate(policy, [prepare(policy, b) for b in eval_batches]))
+                run.samples(step, sample(policy, jax.random.key(step)))
+                if gold is not None:
+                    run.record(step, gold(policy, reference or load_reference()))
+            run.save_when_due(step, as_items(state), batches)
+    return run.last_metrics
 
 
 if __name__ == "__main__":

@@ -16,51 +16,67 @@ from lora import LoraConfig, note_lora_base, with_adapters
 from model import LanguageModel, init_and_apply
 from model_config import ModelConfig, check_fit
 from objectives.likelihood import likelihood_objective
-from planning.dry_run import describe, preview
+from planning.dry_run import preview
 from responses import make_sampler
 from runtime import flags
-from runtime.checkpoint import Checkpoints
 from runtime.guard import GuardConfig, guarded, left_out
 from runtime.hosts import HostsConfig
-from runtime.metrics import Recorder
 from sampling import SamplingConfig
 from sharding import MeshConfig, check_batch, data_shard, make_mesh, to_mesh
-from train_state import as_items, start_or_resume
+from train_state import as_items
 from train_step import OptimizerConfig, Update, make_evaluation, make_optimizer, make_train_step
+from training_run import Run, sample_pairs
 
 EVAL_BATCHES = 4
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
+    # Folders
     run: str = "runs/lm"
     """Folder of this run; running again resumes it."""
     init: str | None = None
     """Run to start from; None: random weights."""
+
+    # Data
     data: str = "world"
     """Documents: world, a .jsonl file, or tfds:<name>."""
     tokenizer: str | None = None
     """A SentencePiece .model; None: that of --init, else one trained on the data."""
+
+    # Batches
     steps: int = 1200
+    """Updates."""
     batch_size: int = 32
     """Rows per step, over all devices; each holds several documents, packed."""
     length: int = 64
     """Tokens per row."""
     microbatches: int = 1
-    """Parts of a batch whose gradients are summed; over stages, that go through the pipeline one after another."""
+    """Parts of a batch whose gradients are summed; with pipeline stages, parts in flight."""
+
+    # Model
     model: ModelConfig = ModelConfig()
+    """Its shape; that of --init where there is one."""
     optimizer: OptimizerConfig = OptimizerConfig(lr=4e-3)
+    """Learning rate, schedule, clipping."""
     lora: LoraConfig = LoraConfig()
+    """Low-rank adapters, trained in place of all weights."""
+
+    # Run
     mesh: MeshConfig = MeshConfig()
+    """Devices along each axis."""
     guard: GuardConfig = GuardConfig()
+    """A loss spike, and what is then left out."""
     hosts: HostsConfig = HostsConfig()
+    """Processes of this run."""
     seed: int = 0
+    """Of random weights, the order of the data and samples."""
     eval_every: int = 600
     """Steps between evaluations and samples on held-out data; 0: never."""
     save_every: int = 400
     """Steps between checkpoints; 0: at the end only."""
     keep_checkpoints: int = 2
-    """Checkpoints kept."""
+    """Newest checkpoints kept."""
     dry_run: bool = False
     """Print shapes, shardings, memory and the first batch, and write nothing."""
 
@@ -68,17 +84,22 @@ class Config:
 def make_update(config: Config) -> Update:
     """Make the model's initialiser, its optimiser, its loss and the jitted step."""
     init, apply = init_and_apply(LanguageModel(config.model, config.microbatches))
-    optimizer = make_optimizer(config.optimizer, config.steps)
     objective = partial(likelihood_objective, apply)
-    whole = partial(with_adapters, config.lora)
+    optimizer = make_optimizer(config.optimizer, config.steps)
     step = make_train_step(
-        objective, optimizer, config.microbatches, max_norm=config.optimizer.clip, full=whole
+        objective,
+        optimizer,
+        config.microbatches,
+        max_norm=config.optimizer.clip,
+        full=partial(with_adapters, config.lora),
     )
     return Update(init, optimizer, objective, step)
 
 
 @guarded
 def main(config: Config) -> dict[str, float]:
+    """Pre-train on documents; return the last metrics."""
+    # A mesh of all devices, and a batch that splits over it.
     config = note_lora_base(config)
     mesh = make_mesh(config.mesh)
     check_batch(
@@ -89,78 +110,58 @@ def main(config: Config) -> dict[str, float]:
         config.length,
         config.model.layers,
     )
-    source, held_out = (
-        open_source(config.data, "text", split, seed=config.seed) for split in ("train", "heldout")
-    )
-    tokenizer = tokenizer_for(config, source)
+
+    # Data: documents, the tokenizer they fit, and packed rows. Batches at fault of a loss
+    # spike are left out (runtime/guard.py).
+    train_texts = open_source(config.data, "text", "train", seed=config.seed)
+    held_out_texts = open_source(config.data, "text", "heldout", seed=config.seed)
+    tokenizer = tokenizer_for(config, train_texts)
     check_fit(config.model, tokenizer.size, config.length)
-    host = data_shard(mesh)
-    batches_of = partial(
+    packed = partial(
         text_batches,
         tokenizer=tokenizer,
         batch_size=config.batch_size,
         length=config.length,
-        **host,
+        **data_shard(mesh),
     )
-    batches, held_out_batches = (
-        batches_of(source, seed=config.seed, without=left_out(config.run)),
-        batches_of(held_out),
-    )
+    batches = packed(train_texts, seed=config.seed, without=left_out(config.run))
+    held_out_batches = packed(held_out_texts)
     eval_batches = [to_mesh(next(held_out_batches), mesh) for _ in range(EVAL_BATCHES)]
 
-    init, optimizer, objective, train_step = make_update(config)
-    whole, evaluate = partial(with_adapters, config.lora), make_evaluation(objective)
-    respond = make_sampler(
-        config.model, SamplingConfig(0.0, max_new_tokens=min(64, config.length // 2)), tokenizer
-    )
-    documents = [tokenizer.document(held_out[i]["text"]) for i in range(min(8, len(held_out)))]
-    prompts = [tokens[: min(16, len(tokens) // 2)] for tokens in documents]
+    # One jitted step. With LoRA `state.params` are the adapters alone; `full` lays their base
+    # beside them.
+    update = make_update(config)
+    evaluate = make_evaluation(update.objective)
+    full = partial(with_adapters, config.lora)
 
+    # Samples: greedy continuations of the first held-out documents' beginnings.
+    sampling = SamplingConfig(temperature=0.0, max_new_tokens=min(64, config.length // 2))
+    respond = make_sampler(config.model, sampling, tokenizer)
+    sample_texts = [held_out_texts[i]["text"] for i in range(min(8, len(held_out_texts)))]
+    documents = [tokenizer.document(text) for text in sample_texts]
+    prompts = [tokens[: min(16, len(tokens) // 2)] for tokens in documents]
+    beginnings = [tokenizer.decode(tokens) for tokens in prompts]
+
+    # A dry run ends here and has written nothing.
     if config.dry_run:
-        return preview(config, init, optimizer, mesh, next(batches), tokenizer)
-    with Checkpoints(
-        config.run,
-        config,
-        script="train_lm",
-        tokenizer=tokenizer.model,
-        keep=config.keep_checkpoints,
-    ) as checkpoints:
-        start, state, position, base = start_or_resume(checkpoints, config, init, optimizer, mesh)
-        if position:
-            batches.restore(position)
-        sizes = {
-            "batch_size": config.batch_size,
-            "length": config.length,
-            "steps": config.steps,
-            "start": start,
-        }
-        sizes["microbatches"] = config.microbatches
-        print(
-            describe(
-                f"{config.run}: pre-training on {source.name}",
-                state.params,
-                (state.opt_state, base),
-                **sizes,
-            )
-        )
-        with Recorder(config.run, config.steps, start, guard=config.guard) as record:
-            for step in record.steps():
-                state, metrics = train_step(state, to_mesh(next(batches), mesh), base)
-                record(step, metrics, tokens=config.batch_size * config.length)
-                if config.eval_every and (step % config.eval_every == 0 or step == config.steps):
-                    params = whole(base, state.params)
-                    record(step, evaluate(params, eval_batches))
-                    responses = [
-                        tokenizer.decode(r) for r in respond(params, prompts, jax.random.key(step))
-                    ]
-                    shown = zip(map(tokenizer.decode, prompts), responses, strict=True)
-                    record.samples(step, [{"prompt": p, "response": r} for p, r in shown])
-                if checkpoints.due(step, config.save_every, config.steps):
-                    record.flush()
-                    checkpoints.save(step, as_items(state), batches.state)
-                if checkpoints.stopping:
-                    break
-    return record.last
+        return preview(config, update.init, update.optimizer, mesh, next(batches), tokenizer)
+    with Run(config, tokenizer, guard=config.guard) as run:
+        state, base = run.start_or_resume(update.init, update.optimizer, mesh, batches)
+        title = f"pre-training on {train_texts.name}"
+        run.describe(title, state.params, (state.opt_state, base), length=config.length)
+        for step in run.steps():
+            # One update; its metrics are written while the next one runs.
+            state, metrics = update.step(state, to_mesh(next(batches), mesh), base)
+            run.record(step, metrics, tokens=config.batch_size * config.length)
+
+            # Held-out loss, and samples in samples.md.
+            if run.due(step, config.eval_every):
+                params = full(base, state.params)
+                run.record(step, evaluate(params, eval_batches))
+                responses = respond(params, prompts, jax.random.key(step))
+                run.samples(step, sample_pairs(beginnings, responses, tokenizer))
+            run.save_when_due(step, as_items(state), batches)
+    return run.last_metrics
 
 
 if __name__ == "__main__":

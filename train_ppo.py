@@ -1,43 +1,61 @@
-"""PPO with a critic, against any number of rewards: rollout, judgement, advantages, epochs of clipped updates.
+"""PPO with a critic: sample responses, score them, estimate advantages, update policy and critic.
 
     python train_ppo.py --init=runs/align/sft --reward=runs/align/rm --run=runs/align/ppo
 
-Policy and reference start from the SFT run, the value model from the first reward model, else from the SFT run too. The
-defaults follow the "N+ implementation details" of Stiennon et al. 2020; contested ones are fields of Config.
+Policy and reference start from the SFT run. The critic starts from the first reward model, or from
+the SFT run where no reward is a model. Defaults follow the "N+ implementation details" of Stiennon
+et al. 2020; contested ones are fields of Config. docs/ppo.md follows one
+iteration, tensor by tensor.
 """
 
 import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
-from data.batches import prompt_batches, text_batches
-from data.sources import open_source
+from data.batches import Batches, prompt_batches, text_batches
+from data.sources import Source, open_source
 from data.tokenizer import Tokenizer
 from evaluation.gold import make_gold_evaluation
 from lora import LoraConfig, lora_base, note_lora_base, with_adapters
 from model import LanguageModel, Params, init_and_apply
 from model_config import ModelConfig, check_fit
-from objectives import policy as ppo
+from objectives.policy import (
+    adapt_kl,
+    gae,
+    kl_estimate,
+    masked_mean,
+    missing_eos,
+    policy_objective,
+    response_logprobs,
+    response_values,
+    score_position,
+    token_rewards,
+    value_objective,
+    whiten,
+    with_text,
+)
 from objectives.reward import step_ends, step_rewards
-from planning.dry_run import describe, preview_items
+from planning.dry_run import preview_items
 from rewards.scorer import check_rewards, is_function, make_reward_scorer, pooled
 from rollout import (
-    Batch,
+    Rollout,
     check_first_update,
+    check_kl,
     ended,
     make_rollout,
     rollout_metrics,
     sample_rows,
-    shuffled,
+    shuffled_minibatches,
 )
 from runtime import flags
-from runtime.checkpoint import Checkpoints
-from runtime.errors import UserError, require
+from runtime.errors import require
 from runtime.hosts import HostsConfig
-from runtime.metrics import Recorder
+from sampling import Apply, SamplingConfig
 from sharding import (
     MeshConfig,
     abstract,
@@ -49,7 +67,8 @@ from sharding import (
     to_mesh,
 )
 from train_state import as_items, fresh_state, from_items, starting_critic, starting_params
-from train_step import OptimizerConfig, make_optimizer, make_train_step
+from train_step import Objective, OptimizerConfig, TrainState, make_optimizer, make_train_step
+from training_run import Run
 
 ADAM = partial(
     OptimizerConfig,
@@ -69,15 +88,17 @@ class Config:
     init: str = "runs/align/sft"
     """Run that policy and reference start from."""
     reward: tuple[str, ...] = ("runs/align/rm",)
-    """Each a run of train_rm.py, module:function, called with (response, record), or http://<rewards/serve.py>."""
+    """Each a run of train_rm.py, module:function called with (response, record), or http://<server>
+    (rewards/serve.py)."""
     combine: Literal["mean", "weighted", "minimum", "gated"] = "mean"
-    """Several rewards as one score; gated: the first where all others reach --gate, else --floor."""
+    """How several rewards make one score; gated: the first if all others reach --gate, else
+    --floor."""
     weights: tuple[float, ...] = ()
-    """Of the rewards (weighted: their sum, not divided)."""
+    """One a reward (weighted: the weighted sum, not divided)."""
     gate: float = 0.0
-    """What the second reward and those after it must reach (gated)."""
+    """Least value of the second reward and of those after it (gated)."""
     floor: float = -1.0
-    """Score where one does not (gated)."""
+    """Score where one of them is below --gate (gated)."""
     data: str = "world"
     """Prompts: world, a .jsonl file, or tfds:<name>."""
     steps: int = 24
@@ -97,33 +118,36 @@ class Config:
     max_new_tokens: int = 24
     """Longest response, in tokens."""
     temperature: float = 1.0
-    """Of sampling; policy, reference and updates all divide their logits by it."""
+    """Sampling temperature; also applied to the log-probabilities in the KL and the loss."""
     kl_coef: float = 0.2
-    """Beta: reward per token is -beta KL. The initial one, if adaptive."""
+    """Beta: a token's reward is -beta times its KL estimate. With --kl_target, the first beta."""
     kl_target: float | None = None
-    """KL per response, in nats, that an adaptive beta steers to; None: beta is fixed."""
+    """KL per response, in nats, that beta adapts to; None: beta is fixed. Measured by k1, whatever
+    --kl_estimator."""
     kl_horizon: int = 10_000
-    """Episodes over which the adaptive beta moves."""
+    """Responses over which beta adapts."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
     """Estimate of KL per token in the reward (objectives/policy.py)."""
     kl_limit: float = 50.0
     """The run ends in an error when KL per response exceeds this: the policy has collapsed."""
     step_rewards: Literal["none", "product", "minimum", "last"] = "none"
-    """Reward at each step's last token: how the score changes there by --reward, then a run of train_prm.py."""
+    """Reward at each step's last token: the change of the score there. Then --reward is a run of
+    train_prm.py."""
     score_at: Literal["last", "after"] = "last"
-    """The score is added at the last real token, or at the position after it (where one is left)."""
+    """The score is added at the last real token, or at the position after it if one is left."""
     missing_eos: Literal["replace", "penalty", "none"] = "replace"
-    """A response that never ends: its score becomes, or is lowered by, `missing_eos_score`; or nothing."""
+    """Rule for a response without an end: its score becomes `missing_eos_score`, has it added, or
+    stays."""
     missing_eos_score: float = -1.0
-    """Score of an unended response; with `penalty`, added to its score."""
+    """Score of a response without an end; with `penalty`, added to its score."""
     gamma: float = 1.0
-    """Gamma of the returns."""
+    """Discount of the returns."""
     gae_lambda: float = 0.95
     """Lambda of generalised advantage estimation."""
     whiten_rewards: bool = False
-    """Divide rewards by their standard deviation over the iteration."""
+    """Divide rewards by their standard deviation over the iteration; the mean is put back."""
     whiten_unbiased: bool = False
-    """Variance in whitening divided by n - 1 (TRL, verl) instead of n (OpenAI's and the reproduction's)."""
+    """Divide the variance in whitening by n - 1 (TRL, verl), not n (OpenAI, its reproduction)."""
     clip: float = 0.2
     """Clip of the probability ratio."""
     entropy_coef: float = 0.0
@@ -133,17 +157,17 @@ class Config:
     ptx_coef: float = 1.0
     """Weight of its loss per token beside the policy's; Ouyang et al. 2022 took 27.8."""
     value_clip: float = 0.2
-    """Clip of the value's move within an iteration."""
+    """Clip of the value's change within an iteration."""
     optimizer: OptimizerConfig = ADAM(lr=3e-4)
-    """Of the policy."""
+    """The policy's optimiser."""
     value_optimizer: OptimizerConfig = ADAM(lr=1.5e-3)
-    """Of the value model, which has more to learn: it starts from scores of whole responses."""
+    """The critic's, which has more to learn: it starts from scores of whole responses."""
     model: ModelConfig = ModelConfig()
-    """The policy's; taken from --init."""
+    """The policy's architecture; taken from --init."""
     lora: LoraConfig = LoraConfig()
-    """Of policy and value model both; what they start from are then their bases."""
+    """Adapters of policy and critic; what they start from are then their bases."""
     offload: bool = False
-    """Keep reference and reward models in the host's memory; on the devices only while they judge."""
+    """Keep reference and reward models in the host's memory; on the devices only while in use."""
     mesh: MeshConfig = MeshConfig()
     hosts: HostsConfig = HostsConfig()
     seed: int = 0
@@ -156,250 +180,450 @@ class Config:
     dry_run: bool = False
     """Print shapes, shardings, memory and the first batch, and write nothing."""
 
+    @property
+    def length(self) -> int:
+        """Tokens of a row: prompt and response."""
+        return self.max_prompt + self.max_new_tokens
 
-def make_judge(config: Config, apply: Any, scalar_apply: Any, eos: int, newlines: list[int]):
-    """judge(policy, reference, value, batch, scores, scalars, beta) -> (batch with targets, metrics)."""
+
+class Models(NamedTuple):
+    """The models that advantages are computed with: whole parameters, adapters merged in."""
+
+    policy: Params
+    reference: Params
+    critic: Params
+
+
+class Experience(Rollout):
+    """A rollout and the targets of its updates; [B, R], float32."""
+
+    old_logp_BR: jax.Array
+    """Log-probabilities by the policy that sampled, recomputed by the training code."""
+    old_values_BR: jax.Array
+    """The critic's values of the states in which the tokens were emitted, before its updates."""
+    value_mask_BR: jax.Array
+    """1 for states that have a value: `mask_BR`, and with --score_at=after the state after it."""
+    advantages_BR: jax.Array
+    """Whitened over the batch; 0 where `mask_BR` is."""
+    returns_BR: jax.Array
+    """Targets of the critic: advantages before whitening, plus values."""
+
+
+def make_advantages(
+    config: Config,
+    apply: Apply,
+    scalar_apply: Apply,
+    *,
+    eos: int,
+    newlines: Sequence[int] = (),
+) -> Callable[..., tuple[Experience, dict[str, jax.Array]]]:
+    """Compile compute_advantages(models, rollout, scores, scalars, kl_coef).
+
+    It returns (experience, metrics).
+
+    `models`: a Models; `apply` is the policy's and the reference's, `scalar_apply` the critic's.
+    `scores`: {reward: [B]} and `scalars`: {reward: [B, R + 1]} of rewards.scorer.make_reward_scorer.
+    `kl_coef`: scalar beta. `eos` ends a response; `newlines` are tokens that end a step, used with
+    --step_rewards. Nothing is donated. Metrics are scalars: means over the rollout.
+    """
 
     @jax.jit
-    def judge(
-        policy: Params,
-        reference: Params,
-        value: Params,
-        batch: Batch,
-        scores: Batch,
-        scalars: Batch,
-        beta: Any,
-    ):
-        mask_BR = batch["mask_BR"]
-        logp_BR = ppo.response_logprobs(apply, policy, batch, config.temperature)
-        reference_BR = ppo.response_logprobs(apply, reference, batch, config.temperature)
-        raw_B, steps_BR = pooled(config, scores), jnp.zeros_like(mask_BR)
-        if config.step_rewards != "none":
-            ends_BR = step_ends(batch["response_BR"], mask_BR, newlines)
-            steps_BR = step_rewards(scalars[config.reward[0]][:, 1:], ends_BR, config.step_rewards)
-            raw_B = steps_BR.sum(1)
-        score_B = ppo.missing_eos(
-            raw_B, ended(batch, eos), config.missing_eos, config.missing_eos_score
+    def compute_advantages(
+        models: Models,
+        rollout: Rollout,
+        scores: dict[str, jax.Array],
+        scalars: dict[str, jax.Array],
+        kl_coef: jax.Array,
+    ) -> tuple[Experience, dict[str, jax.Array]]:
+        mask_BR = rollout["mask_BR"]
+
+        # Log-probabilities of the sampled tokens, and values of the states they were emitted in.
+        logp_BR = response_logprobs(apply, models.policy, rollout, config.temperature)
+        reference_BR = response_logprobs(apply, models.reference, rollout, config.temperature)
+        score_index_B, value_mask_BR = score_position(mask_BR, config.score_at)
+        values_BR = response_values(scalar_apply, models.critic, rollout) * value_mask_BR
+
+        # One score a response: the rewards combined, then the rule for a missing end of turn.
+        raw_B, steps_BR = raw_scores(config, rollout, scores, scalars, newlines)
+        score_B = missing_eos(
+            raw_B, ended(rollout, eos), config.missing_eos, config.missing_eos_score
         )
 
-        at_B, value_mask_BR = ppo.score_position(mask_BR, config.score_at)
-        values_BR = ppo.response_values(scalar_apply, value, batch) * value_mask_BR
-        estimate_BR = ppo.kl_estimate(logp_BR, reference_BR, config.kl_estimator)
-        # What the steps were not given comes at the end: the sum is the score, eos rule included.
-        rewards_BR = steps_BR + ppo.token_rewards(
-            score_B - steps_BR.sum(1), estimate_BR, mask_BR, beta, at_B
+        # A reward a token: -beta KL everywhere, the score at the end less what steps were given.
+        kl_BR = kl_estimate(logp_BR, reference_BR, config.kl_estimator)
+        rewards_BR = steps_BR + token_rewards(
+            score_B - steps_BR.sum(1), kl_BR, mask_BR, kl_coef, score_index_B
         )
         if config.whiten_rewards:
-            rewards_BR = ppo.whiten(
+            rewards_BR = whiten(
                 rewards_BR, value_mask_BR, shift_mean=False, unbiased=config.whiten_unbiased
             )
-        advantages_BR, returns_BR = ppo.gae(
+
+        # Advantages and returns, then whitened advantages.
+        advantages_BR, returns_BR = gae(
             rewards_BR, values_BR, gamma=config.gamma, gae_lambda=config.gae_lambda
         )
-        targets = {
+        experience: Experience = {
+            **rollout,
             "old_logp_BR": logp_BR,
             "old_values_BR": values_BR,
             "value_mask_BR": value_mask_BR,
-            "advantages_BR": ppo.whiten(advantages_BR, mask_BR, unbiased=config.whiten_unbiased),
+            "advantages_BR": whiten(advantages_BR, mask_BR, unbiased=config.whiten_unbiased),
             "returns_BR": returns_BR,
         }
         metrics = {
-            **{f"reward/{name}": x.mean() for name, x in scores.items()},
+            **{f"reward/{name}": score.mean() for name, score in scores.items()},
             "score": raw_B.mean(),
             "score_with_eos_rule": score_B.mean(),
-            "kl_coef": beta,
+            "kl_coef": kl_coef,
             "reward": rewards_BR.sum(1).mean(),
-            "value": ppo.masked_mean(values_BR, value_mask_BR),
-            **rollout_metrics(logp_BR, reference_BR, batch, eos),
+            "value": masked_mean(values_BR, value_mask_BR),
+            **rollout_metrics(logp_BR, reference_BR, rollout, eos),
         }
-        return {**batch, **targets}, metrics
+        return experience, metrics
 
-    return judge
+    return compute_advantages
 
 
-def check(c: Config, mesh: Any) -> None:
-    """Raises UserError for settings that cannot run together."""
-    rows, n, weights = c.batch_size, c.samples_per_prompt, (c.ptx_coef, c.entropy_coef)
+def raw_scores(
+    config: Config,
+    rollout: Rollout,
+    scores: dict[str, jax.Array],
+    scalars: dict[str, jax.Array],
+    newlines: Sequence[int],
+) -> tuple[jax.Array, jax.Array]:
+    """Return each response's score [B], before the rule on its end, and the steps' rewards [B, R].
+
+    Without --step_rewards the score is that of the combined rewards, and steps are given 0. With
+    them a step's last token gets the change of the score there, and the score is their sum.
+    """
+    mask_BR = rollout["mask_BR"]
+    if config.step_rewards == "none":
+        return pooled(config, scores), jnp.zeros_like(mask_BR)
+    ends_BR = step_ends(rollout["response_BR"], mask_BR, list(newlines))
+    # Index t + 1 of the scalars is of the state after response token t.
+    after_BR = scalars[config.reward[0]][:, 1:]
+    steps_BR = step_rewards(after_BR, ends_BR, config.step_rewards)
+    return steps_BR.sum(1), steps_BR
+
+
+def check(config: Config, mesh: jax.sharding.Mesh) -> None:
+    """Raise UserError for settings that cannot run together."""
+    rows = config.batch_size
+    group = config.samples_per_prompt
     require(
-        c.minibatches > 0 == rows % c.minibatches,
-        f"--minibatches={c.minibatches}: must divide --batch_size={rows}",
+        config.minibatches >= 1 and rows % config.minibatches == 0,
+        f"--minibatches={config.minibatches}: must divide --batch_size={rows}",
     )
-    require(n > 0 == rows % n, f"--samples_per_prompt={n}: must divide --batch_size={rows}")
-    require(c.epochs >= 1, f"--epochs={c.epochs}: must be at least 1")
     require(
-        min(weights) >= 0,
-        f"--ptx_coef={weights[0]}, --entropy_coef={weights[1]}: must be at least 0",
+        group >= 1 and rows % group == 0,
+        f"--samples_per_prompt={group}: must divide --batch_size={rows}",
+    )
+    require(config.epochs >= 1, f"--epochs={config.epochs}: must be at least 1")
+    require(
+        min(config.ptx_coef, config.entropy_coef) >= 0,
+        f"--ptx_coef={config.ptx_coef}, --entropy_coef={config.entropy_coef}: must be at least 0",
     )
     require(
-        not (c.offload and c.lora.rank),
+        not (config.offload and config.lora.rank),
         "--offload: adapters need their base all the time; leave it out",
     )
+    one_model = len(config.reward) == 1 and not is_function(config.reward[0])
     require(
-        c.step_rewards == "none" or (len(c.reward) == 1 and not is_function(c.reward[0])),
-        f"--step_rewards={c.step_rewards}: --reward must be one run of train_prm.py",
+        config.step_rewards == "none" or one_model,
+        f"--step_rewards={config.step_rewards}: --reward must be one run of train_prm.py",
     )
-    check_rewards(c)
-    check_batch("batch_size / --minibatches", rows // c.minibatches, c.microbatches, mesh)
-    check_batch("batch_size / --samples_per_prompt", rows // n, 1, mesh)
+    check_rewards(config)
+    minibatch_rows = rows // config.minibatches
+    check_batch("batch_size / --minibatches", minibatch_rows, config.microbatches, mesh)
+    check_batch("batch_size / --samples_per_prompt", rows // group, 1, mesh)
 
 
-def make_updates(c: Config, apply: Any, scalar_apply: Any):
-    """((policy optimiser, policy step), (value optimiser, value step))."""
-    policy = partial(
-        ppo.policy_objective,
+class Update(NamedTuple):
+    """How one of the two models is updated."""
+
+    optimizer: optax.GradientTransformation
+    step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
+    """step(state, minibatch, base) -> (state, metrics); `state` is donated."""
+
+
+def make_policy_update(config: Config, apply: Apply) -> Update:
+    """Make the policy's optimiser and its jitted step (train_step.make_train_step)."""
+    objective = partial(
+        policy_objective,
         apply,
-        clip=c.clip,
-        temperature=c.temperature,
-        entropy_coef=c.entropy_coef,
+        clip=config.clip,
+        temperature=config.temperature,
+        entropy_coef=config.entropy_coef,
     )
-    value = partial(ppo.value_objective, scalar_apply, clip=c.value_clip)
-    for loss, options in ((policy, c.optimizer), (value, c.value_optimizer)):
-        optimizer = make_optimizer(options, c.steps * c.epochs * c.minibatches)
-        yield (
-            optimizer,
-            make_train_step(
-                loss,
-                optimizer,
-                c.microbatches,
-                max_norm=options.clip,
-                full=partial(with_adapters, c.lora),
-            ),
-        )
+    return make_update(config, objective, config.optimizer)
+
+
+def make_critic_update(config: Config, scalar_apply: Apply) -> Update:
+    """Make the critic's optimiser and its jitted step (train_step.make_train_step)."""
+    objective = partial(value_objective, scalar_apply, clip=config.value_clip)
+    return make_update(config, objective, config.value_optimizer)
+
+
+def make_update(config: Config, objective: Objective, options: OptimizerConfig) -> Update:
+    """Make the optimiser of `options` over all updates of the run, and the step of `objective`."""
+    optimizer = make_optimizer(options, config.steps * config.epochs * config.minibatches)
+    step = make_train_step(
+        objective,
+        optimizer,
+        config.microbatches,
+        max_norm=options.clip,
+        full=partial(with_adapters, config.lora),
+    )
+    return Update(optimizer, step)
+
+
+def open_data(
+    config: Config, source: Source, tokenizer: Tokenizer, mesh: jax.sharding.Mesh
+) -> dict[str, Batches]:
+    """Open `prompts` from `source`, and with --ptx_data `text`, a minibatch of rows at a time."""
+    shard: dict[str, Any] = {"seed": config.seed, **data_shard(mesh)}
+    prompts = prompt_batches(
+        source,
+        tokenizer,
+        batch_size=config.batch_size // config.samples_per_prompt,
+        length=config.max_prompt,
+        **shard,
+    )
+    if config.ptx_data is None:
+        return {"prompts": prompts}
+    text = text_batches(
+        open_source(config.ptx_data, "text", "train", seed=config.seed),
+        tokenizer,
+        batch_size=config.batch_size // config.minibatches,
+        length=config.length,
+        **shard,
+    )
+    return {"prompts": prompts, "text": text}
+
+
+mixed = jax.jit(with_text, static_argnames="coefficient")
+
+
+def add_text(
+    config: Config, minibatch: dict[str, Any], data: dict[str, Batches], mesh: jax.sharding.Mesh
+) -> dict[str, Any]:
+    """Lay the next rows of pre-training text beside a minibatch, with --ptx_data (PPO-ptx)."""
+    if "text" not in data:
+        return minibatch
+    return mixed(minibatch, to_mesh(next(data["text"]), mesh), coefficient=config.ptx_coef)
+
+
+def fresh_items(
+    config: Config,
+    policy_optimizer: optax.GradientTransformation,
+    critic_optimizer: optax.GradientTransformation,
+    policy: Params,
+    critic: Params,
+) -> dict[str, Any]:
+    """Build what a checkpoint holds before the first iteration: policy, critic and beta.
+
+    Keys: `params` and `rest` of the policy's state, `value`, the critic's state, `beta`. The
+    parameters are copied, for the steps donate theirs; reference and reward models stay.
+    """
+    keys = jax.random.split(jax.random.key(config.seed))
+    policy, critic = jax.tree.map(jnp.copy, (policy, critic))
+    policy_state = fresh_state(config, policy_optimizer, policy, keys[0])
+    critic_state = fresh_state(config, critic_optimizer, critic, keys[1])
+    beta = jnp.float32(config.kl_coef)
+    return {**as_items(policy_state), "value": critic_state, "beta": beta}
+
+
+def next_beta(config: Config, beta: jax.Array, kl: jax.Array) -> jax.Array:
+    """Move beta towards the target KL, if there is one. `kl`: nats a response, by k1."""
+    if config.kl_target is None:
+        return beta
+    return adapt_kl(beta, kl, config.kl_target, config.kl_horizon, config.batch_size)
+
+
+def named(**parts: Mapping[str, Any]) -> dict[str, Any]:
+    """Join metrics under their part's name: named(policy={"loss": x}) is {"policy/loss": x}."""
+    return {f"{part}/{name}": x for part, metrics in parts.items() for name, x in metrics.items()}
+
+
+class Loaded(NamedTuple):
+    """Every model that a run reads; parameters on the mesh."""
+
+    apply: Apply
+    """Of the policy and the reference."""
+    scalar_apply: Apply
+    """Of the critic."""
+    reference: Params
+    critic: Params | None
+    """What the critic starts from; None once it has started."""
+    rewards: dict[str, Params]
+    """Reward models by their run; not of rewards that are functions or servers."""
+    score: Callable[..., Any]
+    """score(rewards, rollout, records), of rewards.scorer.make_reward_scorer."""
+    policy_base: Params | None
+    """Frozen weights under the policy's adapters; None without LoRA."""
+    critic_base: Params | None
+
+
+def load_models(config: Config, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -> Loaded:
+    """Load the reward models, the reference, and what the critic starts from.
+
+    The policy starts as a copy of the reference. Raises UserError for a run that does not fit.
+    """
+    rewards, score = make_reward_scorer(config.reward, tokenizer, mesh)
+    init, apply = init_and_apply(LanguageModel(config.model))
+    reference = starting_params(init, config.model, config.init, mesh, config.seed)
+    critic, scalar_apply = starting_critic(config, rewards, mesh)
+    return Loaded(
+        apply=apply,
+        scalar_apply=scalar_apply,
+        reference=reference,
+        critic=critic,
+        rewards=rewards,
+        score=score,
+        policy_base=lora_base(config.lora, reference),
+        critic_base=lora_base(config.lora, critic),
+    )
+
+
+def put_aside(config: Config, loaded: Loaded) -> Loaded:
+    """Move reference and rewards to the host's memory with --offload; drop the critic's start.
+
+    After it, with --offload, nothing that is only read stays on the devices.
+    """
+    memory = "pinned_host" if config.offload else "device"
+    reference, rewards = to_memory((loaded.reference, loaded.rewards), memory)
+    return loaded._replace(reference=reference, rewards=rewards, critic=None)
+
+
+def first_samples(
+    config: Config, prompts: Batches, rollout: Rollout, tokenizer: Tokenizer
+) -> list[dict[str, str]]:
+    """Pair the first eight prompts with a response each, for samples.md."""
+    group = config.samples_per_prompt
+    return sample_rows(prompts.records, rollout["response_BR"], tokenizer, group)[:8]
+
+
+def on_devices(config: Config, loaded: Loaded) -> tuple[Any, ...]:
+    """List the models that lie on the devices all the time: none with --offload."""
+    return () if config.offload else (loaded.reference, loaded.rewards)
 
 
 def main(config: Config) -> dict[str, float]:
+    """Train a policy by PPO; return the last metrics."""
     config = note_lora_base(config)
     mesh = make_mesh(config.mesh)
     check(config, mesh)
-    tokenizer, length = Tokenizer.load(config.init), config.max_prompt + config.max_new_tokens
-    check_fit(config.model, tokenizer.size, length)
-    models, score = make_reward_scorer(config.reward, tokenizer, mesh)
-    init, apply = init_and_apply(LanguageModel(config.model))
-    reference = starting_params(init, config.model, config.init, mesh, config.seed)
-    critic, scalar_apply = starting_critic(config, models, mesh)
+    tokenizer = Tokenizer.load(config.init)
+    check_fit(config.model, tokenizer.size, config.length)
+
+    # Models, and data: prompts, and text where it is mixed in.
+    loaded = load_models(config, tokenizer, mesh)
     source = open_source(config.data, "prompt", "train", seed=config.seed)
-    options = {"seed": config.seed, **data_shard(mesh)}
-    asked, rows = (
-        config.batch_size // config.samples_per_prompt,
-        config.batch_size // config.minibatches,
-    )
-    prompts = prompt_batches(
-        source, tokenizer, batch_size=asked, length=config.max_prompt, **options
-    )
-    read = {"prompts": prompts}
-    if config.ptx_data is not None:
-        text = open_source(config.ptx_data, "text", "train", seed=config.seed)
-        read["text"] = text_batches(text, tokenizer, batch_size=rows, length=length, **options)
-    with_text = jax.jit(partial(ppo.with_text, coefficient=config.ptx_coef))
-    rollout, whole = (
-        make_rollout(config, apply, tokenizer, config.samples_per_prompt),
-        partial(with_adapters, config.lora),
-    )
-    judge = make_judge(config, apply, scalar_apply, tokenizer.eos, tokenizer.newlines())
-    (policy_optimizer, policy_step), (value_optimizer, value_step) = make_updates(
-        config, apply, scalar_apply
-    )
-    evaluate = (
-        make_gold_evaluation(config, tokenizer)
-        if config.data == "world" and config.eval_every
-        else None
-    )
+    data = open_data(config, source, tokenizer, mesh)
 
-    def fresh(policy: Params, value: Params) -> dict[str, Any]:
-        keys = jax.random.split(jax.random.key(config.seed))
-        copies = jax.tree.map(
-            jnp.copy, (policy, value)
-        )  # the steps donate theirs; reference and rewards stay
-        starts = zip((policy_optimizer, value_optimizer), copies, keys, strict=True)
-        states = [fresh_state(config, *start) for start in starts]
-        return {**as_items(states[0]), "value": states[1], "beta": jnp.float32(config.kl_coef)}
-
-    if config.dry_run:
-        items = abstract(jax.eval_shape(fresh, reference, critic), mesh)
-        return preview_items(
-            config, {**items, "held": (reference, models)}, next(prompts), tokenizer
-        )
-    with Checkpoints(
-        config.run,
+    # The jitted functions of an iteration. With LoRA the states hold adapters alone, and `full`
+    # lays them on their base.
+    sample_rollout = make_rollout(
+        loaded.apply,
+        config.model,
+        SamplingConfig(config.temperature, max_new_tokens=config.max_new_tokens),
+        eos=tokenizer.eos,
+        pad=tokenizer.pad,
+        n=config.samples_per_prompt,
+    )
+    compute_advantages = make_advantages(
         config,
-        script="train_ppo",
-        tokenizer=tokenizer.model,
-        keep=config.keep_checkpoints,
-    ) as saved:
-        found = saved.restore(abstract(jax.eval_shape(fresh, reference, critic), mesh))
-        start, items, position = found or (0, init_sharded(fresh, mesh, reference, critic), None)
-        for name, state in (position or {}).items():
-            read[name].restore(state)
-        policy, value, beta = from_items(items), items["value"], items["beta"]
-        base, value_base = (lora_base(config.lora, params) for params in (reference, critic))
-        del critic  # with --offload nothing of it stays on the devices
-        sizes = {
-            "batch_size": config.batch_size,
-            "length": length,
-            "steps": config.steps,
-            "start": start,
-        }
-        reference, models = to_memory(
-            (reference, models), "pinned_host" if config.offload else "device"
+        loaded.apply,
+        loaded.scalar_apply,
+        eos=tokenizer.eos,
+        newlines=tokenizer.newlines(),
+    )
+    policy_update = make_policy_update(config, loaded.apply)
+    critic_update = make_critic_update(config, loaded.scalar_apply)
+    full = partial(with_adapters, config.lora)
+    evaluate_gold = None
+    if config.data == "world" and config.eval_every:
+        evaluate_gold = make_gold_evaluation(config, tokenizer)
+
+    # What a checkpoint holds: the states of policy and critic, and beta.
+    fresh = partial(fresh_items, config, policy_update.optimizer, critic_update.optimizer)
+    shapes = abstract(jax.eval_shape(fresh, loaded.reference, loaded.critic), mesh)
+    if config.dry_run:
+        items = {**shapes, "held": (loaded.reference, loaded.rewards)}
+        return preview_items(config, items, next(data["prompts"]), tokenizer)
+
+    with Run(config, tokenizer, unit="iteration") as run:
+        items = run.restore(shapes, data)
+        if items is None:
+            items = init_sharded(fresh, mesh, loaded.reference, loaded.critic)
+        policy, critic, beta = from_items(items), items["value"], items["beta"]
+        loaded = put_aside(config, loaded)
+        run.describe(
+            f"PPO on {source.name}",
+            policy.params,
+            (policy.opt_state, critic, *on_devices(config, loaded)),
+            length=config.length,
         )
-        others = (policy.opt_state, value, *(() if config.offload else (reference, models)))
-        print(describe(f"{config.run}: PPO on {source.name}", policy.params, others, **sizes))
-        unchecked = True
-        with Recorder(config.run, config.steps, start, unit="iteration") as record:
-            for step in record.steps():
-                key = jax.random.fold_in(jax.random.key(config.seed), step)
-                batch = rollout(whole(base, policy.params), to_mesh(next(prompts), mesh), key)
-                scores, scalars = score(to_memory(models, "device"), batch, prompts.records)
-                three = (
-                    whole(base, policy.params),
-                    to_memory(reference, "device"),
-                    whole(value_base, value.params),
-                )
-                batch, metrics = judge(*three, batch, scores, scalars, beta)
-                for epoch in range(config.epochs):
-                    for minibatch in shuffled(
-                        batch, jax.random.fold_in(key, epoch), config.minibatches
-                    ):
-                        value, value_metrics = value_step(value, minibatch, value_base)
-                        if "text" in read:
-                            minibatch = with_text(minibatch, to_mesh(next(read["text"]), mesh))
-                        policy, policy_metrics = policy_step(policy, minibatch, base)
-                        if unchecked:
-                            check_first_update(policy_metrics, metrics, config, start)
-                            unchecked = False
-                if config.kl_target is not None:
-                    beta = ppo.adapt_kl(
-                        beta, metrics["kl"], config.kl_target, config.kl_horizon, config.batch_size
+
+        for step in run.steps():
+            # 1. Rollout: sample responses; the sampler's log-probabilities are kept.
+            key = jax.random.fold_in(jax.random.key(config.seed), step)
+            rollout = sample_rollout(
+                full(loaded.policy_base, policy.params),
+                to_mesh(next(data["prompts"]), mesh),
+                key,
+            )
+
+            # 2. Score: each reward's score of each response.
+            scores, scalars = loaded.score(
+                to_memory(loaded.rewards, "device"), rollout, data["prompts"].records
+            )
+
+            # 3. Advantages: one score a response, a reward a token with the KL, GAE, whitening.
+            experience, metrics = compute_advantages(
+                Models(
+                    policy=full(loaded.policy_base, policy.params),
+                    reference=to_memory(loaded.reference, "device"),
+                    critic=full(loaded.critic_base, critic.params),
+                ),
+                rollout,
+                scores,
+                scalars,
+                beta,
+            )
+
+            # 4. Updates: epochs over shuffled minibatches; the critic's and the policy's.
+            for number, minibatch in enumerate(
+                shuffled_minibatches(experience, key, config.epochs, config.minibatches)
+            ):
+                critic, critic_metrics = critic_update.step(critic, minibatch, loaded.critic_base)
+                minibatch = add_text(config, minibatch, data, mesh)
+                policy, policy_metrics = policy_update.step(policy, minibatch, loaded.policy_base)
+                if step == run.start + 1 and number == 0:
+                    check_first_update(
+                        policy_metrics, metrics, config.model.compute_dtype, run.start
                     )
-                metrics |= {f"policy/{name}": x for name, x in policy_metrics.items()}
-                metrics |= {f"value/{name}": x for name, x in value_metrics.items()}
-                record(step, metrics, tokens=config.batch_size * length)
-                if (kl := record.last.get("kl", 0.0)) > config.kl_limit:
-                    raise UserError(
-                        f"--kl_limit={config.kl_limit}: KL reached {kl:.1f} nats; raise --kl_coef"
+
+            # 5. Record; beta moves towards the target KL, if there is one.
+            beta = next_beta(config, beta, metrics["kl"])
+            metrics |= named(policy=policy_metrics, value=critic_metrics)
+            run.record(step, metrics, tokens=config.batch_size * config.length)
+            check_kl(run.last_metrics, config.kl_limit)
+
+            # 6. Samples, the gold evaluation and a checkpoint, when they are due.
+            if run.due(step, config.eval_every):
+                run.samples(step, first_samples(config, data["prompts"], rollout, tokenizer))
+                if evaluate_gold is not None:
+                    run.record(
+                        step,
+                        evaluate_gold(
+                            full(loaded.policy_base, policy.params),
+                            to_memory(loaded.reference, "device"),
+                        ),
                     )
-                if config.eval_every and (step % config.eval_every == 0 or step == config.steps):
-                    shown = (
-                        prompts.records,
-                        batch["response_BR"],
-                        tokenizer,
-                        config.samples_per_prompt,
-                    )
-                    record.samples(step, sample_rows(*shown)[:8])
-                    if evaluate is not None:
-                        record(
-                            step,
-                            evaluate(whole(base, policy.params), to_memory(reference, "device")),
-                        )
-                if saved.due(step, config.save_every, config.steps):
-                    record.flush()
-                    items = {**as_items(policy), "value": value, "beta": beta}
-                    saved.save(
-                        step, items, {name: batches.state for name, batches in read.items()}
-                    )
-                if saved.stopping:
-                    break
-    return record.last
+            run.save_when_due(step, {**as_items(policy), "value": critic, "beta": beta}, data)
+    return run.last_metrics
 
 
 if __name__ == "__main__":

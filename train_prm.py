@@ -1,15 +1,16 @@
-"""Process and outcome reward models: cross-entropy on labels of a response's steps (Lightman et al. 2023).
+"""Reward models of steps: cross-entropy on labels of a response's steps (Lightman et al. 2023).
 
     python train_prm.py --init=runs/maths --data=arithmetic --run=runs/prm
-    python train_prm.py --init=runs/maths --data=labelled.jsonl --run=runs/prm     # lines of collect/steps.py
+    python train_prm.py --init=runs/maths --data=labelled.jsonl --run=runs/prm
     python train_prm.py --init=runs/big --data=phase2_train.jsonl --length=1024 --run=runs/prm800k
 
-The data decides which: labels on all steps train a process model, on the last step only an outcome model.
+collect/steps.py writes labelled.jsonl. Labels on all steps train a process reward model, on the
+last step only an outcome reward model.
 """
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 import numpy as np
@@ -22,46 +23,62 @@ from evaluation.steps import step_table
 from lora import LoraConfig, note_lora_base, with_adapters
 from model import Params, ScalarModel, init_and_apply
 from model_config import ModelConfig, check_fit
-from objectives.likelihood import inputs
+from objectives.likelihood import Apply, inputs
 from objectives.reward import process_objective
-from planning.dry_run import describe, preview
+from planning.dry_run import preview
 from runtime import flags
-from runtime.checkpoint import Checkpoints
-from runtime.errors import UserError
+from runtime.errors import require
 from runtime.hosts import HostsConfig
-from runtime.metrics import Recorder
 from sharding import MeshConfig, check_batch, data_shard, make_mesh, to_host, to_mesh
-from train_state import as_items, start_or_resume
-from train_step import OptimizerConfig, make_optimizer, make_train_step
+from train_state import as_items
+from train_step import OptimizerConfig, Update, make_optimizer, make_train_step
+from training_run import Run
 
 EVAL_ROWS = 128
+"""Solutions evaluated at a time."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
+    # Folders
     run: str = "runs/prm"
     """Folder of this run; running again resumes it."""
     init: str | None = None
     """Run whose decoder to start from, usually of train_sft; None: random weights."""
+
+    # Data
     data: str = "arithmetic"
-    """Solutions with labelled steps: arithmetic, a .jsonl file (also PRM800K's), or tfds:<name>."""
+    """Solutions with labelled steps: arithmetic, a .jsonl file (PRM800K's too), or tfds:<name>."""
     eval_data: str | None = None
-    """Held-out ones; None: the held-out part of --data."""
+    """Held-out solutions; None: the held-out part of --data."""
     tokenizer: str | None = None
     """A SentencePiece .model; None: that of --init, else one trained on the data."""
+
+    # Batches
     steps: int = 1200
+    """Updates."""
     batch_size: int = 32
     """Solutions per step, over all devices."""
     length: int = 64
     """Longest prompt and solution together, in tokens."""
     microbatches: int = 1
     """Parts of a batch whose gradients are summed."""
+
+    # Model
     model: ModelConfig = ModelConfig()
+    """Its shape; that of --init where there is one."""
     optimizer: OptimizerConfig = OptimizerConfig(lr=1e-3)
+    """Learning rate, schedule, clipping."""
     lora: LoraConfig = LoraConfig()
+    """Low-rank adapters, trained in place of all weights."""
+
+    # Run
     mesh: MeshConfig = MeshConfig()
+    """Devices along each axis."""
     hosts: HostsConfig = HostsConfig()
+    """Processes of this run."""
     seed: int = 0
+    """Of random weights and the order of the data."""
     eval_every: int = 200
     """Steps between evaluations on held-out data; 0: never."""
     eval_records: int = 1024
@@ -69,99 +86,114 @@ class Config:
     save_every: int = 200
     """Steps between checkpoints; 0: at the end only."""
     keep_checkpoints: int = 2
-    """Checkpoints kept."""
+    """Newest checkpoints kept."""
     dry_run: bool = False
     """Print shapes, shardings, memory and the first batch, and write nothing."""
 
 
-def make_evaluation(config: Config, apply: Any, source: Source, tokenizer: Tokenizer):
-    """evaluate(params) -> `step_table` on the first of `source`, names prefixed by `eval/`."""
-    records = (source[i] for i in range(min(config.eval_records, len(source))))
-    records = [record for record in records if encode_steps(record, tokenizer, config.length)[0]]
-    if not records:
-        raise UserError(
-            f"{source.name}: no labelled step fits into {config.length} tokens; raise --length"
-        )
-    filled = records + records[:1] * (
-        -len(records) % EVAL_ROWS
-    )  # so that all parts have one shape
+def make_update(config: Config) -> Update:
+    """Make the model's initialiser, its optimiser, its loss and the jitted step."""
+    init, apply = init_and_apply(ScalarModel(config.model))
+    objective = partial(process_objective, apply)
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    step = make_train_step(
+        objective,
+        optimizer,
+        config.microbatches,
+        max_norm=config.optimizer.clip,
+        full=partial(with_adapters, config.lora),
+    )
+    return Update(init, optimizer, objective, step)
+
+
+def make_step_evaluation(
+    apply: Apply, source: Source, tokenizer: Tokenizer, length: int, most: int
+) -> Callable[[Params], dict[str, float]]:
+    """Make evaluate(params) -> the measures of `step_table`, their names prefixed by `eval/`.
+
+    `apply`: of a ScalarModel. Evaluated are the first `most` records of `source` that have a
+    labelled step within `length` tokens; UserError where none has.
+    """
+    first = [source[i] for i in range(min(most, len(source)))]
+    records = [record for record in first if encode_steps(record, tokenizer, length)[0]]
+    require(
+        bool(records),
+        f"{source.name}: no labelled step fits into {length} tokens; raise --length",
+    )
+
+    # Parts of one shape, for one compilation: the last is filled with the first record.
+    filled = records + records[:1] * (-len(records) % EVAL_ROWS)
     pad = partial(pad_steps, fixed=True)
-    parts = [filled[i : i + EVAL_ROWS] for i in range(0, len(filled), EVAL_ROWS)]
-    batches = [collate(encode_steps, pad, part, tokenizer, config.length) for part in parts]
-    logits = jax.jit(lambda params, batch: apply(params, *inputs(batch)))
+    batches = []
+    for start in range(0, len(filled), EVAL_ROWS):
+        part = filled[start : start + EVAL_ROWS]
+        batches.append(collate(encode_steps, pad, part, tokenizer, length))
+    targets_NT = np.concatenate([batch["targets_BT"] for batch in batches])[: len(records)]
+    mask_NT = np.concatenate([batch["loss_mask_BT"] for batch in batches])[: len(records)]
+
+    @jax.jit
+    def step_logits(params: Params, batch: dict[str, jax.Array]) -> jax.Array:
+        return apply(params, *inputs(batch))
 
     def evaluate(params: Params) -> dict[str, float]:
-        logits_NT = np.concatenate([to_host(logits(params, batch)) for batch in batches])
-        columns = (
-            np.concatenate([b[name] for b in batches]) for name in ("targets_BT", "loss_mask_BT")
-        )
-        table = step_table(*(x[: len(records)] for x in (logits_NT, *columns)))
+        parts = [to_host(step_logits(params, batch)) for batch in batches]
+        logits_NT = np.concatenate(parts)[: len(records)]
+        table = step_table(logits_NT, targets_NT, mask_NT)
         return {f"eval/{name}": value for name, value in table.items()}
 
     return evaluate
 
 
 def main(config: Config) -> dict[str, float]:
+    """Train a reward model on solutions with labelled steps; return the last metrics."""
+    # A mesh of all devices, and a batch that splits over it.
     config = note_lora_base(config)
     mesh = make_mesh(config.mesh)
     check_batch("batch_size", config.batch_size, config.microbatches, mesh, config.length)
+
+    # Data: solutions, the tokenizer they fit, and batches of one solution a row. A local file of
+    # --eval_data is held out as a whole.
     source = open_source(config.data, "steps", "train", seed=config.seed)
-    split = (
-        "all"
-        if config.eval_data and config.eval_data.endswith((".jsonl", ".jsonl.gz"))
-        else "heldout"
-    )
-    held_out = open_source(config.eval_data or config.data, "steps", split, seed=config.seed)
+    eval_data = config.eval_data or config.data
+    is_own_file = bool(config.eval_data) and eval_data.endswith((".jsonl", ".jsonl.gz"))
+    held_out_split = "all" if is_own_file else "heldout"
+    held_out = open_source(eval_data, "steps", held_out_split, seed=config.seed)
     tokenizer = tokenizer_for(config, source)
     check_fit(config.model, tokenizer.size, config.length)
-    sizes = {"batch_size": config.batch_size, "length": config.length}
-    batches = steps_batches(source, tokenizer, **sizes, seed=config.seed, **data_shard(mesh))
-
-    init, apply = init_and_apply(ScalarModel(config.model))
-    optimizer = make_optimizer(config.optimizer, config.steps)
-    whole = partial(with_adapters, config.lora)
-    objective = partial(process_objective, apply)
-    train_step = make_train_step(
-        objective, optimizer, config.microbatches, max_norm=config.optimizer.clip, full=whole
+    batches = steps_batches(
+        source,
+        tokenizer,
+        batch_size=config.batch_size,
+        length=config.length,
+        seed=config.seed,
+        **data_shard(mesh),
     )
-    evaluate = make_evaluation(config, apply, held_out, tokenizer)
 
+    # One jitted step. With LoRA `state.params` are the adapters alone; `full` lays their base
+    # beside them. `evaluate` tells right steps of held-out solutions from wrong ones.
+    update = make_update(config)
+    full = partial(with_adapters, config.lora)
+    _, apply = init_and_apply(ScalarModel(config.model))
+    evaluate = make_step_evaluation(apply, held_out, tokenizer, config.length, config.eval_records)
+
+    # A dry run ends here and has written nothing.
     if config.dry_run:
-        return preview(config, init, optimizer, mesh, next(batches), tokenizer)
-    with Checkpoints(
-        config.run,
-        config,
-        script="train_prm",
-        tokenizer=tokenizer.model,
-        keep=config.keep_checkpoints,
-    ) as saved:
-        start, state, position, base = start_or_resume(saved, config, init, optimizer, mesh)
-        if position:
-            batches.restore(position)
-        title = f"{config.run}: step-wise reward model on {source.name}"
-        print(
-            describe(
-                title,
-                state.params,
-                (state.opt_state, base),
-                **sizes,
-                steps=config.steps,
-                start=start,
-            )
-        )
-        with Recorder(config.run, config.steps, start) as record:
-            for step in record.steps():
-                batch = next(batches)
-                state, metrics = train_step(state, to_mesh(batch, mesh), base)
-                record(step, metrics, tokens=batch["tokens_BT"].size)
-                if config.eval_every and (step % config.eval_every == 0 or step == config.steps):
-                    record(step, evaluate(whole(base, state.params)))
-                if saved.due(step, config.save_every, config.steps):
-                    record.flush()
-                    saved.save(step, as_items(state), batches.state)
-                if saved.stopping:
-                    break
-    return record.last
+        return preview(config, update.init, update.optimizer, mesh, next(batches), tokenizer)
+    with Run(config, tokenizer) as run:
+        state, base = run.start_or_resume(update.init, update.optimizer, mesh, batches)
+        title = f"step-wise reward model on {source.name}"
+        run.describe(title, state.params, (state.opt_state, base), length=config.length)
+        for step in run.steps():
+            # One update; its metrics are written while the next one runs.
+            batch = next(batches)
+            state, metrics = update.step(state, to_mesh(batch, mesh), base)
+            run.record(step, metrics, tokens=batch["tokens_BT"].size)
+
+            # Accuracy, AUC and the first wrong step on held-out solutions.
+            if run.due(step, config.eval_every):
+                run.record(step, evaluate(full(base, state.params)))
+            run.save_when_due(step, as_items(state), batches)
+    return run.last_metrics
 
 
 if __name__ == "__main__":

@@ -3,68 +3,90 @@
     python train_rm.py --init=runs/align/sft --data=runs/align/comparisons.jsonl --run=runs/rm
     python train_rm.py --data=my_comparisons.jsonl --run=runs/mine
 
-Afterwards the reward is shifted so that good responses (`--demonstrations`) score 0 on average.
+Afterwards the reward is shifted so that reference responses (`--demonstrations`) score 0
+on average.
 """
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from data.batches import comparison_batches
-from data.sources import open_source
+from data.sources import Source, open_source
 from data.tokenizer import tokenizer_for
 from evaluation.reward_model import make_comparison_evaluation
 from lora import LoraConfig, note_lora_base, with_adapters
 from model import Params, ScalarModel, init_and_apply
 from model_config import ModelConfig, check_fit
 from objectives.reward import ranking_objective
-from planning.dry_run import describe, preview
+from planning.dry_run import preview
 from rewards.models import make_text_scorer
 from runtime import flags
-from runtime.checkpoint import Checkpoints
-from runtime.errors import UserError
+from runtime.errors import require
 from runtime.hosts import HostsConfig
-from runtime.metrics import Recorder
 from sharding import MeshConfig, check_batch, data_shard, make_mesh, to_mesh
-from train_state import as_items, start_or_resume
+from train_state import as_items
 from train_step import OptimizerConfig, Update, make_optimizer, make_train_step
+from training_run import Run
+
+REFERENCE_RESPONSES = 256
+"""Most reference responses that the reward's shift is a mean over."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
+    # Folders
     run: str = "runs/rm"
     """Folder of this run; running again resumes it."""
     init: str | None = None
-    """Run to start from: of train_sft, or a reward model that further comparisons shall better; None: random."""
+    """Run of train_sft, or a reward model to continue on more comparisons; None: random."""
+
+    # Data
     data: str = "world"
     """Comparisons: world, a .jsonl file, or tfds:<name>."""
     eval_data: str | None = None
     """Held-out comparisons; None: the held-out part of --data."""
     demonstrations: str | None = None
-    """Conversations whose responses shall score 0 on average; None: the best response of each comparison."""
+    """Reference responses, as conversations; the reward is shifted so that their mean is 0.
+    None: the best response of each comparison."""
     tokenizer: str | None = None
     """A SentencePiece .model; None: that of --init, else one trained on the data."""
+
+    # Batches
     steps: int = 500
+    """Updates."""
     batch_size: int = 32
     """Prompts per step, over all devices, each with all its candidates."""
     length: int = 32
     """Longest prompt and response together, in tokens."""
     microbatches: int = 1
     """Parts of a batch whose gradients are summed."""
+
+    # Loss
     center_rewards_coef: float = 0.0
-    """Coefficient of (r_chosen + r_rejected)^2; 0.01 is usual."""
+    """Coefficient of (r_chosen + r_rejected)^2, which holds rewards near 0; 0.01 is usual."""
     lm_coef: float = 0.0
-    """Coefficient of the best response's negative log-likelihood per token; needs tied embeddings."""
+    """Coefficient of the best response's negative log-likelihood per token; for --model.tied."""
+
+    # Model
     model: ModelConfig = ModelConfig()
+    """Its shape; that of --init where there is one."""
     optimizer: OptimizerConfig = OptimizerConfig(lr=1.5e-3)
+    """Learning rate, schedule, clipping."""
     lora: LoraConfig = LoraConfig()
+    """Low-rank adapters, trained in place of all weights."""
+
+    # Run
     mesh: MeshConfig = MeshConfig()
+    """Devices along each axis."""
     hosts: HostsConfig = HostsConfig()
+    """Processes of this run."""
     seed: int = 0
+    """Of random weights and the order of the data."""
     eval_every: int = 500
     """Steps between evaluations on held-out data; 0: never."""
     eval_records: int = 1000
@@ -72,107 +94,128 @@ class Config:
     save_every: int = 250
     """Steps between checkpoints; 0: at the end only."""
     keep_checkpoints: int = 2
-    """Checkpoints kept."""
+    """Newest checkpoints kept."""
     dry_run: bool = False
     """Print shapes, shardings, memory and the first batch, and write nothing."""
-
-
-def mean_score(params: Params, score: Any, config: Config, source: Any) -> jax.Array:
-    """Of good responses; the reward is shifted so that it becomes 0 (Stiennon et al. 2020, section 3.4)."""
-    if config.demonstrations is None:
-        records = [source[i] for i in range(min(256, len(source)))]
-        pairs = [(r["prompt"], r["responses"][int(np.argmin(r["ranking"]))]) for r in records]
-    else:
-        chats = open_source(config.demonstrations, "chat", "train", seed=config.seed)
-        turns = [chats[i]["messages"] for i in range(min(256, len(chats)))]
-        pairs = [(messages[:-1], messages[-1]["content"]) for messages in turns]
-    return jnp.float32(np.mean(score(params, *zip(*pairs, strict=True))))
 
 
 def make_update(config: Config) -> Update:
     """Make the model's initialiser, its optimiser, its loss and the jitted step."""
     init, apply = init_and_apply(ScalarModel(config.model))
+    objective = partial(
+        ranking_objective,
+        apply,
+        center_rewards_coef=config.center_rewards_coef,
+        lm_coef=config.lm_coef,
+    )
     optimizer = make_optimizer(config.optimizer, config.steps)
-    coefficients = {
-        "center_rewards_coef": config.center_rewards_coef,
-        "lm_coef": config.lm_coef,
-    }
-    objective = partial(ranking_objective, apply, **coefficients)
-    whole = partial(with_adapters, config.lora)
     step = make_train_step(
-        objective, optimizer, config.microbatches, max_norm=config.optimizer.clip, full=whole
+        objective,
+        optimizer,
+        config.microbatches,
+        max_norm=config.optimizer.clip,
+        full=partial(with_adapters, config.lora),
     )
     return Update(init, optimizer, objective, step)
 
 
+def reference_responses(config: Config, source: Source) -> tuple[list, list[str]]:
+    """Return up to REFERENCE_RESPONSES prompts (lists of messages) and a good response to each.
+
+    They are the first conversations of --demonstrations with their last turns, or without it the
+    first comparisons of `source` with the first of their best responses.
+    """
+    prompts = []
+    responses = []
+    if config.demonstrations is None:
+        # The comparisons' own best.
+        for i in range(min(REFERENCE_RESPONSES, len(source))):
+            record = source[i]
+            best = int(np.argmin(record["ranking"]))
+            prompts.append(record["prompt"])
+            responses.append(record["responses"][best])
+    else:
+        # The last turns of demonstrations.
+        chats = open_source(config.demonstrations, "chat", "train", seed=config.seed)
+        for i in range(min(REFERENCE_RESPONSES, len(chats))):
+            *prompt, answer = chats[i]["messages"]
+            prompts.append(prompt)
+            responses.append(answer["content"])
+    return prompts, responses
+
+
+def mean_score(
+    params: Params, score: Callable[..., list[float]], config: Config, source: Source
+) -> jax.Array:
+    """Return the mean reward of `reference_responses`, a float32 scalar.
+
+    `score`: of make_text_scorer, score(params, prompts, responses) -> rewards. The model's bias less
+    this mean scores them 0 on average (Stiennon et al. 2020, section 3.4).
+    """
+    rewards = score(params, *reference_responses(config, source))
+    return jnp.float32(np.mean(rewards))
+
+
 def main(config: Config) -> dict[str, float]:
+    """Train a reward model on comparisons; return the last metrics."""
+    # A mesh of all devices, and a batch that splits over it.
     config = note_lora_base(config)
     mesh = make_mesh(config.mesh)
     check_batch("batch_size", config.batch_size, config.microbatches, mesh, config.length)
-    if config.lm_coef and not config.model.tied:
-        raise UserError(
-            "--lm_coef: a reward model keeps no unembedding of its own; use a model with --model.tied"
-        )
+    require(
+        config.model.tied or not config.lm_coef,
+        "--lm_coef: a reward model keeps no unembedding of its own; use a model with --model.tied",
+    )
+
+    # Data: comparisons, the tokenizer they fit, and batches of prompts with all their candidates.
     source = open_source(config.data, "comparison", "train", seed=config.seed)
     held_out = open_source(config.data, "comparison", "heldout", seed=config.seed)
     if config.eval_data is not None:
         held_out = open_source(config.eval_data, "comparison", "all", seed=config.seed)
     tokenizer = tokenizer_for(config, source)
     check_fit(config.model, tokenizer.size, config.length)
-    host = data_shard(mesh)
-    sizes = {"batch_size": config.batch_size, "length": config.length}
-    batches = comparison_batches(source, tokenizer, **sizes, seed=config.seed, **host)
+    batches = comparison_batches(
+        source,
+        tokenizer,
+        batch_size=config.batch_size,
+        length=config.length,
+        seed=config.seed,
+        **data_shard(mesh),
+    )
 
-    init, optimizer, _, train_step = make_update(config)
-    whole = partial(with_adapters, config.lora)
+    # One jitted step. With LoRA `state.params` are the adapters alone; `full` lays their base
+    # beside them. `evaluate` compares rewards of held-out responses, `score` rewards any.
+    update = make_update(config)
     evaluate = make_comparison_evaluation(
         config.model, held_out, tokenizer, config.length, config.eval_records
     )
     score = make_text_scorer(config.model, tokenizer, config.length)
+    full = partial(with_adapters, config.lora)
 
+    # A dry run ends here and has written nothing.
     if config.dry_run:
-        return preview(config, init, optimizer, mesh, next(batches), tokenizer)
-    with Checkpoints(
-        config.run,
-        config,
-        script="train_rm",
-        tokenizer=tokenizer.model,
-        keep=config.keep_checkpoints,
-    ) as checkpoints:
-        start, state, position, base = start_or_resume(checkpoints, config, init, optimizer, mesh)
-        if position:
-            batches.restore(position)
-        title = (
-            f"{config.run}: reward model on {source.name}, {source.candidates} candidates a prompt"
-        )
-        print(
-            describe(
-                title,
-                state.params,
-                (state.opt_state, base),
-                **sizes,
-                steps=config.steps,
-                start=start,
-            )
-        )
-        with Recorder(config.run, config.steps, start) as record:
-            for step in record.steps():
-                batch = next(batches)
-                state, metrics = train_step(state, to_mesh(batch, mesh), base)
-                record(step, metrics, tokens=batch["tokens_BCT"].size)
-                if step == config.steps:
-                    mean = mean_score(whole(base, state.params), score, config, source)
-                    state = state.replace(
-                        params={**state.params, "bias": state.params["bias"] - mean}
-                    )
-                if config.eval_every and (step % config.eval_every == 0 or step == config.steps):
-                    record(step, evaluate(whole(base, state.params)))
-                if checkpoints.due(step, config.save_every, config.steps):
-                    record.flush()
-                    checkpoints.save(step, as_items(state), batches.state)
-                if checkpoints.stopping:
-                    break
-    return record.last
+        return preview(config, update.init, update.optimizer, mesh, next(batches), tokenizer)
+    with Run(config, tokenizer) as run:
+        state, base = run.start_or_resume(update.init, update.optimizer, mesh, batches)
+        title = f"reward model on {source.name}, {source.candidates} candidates a prompt"
+        run.describe(title, state.params, (state.opt_state, base), length=config.length)
+        for step in run.steps():
+            # One update; its metrics are written while the next one runs.
+            batch = next(batches)
+            state, metrics = update.step(state, to_mesh(batch, mesh), base)
+            run.record(step, metrics, tokens=batch["tokens_BCT"].size)
+
+            # The last step shifts the reward: reference responses score 0 on average.
+            if step == config.steps:
+                mean = mean_score(full(base, state.params), score, config, source)
+                shifted = {**state.params, "bias": state.params["bias"] - mean}
+                state = dataclasses.replace(state, params=shifted)
+
+            # Accuracy and calibration on held-out comparisons, of the shifted reward at the end.
+            if run.due(step, config.eval_every):
+                run.record(step, evaluate(full(base, state.params)))
+            run.save_when_due(step, as_items(state), batches)
+    return run.last_metrics
 
 
 if __name__ == "__main__":

@@ -11,55 +11,70 @@ import jax
 
 from data.batches import chat_batches
 from data.sources import open_source
-from data.tokenizer import Tokenizer, tokenizer_for
+from data.tokenizer import tokenizer_for
 from lora import LoraConfig, note_lora_base, with_adapters
 from model import LanguageModel, init_and_apply
 from model_config import ModelConfig, check_fit
 from objectives.likelihood import likelihood_objective
 from planning.dry_run import preview
-from responses import make_sampler
 from runtime import flags
 from runtime.guard import GuardConfig, guarded, left_out
 from runtime.hosts import HostsConfig
-from sampling import SamplingConfig
 from sharding import MeshConfig, check_batch, data_shard, make_mesh, to_mesh
 from train_state import as_items
 from train_step import OptimizerConfig, Update, make_evaluation, make_optimizer, make_train_step
-from training_run import Run
+from training_run import Run, make_greedy_samples
 
 EVAL_BATCHES = 4
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
+    # Folders
     run: str = "runs/sft"
     """Folder of this run; running again resumes it."""
     init: str | None = None
     """Run to start from; None: random weights."""
+
+    # Data
     data: str = "world"
     """Conversations: world, a .jsonl file, or tfds:<name>."""
     tokenizer: str | None = None
     """A SentencePiece .model; None: that of --init, else one trained on the data."""
+
+    # Batches
     steps: int = 900
+    """Updates."""
     batch_size: int = 32
     """Rows per step, over all devices; each holds several conversations, packed."""
     length: int = 64
     """Tokens per row."""
     microbatches: int = 1
-    """Parts of a batch whose gradients are summed; over stages, that go through the pipeline one after another."""
+    """Parts of a batch whose gradients are summed; with pipeline stages, parts in flight."""
+
+    # Model
     model: ModelConfig = ModelConfig()
+    """Its shape; that of --init where there is one."""
     optimizer: OptimizerConfig = OptimizerConfig(lr=2e-3)
+    """Learning rate, schedule, clipping."""
     lora: LoraConfig = LoraConfig()
+    """Low-rank adapters, trained in place of all weights."""
+
+    # Run
     mesh: MeshConfig = MeshConfig()
+    """Devices along each axis."""
     guard: GuardConfig = GuardConfig()
+    """A loss spike, and what is then left out."""
     hosts: HostsConfig = HostsConfig()
+    """Processes of this run."""
     seed: int = 0
+    """Of random weights, the order of the data and samples."""
     eval_every: int = 450
     """Steps between evaluations and samples on held-out data; 0: never."""
     save_every: int = 200
     """Steps between checkpoints; 0: at the end only."""
     keep_checkpoints: int = 2
-    """Checkpoints kept."""
+    """Newest checkpoints kept."""
     dry_run: bool = False
     """Print shapes, shardings, memory and the first batch, and write nothing."""
 
@@ -82,6 +97,7 @@ def make_update(config: Config) -> Update:
 @guarded
 def main(config: Config) -> dict[str, float]:
     """Fine-tune on conversations; return the last metrics."""
+    # A mesh of all devices, and a batch that splits over it.
     config = note_lora_base(config)
     mesh = make_mesh(config.mesh)
     check_batch(
@@ -116,38 +132,35 @@ def main(config: Config) -> dict[str, float]:
     evaluate = make_evaluation(update.objective)
     full = partial(with_adapters, config.lora)
 
-    # Samples: greedy answers to the first held-out prompts, in samples.md.
-    sampling = SamplingConfig(temperature=0.0, max_new_tokens=min(64, config.length // 2))
-    respond = make_sampler(config.model, sampling, tokenizer)
+    # Samples: greedy answers to the last questions of held-out conversations.
     sample_chats = [held_out_chats[i]["messages"] for i in range(min(8, len(held_out_chats)))]
-    sample_prompts = [tokenizer.prompt(chat[:-1])[-config.length // 2 :] for chat in sample_chats]
+    sample = make_greedy_samples(
+        config.model,
+        tokenizer,
+        [chat[:-1] for chat in sample_chats],
+        max_prompt=(config.length + 1) // 2,
+        max_new_tokens=min(64, config.length // 2),
+    )
 
+    # A dry run ends here and has written nothing.
     if config.dry_run:
         return preview(config, update.init, update.optimizer, mesh, next(batches), tokenizer)
     with Run(config, tokenizer, guard=config.guard) as run:
         state, base = run.start_or_resume(update.init, update.optimizer, mesh, batches)
-        what = f"fine-tuning on {train_chats.name}"
-        run.describe(what, state.params, (state.opt_state, base), length=config.length)
+        title = f"fine-tuning on {train_chats.name}"
+        run.describe(title, state.params, (state.opt_state, base), length=config.length)
         for step in run.steps():
+            # One update; its metrics are written while the next one runs.
             state, metrics = update.step(state, to_mesh(next(batches), mesh), base)
             run.record(step, metrics, tokens=config.batch_size * config.length)
+
+            # Held-out loss, and samples in samples.md.
             if run.due(step, config.eval_every):
                 params = full(base, state.params)
                 run.record(step, evaluate(params, eval_batches))
-                responses = respond(params, sample_prompts, jax.random.key(step))
-                run.samples(step, chat_samples(sample_chats, responses, tokenizer))
+                run.samples(step, sample(params, jax.random.key(step)))
             run.save_when_due(step, as_items(state), batches)
     return run.last_metrics
-
-
-def chat_samples(
-    chats: list[list[dict[str, str]]], responses: list[list[int]], tokenizer: Tokenizer
-) -> list[dict[str, str]]:
-    """Pair the last prompt of each chat with the response to it, as text."""
-    return [
-        {"prompt": chat[-2]["content"], "response": tokenizer.decode(response)}
-        for chat, response in zip(chats, responses, strict=True)
-    ]
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ What a step does stays in the script; what every script does around its steps is
 import contextlib
 import pathlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -26,10 +26,13 @@ import optax
 from data.batches import Batches
 from data.tokenizer import Tokenizer
 from model import Params
+from model_config import ModelConfig
 from planning.dry_run import describe
+from responses import make_sampler
 from runtime.checkpoint import Checkpoints
 from runtime.guard import GuardConfig
 from runtime.metrics import Recorder
+from sampling import SamplingConfig
 from train_state import start_or_resume
 from train_step import TrainState
 
@@ -175,6 +178,43 @@ class Run:
     def last_metrics(self) -> dict[str, float]:
         """The newest row of metrics that has been written."""
         return self._recorder.last
+
+
+def sample_pairs(
+    prompts: Sequence[str], responses: Sequence[Sequence[int]], tokenizer: Tokenizer
+) -> list[dict[str, str]]:
+    """Pair each prompt's text with the response to it, decoded: the rows that `Run.samples` takes.
+
+    `responses`: token lists of `make_sampler`'s respond, one a prompt and in the same order.
+    """
+    return [
+        {"prompt": prompt, "response": tokenizer.decode(response)}
+        for prompt, response in zip(prompts, responses, strict=True)
+    ]
+
+
+def make_greedy_samples(
+    model_config: ModelConfig,
+    tokenizer: Tokenizer,
+    prompts: Sequence[list[dict[str, str]]],
+    *,
+    max_prompt: int,
+    max_new_tokens: int,
+) -> Callable[[Params, jax.Array], list[dict[str, str]]]:
+    """Make sample(params, key) -> the greedy response to each prompt: rows for `Run.samples`.
+
+    `prompts`: lists of messages, the user's last; only the last `max_prompt` tokens of each are
+    seen, and only the last message is shown. Responses have at most `max_new_tokens` tokens.
+    """
+    sampling = SamplingConfig(temperature=0.0, max_new_tokens=max_new_tokens)
+    respond = make_sampler(model_config, sampling, tokenizer)
+    prompt_tokens = [tokenizer.prompt(prompt)[-max_prompt:] for prompt in prompts]
+    questions = [prompt[-1]["content"] for prompt in prompts]
+
+    def sample(params: Params, key: jax.Array) -> list[dict[str, str]]:
+        return sample_pairs(questions, respond(params, prompt_tokens, key), tokenizer)
+
+    return sample
 
 
 def _position(data: Data) -> Any:

@@ -1,7 +1,7 @@
 """Time the implementations of attention against one another on the device at hand, interleaved in one run.
 
-python benchmarks/attention.py                 # writes benchmarks/results/attention-<platform>.json and README.md
-python benchmarks/attention.py --lengths 512 1024 --rounds=3 --out=runs/benchmarks
+python -m benchmarks.attention                 # writes benchmarks/results/attention-<platform>.json and README.md
+python -m benchmarks.attention --lengths 512 1024 --rounds=3 --out=runs/benchmarks
 """
 
 import dataclasses
@@ -16,10 +16,6 @@ import sys
 import time
 from collections.abc import Callable
 from typing import Any
-
-sys.path.insert(
-    0, str(pathlib.Path(__file__).parents[1])
-)  # the root's modules, from wherever this is started
 
 import jax
 import jaxlib
@@ -236,7 +232,7 @@ def schedule_table(folder: pathlib.Path) -> str:
         "## Inner loops as compiled for a TPU",
         "",
         f"{result['topology']}, bfloat16, {', '.join(f'{k} {x}' for k, x in result.get('versions', {}).items())}; "
-        "`python benchmarks/tpu_schedule.py`. Ideal: the cycles that a tile's products take the matrix units at peak "
+        "`python -m benchmarks.tpu_schedule`. Ideal: the cycles that a tile's products take the matrix units at peak "
         "rate; share: of the bundles. Waiting is not counted, so that a share can be above 1. Slots: the fullest. "
         "A product of width 64 leaves half of a matrix unit empty; half is then about the most that a share can be.",
         "",
@@ -256,7 +252,7 @@ def schedule_table(folder: pathlib.Path) -> str:
 
 def write_readme(folder: pathlib.Path) -> None:
     """All tables anew, from the JSON beside them."""
-    written = "Written by `python benchmarks/attention.py` and `python benchmarks/tpu_schedule.py`; not edited by hand."
+    written = "Written by `python -m benchmarks.attention` and `python -m benchmarks.tpu_schedule`; not edited by hand."
     tables = [*(table(platform, folder) for platform in RUNS_ON), schedule_table(folder)]
     (folder / "README.md").write_text(
         "\n\n".join(["# Attention: results", written, *tables]) + "\n"

@@ -1,6 +1,6 @@
 """Sampling beside transformers' generate with the same weights, and slot refill beside a fixed batch.
 
-python benchmarks/decode.py                    # prints a table, writes benchmarks/results/decode-<platform>.json
+python -m benchmarks.decode                    # prints a table, writes benchmarks/results/decode-<platform>.json
 """
 
 import dataclasses
@@ -11,7 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from side_by_side import (
+
+from benchmarks.side_by_side import (
     RESULTS,
     SMALL,
     apart,
@@ -23,7 +24,6 @@ from side_by_side import (
     random_params,
     report,
 )
-
 from kernels.attention import decode_attention
 from model import LanguageModel, Params, init_and_apply
 from model_config import PRESETS, ModelConfig
@@ -85,7 +85,7 @@ def fixed_rows(config: Config, params: Params) -> list[dict[str, Any]]:
             what = f"{what} {batch} x {config.prompt}+{new}"
             rows.append({"what": what, "calls": calls, "batch": batch, "tokens": batch * new})
     if config.peer:
-        import peers
+        from benchmarks import peers
 
         samplers = apart(
             peers.samplers,

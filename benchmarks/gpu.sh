@@ -14,8 +14,8 @@ run() { echo "== $*"; "$@" || failed=1; }
 run env JAX_DEFAULT_MATMUL_PRECISION=highest "$PYTHON" -m pytest -q tests/test_attention.py tests/test_generate.py -k "not sharded"
 # The Hopper kernels take bfloat16 only; all their cases, also those that the quick tests leave out.
 run "$PYTHON" -m pytest -q tests/test_hopper.py -m "slow or not slow"
-run "$PYTHON" benchmarks/attention.py --lengths 1024 4096 16384 --rounds=3
+run "$PYTHON" -m benchmarks.attention --lengths 1024 4096 16384 --rounds=3
 for name in train decode ppo; do
-  run "$PYTHON" "benchmarks/$name.py" --rounds=3
+  run "$PYTHON" -m "benchmarks.$name" --rounds=3
 done
 exit $failed

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from side_by_side import random_params
 
+from benchmarks.side_by_side import random_params
 from model_config import ModelConfig
 from weights.convert import write_tensors
 from weights.families import config_of

@@ -1,7 +1,7 @@
 """The plans of docs/pods.md: real models compiled for pods that are not here, and the tables made of them.
 
-python benchmarks/pods.py                # writes the section of docs/pods.md from benchmarks/results/pods.json
-python benchmarks/pods.py sft-8b ppo-8b  # compiles these first, half a minute to five each; `all` for all of them
+python -m benchmarks.pods                # writes the section of docs/pods.md from benchmarks/results/pods.json
+python -m benchmarks.pods sft-8b ppo-8b  # compiles these first, half a minute to five each; `all` for all of them
 """
 
 import contextlib
@@ -12,15 +12,14 @@ import re
 import sys
 import time
 
-ROOT = pathlib.Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-
 from model_config import ModelConfig
 from planning import plan
 from runtime import flags
 from runtime.errors import UserError
 
-RESULTS, PAGE = ROOT / "benchmarks" / "results" / "pods.json", ROOT / "docs" / "pods.md"
+ROOT = pathlib.Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "pods.json"
+PAGE = ROOT / "docs" / "pods.md"
 BEGIN, END = "<!-- written by benchmarks/pods.py: begin -->", "<!-- end -->"
 ON_V5E = "--model.preset=llama3-8b --topology=v5e:16x16 --mesh.fsdp=64 --mesh.tensor=4"
 ON_V5P = "--model.preset=llama3-70b --topology=v5p:8x8x8 --mesh.fsdp=128 --mesh.tensor=4"
@@ -203,7 +202,7 @@ def section(results: dict[str, str]) -> str:
     commands = [f"{name:11} python plan.py {CASES[name]}" for name in MODELS if name in results]
     lines = [
         BEGIN, "## Plans of real models, compiled without a pod", "",
-        "By the chips' compilers on two shared CPU cores (`python benchmarks/pods.py all`); nothing has run on a TPU. "
+        "By the chips' compilers on two shared CPU cores (`python -m benchmarks.pods all`); nothing has run on a TPU. "
         "What a step takes at least is a roofline of compute, memory and a chip's links together, each fully "
         "overlapped: a bound, no forecast. CPU-s are the processor's.", "",
         *models_table(results), "", "```", *commands, "```", "",

@@ -1,6 +1,6 @@
 """A PPO iteration (rollout, judgement, epochs of updates of policy and value model) beside TRL's PPOTrainer.
 
-python benchmarks/ppo.py                       # prints a table, writes benchmarks/results/ppo-<platform>.json
+python -m benchmarks.ppo                       # prints a table, writes benchmarks/results/ppo-<platform>.json
 """
 
 import dataclasses
@@ -11,7 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from side_by_side import (
+
+import train_ppo
+from benchmarks.side_by_side import (
     RESULTS,
     SMALL,
     apart,
@@ -21,8 +23,6 @@ from side_by_side import (
     random_params,
     report,
 )
-
-import train_ppo
 from model import LanguageModel, ScalarModel, init_and_apply
 from model_config import ModelConfig
 from rewards.models import make_model_scorer
@@ -132,7 +132,7 @@ def main(config: Config) -> None:
     size = f"{config.batch_size} x {config.max_prompt}+{config.max_new_tokens}"
     calls = {"plumb": ours["iteration"]}
     if config.peer:
-        import peers
+        from benchmarks import peers
 
         prompts_PT = plain_batch(config.model, 4 * config.batch_size, config.max_prompt)[
             "tokens_BT"

@@ -1,6 +1,6 @@
 """What the benchmarks beside a peer share: models by platform, interleaved timing, one table, one JSON file.
 
-python benchmarks/side_by_side.py              # writes the README's table anew from benchmarks/results/
+python -m benchmarks.side_by_side              # writes the README's table anew from benchmarks/results/
 """
 
 import argparse
@@ -17,10 +17,6 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
-
-sys.path.insert(
-    0, str(pathlib.Path(__file__).parents[1])
-)  # the root's modules, from wherever this is started
 
 import jax
 import numpy as np

@@ -1,6 +1,6 @@
 """Where the time of a training step goes: each operation's own time, summed by the part of the model it is of.
 
-python benchmarks/step_profile.py              # prints a table; flags are train.py's
+python -m benchmarks.step_profile              # prints a table; flags are train.py's
 """
 
 import collections
@@ -9,8 +9,8 @@ import re
 import tempfile
 
 import jax
-from train import Config, our_parts
 
+from benchmarks.train import Config, our_parts
 from runtime import flags
 
 PARTS = {  # by a part of the operation's name; the first that fits

@@ -1,7 +1,7 @@
 """Count the instructions of the attention kernels' inner loops on a TPU, on a machine that has none.
 
-    python benchmarks/tpu_schedule.py                       # needs `pip install -r requirements-tpu.txt`
-    python benchmarks/tpu_schedule.py --forward 256 1024    # another tile: queries, keys
+    python -m benchmarks.tpu_schedule                       # needs `pip install -r requirements-tpu.txt`
+    python -m benchmarks.tpu_schedule --forward 256 1024    # another tile: queries, keys
 
 A TPU core issues one bundle of instructions a cycle; the compiler's last listing has them all. Of each kernel's loop
 over whole tiles (no mask) this reports how many there are, the cycles that the tile's products take the matrix units at
@@ -16,21 +16,16 @@ import json
 import os
 import pathlib
 import re
-import sys
 import tempfile
-
-sys.path.insert(
-    0, str(pathlib.Path(__file__).parents[1])
-)  # the root's modules, from wherever this is started
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from attention import write_readme  # benchmarks/attention.py
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from benchmarks.attention import write_readme
 from kernels import flash
 from kernels.attention import attention
 from runtime import flags

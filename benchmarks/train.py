@@ -1,6 +1,6 @@
 """A training step of the likelihood objective beside transformers' Llama with the same weights and torch's AdamW.
 
-python benchmarks/train.py                     # prints a table, writes benchmarks/results/train-<platform>.json
+python -m benchmarks.train                     # prints a table, writes benchmarks/results/train-<platform>.json
 """
 
 import dataclasses
@@ -10,7 +10,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from side_by_side import (
+
+from benchmarks.side_by_side import (
     LARGE,
     RESULTS,
     SMALL,
@@ -23,7 +24,6 @@ from side_by_side import (
     random_params,
     report,
 )
-
 from model import LanguageModel, init_and_apply
 from model_config import ModelConfig
 from objectives.likelihood import likelihood_objective
@@ -76,7 +76,7 @@ def main(config: Config) -> None:
     loads, model = [os.getloadavg()[0]], config.model
     calls = {"plumb": our_step(config)}
     if config.peer:
-        import peers
+        from benchmarks import peers
 
         tokens_BT = plain_batch(model, config.batch, config.length)["tokens_BT"]
         (calls["transformers"],) = apart(peers.trainer, model, tokens_BT, 1e-3)

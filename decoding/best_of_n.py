@@ -11,7 +11,6 @@ With the system turn that Quark was trained on:
 
 import dataclasses
 from collections.abc import Sequence
-from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -31,6 +30,7 @@ from rollout import make_rollout
 from runtime import flags
 from runtime.errors import UserError
 from runtime.run_folder import load_config
+from sampling import SamplingConfig
 from sharding import MeshConfig, abstract, make_mesh, to_mesh
 from tasks import world
 from train_state import load_params
@@ -75,8 +75,9 @@ def sample_and_score(
     init, apply = init_and_apply(LanguageModel(model))
     shapes = jax.eval_shape(init, jax.random.key(0))
     params = load_params(config.policy, shapes=abstract(shapes, mesh))
-    rollout = make_rollout(
-        SimpleNamespace(**vars(config), model=model), apply, tokenizer, config.n
+    sampling = SamplingConfig(config.temperature, max_new_tokens=config.max_new_tokens)
+    sample_rollout = make_rollout(
+        apply, model, sampling, eos=tokenizer.eos, pad=tokenizer.pad, n=config.n
     )
 
     devices = mesh.shape["data"]
@@ -89,12 +90,14 @@ def sample_and_score(
         for record in part:
             encoded, _ = encode_prompt(record, tokenizer, config.max_prompt)
             tokens += encoded
-        batch = to_mesh(pad_prompts(tokens, config.max_prompt, tokenizer.pad, fixed=True), mesh)
+        padded = pad_prompts(tokens, config.max_prompt, tokenizer.pad, fixed=True)
+        batch = to_mesh(padded, mesh)
         key = jax.random.fold_in(jax.random.key(config.seed), start)
-        batch = rollout(params, batch, key)
-        scores, _ = score(models, batch, part)
+        rollout = sample_rollout(params, batch, key)
+        scores, _ = score(models, rollout, part)
         rewards.append(np.asarray(scores[config.reward]))
-        texts += [tokenizer.decode(row.tolist()) for row in np.asarray(batch["response_BR"])]
+        responses_BR = np.asarray(rollout["response_BR"])
+        texts += [tokenizer.decode(response_R.tolist()) for response_R in responses_BR]
 
     rewards_PN = np.concatenate(rewards).reshape(-1, config.n)[: len(records)]
     starts = range(0, len(records) * config.n, config.n)

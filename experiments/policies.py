@@ -1,17 +1,12 @@
 """Policies side by side, by the gold program: shares, KL to the first, FLOPs of a token; prints them, writes JSON.
 
-python experiments/policies.py --runs runs/align/ppo runs/distill/sft runs/distill/distilled --out=runs/distill.json
+python -m experiments.policies --runs runs/align/ppo runs/distill/sft runs/distill/distilled --out=runs/distill.json
 """
 
 import dataclasses
 import json
 import pathlib
-import sys
 from typing import Any
-
-sys.path.insert(
-    0, str(pathlib.Path(__file__).parents[1])
-)  # the root's modules, from wherever this is started
 
 from evaluation.gold import CRITERIA, gold_rows, make_kl_sampler, summarise
 from planning.programs import forward_flops

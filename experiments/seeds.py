@@ -1,6 +1,6 @@
 """Numbers of several seeds as one: prints the mean over runs' summary.json of every number there, with its interval.
 
-python experiments/seeds.py runs/distill0 runs/distill1 runs/distill2
+python -m experiments.seeds runs/distill0 runs/distill1 runs/distill2
 """
 
 import json

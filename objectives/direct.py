@@ -15,11 +15,8 @@ from objectives.likelihood import Apply, following, hidden_logprobs, shifted
 from objectives.reward import better_pairs, first_best, pair_means, pair_metrics
 
 Array = jax.Array
-USUAL = {"beta": 0.1, "weight": 1.0}
-PAPERS = {
-    "simpo": USUAL | {"beta": 2.0},
-    "figa": USUAL | {"weight": 0.5},
-}  # Meng et al. 2024; Guo et al. 2024
+USUAL = {"beta": 0.1}
+PAPERS = {"simpo": {"beta": 2.0}}
 """Where a paper's settings are not the usual ones."""
 
 # ---- On pairs, against a reference ----
@@ -208,32 +205,6 @@ def rrhf(logps_BC: Array, ranks_BC: Array, tokens_BC: Array) -> Array:
     return rank_loss_B + nll_B
 
 
-def contrastive(logps_BC: Array, ranks_BC: Array, tokens_BC: Array) -> Array:
-    """InfoNCE over C instructions for one response, of which that of rank 1 was the true one.
-
-    `logps_BC` is the response's log-probability under each (Zhang et al. 2023, contrastive instruction labelling).
-    """
-    scores_BC = jnp.where(ranks_BC > 0, logps_BC, -jnp.inf)
-    return jax.nn.logsumexp(scores_BC, axis=1) - (logps_BC * best(ranks_BC)).sum(1)
-
-
-# ---- On tokens: log-probabilities and signed weights (0: not counted) to losses, elementwise ----
-
-
-def figa(logps: Array, weights: Array) -> Array:
-    """Weighted likelihood: tokens that a revision added have positive weights, those it removed negative ones."""
-    return (
-        -weights * logps
-    )  # Guo et al. 2024 (FIGA), section 3: the loss with its two token weights
-
-
-def unlikelihood(logps: Array, weights: Array) -> Array:
-    """Likelihood where the weight is positive, unlikelihood -log(1 - p) where it is negative."""
-    return -jnp.where(
-        weights > 0, weights * logps, -weights * log_complement(logps)
-    )  # Welleck et al. 2020
-
-
 # ---- Binding to a policy ----
 
 
@@ -248,7 +219,7 @@ def extreme_pair(ranks_BC: Array) -> Array:
     return best(ranks_BC)[:, :, None] * worst_BC[:, None, :] * better_pairs(ranks_BC)
 
 
-def candidate_logprobs(
+def candidate_token_logprobs(
     apply: Apply, params: Any, batch: dict[str, Array], temperature: float = 1.0
 ) -> Array:
     """[B, C, T]: log-probabilities of all candidates' tokens, 0 outside the loss mask; one pass over them."""
@@ -261,11 +232,11 @@ def candidate_logprobs(
     return shifted(logp_BT).reshape(shape) * batch["loss_mask_BCT"]
 
 
-def response_logprobs(
+def candidate_logprobs(
     apply: Apply, params: Any, batch: dict[str, Array], temperature: float = 1.0
 ) -> Array:
     """[B, C]: log-probability of each candidate."""
-    return candidate_logprobs(apply, params, batch, temperature).sum(-1)
+    return candidate_token_logprobs(apply, params, batch, temperature).sum(-1)
 
 
 def mismatched_kl(policy_logps: Array, reference_logps: Array) -> Array:
@@ -291,7 +262,7 @@ def preference_objective(
     Metrics are in nats of log-ratio to the reference, or of log-probability where there is none.
     """
     ranks_BC, tokens_BC = batch["ranks_BC"], batch["loss_mask_BCT"].sum(-1)
-    logp_BC = response_logprobs(apply, params, batch, temperature)
+    logp_BC = candidate_logprobs(apply, params, batch, temperature)
     logp_BC /= jnp.maximum(tokens_BC, 1.0) if per_token else 1.0
     logp_BC = jnp.where(
         ranks_BC > 0, logp_BC, -1.0
@@ -314,7 +285,7 @@ def kto_objective(apply: Apply, params: Any, batch: dict[str, Array], **options:
     """
     ranks_BC, kl_B = batch["ranks_BC"], batch["kl_B"]
     judged_BC = (ranks_BC > 0).astype(jnp.float32)
-    logp_BC = response_logprobs(apply, params, batch)
+    logp_BC = candidate_logprobs(apply, params, batch)
     losses_BC = kto_unpaired(
         logp_BC, batch["reference_BC"], ranks_BC == 1, kl=kl_B[:, None], **options
     )
@@ -346,7 +317,7 @@ def ranked_objective(
     `per_token`: the metrics too compare means over tokens, as the loss does.
     """
     ranks_BC, tokens_BC = batch["ranks_BC"], batch["loss_mask_BCT"].sum(-1)
-    logp_BC = response_logprobs(apply, params, batch)
+    logp_BC = candidate_logprobs(apply, params, batch)
     pairs_BCC = better_pairs(ranks_BC)
     valid_B = (pairs_BCC.sum((1, 2)) > 0).astype(jnp.float32)
     losses_B = loss(logp_BC, ranks_BC, tokens_BC)
@@ -361,16 +332,9 @@ def ranked_objective(
     return jnp.where(valid_B > 0, losses_B, 0.0).sum(), (valid_B.sum(), metrics)
 
 
-def token_objective(
-    apply: Apply, params: Any, batch: dict[str, Array], *, loss: Callable[..., Array]
-):
-    """`loss` of the tokens (`figa`, `unlikelihood`) by `weights_BCT`, summed over those of weight other than 0."""
-    weights_BCT = batch["weights_BCT"] * batch["loss_mask_BCT"]
-    logp_BCT = candidate_logprobs(apply, params, batch)
-    losses_BCT = jnp.where(
-        weights_BCT != 0, loss(jnp.where(weights_BCT != 0, logp_BCT, -1.0), weights_BCT), 0.0
-    )
-    metrics = {}
-    for name, side_BCT in (("wanted", weights_BCT > 0), ("unwanted", weights_BCT < 0)):
-        metrics[name] = ((logp_BCT * side_BCT).sum(), side_BCT.sum().astype(jnp.float32))
-    return losses_BCT.sum(), ((weights_BCT != 0).sum().astype(jnp.float32), metrics)
+def kto_kl_estimate(apply: Apply, policy: Any, batch: dict[str, Array]) -> dict[str, Array]:
+    per_candidate = {name: x for name, x in batch.items() if name != "margin_B"}
+    last = {name: x[:, -1:] for name, x in per_candidate.items()}
+    judged = {name: x[:, :-1] for name, x in per_candidate.items()}
+    kl = mismatched_kl(candidate_logprobs(apply, policy, last), last["reference_BC"])
+    return {**judged, "kl_B": jnp.broadcast_to(kl, batch["margin_B"].shape)}

@@ -133,7 +133,7 @@ def preferences(script: Any, config: Any, mesh: Mesh) -> Plan:
     config = fill_paper_defaults(config, direct.PAPERS.get(config.loss, direct.USUAL))
     script.check(config)
     check_batch("batch_size", config.batch_size, config.microbatches, mesh, config.length)
-    known = config.loss not in script.NO_RANKINGS
+    known = config.loss != "kto"
     require(known, f"--loss={config.loss}: plan.py knows losses on pairs only, such as dpo")
     model, batch = LanguageModel(config.model), pairs_of(config)
     apply, rows = init_and_apply(model)[1], 2 * config.batch_size
@@ -149,7 +149,7 @@ def preferences(script: Any, config: Any, mesh: Mesh) -> Plan:
     elif config.reference == "online":  # the base of adapters is the reference
         held = ("frozen base",)
     # Cached, it judges all batches before there is a state: then nothing else is held.
-    judge = jax.jit(partial(direct.response_logprobs, apply))
+    judge = jax.jit(partial(direct.candidate_logprobs, apply))
     args = reference, on_batch_axes(batch, mesh)
     plan.programs.insert(0, Program("reference", judge, args, held, 1, forward, rows))
     return plan

@@ -17,11 +17,31 @@ from runtime.run_folder import load_config
 ConfigT = TypeVar("ConfigT")
 
 
-def fill_paper_defaults(config: ConfigT, values: dict[str, Any]) -> ConfigT:
-    """`config` with those fields of `values` set that it leaves at None: what a method's paper says of the rest."""
-    return dataclasses.replace(
-        config, **{name: x for name, x in values.items() if getattr(config, name) is None}
-    )
+def fill_paper_defaults(config: ConfigT, paper: dict[str, Any]) -> ConfigT:
+    """Fill the fields that `config` leaves at None with the values of `paper`.
+
+    `paper`: values by field, and under "paper" the citation, which is no field.
+    """
+    return dataclasses.replace(config, **_left_to_paper(config, paper))
+
+
+def paper_defaults_line(config: Any, method: str, paper: dict[str, Any]) -> str:
+    """Name the fields that `config` leaves to the paper, for the terminal; "" where it leaves none.
+
+    As in "grpo: clip 0.2, kl_coef 0.04 (Shao et al. 2024)". `config`: before it is filled.
+    """
+    filled = _left_to_paper(config, paper)
+    if not filled:
+        return ""
+    settings = ", ".join(f"{name} {value}" for name, value in filled.items())
+    citation = f" ({paper['paper']})" if "paper" in paper else ""
+    return f"{method}: {settings}{citation}"
+
+
+def _left_to_paper(config: Any, paper: dict[str, Any]) -> dict[str, Any]:
+    """Select the values of `paper` whose field is None in `config`."""
+    fields = {name: value for name, value in paper.items() if name != "paper"}
+    return {name: value for name, value in fields.items() if getattr(config, name) is None}
 
 
 def parse(cls: type[ConfigT], argv: Sequence[str] | None = None) -> ConfigT:

@@ -113,7 +113,8 @@ def test_the_inner_loops_keep_the_matrix_units_of_a_v5e_busy(tmp_path):
     # In a process of its own: libtpu reads once, as it is loaded, where its listings go.
     command = [
         sys.executable,
-        "benchmarks/tpu_schedule.py",
+        "-m",
+        "benchmarks.tpu_schedule",
         "--widths",
         "128",
         f"--out={tmp_path}",

@@ -1,18 +1,13 @@
 """How well outcome models tell right solutions from wrong ones: AUC over all, and between solutions to one problem.
 
-    python experiments/arithmetic/outcome.py POLICY LABELLED.jsonl MODEL...
+    python -m experiments.arithmetic.outcome POLICY LABELLED.jsonl MODEL...
 
 LABELLED is of `collect/steps.py --labels=outcome`, with --split=heldout and a --seed of its own for held-out problems.
 """
 
 import collections
 import json
-import pathlib
 import sys
-
-sys.path.insert(
-    0, str(pathlib.Path(__file__).parents[2])
-)  # the root's modules, from wherever this is started
 
 import numpy as np
 
@@ -46,7 +41,7 @@ def within(scores: np.ndarray, right: np.ndarray, problems: list[str]) -> float:
 def main() -> None:
     if len(sys.argv) < 4:
         raise UserError(
-            "usage: python experiments/arithmetic/outcome.py POLICY LABELLED.jsonl MODEL..."
+            "usage: python -m experiments.arithmetic.outcome POLICY LABELLED.jsonl MODEL..."
         )
     policy, labelled, *models = sys.argv[1:]
     mesh, tokenizer = make_mesh(MeshConfig()), Tokenizer.load(policy)

@@ -1,16 +1,12 @@
 """Tables of the arithmetic study from its runs, seed by seed: writes results.json and prints what README.md shows.
 
-python experiments/arithmetic/table.py runs/arithmetic0 runs/arithmetic1 runs/arithmetic2
+python -m experiments.arithmetic.table runs/arithmetic0 runs/arithmetic1 runs/arithmetic2
 """
 
 import json
 import pathlib
 import sys
 from typing import Any
-
-sys.path.insert(
-    0, str(pathlib.Path(__file__).parents[2])
-)  # the root's modules, from wherever this is started
 
 import numpy as np
 

@@ -8,4 +8,4 @@ for n in 1 4; do  # revisions, of which the reward model picks one
     test -s $r/of$n.jsonl || $python -m collect.feedback --write=revisions --init=$align/sft --samples=$n --rounds=1 $pick --prompts=6000 --out=$r/of$n.jsonl --seed=$seed
     $python train_sft.py --init=$align/sft --data=$r/of$n.jsonl --steps=300 --optimizer.lr=1e-3 --eval_every=0 --run=$r/of$n --seed=$seed
 done
-$python experiments/policies.py --runs $align/sft $r/of1 $r/of4 --out=$r/summary.json --seed=$((1000 + seed))
+$python -m experiments.policies --runs $align/sft $r/of1 $r/of4 --out=$r/summary.json --seed=$((1000 + seed))

@@ -1,18 +1,12 @@
 """What the world's simulated judge, critic and reviser of set reliability do to a policy's responses, by gold.
 
-    python experiments/feedback/measure.py --file=runs/align/comparisons.jsonl
+    python -m experiments.feedback.measure --file=runs/align/comparisons.jsonl
 
 The file is one of collect/rank.py: the responses are read, not their ranking. Rules are measured as classifiers too, and
 with --judge=RUN a language model that is asked whether a response keeps a principle (`make_keeps`).
 """
 
 import dataclasses
-import pathlib
-import sys
-
-sys.path.insert(
-    0, str(pathlib.Path(__file__).parents[2])
-)  # the root's modules, from wherever this is started
 
 import jax
 import numpy as np

@@ -15,4 +15,4 @@ $python train_ppo.py $rl --reward=$r/judge_rm --run=$r/judge
 $python train_ppo.py $rl --reward=$align/round1/rm --run=$r/labellers
 $python train_grpo.py $rl --steps=56 --reward=$r/blind_rm --run=$r/blind
 $python train_grpo.py $rl --steps=56 --reward $r/blind_rm tasks.rules:harmless --combine=gated --gate=1 --run=$r/gated
-$python experiments/policies.py --runs $align/sft $r/judge $r/labellers $r/blind $r/gated --out=$r/summary.json --seed=$((1000 + seed))
+$python -m experiments.policies --runs $align/sft $r/judge $r/labellers $r/blind $r/gated --out=$r/summary.json --seed=$((1000 + seed))

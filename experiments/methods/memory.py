@@ -1,6 +1,6 @@
 """Memory and time of PPO, GRPO, RAFT and DPO at equal model size: a few steps of 32 responses each.
 
-    python experiments/methods/memory.py --align=runs/align0
+    python -m experiments.methods.memory --align=runs/align0
 
 Models of 32 million parameters with random weights (the world's are too small to be seen beside the program itself).
 Peak: of resident memory when the last but one step is done, before anything is saved.
@@ -14,10 +14,6 @@ import shutil
 import subprocess
 import sys
 import time
-
-sys.path.insert(
-    0, str(pathlib.Path(__file__).parents[2])
-)  # the root's modules, from wherever this is started
 
 from runtime import flags
 from runtime.errors import UserError

@@ -1,7 +1,7 @@
 """Every method on the built-in world, from one SFT model and one file of comparisons: trains, measures, a line a run.
 
-    python experiments/methods/run.py --align=runs/align{seed} --seeds 0 1 2 3 4
-    python experiments/methods/run.py --methods dpo --seeds 0 --tune --flags=--beta=0.05
+    python -m experiments.methods.run --align=runs/align{seed} --seeds 0 1 2 3 4
+    python -m experiments.methods.run --methods dpo --seeds 0 --tune --flags=--beta=0.05
 
 `--align` are runs of `make align`. What results.jsonl has already is not run again. Training updates take about as
 many FLOPs as PPO's, so steps differ; a reward model's own training is counted apart.
@@ -17,10 +17,6 @@ import sys
 import time
 from functools import partial
 from typing import Any
-
-sys.path.insert(
-    0, str(pathlib.Path(__file__).parents[2])
-)  # the root's modules, from wherever this is started
 
 import jax
 import jax.numpy as jnp

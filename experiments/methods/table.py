@@ -1,17 +1,12 @@
 """Tables and the plot of results.jsonl, tuning.jsonl and memory.json: writes them into README.md and frontier.png.
 
-python experiments/methods/table.py
+python -m experiments.methods.table
 """
 
 import collections
 import json
 import pathlib
-import sys
 from typing import Any
-
-sys.path.insert(
-    0, str(pathlib.Path(__file__).parents[2])
-)  # the root's modules, from wherever this is started
 
 import numpy as np
 

@@ -1,6 +1,6 @@
 """How soon PPO reaches a gold share from the SFT policy and from RAFT's, and what PPO and RAFT reach at which KL.
 
-python experiments/raft_first/measure.py --run=runs/raft_first
+python -m experiments.raft_first.measure --run=runs/raft_first
 
 Prints the curves, of the runs' own evaluations, and writes summary.json.
 """
@@ -8,12 +8,7 @@ Prints the curves, of the runs' own evaluations, and writes summary.json.
 import dataclasses
 import json
 import pathlib
-import sys
 from typing import Any
-
-sys.path.insert(
-    0, str(pathlib.Path(__file__).parents[2])
-)  # the root's modules, from wherever this is started
 
 from runtime import flags
 from runtime.run_folder import read_rows

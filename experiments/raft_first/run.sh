@@ -6,5 +6,5 @@ $python train_raft.py --init=$align/sft --reward=$align/rm --steps=20 --eval_eve
 for start in $align/sft $r/raft; do
     $python train_ppo.py --init=$start --reward=$align/rm --eval_every=2 --run=$r/from_$(basename $start) --seed=$seed
 done
-$python experiments/raft_first/measure.py --run=$r
-$python experiments/policies.py --runs $align/sft $r/raft $r/from_sft $r/from_raft --out=$r/policies.json --seed=$((1000 + seed))
+$python -m experiments.raft_first.measure --run=$r
+$python -m experiments.policies --runs $align/sft $r/raft $r/from_sft $r/from_raft --out=$r/policies.json --seed=$((1000 + seed))

@@ -1,16 +1,11 @@
 """Accuracy of the reward models of two rounds on pairs sampled from the policy of each: prints it, writes summary.json.
 
-python experiments/rounds/measure.py --align=runs/align --run=runs/rounds
+python -m experiments.rounds.measure --align=runs/align --run=runs/rounds
 """
 
 import dataclasses
 import json
 import pathlib
-import sys
-
-sys.path.insert(
-    0, str(pathlib.Path(__file__).parents[2])
-)  # the root's modules, from wherever this is started
 
 from data.sources import open_source
 from evaluation.reward_model import make_comparison_evaluation

@@ -8,4 +8,4 @@ for round in 1 2; do
     $python train_dpo.py --init=$policy --data=$r/$round.jsonl --length=48 --beta=0.5 --optimizer.lr=3e-4 --steps=240 --eval_every=0 --run=$r/round$round --seed=$seed
     policy=$r/round$round
 done
-$python experiments/policies.py --runs $align/sft $r/round1 $r/round2 --out=$r/summary.json --seed=$((1000 + seed))
+$python -m experiments.policies --runs $align/sft $r/round1 $r/round2 --out=$r/summary.json --seed=$((1000 + seed))

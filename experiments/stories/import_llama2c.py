@@ -1,17 +1,12 @@
 """Import a llama2.c checkpoint ("version 0" layout, float32) and its SentencePiece model as a run.
 
-python experiments/stories/import_llama2c.py stories260K.bin tok512.model --run=runs/stories
+PYTHONPATH=. python experiments/stories/import_llama2c.py stories260K.bin tok512.model --run=runs/stories
 python generate.py --run=runs/stories --temperature=0 --max_new_tokens=200 --raw
 """
 
 import dataclasses
 import pathlib
-import sys
 from typing import Annotated, Any
-
-sys.path.insert(
-    0, str(pathlib.Path(__file__).parents[2])
-)  # the root's modules, from wherever this is started
 
 import jax
 import numpy as np

@@ -1,6 +1,6 @@
 """Stories before and after PPO, on openings whose names training never saw: reward, KL, collapse, readability.
 
-    python experiments/stories/measure.py --after runs/stories_ppo0 runs/stories_ppo1 runs/stories_ppo2
+    PYTHONPATH=. python experiments/stories/measure.py --after runs/stories_ppo0 runs/stories_ppo1 runs/stories_ppo2
 
 Writes results.json; prints the tables and samples that stand in README.md (a test compares them).
 """
@@ -10,13 +10,8 @@ import dataclasses
 import json
 import math
 import pathlib
-import sys
 from collections.abc import Sequence
 from typing import Any
-
-sys.path.insert(
-    0, str(pathlib.Path(__file__).parents[2])
-)  # the root's modules, from wherever this is started
 
 import jax
 import numpy as np

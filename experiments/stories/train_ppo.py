@@ -1,6 +1,6 @@
 """PPO towards happy stories: a fork of the root's train_ppo.py whose reward is a program on the decoded text.
 
-    python experiments/stories/train_ppo.py --init=runs/stories --run=runs/stories_ppo
+    PYTHONPATH=. python experiments/stories/train_ppo.py --init=runs/stories --run=runs/stories_ppo
 
 What differs: happy.py scores the stories, on the host; prompts are raw openings of stories; the value model starts
 from the policy's decoder with a zero head; bos, which in pretraining separated stories, ends a response; options
@@ -8,14 +8,8 @@ that the experiment does not vary are gone.
 """
 
 import dataclasses
-import pathlib
-import sys
 from functools import partial
 from typing import Any
-
-sys.path.insert(
-    0, str(pathlib.Path(__file__).parents[2])
-)  # the root's modules, from wherever this is started
 
 import jax
 import jax.numpy as jnp

@@ -1,0 +1,53 @@
+"""Contrasts: one good response after its own prompt and after others."""
+
+from typing import Any
+
+from data.batches import cut_left
+from data.preferences import best_and_worst_response
+from data.sources import Source
+from data.tokenizer import Tokenizer
+
+Record = dict[str, Any]
+
+
+def with_other_prompts(source: Source, count: int) -> Source:
+    """Turn comparisons into {"prompts", "response"}: the best response after `count` prompts.
+
+    The first prompt is its own; the others are of records elsewhere in the source, the same each
+    time.
+    """
+    records = len(source)
+    stride = records // count | 1
+
+    def read(i: int) -> Record:
+        record = source[i]
+        others = [source[(i + k * stride) % records]["prompt"] for k in range(1, count)]
+        best, _ = best_and_worst_response(record)
+        return {"prompts": [record["prompt"], *others], "response": best}
+
+    return Source(source.name, range(records), read, count)
+
+
+def encode_contrast(
+    record: Record, tokenizer: Tokenizer, length: int
+) -> tuple[list[Record], bool]:
+    """Encode a contrast as data.batches.encode_comparison does a comparison.
+
+    Its candidates are the one response after each of the prompts; the first, its own, has rank 1,
+    the others 2. Prompts are cut on the left to fit `length` tokens; no row where too little is
+    left of them. Second: whether anything was lost.
+    """
+    prompts = [tokenizer.prompt(prompt) for prompt in record["prompts"]]
+    response = [*tokenizer.encode(record["response"]), tokenizer.eos]
+    room = length - len(response)
+    longest = max(map(len, prompts))
+    if room < min(longest, 8):
+        return [], True
+    row = {
+        "prompts": [cut_left(prompt, room, tokenizer) for prompt in prompts],
+        "responses": [response] * len(prompts),
+        "record": record,
+        "ranking": [1] + [2] * (len(prompts) - 1),
+        "margin": 0.0,
+    }
+    return [row], longest > room

@@ -1,0 +1,200 @@
+"""Contrastive instructions: which of several prompts a good response answers.
+
+    PYTHONPATH=. python experiments/contrastive/train_dpo.py --init=runs/align/sft \\
+        --data=runs/align/comparisons.jsonl --run=runs/contrastive
+
+A fork of train_dpo.py: its own candidates, one response after several prompts (batches.py), its
+own loss (objective.py), no reference.
+"""
+
+import dataclasses
+from functools import partial
+from itertools import islice
+
+import jax
+
+from data.batches import comparison_batches
+from data.sources import Source, open_source
+from data.tokenizer import tokenizer_for
+from evaluation.gold import make_gold_evaluation
+from experiments.contrastive.batches import encode_contrast, with_other_prompts
+from experiments.contrastive.objective import contrastive
+from lora import LoraConfig, note_lora_base, with_adapters
+from model import LanguageModel, init_and_apply
+from model_config import ModelConfig, check_fit
+from objectives import direct
+from planning.dry_run import preview
+from runtime import flags
+from runtime.errors import require
+from runtime.hosts import HostsConfig
+from sharding import MeshConfig, check_batch, data_shard, make_mesh, to_mesh
+from train_state import as_items, starting_params
+from train_step import OptimizerConfig, Update, make_evaluation, make_optimizer, make_train_step
+from training_run import Run, make_greedy_samples
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    # Folders
+    run: str = "runs/contrastive"
+    """Folder of this run; running again resumes it."""
+    init: str | None = None
+    """Run to start from, usually of train_sft; None: random weights."""
+
+    # Data
+    data: str = "world"
+    """Comparisons: world, a .jsonl file, or tfds:<name>."""
+    tokenizer: str | None = None
+    """A SentencePiece .model; None: that of --init, else one trained on the data."""
+
+    # Loss
+    instructions: int = 4
+    """Prompts between which a response decides."""
+
+    # Batches
+    steps: int = 300
+    """Updates."""
+    batch_size: int = 32
+    """Responses per step, over all devices, each after all its prompts."""
+    length: int = 40
+    """Longest prompt and response together, in tokens."""
+    microbatches: int = 1
+    """Parts of a batch whose gradients are summed."""
+
+    # Model
+    model: ModelConfig = ModelConfig()
+    """Its shape; that of --init where there is one."""
+    optimizer: OptimizerConfig = OptimizerConfig(lr=1e-4, beta2=0.999, weight_decay=0.0)
+    """Learning rate, schedule, clipping."""
+    lora: LoraConfig = LoraConfig()
+    """Low-rank adapters, trained in place of all weights."""
+
+    # Evaluation
+    gold: bool = False
+    """Gold evaluation on the world's prompts also where --data is a file (of collect/rank.py)."""
+    temperature: float = 1.0
+    """Sampling temperature of the responses that the gold program judges."""
+    max_prompt: int = 24
+    """Longest prompt of the gold evaluation, in tokens."""
+    max_new_tokens: int = 24
+    """Longest response of the gold evaluation and the samples, in tokens."""
+    eval_every: int = 100
+    """Steps between evaluations on held-out data; 0: never."""
+    eval_records: int = 512
+    """Held-out records evaluated."""
+
+    # Run
+    mesh: MeshConfig = MeshConfig()
+    """Devices along each axis."""
+    hosts: HostsConfig = HostsConfig()
+    """Processes of this run."""
+    seed: int = 0
+    """Of random weights, the order of the data and samples."""
+    save_every: int = 100
+    """Steps between checkpoints; 0: at the end only."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept."""
+    dry_run: bool = False
+    """Print shapes, shardings, memory and the first batch, and write nothing."""
+
+
+def make_update(config: Config) -> Update:
+    """Make the model's initialiser, its optimiser, its loss and the jitted step."""
+    init, apply = init_and_apply(LanguageModel(config.model))
+    objective = partial(direct.ranked_objective, apply, loss=contrastive)
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    step = make_train_step(
+        objective,
+        optimizer,
+        config.microbatches,
+        max_norm=config.optimizer.clip,
+        full=partial(with_adapters, config.lora),
+    )
+    return Update(init, optimizer, objective, step)
+
+
+def eval_batch_count(config: Config, held_out: Source) -> int:
+    """Return how many batches hold --eval_records, at least 1; 0 without evaluations."""
+    if not config.eval_every:
+        return 0
+    return max(1, min(config.eval_records, len(held_out)) // config.batch_size)
+
+
+def main(config: Config) -> dict[str, float]:
+    """Train a policy to tell the prompts of good responses; return the last metrics."""
+    # A mesh of all devices, and a batch that splits over it.
+    config = note_lora_base(config)
+    mesh = make_mesh(config.mesh)
+    require(
+        config.instructions >= 2,
+        f"--instructions={config.instructions}: must be at least 2",
+    )
+    check_batch("batch_size", config.batch_size, config.microbatches, mesh, config.length)
+
+    # Data: comparisons, the tokenizer they fit, and batches of the best responses, each after
+    # its own prompt and others.
+    source = open_source(config.data, "comparison", "train", seed=config.seed)
+    held_out = open_source(config.data, "comparison", "heldout", seed=config.seed)
+    tokenizer = tokenizer_for(config, source)
+    check_fit(config.model, tokenizer.size, config.length)
+    candidates = partial(
+        comparison_batches,
+        tokenizer=tokenizer,
+        encode=encode_contrast,
+        batch_size=config.batch_size,
+        length=config.length,
+        **data_shard(mesh),
+    )
+    contrasts = partial(with_other_prompts, count=config.instructions)
+    batches = candidates(contrasts(source), seed=config.seed)
+    held_out_batches = candidates(contrasts(held_out))
+    eval_batches = list(islice(held_out_batches, eval_batch_count(config, held_out)))
+
+    # One jitted step. With LoRA `state.params` are the adapters alone; `full` lays their base
+    # beside them. The gold evaluation measures the KL to the policy that training starts from.
+    update = make_update(config)
+    evaluate = make_evaluation(update.objective)
+    full = partial(with_adapters, config.lora)
+    load_start = partial(
+        starting_params, update.init, config.model, config.init, mesh, config.seed
+    )
+
+    # Samples: greedy answers to held-out prompts. The gold program judges the world's own.
+    prompts = [held_out[i]["prompt"] for i in range(min(8, len(held_out)))]
+    sample = make_greedy_samples(
+        config.model,
+        tokenizer,
+        prompts,
+        max_prompt=config.length,
+        max_new_tokens=config.max_new_tokens,
+    )
+    gold = None
+    if config.eval_every and (config.gold or config.data == "world"):
+        gold = make_gold_evaluation(config, tokenizer)
+
+    # A dry run ends here and has written nothing.
+    if config.dry_run:
+        return preview(config, update.init, update.optimizer, mesh, next(batches), tokenizer)
+    with Run(config, tokenizer) as run:
+        state, base = run.start_or_resume(update.init, update.optimizer, mesh, batches)
+        title = f"contrastive on {source.name}"
+        run.describe(title, state.params, (state.opt_state, base), length=config.length)
+        for step in run.steps():
+            # One update; its metrics are written while the next one runs.
+            batch = next(batches)
+            state, metrics = update.step(state, to_mesh(batch, mesh), base)
+            run.record(step, metrics, tokens=batch["loss_mask_BCT"].size)
+
+            # Held-out loss, samples, and gold shares.
+            if run.due(step, config.eval_every):
+                params = full(base, state.params)
+                run.record(step, evaluate(params, [to_mesh(b, mesh) for b in eval_batches]))
+                run.samples(step, sample(params, jax.random.key(step)))
+                if gold is not None:
+                    run.record(step, gold(params, base or load_start()))
+            run.save_when_due(step, as_items(state), batches)
+    return run.last_metrics
+
+
+if __name__ == "__main__":
+    flags.run(main, Config)
