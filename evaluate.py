@@ -39,8 +39,8 @@ from train_step import make_evaluation
 
 FOLDERS = {"base": "lm", "sft": "sft", "reward": "rm", "policy": "ppo"}
 """Role of a run -> its folder in --run."""
+# Rows a batch (perplexity).
 BATCH_SIZE = 32
-"""Rows a batch (perplexity)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +84,7 @@ class Config:
 
 def evaluate_alignment(config: Config) -> dict[str, Any]:
     """Measure base, SFT and PPO in the world; write summary.json and report.html."""
+    # The prompts, and the reference of the KL.
     requests = [world.prompt(i, split="heldout", seed=config.seed) for i in range(config.n)]
     prompts = [request.text for request in requests]
     reference_run = config.folder("sft")
@@ -101,6 +102,7 @@ def evaluate_alignment(config: Config) -> dict[str, Any]:
             )
         sampled[stage] = sample_with_kl(params, reference, prompts, config.seed)
 
+    # What the reward model's training measured last.
     reward_run = config.folder("reward")
     reward_metrics = read_rows(reward_run)
     require(bool(reward_metrics), f"{reward_run}: no metrics.jsonl; name the run of train_rm.py")
@@ -160,6 +162,7 @@ def evaluate_win_rate(config: Config) -> dict[str, Any]:
         )
     prompts = [record["prompt"] for record in records]
 
+    # The reward model, which scores the responses of each policy.
     model, tokenizer, params = load_run(config.folder("reward"), reward=True)
     score_texts = make_text_scorer(model, tokenizer, config.max_prompt + config.max_new_tokens)
 

@@ -51,6 +51,8 @@ def main(config: Config) -> list[str]:
     )
     if config.n < 1:
         raise UserError(f"--n={config.n}: must be at least 1")
+
+    # The run, and what samples from it.
     model, tokenizer, params = load_run(config.run)
     respond = make_sampler(model, sampling, tokenizer, 1 if config.chat else config.n)
     key = jax.random.key(config.seed)
@@ -96,6 +98,7 @@ def chat(reply: Reply, tokenizer: Tokenizer, key: jax.Array, room: int) -> str:
         messages.append({"role": "user", "content": text})
         key, turn_key = jax.random.split(key)
 
+        # The oldest turns are forgotten, a message and its reply at a time.
         tokens = tokenizer.prompt(messages)
         while len(tokens) > room and len(messages) > 1:
             del messages[:2]

@@ -21,8 +21,8 @@ Tokens = list[int]
 Respond = Callable[..., list[Tokens]]
 """What `make_sampler` returns."""
 Item = TypeVar("Item")
+# Columns that prompts are padded to at least.
 SHORTEST_WIDTH = 16
-"""Columns that prompts are padded to at least."""
 
 
 class LoadedRun(NamedTuple):
@@ -89,6 +89,7 @@ def make_sampler(
     def respond(
         params: Params, prompts: Sequence[Tokens], key: jax.Array, rows: int = 256
     ) -> list[Tokens]:
+        # Few widths: a power of two that holds the longest prompt.
         longest = max(len(tokens) for tokens in prompts)
         width = max(SHORTEST_WIDTH, 1 << (longest - 1).bit_length())
         responses: list[Tokens] = []
@@ -96,6 +97,8 @@ def make_sampler(
             padded = [{"tokens": tokens} for tokens in part]
             batch = pad_prompts(padded, width, tokenizer.pad, fixed=True)
             samples = to_host(sample(params, batch, jax.random.fold_in(key, start)))
+
+            # Responses without their padding.
             lengths_B = samples.mask_BR.sum(1).astype(int)
             for response_R, length in zip(samples.response_BR, lengths_B, strict=True):
                 responses.append(response_R[:length].tolist())
@@ -117,6 +120,11 @@ def full_parts(items: Sequence[Item], size: int) -> Iterator[tuple[int, list[Ite
 def filled(items: Sequence[Item], size: int) -> list[Item]:
     """Fill `items` up to `size` with copies of the first one."""
     return [*items, *[items[0]] * (size - len(items))]
+
+
+def split_evenly(items: Sequence[Item], size: int) -> list[list[Item]]:
+    """Cut `items` into lists of `size`: responses, n to each prompt, by their prompt."""
+    return [list(items[start : start + size]) for start in range(0, len(items), size)]
 
 
 def in_parts(count: int, rows: int, name: str) -> Iterator[int]:

@@ -25,6 +25,7 @@ import numpy as np
 from data.batches import cut_left
 from data.sources import Source, open_source
 from evaluation.gold import CRITERIA
+from evaluation.tables import cells
 from responses import LoadedRun, in_parts, load_run, make_sampler
 from rewards.judges import (
     Messages,
@@ -43,8 +44,8 @@ from sampling import SamplingConfig
 from sharding import MeshConfig, make_mesh
 from tasks import world
 
+# Prompts a call.
 ROWS = 128
-"""Prompts a call."""
 Pick = Callable[[Sequence[Messages], Sequence[list[str]]], list[str]]
 """pick(prompts, candidates of each) -> one of each prompt's candidates."""
 
@@ -121,29 +122,34 @@ def comparison_rows(
 
     A prompt has no row where all its responses tie, or there is one alone.
     """
+    # All pairs of all prompts are asked at once.
     distinct = [list(dict.fromkeys(texts)) for texts in responses]
     questions = []
     for prompt, texts in zip(prompts, distinct, strict=True):
-        questions += [(prompt, first, second) for first, second in combinations(texts, 2)]
+        for first, second in combinations(texts, 2):
+            questions.append((prompt, first, second))
     answers = iter(prefer(questions).mean(1))
 
+    # The answers come in the order of the questions.
     rows: list[ComparisonRow] = []
     for prompt, texts in zip(prompts, distinct, strict=True):
-        prefer_CC = np.full((len(texts), len(texts)), 0.5)
-        for i, j in combinations(range(len(texts)), 2):
+        count = len(texts)
+        prefer_CC = np.full((count, count), 0.5)
+        for i, j in combinations(range(count), 2):
             prefer_CC[i, j] = next(answers)
             prefer_CC[j, i] = 1 - prefer_CC[i, j]
-        ranks = ranking(prefer_CC)
+        ranks = rank_by_preference(prefer_CC)
         if len(set(ranks)) > 1:
             rows.append({"prompt": prompt, "responses": texts, "ranking": ranks})
     return rows
 
 
-def ranking(prefer_CC: np.ndarray) -> list[int]:
+def rank_by_preference(prefer_CC: np.ndarray) -> list[int]:
     """Rank C responses by their mean preference over the others: 1 is best, equal is a tie.
 
     prefer_CC[i, j] is P(i is better than j).
     """
+    # Rounded, so that equal preferences added in another order are a tie.
     points = np.round(prefer_CC.sum(1), 6)
     return [1 + int((points > own).sum()) for own in points]
 
@@ -157,12 +163,13 @@ def agreement(rows: Sequence[ComparisonRow]) -> list[float]:
     right = []
     for row in rows:
         request = row["prompt"][-1]["content"]
+        ranking = row["ranking"]
         gold = [world.gold(request, response).total for response in row["responses"]]
         for i, j in combinations(range(len(gold)), 2):
             if gold[i] == gold[j]:
                 continue
             better, worse = (i, j) if gold[i] > gold[j] else (j, i)
-            gap = row["ranking"][worse] - row["ranking"][better]
+            gap = ranking[worse] - ranking[better]
             right.append(0.5 if gap == 0 else float(gap > 0))
     return right
 
@@ -202,8 +209,11 @@ def revision_rows(
         for prompt, response in zip(prompts, responses, strict=True)
     ]
     for round_key in jax.random.split(key, rounds):
-        numbers = jax.random.randint(round_key, (len(rows),), 0, len(names)).tolist()
-        drawn = [names[i] for i in numbers]
+        # A principle for each response.
+        numbers = jax.random.randint(round_key, (len(rows),), 0, len(names))
+        drawn = [names[i] for i in numbers.tolist()]
+
+        # Its critique and revisions, of which one goes on.
         current = [row["response"] for row in rows]
         critiques, candidates = revise(prompts, current, drawn, round_key)
         picked = pick(prompts, candidates)
@@ -231,8 +241,9 @@ def make_pick(reward: str | None) -> Pick:
     score_texts = make_text_scorer(model, tokenizer, model.context)
 
     def pick(prompts: Sequence[Messages], candidates: Sequence[list[str]]) -> list[str]:
-        repeated = []
-        flat = []
+        # All candidates of all prompts are scored at once.
+        repeated: list[Messages] = []
+        flat: list[str] = []
         for prompt, texts in zip(prompts, candidates, strict=True):
             repeated += [prompt] * len(texts)
             flat += texts
@@ -248,18 +259,19 @@ def report_revisions(rows: Sequence[RevisionRow], rounds: int) -> dict[str, floa
     Keys: `violated/<criterion>/<round>`, from round 0, the first response.
     """
     table = {}
-    header = "".join(f"{name:>10}" for name in (*CRITERIA[:3], "any"))
-    print(f"{'violated':12}{header}")
+    columns = [*CRITERIA[:3], "any"]
+    print(f"{'violated':12}{cells(columns, '>10')}")
     for number in range(rounds + 1):
-        verdicts = [
-            world.gold(row["prompt"][-1]["content"], row["revisions"][number]) for row in rows
-        ]
-        cells = ""
+        verdicts = []
+        for row in rows:
+            request = row["prompt"][-1]["content"]
+            verdicts.append(world.gold(request, row["revisions"][number]))
+        shares = []
         for name in CRITERIA:
-            share = float(np.mean([not getattr(verdict, name) for verdict in verdicts]))
-            table[f"violated/{name}/{number}"] = share
-            cells += f"{share:10.3f}"
-        print(f"revision {number:<3}{cells}")
+            violated = [not getattr(verdict, name) for verdict in verdicts]
+            shares.append(float(np.mean(violated)))
+            table[f"violated/{name}/{number}"] = shares[-1]
+        print(f"revision {number:<3}{cells(shares, '10.3f')}")
     return table
 
 
@@ -314,11 +326,13 @@ def make_answer(
     room = model.context - sampling.max_new_tokens
 
     def answer(prompts: list[Messages], key: jax.Array) -> tuple[list[Messages], list[list[str]]]:
+        # What exceeds the context is forgotten, the oldest turns first.
         asked = [cut_left(tokenizer.prompt(prompt), room, tokenizer) for prompt in prompts]
         tokens = respond(params, asked, key, ROWS)
         answered = []
         responses = []
         for i, prompt in enumerate(prompts):
+            # A response that never ended is no answer.
             ended = tokenizer.ended(tokens[i * n : (i + 1) * n])
             texts = [text for text in ended if text.strip()]
             if texts:
@@ -347,15 +361,16 @@ def main(config: Config) -> dict[str, float]:
     principles = read_principles(config.principles)
     make_mesh(MeshConfig())
     sampling = SamplingConfig(config.temperature, max_new_tokens=config.max_new_tokens)
+    # Who answers, who judges, and who picks among revisions.
     policy = load_run(config.init)
     answer = make_answer(policy, sampling, config.count if config.comparing else 1)
     prefer, revise = make_judge(config, principles, sampling)
     pick = make_pick(config.reward)
 
+    # The rows, part by part. The file is opened at once: a place that cannot be written shows.
     source = open_source(config.data, "prompt", config.split, seed=config.seed)
     count = min(config.prompts, len(source))
     rows: list[Any] = []
-    # Opened at once, so that a place that cannot be written shows.
     with atomic_text(config.out, anew=True) as file:
         for start in in_parts(count, ROWS, config.write):
             numbers = range(start, min(start + ROWS, count))
@@ -371,6 +386,7 @@ def main(config: Config) -> dict[str, float]:
         file.writelines(json.dumps(row) + "\n" for row in rows)
     print(f"{config.out}: {len(rows)} lines from {count} prompts")
 
+    # In the world the gold program knows how good they are.
     counts: dict[str, float] = {"lines": len(rows), "prompts": count}
     if config.data != "world" or not rows:
         return counts

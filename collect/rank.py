@@ -22,10 +22,9 @@ from sampling import SamplingConfig
 from sharding import MeshConfig, make_mesh
 from tasks import world
 
+# Prompts a call, and responses decoded at a time.
 ROWS = 500
-"""Prompts a call."""
 SLOTS = 256
-"""Responses decoded at a time."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,11 +54,13 @@ def main(config: Config) -> dict[str, int]:
         raise UserError(
             "--prompts must be at least 1, --samples at least 2 and --noise at least 0"
         )
+    # The policy.
     make_mesh(MeshConfig())
     model, tokenizer, params = load_run(config.init)
     sampling = SamplingConfig(config.temperature, max_new_tokens=config.max_new_tokens)
     respond = make_sampler(model, sampling, tokenizer, config.samples, slots=SLOTS)
 
+    # Responses to a part of the prompts at a time.
     lines = 0
     key = jax.random.key(config.seed)
     rng = random.Random(config.seed)

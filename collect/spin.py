@@ -24,8 +24,8 @@ from runtime.run_folder import atomic_text
 from sampling import SamplingConfig
 from sharding import MeshConfig, make_mesh
 
+# Prompts a call.
 ROWS = 256
-"""Prompts a call."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +48,7 @@ def main(config: Config) -> dict[str, int]:
     """Write the file whole or not at all; return the counts of `lines` and `prompts`."""
     if config.prompts < 1:
         raise UserError(f"--prompts={config.prompts}: must be at least 1")
+    # The opponent.
     make_mesh(MeshConfig())
     model, tokenizer, params = load_run(config.init)
     check_fit(model, tokenizer.size, 1 + config.max_new_tokens)
@@ -55,6 +56,7 @@ def main(config: Config) -> dict[str, int]:
     respond = make_sampler(model, sampling, tokenizer)
     room = model.context - config.max_new_tokens
 
+    # Its responses to a part of the demonstrations' prompts at a time.
     source = open_source(config.data, "chat", config.split, seed=config.seed)
     count = min(config.prompts, len(source))
     key = jax.random.key(config.seed)

@@ -34,10 +34,9 @@ from sampling import SamplingConfig
 from sharding import MeshConfig, make_mesh
 from tasks import arithmetic
 
+# Responses a call, and problems whose solutions are labelled together.
 ROWS = 512
-"""Responses a call."""
 PROBLEMS = 256
-"""Problems whose solutions are labelled together."""
 Label = str | float | None
 """A step's: positive, neutral or negative, a share of right completions, or None."""
 Complete = Callable[[list[Tokens]], list[Tokens]]
@@ -145,6 +144,7 @@ def completion_labels(
     found: Sequence[Solution], check: Check, complete: Complete, tokenizer: Tokenizer
 ) -> list[list[Label]]:
     """Label each step by the share of its completions that come right, the last by the outcome."""
+    # After each step but the last the policy goes on, all of them at once.
     states = []
     for solution in found:
         for end in range(1, len(solution.steps)):
@@ -152,6 +152,7 @@ def completion_labels(
             states.append(State(solution.prompt, written, solution.record))
     shares = iter(success_shares(complete, check, tokenizer, states) if states else [])
 
+    # The shares come in the order of the states.
     labels: list[list[Label]] = []
     for solution in found:
         own: list[Label] = [next(shares) for _ in solution.steps[1:]]
@@ -169,6 +170,8 @@ def success_shares(
     """
     written = [tokenizer.encode(state.text) for state in states]
     contexts = [[*state.prompt, *so_far] for state, so_far in zip(states, written, strict=True)]
+
+    # n completions of each state, next to one another.
     tokens = complete(contexts)
     n = len(tokens) // len(states)
     rights = []
@@ -229,6 +232,7 @@ def main(config: Config) -> dict[str, int]:
         config.completions,
     )
 
+    # Solutions to a part of the problems at a time.
     source = open_source(config.data, "prompt", config.split, seed=config.seed)
     count = min(config.prompts, len(source))
     counts = {"lines": 0, "steps": 0, "completions": 0}

@@ -21,10 +21,11 @@ from data.tokenizer import Tokenizer
 from decoding.report import powers_of_two
 from evaluation.gold import CRITERIA, gold_rows, gold_shares
 from evaluation.intervals import Interval, mean_interval
+from evaluation.tables import cells
 from model import LanguageModel, init_and_apply
 from model_config import ModelConfig, check_fit
 from objectives.imitate import best_of_n_kl
-from responses import filled, in_parts
+from responses import filled, in_parts, split_evenly
 from rewards.scorer import make_reward_scorer
 from rollout import make_rollout
 from runtime import flags
@@ -35,8 +36,8 @@ from sharding import MeshConfig, abstract, make_mesh, to_mesh
 from tasks import world
 from train_state import load_params
 
+# Responses a call, at least one for each device.
 ROWS = 512
-"""Responses a call, at least one for each device."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +69,7 @@ def sample_and_score(
     Returns (rewards [P, N], texts: P lists of N), in the order of `records`. A response that never
     ended is scored as it is.
     """
+    # The policy, on the mesh, and the reward.
     model = ModelConfig(**load_config(config.policy)["model"])
     tokenizer = Tokenizer.load(config.policy)
     check_fit(model, tokenizer.size, config.max_prompt + config.max_new_tokens)
@@ -80,6 +82,7 @@ def sample_and_score(
         apply, model, sampling, eos=tokenizer.eos, pad=tokenizer.pad, n=config.n
     )
 
+    # In parts of one shape; the last one is filled up.
     devices = mesh.shape["data"]
     rows = devices * max(1, ROWS // (config.n * devices))
     rewards: list[np.ndarray] = []
@@ -93,15 +96,19 @@ def sample_and_score(
         padded = pad_prompts(tokens, config.max_prompt, tokenizer.pad, fixed=True)
         batch = to_mesh(padded, mesh)
         key = jax.random.fold_in(jax.random.key(config.seed), start)
+
+        # The responses, n to each prompt, and their rewards.
         rollout = sample_rollout(params, batch, key)
         scores, _ = score(models, rollout, part)
         rewards.append(np.asarray(scores[config.reward]))
         responses_BR = np.asarray(rollout["response_BR"])
         texts += [tokenizer.decode(response_R.tolist()) for response_R in responses_BR]
 
-    rewards_PN = np.concatenate(rewards).reshape(-1, config.n)[: len(records)]
-    starts = range(0, len(records) * config.n, config.n)
-    return rewards_PN, [texts[i : i + config.n] for i in starts]
+    # By prompt, without what the last part was filled up with.
+    count = len(records)
+    rewards_PN = np.concatenate(rewards).reshape(-1, config.n)
+    texts_PN = split_evenly(texts, config.n)
+    return rewards_PN[:count], texts_PN[:count]
 
 
 def best_of_first(
@@ -116,8 +123,8 @@ def best_of_first(
     CRITERIA.
     """
     best_P = rewards_PN[:, :n].argmax(1)
-    problems = np.arange(len(best_P))
-    row = {"reward": mean_interval(rewards_PN[problems, best_P])}
+    reward_P = rewards_PN[np.arange(len(best_P)), best_P]
+    row = {"reward": mean_interval(reward_P)}
     if requests is not None:
         chosen = [texts[p][i] for p, i in enumerate(best_P)]
         row |= gold_shares(gold_rows(requests, chosen))
@@ -151,13 +158,13 @@ def main(config: Config) -> dict[int, dict[str, Interval]]:
     rewards_PN, texts = sample_and_score(config, records, mesh)
 
     # A row for each number of samples.
-    criteria = "" if requests is None else "".join(f"{name:>13}" for name in CRITERIA)
+    criteria = "" if requests is None else cells(CRITERIA, ">13")
     print(f"{'n':>5}{'KL bound':>9}{'reward':>14}{criteria}")
     table = {}
     for n in powers_of_two(config.n):
-        table[n] = best_of_first(rewards_PN, texts, n, requests)
-        cells = "".join(f"{interval!s:>13}" for interval in table[n].values())
-        print(f"{n:5}{best_of_n_kl(n):9.3f} {cells}")
+        row = best_of_first(rewards_PN, texts, n, requests)
+        print(f"{n:5}{best_of_n_kl(n):9.3f} {cells(row.values(), '>13')}")
+        table[n] = row
     print(
         f"{len(records)} held-out prompts, 95 % intervals; "
         "KL of the best of n to the policy: at most, in nats"

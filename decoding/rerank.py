@@ -20,13 +20,13 @@ import numpy as np
 from data.batches import Row
 from data.sources import open_source
 from data.steps import problems
-from data.tokenizer import Tokenizer
 from decoding.report import as_json, powers_of_two, write_result
 from evaluation.intervals import Interval, mean_interval
 from evaluation.steps import majority
+from evaluation.tables import cells
 from model_config import check_fit
 from objectives.imitate import first_of_equal
-from responses import load_run, make_sampler
+from responses import load_run, make_sampler, split_evenly
 from rewards.models import make_step_scorer
 from rewards.scorer import Check, load_function
 from runtime import flags
@@ -35,8 +35,8 @@ from sampling import SamplingConfig
 from sharding import MeshConfig, make_mesh
 from tasks.answers import last_number
 
+# Answers a call.
 ROWS = 512
-"""Answers a call."""
 Hits = dict[str, np.ndarray]
 """Way to choose -> [P]: 1 where its choice is right, else 0, or the chance of that."""
 
@@ -80,6 +80,7 @@ class Answers(NamedTuple):
 
 def sample_answers(config: Config, records: Sequence[Row], mesh: jax.sharding.Mesh) -> Answers:
     """Sample `config.n` answers to the problem of each record; check them and score them."""
+    # The policy, the check and the models that score.
     model, tokenizer, params = load_run(config.policy)
     length = config.max_prompt + config.max_new_tokens
     check_fit(model, tokenizer.size, length)
@@ -92,25 +93,19 @@ def sample_answers(config: Config, records: Sequence[Row], mesh: jax.sharding.Me
     respond = make_sampler(model, sampling, tokenizer, config.n)
     rows = max(1, ROWS // config.n)
     responses = respond(params, prompts, jax.random.key(config.seed), rows)
-    texts = texts_by_problem(responses, tokenizer, config.n)
+    flat = [tokenizer.decode(response) for response in responses]
+    texts = split_evenly(flat, config.n)
 
     # The scores of each model, in each of its ways.
     asked = [prompt for prompt in prompts for _ in range(config.n)]
+    shape = (len(records), config.n)
     scores = {}
     for run, score_steps in scorers.items():
         for way, score_M in score_steps(asked, responses).items():
-            scores[f"{run} {way}"] = score_M.reshape(len(records), config.n)
+            scores[f"{run} {way}"] = score_M.reshape(shape)
 
     tokens = sum(map(len, responses)) / len(records)
     return Answers(texts, check_answers(check, texts, records), scores, tokens)
-
-
-def texts_by_problem(
-    responses: Sequence[list[int]], tokenizer: Tokenizer, n: int
-) -> list[list[str]]:
-    """Decode responses, `n` to each problem in order, into a list for each problem."""
-    texts = [tokenizer.decode(response) for response in responses]
-    return [texts[i : i + n] for i in range(0, len(texts), n)]
 
 
 def check_answers(
@@ -140,7 +135,8 @@ def choices(
     `scores`: way -> [P, N], the highest wins, of equal ones the first. `answers`: P lists of N
     final answers; None does not vote. Returns way -> [P], the index of its choice.
     """
-    chosen = {"majority": np.array([majority(own[:n]) for own in answers])}
+    voted = [majority(own[:n]) for own in answers]
+    chosen = {"majority": np.array(voted)}
     for way, score_PN in scores.items():
         chosen[way] = score_PN[:, :n].argmax(1)
     return chosen
@@ -148,15 +144,18 @@ def choices(
 
 def hits_of_first(n: int, answers: Answers) -> Hits:
     """Return how often each way to choose among the first `n` answers is right, by problem."""
+    # Of the first n answers.
     right_PN = answers.right_PN[:, :n]
     new_PN = first_of_equal_texts(answers.texts)[:, :n]
     finals = [[last_number(text) for text in own] for own in answers.texts]
     problem_P = np.arange(len(right_PN))
 
+    # Ways that choose at random: the chance to be right.
     hits = {
         "one drawn at random": right_PN.mean(1),
         "a score that knows nothing": np.average(right_PN, 1, new_PN),
     }
+    # Ways that choose one, and the best that any of them could do.
     for way, chosen_P in choices(n, answers.scores, finals).items():
         hits[way] = right_PN[problem_P, chosen_P]
     hits["one of them is right"] = right_PN.max(1)
@@ -169,6 +168,7 @@ def main(config: Config) -> dict[str, dict[int, Interval]]:
         min(config.n, config.prompts) >= 1,
         f"--n={config.n}, --prompts={config.prompts}: must be at least 1",
     )
+    # Problems, and the answers to them.
     mesh = make_mesh(MeshConfig())
     source = open_source(config.data, "prompt", "heldout", seed=config.seed)
     records = [source[i] for i in range(min(config.prompts, len(source)))]
@@ -186,6 +186,7 @@ def main(config: Config) -> dict[str, dict[int, Interval]]:
         f"{answers.tokens:.0f} tokens a problem for n={config.n}"
     )
 
+    # The same as a file, with the result on each problem for all n answers.
     if config.out is not None:
         accuracy = {}
         for way, row in table.items():
@@ -198,11 +199,10 @@ def main(config: Config) -> dict[str, dict[int, Interval]]:
 def print_table(table: dict[str, dict[int, Interval]]) -> None:
     """Print a row for each way to choose, a column for each number of answers."""
     width = max(map(len, table)) + 2
-    header = "".join(f"{f'n={n}':>15}" for n in table["majority"])
-    print(" " * width + header)
+    sizes = [f"n={n}" for n in table["majority"]]
+    print(" " * width + cells(sizes, ">15"))
     for way, row in table.items():
-        cells = "".join(f"{interval!s:>15}" for interval in row.values())
-        print(f"{way:{width}}{cells}")
+        print(f"{way:{width}}{cells(row.values(), '>15')}")
 
 
 if __name__ == "__main__":

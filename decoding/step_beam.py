@@ -22,7 +22,7 @@ from data.tokenizer import Tokenizer
 from decoding.report import as_json, write_result
 from evaluation.intervals import Interval, mean_interval
 from model_config import check_fit
-from responses import Tokens, load_run, make_sampler
+from responses import Tokens, load_run, make_sampler, split_evenly
 from rewards.models import make_step_scorer
 from rewards.scorer import load_function
 from runtime import flags
@@ -31,8 +31,8 @@ from runtime.run_folder import atomic_text
 from sampling import SamplingConfig
 from sharding import MeshConfig, make_mesh
 
+# Steps a call.
 ROWS = 512
-"""Steps a call."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +90,7 @@ def search(
     def is_open(tokens: Tokens) -> bool:
         return tokens[-1:] != [eos] and len(tokens) < longest
 
+    # Of each problem the beams: partial solutions, best first; at first all are empty.
     kept: list[list[Tokens]] = [[[] for _ in range(beams)] for _ in prompts]
     sampled = 0
     number = 0
@@ -97,27 +98,27 @@ def search(
         # All are extended, and the steps of finished ones ignored: each round has one shape.
         contexts = []
         for prompt, own in zip(prompts, kept, strict=True):
-            contexts += [[*prompt, *tokens] for tokens in own]
+            for tokens in own:
+                contexts.append([*prompt, *tokens])
         steps = iter(extend(contexts, number))
 
         # A finished solution is repeated: all problems have beams x branch candidates.
-        candidates: list[list[Tokens]] = []
+        candidates: list[Tokens] = []
         for own in kept:
-            longer: list[Tokens] = []
             for tokens in own:
                 new = [next(steps) for _ in range(branch)]
                 if is_open(tokens):
                     sampled += sum(map(len, new))
-                    longer += [[*tokens, *step][:longest] for step in new]
+                    candidates += [[*tokens, *step][:longest] for step in new]
                 else:
-                    longer += [tokens] * branch
-            candidates.append(longer)
+                    candidates += [tokens] * branch
 
         # The best of them go on.
-        asked = [prompt for prompt in prompts for _ in range(beams * branch)]
-        flat = [tokens for own in candidates for tokens in own]
-        scores_PN = score(asked, flat).reshape(len(prompts), -1)
-        kept = [best(*pair, beams) for pair in zip(candidates, scores_PN, strict=True)]
+        each = beams * branch
+        asked = [prompt for prompt in prompts for _ in range(each)]
+        scores_PN = score(asked, candidates).reshape(-1, each)
+        by_problem = split_evenly(candidates, each)
+        kept = [best(*pair, beams) for pair in zip(by_problem, scores_PN, strict=True)]
         number += 1
     return [own[0] for own in kept], sampled
 
@@ -140,12 +141,14 @@ def search_problems(
 
     Returns (solutions, tokens sampled in all, the policy's tokenizer).
     """
+    # The policy, what scores its steps, and the problems.
     model, tokenizer, params = load_run(config.policy)
     length = config.max_prompt + config.max_new_tokens
     check_fit(model, tokenizer.size, length)
     score_steps = make_step_scorer(config.model, tokenizer, mesh, length)
     prompts = problems(records, tokenizer, config.max_prompt)
 
+    # A sampler of one step: a newline ends it too.
     sampling = SamplingConfig(config.temperature, max_new_tokens=config.max_new_tokens)
     respond = make_sampler(model, sampling, tokenizer, config.branch, ends=tokenizer.newlines())
     key = jax.random.key(config.seed)
@@ -182,6 +185,7 @@ def main(config: Config) -> tuple[Interval, float]:
     records = [source[i] for i in range(min(config.prompts, len(source)))]
     found, sampled, tokenizer = search_problems(config, records, mesh)
 
+    # How many are right.
     texts = [tokenizer.decode(tokens) for tokens in found]
     right = [check(*pair) for pair in zip(texts, records, strict=True)]
     accuracy = mean_interval(right)

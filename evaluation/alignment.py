@@ -13,12 +13,14 @@ from evaluation.gold import (
     gold_rows,
     summarise,
 )
+from evaluation.intervals import Interval
+from evaluation.tables import cells
 from evaluation.win_rate import wins
 from tasks import world
 
 STAGES = ("base", "sft", "ppo")
+# Prompts whose responses the report shows.
 SHOWN = 40
-"""Prompts whose responses the report shows."""
 Rows = dict[str, list[GoldRow]]
 """Of each stage, a row for each request."""
 
@@ -34,6 +36,7 @@ def summarise_alignment(
     last row of metrics.jsonl. The summary has an entry for each stage (`summarise`, and
     `distinct_answers`; of ppo also `win_rate`, over SFT by gold) and `reward_model`.
     """
+    # Each stage by itself.
     summary: dict[str, Any] = {}
     rows: Rows = {}
     for stage, responses in sampled.items():
@@ -42,9 +45,11 @@ def summarise_alignment(
         summary[stage] = summarise(rows[stage], lengths, kls)
         summary[stage]["distinct_answers"] = distinct_answers(requests, texts)
 
+    # PPO beside SFT, prompt by prompt.
     ppo = [row["all"] for row in rows["ppo"]]
     sft = [row["all"] for row in rows["sft"]]
-    summary["ppo"]["win_rate"] = float(np.mean(wins(ppo, sft)))
+    win_rate = np.mean(wins(ppo, sft))
+    summary["ppo"]["win_rate"] = float(win_rate)
     summary["reward_model"] = summarise_reward_model(reward_metrics)
     return summary, rows
 
@@ -57,11 +62,11 @@ def summarise_reward_model(metrics: dict[str, float]) -> dict[str, Any]:
 
 def with_prefix(values: dict[str, float], prefix: str) -> dict[str, float]:
     """Return the entries whose names begin with `prefix`, without it."""
-    return {
-        name.removeprefix(prefix): value
-        for name, value in values.items()
-        if name.startswith(prefix)
-    }
+    found = {}
+    for name, value in values.items():
+        if name.startswith(prefix):
+            found[name.removeprefix(prefix)] = value
+    return found
 
 
 def sample_rows(requests: Sequence[world.Request], rows: Rows) -> list[dict[str, Any]]:
@@ -92,16 +97,17 @@ def gold_table(summary: dict[str, Any]) -> str:
 
 def criteria_lines(summary: dict[str, Any]) -> list[str]:
     """Show a row for each stage: criteria with intervals, KL, length."""
-    header = "".join(f"{name:>14}" for name in CRITERIA)
+    header = cells(CRITERIA, ">14")
     lines = [f"{'':8}{header}{'KL':>8}{'length':>8}"]
     for stage in STAGES:
         row = summary[stage]
-        cells = ""
+        shares = []
         for name in CRITERIA:
             low, high = row[f"{name}_ci"]
-            cell = f"{row[name]:.3f} ±{(high - low) / 2:.3f}"
-            cells += f"{cell:>14}"
-        lines.append(f"{stage:8}{cells}{row['kl']:>z8.2f}{row['length']:>8.1f}")
+            shares.append(Interval(row[name], low, high))
+        # `z`: a KL that rounds to 0 has no sign.
+        rest = f"{row['kl']:>z8.2f}{row['length']:>8.1f}"
+        lines.append(f"{stage:8}{cells(shares, '>14')}{rest}")
     count = summary["sft"]["n"]
     lines.append(
         f"share of {count} held-out prompts, 95 % intervals; KL to sft in nats a response"
@@ -111,19 +117,27 @@ def criteria_lines(summary: dict[str, Any]) -> list[str]:
 
 def kind_lines(summary: dict[str, Any]) -> list[str]:
     """Show a row for each kind of request: the share that passes all criteria, stage by stage."""
-    header = "".join(f"{stage:>10}" for stage in STAGES)
+    header = cells(STAGES, ">10")
     lines = [f"{'passes all, by kind':22}{header}{'n':>8}"]
-    for kind, entry in summary["sft"]["kinds"].items():
-        cells = "".join(f"{summary[stage]['kinds'][kind]['all']:>10.3f}" for stage in STAGES)
-        lines.append(f"{kind:22}{cells}{entry['n']:>8}")
-    cells = "".join(f"{summary[stage]['distinct_answers']:>10.3f}" for stage in STAGES)
-    lines.append(f"{'distinct answers':22}{cells}")
+    for kind in summary["sft"]["kinds"]:
+        entries = [summary[stage]["kinds"][kind] for stage in STAGES]
+        shares = [entry["all"] for entry in entries]
+        count = entries[0]["n"]
+        lines.append(f"{kind:22}{cells(shares, '>10.3f')}{count:>8}")
+
+    # The last row: a policy that has collapsed shows here.
+    ratios = [summary[stage]["distinct_answers"] for stage in STAGES]
+    lines.append(f"{'distinct answers':22}{cells(ratios, '>10.3f')}")
     return lines
 
 
 def reward_model_lines(measured: dict[str, Any]) -> list[str]:
     """Show the reward model's accuracy on held-out pairs, over all and by criterion."""
     accuracy = measured.get("accuracy", float("nan"))
-    by_criterion = measured["by_criterion"].items()
-    parts = ", ".join(f"{name} {value:.3f}" for name, value in by_criterion)
-    return [f"reward model on held-out pairs: {accuracy:.3f}", f"  {parts}"]
+    parts = []
+    for name, value in measured["by_criterion"].items():
+        parts.append(f"{name} {value:.3f}")
+    return [
+        f"reward model on held-out pairs: {accuracy:.3f}",
+        "  " + ", ".join(parts),
+    ]

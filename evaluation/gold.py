@@ -20,8 +20,8 @@ from tasks import world
 
 Criterion = Literal["helpful", "honest", "harmless", "all"]
 CRITERIA: tuple[Criterion, ...] = get_args(Criterion)
+# Prompts a call.
 ROWS = 256
-"""Prompts a call."""
 Batch = dict[str, jax.Array]
 
 
@@ -112,10 +112,13 @@ def make_kl_sampler(
         tokens = [cut_left(tokenizer.prompt(text), prompt_length, tokenizer) for text in prompts]
         responses: list[SampledResponse] = []
         for start, part in full_parts(tokens, ROWS):
+            # One width and one number of rows: one program.
             padded = [{"tokens": row} for row in part]
             batch = pad_prompts(padded, prompt_length, tokenizer.pad, fixed=True)
             key = jax.random.fold_in(jax.random.key(seed), start)
             samples, kl_B = to_host(sample(params, reference, batch, key))
+
+            # Responses without their padding.
             for response_R, mask_R, kl in zip(
                 samples.response_BR, samples.mask_BR, kl_B, strict=True
             ):
@@ -176,6 +179,7 @@ def summarise(
     shares, `kl` and `length` as means, each with its interval [low, high] as `<name>_ci`, and
     `kinds`: {kind of request: {"all", "all_ci", "n"}}.
     """
+    # Over all requests.
     summary: dict[str, Any] = {"n": len(rows)}
     intervals = gold_shares(rows)
     intervals |= {"kl": mean_interval(kls), "length": mean_interval(lengths)}
@@ -183,6 +187,7 @@ def summarise(
         summary[name] = interval.value
         summary[f"{name}_ci"] = interval.ends
 
+    # By kind of request.
     summary["kinds"] = {}
     for kind in world.KINDS:
         hits = [row["all"] for row in rows if row["kind"] == kind]
@@ -204,6 +209,7 @@ def make_gold_evaluation(
     (`distinct_answers`) and `gold/kl` (nats a response). `condition` and `reference` as in
     `make_kl_sampler`.
     """
+    # The prompts are the same at every evaluation, and so are the keys.
     sampling = SamplingConfig(config.temperature, max_new_tokens=config.max_new_tokens)
     sample_with_kl = make_kl_sampler(
         config.model, sampling, tokenizer, config.max_prompt, condition, reference

@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+# Standard errors from the middle of a normal interval of 95 % to its end.
 Z = 1.96
-"""Standard errors from the middle of a normal interval of 95 % to its end."""
 
 
 class Interval(NamedTuple):
@@ -23,7 +23,12 @@ class Interval(NamedTuple):
 
     def __str__(self) -> str:
         """Show the value and half the interval's width: `0.512 ±0.031`."""
-        return f"{self.value:.3f} ±{(self.high - self.low) / 2:.3f}"
+        half = (self.high - self.low) / 2
+        return f"{self.value:.3f} ±{half:.3f}"
+
+    def __format__(self, spec: str) -> str:
+        """Show it as a text: f"{interval:>14}" pads on the left."""
+        return format(str(self), spec)
 
 
 def share_interval(hits: Sequence[bool]) -> Interval:
@@ -35,9 +40,13 @@ def share_interval(hits: Sequence[bool]) -> Interval:
     if not count:
         return Interval(float("nan"), 0.0, 1.0)
     share = float(np.mean(hits))
+    variance = share * (1 - share) / count
+
+    # The interval is not centred on the share but between it and 1/2.
     centre = share + Z * Z / (2 * count)
-    half = Z * (share * (1 - share) / count + Z * Z / (4 * count * count)) ** 0.5
+    half = Z * (variance + Z * Z / (4 * count * count)) ** 0.5
     scale = 1 + Z * Z / count
+
     # Rounding may leave [0, 1].
     low = max(0.0, (centre - half) / scale)
     high = min(1.0, (centre + half) / scale)
@@ -47,5 +56,7 @@ def share_interval(hits: Sequence[bool]) -> Interval:
 def mean_interval(values: Sequence[float] | np.ndarray) -> Interval:
     """Return the mean of `values` with its interval (normal; the unbiased variance)."""
     mean = float(np.mean(values))
-    half = Z * float(np.std(values)) / max(len(values) - 1, 1) ** 0.5
+    deviation = float(np.std(values))
+    # Divided by n - 1: np.std divides by n.
+    half = Z * deviation / max(len(values) - 1, 1) ** 0.5
     return Interval(mean, mean - half, mean + half)

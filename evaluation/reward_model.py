@@ -13,8 +13,8 @@ from model_config import ModelConfig
 from rewards.models import Prompt, make_text_scorer
 from runtime.errors import UserError
 
+# Of confidence between 1/2 and 1, in the calibration error.
 BINS = 10
-"""Of confidence between 1/2 and 1, in the calibration error."""
 
 
 # ---- Statistics: arrays in, numbers out. N prompts, C candidates, P pairs ----
@@ -25,9 +25,14 @@ def ordered_pairs(rewards_NC: np.ndarray, ranks_NC: np.ndarray) -> tuple[np.ndar
 
     A gap is the better candidate's reward less the worse one's; ranks as in `comparison_table`.
     """
-    better_NCC = ranks_NC[:, :, None] < ranks_NC[:, None, :]
-    prompt_P, better_P, worse_P = np.nonzero((ranks_NC[:, :, None] > 0) & better_NCC)
-    return rewards_NC[prompt_P, better_P] - rewards_NC[prompt_P, worse_P], prompt_P
+    first_NC1 = ranks_NC[:, :, None]
+    second_N1C = ranks_NC[:, None, :]
+    # Both are candidates, and the first has the better (lower) rank.
+    ordered_NCC = (first_NC1 > 0) & (first_NC1 < second_N1C)
+    prompt_P, better_P, worse_P = np.nonzero(ordered_NCC)
+    better_reward_P = rewards_NC[prompt_P, better_P]
+    worse_reward_P = rewards_NC[prompt_P, worse_P]
+    return better_reward_P - worse_reward_P, prompt_P
 
 
 def accuracy(gap_P: np.ndarray) -> float:
@@ -51,19 +56,27 @@ def calibration_error(gap_P: np.ndarray) -> float:
     Confidence is sigmoid(|gap|), the probability that Bradley-Terry gives the pair's own order.
     """
     right_P = gap_P > 0
-    confidence_P = 1 / (1 + np.exp(-np.abs(gap_P)))
-    bin_P = np.minimum(((confidence_P - 0.5) * 2 * BINS).astype(int), BINS - 1)
+    size_P = np.abs(gap_P)
+    confidence_P = 1 / (1 + np.exp(-size_P))
+    # Confidence lies in [1/2, 1]; 1 itself belongs to the last bin.
+    bin_P = ((confidence_P - 0.5) * 2 * BINS).astype(int)
+    bin_P = np.minimum(bin_P, BINS - 1)
+
+    # Each bin counts by its share of the pairs.
     errors = []
     for number in set(bin_P.tolist()):
         inside_P = bin_P == number
-        distance = abs(confidence_P[inside_P].mean() - right_P[inside_P].mean())
+        confidence = confidence_P[inside_P].mean()
+        distance = abs(confidence - right_P[inside_P].mean())
         errors.append(distance * inside_P.mean())
     return float(sum(errors))
 
 
 def length_correlation(rewards: np.ndarray, lengths: np.ndarray) -> float | None:
     """Return the correlation of rewards and lengths; None where it is not defined."""
-    if len(rewards) <= 2 or rewards.std() == 0 or lengths.std() == 0:
+    if len(rewards) <= 2:
+        return None
+    if rewards.std() == 0 or lengths.std() == 0:
         return None
     return float(np.corrcoef(rewards, lengths)[0, 1])
 
@@ -81,6 +94,7 @@ def comparison_table(
     `accuracy`, `pairs` (how many), `margin` (mean gap), accuracy and pairs by criterion,
     `calibration_error`, and `length_correlation` where it is defined.
     """
+    # Statistics of pairs.
     gap_P, prompt_P = ordered_pairs(rewards_NC, ranks_NC)
     criterion_P = np.array([criteria[n] for n in prompt_P], object)
     table = {
@@ -90,6 +104,7 @@ def comparison_table(
         **criterion_table(gap_P, criterion_P),
         "calibration_error": calibration_error(gap_P),
     }
+    # A statistic of single responses.
     real_NC = ranks_NC > 0
     correlation = length_correlation(rewards_NC[real_NC], lengths_NC[real_NC])
     if correlation is not None:
@@ -114,17 +129,20 @@ class Comparisons(NamedTuple):
 
 def as_comparisons(records: Sequence[Row], tokenizer: Tokenizer) -> Comparisons:
     """Lay out comparison records (data/records.py) of any number of responses each."""
-    prompts = []
-    responses = []
-    shape = (len(records), max(len(record["responses"]) for record in records))
+    prompts: list[Prompt] = []
+    responses: list[str] = []
+    # As wide as the longest ranking; a rank of 0 says that there is no candidate.
+    most = max(len(record["responses"]) for record in records)
+    shape = (len(records), most)
     ranks_NC = np.zeros(shape, np.int64)
     lengths_NC = np.zeros(shape, np.int64)
     for n, record in enumerate(records):
-        count = len(record["responses"])
-        ranks_NC[n, :count] = record["ranking"]
-        lengths_NC[n, :count] = [len(tokenizer.encode(text)) for text in record["responses"]]
-        prompts += [record["prompt"]] * count
-        responses += record["responses"]
+        texts = record["responses"]
+        ranks_NC[n, : len(texts)] = record["ranking"]
+        for c, text in enumerate(texts):
+            lengths_NC[n, c] = len(tokenizer.encode(text))
+        prompts += [record["prompt"]] * len(texts)
+        responses += texts
     criteria = [record.get("criterion") for record in records]
     return Comparisons(prompts, responses, ranks_NC, lengths_NC, criteria)
 
@@ -138,6 +156,7 @@ def make_comparison_evaluation(
     with names prefixed by `eval/`. Records whose responses do not fit into `length` tokens are
     left out; raises UserError where none is left.
     """
+    # The records, and what of them does not depend on parameters.
     records = [source[i] for i in range(min(most, len(source)))]
     records = [record for record in records if encode_comparison(record, tokenizer, length)[0]]
     if not records:

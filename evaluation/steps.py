@@ -11,14 +11,19 @@ def auc(scores: np.ndarray, right: np.ndarray) -> float:
 
     Mann and Whitney 1947. nan where all are right or all wrong.
     """
-    _, number, count = np.unique(scores, return_inverse=True, return_counts=True)
-    # Ranks from 1, the lowest score first; equal scores share the mean of their ranks.
-    rank = (np.cumsum(count) - (count - 1) / 2)[number]
     rights = int(right.sum())
-    pairs = rights * (len(right) - rights)
-    if not pairs:
+    wrongs = len(right) - rights
+    if not rights * wrongs:
         return float("nan")
-    return float((rank[right].sum() - rights * (rights + 1) / 2) / pairs)
+
+    # Ranks from 1, the lowest score first; equal scores share the mean of their ranks.
+    _, number, count = np.unique(scores, return_inverse=True, return_counts=True)
+    mean_ranks = np.cumsum(count) - (count - 1) / 2
+    ranks = mean_ranks[number]
+
+    # The rank sum of the right ones, less what it would be if they were the lowest.
+    above = ranks[right].sum() - rights * (rights + 1) / 2
+    return float(above / (rights * wrongs))
 
 
 def step_table(
@@ -33,12 +38,18 @@ def step_table(
     """
     labelled_NT = mask_NT > 0
     right_NT = targets_NT >= 0.5
+
+    # Over all labelled steps, M of them.
+    right_M = right_NT[labelled_NT]
+    logits_M = logits_NT[labelled_NT]
+    correct_M = (logits_M > 0) == right_M
+
+    # By solution: where its wrong steps are, and where the model takes a step for wrong.
     wrong_NT = labelled_NT & ~right_NT
     doubted_NT = labelled_NT & (logits_NT < 0)
-    agree_NT = (logits_NT > 0) == right_NT
     return {
-        "accuracy": float(agree_NT[labelled_NT].mean()),
-        "auc": auc(logits_NT[labelled_NT], right_NT[labelled_NT]),
+        "accuracy": float(correct_M.mean()),
+        "auc": auc(logits_M, right_M),
         "first_error": first_error(wrong_NT, doubted_NT),
         "wrong": float(wrong_NT.sum() / labelled_NT.sum()),
         "steps": float(labelled_NT.sum()),
@@ -50,6 +61,7 @@ def first_error(wrong_NT: np.ndarray, doubted_NT: np.ndarray) -> float:
     has_wrong_N = wrong_NT.any(1)
     if not has_wrong_N.any():
         return float("nan")
+    # Rows without a doubted step find nothing: -1 is no position.
     first_doubted_N = np.where(doubted_NT.any(1), doubted_NT.argmax(1), -1)
     found_N = wrong_NT.argmax(1) == first_doubted_N
     return float(found_N[has_wrong_N].mean())
@@ -61,7 +73,10 @@ def majority(answers: Sequence[Any]) -> int:
     None, no answer, does not vote, unless all are None. Among equally common answers the one that
     comes first wins.
     """
-    votes = [answer for answer in answers if answer is not None] or list(answers)
+    votes = [answer for answer in answers if answer is not None]
+    if not votes:
+        votes = list(answers)
+    # In the order of their first appearance, so that max takes the first of equally common ones.
     distinct = dict.fromkeys(votes)
     winner = max(distinct, key=votes.count)
     return list(answers).index(winner)

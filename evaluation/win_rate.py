@@ -12,7 +12,9 @@ def wins(ours: Sequence[float] | np.ndarray, theirs: Sequence[float] | np.ndarra
     """Compare scores prompt by prompt: 1 where ours is higher, 1/2 for a tie, else 0."""
     our_N = np.asarray(ours)
     their_N = np.asarray(theirs)
-    return (our_N > their_N) + 0.5 * (our_N == their_N)
+    won_N = our_N > their_N
+    tied_N = our_N == their_N
+    return won_N + 0.5 * tied_N
 
 
 def win_rate_table(ours: np.ndarray, theirs: np.ndarray) -> dict[str, Any]:

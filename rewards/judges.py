@@ -16,7 +16,7 @@ from data.batches import cut_left, pad_prompts
 from data.tokenizer import Message, Tokenizer
 from model import LanguageModel, Params, init_and_apply
 from objectives.likelihood import inputs
-from responses import LoadedRun, make_sampler
+from responses import LoadedRun, filled, make_sampler
 from runtime.errors import UserError, require
 from sampling import SamplingConfig
 from tasks import world, world_feedback
@@ -32,10 +32,9 @@ Rule: {rule}
 Does the response keep the rule? Answer with A for yes or B for no."""
 CRITIQUE = "Say how your last answer breaks this principle: {principle}"
 REVISE = "Write your answer again, so that it follows the principle. Write the answer only."
+# Questions a call of a language model, padded to a multiple of so many tokens.
 ROWS = 64
-"""Questions a call of a language model."""
 WIDTH = 32
-"""Questions are padded to a multiple of so many tokens."""
 
 Messages = list[Message]
 Question = tuple[Messages, str, str]
@@ -68,6 +67,7 @@ def read_principles(path: str) -> dict[str, str]:
             f"--principles={path}: {fault}; give a text file, one principle a line"
         ) from None
 
+    # One principle a line; without a name it is called by the line's number.
     principles: dict[str, str] = {}
     for number, line in enumerate(lines, 1):
         if not line or line.startswith("#"):
@@ -110,20 +110,24 @@ def make_probability_of_a(judge: LoadedRun) -> Callable[[Sequence[str]], np.ndar
     model's context loses its beginning. Raises UserError where A and B have one first token.
     """
     config, tokenizer, params = judge
-    answers = [tokenizer.encode(answer)[:1] for answer in "AB"]
-    if answers[0] == answers[1] or not all(answers):
+    first_of_a = tokenizer.encode("A")[:1]
+    first_of_b = tokenizer.encode("B")[:1]
+    if first_of_a == first_of_b or not first_of_a or not first_of_b:
         raise UserError(
             "--judge: its tokenizer does not tell the answers A and B apart by their first token"
         )
+    answers_2 = np.array([*first_of_a, *first_of_b])
     _, apply = init_and_apply(LanguageModel(config))
 
     @jax.jit
     def probability(params: Params, batch: dict[str, jax.Array]) -> jax.Array:
+        # Rows are padded on the left: the last position predicts the answer's first token.
         logits_BTV, _ = apply(params, *inputs(batch))
-        logits_B2 = logits_BTV[:, -1, jnp.array(answers)[:, 0]].astype(jnp.float32)
+        logits_B2 = logits_BTV[:, -1, answers_2].astype(jnp.float32)
         return jax.nn.softmax(logits_B2)[:, 0]
 
     def probability_of_a(texts: Sequence[str]) -> np.ndarray:
+        # Few widths: a multiple of WIDTH that holds the longest.
         tokens = [cut_left(tokenizer.prompt(text), config.context, tokenizer) for text in texts]
         longest = max(map(len, tokens), default=1)
         width = min(-(-longest // WIDTH) * WIDTH, config.context)
@@ -132,10 +136,11 @@ def make_probability_of_a(judge: LoadedRun) -> Callable[[Sequence[str]], np.ndar
             # A power of two of rows: few programs, and one question costs one row.
             part = tokens[start : start + ROWS]
             rows = 1 << (len(part) - 1).bit_length()
-            filled = part + part[:1] * (rows - len(part))
-            padded = [{"tokens": row} for row in filled]
+            all_rows = filled(part, rows)
+            padded = [{"tokens": row} for row in all_rows]
             batch = pad_prompts(padded, width, tokenizer.pad, fixed=True)
-            out += np.asarray(probability(params, batch))[: len(part)].tolist()
+            answers_N = np.asarray(probability(params, batch))
+            out += answers_N[: len(part)].tolist()
         return np.array(out)
 
     return probability_of_a
@@ -151,12 +156,16 @@ def make_prefer(judge: LoadedRun, principles: Sequence[str]) -> Prefer:
     probability_of_a = make_probability_of_a(judge)
 
     def prefer(questions: Sequence[Question]) -> np.ndarray:
+        # For each question and principle both orders, then the mean over them.
         texts = []
         for question in questions:
             for principle in principles:
                 texts += comparing_prompts(question, principle)
-        orders_QP2 = probability_of_a(texts).reshape(len(questions), len(principles), 2)
-        return (orders_QP2[..., 0] + 1 - orders_QP2[..., 1]) / 2
+        shape = (len(questions), len(principles), 2)
+        orders_QP2 = probability_of_a(texts).reshape(shape)
+        first_QP = orders_QP2[..., 0]
+        second_QP = orders_QP2[..., 1]
+        return (first_QP + 1 - second_QP) / 2
 
     return prefer
 
@@ -224,7 +233,8 @@ def make_chat_revise(
         chats = []
         for prompt, response, name in zip(prompts, responses, names, strict=True):
             question = CRITIQUE.format(principle=principles[name])
-            chats.append([*prompt, turn("assistant", response), turn("user", question)])
+            turns = [turn("assistant", response), turn("user", question)]
+            chats.append([*prompt, *turns])
         said = criticise(chats, jax.random.fold_in(key, 0))
         critiques = [tokenizer.decode(tokens) for tokens in said]
 
@@ -259,26 +269,30 @@ def make_simulated(
     leaves the response as it is, under an empty critique; else there are `n` revisions. Raises
     UserError for a name that is no gold criterion.
     """
-    unknown = ", ".join(sorted(set(names) - set(world_feedback.CRITIQUES)))
-    known = ", ".join(world_feedback.CRITIQUES)
+    known = list(world_feedback.CRITIQUES)
+    unknown = sorted(set(names) - set(known))
     require(
         not unknown,
-        f"--principles: the simulated judge knows {known} and no {unknown}; give --judge",
+        f"--principles: the simulated judge knows {', '.join(known)} and no "
+        f"{', '.join(unknown)}; give --judge",
     )
 
     def finds(messages: Messages, response: str, name: str) -> bool:
         return world_feedback.finds(messages[-1]["content"], response, name, reliability, seed)
 
     def prefer(questions: Sequence[Question]) -> np.ndarray:
+        # 1 where only the first is found good by a principle, -1 where only the second is.
         gaps_QP = np.zeros((len(questions), len(names)), int)
         for q, (messages, first, second) in enumerate(questions):
             for p, name in enumerate(names):
-                gaps_QP[q, p] = finds(messages, first, name) - finds(messages, second, name)
+                found = finds(messages, first, name)
+                gaps_QP[q, p] = found - finds(messages, second, name)
         return 0.5 + gaps_QP / 2
 
     def revise(
         prompts: Sequence[Messages], responses: Sequence[str], names: Sequence[str], key: jax.Array
     ) -> tuple[list[str], list[list[str]]]:
+        # The same look at the same response finds the same again; another key looks anew.
         look = int(jax.random.bits(key))
         critiques: list[str] = []
         revisions: list[list[str]] = []

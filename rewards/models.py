@@ -28,11 +28,11 @@ Prompt = str | Sequence[Message]
 StepScore = Literal["product", "minimum", "last"]
 STEP_SCORES: tuple[StepScore, ...] = get_args(StepScore)
 """How the probabilities of a response's steps make its score (objectives/reward.py)."""
+# Rows a call, of texts and of solutions; those of the last call are filled up.
 TEXT_ROWS = 128
 STEP_ROWS = 512
-"""Rows a call, of texts and of solutions; the last call's are filled up."""
+# Tokens of a prompt that are kept, however long the response.
 SHORTEST_PROMPT = 8
-"""Tokens of a prompt that are kept, however long the response."""
 
 
 class RewardModel(NamedTuple):
@@ -48,11 +48,13 @@ def load_reward_model(run: str, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -
     Raises UserError for the run of a language model, and for one whose tokenizer is another than
     `tokenizer`, the policy's.
     """
+    # What the run holds says what it is.
     stored = load_config(run)
     if "head" not in load_params(run):
         raise UserError(
             f"{run}: a language model (of {stored['script']}); name the run of a reward model"
         )
+    # The policy's tokens must mean the same to it.
     theirs = Tokenizer.load(run).sha256
     ours = tokenizer.sha256
     if theirs != ours:
@@ -96,8 +98,10 @@ def make_model_scorer(
     @jax.jit
     def score(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
         scalars_BT = scalars(params, batch)
+        score_B = last_token(scalars_BT, batch["segment_ids_BT"])
+        # The response's R columns are the last ones; the one before them is the prompt's last.
         new = batch["mask_BR"].shape[1]
-        return last_token(scalars_BT, batch["segment_ids_BT"]), scalars_BT[:, -new - 1 :]
+        return score_B, scalars_BT[:, -new - 1 :]
 
     return score
 
@@ -119,6 +123,7 @@ def make_text_scorer(
         return last_token(scalars(params, batch), batch["segment_ids_BT"])
 
     def row_of(prompt: Prompt, response: str) -> Row:
+        # The prompt is cut first, and the response only where it fills the row alone.
         answer = [*tokenizer.encode(response), tokenizer.eos]
         room = max(length - len(answer), SHORTEST_PROMPT)
         asked = cut_left(tokenizer.prompt(prompt), room, tokenizer)
@@ -130,6 +135,7 @@ def make_text_scorer(
         rows = [row_of(*pair) for pair in zip(prompts, responses, strict=True)]
         scores: list[float] = []
         for _, part in full_parts(rows, TEXT_ROWS):
+            # Padded on the left, all to one width: one program.
             batch = pad_prompts(part, length, tokenizer.pad, fixed=True)
             scores += to_host(last_scalars(params, batch)).tolist()
         return scores[: len(rows)]
@@ -155,21 +161,34 @@ def make_step_scorer(
     def last_scores(params: Params, batch: Batch) -> dict[StepScore, jax.Array]:
         ends_BT = step_ends(batch["tokens_BT"], batch["loss_mask_BT"], newlines)
         logits_BT = scalars(params, batch)
-        return {way: running_score(logits_BT, ends_BT, way)[:, -1] for way in STEP_SCORES}
+        scores = {}
+        for way in STEP_SCORES:
+            score_BT = running_score(logits_BT, ends_BT, way)
+            scores[way] = score_BT[:, -1]
+        return scores
 
     def row_of(prompt: list[int], response: list[int]) -> Row:
+        # Steps are the response's; a newline in the prompt ends none.
+        tokens = [*prompt, *response]
         mask = [0] * len(prompt) + [1] * len(response)
-        return {"tokens": [*prompt, *response], "mask": mask}
+        return {"tokens": tokens, "mask": mask}
 
     def score_steps(
         prompts: Sequence[list[int]], responses: Sequence[list[int]]
     ) -> dict[StepScore, np.ndarray]:
         rows = [row_of(*pair) for pair in zip(prompts, responses, strict=True)]
-        scores: dict[StepScore, list[np.ndarray]] = {way: [] for way in STEP_SCORES}
+        found: list[dict[StepScore, np.ndarray]] = []
         for _, part in full_parts(rows, STEP_ROWS):
-            batch = to_mesh(pad_examples(part, length, tokenizer.pad, fixed=True), mesh)
-            for way, scores_B in jax.device_get(last_scores(params, batch)).items():
-                scores[way].append(scores_B)
-        return {way: np.concatenate(parts)[: len(rows)] for way, parts in scores.items()}
+            # Padded on the right, all to one width, and split over the mesh.
+            padded = pad_examples(part, length, tokenizer.pad, fixed=True)
+            scores = last_scores(params, to_mesh(padded, mesh))
+            found.append(jax.device_get(scores))
+
+        # All parts' rows, without what the last part was filled up with.
+        scores_N = {}
+        for way in STEP_SCORES:
+            all_rows = np.concatenate([part_scores[way] for part_scores in found])
+            scores_N[way] = all_rows[: len(rows)]
+        return scores_N
 
     return score_steps

@@ -30,8 +30,8 @@ Check = Callable[[str, Row], float]
 Arrays = dict[str, jax.Array]
 Score = Callable[[dict[str, Params], Batch, Sequence[Row]], tuple[Arrays, Arrays]]
 """What `make_reward_scorer` returns."""
+# What a function's reward depends on of a batch.
 SEEN = ("response_BR", "mask_BR")
-"""What a function's reward depends on of a batch."""
 
 
 class Rewards(Protocol):
@@ -132,13 +132,16 @@ def make_reward_scorer(
     Raises UserError for a reward that cannot be loaded or reached; score does for one that does
     not return a finite number for each response.
     """
+    # Reward models, with a jitted scorer each.
     models: dict[str, Params] = {}
     model_scorers: dict[str, Callable] = {}
-    host_scorers: dict[str, Callable] = {}
     for reward in rewards:
         if not is_function(reward):
             config, models[reward] = load_reward_model(reward, tokenizer, mesh)
             model_scorers[reward] = make_model_scorer(config)
+
+    # Functions and servers, which score texts on each host.
+    host_scorers: dict[str, Callable] = {}
     for reward in rewards:
         if is_server(reward):
             host_scorers[reward] = make_server_scorer(reward, tokenizer)
@@ -147,10 +150,13 @@ def make_reward_scorer(
 
     def on_host(reward: str, batch: Batch, records: Sequence[Row]) -> jax.Array:
         """Score this host's responses by a function or a server; [B] on the mesh."""
+        # The responses of this host, with the record of each one's prompt.
         rows = local_rows(batch, SENT if is_server(reward) else SEEN, mesh)
         texts = decode_responses(rows, tokenizer)
         each = len(texts) // len(records)
         asked = [records[b // each] for b in range(len(texts))]
+
+        # One number for each, back on the mesh.
         scores = host_scorers[reward](texts, asked, rows)
         check_scores(reward, scores, len(texts))
         return to_mesh({"score_B": np.array(scores, np.float32)}, mesh)["score_B"]
@@ -215,6 +221,7 @@ def local_rows(
 
 def decode_responses(rows: dict[str, np.ndarray], tokenizer: Tokenizer) -> list[str]:
     """Return the texts of `response_BR` up to where `mask_BR` ends."""
+    # A mask has no holes here: its sum is the response's length.
     lengths_B = rows["mask_BR"].sum(1).astype(np.int32)
     texts = []
     for response_R, length in zip(rows["response_BR"], lengths_B, strict=True):

@@ -58,6 +58,7 @@ def make_answer(config: Config) -> Answer:
     models, score = make_reward_scorer([config.reward], tokenizer, mesh)
 
     def answer(question: dict[str, Any]) -> dict[str, list[float]]:
+        # Parts that are missing or of another form.
         try:
             theirs = question["tokenizer"]
             records = question["records"]
@@ -70,6 +71,7 @@ def make_answer(config: Config) -> Answer:
             raise UserError(
                 f"the server's tokenizer is {tokenizer.sha256[:12]}, the asker's is {theirs[:12]}"
             )
+        # An empty question asks whether others would be answered.
         if not records:
             return {"scores": []}
         scores, _ = score(models, to_mesh(batch, mesh), records)
@@ -97,15 +99,16 @@ def make_handler(answer: Answer) -> type[http.server.BaseHTTPRequestHandler]:
             try:
                 length = int(self.headers.get("Content-Length", 0))
                 question = json.loads(self.rfile.read(length))
-                status, body = 200, json.dumps(answer(question))
+                self.reply(200, json.dumps(answer(question)))
             except (UserError, json.JSONDecodeError) as fault:
-                status, body = 400, str(fault)
+                self.reply(400, str(fault))
             except Exception as fault:
-                status, body = 500, f"{type(fault).__name__} on the server: {fault}"
+                # The server goes on; whoever asked ends with this line.
                 traceback.print_exc()
-            self.reply(status, body.encode())
+                self.reply(500, f"{type(fault).__name__} on the server: {fault}")
 
-        def reply(self, status: int, body: bytes) -> None:
+        def reply(self, status: int, text: str) -> None:
+            body = text.encode()
             self.send_response(status)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()

@@ -110,7 +110,7 @@ def test_label_accuracy_follows_the_set_reliability(shown, reliability):
 
 
 def test_rankings_share_ties_and_agree_with_gold_where_nothing_is_misread(shown):
-    assert feedback.ranking(np.array([[0.5, 1, 1 / 2], [0, 0.5, 0], [0.5, 1, 0.5]])) == [1, 3, 1]
+    assert feedback.rank_by_preference(np.array([[0.5, 1, 1 / 2], [0, 0.5, 0], [0.5, 1, 0.5]])) == [1, 3, 1]
     prompts = [world.prompt(i) for i in range(200)]
     responses = [
         [world.respond(p, q, random.Random(f"{p.text}{q}")) for q in (0, 0.2, 0.4, 0.6)]
