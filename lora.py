@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import tyro
 
 from model import LanguageModel, Params, init_and_apply
-from model_config import ModelConfig
+from model_config import stored_model
 from runtime.errors import UserError
 from runtime.run_folder import finished_steps
 from sharding import abstract
@@ -137,7 +137,7 @@ def merged(
     if shapes is None:
         return merge(lora, load(base, step, None), trained)
     of_base = jax.eval_shape(
-        init_and_apply(LanguageModel(ModelConfig(**config["model"])))[0], jax.random.key(0)
+        init_and_apply(LanguageModel(stored_model(run)))[0], jax.random.key(0)
     )
     found = jax.eval_shape(partial(merge, lora), of_base, trained)
     if jax.tree.map(jnp.shape, found) != jax.tree.map(jnp.shape, shapes):

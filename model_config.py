@@ -6,6 +6,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 
 from runtime.errors import UserError
+from runtime.run_folder import load_model_config
 from sharding import platform
 
 
@@ -134,3 +135,12 @@ def check_fit(config: ModelConfig, vocabulary: int, length: int) -> None:
         raise UserError(
             f"sequences of {length} tokens: outside 1..{config.context}, --model.context; change one"
         )
+
+
+def stored_model(run: str) -> ModelConfig:
+    """Read the shape of the model of `run`, a run's folder.
+
+    Raises UserError, naming the script that made the run, where there is no run, where it has
+    fields that ModelConfig does not know, or where it was made with another model.py, a fork's.
+    """
+    return load_model_config(run, ModelConfig)

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from data.batches import pad_prompts
 from data.tokenizer import Tokenizer
 from model import LanguageModel, Params, init_and_apply
-from model_config import ModelConfig
+from model_config import ModelConfig, stored_model
 from runtime.errors import UserError
 from runtime.run_folder import load_config
 from sampling import Samples, SamplingConfig, generate
@@ -39,14 +39,14 @@ def load_run(run: str, reward: bool = False) -> LoadedRun:
     Which of the two it is follows from its parameters: a reward model has a scalar head. Raises
     UserError for the other kind, and as load_params does.
     """
-    stored = load_config(run)
     params = load_params(run)
     is_reward_model = "head" in params
     if is_reward_model != reward:
         found = "reward model" if is_reward_model else "language model"
         wanted = "reward model" if reward else "language model"
-        raise UserError(f"{run}: a {found} (of {stored['script']}); name the run of a {wanted}")
-    return LoadedRun(ModelConfig(**stored["model"]), Tokenizer.load(run), params)
+        script = load_config(run)["script"]
+        raise UserError(f"{run}: a {found} (of {script}); name the run of a {wanted}")
+    return LoadedRun(stored_model(run), Tokenizer.load(run), params)
 
 
 def make_sampler(

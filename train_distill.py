@@ -24,7 +24,7 @@ from data.tokenizer import Tokenizer
 from evaluation.gold import make_gold_evaluation
 from lora import LoraConfig, note_lora_base, with_adapters
 from model import LanguageModel, Params, init_and_apply
-from model_config import ModelConfig, check_fit
+from model_config import ModelConfig, check_fit, stored_model
 from objectives import distill
 from objectives.likelihood import response_mask
 from planning.dry_run import preview
@@ -32,7 +32,6 @@ from rollout import make_rollout
 from runtime import flags
 from runtime.errors import require
 from runtime.hosts import HostsConfig
-from runtime.run_folder import load_config
 from sharding import MeshConfig, abstract, check_batch, data_shard, make_mesh, to_mesh
 from train_state import as_items, load_params
 from train_step import (
@@ -126,7 +125,7 @@ def check(config: Config) -> None:
 
 def load_teacher(config: Config) -> tuple[ModelConfig, Tokenizer]:
     """Return the teacher's shape and tokenizer; UserError where the student cannot have them."""
-    teacher_model = ModelConfig(**load_config(config.teacher)["model"])
+    teacher_model = stored_model(config.teacher)
     tokenizer = Tokenizer.load(config.teacher)
     # A distribution over tokens is another's only where the tokens are the same.
     if config.init is not None:

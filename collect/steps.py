@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple
 import jax
 import numpy as np
 
-from data.batches import Row
+from data.records import Record
 from data.sources import open_source
 from data.steps import problems
 from data.tokenizer import Tokenizer
@@ -48,7 +48,7 @@ class Solution(NamedTuple):
 
     prompt: Tokens
     """The problem's prompt."""
-    record: Row
+    record: Record
     """The problem's record."""
     steps: list[str]
     """Its lines, each without the newline that ends it."""
@@ -59,7 +59,7 @@ class State(NamedTuple):
 
     prompt: Tokens
     text: str
-    record: Row
+    record: Record
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Config:
 def solutions(
     tokens: Sequence[Tokens],
     prompts: Sequence[Tokens],
-    records: Sequence[Row],
+    records: Sequence[Record],
     tokenizer: Tokenizer,
 ) -> Iterator[Solution]:
     """Yield the distinct solutions that ended and have no empty line, problem by problem.

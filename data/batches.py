@@ -1,53 +1,106 @@
-"""Batches: records to fixed-shape arrays, and an endless iterator over them that resumes exactly.
+"""Batches: records to arrays of fixed shapes, and an endless iterator over them.
 
-Every host reads a disjoint part of one shuffled order. Prefetching never shows in the state.
+A record (data/records.py) is encoded as rows of tokens; rows are padded or packed into a batch.
+The iterator resumes exactly where it stopped. Every host reads a disjoint part of one shuffled
+order. Lengths are counted in tokens throughout.
 """
 
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple, Required, Self, TypedDict, Unpack
 
 import grain
 import numpy as np
 
 from data.packing import pack, split_document
+from data.records import Record
 from data.sources import Source
 from data.tokenizer import Tokenizer
 from runtime.errors import UserError
 
 Batch = dict[str, np.ndarray]
+"""Arrays by name. B rows, T tokens, C candidates (responses to one prompt).
+
+Examples and prompts [B, T]; comparisons the same four, [B, C, T], named `tokens_BCT` and so on:
+
+    tokens_BT        int32    token ids
+    loss_mask_BT     float32  1 where a token is predicted and counts; prompts have none
+    segment_ids_BT   int32    0 is padding; 1, 2, ... number the examples packed in a row
+    positions_BT     int32    0 at the first token of each segment
+
+Comparisons also:
+
+    ranks_BC         int32    1 is the best; equal ranks are a tie; 0 is no candidate
+    margin_B         float32  how much better the best is, as the record says; 0 where it does not
+
+Solutions in steps also:
+
+    targets_BT       float32  in [0, 1], counts where loss_mask_BT is 1
+"""
 Row = dict[str, Any]
+"""What an encoder makes of a record; each encoder says which keys. Tokens are lists of ids."""
 PACKING_WINDOW = 512
-"""Examples packed together."""
+"""Consecutive examples that are packed together."""
+SHORTEST_PROMPT = 8
+"""Tokens of a prompt longer than this that must be left of it, or the record is dropped."""
+
+
+class Encoded(NamedTuple):
+    """A record as rows."""
+
+    rows: list[Row]
+    """Usually one; none where the record is dropped."""
+    truncated: bool
+    """True where tokens were cut off, or everything dropped."""
+
+
+Encode = Callable[[Record, Tokenizer, int], Encoded]
+"""encode(record, tokenizer, length): one record as rows of at most `length` tokens."""
+Pad = Callable[..., Batch]
+"""pad(rows, length, pad, fixed=False): rows as one batch; `pad` is the id of the padding."""
 
 
 # ---- One record to rows: how examples are tokenised and cut ----
 
 
-def encode_text(record: Row, tokenizer: Tokenizer, length: int) -> tuple[list[Row], bool]:
-    """Rows {"tokens", "mask"}, and whether anything was lost (never: long documents are split)."""
+def encode_text(record: Record, tokenizer: Tokenizer, length: int) -> Encoded:
+    """Encode a document as rows {"tokens", "mask"}: bos, its text, eos, split every `length`.
+
+    Every token but bos is predicted exactly once. No document is cut or dropped.
+    """
     pieces = split_document(tokenizer.document(record["text"]), length)
-    return [{"tokens": tokens, "mask": mask} for tokens, mask in pieces], False
+    rows: list[Row] = [{"tokens": tokens, "mask": mask} for tokens, mask in pieces]
+    return Encoded(rows, False)
 
 
-def encode_chat(record: Row, tokenizer: Tokenizer, length: int) -> tuple[list[Row], bool]:
-    """As `encode_text`; too long ones are cut on the right, and dropped if no answer is left."""
+def encode_chat(record: Record, tokenizer: Tokenizer, length: int) -> Encoded:
+    """Encode a conversation as one row {"tokens", "mask"}; see `Tokenizer.chat`.
+
+    The mask is 1 on the assistant's tokens and the eos after each of its turns. Cut on the right
+    to `length` tokens; dropped if no token that counts is left.
+    """
     tokens, mask = tokenizer.chat(record["messages"])
-    lost = len(tokens) > length
-    rows = [{"tokens": tokens[:length], "mask": mask[:length]}]
-    return rows if any(mask[:length]) else [], lost
+    row = {"tokens": tokens[:length], "mask": mask[:length]}
+    rows = [row] if any(row["mask"]) else []
+    return Encoded(rows, len(tokens) > length)
 
 
-def encode_comparison(record: Row, tokenizer: Tokenizer, length: int) -> tuple[list[Row], bool]:
-    """{"prompts", "responses", "ranking", "margin", "record"}; a prompt too long is cut on the left, and the
-    record dropped where the responses leave no room."""
+def encode_comparison(record: Record, tokenizer: Tokenizer, length: int) -> Encoded:
+    """Encode a comparison as one row {"prompts", "responses", "ranking", "margin", "record"}.
+
+    `prompts` holds the prompt's tokens once for each response, `responses` each one's tokens with
+    eos, `ranking` the rank of each (1 is the best). Responses are never cut. The prompt is cut on
+    the left (see `cut_left`) to fit beside the longest of them in `length` tokens; the record is
+    dropped where fewer than SHORTEST_PROMPT tokens would be left of a longer prompt.
+    """
     prompt = tokenizer.prompt(record["prompt"])
     responses = [[*tokenizer.encode(response), tokenizer.eos] for response in record["responses"]]
-    room = length - max(map(len, responses))
-    if room < min(len(prompt), 8):  # so little of a prompt says nothing
-        return [], True
+    room = length - max(len(response) for response in responses)
+    if room < min(len(prompt), SHORTEST_PROMPT):
+        return Encoded([], True)
     row = {
         "prompts": [cut_left(prompt, room, tokenizer)] * len(responses),
         "responses": responses,
@@ -55,289 +108,471 @@ def encode_comparison(record: Row, tokenizer: Tokenizer, length: int) -> tuple[l
         "ranking": record["ranking"],
         "margin": record.get("margin", 0.0),
     }
-    return [row], len(prompt) > room
+    return Encoded([row], len(prompt) > room)
 
 
-def encode_prompt(record: Row, tokenizer: Tokenizer, length: int) -> tuple[list[Row], bool]:
-    """{"tokens", "record"}: a prompt ready for generation, or bos and raw text; cut on the left."""
+def encode_prompt(record: Record, tokenizer: Tokenizer, length: int) -> Encoded:
+    """Encode a prompt as one row {"tokens", "record"}, ready for generation.
+
+    Messages end with the assistant's role token. A record of raw text is bos and its tokens, to
+    be continued. Cut on the left to `length` tokens (see `cut_left`).
+    """
     if "prompt" in record:
         tokens = tokenizer.prompt(record["prompt"])
     else:
         tokens = [tokenizer.bos, *tokenizer.encode(record["text"])]
-    return [{"tokens": cut_left(tokens, length, tokenizer), "record": record}], len(
-        tokens
-    ) > length
+    row = {"tokens": cut_left(tokens, length, tokenizer), "record": record}
+    return Encoded([row], len(tokens) > length)
 
 
 def cut_left(tokens: list[int], length: int, tokenizer: Tokenizer) -> list[int]:
-    """At most `length` of `tokens`: bos, the role whose turn is cut into, and the end, from after a newline
-    if its first half has one. Raises UserError below 3 tokens, which hold no prompt."""
+    """Cut a prompt on the left to at most `length` tokens: bos, a role, and the prompt's end.
+
+    The role is that of the turn which the cut goes through. The cut moves on to just after a
+    newline where one is in the first half of what is kept. A prompt that fits is returned as it
+    is. Raises UserError for a `length` below 3.
+    """
     if len(tokens) <= length:
         return tokens
     if length < 3:
         raise UserError(
-            f"{length} tokens hold no prompt; raise --max_prompt or --length, or lower --max_new_tokens"
+            f"{length} tokens hold no prompt; "
+            "raise --max_prompt or --length, or lower --max_new_tokens"
         )
     roles = {tokenizer.system, tokenizer.user, tokenizer.assistant} - {None}
-    cut = len(tokens) - length + (2 if tokens[1] in roles else 1)
+
+    # Leave room for bos, and for a role where the prompt has turns.
+    leading = 2 if tokens[1] in roles else 1
+    cut = len(tokens) - length + leading
+
+    # Rather start after the end of a line.
     newline = tokenizer.encode("\n")[-1]
-    cut = next(
-        (t + 1 for t in range(cut - 1, (cut + len(tokens)) // 2) if tokens[t] == newline), cut
-    )
-    role = next((token for token in reversed(tokens[:cut]) if token in roles), None)
-    return [tokens[0], *([] if role is None or tokens[cut] in roles else [role]), *tokens[cut:]]
+    for t in range(cut - 1, (cut + len(tokens)) // 2):
+        if tokens[t] == newline:
+            cut = t + 1
+            break
+
+    # Say whose turn it is that goes on here, unless a turn begins here.
+    turn = []
+    if tokens[cut] not in roles:
+        earlier_roles = [token for token in tokens[:cut] if token in roles]
+        turn = earlier_roles[-1:]
+    return [tokens[0], *turn, *tokens[cut:]]
 
 
 # ---- Rows to arrays ----
 
 
-def bucket(n: int, length: int, fixed: bool = False) -> int:
-    """The least of 1/4, 1/2, 3/4 (multiples of 8) and all of `length` that holds `n` tokens: few shapes, few
-    compilations. `fixed` is for several hosts, whose shapes must agree: always `length`."""
-    sizes = [min(-(-length * quarter // 32) * 8, length) for quarter in (1, 2, 3, 4)]
-    return length if fixed else next(size for size in sizes if size >= n)
+def bucket(size: int, length: int, fixed: bool = False) -> int:
+    """Return the width of a batch whose longest row has `size` tokens, at most `length`.
+
+    It is the least that fits of 1/4, 1/2 and 3/4 of `length` (rounded up to multiples of 8) and
+    `length` itself: few shapes, so few compilations. `fixed`: always `length`, for several hosts,
+    whose shapes must agree.
+    """
+    if fixed:
+        return length
+    for quarters in (1, 2, 3):
+        width = -(-length * quarters // 32) * 8
+        if size <= width < length:
+            return width
+    return length
+
+
+def blank(shape: tuple[int, ...], pad: int, masked: bool) -> Batch:
+    """Make the arrays of an empty batch, keyed by what they hold: tokens, segments, positions.
+
+    `masked`: with a loss mask.
+    """
+    letters = "BCT" if len(shape) == 3 else "BT"
+    batch = {f"tokens_{letters}": np.full(shape, pad, np.int32)}
+    if masked:
+        batch[f"loss_mask_{letters}"] = np.zeros(shape, np.float32)
+    batch[f"segment_ids_{letters}"] = np.zeros(shape, np.int32)
+    batch[f"positions_{letters}"] = np.zeros(shape, np.int32)
+    return batch
 
 
 def pad_examples(rows: Sequence[Row], length: int, pad: int, fixed: bool = False) -> Batch:
-    """One example a row, padded on the right: tokens_BT, loss_mask_BT, segment_ids_BT, positions_BT."""
-    shape = (len(rows), bucket(max(len(row["tokens"]) for row in rows), length, fixed))
-    batch = {
-        "tokens_BT": np.full(shape, pad, np.int32),
-        "loss_mask_BT": np.zeros(shape, np.float32),
-        "segment_ids_BT": np.zeros(shape, np.int32),
-        "positions_BT": np.zeros(shape, np.int32),
-    }
+    """Make a batch [B, T] of rows {"tokens", "mask"}, one example a row, padded on the right.
+
+    Rows have at most `length` tokens; `pad` is the id of the padding. T is
+    `bucket(longest row, length, fixed)`.
+    """
+    longest = max(len(row["tokens"]) for row in rows)
+    batch = blank((len(rows), bucket(longest, length, fixed)), pad, masked=True)
     for b, row in enumerate(rows):
-        n = len(row["tokens"])
-        batch["tokens_BT"][b, :n] = row["tokens"]
-        batch["loss_mask_BT"][b, :n] = row["mask"]
-        batch["segment_ids_BT"][b, :n] = 1
-        batch["positions_BT"][b, :n] = np.arange(n)
+        size = len(row["tokens"])
+        batch["tokens_BT"][b, :size] = row["tokens"]
+        batch["loss_mask_BT"][b, :size] = row["mask"]
+        batch["segment_ids_BT"][b, :size] = 1
+        batch["positions_BT"][b, :size] = np.arange(size)
     return batch
 
 
 def pad_comparisons(
     rows: Sequence[Row], length: int, pad: int, fixed: bool = False, candidates: int = 2
 ) -> Batch:
-    """tokens_BCT, loss_mask_BCT (responses with eos), segment_ids_BCT, positions_BCT, padded on the right;
-    ranks_BC (1 the best, equal a tie, 0 no candidate); margin_B. C is `candidates`."""
-    widest = max(
-        len(p) + len(r)
-        for row in rows
-        for p, r in zip(row["prompts"], row["responses"], strict=True)
-    )
-    shape = (len(rows), candidates, bucket(widest, length, fixed))
-    batch = {
-        "tokens_BCT": np.full(shape, pad, np.int32),
-        "loss_mask_BCT": np.zeros(shape, np.float32),
-        "segment_ids_BCT": np.zeros(shape, np.int32),
-        "positions_BCT": np.zeros(shape, np.int32),
-        "ranks_BC": np.zeros(shape[:2], np.int32),
-        "margin_B": np.array([row["margin"] for row in rows], np.float32),
-    }
+    """Make a batch [B, C, T] of rows of `encode_comparison`, padded on the right.
+
+    Each candidate is its prompt and then its response with eos; the loss mask is 1 on the
+    response and eos. C is `candidates`; places without a response are all padding, of rank 0. T
+    is `bucket(longest candidate, length, fixed)`. Raises UserError for a row with more responses.
+    """
+    longest = 0
+    for row in rows:
+        for prompt, response in zip(row["prompts"], row["responses"], strict=True):
+            longest = max(longest, len(prompt) + len(response))
+    shape = (len(rows), candidates, bucket(longest, length, fixed))
+    batch = blank(shape, pad, masked=True)
+    batch["ranks_BC"] = np.zeros(shape[:2], np.int32)
+    batch["margin_B"] = np.array([row["margin"] for row in rows], np.float32)
+
     for b, row in enumerate(rows):
-        if len(row["responses"]) > candidates:
-            raise UserError(
-                f"a comparison has {len(row['responses'])} responses, more than {candidates}"
-            )
-        for c, (prompt, response) in enumerate(zip(row["prompts"], row["responses"], strict=True)):
-            start, n = len(prompt), len(prompt) + len(response)
-            batch["tokens_BCT"][b, c, :n] = [*prompt, *response]
-            batch["loss_mask_BCT"][b, c, start:n] = 1
-            batch["segment_ids_BCT"][b, c, :n] = 1
-            batch["positions_BCT"][b, c, :n] = np.arange(n)
-            batch["ranks_BC"][b, c] = row["ranking"][c]
+        count = len(row["responses"])
+        if count > candidates:
+            raise UserError(f"a comparison has {count} responses, more than {candidates}")
+        batch["ranks_BC"][b, :count] = row["ranking"]
+        for c in range(count):
+            tokens = [*row["prompts"][c], *row["responses"][c]]
+            start = len(row["prompts"][c])
+            end = len(tokens)
+            batch["tokens_BCT"][b, c, :end] = tokens
+            batch["loss_mask_BCT"][b, c, start:end] = 1
+            batch["segment_ids_BCT"][b, c, :end] = 1
+            batch["positions_BCT"][b, c, :end] = np.arange(end)
     return batch
 
 
 def pad_prompts(rows: Sequence[Row], length: int, pad: int, fixed: bool = False) -> Batch:
-    """tokens_BT, segment_ids_BT, positions_BT (0 at the first token), padded on the left."""
-    shape = (len(rows), bucket(max(len(row["tokens"]) for row in rows), length, fixed))
-    batch = {
-        "tokens_BT": np.full(shape, pad, np.int32),
-        "segment_ids_BT": np.zeros(shape, np.int32),
-        "positions_BT": np.zeros(shape, np.int32),
-    }
+    """Make a batch [B, T] of rows {"tokens"}, padded on the LEFT, so that all rows end together.
+
+    It has no loss mask; positions are 0 at a row's first token. T is
+    `bucket(longest row, length, fixed)`.
+    """
+    longest = max(len(row["tokens"]) for row in rows)
+    width = bucket(longest, length, fixed)
+    batch = blank((len(rows), width), pad, masked=False)
     for b, row in enumerate(rows):
-        start = shape[1] - len(row["tokens"])
+        size = len(row["tokens"])
+        start = width - size
         batch["tokens_BT"][b, start:] = row["tokens"]
         batch["segment_ids_BT"][b, start:] = 1
-        batch["positions_BT"][b, start:] = np.arange(len(row["tokens"]))
+        batch["positions_BT"][b, start:] = np.arange(size)
     return batch
 
 
 def collate(
-    encode: Callable, pad: Callable, records: Sequence[Row], tokenizer: Tokenizer, length: int
+    encode: Encode, pad: Pad, records: Sequence[Record], tokenizer: Tokenizer, length: int
 ) -> Batch:
-    """One batch of these records, as for evaluation: `collate(encode_chat, pad_examples, records, ...)`.
+    """Make one batch of these records, in their order, as for evaluation.
 
-    What `encode` drops is missing from it, so give a `length` that holds them if rows must match records.
+    `collate(encode_chat, pad_examples, records, tokenizer, 128)`. Records that `encode` drops
+    are missing from it: give a `length` that holds them if rows must match records.
     """
-    rows = [row for record in records for row in encode(record, tokenizer, length)[0]]
+    rows: list[Row] = []
+    for record in records:
+        rows += encode(record, tokenizer, length).rows
     return pad(rows, length, tokenizer.pad)
 
 
 # ---- The iterator ----
 
 
-class Batches:
-    """Endless batches; `state` and `restore` make them go on exactly where they stopped.
+@dataclass(frozen=True)
+class Layout:
+    """A kind of batch: how a record becomes rows, and how rows become arrays."""
 
-    The shuffled order is cut into windows of consecutive examples, each a function of (seed, number): with
-    packing the examples packed together, else a batch. `batch_size` counts rows over all `processes` (hosts).
-    `without`: numbers, from 1, of batches that are passed over.
+    encode: Encode
+    pad: Pad
+    packed: bool = False
+    """Pack rows {"tokens", "mask"} into rows of exactly `length` tokens, instead of `pad`."""
+
+
+class BatchOptions(TypedDict, total=False):
+    """What every `*_batches` function takes by name."""
+
+    batch_size: Required[int]
+    """Rows of a batch over all hosts; a multiple of `processes`."""
+    length: Required[int]
+    """Tokens of a row, at most; packed rows have exactly as many."""
+    seed: int
+    """Of the order of records; 0 if left out."""
+    process: int
+    """Which part of the order this host reads, from 0 (see sharding.data_shard)."""
+    processes: int
+    """Number of parts; 1 if left out."""
+    without: Collection[int]
+    """Numbers, from 1, of batches that are passed over."""
+
+
+class Position(TypedDict):
+    """Where a `Batches` stands: all that the batches to come depend on beside its arguments."""
+
+    batches: int
+    """Batches made so far, those passed over too."""
+    window: int
+    """Windows used up."""
+    row: int
+    """Rows used of the window at hand."""
+    truncated: int
+    """Examples of which a part was cut off, on this host."""
+    dropped: int
+    """Examples left out as too long, on this host."""
+    processes: int
+    """Hosts that the batches are for."""
+
+
+class Window(NamedTuple):
+    """The rows that a window of consecutive examples gives on this host."""
+
+    number: int
+    rows: list[Row]
+    truncated: int
+    dropped: int
+
+
+class Made(NamedTuple):
+    """A batch, the records of its rows, and the position after it."""
+
+    batch: Batch
+    records: list[Record]
+    position: Position
+
+
+class Batches:
+    """An endless iterator over the batches of a source, in a shuffled order, epoch after epoch.
+
+    `next(batches)` returns a `Batch` of batch_size / processes rows in numpy, and raises
+    UserError where no record fits or nothing in a batch is predicted. `records` then holds the
+    records of its rows. `state` is a position as JSON; `restore(state)` on a `Batches` of the
+    same arguments goes on exactly after the batch at which it was read. The next batch is made
+    ahead, on a thread; that never shows in `state`.
+
+    The order is cut into windows of consecutive examples, each a function of (seed, number):
+    with packing the PACKING_WINDOW examples packed together, else those of one batch.
     """
 
     def __init__(
         self,
-        encode: Callable,
-        pad: Callable,
+        layout: Layout,
         source: Source,
         tokenizer: Tokenizer,
         *,
         batch_size: int,
         length: int,
-        packing: bool = False,
         seed: int = 0,
         process: int = 0,
         processes: int = 1,
         without: Collection[int] = (),
     ):
+        """Take what `BatchOptions` describes; raise UserError for hosts that do not divide it."""
         if batch_size % processes:
             raise UserError(
                 f"--batch_size={batch_size}: must be a multiple of the {processes} hosts"
             )
         if len(source) < batch_size and process == 0:
             print(
-                f"note: {source.name} has {len(source)} records, fewer than a batch of {batch_size}: "
-                "they repeat within a batch",
+                f"note: {source.name} has {len(source)} records, "
+                f"fewer than a batch of {batch_size}: they repeat within a batch",
                 file=sys.stderr,
             )
-        self._encode, self._pad, self._source, self._tokenizer = encode, pad, source, tokenizer
-        self._rows, self._length, self._packing = batch_size // processes, length, packing
-        self._window = PACKING_WINDOW if packing else self._rows
-        self._process, self._processes, self._without = process, processes, without
-        # Indices past its end are those of the next epoch, in another order.
+        self._layout = layout
+        self._source = source
+        self._tokenizer = tokenizer
+        self._length = length
+        self._process = process
+        self._processes = processes
+        self._without = without
+        self._rows = batch_size // processes
+        self._window_size = PACKING_WINDOW if layout.packed else self._rows
+
+        # Indices past the end of the range are those of the next epoch, in another order.
         self._order = grain.MapDataset.range(len(source)).seed(seed).shuffle()
-        self._made: tuple[int, list[Row], dict[str, int]] = (-1, [], {})  # the last window made
-        self._pool = ThreadPoolExecutor(1, "batches")
-        self.records: list[Row] = []
-        """Of the last prompt or comparison batch, the record of each row on this host."""
-        self.restore(
-            {
-                "batches": 0,
-                "window": 0,
-                "row": 0,
-                "truncated": 0,
-                "dropped": 0,
-                "processes": processes,
-            }
-        )
+        # The last window made: several batches are cut from it.
+        self._window = Window(-1, [], 0, 0)
+        self._thread = ThreadPoolExecutor(1, "batches")
+        self._ahead: Future[Made] | None = None
+        self.records: list[Record] = []
+        """The record of each row of the last prompt or comparison batch, on this host."""
+        self._position: Position = {
+            "batches": 0,
+            "window": 0,
+            "row": 0,
+            "truncated": 0,
+            "dropped": 0,
+            "processes": processes,
+        }
 
     @property
-    def state(self) -> dict[str, int]:
-        """What the batches to come depend on beside the arguments, as JSON; hosts that pack differ in it."""
-        return dict(self._state)
+    def state(self) -> Position:
+        """A copy of the position, as JSON; hosts that pack differ in it."""
+        return self._position.copy()
 
-    def restore(self, state: dict[str, int]) -> None:
-        """Go on after the batch at which `state` was read."""
+    def restore(self, state: Position) -> None:
+        """Go on after the batch at which `state` was read.
+
+        Raises UserError for a state that was saved on another number of hosts.
+        """
         if state["processes"] != self._processes:
             raise UserError(
                 f"the data's position was saved on {state['processes']} hosts, these are "
                 f"{self._processes}; resume on as many"
             )
-        self._state, self._next = dict(state), None
+        self._position = state.copy()
+        self._ahead = None
 
     @property
     def epoch(self) -> float:
         """Passes over the source so far."""
-        return self._state["window"] * self._window * self._processes / len(self._source)
+        examples = self._position["window"] * self._window_size * self._processes
+        return examples / len(self._source)
 
     @property
     def truncated(self) -> int:
         """Examples of which a part was cut off so far, on this host."""
-        return self._state["truncated"]
+        return self._position["truncated"]
 
     @property
     def dropped(self) -> int:
         """Examples left out as too long so far, on this host."""
-        return self._state["dropped"]
+        return self._position["dropped"]
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> Batch:
-        future = self._next or self._pool.submit(self._make, self._state)
-        batch, self.records, self._state = future.result()
-        self._next = self._pool.submit(
-            self._make, self._state
-        )  # one ahead, while the device works
+        ahead = self._ahead or self._thread.submit(self._make, self._position)
+        batch, self.records, self._position = ahead.result()
+        # Make the next one while the device works on this.
+        self._ahead = self._thread.submit(self._make, self._position)
         return batch
 
-    def _make(self, state: dict[str, int]) -> tuple[Batch, list[Row], dict[str, int]]:
-        """The batch after `state` that is not left out, its records, and the state after it."""
-        made = self._make_any(state)
-        while made[2]["batches"] in self._without:
-            made = self._make_any(made[2])
+    def _make(self, position: Position) -> Made:
+        """Make the next batch after `position` that is not passed over."""
+        made = self._make_batch(position)
+        while made.position["batches"] in self._without:
+            made = self._make_batch(made.position)
         return made
 
-    def _make_any(self, state: dict[str, int]) -> tuple[Batch, list[Row], dict[str, int]]:
-        state, rows, empty = state | {"batches": state["batches"] + 1}, [], 0
+    def _make_batch(self, position: Position) -> Made:
+        """Make the batch after `position`."""
+        rows, after = self._take_rows(position)
+        if self._layout.packed:
+            batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+        else:
+            fixed = self._processes > 1
+            batch = self._layout.pad(rows, self._length, self._tokenizer.pad, fixed=fixed)
+
+        # Nothing to learn from is an error, never a silent zero.
+        for name, array in batch.items():
+            if name.startswith("loss_mask") and not array.any():
+                raise UserError(
+                    f"{self._source.name}: a batch whose loss mask is all zero; raise the length"
+                )
+        records = [row["record"] for row in rows if "record" in row]
+        return Made(batch, records, after)
+
+    def _take_rows(self, position: Position) -> tuple[list[Row], Position]:
+        """Take the rows of one batch from as many windows as it needs; also the position after."""
+        after = position.copy()
+        after["batches"] += 1
+        rows: list[Row] = []
+        # Examples in a row that gave nothing.
+        fruitless = 0
         while len(rows) < self._rows:
-            made, counts = self._make_window(state["window"])
-            taken = made[state["row"] : state["row"] + self._rows - len(rows)]
+            window = self._make_window(after["window"])
+            missing = self._rows - len(rows)
+            taken = window.rows[after["row"] : after["row"] + missing]
             rows += taken
-            state["row"] += len(taken)
-            empty = 0 if made else empty + self._window
-            if empty > min(len(self._source), 10_000):
+            after["row"] += len(taken)
+
+            fruitless = 0 if window.rows else fruitless + self._window_size
+            if fruitless > min(len(self._source), 10_000):
                 raise UserError(
                     f"{self._source.name}: no record fits {self._length} tokens; raise length"
                 )
-            if state["row"] == len(made):
-                done = {name: state[name] + count for name, count in counts.items()}
-                state |= {**done, "window": state["window"] + 1, "row": 0}
-        if self._packing:
-            batch = {key: np.stack([row[key] for row in rows]) for key in rows[0]}
-        else:
-            batch = self._pad(rows, self._length, self._tokenizer.pad, fixed=self._processes > 1)
-        if any(key.startswith("loss_mask") and not mask.any() for key, mask in batch.items()):
-            raise UserError(
-                f"{self._source.name}: a batch whose loss mask is all zero; raise the length"
-            )
-        return batch, [row["record"] for row in rows if "record" in row], state
+            # A window counts when all its rows are used.
+            if after["row"] == len(window.rows):
+                after["window"] += 1
+                after["row"] = 0
+                after["truncated"] += window.truncated
+                after["dropped"] += window.dropped
+        return rows, after
 
-    def _make_window(self, number: int) -> tuple[list[Row], dict[str, int]]:
-        """The rows of a window, and how many of its examples were truncated and dropped."""
-        if self._made[0] != number:
-            rows, counts = [], {"truncated": 0, "dropped": 0}
-            for i in range(number * self._window, (number + 1) * self._window):
-                record = self._source[self._order[i * self._processes + self._process]]
-                encoded, lost = self._encode(record, self._tokenizer, self._length)
-                rows += encoded
-                counts["truncated"] += lost and bool(encoded)
-                counts["dropped"] += not encoded
-            if self._packing:
-                examples = [(row["tokens"], row["mask"]) for row in rows]
-                packed = pack(examples, self._length, self._tokenizer.pad)
-                rows = [
-                    dict(zip(packed, row, strict=True))
-                    for row in zip(*packed.values(), strict=True)
-                ]
-            self._made = (number, rows, counts)
-        return self._made[1:]
+    def _make_window(self, number: int) -> Window:
+        """Encode, and where the layout says so pack, the examples of window `number`."""
+        if self._window.number == number:
+            return self._window
+        rows: list[Row] = []
+        truncated = 0
+        dropped = 0
+        for i in range(number * self._window_size, (number + 1) * self._window_size):
+            # Hosts take turns along the one order.
+            index = self._order[i * self._processes + self._process]
+            encoded = self._layout.encode(self._source[index], self._tokenizer, self._length)
+            rows += encoded.rows
+            if not encoded.rows:
+                dropped += 1
+            elif encoded.truncated:
+                truncated += 1
+        if self._layout.packed:
+            rows = self._packed(rows)
+        self._window = Window(number, rows, truncated, dropped)
+        return self._window
+
+    def _packed(self, rows: list[Row]) -> list[Row]:
+        """Pack rows {"tokens", "mask"}; each row of the result holds its part of every array."""
+        examples = [(row["tokens"], row["mask"]) for row in rows]
+        arrays = pack(examples, self._length, self._tokenizer.pad)
+        count = len(arrays["tokens_BT"])
+        return [{name: array[b] for name, array in arrays.items()} for b in range(count)]
 
 
-text_batches = partial(Batches, encode_text, pad_examples, packing=True)
-"""Documents, every token predicted; `text_batches(source, tokenizer, batch_size=, length=, ...)`."""
-chat_batches = partial(Batches, encode_chat, pad_examples, packing=True)
-"""Conversations, the assistant's tokens predicted."""
-prompt_batches = partial(Batches, encode_prompt, pad_prompts)
-"""Prompts to generate from, padded on the left."""
+def text_batches(
+    source: Source, tokenizer: Tokenizer, **options: Unpack[BatchOptions]
+) -> Batches:
+    """Iterate over packed documents, every token but the first of each predicted.
+
+    `source`: records of the schema `text`. Rows [B, T] have T = `length`; documents that are
+    longer go on in another row (see `encode_text`). Options are those of `BatchOptions`.
+    """
+    return Batches(Layout(encode_text, pad_examples, packed=True), source, tokenizer, **options)
+
+
+def chat_batches(
+    source: Source, tokenizer: Tokenizer, **options: Unpack[BatchOptions]
+) -> Batches:
+    """Iterate over packed conversations, the assistant's tokens and their eos predicted.
+
+    `source`: records of the schema `chat`. Rows [B, T] have T = `length`; conversations that are
+    longer are cut on the right. Options are those of `BatchOptions`.
+    """
+    return Batches(Layout(encode_chat, pad_examples, packed=True), source, tokenizer, **options)
+
+
+def prompt_batches(
+    source: Source, tokenizer: Tokenizer, **options: Unpack[BatchOptions]
+) -> Batches:
+    """Iterate over prompts to generate from, [B, T] padded on the left, with their `.records`.
+
+    `source`: records of the schema `prompt`. Longer prompts are cut on the left to `length`
+    tokens. Options are those of `BatchOptions`.
+    """
+    return Batches(Layout(encode_prompt, pad_prompts), source, tokenizer, **options)
 
 
 def comparison_batches(
-    source: Source, tokenizer: Tokenizer, encode: Callable = encode_comparison, **options: Any
+    source: Source,
+    tokenizer: Tokenizer,
+    encode: Encode = encode_comparison,
+    **options: Unpack[BatchOptions],
 ) -> Batches:
-    """Prompts with `source.candidates` responses each; options as of `Batches`."""
+    """Iterate over prompts with C = `source.candidates` responses each, with their `.records`.
+
+    `source`: records of the schema `comparison`, or others that `encode` makes rows of
+    `encode_comparison`'s form from. A candidate, its prompt and response, has at most `length`
+    tokens. Options are those of `BatchOptions`.
+    """
     pad = partial(pad_comparisons, candidates=source.candidates)
-    return Batches(encode, pad, source, tokenizer, **options)
+    return Batches(Layout(encode, pad), source, tokenizer, **options)

@@ -1,57 +1,82 @@
-"""Several examples in one row: first-fit packing, in numpy. Segment ids keep the examples apart."""
+"""Put several examples in one row: first-fit packing, in numpy. Segment ids keep them apart."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
-Example = tuple[Sequence[int], Sequence[int]]  # tokens and their loss mask, of one length
+Example = tuple[Sequence[int], Sequence[int]]
+"""Token ids and their loss mask (1 where the token is predicted), of the same length."""
 
 
 def split_document(tokens: Sequence[int], length: int) -> list[Example]:
-    """Pieces of at most `length` tokens, each starting with the last token of the one before.
+    """Cut a document into pieces of at most `length` tokens (2 or more), with their loss masks.
 
-    So every token but the first is predicted exactly once (a piece's first token has no context).
+    Each piece starts with the last token of the one before, which is not predicted again. So
+    every token but the document's first is predicted exactly once.
     """
-    starts = range(0, max(len(tokens) - 1, 1), length - 1)
-    pieces = [tokens[start : start + length] for start in starts]
-    return [(piece, [0] + [1] * (len(piece) - 1)) for piece in pieces]
+    examples: list[Example] = []
+    for start in range(0, max(len(tokens) - 1, 1), length - 1):
+        piece = tokens[start : start + length]
+        mask = [0] + [1] * (len(piece) - 1)
+        examples.append((piece, mask))
+    return examples
 
 
 def first_fit(lengths: Sequence[int], length: int) -> list[tuple[int, int]]:
-    """(row, offset) of each example: the first row with room for it, else a new one."""
-    free = np.zeros(len(lengths), np.int64)  # the room left in each row; rows are opened in order
-    rows, places = 0, []
-    for n in lengths:
-        if not 0 < n <= length:
-            raise ValueError(f"an example of {n} tokens in rows of {length}")
-        open_rows = np.flatnonzero(free[:rows] >= n)
-        if len(open_rows):
-            row = int(open_rows[0])
+    """Return (row, offset) of each example: the first row with room for it, else a new row.
+
+    `lengths`: tokens of each example, 1 to `length`; raises ValueError for others. `length`:
+    tokens a row holds. Rows and offsets count from 0.
+    """
+    # Room left in each row; rows are opened in order, so only the first `rows` count.
+    free = np.zeros(len(lengths), np.int64)
+    rows = 0
+    places = []
+    for size in lengths:
+        if not 0 < size <= length:
+            raise ValueError(f"an example of {size} tokens in rows of {length}")
+        with_room = np.flatnonzero(free[:rows] >= size)
+        if len(with_room):
+            row = int(with_room[0])
         else:
-            row, rows = rows, rows + 1
+            row = rows
+            rows += 1
             free[row] = length
-        places.append((row, length - int(free[row])))
-        free[row] -= n
+        offset = length - int(free[row])
+        places.append((row, offset))
+        free[row] -= size
     return places
 
 
 def pack(examples: Sequence[Example], length: int, pad: int = 0) -> dict[str, np.ndarray]:
-    """Rows of `length` tokens holding all `examples`: tokens_BT, loss_mask_BT, segment_ids_BT, positions_BT.
+    """Pack all `examples` into as few rows of `length` tokens as first fit finds.
 
-    No example is longer than `length` (ValueError). The first token of a segment is never predicted.
+    Returns arrays [B, T], B rows of T = `length`: tokens_BT int32 (`pad` after the last
+    example), loss_mask_BT float32, segment_ids_BT int32 (1, 2, ... number the examples of a row,
+    0 is padding) and positions_BT int32 (from 0 in each example). The first token of an example
+    is never predicted, whatever its mask says. Raises ValueError for an example longer than
+    `length`.
     """
     places = first_fit([len(tokens) for tokens, _ in examples], length)
-    shape = (max((row for row, _ in places), default=-1) + 1, length)
-    tokens_BT, mask_BT = np.full(shape, pad, np.int32), np.zeros(shape, np.float32)
-    segments_BT, positions_BT = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
-    used = np.zeros(shape[0], np.int32)
-    for (tokens, mask), (row, start) in zip(examples, places, strict=True):
+    rows = max((row for row, _ in places), default=-1) + 1
+    shape = (rows, length)
+    tokens_BT = np.full(shape, pad, np.int32)
+    mask_BT = np.zeros(shape, np.float32)
+    segments_BT = np.zeros(shape, np.int32)
+    positions_BT = np.zeros(shape, np.int32)
+
+    # Examples packed into each row so far: the number of the next segment there.
+    packed_B = np.zeros(rows, np.int32)
+    for example, place in zip(examples, places, strict=True):
+        tokens, mask = example
+        row, start = place
         here = slice(start, start + len(tokens))
-        used[row] += 1
+        packed_B[row] += 1
         tokens_BT[row, here] = tokens
         mask_BT[row, here] = mask
+        # Its context would be the example before.
         mask_BT[row, start] = 0
-        segments_BT[row, here] = used[row]
+        segments_BT[row, here] = packed_B[row]
         positions_BT[row, here] = np.arange(len(tokens))
     return {
         "tokens_BT": tokens_BT,

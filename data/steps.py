@@ -1,14 +1,26 @@
-"""Solutions in steps as batches: a target at the last token of each labelled step; and how well a model tells them.
+"""Batches of solutions in steps, for a process reward model: a target at each labelled step.
 
-A step is a line: training adds the newline that ends it to its tokens, and eos to the last one's.
+A step is a line. Its last token, where the target stands, is the newline that ends it; the last
+step ends in eos instead.
 """
 
 from collections.abc import Sequence
-from functools import partial
+from typing import Unpack
 
 import numpy as np
 
-from data.batches import Batch, Batches, Row, encode_prompt, pad_examples
+from data.batches import (
+    Batch,
+    Batches,
+    BatchOptions,
+    Encoded,
+    Layout,
+    Record,
+    Row,
+    encode_prompt,
+    pad_examples,
+)
+from data.sources import Source
 from data.tokenizer import Tokenizer
 from runtime.errors import UserError
 
@@ -16,33 +28,59 @@ TARGETS = {"positive": 1.0, "neutral": 1.0, "negative": 0.0}
 """Neutral counts as right: the default of Lightman et al. 2023 (section 2.4, appendix F)."""
 
 
-def encode_steps(record: Row, tokenizer: Tokenizer, length: int) -> tuple[list[Row], bool]:
-    """{"tokens", "mask", "targets"}: mask 1 at each labelled step's last token. Cut on the right, and dropped where
-    no label is left."""
+def target_of(label: str | float | None) -> float:
+    """Return the target in [0, 1] of a step's label; 0 without a label, where no loss is."""
+    if label is None:
+        return 0.0
+    if isinstance(label, str):
+        return TARGETS[label]
+    return float(label)
+
+
+def encode_steps(record: Record, tokenizer: Tokenizer, length: int) -> Encoded:
+    """Encode a record of the schema `steps` as one row {"tokens", "mask", "targets"}.
+
+    The tokens are the prompt's, then each step's and its newline, at the end eos. The mask is 1
+    at the last token of each labelled step, where `targets` holds the label's number. Cut on the
+    right to `length` tokens; dropped where no label is left.
+    """
     tokens = tokenizer.prompt(record["prompt"])
-    mask, targets = [0] * len(tokens), [0.0] * len(tokens)
+    mask = [0] * len(tokens)
+    targets = [0.0] * len(tokens)
     last = len(record["steps"]) - 1
     for i, (step, label) in enumerate(zip(record["steps"], record["labels"], strict=True)):
         end = [tokenizer.eos] if i == last else tokenizer.encode("\n")
-        ids = [*tokenizer.encode(step), *end]
-        tokens += ids
-        mask += [0] * (len(ids) - 1) + [int(label is not None)]
-        targets += [0.0] * (len(ids) - 1) + [
-            0.0 if label is None else float(TARGETS.get(label, label))
-        ]
+        step_tokens = [*tokenizer.encode(step), *end]
+        before_last = len(step_tokens) - 1
+        tokens += step_tokens
+        mask += [0] * before_last + [int(label is not None)]
+        targets += [0.0] * before_last + [target_of(label)]
+
     row = {"tokens": tokens[:length], "mask": mask[:length], "targets": targets[:length]}
-    return [row] if any(row["mask"]) else [], len(tokens) > length
+    rows = [row] if any(row["mask"]) else []
+    return Encoded(rows, len(tokens) > length)
 
 
-def problems(records: Sequence[Row], tokenizer: Tokenizer, length: int) -> list[list[int]]:
-    """The tokens of each record's prompt, at most `length`; raises UserError for raw text, which has no answer."""
+def problems(records: Sequence[Record], tokenizer: Tokenizer, length: int) -> list[list[int]]:
+    """Return the prompt tokens of each record, ready for generation.
+
+    Each has at most `length` tokens, cut on the left (see `cut_left`). Raises UserError for
+    records of raw text, which have no answer to check.
+    """
     if any("prompt" not in record for record in records):
         raise UserError("--data: holds raw text; give rows with prompt and answer")
-    return [encode_prompt(record, tokenizer, length)[0][0]["tokens"] for record in records]
+    prompts = []
+    for record in records:
+        encoded = encode_prompt(record, tokenizer, length)
+        prompts.append(encoded.rows[0]["tokens"])
+    return prompts
 
 
 def pad_steps(rows: Sequence[Row], length: int, pad: int, fixed: bool = False) -> Batch:
-    """As `pad_examples`, with targets_BT in [0, 1], which counts where loss_mask_BT is 1."""
+    """Pad rows of `encode_steps` on the right: the arrays of `pad_examples`, and targets_BT.
+
+    targets_BT float32 is in [0, 1] and counts where loss_mask_BT is 1.
+    """
     batch = pad_examples(rows, length, pad, fixed)
     targets_BT = np.zeros_like(batch["loss_mask_BT"])
     for b, row in enumerate(rows):
@@ -50,5 +88,12 @@ def pad_steps(rows: Sequence[Row], length: int, pad: int, fixed: bool = False) -
     return {**batch, "targets_BT": targets_BT}
 
 
-steps_batches = partial(Batches, encode_steps, pad_steps)
-"""Solutions with labelled steps; `steps_batches(source, tokenizer, batch_size=, length=, ...)`."""
+def steps_batches(
+    source: Source, tokenizer: Tokenizer, **options: Unpack[BatchOptions]
+) -> Batches:
+    """Iterate over solutions with labelled steps, one a row; arrays as of `pad_steps`.
+
+    `source`: records of the schema `steps`. Solutions longer than `length` are cut on the right,
+    and dropped where no label is left.
+    """
+    return Batches(Layout(encode_steps, pad_steps), source, tokenizer, **options)

@@ -15,7 +15,8 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from data.batches import Row, encode_prompt, pad_prompts
+from data.batches import encode_prompt, pad_prompts
+from data.records import Record
 from data.sources import open_source
 from data.tokenizer import Tokenizer
 from decoding.report import powers_of_two
@@ -23,14 +24,13 @@ from evaluation.gold import CRITERIA, gold_rows, gold_shares
 from evaluation.intervals import Interval, mean_interval
 from evaluation.tables import cells
 from model import LanguageModel, init_and_apply
-from model_config import ModelConfig, check_fit
+from model_config import check_fit, stored_model
 from objectives.imitate import best_of_n_kl
 from responses import filled, in_parts, split_evenly
 from rewards.scorer import make_reward_scorer
 from rollout import make_rollout
 from runtime import flags
 from runtime.errors import UserError
-from runtime.run_folder import load_config
 from sampling import SamplingConfig
 from sharding import MeshConfig, abstract, make_mesh, to_mesh
 from tasks import world
@@ -62,7 +62,7 @@ class Config:
 
 
 def sample_and_score(
-    config: Config, records: list[Row], mesh: jax.sharding.Mesh
+    config: Config, records: list[Record], mesh: jax.sharding.Mesh
 ) -> tuple[np.ndarray, list[list[str]]]:
     """Sample `config.n` responses to the prompt of each record, and score them.
 
@@ -70,7 +70,7 @@ def sample_and_score(
     ended is scored as it is.
     """
     # The policy, on the mesh, and the reward.
-    model = ModelConfig(**load_config(config.policy)["model"])
+    model = stored_model(config.policy)
     tokenizer = Tokenizer.load(config.policy)
     check_fit(model, tokenizer.size, config.max_prompt + config.max_new_tokens)
     models, score = make_reward_scorer([config.reward], tokenizer, mesh)
@@ -131,7 +131,7 @@ def best_of_first(
     return row
 
 
-def with_system_turn(records: list[Row], content: str, name: str) -> list[Row]:
+def with_system_turn(records: list[Record], content: str, name: str) -> list[Record]:
     """Put a system turn before each prompt; raises UserError for the raw text of source `name`."""
     if any("prompt" not in record for record in records):
         raise UserError(f"--system={content}: {name} holds raw text, which has no turns")

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from data.batches import Row
+from data.records import Record
 from data.sources import open_source
 from data.steps import problems
 from decoding.report import as_json, powers_of_two, write_result
@@ -78,7 +78,7 @@ class Answers(NamedTuple):
     """Sampled tokens a problem."""
 
 
-def sample_answers(config: Config, records: Sequence[Row], mesh: jax.sharding.Mesh) -> Answers:
+def sample_answers(config: Config, records: Sequence[Record], mesh: jax.sharding.Mesh) -> Answers:
     """Sample `config.n` answers to the problem of each record; check them and score them."""
     # The policy, the check and the models that score.
     model, tokenizer, params = load_run(config.policy)
@@ -109,7 +109,7 @@ def sample_answers(config: Config, records: Sequence[Row], mesh: jax.sharding.Me
 
 
 def check_answers(
-    check: Check, texts: Sequence[Sequence[str]], records: Sequence[Row]
+    check: Check, texts: Sequence[Sequence[str]], records: Sequence[Record]
 ) -> np.ndarray:
     """Return [P, N]: `check` of each text with its problem's record."""
     right = []

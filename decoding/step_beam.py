@@ -15,7 +15,7 @@ from typing import Literal
 import jax
 import numpy as np
 
-from data.batches import Row
+from data.records import Record
 from data.sources import open_source
 from data.steps import problems
 from data.tokenizer import Tokenizer
@@ -135,7 +135,7 @@ def best(candidates: Sequence[Tokens], scores: np.ndarray, beams: int) -> list[T
 
 
 def search_problems(
-    config: Config, records: Sequence[Row], mesh: jax.sharding.Mesh
+    config: Config, records: Sequence[Record], mesh: jax.sharding.Mesh
 ) -> tuple[list[Tokens], int, Tokenizer]:
     """Search a solution to the problem of each record by the models that `config` names.
 

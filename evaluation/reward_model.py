@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.batches import Row, encode_comparison
+from data.batches import encode_comparison
+from data.records import Record
 from data.sources import Source
 from data.tokenizer import Tokenizer
 from model import Params
@@ -127,7 +128,7 @@ class Comparisons(NamedTuple):
     criteria: list[str | None]
 
 
-def as_comparisons(records: Sequence[Row], tokenizer: Tokenizer) -> Comparisons:
+def as_comparisons(records: Sequence[Record], tokenizer: Tokenizer) -> Comparisons:
     """Lay out comparison records (data/records.py) of any number of responses each."""
     prompts: list[Prompt] = []
     responses: list[str] = []

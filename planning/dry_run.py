@@ -10,7 +10,7 @@ import numpy as np
 
 from data.batches import Batch
 from data.tokenizer import Tokenizer
-from runtime.run_folder import kind_of
+from runtime.run_folder import array_type
 from sharding import path_name
 from train_state import shapes_of
 
@@ -47,12 +47,12 @@ def preview_items(
     print("parameters, and the mesh axes that split them:")
     for path, leaf in jax.tree.leaves_with_path(params):
         axes = ", ".join("-" if axis is None else str(axis) for axis in leaf.sharding.spec)
-        print(f"  {path_name(path):<36} {kind_of(leaf):<28} ({axes})")
+        print(f"  {path_name(path):<36} {array_type(leaf):<28} ({axes})")
     print(
         "the first batch:" if jax.process_count() == 1 else "this host's rows of the first batch:"
     )
     for name, x in batch.items():
-        print(f"  {name:<36} {kind_of(x)}")
+        print(f"  {name:<36} {array_type(x)}")
     for name in (name for name in batch if name.startswith("tokens")):
         mask = batch.get(name.replace("tokens", "loss_mask"))
         segments = batch[name.replace("tokens", "segment_ids")]

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from data.batches import pad_comparisons, pad_examples, pad_prompts
 from lora import lora_base, trainable_part, with_adapters
 from model import LanguageModel, ScalarModel, empty_cache, init_and_apply
-from model_config import ModelConfig
+from model_config import ModelConfig, stored_model
 from objectives import direct
 from objectives.group import PAPERS, best_and_worst
 from rewards.models import make_model_scorer
@@ -22,7 +22,6 @@ from rewards.scorer import is_function
 from rollout import make_rollout, shuffled
 from runtime.errors import require
 from runtime.flags import fill_paper_defaults
-from runtime.run_folder import load_config
 from sharding import BATCH, abstract, check_batch
 from train_state import init_state
 from train_step import TrainState
@@ -184,7 +183,7 @@ def reward_models(config: Any, mesh: Mesh) -> tuple[dict[str, ModelConfig], dict
     models = {run: config.model for run in config.reward if not is_function(run)}
     for run in models:
         if os.path.exists(os.path.join(run, "config.json")):
-            models[run] = ModelConfig(**load_config(run)["model"])
+            models[run] = stored_model(run)
     return models, {run: whole_model(ScalarModel(model), mesh) for run, model in models.items()}
 
 

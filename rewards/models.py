@@ -10,17 +10,17 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import numpy as np
 
-from data.batches import Row, cut_left, pad_examples, pad_prompts
+from data.batches import SHORTEST_PROMPT, Row, cut_left, pad_examples, pad_prompts
 from data.tokenizer import Message, Tokenizer
 from model import Params, ScalarModel, init_and_apply
-from model_config import ModelConfig
+from model_config import ModelConfig, stored_model
 from objectives.likelihood import inputs
 from objectives.reward import last_token, running_score, step_ends
 from responses import full_parts
 from runtime.errors import UserError
 from runtime.run_folder import load_config
 from sharding import abstract, to_host, to_mesh
-from train_state import load_params
+from train_state import has_scalar_head, load_params
 
 Batch = Mapping[str, Any]
 """Arrays by name."""
@@ -31,8 +31,6 @@ STEP_SCORES: tuple[StepScore, ...] = get_args(StepScore)
 # Rows a call, of texts and of solutions; those of the last call are filled up.
 TEXT_ROWS = 128
 STEP_ROWS = 512
-# Tokens of a prompt that are kept, however long the response.
-SHORTEST_PROMPT = 8
 
 
 class RewardModel(NamedTuple):
@@ -49,11 +47,9 @@ def load_reward_model(run: str, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -
     `tokenizer`, the policy's.
     """
     # What the run holds says what it is.
-    stored = load_config(run)
-    if "head" not in load_params(run):
-        raise UserError(
-            f"{run}: a language model (of {stored['script']}); name the run of a reward model"
-        )
+    if not has_scalar_head(run):
+        script = load_config(run)["script"]
+        raise UserError(f"{run}: a language model (of {script}); name the run of a reward model")
     # The policy's tokens must mean the same to it.
     theirs = Tokenizer.load(run).sha256
     ours = tokenizer.sha256
@@ -63,7 +59,7 @@ def load_reward_model(run: str, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -
             "use one trained from it"
         )
 
-    config = ModelConfig(**stored["model"])
+    config = stored_model(run)
     init, _ = init_and_apply(ScalarModel(config))
     shapes = jax.eval_shape(init, jax.random.key(0))
     return RewardModel(config, load_params(run, shapes=abstract(shapes, mesh)))

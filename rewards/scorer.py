@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from data.batches import Row
+from data.records import Record
 from data.tokenizer import Tokenizer
 from model import Params
 from objectives.reward import combined
@@ -25,10 +25,10 @@ from rewards.models import Batch, load_reward_model, make_model_scorer
 from runtime.errors import UserError, require
 from sharding import BATCH, to_mesh
 
-Check = Callable[[str, Row], float]
+Check = Callable[[str, Record], float]
 """(response's text, record of its prompt) -> reward."""
 Arrays = dict[str, jax.Array]
-Score = Callable[[dict[str, Params], Batch, Sequence[Row]], tuple[Arrays, Arrays]]
+Score = Callable[[dict[str, Params], Batch, Sequence[Record]], tuple[Arrays, Arrays]]
 """What `make_reward_scorer` returns."""
 # What a function's reward depends on of a batch.
 SEEN = ("response_BR", "mask_BR")
@@ -148,7 +148,7 @@ def make_reward_scorer(
         elif is_function(reward):
             host_scorers[reward] = make_function_scorer(load_function(reward))
 
-    def on_host(reward: str, batch: Batch, records: Sequence[Row]) -> jax.Array:
+    def on_host(reward: str, batch: Batch, records: Sequence[Record]) -> jax.Array:
         """Score this host's responses by a function or a server; [B] on the mesh."""
         # The responses of this host, with the record of each one's prompt.
         rows = local_rows(batch, SENT if is_server(reward) else SEEN, mesh)
@@ -162,7 +162,7 @@ def make_reward_scorer(
         return to_mesh({"score_B": np.array(scores, np.float32)}, mesh)["score_B"]
 
     def score(
-        models: dict[str, Params], batch: Batch, records: Sequence[Row]
+        models: dict[str, Params], batch: Batch, records: Sequence[Record]
     ) -> tuple[Arrays, Arrays]:
         scores: Arrays = {}
         scalars: Arrays = {}
@@ -181,7 +181,7 @@ def make_function_scorer(function: Check) -> Callable[..., list[float]]:
     """Make score(texts [B], records [B], rows) -> scores [B] by `function`; it ignores rows."""
 
     def score(
-        texts: list[str], records: Sequence[Row], rows: dict[str, np.ndarray]
+        texts: list[str], records: Sequence[Record], rows: dict[str, np.ndarray]
     ) -> list[float]:
         return [function(*pair) for pair in zip(texts, records, strict=True)]
 
@@ -196,7 +196,7 @@ def make_server_scorer(reward: str, tokenizer: Tokenizer) -> Callable[..., list[
     """
 
     def score(
-        texts: list[str], records: Sequence[Row], rows: dict[str, np.ndarray]
+        texts: list[str], records: Sequence[Record], rows: dict[str, np.ndarray]
     ) -> list[float]:
         question: Question = {
             "tokenizer": tokenizer.sha256,

@@ -19,12 +19,12 @@ import train_rm
 import train_sft
 from lora import INPUTS, LoraConfig, lora_base, merge, trainable_part, with_adapters
 from model import LanguageModel, ScalarModel, init_and_apply
-from model_config import ModelConfig
+from model_config import stored_model
 from objectives.likelihood import likelihood_objective
 from objectives.policy import response_logprobs
 from runtime import flags as config
 from runtime.errors import UserError
-from runtime.run_folder import finished_steps, load_config, read_manifest
+from runtime.run_folder import finished_steps, read_manifest
 from sharding import path_name
 from tests.test_errors import fails
 from tests.test_model import TINY, make, random_tokens, rows
@@ -248,7 +248,7 @@ def test_reward_model_and_ppo_train_adapters_and_heads(runs, monkeypatch):
     policy, reference, batch = judged[-1]  # after the first iteration's updates
     # The reference is the base below the adapters, not a copy, and says what the run it was loaded from says.
     assert shared == [True, True]
-    apply = init_and_apply(LanguageModel(ModelConfig(**load_config(f"{runs}/lm")["model"])))[1]
+    apply = init_and_apply(LanguageModel(stored_model(f"{runs}/lm")))[1]
     np.testing.assert_allclose(
         reference, ppo_logprobs(apply, load_params(f"{runs}/lm"), batch), atol=1e-5
     )

@@ -17,10 +17,9 @@ from data.tokenizer import Tokenizer
 from experiments.stories import happy, import_llama2c, measure
 from experiments.stories import train_ppo as stories_ppo
 from model import LanguageModel, init_and_apply
-from model_config import ModelConfig
+from model_config import ModelConfig, stored_model
 from runtime import flags as config
 from runtime.checkpoint import Checkpoints
-from runtime.run_folder import load_config
 from train_state import load_params
 
 
@@ -84,7 +83,7 @@ def test_a_random_checkpoint_gives_the_logits_of_an_independent_forward_pass(tmp
     imported(tmp_path / "model.bin", tmp_path / "t.model", f"--run={tmp_path}/run")
 
     tokens_1T = rng.integers(0, V, (1, 9))
-    model = ModelConfig(**load_config(f"{tmp_path}/run")["model"])
+    model = stored_model(f"{tmp_path}/run")
     ones = jnp.ones((1, 9), jnp.int32)
     logits, _ = init_and_apply(LanguageModel(model))[1](
         load_params(f"{tmp_path}/run"), tokens_1T, ones, jnp.arange(9)[None]

@@ -21,7 +21,7 @@ from data.batches import chat_batches, comparison_batches
 from data.sources import Source, open_source
 from data.tokenizer import Tokenizer
 from model import LanguageModel, init_and_apply
-from model_config import ModelConfig
+from model_config import stored_model
 from objectives import direct
 from responses import make_sampler
 from rewards.reference import candidate_keys
@@ -148,7 +148,7 @@ def test_cached_reference_equals_online_on_another_mesh(files, finished):
 
 
 def test_cache_holds_the_log_probabilities_of_the_starting_policy(files, finished):
-    model = ModelConfig(**load_config(str(finished))["model"])
+    model = stored_model(str(finished))
     source = open_source(str(files / "comparisons.jsonl"), "comparison", "train")
     batch = next(comparison_batches(source, Tokenizer.load(finished), batch_size=8, length=64))
     logprobs = jax.jit(partial(direct.response_logprobs, init_and_apply(LanguageModel(model))[1]))
@@ -219,7 +219,7 @@ def test_kto_on_comparisons_with_gold_evaluation(files):
 def test_hindsight_prefix_switches_the_response(files):
     """Trained on chains of helpful and unhelpful answers, the policy gives the one that it is asked for."""
     model, tokenizer = (
-        ModelConfig(**load_config(f"{files}/start")["model"]),
+        stored_model(f"{files}/start"),
         Tokenizer.load(files / "start"),
     )
     respond = make_sampler(model, SamplingConfig(0.0, max_new_tokens=12), tokenizer)

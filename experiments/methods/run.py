@@ -26,7 +26,7 @@ from data.preferences import HELPFUL
 from data.tokenizer import Tokenizer
 from decoding import best_of_n
 from evaluation.gold import CRITERIA, gold_rows, make_kl_sampler, summarise
-from model_config import ModelConfig
+from model_config import ModelConfig, stored_model
 from objectives import imitate
 from planning.programs import forward_flops
 from responses import load_run
@@ -123,7 +123,7 @@ def sampling_flops(c: ModelConfig, config: dict[str, Any], rows: int) -> float:
 def training_flops(run: str) -> float:
     """Of a finished run, from its settings and what it logged."""
     config, rows = load_config(run), read_rows(run)
-    c, script = ModelConfig(**config["model"]), config["script"]
+    c, script = stored_model(run), config["script"]
     batch, steps = config["batch_size"], config["steps"]
     if script == "train_rm":  # four responses a prompt; logits of the best one only
         length, count = config["length"], 4 * batch
@@ -294,7 +294,7 @@ def row_of(config: Config, method: str, seed: int) -> dict[str, Any]:
     sees_reward_model = METHODS[method][:1] != (DIRECT[0],) and method not in ("sft", "rules")
     models = [f"{align}/{name}" for name in ("round1/rm", "rm")] if sees_reward_model else []
     cost["reward_model_flops"] = sum(training_flops(path) for path in models)
-    c = ModelConfig(**load_config(f"{align}/sft")["model"])
+    c = stored_model(f"{align}/sft")
     several = BEST_OF if method == "best_of_16" else 1
     asked = {"max_prompt": MAX_PROMPT, "max_new_tokens": MAX_NEW, "samples_per_prompt": several}
     scoring = forward_flops(c, several, MAX_PROMPT + MAX_NEW, 0) if several > 1 else 0.0

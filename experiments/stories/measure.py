@@ -21,7 +21,7 @@ from data.tokenizer import Tokenizer
 from experiments.seeds import half
 from experiments.stories import happy
 from model import LanguageModel, Params, init_and_apply
-from model_config import ModelConfig
+from model_config import ModelConfig, stored_model
 from objectives.policy import response_logprobs
 from rollout import join_responses
 from runtime import flags
@@ -212,7 +212,7 @@ def main(config: Config) -> dict[str, Any]:
                     f"--after: {run} has another {name} than {config.after[0]}; measure them apart"
                 )
     model, tokenizer = (
-        ModelConfig(**load_config(config.before)["model"]),
+        stored_model(config.before),
         Tokenizer.load(config.before),
     )
     openings = happy.openings(config.split)
