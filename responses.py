@@ -15,7 +15,7 @@ from runtime.errors import UserError
 from runtime.run_folder import load_config
 from sampling import Samples, SamplingConfig, generate
 from sharding import to_host
-from train_state import load_params
+from train_state import has_scalar_head, load_params
 
 Tokens = list[int]
 Respond = Callable[..., list[Tokens]]
@@ -39,14 +39,13 @@ def load_run(run: str, reward: bool = False) -> LoadedRun:
     Which of the two it is follows from its parameters: a reward model has a scalar head. Raises
     UserError for the other kind, and as load_params does.
     """
-    params = load_params(run)
-    is_reward_model = "head" in params
+    script = load_config(run)["script"]
+    is_reward_model = has_scalar_head(run)
     if is_reward_model != reward:
         found = "reward model" if is_reward_model else "language model"
         wanted = "reward model" if reward else "language model"
-        script = load_config(run)["script"]
         raise UserError(f"{run}: a {found} (of {script}); name the run of a {wanted}")
-    return LoadedRun(stored_model(run), Tokenizer.load(run), params)
+    return LoadedRun(stored_model(run), Tokenizer.load(run), load_params(run))
 
 
 def make_sampler(

@@ -47,8 +47,8 @@ def load_reward_model(run: str, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -
     `tokenizer`, the policy's.
     """
     # What the run holds says what it is.
+    script = load_config(run)["script"]
     if not has_scalar_head(run):
-        script = load_config(run)["script"]
         raise UserError(f"{run}: a language model (of {script}); name the run of a reward model")
     # The policy's tokens must mean the same to it.
     theirs = Tokenizer.load(run).sha256
