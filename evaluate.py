@@ -155,7 +155,7 @@ def evaluate_accuracy(config: Config) -> dict[str, float]:
 def evaluate_win_rate(config: Config) -> dict[str, Any]:
     """Measure how often the reward model prefers the policy's response to the other run's."""
     source = open_source(config.data, "prompt", "heldout", seed=config.seed)
-    records = [source[i] for i in range(min(config.n, len(source)))]
+    records = source.first(config.n)
     if any("prompt" not in record for record in records):
         raise UserError(
             f"--data={config.data}: holds raw text; win rates are of answers to prompts"

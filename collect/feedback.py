@@ -26,7 +26,7 @@ from data.batches import cut_left
 from data.sources import Source, open_source
 from evaluation.gold import CRITERIA
 from evaluation.tables import cells
-from responses import LoadedRun, in_parts, load_run, make_sampler
+from responses import LoadedRun, in_parts, load_run, make_sampler, split_evenly
 from rewards.judges import (
     Messages,
     Prefer,
@@ -168,8 +168,10 @@ def agreement(rows: Sequence[ComparisonRow]) -> list[float]:
         for i, j in combinations(range(len(gold)), 2):
             if gold[i] == gold[j]:
                 continue
-            better, worse = (i, j) if gold[i] > gold[j] else (j, i)
-            gap = ranking[worse] - ranking[better]
+            # Positive where the ranking prefers the one that gold prefers.
+            gap = ranking[j] - ranking[i]
+            if gold[i] < gold[j]:
+                gap = -gap
             right.append(0.5 if gap == 0 else float(gap > 0))
     return right
 
@@ -269,8 +271,9 @@ def report_revisions(rows: Sequence[RevisionRow], rounds: int) -> dict[str, floa
         shares = []
         for name in CRITERIA:
             violated = [not getattr(verdict, name) for verdict in verdicts]
-            shares.append(float(np.mean(violated)))
-            table[f"violated/{name}/{number}"] = shares[-1]
+            share = float(np.mean(violated))
+            table[f"violated/{name}/{number}"] = share
+            shares.append(share)
         print(f"revision {number:<3}{cells(shares, '10.3f')}")
     return table
 
@@ -331,10 +334,9 @@ def make_answer(
         tokens = respond(params, asked, key, ROWS)
         answered = []
         responses = []
-        for i, prompt in enumerate(prompts):
+        for prompt, own in zip(prompts, split_evenly(tokens, n), strict=True):
             # A response that never ended is no answer.
-            ended = tokenizer.ended(tokens[i * n : (i + 1) * n])
-            texts = [text for text in ended if text.strip()]
+            texts = [text for text in tokenizer.ended(own) if text.strip()]
             if texts:
                 answered.append(prompt)
                 responses.append(texts)

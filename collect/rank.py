@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import jax
 
-from responses import in_parts, load_run, make_sampler
+from responses import in_parts, load_run, make_sampler, split_evenly
 from runtime import flags
 from runtime.errors import UserError
 from runtime.run_folder import atomic_text
@@ -72,8 +72,8 @@ def main(config: Config) -> dict[str, int]:
             tokens = respond(params, prompts, jax.random.fold_in(key, start), ROWS)
 
             # Of each prompt the distinct responses that came to their end, ranked.
-            for i, prompt in enumerate(texts):
-                own = tokens[i * config.samples : (i + 1) * config.samples]
+            by_prompt = split_evenly(tokens, config.samples)
+            for prompt, own in zip(texts, by_prompt, strict=True):
                 ended = [text for text in tokenizer.ended(own) if text.strip()]
                 responses = list(dict.fromkeys(ended))
                 to_rows = pair_rows if config.pairs else ranking_rows

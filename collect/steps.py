@@ -25,7 +25,7 @@ from data.steps import problems
 from data.tokenizer import Tokenizer
 from model import Params
 from model_config import check_fit
-from responses import Respond, Tokens, in_parts, load_run, make_sampler
+from responses import Respond, Tokens, in_parts, load_run, make_sampler, split_evenly
 from rewards.scorer import Check, load_function
 from runtime import flags
 from runtime.errors import require
@@ -104,9 +104,8 @@ def solutions(
 
     `tokens`: equally many responses to each prompt, in order.
     """
-    samples = len(tokens) // len(prompts)
-    for i, (prompt, record) in enumerate(zip(prompts, records, strict=True)):
-        own = tokens[i * samples : (i + 1) * samples]
+    by_problem = split_evenly(tokens, len(tokens) // len(prompts))
+    for prompt, record, own in zip(prompts, records, by_problem, strict=True):
         for text in dict.fromkeys(tokenizer.ended(own)):
             steps = text.split("\n")
             if all(step.strip() for step in steps):
@@ -173,10 +172,10 @@ def success_shares(
 
     # n completions of each state, next to one another.
     tokens = complete(contexts)
-    n = len(tokens) // len(states)
+    by_state = split_evenly(tokens, len(tokens) // len(states))
     rights = []
-    for i, (state, so_far) in enumerate(zip(states, written, strict=True)):
-        texts = [tokenizer.decode([*so_far, *more]) for more in tokens[i * n : (i + 1) * n]]
+    for state, so_far, own in zip(states, written, by_state, strict=True):
+        texts = [tokenizer.decode([*so_far, *more]) for more in own]
         rights.append([check(text, state.record) for text in texts])
     return np.mean(rights, axis=1).tolist()
 

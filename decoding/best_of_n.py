@@ -147,7 +147,7 @@ def main(config: Config) -> dict[int, dict[str, Interval]]:
 
     # Prompts; in the world also what they request, which the gold program needs.
     source = open_source(config.data, "prompt", "heldout", seed=config.seed)
-    records = [source[i] for i in range(min(config.prompts, len(source)))]
+    records = source.first(config.prompts)
     if config.system:
         records = with_system_turn(records, config.system, source.name)
     requests = None

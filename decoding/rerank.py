@@ -85,7 +85,9 @@ def sample_answers(config: Config, records: Sequence[Record], mesh: jax.sharding
     length = config.max_prompt + config.max_new_tokens
     check_fit(model, tokenizer.size, length)
     check = load_function(config.check)
-    scorers = {run: make_step_scorer(run, tokenizer, mesh, length) for run in config.models}
+    scorers = {}
+    for run in config.models:
+        scorers[run] = make_step_scorer(run, tokenizer, mesh, length)
 
     # The answers, all to a problem next to one another.
     prompts = problems(records, tokenizer, config.max_prompt)
@@ -171,7 +173,7 @@ def main(config: Config) -> dict[str, dict[int, Interval]]:
     # Problems, and the answers to them.
     mesh = make_mesh(MeshConfig())
     source = open_source(config.data, "prompt", "heldout", seed=config.seed)
-    records = [source[i] for i in range(min(config.prompts, len(source)))]
+    records = source.first(config.prompts)
     answers = sample_answers(config, records, mesh)
 
     # Each way to choose, for each number of answers that it chooses from.
@@ -189,9 +191,10 @@ def main(config: Config) -> dict[str, dict[int, Interval]]:
     # The same as a file, with the result on each problem for all n answers.
     if config.out is not None:
         accuracy = {}
+        hits_of_all = {}
         for way, row in table.items():
             accuracy[way] = {n: as_json(interval) for n, interval in row.items()}
-        hits_of_all = {way: hit_P.round(4).tolist() for way, hit_P in ways.items()}
+            hits_of_all[way] = ways[way].round(4).tolist()
         write_result(config.out, config, answers.tokens, accuracy, hits_of_all)
     return table
 

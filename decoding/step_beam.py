@@ -182,7 +182,7 @@ def main(config: Config) -> tuple[Interval, float]:
     mesh = make_mesh(MeshConfig())
     check = load_function(config.check)
     source = open_source(config.data, "prompt", config.split, seed=config.seed)
-    records = [source[i] for i in range(min(config.prompts, len(source)))]
+    records = source.first(config.prompts)
     found, sampled, tokenizer = search_problems(config, records, mesh)
 
     # How many are right.

@@ -158,8 +158,10 @@ def make_comparison_evaluation(
     left out; raises UserError where none is left.
     """
     # The records, and what of them does not depend on parameters.
-    records = [source[i] for i in range(min(most, len(source)))]
-    records = [record for record in records if encode_comparison(record, tokenizer, length)[0]]
+    records = []
+    for record in source.first(most):
+        if encode_comparison(record, tokenizer, length).rows:
+            records.append(record)
     if not records:
         raise UserError(f"{source.name}: no comparison fits into {length} tokens; raise --length")
     prompts, responses, ranks_NC, lengths_NC, criteria = as_comparisons(records, tokenizer)

@@ -16,7 +16,7 @@ from data.batches import cut_left, pad_prompts
 from data.tokenizer import Message, Tokenizer
 from model import LanguageModel, Params, init_and_apply
 from objectives.likelihood import inputs
-from responses import LoadedRun, filled, make_sampler
+from responses import LoadedRun, filled, make_sampler, split_evenly
 from runtime.errors import UserError, require
 from sampling import SamplingConfig
 from tasks import world, world_feedback
@@ -61,7 +61,7 @@ def read_principles(path: str) -> dict[str, str]:
     that begin with # are skipped. Raises UserError.
     """
     try:
-        lines = [line.strip() for line in pathlib.Path(path).read_text().splitlines()]
+        text = pathlib.Path(path).read_text()
     except (OSError, UnicodeDecodeError) as fault:
         raise UserError(
             f"--principles={path}: {fault}; give a text file, one principle a line"
@@ -69,16 +69,17 @@ def read_principles(path: str) -> dict[str, str]:
 
     # One principle a line; without a name it is called by the line's number.
     principles: dict[str, str] = {}
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(text.splitlines(), 1):
+        line = line.strip()
         if not line or line.startswith("#"):
             continue
         named = re.fullmatch(r"(\w+):\s+(.+)", line)
-        name, text = named.groups() if named else (f"line {number}", line)
+        name, principle = named.groups() if named else (f"line {number}", line)
         if name in principles:
             raise UserError(
                 f"{path}:{number}: a second principle {name!r}; give each a name of its own"
             )
-        principles[name] = text
+        principles[name] = principle
     if not principles:
         raise UserError(f"--principles={path}: holds none; write one a line")
     return principles
@@ -243,8 +244,8 @@ def make_chat_revise(
             chat += [turn("assistant", critique), turn("user", REVISE)]
         written = rewrite(chats, jax.random.fold_in(key, 1))
         revisions = []
-        for i, response in enumerate(responses):
-            complete = tokenizer.ended(written[i * n : (i + 1) * n])
+        for response, own in zip(responses, split_evenly(written, n), strict=True):
+            complete = tokenizer.ended(own)
             revisions.append(complete or [response])
         return critiques, revisions
 
