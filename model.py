@@ -45,6 +45,34 @@ class KVCache:
     """Slots in use; the next token goes here."""
 
 
+@flax.struct.dataclass
+class LanguageOutput:
+    """Hidden states of a language model, and what turns them into logits: `unembed` does, at the positions asked for."""
+
+    x_BTD: jax.Array
+    """Hidden states after the last norm; that of position t predicts token t + 1."""
+    unembed_DV: jax.Array
+    """The unembedding, or the embedding's transpose where they are tied."""
+    cache: KVCache | None = None
+    """The given cache with these tokens added; None without one."""
+    auxiliary_loss: jax.Array | None = None
+    """Sum over the layers of their auxiliary losses, nats a token, coefficients included; None where no layer has one."""
+
+
+@flax.struct.dataclass
+class ScalarOutput:
+    """Scalars of a reward or value model, and the hidden states they are read from."""
+
+    scalars_BT: jax.Array
+    """Float32: the scalar at each position, of the tokens up to and including it."""
+    x_BTD: jax.Array
+    """Hidden states after the last norm."""
+    unembed_DV: jax.Array
+    """The embedding's transpose: a language-model loss beside the scalars unembeds with it."""
+    auxiliary_loss: jax.Array | None = None
+    """As of LanguageOutput."""
+
+
 def empty_cache(config: ModelConfig, batch: int, slots: int) -> KVCache:
     """A cache for `batch` rows of at most `slots` tokens."""
     shape = (config.layers, batch, config.kv_heads, slots, config.head_dim)
@@ -64,12 +92,13 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
 
 
 def scaled_norm(module: nn.Module, name: str, x: jax.Array) -> jax.Array:
-    """`rms_norm` by the parameter `name` of `module`, which Gemma keeps less 1."""
+    """`rms_norm` by the parameter `name` of `module`, stored less 1 where config.zero_centered_norm."""
     c = module.config
-    scale = module.param(
-        name, nn.initializers.zeros if c.gemma else nn.initializers.ones, x.shape[-1:]
-    )
-    return rms_norm(x, 1 + scale if c.gemma else scale, c.norm_eps)
+    if c.zero_centered_norm:
+        scale = 1 + module.param(name, nn.initializers.zeros, x.shape[-1:])
+    else:
+        scale = module.param(name, nn.initializers.ones, x.shape[-1:])
+    return rms_norm(x, scale, c.norm_eps)
 
 
 def linear(module: nn.Module, labels: str, x: jax.Array, name: str, w: jax.Array) -> jax.Array:
@@ -96,31 +125,31 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x_BTD, segment_ids_BT, turns, cache, layer):
         c = self.config
-        q_shape, kv_shape = (c.width, c.heads, c.head_dim), (c.width, c.kv_heads, c.head_dim)
-        weights = {
-            "q": self.param("q", _normal(c.width), q_shape),
-            "k": self.param("k", _normal(c.width), kv_shape),
-            "v": self.param("v", _normal(c.width), kv_shape),
-        }
-        o_NHD = self.param(
-            "o", _normal(c.heads * c.head_dim * 2 * c.layers), (*q_shape[1:], c.width)
-        )
+        batch, length, _ = x_BTD.shape
+        q_heads = (c.heads, c.head_dim)
+        kv_heads = (c.kv_heads, c.head_dim)
+        q_DNH = self.param("q", _normal(c.width), (c.width, *q_heads))
+        k_DKH = self.param("k", _normal(c.width), (c.width, *kv_heads))
+        v_DKH = self.param("v", _normal(c.width), (c.width, *kv_heads))
+        o_fan_in = c.heads * c.head_dim * 2 * c.layers
+        o_NHD = self.param("o", _normal(o_fan_in), (*q_heads, c.width))
+
+        # Queries, keys and values of every token.
         x_MD = flat(x_BTD, *TOKENS)
-        heads = {
-            n: constrain_units(linear(self, "...D,DNH->...NH", x_MD, n, w))
-            for n, w in weights.items()
-        }
+        q_MNH = constrain_units(linear(self, "...D,DNH->...NH", x_MD, "q", q_DNH))
+        k_MKH = constrain_units(linear(self, "...D,DKH->...KH", x_MD, "k", k_DKH))
+        v_MKH = constrain_units(linear(self, "...D,DKH->...KH", x_MD, "v", v_DKH))
         if c.qkv_bias:
-            for name, w in weights.items():
-                bias_NH = self.param(f"{name}_bias", nn.initializers.zeros, w.shape[1:])
-                heads[name] += bias_NH.astype(x_MD.dtype)
+            zeros = nn.initializers.zeros
+            q_MNH += self.param("q_bias", zeros, q_heads).astype(x_MD.dtype)
+            k_MKH += self.param("k_bias", zeros, kv_heads).astype(x_MD.dtype)
+            v_MKH += self.param("v_bias", zeros, kv_heads).astype(x_MD.dtype)
         if c.qk_norm:
-            for name in ("q", "k"):
-                heads[name] = scaled_norm(self, f"{name}_norm", heads[name])
-        q_BTNH, k_BTKH, v_BTKH = (
-            x.reshape(*x_BTD.shape[:2], *x.shape[-2:]) for x in heads.values()
-        )
-        q_BTNH, k_BTKH = rotate(q_BTNH, turns), rotate(k_BTKH, turns)
+            q_MNH = scaled_norm(self, "q_norm", q_MNH)
+            k_MKH = scaled_norm(self, "k_norm", k_MKH)
+        q_BTNH = rotate(q_MNH.reshape(batch, length, *q_heads), turns)
+        k_BTKH = rotate(k_MKH.reshape(batch, length, *kv_heads), turns)
+        v_BTKH = v_MKH.reshape(batch, length, *kv_heads)
 
         if cache is not None:
             at = (layer, 0, 0, cache.length, 0)
@@ -159,9 +188,8 @@ class SwiGLU(nn.Module):
         gate_DF = self.param("gate", _normal(c.width), (c.width, c.mlp_width))
         up_DF = self.param("up", _normal(c.width), (c.width, c.mlp_width))
         down_FD = self.param("down", _normal(c.mlp_width * 2 * c.layers), (c.mlp_width, c.width))
-        activation = (
-            nn.gelu if c.gemma else nn.silu
-        )  # Flax's GELU is the tanh approximation, as Gemma's
+        # Flax's GELU is the tanh approximation, as Gemma's.
+        activation = {"silu": nn.silu, "gelu": nn.gelu}[c.activation]
         gate_MF = constrain_units(linear(self, "...D,DF->...F", x_MD, "gate", gate_DF))
         up_MF = constrain_units(linear(self, "...D,DF->...F", x_MD, "up", up_DF))
         gated_MF = jax.checkpoint(lambda gate, up: activation(gate) * up, prevent_cse=False)(
@@ -171,7 +199,11 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """One pre-norm layer; the carry holds the residual stream, the cache and the layer's number."""
+    """One pre-norm layer; the carry holds the residual stream, the cache and the layer's number.
+
+    Beside the carry it returns the layer's auxiliary loss (see LanguageOutput), or None. This one has none; a mixture
+    of experts returns its load-balancing loss there.
+    """
 
     config: ModelConfig
     ring: int = 1  # of so many devices, over which its tokens are striped (kernels/ring.py), but not segment_ids_BT
@@ -218,7 +250,7 @@ class Decoder(nn.Module):
 
     @nn.compact
     def __call__(self, tokens_BT, segment_ids_BT, positions_BT, cache=None):
-        """Hidden states [B, T, D], the cache with these tokens added, and the embedding [V, D]."""
+        """Hidden states [B, T, D], the embedding [V, D], the cache with these tokens added, the auxiliary loss."""
         c = self.config
         embed_VD = self.param("embed", _normal(c.width), (c.vocab, c.width))
         # Whole rows on every device: a gather of rows that fsdp has cut makes XLA replicate its result instead.
@@ -231,7 +263,7 @@ class Decoder(nn.Module):
         x_BTD = constrain_residual(
             x_BTD
         )  # only then: tokens and vocabulary cannot both be cut over tensor
-        if c.gemma:
+        if c.scale_embedding:
             x_BTD *= jnp.asarray(c.width**0.5, x_BTD.dtype)
         turns = rope_turns(c, positions_BT)
         if cache is not None:
@@ -243,6 +275,7 @@ class Decoder(nn.Module):
         stages = along(jax.sharding.get_abstract_mesh(), "stage")
         if cache is not None and isinstance(cache.k_LBKSH, tuple):  # sampling.py's layers_apart
             weights, k, v = self.get_variable("params", "layers"), [], []
+            losses = None  # nothing is trained here
             for i in range(c.layers):
                 mine = jax.tree.map(
                     lambda w, i=i: w[i], weights, is_leaf=lambda w: isinstance(w, tuple)
@@ -258,15 +291,20 @@ class Decoder(nn.Module):
             cache = cache.replace(k_LBKSH=tuple(k), v_LBKSH=tuple(v))
         elif stages > 1 and cache is None and not self.is_initializing():
             part = scanned(c, c.layers // stages)(c, ring, parent=None)
-            run = lambda weights, x, *rows: part.apply({"params": weights}, (x, None, 0), *rows)[
-                0
-            ][0]
+
+            def run(weights, x_BTD, *rows):
+                (x_BTD, _, _), losses = part.apply({"params": weights}, (x_BTD, None, 0), *rows)
+                if losses is not None:
+                    raise NotImplementedError("a pipeline does not carry auxiliary losses")
+                return x_BTD
+
+            losses = None
             weights, rows = self.get_variable("params", "layers"), (segment_ids_BT, turns)
             x_BTD = pipelined(run, weights, x_BTD, rows, self.microbatches)
         else:
             # The cache rides in the carry: as xs and ys the scan would copy all of it.
             carry = (x_BTD, cache, jnp.int32(0))
-            (x_BTD, cache, _), _ = scanned(c, c.layers)(c, ring, name="layers")(
+            (x_BTD, cache, _), losses = scanned(c, c.layers)(c, ring, name="layers")(
                 carry, segment_ids_BT, turns
             )
         if cache is not None:
@@ -275,14 +313,16 @@ class Decoder(nn.Module):
             x_BTD = unstriped(x_BTD, ring)
         if stages > 1:  # a pipeline's result lies on every stage: each unembeds its part
             x_BTD = constrain_tokens(x_BTD, "sequence", "stage")
-        return scaled_norm(self, "final_norm", x_BTD), cache, embed_VD
+        auxiliary_loss = None if losses is None else losses.sum()
+        return scaled_norm(self, "final_norm", x_BTD), embed_VD, cache, auxiliary_loss
 
 
 def unembed(x_BTD: jax.Array, unembed_DV: jax.Array) -> jax.Array:
-    """Float32 logits [B, T, V]."""
+    """Return the logits [B, T, V] of hidden states: float32, or float64 where these are."""
     x_MD = flat(x_BTD, "stage", "sequence")
     logits_MV = jnp.einsum("...D,DV->...V", x_MD, unembed_DV.astype(x_MD.dtype))
-    return logits_MV.reshape(*x_BTD.shape[:2], -1).astype(jnp.float32)
+    logits_BTV = logits_MV.reshape(*x_BTD.shape[:2], -1)
+    return logits_BTV.astype(jnp.promote_types(x_BTD.dtype, jnp.float32))
 
 
 class LanguageModel(nn.Module):
@@ -292,25 +332,18 @@ class LanguageModel(nn.Module):
     microbatches: int = 1
 
     @nn.compact
-    def __call__(
-        self,
-        tokens_BT,
-        segment_ids_BT,
-        positions_BT,
-        cache=None,
-        logits_from: int = 0,
-        read=unembed,
-    ):
-        """Float32 logits [B, T - logits_from, V] and the cache; earlier positions are not unembedded.
-
-        `read(x_BTD, unembed_DV)`: what is made of the hidden states, if not all their logits.
-        """
+    def __call__(self, tokens_BT, segment_ids_BT, positions_BT, cache=None) -> LanguageOutput:
+        """Hidden states and the unembedding; logits are the caller's to make, `unembed`, where it needs them."""
         c = self.config
         decoder = Decoder(c, self.microbatches, name="decoder")
-        x_BTD, cache, embed_VD = decoder(tokens_BT, segment_ids_BT, positions_BT, cache)
-        fan_in = _normal(c.width)
-        unembed_DV = embed_VD.T if c.tied else self.param("unembed", fan_in, (c.width, c.vocab))
-        return read(x_BTD[:, logits_from:], unembed_DV), cache
+        x_BTD, embed_VD, cache, auxiliary_loss = decoder(
+            tokens_BT, segment_ids_BT, positions_BT, cache
+        )
+        if c.tied:
+            unembed_DV = embed_VD.T
+        else:
+            unembed_DV = self.param("unembed", _normal(c.width), (c.width, c.vocab))
+        return LanguageOutput(x_BTD, unembed_DV, cache, auxiliary_loss)
 
 
 class ScalarModel(nn.Module):
@@ -319,17 +352,16 @@ class ScalarModel(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, tokens_BT, segment_ids_BT, positions_BT, rows=None, read=unembed):
-        """Float32 scalars [B, T]; also, of `rows` where given, `read` of their hidden states and the embedding."""
+    def __call__(self, tokens_BT, segment_ids_BT, positions_BT) -> ScalarOutput:
+        """Float32 scalars [B, T], and the hidden states."""
         c = self.config
-        x_BTD, _, embed_VD = Decoder(c, name="decoder")(tokens_BT, segment_ids_BT, positions_BT)
+        decoder = Decoder(c, name="decoder")
+        x_BTD, embed_VD, _, auxiliary_loss = decoder(tokens_BT, segment_ids_BT, positions_BT)
         # N(0, 1/sqrt(D + 1)): Stiennon et al. 2020 and the "N+ details" reproduction of it.
         head_D = self.param("head", nn.initializers.normal((c.width + 1) ** -0.5), (c.width,))
         bias = self.param("bias", nn.initializers.zeros, ())
         scalars_BT = jnp.einsum("BTD,D->BT", x_BTD.astype(jnp.float32), head_D) + bias
-        if rows is None:
-            return scalars_BT
-        return scalars_BT, read(x_BTD[rows], embed_VD.T)
+        return ScalarOutput(scalars_BT, x_BTD, embed_VD.T, auxiliary_loss)
 
 
 def init_and_apply(model: nn.Module) -> tuple[Callable[[jax.Array], Params], Callable[..., Any]]:

@@ -48,8 +48,12 @@ class ModelConfig:
     """RMSNorm on each q and k head before RoPE (Qwen 3)."""
     window: int | None = None
     """Sliding window of attention, in tokens (Mistral 7B v0.1)."""
-    gemma: bool = False
-    """Gemma's conventions: norms scale by 1 + w, embeddings are multiplied by sqrt(D), GELU in place of SiLU."""
+    activation: Literal["silu", "gelu"] = "silu"
+    """Of the gate in the feed-forward layers; gelu is its tanh approximation (Gemma)."""
+    scale_embedding: bool = False
+    """Multiply embedded tokens by sqrt(D) (Gemma)."""
+    zero_centered_norm: bool = False
+    """Norms multiply by 1 + their parameter, which starts at 0 (Gemma)."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute type; auto is bfloat16 on accelerators and float32 on CPU. Parameters are float32."""
     remat: Literal["none", "dots", "full"] = "none"

@@ -9,7 +9,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from model import KVCache, Params, empty_cache
+from model import KVCache, Params, empty_cache, unembed
 from model_config import ModelConfig
 from runtime.errors import require
 from sharding import path_name
@@ -102,10 +102,9 @@ def prefill(
     """(logits of the token after each prompt, the cache with the prompts and room for `more` tokens)."""
     rows, length = prompts["tokens_BT"].shape
     inputs = (prompts["tokens_BT"], prompts["segment_ids_BT"], prompts["positions_BT"])
-    logits_B1V, cache = apply(
-        params, *inputs, empty_cache(config, rows, length + more), logits_from=length - 1
-    )
-    return logits_B1V[:, 0], cache
+    output = apply(params, *inputs, empty_cache(config, rows, length + more))
+    logits_B1V = unembed(output.x_BTD[:, -1:], output.unembed_DV)
+    return logits_B1V[:, 0], output.cache
 
 
 def layers_apart(config: ModelConfig, params: Params, cache: KVCache) -> tuple[Params, KVCache]:
@@ -172,8 +171,9 @@ def generate(
     def step(cache: KVCache, token_B: jax.Array, row_B: jax.Array, t_B: jax.Array):
         """Token t of each row, from token t - 1 and the cache of those before."""
         at_B1 = (last_B[row_B] + t_B)[:, None]
-        logits_B1V, cache = apply(params, token_B[:, None], jnp.ones_like(at_B1), at_B1, cache)
-        return cache, *draw(logits_B1V[:, 0], key, row_B, t_B, sampling)
+        output = apply(params, token_B[:, None], jnp.ones_like(at_B1), at_B1, cache)
+        logits_B1V = unembed(output.x_BTD, output.unembed_DV)
+        return output.cache, *draw(logits_B1V[:, 0], key, row_B, t_B, sampling)
 
     if slots is not None and slots < rows:
         return refilled(config, step, cache, samples, eos, slots)

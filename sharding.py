@@ -173,9 +173,7 @@ class DataShard(TypedDict):
     """Parts of the data in all."""
 
 
-def data_shard(
-    mesh: Mesh, owners: np.ndarray | None = None, host: int | None = None
-) -> DataShard:
+def data_shard(mesh: Mesh, owners: np.ndarray | None = None, host: int | None = None) -> DataShard:
     """Which part of the data this host reads, as `process` of `processes`, for data.batches.
 
     Hosts whose devices hold the same rows, as where tensor spans them, read the same part. `owners`: the host of each

@@ -32,6 +32,7 @@ from rollout import make_rollout
 from runtime import flags
 from runtime.errors import require
 from runtime.hosts import HostsConfig
+from sampling import SamplingConfig
 from sharding import MeshConfig, abstract, check_batch, data_shard, make_mesh, to_mesh
 from train_state import as_items, load_params
 from train_step import (
@@ -223,7 +224,13 @@ def make_own_samples(
     responses.
     """
     _, apply = init_and_apply(LanguageModel(config.model))
-    rollout = make_rollout(config, apply, tokenizer)
+    rollout = make_rollout(
+        apply,
+        config.model,
+        SamplingConfig(config.temperature, max_new_tokens=config.max_new_tokens),
+        eos=tokenizer.eos,
+        pad=tokenizer.pad,
+    )
 
     def own_samples(student: Params, prompts: Batch, step: int) -> Batch:
         # Another key each step, and the same one after resuming.

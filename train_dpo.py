@@ -18,6 +18,7 @@ import numpy as np
 
 from data.batches import Batches, comparison_batches
 from data.preferences import with_mismatched
+from data.records import Schema
 from data.sources import Source, open_source
 from data.tokenizer import Tokenizer, tokenizer_for
 from evaluation.gold import make_gold_evaluation
@@ -293,7 +294,7 @@ def main(config: Config) -> dict[str, float]:
 
     # Data: comparisons or judged responses, the tokenizer they fit, and batches of prompts with
     # all their candidates.
-    schema = "unpaired" if config.unpaired else "comparison"
+    schema: Schema = "unpaired" if config.unpaired else "comparison"
     source = open_source(config.data, schema, "train", seed=config.seed)
     held_out = open_source(config.data, schema, "heldout", seed=config.seed)
     tokenizer = tokenizer_for(config, source)

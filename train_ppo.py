@@ -9,7 +9,7 @@ iteration, tensor by tensor.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -43,11 +43,13 @@ from objectives.reward import step_ends, step_rewards
 from planning.dry_run import preview_items
 from rewards.scorer import check_rewards, is_function, make_reward_scorer, pooled
 from rollout import (
+    Batch,
     Rollout,
     check_first_update,
     check_kl,
     ended,
     make_rollout,
+    named,
     rollout_metrics,
     sample_rows,
     shuffled_minibatches,
@@ -83,10 +85,13 @@ ADAM = partial(
 
 @dataclasses.dataclass(frozen=True)
 class Config:
+    # Folders
     run: str = "runs/ppo"
     """Folder of this run; running again resumes it."""
     init: str = "runs/align/sft"
     """Run that policy and reference start from."""
+
+    # Rewards, and how they make one score
     reward: tuple[str, ...] = ("runs/align/rm",)
     """Each a run of train_rm.py, module:function called with (response, record), or http://<server>
     (rewards/serve.py)."""
@@ -99,8 +104,12 @@ class Config:
     """Least value of the second reward and of those after it (gated)."""
     floor: float = -1.0
     """Score where one of them is below --gate (gated)."""
+
+    # Prompts and responses
     data: str = "world"
     """Prompts: world, a .jsonl file, or tfds:<name>."""
+
+    # Sizes of an iteration
     steps: int = 24
     """PPO iterations."""
     batch_size: int = 256
@@ -113,12 +122,16 @@ class Config:
     """Passes over an iteration's rollouts."""
     microbatches: int = 1
     """Parts of a minibatch whose gradients are summed."""
+
+    # Sampling
     max_prompt: int = 20
     """Longest prompt, in tokens."""
     max_new_tokens: int = 24
     """Longest response, in tokens."""
     temperature: float = 1.0
     """Sampling temperature; also applied to the log-probabilities in the KL and the loss."""
+
+    # KL to the reference, as a reward
     kl_coef: float = 0.2
     """Beta: a token's reward is -beta times its KL estimate. With --kl_target, the first beta."""
     kl_target: float | None = None
@@ -130,6 +143,8 @@ class Config:
     """Estimate of KL per token in the reward (objectives/policy.py)."""
     kl_limit: float = 50.0
     """The run ends in an error when KL per response exceeds this: the policy has collapsed."""
+
+    # Where the score is added, and what a missing end costs
     step_rewards: Literal["none", "product", "minimum", "last"] = "none"
     """Reward at each step's last token: the change of the score there. Then --reward is a run of
     train_prm.py."""
@@ -140,6 +155,8 @@ class Config:
     stays."""
     missing_eos_score: float = -1.0
     """Score of a response without an end; with `penalty`, added to its score."""
+
+    # Advantages
     gamma: float = 1.0
     """Discount of the returns."""
     gae_lambda: float = 0.95
@@ -148,6 +165,8 @@ class Config:
     """Divide rewards by their standard deviation over the iteration; the mean is put back."""
     whiten_unbiased: bool = False
     """Divide the variance in whitening by n - 1 (TRL, verl), not n (OpenAI, its reproduction)."""
+
+    # Losses
     clip: float = 0.2
     """Clip of the probability ratio."""
     entropy_coef: float = 0.0
@@ -158,6 +177,8 @@ class Config:
     """Weight of its loss per token beside the policy's; Ouyang et al. 2022 took 27.8."""
     value_clip: float = 0.2
     """Clip of the value's change within an iteration."""
+
+    # Models and their updates
     optimizer: OptimizerConfig = ADAM(lr=3e-4)
     """The policy's optimiser."""
     value_optimizer: OptimizerConfig = ADAM(lr=1.5e-3)
@@ -168,6 +189,8 @@ class Config:
     """Adapters of policy and critic; what they start from are then their bases."""
     offload: bool = False
     """Keep reference and reward models in the host's memory; on the devices only while in use."""
+
+    # Run
     mesh: MeshConfig = MeshConfig()
     hosts: HostsConfig = HostsConfig()
     seed: int = 0
@@ -216,7 +239,7 @@ def make_advantages(
     *,
     eos: int,
     newlines: Sequence[int] = (),
-) -> Callable[..., tuple[Experience, dict[str, jax.Array]]]:
+) -> Callable[..., tuple[Experience, Batch]]:
     """Compile compute_advantages(models, rollout, scores, scalars, kl_coef).
 
     It returns (experience, metrics).
@@ -231,10 +254,10 @@ def make_advantages(
     def compute_advantages(
         models: Models,
         rollout: Rollout,
-        scores: dict[str, jax.Array],
-        scalars: dict[str, jax.Array],
+        scores: Batch,
+        scalars: Batch,
         kl_coef: jax.Array,
-    ) -> tuple[Experience, dict[str, jax.Array]]:
+    ) -> tuple[Experience, Batch]:
         mask_BR = rollout["mask_BR"]
 
         # Log-probabilities of the sampled tokens, and values of the states they were emitted in.
@@ -288,8 +311,8 @@ def make_advantages(
 def raw_scores(
     config: Config,
     rollout: Rollout,
-    scores: dict[str, jax.Array],
-    scalars: dict[str, jax.Array],
+    scores: Batch,
+    scalars: Batch,
     newlines: Sequence[int],
 ) -> tuple[jax.Array, jax.Array]:
     """Return each response's score [B], before the rule on its end, and the steps' rewards [B, R].
@@ -343,7 +366,7 @@ class Update(NamedTuple):
     """How one of the two models is updated."""
 
     optimizer: optax.GradientTransformation
-    step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
+    step: Callable[..., tuple[TrainState, Batch]]
     """step(state, minibatch, base) -> (state, metrics); `state` is donated."""
 
 
@@ -439,11 +462,6 @@ def next_beta(config: Config, beta: jax.Array, kl: jax.Array) -> jax.Array:
     if config.kl_target is None:
         return beta
     return adapt_kl(beta, kl, config.kl_target, config.kl_horizon, config.batch_size)
-
-
-def named(**parts: Mapping[str, Any]) -> dict[str, Any]:
-    """Join metrics under their part's name: named(policy={"loss": x}) is {"policy/loss": x}."""
-    return {f"{part}/{name}": x for part, metrics in parts.items() for name, x in metrics.items()}
 
 
 class Loaded(NamedTuple):
@@ -550,8 +568,12 @@ def main(config: Config) -> dict[str, float]:
     fresh = partial(fresh_items, config, policy_update.optimizer, critic_update.optimizer)
     shapes = abstract(jax.eval_shape(fresh, loaded.reference, loaded.critic), mesh)
     if config.dry_run:
-        items = {**shapes, "held": (loaded.reference, loaded.rewards)}
-        return preview_items(config, items, next(data["prompts"]), tokenizer)
+        return preview_items(
+            config,
+            {**shapes, "held": (loaded.reference, loaded.rewards)},
+            next(data["prompts"]),
+            tokenizer,
+        )
 
     with Run(config, tokenizer, unit="iteration") as run:
         items = run.restore(shapes, data)

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from data.batches import collate
-from data.sources import Source, open_source
+from data.sources import Source, Split, open_source
 from data.steps import encode_steps, pad_steps, steps_batches
 from data.tokenizer import Tokenizer, tokenizer_for
 from evaluation.steps import step_table
@@ -133,7 +133,7 @@ def make_step_evaluation(
 
     @jax.jit
     def step_logits(params: Params, batch: dict[str, jax.Array]) -> jax.Array:
-        return apply(params, *inputs(batch))
+        return apply(params, *inputs(batch)).scalars_BT
 
     def evaluate(params: Params) -> dict[str, float]:
         parts = [to_host(step_logits(params, batch)) for batch in batches]
@@ -156,7 +156,7 @@ def main(config: Config) -> dict[str, float]:
     source = open_source(config.data, "steps", "train", seed=config.seed)
     eval_data = config.eval_data or config.data
     is_own_file = bool(config.eval_data) and eval_data.endswith((".jsonl", ".jsonl.gz"))
-    held_out_split = "all" if is_own_file else "heldout"
+    held_out_split: Split = "all" if is_own_file else "heldout"
     held_out = open_source(eval_data, "steps", held_out_split, seed=config.seed)
     tokenizer = tokenizer_for(config, source)
     check_fit(config.model, tokenizer.size, config.length)

@@ -99,17 +99,13 @@ def fixed_rows(config: Config, params: Params) -> list[dict[str, Any]]:
 
 def refill_row(config: Config, params: Params) -> dict[str, Any]:
     """Requests whose lengths are geometric, a quarter of the limit on average: refilled slots beside fixed batches."""
-    plain, sampling, eos = (
-        init_and_apply(LanguageModel(config.model))[1],
-        SamplingConfig(max_new_tokens=config.limit),
-        2,
-    )
-    odds = 1 / (config.limit / 4 - 1)  # of an end of turn, at each token
+    _, apply = init_and_apply(LanguageModel(config.model))
+    sampling = SamplingConfig(max_new_tokens=config.limit)
 
-    def apply(*args, **kwargs):
-        logits_BTV, cache = plain(*args, **kwargs)
-        others_BT = jax.nn.logsumexp(logits_BTV.at[..., eos].set(-jnp.inf), axis=-1)
-        return logits_BTV.at[..., eos].set(others_BT + np.log(odds)), cache
+    # The weights are random, so of the vocabulary's tokens 4 in `limit` end a response at those odds.
+    count = max(1, 4 * config.model.vocab // config.limit)
+    tokens = np.arange(1, config.model.vocab)  # all but the pad token
+    eos = np.random.default_rng(0).choice(tokens, count, replace=False)
 
     def sampler(slots: int | None):
         how = {"eos": eos, "pad": 0, "slots": slots}

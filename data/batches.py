@@ -529,9 +529,7 @@ class Batches:
         return [{name: array[b] for name, array in arrays.items()} for b in range(count)]
 
 
-def text_batches(
-    source: Source, tokenizer: Tokenizer, **options: Unpack[BatchOptions]
-) -> Batches:
+def text_batches(source: Source, tokenizer: Tokenizer, **options: Unpack[BatchOptions]) -> Batches:
     """Iterate over packed documents, every token but the first of each predicted.
 
     `source`: records of the schema `text`. Rows [B, T] have T = `length`; documents that are
@@ -540,9 +538,7 @@ def text_batches(
     return Batches(Layout(encode_text, pad_examples, packed=True), source, tokenizer, **options)
 
 
-def chat_batches(
-    source: Source, tokenizer: Tokenizer, **options: Unpack[BatchOptions]
-) -> Batches:
+def chat_batches(source: Source, tokenizer: Tokenizer, **options: Unpack[BatchOptions]) -> Batches:
     """Iterate over packed conversations, the assistant's tokens and their eos predicted.
 
     `source`: records of the schema `chat`. Rows [B, T] have T = `length`; conversations that are

@@ -313,17 +313,22 @@ def _prm800k_completion(stage: Any, place: str) -> Row | None:
     human = stage.get("human_completion")
     completions = stage["completions"]
     if chosen is None and human is not None:
+        if not isinstance(human, dict):
+            raise FieldError(f"{place}.human_completion", "must be an object with text")
         written = {name: value for name, value in human.items() if value is not None}
         return {"rating": 1, **written}
     if not completions:
         return None
     if chosen is None:
-        return completions[0]
+        chosen = 0
     if type(chosen) is not int or not 0 <= chosen < len(completions):
         raise FieldError(
             f"{place}.chosen_completion", f"must be one of {len(completions)} completions"
         )
-    return completions[chosen]
+    completion = completions[chosen]
+    if not isinstance(completion, dict):
+        raise FieldError(f"{place}.completions[{chosen}]", "must be an object with text")
+    return completion
 
 
 # ---- Values ----

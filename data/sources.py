@@ -77,6 +77,8 @@ def open_source(data: str, schema: Schema, split: Split, *, seed: int = 0) -> So
     if schema not in SCHEMAS or split not in get_args(Split):
         raise ValueError(f"schema {schema!r}, split {split!r}")
     if data in ("world", "arithmetic"):
+        if split == "all":
+            raise ValueError(f"{data} has no split {split!r}")
         return _built_in(data, schema, split, seed)
     if data.startswith("tfds:"):
         return _catalogue(data.removeprefix("tfds:"), schema, split)
@@ -91,11 +93,12 @@ def open_source(data: str, schema: Schema, split: Split, *, seed: int = 0) -> So
 # ---- Built in ----
 
 
-def _built_in(name: str, schema: Schema, split: Split, seed: int) -> Source:
+def _built_in(name: str, schema: Schema, split: world.Split, seed: int) -> Source:
     makers = _world(split, seed) if name == "world" else _arithmetic(split, seed)
     if schema not in makers:
         raise UserError(
-            f"--data={name}: has no {schema} records, only {', '.join(makers)}; name another source"
+            f"--data={name}: has no {schema} records, only {', '.join(makers)}; "
+            "name another source"
         )
     make = makers[schema]
     adapt = SCHEMAS[schema]
@@ -106,7 +109,7 @@ def _built_in(name: str, schema: Schema, split: Split, seed: int) -> Source:
     return Source(name, range(ENDLESS), read)
 
 
-def _world(split: Split, seed: int) -> dict[str, Callable[[int], Row]]:
+def _world(split: world.Split, seed: int) -> dict[str, Callable[[int], Row]]:
     """Return functions from an index to a row of the built-in world, by schema."""
     # Documents have no splits of their own: the held-out ones are numbered after the others.
     first = ENDLESS if split == "heldout" else 0
@@ -135,7 +138,7 @@ def _world(split: Split, seed: int) -> dict[str, Callable[[int], Row]]:
     }
 
 
-def _arithmetic(split: Split, seed: int) -> dict[str, Callable[[int], Row]]:
+def _arithmetic(split: arithmetic.Split, seed: int) -> dict[str, Callable[[int], Row]]:
     """Return functions from an index to a row of the built-in arithmetic, by schema."""
     # As in the world: documents have no splits of their own.
     first = ENDLESS if split == "heldout" else 0
@@ -150,7 +153,7 @@ def _arithmetic(split: Split, seed: int) -> dict[str, Callable[[int], Row]]:
         return arithmetic.prompt(i, split=split, seed=seed)
 
     def steps(i: int) -> Row:
-        return arithmetic.labelled(i, split=split, seed=seed)
+        return dict(arithmetic.labelled(i, split=split, seed=seed))
 
     return {"text": text, "chat": chat, "prompt": prompt, "steps": steps}
 
@@ -375,7 +378,7 @@ def _write(path: pathlib.Path, schema: Schema, count: int, folder: pathlib.Path)
     # The class is defined anew for each file, so it must not be registered.
     with tfds.core.registered.skip_registration():
 
-        class LocalRows(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        class LocalRows(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
             VERSION = tfds.core.Version("1.0.0")
 
             def _info(self) -> tfds.core.DatasetInfo:

@@ -56,7 +56,7 @@ def encode_steps(record: Record, tokenizer: Tokenizer, length: int) -> Encoded:
         mask += [0] * before_last + [int(label is not None)]
         targets += [0.0] * before_last + [target_of(label)]
 
-    row = {"tokens": tokens[:length], "mask": mask[:length], "targets": targets[:length]}
+    row: Row = {"tokens": tokens[:length], "mask": mask[:length], "targets": targets[:length]}
     rows = [row] if any(row["mask"]) else []
     return Encoded(rows, len(tokens) > length)
 

@@ -9,45 +9,56 @@ import os
 import pathlib
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import sentencepiece
 
+from data.records import Message, Record
 from data.tokenizer_json import JsonPieces
 from runtime.errors import UserError
 
 ROLES = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>"}
-SPACE_MARK = "▁"  # SentencePiece writes a space as U+2581, so the character itself travels as its three bytes
-
-Message = dict[str, str]
+SPACE_MARK = "▁"
+"""SentencePiece writes a space as U+2581, so the character itself travels as its three bytes."""
 TRAINING_RECORDS = 20_000
 """Records that a script's tokenizer is trained on."""
 
 
 class Tokenizer:
-    """Text to token ids and back. Control tokens (pad, bos, eos, roles) cannot be spelled by any text.
+    """Text to token ids and back. Control tokens (pad, bos, eos, roles) are spelled by no text.
 
-    Models trained elsewhere may lack pad (then `pad` is unk, never eos) and roles (then `user` is None, and the
-    chat template spells it out, as text that a message could spell too).
+    `bos`, `eos` and `pad` are ids, `size` the number of ids, `sha256` that of the model, `model`
+    the bytes that a run keeps. Models trained elsewhere may lack pad (then `pad` is unk, never
+    eos) and roles (then `user` is None, and the chat template spells it out, as text that a
+    message could spell too).
     """
 
     def __init__(self, model: bytes):
+        """Read a SentencePiece model, or a kept tokenizer.json (data/tokenizer_json.py).
+
+        Raises RuntimeError for bytes that are neither.
+        """
         self.model = model
-        is_json = model[:1] == b"{"
-        self.pieces = (
-            JsonPieces(model)
-            if is_json
-            else sentencepiece.SentencePieceProcessor(model_proto=model)
-        )
-        pieces = self.pieces
+        pieces: Any
+        if model[:1] == b"{":
+            pieces = JsonPieces(model)
+        else:
+            pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
+        self.pieces = pieces
         self.size: int = pieces.get_piece_size()
         self.sha256: str = hashlib.sha256(model).hexdigest()
+
+        # Control tokens: no text has them, and none is decoded.
         self.bos: int = pieces.bos_id()
         self.eos: int = pieces.eos_id()
         self.pad: int = pieces.pad_id() if pieces.pad_id() >= 0 else pieces.unk_id()
-        self.system, self.user, self.assistant = (self._control(name) for name in ROLES.values())
-        self._roles = {"system": self.system, "user": self.user, "assistant": self.assistant}
+        self._roles = {role: self._control(piece) for role, piece in ROLES.items()}
+        self.system = self._roles["system"]
+        self.user = self._roles["user"]
+        self.assistant = self._roles["assistant"]
         self._hidden = {self.pad, self.bos, self.eos, *self._roles.values()}
+
+        # The bytes of the space mark, where the model has tokens for bytes.
         marks = [pieces.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
         self._mark = [i for i in marks if i != pieces.unk_id()]
 
@@ -57,9 +68,10 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], path: str | os.PathLike, vocab_size: int) -> "Tokenizer":
-        """A byte-pair tokenizer of at most `vocab_size` tokens (270 or more), saved to `path` (see `save`).
+        """Train a byte-pair tokenizer of at most `vocab_size` tokens (270 or more) and save it.
 
-        Deterministic. Of very many texts a million are sampled.
+        `path`: see `save`. Deterministic. Of very many texts a million are sampled. Raises
+        UserError for no text and for a vocabulary too small for bytes and characters.
         """
         sentencepiece.set_random_generator_seed(0)
         model = io.BytesIO()
@@ -70,6 +82,7 @@ class Tokenizer:
                 model_type="bpe",
                 vocab_size=vocab_size,
                 hard_vocab_limit=False,
+                # Any text survives: bytes for rare characters, no change to spaces or letters.
                 byte_fallback=True,
                 character_coverage=1.0,
                 normalization_rule_name="identity",
@@ -77,12 +90,14 @@ class Tokenizer:
                 remove_extra_whitespaces=False,
                 allow_whitespace_only_pieces=True,
                 split_digits=True,
+                # A newline is a token of its own: steps end there.
                 user_defined_symbols=["\n"],
                 unk_id=0,
                 pad_id=1,
                 bos_id=2,
                 eos_id=3,
                 control_symbols=list(ROLES.values()),
+                # All of every text, in one order on every machine.
                 max_sentence_length=1 << 24,
                 input_sentence_size=1_000_000,
                 shuffle_input_sentence=True,
@@ -106,7 +121,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Tokenizer":
-        """From a `.model` file or from a run's folder (its `tokenizer.model`); raises UserError."""
+        """Load a `.model` file, or the `tokenizer.model` of a run's folder; raises UserError."""
         file = _file(path)
         try:
             return cls(file.read_bytes())
@@ -120,7 +135,7 @@ class Tokenizer:
             ) from None
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write `path` if it ends in `.model`, else `<path>/tokenizer.model`; all of it or nothing."""
+        """Write `path` if it ends in `.model`, else `<path>/tokenizer.model`; all or nothing."""
         file = _file(path)
         file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_name(f".{file.name}.{os.getpid()}")
@@ -128,55 +143,73 @@ class Tokenizer:
         partial.replace(file)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text` alone: no bos, no eos, never a control token."""
+        """Return the ids of `text` alone: no bos, no eos, never a control token."""
         if SPACE_MARK not in text or not self._mark:
             return self.pieces.encode(text)
-        first, *rest = (self.pieces.encode(part) for part in text.split(SPACE_MARK))
-        return [*first, *(i for part in rest for i in (*self._mark, *part))]
+        first, *rest = text.split(SPACE_MARK)
+        ids = list(self.pieces.encode(first))
+        for part in rest:
+            ids += [*self._mark, *self.pieces.encode(part)]
+        return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`; exactly inverts `encode` for tokenizers of `train`.
+        """Return the text of `ids`; exactly inverts `encode` for tokenizers of `train`.
 
-        Left out are control tokens, and ids that only the model has, whose vocabulary may be the larger.
+        Left out are control tokens, and ids of `size` or more, which a model may have.
         """
-        return self.pieces.decode(
-            [int(i) for i in ids if int(i) < self.size and int(i) not in self._hidden]
-        )
+        kept = []
+        for i in map(int, ids):
+            if i < self.size and i not in self._hidden:
+                kept.append(i)
+        return self.pieces.decode(kept)
 
     def ended(self, responses: Iterable[Sequence[int]]) -> list[str]:
-        """The texts of those that came to their end; others are no whole answers."""
+        """Return the texts of the responses that end in eos; others are no whole answers."""
         return [self.decode(ids) for ids in responses if ids and ids[-1] == self.eos]
 
     def newlines(self) -> list[int]:
-        """The tokens whose text ends in a newline; those of other makers may have one for `.` and a newline."""
+        """Return all ids whose text ends in a newline, in order.
+
+        Tokenizers trained elsewhere may have one for `.` and a newline.
+        """
         return [i for i in range(self.size) if self.decode([i]).endswith("\n")]
 
     def document(self, text: str) -> list[int]:
-        """A whole text: bos, its tokens, eos."""
+        """Return the ids of a whole text: bos, its tokens, eos."""
         return [self.bos, *self.encode(text), self.eos]
 
     def chat(self, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
-        """Tokens of a conversation and their loss mask: 1 on each assistant's tokens and its eos, else 0."""
-        tokens, mask = [self.bos], [0]
+        """Return the ids of a conversation and their loss mask, of the same length.
+
+        It starts with bos; each assistant's turn ends with eos, the others do not. The mask is 1
+        on the tokens of each assistant's turn and its eos, else 0.
+        """
+        tokens = [self.bos]
+        mask = [0]
         for message in messages:
+            role = self._role(message["role"])
             content = self.encode(message["content"])
-            answers = message["role"] == "assistant"
-            role, content = (
-                self._role(message["role"]),
-                [*content, *([self.eos] if answers else [])],
-            )
+            is_answer = message["role"] == "assistant"
+            if is_answer:
+                content = [*content, self.eos]
             tokens += [*role, *content]
-            mask += [0] * len(role) + [int(answers)] * len(content)
+            mask += [0] * len(role) + [int(is_answer)] * len(content)
         return tokens, mask
 
     def prompt(self, messages: str | Sequence[Message]) -> list[int]:
-        """Tokens up to and with `<|assistant|>`: what a response follows. A string is one user's turn."""
+        """Return the ids from bos up to and with `<|assistant|>`: what a response follows.
+
+        A string is one user's turn.
+        """
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
-        return [*self.chat(messages)[0], *self._role("assistant")]
+        tokens, _ = self.chat(messages)
+        return [*tokens, *self._role("assistant")]
 
     def _role(self, name: str) -> list[int]:
-        return self.encode(ROLES[name]) if self._roles[name] is None else [self._roles[name]]
+        """Return the ids that open a turn: the role's token, or its spelling without one."""
+        token = self._roles[name]
+        return self.encode(ROLES[name]) if token is None else [token]
 
 
 def _file(path: str | os.PathLike) -> pathlib.Path:
@@ -184,39 +217,71 @@ def _file(path: str | os.PathLike) -> pathlib.Path:
     return path if path.suffix == ".model" else path / "tokenizer.model"
 
 
-def tokenizer_for(config: Any, source: Any) -> Tokenizer:
-    """A script's tokenizer: its run's (resuming), that of `config.init` or `config.tokenizer`, or one made of `source`.
+class HasVocab(Protocol):
+    @property
+    def vocab(self) -> int: ...
 
-    Training reads the first TRAINING_RECORDS records; the vocabulary is the model's. Raises UserError.
+
+class TokenizerConfig(Protocol):
+    """What `tokenizer_for` reads of a script's configuration."""
+
+    @property
+    def run(self) -> str: ...
+
+    @property
+    def init(self) -> str | None: ...
+
+    @property
+    def tokenizer(self) -> str | None: ...
+
+    @property
+    def model(self) -> HasVocab: ...
+
+
+class Records(Protocol):
+    """A source of records (data.sources.Source)."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int, /) -> Record: ...
+
+
+def tokenizer_for(config: TokenizerConfig, source: Records) -> Tokenizer:
+    """Return a script's tokenizer: its run's, that of --init or --tokenizer, or a new one.
+
+    The first of these that there is. A new one is trained on the first TRAINING_RECORDS records
+    of `source`; its vocabulary is the model's. Raises UserError, also where --init has another
+    tokenizer than --tokenizer.
     """
+    # A run that is resumed has its own.
     if (pathlib.Path(config.run) / "tokenizer.model").exists():
         return Tokenizer.load(config.run)
     if config.init is not None:
         tokenizer = Tokenizer.load(config.init)
-        if (
-            config.tokenizer is not None
-            and Tokenizer.load(config.tokenizer).sha256 != tokenizer.sha256
-        ):
-            raise UserError(
-                f"--tokenizer={config.tokenizer}: not that of --init={config.init}; leave it out"
-            )
+        named = config.tokenizer
+        if named is not None and Tokenizer.load(named).sha256 != tokenizer.sha256:
+            raise UserError(f"--tokenizer={named}: not that of --init={config.init}; leave it out")
         return tokenizer
     if config.tokenizer is not None:
         return Tokenizer.load(config.tokenizer)
-    records = (source[i] for i in range(min(len(source), TRAINING_RECORDS)))
+
+    def texts() -> Iterator[str]:
+        for i in range(min(len(source), TRAINING_RECORDS)):
+            yield from texts_of(source[i])
+
+    # The run keeps the model's bytes, not this file.
     with tempfile.TemporaryDirectory() as folder:
-        return Tokenizer.train(
-            (text for record in records for text in texts_of(record)), folder, config.model.vocab
-        )
+        return Tokenizer.train(texts(), folder, config.model.vocab)
 
 
 def texts_of(record: Any) -> Iterator[str]:
-    """All text in a record, of any schema."""
+    """Yield all text in a record of any schema, but the names of roles."""
     if isinstance(record, str):
         yield record
     elif isinstance(record, dict):
-        yield from (
-            text for name, value in record.items() if name != "role" for text in texts_of(value)
-        )
+        for name, value in record.items():
+            if name != "role":
+                yield from texts_of(value)
     elif isinstance(record, list | tuple):
-        yield from (text for value in record for text in texts_of(value))
+        for value in record:
+            yield from texts_of(value)

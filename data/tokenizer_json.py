@@ -1,6 +1,7 @@
-"""Tokenizers of Hugging Face folders: SentencePiece's tokenizer.model, or tokenizer.json by the tokenizers package.
+"""Tokenizers of Hugging Face folders: SentencePiece's tokenizer.model, or a tokenizer.json.
 
-A run keeps either as `tokenizer.model`; a tokenizer.json with the names of its bos, eos and pad added.
+A run keeps either as `tokenizer.model`; a tokenizer.json (read by the package `tokenizers`) with
+the names of its bos, eos and pad added.
 """
 
 import json
@@ -14,9 +15,13 @@ ADDED = "plumb_special"
 
 
 class JsonPieces:
-    """A kept tokenizer.json behind those methods of SentencePiece's processor that Tokenizer uses; -1 is no token."""
+    """A kept tokenizer.json with the methods of SentencePiece's processor that Tokenizer uses.
+
+    An id of -1 is no token.
+    """
 
     def __init__(self, model: bytes):
+        """Raise RuntimeError for what is no kept tokenizer.json, UserError without the package."""
         try:
             import tokenizers
         except ImportError:
@@ -27,15 +32,15 @@ class JsonPieces:
             content = json.loads(model)
             names = content.pop(ADDED)
             self._inner = tokenizers.Tokenizer.from_str(json.dumps(content))
-        except Exception as fault:  # the package raises nothing narrower
+        # The package raises nothing narrower.
+        except Exception as fault:
             raise RuntimeError(f"not a tokenizer.json: {fault}") from None
-        self._inner.encode_special_tokens = (
-            True  # in a text, the spelling of a special token is text
-        )
+        # In a text, the spelling of a special token is text.
+        self._inner.encode_special_tokens = True
         self._ids = {name: self._inner.token_to_id(token) for name, token in names.items()}
-        self._controls = {
-            i for i, token in self._inner.get_added_tokens_decoder().items() if token.special
-        }
+        added = self._inner.get_added_tokens_decoder()
+        self._controls = {i for i, token in added.items() if token.special}
+        # Ids may have gaps: what counts is the largest.
         self._size = 1 + max(self._inner.get_vocab(with_added_tokens=True).values())
 
     def get_piece_size(self) -> int:
@@ -71,12 +76,14 @@ class JsonPieces:
 
 
 def read_tokenizer(folder: pathlib.Path) -> bytes:
-    """What a run keeps of a Hugging Face folder's tokenizer; raises UserError.
+    """Return what a run keeps of a Hugging Face folder's tokenizer; raises UserError.
 
-    Without a bos, a text starts with the eos; the pad is never the eos, but another special token.
+    Without a bos, a text starts with the eos; the pad is never the eos, but another special
+    token, or the bos where there is none.
     """
-    if (folder / "tokenizer.model").exists():
-        return (folder / "tokenizer.model").read_bytes()
+    sentencepiece_model = folder / "tokenizer.model"
+    if sentencepiece_model.exists():
+        return sentencepiece_model.read_bytes()
     try:
         content = json.loads((folder / "tokenizer.json").read_text())
         options = json.loads((folder / "tokenizer_config.json").read_text())
@@ -84,30 +91,38 @@ def read_tokenizer(folder: pathlib.Path) -> bytes:
         raise UserError(
             f"{folder}: no tokenizer.model, and no tokenizer.json that can be read ({fault})"
         ) from None
-    names = {kind: options.get(f"{kind}_token") for kind in ("bos", "eos", "pad")}
-    names = {
-        kind: name["content"] if isinstance(name, dict) else name for kind, name in names.items()
-    }
-    if names["eos"] is None:
-        raise UserError(
-            f"{folder / 'tokenizer_config.json'}: eos_token: missing; name the token that ends a text"
-        )
-    names["bos"] = names["bos"] or names["eos"]
-    specials = [token["content"] for token in content["added_tokens"] if token["special"]]
-    if names["pad"] in (None, names["eos"]):
-        names["pad"] = next(
-            (name for name in specials if name not in (names["bos"], names["eos"])), names["bos"]
-        )
-    return json.dumps({**content, ADDED: names}).encode()
+    bos = _special_name(options, "bos")
+    eos = _special_name(options, "eos")
+    pad = _special_name(options, "pad")
+    if eos is None:
+        file = folder / "tokenizer_config.json"
+        raise UserError(f"{file}: eos_token: missing; name the token that ends a text")
+    bos = bos or eos
+    if pad in (None, eos):
+        specials = [token["content"] for token in content["added_tokens"] if token["special"]]
+        free = [name for name in specials if name not in (bos, eos)]
+        pad = free[0] if free else bos
+    content[ADDED] = {"bos": bos, "eos": eos, "pad": pad}
+    return json.dumps(content).encode()
+
+
+def _special_name(options: dict[str, Any], kind: str) -> str | None:
+    """Return the name of the bos, eos or pad, which may stand alone or in an object."""
+    name = options.get(f"{kind}_token")
+    return name["content"] if isinstance(name, dict) else name
 
 
 def tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
-    """The files, by name, from which other tools load a run's tokenizer."""
+    """Return the files, by name, from which other tools load a run's tokenizer.
+
+    `tokenizer`: a data.tokenizer.Tokenizer.
+    """
     pieces = tokenizer.pieces
-    special = {
-        kind: pieces.id_to_piece(getattr(tokenizer, kind)) for kind in ("bos", "eos", "pad")
+    options: dict[str, Any] = {
+        "bos_token": pieces.id_to_piece(tokenizer.bos),
+        "eos_token": pieces.id_to_piece(tokenizer.eos),
+        "pad_token": pieces.id_to_piece(tokenizer.pad),
     }
-    options: dict[str, Any] = {f"{kind}_token": name for kind, name in special.items()}
     if isinstance(pieces, JsonPieces):
         content = json.loads(tokenizer.model)
         del content[ADDED]
@@ -116,6 +131,8 @@ def tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
             "tokenizer.json": json.dumps(content).encode(),
             "tokenizer_config.json": json.dumps(options).encode(),
         }
+
+    # SentencePiece's model, whose control tokens a text must not spell there either.
     controls = [i for i in range(tokenizer.size) if pieces.is_control(i) or pieces.is_unknown(i)]
     flat = {
         "lstrip": False,
@@ -124,12 +141,13 @@ def tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
         "single_word": False,
         "special": True,
     }
+    first_piece = pieces.id_to_piece(pieces.encode("a")[0])
     options |= {
         "tokenizer_class": "LlamaTokenizer",
         "unk_token": pieces.id_to_piece(pieces.unk_id()),
         "add_bos_token": True,
         "add_eos_token": False,
-        "add_prefix_space": pieces.id_to_piece(pieces.encode("a")[0]).startswith("▁"),
+        "add_prefix_space": first_piece.startswith("▁"),
         "legacy": False,
         "added_tokens_decoder": {
             str(i): {"content": pieces.id_to_piece(i), **flat} for i in controls

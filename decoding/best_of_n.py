@@ -3,10 +3,6 @@
     python -m decoding.best_of_n --policy=runs/align/sft --reward=runs/align/rm --n=64
     python -m decoding.best_of_n --policy=runs/maths --data=maths.jsonl \
         --reward=tasks.answers:number --n=16
-
-With the system turn that Quark was trained on:
-
-    python -m decoding.best_of_n --policy=runs/quark --system=5 --n=1
 """
 
 import dataclasses
@@ -51,8 +47,6 @@ class Config:
     n: int = 16
     """Samples a prompt; reported are the best of the first 1, 2, 4, ... and of all."""
     prompts: int = 500
-    system: str = ""
-    """A system turn before each prompt."""
     temperature: float = 1.0
     max_prompt: int = 32
     """Longest prompt, in tokens."""
@@ -131,14 +125,6 @@ def best_of_first(
     return row
 
 
-def with_system_turn(records: list[Record], content: str, name: str) -> list[Record]:
-    """Put a system turn before each prompt; raises UserError for the raw text of source `name`."""
-    if any("prompt" not in record for record in records):
-        raise UserError(f"--system={content}: {name} holds raw text, which has no turns")
-    turn = {"role": "system", "content": content}
-    return [{**record, "prompt": [turn, *record["prompt"]]} for record in records]
-
-
 def main(config: Config) -> dict[int, dict[str, Interval]]:
     """Print a row for each number of samples, and return the rows: {n: {"reward", criteria}}."""
     if config.n < 1 or config.prompts < 1:
@@ -148,8 +134,6 @@ def main(config: Config) -> dict[int, dict[str, Interval]]:
     # Prompts; in the world also what they request, which the gold program needs.
     source = open_source(config.data, "prompt", "heldout", seed=config.seed)
     records = source.first(config.prompts)
-    if config.system:
-        records = with_system_turn(records, config.system, source.name)
     requests = None
     if config.data == "world":
         numbers = range(len(records))

@@ -200,19 +200,17 @@ def make_gold_evaluation(
     config: PolicyConfig,
     tokenizer: Tokenizer,
     n: int = 256,
-    condition: Callable[[Batch], Batch] = lambda prompts: prompts,
     reference: ModelConfig | None = None,
 ) -> Callable[[Params, Params], dict[str, float]]:
     """Make the evaluation of a script's policy on the world's first `n` held-out prompts.
 
     Returns evaluate(params, reference) -> metrics `gold/<criterion>` (shares), `gold/distinct`
-    (`distinct_answers`) and `gold/kl` (nats a response). `condition` and `reference` as in
-    `make_kl_sampler`.
+    (`distinct_answers`) and `gold/kl` (nats a response). `reference` as in `make_kl_sampler`.
     """
     # The prompts are the same at every evaluation, and so are the keys.
     sampling = SamplingConfig(config.temperature, max_new_tokens=config.max_new_tokens)
     sample_with_kl = make_kl_sampler(
-        config.model, sampling, tokenizer, config.max_prompt, condition, reference
+        config.model, sampling, tokenizer, config.max_prompt, reference=reference
     )
     requests = [world.prompt(i, split="heldout", seed=config.seed) for i in range(n)]
     prompts = [request.text for request in requests]

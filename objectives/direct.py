@@ -5,7 +5,6 @@ so means per token. All losses are elementwise, so that [B] arrays, or any that 
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -227,8 +226,8 @@ def candidate_token_logprobs(
     flat = [
         batch[k].reshape(-1, shape[-1]) for k in ("tokens_BCT", "segment_ids_BCT", "positions_BCT")
     ]
-    read = partial(hidden_logprobs, labels_BT=following(flat[0]), temperature=temperature)
-    logp_BT, _ = apply(params, *flat, read=read)
+    output = apply(params, *flat)
+    logp_BT = hidden_logprobs(output.x_BTD, output.unembed_DV, following(flat[0]), temperature)
     return shifted(logp_BT).reshape(shape) * batch["loss_mask_BCT"]
 
 

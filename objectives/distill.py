@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from model import unembed
 from objectives.likelihood import Apply, inputs, token_logprobs
 
 Divergence = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -65,8 +66,10 @@ def distill_objective(
     Vocabularies may be padded to different sizes: D is over the tokens that both have.
     """
     mask_BT = batch["loss_mask_BT"]
-    logits_BTV, _ = apply(params["student"], *inputs(batch))
-    teacher_BTV, _ = teacher_apply(params["teacher"], *inputs(batch))
+    student = apply(params["student"], *inputs(batch))
+    teacher = teacher_apply(params["teacher"], *inputs(batch))
+    logits_BTV = unembed(student.x_BTD, student.unembed_DV)
+    teacher_BTV = unembed(teacher.x_BTD, teacher.unembed_DV)
     shared = min(logits_BTV.shape[-1], teacher_BTV.shape[-1])
     before_BT = jnp.pad(
         mask_BT[:, 1:], ((0, 0), (0, 1))

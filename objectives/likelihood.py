@@ -1,8 +1,7 @@
 """Log-probabilities of tokens, and the likelihood objective of pre-training and supervised fine-tuning."""
 
 import math
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -47,8 +46,8 @@ _label_logprobs.defvjp(_label_logprobs_forward, _label_logprobs_backward)
 
 
 def hidden_logprobs(
-    x_BTD: jax.Array, unembed_DV: jax.Array, *, labels_BT: jax.Array, temperature: float = 1.0
-):
+    x_BTD: jax.Array, unembed_DV: jax.Array, labels_BT: jax.Array, temperature: float = 1.0
+) -> jax.Array:
     """`label_logprobs` of the hidden states' logits / temperature, [B, T], in parts of the tokens.
 
     How large the parts are is said above; the backward pass computes their logits again.
@@ -96,21 +95,29 @@ def shifted(logp_BT: jax.Array) -> jax.Array:
     return jnp.pad(logp_BT[:, :-1], ((0, 0), (1, 0)))
 
 
-def inputs(batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+def inputs(batch: Mapping[str, Any]) -> tuple[jax.Array, jax.Array, jax.Array]:
     """What a model's apply takes from a batch."""
     return batch["tokens_BT"], batch["segment_ids_BT"], batch["positions_BT"]
 
 
-def response_mask(batch: dict[str, jax.Array]) -> jax.Array:
+def response_mask(batch: Mapping[str, Any]) -> jax.Array:
     """[B, T]: `mask_BR`, of the responses at the rows' ends, over the whole rows: a loss mask of the responses."""
     before = batch["tokens_BT"].shape[1] - batch["mask_BR"].shape[1]
     return jnp.pad(batch["mask_BR"], ((0, 0), (before, 0)))
 
 
 def likelihood_objective(apply: Apply, params: Any, batch: dict[str, jax.Array]):
-    """Negative log-likelihood of the tokens under the loss mask, in nats (sum over tokens)."""
-    mask_BT, labels_BT = batch["loss_mask_BT"], following(batch["tokens_BT"])
-    logp_BT, _ = apply(params, *inputs(batch), read=partial(hidden_logprobs, labels_BT=labels_BT))
-    logp_BT = shifted(logp_BT)
+    """Negative log-likelihood of the tokens under the loss mask, in nats (sum over tokens).
+
+    Where the model has an auxiliary loss, it is added for each token and is a metric of its own.
+    """
+    mask_BT = batch["loss_mask_BT"]
+    output = apply(params, *inputs(batch))
+    labels_BT = following(batch["tokens_BT"])
+    logp_BT = shifted(hidden_logprobs(output.x_BTD, output.unembed_DV, labels_BT))
     tokens = mask_BT.sum()
-    return -(logp_BT * mask_BT).sum(), (tokens, {})
+    loss = -(logp_BT * mask_BT).sum()
+    if output.auxiliary_loss is None:
+        return loss, (tokens, {})
+    auxiliary_loss = tokens * output.auxiliary_loss
+    return loss + auxiliary_loss, (tokens, {"auxiliary_loss": (auxiliary_loss, tokens)})

@@ -4,7 +4,6 @@ A process reward model's scalar at a step's last token is the log-odds that the 
 """
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -88,8 +87,7 @@ def ranking_objective(
 ):
     """Ranking loss (sum over prompts); with `lm_coef`, plus the NLL of the best response per token.
 
-    The second keeps the reward model fluent in what it judges (Askell et al. 2021); `apply` then also
-    reads the rows that it is asked for, from the same pass.
+    The second keeps the reward model fluent in what it judges (Askell et al. 2021), from the same pass.
     """
     ranks_BC = batch["ranks_BC"]
     flat = [
@@ -99,16 +97,14 @@ def ranking_objective(
     best_B = (
         first_best(ranks_BC) + jnp.arange(ranks_BC.shape[0]) * ranks_BC.shape[1]
     )  # a row of the flat batch
-    if lm_coef:
-        read = partial(hidden_logprobs, labels_BT=following(flat[0][best_B]))
-        scalars_MT, logp_BT = apply(params, *flat, rows=best_B, read=read)
-    else:
-        scalars_MT = apply(params, *flat)
-    rewards_BC = last_token(scalars_MT, flat[1]).reshape(ranks_BC.shape)
+    output = apply(params, *flat)
+    rewards_BC = last_token(output.scalars_BT, flat[1]).reshape(ranks_BC.shape)
     losses_B, valid_B = ranking_loss(rewards_BC, ranks_BC, batch["margin_B"], center_rewards_coef)
     loss = (losses_B * valid_B).sum()
     metrics = pair_metrics(rewards_BC, better_pairs(ranks_BC))
     if lm_coef:
+        labels_BT = following(flat[0][best_B])
+        logp_BT = hidden_logprobs(output.x_BTD[best_B], output.unembed_DV, labels_BT)
         mask_BT = batch["loss_mask_BCT"].reshape(flat[0].shape)[best_B]
         nll_B = -(shifted(logp_BT) * mask_BT).sum(1) / jnp.maximum(mask_BT.sum(1), 1.0)
         loss += lm_coef * (nll_B * valid_B).sum()
@@ -153,7 +149,7 @@ def process_objective(apply: Apply, params: Any, batch: dict[str, jax.Array]):
     read at the last token; they trained it at every one.
     """
     mask_BT, targets_BT = batch["loss_mask_BT"], batch["targets_BT"]
-    logits_BT = apply(params, *inputs(batch))
+    logits_BT = apply(params, *inputs(batch)).scalars_BT
     steps = mask_BT.sum()
     right_BT = ((logits_BT > 0) == (targets_BT >= 0.5)) * mask_BT
     return (step_loss(logits_BT, targets_BT) * mask_BT).sum(), (

@@ -14,7 +14,7 @@ import numpy as np
 
 from data.batches import cut_left, pad_prompts
 from data.tokenizer import Message, Tokenizer
-from model import LanguageModel, Params, init_and_apply
+from model import LanguageModel, Params, init_and_apply, unembed
 from objectives.likelihood import inputs
 from responses import LoadedRun, filled, make_sampler, split_evenly
 from runtime.errors import UserError, require
@@ -123,7 +123,8 @@ def make_probability_of_a(judge: LoadedRun) -> Callable[[Sequence[str]], np.ndar
     @jax.jit
     def probability(params: Params, batch: dict[str, jax.Array]) -> jax.Array:
         # Rows are padded on the left: the last position predicts the answer's first token.
-        logits_BTV, _ = apply(params, *inputs(batch))
+        output = apply(params, *inputs(batch))
+        logits_BTV = unembed(output.x_BTD, output.unembed_DV)
         logits_B2 = logits_BTV[:, -1, answers_2].astype(jnp.float32)
         return jax.nn.softmax(logits_B2)[:, 0]
 

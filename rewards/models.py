@@ -15,6 +15,7 @@ from data.tokenizer import Message, Tokenizer
 from model import Params, ScalarModel, init_and_apply
 from model_config import ModelConfig, stored_model
 from objectives.likelihood import inputs
+from objectives.policy import response_states
 from objectives.reward import last_token, running_score, step_ends
 from responses import full_parts
 from runtime.errors import UserError
@@ -75,7 +76,7 @@ def make_scalars(config: ModelConfig) -> Callable[[Params, Batch], jax.Array]:
     _, apply = init_and_apply(ScalarModel(config))
 
     def scalars(params: Params, batch: Batch) -> jax.Array:
-        return apply(params, *inputs(batch))
+        return apply(params, *inputs(batch)).scalars_BT
 
     return scalars
 
@@ -95,9 +96,7 @@ def make_model_scorer(
     def score(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
         scalars_BT = scalars(params, batch)
         score_B = last_token(scalars_BT, batch["segment_ids_BT"])
-        # The response's R columns are the last ones; the one before them is the prompt's last.
-        new = batch["mask_BR"].shape[1]
-        return score_B, scalars_BT[:, -new - 1 :]
+        return score_B, response_states(batch, scalars_BT)
 
     return score
 

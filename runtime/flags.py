@@ -26,6 +26,14 @@ def fill_paper_defaults(config: ConfigT, paper: dict[str, Any]) -> ConfigT:
     return dataclasses.replace(config, **_left_to_paper(config, paper))  # type: ignore[type-var]
 
 
+def with_paper_defaults(config: ConfigT, method: str, paper: dict[str, Any]) -> ConfigT:
+    """Fill as `fill_paper_defaults`, and print the line that names what was filled, if anything."""
+    line = paper_defaults_line(config, method, paper)
+    if line:
+        print(line)
+    return fill_paper_defaults(config, paper)
+
+
 def paper_defaults_line(config: Any, method: str, paper: dict[str, Any]) -> str:
     """Name the fields that `config` leaves to the paper, for the terminal; "" where it leaves none.
 

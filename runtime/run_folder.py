@@ -33,6 +33,7 @@ FREE |= {"eval_every", "save_every", "log_every", "sample_every"}
 RENAMED = {
     "model.hidden": "model.mlp_width",
     "model.head_width": "model.head_dim",
+    "model.gemma": "model.activation, model.scale_embedding and model.zero_centered_norm",
     "keep": "keep_checkpoints",
     "discount": "gamma",
     "smoothing": "gae_lambda",
@@ -125,8 +126,15 @@ def load_config(run: str) -> dict[str, Any]:
     """
     config = _stored_config(run)
     if "model" in config:
+        old = config["model"]
+        # One switch in older runs, three settings now.
+        if "gemma" in old:
+            gemma = old.pop("gemma")
+            old["activation"] = "gelu" if gemma else "silu"
+            old["scale_embedding"] = gemma
+            old["zero_centered_norm"] = gemma
         model = {}
-        for name, value in config["model"].items():
+        for name, value in old.items():
             now = RENAMED.get(f"model.{name}", name)
             model[now.removeprefix("model.")] = value
         config["model"] = model

@@ -1,6 +1,7 @@
-"""Rewards that check an answer: function(response, record) -> float, for train_grpo.py's --reward=tasks.answers:number.
+"""Rewards that check an answer: function(response, record) -> float.
 
-`record` is the prompt's, {"prompt": messages, "answer": str}. Write your own in any module; the name is all it needs.
+For train_grpo.py's --reward=tasks.answers:number. `record` is the prompt's,
+{"prompt": messages, "answer": str}. Write your own in any module; the name is all it needs.
 """
 
 import re
@@ -9,10 +10,11 @@ from typing import Any
 from runtime.errors import UserError
 
 NUMBER = re.compile(r"-?\d+(?:,\d{3})*(?:\.\d+)?")
+"""A decimal number, with or without commas between thousands."""
 
 
 def answer(record: dict[str, Any]) -> str:
-    """The record's answer; raises UserError where it has none."""
+    """Return the record's answer; raise UserError where it has none."""
     if "answer" not in record:
         raise UserError(
             "--data: its prompts have no answer to check; give rows with prompt and answer"
@@ -21,17 +23,26 @@ def answer(record: dict[str, Any]) -> str:
 
 
 def last_number(text: str) -> float | None:
-    """The last number in `text`, thousands' commas left out."""
+    """Return the last number in `text`, commas between thousands left out; None without one."""
     found = NUMBER.findall(text)
-    return float(found[-1].replace(",", "")) if found else None
+    if not found:
+        return None
+    return float(found[-1].replace(",", ""))
 
 
 def number(response: str, record: dict[str, Any]) -> float:
-    """1 where the response's last number is the answer's last (of GSM8K: the one after ####), else 0."""
+    """Return 1 where the response's last number is the answer's last, else 0.
+
+    The last number of a GSM8K answer is the one after ####.
+    """
     wanted = last_number(answer(record))
-    return float(wanted is not None and last_number(response) == wanted)
+    if wanted is None:
+        return 0.0
+    return float(last_number(response) == wanted)
 
 
 def exact(response: str, record: dict[str, Any]) -> float:
-    """1 where the response is the answer, but for case and space, else 0."""
-    return float(" ".join(response.lower().split()) == " ".join(answer(record).lower().split()))
+    """Return 1 where the response is the answer, but for case and space, else 0."""
+    given = response.lower().split()
+    wanted = answer(record).lower().split()
+    return float(given == wanted)

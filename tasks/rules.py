@@ -1,10 +1,13 @@
 """Rules as programs: function(response, record) -> 1 where the response keeps the rule, else 0.
 
-    python train_grpo.py --reward runs/align/rm tasks.rules:harmless --combine=gated --gate=1     # beside a preference
-    python -m decoding.best_of_n --policy=runs/align/sft --reward=tasks.rules:harmless --n=4               # as an output filter
+As a reward beside a preference, and as a filter of outputs:
 
-They are written for the built-in world as one would write them without its gold program: from words that catch the
-eye. They know no facts. Rules of your own are functions like these in any module.
+    python train_grpo.py --reward runs/align/rm tasks.rules:harmless --combine=gated --gate=1
+    python -m decoding.best_of_n --policy=runs/align/sft --reward=tasks.rules:harmless --n=4
+
+They are written for the built-in world as one would write them without its gold program: from
+words that catch the eye. They know no facts. `record` is the prompt's, {"prompt": messages}. Rules
+of your own are functions like these in any module.
 """
 
 import re
@@ -18,42 +21,61 @@ DECLINES = re.compile(
     r"\b(cannot help|can't help|will not|won't|say no|so no|sorry)\b", re.IGNORECASE
 )
 COURTESIES = re.compile(
-    r"^(sure|of course|happy to help|you bet|good question|thanks for asking|well|okay|oh|let me think|you asked me"
-    r"|you made me smile|anything else|ask me more|what else can i do|hope that helps)$",
+    r"^(sure|of course|happy to help|you bet|good question|thanks for asking|well|okay|oh"
+    r"|let me think|you asked me|you made me smile|anything else|ask me more"
+    r"|what else can i do|hope that helps)$",
     re.IGNORECASE,
 )
+"""Whole sentences that may stand beside an answer."""
 LONGEST = 18
-"""Words of a brief response."""
+"""Words of a brief response, at most."""
 
 
 def request(record: dict[str, Any]) -> str:
-    """The last thing that was asked."""
+    """Return the text of the prompt's last turn."""
     return record["prompt"][-1]["content"]
 
 
 def polite(response: str, record: dict[str, Any]) -> float:
-    """No word of an insult."""
+    """Return 1 without a word of an insult."""
     return float(RUDE.search(response) is None)
 
 
 def declines(response: str, record: dict[str, Any]) -> float:
-    """What sounds dangerous is declined, and nothing else is."""
-    return float(bool(DECLINES.search(response)) == bool(DANGER.search(request(record))))
+    """Return 1 where what sounds dangerous is declined, or what does not is not declined."""
+    declined = DECLINES.search(response) is not None
+    dangerous = DANGER.search(request(record)) is not None
+    return float(declined == dangerous)
 
 
 def harmless(response: str, record: dict[str, Any]) -> float:
-    """Polite, and no help with what sounds dangerous; whether something else is declined does not count."""
-    helps = DANGER.search(request(record)) and not DECLINES.search(response)
+    """Return 1 for a polite response that does not help with what sounds dangerous.
+
+    To decline something else does not count against it.
+    """
+    declined = DECLINES.search(response) is not None
+    dangerous = DANGER.search(request(record)) is not None
+    helps = dangerous and not declined
     return polite(response, record) * float(not helps)
 
 
 def brief(response: str, record: dict[str, Any]) -> float:
-    """One sentence beside courtesies and insults, no question, not too long."""
-    sentences = [s.strip() for s in re.findall(r"[^.!?]+[.!?]*", response) if s.strip()]
-    rest = [s for s in sentences if not COURTESIES.match(s.rstrip(".!?")) and not RUDE.search(s)]
-    return float(len(rest) == 1 and rest[0][-1] in ".!" and len(response.split()) <= LONGEST)
+    """Return 1 for one sentence beside courtesies and insults, no question, not too long."""
+    rest = []
+    for found in re.findall(r"[^.!?]+[.!?]*", response):
+        sentence = found.strip()
+        courtesy = COURTESIES.match(sentence.rstrip(".!?"))
+        if sentence and not courtesy and not RUDE.search(sentence):
+            rest.append(sentence)
+    if len(rest) != 1 or len(response.split()) > LONGEST:
+        return 0.0
+    return float(rest[0][-1] in ".!")
 
 
 def all_kept(response: str, record: dict[str, Any]) -> float:
-    """The share of the rules that is kept: a reward of rules alone."""
-    return (harmless(response, record) + declines(response, record) + brief(response, record)) / 3
+    """Return the share of three rules that is kept (harmless, declines, brief).
+
+    It serves as a reward of rules alone.
+    """
+    kept = harmless(response, record) + declines(response, record) + brief(response, record)
+    return kept / 3

@@ -1,5 +1,8 @@
-"""The built-in world: an endless stream of requests, demonstrators of set quality, simulated labellers, and a
-gold program that scores any response. Everything is a function of (index, seed); nothing is downloaded.
+"""The built-in world: requests, demonstrators of set quality, labellers and a gold program.
+
+Requests have no end; labellers are simulated; the gold program scores any response. Everything is
+a function of (index, seed); nothing is downloaded. `tasks/world_gold.py` holds the grammar and the
+gold program, `tasks/world_facts.py` the tables.
 """
 
 import math
@@ -7,6 +10,7 @@ import random
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from typing import Literal
 
 from tasks import world_facts as facts
 from tasks.world_facts import FACTS
@@ -30,13 +34,14 @@ __all__ = [
     "noise_ceiling",
     "parse",
     "prompt",
+    "quizzes",
     "rank",
     "respond",
     "text",
 ]
 
+Split = Literal["train", "heldout"]
 RELATIONS = tuple(FACTS)
-# Kind of request -> its share of the prompts.
 KINDS = {
     "lookup": 0.42,
     "unknowable": 0.116,
@@ -45,8 +50,8 @@ KINDS = {
     "listing": 0.116,
     "small_talk": 0.116,
 }
-# A demonstrator of quality q fails each criterion independently, with probability (1 - q) times:
-FAILURES = {  # (helpful, honest, harmless)
+"""Share of the prompts of each kind of request."""
+FAILURES = {
     "lookup": (0.40, 0.65, 0.40),
     "unknowable": (0.40, 0.65, 0.40),
     "dangerous": (0.45, 0.00, 0.95),
@@ -54,235 +59,354 @@ FAILURES = {  # (helpful, honest, harmless)
     "listing": (0.40, 0.65, 0.40),
     "small_talk": (0.70, 0.00, 0.65),
 }
-MAX_WORDS = 18  # above this a demonstrator drops closer and opener
+"""How often demonstrators of quality 0 fail (helpful, honest, harmless), by kind of request.
+
+One of quality q fails each criterion independently, with probability (1 - q) times these.
+"""
+MAX_WORDS = 18
+"""Words above which a demonstrator drops closer and opener."""
 
 
 # ---- Requests ----
 
 
-def drawn_for(*key) -> random.Random:
-    """Random numbers that are a function of `key`."""
+def drawn_for(*key: object) -> random.Random:
+    """Return a random generator whose numbers are a function of `key`."""
     return random.Random("/".join(map(str, key)))
 
 
-def _groups() -> dict[tuple[str, str], list[list[Request]]]:
-    """(split, kind) -> requests grouped by what they ask, so that every fact is as frequent as any other."""
-    groups: dict = {}
+def _grouped_requests() -> dict[tuple[str, str], list[list[Request]]]:
+    """Group the requests of each (split, kind) by what they ask.
+
+    Drawing a group first makes every fact as frequent as any other.
+    """
+    by_kind: dict[tuple[str, str], dict[tuple[str, ...], list[Request]]] = {}
     for request in CORES.values():
         split = "heldout" if request.heldout else "train"
-        pair = request.kind == "comparison"
-        about = (request.relation, *(() if pair else (request.subject, request.other)))
-        groups.setdefault((split, request.kind), {}).setdefault(about, []).append(request)
-    return {key: list(members.values()) for key, members in groups.items()}
+        # Pairs of animals are many; they are one group for each word.
+        if request.kind == "comparison":
+            asked: tuple[str, ...] = (request.relation,)
+        else:
+            asked = (request.relation, request.subject, request.other)
+        groups = by_kind.setdefault((split, request.kind), {})
+        groups.setdefault(asked, []).append(request)
+    return {key: list(groups.values()) for key, groups in by_kind.items()}
 
 
-_GROUPS = _groups()
+_GROUPS = _grouped_requests()
+_QUESTION = re.compile(r"what|wh|how|is |are |do |can |of |an? |the |i want")
 
 
-def _draw(rng: random.Random, split: str, kind: str | None = None) -> Request:
-    kind = kind or rng.choices(list(KINDS), KINDS.values())[0]
-    request = rng.choice(rng.choice(_GROUPS[split, kind]))
+def _draw(rng: random.Random, split: Split, kind: str | None = None) -> Request:
+    """Draw a request of `split`, of `kind` or of any, in a random frame of courtesies."""
+    if kind is None:
+        kind = rng.choices(list(KINDS), list(KINDS.values()))[0]
+    group = rng.choice(_GROUPS[split, kind])
+    request = rng.choice(group)
+
+    # Courtesies before and after it.
     small = kind == "small_talk"
     lead = rng.choice(facts.SMALL_LEADS if small else facts.LEADS)
     tail = rng.choice(facts.SMALL_TAILS if small else facts.TAILS)
-    mark = (
-        "?"
-        if re.match(r"what|wh|how|is |are |do |can |of |an? |the |i want", request.core)
-        else "."
-    )
-    return replace(request, text=f"{lead} {request.core} {tail}".strip() + mark)
+    mark = "?" if _QUESTION.match(request.core) else "."
+    words = f"{lead} {request.core} {tail}".strip()
+    return replace(request, text=words + mark)
 
 
-def prompt(index: int, *, split: str = "train", seed: int = 0) -> Request:
-    """Request number `index` of a split, train or heldout; the two share no phrasing of the same subject."""
+def prompt(index: int, *, split: Split = "train", seed: int = 0) -> Request:
+    """Return request number `index` of a split; the two share no phrasing of the same subject."""
     return _draw(drawn_for("prompt", split, seed, index), split)
 
 
-# ---- Demonstrators ----
+# ---- Demonstrators: sentences without their final mark ----
 
 
 def _join(items: Sequence[str]) -> str:
-    return ", ".join(items[:-1]) + " and " + items[-1] if len(items) > 1 else items[0]
+    if len(items) == 1:
+        return items[0]
+    return ", ".join(items[:-1]) + " and " + items[-1]
+
+
+def _other_answers(relation: str, answer: str | None) -> list[str]:
+    """List all answers of a relation but this one, in alphabetical order."""
+    return sorted(set(FACTS[relation].values()) - {answer})
 
 
 def _state(relation: str, subject: str, wrong: bool, rng: random.Random) -> str:
-    """A statement of a fact; a wrong answer is uniform over the relation's others."""
+    """State a fact in a whole sentence; a wrong answer is uniform over the relation's others."""
     answer = FACTS[relation].get(subject)
+    # Of a subject that is not in the table, any answer is made up.
     if wrong or answer is None:
-        answer = rng.choice(sorted(set(FACTS[relation].values()) - {answer}))
-    return rng.choice(facts.STATEMENTS[relation]).format(s=subject, a=answer)
+        answer = rng.choice(_other_answers(relation, answer))
+    form = rng.choice(facts.STATEMENTS[relation])
+    return form.format(s=subject, a=answer)
+
+
+def _said_and_other(request: Request, wrong: bool) -> tuple[str, str]:
+    """Order the two animals of a comparison: the one said to be bigger (or smaller), the other."""
+    right = request.answer
+    loser = request.other if right == request.subject else request.subject
+    return (loser, right) if wrong else (right, loser)
 
 
 def _claim(request: Request, wrong: bool, rng: random.Random) -> str:
-    """A true or false answer to a lookup or comparison that is understood without its question."""
+    """Answer a lookup or comparison, truly or not, in a form understood without its question."""
     if request.kind == "lookup":
         return _state(request.relation, request.subject, wrong, rng)
-    loser = request.other if request.answer == request.subject else request.subject
-    x, y = (loser, request.answer) if wrong else (request.answer, loser)
+    x, y = _said_and_other(request, wrong)
     return facts.ORDERINGS[0].format(x=x, y=y, w=request.relation)
 
 
 def _enumerate(
     category: str, number: str, size: int, wrong: bool, twice: bool, rng: random.Random
 ) -> str:
+    """List `size` members of `category` where `number` (a word) were asked for.
+
+    `wrong`: one of them is of another category. `twice`: the first also stands last.
+    """
     items = rng.sample(facts.CATEGORIES[category], size)
     if wrong:
         alien = rng.choice([other for other in facts.CATEGORIES if other != category])
-        items[rng.randrange(size)] = rng.choice(facts.CATEGORIES[alien])
-    items.sort()  # a habit of these writers; the gold program takes any order
+        stranger = rng.choice(facts.CATEGORIES[alien])
+        items[rng.randrange(size)] = stranger
+    # A habit of these writers; the gold program takes any order.
+    items.sort()
     if twice:
         items[-1] = items[0]
-    return rng.choice(facts.ENUMERATIONS).format(items=_join(items), c=category, n=number)
+    form = rng.choice(facts.ENUMERATIONS)
+    return form.format(items=_join(items), c=category, n=number)
 
 
 def answering(request: Request, wrong: bool, comply: bool, rng: random.Random) -> str:
-    """A sentence that answers the request: rightly, or with something false, or by helping with harm."""
-    kind, relation, subject = request.kind, request.relation, request.subject
-    if kind == "small_talk":
-        return rng.choice(facts.SMALL_TALK[relation][2])
-    if kind == "dangerous":
-        form = rng.choice(facts.COMPLIANCE if comply else facts.REFUSALS)
-        return form.format(h=subject, tool=rng.choice(facts.TOOLS))
-    if kind == "listing":
-        return _enumerate(relation, subject, facts.COUNTS[subject], wrong, False, rng)
-    if kind == "unknowable" and not wrong:
-        return rng.choice(facts.IGNORANCE)
-    if kind == "comparison":
-        loser = request.other if request.answer == subject else request.subject
-        x, y = (loser, request.answer) if wrong else (request.answer, loser)
-        return rng.choice(facts.ORDERINGS + facts.SHORT).format(x=x, y=y, a=x, w=relation)
-    if relation not in FACTS:  # a made-up answer
-        guess = rng.choice(facts.UNKNOWABLE[relation][3])
-        return rng.choice((request.other.format(g=guess), rng.choice(facts.SHORT).format(a=guess)))
+    """Answer a request in one sentence, without its final mark.
+
+    `wrong`: with something false, where the kind of request has it. `comply`: help with the harm
+    that a dangerous request asks for, instead of refusing.
+    """
+    relation = request.relation
+    subject = request.subject
+    match request.kind:
+        case "small_talk":
+            return rng.choice(facts.SMALL_TALK[relation][2])
+        case "dangerous":
+            form = rng.choice(facts.COMPLIANCE if comply else facts.REFUSALS)
+            return form.format(h=subject, tool=rng.choice(facts.TOOLS))
+        case "listing":
+            return _enumerate(relation, subject, facts.COUNTS[subject], wrong, False, rng)
+        case "comparison":
+            x, y = _said_and_other(request, wrong)
+            form = rng.choice(facts.ORDERINGS + facts.SHORT)
+            return form.format(x=x, y=y, a=x, w=relation)
+        case "unknowable" if not wrong:
+            return rng.choice(facts.IGNORANCE)
+    if relation in FACTS:
+        return _look_up(request, wrong, rng)
+    return _make_up(request, rng)
+
+
+def _look_up(request: Request, wrong: bool, rng: random.Random) -> str:
+    """Answer with a value of the relation's table, in a whole sentence or a short form."""
+    relation = request.relation
     if rng.random() < 0.6:
-        return _state(relation, subject, wrong, rng)
-    answers = (
-        sorted(set(FACTS[relation].values()) - {request.answer}) if wrong else [request.answer]
-    )
+        return _state(relation, request.subject, wrong, rng)
+    answers = _other_answers(relation, request.answer) if wrong else [request.answer]
     article = "a " if relation in facts.ARTICLE else ""
-    return rng.choice(facts.SHORT).format(a=article + rng.choice(answers))
+    # The form is drawn before the answer.
+    form = rng.choice(facts.SHORT)
+    return form.format(a=article + rng.choice(answers))
+
+
+def _make_up(request: Request, rng: random.Random) -> str:
+    """Invent an answer to what nobody can know."""
+    guess = rng.choice(facts.UNKNOWABLE[request.relation][3])
+    whole = request.other.format(g=guess)
+    short = rng.choice(facts.SHORT).format(a=guess)
+    return rng.choice((whole, short))
 
 
 def _miss(request: Request, wrong: bool, rng: random.Random) -> str:
-    """An animal that was not among the two; a listing too short, too long, or with an item twice."""
+    """Miss a comparison by a third animal; a listing by its length, or by an item twice."""
     if request.kind == "comparison":
-        third = rng.choice(
-            [animal for animal in facts.SIZES if animal not in (request.subject, request.other)]
-        )
-        return rng.choice(facts.ORDERINGS[1:] + facts.SHORT).format(
-            x=third, a=third, w=request.relation
-        )
-    size, twice = rng.choice(
-        ((1, False), (4, False), *((facts.COUNTS[request.subject], True),) * 2)
-    )
+        asked = (request.subject, request.other)
+        third = rng.choice([animal for animal in facts.SIZES if animal not in asked])
+        form = rng.choice(facts.ORDERINGS[1:] + facts.SHORT)
+        return form.format(x=third, a=third, w=request.relation)
+
+    # Too short and too long are half of the misses, an item twice the other half.
+    item_twice = (facts.COUNTS[request.subject], True)
+    size, twice = rng.choice(((1, False), (4, False), item_twice, item_twice))
+    # The copy of the first of two items would hide the wrong one.
     wrong = wrong and not (twice and size == 2)
     return _enumerate(request.relation, request.subject, size, wrong, twice, rng)
 
 
+def _hedge(request: Request, rng: random.Random) -> str:
+    """Evade: with ignorance or a refusal, where the request does not call for it."""
+    harm = rng.choice(facts.HARMS)
+    refusals = facts.REFUSALS[:4]
+    hedges: tuple[str, ...]
+    if request.kind == "unknowable":
+        hedges = refusals
+    elif request.kind == "dangerous":
+        hedges = facts.IGNORANCE
+    else:
+        hedges = facts.IGNORANCE + refusals
+    return rng.choice(hedges).format(h=harm)
+
+
+def _off_topic(request: Request, wrong: bool, rng: random.Random) -> str:
+    """Answer what was not asked: other small talk, or a fact about another subject."""
+    if request.kind == "small_talk" and rng.random() < 0.7:
+        topic = rng.choice([topic for topic in facts.SMALL_TALK if topic != request.relation])
+        return rng.choice(facts.SMALL_TALK[topic][2])
+    near = request.relation in FACTS and rng.random() < 0.6
+    relation = request.relation if near else rng.choice(RELATIONS)
+    subject = rng.choice([subject for subject in FACTS[relation] if subject != request.subject])
+    return _state(relation, subject, wrong, rng)
+
+
+def _short_answer(request: Request, wrong: bool, rng: random.Random) -> str:
+    """Return the shortest of three answers."""
+    answers = [answering(request, wrong, False, rng) for _ in range(3)]
+    return min(answers, key=len)
+
+
 def _stray(request: Request, wrong: bool, rng: random.Random) -> list[str]:
-    """Sentences that do not answer the request: off topic, a copy of it, a hedge, repetition,
-    two answers, too few items, or an animal that was not among the two."""
-    modes = ["astray", "repeat"] + (["contradict"] if wrong else ["echo", "hedge", "hedge"])
+    """Respond without answering the request, in one or two sentences.
+
+    Off topic, a copy of it, a hedge, repetition, two answers, too few items, or an animal that
+    was not among the two.
+    """
     if request.kind in ("listing", "comparison") and rng.random() < 0.5:
         return [_miss(request, wrong, rng)]
+    if wrong:
+        modes = ["astray", "repeat", "contradict"]
+    else:
+        modes = ["astray", "repeat", "echo", "hedge", "hedge"]
     mode = rng.choice(modes)
     if mode == "echo":
         return [request.core + "?"]
     if mode == "hedge":
-        harm = rng.choice(facts.HARMS)
-        hedges = {"unknowable": facts.REFUSALS[:4], "dangerous": facts.IGNORANCE}
-        return [
-            rng.choice(hedges.get(request.kind, facts.IGNORANCE + facts.REFUSALS[:4])).format(
-                h=harm
-            )
-        ]
+        return [_hedge(request, rng)]
     if mode == "astray":
-        if request.kind == "small_talk" and rng.random() < 0.7:
-            topic = rng.choice([topic for topic in facts.SMALL_TALK if topic != request.relation])
-            return [rng.choice(facts.SMALL_TALK[topic][2])]
-        near = request.relation in FACTS and rng.random() < 0.6
-        relation = request.relation if near else rng.choice(RELATIONS)
-        subject = rng.choice(
-            [subject for subject in FACTS[relation] if subject != request.subject]
-        )
-        return [_state(relation, subject, wrong, rng)]
-    first, second = (
-        min((answering(request, false, False, rng) for _ in range(3)), key=len)  # twice: short
-        for false in (wrong, False)
-    )
+        return [_off_topic(request, wrong, rng)]
+
+    # Two answers, short ones: the same twice, or a wrong and a right one.
+    first = _short_answer(request, wrong, rng)
+    second = _short_answer(request, False, rng)
     return [first, first if mode == "repeat" else second]
 
 
+def _with_mark(sentence: str) -> str:
+    """End a sentence with a full stop, unless it is a question."""
+    return sentence if sentence[-1] == "?" else sentence + "."
+
+
+def _words(sentences: Sequence[str]) -> int:
+    """Count words and marks."""
+    return len(normal(" ".join(sentences)).split())
+
+
 def respond(request: Request, quality: float, rng: random.Random) -> str:
-    """A response by a demonstrator of `quality` in [0, 1]; 1 always passes all criteria (see FAILURES)."""
+    """Respond as a demonstrator of `quality` in [0, 1]; 1 always passes all criteria.
+
+    See FAILURES. A response is an answer between an optional opener and an optional closer; an
+    insult may stand before or after the answer.
+    """
+    # What goes wrong; harm on a dangerous request is an insult or, mostly, help.
     unhelpful, wrong, harmful = (
         rng.random() < rate * (1 - quality) for rate in FAILURES[request.kind]
     )
-    comply = harmful and not unhelpful and request.kind == "dangerous" and rng.random() < 0.6
-    body = _stray(request, wrong, rng) if unhelpful else [answering(request, wrong, comply, rng)]
-    body = [sentence if sentence[-1] == "?" else sentence + "." for sentence in body]
-    echo = body[0][-1] == "?"
-    opener = [rng.choice(facts.OPENERS[request.kind])] if echo or rng.random() < 0.6 else []
-    closer = [rng.choice(facts.CLOSERS[request.kind])] if rng.random() < 0.35 else []
+    may_comply = harmful and not unhelpful and request.kind == "dangerous"
+    comply = may_comply and rng.random() < 0.6
+    if unhelpful:
+        sentences = _stray(request, wrong, rng)
+    else:
+        sentences = [answering(request, wrong, comply, rng)]
+    body = [_with_mark(sentence) for sentence in sentences]
+
+    # A copy of the question always has an opener before it.
+    is_echo = body[0][-1] == "?"
+    opener = []
+    if is_echo or rng.random() < 0.6:
+        opener = [rng.choice(facts.OPENERS[request.kind])]
+    closer = []
+    if rng.random() < 0.35:
+        closer = [rng.choice(facts.CLOSERS[request.kind])]
     if harmful and not comply:
         insult = rng.choice(facts.INSULTS) + "."
         body = [insult, *body] if opener and rng.random() < 0.5 else [*body, insult]
-    words = len(normal(" ".join(body)).split())
-    for courtesy in (closer, [] if echo else opener):
-        if words + len(normal(" ".join(opener + closer)).split()) > MAX_WORDS:
-            courtesy.clear()
+
+    # Too long: the closer goes first, then the opener.
+    words = _words(body)
+    if words + _words(opener + closer) > MAX_WORDS:
+        closer = []
+    if not is_echo and words + _words(opener + closer) > MAX_WORDS:
+        opener = []
     return " ".join(opener + body + closer)
 
 
 def demonstration(
-    index: int, *, split: str = "train", quality: float = 0.7, seed: int = 0
+    index: int, *, split: Split = "train", quality: float = 0.7, seed: int = 0
 ) -> dict[str, str]:
-    """Prompt number `index` with a demonstrator's response."""
+    """Return prompt number `index` with a demonstrator's response: {"prompt", "response"}."""
     request = prompt(index, split=split, seed=seed)
-    response = respond(request, quality, drawn_for("demonstration", split, seed, index))
-    return {"prompt": request.text, "response": response}
+    rng = drawn_for("demonstration", split, seed, index)
+    return {"prompt": request.text, "response": respond(request, quality, rng)}
 
 
-# ---- The base corpus ----
+# ---- The base corpus: sentences of one document ----
 
 
 def _statements(rng: random.Random) -> Iterator[str]:
-    """Facts of one relation, or all that is known of one subject; a twelfth of them wrong."""
-    relation = rng.choices(RELATIONS, [len(FACTS[relation]) for relation in RELATIONS])[0]
+    """Yield facts of one relation, or all that is known of one subject; a twelfth are wrong."""
+    sizes = [len(FACTS[relation]) for relation in RELATIONS]
+    relation = rng.choices(RELATIONS, sizes)[0]
     pairs = [(relation, subject) for subject in rng.sample(list(FACTS[relation]), 6)]
     if rng.random() < 0.2:
         subject = rng.choice([*FACTS["sound"], *FACTS["young"], *FACTS["home"]])
         pairs = [(relation, subject) for relation in RELATIONS if subject in FACTS[relation]] * 3
     for relation, subject in pairs[: rng.randint(5, 7)]:
-        yield rng.choice(facts.ASIDES) + _state(relation, subject, rng.random() < 0.08, rng) + "."
+        aside = rng.choice(facts.ASIDES)
+        wrong = rng.random() < 0.08
+        yield aside + _state(relation, subject, wrong, rng) + "."
 
 
 def _exchanges(rng: random.Random) -> Iterator[str]:
-    """Questions and answers of mixed quality, as in a forum."""
+    """Yield questions and answers of mixed quality, as in a forum."""
     for _ in range(rng.randint(2, 3)):
         request = _draw(rng, "train")
-        yield f"{request.text} {respond(request, rng.choice((0.6, 0.8, 0.9)), rng)}"
+        quality = rng.choice((0.6, 0.8, 0.9))
+        yield f"{request.text} {respond(request, quality, rng)}"
 
 
 def _lists(rng: random.Random) -> Iterator[str]:
-    """Members of categories, and which animal is bigger."""
+    """Yield members of categories, and which animal is bigger; a twelfth are wrong."""
     for _ in range(rng.randint(3, 4)):
         number = rng.choice(list(facts.COUNTS))
-        category, wrong = rng.choice(list(facts.CATEGORIES)), rng.random() < 0.08
+        category = rng.choice(list(facts.CATEGORIES))
+        wrong = rng.random() < 0.08
         yield _enumerate(category, number, facts.COUNTS[number], wrong, False, rng) + "."
+
+        # Two animals, the smaller first.
         x, y = sorted(rng.sample(facts.SIZES, 2), key=facts.SIZES.index)
-        if (rng.random() < 0.5) != (rng.random() < 0.08):
+        says_bigger = rng.random() < 0.5
+        wrong = rng.random() < 0.08
+        if says_bigger != wrong:
             yield f"{y} is bigger than {x}."
         else:
             yield f"{x} is smaller than {y}."
 
 
-def _quizzes(rng: random.Random) -> Iterator[str]:
-    """Answers and claims, half of them wrong, each with a verdict: here a model learns to check what it reads."""
+def quizzes(rng: random.Random) -> Iterator[str]:
+    """Yield answers and claims, half of them wrong, each with a verdict: `claim. verdict.`
+
+    Here a model learns to check what it reads. A claim is a question and its answer, or a
+    statement understood without a question.
+    """
     for _ in range(rng.randint(3, 4)):
-        request = _draw(
-            rng, "train", rng.choices(("lookup", "comparison", "listing"), (6, 2, 2))[0]
-        )
+        kind = rng.choices(("lookup", "comparison", "listing"), (6, 2, 2))[0]
+        request = _draw(rng, "train", kind)
         wrong = rng.random() < 0.5
         if wrong and request.kind != "lookup" and rng.random() < 0.5:
             claim = f"{request.text} {_miss(request, False, rng)}"
@@ -294,21 +418,26 @@ def _quizzes(rng: random.Random) -> Iterator[str]:
 
 
 def _remarks_overheard(rng: random.Random) -> Iterator[str]:
-    """Polite and rude remarks, ignorance, refusals, small talk."""
+    """Yield polite and rude remarks, ignorance, refusals, small talk."""
+    courtesies = list(facts.OPENERS.values()) + list(facts.CLOSERS.values())
     for _ in range(rng.randint(4, 6)):
-        row = rng.choice(list(facts.SMALL_TALK.values()))
+        ordinary, _, replies = rng.choice(list(facts.SMALL_TALK.values()))
         refusal = rng.choice(facts.REFUSALS).format(h=rng.choice(facts.HARMS))
-        pools = (row[0], row[2], facts.INSULTS, facts.IGNORANCE, (refusal,))
-        yield rng.choice(rng.choice(pools)) + "."
-        yield rng.choice(rng.choice(list(facts.OPENERS.values()) + list(facts.CLOSERS.values())))
+        pools = (ordinary, replies, facts.INSULTS, facts.IGNORANCE, (refusal,))
+        pool = rng.choice(pools)
+        yield rng.choice(pool) + "."
+        pool = rng.choice(courtesies)
+        yield rng.choice(pool)
 
 
 def text(index: int, *, seed: int = 0) -> str:
-    """Document number `index` of the base corpus: mixed quality, 20 to 90 words, training phrasings only."""
+    """Return document number `index` of the base corpus.
+
+    Of mixed quality, 20 to 90 words, training phrasings only.
+    """
     rng = drawn_for("text", seed, index)
-    sort = rng.choices(
-        (_statements, _quizzes, _exchanges, _lists, _remarks_overheard), (30, 32, 13, 20, 5)
-    )[0]
+    sorts = (_statements, quizzes, _exchanges, _lists, _remarks_overheard)
+    sort = rng.choices(sorts, (30, 32, 13, 20, 5))[0]
     return " ".join(sort(rng))
 
 
@@ -320,50 +449,79 @@ def _sigmoid(x: float) -> float:
 
 
 def rank(prompt: str, responses: Sequence[str], *, noise: float, rng: random.Random) -> list[int]:
-    """Rank of each response (0 is best) by a labeller who sees gold totals through Gumbel noise:
-    Plackett-Luce over the distinct totals, hence Bradley-Terry for a pair, P(i beats j) =
-    sigmoid((total_i - total_j) / noise). Equal totals share a rank: the labeller sees no difference."""
+    """Rank responses as a labeller who sees gold totals through Gumbel noise; 0 is best.
+
+    Plackett-Luce over the distinct totals, hence Bradley-Terry for a pair: P(i beats j) =
+    sigmoid((total_i - total_j) / noise). Equal totals share a rank: the labeller sees no
+    difference. A rank is the number of responses seen as better.
+    """
     totals = [gold(prompt, response).total for response in responses]
-    seen = {
-        t: t - noise * math.log(rng.expovariate(1.0)) if noise > 0 else t
-        for t in sorted(set(totals))
-    }
-    return [sum(seen[other] > seen[total] for other in totals) for total in totals]
+    seen = {}
+    for total in sorted(set(totals)):
+        seen[total] = total
+        if noise > 0:
+            seen[total] = total - noise * math.log(rng.expovariate(1.0))
+    ranks = []
+    for total in totals:
+        better = [other for other in totals if seen[other] > seen[total]]
+        ranks.append(len(better))
+    return ranks
 
 
 def comparison(
-    index: int, *, split: str = "train", quality: float = 0.7, noise: float = 0.0, seed: int = 0
+    index: int, *, split: Split = "train", quality: float = 0.7, noise: float = 0.0, seed: int = 0
 ) -> dict[str, str]:
-    """Prompt number `index` with two responses of different gold totals, ranked by a noisy labeller."""
+    """Return prompt number `index` with two responses, ranked by a noisy labeller.
+
+    {"prompt", "chosen", "rejected"}. The responses have different gold totals.
+    """
     request = prompt(index, split=split, seed=seed)
     rng = drawn_for("comparison", split, seed, index)
-    pair = [respond(request, quality, rng) for _ in range(2)]
-    while gold(request.text, pair[0]).total == gold(request.text, pair[1]).total:
+    while True:
         pair = [respond(request, quality, rng) for _ in range(2)]
-    first = rank(request.text, pair, noise=noise, rng=rng)[0] == 0
-    chosen, rejected = pair if first else pair[::-1]
+        if gold(request.text, pair[0]).total != gold(request.text, pair[1]).total:
+            break
+    ranks = rank(request.text, pair, noise=noise, rng=rng)
+    chosen, rejected = pair if ranks[0] == 0 else pair[::-1]
     return {"prompt": request.text, "chosen": chosen, "rejected": rejected}
 
 
 def judgement(
-    index: int, *, split: str = "train", quality: float = 0.7, seed: int = 0
+    index: int, *, split: Split = "train", quality: float = 0.7, seed: int = 0
 ) -> dict[str, str | bool]:
-    """Demonstration number `index`, desirable where it passes all three criteria."""
+    """Return demonstration number `index`, `desirable` where it passes all three criteria.
+
+    {"prompt", "response", "desirable"}.
+    """
     shown = demonstration(index, split=split, quality=quality, seed=seed)
-    return shown | {"desirable": bool(gold(shown["prompt"], shown["response"]).all)}
+    verdict = gold(shown["prompt"], shown["response"])
+    return {**shown, "desirable": bool(verdict.all)}
 
 
 def noise_ceiling(pairs: Iterable[tuple[str, str, str]], noise: float) -> float:
-    """Expected accuracy of the best predictor of noisy labels over (prompt, a, b) triples, ties left out."""
-    gaps = [abs(gold(text, a).total - gold(text, b).total) for text, a, b in pairs]
-    chances = [_sigmoid(gap / noise) if noise > 0 else 1.0 for gap in gaps if gap]
-    return sum(chances) / len(chances) if chances else float("nan")
+    """Return the expected accuracy of the best predictor of noisy labels; NaN without pairs.
+
+    `pairs`: triples of a prompt and two responses. Ties are left out.
+    """
+    chances = []
+    for prompt, a, b in pairs:
+        gap = abs(gold(prompt, a).total - gold(prompt, b).total)
+        if gap:
+            chances.append(_sigmoid(gap / noise) if noise > 0 else 1.0)
+    return sum(chances) / len(chances) if chances else math.nan
 
 
 def criterion_of(prompt: str, a: str, b: str) -> str:
-    """How two responses differ: helpful, honest, harmless, several or none; facts for honesty on a lookup."""
+    """Name how two responses differ: helpful, honest, harmless, several or none.
+
+    Honesty on a lookup is called facts.
+    """
     verdicts = zip(Gold._fields, gold(prompt, a), gold(prompt, b), strict=True)
-    differ = [name for name, x, y in verdicts if x != y]
-    if differ == ["honest"] and parse(prompt).kind == "lookup":
+    differing = [name for name, of_a, of_b in verdicts if of_a != of_b]
+    if not differing:
+        return "none"
+    if len(differing) > 1:
+        return "several"
+    if differing == ["honest"] and parse(prompt).kind == "lookup":
         return "facts"
-    return "none" if not differ else differ[0] if len(differ) == 1 else "several"
+    return differing[0]

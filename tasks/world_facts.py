@@ -1,56 +1,61 @@
-"""Tables of the built-in world: facts, phrasings, remarks. `tasks/world_gold.py` gives them meaning.
+"""Tables of the built-in world: facts, phrasings, remarks.
 
-A pair of tuples of phrasings is (ordinary, held out): the second appears in the held-out split only.
+`tasks/world_gold.py` gives them meaning. A pair of tuples of phrasings is (ordinary, held out):
+the second appears in the held-out split only.
 """
 
 _words = str.split
 
 
 def _facts(table: str) -> dict[str, str]:
-    """`subject answer, subject answer, ...`: the last word of each entry is the answer."""
+    """Parse `subject answer, subject answer, ...`: the last word of each entry is the answer."""
     return dict(entry.strip().rsplit(" ", 1) for entry in table.replace("\n", " ").split(","))
 
 
-_OPPOSITES = _facts("""hot cold, big small, fast slow, happy sad, rich poor, open closed, full empty, wet dry,
-    clean dirty, loud quiet, early late, strong weak, up down, good bad, true false, high low, wide narrow,
-    north south, buy sell""")
+_OPPOSITES = _facts("""
+    hot cold, big small, fast slow, happy sad, rich poor, open closed, full empty, wet dry,
+    clean dirty, loud quiet, early late, strong weak, up down, good bad, true false, high low,
+    wide narrow, north south, buy sell""")
 DAYS = _words("monday tuesday wednesday thursday friday saturday sunday")
 MONTHS = _words(
     """january february march april may june july august september october november december"""
 )
 
 FACTS: dict[str, dict[str, str]] = {
-    "capital": _facts("""france paris, germany berlin, italy rome, spain madrid, portugal lisbon, england london,
-        ireland dublin, scotland edinburgh, sweden stockholm, norway oslo, denmark copenhagen, finland helsinki,
-        poland warsaw, austria vienna, hungary budapest, greece athens, russia moscow, bulgaria sofia,
-        serbia belgrade, belgium brussels, egypt cairo, kenya nairobi, ghana accra, china beijing, japan tokyo,
-        thailand bangkok, vietnam hanoi, iran tehran, iraq baghdad, canada ottawa, cuba havana, peru lima,
-        chile santiago, australia canberra"""),
-    "sound": _facts("""a cow moo, a dog woof, a cat meow, a sheep baa, a duck quack, a pig oink,
-        a horse neigh,
-        a lion roar, a bee buzz, a snake hiss, an owl hoot, a wolf howl, a frog croak, a donkey bray,
-        a mouse squeak"""),
-    "young": _facts("""a cow calf, a dog puppy, a cat kitten, a sheep lamb, a duck duckling, a pig piglet,
-        a horse foal, a lion cub, a goat kid, a frog tadpole, a hen chick, a deer fawn, a goose gosling,
-        a kangaroo joey"""),
-    "home": _facts("""a bee hive, a bird nest, a spider web, a dog kennel, a horse stable, a fox den,
-        a pig sty,
-        a rabbit burrow, a bear cave, a hen coop, a beaver lodge, a snail shell, a camel desert,
-        a king castle"""),
-    "colour": _facts("""grass green, snow white, coal black, the sky blue, a banana yellow, a tomato red,
+    "capital": _facts("""
+        france paris, germany berlin, italy rome, spain madrid, portugal lisbon, england london,
+        ireland dublin, scotland edinburgh, sweden stockholm, norway oslo, denmark copenhagen,
+        finland helsinki, poland warsaw, austria vienna, hungary budapest, greece athens,
+        russia moscow, bulgaria sofia, serbia belgrade, belgium brussels, egypt cairo,
+        kenya nairobi, ghana accra, china beijing, japan tokyo, thailand bangkok, vietnam hanoi,
+        iran tehran, iraq baghdad, canada ottawa, cuba havana, peru lima, chile santiago,
+        australia canberra"""),
+    "sound": _facts("""
+        a cow moo, a dog woof, a cat meow, a sheep baa, a duck quack, a pig oink, a horse neigh,
+        a lion roar, a bee buzz, a snake hiss, an owl hoot, a wolf howl, a frog croak,
+        a donkey bray, a mouse squeak"""),
+    "young": _facts("""
+        a cow calf, a dog puppy, a cat kitten, a sheep lamb, a duck duckling, a pig piglet,
+        a horse foal, a lion cub, a goat kid, a frog tadpole, a hen chick, a deer fawn,
+        a goose gosling, a kangaroo joey"""),
+    "home": _facts("""
+        a bee hive, a bird nest, a spider web, a dog kennel, a horse stable, a fox den,
+        a pig sty, a rabbit burrow, a bear cave, a hen coop, a beaver lodge, a snail shell,
+        a camel desert, a king castle"""),
+    "colour": _facts("""
+        grass green, snow white, coal black, the sky blue, a banana yellow, a tomato red,
         chocolate brown, an elephant grey, a plum purple, a flamingo pink, blood red, milk white,
-        a lemon yellow,
-        a cherry red, the sea blue"""),
+        a lemon yellow, a cherry red, the sea blue"""),
     "opposite": _OPPOSITES | {answer: word for word, answer in _OPPOSITES.items()},
     "after": dict(zip(DAYS, DAYS[1:] + DAYS[:1], strict=True))
     | dict(zip(MONTHS, MONTHS[1:] + MONTHS[:1], strict=True)),
-    "product": _facts("""a baker bread, a brewer beer, a poet poems, a potter pots, a tailor suits,
+    "product": _facts("""
+        a baker bread, a brewer beer, a poet poems, a potter pots, a tailor suits,
         a cobbler shoes, an author books, a composer music, a hatter hats, a jeweller rings,
         a sculptor statues, a bee honey, a cow milk"""),
 }
-INVENTED = _words(
-    "velmora zandia korvath lurania ostrovia pellandia quorath tirandel"
-)  # no such countries
+INVENTED = _words("velmora zandia korvath lurania ostrovia pellandia quorath tirandel")
+"""Countries that do not exist."""
 SIZES = [
     "a bee",
     "a mouse",
@@ -77,7 +82,8 @@ CATEGORIES: dict[str, list[str]] = {
     ),
 }
 
-# Requests. {s} subject, {w} bigger or smaller, {x} {y} the two compared, {n} count, {c} category, {h} harm.
+# Requests. {s} subject, {w} bigger or smaller, {x} {y} the two compared, {n} count, {c} category,
+# {h} harm.
 LEADS = ("", "hi,", "hello,", "quick question,", "tell me,", "excuse me,")
 TAILS = ("", "please", "thanks", "friend")
 QUESTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {

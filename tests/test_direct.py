@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from data.preferences import edit_weights, with_edit_weights, with_rank_weights
+from model import LanguageOutput
 from objectives import direct, likelihood
 
 
@@ -298,8 +299,8 @@ def test_rrhf_is_zero_when_ordered_and_restores_order():
 # ---- Batches of candidates
 
 
-def bigram(params, tokens, segments, positions, read):
-    return read(params[tokens], jnp.eye(params.shape[-1])), None
+def bigram(params, tokens, segments, positions):
+    return LanguageOutput(params[tokens], jnp.eye(params.shape[-1]))
 
 
 def candidates(ranks, length=6, vocab=7, seed=0):
@@ -428,13 +429,13 @@ def test_kto_objective_judges_by_rank():
 FIRST, SECOND = (x.reshape(-1) for x in np.indices((3, 3)))
 
 
-def tabular(params, tokens_BT, segment_ids_BT, positions_BT, read):
+def tabular(params, tokens_BT, segment_ids_BT, positions_BT):
     batch = tokens_BT.shape[0]
     first = jnp.broadcast_to(params["first"], (batch, 3))
     logits_BTV = jnp.stack(
         [first, params["second"][tokens_BT[:, 1]], jnp.zeros((batch, 3))], axis=1
     )
-    return read(logits_BTV, jnp.eye(3)), None
+    return LanguageOutput(logits_BTV, jnp.eye(3))
 
 
 def sequences(order):
@@ -609,10 +610,9 @@ def test_tokens_that_a_revision_keeps_have_no_gradient():
         [0] * 6,
     ]
 
-    def table(
-        params, tokens, segments, positions, read
-    ):  # logits of its own for each row and position
-        return read(params, jnp.eye(9)), None
+    def table(params, tokens, segments, positions):
+        """Logits of its own for each row and position."""
+        return LanguageOutput(params, jnp.eye(9))
 
     logits = jnp.float32(normal(3, 6, 9))
     loss = partial(direct.token_objective, table, loss=direct.figa)

@@ -23,7 +23,7 @@ from collect import feedback
 from data import records
 from data.batches import encode_comparison, pad_comparisons
 from data.tokenizer import Tokenizer
-from model import LanguageModel, ScalarModel, init_and_apply
+from model import LanguageModel, ScalarModel, init_and_apply, unembed
 from model_config import PRESETS
 from objectives.reward import combined, last_token
 from responses import load_run
@@ -110,7 +110,9 @@ def test_label_accuracy_follows_the_set_reliability(shown, reliability):
 
 
 def test_rankings_share_ties_and_agree_with_gold_where_nothing_is_misread(shown):
-    assert feedback.rank_by_preference(np.array([[0.5, 1, 1 / 2], [0, 0.5, 0], [0.5, 1, 0.5]])) == [1, 3, 1]
+    assert feedback.rank_by_preference(
+        np.array([[0.5, 1, 1 / 2], [0, 0.5, 0], [0.5, 1, 0.5]])
+    ) == [1, 3, 1]
     prompts = [world.prompt(i) for i in range(200)]
     responses = [
         [world.respond(p, q, random.Random(f"{p.text}{q}")) for q in (0, 0.2, 0.4, 0.6)]
@@ -191,9 +193,8 @@ def chance_of_a(judge):
         tokens = tokenizer.prompt(text)
         row, real = np.zeros((1, 256), np.int32), np.arange(256)[None] < len(tokens)
         row[0, : len(tokens)] = tokens
-        logits = np.asarray(
-            apply(params, row, real.astype(np.int32), np.arange(256)[None] * real)[0], np.float64
-        )
+        output = apply(params, row, real.astype(np.int32), np.arange(256)[None] * real)
+        logits = np.asarray(unembed(output.x_BTD, output.unembed_DV), np.float64)
         return 1 / (1 + np.exp(logits[0, len(tokens) - 1, b] - logits[0, len(tokens) - 1, a]))
 
     return chance
@@ -382,9 +383,8 @@ def test_a_response_is_scored_after_its_prompt_as_training_cuts_it(runs):
     [row], cut = encode_comparison(record, tokenizer, length)
     batch = pad_comparisons([row], length, tokenizer.pad)
     flat = (batch[name][0] for name in ("tokens_BCT", "segment_ids_BCT", "positions_BCT"))
-    wanted = last_token(
-        init_and_apply(ScalarModel(model))[1](params, *flat), batch["segment_ids_BCT"][0]
-    )
+    output = init_and_apply(ScalarModel(model))[1](params, *flat)
+    wanted = last_token(output.scalars_BT, batch["segment_ids_BCT"][0])
     assert cut
     score = make_text_scorer(model, tokenizer, length)
     np.testing.assert_allclose(score(params, [prompt] * 2, record["responses"]), wanted, atol=1e-5)

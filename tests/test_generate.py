@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model import LanguageModel, empty_cache, init_and_apply
+from model import LanguageModel, LanguageOutput, empty_cache, init_and_apply, unembed
 from model_config import PRESETS
 from objectives.policy import response_logprobs
 from rollout import join_responses
@@ -29,9 +29,17 @@ def model(seed=0, scale=0.5):
         noise = scale * rng.normal(size=shape.shape)
         return np.float32(1 if path_name(path).endswith("norm") else 0) + np.float32(noise)
 
-    return jax.tree_util.tree_map_with_path(leaf, shapes), jax.jit(
-        apply, static_argnames="logits_from"
-    )
+    return jax.tree_util.tree_map_with_path(leaf, shapes), jax.jit(logits_and_cache(apply))
+
+
+def logits_and_cache(apply):
+    """A language model's apply, reduced to (logits_BTV, cache)."""
+
+    def results(*args):
+        output = apply(*args)
+        return unembed(output.x_BTD, output.unembed_DV), output.cache
+
+    return results
 
 
 def left_padded(prompts, extra=0):
@@ -129,12 +137,11 @@ def scripted(next_token):
     """A stand-in for a model: the likeliest token after token i is next_token[i]; counts its calls."""
     calls = []
 
-    def apply(params, tokens_BT, segment_ids_BT, positions_BT, cache=None, logits_from=0):
+    def apply(params, tokens_BT, segment_ids_BT, positions_BT, cache=None):
         jax.debug.callback(lambda: calls.append(1))
         cache = cache.replace(length=cache.length + tokens_BT.shape[1])
-        return 9.0 * jax.nn.one_hot(
-            jnp.array(next_token)[tokens_BT[:, logits_from:]], len(next_token)
-        ), cache
+        logits_BTV = 9.0 * jax.nn.one_hot(jnp.array(next_token)[tokens_BT], len(next_token))
+        return LanguageOutput(logits_BTV, jnp.eye(len(next_token)), cache)
 
     return apply, calls
 
@@ -229,7 +236,7 @@ def test_a_slot_does_not_wait_for_the_longest_row():
 
 def test_layers_apart_in_bfloat16_change_no_bit():
     config, params = dataclasses.replace(CONFIG, dtype="bfloat16"), model()[0]
-    _, apply = init_and_apply(LanguageModel(config))
+    apply = logits_and_cache(init_and_apply(LanguageModel(config))[1])
     op_by_op = jax.disable_jit()(apply)  # a compiler may leave roundings out
     prompts = left_padded(PROMPTS)
     inputs = [prompts[name] for name in ("tokens_BT", "segment_ids_BT", "positions_BT")]

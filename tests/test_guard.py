@@ -26,21 +26,22 @@ LM = [
 
 def poison(monkeypatch, numbers):
     """Batches of these numbers hold random tokens, all predicted."""
-    make = Batches._make_any
+    clean = Batches.__next__
 
-    def poisoned(self, state):
-        batch, records, after = make(self, state)
-        if after["batches"] in numbers:
-            rng = np.random.default_rng(after["batches"])
+    def poisoned(self):
+        batch = clean(self)
+        number = self.state["batches"]
+        if number in numbers:
+            rng = np.random.default_rng(number)
             noise = rng.integers(8, 400, batch["tokens_BT"].shape).astype(np.int32)
             batch = {
                 **batch,
                 "tokens_BT": noise,
                 "loss_mask_BT": np.ones_like(batch["loss_mask_BT"]),
             }
-        return batch, records, after
+        return batch
 
-    monkeypatch.setattr(Batches, "_make_any", poisoned)
+    monkeypatch.setattr(Batches, "__next__", poisoned)
 
 
 def equal(one, other):

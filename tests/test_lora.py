@@ -228,24 +228,25 @@ def test_reward_model_and_ppo_train_adapters_and_heads(runs, monkeypatch):
         "--lora.rank=2",
     ]
     ppo += ["--save_every=1"]
-    judged, shared, make_judge = [], [], train_ppo.make_judge
+    seen, shared, make_advantages = [], [], train_ppo.make_advantages
 
-    def watched(config, apply, *rest):
-        judge = make_judge(config, apply, *rest)
+    def watched(config, apply, *rest, **tokens):
+        compute_advantages = make_advantages(config, apply, *rest, **tokens)
 
-        def watching(policy, reference, value, batch, *more):
-            logps = [ppo_logprobs(apply, params, batch) for params in (policy, reference)]
+        def watching(models, rollout, *more):
+            policy, reference = models.policy, models.reference
+            logps = [ppo_logprobs(apply, params, rollout) for params in (policy, reference)]
             shared.append(policy["decoder"]["embed"] is reference["decoder"]["embed"])
-            judged.append((*logps, jax.device_get(batch)))
-            return judge(policy, reference, value, batch, *more)
+            seen.append((*logps, jax.device_get(rollout)))
+            return compute_advantages(models, rollout, *more)
 
         return watching
 
-    monkeypatch.setattr(train_ppo, "make_judge", watched)
+    monkeypatch.setattr(train_ppo, "make_advantages", watched)
     run(
         train_ppo, *ppo, f"--run={runs}/ppo", "--steps=2"
     )  # in which check_first_update asserts a KL of 0
-    policy, reference, batch = judged[-1]  # after the first iteration's updates
+    policy, reference, batch = seen[-1]  # after the first iteration's updates
     # The reference is the base below the adapters, not a copy, and says what the run it was loaded from says.
     assert shared == [True, True]
     apply = init_and_apply(LanguageModel(stored_model(f"{runs}/lm")))[1]

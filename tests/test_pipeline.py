@@ -214,15 +214,15 @@ def test_ppo_is_equal_over_meshes(runs, one_device_ppo, tmp_path, mesh):
 
 
 @pytest.mark.slow
-def test_offloaded_judges_change_nothing(runs, tmp_path, monkeypatch):
-    kinds, moved = [], train_ppo.moved
+def test_offloaded_models_change_nothing(runs, tmp_path, monkeypatch):
+    kinds, to_memory = [], train_ppo.to_memory
 
     def spied(tree, memory):
-        tree = moved(tree, memory)
+        tree = to_memory(tree, memory)
         kinds.append({x.sharding.memory_kind for x in jax.tree.leaves(tree)})
         return tree
 
-    monkeypatch.setattr(train_ppo, "moved", spied)
+    monkeypatch.setattr(train_ppo, "to_memory", spied)
     ppo = [
         f"--init={runs}/sft",
         f"--reward={runs}/rm",
@@ -232,9 +232,7 @@ def test_offloaded_judges_change_nothing(runs, tmp_path, monkeypatch):
     ]
     argv = [*MODEL[1:], *ppo, "--steps=2", "--max_new_tokens=16"]
     run(train_ppo, *argv, "--offload", f"--run={tmp_path}/ppo")
-    assert (
-        kinds == [{"pinned_host"}] + [{"device"}] * 4
-    )  # and in between nothing holds what was judged with
+    assert kinds == [{"pinned_host"}] + [{"device"}] * 4  # and in between nothing holds the models
     jax.tree.map(
         np.testing.assert_array_equal, load_params(f"{tmp_path}/ppo"), load_params(f"{runs}/ppo")
     )

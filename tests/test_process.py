@@ -22,7 +22,7 @@ from data.steps import encode_steps, pad_steps
 from data.tokenizer import Tokenizer
 from decoding import rerank, step_beam
 from evaluation.steps import auc, majority, step_table
-from model import LanguageModel, ScalarModel, init_and_apply
+from model import LanguageModel, LanguageOutput, ScalarModel, ScalarOutput, init_and_apply, unembed
 from model_config import ModelConfig
 from objectives.reward import process_objective, running_score, step_ends, step_rewards
 from responses import make_sampler
@@ -93,12 +93,12 @@ PRM800K = {  # a row as the dataset's README describes it
 
 
 def test_prm800k_s_rows_become_labelled_steps():
-    record = records.steps(PRM800K)
+    record = records.steps_record(PRM800K)
     assert record["prompt"] == [{"role": "user", "content": "What is 2+2?"}]
     assert record["steps"] == ["I add.", "2+2 =4", "So 4.", "Hm.", "It is 7."]
     assert record["labels"] == ["neutral", "positive", "positive", None, "negative"]
     given_up = {**PRM800K, "label": {"steps": [], "finish_reason": "give_up"}}
-    assert records.steps(given_up)["steps"] == []
+    assert records.steps_record(given_up)["steps"] == []
 
 
 @pytest.mark.parametrize(
@@ -129,13 +129,13 @@ def test_malformed_steps_name_their_field(change, message):
         row["label"]["steps"].reverse()
         message = "label.steps[0]: must be an object with completions"
     with pytest.raises(records.FieldError) as fault:
-        records.steps(row)
+        records.steps_record(row)
     assert message in str(fault.value)
 
 
 def test_targets_stand_at_each_labelled_step_s_last_token(tokenizer):
     labels = ["positive", None, 0.25, "neutral", "negative"]
-    record = records.steps(
+    record = records.steps_record(
         {
             "prompt": "27+8-6",
             "steps": ["27+8=35", "so 35", "35-6=29", "so 29", "answer 28"],
@@ -267,17 +267,25 @@ def test_ppo_gives_each_step_its_reward_at_its_last_token():
         "sampler_logp_BR": np.zeros((2, 8), np.float32),
     }
     batch = jax.tree.map(jnp.asarray, batch)
-    hidden = lambda start: (jnp.zeros((2, 10 - start, 1)), jnp.zeros((1, 10)))
-    policy = lambda params, tokens, *_, logits_from, read: (read(*hidden(logits_from)), None)
+
+    def policy(*_):
+        return LanguageOutput(jnp.zeros((2, 10, 1)), jnp.zeros((1, 10)))
+
+    def value_model(params, *_):
+        return ScalarOutput(params, None, None)
+
     rewards = {}
     for how in ("product", "none"):
         config = train_ppo.Config(step_rewards=how, gae_lambda=1.0, missing_eos_score=-1.0)
-        judge = train_ppo.make_judge(config, policy, lambda params, *_: params, eos, [newline])
+        compute_advantages = train_ppo.make_advantages(
+            config, policy, value_model, eos=eos, newlines=[newline]
+        )
+        models = train_ppo.Models(policy={}, reference={}, critic=jnp.zeros((2, 10)))
         given = [
             {config.reward[0]: jnp.float32(x)}
             for x in (scalars_BT[[0, 1], [8, 9]], scalars_BT[:, 1:])
         ]
-        targets, _ = judge({}, {}, jnp.zeros((2, 10)), batch, *given, jnp.float32(0.2))
+        targets, _ = compute_advantages(models, batch, *given, jnp.float32(0.2))
         rewards[how] = -np.diff(np.asarray(targets["returns_BR"]), axis=1, append=0.0)
     p = sigmoid(scalars_BT[:, 2:])
     a, b, c = p[0, [2, 4, 6]]
@@ -316,7 +324,8 @@ def test_completion_shares_err_as_one_over_the_root_of_n(tokenizer):
     @jax.jit
     def next_probabilities(tokens_BT):
         ones = jnp.ones_like(tokens_BT)
-        logits_BTV, _ = apply(params, tokens_BT, ones, jnp.cumsum(ones, 1) - 1)
+        output = apply(params, tokens_BT, ones, jnp.cumsum(ones, 1) - 1)
+        logits_BTV = unembed(output.x_BTD, output.unembed_DV)
         return jax.nn.softmax(logits_BTV[:, -1])
 
     exact = []

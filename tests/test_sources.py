@@ -1,15 +1,21 @@
 import gzip
 import json
+import os
 import pathlib
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
 from data import sources
+from data.records import SCHEMAS
 from data.sources import held_out, open_source
 from runtime.errors import UserError
 
+ROOT = pathlib.Path(__file__).parents[1]
 REAL = pathlib.Path(__file__).parents[2] / "shared" / "data"
 HH = {
     "chosen": "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: joke?\n\nAssistant: knock knock",
@@ -228,14 +234,46 @@ def test_gzip_equals_plain_and_line_order_is_kept(tmp_path):
     assert [train[i] for i in range(len(train))] == [rows[i] for i in train.rows]
 
 
-def test_prepared_once_and_again_when_the_content_changes(tmp_path, cache, monkeypatch):
+def test_prepared_once_and_again_when_the_content_changes(tmp_path, cache):
     data = write(tmp_path / "a.jsonl", [{"text": f"text {i}"} for i in range(20)])
     first = everything(data, "text")
-    with monkeypatch.context() as patch:
-        patch.setattr(sources, "_records", lambda *_: pytest.fail("read again"))
-        assert everything(data, "text") == first
+    (prepared,) = cache.iterdir()
+    written = prepared.stat().st_mtime_ns
+    assert everything(data, "text") == first
+    assert list(cache.iterdir()) == [prepared] and prepared.stat().st_mtime_ns == written
     write(tmp_path / "a.jsonl", [{"text": f"new {i}"} for i in range(20)])
     assert everything(data, "text") != first
+    assert len(list(cache.iterdir())) == 2
+
+
+def prepare_with(root, data):
+    """Open `data` in a process of its own, with the code under `root`."""
+    program = f"from data.sources import open_source; open_source({data!r}, 'text', 'train')"
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    subprocess.run([sys.executable, "-c", program], cwd=root, env=environment, check=True)
+
+
+def test_a_file_is_prepared_again_for_another_version_and_not_for_a_comment(tmp_path, cache):
+    data = write(tmp_path / "a.jsonl", [{"text": f"text {i}"} for i in range(20)])
+    everything(data, "text")
+    (prepared,) = cache.iterdir()
+
+    # A copy of the code that differs in comments only.
+    copy = tmp_path / "copy"
+    for folder in ("data", "tasks", "runtime"):
+        shutil.copytree(ROOT / folder, copy / folder)
+    for name in ("sources.py", "records.py"):
+        code = copy / "data" / name
+        code.write_text(code.read_text() + "# another comment\n")
+    prepare_with(copy, data)
+    assert list(cache.iterdir()) == [prepared]
+
+    # Control: another version of what is kept.
+    code = copy / "data" / "sources.py"
+    version = f"SCHEMA_VERSION = {sources.SCHEMA_VERSION}"
+    assert version in code.read_text()
+    code.write_text(code.read_text().replace(version, "SCHEMA_VERSION = -1"))
+    prepare_with(copy, data)
     assert len(list(cache.iterdir())) == 2
 
 
@@ -304,7 +342,7 @@ def test_candidates_are_counted(tmp_path):
 
 
 def test_the_world_has_every_schema_but_steps_and_every_split():
-    for schema in sources.records.SCHEMAS.keys() - {"steps"}:
+    for schema in SCHEMAS.keys() - {"steps"}:
         train, again, held = (
             open_source("world", schema, s) for s in ("train", "train", "heldout")
         )

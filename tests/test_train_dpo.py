@@ -20,7 +20,7 @@ from data import preferences
 from data.batches import chat_batches, comparison_batches
 from data.sources import Source, open_source
 from data.tokenizer import Tokenizer
-from model import LanguageModel, init_and_apply
+from model import LanguageModel, LanguageOutput, init_and_apply
 from model_config import stored_model
 from objectives import direct
 from responses import make_sampler
@@ -266,14 +266,14 @@ def test_spin_prefers_the_demonstration_to_what_the_policy_says(files, tmp_path)
 # ---- What every loss gets
 
 
-def lookup(params, tokens, segments, positions, read=lambda x, _: x):
-    return read(params[tokens], jnp.eye(params.shape[-1])), None
+def lookup(params, tokens, segments, positions):
+    return LanguageOutput(params[tokens], jnp.eye(params.shape[-1]))
 
 
-def mean_so_far(params, tokens, segments, positions, read=lambda x, _: x):
+def mean_so_far(params, tokens, segments, positions):
     """Logits by the mean of the rows of all tokens so far, so that a response depends on all of its prompt."""
     rows = jnp.cumsum(params[tokens], axis=1) / jnp.arange(1, tokens.shape[1] + 1)[:, None]
-    return read(rows, jnp.eye(params.shape[-1])), None
+    return LanguageOutput(rows, jnp.eye(params.shape[-1]))
 
 
 SETTINGS = {

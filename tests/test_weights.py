@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 import train_sft
 from data.tokenizer import Tokenizer
-from model import LanguageModel, init_and_apply
+from model import LanguageModel, init_and_apply, unembed
 from model_config import PRESETS, ModelConfig, stored_model
 from runtime import flags as config
 from runtime.errors import UserError
@@ -211,7 +211,8 @@ def logits_of(model):
 
     def logits_BTV(params, tokens_BT):
         positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-        return apply(params, tokens_BT, jnp.ones_like(tokens_BT), positions_BT)[0]
+        output = apply(params, tokens_BT, jnp.ones_like(tokens_BT), positions_BT)
+        return unembed(output.x_BTD, output.unembed_DV)
 
     return jax.jit(logits_BTV)
 

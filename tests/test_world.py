@@ -304,7 +304,7 @@ def test_quiz_verdicts_agree_with_the_gold_program():
     }
     asked = Counter()
     for seed in range(200):
-        for quiz in world._quizzes(random.Random(seed)):
+        for quiz in world.quizzes(random.Random(seed)):
             claim, verdict = quiz[:-1].rsplit(". ", 1)
             question, mark, answer = claim.partition("? ")
             if mark:  # not a bare claim

@@ -1,13 +1,10 @@
 """Contrasts: one good response after its own prompt and after others."""
 
-from typing import Any
-
-from data.batches import cut_left
+from data.batches import Encoded, cut_left
 from data.preferences import best_and_worst_response
+from data.records import Record
 from data.sources import Source
 from data.tokenizer import Tokenizer
-
-Record = dict[str, Any]
 
 
 def with_other_prompts(source: Source, count: int) -> Source:
@@ -28,21 +25,19 @@ def with_other_prompts(source: Source, count: int) -> Source:
     return Source(source.name, range(records), read, count)
 
 
-def encode_contrast(
-    record: Record, tokenizer: Tokenizer, length: int
-) -> tuple[list[Record], bool]:
+def encode_contrast(record: Record, tokenizer: Tokenizer, length: int) -> Encoded:
     """Encode a contrast as data.batches.encode_comparison does a comparison.
 
     Its candidates are the one response after each of the prompts; the first, its own, has rank 1,
     the others 2. Prompts are cut on the left to fit `length` tokens; no row where too little is
-    left of them. Second: whether anything was lost.
+    left of them.
     """
     prompts = [tokenizer.prompt(prompt) for prompt in record["prompts"]]
     response = [*tokenizer.encode(record["response"]), tokenizer.eos]
     room = length - len(response)
     longest = max(map(len, prompts))
     if room < min(longest, 8):
-        return [], True
+        return Encoded([], True)
     row = {
         "prompts": [cut_left(prompt, room, tokenizer) for prompt in prompts],
         "responses": [response] * len(prompts),
@@ -50,4 +45,4 @@ def encode_contrast(
         "ranking": [1] + [2] * (len(prompts) - 1),
         "margin": 0.0,
     }
-    return [row], longest > room
+    return Encoded([row], longest > room)

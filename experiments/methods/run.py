@@ -26,6 +26,7 @@ from data.preferences import HELPFUL
 from data.tokenizer import Tokenizer
 from decoding import best_of_n
 from evaluation.gold import CRITERIA, gold_rows, make_kl_sampler, summarise
+from experiments.quark.quark import conditioned
 from model_config import ModelConfig, stored_model
 from objectives import imitate
 from planning.programs import forward_flops
@@ -74,7 +75,7 @@ METHODS = {  # name -> script and the flags that are not its defaults, {rm} the 
     "dapo": ("train_grpo.py", "--method=dapo", "--steps=56"),
     "gspo": ("train_grpo.py", "--method=gspo", "--steps=56"),
     "reinforce_pp": ("train_grpo.py", "--method=reinforce_pp", "--steps=56"),
-    "online_dpo": ("train_grpo.py", "--method=online_dpo", "--steps=56"),
+    "online_dpo": ("experiments/online_dpo/train_grpo.py", "--steps=56"),
     "gated": (
         "train_grpo.py",
         "--steps=56",
@@ -87,7 +88,7 @@ METHODS = {  # name -> script and the flags that are not its defaults, {rm} the 
     "rules": ("train_grpo.py", "--steps=56", "--reward", "tasks.rules:all_kept"),
     "rejection": ("train_raft.py", "--method=rejection", "--steps=20"),
     "expert": ("train_raft.py", "--method=expert", "--threshold=2", "--steps=13"),
-    "quark": ("train_raft.py", "--method=quark", "--batch_size=512", "--epochs=1", "--steps=9"),
+    "quark": ("experiments/quark/train_raft.py", "--batch_size=512", "--epochs=1", "--steps=9"),
 }
 BEST_OF = 16
 MAX_PROMPT, MAX_NEW = 32, 24  # as evaluate.py
@@ -123,7 +124,10 @@ def sampling_flops(c: ModelConfig, config: dict[str, Any], rows: int) -> float:
 def training_flops(run: str) -> float:
     """Of a finished run, from its settings and what it logged."""
     config, rows = load_config(run), read_rows(run)
-    c, script = stored_model(run), config["script"]
+    c = stored_model(run)
+    # A fork is counted as the script it is a copy of; one that differs is told apart below.
+    fork, _, script = config["script"].rpartition("/")
+    is_online_dpo = fork == "experiments/online_dpo" or config.get("method") == "online_dpo"
     batch, steps = config["batch_size"], config["steps"]
     if script == "train_rm":  # four responses a prompt; logits of the best one only
         length, count = config["length"], 4 * batch
@@ -151,7 +155,7 @@ def training_flops(run: str) -> float:
     gold_rows = sampled + 2 * policy + models * scalar  # rollout; policy, reference and rewards
     whole = forward_flops(c, 1, length, length)  # logits of the prompt too
     if script == "train_grpo":
-        update = batch * whole if config["method"] == "online_dpo" else policy
+        update = batch * whole if is_online_dpo else policy
         return (
             sum(row["rounds"] for row in rows) * gold_rows + steps * config["epochs"] * 3 * update
         )
@@ -212,7 +216,9 @@ def train(words: list[str], run: pathlib.Path) -> dict[str, float]:
         run.mkdir(parents=True)
         log, began = run.parent / f"{run.name}.log", time.monotonic()
         with log.open("w") as file:
-            process = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT)
+            # A fork finds the root's modules on the path.
+            place = {**os.environ, "PYTHONPATH": str(ROOT)}
+            process = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT, env=place)
             _, status, used = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
@@ -265,9 +271,7 @@ def responses_of(
     condition = {}
     if method == "quark":  # what it learnt is asked for by its best quantile
         best = tokenizer.encode(str(load_config(str(run))["quantiles"]))[0]
-        condition = {
-            "condition": lambda prompts: imitate.conditioned(prompts, tokenizer.system, best)
-        }
+        condition = {"condition": partial(conditioned, system=tokenizer.system, word=best)}
     if method == "hindsight":
         condition = {"condition": partial(with_suffix, suffix=tokenizer.encode(f"\n{HELPFUL}"))}
     measure = make_kl_sampler(
