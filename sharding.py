@@ -9,7 +9,7 @@ from typing import Any, TypedDict
 import jax
 import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from runtime.errors import UserError
@@ -94,7 +94,7 @@ def path_name(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def along(mesh: Mesh, *axes: str) -> int:
+def along(mesh: Mesh | AbstractMesh, *axes: str) -> int:
     """Devices along these axes together; one that the mesh does not have is of size 1."""
     return math.prod(mesh.shape.get(axis, 1) for axis in axes)
 

@@ -67,7 +67,7 @@ class Config:
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
     """KL(teacher, student), KL(student, teacher), or one in between (objectives/distill.py)."""
     beta: float = 0.5
-    """Of jsd: near 0 it is beta times the forward KL, near 1 (1 - beta) times the reverse."""
+    """For jsd: near 0 it is beta times the forward KL, near 1 (1 - beta) times the reverse."""
     alpha: float = 0.1
     """Weight of the data's own tokens as labels; 1 - alpha: the teacher's. 1: fine-tuning."""
     tau: float = 1.0
@@ -105,7 +105,7 @@ class Config:
     hosts: HostsConfig = HostsConfig()
     """Processes of this run."""
     seed: int = 0
-    """Of random weights, the order of the data, the kind of each step and samples."""
+    """Seed of random weights, the order of the data, the kind of each step and samples."""
     eval_every: int = 200
     """Steps between evaluations on held-out data, and by the gold program on world; 0: never."""
     save_every: int = 200
@@ -160,7 +160,7 @@ class DistillUpdate(NamedTuple):
     """init(key) -> random parameters of the student."""
     optimizer: optax.GradientTransformation
     objective: Objective
-    """Of {"student", "teacher"} and a batch of conversations."""
+    """objective({"student", "teacher"}, batch of conversations), see train_step.Objective."""
     data_step: Callable[[TrainState, Batch, Params], tuple[TrainState, dict[str, jax.Array]]]
     """data_step(state, batch, held) -> (state, metrics): labels and teacher; donates `state`."""
     own_step: Callable[[TrainState, Batch, Params], tuple[TrainState, dict[str, jax.Array]]]
@@ -224,19 +224,19 @@ def make_own_samples(
     responses.
     """
     _, apply = init_and_apply(LanguageModel(config.model))
-    rollout = make_rollout(
-        apply,
-        config.model,
-        SamplingConfig(config.temperature, max_new_tokens=config.max_new_tokens),
-        eos=tokenizer.eos,
-        pad=tokenizer.pad,
-    )
+    sampling = SamplingConfig(config.temperature, max_new_tokens=config.max_new_tokens)
+    rollout = make_rollout(apply, config.model, sampling, eos=tokenizer.eos, pad=tokenizer.pad)
 
     def own_samples(student: Params, prompts: Batch, step: int) -> Batch:
         # Another key each step, and the same one after resuming.
         key = jax.random.fold_in(jax.random.key(config.seed), step)
-        batch = rollout(student, prompts, key)
-        return {**batch, "loss_mask_BT": response_mask(batch)}
+        samples = rollout(student, prompts, key)
+        return {
+            "tokens_BT": samples["tokens_BT"],
+            "segment_ids_BT": samples["segment_ids_BT"],
+            "positions_BT": samples["positions_BT"],
+            "loss_mask_BT": response_mask(samples),  # type: ignore[arg-type]
+        }
 
     return own_samples
 
@@ -269,11 +269,21 @@ def main(config: Config) -> dict[str, float]:
     # Data: packed rows of conversations; their prompts, for own samples.
     train_chats = open_source(config.data, "chat", "train", seed=config.seed)
     held_out_chats = open_source(config.data, "chat", "heldout", seed=config.seed)
-    sized = {"tokenizer": tokenizer, "batch_size": config.batch_size, **data_shard(mesh)}
-    packed = partial(chat_batches, length=config.length, **sized)
+    packed = partial(
+        chat_batches,
+        tokenizer=tokenizer,
+        batch_size=config.batch_size,
+        length=config.length,
+        **data_shard(mesh),
+    )
     batches = packed(train_chats, seed=config.seed)
-    prompts = partial(prompt_batches, length=config.max_prompt, **sized)(
-        prompts_of(train_chats), seed=config.seed
+    prompts = prompt_batches(
+        prompts_of(train_chats),
+        tokenizer,
+        batch_size=config.batch_size,
+        length=config.max_prompt,
+        seed=config.seed,
+        **data_shard(mesh),
     )
     held_out_batches = packed(held_out_chats)
     eval_batches = [to_mesh(next(held_out_batches), mesh) for _ in range(EVAL_BATCHES)]

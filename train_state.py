@@ -1,6 +1,7 @@
 """The state that a run starts from: fresh, from another run's weights, or resumed from its own."""
 
 import dataclasses
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from model import LanguageModel, Params, ScalarModel, init_and_apply
 from model_config import ModelConfig, stored_model
 from runtime.checkpoint import Checkpoints, load_step_params, stored_params
 from runtime.errors import UserError
-from runtime.run_folder import load_config, refuse_other_model_code
+from runtime.run_folder import load_config, model_code, refuse_other_model_code
 from sharding import abstract, init_sharded
 from train_step import TrainState
 
@@ -38,6 +39,9 @@ def load_params(run: str, step: int | None = None, shapes: Any = None) -> dict[s
     """
     config = load_config(run)
     refuse_other_model_code(run, config)
+    code = model_code()
+    if code is not None and "model_code" not in config and jax.process_index() == 0:
+        print(f"note: {run}: made with the root's model.py, read with {code}", file=sys.stderr)
     if config.get("lora", {}).get("rank"):
         adapters = load_step_params(run, step, None)
         return merged(run, config, adapters, load_params, shapes)
@@ -45,7 +49,7 @@ def load_params(run: str, step: int | None = None, shapes: Any = None) -> dict[s
 
 
 def has_scalar_head(run: str) -> bool:
-    """True if the newest checkpoint of `run` is of a scalar model (a reward model), whoever made it.
+    """True if the newest checkpoint of `run` is of a scalar model: a reward model, of any script.
 
     A scalar model is told from a language model by its parameter `head`. Raises UserError for a
     run without a finished checkpoint.
@@ -183,9 +187,10 @@ def start_or_resume(
 
 def as_items(state: TrainState) -> dict[str, Any]:
     """Split the state as a checkpoint stores it: `params`, and the state without them: `rest`."""
-    return {"params": state.params, "rest": state.replace(params={})}
+    rest = dataclasses.replace(state, params={})
+    return {"params": state.params, "rest": rest}
 
 
 def from_items(items: dict[str, Any]) -> TrainState:
     """Undo `as_items`."""
-    return items["rest"].replace(params=items["params"])
+    return dataclasses.replace(items["rest"], params=items["params"])

@@ -1,4 +1,4 @@
-"""Flags from a script's dataclass, and how a user's mistake ends: one line on stderr and exit code 2."""
+"""Flags from a script's dataclass, and how a user's mistake ends: in one line and exit code 2."""
 
 import contextlib
 import dataclasses
@@ -35,7 +35,7 @@ def with_paper_defaults(config: ConfigT, method: str, paper: dict[str, Any]) -> 
 
 
 def paper_defaults_line(config: Any, method: str, paper: dict[str, Any]) -> str:
-    """Name the fields that `config` leaves to the paper, for the terminal; "" where it leaves none.
+    """Name the fields that `config` leaves to the paper, for the terminal; "" for none.
 
     As in "grpo: clip 0.2, kl_coef 0.04 (Shao et al. 2024)". `config`: before it is filled.
     """
@@ -134,7 +134,7 @@ def _flag(argv: Sequence[str], name: str) -> str | None:
 
 
 def run(main: Callable[[ConfigT], Any], cls: type[ConfigT]) -> None:
-    """Run a script as a command: parse `cls` from the flags, call `main`, end mistakes in one line.
+    """Run a script as a command: parse `cls` from the flags, call `main`, tell mistakes in a line.
 
     A config with `hosts` joins the other processes first.
     """

@@ -1,6 +1,6 @@
 """Loss spikes: a detector, and the way back to a good checkpoint without the batches at fault.
 
-PaLM (Chowdhery et al. 2022, section 5.1) and OPT (Zhang et al. 2022, section 2.5) did that by hand.
+PaLM (Chowdhery et al. 2022, section 5.1) and OPT (Zhang et al. 2022, section 2.5) did so by hand.
 The run's `left_out.json` lists the batches left out, so that the run stays a function of its
 folder and resumes to the bit.
 """
@@ -27,7 +27,7 @@ class GuardConfig:
     """What counts as a loss spike, and what is then left out."""
 
     threshold: float = 6.0
-    """Robust deviations above the medians at which loss and gradient norm are a spike; 0: no guard."""
+    """Robust deviations above their medians that make loss and gradient norm a spike; 0: off."""
     window: int = 32
     """Steps before it whose medians are taken; at least half must be there."""
     skip: int = 8

@@ -192,8 +192,8 @@ def load_model_config(run: str, model_class: type[ModelT]) -> ModelT:
 def refuse_other_model_code(run: str, config: dict[str, Any]) -> None:
     """Raise UserError if `run` was made with a fork's model.py that is not the one imported.
 
-    `config`: its config.json. A run of the root's model.py may be read with a fork's: whether the
-    fork starts from it is the fork's decision, and names and shapes of parameters are compared.
+    `config`: its config.json. A run of the root's model.py may be read with a fork's, which may
+    start from it; load_params notes that on stderr.
     """
     theirs = config.get("model_code")
     ours = model_code()

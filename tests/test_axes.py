@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 from running import fails, rows_of, run
-from test_attention import assert_close, drawn, exact, packed, rng, visible  # noqa: F401
+from test_attention import assert_close, drawn, exact, packed, visible
 
 import train_lm
 import train_ppo

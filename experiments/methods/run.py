@@ -22,10 +22,10 @@ import jax
 import jax.numpy as jnp
 
 import train_dpo
-from data.preferences import HELPFUL
 from data.tokenizer import Tokenizer
 from decoding import best_of_n
 from evaluation.gold import CRITERIA, gold_rows, make_kl_sampler, summarise
+from experiments.hindsight.batches import HELPFUL
 from experiments.quark.quark import conditioned
 from model_config import ModelConfig, stored_model
 from objectives import imitate
@@ -67,10 +67,10 @@ METHODS = {  # name -> script and the flags that are not its defaults, {rm} the 
     "slic_hf": (*DIRECT, "--loss=slic_hf", "--steps=320", "--optimizer.lr=3e-4"),
     "cpo": (*DIRECT, "--loss=cpo", "--steps=320", "--optimizer.lr=3e-4"),
     "rrhf": (*DIRECT, "--loss=rrhf", "--steps=320", "--optimizer.lr=3e-4"),
-    "contrastive": (*DIRECT, "--loss=contrastive", "--steps=320"),
-    "unlikelihood": (*DIRECT, "--loss=unlikelihood", "--steps=320"),
-    "figa": (*DIRECT, "--loss=figa", "--steps=320"),
-    "hindsight": ("train_dpo.py", "--length=72", "--loss=hindsight", "--steps=568"),
+    "contrastive": ("experiments/contrastive/train_dpo.py", "--length=32", "--steps=320"),
+    "unlikelihood": ("experiments/unlikelihood/train_dpo.py", "--length=32", "--steps=320"),
+    "figa": ("experiments/figa/train_dpo.py", "--length=32", "--steps=320"),
+    "hindsight": ("experiments/hindsight/train_dpo.py", "--length=72", "--steps=568"),
     "dr_grpo": ("train_grpo.py", "--method=dr_grpo", "--steps=56"),
     "dapo": ("train_grpo.py", "--method=dapo", "--steps=56"),
     "gspo": ("train_grpo.py", "--method=gspo", "--steps=56"),
@@ -90,6 +90,13 @@ METHODS = {  # name -> script and the flags that are not its defaults, {rm} the 
     "expert": ("train_raft.py", "--method=expert", "--threshold=2", "--steps=13"),
     "quark": ("experiments/quark/train_raft.py", "--batch_size=512", "--epochs=1", "--steps=9"),
 }
+RECORDED_AS = {
+    "contrastive": "train_dpo.py --length=32 --loss=contrastive --steps=320",
+    "unlikelihood": "train_dpo.py --length=32 --loss=unlikelihood --steps=320",
+    "figa": "train_dpo.py --length=32 --loss=figa --steps=320",
+    "hindsight": "train_dpo.py --length=72 --loss=hindsight --steps=568",
+}
+"""`flags` of the rows of results.jsonl that were made when these were losses of train_dpo.py."""
 BEST_OF = 16
 MAX_PROMPT, MAX_NEW = 32, 24  # as evaluate.py
 
@@ -132,12 +139,8 @@ def training_flops(run: str) -> float:
     if script == "train_rm":  # four responses a prompt; logits of the best one only
         length, count = config["length"], 4 * batch
         return steps * 3 * forward_flops(c, count, length, length / 4 if config["lm_coef"] else 0)
-    if script == "train_dpo":
-        # Rows of a prompt that pass forward and back, and forward only. KTO takes the best response, the worst and
-        # one to another prompt; hindsight makes one row of two. The reference counts in a second epoch too.
-        trained, other = {"kto": (2, 1), "hindsight": (1, 0)}.get(config["loss"], (4, 0))
-        _, reference = train_dpo.make_objective(train_dpo.Config(loss=config["loss"]), None)
-        passes = 3 * trained + other + reference * (trained + other)
+    if script.endswith("train_dpo"):
+        passes = direct_passes(script, config.get("loss"))
         return steps * passes * forward_flops(c, batch, config["length"], config["length"])
     length, new = config["max_prompt"] + config["max_new_tokens"], config["max_new_tokens"]
     policy = forward_flops(c, batch, length, new + 1)
@@ -164,6 +167,21 @@ def training_flops(run: str) -> float:
         steps * gold_rows
         + sum(row["updates"] for row in rows) * config["minibatch_size"] * passes * whole
     )
+
+
+def direct_passes(script: str, loss: str | None) -> int:
+    """Return how often a direct method passes a row of a prompt forward; back counts as two.
+
+    `loss`: of train_dpo.py; None for its forks. The reference counts in a second epoch too.
+    """
+    if script == "experiments/hindsight/train_dpo":  # one row of both responses
+        return 3
+    if loss == "kto":  # the best response and the worst; one to another prompt, never passed back
+        return 3 * 2 + 1 + (2 + 1)
+    if loss is None:
+        return 3 * 4
+    settings = train_dpo.Config(loss=loss, beta=1.0)
+    return 3 * 4 + 4 * train_dpo.make_objective(settings, None).needs_reference
 
 
 # --- one run
@@ -202,7 +220,7 @@ def command(config: Config, method: str, seed: int, run: pathlib.Path) -> list[s
     if "--reward" not in options:
         common += [
             f"--data={align}/comparisons.jsonl"
-            if script == "train_dpo.py"
+            if script.endswith("train_dpo.py")
             else f"--reward={align}/rm"
         ]
     return [sys.executable, str(ROOT / script), *common, *options, *config.flags.split()]
@@ -216,9 +234,9 @@ def train(words: list[str], run: pathlib.Path) -> dict[str, float]:
         run.mkdir(parents=True)
         log, began = run.parent / f"{run.name}.log", time.monotonic()
         with log.open("w") as file:
-            # A fork finds the root's modules on the path.
-            place = {**os.environ, "PYTHONPATH": str(ROOT)}
-            process = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT, env=place)
+            # A fork takes modules from beside itself, and all others from the root.
+            paths = {**os.environ, "PYTHONPATH": str(ROOT)}
+            process = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT, env=paths)
             _, status, used = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
@@ -295,7 +313,8 @@ def row_of(config: Config, method: str, seed: int) -> dict[str, Any]:
     if METHODS[method]:
         cost = train(command(config, method, seed, run), run)
         cost["training_flops"] = training_flops(str(run))
-    sees_reward_model = METHODS[method][:1] != (DIRECT[0],) and method not in ("sft", "rules")
+    is_direct = METHODS[method][:1] and METHODS[method][0].endswith("train_dpo.py")
+    sees_reward_model = not is_direct and method not in ("sft", "rules")
     models = [f"{align}/{name}" for name in ("round1/rm", "rm")] if sees_reward_model else []
     cost["reward_model_flops"] = sum(training_flops(path) for path in models)
     c = stored_model(f"{align}/sft")
@@ -333,8 +352,9 @@ def main(config: Config) -> list[dict[str, Any]]:
     for seed in config.seeds:
         for method in config.methods:
             settings = " ".join([*METHODS[method], *config.flags.split()])
+            recorded = (settings, None if config.flags else RECORDED_AS.get(method))
             if any(
-                (row["method"], row["seed"], row["flags"]) == (method, seed, settings)
+                (row["method"], row["seed"]) == (method, seed) and row["flags"] in recorded
                 for row in done
             ):
                 continue
