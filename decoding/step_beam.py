@@ -22,6 +22,7 @@ from data.tokenizer import Tokenizer
 from decoding.report import as_json, write_result
 from evaluation.intervals import Interval, mean_interval
 from model_config import check_fit
+from objectives.reward import StepScore
 from responses import Tokens, load_run, make_sampler, split_evenly
 from rewards.models import make_step_scorer
 from rewards.scorer import load_function
@@ -41,7 +42,7 @@ class Config:
     """Run to sample from."""
     model: str = "runs/prm"
     """Run of train_prm.py that scores partial solutions."""
-    how: Literal["product", "minimum", "last"] = "product"
+    how: StepScore = "product"
     """What makes the score of the steps so far (objectives/reward.py)."""
     data: str = "arithmetic"
     """Problems with answers of: arithmetic, a .jsonl file, or tfds:<name>."""

@@ -5,7 +5,7 @@ rows come to be, and in which of a row's scalars make its score.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import jax
 import numpy as np
@@ -16,7 +16,7 @@ from model import Params, ScalarModel, init_and_apply
 from model_config import ModelConfig, stored_model
 from objectives.likelihood import inputs
 from objectives.policy import response_states
-from objectives.reward import last_token, running_score, step_ends
+from objectives.reward import StepScore, last_token, running_score, step_ends
 from responses import full_parts
 from runtime.errors import UserError
 from runtime.run_folder import load_config
@@ -26,9 +26,8 @@ from train_state import has_scalar_head, load_params
 Batch = Mapping[str, Any]
 """Arrays by name."""
 Prompt = str | Sequence[Message]
-StepScore = Literal["product", "minimum", "last"]
 STEP_SCORES: tuple[StepScore, ...] = get_args(StepScore)
-"""How the probabilities of a response's steps make its score (objectives/reward.py)."""
+"""How the probabilities of a response's steps make its score (running_score)."""
 # Rows a call, of texts and of solutions; those of the last call are filled up.
 TEXT_ROWS = 128
 STEP_ROWS = 512
@@ -70,7 +69,7 @@ def make_scalars(config: ModelConfig) -> Callable[[Params, Batch], jax.Array]:
     """Make the pass of a reward model of shape `config` over rows of prompt and response.
 
     Returns scalars(params, batch) -> float32 [B, T], traceable: the scalar at each token, after
-    which it says how good the row is so far. `batch`: `tokens_BT`, `segment_ids_BT` and
+    which the model says how good the row is so far. `batch`: `tokens_BT`, `segment_ids_BT` and
     `positions_BT`, padded on either side.
     """
     _, apply = init_and_apply(ScalarModel(config))

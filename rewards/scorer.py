@@ -10,7 +10,7 @@ import os
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import jax
 import numpy as np
@@ -25,6 +25,7 @@ from rewards.models import Batch, load_reward_model, make_model_scorer
 from runtime.errors import UserError, require
 from sharding import BATCH, to_mesh
 
+Combine = Literal["mean", "weighted", "minimum", "gated"]
 Check = Callable[[str, Record], float]
 """(response's text, record of its prompt) -> reward."""
 Arrays = dict[str, jax.Array]
@@ -40,7 +41,7 @@ class Rewards(Protocol):
     @property
     def reward(self) -> tuple[str, ...]: ...
     @property
-    def combine(self) -> str: ...
+    def combine(self) -> Combine: ...
     @property
     def weights(self) -> tuple[float, ...]: ...
     @property
