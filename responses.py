@@ -19,14 +19,14 @@ from train_state import has_scalar_head, load_params
 
 Tokens = list[int]
 Respond = Callable[..., list[Tokens]]
-"""What `make_sampler` returns."""
+"""respond(params, prompts, key, rows=256) -> responses; see `make_sampler`."""
 Item = TypeVar("Item")
 # Columns that prompts are padded to at least.
 SHORTEST_WIDTH = 16
 
 
 class LoadedRun(NamedTuple):
-    """What a run holds: the model's shape, its tokenizer, its parameters (NumPy arrays)."""
+    """The model of a run: its shape, its tokenizer, its parameters (NumPy arrays)."""
 
     config: ModelConfig
     tokenizer: Tokenizer

@@ -34,7 +34,7 @@ class Config:
     out: str = "runs/align/comparisons.jsonl"
     """File to write."""
     split: Literal["train", "heldout"] = "train"
-    """Of the world's prompts."""
+    """Part of the world's prompts."""
     prompts: int = 10000
     samples: int = 4
     """Responses to a prompt, ranked together."""

@@ -71,7 +71,7 @@ class Config:
     data: str = "arithmetic"
     """Problems with answers: arithmetic, a .jsonl file, or tfds:<name>."""
     split: Literal["train", "heldout"] = "train"
-    """Of the problems."""
+    """Part of the problems."""
     labels: Literal["gold", "outcome", "completions"] = "gold"
     """gold: by the program, up to the first wrong step (arithmetic only). outcome: the last step,
     by --check. completions: each step, by the share of its completions that pass --check (Wang et

@@ -41,7 +41,8 @@ class Config:
     policy: str = "runs/align/sft"
     """Run to sample from."""
     reward: str = "runs/align/rm"
-    """What chooses: a run of train_rm.py, module:function, called with (response, record), or http://<rewards/serve.py>."""
+    """A run of train_rm.py, module:function, called with (response, record), or http://host:port
+    of rewards/serve.py."""
     data: str = "world"
     """Held-out prompts of: world, a .jsonl file, or tfds:<name>."""
     n: int = 16

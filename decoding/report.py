@@ -1,4 +1,4 @@
-"""What searches print and write: numbers of samples, and one JSON file a search."""
+"""Results of searches: the numbers of samples that are shown, and one JSON file a search."""
 
 import dataclasses
 import json

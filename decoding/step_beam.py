@@ -43,11 +43,11 @@ class Config:
     model: str = "runs/prm"
     """Run of train_prm.py that scores partial solutions."""
     how: StepScore = "product"
-    """What makes the score of the steps so far (objectives/reward.py)."""
+    """How the steps so far make one score (objectives/reward.py)."""
     data: str = "arithmetic"
     """Problems with answers of: arithmetic, a .jsonl file, or tfds:<name>."""
     split: Literal["heldout", "train"] = "heldout"
-    """Of these problems."""
+    """Part of these problems."""
     check: str = "tasks.answers:number"
     """module:function that is 1 where a response (first argument) has its record's answer."""
     beams: int = 4

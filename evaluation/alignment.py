@@ -22,7 +22,7 @@ STAGES = ("base", "sft", "ppo")
 # Prompts whose responses the report shows.
 SHOWN = 40
 Rows = dict[str, list[GoldRow]]
-"""Of each stage, a row for each request."""
+"""Stage -> a row for each request."""
 
 
 def summarise_alignment(

@@ -120,7 +120,7 @@ class Comparisons(NamedTuple):
     """Ranked responses as arrays, and as the flat lists that a scorer of texts takes."""
 
     prompts: list[Prompt]
-    """Of each response, in the order of `ranks_NC[ranks_NC > 0]`."""
+    """The prompt of each response, in the order of `ranks_NC[ranks_NC > 0]`."""
     responses: list[str]
     ranks_NC: np.ndarray
     lengths_NC: np.ndarray

@@ -9,12 +9,11 @@ from typing import Any, NamedTuple, TypedDict
 
 from runtime.errors import UserError
 
+# The arrays of a batch that a server is sent.
 SENT = ("tokens_BT", "segment_ids_BT", "positions_BT", "response_BR", "mask_BR")
-"""What a server is sent of a batch."""
+# Seconds for which a server may be away or busy, and between two tries to reach it.
 WAIT = 300.0
-"""Seconds for which a server may be away or busy."""
 PAUSE = 0.5
-"""Seconds between two tries to reach it."""
 
 
 class Question(TypedDict):

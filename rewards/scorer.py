@@ -30,7 +30,7 @@ Check = Callable[[str, Record], float]
 """(response's text, record of its prompt) -> reward."""
 Arrays = dict[str, jax.Array]
 Score = Callable[[dict[str, Params], Batch, Sequence[Record]], tuple[Arrays, Arrays]]
-"""What `make_reward_scorer` returns."""
+"""score(models, batch, records) -> (scores, scalars), by reward; see `make_reward_scorer`."""
 # What a function's reward depends on of a batch.
 SEEN = ("response_BR", "mask_BR")
 

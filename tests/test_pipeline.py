@@ -98,7 +98,7 @@ def test_a_reward_model_goes_on_from_another_head_and_all(runs):
 
 
 def test_a_forks_reward_model_is_one_whatever_its_scripts_name(runs, tmp_path, monkeypatch):
-    """What a run is follows from what it holds: a reward model has a scalar head."""
+    """A run is what it holds: a reward model has a scalar head."""
     shutil.copy(ROOT / "train_rm.py", tmp_path / "my_rm.py")
     monkeypatch.syspath_prepend(str(tmp_path))
     my_rm = importlib.import_module("my_rm")
