@@ -25,7 +25,7 @@ from benchmarks.side_by_side import (
 )
 from model import LanguageModel, ScalarModel, init_and_apply
 from model_config import ModelConfig
-from rewards.models import make_model_scorer
+from rewards.scorer import make_model_scorer
 from rollout import Rollout, make_rollout, shuffled
 from runtime import flags
 from sampling import SamplingConfig

@@ -27,8 +27,7 @@ from model import LanguageModel, ScalarModel, empty_cache, init_and_apply
 from model_config import ModelConfig, stored_model
 from objectives import direct
 from objectives.group import PAPERS
-from rewards.models import make_model_scorer
-from rewards.scorer import is_function
+from rewards.scorer import is_function, make_model_scorer
 from rollout import make_rollout, shuffled
 from runtime.errors import UserError, require
 from runtime.flags import fill_paper_defaults

@@ -1,7 +1,7 @@
-"""Reward models as scores: of texts, of a rollout's responses, and of the steps of solutions.
+"""Reward models, and their scores of texts and of the steps of solutions.
 
-All three run the same model over rows of prompt and response (`make_scalars`). They differ in how
-rows come to be, and in which of a row's scalars make its score.
+All scores are made of `make_scalars`, also those of rollouts (rewards/scorer.py). They differ in
+how rows come to be, and in which of a row's scalars make its score.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +15,6 @@ from data.tokenizer import Message, Tokenizer
 from model import Params, ScalarModel, init_and_apply
 from model_config import ModelConfig, stored_model
 from objectives.likelihood import inputs
-from objectives.policy import response_states
 from objectives.reward import StepScore, last_token, running_score, step_ends
 from responses import full_parts
 from runtime.errors import UserError
@@ -78,26 +77,6 @@ def make_scalars(config: ModelConfig) -> Callable[[Params, Batch], jax.Array]:
         return apply(params, *inputs(batch)).scalars_BT
 
     return scalars
-
-
-def make_model_scorer(
-    config: ModelConfig,
-) -> Callable[[Params, Batch], tuple[jax.Array, jax.Array]]:
-    """Make the jitted scorer of a rollout's responses by a reward model of shape `config`.
-
-    Returns score(params, batch) -> (scores [B], scalars [B, R + 1]). A score is the scalar at the
-    response's last token, its end token included. The scalars are those at the last token of the
-    prompt and at the response's R tokens. `batch`: a rollout's (rollout.py), with `mask_BR`.
-    """
-    scalars = make_scalars(config)
-
-    @jax.jit
-    def score(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        scalars_BT = scalars(params, batch)
-        score_B = last_token(scalars_BT, batch["segment_ids_BT"])
-        return score_B, response_states(batch, scalars_BT)
-
-    return score
 
 
 def make_text_scorer(

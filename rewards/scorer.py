@@ -19,9 +19,11 @@ from jax.experimental import multihost_utils
 from data.records import Record
 from data.tokenizer import Tokenizer
 from model import Params
-from objectives.reward import combined
+from model_config import ModelConfig
+from objectives.policy import response_states
+from objectives.reward import combined, last_token
 from rewards.client import SENT, Question, ask
-from rewards.models import Batch, load_reward_model, make_model_scorer
+from rewards.models import Batch, load_reward_model, make_scalars
 from runtime.errors import UserError, require
 from sharding import BATCH, to_mesh
 
@@ -176,6 +178,26 @@ def make_reward_scorer(
         return scores, scalars
 
     return models, score
+
+
+def make_model_scorer(
+    config: ModelConfig,
+) -> Callable[[Params, Batch], tuple[jax.Array, jax.Array]]:
+    """Make the jitted scorer of a rollout's responses by a reward model of shape `config`.
+
+    Returns score(params, batch) -> (scores [B], scalars [B, R + 1]). A score is the scalar at the
+    response's last token, its end token included. The scalars are those at the last token of the
+    prompt and at the response's R tokens. `batch`: a rollout's (rollout.py), with `mask_BR`.
+    """
+    scalars = make_scalars(config)
+
+    @jax.jit
+    def score(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        scalars_BT = scalars(params, batch)
+        score_B = last_token(scalars_BT, batch["segment_ids_BT"])
+        return score_B, response_states(batch, scalars_BT)
+
+    return score
 
 
 def make_function_scorer(function: Check) -> Callable[..., list[float]]:
