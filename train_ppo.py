@@ -41,7 +41,7 @@ from objectives.policy import (
 )
 from objectives.reward import step_ends, step_rewards
 from planning.dry_run import preview_items
-from rewards.scorer import check_rewards, is_function, make_scorer, pooled
+from rewards.scorer import check_rewards, is_function, make_reward_scorer, pooled
 from rollout import (
     Batch,
     Rollout,
@@ -246,7 +246,7 @@ def make_advantages(
     It returns (experience, metrics).
 
     `models`: a Models; `apply` is the policy's and the reference's, `scalar_apply` the critic's.
-    `scores`: {reward: [B]} and `scalars`: {reward: [B, R + 1]} of rewards.scorer.make_scorer.
+    `scores`: {reward: [B]} and `scalars`: {reward: [B, R + 1]} of rewards.scorer.make_reward_scorer.
     `kl_coef`: scalar beta. `eos` ends a response; `newlines` are tokens that end a step, used with
     --step_rewards. Nothing is donated. Metrics are scalars: means over the rollout.
     """
@@ -487,7 +487,7 @@ class Loaded(NamedTuple):
     rewards: dict[str, Params]
     """Reward models by their run; not of rewards that are functions or servers."""
     score: Callable[..., Any]
-    """score(rewards, rollout, records), of rewards.scorer.make_scorer."""
+    """score(rewards, rollout, records), of rewards.scorer.make_reward_scorer."""
     policy_base: Params | None
     """Frozen weights under the policy's adapters; None without LoRA."""
     critic_base: Params | None
@@ -499,8 +499,7 @@ def load_models(config: Config, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -
     The policy starts as a copy of the reference. Raises UserError for a run that does not fit.
     """
     # Rewards: of responses, or of their steps.
-    script = "train_rm" if config.step_rewards == "none" else "train_prm"
-    rewards, score = make_scorer(config.reward, tokenizer, mesh, script)
+    rewards, score = make_reward_scorer(config.reward, tokenizer, mesh)
 
     # The reference, and a critic that begins with what a reward model knows.
     init, apply = init_and_apply(LanguageModel(config.model))

@@ -30,7 +30,7 @@ from objectives import imitate
 from objectives.imitate import Pool
 from objectives.policy import missing_eos, response_logprobs
 from planning.dry_run import preview_items
-from rewards.scorer import make_scorer
+from rewards.scorer import make_reward_scorer
 from rollout import (
     Batch,
     Rollout,
@@ -210,7 +210,7 @@ def make_targets(
 ) -> Callable[..., tuple[ScoredRollout, Batch]]:
     """Compile compute_targets(policy, reference, rollout, scores, scalars).
 
-    It returns (scored rollout, metrics). `scores`: {reward: [B]} of rewards.scorer.make_scorer,
+    It returns (scored rollout, metrics). `scores`: {reward: [B]} of rewards.scorer.make_reward_scorer,
     whose scalars are not used. `eos` ends a response. Metrics are scalars: means over the rollout.
     """
 
@@ -362,8 +362,8 @@ def open_prompts(
 
 
 def load_score(config: Config, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -> Score:
-    """Load the reward; return score(rollout, records), as of rewards.scorer.make_scorer."""
-    reward_models, score = make_scorer([config.reward], tokenizer, mesh)
+    """Load the reward; return score(rollout, records), as of rewards.scorer.make_reward_scorer."""
+    reward_models, score = make_reward_scorer([config.reward], tokenizer, mesh)
     return partial(score, reward_models)
 
 
