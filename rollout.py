@@ -30,33 +30,38 @@ from runtime.errors import UserError
 from sampling import Apply, Samples, SamplingConfig, generate
 from sharding import constrain_batch, gathered, to_host, to_mesh
 
+Array = jax.Array
+Mesh = jax.sharding.Mesh
 Record = dict[str, Any]
+Batch = dict[str, Array]
 Metrics = dict[str, Any]
-Prompts = dict[str, jax.Array]
-"""Left-padded prompts as data.batches.prompt_batches yields them, [B / n, P] int32: `tokens_BT`,
-`segment_ids_BT` and `positions_BT`. The suffix is T, as in every batch; beside a rollout it is P."""
+Prompts = Batch
+"""Left-padded prompts as data.batches.prompt_batches yields them: `tokens_BT`, `segment_ids_BT`
+and `positions_BT`, [B / n, P] int32. The suffix is T there, as in every batch."""
 
 
 class Rollout(TypedDict):
     """Sampled responses behind their prompts. Responses to one prompt are neighbouring rows."""
 
-    tokens_BT: jax.Array
+    tokens_BT: Array
     """[B, P + R] int32."""
-    segment_ids_BT: jax.Array
+    segment_ids_BT: Array
     """1 for real tokens, 0 for padding, int32."""
-    positions_BT: jax.Array
+    positions_BT: Array
     """0 at the first real token, int32."""
-    response_BR: jax.Array
+    response_BR: Array
     """The last R columns of `tokens_BT`."""
-    mask_BR: jax.Array
+    mask_BR: Array
     """1 for the response's tokens, the end-of-turn token included; float32."""
-    sampler_logp_BR: jax.Array
+    sampler_logp_BR: Array
     """The sampler's log-probabilities at the sampling temperature, in nats; 0 where masked."""
 
 
-Score = Callable[[Rollout, list[Record]], tuple[dict[str, jax.Array], dict[str, jax.Array]]]
+Score = Callable[[Rollout, list[Record]], tuple[Batch, Batch]]
 """score(rollout, records) -> ({reward: scores [B]}, {reward: scalars [B, R + 1]}), as of
-rewards.scorer.make_scorer with its models given."""
+rewards.scorer.make_reward_scorer with its models given."""
+Targets = Callable[..., tuple[Any, Metrics]]
+"""compute_targets(policy, reference, rollout, scores, scalars) -> (batch to learn on, metrics)"""
 
 
 # --- sampling
@@ -70,7 +75,7 @@ def make_rollout(
     eos: int,
     pad: int,
     n: int = 1,
-) -> Callable[[Params, Prompts, jax.Array], Rollout]:
+) -> Callable[[Params, Prompts, Array], Rollout]:
     """Compile rollout(params, prompts, key) -> Rollout: sample `n` responses to each prompt.
 
     `apply` is that of a LanguageModel of `config`. `eos` is the token that ends a response. Rows
@@ -78,7 +83,7 @@ def make_rollout(
     """
 
     @jax.jit
-    def rollout(params: Params, prompts: Prompts, key: jax.Array) -> Rollout:
+    def rollout(params: Params, prompts: Prompts, key: Array) -> Rollout:
         params = gathered(params, config.compute_dtype)
         samples = generate(apply, config, params, prompts, key, sampling, eos=eos, pad=pad, n=n)
         batch = {**join_responses(prompts, samples), "sampler_logp_BR": samples.logp_BR}
@@ -88,20 +93,23 @@ def make_rollout(
     return rollout
 
 
-def join_responses(prompts: Prompts, samples: Samples) -> dict[str, jax.Array]:
+def join_responses(prompts: Prompts, samples: Samples) -> Batch:
     """Join prompts [B / n, P] and their responses [B, R] into rows [B, P + R].
 
     Returns the keys of Rollout but for `sampler_logp_BR`. Each prompt is repeated for its n
     responses, which are neighbouring rows.
     """
+    # Each prompt is repeated for its responses.
     n = samples.mask_BR.shape[0] // prompts["tokens_BT"].shape[0]
     repeated = {name: jnp.repeat(x, n, axis=0) for name, x in prompts.items()}
+
+    # Positions go on from the prompt's last one; after the end they stay.
     real_BR = samples.mask_BR.astype(jnp.int32)
-    positions_BR = repeated["positions_BT"][:, -1:] + jnp.cumsum(real_BR, axis=1)
+    last_B1 = repeated["positions_BT"][:, -1:]
     behind = {
         "tokens_BT": samples.response_BR,
         "segment_ids_BT": real_BR,
-        "positions_BT": positions_BR,
+        "positions_BT": last_B1 + jnp.cumsum(real_BR, axis=1),
     }
     rows = {name: jnp.concatenate([repeated[name], x], axis=1) for name, x in behind.items()}
     return {**rows, "response_BR": samples.response_BR, "mask_BR": samples.mask_BR}
@@ -110,17 +118,18 @@ def join_responses(prompts: Prompts, samples: Samples) -> dict[str, jax.Array]:
 # --- what is logged of rollouts
 
 
-def ended(batch: Mapping[str, Any], eos: int) -> jax.Array:
+def ended(batch: Mapping[str, Any], eos: int) -> Array:
     """Return [B] bool: True where the response has its end-of-turn token `eos`.
 
     Reads `response_BR` and `mask_BR`.
     """
-    return jnp.any((batch["response_BR"] == eos) & (batch["mask_BR"] > 0), axis=1)
+    is_end_BR = (batch["response_BR"] == eos) & (batch["mask_BR"] > 0)
+    return jnp.any(is_end_BR, axis=1)
 
 
 def rollout_metrics(
-    logp_BR: jax.Array, reference_BR: jax.Array, batch: Mapping[str, Any], eos: int
-) -> dict[str, jax.Array]:
+    logp_BR: Array, reference_BR: Array, batch: Mapping[str, Any], eos: int
+) -> Batch:
     """Summarise a Rollout and the policy's and the reference's log-probabilities of it.
 
     kl, kl_k3: estimates of KL(policy || reference) in nats a response. entropy: minus the mean
@@ -129,21 +138,40 @@ def rollout_metrics(
     largest difference between the sampler's log-probability of a token and `logp_BR`.
     """
     mask_BR = batch["mask_BR"]
+
+    # Over the tokens of a response: KL by two estimates, and its length.
+    kl_B = ((logp_BR - reference_BR) * mask_BR).sum(1)
+    kl_k3_B = (kl_estimate(logp_BR, reference_BR, "k3") * mask_BR).sum(1)
+    length_B = mask_BR.sum(1)
+
+    # Tokens equal to the one before.
     response_BR = batch["response_BR"]
     repeats_BR = (response_BR[:, 1:] == response_BR[:, :-1]) * mask_BR[:, 1:]
+
+    # Sampling and training compute the same log-probabilities by different programs.
+    gap_BR = jnp.abs(logp_BR - batch["sampler_logp_BR"]) * mask_BR
     return {
-        "kl": ((logp_BR - reference_BR) * mask_BR).sum(1).mean(),
-        "kl_k3": (kl_estimate(logp_BR, reference_BR, "k3") * mask_BR).sum(1).mean(),
+        "kl": kl_B.mean(),
+        "kl_k3": kl_k3_B.mean(),
         "entropy": -masked_mean(logp_BR, mask_BR),
-        "length": mask_BR.sum(1).mean(),
+        "length": length_B.mean(),
         "ended": ended(batch, eos).mean(),
         "repeats": masked_mean(repeats_BR, mask_BR[:, 1:]),
-        "sampler_gap": jnp.max(jnp.abs(logp_BR - batch["sampler_logp_BR"]) * mask_BR),
+        "sampler_gap": jnp.max(gap_BR),
     }
 
 
+def named(**parts: Mapping[str, Any]) -> Metrics:
+    """Join metrics under their part's name: named(policy={"loss": x}) is {"policy/loss": x}."""
+    joined: Metrics = {}
+    for part, metrics in parts.items():
+        for name, value in metrics.items():
+            joined[f"{part}/{name}"] = value
+    return joined
+
+
 def sample_rows(
-    records: list[Record], response_BR: jax.Array, tokenizer: Tokenizer, n: int
+    records: list[Record], response_BR: Array, tokenizer: Tokenizer, n: int
 ) -> list[dict[str, str]]:
     """Pair each prompt with the first of its `n` responses, as text, for samples.md.
 
@@ -166,21 +194,21 @@ class Shown(NamedTuple):
 
     records: list[Record]
     """Of this host's prompts."""
-    response_BR: jax.Array
+    response_BR: Array
 
 
 def make_experience(
     prompts: Batches,
-    rollout: Callable[[Params, Prompts, jax.Array], Rollout],
+    rollout: Callable[[Params, Prompts, Array], Rollout],
     score: Score,
-    compute_targets: Callable[..., tuple[dict[str, jax.Array], Metrics]],
+    compute_targets: Targets,
     *,
-    mesh: jax.sharding.Mesh,
+    mesh: Mesh,
     pad: int,
     prompt_length: int,
     group: int,
     max_rounds: int = 1,
-) -> Callable[[Params, Params, jax.Array], tuple[dict[str, jax.Array], Metrics, Shown]]:
+) -> Callable[[Params, Params, Array], tuple[Batch, Metrics, Shown]]:
     """Return experience(policy, reference, key) -> (batch, metrics, shown).
 
     A round draws the next batch of `prompts`, samples a `rollout`, and takes the batch to learn
@@ -193,22 +221,24 @@ def make_experience(
     """
     refill = jax.jit(partial(refill_groups, group=group))
 
-    def experience(
-        policy: Params, reference: Params, key: jax.Array
-    ) -> tuple[dict[str, jax.Array], Metrics, Shown]:
-        batch: dict[str, jax.Array] = {}
+    def experience(policy: Params, reference: Params, key: Array) -> tuple[Batch, Metrics, Shown]:
+        batch: Batch = {}
         rounds = []
         for number in range(max_rounds):
+            # Sample, score, and compute what to learn from.
             prompt_batch = to_mesh(widened(next(prompts), prompt_length, pad), mesh)
             sampled = rollout(policy, prompt_batch, jax.random.fold_in(key, number))
             scores, scalars = score(sampled, prompts.records)
             targets, metrics = compute_targets(policy, reference, sampled, scores, scalars)
             rounds.append(metrics)
+
+            # Fill the places of groups without signal.
             batch = refill(batch, targets) if batch else targets
             kept = batch["mask_BR"].any(1).mean()
             # The comparison waits for the device: only where another round may follow.
             if number + 1 < max_rounds and kept == 1:
                 break
+        # Means over the rounds.
         means = jax.tree.map(lambda *values: sum(values) / len(values), *rounds)
         metrics = {**means, "rounds": float(len(rounds)), "kept": kept}
         return batch, metrics, Shown(prompts.records, sampled["response_BR"])
@@ -218,24 +248,28 @@ def make_experience(
 
 def widened(batch: dict[str, np.ndarray], length: int, pad: int) -> dict[str, np.ndarray]:
     """Pad prompts [B, T] on the left to `length`: tokens with `pad`, all else with 0."""
-    missing = ((0, 0), (length - batch["tokens_BT"].shape[1], 0))
-    fill = dict.fromkeys(batch, 0) | {"tokens_BT": pad}
-    return {name: np.pad(x, missing, constant_values=fill[name]) for name, x in batch.items()}
+    missing = length - batch["tokens_BT"].shape[1]
+    wide = {}
+    for name, x in batch.items():
+        fill = pad if name == "tokens_BT" else 0
+        wide[name] = np.pad(x, ((0, 0), (missing, 0)), constant_values=fill)
+    return wide
 
 
-def refill_groups(
-    pool: dict[str, jax.Array], fresh: dict[str, jax.Array], group: int
-) -> dict[str, jax.Array]:
+def refill_groups(pool: Batch, fresh: Batch, group: int) -> Batch:
     """Replace masked-out groups of `pool` by unmasked groups of `fresh` (DAPO, eq. 11).
 
     Both have the same keys and shapes, `mask_BR` among them, and `group` neighbouring rows a
     prompt. Where `fresh` has too few, masked-out groups remain.
     """
     both = {name: jnp.concatenate([pool[name], fresh[name]]) for name in pool}
+
+    # Groups with a usable token first, otherwise in order; the first half of them are kept.
     mask_BR = both["mask_BR"]
     useful_P = mask_BR.reshape(-1, group * mask_BR.shape[1]).any(1)
     order_P = jnp.argsort(~useful_P, stable=True)[: useful_P.size // 2]
-    rows_B = (order_P[:, None] * group + jnp.arange(group)).reshape(-1)
+    rows_PC = order_P[:, None] * group + jnp.arange(group)
+    rows_B = rows_PC.reshape(-1)
     return {name: x[rows_B] for name, x in both.items()}
 
 
@@ -243,19 +277,25 @@ def refill_groups(
 
 
 @partial(jax.jit, static_argnames="parts")
-def shuffled(batch: Mapping[str, Any], key: jax.Array, parts: int) -> list[dict[str, jax.Array]]:
+def shuffled(batch: Mapping[str, Any], key: Array, parts: int) -> list[Batch]:
     """Cut the rows of `batch`, in random order, into `parts` minibatches of equal size.
 
     `parts` must divide the number of rows.
     """
-    order_B = jax.random.permutation(key, jax.tree.leaves(batch)[0].shape[0])
-    cut = {name: x[order_B].reshape(parts, -1, *x.shape[1:]) for name, x in batch.items()}
-    return [{name: constrain_batch(x[i]) for name, x in cut.items()} for i in range(parts)]
+    rows = jax.tree.leaves(batch)[0].shape[0]
+    order_B = jax.random.permutation(key, rows)
+    minibatches: list[Batch] = [{} for _ in range(parts)]
+    for name, x in batch.items():
+        mixed = x[order_B]
+        cut = mixed.reshape(parts, -1, *x.shape[1:])
+        for part, minibatch in enumerate(minibatches):
+            minibatch[name] = constrain_batch(cut[part])
+    return minibatches
 
 
 def shuffled_minibatches(
-    batch: Mapping[str, Any], key: jax.Array, epochs: int, parts: int, first_epoch: int = 0
-) -> Iterator[dict[str, jax.Array]]:
+    batch: Mapping[str, Any], key: Array, epochs: int, parts: int, first_epoch: int = 0
+) -> Iterator[Batch]:
     """Yield the `parts` minibatches of each epoch, every epoch in another random order.
 
     Epoch e is shuffled by fold_in(key, first_epoch + e): `first_epoch` leaves smaller numbers to
@@ -274,6 +314,7 @@ def check_first_update(update: Metrics, metrics: Metrics, dtype: Any, start: int
     a setting. `dtype`: the model's compute type. In bfloat16 a product over other rows may be
     tiled, and so rounded, otherwise: by hundredths of a nat a token.
     """
+    # Policy and old policy are the same parameters.
     exact = dtype == jnp.float32
     changed = float(update["approx_kl"])
     limit = 1e-9 if exact else 1e-3
@@ -288,9 +329,12 @@ def check_sampler(metrics: Metrics, dtype: Any, start: int) -> None:
 
     Arguments as of `check_first_update`, which calls this.
     """
-    exact = dtype == jnp.float32
+    # In a new run policy and reference are the same parameters.
     kl = float(metrics["kl"])
     assert start > 0 or abs(kl) < start_tolerance(dtype), f"KL to the reference starts at {kl}"
+
+    # Decoding and training are two programs for one computation.
+    exact = dtype == jnp.float32
     gap = float(metrics["sampler_gap"])
     assert gap < 1e-4 or not exact, f"sampler and trainer disagree by {gap} nats"
 

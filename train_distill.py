@@ -24,7 +24,7 @@ from data.tokenizer import Tokenizer
 from evaluation.gold import make_gold_evaluation
 from lora import LoraConfig, note_lora_base, with_adapters
 from model import LanguageModel, Params, init_and_apply
-from model_config import ModelConfig, check_fit
+from model_config import ModelConfig, check_fit, stored_model
 from objectives import distill
 from objectives.likelihood import response_mask
 from planning.dry_run import preview
@@ -32,7 +32,7 @@ from rollout import make_rollout
 from runtime import flags
 from runtime.errors import require
 from runtime.hosts import HostsConfig
-from runtime.run_folder import load_config
+from sampling import SamplingConfig
 from sharding import MeshConfig, abstract, check_batch, data_shard, make_mesh, to_mesh
 from train_state import as_items, load_params
 from train_step import (
@@ -67,7 +67,7 @@ class Config:
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
     """KL(teacher, student), KL(student, teacher), or one in between (objectives/distill.py)."""
     beta: float = 0.5
-    """Of jsd: near 0 it is beta times the forward KL, near 1 (1 - beta) times the reverse."""
+    """For jsd: near 0 it is beta times the forward KL, near 1 (1 - beta) times the reverse."""
     alpha: float = 0.1
     """Weight of the data's own tokens as labels; 1 - alpha: the teacher's. 1: fine-tuning."""
     tau: float = 1.0
@@ -105,7 +105,7 @@ class Config:
     hosts: HostsConfig = HostsConfig()
     """Processes of this run."""
     seed: int = 0
-    """Of random weights, the order of the data, the kind of each step and samples."""
+    """Seed of random weights, the order of the data, the kind of each step and samples."""
     eval_every: int = 200
     """Steps between evaluations on held-out data, and by the gold program on world; 0: never."""
     save_every: int = 200
@@ -126,7 +126,7 @@ def check(config: Config) -> None:
 
 def load_teacher(config: Config) -> tuple[ModelConfig, Tokenizer]:
     """Return the teacher's shape and tokenizer; UserError where the student cannot have them."""
-    teacher_model = ModelConfig(**load_config(config.teacher)["model"])
+    teacher_model = stored_model(config.teacher)
     tokenizer = Tokenizer.load(config.teacher)
     # A distribution over tokens is another's only where the tokens are the same.
     if config.init is not None:
@@ -160,7 +160,7 @@ class DistillUpdate(NamedTuple):
     """init(key) -> random parameters of the student."""
     optimizer: optax.GradientTransformation
     objective: Objective
-    """Of {"student", "teacher"} and a batch of conversations."""
+    """objective({"student", "teacher"}, batch of conversations), see train_step.Objective."""
     data_step: Callable[[TrainState, Batch, Params], tuple[TrainState, dict[str, jax.Array]]]
     """data_step(state, batch, held) -> (state, metrics): labels and teacher; donates `state`."""
     own_step: Callable[[TrainState, Batch, Params], tuple[TrainState, dict[str, jax.Array]]]
@@ -224,13 +224,19 @@ def make_own_samples(
     responses.
     """
     _, apply = init_and_apply(LanguageModel(config.model))
-    rollout = make_rollout(config, apply, tokenizer)
+    sampling = SamplingConfig(config.temperature, max_new_tokens=config.max_new_tokens)
+    rollout = make_rollout(apply, config.model, sampling, eos=tokenizer.eos, pad=tokenizer.pad)
 
     def own_samples(student: Params, prompts: Batch, step: int) -> Batch:
         # Another key each step, and the same one after resuming.
         key = jax.random.fold_in(jax.random.key(config.seed), step)
-        batch = rollout(student, prompts, key)
-        return {**batch, "loss_mask_BT": response_mask(batch)}
+        samples = rollout(student, prompts, key)
+        return {
+            "tokens_BT": samples["tokens_BT"],
+            "segment_ids_BT": samples["segment_ids_BT"],
+            "positions_BT": samples["positions_BT"],
+            "loss_mask_BT": response_mask(samples),  # type: ignore[arg-type]
+        }
 
     return own_samples
 
@@ -263,11 +269,21 @@ def main(config: Config) -> dict[str, float]:
     # Data: packed rows of conversations; their prompts, for own samples.
     train_chats = open_source(config.data, "chat", "train", seed=config.seed)
     held_out_chats = open_source(config.data, "chat", "heldout", seed=config.seed)
-    sized = {"tokenizer": tokenizer, "batch_size": config.batch_size, **data_shard(mesh)}
-    packed = partial(chat_batches, length=config.length, **sized)
+    packed = partial(
+        chat_batches,
+        tokenizer=tokenizer,
+        batch_size=config.batch_size,
+        length=config.length,
+        **data_shard(mesh),
+    )
     batches = packed(train_chats, seed=config.seed)
-    prompts = partial(prompt_batches, length=config.max_prompt, **sized)(
-        prompts_of(train_chats), seed=config.seed
+    prompts = prompt_batches(
+        prompts_of(train_chats),
+        tokenizer,
+        batch_size=config.batch_size,
+        length=config.max_prompt,
+        seed=config.seed,
+        **data_shard(mesh),
     )
     held_out_batches = packed(held_out_chats)
     eval_batches = [to_mesh(next(held_out_batches), mesh) for _ in range(EVAL_BATCHES)]

@@ -104,7 +104,7 @@ class Config:
 
     # Model
     model: ModelConfig = ModelConfig()
-    """Its shape; that of --init where there is one."""
+    """Shape of the model; that of --init where there is one."""
     optimizer: OptimizerConfig = OptimizerConfig(lr=1e-4, beta2=0.999, weight_decay=0.0)
     """Learning rate, schedule, clipping."""
     lora: LoraConfig = LoraConfig()
@@ -130,7 +130,7 @@ class Config:
     hosts: HostsConfig = HostsConfig()
     """Processes of this run."""
     seed: int = 0
-    """Of random weights, the order of the data and samples."""
+    """Seed of random weights, the order of the data and samples."""
     save_every: int = 100
     """Steps between checkpoints; 0: at the end only."""
     keep_checkpoints: int = 2
@@ -225,9 +225,10 @@ def make_update(config: Config) -> Update:
 
 
 def make_batches(config: Config, source: Source, tokenizer: Tokenizer, **options: Any) -> Batches:
-    """Batches of candidates, as `comparison_batches` with the `options` of `Batches`.
+    """Iterate over the candidates that --loss compares; `options`: others of `BatchOptions`.
 
-    For kto the candidates are judged responses and, last, one to another prompt.
+    `source`: comparisons, or for kto unpaired records too; its candidates are judged responses
+    and, last, one to another prompt.
     """
     # KTO's candidates: the best and the worst response, or one judged response; and one more.
     if config.loss == "kto":

@@ -1,10 +1,12 @@
-"""Online RL without a critic: grpo, dr_grpo, dapo, gspo, rloo, reinforce_pp, online_dpo; any number of rewards.
+"""Online RL without a critic: grpo, dr_grpo, dapo, gspo, rloo, reinforce_pp; any rewards.
 
     python train_grpo.py --init=runs/align/sft --reward=runs/align/rm --run=runs/grpo
-    python train_grpo.py --method=rloo --reward runs/rm runs/harm --combine=gated --gate=0 --run=runs/gated
-    python train_grpo.py --method=dapo --data=maths.jsonl --reward=tasks.answers:number --run=runs/maths
+    python train_grpo.py --method=rloo --reward runs/rm runs/harm --combine=gated --run=runs/gated
+    python train_grpo.py --method=dapo --data=sums.jsonl --reward=tasks.answers:number \\
+        --run=runs/sums
 
-A method is an entry of `make_method` and of PAPERS in objectives/group.py, where its mathematics is.
+A method is an entry of `make_method` here and of PAPERS in objectives/group.py, where its
+mathematics is.
 """
 
 import dataclasses
@@ -15,60 +17,74 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from data.batches import prompt_batches
-from data.sources import open_source
+from data.batches import Batches, prompt_batches
+from data.sources import Source, open_source
 from data.tokenizer import Tokenizer
 from evaluation.gold import make_gold_evaluation
 from lora import LoraConfig, note_lora_base, with_adapters
 from model import LanguageModel, Params, init_and_apply
 from model_config import ModelConfig, check_fit
-from objectives import direct, group
-from objectives import policy as ppo
-from planning.dry_run import describe, preview
-from rewards.scorer import check_rewards, is_function, make_scorer, pooled
+from objectives import group
+from objectives.policy import kl_estimate, missing_eos, response_logprobs, token_rewards
+from planning.dry_run import preview
+from rewards.scorer import check_rewards, is_function, make_reward_scorer, pooled
 from rollout import (
     Batch,
+    Rollout,
+    Score,
     check_first_update,
+    check_kl,
     ended,
     make_experience,
     make_rollout,
+    named,
     rollout_metrics,
     sample_rows,
-    shuffled,
+    shuffled_minibatches,
 )
 from runtime import flags
-from runtime.checkpoint import Checkpoints
-from runtime.errors import UserError, require
-from runtime.flags import fill_paper_defaults
+from runtime.errors import require
+from runtime.flags import with_paper_defaults
 from runtime.hosts import HostsConfig
-from runtime.metrics import Recorder
+from sampling import Apply, SamplingConfig
 from sharding import MeshConfig, check_batch, data_shard, make_mesh
-from train_state import as_items, start_or_resume, starting_params
-from train_step import OptimizerConfig, make_optimizer, make_train_step
+from train_state import as_items, starting_params
+from train_step import Objective, OptimizerConfig, Update, make_optimizer, make_train_step
+from training_run import Run
+
+Advantages = Callable[[jax.Array, jax.Array], jax.Array]
+"""advantages(rewards_BR, mask_BR) -> [B, R]."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
+    # Folders and method
     run: str = "runs/grpo"
     """Folder of this run; running again resumes it."""
     init: str = "runs/align/sft"
     """Run that policy and reference start from."""
-    method: Literal["grpo", "dr_grpo", "dapo", "gspo", "rloo", "reinforce_pp", "online_dpo"] = (
-        "grpo"
-    )
-    """Sets the fields that are None here to its paper's values (PAPERS in objectives/group.py)."""
+    method: Literal["grpo", "dr_grpo", "dapo", "gspo", "rloo", "reinforce_pp"] = "grpo"
+    """Fills fields left at None with its paper's values (PAPERS in objectives/group.py)."""
+
+    # Rewards, and how they make one score
     reward: tuple[str, ...] = ("runs/align/rm",)
-    """Each a run of train_rm.py, module:function, called with (response, record), or http://<rewards/serve.py>."""
+    """Each a run of train_rm.py, module:function called with (response, record), or http://<server>
+    (rewards/serve.py)."""
     combine: Literal["mean", "weighted", "minimum", "gated"] = "mean"
-    """Several rewards as one score; gated: the first where all others reach --gate, else --floor."""
+    """How several rewards make one score; gated: the first if all others reach --gate, else
+    --floor."""
     weights: tuple[float, ...] = ()
-    """Of the rewards (weighted: their sum, not divided)."""
+    """One a reward (weighted: the weighted sum, not divided)."""
     gate: float = 0.0
-    """What the second reward and those after it must reach (gated)."""
+    """Least value of the second reward and of those after it (gated)."""
     floor: float = -1.0
-    """Score where one does not (gated)."""
+    """Score where one of them is below --gate (gated)."""
+
+    # Prompts
     data: str = "world"
     """Prompts: world, a .jsonl file, or tfds:<name>."""
+
+    # Sizes of an iteration
     steps: int = 40
     """Iterations."""
     batch_size: int = 256
@@ -81,52 +97,71 @@ class Config:
     """Passes over an iteration's rollouts."""
     microbatches: int = 1
     """Parts of a minibatch whose gradients are summed."""
+
+    # Sampling
     max_prompt: int = 20
     """Longest prompt, in tokens."""
     max_new_tokens: int = 24
     """Longest response, in tokens."""
     temperature: float = 1.0
-    """Of sampling; policy, reference and updates all divide their logits by it."""
+    """Sampling temperature; also applied to the log-probabilities in the KL and the loss."""
+
+    # Loss
     ratio: Literal["token", "sequence", "geometric"] | None = None
-    """Importance ratio of a token: its own, its response's, or that one's geometric mean over the response."""
+    """Importance ratio of a token: its own, its whole response's, or the geometric mean over the
+    response."""
     average: Literal["sequence", "tokens", "constant"] | None = None
-    """Mean over a response's tokens and then responses; over all tokens; or sums by max_new_tokens."""
+    """sequence: mean over a response's tokens, then over responses. tokens: mean over all tokens.
+    constant: sum over a response's tokens / max_new_tokens, then mean over responses."""
     clip: float | None = None
-    """The ratio is clipped at 1 - clip; inf: never."""
+    """The ratio is clipped below at 1 - clip; inf: never."""
     clip_high: float | None = None
-    """And at 1 + clip_high."""
+    """The ratio is clipped above at 1 + clip_high."""
+
+    # KL to the reference
     kl_coef: float | None = None
-    """Beta of the KL to the reference; DPO's beta in online_dpo."""
+    """Beta of the KL to the reference."""
     kl_in: Literal["loss", "reward"] | None = None
-    """In the loss, averaged as --average says, it pulls on each token by itself; in the reward it counts for those
-    before too, and only then is pi_ref exp(r / beta) / Z the optimum (tests/test_group.py)."""
+    """loss: a penalty per token, averaged by --average. reward: part of the return, so earlier
+    tokens are charged for later drift; only this has the optimum pi_ref exp(r / beta) / Z."""
     kl_estimator: Literal["k1", "k2", "k3"] | None = None
-    """Per token (objectives/policy.py). In the loss k2 has the KL's gradient; k3 has that of KL(reference, policy)."""
+    """Estimate of KL per token (objectives/policy.py). In the loss k2 has the gradient of
+    KL(policy || reference), k3 that of KL(reference || policy)."""
+
+    # Groups
     unbiased_std: bool = False
     """Variances divided by n - 1 (TRL, verl) instead of n."""
     dynamic_sampling: bool | None = None
-    """Leave groups of equal scores out and sample other prompts in their place."""
+    """Leave groups of equal scores out, and sample other prompts in their place."""
     max_rounds: int = 4
-    """Rollouts an iteration at most, if dynamic; groups still missing then are left out."""
+    """Most rollouts of an iteration with --dynamic_sampling; groups still missing are left out."""
+
+    # What is added to the score
     overlong: float | None = None
-    """Last share of max_new_tokens over which a penalty on the score grows from 0 to 1."""
+    """Share of max_new_tokens, the last, over which a penalty on the score grows from 0 to 1."""
     missing_eos: Literal["replace", "penalty", "none"] = "none"
-    """A response that never ends: its score becomes, or is lowered by, `missing_eos_score`; or nothing."""
+    """Rule for a response without an end: its score becomes `missing_eos_score`, has it added, or
+    stays."""
     missing_eos_score: float = -1.0
-    """Score of an unended response; with `penalty`, added to its score."""
+    """Score of a response without an end; with `penalty`, added to its score."""
     entropy_coef: float = 0.0
-    """Alpha: -alpha log pi joins each token's reward, for exploration; longer responses have more entropy."""
+    """Alpha: each token's reward gets -alpha log pi, to explore; longer responses get more."""
     shaping: float = 0.0
-    """Weight of a potential, the first reward model's scalar at each token, in the reward (reinforce_pp)."""
+    """Weight of a potential in the reward: the first reward model's scalar at each token
+    (reinforce_pp)."""
+
+    # Update
     kl_limit: float = 50.0
     """The run ends in an error when KL per response exceeds this: the policy has collapsed."""
     optimizer: OptimizerConfig = OptimizerConfig(
         lr=2e-4, schedule="linear", warmup=0, final_lr=0.1, beta2=0.999, eps=1e-5, weight_decay=0.0
     )
     model: ModelConfig = ModelConfig()
-    """The policy's; taken from --init."""
+    """The policy's architecture; taken from --init."""
     lora: LoraConfig = LoraConfig()
-    """The reference is then the policy's base."""
+    """Adapters of the policy; the reference is then their base."""
+
+    # Run
     mesh: MeshConfig = MeshConfig()
     hosts: HostsConfig = HostsConfig()
     seed: int = 0
@@ -139,221 +174,305 @@ class Config:
     dry_run: bool = False
     """Print shapes, shardings, memory and the first batch, and write nothing."""
 
+    @property
+    def length(self) -> int:
+        """Tokens of a row: prompt and response."""
+        return self.max_prompt + self.max_new_tokens
 
-def make_method(config: Config, apply: Any) -> tuple[Callable[..., jax.Array], Any]:
-    """Of --method: advantages(rewards_BR, mask_BR), and the objective."""
-    n, std = config.samples_per_prompt, {"unbiased": config.unbiased_std}
-    normalised = partial(group.by_response, partial(group.normalised, **std), group=n)
-    centred, leave_one_out = (
-        partial(group.by_response, a, group=n) for a in (group.centred, group.leave_one_out)
-    )
-    fields = ("ratio", "average", "clip", "clip_high", "kl_estimator", "temperature")
-    options = {name: getattr(config, name) for name in fields}
-    options["kl_coef"] = config.kl_coef if config.kl_in == "loss" else 0.0
-    surrogate = partial(group.surrogate_objective, apply, **options)
 
-    loss = partial(direct.dpo, beta=config.kl_coef)
-    dpo = partial(
-        direct.preference_objective, apply, loss=loss, temperature=config.temperature or 1.0
-    )
-    return {
-        "grpo": (normalised, surrogate),
-        "dr_grpo": (centred, surrogate),
-        "dapo": (normalised, surrogate),
-        "gspo": (normalised, surrogate),
-        "rloo": (leave_one_out, surrogate),
-        "reinforce_pp": (partial(group.reinforce_pp, group=n, **std), surrogate),
-        "online_dpo": (
-            centred,
-            dpo,
-        ),  # of the advantages it takes the order only, in best_and_worst
+class Experience(Rollout):
+    """A rollout and the targets of its updates, float32."""
+
+    old_logp_BR: jax.Array
+    """Log-probabilities by the policy that sampled, recomputed by the training code."""
+    reference_BR: jax.Array
+    """Log-probabilities by the reference."""
+    advantages_BR: jax.Array
+    total_B: jax.Array
+    """The sum of a response's rewards, the KL included where it is in the reward."""
+
+
+def make_method(config: Config, apply: Apply) -> tuple[Advantages, Objective]:
+    """Return the advantages and the objective of --method.
+
+    `config`: with no field of the method left at None.
+    """
+    # Advantages of whole responses, from their group; of tokens, from the whole batch.
+    size = config.samples_per_prompt
+    of_group: dict[str, Callable[[jax.Array], jax.Array]] = {
+        "normalised": partial(group.normalised, unbiased=config.unbiased_std),
+        "centred": group.centred,
+        "leave_one_out": group.leave_one_out,
+    }
+    by_group = {
+        name: partial(group.by_response, advantage, group=size)
+        for name, advantage in of_group.items()
+    }
+    over_batch = partial(group.reinforce_pp, group=size, unbiased=config.unbiased_std)
+    advantages = {
+        "grpo": by_group["normalised"],
+        "dr_grpo": by_group["centred"],
+        "dapo": by_group["normalised"],
+        "gspo": by_group["normalised"],
+        "rloo": by_group["leave_one_out"],
+        "reinforce_pp": over_batch,
     }[config.method]
 
+    # One objective, whose settings tell the methods apart.
+    objective = partial(
+        group.surrogate_objective,
+        apply,
+        ratio=config.ratio,
+        average=config.average,
+        clip=config.clip,
+        clip_high=config.clip_high,
+        kl_coef=config.kl_coef if config.kl_in == "loss" else 0.0,
+        kl_estimator=config.kl_estimator,
+        temperature=config.temperature,
+    )
+    return advantages, objective
 
-def make_judge(config: Config, apply: Any, advantages: Callable[..., jax.Array], eos: int):
-    """judge(policy, reference, batch, scores, scalars) -> (batch with targets, metrics)."""
-    n, longest = config.samples_per_prompt, config.max_new_tokens
+
+def make_advantages(
+    config: Config, apply: Apply, advantages: Advantages, *, eos: int
+) -> Callable[..., tuple[Experience, Batch]]:
+    """Compile compute_advantages(policy, reference, rollout, scores, scalars).
+
+    It returns (experience, metrics). `scores`: {reward: [B]} and `scalars`: {reward: [B, R + 1]}
+    of rewards.scorer.make_reward_scorer; scalars are read with --shaping alone. `eos` ends a response.
+    With --dynamic_sampling the mask of a group whose scores are all equal is 0, so that it counts
+    nowhere. Nothing is donated. Metrics are scalars: means over the rollout.
+    """
+    size = config.samples_per_prompt
 
     @jax.jit
-    def judge(policy: Params, reference: Params, batch: Batch, scores: Batch, scalars: Batch):
-        mask_BR = batch["mask_BR"]
-        logp_BR = ppo.response_logprobs(apply, policy, batch, config.temperature)
-        reference_BR = ppo.response_logprobs(apply, reference, batch, config.temperature)
+    def compute_advantages(
+        policy: Params,
+        reference: Params,
+        rollout: Rollout,
+        scores: Batch,
+        scalars: Batch,
+    ) -> tuple[Experience, Batch]:
+        mask_BR = rollout["mask_BR"]
+        logp_BR = response_logprobs(apply, policy, rollout, config.temperature)
+        reference_BR = response_logprobs(apply, reference, rollout, config.temperature)
+
+        # One score a response: the rewards combined, the rule for a missing end, the length.
         raw_B = pooled(config, scores)
-        score_B = ppo.missing_eos(
-            raw_B, ended(batch, eos), config.missing_eos, config.missing_eos_score
+        score_B = missing_eos(
+            raw_B, ended(rollout, eos), config.missing_eos, config.missing_eos_score
         )
         if config.overlong:
+            longest = config.max_new_tokens
             score_B += group.overlong_penalty(mask_BR.sum(1), longest, config.overlong * longest)
+
+        # A reward a token: the score at the last one, less the costs that are in the reward.
         cost_BR = config.entropy_coef * logp_BR
         if config.kl_in == "reward":
-            cost_BR += config.kl_coef * ppo.kl_estimate(logp_BR, reference_BR, config.kl_estimator)
-        rewards_BR = ppo.token_rewards(score_B, cost_BR, mask_BR, 1.0, mask_BR.sum(1) - 1)
+            cost_BR += config.kl_coef * kl_estimate(logp_BR, reference_BR, config.kl_estimator)
+        rewards_BR = token_rewards(score_B, cost_BR, mask_BR, 1.0, mask_BR.sum(1) - 1)
         if config.shaping:
+            # Index t of the scalars is of the state before response token t.
             before_BR = scalars[config.reward[0]][:, :-1]
             rewards_BR = group.shaped(rewards_BR, config.shaping * before_BR, mask_BR)
-        unequal_P = jnp.ptp(raw_B.reshape(-1, n), axis=1) > 0
-        targets = {
+
+        # Groups of equal scores have no signal; dynamic sampling leaves them out.
+        signal_P = jnp.ptp(raw_B.reshape(-1, size), axis=1) > 0
+        kept_BR = mask_BR
+        if config.dynamic_sampling:
+            kept_BR = mask_BR * jnp.repeat(signal_P, size)[:, None]
+        experience: Experience = {
+            **rollout,
             "old_logp_BR": logp_BR,
             "reference_BR": reference_BR,
             "advantages_BR": advantages(rewards_BR, mask_BR),
             "total_B": rewards_BR.sum(1),
-            # A response without tokens counts nowhere: so are groups left out.
-            "mask_BR": mask_BR * jnp.repeat(unequal_P, n)[:, None]
-            if config.dynamic_sampling
-            else mask_BR,
+            "mask_BR": kept_BR,
         }
         metrics = {
-            **{f"reward/{name}": x.mean() for name, x in scores.items()},
+            **{f"reward/{name}": score.mean() for name, score in scores.items()},
             "score": raw_B.mean(),
-            "unequal": unequal_P.mean(),  # share of groups whose scores differ
-            **rollout_metrics(logp_BR, reference_BR, batch, eos),
+            "groups_with_signal": signal_P.mean(),
+            **rollout_metrics(logp_BR, reference_BR, rollout, eos),
         }
-        return {**batch, **targets}, metrics
+        return experience, metrics
 
-    return judge
+    return compute_advantages
 
 
-def make_update(config: Config, objective: Any):
-    """(optimiser, train step)."""
+def make_update(config: Config, init: Any, objective: Objective) -> Update:
+    """Make the policy's optimiser over all updates of the run, and its jitted step."""
     optimizer = make_optimizer(config.optimizer, config.steps * config.epochs * config.minibatches)
-    full = partial(with_adapters, config.lora)
     step = make_train_step(
-        objective, optimizer, config.microbatches, max_norm=config.optimizer.clip, full=full
+        objective,
+        optimizer,
+        config.microbatches,
+        max_norm=config.optimizer.clip,
+        full=partial(with_adapters, config.lora),
     )
-    return optimizer, step
+    return Update(init, optimizer, objective, step)
 
 
-def check(c: Config, mesh: Any) -> None:
-    """Raises UserError for settings that cannot run together."""
-    n, alone = c.samples_per_prompt, c.method == "reinforce_pp" and not c.dynamic_sampling
-    rows = c.batch_size // max(n, 1) if c.method == "online_dpo" else c.batch_size
-    check_rewards(c)
+def check(config: Config, mesh: jax.sharding.Mesh) -> None:
+    """Raise UserError for settings that cannot run together."""
+    check_rewards(config)
+    check_group(config)
+
+    # Rows are cut into minibatches, over and over.
+    rows = config.batch_size
     require(
-        n >= 1 and c.batch_size % n == 0,
-        f"--samples_per_prompt={n}: must divide --batch_size={c.batch_size}",
+        config.minibatches >= 1 and rows % config.minibatches == 0,
+        f"--minibatches={config.minibatches}: must divide {rows} rows",
     )
     require(
-        n >= 2 or alone,
-        f"--samples_per_prompt={n}: responses are compared in groups; give at least 2",
+        min(config.epochs, config.max_rounds) >= 1,
+        f"--epochs={config.epochs}, --max_rounds={config.max_rounds}: must be at least 1",
     )
+
+    # The KL: its weight, and an estimate that has a gradient where it is.
+    require(config.kl_coef >= 0, f"--kl_coef={config.kl_coef}: must be at least 0")
+    k1_in_loss = config.kl_in == "loss" and config.kl_estimator == "k1"
     require(
-        c.minibatches >= 1 and rows % c.minibatches == 0,
-        f"--minibatches={c.minibatches}: must divide {rows} rows",
+        config.kl_coef == 0 or not k1_in_loss,
+        "--kl_estimator=k1: in the loss its gradient is 0 on average; use k2 or k3, or "
+        "--kl_in=reward",
     )
+
+    # Ranges of the other terms.
     require(
-        min(c.epochs, c.max_rounds) >= 1,
-        f"--epochs={c.epochs}, --max_rounds={c.max_rounds}: must be at least 1",
+        config.clip > 0 and config.clip_high > 0,
+        f"--clip={config.clip}, --clip_high={config.clip_high}: must be above 0",
     )
-    require(c.kl_coef >= 0, f"--kl_coef={c.kl_coef}: must be at least 0")
-    require(c.kl_coef > 0 or c.method != "online_dpo", "--kl_coef=0: online_dpo needs one above 0")
+    require(0 <= config.overlong <= 1, f"--overlong={config.overlong}: must be in 0..1")
+    tells_tokens_apart = config.method == "reinforce_pp" and not is_function(config.reward[0])
     require(
-        (c.kl_in, c.kl_estimator) != ("loss", "k1") or c.kl_coef == 0,
-        "--kl_estimator=k1: in the loss its gradient is 0 on average; use k2 or k3, or --kl_in=reward",
-    )
-    require(
-        c.clip > 0 and c.clip_high > 0,
-        f"--clip={c.clip}, --clip_high={c.clip_high}: must be above 0",
-    )
-    require(0 <= c.overlong <= 1, f"--overlong={c.overlong}: must be in 0..1")
-    require(
-        c.shaping == 0 or (c.method == "reinforce_pp" and not is_function(c.reward[0])),
+        config.shaping == 0 or tells_tokens_apart,
         "--shaping: tells tokens apart; needs --method=reinforce_pp and a reward model first",
     )
-    check_batch("batch_size / --minibatches", rows // c.minibatches, c.microbatches, mesh)
-    check_batch("batch_size / --samples_per_prompt", c.batch_size // n, 1, mesh)
+
+    # Each part of a batch lies evenly over the devices.
+    minibatch_rows = rows // config.minibatches
+    groups = rows // config.samples_per_prompt
+    check_batch("batch_size / --minibatches", minibatch_rows, config.microbatches, mesh)
+    check_batch("batch_size / --samples_per_prompt", groups, 1, mesh)
+
+
+def check_group(config: Config) -> None:
+    """Raise UserError for a group that does not fit the batch, or has too few to compare."""
+    size = config.samples_per_prompt
+    require(
+        size >= 1 and config.batch_size % size == 0,
+        f"--samples_per_prompt={size}: must divide --batch_size={config.batch_size}",
+    )
+    alone = config.method == "reinforce_pp" and not config.dynamic_sampling
+    require(
+        size >= 2 or alone,
+        f"--samples_per_prompt={size}: responses are compared in groups; give at least 2",
+    )
+
+
+def open_prompts(
+    config: Config, source: Source, tokenizer: Tokenizer, mesh: jax.sharding.Mesh
+) -> Batches:
+    """Open batches of one prompt a group, on this host's part of `source`."""
+    shard: dict[str, Any] = {"seed": config.seed, **data_shard(mesh)}
+    groups = config.batch_size // config.samples_per_prompt
+    return prompt_batches(source, tokenizer, batch_size=groups, length=config.max_prompt, **shard)
+
+
+def load_score(config: Config, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -> Score:
+    """Load the rewards; return score(rollout, records), as of rewards.scorer.make_reward_scorer."""
+    reward_models, score = make_reward_scorer(config.reward, tokenizer, mesh)
+    return partial(score, reward_models)
 
 
 def main(config: Config) -> dict[str, float]:
-    config = note_lora_base(fill_paper_defaults(config, group.PAPERS[config.method]))
+    """Train a policy by --method; return the last metrics."""
+    config = with_paper_defaults(config, config.method, group.PAPERS[config.method])
+    config = note_lora_base(config)
     mesh = make_mesh(config.mesh)
     check(config, mesh)
     tokenizer = Tokenizer.load(config.init)
-    length = config.max_prompt + config.max_new_tokens
-    check_fit(config.model, tokenizer.size, length)
-    models, score = make_scorer(config.reward, tokenizer, mesh)
-    init, apply = init_and_apply(LanguageModel(config.model))
+    check_fit(config.model, tokenizer.size, config.length)
+
+    # Data: prompts. The policy's functions: advantages and update, by the method.
     source = open_source(config.data, "prompt", "train", seed=config.seed)
-    prompts = prompt_batches(
-        source, tokenizer, batch_size=config.batch_size // config.samples_per_prompt, length=config.max_prompt,
-        seed=config.seed, **data_shard(mesh),
-    )  # fmt: skip
+    prompts = open_prompts(config, source, tokenizer, mesh)
+    init, apply = init_and_apply(LanguageModel(config.model))
     advantages, objective = make_method(config, apply)
-    rollout, whole = (
-        make_rollout(config, apply, tokenizer, config.samples_per_prompt),
-        partial(with_adapters, config.lora),
+    update = make_update(config, init, objective)
+
+    # Steps 1 to 3 of an iteration, which dynamic sampling repeats. With LoRA the state holds
+    # adapters alone, and `full` lays them on their base.
+    experience_of = make_experience(
+        prompts,
+        rollout=make_rollout(
+            apply,
+            config.model,
+            SamplingConfig(config.temperature, max_new_tokens=config.max_new_tokens),
+            eos=tokenizer.eos,
+            pad=tokenizer.pad,
+            n=config.samples_per_prompt,
+        ),
+        score=load_score(config, tokenizer, mesh),
+        compute_targets=make_advantages(config, apply, advantages, eos=tokenizer.eos),
+        mesh=mesh,
+        pad=tokenizer.pad,
+        prompt_length=config.max_prompt,
+        group=config.samples_per_prompt,
+        max_rounds=config.max_rounds if config.dynamic_sampling else 1,
     )
-    judge, most = (
-        make_judge(config, apply, advantages, tokenizer.eos),
-        config.max_rounds if config.dynamic_sampling else 1,
-    )
-    experience = make_experience(
-        config, prompts, mesh, tokenizer.pad, rollout, partial(score, models), judge, most
-    )
-    optimizer, train_step = make_update(config, objective)
-    pairs = jax.jit(partial(group.best_and_worst, group=config.samples_per_prompt))
-    evaluate = (
-        make_gold_evaluation(config, tokenizer)
-        if config.data == "world" and config.eval_every
-        else None
-    )
+    full = partial(with_adapters, config.lora)
+    evaluate_gold = None
+    if config.data == "world" and config.eval_every:
+        evaluate_gold = make_gold_evaluation(config, tokenizer)
 
     if config.dry_run:
-        return preview(config, init, optimizer, mesh, next(prompts), tokenizer)
-    with Checkpoints(
-        config.run,
-        config,
-        script="train_grpo",
-        tokenizer=tokenizer.model,
-        keep=config.keep_checkpoints,
-    ) as saved:
-        start, policy, position, base = start_or_resume(saved, config, init, optimizer, mesh)
+        return preview(config, init, update.optimizer, mesh, next(prompts), tokenizer)
+    with Run(config, tokenizer, unit="iteration") as run:
+        policy, base = run.start_or_resume(init, update.optimizer, mesh, prompts)
         reference = base or starting_params(init, config.model, config.init, mesh, config.seed)
-        if position:
-            prompts.restore(position)
-        sizes = {
-            "batch_size": config.batch_size,
-            "length": length,
-            "steps": config.steps,
-            "start": start,
-        }
-        others = (policy.opt_state, reference)
-        print(
-            describe(
-                f"{config.run}: {config.method} on {source.name}", policy.params, others, **sizes
-            )
+        run.describe(
+            f"{config.method} on {source.name}",
+            policy.params,
+            (policy.opt_state, reference),
+            length=config.length,
         )
-        unchecked = True
-        with Recorder(config.run, config.steps, start, unit="iteration") as record:
-            for step in record.steps():
-                key = jax.random.fold_in(jax.random.key(config.seed), step)
-                batch, metrics, shown = experience(whole(base, policy.params), reference, key)
-                batch = pairs(batch) if config.method == "online_dpo" else batch
-                for epoch in range(config.epochs):
-                    order = jax.random.fold_in(key, config.max_rounds + epoch)
-                    for minibatch in shuffled(batch, order, config.minibatches):
-                        policy, update = train_step(policy, minibatch, base)
-                        if unchecked:
-                            check_first_update(update, metrics, config, start)
-                            unchecked = False
-                metrics |= {f"policy/{name}": x for name, x in update.items()}
-                record(step, metrics, tokens=config.batch_size * length)
-                if record.last.get("kl", 0.0) > config.kl_limit:
-                    raise UserError(
-                        f"--kl_limit={config.kl_limit}: KL is {record.last['kl']:.1f}; raise --kl_coef"
+
+        for step in run.steps():
+            # 1. Rollout, 2. score, 3. advantages.
+            key = jax.random.fold_in(jax.random.key(config.seed), step)
+            experience, metrics, shown = experience_of(full(base, policy.params), reference, key)
+
+            # 4. Updates: epochs over shuffled minibatches. The rounds of the rollout have used
+            # the keys below max_rounds.
+            for number, minibatch in enumerate(
+                shuffled_minibatches(
+                    experience,
+                    key,
+                    config.epochs,
+                    config.minibatches,
+                    first_epoch=config.max_rounds,
+                )
+            ):
+                policy, update_metrics = update.step(policy, minibatch, base)
+                if step == run.start + 1 and number == 0:
+                    check_first_update(
+                        update_metrics, metrics, config.model.compute_dtype, run.start
                     )
-                if config.eval_every and (step % config.eval_every == 0 or step == config.steps):
-                    record.samples(
-                        step, sample_rows(*shown, tokenizer, config.samples_per_prompt)[:8]
-                    )
-                    if evaluate is not None:
-                        record(step, evaluate(whole(base, policy.params), reference))
-                if saved.due(step, config.save_every, config.steps):
-                    record.flush()
-                    saved.save(step, as_items(policy), prompts.state)
-                if saved.stopping:
-                    break
-    return record.last
+
+            # 5. Record, and stop where the policy has left the reference too far behind.
+            metrics |= named(policy=update_metrics)
+            run.record(step, metrics, tokens=config.batch_size * config.length)
+            check_kl(run.last_metrics, config.kl_limit)
+
+            # 6. Samples, the gold evaluation and a checkpoint, when they are due.
+            if run.due(step, config.eval_every):
+                run.samples(step, sample_rows(*shown, tokenizer, config.samples_per_prompt)[:8])
+                if evaluate_gold is not None:
+                    run.record(step, evaluate_gold(full(base, policy.params), reference))
+            run.save_when_due(step, as_items(policy), prompts)
+    return run.last_metrics
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ iteration, tensor by tensor.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -41,13 +41,15 @@ from objectives.policy import (
 )
 from objectives.reward import step_ends, step_rewards
 from planning.dry_run import preview_items
-from rewards.scorer import check_rewards, is_function, make_scorer, pooled
+from rewards.scorer import check_rewards, is_function, make_reward_scorer, pooled
 from rollout import (
+    Batch,
     Rollout,
     check_first_update,
     check_kl,
     ended,
     make_rollout,
+    named,
     rollout_metrics,
     sample_rows,
     shuffled_minibatches,
@@ -70,6 +72,7 @@ from train_state import as_items, fresh_state, from_items, starting_critic, star
 from train_step import Objective, OptimizerConfig, TrainState, make_optimizer, make_train_step
 from training_run import Run
 
+# Adam as the reproduction has it: no decay of weights, a larger epsilon, a linear schedule.
 ADAM = partial(
     OptimizerConfig,
     schedule="linear",
@@ -83,10 +86,13 @@ ADAM = partial(
 
 @dataclasses.dataclass(frozen=True)
 class Config:
+    # Folders
     run: str = "runs/ppo"
     """Folder of this run; running again resumes it."""
     init: str = "runs/align/sft"
     """Run that policy and reference start from."""
+
+    # Rewards, and how they make one score
     reward: tuple[str, ...] = ("runs/align/rm",)
     """Each a run of train_rm.py, module:function called with (response, record), or http://<server>
     (rewards/serve.py)."""
@@ -99,8 +105,12 @@ class Config:
     """Least value of the second reward and of those after it (gated)."""
     floor: float = -1.0
     """Score where one of them is below --gate (gated)."""
+
+    # Prompts and responses
     data: str = "world"
     """Prompts: world, a .jsonl file, or tfds:<name>."""
+
+    # Sizes of an iteration
     steps: int = 24
     """PPO iterations."""
     batch_size: int = 256
@@ -113,12 +123,16 @@ class Config:
     """Passes over an iteration's rollouts."""
     microbatches: int = 1
     """Parts of a minibatch whose gradients are summed."""
+
+    # Sampling
     max_prompt: int = 20
     """Longest prompt, in tokens."""
     max_new_tokens: int = 24
     """Longest response, in tokens."""
     temperature: float = 1.0
     """Sampling temperature; also applied to the log-probabilities in the KL and the loss."""
+
+    # KL to the reference, as a reward
     kl_coef: float = 0.2
     """Beta: a token's reward is -beta times its KL estimate. With --kl_target, the first beta."""
     kl_target: float | None = None
@@ -130,6 +144,8 @@ class Config:
     """Estimate of KL per token in the reward (objectives/policy.py)."""
     kl_limit: float = 50.0
     """The run ends in an error when KL per response exceeds this: the policy has collapsed."""
+
+    # Where the score is added, and what a missing end costs
     step_rewards: Literal["none", "product", "minimum", "last"] = "none"
     """Reward at each step's last token: the change of the score there. Then --reward is a run of
     train_prm.py."""
@@ -140,6 +156,8 @@ class Config:
     stays."""
     missing_eos_score: float = -1.0
     """Score of a response without an end; with `penalty`, added to its score."""
+
+    # Advantages
     gamma: float = 1.0
     """Discount of the returns."""
     gae_lambda: float = 0.95
@@ -148,6 +166,8 @@ class Config:
     """Divide rewards by their standard deviation over the iteration; the mean is put back."""
     whiten_unbiased: bool = False
     """Divide the variance in whitening by n - 1 (TRL, verl), not n (OpenAI, its reproduction)."""
+
+    # Losses
     clip: float = 0.2
     """Clip of the probability ratio."""
     entropy_coef: float = 0.0
@@ -158,6 +178,8 @@ class Config:
     """Weight of its loss per token beside the policy's; Ouyang et al. 2022 took 27.8."""
     value_clip: float = 0.2
     """Clip of the value's change within an iteration."""
+
+    # Models and their updates
     optimizer: OptimizerConfig = ADAM(lr=3e-4)
     """The policy's optimiser."""
     value_optimizer: OptimizerConfig = ADAM(lr=1.5e-3)
@@ -168,6 +190,8 @@ class Config:
     """Adapters of policy and critic; what they start from are then their bases."""
     offload: bool = False
     """Keep reference and reward models in the host's memory; on the devices only while in use."""
+
+    # Run
     mesh: MeshConfig = MeshConfig()
     hosts: HostsConfig = HostsConfig()
     seed: int = 0
@@ -216,13 +240,13 @@ def make_advantages(
     *,
     eos: int,
     newlines: Sequence[int] = (),
-) -> Callable[..., tuple[Experience, dict[str, jax.Array]]]:
+) -> Callable[..., tuple[Experience, Batch]]:
     """Compile compute_advantages(models, rollout, scores, scalars, kl_coef).
 
     It returns (experience, metrics).
 
     `models`: a Models; `apply` is the policy's and the reference's, `scalar_apply` the critic's.
-    `scores`: {reward: [B]} and `scalars`: {reward: [B, R + 1]} of rewards.scorer.make_scorer.
+    `scores`: {reward: [B]} and `scalars`: {reward: [B, R + 1]} of rewards.scorer.make_reward_scorer.
     `kl_coef`: scalar beta. `eos` ends a response; `newlines` are tokens that end a step, used with
     --step_rewards. Nothing is donated. Metrics are scalars: means over the rollout.
     """
@@ -231,10 +255,10 @@ def make_advantages(
     def compute_advantages(
         models: Models,
         rollout: Rollout,
-        scores: dict[str, jax.Array],
-        scalars: dict[str, jax.Array],
+        scores: Batch,
+        scalars: Batch,
         kl_coef: jax.Array,
-    ) -> tuple[Experience, dict[str, jax.Array]]:
+    ) -> tuple[Experience, Batch]:
         mask_BR = rollout["mask_BR"]
 
         # Log-probabilities of the sampled tokens, and values of the states they were emitted in.
@@ -288,8 +312,8 @@ def make_advantages(
 def raw_scores(
     config: Config,
     rollout: Rollout,
-    scores: dict[str, jax.Array],
-    scalars: dict[str, jax.Array],
+    scores: Batch,
+    scalars: Batch,
     newlines: Sequence[int],
 ) -> tuple[jax.Array, jax.Array]:
     """Return each response's score [B], before the rule on its end, and the steps' rewards [B, R].
@@ -309,6 +333,7 @@ def raw_scores(
 
 def check(config: Config, mesh: jax.sharding.Mesh) -> None:
     """Raise UserError for settings that cannot run together."""
+    # Rows are cut into groups and into minibatches.
     rows = config.batch_size
     group = config.samples_per_prompt
     require(
@@ -320,6 +345,8 @@ def check(config: Config, mesh: jax.sharding.Mesh) -> None:
         f"--samples_per_prompt={group}: must divide --batch_size={rows}",
     )
     require(config.epochs >= 1, f"--epochs={config.epochs}: must be at least 1")
+
+    # Weights of the loss's terms, and options that exclude each other.
     require(
         min(config.ptx_coef, config.entropy_coef) >= 0,
         f"--ptx_coef={config.ptx_coef}, --entropy_coef={config.entropy_coef}: must be at least 0",
@@ -334,6 +361,8 @@ def check(config: Config, mesh: jax.sharding.Mesh) -> None:
         f"--step_rewards={config.step_rewards}: --reward must be one run of train_prm.py",
     )
     check_rewards(config)
+
+    # Each part of a batch lies evenly over the devices.
     minibatch_rows = rows // config.minibatches
     check_batch("batch_size / --minibatches", minibatch_rows, config.microbatches, mesh)
     check_batch("batch_size / --samples_per_prompt", rows // group, 1, mesh)
@@ -343,7 +372,7 @@ class Update(NamedTuple):
     """How one of the two models is updated."""
 
     optimizer: optax.GradientTransformation
-    step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
+    step: Callable[..., tuple[TrainState, Batch]]
     """step(state, minibatch, base) -> (state, metrics); `state` is donated."""
 
 
@@ -382,6 +411,7 @@ def open_data(
     config: Config, source: Source, tokenizer: Tokenizer, mesh: jax.sharding.Mesh
 ) -> dict[str, Batches]:
     """Open `prompts` from `source`, and with --ptx_data `text`, a minibatch of rows at a time."""
+    # Every host reads its own part, in an order that the seed gives.
     shard: dict[str, Any] = {"seed": config.seed, **data_shard(mesh)}
     prompts = prompt_batches(
         source,
@@ -392,6 +422,7 @@ def open_data(
     )
     if config.ptx_data is None:
         return {"prompts": prompts}
+    # As many rows as a minibatch has, of its length.
     text = text_batches(
         open_source(config.ptx_data, "text", "train", seed=config.seed),
         tokenizer,
@@ -402,6 +433,7 @@ def open_data(
     return {"prompts": prompts, "text": text}
 
 
+# One program for all minibatches.
 mixed = jax.jit(with_text, static_argnames="coefficient")
 
 
@@ -426,6 +458,7 @@ def fresh_items(
     Keys: `params` and `rest` of the policy's state, `value`, the critic's state, `beta`. The
     parameters are copied, for the steps donate theirs; reference and reward models stay.
     """
+    # The keys are of adapters, which start at random.
     keys = jax.random.split(jax.random.key(config.seed))
     policy, critic = jax.tree.map(jnp.copy, (policy, critic))
     policy_state = fresh_state(config, policy_optimizer, policy, keys[0])
@@ -441,11 +474,6 @@ def next_beta(config: Config, beta: jax.Array, kl: jax.Array) -> jax.Array:
     return adapt_kl(beta, kl, config.kl_target, config.kl_horizon, config.batch_size)
 
 
-def named(**parts: Mapping[str, Any]) -> dict[str, Any]:
-    """Join metrics under their part's name: named(policy={"loss": x}) is {"policy/loss": x}."""
-    return {f"{part}/{name}": x for part, metrics in parts.items() for name, x in metrics.items()}
-
-
 class Loaded(NamedTuple):
     """Every model that a run reads; parameters on the mesh."""
 
@@ -459,7 +487,7 @@ class Loaded(NamedTuple):
     rewards: dict[str, Params]
     """Reward models by their run; not of rewards that are functions or servers."""
     score: Callable[..., Any]
-    """score(rewards, rollout, records), of rewards.scorer.make_scorer."""
+    """score(rewards, rollout, records), of rewards.scorer.make_reward_scorer."""
     policy_base: Params | None
     """Frozen weights under the policy's adapters; None without LoRA."""
     critic_base: Params | None
@@ -470,8 +498,10 @@ def load_models(config: Config, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -
 
     The policy starts as a copy of the reference. Raises UserError for a run that does not fit.
     """
-    script = "train_rm" if config.step_rewards == "none" else "train_prm"
-    rewards, score = make_scorer(config.reward, tokenizer, mesh, script)
+    # Rewards: of responses, or of their steps.
+    rewards, score = make_reward_scorer(config.reward, tokenizer, mesh)
+
+    # The reference, and a critic that begins with what a reward model knows.
     init, apply = init_and_apply(LanguageModel(config.model))
     reference = starting_params(init, config.model, config.init, mesh, config.seed)
     critic, scalar_apply = starting_critic(config, rewards, mesh)
@@ -551,8 +581,12 @@ def main(config: Config) -> dict[str, float]:
     fresh = partial(fresh_items, config, policy_update.optimizer, critic_update.optimizer)
     shapes = abstract(jax.eval_shape(fresh, loaded.reference, loaded.critic), mesh)
     if config.dry_run:
-        items = {**shapes, "held": (loaded.reference, loaded.rewards)}
-        return preview_items(config, items, next(data["prompts"]), tokenizer)
+        return preview_items(
+            config,
+            {**shapes, "held": (loaded.reference, loaded.rewards)},
+            next(data["prompts"]),
+            tokenizer,
+        )
 
     with Run(config, tokenizer, unit="iteration") as run:
         items = run.restore(shapes, data)

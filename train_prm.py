@@ -66,7 +66,7 @@ class Config:
 
     # Model
     model: ModelConfig = ModelConfig()
-    """Its shape; that of --init where there is one."""
+    """Shape of the model; that of --init where there is one."""
     optimizer: OptimizerConfig = OptimizerConfig(lr=1e-3)
     """Learning rate, schedule, clipping."""
     lora: LoraConfig = LoraConfig()
@@ -78,7 +78,7 @@ class Config:
     hosts: HostsConfig = HostsConfig()
     """Processes of this run."""
     seed: int = 0
-    """Of random weights and the order of the data."""
+    """Seed of random weights and the order of the data."""
     eval_every: int = 200
     """Steps between evaluations on held-out data; 0: never."""
     eval_records: int = 1024
@@ -133,7 +133,7 @@ def make_step_evaluation(
 
     @jax.jit
     def step_logits(params: Params, batch: dict[str, jax.Array]) -> jax.Array:
-        return apply(params, *inputs(batch))
+        return apply(params, *inputs(batch)).scalars_BT
 
     def evaluate(params: Params) -> dict[str, float]:
         parts = [to_host(step_logits(params, batch)) for batch in batches]

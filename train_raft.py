@@ -1,49 +1,52 @@
-"""Sample, rank, imitate: raft, rejection, rft, expert and quark; in rounds, of the policy's own responses.
+"""Sample, rank, imitate in rounds, on the policy's own responses: raft, rejection, rft, expert.
 
     python train_raft.py --init=runs/align/sft --reward=runs/align/rm --run=runs/raft
-    python train_raft.py --method=expert --data=maths.jsonl --reward=tasks.answers:number --threshold=1 --run=runs/maths
-    python train_raft.py --method=quark --init=runs/align/sft --reward=runs/align/rm --run=runs/quark
+    python train_raft.py --method=expert --threshold=1 --data=sums.jsonl \\
+        --reward=tasks.answers:number --run=runs/sums
 
-A method sets fields (PAPERS in objectives/imitate.py, where its mathematics is). What a policy of Quark learnt is
-asked for by a system turn: its best quantile, such as `5`.
+A method is an entry of PAPERS in objectives/imitate.py, where its mathematics is: it sets fields.
 """
 
 import dataclasses
 import sys
+from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from data.batches import prompt_batches
-from data.sources import open_source
+from data.batches import Batches, prompt_batches
+from data.sources import Source, open_source
 from data.tokenizer import Tokenizer
 from evaluation.gold import make_gold_evaluation
 from lora import LoraConfig, lora_base, note_lora_base, trainable_part, with_adapters
 from model import LanguageModel, Params, init_and_apply
 from model_config import ModelConfig, check_fit
 from objectives import imitate
+from objectives.imitate import Pool
 from objectives.policy import missing_eos, response_logprobs
-from planning.dry_run import describe, preview_items
-from rewards.scorer import make_scorer
+from planning.dry_run import preview_items
+from rewards.scorer import make_reward_scorer
 from rollout import (
     Batch,
-    Condition,
+    Rollout,
+    Score,
     ended,
     make_experience,
     make_rollout,
+    named,
     rollout_metrics,
     sample_rows,
 )
 from runtime import flags
-from runtime.checkpoint import Checkpoints
-from runtime.errors import UserError, require
-from runtime.flags import fill_paper_defaults
+from runtime.errors import require
+from runtime.flags import with_paper_defaults
 from runtime.hosts import HostsConfig
-from runtime.metrics import Recorder
+from sampling import Apply, SamplingConfig
 from sharding import (
     MeshConfig,
     abstract,
@@ -54,63 +57,79 @@ from sharding import (
     make_mesh,
 )
 from train_state import as_items, from_items, init_state, starting_params
-from train_step import OptimizerConfig, make_optimizer, make_train_step
+from train_step import OptimizerConfig, Update, make_optimizer, make_train_step
+from training_run import Run
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
+    # Folders and method
     run: str = "runs/raft"
     """Folder of this run; running again resumes it."""
     init: str = "runs/align/sft"
     """Run that policy and reference start from."""
-    method: Literal["raft", "rejection", "rft", "expert", "quark"] = "raft"
-    """Sets the fields that are None here to its paper's values (PAPERS in objectives/imitate.py)."""
+    method: Literal["raft", "rejection", "rft", "expert"] = "raft"
+    """Fills fields left at None with its paper's values (PAPERS in objectives/imitate.py)."""
+
+    # Rewards and prompts
     reward: str = "runs/align/rm"
-    """A run of train_rm.py, module:function, called with (response, record), or http://<rewards/serve.py>."""
+    """A run of train_rm.py, module:function called with (response, record), or http://<server>
+    (rewards/serve.py)."""
     data: str = "world"
     """Prompts: world, a .jsonl file, or tfds:<name>."""
+
+    # Sizes of a round
     steps: int = 10
     """Rounds: sample, rank, imitate."""
     batch_size: int = 1024
     """Responses sampled in a round, over all devices."""
     samples_per_prompt: int | None = None
     """Responses to each prompt of a round."""
-    select: Literal["best", "top", "above_threshold", "quantiles"] | None = None
-    """Imitated are: of each prompt's responses the best; of all the best 1 / samples_per_prompt; those that reach
-    --threshold; all, each after a system turn that names the quantile of its reward."""
+
+    # What is imitated
+    select: Literal["best", "top", "above_threshold"] | None = None
+    """Responses to imitate. best: the best to each prompt. top: the best 1 / samples_per_prompt of
+    all. above_threshold: those whose score is at least --threshold."""
     threshold: float | None = None
-    """Score that a response must reach (passing)."""
-    quantiles: int = 5
-    """Into which the pool is cut, 2..9; from the second round on the last one is asked for (quantiles)."""
+    """Least score of a response to imitate (above_threshold)."""
     distinct: bool | None = None
-    """Of equal responses to a prompt only the first."""
+    """Imitate only the first of equal responses to a prompt."""
     replay_rounds: int | None = None
-    """Earlier rounds whose responses stay in the pool, ranked anew in every round and imitated again."""
+    """Earlier rounds whose responses stay in the pool, to be ranked and imitated again."""
+
+    # Update
     epochs: int = 2
     """Passes over the chosen responses in a round."""
     minibatch_size: int = 64
-    """Responses per update; the last minibatch of a round is filled up with the round's first responses."""
+    """Responses per update; a round's last minibatch is filled up with its first responses."""
     microbatches: int = 1
     """Parts of a minibatch whose gradients are summed."""
     kl_coef: float | None = None
-    """Beta of KL(reference, policy), over all the vocabulary at each token."""
+    """Beta of KL(reference || policy), over the whole vocabulary at each token."""
+
+    # Sampling
     max_prompt: int = 20
     """Longest prompt, in tokens."""
     max_new_tokens: int = 24
     """Longest response, in tokens."""
     temperature: float = 1.0
-    """Of sampling."""
+    """Sampling temperature."""
     missing_eos: Literal["replace", "penalty", "none"] = "none"
-    """A response that never ends: its score becomes, or is lowered by, `missing_eos_score`; or nothing."""
+    """Rule for a response without an end: its score becomes `missing_eos_score`, has it added, or
+    stays."""
     missing_eos_score: float = -1.0
-    """Score of an unended response; with `penalty`, added to its score."""
+    """Score of a response without an end; with `penalty`, added to its score."""
+
+    # Model
     optimizer: OptimizerConfig = OptimizerConfig(
         lr=2e-4, schedule="constant", warmup=0, weight_decay=0.0
     )
     model: ModelConfig = ModelConfig()
-    """The policy's; taken from --init."""
+    """The policy's architecture; taken from --init."""
     lora: LoraConfig = LoraConfig()
-    """The reference is then the policy's base."""
+    """Adapters of the policy; the reference is then their base."""
+
+    # Run
     mesh: MeshConfig = MeshConfig()
     hosts: HostsConfig = HostsConfig()
     seed: int = 0
@@ -123,240 +142,313 @@ class Config:
     dry_run: bool = False
     """Print shapes, shardings, memory and the first batch, and write nothing."""
 
+    @property
+    def length(self) -> int:
+        """Tokens of a row: prompt and response."""
+        return self.max_prompt + self.max_new_tokens
 
-def check(c: Config, mesh: Any) -> None:
-    """Raises UserError for settings that cannot run together."""
-    n = c.samples_per_prompt
+    @property
+    def pool_rows(self) -> int:
+        """Responses that the pool holds: this round's and those of the rounds before it."""
+        return self.batch_size * (1 + self.replay_rounds)
+
+    @property
+    def most_updates(self) -> int:
+        """Updates of a round in which as many responses are chosen as can be."""
+        most = self.pool_rows
+        if self.select in ("best", "top"):
+            most = divided_up(self.pool_rows, self.samples_per_prompt)
+        return divided_up(self.epochs * most, self.minibatch_size)
+
+
+def divided_up(count: int, size: int) -> int:
+    """Return count / size, rounded up."""
+    return -(-count // size)
+
+
+def check(config: Config, mesh: jax.sharding.Mesh) -> None:
+    """Raise UserError for settings that cannot run together."""
+    # Sizes.
+    group = config.samples_per_prompt
     require(
-        n >= 1 and c.batch_size % n == 0,
-        f"--samples_per_prompt={n}: must divide --batch_size={c.batch_size}",
+        group >= 1 and config.batch_size % group == 0,
+        f"--samples_per_prompt={group}: must divide --batch_size={config.batch_size}",
     )
-    require(c.epochs >= 1, f"--epochs={c.epochs}: must be at least 1")
-    require(c.replay_rounds >= 0, f"--replay_rounds={c.replay_rounds}: must be at least 0")
-    require(c.kl_coef >= 0, f"--kl_coef={c.kl_coef}: must be at least 0")
-    require(2 <= c.quantiles <= 9, f"--quantiles={c.quantiles}: must be in 2..9")
+    require(config.epochs >= 1, f"--epochs={config.epochs}: must be at least 1")
     require(
-        c.select != "above_threshold" or c.threshold is not None,
-        f"--threshold: give the score to reach; --method={c.method} imitates what passes",
+        config.replay_rounds >= 0,
+        f"--replay_rounds={config.replay_rounds}: must be at least 0",
+    )
+    require(config.kl_coef >= 0, f"--kl_coef={config.kl_coef}: must be at least 0")
+
+    # A threshold where it is used, and only there.
+    by_threshold = config.select == "above_threshold"
+    require(
+        not by_threshold or config.threshold is not None,
+        f"--threshold: give the score to reach; --method={config.method} imitates what passes",
     )
     require(
-        c.select == "above_threshold" or c.threshold is None,
-        f"--threshold={c.threshold}: unused by --select={c.select}; leave it out or give --select=above_threshold",
+        by_threshold or config.threshold is None,
+        f"--threshold={config.threshold}: unused by --select={config.select}; leave it out or "
+        "give --select=above_threshold",
     )
-    check_batch("minibatch_size", c.minibatch_size, c.microbatches, mesh)
-    check_batch("batch_size / --samples_per_prompt", c.batch_size // n, 1, mesh)
+
+    # Each part of a batch lies evenly over the devices.
+    check_batch("minibatch_size", config.minibatch_size, config.microbatches, mesh)
+    check_batch("batch_size / --samples_per_prompt", config.batch_size // group, 1, mesh)
 
 
-def quantile_words(config: Config, tokenizer: Tokenizer) -> jax.Array:
-    """[count + 1]: the token of each quantile's number; raises UserError where there are no such tokens."""
-    words = [tokenizer.encode(str(number)) for number in range(config.quantiles + 1)]
-    if tokenizer.system is None or any(len(word) != 1 for word in words):
-        raise UserError(
-            f"--init={config.init}: quantiles need a tokenizer with <|system|> and one token for a digit"
-        )
-    return jnp.array([word[0] for word in words], jnp.int32)
+class ScoredRollout(Rollout):
+    """A rollout and what its responses are ranked by."""
+
+    score_B: jax.Array
+    """The reward, after the rule on a missing end; float32."""
 
 
-def make_judge(config: Config, apply: Any, eos: int, condition: Condition):
-    """judge(policy, reference, batch, scores, scalars) -> (batch with `score_B`, metrics)."""
+def make_targets(
+    config: Config, apply: Apply, *, eos: int
+) -> Callable[..., tuple[ScoredRollout, Batch]]:
+    """Compile compute_targets(policy, reference, rollout, scores, scalars).
+
+    It returns (scored rollout, metrics). `scores`: {reward: [B]} of rewards.scorer.make_reward_scorer,
+    whose scalars are not used. `eos` ends a response. Metrics are scalars: means over the rollout.
+    """
 
     @jax.jit
-    def judge(policy: Params, reference: Params, batch: Batch, scores: Batch, scalars: Batch):
-        asked = {**batch, **condition(batch)}
-        logp_BR = response_logprobs(apply, policy, asked, config.temperature)
-        reference_BR = response_logprobs(apply, reference, batch, config.temperature)
+    def compute_targets(
+        policy: Params,
+        reference: Params,
+        rollout: Rollout,
+        scores: Batch,
+        scalars: Batch,
+    ) -> tuple[ScoredRollout, Batch]:
+        # Log-probabilities are for the metrics alone.
+        logp_BR = response_logprobs(apply, policy, rollout, config.temperature)
+        reference_BR = response_logprobs(apply, reference, rollout, config.temperature)
+
+        # The reward, and the rule for a missing end of turn.
+        raw_B = scores[config.reward]
+        score_B = missing_eos(
+            raw_B, ended(rollout, eos), config.missing_eos, config.missing_eos_score
+        )
         metrics = {
-            "score": scores[config.reward].mean(),
-            **rollout_metrics(logp_BR, reference_BR, batch, eos),
+            "score": raw_B.mean(),
+            **rollout_metrics(logp_BR, reference_BR, rollout, eos),
         }
-        rule = (config.missing_eos, config.missing_eos_score)
-        return {
-            **batch,
-            "score_B": missing_eos(scores[config.reward], ended(batch, eos), *rule),
-        }, metrics
+        return {**rollout, "score_B": score_B}, metrics
 
-    return judge
+    return compute_targets
 
 
-def make_choose(config: Config, words: jax.Array | None):
-    """choose(pool, key) -> (pool, with `word_B` where there are quantiles; rows to imitate [B]; their number)."""
-    n = config.samples_per_prompt
+class PoolFunctions(NamedTuple):
+    """The jitted functions on the pool."""
+
+    add: Callable[[Pool, Any, int], Pool]
+    """add(pool, scored rollout, number) -> pool; see imitate.added. The pool is replicated."""
+    choose: Callable[[Pool], tuple[jax.Array, Batch]]
+    """choose(pool) -> (chosen [rows] bool, {chosen: their number, chosen_score: their mean score,
+    best_score: the best of the pool})."""
+    draw: Callable[[Pool, jax.Array, jax.Array], list[Pool]]
+    """draw(pool, chosen, key) -> `most_updates` minibatches; see imitate.drawn."""
+
+
+def make_pool_functions(config: Config, mesh: jax.sharding.Mesh) -> PoolFunctions:
+    """Compile what --select, --distinct and --minibatch_size make of the pool."""
+    group = config.samples_per_prompt
     select = {
-        "best": partial(imitate.best_of_n, group=n),
-        "top": partial(imitate.top_fraction, one_in=n),
+        "best": partial(imitate.best_of_n, group=group),
+        "top": partial(imitate.top_fraction, one_in=group),
         "above_threshold": partial(imitate.passing, threshold=config.threshold),
-        "quantiles": imitate.filled,
     }[config.select]
 
     @jax.jit
-    def choose(pool: Batch, key: jax.Array):
-        chosen_B = select(pool["score_B"])
+    def choose(pool: Pool) -> tuple[jax.Array, Batch]:
+        score_B = pool["score_B"]
+        chosen_B = select(score_B)
         if config.distinct:
-            chosen_B &= imitate.first_of_equal(pool["tokens_BT"], n)
-        if words is not None:
-            pool = {
-                **pool,
-                "word_B": words[imitate.quantiles(pool["score_B"], config.quantiles, key)],
-            }
+            chosen_B &= imitate.first_of_equal(pool["tokens_BT"], group)
+
+        # What is logged of the choice.
         count = chosen_B.sum()
-        score = jnp.where(chosen_B, pool["score_B"], 0.0).sum() / jnp.maximum(count, 1)
-        return (
-            pool,
-            chosen_B,
-            {"chosen": count, "chosen_score": score, "best_score": pool["score_B"].max()},
-        )
-
-    return choose
-
-
-def make_draw(config: Config, pool_rows: int):
-    """(draw(pool, chosen_B, key) -> minibatches, as many as the most rows that can be chosen need; their number)."""
-    most = (
-        -(-pool_rows // config.samples_per_prompt)
-        if config.select in ("best", "top")
-        else pool_rows
-    )
-    parts = -(-config.epochs * most // config.minibatch_size)
+        mean = jnp.where(chosen_B, score_B, 0.0).sum() / jnp.maximum(count, 1)
+        return chosen_B, {"chosen": count, "chosen_score": mean, "best_score": score_B.max()}
 
     @jax.jit
-    def draw(pool: Batch, chosen_B: jax.Array, key: jax.Array) -> list[Batch]:
-        return jax.tree.map(
-            constrain_batch, imitate.drawn(pool, chosen_B, key, parts, config.minibatch_size)
+    def draw(pool: Pool, chosen_B: jax.Array, key: jax.Array) -> list[Pool]:
+        minibatches = imitate.drawn(
+            pool, chosen_B, key, config.most_updates, config.minibatch_size
         )
+        return jax.tree.map(constrain_batch, minibatches)
 
-    return draw, parts
+    # Replicated: every device draws from all rows.
+    add = jax.jit(imitate.added, out_shardings=NamedSharding(mesh, P()))
+    return PoolFunctions(add, choose, draw)
+
+
+def minibatches_of(
+    config: Config,
+    functions: PoolFunctions,
+    pool: Pool,
+    key: jax.Array,
+    step: int,
+) -> tuple[list[Pool], Batch]:
+    """Choose the responses to imitate in round `step`; return minibatches and choose's metrics.
+
+    `epochs` passes over what was chosen. Where nothing was, there are none, and a note on stderr
+    says so. Waits for the device, once a round.
+    """
+    chosen_B, metrics = functions.choose(pool)
+    count = int(metrics["chosen"])
+    if count == 0:
+        note_nothing_chosen(config, step, float(metrics["best_score"]))
+        return [], metrics
+    updates = divided_up(config.epochs * count, config.minibatch_size)
+    return functions.draw(pool, chosen_B, key)[:updates], metrics
+
+
+def note_nothing_chosen(config: Config, step: int, best: float) -> None:
+    """Say on stderr, once over all processes, that a round had no response to imitate."""
+    if jax.process_index() != 0:
+        return
+    reason = f"no response reached --threshold={config.threshold} (the best score was {best:.4g})"
+    print(f"note: round {step}: {reason}: nothing was learnt", file=sys.stderr)
+
+
+def make_update(config: Config, init: Any, apply: Apply) -> Update:
+    """Make the policy's optimiser over the most updates of a run, and its jitted step.
+
+    The step's `base` is {"base", "reference"}: what lies under the policy's adapters, or None, and
+    the reference.
+    """
+
+    def both(frozen: Params | None, trained: Params) -> Params:
+        assert frozen is not None
+        policy = with_adapters(config.lora, frozen["base"], trained)
+        return {"policy": policy, "reference": frozen["reference"]}
+
+    objective = partial(imitate.imitation_objective, apply, kl_coef=config.kl_coef)
+    optimizer = make_optimizer(config.optimizer, config.steps * config.most_updates)
+    step = make_train_step(
+        objective,
+        optimizer,
+        config.microbatches,
+        max_norm=config.optimizer.clip,
+        full=both,
+    )
+    return Update(init, optimizer, objective, step)
+
+
+def fresh_items(
+    config: Config, optimizer: optax.GradientTransformation, pad: int, reference: Params
+) -> dict[str, Any]:
+    """Build what a checkpoint holds before the first round: the policy's state, an empty pool.
+
+    Keys: `params`, `rest`, `pool`. Parameters are copied: the step donates its own, and the
+    reference stays.
+    """
+    trained = trainable_part(config.lora, reference, jax.random.key(config.seed))
+    state = init_state(jax.tree.map(jnp.copy, trained), optimizer)
+    pool = imitate.empty_pool(config.pool_rows, config.max_prompt, config.max_new_tokens, pad)
+    return {**as_items(state), "pool": pool}
+
+
+def open_prompts(
+    config: Config, source: Source, tokenizer: Tokenizer, mesh: jax.sharding.Mesh
+) -> Batches:
+    """Open batches of one prompt a group, on this host's part of `source`."""
+    shard: dict[str, Any] = {"seed": config.seed, **data_shard(mesh)}
+    groups = config.batch_size // config.samples_per_prompt
+    return prompt_batches(source, tokenizer, batch_size=groups, length=config.max_prompt, **shard)
+
+
+def load_score(config: Config, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -> Score:
+    """Load the reward; return score(rollout, records), as of rewards.scorer.make_reward_scorer."""
+    reward_models, score = make_reward_scorer([config.reward], tokenizer, mesh)
+    return partial(score, reward_models)
 
 
 def main(config: Config) -> dict[str, float]:
-    config = note_lora_base(fill_paper_defaults(config, imitate.PAPERS[config.method]))
+    """Train a policy by --method, in rounds; return the last metrics."""
+    config = with_paper_defaults(config, config.method, imitate.PAPERS[config.method])
+    config = note_lora_base(config)
     mesh = make_mesh(config.mesh)
     check(config, mesh)
     tokenizer = Tokenizer.load(config.init)
-    by_quantile, length = config.select == "quantiles", config.max_prompt + config.max_new_tokens
-    check_fit(config.model, tokenizer.size, length + 2 * by_quantile)
-    words = quantile_words(config, tokenizer) if by_quantile else None
-    models, score = make_scorer([config.reward], tokenizer, mesh)
-    init, apply = init_and_apply(LanguageModel(config.model))
+    check_fit(config.model, tokenizer.size, config.length)
+
+    # Data: prompts. The models: the policy starts as a copy of the reference.
     source = open_source(config.data, "prompt", "train", seed=config.seed)
-    prompts = prompt_batches(
-        source, tokenizer, batch_size=config.batch_size // config.samples_per_prompt, length=config.max_prompt,
-        seed=config.seed, **data_shard(mesh),
-    )  # fmt: skip
-
-    def plain(batch: Batch) -> Batch:
-        return batch
-
-    def best_asked(batch: Batch) -> Batch:
-        return imitate.conditioned(batch, tokenizer.system, words[-1]) if by_quantile else batch
-
-    def told(batch: Batch) -> Batch:
-        return (
-            imitate.conditioned(batch, tokenizer.system, batch["word_B"]) if by_quantile else batch
-        )
-
-    def make_sampling(condition: Condition):
-        rollout = make_rollout(
-            config, apply, tokenizer, config.samples_per_prompt, condition=condition
-        )
-        judge = make_judge(config, apply, tokenizer.eos, condition)
-        return make_experience(
-            config, prompts, mesh, tokenizer.pad, rollout, partial(score, models), judge
-        )
-
-    # The first responses are the reference's own, which knows no quantiles yet (Quark, algorithm 1).
-    first = make_sampling(plain)
-    later = make_sampling(best_asked) if by_quantile else first
-    pool_rows = config.batch_size * (1 + config.replay_rounds)
-    choose, (draw, parts) = make_choose(config, words), make_draw(config, pool_rows)
-    add = jax.jit(imitate.added, out_shardings=NamedSharding(mesh, P()))
-    optimizer = make_optimizer(config.optimizer, config.steps * parts)
-    objective = partial(imitate.imitation_objective, apply, condition=told, kl_coef=config.kl_coef)
-    whole = partial(with_adapters, config.lora)
-    both = lambda held, params: {
-        "policy": whole(held["base"], params),
-        "reference": held["reference"],
-    }
-    train_step = make_train_step(
-        objective, optimizer, config.microbatches, max_norm=config.optimizer.clip, full=both
-    )
-    judges = config.data == "world" and config.eval_every > 0
-    evaluate = make_gold_evaluation(config, tokenizer, condition=best_asked) if judges else None
-
+    prompts = open_prompts(config, source, tokenizer, mesh)
+    init, apply = init_and_apply(LanguageModel(config.model))
     reference = starting_params(init, config.model, config.init, mesh, config.seed)
+    frozen = {"base": lora_base(config.lora, reference), "reference": reference}
 
-    def fresh(params: Params) -> dict[str, Any]:
-        trained = trainable_part(config.lora, params, jax.random.key(config.seed))
-        state = init_state(
-            jax.tree.map(jnp.copy, trained), optimizer
-        )  # its steps donate; the reference stays
-        pool = imitate.empty_pool(
-            pool_rows, config.max_prompt, config.max_new_tokens, tokenizer.pad
-        )
-        return {**as_items(state), "pool": pool}
+    # The parts of a round: sample and score, the pool, the update. With LoRA the state holds
+    # adapters alone, and `full` lays them on their base.
+    experience_of = make_experience(
+        prompts,
+        rollout=make_rollout(
+            apply,
+            config.model,
+            SamplingConfig(config.temperature, max_new_tokens=config.max_new_tokens),
+            eos=tokenizer.eos,
+            pad=tokenizer.pad,
+            n=config.samples_per_prompt,
+        ),
+        score=load_score(config, tokenizer, mesh),
+        compute_targets=make_targets(config, apply, eos=tokenizer.eos),
+        mesh=mesh,
+        pad=tokenizer.pad,
+        prompt_length=config.max_prompt,
+        group=config.samples_per_prompt,
+    )
+    functions = make_pool_functions(config, mesh)
+    update = make_update(config, init, apply)
+    full = partial(with_adapters, config.lora, frozen["base"])
+    evaluate_gold = None
+    if config.data == "world" and config.eval_every > 0:
+        evaluate_gold = make_gold_evaluation(config, tokenizer)
 
+    # What a checkpoint holds: the policy's state and the pool.
+    fresh = partial(fresh_items, config, update.optimizer, tokenizer.pad)
+    shapes = abstract(jax.eval_shape(fresh, reference), mesh)
     if config.dry_run:
-        items = abstract(jax.eval_shape(fresh, reference), mesh)
-        return preview_items(config, {**items, "held": reference}, next(prompts), tokenizer)
-    with Checkpoints(
-        config.run,
-        config,
-        script="train_raft",
-        tokenizer=tokenizer.model,
-        keep=config.keep_checkpoints,
-    ) as saved:
-        found = saved.restore(abstract(jax.eval_shape(fresh, reference), mesh))
-        start, items, position = found or (0, init_sharded(fresh, mesh, reference), None)
-        if position:
-            prompts.restore(position)
+        items = {**shapes, "held": reference}
+        return preview_items(config, items, next(prompts), tokenizer)
+
+    with Run(config, tokenizer, unit="round") as run:
+        items = run.restore(shapes, prompts) or init_sharded(fresh, mesh, reference)
         policy, pool = from_items(items), items["pool"]
-        held = {"base": lora_base(config.lora, reference), "reference": reference}
-        sizes = {
-            "batch_size": config.batch_size,
-            "length": length,
-            "steps": config.steps,
-            "start": start,
-        }
-        title = f"{config.run}: {config.method} on {source.name}"
-        print(describe(title, policy.params, (policy.opt_state, reference), **sizes))
-        with Recorder(config.run, config.steps, start, unit="round") as record:
-            for step in record.steps():
-                key = jax.random.fold_in(jax.random.key(config.seed), step)
-                sampling = first if step == 1 else later
-                batch, metrics, shown = sampling(
-                    whole(held["base"], policy.params), reference, key
-                )
-                pool = add(pool, batch, step - 1)
-                ranked, chosen_B, of_chosen = choose(pool, jax.random.fold_in(key, 1))
-                count, best = (
-                    int(of_chosen["chosen"]),
-                    float(of_chosen["best_score"]),
-                )  # waits: once a round
-                updates = -(-config.epochs * count // config.minibatch_size)
-                for minibatch in (
-                    draw(ranked, chosen_B, jax.random.fold_in(key, 2))[:updates] if count else []
-                ):
-                    policy, update = train_step(policy, minibatch, held)
-                    metrics |= {f"policy/{name}": x for name, x in update.items()}
-                if not count and jax.process_index() == 0:
-                    reason = f"no response reached --threshold={config.threshold} (the best score was {best:.4g})"
-                    print(f"note: round {step}: {reason}: nothing was learnt", file=sys.stderr)
-                record(
-                    step,
-                    metrics | of_chosen | {"updates": updates},
-                    tokens=config.batch_size * length,
-                )
-                if config.eval_every and (step % config.eval_every == 0 or step == config.steps):
-                    record.samples(
-                        step, sample_rows(*shown, tokenizer, config.samples_per_prompt)[:8]
-                    )
-                    if evaluate is not None:
-                        record(step, evaluate(whole(held["base"], policy.params), reference))
-                if saved.due(step, config.save_every, config.steps):
-                    record.flush()
-                    saved.save(step, {**as_items(policy), "pool": pool}, prompts.state)
-                if saved.stopping:
-                    break
-    return record.last
+        run.describe(
+            f"{config.method} on {source.name}",
+            policy.params,
+            (policy.opt_state, reference),
+            length=config.length,
+        )
+        for step in run.steps():
+            # 1. Sample responses and score them; they take the place of the pool's oldest.
+            key = jax.random.fold_in(jax.random.key(config.seed), step)
+            rollout, metrics, shown = experience_of(full(policy.params), reference, key)
+            pool = functions.add(pool, rollout, step - 1)
+
+            # 2. Rank the pool, and choose what to imitate.
+            draw_key = jax.random.fold_in(key, 2)
+            minibatches, of_chosen = minibatches_of(config, functions, pool, draw_key, step)
+
+            # 3. Imitate: supervised fine-tuning on it.
+            for minibatch in minibatches:
+                policy, update_metrics = update.step(policy, minibatch, frozen)
+                metrics |= named(policy=update_metrics)
+            metrics |= {**of_chosen, "updates": len(minibatches)}
+            run.record(step, metrics, tokens=config.batch_size * config.length)
+
+            # 4. Samples, the gold evaluation and a checkpoint, when they are due.
+            if run.due(step, config.eval_every):
+                run.samples(step, sample_rows(*shown, tokenizer, config.samples_per_prompt)[:8])
+                if evaluate_gold is not None:
+                    run.record(step, evaluate_gold(full(policy.params), reference))
+            run.save_when_due(step, {**as_items(policy), "pool": pool}, prompts)
+    return run.last_metrics
 
 
 if __name__ == "__main__":

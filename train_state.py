@@ -1,91 +1,195 @@
-"""The state that a run starts from: fresh, from another run's weights, or resumed from its own checkpoint."""
+"""The state that a run starts from: fresh, from another run's weights, or resumed from its own."""
 
 import dataclasses
+import sys
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from lora import lora_base, merged, trainable_part
+from lora import LoraConfig, base_step, lora_base, merge, trainable_part
 from model import LanguageModel, Params, ScalarModel, init_and_apply
-from model_config import ModelConfig
-from runtime.checkpoint import Checkpoints, load_step_params
+from model_config import ModelConfig, stored_model
+from runtime.checkpoint import Checkpoints, load_step_params, stored_params
 from runtime.errors import UserError
-from runtime.run_folder import load_config
+from runtime.run_folder import load_config, model_code, refuse_other_model_code
 from sharding import abstract, init_sharded
 from train_step import TrainState
 
+# What a run may compute with otherwise than the run it starts from: none of it is a parameter.
+NOT_COMPARED = ("preset", "dtype", "remat")
+
+Init = Callable[[jax.Array], Params]
+"""init(key) -> random parameters."""
+
+
+# --- parameters of another run
+
 
 def load_params(run: str, step: int | None = None, shapes: Any = None) -> dict[str, Any]:
-    """The parameters of `run`, at its newest step or `step`: nested dict of NumPy arrays.
+    """Load the parameters of `run`, at its newest step or `step`, as a nested dict.
 
-    With `shapes` (tree of ShapeDtypeStructs with shardings) they are checked against it and become
-    jax.Arrays placed so. Raises UserError for a missing run or step, a damaged file, another shape or dtype.
-    Where a run has adapters alone (lora.py) they come merged into its base.
+    NumPy arrays, unless `shapes` (tree of ShapeDtypeStructs with shardings) is given: then they
+    are checked against it and become jax.Arrays placed so. A run that has adapters alone (lora.py)
+    comes merged into its base. Raises UserError for a missing run or step, a damaged file, another
+    shape or dtype, and a run of a fork whose model.py is not the one imported.
     """
-    if (config := load_config(run)).get("lora", {}).get("rank"):
-        return merged(run, config, load_step_params(run, step, None), load_params, shapes)
+    config = load_config(run)
+    refuse_other_model_code(run, config)
+    code = model_code()
+    if code is not None and "model_code" not in config and jax.process_index() == 0:
+        print(f"note: {run}: made with the root's model.py, read with {code}", file=sys.stderr)
+    # Adapters are merged into their base, which is another run's.
+    if config.get("lora", {}).get("rank"):
+        adapters = load_step_params(run, step, None)
+        return _merged(run, config, adapters, shapes)
     return load_step_params(run, step, shapes)
 
 
-def starting_params(
-    init: Any, config: ModelConfig, run: str | None, mesh: jax.sharding.Mesh, seed: int
-) -> Params:
-    """Random parameters by `init(key)`; of these, what the model of `run` has too is taken from there.
+def _merged(run: str, config: dict[str, Any], adapters: Params, shapes: Any) -> Params:
+    """Load the base of `run`, whose config.json is `config`, and merge its adapters into it.
 
-    So a reward model starts with a policy's decoder and a new head, or goes on from another reward model. Raises
-    UserError if the architectures differ, or for a language model that would start from a reward model.
+    `shapes` is as of load_params. Raises UserError where the base's step is gone, and for other
+    shapes.
+    """
+    lora = LoraConfig(**config["lora"])
+    base = config["init"]
+    step = base_step(lora, base)
+    if step is None:
+        raise UserError(
+            f"{run}: its base, a step of {base}, is gone; "
+            "restore that run, or train the adapters anew"
+        )
+    if shapes is None:
+        return merge(lora, load_params(base, step), adapters)
+
+    # The base is a language model, whatever the adapters make of it.
+    init, _ = init_and_apply(LanguageModel(ModelConfig(**config["model"])))
+    base_shapes = jax.eval_shape(init, jax.random.key(0))
+    found = jax.eval_shape(partial(merge, lora), base_shapes, adapters)
+    if jax.tree.map(jnp.shape, found) != jax.tree.map(jnp.shape, shapes):
+        raise UserError(f"{run}: a model of other parameters or shapes; use that run's config")
+
+    # Merged where it is to lie; the base's buffers are used up.
+    places = jax.tree.map(lambda like: like.sharding, shapes)
+    mesh = jax.tree.leaves(places)[0].mesh
+    loaded = load_params(base, step, abstract(base_shapes, mesh))
+    merge_in_place = jax.jit(partial(merge, lora), out_shardings=places, donate_argnums=0)
+    return merge_in_place(loaded, adapters)
+
+
+def has_scalar_head(run: str) -> bool:
+    """True if the newest checkpoint of `run` is of a scalar model: a reward model, of any script.
+
+    A scalar model is told from a language model by its parameter `head`. Raises UserError for a
+    run without a finished checkpoint.
+    """
+    return "head" in stored_params(run)
+
+
+def starting_params(
+    init: Init, config: ModelConfig, run: str | None, mesh: jax.sharding.Mesh, seed: int
+) -> Params:
+    """Initialise parameters on the mesh, then copy every subtree that `run` also has.
+
+    So a reward model starts with a policy's decoder and a new head, or goes on from another reward
+    model. `config`: the shape of the model that `init` makes. `run` None: all random, by `seed`.
+    Raises UserError if the shapes differ, or for a language model that would start from a reward
+    model.
     """
     if run is None:
         return init_sharded(init, mesh, jax.random.key(seed))
-    saved = load_config(run)
-    theirs, ours = ModelConfig(**saved["model"]), config
-    for field in dataclasses.fields(ModelConfig):
-        pair = getattr(theirs, field.name), getattr(ours, field.name)
-        if pair[0] != pair[1] and field.name not in ("preset", "dtype", "remat"):
-            raise UserError(
-                f"--model.{field.name}={pair[1]}: --init={run} has {pair[0]}; leave --model.* out"
-            )
+    # Random first: what the run lacks stays so.
+    _refuse_other_shape(run, config)
     params = init_sharded(init, mesh, jax.random.key(seed))
-    scalar = saved["script"] in ("train_rm", "train_prm")
-    if scalar and "head" not in params:
+    is_scalar = has_scalar_head(run)
+    if is_scalar and "head" not in params:
+        script = load_config(run)["script"]
         raise UserError(
-            f"--init={run}: a reward model (of {saved['script']}); name the run of a language model"
+            f"--init={run}: a reward model (of {script}); name the run of a language model"
         )
-    model = ScalarModel(config) if scalar else LanguageModel(config)
+    # What `run` has, by the kind of model that it is of.
+    model = ScalarModel(config) if is_scalar else LanguageModel(config)
     shapes = jax.eval_shape(init_and_apply(model)[0], jax.random.key(0))
     loaded = load_params(run, shapes=abstract(shapes, mesh))
-    return {**params, **{name: loaded[name] for name in params.keys() & loaded.keys()}}
+    # `decoder` always; `head` where both have one.
+    shared = params.keys() & loaded.keys()
+    return {**params, **{name: loaded[name] for name in shared}}
+
+
+def _refuse_other_shape(run: str, config: ModelConfig) -> None:
+    """Raise UserError for the first field in which `config` differs from the model of `run`."""
+    stored = stored_model(run)
+    for field in dataclasses.fields(ModelConfig):
+        theirs = getattr(stored, field.name)
+        ours = getattr(config, field.name)
+        if theirs != ours and field.name not in NOT_COMPARED:
+            raise UserError(
+                f"--model.{field.name}={ours}: --init={run} has {theirs}; leave --model.* out"
+            )
 
 
 def starting_critic(
     config: Any, models: dict[str, Params], mesh: jax.sharding.Mesh
-) -> tuple[Params, Any]:
-    """Parameters that a value model starts from, and its apply; `models`: runs of reward models and their parameters.
+) -> tuple[Params, Callable[..., Any]]:
+    """Return the parameters that a value model starts from, and its apply.
 
-    The first of these; where there is none, the decoder of --init, with a head that says 0.
+    `models`: folders of reward models and their parameters. The value model starts as the first of
+    them, whose arrays it gets; without one, as the decoder of --init under a head of zeros.
+    `config`: the script's, of which `model`, `init` and `seed` are read.
     """
+    # As in InstructGPT (Ouyang et al. 2022, appendix C) the critic starts as the reward model.
     if models:
         run, params = next(iter(models.items()))
-        return params, init_and_apply(ScalarModel(ModelConfig(**load_config(run)["model"])))[1]
+        return params, init_and_apply(ScalarModel(stored_model(run)))[1]
+    # A head of zeros: the first values are 0.
     init, apply = init_and_apply(ScalarModel(config.model))
     params = starting_params(init, config.model, config.init, mesh, config.seed)
     return {**params, "head": jnp.zeros_like(params["head"])}, apply
 
 
+# --- the state of a run
+
+
+class Start(NamedTuple):
+    """Where a run goes on from."""
+
+    step: int
+    """Steps finished; 0 for a new run."""
+    state: TrainState
+    data_position: Any
+    """What `Checkpoints.save` was given as `extra`; None for a new run."""
+    base: Params | None
+    """The parameters that `state.params` are adapters on; None without adapters."""
+
+
+def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+    """Return a state at step 0 around `params`, whose arrays it holds."""
+    return TrainState(jnp.int32(0), jnp.int32(0), params, optimizer.init(params))
+
+
 def fresh_state(
     config: Any, optimizer: optax.GradientTransformation, params: Params, key: jax.Array
 ) -> TrainState:
-    """The state that a script of `config` starts from: of adapters where it has any, else of `params`."""
+    """Return the state that a script starts from: of new adapters on `params`, or of `params`.
+
+    `config`: the script's, of which `lora` is read. `key`: of the adapters' random part.
+    """
     return init_state(trainable_part(config.lora, params, key), optimizer)
 
 
 def shapes_of(
-    config: Any, init: Any, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh
-) -> Any:
-    """A fresh state as a checkpoint stores it, and the `base` of its adapters: shapes and shardings alone."""
+    config: Any, init: Init, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh
+) -> dict[str, Any]:
+    """Return a fresh state as a checkpoint stores it, shapes and shardings alone.
+
+    Keys: `params` and `rest` (see as_items), and `base`, of adapters, None without. `config`: the
+    script's, of which `lora` and `seed` are read.
+    """
+    # Nothing is computed: the shapes follow from tracing.
     key = jax.random.key(config.seed)
     params = jax.eval_shape(init, key)
     state = jax.eval_shape(partial(fresh_state, config, optimizer), params, key)
@@ -95,36 +199,39 @@ def shapes_of(
 def start_or_resume(
     checkpoints: Checkpoints,
     config: Any,
-    init: Any,
+    init: Init,
     optimizer: optax.GradientTransformation,
     mesh: jax.sharding.Mesh,
-) -> tuple[int, TrainState, Any, Params | None]:
-    """(step, state, data position, base) of the newest checkpoint, or 0, a state of `starting_params`, None, base.
+) -> Start:
+    """Return the state of the newest checkpoint, or a fresh one on `starting_params`.
 
-    `config`: the script's, with `model`, `init`, `seed` and `lora`; the base is None unless there are adapters.
+    `config`: the script's, of which `model`, `init`, `seed` and `lora` are read.
     """
+    # All parameters are in the checkpoint, unless it holds adapters.
     shapes = shapes_of(config, init, optimizer, mesh)
     saved = checkpoints.restore({"params": shapes["params"], "rest": shapes["rest"]})
     if saved and not config.lora.rank:
-        return saved[0], from_items(saved[1]), saved[2], None
+        step, items, position = saved
+        return Start(step, from_items(items), position, None)
+
+    # A checkpoint holds adapters alone: their base is read from --init again.
     params = starting_params(init, config.model, config.init, mesh, config.seed)
     base = lora_base(config.lora, params)
     if saved:
-        return saved[0], from_items(saved[1]), saved[2], base
+        step, items, position = saved
+        return Start(step, from_items(items), position, base)
+    # Under one jit, or the moments of Adam would come out replicated.
     fresh = partial(fresh_state, config, optimizer)
-    return 0, init_sharded(fresh, mesh, params, jax.random.key(config.seed)), None, base
+    state = init_sharded(fresh, mesh, params, jax.random.key(config.seed))
+    return Start(0, state, None, base)
 
 
 def as_items(state: TrainState) -> dict[str, Any]:
-    """The state as a checkpoint stores it: parameters apart from the rest."""
-    return {"params": state.params, "rest": state.replace(params={})}
+    """Split the state as a checkpoint stores it: `params`, and the state without them: `rest`."""
+    rest = dataclasses.replace(state, params={})
+    return {"params": state.params, "rest": rest}
 
 
 def from_items(items: dict[str, Any]) -> TrainState:
-    """The inverse of `as_items`."""
-    return items["rest"].replace(params=items["params"])
-
-
-def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
-    """A fresh state around `params`."""
-    return TrainState(jnp.int32(0), jnp.int32(0), params, optimizer.init(params))
+    """Undo `as_items`."""
+    return dataclasses.replace(items["rest"], params=items["params"])

@@ -1,9 +1,8 @@
-"""The one jit-compiled training step: gradients, accumulation, clipping, non-finite updates, optimiser."""
+"""The one compiled training step: gradients, accumulation, clipping, bad updates, optimiser."""
 
 import dataclasses
 import re
 from collections.abc import Callable
-from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import flax.struct
@@ -13,13 +12,21 @@ import optax
 
 from model import Params
 from runtime.errors import UserError
+from runtime.metrics import TRAIN_STEP
 from sharding import along, constrain_params, in_microbatches, path_name
 
 Batch = dict[str, jax.Array]
-# objective(params, batch) -> (loss_sum, (weight, {name: (sum, weight)})), all float32 sums
-Objective = Callable[
-    [Params, Batch], tuple[jax.Array, tuple[jax.Array, dict[str, tuple[jax.Array, jax.Array]]]]
-]
+Metrics = dict[str, jax.Array]
+MetricSums = dict[str, tuple[jax.Array, jax.Array]]
+Sums = tuple[jax.Array, tuple[jax.Array, MetricSums]]
+"""(sum of losses, (weight, {metric: (sum, weight)})), all float32 scalars."""
+Objective = Callable[[Params, Batch], Sums]
+"""objective(params, batch) -> Sums. The loss of a batch is the sum of losses over the weight."""
+TrainStep = Callable[..., tuple["TrainState", Metrics]]
+"""step(state, batch, base=None) -> (state, metrics), of make_train_step."""
+
+
+# --- optimiser and schedule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +48,7 @@ class OptimizerConfig:
     eps: float = 1e-8
     """Added to the root of Adam's second moment."""
     moment: Literal["float32", "bfloat16"] = "float32"
-    """Type of Adam's first moment. The second is always float32: bfloat16 would round its steps of 1 - beta2 away."""
+    """Type of Adam's first moment. The second is float32: bfloat16 would lose its small steps."""
     weight_decay: float = 0.1
     """Decoupled weight decay; never on norms and biases."""
     clip: float = 1.0
@@ -61,54 +68,103 @@ class TrainState:
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Learning rate by step, over `steps` steps."""
-    if not 0 <= config.warmup < max(steps, 1):
+    """Return the learning rate by step, over `steps` steps; raise UserError for settings at odds.
+
+    The first step already learns: the warm-up starts at 1/(warmup + 1) of the peak, not at 0.
+    """
+    if config.warmup < 0 or config.warmup >= max(steps, 1):
         raise UserError(
             f"--optimizer.warmup={config.warmup}: must be at least 0 and below the {steps} steps; "
             "lower it, or raise --steps"
         )
     if not config.lr > 0:
         raise UserError(f"--optimizer.lr={config.lr}: must be above 0")
+
+    def inverse_sqrt(count: jax.Array) -> jax.Array:
+        """Decay with the square root of the steps since the warm-up, in units of its length."""
+        since = jnp.maximum(count, 0) / max(config.warmup, 1)
+        return config.lr * (1 + since) ** -0.5
+
+    # The decay runs over what the warm-up leaves.
     rest = max(steps - config.warmup, 1)
+    last_lr = config.lr * config.final_lr
     decay = {
         "cosine": optax.cosine_decay_schedule(config.lr, rest, config.final_lr),
-        "linear": optax.linear_schedule(config.lr, config.lr * config.final_lr, rest),
-        "inverse_sqrt": lambda t: (
-            config.lr * (1 + jnp.maximum(t, 0) / max(config.warmup, 1)) ** -0.5
-        ),
+        "linear": optax.linear_schedule(config.lr, last_lr, rest),
+        "inverse_sqrt": inverse_sqrt,
         "constant": optax.constant_schedule(config.lr),
     }[config.schedule]
-    # Step 0 already learns: the warm-up starts at 1/(warmup + 1) of the peak, not at 0.
-    warmup = optax.linear_schedule(config.lr / (config.warmup + 1), config.lr, config.warmup)
+    # It ends where the decay begins, at the peak.
+    first_lr = config.lr / (config.warmup + 1)
+    warmup = optax.linear_schedule(first_lr, config.lr, config.warmup)
     return optax.join_schedules([warmup, decay], [config.warmup])
 
 
 def decayed(params: Params) -> Any:
-    """True for the leaves under weight decay: all but norms and biases."""
-    name_of = jax.tree_util.tree_map_with_path
-    return name_of(lambda path, _: re.search(r"(norm|bias)$", path_name(path)) is None, params)
+    """Return a tree of bools: True for leaves under weight decay, all but norms and biases."""
+
+    def is_decayed(path: Any, leaf: Any) -> bool:
+        return re.search(r"(norm|bias)$", path_name(path)) is None
+
+    return jax.tree_util.tree_map_with_path(is_decayed, params)
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """The optimiser for a run of `steps` updates; clipping is the step's."""
+    """Make the optimiser for a run of `steps` updates, without clipping, which the step does."""
+    # Adafactor: a factored second moment and no first, for models whose AdamW does not fit.
     schedule = make_schedule(config, steps)
     if config.name == "adafactor":
-        # optax adds the decay after the learning rate is applied; as in AdamW, ours is a multiple of it.
-        decay = (lambda t: schedule(t) * config.weight_decay) if config.weight_decay else None
+
+        def decay_by_schedule(count: jax.Array) -> jax.Array:
+            """Return the decay of a step, a multiple of its learning rate as in AdamW.
+
+            optax adds it after the learning rate is applied.
+            """
+            return schedule(count) * config.weight_decay
+
+        decay = decay_by_schedule if config.weight_decay else None
         return optax.adafactor(schedule, weight_decay_rate=decay, weight_decay_mask=decayed)
-    options = {"mu_dtype": config.moment, "weight_decay": config.weight_decay, "mask": decayed}
-    return optax.adamw(schedule, config.beta1, config.beta2, config.eps, **options)
+    # AdamW decays by a multiple of the learning rate (Loshchilov and Hutter 2019).
+    return optax.adamw(
+        schedule,
+        config.beta1,
+        config.beta2,
+        config.eps,
+        mu_dtype=config.moment,
+        weight_decay=config.weight_decay,
+        mask=decayed,
+    )
+
+
+# --- the step
 
 
 class Update(NamedTuple):
-    """The pieces of a script that trains one model; `make_update` of each script makes them."""
+    """The pieces of an update of one model; a script's `make_update` makes them.
+
+    `main` runs them and plan.py compiles them: a script names its programs here alone.
+    """
 
     init: Callable[[jax.Array], Params]
     """init(key) -> random parameters."""
     optimizer: optax.GradientTransformation
     objective: Objective
-    step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
-    """step(state, batch, base) -> (state, metrics), of make_train_step."""
+    step: TrainStep
+
+
+class PartSums(NamedTuple):
+    """Sums over rows of a batch, to be divided by `weight`."""
+
+    loss: jax.Array
+    weight: jax.Array
+    metrics: MetricSums
+    """Each with a weight of its own."""
+    grads: Params
+
+
+def without_base(base: Params | None, params: Params) -> Params:
+    """Return `params`: what a model without adapters computes with."""
+    return params
 
 
 def make_train_step(
@@ -117,8 +173,8 @@ def make_train_step(
     microbatches: int = 1,
     *,
     max_norm: float = 1.0,
-    full: Callable[[Params | None, Params], Params] = lambda base, params: params,
-) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+    full: Callable[[Params | None, Params], Params] = without_base,
+) -> TrainStep:
     """Compile step(state, batch, base=None) -> (state, metrics).
 
     `state` is donated: its buffers are gone after the call; `base` and `batch` are not.
@@ -133,35 +189,42 @@ def make_train_step(
     non-finite loss or gradient changes nothing but the counters.
     """
 
-    def loss_of(params: Params, batch: Batch, base: Params | None):
+    # The sum of losses, differentiated by the parameters that the state holds.
+    def loss_of(params: Params, batch: Batch, base: Params | None) -> Sums:
         return objective(full(base, params), batch)
 
+    # Of `params` alone: `base` is frozen.
     gradient = jax.value_and_grad(loss_of, has_aux=True)
 
-    def sums(params: Params, batch: Batch, base: Params | None):
-        """Sums over one part of the batch: loss, weight, metrics, gradient."""
+    def sums(params: Params, batch: Batch, base: Params | None) -> PartSums:
+        """Sum over one part of the batch."""
+        # Laid as the parameters are, before they are added up.
         (loss, (weight, metrics)), grads = gradient(params, batch, base)
-        return loss, weight, metrics, constrain_params(grads)
+        grads = constrain_params(grads)
+        return PartSums(loss, weight, metrics, grads)
 
-    def accumulated(params: Params, batch: Batch, base: Params | None):
-        """Sums over the whole batch, part by part. A pipeline cuts the batch itself (layers.py)."""
+    def accumulated(params: Params, batch: Batch, base: Params | None) -> PartSums:
+        """Sum over the whole batch, taken part by part."""
+        # A pipeline cuts the batch itself (layers.py).
         is_pipeline = along(jax.sharding.get_abstract_mesh(), "stage") > 1
         if microbatches == 1 or is_pipeline:
             return sums(params, batch, base)
+        # Zeros of the sums' shapes, then one part after another is added.
         parts = jax.tree.map(lambda x: in_microbatches(x, microbatches), batch)
         first = jax.tree.map(lambda x: x[0], parts)
         shapes = jax.eval_shape(sums, params, first, base)
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        zeros = jax.tree.map(lambda like: jnp.zeros(like.shape, like.dtype), shapes)
 
-        def add(totals, part):
-            return jax.tree.map(jnp.add, totals, sums(params, part, base)), None
+        def add(totals: PartSums, part: Batch) -> tuple[PartSums, None]:
+            more = sums(params, part, base)
+            return jax.tree.map(jnp.add, totals, more), None
 
-        return jax.lax.scan(add, zeros, parts)[0]
+        totals, _ = jax.lax.scan(add, zeros, parts)
+        return totals
 
-    @partial(jax.jit, donate_argnums=0)
     def step(
         state: TrainState, batch: Batch, base: Params | None = None
-    ) -> tuple[TrainState, dict[str, jax.Array]]:
+    ) -> tuple[TrainState, Metrics]:
         # The mean gradient, clipped to a global norm.
         loss, weight, metrics, grads = accumulated(state.params, batch, base)
         grads = jax.tree.map(lambda grad: grad / weight, grads)
@@ -173,7 +236,10 @@ def make_train_step(
         updates, opt_state = optimizer.update(clipped, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         finite = jnp.isfinite(loss / weight) & jnp.isfinite(norm)
-        if_finite = partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
+
+        def if_finite(new: Any, old: Any) -> Any:
+            return jax.tree.map(lambda x, y: jnp.where(finite, x, y), new, old)
+
         state = TrainState(
             step=state.step + 1,
             skipped=state.skipped + (~finite).astype(jnp.int32),
@@ -181,28 +247,37 @@ def make_train_step(
             opt_state=if_finite(opt_state, state.opt_state),
         )
 
-        means = {
-            name: total / jnp.maximum(count, 1e-9) for name, (total, count) in metrics.items()
-        }
-        metrics = {"loss": loss / weight, **means, "grad_norm": norm, "skipped": state.skipped}
-        return state, metrics
+        # Sums of metrics to means, the loss first.
+        means = {}
+        for name, (total, count) in metrics.items():
+            means[name] = total / jnp.maximum(count, 1e-9)
+        means = {"loss": loss / weight, **means, "grad_norm": norm, "skipped": state.skipped}
+        return state, means
 
-    return step
+    # The recorder (runtime/metrics.py) counts compilations by this name, whatever `step` is.
+    step.__name__ = TRAIN_STEP
+    return jax.jit(step, donate_argnums=0)
+
+
+# --- evaluation
 
 
 def make_evaluation(objective: Objective) -> Callable[[Params, list[Batch]], dict[str, float]]:
-    """evaluate(params, batches) -> means of loss and metrics over all batches, names prefixed by `eval/`."""
+    """Return evaluate(params, batches) -> means over all batches, {"eval/loss", "eval/NAME"}."""
 
     @jax.jit
-    def sums(params: Params, batch: Batch):
+    def sums(params: Params, batch: Batch) -> MetricSums:
         loss, (weight, metrics) = objective(params, batch)
         return {"loss": (loss, weight), **metrics}
 
     def evaluate(params: Params, batches: list[Batch]) -> dict[str, float]:
+        """Return means of the loss and the metrics of `objective` over `batches`, on the mesh."""
+        # Sums of all batches first: a mean of means would weigh them wrongly.
         parts = [jax.device_get(sums(params, batch)) for batch in batches]
         totals = jax.tree.map(lambda *x: float(sum(x)), *parts)
-        return {
-            f"eval/{name}": total / max(weight, 1e-9) for name, (total, weight) in totals.items()
-        }
+        means = {}
+        for name, (total, weight) in totals.items():
+            means[f"eval/{name}"] = total / max(weight, 1e-9)
+        return means
 
     return evaluate

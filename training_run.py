@@ -32,11 +32,11 @@ from responses import make_sampler
 from runtime.checkpoint import Checkpoints
 from runtime.guard import GuardConfig
 from runtime.metrics import Recorder
+from runtime.run_folder import path_from_root
 from sampling import SamplingConfig
-from train_state import start_or_resume
+from train_state import Init, start_or_resume
 from train_step import TrainState
 
-ROOT = pathlib.Path(__file__).parent
 Data = Batches | dict[str, Batches]
 """What a script reads: one stream of batches, or several by name."""
 
@@ -47,18 +47,20 @@ def script_name(config: Any) -> str:
     A fork is named by its folder too: `experiments/alibi/train_sft`. One outside the repository
     is named by its whole path.
     """
-    path = pathlib.Path(sys.modules[type(config).__module__].__file__).resolve()
-    if path.is_relative_to(ROOT):
-        path = path.relative_to(ROOT)
-    return path.with_suffix("").as_posix()
+    # The module of a script that is started is `__main__`, which knows its file too.
+    module = sys.modules[type(config).__module__]
+    assert module.__file__ is not None, "a Config is defined in a script's file"
+    return path_from_root(pathlib.Path(module.__file__).with_suffix(""))
 
 
 class Run:
     """A script's run folder while it trains: checkpoints, metrics and samples.
 
-    `config` is the script's: `run`, `steps`, `save_every`, `keep_checkpoints` and `batch_size` are
-    read here. On entry the folder is created or found to be the same run, else UserError and
-    nothing is touched. On exit the last row of metrics and the last save are on the disk.
+    `config` is the script's dataclass, stored whole in config.json. Read here are `run`, `steps`,
+    `save_every`, `keep_checkpoints`, `batch_size` and `microbatches`, and by start_or_resume
+    `model`, `init`, `seed` and `lora`. On entry the folder is created or found to be the same run,
+    else UserError and nothing is touched. On exit the last row of metrics and the last save are on
+    the disk, and report.html is written. With several processes all do the same calls.
     """
 
     def __init__(
@@ -69,13 +71,21 @@ class Run:
         unit: str = "step",
         guard: GuardConfig | None = None,
     ):
-        """`unit`: the word for a step on the terminal; `guard`: what counts as a loss spike."""
+        """Describe the run; nothing is written before entry.
+
+        `tokenizer`: stored beside the checkpoints, for whoever reads the run. `unit`: the word for
+        a step on the terminal. `guard`: what counts as a loss spike, which then raises
+        runtime.guard.Spike for `guarded` around the script's main; None: nothing does.
+        """
         self.config = config
         self.start = 0
         """Steps that an earlier start of this run has finished."""
+        # For the recorder, which `steps` makes once it is known where the run starts.
         self._unit = unit
         self._guard = guard
+        # What `__exit__` closes: the recorder, which `steps` opens, then the checkpoints.
         self._open = contextlib.ExitStack()
+        # A run is known by its script too: another one of the same settings is another run.
         self._checkpoints = Checkpoints(
             config.run,
             config,
@@ -94,10 +104,13 @@ class Run:
     # --- before the first step
 
     def restore(self, shapes: dict[str, Any], data: Data) -> dict[str, Any] | None:
-        """Load the newest checkpoint and set `data` to where it was; None for a new run.
+        """Load the newest good checkpoint and set `data` to where it was; None for a new run.
 
-        `shapes`: the tree that `save_when_due` is given, as ShapeDtypeStructs with shardings.
+        For a script with more than one state; others call `start_or_resume`. `shapes`: the tree
+        that `save_when_due` is given, as ShapeDtypeStructs with shardings, which the arrays get.
+        Sets `start`. Raises UserError for other names, shapes or dtypes.
         """
+        # Damaged checkpoints are passed over, with a warning.
         found = self._checkpoints.restore(shapes)
         if found is None:
             return None
@@ -107,14 +120,16 @@ class Run:
 
     def start_or_resume(
         self,
-        init: Any,
+        init: Init,
         optimizer: optax.GradientTransformation,
         mesh: jax.sharding.Mesh,
         data: Data,
     ) -> tuple[TrainState, Params | None]:
         """Return the state of the newest checkpoint, or a fresh one, and the base of its adapters.
 
-        `data` is set to where that checkpoint left it. The base is None without adapters.
+        A fresh state is of `init`'s random parameters, of those of --init, or of adapters on them.
+        `data` is set to where the checkpoint left it, and `start` to its step. The base is None
+        without adapters. The arrays lie on `mesh` as sharding.py says.
         """
         self.start, state, position, base = start_or_resume(
             self._checkpoints, self.config, init, optimizer, mesh
@@ -128,6 +143,7 @@ class Run:
         `params`: what is trained. `rest`: every other tree that lies on the devices. `length`:
         tokens a row.
         """
+        # Printed by process 0 alone: the others have no stdout (runtime/hosts.py).
         text = describe(
             f"{self.config.run}: {what}",
             params,
@@ -143,22 +159,32 @@ class Run:
     # --- around each step
 
     def steps(self) -> Iterator[int]:
-        """Yield the steps still to do, up to `config.steps`; stop early after a signal's save."""
+        """Yield the steps still to do, up to `config.steps`; stop early after a signal's save.
+
+        Call it once, after the state is restored: rows of metrics after `start` are removed.
+        """
+        # The terminal, metrics.jsonl, TensorBoard and samples.md.
         recorder = Recorder(
             self.config.run, self.config.steps, self.start, unit=self._unit, guard=self._guard
         )
         self._recorder = self._open.enter_context(recorder)
         for step in self._recorder.steps():
             yield step
+            # Set by `save_when_due`, which has saved by then.
             if self._checkpoints.stopping:
                 return
 
     def record(self, step: int, metrics: dict[str, Any], tokens: int = 0) -> None:
-        """Keep the metrics of `step` and write those of the step before (see Recorder)."""
+        """Keep the metrics of `step` and write those of the step before: nothing waits.
+
+        Values: scalars, of the device too, or pairs (sum, weight). Further calls for a step join
+        its row. `tokens`: how many the step trained on, for the throughput. Raises UserError where
+        the step was compiled too often, and guard.Spike.
+        """
         self._recorder(step, metrics, tokens=tokens)
 
     def samples(self, step: int, rows: list[dict[str, Any]]) -> None:
-        """Append `rows` of prompt and response to samples.md, and show the first two."""
+        """Append `rows` of prompt and response, as text, to samples.md, and show the first two."""
         self._recorder.samples(step, rows)
 
     def due(self, step: int, every: int) -> bool:
@@ -166,18 +192,24 @@ class Run:
         return every > 0 and (step % every == 0 or step == self.config.steps)
 
     def save_when_due(self, step: int, items: dict[str, Any], data: Data) -> None:
-        """Save `items` and the position of `data` every `save_every` steps, at the last, on a signal.
+        """Save every `save_every` steps, at the last one and after a signal.
 
-        Call it at every step, on every process: this is where processes agree to stop.
+        `items`: what `restore` gave, or `as_items(state)`; beside it goes the position of `data`.
+        Call it at every step, on every process: this is where processes agree to stop. Raises
+        UserError for parameters that are not finite, and where the last save failed.
         """
         if self._checkpoints.due(step, self.config.save_every, self.config.steps):
+            # The metrics first: a resumed run cuts rows after its checkpoint and repeats none.
             self._recorder.flush()
             self._checkpoints.save(step, items, _position(data))
 
     @property
     def last_metrics(self) -> dict[str, float]:
-        """The newest row of metrics that has been written."""
+        """The newest row of metrics that has been written; {} before the first."""
         return self._recorder.last
+
+
+# --- rows of samples.md
 
 
 def sample_pairs(
@@ -206,24 +238,32 @@ def make_greedy_samples(
     `prompts`: lists of messages, the user's last; only the last `max_prompt` tokens of each are
     seen, and only the last message is shown. Responses have at most `max_new_tokens` tokens.
     """
+    # Greedy: the samples of two steps then differ by their parameters alone.
     sampling = SamplingConfig(temperature=0.0, max_new_tokens=max_new_tokens)
     respond = make_sampler(model_config, sampling, tokenizer)
     prompt_tokens = [tokenizer.prompt(prompt)[-max_prompt:] for prompt in prompts]
+    # What samples.md shows of each prompt.
     questions = [prompt[-1]["content"] for prompt in prompts]
 
     def sample(params: Params, key: jax.Array) -> list[dict[str, str]]:
+        """Respond to all prompts with a language model's `params`; `key` is not used greedily."""
         return sample_pairs(questions, respond(params, prompt_tokens, key), tokenizer)
 
     return sample
 
 
+# --- the position in the data, which a checkpoint holds
+
+
 def _position(data: Data) -> Any:
+    # Several streams keep their positions by name.
     if isinstance(data, dict):
         return {name: batches.state for name, batches in data.items()}
     return data.state
 
 
 def _set_position(data: Data, position: Any) -> None:
+    # A new run starts at the beginning.
     if not position:
         return
     if isinstance(data, dict):

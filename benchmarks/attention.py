@@ -1,7 +1,9 @@
-"""Time the implementations of attention against one another on the device at hand, interleaved in one run.
+"""Time the implementations of attention on the device at hand, interleaved in one run.
 
-python -m benchmarks.attention                 # writes benchmarks/results/attention-<platform>.json and README.md
-python -m benchmarks.attention --lengths 512 1024 --rounds=3 --out=runs/benchmarks
+    python -m benchmarks.attention
+    python -m benchmarks.attention --lengths 512 1024 --rounds=3 --out=runs/benchmarks
+
+Writes benchmarks/results/attention-<platform>.json, and README.md beside it from all of them.
 """
 
 import dataclasses
@@ -30,10 +32,8 @@ RUNS_ON = {
     "gpu": ("reference", "xla_chunked", "library", "pallas_gpu", "pallas_hopper"),
     "tpu": ("reference", "xla_chunked", "library", "pallas_tpu"),
 }
-MATMULS = {
-    "forward": 2,
-    "forward and backward": 7,
-}  # of a head's scores, by the mathematics: nothing recomputed
+# Matmuls of a head's scores that the mathematics needs, without what is computed again.
+MATMULS = {"forward": 2, "forward and backward": 7}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,8 +60,20 @@ class Config:
     """Folder of the results."""
 
 
+# ---- What is timed ----
+
+
+@dataclasses.dataclass
+class Timed:
+    """A row of the results and, unless it failed, the compiled call that it times."""
+
+    row: dict[str, Any]
+    call: Callable[[], Any] | None = None
+    seconds: list[float] = dataclasses.field(default_factory=list)
+
+
 def both_passes(function: Callable[..., jax.Array]) -> Callable[..., Any]:
-    """`function` of q, k, v with its gradients for the cotangent that comes last."""
+    """Return a function of q, k, v and a cotangent that gives the output and the gradients."""
 
     def run(q_BTNH, k_BSKH, v_BSKH, dout_BTNH):
         out, pull = jax.vjp(function, q_BTNH, k_BSKH, v_BSKH)
@@ -70,214 +82,252 @@ def both_passes(function: Callable[..., jax.Array]) -> Callable[..., Any]:
     return run
 
 
-def rows_of(config: Config) -> list[tuple[dict[str, Any], Callable[[], Any]]]:
-    """Each combination of length, packing, pass and implementation: what it is, and a call of it, compiled."""
-    rows, platform = [], jax.default_backend()
+def random_arrays(config: Config, batch: int, length: int) -> list[jax.Array]:
+    """Return q, k, v and a cotangent of the output, in the compute type of models."""
+    kv_heads = config.heads // config.group
+    heads = (config.heads, kv_heads, kv_heads, config.heads)
+    keys = jax.random.split(jax.random.key(length), len(heads))
+    dtype = ModelConfig().compute_dtype
+    arrays = []
+    for key, n in zip(keys, heads, strict=True):
+        arrays.append(jax.random.normal(key, (batch, length, n, config.width), dtype))
+    return arrays
+
+
+def compiled_call(timed: Timed, function: Callable[..., Any], args: list[jax.Array]) -> None:
+    """Compile `function` of `args` and run it once; note its costs, or its failure, in the row."""
+    try:
+        start = time.perf_counter()
+        compiled = jax.jit(function).lower(*args).compile()
+        timed.row["compile_s"] = time.perf_counter() - start
+        temporary = compiled.memory_analysis().temp_size_in_bytes
+        timed.row["temporary_MiB"] = temporary / 2**20
+        timed.call = functools.partial(compiled, *args)
+        jax.block_until_ready(timed.call())
+    # A shape that one implementation cannot serve must not end the others' run.
+    except Exception as error:
+        timed.row["failed"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        timed.call = None
+
+
+def rows_of(config: Config) -> list[Timed]:
+    """Compile each combination of length, packing, pass and implementation."""
+    rows = []
     for length, segments in itertools.product(config.lengths, config.segments):
-        batch, part = max(1, config.tokens // length), length // segments
-        heads = (
-            config.heads,
-            config.heads // config.group,
-            config.heads // config.group,
-            config.heads,
-        )
-        keys = jax.random.split(jax.random.key(length), len(heads))
-        arrays = [
-            jax.random.normal(k, (batch, length, n, config.width), ModelConfig().compute_dtype)
-            for k, n in zip(keys, heads, strict=True)
-        ]
+        batch = max(1, config.tokens // length)
+        arrays = random_arrays(config, batch, length)
+
+        # Scores that a row computes, and the ids of its segments.
+        part = length // segments
         seen = part * (part + 1) // 2 if config.causal else part**2
-        packed = (
-            {"segment_ids": np.arange(length)[None] // part + np.ones((batch, 1), int)}
-            if segments > 1
-            else {}
-        )
-        for what, name in itertools.product(MATMULS, RUNS_ON[platform]):
+        packed = {}
+        if segments > 1:
+            ids_T = np.arange(length)[None] // part
+            packed["segment_ids"] = ids_T + np.ones((batch, 1), int)
+
+        for what, name in itertools.product(MATMULS, RUNS_ON[jax.default_backend()]):
+            matmuls = 2 * MATMULS[what] * batch * config.heads * config.width
+            timed = Timed(
+                {
+                    "length": length,
+                    "segments": segments,
+                    "batch": batch,
+                    "pass": what,
+                    "implementation": name,
+                    "flops": matmuls * segments * seen,
+                }
+            )
             function = functools.partial(
                 attention, causal=config.causal, implementation=name, **packed
             )
-            args = arrays[:3] if what == "forward" else arrays
-            row = {
-                "length": length,
-                "segments": segments,
-                "batch": batch,
-                "pass": what,
-                "implementation": name,
-            }
-            row["flops"] = (
-                2 * MATMULS[what] * batch * config.heads * segments * seen * config.width
-            )
-            try:
-                start = time.perf_counter()
-                compiled = (
-                    jax.jit(function if what == "forward" else both_passes(function))
-                    .lower(*args)
-                    .compile()
-                )
-                row["compile_s"] = time.perf_counter() - start
-                row["temporary_MiB"] = compiled.memory_analysis().temp_size_in_bytes / 2**20
-                call = functools.partial(compiled, *args)
-                jax.block_until_ready(call())
-            except Exception as error:  # a shape that one implementation cannot serve must not end the others' run
-                row["failed"], call = (
-                    f"{type(error).__name__}: {error}".splitlines()[0][:200],
-                    None,
-                )
-            rows.append((row, call))
+            if what == "forward":
+                compiled_call(timed, function, arrays[:3])
+            else:
+                compiled_call(timed, both_passes(function), arrays)
+            rows.append(timed)
     return rows
 
 
+# ---- Timing ----
+
+
 def seconds_of(call: Callable[[], Any], at_least: float) -> float:
-    """Seconds of one call, averaged over as many as fill `at_least`."""
-    count, spent = 0, 0.0
+    """Return the seconds of one call, averaged over as many as fill `at_least`."""
+    on_cpu = jax.default_backend() == "cpu"
+    count = 0
+    spent = 0.0
     start = time.perf_counter()
     while spent < at_least:
         result = call()
         count += 1
-        if (
-            count & (count - 1) == 0 or jax.default_backend() == "cpu"
-        ):  # waits seldom, so that launches overlap
+        # On an accelerator wait seldom, when the count is a power of two: launches overlap.
+        if on_cpu or count & (count - 1) == 0:
             jax.block_until_ready(result)
             spent = time.perf_counter() - start
     return spent / count
 
 
 def measure(config: Config) -> dict[str, Any]:
-    """The whole run: every row once a round, in an order that turns with the rounds."""
-    rows, loads = rows_of(config), [os.getloadavg()[0]]
-    timed = [(row, call) for row, call in rows if call is not None]
-    seconds = {id(row): [] for row, _ in timed}
+    """Time every row once a round, in an order that turns with the rounds; return all results."""
+    rows = rows_of(config)
+    load_before = os.getloadavg()[0]
+    served = [timed for timed in rows if timed.call is not None]
     for turn in range(config.rounds):
-        for row, call in timed[turn:] + timed[:turn]:
-            seconds[id(row)].append(seconds_of(call, config.seconds))
-    for row, _ in timed:
-        every = seconds[id(row)]
-        row["ms"] = 1e3 * statistics.median(every)
-        row["ms_every"] = [1e3 * one for one in every]
-        row["tflops"] = row["flops"] / statistics.median(every) / 1e12
-    versions = {
-        "python": sys.version.split()[0],
-        "jax": jax.__version__,
-        "jaxlib": jaxlib.__version__,
-    }
+        for timed in served[turn:] + served[:turn]:
+            timed.seconds.append(seconds_of(timed.call, config.seconds))
+    for timed in served:
+        median = statistics.median(timed.seconds)
+        timed.row["ms"] = 1e3 * median
+        timed.row["ms_every"] = [1e3 * one for one in timed.seconds]
+        timed.row["tflops"] = timed.row["flops"] / median / 1e12
+
+    # What a reader needs to judge the numbers.
+    described = dataclasses.asdict(config)
+    del described["out"]
+    device = jax.devices()[0]
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "device": jax.devices()[0].device_kind,
-        "platform_version": jax.devices()[0].client.platform_version.splitlines()[0],
+        "device": device.device_kind,
+        "platform_version": device.client.platform_version.splitlines()[0],
         "cores": os.cpu_count(),
         "dtype": ModelConfig().compute_dtype.name,
-        "load_average": [loads[0], os.getloadavg()[0]],
-        "versions": versions,
-        "config": {
-            key: value for key, value in dataclasses.asdict(config).items() if key != "out"
+        "load_average": [load_before, os.getloadavg()[0]],
+        "versions": {
+            "python": sys.version.split()[0],
+            "jax": jax.__version__,
+            "jaxlib": jaxlib.__version__,
         },
-        "rows": [row for row, _ in rows],
+        "config": described,
+        "rows": [timed.row for timed in rows],
     }
+
+
+# ---- Tables ----
+
+
+def setting(result: dict[str, Any]) -> str:
+    """Return the sentence over a platform's table: where, when and what was timed."""
+    config = result["config"]
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    before, after = result["load_average"]
+    kv_heads = config["heads"] // config["group"]
+    mask = "causal" if config["causal"] else "not causal"
+    return (
+        f"{result['device']} ({result['cores']} CPU cores), {result['date']}, {versions}; "
+        f"load {before:.1f} before and {after:.1f} after. "
+        f"A batch has {config['tokens']} tokens, {config['heads']} query heads on "
+        f"{kv_heads} key heads of width {config['width']}, {result['dtype']}, {mask}. "
+        f"Median of {config['rounds']} interleaved rounds (fastest to slowest)."
+    )
+
+
+def cells(row: dict[str, Any], reference_ms: float | None) -> str:
+    """Return a row of the table; `reference_ms` is the reference's time, if it did not fail."""
+    part = row["length"] // row["segments"]
+    tokens = f"{part}" if row["segments"] == 1 else f"{row['segments']} x {part}"
+    start = f"| {tokens} | {row['pass']} | {row['implementation']} |"
+    if "failed" in row:
+        return f"{start} {row['failed']} | | | |"
+    ratio = f"{row['ms'] / reference_ms:.2f}" if reference_ms else ""
+    fastest, slowest = min(row["ms_every"]), max(row["ms_every"])
+    spread = f"{row['ms']:.3g} ({fastest:.3g} to {slowest:.3g})"
+    memory = f"{row['temporary_MiB']:.0f}"
+    return f"{start} {spread} | {row['tflops']:.3g} | {ratio} | {memory} |"
 
 
 def table(platform: str, folder: pathlib.Path) -> str:
-    """Results of one platform as Markdown; where there are none, that is what it says."""
+    """Return one platform's results as Markdown, or a table that says that there are none."""
     path = folder / f"attention-{platform}.json"
+    lines = [f"## {platform.upper()}", ""]
     if not path.exists():
-        return f"## {platform.upper()}\n\n" + "\n".join(
-            ["| implementation | |", "|---|---|"]
-            + [
-                f"| {name} | not yet measured on {platform.upper()} |"
-                for name in RUNS_ON[platform]
-            ]
-        )
+        lines += ["| implementation | |", "|---|---|"]
+        for name in RUNS_ON[platform]:
+            lines.append(f"| {name} | not yet measured on {platform.upper()} |")
+        return "\n".join(lines)
+
     result = json.loads(path.read_text())
-    setting, before_after = (
-        result["config"],
-        "{:.1f} before and {:.1f} after".format(*result["load_average"]),
-    )
-    lines = [
-        f"## {platform.upper()}",
-        "",
-        f"{result['device']} ({result['cores']} CPU cores), {result['date']}, "
-        f"{', '.join(f'{name} {version}' for name, version in result['versions'].items())}; load {before_after}. "
-        f"A batch has {setting['tokens']} tokens, {setting['heads']} query heads on "
-        f"{setting['heads'] // setting['group']} key heads of width {setting['width']}, {result['dtype']}, "
-        f"{'causal' if setting['causal'] else 'not causal'}. Median of {setting['rounds']} interleaved rounds "
-        "(fastest to slowest).",
+    lines += [
+        setting(result),
         "",
         "| tokens | pass | implementation | ms | TFLOP/s | time of reference | temporaries, MiB |",
         "|---|---|---|---|---|---|---|",
     ]
-    kind = lambda row: (row["length"], row["segments"], row["pass"])
-    times = {
-        kind(row): row.get("ms") for row in result["rows"] if row["implementation"] == "reference"
-    }
+
+    def shape(row):
+        return row["length"], row["segments"], row["pass"]
+
+    reference_ms = {}
     for row in result["rows"]:
-        part = row["length"] // row["segments"]
-        tokens = f"{part}" if row["segments"] == 1 else f"{row['segments']} x {part}"
-        start = f"| {tokens} | {row['pass']} | {row['implementation']} |"
-        if "failed" in row:
-            lines.append(f"{start} {row['failed']} | | | |")
-            continue
-        base = times[kind(row)]
-        ratio = f"{row['ms'] / base:.2f}" if base else ""
-        spread = f"{row['ms']:.3g} ({min(row['ms_every']):.3g} to {max(row['ms_every']):.3g})"
-        lines.append(
-            f"{start} {spread} | {row['tflops']:.3g} | {ratio} | {row['temporary_MiB']:.0f} |"
-        )
+        if row["implementation"] == "reference":
+            reference_ms[shape(row)] = row.get("ms")
+    for row in result["rows"]:
+        lines.append(cells(row, reference_ms[shape(row)]))
     return "\n".join(lines)
 
 
 def schedule_table(folder: pathlib.Path) -> str:
-    """What benchmarks/tpu_schedule.py has counted, as Markdown."""
+    """Return what benchmarks/tpu_schedule.py has counted, as Markdown."""
     path = folder / "tpu_schedule.json"
-    result = json.loads(path.read_text()) if path.exists() else {"topology": "a TPU", "rows": []}
+    result = {"topology": "a TPU", "rows": [], "versions": {}}
+    if path.exists():
+        result = json.loads(path.read_text())
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     lines = [
         "## Inner loops as compiled for a TPU",
         "",
-        f"{result['topology']}, bfloat16, {', '.join(f'{k} {x}' for k, x in result.get('versions', {}).items())}; "
-        "`python -m benchmarks.tpu_schedule`. Ideal: the cycles that a tile's products take the matrix units at peak "
-        "rate; share: of the bundles. Waiting is not counted, so that a share can be above 1. Slots: the fullest. "
-        "A product of width 64 leaves half of a matrix unit empty; half is then about the most that a share can be.",
+        f"{result['topology']}, bfloat16, {versions}; "
+        "`python -m benchmarks.tpu_schedule`. Ideal: the cycles that a tile's products take the "
+        "matrix units at peak rate; share: of the bundles. Waiting is not counted, so that a "
+        "share can be above 1. Slots: the fullest. A product of width 64 leaves half of a matrix "
+        "unit empty; half is then about the most that a share can be.",
         "",
         "| width | kernel | tile | bundles | ideal | share | slots filled |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in result["rows"]:
+        queries, keys = row["tile"]
         fullest = sorted(row["slots"].items(), key=lambda slot: -slot[1])[:4]
-        tile, slots = (
-            " x ".join(map(str, row["tile"])),
-            ", ".join(f"{name} {share:.2f}" for name, share in fullest),
-        )
+        slots = ", ".join(f"{name} {share:.2f}" for name, share in fullest)
+        start = f"| {row['width']} | {row['kernel']} | {queries} x {keys} |"
         numbers = f"{row['bundles']} | {row['ideal']:.0f} | {row['share']:.2f}"
-        lines.append(f"| {row['width']} | {row['kernel']} | {tile} | {numbers} | {slots} |")
+        lines.append(f"{start} {numbers} | {slots} |")
     return "\n".join(lines)
 
 
 def write_readme(folder: pathlib.Path) -> None:
-    """All tables anew, from the JSON beside them."""
-    written = "Written by `python -m benchmarks.attention` and `python -m benchmarks.tpu_schedule`; not edited by hand."
-    tables = [*(table(platform, folder) for platform in RUNS_ON), schedule_table(folder)]
-    (folder / "README.md").write_text(
-        "\n\n".join(["# Attention: results", written, *tables]) + "\n"
+    """Write the folder's README.md: all tables, from the JSON files beside it."""
+    parts = [
+        "# Attention: results",
+        "Written by `python -m benchmarks.attention` and `python -m benchmarks.tpu_schedule`; "
+        "not edited by hand.",
+    ]
+    for platform in RUNS_ON:
+        parts.append(table(platform, folder))
+    parts.append(schedule_table(folder))
+    (folder / "README.md").write_text("\n\n".join(parts) + "\n")
+
+
+def with_defaults(config: Config) -> Config:
+    """Fill the fields left at 0 with the platform's values."""
+    on_cpu = jax.default_backend() == "cpu"
+    return dataclasses.replace(
+        config,
+        tokens=config.tokens or (4096 if on_cpu else 16384),
+        heads=config.heads or (4 if on_cpu else 16),
+        width=config.width or (64 if on_cpu else 128),
     )
 
 
 def main(config: Config) -> None:
-    """Measures, writes the JSON, and writes all platforms' tables anew."""
-    cpu = jax.default_backend() == "cpu"
-    defaults = {
-        "tokens": 4096 if cpu else 16384,
-        "heads": 4 if cpu else 16,
-        "width": 64 if cpu else 128,
-    }
-    config = dataclasses.replace(
-        config, **{key: getattr(config, key) or value for key, value in defaults.items()}
-    )
+    """Measure, write the JSON and all platforms' tables, print this platform's."""
     folder = pathlib.Path(config.out)
     folder.mkdir(parents=True, exist_ok=True)
-    result = measure(config)
-    (folder / f"attention-{jax.default_backend()}.json").write_text(
-        json.dumps(result, indent=1) + "\n"
-    )
+    result = measure(with_defaults(config))
+    platform = jax.default_backend()
+    text = json.dumps(result, indent=1)
+    (folder / f"attention-{platform}.json").write_text(text + "\n")
     write_readme(folder)
-    print(table(jax.default_backend(), folder))
+    print(table(platform, folder))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""The peers: a transformers Llama with our weights, trained and sampled from, and TRL's PPO, paced from outside.
+"""The peers: a transformers Llama with our weights, and TRL's PPO, paced from outside.
 
-Each function returns calls for `side_by_side.apart`.
-Needs `pip install -r requirements-bench.txt`.
+Each function returns calls for `side_by_side.apart`. Needs `pip install -r
+requirements-bench.txt`.
 """
 
 import copy
@@ -32,24 +32,30 @@ DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 
 
 def llama(model: ModelConfig, dtype: torch.dtype = torch.float32) -> Any:
-    """The LlamaForCausalLM with the parameters of `random_params`."""
+    """Return the LlamaForCausalLM with the parameters of `random_params`, on the device."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    with tempfile.TemporaryDirectory() as folder:
-        write_tensors(pathlib.Path(folder), random_params(model), model, "float32", 1 << 40)
-        content = config_of(model, SimpleNamespace(bos=BOS, eos=EOS, pad=PAD), "float32")
-        pathlib.Path(folder, "config.json").write_text(json.dumps(content))
-        return transformers.LlamaForCausalLM.from_pretrained(folder, dtype=dtype).to(DEVICE)
+    tokenizer = SimpleNamespace(bos=BOS, eos=EOS, pad=PAD)
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        write_tensors(folder, random_params(model), model, "float32", 1 << 40)
+        content = config_of(model, tokenizer, "float32")
+        (folder / "config.json").write_text(json.dumps(content))
+        net = transformers.LlamaForCausalLM.from_pretrained(name, dtype=dtype)
+    return net.to(DEVICE)
 
 
 def wait() -> None:
-    """Until the GPU has done what it was told."""
+    """Wait until the GPU has done what it was told."""
     if DEVICE == "cuda":
         torch.cuda.synchronize()
 
 
 def trainer(model: ModelConfig, tokens_BT: np.ndarray, lr: float) -> list[Callable[[], float]]:
-    """A call of one step on the same batch: loss, gradients, clipping, fused AdamW; returns the loss."""
+    """Return one call: a step on the same batch, which returns the loss.
+
+    A step is loss, gradients, clipping and fused AdamW.
+    """
     net = llama(model)
     tokens = torch.tensor(tokens_BT, dtype=torch.long, device=DEVICE)
     optimizer = torch.optim.AdamW(
@@ -70,9 +76,12 @@ def trainer(model: ModelConfig, tokens_BT: np.ndarray, lr: float) -> list[Callab
 
 
 def samplers(model: ModelConfig, asked: list[tuple[np.ndarray, int]]) -> list[Callable[[], None]]:
-    """For each (prompts [B, T], new) a call that samples exactly `new` tokens after each, at temperature 1 from all."""
+    """Return for each (prompts [B, T], new) a call that samples `new` tokens after each prompt.
+
+    Exactly so many, at temperature 1 from all tokens.
+    """
     net = llama(model, DTYPE).eval()
-    how = {
+    options = {
         "do_sample": True,
         "top_k": 0,
         "top_p": 1.0,
@@ -83,22 +92,24 @@ def samplers(model: ModelConfig, asked: list[tuple[np.ndarray, int]]) -> list[Ca
 
     @torch.no_grad()
     def sample(prompts_BT: torch.Tensor, new: int) -> None:
-        out = net.generate(
-            prompts_BT, attention_mask=torch.ones_like(prompts_BT), max_new_tokens=new, **how
-        )
+        mask_BT = torch.ones_like(prompts_BT)
+        out = net.generate(prompts_BT, attention_mask=mask_BT, max_new_tokens=new, **options)
         wait()
         assert out.shape[1] == prompts_BT.shape[1] + new
 
-    return [
-        partial(sample, torch.tensor(x, dtype=torch.long, device=DEVICE), new) for x, new in asked
-    ]
+    calls = []
+    for prompts_BT, new in asked:
+        prompts = torch.tensor(prompts_BT, dtype=torch.long, device=DEVICE)
+        calls.append(partial(sample, prompts, new))
+    return calls
 
 
 class Paced(transformers.TrainerCallback):
-    """Holds a trainer after each iteration until the next is asked for."""
+    """Hold a trainer after each iteration until the next is asked for."""
 
     def __init__(self):
-        self.go, self.done = queue.Queue(), queue.Queue()
+        self.go = queue.Queue()
+        self.done = queue.Queue()
 
     def on_step_end(self, args, state, control, **_):
         wait()
@@ -106,57 +117,91 @@ class Paced(transformers.TrainerCallback):
         self.go.get()
 
     def __call__(self) -> None:
-        """One iteration."""
+        """Run one iteration; raise what it raises."""
         self.go.put(None)
         if (fault := self.done.get()) is not None:
             raise fault
 
 
 def ppo(prompts_PT: np.ndarray, config: Any) -> list[Callable[[], None]]:
-    """A call of one iteration of TRL's PPOTrainer, in a thread that waits between calls; the first sets it up.
+    """Return one call: an iteration of TRL's PPOTrainer, in a thread that waits between calls.
 
-    `config`: model, batch_size, max_new_tokens, minibatches, epochs and temperature. The rewards are a random model's.
+    The first call sets it up. `config` has model, batch_size, max_new_tokens, minibatches, epochs
+    and temperature. The rewards are a random model's.
     """
     from datasets import Dataset
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
 
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
-    warnings.simplefilter("ignore", FutureWarning)  # of transformers, about what TRL calls
+    # Those of transformers, about what TRL calls.
+    warnings.simplefilter("ignore", FutureWarning)
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
-    model, policy = config.model, llama(config.model)
+    # Models: policy and reference, value and reward.
+    model = config.model
+    policy = llama(model)
     one_number = copy.deepcopy(policy.config)
     one_number.num_labels = 1
     scalar = transformers.LlamaForSequenceClassification(one_number).to(DEVICE)
+
+    # TRL asks for a tokenizer: a word for each token.
     words = {f"<{i}>": i for i in range(model.vocab)}
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(WordLevel(words, unk_token="<3>")),
         pad_token="<0>",
         eos_token="<2>",
     )
-    paced, folder = Paced(), tempfile.mkdtemp()
+
+    paced = Paced()
     options = PPOConfig(
-        folder, per_device_train_batch_size=config.batch_size // config.minibatches,
-        gradient_accumulation_steps=config.minibatches, num_mini_batches=config.minibatches,
-        total_episodes=10_000 * config.batch_size, num_ppo_epochs=config.epochs, response_length=config.max_new_tokens,
-        temperature=config.temperature, local_rollout_forward_batch_size=config.batch_size, num_sample_generations=0,
-        report_to="none", disable_tqdm=True, logging_strategy="no", save_strategy="no", bf16=DEVICE == "cuda",
-        use_cpu=DEVICE == "cpu", optim="adamw_torch_fused", learning_rate=1e-5,
-    )  # fmt: skip
+        tempfile.mkdtemp(),
+        # The method.
+        num_ppo_epochs=config.epochs,
+        num_mini_batches=config.minibatches,
+        response_length=config.max_new_tokens,
+        temperature=config.temperature,
+        optim="adamw_torch_fused",
+        learning_rate=1e-5,
+        # Batches: one device, a mini-batch a step.
+        per_device_train_batch_size=config.batch_size // config.minibatches,
+        gradient_accumulation_steps=config.minibatches,
+        local_rollout_forward_batch_size=config.batch_size,
+        total_episodes=10_000 * config.batch_size,
+        bf16=DEVICE == "cuda",
+        use_cpu=DEVICE == "cpu",
+        # No reports, samples or checkpoints.
+        num_sample_generations=0,
+        report_to="none",
+        disable_tqdm=True,
+        logging_strategy="no",
+        save_strategy="no",
+    )
+    prompts = {"input_ids": prompts_PT.tolist()}
     train = PPOTrainer(
-        args=options, processing_class=tokenizer, model=policy, ref_model=copy.deepcopy(policy), reward_model=scalar,
-        value_model=copy.deepcopy(scalar), train_dataset=Dataset.from_dict({"input_ids": prompts_PT.tolist()}),
-        eval_dataset=Dataset.from_dict({"input_ids": prompts_PT.tolist()}), callbacks=[paced],
-    )  # fmt: skip
+        args=options,
+        processing_class=tokenizer,
+        model=policy,
+        ref_model=copy.deepcopy(policy),
+        reward_model=scalar,
+        value_model=copy.deepcopy(scalar),
+        train_dataset=Dataset.from_dict(prompts),
+        eval_dataset=Dataset.from_dict(prompts),
+        callbacks=[paced],
+    )
     train.remove_callback(transformers.PrinterCallback)
-    train.accelerator.print = lambda *_: None
+
+    def silent(*_: Any) -> None:
+        """Print nothing."""
+
+    train.accelerator.print = silent
 
     def work() -> None:
         paced.go.get()
         try:
             train.train()
-        except BaseException as fault:  # handed over: the benchmark's own thread must end
+        # Handed over: the benchmark's own thread must end.
+        except BaseException as fault:
             paced.done.put(fault)
 
     threading.Thread(target=work, daemon=True).start()

@@ -1,11 +1,11 @@
-"""A PPO iteration (rollout, judgement, epochs of updates of policy and value model) beside TRL's PPOTrainer.
+"""A PPO iteration (rollout, advantages, epochs of updates of policy and critic) beside TRL's.
 
 python -m benchmarks.ppo                       # prints a table, writes benchmarks/results/ppo-<platform>.json
 """
 
 import dataclasses
 import os
-from types import SimpleNamespace
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -26,8 +26,9 @@ from benchmarks.side_by_side import (
 from model import LanguageModel, ScalarModel, init_and_apply
 from model_config import ModelConfig
 from rewards.scorer import make_model_scorer
-from rollout import make_rollout, shuffled
+from rollout import Rollout, make_rollout, shuffled
 from runtime import flags
+from sampling import SamplingConfig
 from train_state import init_state
 
 NEVER = -1  # no token is this: responses have full length, as the peer's
@@ -61,74 +62,89 @@ class Config:
     """Folder of the results."""
 
 
-def our_calls(config: Config) -> dict[str, Any]:
-    """A call of one iteration, as in train_ppo.py's loop, and one of each of its parts; all go on from the last."""
-    shared = (
-        "batch_size",
-        "max_prompt",
-        "max_new_tokens",
-        "minibatches",
-        "epochs",
-        "temperature",
-        "model",
-    )
-    ppo = train_ppo.Config(
-        **{name: getattr(config, name) for name in shared}, missing_eos="none", steps=10_000
-    )
-    model, apply = config.model, init_and_apply(LanguageModel(config.model))[1]
+def our_calls(config: Config) -> dict[str, Callable[[], Any]]:
+    """Make a call of one iteration, as in train_ppo.py's loop, and one of each of its parts.
+
+    Keys: iteration, rollout, advantages, update. Each goes on from the last and waits for the
+    device.
+    """
+    shared = {
+        name: getattr(config, name)
+        for name in (
+            "batch_size",
+            "max_prompt",
+            "max_new_tokens",
+            "minibatches",
+            "epochs",
+            "temperature",
+            "model",
+        )
+    }
+    ppo = train_ppo.Config(**shared, missing_eos="none", steps=10_000)
+    model = config.model
+    (reward_name,) = ppo.reward
+
+    # Models of random weights, and the script's own functions.
+    _, apply = init_and_apply(LanguageModel(model))
     scalar_init, scalar_apply = init_and_apply(ScalarModel(model))
-    reference, reward = random_params(model), jax.jit(scalar_init)(jax.random.key(1))
-    rollout = make_rollout(ppo, apply, SimpleNamespace(eos=NEVER, pad=0))
-    score, judge = (
-        make_model_scorer(model),
-        train_ppo.make_judge(ppo, apply, scalar_apply, eos=NEVER, newlines=[NEVER]),
-    )
-    (policy_optimizer, policy_step), (value_optimizer, value_step) = train_ppo.make_updates(
-        ppo, apply, scalar_apply
-    )
+    reference = random_params(model)
+    reward = jax.jit(scalar_init)(jax.random.key(1))
+    sampling = SamplingConfig(config.temperature, max_new_tokens=config.max_new_tokens)
+    sample_rollout = make_rollout(apply, model, sampling, eos=NEVER, pad=0)
+    score = make_model_scorer(model)
+    compute_advantages = train_ppo.make_advantages(ppo, apply, scalar_apply, eos=NEVER)
+    policy_update = train_ppo.make_policy_update(ppo, apply)
+    critic_update = train_ppo.make_critic_update(ppo, scalar_apply)
+
+    # The steps donate their states: reference and reward stay.
+    states = {
+        "policy": init_state(jax.tree.map(jnp.copy, reference), policy_update.optimizer),
+        "critic": init_state(jax.tree.map(jnp.copy, reward), critic_update.optimizer),
+    }
     prompts = jax.device_put(plain_batch(model, config.batch_size, config.max_prompt))
-    copied = [jax.tree.map(jnp.copy, params) for params in (reference, reward)]
-    states = [
-        init_state(*pair) for pair in zip(copied, (policy_optimizer, value_optimizer), strict=True)
-    ]
     keys = iter(jax.random.split(jax.random.key(2), 10_000))
 
-    def sampled() -> dict[str, Any]:
-        return rollout(states[0].params, prompts, next(keys))
+    def sample() -> Rollout:
+        return sample_rollout(states["policy"].params, prompts, next(keys))
 
-    def judged(batch: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        scores, scalars = ({ppo.reward[0]: x} for x in score(reward, batch))
-        models = states[0].params, reference, states[1].params
-        return judge(*models, batch, scores, scalars, jnp.float32(ppo.kl_coef))
+    def advantages(rollout: Rollout) -> tuple[train_ppo.Experience, dict[str, jax.Array]]:
+        score_B, scalars_BR = score(reward, rollout)
+        models = train_ppo.Models(
+            policy=states["policy"].params,
+            reference=reference,
+            critic=states["critic"].params,
+        )
+        scores, scalars = {reward_name: score_B}, {reward_name: scalars_BR}
+        return compute_advantages(models, rollout, scores, scalars, jnp.float32(ppo.kl_coef))
 
-    def updated(minibatch: dict[str, Any]) -> dict[str, Any]:
-        states[1], _ = value_step(states[1], minibatch, None)
-        states[0], metrics = policy_step(states[0], minibatch, None)
+    def update(minibatch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        states["critic"], _ = critic_update.step(states["critic"], minibatch, None)
+        states["policy"], metrics = policy_update.step(states["policy"], minibatch, None)
         return metrics
 
     def iteration() -> None:
-        batch, metrics = judged(sampled())
+        experience, metrics = advantages(sample())
         for _ in range(config.epochs):
-            for minibatch in shuffled(batch, next(keys), config.minibatches):
-                last = updated(minibatch)
+            for minibatch in shuffled(experience, next(keys), config.minibatches):
+                last = update(minibatch)
         assert np.isfinite(jax.device_get({**metrics, **last})["loss"])
 
-    batch = sampled()
-    (minibatch, *_), wait = (
-        shuffled(judged(batch)[0], next(keys), config.minibatches),
-        jax.block_until_ready,
-    )
+    rollout = sample()
+    experience, _ = advantages(rollout)
+    first, *_ = shuffled(experience, next(keys), config.minibatches)
+    wait = jax.block_until_ready
     return {
         "iteration": iteration,
-        "rollout": lambda: wait(sampled()),
-        "judgement": lambda: wait(judged(batch)),
-        "update": lambda: wait((updated(minibatch), states)),
+        "rollout": lambda: wait(sample()),
+        "advantages": lambda: wait(advantages(rollout)),
+        "update": lambda: wait((update(first), states)),
     }
 
 
 def main(config: Config) -> None:
-    """Times, prints and writes."""
-    loads, ours = [os.getloadavg()[0]], our_calls(config)
+    """Time an iteration and its parts, print the table, write it to `out`."""
+    loads = [os.getloadavg()[0]]
+    ours = our_calls(config)
     size = f"{config.batch_size} x {config.max_prompt}+{config.max_new_tokens}"
     calls = {"plumb": ours["iteration"]}
     if config.peer:
@@ -143,7 +159,7 @@ def main(config: Config) -> None:
     rows = [
         {"what": f"PPO {size}, {config.epochs} epochs", "calls": calls, "tokens": tokens},
         {"what": "  of this, the rollout", "calls": {"plumb": ours["rollout"]}, "tokens": tokens},
-        {"what": "  the judgement", "calls": {"plumb": ours["judgement"]}, "tokens": read},
+        {"what": "  the advantages", "calls": {"plumb": ours["advantages"]}, "tokens": read},
         {
             "what": "  each update of both",
             "calls": {"plumb": ours["update"]},

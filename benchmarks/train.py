@@ -1,6 +1,8 @@
-"""A training step of the likelihood objective beside transformers' Llama with the same weights and torch's AdamW.
+"""A training step of the likelihood objective beside transformers' Llama and torch's AdamW.
 
-python -m benchmarks.train                     # prints a table, writes benchmarks/results/train-<platform>.json
+    python -m benchmarks.train
+
+Both have the same weights. Prints a table and writes benchmarks/results/train-<platform>.json.
 """
 
 import dataclasses
@@ -15,6 +17,7 @@ from benchmarks.side_by_side import (
     LARGE,
     RESULTS,
     SMALL,
+    Call,
     apart,
     count,
     interleaved,
@@ -29,7 +32,7 @@ from model_config import ModelConfig
 from objectives.likelihood import likelihood_objective
 from runtime import flags
 from train_state import init_state
-from train_step import OptimizerConfig, make_optimizer, make_train_step
+from train_step import OptimizerConfig, TrainState, make_optimizer, make_train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,52 +51,73 @@ class Config:
     """Folder of the results."""
 
 
-def our_parts(config: Config) -> tuple[Any, Any, Any]:
-    """The step, its state and its batch."""
+def our_parts(config: Config) -> tuple[Any, TrainState, dict[str, jax.Array]]:
+    """Return the jitted train step, its first state (donated to it) and its batch."""
     optimizer = make_optimizer(OptimizerConfig(schedule="constant", warmup=0), 1000)
-    objective = partial(likelihood_objective, init_and_apply(LanguageModel(config.model))[1])
+    _, apply = init_and_apply(LanguageModel(config.model))
+    step = make_train_step(partial(likelihood_objective, apply), optimizer)
     batch = jax.device_put(plain_batch(config.model, config.batch, config.length))
-    return (
-        make_train_step(objective, optimizer),
-        init_state(random_params(config.model), optimizer),
-        batch,
-    )
+    state = init_state(random_params(config.model), optimizer)
+    return step, state, batch
 
 
-def our_step(config: Config) -> Any:
-    """A call of one step on the same batch; returns the loss."""
-    step, *state, batch = our_parts(config)
+def our_step(config: Config) -> Call:
+    """Return a call of one step on the same batch, which returns the loss."""
+    step, state, batch = our_parts(config)
 
     def call() -> float:
-        state[0], metrics = step(state[0], batch)
+        nonlocal state
+        state, metrics = step(state, batch)
         return float(metrics["loss"])
 
     return call
 
 
+def flops(model: ModelConfig, params: int, batch: int, length: int) -> int:
+    """Return the matmul FLOPs of a step that the mathematics needs: three times the forward's.
+
+    An untied embedding is looked up, not multiplied; under the causal mask half of T^2 scores are
+    needed.
+    """
+    multiplied = params
+    if not model.tied:
+        multiplied -= model.vocab * model.width
+    scores = model.layers * model.heads * model.head_dim * length
+    return 6 * batch * length * (multiplied + scores)
+
+
 def main(config: Config) -> None:
-    """Times, prints and writes. Before that, both must have the same first losses."""
-    loads, model = [os.getloadavg()[0]], config.model
+    """Time the steps, print the table, write the JSON.
+
+    Before that, both must have the same first four losses.
+    """
+    load = os.getloadavg()[0]
     calls = {"plumb": our_step(config)}
     if config.peer:
         from benchmarks import peers
 
-        tokens_BT = plain_batch(model, config.batch, config.length)["tokens_BT"]
-        (calls["transformers"],) = apart(peers.trainer, model, tokens_BT, 1e-3)
-        losses = [[call() for _ in range(4)] for call in calls.values()]
+        tokens_BT = plain_batch(config.model, config.batch, config.length)["tokens_BT"]
+        (calls["transformers"],) = apart(peers.trainer, config.model, tokens_BT, 1e-3)
+        losses = []
+        for call in calls.values():
+            losses.append([call() for _ in range(4)])
         np.testing.assert_allclose(*losses, rtol=2e-3 if on_cpu() else 2e-2)
-    params = count(random_params(model))
-    row = {"what": f"train step {config.batch}x{config.length}", "calls": calls, "params": params}
-    row["tokens"] = config.batch * config.length
-    # Matmul FLOPs of the mathematics, three times the forward's: no embedding, under the causal mask half of T^2.
-    scores = model.layers * model.heads * model.head_dim * config.length
-    row["flops"] = (
-        6 * row["tokens"] * (params - model.vocab * model.width * (not model.tied) + scores)
-    )
+
+    params = count(random_params(config.model))
+    row = {
+        "what": f"train step {config.batch}x{config.length}",
+        "calls": calls,
+        "params": params,
+        "tokens": config.batch * config.length,
+        "flops": flops(config.model, params, config.batch, config.length),
+    }
     interleaved([row], config.rounds)
     if peaks():
-        row["mfu"] = row["flops"] / np.median(row["seconds"]["plumb"]) / peaks()[0]
-    report("train", config, [row], ("torch", "transformers") if config.peer else (), loads)
+        flops_per_second, _ = peaks()
+        seconds = np.median(row["seconds"]["plumb"])
+        row["mfu"] = row["flops"] / seconds / flops_per_second
+    packages = ("torch", "transformers") if config.peer else ()
+    report("train", config, [row], packages, [load])
 
 
 if __name__ == "__main__":

@@ -1,13 +1,11 @@
 """Comparisons and judgements as KTO's candidates: judged responses, and one to another prompt."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
+from data.records import Record
 from data.sources import Source
-
-Record = dict[str, Any]
 
 
 def best_and_worst_index(ranking: Sequence[int] | np.ndarray) -> tuple[int, int | None]:
@@ -15,19 +13,23 @@ def best_and_worst_index(ranking: Sequence[int] | np.ndarray) -> tuple[int, int 
 
     Rank 1 is best; rank 0 marks an absent candidate, which is neither.
     """
-    # An absent candidate counts as worse than all for the best; its 0 is never the worst.
+    # Absent candidates stand behind all others; their 0 is never the worst.
     ranks = np.asarray(ranking)
-    present_or_last = np.where(ranks > 0, ranks, ranks.max() + 1)
-    best = int(present_or_last.argmin())
+    last = ranks.max() + 1
+    best = int(np.where(ranks > 0, ranks, last).argmin())
     worst = int(ranks.argmax())
-    return best, worst if ranks[worst] > ranks[best] else None
+    if ranks[worst] == ranks[best]:
+        return best, None
+    return best, worst
 
 
 def best_and_worst_response(record: Record) -> tuple[str, str | None]:
     """Return the first best and the first worst response of a comparison; None if all tie."""
     best, worst = best_and_worst_index(record["ranking"])
     responses = record["responses"]
-    return responses[best], None if worst is None else responses[worst]
+    if worst is None:
+        return responses[best], None
+    return responses[best], responses[worst]
 
 
 def judged_responses(record: Record) -> tuple[list[str], list[int]]:
@@ -37,7 +39,10 @@ def judged_responses(record: Record) -> tuple[list[str], list[int]]:
     {"responses", "ranking"}, the best and the worst; where all tie, the best twice, not judged.
     """
     if "desirable" in record:
-        return [record["response"]], [1 if record["desirable"] else 2]
+        rank = 1 if record["desirable"] else 2
+        return [record["response"]], [rank]
+
+    # Of a comparison, what is between best and worst is left out.
     best, worst = best_and_worst_response(record)
     if worst is None:
         return [best, best], [0, 0]
@@ -60,11 +65,13 @@ def with_mismatched(source: Source) -> Source:
         record = source[i]
         responses, ranking = judged_responses(record)
         others, _ = judged_responses(source[(i + offset) % count])
+        mismatched = others[i % len(others)]
         return {
             "prompt": record["prompt"],
-            "responses": [*responses, others[i % len(others)]],
+            "responses": [*responses, mismatched],
             "ranking": [*ranking, 0],
         }
 
-    candidates = len(judged_responses(source[0])[0]) + 1
+    first_responses, _ = judged_responses(source[0])
+    candidates = len(first_responses) + 1
     return Source(source.name, range(count), read, candidates)

@@ -1,4 +1,4 @@
-"""Attention: the public functions, the reference in plain JAX, and the table of which implementation serves what."""
+"""Attention: public functions, the reference in plain JAX, and which implementation `auto` is."""
 
 import functools
 import importlib
@@ -20,39 +20,306 @@ Implementation = Literal[
 ]
 
 
+# ---- Which implementation `auto` is ----
+
+
 class Line(NamedTuple):
-    """A line of the table: up to `longest` tokens on `platform`, `auto` means `implementation`."""
+    """A line of the table: up to `longest` tokens on `platform`, `auto` is `implementation`."""
 
     platform: str
+    """ "cpu", "gpu" or "tpu"; empty: any."""
     longest: float | Callable[[int, int], int]
-    """Tokens of a sequence; or a function of the head width and of a number's bytes that gives them."""
-    implementation: str
+    """Tokens of a sequence; or a function of the head width and the bytes of a number."""
+    implementation: Implementation
     why: str
 
 
-ANY = float("inf")
-# pallas_gpu and pallas_hopper are in no line: not yet measured on GPU.
-AUTO = (  # the first line that fits; the last always does
-    Line("cpu", 64, "reference", "one tile of xla_chunked: nothing to skip"),
-    Line("tpu", 127, "reference", "shorter than one tile"),
+ANY_LENGTH = float("inf")
+# The first line that fits holds; the last always does. pallas_gpu and pallas_hopper are in no
+# line: not yet measured on a GPU.
+AUTO = (
     Line(
-        "tpu",
-        flash.longest_on_tpu,
-        "pallas_tpu",
-        "compiled for v5e, v5p and v6e; not yet timed on one",
+        platform="cpu",
+        longest=64,
+        implementation="reference",
+        why="one tile of xla_chunked: nothing to skip",
     ),
-    Line("gpu", 1024, "reference", "the kernels have not yet been seen on a GPU"),
-    Line("", ANY, "xla_chunked", "memory; no kernel fits here, or none has been measured"),
+    Line(
+        platform="tpu",
+        longest=127,
+        implementation="reference",
+        why="shorter than one tile",
+    ),
+    Line(
+        platform="tpu",
+        longest=flash.longest_on_tpu,
+        implementation="pallas_tpu",
+        why="compiled for v5e, v5p and v6e; not yet timed on one",
+    ),
+    Line(
+        platform="gpu",
+        longest=1024,
+        implementation="reference",
+        why="the kernels have not yet been seen on a GPU",
+    ),
+    Line(
+        platform="",
+        longest=ANY_LENGTH,
+        implementation="xla_chunked",
+        why="memory; no kernel fits here, or none has been measured",
+    ),
 )
 
 
-def chosen(platform: str, length: int, width: int, itemsize: int) -> str:
-    """What `auto` means for `length` tokens and heads of `width` numbers of `itemsize` bytes."""
+def chosen(platform: str, length: int, width: int, itemsize: int) -> Implementation:
+    """Return what `auto` is for `length` tokens and heads of `width` numbers of so many bytes."""
     for line in AUTO:
-        longest = line.longest(width, itemsize) if callable(line.longest) else line.longest
+        longest = line.longest
+        if callable(longest):
+            longest = longest(width, itemsize)
         if line.platform in ("", platform) and length <= longest:
             return line.implementation
     raise AssertionError("the table's last line fits everything")
+
+
+# ---- The reference ----
+
+
+def softmax_where(
+    mask: jax.Array,
+    scores: jax.Array,
+    scale: float,
+    soft_cap: float | None,
+) -> jax.Array:
+    """Return the softmax of the scaled and capped scores over the last axis; 0 outside `mask`.
+
+    Where `mask` is empty along that axis, all weights are 0.
+    """
+    scores *= scale
+    if soft_cap is not None:
+        scores = soft_cap * jnp.tanh(scores / soft_cap)
+    weights = jax.nn.softmax(jnp.where(mask, scores, MASKED), axis=-1)
+    return jnp.where(mask, weights, 0.0)
+
+
+def masked_attention(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    mask_BTS: jax.Array,
+    scale: float | None = None,
+    soft_cap: float | None = None,
+) -> jax.Array:
+    """Return softmax(q k / sqrt(H)) v over the keys where `mask_BTS` holds, [B, T, N, H].
+
+    This is the reference: quadratic in memory, statistics in float32. `scale` and `soft_cap` are
+    as in `attention`.
+    """
+    batch, length, heads, width = q_BTNH.shape
+    kv_heads = k_BSKH.shape[2]
+    group = heads // kv_heads
+    q_BTKGH = q_BTNH.reshape(batch, length, kv_heads, group, width)
+    scores_BKGTS = jnp.einsum(
+        "BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32
+    )
+    if scale is None:
+        scale = width**-0.5
+    weights_BKGTS = softmax_where(mask_BTS[:, None, None], scores_BKGTS, scale, soft_cap)
+    weights_BKGTS = weights_BKGTS.astype(v_BSKH.dtype)
+    out_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS, v_BSKH)
+    return out_BTKGH.reshape(q_BTNH.shape)
+
+
+# ---- Implementations whose memory is linear in the length ----
+
+
+def hopper_forward(*args: Any, **options: Any) -> tuple[jax.Array, jax.Array]:
+    """Call kernels.hopper.forward, imported when called: few call it, and Mosaic loads slowly."""
+    return importlib.import_module("kernels.hopper").forward(*args, **options)
+
+
+def hopper_backward(*args: Any, **options: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Call kernels.hopper_backward.backward, imported when called."""
+    return importlib.import_module("kernels.hopper_backward").backward(*args, **options)
+
+
+class Backend(NamedTuple):
+    """The two passes of an implementation; kernels/chunked.py has their arguments and results."""
+
+    forward: Callable[..., tuple[jax.Array, jax.Array]]
+    backward: Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
+
+
+BACKENDS = {
+    "xla_chunked": Backend(chunked.forward, chunked.backward),
+    "pallas_tpu": Backend(
+        functools.partial(flash.forward, platform="tpu"),
+        functools.partial(flash.backward, platform="tpu"),
+    ),
+    "pallas_gpu": Backend(
+        functools.partial(flash.forward, platform="gpu"),
+        functools.partial(flash.backward, platform="gpu"),
+    ),
+    "pallas_hopper": Backend(hopper_forward, hopper_backward),
+}
+
+
+class Options(NamedTuple):
+    """What attention needs to know besides its arrays."""
+
+    implementation: str
+    """A key of BACKENDS."""
+    ring: int
+    """Devices of the sequence axis; 1: no ring around the implementation."""
+    scale: float
+    soft_cap: float | None
+
+
+def passes(options: Options) -> Backend:
+    """Return the two passes of the implementation, or of a ring of several devices around it."""
+    backend = BACKENDS[options.implementation]
+    if options.ring == 1:
+        return backend
+    return Backend(
+        functools.partial(ring_forward, backend.forward, options.ring),
+        functools.partial(ring_backward, backend.backward, options.ring),
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def bounded_attention(
+    options: Options,
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    keys: Ranges,
+    queries: Ranges,
+) -> jax.Array:
+    """Return [B, T, N, H] by an implementation of BACKENDS, for the ranges of `visible_ranges`.
+
+    Saves for its derivative its inputs, its output and the log-sum-exp: nothing quadratic.
+    """
+    out_BTNH, _ = _bounded_forward(options, q_BTNH, k_BSKH, v_BSKH, keys, queries)
+    return out_BTNH
+
+
+def _bounded_forward(options, *inputs):
+    forward = passes(options).forward
+    out_BTNH, lse_BNT = forward(*inputs, scale=options.scale, soft_cap=options.soft_cap)
+    return out_BTNH, (inputs, out_BTNH, lse_BNT)
+
+
+def _bounded_backward(options, saved, dout_BTNH):
+    backward = passes(options).backward
+    inputs, out_BTNH, lse_BNT = saved
+    dq, dk, dv = backward(
+        *inputs,
+        out_BTNH,
+        lse_BNT,
+        dout_BTNH,
+        scale=options.scale,
+        soft_cap=options.soft_cap,
+    )
+    # The ranges have no derivative.
+    return dq, dk, dv, None, None
+
+
+bounded_attention.defvjp(_bounded_forward, _bounded_backward)
+
+
+# ---- On a mesh ----
+
+
+def on_each_device(
+    run: Callable[..., jax.Array],
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    *tokens: Any,
+    ring: int = 1,
+) -> jax.Array:
+    """Return `run(q, k, v, *tokens)`, run under shard_map on each device's own part.
+
+    Rows are split over data and fsdp, heads over tensor, tokens over sequence in a `ring` of more
+    than one. `tokens` are trees of [B, T] arrays, which are not cut by tokens. Without a mesh, or
+    inside a shard_map over these axes, it is just `run`. Key/value heads that the tensor axis cuts
+    are replicated, and each device takes the one that its queries share; where its queries do not
+    share one, heads are not split at all.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    # In a pipeline its stages are manual already.
+    axes = set(mesh.axis_names) - set(mesh.manual_axes)
+    if mesh.empty or along(mesh, *axes) == 1:
+        return run(q_BTNH, k_BSKH, v_BSKH, *tokens)
+
+    # What the mesh can split: rows, all heads, or query heads that share a key head.
+    batch, _, heads, _ = q_BTNH.shape
+    kv_heads = k_BSKH.shape[2]
+    group = heads // kv_heads
+    parts = mesh.shape["tensor"]
+    heads_here = heads // parts
+    whole = kv_heads % parts == 0
+    shared = not whole and heads % parts == 0 and group % heads_here == 0
+    row_devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    rows = BATCH[0] if batch % row_devices == 0 else None
+    sequence = "sequence" if ring > 1 else None
+    query_spec = P(rows, sequence, "tensor" if whole or shared else None, None)
+    key_spec = P(rows, sequence, "tensor" if whole else None, None)
+
+    def local(q_BTNH, k_BSKH, v_BSKH, *tokens):
+        if shared:
+            mine = jax.lax.axis_index("tensor") * heads_here // group
+            k_BSKH = jax.lax.dynamic_slice_in_dim(k_BSKH, mine, 1, axis=2)
+            v_BSKH = jax.lax.dynamic_slice_in_dim(v_BSKH, mine, 1, axis=2)
+        return run(q_BTNH, k_BSKH, v_BSKH, *tokens)
+
+    token_specs = [P(rows, None) for _ in tokens]
+    # Pallas calls do not say over which axes their results vary, so that cannot be checked.
+    on_mesh = jax.shard_map(
+        local,
+        in_specs=(query_spec, key_spec, key_spec, *token_specs),
+        out_specs=query_spec,
+        axis_names=axes,
+        check_vma=False,
+    )
+    return on_mesh(q_BTNH, k_BSKH, v_BSKH, *tokens)
+
+
+# ---- The public functions ----
+
+
+def check_shapes(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array) -> None:
+    """Raise ValueError unless these are q, k and v of one self-attention with grouped queries."""
+    batch, length, heads, _ = q_BTNH.shape
+    keys_fit = k_BSKH.shape[:2] == (batch, length) and heads % k_BSKH.shape[2] == 0
+    if k_BSKH.shape != v_BSKH.shape or not keys_fit:
+        raise ValueError(
+            f"q {q_BTNH.shape}, k {k_BSKH.shape}, v {v_BSKH.shape}: not one self-attention"
+        )
+
+
+def resolve(implementation: Implementation, q_BTNH: jax.Array, ring: int) -> Implementation:
+    """Return the implementation meant by `auto`, or the one asked for.
+
+    Raises UserError for an unknown one, and for one that does not run on this platform or in a
+    ring of `ring` devices.
+    """
+    if implementation == "auto":
+        length, _, width = q_BTNH.shape[1:]
+        implementation = chosen(platform(), length // ring, width, q_BTNH.dtype.itemsize)
+        if ring > 1 and implementation == "reference":
+            implementation = "xla_chunked"
+    if ring > 1 and implementation not in BACKENDS:
+        raise UserError(
+            f"attention {implementation!r}: not over a sequence axis; choose one of "
+            f"{', '.join(BACKENDS)}"
+        )
+    names = ("auto", "reference", *BACKENDS, "library")
+    if implementation not in names:
+        raise UserError(f"attention {implementation!r}: unknown; choose one of {', '.join(names)}")
+    if implementation == "pallas_hopper" and platform() != "gpu":
+        raise UserError(f"pallas_hopper: runs on Hopper GPUs only, not on {platform()}; use auto")
+    return implementation
 
 
 def attention(
@@ -68,48 +335,36 @@ def attention(
     implementation: Implementation = "auto",
     ring: int = 1,
 ) -> jax.Array:
-    """Self-attention (T = S) with grouped queries; returns [B, T, N, H] in q's type.
+    """Return self-attention (T = S) with grouped queries, [B, T, N, H] in q's type.
 
-    `segment_ids` [B, T]: a token sees its own segment only, an unbroken run of one id (the same id again is another
-    segment); 0 is padding, which sees nothing and is not seen. `window`: a token sees itself and the window - 1
-    tokens before it. `soft_cap`: scores become soft_cap * tanh(scores / soft_cap) (Gemma 2). `scale` defaults to
-    1/sqrt(H). A row that sees nothing gives zeros. Under a mesh every implementation but the reference runs on each
-    device's own rows and heads. `ring`: devices of the mesh's sequence axis over which the tokens of q, k, v and the
-    result, though not of `segment_ids`, are striped (kernels/ring.py). Raises UserError where the implementation asked
-    for does not serve the shape.
+    `segment_ids` [B, T]: a token sees its own segment only, an unbroken run of one id (the same
+    id again is another segment); 0 is padding, which sees nothing and is not seen. `window`: a
+    token sees itself and the window - 1 tokens before it. `soft_cap`: scores become soft_cap *
+    tanh(scores / soft_cap) (Gemma 2). `scale` defaults to 1/sqrt(H). A row that sees nothing
+    gives zeros. Under a mesh every implementation but the reference runs on each device's own
+    rows and heads. `ring`: devices of the mesh's sequence axis over which the tokens of q, k, v
+    and the result, though not of `segment_ids`, are striped (kernels/ring.py).
+
+    Raises UserError where the implementation asked for does not serve the shape.
     """
-    batch, length, heads, width = q_BTNH.shape
-    if (
-        k_BSKH.shape != v_BSKH.shape
-        or k_BSKH.shape[:2] != (batch, length)
-        or heads % k_BSKH.shape[2]
-    ):
-        raise ValueError(
-            f"q {q_BTNH.shape}, k {k_BSKH.shape}, v {v_BSKH.shape}: not one self-attention"
-        )
-    if implementation == "auto":
-        implementation = chosen(platform(), length // ring, width, q_BTNH.dtype.itemsize)
-        if ring > 1 and implementation == "reference":
-            implementation = "xla_chunked"
-    if ring > 1 and implementation not in BACKENDS:
-        raise UserError(
-            f"attention {implementation!r}: not over a sequence axis; choose one of {', '.join(BACKENDS)}"
-        )
-    scale = width**-0.5 if scale is None else scale
+    check_shapes(q_BTNH, k_BSKH, v_BSKH)
+    batch, length, _, width = q_BTNH.shape
+    implementation = resolve(implementation, q_BTNH, ring)
+    if scale is None:
+        scale = width**-0.5
+
     if implementation == "library":
-        options = {"causal": causal, "window": window, "soft_cap": soft_cap, "scale": scale}
-        return on_each_device(
-            functools.partial(library.attention, **options), q_BTNH, k_BSKH, v_BSKH, segment_ids
+        run = functools.partial(
+            library.attention, causal=causal, window=window, soft_cap=soft_cap, scale=scale
         )
+        return on_each_device(run, q_BTNH, k_BSKH, v_BSKH, segment_ids)
+
     keys, queries = visible_ranges(batch, length, segment_ids, causal, window)
     if implementation == "reference":
         return masked_attention(q_BTNH, k_BSKH, v_BSKH, mask_of(keys), scale, soft_cap)
-    if implementation not in BACKENDS:
-        names = ", ".join(("auto", "reference", *BACKENDS, "library"))
-        raise UserError(f"attention {implementation!r}: unknown; choose one of {names}")
-    if implementation == "pallas_hopper" and platform() != "gpu":
-        raise UserError(f"pallas_hopper: runs on Hopper GPUs only, not on {platform()}; use auto")
-    run = functools.partial(bounded_attention, (implementation, ring), scale, soft_cap)
+
+    options = Options(implementation, ring, scale, soft_cap)
+    run = functools.partial(bounded_attention, options)
     return on_each_device(run, q_BTNH, k_BSKH, v_BSKH, keys, queries, ring=ring)
 
 
@@ -124,150 +379,21 @@ def decode_attention(
     soft_cap: float | None = None,
     scale: float | None = None,
 ) -> jax.Array:
-    """One query a row (T = 1), at slot `at` of a ring of slots, of which those with `valid_BS` > 0 hold tokens."""
-    slots, width = k_BKSH.shape[2:]
-    mask_BS = valid_BS > 0
-    if (
-        window is not None
-    ):  # rows are left-padded, so distances between slots are distances between tokens
-        mask_BS &= (at - jnp.arange(slots)) % slots < window
-    q_BKGH = q_BTNH.reshape(*k_BKSH.shape[:2], -1, width)
-    scores_BKGS = jnp.einsum("BKGH,BKSH->BKGS", q_BKGH, k_BKSH, preferred_element_type=jnp.float32)
-    weights_BKGS = softmax_where(
-        mask_BS[:, None, None], scores_BKGS, width**-0.5 if scale is None else scale, soft_cap
-    )
-    return jnp.einsum("BKGS,BKSH->BKGH", weights_BKGS.astype(v_BKSH.dtype), v_BKSH).reshape(
-        q_BTNH.shape
-    )
+    """Return the attention of one query a row (T = 1) to cached keys, [B, 1, N, H].
 
-
-def softmax_where(
-    mask: jax.Array, scores: jax.Array, scale: float, soft_cap: float | None
-) -> jax.Array:
-    """Softmax of the scaled and capped scores over the last axis, where `mask` holds; 0 elsewhere."""
-    scores *= scale
-    if soft_cap is not None:
-        scores = soft_cap * jnp.tanh(scores / soft_cap)
-    return jnp.where(mask, jax.nn.softmax(jnp.where(mask, scores, MASKED), axis=-1), 0.0)
-
-
-def masked_attention(
-    q_BTNH: jax.Array,
-    k_BSKH: jax.Array,
-    v_BSKH: jax.Array,
-    mask_BTS: jax.Array,
-    scale: float | None = None,
-    soft_cap: float | None = None,
-) -> jax.Array:
-    """The reference: softmax(q k / sqrt(H)) v over the keys where `mask_BTS` holds; statistics in float32."""
-    batch, length, heads, width = q_BTNH.shape
-    kv_heads = k_BSKH.shape[2]
-    q_BTKGH = q_BTNH.reshape(batch, length, kv_heads, heads // kv_heads, width)
-    scores_BKGTS = jnp.einsum(
-        "BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32
-    )
-    scale = width**-0.5 if scale is None else scale
-    weights_BKGTS = softmax_where(mask_BTS[:, None, None], scores_BKGTS, scale, soft_cap).astype(
-        v_BSKH.dtype
-    )
-    out_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS, v_BSKH)
-    return out_BTKGH.reshape(q_BTNH.shape)
-
-
-def _hopper(module: str, name: str) -> Callable:
-    """The function `name` of the module, which is imported when it is called: few do, and Mosaic GPU loads slowly."""
-    return lambda *args, **options: getattr(importlib.import_module(module), name)(
-        *args, **options
-    )
-
-
-# Implementations whose memory is linear in the length: (forward, backward) each, under one derivative rule.
-BACKENDS: dict[str, tuple[Callable, Callable]] = {
-    "xla_chunked": (chunked.forward, chunked.backward),
-    **{
-        f"pallas_{name}": tuple(
-            functools.partial(f, platform=name) for f in (flash.forward, flash.backward)
-        )
-        for name in ("tpu", "gpu")
-    },
-    "pallas_hopper": (
-        _hopper("kernels.hopper", "forward"),
-        _hopper("kernels.hopper_backward", "backward"),
-    ),
-}
-
-
-def passes(implementation: str, ring: int) -> tuple[Callable, Callable]:
-    """(forward, backward) of the implementation, or of a ring of several devices around it."""
-    forward, backward = BACKENDS[implementation]
-    if ring == 1:
-        return forward, backward
-    return functools.partial(ring_forward, forward, ring), functools.partial(
-        ring_backward, backward, ring
-    )
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def bounded_attention(how, scale, soft_cap, q_BTNH, k_BSKH, v_BSKH, keys: Ranges, queries: Ranges):
-    """Attention that saves for its derivative its inputs, its output and the log-sum-exp, nothing quadratic."""
-    forward, _ = passes(*how)
-    return forward(q_BTNH, k_BSKH, v_BSKH, keys, queries, scale=scale, soft_cap=soft_cap)[0]
-
-
-def _bounded_forward(how, scale, soft_cap, *inputs):
-    forward, _ = passes(*how)
-    out_BTNH, lse_BNT = forward(*inputs, scale=scale, soft_cap=soft_cap)
-    return out_BTNH, (inputs, out_BTNH, lse_BNT)
-
-
-def _bounded_backward(how, scale, soft_cap, saved, dout_BTNH):
-    _, backward = passes(*how)
-    inputs, out_BTNH, lse_BNT = saved
-    dq, dk, dv = backward(*inputs, out_BTNH, lse_BNT, dout_BTNH, scale=scale, soft_cap=soft_cap)
-    return dq, dk, dv, None, None
-
-
-bounded_attention.defvjp(_bounded_forward, _bounded_backward)
-
-
-def on_each_device(
-    run: Callable,
-    q_BTNH: jax.Array,
-    k_BSKH: jax.Array,
-    v_BSKH: jax.Array,
-    *tokens: Any,
-    ring: int = 1,
-) -> jax.Array:
-    """`run` under shard_map: rows over data and fsdp, heads over tensor, tokens over sequence in a `ring`.
-
-    Without a mesh, or inside a shard_map over these axes, just `run`. `tokens`: trees of [B, T] arrays, which are not
-    cut by tokens. Key/value heads that the tensor axis cuts are replicated, and each device takes
-    the one that its queries share; where its queries do not share one, heads are not split at all.
+    Keys and values are in a ring of S slots; those with `valid_BS` > 0 hold tokens. The query is
+    the token in slot `at`, a scalar. `window`, `soft_cap` and `scale` are as in `attention`.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    axes = set(mesh.axis_names) - set(
-        mesh.manual_axes
-    )  # in a pipeline, its stages are manual already
-    if mesh.empty or along(mesh, *axes) == 1:
-        return run(q_BTNH, k_BSKH, v_BSKH, *tokens)
-    (batch, _, heads, _), kv_heads = q_BTNH.shape, k_BSKH.shape[2]
-    parts, group = mesh.shape["tensor"], heads // kv_heads
-    rows = BATCH[0] if batch % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0 else None
-    whole = kv_heads % parts == 0
-    shared = not whole and heads % parts == 0 and group % (heads // parts) == 0
-    sequence = "sequence" if ring > 1 else None
-    query = P(rows, sequence, "tensor" if whole or shared else None, None)
-    key = P(rows, sequence, "tensor" if whole else None, None)
-
-    def local(q_BTNH, k_BSKH, v_BSKH, *tokens):
-        if shared:
-            mine = jax.lax.axis_index("tensor") * (heads // parts) // group
-            k_BSKH, v_BSKH = (
-                jax.lax.dynamic_slice_in_dim(x, mine, 1, axis=2) for x in (k_BSKH, v_BSKH)
-            )
-        return run(q_BTNH, k_BSKH, v_BSKH, *tokens)
-
-    specs = (query, key, key, *(P(rows, None) for _ in tokens))
-    # Pallas calls do not say over which axes their results vary, so that cannot be checked.
-    options = {"in_specs": specs, "out_specs": query, "axis_names": axes, "check_vma": False}
-    return jax.shard_map(local, **options)(q_BTNH, k_BSKH, v_BSKH, *tokens)
+    batch, kv_heads, slots, width = k_BKSH.shape
+    mask_BS = valid_BS > 0
+    # Rows are left-padded, so distances between slots are distances between tokens.
+    if window is not None:
+        distance_S = (at - jnp.arange(slots)) % slots
+        mask_BS &= distance_S < window
+    if scale is None:
+        scale = width**-0.5
+    q_BKGH = q_BTNH.reshape(batch, kv_heads, -1, width)
+    scores_BKGS = jnp.einsum("BKGH,BKSH->BKGS", q_BKGH, k_BKSH, preferred_element_type=jnp.float32)
+    weights_BKGS = softmax_where(mask_BS[:, None, None], scores_BKGS, scale, soft_cap)
+    out_BKGH = jnp.einsum("BKGS,BKSH->BKGH", weights_BKGS.astype(v_BKSH.dtype), v_BKSH)
+    return out_BKGH.reshape(q_BTNH.shape)

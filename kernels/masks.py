@@ -1,7 +1,8 @@
-"""Masks as ranges: of each query the keys it sees, of each key the queries that see it, both as [first, last].
+"""Masks as ranges [first, last]: the keys that each query sees, the queries that see each key.
 
-Segments are unbroken runs, so causality, packing and a sliding window all leave a range. Ranges let every
-implementation skip blocks that nothing sees and leave out the mask where a whole block is seen.
+Segments are unbroken runs, so causality, packing and a sliding window all leave a range. Ranges
+let every implementation skip blocks that no row sees, and drop the mask where a block is seen
+whole.
 """
 
 from typing import NamedTuple
@@ -9,83 +10,117 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-MASKED = -1e30  # finite, so that a row with no visible key gives no NaN
+# Finite, so that a row without a visible key gives no NaN.
+MASKED = -1e30
 
 
 class Ranges(NamedTuple):
-    """[first, last] of what each row sees, [B, T] int32; first > last where it sees nothing."""
+    """First and last position that each row sees, [B, T] int32; first > last where none."""
 
     first_BT: jax.Array
     last_BT: jax.Array
 
 
 def segment_runs(segment_ids: jax.Array) -> Ranges:
-    """First and last position of the run of equal ids that each token of [B, T] lies in."""
-    length = segment_ids.shape[1]
+    """Return first and last position of the run of equal ids that each token [B, T] is in."""
+    batch, length = segment_ids.shape
     changes_BT = segment_ids[:, 1:] != segment_ids[:, :-1]
-    edge_B1 = jnp.ones_like(changes_BT, shape=(segment_ids.shape[0], 1))
-    at_T = jnp.arange(length, dtype=jnp.int32)
-    starts_BT = jnp.where(jnp.concatenate([edge_B1, changes_BT], axis=1), at_T, 0)
-    ends_BT = jnp.where(jnp.concatenate([changes_BT, edge_B1], axis=1), at_T, length)
-    return Ranges(jax.lax.cummax(starts_BT, axis=1), jax.lax.cummin(ends_BT, axis=1, reverse=True))
+    edge_B1 = jnp.ones_like(changes_BT, shape=(batch, 1))
+    position_T = jnp.arange(length, dtype=jnp.int32)
+
+    # The positions where a run starts or ends; the positions between take the nearest one.
+    is_start_BT = jnp.concatenate([edge_B1, changes_BT], axis=1)
+    starts_BT = jnp.where(is_start_BT, position_T, 0)
+    is_end_BT = jnp.concatenate([changes_BT, edge_B1], axis=1)
+    ends_BT = jnp.where(is_end_BT, position_T, length)
+    first_BT = jax.lax.cummax(starts_BT, axis=1)
+    last_BT = jax.lax.cummin(ends_BT, axis=1, reverse=True)
+    return Ranges(first_BT, last_BT)
 
 
 def visible_ranges(
-    batch: int, length: int, segment_ids: jax.Array | None, causal: bool, window: int | None
+    batch: int,
+    length: int,
+    segment_ids: jax.Array | None,
+    causal: bool,
+    window: int | None,
 ) -> tuple[Ranges, Ranges]:
-    """The keys that each query sees, and the queries that see each key. Tokens of segment 0 neither see nor are seen.
+    """Return (the keys that each query sees, the queries that see each key), both [B, T].
 
-    `window` bounds the past only: a query at t sees keys from t - window + 1 on, up to t if `causal`.
+    `segment_ids` is [B, T] int; tokens of segment 0 neither see nor are seen. `window` bounds the
+    past only: a query at t sees keys from t - window + 1 on, up to t if `causal`.
     """
-    at_BT = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
-    run = Ranges(jnp.zeros_like(at_BT), jnp.full_like(at_BT, length - 1))
+    position_T = jnp.arange(length, dtype=jnp.int32)
+    position_BT = jnp.broadcast_to(position_T, (batch, length))
+
+    # Without a mask a token sees its whole segment.
+    run = Ranges(jnp.zeros_like(position_BT), jnp.full_like(position_BT, length - 1))
     if segment_ids is not None:
         run = segment_runs(segment_ids)
-    first_key_BT = (
-        run.first_BT if window is None else jnp.maximum(run.first_BT, at_BT - (window - 1))
-    )
-    last_query_BT = (
-        run.last_BT if window is None else jnp.minimum(run.last_BT, at_BT + (window - 1))
-    )
-    keys = Ranges(first_key_BT, at_BT if causal else run.last_BT)
-    queries = Ranges(at_BT if causal else run.first_BT, last_query_BT)
+
+    # A window cuts the keys on the left and the queries on the right.
+    first_key_BT = run.first_BT
+    last_query_BT = run.last_BT
+    if window is not None:
+        first_key_BT = jnp.maximum(first_key_BT, position_BT - (window - 1))
+        last_query_BT = jnp.minimum(last_query_BT, position_BT + (window - 1))
+
+    # Causality cuts the keys on the right and the queries on the left.
+    keys = Ranges(first_key_BT, position_BT if causal else run.last_BT)
+    queries = Ranges(position_BT if causal else run.first_BT, last_query_BT)
     if segment_ids is None:
         return keys, queries
-    return tuple(
-        Ranges(*_nothing_where(segment_ids <= 0, seen, length)) for seen in (keys, queries)
-    )
+    keys = hide_padding(keys, segment_ids)
+    queries = hide_padding(queries, segment_ids)
+    return keys, queries
 
 
-def _nothing_where(hidden_BT: jax.Array, seen: Ranges, length: int) -> tuple[jax.Array, jax.Array]:
-    return jnp.where(hidden_BT, length, seen.first_BT), jnp.where(hidden_BT, -1, seen.last_BT)
+def hide_padding(seen: Ranges, segment_ids: jax.Array) -> Ranges:
+    """Return the ranges [B, T], empty where the segment is 0."""
+    length = segment_ids.shape[1]
+    hidden_BT = segment_ids <= 0
+    first_BT = jnp.where(hidden_BT, length, seen.first_BT)
+    last_BT = jnp.where(hidden_BT, -1, seen.last_BT)
+    return Ranges(first_BT, last_BT)
 
 
 def mask_of(keys: Ranges) -> jax.Array:
-    """[B, T, S]: whether a query sees a key."""
-    key = jnp.arange(keys.first_BT.shape[1], dtype=jnp.int32)
-    return (key >= keys.first_BT[:, :, None]) & (key <= keys.last_BT[:, :, None])
+    """Return [B, T, S] bool: whether a query sees a key, from the keys that each query sees."""
+    length = keys.first_BT.shape[1]
+    key_S = jnp.arange(length, dtype=jnp.int32)
+    after_first_BTS = key_S >= keys.first_BT[:, :, None]
+    before_last_BTS = key_S <= keys.last_BT[:, :, None]
+    return after_first_BTS & before_last_BTS
 
 
 def pad_ranges(seen: Ranges, length: int) -> Ranges:
-    """`seen` lengthened to `length` rows; the new ones see nothing."""
+    """Return `seen` lengthened at the end to `length` rows; the new rows see nothing."""
     extra = ((0, 0), (0, length - seen.first_BT.shape[1]))
-    return Ranges(
-        jnp.pad(seen.first_BT, extra, constant_values=length),
-        jnp.pad(seen.last_BT, extra, constant_values=-1),
-    )
+    first_BT = jnp.pad(seen.first_BT, extra, constant_values=length)
+    last_BT = jnp.pad(seen.last_BT, extra, constant_values=-1)
+    return Ranges(first_BT, last_BT)
 
 
 def block_bounds(seen: Ranges, block: int, other: int) -> jax.Array:
-    """For each block of `block` rows the blocks of `other` columns that it must visit: [B, T / block, 4] int32.
+    """Return which blocks of `other` columns each block of `block` rows must visit.
 
-    Bounds b: rows see something in blocks b0 <= j < b3, and all of them see all of every block b1 <= j < b2, so
-    that no mask is needed there. A block of rows that see nothing has b0 = b3.
+    The result is [B, T / block, 4] int32. With bounds b, the rows see something in the column
+    blocks b0 <= j < b3; all rows see all of every column block b1 <= j < b2, which need no mask.
+    A block of rows that see nothing has b0 = b3.
     """
     batch, length = seen.first_BT.shape
-    first = seen.first_BT.reshape(batch, length // block, block)
-    last = seen.last_BT.reshape(batch, length // block, block)
+    blocks = (batch, length // block, block)
+    first = seen.first_BT.reshape(blocks)
+    last = seen.last_BT.reshape(blocks)
+
+    # The blocks that any row sees.
     begin = jnp.minimum(first.min(-1), length) // other
-    end = jnp.maximum((last.max(-1) + other) // other, begin)
-    full_begin = jnp.clip((first.max(-1) + other - 1) // other, begin, end)
-    full_end = jnp.clip((last.min(-1) + 1) // other, full_begin, end)
+    end = (last.max(-1) + other) // other
+    end = jnp.maximum(end, begin)
+
+    # Among them those that every row sees whole.
+    full_begin = (first.max(-1) + other - 1) // other
+    full_begin = jnp.clip(full_begin, begin, end)
+    full_end = (last.min(-1) + 1) // other
+    full_end = jnp.clip(full_end, full_begin, end)
     return jnp.stack([begin, full_begin, full_end, end], axis=-1)

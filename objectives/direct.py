@@ -1,23 +1,32 @@
-"""Direct preference methods: losses on log-probabilities of responses, and how they bind to a policy.
+"""Direct preference methods: losses on log-probabilities of responses, and their objectives.
 
-Log-probabilities are of whole responses given their prompts, in nats: sums over tokens, or where a loss says
-so means per token. All losses are elementwise, so that [B] arrays, or any that broadcast, give one loss each.
+A `logps` argument is log p(response | prompt) in nats: a sum over the response's tokens, its end
+token included, or where the name says `mean` the mean per token. All losses are elementwise: [B]
+arrays, or any that broadcast, give one loss each. `beta` h is the gap of the implicit rewards of
+chosen and rejected, with h of `log_ratio_gap`.
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from objectives.likelihood import Apply, following, hidden_logprobs, shifted
-from objectives.reward import better_pairs, first_best, pair_means, pair_metrics
+from objectives.reward import (
+    Batch,
+    LossSum,
+    better_pairs,
+    first_best,
+    flat_candidates,
+    pair_means,
+    pair_metrics,
+)
 
-Array = jax.Array
 USUAL = {"beta": 0.1}
-PAPERS = {"simpo": {"beta": 2.0}}
-"""Where a paper's settings are not the usual ones."""
+PAPERS: dict[str, dict[str, Any]] = {"simpo": {"beta": 2.0, "paper": "Meng et al. 2024"}}
+"""Settings by loss where a paper's are not the usual ones, and the paper's name."""
 
 # ---- On pairs, against a reference ----
 
@@ -27,154 +36,231 @@ def log_ratio_gap(
     policy_rejected: Array,
     reference_chosen: Array,
     reference_rejected: Array,
-):
-    """h = log [pi(y_w) / ref(y_w)] - log [pi(y_l) / ref(y_l)]: beta h is the gap of implicit rewards."""
+) -> Array:
+    """Return h = log [pi(y_w) / ref(y_w)] - log [pi(y_l) / ref(y_l)], in nats."""
     return (policy_chosen - reference_chosen) - (policy_rejected - reference_rejected)
 
 
 def dpo(
-    policy_chosen_logps: Array, policy_rejected_logps: Array,
-    reference_chosen_logps: Array, reference_rejected_logps: Array, *, beta: float,
-) -> Array:  # fmt: skip
-    """Direct preference optimisation (Rafailov et al. 2023). [B] log-probabilities to [B] losses."""
+    policy_chosen_logps: Array,
+    policy_rejected_logps: Array,
+    reference_chosen_logps: Array,
+    reference_rejected_logps: Array,
+    *,
+    beta: float,
+) -> Array:
+    """Return DPO's losses, [B] (direct preference optimisation, Rafailov et al. 2023)."""
     h = log_ratio_gap(
         policy_chosen_logps,
         policy_rejected_logps,
         reference_chosen_logps,
         reference_rejected_logps,
     )
-    return -jax.nn.log_sigmoid(beta * h)  # Rafailov et al. 2023, eq. 7
+    # Rafailov et al. 2023, eq. 7
+    return -jax.nn.log_sigmoid(beta * h)
 
 
 def cdpo(
-    policy_chosen_logps: Array, policy_rejected_logps: Array,
-    reference_chosen_logps: Array, reference_rejected_logps: Array, *, beta: float, label_smoothing: float = 0.1,
-) -> Array:  # fmt: skip
-    """Conservative DPO (Mitchell 2023): each label is taken to be wrong with probability `label_smoothing`."""
+    policy_chosen_logps: Array,
+    policy_rejected_logps: Array,
+    reference_chosen_logps: Array,
+    reference_rejected_logps: Array,
+    *,
+    beta: float,
+    label_smoothing: float = 0.1,
+) -> Array:
+    """Return conservative DPO's losses, [B] (Mitchell 2023).
+
+    Each label is taken to be wrong with probability `label_smoothing`.
+    """
     h = log_ratio_gap(
         policy_chosen_logps,
         policy_rejected_logps,
         reference_chosen_logps,
         reference_rejected_logps,
     )
-    right, wrong = -jax.nn.log_sigmoid(beta * h), -jax.nn.log_sigmoid(-beta * h)
-    return (
-        1 - label_smoothing
-    ) * right + label_smoothing * wrong  # Mitchell 2023: smoothed cross-entropy
+    right = -jax.nn.log_sigmoid(beta * h)
+    wrong = -jax.nn.log_sigmoid(-beta * h)
+    # Mitchell 2023: smoothed cross-entropy
+    return (1 - label_smoothing) * right + label_smoothing * wrong
 
 
 def robust_dpo(
-    policy_chosen_logps: Array, policy_rejected_logps: Array,
-    reference_chosen_logps: Array, reference_rejected_logps: Array, *, beta: float, label_smoothing: float = 0.1,
-) -> Array:  # fmt: skip
-    """DPO whose mean over labels flipped with probability `label_smoothing` (< 1/2) is that over true ones."""
+    policy_chosen_logps: Array,
+    policy_rejected_logps: Array,
+    reference_chosen_logps: Array,
+    reference_rejected_logps: Array,
+    *,
+    beta: float,
+    label_smoothing: float = 0.1,
+) -> Array:
+    """Return robust DPO's losses, [B] (Chowdhury et al. 2024); they have no lower bound.
+
+    Their mean over labels flipped with probability `label_smoothing` < 1/2 is DPO's mean over the
+    true labels.
+    """
     h = log_ratio_gap(
         policy_chosen_logps,
         policy_rejected_logps,
         reference_chosen_logps,
         reference_rejected_logps,
     )
-    right, wrong = -jax.nn.log_sigmoid(beta * h), -jax.nn.log_sigmoid(-beta * h)
+    right = -jax.nn.log_sigmoid(beta * h)
+    wrong = -jax.nn.log_sigmoid(-beta * h)
     # Chowdhury et al. 2024: the unbiased estimate of the loss without noise
     return ((1 - label_smoothing) * right - label_smoothing * wrong) / (1 - 2 * label_smoothing)
 
 
 def ipo(
-    policy_chosen_logps: Array, policy_rejected_logps: Array,
-    reference_chosen_logps: Array, reference_rejected_logps: Array, *, beta: float,
-) -> Array:  # fmt: skip
-    """Identity preference optimisation: the gap is drawn to 1 / (2 beta), not to infinity; `beta` is its tau."""
+    policy_chosen_logps: Array,
+    policy_rejected_logps: Array,
+    reference_chosen_logps: Array,
+    reference_rejected_logps: Array,
+    *,
+    beta: float,
+) -> Array:
+    """Return IPO's losses, [B] (identity preference optimisation, Azar et al. 2024).
+
+    The gap is drawn to 1 / (2 beta), not to infinity; `beta` is the paper's tau.
+    """
     h = log_ratio_gap(
         policy_chosen_logps,
         policy_rejected_logps,
         reference_chosen_logps,
         reference_rejected_logps,
     )
-    return jnp.square(h - 1 / (2 * beta))  # Azar et al. 2024, eq. 17
+    # Azar et al. 2024, eq. 17
+    return jnp.square(h - 1 / (2 * beta))
 
 
 def slic(
-    policy_chosen_logps: Array, policy_rejected_logps: Array,
-    reference_chosen_logps: Array, reference_rejected_logps: Array, *, beta: float, delta: float = 1.0,
-) -> Array:  # fmt: skip
-    """SLiC's hinge on log-ratios to the reference: no loss beyond a gap of `delta` / `beta`."""
+    policy_chosen_logps: Array,
+    policy_rejected_logps: Array,
+    reference_chosen_logps: Array,
+    reference_rejected_logps: Array,
+    *,
+    beta: float,
+    delta: float = 1.0,
+) -> Array:
+    """Return SLiC's hinge on log-ratios to the reference, [B]: 0 beyond a gap of delta / beta."""
     h = log_ratio_gap(
         policy_chosen_logps,
         policy_rejected_logps,
         reference_chosen_logps,
         reference_rejected_logps,
     )
-    return jax.nn.relu(delta - beta * h)  # Liu et al. 2024 (RSO), hinge-norm loss
+    # Liu et al. 2024 (RSO), hinge-norm loss
+    return jax.nn.relu(delta - beta * h)
+
+
+# ---- On judged responses, against a reference ----
 
 
 def kto_unpaired(
-    policy_logps: Array, reference_logps: Array, desirable: Array, *, beta: float, kl: Array | float = 0.0,
-    desirable_weight: float = 1.0, undesirable_weight: float = 1.0,
-) -> Array:  # fmt: skip
-    """Kahneman-Tversky optimisation on single responses, `desirable` (1) or not (0).
+    policy_logps: Array,
+    reference_logps: Array,
+    desirable: Array | bool,
+    *,
+    beta: float,
+    kl: Array | float = 0.0,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> Array:
+    """Return KTO's losses of single responses, [B] (Kahneman-Tversky, Ethayarajh et al. 2024).
 
-    `kl` estimates KL(policy || reference) in nats: see `mismatched_kl`.
+    `desirable`: true or not, [B] or one for all. `kl`: an estimate of KL(policy || reference) in
+    nats, as of `mismatched_kl`; below 0 it counts as 0, and it has no gradient.
     """
-    z0 = jax.lax.stop_gradient(
-        jnp.maximum(kl, 0.0)
-    )  # Ethayarajh et al. 2024: clamped, without gradient
+    # Ethayarajh et al. 2024: z0, clamped and without gradient
+    z0 = jax.lax.stop_gradient(jnp.maximum(kl, 0.0))
     r = policy_logps - reference_logps
     value = jax.nn.sigmoid(beta * jnp.where(desirable, r - z0, z0 - r))
     weight = jnp.where(desirable, desirable_weight, undesirable_weight)
-    return weight - weight * value  # Ethayarajh et al. 2024, eq. 7: lambda_y - v(x, y)
+    # Ethayarajh et al. 2024, eq. 7: lambda_y - v(x, y)
+    return weight - weight * value
 
 
 def kto(
-    policy_chosen_logps: Array, policy_rejected_logps: Array,
-    reference_chosen_logps: Array, reference_rejected_logps: Array, *, beta: float, kl: Array | float = 0.0,
-    desirable_weight: float = 1.0, undesirable_weight: float = 1.0,
-) -> Array:  # fmt: skip
-    """KTO where each pair is a desirable and an undesirable response: the mean of their two losses."""
-    weights = {"desirable_weight": desirable_weight, "undesirable_weight": undesirable_weight}
+    policy_chosen_logps: Array,
+    policy_rejected_logps: Array,
+    reference_chosen_logps: Array,
+    reference_rejected_logps: Array,
+    *,
+    beta: float,
+    kl: Array | float = 0.0,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> Array:
+    """Return KTO's losses of pairs, [B]: the mean of a desirable and an undesirable response's."""
     good = kto_unpaired(
-        policy_chosen_logps, reference_chosen_logps, True, beta=beta, kl=kl, **weights
+        policy_chosen_logps,
+        reference_chosen_logps,
+        True,
+        beta=beta,
+        kl=kl,
+        desirable_weight=desirable_weight,
+        undesirable_weight=undesirable_weight,
     )
     bad = kto_unpaired(
-        policy_rejected_logps, reference_rejected_logps, False, beta=beta, kl=kl, **weights
+        policy_rejected_logps,
+        reference_rejected_logps,
+        False,
+        beta=beta,
+        kl=kl,
+        desirable_weight=desirable_weight,
+        undesirable_weight=undesirable_weight,
     )
     return 0.5 * (good + bad)
 
 
-# ---- Without a reference ----
+def mismatched_kl(policy_logps: Array, reference_logps: Array) -> Array:
+    """Return KTO's estimate of KL(policy || reference), a scalar in nats; it may be below 0.
+
+    The log-probabilities are of responses to other prompts (Ethayarajh et al. 2024: z0).
+    """
+    return jnp.mean(policy_logps - reference_logps)
+
+
+# ---- On pairs, without a reference ----
 
 
 def log_complement(logp: Array) -> Array:
-    """log(1 - p) from log p; p counts as at most 1 - 1e-6, for at 1 both value and gradient are infinite.
+    """Return log(1 - p) from log p, elementwise; p counts as at most 1 - 1e-6.
 
-    The gradient there is that at 1 - 1e-6, not 0: of what a model is sure it must be able to unlearn.
+    At p = 1 value and gradient would be infinite. The gradient there is that at 1 - 1e-6, not 0,
+    so that a certain token can still be unlearned.
     """
+    # The value is clamped; its gradient there reaches logp unclamped.
     at_most = logp + jax.lax.stop_gradient(jnp.minimum(logp, -1e-6) - logp)
     return jnp.log(-jnp.expm1(at_most))
 
 
 def orpo(chosen_mean_logps: Array, rejected_mean_logps: Array, *, beta: float) -> Array:
-    """Odds-ratio preference optimisation; log-probabilities are means per token, `beta` is the paper's lambda."""
+    """Return ORPO's losses, [B] (odds ratio, Hong et al. 2024); `beta` is the paper's lambda."""
     odds_chosen = chosen_mean_logps - log_complement(chosen_mean_logps)
     odds_rejected = rejected_mean_logps - log_complement(rejected_mean_logps)
-    odds_ratio_loss = -jax.nn.log_sigmoid(odds_chosen - odds_rejected)  # Hong et al. 2024, eq. 7
-    return -chosen_mean_logps + beta * odds_ratio_loss  # Hong et al. 2024, eq. 6
+    # Hong et al. 2024, eq. 7, then eq. 6
+    odds_ratio_loss = -jax.nn.log_sigmoid(odds_chosen - odds_rejected)
+    return -chosen_mean_logps + beta * odds_ratio_loss
 
 
 def simpo(
     chosen_mean_logps: Array, rejected_mean_logps: Array, *, beta: float, gamma: float
 ) -> Array:
-    """Simple preference optimisation: log-probabilities are means per token, `gamma` is the margin asked for."""
-    return -jax.nn.log_sigmoid(
-        beta * (chosen_mean_logps - rejected_mean_logps) - gamma
-    )  # Meng et al. 2024, eq. 6
+    """Return SimPO's losses, [B] (Meng et al. 2024); `gamma`: margin, in scaled nats a token."""
+    gap = chosen_mean_logps - rejected_mean_logps
+    # Meng et al. 2024, eq. 6
+    return -jax.nn.log_sigmoid(beta * gap - gamma)
 
 
 def cpo(
     chosen_logps: Array, rejected_logps: Array, *, beta: float, nll_weight: float = 1.0
 ) -> Array:
-    """Contrastive preference optimisation: DPO under a uniform reference, plus the chosen response's NLL."""
+    """Return CPO's losses, [B]: DPO under a uniform reference, plus the chosen response's NLL."""
+    # The reference, uniform, drops out of the gap.
     preference = -jax.nn.log_sigmoid(beta * (chosen_logps - rejected_logps))
-    return preference - nll_weight * chosen_logps  # Xu et al. 2024, eq. 3: L_prefer + L_NLL
+    # Xu et al. 2024, eq. 3: L_prefer + L_NLL
+    return preference - nll_weight * chosen_logps
 
 
 def slic_hf(
@@ -185,156 +271,200 @@ def slic_hf(
     delta: float,
     weight: float,
 ) -> Array:
-    """Sequence likelihood calibration: a hinge, and `weight` times the NLL of a target (default: the chosen)."""
-    target_logps = chosen_logps if target_logps is None else target_logps
+    """Return SLiC-HF's losses, [B]: a hinge of margin `delta`, and `weight` times a target's NLL.
+
+    `target_logps`: of the response to imitate; None: the chosen one.
+    """
+    if target_logps is None:
+        target_logps = chosen_logps
+    # Zhao et al. 2023, section 2: calibration loss and regulariser
     hinge = jax.nn.relu(delta - chosen_logps + rejected_logps)
-    return (
-        hinge - weight * target_logps
-    )  # Zhao et al. 2023, section 2: calibration loss and regulariser
+    return hinge - weight * target_logps
 
 
-# ---- On rankings: [B, C] log-probabilities, ranks (1 is best, 0 absent) and numbers of tokens to [B] losses ----
+# ---- On rankings: ranks are [B, C], 1 the best, equal a tie, 0 an absent candidate ----
 
 
 def rrhf(logps_BC: Array, ranks_BC: Array, tokens_BC: Array) -> Array:
-    """Rank responses: hinges on per-token means over all pairs, plus the best response's NLL (its first, if tied)."""
-    mean_BC = logps_BC / jnp.maximum(tokens_BC, 1.0)  # Yuan et al. 2023, section 3: p_i
+    """Return RRHF's losses, [B] (Yuan et al. 2023): hinges over all pairs, and the best one's NLL.
+
+    `tokens_BC`: numbers of tokens; hinges compare means per token. The NLL is a sum over tokens,
+    of the first of the best candidates.
+    """
+    # Yuan et al. 2023, section 3: p_i, L_rank and L_ft
+    mean_BC = logps_BC / jnp.maximum(tokens_BC, 1.0)
     wrong_BCC = jax.nn.relu(mean_BC[:, None, :] - mean_BC[:, :, None])
-    rank_loss_B = (wrong_BCC * better_pairs(ranks_BC)).sum((1, 2))  # Yuan et al. 2023, L_rank
-    nll_B = -(logps_BC * best(ranks_BC)).sum(1)  # Yuan et al. 2023, L_ft
+    rank_loss_B = (wrong_BCC * better_pairs(ranks_BC)).sum((1, 2))
+    nll_B = -(logps_BC * best(ranks_BC)).sum(1)
     return rank_loss_B + nll_B
 
 
-# ---- Binding to a policy ----
-
-
 def best(ranks_BC: Array) -> Array:
-    """[B, C] float32: 1 at the first of the best candidates."""
+    """Return [B, C] float32: 1 at the first of the best candidates, else 0."""
     return jax.nn.one_hot(first_best(ranks_BC), ranks_BC.shape[1])
 
 
 def extreme_pair(ranks_BC: Array) -> Array:
-    """[B, C, C] float32 as of `better_pairs`, but only the first of the best and the first of the worst."""
+    """Return [B, C, C] float32: 1 for the first best against the first worst candidate, else 0.
+
+    All 0 in a row whose candidates tie; as of `better_pairs`, the better one comes first.
+    """
+    # An absent candidate, rank 0, is never the worst.
     worst_BC = jax.nn.one_hot(jnp.argmax(ranks_BC, axis=1), ranks_BC.shape[1])
     return best(ranks_BC)[:, :, None] * worst_BC[:, None, :] * better_pairs(ranks_BC)
 
 
+# ---- Binding to a policy. `batch`: of data.batches.comparison_batches, see pad_comparisons ----
+
+
 def candidate_token_logprobs(
-    apply: Apply, params: Any, batch: dict[str, Array], temperature: float = 1.0
+    apply: Apply, params: Any, batch: Batch, temperature: float = 1.0
 ) -> Array:
-    """[B, C, T]: log-probabilities of all candidates' tokens, 0 outside the loss mask; one pass over them."""
-    shape = batch["tokens_BCT"].shape
-    flat = [
-        batch[k].reshape(-1, shape[-1]) for k in ("tokens_BCT", "segment_ids_BCT", "positions_BCT")
-    ]
-    read = partial(hidden_logprobs, labels_BT=following(flat[0]), temperature=temperature)
-    logp_BT, _ = apply(params, *flat, read=read)
-    return shifted(logp_BT).reshape(shape) * batch["loss_mask_BCT"]
+    """Return the log-probability of each candidate's tokens, [B, C, T] nats; 0 off the loss mask.
+
+    One pass over all candidates. Logits are divided by `temperature`.
+    """
+    # M = B * C rows for the model.
+    tokens_MT, segment_ids_MT, positions_MT = flat_candidates(batch)
+    output = apply(params, tokens_MT, segment_ids_MT, positions_MT)
+    labels_MT = following(tokens_MT)
+    logp_MT = hidden_logprobs(output.x_BTD, output.unembed_DV, labels_MT, temperature)
+    logp_BCT = shifted(logp_MT).reshape(batch["tokens_BCT"].shape)
+    return logp_BCT * batch["loss_mask_BCT"]
 
 
-def candidate_logprobs(
-    apply: Apply, params: Any, batch: dict[str, Array], temperature: float = 1.0
-) -> Array:
-    """[B, C]: log-probability of each candidate."""
+def candidate_logprobs(apply: Apply, params: Any, batch: Batch, temperature: float = 1.0) -> Array:
+    """Return the log-probability of each candidate response, [B, C] nats, summed over tokens."""
     return candidate_token_logprobs(apply, params, batch, temperature).sum(-1)
-
-
-def mismatched_kl(policy_logps: Array, reference_logps: Array) -> Array:
-    """KTO's estimate of the KL, from responses to other prompts (Ethayarajh et al. 2024, estimate of z0)."""
-    return jnp.mean(policy_logps - reference_logps)
 
 
 def preference_objective(
     apply: Apply,
     params: Any,
-    batch: dict[str, Array],
+    batch: Batch,
     *,
     loss: Callable[..., Array],
     per_token: bool = False,
     extremes: bool = False,
     temperature: float = 1.0,
-):
-    """Per-prompt mean of `loss` over the ranking's pairs, summed over prompts; ties form no pair.
+) -> LossSum:
+    """Sum over prompts the mean of `loss` over each ranking's pairs; ties form no pair.
 
-    `loss` takes chosen, rejected and, where the batch has `reference_BC`, the reference's of both. Log-probabilities
-    are sums over tokens, or with `per_token` means. `extremes`: one pair a prompt, the best and the worst.
-    `temperature`: by which the logits are divided.
-    Metrics are in nats of log-ratio to the reference, or of log-probability where there is none.
+    `loss(chosen, rejected)` on [B, C, C] arrays of log-probabilities; where `batch` has
+    `reference_BC` [B, C], nats, `loss(chosen, rejected, reference_chosen, reference_rejected)`.
+    `per_token`: the policy's are means per token, not sums. `extremes`: one pair a prompt, best
+    against worst. `temperature`: divides the logits.
+
+    The weight is the number of prompts with a pair. Metrics, over all pairs, are of log-ratios to
+    the reference, or of log-probabilities where there is none: accuracy, margin, chosen, rejected.
     """
-    ranks_BC, tokens_BC = batch["ranks_BC"], batch["loss_mask_BCT"].sum(-1)
+    # Log-probabilities of the candidates; an absent one's 0 would be a certainty.
+    ranks_BC = batch["ranks_BC"]
     logp_BC = candidate_logprobs(apply, params, batch, temperature)
-    logp_BC /= jnp.maximum(tokens_BC, 1.0) if per_token else 1.0
-    logp_BC = jnp.where(
-        ranks_BC > 0, logp_BC, -1.0
-    )  # an absent candidate's 0 would be a certainty
-    policy_and_reference = [logp_BC] + ([batch["reference_BC"]] if "reference_BC" in batch else [])
+    if per_token:
+        logp_BC /= jnp.maximum(batch["loss_mask_BCT"].sum(-1), 1.0)
+    logp_BC = jnp.where(ranks_BC > 0, logp_BC, -1.0)
+
+    # Chosen in rows against rejected in columns, the policy's and the reference's.
+    sides = [logp_BC[:, :, None], logp_BC[:, None, :]]
+    score_BC = logp_BC
+    if "reference_BC" in batch:
+        reference_BC = batch["reference_BC"]
+        sides += [reference_BC[:, :, None], reference_BC[:, None, :]]
+        score_BC = logp_BC - reference_BC
     pairs_BCC = extreme_pair(ranks_BC) if extremes else better_pairs(ranks_BC)
-    loss_BCC = loss(
-        *(side for x in policy_and_reference for side in (x[:, :, None], x[:, None, :]))
-    )
-    losses_B, valid_B = pair_means(loss_BCC, pairs_BCC)
-    score_BC = logp_BC - batch["reference_BC"] if "reference_BC" in batch else logp_BC
+    losses_B, valid_B = pair_means(loss(*sides), pairs_BCC)
     return losses_B.sum(), (valid_B.sum(), pair_metrics(score_BC, pairs_BCC))
 
 
-def kto_objective(apply: Apply, params: Any, batch: dict[str, Array], **options: Any):
-    """KTO's losses summed over judged responses: rank 1 is desirable, 2 is not, 0 is not judged.
+def kto_kl_estimate(apply: Apply, policy: Any, batch: Batch) -> Batch:
+    """Return `batch` with `kl_B` [B] in place of the last of the C candidates.
 
-    The batch has `reference_BC` and `kl_B` (one estimate for the whole batch, in each row); `options` as of
-    `kto_unpaired`.
+    That one answers another prompt (data.preferences.with_mismatched). `kl_B` is in each row the
+    same `mismatched_kl`, over the last candidates of all rows. `batch` has `reference_BC` [B, C];
+    `margin_B`, which KTO does not use, goes too. `policy`: all its parameters.
     """
-    ranks_BC, kl_B = batch["ranks_BC"], batch["kl_B"]
-    judged_BC = (ranks_BC > 0).astype(jnp.float32)
+    # All arrays of the batch but the margin have a candidate axis.
+    per_candidate = {name: x for name, x in batch.items() if name != "margin_B"}
+    judged = {name: x[:, :-1] for name, x in per_candidate.items()}
+    mismatched = {name: x[:, -1:] for name, x in per_candidate.items()}
+    policy_logps = candidate_logprobs(apply, policy, mismatched)
+    kl = mismatched_kl(policy_logps, mismatched["reference_BC"])
+    return {**judged, "kl_B": jnp.broadcast_to(kl, batch["margin_B"].shape)}
+
+
+def kto_objective(
+    apply: Apply,
+    params: Any,
+    batch: Batch,
+    *,
+    beta: float,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> LossSum:
+    """Sum `kto_unpaired` over judged responses: rank 1 is desirable, 2 is not, 0 is not judged.
+
+    `batch` has `reference_BC` [B, C] and `kl_B` [B], of `kto_kl_estimate`. The weight is the
+    number of judged responses. Metrics: mean log-ratio to the reference of `desirable` and
+    `undesirable` responses, `kl` as estimated (the loss takes 0 for one below), and with several
+    candidates those of `pair_metrics`.
+    """
+    ranks_BC = batch["ranks_BC"]
+    kl_B = batch["kl_B"]
     logp_BC = candidate_logprobs(apply, params, batch)
+
+    # One loss a judged response; all share the batch's estimate of the KL.
     losses_BC = kto_unpaired(
-        logp_BC, batch["reference_BC"], ranks_BC == 1, kl=kl_B[:, None], **options
+        logp_BC,
+        batch["reference_BC"],
+        ranks_BC == 1,
+        beta=beta,
+        kl=kl_B[:, None],
+        desirable_weight=desirable_weight,
+        undesirable_weight=undesirable_weight,
     )
-    score_BC, judged = logp_BC - batch["reference_BC"], judged_BC.sum()
-    sides = {"desirable": ranks_BC == 1, "undesirable": ranks_BC == 2}
-    metrics = {
-        name: ((score_BC * side).sum(), side.sum().astype(jnp.float32))
-        for name, side in sides.items()
-    }
-    metrics["kl"] = (
-        kl_B.sum(),
-        jnp.float32(kl_B.size),
-    )  # as estimated: where it is below 0 the loss takes 0
+
+    # Implicit rewards, over beta.
+    score_BC = logp_BC - batch["reference_BC"]
+    metrics = {}
+    for name, side_BC in (("desirable", ranks_BC == 1), ("undesirable", ranks_BC == 2)):
+        metrics[name] = ((score_BC * side_BC).sum(), side_BC.sum().astype(jnp.float32))
+    metrics["kl"] = (kl_B.sum(), jnp.float32(kl_B.size))
     if ranks_BC.shape[1] > 1:
         metrics |= pair_metrics(score_BC, better_pairs(ranks_BC))
-    return (losses_BC * judged_BC).sum(), (judged, metrics)
+
+    # Rank 0 is not judged.
+    judged_BC = (ranks_BC > 0).astype(jnp.float32)
+    return (losses_BC * judged_BC).sum(), (judged_BC.sum(), metrics)
 
 
 def ranked_objective(
     apply: Apply,
     params: Any,
-    batch: dict[str, Array],
+    batch: Batch,
     *,
     loss: Callable[..., Array],
     per_token: bool = False,
-):
-    """`loss` of whole rankings (`rrhf`, `contrastive`), summed over the prompts that have a pair.
+) -> LossSum:
+    """Sum `loss` of whole rankings (`rrhf`) over the prompts that have a pair; the weight: these.
 
-    `per_token`: the metrics too compare means over tokens, as the loss does.
+    `loss(logps_BC, ranks_BC, tokens_BC) -> [B]`. Metrics: `first`, how often the best candidate is
+    the likeliest, and those of `pair_metrics`; `per_token`: by means over tokens.
     """
-    ranks_BC, tokens_BC = batch["ranks_BC"], batch["loss_mask_BCT"].sum(-1)
+    ranks_BC = batch["ranks_BC"]
+    tokens_BC = batch["loss_mask_BCT"].sum(-1)
     logp_BC = candidate_logprobs(apply, params, batch)
+    losses_B = loss(logp_BC, ranks_BC, tokens_BC)
     pairs_BCC = better_pairs(ranks_BC)
     valid_B = (pairs_BCC.sum((1, 2)) > 0).astype(jnp.float32)
-    losses_B = loss(logp_BC, ranks_BC, tokens_BC)
+
+    # How often the best candidate is the likeliest of those that are there.
     score_BC = logp_BC / jnp.maximum(tokens_BC, 1.0) if per_token else logp_BC
-    first_B = (score_BC * best(ranks_BC)).sum(1) >= jnp.where(
-        ranks_BC > 0, score_BC, -jnp.inf
-    ).max(1)
+    best_score_B = (score_BC * best(ranks_BC)).sum(1)
+    highest_B = jnp.where(ranks_BC > 0, score_BC, -jnp.inf).max(1)
+    first_B = best_score_B >= highest_B
     metrics = {
         "first": ((first_B * valid_B).sum(), valid_B.sum()),
         **pair_metrics(score_BC, pairs_BCC),
     }
     return jnp.where(valid_B > 0, losses_B, 0.0).sum(), (valid_B.sum(), metrics)
-
-
-def kto_kl_estimate(apply: Apply, policy: Any, batch: dict[str, Array]) -> dict[str, Array]:
-    per_candidate = {name: x for name, x in batch.items() if name != "margin_B"}
-    last = {name: x[:, -1:] for name, x in per_candidate.items()}
-    judged = {name: x[:, :-1] for name, x in per_candidate.items()}
-    kl = mismatched_kl(candidate_logprobs(apply, policy, last), last["reference_BC"])
-    return {**judged, "kl_B": jnp.broadcast_to(kl, batch["margin_B"].shape)}

@@ -1,6 +1,7 @@
-"""Distillation: divergences between a teacher's and a student's next tokens, and the objective that sums them.
+"""Distillation: divergences between a teacher's and a student's next tokens, and the objective.
 
-The divergences take logits [B, T, V] and a mask of the positions that count, and return nats [B, T], 0 elsewhere.
+A divergence takes logits [B, T, V] of both and a mask [B, T] of the positions that count, and
+returns nats [B, T], 0 elsewhere.
 """
 
 from collections.abc import Callable
@@ -8,72 +9,107 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
+from model import unembed
 from objectives.likelihood import Apply, inputs, token_logprobs
+from objectives.reward import LossSum
 
-Divergence = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-
-
-def kl(logp_BTV: jax.Array, logq_BTV: jax.Array) -> jax.Array:
-    """KL(P || Q) = sum_v p_v (log p_v - log q_v), [B, T] in nats, from log-probabilities."""
-    return (jnp.exp(logp_BTV) * (logp_BTV - logq_BTV)).sum(-1)
+Batch = dict[str, Array]
+Divergence = Callable[[Array, Array, Array], Array]
+"""divergence(student_BTV, teacher_BTV, mask_BT) -> [B, T]"""
 
 
-def forward_kl(student_BTV: jax.Array, teacher_BTV: jax.Array, mask_BT: jax.Array) -> jax.Array:
-    """KL(teacher || student): covers all that the teacher may say.
+def kl(logp_BTV: Array, logq_BTV: Array) -> Array:
+    """Return KL(P || Q) = sum_v p_v (log p_v - log q_v), [B, T] nats, from log-probabilities."""
+    p_BTV = jnp.exp(logp_BTV)
+    return (p_BTV * (logp_BTV - logq_BTV)).sum(-1)
 
-    Less the teacher's entropy it is the cross-entropy with soft targets of Hinton et al. 2015, section 2, whose
-    gradient is their eq. 2; Agarwal et al. 2024, section 2.
+
+def forward_kl(student_BTV: Array, teacher_BTV: Array, mask_BT: Array) -> Array:
+    """Return KL(teacher || student): the student covers all that the teacher may say.
+
+    Plus the teacher's entropy it is the cross-entropy with soft targets of Hinton et al. 2015,
+    section 2, whose gradient is their eq. 2; Agarwal et al. 2024, section 2.
     """
-    return kl(jax.nn.log_softmax(teacher_BTV), jax.nn.log_softmax(student_BTV)) * mask_BT
+    # The expectation is under the teacher: what it may say and the student would not costs.
+    teacher_logp_BTV = jax.nn.log_softmax(teacher_BTV)
+    student_logp_BTV = jax.nn.log_softmax(student_BTV)
+    return kl(teacher_logp_BTV, student_logp_BTV) * mask_BT
 
 
-def reverse_kl(student_BTV: jax.Array, teacher_BTV: jax.Array, mask_BT: jax.Array) -> jax.Array:
-    """KL(student || teacher): seeks a mode of the teacher's (Agarwal et al. 2024, section 2)."""
-    return kl(jax.nn.log_softmax(student_BTV), jax.nn.log_softmax(teacher_BTV)) * mask_BT
+def reverse_kl(student_BTV: Array, teacher_BTV: Array, mask_BT: Array) -> Array:
+    """Return KL(student || teacher): the student seeks a mode of the teacher.
 
-
-def jsd(
-    student_BTV: jax.Array, teacher_BTV: jax.Array, mask_BT: jax.Array, *, beta: float
-) -> jax.Array:
-    """beta KL(teacher || M) + (1 - beta) KL(student || M), M = beta teacher + (1 - beta) student; 0 < beta < 1.
-
-    The generalised Jensen-Shannon divergence (Agarwal et al. 2024, eq. 1). Divided by beta it tends to the forward
-    KL as beta tends to 0; divided by 1 - beta, to the reverse KL as beta tends to 1.
+    Agarwal et al. 2024, section 2.
     """
-    logp_BTV, logq_BTV = jax.nn.log_softmax(teacher_BTV), jax.nn.log_softmax(student_BTV)
-    logm_BTV = jnp.logaddexp(logp_BTV + jnp.log(beta), logq_BTV + jnp.log1p(-beta))
-    return (beta * kl(logp_BTV, logm_BTV) + (1 - beta) * kl(logq_BTV, logm_BTV)) * mask_BT
+    # The expectation is under the student: what the teacher alone would say costs nothing.
+    student_logp_BTV = jax.nn.log_softmax(student_BTV)
+    teacher_logp_BTV = jax.nn.log_softmax(teacher_BTV)
+    return kl(student_logp_BTV, teacher_logp_BTV) * mask_BT
+
+
+def jsd(student_BTV: Array, teacher_BTV: Array, mask_BT: Array, *, beta: float) -> Array:
+    """Return the generalised Jensen-Shannon divergence, 0 < `beta` < 1.
+
+    beta KL(teacher || M) + (1 - beta) KL(student || M), M = beta teacher + (1 - beta) student
+    (Agarwal et al. 2024, eq. 1). Divided by beta it tends to the forward KL as beta tends to 0;
+    divided by 1 - beta, to the reverse KL as beta tends to 1.
+    """
+    logp_BTV = jax.nn.log_softmax(teacher_BTV)
+    logq_BTV = jax.nn.log_softmax(student_BTV)
+    # The mixture in logs, so that no probability vanishes.
+    weighted_p_BTV = logp_BTV + jnp.log(beta)
+    weighted_q_BTV = logq_BTV + jnp.log1p(-beta)
+    logm_BTV = jnp.logaddexp(weighted_p_BTV, weighted_q_BTV)
+    from_teacher_BT = kl(logp_BTV, logm_BTV)
+    from_student_BT = kl(logq_BTV, logm_BTV)
+    return (beta * from_teacher_BT + (1 - beta) * from_student_BT) * mask_BT
 
 
 def distill_objective(
     apply: Apply,
     teacher_apply: Apply,
     params: dict[str, Any],
-    batch: dict[str, jax.Array],
+    batch: Batch,
     *,
     divergence: Divergence,
     alpha: float,
     tau: float,
     labelled: bool = True,
-):
-    """alpha CE + (1 - alpha) tau^2 D(teacher, student), both at temperature tau in D; summed over tokens.
+) -> LossSum:
+    """Sum alpha CE + (1 - alpha) tau^2 D(teacher, student) over tokens; the weight: these.
 
-    Hinton et al. 2015, section 2: D's gradient falls as 1/tau^2, which the factor makes up for. `params`: of
-    "student" and "teacher". Not `labelled` are the student's own samples, whose tokens are no targets: they have
-    the second term alone (Agarwal et al. 2024, section 3; here a token's weight is the same in long responses).
-    Vocabularies may be padded to different sizes: D is over the tokens that both have.
+    `params`: {"student", "teacher"}, all parameters of two language models. `batch`: of
+    data.batches.chat_batches, or own samples with a loss mask of the responses. D has the logits
+    of both divided by `tau`; its gradient falls as 1/tau^2, which the factor makes up for (Hinton
+    et al. 2015, section 2). `labelled=False` is for the student's own samples, whose tokens are no
+    targets: the second term alone (Agarwal et al. 2024, section 3; here a token weighs the same
+    in responses of any length). Vocabularies may be padded to different sizes: D is over the
+    tokens that both have. Metrics, nats a token: `nll`, `divergence`.
     """
+    # Logits of both; position t predicts token t + 1.
+    student = apply(params["student"], *inputs(batch))
+    teacher = teacher_apply(params["teacher"], *inputs(batch))
+    student_BTV = unembed(student.x_BTD, student.unembed_DV)
+    teacher_BTV = unembed(teacher.x_BTD, teacher.unembed_DV)
+
+    # D at the positions that predict a token under the loss mask.
     mask_BT = batch["loss_mask_BT"]
-    logits_BTV, _ = apply(params["student"], *inputs(batch))
-    teacher_BTV, _ = teacher_apply(params["teacher"], *inputs(batch))
-    shared = min(logits_BTV.shape[-1], teacher_BTV.shape[-1])
-    before_BT = jnp.pad(
-        mask_BT[:, 1:], ((0, 0), (0, 1))
-    )  # where the logits predict a token that counts
-    pair = (logits_BTV[..., :shared] / tau, teacher_BTV[..., :shared] / tau)
-    gap = divergence(*pair, before_BT).sum()
-    nll = -(token_logprobs(logits_BTV, batch["tokens_BT"]) * mask_BT).sum()
-    loss = (alpha * nll if labelled else 0.0) + (1 - alpha) * tau**2 * gap
+    next_BT = mask_BT[:, 1:]
+    predicts_BT = jnp.pad(next_BT, ((0, 0), (0, 1)))
+    *_, student_vocab = student_BTV.shape
+    *_, teacher_vocab = teacher_BTV.shape
+    shared = min(student_vocab, teacher_vocab)
+    soft_student_BTV = student_BTV[..., :shared] / tau
+    soft_teacher_BTV = teacher_BTV[..., :shared] / tau
+    gap = divergence(soft_student_BTV, soft_teacher_BTV, predicts_BT).sum()
+
+    # Cross-entropy on the tokens themselves.
+    logp_BT = token_logprobs(student_BTV, batch["tokens_BT"])
+    nll = -(logp_BT * mask_BT).sum()
+    labels = alpha * nll if labelled else 0.0
+    loss = labels + (1 - alpha) * tau**2 * gap
     tokens = mask_BT.sum()
-    return loss, (tokens, {"nll": (nll, tokens), "divergence": (gap, tokens)})
+    metrics = {"nll": (nll, tokens), "divergence": (gap, tokens)}
+    return loss, (tokens, metrics)

@@ -1,96 +1,112 @@
-"""Sample, rank, imitate: which of a policy's own responses it is trained on, and what best-of-n costs in KL.
+"""Sample, rank, imitate: which of a policy's own responses it is trained on; what best-of-n costs.
 
-Rows are responses, those to one prompt next to one another, `group` of them. A score of -inf says that a row holds
-no response: it is never chosen and counts nowhere. Among equal scores the first row wins, but for `quantiles`.
+Rows are responses, those to one prompt next to one another, `group` of them. A score of -inf marks
+a row without a response: it is never chosen and counts nowhere. Among equal scores the first row
+wins.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from model import unembed
 from objectives.distill import kl
 from objectives.likelihood import Apply, inputs, response_mask, token_logprobs
+from objectives.policy import Sums
 
 Array = jax.Array
-Batch = dict[str, Array]
 
-# What a paper sets, in fields of train_raft.py (explained there); 4 rounds stand for "all earlier ones".
+
+Pool = dict[str, Array]
+"""Responses of several rounds, in the rows that `added` gives them: `tokens_BT`, `segment_ids_BT`
+and `positions_BT`, int32, as in a Rollout; `loss_mask_BT`, 1 for the response's tokens, the
+end-of-turn token included; `score_B`, -inf for a row without a response."""
+
+# What a paper sets, in fields of train_raft.py, which explains them; "paper" is its citation. Four
+# rounds stand for "all earlier ones".
 RAFT = {
+    "paper": "Dong et al. 2023, algorithm 1",
     "select": "best",
     "samples_per_prompt": 8,
     "distinct": False,
     "replay_rounds": 0,
     "kl_coef": 0.0,
 }
+# The best of all iterations so far.
+REJECTION = {"paper": "Touvron et al. 2023, section 3.2.3", "replay_rounds": 4}
+# All distinct right answers. The paper starts over from the pretrained model each time; we go on.
+RFT = {
+    "paper": "Yuan et al. 2023",
+    "select": "above_threshold",
+    "distinct": True,
+    "replay_rounds": 4,
+}
+# STaR's filter; STaR starts over from the pretrained model each time.
+EXPERT = {"paper": "Zelikman et al. 2022, algorithm 1", "select": "above_threshold"}
 PAPERS: dict[str, dict[str, Any]] = {
-    "raft": RAFT,  # Dong et al. 2023, algorithm 1
-    "rejection": RAFT
-    | {
-        "replay_rounds": 4
-    },  # Touvron et al. 2023, section 3.2.3: the best of all iterations so far
-    # Yuan et al. 2023: all distinct right answers. They start over from the pretrained model each time; we go on.
-    "rft": RAFT | {"select": "above_threshold", "distinct": True, "replay_rounds": 4},
-    "expert": RAFT
-    | {
-        "select": "above_threshold"
-    },  # as STaR's filter (Zelikman et al. 2022, algorithm 1), but it starts over
-    # Lu et al. 2022: beta and the number of quantiles, five, as their program has them against toxicity.
-    "quark": RAFT
-    | {"select": "quantiles", "samples_per_prompt": 1, "replay_rounds": 4, "kl_coef": 0.05},
+    "raft": RAFT,
+    "rejection": RAFT | REJECTION,
+    "rft": RAFT | RFT,
+    "expert": RAFT | EXPERT,
 }
 
-# ---- Selection: booleans [B] ----
+# ---- Selection: booleans [B] from scores [B] ----
 
 
 def filled(scores_B: Array) -> Array:
-    """Whether a row holds a response."""
+    """Return True for rows that hold a response."""
     return scores_B > -jnp.inf
 
 
 def best_of_n(scores_B: Array, group: int) -> Array:
-    """y = argmax_j r(x, y_j) among the `group` responses to each prompt (Dong et al. 2023, RAFT, algorithm 1)."""
-    best_P1 = scores_B.reshape(-1, group).argmax(1)[:, None]
-    return (best_P1 == jnp.arange(group)).reshape(-1) & filled(scores_B)
+    """Choose argmax_j r(x, y_j) among the `group` responses to each prompt (RAFT, algorithm 1)."""
+    scores_PC = scores_B.reshape(-1, group)
+    best_P = scores_PC.argmax(1)
+    is_best_PC = best_P[:, None] == jnp.arange(group)
+    # The best of a group without responses is none.
+    return is_best_PC.reshape(-1) & filled(scores_B)
 
 
 def top_fraction(scores_B: Array, one_in: int) -> Array:
-    """The best 1 / `one_in` of all responses, rounded up, whatever their prompts (RAFT's acceptance ratio, global)."""
-    rank_B = jnp.argsort(jnp.argsort(-scores_B))  # both sorts are stable
-    return (rank_B < -(-filled(scores_B).sum() // one_in)) & filled(scores_B)
+    """Choose the best 1 / `one_in` of all responses, rounded up, whatever their prompts.
+
+    RAFT's acceptance ratio, over the whole pool.
+    """
+    # Both sorts are stable, so the first of equal rows ranks first.
+    order_B = jnp.argsort(-scores_B)
+    rank_B = jnp.argsort(order_B)
+    has_B = filled(scores_B)
+    count = -(-has_B.sum() // one_in)
+    return (rank_B < count) & has_B
 
 
 def passing(scores_B: Array, threshold: float) -> Array:
-    """r(x, y) >= threshold: the right answers, where a program checks them (STaR, algorithm 1; RFT, section 3.3)."""
+    """Choose r(x, y) >= threshold: right answers, where a program checks them.
+
+    STaR, algorithm 1; RFT, section 3.3.
+    """
     return (scores_B >= threshold) & filled(scores_B)
 
 
 def first_of_equal(tokens_BT: Array, group: int) -> Array:
-    """False for a response whose tokens are those of an earlier one to its prompt (RFT compares equations)."""
+    """Return False for a response whose tokens are those of an earlier one to its prompt.
+
+    (RFT compares equations.)
+    """
     tokens_PCT = tokens_BT.reshape(-1, group, tokens_BT.shape[1])
     equal_PCC = (tokens_PCT[:, :, None] == tokens_PCT[:, None]).all(-1)
-    return ~jnp.tril(equal_PCC, -1).any(2).reshape(-1)
-
-
-def quantiles(scores_B: Array, count: int, key: Array) -> Array:
-    """The quantile of each response, 1 (worst) to `count`, equally filled to within one; 0 for rows without one.
-
-    All responses sorted by reward and cut into `count` equal parts (Lu et al. 2022, Quark, algorithm 1). Equal
-    scores are ordered at random, lest their quantile say which came first.
-    """
-    ties_B = jax.random.uniform(key, scores_B.shape)
-    rank_B = jnp.argsort(jnp.lexsort((ties_B, scores_B)))
-    total, empty = filled(scores_B).sum(), (~filled(scores_B)).sum()
-    return jnp.where(filled(scores_B), 1 + (rank_B - empty) * count // jnp.maximum(total, 1), 0)
+    has_earlier_PC = jnp.tril(equal_PCC, -1).any(2)
+    return ~has_earlier_PC.reshape(-1)
 
 
 # ---- The pool: samples of several rounds ----
 
 
-def empty_pool(rows: int, prompt: int, response: int, pad: int) -> Batch:
-    """Room for `rows` responses: what `added` writes, all scores -inf."""
+def empty_pool(rows: int, prompt: int, response: int, pad: int) -> Pool:
+    """Make room for `rows` responses of `response` tokens to prompts of `prompt`, all empty."""
     zeros_BT = jnp.zeros((rows, prompt + response), jnp.int32)
     return {
         "tokens_BT": zeros_BT + pad,
@@ -101,93 +117,79 @@ def empty_pool(rows: int, prompt: int, response: int, pad: int) -> Batch:
     }
 
 
-def added(pool: Batch, batch: Batch, number: Array) -> Batch:
-    """`pool` with a round's judged rollouts in the place of the oldest ones; `number`: rounds before this one."""
-    rows = batch["score_B"].shape[0]
-    batch = {**batch, "loss_mask_BT": response_mask(batch)}
-    start = number % (pool["score_B"].shape[0] // rows) * rows
-    return {
-        name: jax.lax.dynamic_update_slice_in_dim(x, batch[name], start, 0)
-        for name, x in pool.items()
-    }
+def added(pool: Pool, batch: Mapping[str, Any], number: Array | int) -> Pool:
+    """Write a round's rollout, with `score_B`, over the pool's oldest rows.
 
-
-def drawn(pool: Batch, chosen_B: Array, key: Array, parts: int, rows: int) -> list[Batch]:
-    """`parts` minibatches of `rows` of the chosen rows, in random order, over and over."""
-    order_B = jnp.argsort(jnp.where(chosen_B, jax.random.uniform(key, chosen_B.shape), 2.0))
-    picked = order_B[jnp.arange(parts * rows) % jnp.maximum(chosen_B.sum(), 1)]
-    return [
-        {name: x[picked[i * rows : (i + 1) * rows]] for name, x in pool.items()}
-        for i in range(parts)
-    ]
-
-
-# ---- Quark: a system turn of one token names the quantile ----
-
-
-def conditioned(batch: Batch, system: int, word: Array | int) -> Batch:
-    """Left-padded rows with the turn `system word` after their bos, two columns wider; `word`: a token, or one a row.
-
-    Users cannot ask in that way: no text spells the control token `system`.
+    `number`: rounds before this one. The pool's rows are a multiple of the rollout's.
     """
-    names = ("tokens_BT", "segment_ids_BT", "positions_BT")
-    tokens_BT, segments_BT, positions_BT = (
-        jnp.pad(batch[name], ((0, 0), (2, 0))) for name in names
-    )
-    bos_B1 = jnp.argmax(segments_BT > 0, axis=1)[
-        :, None
-    ]  # its column before; it moves two to the left
-    at_BT = jnp.arange(tokens_BT.shape[1]) - (bos_B1 - 2)
-    first_B1 = jnp.take_along_axis(tokens_BT, bos_B1, axis=1)
-    new_BT = jnp.where(
-        at_BT == 0, first_B1, jnp.where(at_BT == 1, system, jnp.reshape(word, (-1, 1)))
-    )
-    prefix_BT = (at_BT >= 0) & (at_BT < 3)
-    shown = {
-        "tokens_BT": jnp.where(prefix_BT, new_BT, tokens_BT).astype(jnp.int32),
-        "segment_ids_BT": jnp.where(prefix_BT, 1, segments_BT),
-        "positions_BT": jnp.where(at_BT < 3, jnp.maximum(at_BT, 0), positions_BT + 2),
-    }
-    if "loss_mask_BT" in batch:
-        shown["loss_mask_BT"] = jnp.pad(batch["loss_mask_BT"], ((0, 0), (2, 0)))
-    return shown
+    # The rows of the oldest round, in a ring.
+    rows = batch["score_B"].shape[0]
+    rounds = pool["score_B"].shape[0] // rows
+    start = number % rounds * rows
+
+    fresh = {**batch, "loss_mask_BT": response_mask(batch)}
+    renewed = {}
+    for name, x in pool.items():
+        renewed[name] = jax.lax.dynamic_update_slice_in_dim(x, fresh[name], start, 0)
+    return renewed
+
+
+def drawn(pool: Pool, chosen_B: Array, key: Array, parts: int, rows: int) -> list[Pool]:
+    """Cut the chosen rows, in random order, into `parts` minibatches of `rows`, over and over.
+
+    Minibatches have the keys of `pool`. At least one row must be chosen.
+    """
+    # Chosen rows first, in random order.
+    random_B = jax.random.uniform(key, chosen_B.shape)
+    order_B = jnp.argsort(jnp.where(chosen_B, random_B, 2.0))
+
+    # Over and over, as often as is asked for.
+    count = jnp.maximum(chosen_B.sum(), 1)
+    places = jnp.arange(parts * rows) % count
+    picked = order_B[places]
+    minibatches = []
+    for start in range(0, parts * rows, rows):
+        rows_B = picked[start : start + rows]
+        minibatches.append({name: x[rows_B] for name, x in pool.items()})
+    return minibatches
+
+
+# ---- Imitation ----
 
 
 def imitation_objective(
-    apply: Apply, params: Any, batch: Batch, *, condition: Callable[[Batch], Batch], kl_coef: float
-):
-    """-log p(y | x, r_k) + beta sum_t KL(p_0(. | x, y_<t) || p(. | x, y_<t, r_k)) in nats, summed over the loss mask.
+    apply: Apply, params: dict[str, Any], batch: Pool, *, kl_coef: float
+) -> tuple[Array, tuple[Array, Sums]]:
+    """Sum -log p(y | x) + beta KL(p_0(. | x, y_<t) || p(. | x, y_<t)) over the loss mask, in nats.
 
-    Lu et al. 2022 (Quark); their program takes the KL the other way round and adds an entropy bonus. With a
-    `condition` that changes nothing and beta 0 this is supervised fine-tuning.
-    `params`: {"policy", "reference"}; the reference p_0 sees the rows as they are.
+    With `kl_coef` (beta) 0 this is supervised fine-tuning, and the reference p_0 is not read.
+    `params`: {"policy", "reference"}, whole parameters. `batch`: rows of a Pool. Returns (loss
+    sum, (tokens, metrics)); metrics, with a beta alone, are nll and reference_kl per token.
     """
-    shown = condition(batch)
-    mask_BT = shown["loss_mask_BT"]
-    logits_BTV, _ = apply(params["policy"], *inputs(shown))
-    loss, tokens, metrics = (
-        -(token_logprobs(logits_BTV, shown["tokens_BT"]) * mask_BT).sum(),
-        mask_BT.sum(),
-        {},
-    )
-    if kl_coef:
-        reference_BTV, _ = apply(jax.lax.stop_gradient(params["reference"]), *inputs(batch))
-        ours_BTV = logits_BTV[:, -reference_BTV.shape[1] :]
-        kl_BT = kl(jax.nn.log_softmax(reference_BTV), jax.nn.log_softmax(ours_BTV))
-        total = (
-            kl_BT[:, :-1] * batch["loss_mask_BT"][:, 1:]
-        ).sum()  # position t predicts token t + 1
-        metrics = {"nll": (loss, tokens), "reference_kl": (total, tokens)}
-        loss += kl_coef * total
-    return loss, (tokens, metrics)
+    mask_BT = batch["loss_mask_BT"]
+    tokens = mask_BT.sum()
+    policy = apply(params["policy"], *inputs(batch))
+    logits_BTV = unembed(policy.x_BTD, policy.unembed_DV)
+    loss = -(token_logprobs(logits_BTV, batch["tokens_BT"]) * mask_BT).sum()
+    if not kl_coef:
+        return loss, (tokens, {})
+
+    reference = apply(jax.lax.stop_gradient(params["reference"]), *inputs(batch))
+    reference_BTV = unembed(reference.x_BTD, reference.unembed_DV)
+    kl_BT = kl(jax.nn.log_softmax(reference_BTV), jax.nn.log_softmax(logits_BTV))
+    # Position t predicts token t + 1.
+    total = (kl_BT[:, :-1] * mask_BT[:, 1:]).sum()
+    metrics = {"nll": (loss, tokens), "reference_kl": (total, tokens)}
+    return loss + kl_coef * total, (tokens, metrics)
 
 
 # ---- Best-of-n as inference ----
 
 
 def best_of_n_kl(n: int) -> float:
-    """log n - (n - 1) / n in nats: the most that KL(best of n || policy) can be (Stiennon et al. 2020, appendix G.3).
+    """Return log n - (n - 1) / n, the most that KL(best of n || policy) can be, in nats.
 
-    An upper bound (Beirami et al. 2024), nearly reached where no response is likely and no rewards tie.
+    Stiennon et al. 2020, appendix G.3. An upper bound (Beirami et al. 2024), nearly reached where
+    no response is likely and no rewards tie.
     """
     return math.log(n) - (n - 1) / n

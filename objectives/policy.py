@@ -1,16 +1,24 @@
-"""PPO's mathematics: KL estimates, rewards per token, advantages, the clipped losses. Arrays in, arrays out.
+"""PPO's mathematics: KL estimates, rewards per token, advantages, the clipped losses.
 
-Index t of [B, R] arrays is response token t: its log-probability, the value of the state it was emitted in,
-the reward for having emitted it.
+Arrays in, arrays out, float32. Index t of a [B, R] array is response token t: its log-probability,
+the value of the state it was emitted in, the reward for having emitted it.
+
+A row of a batch is a left-padded prompt of P tokens and a response of R, T = P + R. Position s of
+a model's output [B, T] is computed from tokens 0 to s. So it is position P - 1 + t that predicts
+response token t, and that gives the value of the state in which token t was emitted:
+
+    position        0     1     2     3     4     5     6     7         P = 4, R = 4
+    tokens_BT     pad   bos    is    it   yes     .   eos   pad
+    predicts                         t=0   t=1   t=2   t=3     -        response_states, [B, R + 1]
 """
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
+from model import unembed
 from objectives.likelihood import (
     Apply,
     hidden_logprobs,
@@ -19,55 +27,37 @@ from objectives.likelihood import (
     likelihood_objective,
 )
 
+Array = jax.Array
+KlEstimator = Literal["k1", "k2", "k3"]
+MissingEos = Literal["replace", "penalty", "none"]
+ScoreAt = Literal["last", "after"]
+Sums = dict[str, tuple[Array, Array]]
+"""Metrics of an objective: {name: (sum, weight)}."""
 
-def kl_estimate(logp: jax.Array, reference_logp: jax.Array, estimator: str) -> jax.Array:
-    """Per-token estimates of KL(policy || reference) in nats, from tokens of the policy (Schulman 2020).
 
-    k1 = log ratio: unbiased. k2 = (log ratio)^2 / 2. k3 = exp(-k1) - 1 + k1: unbiased and never negative.
+# ---- Rewards: a KL penalty at each token, the score at the end ----
+
+
+def kl_estimate(logp: Array, reference_logp: Array, estimator: KlEstimator) -> Array:
+    """Estimate KL(policy || reference) per token in nats, from tokens of the policy.
+
+    Schulman 2020. k1 = log ratio: unbiased. k2 = (log ratio)^2 / 2. k3 = exp(-k1) - 1 + k1:
+    unbiased and never negative. All arrays have the same shape.
     """
     k1 = logp - reference_logp
-    return {"k1": lambda: k1, "k2": lambda: 0.5 * k1 * k1, "k3": lambda: jnp.expm1(-k1) + k1}[
-        estimator
-    ]()
+    if estimator == "k1":
+        return k1
+    if estimator == "k2":
+        return 0.5 * k1 * k1
+    return jnp.expm1(-k1) + k1
 
 
-def masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:
-    """Mean of `x` where `mask` is 1."""
-    return (x * mask).sum() / jnp.maximum(mask.sum(), 1.0)
+def missing_eos(score_B: Array, ended_B: Array, rule: MissingEos, score: float) -> Array:
+    """Apply the rule on responses without an end to their scores, [B].
 
-
-def whiten(
-    x: jax.Array, mask: jax.Array, *, shift_mean: bool = True, unbiased: bool = False
-) -> jax.Array:
-    """(x - mean) / sqrt(var + 1e-8) over the masked entries, 0 elsewhere; `unbiased` divides by n - 1."""
-    mean, count = masked_mean(x, mask), mask.sum()
-    variance = (jnp.square(x - mean) * mask).sum() / jnp.maximum(count - unbiased, 1.0)
-    white = (x - mean) * jax.lax.rsqrt(variance + 1e-8)
-    return (white if shift_mean else white + mean) * mask
-
-
-def token_rewards(
-    score_B: jax.Array, kl_BR: jax.Array, mask_BR: jax.Array, beta: jax.Array, at_B: jax.Array
-):
-    """-beta KL at each response token, plus the response's score at index `at_B` (Ziegler et al. 2019, eq. 2)."""
-    at_BR = jnp.arange(mask_BR.shape[1]) == at_B[:, None]
-    return -beta * kl_BR * mask_BR + jnp.where(at_BR, score_B[:, None], 0.0)
-
-
-def score_position(mask_BR: jax.Array, at: str) -> tuple[jax.Array, jax.Array]:
-    """Where the score is added, [B], and the mask [B, R] of states that have a value.
-
-    At the `last` real token; or at the position `after` it, whose state then has a value too, where one is left.
+    `ended_B` is True for a response with its end-of-turn token, whose score stays. Without one:
+    replace gives it `score`, penalty adds `score` to its own, none leaves it.
     """
-    length_B, new = mask_BR.sum(1).astype(jnp.int32), mask_BR.shape[1]
-    if at == "last":
-        return length_B - 1, mask_BR
-    at_B = jnp.minimum(length_B, new - 1)
-    return at_B, (jnp.arange(new) <= at_B[:, None]).astype(jnp.float32)
-
-
-def missing_eos(score_B: jax.Array, ended_B: jax.Array, rule: str, score: float) -> jax.Array:
-    """Scores [B] in which an unended response has `score` (replace), its own and `score` (penalty), or its own."""
     without = {
         "replace": jnp.full_like(score_B, score),
         "penalty": score_B + score,
@@ -76,170 +66,306 @@ def missing_eos(score_B: jax.Array, ended_B: jax.Array, rule: str, score: float)
     return jnp.where(ended_B, score_B, without)
 
 
-def gae(
-    rewards_BR: jax.Array, values_BR: jax.Array, *, gamma: float, gae_lambda: float
-) -> tuple[jax.Array, jax.Array]:
-    """Generalised advantage estimates and returns A + V (Schulman et al. 2016, eq. 16), [B, R] each.
+def score_position(mask_BR: Array, at: ScoreAt) -> tuple[Array, Array]:
+    """Return the index at which a response's score is added, [B] int32, and the value mask [B, R].
 
-    delta_t = r_t + gamma V_{t+1} - V_t, A_t = delta_t + gamma gae_lambda A_{t+1}; V after the end is 0.
-    Rewards and values must be 0 after a row's last token.
+    The value mask is 1 for states that have a value. last: the score is added at the last real
+    token, and the value mask is `mask_BR`. after: at the position after it, if one is left, whose
+    state then has a value too.
     """
+    length_B = mask_BR.sum(1).astype(jnp.int32)
+    if at == "last":
+        return length_B - 1, mask_BR
 
-    def earlier(carry, now):
-        advantage, next_value = carry
-        reward, value = now
-        advantage = reward + gamma * next_value - value + gamma * gae_lambda * advantage
-        return (advantage, value), advantage
-
-    zero = jnp.zeros_like(rewards_BR[:, 0])
-    _, advantages_RB = jax.lax.scan(
-        earlier, (zero, zero), (rewards_BR.T, values_BR.T), reverse=True
-    )
-    return advantages_RB.T, advantages_RB.T + values_BR
+    # A response of the longest length has no position after it.
+    longest = mask_BR.shape[1]
+    at_B = jnp.minimum(length_B, longest - 1)
+    has_value_BR = jnp.arange(longest) <= at_B[:, None]
+    return at_B, has_value_BR.astype(jnp.float32)
 
 
-def clipped_policy_loss(
-    logp: jax.Array, old_logp: jax.Array, advantage: jax.Array, clip: float, clip_high: float
-) -> jax.Array:
-    """max(-A ratio, -A clip(ratio, 1 - clip, 1 + clip_high)) per token (Schulman et al. 2017, eq. 7).
+def token_rewards(
+    score_B: Array,
+    kl_BR: Array,
+    mask_BR: Array,
+    beta: Array | float,
+    at_B: Array,
+) -> Array:
+    """Return -beta KL at each response token, plus the response's score at index `at_B`, [B, R].
 
-    `clip_high` is PPO's `clip` (apart: Yu et al. 2025, eq. 10); infinite ones leave REINFORCE's weighted loss.
+    Ziegler et al. 2019, eq. 2.
     """
-    ratio = jnp.exp(logp - old_logp)
-    return jnp.maximum(-advantage * ratio, -advantage * jnp.clip(ratio, 1 - clip, 1 + clip_high))
+    penalty_BR = -beta * kl_BR * mask_BR
+    is_place_BR = jnp.arange(mask_BR.shape[1]) == at_B[:, None]
+    return penalty_BR + jnp.where(is_place_BR, score_B[:, None], 0.0)
 
 
-def clipped_value_loss(
-    value: jax.Array, old_value: jax.Array, returns: jax.Array, clip: float
-) -> jax.Array:
-    """Half the larger square error of the value and of the value clipped to within `clip` of the old one."""
-    clipped = old_value + jnp.clip(value - old_value, -clip, clip)
-    return 0.5 * jnp.maximum(jnp.square(value - returns), jnp.square(clipped - returns))
+def adapt_kl(beta: Array, kl: Array, target: float, horizon: float, episodes: int) -> Array:
+    """Move beta by proportional control of the KL towards `target` (Ziegler et al. 2019, 2.2).
 
-
-def adapt_kl(
-    beta: jax.Array, kl: jax.Array, target: float, horizon: float, episodes: int
-) -> jax.Array:
-    """Adaptive KL coefficient (Ziegler et al. 2019, section 2.2): proportional control of KL towards `target`."""
-    error = jnp.clip(kl / target - 1.0, -0.2, 0.2)
+    `kl` and `target` are in nats a response; `episodes` is the number of responses since the last
+    call, `horizon` the number over which beta moves.
+    """
+    # The relative error, at most a fifth.
+    error = kl / target - 1.0
+    error = jnp.clip(error, -0.2, 0.2)
     return beta * (1.0 + error * episodes / horizon)
 
 
-def response_logits(
-    apply: Apply, params: Any, batch: dict[str, jax.Array], temperature: float
-) -> jax.Array:
-    """[B, R + 1, V]: at t what response token t is drawn from; the last position predicts nothing here."""
-    logits_BTV, _ = apply(params, *inputs(batch), logits_from=before_response(batch))
-    return logits_BTV / (temperature or 1.0)
+# ---- Advantages ----
 
 
-def before_response(batch: dict[str, jax.Array]) -> int:
-    """The position that predicts the first response token."""
-    return batch["tokens_BT"].shape[1] - batch["response_BR"].shape[1] - 1
+def masked_mean(x: Array, mask: Array) -> Array:
+    """Return the mean of `x` where `mask` is 1; 0 where it is nowhere."""
+    count = jnp.maximum(mask.sum(), 1.0)
+    return (x * mask).sum() / count
 
 
-def response_labels(batch: dict[str, jax.Array]) -> jax.Array:
-    """[B, R + 1]: the response's tokens, and one more, of which nothing is used: a slice of logits would copy them."""
+def whiten(x: Array, mask: Array, *, shift_mean: bool = True, unbiased: bool = False) -> Array:
+    """Return (x - mean) / sqrt(var + 1e-8) over the masked entries, 0 elsewhere.
+
+    Without `shift_mean` the mean is put back afterwards: the result has the mean of `x` and
+    deviation 1. `unbiased` divides the variance by n - 1.
+    """
+    # Mean and variance of what is under the mask.
+    mean = masked_mean(x, mask)
+    square = jnp.square(x - mean) * mask
+    count = jnp.maximum(mask.sum() - unbiased, 1.0)
+    variance = square.sum() / count
+
+    white = (x - mean) * jax.lax.rsqrt(variance + 1e-8)
+    if not shift_mean:
+        white = white + mean
+    return white * mask
+
+
+def gae(
+    rewards_BR: Array, values_BR: Array, *, gamma: float, gae_lambda: float
+) -> tuple[Array, Array]:
+    """Return generalised advantage estimates A, and returns A + V, [B, R] each.
+
+    Schulman et al. 2016, eq. 16: delta_t = r_t + gamma V_{t+1} - V_t, and
+    A_t = delta_t + gamma gae_lambda A_{t+1}. V after index R - 1 is 0. Rewards and values must be
+    0 after a row's last token.
+    """
+
+    # From the last token back; the carry is of the token after.
+    def earlier(carry, now):
+        next_advantage, next_value = carry
+        reward, value = now
+        advantage = reward + gamma * next_value - value + gamma * gae_lambda * next_advantage
+        return (advantage, value), advantage
+
+    zero_B = jnp.zeros_like(rewards_BR[:, 0])
+    steps = (rewards_BR.T, values_BR.T)
+    _, advantages_RB = jax.lax.scan(earlier, (zero_B, zero_B), steps, reverse=True)
+    return advantages_RB.T, advantages_RB.T + values_BR
+
+
+# ---- Losses of a token ----
+
+
+def clipped_policy_loss(
+    log_ratio: Array, advantage: Array, clip: float, clip_high: float
+) -> Array:
+    """Return max(-A ratio, -A clip(ratio, 1 - clip, 1 + clip_high)) per token.
+
+    Schulman et al. 2017, eq. 7, where `clip_high` is `clip` (apart: Yu et al. 2025, eq. 10).
+    `log_ratio`: log pi - log pi_old, of the shape of `advantage`. Infinite clips leave REINFORCE's
+    weighted loss.
+    """
+    ratio = jnp.exp(log_ratio)
+    clipped = jnp.clip(ratio, 1 - clip, 1 + clip_high)
+    return jnp.maximum(-advantage * ratio, -advantage * clipped)
+
+
+def clipped_value_loss(value: Array, old_value: Array, returns: Array, clip: float) -> Array:
+    """Return half the larger square error of the value and of the clipped value, per state.
+
+    The value is clipped to within `clip` of the old one. All arrays have the same shape.
+    """
+    change = jnp.clip(value - old_value, -clip, clip)
+    clipped = old_value + change
+
+    # The larger error counts: a value beyond the clip gets no gradient from being closer.
+    own_error = jnp.square(value - returns)
+    clipped_error = jnp.square(clipped - returns)
+    return 0.5 * jnp.maximum(own_error, clipped_error)
+
+
+def entropy(logits_BTV: Array) -> Array:
+    """Return -sum_v p_v log p_v of each next token's distribution, [B, T] in nats."""
+    logp_BTV = jax.nn.log_softmax(logits_BTV)
+    terms_BTV = jnp.exp(logp_BTV) * logp_BTV
+    return -terms_BTV.sum(-1)
+
+
+# ---- A model's outputs for the response ----
+
+
+def response_states(batch: Mapping[str, Any], x_BT: Array) -> Array:
+    """Select the positions from the one before the response on, [B, R + 1, ...], of [B, T, ...].
+
+    Index t predicts response token t, and is the state in which it was emitted. Index R, after the
+    last token, predicts nothing here. Reads the shapes of `tokens_BT` and `response_BR`.
+    """
+    length = batch["tokens_BT"].shape[1]
+    response_length = batch["response_BR"].shape[1]
+    prompt_length = length - response_length
+    return x_BT[:, prompt_length - 1 :]
+
+
+def response_labels(batch: Mapping[str, Any]) -> Array:
+    """Return the response's tokens and one more, [B, R + 1]: the labels of `response_states`.
+
+    The last one is never used. It saves cutting the last logits off, which would copy the others.
+    """
     return jnp.pad(batch["response_BR"], ((0, 0), (0, 1)))
 
 
+def response_logits(
+    apply: Apply, params: Any, batch: Mapping[str, Any], temperature: float
+) -> Array:
+    """Return the logits at `response_states`, [B, R + 1, V], divided by the temperature.
+
+    Token t of the response was drawn from their softmax. A temperature of 0 counts as 1.
+    """
+    output = apply(params, *inputs(batch))
+    logits_BTV = unembed(response_states(batch, output.x_BTD), output.unembed_DV)
+    return logits_BTV / (temperature or 1.0)
+
+
 def response_logprobs(
-    apply: Apply, params: Any, batch: dict[str, jax.Array], temperature: float
-) -> jax.Array:
-    """[B, R] log-probabilities of the response's tokens at the sampling temperature (greedy counts as 1)."""
-    read = partial(
-        hidden_logprobs, labels_BT=response_labels(batch), temperature=temperature or 1.0
-    )
-    logp_BT, _ = apply(params, *inputs(batch), logits_from=before_response(batch), read=read)
+    apply: Apply, params: Any, batch: Mapping[str, Any], temperature: float
+) -> Array:
+    """Return the log-probability of each response token, [B, R], at the sampling temperature.
+
+    `apply` is that of a LanguageModel, `batch` a Rollout. Padding has values too: mask them. A
+    temperature of 0 counts as 1.
+    """
+    output = apply(params, *inputs(batch))
+    x_BTD = response_states(batch, output.x_BTD)
+    labels_BT = response_labels(batch)
+    logp_BT = hidden_logprobs(x_BTD, output.unembed_DV, labels_BT, temperature or 1.0)
     return logp_BT[:, :-1]
 
 
-def response_values(apply: Apply, params: Any, batch: dict[str, jax.Array]) -> jax.Array:
-    """[B, R] values of the states in which the response's tokens were emitted."""
-    scalars_BT = apply(params, batch["tokens_BT"], batch["segment_ids_BT"], batch["positions_BT"])
-    return scalars_BT[:, -batch["response_BR"].shape[1] - 1 : -1]
+def response_values(apply: Apply, params: Any, batch: Mapping[str, Any]) -> Array:
+    """Return the value of the state in which each response token was emitted, [B, R].
+
+    `apply` is that of a ScalarModel, `batch` a Rollout. Padding has values too: mask them.
+    """
+    scalars_BT = apply(params, *inputs(batch)).scalars_BT
+    return response_states(batch, scalars_BT)[:, :-1]
 
 
-def entropy(logits_BTV: jax.Array) -> jax.Array:
-    """-sum_v p_v log p_v of the next token's distribution, [B, T] in nats."""
-    logp_BTV = jax.nn.log_softmax(logits_BTV)
-    return -(jnp.exp(logp_BTV) * logp_BTV).sum(-1)
+# ---- Objectives: sums over a minibatch, for train_step.make_train_step ----
+
+
+def own_log_ratio(change_BR: Array, mask_BR: Array) -> Array:
+    """Return each token's own log-ratio: PPO's importance ratio."""
+    return change_BR
 
 
 def clipped_surrogate(
-    logp_BR: jax.Array,
-    batch: dict[str, jax.Array],
+    logp_BR: Array,
+    batch: Mapping[str, Any],
     clip: float,
     clip_high: float,
-    log_ratio: Callable[[jax.Array, jax.Array], jax.Array] = lambda change_BR, mask_BR: change_BR,
-) -> tuple[jax.Array, dict[str, tuple[jax.Array, jax.Array]]]:
-    """`clipped_policy_loss` against `old_logp_BR`, [B, R], not masked yet; metrics of how far the policy has moved.
+    log_ratio: Callable[[Array, Array], Array] = own_log_ratio,
+) -> tuple[Array, Sums]:
+    """Return `clipped_policy_loss` of each token, [B, R], not masked yet, and metrics.
 
-    `log_ratio` takes the tokens' own log-ratios, 0 at padding, and the mask.
+    `batch`: `mask_BR`, `old_logp_BR` and `advantages_BR`. `log_ratio(change_BR, mask_BR)` makes
+    the log of the importance ratio from the tokens' own log-ratios, 0 at padding. Metrics:
+    approx_kl, half the mean square of those; clipped, the share of tokens whose ratio is outside
+    the clips; nll_per_token, minus the mean log-probability.
     """
     mask_BR = batch["mask_BR"]
+    tokens = mask_BR.sum()
     # Padding gets ratio 1, so that nothing there can overflow before it is masked.
     change_BR = (logp_BR - batch["old_logp_BR"]) * mask_BR
     log_ratio_BR = log_ratio(change_BR, mask_BR)
-    losses_BR = clipped_policy_loss(log_ratio_BR, 0.0, batch["advantages_BR"], clip, clip_high)
-    ratio_BR, tokens = jnp.exp(log_ratio_BR), mask_BR.sum()
-    clipped_BR = ((ratio_BR < 1 - clip) | (ratio_BR > 1 + clip_high)) * mask_BR
-    return losses_BR, {
+    losses_BR = clipped_policy_loss(log_ratio_BR, batch["advantages_BR"], clip, clip_high)
+
+    # How far the policy has moved from the one that sampled.
+    ratio_BR = jnp.exp(log_ratio_BR)
+    outside_BR = ((ratio_BR < 1 - clip) | (ratio_BR > 1 + clip_high)) * mask_BR
+    metrics = {
         "approx_kl": (0.5 * jnp.square(change_BR).sum(), tokens),
-        "clipped": (clipped_BR.sum(), tokens),
-        "surprise": (-(logp_BR * mask_BR).sum(), tokens),
+        "clipped": (outside_BR.sum(), tokens),
+        "nll_per_token": (-(logp_BR * mask_BR).sum(), tokens),
     }
+    return losses_BR, metrics
 
 
 def policy_objective(
     apply: Apply,
     params: Any,
-    batch: dict[str, jax.Array],
+    batch: Mapping[str, Any],
     *,
     clip: float,
     temperature: float,
     entropy_coef: float = 0.0,
-):
-    """PPO's clipped surrogate less `entropy_coef` times the entropy (Schulman et al. 2017, eq. 9), over responses.
+) -> tuple[Array, tuple[Array, Sums]]:
+    """Sum PPO's clipped surrogate less `entropy_coef` times the entropy over response tokens.
 
-    With a "text" in the batch (`with_text`), plus its negative log-likelihood: PPO-ptx (Ouyang et al. 2022, eq. 2).
+    Schulman et al. 2017, eq. 9. `batch`: a Rollout with `old_logp_BR` and `advantages_BR`; with a
+    "text" in it (`with_text`) the text's negative log-likelihood is added: PPO-ptx (Ouyang et al.
+    2022, eq. 2). Returns (loss sum, (tokens, metrics)); metrics as of `clipped_surrogate`, and
+    entropy and text_nll where there are such.
     """
+    # The entropy needs whole distributions; without it the logits are never held at once.
     mask_BR = batch["mask_BR"]
+    tokens = mask_BR.sum()
     if entropy_coef:
         logits_BTV = response_logits(apply, params, batch, temperature)
         logp_BR = label_logprobs(logits_BTV, response_labels(batch))[:, :-1]
     else:
         logp_BR = response_logprobs(apply, params, batch, temperature)
     losses_BR, metrics = clipped_surrogate(logp_BR, batch, clip, clip)
-    tokens = mask_BR.sum()
     loss = (losses_BR * mask_BR).sum()
+
+    # The terms beside the surrogate, where they are asked for.
     if entropy_coef:
         bonus = (entropy(logits_BTV)[:, :-1] * mask_BR).sum()
-        loss, metrics["entropy"] = loss - entropy_coef * bonus, (bonus, tokens)
+        loss -= entropy_coef * bonus
+        metrics["entropy"] = (bonus, tokens)
     if "text" in batch:
         nll, (weight, _) = likelihood_objective(apply, params, batch["text"])
-        loss, metrics["text_nll"] = loss + nll, (nll, weight)
+        loss += nll
+        metrics["text_nll"] = (nll, weight)
     return loss, (tokens, metrics)
 
 
 def with_text(
-    batch: dict[str, Any], text: dict[str, jax.Array], coefficient: float
+    batch: Mapping[str, Any], text: dict[str, Array], coefficient: float
 ) -> dict[str, Any]:
-    """`batch` with pre-training rows whose mean loss per token counts `coefficient` times the policy's.
+    """Lay packed pre-training rows beside `batch`, as "text".
 
-    The loss mask carries the weight, of the whole batch's counts of tokens, so that the objective stays a sum.
+    Their mean loss per token counts `coefficient` times the policy's. The text's loss mask carries
+    that weight, from the whole batch's counts of tokens, so that the objective stays a sum.
     """
-    weight = coefficient * batch["mask_BR"].sum() / text["loss_mask_BT"].sum()
-    return {**batch, "text": {**text, "loss_mask_BT": weight * text["loss_mask_BT"]}}
+    response_mask_BR = batch["mask_BR"]
+    text_mask_BT = text["loss_mask_BT"]
+    weight = coefficient * response_mask_BR.sum() / text_mask_BT.sum()
+    weighted = {**text, "loss_mask_BT": weight * text_mask_BT}
+    return {**batch, "text": weighted}
 
 
-def value_objective(apply: Apply, params: Any, batch: dict[str, jax.Array], *, clip: float):
-    """Clipped square error of the values, summed over response tokens."""
+def value_objective(
+    apply: Apply, params: Any, batch: Mapping[str, Any], *, clip: float
+) -> tuple[Array, tuple[Array, Sums]]:
+    """Sum the clipped square error of the values over states that have one.
+
+    `batch`: a Rollout with `value_mask_BR`, `old_values_BR` and `returns_BR`. Returns (loss sum,
+    (states, metrics)); the metric square_error is not clipped and not halved.
+    """
     mask_BR = batch["value_mask_BR"]
+    returns_BR = batch["returns_BR"]
+    states = mask_BR.sum()
     values_BR = response_values(apply, params, batch)
-    losses_BR = (
-        clipped_value_loss(values_BR, batch["old_values_BR"], batch["returns_BR"], clip) * mask_BR
-    )
-    error_BR = jnp.square(values_BR - batch["returns_BR"]) * mask_BR
-    tokens = mask_BR.sum()
-    return losses_BR.sum(), (tokens, {"square_error": (error_BR.sum(), tokens)})
+    losses_BR = clipped_value_loss(values_BR, batch["old_values_BR"], returns_BR, clip) * mask_BR
+    error_BR = jnp.square(values_BR - returns_BR) * mask_BR
+    metrics = {"square_error": (error_BR.sum(), states)}
+    return losses_BR.sum(), (states, metrics)

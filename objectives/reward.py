@@ -1,195 +1,283 @@
 """Reward models: losses on scalar rewards of ranked candidates, and on the steps of one response.
 
-A process reward model's scalar at a step's last token is the log-odds that the step is right.
+Ranks are [B, C]: 1 is best, equal ranks tie, 0 marks an absent candidate. A process reward model's
+scalar at a step's last token is the log-odds that the step is right.
 """
 
 from collections.abc import Sequence
-from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from objectives.likelihood import Apply, following, hidden_logprobs, inputs, shifted
 
+Batch = dict[str, Array]
+Metrics = dict[str, tuple[Array, Array]]
+"""(sum, weight) by name."""
+LossSum = tuple[Array, tuple[Array, Metrics]]
+"""Result of an objective: loss sum, (weight, metrics); see train_step.Objective."""
+StepScore = Literal["product", "minimum", "last"]
+"""How the probabilities of a response's steps make its score; see `running_score`."""
 
-def bradley_terry(
-    chosen: jax.Array, rejected: jax.Array, margin: jax.Array | float = 0.0
-) -> jax.Array:
-    """-log sigmoid(r_chosen - r_rejected - margin) (Stiennon et al. 2020; margin: Touvron et al. 2023, eq. 2)."""
+# ---- Rankings ----
+
+
+def bradley_terry(chosen: Array, rejected: Array, margin: Array | float = 0.0) -> Array:
+    """Return -log sigmoid(r_chosen - r_rejected - margin), elementwise, in nats."""
+    # Stiennon et al. 2020; with the margin, Touvron et al. 2023, eq. 2
     return -jax.nn.log_sigmoid(chosen - rejected - margin)
 
 
-def centring(chosen: jax.Array, rejected: jax.Array) -> jax.Array:
-    """(r_chosen + r_rejected)^2: holds rewards near 0 (Eisenstein et al. 2023, eq. 2)."""
+def center_rewards(chosen: Array, rejected: Array) -> Array:
+    """Return (r_chosen + r_rejected)^2, elementwise: a penalty that holds rewards near 0."""
+    # Eisenstein et al. 2023, eq. 2
     return jnp.square(chosen + rejected)
 
 
-def better_pairs(ranks_BC: jax.Array) -> jax.Array:
-    """[B, C, C] float32: 1 where candidate i has a better (lower) rank than j; rank 0 is an absent one."""
-    i, j = ranks_BC[:, :, None], ranks_BC[:, None, :]
-    return ((i > 0) & (j > 0) & (i < j)).astype(jnp.float32)
+def better_pairs(ranks_BC: Array) -> Array:
+    """Return [B, C, C] float32: 1 where candidate i has a better (lower) rank than j, else 0."""
+    # Candidate i in rows against candidate j in columns.
+    i = ranks_BC[:, :, None]
+    j = ranks_BC[:, None, :]
+    both_present = (i > 0) & (j > 0)
+    return (both_present & (i < j)).astype(jnp.float32)
 
 
-def first_best(ranks_BC: jax.Array) -> jax.Array:
-    """[B]: the first of the best candidates."""
-    return jnp.argmin(jnp.where(ranks_BC > 0, ranks_BC, jnp.iinfo(jnp.int32).max), axis=1)
+def first_best(ranks_BC: Array) -> Array:
+    """Return the index of the first of the best candidates, [B]."""
+    # Absent candidates stand behind all others.
+    last = jnp.iinfo(jnp.int32).max
+    absent_last_BC = jnp.where(ranks_BC > 0, ranks_BC, last)
+    return jnp.argmin(absent_last_BC, axis=1)
 
 
-def pair_means(loss_BCC: jax.Array, pairs_BCC: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Mean over each prompt's pairs (Ouyang et al. 2022, eq. 1), [B]; and 1.0 where it has a pair at all, [B]."""
+def pair_means(loss_BCC: Array, pairs_BCC: Array) -> tuple[Array, Array]:
+    """Return the mean of `loss_BCC` over each prompt's pairs, [B], and 1.0 where it has one, [B].
+
+    `pairs_BCC`: 1 for a pair, as of `better_pairs`. The mean is 0 where there is none.
+    """
+    # Ouyang et al. 2022, eq. 1: all pairs of a prompt weigh as much as one
     count_B = pairs_BCC.sum((1, 2))
-    return (loss_BCC * pairs_BCC).sum((1, 2)) / jnp.maximum(count_B, 1.0), (count_B > 0).astype(
-        jnp.float32
-    )
+    total_B = (loss_BCC * pairs_BCC).sum((1, 2))
+    mean_B = total_B / jnp.maximum(count_B, 1.0)
+    return mean_B, (count_B > 0).astype(jnp.float32)
 
 
-def pair_metrics(
-    score_BC: jax.Array, pairs_BCC: jax.Array
-) -> dict[str, tuple[jax.Array, jax.Array]]:
-    """Over all pairs: share in the right order, mean gap, means of the better and of the worse score."""
-    better_BCC, worse_BCC, pairs = score_BC[:, :, None], score_BC[:, None, :], pairs_BCC.sum()
-    parts = {"accuracy": better_BCC > worse_BCC, "margin": better_BCC - worse_BCC}
-    parts |= {"chosen": better_BCC, "rejected": worse_BCC}
-    return {name: ((part * pairs_BCC).sum(), pairs) for name, part in parts.items()}
+def pair_metrics(score_BC: Array, pairs_BCC: Array) -> Metrics:
+    """Return four (sum, weight) metrics over all pairs of `pairs_BCC`; the weight is their number.
+
+    accuracy: share in the right order. margin: gap. chosen, rejected: the better's score and the
+    worse's.
+    """
+    pairs = pairs_BCC.sum()
+    better_BCC = score_BC[:, :, None]
+    worse_BCC = score_BC[:, None, :]
+    parts = {
+        "accuracy": better_BCC > worse_BCC,
+        "margin": better_BCC - worse_BCC,
+        "chosen": better_BCC,
+        "rejected": worse_BCC,
+    }
+    metrics = {}
+    for name, part_BCC in parts.items():
+        total = (part_BCC * pairs_BCC).sum()
+        metrics[name] = (total, pairs)
+    return metrics
 
 
 def ranking_loss(
-    rewards_BC: jax.Array,
-    ranks_BC: jax.Array,
-    margin_B: jax.Array,
+    rewards_BC: Array,
+    ranks_BC: Array,
+    margin_B: Array,
     center_rewards_coef: float = 0.0,
-) -> tuple[jax.Array, jax.Array]:
-    """`pair_means` of the pair loss over all pairs in the ranking. Two candidates: the plain Bradley-Terry loss.
+) -> tuple[Array, Array]:
+    """Return `pair_means` of the pair loss: losses [B] in nats, and 1.0 where a prompt has a pair.
 
-    Rewards [B, C], ranks [B, C] (1 is best; ties and absent candidates form no pair).
+    The pair loss is `bradley_terry` with the prompt's margin, plus `center_rewards_coef` times
+    `center_rewards`. Two candidates: the plain Bradley-Terry loss.
     """
-    better, worse = rewards_BC[:, :, None], rewards_BC[:, None, :]
+    # Every candidate against every other; `better_pairs` picks those that form a pair.
+    better = rewards_BC[:, :, None]
+    worse = rewards_BC[:, None, :]
     loss_BCC = bradley_terry(better, worse, margin_B[:, None, None])
-    loss_BCC += center_rewards_coef * centring(better, worse)
+    loss_BCC += center_rewards_coef * center_rewards(better, worse)
     return pair_means(loss_BCC, better_pairs(ranks_BC))
 
 
-def last_token(scalars_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
-    """[B]: the scalar at each row's last real token, on whichever side the padding is."""
-    length = segment_ids_BT.shape[1]
-    last_B = length - 1 - jnp.argmax(jnp.flip(segment_ids_BT > 0, axis=1), axis=1)
+def last_token(scalars_BT: Array, segment_ids_BT: Array) -> Array:
+    """Return the scalar at each row's last real token, [B], on whichever side the padding is."""
+    is_last_BT = last_places(segment_ids_BT > 0)
     # A compare-and-sum, for the backward pass of a gather is a scatter, slow on every platform.
-    return jnp.where(jnp.arange(length) == last_B[:, None], scalars_BT, 0.0).sum(1)
+    return jnp.where(is_last_BT, scalars_BT, 0.0).sum(1)
+
+
+def last_places(real_BT: Array) -> Array:
+    """Return [B, T] bool: true at the last true place of each row of `real_BT`."""
+    length = real_BT.shape[1]
+    from_the_end_B = jnp.argmax(jnp.flip(real_BT, axis=1), axis=1)
+    last_B = length - 1 - from_the_end_B
+    return jnp.arange(length) == last_B[:, None]
+
+
+def flat_candidates(batch: Batch) -> tuple[Array, Array, Array]:
+    """Return tokens, segment ids and positions of all candidates, each [B * C, T], for `apply`."""
+    length = batch["tokens_BCT"].shape[-1]
+    return (
+        batch["tokens_BCT"].reshape(-1, length),
+        batch["segment_ids_BCT"].reshape(-1, length),
+        batch["positions_BCT"].reshape(-1, length),
+    )
 
 
 def ranking_objective(
     apply: Apply,
     params: Any,
-    batch: dict[str, jax.Array],
+    batch: Batch,
     *,
     center_rewards_coef: float = 0.0,
     lm_coef: float = 0.0,
-):
-    """Ranking loss (sum over prompts); with `lm_coef`, plus the NLL of the best response per token.
+) -> LossSum:
+    """Sum `ranking_loss` over prompts; with `lm_coef`, plus that times the best response's NLL.
 
-    The second keeps the reward model fluent in what it judges (Askell et al. 2021); `apply` then also
-    reads the rows that it is asked for, from the same pass.
+    `apply`: of a ScalarModel. `batch`: of data.batches.comparison_batches. The NLL, in nats per
+    token and from the same pass, keeps the reward model fluent in what it judges (Askell et al.
+    2021). The weight is the number of prompts with a pair; metrics: `pair_metrics` of the rewards,
+    and `nll`.
     """
+    # The reward of a candidate is the scalar at its last token.
     ranks_BC = batch["ranks_BC"]
-    flat = [
-        batch[k].reshape(-1, batch[k].shape[-1])
-        for k in ("tokens_BCT", "segment_ids_BCT", "positions_BCT")
-    ]
-    best_B = (
-        first_best(ranks_BC) + jnp.arange(ranks_BC.shape[0]) * ranks_BC.shape[1]
-    )  # a row of the flat batch
-    if lm_coef:
-        read = partial(hidden_logprobs, labels_BT=following(flat[0][best_B]))
-        scalars_MT, logp_BT = apply(params, *flat, rows=best_B, read=read)
-    else:
-        scalars_MT = apply(params, *flat)
-    rewards_BC = last_token(scalars_MT, flat[1]).reshape(ranks_BC.shape)
+    tokens_MT, segment_ids_MT, positions_MT = flat_candidates(batch)
+    output = apply(params, tokens_MT, segment_ids_MT, positions_MT)
+    rewards_M = last_token(output.scalars_BT, segment_ids_MT)
+    rewards_BC = rewards_M.reshape(ranks_BC.shape)
+
+    # All pairs of each ranking.
     losses_B, valid_B = ranking_loss(rewards_BC, ranks_BC, batch["margin_B"], center_rewards_coef)
     loss = (losses_B * valid_B).sum()
     metrics = pair_metrics(rewards_BC, better_pairs(ranks_BC))
-    if lm_coef:
-        mask_BT = batch["loss_mask_BCT"].reshape(flat[0].shape)[best_B]
-        nll_B = -(shifted(logp_BT) * mask_BT).sum(1) / jnp.maximum(mask_BT.sum(1), 1.0)
-        loss += lm_coef * (nll_B * valid_B).sum()
-        metrics["nll"] = ((nll_B * valid_B).sum(), valid_B.sum())
-    return loss, (valid_B.sum(), metrics)
+    if not lm_coef:
+        return loss, (valid_B.sum(), metrics)
+
+    # The best candidate of each prompt, as a row of the flat batch, read as a language model.
+    rows, candidates = ranks_BC.shape
+    first_of_prompt_B = jnp.arange(rows) * candidates
+    best_B = first_best(ranks_BC) + first_of_prompt_B
+    labels_BT = following(tokens_MT[best_B])
+    logp_BT = hidden_logprobs(output.x_BTD[best_B], output.unembed_DV, labels_BT)
+    mask_BT = batch["loss_mask_BCT"].reshape(tokens_MT.shape)[best_B]
+    logp_B = (shifted(logp_BT) * mask_BT).sum(1)
+    nll_B = -logp_B / jnp.maximum(mask_BT.sum(1), 1.0)
+    nll = (nll_B * valid_B).sum()
+    metrics["nll"] = (nll, valid_B.sum())
+    return loss + lm_coef * nll, (valid_B.sum(), metrics)
+
+
+# ---- Several scores of one response ----
 
 
 def combined(
-    scores: Sequence[jax.Array],
-    how: str,
+    scores: Sequence[Array],
+    how: Literal["mean", "weighted", "minimum", "gated"],
     *,
     weights: Sequence[float] = (),
     gate: float = 0.0,
     floor: float = -1.0,
-) -> jax.Array:
-    """One score a response, [B], from several. `gated`: the first where all others reach `gate`, else `floor`.
+) -> Array:
+    """Combine several scores of each response, [B] each, into one, [B].
 
-    A reward a criterion: Glaese et al. 2022 (a preference beside rules); Touvron et al. 2023, section 3.2.3 (Llama 2:
-    helpfulness counts where safety reaches a threshold; below it, there, the safety score).
+    weighted: their sum, with `weights`. gated: the first where all others reach `gate`, else
+    `floor`. A reward a criterion: Glaese et al. 2022 (a preference beside rules); Touvron et al.
+    2023, section 3.2.3 (Llama 2: helpfulness counts where safety reaches a threshold; below it,
+    there, the safety score).
     """
-    scores_BC = jnp.stack(list(scores), axis=1)  # C here: criteria
-    return {
-        "mean": lambda: scores_BC.mean(1),
-        "weighted": lambda: (scores_BC * jnp.array(weights, jnp.float32)).sum(1),
-        "minimum": lambda: scores_BC.min(1),
-        "gated": lambda: jnp.where((scores_BC[:, 1:] >= gate).all(1), scores_BC[:, 0], floor),
-    }[how]()
+    # C here: criteria.
+    scores_BC = jnp.stack(list(scores), axis=1)
+    if how == "mean":
+        return scores_BC.mean(1)
+    if how == "weighted":
+        return (scores_BC * jnp.array(weights, jnp.float32)).sum(1)
+    if how == "minimum":
+        return scores_BC.min(1)
+    passes_B = (scores_BC[:, 1:] >= gate).all(1)
+    return jnp.where(passes_B, scores_BC[:, 0], floor)
 
 
 # ---- Steps ----
 
 
-def step_loss(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """Cross-entropy of sigmoid(logit) to a target in [0, 1], in nats (Wang et al. 2024, Math-Shepherd)."""
-    return -targets * jax.nn.log_sigmoid(logits) - (1 - targets) * jax.nn.log_sigmoid(-logits)
+def step_loss(logits: Array, targets: Array) -> Array:
+    """Return the cross-entropy of sigmoid(logit) to a target in [0, 1], elementwise, in nats."""
+    # Wang et al. 2024 (Math-Shepherd)
+    log_right = jax.nn.log_sigmoid(logits)
+    log_wrong = jax.nn.log_sigmoid(-logits)
+    return -targets * log_right - (1 - targets) * log_wrong
 
 
-def process_objective(apply: Apply, params: Any, batch: dict[str, jax.Array]):
-    """`step_loss` at the last token of each labelled step, summed over steps; of `data.steps.steps_batches`.
+def process_objective(apply: Apply, params: Any, batch: Batch) -> LossSum:
+    """Sum `step_loss` over the last tokens of labelled steps; the weight is their number.
 
-    With a label on the last step only, an outcome reward model's, whose score Lightman et al. 2023 (section 2.5) too
-    read at the last token; they trained it at every one.
+    `apply`: of a ScalarModel. `batch`: of data.steps.steps_batches, where `loss_mask_BT` is 1 and
+    `targets_BT` the label at those tokens. Metric: accuracy at probability 1/2.
+
+    With a label on the last step only, an outcome reward model's loss; Lightman et al. 2023
+    (section 2.5) too read its score at the last token, but trained it at every one.
     """
-    mask_BT, targets_BT = batch["loss_mask_BT"], batch["targets_BT"]
-    logits_BT = apply(params, *inputs(batch))
+    mask_BT = batch["loss_mask_BT"]
+    targets_BT = batch["targets_BT"]
+    logits_BT = apply(params, *inputs(batch)).scalars_BT
     steps = mask_BT.sum()
-    right_BT = ((logits_BT > 0) == (targets_BT >= 0.5)) * mask_BT
-    return (step_loss(logits_BT, targets_BT) * mask_BT).sum(), (
-        steps,
-        {"accuracy": (right_BT.sum(), steps)},
-    )
+    losses_BT = step_loss(logits_BT, targets_BT) * mask_BT
+    # Right where both are on the same side of 1/2.
+    says_right_BT = logits_BT > 0
+    is_right_BT = targets_BT >= 0.5
+    right_BT = (says_right_BT == is_right_BT) * mask_BT
+    metrics = {"accuracy": (right_BT.sum(), steps)}
+    return losses_BT.sum(), (steps, metrics)
 
 
-def step_ends(tokens_BT: jax.Array, mask_BT: jax.Array, newlines: list[int]) -> jax.Array:
-    """[B, T] bool: the last token of each step: of `newlines`, or the last one, of what `mask_BT` has of a row."""
-    length = tokens_BT.shape[1]
-    last_B = length - 1 - jnp.argmax(jnp.flip(mask_BT > 0, axis=1), axis=1)
-    return (mask_BT > 0) & (
-        jnp.isin(tokens_BT, jnp.array(newlines)) | (jnp.arange(length) == last_B[:, None])
-    )
+def step_ends(tokens_BT: Array, mask_BT: Array, newlines: list[int]) -> Array:
+    """Return [B, T] bool: whether a token is the last of a step.
 
-
-def running_score(logits_BT: jax.Array, ends_BT: jax.Array, how: str) -> jax.Array:
-    """[B, T]: log of the score of the steps that have ended by t; -inf before the first has.
-
-    product: the probability that all are right (Lightman et al. 2023, section 2.6). minimum: the least of theirs
-    (their appendix F). last: the latest alone, as of an outcome model, or of one that says how often it comes right.
+    Those are the tokens of `newlines`, and the last token, among the tokens under `mask_BT`.
     """
+    is_real_BT = mask_BT > 0
+    is_newline_BT = jnp.isin(tokens_BT, jnp.array(newlines))
+    return is_real_BT & (is_newline_BT | last_places(is_real_BT))
+
+
+def running_score(logits_BT: Array, ends_BT: Array, how: StepScore) -> Array:
+    """Return the log of the score of the steps that have ended by t, [B, T]; -inf before any has.
+
+    `logits_BT`: log-odds of being right, read where `ends_BT`. product: the probability that all
+    steps are right (Lightman et al. 2023, section 2.6). minimum: the least of the steps'
+    probabilities (their appendix F). last: the latest step's alone, as of an outcome model, or of
+    a model of how often a beginning comes right.
+    """
+    # A step's log-probability stands at its end; 0, a factor of 1, everywhere else.
     logp_BT = jnp.where(ends_BT, jax.nn.log_sigmoid(logits_BT), 0.0)
-    if how == "last":
-        at_BT = jax.lax.cummax(jnp.where(ends_BT, jnp.arange(ends_BT.shape[1]), 0), axis=1)
-        score_BT = jnp.take_along_axis(logp_BT, at_BT, axis=1)
+    if how == "product":
+        score_BT = jnp.cumsum(logp_BT, axis=1)
+    elif how == "minimum":
+        score_BT = jax.lax.cummin(logp_BT, axis=1)
     else:
-        score_BT = {"product": jnp.cumsum, "minimum": jax.lax.cummin}[how](logp_BT, axis=1)
-    return jnp.where(jnp.cumsum(ends_BT, axis=1) > 0, score_BT, -jnp.inf)
+        places_T = jnp.arange(ends_BT.shape[1])
+        latest_BT = jax.lax.cummax(jnp.where(ends_BT, places_T, 0), axis=1)
+        # The place of the latest end, at every place after it.
+        score_BT = jnp.take_along_axis(logp_BT, latest_BT, axis=1)
+    ended_BT = jnp.cumsum(ends_BT, axis=1) > 0
+    return jnp.where(ended_BT, score_BT, -jnp.inf)
 
 
-def step_rewards(logits_BT: jax.Array, ends_BT: jax.Array, how: str) -> jax.Array:
-    """[B, T]: at each step's last token, by how much that step changes the response's score; 0 elsewhere.
+def step_rewards(logits_BT: Array, ends_BT: Array, how: StepScore) -> Array:
+    """Return each step's change of the response's score, at its last token, [B, T]; 0 elsewhere.
 
-    They sum to the score that re-ranking goes by, so a response gains nothing from having more steps, as it would
-    if the steps' probabilities were summed. `how` as of `running_score`.
+    Arguments as of `running_score`. The changes sum to the score that re-ranking goes by, so a
+    response gains nothing from having more steps, as it would if the steps' probabilities were
+    summed.
     """
-    return jnp.diff(jnp.exp(running_score(logits_BT, ends_BT, how)), axis=1, prepend=0.0)
+    # Of the score itself, not its log: 0 before the first step has ended.
+    log_score_BT = running_score(logits_BT, ends_BT, how)
+    score_BT = jnp.exp(log_score_BT)
+    return jnp.diff(score_BT, axis=1, prepend=0.0)

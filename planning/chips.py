@@ -1,4 +1,4 @@
-"""Accelerators that need not be here: what each can do at most, and devices of a topology to compile for."""
+"""Accelerators that need not be here: what each can do at most, and devices to compile for."""
 
 import contextlib
 import importlib.util
@@ -23,9 +23,9 @@ class Chip(NamedTuple):
     memory: float
     """Bytes that programs may use."""
     flops: float
-    """Bfloat16 a second."""
+    """Bfloat16 operations a second."""
     bandwidth: float
-    """Of its memory, bytes a second."""
+    """Bytes a second, to and from its memory."""
     links: float
     """Bytes a second that it can receive over all its links together."""
 
@@ -35,15 +35,18 @@ H200 = (pathlib.Path(__file__).parent / "h200.txtpb").read_text()
 
 
 def described(name: str) -> float:
-    """A number of H200's description."""
+    """Return a number of H200's description by its name."""
     return float(re.search(rf"{name}: (\d+)", H200)[1])
 
 
-# `memory`: what libtpu 0.0.42 names as available when a program is too large. The rest: Google Cloud's pages "TPU v5e",
-# "TPU v5p" and "TPU v6e"; their bidirectional bandwidth between chips, halved. A mesh axis along one dimension of the
-# torus (of 2, 3, 2) has that dimension's part alone: the time by it is a bound. H200: of the memory that XLA
-# describes the three quarters that JAX takes, unless XLA_PYTHON_CLIENT_MEM_FRACTION is larger; from NVIDIA's data sheet
-# dense bfloat16 and half of NVLink's 900 GB/s.
+# TPUs. `memory`: what libtpu 0.0.42 names as available when a program is too large. The rest:
+# Google Cloud's pages "TPU v5e", "TPU v5p" and "TPU v6e"; their bidirectional bandwidth between
+# chips, halved. A mesh axis along one dimension of the torus (of 2, 3, 2) has that dimension's
+# part alone: the time by it is a bound.
+#
+# H200. `memory`: of what XLA describes the three quarters that JAX takes, unless
+# XLA_PYTHON_CLIENT_MEM_FRACTION is larger. From NVIDIA's data sheet dense bfloat16 and half of
+# NVLink's 900 GB/s.
 CHIPS = {
     "v5e": Chip(15.75 * GIB, 197e12, 819e9, 400e9 / 2),
     "v5p": Chip(95.74 * GIB, 459e12, 2765e9, 1200e9 / 2),
@@ -56,9 +59,10 @@ CHIPS = {
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Nothing on stderr: libtpu looks for a TPU's host there, and says that it finds none."""
+    """Keep stderr empty, also of native code: libtpu tells there that it finds no TPU's host."""
     sys.stderr.flush()
-    saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    saved = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(nowhere, 2)
         yield
@@ -68,18 +72,12 @@ def quiet() -> Iterator[None]:
         os.close(nowhere)
 
 
-def simulated(count: int) -> list[Any]:
-    """`count` devices of the CPU; raises UserError where JAX runs already and has fewer."""
-    with contextlib.suppress(RuntimeError):  # JAX runs already
-        jax.config.update("jax_num_cpu_devices", count)
-    devices = jax.devices("cpu")
-    if len(devices) < count:
-        raise UserError("the CUDA compiler is not installed; pip install -r requirements-gpu.txt")
-    return devices[:count]
-
-
 def devices_of(topology: str) -> list[Any]:
-    """Devices that can be compiled for and nothing else; raises UserError."""
+    """Return devices that can be compiled for and nothing else.
+
+    `topology`: as v5e:16x16, a chip of CHIPS and the shape of its torus, or as h200:8, the GPUs of
+    a machine; without the CUDA compiler these are the CPU's devices. Raises UserError.
+    """
     kind, _, shape = topology.partition(":")
     if kind not in CHIPS:
         raise UserError(
@@ -90,19 +88,42 @@ def devices_of(topology: str) -> list[Any]:
             raise UserError(
                 f"--topology={topology}: the number of GPUs of a machine, as in h200:8"
             )
-        if importlib.util.find_spec("jax_cuda13_plugin") is None:
-            return simulated(int(shape))
-        with quiet():
-            gpus = {"target_config": H200, "topology": f"1x1x{int(shape)}"}
-            return list(topologies.get_topology_desc(platform="cuda", **gpus).devices)
+        return gpus(int(shape))
+    return tpus(topology)
+
+
+def gpus(count: int) -> list[Any]:
+    """Return `count` H200s of one machine to compile for, or without the compiler CPU devices."""
+    if importlib.util.find_spec("jax_cuda13_plugin") is None:
+        return simulated(count)
+    with quiet():
+        described_gpus = topologies.get_topology_desc(
+            platform="cuda", target_config=H200, topology=f"1x1x{count}"
+        )
+        return list(described_gpus.devices)
+
+
+def simulated(count: int) -> list[Any]:
+    """Return `count` devices of the CPU; raise UserError where JAX runs already and has fewer."""
+    # JAX may run already: then its devices are what there is.
+    with contextlib.suppress(RuntimeError):
+        jax.config.update("jax_num_cpu_devices", count)
+    devices = jax.devices("cpu")
+    if len(devices) < count:
+        raise UserError("the CUDA compiler is not installed; pip install -r requirements-gpu.txt")
+    return devices[:count]
+
+
+def tpus(topology: str) -> list[Any]:
+    """Return the TPUs of `topology` to compile for; raise UserError."""
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("libtpu is not installed; pip install -r requirements-tpu.txt")
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server to ask
+    # There is no metadata server to ask.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     try:
         with quiet():
-            return list(
-                topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-            )
+            pod = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+            return list(pod.devices)
     except (ValueError, RuntimeError) as fault:
         raise UserError(
             f"--topology={topology}: {str(fault).splitlines()[0]}; as in v5e:16x16, v5p:8x8x8"

@@ -3,104 +3,151 @@
 import math
 import os
 import textwrap
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 import numpy as np
+import optax
 
 from data.batches import Batch
 from data.tokenizer import Tokenizer
-from runtime.run_folder import kind_of
+from runtime.run_folder import array_type
 from sharding import path_name
-from train_state import shapes_of
+from train_state import Init, shapes_of
 
 SHOWN = 4
 """Rows of the batch that are shown."""
-PREDICTED, PADDING, OFF = "\x1b[32m", "\x1b[2m", "\x1b[0m"
+# Codes of a terminal.
+PREDICTED = "\x1b[32m"
+PADDING = "\x1b[2m"
+OFF = "\x1b[0m"
+
+
+# --- what --dry_run prints
 
 
 def preview(
-    config: Any, init: Any, optimizer: Any, mesh: Any, batch: Batch, tokenizer: Tokenizer
+    config: Any,
+    init: Init,
+    optimizer: optax.GradientTransformation,
+    mesh: jax.sharding.Mesh,
+    batch: Batch,
+    tokenizer: Tokenizer,
 ) -> dict[str, float]:
-    """`preview_items` of a script whose state is `start_or_resume`'s; models that it only reads are not counted."""
+    """Print what `preview_items` does, for a script whose state is `start_or_resume`'s; return {}.
+
+    Models that it only reads are not counted.
+    """
     return preview_items(config, shapes_of(config, init, optimizer, mesh), batch, tokenizer)
 
 
 def preview_items(
     config: Any, items: dict[str, Any], batch: Batch, tokenizer: Tokenizer
 ) -> dict[str, float]:
-    """Prints a run's arithmetic, each parameter's shape and sharding, and the first batch decoded; returns {}.
+    """Print a run's arithmetic, its parameters' shapes and shardings, and the first batch as text.
 
-    `config`: the script's; `items`: shapes with shardings of its checkpoint (parameters as `params`) and of what else
-    it holds. Tokens under the loss mask are green; with NO_COLOR in the environment, in brackets.
+    `config`: the script's. `items`: shapes with shardings of its checkpoint, the parameters under
+    `params`, and of what else it holds. `batch`: on the host. Tokens under the loss mask are
+    green; with NO_COLOR in the environment, in brackets. Returns {}, the metrics of no step.
     """
-    params, rest = (
+    # Sizes, mesh and memory.
+    rest = {name: tree for name, tree in items.items() if name != "params"}
+    if hasattr(config, "length"):
+        length = config.length
+    else:
+        length = config.max_prompt + config.max_new_tokens
+    text = describe(
+        f"{config.run}: dry run",
         items["params"],
-        {name: tree for name, tree in items.items() if name != "params"},
+        rest,
+        batch_size=config.batch_size,
+        length=length,
+        steps=config.steps,
+        microbatches=config.microbatches,
     )
-    length = (
-        config.length if hasattr(config, "length") else config.max_prompt + config.max_new_tokens
-    )
-    sizes = {"batch_size": config.batch_size, "length": length, "steps": config.steps}
-    sizes["microbatches"] = config.microbatches
-    print(describe(f"{config.run}: dry run", params, rest, **sizes))
+    print(text)
+
+    # Each parameter, and how it is split.
     print("parameters, and the mesh axes that split them:")
-    for path, leaf in jax.tree.leaves_with_path(params):
+    for path, leaf in jax.tree.leaves_with_path(items["params"]):
         axes = ", ".join("-" if axis is None else str(axis) for axis in leaf.sharding.spec)
-        print(f"  {path_name(path):<36} {kind_of(leaf):<28} ({axes})")
-    print(
-        "the first batch:" if jax.process_count() == 1 else "this host's rows of the first batch:"
-    )
-    for name, x in batch.items():
-        print(f"  {name:<36} {kind_of(x)}")
-    for name in (name for name in batch if name.startswith("tokens")):
-        mask = batch.get(name.replace("tokens", "loss_mask"))
-        segments = batch[name.replace("tokens", "segment_ids")]
-        parts = [
-            x.reshape(-1, x.shape[-1])
-            for x in (batch[name], np.zeros_like(segments) if mask is None else mask, segments)
-        ]
-        print(
-            f"{name}, {'prompts: the run samples responses' if mask is None else 'the loss is of what is green'}:"
-        )
-        for tokens, wanted, segment in list(zip(*parts, strict=True))[:SHOWN]:
-            print(f"  {decoded(tokens, wanted, segment, tokenizer)}\n")
+        print(f"  {path_name(path):<36} {array_type(leaf):<28} ({axes})")
+
+    # The batch: its arrays, then its tokens as text.
+    is_alone = jax.process_count() == 1
+    print("the first batch:" if is_alone else "this host's rows of the first batch:")
+    for name, array in batch.items():
+        print(f"  {name:<36} {array_type(array)}")
+    for name in batch:
+        if name.startswith("tokens"):
+            print_rows(name, batch, tokenizer)
     return {}
+
+
+def print_rows(name: str, batch: Batch, tokenizer: Tokenizer) -> None:
+    """Print the first rows of the tokens `name` of `batch`, with their loss mask."""
+    # Arrays of one batch share their names' endings: tokens_BT has segment_ids_BT.
+    segments = batch[name.replace("tokens", "segment_ids")]
+    mask = batch.get(name.replace("tokens", "loss_mask"))
+    if mask is None:
+        print(f"{name}, prompts: the run samples responses:")
+        mask = np.zeros_like(segments)
+    else:
+        print(f"{name}, green tokens are trained on:")
+    # Candidates of a prompt are rows too.
+    length = segments.shape[-1]
+    tokens_NT, mask_NT, segments_NT = (
+        array.reshape(-1, length) for array in (batch[name], mask, segments)
+    )
+    for row in range(min(SHOWN, len(tokens_NT))):
+        text = decoded(tokens_NT[row], mask_NT[row], segments_NT[row], tokenizer)
+        print(f"  {text}\n")
 
 
 def decoded(
     tokens_T: np.ndarray, mask_T: np.ndarray, segments_T: np.ndarray, tokenizer: Tokenizer
 ) -> str:
-    """A row as text: predicted tokens green, a bar between segments, padding as its length."""
-    plain = "NO_COLOR" in os.environ
-    begin, after = ("[", "]") if plain else (PREDICTED, OFF)
-    parts, start = [], 0
+    """Return a row as text: predicted tokens green, a bar between segments, padding as its length.
+
+    `mask_T`: above 0 for predicted tokens. `segments_T`: 0 for padding.
+    """
+    is_plain = "NO_COLOR" in os.environ
+    begin = "[" if is_plain else PREDICTED
+    after = "]" if is_plain else OFF
+
+    # Pieces of one segment that are all predicted or all not.
     kinds = np.stack([mask_T > 0, segments_T])
-    for end in [*(np.flatnonzero((kinds[:, 1:] != kinds[:, :-1]).any(0)) + 1), len(tokens_T)]:
+    changes = (kinds[:, 1:] != kinds[:, :-1]).any(0)
+    ends = [*(np.flatnonzero(changes) + 1), len(tokens_T)]
+    parts = []
+    start = 0
+    for end in ends:
+        if start and segments_T[start] != segments_T[start - 1]:
+            parts.append(" | ")
         text = "".join(piece(int(token), tokenizer) for token in tokens_T[start:end])
         if segments_T[start] == 0:
-            text = (
-                f"({end - start} padding)" if plain else f"{PADDING}({end - start} padding){OFF}"
-            )
+            padding = f"({end - start} padding)"
+            text = padding if is_plain else f"{PADDING}{padding}{OFF}"
         elif mask_T[start] > 0:
             text = f"{begin}{text}{after}"
-        parts.append(" | " if start and segments_T[start] != segments_T[start - 1] else "")
         parts.append(text)
         start = end
     return "".join(parts)
 
 
 def piece(token: int, tokenizer: Tokenizer) -> str:
-    """A token as it is seen in text; control tokens by their names."""
+    """Return a token as it is seen in text; control tokens by their names."""
     if token >= tokenizer.size:
         return f"<{token}>"
-    return (
-        tokenizer.pieces.id_to_piece(token)
-        .replace("▁", " ")
-        .replace("\n", "⏎")
-        .replace("Ċ", "⏎")
-        .replace("Ġ", " ")
-    )
+    text = tokenizer.pieces.id_to_piece(token)
+    # SentencePiece's space, then a line's end by itself and in byte-level vocabularies.
+    for mark, shown in (("▁", " "), ("\n", "⏎"), ("Ċ", "⏎"), ("Ġ", " ")):
+        text = text.replace(mark, shown)
+    return text
+
+
+# --- the arithmetic of a run
 
 
 def describe(
@@ -114,55 +161,64 @@ def describe(
     start: int = 0,
     microbatches: int = 1,
 ) -> str:
-    """The arithmetic of a run in a few lines of at most 80 columns.
+    """Return the arithmetic of a run in a few lines of at most 80 columns.
 
-    `params` and `rest` (optimiser and the like): trees of arrays or ShapeDtypeStructs with their shardings;
-    `batch_size` in sequences over all devices, of `length` tokens. `microbatches`: of a pipeline.
+    `params` and `rest` (the optimiser's state, other models): trees of arrays or of
+    ShapeDtypeStructs with their shardings. `batch_size`: sequences over all devices, each of
+    `length` tokens. `start`: steps finished. `microbatches`: those of a pipeline.
     """
+    # What is trained.
     leaves = jax.tree.leaves(params)
     count = sum(math.prod(leaf.shape) for leaf in leaves)
     dtypes = "/".join(sorted({str(leaf.dtype) for leaf in leaves}))
-    devices = jax.device_count()
+    weights = _bytes_per_device(params)
+    others = _bytes_per_device(rest)
+
+    # The mesh: over data and fsdp the batch is split, over stage the layers.
     mesh = getattr(leaves[0].sharding, "mesh", None)
-    axes = (
-        " × ".join(f"{name} {size}" for name, size in mesh.shape.items())
-        if mesh is not None
-        else "none"
-    )
-    weights, others = _bytes_per_device(params), _bytes_per_device(rest)
-    spread = mesh.shape.get("data", 1) * mesh.shape.get("fsdp", 1) if mesh is not None else 1
-    stages = mesh.shape.get("stage", 1) if mesh is not None else 1
+    sizes = {} if mesh is None else dict(mesh.shape)
+    axes = " × ".join(f"{name} {size}" for name, size in sizes.items()) or "none"
+    parts = sizes.get("data", 1) * sizes.get("fsdp", 1)
+    per_device = batch_size / parts
+    stages = sizes.get("stage", 1)
+
+    # In order of what one asks first.
     tokens = batch_size * length
+    devices = jax.device_count()
+    kind = jax.devices()[0].device_kind
     resumed = f", resumed after {start:,}" if start else ""
     lines = {
         "parameters": f"{count:,} {dtypes}",
         "batch": f"{batch_size} sequences of {length}: {tokens:,} tokens a step, "
-        f"{batch_size / spread:g} sequences a device",
+        f"{per_device:g} sequences a device",
         "steps": f"{steps:,}{resumed}; {steps * tokens:,} tokens",
-        "mesh": f"{axes}; {devices} {jax.devices()[0].device_kind} device{'s' * (devices > 1)}",
+        "mesh": f"{axes}; {devices} {kind} device{'s' if devices > 1 else ''}",
         "memory": f"about {_size(2 * weights + others)} a device, and activations on top: "
-        f"parameters {_size(weights)}, gradients {_size(weights)}, optimiser and other models {_size(others)}",
-        **({"pipeline": in_words(stages, microbatches)} if stages > 1 else {}),
-        "compile": "the first step takes longer: it is compiled",
+        f"parameters {_size(weights)}, gradients {_size(weights)}, "
+        f"optimiser and other models {_size(others)}",
     }
-    text = [title]
+    if stages > 1:
+        lines["pipeline"] = pipeline_line(stages, microbatches)
+    lines["compile"] = "the first step takes longer: it is compiled"
+    return "\n".join([title, *_wrapped(lines)])
+
+
+def _wrapped(lines: dict[str, str]) -> Iterable[str]:
     for name, line in lines.items():
-        text += textwrap.wrap(line, 80, initial_indent=f"  {name:<12}", subsequent_indent=" " * 14)
-    return "\n".join(text)
+        yield from textwrap.wrap(
+            line, 80, initial_indent=f"  {name:<12}", subsequent_indent=" " * 14
+        )
 
 
 def _bytes_per_device(tree: Any) -> int:
-    """Largest share that one device holds."""
-
-    def share(leaf: Any) -> int:
-        shape = (
-            leaf.sharding.shard_shape(leaf.shape)
-            if getattr(leaf, "sharding", None)
-            else leaf.shape
-        )
-        return math.prod(shape) * getattr(leaf.dtype, "itemsize", 8)
-
-    return sum(share(leaf) for leaf in jax.tree.leaves(tree))
+    """Return the largest share of a tree that one device holds."""
+    # An array without a sharding lies whole on each device; a key has no item size.
+    total = 0
+    for leaf in jax.tree.leaves(tree):
+        sharding = getattr(leaf, "sharding", None)
+        shape = sharding.shard_shape(leaf.shape) if sharding else leaf.shape
+        total += math.prod(shape) * getattr(leaf.dtype, "itemsize", 8)
+    return total
 
 
 def _size(count: float) -> str:
@@ -173,12 +229,13 @@ def _size(count: float) -> str:
     return f"{count:.3g} TB"
 
 
-def in_words(stages: int, microbatches: int) -> str:
-    """The schedule's arithmetic."""
+def pipeline_line(stages: int, microbatches: int) -> str:
+    """Return the arithmetic of a pipeline's schedule as text."""
     ticks = f"{microbatches} micro-batches in {microbatches + stages - 1} ticks"
-    return f"{stages} stages, {ticks}: {bubble(stages, microbatches):.1%} of the time idle"
+    idle = bubble(stages, microbatches)
+    return f"{stages} stages, {ticks}: {idle:.1%} of the time idle"
 
 
 def bubble(stages: int, microbatches: int) -> float:
-    """The share of its time that a stage has nothing to work on (Huang et al. 2019, section 2.3)."""
+    """Return the share of its time that a stage is idle (Huang et al. 2019, section 2.3)."""
     return (stages - 1) / (microbatches + stages - 1)

@@ -1,4 +1,4 @@
-"""What a compiled program does on one chip, read from its HLO: matmul FLOPs, bytes of memory and of collectives.
+"""What a compiled program does on one chip, read from its HLO: FLOPs, memory and collectives.
 
 XLA's own cost analysis counts the body of a loop once; here every loop counts as often as it runs.
 """
@@ -11,45 +11,149 @@ from typing import NamedTuple
 
 import numpy as np
 
-BITS = {"pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "bf16": 16, "f16": 16,
-        "s32": 32, "u32": 32, "f32": 32, "s64": 64, "u64": 64, "f64": 64, "c64": 64}  # fmt: skip
+BITS = {
+    "pred": 8,
+    "s4": 4,
+    "u4": 4,
+    "s8": 8,
+    "u8": 8,
+    "s16": 16,
+    "u16": 16,
+    "bf16": 16,
+    "f16": 16,
+    "s32": 32,
+    "u32": 32,
+    "f32": 32,
+    "s64": 64,
+    "u64": 64,
+    "f64": 64,
+    "c64": 64,
+}
+"""Size of an element by its type's name."""
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "collective-permute", "all-to-all")
-FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call", "conditional", "after-all",
-        "partition-id", "iota", "async-start", "async-update", "opt-barrier"}  # fmt: skip
-# Matmuls of [T, H] x [H, T] size per query head in our Pallas kernels (kernels/flash.py), half of each by causality.
+FREE = {
+    "parameter",
+    "constant",
+    "tuple",
+    "get-tuple-element",
+    "bitcast",
+    "while",
+    "call",
+    "conditional",
+    "after-all",
+    "partition-id",
+    "iota",
+    "async-start",
+    "async-update",
+    "opt-barrier",
+}
+"""Instructions that move no bytes themselves."""
 KERNELS = {"flash_forward": 2, "flash_dq": 3, "flash_dkv": 4}
+"""Matmuls of [T, H] x [H, T] size per query head in our Pallas kernels (kernels/flash.py), half of
+each by causality."""
 
 
 class Op(NamedTuple):
-    """An instruction; `shape` is its type's text, `rest` what follows its operands."""
+    """An instruction."""
 
     name: str
     shape: str
+    """Its type's text."""
     code: str
     operands: list[str]
+    """Names of instructions of the same computation."""
     rest: str
+    """The text after the operands; of a constant or a parameter, from its value or number on."""
     root: bool
 
 
 Computation = dict[str, Op]
+"""Instructions by name, in order."""
+Module = dict[str, Computation]
+"""Computations by name."""
+
+
+class Array(NamedTuple):
+    """One array of a type."""
+
+    kind: str
+    """The element's type."""
+    dims: list[int]
+    in_main_memory: bool
+
+
+class Visit(NamedTuple):
+    """An instruction as `walk` meets it."""
+
+    op: Op
+    computation: Computation
+    computation_name: str
+    times: float
+    """How often it runs."""
+    fused: bool
+    """True inside a fusion."""
 
 
 @dataclasses.dataclass
 class Cost:
-    """Of one run of a program on one chip."""
+    """The cost of one run of a program on one chip."""
 
     flops: float = 0.0
-    """Of matmuls and attention kernels."""
+    """FLOPs of matmuls and attention kernels."""
     memory: float = 0.0
     """Bytes read from and written to the chip's main memory."""
     moved: dict[tuple[str, str], tuple[float, float, float]] = dataclasses.field(
         default_factory=dict
     )
-    """(collective, mesh axes) -> [times run, bytes that the chip receives, and of these by the largest one]."""
+    """{(collective, mesh axes): (times run, bytes that a chip receives, those by the largest)}."""
+
+
+# --- reading HLO
+
+
+def parse(text: str) -> tuple[Module, str]:
+    """Return the computations of a module's text, and the entry's name."""
+    module: Module = {}
+    entry = ""
+    for line in text.splitlines():
+        # A line at the margin opens or closes a computation.
+        if not line.startswith(" "):
+            header = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
+            if header:
+                module[header[2]] = {}
+                entry = header[2] if header[1] else entry
+            continue
+        op = parse_op(line)
+        if op is not None:
+            computation = next(reversed(module.values()))
+            computation[op.name] = op
+    return module, entry
+
+
+def parse_op(line: str) -> Op | None:
+    """Read a line, `  ROOT %name = type code(operands), attributes`; None for any other line."""
+    start = re.match(r"\s+(ROOT )?%?([\w.\-]+) = ", line)
+    if not start:
+        return None
+    # The type is one word, or a tuple in brackets.
+    at = start.end()
+    end = balanced(line, at) if line[at] == "(" else line.index(" ", at)
+    code = line[end:].strip().split("(", 1)[0]
+    opened = line.index("(", end)
+    closed = balanced(line, opened)
+    # A constant's value and a parameter's number stand where others have operands.
+    if code in ("constant", "parameter"):
+        names = []
+        rest = line[opened:]
+    else:
+        names = re.findall(r"%([\w.\-]+)", line[opened:closed])
+        rest = line[closed:]
+    return Op(start[2], line[at:end], code, names, rest, root=bool(start[1]))
 
 
 def balanced(text: str, start: int) -> int:
-    """Index after the bracket that closes the one at `start`."""
+    """Return the index after the bracket that closes the one at `start`."""
+    # Brackets of all three kinds count as one.
     depth = 0
     for i in range(start, len(text)):
         depth += (text[i] in "([{") - (text[i] in ")]}")
@@ -58,195 +162,267 @@ def balanced(text: str, start: int) -> int:
     raise ValueError(f"unbalanced: {text[start : start + 80]}")
 
 
-def parse(text: str) -> tuple[dict[str, Computation], str]:
-    """The computations of a module by name, and the entry's name."""
-    module: dict[str, Computation] = {}
-    entry = ""
-    for line in text.splitlines():
-        if not line.startswith(" "):
-            if header := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line):
-                module[header[2]] = {}
-                entry = header[2] if header[1] else entry
-            continue
-        if not (start := re.match(r"\s+(ROOT )?%?([\w.\-]+) = ", line)):
-            continue
-        at = start.end()
-        end = balanced(line, at) if line[at] == "(" else line.index(" ", at)
-        code = line[end:].strip().split("(", 1)[0]
-        opened = line.index("(", end)
-        closed = balanced(line, opened)
-        names = (
-            []
-            if code in ("constant", "parameter")
-            else re.findall(r"%([\w.\-]+)", line[opened:closed])
-        )
-        # A constant's value and a parameter's number stand where others have operands.
-        rest = line[opened:] if code in ("constant", "parameter") else line[closed:]
-        next(reversed(module.values()))[start[2]] = Op(
-            start[2], line[at:end], code, names, rest, bool(start[1])
-        )
-    return module, entry
+def arrays(shape: str) -> list[Array]:
+    """Return the arrays of a type's text."""
+    found = []
+    for kind, dims, layout in re.findall(r"\b([a-z]+\d*)\[([\d,]*)\](\{[^{}]*\})?", shape):
+        # S(n) in a layout is another memory space: on a TPU the vector memory, or semaphores.
+        found.append(Array(kind, _integers(dims), "S(" not in layout))
+    return found
 
 
-def arrays(shape: str) -> list[tuple[str, list[int], bool]]:
-    """(element type, dimensions, whether it lies in main memory) of each array in a type's text."""
-    found = re.findall(r"\b([a-z]+\d*)\[([\d,]*)\](\{[^{}]*\})?", shape)
-    # S(n) in a layout is another memory space: on a TPU the vector memory, or semaphores.
-    return [
-        (kind, [int(d) for d in dims.split(",") if d], "S(" not in layout)
-        for kind, dims, layout in found
-    ]
+def _integers(text: str) -> list[int]:
+    """Return the numbers of `1,2,3`; [] of no text."""
+    return [int(number) for number in text.split(",") if number]
 
 
-def array_bytes(array: tuple[str, list[int], bool], main_memory: bool = True) -> float:
-    """Of one of `arrays`; with `main_memory` 0 for one that does not lie there."""
-    kind, dims, main = array
-    return math.prod(dims) * BITS.get(kind, 0) / 8 * (main or not main_memory)
+def dims_of(op: Op) -> list[int]:
+    """Return the dimensions of an instruction's result, of a tuple's first."""
+    return arrays(op.shape)[0].dims
+
+
+def array_bytes(array: Array, main_memory: bool = True) -> float:
+    """Return the bytes of an array; with `main_memory` 0 for one that does not lie there."""
+    if main_memory and not array.in_main_memory:
+        return 0.0
+    return math.prod(array.dims) * BITS.get(array.kind, 0) / 8
 
 
 def size(shape: str, main_memory: bool = False) -> float:
-    """Bytes of a type; with `main_memory` only of its arrays that lie there."""
+    """Return the bytes of a type; with `main_memory` only of its arrays that lie there."""
     return sum(array_bytes(array, main_memory) for array in arrays(shape))
 
 
 def attribute(op: Op, name: str) -> list[str]:
-    """Names of the computations that an attribute calls."""
+    """Return the names of the computations that an attribute calls."""
     found = re.search(rf"\b{name}=(?:%([\w.\-]+)|\{{([^}}]*)\}})", op.rest)
-    return [] if not found else [found[1]] if found[1] else re.findall(r"%([\w.\-]+)", found[2])
+    if not found:
+        return []
+    return [found[1]] if found[1] else re.findall(r"%([\w.\-]+)", found[2])
 
 
-def trips(op: Op, module: dict[str, Computation], around: float = 1) -> float:
-    """How often a while loop runs: the compiler's count, else the largest integer that its condition knows.
+def root_of(computation: Computation) -> Op:
+    """Return the instruction whose result is the computation's."""
+    return next(op for op in computation.values() if op.root)
 
-    That over the step, where the body adds a constant to what the condition looks at: XLA unrolls loops by two. Where
-    the condition knows no number, the bounds are data. Such loops are attention's (kernels/chunked.py), over the tiles
-    that the mask leaves of the `around` many of the loop around it: under a causal mask half, and half a tile.
+
+def constant(op: Op) -> int:
+    """Return the value of an integer constant."""
+    return int(re.match(r"\((-?\d+)\)", op.rest)[1])
+
+
+# --- how often instructions run
+
+
+def trips(op: Op, module: Module, around: float = 1) -> float:
+    """Return how often a while loop runs: the compiler's count, or what its condition tells.
+
+    That is the largest integer that the condition knows, over the step, where the body adds a
+    constant to what the condition looks at: XLA unrolls loops by two. Where the condition knows no
+    number, the bounds are data. Such loops are attention's (kernels/chunked.py), over the tiles
+    that the mask leaves of the `around` many of the loop around it: under a causal mask half, and
+    half a tile.
     """
-    if known := re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', op.rest):
+    known = re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', op.rest)
+    if known:
         return int(known[1])
-    numbers, todo, counters = [], attribute(op, "condition"), []
+
+    numbers, counters = read_condition(op, module)
+    if not numbers:
+        return (around + 1) / 2
+    steps = added_constants(module[attribute(op, "body")[0]], counters)
+    return math.ceil(max(numbers) / max(steps, default=1))
+
+
+def read_condition(op: Op, module: Module) -> tuple[list[int], list[int]]:
+    """Return the integers that a while loop's condition knows.
+
+    And the places in the loop's tuple that it looks at.
+    """
+    numbers = []
+    counters = []
+    todo = attribute(op, "condition")
     for name in todo:
         for inner in module[name].values():
             todo += attribute(inner, "calls")
             if inner.code == "get-tuple-element":
                 counters.append(int(re.search(r"index=(\d+)", inner.rest)[1]))
             if inner.code == "constant" and re.match(r"[su]\d+\[\]", inner.shape):
-                numbers.append(int(re.match(r"\((-?\d+)\)", inner.rest)[1]))
-    if not numbers:
-        return (around + 1) / 2
-    body = module[attribute(op, "body")[0]]
-    results = next(x for x in body.values() if x.root).operands
-    added = [
-        body[results[i]].operands
-        for i in counters
-        if i < len(results) and body[results[i]].code == "add"
-    ]
-    steps = [
-        int(re.match(r"\((-?\d+)\)", body[x].rest)[1])
-        for xs in added
-        for x in xs
-        if body[x].code == "constant"
-    ]
-    return -(-max(numbers) // max(steps, default=1))
+                numbers.append(constant(inner))
+    return numbers, counters
+
+
+def added_constants(body: Computation, counters: list[int]) -> list[int]:
+    """Return the constants that a loop's `body` adds to the `counters`, places in its tuple."""
+    results = root_of(body).operands
+    steps = []
+    for place in counters:
+        if place >= len(results) or body[results[place]].code != "add":
+            continue
+        for name in body[results[place]].operands:
+            if body[name].code == "constant":
+                steps.append(constant(body[name]))
+    return steps
 
 
 def walk(
-    module: dict[str, Computation],
-    name: str,
-    times: float = 1,
-    fused: bool = False,
-    around: float = 1,
-) -> Iterator[tuple]:
-    """(instruction, its computation, the computation's name, how often it runs, whether it is inside a fusion).
+    module: Module, name: str, times: float = 1, fused: bool = False, around: float = 1
+) -> Iterator[Visit]:
+    """Yield every instruction below the computation `name`, which runs `times` times.
 
     `around`: how often the innermost loop runs that all of it is in.
     """
     for op in module[name].values():
-        yield op, module[name], name, times, fused
+        yield Visit(op, module[name], name, times, fused)
         if op.code == "while":
-            n = trips(op, module, around)
-            yield from walk(module, attribute(op, "body")[0], times * n, fused, n)
-            yield from walk(module, attribute(op, "condition")[0], times * n, fused, n)
+            turns = trips(op, module, around)
+            for part in ("body", "condition"):
+                yield from walk(module, attribute(op, part)[0], times * turns, fused, turns)
             continue
+        # A fusion's body, the branches of a conditional, a called computation.
         inner = attribute(op, "calls") + attribute(op, "branch_computations")
-        inner += attribute(op, "to_apply") if op.code == "call" else []
+        if op.code == "call":
+            inner += attribute(op, "to_apply")
         for called in inner:
             yield from walk(module, called, times, fused or op.code == "fusion", around)
 
 
+# --- FLOPs
+
+
 def matmul_flops(op: Op, computation: Computation) -> float:
-    """Of a dot or of a convolution, which is what a TPU's compiler makes of a dot."""
-    (_, out, _), *_ = arrays(op.shape)
-    (_, left, _), (_, right, _) = (arrays(computation[name].shape)[0] for name in op.operands[:2])
-    if op.code == "dot":
-        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", op.rest)
-        return (
-            2.0 * math.prod(out) * math.prod(left[int(d)] for d in contracted[1].split(",") if d)
+    """Return the FLOPs of a dot or of a convolution, which a TPU's compiler makes of a dot."""
+    if op.code == "convolution":
+        return convolution_flops(op, computation)
+    # A multiplication and an addition for each element of the result and each that is summed.
+    out = dims_of(op)
+    left = dims_of(computation[op.operands[0]])
+    contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", op.rest)[1]
+    summed = [left[dimension] for dimension in _integers(contracted)]
+    return 2.0 * math.prod(out) * math.prod(summed)
+
+
+def convolution_flops(op: Op, computation: Computation) -> float:
+    """Return the FLOPs of a convolution; a window's places outside the array multiply nothing."""
+    out = dims_of(op)
+    left = dims_of(computation[op.operands[0]])
+    right = dims_of(computation[op.operands[1]])
+
+    # dim_labels names the dimensions of left, right and result: b batch, f features, i and o
+    # features in and out, and a digit for each spatial dimension.
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", op.rest)
+    left_labels, right_labels, out_labels = labels.groups()
+    total = 2.0 * out[out_labels.index("b")] * out[out_labels.index("f")]
+    total *= right[right_labels.index("i")]
+
+    found = re.search(r"window=\{([^}]*)\}", op.rest)
+    window = dict(re.findall(r"(\w+)=([\dx_\-]+)", found[1] if found else ""))
+    for dimension in range(len(left_labels) - 2):
+        digit = str(dimension)
+        total *= places_inside(
+            left[left_labels.index(digit)],
+            right[right_labels.index(digit)],
+            out[out_labels.index(digit)],
+            {name: text.split("x")[dimension] for name, text in window.items()},
         )
-    sides = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", op.rest)
-    window = dict(
-        re.findall(
-            r"(\w+)=([\dx_\-]+)", (re.search(r"window=\{([^}]*)\}", op.rest) or ["", ""])[1]
-        )
-    )
-    total = 2.0 * out[sides[3].index("b")] * out[sides[3].index("f")] * right[sides[2].index("i")]
-    for n in range(len(sides[1]) - 2):
-        of = lambda key, default, n=n: window[key].split("x")[n] if key in window else default
-        low = int(of("pad", "0_0").split("_")[0])
-        stride, dilated, spread = (
-            int(of(key, "1")) for key in ("stride", "lhs_dilate", "rhs_dilate")
-        )
-        places = np.arange(out[sides[3].index(str(n))])[:, None] * stride - low
-        at = places + np.arange(right[sides[2].index(str(n))]) * spread
-        inside = (
-            (at >= 0) & (at <= (left[sides[1].index(str(n))] - 1) * dilated) & (at % dilated == 0)
-        )
-        total *= float(inside.sum())  # a window's places outside the array multiply nothing
     return total
 
 
+def places_inside(left: int, right: int, out: int, window: dict[str, str]) -> float:
+    """Count the pairs of output and window places of one dimension that meet an element.
+
+    `left`, `right`, `out`: sizes. `window`: pad, stride, lhs_dilate and rhs_dilate as in HLO.
+    """
+    low = int(window.get("pad", "0_0").split("_")[0])
+    stride = int(window.get("stride", "1"))
+    dilated = int(window.get("lhs_dilate", "1"))
+    spread = int(window.get("rhs_dilate", "1"))
+    first = np.arange(out)[:, None] * stride - low
+    at = first + np.arange(right) * spread
+    last = (left - 1) * dilated
+    is_inside = (at >= 0) & (at <= last)
+    is_element = at % dilated == 0
+    return float((is_inside & is_element).sum())
+
+
 def kernel_flops(op: Op, computation: Computation) -> float:
-    """Of a Pallas attention kernel, by its name; 0 for any other call."""
-    matmuls = next((n for name, n in KERNELS.items() if op.name.startswith(name)), 0)
+    """Return the FLOPs of a Pallas attention kernel, told by its name; 0 for any other call."""
+    matmuls = 0
+    for name, count in KERNELS.items():
+        if op.name.startswith(name):
+            matmuls = count
     if not matmuls:
         return 0.0
-    operands = [arrays(computation[name].shape)[0][1] for name in op.operands]
-    batch, heads, length, width = max(
-        (dims for dims in operands if len(dims) == 4), key=math.prod
-    )  # the queries
+    # The largest of four dimensions are the queries.
+    operands = [dims_of(computation[name]) for name in op.operands]
+    candidates = [dims for dims in operands if len(dims) == 4]
+    batch, heads, length, width = max(candidates, key=math.prod)
     return 0.5 * matmuls * 2.0 * batch * heads * length * length * width
 
 
-def memory_bytes(op: Op, computation: Computation, module: dict[str, Computation]) -> float:
-    """Main memory read and written by an instruction outside fusions; slices count as what is sliced."""
+# --- main memory
+
+
+def memory_bytes(op: Op, computation: Computation, module: Module) -> float:
+    """Return the bytes of main memory read and written by an instruction outside fusions.
+
+    Slices count as what is sliced.
+    """
     if op.code in FREE or op.code.endswith("-done") or "AllocateBuffer" in op.rest:
         return 0.0
-    if op.code in ("copy-start", "slice-start"):  # a copy between two memories
-        (kind, first, first_main), (_, second, second_main) = arrays(op.shape)[:2]
-        return (
-            min(math.prod(first), math.prod(second)) * BITS[kind] / 8 * (first_main + second_main)
-        )
-    body = module[attribute(op, "calls")[0]] if op.code == "fusion" else {op.name: op}
-    root = next((x for x in body.values() if x.root), op)
-    # A collective in flight goes through the fusions that overlap with it, in the place of an operand: nothing moves.
-    passing = any(x.code in COLLECTIVES for x in body.values()) and op.code == "fusion"
-    aliases = dict(re.findall(r"\{(\d*)\}: \((\d+), \{\}", op.rest)) if passing else {}
-    written = arrays(op.shape)
-    if op.code.endswith("-start") and op.shape.startswith("(") and op.code != "all-reduce-start":
-        written = written[len(op.operands) : 2 * len(op.operands)]  # after the operands again
-    total = sum(array_bytes(x) for i, x in enumerate(written) if not aliases.keys() & {"", str(i)})
+    if op.code in ("copy-start", "slice-start"):
+        return copied_bytes(op)
+    is_fusion = op.code == "fusion"
+    body = module[attribute(op, "calls")[0]] if is_fusion else {op.name: op}
+
+    # A collective in flight goes through the fusions that overlap with it, in the place of an
+    # operand: nothing moves. {result: operand}, by their numbers.
+    aliases: dict[str, str] = {}
+    if is_fusion and any(inner.code in COLLECTIVES for inner in body.values()):
+        aliases = dict(re.findall(r"\{(\d*)\}: \((\d+), \{\}", op.rest))
+
+    # Written: the results; of an update in place, what is updated.
+    root = next((inner for inner in body.values() if inner.root), op)
     if root.code == "dynamic-update-slice":
-        update = (body if op.code == "fusion" else computation)[root.operands[1]]
+        update = (body if is_fusion else computation)[root.operands[1]]
         total = size(update.shape) * ("S(" not in op.shape)
-    for i, name in enumerate(op.operands):
+    else:
+        total = written_bytes(op, aliases)
+
+    # Read: the operands.
+    for number, name in enumerate(op.operands):
         whole = size(computation[name].shape, main_memory=True)
-        if whole and str(i) not in aliases.values():
+        if whole and str(number) not in aliases.values():
             total += min(whole, bytes_read(name, {op.name: op}, module))
     return total
 
 
-def bytes_read(name: str, computation: Computation, module: dict[str, Computation]) -> float:
-    """Of the array `name` by the instructions of `computation`: of a slice, what is sliced; infinite if not known."""
+def copied_bytes(op: Op) -> float:
+    """Return the bytes that a copy between two memories moves in main memory."""
+    source, target = arrays(op.shape)[:2]
+    elements = min(math.prod(source.dims), math.prod(target.dims))
+    moved = elements * BITS[source.kind] / 8
+    return moved * (source.in_main_memory + target.in_main_memory)
+
+
+def written_bytes(op: Op, aliases: dict[str, str]) -> float:
+    """Return the bytes of an instruction's results, without those that `aliases` passes on."""
+    results = arrays(op.shape)
+    if op.code.endswith("-start") and op.shape.startswith("(") and op.code != "all-reduce-start":
+        # The operands are named again before the results.
+        results = results[len(op.operands) : 2 * len(op.operands)]
+    if "" in aliases:
+        return 0
+    return sum(
+        array_bytes(result) for number, result in enumerate(results) if str(number) not in aliases
+    )
+
+
+def bytes_read(name: str, computation: Computation, module: Module) -> float:
+    """Return the bytes of the array `name` that the instructions of `computation` read.
+
+    Of a slice, what is sliced; infinite if not known.
+    """
     total = 0.0
     for op in computation.values():
         if name not in op.operands:
@@ -257,63 +433,102 @@ def bytes_read(name: str, computation: Computation, module: dict[str, Computatio
             total += bytes_read(op.name, computation, module)
         elif op.code == "fusion":
             inner = module[attribute(op, "calls")[0]]
-            number = f"({op.operands.index(name)})"
-            inside = next(
-                x.name
-                for x in inner.values()
-                if x.code == "parameter" and x.rest.startswith(number)
-            )
+            inside = parameter_name(inner, op.operands.index(name))
             total += bytes_read(inside, inner, module)
-            result = next(x for x in inner.values() if x.root)
-            while result.code == "bitcast":
-                result = inner[result.operands[0]]
-            if result.name == inside:  # passed on as it is
+            if result_name(inner) == inside:
+                # It is passed on as it is.
                 total += bytes_read(op.name, computation, module)
-        elif not (
-            op.code == "dynamic-update-slice" and op.operands[0] == name
-        ):  # which is written in place
+        elif op.code != "dynamic-update-slice" or op.operands[0] != name:
+            # All else reads the whole array; an update is written in place.
             return math.inf
     return total
 
 
+def parameter_name(computation: Computation, number: int) -> str:
+    """Return the name of a computation's parameter, by its number."""
+    text = f"({number})"
+    return next(
+        op.name
+        for op in computation.values()
+        if op.code == "parameter" and op.rest.startswith(text)
+    )
+
+
+def result_name(computation: Computation) -> str:
+    """Return the name of what the computation returns, bitcasts taken off."""
+    result = root_of(computation)
+    while result.code == "bitcast":
+        result = computation[result.operands[0]]
+    return result.name
+
+
+# --- collectives
+
+
 def one_group(op: Op, devices: int) -> list[int]:
-    """The devices that one of the instruction's groups, or one of its pairs, joins."""
-    if pairs := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", op.rest):
+    """Return the devices that one of the instruction's groups, or one of its pairs, joins.
+
+    XLA writes groups in three ways; without any, all devices are one group.
+    """
+    pairs = re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", op.rest)
+    if pairs:
         return [int(pairs[1]), int(pairs[2])]
-    if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", op.rest):
-        return [int(x) for x in listed[1].split(",")]
-    turned = lambda text: [int(x) for x in text.split(",")]
-    if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", op.rest):
-        ids = np.arange(devices).reshape(turned(iota[2]))
-        return list(
-            (ids.transpose(turned(iota[3])) if iota[3] else ids).reshape(turned(iota[1]))[0]
-        )
-    if named := re.search(
+    listed = re.search(r"replica_groups=\{\{([\d,]+)\}", op.rest)
+    if listed:
+        return _integers(listed[1])
+
+    # [groups, devices of a group] <= [shape of all devices], transposed by T(...).
+    iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", op.rest)
+    if iota:
+        ids = numbered(devices, iota[2], iota[3])
+        return list(ids.reshape(_integers(iota[1]))[0])
+
+    # The axes of a mesh, whose devices may be in another order, then those that are joined.
+    mesh = re.search(
         r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\)\)?)? \{([^}]*)\}", op.rest
-    ):
-        axes = {name: int(n) for name, n in re.findall(r"'(\w+)'=(\d+)", named[1])}
+    )
+    if mesh:
         ids = np.arange(devices)
-        if named[2] and (order := re.match(r"\[([\d,]+)\](?:T\(([\d,]+))?", named[2])):
-            ids = ids.reshape(turned(order[1]))
-            ids = ids.transpose(turned(order[2])) if order[2] else ids
+        order = re.match(r"\[([\d,]+)\](?:T\(([\d,]+))?", mesh[2] or "")
+        if order:
+            ids = numbered(devices, order[1], order[2])
+        axes = {name: int(n) for name, n in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
+        joined = re.findall(r"'(\w+)'", mesh[3])
+        one = tuple(slice(None) if name in joined else 0 for name in axes)
         ids = ids.reshape(list(axes.values()))
-        joined = re.findall(r"'(\w+)'", named[3])
-        return list(ids[tuple(slice(None) if name in joined else 0 for name in axes)].reshape(-1))
+        return list(ids[one].reshape(-1))
     return list(range(devices))
+
+
+def numbered(devices: int, shape: str, transposed: str | None) -> np.ndarray:
+    """Return the numbers of the devices in the `shape`, its axes `transposed`, both as `1,2,3`."""
+    ids = np.arange(devices).reshape(_integers(shape))
+    return ids.transpose(_integers(transposed)) if transposed else ids
 
 
 def collective(
     op: Op, name: str, computation: Computation, mesh: dict[str, int]
 ) -> tuple[str, str, float]:
-    """(kind, mesh axes joined by +, bytes that a chip receives) of a collective inside the computation `name`."""
+    """Return (kind, mesh axes joined by +, bytes that a chip receives) of a collective.
+
+    `name`: the computation that it is in. `mesh`: sizes by axis.
+    """
     kind = op.code.removesuffix("-start")
-    group = one_group(op, math.prod(mesh.values()))
-    places = np.array(np.unravel_index(group, tuple(mesh.values())))
-    axes = "+".join(a for a, row in zip(mesh, places, strict=True) if len(set(row.tolist())) > 1)
-    share = 1 - 1 / len(group)
-    taken = sum(size(computation[x].shape) for x in op.operands)
     if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
-        kind = "reduce-scatter"  # a TPU's reduce-scatter is a fusion of an all-reduce and a slice of it
+        # A TPU's reduce-scatter is a fusion of an all-reduce and a slice of it.
+        kind = "reduce-scatter"
+
+    # The axes along which the devices of a group differ.
+    group = one_group(op, math.prod(mesh.values()))
+    places = np.unravel_index(group, tuple(mesh.values()))
+    axes = []
+    for axis, row in zip(mesh, places, strict=True):
+        if len(set(row.tolist())) > 1:
+            axes.append(axis)
+
+    # Of a ring: each chip receives all but its own part; of an all-reduce twice.
+    share = 1 - 1 / len(group)
+    taken = sum(size(computation[operand].shape) for operand in op.operands)
     received = {
         "all-gather": taken * (len(group) - 1),
         "all-reduce": 2 * taken * share,
@@ -321,32 +536,51 @@ def collective(
         "all-to-all": taken * share,
         "collective-permute": taken,
     }[kind]
-    return kind, axes, received
+    return kind, "+".join(axes), received
+
+
+def channel_of(op: Op) -> tuple[str, str | None] | None:
+    """Return what the parts of an asynchronous collective share; None without a channel."""
+    channel = re.search(r"channel_id=(\d+)", op.rest)
+    if not channel:
+        return None
+    source = re.search(r'op_name="([^"]*)"', op.rest)
+    return channel[1], source[1] if source else None
+
+
+# --- a program
 
 
 def cost(text: str, mesh: dict[str, int]) -> Cost:
-    """What the compiled program `text` costs a chip of a mesh of these sizes."""
+    """Return what the compiled program `text` costs a chip of a mesh, sizes by axis."""
     module, entry = parse(text)
-    total, seen = Cost(), set()
+    total = Cost()
+    seen = set()
     for op, computation, name, times, fused in walk(module, entry):
+        # Computed, and moved in the chip.
         if op.code in ("dot", "convolution"):
             total.flops += times * matmul_flops(op, computation)
         elif op.code == "custom-call":
             total.flops += times * kernel_flops(op, computation)
         if not fused:
             total.memory += times * memory_bytes(op, computation, module)
-        if op.code.removesuffix("-start") in COLLECTIVES:
-            kind, axes, received = collective(op, name, computation, mesh)
-            # An asynchronous one is spread over the fusions that overlap with it, under one channel.
-            channel, source = (
-                re.search(x, op.rest) for x in (r"channel_id=(\d+)", r'op_name="([^"]*)"')
-            )
-            same = (channel[1], source and source[1]) if channel and fused else None
-            if same in seen:
+        if op.code.removesuffix("-start") not in COLLECTIVES:
+            continue
+
+        # Received. An asynchronous collective is spread over the fusions that overlap with it,
+        # under one channel: it counts once.
+        if fused:
+            channel = channel_of(op)
+            if channel in seen:
                 continue
-            seen |= {same} - {None}
-            if axes:
-                so_far = total.moved.get((kind, axes), (0.0, 0.0, 0.0))
-                sums = so_far[0] + times, so_far[1] + times * received
-                total.moved[kind, axes] = (*sums, max(so_far[2], received))
+            if channel is not None:
+                seen.add(channel)
+        kind, axes, received = collective(op, name, computation, mesh)
+        if axes:
+            count, so_far, largest = total.moved.get((kind, axes), (0.0, 0.0, 0.0))
+            total.moved[kind, axes] = (
+                count + times,
+                so_far + times * received,
+                max(largest, received),
+            )
     return total

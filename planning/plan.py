@@ -2,194 +2,289 @@
 
 import dataclasses
 import importlib
+import importlib.util
 import math
+import pathlib
 import re
+import sys
 import time
 from collections.abc import Iterator
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
 
 from planning import hlo
 from planning.chips import CHIPS, GIB, Chip, devices_of
-from planning.programs import SCRIPTS, Plan, Program
+from planning.programs import Layout, Plan, Program, layout_of
 from runtime import flags
 from runtime.errors import UserError
 from sharding import make_mesh
 
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+# --- compiling
+
 
 @dataclasses.dataclass
 class Result:
-    """A program compiled: bytes and FLOPs a chip and call."""
+    """A program compiled: bytes and FLOPs of a call, on one chip."""
 
     program: Program
     arguments: float
     temporaries: float
-    """With outputs that take no argument's place."""
+    """Bytes of temporaries, and of outputs that take no argument's place."""
     held: float
-    """Of the plan's other trees, which lie in memory too."""
+    """Bytes of the plan's other trees, which lie in memory too."""
     cost: hlo.Cost | None
     """None where the compiler refused: the program alone is too large."""
     seconds: float
-    """Of compiling, the processor's."""
+    """The processor's, of compiling."""
 
     @property
     def peak(self) -> float:
+        """Bytes in memory at most."""
         return self.arguments + self.temporaries + self.held
 
     def bounds(self, chip: Chip) -> dict[str, float]:
-        """Seconds that each resource needs for a call, if it were the only one."""
-        moved = sum(received for _, received, _ in self.cost.moved.values())
+        """Return the seconds that each resource needs for a call, if it were the only one.
+
+        Keys: compute, memory, links.
+        """
+        assert self.cost is not None
         return {
             "compute": self.cost.flops / chip.flops,
             "memory": self.cost.memory / chip.bandwidth,
-            "links": moved / chip.links,
+            "links": received_bytes(self.cost) / chip.links,
         }
 
     def roofline(self, chip: Chip) -> float:
-        """Least seconds of a call, if all three overlap fully."""
+        """Return the least seconds of a call, if all three resources overlap fully."""
         return max(self.bounds(chip).values())
 
 
+def received_bytes(cost: hlo.Cost) -> float:
+    """Return the bytes that a chip receives in all collectives of a call."""
+    return sum(received for _, received, _ in cost.moved.values())
+
+
 def bytes_of(tree: Any) -> float:
-    """Of a tree of shapes with shardings, on one device."""
-    leaves = [x for x in jax.tree.leaves(tree) if x.sharding is not None]
-    return float(
-        sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
-    )
+    """Return the bytes on one device of a tree of shapes with shardings."""
+    # A leaf without a sharding is a key, which is small.
+    total = 0
+    for leaf in jax.tree.leaves(tree):
+        if leaf.sharding is not None:
+            total += math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    return float(total)
 
 
-def compiled(program: Program, plan: Plan, mesh: jax.sharding.Mesh) -> Result:
-    """Compile a program; one that its compiler refuses for its size has the size that it names, and no cost."""
-    held = sum(bytes_of(tree) for name, tree in plan.held.items() if name not in program.held)
+def held_bytes(plan: Plan) -> float:
+    """Return the bytes on one device of what lies in memory all the time."""
+    return sum(bytes_of(tree) for tree in plan.held.values())
+
+
+def held_beside(program: Program, plan: Plan) -> float:
+    """Return the bytes of the plan's trees that are not among the program's arguments."""
+    return sum(bytes_of(tree) for name, tree in plan.held.items() if name not in program.held)
+
+
+def compile_program(program: Program, plan: Plan, mesh: jax.sharding.Mesh) -> Result:
+    """Compile a program for the devices of `mesh`.
+
+    One that its compiler refuses for its size has the size that the compiler names, and no cost.
+    """
+    # The processor's time: the machine may have other work.
+    held = held_beside(program, plan)
     start = time.process_time()
     try:
         executable = program.function.lower(*program.args).compile()
     except jax.errors.JaxRuntimeError as fault:
-        sizes = re.findall(r"([\d.]+)([KMGT])\b", str(fault))
-        if "RESOURCE_EXHAUSTED" not in str(fault) or not sizes:
+        needed = _needed_bytes(str(fault))
+        if needed is None:
             raise
-        needed = float(sizes[0][0]) * 1024 ** (1 + "KMGT".index(sizes[0][1]))
-        arguments = bytes_of(program.args)
-        return Result(program, arguments, needed, held, None, time.process_time() - start)
-    memory, cost = executable.memory_analysis(), hlo.cost(executable.as_text(), dict(mesh.shape))
-    arguments, new_outputs = (
-        memory.argument_size_in_bytes,
-        memory.output_size_in_bytes - memory.alias_size_in_bytes,
-    )
-    temporaries = memory.temp_size_in_bytes + new_outputs
-    if (
-        mesh.devices.flat[0].platform == "tpu"
-    ):  # whose compiler goes by the peak, and takes more temporaries than fit
+        seconds = time.process_time() - start
+        return Result(program, bytes_of(program.args), needed, held, None, seconds)
+    # What the compiler says, and what its program does.
+    memory = executable.memory_analysis()
+    cost = hlo.cost(executable.as_text(), dict(mesh.shape))
+    arguments = memory.argument_size_in_bytes
+    if mesh.devices.flat[0].platform == "tpu":
+        # A TPU's compiler goes by the peak; its temporaries may be more than fit at a time.
         temporaries = memory.peak_memory_in_bytes - arguments
+    else:
+        # Outputs that take the place of donated arguments are no more memory.
+        new_outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
+        temporaries = memory.temp_size_in_bytes + new_outputs
     return Result(program, arguments, temporaries, held, cost, time.process_time() - start)
 
 
-def compiled_all(plan: Plan, mesh: jax.sharding.Mesh, chip: Chip) -> list[Result]:
-    """The programs; none is compiled where what is held all the time is more than the memory."""
-    if sum(map(bytes_of, plan.held.values())) < chip.memory:
-        return [compiled(program, plan, mesh) for program in plan.programs]
-    held = [
-        sum(bytes_of(t) for name, t in plan.held.items() if name not in p.held)
-        for p in plan.programs
-    ]
+def _needed_bytes(fault: str) -> float | None:
+    """Return the size that the compiler's fault names; None if it refused for another reason."""
+    sizes = re.findall(r"([\d.]+)([KMGT])\b", fault)
+    if "RESOURCE_EXHAUSTED" not in fault or not sizes:
+        return None
+    # The first size is the one that was asked for.
+    number, unit = sizes[0]
+    return float(number) * 1024 ** (1 + "KMGT".index(unit))
+
+
+def compile_plan(plan: Plan, mesh: jax.sharding.Mesh, chip: Chip) -> list[Result]:
+    """Compile the programs; none where what is held all the time is more than the memory."""
+    # Compiling a large program takes minutes.
+    if held_bytes(plan) < chip.memory:
+        return [compile_program(program, plan, mesh) for program in plan.programs]
     return [
-        Result(p, bytes_of(p.args), 0.0, h, None, 0.0)
-        for p, h in zip(plan.programs, held, strict=True)
+        Result(program, bytes_of(program.args), 0.0, held_beside(program, plan), None, 0.0)
+        for program in plan.programs
     ]
+
+
+# --- tables
 
 
 def table(rows: list[list[Any]]) -> str:
-    """Rows as aligned text, the first column to the left; numbers with three figures."""
-    text = [[f"{x:,.3g}" if isinstance(x, float) and abs(x) < 1000 else f"{x:,.0f}" if isinstance(x, float) else str(x)
-             for x in row] for row in rows]  # fmt: skip
+    """Return rows as aligned text, the first column to the left; floats with three figures."""
+    text = [[_cell(value) for value in row] for row in rows]
+    # Each column as wide as its widest cell.
     widths = [max(map(len, column)) for column in zip(*text, strict=True)]
-    lines = (
-        [
-            f"{x:<{w}}" if i == 0 else f"{x:>{w}}"
-            for i, (x, w) in enumerate(zip(row, widths, strict=True))
-        ]
-        for row in text
-    )
-    return "\n".join("  " + "  ".join(line).rstrip() for line in lines)
+    lines = []
+    for first, *others in text:
+        cells = [first.ljust(widths[0])]
+        for value, width in zip(others, widths[1:], strict=True):
+            cells.append(value.rjust(width))
+        lines.append("  " + "  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:,.3g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
 def memory_tables(plan: Plan, results: list[Result], chip: Chip) -> Iterator[str]:
-    """What lies in memory, and the peak of each program."""
+    """Yield what lies in memory all the time, and the peak of each program."""
     yield "held all the time, GiB a chip"
     yield table([[name, bytes_of(tree) / GIB] for name, tree in plan.held.items()])
-    rows = [
-        [
-            "programs, GiB a chip",
-            "arguments",
-            "gradients",
-            "KV cache",
-            "temporaries",
-            "others held",
-            "peak",
-        ]
-    ]
-    for r in results:
-        gradients, cache = bytes_of(r.program.gradients), bytes_of(r.program.cache)
-        rest = max(r.temporaries - gradients - cache, 0.0)
-        parts = (r.arguments, gradients, cache, rest, r.held, r.peak)
-        rows.append([r.program.name, *(x / GIB for x in parts)])
+
+    parts = ("arguments", "gradients", "KV cache", "temporaries", "others held", "peak")
+    # Gradients and the KV cache are parts of the compiler's temporaries.
+    rows = [["programs, GiB a chip", *parts]]
+    for result in results:
+        gradients = bytes_of(result.program.gradients)
+        cache = bytes_of(result.program.cache)
+        rest = max(result.temporaries - gradients - cache, 0.0)
+        sizes = (result.arguments, gradients, cache, rest, result.held, result.peak)
+        rows.append([result.program.name, *(size / GIB for size in sizes)])
     yield table(rows)
-    for r in results:
-        ours = sum(bytes_of(plan.held[name]) for name in r.program.held)
-        theirs = r.arguments - bytes_of(r.program.args) + ours
-        if r.program.gradients is not None and r.cost is not None:
-            yield (f"  {r.program.name}: parameters and optimiser {ours / GIB:.4f} GiB by the sharding rules, "
-                   f"{theirs / GIB:.4f} by the compiler ({theirs / ours - 1:+.2%})")  # fmt: skip
+
+    # Parameters and optimiser twice: by our sharding rules, and as the compiler lays them.
+    for result in results:
+        if result.program.gradients is None or result.cost is None:
+            continue
+        ours = sum(bytes_of(plan.held[name]) for name in result.program.held)
+        theirs = result.arguments - bytes_of(result.program.args) + ours
+        yield (
+            f"  {result.program.name}: parameters and optimiser {ours / GIB:.4f} GiB by the "
+            f"sharding rules, {theirs / GIB:.4f} by the compiler ({theirs / ours - 1:+.2%})"
+        )
+
+
+SPEED_COLUMNS = (
+    "calls",
+    "TFLOPs a chip",
+    "model TFLOPs",
+    "memory GB",
+    "links GB",
+    "compute s",
+    "memory s",
+    "links s",
+    "roofline s",
+    "to compile CPU-s",
+)
 
 
 def speed_tables(results: list[Result], chip: Chip, chips: int) -> Iterator[str]:
-    """FLOPs, traffic and the roofline."""
-    rows = [["programs, a step", "calls", "TFLOPs a chip", "model TFLOPs", "memory GB", "links GB",
-             "compute s", "memory s", "links s", "roofline s", "to compile CPU-s"]]  # fmt: skip
-    for r in results:
-        n, bounds = r.program.calls, r.bounds(chip)
-        moved = sum(received for _, received, _ in r.cost.moved.values())
-        rows.append([r.program.name, n, n * r.cost.flops / 1e12, n * r.program.model_flops / chips / 1e12,
-                     n * r.cost.memory / 1e9, n * moved / 1e9, *(n * x for x in bounds.values()),
-                     n * r.roofline(chip), r.seconds])  # fmt: skip
+    """Yield the FLOPs, the traffic and the roofline of each program, then the collectives."""
+    rows: list[list[Any]] = [["programs, a step", *SPEED_COLUMNS]]
+    for result in results:
+        assert result.cost is not None
+        calls = result.program.calls
+        bounds = [calls * seconds for seconds in result.bounds(chip).values()]
+        rows.append(
+            [
+                result.program.name,
+                calls,
+                calls * result.cost.flops / 1e12,
+                calls * result.program.model_flops / chips / 1e12,
+                calls * result.cost.memory / 1e9,
+                calls * received_bytes(result.cost) / 1e9,
+                *bounds,
+                calls * result.roofline(chip),
+                result.seconds,
+            ]
+        )
     yield table(rows)
+
     rows = [["collectives, a chip and step", "over", "times", "GB received", "MB by the largest"]]
-    for r in results:
-        for (kind, axes), (times, received, largest) in sorted(
-            r.cost.moved.items(), key=lambda x: -x[1][1]
-        ):
-            n = r.program.calls
-            rows.append(
-                [
-                    f"{r.program.name}: {kind}",
-                    axes,
-                    f"{n * times:,.0f}",
-                    n * received / 1e9,
-                    largest / 1e6,
-                ]
-            )
+    for result in results:
+        assert result.cost is not None
+        calls = result.program.calls
+        by_bytes = sorted(result.cost.moved.items(), key=lambda item: -item[1][1])
+        for (kind, axes), (times, received, largest) in by_bytes:
+            name = f"{result.program.name}: {kind}"
+            count = f"{calls * times:,.0f}"
+            rows.append([name, axes, count, calls * received / 1e9, largest / 1e6])
     yield table(rows)
 
 
 def remedy(config: Any, plan: Plan, worst: Result, chip: Chip) -> str:
-    """The field to change where the run does not fit."""
-    always, mesh = sum(map(bytes_of, plan.held.values())), jax.sharding.get_mesh().shape
-    if always > 0.9 * chip.memory:
+    """Name the field of the script's `config` to change where the run does not fit.
+
+    `worst`: the program with the highest peak. The mesh is the one that is set.
+    """
+    mesh = jax.sharding.get_mesh().shape
+    if held_bytes(plan) > 0.9 * chip.memory:
         if mesh["data"] > 1:
-            return "raise --mesh.fsdp and lower --mesh.data: what is held all the time is copied over data"
+            return (
+                "raise --mesh.fsdp and lower --mesh.data: what is held all the time is copied "
+                "over data"
+            )
         return "name a larger --topology, or train adapters (--lora.rank=8)"
+    # An update: less is kept for the backward pass, then fewer rows are in memory at a time.
     if worst.program.gradients is not None:
         if config.model.remat != "full":
             return "--model.remat=full"
         parts = config.microbatches * 2
         if worst.program.rows % (parts * mesh["data"] * mesh["fsdp"]):
-            return f"raise --mesh.tensor (now {mesh['tensor']}) and lower --mesh.fsdp: a micro-batch is one row"
+            return (
+                f"raise --mesh.tensor (now {mesh['tensor']}) and lower --mesh.fsdp: a micro-batch "
+                "is one row"
+            )
         return f"--microbatches={parts}"
-    advice = f"lower --batch_size (now {config.batch_size}): {worst.program.name} takes all of it at once"
+    # A pass over all rows at once.
+    advice = (
+        f"lower --batch_size (now {config.batch_size}): {worst.program.name} takes all of it at "
+        "once"
+    )
     if worst.program.cache is not None:
-        advice += "; or raise --mesh.tensor and lower --mesh.fsdp, over which decoding holds the weights whole"
+        advice += (
+            "; or raise --mesh.tensor and lower --mesh.fsdp, over which decoding holds the "
+            "weights whole"
+        )
     return advice
+
+
+# --- a configuration
+
+
+class Script(NamedTuple):
+    """A script to plan."""
+
+    name: str
+    module: ModuleType
+    layout: Layout
 
 
 class Verdict(NamedTuple):
@@ -197,123 +292,208 @@ class Verdict(NamedTuple):
 
     fits: bool
     peak: float
+    """Bytes on a chip, of the program with the highest peak."""
     seconds: float
     """Roofline of a step; infinite where a program is too large to compile."""
     text: str
     results: list[Result]
 
 
-def judged(name: str, script: Any, config: Any, topology: str, devices: list[Any]) -> Verdict:
-    """Compile everything and write the tables."""
-    mesh, chip = make_mesh(config.mesh, devices), CHIPS[topology.partition(":")[0]]
-    plan, chips = SCRIPTS[name](script, config, mesh), len(devices)
-    results = compiled_all(plan, mesh, chip)
-    worst = max(results, key=lambda r: r.peak)
+def compile_and_tabulate(
+    script: Script, config: Any, topology: str, devices: list[Any]
+) -> Verdict:
+    """Compile all programs of `config` for `devices`, of `topology`, and write the tables."""
+    mesh = make_mesh(config.mesh, devices)
+    chip = CHIPS[topology.partition(":")[0]]
+    plan = script.layout.plan(script.module, config, mesh)
+    chips = len(devices)
+    results = compile_plan(plan, mesh, chip)
+    worst = max(results, key=lambda result: result.peak)
+
+    # The configuration, then the tables.
     shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-    lines = [f"{name}, {config.model.preset} on {topology}: {chips} chips as {shape}; "
-             f"{config.batch_size / chips:.3g} of {config.batch_size} sequences a chip; "
-             f"compiled in {sum(r.seconds for r in results):.0f} CPU-s",
-             *memory_tables(plan, results, chip)]  # fmt: skip
+    lines = [
+        f"{script.name}, {config.model.preset} on {topology}: {chips} chips as {shape}; "
+        f"{config.batch_size / chips:.3g} of {config.batch_size} sequences a chip; "
+        f"compiled in {sum(result.seconds for result in results):.0f} CPU-s"
+    ]
+    lines += memory_tables(plan, results, chip)
     seconds = math.inf
-    if all(r.cost is not None for r in results):
-        seconds = sum(r.program.calls * r.roofline(chip) for r in results)
+    if all(result.cost is not None for result in results):
         lines += speed_tables(results, chip, chips)
-        model, done = (sum(r.program.calls * f(r) for r in results) for f in
-                       (lambda r: r.program.model_flops / chips, lambda r: r.cost.flops))  # fmt: skip
-        lines.append(f"a step: {seconds:.3g} s at least, {plan.tokens / seconds:,.0f} tokens/s, MFU at most "
-                     f"{model / chip.flops / seconds:.3f}; {model / 1e12:.4g} model TFLOPs and "
-                     f"{done / 1e12:.4g} by the compiler, a chip")  # fmt: skip
+        seconds = sum(result.program.calls * result.roofline(chip) for result in results)
+        lines.append(speed_line(plan, results, chip, chips, seconds))
+
+    # The verdict is the last line.
     fits = worst.peak <= chip.memory and seconds < math.inf
     sizes = f"{worst.program.name} peaks at {worst.peak / GIB:.2f} of {chip.memory / GIB:.2f} GiB"
-    lines.append(
-        f"fits: {sizes}" if fits else f"does not fit: {sizes}; {remedy(config, plan, worst, chip)}"
-    )
+    if fits:
+        lines.append(f"fits: {sizes}")
+    else:
+        lines.append(f"does not fit: {sizes}; {remedy(config, plan, worst, chip)}")
     return Verdict(fits, worst.peak, seconds, "\n".join(lines), results)
 
 
-def shapes_to_try(config: Any, chips: int) -> Iterator[Any]:
-    """Meshes worth trying: the model cut over fsdp, or over fsdp and tensor, or over parts with copies of it."""
-    chips //= max(config.mesh.sequence, 1) * max(
-        config.mesh.stage, 1
-    )  # which are as they were asked for
+def speed_line(plan: Plan, results: list[Result], chip: Chip, chips: int, seconds: float) -> str:
+    """Return the line on a whole step of `seconds`: tokens a second, MFU, and FLOPs a chip."""
+    model_flops = 0.0
+    compiled_flops = 0.0
+    for result in results:
+        assert result.cost is not None
+        model_flops += result.program.calls * (result.program.model_flops / chips)
+        compiled_flops += result.program.calls * result.cost.flops
+    return (
+        f"a step: {seconds:.3g} s at least, {plan.tokens / seconds:,.0f} tokens/s, MFU at most "
+        f"{model_flops / chip.flops / seconds:.3f}; {model_flops / 1e12:.4g} model TFLOPs and "
+        f"{compiled_flops / 1e12:.4g} by the compiler, a chip"
+    )
+
+
+def meshes_to_try(config: Any, chips: int) -> Iterator[Any]:
+    """Yield mesh configs worth trying on `chips` chips.
+
+    The model cut over fsdp, over fsdp and tensor, or over parts with copies of it; sequence and
+    stage are as they were asked for.
+    """
+    chips //= max(config.mesh.sequence, 1) * max(config.mesh.stage, 1)
     for tensor in (1, 2, 4, 8):
         for data in (1, 2, 4, 8):
             if chips % (tensor * data) == 0 and config.model.heads % tensor == 0:
-                yield dataclasses.replace(
-                    config.mesh, data=data, fsdp=chips // tensor // data, tensor=tensor
-                )
+                fsdp = chips // tensor // data
+                yield dataclasses.replace(config.mesh, data=data, fsdp=fsdp, tensor=tensor)
 
 
-def sweep(
-    name: str, script: Any, config: Any, topology: str, devices: list[Any]
-) -> Verdict | None:
-    """Try meshes, each with the fewest micro-batches that fit; prints those that fit, the fastest first."""
+def sweep(script: Script, config: Any, topology: str, devices: list[Any]) -> Verdict | None:
+    """Try meshes, each with the fewest micro-batches that fit, and print a line on each.
+
+    Then prints those that fit, the fastest first, and returns that; None where nothing fits.
+    """
+    # More micro-batches take less memory and are no faster: the first that fit are taken.
     found = []
-    for mesh in shapes_to_try(config, len(devices)):
+    for mesh in meshes_to_try(config, len(devices)):
         for parts in (1, 2, 4, 8, 16):
             tried = dataclasses.replace(config, mesh=mesh, microbatches=parts)
             try:
-                verdict = judged(name, script, tried, topology, devices)
+                verdict = compile_and_tabulate(script, tried, topology, devices)
             except UserError:
-                break  # the batch does not split so
-            words = f"data {mesh.data} x fsdp {mesh.fsdp} x tensor {mesh.tensor}, {parts} micro-batches"
-            print(f"  {words}: {verdict.text.splitlines()[-1]}", flush=True)
+                # The batch does not split so.
+                break
+            words = (
+                f"data {mesh.data} x fsdp {mesh.fsdp} x tensor {mesh.tensor}, "
+                f"{parts} micro-batches"
+            )
+            last_line = verdict.text.splitlines()[-1]
+            print(f"  {words}: {last_line}", flush=True)
             if verdict.fits:
-                found.append((verdict.seconds, verdict.peak, words, verdict))
+                found.append((words, verdict))
                 break
-            if "--microbatches" not in verdict.text.splitlines()[-1]:
+            if "--microbatches" not in last_line:
                 break
-    found.sort(key=lambda x: x[:2])
-    rows = [
-        ["those that fit", "roofline s", "peak GiB"],
-        *([words, s, peak / GIB] for s, peak, words, _ in found),
-    ]
+    found.sort(key=lambda item: (item[1].seconds, item[1].peak))
+    rows: list[list[Any]] = [["those that fit", "roofline s", "peak GiB"]]
+    for words, verdict in found:
+        rows.append([words, verdict.seconds, verdict.peak / GIB])
     print(table(rows))
-    return found[0][-1] if found else None
+    return found[0][1] if found else None
 
 
-def split_flags(argv: list[str]) -> tuple[str, str, bool, list[str]]:
-    """(script, topology, whether to sweep, the script's flags); raises UserError."""
+# --- the command
+
+
+class Command(NamedTuple):
+    """A command line of plan.py."""
+
+    script: str
+    """A script's name, or a fork's path, without `.py`."""
+    topology: str
+    is_sweep: bool
+    flags: list[str]
+    """The script's own."""
+
+
+def read_command(argv: list[str]) -> Command:
+    """Tell plan.py's own arguments from the script's; raise UserError where one is missing."""
     if not argv or argv[0].startswith("-"):
         raise UserError(
-            "name a script first: python plan.py train_sft --topology=v5e:16x16 ... (see plan.py's top)"
+            "name a script first: python plan.py train_sft --topology=v5e:16x16 ... "
+            "(see plan.py's top)"
         )
-    argv = [
-        part
-        for word in argv
-        for part in (word.split("=", 1) if word.startswith("--topology=") else [word])
-    ]
-    if "--topology" not in argv[:-1]:
+    # `--topology=x` and `--topology x` are the same.
+    words = []
+    for word in argv:
+        words += word.split("=", 1) if word.startswith("--topology=") else [word]
+    if "--topology" not in words[:-1]:
         raise UserError("--topology: missing; as in --topology=v5e:16x16")
-    at = argv.index("--topology")
-    rest = argv[1:at] + argv[at + 2 :]
-    name = argv[0].removesuffix(".py")
-    return name, argv[at + 1], "--sweep" in rest, [word for word in rest if word != "--sweep"]
+    at = words.index("--topology")
+    rest = words[1:at] + words[at + 2 :]
+    script_flags = [word for word in rest if word != "--sweep"]
+    return Command(argv[0].removesuffix(".py"), words[at + 1], "--sweep" in rest, script_flags)
+
+
+def load_script(name: str) -> Script:
+    """Import a script of the root by its name, or a fork by its path, from here or the root.
+
+    Raises UserError where there is none, or for one that plan.py cannot lay out. A fork's own
+    model.py is taken if its folder is first on sys.path before `model` is imported, which plan.py
+    sees to.
+    """
+    path = find_script(name)
+    is_fork = path.parent != ROOT
+    module = import_file(path) if is_fork else importlib.import_module(path.stem)
+    return Script(name, module, layout_of(module))
+
+
+def find_script(name: str) -> pathlib.Path:
+    """Return the file of the script `name`; raise UserError where there is none."""
+    folders = [pathlib.Path.cwd(), ROOT] if "/" in name else [ROOT]
+    for folder in folders:
+        path = (folder / f"{name}.py").resolve()
+        if path.is_file():
+            return path
+    raise UserError(
+        f"{name}: no such script; plan.py knows those of the root, such as train_sft, and forks "
+        "by their path, such as experiments/mine/train_sft"
+    )
+
+
+def import_file(path: pathlib.Path) -> ModuleType:
+    """Import the fork at `path` under a name of its own, its folder first on sys.path."""
+    if str(path.parent) not in sys.path:
+        sys.path.insert(0, str(path.parent))
+    name = "fork_" + re.sub(r"\W", "_", path.with_suffix("").as_posix())
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 def main(argv: list[str]) -> Verdict | None:
-    """Prints the tables, the verdict last; returns it (of a sweep the best, None where nothing fits)."""
-    jax.config.update("jax_platforms", "cpu")  # a TPU that happens to be here is not asked
-    name, topology, sweeping, rest = split_flags(argv)
-    if name not in SCRIPTS:
-        raise UserError(
-            f"{name}: plan.py knows {', '.join(SCRIPTS)}; describe it in planning/programs.py"
-        )
-    script = importlib.import_module(name)
-    config = flags.parse(script.Config, rest)
-    devices = devices_of(topology)
+    """Print the tables, the verdict last; return it.
+
+    Of a sweep the best is returned, None where nothing fits. Raises UserError for mistakes.
+    """
+    # A TPU that happens to be here is not asked.
+    jax.config.update("jax_platforms", "cpu")
+    command = read_command(argv)
+    script = load_script(command.script)
+    config = flags.parse(script.module.Config, command.flags)
+    devices = devices_of(command.topology)
     if devices[0].platform == "cpu":
-        print("note: the CPU's compiler stands in for CUDA's (pip install -r requirements-gpu.txt): the same FLOPs and "
-              "collectives, but temporaries are too large, for it holds some bfloat16 arrays in float32")  # fmt: skip
+        print(
+            "note: the CPU's compiler stands in for CUDA's (pip install -r requirements-gpu.txt): "
+            "the same FLOPs and collectives, but temporaries are too large, for it holds some "
+            "bfloat16 arrays in float32"
+        )
         if config.model.dtype == "auto":
-            config = dataclasses.replace(
-                config, model=dataclasses.replace(config.model, dtype="bfloat16")
-            )
-    verdict = (sweep if sweeping else judged)(name, script, config, topology, devices)
-    print(
-        verdict.text
-        if verdict
-        else "does not fit: no mesh that was tried; name a larger --topology",
-        flush=True,
-    )
+            model = dataclasses.replace(config.model, dtype="bfloat16")
+            config = dataclasses.replace(config, model=model)
+    work = sweep if command.is_sweep else compile_and_tabulate
+    # Of a sweep the tables are of the best alone.
+    verdict = work(script, config, command.topology, devices)
+    if verdict:
+        print(verdict.text, flush=True)
+    else:
+        print("does not fit: no mesh that was tried; name a larger --topology", flush=True)
     return verdict

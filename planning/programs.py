@@ -1,8 +1,18 @@
-"""What plan.py compiles of each script: the script's own jitted functions, and the shapes that they are called with."""
+"""What plan.py compiles of a script: its own jitted functions, and the shapes of their arguments.
 
+A script names its programs in one place: the factories of its module (`make_update`,
+`make_advantages` and so on), which its `main` calls, and which are called here. What this module
+adds is the shapes that `main` would call them with. They are not recorded from an iteration of
+`main`: the code between its jitted functions (files, tokenizers, scores computed on the host,
+checks of values) needs arrays with values, and nothing runs a program for chips that are not here.
+
+A script or a fork is told by the factories that its module has, never by its name: see LAYOUTS.
+"""
+
+import inspect
 import os
+from collections.abc import Callable
 from functools import partial
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
@@ -14,14 +24,14 @@ from jax.sharding import PartitionSpec as P
 from data.batches import pad_comparisons, pad_examples, pad_prompts
 from lora import lora_base, trainable_part, with_adapters
 from model import LanguageModel, ScalarModel, empty_cache, init_and_apply
-from model_config import ModelConfig
+from model_config import ModelConfig, stored_model
 from objectives import direct
-from objectives.group import PAPERS, best_and_worst
+from objectives.group import PAPERS
 from rewards.scorer import is_function, make_model_scorer
 from rollout import make_rollout, shuffled
-from runtime.errors import require
+from runtime.errors import UserError, require
 from runtime.flags import fill_paper_defaults
-from runtime.run_folder import load_config
+from sampling import SamplingConfig
 from sharding import BATCH, abstract, check_batch
 from train_state import init_state
 from train_step import TrainState
@@ -33,83 +43,74 @@ class Program(NamedTuple):
     name: str
     function: Any
     args: tuple[Any, ...]
+    """Trees of ShapeDtypeStructs with shardings."""
     held: tuple[str, ...]
-    """Those of Plan.held that are among `args`."""
+    """Names in Plan.held passed as arguments."""
     calls: int
-    """In a step of the script."""
+    """Calls in a step of the script."""
     model_flops: float
-    """Of a call, all chips together: what the mathematics needs, nothing computed twice."""
+    """FLOPs of a call, all chips together: what the mathematics needs, nothing computed twice."""
     rows: int
-    """What it works on at a time and may be cut into micro-batches: sequences, or pairs of them."""
+    """Rows that it works on at a time and may be cut into micro-batches: sequences, or pairs."""
     gradients: Any = None
-    """What has a gradient."""
+    """The differentiated tree; None without a gradient."""
     cache: Any = None
-    """The KV cache that it makes."""
+    """The KV cache that it makes; None without."""
 
 
 class Plan(NamedTuple):
     """A script's step: the trees that lie in memory all the time, and the programs."""
 
     held: dict[str, Any]
+    """Trees of ShapeDtypeStructs with shardings, by the names that the tables show."""
     programs: list[Program]
     tokens: int
-    """A step's, as the script counts them."""
+    """Tokens of a step, as the script counts them."""
 
 
-def forward_flops(c: ModelConfig, rows: int, length: int, unembedded: int) -> float:
-    """Of matmuls in one forward pass, `unembedded` positions a row to logits; causal attention counts half."""
-    layer = 2 * c.width * (c.heads + c.kv_heads) * c.head_dim + 3 * c.width * c.mlp_width
-    attention = 2 * length * length * c.heads * c.head_dim
-    return rows * (
-        c.layers * (2 * length * layer + attention) + 2 * unembedded * c.vocab * c.width
-    )
+# --- shapes
+
+
+def forward_flops(config: ModelConfig, rows: int, length: int, unembedded: float) -> float:
+    """Return the FLOPs of matmuls in one forward pass over `rows` sequences of `length` tokens.
+
+    `unembedded`: positions a row that become logits. Causal attention counts half.
+    """
+    # q and o for each query head, k and v for each key/value head; then SwiGLU's three.
+    projections = 2 * config.width * (config.heads + config.kv_heads) * config.head_dim
+    mlp = 3 * config.width * config.mlp_width
+    attention = 2 * length * length * config.heads * config.head_dim
+    layers = config.layers * (2 * length * (projections + mlp) + attention)
+    return rows * (layers + 2 * unembedded * config.vocab * config.width)
 
 
 def on_batch_axes(tree: Any, mesh: Mesh) -> Any:
-    """Shapes of arrays as to_mesh lays them."""
+    """Return the shapes of `tree` with the sharding that to_mesh gives a batch."""
     place = NamedSharding(mesh, BATCH)
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
+
+    def placed(leaf: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+
+    return jax.tree.map(placed, tree)
 
 
-def whole_model(model: Any, mesh: Mesh) -> Any:
-    """Shapes of all parameters, in their shardings."""
-    return abstract(jax.eval_shape(init_and_apply(model)[0], a_key()), mesh)
-
-
-def a_key() -> Any:
+def abstract_key() -> Any:
+    """Return the shape of a random key."""
     return jax.eval_shape(lambda: jax.random.key(0))
 
 
-def fresh(config: Any, params: Any, optimizer: Any, mesh: Mesh) -> TrainState:
-    """Shapes of the state that a script starts from `params`."""
-    start = lambda params, key: init_state(trainable_part(config.lora, params, key), optimizer)
-    return abstract(jax.eval_shape(start, params, a_key()), mesh)
+def abstract_params(model: Any, mesh: Mesh) -> Any:
+    """Return the shapes of all parameters of `model`, a Flax module, in their shardings."""
+    return abstract(jax.eval_shape(init_and_apply(model)[0], abstract_key()), mesh)
 
 
 def full_row(length: int) -> dict[str, list[int]]:
-    """An example that fills a row."""
+    """Return an example that fills a row."""
     return {"tokens": [0] * length, "mask": [1] * length}
 
 
-def likelihood(script: Any, config: Any, mesh: Mesh) -> Plan:
-    """train_lm and train_sft: one step on packed rows."""
-    batch = pad_examples([full_row(config.length)] * config.batch_size, config.length, 0)
-    check_batch(
-        "batch_size",
-        config.batch_size,
-        config.microbatches,
-        mesh,
-        config.length,
-        config.model.layers,
-    )
-    flops = 3 * forward_flops(config.model, config.batch_size, config.length, config.length)
-    return update(
-        script, config, mesh, LanguageModel(config.model), batch, flops, config.batch_size
-    )
-
-
-def pairs_of(config: Any) -> dict[str, Any]:
-    """A batch of comparisons of two responses, every row filled."""
+def full_pairs(config: Any) -> dict[str, Any]:
+    """Return a batch of comparisons of two responses, every row filled."""
     pair = {
         "prompts": [[0]] * 2,
         "responses": [[0] * (config.length - 1)] * 2,
@@ -119,272 +120,411 @@ def pairs_of(config: Any) -> dict[str, Any]:
     return pad_comparisons([pair] * config.batch_size, config.length, 0)
 
 
-def ranking(script: Any, config: Any, mesh: Mesh) -> Plan:
-    """train_rm: one step on pairs."""
-    check_batch("batch_size", config.batch_size, config.microbatches, mesh, config.length)
-    rows, unembedded = 2 * config.batch_size, config.length / 2 if config.lm_coef else 0
-    flops = 3 * forward_flops(config.model, rows, config.length, unembedded)
-    return update(script, config, mesh, ScalarModel(config.model), pairs_of(config), flops, rows)
+class Trained(NamedTuple):
+    """The shapes of a model that a script updates."""
+
+    state: TrainState
+    base: Any
+    """The frozen parameters under its adapters; None without adapters."""
+    full: Any
+    """The parameters that the model is applied with."""
 
 
-def preferences(script: Any, config: Any, mesh: Mesh) -> Plan:
-    """train_dpo with a loss on pairs: one step, and the reference's pass over its batch."""
-    config = fill_paper_defaults(config, direct.PAPERS.get(config.loss, direct.USUAL))
-    script.check(config)
-    check_batch("batch_size", config.batch_size, config.microbatches, mesh, config.length)
-    known = config.loss != "kto"
-    require(known, f"--loss={config.loss}: plan.py knows losses on pairs only, such as dpo")
-    model, batch = LanguageModel(config.model), pairs_of(config)
-    apply, rows = init_and_apply(model)[1], 2 * config.batch_size
-    forward = forward_flops(config.model, rows, config.length, config.length)
-    if not script.make_objective(config, apply)[1]:
-        return update(script, config, mesh, model, batch, 3 * forward, rows)
-    judged = {**batch, "reference_BC": np.zeros(batch["ranks_BC"].shape, np.float32)}
-    plan = update(script, config, mesh, model, judged, 3 * forward, rows)
-    reference, held = whole_model(model, mesh), tuple(plan.held)
-    if config.reference == "online" and not config.lora.rank:
-        plan.held["reference"] = reference
-        held = ("reference",)
-    elif config.reference == "online":  # the base of adapters is the reference
-        held = ("frozen base",)
-    # Cached, it judges all batches before there is a state: then nothing else is held.
-    judge = jax.jit(partial(direct.candidate_logprobs, apply))
-    args = reference, on_batch_axes(batch, mesh)
-    plan.programs.insert(0, Program("reference", judge, args, held, 1, forward, rows))
-    return plan
+def trained(config: Any, params: Any, optimizer: Any, mesh: Mesh) -> Trained:
+    """Return the shapes of the model that a script starts to train from `params`."""
+
+    def start(params: Any, key: jax.Array) -> TrainState:
+        return init_state(trainable_part(config.lora, params, key), optimizer)
+
+    state = abstract(jax.eval_shape(start, params, abstract_key()), mesh)
+    base = lora_base(config.lora, params)
+    full = jax.eval_shape(partial(with_adapters, config.lora), base, state.params)
+    return Trained(state, base, abstract(full, mesh))
 
 
-def update(
+# --- scripts that update one model on batches of a data set
+
+
+def one_update(
     script: Any, config: Any, mesh: Mesh, model: Any, batch: Any, flops: float, rows: int
 ) -> Plan:
-    """A script whose step is one update on `rows` sequences."""
+    """Lay out a step that is one update of `model` on `batch`, of `rows` sequences."""
     _, optimizer, _, step = script.make_update(config)
-    params = whole_model(model, mesh)
-    state, base = fresh(config, params, optimizer, mesh), lora_base(config.lora, params)
+    state, base, _ = trained(config, abstract_params(model, mesh), optimizer, mesh)
+    # With adapters, their base lies in memory too.
     held = {"parameters": state.params, "optimiser": state.opt_state}
     if base is not None:
         held["frozen base"] = base
-    batch = on_batch_axes(batch, mesh)
     program = Program(
         "update",
         step,
-        (state, batch, base),
-        tuple(held),
-        1,
-        flops,
-        config.batch_size,
+        (state, on_batch_axes(batch, mesh), base),
+        held=tuple(held),
+        calls=1,
+        model_flops=flops,
+        rows=config.batch_size,
         gradients=state.params,
     )
     return Plan(held, [program], rows * config.length)
 
 
+def likelihood(script: Any, config: Any, mesh: Mesh) -> Plan:
+    """Lay out train_lm and train_sft: one step on packed rows."""
+    rows = config.batch_size
+    check_batch("batch_size", rows, config.microbatches, mesh, config.length, config.model.layers)
+    batch = pad_examples([full_row(config.length)] * rows, config.length, 0)
+    flops = 3 * forward_flops(config.model, rows, config.length, config.length)
+    return one_update(script, config, mesh, LanguageModel(config.model), batch, flops, rows)
+
+
+def ranking(script: Any, config: Any, mesh: Mesh) -> Plan:
+    """Lay out train_rm: one step on pairs."""
+    check_batch("batch_size", config.batch_size, config.microbatches, mesh, config.length)
+    rows = 2 * config.batch_size
+    # Of the language-model loss on chosen responses, half of the positions are unembedded.
+    unembedded = config.length / 2 if config.lm_coef else 0
+    flops = 3 * forward_flops(config.model, rows, config.length, unembedded)
+    batch = full_pairs(config)
+    return one_update(script, config, mesh, ScalarModel(config.model), batch, flops, rows)
+
+
+def preferences(script: Any, config: Any, mesh: Mesh) -> Plan:
+    """Lay out train_dpo with a loss on pairs: one step, and the reference's pass."""
+    config = fill_paper_defaults(config, direct.PAPERS.get(config.loss, direct.USUAL))
+    script.check(config)
+    check_batch("batch_size", config.batch_size, config.microbatches, mesh, config.length)
+    require(
+        config.loss != "kto",
+        f"--loss={config.loss}: plan.py knows losses on pairs only, such as dpo",
+    )
+    model = LanguageModel(config.model)
+    _, apply = init_and_apply(model)
+    batch = full_pairs(config)
+    # A pair is two sequences.
+    rows = 2 * config.batch_size
+    forward = forward_flops(config.model, rows, config.length, config.length)
+    if not script.make_objective(config, apply).needs_reference:
+        return one_update(script, config, mesh, model, batch, 3 * forward, rows)
+    with_reference = {**batch, "reference_BC": np.zeros(batch["ranks_BC"].shape, np.float32)}
+    plan = one_update(script, config, mesh, model, with_reference, 3 * forward, rows)
+
+    # Cached, the reference reads all batches before there is a state: nothing else is held then.
+    held = tuple(plan.held)
+    reference = abstract_params(model, mesh)
+    if config.reference == "online" and config.lora.rank:
+        held = ("frozen base",)
+    elif config.reference == "online":
+        plan.held["reference"] = reference
+        held = ("reference",)
+    logprobs = jax.jit(partial(direct.candidate_logprobs, apply))
+    args = (reference, on_batch_axes(batch, mesh))
+    plan.programs.insert(0, Program("reference", logprobs, args, held, 1, forward, rows))
+    return plan
+
+
+# --- pieces of the scripts that sample
+
+
 def reward_models(config: Any, mesh: Mesh) -> tuple[dict[str, ModelConfig], dict[str, Any]]:
-    """Of the runs in --reward: the models, the policy's where there is no such run yet, and parameters' shapes."""
-    models = {run: config.model for run in config.reward if not is_function(run)}
-    for run in models:
-        if os.path.exists(os.path.join(run, "config.json")):
-            models[run] = ModelConfig(**load_config(run)["model"])
-    return models, {run: whole_model(ScalarModel(model), mesh) for run, model in models.items()}
+    """Return the shapes of the models in --reward by their run, and of their parameters.
+
+    A run that is not there yet is taken to have the policy's shape. Functions and servers are left
+    out.
+    """
+    # Of a function or a server nothing lies on these chips.
+    models = {}
+    for run in config.reward:
+        if is_function(run):
+            continue
+        exists = os.path.exists(os.path.join(run, "config.json"))
+        models[run] = stored_model(run) if exists else config.model
+    params = {}
+    for run, model in models.items():
+        params[run] = abstract_params(ScalarModel(model), mesh)
+    return models, params
 
 
-def scored(
+def rollout_program(
+    config: Any, mesh: Mesh, apply: Any, policy: Any, held: tuple[str, ...]
+) -> tuple[Program, Any]:
+    """Lay out the rollout by `policy`, full parameters; return it and the shapes of its batch."""
+    model = config.model
+    rows = config.batch_size
+    n = config.samples_per_prompt
+    # The ids of the control tokens do not change the shapes.
+    full_prompts = [full_row(config.max_prompt)] * (rows // n)
+    prompts = pad_prompts(full_prompts, config.max_prompt, 0)
+    sampling = SamplingConfig(config.temperature, max_new_tokens=config.max_new_tokens)
+    rollout = make_rollout(apply, model, sampling, eos=1, pad=0, n=n)
+    args = (policy, on_batch_axes(prompts, mesh), abstract_key())
+    batch = on_batch_axes(jax.eval_shape(rollout, *args), mesh)
+    length = config.max_prompt + config.max_new_tokens
+    program = Program(
+        "rollout",
+        rollout,
+        args,
+        held=held,
+        calls=1,
+        model_flops=forward_flops(model, rows, length, config.max_new_tokens + 1),
+        rows=rows,
+        cache=abstract_cache(model, rows, length, mesh),
+    )
+    return program, batch
+
+
+def abstract_cache(model: ModelConfig, rows: int, length: int, mesh: Mesh) -> list[Any]:
+    """Return the shapes of the KV cache as XLA lays it.
+
+    Rows lie with the batch, key/value heads over tensor where they divide.
+    """
+    # The layers' axis is whole.
+    heads = "tensor" if model.kv_heads % mesh.shape["tensor"] == 0 else None
+    place = NamedSharding(mesh, P(None, BATCH[0], heads))
+    cache = jax.eval_shape(lambda: empty_cache(model, rows, length))
+    return [
+        jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+        for leaf in jax.tree.leaves(cache)
+        if leaf.ndim == 5
+    ]
+
+
+class Scoring(NamedTuple):
+    """The programs by which reward models score a batch, and the shapes of what they return."""
+
+    programs: list[Program]
+    scores: dict[str, Any]
+    """{reward: [B]}, of functions and servers too."""
+    scalars: dict[str, Any]
+    """{reward: [B, R + 1]}, of reward models alone."""
+
+
+def score_programs(
     config: Any,
     mesh: Mesh,
-    held: Any,
+    held: dict[str, Any],
     models: dict[str, ModelConfig],
     rewards: dict[str, Any],
     batch: Any,
-):
-    """Programs by which the reward models score a batch, and the shapes of the scores and of the scalars."""
-    rows, length = config.batch_size, config.max_prompt + config.max_new_tokens
-    shape = jax.ShapeDtypeStruct((rows,), jnp.float32, sharding=NamedSharding(mesh, BATCH))
-    programs, scores, scalars = [], dict.fromkeys(config.reward, shape), {}
-    for run, model in models.items():
-        score, args, ours = (
-            make_model_scorer(model),
-            (rewards[run], batch),
-            tuple(held.keys() & {run}),
-        )
-        scores[run], scalars[run] = on_batch_axes(jax.eval_shape(score, *args), mesh)
-        programs.append(
-            Program(
-                f"score {run}", score, args, ours, 1, forward_flops(model, rows, length, 0), rows
-            )
-        )
-    return programs, scores, scalars
-
-
-def sampled(
-    config: Any, mesh: Mesh, apply: Any, policy: Any, held: tuple[str, ...]
-) -> tuple[Program, Any]:
-    """The rollout by the `policy`, adapters attached, and the shapes of the batch that it makes."""
-    c, rows, n = config.model, config.batch_size, config.samples_per_prompt
-    prompts = pad_prompts([full_row(config.max_prompt)] * (rows // n), config.max_prompt, 0)
-    rollout, asked = (
-        make_rollout(config, apply, SimpleNamespace(eos=1, pad=0), n),
-        on_batch_axes(prompts, mesh),
-    )
-    batch = on_batch_axes(jax.eval_shape(rollout, policy, asked, a_key()), mesh)
+) -> Scoring:
+    """Lay out the scores of `batch`; `models` and `rewards` as of reward_models."""
+    rows = config.batch_size
     length = config.max_prompt + config.max_new_tokens
-    heads = "tensor" if c.kv_heads % mesh.shape["tensor"] == 0 else None
-    cache = [  # as XLA lays it: rows with the batch, key/value heads over tensor where they divide
-        jax.ShapeDtypeStruct(
-            x.shape, x.dtype, sharding=NamedSharding(mesh, P(None, BATCH[0], heads))
-        )
-        for x in jax.tree.leaves(jax.eval_shape(lambda: empty_cache(c, rows, length)))
-        if x.ndim == 5
-    ]
-    flops = forward_flops(c, rows, length, config.max_new_tokens + 1)
-    return Program(
-        "rollout", rollout, (policy, asked, a_key()), held, 1, flops, rows, cache=cache
-    ), batch
+    # Scores of functions and servers come from the host.
+    a_score = jax.ShapeDtypeStruct((rows,), jnp.float32, sharding=NamedSharding(mesh, BATCH))
+    scoring = Scoring([], dict.fromkeys(config.reward, a_score), {})
+    for run, model in models.items():
+        score = make_model_scorer(model)
+        args = (rewards[run], batch)
+        result = on_batch_axes(jax.eval_shape(score, *args), mesh)
+        scoring.scores[run], scoring.scalars[run] = result
+        own = (run,) if run in held else ()
+        flops = forward_flops(model, rows, length, 0)
+        scoring.programs.append(Program(f"score {run}", score, args, own, 1, flops, rows))
+    return scoring
 
 
-def attached(config: Any, base: Any, state: TrainState, mesh: Mesh) -> Any:
-    """Shapes of the weights that a model is applied with: the state's, or its adapters on their base."""
-    return abstract(jax.eval_shape(partial(with_adapters, config.lora), base, state.params), mesh)
+def abstract_minibatch(experience: Any, parts: int, mesh: Mesh) -> Any:
+    """Return the shapes of one of `parts` minibatches of `experience`."""
+    minibatches = jax.eval_shape(partial(shuffled, parts=parts), experience, abstract_key())
+    return on_batch_axes(minibatches[0], mesh)
 
 
-def minibatch_of(batch: Any, parts: int, mesh: Mesh) -> Any:
-    """Shapes of what an update takes."""
-    return on_batch_axes(jax.eval_shape(partial(shuffled, parts=parts), batch, a_key())[0], mesh)
+# --- scripts that sample
 
 
 def ppo(script: Any, config: Any, mesh: Mesh) -> Plan:
-    """train_ppo: rollout, scores, judgement, and the updates of an iteration. Reward models are those that exist."""
+    """Lay out train_ppo: an iteration's rollout, scores, advantages, and both models' updates.
+
+    Reward models have their runs' shapes where these exist, else the policy's.
+    """
     script.check(config, mesh)
-    c, length = config.model, config.max_prompt + config.max_new_tokens
+    length = config.max_prompt + config.max_new_tokens
+    rows = config.batch_size
+
+    # The models: policy and reference, and a critic that starts as the first reward model.
     models, rewards = reward_models(config, mesh)
-    scalar = next(iter(models.values()), c)
-    apply, scalar_apply = (
-        init_and_apply(LanguageModel(c))[1],
-        init_and_apply(ScalarModel(scalar))[1],
-    )
-    reference, critic = whole_model(LanguageModel(c), mesh), whole_model(ScalarModel(scalar), mesh)
-    (policy_optimizer, policy_step), (value_optimizer, value_step) = script.make_updates(
-        config, apply, scalar_apply
-    )
-    policy = fresh(config, reference, policy_optimizer, mesh)
-    value = fresh(config, critic, value_optimizer, mesh)
+    critic_model = next(iter(models.values()), config.model)
+    _, apply = init_and_apply(LanguageModel(config.model))
+    _, scalar_apply = init_and_apply(ScalarModel(critic_model))
+    reference = abstract_params(LanguageModel(config.model), mesh)
+    critic_start = abstract_params(ScalarModel(critic_model), mesh)
+    policy_update = script.make_policy_update(config, apply)
+    critic_update = script.make_critic_update(config, scalar_apply)
+    policy = trained(config, reference, policy_update.optimizer, mesh)
+    critic = trained(config, critic_start, critic_update.optimizer, mesh)
+
+    # What is held all the time. With --offload reference and reward models are on the devices
+    # while they are read, and then among the programs' arguments.
     held = {
-        "policy": policy.params, "policy optimiser": policy.opt_state, "value": value.params,
-        "value optimiser": value.opt_state,
-    }  # fmt: skip
-    if (
-        not config.offload
-    ):  # else they are on the devices while they judge, and among the judges' arguments
+        "policy": policy.state.params,
+        "policy optimiser": policy.state.opt_state,
+        "value": critic.state.params,
+        "value optimiser": critic.state.opt_state,
+    }
+    if not config.offload:
         held |= {"reference": reference, **rewards}
+
     # With adapters, the bases are the reference's and the first reward model's own arrays.
-    bases = [lora_base(config.lora, params) for params in (reference, critic)]
-    if config.lora.rank and not models:
-        held["value base"] = critic
-    wholes = [
-        attached(config, base, state, mesh)
-        for base, state in zip(bases, (policy, value), strict=True)
-    ]
-    with_base = lambda name, base: (name, base) if config.lora.rank else (name,)
-    policy_held, value_held = (
-        with_base("policy", "reference"),
-        with_base("value", next(iter(models), "value base")),
-    )
+    policy_held: tuple[str, ...] = ("policy",)
+    critic_held: tuple[str, ...] = ("value",)
+    if config.lora.rank:
+        if not models:
+            held["value base"] = critic_start
+        policy_held = ("policy", "reference")
+        critic_held = ("value", next(iter(models), "value base"))
 
-    rollout, batch = sampled(config, mesh, apply, wholes[0], policy_held)
-    scoring, scores, scalars = scored(config, mesh, held, models, rewards, batch)
-    judge = script.make_judge(config, apply, scalar_apply, eos=1, newlines=[0])
-    args = (
-        wholes[0],
-        reference,
-        wholes[1],
-        batch,
-        scores,
-        scalars,
-        jax.ShapeDtypeStruct((), jnp.float32),
+    # Rollout, scores and advantages.
+    rollout, batch = rollout_program(config, mesh, apply, policy.full, policy_held)
+    scoring = score_programs(config, mesh, held, models, rewards, batch)
+    compute_advantages = script.make_advantages(config, apply, scalar_apply, eos=1, newlines=[0])
+    advantages = Program(
+        "advantages",
+        compute_advantages,
+        (
+            script.Models(policy=policy.full, reference=reference, critic=critic.full),
+            batch,
+            scoring.scores,
+            scoring.scalars,
+            jax.ShapeDtypeStruct((), jnp.float32),
+        ),
+        held=tuple(held.keys() & {*policy_held, *critic_held, "reference"}),
+        calls=1,
+        model_flops=2 * forward_flops(config.model, rows, length, config.max_new_tokens + 1)
+        + forward_flops(critic_model, rows, length, 0),
+        rows=rows,
     )
-    minibatch = minibatch_of(jax.eval_shape(judge, *args)[0], config.minibatches, mesh)
-    rows, part, mixed = config.batch_size, config.batch_size // config.minibatches, minibatch
+    experience, _ = jax.eval_shape(compute_advantages, *advantages.args)
+
+    # The updates on minibatches; with --ptx_data the policy's have rows of text beside them.
+    part = rows // config.minibatches
+    minibatch = abstract_minibatch(experience, config.minibatches, mesh)
+    policy_minibatch = minibatch
+    policy_flops = 3 * forward_flops(config.model, part, length, config.max_new_tokens + 1)
     if config.ptx_data is not None:
-        text = on_batch_axes(pad_examples([full_row(length)] * part, length, 0), mesh)
-        with_text = partial(script.ppo.with_text, coefficient=config.ptx_coef)
-        mixed = on_batch_axes(jax.eval_shape(with_text, minibatch, text), mesh)
-
-    new, calls = config.max_new_tokens + 1, config.epochs * config.minibatches
-    of = lambda model, count, unembedded: forward_flops(model, count, length, unembedded)
-    judging = 2 * of(c, rows, new) + of(scalar, rows, 0)
-    texts = of(c, part, length) if config.ptx_data is not None else 0.0
-    policy_flops, value_flops = 3 * (of(c, part, new) + texts), 3 * of(scalar, part, 0)
-    judge_held = tuple(held.keys() & {*policy_held, *value_held, "reference"})
-    programs = [
-        rollout,
-        *scoring,
-        Program("judge", judge, args, judge_held, 1, judging, rows),
-        Program("value update", value_step, (value, minibatch, bases[1]), (*value_held, "value optimiser"), calls,
-                value_flops, part, gradients=value.params),
-        Program("policy update", policy_step, (policy, mixed, bases[0]), (*policy_held, "policy optimiser"),
-                calls, policy_flops, part, gradients=policy.params),
-    ]  # fmt: skip
+        text_rows = pad_examples([full_row(length)] * part, length, 0)
+        text = on_batch_axes(text_rows, mesh)
+        with_text = partial(script.with_text, coefficient=config.ptx_coef)
+        policy_minibatch = on_batch_axes(jax.eval_shape(with_text, minibatch, text), mesh)
+        policy_flops += 3 * forward_flops(config.model, part, length, length)
+    # Each epoch goes over all minibatches.
+    calls = config.epochs * config.minibatches
+    value_program = Program(
+        "value update",
+        critic_update.step,
+        (critic.state, minibatch, critic.base),
+        held=(*critic_held, "value optimiser"),
+        calls=calls,
+        model_flops=3 * forward_flops(critic_model, part, length, 0),
+        rows=part,
+        gradients=critic.state.params,
+    )
+    policy_program = Program(
+        "policy update",
+        policy_update.step,
+        (policy.state, policy_minibatch, policy.base),
+        held=(*policy_held, "policy optimiser"),
+        calls=calls,
+        model_flops=policy_flops,
+        rows=part,
+        gradients=policy.state.params,
+    )
+    programs = [rollout, *scoring.programs, advantages, value_program, policy_program]
     return Plan(held, programs, rows * length)
 
 
 def grpo(script: Any, config: Any, mesh: Mesh) -> Plan:
-    """train_grpo: one rollout of an iteration, its scores by reward models, judgement, and the updates."""
+    """Lay out train_grpo: one rollout of an iteration, its scores, advantages, and the updates."""
     config = fill_paper_defaults(config, PAPERS[config.method])
     script.check(config, mesh)
-    c, n, apply = (
-        config.model,
-        config.samples_per_prompt,
-        init_and_apply(LanguageModel(config.model))[1],
-    )
+    model = config.model
+    length = config.max_prompt + config.max_new_tokens
+    rows = config.batch_size
+
+    # The models.
+    init, apply = init_and_apply(LanguageModel(model))
     advantages, objective = script.make_method(config, apply)
-    optimizer, step = script.make_update(config, objective)
-    reference = whole_model(LanguageModel(c), mesh)
-    policy, base = fresh(config, reference, optimizer, mesh), lora_base(config.lora, reference)
+    update = script.make_update(config, init, objective)
+    reference = abstract_params(LanguageModel(model), mesh)
+    policy = trained(config, reference, update.optimizer, mesh)
     models, rewards = reward_models(config, mesh)
     held = {
-        "policy": policy.params,
-        "optimiser": policy.opt_state,
+        "policy": policy.state.params,
+        "optimiser": policy.state.opt_state,
         "reference": reference,
         **rewards,
     }
     policy_held = ("policy", "reference") if config.lora.rank else ("policy",)
-    whole = attached(config, base, policy, mesh)
 
-    rollout, batch = sampled(config, mesh, apply, whole, policy_held)
-    rows, length, new = (
-        config.batch_size,
-        config.max_prompt + config.max_new_tokens,
-        config.max_new_tokens + 1,
+    # Rollout, scores and advantages.
+    rollout, batch = rollout_program(config, mesh, apply, policy.full, policy_held)
+    scoring = score_programs(config, mesh, held, models, rewards, batch)
+    compute_advantages = script.make_advantages(config, apply, advantages, eos=1)
+    args = (policy.full, reference, batch, scoring.scores, scoring.scalars)
+    forward = forward_flops(model, rows, length, config.max_new_tokens + 1)
+    reading = Program(
+        "advantages", compute_advantages, args, ("policy", "reference"), 1, 2 * forward, rows
     )
-    scoring, scores, scalars = scored(config, mesh, held, models, rewards, batch)
-    judge, args = (
-        script.make_judge(config, apply, advantages, 1),
-        (whole, reference, batch, scores, scalars),
+    experience, _ = jax.eval_shape(compute_advantages, *args)
+
+    # The updates on minibatches.
+    part = rows // config.minibatches
+    minibatch = abstract_minibatch(experience, config.minibatches, mesh)
+    updating = Program(
+        "update",
+        update.step,
+        (policy.state, minibatch, policy.base),
+        held=(*policy_held, "optimiser"),
+        calls=config.epochs * config.minibatches,
+        model_flops=3 * forward_flops(model, part, length, config.max_new_tokens + 1),
+        rows=part,
+        gradients=policy.state.params,
     )
-    judged, unembedded, flops = (
-        jax.eval_shape(judge, *args)[0],
-        new,
-        2 * forward_flops(c, rows, length, new),
-    )
-    programs = [
-        rollout,
-        *scoring,
-        Program("judge", judge, args, ("policy", "reference"), 1, flops, rows),
-    ]
-    if (
-        config.method == "online_dpo"
-    ):  # the best and the worst of each group, whole rows unembedded
-        judged, unembedded = jax.eval_shape(partial(best_and_worst, group=n), judged), length
-        rows = rows // n * 2
-    part, calls = rows // config.minibatches, config.epochs * config.minibatches
-    minibatch, flops = (
-        minibatch_of(judged, config.minibatches, mesh),
-        3 * forward_flops(c, part, length, unembedded),
-    )
-    programs.append(Program("update", step, (policy, minibatch, base), (*policy_held, "optimiser"), calls, flops, part,
-                            gradients=policy.params))  # fmt: skip
-    return Plan(held, programs, config.batch_size * length)
+    return Plan(held, [rollout, *scoring.programs, reading, updating], rows * length)
 
 
-SCRIPTS = {
-    "train_lm": likelihood, "train_sft": likelihood, "train_rm": ranking, "train_dpo": preferences, "train_ppo": ppo,
-    "train_grpo": grpo,
-}  # fmt: skip
+# --- which of these a script is
+
+
+class Layout(NamedTuple):
+    """The names that a script's module must have to be laid out by `plan`."""
+
+    names: tuple[str, ...]
+    plan: Callable[[Any, Any, Mesh], Plan]
+    """plan(script, config, mesh): the script's module, its Config, the mesh."""
+    example: str
+    """The script that has them."""
+
+
+LAYOUTS = (
+    Layout(("make_advantages", "make_policy_update", "make_critic_update"), ppo, "train_ppo"),
+    Layout(("make_advantages", "make_method", "make_update"), grpo, "train_grpo"),
+    Layout(
+        ("make_objective", "make_update(config)", "comparison_batches"), preferences, "train_dpo"
+    ),
+    Layout(("make_update(config)", "comparison_batches"), ranking, "train_rm"),
+    Layout(("make_update(config)", "chat_batches"), likelihood, "train_sft"),
+    Layout(("make_update(config)", "text_batches"), likelihood, "train_lm"),
+)
+"""The first whose names a module has is its layout. `name(config)`: that takes nothing else."""
+
+
+def layout_of(script: Any) -> Layout:
+    """Return the layout of the module `script`; raise UserError for one that has none."""
+    for layout in LAYOUTS:
+        if all(_has(script, name) for name in layout.names):
+            return layout
+    known = ", ".join(sorted(layout.example for layout in LAYOUTS))
+    raise UserError(
+        f"{script.__name__}: plan.py knows {known} and forks with their factories; "
+        "describe it in planning/programs.py"
+    )
+
+
+def _has(script: Any, name: str) -> bool:
+    """True if the module has `name`; with `(config)` after it, only if it needs nothing else."""
+    # Functions of the module, or names that it imports.
+    attribute = getattr(script, name.removesuffix("(config)"), None)
+    if attribute is None or not name.endswith("(config)"):
+        return attribute is not None
+    parameters = inspect.signature(attribute).parameters.values()
+    return sum(parameter.default is parameter.empty for parameter in parameters) == 1

@@ -1,10 +1,12 @@
-"""The reference's log-probabilities of all candidates that a run will meet, computed once and kept in its folder."""
+"""The reference's log-probabilities of all candidates that a run will meet, computed once.
+
+They are kept in the run folder, so that training holds one model, not two.
+"""
 
 import hashlib
 import pathlib
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -12,71 +14,95 @@ from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from data.batches import Batch
+from model import Params
 from sharding import BATCH, to_mesh
+
+Known = dict[int, float]
+"""Log-probabilities, in nats, by `candidate_keys`."""
 
 
 def candidate_keys(batch: Batch) -> list[int]:
-    """A digest of each candidate's tokens and loss mask, whatever its padding, row by row."""
-    names = ("tokens_BCT", "loss_mask_BCT", "segment_ids_BCT")
-    candidates = zip(
-        *(batch[name].reshape(-1, batch[name].shape[-1]) for name in names), strict=True
-    )
-    contents = (
-        tokens[real > 0].tobytes() + mask[real > 0].tobytes() for tokens, mask, real in candidates
-    )
-    return [
-        int.from_bytes(hashlib.blake2b(content, digest_size=8).digest()) for content in contents
-    ]
+    """Return a 64-bit digest of each candidate of a batch of comparisons, B * C, row by row.
+
+    It is of the candidate's tokens and loss mask alone: the same in a batch of another width.
+    """
+    length = batch["tokens_BCT"].shape[-1]
+    tokens_MT = batch["tokens_BCT"].reshape(-1, length)
+    mask_MT = batch["loss_mask_BCT"].reshape(-1, length)
+    is_real_MT = batch["segment_ids_BCT"].reshape(-1, length) > 0
+    keys = []
+    for tokens, mask, is_real in zip(tokens_MT, mask_MT, is_real_MT, strict=True):
+        # What is padding depends on the other candidates of the batch.
+        content = tokens[is_real].tobytes() + mask[is_real].tobytes()
+        digest = hashlib.blake2b(content, digest_size=8).digest()
+        keys.append(int.from_bytes(digest))
+    return keys
 
 
 def cached_reference(
     run: str,
     batches: Iterable[Batch],
     counts: Sequence[int],
-    logprobs: Callable,
-    load_reference: Callable,
-    mesh: Any,
+    logprobs: Callable[[Params, dict[str, jax.Array]], jax.Array],
+    load_reference: Callable[[], Params],
+    mesh: jax.sharding.Mesh,
 ) -> Callable[[Batch], Batch]:
-    """with_reference(batch) -> the batch with `reference_BC`, for the batches of `batches` in any order.
+    """Compute what the folder `run` does not have yet; return with_reference(batch) -> batch.
 
-    They are so many held out and so many of training, `counts`; a run that goes on may ask for more of either.
-    `logprobs(params, batch)` gives [B, C]. What an earlier epoch has met is not computed again, unless there are
-    several hosts, which must compute together; each has a file of its own.
+    with_reference adds `reference_BC` [B, C] float32, nats, to a host's batch; it knows every
+    candidate of `batches`, in any order, and raises KeyError for others.
+
+    `batches`: this host's, of data.batches.comparison_batches; read only if something is missing.
+    `counts`: (held-out batches, training batches) in it; a run that goes on may ask for more of
+    either. `logprobs(reference, batch on the mesh)` gives [B, C]. `load_reference()` is called at
+    most once, and what it returns is not kept. A candidate that an earlier epoch has met is not
+    computed again, unless there are several hosts, which must compute together. Each host writes
+    its own file, `reference-<process>.npz`, whole or not at all.
     """
     path = pathlib.Path(run) / f"reference-{jax.process_index()}.npz"
-    known: dict[int, float] = {}
-    covered = np.zeros(len(counts), int)
-    if path.exists():
-        with np.load(path) as saved:
-            known, covered = (
-                dict(zip(saved["keys"].tolist(), saved["logps"].tolist(), strict=True)),
-                saved["count"],
-            )
+    known, covered = _load(path, len(counts))
     if (covered < counts).any():
+        # One pass over all batches, with a second model in memory for as long as it takes.
         reference = load_reference()
-        for batch in tqdm(
+        progress = tqdm(
             batches, "reference", sum(counts), unit="batch", disable=not sys.stderr.isatty()
-        ):
+        )
+        for batch in progress:
             keys = candidate_keys(batch)
-            if jax.process_count() > 1 or not known.keys() >= set(keys):
+            is_known = known.keys() >= set(keys)
+            if not is_known or jax.process_count() > 1:
                 logp_BC = logprobs(reference, to_mesh(batch, mesh))
-                logp_BC = multihost_utils.global_array_to_host_local_array(logp_BC, mesh, BATCH)
-                for key, logp in zip(keys, np.asarray(logp_BC).ravel().tolist(), strict=True):
-                    known.setdefault(key, logp)
-        new = path.with_suffix(".new")
-        with new.open("wb") as file:
-            keys, logps = (
-                np.array(list(known), np.uint64),
-                np.array(list(known.values()), np.float32),
-            )
-            np.savez(file, keys=keys, logps=logps, count=np.maximum(covered, counts))
-        new.replace(path)
+                own_BC = multihost_utils.global_array_to_host_local_array(logp_BC, mesh, BATCH)
+                values = np.asarray(own_BC).ravel().tolist()
+                # The first value stands, so that a resumed run reads what the run has read.
+                for key, value in zip(keys, values, strict=True):
+                    known.setdefault(key, value)
+        _save(path, known, np.maximum(covered, counts))
 
     def with_reference(batch: Batch) -> Batch:
-        logps = [known[key] for key in candidate_keys(batch)]
-        return {
-            **batch,
-            "reference_BC": np.array(logps, np.float32).reshape(batch["ranks_BC"].shape),
-        }
+        # Absent candidates too: their keys are digests of nothing, their sums 0.
+        values = [known[key] for key in candidate_keys(batch)]
+        reference_BC = np.array(values, np.float32).reshape(batch["ranks_BC"].shape)
+        return {**batch, "reference_BC": reference_BC}
 
     return with_reference
+
+
+def _load(path: pathlib.Path, kinds: int) -> tuple[Known, np.ndarray]:
+    """Return what an earlier start computed, and of how many batches of each kind."""
+    if not path.exists():
+        return {}, np.zeros(kinds, int)
+    with np.load(path) as saved:
+        keys = saved["keys"].tolist()
+        values = saved["logps"].tolist()
+        return dict(zip(keys, values, strict=True)), saved["count"]
+
+
+def _save(path: pathlib.Path, known: Known, covered: np.ndarray) -> None:
+    keys = np.array(list(known), np.uint64)
+    values = np.array(list(known.values()), np.float32)
+    # Beside the old file, then in its place.
+    new = path.with_suffix(".new")
+    with new.open("wb") as file:
+        np.savez(file, keys=keys, logps=values, count=covered)
+    new.replace(path)

@@ -22,7 +22,8 @@ EXPLAINED = {
     "loss/clipped": "Share of tokens whose probability ratio was clipped.",
     "sampler_gap": "Largest difference between the sampler's and the trainer's log-probabilities.",
     "kl_coef": "Weight of the KL penalty.",
-    "entropy": "Of the policy's next-token distribution, in nats; near zero it no longer explores.",
+    "entropy": "Of the policy's next-token distribution, in nats; near zero it no longer "
+    "explores.",
     "grad_norm": "Global norm of the gradient before clipping.",
     "lr": "Learning rate.",
 }
@@ -32,97 +33,164 @@ COLOURS = {"#010101": "--muted", "#020202": "--rule", "#030303": "--first", "#04
 MUTED, RULE, FIRST, SECOND = COLOURS
 
 
+MOST_POINTS = 400
+"""Points of a curve at most: a page must stay small after a million steps."""
+STYLE = {
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "text.color": MUTED,
+    "axes.labelcolor": MUTED,
+    "axes.edgecolor": RULE,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "grid.color": RULE,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.formatter.useoffset": False,
+}
+"""Settings of matplotlib."""
+
+Curve = tuple[str, np.ndarray, np.ndarray]
+"""(label, x, y)."""
+
+
+# --- figures
+
+
 def panels(
     rows: list[dict[str, Any]], unit: str = "step", only: str = "", title: str = ""
 ) -> list[str]:
-    """A figure a metric; `eval/x` is drawn over `x`."""
-    names = dict.fromkeys(
-        name.removeprefix("eval/") for row in rows for name in row if name not in HIDDEN
-    )
-    first = [name for name in EXPLAINED if name in names]
+    """Return a figure (HTML) for each metric in `rows` of metrics.jsonl, known ones first.
+
+    `eval/x` is drawn over `x`. `unit`: the word under the axis. `only`: this metric alone.
+    `title`: instead of the metric's name.
+    """
+    # The metrics in the order in which they appear; a dict keeps it.
+    names: dict[str, None] = {}
+    for row in rows:
+        for name in row:
+            if name not in HIDDEN:
+                names[name.removeprefix("eval/")] = None
+    known = [name for name in EXPLAINED if name in names]
+    others = [name for name in names if name not in known]
     figures = []
-    for name in [*first, *(n for n in names if n not in first)]:
-        keys = {"training": name, "held out": f"eval/{name}"}
-        curves = [(label, *_series(rows, key)) for label, key in keys.items()]
-        curves = [curve for curve in curves if len(curve[1])]
-        if curves and only in ("", name):
+    for name in [*known, *others]:
+        if only not in ("", name):
+            continue
+        # Training and held-out values, where there are any.
+        curves = []
+        for label, key in (("training", name), ("held out", f"eval/{name}")):
+            steps, values = _series(rows, key)
+            if len(steps):
+                curves.append((label, steps, values))
+        if curves:
             drawn = _draw(curves, unit, legend=len(curves) > 1)
             figures.append(_figure(title or name, drawn, EXPLAINED.get(name, "")))
     return figures
 
 
-def _series(rows: list[dict[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
-    points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
-    steps, values = np.array(points, float).reshape(-1, 2).T
-    if len(steps) > 400:  # means of equal parts: a page must stay small after a million steps
-        steps, values = (
-            np.array([p.mean() for p in np.array_split(x, 400)]) for x in (steps, values)
-        )
-    return steps, values
-
-
 def reward_against_kl(rows: list[dict[str, Any]]) -> list[str]:
+    """Return a figure of score against KL, a dot a row; [] where no row has both."""
     both = [row for row in rows if row.get("kl") is not None and row.get("score") is not None]
     if not both:
         return []
-    kl, score = _series(both, "kl")[1], _series(both, "score")[1]
-    why = "What each nat of distance from SFT buys; the stronger the colour, the later the iteration."
+    _, kl = _series(both, "kl")
+    _, score = _series(both, "score")
+    why = (
+        "What each nat of distance from SFT buys; the stronger the colour, the later the "
+        "iteration."
+    )
     drawn = _draw([("", kl, score)], "KL to SFT, nats", dots=True)
     return [_figure("Reward against KL", drawn, why)]
 
 
-def _draw(
-    curves: list[tuple[str, Any, Any]], xlabel: str, legend: bool = False, dots: bool = False
-) -> str:
+def _series(rows: list[dict[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return the steps that have the metric, and its values; means of parts of long series."""
+    points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+    steps, values = np.array(points, float).reshape(-1, 2).T
+    if len(steps) > MOST_POINTS:
+        steps = _part_means(steps)
+        values = _part_means(values)
+    return steps, values
+
+
+def _part_means(series: np.ndarray) -> np.ndarray:
+    return np.array([part.mean() for part in np.array_split(series, MOST_POINTS)])
+
+
+# --- drawing
+
+
+def _draw(curves: list[Curve], xlabel: str, legend: bool = False, dots: bool = False) -> str:
+    """Draw up to two curves; return the SVG, its colours the style sheet's."""
+    # Imported at its first use: it takes half a second.
     import matplotlib
     from matplotlib.figure import Figure
 
-    style = {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10, "text.color": MUTED,
-             "axes.labelcolor": MUTED, "axes.edgecolor": RULE, "xtick.color": MUTED, "ytick.color": MUTED,
-             "grid.color": RULE, "axes.spines.top": False, "axes.spines.right": False,
-             "axes.formatter.useoffset": False}  # fmt: skip
-    with matplotlib.rc_context(style):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.4, 2.5), layout="constrained")
         axes = figure.add_subplot()
-        for (label, x, y), colour in zip(curves, (FIRST, SECOND), strict=False):
+        for curve, colour in zip(curves, (FIRST, SECOND), strict=False):
             if dots:
-                for sixth, part in enumerate(np.array_split(np.arange(len(x)), 6), 1):
-                    axes.plot(
-                        x[part], y[part], "o", color=colour, alpha=sixth / 6, markersize=4, mew=0
-                    )
-            elif len(x) > 40:
-                axes.plot(x, y, color=colour, alpha=0.3, linewidth=0.8)
-                axes.plot(x, _smooth(y), color=colour, linewidth=1.8, label=label)
+                _draw_dots(axes, curve, colour)
             else:
-                axes.plot(x, y, "o-", color=colour, linewidth=1.8, markersize=3, label=label)
-        low, high = min(y.min() for _, _, y in curves), max(y.max() for _, _, y in curves)
-        if high - low < 1e-6 * abs(high):  # a constant: rounding is no curve
+                _draw_line(axes, curve, colour)
+        # The scale, and what is around the curves.
+        low = min(values.min() for _, _, values in curves)
+        high = max(values.max() for _, _, values in curves)
+        if high - low < 1e-6 * abs(high):
+            # A constant: its rounding is no curve.
             axes.set_ylim(0.5 * low, 1.5 * high)
         axes.grid(axis="y", linewidth=0.6)
         axes.tick_params(length=0)
         axes.set_xlabel(xlabel)
         if legend:
-            axes.legend(
-                frameon=False, ncols=2, loc="lower left", bbox_to_anchor=(0, 1), borderpad=0
-            )
+            place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderpad": 0}
+            axes.legend(frameon=False, ncols=2, **place)
+        # Without a date, so that the same curves make the same page.
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
-    svg = file.getvalue()
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    return _for_a_page(file.getvalue())
+
+
+def _draw_dots(axes: Any, curve: Curve, colour: str) -> None:
+    """Draw a dot a point, a sixth of them at a time, each stronger than the one before."""
+    _, x, y = curve
+    for sixth, part in enumerate(np.array_split(np.arange(len(x)), 6), 1):
+        axes.plot(x[part], y[part], "o", color=colour, alpha=sixth / 6, markersize=4, mew=0)
+
+
+def _draw_line(axes: Any, curve: Curve, colour: str) -> None:
+    """Draw a line: of many points their running mean, and the points themselves paler."""
+    label, x, y = curve
+    if len(x) > 40:
+        axes.plot(x, y, color=colour, alpha=0.3, linewidth=0.8)
+        axes.plot(x, _smooth(y), color=colour, linewidth=1.8, label=label)
+    else:
+        axes.plot(x, y, "o-", color=colour, linewidth=1.8, markersize=3, label=label)
+
+
+def _for_a_page(svg: str) -> str:
+    """Return matplotlib's SVG without its header and size, with the style sheet's colours."""
+    # XML's header and the metadata say nothing in a page; its width is the page's.
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     for colour, variable in COLOURS.items():
         svg = svg.replace(colour, f"var({variable})")
-    return re.sub(
-        r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" role="img">', svg, count=1
-    )
+    opening = r'<svg [^>]*?viewBox="([^"]*)"[^>]*>'
+    return re.sub(opening, r'<svg viewBox="\1" role="img">', svg, count=1)
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """Mean of a window of a tenth, shorter towards the ends."""
+    """Return the mean over a window of a tenth around each value, shorter towards the ends."""
     half = max(1, len(values) // 20)
-    total = np.concatenate([[0], np.cumsum(values)])
+    # Sums of windows as differences of running totals.
+    totals = np.concatenate([[0], np.cumsum(values)])
     at = np.arange(len(values))
-    low, high = np.maximum(at - half, 0), np.minimum(at + half + 1, len(values))
-    return (total[high] - total[low]) / (high - low)
+    low = np.maximum(at - half, 0)
+    high = np.minimum(at + half + 1, len(values))
+    return (totals[high] - totals[low]) / (high - low)
 
 
 def _figure(title: str, svg: str, explanation: str) -> str:

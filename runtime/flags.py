@@ -1,4 +1,4 @@
-"""Flags from a script's dataclass, and how a user's mistake ends: one line on stderr and exit code 2."""
+"""Flags from a script's dataclass, and how a user's mistake ends: in one line and exit code 2."""
 
 import contextlib
 import dataclasses
@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 import tyro
 
 from runtime.errors import UserError
-from runtime.run_folder import load_config
+from runtime.hosts import exit_now, joined
+from runtime.run_folder import load_model_config
 
 ConfigT = TypeVar("ConfigT")
 
@@ -22,11 +23,19 @@ def fill_paper_defaults(config: ConfigT, paper: dict[str, Any]) -> ConfigT:
 
     `paper`: values by field, and under "paper" the citation, which is no field.
     """
-    return dataclasses.replace(config, **_left_to_paper(config, paper))
+    return dataclasses.replace(config, **_left_to_paper(config, paper))  # type: ignore[type-var]
+
+
+def with_paper_defaults(config: ConfigT, method: str, paper: dict[str, Any]) -> ConfigT:
+    """Fill as `fill_paper_defaults`, and print the line that names what was filled, if any was."""
+    line = paper_defaults_line(config, method, paper)
+    if line:
+        print(line)
+    return fill_paper_defaults(config, paper)
 
 
 def paper_defaults_line(config: Any, method: str, paper: dict[str, Any]) -> str:
-    """Name the fields that `config` leaves to the paper, for the terminal; "" where it leaves none.
+    """Name the fields that `config` leaves to the paper, for the terminal; "" for none.
 
     As in "grpo: clip 0.2, kl_coef 0.04 (Shao et al. 2024)". `config`: before it is filled.
     """
@@ -45,73 +54,95 @@ def _left_to_paper(config: Any, paper: dict[str, Any]) -> dict[str, Any]:
 
 
 def parse(cls: type[ConfigT], argv: Sequence[str] | None = None) -> ConfigT:
-    """The dataclass `cls` filled from flags (`--batch_size=8 --model.layers=2 --raw`); raises UserError.
+    """Fill the dataclass `cls` from flags, `--batch_size=8 --model.layers=2 --raw`.
 
-    `--model.preset=NAME` and `--init=RUN` first set all of `--model.*`; single fields then override.
+    `--model.preset=NAME` and `--init=RUN` first set all of `--model.*`; single fields then
+    override. `argv` None: the command line's. Raises UserError; `--help` ends the program.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
+    # A switch may stand alone: `--raw` is `--raw=True`.
+    words = list(sys.argv[1:] if argv is None else argv)
     default = cls()
-    is_switch = [
-        isinstance(getattr(default, word.removeprefix("--"), None), bool) for word in argv
-    ]
-    argv = [
-        f"{word}=True" if switch else word for word, switch in zip(argv, is_switch, strict=True)
-    ]
+    words = [_with_value(default, word) for word in words]
     if hasattr(default, "model"):
-        default = dataclasses.replace(default, model=_starting_model(default.model, argv))
-    message = io.StringIO()
+        model = _starting_model(default.model, words)
+        default = dataclasses.replace(default, model=model)  # type: ignore[type-var]
+    if "--help" in words:
+        # A pager that is left early ends the program, without a traceback.
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    # The script's first line heads its --help; tyro's own messages are caught.
     about = (sys.modules[cls.__module__].__doc__ or "").partition("\n")[0]
-    if "--help" in argv:
-        signal.signal(
-            signal.SIGPIPE, signal.SIG_DFL
-        )  # a pager that is left early ends it, without a traceback
+    message = io.StringIO()
     try:
         with contextlib.redirect_stderr(message):
-            flags = (tyro.conf.FlagConversionOff,)
             return tyro.cli(
                 cls,
+                prog=_command(),
                 description=about,
-                args=argv,
+                args=words,
                 default=default,
-                config=flags,
+                config=(tyro.conf.FlagConversionOff,),
                 use_underscores=True,
             )
     except SystemExit as stop:
+        # --help ends well.
         if stop.code in (0, None):
             raise
-        # tyro draws its message as a box: the text before the first rule is the fault, then come the proposals.
-        lines = [line.strip("│╭╮╰╯─ ").strip() for line in message.getvalue().splitlines()]
-        text = " ".join(line for line in lines[1:] if line)
-        text = re.sub(r" ?(Argument helptext|For full helptext).*", "", text)
-        raise UserError(f"flags: {text[:300]} (--help lists all flags)") from None
+        fault = _in_one_line(message.getvalue())
+        raise UserError(f"flags: {fault} (--help lists all flags)") from None
+
+
+def _command() -> str:
+    """Name the command as it was given: `python train_sft.py`, `python -m collect.rank`."""
+    spec = sys.modules["__main__"].__spec__
+    return f"python {sys.argv[0]}" if spec is None else f"python -m {spec.name}"
+
+
+def _with_value(default: Any, word: str) -> str:
+    """Return `word` with `=True` after it if it is a switch: a bool field of `default` alone."""
+    is_switch = isinstance(getattr(default, word.removeprefix("--"), None), bool)
+    return f"{word}=True" if is_switch else word
+
+
+def _in_one_line(message: str) -> str:
+    """Return the fault out of tyro's box: the text before the first rule; then come proposals."""
+    # tyro draws a box.
+    lines = [line.strip("│╭╮╰╯─ ").strip() for line in message.splitlines()]
+    text = " ".join(line for line in lines[1:] if line)
+    text = re.sub(r" ?(Argument helptext|For full helptext).*", "", text)
+    return text[:300]
 
 
 def _starting_model(model: Any, argv: Sequence[str]) -> Any:
-    """The model that `--model.preset` or else the run of `--init` names."""
-    init, preset = _flag(argv, "--init"), _flag(argv, "--model.preset")
-    stored = (
-        None if init is None else load_config(init)["model"]
-    )  # first: a run that is missing is said to be
+    """Return the model of `--model.preset`, else of the run of `--init`, else `model`."""
+    init = _flag(argv, "--init")
+    preset = _flag(argv, "--model.preset")
+    # The run is read in any case, so that one that is missing is told before anything else.
+    if init is not None:
+        stored = load_model_config(init, type(model))
     if preset is not None:
         return model.from_preset(preset)
-    return model if stored is None else type(model)(**stored)
+    return model if init is None else stored
 
 
 def _flag(argv: Sequence[str], name: str) -> str | None:
-    for i, word in enumerate(argv):
+    """Return the value of the flag `name` in `argv`; None without it."""
+    # As `--name=value` or `--name value`.
+    for index, word in enumerate(argv):
         if word.startswith(name + "="):
             return word.split("=", 1)[1]
-        if word == name and i + 1 < len(argv):
-            return argv[i + 1]
+        if word == name and index + 1 < len(argv):
+            return argv[index + 1]
     return None
 
 
+# --- a script from its start to its end
+
+
 def run(main: Callable[[ConfigT], Any], cls: type[ConfigT]) -> None:
-    """What a script does when started: parse the flags, run `main`, end a user's mistake in one line.
+    """Run a script as a command: parse `cls` from the flags, call `main`, tell mistakes in a line.
 
     A config with `hosts` joins the other processes first.
     """
-    from runtime.hosts import joined
 
     def start() -> None:
         config = parse(cls)
@@ -122,12 +153,11 @@ def run(main: Callable[[ConfigT], Any], cls: type[ConfigT]) -> None:
 
 
 def ending_in_one_line(main: Callable[[], Any]) -> None:
-    """Run `main`; a user's mistake ends in one line and exit code 2."""
-    from runtime.hosts import exit_now
-
+    """Run `main`; end a UserError in one line and exit code 2, Ctrl-C in one line and 130."""
     try:
         main()
     except UserError as fault:
+        # One line, whatever the fault's text has.
         print(f"error: {' '.join(str(fault).split())}", file=sys.stderr)
         exit_now(2)
     except KeyboardInterrupt:

@@ -1,7 +1,8 @@
 """Loss spikes: a detector, and the way back to a good checkpoint without the batches at fault.
 
-What PaLM (Chowdhery et al. 2022, section 5.1) and OPT (Zhang et al. 2022, section 2.5) did by hand. The run's
-`left_out.json` lists the batches left out, so that the run stays a function of its folder and resumes to the bit.
+PaLM (Chowdhery et al. 2022, section 5.1) and OPT (Zhang et al. 2022, section 2.5) did so by hand.
+The run's `left_out.json` lists the batches left out, so that the run stays a function of its
+folder and resumes to the bit.
 """
 
 import dataclasses
@@ -26,11 +27,11 @@ class GuardConfig:
     """What counts as a loss spike, and what is then left out."""
 
     threshold: float = 6.0
-    """A spike: loss and gradient norm are both so many robust deviations above their running medians; 0: no guard."""
+    """Robust deviations above their medians that make loss and gradient norm a spike; 0: off."""
     window: int = 32
-    """Steps before it that median and deviation are of; half of them must be there."""
+    """Steps before it whose medians are taken; at least half must be there."""
     skip: int = 8
-    """Batches left out: the spike's and those before it, as far as to the checkpoint gone back to."""
+    """Batches left out: the spike's and those before it, back to the checkpoint at most."""
     most: int = 10
     """Spikes in a run; one more ends it in an error."""
 
@@ -43,40 +44,59 @@ class Spike(Exception):
         self.step = step
 
 
-def deviations(history_S2: np.ndarray, values_2: np.ndarray) -> np.ndarray:
-    """[2]: how far loss and gradient norm are above their medians over `history_S2`, in robust deviations.
+# --- the detector
 
-    A deviation is 1.4826 times the median distance from the median, which is the standard deviation of a normal
-    distribution (Rousseeuw and Croux 1993), but at least 1 % of the median.
+
+def deviations(history_S2: np.ndarray, values_2: np.ndarray) -> np.ndarray:
+    """Return [2]: robust deviations by which `values_2` are above their medians over `history_S2`.
+
+    The two: loss and gradient norm. A deviation is 1.4826 times the median distance from the
+    median, which is the standard deviation of a normal distribution (Rousseeuw and Croux 1993),
+    but at least 1 % of the median.
     """
     median_2 = np.median(history_S2, axis=0)
     spread_2 = 1.4826 * np.median(np.abs(history_S2 - median_2), axis=0)
     return (values_2 - median_2) / np.maximum(spread_2, 0.01 * np.abs(median_2) + 1e-12)
 
 
-def watched(row: dict[str, float | None]) -> list[float] | None:
-    """Loss and gradient norm of a row of metrics; None where one is missing or not finite (no update then)."""
+def loss_and_norm(row: dict[str, float | None]) -> list[float] | None:
+    """Return loss and gradient norm of a row of metrics.
+
+    None where one is missing or not finite: the step then changed no parameters.
+    """
     values = [row.get("loss"), row.get("grad_norm")]
-    return values if None not in values and np.isfinite(values).all() else None
+    if None in values or not np.isfinite(values).all():
+        return None
+    return values
 
 
 def is_spike(config: GuardConfig, history: Sequence[list[float]], values: list[float]) -> bool:
-    """Whether a step's loss and gradient norm both stand out from `history`.
+    """True if a step's loss and gradient norm both stand out from `history`, the steps before.
 
-    The gradient norm alone often does without a fault, and a hard batch raises the loss alone.
+    `values` and each of `history`: as of loss_and_norm. The gradient norm alone often stands out
+    without a fault, and a hard batch raises the loss alone.
     """
-    enough = config.threshold > 0 and len(history) >= max(config.window // 2, 2)
-    return enough and bool(
-        (deviations(np.array(history), np.array(values)) > config.threshold).all()
-    )
+    # Too short a history has no median worth the name.
+    if config.threshold <= 0 or len(history) < max(config.window // 2, 2):
+        return False
+    above = deviations(np.array(history), np.array(values)) > config.threshold
+    return bool(above.all())
+
+
+# --- the way back
 
 
 def left_out(run: str) -> frozenset[int]:
-    """The numbers of the batches, from 1 in the order of the data, that the run `run` leaves out."""
-    return frozenset(number for spike in _spikes(run) for number in spike["batches"])
+    """Return the numbers of the batches that `run` leaves out, from 1, in the data's order."""
+    # Of all spikes so far: a batch stays left out.
+    numbers: set[int] = set()
+    for spike in _spikes(run):
+        numbers.update(spike["batches"])
+    return frozenset(numbers)
 
 
 def _spikes(run: str) -> list[dict[str, Any]]:
+    """Read left_out.json: {"step", "resumed_after", "batches"} of each spike, [] without it."""
     path = pathlib.Path(run) / "left_out.json"
     try:
         return json.loads(path.read_text()) if path.exists() else []
@@ -85,48 +105,69 @@ def _spikes(run: str) -> list[dict[str, Any]]:
 
 
 def go_back(config: Any, step: int) -> None:
-    """After a spike at `step`: removes checkpoints that hold batches at fault, and adds these to left_out.json."""
-    folder, guard, spikes = (
-        pathlib.Path(config.run, "checkpoints"),
-        config.guard,
-        _spikes(config.run),
-    )
+    """Undo a spike at `step`: remove checkpoints that hold batches at fault, and list these.
+
+    `config`: the script's, of which `run` and `guard` are read. All processes must call it. Raises
+    UserError after too many spikes.
+    """
+    # A run that spikes without end has another fault than its batches.
+    guard = config.guard
+    spikes = _spikes(config.run)
     if len(spikes) >= guard.most:
         fault = (
             f"the loss has spiked more than --guard.most={guard.most} times, now at step {step}"
         )
         raise UserError(f"{config.run}: {fault}; lower --optimizer.lr in another --run")
-    multihost_utils.sync_global_devices("spike")  # all have read left_out.json
+    # All have read left_out.json.
+    multihost_utils.sync_global_devices("spike")
     if jax.process_index() == 0:
+        # The newest checkpoint before the batches at fault; else the oldest there is.
+        folder = pathlib.Path(config.run, "checkpoints")
         finished = finished_steps(folder)
-        good = next((s for s in finished if s <= step - guard.skip), min(finished, default=0))
-        for later in (s for s in finished if s > good):
-            remove_step(folder / str(later))
-        before, numbers, number = left_out(config.run), [], 0
-        while len(numbers) < step:  # the batch of each step so far
-            number += 1
-            numbers += [number] if number not in before else []
+        earlier = [number for number in finished if number <= step - guard.skip]
+        good = earlier[0] if earlier else min(finished, default=0)
+        for later in finished:
+            if later > good:
+                remove_step(folder / str(later))
+
+        # The batches of the steps after it are at fault, those left out before not counted.
+        numbers = _batches_of_steps(step, left_out(config.run))
         batches = numbers[max(good, step - guard.skip) :]
         spikes.append({"step": step, "resumed_after": good, "batches": batches})
-        atomic_bytes(
-            pathlib.Path(config.run, "left_out.json"), json.dumps(spikes, indent=1).encode()
-        )
+        path = pathlib.Path(config.run, "left_out.json")
+        atomic_bytes(path, json.dumps(spikes, indent=1).encode())
         which = f"batches {batches[0]} to {batches[-1]} are left out"
         print(f"note: loss spike at step {step}: back to step {good}; {which}", file=sys.stderr)
     multihost_utils.sync_global_devices("gone back")
 
 
+def _batches_of_steps(steps: int, without: frozenset[int]) -> list[int]:
+    """Return the batch number of each step so far, where those of `without` were skipped."""
+    numbers: list[int] = []
+    number = 0
+    while len(numbers) < steps:
+        number += 1
+        if number not in without:
+            numbers.append(number)
+    return numbers
+
+
 def guarded(main: Callable[[Any], dict[str, float]]) -> Callable[[Any], dict[str, float]]:
-    """A script's `main`, begun anew after each spike: that is the same as resuming it, `go_back` before."""
+    """Wrap a script's `main(config)`: after each spike go back, and begin it anew.
+
+    To begin anew is to resume the run from the checkpoint that `go_back` leaves.
+    """
 
     @functools.wraps(main)
     def run(config: Any) -> dict[str, float]:
+        """Run `main` until it ends without a spike; return what it returns."""
         while True:
             try:
                 return main(config)
             except Spike as spike:
                 step = spike.step
-            gc.collect()  # the arrays of the attempt, which its frames held
+            # The attempt's arrays were held by its frames: free them before the next.
+            gc.collect()
             go_back(config, step)
 
     return run

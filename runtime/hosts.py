@@ -1,7 +1,7 @@
 """Several processes as one run: how they join, and how all of them end when one is lost or stuck.
 
-A run that cannot go on here and now ends with exit code 75 (sysexits.h: try again) and one line on stderr; the same
-command then resumes it from its last checkpoint.
+A run that cannot go on here and now ends with exit code 75 (sysexits.h: try again) and one line on
+stderr; the same command then resumes it from its last checkpoint.
 """
 
 import contextlib
@@ -31,6 +31,10 @@ LOST = 75
 """Exit code of a run that lost a process or stopped making progress."""
 
 
+# What JAX says where another process is lost.
+LOSS_WORDS = "Gloo|NCCL|[Cc]oordination|Barrier|heartbeat|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED"
+
+
 @dataclasses.dataclass(frozen=True)
 class HostsConfig:
     """The processes of a run, and how long they wait for one another."""
@@ -42,43 +46,34 @@ class HostsConfig:
     index: int | None = None
     """This process, from 0; None: JAX_PROCESS_ID, or SLURM's or the pod's."""
     bind: str | None = None
-    """host:port that process 0 listens on; None: JAX_COORDINATOR_BIND_ADDRESS, or the coordinator's address."""
+    """host:port that process 0 listens on; None: JAX_COORDINATOR_BIND_ADDRESS, or coordinator."""
     stall: int = 1800
-    """Seconds without a finished step after which the run ends; up to the first step ten times as many; 0: never."""
+    """Seconds without a finished step that end the run, ten times up to the first; 0: never."""
 
 
-def _number(given: int | None, variable: str) -> int | None:
-    try:
-        return given if given is not None else int(os.environ[variable])
-    except KeyError:
-        return None
-    except ValueError:
-        raise UserError(f"{variable}={os.environ[variable]}: must be a number") from None
+# --- joining
 
 
 def settings(config: HostsConfig) -> dict[str, Any] | None:
-    """Arguments of jax.distributed.initialize where flags or the environment name other processes; raises UserError."""
+    """Return the arguments of jax.distributed.initialize; None for a run of one process.
+
+    Other processes are named by flags, by the environment, by SLURM or by a TPU pod. Raises
+    UserError for settings that are incomplete or cannot be.
+    """
     coordinator = config.coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
-    count, index = (
-        _number(config.count, "JAX_NUM_PROCESSES"),
-        _number(config.index, "JAX_PROCESS_ID"),
-    )
-    on_slurm = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1
-    # JAX sets the first variable at its import where it finds no chip.
-    has_tpu = (
-        "TPU_SKIP_MDS_QUERY" not in os.environ and importlib.util.find_spec("libtpu") is not None
-    )
-    on_tpu = has_tpu and "tpu" in (os.environ.get("JAX_PLATFORMS") or "tpu")
-    explicit = {"coordinator": coordinator, "count": count, "index": index}
-    if not on_slurm and not on_tpu:
-        if not any(value is not None for value in explicit.values()):
+    count = _number(config.count, "JAX_NUM_PROCESSES")
+    index = _number(config.index, "JAX_PROCESS_ID")
+    if not _on_slurm() and not _on_tpu():
+        explicit = {"coordinator": coordinator, "count": count, "index": index}
+        if all(value is None for value in explicit.values()):
             return None
         for flag, value in explicit.items():
             if value is None:
                 raise UserError(
-                    f"--hosts.{flag} is missing: give coordinator, count and index, or none of them"
+                    f"--hosts.{flag} is missing: give coordinator, count and index, "
+                    "or none of them"
                 )
-    if None not in (count, index) and not 0 <= index < count:
+    if count is not None and index is not None and not 0 <= index < count:
         raise UserError(
             f"--hosts.index={index}: must be at least 0 and below --hosts.count={count}"
         )
@@ -87,45 +82,74 @@ def settings(config: HostsConfig) -> dict[str, Any] | None:
         if address is not None and not re.fullmatch(r".+:\d+", address):
             raise UserError(f"--hosts.{flag}={address}: must be host:port")
     if index == 0 and bind is not None:
-        host, port = bind.rsplit(":", 1)
-        try:  # JAX would crash
-            socket.create_server((host.strip("[]"), int(port))).close()
-        except (OSError, OverflowError) as fault:
-            raise UserError(
-                f"--hosts.bind={bind}: cannot listen there ({fault}); name another address"
-            ) from None
-    options = {
-        "coordinator_bind_address": bind,
-        "heartbeat_timeout_seconds": min(100, config.stall or 100),
-    }
+        _refuse_taken(bind)
     return {
         "coordinator_address": coordinator,
         "num_processes": count,
         "process_id": index,
-        **options,
+        "coordinator_bind_address": bind,
+        "heartbeat_timeout_seconds": min(100, config.stall or 100),
     }
 
 
+def _number(given: int | None, variable: str) -> int | None:
+    """Return the flag's number, else the environment's; None without either."""
+    try:
+        return given if given is not None else int(os.environ[variable])
+    except KeyError:
+        return None
+    except ValueError:
+        raise UserError(f"{variable}={os.environ[variable]}: must be a number") from None
+
+
+def _on_slurm() -> bool:
+    return int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1
+
+
+def _on_tpu() -> bool:
+    # JAX sets the first variable at its import where it finds no chip.
+    if "TPU_SKIP_MDS_QUERY" in os.environ or importlib.util.find_spec("libtpu") is None:
+        return False
+    return "tpu" in (os.environ.get("JAX_PLATFORMS") or "tpu")
+
+
+def _refuse_taken(bind: str) -> None:
+    """Raise UserError where process 0 cannot listen; JAX would crash."""
+    host, port = bind.rsplit(":", 1)
+    try:
+        socket.create_server((host.strip("[]"), int(port))).close()
+    except (OSError, OverflowError) as fault:
+        raise UserError(
+            f"--hosts.bind={bind}: cannot listen there ({fault}); name another address"
+        ) from None
+
+
 def join(named: dict[str, Any]) -> None:
-    """Joins the other processes; where they do not come, ends this one."""
+    """Join the other processes, `named` by `settings`; where they do not come, end this one."""
     try:
         jax.distributed.initialize(**named)
     except ValueError as fault:
-        if "should be defined" in str(fault):  # a TPU machine that belongs to no pod
+        # A TPU machine that belongs to no pod.
+        if "should be defined" in str(fault):
             return
         raise
     except RuntimeError as fault:
         die_lost(f"cannot join the others ({str(fault).splitlines()[0]})")
     global _name
     _name = f"process {jax.process_index()}"
-    if jax.process_index() > 0:  # process 0 alone speaks
+    if jax.process_index() > 0:
+        # Process 0 alone speaks.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 @contextlib.contextmanager
 def joined(config: HostsConfig) -> Iterator[None]:
-    """The other processes' company, for a script's main: within it any fault of one ends all."""
-    named, done = settings(config), threading.Event()
+    """Join the other processes for a script's main; within it any fault of one ends all.
+
+    A watchdog ends the run after `config.stall` seconds without a finished step.
+    """
+    named = settings(config)
+    done = threading.Event()
     sentinel = _post_sentinel(config.stall, named["process_id"]) if named else None
     if config.stall:
         threading.Thread(target=_watch, args=(config.stall, sentinel, done), daemon=True).start()
@@ -135,63 +159,75 @@ def joined(config: HostsConfig) -> Iterator[None]:
     try:
         yield
         if several:
-            jax.distributed.shutdown()  # waits for the others, while the watchdog still looks
-    except (UserError, KeyboardInterrupt):  # told by config.run
+            # Waits for the others, while the watchdog still looks.
+            jax.distributed.shutdown()
+    except (UserError, KeyboardInterrupt):
+        # Told by flags.run.
         raise
     except Exception as fault:
         if not several:
             raise
-        if reason := _loss_in(fault):
+        reason = _loss_in(fault)
+        if reason:
             die_lost(f"another process was lost ({reason})")
         traceback.print_exc()
         exit_now(1)
     finally:
         done.set()
         if sentinel is not None:
+            assert sentinel.stdin is not None
             sentinel.stdin.close()
 
 
 def _loss_in(fault: BaseException | None) -> str | None:
-    """What a fault, or one that it came from, says of a lost process; None where it is a bug or a lack of memory."""
+    """Return what a fault, or one that it came from, says of a lost process.
+
+    None where it is a bug or a lack of memory.
+    """
     while fault is not None:
-        if isinstance(fault, jax.errors.JaxRuntimeError) and re.search(
-            "Gloo|NCCL|[Cc]oordination|Barrier|heartbeat|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED",
-            str(fault),
-        ):
-            return str(fault).splitlines()[0][:200]
+        text = str(fault)
+        if isinstance(fault, jax.errors.JaxRuntimeError) and re.search(LOSS_WORDS, text):
+            return text.splitlines()[0][:200]
         fault = fault.__cause__ or fault.__context__
     return None
 
 
 def all_gather_json(value: Any) -> list[Any]:
-    """Each process's `value`, as JSON gives it back; all must call it."""
+    """Return each process's `value`, as JSON gives it back; all processes must call it."""
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
     longest = int(np.max(multihost_utils.process_allgather(np.int32(text.size))))
-    padded = np.pad(
-        text, (0, longest // 256 * 256 + 256 - text.size), constant_values=ord(" ")
-    )  # few shapes
+    # Padded to a multiple of 256, for few shapes.
+    width = longest // 256 * 256 + 256
+    padded = np.pad(text, (0, width - text.size), constant_values=ord(" "))
     rows = multihost_utils.process_allgather(padded).reshape(jax.process_count(), -1)
     return [json.loads(row.tobytes()) for row in rows]
 
 
+# --- ending
+
+
 def exit_now(code: int) -> NoReturn:
-    """Ends this process; of several at once, since an orderly end would wait for the others."""
+    """End this process; one of several at once, since an orderly end would wait for the others."""
     if not jax.distributed.is_initialized():
         raise SystemExit(code)
     sys.stdout.flush()
     if jax.process_index() == 0:
-        time.sleep(1)  # the others end with it; let them first tell what they know
+        # The others end with it; let them first tell what they know.
+        time.sleep(1)
     os._exit(code)
 
 
 _ending = threading.Lock()
-_name = "this process"  # JAX must not be asked for its number by a thread that ends it: it might wait for the others
+# JAX must not be asked for this process's number by a thread that ends it: it might wait for the
+# others.
+_name = "this process"
 
 
 def die_lost(reason: str) -> NoReturn:
-    """Ends this process at once, from any thread, with code 75 and one line."""
+    """End this process at once, from any thread, with code 75 and one line."""
     if not _ending.acquire(blocking=False):
-        time.sleep(60)  # another thread is ending it
+        # Another thread is ending it.
+        time.sleep(60)
     told = f"error: {_name}: {reason}; the same command resumes from the last checkpoint\n"
     os.write(sys.stderr.fileno(), told.encode())
     os._exit(LOST)
@@ -199,31 +235,40 @@ def die_lost(reason: str) -> NoReturn:
 
 # --- the watchdog
 
-_finished = 0  # steps
+_finished = 0
+"""Steps."""
 
 
 def finished_step() -> None:
-    """Tells the watchdog that the device has finished a step."""
+    """Tell the watchdog that the device has finished a step."""
     global _finished
     _finished += 1
 
 
 def _watch(stall: int, sentinel: subprocess.Popen | None, done: threading.Event) -> None:
-    """Counts its own seconds, not the clock's, so that a run suspended and resumed has lost none."""
-    seen = idle = 0
+    """End this process after `stall` seconds without a finished step, unless `done`.
+
+    Counts its own seconds, not the clock's, so that a run suspended and resumed has lost none.
+    """
+    seen = 0
+    idle = 0
     while not done.wait(1):
         if sentinel is not None:
-            with contextlib.suppress(OSError, ValueError):  # it is stopped, or gone
+            # It may be stopped, or gone.
+            with contextlib.suppress(OSError, ValueError):
                 os.write(sentinel.stdin.fileno(), b".")
-        seen, idle = _finished, 0 if _finished != seen else idle + 1
+        idle = 0 if _finished != seen else idle + 1
+        seen = _finished
         if idle >= (stall if seen else 10 * stall):
             die_lost(
-                f"no step finished in {idle} s (--hosts.stall={stall}; ten times as long up to the first)"
+                f"no step finished in {idle} s (--hosts.stall={stall}; ten times as long up to "
+                "the first)"
             )
 
 
-# A process that is stopped, or whose interpreter is, cannot end itself: a second one does it. It also passes on what
-# native code writes to stderr, but for the pages that JAX's coordination service writes when a process is lost.
+# A process that is stopped, or whose interpreter is, cannot end itself: a second one does it. It
+# also passes on what native code writes to stderr, but for the pages that JAX's coordination
+# service writes when a process is lost.
 _SENTINEL = """
 import os, select, signal, sys
 for number in (signal.SIGINT, signal.SIGTERM):
@@ -248,28 +293,27 @@ while True:
 
 
 def _post_sentinel(stall: int, index: int | None) -> subprocess.Popen:
-    """Starts that second process; this one is to write to its stdin every second."""
+    """Start that second process; this one is to write to its stdin every second."""
     native, written = os.pipe()
     global _name
     _name = socket.gethostname() if index is None else f"process {index}"
-    argv = [
-        sys.executable,
-        "-IS",
-        "-c",
-        _SENTINEL,
-        str(os.getpid()),
-        str(stall),
-        str(native),
-        _name,
-    ]
+    arguments = [str(os.getpid()), str(stall), str(native), _name]
     post = subprocess.Popen(
-        argv, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, pass_fds=[native]
+        [sys.executable, "-IS", "-c", _SENTINEL, *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        pass_fds=[native],
     )
+    assert post.stdin is not None
     os.close(native)
+
+    # Python goes on writing to stderr, native code to the sentinel.
     sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
     os.dup2(written, 2)
     os.close(written)
-    # JAX aborts this process when the coordinator is out of reach or a peer lost. Its own hook cannot be in Python.
+
+    # JAX aborts this process when the coordinator is out of reach or a peer lost. Its own hook
+    # cannot be in Python.
     ctypes.CDLL(None).signal(signal.SIGABRT, _on_abort)
     os.set_blocking(post.stdin.fileno(), False)
     return post

@@ -13,37 +13,50 @@ from runtime.run_folder import load_config, read_rows
 STAGES = {"base": "Base", "sft": "SFT", "ppo": "PPO"}
 CRITERIA = ("helpful", "honest", "harmless")
 WHY = {
-    "criteria": "Share of responses to held-out prompts that pass each criterion of the gold program, with "
-    "95 % intervals. No trainer ever saw these scores.",
-    "kinds": "Share passing all three, by what was asked: an average can hide a kind that got worse.",
+    "criteria": "Share of responses to held-out prompts that pass each criterion of the gold "
+    "program, with 95 % intervals. No trainer ever saw these scores.",
+    "kinds": "Share passing all three, by what was asked: an average can hide a kind that got "
+    "worse.",
     "ppo": "The policy against the reward model, iteration by iteration.",
     "before": "Pre-training, supervised fine-tuning and the reward model.",
     "samples": "The same prompts, one response from each model, marked by the gold program.",
 }
 
 
+# --- pages
+
+
 def run_report(run: str) -> str:
-    """Writes `<run>/report.html`: curves, last samples and config; returns its path."""
-    config, rows = load_config(run), read_rows(run)
+    """Write `<run>/report.html`: curves, last samples and config; return its path."""
+    config = load_config(run)
+    rows = read_rows(run)
+    # A page is a list of sections.
     script = str(config.get("script", "run"))
-    facts = []
-    if rows:
-        facts.append(f"{rows[-1]['step']:,} steps in {_duration(rows[-1].get('seconds') or 0)}.")
-        if speed := rows[-1].get("tokens_per_second"):
-            facts.append(f"{speed:,.0f} tokens a second at the end.")
     body = [
-        f"<header><p class=kicker>{_e(script)}</p><h1>{_e(run)}</h1><p class=lead>{' '.join(facts)}</p>",
+        f"<header><p class=kicker>{_e(script)}</p><h1>{_e(run)}</h1>"
+        f"<p class=lead>{' '.join(_facts(rows))}</p>",
         "</header>",
         _section("Curves", _grid(panels(rows)) or "<p>No metrics were recorded.</p>"),
     ]
-    if samples := last_samples(run):
-        cards = "".join(
-            f"<article class=card>{''.join(_labelled(n, v) for n, v in s.items())}</article>"
-            for s in samples
-        )
+    samples = last_samples(run)
+    if samples:
+        cards = "".join(_sample_card(sample) for sample in samples)
         body.append(_section("Last samples", f"<div class=grid>{cards}</div>"))
     body.append(_section("Configuration", _config_table(config)))
     return _page(pathlib.Path(run), f"{script}: {run}", body)
+
+
+def _facts(rows: list[dict[str, Any]]) -> list[str]:
+    """Return sentences on how long a run of these rows of metrics took."""
+    if not rows:
+        return []
+    last = rows[-1]
+    duration = _duration(last.get("seconds") or 0)
+    facts = [f"{last['step']:,} steps in {duration}."]
+    speed = last.get("tokens_per_second")
+    if speed:
+        facts.append(f"{speed:,.0f} tokens a second at the end.")
+    return facts
 
 
 def alignment_report(
@@ -55,47 +68,51 @@ def alignment_report(
     summary: dict[str, Any],
     samples: list[dict[str, Any]],
 ) -> str:
-    """Writes `<out_folder>/report.html` for pre-training, SFT, reward model and PPO; returns its path.
+    """Write `<out_folder>/report.html` on the four runs of an alignment; return its path.
 
-    `summary`: per stage (base, sft, ppo) the shares helpful, honest, harmless, all, then kl, length and n,
-    each with `<name>_ci`, and `kinds`; optionally `reward_model`. `samples`: prompt, kind, and per stage
-    a response with its criteria.
+    `summary`: per stage (base, sft, ppo) the shares helpful, honest, harmless, all, then kl,
+    length and n, each with `<name>_ci`, and `kinds`; optionally `reward_model`. `samples`: prompt,
+    kind, and per stage a response with its criteria.
     """
-    rows = {
-        name: read_rows(run) for name, run in (("lm", lm_run), ("sft", sft_run), ("rm", rm_run))
-    }
-    ppo = read_rows(ppo_run)
+    # The curves of the four runs.
+    lm_rows = read_rows(lm_run)
+    sft_rows = read_rows(sft_run)
+    rm_rows = read_rows(rm_run)
+    ppo_rows = read_rows(ppo_run)
     stages = [stage for stage in STAGES if stage in summary]
-    criteria, kinds = _criteria_table(summary, stages), _kinds_table(summary, stages)
-    before = (
-        panels(rows["lm"], only="loss", title="Pre-training: loss")
-        + panels(rows["sft"], only="loss", title="SFT: loss")
-        + panels(rows["rm"], only="accuracy", title="Reward model: accuracy")
-        + panels(rows["rm"], only="loss", title="Reward model: loss")
-    )
-    configs = "".join(
-        f"<details><summary>{_e(run)}</summary>{_config_table(load_config(run))}</details>"
-        for run in (lm_run, sft_run, rm_run, ppo_run)
-    )
+    before = [
+        *panels(lm_rows, only="loss", title="Pre-training: loss"),
+        *panels(sft_rows, only="loss", title="SFT: loss"),
+        *panels(rm_rows, only="accuracy", title="Reward model: accuracy"),
+        *panels(rm_rows, only="loss", title="Reward model: loss"),
+    ]
+    ppo = [*reward_against_kl(ppo_rows), *panels(ppo_rows, "iteration")]
+    reward_model = _reward_model(summary.get("reward_model"))
+    side_by_side = "".join(_comparison(sample, stages) for sample in samples)
+    # The settings of each run, folded.
+    configs = ""
+    for run in (lm_run, sft_run, rm_run, ppo_run):
+        table = _config_table(load_config(run))
+        configs += f"<details><summary>{_e(run)}</summary>{table}</details>"
     body = [
         _headline(summary, stages),
-        _section("Criteria", criteria, WHY["criteria"]),
-        _section("Kinds of request", kinds, WHY["kinds"]),
-        _section("PPO", _grid(reward_against_kl(ppo) + panels(ppo, "iteration")), WHY["ppo"]),
-        _section(
-            "Before PPO", _grid(before) + _reward_model(summary.get("reward_model")), WHY["before"]
-        ),
-        _section("Side by side", "".join(_comparison(s, stages) for s in samples), WHY["samples"]),
+        _section("Criteria", _criteria_table(summary, stages), WHY["criteria"]),
+        _section("Kinds of request", _kinds_table(summary, stages), WHY["kinds"]),
+        _section("PPO", _grid(ppo), WHY["ppo"]),
+        _section("Before PPO", _grid(before) + reward_model, WHY["before"]),
+        _section("Side by side", side_by_side, WHY["samples"]),
         _section("Configuration", configs),
     ]
     return _page(pathlib.Path(out_folder), "Alignment report", body)
 
 
 def last_samples(run: str) -> list[dict[str, str]]:
-    """The rows of the last section of samples.md."""
+    """Return the rows of the last section of samples.md, {name: text}; [] without the file."""
     path = pathlib.Path(run) / "samples.md"
     text = path.read_text() if path.exists() else ""
+    # What follows the last heading.
     section = re.split(r"^## Step \d+\n", text, flags=re.MULTILINE)[-1]
+    # A name in bold, its text in a fence of as many ticks as it needs; or the rule after a row.
     blocks = re.findall(
         r"^\*\*(.+?)\*\*\n\n(`{3,})text\n(.*?)\n\2$|^(---)$", section, re.MULTILINE | re.DOTALL
     )
@@ -108,121 +125,162 @@ def last_samples(run: str) -> list[dict[str, str]]:
     return [row for row in rows if row]
 
 
-# --- pieces of a page
+# --- tables
 
 
 def _headline(summary: dict[str, Any], stages: list[str]) -> str:
-    numbers = "".join(
-        f"<div class=stat><b>{_percent(summary[s].get('all'))}</b><span>{STAGES[s]}</span></div>"
-        for s in stages
-    )
+    numbers = ""
+    for stage in stages:
+        share = _percent(summary[stage].get("all"))
+        numbers += f"<div class=stat><b>{share}</b><span>{STAGES[stage]}</span></div>"
     return (
-        "<header><p class=kicker>Plumb</p><h1>Alignment report</h1><p class=lead>Held-out prompts answered"
-        " helpfully, honestly and harmlessly, all three at once:</p>"
+        "<header><p class=kicker>Plumb</p><h1>Alignment report</h1><p class=lead>Held-out prompts"
+        " answered helpfully, honestly and harmlessly, all three at once:</p>"
         f"<div class=stats>{numbers}</div></header>"
     )
 
 
 def _criteria_table(summary: dict[str, Any], stages: list[str]) -> str:
-    heads = "".join(f"<th scope=col>{STAGES[stage]}</th>" for stage in stages)
-    lines = []
-    for name, label in (*((c, c) for c in CRITERIA), ("all", "all three")):
-        cells = "".join(f"<td>{_share(summary[stage], name, stage)}</td>" for stage in stages)
-        lines.append(f"<tr class={name}><th scope=row>{label}</th>{cells}</tr>")
-    for name, label in (
-        ("kl", "KL to SFT, nats"),
-        ("length", "length, tokens"),
-        ("n", "responses"),
-    ):
-        cells = "".join(f"<td>{_value(summary[stage], name)}</td>" for stage in stages)
-        lines.append(f"<tr><th scope=row>{label}</th>{cells}</tr>")
-    return f"<div class=scroll><table><tr><th></th>{heads}</tr>{''.join(lines)}</table></div>"
+    lines = [f"<tr><th></th>{_heads(stages)}</tr>"]
+    # First the shares, then what is no share.
+    shares = {criterion: criterion for criterion in CRITERIA} | {"all": "all three"}
+    for name, label in shares.items():
+        cells = [_share(summary[stage], name, stage) for stage in stages]
+        lines.append(_table_row(label, cells, css=name))
+    values = {"kl": "KL to SFT, nats", "length": "length, tokens", "n": "responses"}
+    for name, label in values.items():
+        cells = [_value(summary[stage], name) for stage in stages]
+        lines.append(_table_row(label, cells))
+    return _table(lines)
 
 
 def _kinds_table(summary: dict[str, Any], stages: list[str]) -> str:
-    kinds = sorted({kind for stage in stages for kind in summary[stage].get("kinds", {})})
+    by_stage = {stage: summary[stage].get("kinds", {}) for stage in stages}
+    kinds = sorted(set().union(*by_stage.values()))
     if not kinds:
         return "<p>Not measured.</p>"
-    lines = []
+    # A row a kind, a column a stage.
+    lines = [f"<tr><th></th>{_heads(stages)}<th scope=col>n</th></tr>"]
     for kind in kinds:
-        entries = [summary[stage].get("kinds", {}).get(kind, {}) for stage in stages]
-        cells = "".join(
-            f"<td>{_share(e, 'all', s)}</td>" for e, s in zip(entries, stages, strict=True)
-        )
-        lines.append(
-            f"<tr><th scope=row>{_e(kind)}</th>{cells}<td>{_e(entries[-1].get('n', ''))}</td></tr>"
-        )
-    heads = "".join(f"<th scope=col>{STAGES[stage]}</th>" for stage in stages)
-    lines.insert(0, f"<tr><th></th>{heads}<th scope=col>n</th></tr>")
+        cells = []
+        for stage in stages:
+            entry = by_stage[stage].get(kind, {})
+            cells.append(_share(entry, "all", stage))
+        # All stages answer the same prompts: the last one's count is theirs too.
+        cells.append(_e(entry.get("n", "")))
+        lines.append(_table_row(_e(kind), cells))
+    return _table(lines)
+
+
+def _table(lines: list[str]) -> str:
     return f"<div class=scroll><table>{''.join(lines)}</table></div>"
 
 
+def _table_row(label: str, cells: list[str], css: str = "") -> str:
+    """Return a row of a table; `css`: its class in the style sheet."""
+    opening = f"<tr class={css}>" if css else "<tr>"
+    columns = "".join(f"<td>{cell}</td>" for cell in cells)
+    return f"{opening}<th scope=row>{label}</th>{columns}</tr>"
+
+
+def _heads(stages: list[str]) -> str:
+    return "".join(f"<th scope=col>{STAGES[stage]}</th>" for stage in stages)
+
+
 def _share(entry: dict[str, Any], name: str, stage: str) -> str:
-    """A share as a number and a bar on which the interval is drawn."""
-    if (share := entry.get(name)) is None:
+    """Return a share as a number and a bar on which its interval is drawn."""
+    share = entry.get(name)
+    if share is None:
         return "–"
+    # Without an interval the bar ends in a point.
     low, high = entry.get(f"{name}_ci") or (share, share)
     interval = f"{_percent(low)} to {_percent(high)}"
+    bar = f"<i style='width:{100 * share:.1f}%'></i>"
+    bar += f"<u style='left:{100 * low:.1f}%;width:{100 * (high - low):.1f}%'></u>"
     return (
-        f"<b>{_percent(share)}</b> <small>{interval}</small><div class='bar {stage}' aria-hidden=true>"
-        f"<i style='width:{100 * share:.1f}%'></i>"
-        f"<u style='left:{100 * low:.1f}%;width:{100 * (high - low):.1f}%'></u></div>"
+        f"<b>{_percent(share)}</b> <small>{interval}</small>"
+        f"<div class='bar {stage}' aria-hidden=true>{bar}</div>"
     )
 
 
 def _value(entry: dict[str, Any], name: str) -> str:
-    if (value := entry.get(name)) is None:
+    """Return a number with its interval, if it has one."""
+    value = entry.get(name)
+    if value is None:
         return "–"
     shown = f"{value:,}" if isinstance(value, int) else f"{value:z.2f}"
-    ci = entry.get(f"{name}_ci")
-    return f"<b>{shown}</b>" + (f" <small>{ci[0]:z.2f} to {ci[1]:z.2f}</small>" if ci else "")
+    text = f"<b>{shown}</b>"
+    interval = entry.get(f"{name}_ci")
+    if interval:
+        low, high = interval
+        text += f" <small>{low:z.2f} to {high:z.2f}</small>"
+    return text
 
 
 def _reward_model(entry: dict[str, Any] | None) -> str:
     if not entry:
         return ""
-    parts = {"all pairs": entry.get("accuracy"), **(entry.get("by_criterion") or {})}
-    cells = "".join(
-        f"<div class=stat><b>{_percent(share)}</b><span>{_e(name)}</span></div>"
-        for name, share in parts.items()
-        if isinstance(share, int | float)
-    )
+    # Of all pairs, then by what decided them.
+    shares = {"all pairs": entry.get("accuracy"), **(entry.get("by_criterion") or {})}
+    cells = ""
+    for name, share in shares.items():
+        if isinstance(share, int | float):
+            cells += f"<div class=stat><b>{_percent(share)}</b><span>{_e(name)}</span></div>"
     why = "Reward model: share of held-out pairs ranked as the gold program ranks them."
     return f"<p>{why}</p><div class='stats few'>{cells}</div>"
 
 
-def _comparison(sample: dict[str, Any], stages: list[str]) -> str:
-    cards = []
-    for stage in (s for s in stages if s in sample):
-        passed = {c: bool(sample[stage].get(c)) for c in CRITERIA}
-        marks = "".join(
-            f"<li class={'pass' if ok else 'fail'}>{'✓' if ok else '✗'} {c}</li>"
-            for c, ok in passed.items()
-        )
-        text = _e(sample[stage]["response"]) or "<i>(empty)</i>"
-        card = f"<h4>{STAGES[stage]}</h4><p class=text>{text}</p><ul class=marks>{marks}</ul>"
-        cards.append(f"<article class='card {stage}'>{card}</article>")
-    kind = f"<span class=kind>{_e(sample.get('kind', ''))}</span>"
-    return f"<h3 class=text>{_e(sample['prompt'])} {kind}</h3><div class='grid three'>{''.join(cards)}</div>"
+def _config_table(config: dict[str, Any]) -> str:
+    return f"<div class=scroll><table class=config>{_config_rows(config, '')}</table></div>"
 
 
-def _labelled(name: str, value: str) -> str:
-    return f"<h4>{_e(name)}</h4><p class=text>{_e(value)}</p>"
-
-
-def _config_table(config: dict[str, Any], prefix: str = "") -> str:
-    lines = []
+def _config_rows(config: dict[str, Any], prefix: str) -> str:
+    rows = ""
     for name, value in config.items():
+        # Nested settings by their dotted names, as flags have them.
         if isinstance(value, dict):
-            lines.append(_config_table(value, f"{prefix}{name}."))
+            rows += _config_rows(value, f"{prefix}{name}.")
         else:
-            shown = f"<td><code>{_e(json.dumps(value))}</code></td>"
-            lines.append(f"<tr><th scope=row>{_e(prefix + name)}</th>{shown}</tr>")
-    return (
-        "".join(lines)
-        if prefix
-        else f"<div class=scroll><table class=config>{''.join(lines)}</table></div>"
-    )
+            text = _e(json.dumps(value))
+            rows += _table_row(_e(prefix + name), [f"<code>{text}</code>"])
+    return rows
+
+
+# --- samples
+
+
+def _sample_card(sample: dict[str, str]) -> str:
+    texts = ""
+    for name, value in sample.items():
+        texts += f"<h4>{_e(name)}</h4><p class=text>{_e(value)}</p>"
+    return f"<article class=card>{texts}</article>"
+
+
+def _comparison(sample: dict[str, Any], stages: list[str]) -> str:
+    """Return a prompt and each stage's response to it, side by side."""
+    cards = ""
+    for stage in stages:
+        if stage in sample:
+            cards += _response_card(sample[stage], stage)
+    kind = f"<span class=kind>{_e(sample.get('kind', ''))}</span>"
+    heading = f"<h3 class=text>{_e(sample['prompt'])} {kind}</h3>"
+    return f"{heading}<div class='grid three'>{cards}</div>"
+
+
+def _response_card(response: dict[str, Any], stage: str) -> str:
+    """Return a stage's response and a mark for each criterion."""
+    marks = ""
+    for criterion in CRITERIA:
+        passed = bool(response.get(criterion))
+        verdict, mark = ("pass", "✓") if passed else ("fail", "✗")
+        marks += f"<li class={verdict}>{mark} {criterion}</li>"
+    text = _e(response["response"]) or "<i>(empty)</i>"
+    card = f"<h4>{STAGES[stage]}</h4><p class=text>{text}</p>"
+    card += f"<ul class=marks>{marks}</ul>"
+    return f"<article class='card {stage}'>{card}</article>"
+
+
+# --- pieces of a page
 
 
 def _section(title: str, content: str, explanation: str = "") -> str:
@@ -235,8 +293,10 @@ def _grid(figures: list[str]) -> str:
 
 
 def _page(folder: pathlib.Path, title: str, body: list[str]) -> str:
+    """Write the page with its style sheet inside; return its path."""
     path = folder / "report.html"
-    style = (pathlib.Path(__file__).with_name("report.css")).read_text()
+    style = pathlib.Path(__file__).with_name("report.css").read_text()
+    # One file: styles and figures are inside.
     text = (
         f"<!doctype html><html lang=en><head><meta charset=utf-8><title>{_e(title)}</title>"
         "<meta name=viewport content='width=device-width, initial-scale=1'>"
@@ -247,15 +307,19 @@ def _page(folder: pathlib.Path, title: str, body: list[str]) -> str:
 
 
 def _e(value: Any) -> str:
+    """Return the text of `value`, escaped for HTML."""
     return html.escape(str(value))
 
 
 def _percent(share: Any) -> str:
-    return "–" if share is None or not math.isfinite(share) else f"{100 * share:.0f} %"
+    if share is None or not math.isfinite(share):
+        return "–"
+    return f"{100 * share:.0f} %"
 
 
 def _duration(seconds: float) -> str:
+    # To the minute from an hour on.
     minutes, seconds = divmod(round(seconds), 60)
-    return (
-        f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {seconds} s"
-    )
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes} min {seconds} s"

@@ -1,10 +1,11 @@
-"""Tests run on the CPU, on eight simulated devices; what needs real data is skipped where there is none."""
+"""Tests run on the CPU, on eight simulated devices; they skip real data that is not there."""
 
 import os
 import pathlib
 
-# Before JAX is imported, and inherited by processes that tests start. Without a mesh everything stays on the first
-# of the eight devices. Models here are tiny, so that compiling is nearly all of the time: unoptimised, it halves.
+# Before JAX is imported, and inherited by processes that tests start. Without a mesh everything
+# stays on the first of the eight devices. Models here are tiny, so that compiling is nearly all
+# of the time: unoptimised, it halves.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
@@ -13,6 +14,7 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
     )
 
 import jax
+import numpy as np
 import pytest
 
 NO_MESH = jax.sharding.get_mesh()
@@ -24,6 +26,17 @@ def no_mesh_is_left():
     jax.set_mesh(NO_MESH)
     yield
     jax.set_mesh(NO_MESH)
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """Return random numbers that no run has seen before.
+
+    A failing test prints SEED=<n>, which repeats it as an environment variable.
+    """
+    seed = int(os.environ.get("SEED") or int.from_bytes(os.urandom(4), "little"))
+    print(f"SEED={seed}")
+    return np.random.default_rng(seed)
 
 
 @pytest.fixture

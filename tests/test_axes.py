@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 from running import fails, rows_of, run
-from test_attention import assert_close, drawn, exact, packed, rng, visible  # noqa: F401
+from test_attention import assert_close, drawn, exact, packed, visible
 
 import train_lm
 import train_ppo
@@ -31,6 +31,7 @@ from planning.dry_run import bubble, describe
 from sharding import MeshConfig, init_sharded, make_mesh, shardings_of, to_mesh
 from train_state import init_state, load_params
 from train_step import OptimizerConfig, make_optimizer, make_train_step
+from weights.families import GEMMA
 
 pytestmark = pytest.mark.skipif(jax.device_count() != 8, reason="needs eight devices")
 CONFIG = dataclasses.replace(
@@ -319,7 +320,7 @@ def test_parts_of_a_chunked_loss_are_of_all_devices(monkeypatch):
     "sizes", [{"sequence": 4, "data": 2}, {"stage": 2, "sequence": 2, "tensor": 2}]
 )
 @pytest.mark.parametrize(
-    "change", [{"window": 5}, {"remat": "full", "tied": False}, {"qkv_bias": True, "gemma": True}]
+    "change", [{"window": 5}, {"remat": "full", "tied": False}, {"qkv_bias": True, **GEMMA}]
 )
 def test_variants_of_the_model_equal_one_device(sizes, change):
     changed = dataclasses.replace(CONFIG, **change)

@@ -316,7 +316,7 @@ def test_a_save_that_fails_in_the_background_is_told(saved, monkeypatch):
 LOOP = """
 import dataclasses, sys, time
 import jax, jax.numpy as jnp
-from checkpoint import Checkpoints
+from runtime.checkpoint import Checkpoints
 
 @dataclasses.dataclass(frozen=True)
 class Config:

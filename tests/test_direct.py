@@ -1,6 +1,6 @@
 """Direct methods against float64 loops written from the papers, their limits, and their optima on a tiny policy."""
 
-from functools import cache, partial
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -8,12 +8,25 @@ import numpy as np
 import optax
 import pytest
 
-from data.preferences import edit_weights, with_edit_weights, with_rank_weights
-from objectives import direct, likelihood
+from model import LanguageOutput
+from objectives import direct
 
 
 def normal(*shape, seed=0):
     return np.random.default_rng(seed).normal(size=shape)
+
+
+RANKS_OF_FOUR = np.array([[2, 1, 3, 0], [1, 2, 2, 2], [4, 3, 1, 2], [0, 2, 1, 1]])
+
+
+def numerical_slopes(losses, x):
+    """Of the sum of `losses(x)`, in each entry of `x`, by central differences."""
+    slopes = np.zeros_like(x)
+    for index in np.ndindex(x.shape):
+        step = np.zeros_like(x)
+        step[index] = 1e-6
+        slopes[index] = (losses(x + step) - losses(x - step)).sum() / 2e-6
+    return slopes
 
 
 # ---- The papers' formulas on four numbers, in Python's own logarithms: independent of the code under test
@@ -118,12 +131,7 @@ def test_value_and_gradient_equal_the_papers_formula(name):
         )
         assert losses.dtype == jnp.float64 and losses.shape == (6,)
     np.testing.assert_allclose(losses, in_loops(tokens), rtol=1e-6, atol=1e-6)
-    want = np.zeros_like(tokens)
-    for index in np.ndindex(tokens.shape):
-        step = np.zeros_like(tokens)
-        step[index] = 1e-6
-        want[index] = (in_loops(tokens + step) - in_loops(tokens - step)).sum() / 2e-6
-    np.testing.assert_allclose(grad, want, atol=1e-6)
+    np.testing.assert_allclose(grad, numerical_slopes(in_loops, tokens), atol=1e-6)
     swapped = (
         papers(*np.array([1.0, -1.0, 0.0, 0.0]) - 2),
         papers(*np.array([-1.0, 1.0, 0.0, 0.0]) - 2),
@@ -131,67 +139,25 @@ def test_value_and_gradient_equal_the_papers_formula(name):
     assert swapped[0] < swapped[1]  # control: the formula itself prefers the chosen
 
 
-def test_token_losses_equal_loops():
-    logp, weights = (
-        -np.abs(normal(4, 6)) - 0.05,
-        np.array([1.0, -0.5, 0.0, 2.0, -1.0, 0.0]) * np.ones((4, 1)),
-    )
-    penalties = {
-        direct.figa: lambda w, p: -w * np.log(p),
-        direct.unlikelihood: lambda w, p: w * np.log(1 - p),
-    }
-    for ours, bad in penalties.items():
-        formula = np.vectorize(
-            lambda x, w, bad=bad: -w * np.log(np.exp(x)) if w >= 0 else bad(w, np.exp(x))
-        )
-        with jax.enable_x64(True):
-            losses, grad = (
-                ours(logp, weights),
-                jax.grad(lambda x, ours=ours: ours(x, weights).sum())(jnp.array(logp)),
-            )
-        np.testing.assert_allclose(losses, formula(logp, weights), atol=1e-6)
-        want = (formula(logp + 1e-6, weights) - formula(logp - 1e-6, weights)) / 2e-6
-        np.testing.assert_allclose(grad, want, atol=1e-6)
-        assert (np.asarray(grad)[:, weights[0] == 0] == 0).all() and (
-            np.asarray(grad)[:, weights[0] < 0] > 0
-        ).all()
-
-
-def ranked_in_loops(name, logp, ranks, tokens):
+def rrhf_in_loops(logp, ranks, tokens):
     losses = []
     for x, rank, n in zip(logp, ranks, tokens, strict=True):
         best = min((c for c in range(len(x)) if rank[c]), key=lambda c: rank[c])
-        if name == "contrastive":
-            losses.append(
-                -np.log(np.exp(x[best]) / sum(np.exp(x[c]) for c in range(len(x)) if rank[c]))
-            )
-        else:
-            pairs = [(i, j) for i in range(len(x)) for j in range(len(x)) if 0 < rank[i] < rank[j]]
-            losses.append(sum(max(0.0, x[j] / n[j] - x[i] / n[i]) for i, j in pairs) - x[best])
+        pairs = [(i, j) for i in range(len(x)) for j in range(len(x)) if 0 < rank[i] < rank[j]]
+        losses.append(sum(max(0.0, x[j] / n[j] - x[i] / n[i]) for i, j in pairs) - x[best])
     return np.array(losses)
 
 
-@pytest.mark.parametrize("name", ["rrhf", "contrastive"])
-def test_ranked_losses_equal_loops(name):
-    ranks = np.array([[2, 1, 3, 0], [1, 2, 2, 2], [4, 3, 1, 2], [0, 2, 1, 1]])
-    logp, tokens = (
-        -np.abs(normal(4, 4)) - 1,
-        np.random.default_rng(1).integers(1, 9, (4, 4)).astype(float),
-    )
-    loss = partial(getattr(direct, name), ranks_BC=ranks, tokens_BC=tokens)
+def test_rrhf_equals_loops():
+    logp = -np.abs(normal(4, 4)) - 1
+    tokens = np.random.default_rng(1).integers(1, 9, (4, 4)).astype(float)
+    loss = partial(direct.rrhf, ranks_BC=RANKS_OF_FOUR, tokens_BC=tokens)
     with jax.enable_x64(True):
         losses, grad = loss(logp), jax.grad(lambda x: loss(x).sum())(jnp.array(logp))
-    np.testing.assert_allclose(losses, ranked_in_loops(name, logp, ranks, tokens), atol=1e-6)
-    want = np.zeros_like(logp)
-    for index in np.ndindex(logp.shape):
-        step = np.zeros_like(logp)
-        step[index] = 1e-6
-        difference = ranked_in_loops(name, logp + step, ranks, tokens) - ranked_in_loops(
-            name, logp - step, ranks, tokens
-        )
-        want[index] = difference.sum() / 2e-6
-    np.testing.assert_allclose(grad, want, atol=1e-6)
-    assert (np.asarray(grad)[ranks == 0] == 0).all()
+    in_loops = partial(rrhf_in_loops, ranks=RANKS_OF_FOUR, tokens=tokens)
+    np.testing.assert_allclose(losses, in_loops(logp), atol=1e-6)
+    np.testing.assert_allclose(grad, numerical_slopes(in_loops, logp), atol=1e-6)
+    assert (np.asarray(grad)[RANKS_OF_FOUR == 0] == 0).all()
 
 
 # ---- Limits
@@ -298,8 +264,8 @@ def test_rrhf_is_zero_when_ordered_and_restores_order():
 # ---- Batches of candidates
 
 
-def bigram(params, tokens, segments, positions, read):
-    return read(params[tokens], jnp.eye(params.shape[-1])), None
+def bigram(params, tokens, segments, positions):
+    return LanguageOutput(params[tokens], jnp.eye(params.shape[-1]))
 
 
 def candidates(ranks, length=6, vocab=7, seed=0):
@@ -428,13 +394,13 @@ def test_kto_objective_judges_by_rank():
 FIRST, SECOND = (x.reshape(-1) for x in np.indices((3, 3)))
 
 
-def tabular(params, tokens_BT, segment_ids_BT, positions_BT, read):
+def tabular(params, tokens_BT, segment_ids_BT, positions_BT):
     batch = tokens_BT.shape[0]
     first = jnp.broadcast_to(params["first"], (batch, 3))
     logits_BTV = jnp.stack(
         [first, params["second"][tokens_BT[:, 1]], jnp.zeros((batch, 3))], axis=1
     )
-    return read(logits_BTV, jnp.eye(3)), None
+    return LanguageOutput(logits_BTV, jnp.eye(3))
 
 
 def sequences(order):
@@ -486,7 +452,7 @@ def test_dpo_reaches_its_closed_form():
     order = np.array([(i, j) for i in range(9) for j in range(9) if i != j])
     preferred = sigmoid(reward[order[:, 0]] - reward[order[:, 1]]).astype(np.float32)
     batch = sequences(order)
-    batch["reference_BC"] = np.asarray(direct.response_logprobs(tabular, start, batch))
+    batch["reference_BC"] = np.asarray(direct.candidate_logprobs(tabular, start, batch))
     reference = nine_probs(start)
 
     def train(beta):
@@ -540,11 +506,11 @@ def test_kto_reaches_its_own_optimum():
     """Where each response is desirable more often than not; one mostly undesirable is driven out altogether."""
     start, beta = start_tables(), 0.5
     batch, reference = sequences(np.arange(9)[:, None]), nine_probs(start)
-    reference_BC = direct.response_logprobs(tabular, start, batch)
+    reference_BC = direct.candidate_logprobs(tabular, start, batch)
 
     def train(desirable):
         def loss(params):
-            logp_BC = direct.response_logprobs(tabular, params, batch)
+            logp_BC = direct.candidate_logprobs(tabular, params, batch)
             kl = (jnp.exp(logp_BC) * (logp_BC - reference_BC)).sum()  # exact
             good, bad = (
                 direct.kto_unpaired(logp_BC, reference_BC, side, beta=beta, kl=kl)
@@ -561,151 +527,3 @@ def test_kto_reaches_its_own_optimum():
     disliked = desirable.copy()
     disliked[reference.argmax()] = 0.2
     assert train(np.float32(disliked))[reference.argmax()] < 0.02 < reference.max()
-
-
-# ---- Tokens and instructions
-
-
-def test_edit_weights_mark_what_a_revision_changed():
-    a, b, c, d, e = range(5)
-    assert edit_weights([a, b, c], [a, d, c]) == ([0, -0.5, 0], [0, 1, 0])  # substituted
-    assert edit_weights([a, b, c], [a, c]) == ([0, -0.5, 0], [0, 0])  # dropped
-    assert edit_weights([a, c], [a, b, c, e], kept=0.1) == ([0, 0], [0.1, 1, 0.1, 1])  # added
-    assert edit_weights([a, b], [a, b]) == ([0, 0], [0, 0])
-
-
-def test_edit_weights_are_of_a_shortest_edit():
-    @cache
-    def distance(a, b):  # Levenshtein's, by its definition
-        if not a or not b:
-            return len(a) + len(b)
-        swapped = distance(a[1:], b[1:]) + (a[0] != b[0])
-        return min(swapped, distance(a[1:], b) + 1, distance(a, b[1:]) + 1)
-
-    rng = np.random.default_rng(0)
-    for _ in range(300):
-        a, b = (tuple(rng.integers(3, size=rng.integers(8)).tolist()) for _ in range(2))
-        before, after = edit_weights(list(a), list(b))
-        kept = [
-            [-1, *(i for i, w in enumerate(weights) if w == 0), len(weights)]
-            for weights in (before, after)
-        ]
-        assert [a[i] for i in kept[0][1:-1]] == [b[j] for j in kept[1][1:-1]]
-        between = np.maximum(
-            *(np.diff(indices) - 1 for indices in kept)
-        )  # edits between two tokens that are kept
-        assert between.sum() == distance(a, b), (a, b)
-
-
-def test_tokens_that_a_revision_keeps_have_no_gradient():
-    prompt = [5, 6]
-    batch = candidates([[2, 1, 0]], vocab=9)
-    batch["tokens_BCT"][0, :2] = [[*prompt, 1, 2, 3, 0], [*prompt, 1, 4, 3, 7]]
-    batch["loss_mask_BCT"][0, :2] = [[0, 0, 1, 1, 1, 0], [0, 0, 1, 1, 1, 1]]
-    weighted = with_edit_weights(batch, 0.5)
-    assert weighted["weights_BCT"][0].tolist() == [
-        [0, 0, 0, -0.5, 0, 0],
-        [0, 0, 0, 1, 0, 1],
-        [0] * 6,
-    ]
-
-    def table(
-        params, tokens, segments, positions, read
-    ):  # logits of its own for each row and position
-        return read(params, jnp.eye(9)), None
-
-    logits = jnp.float32(normal(3, 6, 9))
-    loss = partial(direct.token_objective, table, loss=direct.figa)
-    (_, (weight, _)), grad = jax.jit(jax.value_and_grad(loss, has_aux=True))(logits, weighted)
-    touched = np.abs(np.asarray(grad)).sum(-1) > 0  # token t is predicted at t - 1
-    assert np.argwhere(touched).tolist() == [[0, 2], [1, 2], [1, 4]] and float(weight) == 3
-    assert grad[0, 2, 2] > 0 > grad[1, 2, 4]  # descent: the dropped token down, the new one up
-
-
-def test_unlikelihood_lowers_what_is_marked_bad_and_nothing_else():
-    batch = candidates([[1, 2], [1, 2]], vocab=6)
-    batch["tokens_BCT"][:] = [
-        [[0, 1, 2, 2, 2, 2], [0, 3, 4, 4, 4, 4]],
-        [[0, 1, 2, 2, 2, 2], [0, 3, 5, 5, 5, 5]],
-    ]
-    batch["loss_mask_BCT"][:] = [0, 0, 1, 0, 0, 0]
-    batch = with_rank_weights(batch, 1.0)
-    only_bad = {**batch, "weights_BCT": np.minimum(batch["weights_BCT"], 0)}
-    start = jnp.float32(normal(6, 6))
-    probs = lambda table: np.asarray(jax.nn.softmax(table))
-    for chosen, good in ((batch, True), (only_bad, False)):
-        loss = partial(direct.token_objective, bigram, batch=chosen, loss=direct.unlikelihood)
-        end = minimise(lambda table, loss=loss: loss(table)[0], start, 400)
-        assert (probs(end)[3, [4, 5]] < 0.2 * probs(start)[3, [4, 5]]).all()
-        assert probs(end)[1, 2] > 0.9 if good else probs(end)[1, 2] == probs(start)[1, 2]
-        np.testing.assert_array_equal(np.delete(end, [1, 3], 0), np.delete(start, [1, 3], 0))
-
-
-def test_unlikelihood_in_one_context_lowers_the_bad_token_and_never_the_good_one():
-    """Good and bad answer follow the same token; at every step, and from many starts."""
-    batch = candidates([[1, 2]], vocab=6)
-    batch["tokens_BCT"][:, :, :3] = [[[0, 1, 2], [0, 1, 3]]]
-    batch["loss_mask_BCT"][:] = [0, 0, 1, 0, 0, 0]
-    batch = with_rank_weights(batch, 1.0)
-
-    def course(batch):
-        """[starts, steps, V]: what follows token 1."""
-        slope = jax.grad(
-            lambda table: direct.token_objective(bigram, table, batch, loss=direct.unlikelihood)[0]
-        )
-        descend = lambda table, _: (table - 0.5 * slope(table), table[1])
-        starts = jnp.float32(normal(20, 6, 6))
-        return np.asarray(
-            jax.nn.softmax(
-                jax.jit(jax.vmap(lambda x: jax.lax.scan(descend, x, None, 100)[1]))(starts)
-            )
-        )
-
-    good, bad = course(batch)[..., 2], course(batch)[..., 3]
-    assert (np.diff(bad / good) < 0).all() and (bad[:, -1] < 0.1 * bad[:, 0]).all()
-    assert (np.diff(good) >= 0).all() and (good[:, -1] > 0.9).all()
-    swapped = course({**batch, "weights_BCT": batch["weights_BCT"][:, ::-1]})[..., 2]
-    assert (swapped[:, -1] < 0.1 * swapped[:, 0]).all()  # control: marked bad, it goes
-
-
-def test_unlikelihood_also_unlearns_what_the_model_is_sure_of():
-    """In float32 log p is 0 to rounding at a margin of 16 nats or more, where the loss is clamped."""
-
-    def loss(margin):
-        logits = jnp.array([[[margin, 0.0]]])
-        return direct.unlikelihood(
-            likelihood.label_logprobs(logits, jnp.array([[0]])), jnp.float32([[-1.0]])
-        )[0, 0]
-
-    for margin in (0.0, 10.0, 15.0):
-        assert float(jax.grad(loss)(margin)) > 0.3  # exactly: p
-    assert float(jax.grad(loss)(16.0)) > 0.05 and np.isfinite(float(loss(1e3)))
-
-
-def test_contrast_of_instructions_starts_at_chance_and_is_learnt():
-    """Four prompts for each response; the true one's token is the response's."""
-    rng = np.random.default_rng(0)
-    answers, others = rng.integers(0, 8, 400), rng.integers(1, 8, (400, 3))
-    prompts = np.concatenate([answers[:, None], (answers[:, None] + others) % 8], axis=1)
-    tokens = np.stack([prompts, np.broadcast_to(answers[:, None], (400, 4))], axis=2)
-    ranks = np.broadcast_to([1, 2, 2, 2], (400, 4))
-    mask = np.broadcast_to([0.0, 1.0], tokens.shape).astype(np.float32)
-    batch = {
-        "tokens_BCT": tokens,
-        "segment_ids_BCT": tokens,
-        "positions_BCT": tokens,
-        "loss_mask_BCT": mask,
-    }
-    objective = partial(
-        direct.ranked_objective,
-        bigram,
-        batch={**batch, "ranks_BC": ranks},
-        loss=direct.contrastive,
-    )
-    objective = jax.jit(objective)
-    loss, (weight, _) = objective(jnp.zeros((8, 8)))
-    assert float(loss / weight) == pytest.approx(np.log(4), rel=1e-5)
-    accuracy = lambda table: float(objective(table)[1][1]["first"][0]) / 400
-    starts = 1e-3 * jnp.float32(normal(40, 8, 8))
-    assert np.mean([accuracy(table) for table in starts]) == pytest.approx(1 / 4, abs=0.03)
-    assert accuracy(minimise(lambda table: objective(table)[0] / 400, starts[0], 300)) > 0.99

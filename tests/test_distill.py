@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 
+from model import LanguageOutput
 from objectives.distill import distill_objective, forward_kl, jsd, reverse_kl
 from objectives.likelihood import likelihood_objective
 
@@ -101,9 +102,9 @@ def test_jsd_tends_to_either_kl():
 # ---- The objective
 
 
-def model(params, tokens_BT, segment_ids_BT, positions_BT, read=lambda x, _: x):
+def model(params, tokens_BT, segment_ids_BT, positions_BT):
     """Logits from a table, a row for each token and position; what comes before is not looked at."""
-    return read(params[tokens_BT, positions_BT], jnp.eye(params.shape[-1])), None
+    return LanguageOutput(params[tokens_BT, positions_BT], jnp.eye(params.shape[-1]))
 
 
 def table(seed, vocabulary=V):

@@ -10,12 +10,14 @@ import optax
 import pytest
 
 import train_grpo
+from model import LanguageOutput
 from objectives import group
 from objectives.policy import kl_estimate, response_logprobs, token_rewards
 from objectives.reward import combined
+from rollout import refill_groups
 from runtime import flags
 
-METHODS = ["grpo", "dr_grpo", "dapo", "gspo", "rloo", "reinforce_pp", "online_dpo"]
+METHODS = ["grpo", "dr_grpo", "dapo", "gspo", "rloo", "reinforce_pp"]
 P, C, R, V = 3, 4, 6, 5  # prompts, responses to each, tokens of a response, vocabulary
 
 
@@ -28,21 +30,18 @@ def settled(method, **fields):
     return flags.fill_paper_defaults(given, group.PAPERS[method])
 
 
-def judged(config, apply, policy, reference, batch, rewards_B, potentials=None):
-    """The rollouts `batch` with the targets of the script."""
+def experience_of(config, apply, policy, reference, batch, rewards_B):
+    """The rollouts `batch` with the targets of the script, and the metrics."""
     advantages, _ = train_grpo.make_method(config, apply)
-    judge = train_grpo.make_judge(config, apply, advantages, eos=-1)
-    scalars = (
-        {} if potentials is None else {config.reward[0]: np.pad(potentials, ((0, 0), (0, 1)))}
-    )
-    return judge(policy, reference, batch, {"r": rewards_B}, scalars)
+    compute_advantages = train_grpo.make_advantages(config, apply, advantages, eos=-1)
+    return compute_advantages(policy, reference, batch, {"r": rewards_B}, {})
 
 
 # ---- Loss and gradient of every method, from rewards on, as its paper writes it
 
 
-def bigram(params, tokens, segments, positions, logits_from=0, read=lambda x, _: x):
-    return read(params[tokens][:, logits_from:], jnp.eye(params.shape[-1])), None
+def bigram(params, tokens, segments, positions):
+    return LanguageOutput(params[tokens], jnp.eye(params.shape[-1]))
 
 
 def rollouts(seed=0):
@@ -80,13 +79,6 @@ def paper_loss(method, table, old_table, reference_table, batch, rewards):
     clipped = lambda ratio, A, low, high: min(
         ratio * A, float(np.clip(ratio, 1 - low, 1 + high)) * A
     )
-    if method == "online_dpo":
-        losses = []
-        for rows in groups:
-            w, l = max(rows, key=lambda i: rewards[i]), min(rows, key=lambda i: rewards[i])
-            gap = (logp[w].sum() - reference[w].sum()) - (logp[l].sum() - reference[l].sum())
-            losses += [-np.log(1 / (1 + np.exp(-0.1 * gap)))] if rewards[w] > rewards[l] else []
-        return np.mean(losses)
     if method == "reinforce_pp":
         A = [
             [rewards[i] - 0.01 * (old[i] - reference[i])[t:].sum() for t in range(length[i])]
@@ -156,11 +148,9 @@ def test_loss_and_gradient_equal_the_papers(method):
     rewards = normal(P * C, seed=3).round(2)
     rewards[C : 2 * C] = 0.1  # a group of equal rewards
     with jax.enable_x64(True):
-        targets, _ = judged(
+        targets, _ = experience_of(
             config, bigram, jnp.array(old), jnp.array(reference), batch, jnp.array(rewards)
         )
-        if method == "online_dpo":
-            targets = group.best_and_worst(targets, C)
         objective = jax.jit(
             jax.value_and_grad(train_grpo.make_method(config, bigram)[1], has_aux=True)
         )
@@ -176,11 +166,11 @@ def test_loss_and_gradient_equal_the_papers(method):
     assert float(loss) / float(count) == pytest.approx(paper(table), abs=1e-6)
     np.testing.assert_allclose(np.asarray(grad) / float(count), numerical, atol=1e-6)
     assert np.abs(numerical).max() > 1e-3
-    if method not in ("rloo", "online_dpo"):  # control: both sides of the clip were met
+    if method != "rloo":  # control: both sides of the clip were met
         assert 0.1 < float(metrics["clipped"][0] / metrics["clipped"][1]) < 0.9
 
 
-@pytest.mark.parametrize("method", ["grpo", "rloo", "reinforce_pp", "online_dpo"])
+@pytest.mark.parametrize("method", ["grpo", "rloo", "reinforce_pp"])
 def test_what_lies_in_the_padding_does_not_matter(method):
     config = settled(method, samples_per_prompt=C, max_new_tokens=R)
     batch, table = rollouts(), jnp.float32(normal(V, V))
@@ -191,10 +181,9 @@ def test_what_lies_in_the_padding_does_not_matter(method):
     other["tokens_BT"] = np.concatenate([batch["tokens_BT"][:, :2], other["response_BR"]], axis=1)
 
     def gradient(batch):
-        targets, _ = judged(
+        targets, _ = experience_of(
             config, bigram, table, 0 * table, batch, jnp.float32(normal(P * C, seed=3))
         )
-        targets = group.best_and_worst(targets, C) if method == "online_dpo" else targets
         moved = table + 0.1 * jnp.float32(normal(V, V, seed=2)) * (jnp.arange(V) > 0)[:, None]
         return jax.jit(jax.grad(train_grpo.make_method(config, bigram)[1], has_aux=True))(
             moved, targets
@@ -211,20 +200,19 @@ def test_every_method_of_the_script_has_its_papers_values():
         == set(group.PAPERS)
         == set(METHODS)
     )
-    assert all(
-        getattr(settled(method), name) is not None for method in METHODS for name in group.GRPO
-    )
+    fields = group.GRPO.keys() - {"paper"}
+    assert all(getattr(settled(method), name) is not None for method in METHODS for name in fields)
+    citations = {paper["paper"] for paper in group.PAPERS.values()}
+    assert len(citations) == len(METHODS)
     assert settled("dapo", clip_high=0.5).clip_high == 0.5 and settled("dapo").clip_high == 0.28
 
 
 # ---- Limits
 
 
-@pytest.mark.parametrize("method", ["grpo", "rloo", "online_dpo"])
+@pytest.mark.parametrize("method", ["grpo", "rloo"])
 def test_equal_rewards_give_exactly_zero_gradient(method):
-    config = settled(
-        method, samples_per_prompt=C - 1, max_new_tokens=R, kl_coef=0.1 * (method == "online_dpo")
-    )
+    config = settled(method, samples_per_prompt=C - 1, max_new_tokens=R, kl_coef=0.0)
     batch = {name: x[: P * (C - 1)] for name, x in rollouts().items()}
     rewards = np.repeat(np.float32([0.9, 1.7, -2.9]), C - 1)
     assert (
@@ -233,8 +221,7 @@ def test_equal_rewards_give_exactly_zero_gradient(method):
     policy = jnp.float32(normal(V, V))
 
     def gradient(rewards):
-        targets, _ = judged(config, bigram, policy, policy, batch, jnp.array(rewards))
-        targets = group.best_and_worst(targets, C - 1) if method == "online_dpo" else targets
+        targets, _ = experience_of(config, bigram, policy, policy, batch, jnp.array(rewards))
         return jax.jit(jax.grad(train_grpo.make_method(config, bigram)[1], has_aux=True))(
             policy, targets
         )[0]
@@ -263,11 +250,11 @@ def test_dr_grpo_weighs_neither_length_nor_spread():
 
     def push(method):
 
-        def free(params, *_, logits_from=0, read):
-            return read(params[:, logits_from:], jnp.eye(2)), None
+        def free(params, *_):
+            return LanguageOutput(params, jnp.eye(2))
 
         config = settled(method, samples_per_prompt=2, max_new_tokens=R, kl_coef=0.0)
-        targets, _ = judged(config, free, logits, logits, batch, rewards)
+        targets, _ = experience_of(config, free, logits, logits, batch, rewards)
         grad = jax.grad(train_grpo.make_method(config, free)[1], has_aux=True)(logits, targets)[0]
         return np.asarray(-grad[:, :R, 0])  # descent: how far the taken token goes up
 
@@ -315,7 +302,7 @@ def test_gspo_ratio_is_the_geometric_mean():
 def test_dapo_clips_higher_above():
     """Where going further would be rewarded and the ratio is out of [1 - 0.2, 1 + 0.28], no gradient is left."""
     config = settled("dapo", samples_per_prompt=2)
-    model = lambda params, *_, logits_from=0, read: (read(params, jnp.eye(2)), None)
+    model = lambda params, *_: LanguageOutput(params, jnp.eye(2))
     objective = train_grpo.make_method(config, model)[1]
     ratios = np.float32([0.75, 0.85, 1.15, 1.25, 1.35])
     batch = {
@@ -344,13 +331,13 @@ def test_dynamic_sampling_drops_groups_of_equal_rewards():
     for equal in (0, 2), (1,):
         rewards = np.float32(normal(P, C, seed=3).round(2))
         rewards[list(equal)] = 1.0
-        targets, metrics = judged(config, bigram, table, table, batch, rewards.reshape(-1))
+        targets, metrics = experience_of(config, bigram, table, table, batch, rewards.reshape(-1))
         kept = np.asarray(targets["mask_BR"]).reshape(P, -1).any(1)
         assert kept.tolist() == [p not in equal for p in range(P)] and float(
-            metrics["unequal"]
+            metrics["groups_with_signal"]
         ) == pytest.approx(kept.mean())
         pools.append({**targets, "tokens_BT": targets["tokens_BT"] + 100 * len(pools)})
-    full = group.refilled(*pools, C)
+    full = refill_groups(*pools, C)
     first = np.concatenate(
         [
             pools[0]["tokens_BT"][C : 2 * C],
@@ -360,9 +347,9 @@ def test_dynamic_sampling_drops_groups_of_equal_rewards():
     )
     np.testing.assert_array_equal(full["tokens_BT"], first)
     assert (np.asarray(full["mask_BR"]).sum(1) > 0).all()
-    again = group.refilled(pools[0], pools[0], C)  # two groups in all: the third is still missing
+    again = refill_groups(pools[0], pools[0], C)  # two groups in all: the third is still missing
     assert np.asarray(again["mask_BR"]).reshape(P, -1).any(1).tolist() == [True, True, False]
-    equal, _ = judged(
+    equal, _ = experience_of(
         settled("grpo", samples_per_prompt=C),
         bigram,
         table,
@@ -414,14 +401,14 @@ def test_rewards_combine():
 FIRST, SECOND = (x.reshape(-1) for x in np.indices((3, 3)))
 
 
-def tabular(params, tokens_BT, segment_ids_BT, positions_BT, logits_from=0, read=lambda x, _: x):
+def tabular(params, tokens_BT, segment_ids_BT, positions_BT):
     """Logits of the first token from one table, of the second from a row for each first token."""
     batch = tokens_BT.shape[0]
     first = jnp.broadcast_to(params["first"], (batch, 3))
     logits_BTV = jnp.stack(
         [first, params["second"][tokens_BT[:, 1]], jnp.zeros((batch, 3))], axis=1
     )
-    return read(logits_BTV[:, logits_from:], jnp.eye(3)), None
+    return LanguageOutput(logits_BTV, jnp.eye(3))
 
 
 def sequences(which_B):
@@ -506,10 +493,10 @@ def test_rloo_is_unbiased_by_enumeration(count):
 
 
 def train(config, rewards, reference=None, steps=300, lr=0.1, potentials=None, pool=None):
-    """The nine probabilities after training on samples of the policy, by the script's judge and objective."""
+    """The nine probabilities after training on samples of the policy, by the script's advantages and objective."""
     reference = tables() if reference is None else reference
     advantages, objective = train_grpo.make_method(config, tabular)
-    judge = train_grpo.make_judge(config, tabular, advantages, eos=-1)
+    compute_advantages = train_grpo.make_advantages(config, tabular, advantages, eos=-1)
     optimizer = optax.adam(optax.linear_schedule(lr, 0.0, steps))
     rewards = {name: jnp.float32(r) for name, r in rewards.items()}
 
@@ -521,7 +508,7 @@ def train(config, rewards, reference=None, steps=300, lr=0.1, potentials=None, p
             which_B = jax.random.categorical(key, nine_logps(params), shape=(config.batch_size,))
             scalars = {} if potentials is None else {config.reward[0]: potentials(which_B)}
             batch = sequences(which_B)
-            batch, _ = judge(
+            batch, _ = compute_advantages(
                 params,
                 reference,
                 batch,

@@ -67,8 +67,8 @@ def test_a_spike_is_of_loss_and_gradient_both_and_needs_a_history():
     assert not guard.is_spike(config, history[:15], [6.0, 4.0])
     assert not guard.is_spike(guard.GuardConfig(threshold=0), history, [6.0, 4.0])
     assert (
-        guard.watched({"loss": float("nan"), "grad_norm": 1.0})
-        is guard.watched({"loss": 1.0})
+        guard.loss_and_norm({"loss": float("nan"), "grad_norm": 1.0})
+        is guard.loss_and_norm({"loss": 1.0})
         is None
     )
 

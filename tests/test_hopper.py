@@ -1,9 +1,10 @@
-"""The Hopper kernels against float64: on a GPU as they are, elsewhere in JAX's interpreter of Mosaic GPU.
+"""The Hopper kernels against float64: on a GPU as they are, elsewhere in JAX's interpreter.
 
-The interpreter runs every warpgroup as a thread and has its barriers, bulk copies and shared memory, so that a wrong
-index, mask or order shows, and a barrier that nobody completes hangs. It knows no products with a factor in registers
-and, at JAX 0.10, no layouts; `in_python` says in terms that it knows what those mean. What it cannot show: a sum read
-while a product still adds to it (tests/test_compile.py sees that ptxas has no wait to insert), and rounding.
+The interpreter of Mosaic GPU runs every warpgroup as a thread and has its barriers, bulk copies
+and shared memory, so that a wrong index, mask or order shows, and a barrier that nobody completes
+hangs. It knows no products with a factor in registers and, at JAX 0.10, no layouts; `in_python`
+says in terms that it knows what those mean. What it cannot show: a sum read while a product still
+adds to it (tests/test_compile.py sees that ptxas has no wait to insert), and rounding.
 """
 
 import functools
@@ -17,7 +18,7 @@ from jax._src.pallas.mosaic_gpu.interpret import params, shared_memory
 from jax._src.state.primitives import ref_set
 from jax.experimental import pallas as pl  # noqa: F401  (mosaic_gpu needs it)
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from test_attention import assert_close, drawn, exact, packed, rng  # noqa: F401  (rng: a fixture)
+from test_attention import assert_close, drawn, exact, packed
 
 from kernels import hopper
 from kernels.attention import attention
@@ -30,7 +31,7 @@ JAX_10 = jax.__version_info__ < (0, 11)
 
 
 def matrix(x):
-    """The value of a factor: registers, shared memory, or shared memory transposed."""
+    """Return the value of a factor: registers, shared memory, or shared memory transposed."""
     if isinstance(x, jax.Array):
         return x
     if type(x.transforms[-1]).__name__ == "TransposeTransform":
@@ -39,44 +40,50 @@ def matrix(x):
 
 
 def in_python(patch):
-    """Replaces what the interpreter does not know by what it means."""
+    """Replace what the interpreter does not know by what it means."""
 
     def wgmma(total, a, b):
         product = jnp.dot(matrix(a), matrix(b), preferred_element_type=jnp.float32)
-        plgpu.commit_smem()  # products read as copies do, ordered among themselves without this
+        # Products read as copies do; ordered among themselves without this.
+        plgpu.commit_smem()
         ref_set(total, (), plgpu.wgmma_accumulator_load(total) + product)
+
+    def store_sum(ref, value):
+        return ref_set(ref, (), value)
 
     def load(ref, at, **_):
         value = ref[at] if at else ref[...]
-        plgpu.commit_smem()  # the barrier that frees the slot is held to be enough (CUTLASS does), but not here
+        # The barrier that frees the slot is held to be enough (CUTLASS does), but not here.
+        plgpu.commit_smem()
         return value
 
+    def layout_cast(x, _):
+        return x
+
+    def broadcasted_iota(dtype, shape, axis, **_):
+        return jax.lax.broadcasted_iota(dtype, shape, axis)
+
     patch.setattr(plgpu, "wgmma", wgmma)
-    patch.setattr(
-        primitives, "wgmma_accumulator_store", lambda ref, value: ref_set(ref, (), value)
-    )
+    patch.setattr(primitives, "wgmma_accumulator_store", store_sum)
     patch.setattr(plgpu, "load", load)
-    patch.setattr(plgpu, "layout_cast", lambda x, _: x)
-    patch.setattr(
-        plgpu,
-        "broadcasted_iota",
-        lambda dtype, shape, axis, **_: jax.lax.broadcasted_iota(dtype, shape, axis),
-    )
+    patch.setattr(plgpu, "layout_cast", layout_cast)
+    patch.setattr(plgpu, "broadcasted_iota", broadcasted_iota)
     patch.setattr("kernels.attention.platform", lambda: "gpu")
 
 
 def results(arrays, segments, patch, races=False, **options):
-    """Output and gradients, through the public function."""
+    """Return output and gradients, through the public function."""
+    q, k, v, dout = arrays
     run = functools.partial(
         attention, segment_ids=segments, implementation="pallas_hopper", **options
     )
     if ON_GPU:
-        out, pull = jax.vjp(jax.jit(run), *arrays[:3])
-        return out, *pull(arrays[3])
+        out, pull = jax.vjp(jax.jit(run), q, k, v)
+        return out, *pull(dout)
     in_python(patch)
     with params.force_gpu_interpret_mode(params.InterpretGPUParams(detect_races=races)):
-        out, pull = jax.vjp(run, *arrays[:3])
-        return out, *pull(arrays[3])
+        out, pull = jax.vjp(run, q, k, v)
+        return out, *pull(dout)
 
 
 def test_equals_float64(rng, monkeypatch):
@@ -85,27 +92,31 @@ def test_equals_float64(rng, monkeypatch):
     segments = np.repeat([[1, 0, 2]], [50, 18, 60], axis=1)
     got = results(arrays, segments, monkeypatch)
     assert_close(got, exact(*arrays, segments), "bfloat16")
+
+    # Controls: another result with another mask, or without the segments.
     for changed, ids in (({"causal": False}, segments), ({"window": 2}, segments), ({}, None)):
+        other = exact(*arrays, ids, **changed)
         with pytest.raises(AssertionError):
-            assert_close(got, exact(*arrays, ids, **changed), "bfloat16")
+            assert_close(got, other, "bfloat16")
 
 
-CASES = {  # tokens, query heads, key/value heads, width, options
-    "width 64, both ways": (300, 2, 1, 64, {"causal": False, "window": 40, "packed": True}),
-    "width 128": (300, 1, 1, 128, {"causal": False}),  # more tiles than slots of any ring
-    "width 256": (300, 1, 1, 256, {"packed": True}),
-    "capped": (200, 3, 1, 128, {"soft_cap": 2.0, "scale": 0.3, "window": 150}),
+# Tokens, query heads, key/value heads, width, packed, options.
+CASES = {
+    "width 64, both ways": (300, 2, 1, 64, True, {"causal": False, "window": 40}),
+    # More tiles than slots of any ring.
+    "width 128": (300, 1, 1, 128, False, {"causal": False}),
+    "width 256": (300, 1, 1, 256, True, {}),
+    "capped": (200, 3, 1, 128, False, {"soft_cap": 2.0, "scale": 0.3, "window": 150}),
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_cases_equal_float64(case, rng, monkeypatch):
-    length, heads, kv_heads, width, options = CASES[case]
-    options = dict(options)
+    length, heads, kv_heads, width, is_packed, options = CASES[case]
     batch = 2 if width == 64 else 1
     arrays = drawn(rng, batch, length, heads, kv_heads, width, "bfloat16")
-    segments = packed(rng, batch, length) if options.pop("packed", False) else None
+    segments = packed(rng, batch, length) if is_packed else None
     got = results(arrays, segments, monkeypatch, **options)
     assert_close(got, exact(*arrays, segments, **options), "bfloat16")
 
@@ -128,8 +139,11 @@ def test_nothing_is_read_before_it_is_written_or_written_while_it_is_read(
         return [block for block in blocks if registers not in block]
 
     assert not races()
-    # Control: in the forward kernel consumers say that they are through with a slot before they have read it.
-    take, leave = hopper.take, hopper.leave
+
+    # Control: in the forward kernel consumers say that they are through with a slot before they
+    # have read it.
+    take = hopper.take
+    leave = hopper.leave
 
     def take_and_leave(*at):
         tiles = take(*at)

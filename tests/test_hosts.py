@@ -41,7 +41,8 @@ FAULTS = {
 # Runs a script as its command line does, and does `fault` after step 3, or when the save of step 4 is half done.
 DRIVER = """
 import importlib, os, signal, sys, time
-import checkpoint, config, data.batches, hosts
+import data.batches
+from runtime import checkpoint, flags
 
 data.batches.PACKING_WINDOW = 16  # few rows each, so that the hosts' positions soon differ
 script, at, fault = sys.argv[1:4]
@@ -65,7 +66,7 @@ def finish_with_fault(self, path, body):
 
 checkpoint.Checkpoints.due, checkpoint.Checkpoints._finish = due_with_fault, finish_with_fault
 script = importlib.import_module(script)
-config.run(script.main, script.Config)
+flags.run(script.main, script.Config)
 """
 
 

@@ -19,12 +19,12 @@ import train_rm
 import train_sft
 from lora import INPUTS, LoraConfig, lora_base, merge, trainable_part, with_adapters
 from model import LanguageModel, ScalarModel, init_and_apply
-from model_config import ModelConfig
+from model_config import stored_model
 from objectives.likelihood import likelihood_objective
 from objectives.policy import response_logprobs
 from runtime import flags as config
 from runtime.errors import UserError
-from runtime.run_folder import finished_steps, load_config, read_manifest
+from runtime.run_folder import finished_steps, read_manifest
 from sharding import path_name
 from tests.test_errors import fails
 from tests.test_model import TINY, make, random_tokens, rows
@@ -228,27 +228,28 @@ def test_reward_model_and_ppo_train_adapters_and_heads(runs, monkeypatch):
         "--lora.rank=2",
     ]
     ppo += ["--save_every=1"]
-    judged, shared, make_judge = [], [], train_ppo.make_judge
+    seen, shared, make_advantages = [], [], train_ppo.make_advantages
 
-    def watched(config, apply, *rest):
-        judge = make_judge(config, apply, *rest)
+    def watched(config, apply, *rest, **tokens):
+        compute_advantages = make_advantages(config, apply, *rest, **tokens)
 
-        def watching(policy, reference, value, batch, *more):
-            logps = [ppo_logprobs(apply, params, batch) for params in (policy, reference)]
+        def watching(models, rollout, *more):
+            policy, reference = models.policy, models.reference
+            logps = [ppo_logprobs(apply, params, rollout) for params in (policy, reference)]
             shared.append(policy["decoder"]["embed"] is reference["decoder"]["embed"])
-            judged.append((*logps, jax.device_get(batch)))
-            return judge(policy, reference, value, batch, *more)
+            seen.append((*logps, jax.device_get(rollout)))
+            return compute_advantages(models, rollout, *more)
 
         return watching
 
-    monkeypatch.setattr(train_ppo, "make_judge", watched)
+    monkeypatch.setattr(train_ppo, "make_advantages", watched)
     run(
         train_ppo, *ppo, f"--run={runs}/ppo", "--steps=2"
     )  # in which check_first_update asserts a KL of 0
-    policy, reference, batch = judged[-1]  # after the first iteration's updates
+    policy, reference, batch = seen[-1]  # after the first iteration's updates
     # The reference is the base below the adapters, not a copy, and says what the run it was loaded from says.
     assert shared == [True, True]
-    apply = init_and_apply(LanguageModel(ModelConfig(**load_config(f"{runs}/lm")["model"])))[1]
+    apply = init_and_apply(LanguageModel(stored_model(f"{runs}/lm")))[1]
     np.testing.assert_allclose(
         reference, ppo_logprobs(apply, load_params(f"{runs}/lm"), batch), atol=1e-5
     )

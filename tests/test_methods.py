@@ -49,8 +49,11 @@ def test_a_direct_method_passes_four_candidates_forward_and_back_and_the_referen
     assert counted(tmp_path, **options, loss="kto") == pytest.approx(
         (2 * 8 + 1 * 4) / 4 * weights * tokens, rel=0.02
     )
-    chains = counted(tmp_path, **options, loss="hindsight")  # one row a prompt
-    assert chains == pytest.approx(6 / 4 * weights * tokens, rel=0.02)
+    # Forks: four candidates and no reference; hindsight has one row a prompt.
+    options["script"] = "experiments/figa/train_dpo"
+    assert counted(tmp_path, **options) == pytest.approx(6 * weights * tokens, rel=0.02)
+    options["script"] = "experiments/hindsight/train_dpo"
+    assert counted(tmp_path, **options) == pytest.approx(6 / 4 * weights * tokens, rel=0.02)
 
 
 def test_words_are_added_at_the_end_of_the_user_s_turn(tmp_path):

@@ -106,17 +106,38 @@ def test_what_is_held_out_is_told_and_time_left_from_the_second_step_on(run, cap
     assert lines[1].startswith(f"step 2/3  {told}")
 
 
+def one_parameter_loss(params, batch):
+    """The objective params * sum of the batch, of weight 1."""
+    return (params * batch).sum(), (1.0, {})
+
+
 def test_compilations_of_the_step_are_counted_and_capped(run, monkeypatch):
     monkeypatch.setattr(metrics, "MOST_COMPILATIONS", 2)
-    step = make_train_step(
-        lambda params, batch: ((params * batch).sum(), (1.0, {})), optax.sgd(0.1)
-    )
+    step = make_train_step(one_parameter_loss, optax.sgd(0.1))
     state = init_state(jnp.float32(1), optax.sgd(0.1))
     with pytest.raises(UserError, match="compiled 3 times by step 5"), Recorder(run, 6) as record:
         for number, length in enumerate([3, 3, 4, 3, 5, 5], 1):
             state, values = step(state, jnp.ones(length))
             record(number, values)
     assert [row.get("compilations") for row in read_rows(run)] == [1, None, 2, None]
+
+
+def test_compilations_are_those_of_make_train_step_whatever_a_fork_calls_it(run):
+    """A fork's names do not hide them; and another function called `step` is not one."""
+    objective = one_parameter_loss
+    my_quantile_update = make_train_step(objective, optax.sgd(0.1))
+    state = init_state(jnp.float32(1), optax.sgd(0.1))
+
+    @jax.jit
+    def step(x):
+        return x + 1
+
+    with Recorder(run, 2) as record:
+        record(1, {"loss": step(jnp.ones(3))[0]})
+        record(1, {"loss": step(jnp.ones(4))[0]})
+        state, values = my_quantile_update(state, jnp.ones(3))
+        record(2, values)
+    assert [row.get("compilations") for row in read_rows(run)] == [None, 1]
 
 
 def test_a_fault_in_the_loop_keeps_the_rows_and_shows_itself(run):

@@ -2,20 +2,24 @@ import dataclasses
 import functools
 import math
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from data.packing import pack
+from layers import run_layers
 from model import (
     LanguageModel,
     ScalarModel,
+    ScalarOutput,
     empty_cache,
     init_and_apply,
     rope_frequencies,
     rope_turns,
     rotate,
+    unembed,
 )
 from model_config import PRESETS, ModelConfig
 from objectives.likelihood import likelihood_objective, token_logprobs
@@ -41,7 +45,10 @@ PUBLISHED = {  # parameter counts of the published checkpoints
 
 @functools.cache
 def make(config, model=LanguageModel, seed=0):
-    """Parameters with every leaf random (norms and biases too), and a compiled apply."""
+    """Parameters with every leaf random (norms and biases too), and the model, compiled.
+
+    The model returns (logits, cache), or of a ScalarModel its scalars.
+    """
     init, apply = init_and_apply(model(config))
     rng, shapes = np.random.default_rng(seed), jax.eval_shape(init, jax.random.key(0))
 
@@ -49,9 +56,19 @@ def make(config, model=LanguageModel, seed=0):
         noise = 0.3 * rng.normal(size=shape.shape)
         return np.float32(noise + 1 if path_name(path).endswith("norm") else noise)
 
-    return jax.tree_util.tree_map_with_path(leaf, shapes), jax.jit(
-        apply, static_argnames="logits_from"
-    )
+    return jax.tree_util.tree_map_with_path(leaf, shapes), jax.jit(results_of(apply))
+
+
+def results_of(apply):
+    """A model's apply, reduced to (logits_BTV, cache) or scalars_BT."""
+
+    def results(*args):
+        output = apply(*args)
+        if isinstance(output, ScalarOutput):
+            return output.scalars_BT
+        return unembed(output.x_BTD, output.unembed_DV), output.cache
+
+    return results
 
 
 def random_tokens(*shape, seed=0):
@@ -149,8 +166,9 @@ def test_prefill_of_rows_of_unequal_length():
         inputs[1][b, 8 - length :] = 1
         inputs[2][b, 8 - length :] = np.arange(length)
     cache = empty_cache(TINY, 3, 10)
-    last, cache = apply(params, *inputs, cache, logits_from=7)
-    assert last.shape == (3, 1, TINY.vocab) and cache.length == 8
+    logits, cache = apply(params, *inputs, cache)
+    last = logits[:, -1:]
+    assert cache.length == 8
     ones, next_B1 = np.ones((3, 1), np.int32), np.array([[3], [4], [5]], np.int32)
     after, _ = apply(params, next_B1, ones, np.array(lengths, np.int32)[:, None], cache)
     for b, length in enumerate(lengths):
@@ -205,9 +223,9 @@ def test_padding_side_amount_and_content_change_nothing(model):
 def test_earlier_positions_need_not_be_unembedded():
     params, apply = make(TINY)
     inputs = rows(random_tokens(2, 7), (0, 0))
-    np.testing.assert_allclose(
-        apply(params, *inputs, logits_from=4)[0], apply(params, *inputs)[0][:, 4:], atol=1e-6
-    )
+    output = init_and_apply(LanguageModel(TINY))[1](params, *inputs)
+    last = unembed(output.x_BTD[:, 4:], output.unembed_DV)
+    np.testing.assert_allclose(last, apply(params, *inputs)[0][:, 4:], atol=1e-6)
 
 
 def test_rope_depends_on_distance_only_and_turns_halves():
@@ -288,6 +306,43 @@ def test_remat_changes_neither_loss_nor_gradients():
         )
 
 
+class ToyBlock(nn.Module):
+    """A layer that adds its weight to all hidden states; its auxiliary loss is its square."""
+
+    config: ModelConfig
+    ring: int = 1
+
+    @nn.compact
+    def __call__(self, carry, scale, has_loss):
+        x_BTD, cache, layer = carry
+        w = self.param("w", nn.initializers.normal(1.0), ())
+        return (x_BTD + scale * w, cache, layer + 1), None if has_loss is None else w**2
+
+
+class ToyDecoder(nn.Module):
+    config: ModelConfig
+    microbatches: int = 1
+
+    @nn.compact
+    def __call__(self, x_BTD, has_loss):
+        return run_layers(self, ToyBlock, 1, x_BTD, None, (jnp.float32(2.0), has_loss))
+
+
+@pytest.mark.parametrize("has_loss", [True, False])
+def test_auxiliary_losses_of_the_layers_are_summed(has_loss):
+    toy = ToyDecoder(dataclasses.replace(TINY, layers=3))
+    inputs = (jnp.zeros((1, 2, 4)), True if has_loss else None)
+    variables = toy.init(jax.random.key(0), *inputs)
+    weights_L = variables["params"]["layers"]["w"]
+    got_BTD, cache, auxiliary_loss = jax.jit(toy.apply)(variables, *inputs)
+    np.testing.assert_allclose(got_BTD, np.full((1, 2, 4), 2 * weights_L.sum()), rtol=1e-6)
+    assert cache is None
+    if has_loss:
+        assert float(auxiliary_loss) == pytest.approx(float((weights_L**2).sum()))
+    else:
+        assert auxiliary_loss is None
+
+
 def test_bfloat16_compute_keeps_logits_and_losses_float32():
     config, batch = dataclasses.replace(TINY, dtype="bfloat16"), likelihood_batch()
     params, apply = make(TINY)
@@ -298,7 +353,7 @@ def test_bfloat16_compute_keeps_logits_and_losses_float32():
     )
     assert all(g.dtype == jnp.float32 and np.isfinite(g).all() for g in jax.tree.leaves(grads))
     inputs = [batch[k] for k in ("tokens_BT", "segment_ids_BT", "positions_BT")]
-    logits, _ = jax.jit(init_and_apply(LanguageModel(config))[1])(params, *inputs)
+    logits, _ = jax.jit(results_of(init_and_apply(LanguageModel(config))[1]))(params, *inputs)
     assert (
         logits.dtype == jnp.float32
         and token_logprobs(logits, batch["tokens_BT"]).dtype == jnp.float32
@@ -306,7 +361,8 @@ def test_bfloat16_compute_keeps_logits_and_losses_float32():
     assert (
         np.abs(logits - apply(params, *inputs)[0]).max() > 1e-4
     )  # control: it did compute in bfloat16
-    scalars = jax.jit(init_and_apply(ScalarModel(config))[1])(make(TINY, ScalarModel)[0], *inputs)
+    scalar_model = jax.jit(results_of(init_and_apply(ScalarModel(config))[1]))
+    scalars = scalar_model(make(TINY, ScalarModel)[0], *inputs)
     assert scalars.dtype == jnp.float32
     assert empty_cache(config, 1, 4).k_LBKSH.dtype == jnp.bfloat16
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from model import LanguageOutput, ScalarOutput
 from objectives.likelihood import likelihood_objective, token_logprobs
 from objectives.reward import bradley_terry, last_token, ranking_loss, ranking_objective
 
@@ -39,9 +40,24 @@ def test_logprob_t_is_that_of_token_t_given_those_before():
     )
 
 
-def lookup(params, tokens, segments, positions, read):
+def lookup(params, tokens, segments, positions):
     """A model whose logits are its parameters, a [B, T, V] table."""
-    return read(params, jnp.eye(params.shape[-1])), None
+    return LanguageOutput(params, jnp.eye(params.shape[-1]))
+
+
+def test_an_auxiliary_loss_of_the_layers_is_added_for_each_token():
+    table_BTV = normal(2, 6, 9)
+    tokens = np.random.default_rng(1).integers(0, 9, (2, 6)).astype(np.int32)
+    batch = dict.fromkeys(("tokens_BT", "segment_ids_BT", "positions_BT"), tokens)
+    batch["loss_mask_BT"] = np.float32([[0, 1, 1, 0, 1, 0], [0, 1, 0, 0, 0, 0]])
+
+    def with_auxiliary(params, *batch):
+        return lookup(params, *batch).replace(auxiliary_loss=jnp.float32(0.25))
+
+    plain, (tokens, metrics) = likelihood_objective(lookup, table_BTV, batch)
+    loss, (weight, more) = likelihood_objective(with_auxiliary, table_BTV, batch)
+    assert float(loss - plain) == pytest.approx(4 * 0.25) and float(weight) == float(tokens) == 4
+    assert metrics == {} and [float(x) for x in more["auxiliary_loss"]] == [1.0, 4.0]
 
 
 def test_likelihood_gradient_is_non_zero_on_exactly_the_masked_positions():
@@ -166,13 +182,9 @@ def test_ranking_objective_with_language_model_loss_on_the_best():
     batch = comparison_batch([[2, 1, 3], [1, 0, 2], [1, 1, 0], [3, 2, 1]])
     values_V, table_VV = normal(9), normal(9, 9, seed=1)
 
-    def scalar(
-        params, tokens, segments, positions, rows=None, read=None
-    ):  # its logits are a bigram table
-        values = params["values"][tokens]
-        return (
-            values if rows is None else (values, read(params["table"][tokens[rows]], jnp.eye(9)))
-        )
+    def scalar(params, tokens, segments, positions):
+        """A scalar model whose logits are a bigram table."""
+        return ScalarOutput(params["values"][tokens], params["table"][tokens], jnp.eye(9))
 
     params = {"values": jnp.array(values_V), "table": jnp.array(table_VV)}
     plain = partial(ranking_objective, scalar, params)

@@ -19,7 +19,7 @@ from model import LanguageModel, init_and_apply, unembed
 from model_config import PRESETS
 from objectives import likelihood
 from planning import hlo, plan
-from planning.programs import SCRIPTS, forward_flops
+from planning.programs import LAYOUTS, forward_flops, layout_of
 from runtime.errors import UserError
 from sharding import MeshConfig, constrain_residual, gathered, make_mesh
 
@@ -241,7 +241,12 @@ def test_forward_flops_are_those_of_the_compiled_model():
     init, apply = init_and_apply(LanguageModel(c))
     params = jax.eval_shape(init, jax.random.key(0))
     tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32)
-    text = jax.jit(lambda p, t: apply(p, t, t, t)[0]).lower(params, tokens).compile().as_text()
+
+    def logits_BTV(params, tokens_BT):
+        output = apply(params, tokens_BT, tokens_BT, tokens_BT)
+        return unembed(output.x_BTD, output.unembed_DV)
+
+    text = jax.jit(logits_BTV).lower(params, tokens).compile().as_text()
     masked = rows * c.layers * 2 * length * length * c.heads * c.head_dim
     assert hlo.cost(text, {"data": 1}).flops == forward_flops(c, rows, length, length) + masked
 
@@ -260,7 +265,7 @@ def test_log_probabilities_in_parts_are_those_of_all_logits(monkeypatch):
     weights = np.random.default_rng(1).normal(size=labels.shape)
 
     def loss(x, w):
-        logp = likelihood.hidden_logprobs(x, w, labels_BT=jnp.asarray(labels), temperature=0.7)
+        logp = likelihood.hidden_logprobs(x, w, jnp.asarray(labels), temperature=0.7)
         return (logp * weights).sum(), logp
 
     gradient = jax.value_and_grad(loss, (0, 1), has_aux=True)
@@ -291,7 +296,7 @@ def test_a_loss_in_parts_takes_a_quarter_of_the_temporaries_at_a_vocabulary_of_1
     )
     labels = jnp.zeros((16, 1024), jnp.int32)
     plain = lambda x, w: likelihood.label_logprobs(unembed(x, w), labels).sum()
-    parts = lambda x, w: likelihood.hidden_logprobs(x, w, labels_BT=labels).sum()
+    parts = lambda x, w: likelihood.hidden_logprobs(x, w, labels).sum()
     sizes = [
         jax.jit(jax.grad(f, (0, 1))).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
         for f in (plain, parts)
@@ -346,7 +351,7 @@ def test_ppo_is_planned_whole(capsys):
     assert [r.program.name for r in verdict.results] == [
         "rollout",
         "score runs/align/rm",
-        "judge",
+        "advantages",
         *UPDATES,
     ]
     assert verdict.fits and all(r.cost.flops > 0 for r in verdict.results)
@@ -376,26 +381,26 @@ VARIANTS = {  # a script's fields, and the programs that its plan then has
         ({"loss": "simpo"}, ["update"]),
     ],
     "train_ppo": [
-        ({"ptx_data": "world"}, ["rollout", "score runs/align/rm", "judge", *UPDATES]),
+        ({"ptx_data": "world"}, ["rollout", "score runs/align/rm", "advantages", *UPDATES]),
         (
             {"reward": ("a", "b"), "lora": LoraConfig(rank=2)},
-            ["rollout", "score a", "score b", "judge", *UPDATES],
+            ["rollout", "score a", "score b", "advantages", *UPDATES],
         ),
         (
             {"reward": ("tasks.answers:number",), "lora": LoraConfig(rank=2)},
-            ["rollout", "judge", *UPDATES],
+            ["rollout", "advantages", *UPDATES],
         ),
-        ({"offload": True}, ["rollout", "score runs/align/rm", "judge", *UPDATES]),
+        ({"offload": True}, ["rollout", "score runs/align/rm", "advantages", *UPDATES]),
     ],
     "train_grpo": [
-        ({}, ["rollout", "score runs/align/rm", "judge", "update"]),
+        ({}, ["rollout", "score runs/align/rm", "advantages", "update"]),
         (
-            {"reward": ("tasks.answers:number",), "method": "online_dpo"},
-            ["rollout", "judge", "update"],
+            {"reward": ("tasks.answers:number",), "method": "rloo"},
+            ["rollout", "advantages", "update"],
         ),
         (
             {"reward": ("a", "b"), "lora": LoraConfig(rank=2)},
-            ["rollout", "score a", "score b", "judge", "update"],
+            ["rollout", "score a", "score b", "advantages", "update"],
         ),
     ],
 }
@@ -408,18 +413,44 @@ def test_a_script_s_functions_take_what_its_plan_says(name, fields, programs):
     script = importlib.import_module(name)
     config = script.Config(model=PRESETS["tiny"], batch_size=16, **fields)
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    planned = SCRIPTS[name](script, config, mesh)
-    assert [program.name for program in planned.programs] == programs and set(VARIANTS) == set(
-        SCRIPTS
-    )
+    planned = layout_of(script).plan(script, config, mesh)
+    assert [program.name for program in planned.programs] == programs
+    assert set(VARIANTS) == {layout.example for layout in LAYOUTS}
     for program in planned.programs:
         assert jax.tree.leaves(jax.eval_shape(program.function, *program.args))
         assert set(program.held) <= set(planned.held)
         if program.name == "reference" and not fields:
-            continue  # it judges before there is a state
+            continue  # it reads all batches before there is a state
         given = [(x.shape, x.dtype) for x in jax.tree.leaves(program.args)]
         for tree in map(planned.held.get, program.held):
             assert all((x.shape, x.dtype) in given for x in jax.tree.leaves(tree))
+
+
+FORK = """
+from train_sft import *
+from train_sft import make_update as update_of_sft
+
+def make_update(config):
+    update = update_of_sft(config)
+    return update._replace(step=renamed_step(update.step))
+
+def renamed_step(step):
+    return jax.jit(lambda *args: step(*args))
+"""
+
+
+def test_a_fork_is_planned_by_its_path_and_its_own_factories(tmp_path):
+    """Whatever its file is called; what is compiled is what the fork's factory makes."""
+    (tmp_path / "my_method.py").write_text(FORK)
+    script = plan.load_script(f"{tmp_path}/my_method")
+    config = script.module.Config(model=PRESETS["tiny"], batch_size=16)
+    planned = script.layout.plan(script.module, config, make_mesh(MeshConfig(), jax.devices()[:1]))
+    assert script.layout.example == "train_sft"
+    assert "lambda" in planned.programs[0].function.__name__
+    # Control: without its factory it is none that plan.py knows.
+    (tmp_path / "no_method.py").write_text("from train_sft import Config, chat_batches")
+    with pytest.raises(UserError, match=r"plan.py knows .*train_sft.*factories"):
+        plan.load_script(f"{tmp_path}/no_method")
 
 
 @needs_tpu
@@ -544,7 +575,8 @@ def test_what_does_not_fit_says_so_and_names_a_field(capsys):
     [
         ([], "name a script"),
         (["train_sft"], "--topology: missing"),
-        (["train_sfx", "--topology=v5e:2x2"], "plan.py knows"),
+        (["train_sfx", "--topology=v5e:2x2"], "train_sfx: no such script; plan.py knows"),
+        (["train_distill", "--topology=v5e:2x2"], "train_distill: plan.py knows"),
         (["train_sft", "--topology=v9:2x2"], "--topology=v9:2x2: unknown chip"),
         (["train_sft", "--topology=v5e:2x2", "--lenght=3"], "flags:"),
         pytest.param(

@@ -1,7 +1,6 @@
 """PPO's mathematics against float64 loops, exact enumeration and the closed form of its optimum."""
 
 from functools import partial
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +9,7 @@ import optax
 import pytest
 
 import train_ppo
-from model_config import ModelConfig
+from model import LanguageOutput, ScalarOutput
 from objectives.policy import (
     adapt_kl,
     clipped_policy_loss,
@@ -110,7 +109,9 @@ def test_clipped_losses_and_gradients_equal_numpy():
         advantage > 0, ratio > 1.28, ratio < 0.8
     )  # further would be rewarded, so no gradient
     with jax.enable_x64(True):
-        of = jax.jit(partial(jax.vjp, lambda x: clipped_policy_loss(x, old, advantage, 0.2, 0.28)))
+        of = jax.jit(
+            partial(jax.vjp, lambda x: clipped_policy_loss(x - old, advantage, 0.2, 0.28))
+        )
         losses, pull = of(jnp.array(logp))
         (grad,) = pull(jnp.ones((50, 4)))
     np.testing.assert_allclose(losses, want, atol=1e-6)
@@ -137,9 +138,13 @@ def test_clipped_losses_and_gradients_equal_numpy():
         "response_BR": tokens[:, 2:],
     }
     batch |= {"value_mask_BR": mask, "old_values_BR": before, "returns_BR": returns}
+
+    def first_six(params, *_):
+        return ScalarOutput(params[:, :6], None, None)
+
     with jax.enable_x64(True):
         losses = jax.jit(clipped_value_loss)(value, before, returns, 0.2)
-        objective = partial(value_objective, lambda params, *_: params[:, :6], clip=0.2)
+        objective = partial(value_objective, first_six, clip=0.2)
         (loss, (count, _)), grad = jax.jit(jax.value_and_grad(objective, has_aux=True))(
             jnp.array(scalars), batch
         )
@@ -183,14 +188,14 @@ FIRST, SECOND = (x.reshape(-1) for x in np.indices((3, 3)))
 PAIRS = np.stack([FIRST, SECOND], axis=1)
 
 
-def tabular(params, tokens_BT, segment_ids_BT, positions_BT, logits_from=0, read=lambda x, _: x):
+def tabular(params, tokens_BT, segment_ids_BT, positions_BT):
     """Logits of the first token from one table, of the second from a row for each first token."""
     batch = tokens_BT.shape[0]
     first = jnp.broadcast_to(params["first"], (batch, 3))
     logits_BTV = jnp.stack(
         [first, params["second"][tokens_BT[:, 1]], jnp.zeros((batch, 3))], axis=1
     )
-    return read(logits_BTV[:, logits_from:], jnp.eye(3)), None
+    return LanguageOutput(logits_BTV, jnp.eye(3))
 
 
 def enumerated():
@@ -323,11 +328,13 @@ def test_objectives_ignore_padding_and_pick_the_emitting_state():
         and float(tokens) == 13
     )
     logp = response_logprobs(tabular, tables(0), padded, 1.0)
-    want = clipped_policy_loss(logp, -1.0, padded["advantages_BR"], 0.2, 0.2)[mask > 0].sum()
+    losses = clipped_policy_loss(logp + 1.0, padded["advantages_BR"], 0.2, 0.2)
+    want = losses[mask > 0].sum()
     assert float(loss) == pytest.approx(float(want), rel=1e-5)
 
     def scalars(params, tokens, segments, positions):  # the scalar at index t of row b is 10 b + t
-        return params + 10.0 * jnp.arange(9)[:, None] + jnp.arange(3)
+        scalars_BT = params + 10.0 * jnp.arange(9)[:, None] + jnp.arange(3)
+        return ScalarOutput(scalars_BT, None, None)
 
     values = response_values(scalars, 0.0, batch)
     assert values[4].tolist() == [
@@ -344,16 +351,16 @@ def test_objectives_ignore_padding_and_pick_the_emitting_state():
 
 
 def test_a_first_update_off_the_policy_is_refused():
-    metrics, update = {"kl": 0.0, "sampler_gap": 0.0}, {"approx_kl": 0.0, "clipped": 0.0}
-    setting = SimpleNamespace(model=ModelConfig.from_preset("tiny"))
-    check_first_update(update, metrics, setting, 0)
+    metrics = {"kl": 0.0, "sampler_gap": 0.0}
+    update = {"approx_kl": 0.0, "clipped": 0.0}
+    check_first_update(update, metrics, jnp.float32, 0)
     for wrong in (*metrics, *update):
         bad = [
             {name: 0.01 if name == wrong else x for name, x in part.items()}
             for part in (update, metrics)
         ]
         with pytest.raises(AssertionError):
-            check_first_update(*bad, setting, 0)
+            check_first_update(*bad, jnp.float32, 0)
 
 
 # ---- Further terms: entropy, pre-training text, an adaptive KL, the missing end
@@ -531,82 +538,110 @@ def test_adaptive_kl_converges_to_its_target(start):
     assert float(train(jnp.float32(start), False)) != pytest.approx(target, rel=0.2)  # control
 
 
-def bigram(table, tokens, segments, positions, logits_from=0, read=None):
-    return read(table[tokens][:, logits_from:], jnp.eye(len(table))), None
+def bigram(table, tokens, segments, positions):
+    return LanguageOutput(table[tokens], jnp.eye(len(table)))
+
+
+def value_of_token(values_V, tokens_BT, *_):
+    """A critic that knows the last token alone."""
+    return ScalarOutput(values_V[tokens_BT], None, None)
+
+
+EOS = 6
+GAMMA, GAE_LAMBDA, BETA, TEMPERATURE = 0.9, 0.95, 0.2, 0.7
+PROMPT, LONGEST = 2, 5
+LENGTHS = np.array([1, 2, 5, 3, 4, 5])
+
+
+def responses_of_all_lengths():
+    """Six rollouts; the first four end with EOS, the last two do not."""
+    rng = np.random.default_rng(0)
+    rows = len(LENGTHS)
+    mask = (np.arange(LONGEST) < LENGTHS[:, None]).astype(np.float32)
+    response = np.where(mask > 0, rng.integers(1, EOS, (rows, LONGEST)), 0).astype(np.int32)
+    response[np.arange(4), LENGTHS[:4] - 1] = EOS
+    prompt = rng.integers(1, EOS, (rows, PROMPT))
+    segments = np.concatenate([np.ones((rows, PROMPT)), mask], axis=1).astype(np.int32)
+    return {
+        "tokens_BT": np.concatenate([prompt, response], axis=1).astype(np.int32),
+        "segment_ids_BT": segments,
+        "positions_BT": segments.cumsum(1) - 1,
+        "response_BR": response,
+        "mask_BR": mask,
+        "sampler_logp_BR": 0 * mask,
+    }
+
+
+def log_probs_at_temperature(table):
+    logits = np.asarray(table, np.float64) / TEMPERATURE
+    return logits - np.log(np.exp(logits).sum(1, keepdims=True))
+
+
+def rewards_and_values_in_loops(batch, policy, reference, value, scores, at):
+    """Token by token in float64; `last`: the index of each row's last state with a value."""
+    gap = log_probs_at_temperature(policy) - log_probs_at_temperature(reference)
+    rewards, values = np.zeros((2, len(LENGTHS), LONGEST))
+    last = []
+    for b, length in enumerate(LENGTHS):
+        last.append(min(length, LONGEST - 1) if at == "after" else length - 1)
+        for t in range(last[b] + 1):
+            state = batch["tokens_BT"][b, PROMPT - 1 + t]
+            values[b, t] = value[state]
+            if t < length:
+                rewards[b, t] -= BETA * gap[state, batch["response_BR"][b, t]]
+        rewards[b, last[b]] += scores[b]
+    return rewards, values, np.array(last)
+
+
+def advantages_in_loops(rewards, values):
+    advantages = np.zeros((len(LENGTHS), LONGEST + 1))
+    later = np.pad(values, ((0, 0), (0, 1)))
+    for t in reversed(range(LONGEST)):
+        delta = rewards[:, t] + GAMMA * later[:, t + 1] - later[:, t]
+        advantages[:, t] = delta + GAMMA * GAE_LAMBDA * advantages[:, t + 1]
+    return advantages[:, :LONGEST]
 
 
 @pytest.mark.parametrize("whitened", [False, True])
 @pytest.mark.parametrize("at", ["last", "after"])
-def test_a_judgement_equals_loops(at, whitened):
+def test_advantages_equal_loops(at, whitened):
     """Of responses of all lengths, four with an end and two without, token by token in float64."""
-    rng = np.random.default_rng(0)
-    rows, before, new, vocab, eos, beta, gamma, gae_lambda, temperature = (
-        6,
-        2,
-        5,
-        7,
-        6,
-        0.2,
-        0.9,
-        0.95,
-        0.7,
-    )
-    lengths = np.array([1, 2, 5, 3, 4, 5])
-    mask = (np.arange(new) < lengths[:, None]).astype(np.float32)
-    response = np.where(mask > 0, rng.integers(1, 6, (rows, new)), 0).astype(np.int32)
-    response[np.arange(4), lengths[:4] - 1] = eos
-    tokens = np.concatenate([rng.integers(1, 6, (rows, before)), response], axis=1).astype(
-        np.int32
-    )
-    segments = np.concatenate([np.ones((rows, before)), mask], axis=1).astype(np.int32)
-    batch = {
-        "tokens_BT": tokens,
-        "segment_ids_BT": segments,
-        "positions_BT": segments.cumsum(1) - 1,
-    }
-    batch |= {"response_BR": response, "mask_BR": mask, "sampler_logp_BR": 0 * mask}
-    policy, reference = normal(vocab, vocab, seed=1), normal(vocab, vocab, seed=2)
-    value, given = normal(vocab, seed=4), normal(rows, seed=3)
-
+    batch = responses_of_all_lengths()
+    policy, reference = normal(7, 7, seed=1), normal(7, 7, seed=2)
+    value, given = normal(7, seed=4), normal(6, seed=3)
     config = train_ppo.Config(
-        score_at=at, whiten_rewards=whitened, temperature=temperature, gamma=gamma
+        score_at=at,
+        whiten_rewards=whitened,
+        temperature=TEMPERATURE,
+        gamma=GAMMA,
+        gae_lambda=GAE_LAMBDA,
     )
-    judge = train_ppo.make_judge(config, bigram, lambda table, tokens, *_: table[tokens], eos, [])
+    compute_advantages = train_ppo.make_advantages(config, bigram, value_of_token, eos=EOS)
+    models = train_ppo.Models(
+        policy=jnp.asarray(policy), reference=jnp.asarray(reference), critic=jnp.asarray(value)
+    )
     scores = {config.reward[0]: jnp.float32(given)}
-    got, _ = judge(
-        *map(jnp.asarray, (policy, reference, value)), batch, scores, {}, jnp.float32(beta)
-    )
+    got, _ = compute_advantages(models, batch, scores, {}, jnp.float32(BETA))
 
-    logps = [np.asarray(x, np.float64) / temperature for x in (policy, reference)]
-    logps = [x - np.log(np.exp(x).sum(1, keepdims=True)) for x in logps]
-    ends, rewards, values = [], np.zeros((rows, new)), np.zeros((rows, new))
-    for b, n in enumerate(lengths):
-        ends.append(min(n, new - 1) if at == "after" else n - 1)
-        for t in range(ends[b] + 1):
-            state = tokens[b, before - 1 + t]
-            values[b, t] = value[state]
-            if t < n:
-                rewards[b, t] -= beta * (logps[0] - logps[1])[state, response[b, t]]
-        rewards[b, ends[b]] += given[b] if b < 4 else config.missing_eos_score
-    counted = np.arange(new) <= np.array(ends)[:, None]
+    ruled = np.where(np.arange(6) < 4, given, config.missing_eos_score)
+    rewards, values, last = rewards_and_values_in_loops(batch, policy, reference, value, ruled, at)
+    counted = np.arange(LONGEST) <= last[:, None]
     if whitened:  # the mean stays
-        mean, deviation = rewards[counted].mean(), np.sqrt(rewards[counted].var() + 1e-8)
-        rewards = np.where(counted, (rewards - mean) / deviation + mean, 0)
-    advantages, later = np.zeros((rows, new + 1)), np.pad(values, ((0, 0), (0, 1)))
-    for t in reversed(range(new)):
-        change = rewards[:, t] + gamma * later[:, t + 1] - later[:, t]
-        advantages[:, t] = change + gamma * gae_lambda * advantages[:, t + 1]
-    advantages = advantages[:, :new]
+        real = rewards[counted]
+        white = (rewards - real.mean()) / np.sqrt(real.var() + 1e-8) + real.mean()
+        rewards = np.where(counted, white, 0)
+    advantages = advantages_in_loops(rewards, values)
     np.testing.assert_allclose(got["old_values_BR"], values, atol=1e-5)
-    np.testing.assert_allclose(
-        got["returns_BR"] * counted, (advantages + values) * counted, atol=1e-5
-    )
+    returns = (advantages + values) * counted
+    np.testing.assert_allclose(got["returns_BR"] * counted, returns, atol=1e-5)
+
+    mask = batch["mask_BR"]
     real = advantages[mask > 0]
-    want = (advantages - real.mean()) / np.sqrt(real.var() + 1e-8)
-    np.testing.assert_allclose(got["advantages_BR"] * mask, want * mask, atol=1e-5)
+    white = (advantages - real.mean()) / np.sqrt(real.var() + 1e-8)
+    np.testing.assert_allclose(got["advantages_BR"] * mask, white * mask, atol=1e-5)
 
 
-def test_several_rewards_are_one_score_in_a_judgement():
+def test_several_rewards_are_one_score():
     """Weights 1 and 0 are the first reward alone; where the second is below the gate, the score is the floor."""
     response = np.array([[1, 2], [3, 2], [2, 0]], np.int32)
     mask = np.float32([[1, 1], [1, 1], [1, 0]])
@@ -620,13 +655,12 @@ def test_several_rewards_are_one_score_in_a_judgement():
     scores = {"a": jnp.float32([2.0, 3.0, -1.0]), "b": jnp.float32([0.0, 1.0, 1.0])}
 
     def returns(**fields):
-        """Of a critic that says 0, discounted by nothing: each response's score at its first token."""
+        """The score of each response: its return at the first token, for a critic of zeros."""
         config = train_ppo.Config(gae_lambda=1.0, missing_eos="none", **fields)
-        judge = train_ppo.make_judge(
-            config, bigram, lambda table, tokens, *_: table[tokens], 9, []
-        )
+        compute_advantages = train_ppo.make_advantages(config, bigram, value_of_token, eos=9)
         table = jnp.asarray(normal(4, 4))
-        targets, metrics = judge(table, table, jnp.zeros(4), batch, scores, {}, jnp.float32(0.2))
+        models = train_ppo.Models(policy=table, reference=table, critic=jnp.zeros(4))
+        targets, metrics = compute_advantages(models, batch, scores, {}, jnp.float32(0.2))
         assert metrics["reward/b"] == pytest.approx(2 / 3)  # logged apart
         return np.asarray(targets["returns_BR"][:, 0]).tolist()
 

@@ -16,11 +16,10 @@ import generate
 from data.tokenizer import Tokenizer
 from experiments.stories import happy, import_llama2c, measure
 from experiments.stories import train_ppo as stories_ppo
-from model import LanguageModel, init_and_apply
-from model_config import ModelConfig
+from model import LanguageModel, init_and_apply, unembed
+from model_config import ModelConfig, stored_model
 from runtime import flags as config
 from runtime.checkpoint import Checkpoints
-from runtime.run_folder import load_config
 from train_state import load_params
 
 
@@ -84,11 +83,12 @@ def test_a_random_checkpoint_gives_the_logits_of_an_independent_forward_pass(tmp
     imported(tmp_path / "model.bin", tmp_path / "t.model", f"--run={tmp_path}/run")
 
     tokens_1T = rng.integers(0, V, (1, 9))
-    model = ModelConfig(**load_config(f"{tmp_path}/run")["model"])
+    model = stored_model(f"{tmp_path}/run")
     ones = jnp.ones((1, 9), jnp.int32)
-    logits, _ = init_and_apply(LanguageModel(model))[1](
+    output = init_and_apply(LanguageModel(model))[1](
         load_params(f"{tmp_path}/run"), tokens_1T, ones, jnp.arange(9)[None]
     )
+    logits = unembed(output.x_BTD, output.unembed_DV)
     np.testing.assert_allclose(logits[0], forward(weights, tokens_1T[0], N, K), atol=1e-4)
 
 
@@ -303,7 +303,7 @@ def test_measured_before_equals_after_when_nothing_was_trained(tiny, tmp_path, c
 
 def test_summary_of_three_stories_by_hand():
     stories = [" The cat ran. The cat ran.", " The cat ran away", " A nice dog sat."]
-    counts = {"length": [8, 4, 4], "ended": [1, 0, 0], "kl": [1, 2, 3], "surprise": [8, 4, 4]}
+    counts = {"length": [8, 4, 4], "ended": [1, 0, 0], "kl": [1, 2, 3], "nll": [8, 4, 4]}
     got = measure.summarise(
         ["One."] * 3, stories, {name: np.array(x, float) for name, x in counts.items()}
     )
@@ -340,5 +340,5 @@ def test_a_real_story_has_one_bos_and_is_told_from_its_opening(shared_data):
     response = np.array(
         [[*tokenizer.encode(HONEST.strip()), tokenizer.bos, tokenizer.pad, tokenizer.pad]]
     )
-    stories, parts = stories_ppo.score_stories([OPENING], response, tokenizer)
+    stories, parts = stories_ppo.score_stories([{"text": OPENING}], response, tokenizer)
     assert stories == [HONEST] and parts["score_B"].tolist() == [1.0]

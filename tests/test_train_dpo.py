@@ -6,34 +6,41 @@ import pathlib
 import shutil
 import textwrap
 from functools import partial
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from preference_cases import (
+    candidate_logps,
+    comparison_rows,
+    lookup,
+    loss_and_slope,
+    mean_so_far,
+    slope_of,
+)
 from running import fails, rows_of, run, write
-from test_direct import PAIRED, PER_TOKEN, kto_value, ranked_in_loops
+from test_direct import PAIRED, PER_TOKEN, kto_value, rrhf_in_loops
 
 import train_dpo
+import train_sft
 from collect import spin as collect_spin
 from data import preferences
-from data.batches import chat_batches, comparison_batches
-from data.sources import Source, open_source
+from data.batches import comparison_batches
+from data.sources import open_source
 from data.tokenizer import Tokenizer
 from model import LanguageModel, init_and_apply
-from model_config import ModelConfig
+from model_config import stored_model
 from objectives import direct
-from responses import make_sampler
 from rewards.reference import candidate_keys
-from runtime.errors import UserError
-from runtime.flags import fill_paper_defaults
 from runtime.run_folder import load_config
-from sampling import SamplingConfig
 from train_state import load_params
 
 SHORT = ["--optimizer.warmup=0", "--length=64", "--batch_size=8", "--eval_every=0"]
 EIGHT = ["--mesh.data=1", "--mesh.fsdp=8"]
-WORDS = ["red", "blue", "green", "black", "white", "grey", "brown", "pink"]
+SAID = {"white": "A bright one:", "black": "A dark one:"}
+"""What the policy that the tests start from says, and the words that it says it after."""
 
 
 @pytest.fixture(scope="module")
@@ -42,42 +49,22 @@ def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("dpo")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PLUMB_CACHE", str(folder / "cache"))
-        rows, judged = [], []
-        for i in range(120):
-            words = [WORDS[(i * k + k) % 8] for k in range(1, 3 + i % 3)]
-            responses = [f"{word} {k}" for k, word in enumerate(words)]
-            ranking = (
-                [1, *[2 + (i + k) % 2 for k in range(1, len(words))]]
-                if i % 10
-                else [1] * len(words)
-            )
-            rows.append(
-                {"prompt": f"name a colour {i}", "responses": responses, "ranking": ranking}
-            )
-            judged.append(
-                {"prompt": f"name a colour {i}", "response": responses[0], "desirable": i % 8 < 4}
-            )
+        rows = comparison_rows()
+        judged = [
+            {"prompt": row["prompt"], "response": row["responses"][0], "desirable": i % 8 < 4}
+            for i, row in enumerate(rows)
+        ]
+        chats = [
+            {"prompt": f"colour {i}\n{words}", "response": response}
+            for i in range(40)
+            for response, words in SAID.items()
+        ]
         write(folder / "comparisons.jsonl", rows)
         write(folder / "judged.jsonl", judged)
-        pairs = [
-            {"prompt": f"colour {i}", "chosen": "white", "rejected": "black"} for i in range(40)
-        ]
-        start = [
-            "--loss=hindsight",
-            "--hidden=0.1",
-            "--optimizer.lr=1e-2",
-            "--steps=60",
-            f"--run={folder}/start",
-        ]
+        data = write(folder / "chats.jsonl", chats)
+        start = ["--optimizer.lr=1e-2", "--steps=60", f"--run={folder}/start", f"--data={data}"]
         model = ["--model.preset=tiny", "--model.vocab=296"]
-        run(
-            train_dpo,
-            *SHORT,
-            *EIGHT,
-            *start,
-            *model,
-            f"--data={write(folder / 'pairs.jsonl', pairs)}",
-        )
+        run(train_sft, *SHORT, *EIGHT, *start, *model)
         yield folder
 
 
@@ -148,10 +135,10 @@ def test_cached_reference_equals_online_on_another_mesh(files, finished):
 
 
 def test_cache_holds_the_log_probabilities_of_the_starting_policy(files, finished):
-    model = ModelConfig(**load_config(str(finished))["model"])
+    model = stored_model(str(finished))
     source = open_source(str(files / "comparisons.jsonl"), "comparison", "train")
     batch = next(comparison_batches(source, Tokenizer.load(finished), batch_size=8, length=64))
-    logprobs = jax.jit(partial(direct.response_logprobs, init_and_apply(LanguageModel(model))[1]))
+    logprobs = jax.jit(partial(direct.candidate_logprobs, init_and_apply(LanguageModel(model))[1]))
     with np.load(finished / "reference-0.npz") as saved:
         known = dict(zip(saved["keys"].tolist(), saved["logps"].tolist(), strict=True))
     kept = np.reshape([known[key] for key in candidate_keys(batch)], batch["ranks_BC"].shape)
@@ -216,30 +203,9 @@ def test_kto_on_comparisons_with_gold_evaluation(files):
     assert "## Step 2" in (files / "gold" / "samples.md").read_text()
 
 
-def test_hindsight_prefix_switches_the_response(files):
-    """Trained on chains of helpful and unhelpful answers, the policy gives the one that it is asked for."""
-    model, tokenizer = (
-        ModelConfig(**load_config(f"{files}/start")["model"]),
-        Tokenizer.load(files / "start"),
-    )
-    respond = make_sampler(model, SamplingConfig(0.0, max_new_tokens=12), tokenizer)
-    prompts = [
-        tokenizer.prompt(f"colour 3\n{p}") for p in (preferences.HELPFUL, preferences.UNHELPFUL)
-    ]
-    texts = [
-        tokenizer.decode(t)
-        for t in respond(load_params(f"{files}/start"), prompts, jax.random.key(0))
-    ]
-    assert texts == ["white", "black"]
-
-
 def test_spin_prefers_the_demonstration_to_what_the_policy_says(files, tmp_path):
-    said = {
-        "white": preferences.HELPFUL,
-        "black": preferences.UNHELPFUL,
-    }  # what the policy says to what
     asked = {
-        f"colour {i}\n{words}": response for i in range(20) for response, words in said.items()
+        f"colour {i}\n{words}": response for i in range(20) for response, words in SAID.items()
     }
     shown = [(prompt, response) for prompt in asked for response in ("white", "red")]
     rows = [{"prompt": prompt, "response": response} for prompt, response in shown]
@@ -266,66 +232,36 @@ def test_spin_prefers_the_demonstration_to_what_the_policy_says(files, tmp_path)
 # ---- What every loss gets
 
 
-def lookup(params, tokens, segments, positions, read=lambda x, _: x):
-    return read(params[tokens], jnp.eye(params.shape[-1])), None
-
-
-def mean_so_far(params, tokens, segments, positions, read=lambda x, _: x):
-    """Logits by the mean of the rows of all tokens so far, so that a response depends on all of its prompt."""
-    rows = jnp.cumsum(params[tokens], axis=1) / jnp.arange(1, tokens.shape[1] + 1)[:, None]
-    return read(rows, jnp.eye(params.shape[-1])), None
-
-
-SETTINGS = {
+SETTINGS = {  # those of test_direct.py's formulas
     "beta": 0.3,
     "label_smoothing": 0.2,
     "delta": 0.7,
     "simpo_margin": 0.5,
-}  # those of test_direct.py's formulas
-SETTINGS |= {"desirable_weight": 1.5, "undesirable_weight": 0.8}
+    "desirable_weight": 1.5,
+    "undesirable_weight": 0.8,
+}
 OWN = {"simpo": {"beta": 2.0}, "cpo": {"weight": 0.5}, "slic_hf": {"weight": 0.2}}
 
 
 def in_loops(name, table, batch, kl):
     """The loss of a whole batch, summed, in float64: from the `table` of `mean_so_far` to the paper's formula."""
-
-    def read(tokens, mask):  # log-probabilities of the tokens under the mask, by place
-        logits = {t: table[tokens[:t]].mean(0) for t in range(1, len(tokens)) if mask[t]}
-        return {t: x[tokens[t]] - np.log(np.exp(x).sum()) for t, x in logits.items()}
-
-    if name == "hindsight":
-        rows = zip(batch["tokens_BT"], batch["loss_mask_BT"], strict=True)
-        return -sum(sum(read(*row).values()) for row in rows)
     total = 0.0
     for b, ranks in enumerate(batch["ranks_BC"]):
-        real = [c for c, rank in enumerate(ranks) if rank > 0]
-        tokens = {c: read(batch["tokens_BCT"][b, c], batch["loss_mask_BCT"][b, c]) for c in real}
+        tokens = candidate_logps(table, batch, b)
         logps = {c: sum(x.values()) for c, x in tokens.items()}
-        pairs = [(i, j) for i in real for j in real if ranks[i] < ranks[j]]
-        if name in ("figa", "unlikelihood"):
-            for c in real:
-                for t, x in tokens[c].items():
-                    w = batch["weights_BCT"][b, c, t]
-                    total += (
-                        w * np.log(1 - np.exp(x)) if w < 0 and name == "unlikelihood" else -w * x
-                    )
-        elif name == "kto":
-            for c in real:
+        pairs = [(i, j) for i in tokens for j in tokens if ranks[i] < ranks[j]]
+        if name == "kto":
+            for c, logp in logps.items():
                 weight = SETTINGS["desirable_weight" if ranks[c] == 1 else "undesirable_weight"]
-                r = logps[c] - batch["reference_BC"][b, c]
+                r = logp - batch["reference_BC"][b, c]
                 total += weight * (1 - kto_value(r, max(kl, 0.0), ranks[c] == 1, SETTINGS["beta"]))
-        elif name in ("rrhf", "contrastive") and pairs:
-            x, n = (
-                [of.get(c, 1.0) for c in range(len(ranks))]
-                for of in (logps, {c: len(tokens[c]) for c in real})
-            )
-            total += ranked_in_loops(name, [x], [ranks], [n])[0]
+        elif name == "rrhf" and pairs:
+            sums = [logps.get(c, 1.0) for c in range(len(ranks))]
+            counts = [len(tokens.get(c, [None])) for c in range(len(ranks))]
+            total += rrhf_in_loops([sums], [ranks], [counts])[0]
         elif pairs:
-            x = (
-                {c: np.mean(list(tokens[c].values())) for c in real}
-                if name in PER_TOKEN
-                else logps
-            )
+            means = {c: np.mean(list(x.values())) for c, x in tokens.items()}
+            x = means if name in PER_TOKEN else logps
             reference = dict(enumerate(batch.get("reference_BC", batch["ranks_BC"])[b]))
             if name == "slic_hf":  # its target is the chosen response
                 reference = x
@@ -334,45 +270,32 @@ def in_loops(name, table, batch, kl):
     return total
 
 
-def losses_of_the_script():
-    with pytest.raises(UserError, match="unknown") as refused:
-        train_dpo.make_objective(train_dpo.Config(loss="none"), lookup)
-    names = str(refused.value).split("choose one of ")[1].split(", ")  # all that there are
-    assert {"dpo", "kto", "hindsight"} < set(names)
-    return names
-
-
-@pytest.mark.parametrize("name", losses_of_the_script())
+@pytest.mark.parametrize("name", get_args(train_dpo.Loss))
 def test_every_loss_of_the_script_is_the_papers_on_its_own_batches(files, name):
     """Sum over the batch and gradient, with settings that are not the defaults: what is bound to what, too."""
     tokenizer, rng = Tokenizer.load(files / "start"), np.random.default_rng(0)
     source = open_source(str(files / "comparisons.jsonl"), "comparison", "train")
     table, direction = rng.normal(size=(2, tokenizer.size, tokenizer.size))
     settings = {**SETTINGS, "loss": name, "batch_size": 8, "length": 64, **OWN.get(name, {})}
-    c = fill_paper_defaults(train_dpo.Config(**settings), direct.PAPERS.get(name, direct.USUAL))
-    objective, needs_reference = train_dpo.make_objective(c, mean_so_far)
-    batch = dict(train_dpo.on_host(c, next(train_dpo.make_batches(c, source, tokenizer)), 1, 0))
-    expected, kl = batch, 0.0
+    config = train_dpo.with_paper_defaults(train_dpo.Config(**settings))
+    objective, needs_reference = train_dpo.make_objective(config, mean_so_far)
+    batch = dict(next(train_dpo.make_batches(config, source, tokenizer)))
+    kl = 0.0
     if needs_reference:
-        near = np.asarray(direct.response_logprobs(mean_so_far, jnp.float32(table), batch))
+        near = np.asarray(direct.candidate_logprobs(mean_so_far, jnp.float32(table), batch))
         batch["reference_BC"] = (near + rng.normal(size=near.shape)).astype(np.float32)
     if name == "kto":
-        mismatched = near[:, -1] - batch["reference_BC"][:, -1]
-        kl, batch = (
-            mismatched.mean(),
-            train_dpo.make_with_kl(mean_so_far)(jnp.float32(table), batch),
-        )
-        assert batch["ranks_BC"].shape[1] == expected["ranks_BC"].shape[1] - 1
-        expected = {n: np.asarray(x) for n, x in batch.items()}
-    (loss, (weight, _)), grad = jax.jit(jax.value_and_grad(objective, has_aux=True))(
-        jnp.float32(table), batch
-    )
-    np.testing.assert_allclose(loss, in_loops(name, table, expected, kl), rtol=1e-6)
-    ahead, behind = (in_loops(name, table + x * direction, expected, kl) for x in (1e-5, -1e-5))
-    np.testing.assert_allclose(
-        (np.float64(grad) * direction).sum(), (ahead - behind) / 2e-5, rtol=2e-5
-    )
-    assert np.isfinite(grad).all() and np.abs(grad).max() > 0 and float(weight) > 0
+        candidates = batch["ranks_BC"].shape[1]
+        kl = (near[:, -1] - batch["reference_BC"][:, -1]).mean()
+        made = direct.kto_kl_estimate(mean_so_far, jnp.float32(table), batch)
+        batch = {n: np.asarray(x) for n, x in made.items()}
+        assert batch["ranks_BC"].shape[1] == candidates - 1
+
+    loss, weight, slope = loss_and_slope(objective, table, batch, direction)
+    expected = partial(in_loops, name, batch=batch, kl=kl)
+    np.testing.assert_allclose(loss, expected(table), rtol=1e-6)
+    np.testing.assert_allclose(slope, slope_of(expected, table, direction), rtol=2e-5)
+    assert slope != 0 and weight > 0
 
 
 def test_the_readmes_method_of_your_own_is_dpo(monkeypatch):
@@ -439,37 +362,9 @@ def test_the_kl_of_the_batch_is_a_mean_over_mismatched_pairs(files):
     batch["reference_BC"] = -2.0 * np.arange(8, dtype=np.float32)[:, None] + np.zeros(
         (1, 2), np.float32
     )
-    made = train_dpo.make_with_kl(lookup)(jnp.float32(table), batch)
+    made = direct.kto_kl_estimate(lookup, jnp.float32(table), batch)
     np.testing.assert_allclose(made["kl_B"], np.mean(log_ratios), rtol=1e-5)
     assert made["tokens_BCT"].shape[1] == 1 and made["reference_BC"].shape == (8, 1)
-
-
-def test_hindsight_chains_count_responses_only(files):
-    tokenizer = Tokenizer.load(files / "start")
-    record = {
-        "prompt": [{"role": "user", "content": "q"}],
-        "responses": ["bad", "good", "mid"],
-        "ranking": [3, 1, 2],
-    }
-    source = preferences.hindsight(Source("tests", range(2), lambda i: record))
-    for i, order in ((0, ["good", "bad"]), (1, ["bad", "good"])):
-        turns = source[i]["messages"]
-        assert [turn["content"] for turn in turns[1::2]] == order
-        words = {"good": preferences.HELPFUL, "bad": preferences.UNHELPFUL}
-        assert (
-            turns[0]["content"] == f"q\n{words[order[0]]}"
-            and turns[2]["content"] == words[order[1]]
-        )
-        tokens, mask = tokenizer.chat(turns)
-        assert tokenizer.decode(np.array(tokens)[np.array(mask) > 0]) == "".join(order)
-    batch = next(chat_batches(source, tokenizer, batch_size=2, length=128))
-    hidden = preferences.forget(batch, 0.3, np.random.default_rng(0))
-    gone = (hidden["segment_ids_BT"] == 0) & (batch["segment_ids_BT"] > 0)
-    assert 0.2 < gone.sum() / (batch["segment_ids_BT"] > 0).sum() < 0.4
-    assert not (gone & (batch["positions_BT"] == 0)).any()
-    assert (hidden["loss_mask_BT"][:, 1:][gone[:, :-1]] == 0).all()
-    kept = ~np.pad(gone, ((0, 0), (1, 0)))[:, :-1]
-    np.testing.assert_array_equal(hidden["loss_mask_BT"][kept], batch["loss_mask_BT"][kept])
 
 
 def test_keys_know_a_candidate_whatever_its_padding(files):
@@ -509,11 +404,10 @@ BAD_ROWS = {
     "desirable: must be true or false, not 1": {"prompt": "a", "response": "b", "desirable": 1},
 }
 MISTAKES = {
-    "unknown loss": (["--loss=dpp"], "--loss=dpp"),
+    "unknown loss": (["--loss=dpp"], "'dpp' for argument '--loss'"),
     "beta of 0": (["--beta=0"], "--beta"),
     "labels half wrong": (["--loss=robust_dpo", "--label_smoothing=0.5"], "--label_smoothing"),
     "unpaired pairs": (["--unpaired"], "--unpaired"),
-    "one instruction": (["--loss=contrastive", "--instructions=1"], "--instructions"),
     "no such run": (["--init=nowhere"], "nowhere"),
     "no such file": (["--data=nowhere.jsonl"], "nowhere.jsonl"),
     "batch does not split": (["--batch_size=12"], "--batch_size"),

@@ -14,7 +14,6 @@ from decoding import best_of_n
 from model import LanguageModel, init_and_apply
 from model_config import PRESETS
 from runtime.checkpoint import Checkpoints
-from runtime.run_folder import load_config
 from train_state import load_params
 
 SHORT = [
@@ -39,7 +38,6 @@ def files(tmp_path_factory):
         patch.setenv("PLUMB_CACHE", str(folder / "cache"))
         sums = [(f"{i} plus {j}", str(i + j)) for i in range(10) for j in range(10)]
         write(folder / "sums.jsonl", [{"prompt": p, "answer": a} for p, a in sums])
-        write(folder / "raw.jsonl", [{"text": p} for p, _ in sums])
         (folder / "own_sums.py").write_text(OWN)
         tokenizer = Tokenizer.train((f"{p} is {a}" for p, a in sums), folder / "made", 512)
         start = train_sft.Config(run=str(folder / "sft"), model=PRESETS["tiny"])
@@ -111,30 +109,7 @@ def test_a_threshold_that_nothing_passes_changes_nothing_and_is_told(files, caps
 
 
 @pytest.mark.slow
-def test_quark_asks_for_its_best_quantile_from_the_second_round_on(files):
-    run(train_raft, *COMMON, "--method=quark", "--steps=3", "--epochs=1", "--run=quark")
-    rows = rows_of("quark")
-    assert abs(rows[0]["kl"]) < 1e-5 and rows[1]["kl"] > 1e-3  # asked otherwise, and trained
-    assert [row["chosen"] for row in rows] == [64, 128, 192]
-    assert all(row["sampler_gap"] < 1e-4 and row["policy/reference_kl"] > 0 for row in rows)
-    stored = load_config("quark")
-    assert (stored["kl_coef"], stored["replay_rounds"], stored["samples_per_prompt"]) == (
-        0.05,
-        4,
-        1,
-    )
-    asked = [
-        "--policy=quark",
-        "--data=sums.jsonl",
-        "--reward=own_sums:digits",
-        "--max_new_tokens=8",
-    ]
-    table = run(best_of_n, *asked, "--system=5", "--n=1", "--prompts=20")
-    assert 0 <= table[1]["reward"][0] <= 80
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("method", ["rejection", "rft", "quark"])
+@pytest.mark.parametrize("method", ["rejection", "rft"])
 def test_resuming_with_a_pool_is_bitwise_equal(files, method):
     threshold = ["--threshold=1"] if method == "rft" else []
     options = [
@@ -207,8 +182,6 @@ MISTAKES = {
     "threshold unused": (["--threshold=1"], "--threshold"),
     "groups do not divide": (["--samples_per_prompt=5"], "samples_per_prompt"),
     "no groups at all": (["--samples_per_prompt=0"], "samples_per_prompt"),
-    "one quantile": (["--method=quark", "--quantiles=1"], "quantiles"),
-    "ten quantiles": (["--method=quark", "--quantiles=10"], "quantiles"),
     "no epochs": (["--epochs=0"], "epochs"),
     "replay_rounds": (["--replay_rounds=-1"], "replay_rounds"),
     "kl_coef": (["--kl_coef=-1"], "kl_coef"),
@@ -224,7 +197,7 @@ def test_a_mistake_is_one_line(name, files, capsys):
     assert not (files / "new").exists()  # nothing half-written
 
 
-BEST = {"no samples": (["--n=0"], "--n"), "raw": (["--system=5", "--data=raw.jsonl"], "raw.jsonl")}
+BEST = {"no samples": (["--n=0"], "--n")}
 
 
 @pytest.mark.parametrize("name", BEST)

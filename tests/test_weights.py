@@ -18,11 +18,10 @@ from safetensors.numpy import load_file, save_file
 
 import train_sft
 from data.tokenizer import Tokenizer
-from model import LanguageModel, init_and_apply
-from model_config import PRESETS, ModelConfig
+from model import LanguageModel, init_and_apply, unembed
+from model_config import PRESETS, ModelConfig, stored_model
 from runtime import flags as config
 from runtime.errors import UserError
-from runtime.run_folder import load_config
 from tests.test_errors import fails
 from tests.test_tokenizer import CORPUS
 from train_state import load_params
@@ -212,17 +211,14 @@ def logits_of(model):
 
     def logits_BTV(params, tokens_BT):
         positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-        return apply(params, tokens_BT, jnp.ones_like(tokens_BT), positions_BT)[0]
+        output = apply(params, tokens_BT, jnp.ones_like(tokens_BT), positions_BT)
+        return unembed(output.x_BTD, output.unembed_DV)
 
     return jax.jit(logits_BTV)
 
 
 def logits(run):
-    return np.asarray(
-        logits_of(ModelConfig(**load_config(str(run))["model"]))(
-            load_params(str(run)), TOKENS[None]
-        )[0]
-    )
+    return np.asarray(logits_of(stored_model(str(run)))(load_params(str(run)), TOKENS[None])[0])
 
 
 TOKENS = np.random.default_rng(1).integers(0, V, 21).astype(np.int32)
@@ -255,7 +251,7 @@ def test_logits_of_a_random_checkpoint_and_its_round_trip(name, tmp_path, capsys
     )
     mine, stored = (
         families.model_of(folder / "config.json"),
-        ModelConfig(**load_config(str(tmp_path / "run"))["model"]),
+        stored_model(str(tmp_path / "run")),
     )
     assert dataclasses.replace(mine, preset="") == dataclasses.replace(stored, preset="")
     assert mine.preset == (

@@ -24,11 +24,11 @@ from safetensors.numpy import save_file
 from data.tokenizer import Tokenizer
 from data.tokenizer_json import read_tokenizer, tokenizer_files
 from model import LanguageModel, Params, init_and_apply
-from model_config import ModelConfig, check_fit
+from model_config import ModelConfig, check_fit, stored_model
 from runtime import flags
 from runtime.checkpoint import Checkpoints
 from runtime.errors import UserError
-from runtime.run_folder import disk_faults, finished_steps, load_config
+from runtime.run_folder import disk_faults, finished_steps
 from sharding import MeshConfig, abstract, make_mesh, path_name
 from train_state import load_params
 from weights.families import config_of, model_of
@@ -307,7 +307,7 @@ def import_run(config: Config) -> Params:
 def export_run(config: Config) -> Params:
     """Writes the folder; returns the parameters."""
     params = load_params(config.run)
-    model, tokenizer = ModelConfig(**load_config(config.run)["model"]), Tokenizer.load(config.run)
+    model, tokenizer = stored_model(config.run), Tokenizer.load(config.run)
     save(config.write, model, params, tokenizer, config.dtype)
     size = sum(x.size for x in jax.tree.leaves(params))
     print(f"{config.write}: {size:,} parameters of {config.run}, as {config.dtype}")

@@ -18,6 +18,9 @@ FAMILIES = {  # model_type: architecture, and what its config.json means where i
         {"head_dim": 256, "tie_word_embeddings": True, "hidden_act": "gelu"},
     ),
 }
+GEMMA = {"activation": "gelu", "scale_embedding": True, "zero_centered_norm": True}
+"""Fields of ModelConfig that Gemma sets otherwise than the other families."""
+
 FEATURES = {  # by what a model has of gemma, qk_norm, qkv_bias, window: the family to export it as
     (): "llama",
     ("window",): "mistral",
@@ -72,8 +75,8 @@ def model_of(path: pathlib.Path) -> ModelConfig:
             layers=c["num_hidden_layers"], heads=heads, kv_heads=c.get("num_key_value_heads", heads),
             head_dim=c.get("head_dim", c["hidden_size"] // heads), context=c["max_position_embeddings"],
             norm_eps=c["rms_norm_eps"], tied=c["tie_word_embeddings"], qkv_bias=family == "qwen2",
-            qk_norm=family == "qwen3", gemma=family == "gemma", window=_window(family, c, path), remat="full",
-            **_rope(c, path),
+            qk_norm=family == "qwen3", window=_window(family, c, path), remat="full",
+            **_rope(c, path), **(GEMMA if family == "gemma" else {}),
         )  # fmt: skip
     except KeyError as name:
         raise UserError(f"{path}: {name} is missing; restore the file") from None
@@ -125,9 +128,17 @@ def _rope(c: dict[str, Any], path: pathlib.Path) -> dict[str, Any]:
 
 def config_of(model: ModelConfig, tokenizer: Tokenizer, dtype: str) -> dict[str, Any]:
     """The config.json of `model`; raises UserError where no family has its features."""
-    features = tuple(
-        name for name in ("gemma", "qk_norm", "qkv_bias", "window") if getattr(model, name)
+    gemma = {name: getattr(model, name) for name in GEMMA} == GEMMA
+    has = (
+        {}
+        if gemma
+        else {name: getattr(model, name) != getattr(ModelConfig, name) for name in GEMMA}
     )
+    has |= {
+        "gemma": gemma,
+        **{name: getattr(model, name) for name in ("qk_norm", "qkv_bias", "window")},
+    }
+    features = tuple(name for name, present in has.items() if present)
     if features not in FEATURES or (model.rope_llama3 and model.rope_scale != 1):
         both = features if features not in FEATURES else ("rope_llama3", "rope_scale")
         raise UserError(
@@ -154,7 +165,7 @@ def config_of(model: ModelConfig, tokenizer: Tokenizer, dtype: str) -> dict[str,
         "architectures": [FAMILIES[family][0]], "model_type": family, "vocab_size": model.vocab,
         "hidden_size": model.width, "intermediate_size": model.mlp_width, "num_hidden_layers": model.layers,
         "num_attention_heads": model.heads, "num_key_value_heads": model.kv_heads, "head_dim": model.head_dim,
-        "hidden_act": "gelu_pytorch_tanh" if model.gemma else "silu", "max_position_embeddings": model.context,
+        "hidden_act": "gelu_pytorch_tanh" if gemma else "silu", "max_position_embeddings": model.context,
         "rms_norm_eps": model.norm_eps, "rope_theta": model.rope_base, "rope_scaling": rope,
         "tie_word_embeddings": model.tied, "sliding_window": model.window, **qwen, "attention_bias": False,
         "bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad,

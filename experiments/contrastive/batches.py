@@ -1,6 +1,6 @@
 """Contrasts: one good response after its own prompt and after others."""
 
-from data.batches import Encoded, cut_left
+from data.batches import SHORTEST_PROMPT, Encoded, cut_left
 from data.preferences import best_and_worst_response
 from data.records import Record
 from data.sources import Source
@@ -29,14 +29,14 @@ def encode_contrast(record: Record, tokenizer: Tokenizer, length: int) -> Encode
     """Encode a contrast as data.batches.encode_comparison does a comparison.
 
     Its candidates are the one response after each of the prompts; the first, its own, has rank 1,
-    the others 2. Prompts are cut on the left to fit `length` tokens; no row where too little is
-    left of them.
+    the others 2. Prompts are cut on the left to fit `length` tokens; the record is dropped where
+    too little is left of them.
     """
     prompts = [tokenizer.prompt(prompt) for prompt in record["prompts"]]
     response = [*tokenizer.encode(record["response"]), tokenizer.eos]
     room = length - len(response)
     longest = max(map(len, prompts))
-    if room < min(longest, 8):
+    if room < min(longest, SHORTEST_PROMPT):
         return Encoded([], True)
     row = {
         "prompts": [cut_left(prompt, room, tokenizer) for prompt in prompts],

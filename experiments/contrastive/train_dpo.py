@@ -63,7 +63,7 @@ class Config:
 
     # Model
     model: ModelConfig = ModelConfig()
-    """Its shape; that of --init where there is one."""
+    """Shape of the model; that of --init where there is one."""
     optimizer: OptimizerConfig = OptimizerConfig(lr=1e-4, beta2=0.999, weight_decay=0.0)
     """Learning rate, schedule, clipping."""
     lora: LoraConfig = LoraConfig()
@@ -89,7 +89,7 @@ class Config:
     hosts: HostsConfig = HostsConfig()
     """Processes of this run."""
     seed: int = 0
-    """Of random weights, the order of the data and samples."""
+    """Seed of random weights, the order of the data and samples."""
     save_every: int = 100
     """Steps between checkpoints; 0: at the end only."""
     keep_checkpoints: int = 2

@@ -22,11 +22,12 @@ import jax
 import jax.numpy as jnp
 
 import train_dpo
-from data.preferences import HELPFUL
 from data.tokenizer import Tokenizer
 from decoding import best_of_n
-from evaluation.gold import CRITERIA, gold_rows, make_measure, summarise
-from model_config import ModelConfig
+from evaluation.gold import CRITERIA, gold_rows, make_kl_sampler, summarise
+from experiments.hindsight.batches import HELPFUL
+from experiments.quark.quark import conditioned
+from model_config import ModelConfig, stored_model
 from objectives import imitate
 from planning.programs import forward_flops
 from responses import load_run
@@ -66,15 +67,15 @@ METHODS = {  # name -> script and the flags that are not its defaults, {rm} the 
     "slic_hf": (*DIRECT, "--loss=slic_hf", "--steps=320", "--optimizer.lr=3e-4"),
     "cpo": (*DIRECT, "--loss=cpo", "--steps=320", "--optimizer.lr=3e-4"),
     "rrhf": (*DIRECT, "--loss=rrhf", "--steps=320", "--optimizer.lr=3e-4"),
-    "contrastive": (*DIRECT, "--loss=contrastive", "--steps=320"),
-    "unlikelihood": (*DIRECT, "--loss=unlikelihood", "--steps=320"),
-    "figa": (*DIRECT, "--loss=figa", "--steps=320"),
-    "hindsight": ("train_dpo.py", "--length=72", "--loss=hindsight", "--steps=568"),
+    "contrastive": ("experiments/contrastive/train_dpo.py", "--length=32", "--steps=320"),
+    "unlikelihood": ("experiments/unlikelihood/train_dpo.py", "--length=32", "--steps=320"),
+    "figa": ("experiments/figa/train_dpo.py", "--length=32", "--steps=320"),
+    "hindsight": ("experiments/hindsight/train_dpo.py", "--length=72", "--steps=568"),
     "dr_grpo": ("train_grpo.py", "--method=dr_grpo", "--steps=56"),
     "dapo": ("train_grpo.py", "--method=dapo", "--steps=56"),
     "gspo": ("train_grpo.py", "--method=gspo", "--steps=56"),
     "reinforce_pp": ("train_grpo.py", "--method=reinforce_pp", "--steps=56"),
-    "online_dpo": ("train_grpo.py", "--method=online_dpo", "--steps=56"),
+    "online_dpo": ("experiments/online_dpo/train_grpo.py", "--steps=56"),
     "gated": (
         "train_grpo.py",
         "--steps=56",
@@ -87,8 +88,15 @@ METHODS = {  # name -> script and the flags that are not its defaults, {rm} the 
     "rules": ("train_grpo.py", "--steps=56", "--reward", "tasks.rules:all_kept"),
     "rejection": ("train_raft.py", "--method=rejection", "--steps=20"),
     "expert": ("train_raft.py", "--method=expert", "--threshold=2", "--steps=13"),
-    "quark": ("train_raft.py", "--method=quark", "--batch_size=512", "--epochs=1", "--steps=9"),
+    "quark": ("experiments/quark/train_raft.py", "--batch_size=512", "--epochs=1", "--steps=9"),
 }
+RECORDED_AS = {
+    "contrastive": "train_dpo.py --length=32 --loss=contrastive --steps=320",
+    "unlikelihood": "train_dpo.py --length=32 --loss=unlikelihood --steps=320",
+    "figa": "train_dpo.py --length=32 --loss=figa --steps=320",
+    "hindsight": "train_dpo.py --length=72 --loss=hindsight --steps=568",
+}
+"""`flags` of the rows of results.jsonl that were made when these were losses of train_dpo.py."""
 BEST_OF = 16
 MAX_PROMPT, MAX_NEW = 32, 24  # as evaluate.py
 
@@ -123,17 +131,16 @@ def sampling_flops(c: ModelConfig, config: dict[str, Any], rows: int) -> float:
 def training_flops(run: str) -> float:
     """Of a finished run, from its settings and what it logged."""
     config, rows = load_config(run), read_rows(run)
-    c, script = ModelConfig(**config["model"]), config["script"]
+    c = stored_model(run)
+    # A fork is counted as the script it is a copy of; one that differs is told apart below.
+    fork, _, script = config["script"].rpartition("/")
+    is_online_dpo = fork == "experiments/online_dpo" or config.get("method") == "online_dpo"
     batch, steps = config["batch_size"], config["steps"]
     if script == "train_rm":  # four responses a prompt; logits of the best one only
         length, count = config["length"], 4 * batch
         return steps * 3 * forward_flops(c, count, length, length / 4 if config["lm_coef"] else 0)
-    if script == "train_dpo":
-        # Rows of a prompt that pass forward and back, and forward only. KTO takes the best response, the worst and
-        # one to another prompt; hindsight makes one row of two. The reference counts in a second epoch too.
-        trained, other = {"kto": (2, 1), "hindsight": (1, 0)}.get(config["loss"], (4, 0))
-        _, reference = train_dpo.make_objective(train_dpo.Config(loss=config["loss"]), None)
-        passes = 3 * trained + other + reference * (trained + other)
+    if script.endswith("train_dpo"):
+        passes = direct_passes(script, config.get("loss"))
         return steps * passes * forward_flops(c, batch, config["length"], config["length"])
     length, new = config["max_prompt"] + config["max_new_tokens"], config["max_new_tokens"]
     policy = forward_flops(c, batch, length, new + 1)
@@ -151,7 +158,7 @@ def training_flops(run: str) -> float:
     gold_rows = sampled + 2 * policy + models * scalar  # rollout; policy, reference and rewards
     whole = forward_flops(c, 1, length, length)  # logits of the prompt too
     if script == "train_grpo":
-        update = batch * whole if config["method"] == "online_dpo" else policy
+        update = batch * whole if is_online_dpo else policy
         return (
             sum(row["rounds"] for row in rows) * gold_rows + steps * config["epochs"] * 3 * update
         )
@@ -160,6 +167,21 @@ def training_flops(run: str) -> float:
         steps * gold_rows
         + sum(row["updates"] for row in rows) * config["minibatch_size"] * passes * whole
     )
+
+
+def direct_passes(script: str, loss: str | None) -> int:
+    """Return how often a direct method passes a row of a prompt forward; back counts as two.
+
+    `loss`: of train_dpo.py; None for its forks. The reference counts in a second epoch too.
+    """
+    if script == "experiments/hindsight/train_dpo":  # one row of both responses
+        return 3
+    if loss == "kto":  # the best response and the worst; one to another prompt, never passed back
+        return 3 * 2 + 1 + (2 + 1)
+    if loss is None:
+        return 3 * 4
+    settings = train_dpo.Config(loss=loss, beta=1.0)
+    return 3 * 4 + 4 * train_dpo.make_objective(settings, None).needs_reference
 
 
 # --- one run
@@ -198,7 +220,7 @@ def command(config: Config, method: str, seed: int, run: pathlib.Path) -> list[s
     if "--reward" not in options:
         common += [
             f"--data={align}/comparisons.jsonl"
-            if script == "train_dpo.py"
+            if script.endswith("train_dpo.py")
             else f"--reward={align}/rm"
         ]
     return [sys.executable, str(ROOT / script), *common, *options, *config.flags.split()]
@@ -212,7 +234,9 @@ def train(words: list[str], run: pathlib.Path) -> dict[str, float]:
         run.mkdir(parents=True)
         log, began = run.parent / f"{run.name}.log", time.monotonic()
         with log.open("w") as file:
-            process = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT)
+            # A fork takes modules from beside itself, and all others from the root.
+            paths = {**os.environ, "PYTHONPATH": str(ROOT)}
+            process = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT, env=paths)
             _, status, used = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
@@ -240,7 +264,7 @@ def best_of(
         **folders, n=BEST_OF, prompts=len(requests), max_prompt=MAX_PROMPT, seed=judge_seed
     )
     records = [{"prompt": [{"role": "user", "content": r.text}]} for r in requests]
-    rewards_PN, texts = best_of_n.sampled(settings, records, make_mesh(MeshConfig()))
+    rewards_PN, texts = best_of_n.sample_and_score(settings, records, make_mesh(MeshConfig()))
     curve = []
     for n in (1 << k for k in range(BEST_OF.bit_length())):
         best = [row[i] for row, i in zip(texts, rewards_PN[:, :n].argmax(1), strict=True)]
@@ -265,12 +289,10 @@ def responses_of(
     condition = {}
     if method == "quark":  # what it learnt is asked for by its best quantile
         best = tokenizer.encode(str(load_config(str(run))["quantiles"]))[0]
-        condition = {
-            "condition": lambda prompts: imitate.conditioned(prompts, tokenizer.system, best)
-        }
+        condition = {"condition": partial(conditioned, system=tokenizer.system, word=best)}
     if method == "hindsight":
         condition = {"condition": partial(with_suffix, suffix=tokenizer.encode(f"\n{HELPFUL}"))}
-    measure = make_measure(
+    measure = make_kl_sampler(
         model, SamplingConfig(1.0, max_new_tokens=MAX_NEW), tokenizer, MAX_PROMPT, **condition
     )
     return zip(*measure(params, reference, [r.text for r in requests], judge_seed), strict=True)
@@ -291,10 +313,11 @@ def row_of(config: Config, method: str, seed: int) -> dict[str, Any]:
     if METHODS[method]:
         cost = train(command(config, method, seed, run), run)
         cost["training_flops"] = training_flops(str(run))
-    sees_reward_model = METHODS[method][:1] != (DIRECT[0],) and method not in ("sft", "rules")
+    is_direct = METHODS[method][:1] and METHODS[method][0].endswith("train_dpo.py")
+    sees_reward_model = not is_direct and method not in ("sft", "rules")
     models = [f"{align}/{name}" for name in ("round1/rm", "rm")] if sees_reward_model else []
     cost["reward_model_flops"] = sum(training_flops(path) for path in models)
-    c = ModelConfig(**load_config(f"{align}/sft")["model"])
+    c = stored_model(f"{align}/sft")
     several = BEST_OF if method == "best_of_16" else 1
     asked = {"max_prompt": MAX_PROMPT, "max_new_tokens": MAX_NEW, "samples_per_prompt": several}
     scoring = forward_flops(c, several, MAX_PROMPT + MAX_NEW, 0) if several > 1 else 0.0
@@ -329,8 +352,9 @@ def main(config: Config) -> list[dict[str, Any]]:
     for seed in config.seeds:
         for method in config.methods:
             settings = " ".join([*METHODS[method], *config.flags.split()])
+            recorded = (settings, None if config.flags else RECORDED_AS.get(method))
             if any(
-                (row["method"], row["seed"], row["flags"]) == (method, seed, settings)
+                (row["method"], row["seed"]) == (method, seed) and row["flags"] in recorded
                 for row in done
             ):
                 continue

@@ -21,7 +21,7 @@ from data.tokenizer import Tokenizer
 from experiments.seeds import half
 from experiments.stories import happy
 from model import LanguageModel, Params, init_and_apply
-from model_config import ModelConfig
+from model_config import ModelConfig, stored_model
 from objectives.policy import response_logprobs
 from rollout import join_responses
 from runtime import flags
@@ -69,7 +69,7 @@ class Config:
 def make_tell(
     model: ModelConfig, tokenizer: Tokenizer, max_prompt: int, max_new_tokens: int, rows: int = 128
 ):
-    """tell(policy, reference, openings, seed) -> (stories, {length, ended, kl, surprise}: [n] each)."""
+    """tell(policy, reference, openings, seed) -> (stories, {length, ended, kl, nll}: [n] each)."""
     _, apply = init_and_apply(LanguageModel(model))
     sampling = SamplingConfig(1.0, max_new_tokens=max_new_tokens)
 
@@ -85,7 +85,7 @@ def make_tell(
         }
         sums |= {
             "kl": (samples.logp_BR - reference_BR) * samples.mask_BR,
-            "surprise": -reference_BR * samples.mask_BR,
+            "nll": -reference_BR * samples.mask_BR,
         }
         return samples.response_BR, {name: x.sum(1) for name, x in sums.items()}
 
@@ -135,7 +135,7 @@ def summarise(
     }
     out |= {name: counts[name].mean() for name in ("kl", "length", "ended")}
     out |= {
-        "perplexity": math.exp(counts["surprise"].sum() / counts["length"].sum()),
+        "perplexity": math.exp(counts["nll"].sum() / counts["length"].sum()),
         "sentence": np.mean(lengths),
         "repeated": repeated,
         "distinct": len(set(said)) / len(said),
@@ -198,11 +198,15 @@ def samples(results: dict[str, Any]) -> str:
     return "\n\n".join(blocks)
 
 
+SCRIPTS = ("experiments/stories/train_ppo", "stories_ppo")
+"""How a run of train_ppo.py here names its script: today, and in older runs."""
+
+
 def main(config: Config) -> dict[str, Any]:
     settings = [load_config(run) for run in config.after]
-    differing = {"run", "seed", "mesh", "versions", "keep", "eval_every", "save_every"}
+    differing = {"run", "seed", "mesh", "versions", "keep_checkpoints", "eval_every", "save_every"}
     for run, other in zip(config.after, settings, strict=True):
-        if other["script"] != "stories_ppo":
+        if other["script"] not in SCRIPTS:
             raise UserError(
                 f"--after: {run} is a run of {other['script']}; name runs of experiments/stories/train_ppo.py"
             )
@@ -212,7 +216,7 @@ def main(config: Config) -> dict[str, Any]:
                     f"--after: {run} has another {name} than {config.after[0]}; measure them apart"
                 )
     model, tokenizer = (
-        ModelConfig(**load_config(config.before)["model"]),
+        stored_model(config.before),
         Tokenizer.load(config.before),
     )
     openings = happy.openings(config.split)

@@ -14,7 +14,7 @@ Metrics = dict[str, tuple[jax.Array, jax.Array]]
 def unlikelihood(logps: jax.Array, weights: jax.Array) -> jax.Array:
     """Return -w log p of each token where its weight w is above 0, else -|w| log(1 - p).
 
-    Any shape. Welleck et al. 2020, eq. 4, here with signed weights of tokens.
+    Any shape. Welleck et al. 2020, here with signed weights of tokens.
     """
     likely = weights * logps
     unlikely = -weights * direct.log_complement(logps)

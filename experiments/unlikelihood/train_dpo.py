@@ -10,6 +10,7 @@ reference.
 import dataclasses
 from functools import partial
 from itertools import islice
+from typing import Literal
 
 import jax
 
@@ -64,7 +65,7 @@ class Config:
 
     # Model
     model: ModelConfig = ModelConfig()
-    """Its shape; that of --init where there is one."""
+    """Shape of the model; that of --init where there is one."""
     optimizer: OptimizerConfig = OptimizerConfig(lr=1e-4, beta2=0.999, weight_decay=0.0)
     """Learning rate, schedule, clipping."""
     lora: LoraConfig = LoraConfig()
@@ -90,7 +91,7 @@ class Config:
     hosts: HostsConfig = HostsConfig()
     """Processes of this run."""
     seed: int = 0
-    """Of random weights, the order of the data and samples."""
+    """Seed of random weights, the order of the data and samples."""
     save_every: int = 100
     """Steps between checkpoints; 0: at the end only."""
     keep_checkpoints: int = 2
@@ -130,7 +131,7 @@ def main(config: Config) -> dict[str, float]:
 
     # Data: comparisons or judged responses, the tokenizer they fit, and batches of prompts
     # with all their candidates, whose tokens `weighted` weighs.
-    schema = "unpaired" if config.unpaired else "comparison"
+    schema: Literal["comparison", "unpaired"] = "unpaired" if config.unpaired else "comparison"
     source = open_source(config.data, schema, "train", seed=config.seed)
     held_out = open_source(config.data, schema, "heldout", seed=config.seed)
     tokenizer = tokenizer_for(config, source)

@@ -1,0 +1,167 @@
+"""Supervised fine-tuning: cross-entropy on the assistant's tokens.
+
+python train_sft.py --init=runs/align/lm --run=runs/sft
+python train_sft.py --data=my_chats.jsonl --run=runs/mine
+"""
+
+import dataclasses
+from functools import partial
+
+import jax
+
+from data.batches import chat_batches
+from data.sources import open_source
+from data.tokenizer import tokenizer_for
+from lora import LoraConfig, note_lora_base, with_adapters
+from model import LanguageModel, init_and_apply
+from model_config import ModelConfig, check_fit
+from objectives.likelihood import likelihood_objective
+from planning.dry_run import preview
+from runtime import flags
+from runtime.guard import GuardConfig, guarded, left_out
+from runtime.hosts import HostsConfig
+from sharding import MeshConfig, check_batch, data_shard, make_mesh, to_mesh
+from train_state import as_items
+from train_step import OptimizerConfig, Update, make_evaluation, make_optimizer, make_train_step
+from training_run import Run, make_greedy_samples
+
+EVAL_BATCHES = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    # Folders
+    run: str = "runs/sft"
+    """Folder of this run; running again resumes it."""
+    init: str | None = None
+    """Run to start from; None: random weights."""
+
+    # Data
+    data: str = "world"
+    """Conversations: world, a .jsonl file, or tfds:<name>."""
+    tokenizer: str | None = None
+    """A SentencePiece .model; None: that of --init, else one trained on the data."""
+
+    # Batches
+    steps: int = 900
+    """Updates."""
+    batch_size: int = 32
+    """Rows per step, over all devices; each holds several conversations, packed."""
+    length: int = 64
+    """Tokens per row."""
+    microbatches: int = 1
+    """Parts of a batch whose gradients are summed; with pipeline stages, parts in flight."""
+
+    # Model
+    model: ModelConfig = ModelConfig()
+    """Its shape; that of --init where there is one."""
+    optimizer: OptimizerConfig = OptimizerConfig(lr=2e-3)
+    """Learning rate, schedule, clipping."""
+    lora: LoraConfig = LoraConfig()
+    """Low-rank adapters, trained in place of all weights."""
+
+    # Run
+    mesh: MeshConfig = MeshConfig()
+    """Devices along each axis."""
+    guard: GuardConfig = GuardConfig()
+    """A loss spike, and what is then left out."""
+    hosts: HostsConfig = HostsConfig()
+    """Processes of this run."""
+    seed: int = 0
+    """Of random weights, the order of the data and samples."""
+    eval_every: int = 450
+    """Steps between evaluations and samples on held-out data; 0: never."""
+    save_every: int = 200
+    """Steps between checkpoints; 0: at the end only."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept."""
+    dry_run: bool = False
+    """Print shapes, shardings, memory and the first batch, and write nothing."""
+
+
+def make_update(config: Config) -> Update:
+    """Make the model's initialiser, its optimiser, its loss and the jitted step."""
+    init, apply = init_and_apply(LanguageModel(config.model, config.microbatches))
+    objective = partial(likelihood_objective, apply)
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    step = make_train_step(
+        objective,
+        optimizer,
+        config.microbatches,
+        max_norm=config.optimizer.clip,
+        full=partial(with_adapters, config.lora),
+    )
+    return Update(init, optimizer, objective, step)
+
+
+@guarded
+def main(config: Config) -> dict[str, float]:
+    """Fine-tune on conversations; return the last metrics."""
+    # A mesh of all devices, and a batch that splits over it.
+    config = note_lora_base(config)
+    mesh = make_mesh(config.mesh)
+    check_batch(
+        "batch_size",
+        config.batch_size,
+        config.microbatches,
+        mesh,
+        config.length,
+        config.model.layers,
+    )
+
+    # Data: conversations, the tokenizer they fit, and packed rows. Batches at fault of a loss
+    # spike are left out (runtime/guard.py).
+    train_chats = open_source(config.data, "chat", "train", seed=config.seed)
+    held_out_chats = open_source(config.data, "chat", "heldout", seed=config.seed)
+    tokenizer = tokenizer_for(config, train_chats)
+    check_fit(config.model, tokenizer.size, config.length)
+    packed = partial(
+        chat_batches,
+        tokenizer=tokenizer,
+        batch_size=config.batch_size,
+        length=config.length,
+        **data_shard(mesh),
+    )
+    batches = packed(train_chats, seed=config.seed, without=left_out(config.run))
+    held_out_batches = packed(held_out_chats)
+    eval_batches = [to_mesh(next(held_out_batches), mesh) for _ in range(EVAL_BATCHES)]
+
+    # One jitted step. With LoRA `state.params` are the adapters alone; `full` lays their base
+    # beside them.
+    update = make_update(config)
+    evaluate = make_evaluation(update.objective)
+    full = partial(with_adapters, config.lora)
+
+    # Samples: greedy answers to the last questions of held-out conversations.
+    sample_chats = [held_out_chats[i]["messages"] for i in range(min(8, len(held_out_chats)))]
+    sample = make_greedy_samples(
+        config.model,
+        tokenizer,
+        [chat[:-1] for chat in sample_chats],
+        max_prompt=(config.length + 1) // 2,
+        max_new_tokens=min(64, config.length // 2),
+    )
+
+    # A dry run ends here and has written nothing.
+    if config.dry_run:
+        return preview(config, update.init, update.optimizer, mesh, next(batches), tokenizer)
+    with Run(config, tokenizer, guard=config.guard) as run:
+        state, base = run.start_or_resume(update.init, update.optimizer, mesh, batches)
+        title = f"fine-tuning on {train_chats.name}"
+        run.describe(title, state.params, (state.opt_state, base), length=config.length)
+        for step in run.steps():
+            # One update; its metrics are written while the next one runs.
+            state, metrics = update.step(state, to_mesh(next(batches), mesh), base)
+            run.record(step, metrics, tokens=config.batch_size * config.length)
+
+            # Held-out loss, and samples in samples.md.
+            if run.due(step, config.eval_every):
+                params = full(base, state.params)
+                run.record(step, evaluate(params, eval_batches))
+                run.samples(step, sample(params, jax.random.key(step)))
+            run.save_when_due(step, as_items(state), batches)
+    return run.last_metrics
+
+
+if __name__ == "__main__":
+    flags.run(main, Config)

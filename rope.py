@@ -1,1 +1,0 @@
-"""Rotary position embedding (RoPE: Su et al. 2021), half-split, with linear and Llama 3.1 scaling."""
