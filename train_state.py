@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lora import lora_base, merged, trainable_part
+from lora import LoraConfig, base_step, lora_base, merge, trainable_part
 from model import LanguageModel, Params, ScalarModel, init_and_apply
 from model_config import ModelConfig, stored_model
 from runtime.checkpoint import Checkpoints, load_step_params, stored_params
@@ -45,8 +45,40 @@ def load_params(run: str, step: int | None = None, shapes: Any = None) -> dict[s
     # Adapters are merged into their base, which is another run's.
     if config.get("lora", {}).get("rank"):
         adapters = load_step_params(run, step, None)
-        return merged(run, config, adapters, load_params, shapes)
+        return _merged(run, config, adapters, shapes)
     return load_step_params(run, step, shapes)
+
+
+def _merged(run: str, config: dict[str, Any], adapters: Params, shapes: Any) -> Params:
+    """Load the base of `run`, whose config.json is `config`, and merge its adapters into it.
+
+    `shapes` is as of load_params. Raises UserError where the base's step is gone, and for other
+    shapes.
+    """
+    lora = LoraConfig(**config["lora"])
+    base = config["init"]
+    step = base_step(lora, base)
+    if step is None:
+        raise UserError(
+            f"{run}: its base, a step of {base}, is gone; "
+            "restore that run, or train the adapters anew"
+        )
+    if shapes is None:
+        return merge(lora, load_params(base, step), adapters)
+
+    # The base is a language model, whatever the adapters make of it.
+    init, _ = init_and_apply(LanguageModel(ModelConfig(**config["model"])))
+    base_shapes = jax.eval_shape(init, jax.random.key(0))
+    found = jax.eval_shape(partial(merge, lora), base_shapes, adapters)
+    if jax.tree.map(jnp.shape, found) != jax.tree.map(jnp.shape, shapes):
+        raise UserError(f"{run}: a model of other parameters or shapes; use that run's config")
+
+    # Merged where it is to lie; the base's buffers are used up.
+    places = jax.tree.map(lambda like: like.sharding, shapes)
+    mesh = jax.tree.leaves(places)[0].mesh
+    loaded = load_params(base, step, abstract(base_shapes, mesh))
+    merge_in_place = jax.jit(partial(merge, lora), out_shardings=places, donate_argnums=0)
+    return merge_in_place(loaded, adapters)
 
 
 def has_scalar_head(run: str) -> bool:

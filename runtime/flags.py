@@ -76,6 +76,7 @@ def parse(cls: type[ConfigT], argv: Sequence[str] | None = None) -> ConfigT:
         with contextlib.redirect_stderr(message):
             return tyro.cli(
                 cls,
+                prog=_command(),
                 description=about,
                 args=words,
                 default=default,
@@ -88,6 +89,12 @@ def parse(cls: type[ConfigT], argv: Sequence[str] | None = None) -> ConfigT:
             raise
         fault = _in_one_line(message.getvalue())
         raise UserError(f"flags: {fault} (--help lists all flags)") from None
+
+
+def _command() -> str:
+    """Name the command as it was given: `python train_sft.py`, `python -m collect.rank`."""
+    spec = sys.modules["__main__"].__spec__
+    return f"python {sys.argv[0]}" if spec is None else f"python -m {spec.name}"
 
 
 def _with_value(default: Any, word: str) -> str:
