@@ -1,6 +1,7 @@
 """A run and prompts in, responses out: what every collector, searcher and page samples with."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple, TypeVar
 
 import jax
@@ -13,7 +14,7 @@ from model import LanguageModel, Params, init_and_apply
 from model_config import ModelConfig, stored_model
 from runtime.errors import UserError
 from runtime.run_folder import load_config
-from sampling import Samples, SamplingConfig, generate
+from sampling import Samples, SamplingConfig, generate, generate_in_slots
 from sharding import to_host
 from train_state import has_scalar_head, load_params
 
@@ -69,20 +70,13 @@ def make_sampler(
     the tokenizer's.
     """
     _, apply = init_and_apply(LanguageModel(config))
+    decode = generate if slots is None else partial(generate_in_slots, slots=slots)
 
     @jax.jit
     def sample(params: Params, prompts: dict[str, jax.Array], key: jax.Array) -> Samples:
-        return generate(
-            apply,
-            config,
-            params,
-            prompts,
-            key,
-            sampling,
-            eos=jnp.array([tokenizer.eos, *ends]),
-            pad=tokenizer.pad,
-            n=n,
-            slots=slots,
+        eos = jnp.array([tokenizer.eos, *ends])
+        return decode(
+            apply, config, params, prompts, key, sampling, eos=eos, pad=tokenizer.pad, n=n
         )
 
     def respond(

@@ -116,6 +116,7 @@ def parse(text: str) -> tuple[Module, str]:
     module: Module = {}
     entry = ""
     for line in text.splitlines():
+        # A line at the margin opens or closes a computation.
         if not line.startswith(" "):
             header = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
             if header:
@@ -152,6 +153,7 @@ def parse_op(line: str) -> Op | None:
 
 def balanced(text: str, start: int) -> int:
     """Return the index after the bracket that closes the one at `start`."""
+    # Brackets of all three kinds count as one.
     depth = 0
     for i in range(start, len(text)):
         depth += (text[i] in "([{") - (text[i] in ")]}")
@@ -172,6 +174,11 @@ def arrays(shape: str) -> list[Array]:
 def _integers(text: str) -> list[int]:
     """Return the numbers of `1,2,3`; [] of no text."""
     return [int(number) for number in text.split(",") if number]
+
+
+def dims_of(op: Op) -> list[int]:
+    """Return the dimensions of an instruction's result, of a tuple's first."""
+    return arrays(op.shape)[0].dims
 
 
 def array_bytes(array: Array, main_memory: bool = True) -> float:
@@ -272,6 +279,7 @@ def walk(
             for part in ("body", "condition"):
                 yield from walk(module, attribute(op, part)[0], times * turns, fused, turns)
             continue
+        # A fusion's body, the branches of a conditional, a called computation.
         inner = attribute(op, "calls") + attribute(op, "branch_computations")
         if op.code == "call":
             inner += attribute(op, "to_apply")
@@ -286,16 +294,19 @@ def matmul_flops(op: Op, computation: Computation) -> float:
     """Return the FLOPs of a dot or of a convolution, which a TPU's compiler makes of a dot."""
     if op.code == "convolution":
         return convolution_flops(op, computation)
-    out = arrays(op.shape)[0].dims
-    left = arrays(computation[op.operands[0]].shape)[0].dims
+    # A multiplication and an addition for each element of the result and each that is summed.
+    out = dims_of(op)
+    left = dims_of(computation[op.operands[0]])
     contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", op.rest)[1]
-    return 2.0 * math.prod(out) * math.prod(left[d] for d in _integers(contracted))
+    summed = [left[dimension] for dimension in _integers(contracted)]
+    return 2.0 * math.prod(out) * math.prod(summed)
 
 
 def convolution_flops(op: Op, computation: Computation) -> float:
     """Return the FLOPs of a convolution; a window's places outside the array multiply nothing."""
-    out = arrays(op.shape)[0].dims
-    left, right = (arrays(computation[name].shape)[0].dims for name in op.operands[:2])
+    out = dims_of(op)
+    left = dims_of(computation[op.operands[0]])
+    right = dims_of(computation[op.operands[1]])
 
     # dim_labels names the dimensions of left, right and result: b batch, f features, i and o
     # features in and out, and a digit for each spatial dimension.
@@ -328,19 +339,24 @@ def places_inside(left: int, right: int, out: int, window: dict[str, str]) -> fl
     spread = int(window.get("rhs_dilate", "1"))
     first = np.arange(out)[:, None] * stride - low
     at = first + np.arange(right) * spread
-    is_inside = (at >= 0) & (at <= (left - 1) * dilated) & (at % dilated == 0)
-    return float(is_inside.sum())
+    last = (left - 1) * dilated
+    is_inside = (at >= 0) & (at <= last)
+    is_element = at % dilated == 0
+    return float((is_inside & is_element).sum())
 
 
 def kernel_flops(op: Op, computation: Computation) -> float:
     """Return the FLOPs of a Pallas attention kernel, told by its name; 0 for any other call."""
-    matmuls = next((n for name, n in KERNELS.items() if op.name.startswith(name)), 0)
+    matmuls = 0
+    for name, count in KERNELS.items():
+        if op.name.startswith(name):
+            matmuls = count
     if not matmuls:
         return 0.0
-    operands = [arrays(computation[name].shape)[0].dims for name in op.operands]
     # The largest of four dimensions are the queries.
-    queries = max((dims for dims in operands if len(dims) == 4), key=math.prod)
-    batch, heads, length, width = queries
+    operands = [dims_of(computation[name]) for name in op.operands]
+    candidates = [dims for dims in operands if len(dims) == 4]
+    batch, heads, length, width = max(candidates, key=math.prod)
     return 0.5 * matmuls * 2.0 * batch * heads * length * length * width
 
 
@@ -384,7 +400,8 @@ def memory_bytes(op: Op, computation: Computation, module: Module) -> float:
 def copied_bytes(op: Op) -> float:
     """Return the bytes that a copy between two memories moves in main memory."""
     source, target = arrays(op.shape)[:2]
-    moved = min(math.prod(source.dims), math.prod(target.dims)) * BITS[source.kind] / 8
+    elements = min(math.prod(source.dims), math.prod(target.dims))
+    moved = elements * BITS[source.kind] / 8
     return moved * (source.in_main_memory + target.in_main_memory)
 
 
@@ -478,7 +495,8 @@ def one_group(op: Op, devices: int) -> list[int]:
         axes = {name: int(n) for name, n in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
         joined = re.findall(r"'(\w+)'", mesh[3])
         one = tuple(slice(None) if name in joined else 0 for name in axes)
-        return list(ids.reshape(list(axes.values()))[one].reshape(-1))
+        ids = ids.reshape(list(axes.values()))
+        return list(ids[one].reshape(-1))
     return list(range(devices))
 
 
@@ -503,8 +521,12 @@ def collective(
     # The axes along which the devices of a group differ.
     group = one_group(op, math.prod(mesh.values()))
     places = np.unravel_index(group, tuple(mesh.values()))
-    axes = [axis for axis, row in zip(mesh, places, strict=True) if len(set(row.tolist())) > 1]
+    axes = []
+    for axis, row in zip(mesh, places, strict=True):
+        if len(set(row.tolist())) > 1:
+            axes.append(axis)
 
+    # Of a ring: each chip receives all but its own part; of an all-reduce twice.
     share = 1 - 1 / len(group)
     taken = sum(size(computation[operand].shape) for operand in op.operands)
     received = {

@@ -66,6 +66,7 @@ def panels(
     `eval/x` is drawn over `x`. `unit`: the word under the axis. `only`: this metric alone.
     `title`: instead of the metric's name.
     """
+    # The metrics in the order in which they appear; a dict keeps it.
     names: dict[str, None] = {}
     for row in rows:
         for name in row:
@@ -77,6 +78,7 @@ def panels(
     for name in [*known, *others]:
         if only not in ("", name):
             continue
+        # Training and held-out values, where there are any.
         curves = []
         for label, key in (("training", name), ("held out", f"eval/{name}")):
             steps, values = _series(rows, key)
@@ -122,6 +124,7 @@ def _part_means(series: np.ndarray) -> np.ndarray:
 
 def _draw(curves: list[Curve], xlabel: str, legend: bool = False, dots: bool = False) -> str:
     """Draw up to two curves; return the SVG, its colours the style sheet's."""
+    # Imported at its first use: it takes half a second.
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -133,6 +136,7 @@ def _draw(curves: list[Curve], xlabel: str, legend: bool = False, dots: bool = F
                 _draw_dots(axes, curve, colour)
             else:
                 _draw_line(axes, curve, colour)
+        # The scale, and what is around the curves.
         low = min(values.min() for _, _, values in curves)
         high = max(values.max() for _, _, values in curves)
         if high - low < 1e-6 * abs(high):
@@ -144,6 +148,7 @@ def _draw(curves: list[Curve], xlabel: str, legend: bool = False, dots: bool = F
         if legend:
             place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderpad": 0}
             axes.legend(frameon=False, ncols=2, **place)
+        # Without a date, so that the same curves make the same page.
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     return _for_a_page(file.getvalue())
@@ -168,6 +173,7 @@ def _draw_line(axes: Any, curve: Curve, colour: str) -> None:
 
 def _for_a_page(svg: str) -> str:
     """Return matplotlib's SVG without its header and size, with the style sheet's colours."""
+    # XML's header and the metadata say nothing in a page; its width is the page's.
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     for colour, variable in COLOURS.items():
@@ -179,6 +185,7 @@ def _for_a_page(svg: str) -> str:
 def _smooth(values: np.ndarray) -> np.ndarray:
     """Return the mean over a window of a tenth around each value, shorter towards the ends."""
     half = max(1, len(values) // 20)
+    # Sums of windows as differences of running totals.
     totals = np.concatenate([[0], np.cumsum(values)])
     at = np.arange(len(values))
     low = np.maximum(at - half, 0)

@@ -45,6 +45,21 @@ def lookup(params, tokens, segments, positions):
     return LanguageOutput(params, jnp.eye(params.shape[-1]))
 
 
+def test_an_auxiliary_loss_of_the_layers_is_added_for_each_token():
+    table_BTV = normal(2, 6, 9)
+    tokens = np.random.default_rng(1).integers(0, 9, (2, 6)).astype(np.int32)
+    batch = dict.fromkeys(("tokens_BT", "segment_ids_BT", "positions_BT"), tokens)
+    batch["loss_mask_BT"] = np.float32([[0, 1, 1, 0, 1, 0], [0, 1, 0, 0, 0, 0]])
+
+    def with_auxiliary(params, *batch):
+        return lookup(params, *batch).replace(auxiliary_loss=jnp.float32(0.25))
+
+    plain, (tokens, metrics) = likelihood_objective(lookup, table_BTV, batch)
+    loss, (weight, more) = likelihood_objective(with_auxiliary, table_BTV, batch)
+    assert float(loss - plain) == pytest.approx(4 * 0.25) and float(weight) == float(tokens) == 4
+    assert metrics == {} and [float(x) for x in more["auxiliary_loss"]] == [1.0, 4.0]
+
+
 def test_likelihood_gradient_is_non_zero_on_exactly_the_masked_positions():
     tokens = np.random.default_rng(1).integers(0, 7, (2, 6))
     mask = np.array([[0, 0, 1, 1, 0, 1], [0, 1, 0, 0, 0, 0]], np.float32)

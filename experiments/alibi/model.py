@@ -446,5 +446,3 @@ def init_and_apply(model: nn.Module) -> tuple[Callable[[jax.Array], Params], Cal
         return model.apply({"params": params}, *args, **kwargs)
 
     return init, apply
-
-
