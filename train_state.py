@@ -113,7 +113,8 @@ def starting_params(
         )
     # What `run` has, by the kind of model that it is of.
     model = ScalarModel(config) if is_scalar else LanguageModel(config)
-    shapes = jax.eval_shape(init_and_apply(model)[0], jax.random.key(0))
+    init_theirs, _ = init_and_apply(model)
+    shapes = jax.eval_shape(init_theirs, jax.random.key(0))
     loaded = load_params(run, shapes=abstract(shapes, mesh))
     # `decoder` always; `head` where both have one.
     shared = params.keys() & loaded.keys()
@@ -144,7 +145,8 @@ def starting_critic(
     # As in InstructGPT (Ouyang et al. 2022, appendix C) the critic starts as the reward model.
     if models:
         run, params = next(iter(models.items()))
-        return params, init_and_apply(ScalarModel(stored_model(run)))[1]
+        _, apply = init_and_apply(ScalarModel(stored_model(run)))
+        return params, apply
     # A head of zeros: the first values are 0.
     init, apply = init_and_apply(ScalarModel(config.model))
     params = starting_params(init, config.model, config.init, mesh, config.seed)
@@ -168,7 +170,12 @@ class Start(NamedTuple):
 
 def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
     """Return a state at step 0 around `params`, whose arrays it holds."""
-    return TrainState(jnp.int32(0), jnp.int32(0), params, optimizer.init(params))
+    return TrainState(
+        step=jnp.int32(0),
+        skipped=jnp.int32(0),
+        params=params,
+        opt_state=optimizer.init(params),
+    )
 
 
 def fresh_state(
@@ -193,7 +200,8 @@ def shapes_of(
     key = jax.random.key(config.seed)
     params = jax.eval_shape(init, key)
     state = jax.eval_shape(partial(fresh_state, config, optimizer), params, key)
-    return abstract({**as_items(state), "base": lora_base(config.lora, params)}, mesh)
+    base = lora_base(config.lora, params)
+    return abstract({**as_items(state), "base": base}, mesh)
 
 
 def start_or_resume(

@@ -72,7 +72,8 @@ def preview_items(
     print("parameters, and the mesh axes that split them:")
     for path, leaf in jax.tree.leaves_with_path(items["params"]):
         axes = ", ".join("-" if axis is None else str(axis) for axis in leaf.sharding.spec)
-        print(f"  {path_name(path):<36} {array_type(leaf):<28} ({axes})")
+        name = path_name(path)
+        print(f"  {name:<36} {array_type(leaf):<28} ({axes})")
 
     # The batch: its arrays, then its tokens as text.
     is_alone = jax.process_count() == 1
@@ -125,7 +126,8 @@ def decoded(
     for end in ends:
         if start and segments_T[start] != segments_T[start - 1]:
             parts.append(" | ")
-        text = "".join(piece(int(token), tokenizer) for token in tokens_T[start:end])
+        pieces = [piece(int(token), tokenizer) for token in tokens_T[start:end]]
+        text = "".join(pieces)
         if segments_T[start] == 0:
             padding = f"({end - start} padding)"
             text = padding if is_plain else f"{PADDING}{padding}{OFF}"

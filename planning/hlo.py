@@ -148,7 +148,8 @@ def parse_op(line: str) -> Op | None:
     else:
         names = re.findall(r"%([\w.\-]+)", line[opened:closed])
         rest = line[closed:]
-    return Op(start[2], line[at:end], code, names, rest, root=bool(start[1]))
+    is_root = start[1] is not None
+    return Op(start[2], line[at:end], code, names, rest, is_root)
 
 
 def balanced(text: str, start: int) -> int:
@@ -199,6 +200,12 @@ def attribute(op: Op, name: str) -> list[str]:
     if not found:
         return []
     return [found[1]] if found[1] else re.findall(r"%([\w.\-]+)", found[2])
+
+
+def called(op: Op, module: Module) -> Computation:
+    """Return the body of a fusion."""
+    (name,) = attribute(op, "calls")
+    return module[name]
 
 
 def root_of(computation: Computation) -> Op:
@@ -277,14 +284,16 @@ def walk(
         if op.code == "while":
             turns = trips(op, module, around)
             for part in ("body", "condition"):
-                yield from walk(module, attribute(op, part)[0], times * turns, fused, turns)
+                (inside,) = attribute(op, part)
+                yield from walk(module, inside, times * turns, fused, turns)
             continue
         # A fusion's body, the branches of a conditional, a called computation.
         inner = attribute(op, "calls") + attribute(op, "branch_computations")
         if op.code == "call":
             inner += attribute(op, "to_apply")
-        for called in inner:
-            yield from walk(module, called, times, fused or op.code == "fusion", around)
+        is_fused = fused or op.code == "fusion"
+        for inside in inner:
+            yield from walk(module, inside, times, is_fused, around)
 
 
 # --- FLOPs
@@ -312,8 +321,10 @@ def convolution_flops(op: Op, computation: Computation) -> float:
     # features in and out, and a digit for each spatial dimension.
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", op.rest)
     left_labels, right_labels, out_labels = labels.groups()
-    total = 2.0 * out[out_labels.index("b")] * out[out_labels.index("f")]
-    total *= right[right_labels.index("i")]
+    rows = out[out_labels.index("b")]
+    features_out = out[out_labels.index("f")]
+    features_in = right[right_labels.index("i")]
+    total = 2.0 * rows * features_out * features_in
 
     found = re.search(r"window=\{([^}]*)\}", op.rest)
     window = dict(re.findall(r"(\w+)=([\dx_\-]+)", found[1] if found else ""))
@@ -373,7 +384,7 @@ def memory_bytes(op: Op, computation: Computation, module: Module) -> float:
     if op.code in ("copy-start", "slice-start"):
         return copied_bytes(op)
     is_fusion = op.code == "fusion"
-    body = module[attribute(op, "calls")[0]] if is_fusion else {op.name: op}
+    body = called(op, module) if is_fusion else {op.name: op}
 
     # A collective in flight goes through the fusions that overlap with it, in the place of an
     # operand: nothing moves. {result: operand}, by their numbers.
@@ -412,10 +423,12 @@ def written_bytes(op: Op, aliases: dict[str, str]) -> float:
         # The operands are named again before the results.
         results = results[len(op.operands) : 2 * len(op.operands)]
     if "" in aliases:
-        return 0
-    return sum(
-        array_bytes(result) for number, result in enumerate(results) if str(number) not in aliases
-    )
+        return 0.0
+    total = 0.0
+    for number, result in enumerate(results):
+        if str(number) not in aliases:
+            total += array_bytes(result)
+    return total
 
 
 def bytes_read(name: str, computation: Computation, module: Module) -> float:
@@ -432,7 +445,7 @@ def bytes_read(name: str, computation: Computation, module: Module) -> float:
         elif op.code == "bitcast":
             total += bytes_read(op.name, computation, module)
         elif op.code == "fusion":
-            inner = module[attribute(op, "calls")[0]]
+            inner = called(op, module)
             inside = parameter_name(inner, op.operands.index(name))
             total += bytes_read(inside, inner, module)
             if result_name(inner) == inside:
@@ -528,7 +541,9 @@ def collective(
 
     # Of a ring: each chip receives all but its own part; of an all-reduce twice.
     share = 1 - 1 / len(group)
-    taken = sum(size(computation[operand].shape) for operand in op.operands)
+    taken = 0.0
+    for operand in op.operands:
+        taken += size(computation[operand].shape)
     received = {
         "all-gather": taken * (len(group) - 1),
         "all-reduce": 2 * taken * share,

@@ -86,7 +86,11 @@ def held_bytes(plan: Plan) -> float:
 
 def held_beside(program: Program, plan: Plan) -> float:
     """Return the bytes of the plan's trees that are not among the program's arguments."""
-    return sum(bytes_of(tree) for name, tree in plan.held.items() if name not in program.held)
+    total = 0.0
+    for name, tree in plan.held.items():
+        if name not in program.held:
+            total += bytes_of(tree)
+    return total
 
 
 def compile_program(program: Program, plan: Plan, mesh: jax.sharding.Mesh) -> Result:
@@ -166,7 +170,8 @@ def _cell(value: Any) -> str:
 def memory_tables(plan: Plan, results: list[Result], chip: Chip) -> Iterator[str]:
     """Yield what lies in memory all the time, and the peak of each program."""
     yield "held all the time, GiB a chip"
-    yield table([[name, bytes_of(tree) / GIB] for name, tree in plan.held.items()])
+    held = [[name, bytes_of(tree) / GIB] for name, tree in plan.held.items()]
+    yield table(held)
 
     parts = ("arguments", "gradients", "KV cache", "temporaries", "others held", "peak")
     # Gradients and the KV cache are parts of the compiler's temporaries.
@@ -326,11 +331,14 @@ def compile_and_tabulate(
 
     # The verdict is the last line.
     fits = worst.peak <= chip.memory and seconds < math.inf
-    sizes = f"{worst.program.name} peaks at {worst.peak / GIB:.2f} of {chip.memory / GIB:.2f} GiB"
+    peak = worst.peak / GIB
+    memory = chip.memory / GIB
+    sizes = f"{worst.program.name} peaks at {peak:.2f} of {memory:.2f} GiB"
     if fits:
         lines.append(f"fits: {sizes}")
     else:
-        lines.append(f"does not fit: {sizes}; {remedy(config, plan, worst, chip)}")
+        advice = remedy(config, plan, worst, chip)
+        lines.append(f"does not fit: {sizes}; {advice}")
     return Verdict(fits, worst.peak, seconds, "\n".join(lines), results)
 
 
@@ -427,7 +435,12 @@ def read_command(argv: list[str]) -> Command:
     at = words.index("--topology")
     rest = words[1:at] + words[at + 2 :]
     script_flags = [word for word in rest if word != "--sweep"]
-    return Command(argv[0].removesuffix(".py"), words[at + 1], "--sweep" in rest, script_flags)
+    return Command(
+        script=argv[0].removesuffix(".py"),
+        topology=words[at + 1],
+        is_sweep="--sweep" in rest,
+        flags=script_flags,
+    )
 
 
 def load_script(name: str) -> Script:
@@ -460,7 +473,8 @@ def import_file(path: pathlib.Path) -> ModuleType:
     """Import the fork at `path` under a name of its own, its folder first on sys.path."""
     if str(path.parent) not in sys.path:
         sys.path.insert(0, str(path.parent))
-    name = "fork_" + re.sub(r"\W", "_", path.with_suffix("").as_posix())
+    place = path.with_suffix("").as_posix()
+    name = "fork_" + re.sub(r"\W", "_", place)
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -11,6 +11,7 @@ A script or a fork is told by the factories that its module has, never by its na
 
 import inspect
 import os
+import pathlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -31,6 +32,7 @@ from rewards.scorer import is_function, make_model_scorer
 from rollout import make_rollout, shuffled
 from runtime.errors import UserError, require
 from runtime.flags import fill_paper_defaults
+from runtime.run_folder import path_from_root
 from sampling import SamplingConfig
 from sharding import BATCH, abstract, check_batch
 from train_state import init_state
@@ -501,7 +503,7 @@ LAYOUTS = (
     Layout(
         ("make_objective", "make_update(config)", "comparison_batches"), preferences, "train_dpo"
     ),
-    Layout(("make_update(config)", "comparison_batches"), ranking, "train_rm"),
+    Layout(("make_update(config)", "comparison_batches", "ScalarModel"), ranking, "train_rm"),
     Layout(("make_update(config)", "chat_batches"), likelihood, "train_sft"),
     Layout(("make_update(config)", "text_batches"), likelihood, "train_lm"),
 )
@@ -514,8 +516,9 @@ def layout_of(script: Any) -> Layout:
         if all(_has(script, name) for name in layout.names):
             return layout
     known = ", ".join(sorted(layout.example for layout in LAYOUTS))
+    name = path_from_root(pathlib.Path(script.__file__).with_suffix(""))
     raise UserError(
-        f"{script.__name__}: plan.py knows {known} and forks with their factories; "
+        f"{name}: plan.py knows {known} and forks with their factories; "
         "describe it in planning/programs.py"
     )
 

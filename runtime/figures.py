@@ -92,7 +92,10 @@ def panels(
 
 def reward_against_kl(rows: list[dict[str, Any]]) -> list[str]:
     """Return a figure of score against KL, a dot a row; [] where no row has both."""
-    both = [row for row in rows if row.get("kl") is not None and row.get("score") is not None]
+    both = []
+    for row in rows:
+        if row.get("kl") is not None and row.get("score") is not None:
+            both.append(row)
     if not both:
         return []
     _, kl = _series(both, "kl")
@@ -107,8 +110,9 @@ def reward_against_kl(rows: list[dict[str, Any]]) -> list[str]:
 
 def _series(rows: list[dict[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
     """Return the steps that have the metric, and its values; means of parts of long series."""
-    points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
-    steps, values = np.array(points, float).reshape(-1, 2).T
+    having = [row for row in rows if row.get(name) is not None]
+    steps = np.array([row["step"] for row in having], float)
+    values = np.array([row[name] for row in having], float)
     if len(steps) > MOST_POINTS:
         steps = _part_means(steps)
         values = _part_means(values)
@@ -137,8 +141,9 @@ def _draw(curves: list[Curve], xlabel: str, legend: bool = False, dots: bool = F
             else:
                 _draw_line(axes, curve, colour)
         # The scale, and what is around the curves.
-        low = min(values.min() for _, _, values in curves)
-        high = max(values.max() for _, _, values in curves)
+        everything = np.concatenate([values for _, _, values in curves])
+        low = everything.min()
+        high = everything.max()
         if high - low < 1e-6 * abs(high):
             # A constant: its rounding is no curve.
             axes.set_ylim(0.5 * low, 1.5 * high)
@@ -158,7 +163,8 @@ def _draw_dots(axes: Any, curve: Curve, colour: str) -> None:
     """Draw a dot a point, a sixth of them at a time, each stronger than the one before."""
     _, x, y = curve
     for sixth, part in enumerate(np.array_split(np.arange(len(x)), 6), 1):
-        axes.plot(x[part], y[part], "o", color=colour, alpha=sixth / 6, markersize=4, mew=0)
+        style = {"color": colour, "alpha": sixth / 6, "markersize": 4, "mew": 0}
+        axes.plot(x[part], y[part], "o", **style)
 
 
 def _draw_line(axes: Any, curve: Curve, colour: str) -> None:
