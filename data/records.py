@@ -274,7 +274,7 @@ def _hh_turns(value: Any, field: str) -> list[Message]:
         if turns and turns[-1]["role"] == role:
             turns[-1]["content"] += "\n\n" + content
         else:
-            turns.append(_turn(message["role"], content))
+            turns.append(_turn(role, content))
     complete = all(turn["content"] for turn in turns[:-1])
     if before.strip() or not turns or not complete:
         raise FieldError(
