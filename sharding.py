@@ -101,7 +101,7 @@ def platform() -> str:
 
 
 def along(mesh: AnyMesh, *axes: str) -> int:
-    """Return the devices along these axes together; an axis that the mesh lacks is of size 1."""
+    """Return the devices along these axes together; 1 along an axis that the mesh lacks."""
     return math.prod(mesh.shape.get(axis, 1) for axis in axes)
 
 
@@ -224,7 +224,7 @@ def data_shard(mesh: Mesh, owners: np.ndarray | None = None, host: int | None = 
         host = jax.process_index()
 
     # Devices by the part of a batch's rows that they hold: [parts, devices of a part].
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    ways = along(mesh, "data", "fsdp")
     batch_axes = [mesh.axis_names.index(axis) for axis in ("data", "fsdp")]
     by_rows = np.moveaxis(owners, batch_axes, (0, 1)).reshape(ways, -1)
 
@@ -285,7 +285,7 @@ def in_microbatches(x: jax.Array, parts: int) -> jax.Array:
 
 def _rows_split(mesh: AnyMesh, x: jax.Array) -> bool:
     """True where there is a mesh and its batch axes divide the rows of `x`."""
-    return not mesh.empty and x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0
+    return not mesh.empty and x.shape[0] % along(mesh, "data", "fsdp") == 0
 
 
 def constrain_batch(x: jax.Array) -> jax.Array:
@@ -318,7 +318,8 @@ def constrain_units(x: jax.Array) -> jax.Array:
     So that XLA gathers the tokens, not the weights.
     """
     mesh = get_abstract_mesh()
-    if mesh.empty or mesh.shape["tensor"] == 1 or x.shape[2] % mesh.shape["tensor"]:
+    tensor = along(mesh, "tensor")
+    if tensor == 1 or x.shape[2] % tensor:
         return x
     rows = BATCH[0] if _rows_split(mesh, x) else None
     tokens = fitting(mesh, x.shape[1], "sequence")

@@ -118,9 +118,12 @@ def their_tensors(model: ModelConfig) -> Iterator[Tensor]:
     shapes = {}
     for path, _ in jax.tree_util.tree_leaves_with_path(shapes_of(model)):
         ours = path_name(path)
-        groups = LAYOUTS[ours].theirs
-        shapes[ours] = tuple(math.prod(sizes[axis] for axis in group) for group in groups)
+        shape = []
+        for group in LAYOUTS[ours].theirs:
+            shape.append(math.prod(sizes[axis] for axis in group))
+        shapes[ours] = tuple(shape)
 
+    # None: what no layer has.
     for layer in (None, *range(model.layers)):
         for ours, shape in shapes.items():
             name = LAYOUTS[ours].name
@@ -344,6 +347,8 @@ def save(
         raise UserError(f"{out}: not written: a reward model; only language models are exported")
     if out.exists():
         raise UserError(f"{out}: exists already; name another folder")
+
+    # Written beside it, and renamed when all of it is there.
     new = out.with_name(f".{out.name}.{os.getpid()}")
     try:
         with disk_faults(out):
