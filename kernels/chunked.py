@@ -198,6 +198,7 @@ def forward(
             k = key_tile(k_BKSH, j, sizes.block)
             v = key_tile(v_BKSH, j, sizes.block)
             s, _ = tile_scores(q, k, rows, j, scale, soft_cap)
+            # What was summed before is scaled to the new maximum.
             m_new = jnp.maximum(m, s.max(-1, keepdims=True))
             p = jnp.exp2(s - m_new)
             kept = jnp.exp2(m - m_new)
@@ -262,12 +263,14 @@ def backward(
             dq, dk_BKSH, dv_BKSH = carry
             k = key_tile(k_BKSH, j, sizes.block)
             v = key_tile(v_BKSH, j, sizes.block)
+            # P from the log-sum-exp, and dS with the slope of the soft cap.
             s, bent = tile_scores(q, k, rows, j, scale, soft_cap)
             p = jnp.exp2(s - lse)
             dp = einsum_float32("BKRH,BKSH->BKRS", dout, v)
             ds = p * (dp - delta)
             if soft_cap is not None:
                 ds *= 1 - bent * bent
+            # Products take the inputs' type and are summed in float32.
             p = p.astype(q.dtype)
             ds = ds.astype(q.dtype)
             dq += einsum_float32("BKRS,BKSH->BKRH", ds, k)
@@ -282,12 +285,14 @@ def backward(
         dq, dk_BKSH, dv_BKSH = jax.lax.fori_loop(begin, end, tile, (dq, *carry))
         return (dk_BKSH, dv_BKSH), (dq * scale).astype(q.dtype)
 
-    # Padded rows have the log-sum-exp of rows that see nothing.
+    # The arrays of queries, padded; new rows have the log-sum-exp of rows that see nothing.
     extra = ((0, 0), (0, 0), (0, sizes.padded - sizes.length))
     lse = jnp.pad(lse_BNT, extra, constant_values=-MASKED)[..., None]
     delta = jnp.pad(delta_BNT, extra, constant_values=0.0)[..., None]
     q_BNTH = heads_first(q_BTNH, sizes.padded)
     dout_BNTH = heads_first(dout_BTNH, sizes.padded)
+
+    # Over blocks of queries: dq is of each block, dk and dv are summed.
     zeros_BKSH = jnp.zeros(k_BKSH.shape, jnp.float32)
     scanned = row_tiles((q_BNTH, dout_BNTH, lse, delta), keys, sizes)
     start = (zeros_BKSH, zeros_BKSH)

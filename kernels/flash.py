@@ -306,6 +306,8 @@ def forward(
     plan = plan_of(platform, q_BTNH, k_BSKH)
     block_q, block_k = plan.blocks.forward
     specs = query_specs(plan, block_q)
+
+    # A program reads a block of queries, what its rows see, and all keys and values of its head.
     q = prepare(platform, q_BTNH, plan.padded)
     k = prepare(platform, k_BSKH, plan.padded)
     v = prepare(platform, v_BSKH, plan.padded)
@@ -320,6 +322,8 @@ def forward(
         Operand(k, specs.whole),
         Operand(v, specs.whole),
     ]
+
+    # It writes a block of the output and of the log-sum-exp.
     out_shape = jax.ShapeDtypeStruct(q.shape, q.dtype)
     lse_shape = jax.ShapeDtypeStruct((batch, heads, 1, plan.padded), jnp.float32)
     outputs = [Operand(out_shape, specs.block), Operand(lse_shape, specs.stats)]

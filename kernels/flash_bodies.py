@@ -83,6 +83,7 @@ def over_tiles(bounds_ref: Any, tile: Callable, carry: Any, in_memory: bool) -> 
     tile copies it there, with the matrix unit at rest; what is in memory from the first stays put.
     """
 
+    # The three ranges of tiles of kernels/masks.py, block_bounds.
     def loops(tile, carry):
         begin, full_begin, full_end, end = (bounds_ref[0, i] for i in range(4))
         with_mask = functools.partial(tile, mask=True)
@@ -91,6 +92,7 @@ def over_tiles(bounds_ref: Any, tile: Callable, carry: Any, in_memory: bool) -> 
         carry = jax.lax.fori_loop(full_begin, full_end, without_mask, carry)
         return jax.lax.fori_loop(full_end, end, with_mask, carry)
 
+    # The same with the carry in `refs` between tiles.
     def loops_in_memory(*refs):
         def read():
             return [ref[...] for ref in refs]
@@ -157,6 +159,7 @@ def forward_body(
         s, _ = base2_scores(q, k, options.scale, options.soft_cap)
         if mask:
             s = masked(s, start, lo, hi)
+        # The online softmax: what was summed before is scaled to the new maximum.
         m_new = jnp.maximum(m, s.max(axis=1, keepdims=True))
         p = jnp.exp2(s - across(m_new, block))
         kept = jnp.exp2(m - m_new)
@@ -260,6 +263,7 @@ def dkv_body(
     def head(g, carry):
         def tile(j, carry, mask):
             dk, dv = carry
+            # This head's tile of queries, their gradients and statistics.
             start = pl.multiple_of(j * block, block)
             queries = pl.ds(start, block)
             at = (g, queries) if heads_axis == 0 else (queries, g)
@@ -267,6 +271,8 @@ def dkv_body(
             do = do_ref[(*at, slice(None))]
             lse = lse_ref[g, :, queries]
             delta = delta_ref[g, :, queries]
+
+            # P and dS, transposed.
             s, bent = base2_scores(k, q, options.scale, options.soft_cap)
             if mask:
                 s = masked(s, start, lo, hi)

@@ -453,6 +453,7 @@ def forward_body(
             def tile(step, carry):
                 m, l = carry
 
+                # S = Q K^T; meet once it has begun.
                 def scores(sum_ref):
                     plgpu.wgmma(sum_ref, mine, take(ks, step)[0].T)
                     meet(turn)
@@ -461,6 +462,8 @@ def forward_body(
                 s = pl.run_scoped(scores, plgpu.ACC((ROWS, block), jnp.float32))
                 x, c = base2(s, scale, soft_cap)
                 leave(ks, step)
+
+                # The online softmax.
                 x = where_seen(x, bounds.begin + step, bounds, (first, last), MASKED)
                 m_new = jnp.maximum(m, x.max(axis=1))
                 p = jnp.exp2(x * c - spread(m_new * c, x.shape))

@@ -135,18 +135,22 @@ def dq_body(
                 do_mine = memory.dos.at[again(me)]
 
                 def products(s_ref, dp_ref):
+                    # S = Q K^T, and P from the log-sum-exp.
                     plgpu.wgmma(s_ref, q_mine, keys.T)
                     x, c = base2(s_ref[...], options.scale, options.soft_cap)
                     p = jnp.exp2(x * c - spread(lse, x.shape))
                     p = where_seen(p, bounds.begin + step, bounds, (first, last), 0.0)
+                    # The slope of the soft cap.
                     if options.soft_cap is not None:
                         p = p * (1 - x * x)
+                    # dP = dO V^T.
                     plgpu.wgmma(dp_ref, do_mine, take(vs, step)[0].T)
                     return p * (dp_ref[...] - spread(delta, p.shape))
 
                 tile = plgpu.ACC((ROWS, block), jnp.float32)
                 ds = pl.run_scoped(products, tile, tile)
                 leave(vs, step)
+                # dQ += dS K.
                 plgpu.wgmma(acc, ds.astype(jnp.bfloat16), keys)
                 plgpu.wgmma_wait(0)
                 leave(ks, step)
@@ -220,12 +224,14 @@ def dkv_tile(
     shape = (ROWS, lse_ref.shape[0])
 
     def products(s_ref, dp_ref=None):
+        # S^T = K Q^T, and P^T from the log-sum-exp.
         plgpu.wgmma(s_ref, k_mine, queries.T)
         douts, delta_ref = take(memory.dos, step)
         x, c = base2(s_ref[...], options.scale, options.soft_cap)
         lse = plgpu.load(lse_ref, (), layout=COLUMN)
         p = jnp.exp2(x * c - spread(lse, shape, 1))
         p = where_seen(p, tile, mine.bounds, mine.seen, 0.0)
+        # dP^T = V dO^T and dV += P^T dO are under way together.
         if dk_sum is not None:
             plgpu.wgmma(dp_ref, v_mine, douts.T)
         if dv_sum is not None:
@@ -233,6 +239,7 @@ def dkv_tile(
         if dk_sum is None:
             plgpu.wgmma_wait(0)
             return None
+        # dS^T, with the slope of the soft cap.
         if options.soft_cap is not None:
             p = p * (1 - x * x)
         dp = dp_ref[...]
@@ -243,6 +250,7 @@ def dkv_tile(
     sums = 1 if dk_sum is None else 2
     ds = pl.run_scoped(products, *[plgpu.ACC(shape, jnp.float32)] * sums)
     leave(memory.dos, step)
+    # dK += dS^T Q.
     if dk_sum is not None:
         plgpu.wgmma(dk_sum, ds.astype(jnp.bfloat16), queries)
         plgpu.wgmma_wait(0)
@@ -274,12 +282,15 @@ def produce_queries(tiles: QueryTiles, inputs: Inputs, memory: DkvMemory) -> Non
     place = tiles.place
     qs, dos = memory.qs, memory.dos
     block = qs.tiles[0].shape[1]
+
+    # The block's keys and values, once.
     for part in range(place.parts):
         k = inputs.k.at[place.b, place.rows(part), place.n]
         v = inputs.v.at[place.b, place.rows(part), place.n]
         plgpu.copy_gmem_to_smem(k, memory.ks.at[part], memory.full)
         plgpu.copy_gmem_to_smem(v, memory.vs.at[part], memory.full)
 
+    # Queries, as slots become free.
     @tiles.loop
     def _(step, tile, head):
         at = pl.ds(tile * block, block)
@@ -359,6 +370,7 @@ def dkv_body(
 def call_dq(plan: Plan, keys: Ranges, inputs: Inputs) -> jax.Array:
     """Return dQ like inputs.q; `keys` are the padded keys that each query sees."""
     width = plan.width
+    # Queries and their gradients stay, keys and values pass through rings.
     k_slots, v_slots = plan.tiles.dq
     memory = DqMemory(
         qs=matrices(CONSUMERS, ROWS, width),
@@ -385,6 +397,7 @@ def call_dq(plan: Plan, keys: Ranges, inputs: Inputs) -> jax.Array:
 def call_dkv(plan: Plan, queries: Ranges, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
     """Return dK and dV like inputs.k; `queries` are the padded queries that see each key."""
     width = plan.width
+    # Keys and values stay, queries and their gradients pass through rings.
     slots = plan.tiles.dkv
     parts = 1 if plan.tiles.shared else CONSUMERS
     numbers = plgpu.SMEM((slots, ROWS), jnp.float32)

@@ -58,7 +58,7 @@ def of_stripe(seen: Ranges, stripe: jax.Array | int, ring: int) -> Ranges:
 
 
 def within(seen: Ranges, stripe: jax.Array | int, ring: int) -> Ranges:
-    """Return ranges of tokens as ranges of a stripe's tokens: of its i-th, token i p + stripe."""
+    """Return ranges of tokens as ranges of a stripe's tokens, whose i-th is token i p + stripe."""
     first = (seen.first_BT - stripe + ring - 1) // ring
     last = (seen.last_BT - stripe) // ring
     return Ranges(first, last)
