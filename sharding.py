@@ -66,6 +66,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
     Raises UserError where the sizes and the number of devices do not agree.
     """
+    # stage and sequence are axes of the mesh only where they are asked for.
     devices = jax.devices() if devices is None else devices
     count = len(devices)
     sizes = {}
@@ -74,6 +75,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         if size != 1 or axis not in ("stage", "sequence"):
             sizes[axis] = size
 
+    # At most one size is the rest, and the product is the number of devices.
     flags = ", ".join(f"--mesh.{name}={size}" for name, size in sizes.items())
     impossible = any(size == 0 or size < -1 for size in sizes.values())
     rest = list(sizes.values()).count(-1)
@@ -251,17 +253,20 @@ def check_batch(
     So must a row's `length` in tokens over sequence, and over stage the `layers` of a model that
     the script can run as a pipeline; 0 where it cannot. `name`: the flag that set `rows`.
     """
+    # The ring deals a row's tokens to stripes, each of which it cuts again.
     sequence = along(mesh, "sequence")
     if length % sequence**2:
         raise UserError(
             f"--mesh.sequence={sequence}: its square must divide --length={length} "
             "(kernels/ring.py)"
         )
+    # Each stage has as many layers.
     stage = along(mesh, "stage")
     if stage > 1 and not layers:
         raise UserError(f"--mesh.stage={stage}: no pipeline here; take fsdp, tensor or sequence")
     if stage > 1 and layers % stage:
         raise UserError(f"--mesh.stage={stage}: must divide --model.layers={layers}")
+    # Each device has as many rows of each micro-batch.
     data = mesh.shape["data"]
     fsdp = mesh.shape["fsdp"]
     parts = microbatches * data * fsdp
