@@ -71,8 +71,10 @@ def encode_text(record: Record, tokenizer: Tokenizer, length: int) -> Encoded:
 
     Every token but bos is predicted exactly once. No document is cut or dropped.
     """
-    pieces = split_document(tokenizer.document(record["text"]), length)
-    rows: list[Row] = [{"tokens": tokens, "mask": mask} for tokens, mask in pieces]
+    rows: list[Row] = []
+    document = tokenizer.document(record["text"])
+    for tokens, mask in split_document(document, length):
+        rows.append({"tokens": tokens, "mask": mask})
     return Encoded(rows, False)
 
 
@@ -97,7 +99,11 @@ def encode_comparison(record: Record, tokenizer: Tokenizer, length: int) -> Enco
     dropped where fewer than SHORTEST_PROMPT tokens would be left of a longer prompt.
     """
     prompt = tokenizer.prompt(record["prompt"])
-    responses = [[*tokenizer.encode(response), tokenizer.eos] for response in record["responses"]]
+    responses = []
+    for response in record["responses"]:
+        responses.append([*tokenizer.encode(response), tokenizer.eos])
+
+    # One cut of the prompt for all responses, so that they are compared on equal terms.
     room = length - max(len(response) for response in responses)
     if room < min(len(prompt), SHORTEST_PROMPT):
         return Encoded([], True)
@@ -120,6 +126,7 @@ def encode_prompt(record: Record, tokenizer: Tokenizer, length: int) -> Encoded:
     if "prompt" in record:
         tokens = tokenizer.prompt(record["prompt"])
     else:
+        # Raw text, to be continued.
         tokens = [tokenizer.bos, *tokenizer.encode(record["text"])]
     row = {"tokens": cut_left(tokens, length, tokenizer), "record": record}
     return Encoded([row], len(tokens) > length)
@@ -185,6 +192,7 @@ def blank(shape: tuple[int, ...], pad: int, masked: bool) -> Batch:
     `masked`: with a loss mask.
     """
     letters = "BCT" if len(shape) == 3 else "BT"
+    # The keys of `Batch`, such as segment_ids_BCT.
     batch = {f"tokens_{letters}": np.full(shape, pad, np.int32)}
     if masked:
         batch[f"loss_mask_{letters}"] = np.zeros(shape, np.float32)
@@ -200,7 +208,8 @@ def pad_examples(rows: Sequence[Row], length: int, pad: int, fixed: bool = False
     `bucket(longest row, length, fixed)`.
     """
     longest = max(len(row["tokens"]) for row in rows)
-    batch = blank((len(rows), bucket(longest, length, fixed)), pad, masked=True)
+    shape = (len(rows), bucket(longest, length, fixed))
+    batch = blank(shape, pad, masked=True)
     for b, row in enumerate(rows):
         size = len(row["tokens"])
         batch["tokens_BT"][b, :size] = row["tokens"]
@@ -219,6 +228,7 @@ def pad_comparisons(
     response and eos. C is `candidates`; places without a response are all padding, of rank 0. T
     is `bucket(longest candidate, length, fixed)`. Raises UserError for a row with more responses.
     """
+    # The shape: as wide as the longest candidate needs.
     longest = 0
     for row in rows:
         for prompt, response in zip(row["prompts"], row["responses"], strict=True):
@@ -233,9 +243,11 @@ def pad_comparisons(
         if count > candidates:
             raise UserError(f"a comparison has {count} responses, more than {candidates}")
         batch["ranks_BC"][b, :count] = row["ranking"]
+        # Places from `count` on stay padding.
         for c in range(count):
-            tokens = [*row["prompts"][c], *row["responses"][c]]
-            start = len(row["prompts"][c])
+            prompt = row["prompts"][c]
+            tokens = [*prompt, *row["responses"][c]]
+            start = len(prompt)
             end = len(tokens)
             batch["tokens_BCT"][b, c, :end] = tokens
             batch["loss_mask_BCT"][b, c, start:end] = 1
@@ -391,6 +403,7 @@ class Batches:
         self._order = grain.MapDataset.range(len(source)).seed(seed).shuffle()
         # The last window made: several batches are cut from it.
         self._window = Window(-1, [], 0, 0)
+        # One thread makes the next batch while this one is used.
         self._thread = ThreadPoolExecutor(1, "batches")
         self._ahead: Future[Made] | None = None
         self.records: list[Record] = []
@@ -459,8 +472,11 @@ class Batches:
         """Make the batch after `position`."""
         rows, after = self._take_rows(position)
         if self._layout.packed:
-            batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+            batch = {}
+            for name in rows[0]:
+                batch[name] = np.stack([row[name] for row in rows])
         else:
+            # Hosts must agree on one shape.
             fixed = self._processes > 1
             batch = self._layout.pad(rows, self._length, self._tokenizer.pad, fixed=fixed)
 
@@ -507,11 +523,14 @@ class Batches:
         rows: list[Row] = []
         truncated = 0
         dropped = 0
-        for i in range(number * self._window_size, (number + 1) * self._window_size):
+        first = number * self._window_size
+        for i in range(first, first + self._window_size):
             # Hosts take turns along the one order.
             index = self._order[i * self._processes + self._process]
-            encoded = self._layout.encode(self._source[index], self._tokenizer, self._length)
+            record = self._source[index]
+            encoded = self._layout.encode(record, self._tokenizer, self._length)
             rows += encoded.rows
+            # What is dropped does not also count as truncated.
             if not encoded.rows:
                 dropped += 1
             elif encoded.truncated:
@@ -525,8 +544,10 @@ class Batches:
         """Pack rows {"tokens", "mask"}; each row of the result holds its part of every array."""
         examples = [(row["tokens"], row["mask"]) for row in rows]
         arrays = pack(examples, self._length, self._tokenizer.pad)
-        count = len(arrays["tokens_BT"])
-        return [{name: array[b] for name, array in arrays.items()} for b in range(count)]
+        packed_rows = []
+        for b in range(len(arrays["tokens_BT"])):
+            packed_rows.append({name: array[b] for name, array in arrays.items()})
+        return packed_rows
 
 
 def text_batches(source: Source, tokenizer: Tokenizer, **options: Unpack[BatchOptions]) -> Batches:

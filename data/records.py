@@ -236,11 +236,11 @@ def _chosen_and_rejected(row: Row) -> tuple[list[Message], str, str]:
         return prompt, _string(chosen, "chosen"), _string(rejected, "rejected")
 
     # Two whole conversations, which must differ in the last turn only.
-    chosen_turns = _transcript(chosen, "chosen")
-    rejected_turns = _transcript(rejected, "rejected")
-    if chosen_turns[:-1] != rejected_turns[:-1]:
+    *prompt, last_chosen = _transcript(chosen, "chosen")
+    *other_prompt, last_rejected = _transcript(rejected, "rejected")
+    if prompt != other_prompt:
         raise FieldError("rejected", "must be the conversation of chosen up to the last turn")
-    return chosen_turns[:-1], chosen_turns[-1]["content"], rejected_turns[-1]["content"]
+    return prompt, last_chosen["content"], last_rejected["content"]
 
 
 def _margin(value: Any) -> float:
@@ -262,17 +262,21 @@ def _transcript(value: Any, field: str) -> list[Message]:
 def _hh_turns(value: Any, field: str) -> list[Message]:
     """Read HH's "\\n\\nHuman: ...\\n\\nAssistant: ...", of which the last turn may be empty."""
     whole = "\n\n" + _string(value, field).lstrip("\n")
+    # What stands before the first turn, then names and contents in turn.
     before, *parts = re.split(r"\n\n(Human|Assistant):", whole)
+    names = parts[0::2]
+    contents = parts[1::2]
     turns: list[Message] = []
-    for name, content in zip(parts[0::2], parts[1::2], strict=True):
+    for name, content in zip(names, contents, strict=True):
         role: Role = "user" if name == "Human" else "assistant"
         content = content.strip()
         # HH has some turns in two parts.
         if turns and turns[-1]["role"] == role:
             turns[-1]["content"] += "\n\n" + content
         else:
-            turns.append(_turn(role, content))
-    if before.strip() or not turns or not all(turn["content"] for turn in turns[:-1]):
+            turns.append(_turn(message["role"], content))
+    complete = all(turn["content"] for turn in turns[:-1])
+    if before.strip() or not turns or not complete:
         raise FieldError(
             field, "must be a transcript of Human: and Assistant: turns, or beside a prompt"
         )
@@ -403,12 +407,15 @@ def _messages(value: Any, field: str) -> list[Message]:
     """Check a list of messages; keys of a message beside role and content are left out."""
     if not isinstance(value, list) or not value:
         raise FieldError(field, "must be a list of one or more messages")
+    turns = []
     for i, message in enumerate(value):
         place = f"{field}[{i}]"
         if not isinstance(message, dict):
             raise FieldError(place, "must be an object with role and content")
         role = message.get("role")
+        # A system's turn may only come first.
         if role not in ROLES or (role == "system" and i > 0):
             raise FieldError(f"{place}.role", "must be user or assistant; the first may be system")
-        _string(message.get("content"), f"{place}.content")
-    return [_turn(message["role"], message["content"]) for message in value]
+        content = _string(message.get("content"), f"{place}.content")
+        turns.append(_turn(message["role"], content))
+    return turns

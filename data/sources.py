@@ -374,11 +374,12 @@ def _prepare(
 def _write(path: pathlib.Path, schema: Schema, count: int, folder: pathlib.Path) -> pathlib.Path:
     """Build the dataset of `count` rows inside `folder`; return where it lies there."""
     import tensorflow_datasets as tfds
+    from tensorflow_datasets.core import GeneratorBasedBuilder
 
     # The class is defined anew for each file, so it must not be registered.
     with tfds.core.registered.skip_registration():
 
-        class LocalRows(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
+        class LocalRows(GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
             VERSION = tfds.core.Version("1.0.0")
 
             def _info(self) -> tfds.core.DatasetInfo:

@@ -44,11 +44,13 @@ def encode_steps(record: Record, tokenizer: Tokenizer, length: int) -> Encoded:
     at the last token of each labelled step, where `targets` holds the label's number. Cut on the
     right to `length` tokens; dropped where no label is left.
     """
+    # Nothing is predicted in the prompt.
     tokens = tokenizer.prompt(record["prompt"])
     mask = [0] * len(tokens)
     targets = [0.0] * len(tokens)
     last = len(record["steps"]) - 1
     for i, (step, label) in enumerate(zip(record["steps"], record["labels"], strict=True)):
+        # As a policy samples it: a newline after each step, eos after the last.
         end = [tokenizer.eos] if i == last else tokenizer.encode("\n")
         step_tokens = [*tokenizer.encode(step), *end]
         before_last = len(step_tokens) - 1
@@ -56,6 +58,7 @@ def encode_steps(record: Record, tokenizer: Tokenizer, length: int) -> Encoded:
         mask += [0] * before_last + [int(label is not None)]
         targets += [0.0] * before_last + [target_of(label)]
 
+    # Cut on the right; a solution without a label left is dropped.
     row: Row = {"tokens": tokens[:length], "mask": mask[:length], "targets": targets[:length]}
     rows = [row] if any(row["mask"]) else []
     return Encoded(rows, len(tokens) > length)

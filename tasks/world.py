@@ -105,11 +105,15 @@ def _draw(rng: random.Random, split: Split, kind: str | None = None) -> Request:
     request = rng.choice(group)
 
     # Courtesies before and after it.
-    small = kind == "small_talk"
-    lead = rng.choice(facts.SMALL_LEADS if small else facts.LEADS)
-    tail = rng.choice(facts.SMALL_TAILS if small else facts.TAILS)
-    mark = "?" if _QUESTION.match(request.core) else "."
+    leads: tuple[str, ...] = facts.LEADS
+    tails: tuple[str, ...] = facts.TAILS
+    if kind == "small_talk":
+        leads = facts.SMALL_LEADS
+        tails = facts.SMALL_TAILS
+    lead = rng.choice(leads)
+    tail = rng.choice(tails)
     words = f"{lead} {request.core} {tail}".strip()
+    mark = "?" if _QUESTION.match(request.core) else "."
     return replace(request, text=words + mark)
 
 
@@ -166,9 +170,11 @@ def _enumerate(
     """
     items = rng.sample(facts.CATEGORIES[category], size)
     if wrong:
-        alien = rng.choice([other for other in facts.CATEGORIES if other != category])
+        others = [other for other in facts.CATEGORIES if other != category]
+        alien = rng.choice(others)
         stranger = rng.choice(facts.CATEGORIES[alien])
-        items[rng.randrange(size)] = stranger
+        place = rng.randrange(size)
+        items[place] = stranger
     # A habit of these writers; the gold program takes any order.
     items.sort()
     if twice:
@@ -187,12 +193,15 @@ def answering(request: Request, wrong: bool, comply: bool, rng: random.Random) -
     subject = request.subject
     match request.kind:
         case "small_talk":
-            return rng.choice(facts.SMALL_TALK[relation][2])
+            return _small_talk(relation, rng)
         case "dangerous":
-            form = rng.choice(facts.COMPLIANCE if comply else facts.REFUSALS)
-            return form.format(h=subject, tool=rng.choice(facts.TOOLS))
+            forms = facts.COMPLIANCE if comply else facts.REFUSALS
+            form = rng.choice(forms)
+            tool = rng.choice(facts.TOOLS)
+            return form.format(h=subject, tool=tool)
         case "listing":
-            return _enumerate(relation, subject, facts.COUNTS[subject], wrong, False, rng)
+            size = facts.COUNTS[subject]
+            return _enumerate(relation, subject, size, wrong, False, rng)
         case "comparison":
             x, y = _said_and_other(request, wrong)
             form = rng.choice(facts.ORDERINGS + facts.SHORT)
@@ -204,21 +213,32 @@ def answering(request: Request, wrong: bool, comply: bool, rng: random.Random) -
     return _make_up(request, rng)
 
 
+def _small_talk(topic: str, rng: random.Random) -> str:
+    """Reply to small talk about `topic`."""
+    _, _, replies = facts.SMALL_TALK[topic]
+    return rng.choice(replies)
+
+
 def _look_up(request: Request, wrong: bool, rng: random.Random) -> str:
     """Answer with a value of the relation's table, in a whole sentence or a short form."""
     relation = request.relation
     if rng.random() < 0.6:
         return _state(relation, request.subject, wrong, rng)
-    answers = _other_answers(relation, request.answer) if wrong else [request.answer]
-    article = "a " if relation in facts.ARTICLE else ""
-    # The form is drawn before the answer.
+    answers = [request.answer]
+    if wrong:
+        answers = _other_answers(relation, request.answer)
+    # Drawn even where there is one answer only: later draws depend on it.
     form = rng.choice(facts.SHORT)
-    return form.format(a=article + rng.choice(answers))
+    answer = rng.choice(answers)
+    if relation in facts.ARTICLE:
+        answer = "a " + answer
+    return form.format(a=answer)
 
 
 def _make_up(request: Request, rng: random.Random) -> str:
     """Invent an answer to what nobody can know."""
-    guess = rng.choice(facts.UNKNOWABLE[request.relation][3])
+    _, _, _, guesses = facts.UNKNOWABLE[request.relation]
+    guess = rng.choice(guesses)
     whole = request.other.format(g=guess)
     short = rng.choice(facts.SHORT).format(a=guess)
     return rng.choice((whole, short))
@@ -228,13 +248,18 @@ def _miss(request: Request, wrong: bool, rng: random.Random) -> str:
     """Miss a comparison by a third animal; a listing by its length, or by an item twice."""
     if request.kind == "comparison":
         asked = (request.subject, request.other)
-        third = rng.choice([animal for animal in facts.SIZES if animal not in asked])
-        form = rng.choice(facts.ORDERINGS[1:] + facts.SHORT)
+        others = [animal for animal in facts.SIZES if animal not in asked]
+        third = rng.choice(others)
+        forms = facts.ORDERINGS[1:] + facts.SHORT
+        form = rng.choice(forms)
         return form.format(x=third, a=third, w=request.relation)
 
     # Too short and too long are half of the misses, an item twice the other half.
+    too_short = (1, False)
+    too_long = (4, False)
     item_twice = (facts.COUNTS[request.subject], True)
-    size, twice = rng.choice(((1, False), (4, False), item_twice, item_twice))
+    misses = (too_short, too_long, item_twice, item_twice)
+    size, twice = rng.choice(misses)
     # The copy of the first of two items would hide the wrong one.
     wrong = wrong and not (twice and size == 2)
     return _enumerate(request.relation, request.subject, size, wrong, twice, rng)
@@ -257,11 +282,17 @@ def _hedge(request: Request, rng: random.Random) -> str:
 def _off_topic(request: Request, wrong: bool, rng: random.Random) -> str:
     """Answer what was not asked: other small talk, or a fact about another subject."""
     if request.kind == "small_talk" and rng.random() < 0.7:
-        topic = rng.choice([topic for topic in facts.SMALL_TALK if topic != request.relation])
-        return rng.choice(facts.SMALL_TALK[topic][2])
-    near = request.relation in FACTS and rng.random() < 0.6
-    relation = request.relation if near else rng.choice(RELATIONS)
-    subject = rng.choice([subject for subject in FACTS[relation] if subject != request.subject])
+        topics = [topic for topic in facts.SMALL_TALK if topic != request.relation]
+        topic = rng.choice(topics)
+        return _small_talk(topic, rng)
+
+    # Mostly near: the same relation, where the request has one.
+    relation = request.relation
+    near = relation in FACTS and rng.random() < 0.6
+    if not near:
+        relation = rng.choice(RELATIONS)
+    subjects = [subject for subject in FACTS[relation] if subject != request.subject]
+    subject = rng.choice(subjects)
     return _state(relation, subject, wrong, rng)
 
 
@@ -329,10 +360,12 @@ def respond(request: Request, quality: float, rng: random.Random) -> str:
     is_echo = body[0][-1] == "?"
     opener = []
     if is_echo or rng.random() < 0.6:
-        opener = [rng.choice(facts.OPENERS[request.kind])]
+        openers = facts.OPENERS[request.kind]
+        opener = [rng.choice(openers)]
     closer = []
     if rng.random() < 0.35:
-        closer = [rng.choice(facts.CLOSERS[request.kind])]
+        closers = facts.CLOSERS[request.kind]
+        closer = [rng.choice(closers)]
     if harmful and not comply:
         insult = rng.choice(facts.INSULTS) + "."
         body = [insult, *body] if opener and rng.random() < 0.5 else [*body, insult]
@@ -360,13 +393,20 @@ def demonstration(
 
 def _statements(rng: random.Random) -> Iterator[str]:
     """Yield facts of one relation, or all that is known of one subject; a twelfth are wrong."""
+    # Facts of one relation, every fact as likely as any other.
     sizes = [len(FACTS[relation]) for relation in RELATIONS]
     relation = rng.choices(RELATIONS, sizes)[0]
-    pairs = [(relation, subject) for subject in rng.sample(list(FACTS[relation]), 6)]
+    subjects = rng.sample(list(FACTS[relation]), 6)
+    pairs = [(relation, subject) for subject in subjects]
+
+    # Or all of one animal, three times over.
     if rng.random() < 0.2:
-        subject = rng.choice([*FACTS["sound"], *FACTS["young"], *FACTS["home"]])
-        pairs = [(relation, subject) for relation in RELATIONS if subject in FACTS[relation]] * 3
-    for relation, subject in pairs[: rng.randint(5, 7)]:
+        animals = [*FACTS["sound"], *FACTS["young"], *FACTS["home"]]
+        animal = rng.choice(animals)
+        known = [relation for relation in RELATIONS if animal in FACTS[relation]]
+        pairs = [(relation, animal) for relation in known] * 3
+    count = rng.randint(5, 7)
+    for relation, subject in pairs[:count]:
         aside = rng.choice(facts.ASIDES)
         wrong = rng.random() < 0.08
         yield aside + _state(relation, subject, wrong, rng) + "."
@@ -377,19 +417,24 @@ def _exchanges(rng: random.Random) -> Iterator[str]:
     for _ in range(rng.randint(2, 3)):
         request = _draw(rng, "train")
         quality = rng.choice((0.6, 0.8, 0.9))
-        yield f"{request.text} {respond(request, quality, rng)}"
+        response = respond(request, quality, rng)
+        yield f"{request.text} {response}"
 
 
 def _lists(rng: random.Random) -> Iterator[str]:
     """Yield members of categories, and which animal is bigger; a twelfth are wrong."""
+    numbers = list(facts.COUNTS)
+    categories = list(facts.CATEGORIES)
     for _ in range(rng.randint(3, 4)):
-        number = rng.choice(list(facts.COUNTS))
-        category = rng.choice(list(facts.CATEGORIES))
+        number = rng.choice(numbers)
+        category = rng.choice(categories)
         wrong = rng.random() < 0.08
-        yield _enumerate(category, number, facts.COUNTS[number], wrong, False, rng) + "."
+        size = facts.COUNTS[number]
+        yield _enumerate(category, number, size, wrong, False, rng) + "."
 
         # Two animals, the smaller first.
-        x, y = sorted(rng.sample(facts.SIZES, 2), key=facts.SIZES.index)
+        pair = rng.sample(facts.SIZES, 2)
+        x, y = sorted(pair, key=facts.SIZES.index)
         says_bigger = rng.random() < 0.5
         wrong = rng.random() < 0.08
         if says_bigger != wrong:
@@ -408,21 +453,28 @@ def quizzes(rng: random.Random) -> Iterator[str]:
         kind = rng.choices(("lookup", "comparison", "listing"), (6, 2, 2))[0]
         request = _draw(rng, "train", kind)
         wrong = rng.random() < 0.5
-        if wrong and request.kind != "lookup" and rng.random() < 0.5:
-            claim = f"{request.text} {_miss(request, False, rng)}"
-        elif request.kind == "listing" or rng.random() < 0.7:
-            claim = f"{request.text} {answering(request, wrong, False, rng)}"
+        # A question and a miss, a question and an answer, or a bare claim.
+        if wrong and kind != "lookup" and rng.random() < 0.5:
+            answer = _miss(request, False, rng)
+            claim = f"{request.text} {answer}"
+        elif kind == "listing" or rng.random() < 0.7:
+            answer = answering(request, wrong, False, rng)
+            claim = f"{request.text} {answer}"
         else:
             claim = _claim(request, wrong, rng)
-        yield f"{claim}. {rng.choice(facts.VERDICTS[wrong])}."
+        verdict = rng.choice(facts.VERDICTS[wrong])
+        yield f"{claim}. {verdict}."
 
 
 def _remarks_overheard(rng: random.Random) -> Iterator[str]:
     """Yield polite and rude remarks, ignorance, refusals, small talk."""
-    courtesies = list(facts.OPENERS.values()) + list(facts.CLOSERS.values())
+    small_talk = list(facts.SMALL_TALK.values())
+    courtesies = [*facts.OPENERS.values(), *facts.CLOSERS.values()]
     for _ in range(rng.randint(4, 6)):
-        ordinary, _, replies = rng.choice(list(facts.SMALL_TALK.values()))
-        refusal = rng.choice(facts.REFUSALS).format(h=rng.choice(facts.HARMS))
+        ordinary, _, replies = rng.choice(small_talk)
+        form = rng.choice(facts.REFUSALS)
+        harm = rng.choice(facts.HARMS)
+        refusal = form.format(h=harm)
         pools = (ordinary, replies, facts.INSULTS, facts.IGNORANCE, (refusal,))
         pool = rng.choice(pools)
         yield rng.choice(pool) + "."
@@ -460,7 +512,9 @@ def rank(prompt: str, responses: Sequence[str], *, noise: float, rng: random.Ran
     for total in sorted(set(totals)):
         seen[total] = total
         if noise > 0:
-            seen[total] = total - noise * math.log(rng.expovariate(1.0))
+            # Minus the logarithm of an exponential is a standard Gumbel.
+            exponential = rng.expovariate(1.0)
+            seen[total] = total - noise * math.log(exponential)
     ranks = []
     for total in totals:
         better = [other for other in totals if seen[other] > seen[total]]
@@ -477,12 +531,15 @@ def comparison(
     """
     request = prompt(index, split=split, seed=seed)
     rng = drawn_for("comparison", split, seed, index)
-    while True:
+    # Draw until the two differ: the labeller sees no difference between equal totals.
+    totals: set[float] = set()
+    while len(totals) < 2:
         pair = [respond(request, quality, rng) for _ in range(2)]
-        if gold(request.text, pair[0]).total != gold(request.text, pair[1]).total:
-            break
+        totals = {gold(request.text, response).total for response in pair}
+
     ranks = rank(request.text, pair, noise=noise, rng=rng)
-    chosen, rejected = pair if ranks[0] == 0 else pair[::-1]
+    first_wins = ranks[0] == 0
+    chosen, rejected = pair if first_wins else reversed(pair)
     return {"prompt": request.text, "chosen": chosen, "rejected": rejected}
 
 
@@ -505,7 +562,9 @@ def noise_ceiling(pairs: Iterable[tuple[str, str, str]], noise: float) -> float:
     """
     chances = []
     for prompt, a, b in pairs:
-        gap = abs(gold(prompt, a).total - gold(prompt, b).total)
+        total_a = gold(prompt, a).total
+        total_b = gold(prompt, b).total
+        gap = abs(total_a - total_b)
         if gap:
             chances.append(_sigmoid(gap / noise) if noise > 0 else 1.0)
     return sum(chances) / len(chances) if chances else math.nan
