@@ -1,4 +1,4 @@
-"""Responses as batches and as token lists (sampling.py makes them); and, run directly, text from a run.
+"""Text from a run: responses to one prompt, a raw continuation, or a chat in the terminal.
 
 python generate.py --run=runs/align/ppo --prompt="what is the capital of sweden?"
 python generate.py --run=runs/align/ppo --chat
@@ -9,11 +9,14 @@ from collections.abc import Callable
 
 import jax
 
-from data.tokenizer import Tokenizer
+from data.tokenizer import Message, Tokenizer
 from responses import load_run, make_sampler
 from runtime import flags
 from runtime.errors import UserError
 from sampling import SamplingConfig
+
+Reply = Callable[[list[int], jax.Array], list[int]]
+"""reply(tokens of a chat so far, key) -> tokens of the next turn, its end token included."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,67 +45,80 @@ class Config:
 
 
 def main(config: Config) -> list[str]:
-    """Print `n` responses, or chat; returns what was generated last."""
+    """Print `n` responses, or chat; return the responses, or the last of the chat's."""
     sampling = SamplingConfig(
         config.temperature, config.top_k, config.top_p, config.max_new_tokens
     )
     if config.n < 1:
         raise UserError(f"--n={config.n}: must be at least 1")
+
+    # The run, and what samples from it.
     model, tokenizer, params = load_run(config.run)
     respond = make_sampler(model, sampling, tokenizer, 1 if config.chat else config.n)
     key = jax.random.key(config.seed)
 
+    # The prompt, and the room that the context leaves it.
+    tokens = tokenizer.prompt(config.prompt)
+    if config.raw:
+        tokens = [tokenizer.bos, *tokenizer.encode(config.prompt)]
     room = model.context - config.max_new_tokens
-    tokens = (
-        [tokenizer.bos, *tokenizer.encode(config.prompt)]
-        if config.raw
-        else tokenizer.prompt(config.prompt)
-    )
     if len(tokens) > room:
         raise UserError(
-            f"--prompt: {len(tokens)} tokens and --max_new_tokens={config.max_new_tokens} exceed the model's "
-            f"context of {model.context}; shorten one of them"
+            f"--prompt: {len(tokens)} tokens and --max_new_tokens={config.max_new_tokens} "
+            f"exceed the model's context of {model.context}; shorten one of them"
         )
+
     if config.chat:
-        return [
-            chat(lambda tokens, turn: respond(params, [tokens], turn)[0], tokenizer, key, room)
-        ]
-    shown = tokens if config.raw else []  # decoded together: a space where the two meet is kept
-    texts = [tokenizer.decode(shown + response) for response in respond(params, [tokens], key)]
+
+        def reply(so_far: list[int], turn_key: jax.Array) -> list[int]:
+            return respond(params, [so_far], turn_key)[0]
+
+        return [chat(reply, tokenizer, key, room)]
+
+    # A raw prompt is decoded with its continuation: a space where the two meet is kept.
+    shown = tokens if config.raw else []
+    responses = respond(params, [tokens], key)
+    texts = [tokenizer.decode(shown + response) for response in responses]
     print("\n".join(texts))
     return texts
 
 
-def chat(
-    reply: Callable[[list[int], jax.Array], list[int]],
-    tokenizer: Tokenizer,
-    key: jax.Array,
-    room: int,
-) -> str:
-    """Alternate turns with the person at the terminal; returns the last reply.
+def chat(reply: Reply, tokenizer: Tokenizer, key: jax.Array, room: int) -> str:
+    """Alternate turns with the person at the terminal; return the last reply, or an empty text.
 
-    What exceeds `room` tokens is forgotten, the oldest turns first.
+    What exceeds `room` tokens is forgotten, the oldest pair of turns first. A message that alone
+    exceeds it is refused, and the chat begins anew.
     """
-    messages: list[dict[str, str]] = []
+    messages: list[Message] = []
     print("Type a message; an empty line ends the chat.")
     while True:
-        try:
-            text = input("> ")
-        except EOFError:
-            text = ""
+        text = read_line()
         if not text.strip():
             return messages[-1]["content"] if messages else ""
         messages.append({"role": "user", "content": text})
-        key, turn = jax.random.split(key)
-        while len(tokens := tokenizer.prompt(messages)) > room and len(messages) > 1:
+        key, turn_key = jax.random.split(key)
+
+        # The oldest turns are forgotten, a message and its reply at a time.
+        tokens = tokenizer.prompt(messages)
+        while len(tokens) > room and len(messages) > 1:
             del messages[:2]
+            tokens = tokenizer.prompt(messages)
         if len(tokens) > room:
             print(f"[too long: a message may have {room} tokens]")
             messages.clear()
             continue
-        response = reply(tokens, turn)
-        messages.append({"role": "assistant", "content": tokenizer.decode(response)})
-        print(messages[-1]["content"])
+
+        response = tokenizer.decode(reply(tokens, turn_key))
+        messages.append({"role": "assistant", "content": response})
+        print(response)
+
+
+def read_line() -> str:
+    """Read a line from the terminal; an empty text at the end of input."""
+    try:
+        return input("> ")
+    except EOFError:
+        return ""
 
 
 if __name__ == "__main__":

@@ -1,50 +1,214 @@
-"""Pipeline parallelism over the mesh's stage axis: GPipe (Huang et al. 2019). Each stage holds a part of the layers.
+"""How a decoder's layers are run: under one scan, as a pipeline over devices, or one by one.
 
-In tick t stage s works on micro-batch t - s and hands it on, so m micro-batches are through p stages after m + p - 1
-ticks, of which each stage idles p - 1. The backward pass is the derivative of this one: the same ticks in reverse.
+`run_layers` chooses. What a layer is, is model.py's; here it is a Flax module whose call is
+
+    (x_BTD, cache, layer), *rows  ->  (x_BTD, cache, layer + 1), auxiliary loss or None
+
+with `rows` what every layer reads of a batch's rows (segment ids, RoPE's cosines and sines).
+Parameters of all layers are stacked: their first axis is the layer. Suffixes are those of the
+legend in model.py; here M is micro-batches.
+
+The pipeline is GPipe (Huang et al. 2019). In tick t stage s works on micro-batch t - s and hands
+it on, so m micro-batches are through p stages after m + p - 1 ticks, of which each stage idles
+p - 1. The backward pass is the derivative of this one: the same ticks in reverse.
 """
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from sharding import along, constrain_residual, in_microbatches, platform
+from sharding import along, constrain_residual, in_microbatches, path_name, platform
+
+Remat = Literal["none", "dots", "full"]
+Cache = Any
+"""A model.KVCache, or None."""
+Params = dict[str, Any]
+
+
+def run_layers(
+    decoder: nn.Module,
+    block_class: type[nn.Module],
+    ring: int,
+    x_BTD: jax.Array,
+    cache: Cache,
+    rows: tuple[Any, Any],
+) -> tuple[jax.Array, Cache, jax.Array | None]:
+    """Run all layers; return the hidden states, the cache, and the sum of the auxiliary losses.
+
+    Called inside `decoder`, whose parameters `layers` are the layers' and whose `config` and
+    `microbatches` (of a pipeline) are read. `block_class(config, ring)` is one layer. The sum is
+    None where the layers have no auxiliary loss.
+    """
+    if cache is not None and isinstance(cache.k_LBKSH, tuple):
+        x_BTD, cache = _one_by_one(decoder, block_class, x_BTD, cache, rows)
+        return x_BTD, cache, None
+
+    stages = along(jax.sharding.get_abstract_mesh(), "stage")
+    if stages > 1 and cache is None and not decoder.is_initializing():
+        return _over_stages(decoder, block_class, ring, x_BTD, rows, stages), None, None
+
+    # The cache rides in the carry: as xs and ys the scan would copy all of it.
+    config = decoder.config
+    layers = _scan(block_class, config.remat, config.layers)(config, ring, name="layers")
+    carry = (x_BTD, cache, jnp.int32(0))
+    (x_BTD, cache, _), losses_L = layers(carry, *rows)
+    return x_BTD, cache, None if losses_L is None else losses_L.sum()
+
+
+# --- one scan
+
+
+def _scan(block_class: type[nn.Module], remat: Remat, layers: int) -> Callable[..., nn.Module]:
+    """Return the class of `layers` blocks under one scan, which compiles one of them."""
+    return nn.scan(
+        _with_remat(block_class, remat),
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=(nn.broadcast, nn.broadcast),
+        length=layers,
+    )
+
+
+def _with_remat(block_class: type[nn.Module], remat: Remat) -> type[nn.Module]:
+    """Return the class of blocks whose backward pass computes again what `remat` says."""
+    if remat == "none":
+        return block_class
+    if remat == "dots":
+        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        return nn.remat(block_class, policy=policy, prevent_cse=False)
+    return nn.remat(block_class, prevent_cse=False)
+
+
+# --- one by one, for decoding
+
+
+def unstack_params(params: Params, dtype: jnp.dtype) -> Params:
+    """Return `params` with a tuple of L arrays in place of each stack of the layers' weights.
+
+    For a loop over tokens, where slicing a stack would copy it at every token. All weights are
+    cast once to `dtype`, in which they are multiplied; norms are not multiplied and stay float32.
+    """
+
+    def leaf(path: tuple[Any, ...], weight: jax.Array) -> Any:
+        name = path_name(path)
+        if not name.endswith("norm"):
+            weight = weight.astype(dtype)
+        return tuple(weight) if "/layers/" in name else weight
+
+    return jax.tree_util.tree_map_with_path(leaf, params)
+
+
+def unstack_cache(cache: Cache) -> Cache:
+    """Return `cache` with tuples of L arrays [B, K, S, H] in place of its two stacks."""
+    keys = tuple(cache.k_LBKSH)
+    values = tuple(cache.v_LBKSH)
+    return dataclasses.replace(cache, k_LBKSH=keys, v_LBKSH=values)
+
+
+def _one_by_one(
+    decoder: nn.Module,
+    block_class: type[nn.Module],
+    x_BTD: jax.Array,
+    cache: Cache,
+    rows: tuple[Any, Any],
+) -> tuple[jax.Array, Cache]:
+    """Run unstacked layers on an unstacked cache."""
+    weights: Params = decoder.get_variable("params", "layers")
+    block = block_class(decoder.config, parent=None)
+    keys = []
+    values = []
+    for i in range(decoder.config.layers):
+        own_weights = jax.tree.map(
+            lambda stack, i=i: stack[i], weights, is_leaf=lambda leaf: isinstance(leaf, tuple)
+        )
+        # A cache of this layer alone, in which its number is 0.
+        own_cache = dataclasses.replace(
+            cache, k_LBKSH=cache.k_LBKSH[i][None], v_LBKSH=cache.v_LBKSH[i][None]
+        )
+        carry = (x_BTD, own_cache, 0)
+        (x_BTD, own_cache, _), _ = block.apply({"params": own_weights}, carry, *rows)
+        keys.append(own_cache.k_LBKSH[0])
+        values.append(own_cache.v_LBKSH[0])
+    return x_BTD, dataclasses.replace(cache, k_LBKSH=tuple(keys), v_LBKSH=tuple(values))
+
+
+# --- a pipeline over the mesh's stage axis
+
+
+def _over_stages(
+    decoder: nn.Module,
+    block_class: type[nn.Module],
+    ring: int,
+    x_BTD: jax.Array,
+    rows: tuple[Any, Any],
+    stages: int,
+) -> jax.Array:
+    """Run the layers as a pipeline, an equal part of them on each of `stages` devices."""
+    config = decoder.config
+    part_class = _scan(block_class, config.remat, config.layers // stages)
+    part = part_class(config, ring, parent=None)
+
+    def run(weights, x_BTD, *rows):
+        (x_BTD, _, _), losses_L = part.apply({"params": weights}, (x_BTD, None, 0), *rows)
+        if losses_L is not None:
+            raise NotImplementedError("a pipeline does not carry auxiliary losses")
+        return x_BTD
+
+    weights: Params = decoder.get_variable("params", "layers")
+    return pipelined(run, weights, x_BTD, rows, decoder.microbatches)
 
 
 def pipelined(
-    run: Callable[..., jax.Array], weights: Any, x_BTD: jax.Array, rows: Any, microbatches: int
+    run: Callable[..., jax.Array],
+    weights: Any,
+    x_BTD: jax.Array,
+    rows: tuple[Any, Any],
+    microbatches: int,
 ) -> jax.Array:
-    """`run(weights, x_BTD, *rows)` of all layers, [B, T, D].
+    """Return `run(weights, x_BTD, *rows)` of all layers, [B, T, D], computed stage after stage.
 
-    `run` takes any unbroken part of the layers, the first axis of `weights`, which is cut over stage; `rows`: trees of
-    [B, ...] arrays that every layer reads. Other axes of the mesh are XLA's and `run`'s as ever.
+    `weights`: a tree whose leaves' first axis, the layers, is cut over the mesh's stage axis.
+    `run` must take any unbroken part of the layers. `rows`: trees of [B, ...] arrays that every
+    layer reads. `microbatches` divides B. Other axes of the mesh are XLA's and `run`'s as ever.
     """
-    stages, parts = along(jax.sharding.get_abstract_mesh(), "stage"), microbatches
-    x_PBTD, rows_P = jax.tree.map(lambda x: in_microbatches(x, parts), (x_BTD, rows))
+    stages = along(jax.sharding.get_abstract_mesh(), "stage")
+    x_MBTD = in_microbatches(x_BTD, microbatches)
+    rows_M = jax.tree.map(lambda x: in_microbatches(x, microbatches), rows)
 
     # XLA's CPU backend dies of sums over stage in bfloat16, here and in the derivative.
     summed = jnp.float32 if platform() == "cpu" else x_BTD.dtype
 
-    def stage(weights, x_PBTD, rows_P):
-        here, x_PBTD = jax.lax.axis_index("stage"), x_PBTD.astype(x_BTD.dtype)
+    def stage(weights, x_MBTD, rows_M):
+        """Run this stage's part of the layers on every micro-batch."""
+        here = jax.lax.axis_index("stage")
+        x_MBTD = x_MBTD.astype(x_BTD.dtype)
 
         def tick(x_BTD, t):
-            i = jnp.clip(
-                t - here, 0, parts - 1
-            )  # idle stages compute too, on what is there: nobody takes it
-            x_BTD = constrain_residual(jnp.where(here == 0, x_PBTD[i], x_BTD))
-            x_BTD = run(weights, x_BTD, *jax.tree.map(lambda x: x[i], rows_P))
-            return jax.lax.ppermute(x_BTD, "stage", [(s, s + 1) for s in range(stages - 1)]), x_BTD
+            # Idle stages compute too, on whatever is there: nobody takes it.
+            i = jnp.clip(t - here, 0, microbatches - 1)
+            x_BTD = constrain_residual(jnp.where(here == 0, x_MBTD[i], x_BTD))
+            x_BTD = run(weights, x_BTD, *jax.tree.map(lambda x: x[i], rows_M))
+            to_next = [(s, s + 1) for s in range(stages - 1)]
+            return jax.lax.ppermute(x_BTD, "stage", to_next), x_BTD
 
-        _, outs = jax.lax.scan(tick, jnp.zeros_like(x_PBTD[0]), jnp.arange(parts + stages - 1))
-        # The last stage's, for all of them.
-        return jax.lax.psum(
-            jnp.where(here == stages - 1, outs[stages - 1 :], 0).astype(summed), "stage"
-        )
+        ticks = jnp.arange(microbatches + stages - 1)
+        _, outs = jax.lax.scan(tick, jnp.zeros_like(x_MBTD[0]), ticks)
+        # The last stage has the results; the sum gives them to all.
+        results = jnp.where(here == stages - 1, outs[stages - 1 :], 0)
+        return jax.lax.psum(results.astype(summed), "stage")
 
-    specs = {"in_specs": (P("stage"), P(), P()), "out_specs": P(), "axis_names": {"stage"}}
-    x_PBTD = jax.shard_map(stage, **specs, check_vma=False)(weights, x_PBTD.astype(summed), rows_P)
-    return constrain_residual(x_PBTD.swapaxes(0, 1).reshape(x_BTD.shape).astype(x_BTD.dtype))
+    over_stages = jax.shard_map(
+        stage,
+        in_specs=(P("stage"), P(), P()),
+        out_specs=P(),
+        axis_names={"stage"},
+        check_vma=False,
+    )
+    x_MBTD = over_stages(weights, x_MBTD.astype(summed), rows_M)
+    x_BTD = x_MBTD.swapaxes(0, 1).reshape(x_BTD.shape).astype(x_BTD.dtype)
+    return constrain_residual(x_BTD)

@@ -1,13 +1,16 @@
 """The shape of a decoder: its configuration, and the shapes of published models."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Literal
 
 import jax.numpy as jnp
 
 from runtime.errors import UserError
 from runtime.run_folder import load_model_config
 from sharding import platform
+
+SIZES = ("vocab", "width", "mlp_width", "layers", "heads", "kv_heads", "head_dim", "context")
+"""Fields of ModelConfig that are at least 1."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,89 +58,152 @@ class ModelConfig:
     zero_centered_norm: bool = False
     """Norms multiply by 1 + their parameter, which starts at 0 (Gemma)."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Compute type; auto is bfloat16 on accelerators and float32 on CPU. Parameters are float32."""
+    """Compute type; auto: bfloat16 on accelerators, float32 on CPU. Parameters are float32."""
     remat: Literal["none", "dots", "full"] = "none"
     """What the backward pass recomputes: nothing, all but matmul outputs, or everything."""
 
     def __post_init__(self):
-        for field in (
-            "vocab",
-            "width",
-            "mlp_width",
-            "layers",
-            "heads",
-            "kv_heads",
-            "head_dim",
-            "context",
-        ):
-            if getattr(self, field) < 1:
-                raise UserError(f"--model.{field}={getattr(self, field)}: must be at least 1")
+        for field in SIZES:
+            size = getattr(self, field)
+            if size < 1:
+                raise UserError(f"--model.{field}={size}: must be at least 1")
         if self.heads % self.kv_heads:
             raise UserError(
-                f"--model.kv_heads={self.kv_heads}: must divide --model.heads={self.heads} without remainder"
+                f"--model.kv_heads={self.kv_heads}: must divide --model.heads={self.heads} "
+                "without remainder"
             )
         if self.head_dim % 2:
             raise UserError(f"--model.head_dim={self.head_dim}: RoPE needs an even width")
-        if self.rope_llama3 is not None:  # JSON has lists only
+        # A stored config is JSON, which has lists only.
+        if self.rope_llama3 is not None:
             object.__setattr__(self, "rope_llama3", tuple(self.rope_llama3))
 
     @staticmethod
     def from_preset(name: str) -> "ModelConfig":
-        """The preset `name`; raises UserError with the known names."""
+        """Return the preset `name`; raises UserError with the known names."""
         if name not in PRESETS:
             raise UserError(f"--model.preset={name}: unknown; choose one of {', '.join(PRESETS)}")
         return PRESETS[name]
 
     @property
     def compute_dtype(self) -> jnp.dtype:
-        """The type of activations and of matmul operands."""
+        """Return the type of activations and of matmul operands."""
         if self.dtype == "auto":
             return jnp.dtype("float32" if platform() == "cpu" else "bfloat16")
         return jnp.dtype(self.dtype)
 
 
-def _preset(name: str, *shape: int, **rest: Any) -> ModelConfig:
-    fields = ("vocab", "width", "mlp_width", "layers", "heads", "kv_heads", "head_dim", "context")
-    return ModelConfig(preset=name, **dict(zip(fields, shape, strict=True)), **rest)
-
-
-# Shapes from the models' published configurations; tests/test_model.py checks the parameter counts.
-PRESETS = {
-    preset.preset: preset
-    for preset in (
-        ModelConfig(),
-        _preset("tiny", 512, 32, 64, 2, 4, 2, 8, 128),
-        _preset("stories260k", 512, 64, 172, 5, 8, 4, 8, 512),
-        _preset(
-            "llama3.2-1b", 128256, 2048, 8192, 16, 32, 8, 64, 131072,
-            rope_base=500_000.0, rope_llama3=(32.0, 1.0, 4.0, 8192.0), remat="full",
-        ),
-        _preset(
-            "llama3-8b", 128256, 4096, 14336, 32, 32, 8, 128, 8192,
-            rope_base=500_000.0, tied=False, remat="full",
-        ),
-        _preset(
-            "llama3-70b", 128256, 8192, 28672, 80, 64, 8, 128, 8192,
-            rope_base=500_000.0, tied=False, remat="full",
-        ),
-        _preset(
-            "qwen3-0.6b", 151936, 1024, 3072, 28, 16, 8, 128, 40960,
-            rope_base=1_000_000.0, norm_eps=1e-6, qk_norm=True, remat="full",
-        ),
-        _preset("mistral-7b", 32000, 4096, 14336, 32, 32, 8, 128, 32768, tied=False, window=4096, remat="full"),
-    )
-}  # fmt: skip
+# Shapes of the models' published configurations; tests/test_model.py counts their parameters.
+_PRESETS = (
+    ModelConfig(),
+    ModelConfig(
+        preset="tiny",
+        vocab=512,
+        width=32,
+        mlp_width=64,
+        layers=2,
+        heads=4,
+        kv_heads=2,
+        head_dim=8,
+        context=128,
+    ),
+    ModelConfig(
+        preset="stories260k",
+        vocab=512,
+        width=64,
+        mlp_width=172,
+        layers=5,
+        heads=8,
+        kv_heads=4,
+        head_dim=8,
+        context=512,
+    ),
+    ModelConfig(
+        preset="llama3.2-1b",
+        vocab=128256,
+        width=2048,
+        mlp_width=8192,
+        layers=16,
+        heads=32,
+        kv_heads=8,
+        head_dim=64,
+        context=131072,
+        rope_base=500_000.0,
+        rope_llama3=(32.0, 1.0, 4.0, 8192.0),
+        remat="full",
+    ),
+    ModelConfig(
+        preset="llama3-8b",
+        vocab=128256,
+        width=4096,
+        mlp_width=14336,
+        layers=32,
+        heads=32,
+        kv_heads=8,
+        head_dim=128,
+        context=8192,
+        rope_base=500_000.0,
+        tied=False,
+        remat="full",
+    ),
+    ModelConfig(
+        preset="llama3-70b",
+        vocab=128256,
+        width=8192,
+        mlp_width=28672,
+        layers=80,
+        heads=64,
+        kv_heads=8,
+        head_dim=128,
+        context=8192,
+        rope_base=500_000.0,
+        tied=False,
+        remat="full",
+    ),
+    ModelConfig(
+        preset="qwen3-0.6b",
+        vocab=151936,
+        width=1024,
+        mlp_width=3072,
+        layers=28,
+        heads=16,
+        kv_heads=8,
+        head_dim=128,
+        context=40960,
+        rope_base=1_000_000.0,
+        norm_eps=1e-06,
+        qk_norm=True,
+        remat="full",
+    ),
+    ModelConfig(
+        preset="mistral-7b",
+        vocab=32000,
+        width=4096,
+        mlp_width=14336,
+        layers=32,
+        heads=32,
+        kv_heads=8,
+        head_dim=128,
+        context=32768,
+        tied=False,
+        window=4096,
+        remat="full",
+    ),
+)
+PRESETS = {preset.preset: preset for preset in _PRESETS}
 
 
 def check_fit(config: ModelConfig, vocabulary: int, length: int) -> None:
-    """Raises UserError where the tokenizer or sequences of `length` tokens do not fit the model."""
+    """Raise UserError unless `vocabulary` tokens and sequences of `length` fit the model."""
     if vocabulary > config.vocab:
         raise UserError(
-            f"--model.vocab={config.vocab}: the tokenizer has {vocabulary} tokens; raise it to that"
+            f"--model.vocab={config.vocab}: the tokenizer has {vocabulary} tokens; "
+            "raise it to that"
         )
     if not 1 <= length <= config.context:
         raise UserError(
-            f"sequences of {length} tokens: outside 1..{config.context}, --model.context; change one"
+            f"sequences of {length} tokens: outside 1..{config.context}, --model.context; "
+            "change one"
         )
 
 

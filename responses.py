@@ -1,6 +1,8 @@
 """A run and prompts in, responses out: what every collector, searcher and page samples with."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -12,20 +14,39 @@ from model import LanguageModel, Params, init_and_apply
 from model_config import ModelConfig, stored_model
 from runtime.errors import UserError
 from runtime.run_folder import load_config
-from sampling import Samples, SamplingConfig, generate
+from sampling import Samples, SamplingConfig, generate, generate_in_slots
 from sharding import to_host
-from train_state import load_params
+from train_state import has_scalar_head, load_params
+
+Tokens = list[int]
+Respond = Callable[..., list[Tokens]]
+"""respond(params, prompts, key, rows=256) -> responses; see `make_sampler`."""
+Item = TypeVar("Item")
+# Columns that prompts are padded to at least.
+SHORTEST_WIDTH = 16
 
 
-def load_run(run: str, reward: bool = False) -> tuple[ModelConfig, Tokenizer, Params]:
-    """Model, tokenizer and parameters of a language model's run, or of a `reward` model's; UserError for the other."""
-    config, params = load_config(run), load_params(run)
-    if ("head" in params) != reward:
-        kinds = ("language model", "reward model")
-        raise UserError(
-            f"{run}: a {kinds[not reward]} (of {config['script']}); name the run of a {kinds[reward]}"
-        )
-    return stored_model(run), Tokenizer.load(run), params
+class LoadedRun(NamedTuple):
+    """The model of a run: its shape, its tokenizer, its parameters (NumPy arrays)."""
+
+    config: ModelConfig
+    tokenizer: Tokenizer
+    params: Params
+
+
+def load_run(run: str, reward: bool = False) -> LoadedRun:
+    """Load the run of a language model, or with `reward` that of a reward model.
+
+    Which of the two it is follows from its parameters: a reward model has a scalar head. Raises
+    UserError for the other kind, and as load_params does.
+    """
+    script = load_config(run)["script"]
+    is_reward_model = has_scalar_head(run)
+    if is_reward_model != reward:
+        found = "reward model" if is_reward_model else "language model"
+        wanted = "reward model" if reward else "language model"
+        raise UserError(f"{run}: a {found} (of {script}); name the run of a {wanted}")
+    return LoadedRun(stored_model(run), Tokenizer.load(run), load_params(run))
 
 
 def make_sampler(
@@ -36,49 +57,74 @@ def make_sampler(
     *,
     slots: int | None = None,
     ends: Sequence[int] = (),
-):
-    """respond(params, prompts: token lists, key) -> n responses a prompt, in order, as token lists.
+) -> Respond:
+    """Make the sampler of `n` responses to each prompt by a language model of shape `config`.
 
-    Prompts are padded to a power of two in length and to `rows` a call, so that few shapes are compiled. `slots`:
-    responses decoded at a time (`generate`). `ends`: tokens that end a response beside the tokenizer's.
+    Returns respond(params, prompts, key, rows=256) -> responses, n to each prompt, in the order of
+    the prompts. Prompts and responses are token lists; a response has its end token where it came
+    to one, and no padding. `rows`: prompts a call, each call with a key of its own. Prompts are
+    padded on the left to a power of two in length, and the last call is filled up to `rows`: so
+    few shapes are compiled.
+
+    `slots`: responses decoded at a time (`generate_in_slots`). `ends`: tokens that end a response
+    beside the tokenizer's.
     """
     _, apply = init_and_apply(LanguageModel(config))
-    how = {"pad": tokenizer.pad, "n": n, "slots": slots}
+    decode = generate if slots is None else partial(generate_in_slots, slots=slots)
 
     @jax.jit
     def sample(params: Params, prompts: dict[str, jax.Array], key: jax.Array) -> Samples:
-        return generate(
-            apply,
-            config,
-            params,
-            prompts,
-            key,
-            sampling,
-            eos=jnp.array([tokenizer.eos, *ends]),
-            **how,
+        eos = jnp.array([tokenizer.eos, *ends])
+        return decode(
+            apply, config, params, prompts, key, sampling, eos=eos, pad=tokenizer.pad, n=n
         )
 
-    def respond(params: Params, prompts: Sequence[list[int]], key: jax.Array, rows: int = 256):
-        length = max(len(tokens) for tokens in prompts)
-        length = max(16, 1 << (length - 1).bit_length())
-        rows = min(rows, len(prompts))
-        out: list[list[int]] = []
-        for start in range(0, len(prompts), rows):
-            part = list(prompts[start : start + rows])
-            padded = [{"tokens": tokens} for tokens in part + [part[0]] * (rows - len(part))]
-            batch = pad_prompts(padded, length, tokenizer.pad, fixed=True)
+    def respond(
+        params: Params, prompts: Sequence[Tokens], key: jax.Array, rows: int = 256
+    ) -> list[Tokens]:
+        # Few widths: a power of two that holds the longest prompt.
+        longest = max(len(tokens) for tokens in prompts)
+        width = max(SHORTEST_WIDTH, 1 << (longest - 1).bit_length())
+        responses: list[Tokens] = []
+        for start, part in full_parts(prompts, min(rows, len(prompts))):
+            padded = [{"tokens": tokens} for tokens in part]
+            batch = pad_prompts(padded, width, tokenizer.pad, fixed=True)
             samples = to_host(sample(params, batch, jax.random.fold_in(key, start)))
-            lengths = samples.mask_BR.sum(1).astype(int)[: len(part) * n]
-            out += [
-                row[:end].tolist() for row, end in zip(samples.response_BR, lengths, strict=False)
-            ]
-        return out
+
+            # Responses without their padding.
+            lengths_B = samples.mask_BR.sum(1).astype(int)
+            for response_R, length in zip(samples.response_BR, lengths_B, strict=True):
+                responses.append(response_R[:length].tolist())
+        return responses[: len(prompts) * n]
 
     return respond
 
 
+def full_parts(items: Sequence[Item], size: int) -> Iterator[tuple[int, list[Item]]]:
+    """Yield `items` in parts of `size`, each with the index at which it starts.
+
+    The last part is filled up with copies of its first item, so that all have one shape to
+    compile. What is made of them all, in order, wants to be cut to the items' number.
+    """
+    for start in range(0, len(items), size):
+        yield start, filled(items[start : start + size], size)
+
+
+def filled(items: Sequence[Item], size: int) -> list[Item]:
+    """Fill `items` up to `size` with copies of the first one."""
+    return [*items, *[items[0]] * (size - len(items))]
+
+
+def split_evenly(items: Sequence[Item], size: int) -> list[list[Item]]:
+    """Cut `items` into lists of `size`: responses, n to each prompt, by their prompt."""
+    return [list(items[start : start + size]) for start in range(0, len(items), size)]
+
+
 def in_parts(count: int, rows: int, name: str) -> Iterator[int]:
-    """0, `rows`, 2 `rows`, ... below `count`: where each part of `count` prompts starts, with a progress bar."""
+    """Yield 0, `rows`, 2 `rows`, ... below `count`, under a progress bar called `name`.
+
+    These are where each part of `count` prompts starts.
+    """
     with tqdm(total=count, desc=name, unit="prompt", mininterval=2) as bar:
         for start in range(0, count, rows):
             yield start

@@ -59,7 +59,7 @@ class Rollout(TypedDict):
 
 Score = Callable[[Rollout, list[Record]], tuple[Batch, Batch]]
 """score(rollout, records) -> ({reward: scores [B]}, {reward: scalars [B, R + 1]}), as of
-rewards.scorer.make_scorer with its models given."""
+rewards.scorer.make_reward_scorer with its models given."""
 Targets = Callable[..., tuple[Any, Metrics]]
 """compute_targets(policy, reference, rollout, scores, scalars) -> (batch to learn on, metrics)"""
 

@@ -1,7 +1,10 @@
-"""Decoding under one jit: how tokens are drawn, the plain loop, and the loop whose slots are refilled."""
+"""Decoding under one jit: how a token is drawn, and two loops that generate responses.
+
+`generate` decodes all rows together until the last has ended. `generate_in_slots` decodes a fixed
+number of rows, and where one ends the next begins.
+"""
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,12 +12,17 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from model import KVCache, Params, empty_cache, unembed
+from layers import unstack_cache, unstack_params
+from model import KVCache, LanguageOutput, Params, empty_cache, unembed
 from model_config import ModelConfig
 from runtime.errors import require
-from sharding import path_name
 
-Apply = Callable[..., Any]
+Apply = Callable[..., LanguageOutput]
+"""The apply of a LanguageModel (model.init_and_apply)."""
+Prompts = dict[str, jax.Array]
+"""Left-padded prompts [B, P] as data.batches.prompt_batches yields them: `tokens_BT`,
+`segment_ids_BT` and `positions_BT`, int32."""
+Step = Callable[[KVCache, jax.Array, jax.Array, jax.Array], tuple[KVCache, jax.Array, jax.Array]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,27 +49,35 @@ class SamplingConfig:
 
 @flax.struct.dataclass
 class Samples:
-    """Responses: index t is response token t."""
+    """Responses: index t is response token t. `generate` gives B rows, n neighbours a prompt."""
 
     response_BR: jax.Array
-    """Token ids; pad after the end."""
+    """Token ids, int32; pad after the end."""
     mask_BR: jax.Array
-    """1 for the response's tokens, its end-of-turn token included."""
+    """1 for the response's tokens, its end-of-turn token included; float32."""
     logp_BR: jax.Array
-    """Log-probability of each token at the sampling temperature, before top-k and top-p; 0 after the end."""
+    """Log-probability of each token in nats, at the sampling temperature and before top-k and
+    top-p; 0 after the end."""
+
+
+# --- one token
 
 
 def truncate(logits_BV: jax.Array, top_k: int, top_p: float) -> jax.Array:
-    """Logits with all but the top k tokens, and all outside the nucleus p, at -inf."""
+    """Return the logits with all but the top k tokens, and all outside the nucleus p, at -inf.
+
+    `top_k` 0 and `top_p` 1 leave all tokens in. The nucleus is of what the top k leave.
+    """
     if top_k:
-        kth_B1 = jax.lax.top_k(logits_BV, min(top_k, logits_BV.shape[-1]))[0][:, -1:]
+        count = min(top_k, logits_BV.shape[-1])
+        kth_B1 = jax.lax.top_k(logits_BV, count)[0][:, -1:]
         logits_BV = jnp.where(logits_BV < kth_B1, -jnp.inf, logits_BV)
     if top_p < 1:
         sorted_BV = jnp.flip(jnp.sort(logits_BV, axis=-1), axis=-1)
         probs_BV = jax.nn.softmax(sorted_BV, axis=-1)
-        inside_BV = (
-            jnp.cumsum(probs_BV, axis=-1) - probs_BV < top_p
-        )  # the token that crosses p stays in
+        # The token that crosses p stays in.
+        before_BV = jnp.cumsum(probs_BV, axis=-1) - probs_BV
+        inside_BV = before_BV < top_p
         smallest_B1 = jnp.min(jnp.where(inside_BV, sorted_BV, jnp.inf), axis=-1, keepdims=True)
         logits_BV = jnp.where(logits_BV < smallest_B1, -jnp.inf, logits_BV)
     return logits_BV
@@ -74,231 +90,319 @@ def draw(
     t_B: jax.Array,
     sampling: SamplingConfig,
 ) -> tuple[jax.Array, jax.Array]:
-    """Token `t_B` of each response `row_B`, int32, and its log-probability; what is drawn depends on these two alone.
+    """Draw token `t_B` of each response `row_B`; return it [B] int32, and its log-probability [B].
 
-    So a response is the same in whatever company and slot it is made.
+    The noise depends on the key and these two numbers alone, so a response is the same in whatever
+    company and slot it is made. The log-probability is in nats, at the sampling temperature (at
+    temperature 0, where the likeliest token is taken, at 1), before top-k and top-p.
     """
     logits_BV = logits_BV / (sampling.temperature or 1.0)
     if sampling.temperature == 0:
         score_BV = logits_BV
-    else:  # Gumbel's maximum
-        key_of = jax.vmap(lambda row, t: jax.random.fold_in(jax.random.fold_in(key, row), t))
-        noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, logits_BV.shape[-1:]))(
-            key_of(row_B, t_B)
-        )
+    else:
+        # The maximum of logits and Gumbel noise is a draw from their softmax.
+        def noise_of(row: jax.Array, t: jax.Array) -> jax.Array:
+            own_key = jax.random.fold_in(jax.random.fold_in(key, row), t)
+            return jax.random.gumbel(own_key, logits_BV.shape[-1:])
+
+        noise_BV = jax.vmap(noise_of)(row_B, t_B)
         score_BV = truncate(logits_BV, sampling.top_k, sampling.top_p) + noise_BV
+
     # The first maximum, as argmax has it, which on a CPU takes several times as long.
     best_BV = score_BV == jnp.max(score_BV, axis=-1, keepdims=True)
-    token_B = jnp.min(
-        jnp.where(best_BV, jnp.arange(best_BV.shape[-1]), best_BV.shape[-1]), axis=-1
-    )
-    logp_B = jnp.take_along_axis(jax.nn.log_softmax(logits_BV), token_B[:, None], axis=-1)[:, 0]
+    vocab = best_BV.shape[-1]
+    token_B = jnp.min(jnp.where(best_BV, jnp.arange(vocab), vocab), axis=-1)
+    logp_BV = jax.nn.log_softmax(logits_BV)
+    logp_B = jnp.take_along_axis(logp_BV, token_B[:, None], axis=-1)[:, 0]
     return token_B.astype(jnp.int32), logp_B
 
 
+def ends(token_B: jax.Array, eos: int | jax.Array) -> jax.Array:
+    """Return [B] bool: True where the token is `eos`, or one of several."""
+    return jnp.isin(token_B, jnp.atleast_1d(eos))
+
+
+# --- what both loops do
+
+
 def prefill(
-    apply: Apply, config: ModelConfig, params: Params, prompts: dict[str, jax.Array], more: int
-):
-    """(logits of the token after each prompt, the cache with the prompts and room for `more` tokens)."""
+    apply: Apply, config: ModelConfig, params: Params, prompts: Prompts, room: int
+) -> tuple[jax.Array, KVCache]:
+    """Run the prompts through the model.
+
+    Returns the logits [B, V] of the token after each prompt, and the cache with the prompts in its
+    first P slots and `room` free slots behind them.
+    """
     rows, length = prompts["tokens_BT"].shape
-    inputs = (prompts["tokens_BT"], prompts["segment_ids_BT"], prompts["positions_BT"])
-    output = apply(params, *inputs, empty_cache(config, rows, length + more))
+    cache = empty_cache(config, rows, length + room)
+    output = apply(
+        params, prompts["tokens_BT"], prompts["segment_ids_BT"], prompts["positions_BT"], cache
+    )
     logits_B1V = unembed(output.x_BTD[:, -1:], output.unembed_DV)
+    assert output.cache is not None
     return logits_B1V[:, 0], output.cache
 
 
-def layers_apart(config: ModelConfig, params: Params, cache: KVCache) -> tuple[Params, KVCache]:
-    """Weights and cache for a loop over tokens: tuples of layers, for of a stack each step would copy every slice.
+def first_tokens(
+    logits_BV: jax.Array, key: jax.Array, sampling: SamplingConfig, pad: int
+) -> Samples:
+    """Draw the first token of each response; the rest is padding yet."""
+    rows = logits_BV.shape[0]
+    row_B = jnp.arange(rows)
+    token_B, logp_B = draw(logits_BV, key, row_B, jnp.zeros_like(row_B), sampling)
+    zeros_BR = jnp.zeros((rows, sampling.max_new_tokens), jnp.float32)
+    pads_BR = jnp.full((rows, sampling.max_new_tokens), pad, jnp.int32)
+    return Samples(
+        response_BR=pads_BR.at[:, 0].set(token_B),
+        mask_BR=zeros_BR.at[:, 0].set(1.0),
+        logp_BR=zeros_BR.at[:, 0].set(logp_B),
+    )
 
-    Weights are cast once to the type that they are multiplied in; norms are not multiplied and stay float32.
+
+def make_step(
+    apply: Apply, params: Params, key: jax.Array, sampling: SamplingConfig, last_A: jax.Array
+) -> Step:
+    """Make step(cache, token_B, row_B, t_B) -> (cache, next token_B, its logp_B).
+
+    It draws token `t_B` of each response `row_B` from token t - 1, `token_B`, and the cache of
+    those before. `last_A`: position of the last token of each response's prompt.
     """
 
-    def leaf(path: Any, w: jax.Array) -> Any:
-        name = path_name(path)
-        w = w if name.endswith("norm") else w.astype(config.compute_dtype)
-        return tuple(w) if "/layers/" in name else w
+    def step(cache, token_B, row_B, t_B):
+        position_B1 = (last_A[row_B] + t_B)[:, None]
+        output = apply(params, token_B[:, None], jnp.ones_like(position_B1), position_B1, cache)
+        logits_B1V = unembed(output.x_BTD, output.unembed_DV)
+        token_B, logp_B = draw(logits_B1V[:, 0], key, row_B, t_B, sampling)
+        return output.cache, token_B, logp_B
 
-    apart = jax.tree_util.tree_map_with_path(leaf, params)
-    return apart, cache.replace(k_LBKSH=tuple(cache.k_LBKSH), v_LBKSH=tuple(cache.v_LBKSH))
+    return step
 
 
-def ends(token_B: jax.Array, eos: Any) -> jax.Array:
-    """Whether each token is `eos`, or one of several."""
-    return jnp.isin(token_B, jnp.atleast_1d(eos))
+# --- all rows together
+
+
+@flax.struct.dataclass
+class Decoding:
+    """Where `generate` stands."""
+
+    t: jax.Array
+    """Index of the next token of every response."""
+    token_B: jax.Array
+    """The last token of each."""
+    done_B: jax.Array
+    """True where the response has ended."""
+    cache: KVCache
+    samples: Samples
 
 
 def generate(
     apply: Apply,
     config: ModelConfig,
     params: Params,
-    prompts: dict[str, jax.Array],
+    prompts: Prompts,
     key: jax.Array,
     sampling: SamplingConfig,
     *,
     eos: int | jax.Array,
     pad: int,
     n: int = 1,
-    slots: int | None = None,
 ) -> Samples:
-    """`n` responses to each left-padded prompt (rows in order, n a prompt); traceable, prompts prefilled once.
+    """Sample `n` responses to each of the prompts, [B / n, P]; call it under jit.
 
-    A response ends with `eos`, or with any of several; the loop when every row has. `prompts` as from prompt_batches.
-    `slots`: only so many responses are decoded at a time, and where one ends the next begins; what is generated is
-    the same.
+    A response ends with `eos`, or with any of several; the loop when every row has ended. Rows are
+    in the order of the prompts, n to each; a prompt is prefilled once. What row b draws depends on
+    its prompt, `key` and b alone.
     """
-    rows, new = prompts["tokens_BT"].shape[0] * n, sampling.max_new_tokens
-    if slots is not None and slots < rows:
-        logits_PV, cache = prefill(apply, config, params, prompts, 0)
-    else:
-        logits_PV, cache = prefill(apply, config, params, prompts, new - 1)
-        cache = cache.replace(
-            k_LBKSH=jnp.repeat(cache.k_LBKSH, n, axis=1),
-            v_LBKSH=jnp.repeat(cache.v_LBKSH, n, axis=1),
-            valid_BS=jnp.repeat(cache.valid_BS, n, axis=0),
-        )
-    params, cache = layers_apart(config, params, cache)
-    row_B = jnp.arange(rows)
-    token_B, logp_B = draw(
-        jnp.repeat(logits_PV, n, axis=0), key, row_B, jnp.zeros_like(row_B), sampling
+    # Prefill; then a copy of each prompt's cache for each of its responses.
+    logits_BV, cache = prefill(apply, config, params, prompts, sampling.max_new_tokens - 1)
+    cache = KVCache(
+        k_LBKSH=jnp.repeat(cache.k_LBKSH, n, axis=1),
+        v_LBKSH=jnp.repeat(cache.v_LBKSH, n, axis=1),
+        valid_BS=jnp.repeat(cache.valid_BS, n, axis=0),
+        length=cache.length,
     )
-    zeros_BR = jnp.zeros((rows, new), jnp.float32)
-    pads_BR = jnp.full((rows, new), pad, jnp.int32)
-    samples = Samples(
-        *(x.at[:, 0].set(y) for x, y in ((pads_BR, token_B), (zeros_BR, 1.0), (zeros_BR, logp_B)))
-    )
+    cache = unstack_cache(cache)
+    params = unstack_params(params, config.compute_dtype)
+
+    samples = first_tokens(jnp.repeat(logits_BV, n, axis=0), key, sampling, pad)
     last_B = jnp.repeat(prompts["positions_BT"][:, -1], n, axis=0)
+    step = make_step(apply, params, key, sampling, last_B)
+    row_B = jnp.arange(last_B.shape[0])
 
-    def step(cache: KVCache, token_B: jax.Array, row_B: jax.Array, t_B: jax.Array):
-        """Token t of each row, from token t - 1 and the cache of those before."""
-        at_B1 = (last_B[row_B] + t_B)[:, None]
-        output = apply(params, token_B[:, None], jnp.ones_like(at_B1), at_B1, cache)
-        logits_B1V = unembed(output.x_BTD, output.unembed_DV)
-        return output.cache, *draw(logits_B1V[:, 0], key, row_B, t_B, sampling)
+    def going(state: Decoding) -> jax.Array:
+        return (state.t < sampling.max_new_tokens) & ~jnp.all(state.done_B)
 
-    if slots is not None and slots < rows:
-        return refilled(config, step, cache, samples, eos, slots)
+    def one_more(state: Decoding) -> Decoding:
+        t_B = jnp.full_like(row_B, state.t)
+        cache, token_B, logp_B = step(state.cache, state.token_B, row_B, t_B)
 
-    def one_more(carry):
-        t, token_B, done_B, cache, samples = carry
-        cache, token_B, logp_B = step(cache, token_B, row_B, jnp.full_like(row_B, t))
-        put = lambda out_BR, x_B: jax.lax.dynamic_update_slice(out_BR, x_B[:, None], (0, t))
+        def put(out_BR: jax.Array, x_B: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_update_slice(out_BR, x_B[:, None], (0, state.t))
+
+        # Rows that have ended are decoded on; what they give is padding.
         samples = Samples(
-            response_BR=put(samples.response_BR, jnp.where(done_B, pad, token_B)),
-            mask_BR=put(samples.mask_BR, jnp.float32(~done_B)),
-            logp_BR=put(samples.logp_BR, jnp.where(done_B, 0.0, logp_B)),
+            response_BR=put(state.samples.response_BR, jnp.where(state.done_B, pad, token_B)),
+            mask_BR=put(state.samples.mask_BR, jnp.float32(~state.done_B)),
+            logp_BR=put(state.samples.logp_BR, jnp.where(state.done_B, 0.0, logp_B)),
         )
-        return t + 1, token_B, done_B | ends(token_B, eos), cache, samples
+        done_B = state.done_B | ends(token_B, eos)
+        return Decoding(state.t + 1, token_B, done_B, cache, samples)
 
-    start = (jnp.int32(1), token_B, ends(token_B, eos), cache, samples)
-    return jax.lax.while_loop(lambda c: (c[0] < new) & ~jnp.all(c[2]), one_more, start)[-1]
+    token_B = samples.response_BR[:, 0]
+    start = Decoding(jnp.int32(1), token_B, ends(token_B, eos), cache, samples)
+    return jax.lax.while_loop(going, one_more, start).samples
+
+
+# --- slots that are refilled
 
 
 @flax.struct.dataclass
 class Slots:
-    """Responses in the making, one a slot."""
+    """Responses in the making, one in each of B slots; A responses are to be made in all."""
 
     cache: KVCache
-    """A ring of columns, into which all slots write at the same place, wherever in its response each may be."""
+    """A ring of columns: all slots write at the same one, wherever in its response each may be."""
     token_B: jax.Array
-    """Its last token."""
+    """The last token of each."""
     row_B: jax.Array
-    """Which response it is."""
+    """Number of the response in the slot, 0 to A - 1."""
     t_B: jax.Array
     """Index of its next token."""
     busy_B: jax.Array
-    """Whether it has not ended."""
+    """True while it has not ended."""
     following: jax.Array
-    """The response that enters next."""
+    """Number of the response that enters next."""
 
 
-def entered(
-    slots: Slots, prompts: KVCache, first_N: jax.Array, eos: Any, limit: int, several: int
-) -> Slots:
-    """The next `several` of N responses in slots that are free; a prompt is turned to end where the ring is written."""
-    (total,), (count, width), ring = (
-        first_N.shape,
-        prompts.valid_BS.shape,
-        slots.cache.valid_BS.shape[1],
-    )
-    row_E = slots.following + jnp.arange(several)
-    slot_E = jnp.where(
-        row_E < total, jnp.argsort(slots.busy_B)[:several], slots.row_B.size
-    )  # past the end: dropped
-    known_E = jnp.minimum(row_E, total - 1)
-    prompt_E, token_E = known_E // (total // count), first_N[known_E]
-    put = lambda x_B, x_E: x_B.at[slot_E].set(x_E, mode="drop")
-
-    def turned(x: jax.Array, axis: int) -> jax.Array:
-        before = [(ring - width, 0) if i == axis else (0, 0) for i in range(x.ndim)]
-        return jnp.roll(jnp.pad(x[prompt_E], before), slots.cache.length, axis)
-
-    copied = lambda ours, theirs: tuple(
-        put(x, turned(y, 2)) for x, y in zip(ours, theirs, strict=True)
-    )
-    return Slots(
-        cache=slots.cache.replace(
-            k_LBKSH=copied(slots.cache.k_LBKSH, prompts.k_LBKSH),
-            v_LBKSH=copied(slots.cache.v_LBKSH, prompts.v_LBKSH),
-            valid_BS=put(slots.cache.valid_BS, turned(prompts.valid_BS, 1)),
-        ),
-        token_B=put(slots.token_B, token_E),
-        row_B=put(slots.row_B, row_E),
-        t_B=put(slots.t_B, jnp.ones_like(row_E)),
-        busy_B=put(slots.busy_B, ~ends(token_E, eos) & (limit > 1)),
-        following=jnp.minimum(slots.following + several, total),
-    )
-
-
-def refilled(
+def generate_in_slots(
+    apply: Apply,
     config: ModelConfig,
-    step: Callable[..., Any],
-    prompts: KVCache,
-    samples: Samples,
-    eos: Any,
-    count: int,
+    params: Params,
+    prompts: Prompts,
+    key: jax.Array,
+    sampling: SamplingConfig,
+    *,
+    eos: int | jax.Array,
+    pad: int,
+    slots: int,
+    n: int = 1,
 ) -> Samples:
-    """The responses to more prompts than the `count` of slots: where one ends, the next begins.
+    """Sample what `generate` does, `slots` responses at a time: where one ends the next begins.
 
-    `samples`: with their first tokens. An eighth of the slots enter at once, for to enter is to copy the prompt.
+    Faster where responses are of unequal length, and takes a cache of `slots` rows. With as many
+    slots as responses it is `generate`.
     """
-    (total, limit), several = samples.mask_BR.shape, max(1, count // 8)
-    enter = functools.partial(
-        entered,
-        prompts=prompts,
-        first_N=samples.response_BR[:, 0],
-        eos=eos,
-        limit=limit,
-        several=several,
-    )
+    total = prompts["tokens_BT"].shape[0] * n
+    if slots >= total:
+        return generate(apply, config, params, prompts, key, sampling, eos=eos, pad=pad, n=n)
 
-    def wait(slots: Slots) -> jax.Array:
-        waiting = total - slots.following
-        return (waiting > 0) & (jnp.sum(~slots.busy_B) >= jnp.minimum(several, waiting))
+    # Prefill all prompts, and draw the first token of every response.
+    logits_BV, prompt_cache = prefill(apply, config, params, prompts, 0)
+    prompt_cache = unstack_cache(prompt_cache)
+    params = unstack_params(params, config.compute_dtype)
+    samples = first_tokens(jnp.repeat(logits_BV, n, axis=0), key, sampling, pad)
+    first_A = samples.response_BR[:, 0]
+    last_A = jnp.repeat(prompts["positions_BT"][:, -1], n, axis=0)
+    step = make_step(apply, params, key, sampling, last_A)
+    limit = sampling.max_new_tokens
 
-    def one_more(carry):
-        slots, samples = carry
-        cache, token_B, logp_B = step(slots.cache, slots.token_B, slots.row_B, slots.t_B)
-        at = (jnp.where(slots.busy_B, slots.row_B, total), slots.t_B)  # past the last: dropped
+    # An eighth of the slots is refilled at once, for each refill copies the prompts' cache.
+    entering = max(1, slots // 8)
+
+    def must_enter(state: Slots) -> jax.Array:
+        waiting = total - state.following
+        free = jnp.sum(~state.busy_B)
+        return (waiting > 0) & (free >= jnp.minimum(entering, waiting))
+
+    def enter_next(state: Slots) -> Slots:
+        return enter(state, prompt_cache, first_A, eos, limit, entering)
+
+    def refill(state: Slots) -> Slots:
+        return jax.lax.while_loop(must_enter, enter_next, state)
+
+    def one_more(carry: tuple[Slots, Samples]) -> tuple[Slots, Samples]:
+        state, samples = carry
+        cache, token_B, logp_B = step(state.cache, state.token_B, state.row_B, state.t_B)
+        # Slots that are not busy write past the last row: dropped.
+        at = (jnp.where(state.busy_B, state.row_B, total), state.t_B)
         samples = Samples(
             response_BR=samples.response_BR.at[at].set(token_B, mode="drop"),
             mask_BR=samples.mask_BR.at[at].set(1.0, mode="drop"),
             logp_BR=samples.logp_BR.at[at].set(logp_B, mode="drop"),
         )
-        slots = slots.replace(
-            cache=cache.replace(length=cache.length % cache.valid_BS.shape[1]),
+        column = cache.length % cache.valid_BS.shape[1]
+        state = dataclasses.replace(
+            state,
+            cache=dataclasses.replace(cache, length=column),
             token_B=token_B,
-            t_B=slots.t_B + 1,
-            busy_B=slots.busy_B & ~ends(token_B, eos) & (slots.t_B + 1 < limit),
+            t_B=state.t_B + 1,
+            busy_B=state.busy_B & ~ends(token_B, eos) & (state.t_B + 1 < limit),
         )
-        return jax.lax.while_loop(wait, enter, slots), samples
+        return refill(state), samples
 
-    _, cache = layers_apart(
-        config, {}, empty_cache(config, count, prompts.valid_BS.shape[1] + limit)
+    # Start with empty slots, whose ring has a column for each token of a prompt and a response.
+    columns = prompt_cache.valid_BS.shape[1] + limit
+    none_B = jnp.zeros(slots, jnp.int32)
+    empty = Slots(
+        cache=unstack_cache(empty_cache(config, slots, columns)),
+        token_B=none_B,
+        row_B=none_B,
+        t_B=none_B,
+        busy_B=none_B > 0,
+        following=jnp.int32(0),
     )
-    none_B = jnp.zeros(count, jnp.int32)
-    slots = jax.lax.while_loop(
-        wait, enter, Slots(cache, none_B, none_B, none_B, none_B > 0, jnp.int32(0))
+    start = (refill(empty), samples)
+    return jax.lax.while_loop(lambda carry: jnp.any(carry[0].busy_B), one_more, start)[1]
+
+
+def enter(
+    slots: Slots,
+    prompts: KVCache,
+    first_A: jax.Array,
+    eos: int | jax.Array,
+    limit: int,
+    entering: int,
+) -> Slots:
+    """Put the next `entering` of the A responses into free slots, of which there must be as many.
+
+    `prompts`: the cache [A / n] of their prompts. A prompt's columns are rolled, so that it ends
+    where the ring is written next. `first_A`: first token of each response; `limit`: most tokens.
+    """
+    total = first_A.shape[0]
+    count, width = prompts.valid_BS.shape
+    ring = slots.cache.valid_BS.shape[1]
+
+    # Which responses enter, and where. Past the last there is no slot: dropped.
+    row_E = slots.following + jnp.arange(entering)
+    free_E = jnp.argsort(slots.busy_B)[:entering]
+    slot_E = jnp.where(row_E < total, free_E, slots.row_B.size)
+    known_E = jnp.minimum(row_E, total - 1)
+    prompt_E = known_E // (total // count)
+    token_E = first_A[known_E]
+
+    def put(x_B: jax.Array, x_E: jax.Array) -> jax.Array:
+        return x_B.at[slot_E].set(x_E, mode="drop")
+
+    def rolled(x: jax.Array, axis: int) -> jax.Array:
+        padding = [(0, 0)] * x.ndim
+        padding[axis] = (ring - width, 0)
+        return jnp.roll(jnp.pad(x[prompt_E], padding), slots.cache.length, axis)
+
+    def with_prompts(layers: Any, prompt_layers: Any) -> tuple[jax.Array, ...]:
+        pairs = zip(layers, prompt_layers, strict=True)
+        return tuple(put(ours_BKSH, rolled(theirs, 2)) for ours_BKSH, theirs in pairs)
+
+    cache = KVCache(
+        k_LBKSH=with_prompts(slots.cache.k_LBKSH, prompts.k_LBKSH),
+        v_LBKSH=with_prompts(slots.cache.v_LBKSH, prompts.v_LBKSH),
+        valid_BS=put(slots.cache.valid_BS, rolled(prompts.valid_BS, 1)),
+        length=slots.cache.length,
     )
-    return jax.lax.while_loop(lambda carry: jnp.any(carry[0].busy_B), one_more, (slots, samples))[
-        1
-    ]
+    return Slots(
+        cache=cache,
+        token_B=put(slots.token_B, token_E),
+        row_B=put(slots.row_B, row_E),
+        t_B=put(slots.t_B, jnp.ones_like(row_E)),
+        busy_B=put(slots.busy_B, ~ends(token_E, eos) & (limit > 1)),
+        following=jnp.minimum(slots.following + entering, total),
+    )

@@ -27,7 +27,7 @@ from model_config import ModelConfig, check_fit
 from objectives import group
 from objectives.policy import kl_estimate, missing_eos, response_logprobs, token_rewards
 from planning.dry_run import preview
-from rewards.scorer import check_rewards, is_function, make_scorer, pooled
+from rewards.scorer import check_rewards, is_function, make_reward_scorer, pooled
 from rollout import (
     Batch,
     Rollout,
@@ -197,6 +197,7 @@ def make_method(config: Config, apply: Apply) -> tuple[Advantages, Objective]:
 
     `config`: with no field of the method left at None.
     """
+    # Advantages of whole responses, from their group; of tokens, from the whole batch.
     size = config.samples_per_prompt
     of_group: dict[str, Callable[[jax.Array], jax.Array]] = {
         "normalised": partial(group.normalised, unbiased=config.unbiased_std),
@@ -216,6 +217,8 @@ def make_method(config: Config, apply: Apply) -> tuple[Advantages, Objective]:
         "rloo": by_group["leave_one_out"],
         "reinforce_pp": over_batch,
     }[config.method]
+
+    # One objective, whose settings tell the methods apart.
     objective = partial(
         group.surrogate_objective,
         apply,
@@ -236,7 +239,7 @@ def make_advantages(
     """Compile compute_advantages(policy, reference, rollout, scores, scalars).
 
     It returns (experience, metrics). `scores`: {reward: [B]} and `scalars`: {reward: [B, R + 1]}
-    of rewards.scorer.make_scorer; scalars are read with --shaping alone. `eos` ends a response.
+    of rewards.scorer.make_reward_scorer; scalars are read with --shaping alone. `eos` ends a response.
     With --dynamic_sampling the mask of a group whose scores are all equal is 0, so that it counts
     nowhere. Nothing is donated. Metrics are scalars: means over the rollout.
     """
@@ -314,6 +317,8 @@ def check(config: Config, mesh: jax.sharding.Mesh) -> None:
     """Raise UserError for settings that cannot run together."""
     check_rewards(config)
     check_group(config)
+
+    # Rows are cut into minibatches, over and over.
     rows = config.batch_size
     require(
         config.minibatches >= 1 and rows % config.minibatches == 0,
@@ -323,6 +328,8 @@ def check(config: Config, mesh: jax.sharding.Mesh) -> None:
         min(config.epochs, config.max_rounds) >= 1,
         f"--epochs={config.epochs}, --max_rounds={config.max_rounds}: must be at least 1",
     )
+
+    # The KL: its weight, and an estimate that has a gradient where it is.
     require(config.kl_coef >= 0, f"--kl_coef={config.kl_coef}: must be at least 0")
     k1_in_loss = config.kl_in == "loss" and config.kl_estimator == "k1"
     require(
@@ -330,6 +337,8 @@ def check(config: Config, mesh: jax.sharding.Mesh) -> None:
         "--kl_estimator=k1: in the loss its gradient is 0 on average; use k2 or k3, or "
         "--kl_in=reward",
     )
+
+    # Ranges of the other terms.
     require(
         config.clip > 0 and config.clip_high > 0,
         f"--clip={config.clip}, --clip_high={config.clip_high}: must be above 0",
@@ -340,6 +349,8 @@ def check(config: Config, mesh: jax.sharding.Mesh) -> None:
         config.shaping == 0 or tells_tokens_apart,
         "--shaping: tells tokens apart; needs --method=reinforce_pp and a reward model first",
     )
+
+    # Each part of a batch lies evenly over the devices.
     minibatch_rows = rows // config.minibatches
     groups = rows // config.samples_per_prompt
     check_batch("batch_size / --minibatches", minibatch_rows, config.microbatches, mesh)
@@ -370,8 +381,8 @@ def open_prompts(
 
 
 def load_score(config: Config, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -> Score:
-    """Load the rewards; return score(rollout, records), as of rewards.scorer.make_scorer."""
-    reward_models, score = make_scorer(config.reward, tokenizer, mesh)
+    """Load the rewards; return score(rollout, records), as of rewards.scorer.make_reward_scorer."""
+    reward_models, score = make_reward_scorer(config.reward, tokenizer, mesh)
     return partial(score, reward_models)
 
 

@@ -41,7 +41,7 @@ from objectives.policy import (
 )
 from objectives.reward import step_ends, step_rewards
 from planning.dry_run import preview_items
-from rewards.scorer import check_rewards, is_function, make_scorer, pooled
+from rewards.scorer import check_rewards, is_function, make_reward_scorer, pooled
 from rollout import (
     Batch,
     Rollout,
@@ -72,6 +72,7 @@ from train_state import as_items, fresh_state, from_items, starting_critic, star
 from train_step import Objective, OptimizerConfig, TrainState, make_optimizer, make_train_step
 from training_run import Run
 
+# Adam as the reproduction has it: no decay of weights, a larger epsilon, a linear schedule.
 ADAM = partial(
     OptimizerConfig,
     schedule="linear",
@@ -245,7 +246,7 @@ def make_advantages(
     It returns (experience, metrics).
 
     `models`: a Models; `apply` is the policy's and the reference's, `scalar_apply` the critic's.
-    `scores`: {reward: [B]} and `scalars`: {reward: [B, R + 1]} of rewards.scorer.make_scorer.
+    `scores`: {reward: [B]} and `scalars`: {reward: [B, R + 1]} of rewards.scorer.make_reward_scorer.
     `kl_coef`: scalar beta. `eos` ends a response; `newlines` are tokens that end a step, used with
     --step_rewards. Nothing is donated. Metrics are scalars: means over the rollout.
     """
@@ -332,6 +333,7 @@ def raw_scores(
 
 def check(config: Config, mesh: jax.sharding.Mesh) -> None:
     """Raise UserError for settings that cannot run together."""
+    # Rows are cut into groups and into minibatches.
     rows = config.batch_size
     group = config.samples_per_prompt
     require(
@@ -343,6 +345,8 @@ def check(config: Config, mesh: jax.sharding.Mesh) -> None:
         f"--samples_per_prompt={group}: must divide --batch_size={rows}",
     )
     require(config.epochs >= 1, f"--epochs={config.epochs}: must be at least 1")
+
+    # Weights of the loss's terms, and options that exclude each other.
     require(
         min(config.ptx_coef, config.entropy_coef) >= 0,
         f"--ptx_coef={config.ptx_coef}, --entropy_coef={config.entropy_coef}: must be at least 0",
@@ -357,6 +361,8 @@ def check(config: Config, mesh: jax.sharding.Mesh) -> None:
         f"--step_rewards={config.step_rewards}: --reward must be one run of train_prm.py",
     )
     check_rewards(config)
+
+    # Each part of a batch lies evenly over the devices.
     minibatch_rows = rows // config.minibatches
     check_batch("batch_size / --minibatches", minibatch_rows, config.microbatches, mesh)
     check_batch("batch_size / --samples_per_prompt", rows // group, 1, mesh)
@@ -405,6 +411,7 @@ def open_data(
     config: Config, source: Source, tokenizer: Tokenizer, mesh: jax.sharding.Mesh
 ) -> dict[str, Batches]:
     """Open `prompts` from `source`, and with --ptx_data `text`, a minibatch of rows at a time."""
+    # Every host reads its own part, in an order that the seed gives.
     shard: dict[str, Any] = {"seed": config.seed, **data_shard(mesh)}
     prompts = prompt_batches(
         source,
@@ -415,6 +422,7 @@ def open_data(
     )
     if config.ptx_data is None:
         return {"prompts": prompts}
+    # As many rows as a minibatch has, of its length.
     text = text_batches(
         open_source(config.ptx_data, "text", "train", seed=config.seed),
         tokenizer,
@@ -425,6 +433,7 @@ def open_data(
     return {"prompts": prompts, "text": text}
 
 
+# One program for all minibatches.
 mixed = jax.jit(with_text, static_argnames="coefficient")
 
 
@@ -449,6 +458,7 @@ def fresh_items(
     Keys: `params` and `rest` of the policy's state, `value`, the critic's state, `beta`. The
     parameters are copied, for the steps donate theirs; reference and reward models stay.
     """
+    # The keys are of adapters, which start at random.
     keys = jax.random.split(jax.random.key(config.seed))
     policy, critic = jax.tree.map(jnp.copy, (policy, critic))
     policy_state = fresh_state(config, policy_optimizer, policy, keys[0])
@@ -477,7 +487,7 @@ class Loaded(NamedTuple):
     rewards: dict[str, Params]
     """Reward models by their run; not of rewards that are functions or servers."""
     score: Callable[..., Any]
-    """score(rewards, rollout, records), of rewards.scorer.make_scorer."""
+    """score(rewards, rollout, records), of rewards.scorer.make_reward_scorer."""
     policy_base: Params | None
     """Frozen weights under the policy's adapters; None without LoRA."""
     critic_base: Params | None
@@ -488,8 +498,10 @@ def load_models(config: Config, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -
 
     The policy starts as a copy of the reference. Raises UserError for a run that does not fit.
     """
-    script = "train_rm" if config.step_rewards == "none" else "train_prm"
-    rewards, score = make_scorer(config.reward, tokenizer, mesh, script)
+    # Rewards: of responses, or with --step_rewards of their steps.
+    rewards, score = make_reward_scorer(config.reward, tokenizer, mesh)
+
+    # The reference, and a critic that begins with what a reward model knows.
     init, apply = init_and_apply(LanguageModel(config.model))
     reference = starting_params(init, config.model, config.init, mesh, config.seed)
     critic, scalar_apply = starting_critic(config, rewards, mesh)

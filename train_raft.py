@@ -30,7 +30,7 @@ from objectives import imitate
 from objectives.imitate import Pool
 from objectives.policy import missing_eos, response_logprobs
 from planning.dry_run import preview_items
-from rewards.scorer import make_scorer
+from rewards.scorer import make_reward_scorer
 from rollout import (
     Batch,
     Rollout,
@@ -168,6 +168,7 @@ def divided_up(count: int, size: int) -> int:
 
 def check(config: Config, mesh: jax.sharding.Mesh) -> None:
     """Raise UserError for settings that cannot run together."""
+    # Sizes.
     group = config.samples_per_prompt
     require(
         group >= 1 and config.batch_size % group == 0,
@@ -179,6 +180,8 @@ def check(config: Config, mesh: jax.sharding.Mesh) -> None:
         f"--replay_rounds={config.replay_rounds}: must be at least 0",
     )
     require(config.kl_coef >= 0, f"--kl_coef={config.kl_coef}: must be at least 0")
+
+    # A threshold where it is used, and only there.
     by_threshold = config.select == "above_threshold"
     require(
         not by_threshold or config.threshold is not None,
@@ -189,6 +192,8 @@ def check(config: Config, mesh: jax.sharding.Mesh) -> None:
         f"--threshold={config.threshold}: unused by --select={config.select}; leave it out or "
         "give --select=above_threshold",
     )
+
+    # Each part of a batch lies evenly over the devices.
     check_batch("minibatch_size", config.minibatch_size, config.microbatches, mesh)
     check_batch("batch_size / --samples_per_prompt", config.batch_size // group, 1, mesh)
 
@@ -205,7 +210,7 @@ def make_targets(
 ) -> Callable[..., tuple[ScoredRollout, Batch]]:
     """Compile compute_targets(policy, reference, rollout, scores, scalars).
 
-    It returns (scored rollout, metrics). `scores`: {reward: [B]} of rewards.scorer.make_scorer,
+    It returns (scored rollout, metrics). `scores`: {reward: [B]} of rewards.scorer.make_reward_scorer,
     whose scalars are not used. `eos` ends a response. Metrics are scalars: means over the rollout.
     """
 
@@ -217,8 +222,11 @@ def make_targets(
         scores: Batch,
         scalars: Batch,
     ) -> tuple[ScoredRollout, Batch]:
+        # Log-probabilities are for the metrics alone.
         logp_BR = response_logprobs(apply, policy, rollout, config.temperature)
         reference_BR = response_logprobs(apply, reference, rollout, config.temperature)
+
+        # The reward, and the rule for a missing end of turn.
         raw_B = scores[config.reward]
         score_B = missing_eos(
             raw_B, ended(rollout, eos), config.missing_eos, config.missing_eos_score
@@ -259,6 +267,8 @@ def make_pool_functions(config: Config, mesh: jax.sharding.Mesh) -> PoolFunction
         chosen_B = select(score_B)
         if config.distinct:
             chosen_B &= imitate.first_of_equal(pool["tokens_BT"], group)
+
+        # What is logged of the choice.
         count = chosen_B.sum()
         mean = jnp.where(chosen_B, score_B, 0.0).sum() / jnp.maximum(count, 1)
         return chosen_B, {"chosen": count, "chosen_score": mean, "best_score": score_B.max()}
@@ -270,6 +280,7 @@ def make_pool_functions(config: Config, mesh: jax.sharding.Mesh) -> PoolFunction
         )
         return jax.tree.map(constrain_batch, minibatches)
 
+    # Replicated: every device draws from all rows.
     add = jax.jit(imitate.added, out_shardings=NamedSharding(mesh, P()))
     return PoolFunctions(add, choose, draw)
 
@@ -351,8 +362,8 @@ def open_prompts(
 
 
 def load_score(config: Config, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -> Score:
-    """Load the reward; return score(rollout, records), as of rewards.scorer.make_scorer."""
-    reward_models, score = make_scorer([config.reward], tokenizer, mesh)
+    """Load the reward; return score(rollout, records), as of rewards.scorer.make_reward_scorer."""
+    reward_models, score = make_reward_scorer([config.reward], tokenizer, mesh)
     return partial(score, reward_models)
 
 

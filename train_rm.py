@@ -18,12 +18,13 @@ import numpy as np
 from data.batches import comparison_batches
 from data.sources import Source, open_source
 from data.tokenizer import tokenizer_for
-from evaluation.reward_model import make_comparison_evaluation, make_scorer
+from evaluation.reward_model import make_comparison_evaluation
 from lora import LoraConfig, note_lora_base, with_adapters
 from model import Params, ScalarModel, init_and_apply
 from model_config import ModelConfig, check_fit
 from objectives.reward import ranking_objective
 from planning.dry_run import preview
+from rewards.models import make_text_scorer
 from runtime import flags
 from runtime.errors import require
 from runtime.hosts import HostsConfig
@@ -148,7 +149,7 @@ def mean_score(
 ) -> jax.Array:
     """Return the mean reward of `reference_responses`, a float32 scalar.
 
-    `score`: of make_scorer, score(params, prompts, responses) -> rewards. The model's bias less
+    `score`: of make_text_scorer, score(params, prompts, responses) -> rewards. The model's bias less
     this mean scores them 0 on average (Stiennon et al. 2020, section 3.4).
     """
     rewards = score(params, *reference_responses(config, source))
@@ -188,7 +189,7 @@ def main(config: Config) -> dict[str, float]:
     evaluate = make_comparison_evaluation(
         config.model, held_out, tokenizer, config.length, config.eval_records
     )
-    score = make_scorer(config.model, tokenizer, config.length)
+    score = make_text_scorer(config.model, tokenizer, config.length)
     full = partial(with_adapters, config.lora)
 
     # A dry run ends here and has written nothing.

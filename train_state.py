@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lora import lora_base, merged, trainable_part
+from lora import LoraConfig, base_step, lora_base, merge, trainable_part
 from model import LanguageModel, Params, ScalarModel, init_and_apply
 from model_config import ModelConfig, stored_model
 from runtime.checkpoint import Checkpoints, load_step_params, stored_params
@@ -42,10 +42,43 @@ def load_params(run: str, step: int | None = None, shapes: Any = None) -> dict[s
     code = model_code()
     if code is not None and "model_code" not in config and jax.process_index() == 0:
         print(f"note: {run}: made with the root's model.py, read with {code}", file=sys.stderr)
+    # Adapters are merged into their base, which is another run's.
     if config.get("lora", {}).get("rank"):
         adapters = load_step_params(run, step, None)
-        return merged(run, config, adapters, load_params, shapes)
+        return _merged(run, config, adapters, shapes)
     return load_step_params(run, step, shapes)
+
+
+def _merged(run: str, config: dict[str, Any], adapters: Params, shapes: Any) -> Params:
+    """Load the base of `run`, whose config.json is `config`, and merge its adapters into it.
+
+    `shapes` is as of load_params. Raises UserError where the base's step is gone, and for other
+    shapes.
+    """
+    lora = LoraConfig(**config["lora"])
+    base = config["init"]
+    step = base_step(lora, base)
+    if step is None:
+        raise UserError(
+            f"{run}: its base, a step of {base}, is gone; "
+            "restore that run, or train the adapters anew"
+        )
+    if shapes is None:
+        return merge(lora, load_params(base, step), adapters)
+
+    # The base is a language model, whatever the adapters make of it.
+    init, _ = init_and_apply(LanguageModel(ModelConfig(**config["model"])))
+    base_shapes = jax.eval_shape(init, jax.random.key(0))
+    found = jax.eval_shape(partial(merge, lora), base_shapes, adapters)
+    if jax.tree.map(jnp.shape, found) != jax.tree.map(jnp.shape, shapes):
+        raise UserError(f"{run}: a model of other parameters or shapes; use that run's config")
+
+    # Merged where it is to lie; the base's buffers are used up.
+    places = jax.tree.map(lambda like: like.sharding, shapes)
+    mesh = jax.tree.leaves(places)[0].mesh
+    loaded = load_params(base, step, abstract(base_shapes, mesh))
+    merge_in_place = jax.jit(partial(merge, lora), out_shardings=places, donate_argnums=0)
+    return merge_in_place(loaded, adapters)
 
 
 def has_scalar_head(run: str) -> bool:
@@ -69,6 +102,7 @@ def starting_params(
     """
     if run is None:
         return init_sharded(init, mesh, jax.random.key(seed))
+    # Random first: what the run lacks stays so.
     _refuse_other_shape(run, config)
     params = init_sharded(init, mesh, jax.random.key(seed))
     is_scalar = has_scalar_head(run)
@@ -77,9 +111,12 @@ def starting_params(
         raise UserError(
             f"--init={run}: a reward model (of {script}); name the run of a language model"
         )
+    # What `run` has, by the kind of model that it is of.
     model = ScalarModel(config) if is_scalar else LanguageModel(config)
-    shapes = jax.eval_shape(init_and_apply(model)[0], jax.random.key(0))
+    init_theirs, _ = init_and_apply(model)
+    shapes = jax.eval_shape(init_theirs, jax.random.key(0))
     loaded = load_params(run, shapes=abstract(shapes, mesh))
+    # `decoder` always; `head` where both have one.
     shared = params.keys() & loaded.keys()
     return {**params, **{name: loaded[name] for name in shared}}
 
@@ -105,9 +142,12 @@ def starting_critic(
     them, whose arrays it gets; without one, as the decoder of --init under a head of zeros.
     `config`: the script's, of which `model`, `init` and `seed` are read.
     """
+    # As in InstructGPT (Ouyang et al. 2022, appendix C) the critic starts as the reward model.
     if models:
         run, params = next(iter(models.items()))
-        return params, init_and_apply(ScalarModel(stored_model(run)))[1]
+        _, apply = init_and_apply(ScalarModel(stored_model(run)))
+        return params, apply
+    # A head of zeros: the first values are 0.
     init, apply = init_and_apply(ScalarModel(config.model))
     params = starting_params(init, config.model, config.init, mesh, config.seed)
     return {**params, "head": jnp.zeros_like(params["head"])}, apply
@@ -130,7 +170,12 @@ class Start(NamedTuple):
 
 def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
     """Return a state at step 0 around `params`, whose arrays it holds."""
-    return TrainState(jnp.int32(0), jnp.int32(0), params, optimizer.init(params))
+    return TrainState(
+        step=jnp.int32(0),
+        skipped=jnp.int32(0),
+        params=params,
+        opt_state=optimizer.init(params),
+    )
 
 
 def fresh_state(
@@ -151,10 +196,12 @@ def shapes_of(
     Keys: `params` and `rest` (see as_items), and `base`, of adapters, None without. `config`: the
     script's, of which `lora` and `seed` are read.
     """
+    # Nothing is computed: the shapes follow from tracing.
     key = jax.random.key(config.seed)
     params = jax.eval_shape(init, key)
     state = jax.eval_shape(partial(fresh_state, config, optimizer), params, key)
-    return abstract({**as_items(state), "base": lora_base(config.lora, params)}, mesh)
+    base = lora_base(config.lora, params)
+    return abstract({**as_items(state), "base": base}, mesh)
 
 
 def start_or_resume(
@@ -168,6 +215,7 @@ def start_or_resume(
 
     `config`: the script's, of which `model`, `init`, `seed` and `lora` are read.
     """
+    # All parameters are in the checkpoint, unless it holds adapters.
     shapes = shapes_of(config, init, optimizer, mesh)
     saved = checkpoints.restore({"params": shapes["params"], "rest": shapes["rest"]})
     if saved and not config.lora.rank:
@@ -180,6 +228,7 @@ def start_or_resume(
     if saved:
         step, items, position = saved
         return Start(step, from_items(items), position, base)
+    # Under one jit, or the moments of Adam would come out replicated.
     fresh = partial(fresh_state, config, optimizer)
     state = init_sharded(fresh, mesh, params, jax.random.key(config.seed))
     return Start(0, state, None, base)

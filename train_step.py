@@ -3,7 +3,6 @@
 import dataclasses
 import re
 from collections.abc import Callable
-from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import flax.struct
@@ -17,12 +16,17 @@ from runtime.metrics import TRAIN_STEP
 from sharding import along, constrain_params, in_microbatches, path_name
 
 Batch = dict[str, jax.Array]
-Sums = tuple[jax.Array, tuple[jax.Array, dict[str, tuple[jax.Array, jax.Array]]]]
+Metrics = dict[str, jax.Array]
+MetricSums = dict[str, tuple[jax.Array, jax.Array]]
+Sums = tuple[jax.Array, tuple[jax.Array, MetricSums]]
 """(sum of losses, (weight, {metric: (sum, weight)})), all float32 scalars."""
 Objective = Callable[[Params, Batch], Sums]
 """objective(params, batch) -> Sums. The loss of a batch is the sum of losses over the weight."""
-TrainStep = Callable[..., tuple["TrainState", dict[str, jax.Array]]]
+TrainStep = Callable[..., tuple["TrainState", Metrics]]
 """step(state, batch, base=None) -> (state, metrics), of make_train_step."""
+
+
+# --- optimiser and schedule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +85,7 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
         since = jnp.maximum(count, 0) / max(config.warmup, 1)
         return config.lr * (1 + since) ** -0.5
 
+    # The decay runs over what the warm-up leaves.
     rest = max(steps - config.warmup, 1)
     last_lr = config.lr * config.final_lr
     decay = {
@@ -89,7 +94,9 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
         "inverse_sqrt": inverse_sqrt,
         "constant": optax.constant_schedule(config.lr),
     }[config.schedule]
-    warmup = optax.linear_schedule(config.lr / (config.warmup + 1), config.lr, config.warmup)
+    # It ends where the decay begins, at the peak.
+    first_lr = config.lr / (config.warmup + 1)
+    warmup = optax.linear_schedule(first_lr, config.lr, config.warmup)
     return optax.join_schedules([warmup, decay], [config.warmup])
 
 
@@ -104,6 +111,7 @@ def decayed(params: Params) -> Any:
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     """Make the optimiser for a run of `steps` updates, without clipping, which the step does."""
+    # Adafactor: a factored second moment and no first, for models whose AdamW does not fit.
     schedule = make_schedule(config, steps)
     if config.name == "adafactor":
 
@@ -116,6 +124,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 
         decay = decay_by_schedule if config.weight_decay else None
         return optax.adafactor(schedule, weight_decay_rate=decay, weight_decay_mask=decayed)
+    # AdamW decays by a multiple of the learning rate (Loshchilov and Hutter 2019).
     return optax.adamw(
         schedule,
         config.beta1,
@@ -125,6 +134,9 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
         weight_decay=config.weight_decay,
         mask=decayed,
     )
+
+
+# --- the step
 
 
 class Update(NamedTuple):
@@ -138,6 +150,16 @@ class Update(NamedTuple):
     optimizer: optax.GradientTransformation
     objective: Objective
     step: TrainStep
+
+
+class PartSums(NamedTuple):
+    """Sums over rows of a batch, to be divided by `weight`."""
+
+    loss: jax.Array
+    weight: jax.Array
+    metrics: MetricSums
+    """Each with a weight of its own."""
+    grads: Params
 
 
 def without_base(base: Params | None, params: Params) -> Params:
@@ -167,37 +189,42 @@ def make_train_step(
     non-finite loss or gradient changes nothing but the counters.
     """
 
+    # The sum of losses, differentiated by the parameters that the state holds.
     def loss_of(params: Params, batch: Batch, base: Params | None) -> Sums:
         return objective(full(base, params), batch)
 
+    # Of `params` alone: `base` is frozen.
     gradient = jax.value_and_grad(loss_of, has_aux=True)
 
-    def sums(params: Params, batch: Batch, base: Params | None) -> tuple[Any, Any, Any, Params]:
-        """Return sums over one part of the batch: loss, weight, metrics, gradient."""
+    def sums(params: Params, batch: Batch, base: Params | None) -> PartSums:
+        """Sum over one part of the batch."""
+        # Laid as the parameters are, before they are added up.
         (loss, (weight, metrics)), grads = gradient(params, batch, base)
-        return loss, weight, metrics, constrain_params(grads)
+        grads = constrain_params(grads)
+        return PartSums(loss, weight, metrics, grads)
 
-    def accumulated(
-        params: Params, batch: Batch, base: Params | None
-    ) -> tuple[Any, Any, Any, Params]:
-        """Return sums over the whole batch, taken part by part."""
+    def accumulated(params: Params, batch: Batch, base: Params | None) -> PartSums:
+        """Sum over the whole batch, taken part by part."""
         # A pipeline cuts the batch itself (layers.py).
         is_pipeline = along(jax.sharding.get_abstract_mesh(), "stage") > 1
         if microbatches == 1 or is_pipeline:
             return sums(params, batch, base)
+        # Zeros of the sums' shapes, then one part after another is added.
         parts = jax.tree.map(lambda x: in_microbatches(x, microbatches), batch)
         first = jax.tree.map(lambda x: x[0], parts)
         shapes = jax.eval_shape(sums, params, first, base)
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        zeros = jax.tree.map(lambda like: jnp.zeros(like.shape, like.dtype), shapes)
 
-        def add(totals: Any, part: Batch) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, totals, sums(params, part, base)), None
+        def add(totals: PartSums, part: Batch) -> tuple[PartSums, None]:
+            more = sums(params, part, base)
+            return jax.tree.map(jnp.add, totals, more), None
 
-        return jax.lax.scan(add, zeros, parts)[0]
+        totals, _ = jax.lax.scan(add, zeros, parts)
+        return totals
 
     def step(
         state: TrainState, batch: Batch, base: Params | None = None
-    ) -> tuple[TrainState, dict[str, jax.Array]]:
+    ) -> tuple[TrainState, Metrics]:
         # The mean gradient, clipped to a global norm.
         loss, weight, metrics, grads = accumulated(state.params, batch, base)
         grads = jax.tree.map(lambda grad: grad / weight, grads)
@@ -209,7 +236,10 @@ def make_train_step(
         updates, opt_state = optimizer.update(clipped, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         finite = jnp.isfinite(loss / weight) & jnp.isfinite(norm)
-        if_finite = partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
+
+        def if_finite(new: Any, old: Any) -> Any:
+            return jax.tree.map(lambda x, y: jnp.where(finite, x, y), new, old)
+
         state = TrainState(
             step=state.step + 1,
             skipped=state.skipped + (~finite).astype(jnp.int32),
@@ -221,24 +251,28 @@ def make_train_step(
         means = {}
         for name, (total, count) in metrics.items():
             means[name] = total / jnp.maximum(count, 1e-9)
-        metrics = {"loss": loss / weight, **means, "grad_norm": norm, "skipped": state.skipped}
-        return state, metrics
+        means = {"loss": loss / weight, **means, "grad_norm": norm, "skipped": state.skipped}
+        return state, means
 
     # The recorder (runtime/metrics.py) counts compilations by this name, whatever `step` is.
     step.__name__ = TRAIN_STEP
     return jax.jit(step, donate_argnums=0)
 
 
+# --- evaluation
+
+
 def make_evaluation(objective: Objective) -> Callable[[Params, list[Batch]], dict[str, float]]:
     """Return evaluate(params, batches) -> means over all batches, {"eval/loss", "eval/NAME"}."""
 
     @jax.jit
-    def sums(params: Params, batch: Batch) -> dict[str, tuple[jax.Array, jax.Array]]:
+    def sums(params: Params, batch: Batch) -> MetricSums:
         loss, (weight, metrics) = objective(params, batch)
         return {"loss": (loss, weight), **metrics}
 
     def evaluate(params: Params, batches: list[Batch]) -> dict[str, float]:
         """Return means of the loss and the metrics of `objective` over `batches`, on the mesh."""
+        # Sums of all batches first: a mean of means would weigh them wrongly.
         parts = [jax.device_get(sums(params, batch)) for batch in batches]
         totals = jax.tree.map(lambda *x: float(sum(x)), *parts)
         means = {}

@@ -47,6 +47,7 @@ def script_name(config: Any) -> str:
     A fork is named by its folder too: `experiments/alibi/train_sft`. One outside the repository
     is named by its whole path.
     """
+    # The module of a script that is started is `__main__`, which knows its file too.
     module = sys.modules[type(config).__module__]
     assert module.__file__ is not None, "a Config is defined in a script's file"
     return path_from_root(pathlib.Path(module.__file__).with_suffix(""))
@@ -79,10 +80,12 @@ class Run:
         self.config = config
         self.start = 0
         """Steps that an earlier start of this run has finished."""
+        # For the recorder, which `steps` makes once it is known where the run starts.
         self._unit = unit
         self._guard = guard
         # What `__exit__` closes: the recorder, which `steps` opens, then the checkpoints.
         self._open = contextlib.ExitStack()
+        # A run is known by its script too: another one of the same settings is another run.
         self._checkpoints = Checkpoints(
             config.run,
             config,
@@ -107,6 +110,7 @@ class Run:
         that `save_when_due` is given, as ShapeDtypeStructs with shardings, which the arrays get.
         Sets `start`. Raises UserError for other names, shapes or dtypes.
         """
+        # Damaged checkpoints are passed over, with a warning.
         found = self._checkpoints.restore(shapes)
         if found is None:
             return None
@@ -139,6 +143,7 @@ class Run:
         `params`: what is trained. `rest`: every other tree that lies on the devices. `length`:
         tokens a row.
         """
+        # Printed by process 0 alone: the others have no stdout (runtime/hosts.py).
         text = describe(
             f"{self.config.run}: {what}",
             params,
@@ -158,6 +163,7 @@ class Run:
 
         Call it once, after the state is restored: rows of metrics after `start` are removed.
         """
+        # The terminal, metrics.jsonl, TensorBoard and samples.md.
         recorder = Recorder(
             self.config.run, self.config.steps, self.start, unit=self._unit, guard=self._guard
         )
@@ -178,7 +184,7 @@ class Run:
         self._recorder(step, metrics, tokens=tokens)
 
     def samples(self, step: int, rows: list[dict[str, Any]]) -> None:
-        """Append `rows`, each of prompt and response as text, to samples.md; show the first two."""
+        """Append `rows` of prompt and response, as text, to samples.md, and show the first two."""
         self._recorder.samples(step, rows)
 
     def due(self, step: int, every: int) -> bool:
@@ -232,9 +238,11 @@ def make_greedy_samples(
     `prompts`: lists of messages, the user's last; only the last `max_prompt` tokens of each are
     seen, and only the last message is shown. Responses have at most `max_new_tokens` tokens.
     """
+    # Greedy: the samples of two steps then differ by their parameters alone.
     sampling = SamplingConfig(temperature=0.0, max_new_tokens=max_new_tokens)
     respond = make_sampler(model_config, sampling, tokenizer)
     prompt_tokens = [tokenizer.prompt(prompt)[-max_prompt:] for prompt in prompts]
+    # What samples.md shows of each prompt.
     questions = [prompt[-1]["content"] for prompt in prompts]
 
     def sample(params: Params, key: jax.Array) -> list[dict[str, str]]:
@@ -248,12 +256,14 @@ def make_greedy_samples(
 
 
 def _position(data: Data) -> Any:
+    # Several streams keep their positions by name.
     if isinstance(data, dict):
         return {name: batches.state for name, batches in data.items()}
     return data.state
 
 
 def _set_position(data: Data, position: Any) -> None:
+    # A new run starts at the beginning.
     if not position:
         return
     if isinstance(data, dict):

@@ -31,7 +31,7 @@ from kernels.attention import decode_attention
 from model import LanguageModel, Params, init_and_apply
 from model_config import PRESETS, ModelConfig
 from runtime import flags
-from sampling import SamplingConfig, generate
+from sampling import SamplingConfig, generate, generate_in_slots
 
 # No token is this: responses have full length, as the peer's.
 NEVER = -1
@@ -126,19 +126,19 @@ def refill_row(config: Config, params: Params) -> dict[str, Any]:
     sampling = SamplingConfig(max_new_tokens=config.limit)
     eos = ending_tokens(config.model.vocab, config.limit)
 
-    def sampler(slots: int | None):
-        @jax.jit
-        def sample(prompts, key):
-            return generate(
-                apply, config.model, params, prompts, key, sampling, eos=eos, pad=0, slots=slots
-            )
-
-        return sample
-
     slots = config.batches[0]
     key = jax.random.key(0)
-    refilled = sampler(slots)
-    fixed = sampler(None)
+
+    @jax.jit
+    def refilled(prompts, key):
+        return generate_in_slots(
+            apply, config.model, params, prompts, key, sampling, eos=eos, pad=0, slots=slots
+        )
+
+    @jax.jit
+    def fixed(prompts, key):
+        return generate(apply, config.model, params, prompts, key, sampling, eos=eos, pad=0)
+
     prompts = plain_batch(config.model, config.requests, config.prompt)
     parts = []
     for start in range(0, config.requests, slots):

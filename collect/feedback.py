@@ -1,12 +1,15 @@
-"""AI feedback by written principles: comparisons labelled by a judge, and responses revised after a critique.
+"""AI feedback by written principles: comparisons by a judge, and revisions after a critique.
 
-    python -m collect.feedback --write=comparisons --init=runs/align/sft --out=runs/ai/comparisons.jsonl       # RLAIF
-    python -m collect.feedback --write=revisions --init=runs/align/sft --out=runs/ai/revisions.jsonl           # constitutional
-    python -m collect.feedback --write=revisions --samples=4 --rounds=1 --reward=runs/align/rm --out=runs/ai/ilf.jsonl   # ILF
+Reinforcement learning from AI feedback, Constitutional AI, and imitation of the best refinement:
 
-Comparisons are for `train_rm.py --data` (then train_ppo.py) and `train_dpo.py --data`, revisions for `train_sft.py
---data`. The world's judge, critic and reviser are simulated, of set reliability; elsewhere, or with --judge=RUN, a
-language model is asked.
+    python -m collect.feedback --write=comparisons --init=runs/align/sft --out=runs/ai/rlaif.jsonl
+    python -m collect.feedback --write=revisions --init=runs/align/sft --out=runs/ai/revised.jsonl
+    python -m collect.feedback --write=revisions --samples=4 --rounds=1 --reward=runs/align/rm \
+        --out=runs/ai/ilf.jsonl
+
+Comparisons are for `train_rm.py --data` (then train_ppo.py) and `train_dpo.py --data`, revisions
+for `train_sft.py --data`. The world's judge, critic and reviser are simulated, of set reliability;
+elsewhere, or with --judge=RUN, a language model is asked.
 """
 
 import dataclasses
@@ -14,17 +17,26 @@ import json
 import pathlib
 from collections.abc import Callable, Sequence
 from itertools import combinations
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import jax
 import numpy as np
 
 from data.batches import cut_left
-from data.sources import open_source
+from data.sources import Source, open_source
 from evaluation.gold import CRITERIA
-from evaluation.reward_model import make_scorer
-from responses import in_parts, load_run, make_sampler
-from rewards.judges import Messages, make_prefer, make_revise, make_simulated, read_principles
+from evaluation.tables import cells
+from responses import LoadedRun, in_parts, load_run, make_sampler, split_evenly
+from rewards.judges import (
+    Messages,
+    Prefer,
+    Revise,
+    make_prefer,
+    make_revise,
+    make_simulated,
+    read_principles,
+)
+from rewards.models import make_text_scorer
 from runtime import flags
 from runtime.errors import UserError, require
 from runtime.run_folder import atomic_text
@@ -32,11 +44,37 @@ from sampling import SamplingConfig
 from sharding import MeshConfig, make_mesh
 from tasks import world
 
+# Prompts a call.
+ROWS = 128
+Pick = Callable[[Sequence[Messages], Sequence[list[str]]], list[str]]
+"""pick(prompts, candidates of each) -> one of each prompt's candidates."""
+
+
+class ComparisonRow(TypedDict):
+    """A line of comparisons: the distinct responses to a prompt."""
+
+    prompt: Messages
+    responses: list[str]
+    ranking: list[int]
+    """1 is best, equal is a tie."""
+
+
+class RevisionRow(TypedDict):
+    """A line of revisions: the last one, and the way to it."""
+
+    prompt: Messages
+    revisions: list[str]
+    """The first response, then one of each round."""
+    critiques: list[str]
+    """One of each round; empty where the critic found nothing."""
+    response: str
+    """The last of `revisions`."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     write: Literal["comparisons", "revisions"] = "comparisons"
-    """comparisons: several responses to each prompt, ranked. revisions: one, criticised and rewritten."""
+    """comparisons: several responses to each prompt, ranked. revisions: one, rewritten."""
     init: str = "runs/align/sft"
     """Run whose responses are judged."""
     out: str = "runs/ai/feedback.jsonl"
@@ -46,7 +84,7 @@ class Config:
     judge: str | None = None
     """Run that judges, criticises and revises; None: the world's simulated one."""
     reliability: float = 0.9
-    """Of the simulated judge, critic and reviser: the chance that a look at a criterion, or a revision, is right."""
+    """The chance that the simulated judge, critic or reviser is right, each time."""
     reward: str | None = None
     """A run of train_rm.py that picks the best of each round's revisions (ILF)."""
     data: str = "world"
@@ -54,7 +92,7 @@ class Config:
     split: Literal["train", "heldout"] = "train"
     prompts: int = 10000
     samples: int | None = None
-    """Responses to a prompt that are ranked (default 4), or revisions in each round (default 1)."""
+    """Responses to a prompt that are ranked (None: 4), or revisions in each round (None: 1)."""
     rounds: int = 3
     """Revisions one after the other, each by a principle drawn at random."""
     temperature: float = 1.0
@@ -62,201 +100,301 @@ class Config:
     """Longest response, critique or revision, in tokens."""
     seed: int = 0
 
+    @property
+    def comparing(self) -> bool:
+        return self.write == "comparisons"
 
-# ---- Rows ----
-
-
-def ranking(prefer_CC: np.ndarray) -> list[int]:
-    """Ranks (1 is best, equal a tie) by the mean preference over the others; prefer_CC[i, j] = P(i better than j)."""
-    points = np.round(prefer_CC.sum(1), 6)
-    return [1 + int((points > own).sum()) for own in points]
-
-
-def agreement(rows: Sequence[dict[str, Any]]) -> list[float]:
-    """For each pair of which the gold program prefers one: 1 where the ranking does too, 0.5 a tie, 0 the other."""
-    right = []
-    for row in rows:
-        gold = [
-            world.gold(row["prompt"][-1]["content"], response).total
-            for response in row["responses"]
-        ]
-        for i, j in combinations(range(len(gold)), 2):
-            if gold[i] != gold[j]:
-                order = (row["ranking"][j] - row["ranking"][i]) * (1 if gold[i] > gold[j] else -1)
-                right.append(0.5 if order == 0 else float(order > 0))
-    return right
+    @property
+    def count(self) -> int:
+        """Return --samples, or its default."""
+        if self.samples is not None:
+            return self.samples
+        return 4 if self.comparing else 1
 
 
-def comparisons(
-    prefer: Callable, prompts: Sequence[Messages], responses: Sequence[list[str]]
-) -> list[dict[str, Any]]:
-    """Rows: each prompt's distinct responses, ranked; none where nothing differs."""
+# ---- Comparisons ----
+
+
+def comparison_rows(
+    prefer: Prefer, prompts: Sequence[Messages], responses: Sequence[list[str]]
+) -> list[ComparisonRow]:
+    """Rank each prompt's distinct responses by `prefer`, the mean over its principles.
+
+    A prompt has no row where all its responses tie, or there is one alone.
+    """
+    # All pairs of all prompts are asked at once.
     distinct = [list(dict.fromkeys(texts)) for texts in responses]
-    asked = [
-        (p, a, b)
-        for p, texts in zip(prompts, distinct, strict=True)
-        for a, b in combinations(texts, 2)
-    ]
-    answers, rows = iter(prefer(asked).mean(1)), []
+    questions = []
     for prompt, texts in zip(prompts, distinct, strict=True):
-        prefer_CC = np.full((len(texts), len(texts)), 0.5)
-        for i, j in combinations(range(len(texts)), 2):
+        for first, second in combinations(texts, 2):
+            questions.append((prompt, first, second))
+    answers = iter(prefer(questions).mean(1))
+
+    # The answers come in the order of the questions.
+    rows: list[ComparisonRow] = []
+    for prompt, texts in zip(prompts, distinct, strict=True):
+        count = len(texts)
+        prefer_CC = np.full((count, count), 0.5)
+        for i, j in combinations(range(count), 2):
             prefer_CC[i, j] = next(answers)
             prefer_CC[j, i] = 1 - prefer_CC[i, j]
-        ranks = ranking(prefer_CC)
+        ranks = rank_by_preference(prefer_CC)
         if len(set(ranks)) > 1:
             rows.append({"prompt": prompt, "responses": texts, "ranking": ranks})
     return rows
 
 
-def revisions(
-    config: Config,
+def rank_by_preference(prefer_CC: np.ndarray) -> list[int]:
+    """Rank C responses by their mean preference over the others: 1 is best, equal is a tie.
+
+    prefer_CC[i, j] is P(i is better than j).
+    """
+    # Rounded, so that equal preferences added in another order are a tie.
+    points = np.round(prefer_CC.sum(1), 6)
+    return [1 + int((points > own).sum()) for own in points]
+
+
+def agreement(rows: Sequence[ComparisonRow]) -> list[float]:
+    """Compare rankings with the gold program, pair by pair.
+
+    1 where the ranking prefers the same one, 1/2 where it has a tie, 0 where it prefers the other.
+    Pairs with equal gold totals are left out.
+    """
+    right = []
+    for row in rows:
+        request = row["prompt"][-1]["content"]
+        ranking = row["ranking"]
+        gold = [world.gold(request, response).total for response in row["responses"]]
+        for i, j in combinations(range(len(gold)), 2):
+            if gold[i] == gold[j]:
+                continue
+            # Positive where the ranking prefers the one that gold prefers.
+            gap = ranking[j] - ranking[i]
+            if gold[i] < gold[j]:
+                gap = -gap
+            right.append(0.5 if gap == 0 else float(gap > 0))
+    return right
+
+
+def report_comparisons(rows: Sequence[ComparisonRow]) -> dict[str, float]:
+    """Print and return the rows' agreement with the gold program, and the number of pairs.
+
+    What the judge finds equal altogether is not written, and does not count: with two samples the
+    agreement is above that over all pairs.
+    """
+    right = agreement(rows)
+    share = sum(right) / max(len(right), 1)
+    print(
+        f"gold's order in {share:.3f} of {len(right)} untied pairs that were written (ties half)"
+    )
+    return {"agreement": share, "pairs": float(len(right))}
+
+
+# ---- Revisions ----
+
+
+def revision_rows(
     names: Sequence[str],
-    revise: Callable,
-    pick: Callable,
+    revise: Revise,
+    pick: Pick,
     prompts: Sequence[Messages],
     responses: Sequence[str],
+    rounds: int,
     key: jax.Array,
-) -> list[dict[str, Any]]:
-    """Rows: each response's last revision, and the way to it; `names`: principles, of which each round draws one."""
-    rows = [
-        {"prompt": p, "revisions": [r], "critiques": []}
-        for p, r in zip(prompts, responses, strict=True)
+) -> list[RevisionRow]:
+    """Revise each response `rounds` times, each time by one of the principles `names` at random.
+
+    Of a round's revisions `pick` keeps one. Rows whose last revision is empty are left out.
+    """
+    rows: list[RevisionRow] = [
+        {"prompt": prompt, "revisions": [response], "critiques": [], "response": response}
+        for prompt, response in zip(prompts, responses, strict=True)
     ]
-    for now in jax.random.split(key, config.rounds):
-        drawn = [names[i] for i in jax.random.randint(now, len(rows), 0, len(names)).tolist()]
-        critiques, candidates = revise(prompts, [row["revisions"][-1] for row in rows], drawn, now)
-        for row, critique, response in zip(
-            rows, critiques, pick(prompts, candidates), strict=True
-        ):
+    for round_key in jax.random.split(key, rounds):
+        # A principle for each response.
+        numbers = jax.random.randint(round_key, (len(rows),), 0, len(names))
+        drawn = [names[i] for i in numbers.tolist()]
+
+        # Its critique and revisions, of which one goes on.
+        current = [row["response"] for row in rows]
+        critiques, candidates = revise(prompts, current, drawn, round_key)
+        picked = pick(prompts, candidates)
+        for row, critique, response in zip(rows, critiques, picked, strict=True):
             row["critiques"].append(critique)
             row["revisions"].append(response)
-    return [
-        {**row, "response": row["revisions"][-1]} for row in rows if row["revisions"][-1].strip()
-    ]
+            row["response"] = response
+    return [row for row in rows if row["response"].strip()]
 
 
-def make_pick(config: Config) -> Callable[[Sequence[Messages], list[list[str]]], list[str]]:
-    """pick(prompts, revisions of each): those that the reward model scores highest (Scheurer et al. 2023, ILF)."""
-    if config.reward is None:
-        return lambda prompts, revisions: [texts[0] for texts in revisions]
-    model, tokenizer, params = load_run(config.reward, reward=True)
-    score = make_scorer(model, tokenizer, model.context)
+def pick_first(prompts: Sequence[Messages], candidates: Sequence[list[str]]) -> list[str]:
+    """Pick the first candidate of each prompt."""
+    return [texts[0] for texts in candidates]
 
-    def pick(prompts: Sequence[Messages], revisions: list[list[str]]) -> list[str]:
-        flat = [
-            (prompt, text)
-            for prompt, texts in zip(prompts, revisions, strict=True)
-            for text in texts
-        ]
-        scores = iter(score(params, *zip(*flat, strict=True)))
-        return [max(texts, key=lambda _: next(scores)) for texts in revisions]
+
+def make_pick(reward: str | None) -> Pick:
+    """Make what picks one of a round's revisions: the best by the reward model of run `reward`.
+
+    Scheurer et al. 2023 (ILF). Of equal scores the first wins. None: the first is picked. Raises
+    UserError for a run that is no reward model's.
+    """
+    if reward is None:
+        return pick_first
+    model, tokenizer, params = load_run(reward, reward=True)
+    score_texts = make_text_scorer(model, tokenizer, model.context)
+
+    def pick(prompts: Sequence[Messages], candidates: Sequence[list[str]]) -> list[str]:
+        # All candidates of all prompts are scored at once.
+        repeated: list[Messages] = []
+        flat: list[str] = []
+        for prompt, texts in zip(prompts, candidates, strict=True):
+            repeated += [prompt] * len(texts)
+            flat += texts
+        scores = iter(score_texts(params, repeated, flat))
+        return [max(texts, key=lambda _: next(scores)) for texts in candidates]
 
     return pick
 
 
-def report(config: Config, rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """What the gold program says of the rows (world only): agreement, or violations at each revision.
+def report_revisions(rows: Sequence[RevisionRow], rounds: int) -> dict[str, float]:
+    """Print and return the share that violates each criterion, before and after each round.
 
-    What the judge finds equal is not written, and does not count: with two samples agreement is above that of all.
+    Keys: `violated/<criterion>/<round>`, from round 0, the first response.
     """
-    if config.write == "comparisons":
-        right = agreement(rows)
-        table = {"agreement": sum(right) / max(len(right), 1), "pairs": float(len(right))}
-        print(
-            f"gold's order in {table['agreement']:.3f} of {len(right)} untied pairs that were written (ties half)"
-        )
-        return table
     table = {}
-    print(f"{'violated':12}" + "".join(f"{name:>10}" for name in CRITERIA[:3]) + f"{'any':>10}")
-    for k in range(config.rounds + 1):
-        verdicts = [world.gold(row["prompt"][-1]["content"], row["revisions"][k]) for row in rows]
-        shares = {
-            name: float(np.mean([not getattr(v, name) for v in verdicts])) for name in CRITERIA
-        }
-        table |= {f"violated/{name}/{k}": share for name, share in shares.items()}
-        print(f"revision {k:<3}" + "".join(f"{share:10.3f}" for share in shares.values()))
+    columns = [*CRITERIA[:3], "any"]
+    print(f"{'violated':12}{cells(columns, '>10')}")
+    for number in range(rounds + 1):
+        verdicts = []
+        for row in rows:
+            request = row["prompt"][-1]["content"]
+            verdicts.append(world.gold(request, row["revisions"][number]))
+        shares = []
+        for name in CRITERIA:
+            violated = [not getattr(verdict, name) for verdict in verdicts]
+            share = float(np.mean(violated))
+            table[f"violated/{name}/{number}"] = share
+            shares.append(share)
+        print(f"revision {number:<3}{cells(shares, '10.3f')}")
     return table
 
 
-# ---- The script ----
+# ---- The command ----
 
 
-def check(c: Config, n: int) -> None:
-    """Raises UserError for settings that cannot run together."""
-    comparing = c.write == "comparisons"
+def check(config: Config) -> None:
+    """Raise UserError for settings that cannot run together."""
+    least = 2 if config.comparing else 1
     require(
-        min(c.prompts, c.rounds) >= 1,
-        f"--prompts={c.prompts}, --rounds={c.rounds}: must be at least 1",
+        min(config.prompts, config.rounds) >= 1,
+        f"--prompts={config.prompts}, --rounds={config.rounds}: must be at least 1",
     )
-    require(n >= 1 + comparing, f"--samples={n}: must be at least {1 + comparing}")
+    require(config.count >= least, f"--samples={config.count}: must be at least {least}")
     require(
-        comparing or n == 1 or c.reward is not None,
-        f"--samples={n}: several revisions need a --reward that picks one",
+        config.comparing or config.count == 1 or config.reward is not None,
+        f"--samples={config.count}: several revisions need a --reward that picks one",
     )
     require(
-        c.reward is None or not comparing,
-        f"--reward={c.reward}: picks revisions; give --write=revisions",
+        config.reward is None or not config.comparing,
+        f"--reward={config.reward}: picks revisions; give --write=revisions",
     )
-    require(0 <= c.reliability <= 1, f"--reliability={c.reliability}: must be in 0..1")
+    require(0 <= config.reliability <= 1, f"--reliability={config.reliability}: must be in 0..1")
     require(
-        c.judge is not None or c.data == "world",
-        f"--data={c.data}: name a run that judges (--judge); the simulated judge knows the world only",
+        config.judge is not None or config.data == "world",
+        f"--data={config.data}: name a run that judges (--judge); "
+        "the simulated judge knows the world only",
     )
+
+
+def make_judge(
+    config: Config, principles: dict[str, str], sampling: SamplingConfig
+) -> tuple[Prefer, Revise]:
+    """Make what compares and what revises: of the run --judge, else simulated."""
+    if config.judge is None:
+        return make_simulated(list(principles), config.reliability, config.count, config.seed)
+    judge = load_run(config.judge)
+    prefer = make_prefer(judge, list(principles.values()))
+    return prefer, make_revise(judge, principles, sampling, config.count)
+
+
+def make_answer(
+    policy: LoadedRun, sampling: SamplingConfig, n: int
+) -> Callable[[list[Messages], jax.Array], tuple[list[Messages], list[list[str]]]]:
+    """Make the sampler of `n` responses to each prompt by the language model `policy`.
+
+    Returns answer(prompts, key) -> (prompts, texts of each), without responses that are empty or
+    never ended, and without the prompts that then have none.
+    """
+    model, tokenizer, params = policy
+    respond = make_sampler(model, sampling, tokenizer, n)
+    room = model.context - sampling.max_new_tokens
+
+    def answer(prompts: list[Messages], key: jax.Array) -> tuple[list[Messages], list[list[str]]]:
+        # What exceeds the context is forgotten, the oldest turns first.
+        asked = [cut_left(tokenizer.prompt(prompt), room, tokenizer) for prompt in prompts]
+        tokens = respond(params, asked, key, ROWS)
+        answered = []
+        responses = []
+        for prompt, own in zip(prompts, split_evenly(tokens, n), strict=True):
+            # A response that never ended is no answer.
+            texts = [text for text in tokenizer.ended(own) if text.strip()]
+            if texts:
+                answered.append(prompt)
+                responses.append(texts)
+        return answered, responses
+
+    return answer
+
+
+def prompts_of(source: Source, numbers: range, data: str) -> list[Messages]:
+    """Return the prompts of these records; raises UserError for the raw text of --data."""
+    records = [source[i] for i in numbers]
+    if any("prompt" not in record for record in records):
+        raise UserError(f"--data={data}: holds raw text; feedback is on answers to prompts")
+    return [record["prompt"] for record in records]
 
 
 def main(config: Config) -> dict[str, float]:
-    """Writes the file whole or not at all; returns counts and, in the world, what the gold program says."""
-    comparing = config.write == "comparisons"
-    n = config.samples if config.samples is not None else 4 if comparing else 1
-    check(config, n)
+    """Write the file whole or not at all.
+
+    Returns the counts of `lines` and `prompts` and, in the world, what the gold program says
+    (`report_comparisons`, `report_revisions`).
+    """
+    check(config)
     principles = read_principles(config.principles)
     make_mesh(MeshConfig())
-    model, tokenizer, params = load_run(config.init)
     sampling = SamplingConfig(config.temperature, max_new_tokens=config.max_new_tokens)
-    respond = make_sampler(model, sampling, tokenizer, n if comparing else 1)
-    if config.judge is None:
-        prefer, revise = make_simulated(list(principles), config.reliability, n, config.seed)
-    else:
-        judge = load_run(config.judge)
-        prefer, revise = (
-            make_prefer(judge, list(principles.values())),
-            make_revise(judge, principles, sampling, n),
-        )
-    pick = make_pick(config)
+    # Who answers, who judges, and who picks among revisions.
+    policy = load_run(config.init)
+    answer = make_answer(policy, sampling, config.count if config.comparing else 1)
+    prefer, revise = make_judge(config, principles, sampling)
+    pick = make_pick(config.reward)
+
+    # The rows, part by part. The file is opened at once: a place that cannot be written shows.
     source = open_source(config.data, "prompt", config.split, seed=config.seed)
-    count, rows, made = min(config.prompts, len(source)), 128, []
-    with atomic_text(
-        config.out, anew=True
-    ) as file:  # opened at once, so that a place that cannot be written shows
-        for start in in_parts(count, rows, config.write):
-            records = [source[i] for i in range(start, min(start + rows, count))]
-            if any("prompt" not in record for record in records):
-                raise UserError(
-                    f"--data={config.data}: holds raw text; feedback is on answers to prompts"
-                )
-            prompts = [record["prompt"] for record in records]
-            room = model.context - config.max_new_tokens
-            asked = [cut_left(tokenizer.prompt(prompt), room, tokenizer) for prompt in prompts]
+    count = min(config.prompts, len(source))
+    rows: list[Any] = []
+    with atomic_text(config.out, anew=True) as file:
+        for start in in_parts(count, ROWS, config.write):
+            numbers = range(start, min(start + ROWS, count))
             key = jax.random.fold_in(jax.random.key(config.seed), start)
-            tokens = respond(params, asked, key, rows)
-            per = len(tokens) // len(prompts)
-            texts = [tokenizer.ended(tokens[i * per :][:per]) for i in range(len(prompts))]
-            answered = [
-                (p, [t for t in mine if t.strip()]) for p, mine in zip(prompts, texts, strict=True)
-            ]
-            prompts = [prompt for prompt, ended in answered if ended]
-            responses = [ended for _, ended in answered if ended]
-            if comparing:
-                made += comparisons(prefer, prompts, responses)
+            prompts, responses = answer(prompts_of(source, numbers, config.data), key)
+            if config.comparing:
+                rows += comparison_rows(prefer, prompts, responses)
             elif responses:
-                first, key = [ended[0] for ended in responses], jax.random.fold_in(key, 1)
-                made += revisions(config, list(principles), revise, pick, prompts, first, key)
-        file.writelines(json.dumps(row) + "\n" for row in made)
-    print(f"{config.out}: {len(made)} lines from {count} prompts")
-    return {"lines": len(made), "prompts": count} | (
-        report(config, made) if config.data == "world" and made else {}
-    )
+                first = [texts[0] for texts in responses]
+                key = jax.random.fold_in(key, 1)
+                names = list(principles)
+                rows += revision_rows(names, revise, pick, prompts, first, config.rounds, key)
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    print(f"{config.out}: {len(rows)} lines from {count} prompts")
+
+    # In the world the gold program knows how good they are.
+    counts: dict[str, float] = {"lines": len(rows), "prompts": count}
+    if config.data != "world" or not rows:
+        return counts
+    if config.comparing:
+        return counts | report_comparisons(rows)
+    return counts | report_revisions(rows, config.rounds)
 
 
 if __name__ == "__main__":

@@ -1,25 +1,30 @@
-"""Comparisons for a reward model: sample a policy several times a prompt and have simulated labellers rank.
+"""Comparisons for a reward model: sample a policy, and have simulated labellers rank.
 
     python -m collect.rank --init=runs/align/sft --out=runs/align/comparisons.jsonl
 
-Writes JSON Lines as `train_rm.py --data` reads them; with your own prompts and labels, write such a file instead.
+Writes JSON Lines as `train_rm.py --data` reads them. With your own prompts and labels, write such
+a file instead.
 """
 
 import dataclasses
 import json
 import random
 from itertools import combinations
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 
-from responses import in_parts, load_run, make_sampler
+from responses import in_parts, load_run, make_sampler, split_evenly
 from runtime import flags
 from runtime.errors import UserError
 from runtime.run_folder import atomic_text
 from sampling import SamplingConfig
 from sharding import MeshConfig, make_mesh
 from tasks import world
+
+# Prompts a call, and responses decoded at a time.
+ROWS = 500
+SLOTS = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,81 +34,97 @@ class Config:
     out: str = "runs/align/comparisons.jsonl"
     """File to write."""
     split: Literal["train", "heldout"] = "train"
-    """Of the world's prompts."""
+    """Part of the world's prompts."""
     prompts: int = 10000
     samples: int = 4
     """Responses to a prompt, ranked together."""
     pairs: bool = False
-    """Write each untied pair on a line of its own, with the criterion in which its two differ (for evaluation)."""
+    """Write each untied pair on a line of its own, with the criterion in which its two differ."""
     noise: float = 0.0
-    """Labellers prefer a to b with probability sigmoid((gold a - gold b) / noise); equal gold is a tie."""
+    """P(a is preferred to b) is sigmoid((gold a - gold b) / noise); equal gold is a tie."""
     temperature: float = 1.0
     max_new_tokens: int = 24
     """Longest response, in tokens."""
     seed: int = 0
 
 
-def main(config: Config) -> dict[str, float]:
-    """Writes the file whole or not at all; returns counts."""
+def main(config: Config) -> dict[str, int]:
+    """Write the file whole or not at all; return the counts of `lines` and `prompts`."""
     if config.prompts < 1 or config.samples < 2 or config.noise < 0:
         raise UserError(
             "--prompts must be at least 1, --samples at least 2 and --noise at least 0"
         )
+    # The policy.
     make_mesh(MeshConfig())
     model, tokenizer, params = load_run(config.init)
     sampling = SamplingConfig(config.temperature, max_new_tokens=config.max_new_tokens)
-    respond = make_sampler(model, sampling, tokenizer, config.samples, slots=256)
-    counts = {"lines": 0, "prompts": config.prompts}
-    key, rng, rows = jax.random.key(config.seed), random.Random(config.seed), 500
+    respond = make_sampler(model, sampling, tokenizer, config.samples, slots=SLOTS)
+
+    # Responses to a part of the prompts at a time.
+    lines = 0
+    key = jax.random.key(config.seed)
+    rng = random.Random(config.seed)
     with atomic_text(config.out, anew=True) as file:
-        for start in in_parts(config.prompts, rows, "collect"):
-            numbers = range(start, min(start + rows, config.prompts))
+        for start in in_parts(config.prompts, ROWS, "collect"):
+            numbers = range(start, min(start + ROWS, config.prompts))
             texts = [world.prompt(i, split=config.split, seed=config.seed).text for i in numbers]
-            tokens = respond(
-                params,
-                [tokenizer.prompt(text) for text in texts],
-                jax.random.fold_in(key, start),
-                rows,
-            )
-            for i, prompt in enumerate(texts):
-                mine = tokens[i * config.samples : (i + 1) * config.samples]
-                responses = list(
-                    dict.fromkeys(text for text in tokenizer.ended(mine) if text.strip())
-                )
-                for row in comparisons(prompt, responses, config, rng):
+            prompts = [tokenizer.prompt(text) for text in texts]
+            tokens = respond(params, prompts, jax.random.fold_in(key, start), ROWS)
+
+            # Of each prompt the distinct responses that came to their end, ranked.
+            by_prompt = split_evenly(tokens, config.samples)
+            for prompt, own in zip(texts, by_prompt, strict=True):
+                ended = [text for text in tokenizer.ended(own) if text.strip()]
+                responses = list(dict.fromkeys(ended))
+                to_rows = pair_rows if config.pairs else ranking_rows
+                for row in to_rows(prompt, responses, config.noise, rng):
                     file.write(json.dumps(row) + "\n")
-                    counts["lines"] += 1
-    print(f"{config.out}: {counts['lines']} lines from {config.prompts} prompts")
-    return counts
+                    lines += 1
+    print(f"{config.out}: {lines} lines from {config.prompts} prompts")
+    return {"lines": lines, "prompts": config.prompts}
 
 
-def comparisons(
-    prompt: str, responses: list[str], config: Config, rng: random.Random
-) -> list[dict]:
-    """Rows for distinct, ended responses: one ranking, or all untied pairs; none where nothing differs."""
-    if config.pairs:
-        pairs = [(a, b, world.criterion_of(prompt, a, b)) for a, b in combinations(responses, 2)]
-        ranked = [
-            (pair, world.rank(prompt, pair[:2], noise=config.noise, rng=rng))
-            for pair in pairs
-            if pair[2] != "none"
-        ]
-        return [
-            {
-                "prompt": prompt,
-                "responses": [a, b],
-                "ranking": [r + 1 for r in ranks],
-                "criterion": criterion,
-            }
-            for (a, b, criterion), ranks in ranked
-            if ranks[0] != ranks[1]
-        ]
-    ranks = (
-        world.rank(prompt, responses, noise=config.noise, rng=rng) if len(responses) > 1 else []
-    )
+def ranking_rows(
+    prompt: str, responses: list[str], noise: float, rng: random.Random
+) -> list[dict[str, Any]]:
+    """Rank distinct responses together: one row, or none where nothing differs.
+
+    A row has `prompt`, `responses` and `ranking` (1 is best, equal is a tie). `noise`: the
+    labellers', as in Config.
+    """
+    if len(responses) < 2:
+        return []
+    ranks = world.rank(prompt, responses, noise=noise, rng=rng)
     if len(set(ranks)) < 2:
         return []
-    return [{"prompt": prompt, "responses": responses, "ranking": [r + 1 for r in ranks]}]
+    ranking = [rank + 1 for rank in ranks]
+    return [{"prompt": prompt, "responses": responses, "ranking": ranking}]
+
+
+def pair_rows(
+    prompt: str, responses: list[str], noise: float, rng: random.Random
+) -> list[dict[str, Any]]:
+    """Rank each pair of distinct responses: a row for each that is untied.
+
+    Rows as in `ranking_rows`, with `criterion`: how the two differ (`world.criterion_of`). Pairs
+    that do not differ are left out.
+    """
+    rows = []
+    for pair in combinations(responses, 2):
+        criterion = world.criterion_of(prompt, *pair)
+        if criterion == "none":
+            continue
+        ranks = world.rank(prompt, pair, noise=noise, rng=rng)
+        if ranks[0] != ranks[1]:
+            rows.append(
+                {
+                    "prompt": prompt,
+                    "responses": list(pair),
+                    "ranking": [rank + 1 for rank in ranks],
+                    "criterion": criterion,
+                }
+            )
+    return rows
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Comparisons for SPIN: each demonstration is preferred to what the policy says to the same prompt.
+"""Comparisons for SPIN: each demonstration is preferred to what the policy says to its prompt.
 
     python -m collect.spin --init=runs/align/sft --data=world --out=runs/spin/1.jsonl
     python train_dpo.py --init=runs/align/sft --data=runs/spin/1.jsonl --beta=0.1 --run=runs/spin/1
 
-The next round samples, and starts, from the run of the last one: its opponent and its reference. SPIN's loss (Chen et
-al. 2024, the logistic one) is DPO's, lambda its beta.
+The next round samples, and starts, from the run of the last one: its opponent and its reference.
+SPIN's loss (Chen et al. 2024, the logistic one) is DPO's, lambda its beta.
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ import jax
 
 from data.batches import cut_left
 from data.sources import open_source
+from data.tokenizer import Message
 from model_config import check_fit
 from responses import in_parts, load_run, make_sampler
 from runtime import flags
@@ -22,6 +23,9 @@ from runtime.errors import UserError
 from runtime.run_folder import atomic_text
 from sampling import SamplingConfig
 from sharding import MeshConfig, make_mesh
+
+# Prompts a call.
+ROWS = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,35 +45,51 @@ class Config:
 
 
 def main(config: Config) -> dict[str, int]:
-    """Writes the file whole or not at all; returns counts. Left out: responses that never end, or equal the other."""
+    """Write the file whole or not at all; return the counts of `lines` and `prompts`."""
     if config.prompts < 1:
         raise UserError(f"--prompts={config.prompts}: must be at least 1")
+    # The opponent.
     make_mesh(MeshConfig())
     model, tokenizer, params = load_run(config.init)
     check_fit(model, tokenizer.size, 1 + config.max_new_tokens)
-    sampling, rows = SamplingConfig(config.temperature, max_new_tokens=config.max_new_tokens), 256
+    sampling = SamplingConfig(config.temperature, max_new_tokens=config.max_new_tokens)
+    respond = make_sampler(model, sampling, tokenizer)
     room = model.context - config.max_new_tokens
-    respond = make_sampler(model, sampling, tokenizer, 1)
+
+    # Its responses to a part of the demonstrations' prompts at a time.
     source = open_source(config.data, "chat", config.split, seed=config.seed)
-    count, key, lines = min(config.prompts, len(source)), jax.random.key(config.seed), 0
+    count = min(config.prompts, len(source))
+    key = jax.random.key(config.seed)
+    lines = 0
     with atomic_text(config.out, anew=True) as file:
-        for start in in_parts(count, rows, "collect"):
-            chats = [source[i]["messages"] for i in range(start, min(start + rows, count))]
-            asked = [
-                cut_left(tokenizer.prompt(messages[:-1]), room, tokenizer) for messages in chats
-            ]
-            tokens = respond(params, asked, jax.random.fold_in(key, start), rows)
-            for (*prompt, demonstrated), own in zip(chats, tokens, strict=True):
-                chosen = demonstrated["content"]
-                for rejected in tokenizer.ended([own]):
-                    if rejected.strip() and rejected != chosen:
-                        file.write(
-                            json.dumps({"prompt": prompt, "chosen": chosen, "rejected": rejected})
-                            + "\n"
-                        )
+        for start in in_parts(count, ROWS, "collect"):
+            # One response to what each conversation says before its last turn.
+            chats = [source[i]["messages"] for i in range(start, min(start + ROWS, count))]
+            prompts = [cut_left(tokenizer.prompt(chat[:-1]), room, tokenizer) for chat in chats]
+            responses = respond(params, prompts, jax.random.fold_in(key, start), ROWS)
+
+            # A response that never ended is no answer.
+            for chat, response in zip(chats, responses, strict=True):
+                for text in tokenizer.ended([response]):
+                    row = comparison(chat, text)
+                    if row is not None:
+                        file.write(json.dumps(row) + "\n")
                         lines += 1
     print(f"{config.out}: {lines} lines from {count} prompts")
     return {"lines": lines, "prompts": count}
+
+
+def comparison(chat: list[Message], response: str) -> dict[str, object] | None:
+    """Return the row that prefers the chat's last turn to `response`.
+
+    Keys: `prompt` (the messages before), `chosen`, `rejected`. None for an empty response, and
+    where the two do not differ.
+    """
+    *prompt, demonstrated = chat
+    chosen = demonstrated["content"]
+    if not response.strip() or response == chosen:
+        return None
+    return {"prompt": prompt, "chosen": chosen, "rejected": response}
 
 
 if __name__ == "__main__":

@@ -1,25 +1,31 @@
-"""Step labels: sample solutions and judge their steps by a program, by the outcome, or by how often they come right.
+"""Step labels: sample solutions, and label their steps by a program, the outcome, or completions.
 
-    python -m collect.steps --init=runs/maths --out=runs/steps.jsonl                      # arithmetic's own checker
-    python -m collect.steps --init=runs/maths --labels=outcome --out=runs/outcomes.jsonl  # the last step alone
-    python -m collect.steps --init=runs/gsm8k --data=tfds:gsm8k --labels=completions --completions=8 --out=auto.jsonl
+    python -m collect.steps --init=runs/maths --out=runs/steps.jsonl
+    python -m collect.steps --init=runs/maths --labels=outcome --out=runs/outcomes.jsonl
+    python -m collect.steps --init=runs/gsm8k --data=tfds:gsm8k --labels=completions \
+        --completions=8 --out=auto.jsonl
 
-Writes JSON Lines as `train_prm.py --data` reads them. With the same seed the solutions are the same ones.
+The first asks arithmetic's own checker, the second labels the last step alone, the third asks how
+often a step's completions come right. Writes JSON Lines as `train_prm.py --data` reads them. With
+the same seed the solutions are the same ones.
 """
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Literal, NamedTuple
 
 import jax
 import numpy as np
 
+from data.records import Record
 from data.sources import open_source
 from data.steps import problems
 from data.tokenizer import Tokenizer
+from model import Params
 from model_config import check_fit
-from responses import in_parts, load_run, make_sampler
+from responses import Respond, Tokens, in_parts, load_run, make_sampler, split_evenly
 from rewards.scorer import Check, load_function
 from runtime import flags
 from runtime.errors import require
@@ -28,7 +34,32 @@ from sampling import SamplingConfig
 from sharding import MeshConfig, make_mesh
 from tasks import arithmetic
 
-Row = dict[str, Any]
+# Responses a call, and problems whose solutions are labelled together.
+ROWS = 512
+PROBLEMS = 256
+Label = str | float | None
+"""A step's: positive, neutral or negative, a share of right completions, or None."""
+Complete = Callable[[list[Tokens]], list[Tokens]]
+"""complete(contexts) -> continuations, equally many of each context, in order."""
+
+
+class Solution(NamedTuple):
+    """A sampled solution to one problem."""
+
+    prompt: Tokens
+    """The problem's prompt."""
+    record: Record
+    """The problem's record."""
+    steps: list[str]
+    """Its lines, each without the newline that ends it."""
+
+
+class State(NamedTuple):
+    """A solution's beginning: what has been written so far."""
+
+    prompt: Tokens
+    text: str
+    record: Record
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,10 +71,11 @@ class Config:
     data: str = "arithmetic"
     """Problems with answers: arithmetic, a .jsonl file, or tfds:<name>."""
     split: Literal["train", "heldout"] = "train"
-    """Of the problems."""
+    """Part of the problems."""
     labels: Literal["gold", "outcome", "completions"] = "gold"
-    """gold: by the program, up to the first wrong step (arithmetic only). outcome: the last step, by --check.
-    completions: each step, by the share of its completions that pass --check (Wang et al. 2024, Math-Shepherd)."""
+    """gold: by the program, up to the first wrong step (arithmetic only). outcome: the last step,
+    by --check. completions: each step, by the share of its completions that pass --check (Wang et
+    al. 2024, Math-Shepherd)."""
     check: str = "tasks.answers:number"
     """module:function that is 1 where a response (first argument) has its record's answer."""
     completions: int = 8
@@ -59,133 +91,184 @@ class Config:
     seed: int = 0
 
 
-def success_shares(
-    complete: Callable[[list[list[int]]], list[list[int]]],
-    check: Check,
-    tokenizer: Tokenizer,
-    states: Sequence[tuple[list[int], str, Row]],
-) -> list[float]:
-    """For each state (prompt's tokens, text so far, record) the share of completions that `check` finds right.
-
-    `complete`: token lists to equally many continuations of each, in order. Unbiased for the probability that the
-    policy comes right from there (Wang et al. 2024: soft estimation).
-    """
-    written = [tokenizer.encode(text) for _, text, _ in states]
-    tokens = complete(
-        [[*prompt, *so_far] for (prompt, _, _), so_far in zip(states, written, strict=True)]
-    )
-    n = len(tokens) // len(states)
-    rights = [
-        [check(tokenizer.decode([*so_far, *more]), record) for more in tokens[i * n : (i + 1) * n]]
-        for i, (so_far, (_, _, record)) in enumerate(zip(written, states, strict=True))
-    ]
-    return np.mean(rights, axis=1).tolist()
+# ---- Solutions ----
 
 
 def solutions(
-    config: Config,
-    respond: Callable,
-    prompts: list[list[int]],
-    key: jax.Array,
+    tokens: Sequence[Tokens],
+    prompts: Sequence[Tokens],
+    records: Sequence[Record],
     tokenizer: Tokenizer,
-):
-    """Of each prompt the distinct solutions that ended and have no empty line, each a list of steps."""
-    tokens = respond(prompts, key)
-    for i in range(len(prompts)):
-        mine = tokens[i * config.samples : (i + 1) * config.samples]
-        steps = (text.split("\n") for text in dict.fromkeys(tokenizer.ended(mine)))
-        yield [lines for lines in steps if all(line.strip() for line in lines)]
+) -> Iterator[Solution]:
+    """Yield the distinct solutions that ended and have no empty line, problem by problem.
+
+    `tokens`: equally many responses to each prompt, in order.
+    """
+    by_problem = split_evenly(tokens, len(tokens) // len(prompts))
+    for prompt, record, own in zip(prompts, records, by_problem, strict=True):
+        for text in dict.fromkeys(tokenizer.ended(own)):
+            steps = text.split("\n")
+            if all(step.strip() for step in steps):
+                yield Solution(prompt, record, steps)
 
 
-def main(config: Config) -> dict[str, float]:
-    """Writes the file whole or not at all; returns counts."""
+# ---- Labels: one for each step of each solution ----
+
+
+def gold_labels(found: Sequence[Solution]) -> list[list[Label]]:
+    """Label steps by arithmetic's checker, up to the first wrong one; None after it."""
+    labels: list[list[Label]] = []
+    for solution in found:
+        problem = solution.record["prompt"][-1]["content"]
+        verdicts = arithmetic.verdicts(problem, solution.steps)
+        labels.append([*arithmetic.until_wrong(verdicts)])
+    return labels
+
+
+def outcome(solution: Solution, check: Check) -> float:
+    """Return `check` of the whole solution: 1 where it has the record's answer."""
+    return float(check("\n".join(solution.steps), solution.record))
+
+
+def outcome_labels(found: Sequence[Solution], check: Check) -> list[list[Label]]:
+    """Label the last step by the outcome, and the others None."""
+    labels: list[list[Label]] = []
+    for solution in found:
+        unlabelled: list[Label] = [None] * (len(solution.steps) - 1)
+        labels.append([*unlabelled, outcome(solution, check)])
+    return labels
+
+
+def completion_labels(
+    found: Sequence[Solution], check: Check, complete: Complete, tokenizer: Tokenizer
+) -> list[list[Label]]:
+    """Label each step by the share of its completions that come right, the last by the outcome."""
+    # After each step but the last the policy goes on, all of them at once.
+    states = []
+    for solution in found:
+        for end in range(1, len(solution.steps)):
+            written = "".join(f"{step}\n" for step in solution.steps[:end])
+            states.append(State(solution.prompt, written, solution.record))
+    shares = iter(success_shares(complete, check, tokenizer, states) if states else [])
+
+    # The shares come in the order of the states.
+    labels: list[list[Label]] = []
+    for solution in found:
+        own: list[Label] = [next(shares) for _ in solution.steps[1:]]
+        labels.append([*own, outcome(solution, check)])
+    return labels
+
+
+def success_shares(
+    complete: Complete, check: Check, tokenizer: Tokenizer, states: Sequence[State]
+) -> list[float]:
+    """Return for each state the share of its completions that `check` finds right.
+
+    A completion is decoded together with what was written before it. Unbiased for the probability
+    that the policy comes right from there (Wang et al. 2024: soft estimation).
+    """
+    written = [tokenizer.encode(state.text) for state in states]
+    contexts = [[*state.prompt, *so_far] for state, so_far in zip(states, written, strict=True)]
+
+    # n completions of each state, next to one another.
+    tokens = complete(contexts)
+    by_state = split_evenly(tokens, len(tokens) // len(states))
+    rights = []
+    for state, so_far, own in zip(states, written, by_state, strict=True):
+        texts = [tokenizer.decode([*so_far, *more]) for more in own]
+        rights.append([check(text, state.record) for text in texts])
+    return np.mean(rights, axis=1).tolist()
+
+
+# ---- The command ----
+
+
+def check_config(config: Config) -> None:
+    """Raise UserError for settings that cannot run."""
     require(
         min(config.prompts, config.samples, config.completions) >= 1,
         "--prompts, --samples, --completions: must be at least 1",
     )
     require(
         config.labels != "gold" or config.data == "arithmetic",
-        f"--labels=gold: no program checks the steps of {config.data}; take outcome or completions",
+        f"--labels=gold: no program checks the steps of {config.data}; "
+        "take outcome or completions",
     )
+
+
+def respond_in_rows(
+    respond: Respond, params: Params, n: int, prompts: list[Tokens], key: jax.Array
+) -> list[Tokens]:
+    """Sample `n` responses to each prompt, ROWS responses a call."""
+    return respond(params, prompts, key, max(1, ROWS // n))
+
+
+def main(config: Config) -> dict[str, int]:
+    """Write the file whole or not at all.
+
+    Returns the counts of `lines` (solutions), `steps` (labels but None) and `completions`.
+    """
+    check_config(config)
     make_mesh(MeshConfig())
     model, tokenizer, params = load_run(config.init)
-    written = (
-        2 if config.labels == "completions" else 1
-    )  # a completion may begin near a solution's end, and be as long
+    # A completion may begin near a solution's end, and be as long.
+    written = 2 if config.labels == "completions" else 1
     check_fit(model, tokenizer.size, config.max_prompt + written * config.max_new_tokens)
     check = load_function(config.check)
+
+    # Samplers of solutions and of completions.
     sampling = SamplingConfig(config.temperature, max_new_tokens=config.max_new_tokens)
+    solve = partial(
+        respond_in_rows,
+        make_sampler(model, sampling, tokenizer, config.samples),
+        params,
+        config.samples,
+    )
+    complete = partial(
+        respond_in_rows,
+        make_sampler(model, sampling, tokenizer, config.completions),
+        params,
+        config.completions,
+    )
 
-    def sampler(n: int) -> Callable:
-        respond = make_sampler(model, sampling, tokenizer, n)
-        return lambda prompts, key: respond(params, prompts, key, max(1, 512 // n))
-
-    respond, complete = sampler(config.samples), sampler(config.completions)
+    # Solutions to a part of the problems at a time.
     source = open_source(config.data, "prompt", config.split, seed=config.seed)
-    count, part = min(config.prompts, len(source)), 256
+    count = min(config.prompts, len(source))
     counts = {"lines": 0, "steps": 0, "completions": 0}
     with atomic_text(config.out, anew=True) as file:
-        for start in in_parts(count, part, "collect"):
-            records = [source[i] for i in range(start, min(start + part, count))]
+        for start in in_parts(count, PROBLEMS, "collect"):
+            records = [source[i] for i in range(start, min(start + PROBLEMS, count))]
             prompts = problems(records, tokenizer, config.max_prompt)
-            keys = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), start))
-            solved = solutions(config, respond, prompts, keys[0], tokenizer)
-            rows = [(i, steps) for i, of_one in enumerate(solved) for steps in of_one]
-            labels = judged(
-                config,
-                rows,
-                prompts,
-                records,
-                check,
-                lambda t, k=keys[1]: complete(t, k),
-                tokenizer,
-            )
-            for (i, steps), given in zip(rows, labels, strict=True):
-                file.write(
-                    json.dumps({"prompt": records[i]["prompt"], "steps": steps, "labels": given})
-                    + "\n"
+            key = jax.random.fold_in(jax.random.key(config.seed), start)
+            solving_key, completing_key = jax.random.split(key)
+            found = list(solutions(solve(prompts, solving_key), prompts, records, tokenizer))
+
+            # The labels.
+            if config.labels == "gold":
+                labels = gold_labels(found)
+            elif config.labels == "outcome":
+                labels = outcome_labels(found, check)
+            else:
+                labels = completion_labels(
+                    found, check, partial(complete, key=completing_key), tokenizer
                 )
+                steps = sum(len(solution.steps) - 1 for solution in found)
+                counts["completions"] += config.completions * steps
+
+            for solution, given in zip(found, labels, strict=True):
+                row = {
+                    "prompt": solution.record["prompt"],
+                    "steps": solution.steps,
+                    "labels": given,
+                }
+                file.write(json.dumps(row) + "\n")
                 counts["steps"] += sum(label is not None for label in given)
-            counts["lines"] += len(rows)
-            if config.labels == "completions":
-                counts["completions"] += config.completions * sum(
-                    len(steps) - 1 for _, steps in rows
-                )
+            counts["lines"] += len(found)
     print(
-        f"{config.out}: {counts['lines']} solutions, {counts['steps']} labels, {counts['completions']} completions"
+        f"{config.out}: {counts['lines']} solutions, {counts['steps']} labels, "
+        f"{counts['completions']} completions"
     )
     return counts
-
-
-def judged(
-    config: Config,
-    rows: list[tuple[int, list[str]]],
-    prompts: list[list[int]],
-    records: list[Row],
-    check: Check,
-    complete: Callable,
-    tokenizer: Tokenizer,
-) -> list[list[str | float | None]]:
-    """The labels of each solution, (number of its problem, steps); the last step's is the outcome but for gold."""
-    if config.labels == "gold":
-        texts = [record["prompt"][-1]["content"] for record in records]
-        return [arithmetic.until_wrong(arithmetic.verdicts(texts[i], steps)) for i, steps in rows]
-    outcomes = [float(check("\n".join(steps), records[i])) for i, steps in rows]
-    if config.labels == "outcome":
-        return [
-            [*[None] * (len(steps) - 1), end]
-            for (_, steps), end in zip(rows, outcomes, strict=True)
-        ]
-    states = [
-        (prompts[i], "".join(f"{step}\n" for step in steps[:end]), records[i])
-        for i, steps in rows
-        for end in range(1, len(steps))
-    ]
-    shares = iter(success_shares(complete, check, tokenizer, states) if states else [])
-    return [
-        [*[next(shares) for _ in steps[1:]], end]
-        for (_, steps), end in zip(rows, outcomes, strict=True)
-    ]
 
 
 if __name__ == "__main__":

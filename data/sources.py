@@ -58,6 +58,10 @@ class Source:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def first(self, most: int) -> list[Record]:
+        """Return the first `most` records, or all where there are fewer."""
+        return [self[i] for i in range(min(most, len(self)))]
+
     def __getitem__(self, i: int) -> Record:
         return self.read(int(self.rows[i]))
 

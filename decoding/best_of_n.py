@@ -1,25 +1,29 @@
-"""Best-of-n: of n samples the one that a reward likes best; what the gold program says of it, and the KL it costs.
+"""Best of n: of n samples the one with the highest reward; its gold criteria, and the KL it costs.
 
-python -m decoding.best_of_n --policy=runs/align/sft --reward=runs/align/rm --n=64
-python -m decoding.best_of_n --policy=runs/maths --data=maths.jsonl --reward=tasks.answers:number --n=16
+    python -m decoding.best_of_n --policy=runs/align/sft --reward=runs/align/rm --n=64
+    python -m decoding.best_of_n --policy=runs/maths --data=maths.jsonl \
+        --reward=tasks.answers:number --n=16
 """
 
 import dataclasses
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import numpy as np
 
 from data.batches import encode_prompt, pad_prompts
+from data.records import Record
 from data.sources import open_source
 from data.tokenizer import Tokenizer
-from evaluation.gold import CRITERIA, gold_rows
-from evaluation.intervals import Interval, mean, share
+from decoding.report import powers_of_two
+from evaluation.gold import CRITERIA, gold_rows, gold_shares
+from evaluation.intervals import Interval, mean_interval
+from evaluation.tables import cells
 from model import LanguageModel, init_and_apply
 from model_config import check_fit, stored_model
 from objectives.imitate import best_of_n_kl
-from responses import in_parts
-from rewards.scorer import make_scorer
+from responses import filled, in_parts, split_evenly
+from rewards.scorer import make_reward_scorer
 from rollout import make_rollout
 from runtime import flags
 from runtime.errors import UserError
@@ -28,13 +32,17 @@ from sharding import MeshConfig, abstract, make_mesh, to_mesh
 from tasks import world
 from train_state import load_params
 
+# Responses a call, at least one for each device.
+ROWS = 512
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     policy: str = "runs/align/sft"
     """Run to sample from."""
     reward: str = "runs/align/rm"
-    """What chooses: a run of train_rm.py, module:function, called with (response, record), or http://<rewards/serve.py>."""
+    """A run of train_rm.py, module:function, called with (response, record), or http://host:port
+    of rewards/serve.py."""
     data: str = "world"
     """Held-out prompts of: world, a .jsonl file, or tfds:<name>."""
     n: int = 16
@@ -48,79 +56,103 @@ class Config:
     seed: int = 0
 
 
-def sampled(
-    config: Config, records: list[dict[str, Any]], mesh: Any
+def sample_and_score(
+    config: Config, records: list[Record], mesh: jax.sharding.Mesh
 ) -> tuple[np.ndarray, list[list[str]]]:
-    """The rewards of the responses to `records`, [P, N], and their texts."""
-    model, tokenizer = (
-        stored_model(config.policy),
-        Tokenizer.load(config.policy),
-    )
+    """Sample `config.n` responses to the prompt of each record, and score them.
+
+    Returns (rewards [P, N], texts: P lists of N), in the order of `records`. A response that never
+    ended is scored as it is.
+    """
+    # The policy, on the mesh, and the reward.
+    model = stored_model(config.policy)
+    tokenizer = Tokenizer.load(config.policy)
     check_fit(model, tokenizer.size, config.max_prompt + config.max_new_tokens)
-    models, score = make_scorer([config.reward], tokenizer, mesh)
+    models, score = make_reward_scorer([config.reward], tokenizer, mesh)
     init, apply = init_and_apply(LanguageModel(model))
-    params = load_params(
-        config.policy, shapes=abstract(jax.eval_shape(init, jax.random.key(0)), mesh)
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    params = load_params(config.policy, shapes=abstract(shapes, mesh))
+    sampling = SamplingConfig(config.temperature, max_new_tokens=config.max_new_tokens)
+    sample_rollout = make_rollout(
+        apply, model, sampling, eos=tokenizer.eos, pad=tokenizer.pad, n=config.n
     )
-    rollout = make_rollout(
-        apply,
-        model,
-        SamplingConfig(config.temperature, max_new_tokens=config.max_new_tokens),
-        eos=tokenizer.eos,
-        pad=tokenizer.pad,
-        n=config.n,
-    )
-    devices, rewards, texts = mesh.shape["data"], [], []
-    rows = devices * max(1, 512 // (config.n * devices))
+
+    # In parts of one shape; the last one is filled up.
+    devices = mesh.shape["data"]
+    rows = devices * max(1, ROWS // (config.n * devices))
+    rewards: list[np.ndarray] = []
+    texts: list[str] = []
     for start in in_parts(len(records), rows, "sample"):
-        part = records[start : start + rows]
-        asked = [*part, *[part[0]] * (rows - len(part))]
-        tokens = [
-            row
-            for record in asked
-            for row in encode_prompt(record, tokenizer, config.max_prompt)[0]
-        ]
-        batch = to_mesh(pad_prompts(tokens, config.max_prompt, tokenizer.pad, fixed=True), mesh)
-        batch = rollout(params, batch, jax.random.fold_in(jax.random.key(config.seed), start))
-        scores, _ = score(models, batch, asked)
-        rewards.append(np.asarray(scores[config.reward]).reshape(rows, config.n)[: len(part)])
-        decoded = [tokenizer.decode(row.tolist()) for row in np.asarray(batch["response_BR"])]
-        texts += [decoded[i * config.n : (i + 1) * config.n] for i in range(len(part))]
-    return np.concatenate(rewards), texts
+        part = filled(records[start : start + rows], rows)
+        tokens = []
+        for record in part:
+            encoded, _ = encode_prompt(record, tokenizer, config.max_prompt)
+            tokens += encoded
+        padded = pad_prompts(tokens, config.max_prompt, tokenizer.pad, fixed=True)
+        batch = to_mesh(padded, mesh)
+        key = jax.random.fold_in(jax.random.key(config.seed), start)
+
+        # The responses, n to each prompt, and their rewards.
+        rollout = sample_rollout(params, batch, key)
+        scores, _ = score(models, rollout, part)
+        rewards.append(np.asarray(scores[config.reward]))
+        responses_BR = np.asarray(rollout["response_BR"])
+        texts += [tokenizer.decode(response_R.tolist()) for response_R in responses_BR]
+
+    # By prompt, without what the last part was filled up with.
+    count = len(records)
+    rewards_PN = np.concatenate(rewards).reshape(-1, config.n)
+    texts_PN = split_evenly(texts, config.n)
+    return rewards_PN[:count], texts_PN[:count]
+
+
+def best_of_first(
+    rewards_PN: np.ndarray,
+    texts: Sequence[Sequence[str]],
+    n: int,
+    requests: Sequence[world.Request] | None,
+) -> dict[str, Interval]:
+    """Measure each prompt's best of its first `n` samples, the first of equal ones.
+
+    Returns the mean `reward` and, with the world's `requests`, the share that meets each of
+    CRITERIA.
+    """
+    best_P = rewards_PN[:, :n].argmax(1)
+    reward_P = rewards_PN[np.arange(len(best_P)), best_P]
+    row = {"reward": mean_interval(reward_P)}
+    if requests is not None:
+        chosen = [texts[p][i] for p, i in enumerate(best_P)]
+        row |= gold_shares(gold_rows(requests, chosen))
+    return row
 
 
 def main(config: Config) -> dict[int, dict[str, Interval]]:
-    """Prints a row for each number of samples; returns them: reward and, in the world, gold, with 95 % intervals."""
+    """Print a row for each number of samples, and return the rows: {n: {"reward", criteria}}."""
     if config.n < 1 or config.prompts < 1:
         raise UserError(f"--n={config.n}, --prompts={config.prompts}: must be at least 1")
     mesh = make_mesh(MeshConfig())
+
+    # Prompts; in the world also what they request, which the gold program needs.
     source = open_source(config.data, "prompt", "heldout", seed=config.seed)
-    records = [source[i] for i in range(min(config.prompts, len(source)))]
-    rewards_PN, texts = sampled(config, records, mesh)
-    in_world = config.data == "world"
-    requests = (
-        [world.prompt(i, split="heldout", seed=config.seed) for i in range(len(records))]
-        if in_world
-        else []
-    )
+    records = source.first(config.prompts)
+    requests = None
+    if config.data == "world":
+        numbers = range(len(records))
+        requests = [world.prompt(i, split="heldout", seed=config.seed) for i in numbers]
+
+    rewards_PN, texts = sample_and_score(config, records, mesh)
+
+    # A row for each number of samples.
+    criteria = "" if requests is None else cells(CRITERIA, ">13")
+    print(f"{'n':>5}{'KL bound':>9}{'reward':>14}{criteria}")
     table = {}
-    print(
-        f"{'n':>5}{'KL bound':>9}{'reward':>14}"
-        + "".join(f"{name:>13}" for name in CRITERIA if in_world)
-    )
-    for n in sorted({*(1 << k for k in range(config.n.bit_length())), config.n}):
-        best_P = rewards_PN[:, :n].argmax(1)
-        row = {"reward": mean(rewards_PN[np.arange(len(records)), best_P])}
-        if in_world:
-            rows = gold_rows(requests, [texts[p][i] for p, i in enumerate(best_P)])
-            row |= {name: share([r[name] for r in rows]) for name in CRITERIA}
+    for n in powers_of_two(config.n):
+        row = best_of_first(rewards_PN, texts, n, requests)
+        print(f"{n:5}{best_of_n_kl(n):9.3f} {cells(row.values(), '>13')}")
         table[n] = row
-        cells = "".join(
-            f"{f'{value:.3f} ±{(high - low) / 2:.3f}':>13}" for value, (low, high) in row.values()
-        )
-        print(f"{n:5}{best_of_n_kl(n):9.3f} {cells}")
     print(
-        f"{len(records)} held-out prompts, 95 % intervals; KL of the best of n to the policy: at most, in nats"
+        f"{len(records)} held-out prompts, 95 % intervals; "
+        "KL of the best of n to the policy: at most, in nats"
     )
     return table
 

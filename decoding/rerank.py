@@ -1,33 +1,44 @@
-"""Re-ranking: of N answers the one that models of steps or outcomes, or the majority, prefer; how often it is right.
+"""Re-ranking: of N answers the one that a model of steps or outcomes, or the majority, prefers.
 
     python -m decoding.rerank --policy=runs/maths --models runs/orm runs/prm
-    python -m decoding.rerank --policy=runs/gsm8k --data=tfds:gsm8k --models runs/prm --max_prompt=256 --max_new_tokens=256
+    python -m decoding.rerank --policy=runs/gsm8k --data=tfds:gsm8k --models runs/prm \
+        --max_prompt=256 --max_new_tokens=256
 
-A row is a way to choose, a column the number of answers chosen from, always the first of the same samples. A score
-that knows nothing draws one of the distinct answers, for equal ones score equal.
+Prints how often each way to choose is right. A row is a way, a column the number of answers chosen
+from, always the first of the same samples. A score that knows nothing draws one of the distinct
+answers: equal answers have equal scores.
 """
 
 import dataclasses
-import json
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from data.records import Record
 from data.sources import open_source
 from data.steps import problems
-from evaluation.intervals import Interval, mean
+from decoding.report import as_json, powers_of_two, write_result
+from evaluation.intervals import Interval, mean_interval
 from evaluation.steps import majority
+from evaluation.tables import cells
 from model_config import check_fit
 from objectives.imitate import first_of_equal
-from responses import load_run, make_sampler
-from rewards.scorer import load_function, make_step_scorer
+from responses import load_run, make_sampler, split_evenly
+from rewards.models import make_step_scorer
+from rewards.scorer import Check, load_function
 from runtime import flags
 from runtime.errors import require
-from runtime.run_folder import atomic_text
 from sampling import SamplingConfig
 from sharding import MeshConfig, make_mesh
 from tasks.answers import last_number
+
+# Answers a call.
+ROWS = 512
+Hits = dict[str, np.ndarray]
+"""Way to choose -> [P]: 1 where its choice is right, else 0, or the chance of that."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +46,8 @@ class Config:
     policy: str = "runs/maths"
     """Run to sample from."""
     models: tuple[str, ...] = ("runs/prm",)
-    """Runs of train_prm.py. A score is `product` or `minimum` over steps, or `last`, as an outcome model's is read."""
+    """Runs of train_prm.py. Each gives three scores: `product` and `minimum` over the steps, and
+    `last`, as an outcome model's is read."""
     data: str = "arithmetic"
     """Held-out problems with answers of: arithmetic, a .jsonl file, or tfds:<name>."""
     check: str = "tasks.answers:number"
@@ -53,87 +65,147 @@ class Config:
     seed: int = 0
 
 
-def choices(
-    n: int, scores: dict[str, np.ndarray], answers: list[list[Any]]
-) -> dict[str, np.ndarray]:
-    """Of each way to choose, the index [P] of its choice among the first `n` answers; scores [P, N], answers P x N."""
-    voted = np.array([majority(of_one[:n]) for of_one in answers])
-    return {"majority": voted, **{name: x[:, :n].argmax(1) for name, x in scores.items()}}
+class Answers(NamedTuple):
+    """N answers to each of P problems, and what may choose among them."""
+
+    texts: list[list[str]]
+    """P lists of N."""
+    right_PN: np.ndarray
+    """1 where the answer is right, else 0."""
+    scores: dict[str, np.ndarray]
+    """Way to score -> [P, N], the higher the better."""
+    tokens: float
+    """Sampled tokens a problem."""
 
 
-def main(config: Config) -> dict[str, dict[int, Interval]]:
-    """Prints and returns accuracies with 95 % intervals over problems; {way: {n: (share, interval)}}."""
-    require(
-        min(config.n, config.prompts) >= 1,
-        f"--n={config.n}, --prompts={config.prompts}: must be at least 1",
-    )
-    mesh = make_mesh(MeshConfig())
+def sample_answers(config: Config, records: Sequence[Record], mesh: jax.sharding.Mesh) -> Answers:
+    """Sample `config.n` answers to the problem of each record; check them and score them."""
+    # The policy, the check and the models that score.
     model, tokenizer, params = load_run(config.policy)
     length = config.max_prompt + config.max_new_tokens
     check_fit(model, tokenizer.size, length)
     check = load_function(config.check)
-    scorers = {run: make_step_scorer(run, tokenizer, mesh, length) for run in config.models}
-    source = open_source(config.data, "prompt", "heldout", seed=config.seed)
-    records = [source[i] for i in range(min(config.prompts, len(source)))]
-    prompts = problems(records, tokenizer, config.max_prompt)
+    scorers = {}
+    for run in config.models:
+        scorers[run] = make_step_scorer(run, tokenizer, mesh, length)
 
+    # The answers, all to a problem next to one another.
+    prompts = problems(records, tokenizer, config.max_prompt)
     sampling = SamplingConfig(config.temperature, max_new_tokens=config.max_new_tokens)
-    respond, key = make_sampler(model, sampling, tokenizer, config.n), jax.random.key(config.seed)
-    responses = respond(params, prompts, key, max(1, 512 // config.n))
-    texts, shape = [tokenizer.decode(r) for r in responses], (len(records), config.n)
-    right_PN = np.reshape(
-        [check(text, records[i // config.n]) for i, text in enumerate(texts)], shape
-    )
-    answers = [
-        [last_number(t) for t in texts[i : i + config.n]] for i in range(0, len(texts), config.n)
-    ]
-    numbers = np.unique(texts, return_inverse=True)[1]  # equal ones of equal texts
-    new_PN = np.reshape(first_of_equal(numbers[:, None], config.n), shape)
+    respond = make_sampler(model, sampling, tokenizer, config.n)
+    rows = max(1, ROWS // config.n)
+    responses = respond(params, prompts, jax.random.key(config.seed), rows)
+    flat = [tokenizer.decode(response) for response in responses]
+    texts = split_evenly(flat, config.n)
+
+    # The scores of each model, in each of its ways.
     asked = [prompt for prompt in prompts for _ in range(config.n)]
-    scores = {
-        f"{run} {how}": x.reshape(shape)
-        for run, score in scorers.items()
-        for how, x in score(asked, responses).items()
-    }
-    sizes = sorted({*(1 << k for k in range(config.n.bit_length())), config.n})
-    hits: dict[str, dict[int, np.ndarray]] = {}
-    for n in sizes:
-        of_n = {"one drawn at random": right_PN[:, :n].mean(1)}
-        of_n["a score that knows nothing"] = np.average(right_PN[:, :n], 1, new_PN[:, :n])
-        of_n |= {
-            way: right_PN[np.arange(len(records)), at]
-            for way, at in choices(n, scores, answers).items()
-        }
-        for way, hit_P in (of_n | {"one of them is right": right_PN[:, :n].max(1)}).items():
-            hits.setdefault(way, {})[n] = hit_P
-    table = {way: {n: mean(hit_P) for n, hit_P in row.items()} for way, row in hits.items()}
+    shape = (len(records), config.n)
+    scores = {}
+    for run, score_steps in scorers.items():
+        for way, score_M in score_steps(asked, responses).items():
+            scores[f"{run} {way}"] = score_M.reshape(shape)
+
     tokens = sum(map(len, responses)) / len(records)
-    report(config, table, len(records), tokens)
+    return Answers(texts, check_answers(check, texts, records), scores, tokens)
+
+
+def check_answers(
+    check: Check, texts: Sequence[Sequence[str]], records: Sequence[Record]
+) -> np.ndarray:
+    """Return [P, N]: `check` of each text with its problem's record."""
+    right = []
+    for record, own in zip(records, texts, strict=True):
+        right.append([check(text, record) for text in own])
+    return np.array(right)
+
+
+def first_of_equal_texts(texts: Sequence[Sequence[str]]) -> np.ndarray:
+    """Return [P, N] bool: False for a text that equals an earlier one to its problem."""
+    n = len(texts[0])
+    # Equal numbers for equal texts, one a row.
+    _, number_PN = np.unique(np.array(texts), return_inverse=True)
+    number_B1 = jnp.asarray(number_PN.reshape(-1, 1))
+    return np.asarray(first_of_equal(number_B1, n)).reshape(-1, n)
+
+
+def choices(
+    n: int, scores: dict[str, np.ndarray], answers: Sequence[Sequence[Any]]
+) -> dict[str, np.ndarray]:
+    """Choose among the first `n` answers to each problem by majority and by each of `scores`.
+
+    `scores`: way -> [P, N], the highest wins, of equal ones the first. `answers`: P lists of N
+    final answers; None does not vote. Returns way -> [P], the index of its choice.
+    """
+    voted = [majority(own[:n]) for own in answers]
+    chosen = {"majority": np.array(voted)}
+    for way, score_PN in scores.items():
+        chosen[way] = score_PN[:, :n].argmax(1)
+    return chosen
+
+
+def hits_of_first(n: int, answers: Answers) -> Hits:
+    """Return how often each way to choose among the first `n` answers is right, by problem."""
+    # Of the first n answers.
+    right_PN = answers.right_PN[:, :n]
+    new_PN = first_of_equal_texts(answers.texts)[:, :n]
+    finals = [[last_number(text) for text in own] for own in answers.texts]
+    problem_P = np.arange(len(right_PN))
+
+    # Ways that choose at random: the chance to be right.
+    hits = {
+        "one drawn at random": right_PN.mean(1),
+        "a score that knows nothing": np.average(right_PN, 1, new_PN),
+    }
+    # Ways that choose one, and the best that any of them could do.
+    for way, chosen_P in choices(n, answers.scores, finals).items():
+        hits[way] = right_PN[problem_P, chosen_P]
+    hits["one of them is right"] = right_PN.max(1)
+    return hits
+
+
+def main(config: Config) -> dict[str, dict[int, Interval]]:
+    """Print and return the share of problems solved: {way: {n: share with its interval}}."""
+    require(
+        min(config.n, config.prompts) >= 1,
+        f"--n={config.n}, --prompts={config.prompts}: must be at least 1",
+    )
+    # Problems, and the answers to them.
+    mesh = make_mesh(MeshConfig())
+    source = open_source(config.data, "prompt", "heldout", seed=config.seed)
+    records = source.first(config.prompts)
+    answers = sample_answers(config, records, mesh)
+
+    # Each way to choose, for each number of answers that it chooses from.
+    hits_by_n = {n: hits_of_first(n, answers) for n in powers_of_two(config.n)}
+    ways = hits_by_n[config.n]
+    table: dict[str, dict[int, Interval]] = {}
+    for way in ways:
+        table[way] = {n: mean_interval(hits[way]) for n, hits in hits_by_n.items()}
+    print_table(table)
+    print(
+        f"{len(records)} held-out problems, 95 % intervals; "
+        f"{answers.tokens:.0f} tokens a problem for n={config.n}"
+    )
+
+    # The same as a file, with the result on each problem for all n answers.
     if config.out is not None:
-        last = {way: row[config.n].round(4).tolist() for way, row in hits.items()}
-        content = {
-            "config": dataclasses.asdict(config),
-            "tokens": tokens,
-            "accuracy": table,
-            "hits": last,
-        }
-        with atomic_text(config.out) as file:
-            file.write(json.dumps(content) + "\n")
+        accuracy = {}
+        hits_of_all = {}
+        for way, row in table.items():
+            accuracy[way] = {n: as_json(interval) for n, interval in row.items()}
+            hits_of_all[way] = ways[way].round(4).tolist()
+        write_result(config.out, config, answers.tokens, accuracy, hits_of_all)
     return table
 
 
-def report(
-    config: Config, table: dict[str, dict[int, Interval]], problems: int, tokens: float
-) -> None:
-    """The table for a terminal."""
-    wide = max(map(len, table)) + 2
-    print(" " * wide + "".join(f"{f'n={n}':>15}" for n in table["majority"]))
+def print_table(table: dict[str, dict[int, Interval]]) -> None:
+    """Print a row for each way to choose, a column for each number of answers."""
+    width = max(map(len, table)) + 2
+    sizes = [f"n={n}" for n in table["majority"]]
+    print(" " * width + cells(sizes, ">15"))
     for way, row in table.items():
-        cells = (f"{value:.3f} ±{(high - low) / 2:.3f}" for value, (low, high) in row.values())
-        print(f"{way:{wide}}" + "".join(f"{cell:>15}" for cell in cells))
-    print(
-        f"{problems} held-out problems, 95 % intervals; {tokens:.0f} tokens a problem for n={config.n}"
-    )
+        print(f"{way:{width}}{cells(row.values(), '>15')}")
 
 
 if __name__ == "__main__":

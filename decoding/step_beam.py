@@ -1,33 +1,39 @@
-"""Step-level beam search: a model of steps keeps the best partial solutions as they are written (Snell et al. 2024).
+"""Step-level beam search: a model of steps keeps the best partial solutions as they are written.
 
     python -m decoding.step_beam --policy=runs/maths --model=runs/prm --beams=4 --branch=4
 
-Compare with as many answers of decoding/rerank.py, --n = beams x branch: both print the tokens sampled a problem. What is found
-with --split=train can be imitated, and searched from again: expert iteration (Anthony et al. 2017), as
-experiments/arithmetic/search.sh does.
+Snell et al. 2024. Compare with as many answers of decoding/rerank.py, --n = beams x branch: both
+print the tokens sampled a problem. What is found with --split=train can be imitated, and searched
+from again: expert iteration (Anthony et al. 2017), as experiments/arithmetic/search.sh does.
 """
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import jax
 import numpy as np
 
+from data.records import Record
 from data.sources import open_source
 from data.steps import problems
-from evaluation.intervals import Interval, mean
+from data.tokenizer import Tokenizer
+from decoding.report import as_json, write_result
+from evaluation.intervals import Interval, mean_interval
 from model_config import check_fit
-from responses import load_run, make_sampler
-from rewards.scorer import load_function, make_step_scorer
+from objectives.reward import StepScore
+from responses import Tokens, load_run, make_sampler, split_evenly
+from rewards.models import make_step_scorer
+from rewards.scorer import load_function
 from runtime import flags
 from runtime.errors import require
 from runtime.run_folder import atomic_text
 from sampling import SamplingConfig
 from sharding import MeshConfig, make_mesh
 
-Tokens = list[int]
+# Steps a call.
+ROWS = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,18 +42,18 @@ class Config:
     """Run to sample from."""
     model: str = "runs/prm"
     """Run of train_prm.py that scores partial solutions."""
-    how: Literal["product", "minimum", "last"] = "product"
-    """What makes the score of the steps so far (objectives/reward.py)."""
+    how: StepScore = "product"
+    """How the steps so far make one score (objectives/reward.py)."""
     data: str = "arithmetic"
     """Problems with answers of: arithmetic, a .jsonl file, or tfds:<name>."""
     split: Literal["heldout", "train"] = "heldout"
-    """Of these problems."""
+    """Part of these problems."""
     check: str = "tasks.answers:number"
     """module:function that is 1 where a response (first argument) has its record's answer."""
     beams: int = 4
     """Partial solutions kept after each step."""
     branch: int = 4
-    """Next steps sampled for each of them; for the first step, beams times as many for the problem."""
+    """Next steps sampled of each of them; the first step is sampled beams x branch times."""
     prompts: int = 500
     out: str | None = None
     """JSON file for what is printed, with the result on each problem."""
@@ -62,7 +68,7 @@ class Config:
 
 
 def search(
-    prompts: list[Tokens],
+    prompts: Sequence[Tokens],
     extend: Callable[[list[Tokens], int], list[Tokens]],
     score: Callable[[list[Tokens], list[Tokens]], np.ndarray],
     eos: int,
@@ -71,109 +77,134 @@ def search(
     branch: int,
     longest: int,
 ) -> tuple[list[Tokens], int]:
-    """The best-scored solution to each prompt that the search finds, and the tokens sampled in all.
+    """Search a solution to each prompt, step by step.
 
-    `extend(contexts, round)`: `branch` next steps for each context, in order. A solution is finished when it ends in
-    `eos`, and stays among the candidates; one of `longest` tokens without an end goes no further.
+    `extend(contexts, round)`: samples `branch` next steps of each context (a prompt and a partial
+    solution), in order; rounds count from 0. `score(prompts, solutions)`: [N], the higher the
+    better, of partial solutions too. Returns (the best-scored solution to each prompt, without the
+    prompt; the tokens sampled in all).
+
+    A solution is finished when it ends in `eos`, and stays among the candidates; one of `longest`
+    tokens without an end goes no further.
     """
-    kept = [[[] for _ in range(beams)] for _ in prompts]
-    open_ = lambda tokens: (not tokens or tokens[-1] != eos) and len(tokens) < longest
-    sampled, number = 0, 0
-    while any(open_(tokens) for of_one in kept for tokens in of_one):
-        # All are extended, and the finished ones' steps ignored: so each round has one shape to compile.
-        steps = iter(
-            extend(
-                [
-                    [*prompt, *t]
-                    for prompt, of_one in zip(prompts, kept, strict=True)
-                    for t in of_one
-                ],
-                number,
-            )
-        )
-        candidates = []
-        for of_one in kept:
-            mine: list[Tokens] = []
-            for tokens in of_one:
+
+    def is_open(tokens: Tokens) -> bool:
+        return tokens[-1:] != [eos] and len(tokens) < longest
+
+    # Of each problem the beams: partial solutions, best first; at first all are empty.
+    kept: list[list[Tokens]] = [[[] for _ in range(beams)] for _ in prompts]
+    sampled = 0
+    number = 0
+    while any(is_open(tokens) for own in kept for tokens in own):
+        # All are extended, and the steps of finished ones ignored: each round has one shape.
+        contexts = []
+        for prompt, own in zip(prompts, kept, strict=True):
+            for tokens in own:
+                contexts.append([*prompt, *tokens])
+        steps = iter(extend(contexts, number))
+
+        # A finished solution is repeated: all problems have beams x branch candidates.
+        candidates: list[Tokens] = []
+        for own in kept:
+            for tokens in own:
                 new = [next(steps) for _ in range(branch)]
-                if open_(tokens):
+                if is_open(tokens):
                     sampled += sum(map(len, new))
-                    mine += [[*tokens, *step][:longest] for step in new]
+                    candidates += [[*tokens, *step][:longest] for step in new]
                 else:
-                    mine += [tokens] * branch  # so that all problems have equally many
-            candidates.append(mine)
-        asked = [prompt for prompt in prompts for _ in range(beams * branch)]
-        scores_PN = score(asked, [t for mine in candidates for t in mine]).reshape(
-            len(prompts), -1
-        )
-        kept = [
-            best(mine, scores, beams) for mine, scores in zip(candidates, scores_PN, strict=True)
-        ]
+                    candidates += [tokens] * branch
+
+        # The best of them go on.
+        each = beams * branch
+        asked = [prompt for prompt in prompts for _ in range(each)]
+        scores_PN = score(asked, candidates).reshape(-1, each)
+        by_problem = split_evenly(candidates, each)
+        kept = [best(*pair, beams) for pair in zip(by_problem, scores_PN, strict=True)]
         number += 1
-    return [of_one[0] for of_one in kept], sampled
+    return [own[0] for own in kept], sampled
 
 
-def best(candidates: list[Tokens], scores: np.ndarray, beams: int) -> list[Tokens]:
-    """The `beams` best-scored, each kept once while others are left, best first."""
+def best(candidates: Sequence[Tokens], scores: np.ndarray, beams: int) -> list[Tokens]:
+    """Return the `beams` candidates with the highest scores [N], best first.
+
+    Equal candidates are repeated only where there are fewer than `beams` distinct ones.
+    """
     order = sorted(range(len(candidates)), key=lambda i: -scores[i])
-    distinct = list({tuple(candidates[i]): candidates[i] for i in order}.values())
-    return [*distinct, *(candidates[i] for i in order)][:beams]
+    in_order = [candidates[i] for i in order]
+    distinct = {tuple(tokens): tokens for tokens in in_order}
+    return [*distinct.values(), *in_order][:beams]
 
 
-def main(config: Config) -> tuple[Interval, float]:
-    """Prints and returns the accuracy with its 95 % interval over problems, and the tokens sampled a problem."""
-    require(
-        min(config.beams, config.branch, config.prompts) >= 1,
-        f"--beams={config.beams}, --branch={config.branch}, --prompts={config.prompts}: must be at least 1",
-    )
-    mesh = make_mesh(MeshConfig())
+def search_problems(
+    config: Config, records: Sequence[Record], mesh: jax.sharding.Mesh
+) -> tuple[list[Tokens], int, Tokenizer]:
+    """Search a solution to the problem of each record by the models that `config` names.
+
+    Returns (solutions, tokens sampled in all, the policy's tokenizer).
+    """
+    # The policy, what scores its steps, and the problems.
     model, tokenizer, params = load_run(config.policy)
     length = config.max_prompt + config.max_new_tokens
     check_fit(model, tokenizer.size, length)
-    check, score = (
-        load_function(config.check),
-        make_step_scorer(config.model, tokenizer, mesh, length),
-    )
-    source = open_source(config.data, "prompt", config.split, seed=config.seed)
-    records = [source[i] for i in range(min(config.prompts, len(source)))]
+    score_steps = make_step_scorer(config.model, tokenizer, mesh, length)
     prompts = problems(records, tokenizer, config.max_prompt)
+
+    # A sampler of one step: a newline ends it too.
     sampling = SamplingConfig(config.temperature, max_new_tokens=config.max_new_tokens)
     respond = make_sampler(model, sampling, tokenizer, config.branch, ends=tokenizer.newlines())
     key = jax.random.key(config.seed)
+    rows = max(1, ROWS // config.branch)
 
     def extend(contexts: list[Tokens], number: int) -> list[Tokens]:
-        return respond(
-            params, contexts, jax.random.fold_in(key, number), max(1, 512 // config.branch)
-        )
+        return respond(params, contexts, jax.random.fold_in(key, number), rows)
+
+    def score(prompts: list[Tokens], solutions: list[Tokens]) -> np.ndarray:
+        return score_steps(prompts, solutions)[config.how]
 
     found, sampled = search(
-        prompts, extend, lambda *pair: score(*pair)[config.how], tokenizer.eos,
-        beams=config.beams, branch=config.branch, longest=config.max_new_tokens,
-    )  # fmt: skip
-    right = [
-        check(tokenizer.decode(tokens), record)
-        for tokens, record in zip(found, records, strict=True)
-    ]
-    accuracy, (low, high) = mean(right)
-    tokens = sampled / len(records)
-    print(
-        f"{len(records)} problems: {accuracy:.3f} ±{(high - low) / 2:.3f} right, {tokens:.0f} tokens each"
+        prompts,
+        extend,
+        score,
+        tokenizer.eos,
+        beams=config.beams,
+        branch=config.branch,
+        longest=config.max_new_tokens,
     )
+    return found, sampled, tokenizer
+
+
+def main(config: Config) -> tuple[Interval, float]:
+    """Print and return the share of problems solved, and the tokens sampled a problem."""
+    require(
+        min(config.beams, config.branch, config.prompts) >= 1,
+        f"--beams={config.beams}, --branch={config.branch}, --prompts={config.prompts}: "
+        "must be at least 1",
+    )
+    mesh = make_mesh(MeshConfig())
+    check = load_function(config.check)
+    source = open_source(config.data, "prompt", config.split, seed=config.seed)
+    records = source.first(config.prompts)
+    found, sampled, tokenizer = search_problems(config, records, mesh)
+
+    # How many are right.
+    texts = [tokenizer.decode(tokens) for tokens in found]
+    right = [check(*pair) for pair in zip(texts, records, strict=True)]
+    accuracy = mean_interval(right)
+    tokens = sampled / len(records)
+    print(f"{len(records)} problems: {accuracy} right, {tokens:.0f} tokens each")
+
     if config.out is not None:
-        content = {
-            "config": dataclasses.asdict(config),
-            "tokens": tokens,
-            "accuracy": [accuracy, [low, high]],
-        }
-        with atomic_text(config.out) as file:
-            file.write(json.dumps({**content, "hits": right}) + "\n")
+        write_result(config.out, config, tokens, as_json(accuracy), right)
     if config.solutions is not None:
+        # Those that are right and came to their end.
+        ended = [solution[-1] == tokenizer.eos for solution in found]
         with atomic_text(config.solutions) as file:
-            for record, solution, hit in zip(records, found, right, strict=True):
-                if hit and solution[-1] == tokenizer.eos:
-                    said = {"role": "assistant", "content": tokenizer.decode(solution)}
-                    file.write(json.dumps({"messages": [*record["prompt"], said]}) + "\n")
-    return (accuracy, [low, high]), tokens
+            for record, text, hit, end in zip(records, texts, right, ended, strict=True):
+                if hit and end:
+                    said = {"role": "assistant", "content": text}
+                    row = {"messages": [*record["prompt"], said]}
+                    file.write(json.dumps(row) + "\n")
+    return accuracy, tokens
 
 
 if __name__ == "__main__":

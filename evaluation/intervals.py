@@ -1,25 +1,62 @@
-"""Intervals of what is measured: a share (Wilson) and a mean (normal), each with its 95 % interval."""
+"""Values with 95 % intervals: a share (Wilson) and a mean (normal)."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-Interval = tuple[float, list[float]]
-"""A value and the two ends of its 95 % interval."""
+# Standard errors from the middle of a normal interval of 95 % to its end.
+Z = 1.96
 
 
-def share(hits: Sequence[bool]) -> Interval:
-    """A share and its 95 % interval (Wilson 1927)."""
-    n, z = len(hits), 1.96
-    if not n:
-        return float("nan"), [0.0, 1.0]
-    p = float(np.mean(hits))
-    centre, half = (p + z * z / (2 * n)), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
-    ends = (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
-    return p, [max(0.0, ends[0]), min(1.0, ends[1])]  # rounding may leave [0, 1]
+class Interval(NamedTuple):
+    """A value and the two ends of its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def ends(self) -> list[float]:
+        """[low, high], as JSON files have them beside the value."""
+        return [self.low, self.high]
+
+    def __str__(self) -> str:
+        """Show the value and half the interval's width: `0.512 ±0.031`."""
+        half = (self.high - self.low) / 2
+        return f"{self.value:.3f} ±{half:.3f}"
+
+    def __format__(self, spec: str) -> str:
+        """Show it as a text: f"{interval:>14}" pads on the left."""
+        return format(str(self), spec)
 
 
-def mean(values: Sequence[float]) -> Interval:
-    """A mean and its 95 % interval (normal)."""
-    m, half = float(np.mean(values)), 1.96 * float(np.std(values)) / max(len(values) - 1, 1) ** 0.5
-    return m, [m - half, m + half]
+def share_interval(hits: Sequence[bool]) -> Interval:
+    """Return the share of `hits` that are true, with its interval (Wilson 1927).
+
+    It lies within [0, 1]. Without hits: nan in [0, 1].
+    """
+    count = len(hits)
+    if not count:
+        return Interval(float("nan"), 0.0, 1.0)
+    share = float(np.mean(hits))
+    variance = share * (1 - share) / count
+
+    # The interval is not centred on the share but between it and 1/2.
+    centre = share + Z * Z / (2 * count)
+    half = Z * (variance + Z * Z / (4 * count * count)) ** 0.5
+    scale = 1 + Z * Z / count
+
+    # Rounding may leave [0, 1].
+    low = max(0.0, (centre - half) / scale)
+    high = min(1.0, (centre + half) / scale)
+    return Interval(share, low, high)
+
+
+def mean_interval(values: Sequence[float] | np.ndarray) -> Interval:
+    """Return the mean of `values` with its interval (normal; the unbiased variance)."""
+    mean = float(np.mean(values))
+    deviation = float(np.std(values))
+    # Divided by n - 1: np.std divides by n.
+    half = Z * deviation / max(len(values) - 1, 1) ** 0.5
+    return Interval(mean, mean - half, mean + half)

@@ -1,19 +1,85 @@
-"""Measures of a reward model on held-out comparisons: accuracy, calibration, correlation with length."""
+"""Measures of a reward model on held-out comparisons: accuracy, calibration, length."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import NamedTuple
 
-import jax
 import numpy as np
 
-from data.batches import cut_left, encode_comparison, pad_prompts
+from data.batches import encode_comparison
+from data.records import Record
+from data.sources import Source
 from data.tokenizer import Tokenizer
-from model import Params, ScalarModel, init_and_apply
+from model import Params
 from model_config import ModelConfig
-from objectives.likelihood import inputs
-from objectives.reward import last_token
+from rewards.models import Prompt, make_text_scorer
 from runtime.errors import UserError
-from sharding import to_host
+
+# Of confidence between 1/2 and 1, in the calibration error.
+BINS = 10
+
+
+# ---- Statistics: arrays in, numbers out. N prompts, C candidates, P pairs ----
+
+
+def ordered_pairs(rewards_NC: np.ndarray, ranks_NC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return (gaps [P], prompts [P]) of all pairs of candidates to one prompt, ties left out.
+
+    A gap is the better candidate's reward less the worse one's; ranks as in `comparison_table`.
+    """
+    first_NC1 = ranks_NC[:, :, None]
+    second_N1C = ranks_NC[:, None, :]
+    # Both are candidates, and the first has the better (lower) rank.
+    ordered_NCC = (first_NC1 > 0) & (first_NC1 < second_N1C)
+    prompt_P, better_P, worse_P = np.nonzero(ordered_NCC)
+    better_reward_P = rewards_NC[prompt_P, better_P]
+    worse_reward_P = rewards_NC[prompt_P, worse_P]
+    return better_reward_P - worse_reward_P, prompt_P
+
+
+def accuracy(gap_P: np.ndarray) -> float:
+    """Return the share of pairs in the right order; equal rewards are not."""
+    return float((gap_P > 0).mean())
+
+
+def criterion_table(gap_P: np.ndarray, criterion_P: np.ndarray) -> dict[str, float]:
+    """Return `accuracy/<criterion>` and `pairs/<criterion>`, the number of its pairs."""
+    table = {}
+    for name in sorted({name for name in criterion_P if name}):
+        gaps = gap_P[criterion_P == name]
+        table[f"accuracy/{name}"] = accuracy(gaps)
+        table[f"pairs/{name}"] = float(len(gaps))
+    return table
+
+
+def calibration_error(gap_P: np.ndarray) -> float:
+    """Return the mean distance of confidence from accuracy, over bins of equal confidence.
+
+    Confidence is sigmoid(|gap|), the probability that Bradley-Terry gives the pair's own order.
+    """
+    right_P = gap_P > 0
+    size_P = np.abs(gap_P)
+    confidence_P = 1 / (1 + np.exp(-size_P))
+    # Confidence lies in [1/2, 1]; 1 itself belongs to the last bin.
+    bin_P = ((confidence_P - 0.5) * 2 * BINS).astype(int)
+    bin_P = np.minimum(bin_P, BINS - 1)
+
+    # Each bin counts by its share of the pairs.
+    errors = []
+    for number in set(bin_P.tolist()):
+        inside_P = bin_P == number
+        confidence = confidence_P[inside_P].mean()
+        distance = abs(confidence - right_P[inside_P].mean())
+        errors.append(distance * inside_P.mean())
+    return float(sum(errors))
+
+
+def length_correlation(rewards: np.ndarray, lengths: np.ndarray) -> float | None:
+    """Return the correlation of rewards and lengths; None where it is not defined."""
+    if len(rewards) <= 2:
+        return None
+    if rewards.std() == 0 or lengths.std() == 0:
+        return None
+    return float(np.corrcoef(rewards, lengths)[0, 1])
 
 
 def comparison_table(
@@ -22,97 +88,88 @@ def comparison_table(
     lengths_NC: np.ndarray,
     criteria: Sequence[str | None],
 ) -> dict[str, float]:
-    """Accuracy over all pairs (ties out), by criterion, calibration error, and correlation of reward and length.
+    """Measure the rewards of ranked candidates.
 
-    The calibration error is the mean distance, over ten bins, of sigmoid(gap) from the share that is right.
+    Ranks: 1 is best, equal ones are a tie, 0 is no candidate. `lengths_NC`: tokens of each.
+    `criteria`: for each prompt the name of what its candidates differ in, or None. Returns
+    `accuracy`, `pairs` (how many), `margin` (mean gap), accuracy and pairs by criterion,
+    `calibration_error`, and `length_correlation` where it is defined.
     """
-    n, i, j = np.nonzero(
-        (ranks_NC[:, :, None] > 0) & (ranks_NC[:, :, None] < ranks_NC[:, None, :])
-    )
-    gap = rewards_NC[n, i] - rewards_NC[n, j]
-    right = gap > 0
+    # Statistics of pairs.
+    gap_P, prompt_P = ordered_pairs(rewards_NC, ranks_NC)
+    criterion_P = np.array([criteria[n] for n in prompt_P], object)
     table = {
-        "accuracy": float(right.mean()),
-        "pairs": float(len(gap)),
-        "margin": float(gap.mean()),
+        "accuracy": accuracy(gap_P),
+        "pairs": float(len(gap_P)),
+        "margin": float(gap_P.mean()),
+        **criterion_table(gap_P, criterion_P),
+        "calibration_error": calibration_error(gap_P),
     }
-    for name in sorted({c for c in criteria if c}):
-        of_name = np.array([criteria[k] == name for k in n])
-        if of_name.any():
-            table |= {
-                f"accuracy/{name}": float(right[of_name].mean()),
-                f"pairs/{name}": float(of_name.sum()),
-            }
-    confidence = 1 / (1 + np.exp(-np.abs(gap)))
-    bins = np.minimum(((confidence - 0.5) * 20).astype(int), 9)
-    errors = [
-        abs(confidence[bins == k].mean() - right[bins == k].mean()) * (bins == k).mean()
-        for k in set(bins)
-    ]
-    table["calibration_error"] = float(sum(errors))
-    real = ranks_NC > 0
-    if real.sum() > 2 and rewards_NC[real].std() > 0 and lengths_NC[real].std() > 0:
-        table["length_correlation"] = float(np.corrcoef(rewards_NC[real], lengths_NC[real])[0, 1])
+    # A statistic of single responses.
+    real_NC = ranks_NC > 0
+    correlation = length_correlation(rewards_NC[real_NC], lengths_NC[real_NC])
+    if correlation is not None:
+        table["length_correlation"] = correlation
     return table
 
 
-def make_scorer(
-    config: ModelConfig, tokenizer: Tokenizer, length: int
-) -> Callable[..., list[float]]:
-    """score(params, prompts, responses) -> the reward of each response, as a list of floats."""
-    _, apply = init_and_apply(ScalarModel(config))
-    rows = 128
+# ---- A reward model on records ----
 
-    @jax.jit
-    def rewards(
-        params: Params, tokens_BT: jax.Array, segment_ids_BT: jax.Array, positions_BT: jax.Array
-    ):
-        output = apply(params, tokens_BT, segment_ids_BT, positions_BT)
-        return last_token(output.scalars_BT, segment_ids_BT)
 
-    def score(params: Params, prompts: Sequence[Any], responses: Sequence[str]) -> list[float]:
-        out: list[float] = []
-        for start in range(0, len(prompts), rows):
-            pairs = list(
-                zip(prompts[start : start + rows], responses[start : start + rows], strict=True)
-            )
-            answers = [[*tokenizer.encode(response), tokenizer.eos] for _, response in pairs]
-            rooms = [max(length - len(answer), 8) for answer in answers]
-            asked = [
-                cut_left(tokenizer.prompt(p), n, tokenizer)
-                for (p, _), n in zip(pairs, rooms, strict=True)
-            ]
-            tokens = [[*p, *answer][-length:] for p, answer in zip(asked, answers, strict=True)]
-            padded = [{"tokens": t} for t in tokens + tokens[:1] * (rows - len(tokens))]
-            batch = pad_prompts(padded, length, tokenizer.pad, fixed=True)
-            out += to_host(rewards(params, *inputs(batch)))[: len(tokens)].tolist()
-        return out
+class Comparisons(NamedTuple):
+    """Ranked responses as arrays, and as the flat lists that a scorer of texts takes."""
 
-    return score
+    prompts: list[Prompt]
+    """The prompt of each response, in the order of `ranks_NC[ranks_NC > 0]`."""
+    responses: list[str]
+    ranks_NC: np.ndarray
+    lengths_NC: np.ndarray
+    """Tokens of each response, without an end token; 0 where there is none."""
+    criteria: list[str | None]
+
+
+def as_comparisons(records: Sequence[Record], tokenizer: Tokenizer) -> Comparisons:
+    """Lay out comparison records (data/records.py) of any number of responses each."""
+    prompts: list[Prompt] = []
+    responses: list[str] = []
+    # As wide as the longest ranking; a rank of 0 says that there is no candidate.
+    most = max(len(record["responses"]) for record in records)
+    shape = (len(records), most)
+    ranks_NC = np.zeros(shape, np.int64)
+    lengths_NC = np.zeros(shape, np.int64)
+    for n, record in enumerate(records):
+        texts = record["responses"]
+        ranks_NC[n, : len(texts)] = record["ranking"]
+        for c, text in enumerate(texts):
+            lengths_NC[n, c] = len(tokenizer.encode(text))
+        prompts += [record["prompt"]] * len(texts)
+        responses += texts
+    criteria = [record.get("criterion") for record in records]
+    return Comparisons(prompts, responses, ranks_NC, lengths_NC, criteria)
 
 
 def make_comparison_evaluation(
-    config: ModelConfig, source: Any, tokenizer: Tokenizer, length: int, most: int
+    config: ModelConfig, source: Source, tokenizer: Tokenizer, length: int, most: int
 ) -> Callable[[Params], dict[str, float]]:
-    """evaluate(params) -> `comparison_table` on the first `most` records of `source`, names prefixed by `eval/`."""
-    records = [source[i] for i in range(min(most, len(source)))]
-    records = [record for record in records if encode_comparison(record, tokenizer, length)[0]]
+    """Make the evaluation of a reward model of shape `config` on comparisons.
+
+    It reads the first `most` records of `source`. Returns evaluate(params) -> `comparison_table`
+    with names prefixed by `eval/`. Records whose responses do not fit into `length` tokens are
+    left out; raises UserError where none is left.
+    """
+    # The records, and what of them does not depend on parameters.
+    records = []
+    for record in source.first(most):
+        if encode_comparison(record, tokenizer, length).rows:
+            records.append(record)
     if not records:
         raise UserError(f"{source.name}: no comparison fits into {length} tokens; raise --length")
-    score = make_scorer(config, tokenizer, length)
-    flat = [(record["prompt"], response) for record in records for response in record["responses"]]
-    shape = (len(records), max(len(record["responses"]) for record in records))
-    real_NC = (
-        np.arange(shape[1]) < np.array([len(record["responses"]) for record in records])[:, None]
-    )
-    ranks_NC, lengths_NC = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-    ranks_NC[real_NC] = [rank for record in records for rank in record["ranking"]]
-    lengths_NC[real_NC] = [len(tokenizer.encode(response)) for _, response in flat]
-    criteria = [record.get("criterion") for record in records]
+    prompts, responses, ranks_NC, lengths_NC, criteria = as_comparisons(records, tokenizer)
+    score_texts = make_text_scorer(config, tokenizer, length)
 
     def evaluate(params: Params) -> dict[str, float]:
-        rewards_NC = np.zeros(shape)
-        rewards_NC[real_NC] = score(params, *zip(*flat, strict=True))
+        rewards_NC = np.zeros(ranks_NC.shape)
+        rewards_NC[ranks_NC > 0] = score_texts(params, prompts, responses)
         table = comparison_table(rewards_NC, ranks_NC, lengths_NC, criteria)
         return {f"eval/{name}": value for name, value in table.items()}
 

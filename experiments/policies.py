@@ -8,7 +8,7 @@ import json
 import pathlib
 from typing import Any
 
-from evaluation.gold import CRITERIA, gold_rows, make_measure, summarise
+from evaluation.gold import CRITERIA, gold_rows, make_kl_sampler, summarise
 from planning.programs import forward_flops
 from responses import load_run
 from runtime import flags
@@ -52,7 +52,7 @@ def main(config: Config) -> dict[str, dict[str, Any]]:
                 f"{run}: its tokenizer is not that of {config.runs[0]}; measure them apart"
             )
         sampling = SamplingConfig(1.0, max_new_tokens=MAX_NEW)
-        measure = make_measure(model, sampling, tokenizer, MAX_PROMPT, reference=shape)
+        measure = make_kl_sampler(model, sampling, tokenizer, MAX_PROMPT, reference=shape)
         texts, lengths, kls = zip(
             *measure(params, first, [r.text for r in requests], config.seed), strict=True
         )

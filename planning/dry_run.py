@@ -18,8 +18,10 @@ from train_state import Init, shapes_of
 
 SHOWN = 4
 """Rows of the batch that are shown."""
-PREDICTED, PADDING, OFF = "\x1b[32m", "\x1b[2m", "\x1b[0m"
-"""Terminal codes."""
+# Codes of a terminal.
+PREDICTED = "\x1b[32m"
+PADDING = "\x1b[2m"
+OFF = "\x1b[0m"
 
 
 # --- what --dry_run prints
@@ -49,6 +51,7 @@ def preview_items(
     `params`, and of what else it holds. `batch`: on the host. Tokens under the loss mask are
     green; with NO_COLOR in the environment, in brackets. Returns {}, the metrics of no step.
     """
+    # Sizes, mesh and memory.
     rest = {name: tree for name, tree in items.items() if name != "params"}
     if hasattr(config, "length"):
         length = config.length
@@ -65,11 +68,14 @@ def preview_items(
     )
     print(text)
 
+    # Each parameter, and how it is split.
     print("parameters, and the mesh axes that split them:")
     for path, leaf in jax.tree.leaves_with_path(items["params"]):
         axes = ", ".join("-" if axis is None else str(axis) for axis in leaf.sharding.spec)
-        print(f"  {path_name(path):<36} {array_type(leaf):<28} ({axes})")
+        name = path_name(path)
+        print(f"  {name:<36} {array_type(leaf):<28} ({axes})")
 
+    # The batch: its arrays, then its tokens as text.
     is_alone = jax.process_count() == 1
     print("the first batch:" if is_alone else "this host's rows of the first batch:")
     for name, array in batch.items():
@@ -82,6 +88,7 @@ def preview_items(
 
 def print_rows(name: str, batch: Batch, tokenizer: Tokenizer) -> None:
     """Print the first rows of the tokens `name` of `batch`, with their loss mask."""
+    # Arrays of one batch share their names' endings: tokens_BT has segment_ids_BT.
     segments = batch[name.replace("tokens", "segment_ids")]
     mask = batch.get(name.replace("tokens", "loss_mask"))
     if mask is None:
@@ -89,9 +96,14 @@ def print_rows(name: str, batch: Batch, tokenizer: Tokenizer) -> None:
         mask = np.zeros_like(segments)
     else:
         print(f"{name}, green tokens are trained on:")
-    rows = [array.reshape(-1, array.shape[-1])[:SHOWN] for array in (batch[name], mask, segments)]
-    for tokens_T, mask_T, segments_T in zip(*rows, strict=True):
-        print(f"  {decoded(tokens_T, mask_T, segments_T, tokenizer)}\n")
+    # Candidates of a prompt are rows too.
+    length = segments.shape[-1]
+    tokens_NT, mask_NT, segments_NT = (
+        array.reshape(-1, length) for array in (batch[name], mask, segments)
+    )
+    for row in range(min(SHOWN, len(tokens_NT))):
+        text = decoded(tokens_NT[row], mask_NT[row], segments_NT[row], tokenizer)
+        print(f"  {text}\n")
 
 
 def decoded(
@@ -102,17 +114,20 @@ def decoded(
     `mask_T`: above 0 for predicted tokens. `segments_T`: 0 for padding.
     """
     is_plain = "NO_COLOR" in os.environ
-    begin, after = ("[", "]") if is_plain else (PREDICTED, OFF)
+    begin = "[" if is_plain else PREDICTED
+    after = "]" if is_plain else OFF
 
     # Pieces of one segment that are all predicted or all not.
     kinds = np.stack([mask_T > 0, segments_T])
     changes = (kinds[:, 1:] != kinds[:, :-1]).any(0)
+    ends = [*(np.flatnonzero(changes) + 1), len(tokens_T)]
     parts = []
     start = 0
-    for end in [*(np.flatnonzero(changes) + 1), len(tokens_T)]:
+    for end in ends:
         if start and segments_T[start] != segments_T[start - 1]:
             parts.append(" | ")
-        text = "".join(piece(int(token), tokenizer) for token in tokens_T[start:end])
+        pieces = [piece(int(token), tokenizer) for token in tokens_T[start:end]]
+        text = "".join(pieces)
         if segments_T[start] == 0:
             padding = f"({end - start} padding)"
             text = padding if is_plain else f"{PADDING}{padding}{OFF}"
@@ -154,6 +169,7 @@ def describe(
     ShapeDtypeStructs with their shardings. `batch_size`: sequences over all devices, each of
     `length` tokens. `start`: steps finished. `microbatches`: those of a pipeline.
     """
+    # What is trained.
     leaves = jax.tree.leaves(params)
     count = sum(math.prod(leaf.shape) for leaf in leaves)
     dtypes = "/".join(sorted({str(leaf.dtype) for leaf in leaves}))
@@ -164,9 +180,11 @@ def describe(
     mesh = getattr(leaves[0].sharding, "mesh", None)
     sizes = {} if mesh is None else dict(mesh.shape)
     axes = " × ".join(f"{name} {size}" for name, size in sizes.items()) or "none"
-    per_device = batch_size / (sizes.get("data", 1) * sizes.get("fsdp", 1))
+    parts = sizes.get("data", 1) * sizes.get("fsdp", 1)
+    per_device = batch_size / parts
     stages = sizes.get("stage", 1)
 
+    # In order of what one asks first.
     tokens = batch_size * length
     devices = jax.device_count()
     kind = jax.devices()[0].device_kind
@@ -196,6 +214,7 @@ def _wrapped(lines: dict[str, str]) -> Iterable[str]:
 
 def _bytes_per_device(tree: Any) -> int:
     """Return the largest share of a tree that one device holds."""
+    # An array without a sharding lies whole on each device; a key has no item size.
     total = 0
     for leaf in jax.tree.leaves(tree):
         sharding = getattr(leaf, "sharding", None)
@@ -215,7 +234,8 @@ def _size(count: float) -> str:
 def pipeline_line(stages: int, microbatches: int) -> str:
     """Return the arithmetic of a pipeline's schedule as text."""
     ticks = f"{microbatches} micro-batches in {microbatches + stages - 1} ticks"
-    return f"{stages} stages, {ticks}: {bubble(stages, microbatches):.1%} of the time idle"
+    idle = bubble(stages, microbatches)
+    return f"{stages} stages, {ticks}: {idle:.1%} of the time idle"
 
 
 def bubble(stages: int, microbatches: int) -> float:

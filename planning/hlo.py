@@ -116,6 +116,7 @@ def parse(text: str) -> tuple[Module, str]:
     module: Module = {}
     entry = ""
     for line in text.splitlines():
+        # A line at the margin opens or closes a computation.
         if not line.startswith(" "):
             header = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
             if header:
@@ -147,11 +148,13 @@ def parse_op(line: str) -> Op | None:
     else:
         names = re.findall(r"%([\w.\-]+)", line[opened:closed])
         rest = line[closed:]
-    return Op(start[2], line[at:end], code, names, rest, root=bool(start[1]))
+    is_root = start[1] is not None
+    return Op(start[2], line[at:end], code, names, rest, is_root)
 
 
 def balanced(text: str, start: int) -> int:
     """Return the index after the bracket that closes the one at `start`."""
+    # Brackets of all three kinds count as one.
     depth = 0
     for i in range(start, len(text)):
         depth += (text[i] in "([{") - (text[i] in ")]}")
@@ -174,6 +177,11 @@ def _integers(text: str) -> list[int]:
     return [int(number) for number in text.split(",") if number]
 
 
+def dims_of(op: Op) -> list[int]:
+    """Return the dimensions of an instruction's result, of a tuple's first."""
+    return arrays(op.shape)[0].dims
+
+
 def array_bytes(array: Array, main_memory: bool = True) -> float:
     """Return the bytes of an array; with `main_memory` 0 for one that does not lie there."""
     if main_memory and not array.in_main_memory:
@@ -192,6 +200,12 @@ def attribute(op: Op, name: str) -> list[str]:
     if not found:
         return []
     return [found[1]] if found[1] else re.findall(r"%([\w.\-]+)", found[2])
+
+
+def called(op: Op, module: Module) -> Computation:
+    """Return the body of a fusion."""
+    (name,) = attribute(op, "calls")
+    return module[name]
 
 
 def root_of(computation: Computation) -> Op:
@@ -270,13 +284,16 @@ def walk(
         if op.code == "while":
             turns = trips(op, module, around)
             for part in ("body", "condition"):
-                yield from walk(module, attribute(op, part)[0], times * turns, fused, turns)
+                (inside,) = attribute(op, part)
+                yield from walk(module, inside, times * turns, fused, turns)
             continue
+        # A fusion's body, the branches of a conditional, a called computation.
         inner = attribute(op, "calls") + attribute(op, "branch_computations")
         if op.code == "call":
             inner += attribute(op, "to_apply")
-        for called in inner:
-            yield from walk(module, called, times, fused or op.code == "fusion", around)
+        is_fused = fused or op.code == "fusion"
+        for inside in inner:
+            yield from walk(module, inside, times, is_fused, around)
 
 
 # --- FLOPs
@@ -286,23 +303,28 @@ def matmul_flops(op: Op, computation: Computation) -> float:
     """Return the FLOPs of a dot or of a convolution, which a TPU's compiler makes of a dot."""
     if op.code == "convolution":
         return convolution_flops(op, computation)
-    out = arrays(op.shape)[0].dims
-    left = arrays(computation[op.operands[0]].shape)[0].dims
+    # A multiplication and an addition for each element of the result and each that is summed.
+    out = dims_of(op)
+    left = dims_of(computation[op.operands[0]])
     contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", op.rest)[1]
-    return 2.0 * math.prod(out) * math.prod(left[d] for d in _integers(contracted))
+    summed = [left[dimension] for dimension in _integers(contracted)]
+    return 2.0 * math.prod(out) * math.prod(summed)
 
 
 def convolution_flops(op: Op, computation: Computation) -> float:
     """Return the FLOPs of a convolution; a window's places outside the array multiply nothing."""
-    out = arrays(op.shape)[0].dims
-    left, right = (arrays(computation[name].shape)[0].dims for name in op.operands[:2])
+    out = dims_of(op)
+    left = dims_of(computation[op.operands[0]])
+    right = dims_of(computation[op.operands[1]])
 
     # dim_labels names the dimensions of left, right and result: b batch, f features, i and o
     # features in and out, and a digit for each spatial dimension.
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", op.rest)
     left_labels, right_labels, out_labels = labels.groups()
-    total = 2.0 * out[out_labels.index("b")] * out[out_labels.index("f")]
-    total *= right[right_labels.index("i")]
+    rows = out[out_labels.index("b")]
+    features_out = out[out_labels.index("f")]
+    features_in = right[right_labels.index("i")]
+    total = 2.0 * rows * features_out * features_in
 
     found = re.search(r"window=\{([^}]*)\}", op.rest)
     window = dict(re.findall(r"(\w+)=([\dx_\-]+)", found[1] if found else ""))
@@ -328,19 +350,24 @@ def places_inside(left: int, right: int, out: int, window: dict[str, str]) -> fl
     spread = int(window.get("rhs_dilate", "1"))
     first = np.arange(out)[:, None] * stride - low
     at = first + np.arange(right) * spread
-    is_inside = (at >= 0) & (at <= (left - 1) * dilated) & (at % dilated == 0)
-    return float(is_inside.sum())
+    last = (left - 1) * dilated
+    is_inside = (at >= 0) & (at <= last)
+    is_element = at % dilated == 0
+    return float((is_inside & is_element).sum())
 
 
 def kernel_flops(op: Op, computation: Computation) -> float:
     """Return the FLOPs of a Pallas attention kernel, told by its name; 0 for any other call."""
-    matmuls = next((n for name, n in KERNELS.items() if op.name.startswith(name)), 0)
+    matmuls = 0
+    for name, count in KERNELS.items():
+        if op.name.startswith(name):
+            matmuls = count
     if not matmuls:
         return 0.0
-    operands = [arrays(computation[name].shape)[0].dims for name in op.operands]
     # The largest of four dimensions are the queries.
-    queries = max((dims for dims in operands if len(dims) == 4), key=math.prod)
-    batch, heads, length, width = queries
+    operands = [dims_of(computation[name]) for name in op.operands]
+    candidates = [dims for dims in operands if len(dims) == 4]
+    batch, heads, length, width = max(candidates, key=math.prod)
     return 0.5 * matmuls * 2.0 * batch * heads * length * length * width
 
 
@@ -357,7 +384,7 @@ def memory_bytes(op: Op, computation: Computation, module: Module) -> float:
     if op.code in ("copy-start", "slice-start"):
         return copied_bytes(op)
     is_fusion = op.code == "fusion"
-    body = module[attribute(op, "calls")[0]] if is_fusion else {op.name: op}
+    body = called(op, module) if is_fusion else {op.name: op}
 
     # A collective in flight goes through the fusions that overlap with it, in the place of an
     # operand: nothing moves. {result: operand}, by their numbers.
@@ -384,7 +411,8 @@ def memory_bytes(op: Op, computation: Computation, module: Module) -> float:
 def copied_bytes(op: Op) -> float:
     """Return the bytes that a copy between two memories moves in main memory."""
     source, target = arrays(op.shape)[:2]
-    moved = min(math.prod(source.dims), math.prod(target.dims)) * BITS[source.kind] / 8
+    elements = min(math.prod(source.dims), math.prod(target.dims))
+    moved = elements * BITS[source.kind] / 8
     return moved * (source.in_main_memory + target.in_main_memory)
 
 
@@ -395,10 +423,12 @@ def written_bytes(op: Op, aliases: dict[str, str]) -> float:
         # The operands are named again before the results.
         results = results[len(op.operands) : 2 * len(op.operands)]
     if "" in aliases:
-        return 0
-    return sum(
-        array_bytes(result) for number, result in enumerate(results) if str(number) not in aliases
-    )
+        return 0.0
+    total = 0.0
+    for number, result in enumerate(results):
+        if str(number) not in aliases:
+            total += array_bytes(result)
+    return total
 
 
 def bytes_read(name: str, computation: Computation, module: Module) -> float:
@@ -415,7 +445,7 @@ def bytes_read(name: str, computation: Computation, module: Module) -> float:
         elif op.code == "bitcast":
             total += bytes_read(op.name, computation, module)
         elif op.code == "fusion":
-            inner = module[attribute(op, "calls")[0]]
+            inner = called(op, module)
             inside = parameter_name(inner, op.operands.index(name))
             total += bytes_read(inside, inner, module)
             if result_name(inner) == inside:
@@ -478,7 +508,8 @@ def one_group(op: Op, devices: int) -> list[int]:
         axes = {name: int(n) for name, n in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
         joined = re.findall(r"'(\w+)'", mesh[3])
         one = tuple(slice(None) if name in joined else 0 for name in axes)
-        return list(ids.reshape(list(axes.values()))[one].reshape(-1))
+        ids = ids.reshape(list(axes.values()))
+        return list(ids[one].reshape(-1))
     return list(range(devices))
 
 
@@ -503,10 +534,16 @@ def collective(
     # The axes along which the devices of a group differ.
     group = one_group(op, math.prod(mesh.values()))
     places = np.unravel_index(group, tuple(mesh.values()))
-    axes = [axis for axis, row in zip(mesh, places, strict=True) if len(set(row.tolist())) > 1]
+    axes = []
+    for axis, row in zip(mesh, places, strict=True):
+        if len(set(row.tolist())) > 1:
+            axes.append(axis)
 
+    # Of a ring: each chip receives all but its own part; of an all-reduce twice.
     share = 1 - 1 / len(group)
-    taken = sum(size(computation[operand].shape) for operand in op.operands)
+    taken = 0.0
+    for operand in op.operands:
+        taken += size(computation[operand].shape)
     received = {
         "all-gather": taken * (len(group) - 1),
         "all-reduce": 2 * taken * share,

@@ -71,6 +71,7 @@ def received_bytes(cost: hlo.Cost) -> float:
 
 def bytes_of(tree: Any) -> float:
     """Return the bytes on one device of a tree of shapes with shardings."""
+    # A leaf without a sharding is a key, which is small.
     total = 0
     for leaf in jax.tree.leaves(tree):
         if leaf.sharding is not None:
@@ -85,7 +86,11 @@ def held_bytes(plan: Plan) -> float:
 
 def held_beside(program: Program, plan: Plan) -> float:
     """Return the bytes of the plan's trees that are not among the program's arguments."""
-    return sum(bytes_of(tree) for name, tree in plan.held.items() if name not in program.held)
+    total = 0.0
+    for name, tree in plan.held.items():
+        if name not in program.held:
+            total += bytes_of(tree)
+    return total
 
 
 def compile_program(program: Program, plan: Plan, mesh: jax.sharding.Mesh) -> Result:
@@ -93,6 +98,7 @@ def compile_program(program: Program, plan: Plan, mesh: jax.sharding.Mesh) -> Re
 
     One that its compiler refuses for its size has the size that the compiler names, and no cost.
     """
+    # The processor's time: the machine may have other work.
     held = held_beside(program, plan)
     start = time.process_time()
     try:
@@ -103,6 +109,7 @@ def compile_program(program: Program, plan: Plan, mesh: jax.sharding.Mesh) -> Re
             raise
         seconds = time.process_time() - start
         return Result(program, bytes_of(program.args), needed, held, None, seconds)
+    # What the compiler says, and what its program does.
     memory = executable.memory_analysis()
     cost = hlo.cost(executable.as_text(), dict(mesh.shape))
     arguments = memory.argument_size_in_bytes
@@ -110,6 +117,7 @@ def compile_program(program: Program, plan: Plan, mesh: jax.sharding.Mesh) -> Re
         # A TPU's compiler goes by the peak; its temporaries may be more than fit at a time.
         temporaries = memory.peak_memory_in_bytes - arguments
     else:
+        # Outputs that take the place of donated arguments are no more memory.
         new_outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
         temporaries = memory.temp_size_in_bytes + new_outputs
     return Result(program, arguments, temporaries, held, cost, time.process_time() - start)
@@ -120,12 +128,14 @@ def _needed_bytes(fault: str) -> float | None:
     sizes = re.findall(r"([\d.]+)([KMGT])\b", fault)
     if "RESOURCE_EXHAUSTED" not in fault or not sizes:
         return None
+    # The first size is the one that was asked for.
     number, unit = sizes[0]
     return float(number) * 1024 ** (1 + "KMGT".index(unit))
 
 
 def compile_plan(plan: Plan, mesh: jax.sharding.Mesh, chip: Chip) -> list[Result]:
     """Compile the programs; none where what is held all the time is more than the memory."""
+    # Compiling a large program takes minutes.
     if held_bytes(plan) < chip.memory:
         return [compile_program(program, plan, mesh) for program in plan.programs]
     return [
@@ -140,6 +150,7 @@ def compile_plan(plan: Plan, mesh: jax.sharding.Mesh, chip: Chip) -> list[Result
 def table(rows: list[list[Any]]) -> str:
     """Return rows as aligned text, the first column to the left; floats with three figures."""
     text = [[_cell(value) for value in row] for row in rows]
+    # Each column as wide as its widest cell.
     widths = [max(map(len, column)) for column in zip(*text, strict=True)]
     lines = []
     for first, *others in text:
@@ -159,9 +170,11 @@ def _cell(value: Any) -> str:
 def memory_tables(plan: Plan, results: list[Result], chip: Chip) -> Iterator[str]:
     """Yield what lies in memory all the time, and the peak of each program."""
     yield "held all the time, GiB a chip"
-    yield table([[name, bytes_of(tree) / GIB] for name, tree in plan.held.items()])
+    held = [[name, bytes_of(tree) / GIB] for name, tree in plan.held.items()]
+    yield table(held)
 
     parts = ("arguments", "gradients", "KV cache", "temporaries", "others held", "peak")
+    # Gradients and the KV cache are parts of the compiler's temporaries.
     rows = [["programs, GiB a chip", *parts]]
     for result in results:
         gradients = bytes_of(result.program.gradients)
@@ -244,6 +257,7 @@ def remedy(config: Any, plan: Plan, worst: Result, chip: Chip) -> str:
                 "over data"
             )
         return "name a larger --topology, or train adapters (--lora.rank=8)"
+    # An update: less is kept for the backward pass, then fewer rows are in memory at a time.
     if worst.program.gradients is not None:
         if config.model.remat != "full":
             return "--model.remat=full"
@@ -254,6 +268,7 @@ def remedy(config: Any, plan: Plan, worst: Result, chip: Chip) -> str:
                 "is one row"
             )
         return f"--microbatches={parts}"
+    # A pass over all rows at once.
     advice = (
         f"lower --batch_size (now {config.batch_size}): {worst.program.name} takes all of it at "
         "once"
@@ -300,6 +315,7 @@ def compile_and_tabulate(
     results = compile_plan(plan, mesh, chip)
     worst = max(results, key=lambda result: result.peak)
 
+    # The configuration, then the tables.
     shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     lines = [
         f"{script.name}, {config.model.preset} on {topology}: {chips} chips as {shape}; "
@@ -313,12 +329,16 @@ def compile_and_tabulate(
         seconds = sum(result.program.calls * result.roofline(chip) for result in results)
         lines.append(speed_line(plan, results, chip, chips, seconds))
 
+    # The verdict is the last line.
     fits = worst.peak <= chip.memory and seconds < math.inf
-    sizes = f"{worst.program.name} peaks at {worst.peak / GIB:.2f} of {chip.memory / GIB:.2f} GiB"
+    peak = worst.peak / GIB
+    memory = chip.memory / GIB
+    sizes = f"{worst.program.name} peaks at {peak:.2f} of {memory:.2f} GiB"
     if fits:
         lines.append(f"fits: {sizes}")
     else:
-        lines.append(f"does not fit: {sizes}; {remedy(config, plan, worst, chip)}")
+        advice = remedy(config, plan, worst, chip)
+        lines.append(f"does not fit: {sizes}; {advice}")
     return Verdict(fits, worst.peak, seconds, "\n".join(lines), results)
 
 
@@ -356,6 +376,7 @@ def sweep(script: Script, config: Any, topology: str, devices: list[Any]) -> Ver
 
     Then prints those that fit, the fastest first, and returns that; None where nothing fits.
     """
+    # More micro-batches take less memory and are no faster: the first that fit are taken.
     found = []
     for mesh in meshes_to_try(config, len(devices)):
         for parts in (1, 2, 4, 8, 16):
@@ -405,6 +426,7 @@ def read_command(argv: list[str]) -> Command:
             "name a script first: python plan.py train_sft --topology=v5e:16x16 ... "
             "(see plan.py's top)"
         )
+    # `--topology=x` and `--topology x` are the same.
     words = []
     for word in argv:
         words += word.split("=", 1) if word.startswith("--topology=") else [word]
@@ -413,7 +435,12 @@ def read_command(argv: list[str]) -> Command:
     at = words.index("--topology")
     rest = words[1:at] + words[at + 2 :]
     script_flags = [word for word in rest if word != "--sweep"]
-    return Command(argv[0].removesuffix(".py"), words[at + 1], "--sweep" in rest, script_flags)
+    return Command(
+        script=argv[0].removesuffix(".py"),
+        topology=words[at + 1],
+        is_sweep="--sweep" in rest,
+        flags=script_flags,
+    )
 
 
 def load_script(name: str) -> Script:
@@ -446,7 +473,8 @@ def import_file(path: pathlib.Path) -> ModuleType:
     """Import the fork at `path` under a name of its own, its folder first on sys.path."""
     if str(path.parent) not in sys.path:
         sys.path.insert(0, str(path.parent))
-    name = "fork_" + re.sub(r"\W", "_", path.with_suffix("").as_posix())
+    place = path.with_suffix("").as_posix()
+    name = "fork_" + re.sub(r"\W", "_", place)
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -476,6 +504,7 @@ def main(argv: list[str]) -> Verdict | None:
             model = dataclasses.replace(config.model, dtype="bfloat16")
             config = dataclasses.replace(config, model=model)
     work = sweep if command.is_sweep else compile_and_tabulate
+    # Of a sweep the tables are of the best alone.
     verdict = work(script, config, command.topology, devices)
     if verdict:
         print(verdict.text, flush=True)

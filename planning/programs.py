@@ -11,6 +11,7 @@ A script or a fork is told by the factories that its module has, never by its na
 
 import inspect
 import os
+import pathlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -31,6 +32,7 @@ from rewards.scorer import is_function, make_model_scorer
 from rollout import make_rollout, shuffled
 from runtime.errors import UserError, require
 from runtime.flags import fill_paper_defaults
+from runtime.run_folder import path_from_root
 from sampling import SamplingConfig
 from sharding import BATCH, abstract, check_batch
 from train_state import init_state
@@ -76,6 +78,7 @@ def forward_flops(config: ModelConfig, rows: int, length: int, unembedded: float
 
     `unembedded`: positions a row that become logits. Causal attention counts half.
     """
+    # q and o for each query head, k and v for each key/value head; then SwiGLU's three.
     projections = 2 * config.width * (config.heads + config.kv_heads) * config.head_dim
     mlp = 3 * config.width * config.mlp_width
     attention = 2 * length * length * config.heads * config.head_dim
@@ -86,7 +89,11 @@ def forward_flops(config: ModelConfig, rows: int, length: int, unembedded: float
 def on_batch_axes(tree: Any, mesh: Mesh) -> Any:
     """Return the shapes of `tree` with the sharding that to_mesh gives a batch."""
     place = NamedSharding(mesh, BATCH)
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
+
+    def placed(leaf: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+
+    return jax.tree.map(placed, tree)
 
 
 def abstract_key() -> Any:
@@ -146,6 +153,7 @@ def one_update(
     """Lay out a step that is one update of `model` on `batch`, of `rows` sequences."""
     _, optimizer, _, step = script.make_update(config)
     state, base, _ = trained(config, abstract_params(model, mesh), optimizer, mesh)
+    # With adapters, their base lies in memory too.
     held = {"parameters": state.params, "optimiser": state.opt_state}
     if base is not None:
         held["frozen base"] = base
@@ -194,6 +202,7 @@ def preferences(script: Any, config: Any, mesh: Mesh) -> Plan:
     model = LanguageModel(config.model)
     _, apply = init_and_apply(model)
     batch = full_pairs(config)
+    # A pair is two sequences.
     rows = 2 * config.batch_size
     forward = forward_flops(config.model, rows, config.length, config.length)
     if not script.make_objective(config, apply).needs_reference:
@@ -224,13 +233,16 @@ def reward_models(config: Any, mesh: Mesh) -> tuple[dict[str, ModelConfig], dict
     A run that is not there yet is taken to have the policy's shape. Functions and servers are left
     out.
     """
+    # Of a function or a server nothing lies on these chips.
     models = {}
     for run in config.reward:
         if is_function(run):
             continue
         exists = os.path.exists(os.path.join(run, "config.json"))
         models[run] = stored_model(run) if exists else config.model
-    params = {run: abstract_params(ScalarModel(model), mesh) for run, model in models.items()}
+    params = {}
+    for run, model in models.items():
+        params[run] = abstract_params(ScalarModel(model), mesh)
     return models, params
 
 
@@ -241,7 +253,9 @@ def rollout_program(
     model = config.model
     rows = config.batch_size
     n = config.samples_per_prompt
-    prompts = pad_prompts([full_row(config.max_prompt)] * (rows // n), config.max_prompt, 0)
+    # The ids of the control tokens do not change the shapes.
+    full_prompts = [full_row(config.max_prompt)] * (rows // n)
+    prompts = pad_prompts(full_prompts, config.max_prompt, 0)
     sampling = SamplingConfig(config.temperature, max_new_tokens=config.max_new_tokens)
     rollout = make_rollout(apply, model, sampling, eos=1, pad=0, n=n)
     args = (policy, on_batch_axes(prompts, mesh), abstract_key())
@@ -265,12 +279,13 @@ def abstract_cache(model: ModelConfig, rows: int, length: int, mesh: Mesh) -> li
 
     Rows lie with the batch, key/value heads over tensor where they divide.
     """
+    # The layers' axis is whole.
     heads = "tensor" if model.kv_heads % mesh.shape["tensor"] == 0 else None
     place = NamedSharding(mesh, P(None, BATCH[0], heads))
-    leaves = jax.tree.leaves(jax.eval_shape(lambda: empty_cache(model, rows, length)))
+    cache = jax.eval_shape(lambda: empty_cache(model, rows, length))
     return [
         jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
-        for leaf in leaves
+        for leaf in jax.tree.leaves(cache)
         if leaf.ndim == 5
     ]
 
@@ -296,6 +311,7 @@ def score_programs(
     """Lay out the scores of `batch`; `models` and `rewards` as of reward_models."""
     rows = config.batch_size
     length = config.max_prompt + config.max_new_tokens
+    # Scores of functions and servers come from the host.
     a_score = jax.ShapeDtypeStruct((rows,), jnp.float32, sharding=NamedSharding(mesh, BATCH))
     scoring = Scoring([], dict.fromkeys(config.reward, a_score), {})
     for run, model in models.items():
@@ -387,10 +403,12 @@ def ppo(script: Any, config: Any, mesh: Mesh) -> Plan:
     policy_minibatch = minibatch
     policy_flops = 3 * forward_flops(config.model, part, length, config.max_new_tokens + 1)
     if config.ptx_data is not None:
-        text = on_batch_axes(pad_examples([full_row(length)] * part, length, 0), mesh)
+        text_rows = pad_examples([full_row(length)] * part, length, 0)
+        text = on_batch_axes(text_rows, mesh)
         with_text = partial(script.with_text, coefficient=config.ptx_coef)
         policy_minibatch = on_batch_axes(jax.eval_shape(with_text, minibatch, text), mesh)
         policy_flops += 3 * forward_flops(config.model, part, length, length)
+    # Each epoch goes over all minibatches.
     calls = config.epochs * config.minibatches
     value_program = Program(
         "value update",
@@ -485,7 +503,7 @@ LAYOUTS = (
     Layout(
         ("make_objective", "make_update(config)", "comparison_batches"), preferences, "train_dpo"
     ),
-    Layout(("make_update(config)", "comparison_batches"), ranking, "train_rm"),
+    Layout(("make_update(config)", "comparison_batches", "ScalarModel"), ranking, "train_rm"),
     Layout(("make_update(config)", "chat_batches"), likelihood, "train_sft"),
     Layout(("make_update(config)", "text_batches"), likelihood, "train_lm"),
 )
@@ -498,14 +516,16 @@ def layout_of(script: Any) -> Layout:
         if all(_has(script, name) for name in layout.names):
             return layout
     known = ", ".join(sorted(layout.example for layout in LAYOUTS))
+    name = path_from_root(pathlib.Path(script.__file__).with_suffix(""))
     raise UserError(
-        f"{script.__name__}: plan.py knows {known} and forks with their factories; "
+        f"{name}: plan.py knows {known} and forks with their factories; "
         "describe it in planning/programs.py"
     )
 
 
 def _has(script: Any, name: str) -> bool:
     """True if the module has `name`; with `(config)` after it, only if it needs nothing else."""
+    # Functions of the module, or names that it imports.
     attribute = getattr(script, name.removesuffix("(config)"), None)
     if attribute is None or not name.endswith("(config)"):
         return attribute is not None

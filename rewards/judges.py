@@ -1,8 +1,6 @@
-"""Who gives feedback by written principles: a language model, or in the world a simulated judge of set reliability.
+"""Feedback by written principles: from a language model, or in the world from a simulated judge.
 
-Both are two functions. prefer(questions) -> P(the first response follows the principle better), [Q, principles], of
-questions (prompt, response, response). revise(prompts, responses, names of principles, key) -> a critique and
-revisions of each response. Prompts are messages.
+Both are two functions, of the types Prefer and Revise below. A prompt is a list of messages.
 """
 
 import pathlib
@@ -17,9 +15,8 @@ import numpy as np
 from data.batches import cut_left, pad_prompts
 from data.tokenizer import Message, Tokenizer
 from model import LanguageModel, Params, init_and_apply, unembed
-from model_config import ModelConfig
 from objectives.likelihood import inputs
-from responses import make_sampler
+from responses import LoadedRun, filled, make_sampler, split_evenly
 from runtime.errors import UserError, require
 from sampling import SamplingConfig
 from tasks import world, world_feedback
@@ -35,210 +32,284 @@ Rule: {rule}
 Does the response keep the rule? Answer with A for yes or B for no."""
 CRITIQUE = "Say how your last answer breaks this principle: {principle}"
 REVISE = "Write your answer again, so that it follows the principle. Write the answer only."
+# Questions a call of a language model, padded to a multiple of so many tokens.
+ROWS = 64
+WIDTH = 32
+
 Messages = list[Message]
 Question = tuple[Messages, str, str]
-Judge = tuple[ModelConfig, Tokenizer, Params]
+"""A prompt, and two responses to compare."""
+Prefer = Callable[[Sequence[Question]], np.ndarray]
+"""prefer(questions) -> [Q, principles]: P(the first response follows the principle better)."""
+Revise = Callable[
+    [Sequence[Messages], Sequence[str], Sequence[str], jax.Array],
+    tuple[list[str], list[list[str]]],
+]
+"""revise(prompts, responses, names, key) -> (a critique, revisions) of each response.
+
+`names`: for each response the name of the principle that it is criticised by. There is at least
+one revision of each: the response itself where nothing is found or no revision came to its end.
+"""
+Ask = Callable[[list[Messages], jax.Array], list[list[int]]]
+"""ask(chats, key) -> what the model says next, as token lists, equally many to each chat."""
 
 
 def read_principles(path: str) -> dict[str, str]:
-    """Name -> text of each principle; raises UserError. Empty lines and those that begin with # do not count."""
+    """Read a text file of principles, one a line, as `name: text` or as the text alone.
+
+    Returns {name: text}; a line without a name is called `line <number>`. Empty lines and those
+    that begin with # are skipped. Raises UserError.
+    """
     try:
-        lines = [line.strip() for line in pathlib.Path(path).read_text().splitlines()]
+        text = pathlib.Path(path).read_text()
     except (OSError, UnicodeDecodeError) as fault:
         raise UserError(
             f"--principles={path}: {fault}; give a text file, one principle a line"
         ) from None
-    principles = {}
-    for number, line in enumerate(lines, 1):
-        if line and not line.startswith("#"):
-            named = re.fullmatch(r"(\w+):\s+(.+)", line)
-            name, text = named.groups() if named else (f"line {number}", line)
-            if name in principles:
-                raise UserError(
-                    f"{path}:{number}: a second principle {name!r}; give each a name of its own"
-                )
-            principles[name] = text
+
+    # One principle a line; without a name it is called by the line's number.
+    principles: dict[str, str] = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        line = line.strip()
+        if not line or line.startswith("#"):
+            continue
+        named = re.fullmatch(r"(\w+):\s+(.+)", line)
+        name, principle = named.groups() if named else (f"line {number}", line)
+        if name in principles:
+            raise UserError(
+                f"{path}:{number}: a second principle {name!r}; give each a name of its own"
+            )
+        principles[name] = principle
     if not principles:
         raise UserError(f"--principles={path}: holds none; write one a line")
     return principles
 
 
-# ---- A language model ----
+# ---- A language model as a judge ----
 
 
-def asked_in(messages: Messages) -> str:
-    """A prompt as the text of one request."""
+def request_text(messages: Messages) -> str:
+    """Join the messages of a prompt into the text of one request."""
     return "\n\n".join(message["content"] for message in messages)
 
 
-def comparing_prompts(question: Question, text: str) -> list[str]:
-    """What a judge is asked about two responses and a principle: in this order, and in the other."""
-    messages, a, b = question
+def comparing_prompts(question: Question, principle: str) -> list[str]:
+    """Return what a judge is asked about two responses: in this order, and in the other."""
+    messages, first, second = question
+    request = request_text(messages)
     return [
-        COMPARE.format(request=asked_in(messages), a=x, b=y, principle=text)
-        for x, y in ((a, b), (b, a))
+        COMPARE.format(request=request, a=first, b=second, principle=principle),
+        COMPARE.format(request=request, a=second, b=first, principle=principle),
     ]
 
 
-def make_first(judge: Judge) -> Callable[[Sequence[str]], np.ndarray]:
-    """first(what a user asks) -> P(the answer is A, where it is A or B), by the log-probabilities of these two.
+def make_probability_of_a(judge: LoadedRun) -> Callable[[Sequence[str]], np.ndarray]:
+    """Make the language model `judge` answer questions with A or B.
 
-    A question longer than the model's context loses its beginning. Raises UserError where their first tokens are one.
+    Returns probability_of_a(texts) -> [N]: P(the answer is A, given that it is A or B), from the
+    log-probabilities of these two first tokens. A text is what a user asks; one longer than the
+    model's context loses its beginning. Raises UserError where A and B have one first token.
     """
-    (model, tokenizer, params), rows = judge, 64
-    answers = [tokenizer.encode(answer)[:1] for answer in "AB"]
-    if answers[0] == answers[1] or not all(answers):
+    config, tokenizer, params = judge
+    first_of_a = tokenizer.encode("A")[:1]
+    first_of_b = tokenizer.encode("B")[:1]
+    if first_of_a == first_of_b or not first_of_a or not first_of_b:
         raise UserError(
             "--judge: its tokenizer does not tell the answers A and B apart by their first token"
         )
-    apply = init_and_apply(LanguageModel(model))[1]
+    answers_2 = np.array([*first_of_a, *first_of_b])
+    _, apply = init_and_apply(LanguageModel(config))
 
     @jax.jit
     def probability(params: Params, batch: dict[str, jax.Array]) -> jax.Array:
+        # Rows are padded on the left: the last position predicts the answer's first token.
         output = apply(params, *inputs(batch))
         logits_BTV = unembed(output.x_BTD, output.unembed_DV)
-        logits_B2 = logits_BTV[:, -1, jnp.array(answers)[:, 0]].astype(jnp.float32)
+        logits_B2 = logits_BTV[:, -1, answers_2].astype(jnp.float32)
         return jax.nn.softmax(logits_B2)[:, 0]
 
-    def first(texts: Sequence[str]) -> np.ndarray:
-        tokens = [cut_left(tokenizer.prompt(text), model.context, tokenizer) for text in texts]
-        length, out = min(-(-max(map(len, tokens), default=1) // 32) * 32, model.context), []
-        for start in range(0, len(tokens), rows):
-            part = tokens[start : start + rows]
-            count = (
-                1 << (len(part) - 1).bit_length()
-            )  # a power of two: few programs, and one response costs one row
-            padded = [{"tokens": row} for row in part + part[:1] * (count - len(part))]
-            batch = pad_prompts(padded, length, tokenizer.pad, fixed=True)
-            out += np.asarray(probability(params, batch))[: len(part)].tolist()
+    def probability_of_a(texts: Sequence[str]) -> np.ndarray:
+        # Few widths: a multiple of WIDTH that holds the longest.
+        tokens = [cut_left(tokenizer.prompt(text), config.context, tokenizer) for text in texts]
+        longest = max(map(len, tokens), default=1)
+        width = min(-(-longest // WIDTH) * WIDTH, config.context)
+        out: list[float] = []
+        for start in range(0, len(tokens), ROWS):
+            # A power of two of rows: few programs, and one question costs one row.
+            part = tokens[start : start + ROWS]
+            rows = 1 << (len(part) - 1).bit_length()
+            all_rows = filled(part, rows)
+            padded = [{"tokens": row} for row in all_rows]
+            batch = pad_prompts(padded, width, tokenizer.pad, fixed=True)
+            answers_N = np.asarray(probability(params, batch))
+            out += answers_N[: len(part)].tolist()
         return np.array(out)
 
-    return first
+    return probability_of_a
 
 
-def make_prefer(
-    judge: Judge, principles: Sequence[str]
-) -> Callable[[Sequence[Question]], np.ndarray]:
-    """prefer(questions), averaged over both orders of the two responses.
+def make_prefer(judge: LoadedRun, principles: Sequence[str]) -> Prefer:
+    """Make the language model `judge` compare responses by each of `principles`, their texts.
 
-    So what the judge likes about a position cancels: p(a, b) = 1 - p(b, a) (Lee et al. 2023, RLAIF: soft labels, and
-    their handling of position bias).
+    The mean over both orders of the two responses: so what the judge likes about a position
+    cancels, p(a, b) = 1 - p(b, a) (Lee et al. 2023, RLAIF: soft labels, and their handling of
+    position bias).
     """
-    first = make_first(judge)
+    probability_of_a = make_probability_of_a(judge)
 
     def prefer(questions: Sequence[Question]) -> np.ndarray:
-        texts = [
-            ask
-            for question in questions
-            for text in principles
-            for ask in comparing_prompts(question, text)
-        ]
-        orders_QP2 = first(texts).reshape(len(questions), len(principles), 2)
-        return (orders_QP2[..., 0] + 1 - orders_QP2[..., 1]) / 2
+        # For each question and principle both orders, then the mean over them.
+        texts = []
+        for question in questions:
+            for principle in principles:
+                texts += comparing_prompts(question, principle)
+        shape = (len(questions), len(principles), 2)
+        orders_QP2 = probability_of_a(texts).reshape(shape)
+        first_QP = orders_QP2[..., 0]
+        second_QP = orders_QP2[..., 1]
+        return (first_QP + 1 - second_QP) / 2
 
     return prefer
 
 
-def make_keeps(judge: Judge, rule: str) -> Callable[[str, dict[str, Any]], float]:
-    """function(response, record) -> P(the response keeps the rule): a classifier without training, usable as a reward.
+def make_keeps(judge: LoadedRun, rule: str) -> Callable[[str, dict[str, Any]], float]:
+    """Make the language model `judge` a classifier of one rule, usable as a reward.
 
-    As the rule-based reward models of OpenAI 2023 (GPT-4, system card). In a module of your own,
-    `polite = make_keeps(load_run("runs/llama"), "The response is polite.")` makes --reward=module:polite.
+    Returns keeps(response, record) -> P(the response keeps the rule), without training. `record`:
+    {"prompt": messages}. As the rule-based reward models of OpenAI 2023 (GPT-4, system card). In a
+    module of your own, `polite = make_keeps(load_run("runs/llama"), "The response is polite.")`
+    makes --reward=module:polite.
     """
-    first = make_first(judge)
-    return lambda response, record: float(
-        first([CLASSIFY.format(request=asked_in(record["prompt"]), response=response, rule=rule)])[
-            0
-        ]
-    )
+    probability_of_a = make_probability_of_a(judge)
+
+    def keeps(response: str, record: dict[str, Any]) -> float:
+        request = request_text(record["prompt"])
+        text = CLASSIFY.format(request=request, response=response, rule=rule)
+        return float(probability_of_a([text])[0])
+
+    return keeps
 
 
 def make_revise(
-    judge: Judge, principles: dict[str, str], sampling: SamplingConfig, n: int
-) -> Callable:
-    """revise, as turns of one chat: the critique, then `n` revisions (Bai et al. 2022, Constitutional AI, section 3.1).
+    judge: LoadedRun, principles: dict[str, str], sampling: SamplingConfig, n: int
+) -> Revise:
+    """Make the language model `judge` criticise responses and write `n` revisions of each.
 
-    A chat that does not fit is cut on its left. Revisions that never end are left out, and where none ends the response
-    stays as it is.
+    `principles`: name -> text. A chat that does not fit the model's context is cut on its left.
     """
-    model, tokenizer, params = judge
-    speak, rewrite = (make_sampler(model, sampling, tokenizer, count) for count in (1, n))
+    return make_chat_revise(
+        make_ask(judge, sampling, 1),
+        make_ask(judge, sampling, n),
+        judge.tokenizer,
+        principles,
+        n,
+    )
 
-    def ask(sampler: Callable, chats: list[Messages], key: jax.Array) -> list[list[int]]:
-        room = model.context - sampling.max_new_tokens
-        return sampler(
-            params, [cut_left(tokenizer.prompt(chat), room, tokenizer) for chat in chats], key, 64
-        )
+
+def make_ask(judge: LoadedRun, sampling: SamplingConfig, n: int) -> Ask:
+    """Make the sampler of what `judge` says next in a chat, `n` times to each."""
+    config, tokenizer, params = judge
+    respond = make_sampler(config, sampling, tokenizer, n)
+    room = config.context - sampling.max_new_tokens
+
+    def ask(chats: list[Messages], key: jax.Array) -> list[list[int]]:
+        prompts = [cut_left(tokenizer.prompt(chat), room, tokenizer) for chat in chats]
+        return respond(params, prompts, key, ROWS)
+
+    return ask
+
+
+def make_chat_revise(
+    criticise: Ask, rewrite: Ask, tokenizer: Tokenizer, principles: dict[str, str], n: int
+) -> Revise:
+    """Make revisions as turns of one chat: prompt, response, a critique, then `n` revisions.
+
+    Bai et al. 2022 (Constitutional AI), section 3.1. Revisions that never end are left out, and
+    where none ends the response stays as it is.
+    """
 
     def revise(
         prompts: Sequence[Messages], responses: Sequence[str], names: Sequence[str], key: jax.Array
-    ):
-        turns = lambda *said: [{"role": role, "content": text} for role, text in said]
-        chats = [
-            [
-                *prompt,
-                *turns(
-                    ("assistant", response), ("user", CRITIQUE.format(principle=principles[name]))
-                ),
-            ]
-            for prompt, response, name in zip(prompts, responses, names, strict=True)
-        ]
-        critiques = [
-            tokenizer.decode(said) for said in ask(speak, chats, jax.random.fold_in(key, 0))
-        ]
-        chats = [
-            c + turns(("assistant", said), ("user", REVISE))
-            for c, said in zip(chats, critiques, strict=True)
-        ]
-        written = ask(rewrite, chats, jax.random.fold_in(key, 1))
-        kept = [tokenizer.ended(written[i * n : (i + 1) * n]) for i in range(len(chats))]
-        return critiques, [
-            texts or [response] for texts, response in zip(kept, responses, strict=True)
-        ]
+    ) -> tuple[list[str], list[list[str]]]:
+        # The critique: what the response has against its principle.
+        chats = []
+        for prompt, response, name in zip(prompts, responses, names, strict=True):
+            question = CRITIQUE.format(principle=principles[name])
+            turns = [turn("assistant", response), turn("user", question)]
+            chats.append([*prompt, *turns])
+        said = criticise(chats, jax.random.fold_in(key, 0))
+        critiques = [tokenizer.decode(tokens) for tokens in said]
+
+        # The revisions, in the same chat.
+        for chat, critique in zip(chats, critiques, strict=True):
+            chat += [turn("assistant", critique), turn("user", REVISE)]
+        written = rewrite(chats, jax.random.fold_in(key, 1))
+        revisions = []
+        for response, own in zip(responses, split_evenly(written, n), strict=True):
+            complete = tokenizer.ended(own)
+            revisions.append(complete or [response])
+        return critiques, revisions
 
     return revise
 
 
-# ---- The world's ----
+def turn(role: str, content: str) -> Message:
+    """Return one message of a chat."""
+    return {"role": role, "content": content}
+
+
+# ---- The world's simulated judge ----
 
 
 def make_simulated(
     names: Sequence[str], reliability: float, n: int, seed: int
-) -> tuple[Callable, Callable]:
-    """(prefer, revise) by gold criteria seen through noise; `names`: the criteria. Raises UserError for others.
+) -> tuple[Prefer, Revise]:
+    """Make (prefer, revise) of a judge that sees the gold criteria `names` through noise.
 
-    prefer is 0, 1/2 or 1: one look at each response by each principle. A critic who finds nothing leaves the response
-    as it is, under an empty critique.
+    A look at one criterion of one response is right with probability `reliability`. A preference
+    is 0, 1/2 or 1 by each principle, from one look at each response. A critic who finds nothing
+    leaves the response as it is, under an empty critique; else there are `n` revisions. Raises
+    UserError for a name that is no gold criterion.
     """
-    unknown = ", ".join(sorted(set(names) - set(world_feedback.CRITIQUES)))
-    known = ", ".join(world_feedback.CRITIQUES)
+    known = list(world_feedback.CRITIQUES)
+    unknown = sorted(set(names) - set(known))
     require(
         not unknown,
-        f"--principles: the simulated judge knows {known} and no {unknown}; give --judge",
+        f"--principles: the simulated judge knows {', '.join(known)} and no "
+        f"{', '.join(unknown)}; give --judge",
     )
 
-    def prefer(questions: Sequence[Question]) -> np.ndarray:
-        def finds(prompt: Messages, response: str, name: str) -> bool:
-            return world_feedback.finds(prompt[-1]["content"], response, name, reliability, seed)
+    def finds(messages: Messages, response: str, name: str) -> bool:
+        return world_feedback.finds(messages[-1]["content"], response, name, reliability, seed)
 
-        looks = [
-            [finds(p, a, name) - finds(p, b, name) for name in names] for p, a, b in questions
-        ]
-        return 0.5 + np.array(looks).reshape(len(questions), len(names)) / 2
+    def prefer(questions: Sequence[Question]) -> np.ndarray:
+        # 1 where only the first is found good by a principle, -1 where only the second is.
+        gaps_QP = np.zeros((len(questions), len(names)), int)
+        for q, (messages, first, second) in enumerate(questions):
+            for p, name in enumerate(names):
+                found = finds(messages, first, name)
+                gaps_QP[q, p] = found - finds(messages, second, name)
+        return 0.5 + gaps_QP / 2
 
     def revise(
         prompts: Sequence[Messages], responses: Sequence[str], names: Sequence[str], key: jax.Array
-    ):
-        look, critiques, revisions = int(jax.random.bits(key)), [], []
+    ) -> tuple[list[str], list[list[str]]]:
+        # The same look at the same response finds the same again; another key looks anew.
+        look = int(jax.random.bits(key))
+        critiques: list[str] = []
+        revisions: list[list[str]] = []
         for messages, response, name in zip(prompts, responses, names, strict=True):
-            prompt: Any = messages[-1]["content"]
-            fine = world_feedback.finds(prompt, response, name, reliability, look)
+            prompt = messages[-1]["content"]
+            if world_feedback.finds(prompt, response, name, reliability, look):
+                critiques.append("")
+                revisions.append([response])
+                continue
             rng = world.drawn_for("revision", look, prompt, response)
             rewritten = [
                 world_feedback.revise(prompt, response, name, reliability, rng) for _ in range(n)
             ]
-            critiques.append("" if fine else world_feedback.CRITIQUES[name])
-            revisions.append([response] if fine else rewritten)
+            critiques.append(world_feedback.CRITIQUES[name])
+            revisions.append(rewritten)
         return critiques, revisions
 
     return prefer, revise

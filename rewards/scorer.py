@@ -1,86 +1,75 @@
-"""Scores of sampled responses: reward models of train_rm.py, Python functions that check an answer, and servers."""
+"""Rewards by name: what --reward may say, and the scores of a rollout by several of them.
 
-import http.client
+A reward is the run of a reward model, a function `module:function` that is called with (response,
+record), or the address of a server (rewards/serve.py).
+"""
+
 import importlib
-import json
 import math
 import os
 import pathlib
 import sys
-import time
-import urllib.parse
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from data.batches import pad_examples
+from data.records import Record
 from data.tokenizer import Tokenizer
-from model import Params, ScalarModel, init_and_apply
-from model_config import ModelConfig, stored_model
-from objectives.likelihood import inputs
+from model import Params
+from model_config import ModelConfig
 from objectives.policy import response_states
-from objectives.reward import combined, last_token, running_score, step_ends
+from objectives.reward import combined, last_token
+from rewards.client import SENT, Question, ask
+from rewards.models import Batch, load_reward_model, make_scalars
 from runtime.errors import UserError, require
-from runtime.run_folder import load_config
-from sharding import BATCH, abstract, to_mesh
-from train_state import load_params
+from sharding import BATCH, to_mesh
 
-SCORES = ("product", "minimum", "last")
-"""How the probabilities of a response's steps make its score (objectives/reward.py)."""
-Batch = dict[str, jax.Array]
-Check = Callable[[str, dict[str, Any]], float]
-SENT = ("tokens_BT", "segment_ids_BT", "positions_BT", "response_BR", "mask_BR")
-"""What a server is sent of a batch."""
-WAIT = 300.0
-"""Seconds for which a server may be away or busy."""
+Combine = Literal["mean", "weighted", "minimum", "gated"]
+Check = Callable[[str, Record], float]
+"""(response's text, record of its prompt) -> reward."""
+Arrays = dict[str, jax.Array]
+Score = Callable[[dict[str, Params], Batch, Sequence[Record]], tuple[Arrays, Arrays]]
+"""score(models, batch, records) -> (scores, scalars), by reward; see `make_reward_scorer`."""
+# What a function's reward depends on of a batch.
+SEEN = ("response_BR", "mask_BR")
 
 
-def load_reward_model(
-    run: str, tokenizer: Tokenizer, mesh: jax.sharding.Mesh, script: str = "train_rm"
-) -> tuple[Params, ModelConfig]:
-    """A run of `script` on the mesh; raises UserError, also where it has another tokenizer."""
-    config = load_config(run)
-    if config["script"] != script:
-        raise UserError(f"{run}: a run of {config['script']}; name one of {script}")
-    if (theirs := Tokenizer.load(run).sha256) != tokenizer.sha256:
-        ours = tokenizer.sha256
-        raise UserError(
-            f"{run}: its tokenizer is {theirs[:12]}, that of the policy is {ours[:12]}; use one trained from it"
-        )
-    model = stored_model(run)
-    shapes = jax.eval_shape(init_and_apply(ScalarModel(model))[0], jax.random.key(0))
-    return load_params(run, shapes=abstract(shapes, mesh)), model
+class Rewards(Protocol):
+    """The fields of a script's Config that say how several rewards make one score."""
+
+    @property
+    def reward(self) -> tuple[str, ...]: ...
+    @property
+    def combine(self) -> Combine: ...
+    @property
+    def weights(self) -> tuple[float, ...]: ...
+    @property
+    def gate(self) -> float: ...
+    @property
+    def floor(self) -> float: ...
+
+
+# ---- Names of rewards ----
+
+
+def is_server(reward: str) -> bool:
+    """True for the address of a server."""
+    return reward.startswith("http://")
 
 
 def is_function(reward: str) -> bool:
-    """Whether a reward is a module:function or a server rather than a run's folder."""
+    """True for module:function or a server's address, False for a run's folder."""
     return ":" in reward and not pathlib.Path(reward).is_dir()
 
 
-def check_rewards(c: Any) -> None:
-    """Raises UserError for rewards, of a script's Config, that cannot be combined."""
-    require(0 < len(c.reward) == len(set(c.reward)), "--reward: name at least one, and none twice")
-    require(
-        len(c.weights) == (len(c.reward) if c.combine == "weighted" else 0),
-        f"--weights: {len(c.weights)} for {len(c.reward)} rewards; give one each with --combine=weighted, else none",
-    )
-    require(
-        c.combine != "gated" or len(c.reward) > 1,
-        "--combine=gated: name the reward that counts, then those that gate",
-    )
-
-
-def pooled(c: Any, scores: Batch) -> jax.Array:
-    """[B]: one score a response from `scores`, {reward: [B]}, as a script's --combine says."""
-    in_order = [scores[reward] for reward in c.reward]  # jit sorts a dict
-    return combined(in_order, c.combine, weights=c.weights, gate=c.gate, floor=c.floor)
-
-
 def load_function(reward: str) -> Check:
-    """function(response, record) -> float, named `module:function`; modules beside the scripts or in this folder."""
+    """Import the function named `module:function`: function(response, record) -> float.
+
+    The module is one of the root's, or lies in the current folder. Raises UserError.
+    """
     module, _, name = reward.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
@@ -97,171 +86,179 @@ def load_function(reward: str) -> Check:
     return function
 
 
-def ask(reward: str, question: dict[str, Any]) -> list[float]:
-    """Scores by the server at the address `reward` (rewards/serve.py), waited for up to WAIT seconds where it is away.
+# ---- Several rewards as one score ----
 
-    A question is complete in itself, so a server that was killed answers it after its restart as it would have
-    before. Raises UserError where it stays away, or refuses.
+
+def check_rewards(config: Rewards) -> None:
+    """Raise UserError for rewards that cannot be combined as `config` says."""
+    count = len(config.reward)
+    distinct = len(set(config.reward))
+    require(0 < count == distinct, "--reward: name at least one, and none twice")
+
+    wanted = count if config.combine == "weighted" else 0
+    require(
+        len(config.weights) == wanted,
+        f"--weights: {len(config.weights)} for {count} rewards; "
+        "give one each with --combine=weighted, else none",
+    )
+    require(
+        config.combine != "gated" or count > 1,
+        "--combine=gated: name the reward that counts, then those that gate",
+    )
+
+
+def pooled(config: Rewards, scores: Arrays) -> jax.Array:
+    """Combine `scores`, {reward: [B]}, into one score a response, [B], as --combine says."""
+    # In the order of --reward, which `gated` and the weights go by: jit sorts a dict.
+    in_order = [scores[reward] for reward in config.reward]
+    return combined(
+        in_order, config.combine, weights=config.weights, gate=config.gate, floor=config.floor
+    )
+
+
+# ---- Scores of a rollout ----
+
+
+def make_reward_scorer(
+    rewards: Sequence[str], tokenizer: Tokenizer, mesh: jax.sharding.Mesh
+) -> tuple[dict[str, Params], Score]:
+    """Load `rewards` and make what scores a rollout by each of them.
+
+    Returns (models, score). models: {reward: parameters on the mesh} of those that are runs; give
+    them to score, which holds none, so that they can lie in the host's memory meanwhile.
+
+    score(models, batch, records) -> ({reward: scores [B]}, {reward: scalars [B, R + 1]}). `batch`:
+    a rollout's, on the mesh (rollout.py). `records`: those of this host's prompts, in the batch's
+    order, each with equally many responses next to one another. The scalars are of reward models
+    alone: at the last token of the prompt and at each of the response.
+
+    Raises UserError for a reward that cannot be loaded or reached; score does for one that does
+    not return a finite number for each response.
     """
-    try:
-        address = urllib.parse.urlsplit(reward)
-        connection = http.client.HTTPConnection(
-            address.hostname or "", address.port or 80, timeout=WAIT
-        )
-    except ValueError as fault:
-        raise UserError(f"--reward={reward}: {fault}; give http://127.0.0.1:<port>") from None
-    start, away, body = time.monotonic(), False, json.dumps(question)
-    while True:
-        try:
-            connection.request(
-                "POST", address.path or "/", body, {"Content-Type": "application/json"}
-            )
-            reply = connection.getresponse()
-            text = reply.read().decode(errors="replace")
-            break
-        except (OSError, http.client.HTTPException) as fault:
-            connection.close()
-            fix = "start rewards/serve.py there, then give the same command again"
-            if time.monotonic() - start > WAIT:
-                raise UserError(
-                    f"--reward={reward}: no answer for {WAIT:.0f} s ({fault}); {fix}"
-                ) from None
-            if not away:
-                print(
-                    f"note: --reward={reward}: no answer ({fault}); waiting up to {WAIT:.0f} s",
-                    file=sys.stderr,
-                )
-            away = True
-            time.sleep(0.5)
-    connection.close()
-    if reply.status != 200:
-        raise UserError(f"--reward={reward}: {' '.join(text.split())[:300] or reply.reason}")
-    if away:
-        print(
-            f"note: --reward={reward}: answers again after {time.monotonic() - start:.0f} s",
-            file=sys.stderr,
-        )
-    try:
-        return list(json.loads(text)["scores"])
-    except (ValueError, KeyError, TypeError):
-        raise UserError(
-            f'--reward={reward}: answered {text[:80]!r}; it must answer {{"scores": [...]}}'
-        ) from None
+    # Reward models, with a jitted scorer each.
+    models: dict[str, Params] = {}
+    model_scorers: dict[str, Callable] = {}
+    for reward in rewards:
+        if not is_function(reward):
+            config, models[reward] = load_reward_model(reward, tokenizer, mesh)
+            model_scorers[reward] = make_model_scorer(config)
+
+    # Functions and servers, which score texts on each host.
+    host_scorers: dict[str, Callable] = {}
+    for reward in rewards:
+        if is_server(reward):
+            host_scorers[reward] = make_server_scorer(reward, tokenizer)
+        elif is_function(reward):
+            host_scorers[reward] = make_function_scorer(load_function(reward))
+
+    def on_host(reward: str, batch: Batch, records: Sequence[Record]) -> jax.Array:
+        """Score this host's responses by a function or a server; [B] on the mesh."""
+        # The responses of this host, with the record of each one's prompt.
+        rows = local_rows(batch, SENT if is_server(reward) else SEEN, mesh)
+        texts = decode_responses(rows, tokenizer)
+        each = len(texts) // len(records)
+        asked = [records[b // each] for b in range(len(texts))]
+
+        # One number for each, back on the mesh.
+        scores = host_scorers[reward](texts, asked, rows)
+        check_scores(reward, scores, len(texts))
+        return to_mesh({"score_B": np.array(scores, np.float32)}, mesh)["score_B"]
+
+    def score(
+        models: dict[str, Params], batch: Batch, records: Sequence[Record]
+    ) -> tuple[Arrays, Arrays]:
+        scores: Arrays = {}
+        scalars: Arrays = {}
+        for reward in rewards:
+            if reward in models:
+                result = model_scorers[reward](models[reward], batch)
+                scores[reward], scalars[reward] = result
+            else:
+                scores[reward] = on_host(reward, batch, records)
+        return scores, scalars
+
+    return models, score
 
 
-def make_model_scorer(model: ModelConfig):
-    """score(params, batch) -> (scores [B], scalars [B, R + 1]) by a reward model of that shape."""
-    apply = init_and_apply(ScalarModel(model))[1]
+def make_model_scorer(
+    config: ModelConfig,
+) -> Callable[[Params, Batch], tuple[jax.Array, jax.Array]]:
+    """Make the jitted scorer of a rollout's responses by a reward model of shape `config`.
+
+    Returns score(params, batch) -> (scores [B], scalars [B, R + 1]). A score is the scalar at the
+    response's last token, its end token included. The scalars are those at the last token of the
+    prompt and at the response's R tokens. `batch`: a rollout's (rollout.py), with `mask_BR`.
+    """
+    scalars = make_scalars(config)
 
     @jax.jit
     def score(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        scalars_BT = apply(params, *inputs(batch)).scalars_BT
+        scalars_BT = scalars(params, batch)
         score_B = last_token(scalars_BT, batch["segment_ids_BT"])
         return score_B, response_states(batch, scalars_BT)
 
     return score
 
 
-def make_scorer(
-    rewards: Sequence[str], tokenizer: Tokenizer, mesh: jax.sharding.Mesh, script: str = "train_rm"
-):
-    """(models, score): {reward: parameters} of those that are runs of `script`, and what scores responses.
-
-    score(models, batch, records) -> ({reward: scores [B]}, {reward: scalars [B, R + 1]}), the latter of reward models:
-    for the state before each token of the response, and for that after the last. `batch` as of a rollout, `records`
-    those of this host's prompts. Raises UserError for a reward that cannot be loaded or returns no number.
-    """
-    loaded = {
-        reward: load_reward_model(reward, tokenizer, mesh, script)
-        for reward in rewards
-        if not is_function(reward)
-    }
-    servers = {reward for reward in rewards if reward.startswith("http://")}
-    functions = {
-        reward: load_function(reward)
-        for reward in rewards
-        if is_function(reward) and reward not in servers
-    }
-    for reward in servers:
-        ask(
-            reward, {"tokenizer": tokenizer.sha256, "texts": [], "records": [], "batch": {}}
-        )  # mistakes show at once
-    by_model = {reward: make_model_scorer(model) for reward, (_, model) in loaded.items()}
-
-    def on_host(reward: str, batch: Batch, records: Sequence[dict[str, Any]]) -> jax.Array:
-        names = SENT if reward in servers else SENT[-2:]
-        parts = [batch[name] for name in names]
-        local = multihost_utils.global_array_to_host_local_array(parts, mesh, [BATCH] * len(parts))
-        rows = dict(zip(names, map(np.asarray, local), strict=True))
-        lengths = rows["mask_BR"].sum(1).astype(np.int32)
-        texts = [
-            tokenizer.decode(row[:n].tolist())
-            for row, n in zip(rows["response_BR"], lengths, strict=True)
-        ]
-        asked = [records[b // (len(texts) // len(records))] for b in range(len(texts))]
-        if reward in servers:
-            question = {"tokenizer": tokenizer.sha256, "texts": texts, "records": asked}
-            scores = ask(
-                reward, question | {"batch": {name: x.tolist() for name, x in rows.items()}}
-            )
-        else:
-            scores = [
-                functions[reward](text, record) for text, record in zip(texts, asked, strict=True)
-            ]
-        for score in scores:
-            if not isinstance(score, int | float | np.number | np.bool_) or not math.isfinite(
-                score
-            ):
-                raise UserError(
-                    f"--reward={reward}: returned {score!r}; it must return a finite number"
-                )
-        if len(scores) != len(texts):
-            raise UserError(
-                f"--reward={reward}: returned {len(scores)} scores for {len(texts)} responses"
-            )
-        return to_mesh({"score_B": np.array(scores, np.float32)}, mesh)["score_B"]
+def make_function_scorer(function: Check) -> Callable[..., list[float]]:
+    """Make score(texts [B], records [B], rows) -> scores [B] by `function`; it ignores rows."""
 
     def score(
-        models: dict[str, Params], batch: Batch, records: Sequence[dict[str, Any]]
-    ) -> tuple[Batch, Batch]:
-        scores, scalars = {}, {}
-        for reward in rewards:
-            if reward in models:
-                scores[reward], scalars[reward] = by_model[reward](models[reward], batch)
-            else:
-                scores[reward] = on_host(reward, batch, records)
-        return scores, scalars
-
-    return {reward: params for reward, (params, _) in loaded.items()}, score
-
-
-def make_step_scorer(run: str, tokenizer: Tokenizer, mesh: jax.sharding.Mesh, length: int):
-    """score(prompts, responses) -> {how: log scores [N]}, of token lists that fit `length` together; by train_prm.py.
-
-    What has been written of a response is scored too: its last token ends a step.
-    """
-    params, model = load_reward_model(run, tokenizer, mesh, "train_prm")
-    apply, newlines, rows = init_and_apply(ScalarModel(model))[1], tokenizer.newlines(), 512
-
-    @jax.jit
-    def scores(params: Params, batch: Batch) -> Batch:
-        ends_BT = step_ends(batch["tokens_BT"], batch["loss_mask_BT"], newlines)
-        logits_BT = apply(params, *inputs(batch)).scalars_BT
-        return {how: running_score(logits_BT, ends_BT, how)[:, -1] for how in SCORES}
-
-    def score(
-        prompts: Sequence[list[int]], responses: Sequence[list[int]]
-    ) -> dict[str, np.ndarray]:
-        pairs = zip(prompts, responses, strict=True)
-        examples = [{"tokens": [*p, *r], "mask": [0] * len(p) + [1] * len(r)} for p, r in pairs]
-        filled = examples + examples[:1] * (-len(examples) % rows)
-        batches = (
-            pad_examples(filled[i : i + rows], length, tokenizer.pad, True)
-            for i in range(0, len(filled), rows)
-        )
-        parts = [jax.device_get(scores(params, to_mesh(batch, mesh))) for batch in batches]
-        return {
-            how: np.concatenate([part[how] for part in parts])[: len(examples)] for how in SCORES
-        }
+        texts: list[str], records: Sequence[Record], rows: dict[str, np.ndarray]
+    ) -> list[float]:
+        return [function(*pair) for pair in zip(texts, records, strict=True)]
 
     return score
+
+
+def make_server_scorer(reward: str, tokenizer: Tokenizer) -> Callable[..., list[float]]:
+    """Make score(texts [B], records [B], rows) -> scores [B] by the server at `reward`.
+
+    `rows`: this host's arrays SENT. All are sent as one question. An empty one is asked at once:
+    so another tokenizer or a wrong address shows before anything is sampled.
+    """
+
+    def score(
+        texts: list[str], records: Sequence[Record], rows: dict[str, np.ndarray]
+    ) -> list[float]:
+        question: Question = {
+            "tokenizer": tokenizer.sha256,
+            "texts": texts,
+            "records": list(records),
+            "batch": {name: x.tolist() for name, x in rows.items()},
+        }
+        return ask(reward, question)
+
+    score([], [], {})
+    return score
+
+
+def local_rows(
+    batch: Batch, names: Sequence[str], mesh: jax.sharding.Mesh
+) -> dict[str, np.ndarray]:
+    """Return this host's rows of the arrays `names` of a batch on the mesh."""
+    parts = [batch[name] for name in names]
+    local = multihost_utils.global_array_to_host_local_array(parts, mesh, [BATCH] * len(parts))
+    return {name: np.asarray(part) for name, part in zip(names, local, strict=True)}
+
+
+def decode_responses(rows: dict[str, np.ndarray], tokenizer: Tokenizer) -> list[str]:
+    """Return the texts of `response_BR` up to where `mask_BR` ends."""
+    # A mask has no holes here: its sum is the response's length.
+    lengths_B = rows["mask_BR"].sum(1).astype(np.int32)
+    texts = []
+    for response_R, length in zip(rows["response_BR"], lengths_B, strict=True):
+        texts.append(tokenizer.decode(response_R[:length].tolist()))
+    return texts
+
+
+def check_scores(reward: str, scores: Sequence[Any], count: int) -> None:
+    """Raise UserError unless `scores` are `count` finite numbers."""
+    for score in scores:
+        is_number = isinstance(score, int | float | np.number | np.bool_)
+        if not is_number or not math.isfinite(score):
+            raise UserError(
+                f"--reward={reward}: returned {score!r}; it must return a finite number"
+            )
+    if len(scores) != count:
+        raise UserError(f"--reward={reward}: returned {len(scores)} scores for {count} responses")

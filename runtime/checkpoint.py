@@ -74,6 +74,7 @@ class Checkpoints:
         self._pending: concurrent.futures.Future | None = None
 
     def __enter__(self) -> "Checkpoints":
+        # All processes look before one writes.
         refuse_other_run(self.run, self.config)
         multihost_utils.sync_global_devices("run folder checked")
         if jax.process_index() == 0:
@@ -83,6 +84,7 @@ class Checkpoints:
                 atomic_bytes(self.run / "tokenizer.model", self.tokenizer)
             remove_unfinished(self.folder)
         multihost_utils.sync_global_devices("run folder written")
+        # Orbax writes in the background; a thread of ours waits for it and seals the step.
         ocp = _orbax()
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), timeout_secs=3600)
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="manifest")
@@ -146,6 +148,7 @@ class Checkpoints:
         JSON, each process's own, such as its position in the data. Raises UserError where
         parameters are not finite, or where the previous save failed.
         """
+        # One save at a time: the one before must be on the disk.
         self.wait()
         _refuse_non_finite(state["params"], self.folder, step)
         ocp = _orbax()
@@ -157,6 +160,7 @@ class Checkpoints:
             "extra": all_gather_json(extra),
         }
         path = self.folder / str(step)
+        # Orbax copies the arrays to the host before it returns: they may then be donated.
         with disk_faults(path):
             saves = {item: ocp.args.PyTreeSave(tree) for item, tree in items.items() if tree}
             self._orbax.save(path, args=ocp.args.Composite(**saves))
@@ -168,6 +172,7 @@ class Checkpoints:
             self._orbax.wait_until_finished()
             if jax.process_index() == 0:
                 write_manifest(path, body)
+                # The new step counts among those kept.
                 for step in finished_steps(self.folder)[self.keep :]:
                     remove_step(self.folder / str(step))
 
@@ -196,6 +201,7 @@ class Checkpoints:
                     f"{self.folder}: no step is undamaged; remove the folder to start anew"
                 )
             return None
+        # Names, dtypes and shapes are compared before anything is read.
         path = self.folder / str(step)
         manifest = read_manifest(path)
         items = {}
@@ -221,6 +227,7 @@ class Checkpoints:
     def _newest_good(self, steps: list[int]) -> int | None:
         """Return the first of `steps` without damage; process 0 looks, and tells the others."""
         config_hash = identity_hash(self.config)
+        # -1 for none, as a number that can be broadcast.
         found = -1
         if jax.process_index() == 0:
             for step in steps:
@@ -245,6 +252,7 @@ def load_step_params(run: str, step: int | None, shapes: Any) -> dict[str, Any]:
     try:
         manifest = check_step(path, config_hash, item="params/")
     except Damaged as fault:
+        # What to name instead.
         good = [
             number
             for number in earlier
@@ -253,6 +261,7 @@ def load_step_params(run: str, step: int | None, shapes: Any) -> dict[str, Any]:
         raise UserError(
             f"{fault}; last good step before it: {good[0] if good else 'none'}"
         ) from None
+    # As they were saved: shapes without shardings give NumPy arrays.
     if shapes is None:
         shapes = abstract_tree(manifest["arrays"])["params"]
     return _load(path, manifest, "params", shapes)
@@ -273,6 +282,7 @@ def stored_params(run: str) -> dict[str, Any]:
 
 def _find_step(run: str, step: int | None) -> tuple[pathlib.Path, list[int]]:
     """Return the folder of `step` (None: the newest) of `run`, and earlier steps, newest first."""
+    # Steps without a manifest were never finished.
     folder = (pathlib.Path(run) / "checkpoints").absolute()
     steps = finished_steps(folder)
     if not steps or step not in (None, *steps):
@@ -337,6 +347,7 @@ def _load(path: pathlib.Path, manifest: dict[str, Any], item: str, tree: Any) ->
     _refuse_other_arrays(path, manifest["arrays"], item, leaves)
     ocp = _orbax()
 
+    # A sharding makes it a jax.Array there, none a NumPy array.
     def place(leaf: jax.ShapeDtypeStruct) -> Any:
         if leaf.sharding:
             return ocp.ArrayRestoreArgs(sharding=leaf.sharding)
@@ -353,6 +364,7 @@ def _refuse_other_arrays(
     """Raise UserError for the first of `leaves` that `arrays`, a manifest's, has otherwise."""
     stored = {name: array for name, array in arrays.items() if name.startswith(f"{item}/")}
     wanted = {f"{item}/{name}": array_type(leaf) for name, leaf in leaves.items()}
+    # Ours first, then what is stored beside.
     for name in [*wanted, *stored]:
         there = stored.get(name, "absent")
         here = wanted.get(name, "absent")
@@ -378,6 +390,7 @@ def _refuse_non_finite(params: Any, folder: pathlib.Path, step: int) -> None:
     """Raise UserError for a NaN or infinity; waits for the parameters, as the copy would next."""
     if bool(_all_finite(params)):
         return
+    # Which one is looked for only now that there is one.
     name = next(name for name, leaf in _named(params).items() if not bool(_all_finite(leaf)))
     newest = next(iter(finished_steps(folder)), "none")
     fault = f"params/{name} is not finite (last saved step: {newest})"

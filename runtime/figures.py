@@ -66,6 +66,7 @@ def panels(
     `eval/x` is drawn over `x`. `unit`: the word under the axis. `only`: this metric alone.
     `title`: instead of the metric's name.
     """
+    # The metrics in the order in which they appear; a dict keeps it.
     names: dict[str, None] = {}
     for row in rows:
         for name in row:
@@ -77,6 +78,7 @@ def panels(
     for name in [*known, *others]:
         if only not in ("", name):
             continue
+        # Training and held-out values, where there are any.
         curves = []
         for label, key in (("training", name), ("held out", f"eval/{name}")):
             steps, values = _series(rows, key)
@@ -90,7 +92,10 @@ def panels(
 
 def reward_against_kl(rows: list[dict[str, Any]]) -> list[str]:
     """Return a figure of score against KL, a dot a row; [] where no row has both."""
-    both = [row for row in rows if row.get("kl") is not None and row.get("score") is not None]
+    both = []
+    for row in rows:
+        if row.get("kl") is not None and row.get("score") is not None:
+            both.append(row)
     if not both:
         return []
     _, kl = _series(both, "kl")
@@ -105,8 +110,9 @@ def reward_against_kl(rows: list[dict[str, Any]]) -> list[str]:
 
 def _series(rows: list[dict[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
     """Return the steps that have the metric, and its values; means of parts of long series."""
-    points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
-    steps, values = np.array(points, float).reshape(-1, 2).T
+    having = [row for row in rows if row.get(name) is not None]
+    steps = np.array([row["step"] for row in having], float)
+    values = np.array([row[name] for row in having], float)
     if len(steps) > MOST_POINTS:
         steps = _part_means(steps)
         values = _part_means(values)
@@ -122,6 +128,7 @@ def _part_means(series: np.ndarray) -> np.ndarray:
 
 def _draw(curves: list[Curve], xlabel: str, legend: bool = False, dots: bool = False) -> str:
     """Draw up to two curves; return the SVG, its colours the style sheet's."""
+    # Imported at its first use: it takes half a second.
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -133,8 +140,10 @@ def _draw(curves: list[Curve], xlabel: str, legend: bool = False, dots: bool = F
                 _draw_dots(axes, curve, colour)
             else:
                 _draw_line(axes, curve, colour)
-        low = min(values.min() for _, _, values in curves)
-        high = max(values.max() for _, _, values in curves)
+        # The scale, and what is around the curves.
+        everything = np.concatenate([values for _, _, values in curves])
+        low = everything.min()
+        high = everything.max()
         if high - low < 1e-6 * abs(high):
             # A constant: its rounding is no curve.
             axes.set_ylim(0.5 * low, 1.5 * high)
@@ -144,6 +153,7 @@ def _draw(curves: list[Curve], xlabel: str, legend: bool = False, dots: bool = F
         if legend:
             place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderpad": 0}
             axes.legend(frameon=False, ncols=2, **place)
+        # Without a date, so that the same curves make the same page.
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     return _for_a_page(file.getvalue())
@@ -153,7 +163,8 @@ def _draw_dots(axes: Any, curve: Curve, colour: str) -> None:
     """Draw a dot a point, a sixth of them at a time, each stronger than the one before."""
     _, x, y = curve
     for sixth, part in enumerate(np.array_split(np.arange(len(x)), 6), 1):
-        axes.plot(x[part], y[part], "o", color=colour, alpha=sixth / 6, markersize=4, mew=0)
+        style = {"color": colour, "alpha": sixth / 6, "markersize": 4, "mew": 0}
+        axes.plot(x[part], y[part], "o", **style)
 
 
 def _draw_line(axes: Any, curve: Curve, colour: str) -> None:
@@ -168,6 +179,7 @@ def _draw_line(axes: Any, curve: Curve, colour: str) -> None:
 
 def _for_a_page(svg: str) -> str:
     """Return matplotlib's SVG without its header and size, with the style sheet's colours."""
+    # XML's header and the metadata say nothing in a page; its width is the page's.
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     for colour, variable in COLOURS.items():
@@ -179,6 +191,7 @@ def _for_a_page(svg: str) -> str:
 def _smooth(values: np.ndarray) -> np.ndarray:
     """Return the mean over a window of a tenth around each value, shorter towards the ends."""
     half = max(1, len(values) // 20)
+    # Sums of windows as differences of running totals.
     totals = np.concatenate([[0], np.cumsum(values)])
     at = np.arange(len(values))
     low = np.maximum(at - half, 0)

@@ -27,7 +27,7 @@ def fill_paper_defaults(config: ConfigT, paper: dict[str, Any]) -> ConfigT:
 
 
 def with_paper_defaults(config: ConfigT, method: str, paper: dict[str, Any]) -> ConfigT:
-    """Fill as `fill_paper_defaults`, and print the line that names what was filled, if anything."""
+    """Fill as `fill_paper_defaults`, and print the line that names what was filled, if any was."""
     line = paper_defaults_line(config, method, paper)
     if line:
         print(line)
@@ -59,6 +59,7 @@ def parse(cls: type[ConfigT], argv: Sequence[str] | None = None) -> ConfigT:
     `--model.preset=NAME` and `--init=RUN` first set all of `--model.*`; single fields then
     override. `argv` None: the command line's. Raises UserError; `--help` ends the program.
     """
+    # A switch may stand alone: `--raw` is `--raw=True`.
     words = list(sys.argv[1:] if argv is None else argv)
     default = cls()
     words = [_with_value(default, word) for word in words]
@@ -68,12 +69,14 @@ def parse(cls: type[ConfigT], argv: Sequence[str] | None = None) -> ConfigT:
     if "--help" in words:
         # A pager that is left early ends the program, without a traceback.
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    # The script's first line heads its --help; tyro's own messages are caught.
     about = (sys.modules[cls.__module__].__doc__ or "").partition("\n")[0]
     message = io.StringIO()
     try:
         with contextlib.redirect_stderr(message):
             return tyro.cli(
                 cls,
+                prog=_command(),
                 description=about,
                 args=words,
                 default=default,
@@ -81,10 +84,17 @@ def parse(cls: type[ConfigT], argv: Sequence[str] | None = None) -> ConfigT:
                 use_underscores=True,
             )
     except SystemExit as stop:
+        # --help ends well.
         if stop.code in (0, None):
             raise
         fault = _in_one_line(message.getvalue())
         raise UserError(f"flags: {fault} (--help lists all flags)") from None
+
+
+def _command() -> str:
+    """Name the command as it was given: `python train_sft.py`, `python -m collect.rank`."""
+    spec = sys.modules["__main__"].__spec__
+    return f"python {sys.argv[0]}" if spec is None else f"python -m {spec.name}"
 
 
 def _with_value(default: Any, word: str) -> str:
@@ -95,6 +105,7 @@ def _with_value(default: Any, word: str) -> str:
 
 def _in_one_line(message: str) -> str:
     """Return the fault out of tyro's box: the text before the first rule; then come proposals."""
+    # tyro draws a box.
     lines = [line.strip("│╭╮╰╯─ ").strip() for line in message.splitlines()]
     text = " ".join(line for line in lines[1:] if line)
     text = re.sub(r" ?(Argument helptext|For full helptext).*", "", text)
@@ -115,6 +126,7 @@ def _starting_model(model: Any, argv: Sequence[str]) -> Any:
 
 def _flag(argv: Sequence[str], name: str) -> str | None:
     """Return the value of the flag `name` in `argv`; None without it."""
+    # As `--name=value` or `--name value`.
     for index, word in enumerate(argv):
         if word.startswith(name + "="):
             return word.split("=", 1)[1]
@@ -145,6 +157,7 @@ def ending_in_one_line(main: Callable[[], Any]) -> None:
     try:
         main()
     except UserError as fault:
+        # One line, whatever the fault's text has.
         print(f"error: {' '.join(str(fault).split())}", file=sys.stderr)
         exit_now(2)
     except KeyboardInterrupt:

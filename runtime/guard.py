@@ -76,6 +76,7 @@ def is_spike(config: GuardConfig, history: Sequence[list[float]], values: list[f
     `values` and each of `history`: as of loss_and_norm. The gradient norm alone often stands out
     without a fault, and a hard batch raises the loss alone.
     """
+    # Too short a history has no median worth the name.
     if config.threshold <= 0 or len(history) < max(config.window // 2, 2):
         return False
     above = deviations(np.array(history), np.array(values)) > config.threshold
@@ -87,6 +88,7 @@ def is_spike(config: GuardConfig, history: Sequence[list[float]], values: list[f
 
 def left_out(run: str) -> frozenset[int]:
     """Return the numbers of the batches that `run` leaves out, from 1, in the data's order."""
+    # Of all spikes so far: a batch stays left out.
     numbers: set[int] = set()
     for spike in _spikes(run):
         numbers.update(spike["batches"])
@@ -108,6 +110,7 @@ def go_back(config: Any, step: int) -> None:
     `config`: the script's, of which `run` and `guard` are read. All processes must call it. Raises
     UserError after too many spikes.
     """
+    # A run that spikes without end has another fault than its batches.
     guard = config.guard
     spikes = _spikes(config.run)
     if len(spikes) >= guard.most:
@@ -118,6 +121,7 @@ def go_back(config: Any, step: int) -> None:
     # All have read left_out.json.
     multihost_utils.sync_global_devices("spike")
     if jax.process_index() == 0:
+        # The newest checkpoint before the batches at fault; else the oldest there is.
         folder = pathlib.Path(config.run, "checkpoints")
         finished = finished_steps(folder)
         earlier = [number for number in finished if number <= step - guard.skip]
@@ -126,6 +130,7 @@ def go_back(config: Any, step: int) -> None:
             if later > good:
                 remove_step(folder / str(later))
 
+        # The batches of the steps after it are at fault, those left out before not counted.
         numbers = _batches_of_steps(step, left_out(config.run))
         batches = numbers[max(good, step - guard.skip) :]
         spikes.append({"step": step, "resumed_after": good, "batches": batches})

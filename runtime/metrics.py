@@ -65,13 +65,16 @@ class Recorder:
         self.unit = unit
         self.last: dict[str, float] = {}
         """The values of the newest row."""
+        # Only process 0 writes and shows.
         self._shows = jax.process_index() == 0
+        # The last row that was recorded, whose values may not be computed yet.
         self._pending: tuple[int, dict[str, Any], int] | None = None
         # (time, tokens) of the last rows, for the throughput.
         self._recent: collections.deque = collections.deque(maxlen=20)
         # Loss and gradient norm of the last rows, for the guard.
         self._guard = guard
         self._history: collections.deque = collections.deque(maxlen=guard and guard.window)
+        # Compilations of the step, and how many of them a row has told of.
         self._compiled = 0
         self._told_compiled = 0
 
@@ -87,7 +90,8 @@ class Recorder:
             seen = [loss_and_norm(row) for row in rows]
             history = [values for values in seen if values]
             # Process 0 read them: all get the same.
-            self._history.extend(all_gather_json(history[-self._guard.window :])[0])
+            of_all = all_gather_json(history[-self._guard.window :])
+            self._history.extend(of_all[0])
         return self
 
     def _open_files(self) -> None:
@@ -109,6 +113,7 @@ class Recorder:
 
     def __exit__(self, kind: Any, fault: Any, trace: Any) -> None:
         jax.monitoring.unregister_event_duration_listener(self._on_event)
+        # The last row, which may be a spike or fail on the device: files are closed in any case.
         try:
             self.flush()
         finally:
@@ -132,6 +137,7 @@ class Recorder:
         same step (an evaluation) join its row. `tokens`: how many the step trained on, for the
         throughput. Raises UserError after too many compilations, and what `flush` raises.
         """
+        # The row of the step that brought a compilation tells of it.
         if self._compiled > MOST_COMPILATIONS:
             raise UserError(
                 f"{self.run}: the step was compiled {self._compiled} times by step {step}, for "
@@ -162,6 +168,7 @@ class Recorder:
             return
         step, metrics, tokens = self._pending
         self._pending = None
+        # This waits for the device.
         values = {name: _number(value) for name, value in metrics.items()}
         finished_step()
 
@@ -176,6 +183,7 @@ class Recorder:
         self.last = {**values, "step": step}
         if self._shows:
             self._write(step, values, now)
+        # After the row is written, so that a spike can be seen in metrics.jsonl.
         seen = loss_and_norm(values)
         if self._guard is not None and seen:
             if is_spike(self._guard, self._history, seen):
@@ -191,7 +199,9 @@ class Recorder:
 
     def _write(self, step: int, values: dict[str, float], now: float) -> None:
         """Write a row to metrics.jsonl and TensorBoard, and move the bar."""
-        row = {"step": step, "seconds": round(self._earlier + now - self._began, 3), **values}
+        seconds = self._earlier + now - self._began
+        row = {"step": step, "seconds": round(seconds, 3), **values}
+        # JSON has no NaN.
         finite = {name: value if math.isfinite(value) else None for name, value in row.items()}
         self._rows.write(json.dumps(finite) + "\n")
         for name, value in values.items():
@@ -201,6 +211,7 @@ class Recorder:
             self._first = step, now
             self._bar.initial = self._bar.n = self._bar.last_print_n = step
             self._bar.unpause()
+        # The terminal: a bar, and lines that stay.
         self._bar.set_postfix_str("  ".join(_summary(values)), refresh=False)
         self._bar.update(step - self._bar.n)
 
@@ -221,6 +232,7 @@ class Recorder:
         if step > first:
             seconds = (self.total - step) / (step - first) * (now - then)
             parts.append(f"{tqdm.format_interval(seconds)} left")
+        # Parts are left out where they do not fit.
         line = f"{self.unit} {step}/{self.total}"
         for part in parts:
             if len(line) + len(part) <= 78:
@@ -238,8 +250,10 @@ class Recorder:
             file.write(f"## Step {step}\n\n")
             for row in rows:
                 for name, value in row.items():
-                    file.write(f"**{name}**\n\n{_fenced(str(value))}\n\n")
+                    text = _fenced(str(value))
+                    file.write(f"**{name}**\n\n{text}\n\n")
                 file.write("---\n\n")
+        # On the terminal the first rows alone, wrapped.
         lines = [f"samples at {self.unit} {step}:"]
         for row in rows[:shown]:
             for name, value in row.items():
@@ -274,6 +288,7 @@ def _summary(values: dict[str, float]) -> list[str]:
 
 def _fenced(text: str) -> str:
     """Return `text` in a Markdown block that nothing in it can close."""
+    # A fence longer than any run of ticks inside.
     longest = max((len(ticks) for ticks in re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}text\n{text}\n{fence}"
@@ -288,13 +303,15 @@ def _cut_rows(path: pathlib.Path, last: int) -> float:
         return 0.0
     kept = []
     for line in path.read_text().splitlines():
+        # A process that was killed may have left half a line.
         try:
             row = json.loads(line)
         except ValueError:
             break
         if row["step"] <= last:
             kept.append(line)
-    atomic_bytes(path, "".join(line + "\n" for line in kept).encode())
+    text = "".join(line + "\n" for line in kept)
+    atomic_bytes(path, text.encode())
     return json.loads(kept[-1])["seconds"] if kept else 0.0
 
 
@@ -304,6 +321,7 @@ def _cut_samples(path: pathlib.Path, last: int) -> None:
         return
     text = path.read_text()
     end = len(text)
+    # A section is a step's.
     for heading in re.finditer(r"^## Step (\d+)\n", text, re.MULTILINE):
         if int(heading[1]) > last:
             end = heading.start()

@@ -30,6 +30,7 @@ def run_report(run: str) -> str:
     """Write `<run>/report.html`: curves, last samples and config; return its path."""
     config = load_config(run)
     rows = read_rows(run)
+    # A page is a list of sections.
     script = str(config.get("script", "run"))
     body = [
         f"<header><p class=kicker>{_e(script)}</p><h1>{_e(run)}</h1>"
@@ -50,7 +51,8 @@ def _facts(rows: list[dict[str, Any]]) -> list[str]:
     if not rows:
         return []
     last = rows[-1]
-    facts = [f"{last['step']:,} steps in {_duration(last.get('seconds') or 0)}."]
+    duration = _duration(last.get("seconds") or 0)
+    facts = [f"{last['step']:,} steps in {duration}."]
     speed = last.get("tokens_per_second")
     if speed:
         facts.append(f"{speed:,.0f} tokens a second at the end.")
@@ -72,6 +74,7 @@ def alignment_report(
     length and n, each with `<name>_ci`, and `kinds`; optionally `reward_model`. `samples`: prompt,
     kind, and per stage a response with its criteria.
     """
+    # The curves of the four runs.
     lm_rows = read_rows(lm_run)
     sft_rows = read_rows(sft_run)
     rm_rows = read_rows(rm_run)
@@ -86,6 +89,7 @@ def alignment_report(
     ppo = [*reward_against_kl(ppo_rows), *panels(ppo_rows, "iteration")]
     reward_model = _reward_model(summary.get("reward_model"))
     side_by_side = "".join(_comparison(sample, stages) for sample in samples)
+    # The settings of each run, folded.
     configs = ""
     for run in (lm_run, sft_run, rm_run, ppo_run):
         table = _config_table(load_config(run))
@@ -106,6 +110,7 @@ def last_samples(run: str) -> list[dict[str, str]]:
     """Return the rows of the last section of samples.md, {name: text}; [] without the file."""
     path = pathlib.Path(run) / "samples.md"
     text = path.read_text() if path.exists() else ""
+    # What follows the last heading.
     section = re.split(r"^## Step \d+\n", text, flags=re.MULTILINE)[-1]
     # A name in bold, its text in a fence of as many ticks as it needs; or the rule after a row.
     blocks = re.findall(
@@ -137,15 +142,16 @@ def _headline(summary: dict[str, Any], stages: list[str]) -> str:
 
 def _criteria_table(summary: dict[str, Any], stages: list[str]) -> str:
     lines = [f"<tr><th></th>{_heads(stages)}</tr>"]
+    # First the shares, then what is no share.
     shares = {criterion: criterion for criterion in CRITERIA} | {"all": "all three"}
     for name, label in shares.items():
-        cells = "".join(f"<td>{_share(summary[stage], name, stage)}</td>" for stage in stages)
-        lines.append(f"<tr class={name}><th scope=row>{label}</th>{cells}</tr>")
+        cells = [_share(summary[stage], name, stage) for stage in stages]
+        lines.append(_table_row(label, cells, css=name))
     values = {"kl": "KL to SFT, nats", "length": "length, tokens", "n": "responses"}
     for name, label in values.items():
-        cells = "".join(f"<td>{_value(summary[stage], name)}</td>" for stage in stages)
-        lines.append(f"<tr><th scope=row>{label}</th>{cells}</tr>")
-    return f"<div class=scroll><table>{''.join(lines)}</table></div>"
+        cells = [_value(summary[stage], name) for stage in stages]
+        lines.append(_table_row(label, cells))
+    return _table(lines)
 
 
 def _kinds_table(summary: dict[str, Any], stages: list[str]) -> str:
@@ -153,16 +159,28 @@ def _kinds_table(summary: dict[str, Any], stages: list[str]) -> str:
     kinds = sorted(set().union(*by_stage.values()))
     if not kinds:
         return "<p>Not measured.</p>"
+    # A row a kind, a column a stage.
     lines = [f"<tr><th></th>{_heads(stages)}<th scope=col>n</th></tr>"]
     for kind in kinds:
-        cells = ""
+        cells = []
         for stage in stages:
             entry = by_stage[stage].get(kind, {})
-            cells += f"<td>{_share(entry, 'all', stage)}</td>"
+            cells.append(_share(entry, "all", stage))
         # All stages answer the same prompts: the last one's count is theirs too.
-        count = _e(entry.get("n", ""))
-        lines.append(f"<tr><th scope=row>{_e(kind)}</th>{cells}<td>{count}</td></tr>")
+        cells.append(_e(entry.get("n", "")))
+        lines.append(_table_row(_e(kind), cells))
+    return _table(lines)
+
+
+def _table(lines: list[str]) -> str:
     return f"<div class=scroll><table>{''.join(lines)}</table></div>"
+
+
+def _table_row(label: str, cells: list[str], css: str = "") -> str:
+    """Return a row of a table; `css`: its class in the style sheet."""
+    opening = f"<tr class={css}>" if css else "<tr>"
+    columns = "".join(f"<td>{cell}</td>" for cell in cells)
+    return f"{opening}<th scope=row>{label}</th>{columns}</tr>"
 
 
 def _heads(stages: list[str]) -> str:
@@ -174,13 +192,14 @@ def _share(entry: dict[str, Any], name: str, stage: str) -> str:
     share = entry.get(name)
     if share is None:
         return "–"
+    # Without an interval the bar ends in a point.
     low, high = entry.get(f"{name}_ci") or (share, share)
     interval = f"{_percent(low)} to {_percent(high)}"
+    bar = f"<i style='width:{100 * share:.1f}%'></i>"
+    bar += f"<u style='left:{100 * low:.1f}%;width:{100 * (high - low):.1f}%'></u>"
     return (
         f"<b>{_percent(share)}</b> <small>{interval}</small>"
-        f"<div class='bar {stage}' aria-hidden=true>"
-        f"<i style='width:{100 * share:.1f}%'></i>"
-        f"<u style='left:{100 * low:.1f}%;width:{100 * (high - low):.1f}%'></u></div>"
+        f"<div class='bar {stage}' aria-hidden=true>{bar}</div>"
     )
 
 
@@ -193,13 +212,15 @@ def _value(entry: dict[str, Any], name: str) -> str:
     text = f"<b>{shown}</b>"
     interval = entry.get(f"{name}_ci")
     if interval:
-        text += f" <small>{interval[0]:z.2f} to {interval[1]:z.2f}</small>"
+        low, high = interval
+        text += f" <small>{low:z.2f} to {high:z.2f}</small>"
     return text
 
 
 def _reward_model(entry: dict[str, Any] | None) -> str:
     if not entry:
         return ""
+    # Of all pairs, then by what decided them.
     shares = {"all pairs": entry.get("accuracy"), **(entry.get("by_criterion") or {})}
     cells = ""
     for name, share in shares.items():
@@ -216,11 +237,12 @@ def _config_table(config: dict[str, Any]) -> str:
 def _config_rows(config: dict[str, Any], prefix: str) -> str:
     rows = ""
     for name, value in config.items():
+        # Nested settings by their dotted names, as flags have them.
         if isinstance(value, dict):
             rows += _config_rows(value, f"{prefix}{name}.")
         else:
-            cell = f"<td><code>{_e(json.dumps(value))}</code></td>"
-            rows += f"<tr><th scope=row>{_e(prefix + name)}</th>{cell}</tr>"
+            text = _e(json.dumps(value))
+            rows += _table_row(_e(prefix + name), [f"<code>{text}</code>"])
     return rows
 
 
@@ -253,7 +275,8 @@ def _response_card(response: dict[str, Any], stage: str) -> str:
         verdict, mark = ("pass", "✓") if passed else ("fail", "✗")
         marks += f"<li class={verdict}>{mark} {criterion}</li>"
     text = _e(response["response"]) or "<i>(empty)</i>"
-    card = f"<h4>{STAGES[stage]}</h4><p class=text>{text}</p><ul class=marks>{marks}</ul>"
+    card = f"<h4>{STAGES[stage]}</h4><p class=text>{text}</p>"
+    card += f"<ul class=marks>{marks}</ul>"
     return f"<article class='card {stage}'>{card}</article>"
 
 
@@ -273,6 +296,7 @@ def _page(folder: pathlib.Path, title: str, body: list[str]) -> str:
     """Write the page with its style sheet inside; return its path."""
     path = folder / "report.html"
     style = pathlib.Path(__file__).with_name("report.css").read_text()
+    # One file: styles and figures are inside.
     text = (
         f"<!doctype html><html lang=en><head><meta charset=utf-8><title>{_e(title)}</title>"
         "<meta name=viewport content='width=device-width, initial-scale=1'>"
@@ -294,6 +318,7 @@ def _percent(share: Any) -> str:
 
 
 def _duration(seconds: float) -> str:
+    # To the minute from an hour on.
     minutes, seconds = divmod(round(seconds), 60)
     if minutes >= 60:
         return f"{minutes // 60} h {minutes % 60} min"

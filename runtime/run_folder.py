@@ -82,12 +82,14 @@ def describe_run(config: Any, script: str, tokenizer: bytes | None) -> dict[str,
     """
     versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
     sha256 = None if tokenizer is None else hashlib.sha256(tokenizer).hexdigest()
+    # In this order the file is read by people.
     described = {
         "script": script,
         **dataclasses.asdict(config),
         "tokenizer_sha256": sha256,
         "versions": versions,
     }
+    # Left out for the root's model.py.
     code = model_code()
     if code is not None:
         described["model_code"] = code
@@ -96,6 +98,7 @@ def describe_run(config: Any, script: str, tokenizer: bytes | None) -> dict[str,
 
 def _identity(config: dict[str, Any]) -> dict[str, Any]:
     """Return the fields that must not change, by dotted name."""
+    # Versions may change with a warning; FREE fields may change.
     fixed = {}
     for name, value in config.items():
         if name != "versions" and RENAMED.get(name, name) not in FREE:
@@ -167,6 +170,7 @@ def load_model_config(run: str, model_class: type[ModelT]) -> ModelT:
     """
     config = load_config(run)
     refuse_other_model_code(run, config)
+    # Compare the names before the dataclass is made: it would raise a TypeError.
     stored = config.get("model", {})
     known = set()
     required = set()
@@ -195,6 +199,7 @@ def refuse_other_model_code(run: str, config: dict[str, Any]) -> None:
     `config`: its config.json. A run of the root's model.py may be read with a fork's, which may
     start from it; load_params notes that on stderr.
     """
+    # The same shapes may be computed with in another way: only the file tells.
     theirs = config.get("model_code")
     ours = model_code()
     if theirs is not None and theirs != ours:
@@ -229,11 +234,13 @@ def refuse_other_run(run: pathlib.Path, config: dict[str, Any]) -> None:
                 f"{run}: holds files but no config.json, so it is not a run; name another --run"
             )
         return
+    # What was never saved binds no one.
     if not _has_begun(run):
         return
     stored = _stored_config(str(run))
     _refuse_old_names(run, stored)
     _refuse_other_settings(run, stored, config)
+    # Results may differ in the last bits with other libraries.
     for name, version in config["versions"].items():
         before = stored.get("versions", {}).get(name)
         if before != version and jax.process_index() == 0:
@@ -305,6 +312,7 @@ def lock_run(run: pathlib.Path, folder: pathlib.Path) -> int:
 def atomic_bytes(path: pathlib.Path, content: bytes) -> None:
     """Write the file `path` whole or not at all; it is on the disk afterwards."""
     with disk_faults(path):
+        # Beside it first, then renamed, with both file and folder on the disk.
         new = path.with_name(path.name + ".new")
         with new.open("wb") as file:
             file.write(content)
@@ -325,6 +333,7 @@ def atomic_text(path: str, anew: bool = False) -> Iterator[TextIO]:
     out = pathlib.Path(path)
     if anew and out.exists() and out.stat().st_size:
         raise UserError(f"{out}: exists; remove it or name another --out")
+    # Hidden, and a name of this process's own: two may write at once.
     new = out.with_name(f".{out.name}.{os.getpid()}")
     with disk_faults(out):
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -345,6 +354,7 @@ def disk_faults(path: pathlib.Path) -> Iterator[None]:
     except UserError:
         raise
     except Exception as fault:
+        # Orbax wraps what the system says into errors of its own.
         reason = re.search(DISK_FAULTS, str(fault))
         if not isinstance(fault, OSError) and not reason:
             raise
@@ -364,6 +374,7 @@ def array_type(leaf: Any) -> str:
 
 def abstract_tree(types: dict[str, str]) -> dict[str, Any]:
     """Return `arrays` of a manifest, {"a/b": array_type}, as nested ShapeDtypeStructs."""
+    # `a/b/c` is the entry c of the entry b of the entry a.
     tree: dict[str, Any] = {}
     for name, array in types.items():
         *parents, last = name.split("/")
@@ -392,6 +403,7 @@ def read_manifest(path: pathlib.Path) -> dict[str, Any]:
     try:
         body = json.loads(file.read_bytes())
         del body["self"]
+        # A changed byte changes the sum; a copied folder has another name.
         if _seal(body) == file.read_bytes() and body["step"] == int(path.name):
             return body
     except (OSError, ValueError, TypeError, KeyError):
@@ -407,11 +419,13 @@ def check_step(path: pathlib.Path, config_hash: str, item: str = "") -> dict[str
     manifest = read_manifest(path)
     if manifest["config"] != config_hash:
         raise Damaged(f"{path / 'manifest.json'}: written under another config.json")
+    # What should be there, and what is.
     listed = {name: entry for name, entry in manifest["files"].items() if name.startswith(item)}
     present = {name for name in _files(path) if name.startswith(item)}
     for name, entry in listed.items():
         if name not in present:
             raise Damaged(f"{path / name}: missing")
+        # The size first: it costs nothing, and tells a file that was cut.
         size = (path / name).stat().st_size
         if size != entry["size"]:
             raise Damaged(f"{path / name}: damaged ({size:,} bytes instead of {entry['size']:,})")
@@ -466,6 +480,7 @@ def finished_steps(folder: pathlib.Path) -> list[int]:
 
 def remove_step(path: pathlib.Path) -> None:
     """Remove a step; whenever that is interrupted, the step is either whole or no step."""
+    # Renamed first, which happens at once or not at all.
     gone = path.with_name(path.name + ".removed")
     shutil.rmtree(gone, ignore_errors=True)
     path.rename(gone)
@@ -474,6 +489,7 @@ def remove_step(path: pathlib.Path) -> None:
 
 def remove_unfinished(folder: pathlib.Path) -> None:
     """Remove what an interrupted save or removal left in `folder` (RUN/checkpoints)."""
+    # Folders named by a number, with or without an ending of Orbax's or ours.
     finished = {str(step) for step in finished_steps(folder)}
     for path in folder.iterdir():
         if path.is_dir() and re.fullmatch(r"\d+(\..+)?", path.name) and path.name not in finished:

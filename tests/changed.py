@@ -27,22 +27,23 @@ Graph = dict[str, set[str]]
 
 def changed_files(root: pathlib.Path, against: str) -> set[str]:
     """Return the files below `root` that differ from the commit `against`, new ones too."""
-    commands = (
-        ["git", "diff", "--name-only", "--relative", against],
-        ["git", "ls-files", "--others", "--exclude-standard"],
-    )
-    found = set()
-    for command in commands:
-        result = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
-        found |= set(result.stdout.splitlines())
-    return found
+    differing = lines_of(f"git diff --name-only --relative {against}", root)
+    new = lines_of("git ls-files --others --exclude-standard", root)
+    return {*differing, *new}
+
+
+def lines_of(command: str, root: pathlib.Path) -> list[str]:
+    """Run `command` in `root`; return the lines that it prints."""
+    words = command.split()
+    result = subprocess.run(words, cwd=root, capture_output=True, text=True, check=True)
+    return result.stdout.splitlines()
 
 
 def import_graph(root: pathlib.Path) -> Graph:
     """Read what each Python file that git knows, or could, imports of the others."""
-    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.py"]
-    listed = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
-    files = [name for name in listed.stdout.splitlines() if (root / name).exists()]
+    # Files that are deleted and not yet committed are listed too.
+    known = lines_of("git ls-files --cached --others --exclude-standard *.py", root)
+    files = [name for name in known if (root / name).exists()]
 
     # A module by its name. Modules beside the tests are imported without the folder's name.
     by_module = {}
@@ -50,6 +51,8 @@ def import_graph(root: pathlib.Path) -> Graph:
         module = name.removesuffix(".py").replace("/", ".")
         by_module[module] = name
         by_module.setdefault(module.removeprefix("tests."), name)
+
+    # Other packages are no files of ours.
     graph = {}
     for name in files:
         modules = imported_modules((root / name).read_text())
@@ -62,18 +65,19 @@ def imported_modules(source: str) -> set[str]:
 
     `from a import b` names both `a` and `a.b`, of which the second may be no module.
     """
-    names = set()
+    names: set[str] = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
+            names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
             names.add(node.module)
-            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+            names.update(f"{node.module}.{alias.name}" for alias in node.names)
     return names
 
 
 def touched_tests(changed: set[str], graph: Graph, root: pathlib.Path) -> list[str]:
     """Order the test files that `changed` touches: by the steps of imports between them."""
+    # The graph turned round: who imports a file.
     importers: Graph = {name: set() for name in graph}
     for name, imported in graph.items():
         for module in imported:
@@ -94,11 +98,17 @@ def touched_tests(changed: set[str], graph: Graph, root: pathlib.Path) -> list[s
     # it.
     tests = [name for name in graph if is_test(name)]
     for name in tests:
-        text = (root / name).read_text()
-        if any(pathlib.PurePath(path).name in text for path in changed if path != name):
+        if names_one_of(changed - {name}, (root / name).read_text()):
             steps[name] = min(steps.get(name, 1), 1)
-    touched = [name for name in tests if name in steps]
-    return sorted(touched, key=lambda name: (steps[name], name))
+
+    # The nearest first, and by name among equals.
+    touched = [(steps[name], name) for name in tests if name in steps]
+    return [name for _, name in sorted(touched)]
+
+
+def names_one_of(files: set[str], text: str) -> bool:
+    """Tell whether `text` has the name of one of `files`, without its folder."""
+    return any(pathlib.PurePath(path).name in text for path in files)
 
 
 def is_test(name: str) -> bool:
@@ -115,12 +125,13 @@ def run_within(tests: Iterable[str], seconds: float, root: pathlib.Path) -> tupl
     code = 0
     left_out = []
     for name in tests:
+        # Too little time to import JAX and run a test: the rest is only listed.
         remaining = end - time.monotonic()
         if remaining < LEAST:
             left_out.append(name)
             continue
         print(f"{name}: {remaining:.0f} s left", flush=True)
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-rs", "--durations=0", name]
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-rs", name]
         try:
             result = subprocess.run(command, cwd=root, timeout=remaining)
         except subprocess.TimeoutExpired:
@@ -133,11 +144,13 @@ def run_within(tests: Iterable[str], seconds: float, root: pathlib.Path) -> tupl
 
 def main(argv: list[str] | None = None, root: pathlib.Path = ROOT) -> int:
     """Run the command; return its exit code: 0 also where there was no time for some files."""
+    # Flags.
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--against", default="main", help="commit that the files differ from")
     parser.add_argument("--seconds", type=float, default=120, help="budget of time")
     options = parser.parse_args(argv)
 
+    # What is touched, nearest first; then as much of it as there is time for.
     changed = changed_files(root, options.against)
     tests = touched_tests(changed, import_graph(root), root)
     if not tests:

@@ -16,6 +16,9 @@ LINKED = [*READ_BY_USERS, ROOT / "CHANGELOG.md", *sorted(ROOT.glob("experiments/
 
 COMMAND = re.compile(r"(?:plan\.py (\w+)|python3? -m ([\w.]+)|([\w/]+)\.py)((?: +\S+)*)")
 FLAG = re.compile(r"(?<![\w-])--([a-z][\w.]*)")
+ALONE = re.compile(r"`--([a-z](?:[\w.]*\w)?)(?![\w.*-])")
+"""A flag in the text: `--seed`; not `--mesh.*`, which stands for several, and no name with hyphens,
+which is another program's."""
 OUTSIDE = ("pytest", "venv", "pip", "mypy")
 """Modules that `python -m` runs and that are not ours."""
 PLAN_FLAGS = {"topology", "sweep"}
@@ -104,7 +107,7 @@ def test_files_that_a_document_names_exist(path):
 
 
 def is_file(name):
-    """Whether the repository has `name`, from its root or as a file of some folder."""
+    """Tell whether the repository has `name`, from its root or as a file of some folder."""
     return (ROOT / name).exists() or ("/" not in name and any(ROOT.glob(f"*/**/{name}")))
 
 
@@ -114,7 +117,7 @@ def test_no_document_has_a_name_that_is_gone(path):
 
 
 def has_name(text, name):
-    """Whether `name` is in `text`, not as the end of a longer one."""
+    """Tell whether `name` is in `text`, not as the end of a longer one."""
     return re.search(rf"(?<![\w/.]){re.escape(name)}", text) is not None
 
 
@@ -198,8 +201,7 @@ def test_flags_in_the_text_are_of_some_script(path):
     unknown = set()
     for line in path.read_text().splitlines():
         if not any(word in line for word in LAUNCHERS):
-            # `--mesh.*` stands for several.
-            unknown |= set(re.findall(r"`--([a-z][\w.]*)(?!\.?\*)\b", line)) - known
+            unknown |= set(ALONE.findall(line)) - known
     assert not unknown
 
 

@@ -13,7 +13,7 @@ import train_rm
 import train_sft
 from collect import rank as collect
 from collect import spin as collect_spin
-from runtime import flags as config
+from runtime import flags
 
 TINY = [
     "--model.preset=tiny",
@@ -34,7 +34,7 @@ def good_run(tmp_path_factory):
         "".join(json.dumps({"prompt": f"say {i}", "response": f"{i}!"}) + "\n" for i in range(200))
     )
     argv = [*TINY, f"--data={chats}", f"--run={folder / 'run'}"]
-    train_sft.main(config.parse(train_sft.Config, argv))
+    train_sft.main(flags.parse(train_sft.Config, argv))
     return folder / "run"
 
 

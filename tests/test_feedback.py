@@ -23,14 +23,14 @@ from collect import feedback
 from data import records
 from data.batches import encode_comparison, pad_comparisons
 from data.tokenizer import Tokenizer
-from evaluation.reward_model import make_scorer as make_text_scorer
 from model import LanguageModel, ScalarModel, init_and_apply, unembed
 from model_config import PRESETS
 from objectives.reward import combined, last_token
 from responses import load_run
-from rewards import judges
+from rewards import client, judges
 from rewards import scorer as rewards
 from rewards import serve as serve_reward
+from rewards.models import make_text_scorer
 from runtime.checkpoint import Checkpoints
 from runtime.errors import UserError
 from sampling import SamplingConfig
@@ -110,38 +110,36 @@ def test_label_accuracy_follows_the_set_reliability(shown, reliability):
 
 
 def test_rankings_share_ties_and_agree_with_gold_where_nothing_is_misread(shown):
-    assert feedback.ranking(np.array([[0.5, 1, 1 / 2], [0, 0.5, 0], [0.5, 1, 0.5]])) == [1, 3, 1]
+    assert feedback.rank_by_preference(
+        np.array([[0.5, 1, 1 / 2], [0, 0.5, 0], [0.5, 1, 0.5]])
+    ) == [1, 3, 1]
     prompts = [world.prompt(i) for i in range(200)]
     responses = [
         [world.respond(p, q, random.Random(f"{p.text}{q}")) for q in (0, 0.2, 0.4, 0.6)]
         for p in prompts
     ]
     texts = [asked(p.text) for p in prompts]
-    agreements = []
+    agreements = {}
     for reliability in (1.0, 0.5):
-        rows = feedback.comparisons(
-            judges.make_simulated(NAMES, reliability, 1, 0)[0], texts, responses
-        )
-        agreements.append(feedback.agreement(rows))
-        assert all(
-            min(row["ranking"]) == 1 and len(row["responses"]) == len(set(row["responses"]))
-            for row in rows
-        )
-    assert (
-        set(agreements[0]) == {1.0} and abs(np.mean(agreements[1]) - 0.5) < 0.08
-    )  # control: a coin
+        prefer, _ = judges.make_simulated(NAMES, reliability, 1, 0)
+        rows = feedback.comparison_rows(prefer, texts, responses)
+        agreements[reliability] = feedback.agreement(rows)
+        for row in rows:
+            assert min(row["ranking"]) == 1
+            assert len(row["responses"]) == len(set(row["responses"]))
+    assert set(agreements[1.0]) == {1.0}
+    assert abs(np.mean(agreements[0.5]) - 0.5) < 0.08  # control: a coin
 
 
 def violations(shown, names, reliability, rounds=3):
     """[rounds + 1, criteria]: shares violated before and after each revision."""
-    config = feedback.Config(write="revisions", reliability=reliability, rounds=rounds)
     _, revise = judges.make_simulated(names, reliability, 1, 0)
-    prompts, responses = (
-        [asked(prompt) for prompt, _, _ in shown],
-        [response for _, response, _ in shown],
+    prompts = [asked(prompt) for prompt, _, _ in shown]
+    responses = [response for _, response, _ in shown]
+    key = jax.random.key(0)
+    rows = feedback.revision_rows(
+        names, revise, feedback.pick_first, prompts, responses, rounds, key
     )
-    first = lambda prompts, candidates: [texts[0] for texts in candidates]
-    rows = feedback.revisions(config, names, revise, first, prompts, responses, jax.random.key(0))
     verdicts = [
         [world.gold(row["prompt"][0]["content"], text) for text in row["revisions"]]
         for row in rows
@@ -224,10 +222,12 @@ def test_a_language_model_is_a_rule_and_a_reward(runs, tmp_path, monkeypatch):
 
     Rows are padded to a power of two, so one question costs one, and each number of them is not a program of its own.
     """
-    module = f"from generate import load_run\nfrom judges import make_keeps\npath = {str(runs / 'sft')!r}\n"
-    (tmp_path / "own_rule.py").write_text(
-        module + "polite = make_keeps(load_run(path), 'be polite.')\n"
-    )
+    lines = [
+        "from responses import load_run",
+        "from rewards.judges import make_keeps",
+        f"polite = make_keeps(load_run({str(runs / 'sft')!r}), 'be polite.')",
+    ]
+    (tmp_path / "own_rule.py").write_text("\n".join(lines) + "\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     keeps, pad, sizes = rewards.load_function("own_rule:polite"), judges.pad_prompts, []
@@ -240,52 +240,60 @@ def test_a_language_model_is_a_rule_and_a_reward(runs, tmp_path, monkeypatch):
         )
         assert keeps(response, {"prompt": messages}) == pytest.approx(chance(text), abs=1e-5)
     assert sizes == [1, 1]
-    three = judges.make_first(load_run(str(runs / "sft")))([text, "a", "b c"])
+    three = judges.make_probability_of_a(load_run(str(runs / "sft")))([text, "a", "b c"])
     np.testing.assert_allclose(three, [chance(text), chance("a"), chance("b c")], atol=1e-5)
     assert sizes[2:] == [4]
 
 
-def test_a_language_model_criticises_and_revises(runs, monkeypatch):
-    """What never ends is no revision: it would be taught as a whole answer."""
-    judge, asked_of = load_run(str(runs / "sft")), []
-    tokenizer = judge[1]
-    revise = judges.make_revise(
-        judge, {"polite": "be polite."}, SamplingConfig(max_new_tokens=4), 2
-    )
-    prompts, responses = [p for p, _, _ in QUESTIONS], [b for _, _, b in QUESTIONS]
-    (one, _), (other, _) = (
-        revise(prompts, responses, ["polite"] * 2, jax.random.key(k)) for k in (0, 1)
-    )
-    assert (
-        len(one) == len(other) == 2 and one != other
-    )  # the critiques: sampled, of the model itself
-    yes, never = [*tokenizer.encode("yes."), tokenizer.eos], tokenizer.encode("and so on and")
+def test_a_language_model_criticises_and_revises(runs):
+    """The critiques are sampled, of the model itself: another key gives others."""
+    judge = load_run(str(runs / "sft"))
+    principles = {"polite": "be polite."}
+    revise = judges.make_revise(judge, principles, SamplingConfig(max_new_tokens=4), 2)
+    prompts = [prompt for prompt, _, _ in QUESTIONS]
+    responses = [response for _, _, response in QUESTIONS]
+    one, _ = revise(prompts, responses, ["polite"] * 2, jax.random.key(0))
+    other, _ = revise(prompts, responses, ["polite"] * 2, jax.random.key(1))
+    assert len(one) == len(other) == 2
+    assert one != other
 
-    def written(model, sampling, tokenizer, n):
-        def respond(params, tokens, key, rows):
-            asked_of.extend(tokenizer.decode(t) for t in tokens)
-            return [never] * len(tokens) if n == 1 else [yes, never, yes, never, never, never]
 
-        return respond
+def test_a_revision_that_never_ends_is_none(runs):
+    """It would be taught as a whole answer. Where none ends the response stays as it is."""
+    tokenizer = Tokenizer.load(runs / "sft")
+    yes = [*tokenizer.encode("yes."), tokenizer.eos]
+    never = tokenizer.encode("and so on and")
+    seen = []
 
-    monkeypatch.setattr(judges, "make_sampler", written)
-    revise = judges.make_revise(
-        judge, {"polite": "be polite."}, SamplingConfig(max_new_tokens=4), 3
-    )
+    def criticise(chats, key):
+        seen.append([tokenizer.decode(tokenizer.prompt(chat)) for chat in chats])
+        return [never] * len(chats)
+
+    def rewrite(chats, key):
+        seen.append([tokenizer.decode(tokenizer.prompt(chat)) for chat in chats])
+        return [yes, never, yes, never, never, never]
+
+    principles = {"polite": "be polite."}
+    revise = judges.make_chat_revise(criticise, rewrite, tokenizer, principles, 3)
+    prompts = [prompt for prompt, _, _ in QUESTIONS]
+    responses = [response for _, _, response in QUESTIONS]
     critiques, revisions = revise(prompts, responses, ["polite"] * 2, jax.random.key(0))
-    assert critiques == ["and so on and"] * 2 and revisions == [["yes.", "yes."], responses[1:]]
-    assert "be polite." in asked_of[0] and "and so on and" in asked_of[2]
+    assert critiques == ["and so on and"] * 2
+    assert revisions == [["yes.", "yes."], responses[1:]]
+    # The critic is told the principle, the reviser what the critic said.
+    assert "be polite." in seen[0][0]
+    assert "and so on and" in seen[1][0]
 
 
 def test_the_reward_model_picks_the_best_refinement(runs):
-    config = feedback.Config(write="revisions", reward=str(runs / "rm"))
-    model, tokenizer, params = load_run(config.reward, reward=True)
+    reward = str(runs / "rm")
+    model, tokenizer, params = load_run(reward, reward=True)
     texts = ["it is paris.", "you fool.", "i do not know.", "it is oslo. anything else?"]
     prompt = asked("what is the capital of france?")
     score = make_text_scorer(model, tokenizer, model.context)
     scores = [score(params, [prompt], [text])[0] for text in texts]
     assert np.ptp(scores) > 1e-3
-    picked = feedback.make_pick(config)([prompt, prompt], [texts, texts[:1]])
+    picked = feedback.make_pick(reward)([prompt, prompt], [texts, texts[:1]])
     assert picked == [texts[int(np.argmax(scores))], texts[0]]
 
 
@@ -446,51 +454,62 @@ def serving(config):
     return server, thread
 
 
-def test_scores_over_http_are_those_in_process_also_after_a_restart(runs, capsys, monkeypatch):
+def test_scores_over_http_are_those_in_process_also_after_a_restart(runs, capsys):
     mesh, tokenizer = make_mesh(MeshConfig()), Tokenizer.load(runs / "rm")
     batch, records, texts = one_batch(tokenizer, mesh)
     name = str(runs / "rm")
-    models, score = rewards.make_scorer([name], tokenizer, mesh)
+    models, score = rewards.make_reward_scorer([name], tokenizer, mesh)
     wanted = np.asarray(score(models, batch, records)[0][name])
     assert np.ptp(wanted) > 1e-3
+
+    # The same reward by a server, and a function beside it.
     server, thread = serving(serve_reward.Config(reward=name, port=0))
     config = serve_reward.Config(reward=name, port=server.server_port)
     address = f"http://127.0.0.1:{config.port}"
-    models, score = rewards.make_scorer([address, "tasks.rules:brief"], tokenizer, mesh)
-    questions, ask = [], rewards.ask
-    monkeypatch.setattr(
-        rewards, "ask", lambda *question: questions.append(question) or ask(*question)
-    )
+    models, score = rewards.make_reward_scorer([address, "tasks.rules:brief"], tokenizer, mesh)
+    requests = counted(server)
     scores, scalars = score(models, batch, records)
     np.testing.assert_array_equal(np.asarray(scores[address]), wanted)
-    assert [len(question["texts"]) for _, question in questions] == [8]  # a batch is one question
-    assert np.asarray(scores["tasks.rules:brief"]).tolist() == [
-        rules.brief(t, records[0]) for t in texts
-    ]
+    assert len(requests) == 1  # a batch is one question
+    brief = [rules.brief(text, records[0]) for text in texts]
+    assert np.asarray(scores["tasks.rules:brief"]).tolist() == brief
     assert models == scalars == {}
+
+    # The server goes away and comes back: the asker waits, and says so.
     server.shutdown(), server.server_close(), thread.join()
-    later = threading.Timer(1.5, lambda: up.append(serving(config)[0]))
     up = []
+    later = threading.Timer(1.5, lambda: up.append(serving(config)[0]))
     later.start()
     capsys.readouterr()
     np.testing.assert_array_equal(np.asarray(score(models, batch, records)[0][address]), wanted)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2 and "no answer" in lines[0] and "answers again" in lines[1]
     with pytest.raises(UserError, match="the server's tokenizer is"):
-        rewards.ask(address, {"tokenizer": "0" * 64, "texts": [], "records": [], "batch": {}})
+        client.ask(address, {"tokenizer": "0" * 64, "texts": [], "records": [], "batch": {}})
     with pytest.raises(UserError, match="not a question about a batch"):
-        rewards.ask(address, {"texts": ["hello"]})
+        client.ask(address, {"texts": ["hello"]})
     up[0].shutdown(), up[0].server_close()
 
 
-def test_a_server_that_stays_away_ends_the_command(monkeypatch, runs):
-    monkeypatch.setattr(rewards, "WAIT", 0.6)
-    with pytest.raises(
-        UserError, match=r"--reward=http://127.0.0.1:9: no answer for 1 s .*start rewards/serve.py"
-    ):
-        rewards.ask("http://127.0.0.1:9", {})
+def counted(server):
+    """A list that gets an entry for each request which `server` answers from now on."""
+    requests = []
+    process = server.process_request
+
+    def process_request(request, client_address):
+        requests.append(client_address)
+        process(request, client_address)
+
+    server.process_request = process_request
+    return requests
+
+
+def test_a_server_that_stays_away_ends_the_command():
+    away = r"--reward=http://127.0.0.1:9: no answer for 1 s .*start rewards/serve.py"
+    with pytest.raises(UserError, match=away):
+        client.ask("http://127.0.0.1:9", {}, wait=0.6)
     with pytest.raises(UserError, match="give http://127"):
-        rewards.ask("http://127.0.0.1:port", {})
+        client.ask("http://127.0.0.1:port", {})
 
 
 @pytest.mark.slow
@@ -520,9 +539,9 @@ def test_training_survives_its_server_being_killed(runs, tmp_path, script, rewar
         subprocess.run([*command, f"--run={tmp_path / name}"], env=one, check=True)
 
     train(reward, "whole")
-    command = [sys.executable, str(ROOT / "rewards/serve.py"), f"--reward={reward}", "--port=8641"]
+    command = [sys.executable, "-m", "rewards.serve", f"--reward={reward}", "--port=8641"]
     command += [f"--tokenizer={runs}/sft"]
-    servers, killed = [subprocess.Popen(command, env=one)], []
+    servers, killed = [subprocess.Popen(command, env=one, cwd=ROOT)], []
 
     def kill():
         rows = tmp_path / "served" / "metrics.jsonl"
@@ -531,7 +550,7 @@ def test_training_survives_its_server_being_killed(runs, tmp_path, script, rewar
         servers[0].send_signal(signal.SIGKILL)
         servers[0].wait()
         killed.append(rows.read_text().count("\n"))
-        servers.append(subprocess.Popen(command, env=one))
+        servers.append(subprocess.Popen(command, env=one, cwd=ROOT))
 
     try:
         threading.Thread(target=kill, daemon=True).start()

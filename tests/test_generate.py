@@ -6,12 +6,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from layers import unstack_cache, unstack_params
 from model import LanguageModel, LanguageOutput, empty_cache, init_and_apply, unembed
 from model_config import PRESETS
 from objectives.policy import response_logprobs
 from rollout import join_responses
 from runtime.errors import UserError
-from sampling import SamplingConfig, generate, layers_apart, truncate
+from sampling import SamplingConfig, generate, generate_in_slots, truncate
 from sharding import path_name
 
 CONFIG = dataclasses.replace(
@@ -205,36 +206,32 @@ def test_refilled_slots_give_what_the_plain_loop_gives(slots, window, temperatur
         "pad": PAD,
         "n": 3,
     }
-    run = jax.jit(functools.partial(generate, apply, config, **how), static_argnames="slots")
-    want = run(params, prompts, jax.random.key(1))
-    got = run(params, prompts, jax.random.key(1), slots=slots)
+    plain = jax.jit(functools.partial(generate, apply, config, **how))
+    refilled = jax.jit(functools.partial(generate_in_slots, apply, config, slots=slots, **how))
+    want = plain(params, prompts, jax.random.key(1))
+    got = refilled(params, prompts, jax.random.key(1))
     assert (got.response_BR == want.response_BR).all() and (got.mask_BR == want.mask_BR).all()
     np.testing.assert_allclose(got.logp_BR, want.logp_BR, atol=1e-5)
     assert len(set(np.asarray(want.mask_BR.sum(1)).tolist())) > 3  # of many lengths
-    other = run(params, prompts, jax.random.key(2), slots=slots)
+    other = refilled(params, prompts, jax.random.key(2))
     assert (other.response_BR != want.response_BR).any()  # control
 
 
 def test_a_slot_does_not_wait_for_the_longest_row():
-    apply, calls = scripted(
-        [0, 5, 0, 4, 2, 6, 3, 0]
-    )  # after 4 one token, after 3 two, after 1 five
-    run = functools.partial(generate, apply, CONFIG, sampling=GREEDY, eos=EOS, pad=PAD)
+    # After the token 4 comes one token, after 3 two, after 1 five.
+    apply, calls = scripted([0, 5, 0, 4, 2, 6, 3, 0])
+    settings = {"sampling": GREEDY, "eos": EOS, "pad": PAD}
     prompts = left_padded([[1], *[[3]] * 4, [4]])
-    for slots, steps in (
-        (2, 4),
-        (1, 8),
-        (6, 4),
-    ):  # one of two slots takes all but the first, one after another
+    # Of two slots one takes all responses but the first, one after another.
+    for slots, steps in ((2, 4), (1, 8), (6, 4)):
         calls.clear()
-        samples = jax.device_get(
-            jax.jit(functools.partial(run, slots=slots))({}, prompts, jax.random.key(0))
-        )
+        run = functools.partial(generate_in_slots, apply, CONFIG, slots=slots, **settings)
+        samples = jax.device_get(jax.jit(run)({}, prompts, jax.random.key(0)))
         jax.effects_barrier()
         assert samples.mask_BR.sum(1).tolist() == [5, 2, 2, 2, 2, 1] and len(calls) == 1 + steps
 
 
-def test_layers_apart_in_bfloat16_change_no_bit():
+def test_unstacked_layers_in_bfloat16_change_no_bit():
     config, params = dataclasses.replace(CONFIG, dtype="bfloat16"), model()[0]
     apply = logits_and_cache(init_and_apply(LanguageModel(config))[1])
     op_by_op = jax.disable_jit()(apply)  # a compiler may leave roundings out
@@ -243,7 +240,7 @@ def test_layers_apart_in_bfloat16_change_no_bit():
     _, cache = jax.jit(apply)(params, *inputs, empty_cache(config, 3, 6))
     one = (inputs[0][:, -1:], inputs[1][:, -1:], inputs[2][:, -1:] + 1)
     want, _ = op_by_op(params, *one, cache)
-    apart, tuples = layers_apart(config, params, cache)
+    apart, tuples = unstack_params(params, config.compute_dtype), unstack_cache(cache)
     assert (op_by_op(apart, *one, tuples)[0] == want).all() and isinstance(tuples.k_LBKSH, tuple)
     assert apart["decoder"]["layers"]["mlp"]["up"][1].dtype == jnp.bfloat16
     rounded = jax.tree.map(

@@ -2,12 +2,14 @@ import dataclasses
 import functools
 import math
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from data.packing import pack
+from layers import run_layers
 from model import (
     LanguageModel,
     ScalarModel,
@@ -302,6 +304,43 @@ def test_remat_changes_neither_loss_nor_gradients():
         jax.tree.map(
             lambda x, y: np.testing.assert_allclose(x, y, atol=2e-5, rtol=1e-4), grads, want_grads
         )
+
+
+class ToyBlock(nn.Module):
+    """A layer that adds its weight to all hidden states; its auxiliary loss is its square."""
+
+    config: ModelConfig
+    ring: int = 1
+
+    @nn.compact
+    def __call__(self, carry, scale, has_loss):
+        x_BTD, cache, layer = carry
+        w = self.param("w", nn.initializers.normal(1.0), ())
+        return (x_BTD + scale * w, cache, layer + 1), None if has_loss is None else w**2
+
+
+class ToyDecoder(nn.Module):
+    config: ModelConfig
+    microbatches: int = 1
+
+    @nn.compact
+    def __call__(self, x_BTD, has_loss):
+        return run_layers(self, ToyBlock, 1, x_BTD, None, (jnp.float32(2.0), has_loss))
+
+
+@pytest.mark.parametrize("has_loss", [True, False])
+def test_auxiliary_losses_of_the_layers_are_summed(has_loss):
+    toy = ToyDecoder(dataclasses.replace(TINY, layers=3))
+    inputs = (jnp.zeros((1, 2, 4)), True if has_loss else None)
+    variables = toy.init(jax.random.key(0), *inputs)
+    weights_L = variables["params"]["layers"]["w"]
+    got_BTD, cache, auxiliary_loss = jax.jit(toy.apply)(variables, *inputs)
+    np.testing.assert_allclose(got_BTD, np.full((1, 2, 4), 2 * weights_L.sum()), rtol=1e-6)
+    assert cache is None
+    if has_loss:
+        assert float(auxiliary_loss) == pytest.approx(float((weights_L**2).sum()))
+    else:
+        assert auxiliary_loss is None
 
 
 def test_bfloat16_compute_keeps_logits_and_losses_float32():

@@ -45,6 +45,21 @@ def lookup(params, tokens, segments, positions):
     return LanguageOutput(params, jnp.eye(params.shape[-1]))
 
 
+def test_an_auxiliary_loss_of_the_layers_is_added_for_each_token():
+    table_BTV = normal(2, 6, 9)
+    tokens = np.random.default_rng(1).integers(0, 9, (2, 6)).astype(np.int32)
+    batch = dict.fromkeys(("tokens_BT", "segment_ids_BT", "positions_BT"), tokens)
+    batch["loss_mask_BT"] = np.float32([[0, 1, 1, 0, 1, 0], [0, 1, 0, 0, 0, 0]])
+
+    def with_auxiliary(params, *batch):
+        return lookup(params, *batch).replace(auxiliary_loss=jnp.float32(0.25))
+
+    plain, (tokens, metrics) = likelihood_objective(lookup, table_BTV, batch)
+    loss, (weight, more) = likelihood_objective(with_auxiliary, table_BTV, batch)
+    assert float(loss - plain) == pytest.approx(4 * 0.25) and float(weight) == float(tokens) == 4
+    assert metrics == {} and [float(x) for x in more["auxiliary_loss"]] == [1.0, 4.0]
+
+
 def test_likelihood_gradient_is_non_zero_on_exactly_the_masked_positions():
     tokens = np.random.default_rng(1).integers(0, 7, (2, 6))
     mask = np.array([[0, 0, 1, 1, 0, 1], [0, 1, 0, 0, 0, 0]], np.float32)
@@ -91,7 +106,10 @@ def test_ranking_loss_and_gradient_equal_a_loop_over_pairs(coefficient):
     )  # ties and absent candidates, full and empty rows
     ranks[0], ranks[1], ranks[2] = [3, 1, 2, 5, 4], 0, 2
     with jax.enable_x64(True):
-        of = lambda x: ranking_loss(x, ranks, margins, coefficient)
+
+        def of(x):
+            return ranking_loss(x, ranks, margins, coefficient)
+
         (losses, valid), pull = jax.jit(partial(jax.vjp, of))(jnp.array(rewards))
         (grad,) = pull((jnp.ones(40), jnp.zeros(40, jnp.float32)))
     want, want_valid = pairwise(rewards, ranks, margins, coefficient)
@@ -135,7 +153,10 @@ def test_two_candidates_are_plain_bradley_terry():
 
 def test_ties_and_absent_candidates_get_no_gradient():
     ranks = np.array([[1, 0, 2, 2], [0, 1, 1, 0]])
-    loss = lambda rewards: ranking_loss(rewards, ranks, jnp.zeros(2), 0.1)[0].sum()
+
+    def loss(rewards):
+        return ranking_loss(rewards, ranks, jnp.zeros(2), 0.1)[0].sum()
+
     grad = np.asarray(jax.grad(loss)(normal(2, 4)))
     assert (grad[0] != 0).tolist() == [True, False, True, True] and (grad[1] == 0).all()
 

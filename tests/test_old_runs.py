@@ -57,3 +57,15 @@ def test_an_old_run_is_read_with_todays_names(old_run):
 def test_an_old_run_is_not_resumed(old_run):
     with pytest.raises(UserError, match=r"config.json: made before .* was renamed to .*--init"):
         run(train_sft, *FLAGS, "--steps=4", f"--run={old_run}")
+
+
+@pytest.mark.parametrize("gemma", [True, False])
+def test_gemma_was_one_switch_and_is_three_settings(tmp_path, gemma):
+    old = {"script": "train_sft", "model": {"gemma": gemma, "hidden": 8}}
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    assert load_config(str(tmp_path))["model"] == {
+        "activation": "gelu" if gemma else "silu",
+        "scale_embedding": gemma,
+        "zero_centered_norm": gemma,
+        "mlp_width": 8,
+    }

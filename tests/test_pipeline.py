@@ -1,5 +1,6 @@
 """The scripts end to end on the world, at toy size; resuming after kill -9; equal results over meshes."""
 
+import importlib
 import json
 import os
 import pathlib
@@ -22,7 +23,7 @@ import train_ppo
 import train_rm
 import train_sft
 from collect import rank as collect
-from evaluation.gold import make_measure
+from evaluation.gold import make_kl_sampler
 from model import LanguageModel, ScalarModel, init_and_apply
 from model_config import ModelConfig
 from responses import load_run
@@ -96,6 +97,28 @@ def test_a_reward_model_goes_on_from_another_head_and_all(runs):
         )
 
 
+def test_a_forks_reward_model_is_one_whatever_its_scripts_name(runs, tmp_path, monkeypatch):
+    """A run is what it holds: a reward model has a scalar head."""
+    shutil.copy(ROOT / "train_rm.py", tmp_path / "my_rm.py")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    my_rm = importlib.import_module("my_rm")
+    start = [*MODEL[1:], f"--init={runs}/sft", "--batch_size=8", "--length=64"]
+    run(my_rm, *start, f"--run={tmp_path}/rm", "--steps=2")
+    assert json.loads((tmp_path / "rm" / "config.json").read_text())["script"].endswith("my_rm")
+
+    # PPO takes it as its reward and starts the critic from it.
+    ppo = [f"--init={runs}/sft", "--batch_size=16", "--minibatches=2", "--max_prompt=48"]
+    short = ["--steps=1", "--max_new_tokens=16"]
+    reward = f"--reward={tmp_path}/rm"
+    run(train_ppo, *MODEL[1:], *ppo, *short, reward, f"--run={tmp_path}/ppo")
+    [row] = rows_of(tmp_path / "ppo")
+    assert np.isfinite(row["score"]) and row["score"] == row[f"reward/{tmp_path}/rm"]
+
+    # Control: a language model is none.
+    with pytest.raises(UserError, match=r"a language model .*; name the run of a reward model"):
+        run(train_ppo, *MODEL[1:], *ppo, *short, f"--reward={runs}/sft", f"--run={tmp_path}/no")
+
+
 def test_evaluation_writes_what_others_read(runs, capsys):
     summary = run(evaluate, f"--run={runs}", "--n=40", "--max_prompt=48", "--max_new_tokens=8")
     written = json.loads((runs / "summary.json").read_text())
@@ -114,9 +137,10 @@ def test_evaluation_writes_what_others_read(runs, capsys):
 
 def test_prompts_too_long_for_the_evaluation_are_cut(runs):
     model, tokenizer, params = load_run(f"{runs}/sft")
-    measure = make_measure(model, SamplingConfig(max_new_tokens=2), tokenizer, 16)
+    sample_with_kl = make_kl_sampler(model, SamplingConfig(max_new_tokens=2), tokenizer, 16)
     texts = ["what is the capital of sweden? " * 4, "hello."]
-    assert len(tokenizer.prompt(texts[0])) > 16 and len(measure(params, params, texts, 0)) == 2
+    assert len(tokenizer.prompt(texts[0])) > 16
+    assert len(sample_with_kl(params, params, texts, 0)) == 2
 
 
 def test_generate_prints_the_raw_prompt_and_its_continuation_only(runs, capsys):

@@ -547,76 +547,98 @@ def value_of_token(values_V, tokens_BT, *_):
     return ScalarOutput(values_V[tokens_BT], None, None)
 
 
+EOS = 6
+GAMMA, GAE_LAMBDA, BETA, TEMPERATURE = 0.9, 0.95, 0.2, 0.7
+PROMPT, LONGEST = 2, 5
+LENGTHS = np.array([1, 2, 5, 3, 4, 5])
+
+
+def responses_of_all_lengths():
+    """Six rollouts; the first four end with EOS, the last two do not."""
+    rng = np.random.default_rng(0)
+    rows = len(LENGTHS)
+    mask = (np.arange(LONGEST) < LENGTHS[:, None]).astype(np.float32)
+    response = np.where(mask > 0, rng.integers(1, EOS, (rows, LONGEST)), 0).astype(np.int32)
+    response[np.arange(4), LENGTHS[:4] - 1] = EOS
+    prompt = rng.integers(1, EOS, (rows, PROMPT))
+    segments = np.concatenate([np.ones((rows, PROMPT)), mask], axis=1).astype(np.int32)
+    return {
+        "tokens_BT": np.concatenate([prompt, response], axis=1).astype(np.int32),
+        "segment_ids_BT": segments,
+        "positions_BT": segments.cumsum(1) - 1,
+        "response_BR": response,
+        "mask_BR": mask,
+        "sampler_logp_BR": 0 * mask,
+    }
+
+
+def log_probs_at_temperature(table):
+    logits = np.asarray(table, np.float64) / TEMPERATURE
+    return logits - np.log(np.exp(logits).sum(1, keepdims=True))
+
+
+def rewards_and_values_in_loops(batch, policy, reference, value, scores, at):
+    """Token by token in float64; `last`: the index of each row's last state with a value."""
+    gap = log_probs_at_temperature(policy) - log_probs_at_temperature(reference)
+    rewards, values = np.zeros((2, len(LENGTHS), LONGEST))
+    last = []
+    for b, length in enumerate(LENGTHS):
+        last.append(min(length, LONGEST - 1) if at == "after" else length - 1)
+        for t in range(last[b] + 1):
+            state = batch["tokens_BT"][b, PROMPT - 1 + t]
+            values[b, t] = value[state]
+            if t < length:
+                rewards[b, t] -= BETA * gap[state, batch["response_BR"][b, t]]
+        rewards[b, last[b]] += scores[b]
+    return rewards, values, np.array(last)
+
+
+def advantages_in_loops(rewards, values):
+    advantages = np.zeros((len(LENGTHS), LONGEST + 1))
+    later = np.pad(values, ((0, 0), (0, 1)))
+    for t in reversed(range(LONGEST)):
+        delta = rewards[:, t] + GAMMA * later[:, t + 1] - later[:, t]
+        advantages[:, t] = delta + GAMMA * GAE_LAMBDA * advantages[:, t + 1]
+    return advantages[:, :LONGEST]
+
+
 @pytest.mark.parametrize("whitened", [False, True])
 @pytest.mark.parametrize("at", ["last", "after"])
 def test_advantages_equal_loops(at, whitened):
     """Of responses of all lengths, four with an end and two without, token by token in float64."""
-    rng = np.random.default_rng(0)
-    rows, before, new, vocab, eos, beta, gamma, gae_lambda, temperature = (
-        6,
-        2,
-        5,
-        7,
-        6,
-        0.2,
-        0.9,
-        0.95,
-        0.7,
-    )
-    lengths = np.array([1, 2, 5, 3, 4, 5])
-    mask = (np.arange(new) < lengths[:, None]).astype(np.float32)
-    response = np.where(mask > 0, rng.integers(1, 6, (rows, new)), 0).astype(np.int32)
-    response[np.arange(4), lengths[:4] - 1] = eos
-    tokens = np.concatenate([rng.integers(1, 6, (rows, before)), response], axis=1).astype(
-        np.int32
-    )
-    segments = np.concatenate([np.ones((rows, before)), mask], axis=1).astype(np.int32)
-    batch = {
-        "tokens_BT": tokens,
-        "segment_ids_BT": segments,
-        "positions_BT": segments.cumsum(1) - 1,
-    }
-    batch |= {"response_BR": response, "mask_BR": mask, "sampler_logp_BR": 0 * mask}
-    policy, reference = normal(vocab, vocab, seed=1), normal(vocab, vocab, seed=2)
-    value, given = normal(vocab, seed=4), normal(rows, seed=3)
-
+    batch = responses_of_all_lengths()
+    policy, reference = normal(7, 7, seed=1), normal(7, 7, seed=2)
+    value, given = normal(7, seed=4), normal(6, seed=3)
     config = train_ppo.Config(
-        score_at=at, whiten_rewards=whitened, temperature=temperature, gamma=gamma
+        score_at=at,
+        whiten_rewards=whitened,
+        temperature=TEMPERATURE,
+        gamma=GAMMA,
+        gae_lambda=GAE_LAMBDA,
     )
-    compute_advantages = train_ppo.make_advantages(config, bigram, value_of_token, eos=eos)
+    compute_advantages = train_ppo.make_advantages(config, bigram, value_of_token, eos=EOS)
     models = train_ppo.Models(
         policy=jnp.asarray(policy), reference=jnp.asarray(reference), critic=jnp.asarray(value)
     )
     scores = {config.reward[0]: jnp.float32(given)}
-    got, _ = compute_advantages(models, batch, scores, {}, jnp.float32(beta))
+    got, _ = compute_advantages(models, batch, scores, {}, jnp.float32(BETA))
 
-    logps = [np.asarray(x, np.float64) / temperature for x in (policy, reference)]
-    logps = [x - np.log(np.exp(x).sum(1, keepdims=True)) for x in logps]
-    ends, rewards, values = [], np.zeros((rows, new)), np.zeros((rows, new))
-    for b, n in enumerate(lengths):
-        ends.append(min(n, new - 1) if at == "after" else n - 1)
-        for t in range(ends[b] + 1):
-            state = tokens[b, before - 1 + t]
-            values[b, t] = value[state]
-            if t < n:
-                rewards[b, t] -= beta * (logps[0] - logps[1])[state, response[b, t]]
-        rewards[b, ends[b]] += given[b] if b < 4 else config.missing_eos_score
-    counted = np.arange(new) <= np.array(ends)[:, None]
+    ruled = np.where(np.arange(6) < 4, given, config.missing_eos_score)
+    rewards, values, last = rewards_and_values_in_loops(batch, policy, reference, value, ruled, at)
+    counted = np.arange(LONGEST) <= last[:, None]
     if whitened:  # the mean stays
-        mean, deviation = rewards[counted].mean(), np.sqrt(rewards[counted].var() + 1e-8)
-        rewards = np.where(counted, (rewards - mean) / deviation + mean, 0)
-    advantages, later = np.zeros((rows, new + 1)), np.pad(values, ((0, 0), (0, 1)))
-    for t in reversed(range(new)):
-        change = rewards[:, t] + gamma * later[:, t + 1] - later[:, t]
-        advantages[:, t] = change + gamma * gae_lambda * advantages[:, t + 1]
-    advantages = advantages[:, :new]
+        real = rewards[counted]
+        white = (rewards - real.mean()) / np.sqrt(real.var() + 1e-8) + real.mean()
+        rewards = np.where(counted, white, 0)
+    advantages = advantages_in_loops(rewards, values)
     np.testing.assert_allclose(got["old_values_BR"], values, atol=1e-5)
-    np.testing.assert_allclose(
-        got["returns_BR"] * counted, (advantages + values) * counted, atol=1e-5
-    )
+    returns = (advantages + values) * counted
+    np.testing.assert_allclose(got["returns_BR"] * counted, returns, atol=1e-5)
+
+    mask = batch["mask_BR"]
     real = advantages[mask > 0]
-    want = (advantages - real.mean()) / np.sqrt(real.var() + 1e-8)
-    np.testing.assert_allclose(got["advantages_BR"] * mask, want * mask, atol=1e-5)
+    white = (advantages - real.mean()) / np.sqrt(real.var() + 1e-8)
+    np.testing.assert_allclose(got["advantages_BR"] * mask, white * mask, atol=1e-5)
 
 
 def test_several_rewards_are_one_score():

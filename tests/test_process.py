@@ -26,6 +26,7 @@ from model import LanguageModel, LanguageOutput, ScalarModel, ScalarOutput, init
 from model_config import ModelConfig
 from objectives.reward import process_objective, running_score, step_ends, step_rewards
 from responses import make_sampler
+from rewards.models import STEP_SCORES
 from runtime.errors import UserError
 from runtime.run_folder import atomic_text
 from sampling import SamplingConfig
@@ -315,7 +316,9 @@ def test_completion_shares_err_as_one_over_the_root_of_n(tokenizer):
     params = init(jax.random.key(1))
     params["decoder"]["embed"] *= 3  # far from uniform
     prompts = [tokenizer.prompt(f"{i}{j}") for i in "02468" for j in "02468"]
-    states = [(prompt, "2\n" if i % 2 else "", {}) for i, prompt in enumerate(prompts)]
+    states = [
+        collect_steps.State(prompt, "2\n" if i % 2 else "", {}) for i, prompt in enumerate(prompts)
+    ]
     hit_V = np.array([odd(tokenizer.decode([v]), {}) for v in range(320)], np.float64)
     vocabulary = np.arange(320)
 
@@ -384,23 +387,21 @@ def test_majority_and_choices():
 
 
 def test_a_score_that_knows_nothing_is_right_as_often_as_blind_says():
-    """Random scores, equal for equal texts: choosing the highest is a uniform draw of the distinct ones."""
-    texts, right = [["a", "b", "a", "a", "c"]], np.array([[1, 0, 1, 1, 0]])
-    new_PN = np.reshape(
-        rerank.first_of_equal(np.unique(texts, return_inverse=True)[1].reshape(-1, 1), 5), (1, 5)
-    )
+    """Random scores, equal for equal texts: the highest is a uniform draw of the distinct ones."""
+    texts = [["a", "b", "a", "a", "c"]]
+    right = np.array([[1, 0, 1, 1, 0]])
+    new_PN = rerank.first_of_equal_texts(texts)
     assert new_PN.tolist() == [[True, True, False, False, True]]
     rng, hits = np.random.default_rng(0), []
     for _ in range(4000):
         of_text = dict(zip("abc", rng.normal(size=3), strict=True))
         scores = {"orm": np.array([[of_text[text] for text in row] for row in texts])}
-        hits.append(right[0, rerank.choices(5, scores, [[1, 2, 1, 1, 3]])["orm"][0]])
-    blind, one_sample = np.average(right, 1, new_PN)[0], right.mean()
-    assert (
-        np.mean(hits) == pytest.approx(blind, abs=0.03)
-        and blind == pytest.approx(1 / 3)
-        and one_sample == 0.6
-    )
+        chosen = rerank.choices(5, scores, [[1, 2, 1, 1, 3]])["orm"]
+        hits.append(right[0, chosen[0]])
+    blind = np.average(right, 1, new_PN)[0]
+    assert blind == pytest.approx(1 / 3)
+    assert np.mean(hits) == pytest.approx(blind, abs=0.03)
+    assert right.mean() == 0.6  # control: one sample drawn at random
 
 
 def test_step_search_on_a_tree_that_is_known():
@@ -522,103 +523,85 @@ def test_a_process_model_learns_from_rows_of_every_kind(tmp_path, monkeypatch, c
     assert "--labels=gold: no program checks the steps of x.jsonl" in message
 
 
+# ---- The whole of process supervision, once: a policy, labels of three kinds, a model of each ----
+
+LABELS = ("gold", "outcome", "completions")
+
+
+@pytest.fixture(scope="module")
+def supervised(tmp_path_factory):
+    """A folder with the runs sft, gold, outcome and completions, and the labels of the last three."""
+    folder = tmp_path_factory.mktemp("supervised")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PLUMB_CACHE", str(folder / "cache"))
+        patch.chdir(folder)
+        policy = ["--data=arithmetic", "--length=128", "--steps=300", "--optimizer.lr=1e-2"]
+        run(train_sft, *SHORT, *SMALL, *policy, "--run=sft")
+        for labels in LABELS:
+            collect = ["--init=sft", f"--labels={labels}", "--prompts=300", "--samples=2"]
+            counts = run(collect_steps, *collect, f"--out={labels}.jsonl")
+            assert counts["lines"] == len(rows_in(f"{labels}.jsonl")) > 100
+            train = ["--init=sft", f"--data={labels}.jsonl", "--steps=4"]
+            run(train_prm, *SHORT, *train, f"--run={labels}")
+    return folder
+
+
+@pytest.fixture
+def in_study(supervised, tmp_path, monkeypatch):
+    """The current folder is that of `supervised`; the fixture's value is one for what a test makes."""
+    monkeypatch.setenv("PLUMB_CACHE", str(supervised / "cache"))
+    monkeypatch.chdir(supervised)
+    return tmp_path
+
+
 @pytest.mark.slow
-def test_the_whole_of_process_supervision_runs(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("PLUMB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.chdir(tmp_path)
-    run(
-        train_sft,
-        *SHORT,
-        *SMALL,
-        "--data=arithmetic",
-        "--length=128",
-        "--steps=300",
-        "--run=sft",
-        "--optimizer.lr=1e-2",
-    )
-    files = {}
-    for labels in ("gold", "outcome", "completions"):
-        counts = run(
-            collect_steps,
-            "--init=sft",
-            f"--labels={labels}",
-            f"--out={labels}.jsonl",
-            "--prompts=300",
-            "--samples=2",
-        )
-        files[labels] = rows_in(f"{labels}.jsonl")
-        assert counts["lines"] == len(files[labels]) > 100
-    # The same solutions, and labels that agree where they speak of the same thing.
-    for gold, outcome, shares in zip(*files.values(), strict=True):
+def test_labels_of_three_kinds_agree_where_they_speak_of_the_same_thing(in_study):
+    files = [rows_in(f"{labels}.jsonl") for labels in LABELS]
+    for gold, outcome, shares in zip(*files, strict=True):
         assert gold["steps"] == outcome["steps"] == shares["steps"]
         assert outcome["labels"][:-1] == [None] * (len(gold["steps"]) - 1)
         text, response = gold["prompt"][0]["content"], "\n".join(gold["steps"])
-        assert (
-            outcome["labels"][-1]
-            == shares["labels"][-1]
-            == float(arithmetic.solved(text, response))
-        )
+        solved = float(arithmetic.solved(text, response))
+        assert outcome["labels"][-1] == shares["labels"][-1] == solved
         assert all(0 <= label <= 1 and (8 * label).is_integer() for label in shares["labels"])
-    for labels in files:
-        run(
-            train_prm,
-            *SHORT,
-            "--init=sft",
-            f"--data={labels}.jsonl",
-            f"--run={labels}",
-            "--steps=4",
-        )
-    table = run(
-        rerank,
-        "--policy=sft",
-        "--models",
-        "outcome",
-        "gold",
-        "--prompts=40",
-        "--n=4",
-        "--out=table.json",
-    )
-    assert set(table) == {
-        "one drawn at random",
-        "a score that knows nothing",
-        "majority",
-        "one of them is right",
-    } | {f"{m} {how}" for m in ("outcome", "gold") for how in ("product", "minimum", "last")}
-    assert len({row[1][0] for row in table.values()}) == 1  # of one answer nothing can be chosen
-    assert len(rows_in("table.json")[0]["hits"]["majority"]) == 40
-    (accuracy, _), tokens = run(
-        step_beam, "--policy=sft", "--model=gold", "--beams=2", "--branch=2", "--prompts=40"
-    )
-    assert 0 <= accuracy <= 1 and tokens > 0
-    # Of this policy's samples one in twenty is right.
-    beam = [
-        "--policy=sft",
-        "--model=gold",
-        "--beams=1",
-        "--prompts=300",
-        "--out=beam.json",
-        "--solutions=found.jsonl",
-    ]
-    run(step_beam, *beam, "--split=train")
-    right = [
-        arithmetic.solved(*(message["content"] for message in row["messages"]))
-        for row in rows_in("found.jsonl")
-    ]
-    assert 0 < len(right) <= sum(rows_in("beam.json")[0]["hits"]) <= 300 and all(
-        right
-    )  # of hits some have no end
-    run(train_sft, *SHORT, "--init=sft", "--data=found.jsonl", "--steps=1", "--run=imitated")
-    ppo = [
-        "--init=sft",
-        "--reward=gold",
-        "--data=arithmetic",
-        "--max_prompt=16",
-        "--max_new_tokens=48",
-        "--run=ppo",
-    ]
-    small = ["--steps=2", "--batch_size=16", "--minibatches=2", "--optimizer.warmup=0"]
-    run(train_ppo, *ppo, *small, "--step_rewards=product")
-    assert all(0 <= row["score"] <= 1 for row in rows_of("ppo"))
-    assert "gold: a run of train_prm; name one of train_rm" in fails(
-        train_ppo, [*ppo, "--run=no"], capsys
-    )
+
+
+@pytest.mark.slow
+def test_every_way_to_choose_is_in_the_table(in_study):
+    options = ["--policy=sft", "--models", "outcome", "gold", "--prompts=40", "--n=4"]
+    table = run(rerank, *options, f"--out={in_study}/table.json")
+    ways = {f"{model} {way}" for model in ("outcome", "gold") for way in STEP_SCORES}
+    blind = {"one drawn at random", "a score that knows nothing"}
+    assert set(table) == ways | blind | {"majority", "one of them is right"}
+    # Of one answer nothing can be chosen.
+    assert len({row[1].value for row in table.values()}) == 1
+    written = rows_in(in_study / "table.json")[0]
+    assert len(written["hits"]["majority"]) == 40
+    value, (low, high) = written["accuracy"]["majority"]["4"]
+    assert table["majority"][4] == (value, low, high)
+
+
+@pytest.mark.slow
+def test_what_a_search_finds_is_right_and_can_be_imitated(in_study):
+    """This policy's samples are right one time in twenty. A hit may have no end: it is no solution."""
+    search = ["--policy=sft", "--model=gold", "--beams=1", "--prompts=300", "--split=train"]
+    files = [f"--out={in_study}/beam.json", f"--solutions={in_study}/found.jsonl"]
+    accuracy, tokens = run(step_beam, *search, *files)
+    assert 0 <= accuracy.value <= 1 and tokens > 0
+    found = rows_in(in_study / "found.jsonl")
+    hits = rows_in(in_study / "beam.json")[0]["hits"]
+    assert 0 < len(found) <= sum(hits) <= 300
+    for row in found:
+        problem, solution = (message["content"] for message in row["messages"])
+        assert arithmetic.solved(problem, solution)
+    imitate = ["--init=sft", f"--data={in_study}/found.jsonl", "--steps=1"]
+    run(train_sft, *SHORT, *imitate, f"--run={in_study}/imitated")
+
+
+@pytest.mark.slow
+def test_ppo_is_rewarded_step_by_step(in_study):
+    ppo = ["--init=sft", "--reward=gold", "--step_rewards=product", "--data=arithmetic"]
+    sizes = ["--max_prompt=16", "--max_new_tokens=48", "--batch_size=16", "--minibatches=2"]
+    short = ["--steps=2", "--optimizer.warmup=0"]
+    run(train_ppo, *ppo, *sizes, *short, f"--run={in_study}/ppo")
+    assert all(0 <= row["score"] <= 1 for row in rows_of(in_study / "ppo"))

@@ -202,7 +202,7 @@ def test_a_function_sees_each_response_with_its_prompts_record(files, monkeypatc
 
     def scores(function):
         monkeypatch.setattr(rewards, "load_function", lambda name: function)
-        models, score = rewards.make_scorer(["any:thing"], tokenizer, mesh)
+        models, score = rewards.make_reward_scorer(["any:thing"], tokenizer, mesh)
         return score(models, batch, records)
 
     given, scalars = scores(lambda text, record: seen.append((text, record["n"])) or record["n"])

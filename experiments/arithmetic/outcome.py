@@ -14,7 +14,7 @@ import numpy as np
 from data.sources import open_source
 from data.tokenizer import Tokenizer
 from evaluation.steps import auc
-from rewards.scorer import make_step_scorer
+from rewards.models import make_step_scorer
 from runtime.errors import UserError
 from runtime.flags import ending_in_one_line
 from sharding import MeshConfig, make_mesh

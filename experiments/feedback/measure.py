@@ -51,7 +51,7 @@ def labels(config: Config, rows: list[dict], reliability: float) -> None:
         for name in NAMES
     ]
     prefer, _ = make_simulated(NAMES, reliability, 1, config.seed)
-    ranked = feedback.comparisons(
+    ranked = feedback.comparison_rows(
         prefer, [row["prompt"] for row in rows], [row["responses"] for row in rows]
     )
     right = feedback.agreement(ranked)
@@ -62,15 +62,14 @@ def labels(config: Config, rows: list[dict], reliability: float) -> None:
 
 def revisions(config: Config, rows: list[dict], reliability: float) -> None:
     """Prints the shares violated before and after each of three revisions."""
-    settings = feedback.Config(write="revisions", reliability=reliability)
+    rounds = feedback.Config.rounds
     _, revise = make_simulated(NAMES, reliability, 1, config.seed)
     prompts, first = [row["prompt"] for row in rows], [row["responses"][0] for row in rows]
-    pick = feedback.make_pick(settings)
-    made = feedback.revisions(
-        settings, NAMES, revise, pick, prompts, first, jax.random.key(config.seed)
+    made = feedback.revision_rows(
+        NAMES, revise, feedback.pick_first, prompts, first, rounds, jax.random.key(config.seed)
     )
     print(f"reliability {reliability}, {len(made)} responses")
-    feedback.report(settings, made)
+    feedback.report_revisions(made, rounds)
 
 
 def classifiers(config: Config, rows: list[dict]) -> None:

@@ -54,12 +54,12 @@ def sources() -> dict[str, Source]:
     return tomllib.loads((HERE / "methods.toml").read_text())
 
 
-def family_of(method: str) -> str | None:
-    """Name the family of a measured method; None for one that the study has not run."""
+def family_of(method: str) -> str:
+    """Name the family of a measured method; raise KeyError for one that the study has not run."""
     for family, methods in FAMILIES.items():
         if method in methods:
             return family
-    return None
+    raise KeyError(method)
 
 
 def figure_name(family: str) -> str:
@@ -77,17 +77,24 @@ def points(rows: Rows) -> dict[str, Point]:
     for method, by_seed in rows.items():
         if method == "sft":
             continue
+        # Gains are of the same seed, so of the same SFT model and prompts.
         gains = [row["all"] - rows["sft"][seed]["all"] for seed, row in by_seed.items()]
         kls = [row["kl"] for row in by_seed.values()]
-        found[method] = Point(float(np.mean(gains)), half(gains), float(np.mean(kls)))
+        gain = float(np.mean(gains))
+        kl = float(np.mean(kls))
+        found[method] = Point(gain, half(gains), kl)
+
+    # The best first: the order of the ranking and of the figures' rows.
     return dict(sorted(found.items(), key=lambda item: -item[1].gain))
 
 
 def total_flops(by_seed: dict[int, dict[str, Any]]) -> str:
     """Format the TFLOPs of training with those of the reward models, mean over seeds."""
+    # Nothing is trained for best of n, and direct methods see no reward model.
     totals = {}
     for seed, row in by_seed.items():
-        totals[seed] = {"total": row.get("training_flops", 0.0) + row["reward_model_flops"]}
+        training = row.get("training_flops", 0.0)
+        totals[seed] = {"total": training + row["reward_model_flops"]}
     return mean(totals, "total", 1e-12)
 
 
@@ -95,20 +102,24 @@ def numbers(rows: Rows, method: str) -> str:
     """Format what was measured of `method` as a table with a row a quantity."""
     by_seed = rows[method]
     lines = [
+        # What the policy says.
         ["passes all criteria", cell(by_seed, "all")],
         ["helpful", cell(by_seed, "helpful")],
         ["honest", cell(by_seed, "honest")],
         ["harmless", cell(by_seed, "harmless")],
+        # Beside others, on the same seeds.
         ["all criteria, over SFT", over(rows, method, "sft")],
         ["all criteria, over PPO", over(rows, method, "ppo")],
         ["KL to SFT, nats a response", cell(by_seed, "kl", 2)],
         ["length, tokens", cell(by_seed, "length", 1)],
+        # What it costs.
         ["training, TFLOPs", mean(by_seed, "training_flops", 1e-12)],
         ["with the reward models' training, TFLOPs", total_flops(by_seed)],
         ["an answer, MFLOPs", mean(by_seed, "response_flops", 1e-6, 0)],
         ["training, CPU seconds", cell(by_seed, "cpu_seconds", 0)],
         ["seeds", ", ".join(map(str, by_seed))],
     ]
+    # Where no row has a quantity its cell is empty.
     measured = [line for line in lines if line[1]]
     return markdown_table(["measured", "mean over seeds, 95 % interval"], measured)
 
@@ -121,13 +132,14 @@ def draw(found: dict[str, Point], family: str, path: pathlib.Path) -> None:
     import matplotlib
     from matplotlib.figure import Figure
 
+    # The family in its colour, all others grey.
     colours = {}
     for method in found:
         colours[method] = COLOURS[family] if family_of(method) == family else "silver"
 
     # Text stays text, and neither date nor random names enter: the same input, the same file.
     # SVG has 72 dots an inch, which the placing of names goes by.
-    settings = {
+    settings: Any = {
         "svg.fonttype": "none",
         "svg.hashsalt": family,
         "font.size": 8,
@@ -138,6 +150,7 @@ def draw(found: dict[str, Point], family: str, path: pathlib.Path) -> None:
         left, right = figure.subplots(1, 2)
         draw_gains(left, found, colours)
         draw_frontier(right, found, colours)
+        # Names of the family's points alone: those of all would overlap.
         own = {}
         for method, point in found.items():
             if colours[method] != "silver" and point.gain > NEAR:
@@ -150,6 +163,7 @@ def draw(found: dict[str, Point], family: str, path: pathlib.Path) -> None:
 
 def compact(svg: str) -> str:
     """Shorten an SVG file to a third: no metadata and comments, coordinates with one decimal."""
+    # The order matters: ids go before the styles, and blank lines last.
     svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->|<!DOCTYPE.*?>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"\d+\.\d{2,}", lambda number: f"{float(number.group()):.1f}", svg)
     svg = re.sub(r' id="(text|line2d|patch|[xy]tick)_\d+"', "", svg)
@@ -159,6 +173,7 @@ def compact(svg: str) -> str:
 
 def draw_gains(axes: Any, found: dict[str, Point], colours: dict[str, str]) -> None:
     """Draw a row a method: its gain over SFT with its interval, the best on top."""
+    # A line from end to end of each interval, a dot at the mean.
     places = np.arange(len(found))
     gains = [point.gain for point in found.values()]
     intervals = [point.interval for point in found.values()]
@@ -170,6 +185,7 @@ def draw_gains(axes: Any, found: dict[str, Point], colours: dict[str, str]) -> N
     )
     axes.scatter(gains, places, s=12, c=list(colours.values()))
     axes.axvline(0.0, color="black", linewidth=0.5)
+    # Names of methods in place of ticks.
     axes.set_yticks(places, list(found), fontsize=7)
     axes.tick_params(axis="y", length=0)
     for label, colour in zip(axes.get_yticklabels(), colours.values(), strict=True):
@@ -198,21 +214,20 @@ def draw_frontier(axes: Any, found: dict[str, Point], colours: dict[str, str]) -
 
 def page(method: str, source: Source, rows: Rows) -> str:
     """Write the page of `method` as Markdown."""
+    # What it is, and how to run it.
+    facts = [f"- {name.title()}: {source[name]}." for name in ("paper", "needs", "code")]
     parts = [
         f"# {source['title']}",
         source["idea"],
         indented(source["equation"]),
-        f"- Paper: {source['paper']}.",
-        f"- Needs: {source['needs']}.",
-        f"- Code: {source['code']}.",
+        "\n".join(facts),
         "## Command",
         indented(source["command"]),
     ]
-    # The three items of the list stay one list.
-    parts[3:6] = ["\n".join(parts[3:6])]
     if "notes" in source:
         parts.append(joined(source["notes"]))
 
+    # What came of it: numbers, words, figure, and the study if it is another one.
     parts.append("## What was found")
     if method in rows:
         parts.append(
@@ -262,6 +277,7 @@ def joined(text: str) -> str:
 
 def index(texts: dict[str, Source], rows: Rows) -> str:
     """Write the index: the ranking of measured methods, then the others."""
+    # Measured methods, by their gain.
     ranked = []
     for method, point in points(rows).items():
         ranked.append(
@@ -276,6 +292,7 @@ def index(texts: dict[str, Source], rows: Rows) -> str:
             ]
         )
     head = ["method", "family", "gain over SFT", "all criteria", "KL", "TFLOPs", "needs"]
+    # The others, in the order of methods.toml.
     others = []
     for method, source in texts.items():
         if method not in rows:
@@ -312,9 +329,11 @@ def main(config: Config) -> None:
     rows = by_method(read("results.jsonl"))
     texts = sources()
 
+    # A page for every method of methods.toml, measured or not.
     for method, source in texts.items():
         (out / f"{method}.md").write_text(page(method, source, rows))
     (out / "README.md").write_text(index(texts, rows))
+    # SFT is what all are measured against, and has no figure.
     for family in FAMILIES:
         if family != "SFT":
             draw(points(rows), family, out / figure_name(family))

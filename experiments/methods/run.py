@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import train_dpo
 from data.tokenizer import Tokenizer
 from decoding import best_of_n
-from evaluation.gold import CRITERIA, gold_rows, make_measure, summarise
+from evaluation.gold import CRITERIA, gold_rows, make_kl_sampler, summarise
 from experiments.hindsight.batches import HELPFUL
 from experiments.quark.quark import conditioned
 from model_config import ModelConfig, stored_model
@@ -264,7 +264,7 @@ def best_of(
         **folders, n=BEST_OF, prompts=len(requests), max_prompt=MAX_PROMPT, seed=judge_seed
     )
     records = [{"prompt": [{"role": "user", "content": r.text}]} for r in requests]
-    rewards_PN, texts = best_of_n.sampled(settings, records, make_mesh(MeshConfig()))
+    rewards_PN, texts = best_of_n.sample_and_score(settings, records, make_mesh(MeshConfig()))
     curve = []
     for n in (1 << k for k in range(BEST_OF.bit_length())):
         best = [row[i] for row, i in zip(texts, rewards_PN[:, :n].argmax(1), strict=True)]
@@ -292,7 +292,7 @@ def responses_of(
         condition = {"condition": partial(conditioned, system=tokenizer.system, word=best)}
     if method == "hindsight":
         condition = {"condition": partial(with_suffix, suffix=tokenizer.encode(f"\n{HELPFUL}"))}
-    measure = make_measure(
+    measure = make_kl_sampler(
         model, SamplingConfig(1.0, max_new_tokens=MAX_NEW), tokenizer, MAX_PROMPT, **condition
     )
     return zip(*measure(params, reference, [r.text for r in requests], judge_seed), strict=True)

@@ -26,7 +26,7 @@ from model_config import ModelConfig, check_fit
 from objectives import direct
 from objectives.policy import missing_eos, response_logprobs
 from planning.dry_run import preview
-from rewards.scorer import check_rewards, make_scorer, pooled
+from rewards.scorer import check_rewards, make_reward_scorer, pooled
 from rollout import (
     Batch,
     Metrics,
@@ -157,7 +157,7 @@ def make_targets(
 ) -> Callable[..., tuple[RankedRollout, Batch]]:
     """Compile compute_targets(policy, reference, rollout, scores, scalars).
 
-    It returns (ranked rollout, metrics). `scores`: {reward: [B]} of rewards.scorer.make_scorer,
+    It returns (ranked rollout, metrics). `scores`: {reward: [B]} of rewards.scorer.make_reward_scorer,
     whose scalars are not used. `eos` ends a response. Metrics are scalars: means over the rollout.
     """
     size = config.samples_per_prompt
@@ -256,8 +256,8 @@ def open_prompts(
 
 
 def load_score(config: Config, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -> Score:
-    """Load the rewards; return score(rollout, records), as of rewards.scorer.make_scorer."""
-    reward_models, score = make_scorer(config.reward, tokenizer, mesh)
+    """Load the rewards; return score(rollout, records), as of rewards.scorer.make_reward_scorer."""
+    reward_models, score = make_reward_scorer(config.reward, tokenizer, mesh)
     return partial(score, reward_models)
 
 

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from data.tokenizer import Tokenizer
-from evaluation.gold import CRITERIA, distinct_answers, gold_rows, make_measure
+from evaluation.gold import CRITERIA, distinct_answers, gold_rows, make_kl_sampler
 from experiments.quark.quark import conditioned
 from model import Params
 from sampling import SamplingConfig
@@ -22,7 +22,7 @@ def make_asking_gold_evaluation(
 
     The policy is asked for the quantile `word`, a token; the reference sees the prompts alone.
     """
-    measure = make_measure(
+    measure = make_kl_sampler(
         config.model,
         SamplingConfig(config.temperature, max_new_tokens=config.max_new_tokens),
         tokenizer,

@@ -36,7 +36,7 @@ from objectives import imitate
 from objectives.imitate import Pool
 from objectives.policy import missing_eos, response_logprobs
 from planning.dry_run import preview_items
-from rewards.scorer import make_scorer
+from rewards.scorer import make_reward_scorer
 from rollout import (
     Batch,
     Rollout,
@@ -208,7 +208,7 @@ def make_targets(
     """Compile compute_targets(policy, reference, rollout, scores, scalars).
 
     It returns (scored rollout, metrics). `asking(rollout)` makes the rows as the policy saw them;
-    the reference sees them as they are. `scores`: {reward: [B]} of rewards.scorer.make_scorer,
+    the reference sees them as they are. `scores`: {reward: [B]} of rewards.scorer.make_reward_scorer,
     whose scalars are not used. `eos` ends a response. Metrics are scalars: means over the rollout.
     """
 
@@ -334,8 +334,8 @@ def open_prompts(
 
 
 def load_score(config: Config, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -> Score:
-    """Load the reward; return score(rollout, records), as of rewards.scorer.make_scorer."""
-    reward_models, score = make_scorer([config.reward], tokenizer, mesh)
+    """Load the reward; return score(rollout, records), as of rewards.scorer.make_reward_scorer."""
+    reward_models, score = make_reward_scorer([config.reward], tokenizer, mesh)
     return partial(score, reward_models)
 
 
@@ -373,6 +373,31 @@ def make_round(
     )
 
 
+def make_rounds(
+    config: Config,
+    prompts: Batches,
+    score: Score,
+    apply: Apply,
+    tokenizer: Tokenizer,
+    mesh: jax.sharding.Mesh,
+    word: jax.Array,
+) -> Callable[[int, Params, Params, jax.Array], tuple[Any, dict[str, Any], Shown]]:
+    """Return experience(step, policy, reference, key) -> (batch, metrics, shown) of a round.
+
+    From the second round on the policy is asked for the quantile `word`.
+    """
+    plain = make_round(config, prompts, score, apply, tokenizer, mesh, None)
+    asking = make_round(config, prompts, score, apply, tokenizer, mesh, word)
+
+    def experience(
+        step: int, policy: Params, reference: Params, key: jax.Array
+    ) -> tuple[Any, dict[str, Any], Shown]:
+        this_round = plain if step == 1 else asking
+        return this_round(policy, reference, key)
+
+    return experience
+
+
 def main(config: Config) -> dict[str, float]:
     """Train a policy by Quark, in rounds; return the last metrics."""
     config = note_lora_base(config)
@@ -392,17 +417,15 @@ def main(config: Config) -> dict[str, float]:
     # The parts of a round: sample and score, the pool, the update. The first responses are the
     # reference's own, which knows no quantiles yet (algorithm 1); from then on the best is asked
     # for. With LoRA the state holds adapters alone, and `full` lays them on their base.
-    round_of = partial(
-        make_round,
+    experience_of = make_rounds(
         config,
         prompts,
         load_score(config, tokenizer, mesh),
         apply,
         tokenizer,
         mesh,
+        words[-1],
     )
-    plain_experience_of = round_of(None)
-    asking_experience_of = round_of(words[-1])
     functions = make_pool_functions(config, mesh, words)
     update = make_update(config, init, apply, tokenizer.system)
     full = partial(with_adapters, config.lora, frozen["base"])
@@ -429,8 +452,7 @@ def main(config: Config) -> dict[str, float]:
         for step in run.steps():
             # 1. Sample responses and score them; they take the place of the pool's oldest.
             key = jax.random.fold_in(jax.random.key(config.seed), step)
-            experience_of = plain_experience_of if step == 1 else asking_experience_of
-            rollout, metrics, shown = experience_of(full(policy.params), reference, key)
+            rollout, metrics, shown = experience_of(step, full(policy.params), reference, key)
             pool = functions.add(pool, rollout, step - 1)
 
             # 2. Rank the pool: every response is imitated, under its quantile.

@@ -1,0 +1,106 @@
+"""Ask a reward that runs in a process of its own, behind HTTP (rewards/serve.py)."""
+
+import http.client
+import json
+import sys
+import time
+import urllib.parse
+from typing import Any, NamedTuple, TypedDict
+
+from runtime.errors import UserError
+
+# The arrays of a batch that a server is sent.
+SENT = ("tokens_BT", "segment_ids_BT", "positions_BT", "response_BR", "mask_BR")
+# Seconds for which a server may be away or busy, and between two tries to reach it.
+WAIT = 300.0
+PAUSE = 0.5
+
+
+class Question(TypedDict):
+    """One batch of responses to score, as JSON; complete in itself."""
+
+    tokenizer: str
+    """SHA-256 of the tokenizer that made the token ids."""
+    texts: list[str]
+    """The responses, [B]."""
+    records: list[dict[str, Any]]
+    """The record of each response's prompt, [B]."""
+    batch: dict[str, list[Any]]
+    """The arrays SENT, [B, ...] as lists."""
+
+
+class Reply(NamedTuple):
+    """A server's answer as HTTP has it."""
+
+    status: int
+    reason: str
+    text: str
+
+
+def ask(reward: str, question: Question, wait: float = WAIT) -> list[float]:
+    """Return the scores [B] of `question` by the server at `reward`, http://host:port.
+
+    A server that is away or busy is waited for, up to `wait` seconds. It may be killed and started
+    again meanwhile: it then answers as it would have before. Raises UserError where it stays away,
+    refuses the question, or answers something else. How many scores there are is not checked here.
+    """
+    reply = _patient_post(reward, json.dumps(question), wait)
+    if reply.status != 200:
+        fault = " ".join(reply.text.split())[:300]
+        raise UserError(f"--reward={reward}: {fault or reply.reason}")
+    try:
+        return list(json.loads(reply.text)["scores"])
+    except (ValueError, KeyError, TypeError):
+        raise UserError(
+            f'--reward={reward}: answered {reply.text[:80]!r}; it must answer {{"scores": [...]}}'
+        ) from None
+
+
+def _patient_post(reward: str, body: str, wait: float) -> Reply:
+    """Post `body` until the server answers; say that it is waited for, and that it is back."""
+    address = _address(reward)
+    start = time.monotonic()
+    away = False
+    while True:
+        try:
+            reply = _post(address, body, wait)
+            break
+        except (OSError, http.client.HTTPException) as fault:
+            if time.monotonic() - start > wait:
+                raise UserError(
+                    f"--reward={reward}: no answer for {wait:.0f} s ({fault}); "
+                    "start rewards/serve.py there, then give the same command again"
+                ) from None
+            if not away:
+                _note(reward, f"no answer ({fault}); waiting up to {wait:.0f} s")
+            away = True
+            time.sleep(PAUSE)
+    if away:
+        _note(reward, f"answers again after {time.monotonic() - start:.0f} s")
+    return reply
+
+
+def _address(reward: str) -> urllib.parse.SplitResult:
+    try:
+        address = urllib.parse.urlsplit(reward)
+        _ = address.port
+    except ValueError as fault:
+        raise UserError(f"--reward={reward}: {fault}; give http://127.0.0.1:<port>") from None
+    return address
+
+
+def _post(address: urllib.parse.SplitResult, body: str, wait: float) -> Reply:
+    host = address.hostname or ""
+    connection = http.client.HTTPConnection(host, address.port or 80, timeout=wait)
+    try:
+        headers = {"Content-Type": "application/json"}
+        connection.request("POST", address.path or "/", body, headers)
+        response = connection.getresponse()
+        text = response.read().decode(errors="replace")
+        return Reply(response.status, response.reason, text)
+    finally:
+        connection.close()
+
+
+def _note(reward: str, text: str) -> None:
+    print(f"note: --reward={reward}: {text}", file=sys.stderr)
