@@ -176,6 +176,7 @@ def make_update(config: Config, teacher_model: ModelConfig) -> DistillUpdate:
         "reverse_kl": distill.reverse_kl,
         "jsd": partial(distill.jsd, beta=config.beta),
     }
+    # What both losses have: the two models, the divergence and its weights.
     objective = partial(
         distill.distill_objective,
         apply,
@@ -210,6 +211,7 @@ def student_and_teacher(lora: LoraConfig, held: Params | None, trained: Params) 
     `held`: {"base", "teacher"}, the base being that of the student's adapters, or None without.
     `trained`: the student's parameters, or its adapters.
     """
+    # Without adapters `trained` is the student as it is.
     assert held is not None
     student = with_adapters(lora, held["base"], trained)
     return {"student": student, "teacher": held["teacher"]}

@@ -205,6 +205,7 @@ def make_objective(config: Config, apply: Apply) -> DirectObjective:
         ),
         "rrhf": partial(direct.ranked_objective, apply, loss=direct.rrhf, per_token=True),
     }
+    # One of both tables, by its name.
     objective = {**to_a_reference, **without}[config.loss]
     return DirectObjective(objective, needs_reference=config.loss in to_a_reference)
 
@@ -278,6 +279,7 @@ def eval_batch_count(config: Config, held_out: Source) -> int:
 
 def with_paper_defaults(config: Config) -> Config:
     """Fill `beta`, where it is None, with the value of the loss's paper, and print that."""
+    # Most papers use 0.1.
     paper = direct.PAPERS.get(config.loss, direct.USUAL)
     line = flags.paper_defaults_line(config, config.loss, paper)
     if line:

@@ -15,7 +15,9 @@ def split_document(tokens: Sequence[int], length: int) -> list[Example]:
     every token but the document's first is predicted exactly once.
     """
     examples: list[Example] = []
-    for start in range(0, max(len(tokens) - 1, 1), length - 1):
+    # A document of one token is one piece too, though it has none to predict.
+    to_predict = max(len(tokens) - 1, 1)
+    for start in range(0, to_predict, length - 1):
         piece = tokens[start : start + length]
         mask = [0] + [1] * (len(piece) - 1)
         examples.append((piece, mask))
@@ -39,12 +41,13 @@ def first_fit(lengths: Sequence[int], length: int) -> list[tuple[int, int]]:
         if len(with_room):
             row = int(with_room[0])
         else:
+            # Open another row.
             row = rows
             rows += 1
             free[row] = length
-        offset = length - int(free[row])
-        places.append((row, offset))
-        free[row] -= size
+        room = int(free[row])
+        places.append((row, length - room))
+        free[row] = room - size
     return places
 
 
@@ -57,8 +60,13 @@ def pack(examples: Sequence[Example], length: int, pad: int = 0) -> dict[str, np
     is never predicted, whatever its mask says. Raises ValueError for an example longer than
     `length`.
     """
-    places = first_fit([len(tokens) for tokens, _ in examples], length)
-    rows = max((row for row, _ in places), default=-1) + 1
+    # Where each example goes.
+    lengths = [len(tokens) for tokens, _ in examples]
+    places = first_fit(lengths, length)
+    opened = {row for row, _ in places}
+    rows = len(opened)
+
+    # Empty rows: all padding.
     shape = (rows, length)
     tokens_BT = np.full(shape, pad, np.int32)
     mask_BT = np.zeros(shape, np.float32)
@@ -67,17 +75,16 @@ def pack(examples: Sequence[Example], length: int, pad: int = 0) -> dict[str, np
 
     # Examples packed into each row so far: the number of the next segment there.
     packed_B = np.zeros(rows, np.int32)
-    for example, place in zip(examples, places, strict=True):
-        tokens, mask = example
-        row, start = place
-        here = slice(start, start + len(tokens))
+    for (tokens, mask), (row, start) in zip(examples, places, strict=True):
+        size = len(tokens)
+        here = slice(start, start + size)
         packed_B[row] += 1
         tokens_BT[row, here] = tokens
         mask_BT[row, here] = mask
         # Its context would be the example before.
         mask_BT[row, start] = 0
         segments_BT[row, here] = packed_B[row]
-        positions_BT[row, here] = np.arange(len(tokens))
+        positions_BT[row, here] = np.arange(size)
     return {
         "tokens_BT": tokens_BT,
         "loss_mask_BT": mask_BT,

@@ -65,8 +65,9 @@ def chat_record(row: Row) -> Record:
     if "chosen" in row or "responses" in row:
         compared = comparison_record(row)
         best = compared["ranking"].index(1)
-        answer = _turn("assistant", compared["responses"][best])
-        return {"messages": [*compared["prompt"], answer]}
+        response = compared["responses"][best]
+        turns = [*compared["prompt"], _turn("assistant", response)]
+        return {"messages": turns}
     if "instruction" in row:
         return _instruction(row)
 
@@ -74,8 +75,9 @@ def chat_record(row: Row) -> Record:
     pairs = (("prompt", "response"), ("prompt", "completion"), ("question", "answer"))
     for asked, answered in pairs:
         if asked in row and answered in row:
-            answer = _turn("assistant", _string(row[answered], answered))
-            return {"messages": [*_prompt(row[asked], asked), answer]}
+            response = _string(row[answered], answered)
+            prompt = _prompt(row[asked], asked)
+            return {"messages": [*prompt, _turn("assistant", response)]}
     wanted = "messages, prompt and response, question and answer, or instruction"
     raise _missing(row, "messages", wanted)
 
@@ -137,10 +139,11 @@ def prompt_record(row: Row) -> Record:
         raise _missing(row, "prompt", "prompt, text, or the fields of a conversation")
 
     # A conversation that ends with the user has no answer.
-    if isinstance(row.get("messages"), list) and row["messages"]:
-        messages = _messages(row["messages"], "messages")
-        if messages[-1]["role"] == "user":
-            return {"prompt": messages}
+    messages = row.get("messages")
+    if isinstance(messages, list) and messages:
+        turns = _messages(messages, "messages")
+        if turns[-1]["role"] == "user":
+            return {"prompt": turns}
     *asked, answer = chat_record(row)["messages"]
     return {"prompt": asked, "answer": answer["content"]}
 
@@ -197,10 +200,14 @@ def _instruction(row: Row) -> Record:
             raise FieldError("instances", "must be a list of objects with input and output")
         place = "instances[0]."
         instance = instances[0]
+
+    # An input goes below the instruction; an empty one is none.
     if instance.get("input"):
-        request += "\n\n" + _string(instance["input"], place + "input")
-    output = _string(_get(instance, "output", place), place + "output")
-    return {"messages": [_turn("user", request), _turn("assistant", output)]}
+        more = _string(instance["input"], place + "input")
+        request = f"{request}\n\n{more}"
+    output = _get(instance, "output", place)
+    response = _string(output, place + "output")
+    return {"messages": [_turn("user", request), _turn("assistant", response)]}
 
 
 def _ranked(row: Row) -> Record:
@@ -209,12 +216,14 @@ def _ranked(row: Row) -> Record:
     ranking = _get(row, "ranking")
     if not isinstance(responses, list) or len(responses) < 2:
         raise FieldError("responses", "must be a list of two or more strings")
-    responses = [_string(r, f"responses[{i}]") for i, r in enumerate(responses)]
+    for i, response in enumerate(responses):
+        _string(response, f"responses[{i}]")
+
+    # As many whole numbers, true and false not among them; the best is 1.
+    count = len(responses)
     whole = isinstance(ranking, list) and all(type(rank) is int for rank in ranking)
-    if not whole or len(ranking) != len(responses) or min(ranking) != 1:
-        raise FieldError(
-            "ranking", f"must be {len(responses)} whole numbers, 1 the best, equal for a tie"
-        )
+    if not whole or len(ranking) != count or min(ranking) != 1:
+        raise FieldError("ranking", f"must be {count} whole numbers, 1 the best, equal for a tie")
     return {"responses": responses, "ranking": ranking}
 
 

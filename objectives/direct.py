@@ -210,6 +210,7 @@ def kto(
         desirable_weight=desirable_weight,
         undesirable_weight=undesirable_weight,
     )
+    # A pair weighs as much as one response.
     return 0.5 * (good + bad)
 
 

@@ -503,7 +503,7 @@ LAYOUTS = (
     Layout(
         ("make_objective", "make_update(config)", "comparison_batches"), preferences, "train_dpo"
     ),
-    Layout(("make_update(config)", "comparison_batches"), ranking, "train_rm"),
+    Layout(("make_update(config)", "comparison_batches", "ScalarModel"), ranking, "train_rm"),
     Layout(("make_update(config)", "chat_batches"), likelihood, "train_sft"),
     Layout(("make_update(config)", "text_batches"), likelihood, "train_lm"),
 )

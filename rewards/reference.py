@@ -93,14 +93,15 @@ def _load(path: pathlib.Path, kinds: int) -> tuple[Known, np.ndarray]:
     if not path.exists():
         return {}, np.zeros(kinds, int)
     with np.load(path) as saved:
+        # Python's own numbers, as `candidate_keys` gives them.
         keys = saved["keys"].tolist()
         values = saved["logps"].tolist()
         return dict(zip(keys, values, strict=True)), saved["count"]
 
 
 def _save(path: pathlib.Path, known: Known, covered: np.ndarray) -> None:
-    keys = np.array(list(known), np.uint64)
-    values = np.array(list(known.values()), np.float32)
+    keys = np.fromiter(known, np.uint64)
+    values = np.fromiter(known.values(), np.float32)
     # Beside the old file, then in its place.
     new = path.with_suffix(".new")
     with new.open("wb") as file:

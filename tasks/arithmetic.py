@@ -70,9 +70,11 @@ def _draw(rng: random.Random) -> str:
     value = rng.randint(LOW, HIGH)
     text = str(value)
     for _ in range(rng.choice(LENGTHS)):
+        # No change by 0 or 1, and none that leaves two digits.
         changes = []
         for change in range(-9, 10):
-            if abs(change) > 1 and LOW <= value + change <= HIGH:
+            result = value + change
+            if abs(change) > 1 and LOW <= result <= HIGH:
                 changes.append(change)
         change = rng.choice(changes)
         value += change
@@ -120,6 +122,7 @@ def solve(text: str, quality: float, rng: random.Random) -> list[str]:
     steps = []
     for number, change in enumerate(changes, 1):
         result = value + change
+        # The mistakes: a carry forgotten, a slip by one, or both.
         if rng.random() < failing:
             result = forgetful(value, change)
         if rng.random() < SLIP * failing:
@@ -144,7 +147,9 @@ def verdicts(text: str, steps: Sequence[str]) -> list[Label]:
     true step is made after all.
     """
     *sums, answer = truth(text)
-    value = str(_terms(text)[0])
+    first_value, *_ = _terms(text)
+    # Where the true steps made so far lead, and how many they are.
+    value = str(first_value)
     done = 0
     labels = []
     for step in steps:

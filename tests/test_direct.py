@@ -218,7 +218,10 @@ def test_kto_clamps_its_kl_gives_it_no_gradient_and_falls_as_rewards_rise():
         np.asarray(direct.kto_unpaired(r, 0 * r, side, beta=0.5)) for side in (True, False)
     )
     assert (np.diff(good) < 0).all() and (np.diff(bad) > 0).all()
-    at = lambda kl: np.asarray(direct.kto_unpaired(r, 0 * r, True, beta=0.5, kl=kl))
+
+    def at(kl):
+        return np.asarray(direct.kto_unpaired(r, 0 * r, True, beta=0.5, kl=kl))
+
     np.testing.assert_array_equal(at(-3.0), at(0.0))
     assert (at(2.0) > at(0.0)).all()
     slope = jax.grad(lambda kl: direct.kto_unpaired(jnp.float32(1.0), 0.0, True, beta=0.5, kl=kl))
@@ -456,7 +459,9 @@ def test_dpo_reaches_its_closed_form():
     reference = nine_probs(start)
 
     def train(beta):
-        weighted = lambda *pair: preferred[:, None, None] * direct.dpo(*pair, beta=beta)
+        def weighted(*pair):
+            return preferred[:, None, None] * direct.dpo(*pair, beta=beta)
+
         loss = partial(direct.preference_objective, tabular, batch=batch, loss=weighted)
         return nine_probs(minimise(lambda params: loss(params)[0], start))
 
@@ -498,8 +503,11 @@ def kto_optimum(reference, weights, beta):
 
         return candidate(bisect(lambda log_c: candidate(log_c).sum() > 1, -40.0, 40.0))
 
-    kl = lambda p: (p * np.log(p / reference)).sum()
-    return policy(bisect(lambda z0: kl(policy(z0)) > z0, 0.0, 10.0))
+    def kl_exceeds(z0):
+        p = policy(z0)
+        return (p * np.log(p / reference)).sum() > z0
+
+    return policy(bisect(kl_exceeds, 0.0, 10.0))
 
 
 def test_kto_reaches_its_own_optimum():

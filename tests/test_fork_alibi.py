@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import pathlib
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ import pytest
 from model_config import PRESETS
 from objectives.likelihood import inputs, token_logprobs
 from rollout import join_responses
-from sampling import SamplingConfig, generate
+from sampling import SamplingConfig, generate, generate_in_slots
 
 PATH = pathlib.Path(__file__).parents[1] / "experiments" / "alibi" / "model.py"
 SPEC = importlib.util.spec_from_file_location("alibi_model", PATH)
@@ -46,19 +47,22 @@ def test_attention_equals_loops():
     q = rng.normal(size=(2, 9, 4, 8))
     k, v = rng.normal(size=(2, 2, 9, 2, 8))
     segments = np.array([[1, 1, 1, 2, 2, 2, 2, 0, 0], [0, 0, 1, 1, 1, 1, 1, 1, 1]])
+    positions = np.array([[0, 1, 2, 0, 1, 2, 3, 0, 0], [0, 0, 0, 1, 2, 3, 4, 5, 6]])
     slopes = [2**-2, 2**-4, 2**-6, 2**-8]  # four heads: the paper's geometric sequence
     np.testing.assert_allclose(alibi.alibi_slopes(4), slopes)
 
     arrays = [jnp.asarray(x, jnp.float32) for x in (q, k, v)]
-    out = alibi.alibi_attention(*arrays, jnp.asarray(segments), window=None, ring=1)
+    out = alibi.alibi_attention(
+        *arrays, jnp.asarray(segments), jnp.asarray(positions), window=None, ring=1
+    )
     wanted = in_loops(q, k, v, segments, slopes)
     np.testing.assert_allclose(out, wanted, atol=1e-5)
     without = in_loops(q, k, v, segments, np.zeros(4))
     assert np.abs(out - without).max() > 0.1  # control: the slopes matter
 
 
-@pytest.mark.parametrize("slots", [None, 2])
-def test_the_sampler_agrees_with_training(slots):
+@pytest.mark.parametrize("decode", [generate, partial(generate_in_slots, slots=2)])
+def test_the_sampler_agrees_with_training(decode):
     """Log-probabilities of sampled tokens equal those of one pass over the whole row."""
     init, apply = alibi.init_and_apply(alibi.LanguageModel(CONFIG))
     params = init(jax.random.key(0))
@@ -69,9 +73,7 @@ def test_the_sampler_agrees_with_training(slots):
     }
     sampling = SamplingConfig(1.0, max_new_tokens=12)
     key = jax.random.key(1)
-    samples = generate(
-        apply, CONFIG, params, prompts, key, sampling, eos=EOS, pad=PAD, slots=slots
-    )
+    samples = decode(apply, CONFIG, params, prompts, key, sampling, eos=EOS, pad=PAD)
 
     batch = join_responses(prompts, samples)
     output = apply(params, *inputs(batch))

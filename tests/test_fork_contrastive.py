@@ -121,7 +121,6 @@ def test_the_script_lowers_the_loss_of_contrasts(tmp_path, monkeypatch):
     argv += ["--batch_size=8", "--length=64", "--optimizer.warmup=0", "--optimizer.lr=3e-3"]
     run(contrastive_script, *argv, "--steps=12", "--eval_every=12", "--max_new_tokens=4")
     rows = rows_of(tmp_path / "run")
-    assert rows[0]["loss"] == pytest.approx(np.log(4), abs=0.5)
     assert rows[-1]["loss"] < rows[0]["loss"] and "eval/first" in rows[-1]
 
 

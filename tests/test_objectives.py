@@ -106,7 +106,10 @@ def test_ranking_loss_and_gradient_equal_a_loop_over_pairs(coefficient):
     )  # ties and absent candidates, full and empty rows
     ranks[0], ranks[1], ranks[2] = [3, 1, 2, 5, 4], 0, 2
     with jax.enable_x64(True):
-        of = lambda x: ranking_loss(x, ranks, margins, coefficient)
+
+        def of(x):
+            return ranking_loss(x, ranks, margins, coefficient)
+
         (losses, valid), pull = jax.jit(partial(jax.vjp, of))(jnp.array(rewards))
         (grad,) = pull((jnp.ones(40), jnp.zeros(40, jnp.float32)))
     want, want_valid = pairwise(rewards, ranks, margins, coefficient)
@@ -150,7 +153,10 @@ def test_two_candidates_are_plain_bradley_terry():
 
 def test_ties_and_absent_candidates_get_no_gradient():
     ranks = np.array([[1, 0, 2, 2], [0, 1, 1, 0]])
-    loss = lambda rewards: ranking_loss(rewards, ranks, jnp.zeros(2), 0.1)[0].sum()
+
+    def loss(rewards):
+        return ranking_loss(rewards, ranks, jnp.zeros(2), 0.1)[0].sum()
+
     grad = np.asarray(jax.grad(loss)(normal(2, 4)))
     assert (grad[0] != 0).tolist() == [True, False, True, True] and (grad[1] == 0).all()
 

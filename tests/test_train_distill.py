@@ -74,9 +74,10 @@ def same(one, other, atol):
 @pytest.fixture(scope="module")
 def mixed(files):
     """Flags of a run whose first step is on data, its second on own samples; and the run."""
-    coin = lambda seed, step: train_distill.is_own(
-        train_distill.Config(seed=seed, on_policy=0.5), step
-    )
+
+    def coin(seed, step):
+        return train_distill.is_own(train_distill.Config(seed=seed, on_policy=0.5), step)
+
     seed = next(s for s in range(99) if not coin(s, 1) and coin(s, 2))
     flags = [*COMMON, *SMALL, "--on_policy=0.5", "--tau=2", f"--seed={seed}"]
     with pytest.MonkeyPatch.context() as patch:

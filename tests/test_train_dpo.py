@@ -306,8 +306,8 @@ def test_the_readmes_method_of_your_own_is_dpo(monkeypatch):
     exec(function, vars(direct).copy(), found := {})
     logps, beta = 3 * np.random.default_rng(0).normal(size=(4, 20)), 0.3
     with jax.enable_x64(True):
-        of = lambda loss: jax.vjp(partial(loss, beta=beta), *jnp.array(logps))
-        (mine, slopes), (dpo, theirs) = of(found["mine"]), of(direct.dpo)
+        mine, slopes = jax.vjp(partial(found["mine"], beta=beta), *jnp.array(logps))
+        dpo, theirs = jax.vjp(partial(direct.dpo, beta=beta), *jnp.array(logps))
         np.testing.assert_allclose(mine, dpo, atol=1e-12)
         np.testing.assert_allclose(slopes(jnp.ones(20)), theirs(jnp.ones(20)), atol=1e-12)
     monkeypatch.setattr(direct, "mine", found["mine"], raising=False)
@@ -392,9 +392,9 @@ def test_unpaired_records_are_read(tmp_path):
         {"prompt": "c", "completion": "d", "label": False},
     ]
     source = open_source(str(write(tmp_path / "u.jsonl", rows * 20)), "unpaired", "all")
-    turn = lambda text: [{"role": "user", "content": text}]
-    assert source[0] == {"prompt": turn("a"), "response": "b", "desirable": True}
-    assert source[1] == {"prompt": turn("c"), "response": "d", "desirable": False}
+    turn_a, turn_c = ([{"role": "user", "content": text}] for text in "ac")
+    assert source[0] == {"prompt": turn_a, "response": "b", "desirable": True}
+    assert source[1] == {"prompt": turn_c, "response": "d", "desirable": False}
 
 
 BAD_ROWS = {

@@ -1,9 +1,11 @@
-"""Weights in and out: a Hugging Face folder (config.json, safetensors, tokenizer) becomes a run, a run such a folder.
+"""Weights in and out: a Hugging Face folder becomes a run, and a run such a folder.
 
-    python -m weights.convert --read=path/to/Llama-3.2-1B --run=runs/llama     # every script can --init from it
+    python -m weights.convert --read=path/to/Llama-3.2-1B --run=runs/llama
     python -m weights.convert --write=path/to/folder --run=runs/llama-sft
 
-Covered are Llama 2 and 3, Mistral, Qwen 2 and 3, and Gemma 1, where all their layers are the decoder's.
+A folder holds config.json, safetensors and a tokenizer. Every script can --init from the run.
+
+Covered are Llama 2 and 3, Mistral, Qwen 2 and 3, and Gemma 1, where all layers are the decoder's.
 """
 
 import dataclasses
@@ -13,7 +15,7 @@ import os
 import pathlib
 import shutil
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -34,28 +36,42 @@ from train_state import load_params
 from weights.families import config_of, model_of
 
 SHARD_BYTES = 4 << 30
-"""Largest file of an export; so much more memory than the model takes is needed to write one."""
+"""Largest file of an export. To write one takes so much memory more than the model."""
 
 LAYER = "model.layers.{}."
-TENSORS = {  # ours: axes of a layer's, in model.py's letters; theirs: name, and axes, of which theirs may join two
-    "decoder/embed": ("VD", "model.embed_tokens.weight", ("V", "D")),
-    "decoder/final_norm": ("D", "model.norm.weight", ("D",)),
-    "decoder/layers/attention_norm": ("D", LAYER + "input_layernorm.weight", ("D",)),
-    "decoder/layers/mlp_norm": ("D", LAYER + "post_attention_layernorm.weight", ("D",)),
-    "decoder/layers/attention/q": ("DNH", LAYER + "self_attn.q_proj.weight", ("NH", "D")),
-    "decoder/layers/attention/k": ("DKH", LAYER + "self_attn.k_proj.weight", ("KH", "D")),
-    "decoder/layers/attention/v": ("DKH", LAYER + "self_attn.v_proj.weight", ("KH", "D")),
-    "decoder/layers/attention/o": ("NHD", LAYER + "self_attn.o_proj.weight", ("D", "NH")),
-    "decoder/layers/attention/q_bias": ("NH", LAYER + "self_attn.q_proj.bias", ("NH",)),
-    "decoder/layers/attention/k_bias": ("KH", LAYER + "self_attn.k_proj.bias", ("KH",)),
-    "decoder/layers/attention/v_bias": ("KH", LAYER + "self_attn.v_proj.bias", ("KH",)),
-    "decoder/layers/attention/q_norm": ("H", LAYER + "self_attn.q_norm.weight", ("H",)),
-    "decoder/layers/attention/k_norm": ("H", LAYER + "self_attn.k_norm.weight", ("H",)),
-    "decoder/layers/mlp/gate": ("DF", LAYER + "mlp.gate_proj.weight", ("F", "D")),
-    "decoder/layers/mlp/up": ("DF", LAYER + "mlp.up_proj.weight", ("F", "D")),
-    "decoder/layers/mlp/down": ("FD", LAYER + "mlp.down_proj.weight", ("D", "F")),
-    "unembed": ("DV", "lm_head.weight", ("V", "D")),
+
+
+class Layout(NamedTuple):
+    """How a weight lies here and in Hugging Face's files, in the letters of model.py's legend."""
+
+    ours: str
+    """Axes of ours, without the layer's."""
+    name: str
+    """Their name of the tensor, with a place for the layer's number."""
+    theirs: tuple[str, ...]
+    """Their axes; one of theirs may join two of ours."""
+
+
+LAYOUTS = {
+    "decoder/embed": Layout("VD", "model.embed_tokens.weight", ("V", "D")),
+    "decoder/final_norm": Layout("D", "model.norm.weight", ("D",)),
+    "decoder/layers/attention_norm": Layout("D", LAYER + "input_layernorm.weight", ("D",)),
+    "decoder/layers/mlp_norm": Layout("D", LAYER + "post_attention_layernorm.weight", ("D",)),
+    "decoder/layers/attention/q": Layout("DNH", LAYER + "self_attn.q_proj.weight", ("NH", "D")),
+    "decoder/layers/attention/k": Layout("DKH", LAYER + "self_attn.k_proj.weight", ("KH", "D")),
+    "decoder/layers/attention/v": Layout("DKH", LAYER + "self_attn.v_proj.weight", ("KH", "D")),
+    "decoder/layers/attention/o": Layout("NHD", LAYER + "self_attn.o_proj.weight", ("D", "NH")),
+    "decoder/layers/attention/q_bias": Layout("NH", LAYER + "self_attn.q_proj.bias", ("NH",)),
+    "decoder/layers/attention/k_bias": Layout("KH", LAYER + "self_attn.k_proj.bias", ("KH",)),
+    "decoder/layers/attention/v_bias": Layout("KH", LAYER + "self_attn.v_proj.bias", ("KH",)),
+    "decoder/layers/attention/q_norm": Layout("H", LAYER + "self_attn.q_norm.weight", ("H",)),
+    "decoder/layers/attention/k_norm": Layout("H", LAYER + "self_attn.k_norm.weight", ("H",)),
+    "decoder/layers/mlp/gate": Layout("DF", LAYER + "mlp.gate_proj.weight", ("F", "D")),
+    "decoder/layers/mlp/up": Layout("DF", LAYER + "mlp.up_proj.weight", ("F", "D")),
+    "decoder/layers/mlp/down": Layout("FD", LAYER + "mlp.down_proj.weight", ("D", "F")),
+    "unembed": Layout("DV", "lm_head.weight", ("V", "D")),
 }
+"""By the path of a parameter of ours."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,162 +95,217 @@ class Config:
 # --- tensors
 
 
+class Tensor(NamedTuple):
+    """A tensor of Hugging Face's files."""
+
+    name: str
+    ours: str
+    """Path of the parameter that it is part of."""
+    layer: int | None
+    """Its layer; None for a parameter that no layer has."""
+    shape: tuple[int, ...]
+
+
 def shapes_of(model: ModelConfig) -> Params:
-    """The tree of the language model's ShapeDtypeStructs."""
-    return jax.eval_shape(init_and_apply(LanguageModel(model))[0], jax.random.key(0))
+    """Return the tree of the language model's ShapeDtypeStructs."""
+    init, _ = init_and_apply(LanguageModel(model))
+    return jax.eval_shape(init, jax.random.key(0))
 
 
-def their_tensors(model: ModelConfig) -> Iterator[tuple[str, str, int | None, tuple[int, ...]]]:
-    """(their name, our name, layer, their shape) of each tensor, layer by layer."""
+def their_tensors(model: ModelConfig) -> Iterator[Tensor]:
+    """Yield every tensor that a Hugging Face folder of `model` has, layer by layer."""
     sizes = _sizes(model)
-    ours = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(shapes_of(model))]
-    shape = {
-        name: tuple(math.prod(sizes[x] for x in group) for group in TENSORS[name][2])
-        for name in ours
-    }
+    shapes = {}
+    for path, _ in jax.tree_util.tree_leaves_with_path(shapes_of(model)):
+        ours = path_name(path)
+        groups = LAYOUTS[ours].theirs
+        shapes[ours] = tuple(math.prod(sizes[axis] for axis in group) for group in groups)
+
     for layer in (None, *range(model.layers)):
-        for name in ours:
-            if ("{}" in TENSORS[name][1]) == (layer is not None):
-                yield TENSORS[name][1].format(layer), name, layer, shape[name]
+        for ours, shape in shapes.items():
+            name = LAYOUTS[ours].name
+            if ("{}" in name) == (layer is not None):
+                yield Tensor(name.format(layer), ours, layer, shape)
 
 
-def _sizes(c: ModelConfig) -> dict[str, int]:
+def _sizes(model: ModelConfig) -> dict[str, int]:
+    """Return the sizes of the axes, by letter."""
     return {
-        "V": c.vocab,
-        "D": c.width,
-        "F": c.mlp_width,
-        "N": c.heads,
-        "K": c.kv_heads,
-        "H": c.head_dim,
+        "V": model.vocab,
+        "D": model.width,
+        "F": model.mlp_width,
+        "N": model.heads,
+        "K": model.kv_heads,
+        "H": model.head_dim,
     }
 
 
 def find_tensors(folder: pathlib.Path, model: ModelConfig) -> dict[str, pathlib.Path]:
-    """The file of each of their tensors; raises UserError unless just those of `model` are there, in its shapes."""
-    index = folder / "model.safetensors.index.json"
-    try:
-        names = set(json.loads(index.read_text())["weight_map"].values())
-    except FileNotFoundError:
-        names = {"model.safetensors"}
-    except (OSError, ValueError, KeyError, AttributeError) as fault:
-        raise UserError(f"{index}: not readable as an index ({fault}); restore it") from None
-    wanted = {name: shape for name, _, _, shape in their_tensors(model)}
+    """Return the file of each of their tensors, by name.
+
+    Raises UserError unless just those of `model` are there, in its shapes.
+    """
+    wanted = {tensor.name: tensor.shape for tensor in their_tensors(model)}
     files: dict[str, pathlib.Path] = {}
-    for path in [folder / name for name in sorted(names)]:
+    for file_name in sorted(_file_names(folder)):
+        path = folder / file_name
         try:
             with safe_open(path, "numpy") as file:
-                for name in file.keys():  # noqa: SIM118 (not a dict: it has no `in`)
-                    tensor = file.get_slice(name)
-                    found, kind = tuple(tensor.get_shape()), tensor.get_dtype()
-                    if name.endswith("rotary_emb.inv_freq") or (
-                        name == "lm_head.weight" and model.tied
-                    ):
-                        continue  # computed here; a copy of the embedding
-                    if name not in wanted:
-                        raise UserError(
-                            f"{path}: {name}: unknown; config.json names no model that has it"
-                        )
-                    if found != wanted[name]:
-                        raise UserError(
-                            f"{path}: {name}: shape {found}, by config.json {wanted[name]}; restore it"
-                        )
-                    if kind not in ("F32", "F16", "BF16"):
-                        raise UserError(
-                            f"{path}: {name}: type {kind}; use a checkpoint in float32, float16 or bfloat16"
-                        )
+                names = file.keys()
+                for name in names:
+                    # Computed here; and a copy of the embedding.
+                    is_tied = name == "lm_head.weight" and model.tied
+                    if name.endswith("rotary_emb.inv_freq") or is_tied:
+                        continue
+                    _check_tensor(path, name, file.get_slice(name), wanted)
                     files[name] = path
         except (OSError, SafetensorError) as fault:
             raise UserError(
                 f"{path}: no readable safetensors file ({fault}); no other format is read"
             ) from None
-    if missing := [name for name in wanted if name not in files]:
+
+    missing = [name for name in wanted if name not in files]
+    if missing:
         raise UserError(f"{folder}: {missing[0]}: missing (of {len(missing)}); restore the files")
     return files
+
+
+def _file_names(folder: pathlib.Path) -> set[str]:
+    """Return the names of the folder's safetensors files: those of its index, or the one file."""
+    index = folder / "model.safetensors.index.json"
+    try:
+        return set(json.loads(index.read_text())["weight_map"].values())
+    except FileNotFoundError:
+        return {"model.safetensors"}
+    except (OSError, ValueError, KeyError, AttributeError) as fault:
+        raise UserError(f"{index}: not readable as an index ({fault}); restore it") from None
+
+
+def _check_tensor(
+    path: pathlib.Path, name: str, tensor: Any, wanted: dict[str, tuple[int, ...]]
+) -> None:
+    """Raise UserError for a tensor that is not wanted, or of another shape or type."""
+    shape = tuple(tensor.get_shape())
+    dtype = tensor.get_dtype()
+    if name not in wanted:
+        raise UserError(f"{path}: {name}: unknown; config.json names no model that has it")
+    if shape != wanted[name]:
+        raise UserError(
+            f"{path}: {name}: shape {shape}, by config.json {wanted[name]}; restore it"
+        )
+    if dtype not in ("F32", "F16", "BF16"):
+        raise UserError(
+            f"{path}: {name}: type {dtype}; use a checkpoint in float32, float16 or bfloat16"
+        )
 
 
 def read_params(
     files: dict[str, pathlib.Path], model: ModelConfig, mesh: jax.sharding.Mesh
 ) -> Params:
-    """The float32 parameters on `mesh`; each device's part is read for itself, a layer's tensor at a time."""
-    sizes = _sizes(model)
+    """Read the parameters onto `mesh`, in float32, laid as sharding.py's rules say.
 
-    def leaf(path: Any, like: jax.ShapeDtypeStruct) -> jax.Array:
-        ours, theirs, groups = TENSORS[path_name(path)]
-        layered, letters = "{}" in theirs, "".join(groups)
+    `files`: of find_tensors. Each device's part is read for itself, a layer's tensor at a time.
+    """
 
-        def part(index: tuple[slice, ...]) -> np.ndarray:
-            spans = [
-                range(*cut.indices(size)) for cut, size in zip(index, like.shape, strict=True)
-            ]
-            out = np.empty([len(span) for span in spans], np.float32)
-            of = dict(zip(ours, spans[layered:], strict=True))
-            cuts = []  # where an axis of theirs joins two, the inner one, a head's width, is never split
-            for group in groups:
-                inner = math.prod(sizes[x] for x in group[1:])
-                cuts.append(slice(of[group[0]].start * inner, of[group[0]].stop * inner))
-            for i, layer in enumerate(spans[0] if layered else [None]):
-                name = theirs.format(layer)
-                with safe_open(
-                    files[name], "numpy"
-                ) as file:  # closed again, so that its pages are not held
-                    tensor = file.get_slice(name)[tuple(cuts)]
-                tensor = tensor.reshape([len(of[x]) for x in letters]).transpose(
-                    [letters.index(x) for x in ours]
-                )
-                out[i if layered else ...] = tensor
-            return out
+    def leaf(path: tuple[Any, ...], like: jax.ShapeDtypeStruct) -> jax.Array:
+        layout = LAYOUTS[path_name(path)]
 
-        devices: dict[str, list[Any]] = {}  # of each part, all that hold it
-        where = like.sharding.addressable_devices_indices_map(like.shape)
-        for device, index in where.items():
-            devices.setdefault(str(index), []).append((device, index))
+        # The devices that hold each part of the array.
+        holders: dict[str, list[jax.Device]] = {}
+        indices: dict[str, tuple[slice, ...]] = {}
+        for device, index in like.sharding.addressable_devices_indices_map(like.shape).items():
+            holders.setdefault(str(index), []).append(device)
+            indices[str(index)] = index
+
+        # Each copy is waited for, so that at most one part is held twice.
         parts = []
-        for holders in (
-            devices.values()
-        ):  # waited for, so that at most one part is held twice, as it is copied
-            read = part(holders[0][1])
-            parts += [jax.device_put(read, device).block_until_ready() for device, _ in holders]
+        for part, devices in holders.items():
+            array = _read_part(files, model, layout, like.shape, indices[part])
+            for device in devices:
+                parts.append(jax.device_put(array, device).block_until_ready())
         return jax.make_array_from_single_device_arrays(like.shape, like.sharding, parts)
 
     return jax.tree_util.tree_map_with_path(leaf, abstract(shapes_of(model), mesh))
 
 
+def _read_part(
+    files: dict[str, pathlib.Path],
+    model: ModelConfig,
+    layout: Layout,
+    shape: tuple[int, ...],
+    index: tuple[slice, ...],
+) -> np.ndarray:
+    """Read the part `index` of a parameter of `shape` that is laid out so, in float32."""
+    spans = []
+    for cut, size in zip(index, shape, strict=True):
+        spans.append(range(*cut.indices(size)))
+    part = np.empty([len(span) for span in spans], np.float32)
+    has_layers = "{}" in layout.name
+    span_of = dict(zip(layout.ours, spans[has_layers:], strict=True))
+
+    # Where an axis of theirs joins two, the inner one, a head's width, is never cut.
+    sizes = _sizes(model)
+    cuts = []
+    for group in layout.theirs:
+        inner = math.prod(sizes[axis] for axis in group[1:])
+        outer = span_of[group[0]]
+        cuts.append(slice(outer.start * inner, outer.stop * inner))
+
+    their_axes = "".join(layout.theirs)
+    order = [their_axes.index(axis) for axis in layout.ours]
+    for i, layer in enumerate(spans[0] if has_layers else [None]):
+        name = layout.name.format(layer)
+        # Opened for each tensor: a file that stays open holds its pages.
+        with safe_open(files[name], "numpy") as file:
+            tensor = file.get_slice(name)[tuple(cuts)]
+        tensor = tensor.reshape([len(span_of[axis]) for axis in their_axes]).transpose(order)
+        part[i if has_layers else ...] = tensor
+    return part
+
+
 def write_tensors(
     folder: pathlib.Path, params: Params, model: ModelConfig, dtype: str, most: int
 ) -> None:
-    """model.safetensors in `folder`, or files of at most `most` bytes (but a tensor) and their index."""
-    leaves = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
-    files: list[list[tuple[str, str, int | None]]] = [[]]
-    sizes, width = [0], np.dtype(dtype).itemsize
-    for theirs, ours, layer, shape in their_tensors(model):
-        size = math.prod(shape) * width
+    """Write model.safetensors in `folder`, or several files and their index.
+
+    A file has at most `most` bytes of tensors, or one tensor. `dtype`: of the written weights.
+    """
+    leaves = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        leaves[path_name(path)] = leaf
+
+    # Which tensors each file gets.
+    files: list[list[Tensor]] = [[]]
+    sizes = [0]
+    for tensor in their_tensors(model):
+        size = math.prod(tensor.shape) * np.dtype(dtype).itemsize
         if sizes[-1] and sizes[-1] + size > most:
             files.append([])
             sizes.append(0)
-        files[-1].append((theirs, ours, layer))
+        files[-1].append(tensor)
         sizes[-1] += size
-    index = {}
-    for i, entries in enumerate(files, 1):
-        name = (
-            "model.safetensors"
-            if len(files) == 1
-            else f"model-{i:05}-of-{len(files):05}.safetensors"
-        )
-        content = {}
-        for theirs, ours, layer in entries:
-            axes, _, groups = TENSORS[ours]
-            tensor = np.asarray(leaves[ours] if layer is None else leaves[ours][layer])
-            tensor = tensor.transpose([axes.index(x) for x in "".join(groups)])
-            shape = [
-                math.prod(tensor.shape["".join(groups).index(x)] for x in group)
-                for group in groups
-            ]
-            content[theirs] = np.ascontiguousarray(tensor.reshape(shape), dtype)
+
+    file_of = {}
+    for i, tensors in enumerate(files, 1):
+        name = f"model-{i:05}-of-{len(files):05}.safetensors"
+        if len(files) == 1:
+            name = "model.safetensors"
+        content = {tensor.name: _as_theirs(leaves, tensor, dtype) for tensor in tensors}
         save_file(content, folder / name, {"format": "pt"})
-        index |= dict.fromkeys(content, name)
+        file_of.update(dict.fromkeys(content, name))
     if len(files) > 1:
-        text = json.dumps({"metadata": {"total_size": sum(sizes)}, "weight_map": index}, indent=1)
+        index = {"metadata": {"total_size": sum(sizes)}, "weight_map": file_of}
+        text = json.dumps(index, indent=1)
         (folder / "model.safetensors.index.json").write_text(text)
+
+
+def _as_theirs(leaves: Params, tensor: Tensor, dtype: str) -> np.ndarray:
+    """Return a tensor of theirs, from our parameters by path."""
+    layout = LAYOUTS[tensor.ours]
+    leaf = leaves[tensor.ours]
+    array = np.asarray(leaf if tensor.layer is None else leaf[tensor.layer])
+    array = array.transpose([layout.ours.index(axis) for axis in "".join(layout.theirs)])
+    return np.ascontiguousarray(array.reshape(tensor.shape), dtype)
 
 
 # --- folders
@@ -243,13 +314,16 @@ def write_tensors(
 def load(
     folder: str | os.PathLike, mesh: jax.sharding.Mesh | None = None
 ) -> tuple[ModelConfig, Params]:
-    """The model of a Hugging Face folder, its parameters in float32 on `mesh`; raises UserError.
+    """Read the model of a Hugging Face folder: its shape, and its parameters in float32.
 
-    Default: split over all devices.
+    The parameters lie on `mesh`, by default one that splits them over all devices. Raises
+    UserError for a folder that is damaged, or of a model that the decoder does not cover.
     """
-    model = model_of(pathlib.Path(folder) / "config.json")
-    files = find_tensors(pathlib.Path(folder), model)
-    return model, read_params(files, model, mesh or make_mesh(MeshConfig(data=1, fsdp=-1)))
+    folder = pathlib.Path(folder)
+    model = model_of(folder / "config.json")
+    files = find_tensors(folder, model)
+    mesh = mesh or make_mesh(MeshConfig(data=1, fsdp=-1))
+    return model, read_params(files, model, mesh)
 
 
 def save(
@@ -259,8 +333,13 @@ def save(
     tokenizer: Tokenizer,
     dtype: str = "float32",
 ) -> None:
-    """Writes a Hugging Face folder, whole or not at all; raises UserError where it exists, or no family fits."""
-    content, out = config_of(config, tokenizer, dtype), pathlib.Path(folder)
+    """Write a Hugging Face folder, whole or not at all.
+
+    `dtype`: float32 or bfloat16, of the written weights. Raises UserError where the folder exists,
+    where no family has the model's features, and for a reward model.
+    """
+    content = config_of(config, tokenizer, dtype)
+    out = pathlib.Path(folder)
     if "head" in params:
         raise UserError(f"{out}: not written: a reward model; only language models are exported")
     if out.exists():
@@ -281,9 +360,9 @@ def save(
 # --- the script
 
 
-def import_run(config: Config) -> Params:
-    """Writes the run at step 0; returns its parameters."""
-    mesh, folder = make_mesh(config.mesh), pathlib.Path(config.read)
+def import_run(config: Config, folder: pathlib.Path) -> Params:
+    """Write the run `config.run` at step 0, from a Hugging Face folder; return its parameters."""
+    mesh = make_mesh(config.mesh)
     model = model_of(folder / "config.json")
     try:
         tokenizer = Tokenizer(read_tokenizer(folder))
@@ -294,31 +373,37 @@ def import_run(config: Config) -> Params:
     check_fit(model, tokenizer.size, 1)
     if finished_steps(pathlib.Path(config.run) / "checkpoints"):
         raise UserError(f"{config.run}: holds a checkpoint already; name another --run")
-    config = dataclasses.replace(config, model=model)
+
     _, params = load(folder, mesh)
+    config = dataclasses.replace(config, model=model)
     with Checkpoints(
         config.run, config, script="weights", tokenizer=tokenizer.model
     ) as checkpoints:
         checkpoints.save(0, {"params": params})
-    print(f"{config.run}: {sum(x.size for x in jax.tree.leaves(params)):,} parameters of {folder}")
+    print(f"{config.run}: {_count(params):,} parameters of {folder}")
     return params
 
 
-def export_run(config: Config) -> Params:
-    """Writes the folder; returns the parameters."""
+def export_run(config: Config, folder: str) -> Params:
+    """Write the run `config.run` as a Hugging Face folder; return its parameters."""
     params = load_params(config.run)
-    model, tokenizer = stored_model(config.run), Tokenizer.load(config.run)
-    save(config.write, model, params, tokenizer, config.dtype)
-    size = sum(x.size for x in jax.tree.leaves(params))
-    print(f"{config.write}: {size:,} parameters of {config.run}, as {config.dtype}")
+    model = stored_model(config.run)
+    save(folder, model, params, Tokenizer.load(config.run), config.dtype)
+    print(f"{folder}: {_count(params):,} parameters of {config.run}, as {config.dtype}")
     return params
+
+
+def _count(params: Params) -> int:
+    return sum(x.size for x in jax.tree.leaves(params))
 
 
 def main(config: Config) -> Params:
-    """Imports or exports; returns the parameters."""
-    if (config.read is None) == (config.write is None):
-        raise UserError("give --read=FOLDER to import into --run, or --write=FOLDER to export it")
-    return import_run(config) if config.read is not None else export_run(config)
+    """Import or export; return the parameters."""
+    if config.read is not None and config.write is None:
+        return import_run(config, pathlib.Path(config.read))
+    if config.write is not None and config.read is None:
+        return export_run(config, config.write)
+    raise UserError("give --read=FOLDER to import into --run, or --write=FOLDER to export it")
 
 
 if __name__ == "__main__":

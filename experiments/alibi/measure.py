@@ -1,10 +1,11 @@
-"""Held-out loss within the length a model was trained at, and beyond it, on documents of the world.
+"""Held-out loss within the length a model was trained at, and beyond it, on the world's documents.
 
     sh experiments/alibi/run.sh 0        # trains both models with seed 0 and measures them
 
-Run with the model.py that made the run first on Python's path, as run.sh does. A document's tokens are
-scored in three ways: `within`, those at positions that training saw; `beyond`, those further on, with the
-whole document before them; `cut`, the tokens of `beyond` again, in pieces of the training length.
+Run with the model.py that made the run first on Python's path, as run.sh does. A document's tokens
+are scored in three ways: `within`, those at positions that training saw; `beyond`, those further
+on, with the whole document before them; `cut`, the tokens of `beyond` again, in pieces of the
+training length.
 """
 
 import dataclasses

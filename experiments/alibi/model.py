@@ -1,11 +1,23 @@
-"""The decoder (RoPE, RMSNorm, SwiGLU, grouped-query attention) and its two heads: next token, and a scalar.
+"""The decoder (ALiBi, RMSNorm, SwiGLU, grouped-query attention) and its heads: next token, scalar.
 
-Shape suffixes, everywhere in Plumb: B batch, T query length, S key length, D model width, V vocabulary,
-N query heads, K key/value heads, G query heads per K, H head width, F hidden width, L layers; C candidates
-for one prompt, R response length. M is B and T flattened: XLA's CPU backend runs the backward pass of a flat
-matmul up to three times as fast as of one over two leading axes, and others do not mind (but see sharding.flat).
+Shape suffixes, everywhere in Plumb: an array's name ends in the letters of its axes.
+
+    B  rows of a batch                        D  model width
+    T  tokens of a row, the queries           F  width of the feed-forward layers (mlp_width)
+    S  keys; slots of a cache                 N  query heads
+    P  tokens of a prompt                     K  key/value heads
+    R  tokens of a response                   G  query heads for each K
+    V  vocabulary                             H  width of a head
+    C  candidates for one prompt              L  layers
+    M  B and T as one axis (sharding.flat);   A  all responses of a call, where B of them are
+       in layers.py micro-batches                made at a time; E enter together (sampling.py)
+
+A row of a rollout is a prompt and its response, T = P + R; rollout.py draws one. Index t always
+means token t: the model predicts it at position t - 1, and its log-probability has index t again.
+So logits, log-probabilities and values of a response's tokens come from positions P - 1 to T - 2.
 """
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -19,7 +31,7 @@ import numpy as np
 from kernels.attention import softmax_where
 from kernels.masks import mask_of, visible_ranges
 from kernels.ring import striped, turns_of, unstriped
-from layers import pipelined
+from layers import run_layers
 from model_config import ModelConfig
 from runtime.errors import require
 from sharding import (
@@ -32,15 +44,22 @@ from sharding import (
 )
 
 Params = dict[str, Any]
-TOKENS = ("sequence", "tensor")  # the axes that cut the tokens of a layer's input
+Stack = Any
+"""An array stacked over the layers, or a tuple of one array a layer (layers.unstack_cache)."""
+
+# The mesh's axes that cut the tokens of a layer's input.
+TOKEN_AXES = ("sequence", "tensor")
+
+
+# --- what goes in and out
 
 
 @flax.struct.dataclass
 class KVCache:
-    """Keys and values of all tokens so far, slots innermost but one. Rows are left-padded, so all advance together."""
+    """Keys and values of all tokens so far. Rows are left-padded, so all advance together."""
 
-    k_LBKSH: jax.Array | tuple[jax.Array, ...]
-    v_LBKSH: jax.Array | tuple[jax.Array, ...]
+    k_LBKSH: Stack
+    v_LBKSH: Stack
     valid_BS: jax.Array
     """1 where a slot holds a real token."""
     length: jax.Array
@@ -49,7 +68,11 @@ class KVCache:
 
 @flax.struct.dataclass
 class LanguageOutput:
-    """Hidden states of a language model, and what turns them into logits: `unembed` does, at the positions asked for."""
+    """Hidden states of a language model, and the unembedding that makes logits of them.
+
+    The caller decides what to make: `unembed` gives logits, objectives.likelihood.hidden_logprobs
+    the log-probabilities of labels; of the positions that it needs alone, by slicing `x_BTD`.
+    """
 
     x_BTD: jax.Array
     """Hidden states after the last norm; that of position t predicts token t + 1."""
@@ -58,15 +81,15 @@ class LanguageOutput:
     cache: KVCache | None = None
     """The given cache with these tokens added; None without one."""
     auxiliary_loss: jax.Array | None = None
-    """Sum over the layers of their auxiliary losses, nats a token, coefficients included; None where no layer has one."""
+    """Sum of the layers' auxiliary losses, a token, coefficients included; None without any."""
 
 
 @flax.struct.dataclass
 class ScalarOutput:
-    """Scalars of a reward or value model, and the hidden states they are read from."""
+    """Scalars of a reward or value model, and the hidden states that they are read from."""
 
     scalars_BT: jax.Array
-    """Float32: the scalar at each position, of the tokens up to and including it."""
+    """Float32: at each position the scalar of the tokens up to it and including it."""
     x_BTD: jax.Array
     """Hidden states after the last norm."""
     unembed_DV: jax.Array
@@ -76,41 +99,52 @@ class ScalarOutput:
 
 
 def empty_cache(config: ModelConfig, batch: int, slots: int) -> KVCache:
-    """A cache for `batch` rows of at most `slots` tokens."""
+    """Return a cache for `batch` rows of at most `slots` tokens."""
     shape = (config.layers, batch, config.kv_heads, slots, config.head_dim)
     zeros = jnp.zeros(shape, config.compute_dtype)
     return KVCache(zeros, zeros, jnp.zeros((batch, slots), jnp.int32), jnp.int32(0))
 
 
-@partial(
-    jax.checkpoint, prevent_cse=False
-)  # for its backward pass x alone is kept: to compute again is cheaper
+# --- norms and weights
+
+
+# For the backward pass x alone is kept: to compute the norm again is cheaper.
+@partial(jax.checkpoint, prevent_cse=False)
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """Root-mean-square norm over the last axis, in float32 (Zhang and Sennrich 2019)."""
+    """Divide `x` by its root mean square over the last axis and scale it, in float32.
+
+    Zhang and Sennrich 2019. Returns x's type.
+    """
     x32 = x.astype(jnp.float32)
-    return (x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps) * scale).astype(
-        x.dtype
-    )
+    mean_square = jnp.mean(x32 * x32, axis=-1, keepdims=True)
+    return (x32 * jax.lax.rsqrt(mean_square + eps) * scale).astype(x.dtype)
 
 
 def scaled_norm(module: nn.Module, name: str, x: jax.Array) -> jax.Array:
-    """`rms_norm` by the parameter `name` of `module`, stored less 1 where config.zero_centered_norm."""
-    c = module.config
-    if c.zero_centered_norm:
+    """Apply RMSNorm with the parameter `name` of `module` as its scale.
+
+    With `module.config.zero_centered_norm` the parameter is the scale less 1.
+    """
+    config = module.config
+    if config.zero_centered_norm:
         scale = 1 + module.param(name, nn.initializers.zeros, x.shape[-1:])
     else:
         scale = module.param(name, nn.initializers.ones, x.shape[-1:])
-    return rms_norm(x, scale, c.norm_eps)
+    return rms_norm(x, scale, config.norm_eps)
 
 
 def linear(module: nn.Module, labels: str, x: jax.Array, name: str, w: jax.Array) -> jax.Array:
-    """x w by einsum, and x A B where lora.py has laid the adapters of the weight `name` beside it."""
+    """Multiply `x` by the weight `w` of `module`, by the einsum `labels`, in x's type.
+
+    Where lora.py has laid adapters A and B of the weight `name` beside it, x A B is added.
+    """
     out = jnp.einsum(labels, x, w.astype(x.dtype))
     if module.has_variable("params", f"{name}_a"):
-        a, b = (module.get_variable("params", f"{name}_{which}").astype(x.dtype) for which in "ab")
-        out += jnp.tensordot(
-            jnp.tensordot(x, a, a.ndim - 1), b, 1
-        )  # over all inputs, then over the rank R
+        a: jax.Array = module.get_variable("params", f"{name}_a")
+        b: jax.Array = module.get_variable("params", f"{name}_b")
+        # Over all inputs, then over the rank.
+        inner = jnp.tensordot(x, a.astype(x.dtype), a.ndim - 1)
+        out += jnp.tensordot(inner, b.astype(x.dtype), 1)
     return out
 
 
@@ -118,8 +152,11 @@ def _normal(fan_in: int) -> Callable[..., jax.Array]:
     return nn.initializers.normal(fan_in**-0.5)
 
 
+# --- a layer
+
+
 def alibi_slopes(heads: int) -> jax.Array:
-    """Return the slope of each head, [N] float32: 2^(-8 n / N) for n = 1 .. N (Press et al. 2022)."""
+    """Return the slope of each head, [N] float32: 2^(-8 n / N) for n = 1 .. N (Press et al.)."""
     return 2.0 ** (-8.0 * jnp.arange(1, heads + 1, dtype=jnp.float32) / heads)
 
 
@@ -128,14 +165,15 @@ def alibi_attention(
     k_BTKH: jax.Array,
     v_BTKH: jax.Array,
     segment_ids_BT: jax.Array,
+    positions_BT: jax.Array,
     *,
     window: int | None,
     ring: int,
 ) -> jax.Array:
     """Attend to earlier tokens of the segment, each score less slope x distance; [B, T, N, H].
 
-    Distances are those of the row's indices: within a segment they are those of positions.
-    Raises UserError under --mesh.sequence, which this fork has no ring for.
+    Distances are those of `positions_BT`. Raises UserError under --mesh.sequence: this fork has
+    no ring.
     """
     require(ring == 1, "--mesh.sequence: experiments/alibi has no ring attention; leave it out")
     batch, length, heads, width = q_BTNH.shape
@@ -146,14 +184,13 @@ def alibi_attention(
     )
 
     # The bias: nothing for the token itself, slope less for each token further back.
-    index_T = jnp.arange(length)
-    distance_TS = index_T[:, None] - index_T[None, :]
+    distance_BTS = positions_BT[:, :, None] - positions_BT[:, None, :]
     slopes_KG = alibi_slopes(heads).reshape(kv_heads, -1)
-    bias_KGTS = -slopes_KG[:, :, None, None] * distance_TS
+    bias_BKGTS = -slopes_KG[:, :, None, None] * distance_BTS[:, None, None]
 
     keys, _ = visible_ranges(batch, length, segment_ids_BT, True, window)
     mask_BTS = mask_of(keys)
-    scores_BKGTS = scores_BKGTS * width**-0.5 + bias_KGTS
+    scores_BKGTS = scores_BKGTS * width**-0.5 + bias_BKGTS
     weights_BKGTS = softmax_where(mask_BTS[:, None, None], scores_BKGTS, 1.0, None)
     out_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS.astype(v_BTKH.dtype), v_BTKH)
     return out_BTKGH.reshape(q_BTNH.shape)
@@ -194,7 +231,15 @@ class Attention(nn.Module):
     ring: int = 1
 
     @nn.compact
-    def __call__(self, x_BTD, segment_ids_BT, turns, cache, layer):
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        segment_ids_BT: jax.Array,
+        positions_BT: jax.Array,
+        cache: KVCache | None,
+        layer: jax.Array,
+    ) -> tuple[jax.Array, KVCache | None]:
+        """Return what the tokens see, [B, T, D], and the cache with their keys and values."""
         c = self.config
         batch, length, _ = x_BTD.shape
         q_heads = (c.heads, c.head_dim)
@@ -206,7 +251,7 @@ class Attention(nn.Module):
         o_NHD = self.param("o", _normal(o_fan_in), (*q_heads, c.width))
 
         # Queries, keys and values of every token.
-        x_MD = flat(x_BTD, *TOKENS)
+        x_MD = flat(x_BTD, *TOKEN_AXES)
         q_MNH = constrain_units(linear(self, "...D,DNH->...NH", x_MD, "q", q_DNH))
         k_MKH = constrain_units(linear(self, "...D,DKH->...KH", x_MD, "k", k_DKH))
         v_MKH = constrain_units(linear(self, "...D,DKH->...KH", x_MD, "v", v_DKH))
@@ -223,168 +268,159 @@ class Attention(nn.Module):
         v_BTKH = v_MKH.reshape(batch, length, *kv_heads)
 
         if cache is not None:
-            at = (layer, 0, 0, cache.length, 0)
-            cache = cache.replace(
-                k_LBKSH=jax.lax.dynamic_update_slice(
-                    cache.k_LBKSH, k_BTKH.swapaxes(1, 2)[None], at
-                ),
-                v_LBKSH=jax.lax.dynamic_update_slice(
-                    cache.v_LBKSH, v_BTKH.swapaxes(1, 2)[None], at
-                ),
-            )
-        if cache is not None and x_BTD.shape[1] == 1:  # one token against the cache
+            cache = _with_tokens(cache, layer, k_BTKH, v_BTKH)
+        if cache is not None and length == 1:
+            # One token against the cache.
             k_BKSH = jax.lax.dynamic_index_in_dim(cache.k_LBKSH, layer, keepdims=False)
             v_BKSH = jax.lax.dynamic_index_in_dim(cache.v_LBKSH, layer, keepdims=False)
             out_BTNH = alibi_decode_attention(
                 q_BTNH, k_BKSH, v_BKSH, cache.valid_BS, cache.length, window=c.window
             )
-        else:  # training, or prefill of an empty cache: the tokens see one another only
+        else:
+            # Training, or prefill of an empty cache: the tokens see one another only.
             out_BTNH = alibi_attention(
-                q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, window=c.window, ring=self.ring
+                q_BTNH,
+                k_BTKH,
+                v_BTKH,
+                segment_ids_BT,
+                positions_BT,
+                window=c.window,
+                ring=self.ring,
             )
-        return linear(self, "...NH,NHD->...D", flat(out_BTNH, *TOKENS), "o", o_NHD).reshape(
-            x_BTD.shape
-        ), cache
+        out_MNH = flat(out_BTNH, *TOKEN_AXES)
+        out_MD = linear(self, "...NH,NHD->...D", out_MNH, "o", o_NHD)
+        return out_MD.reshape(x_BTD.shape), cache
+
+
+def _with_tokens(
+    cache: KVCache, layer: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array
+) -> KVCache:
+    """Write keys and values of a layer into the next slots of a stacked cache."""
+    start = (layer, 0, 0, cache.length, 0)
+    k_1BKTH = k_BTKH.swapaxes(1, 2)[None]
+    v_1BKTH = v_BTKH.swapaxes(1, 2)[None]
+    k_LBKSH = jax.lax.dynamic_update_slice(cache.k_LBKSH, k_1BKTH, start)
+    v_LBKSH = jax.lax.dynamic_update_slice(cache.v_LBKSH, v_1BKTH, start)
+    return dataclasses.replace(cache, k_LBKSH=k_LBKSH, v_LBKSH=v_LBKSH)
 
 
 class SwiGLU(nn.Module):
-    """Gated feed-forward layer (Shazeer 2020)."""
+    """Gated feed-forward layer (Shazeer 2020); with config.activation gelu it is his GEGLU."""
 
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x_BTD):
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        """Return down(activation(gate(x)) * up(x)), [B, T, D]."""
         c = self.config
-        x_MD = flat(x_BTD, *TOKENS)
         gate_DF = self.param("gate", _normal(c.width), (c.width, c.mlp_width))
         up_DF = self.param("up", _normal(c.width), (c.width, c.mlp_width))
         down_FD = self.param("down", _normal(c.mlp_width * 2 * c.layers), (c.mlp_width, c.width))
         # Flax's GELU is the tanh approximation, as Gemma's.
         activation = {"silu": nn.silu, "gelu": nn.gelu}[c.activation]
+
+        # For the backward pass gate and up alone are kept.
+        @partial(jax.checkpoint, prevent_cse=False)
+        def gated(gate_MF, up_MF):
+            return activation(gate_MF) * up_MF
+
+        x_MD = flat(x_BTD, *TOKEN_AXES)
         gate_MF = constrain_units(linear(self, "...D,DF->...F", x_MD, "gate", gate_DF))
         up_MF = constrain_units(linear(self, "...D,DF->...F", x_MD, "up", up_DF))
-        gated_MF = jax.checkpoint(lambda gate, up: activation(gate) * up, prevent_cse=False)(
-            gate_MF, up_MF
-        )
-        return linear(self, "...F,FD->...D", gated_MF, "down", down_FD).reshape(x_BTD.shape)
+        out_MD = linear(self, "...F,FD->...D", gated(gate_MF, up_MF), "down", down_FD)
+        return out_MD.reshape(x_BTD.shape)
 
 
 class Block(nn.Module):
-    """One pre-norm layer; the carry holds the residual stream, the cache and the layer's number.
+    """One pre-norm layer. layers.py runs it; the carry is its input and its output.
 
-    Beside the carry it returns the layer's auxiliary loss (see LanguageOutput), or None. This one has none; a mixture
-    of experts returns its load-balancing loss there.
+    `ring`: devices over which the tokens are striped (kernels/ring.py); segment ids are not.
     """
 
     config: ModelConfig
-    ring: int = 1  # of so many devices, over which its tokens are striped (kernels/ring.py), but not segment_ids_BT
+    ring: int = 1
 
     @nn.compact
-    def __call__(self, carry, segment_ids_BT, turns):
+    def __call__(
+        self,
+        carry: tuple[jax.Array, KVCache | None, jax.Array],
+        segment_ids_BT: jax.Array,
+        positions_BT: jax.Array,
+    ) -> tuple[tuple[jax.Array, KVCache | None, jax.Array], jax.Array | None]:
+        """Return (residual stream, cache, number of the next layer), and its auxiliary loss.
+
+        This layer has no such loss: a mixture of experts returns its load-balancing loss in place
+        of None, a float32 scalar, coefficient included.
+        """
         x_BTD, cache, layer = carry
-        c = self.config
         normed_BTD = scaled_norm(self, "attention_norm", x_BTD)
-        mixed_BTD, cache = Attention(c, self.ring, name="attention")(
-            normed_BTD, segment_ids_BT, turns, cache, layer
+        attention_layer = Attention(self.config, self.ring, name="attention")
+        attended_BTD, cache = attention_layer(
+            normed_BTD, segment_ids_BT, positions_BT, cache, layer
         )
-        x_BTD = constrain_residual(x_BTD + mixed_BTD)
+        x_BTD = constrain_residual(x_BTD + attended_BTD)
+
         normed_BTD = scaled_norm(self, "mlp_norm", x_BTD)
-        x_BTD = constrain_residual(x_BTD + SwiGLU(c, name="mlp")(normed_BTD))
+        x_BTD = constrain_residual(x_BTD + SwiGLU(self.config, name="mlp")(normed_BTD))
         return (x_BTD, cache, layer + 1), None
 
 
-REMAT = {
-    "none": lambda block: block,
-    "dots": lambda block: nn.remat(
-        block, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable, prevent_cse=False
-    ),
-    "full": lambda block: nn.remat(block, prevent_cse=False),
-}
-
-
-def scanned(config: ModelConfig, layers: int) -> Any:
-    """`layers` blocks under one scan, a class."""
-    return nn.scan(
-        REMAT[config.remat](Block),
-        variable_axes={"params": 0},
-        split_rngs={"params": True},
-        in_axes=(nn.broadcast, nn.broadcast),
-        length=layers,
-    )
+# --- the decoder and its heads
 
 
 class Decoder(nn.Module):
-    """Embedding, blocks under one scan, final norm. `microbatches`: of a pipeline, if the mesh has stages."""
+    """Embedding, layers, final norm. `microbatches`: of a pipeline, if the mesh has stages."""
 
     config: ModelConfig
     microbatches: int = 1
 
     @nn.compact
-    def __call__(self, tokens_BT, segment_ids_BT, positions_BT, cache=None):
-        """Hidden states [B, T, D], the embedding [V, D], the cache with these tokens added, the auxiliary loss."""
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        segment_ids_BT: jax.Array,
+        positions_BT: jax.Array,
+        cache: KVCache | None = None,
+    ) -> tuple[jax.Array, jax.Array, KVCache | None, jax.Array | None]:
+        """Return hidden states [B, T, D], the embedding [V, D], the cache, and the auxiliary loss.
+
+        `segment_ids_BT`: 0 is padding, 1, 2, ... the examples packed into a row, which do not see
+        one another. A cache takes one token a row, or several while it is empty (prefill): several
+        on a cache in use give wrong states, for then the tokens see one another only.
+        """
         c = self.config
+        length = tokens_BT.shape[1]
         embed_VD = self.param("embed", _normal(c.width), (c.vocab, c.width))
-        # Whole rows on every device: a gather of rows that fsdp has cut makes XLA replicate its result instead.
-        ring = turns_of(tokens_BT.shape[1]) if cache is None else 1
+
+        # Over a sequence axis the tokens are dealt to a ring of devices.
+        ring = turns_of(length) if cache is None else 1
         if ring > 1:
-            tokens_BT, positions_BT = striped(tokens_BT, ring), striped(positions_BT, ring)
-        x_BTD = constrain_tokens(
-            constrain_rows(embed_VD.astype(c.compute_dtype))[tokens_BT], "sequence"
-        )
-        x_BTD = constrain_residual(
-            x_BTD
-        )  # only then: tokens and vocabulary cannot both be cut over tensor
+            tokens_BT = striped(tokens_BT, ring)
+            positions_BT = striped(positions_BT, ring)
+
+        # The lookup is in whole rows on every device: else XLA replicates its result. Only then
+        # are the tokens cut over tensor, for in the lookup the vocabulary is.
+        rows_VD = constrain_rows(embed_VD.astype(c.compute_dtype))
+        x_BTD = constrain_tokens(rows_VD[tokens_BT], "sequence")
+        x_BTD = constrain_residual(x_BTD)
         if c.scale_embedding:
             x_BTD *= jnp.asarray(c.width**0.5, x_BTD.dtype)
-        turns = positions_BT
-        if cache is not None:
-            cache = cache.replace(
-                valid_BS=jax.lax.dynamic_update_slice(
-                    cache.valid_BS, (segment_ids_BT > 0).astype(jnp.int32), (0, cache.length)
-                )
-            )
-        stages = along(jax.sharding.get_abstract_mesh(), "stage")
-        if cache is not None and isinstance(cache.k_LBKSH, tuple):  # sampling.py's layers_apart
-            weights, k, v = self.get_variable("params", "layers"), [], []
-            losses = None  # nothing is trained here
-            for i in range(c.layers):
-                mine = jax.tree.map(
-                    lambda w, i=i: w[i], weights, is_leaf=lambda w: isinstance(w, tuple)
-                )
-                here = cache.replace(
-                    k_LBKSH=cache.k_LBKSH[i][None], v_LBKSH=cache.v_LBKSH[i][None]
-                )
-                block = Block(c, parent=None)
-                (x_BTD, here, _), _ = block.apply(
-                    {"params": mine}, (x_BTD, here, 0), segment_ids_BT, turns
-                )
-                k, v = [*k, here.k_LBKSH[0]], [*v, here.v_LBKSH[0]]
-            cache = cache.replace(k_LBKSH=tuple(k), v_LBKSH=tuple(v))
-        elif stages > 1 and cache is None and not self.is_initializing():
-            part = scanned(c, c.layers // stages)(c, ring, parent=None)
 
-            def run(weights, x_BTD, *rows):
-                (x_BTD, _, _), losses = part.apply({"params": weights}, (x_BTD, None, 0), *rows)
-                if losses is not None:
-                    raise NotImplementedError("a pipeline does not carry auxiliary losses")
-                return x_BTD
-
-            losses = None
-            weights, rows = self.get_variable("params", "layers"), (segment_ids_BT, turns)
-            x_BTD = pipelined(run, weights, x_BTD, rows, self.microbatches)
-        else:
-            # The cache rides in the carry: as xs and ys the scan would copy all of it.
-            carry = (x_BTD, cache, jnp.int32(0))
-            (x_BTD, cache, _), losses = scanned(c, c.layers)(c, ring, name="layers")(
-                carry, segment_ids_BT, turns
-            )
         if cache is not None:
-            cache = cache.replace(length=cache.length + tokens_BT.shape[1])
+            real_BT = (segment_ids_BT > 0).astype(jnp.int32)
+            valid_BS = jax.lax.dynamic_update_slice(cache.valid_BS, real_BT, (0, cache.length))
+            cache = dataclasses.replace(cache, valid_BS=valid_BS)
+        x_BTD, cache, auxiliary_loss = run_layers(
+            self, Block, ring, x_BTD, cache, (segment_ids_BT, positions_BT)
+        )
+        if cache is not None:
+            cache = dataclasses.replace(cache, length=cache.length + length)
+
         if ring > 1:
             x_BTD = unstriped(x_BTD, ring)
-        if stages > 1:  # a pipeline's result lies on every stage: each unembeds its part
+        # A pipeline's result lies on every stage: each unembeds its part of the tokens.
+        if along(jax.sharding.get_abstract_mesh(), "stage") > 1:
             x_BTD = constrain_tokens(x_BTD, "sequence", "stage")
-        auxiliary_loss = None if losses is None else losses.sum()
         return scaled_norm(self, "final_norm", x_BTD), embed_VD, cache, auxiliary_loss
 
 
@@ -403,8 +439,14 @@ class LanguageModel(nn.Module):
     microbatches: int = 1
 
     @nn.compact
-    def __call__(self, tokens_BT, segment_ids_BT, positions_BT, cache=None) -> LanguageOutput:
-        """Hidden states and the unembedding; logits are the caller's to make, `unembed`, where it needs them."""
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        segment_ids_BT: jax.Array,
+        positions_BT: jax.Array,
+        cache: KVCache | None = None,
+    ) -> LanguageOutput:
+        """Return hidden states and the unembedding; arguments are those of Decoder."""
         c = self.config
         decoder = Decoder(c, self.microbatches, name="decoder")
         x_BTD, embed_VD, cache, auxiliary_loss = decoder(
@@ -418,13 +460,15 @@ class LanguageModel(nn.Module):
 
 
 class ScalarModel(nn.Module):
-    """A decoder that gives one number per token: a reward model reads it at the last, a value model at each."""
+    """A decoder with a scalar a token: rewards are read at the last token, values at each."""
 
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, tokens_BT, segment_ids_BT, positions_BT) -> ScalarOutput:
-        """Float32 scalars [B, T], and the hidden states."""
+    def __call__(
+        self, tokens_BT: jax.Array, segment_ids_BT: jax.Array, positions_BT: jax.Array
+    ) -> ScalarOutput:
+        """Return the scalars and the hidden states; arguments are those of Decoder."""
         c = self.config
         decoder = Decoder(c, name="decoder")
         x_BTD, embed_VD, _, auxiliary_loss = decoder(tokens_BT, segment_ids_BT, positions_BT)
@@ -436,8 +480,13 @@ class ScalarModel(nn.Module):
 
 
 def init_and_apply(model: nn.Module) -> tuple[Callable[[jax.Array], Params], Callable[..., Any]]:
-    """(init(key) -> params, apply(params, tokens_BT, segment_ids_BT, positions_BT, ...)) on plain trees."""
-    token_11 = np.ones((1, 1), np.int32)  # not on a device: plan.py has none
+    """Return (init, apply) of `model` on plain nested dicts of parameters.
+
+    init(key) -> params, random. apply(params, tokens_BT, segment_ids_BT, positions_BT[, cache]) ->
+    LanguageOutput or ScalarOutput.
+    """
+    # NumPy: not on a device, for plan.py has none.
+    token_11 = np.ones((1, 1), np.int32)
 
     def init(key: jax.Array) -> Params:
         return model.init(key, token_11, token_11, token_11)["params"]

@@ -54,7 +54,7 @@ class Config:
 
     # Model
     model: ModelConfig = ModelConfig()
-    """Its shape; that of --init where there is one."""
+    """Shape of the model; that of --init where there is one."""
     optimizer: OptimizerConfig = OptimizerConfig(lr=2e-3)
     """Learning rate, schedule, clipping."""
     lora: LoraConfig = LoraConfig()
@@ -68,7 +68,7 @@ class Config:
     hosts: HostsConfig = HostsConfig()
     """Processes of this run."""
     seed: int = 0
-    """Of random weights, the order of the data and samples."""
+    """Seed of random weights, the order of the data and samples."""
     eval_every: int = 450
     """Steps between evaluations and samples on held-out data; 0: never."""
     save_every: int = 200

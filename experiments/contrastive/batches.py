@@ -13,6 +13,7 @@ def with_other_prompts(source: Source, count: int) -> Source:
     The first prompt is its own; the others are of records elsewhere in the source, the same each
     time.
     """
+    # The others stand evenly apart round the source.
     records = len(source)
     stride = records // count | 1
 
@@ -34,6 +35,7 @@ def encode_contrast(record: Record, tokenizer: Tokenizer, length: int) -> Encode
     """
     prompts = [tokenizer.prompt(prompt) for prompt in record["prompts"]]
     response = [*tokenizer.encode(record["response"]), tokenizer.eos]
+    # The longest prompt has least room; the response is never cut.
     room = length - len(response)
     longest = max(map(len, prompts))
     if room < min(longest, SHORTEST_PROMPT):

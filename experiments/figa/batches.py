@@ -15,10 +15,13 @@ def edit_distances(same: np.ndarray) -> list[np.ndarray]:
     insertions = np.arange(same.shape[1] + 1)
     distances = [insertions]
     for equal in same:
-        row = distances[-1] + 1
-        row[1:] = np.minimum(row[1:], distances[-1][:-1] + ~equal)
-        # Insertions come from the left: a running minimum of what is left of each, moved there.
-        distances.append(np.minimum.accumulate(row - insertions) + insertions)
+        # From the row above: drop this token, or keep or replace it.
+        above = distances[-1]
+        row = above + 1
+        row[1:] = np.minimum(row[1:], above[:-1] + ~equal)
+        # Insertions come from the left: the cheapest place to the left, plus one for each step.
+        cheapest = np.minimum.accumulate(row - insertions)
+        distances.append(cheapest + insertions)
     return distances
 
 
@@ -70,6 +73,7 @@ def with_edit_weights(batch: Batch, removed: float) -> Batch:
         best, worst = best_and_worst_index(ranks)
         if worst is None:
             continue
+        # Edits are of the responses alone, their end tokens included.
         worst_mask = batch["loss_mask_BCT"][b, worst] > 0
         best_mask = batch["loss_mask_BCT"][b, best] > 0
         initial = batch["tokens_BCT"][b, worst][worst_mask].tolist()

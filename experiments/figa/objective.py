@@ -2,16 +2,15 @@
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
+from jax import Array
 
 from objectives import direct
 from objectives.likelihood import Apply
+from objectives.reward import Batch, LossSum
 
-Metrics = dict[str, tuple[jax.Array, jax.Array]]
 
-
-def figa(logps: jax.Array, weights: jax.Array) -> jax.Array:
+def figa(logps: Array, weights: Array) -> Array:
     """Return -w log p of each token, any shape: added tokens w > 0, removed tokens w < 0.
 
     Guo et al. 2024 (FIGA), section 3: the loss with its two token weights.
@@ -19,14 +18,13 @@ def figa(logps: jax.Array, weights: jax.Array) -> jax.Array:
     return -weights * logps
 
 
-def figa_objective(
-    apply: Apply, params: Any, batch: dict[str, jax.Array]
-) -> tuple[jax.Array, tuple[jax.Array, Metrics]]:
+def figa_objective(apply: Apply, params: Any, batch: Batch) -> LossSum:
     """Sum `figa` over the tokens of weight other than 0; the weight is their number.
 
     `batch`: of comparison_batches, with `weights_BCT` (with_edit_weights). Metrics: mean
     log-probability, nats a token, of the `wanted` (weight above 0) and `unwanted` tokens.
     """
+    # Which tokens count: prompts and padding never do.
     weights_BCT = batch["weights_BCT"] * batch["loss_mask_BCT"]
     counted_BCT = weights_BCT != 0
     logp_BCT = direct.candidate_token_logprobs(apply, params, batch)
@@ -35,7 +33,10 @@ def figa_objective(
     safe_logp_BCT = jnp.where(counted_BCT, logp_BCT, -1.0)
     losses_BCT = jnp.where(counted_BCT, figa(safe_logp_BCT, weights_BCT), 0.0)
 
+    # Log-probabilities of both kinds, whatever their weights.
     metrics = {}
     for name, side_BCT in (("wanted", weights_BCT > 0), ("unwanted", weights_BCT < 0)):
-        metrics[name] = ((logp_BCT * side_BCT).sum(), side_BCT.sum().astype(jnp.float32))
-    return losses_BCT.sum(), (counted_BCT.sum().astype(jnp.float32), metrics)
+        tokens = side_BCT.sum().astype(jnp.float32)
+        metrics[name] = ((logp_BCT * side_BCT).sum(), tokens)
+    weight = counted_BCT.sum().astype(jnp.float32)
+    return losses_BCT.sum(), (weight, metrics)

@@ -31,6 +31,7 @@ def hindsight_chains(source: Source) -> Source:
         if i % 2:
             chain.reverse()
 
+        # The first words end the prompt's last turn; the second are a turn of their own.
         *before, question = record["prompt"]
         messages = list(before)
         for place, (words, response) in enumerate(chain):
@@ -50,6 +51,7 @@ def hide_past_tokens(batch: Batch, share: float, rng: np.random.Generator) -> Ba
     Hidden tokens leave their segment (segment 0). The first token of each segment stays, and what
     would be predicted from a hidden token has no loss.
     """
+    # The first token of a segment stays: something must be looked at.
     random_BT = rng.random(batch["tokens_BT"].shape)
     hidden_BT = (random_BT < share) & (batch["positions_BT"] > 0)
     mask_BT = batch["loss_mask_BT"].copy()

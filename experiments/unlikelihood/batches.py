@@ -12,5 +12,8 @@ def with_rank_weights(batch: Batch, unwanted: float) -> Batch:
     """
     ranks_BC = batch["ranks_BC"]
     others_BC = np.where(ranks_BC > 1, -unwanted, 0.0)
-    weights_BC = np.where(ranks_BC == 1, 1.0, others_BC).astype(np.float32)
-    return {**batch, "weights_BCT": weights_BC[:, :, None] * batch["loss_mask_BCT"]}
+    signed_BC = np.where(ranks_BC == 1, 1.0, others_BC)
+    # One weight a response, spread over its tokens.
+    weights_BC1 = signed_BC.astype(np.float32)[:, :, None]
+    weights_BCT = weights_BC1 * batch["loss_mask_BCT"]
+    return {**batch, "weights_BCT": weights_BCT}
