@@ -299,6 +299,20 @@ class Script(NamedTuple):
     name: str
     module: ModuleType
     layout: Layout
+    is_fork: bool
+
+    def lay_out(self, config: Any, mesh: jax.sharding.Mesh) -> Plan:
+        """Return the plan of `config`; raise UserError for a fork that its layout does not fit."""
+        try:
+            return self.layout.plan(self.module, config, mesh)
+        except (AttributeError, KeyError, TypeError) as fault:
+            if not self.is_fork:
+                raise
+            reason = str(fault).partition("\n")[0]
+            raise UserError(
+                f"{self.name}: has the factories of {self.layout.example}, but is called or "
+                f"configured otherwise ({reason}); describe it in planning/programs.py"
+            ) from fault
 
 
 class Verdict(NamedTuple):
@@ -319,7 +333,7 @@ def compile_and_tabulate(
     """Compile all programs of `config` for `devices`, of `topology`, and write the tables."""
     mesh = make_mesh(config.mesh, devices)
     chip = CHIPS[topology.partition(":")[0]]
-    plan = script.layout.plan(script.module, config, mesh)
+    plan = script.lay_out(config, mesh)
     chips = len(devices)
     results = compile_plan(plan, mesh, chip)
     worst = max(results, key=lambda result: result.peak)
@@ -465,7 +479,7 @@ def load_script(name: str) -> Script:
     path = find_script(name)
     is_fork = path.parent != ROOT
     module = import_file(path) if is_fork else importlib.import_module(path.stem)
-    return Script(name, module, layout_of(module))
+    return Script(name, module, layout_of(module), is_fork)
 
 
 def find_script(name: str) -> pathlib.Path:

@@ -466,9 +466,16 @@ def test_a_fork_is_planned_by_its_path_and_its_own_factories(tmp_path):
     (tmp_path / "my_method.py").write_text(FORK)
     script = plan.load_script(f"{tmp_path}/my_method")
     config = script.module.Config(model=PRESETS["tiny"], batch_size=16)
-    planned = script.layout.plan(script.module, config, make_mesh(MeshConfig(), jax.devices()[:1]))
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    planned = script.lay_out(config, mesh)
     assert script.layout.example == "train_sft"
     assert "lambda" in planned.programs[0].function.__name__
+    # One that calls its factory otherwise is told so in a line.
+    (tmp_path / "another.py").write_text(FORK + "config_of_sft = Config\nclass Config: pass\n")
+    another = plan.load_script(f"{tmp_path}/another")
+    with pytest.raises(UserError, match="factories of train_sft, but is called or configured"):
+        another.lay_out(another.module.Config(), mesh)
+
     # Control: without its factory it is none that plan.py knows.
     (tmp_path / "no_method.py").write_text("from train_sft import Config, chat_batches")
     with pytest.raises(UserError, match=r"plan.py knows .*train_sft.*factories"):
