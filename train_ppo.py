@@ -498,7 +498,7 @@ def load_models(config: Config, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -
 
     The policy starts as a copy of the reference. Raises UserError for a run that does not fit.
     """
-    # Rewards: of responses, or of their steps.
+    # Rewards: of responses, or with --step_rewards of their steps.
     rewards, score = make_reward_scorer(config.reward, tokenizer, mesh)
 
     # The reference, and a critic that begins with what a reward model knows.
