@@ -44,15 +44,17 @@ def run_layers(
     `microbatches` (of a pipeline) are read. `block_class(config, ring)` is one layer. The sum is
     None where the layers have no auxiliary loss.
     """
+    # Decoding, where the caller has unstacked the layers.
     if cache is not None and isinstance(cache.k_LBKSH, tuple):
         x_BTD, cache = _one_by_one(decoder, block_class, x_BTD, cache, rows)
         return x_BTD, cache, None
 
+    # Training on a mesh with stages. Parameters are initialised under the scan.
     stages = along(jax.sharding.get_abstract_mesh(), "stage")
     if stages > 1 and cache is None and not decoder.is_initializing():
         return _over_stages(decoder, block_class, ring, x_BTD, rows, stages), None, None
 
-    # The cache rides in the carry: as xs and ys the scan would copy all of it.
+    # All else. The cache rides in the carry: as xs and ys the scan would copy all of it.
     config = decoder.config
     layers = _scan(block_class, config.remat, config.layers)(config, ring, name="layers")
     carry = (x_BTD, cache, jnp.int32(0))
@@ -176,6 +178,7 @@ def pipelined(
     `run` must take any unbroken part of the layers. `rows`: trees of [B, ...] arrays that every
     layer reads. `microbatches` divides B. Other axes of the mesh are XLA's and `run`'s as ever.
     """
+    # The micro-batches, on every stage.
     stages = along(jax.sharding.get_abstract_mesh(), "stage")
     x_MBTD = in_microbatches(x_BTD, microbatches)
     rows_M = jax.tree.map(lambda x: in_microbatches(x, microbatches), rows)
@@ -209,6 +212,7 @@ def pipelined(
         axis_names={"stage"},
         check_vma=False,
     )
+    # One batch again.
     x_MBTD = over_stages(weights, x_MBTD.astype(summed), rows_M)
     x_BTD = x_MBTD.swapaxes(0, 1).reshape(x_BTD.shape).astype(x_BTD.dtype)
     return constrain_residual(x_BTD)

@@ -49,6 +49,7 @@ def trainable_part(config: LoraConfig, params: Params, key: jax.Array) -> Params
     """
     if not config.rank:
         return params
+    # Adapters of every matrix of the layers; each draws with a key of its own.
     layers: Params = {}
     for part, inputs in INPUTS.items():
         layers[part] = {}
@@ -80,6 +81,7 @@ def with_adapters(config: LoraConfig, base: Params | None, trained: Params) -> P
     """
     if base is None:
         return trained
+    # model.py multiplies A and B alone, so B carries the factor.
     scale = config.alpha / config.rank
     layers = dict(base["decoder"]["layers"])
     for part, adapters in trained["decoder"]["layers"].items():
@@ -107,6 +109,7 @@ def merge(config: LoraConfig, base: Params, trained: Params) -> Params:
             product = (a @ b).reshape(w.shape)
             layers[part][name] = w + product * w.dtype.type(config.alpha / rank)
 
+    # The head is trained whole, and takes the place of what the base has beside its decoder.
     params = {"decoder": {**base["decoder"], "layers": layers}}
     whole = {name: trained[name] for name in WHOLE if name in trained}
     if whole:

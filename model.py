@@ -98,6 +98,10 @@ class ScalarOutput:
     """As of LanguageOutput."""
 
 
+Carry = tuple[jax.Array, KVCache | None, jax.Array]
+"""From layer to layer: the residual stream [B, T, D], the cache, and the layer's number."""
+
+
 def empty_cache(config: ModelConfig, batch: int, slots: int) -> KVCache:
     """Return a cache for `batch` rows of at most `slots` tokens."""
     shape = (config.layers, batch, config.kv_heads, slots, config.head_dim)
@@ -125,8 +129,12 @@ def rope_frequencies(config: ModelConfig) -> jax.Array:
 
 def rope_turns(config: ModelConfig, positions_BT: jax.Array) -> Turns:
     """Return cosine and sine of each pair's angle, float32; computed once for all layers."""
-    angles_BTH = positions_BT[..., None].astype(jnp.float32) * rope_frequencies(config)
-    return jnp.cos(angles_BTH)[:, :, None, :], jnp.sin(angles_BTH)[:, :, None, :]
+    positions_BT1 = positions_BT[..., None].astype(jnp.float32)
+    angles_BTH = positions_BT1 * rope_frequencies(config)
+    # One more axis, for the heads.
+    cos = jnp.cos(angles_BTH)[:, :, None, :]
+    sin = jnp.sin(angles_BTH)[:, :, None, :]
+    return cos, sin
 
 
 def rotate(x_BTNH: jax.Array, turns: Turns) -> jax.Array:
@@ -136,8 +144,11 @@ def rotate(x_BTNH: jax.Array, turns: Turns) -> jax.Array:
     llama2.c's) need their q and k permuted.
     """
     cos, sin = turns
-    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    x32 = x_BTNH.astype(jnp.float32)
+    first, second = jnp.split(x32, 2, axis=-1)
+    turned_first = first * cos - second * sin
+    turned_second = second * cos + first * sin
+    turned = jnp.concatenate([turned_first, turned_second], axis=-1)
     return turned.astype(x_BTNH.dtype)
 
 
@@ -207,6 +218,7 @@ class Attention(nn.Module):
         layer: jax.Array,
     ) -> tuple[jax.Array, KVCache | None]:
         """Return what the tokens see, [B, T, D], and the cache with their keys and values."""
+        # Weights; o, which adds to the residual stream, starts smaller, by the depth.
         c = self.config
         batch, length, _ = x_BTD.shape
         q_heads = (c.heads, c.head_dim)
@@ -273,6 +285,7 @@ class SwiGLU(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """Return down(activation(gate(x)) * up(x)), [B, T, D]."""
+        # Weights of the two branches, and of the way back; the last starts smaller, by the depth.
         c = self.config
         gate_DF = self.param("gate", _normal(c.width), (c.width, c.mlp_width))
         up_DF = self.param("up", _normal(c.width), (c.width, c.mlp_width))
@@ -304,23 +317,26 @@ class Block(nn.Module):
     @nn.compact
     def __call__(
         self,
-        carry: tuple[jax.Array, KVCache | None, jax.Array],
+        carry: Carry,
         segment_ids_BT: jax.Array,
         turns: Turns,
-    ) -> tuple[tuple[jax.Array, KVCache | None, jax.Array], jax.Array | None]:
+    ) -> tuple[Carry, jax.Array | None]:
         """Return (residual stream, cache, number of the next layer), and its auxiliary loss.
 
         This layer has no such loss: a mixture of experts returns its load-balancing loss in place
         of None, a float32 scalar, coefficient included.
         """
+        # Tokens see tokens before them.
         x_BTD, cache, layer = carry
         normed_BTD = scaled_norm(self, "attention_norm", x_BTD)
         attention_layer = Attention(self.config, self.ring, name="attention")
         attended_BTD, cache = attention_layer(normed_BTD, segment_ids_BT, turns, cache, layer)
         x_BTD = constrain_residual(x_BTD + attended_BTD)
 
+        # Each token by itself.
         normed_BTD = scaled_norm(self, "mlp_norm", x_BTD)
-        x_BTD = constrain_residual(x_BTD + SwiGLU(self.config, name="mlp")(normed_BTD))
+        mlp_layer = SwiGLU(self.config, name="mlp")
+        x_BTD = constrain_residual(x_BTD + mlp_layer(normed_BTD))
         return (x_BTD, cache, layer + 1), None
 
 
@@ -365,6 +381,7 @@ class Decoder(nn.Module):
         if c.scale_embedding:
             x_BTD *= jnp.asarray(c.width**0.5, x_BTD.dtype)
 
+        # The layers. A cache first learns which of its new slots hold a real token.
         turns = rope_turns(c, positions_BT)
         if cache is not None:
             real_BT = (segment_ids_BT > 0).astype(jnp.int32)

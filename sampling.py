@@ -68,10 +68,12 @@ def truncate(logits_BV: jax.Array, top_k: int, top_p: float) -> jax.Array:
 
     `top_k` 0 and `top_p` 1 leave all tokens in. The nucleus is of what the top k leave.
     """
+    # All below the k-th likeliest.
     if top_k:
         count = min(top_k, logits_BV.shape[-1])
         kth_B1 = jax.lax.top_k(logits_BV, count)[0][:, -1:]
         logits_BV = jnp.where(logits_BV < kth_B1, -jnp.inf, logits_BV)
+    # All below the least likely token inside the nucleus.
     if top_p < 1:
         sorted_BV = jnp.flip(jnp.sort(logits_BV, axis=-1), axis=-1)
         probs_BV = jax.nn.softmax(sorted_BV, axis=-1)
@@ -224,6 +226,7 @@ def generate(
     cache = unstack_cache(cache)
     params = unstack_params(params, config.compute_dtype)
 
+    # The first token of each response, then one more for all rows until all have ended.
     samples = first_tokens(jnp.repeat(logits_BV, n, axis=0), key, sampling, pad)
     last_B = jnp.repeat(prompts["positions_BT"][:, -1], n, axis=0)
     step = make_step(apply, params, key, sampling, last_B)
@@ -321,6 +324,7 @@ def generate_in_slots(
         return jax.lax.while_loop(must_enter, enter_next, state)
 
     def one_more(carry: tuple[Slots, Samples]) -> tuple[Slots, Samples]:
+        # The next token of the response in each slot.
         state, samples = carry
         cache, token_B, logp_B = step(state.cache, state.token_B, state.row_B, state.t_B)
         # Slots that are not busy write past the last row: dropped.
@@ -330,6 +334,7 @@ def generate_in_slots(
             mask_BR=samples.mask_BR.at[at].set(1.0, mode="drop"),
             logp_BR=samples.logp_BR.at[at].set(logp_B, mode="drop"),
         )
+        # The ring's columns are used again; a response that has ended leaves its slot free.
         column = cache.length % cache.valid_BS.shape[1]
         state = dataclasses.replace(
             state,
@@ -392,6 +397,7 @@ def enter(
         pairs = zip(layers, prompt_layers, strict=True)
         return tuple(put(ours_BKSH, rolled(theirs, 2)) for ours_BKSH, theirs in pairs)
 
+    # The slots that they enter now hold their prompt, their first token, and t = 1.
     cache = KVCache(
         k_LBKSH=with_prompts(slots.cache.k_LBKSH, prompts.k_LBKSH),
         v_LBKSH=with_prompts(slots.cache.v_LBKSH, prompts.v_LBKSH),

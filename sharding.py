@@ -66,6 +66,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
     Raises UserError where the sizes and the number of devices do not agree.
     """
+    # stage and sequence are axes of the mesh only where they are asked for.
     devices = jax.devices() if devices is None else devices
     count = len(devices)
     sizes = {}
@@ -74,6 +75,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         if size != 1 or axis not in ("stage", "sequence"):
             sizes[axis] = size
 
+    # At most one size is the rest, and the product is the number of devices.
     flags = ", ".join(f"--mesh.{name}={size}" for name, size in sizes.items())
     impossible = any(size == 0 or size < -1 for size in sizes.values())
     rest = list(sizes.values()).count(-1)
@@ -101,7 +103,7 @@ def platform() -> str:
 
 
 def along(mesh: AnyMesh, *axes: str) -> int:
-    """Return the devices along these axes together; an axis that the mesh lacks is of size 1."""
+    """Return the devices along these axes together; 1 along an axis that the mesh lacks."""
     return math.prod(mesh.shape.get(axis, 1) for axis in axes)
 
 
@@ -224,7 +226,7 @@ def data_shard(mesh: Mesh, owners: np.ndarray | None = None, host: int | None = 
         host = jax.process_index()
 
     # Devices by the part of a batch's rows that they hold: [parts, devices of a part].
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    ways = along(mesh, "data", "fsdp")
     batch_axes = [mesh.axis_names.index(axis) for axis in ("data", "fsdp")]
     by_rows = np.moveaxis(owners, batch_axes, (0, 1)).reshape(ways, -1)
 
@@ -251,17 +253,20 @@ def check_batch(
     So must a row's `length` in tokens over sequence, and over stage the `layers` of a model that
     the script can run as a pipeline; 0 where it cannot. `name`: the flag that set `rows`.
     """
+    # The ring deals a row's tokens to stripes, each of which it cuts again.
     sequence = along(mesh, "sequence")
     if length % sequence**2:
         raise UserError(
             f"--mesh.sequence={sequence}: its square must divide --length={length} "
             "(kernels/ring.py)"
         )
+    # Each stage has as many layers.
     stage = along(mesh, "stage")
     if stage > 1 and not layers:
         raise UserError(f"--mesh.stage={stage}: no pipeline here; take fsdp, tensor or sequence")
     if stage > 1 and layers % stage:
         raise UserError(f"--mesh.stage={stage}: must divide --model.layers={layers}")
+    # Each device has as many rows of each micro-batch.
     data = mesh.shape["data"]
     fsdp = mesh.shape["fsdp"]
     parts = microbatches * data * fsdp
@@ -285,7 +290,7 @@ def in_microbatches(x: jax.Array, parts: int) -> jax.Array:
 
 def _rows_split(mesh: AnyMesh, x: jax.Array) -> bool:
     """True where there is a mesh and its batch axes divide the rows of `x`."""
-    return not mesh.empty and x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0
+    return not mesh.empty and x.shape[0] % along(mesh, "data", "fsdp") == 0
 
 
 def constrain_batch(x: jax.Array) -> jax.Array:
@@ -318,7 +323,8 @@ def constrain_units(x: jax.Array) -> jax.Array:
     So that XLA gathers the tokens, not the weights.
     """
     mesh = get_abstract_mesh()
-    if mesh.empty or mesh.shape["tensor"] == 1 or x.shape[2] % mesh.shape["tensor"]:
+    tensor = along(mesh, "tensor")
+    if tensor == 1 or x.shape[2] % tensor:
         return x
     rows = BATCH[0] if _rows_split(mesh, x) else None
     tokens = fitting(mesh, x.shape[1], "sequence")

@@ -229,8 +229,8 @@ def where_seen(
     """
 
     def mask():
-        columns = plgpu.broadcasted_iota(jnp.int32, x.shape, 1, layout=plgpu.Layout.WGMMA)
-        at = tile * x.shape[1] + columns
+        start = tile * x.shape[1]
+        at = start + plgpu.broadcasted_iota(jnp.int32, x.shape, 1, layout=plgpu.Layout.WGMMA)
         first, last = (spread(end, x.shape) for end in seen)
         return jnp.where((at >= first) & (at <= last), x, otherwise)
 

@@ -112,8 +112,8 @@ def dq_body(
     def produce():
         for part in range(CONSUMERS):
             q = inputs.q.at[place.b, place.rows(part), place.n]
-            do = inputs.do.at[place.b, place.rows(part), place.n]
             plgpu.copy_gmem_to_smem(q, memory.qs.at[part], memory.full)
+            do = inputs.do.at[place.b, place.rows(part), place.n]
             plgpu.copy_gmem_to_smem(do, memory.dos.at[part], memory.full)
         k = inputs.k.at[place.b, :, place.kv]
         v = inputs.v.at[place.b, :, place.kv]
@@ -228,8 +228,9 @@ def dkv_tile(
         plgpu.wgmma(s_ref, k_mine, queries.T)
         douts, delta_ref = take(memory.dos, step)
         x, c = base2(s_ref[...], options.scale, options.soft_cap)
+        s = x * c
         lse = plgpu.load(lse_ref, (), layout=COLUMN)
-        p = jnp.exp2(x * c - spread(lse, shape, 1))
+        p = jnp.exp2(s - spread(lse, shape, 1))
         p = where_seen(p, tile, mine.bounds, mine.seen, 0.0)
         # dP^T = V dO^T and dV += P^T dO are under way together.
         if dk_sum is not None:
@@ -286,8 +287,8 @@ def produce_queries(tiles: QueryTiles, inputs: Inputs, memory: DkvMemory) -> Non
     # The block's keys and values, once.
     for part in range(place.parts):
         k = inputs.k.at[place.b, place.rows(part), place.n]
-        v = inputs.v.at[place.b, place.rows(part), place.n]
         plgpu.copy_gmem_to_smem(k, memory.ks.at[part], memory.full)
+        v = inputs.v.at[place.b, place.rows(part), place.n]
         plgpu.copy_gmem_to_smem(v, memory.vs.at[part], memory.full)
 
     # Queries, as slots become free.

@@ -137,7 +137,7 @@ def shifted(logp_BT: jax.Array) -> jax.Array:
 
 
 def inputs(batch: Mapping[str, Any]) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return what a model's apply takes of a batch: tokens, segment ids, positions, [B, T] each."""
+    """Return what a model's apply takes of a batch: tokens, segment ids and positions, [B, T]."""
     return batch["tokens_BT"], batch["segment_ids_BT"], batch["positions_BT"]
 
 

@@ -140,6 +140,7 @@ def decoded(
 
 def piece(token: int, tokenizer: Tokenizer) -> str:
     """Return a token as it is seen in text; control tokens by their names."""
+    # Rows of the embedding beyond the tokenizer's pieces.
     if token >= tokenizer.size:
         return f"<{token}>"
     text = tokenizer.pieces.id_to_piece(token)
@@ -233,6 +234,7 @@ def _size(count: float) -> str:
 
 def pipeline_line(stages: int, microbatches: int) -> str:
     """Return the arithmetic of a pipeline's schedule as text."""
+    # Each stage starts one tick after the one before it.
     ticks = f"{microbatches} micro-batches in {microbatches + stages - 1} ticks"
     idle = bubble(stages, microbatches)
     return f"{stages} stages, {ticks}: {idle:.1%} of the time idle"

@@ -132,6 +132,7 @@ def parse(text: str) -> tuple[Module, str]:
 
 def parse_op(line: str) -> Op | None:
     """Read a line, `  ROOT %name = type code(operands), attributes`; None for any other line."""
+    # Anything else inside a computation is its closing bracket.
     start = re.match(r"\s+(ROOT )?%?([\w.\-]+) = ", line)
     if not start:
         return None
@@ -184,6 +185,7 @@ def dims_of(op: Op) -> list[int]:
 
 def array_bytes(array: Array, main_memory: bool = True) -> float:
     """Return the bytes of an array; with `main_memory` 0 for one that does not lie there."""
+    # What lies in vector memory is reached without main memory.
     if main_memory and not array.in_main_memory:
         return 0.0
     return math.prod(array.dims) * BITS.get(array.kind, 0) / 8
@@ -196,6 +198,7 @@ def size(shape: str, main_memory: bool = False) -> float:
 
 def attribute(op: Op, name: str) -> list[str]:
     """Return the names of the computations that an attribute calls."""
+    # One name, or several in braces.
     found = re.search(rf"\b{name}=(?:%([\w.\-]+)|\{{([^}}]*)\}})", op.rest)
     if not found:
         return []
@@ -230,6 +233,7 @@ def trips(op: Op, module: Module, around: float = 1) -> float:
     that the mask leaves of the `around` many of the loop around it: under a causal mask half, and
     half a tile.
     """
+    # Where the compiler knows it, it writes it down.
     known = re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', op.rest)
     if known:
         return int(known[1])
@@ -248,6 +252,7 @@ def read_condition(op: Op, module: Module) -> tuple[list[int], list[int]]:
     """
     numbers = []
     counters = []
+    # The condition's work may be inside a fusion: that is looked through too.
     todo = attribute(op, "condition")
     for name in todo:
         for inner in module[name].values():
@@ -261,6 +266,7 @@ def read_condition(op: Op, module: Module) -> tuple[list[int], list[int]]:
 
 def added_constants(body: Computation, counters: list[int]) -> list[int]:
     """Return the constants that a loop's `body` adds to the `counters`, places in its tuple."""
+    # The body returns the loop's tuple: place n of it is operand n of its root.
     results = root_of(body).operands
     steps = []
     for place in counters:
@@ -436,6 +442,7 @@ def bytes_read(name: str, computation: Computation, module: Module) -> float:
 
     Of a slice, what is sliced; infinite if not known.
     """
+    # Every use of the array counts; the caller knows that no more than all of it is read.
     total = 0.0
     for op in computation.values():
         if name not in op.operands:
@@ -469,6 +476,7 @@ def parameter_name(computation: Computation, number: int) -> str:
 
 def result_name(computation: Computation) -> str:
     """Return the name of what the computation returns, bitcasts taken off."""
+    # A bitcast is another view of the same bytes.
     result = root_of(computation)
     while result.code == "bitcast":
         result = computation[result.operands[0]]
@@ -483,6 +491,7 @@ def one_group(op: Op, devices: int) -> list[int]:
 
     XLA writes groups in three ways; without any, all devices are one group.
     """
+    # A permutation has pairs, one collective of devices lists of them.
     pairs = re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", op.rest)
     if pairs:
         return [int(pairs[1]), int(pairs[2])]
@@ -568,6 +577,7 @@ def channel_of(op: Op) -> tuple[str, str | None] | None:
 
 def cost(text: str, mesh: dict[str, int]) -> Cost:
     """Return what the compiled program `text` costs a chip of a mesh, sizes by axis."""
+    # Every instruction below the entry, as often as it runs.
     module, entry = parse(text)
     total = Cost()
     seen = set()

@@ -86,6 +86,7 @@ def held_bytes(plan: Plan) -> float:
 
 def held_beside(program: Program, plan: Plan) -> float:
     """Return the bytes of the plan's trees that are not among the program's arguments."""
+    # What the program is given counts among its arguments.
     total = 0.0
     for name, tree in plan.held.items():
         if name not in program.held:
@@ -138,6 +139,7 @@ def compile_plan(plan: Plan, mesh: jax.sharding.Mesh, chip: Chip) -> list[Result
     # Compiling a large program takes minutes.
     if held_bytes(plan) < chip.memory:
         return [compile_program(program, plan, mesh) for program in plan.programs]
+    # Arguments and what else is held are known without compiling.
     return [
         Result(program, bytes_of(program.args), 0.0, held_beside(program, plan), None, 0.0)
         for program in plan.programs
@@ -149,11 +151,13 @@ def compile_plan(plan: Plan, mesh: jax.sharding.Mesh, chip: Chip) -> list[Result
 
 def table(rows: list[list[Any]]) -> str:
     """Return rows as aligned text, the first column to the left; floats with three figures."""
+    # Numbers become text first: the widths follow.
     text = [[_cell(value) for value in row] for row in rows]
     # Each column as wide as its widest cell.
     widths = [max(map(len, column)) for column in zip(*text, strict=True)]
     lines = []
     for first, *others in text:
+        # Words to the left, numbers to the right.
         cells = [first.ljust(widths[0])]
         for value, width in zip(others, widths[1:], strict=True):
             cells.append(value.rjust(width))
@@ -179,9 +183,11 @@ def memory_tables(plan: Plan, results: list[Result], chip: Chip) -> Iterator[str
     for result in results:
         gradients = bytes_of(result.program.gradients)
         cache = bytes_of(result.program.cache)
+        # What remains is activations; rounding may make it negative.
         rest = max(result.temporaries - gradients - cache, 0.0)
         sizes = (result.arguments, gradients, cache, rest, result.held, result.peak)
         rows.append([result.program.name, *(size / GIB for size in sizes)])
+    # Peaks of programs do not add up: they run one after another.
     yield table(rows)
 
     # Parameters and optimiser twice: by our sharding rules, and as the compiler lays them.
@@ -216,6 +222,7 @@ def speed_tables(results: list[Result], chip: Chip, chips: int) -> Iterator[str]
     for result in results:
         assert result.cost is not None
         calls = result.program.calls
+        # Seconds of a step, of which a call is a part.
         bounds = [calls * seconds for seconds in result.bounds(chip).values()]
         rows.append(
             [
@@ -236,6 +243,7 @@ def speed_tables(results: list[Result], chip: Chip, chips: int) -> Iterator[str]
     for result in results:
         assert result.cost is not None
         calls = result.program.calls
+        # Those that send most come first.
         by_bytes = sorted(result.cost.moved.items(), key=lambda item: -item[1][1])
         for (kind, axes), (times, received, largest) in by_bytes:
             name = f"{result.program.name}: {kind}"
@@ -249,6 +257,7 @@ def remedy(config: Any, plan: Plan, worst: Result, chip: Chip) -> str:
 
     `worst`: the program with the highest peak. The mesh is the one that is set.
     """
+    # What is held all the time is cut by the mesh alone.
     mesh = jax.sharding.get_mesh().shape
     if held_bytes(plan) > 0.9 * chip.memory:
         if mesh["data"] > 1:
@@ -290,6 +299,20 @@ class Script(NamedTuple):
     name: str
     module: ModuleType
     layout: Layout
+    is_fork: bool
+
+    def lay_out(self, config: Any, mesh: jax.sharding.Mesh) -> Plan:
+        """Return the plan of `config`; raise UserError for a fork that its layout does not fit."""
+        try:
+            return self.layout.plan(self.module, config, mesh)
+        except (AttributeError, KeyError, TypeError) as fault:
+            if not self.is_fork:
+                raise
+            reason = str(fault).partition("\n")[0]
+            raise UserError(
+                f"{self.name}: has the factories of {self.layout.example}, but is called or "
+                f"configured otherwise ({reason}); describe it in planning/programs.py"
+            ) from fault
 
 
 class Verdict(NamedTuple):
@@ -310,7 +333,7 @@ def compile_and_tabulate(
     """Compile all programs of `config` for `devices`, of `topology`, and write the tables."""
     mesh = make_mesh(config.mesh, devices)
     chip = CHIPS[topology.partition(":")[0]]
-    plan = script.layout.plan(script.module, config, mesh)
+    plan = script.lay_out(config, mesh)
     chips = len(devices)
     results = compile_plan(plan, mesh, chip)
     worst = max(results, key=lambda result: result.peak)
@@ -344,6 +367,7 @@ def compile_and_tabulate(
 
 def speed_line(plan: Plan, results: list[Result], chip: Chip, chips: int, seconds: float) -> str:
     """Return the line on a whole step of `seconds`: tokens a second, MFU, and FLOPs a chip."""
+    # What the mathematics needs, and what the program does: more where it computes twice.
     model_flops = 0.0
     compiled_flops = 0.0
     for result in results:
@@ -397,6 +421,7 @@ def sweep(script: Script, config: Any, topology: str, devices: list[Any]) -> Ver
                 break
             if "--microbatches" not in last_line:
                 break
+    # The fastest; of equally fast ones that with more room.
     found.sort(key=lambda item: (item[1].seconds, item[1].peak))
     rows: list[list[Any]] = [["those that fit", "roofline s", "peak GiB"]]
     for words, verdict in found:
@@ -421,6 +446,7 @@ class Command(NamedTuple):
 
 def read_command(argv: list[str]) -> Command:
     """Tell plan.py's own arguments from the script's; raise UserError where one is missing."""
+    # The script comes first; its flags are read by its own Config.
     if not argv or argv[0].startswith("-"):
         raise UserError(
             "name a script first: python plan.py train_sft --topology=v5e:16x16 ... "
@@ -453,11 +479,12 @@ def load_script(name: str) -> Script:
     path = find_script(name)
     is_fork = path.parent != ROOT
     module = import_file(path) if is_fork else importlib.import_module(path.stem)
-    return Script(name, module, layout_of(module))
+    return Script(name, module, layout_of(module), is_fork)
 
 
 def find_script(name: str) -> pathlib.Path:
     """Return the file of the script `name`; raise UserError where there is none."""
+    # A name is one of the root's; a path may be given from anywhere.
     folders = [pathlib.Path.cwd(), ROOT] if "/" in name else [ROOT]
     for folder in folders:
         path = (folder / f"{name}.py").resolve()
@@ -471,6 +498,7 @@ def find_script(name: str) -> pathlib.Path:
 
 def import_file(path: pathlib.Path) -> ModuleType:
     """Import the fork at `path` under a name of its own, its folder first on sys.path."""
+    # Modules beside the fork come first, as when it is run.
     if str(path.parent) not in sys.path:
         sys.path.insert(0, str(path.parent))
     place = path.with_suffix("").as_posix()
@@ -493,6 +521,7 @@ def main(argv: list[str]) -> Verdict | None:
     command = read_command(argv)
     script = load_script(command.script)
     config = flags.parse(script.module.Config, command.flags)
+    # After the flags: a mistake in them is told at once.
     devices = devices_of(command.topology)
     if devices[0].platform == "cpu":
         print(

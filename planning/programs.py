@@ -88,6 +88,7 @@ def forward_flops(config: ModelConfig, rows: int, length: int, unembedded: float
 
 def on_batch_axes(tree: Any, mesh: Mesh) -> Any:
     """Return the shapes of `tree` with the sharding that to_mesh gives a batch."""
+    # Rows over data and fsdp.
     place = NamedSharding(mesh, BATCH)
 
     def placed(leaf: Any) -> jax.ShapeDtypeStruct:
@@ -113,6 +114,7 @@ def full_row(length: int) -> dict[str, list[int]]:
 
 def full_pairs(config: Any) -> dict[str, Any]:
     """Return a batch of comparisons of two responses, every row filled."""
+    # A prompt of one token and a response that fills the rest.
     pair = {
         "prompts": [[0]] * 2,
         "responses": [[0] * (config.length - 1)] * 2,
@@ -138,6 +140,7 @@ def trained(config: Any, params: Any, optimizer: Any, mesh: Mesh) -> Trained:
     def start(params: Any, key: jax.Array) -> TrainState:
         return init_state(trainable_part(config.lora, params, key), optimizer)
 
+    # Nothing is computed: all of this is tracing.
     state = abstract(jax.eval_shape(start, params, abstract_key()), mesh)
     base = lora_base(config.lora, params)
     full = jax.eval_shape(partial(with_adapters, config.lora), base, state.params)
@@ -151,6 +154,7 @@ def one_update(
     script: Any, config: Any, mesh: Mesh, model: Any, batch: Any, flops: float, rows: int
 ) -> Plan:
     """Lay out a step that is one update of `model` on `batch`, of `rows` sequences."""
+    # The script's own step, and the state that it starts from.
     _, optimizer, _, step = script.make_update(config)
     state, base, _ = trained(config, abstract_params(model, mesh), optimizer, mesh)
     # With adapters, their base lies in memory too.
@@ -174,6 +178,7 @@ def likelihood(script: Any, config: Any, mesh: Mesh) -> Plan:
     """Lay out train_lm and train_sft: one step on packed rows."""
     rows = config.batch_size
     check_batch("batch_size", rows, config.microbatches, mesh, config.length, config.model.layers)
+    # Packed rows are full: the most that a step can have to do.
     batch = pad_examples([full_row(config.length)] * rows, config.length, 0)
     flops = 3 * forward_flops(config.model, rows, config.length, config.length)
     return one_update(script, config, mesh, LanguageModel(config.model), batch, flops, rows)
@@ -205,6 +210,7 @@ def preferences(script: Any, config: Any, mesh: Mesh) -> Plan:
     # A pair is two sequences.
     rows = 2 * config.batch_size
     forward = forward_flops(config.model, rows, config.length, config.length)
+    # Some losses have no reference: then the step is all.
     if not script.make_objective(config, apply).needs_reference:
         return one_update(script, config, mesh, model, batch, 3 * forward, rows)
     with_reference = {**batch, "reference_BC": np.zeros(batch["ranks_BC"].shape, np.float32)}
@@ -256,6 +262,7 @@ def rollout_program(
     # The ids of the control tokens do not change the shapes.
     full_prompts = [full_row(config.max_prompt)] * (rows // n)
     prompts = pad_prompts(full_prompts, config.max_prompt, 0)
+    # As long as they may be: no response ends early.
     sampling = SamplingConfig(config.temperature, max_new_tokens=config.max_new_tokens)
     rollout = make_rollout(apply, model, sampling, eos=1, pad=0, n=n)
     args = (policy, on_batch_axes(prompts, mesh), abstract_key())
@@ -327,6 +334,7 @@ def score_programs(
 
 def abstract_minibatch(experience: Any, parts: int, mesh: Mesh) -> Any:
     """Return the shapes of one of `parts` minibatches of `experience`."""
+    # All minibatches have one shape.
     minibatches = jax.eval_shape(partial(shuffled, parts=parts), experience, abstract_key())
     return on_batch_axes(minibatches[0], mesh)
 
@@ -512,6 +520,7 @@ LAYOUTS = (
 
 def layout_of(script: Any) -> Layout:
     """Return the layout of the module `script`; raise UserError for one that has none."""
+    # From the most particular to the most general.
     for layout in LAYOUTS:
         if all(_has(script, name) for name in layout.names):
             return layout
@@ -529,5 +538,6 @@ def _has(script: Any, name: str) -> bool:
     attribute = getattr(script, name.removesuffix("(config)"), None)
     if attribute is None or not name.endswith("(config)"):
         return attribute is not None
+    # Others, such as train_distill's, need more than a config.
     parameters = inspect.signature(attribute).parameters.values()
     return sum(parameter.default is parameter.empty for parameter in parameters) == 1

@@ -110,6 +110,7 @@ def reward_against_kl(rows: list[dict[str, Any]]) -> list[str]:
 
 def _series(rows: list[dict[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
     """Return the steps that have the metric, and its values; means of parts of long series."""
+    # Rows without the metric are left out: not every step is evaluated.
     having = [row for row in rows if row.get(name) is not None]
     steps = np.array([row["step"] for row in having], float)
     values = np.array([row[name] for row in having], float)
@@ -132,6 +133,7 @@ def _draw(curves: list[Curve], xlabel: str, legend: bool = False, dots: bool = F
     import matplotlib
     from matplotlib.figure import Figure
 
+    # For this figure alone: the caller's settings stay.
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.4, 2.5), layout="constrained")
         axes = figure.add_subplot()
@@ -190,6 +192,7 @@ def _for_a_page(svg: str) -> str:
 
 def _smooth(values: np.ndarray) -> np.ndarray:
     """Return the mean over a window of a tenth around each value, shorter towards the ends."""
+    # At least the neighbours.
     half = max(1, len(values) // 20)
     # Sums of windows as differences of running totals.
     totals = np.concatenate([[0], np.cumsum(values)])

@@ -54,6 +54,7 @@ def deviations(history_S2: np.ndarray, values_2: np.ndarray) -> np.ndarray:
     median, which is the standard deviation of a normal distribution (Rousseeuw and Croux 1993),
     but at least 1 % of the median.
     """
+    # Medians, since a mean would move with the spike before this one.
     median_2 = np.median(history_S2, axis=0)
     spread_2 = 1.4826 * np.median(np.abs(history_S2 - median_2), axis=0)
     return (values_2 - median_2) / np.maximum(spread_2, 0.01 * np.abs(median_2) + 1e-12)
@@ -145,6 +146,7 @@ def _batches_of_steps(steps: int, without: frozenset[int]) -> list[int]:
     """Return the batch number of each step so far, where those of `without` were skipped."""
     numbers: list[int] = []
     number = 0
+    # Batches are numbered in the order of the data, those left out too.
     while len(numbers) < steps:
         number += 1
         if number not in without:

@@ -28,6 +28,7 @@ WHY = {
 
 def run_report(run: str) -> str:
     """Write `<run>/report.html`: curves, last samples and config; return its path."""
+    # The run's own files are all that it needs.
     config = load_config(run)
     rows = read_rows(run)
     # A page is a list of sections.
@@ -129,6 +130,7 @@ def last_samples(run: str) -> list[dict[str, str]]:
 
 
 def _headline(summary: dict[str, Any], stages: list[str]) -> str:
+    # The share that passes all three criteria, a stage each.
     numbers = ""
     for stage in stages:
         share = _percent(summary[stage].get("all"))
@@ -222,6 +224,7 @@ def _reward_model(entry: dict[str, Any] | None) -> str:
         return ""
     # Of all pairs, then by what decided them.
     shares = {"all pairs": entry.get("accuracy"), **(entry.get("by_criterion") or {})}
+    # Numbers only: what was not measured is left out.
     cells = ""
     for name, share in shares.items():
         if isinstance(share, int | float):
@@ -235,6 +238,7 @@ def _config_table(config: dict[str, Any]) -> str:
 
 
 def _config_rows(config: dict[str, Any], prefix: str) -> str:
+    # One table, however deep the settings are nested.
     rows = ""
     for name, value in config.items():
         # Nested settings by their dotted names, as flags have them.
@@ -269,6 +273,7 @@ def _comparison(sample: dict[str, Any], stages: list[str]) -> str:
 
 def _response_card(response: dict[str, Any], stage: str) -> str:
     """Return a stage's response and a mark for each criterion."""
+    # What the gold program says of it.
     marks = ""
     for criterion in CRITERIA:
         passed = bool(response.get(criterion))

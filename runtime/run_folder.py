@@ -60,6 +60,7 @@ class Damaged(Exception):
 def path_from_root(path: pathlib.Path) -> str:
     """Return `path` relative to the repository's folder; the whole path if it lies outside."""
     path = path.resolve()
+    # A repository may be moved: its own files are named from its root.
     if path.is_relative_to(ROOT):
         path = path.relative_to(ROOT)
     return path.as_posix()
@@ -67,6 +68,7 @@ def path_from_root(path: pathlib.Path) -> str:
 
 def model_code() -> str | None:
     """Return the path of the `model.py` that is imported if it is a fork's own, else None."""
+    # Asked of Python and not of a path: what was imported is what computes.
     model = sys.modules.get("model")
     if model is None or model.__file__ is None:
         return None
@@ -113,6 +115,7 @@ def _identity(config: dict[str, Any]) -> dict[str, Any]:
 
 def identity_hash(config: dict[str, Any]) -> str:
     """Return the SHA-256 of the fields of `config` (as of config.json) that must not change."""
+    # Sorted, so that the order of fields does not matter.
     text = json.dumps(_identity(config), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -288,6 +291,7 @@ def lock_run(run: pathlib.Path, folder: pathlib.Path) -> int:
 
     Closing the descriptor opens the lock. Raises UserError where another process has it.
     """
+    # The folder itself is locked: no file of ours is in the way of a reader.
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder, os.O_RDONLY)
@@ -389,6 +393,7 @@ def abstract_tree(types: dict[str, str]) -> dict[str, Any]:
 
 def write_manifest(path: pathlib.Path, body: dict[str, Any]) -> None:
     """Finish the step at `path`: store `body` and the sums of all the step's files."""
+    # The sums first: the manifest is the last file of a step.
     sums = {name: _sum(path / name, sync=True) for name in _files(path)}
     atomic_bytes(path / "manifest.json", _seal({**body, "files": sums}))
 
@@ -508,6 +513,7 @@ def read_rows(run: str) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     rows = []
+    # A run that was killed may have left half a line: it is named.
     for number, line in enumerate(path.read_text().splitlines(), 1):
         try:
             rows.append(json.loads(line))

@@ -1,4 +1,4 @@
-"""Checkpoints: what was saved comes back to the bit, and nothing damaged or foreign is ever loaded."""
+"""Checkpoints: what was saved comes back to the bit; no damaged or foreign step is ever loaded."""
 
 import dataclasses
 import os
@@ -132,9 +132,8 @@ def test_a_hundred_flipped_bits_and_twenty_truncations_are_found(saved, capfd):
     step = saved / "checkpoints" / "2"
     paths, sizes = files(step), [path.stat().st_size for path in files(step)]
     for number in range(120):
-        path = (
-            paths[number] if number < len(paths) else rng.choices(paths, sizes)[0]
-        )  # each file, then any byte
+        # Each file once, then any byte.
+        path = paths[number] if number < len(paths) else rng.choices(paths, sizes)[0]
         good = path.read_bytes()
         bad = bytearray(good)
         if number < 100:
@@ -188,9 +187,8 @@ def test_all_damaged_is_an_error_not_a_new_run(saved):
 def test_steps_without_manifest_do_not_exist(saved):
     (saved / "checkpoints" / "3").mkdir()  # an empty folder
     (saved / "checkpoints" / "4.orbax-checkpoint-tmp").mkdir()
-    (
-        saved / "checkpoints" / "2" / "manifest.json"
-    ).unlink()  # killed after Orbax, before the manifest
+    # Killed after Orbax, before the manifest.
+    (saved / "checkpoints" / "2" / "manifest.json").unlink()
     (saved / "checkpoints" / "1").rename(saved / "checkpoints" / "7")
     with pytest.raises(UserError, match="damaged"):  # a manifest of another step does not count
         load_params(str(saved))
@@ -329,7 +327,8 @@ with Checkpoints(sys.argv[1], config, script="loop", keep=2) as checkpoints:
     print("from", step, flush=True)
     for step in range(step + 1, config.steps + 1):
         key, noise = jax.random.split(state["key"])
-        state = {"params": {"w": state["params"]["w"] + jax.random.normal(noise, 100_000)}, "key": key}
+        w = state["params"]["w"] + jax.random.normal(noise, 100_000)
+        state = {"params": {"w": w}, "key": key}
         if checkpoints.due(step, 1, config.steps):
             checkpoints.save(step, state)
         print("step", step, flush=True)
@@ -438,7 +437,8 @@ def test_restores_onto_another_mesh(tmp_path):
                 wanted = abstract(place(shape, embed))
                 step, restored, _ = checkpoints.restore(wanted)
                 assert to_bytes(restored) == to_bytes(state)
-                assert jax.tree.all(jax.tree.map(lambda x, y: x.sharding == y.sharding, restored, wanted))
+                same = jax.tree.map(lambda x, y: x.sharding == y.sharding, restored, wanted)
+                assert jax.tree.all(same)
     """
     process = start(
         tmp_path / "run", 0, source, XLA_FLAGS="--xla_force_host_platform_device_count=8"

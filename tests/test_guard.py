@@ -1,4 +1,4 @@
-"""The loss-spike guard: what it sees, what it leaves out, and that the run stays a function of its folder."""
+"""The loss-spike guard: what it sees and leaves out; the run stays a function of its folder."""
 
 import json
 import shutil
@@ -52,9 +52,8 @@ def test_deviations_are_those_of_a_normal_distribution():
     rng = np.random.default_rng(0)
     history = rng.normal((5.0, 1.0), (0.5, 0.2), (20_001, 2))
     np.testing.assert_allclose(guard.deviations(history, np.array([6.0, 1.6])), (2, 3), rtol=0.05)
-    flat = np.tile(
-        [4.0, 2.0], (32, 1)
-    )  # no spread at all: one percent of the median counts as one deviation
+    # No spread at all: one percent of the median counts as one deviation.
+    flat = np.tile([4.0, 2.0], (32, 1))
     np.testing.assert_allclose(guard.deviations(flat, np.array([4.4, 2.0])), (10, 0), atol=1e-6)
 
 
@@ -91,10 +90,8 @@ def test_a_run_that_left_batches_out_resumes_bitwise(tmp_path, monkeypatch):
     argv = [*LM, "--steps=66", "--keep_checkpoints=9", "--save_every=20", "--guard.skip=2"]
     poison(monkeypatch, {64})
     run(train_lm, *argv, f"--run={tmp_path}/run")
-    for kept in (
-        "left_out.json",
-        None,
-    ):  # from before the spike; and as if killed while going back: it is found again
+    # From before the spike; and as if killed while going back: it is found again.
+    for kept in ("left_out.json", None):
         shutil.copytree(tmp_path / "run", tmp_path / str(kept))
         for step in (40, 60, 66) if kept else (60, 66):
             shutil.rmtree(tmp_path / str(kept) / "checkpoints" / str(step))
@@ -161,6 +158,5 @@ def test_silent_on_twenty_clean_runs(tmp_path):
                 axis=0,
             )
         )
-    print(
-        f"largest deviations over 20 runs, of loss and gradient norm: {np.max(largest, axis=0).round(1)}"
-    )
+    most = np.max(largest, axis=0).round(1)
+    print(f"largest deviations over 20 runs, of loss and gradient norm: {most}")

@@ -1,4 +1,4 @@
-"""Two real processes on loopback: results equal one process's, and whatever happens to one ends both."""
+"""Two real processes on loopback: results equal one process's; what happens to one ends both."""
 
 import json
 import os
@@ -36,9 +36,11 @@ FAULTS = {
     "stopped": "os.kill(os.getpid(), signal.SIGSTOP)",
     "stuck": "time.sleep(1000)",
     "raises": "raise ValueError('planted')",
-    "sigterm": "os.kill(os.getpid(), signal.SIGTERM); time.sleep(3)",  # so that it is known before step 8, the last
+    # So that it is known before step 8, the last.
+    "sigterm": "os.kill(os.getpid(), signal.SIGTERM); time.sleep(3)",
 }
-# Runs a script as its command line does, and does `fault` after step 3, or when the save of step 4 is half done.
+# Runs a script as its command line does, and does `fault` after step 3, or when the save of step 4
+# is half done.
 DRIVER = """
 import importlib, os, signal, sys, time
 import data.batches
@@ -173,7 +175,7 @@ def whole(tmp_path_factory):
 
 
 def alive_in_groups(groups, seconds=2):
-    """What `ps` shows of these process groups after a moment, without the dead that are not yet reaped."""
+    """Return what `ps` shows of these process groups after a moment, but for unreaped dead."""
     deadline = time.monotonic() + seconds
     while True:
         table = subprocess.run(
@@ -187,7 +189,7 @@ def alive_in_groups(groups, seconds=2):
 
 
 def check_fault(whole, tmp_path, argv, fault, rank, at):
-    """Both end within 15 s, with the right codes and lines, and the run then goes on to the bit."""
+    """Check that both end within 15 s, with their codes and lines, and resume to the bit."""
     script, *argv = argv
     again = [*argv, f"--run={tmp_path}/run"]
     processes = start_two(

@@ -1,4 +1,4 @@
-"""Records and reports: one step late, cut at resume, readable where there is no terminal, and safe HTML."""
+"""Records and reports: one step late, cut at resume, readable without a terminal, safe HTML."""
 
 import json
 import pathlib

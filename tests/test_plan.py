@@ -1,4 +1,4 @@
-"""plan.py: what is read from compiled programs, and small plans through the TPU's real compiler where it is here."""
+"""plan.py: what is read from compiled programs; small plans through real compilers, where here."""
 
 import importlib
 import importlib.util
@@ -33,9 +33,10 @@ needs_eight = pytest.mark.skipif(
     jax.device_count() != 8, reason="XLA_FLAGS set another number of devices than 8"
 )
 
-# Eight devices as data 2 x fsdp 2 x tensor 2. In a loop of five: an all-gather over fsdp of 1,024 bytes a device (its
-# second half, on the same channel, in another fusion), an all-reduce of 4,096 bytes over data and tensor, a matmul.
-# Once: a reduce-scatter of 2,048 bytes over tensor, as a fusion; a permutation of 512 bytes over data.
+# Eight devices as data 2 x fsdp 2 x tensor 2. In a loop of five: an all-gather over fsdp of 1,024
+# bytes a device (its second half, on the same channel, in another fusion), an all-reduce of 4,096
+# bytes over data and tensor, a matmul. Once: a reduce-scatter of 2,048 bytes over tensor, as a
+# fusion; a permutation of 512 bytes over data.
 PROGRAM = """HloModule m, is_scheduled=true
 
 %sum (a: f32[], b: f32[]) -> f32[] {
@@ -122,7 +123,7 @@ def test_matmuls_count_as_often_as_their_loop_runs():
 
 
 def test_a_slice_of_an_array_moves_no_more_than_itself():
-    """2,048 bytes read and written, whatever the stack's size; and arrays in vector memory, S(1), move nothing."""
+    """2,048 bytes read and written, whatever the stack's size; none in vector memory, S(1)."""
     few, many = (hlo.cost(PROGRAM.replace("[10,", f"[{n},"), MESH).memory for n in (10, 1000))
     assert few == many
     in_vector_memory = PROGRAM.replace(
@@ -132,7 +133,7 @@ def test_a_slice_of_an_array_moves_no_more_than_itself():
 
 
 def test_a_fusion_that_passes_an_array_on_to_another_reads_it_once():
-    """As a TPU's compiler does with weights: a fusion in the matmul's changes their shape, and moves nothing."""
+    """As a TPU's compiler does with weights: a fusion in the matmul's changes their shape only."""
     text = """HloModule m, is_scheduled=true
 
 %turned (p: f32[32,4,8]) -> f32[32,32] {
@@ -161,7 +162,7 @@ ENTRY %main (x: f32[16,32], w: f32[32,4,8]) -> f32[16,32] {
 
 
 def test_a_collective_in_flight_moves_its_result_once():
-    """On TPUs it rides through the fusions that overlap with it; elsewhere `-start` names its operand again."""
+    """On TPUs it rides through fusions that overlap; elsewhere `-start` names its operand again."""
     text = """HloModule m, is_scheduled=true
 
 %rides (p: bf16[16,32], r: bf16[32,32], x: f32[32,32]) -> (f32[32,32], bf16[16,32], bf16[32,32]) {
@@ -188,7 +189,7 @@ ENTRY %main (w: bf16[16,32], x: f32[32,32]) -> f32[32,32] {
 
 
 def test_attention_in_tiles_counts_those_that_the_mask_leaves():
-    """Its inner loop's bounds are data: XLA's own count is unknown, and 1 tile a row of tiles would be too few."""
+    """The inner loop's bounds are data: XLA has no count, and a tile a row would be too few."""
     batch, heads, length, width = 1, 2, 1024, 32
     x = jax.ShapeDtypeStruct((batch, length, heads, width), jnp.float32)
     text = (
@@ -220,7 +221,10 @@ def test_groups_of_devices_in_all_notations(text, joined):
 
 
 def test_a_convolution_counts_only_places_inside_the_array():
-    """XLA writes a batched matmul as a convolution with a reversed, padded window: one of 4 x 7 places is in use."""
+    """XLA writes a batched matmul as a convolution with a reversed, padded window.
+
+    One of 4 x 7 places is in use.
+    """
     shapes = {"l": "bf16[4,16,8]{2,1,0}", "r": "bf16[4,8,32]{2,1,0}"}
     computation = {
         name: hlo.Op(name, shape, "parameter", [], "", False) for name, shape in shapes.items()
@@ -229,9 +233,12 @@ def test_a_convolution_counts_only_places_inside_the_array():
         ", window={size=4 stride=3 pad=3_3 lhs_dilate=4 rhs_reversal=1}, dim_labels=0bf_0io->0bf"
     )
     op = hlo.Op("c", "bf16[4,16,32]{2,1,0}", "convolution", ["l", "r"], attributes, False)
-    want = sum(  # the definition: output o, window place k, at o * stride - pad + k of the dilated input
-        0 <= (at := 3 * o - 3 + k) <= 4 * 3 and at % 4 == 0 for o in range(4) for k in range(4)
-    )
+    # The definition: output o, window place k, at o * stride - pad + k of the dilated input.
+    want = 0
+    for o in range(4):
+        for k in range(4):
+            at = 3 * o - 3 + k
+            want += 0 <= at <= 4 * 3 and at % 4 == 0
     assert hlo.matmul_flops(op, computation) == 2 * 16 * 8 * 32 * want and 0 < want < 16
 
 
@@ -290,18 +297,24 @@ def test_log_probabilities_in_parts_are_those_of_all_logits(monkeypatch):
 
 
 def test_a_loss_in_parts_takes_a_quarter_of_the_temporaries_at_a_vocabulary_of_128k():
-    vocab, shapes = (
-        2**17,
-        [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((16, 1024, 32), (32, 2**17))],
-    )
-    labels = jnp.zeros((16, 1024), jnp.int32)
-    plain = lambda x, w: likelihood.label_logprobs(unembed(x, w), labels).sum()
-    parts = lambda x, w: likelihood.hidden_logprobs(x, w, labels).sum()
-    sizes = [
-        jax.jit(jax.grad(f, (0, 1))).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
-        for f in (plain, parts)
-    ]
-    assert sizes[0] >= 16 * 1024 * vocab * 4 and sizes[1] < sizes[0] / 4
+    vocab = 2**17
+    hidden_BTD = jax.ShapeDtypeStruct((16, 1024, 32), jnp.float32)
+    weights_DV = jax.ShapeDtypeStruct((32, vocab), jnp.float32)
+    labels_BT = jnp.zeros((16, 1024), jnp.int32)
+
+    def of_all_logits(x, w):
+        return likelihood.label_logprobs(unembed(x, w), labels_BT).sum()
+
+    def in_parts(x, w):
+        return likelihood.hidden_logprobs(x, w, labels_BT).sum()
+
+    def temporaries(loss):
+        compiled = jax.jit(jax.grad(loss, (0, 1))).lower(hidden_BTD, weights_DV).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    whole = temporaries(of_all_logits)
+    assert whole >= 16 * 1024 * vocab * 4
+    assert temporaries(in_parts) < whole / 4
 
 
 @needs_eight
@@ -314,9 +327,16 @@ def test_the_residual_stream_is_split_over_tensor_where_its_tokens_divide():
 
 
 TINY = (
-    "--model.preset=tiny", "--model.width=512", "--model.mlp_width=1024", "--model.head_dim=128", "--model.vocab=2048",
-    "--model.tied=False", "--topology=v5e:2x2", "--mesh.fsdp=2", "--mesh.tensor=2",
-)  # fmt: skip
+    "--model.preset=tiny",
+    "--model.width=512",
+    "--model.mlp_width=1024",
+    "--model.head_dim=128",
+    "--model.vocab=2048",
+    "--model.tied=False",
+    "--topology=v5e:2x2",
+    "--mesh.fsdp=2",
+    "--mesh.tensor=2",
+)
 
 
 @needs_tpu
@@ -333,7 +353,8 @@ def test_a_plan_agrees_with_the_tpu_compiler(capsys):
         3 * 4 * count / 4, rel=0.02
     )
     moved = result.cost.moved
-    # Weights in bfloat16 are gathered over fsdp for the forward and again at most for the backward pass.
+    # Weights in bfloat16 are gathered over fsdp for the forward, and at most again for the
+    # backward pass.
     assert 0.9 * count / 4 * 2 < moved["all-gather", "fsdp"][1] < 2.1 * count / 4 * 2
     assert ("all-gather", "tensor") in moved and result.cost.flops > 0
     assert result.program.model_flops / 4 == pytest.approx(
@@ -361,7 +382,8 @@ def test_ppo_is_planned_whole(capsys):
         2 * c.layers * rows * (128 + 64) * c.kv_heads / 2 * 128 * 2
     )  # bfloat16, heads over tensor
     assert plan.bytes_of(rollout.program.cache) == cache < rollout.temporaries
-    # Each token decoded reads the weights, whole over fsdp and in bfloat16, but for what stays in 128 MiB nearer by.
+    # Each token decoded reads the weights, whole over fsdp and in bfloat16, but for what stays in
+    # 128 MiB nearer by.
     weights = plan.bytes_of(rollout.program.args[0]) * 2 / 2
     assert 64 * (weights - 2**27) < rollout.cost.memory < 64 * 1.2 * weights
 
@@ -444,9 +466,16 @@ def test_a_fork_is_planned_by_its_path_and_its_own_factories(tmp_path):
     (tmp_path / "my_method.py").write_text(FORK)
     script = plan.load_script(f"{tmp_path}/my_method")
     config = script.module.Config(model=PRESETS["tiny"], batch_size=16)
-    planned = script.layout.plan(script.module, config, make_mesh(MeshConfig(), jax.devices()[:1]))
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    planned = script.lay_out(config, mesh)
     assert script.layout.example == "train_sft"
     assert "lambda" in planned.programs[0].function.__name__
+    # One that calls its factory otherwise is told so in a line.
+    (tmp_path / "another.py").write_text(FORK + "config_of_sft = Config\nclass Config: pass\n")
+    another = plan.load_script(f"{tmp_path}/another")
+    with pytest.raises(UserError, match="factories of train_sft, but is called or configured"):
+        another.lay_out(another.module.Config(), mesh)
+
     # Control: without its factory it is none that plan.py knows.
     (tmp_path / "no_method.py").write_text("from train_sft import Config, chat_batches")
     with pytest.raises(UserError, match=r"plan.py knows .*train_sft.*factories"):
@@ -480,8 +509,8 @@ def test_a_ring_compiles_for_a_tpu_and_sends_keys_and_values_round(capsys):
         "--mesh.sequence=4",
         "--model.context=512",
     ]
-    verdict = plan.main(["train_lm", *[x for x in TINY if "v5e" not in x and "mesh" not in x], *sizes,
-                         "--batch_size=8", "--length=512"])  # fmt: skip
+    others = [word for word in TINY if "v5e" not in word and "mesh" not in word]
+    verdict = plan.main(["train_lm", *others, *sizes, "--batch_size=8", "--length=512"])
     (result,) = verdict.results
     assert verdict.fits and result.program.model_flops / 8 == pytest.approx(
         result.cost.flops, rel=0.1

@@ -118,9 +118,12 @@ def their_tensors(model: ModelConfig) -> Iterator[Tensor]:
     shapes = {}
     for path, _ in jax.tree_util.tree_leaves_with_path(shapes_of(model)):
         ours = path_name(path)
-        groups = LAYOUTS[ours].theirs
-        shapes[ours] = tuple(math.prod(sizes[axis] for axis in group) for group in groups)
+        shape = []
+        for group in LAYOUTS[ours].theirs:
+            shape.append(math.prod(sizes[axis] for axis in group))
+        shapes[ours] = tuple(shape)
 
+    # None: what no layer has.
     for layer in (None, *range(model.layers)):
         for ours, shape in shapes.items():
             name = LAYOUTS[ours].name
@@ -251,6 +254,7 @@ def _read_part(
         outer = span_of[group[0]]
         cuts.append(slice(outer.start * inner, outer.stop * inner))
 
+    # Layer by layer: their tensor, its joined axes apart, and in our order.
     their_axes = "".join(layout.theirs)
     order = [their_axes.index(axis) for axis in layout.ours]
     for i, layer in enumerate(spans[0] if has_layers else [None]):
@@ -274,7 +278,7 @@ def write_tensors(
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         leaves[path_name(path)] = leaf
 
-    # Which tensors each file gets.
+    # Which tensors each file gets, layer by layer.
     files: list[list[Tensor]] = [[]]
     sizes = [0]
     for tensor in their_tensors(model):
@@ -301,6 +305,7 @@ def write_tensors(
 
 def _as_theirs(leaves: Params, tensor: Tensor, dtype: str) -> np.ndarray:
     """Return a tensor of theirs, from our parameters by path."""
+    # The reverse of _read_part: their order, and axes joined.
     layout = LAYOUTS[tensor.ours]
     leaf = leaves[tensor.ours]
     array = np.asarray(leaf if tensor.layer is None else leaf[tensor.layer])
@@ -344,6 +349,8 @@ def save(
         raise UserError(f"{out}: not written: a reward model; only language models are exported")
     if out.exists():
         raise UserError(f"{out}: exists already; name another folder")
+
+    # Written beside it, and renamed when all of it is there.
     new = out.with_name(f".{out.name}.{os.getpid()}")
     try:
         with disk_faults(out):
@@ -374,6 +381,7 @@ def import_run(config: Config, folder: pathlib.Path) -> Params:
     if finished_steps(pathlib.Path(config.run) / "checkpoints"):
         raise UserError(f"{config.run}: holds a checkpoint already; name another --run")
 
+    # Saved as a finished run of no steps, that any script can start from.
     _, params = load(folder, mesh)
     config = dataclasses.replace(config, model=model)
     with Checkpoints(

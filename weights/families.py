@@ -78,6 +78,7 @@ def model_of(path: pathlib.Path) -> ModelConfig:
             theirs[name] = value
     _refuse_uncovered(family, theirs, path)
 
+    # A name that has no default must be there.
     try:
         heads = theirs["num_attention_heads"]
         return ModelConfig(
@@ -136,6 +137,7 @@ def _window(family: str, theirs: dict[str, Any], path: pathlib.Path) -> int | No
         return theirs["sliding_window"]
     if family not in ("qwen2", "qwen3") or not theirs.get("use_sliding_window"):
         return None
+    # Qwen's layers have a window or not, each by itself; the decoder has one for all.
     layers = theirs["num_hidden_layers"]
     kinds = theirs.get("layer_types")
     if not kinds:
@@ -161,6 +163,7 @@ def _rope(theirs: dict[str, Any], path: pathlib.Path) -> dict[str, Any]:
         **theirs.get("rope_scaling", {}),
         **theirs.get("rope_parameters", {}),
     }
+    # Older files say `type`.
     kind = rope.get("rope_type", rope.get("type", "default"))
     base = {"rope_base": float(rope["rope_theta"])}
     if kind == "linear":
