@@ -57,9 +57,8 @@ def runs(tmp_path_factory):
         )
         params = jax.jit(init_and_apply(kind(start.model))[0])(jax.random.key(1))
         if "head" in params:
-            params["head"] = jax.random.normal(
-                jax.random.key(2), params["head"].shape
-            )  # it starts at 0
+            # it starts at 0
+            params["head"] = jax.random.normal(jax.random.key(2), params["head"].shape)
         with Checkpoints(
             start.run, start, script=script.__name__, tokenizer=tokenizer.model
         ) as saved:
@@ -89,9 +88,8 @@ def test_label_accuracy_follows_the_set_reliability(shown, reliability):
     ]
     interval = 3.3 * (reliability * (1 - reliability) / len(looks)) ** 0.5
     assert abs(np.mean(looks) - reliability) < interval
-    assert (
-        abs(np.mean(looks) - (reliability - 0.1)) > interval
-    )  # control: it could have told another one
+    # control: it could have told another one
+    assert abs(np.mean(looks) - (reliability - 0.1)) > interval
     # Of two responses that differ in one criterion, three looks at each: the chances by enumeration.
     chance = 0.0
     for flips in itertools.product((0, 1), repeat=6):
@@ -212,9 +210,8 @@ def test_position_bias_cancels_in_a_language_models_judgement(runs):
         for p, text in enumerate(principles):
             single[q, p] = [chance(prompt) for prompt in judges.comparing_prompts(question, text)]
     np.testing.assert_allclose(ours, (single[..., 0] + 1 - single[..., 1]) / 2, atol=1e-5)
-    assert (
-        np.abs(single[1] - 0.5).max() > 1e-3
-    )  # control: one order alone has a favourite position
+    # control: one order alone has a favourite position
+    assert np.abs(single[1] - 0.5).max() > 1e-3
 
 
 def test_a_language_model_is_a_rule_and_a_reward(runs, tmp_path, monkeypatch):
@@ -302,10 +299,8 @@ def test_the_reward_model_picks_the_best_refinement(runs):
 
 def test_the_files_are_in_the_trainers_schemas(runs, tmp_path):
     common = [f"--init={runs}/sft", "--prompts=128"]
-    for write, schema, samples in (
-        ("comparisons", "comparison", 32),
-        ("revisions", "chat", 1),
-    ):  # few samples end
+    # few samples end
+    for write, schema, samples in (("comparisons", "comparison", 32), ("revisions", "chat", 1)):
         path = tmp_path / f"{write}.jsonl"
         out = run(feedback, *common, f"--write={write}", f"--samples={samples}", f"--out={path}")
         rows = [json.loads(line) for line in path.read_text().splitlines()]
@@ -518,13 +513,10 @@ def test_a_server_that_stays_away_ends_the_command():
 )
 def test_training_survives_its_server_being_killed(runs, tmp_path, script, reward):
     """kill -9 after the first iteration; the run ends with the weights of one whose reward was never away."""
-    reward = (
-        runs / reward if script == "train_grpo" else reward
-    )  # of PPO a function: a model starts the critic too
-    one = {
-        **os.environ,
-        "XLA_FLAGS": "",
-    }  # a device each: eight simulated ones starve one another on few cores
+    # of PPO a function: a model starts the critic too
+    reward = runs / reward if script == "train_grpo" else reward
+    # a device each: eight simulated ones starve one another on few cores
+    one = {**os.environ, "XLA_FLAGS": ""}
     common = [
         f"--init={runs}/sft",
         "--batch_size=64",

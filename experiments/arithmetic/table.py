@@ -74,9 +74,10 @@ def agreement(run: pathlib.Path) -> dict[str, float]:
     """Of Monte Carlo labels with the program's, on the steps that the latter judges, the last ones left out."""
     pairs = [
         (gold != "negative", share)
+        # fewer of these
         for one, other in zip(
             lines(run / "gold.jsonl"), lines(run / "completions.jsonl"), strict=False
-        )  # fewer of these
+        )
         for gold, share in zip(one["labels"][:-1], other["labels"][:-1], strict=True)
         if gold is not None
     ]

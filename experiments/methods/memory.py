@@ -81,9 +81,8 @@ def run(words: list[str], folder: pathlib.Path) -> dict[str, float]:
         process.wait()
     if process.returncode:
         raise UserError(f"{log}: the run ended with {process.returncode}; its last lines say why")
-    ticks = (spent[STEPS - 1] - spent[2]) / (
-        STEPS - 3
-    )  # the first two steps may compile, the last one saves
+    # the first two steps may compile, the last one saves
+    ticks = (spent[STEPS - 1] - spent[2]) / (STEPS - 3)
     return {"cpu_seconds": ticks / os.sysconf("SC_CLK_TCK"), "peak_mb": peak}
 
 
