@@ -105,7 +105,7 @@ def test_keys_travel_to_the_neighbour_and_are_never_gathered():
     text = jax.jit(run, in_shardings=place).lower(*arrays[:3]).compile().as_text()
     moved = hlo.cost(text, dict(mesh.shape)).moved
     assert set(moved) == {("collective-permute", "sequence")}
-    # k and v of 64 tokens, three times
+    # k and v of 64 tokens, three times.
     assert moved["collective-permute", "sequence"][1] == 3 * 2 * 64 * 64 * 4
 
 
@@ -306,7 +306,7 @@ def test_parts_of_a_chunked_loss_are_of_all_devices(monkeypatch):
     """As five steps, but the logits of a row are computed in parts."""
     want_losses, want = on_one_device("likelihood")
     monkeypatch.setattr(likelihood, "TOKENS", 1)
-    # three parts: a device's four tokens as 2, 2, 0
+    # Three parts: a device's four tokens as 2, 2, 0.
     monkeypatch.setattr(likelihood, "LOGITS", 8 * 16 * 32 // 8 // 3)
     losses, state, _ = five_steps(MeshConfig(data=2, sequence=4), "likelihood", 1)
     np.testing.assert_allclose(losses, want_losses, atol=1e-4)

@@ -76,7 +76,7 @@ PAIRED = {  # name: (ours, the paper's)
         ),
     ),
     "slic_hf": (
-        # any target: here the third
+        # Any target: here the third.
         lambda w, l, rw, rl: direct.slic_hf(w, l, rw, delta=0.7, weight=0.2),
         lambda w, l, rw, rl: max(0.0, 0.7 - w + l) - 0.2 * rw,
     ),
@@ -104,7 +104,7 @@ def padded_tokens(rows=6, length=5):
 def test_value_and_gradient_equal_the_papers_formula(name):
     ours, papers = {**PAIRED, **PER_TOKEN}[name]
     tokens, mask = padded_tokens()
-    # what lies in the padding must not matter
+    # What lies in the padding must not matter.
     noisy = np.where(mask, tokens, 1e3 * normal(*tokens.shape, seed=1))
 
     def in_jax(logp):
@@ -246,7 +246,7 @@ def test_ipo_is_bounded_where_dpo_is_not():
 
 def test_rrhf_is_zero_when_ordered_and_restores_order():
     ranks, tokens = np.array([[3, 1, 2]]), np.array([[2.0, 4.0, 1.0]])
-    # per token -3, -1, -2
+    # Per token -3, -1, -2.
     ordered, disordered = (np.array([[-6.0, -4.0, -2.0]]), np.array([[-1.0, -8.0, -3.0]]))
 
     def only_ranks(logps):  # without L_ft
@@ -329,7 +329,7 @@ def test_objective_averages_over_the_pairs_of_each_ranking(name, extremes):
 
     (loss, (weight, metrics)), grad = objective(jnp.float32(table), batch)
     want, gaps = in_loops(table)
-    # a tie and an empty row have no pair
+    # A tie and an empty row have no pair.
     assert float(loss) == pytest.approx(want, rel=2e-6) and float(weight) == 3
     assert [float(x) for x in metrics["accuracy"]] == [sum(g > 0 for g in gaps), len(gaps)]
     assert float(metrics["margin"][0]) == pytest.approx(sum(gaps), rel=1e-4, abs=1e-5)
@@ -466,7 +466,7 @@ def test_dpo_reaches_its_closed_form():
 
     reached = train(1.0)
     assert distance(reached, closed_form(1.0)) < 0.02
-    # controls
+    # Controls.
     assert distance(reached, reference) > 0.2 and distance(reached, closed_form(0.5)) > 0.1
 
 
@@ -487,7 +487,7 @@ def kto_optimum(reference, weights, beta):
 
     def policy(z0):
         def candidate(log_c):
-            # t = log pi/ref; one root each, for with beta < 1 the difference falls in t
+            # t = log pi/ref; one root each, for with beta < 1 the difference falls in t.
             def too_low(t):
                 s = sigmoid(beta * (t - z0))
                 return np.log(weights * s * (1 - s)) > log_c + t + np.log(reference)

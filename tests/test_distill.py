@@ -71,10 +71,10 @@ def test_values_and_gradients_equal_numpy(name):
     z, t, mask = (jnp.asarray(x, jnp.float32) for x in (STUDENT, TEACHER, MASK))
     np.testing.assert_allclose(ours(z, t, mask), want, rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(jax.grad(lambda x: ours(x, t, mask).sum())(z), slopes, atol=1e-6)
-    # control: it has a direction
+    # Control: it has a direction.
     assert np.abs(ours(t, z, mask) - want).max() > 0.01 or name == "jsd 0.5"
     same, slope = jax.value_and_grad(lambda x: ours(x, t, mask).sum())(t)
-    # nothing to learn where the student is the teacher
+    # Nothing to learn where the student is the teacher.
     assert abs(same) < 1e-6 and np.abs(slope).max() < 1e-6
 
 
@@ -91,7 +91,7 @@ def test_jsd_tends_to_either_kl():
             )
         assert np.abs(forward - reverse).max() > 0.1  # control
         half = partial(jsd, mask_BT=mask, beta=0.5)
-        # symmetric for this beta alone, and bounded
+        # Symmetric for this beta alone, and bounded.
         np.testing.assert_allclose(half(z, t), half(t, z), atol=1e-12)
         assert float(half(z, t).max()) < np.log(2)
 
@@ -124,7 +124,7 @@ def numpy_objective(student, teacher, batch, alpha, tau, labelled):
     loss, slope, shared = 0.0, np.zeros(student.shape), min(student.shape[-1], teacher.shape[-1])
     for tokens, mask in zip(batch["tokens_BT"], batch["loss_mask_BT"], strict=True):
         for t in range(1, T):
-            # the logits after t - 1 tokens predict token t
+            # The logits after t - 1 tokens predict token t.
             row, label = ((tokens[t - 1], t - 1), tokens[t])
             if not mask[t]:
                 continue
@@ -158,9 +158,9 @@ def test_objective_equals_numpy_with_padding_and_vocabularies_of_other_sizes(lab
         nll, gap = (float(metrics[name][0]) for name in ("nll", "divergence"))
         assert float(loss) == pytest.approx((0.3 * nll if labelled else 0) + 0.7 * 2.5**2 * gap)
         other = batch | {"tokens_BT": np.where(MASK > 0, batch["tokens_BT"], 0)}
-        # the padding
+        # The padding.
         assert loss_of({"student": student, "teacher": teacher}, other)[0] == pytest.approx(want)
-        # control: off by one token
+        # Control: off by one token.
         moved = batch | {"loss_mask_BT": np.roll(batch["loss_mask_BT"], -1, axis=1)}
         assert abs(float(loss_of({"student": student, "teacher": teacher}, moved)[0]) - want) > 0.1
 
@@ -179,7 +179,7 @@ def test_alpha_one_is_supervised_fine_tuning_exactly():
 
     jax.tree.map(np.testing.assert_array_equal, distilled(1.0, teacher), sft)
     assert np.abs(distilled(0.9, teacher)[1] - sft[1]).max() > 1e-2  # control
-    # teacher and student equal: the labels' part remains
+    # Teacher and student equal: the labels' part remains.
     (_, slope), (_, labels) = (distilled(0.9, student), sft)
     np.testing.assert_allclose(slope, 0.9 * labels, atol=1e-6)
 
@@ -201,7 +201,7 @@ def test_tau_squared_keeps_the_gradient(name):
         want = curvature * (z - v) / V
         errors = [np.abs(slope(tau) - want).max() for tau in (10.0, 100.0, 1000.0)]
         assert errors[2] < 5e-3 * np.abs(want).max() and errors[2] < errors[1] / 5 < errors[0] / 25
-        # logits within 1 of 0
+        # Logits within 1 of 0.
         near = [np.linalg.norm(slope(tau, scale=0.1)) for tau in (1.0, 2.0, 4.0, 8.0)]
         assert max(near) < 1.1 * min(near)
         assert near[0] > 50 * near[3] / 8**2  # control: without tau^2 it falls
@@ -259,7 +259,7 @@ def test_forward_kl_covers_the_mass_and_reverse_kl_seeks_a_mode():
     # Reverse KL keeps the larger mode alone: -log of its share is the price of having left out the other.
     assert narrow[first].sum() > 0.99 and narrow[second].sum() < 1e-6
     assert (narrow * np.log(narrow / teacher)).sum() == pytest.approx(-np.log(0.6), abs=1e-2)
-    # each is worse by the other's measure
+    # Each is worse by the other's measure.
     assert (wide * np.log(wide / teacher)).sum() > -2 * np.log(0.6)
     assert (teacher * np.log(teacher / narrow)).sum() > 2 * (
         teacher * np.log(teacher / wide)

@@ -57,7 +57,7 @@ def runs(tmp_path_factory):
         )
         params = jax.jit(init_and_apply(kind(start.model))[0])(jax.random.key(1))
         if "head" in params:
-            # it starts at 0
+            # It starts at 0.
             params["head"] = jax.random.normal(jax.random.key(2), params["head"].shape)
         with Checkpoints(
             start.run, start, script=script.__name__, tokenizer=tokenizer.model
@@ -88,7 +88,7 @@ def test_label_accuracy_follows_the_set_reliability(shown, reliability):
     ]
     interval = 3.3 * (reliability * (1 - reliability) / len(looks)) ** 0.5
     assert abs(np.mean(looks) - reliability) < interval
-    # control: it could have told another one
+    # Control: it could have told another one.
     assert abs(np.mean(looks) - (reliability - 0.1)) > interval
     # Of two responses that differ in one criterion, three looks at each: the chances by enumeration.
     chance = 0.0
@@ -210,7 +210,7 @@ def test_position_bias_cancels_in_a_language_models_judgement(runs):
         for p, text in enumerate(principles):
             single[q, p] = [chance(prompt) for prompt in judges.comparing_prompts(question, text)]
     np.testing.assert_allclose(ours, (single[..., 0] + 1 - single[..., 1]) / 2, atol=1e-5)
-    # control: one order alone has a favourite position
+    # Control: one order alone has a favourite position.
     assert np.abs(single[1] - 0.5).max() > 1e-3
 
 
@@ -299,7 +299,7 @@ def test_the_reward_model_picks_the_best_refinement(runs):
 
 def test_the_files_are_in_the_trainers_schemas(runs, tmp_path):
     common = [f"--init={runs}/sft", "--prompts=128"]
-    # few samples end
+    # Few samples end.
     for write, schema, samples in (("comparisons", "comparison", 32), ("revisions", "chat", 1)):
         path = tmp_path / f"{write}.jsonl"
         out = run(feedback, *common, f"--write={write}", f"--samples={samples}", f"--out={path}")
@@ -513,9 +513,9 @@ def test_a_server_that_stays_away_ends_the_command():
 )
 def test_training_survives_its_server_being_killed(runs, tmp_path, script, reward):
     """kill -9 after the first iteration; the run ends with the weights of one whose reward was never away."""
-    # of PPO a function: a model starts the critic too
+    # Of PPO a function: a model starts the critic too.
     reward = runs / reward if script == "train_grpo" else reward
-    # a device each: eight simulated ones starve one another on few cores
+    # A device each: eight simulated ones starve one another on few cores.
     one = {**os.environ, "XLA_FLAGS": ""}
     common = [
         f"--init={runs}/sft",

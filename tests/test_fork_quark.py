@@ -159,7 +159,7 @@ def test_quarks_loss_and_gradient_equal_numpy():
 
 # ---- Quark in rounds, on a policy that is a table: the logits of a one-token answer by the quantile's word
 
-# tokens: 0 to 199 answers; 200, as of no word, to 205 words; two more
+# Tokens: 0 to 199 answers; 200, as of no word, to 205 words; two more.
 ANSWERS, WORDS, SYSTEM, BOS = (200, 200, 206, 207)
 
 
@@ -192,7 +192,7 @@ def table_after_rounds(reference, reward_V, blind):
     def turn(number, carry):
         table, state, pool = carry
         keys = jax.random.split(jax.random.key(number), 4)
-        # at first the reference's own, then by the best word
+        # At first the reference's own, then by the best word.
         asked_V = table[jnp.where(number == 0, 0, 5), :ANSWERS]
         answers_B = jax.random.categorical(keys[0], asked_V, shape=(rows,))
         batch = {**plain, "tokens_BT": rows_BT.at[:, 0].set(BOS).at[:, 1].set(answers_B)}
@@ -213,7 +213,7 @@ def test_quark_orders_its_words_by_reward_and_the_best_word_gains():
     """Mean rewards under each word, exactly; the control's quantiles are of noise, so that words tell nothing."""
     rng = np.random.default_rng(0)
     reward_V, start = rng.permutation(ANSWERS) / 25, np.full((6, 208), -1e4, np.float32)
-    # the same whatever the word, which the reference does not know
+    # The same whatever the word, which the reference does not know.
     start[:, :ANSWERS] = rng.normal(size=ANSWERS)
     mean = lambda table: np.exp(log_softmax(np.float64(table)))[:, :ANSWERS] @ reward_V
     before, after, blind = (

@@ -124,7 +124,7 @@ def test_logp_equals_the_trainers_teacher_forced(temperature):
     assert (
         np.abs(other - samples.logp_BR) * mask
     ).max() > 1e-2  # control: another temperature shows
-    # rows are prompts in order, n of each, then the responses
+    # Rows are prompts in order, n of each, then the responses.
     for b, tokens in enumerate(batch["tokens_BT"]):
         assert (tokens[:5] == prompts["tokens_BT"][b // 8]).all() and (
             tokens[5:] == samples.response_BR[b]
@@ -180,7 +180,7 @@ def test_n_samples_equal_repeated_prompts_from_one_prefill():
         apart = sample(params, repeated, key, config)
         assert (together.response_BR == apart.response_BR).all()
         np.testing.assert_allclose(together.logp_BR, apart.logp_BR, atol=1e-5)
-    # samples differ
+    # Samples differ.
     assert len({tuple(row) for row in np.asarray(together.response_BR).tolist()}) > 6
     rows = []
 
@@ -241,7 +241,7 @@ def test_unstacked_layers_in_bfloat16_change_no_bit():
     apart, tuples = unstack_params(params, config.compute_dtype), unstack_cache(cache)
     assert (op_by_op(apart, *one, tuples)[0] == want).all() and isinstance(tuples.k_LBKSH, tuple)
     assert apart["decoder"]["layers"]["mlp"]["up"][1].dtype == jnp.bfloat16
-    # control: the norms' scales too
+    # Control: the norms' scales too.
     rounded = jax.tree.map(lambda w: w.astype(jnp.bfloat16), apart)
     assert (op_by_op(rounded, *one, tuples)[0] != want).any()
 

@@ -174,7 +174,7 @@ def test_loss_and_gradient_equal_the_papers(method):
 def test_what_lies_in_the_padding_does_not_matter(method):
     config = settled(method, samples_per_prompt=C, max_new_tokens=R)
     batch, table = rollouts(), jnp.float32(normal(V, V))
-    # token 0 is met in the padding only
+    # Token 0 is met in the padding only.
     table = table.at[0].set(jnp.float32([60.0, -60.0, 0.0, 0.0, 0.0]))
     other = {**batch, "response_BR": np.where(batch["mask_BR"] > 0, batch["response_BR"], 1)}
     other["tokens_BT"] = np.concatenate([batch["tokens_BT"][:, :2], other["response_BR"]], axis=1)
@@ -214,7 +214,7 @@ def test_equal_rewards_give_exactly_zero_gradient(method):
     config = settled(method, samples_per_prompt=C - 1, max_new_tokens=R, kl_coef=0.0)
     batch = {name: x[: P * (C - 1)] for name, x in rollouts().items()}
     rewards = np.repeat(np.float32([0.9, 1.7, -2.9]), C - 1)
-    # control: the naive mean is not exact
+    # Control: the naive mean is not exact.
     assert np.abs(rewards[:3] - rewards[:3].sum() / np.float32(3)).max() > 0
     policy = jnp.float32(normal(V, V))
 
@@ -261,7 +261,7 @@ def test_dr_grpo_weighs_neither_length_nor_spread():
     np.testing.assert_allclose(dr_grpo[0, :2] / dr_grpo[1, :2], -1.0, rtol=1e-5)
     np.testing.assert_allclose(grpo[0, :2] / grpo[3, :2], 1.0, rtol=1e-3)
     np.testing.assert_allclose(dr_grpo[0, :2] / dr_grpo[3, :2], 10.0, rtol=1e-5)
-    # sum / budget
+    # Sum / budget.
     np.testing.assert_allclose(dr_grpo[1], np.where(mask[1] > 0, -5.0 * 0.5 / R, 0.0), rtol=1e-5)
 
 
@@ -282,7 +282,7 @@ def test_gspo_ratio_is_the_geometric_mean():
         want = np.prod(np.exp(change[b, :length])) ** (1 / length)
         np.testing.assert_allclose(ratio[b], np.where(mask[b] > 0, want, 1.0), rtol=1e-5)
     twice = group.log_ratio(np.tile(change * mask, 2), np.tile(mask, 2), "geometric")
-    # the same tokens again: the same ratio
+    # The same tokens again: the same ratio.
     np.testing.assert_allclose(np.exp(twice[:, :R]), ratio, rtol=1e-5)
     whole = np.exp(group.log_ratio(change * mask, mask, "sequence"))
     np.testing.assert_allclose(whole[:, 0], np.exp((change * mask).sum(1)), rtol=1e-5)
@@ -387,7 +387,7 @@ def test_rewards_combine():
     assert combined(scores, "minimum").tolist() == [0.5, -0.5, -2.0]
     assert combined(scores, "gated", gate=0.0, floor=-7.0).tolist() == [2.0, -7.0, -7.0]
     assert combined(scores[:2], "gated", gate=-0.5, floor=-7.0).tolist() == [2.0, 3.0, -1.0]
-    # nothing gates
+    # Nothing gates.
     assert combined(scores[:1], "gated", gate=9.0, floor=-7.0).tolist() == help_B.tolist()
 
 
@@ -474,7 +474,7 @@ def test_rloo_is_unbiased_by_enumeration(count):
         expected(group.leave_one_out),
         want,
     )
-    # with its own reward in the baseline, a share 1 / count of the gradient is lost
+    # With its own reward in the baseline, a share 1 / count of the gradient is lost.
     own = expected(group.centred)
     jax.tree.map(
         lambda g, w: np.testing.assert_allclose(g, w * (1 - 1 / count), atol=1e-6), own, want
@@ -546,7 +546,7 @@ def test_with_the_kl_in_the_reward_the_optimum_is_the_closed_form(method):
     potentials = None
     if method == "shaping":
         options["shaping"] = 1.0
-        # of the state after each first token; 2 at the start
+        # Of the state after each first token; 2 at the start.
         phi = jnp.float32(3 * normal(3, seed=8))
         potentials = lambda which_B: jnp.stack(
             [2 + 0.0 * which_B, phi[jnp.array(FIRST)[which_B]], which_B], 1
@@ -555,7 +555,7 @@ def test_with_the_kl_in_the_reward_the_optimum_is_the_closed_form(method):
         settled(name, **options, entropy_coef=alpha), {"r": REWARD}, potentials=potentials
     )
     assert distance(reached, closed_form(REWARD, 0.7, alpha)) < 0.02
-    # controls: alpha and beta say where
+    # Controls: alpha and beta say where.
     assert distance(reached, closed_form(REWARD, 0.7, 0.4 - alpha)) > 0.05
     assert distance(reached, closed_form(REWARD, 1.4, alpha)) > 0.05
     assert distance(reached, np.exp(nine_logps(tables()))) > 0.1
@@ -565,7 +565,7 @@ def test_the_papers_grpo_has_another_optimum():
     """Its KL in the loss is k3, whose gradient is that of KL(reference || policy), and its reward is divided by its
     deviation: pi (r - mean) / std = beta (pi - reference), here solved by plain ascent in float64, on one token."""
     beta, steady = 2.0, np.full(9, 0.0)
-    # the second is always 0
+    # The second is always 0.
     start = {"first": tables()["first"], "second": jnp.float32([[30.0, 0.0, 0.0]] * 3)}
     reward = np.float64([2.0, 0.0, -1.0, 0, 0, 0, 0, 0, 0])[[0, 0, 0, 1, 1, 1, 2, 2, 2]]
     r, logits = reward[::3], np.float64(start["first"])

@@ -130,7 +130,7 @@ def equal(one, other, **tolerance):
 
 @pytest.mark.slow
 def test_killed_peer_then_resumed_equals_one_process(tmp_path):
-    # without packing hosts share one order of the data
+    # Without packing hosts share one order of the data.
     argv = [*TINY, "--loss=simpo", "--steps=5", "--seed=3"]
     codes, errors = ends(
         start_two("train_dpo", [*argv, f"--run={tmp_path}/two"], (None, FAULTS["killed"]))

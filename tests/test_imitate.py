@@ -121,7 +121,7 @@ def test_kl_of_best_of_n_stays_below_the_bound():
     distinct, tied = np.arange(5.0), np.array([0.0, 1.0, 1.0, 1.0, 1.0])
     for n in (1, 2, 3, 5):
         exact = kl_of_best(probs, distinct, n)
-        # of the best reward (Beirami et al. 2024)
+        # Of the best reward (Beirami et al. 2024).
         cumulative = np.concatenate([[0.0], np.cumsum(probs)]) ** n
         best = np.diff(cumulative)
         np.testing.assert_allclose(exact, (best * np.log(best / probs)).sum(), atol=1e-12)
@@ -131,7 +131,7 @@ def test_kl_of_best_of_n_stays_below_the_bound():
             <= exact + 1e-12
             <= imitate.best_of_n_kl(n) + 2e-12
         )
-    # few outcomes: far below
+    # Few outcomes: far below.
     assert kl_of_best(probs, distinct, 5) < imitate.best_of_n_kl(5) - 0.1
     assert kl_of_best(probs, np.zeros(5), 5) == pytest.approx(0, abs=1e-12)  # nothing to choose
 

@@ -243,7 +243,7 @@ def test_reward_model_and_ppo_train_adapters_and_heads(runs, monkeypatch):
         return watching
 
     monkeypatch.setattr(train_ppo, "make_advantages", watched)
-    # in which check_first_update asserts a KL of 0
+    # In which check_first_update asserts a KL of 0.
     run(train_ppo, *ppo, f"--run={runs}/ppo", "--steps=2")
     policy, reference, batch = seen[-1]  # after the first iteration's updates
     # The reference is the base below the adapters, not a copy, and says what the run it was loaded from says.

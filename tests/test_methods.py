@@ -93,7 +93,7 @@ def test_an_online_method_samples_judges_and_updates(tmp_path):
         tmp_path, [{"rounds": 1}, {"rounds": 1}], **{**grpo, "reward": ["tasks.rules:all_kept"]}
     )
     assert ruled == pytest.approx(once - 2 * scalar, rel=0.02)
-    # a second rollout, judged too, in one of the two iterations
+    # A second rollout, judged too, in one of the two iterations.
     again = once + sampled + 2 * policy + scalar
     assert counted(tmp_path, [{"rounds": 2}, {"rounds": 1}], **grpo) == pytest.approx(
         again, rel=0.02
@@ -148,6 +148,6 @@ def test_mistakes_are_named(tmp_path, monkeypatch, capsys):
 
 
 def test_the_interval_over_three_seeds_is_student_s():
-    # t of 0.975 with 2 degrees
+    # t of 0.975 with 2 degrees.
     assert half([0.0, 1.0, 2.0]) == pytest.approx(4.302652729911275 / 3**0.5)
     assert half([1.0]) != half([1.0])  # of one seed there is none

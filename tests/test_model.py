@@ -103,9 +103,9 @@ def test_presets_have_the_published_number_of_parameters(name):
 def test_causality_by_gradients():
     def influence(config, segments_T):
         """[T, T]: size of the derivative of the logits at t by the input at s."""
-        # else the embedding acts twice
+        # Else the embedding acts twice.
         params, apply = make(dataclasses.replace(config, tied=False))
-        # distinct: token s stands for position s
+        # Distinct: token s stands for position s.
         tokens_T = np.arange(1, len(segments_T) + 1, dtype=np.int32)
         weights_V = np.random.default_rng(0).normal(size=config.vocab).astype(np.float32)
         positions_T = np.arange(len(tokens_T), dtype=np.int32)
@@ -211,7 +211,7 @@ def test_padding_side_amount_and_content_change_nothing(model):
     for left, right, pad in (((0, 0), 6, 0), ((6, 6), 0, 0), ((2, 4), 2, 39)):
         np.testing.assert_allclose(out(left, right, pad), want, atol=2e-5)
     tokens, segments, positions = rows(tokens_BT, (6, 6))
-    # control: padding that is seen
+    # Control: padding that is seen.
     seen = apply(params, tokens, np.ones_like(segments), positions)
     seen = seen[0] if model is LanguageModel else seen
     assert np.abs(at(seen, (6, 6), 5) - want).max() > 1e-3
@@ -355,7 +355,7 @@ def test_bfloat16_compute_keeps_logits_and_losses_float32():
         logits.dtype == jnp.float32
         and token_logprobs(logits, batch["tokens_BT"]).dtype == jnp.float32
     )
-    # control: it did compute in bfloat16
+    # Control: it did compute in bfloat16.
     assert np.abs(logits - apply(params, *inputs)[0]).max() > 1e-4
     scalar_model = jax.jit(results_of(init_and_apply(ScalarModel(config))[1]))
     scalars = scalar_model(make(TINY, ScalarModel)[0], *inputs)

@@ -32,7 +32,7 @@ def test_logprob_t_is_that_of_token_t_given_those_before():
     assert got.dtype == jnp.float32 and got.shape == tokens.shape
     np.testing.assert_allclose(got, want, atol=1e-5)
     assert np.isfinite(token_logprobs(logits * 1e30, tokens)).all()
-    # the softmax itself is in float32
+    # The softmax itself is in float32.
     rounded = token_logprobs(logits.astype(jnp.bfloat16), tokens)
     np.testing.assert_allclose(
         rounded, token_logprobs(jnp.float32(logits.astype(jnp.bfloat16)), tokens)
@@ -100,7 +100,7 @@ def pairwise(rewards, ranks, margins, coefficient):
 @pytest.mark.parametrize("coefficient", [0.0, 0.01])
 def test_ranking_loss_and_gradient_equal_a_loop_over_pairs(coefficient):
     rewards, margins = 2 * np.float64(normal(40, 5)), np.abs(np.float64(normal(40, seed=2)))
-    # ties and absent candidates, full and empty rows
+    # Ties and absent candidates, full and empty rows.
     ranks = np.random.default_rng(1).integers(0, 5, (40, 5))
     ranks[0], ranks[1], ranks[2] = [3, 1, 2, 5, 4], 0, 2
     with jax.enable_x64(True):
@@ -122,7 +122,7 @@ def test_ranking_loss_and_gradient_equal_a_loop_over_pairs(coefficient):
         slope[:, c] = (np.array(up) - down) / 2e-5
     np.testing.assert_allclose(grad, slope, atol=1e-6)
     assert (np.asarray(grad)[ranks == 0] == 0).all() and np.abs(slope).max() > 0.1
-    # control
+    # Control.
     assert (
         np.abs(np.array(losses) - pairwise(rewards, ranks, margins * 0, coefficient)[0]).max()
         > 0.1
@@ -194,12 +194,12 @@ def test_ranking_objective_with_language_model_loss_on_the_best():
     params = {"values": jnp.array(values_V), "table": jnp.array(table_VV)}
     plain = partial(ranking_objective, scalar, params)
     loss, (weight, metrics) = plain(batch)
-    # -1 for an absent candidate, whose reward counts not
+    # -1 for an absent candidate, whose reward counts not.
     end = batch["segment_ids_BCT"].sum(-1, keepdims=True) - 1
     rewards = values_V[np.take_along_axis(batch["tokens_BCT"], end, 2)[..., 0]]
     want, valid = pairwise(rewards, batch["ranks_BC"], batch["margin_B"], 0)
     assert float(loss) == pytest.approx(sum(want), rel=1e-5) and float(weight) == sum(valid) == 3
-    # row, better, worse
+    # Row, better, worse.
     pairs = [(0, 1, 0), (0, 0, 2), (0, 1, 2), (1, 0, 2), (3, 2, 1), (3, 2, 0), (3, 1, 0)]
     better, worse = (np.array([rewards[b, pair[k]] for b, *pair in pairs]) for k in (0, 1))
     assert [float(x) for x in metrics["accuracy"]] == [(better > worse).sum(), 7]

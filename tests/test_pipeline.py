@@ -263,7 +263,7 @@ def test_ppo_with_pretraining_text_and_entropy_resumes_bitwise_equal(runs, tmp_p
     jax.tree.map(np.testing.assert_array_equal, whole, cut)
     first = json.loads((tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()[0])
     assert abs(first["kl"]) < 1e-5 and first["policy/text_nll"] > 0 and first["policy/entropy"] > 0
-    # control: the text moves the policy
+    # Control: the text moves the policy.
     run(train_ppo, *argv, "--ptx_coef=0", f"--run={tmp_path}/without")
     apart = jax.tree.map(
         lambda a, b: np.abs(a - b).max(), whole, load_params(f"{tmp_path}/without")
@@ -354,7 +354,7 @@ def test_a_run_beyond_its_kl_limit_stops_an_iteration_later_at_most(runs, tmp_pa
     line = fails(train_ppo, [*SHORT, "--mesh.data=1", "--mesh.fsdp=8", *ppo, *options], capsys)
     assert line.startswith("error: --kl_limit=0.001: KL reached") and "--kl_coef" in line
     beyond = [row["kl"] > 0.001 for row in rows_of(tmp_path / "far")]
-    # metrics are read when the next iteration's are there
+    # Metrics are read when the next iteration's are there.
     assert sum(beyond) in (1, 2) and len(beyond) < 9
 
 

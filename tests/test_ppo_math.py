@@ -105,7 +105,7 @@ def test_clipped_losses_and_gradients_equal_numpy():
     )
     ratio = np.exp(logp - old)
     want = -np.minimum(advantage * ratio, advantage * np.clip(ratio, 0.8, 1.28))
-    # further would be rewarded, so no gradient
+    # Further would be rewarded, so no gradient.
     beyond = np.where(advantage > 0, ratio > 1.28, ratio < 0.8)
     with jax.enable_x64(True):
         of = jax.jit(
@@ -118,12 +118,12 @@ def test_clipped_losses_and_gradients_equal_numpy():
     assert 0.1 < beyond.mean() < 0.9
 
     mask = (np.arange(4) < np.random.default_rng(5).integers(1, 5, 50)[:, None]).astype(np.float64)
-    # of two prompt tokens, and of responses of up to four
+    # Of two prompt tokens, and of responses of up to four.
     scalars = 0.5 * np.float64(normal(50, 7, seed=6))
     value = scalars[:, 1:5]  # of the states in which those were emitted
     near = np.clip(value, before - 0.2, before + 0.2)
     want = 0.5 * np.maximum((value - returns) ** 2, (near - returns) ** 2)
-    # the clipped one counts, and is constant
+    # The clipped one counts, and is constant.
     held = (near != value) & ((near - returns) ** 2 > (value - returns) ** 2)
     slope = np.zeros_like(scalars)
     slope[:, 1:5] = np.where(held, 0, value - returns) * mask
@@ -162,7 +162,7 @@ def test_one_score_a_row_at_its_index():
     for b, length in enumerate(lengths):
         assert scores[b, length - 1] == pytest.approx(score[b], abs=1e-5)
     np.testing.assert_allclose(scores.sum(1), score, atol=1e-5)
-    # nothing anywhere else
+    # Nothing anywhere else.
     np.testing.assert_allclose(np.abs(scores).sum(1), np.abs(score), atol=1e-5)
     assert (got[mask == 0] == 0).all()
     after = np.asarray(
@@ -246,7 +246,7 @@ def test_gradient_at_ratio_one_is_the_exact_policy_gradient(temperature):
     gradient = jax.jit(jax.grad(objective, has_aux=True))
     grad, (tokens, metrics) = gradient(params, batch)
     jax.tree.map(lambda g, w: np.testing.assert_allclose(g, -w, atol=1e-6), grad, want)
-    # two programs may round a division by the temperature in two ways
+    # Two programs may round a division by the temperature in two ways.
     rounding = 0 if temperature == 1 else 1e-12
     assert (
         float(tokens) == 18
@@ -255,11 +255,11 @@ def test_gradient_at_ratio_one_is_the_exact_policy_gradient(temperature):
     )
     logp = np.log(np.asarray(sequence_probs(params, temperature)))
     np.testing.assert_allclose(batch["old_logp_BR"].sum(1), logp, atol=1e-5)
-    # a constant baseline changes nothing
+    # A constant baseline changes nothing.
     raised_BR = batch["advantages_BR"] + sequence_probs(scaled)[:, None]
     grad, _ = gradient(params, {**batch, "advantages_BR": raised_BR})
     jax.tree.map(lambda g, w: np.testing.assert_allclose(g, -w, atol=1e-6), grad, want)
-    # control: off by one token
+    # Control: off by one token.
     swapped = {**batch, "advantages_BR": batch["advantages_BR"][:, ::-1]}
     grad, _ = gradient(params, swapped)
     assert np.abs(grad["first"] + want["first"]).max() > 1e-3
@@ -309,7 +309,7 @@ def test_objectives_ignore_padding_and_pick_the_emitting_state():
     batch, mask = enumerated(), np.ones((9, 2), np.float32)
     mask[::2, 1] = 0
     padded = {**batch, "mask_BR": mask, "value_mask_BR": mask, "advantages_BR": normal(9, 2)}
-    # would overflow if not masked
+    # Would overflow if not masked.
     padded["old_logp_BR"] = np.where(mask > 0, -1.0, -1e4).astype(np.float32)
     objective = partial(policy_objective, tabular, clip=0.2, temperature=1.0)
     (loss, (tokens, _)), grads = jax.value_and_grad(objective, has_aux=True)(tables(0), padded)
@@ -328,7 +328,7 @@ def test_objectives_ignore_padding_and_pick_the_emitting_state():
         return ScalarOutput(scalars_BT, None, None)
 
     values = response_values(scalars, 0.0, batch)
-    # response tokens are at 1 and 2, emitted in the states 0 and 1
+    # Response tokens are at 1 and 2, emitted in the states 0 and 1.
     assert values[4].tolist() == [40, 41]
     padded |= {
         "old_values_BR": np.asarray(values),
@@ -450,7 +450,7 @@ def optimum(reference, known_B, reward_B, beta, text_weight, rate=0.05, steps=15
             jnp.full(9, 1),
         )
         targets = {"old_logp_BR": old_BR, "advantages_BR": exact_advantages(params, rewards_BR)}
-        # 18 tokens: the sum is no mean here
+        # 18 tokens: the sum is no mean here.
         batch = with_text({**enumerated(), **targets}, text, text_weight / 18)
         updates, opt_state = optimizer.update(
             jax.grad(objective, has_aux=True)(params, batch)[0], opt_state
@@ -664,7 +664,7 @@ def test_several_rewards_are_one_score():
 
 def test_a_missing_end_replaces_or_lowers_the_score():
     response = np.array([[5, 3, 0], [5, 5, 5], [5, 3, 0]])
-    # the last one's is padding
+    # The last one's is padding.
     batch = {"response_BR": response, "mask_BR": np.array([[1, 1, 0], [1, 1, 1], [1, 0, 0]])}
     rules = {"replace": [2.0, -1.0, -1.0], "penalty": [2.0, 2.0, 3.0], "none": [2.0, 3.0, 4.0]}
     for rule, want in rules.items():

@@ -124,7 +124,7 @@ def test_prm800k_s_rows_become_labelled_steps():
 )
 def test_malformed_steps_name_their_field(change, message):
     row = {"prompt": "1+1", "steps": ["1+1=2", "answer 2"], "labels": ["positive", 0.25]} | change
-    # a stage without completions ends the solution; what is no stage is a fault
+    # A stage without completions ends the solution; what is no stage is a fault.
     if message == "label.steps[1]":
         row["label"]["steps"].reverse()
         message = "label.steps[0]: must be an object with completions"
@@ -145,7 +145,7 @@ def test_targets_stand_at_each_labelled_step_s_last_token(tokenizer):
     (row,), lost = encode_steps(record, tokenizer, 64)
     text = "27+8=35\nso 35\n35-6=29\nso 29\nanswer 28"
     prompt = tokenizer.prompt("27+8-6")
-    # as a policy samples it
+    # As a policy samples it.
     assert row["tokens"] == [*prompt, *tokenizer.encode(text), tokenizer.eos] and not lost
     ends = [
         t
@@ -157,7 +157,7 @@ def test_targets_stand_at_each_labelled_step_s_last_token(tokenizer):
     batch = pad_steps([row], 64, tokenizer.pad)
     mask_BT = np.arange(batch["tokens_BT"].shape[1])[None] >= len(prompt)
     mask_BT = mask_BT * (batch["segment_ids_BT"] > 0)
-    # the rule by which responses are read
+    # The rule by which responses are read.
     found = step_ends(batch["tokens_BT"], mask_BT, tokenizer.newlines())
     assert np.flatnonzero(found[0]).tolist() == ends
     short, lost = encode_steps(record, tokenizer, ends[2])
@@ -239,7 +239,7 @@ def test_step_rewards_stand_at_steps_and_sum_to_the_outcome(how):
     np.testing.assert_allclose(rewards_BT.sum(1), expected[:, -1], atol=1e-6)  # telescoped
     assert rewards_BT[0].sum() == 0  # no step, no reward
     summed = (sigmoid(logits_BT) * ends_BT).sum(1)
-    # control: probabilities simply summed do not
+    # Control: probabilities simply summed do not.
     assert np.abs(summed - expected[:, -1]).max() > 0.5
 
 
@@ -289,7 +289,7 @@ def test_ppo_gives_each_step_its_reward_at_its_last_token():
     np.testing.assert_allclose(
         rewards["product"][0], [0, 0, a, 0, a * b - a, 0, a * b * c - a * b, 0], atol=1e-6
     )
-    # it never ends: by the rule its sum is -1, and the last token makes up for the steps
+    # It never ends: by the rule its sum is -1, and the last token makes up for the steps.
     a, b = p[1, [1, 4]]
     np.testing.assert_allclose(
         rewards["product"][1], [0, a, 0, 0, a * b - a, 0, 0, -1 - a * b], atol=1e-6

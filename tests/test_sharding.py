@@ -149,7 +149,7 @@ def test_a_rule_holds_for_whole_names_and_their_copies_in_the_optimizer():
     assert spec_of("decoder/embed", (32, 16), mesh) == P("tensor", "fsdp")
     assert spec_of("opt_state/0/mu/decoder/embed", (32, 16), mesh) == P("tensor", "fsdp")
     assert spec_of("decoder/unembed_", (32, 16), mesh) == spec_of("step", (), mesh) == P()
-    # Adafactor's factor: another shape
+    # Adafactor's factor: another shape.
     assert spec_of("opt_state/0/v_row/decoder/embed", (32,), mesh) == P()
 
 
@@ -174,7 +174,7 @@ def test_batches_are_split_over_data_and_fsdp():
     assert {shard.data.shape for shard in tokens.addressable_shards} == {(2, 4)}
     constrained = jax.jit(constrain_batch)(jnp.zeros((8, 3)))
     assert constrained.sharding.is_equivalent_to(tokens.sharding, 2)
-    # an odd batch is left alone
+    # An odd batch is left alone.
     assert jax.jit(constrain_batch)(jnp.zeros((3, 3))).shape == (3, 3)
 
 

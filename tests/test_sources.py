@@ -308,9 +308,9 @@ def test_held_out_rows_never_train(tmp_path):
         open_source(data, "prompt", split) for split in ("train", "heldout")
     )
     assert len(train) + len(held) == 600 and 10 < len(held) < 60
-    # as messages call them
+    # As messages call them.
     assert (train.name, held.name) == (str(data), f"the held-out split of {data}")
-    # the same rows in any schema
+    # The same rows in any schema.
     for one, other in ((train, train_prompts), (held, held_prompts)):
         assert (one.rows == other.rows).all()
     prompts = [

@@ -312,9 +312,9 @@ def test_summary_of_three_stories_by_hand():
         and got["kl"] == 2
         and got["sentence"] == pytest.approx(10 / 3, abs=1e-5)
     )
-    # of 4 + 2 + 2 triples one was said before
+    # Of 4 + 2 + 2 triples one was said before.
     assert got["repeated"] == pytest.approx(1 / 8, abs=1e-6)
-    # the-cat cat-ran ran-the ran-away a-nice nice-dog dog-sat
+    # the-cat cat-ran ran-the ran-away a-nice nice-dog dog-sat.
     assert got["distinct"] == pytest.approx(7 / 11, abs=1e-6)
     assert got["formula"] == pytest.approx(2 / 3, abs=1e-6) and got["first"] == 1.0
     assert got["also_happy"] == pytest.approx(100 / 14, abs=1e-5)

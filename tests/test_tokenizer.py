@@ -141,7 +141,7 @@ def test_a_model_trained_elsewhere():
     user, hello, assistant, hi = (
         t.encode(text) for text in ("<|user|>", "hello", "<|assistant|>", "hi")
     )
-    # no role tokens: text stands for them
+    # No role tokens: text stands for them.
     assert t.prompt("hello") == [t.bos, *user, *hello, *assistant]
     tokens, mask = t.chat(
         [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]
@@ -165,5 +165,5 @@ def test_a_chat_forgets_its_oldest_turns(tokenizer, monkeypatch, capsys):
     typed = iter(["hello there", "how are you", ""])
     given.clear()
     chat(reply, tokenizer, jax.random.key(0), 1000)
-    # control: where there is room, all turns are given
+    # Control: where there is room, all turns are given.
     assert "hello" in tokenizer.decode(given[1])

@@ -143,7 +143,7 @@ def test_cache_holds_the_log_probabilities_of_the_starting_policy(files, finishe
         known = dict(zip(saved["keys"].tolist(), saved["logps"].tolist(), strict=True))
     kept = np.reshape([known[key] for key in candidate_keys(batch)], batch["ranks_BC"].shape)
     np.testing.assert_allclose(kept, logprobs(load_params(f"{files}/start"), batch), atol=1e-4)
-    # control: the trained policy
+    # Control: the trained policy.
     assert np.abs(kept - logprobs(load_params(str(finished)), batch)).max() > 0.1
     assert (kept[batch["ranks_BC"] > 0] < 0).all() and (kept[batch["ranks_BC"] == 0] == 0).all()
 
@@ -377,7 +377,7 @@ def test_keys_know_a_candidate_whatever_its_padding(files):
     real = short["ranks_BC"].ravel() > 0
     assert len(set(np.array(candidate_keys(short))[real].tolist())) == real.sum()
     short["loss_mask_BCT"][0, 0, 1] = 1 - short["loss_mask_BCT"][0, 0, 1]
-    # control: where the response starts counts
+    # Control: where the response starts counts.
     assert candidate_keys(short) != candidate_keys(wide)
 
 
@@ -430,6 +430,6 @@ def test_a_bad_judgement_names_file_line_and_field(field, capsys, tmp_path, monk
     )
     argv = ["--model.preset=tiny", "--loss=kto", "--unpaired", f"--data={path}"]
     assert f"{path}:2: {field}" in fails(train_dpo, argv, capsys)
-    # the same rows are no comparisons
+    # The same rows are no comparisons.
     compared = fails(train_dpo, ["--model.preset=tiny", f"--data={path}"], capsys)
     assert f"{path}:1: chosen: missing" in compared

@@ -177,7 +177,7 @@ def test_checks_compare_numbers_and_texts():
     record = {"prompt": [], "answer": "She has 3 + 4 = 7.\n#### 1,234"}
     told = ["it is 1234", "1,234.0 of 5", "so 1,234.", "none", "it is -1234"]
     assert [checks.number(text, record) for text in told] == [1.0, 0.0, 1.0, 0.0, 0.0]
-    # two texts without a number do not agree
+    # Two texts without a number do not agree.
     assert checks.number("none", {"answer": "none"}) == 0.0
     assert [checks.exact(text, {"answer": "New York"}) for text in ("new  york ", "york")] == [
         1.0,

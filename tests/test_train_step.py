@@ -298,5 +298,5 @@ def test_evaluation_is_the_mean_over_all_tokens_of_all_batches():
     parts, whole = evaluate(params, batches), evaluate(params, [joined])
     assert parts == pytest.approx(whole, rel=1e-5) and parts.keys() == {"eval/loss", "eval/error"}
     means = [evaluate(params, [batch])["eval/loss"] for batch in batches]
-    # control: a mean of means is another number
+    # Control: a mean of means is another number.
     assert abs(sum(means) / 2 - parts["eval/loss"]) > 1e-3

@@ -254,7 +254,7 @@ def test_logits_of_a_random_checkpoint_and_its_round_trip(name, tmp_path, capsys
         stored_model(str(tmp_path / "run")),
     )
     assert dataclasses.replace(mine, preset="") == dataclasses.replace(stored, preset="")
-    # the two are one then
+    # The two are one then.
     assert mine.preset == ("llama" if name == "mistral without window" else c["model_type"])
     run_of(folder, tmp_path / "again")
     trees = [load_params(str(tmp_path / run)) for run in ("run", "again")]
@@ -484,7 +484,7 @@ def test_a_tokenizer_json_keeps_the_contract_of_tokenizers(tmp_path, capsys):
         assert t.encode(text) == made.encode(text).ids and t.decode(t.document(text)) == text
     spelled = "hello <|endoftext|><|im_start|>"
     assert not {t.eos, t.pad} & set(t.encode(spelled)) and t.decode(t.encode(spelled)) == spelled
-    # control: the package by itself does take the text for the token
+    # Control: the package by itself does take the text for the token.
     assert end in made.encode(spelled).ids
     tokens, mask = t.chat(
         [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "The cat."}]

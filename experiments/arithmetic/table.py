@@ -74,7 +74,7 @@ def agreement(run: pathlib.Path) -> dict[str, float]:
     """Of Monte Carlo labels with the program's, on the steps that the latter judges, the last ones left out."""
     pairs = [
         (gold != "negative", share)
-        # fewer of these
+        # Fewer of these.
         for one, other in zip(
             lines(run / "gold.jsonl"), lines(run / "completions.jsonl"), strict=False
         )

@@ -81,7 +81,7 @@ def run(words: list[str], folder: pathlib.Path) -> dict[str, float]:
         process.wait()
     if process.returncode:
         raise UserError(f"{log}: the run ended with {process.returncode}; its last lines say why")
-    # the first two steps may compile, the last one saves
+    # The first two steps may compile, the last one saves.
     ticks = (spent[STEPS - 1] - spent[2]) / (STEPS - 3)
     return {"cpu_seconds": ticks / os.sysconf("SC_CLK_TCK"), "peak_mb": peak}
 

@@ -149,7 +149,7 @@ def training_flops(run: str) -> float:
         not is_function(name) for name in ([rewards] if isinstance(rewards, str) else rewards)
     )
     sampled = sampling_flops(c, config, batch)
-    # rollout; policy, reference, reward and value; updates of policy and value
+    # Rollout; policy, reference, reward and value; updates of policy and value.
     if script == "train_ppo":
         return steps * (
             sampled + 2 * policy + (models + 1) * scalar + config["epochs"] * 3 * (policy + scalar)
@@ -300,7 +300,7 @@ def responses_of(
 def row_of(config: Config, method: str, seed: int) -> dict[str, Any]:
     """Trains and measures one method with one seed."""
     align = config.align.format(seed=seed)
-    # name the run, so that it is never taken for another's
+    # Name the run, so that it is never taken for another's.
     words = [*METHODS[method][1:], *config.flags.split()]
     run, cost = (
         pathlib.Path(config.out)

@@ -129,6 +129,6 @@ def openings(split: str) -> list[str]:
         for kind, names in KINDS.items()
         for name in [names.split()[name_i]]
     ]
-    # coprime with the length in all three splits (tested): each opening once
+    # Coprime with the length in all three splits (tested): each opening once.
     stride = len(grid) * 5 // 8 + 1
     return [grid[i * stride % len(grid)] for i in range(len(grid))]

@@ -158,7 +158,7 @@ def markdown(results: dict[str, Any]) -> str:
     """The tables of README.md."""
 
     def cell(values: dict[str, float], digits: int) -> str:
-        # + 0.0: never -0.00
+        # + 0.0: never -0.00.
         shown = {name: f"{round(x, digits) + 0.0:.{digits}f}" for name, x in values.items()}
         return shown["mean"] + (f" [{shown['low']}, {shown['high']}]" if "low" in shown else "")
 
