@@ -84,7 +84,8 @@ RINGS = {  # mesh, type, query heads, key/value heads, options
 )
 def test_a_ring_equals_float64(case, implementation, rng):
     config, dtype, heads, kv_heads, options = RINGS[case]
-    mesh, options = make_mesh(config), dict(options)
+    mesh = make_mesh(config)
+    options = dict(options)
     length = 64 * int(rng.integers(1, 4))
     assert turns_of(length) == mesh.shape["sequence"] and turns_of(length + 2) == 1
     arrays = drawn(rng, 2, length, heads, kv_heads, 64, dtype)
@@ -158,10 +159,8 @@ def scans(jaxpr):
 @pytest.mark.parametrize(("stages", "parts"), [(4, 3), (8, 4)])
 def test_the_schedule_takes_as_many_ticks_as_the_bubble_says(stages, parts):
     mesh = make_mesh(MeshConfig(data=-1, stage=stages))
-    weights, x = (
-        jnp.arange(1.0, 9.0)[:, None, None] * jnp.eye(16),
-        jnp.ones((parts * 8 // stages, 4, 16)),
-    )
+    weights = jnp.arange(1.0, 9.0)[:, None, None] * jnp.eye(16)
+    x = jnp.ones((parts * 8 // stages, 4, 16))
 
     def run(weights, x, scale):
         for w in weights:
@@ -205,7 +204,8 @@ def test_the_bubble_is_in_the_runs_arithmetic():
 
 def rows(seed, *shape):
     """Packed rows: two segments and padding."""
-    draw, length = np.random.default_rng(seed), shape[-1]
+    draw = np.random.default_rng(seed)
+    length = shape[-1]
     ends = np.sort(draw.integers(2, length + 1, (*shape[:-1], 2)))
     at = np.broadcast_to(np.arange(length), shape)
     segments = (at < ends[..., :1]) + 2 * ((at >= ends[..., :1]) & (at < ends[..., 1:]))
@@ -248,7 +248,8 @@ def five_steps(config, name, microbatches, model_config=CONFIG):
         model(model_config, microbatches) if model is LanguageModel else model(model_config)
     )
     state = init_sharded(lambda key: init_state(init(key), OPTIMIZER), mesh, jax.random.key(0))
-    step, losses = make_train_step(partial(objective, apply), OPTIMIZER, microbatches), []
+    step = make_train_step(partial(objective, apply), OPTIMIZER, microbatches)
+    losses = []
     for seed in range(5):
         state, metrics = step(state, to_mesh(batches(seed), mesh))
         losses.append(float(metrics["loss"]))

@@ -107,7 +107,9 @@ def test_resuming_at_any_step_equals_going_on(tokenizer, narrow, schema, make):
     def start(seed=0):
         return make(source_of(RECORDS[schema]), tokenizer, batch_size=3, length=64, seed=seed)
 
-    whole, states, expected = start(), [], []
+    whole = start()
+    states = []
+    expected = []
     while whole.epoch < 2.2:
         states.append(json.loads(json.dumps(whole.state)))
         expected.append(next(whole))

@@ -123,10 +123,8 @@ def test_value_and_gradient_equal_the_papers_formula(name):
         return np.array(losses)
 
     with jax.enable_x64(True):
-        losses, grad = (
-            in_jax(jnp.array(noisy)),
-            jax.grad(lambda x: in_jax(x).sum())(jnp.array(noisy)),
-        )
+        losses = in_jax(jnp.array(noisy))
+        grad = jax.grad(lambda x: in_jax(x).sum())(jnp.array(noisy))
         assert losses.dtype == jnp.float64 and losses.shape == (6,)
     np.testing.assert_allclose(losses, in_loops(tokens), rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(grad, numerical_slopes(in_loops, tokens), atol=1e-6)
@@ -151,7 +149,8 @@ def test_rrhf_equals_loops():
     tokens = np.random.default_rng(1).integers(1, 9, (4, 4)).astype(float)
     loss = partial(direct.rrhf, ranks_BC=RANKS_OF_FOUR, tokens_BC=tokens)
     with jax.enable_x64(True):
-        losses, grad = loss(logp), jax.grad(lambda x: loss(x).sum())(jnp.array(logp))
+        losses = loss(logp)
+        grad = jax.grad(lambda x: loss(x).sum())(jnp.array(logp))
     in_loops = partial(rrhf_in_loops, ranks=RANKS_OF_FOUR, tokens=tokens)
     np.testing.assert_allclose(losses, in_loops(logp), atol=1e-6)
     np.testing.assert_allclose(grad, numerical_slopes(in_loops, logp), atol=1e-6)
@@ -314,7 +313,8 @@ def test_objective_averages_over_the_pairs_of_each_ranking(name, extremes):
         sums, counts = sums_in_loops(table, batch)
         theirs = sums_in_loops(reference, batch)[0] if name == "dpo" else np.zeros_like(sums)
         scores = sums / np.maximum(counts, 1) if name == "simpo" else sums
-        total, gaps = 0.0, []
+        total = 0.0
+        gaps = []
         for b, ranks in enumerate(batch["ranks_BC"]):
             pairs = [(i, j) for i in range(4) for j in range(4) if 0 < ranks[i] < ranks[j]]
             if extremes and pairs:
@@ -343,7 +343,8 @@ def test_objective_averages_over_the_pairs_of_each_ranking(name, extremes):
 
 def test_chosen_and_rejected_go_through_the_model_once():
     """All candidates in one pass forward; the gradient takes no other."""
-    passes, batch = [], candidates(RANKS)
+    passes = []
+    batch = candidates(RANKS)
     batch["reference_BC"] = np.zeros((5, 4), np.float32)
 
     def counted(params, tokens, *rest, **options):
@@ -418,10 +419,8 @@ def start_tables():
 
 def nine_probs(params):
     first, second = (np.float64(params[k]) for k in ("first", "second"))
-    first, second = (
-        first - np.log(np.exp(first).sum()),
-        second - np.log(np.exp(second).sum(1, keepdims=True)),
-    )
+    first = first - np.log(np.exp(first).sum())
+    second = second - np.log(np.exp(second).sum(1, keepdims=True))
     return np.exp(first[FIRST] + second[FIRST, SECOND])
 
 
@@ -446,7 +445,8 @@ def distance(p, q):
 
 def test_dpo_reaches_its_closed_form():
     """Every ordered pair, weighted by its Bradley-Terry probability, is DPO's population loss."""
-    reward, start = 1.5 * normal(9, seed=5), start_tables()
+    reward = 1.5 * normal(9, seed=5)
+    start = start_tables()
     order = np.array([(i, j) for i in range(9) for j in range(9) if i != j])
     preferred = sigmoid(reward[order[:, 0]] - reward[order[:, 1]]).astype(np.float32)
     batch = sequences(order)
@@ -479,10 +479,8 @@ def kto_optimum(reference, weights, beta):
     def bisect(is_low, low, high):
         for _ in range(45):
             middle = 0.5 * (low + high)
-            low, high = (
-                np.where(is_low(middle), middle, low),
-                np.where(is_low(middle), high, middle),
-            )
+            low = np.where(is_low(middle), middle, low)
+            high = np.where(is_low(middle), high, middle)
         return 0.5 * (low + high)
 
     def policy(z0):
@@ -505,8 +503,10 @@ def kto_optimum(reference, weights, beta):
 
 def test_kto_reaches_its_own_optimum():
     """Where each response is desirable more often than not; one mostly undesirable is driven out altogether."""
-    start, beta = start_tables(), 0.5
-    batch, reference = sequences(np.arange(9)[:, None]), nine_probs(start)
+    start = start_tables()
+    beta = 0.5
+    batch = sequences(np.arange(9)[:, None])
+    reference = nine_probs(start)
     reference_BC = direct.candidate_logprobs(tabular, start, batch)
 
     def train(desirable):

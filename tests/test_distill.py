@@ -81,7 +81,8 @@ def test_values_and_gradients_equal_numpy(name):
 def test_jsd_tends_to_either_kl():
     with jax.enable_x64(True):
         z, t, mask = map(jnp.asarray, (STUDENT, TEACHER, MASK))
-        forward, reverse = forward_kl(z, t, mask), reverse_kl(z, t, mask)
+        forward = forward_kl(z, t, mask)
+        reverse = reverse_kl(z, t, mask)
         for small in (1e-5, 1e-7):
             np.testing.assert_allclose(
                 jsd(z, t, mask, beta=small) / small, forward, atol=1e4 * small
@@ -121,11 +122,14 @@ def batch_of(mask=MASK):
 
 
 def numpy_objective(student, teacher, batch, alpha, tau, labelled):
-    loss, slope, shared = 0.0, np.zeros(student.shape), min(student.shape[-1], teacher.shape[-1])
+    loss = 0.0
+    slope = np.zeros(student.shape)
+    shared = min(student.shape[-1], teacher.shape[-1])
     for tokens, mask in zip(batch["tokens_BT"], batch["loss_mask_BT"], strict=True):
         for t in range(1, T):
             # The logits after t - 1 tokens predict token t.
-            row, label = ((tokens[t - 1], t - 1), tokens[t])
+            row = (tokens[t - 1], t - 1)
+            label = tokens[t]
             if not mask[t]:
                 continue
             value, grad = numpy_forward(student[row][:shared] / tau, teacher[row][:shared] / tau)
@@ -143,7 +147,9 @@ def numpy_objective(student, teacher, batch, alpha, tau, labelled):
 )
 def test_objective_equals_numpy_with_padding_and_vocabularies_of_other_sizes(labelled, vocabulary):
     with jax.enable_x64(True):
-        student, teacher, batch = table(0), table(1, vocabulary), batch_of()
+        student = table(0)
+        teacher = table(1, vocabulary)
+        batch = batch_of()
         settings = {"alpha": 0.3, "tau": 2.5, "labelled": labelled}
         loss_of = partial(distill_objective, model, model, divergence=forward_kl, **settings)
         gradient = jax.value_and_grad(
@@ -166,7 +172,8 @@ def test_objective_equals_numpy_with_padding_and_vocabularies_of_other_sizes(lab
 
 
 def test_alpha_one_is_supervised_fine_tuning_exactly():
-    student, teacher = table(0).astype(jnp.float32), table(1).astype(jnp.float32)
+    student = table(0).astype(jnp.float32)
+    teacher = table(1).astype(jnp.float32)
     sft = jax.value_and_grad(lambda x: likelihood_objective(model, x, batch_of())[0])(student)
 
     def distilled(alpha, teacher):

@@ -94,11 +94,13 @@ def test_label_accuracy_follows_the_set_reliability(shown, reliability):
     chance = 0.0
     for flips in itertools.product((0, 1), repeat=6):
         odds = np.prod([1 - reliability if flip else reliability for flip in flips])
-        good, bad = 3 - sum(flips[:3]), sum((1, 1, 0)[i] != flips[3 + i] for i in range(3))
+        good = 3 - sum(flips[:3])
+        bad = sum((1, 1, 0)[i] != flips[3 + i] for i in range(3))
         chance += odds * (0.5 + 0.5 * np.sign(good - bad))
     pairs = []
     for i in range(2000):
-        request, rng = world.prompt(i), random.Random(i)
+        request = world.prompt(i)
+        rng = random.Random(i)
         a, b = (world.respond(request, quality, rng) for quality in (1.0, 0.3))
         if sum(world.gold(request.text, b)) == 2:
             pairs.append((asked(request.text), a, b))
@@ -189,7 +191,8 @@ def chance_of_a(judge):
 
     def chance(text):
         tokens = tokenizer.prompt(text)
-        row, real = np.zeros((1, 256), np.int32), np.arange(256)[None] < len(tokens)
+        row = np.zeros((1, 256), np.int32)
+        real = np.arange(256)[None] < len(tokens)
         row[0, : len(tokens)] = tokens
         output = apply(params, row, real.astype(np.int32), np.arange(256)[None] * real)
         logits = np.asarray(unembed(output.x_BTD, output.unembed_DV), np.float64)
@@ -205,7 +208,8 @@ def test_position_bias_cancels_in_a_language_models_judgement(runs):
     ours, mirrored = prefer(QUESTIONS), prefer([(p, b, a) for p, a, b in QUESTIONS])
     np.testing.assert_allclose(ours + mirrored, 1, atol=1e-6)
     np.testing.assert_allclose(ours[1], 0.5, atol=1e-6)  # a response against itself
-    chance, single = chance_of_a(judge), np.zeros((2, 2, 2))
+    chance = chance_of_a(judge)
+    single = np.zeros((2, 2, 2))
     for q, question in enumerate(QUESTIONS):
         for p, text in enumerate(principles):
             single[q, p] = [chance(prompt) for prompt in judges.comparing_prompts(question, text)]
@@ -227,7 +231,9 @@ def test_a_language_model_is_a_rule_and_a_reward(runs, tmp_path, monkeypatch):
     (tmp_path / "own_rule.py").write_text("\n".join(lines) + "\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    keeps, pad, sizes = rewards.load_function("own_rule:polite"), judges.pad_prompts, []
+    keeps = rewards.load_function("own_rule:polite")
+    pad = judges.pad_prompts
+    sizes = []
     counted = lambda rows, *rest, **options: sizes.append(len(rows)) or pad(rows, *rest, **options)
     monkeypatch.setattr(judges, "pad_prompts", counted)
     (messages, *responses), chance = QUESTIONS[0], chance_of_a(load_run(str(runs / "sft")))
@@ -373,7 +379,8 @@ def test_mistakes_are_one_line(runs, tmp_path, capsys):
 
 def test_a_response_is_scored_after_its_prompt_as_training_cuts_it(runs):
     model, tokenizer, params = load_run(str(runs / "rm"), reward=True)
-    prompt, length = asked("what is the capital of france? " * 20), 40
+    prompt = asked("what is the capital of france? " * 20)
+    length = 40
     record = {"prompt": prompt, "responses": ["it is paris."] * 2, "ranking": [1, 2]}
     [row], cut = encode_comparison(record, tokenizer, length)
     batch = pad_comparisons([row], length, tokenizer.pad)
@@ -450,7 +457,8 @@ def serving(config):
 
 
 def test_scores_over_http_are_those_in_process_also_after_a_restart(runs, capsys):
-    mesh, tokenizer = make_mesh(MeshConfig()), Tokenizer.load(runs / "rm")
+    mesh = make_mesh(MeshConfig())
+    tokenizer = Tokenizer.load(runs / "rm")
     batch, records, texts = one_batch(tokenizer, mesh)
     name = str(runs / "rm")
     models, score = rewards.make_reward_scorer([name], tokenizer, mesh)

@@ -212,7 +212,8 @@ def table_after_rounds(reference, reward_V, blind):
 def test_quark_orders_its_words_by_reward_and_the_best_word_gains():
     """Mean rewards under each word, exactly; the control's quantiles are of noise, so that words tell nothing."""
     rng = np.random.default_rng(0)
-    reward_V, start = rng.permutation(ANSWERS) / 25, np.full((6, 208), -1e4, np.float32)
+    reward_V = rng.permutation(ANSWERS) / 25
+    start = np.full((6, 208), -1e4, np.float32)
     # The same whatever the word, which the reference does not know.
     start[:, :ANSWERS] = rng.normal(size=ANSWERS)
     mean = lambda table: np.exp(log_softmax(np.float64(table)))[:, :ANSWERS] @ reward_V

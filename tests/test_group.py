@@ -84,7 +84,8 @@ def paper_loss(method, table, old_table, reference_table, batch, rewards):
             [rewards[i] - 0.01 * (old[i] - reference[i])[t:].sum() for t in range(length[i])]
             for i in range(P * C)
         ]
-        mean, std = np.mean(np.concatenate(A)), np.std(np.concatenate(A))
+        mean = np.mean(np.concatenate(A))
+        std = np.std(np.concatenate(A))
         A = [(np.array(row) - mean) / std for row in A]
         ratio = [np.exp(logp[i] - old[i]) for i in range(P * C)]
         return -np.mean(
@@ -143,7 +144,9 @@ def test_loss_and_gradient_equal_the_papers(method):
     config = settled(
         method, samples_per_prompt=1 if method == "reinforce_pp" else C, max_new_tokens=R
     )
-    batch, reference, old = rollouts(), normal(V, V), normal(V, V, seed=1)
+    batch = rollouts()
+    reference = normal(V, V)
+    old = normal(V, V, seed=1)
     table = old + (1.5e-3 if method == "gspo" else 0.3) * normal(V, V, seed=2)
     rewards = normal(P * C, seed=3).round(2)
     rewards[C : 2 * C] = 0.1  # a group of equal rewards
@@ -173,7 +176,8 @@ def test_loss_and_gradient_equal_the_papers(method):
 @pytest.mark.parametrize("method", ["grpo", "rloo", "reinforce_pp"])
 def test_what_lies_in_the_padding_does_not_matter(method):
     config = settled(method, samples_per_prompt=C, max_new_tokens=R)
-    batch, table = rollouts(), jnp.float32(normal(V, V))
+    batch = rollouts()
+    table = jnp.float32(normal(V, V))
     # Token 0 is met in the padding only.
     table = table.at[0].set(jnp.float32([60.0, -60.0, 0.0, 0.0, 0.0]))
     other = {**batch, "response_BR": np.where(batch["mask_BR"] > 0, batch["response_BR"], 1)}
@@ -235,7 +239,8 @@ def test_dr_grpo_weighs_neither_length_nor_spread():
     In GRPO a token of the long wrong answer is pushed down a third as hard as one of the short (Dr. GRPO, section
     3.1), and the prompt with the small spread as hard as the other. In Dr. GRPO it is as the rewards say.
     """
-    lengths, rewards = [2, 6, 2, 2], np.float32([10.0, 0.0, 0.0, 1.0])
+    lengths = [2, 6, 2, 2]
+    rewards = np.float32([10.0, 0.0, 0.0, 1.0])
     mask = (np.arange(R) < np.array(lengths)[:, None]).astype(np.float32)
     tokens = np.zeros((4, R + 1), np.int32)
     batch = {
@@ -275,7 +280,8 @@ def test_normalised_uses_n_or_n_minus_1():
 
 
 def test_gspo_ratio_is_the_geometric_mean():
-    change, lengths = 0.3 * normal(5, R), np.array([1, 2, 3, 4, 6])
+    change = 0.3 * normal(5, R)
+    lengths = np.array([1, 2, 3, 4, 6])
     mask = (np.arange(R) < lengths[:, None]).astype(np.float32)
     ratio = np.exp(group.log_ratio(change * mask, mask, "geometric"))
     for b, length in enumerate(lengths):
@@ -323,7 +329,9 @@ def test_overlong_penalty_is_piecewise():
 
 def test_dynamic_sampling_drops_groups_of_equal_rewards():
     config = settled("dapo", samples_per_prompt=C, max_new_tokens=R)
-    batch, table, pools = rollouts(), jnp.float32(normal(V, V)), []
+    batch = rollouts()
+    table = jnp.float32(normal(V, V))
+    pools = []
     for equal in (0, 2), (1,):
         rewards = np.float32(normal(P, C, seed=3).round(2))
         rewards[list(equal)] = 1.0
@@ -357,8 +365,10 @@ def test_dynamic_sampling_drops_groups_of_equal_rewards():
 
 
 def test_reinforce_pp_normalises_over_the_batch():
-    batch, scale = rollouts(), np.repeat([1.0, 10.0, 100.0], C)
-    mask, rewards_BR = batch["mask_BR"], np.zeros((P * C, R))
+    batch = rollouts()
+    scale = np.repeat([1.0, 10.0, 100.0], C)
+    mask = batch["mask_BR"]
+    rewards_BR = np.zeros((P * C, R))
     rewards_BR[np.arange(P * C), mask.sum(1).astype(int) - 1] = scale * normal(P * C, seed=1)
     A = np.asarray(group.reinforce_pp(jnp.float32(rewards_BR), jnp.float32(mask)))
     real = A[mask > 0]
@@ -373,11 +383,9 @@ def test_reinforce_pp_normalises_over_the_batch():
 
 
 def test_rewards_combine():
-    help_B, harm_B, true_B = (
-        np.float32([2.0, 3.0, -1.0]),
-        np.float32([0.5, -0.5, 1.0]),
-        np.float32([1.0, 1.0, -2.0]),
-    )
+    help_B = np.float32([2.0, 3.0, -1.0])
+    harm_B = np.float32([0.5, -0.5, 1.0])
+    true_B = np.float32([1.0, 1.0, -2.0])
     scores = [help_B, harm_B, true_B]
     np.testing.assert_allclose(combined(scores, "mean"), np.mean(scores, 0), rtol=1e-6)
     np.testing.assert_allclose(combined(scores, "weighted", weights=(1, 0, 0)), help_B)
@@ -442,9 +450,11 @@ def distance(p, q):  # total variation
 @pytest.mark.parametrize("count", [2, 3])
 def test_rloo_is_unbiased_by_enumeration(count):
     """The expectation of its gradient over all groups of `count` responses is the exact policy gradient."""
-    params, reward = tables(), jnp.float32(normal(9, seed=5))
+    params = tables()
+    reward = jnp.float32(normal(9, seed=5))
     groups = np.stack(np.meshgrid(*[np.arange(9)] * count, indexing="ij"), -1).reshape(-1, count)
-    batch, chance = sequences(groups.reshape(-1)), jnp.exp(nine_logps(params)[groups].sum(1))
+    batch = sequences(groups.reshape(-1))
+    chance = jnp.exp(nine_logps(params)[groups].sum(1))
     rewards_BR = token_rewards(
         reward[groups.reshape(-1)],
         jnp.zeros((groups.size, 2)),
@@ -564,11 +574,13 @@ def test_with_the_kl_in_the_reward_the_optimum_is_the_closed_form(method):
 def test_the_papers_grpo_has_another_optimum():
     """Its KL in the loss is k3, whose gradient is that of KL(reference || policy), and its reward is divided by its
     deviation: pi (r - mean) / std = beta (pi - reference), here solved by plain ascent in float64, on one token."""
-    beta, steady = 2.0, np.full(9, 0.0)
+    beta = 2.0
+    steady = np.full(9, 0.0)
     # The second is always 0.
     start = {"first": tables()["first"], "second": jnp.float32([[30.0, 0.0, 0.0]] * 3)}
     reward = np.float64([2.0, 0.0, -1.0, 0, 0, 0, 0, 0, 0])[[0, 0, 0, 1, 1, 1, 2, 2, 2]]
-    r, logits = reward[::3], np.float64(start["first"])
+    r = reward[::3]
+    logits = np.float64(start["first"])
     reference = np.exp(logits) / np.exp(logits).sum()
     for _ in range(4000):
         pi = np.exp(logits) / np.exp(logits).sum()
@@ -590,7 +602,8 @@ def test_the_papers_grpo_has_another_optimum():
 
 def test_the_gradient_of_each_kl_estimate():
     """Of E[estimate] with the samples held, as it is in the loss: k1 none, k2 KL(pi || ref), k3 KL(ref || pi)."""
-    pi, reference = jnp.float32(normal(4)), jax.nn.log_softmax(jnp.float32(normal(4, seed=1)))
+    pi = jnp.float32(normal(4))
+    reference = jax.nn.log_softmax(jnp.float32(normal(4, seed=1)))
     p = jax.nn.softmax(pi)
 
     def gradient(estimator):

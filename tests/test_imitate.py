@@ -38,7 +38,10 @@ def tokenizer(tmp_path_factory):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_selection_equals_plain_loops_with_ties_and_empty_rows(seed):
-    scores, group, one_in, threshold = scores_with_ties(seed), 4, 4, 0.5
+    scores = scores_with_ties(seed)
+    group = 4
+    one_in = 4
+    threshold = 0.5
     best = [False] * len(scores)
     for start in range(0, len(scores), group):
         winner = max(range(start, start + group), key=lambda b: (scores[b], -b))
@@ -118,7 +121,8 @@ def kl_of_best(probs, rewards, n):
 def test_kl_of_best_of_n_stays_below_the_bound():
     rng = np.random.default_rng(0)
     probs = rng.dirichlet(np.ones(5))
-    distinct, tied = np.arange(5.0), np.array([0.0, 1.0, 1.0, 1.0, 1.0])
+    distinct = np.arange(5.0)
+    tied = np.array([0.0, 1.0, 1.0, 1.0, 1.0])
     for n in (1, 2, 3, 5):
         exact = kl_of_best(probs, distinct, n)
         # Of the best reward (Beirami et al. 2024).
@@ -157,7 +161,8 @@ def test_raft_with_one_sample_is_sft_on_the_policys_own_responses(tokenizer):
     params = jax.jit(init)(jax.random.key(0))
     texts = ["1 plus 2", "what is 11 plus 19, please?", "3", "19 plus 0 is 19"]
     asked = [tokenizer.prompt(text) for text in texts]
-    length, new = max(map(len, asked)), 6
+    length = max(map(len, asked))
+    new = 6
     sampling = SamplingConfig(max_new_tokens=new)
     prompts = pad_prompts([{"tokens": row} for row in asked], length, tokenizer.pad, fixed=True)
     rollout = make_rollout(apply, model, sampling, eos=tokenizer.eos, pad=tokenizer.pad)

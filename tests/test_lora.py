@@ -228,7 +228,9 @@ def test_reward_model_and_ppo_train_adapters_and_heads(runs, monkeypatch):
         "--lora.rank=2",
     ]
     ppo += ["--save_every=1"]
-    seen, shared, make_advantages = [], [], train_ppo.make_advantages
+    seen = []
+    shared = []
+    make_advantages = train_ppo.make_advantages
 
     def watched(config, apply, *rest, **tokens):
         compute_advantages = make_advantages(config, apply, *rest, **tokens)

@@ -57,12 +57,14 @@ def test_a_direct_method_passes_four_candidates_forward_and_back_and_the_referen
 
 
 def test_words_are_added_at_the_end_of_the_user_s_turn(tmp_path):
-    added, texts = "\nA helpful answer:", ("hello.", "please name two months.")
+    added = "\nA helpful answer:"
+    texts = ("hello.", "please name two months.")
     tokenizer = Tokenizer.train([*texts, added] * 9, tmp_path, 300)
     plain, expected = (
         [{"tokens": tokenizer.prompt(text + end)} for text in texts] for end in ("", added)
     )
-    words, longest = tokenizer.encode(added), max(len(row["tokens"]) for row in plain)
+    words = tokenizer.encode(added)
+    longest = max(len(row["tokens"]) for row in plain)
     asked = study.with_suffix(pad_prompts(plain, longest, tokenizer.pad, fixed=True), words)
     for name, x in pad_prompts(expected, longest + len(words), tokenizer.pad, fixed=True).items():
         np.testing.assert_array_equal(asked[name], x)

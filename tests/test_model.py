@@ -50,7 +50,8 @@ def make(config, model=LanguageModel, seed=0):
     The model returns (logits, cache), or of a ScalarModel its scalars.
     """
     init, apply = init_and_apply(model(config))
-    rng, shapes = np.random.default_rng(seed), jax.eval_shape(init, jax.random.key(0))
+    rng = np.random.default_rng(seed)
+    shapes = jax.eval_shape(init, jax.random.key(0))
 
     def leaf(path, shape):
         noise = 0.3 * rng.normal(size=shape.shape)
@@ -135,7 +136,10 @@ def test_causality_by_gradients():
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_cached_equals_uncached_under_left_padding(variant):
-    config, left, prompt, total = VARIANTS[variant], (0, 2, 5), 4, 9
+    config = VARIANTS[variant]
+    left = (0, 2, 5)
+    prompt = 4
+    total = 9
     params, apply = make(config)
     tokens_BT = random_tokens(3, total)
     want = at(apply(params, *rows(tokens_BT, left))[0], left, total)
@@ -157,7 +161,8 @@ def test_cached_equals_uncached_under_left_padding(variant):
 
 def test_prefill_of_rows_of_unequal_length():
     params, apply = make(TINY)
-    tokens_BT, lengths = random_tokens(3, 8), (8, 5, 2)
+    tokens_BT = random_tokens(3, 8)
+    lengths = (8, 5, 2)
     inputs = [np.zeros((3, 8), np.int32) for _ in range(3)]
     for b, length in enumerate(lengths):
         inputs[0][b, 8 - length :] = tokens_BT[b, :length]
@@ -167,7 +172,8 @@ def test_prefill_of_rows_of_unequal_length():
     logits, cache = apply(params, *inputs, cache)
     last = logits[:, -1:]
     assert cache.length == 8
-    ones, next_B1 = np.ones((3, 1), np.int32), np.array([[3], [4], [5]], np.int32)
+    ones = np.ones((3, 1), np.int32)
+    next_B1 = np.array([[3], [4], [5]], np.int32)
     after, _ = apply(params, next_B1, ones, np.array(lengths, np.int32)[:, None], cache)
     for b, length in enumerate(lengths):
         alone_1T = np.concatenate([tokens_BT[b : b + 1, :length], next_B1[b : b + 1]], 1)
@@ -241,7 +247,8 @@ def test_rope_depends_on_distance_only_and_turns_halves():
     assert abs(score(3, 1) - score(3, 2)) > 1e-2  # control
     assert score(5, 5) == pytest.approx(float((q * k).sum()), abs=1e-5)
     # Half-split: as complex numbers x[i] + j x[i + H/2] multiplied by exp(j m base^(-2i/H)).
-    x, m = q.reshape(8).astype(np.float64), 11
+    x = q.reshape(8).astype(np.float64)
+    m = 11
     turned = (x[:4] + 1j * x[4:]) * np.exp(1j * m * config.rope_base ** (-np.arange(4) / 4))
     got = np.asarray(rotate(q, rope_turns(config, jnp.full((1, 1), m)))).reshape(8)
     np.testing.assert_allclose(got, np.concatenate([turned.real, turned.imag]), atol=1e-5)
@@ -341,7 +348,8 @@ def test_auxiliary_losses_of_the_layers_are_summed(has_loss):
 
 
 def test_bfloat16_compute_keeps_logits_and_losses_float32():
-    config, batch = dataclasses.replace(TINY, dtype="bfloat16"), likelihood_batch()
+    config = dataclasses.replace(TINY, dtype="bfloat16")
+    batch = likelihood_batch()
     params, apply = make(TINY)
     (want, _), _ = loss_and_grads(TINY, batch)
     (loss, (weight, _)), grads = loss_and_grads(config, batch)

@@ -26,8 +26,10 @@ def normal(*shape, seed=0):
 
 
 def test_logprob_t_is_that_of_token_t_given_those_before():
-    logits, tokens = 5 * normal(3, 6, 11), np.random.default_rng(1).integers(0, 11, (3, 6))
-    got, logp = token_logprobs(logits, tokens), log_softmax(logits)
+    logits = 5 * normal(3, 6, 11)
+    tokens = np.random.default_rng(1).integers(0, 11, (3, 6))
+    got = token_logprobs(logits, tokens)
+    logp = log_softmax(logits)
     want = [[0.0 if t == 0 else logp[b, t - 1, tokens[b, t]] for t in range(6)] for b in range(3)]
     assert got.dtype == jnp.float32 and got.shape == tokens.shape
     np.testing.assert_allclose(got, want, atol=1e-5)
@@ -99,7 +101,8 @@ def pairwise(rewards, ranks, margins, coefficient):
 
 @pytest.mark.parametrize("coefficient", [0.0, 0.01])
 def test_ranking_loss_and_gradient_equal_a_loop_over_pairs(coefficient):
-    rewards, margins = 2 * np.float64(normal(40, 5)), np.abs(np.float64(normal(40, seed=2)))
+    rewards = 2 * np.float64(normal(40, 5))
+    margins = np.abs(np.float64(normal(40, seed=2)))
     # Ties and absent candidates, full and empty rows.
     ranks = np.random.default_rng(1).integers(0, 5, (40, 5))
     ranks[0], ranks[1], ranks[2] = [3, 1, 2, 5, 4], 0, 2
@@ -130,12 +133,11 @@ def test_ranking_loss_and_gradient_equal_a_loop_over_pairs(coefficient):
 
 
 def test_two_candidates_are_plain_bradley_terry():
-    rewards, zero = 3 * normal(8, 2), np.zeros(8, np.float32)
+    rewards = 3 * normal(8, 2)
+    zero = np.zeros(8, np.float32)
     ranks = np.array([[1, 2], [2, 1]] * 4)
-    chosen, rejected = (
-        rewards[np.arange(8), ranks.argmin(1)],
-        rewards[np.arange(8), ranks.argmax(1)],
-    )
+    chosen = rewards[np.arange(8), ranks.argmin(1)]
+    rejected = rewards[np.arange(8), ranks.argmax(1)]
     losses, _ = ranking_loss(rewards, ranks, zero)
     np.testing.assert_allclose(
         losses, np.log1p(np.exp(-(chosen - rejected).astype(np.float64))), rtol=1e-5
@@ -207,7 +209,8 @@ def test_ranking_objective_with_language_model_loss_on_the_best():
         assert float(metrics[name][0]) == pytest.approx(parts.sum(), rel=1e-4)
 
     both, (_, metrics) = plain(batch, lm_coef=0.5)
-    nll, logp = 0.0, log_softmax(table_VV)
+    nll = 0.0
+    logp = log_softmax(table_VV)
     for b, best in ((0, 1), (1, 0), (3, 2)):  # row 2 has no pair, so it does not count at all
         tokens, mask = batch["tokens_BCT"][b, best], batch["loss_mask_BCT"][b, best]
         nll -= np.mean([logp[tokens[t - 1], tokens[t]] for t in np.nonzero(mask)[0]])

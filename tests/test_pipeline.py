@@ -85,7 +85,8 @@ def test_reward_is_shifted_to_score_good_responses_zero(runs):
 
 
 def test_a_reward_model_goes_on_from_another_head_and_all(runs):
-    stored, model = load_params(str(runs / "rm")), ModelConfig.from_preset("tiny")
+    stored = load_params(str(runs / "rm"))
+    model = ModelConfig.from_preset("tiny")
     mesh = make_mesh(MeshConfig(data=1, fsdp=8))
     start = starting_params(
         init_and_apply(ScalarModel(model))[0], model, str(runs / "rm"), mesh, seed=1
@@ -215,7 +216,8 @@ def test_ppo_is_equal_over_meshes(runs, one_device_ppo, tmp_path, mesh):
 
 @pytest.mark.slow
 def test_offloaded_models_change_nothing(runs, tmp_path, monkeypatch):
-    kinds, to_memory = [], train_ppo.to_memory
+    kinds = []
+    to_memory = train_ppo.to_memory
 
     def spied(tree, memory):
         tree = to_memory(tree, memory)

@@ -241,7 +241,9 @@ def test_a_convolution_counts_only_places_inside_the_array():
 
 def test_forward_flops_are_those_of_the_compiled_model():
     """Against the CPU's compiler, whose attention computes the half that causality masks too."""
-    c, rows, length = PRESETS["tiny"], 2, 24
+    c = PRESETS["tiny"]
+    rows = 2
+    length = 24
     init, apply = init_and_apply(LanguageModel(c))
     params = jax.eval_shape(init, jax.random.key(0))
     tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32)
@@ -372,7 +374,8 @@ def test_ppo_is_planned_whole(capsys):
     ]
     assert verdict.fits and all(r.cost.flops > 0 for r in verdict.results)
     rollout = verdict.results[0]
-    c, rows = PRESETS["tiny"], 16 / 2
+    c = PRESETS["tiny"]
+    rows = 16 / 2
     # bfloat16, heads over tensor.
     cache = 2 * c.layers * rows * (128 + 64) * c.kv_heads / 2 * 128 * 2
     assert plan.bytes_of(rollout.program.cache) == cache < rollout.temporaries

@@ -155,7 +155,8 @@ def test_clipped_losses_and_gradients_equal_numpy():
 
 def test_one_score_a_row_at_its_index():
     mask, lengths = random_mask()
-    score, kl = normal(7) + 3, normal(7, 9, seed=1)
+    score = normal(7) + 3
+    kl = normal(7, 9, seed=1)
     got = np.asarray(token_rewards(score, kl, mask, jnp.float32(0.1), lengths - 1))
     assert got.dtype == np.float32
     scores = got + 0.1 * kl * mask
@@ -221,7 +222,8 @@ def exact_advantages(params, rewards_BR):
 
     So weighted, the objective's sum over the nine sequences is the expectation over samples.
     """
-    p_B, still_BR = sequence_probs(params), jnp.flip(jnp.cumsum(jnp.flip(rewards_BR, 1), 1), 1)
+    p_B = sequence_probs(params)
+    still_BR = jnp.flip(jnp.cumsum(jnp.flip(rewards_BR, 1), 1), 1)
     weighted_BR = p_B[:, None] * still_BR
     value_0 = weighted_BR[:, 0].sum()
     values_3 = weighted_BR[:, 1].reshape(3, 3).sum(1) / p_B.reshape(3, 3).sum(1)
@@ -231,7 +233,9 @@ def exact_advantages(params, rewards_BR):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_gradient_at_ratio_one_is_the_exact_policy_gradient(temperature):
-    params, batch, reward_B = tables(0), enumerated(), normal(9, seed=5)
+    params = tables(0)
+    batch = enumerated()
+    reward_B = normal(9, seed=5)
     want = jax.grad(lambda p: (sequence_probs(p, temperature) * reward_B).sum())(params)
     rewards_BR = token_rewards(reward_B, jnp.zeros((9, 2)), batch["mask_BR"], 0.0, jnp.full(9, 1))
     scaled = jax.tree.map(lambda x: x / temperature, params)
@@ -266,7 +270,9 @@ def test_gradient_at_ratio_one_is_the_exact_policy_gradient(temperature):
 
 
 def test_updates_approach_the_closed_form():
-    reference, batch, reward_B = tables(0), enumerated(), 1.5 * normal(9, seed=5)
+    reference = tables(0)
+    batch = enumerated()
+    reward_B = 1.5 * normal(9, seed=5)
     reference_BR = response_logprobs(tabular, reference, batch, 1.0)
     objective = partial(policy_objective, tabular, clip=0.2, temperature=1.0)
     optimizer = optax.adam(optax.linear_schedule(0.1, 0.0, 800))
@@ -306,7 +312,8 @@ def test_updates_approach_the_closed_form():
 
 
 def test_objectives_ignore_padding_and_pick_the_emitting_state():
-    batch, mask = enumerated(), np.ones((9, 2), np.float32)
+    batch = enumerated()
+    mask = np.ones((9, 2), np.float32)
     mask[::2, 1] = 0
     padded = {**batch, "mask_BR": mask, "value_mask_BR": mask, "advantages_BR": normal(9, 2)}
     # Would overflow if not masked.
@@ -413,7 +420,9 @@ def text_rows(loss_mask):
 
 
 def test_pretraining_text_adds_its_mean_loss_whatever_the_microbatches():
-    params, mask, kept = tables(0), np.ones((9, 2), np.float32), np.zeros((9, 2), np.float32)
+    params = tables(0)
+    mask = np.ones((9, 2), np.float32)
+    kept = np.zeros((9, 2), np.float32)
     mask[:4, 1], kept[2:, 0], kept[7:, 1] = 0, 1, 1  # unequal counts, also over the parts
     batch = with_text(some_targets(mask), text_rows(kept), 1.7)
     objective = partial(policy_objective, tabular, clip=0.2, temperature=1.0)
@@ -464,7 +473,8 @@ def optimum(reference, known_B, reward_B, beta, text_weight, rate=0.05, steps=15
 
 def test_with_pretraining_text_the_tax_is_smaller_at_equal_reward():
     """The tax: by how many nats the text, which the reference knows, has become less likely."""
-    reference, reward_B = tables(0), 1.5 * normal(9, seed=5)
+    reference = tables(0)
+    reward_B = 1.5 * normal(9, seed=5)
     known = np.asarray(sequence_probs(reference), np.float64)
 
     def plain(beta):  # the closed form of the optimum without text
@@ -493,12 +503,12 @@ def test_with_pretraining_text_the_tax_is_smaller_at_equal_reward():
 @pytest.mark.parametrize("start", [0.02, 5.0])
 def test_adaptive_kl_converges_to_its_target(start):
     """PPO with exact advantages on the enumerable policy; within 20 % of the target, from either side."""
-    reference, reward_B, target = tables(0), 1.5 * normal(9, seed=5), 0.15
+    reference = tables(0)
+    reward_B = 1.5 * normal(9, seed=5)
+    target = 0.15
     reference_BR = response_logprobs(tabular, reference, enumerated(), 1.0)
-    objective, optimizer = (
-        partial(policy_objective, tabular, clip=0.2, temperature=1.0),
-        optax.adam(0.03),
-    )
+    objective = partial(policy_objective, tabular, clip=0.2, temperature=1.0)
+    optimizer = optax.adam(0.03)
 
     @partial(jax.jit, static_argnames="adapts")
     def train(beta, adapts):

@@ -170,7 +170,8 @@ def test_targets_stand_at_each_labelled_step_s_last_token(tokenizer):
 
 def test_process_objective_and_its_gradient_against_numpy(tokenizer):
     rng = np.random.default_rng(0)
-    logits_BT, targets_BT = rng.normal(size=(4, 9)) * 3, rng.uniform(size=(4, 9)).round(1)
+    logits_BT = rng.normal(size=(4, 9)) * 3
+    targets_BT = rng.uniform(size=(4, 9)).round(1)
     mask_BT = (rng.uniform(size=(4, 9)) < 0.4).astype(np.float64)
     p = sigmoid(logits_BT)
     expected = -(mask_BT * (targets_BT * np.log(p) + (1 - targets_BT) * np.log(1 - p))).sum()
@@ -229,7 +230,8 @@ def test_a_step_ends_at_each_token_that_ends_in_a_newline():
 @pytest.mark.parametrize("how", ["product", "minimum", "last"])
 def test_step_rewards_stand_at_steps_and_sum_to_the_outcome(how):
     rng = np.random.default_rng(1)
-    logits_BT, ends_BT = rng.normal(size=(6, 12)) * 2, rng.uniform(size=(6, 12)) < 0.35
+    logits_BT = rng.normal(size=(6, 12)) * 2
+    ends_BT = rng.uniform(size=(6, 12)) < 0.35
     ends_BT[0], ends_BT[1, -1] = False, True
     expected = np.stack([by_loop(*row, how) for row in zip(logits_BT, ends_BT, strict=True)])
     score_BT = jnp.exp(running_score(jnp.float32(logits_BT), ends_BT, how))
@@ -352,7 +354,8 @@ def test_completion_shares_err_as_one_over_the_root_of_n(tokenizer):
 
 def test_auc_and_first_error_against_loops():
     rng = np.random.default_rng(3)
-    scores, right = rng.normal(size=80).round(1), rng.uniform(size=80) < 0.7
+    scores = rng.normal(size=80).round(1)
+    right = rng.uniform(size=80) < 0.7
     pairs = [(a > b) + 0.5 * (a == b) for a in scores[right] for b in scores[~right]]
     assert auc(scores, right) == pytest.approx(np.mean(pairs), abs=1e-12)
     assert math.isnan(auc(scores, np.ones(80, bool)))
@@ -387,7 +390,8 @@ def test_a_score_that_knows_nothing_is_right_as_often_as_blind_says():
     right = np.array([[1, 0, 1, 1, 0]])
     new_PN = rerank.first_of_equal_texts(texts)
     assert new_PN.tolist() == [[True, True, False, False, True]]
-    rng, hits = np.random.default_rng(0), []
+    rng = np.random.default_rng(0)
+    hits = []
     for _ in range(4000):
         of_text = dict(zip("abc", rng.normal(size=3), strict=True))
         scores = {"orm": np.array([[of_text[text] for text in row] for row in texts])}
@@ -401,7 +405,9 @@ def test_a_score_that_knows_nothing_is_right_as_often_as_blind_says():
 
 def test_step_search_on_a_tree_that_is_known():
     """Steps are [digit, newline] or [digit, eos] at the third; the score is of the digits alone."""
-    newline, eos, calls = 90, 99, []
+    newline = 90
+    eos = 99
+    calls = []
 
     def extend(contexts, number):
         calls.append(len(contexts))
@@ -427,7 +433,8 @@ def test_step_search_on_a_tree_that_is_known():
 
 def test_step_search_over_whole_solutions_is_the_best_of_n():
     """Expert iteration with it is then rejection sampling: of beams x branch samples the best by score."""
-    rng, eos = np.random.default_rng(0), 99
+    rng = np.random.default_rng(0)
+    eos = 99
     drawn = rng.integers(1, 90, (5, 12, 3))  # to each of 5 problems 12 solutions of 3 tokens
     rows = iter(drawn.reshape(-1, 4, 3))
     extend = lambda contexts, number: [[*map(int, t), eos] for _ in contexts for t in next(rows)]
@@ -555,7 +562,8 @@ def test_labels_of_three_kinds_agree_where_they_speak_of_the_same_thing(in_study
     for gold, outcome, shares in zip(*files, strict=True):
         assert gold["steps"] == outcome["steps"] == shares["steps"]
         assert outcome["labels"][:-1] == [None] * (len(gold["steps"]) - 1)
-        text, response = gold["prompt"][0]["content"], "\n".join(gold["steps"])
+        text = gold["prompt"][0]["content"]
+        response = "\n".join(gold["steps"])
         solved = float(arithmetic.solved(text, response))
         assert outcome["labels"][-1] == shares["labels"][-1] == solved
         assert all(0 <= label <= 1 and (8 * label).is_integer() for label in shares["labels"])

@@ -88,7 +88,8 @@ def five_steps(mesh, name, microbatches=1):
     init, apply = init_and_apply(model(CONFIG))
     with jax.set_mesh(mesh):
         state = init_sharded(lambda key: init_state(init(key), OPTIMIZER), mesh, jax.random.key(0))
-        step, losses = make_train_step(partial(objective, apply), OPTIMIZER, microbatches), []
+        step = make_train_step(partial(objective, apply), OPTIMIZER, microbatches)
+        losses = []
         for seed in range(5):
             state, metrics = step(state, to_mesh(batches(seed), mesh))
             losses.append(float(metrics["loss"]))

@@ -286,7 +286,8 @@ def test_a_preparation_that_fails_or_loses_rows_leaves_nothing(tmp_path, cache, 
         with pytest.raises(UserError, match=r"disk full.*set PLUMB_CACHE"):
             open_source(data, "text", "train")
         assert not list(cache.iterdir())
-    every, calls = sources._records, []
+    every = sources._records
+    calls = []
 
     def one_fewer_the_second_time(*args):
         calls.append(1)

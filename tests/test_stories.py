@@ -61,7 +61,8 @@ def forward(weights, tokens, heads, kv_heads):
 
 def test_a_random_checkpoint_gives_the_logits_of_an_independent_forward_pass(tmp_path, capsys):
     tokenizer = Tokenizer.train(["a small text to train on"], tmp_path / "t.model", 300)
-    D, F, L, N, K, V, T = 16, 24, 2, 4, 2, tokenizer.size, 32
+    D, F, L, N, K, T = 16, 24, 2, 4, 2, 32
+    V = tokenizer.size
     rng = np.random.default_rng(0)
     shapes = [
         (V, D),
@@ -263,7 +264,8 @@ def test_two_iterations_log_kl_and_samples_before_and_after(tiny):
 @pytest.mark.slow  # compiles everything twice more
 def test_resuming_gives_the_same_policy(tiny, tmp_path):
     """Stopped by SIGTERM's path after one iteration and gone on: equal to the bit to the run that went through."""
-    due, calls = Checkpoints.due, []
+    due = Checkpoints.due
+    calls = []
 
     def stop_once(self, step, every, last):
         calls.append(step)
@@ -322,10 +324,8 @@ def test_summary_of_three_stories_by_hand():
 
 def test_readme_shows_the_results_of_its_json():
     folder = pathlib.Path(measure.__file__).parent
-    text, results = (
-        (folder / "README.md").read_text(),
-        json.loads((folder / "results.json").read_text()),
-    )
+    text = (folder / "README.md").read_text()
+    results = json.loads((folder / "results.json").read_text())
     for part in (results["command"], measure.markdown(results), measure.samples(results)):
         assert part in text
 

@@ -272,7 +272,8 @@ def in_loops(name, table, batch, kl):
 @pytest.mark.parametrize("name", get_args(train_dpo.Loss))
 def test_every_loss_of_the_script_is_the_papers_on_its_own_batches(files, name):
     """Sum over the batch and gradient, with settings that are not the defaults: what is bound to what, too."""
-    tokenizer, rng = Tokenizer.load(files / "start"), np.random.default_rng(0)
+    tokenizer = Tokenizer.load(files / "start")
+    rng = np.random.default_rng(0)
     source = open_source(str(files / "comparisons.jsonl"), "comparison", "train")
     table, direction = rng.normal(size=(2, tokenizer.size, tokenizer.size))
     settings = {**SETTINGS, "loss": name, "batch_size": 8, "length": 64, **OWN.get(name, {})}
@@ -303,14 +304,16 @@ def test_the_readmes_method_of_your_own_is_dpo(monkeypatch):
     _, after = readme.split("A direct method of your own")
     function, entry = (textwrap.dedent(part) for part in after.split("\n\n")[1:3])
     exec(function, vars(direct).copy(), found := {})
-    logps, beta = 3 * np.random.default_rng(0).normal(size=(4, 20)), 0.3
+    logps = 3 * np.random.default_rng(0).normal(size=(4, 20))
+    beta = 0.3
     with jax.enable_x64(True):
         mine, slopes = jax.vjp(partial(found["mine"], beta=beta), *jnp.array(logps))
         dpo, theirs = jax.vjp(partial(direct.dpo, beta=beta), *jnp.array(logps))
         np.testing.assert_allclose(mine, dpo, atol=1e-12)
         np.testing.assert_allclose(slopes(jnp.ones(20)), theirs(jnp.ones(20)), atol=1e-12)
     monkeypatch.setattr(direct, "mine", found["mine"], raising=False)
-    source, place = inspect.getsource(train_dpo.make_objective), "to_a_reference = {\n"
+    source = inspect.getsource(train_dpo.make_objective)
+    place = "to_a_reference = {\n"
     assert source.count(place) == 1
     exec(source.replace(place, place + entry), vars(train_dpo).copy(), made := {})
     objective, needs_reference = made["make_objective"](
@@ -352,7 +355,8 @@ def test_the_kl_of_the_batch_is_a_mean_over_mismatched_pairs(files):
     )
     batch = next(comparison_batches(source, tokenizer, batch_size=8, length=64))
     table = np.random.default_rng(0).normal(size=(tokenizer.size, tokenizer.size))
-    logp, log_ratios = table - np.log(np.exp(table).sum(-1, keepdims=True)), []
+    logp = table - np.log(np.exp(table).sum(-1, keepdims=True))
+    log_ratios = []
     for b in range(8):
         tokens, mask = batch["tokens_BCT"][b, -1], batch["loss_mask_BCT"][b, -1]
         log_ratios.append(

@@ -44,7 +44,8 @@ def main() -> None:
             "usage: python -m experiments.arithmetic.outcome POLICY LABELLED.jsonl MODEL..."
         )
     policy, labelled, *models = sys.argv[1:]
-    mesh, tokenizer = make_mesh(MeshConfig()), Tokenizer.load(policy)
+    mesh = make_mesh(MeshConfig())
+    tokenizer = Tokenizer.load(policy)
     source = open_source(labelled, "steps", "all")
     rows = [source[i] for i in range(len(source))]
     right = np.array([row["labels"][-1] for row in rows]) > 0.5

@@ -81,7 +81,8 @@ def classifiers(config: Config, rows: list[dict]) -> None:
     ]
     tried = [(name, criterion, getattr(rules, name)) for name, criterion in RULES]
     if config.judge is not None:
-        judge, principles = load_run(config.judge), read_principles(feedback.Config.principles)
+        judge = load_run(config.judge)
+        principles = read_principles(feedback.Config.principles)
         tried += [
             (config.judge, name, make_keeps(judge, text)) for name, text in principles.items()
         ]

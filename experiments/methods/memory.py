@@ -64,7 +64,8 @@ def run(words: list[str], folder: pathlib.Path) -> dict[str, float]:
              "--optimizer.warmup=0", "--eval_every=0", "--save_every=0"],
             stdout=file, stderr=subprocess.STDOUT,
         )  # fmt: skip
-        peak, spent = 0.0, {}
+        peak = 0.0
+        spent = {}
         while process.poll() is None:
             done = len(read_rows(str(folder)))  # a row is written when the next step is recorded
             if done >= STEPS:
@@ -93,11 +94,9 @@ def main(config: Config) -> dict[str, dict[str, float]]:
             f"--methods: {', '.join(sorted(unknown))} unknown; choose of {', '.join(METHODS)}"
         )
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    out, data, path = (
-        pathlib.Path(config.out),
-        f"--data={config.align}/comparisons.jsonl",
-        HERE / "memory.json",
-    )
+    out = pathlib.Path(config.out)
+    data = f"--data={config.align}/comparisons.jsonl"
+    path = HERE / "memory.json"
     start = f"--init={out / 'sft'}"
     if not (out / "rm" / "checkpoints").exists():
         run(["train_sft.py", "--batch_size=8", *SHAPE], out / "sft")

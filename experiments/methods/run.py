@@ -130,21 +130,25 @@ def sampling_flops(c: ModelConfig, config: dict[str, Any], rows: int) -> float:
 
 def training_flops(run: str) -> float:
     """Of a finished run, from its settings and what it logged."""
-    config, rows = load_config(run), read_rows(run)
+    config = load_config(run)
+    rows = read_rows(run)
     c = stored_model(run)
     # A fork is counted as the script it is a copy of; one that differs is told apart below.
     fork, _, script = config["script"].rpartition("/")
     is_online_dpo = fork == "experiments/online_dpo" or config.get("method") == "online_dpo"
     batch, steps = config["batch_size"], config["steps"]
     if script == "train_rm":  # four responses a prompt; logits of the best one only
-        length, count = config["length"], 4 * batch
+        length = config["length"]
+        count = 4 * batch
         return steps * 3 * forward_flops(c, count, length, length / 4 if config["lm_coef"] else 0)
     if script.endswith("train_dpo"):
         passes = direct_passes(script, config.get("loss"))
         return steps * passes * forward_flops(c, batch, config["length"], config["length"])
-    length, new = config["max_prompt"] + config["max_new_tokens"], config["max_new_tokens"]
+    length = config["max_prompt"] + config["max_new_tokens"]
+    new = config["max_new_tokens"]
     policy = forward_flops(c, batch, length, new + 1)
-    scalar, rewards = forward_flops(c, batch, length, 0), config["reward"]
+    scalar = forward_flops(c, batch, length, 0)
+    rewards = config["reward"]
     models = sum(
         not is_function(name) for name in ([rewards] if isinstance(rewards, str) else rewards)
     )
@@ -231,7 +235,8 @@ def train(words: list[str], run: pathlib.Path) -> dict[str, float]:
     if not cost.exists():
         shutil.rmtree(run, ignore_errors=True)
         run.mkdir(parents=True)
-        log, began = run.parent / f"{run.name}.log", time.monotonic()
+        log = run.parent / f"{run.name}.log"
+        began = time.monotonic()
         with log.open("w") as file:
             # A fork takes modules from beside itself, and all others from the root.
             paths = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -302,11 +307,9 @@ def row_of(config: Config, method: str, seed: int) -> dict[str, Any]:
     align = config.align.format(seed=seed)
     # Name the run, so that it is never taken for another's.
     words = [*METHODS[method][1:], *config.flags.split()]
-    run, cost = (
-        pathlib.Path(config.out)
-        / "_".join([method, *(word.lstrip("-") for word in words), str(seed)]),
-        {},
-    )
+    name = "_".join([method, *(word.lstrip("-") for word in words), str(seed)])
+    run = pathlib.Path(config.out) / name
+    cost = {}
     if METHODS[method]:
         cost = train(command(config, method, seed, run), run)
         cost["training_flops"] = training_flops(str(run))

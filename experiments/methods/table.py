@@ -264,7 +264,8 @@ def plot(rows: Rows) -> None:
 
 
 def main() -> None:
-    rows, readme = by_method(read("results.jsonl")), HERE / "README.md"
+    rows = by_method(read("results.jsonl"))
+    readme = HERE / "README.md"
     parts = {
         "quality": quality(rows),
         "kinds": kinds(rows),

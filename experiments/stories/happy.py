@@ -81,10 +81,14 @@ def parts(opening: str, story: str) -> dict[str, float]:
     `story` continues `opening`, which itself earns nothing. Score in [-1, 1]:
     (min(happy, MOST) - sad) / MOST - max(0, 1 - words / ENOUGH), clipped.
     """
-    seen, used, happy, count = set(pairwise(words(opening))), set(), 0, 0
+    seen = set(pairwise(words(opening)))
+    used = set()
+    happy = 0
+    count = 0
     complete, rest = sentences(story)
     for sentence in complete:
-        tokens, new = words(sentence), 0
+        tokens = words(sentence)
+        new = 0
         for pair in pairwise(tokens):
             new += pair not in seen
             seen.add(pair)

@@ -48,7 +48,8 @@ def read(path: str, model: ModelConfig) -> tuple[ModelConfig, Params]:
     if len(content) < 28:
         raise UserError(f"{path}: too short for a header; name a llama2.c .bin file")
     D, F, L, N, K, V, T = (int(x) for x in np.frombuffer(content, "<i4", 7))
-    tied, V = V > 0, abs(V)
+    tied = V > 0
+    V = abs(V)
     H = D // max(N, 1)
     shapes = [
         (V, D),

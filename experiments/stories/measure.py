@@ -90,7 +90,8 @@ def make_tell(
         return samples.response_BR, {name: x.sum(1) for name, x in sums.items()}
 
     def tell(policy: Params, reference: Params, openings: Sequence[str], seed: int):
-        stories, counts = [], collections.defaultdict(list)
+        stories = []
+        counts = collections.defaultdict(list)
         for start in range(0, len(openings), rows):
             part = openings[start : start + rows]
             padded = [{"tokens": [tokenizer.bos, *tokenizer.encode(text)]} for text in part]
@@ -121,7 +122,8 @@ def summarise(
     tokens = [happy.words(story) for story in stories]
     complete = [happy.sentences(story)[0] for story in stories]
     triples, pairs = ([ngrams(story, n) for story in stories] for n in (3, 2))
-    all_words, said = sum(map(len, tokens)), [pair for row in pairs for pair in row]
+    all_words = sum(map(len, tokens))
+    said = [pair for row in pairs for pair in row]
     commonest = collections.Counter(triple for row in triples for triple in set(row)).most_common(
         1
     )[0][1]
@@ -147,7 +149,8 @@ def summarise(
 
 def interval(values: Sequence[float]) -> dict[str, float]:
     """Mean over seeds, with its 95 % interval by Student's t; one seed has no interval."""
-    mean, width = float(np.mean(values)), half(values)
+    mean = float(np.mean(values))
+    width = half(values)
     return {
         "mean": mean,
         **({} if math.isnan(width) else {"low": mean - width, "high": mean + width}),
@@ -214,14 +217,14 @@ def main(config: Config) -> dict[str, Any]:
                 raise UserError(
                     f"--after: {run} has another {name} than {config.after[0]}; measure them apart"
                 )
-    model, tokenizer = (
-        stored_model(config.before),
-        Tokenizer.load(config.before),
-    )
+    model = stored_model(config.before)
+    tokenizer = Tokenizer.load(config.before)
     openings = happy.openings(config.split)
     openings = (openings * -(-config.n // len(openings)))[: config.n]
     tell = make_tell(model, tokenizer, settings[0]["max_prompt"], settings[0]["max_new_tokens"])
-    original, runs, shown = load_params(config.before), [], []
+    original = load_params(config.before)
+    runs = []
+    shown = []
     for number, (run, other) in enumerate(zip(config.after, settings, strict=True)):
         told = {"before": tell(original, original, openings, config.seed + number)}
         told["after"] = tell(load_params(run), original, openings, config.seed + number)
