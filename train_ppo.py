@@ -246,7 +246,7 @@ def make_advantages(
     It returns (experience, metrics).
 
     `models`: a Models; `apply` is the policy's and the reference's, `scalar_apply` the critic's.
-    `scores`: {reward: [B]} and `scalars`: {reward: [B, R + 1]} of rewards.scorer.make_reward_scorer.
+    `scores`: {reward: [B]} and `scalars`: {reward: [B, R + 1]} of make_reward_scorer.
     `kl_coef`: scalar beta. `eos` ends a response; `newlines` are tokens that end a step, used with
     --step_rewards. Nothing is donated. Metrics are scalars: means over the rollout.
     """

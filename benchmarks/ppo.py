@@ -1,6 +1,8 @@
 """A PPO iteration (rollout, advantages, epochs of updates of policy and critic) beside TRL's.
 
-python -m benchmarks.ppo                       # prints a table, writes benchmarks/results/ppo-<platform>.json
+    python -m benchmarks.ppo
+
+Prints a table and writes benchmarks/results/ppo-<platform>.json.
 """
 
 import dataclasses

@@ -1,9 +1,10 @@
-"""Memory and time of PPO, GRPO, RAFT and DPO at equal model size: a few steps of 32 responses each.
+"""Measure memory and time of PPO, GRPO, RAFT and DPO at equal size: a few steps of 32 responses.
 
     python -m experiments.methods.memory --align=runs/align0
 
-Models of 32 million parameters with random weights (the world's are too small to be seen beside the program itself).
-Peak: of resident memory when the last but one step is done, before anything is saved.
+Models have 32 million parameters and random weights (the world's are too small to be seen beside
+the program itself). The peak is that of resident memory when the last but one step is done, before
+anything is saved.
 """
 
 import dataclasses
@@ -59,11 +60,12 @@ def run(words: list[str], folder: pathlib.Path) -> dict[str, float]:
     folder.mkdir(parents=True)
     log = folder.parent / f"{folder.name}.log"
     with log.open("w") as file:
+        quick = [f"--steps={STEPS}", "--optimizer.warmup=0", "--eval_every=0", "--save_every=0"]
         process = subprocess.Popen(
-            [sys.executable, str(ROOT / words[0]), *words[1:], f"--run={folder}", f"--steps={STEPS}",
-             "--optimizer.warmup=0", "--eval_every=0", "--save_every=0"],
-            stdout=file, stderr=subprocess.STDOUT,
-        )  # fmt: skip
+            [sys.executable, str(ROOT / words[0]), *words[1:], f"--run={folder}", *quick],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
         peak = 0.0
         spent = {}
         while process.poll() is None:

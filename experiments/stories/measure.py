@@ -1,6 +1,8 @@
-"""Stories before and after PPO, on openings whose names training never saw: reward, KL, collapse, readability.
+"""Compare stories before and after PPO: reward, KL, collapse, readability.
 
-    PYTHONPATH=. python experiments/stories/measure.py --after runs/stories_ppo0 runs/stories_ppo1 runs/stories_ppo2
+    PYTHONPATH=. python experiments/stories/measure.py --after runs/stories_ppo0 runs/stories_ppo1
+
+The openings have names that training never saw.
 
 Writes results.json; prints the tables and samples that stand in README.md (a test compares them).
 """
@@ -161,19 +163,19 @@ def markdown(results: dict[str, Any]) -> str:
     """The tables of README.md."""
 
     def cell(values: dict[str, float], digits: int) -> str:
-        # + 0.0: never -0.00.
+        # Adding 0.0 turns -0.00 into 0.00.
         shown = {name: f"{round(x, digits) + 0.0:.{digits}f}" for name, x in values.items()}
         return shown["mean"] + (f" [{shown['low']}, {shown['high']}]" if "low" in shown else "")
 
     runs = results["runs"]
+    seeds = f"{len(runs)} seed{'s' * (len(runs) > 1)}"
     lines = [
-        f"| {results['n']} stories a seed, {len(runs)} seed{'s' * (len(runs) > 1)} | before | after |",
+        f"| {results['n']} stories a seed, {seeds} | before | after |",
         "|---|---|---|",
     ]
     for name, (title, digits) in ROWS.items():
-        lines.append(
-            f"| {title} | {cell(results['before'][name], digits)} | {cell(results['after'][name], digits)} |"
-        )
+        cells = [cell(results[when][name], digits) for when in ("before", "after")]
+        lines.append(f"| {title} | {' | '.join(cells)} |")
     lines += [
         "",
         "| seed | iteration | reward before | after | KL | perplexity | commonest word triple |",
@@ -181,10 +183,11 @@ def markdown(results: dict[str, Any]) -> str:
     ]
     for run in runs:
         before, after = run["before"], run["after"]
-        shares = f'{after["kl"]:.2f} | {after["perplexity"]:.2f} | "{run["formula"]}", {after["formula"]:.3f}'
-        lines.append(
-            f"| {run['seed']} | {run['iteration']} | {before['score']:.3f} | {after['score']:.3f} | {shares} |"
-        )
+        rewards = f"{before['score']:.3f} | {after['score']:.3f}"
+        distance = f"{after['kl']:.2f} | {after['perplexity']:.2f}"
+        formula = f'"{run["formula"]}", {after["formula"]:.3f}'
+        numbers = f"{rewards} | {distance} | {formula}"
+        lines.append(f"| {run['seed']} | {run['iteration']} | {numbers} |")
     return "\n".join(lines)
 
 
@@ -210,7 +213,8 @@ def main(config: Config) -> dict[str, Any]:
     for run, other in zip(config.after, settings, strict=True):
         if other["script"] not in SCRIPTS:
             raise UserError(
-                f"--after: {run} is a run of {other['script']}; name runs of experiments/stories/train_ppo.py"
+                f"--after: {run} is a run of {other['script']}; "
+                "name runs of experiments/stories/train_ppo.py"
             )
         for name in other.keys() - differing:
             if other[name] != settings[0][name]:
