@@ -145,8 +145,8 @@ def training_flops(run: str) -> float:
         length = config["length"]
         count = 4 * batch
         return steps * 3 * forward_flops(c, count, length, length / 4 if config["lm_coef"] else 0)
-    if script.endswith("train_dpo"):
-        passes = direct_passes(script, config.get("loss"))
+    if script == "train_dpo":
+        passes = direct_passes(fork, config.get("loss"))
         return steps * passes * forward_flops(c, batch, config["length"], config["length"])
     length = config["max_prompt"] + config["max_new_tokens"]
     new = config["max_new_tokens"]
@@ -176,12 +176,14 @@ def training_flops(run: str) -> float:
     )
 
 
-def direct_passes(script: str, loss: str | None) -> int:
+def direct_passes(fork: str, loss: str | None) -> int:
     """Return how often a direct method passes a row of a prompt forward; back counts as two.
 
-    `loss`: of train_dpo.py; None for its forks. The reference counts in a second epoch too.
+    `fork`: the folder of the script, empty for the root's. `loss`: of train_dpo.py; None for its
+    forks. The reference counts in a second epoch too.
     """
-    if script == "experiments/hindsight/train_dpo":  # one row of both responses
+    # Hindsight has one row of both responses.
+    if fork == "experiments/hindsight":
         return 3
     if loss == "kto":  # the best response and the worst; one to another prompt, never passed back
         return 3 * 2 + 1 + (2 + 1)
