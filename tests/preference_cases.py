@@ -40,7 +40,7 @@ def token_logps(table, tokens, mask):
 
 
 def candidate_logps(table, batch, b):
-    """Of the candidates of row `b` that are there: number -> `token_logps`."""
+    """Return `token_logps` of each candidate of row `b` that is there, by its number."""
     real = [c for c, rank in enumerate(batch["ranks_BC"][b]) if rank > 0]
     tokens, masks = batch["tokens_BCT"][b], batch["loss_mask_BCT"][b]
     return {c: token_logps(table, tokens[c], masks[c]) for c in real}

@@ -138,7 +138,7 @@ def test_shapes_and_types(tokenizer, schema, make):
 
 
 def first_tokens(batch):
-    """Of each packed example, its tokens."""
+    """Return the tokens of each packed example."""
     rows = zip(batch["tokens_BT"], batch["segment_ids_BT"], strict=True)
     return [tuple(tokens[ids == s]) for tokens, ids in rows for s in range(1, ids.max() + 1)]
 

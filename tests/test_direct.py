@@ -20,7 +20,7 @@ RANKS_OF_FOUR = np.array([[2, 1, 3, 0], [1, 2, 2, 2], [4, 3, 1, 2], [0, 2, 1, 1]
 
 
 def numerical_slopes(losses, x):
-    """Of the sum of `losses(x)`, in each entry of `x`, by central differences."""
+    """Return the slope of the sum of `losses(x)` in each entry of `x`, by central differences."""
     slopes = np.zeros_like(x)
     for index in np.ndindex(x.shape):
         step = np.zeros_like(x)

@@ -601,7 +601,10 @@ def test_the_papers_grpo_has_another_optimum():
 
 
 def test_the_gradient_of_each_kl_estimate():
-    """Of E[estimate] with the samples held, as it is in the loss: k1 none, k2 KL(pi || ref), k3 KL(ref || pi)."""
+    """It is the gradient of E[estimate] with the samples held, as in the loss.
+
+    That of k1 is 0, that of k2 is KL(pi || ref)'s, that of k3 KL(ref || pi)'s.
+    """
     pi = jnp.float32(normal(4))
     reference = jax.nn.log_softmax(jnp.float32(normal(4, seed=1)))
     p = jax.nn.softmax(pi)
@@ -623,7 +626,7 @@ def test_the_gradient_of_each_kl_estimate():
 
 
 def test_a_tighter_gate_lowers_violations_at_a_cost():
-    """Of nine responses the most helpful are the most harmful; the gate is on a harm score."""
+    """The gate is on a harm score; of nine responses the most helpful are the most harmful."""
     helpful, harmless = np.linspace(-1, 3, 9), np.linspace(1, -1, 9)
     shares, costs = [], []
     for gate in (-9.0, 0.2):

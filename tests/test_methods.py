@@ -23,7 +23,7 @@ UNEMBEDDING = 512 * 256
 
 
 def counted(tmp_path, rows=(), **fields):
-    """What the study says of a run with these settings."""
+    """Return the training FLOPs that the study counts for a run with these settings."""
     (tmp_path / "config.json").write_text(
         json.dumps({"model": dataclasses.asdict(MODEL), **fields})
     )

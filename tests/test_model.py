@@ -88,7 +88,7 @@ def rows(tokens_BT, left, right=0, pad=0):
 
 
 def at(out_BT, left, length):
-    """What a model gave at the real tokens of `rows`."""
+    """Return a model's outputs at the real tokens of `rows`."""
     return np.stack([row[i : i + length] for row, i in zip(np.asarray(out_BT), left, strict=True)])
 
 

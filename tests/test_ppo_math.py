@@ -603,7 +603,7 @@ def advantages_in_loops(rewards, values):
 @pytest.mark.parametrize("whitened", [False, True])
 @pytest.mark.parametrize("at", ["last", "after"])
 def test_advantages_equal_loops(at, whitened):
-    """Of responses of all lengths, four with an end and two without, token by token in float64."""
+    """The loops are in float64, token by token; responses have all lengths, two no end."""
     batch = responses_of_all_lengths()
     policy, reference = normal(7, 7, seed=1), normal(7, 7, seed=2)
     value, given = normal(7, seed=4), normal(6, seed=3)

@@ -150,7 +150,7 @@ def test_a_model_trained_elsewhere():
 
 
 def test_a_chat_forgets_its_oldest_turns(tokenizer, monkeypatch, capsys):
-    """What the model is given always fits; a message that is too long alone ends nothing."""
+    """The turns given to the model always fit; a message too long by itself ends nothing."""
     typed = iter(["hello there", "how are you", "x " * 200, "good bye", ""])
     given = []
     monkeypatch.setattr("builtins.input", lambda _: next(typed))

@@ -40,7 +40,7 @@ from train_state import load_params
 SHORT = ["--optimizer.warmup=0", "--length=64", "--batch_size=8", "--eval_every=0"]
 EIGHT = ["--mesh.data=1", "--mesh.fsdp=8"]
 SAID = {"white": "A bright one:", "black": "A dark one:"}
-"""What the policy that the tests start from says, and the words that it says it after."""
+"""The answers of the policy that the tests start from, and the words it gives them after."""
 
 
 @pytest.fixture(scope="module")

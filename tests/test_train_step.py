@@ -139,7 +139,7 @@ def numpy_adamw(config, steps, decay, gradient, params):
 
 
 def numpy_gradient(params, seed):
-    """Of `regression` on its batch of that seed."""
+    """Return the gradient of `regression` on its batch of that seed."""
     batch = {k: x.astype(np.float64) for k, x in regression_batch(seed).items()}
     residual = (batch["x_BD"] @ params[:3] + params[3] - batch["y_B"]) * batch["weight_B"]
     return 2 * np.append(residual @ batch["x_BD"], residual.sum()) / batch["weight_B"].sum()
