@@ -1,4 +1,4 @@
-"""Comparisons and tabular policies for tests of methods on preferences, and the papers' sums in loops."""
+"""Comparisons and tabular policies for tests of preference methods, and the papers' sums in loops."""
 
 import jax
 import jax.numpy as jnp
@@ -23,18 +23,21 @@ def comparison_rows(count=120):
 
 
 def lookup(params, tokens, segments, positions):
-    """Logits by the row of the last token alone."""
+    """Return logits by the row of the last token alone."""
     return LanguageOutput(params[tokens], jnp.eye(params.shape[-1]))
 
 
 def mean_so_far(params, tokens, segments, positions):
-    """Logits by the mean of the rows of all tokens so far, so that a response depends on all of its prompt."""
+    """Return logits by the mean of the rows of all tokens so far.
+
+    So a response depends on all of its prompt.
+    """
     rows = jnp.cumsum(params[tokens], axis=1) / jnp.arange(1, tokens.shape[1] + 1)[:, None]
     return LanguageOutput(rows, jnp.eye(params.shape[-1]))
 
 
 def token_logps(table, tokens, mask):
-    """By place, the log-probabilities of the tokens under the mask, in float64, by `mean_so_far`."""
+    """Return by place the float64 log-probabilities of the tokens in `mask` by `mean_so_far`."""
     logits = {t: table[tokens[:t]].mean(0) for t in range(1, len(tokens)) if mask[t]}
     return {t: x[tokens[t]] - np.log(np.exp(x).sum()) for t, x in logits.items()}
 
@@ -47,7 +50,10 @@ def candidate_logps(table, batch, b):
 
 
 def loss_and_slope(objective, table, batch, direction):
-    """Loss sum and weight of a batch, and the loss's slope along `direction`, by its gradient in float32."""
+    """Return loss sum and weight of a batch, and the loss's slope along `direction`.
+
+    The slope is by its gradient in float32.
+    """
     gradient = jax.jit(jax.value_and_grad(objective, has_aux=True))
     (loss, (weight, _)), grad = gradient(jnp.float32(table), batch)
     assert np.isfinite(grad).all()

@@ -1,4 +1,4 @@
-"""The sequence axis (kernels/ring.py) and the stage axis (layers.py): against float64, one device, and counts."""
+"""The sequence axis (kernels/ring.py) and the stage axis (layers.py), against one device and counts."""
 
 import dataclasses
 import functools
@@ -128,7 +128,8 @@ def test_stripes_share_the_work_and_lose_none(rng):
         [[causal[mine, (mine - turn) % ring] for mine in range(ring)] for turn in range(ring)]
     )
     assert causal.sum() == length * (length + 1) / 2
-    # A turn lasts as long as its slowest device: within one key a query of perfect, where unbroken parts take double.
+    # A turn lasts as long as its slowest device: within one key a query of perfect, where unbroken
+    # parts take double.
     assert turns.max(1).sum() * ring / causal.sum() < 1.2
     unbroken = np.tri(length).reshape(ring, length // ring, ring, length // ring).sum((1, 3))
     slowest = sum(max(unbroken[m, (m - turn) % ring] for m in range(ring)) for turn in range(ring))
@@ -178,7 +179,7 @@ def test_the_schedule_takes_as_many_ticks_as_the_bubble_says(stages, parts):
     np.testing.assert_allclose(
         jax.jit(function)(weights, x, (scale,)), x * 40320.0 * scale[:, None, None] ** 8
     )
-    # Each device multiplies by its layers once a tick, so idle ticks are in the compiler's count too.
+    # Each device multiplies by its layers once a tick, so the compiler counts idle ticks too.
     compiled = jax.jit(function).lower(weights, x, (scale,)).compile()
     rows = 1  # a micro-batch's on a device
     assert (

@@ -1,4 +1,4 @@
-"""Direct methods against float64 loops written from the papers, their limits, and their optima on a tiny policy."""
+"""Direct methods against float64 loops from the papers, their limits, optima on a tiny policy."""
 
 from functools import partial
 
@@ -29,7 +29,7 @@ def numerical_slopes(losses, x):
     return slopes
 
 
-# ---- The papers' formulas on four numbers, in Python's own logarithms: independent of the code under test
+# ---- The papers' formulas on four numbers, in Python's own logarithms: independent of our code
 
 
 def sigmoid(x):
@@ -94,7 +94,10 @@ PER_TOKEN = {
 
 
 def padded_tokens(rows=6, length=5):
-    """Token log-probabilities of chosen, rejected and the reference's of both, [4, rows, length], and masks."""
+    """Return log-probabilities of tokens, [4, rows, length], and their masks.
+
+    The four: of chosen and rejected by the policy, then of both by the reference.
+    """
     lengths = np.random.default_rng(7).integers(1, length + 1, (4, rows))
     lengths[2:] = lengths[:2]  # the reference sees the same tokens
     return -np.abs(normal(4, rows, length)) - 0.05, np.arange(length) < lengths[:, :, None]
@@ -228,7 +231,7 @@ def test_kto_clamps_its_kl_gives_it_no_gradient_and_falls_as_rewards_rise():
 
 
 def test_ipo_is_bounded_where_dpo_is_not():
-    """Labels that never disagree, a policy of one logit: IPO stops at 1 / (2 beta), DPO goes on for ever."""
+    """On labels that never disagree a policy of one logit stops at 1 / (2 beta); by DPO it goes on."""
 
     @partial(jax.jit, static_argnames=("loss", "steps"))
     def train(loss, steps):
@@ -388,7 +391,7 @@ def test_kto_objective_judges_by_rank():
     assert [float(x) for x in metrics["accuracy"]] == [r[0, 0] > r[0, 1], 1]
 
 
-# ---- Optima on a policy small enough to enumerate: a prompt of one token, then two tokens out of three
+# ---- Optima on a policy small enough to enumerate: one token as a prompt, then two out of three
 
 FIRST, SECOND = (x.reshape(-1) for x in np.indices((3, 3)))
 
@@ -466,14 +469,15 @@ def test_dpo_reaches_its_closed_form():
 
     reached = train(1.0)
     assert distance(reached, closed_form(1.0)) < 0.02
-    # Controls.
+    # Controls: the start, and another beta's optimum.
     assert distance(reached, reference) > 0.2 and distance(reached, closed_form(0.5)) > 0.1
 
 
 def kto_optimum(reference, weights, beta):
-    """Where weights s (1 - s) = c pi and pi sums to one, s = sigmoid(beta (log pi/ref - z0)), z0 = KL(pi || ref).
+    """Return by bisection the policy where the gradient of KTO's expected loss is 0.
 
-    That is where the gradient of KTO's expected loss, with z0 held, vanishes on a free softmax. By bisection.
+    With z0 = KL(pi || ref) held, on a free softmax, that is where weights s (1 - s) = c pi and pi sums
+    to one, with s = sigmoid(beta (log pi/ref - z0)).
     """
 
     def bisect(is_low, low, high):
@@ -502,7 +506,7 @@ def kto_optimum(reference, weights, beta):
 
 
 def test_kto_reaches_its_own_optimum():
-    """Where each response is desirable more often than not; one mostly undesirable is driven out altogether."""
+    """Each response is desirable more often than not; one that mostly is not is driven out."""
     start = start_tables()
     beta = 0.5
     batch = sequences(np.arange(9)[:, None])

@@ -1,4 +1,4 @@
-"""Distillation's mathematics against float64 NumPy, its limits, and what each divergence prefers."""
+"""Distillation against float64 NumPy, its limits, and what each divergence prefers."""
 
 from functools import partial
 
@@ -101,7 +101,7 @@ def test_jsd_tends_to_either_kl():
 
 
 def model(params, tokens_BT, segment_ids_BT, positions_BT):
-    """Logits from a table, a row for each token and position; what comes before is not looked at."""
+    """Return logits from a table, by token and position alone."""
     return LanguageOutput(params[tokens_BT, positions_BT], jnp.eye(params.shape[-1]))
 
 
@@ -164,7 +164,7 @@ def test_objective_equals_numpy_with_padding_and_vocabularies_of_other_sizes(lab
         nll, gap = (float(metrics[name][0]) for name in ("nll", "divergence"))
         assert float(loss) == pytest.approx((0.3 * nll if labelled else 0) + 0.7 * 2.5**2 * gap)
         other = batch | {"tokens_BT": np.where(MASK > 0, batch["tokens_BT"], 0)}
-        # The padding.
+        # Tokens of the padding count nowhere.
         assert loss_of({"student": student, "teacher": teacher}, other)[0] == pytest.approx(want)
         # Control: off by one token.
         moved = batch | {"loss_mask_BT": np.roll(batch["loss_mask_BT"], -1, axis=1)}
@@ -193,7 +193,10 @@ def test_alpha_one_is_supervised_fine_tuning_exactly():
 
 @pytest.mark.parametrize("name", CASES)
 def test_tau_squared_keeps_the_gradient(name):
-    """Hinton et al. 2015, eq. 4: at high tau, logits of mean 0 are matched: tau^2 dKL/dz = (z - v) / V."""
+    """At high tau logits of mean 0 are matched: tau^2 dKL/dz = (z - v) / V.
+
+    Hinton et al. 2015, eq. 4.
+    """
     divergence, _ = CASES[name]
     z, v = (x - x.mean(-1, keepdims=True) for x in (STUDENT[0, :1], TEACHER[0, :1]))
     curvature = {"forward": 1.0, "reverse": 1.0}.get(name) or float(name[4:]) * (
@@ -202,7 +205,9 @@ def test_tau_squared_keeps_the_gradient(name):
     with jax.enable_x64(True):
 
         def slope(tau, scale=1.0):
-            loss_of = lambda x: (divergence(x / tau, scale * v / tau, jnp.ones(1)) * tau**2).sum()
+            def loss_of(x):
+                return (divergence(x / tau, scale * v / tau, jnp.ones(1)) * tau**2).sum()
+
             return np.asarray(jax.grad(loss_of)(scale * jnp.asarray(z)))
 
         want = curvature * (z - v) / V
@@ -225,7 +230,10 @@ def bell(mean, width):
 
 
 def fitted(divergence):
-    """(the bell nearest to a teacher of two narrow modes, of all means and widths; the teacher): probabilities."""
+    """Fit a bell to a teacher of two narrow modes; return both as probabilities.
+
+    The bell is the nearest of all means and widths.
+    """
     teacher = jnp.logaddexp(*(bell(mode, 2.0) + jnp.log(share) for mode, share in MODES))[
         None, None
     ]
@@ -257,13 +265,13 @@ def test_forward_kl_covers_the_mass_and_reverse_kl_seeks_a_mode():
     (wide, teacher), (narrow, _) = fitted(forward_kl), fitted(reverse_kl)
     places = np.arange(41.0)
     first, second = (np.abs(places - mode) <= 6 for mode, _ in MODES)
-    # Forward KL in an exponential family matches its moments: the mean between the modes, and the variance.
+    # Forward KL in an exponential family matches moments: the mean between the modes, the variance.
     for power in (1, 2):
         assert (wide * places**power).sum() == pytest.approx(
             (teacher * places**power).sum(), rel=1e-3
         )
     assert min(wide[first].sum(), wide[second].sum()) > 0.2 and wide[20] > 0.015 > 10 * teacher[20]
-    # Reverse KL keeps the larger mode alone: -log of its share is the price of having left out the other.
+    # Reverse KL keeps the larger mode alone: -log of its share is the price of leaving out the other.
     assert narrow[first].sum() > 0.99 and narrow[second].sum() < 1e-6
     assert (narrow * np.log(narrow / teacher)).sum() == pytest.approx(-np.log(0.6), abs=1e-2)
     # Each is worse by the other's measure.

@@ -1,4 +1,4 @@
-"""AI feedback: set reliabilities, revisions, a language model's judgement, rules, and a reward behind HTTP."""
+"""AI feedback: set reliabilities, revisions, a model's judgement, rules, a reward behind HTTP."""
 
 import dataclasses
 import itertools
@@ -90,7 +90,7 @@ def test_label_accuracy_follows_the_set_reliability(shown, reliability):
     assert abs(np.mean(looks) - reliability) < interval
     # Control: it could have told another one.
     assert abs(np.mean(looks) - (reliability - 0.1)) > interval
-    # Of two responses that differ in one criterion, three looks at each: the chances by enumeration.
+    # Two responses differ in one criterion, three looks at each: the chances by enumeration.
     chance = 0.0
     for flips in itertools.product((0, 1), repeat=6):
         odds = np.prod([1 - reliability if flip else reliability for flip in flips])
@@ -153,7 +153,8 @@ def test_violations_fall_with_each_revision_and_helpfulness_is_kept(shown):
     alone = violations(shown, ("harmless",), 0.9, rounds=1)
     share = alone[0, 2] * 0.1  # a critic misses one in ten
     assert abs(alone[1, 2] - share) < 3.3 * (share / len(shown)) ** 0.5
-    # A good response is rewritten where the critic errs, and turns evasive where the reviser errs too: 1 in 100.
+    # A good response is rewritten where the critic errs, and turns evasive where the reviser errs
+    # too: 1 in 100.
     assert alone[1, 0] - alone[0, 0] < 0.03
     coin = violations(shown, ("harmless",), 0.5, rounds=1)  # control: a coin's revisions evade
     assert coin[1, 0] - coin[0, 0] > 0.1
@@ -184,7 +185,10 @@ QUESTIONS = [
 
 
 def chance_of_a(judge):
-    """chance(text) -> P(A | A or B) after the chat template, in float64 from the logits of a right-padded row."""
+    """Return chance(text) -> P(A | A or B) after the chat template.
+
+    It is in float64, from the logits of a right-padded row.
+    """
     model, tokenizer, params = judge
     apply = jax.jit(init_and_apply(LanguageModel(model))[1])
     a, b = (tokenizer.encode(answer)[0] for answer in "AB")
@@ -219,9 +223,10 @@ def test_position_bias_cancels_in_a_language_models_judgement(runs):
 
 
 def test_a_language_model_is_a_rule_and_a_reward(runs, tmp_path, monkeypatch):
-    """One response at a time, whatever the reward's caller; the same probability from the model's own logits.
+    """It gives the probability of the model's own logits, one response at a time, to any caller.
 
-    Rows are padded to a power of two, so one question costs one, and each number of them is not a program of its own.
+    Rows are padded to a power of two: one question costs one row, and not each number of them is a
+    program of its own.
     """
     lines = [
         "from responses import load_run",
@@ -234,7 +239,11 @@ def test_a_language_model_is_a_rule_and_a_reward(runs, tmp_path, monkeypatch):
     keeps = rewards.load_function("own_rule:polite")
     pad = judges.pad_prompts
     sizes = []
-    counted = lambda rows, *rest, **options: sizes.append(len(rows)) or pad(rows, *rest, **options)
+
+    def counted(rows, *rest, **options):
+        sizes.append(len(rows))
+        return pad(rows, *rest, **options)
+
     monkeypatch.setattr(judges, "pad_prompts", counted)
     (messages, *responses), chance = QUESTIONS[0], chance_of_a(load_run(str(runs / "sft")))
     for response in responses:
@@ -328,7 +337,7 @@ def test_the_files_are_in_the_trainers_schemas(runs, tmp_path):
 
 @pytest.mark.parametrize("write", ["comparisons", "revisions"])
 def test_a_policy_that_judges_itself(runs, tmp_path, write):
-    """Self-rewarding: one run answers, and judges or revises, by principles with names of their own."""
+    """One run answers, and judges or revises by principles that have names of their own."""
     mine, path = tmp_path / "principles.txt", tmp_path / "out.jsonl"
     mine.write_text("kind: Be kind.\nBe brief.\n")
     options = [
@@ -520,10 +529,10 @@ def test_a_server_that_stays_away_ends_the_command():
     ("script", "reward"), [("train_grpo", "rm"), ("train_ppo", "tasks.rules:brief")]
 )
 def test_training_survives_its_server_being_killed(runs, tmp_path, script, reward):
-    """kill -9 after the first iteration; the run ends with the weights of one whose reward was never away."""
-    # Of PPO a function: a model starts the critic too.
+    """A kill -9 after the first iteration leaves the weights as if the reward was never away."""
+    # PPO's reward is a function: a model would start the critic too.
     reward = runs / reward if script == "train_grpo" else reward
-    # A device each: eight simulated ones starve one another on few cores.
+    # One device each: eight simulated ones starve one another on few cores.
     one = {**os.environ, "XLA_FLAGS": ""}
     common = [
         f"--init={runs}/sft",

@@ -1,4 +1,4 @@
-"""Contrastive instructions (experiments/contrastive): the loss against loops, its contrasts, its script."""
+"""Contrastive instructions (experiments/contrastive): loss against loops, contrasts, script."""
 
 from functools import partial
 

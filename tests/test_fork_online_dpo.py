@@ -1,4 +1,4 @@
-"""The fork experiments/online_dpo: its loss and gradient as the paper writes them, and the script."""
+"""The fork experiments/online_dpo: loss and gradient as the paper writes them, the script."""
 
 from functools import partial
 
@@ -168,7 +168,7 @@ SMALL = [
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A folder with prompts, a policy with random weights to start from and a module of rewards."""
+    """Make a folder with prompts, a random policy to start from and a module of rewards."""
     folder = tmp_path_factory.mktemp("online_dpo")
     sums = [(f"{i} plus {j}", str(i + j)) for i in range(10) for j in range(10)]
     write(folder / "sums.jsonl", [{"prompt": p, "answer": a} for p, a in sums])

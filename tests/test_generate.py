@@ -68,7 +68,7 @@ GREEDY = SamplingConfig(temperature=0, max_new_tokens=6)
 
 
 def uncached_logits(params, tokens):
-    """Logits of the token after `tokens`, from a full pass without a cache; one compiled width for all."""
+    """Return the logits after `tokens`, by a full pass without a cache, in one width for all."""
     padded = np.pad(np.array([tokens], np.int32), ((0, 0), (0, 12 - len(tokens))))
     segments = (np.arange(12) < len(tokens)).astype(np.int32)[None]
     logits, _ = model()[1](
@@ -137,7 +137,7 @@ def test_logp_equals_the_trainers_teacher_forced(temperature):
 
 
 def scripted(next_token):
-    """A stand-in for a model: the likeliest token after token i is next_token[i]; counts its calls."""
+    """Make a stand-in for a model that counts its calls: after token i next_token[i] is likeliest."""
     calls = []
 
     def apply(params, tokens_BT, segment_ids_BT, positions_BT, cache=None):
@@ -254,7 +254,10 @@ def test_unstacked_layers_in_bfloat16_change_no_bit():
 
 
 def kept_by_definition(logits, k, p):
-    """Indices that stay, by sorting and adding up in float64 (k first, then the nucleus of what is left)."""
+    """Return the indices that stay, by sorting and adding up in float64.
+
+    First k tokens are kept, then the nucleus of those.
+    """
     order = [int(i) for i in np.argsort(-logits.astype(np.float64), kind="stable")][: k or None]
     weights = np.exp(logits[order].astype(np.float64) - logits[order[0]])
     total = 0.0

@@ -1,4 +1,4 @@
-"""Methods without a critic against float64 loops written from the papers, their limits, and their optima."""
+"""Methods without a critic against float64 loops from the papers, their limits, their optima."""
 
 import typing
 from functools import partial

@@ -125,7 +125,7 @@ def test_kl_of_best_of_n_stays_below_the_bound():
     tied = np.array([0.0, 1.0, 1.0, 1.0, 1.0])
     for n in (1, 2, 3, 5):
         exact = kl_of_best(probs, distinct, n)
-        # Of the best reward (Beirami et al. 2024).
+        # The chances of the best reward (Beirami et al. 2024).
         cumulative = np.concatenate([[0.0], np.cumsum(probs)]) ** n
         best = np.diff(cumulative)
         np.testing.assert_allclose(exact, (best * np.log(best / probs)).sum(), atol=1e-12)
@@ -155,7 +155,7 @@ def test_the_bound_is_the_limit_of_many_outcomes(n):
 
 
 def test_raft_with_one_sample_is_sft_on_the_policys_own_responses(tokenizer):
-    """The gradient is that of train_sft.py's objective on the same conversations as it would pad them."""
+    """The gradient is train_sft.py's on the same conversations as it would pad them."""
     model = PRESETS["tiny"]
     init, apply = init_and_apply(LanguageModel(model))
     params = jax.jit(init)(jax.random.key(0))

@@ -1,4 +1,4 @@
-"""The study of methods: what a run is said to cost, that it is not made twice, intervals over seeds."""
+"""The study of methods: a run's cost, that it is not made twice, intervals over seeds."""
 
 import dataclasses
 import json
@@ -14,7 +14,8 @@ from experiments.methods import run as study
 from experiments.seeds import half
 from model_config import ModelConfig
 
-# Attention's own products are small beside its weights here, so that 2 FLOPs a weight and token are nearly all.
+# Attention's own products are small beside its weights here, so that 2 FLOPs a weight and token
+# are nearly all.
 MODEL = ModelConfig(
     vocab=512, width=256, mlp_width=512, layers=3, heads=4, kv_heads=2, head_dim=64
 )

@@ -1,4 +1,4 @@
-"""The scripts end to end on the world, at toy size; resuming after kill -9; equal results over meshes."""
+"""The scripts end to end on the world, at toy size; resuming after kill -9; equal over meshes."""
 
 import importlib
 import json

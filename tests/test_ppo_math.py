@@ -1,4 +1,4 @@
-"""PPO's mathematics against float64 loops, exact enumeration and the closed form of its optimum."""
+"""PPO against float64 loops, exact enumeration and the closed form of its optimum."""
 
 from functools import partial
 

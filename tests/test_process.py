@@ -1,4 +1,4 @@
-"""Process supervision: step labels, scores and rewards of steps, Monte Carlo labels, re-ranking, step-level search."""
+"""Process supervision: labels, scores and rewards of steps, Monte Carlo, re-ranking, step search."""
 
 import json
 import math

@@ -1,5 +1,7 @@
-"""The llama2.c importer against an independent forward pass and the C program's text; the happy-story reward's hacks;
-PPO on it at toy size, and what README.md reports of it."""
+"""Happy stories: the llama2.c importer, the reward's hacks, PPO at toy size, README.md's numbers.
+
+The importer is checked against an independent forward pass and the C program's text.
+"""
 
 import dataclasses
 import json

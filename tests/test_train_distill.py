@@ -1,4 +1,4 @@
-"""Distillation from the command line: smaller students, own samples, meshes, resuming, mistakes."""
+"""Distillation from the command line: smaller students, own samples, meshes, mistakes."""
 
 import json
 import pathlib

@@ -1,4 +1,4 @@
-"""Direct methods from the command line: end to end, resuming, reference cache, meshes, data forms, mistakes."""
+"""Direct methods from the command line: resuming, reference cache, meshes, data forms, mistakes."""
 
 import inspect
 import json

@@ -1,4 +1,4 @@
-"""Methods without a critic from the command line: rewards, meshes, resuming, every method, mistakes."""
+"""Methods without a critic from the command line: rewards, meshes, resuming, mistakes."""
 
 import shutil
 from functools import partial

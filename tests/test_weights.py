@@ -1,4 +1,4 @@
-"""Hugging Face folders against an independent float64 forward pass, and against transformers where it is installed."""
+"""Hugging Face folders against an independent float64 forward pass, and against transformers."""
 
 import dataclasses
 import functools
