@@ -1,4 +1,4 @@
-"""Comparisons and tabular policies for tests of preference methods, and the papers' sums in loops."""
+"""Comparisons, tabular policies and the papers' sums in loops, for tests of preference methods."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""The built-in arithmetic: problems, demonstrators, checker and records; Python's own sums judge."""
+"""The built-in arithmetic: problems, demonstrators, checker, records; Python's own sums judge."""
 
 import random
 import re

@@ -1,4 +1,4 @@
-"""The sequence axis (kernels/ring.py) and the stage axis (layers.py), against one device and counts."""
+"""The sequence axis (kernels/ring.py) and stage axis (layers.py) against one device and counts."""
 
 import dataclasses
 import functools

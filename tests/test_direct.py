@@ -231,7 +231,7 @@ def test_kto_clamps_its_kl_gives_it_no_gradient_and_falls_as_rewards_rise():
 
 
 def test_ipo_is_bounded_where_dpo_is_not():
-    """On labels that never disagree a policy of one logit stops at 1 / (2 beta); by DPO it goes on."""
+    """On labels that never disagree one logit stops at 1 / (2 beta); by DPO it goes on."""
 
     @partial(jax.jit, static_argnames=("loss", "steps"))
     def train(loss, steps):
@@ -476,8 +476,8 @@ def test_dpo_reaches_its_closed_form():
 def kto_optimum(reference, weights, beta):
     """Return by bisection the policy where the gradient of KTO's expected loss is 0.
 
-    With z0 = KL(pi || ref) held, on a free softmax, that is where weights s (1 - s) = c pi and pi sums
-    to one, with s = sigmoid(beta (log pi/ref - z0)).
+    With z0 = KL(pi || ref) held, on a free softmax, that is where weights s (1 - s) = c pi and pi
+    sums to one, with s = sigmoid(beta (log pi/ref - z0)).
     """
 
     def bisect(is_low, low, high):

@@ -1,4 +1,4 @@
-"""Chain of hindsight (experiments/hindsight): conversations, hidden tokens, a policy that listens."""
+"""Chain of hindsight (experiments/hindsight): conversations, hidden tokens, a policy's words."""
 
 import jax
 import numpy as np

@@ -1,4 +1,4 @@
-"""The fork experiments/quark: quantiles, the turn that names one, loss, rounds on a table, script."""
+"""The fork experiments/quark: quantiles, their turns, the loss, rounds on a table, the script."""
 
 import itertools
 import math
@@ -114,7 +114,7 @@ def log_softmax(x):
 
 
 def test_quarks_loss_and_gradient_equal_numpy():
-    """The policy's logits are a row of a table, by the last token and if the row has a quantile."""
+    """The policy's logits are a row of a table, by the last token and the row's quantile."""
     rng = np.random.default_rng(0)
     policy, reference = rng.normal(size=(2, 2, 7, 7))
     segments = np.array([[0, 0, 1, 1, 1, 1, 0], [0, 1, 1, 1, 1, 1, 1]], np.int32)

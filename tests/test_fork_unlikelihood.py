@@ -1,4 +1,4 @@
-"""Unlikelihood (experiments/unlikelihood): loss against loops, what it lowers and leaves, script."""
+"""Unlikelihood (experiments/unlikelihood): loss against loops, what it lowers, its script."""
 
 from functools import partial
 

@@ -137,7 +137,7 @@ def test_logp_equals_the_trainers_teacher_forced(temperature):
 
 
 def scripted(next_token):
-    """Make a stand-in for a model that counts its calls: after token i next_token[i] is likeliest."""
+    """Make a model that counts its calls: after token i next_token[i] is likeliest."""
     calls = []
 
     def apply(params, tokens_BT, segment_ids_BT, positions_BT, cache=None):

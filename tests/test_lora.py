@@ -1,4 +1,4 @@
-"""Adapters: the base at first, the chain rule in float64, and no more than them in a script's runs."""
+"""Adapters: the base at first, the chain rule in float64, and they alone in a script's runs."""
 
 import json
 import pathlib
@@ -81,7 +81,7 @@ def test_adapters_start_as_the_base_and_merge_to_what_they_do(model):
 
 
 def test_gradients_are_those_of_the_chain_rule_and_the_base_stays():
-    """In float64 dA = s dW B' and dB = s A' dW, dW a plain model's gradient at the merged weights."""
+    """In float64 dA = s dW B', dB = s A' dW, dW a plain model's gradient at the merged weights."""
     c = TINY
     params, _ = make(c)
     apply = init_and_apply(LanguageModel(c))[1]

@@ -77,7 +77,10 @@ def random_tokens(*shape, seed=0):
 
 
 def rows(tokens_BT, left, right=0, pad=0):
-    """Inputs of a model for rows padded by `left` [B] and `right` tokens; positions count real tokens."""
+    """Return a model's inputs for rows padded by `left` [B] and `right` tokens.
+
+    Positions count real tokens.
+    """
     width = max(left) + tokens_BT.shape[1] + right
     tokens, segments, positions = (np.full((len(left), width), x, np.int32) for x in (pad, 0, 0))
     for b, start in enumerate(left):
@@ -104,7 +107,7 @@ def test_presets_have_the_published_number_of_parameters(name):
 def test_causality_by_gradients():
     def influence(config, segments_T):
         """[T, T]: size of the derivative of the logits at t by the input at s."""
-        # Else the embedding acts twice.
+        # Tied, the embedding would act twice.
         params, apply = make(dataclasses.replace(config, tied=False))
         # Distinct: token s stands for position s.
         tokens_T = np.arange(1, len(segments_T) + 1, dtype=np.int32)

@@ -274,7 +274,7 @@ def test_ppo_with_pretraining_text_and_entropy_resumes_bitwise_equal(runs, tmp_p
 
 
 def killed_and_resumed(argv, folder: pathlib.Path, at: int, environment) -> int:
-    """Runs `argv`, kills it -9 once `at` steps are recorded, and runs it again to its end; returns the kills."""
+    """Run `argv`, kill it -9 when `at` steps are recorded, run it to its end; return the kills."""
     quiet = {
         "stdout": subprocess.DEVNULL,
         "stderr": subprocess.DEVNULL,

@@ -113,7 +113,7 @@ def test_five_steps_equal_one_device_and_one_batch(shape, name):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4), params, want)
     assert losses[0] != losses[-1]
 
-    # Parameters lie as the rules say after the steps too, and Adam's moments lie as the parameters.
+    # Parameters lie as the rules say after the steps too, and Adam's moments as the parameters.
     wanted = shardings_of(state, mesh)
     jax.tree.map(
         lambda x, s: x.sharding.is_equivalent_to(s, x.ndim) or pytest.fail(f"{x.sharding} {s}"),
