@@ -70,7 +70,7 @@ RECORDS = {
 
 
 def padded_chat_batches(source, tokenizer, **options):
-    """One conversation a row, padded on the right."""
+    """Make batches of one conversation a row, padded on the right."""
     return Batches(Layout(encode_chat, pad_examples), source, tokenizer, **options)
 
 

@@ -285,7 +285,7 @@ def candidates(ranks, length=6, vocab=7, seed=0):
 
 
 def sums_in_loops(table, batch):
-    """[B, C] log-probabilities, and numbers of tokens."""
+    """Return [B, C] log-probabilities, and numbers of tokens."""
     logp = table - np.log(np.exp(table).sum(-1, keepdims=True))
     sums, counts = np.zeros(batch["ranks_BC"].shape), np.zeros(batch["ranks_BC"].shape)
     for b, c, t in zip(*np.nonzero(batch["loss_mask_BCT"]), strict=True):
@@ -406,7 +406,7 @@ def tabular(params, tokens_BT, segment_ids_BT, positions_BT):
 
 
 def sequences(order):
-    """The nine sequences in rows of `order` [B, C], as a batch of candidates."""
+    """Return the nine sequences in rows of `order` [B, C], as a batch of candidates."""
     tokens = np.stack([0 * FIRST, FIRST, SECOND], axis=1)[order]
     mask = np.broadcast_to([0.0, 1.0, 1.0], tokens.shape).astype(np.float32)
     ranks = np.broadcast_to(np.arange(1, order.shape[1] + 1), order.shape)

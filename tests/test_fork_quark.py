@@ -131,7 +131,7 @@ def test_quarks_loss_and_gradient_equal_numpy():
         return LanguageOutput(params[has_system_B[:, None], tokens_BT], jnp.eye(params.shape[-1]))
 
     def parts(policy):
-        """The likelihood with the quantile and the KL from the reference without, in loops."""
+        """Return the likelihood with the quantile and the KL from the reference without it."""
         nll, kl = 0.0, 0.0
         for b, t in zip(*np.nonzero(batch["loss_mask_BT"]), strict=True):
             before, token = batch["tokens_BT"][b, t - 1 : t + 1]

@@ -35,7 +35,7 @@ def model(seed=0, scale=0.5):
 
 
 def logits_and_cache(apply):
-    """A language model's apply, reduced to (logits_BTV, cache)."""
+    """Reduce a language model's apply to (logits_BTV, cache)."""
 
     def results(*args):
         output = apply(*args)

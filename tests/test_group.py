@@ -32,7 +32,7 @@ def settled(method, **fields):
 
 
 def experience_of(config, apply, policy, reference, batch, rewards_B):
-    """The rollouts `batch` with the targets of the script, and the metrics."""
+    """Return the rollouts `batch` with the targets of the script, and the metrics."""
     advantages, _ = train_grpo.make_method(config, apply)
     compute_advantages = train_grpo.make_advantages(config, apply, advantages, eos=-1)
     return compute_advantages(policy, reference, batch, {"r": rewards_B}, {})
@@ -46,7 +46,7 @@ def bigram(params, tokens, segments, positions):
 
 
 def rollouts(seed=0):
-    """P C responses of one to R tokens to prompts of two, padded with another token."""
+    """Return P C responses of one to R tokens to prompts of two, padded with another token."""
     rng = np.random.default_rng(seed)
     lengths = rng.integers(1, R + 1, P * C)
     lengths[:4] = [R, 1, 3, R]
@@ -64,7 +64,7 @@ def rollouts(seed=0):
 
 
 def token_logps(table, batch):
-    """A list of log-probabilities for each response: real tokens only."""
+    """Return a list of log-probabilities for each response: real tokens only."""
     logp = table - np.log(np.exp(table).sum(-1, keepdims=True))
     rows = zip(batch["tokens_BT"], batch["mask_BR"].sum(1).astype(int), strict=True)
     return [
@@ -428,7 +428,7 @@ FIRST, SECOND = (x.reshape(-1) for x in np.indices((3, 3)))
 
 
 def tabular(params, tokens_BT, segment_ids_BT, positions_BT):
-    """Logits of the first token from one table, of the second from a row for each first token."""
+    """Return first tokens' logits from one table, second ones' from a row for each first token."""
     batch = tokens_BT.shape[0]
     first = jnp.broadcast_to(params["first"], (batch, 3))
     logits_BTV = jnp.stack(
@@ -438,7 +438,7 @@ def tabular(params, tokens_BT, segment_ids_BT, positions_BT):
 
 
 def sequences(which_B):
-    """The sequences of these numbers (0 to 8) as rollouts."""
+    """Return the sequences of these numbers (0 to 8) as rollouts."""
     response = jnp.stack([jnp.array(FIRST)[which_B], jnp.array(SECOND)[which_B]], axis=1)
     tokens = jnp.pad(response, ((0, 0), (1, 0)))
     inputs = {

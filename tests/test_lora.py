@@ -36,7 +36,7 @@ LORA = LoraConfig(rank=3, alpha=6.0)
 
 
 def adapters(params, seed=0):
-    """Fresh adapters of `params`, and ones with B at random too."""
+    """Return fresh adapters of `params`, and ones with B at random too."""
     fresh = trainable_part(LORA, params, jax.random.key(seed))
     rng = np.random.default_rng(seed)
     return fresh, jax.tree.map(lambda x: np.float32(0.3 * rng.normal(size=x.shape)), fresh)
@@ -147,7 +147,7 @@ def stored(folder):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """lm, and from it sft by adapters alone, four steps each."""
+    """Make the runs lm, and from it sft by adapters alone, four steps each."""
     r = tmp_path_factory.mktemp("lora")
     run(train_lm, *SHORT, "--model.preset=tiny", f"--run={r}/lm", "--steps=4")
     run(

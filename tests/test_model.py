@@ -45,7 +45,7 @@ PUBLISHED = {  # parameter counts of the published checkpoints
 
 @functools.cache
 def make(config, model=LanguageModel, seed=0):
-    """Parameters with every leaf random (norms and biases too), and the model, compiled.
+    """Return parameters with every leaf random (norms and biases too), and the model, compiled.
 
     The model returns (logits, cache), or of a ScalarModel its scalars.
     """
@@ -61,7 +61,7 @@ def make(config, model=LanguageModel, seed=0):
 
 
 def results_of(apply):
-    """A model's apply, reduced to (logits_BTV, cache) or scalars_BT."""
+    """Reduce a model's apply to (logits_BTV, cache) or scalars_BT."""
 
     def results(*args):
         output = apply(*args)
@@ -106,7 +106,7 @@ def test_presets_have_the_published_number_of_parameters(name):
 
 def test_causality_by_gradients():
     def influence(config, segments_T):
-        """[T, T]: size of the derivative of the logits at t by the input at s."""
+        """Return the size of the derivative of the logits at t by the input at s, [T, T]."""
         # Tied, the embedding would act twice.
         params, apply = make(dataclasses.replace(config, tied=False))
         # Distinct: token s stands for position s.

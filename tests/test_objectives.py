@@ -42,7 +42,7 @@ def test_logprob_t_is_that_of_token_t_given_those_before():
 
 
 def lookup(params, tokens, segments, positions):
-    """A model whose logits are its parameters, a [B, T, V] table."""
+    """Apply a model whose logits are its parameters, a [B, T, V] table."""
     return LanguageOutput(params, jnp.eye(params.shape[-1]))
 
 
@@ -83,7 +83,7 @@ def test_likelihood_gradient_is_non_zero_on_exactly_the_masked_positions():
 
 
 def pairwise(rewards, ranks, margins, coefficient):
-    """The mean over pairs, prompt by prompt, in float64."""
+    """Return the mean over pairs, prompt by prompt, in float64."""
     losses, valid = [], []
     for reward, rank, margin in zip(rewards.astype(np.float64), ranks, margins, strict=True):
         pairs = []
@@ -190,7 +190,7 @@ def test_ranking_objective_with_language_model_loss_on_the_best():
     values_V, table_VV = normal(9), normal(9, 9, seed=1)
 
     def scalar(params, tokens, segments, positions):
-        """A scalar model whose logits are a bigram table."""
+        """Apply a scalar model whose logits are a bigram table."""
         return ScalarOutput(params["values"][tokens], params["table"][tokens], jnp.eye(9))
 
     params = {"values": jnp.array(values_V), "table": jnp.array(table_VV)}

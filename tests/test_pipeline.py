@@ -45,7 +45,7 @@ SHORT = ["--optimizer.warmup=0", "--eval_every=0"]
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A folder with lm, sft, comparisons, rm and ppo, each trained for a few steps."""
+    """Make a folder with lm, sft, comparisons, rm and ppo, each trained for a few steps."""
     r = tmp_path_factory.mktemp("runs")
     rows = ["--batch_size=8", "--length=64"]
     run(train_lm, *MODEL, *rows, f"--run={r}/lm", "--steps=4")
@@ -180,7 +180,7 @@ def five_ppo_iterations(runs, folder):
 
 @pytest.fixture(scope="module")
 def one_device_ppo(runs, tmp_path_factory):
-    """The run of five iterations on one device, in a process that has no other."""
+    """Run five iterations on one device, in a process that has no other."""
     folder = tmp_path_factory.mktemp("one_device")
     environment = {**os.environ, "XLA_FLAGS": ""}
     argv = command("train_ppo", *five_ppo_iterations(runs, folder / "ppo"))

@@ -186,7 +186,7 @@ PAIRS = np.stack([FIRST, SECOND], axis=1)
 
 
 def tabular(params, tokens_BT, segment_ids_BT, positions_BT):
-    """Logits of the first token from one table, of the second from a row for each first token."""
+    """Return first tokens' logits from one table, second ones' from a row for each first token."""
     batch = tokens_BT.shape[0]
     first = jnp.broadcast_to(params["first"], (batch, 3))
     logits_BTV = jnp.stack(
@@ -218,7 +218,7 @@ def sequence_probs(params, temperature=1.0):
 
 
 def exact_advantages(params, rewards_BR):
-    """Q - V of each enumerated token by exact expectations, times its sequence's probability.
+    """Return Q - V of each enumerated token, exact, times its sequence's probability.
 
     So weighted, the objective's sum over the nine sequences is the expectation over samples.
     """
@@ -363,13 +363,13 @@ def test_a_first_update_off_the_policy_is_refused():
 
 
 def numpy_table_rows(params):
-    """[9, 2, 3]: the logits that each token of the nine sequences is drawn from, float64."""
+    """Return the float64 logits that each token of the sequences is drawn from, [9, 2, 3]."""
     first, second = (np.asarray(params[name], np.float64) for name in ("first", "second"))
     return np.stack([np.broadcast_to(first, (9, 3)), second[FIRST]], axis=1)
 
 
 def to_tables(slope_BRV):
-    """Gradients in the rows' logits as gradients in the tables."""
+    """Return gradients in the rows' logits as gradients in the tables."""
     second = np.zeros((3, 3))
     np.add.at(second, FIRST, slope_BRV[:, 1])
     return {"first": slope_BRV[:, 0].sum(0), "second": second}
@@ -547,7 +547,7 @@ def bigram(table, tokens, segments, positions):
 
 
 def value_of_token(values_V, tokens_BT, *_):
-    """A critic that knows the last token alone."""
+    """Apply a critic that knows the last token alone."""
     return ScalarOutput(values_V[tokens_BT], None, None)
 
 
@@ -558,7 +558,7 @@ LENGTHS = np.array([1, 2, 5, 3, 4, 5])
 
 
 def responses_of_all_lengths():
-    """Six rollouts; the first four end with EOS, the last two do not."""
+    """Return six rollouts; the first four end with EOS, the last two do not."""
     rng = np.random.default_rng(0)
     rows = len(LENGTHS)
     mask = (np.arange(LONGEST) < LENGTHS[:, None]).astype(np.float32)
@@ -582,7 +582,7 @@ def log_probs_at_temperature(table):
 
 
 def rewards_and_values_in_loops(batch, policy, reference, value, scores, at):
-    """Token by token in float64; `last`: the index of each row's last state with a value."""
+    """Return both in float64; `last`: the index of each row's last state with a value."""
     gap = log_probs_at_temperature(policy) - log_probs_at_temperature(reference)
     rewards, values = np.zeros((2, len(LENGTHS), LONGEST))
     last = []
@@ -659,7 +659,7 @@ def test_several_rewards_are_one_score():
     scores = {"a": jnp.float32([2.0, 3.0, -1.0]), "b": jnp.float32([0.0, 1.0, 1.0])}
 
     def returns(**fields):
-        """The score of each response: its return at the first token, for a critic of zeros."""
+        """Return each response's return at the first token, its score for a critic of zeros."""
         config = train_ppo.Config(gae_lambda=1.0, missing_eos="none", **fields)
         compute_advantages = train_ppo.make_advantages(config, bigram, value_of_token, eos=9)
         table = jnp.asarray(normal(4, 4))

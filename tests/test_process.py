@@ -210,7 +210,7 @@ def test_padding_does_not_change_the_process_objective(tokenizer):
 
 
 def by_loop(logits, ends, how):
-    """Scores after each token, in probabilities: a Python loop over the steps that have ended."""
+    """Return scores after each token, in probabilities, by a loop over the ended steps."""
     out, past = [], []
     for logit, end in zip(logits, ends, strict=True):
         past += [float(sigmoid(logit))] if end else []

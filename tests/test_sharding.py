@@ -83,7 +83,7 @@ OBJECTIVES = {
 
 
 def five_steps(mesh, name, microbatches=1):
-    """Losses, parameters and the whole sharded state after five updates on `mesh`."""
+    """Return losses, parameters and the whole sharded state after five updates on `mesh`."""
     model, objective, batches = OBJECTIVES[name]
     init, apply = init_and_apply(model(CONFIG))
     with jax.set_mesh(mesh):

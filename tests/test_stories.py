@@ -30,7 +30,7 @@ def imported(*argv):
 
 
 def forward(weights, tokens, heads, kv_heads):
-    """llama2.c's own arithmetic in float64: rows are outputs, RoPE turns 2i with 2i + 1."""
+    """Compute llama2.c's logits in float64: rows are outputs, RoPE turns 2i with 2i + 1."""
     embed, norm1, wq, wk, wv, wo, norm2, w1, w2, w3, final = (
         np.asarray(w, np.float64) for w in weights
     )

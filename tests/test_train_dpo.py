@@ -79,7 +79,7 @@ def common(files, data="comparisons"):
 
 @pytest.fixture(scope="module")
 def finished(files):
-    """Six steps of DPO on 1 x 8 devices, with checkpoints of steps 3 and 6."""
+    """Take six steps of DPO on 1 x 8 devices, with checkpoints of steps 3 and 6."""
     run(train_dpo, *common(files), *EIGHT, f"--run={files}/dpo", "--steps=6", "--save_every=3")
     return files / "dpo"
 

@@ -29,7 +29,7 @@ PLAIN = OptimizerConfig(lr=0.05, schedule="constant", warmup=0, weight_decay=0.0
 
 
 def regression(params, batch):
-    """Weighted square error: a small objective with uneven weights."""
+    """Return the weighted square error: a small objective with uneven weights."""
     error_B = (
         jnp.square(batch["x_BD"] @ params["w"] + params["bias"] - batch["y_B"]) * batch["weight_B"]
     )
@@ -52,7 +52,7 @@ def start(optimizer):
 
 
 def language_batch(seed):
-    """Rows of very different length, some with hardly a token that counts."""
+    """Return rows of very different length, some with hardly a token that counts."""
     rng = np.random.default_rng(seed)
     real = np.arange(10) < np.array([[10], [3], [9], [4], [2], [10], [2], [6]])
     return {
@@ -124,7 +124,7 @@ def test_clipping_equals_numpy_and_metrics_are_means():
 
 
 def numpy_adamw(config, steps, decay, gradient, params):
-    """AdamW (Loshchilov and Hutter 2019, algorithm 2) in float64, the learning rate held."""
+    """Take AdamW's steps in float64 (Loshchilov and Hutter 2019, algorithm 2), at one rate."""
     m, v = np.zeros_like(params), np.zeros_like(params)
     for t in range(1, steps + 1):
         g = gradient(params, t - 1)

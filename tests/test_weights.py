@@ -148,7 +148,7 @@ def turned(x_TNH, c):
 
 
 def forward(tensors, c, tokens_T):
-    """Float64 logits [T, V], a query at a time; rows of their matrices are outputs."""
+    """Return float64 logits [T, V], a query at a time; rows of their matrices are outputs."""
     w = {name: np.asarray(x, np.float64) for name, x in tensors.items()}
     gemma = c["model_type"] == "gemma"
     n = c["num_attention_heads"]
@@ -202,7 +202,7 @@ def forward(tensors, c, tokens_T):
 
 
 def write(folder, c, tensors, files=1):
-    """A folder as others write it; with several `files`, an index says what is where."""
+    """Write a folder as others do; with several `files`, an index says what is where."""
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(c))
     if not (folder / "tokenizer.model").exists():
@@ -234,7 +234,7 @@ def exported(run, folder, *flags):
 
 @functools.cache
 def logits_of(model):
-    """A compiled (params, tokens_BT) -> logits_BTV of the decoder."""
+    """Return a compiled (params, tokens_BT) -> logits_BTV of the decoder."""
     apply = init_and_apply(LanguageModel(model))[1]
 
     def logits_BTV(params, tokens_BT):
@@ -618,7 +618,7 @@ def test_reading_holds_the_model_once(tmp_path):
 
 
 def tiny(transformers, name):
-    """A random model of the family, made by transformers."""
+    """Make a random model of the family, by transformers."""
     import torch
 
     torch.manual_seed(0)
