@@ -107,7 +107,7 @@ def padded_tokens(rows=6, length=5):
 def test_value_and_gradient_equal_the_papers_formula(name):
     ours, papers = {**PAIRED, **PER_TOKEN}[name]
     tokens, mask = padded_tokens()
-    # What lies in the padding must not matter.
+    # Values in the padding must not matter.
     noisy = np.where(mask, tokens, 1e3 * normal(*tokens.shape, seed=1))
 
     def in_jax(logp):

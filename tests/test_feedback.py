@@ -446,12 +446,11 @@ def one_batch(tokenizer, mesh):
     for b, text in enumerate(texts):
         response = [*tokenizer.encode(text), tokenizer.eos][:40]
         row = [*tokenizer.prompt("hello.")[:20], *response]
-        batch["tokens_BT"][b, : len(row)], batch["segment_ids_BT"][b, : len(row)] = row, 1
+        batch["tokens_BT"][b, : len(row)] = row
+        batch["segment_ids_BT"][b, : len(row)] = 1
         batch["positions_BT"][b, : len(row)] = np.arange(len(row))
-        batch["response_BR"][b, : len(response)], batch["mask_BR"][b, : len(response)] = (
-            response,
-            1,
-        )
+        batch["response_BR"][b, : len(response)] = response
+        batch["mask_BR"][b, : len(response)] = 1
     return to_mesh(batch, mesh), [{"prompt": asked(f"hello {i}.")} for i in range(4)], texts
 
 

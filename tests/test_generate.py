@@ -225,7 +225,7 @@ def test_a_slot_does_not_wait_for_the_longest_row():
     apply, calls = scripted([0, 5, 0, 4, 2, 6, 3, 0])
     settings = {"sampling": GREEDY, "eos": EOS, "pad": PAD}
     prompts = left_padded([[1], *[[3]] * 4, [4]])
-    # Of two slots one takes all responses but the first, one after another.
+    # One of two slots takes all responses but the first, one after another.
     for slots, steps in ((2, 4), (1, 8), (6, 4)):
         calls.clear()
         run = functools.partial(generate_in_slots, apply, CONFIG, slots=slots, **settings)

@@ -587,7 +587,7 @@ def test_every_way_to_choose_is_in_the_table(in_study):
     ways = {f"{model} {way}" for model in ("outcome", "gold") for way in STEP_SCORES}
     blind = {"one drawn at random", "a score that knows nothing"}
     assert set(table) == ways | blind | {"majority", "one of them is right"}
-    # Of one answer nothing can be chosen.
+    # One answer leaves no choice.
     assert len({row[1].value for row in table.values()}) == 1
     written = rows_in(in_study / "table.json")[0]
     assert len(written["hits"]["majority"]) == 40

@@ -326,7 +326,7 @@ def test_summary_of_three_stories_by_hand():
         and got["kl"] == 2
         and got["sentence"] == pytest.approx(10 / 3, abs=1e-5)
     )
-    # Of 4 + 2 + 2 triples one was said before.
+    # One of 4 + 2 + 2 triples was said before.
     assert got["repeated"] == pytest.approx(1 / 8, abs=1e-6)
     # They are the-cat cat-ran ran-the ran-away a-nice nice-dog dog-sat.
     assert got["distinct"] == pytest.approx(7 / 11, abs=1e-6)

@@ -141,7 +141,7 @@ def test_a_student_equal_to_its_teacher_has_nothing_to_learn():
         "--optimizer.weight_decay=0",
     ]
     run(train_distill, *copy, "--run=copy")
-    # Of what rounding leaves of the gradient, Adam makes a step of full length.
+    # The first step alone: Adam makes a full one of what rounding leaves of the gradient.
     first = rows_of("copy")[0]
     assert abs(first["divergence"]) < 1e-6 and first["grad_norm"] < 1e-4
     assert first["nll"] > 1  # control: the data is not what the teacher says
