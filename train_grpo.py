@@ -239,7 +239,7 @@ def make_advantages(
     """Compile compute_advantages(policy, reference, rollout, scores, scalars).
 
     It returns (experience, metrics). `scores`: {reward: [B]} and `scalars`: {reward: [B, R + 1]}
-    of rewards.scorer.make_reward_scorer; scalars are read with --shaping alone. `eos` ends a response.
+    of make_reward_scorer; scalars are read with --shaping alone. `eos` ends a response.
     With --dynamic_sampling the mask of a group whose scores are all equal is 0, so that it counts
     nowhere. Nothing is donated. Metrics are scalars: means over the rollout.
     """
@@ -381,7 +381,7 @@ def open_prompts(
 
 
 def load_score(config: Config, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -> Score:
-    """Load the rewards; return score(rollout, records), as of rewards.scorer.make_reward_scorer."""
+    """Load the rewards; return score(rollout, records), as of make_reward_scorer."""
     reward_models, score = make_reward_scorer(config.reward, tokenizer, mesh)
     return partial(score, reward_models)
 

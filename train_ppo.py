@@ -246,10 +246,9 @@ def make_advantages(
     It returns (experience, metrics).
 
     `models`: a Models; `apply` is the policy's and the reference's, `scalar_apply` the critic's.
-    `scores`: {reward: [B]} and `scalars`: {reward: [B, R + 1]}, of what
-    rewards.scorer.make_reward_scorer makes. `kl_coef`: scalar beta. `eos` ends a response;
-    `newlines` are tokens that end a step, used with --step_rewards. Nothing is donated. Metrics
-    are scalars: means over the rollout.
+    `scores`: {reward: [B]} and `scalars`: {reward: [B, R + 1]} of make_reward_scorer.
+    `kl_coef`: scalar beta. `eos` ends a response; `newlines` are tokens that end a step, used with
+    --step_rewards. Nothing is donated. Metrics are scalars: means over the rollout.
     """
 
     @jax.jit
@@ -479,12 +478,12 @@ class Loaded(NamedTuple):
     """Every model that a run reads; parameters on the mesh."""
 
     apply: Apply
-    """Of the policy and the reference."""
+    """The apply of the policy and the reference."""
     scalar_apply: Apply
-    """Of the critic."""
+    """The apply of the critic."""
     reference: Params
     critic: Params | None
-    """What the critic starts from; None once it has started."""
+    """Parameters that the critic starts from; None once it has started."""
     rewards: dict[str, Params]
     """Reward models by their run; not of rewards that are functions or servers."""
     score: Callable[..., Any]

@@ -210,7 +210,7 @@ def make_targets(
 ) -> Callable[..., tuple[ScoredRollout, Batch]]:
     """Compile compute_targets(policy, reference, rollout, scores, scalars).
 
-    It returns (scored rollout, metrics). `scores`: {reward: [B]} of rewards.scorer.make_reward_scorer,
+    It returns (scored rollout, metrics). `scores`: {reward: [B]} of make_reward_scorer,
     whose scalars are not used. `eos` ends a response. Metrics are scalars: means over the rollout.
     """
 

@@ -149,7 +149,7 @@ def mean_score(
 ) -> jax.Array:
     """Return the mean reward of `reference_responses`, a float32 scalar.
 
-    `score`: of make_text_scorer, score(params, prompts, responses) -> rewards. The model's bias less
+    `score`: of make_text_scorer, score(params, prompts, responses) -> rewards. The bias less
     this mean scores them 0 on average (Stiennon et al. 2020, section 3.4).
     """
     rewards = score(params, *reference_responses(config, source))

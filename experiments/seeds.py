@@ -1,4 +1,4 @@
-"""Numbers of several seeds as one: prints the mean over runs' summary.json of every number there, with its interval.
+"""Print the mean over seeds of every number in the runs' summary.json, with its interval.
 
 python -m experiments.seeds runs/distill0 runs/distill1 runs/distill2
 """
@@ -21,7 +21,10 @@ def half(values: Sequence[float]) -> float:
 
 
 def leaves(tree: Any, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], float]:
-    """The numbers of nested dictionaries by their paths; lists, which are intervals over prompts, are left out."""
+    """Return the numbers of nested dictionaries by their paths.
+
+    Lists, which are intervals over prompts, are left out.
+    """
     if isinstance(tree, dict):
         return {
             key: x for name, part in tree.items() for key, x in leaves(part, (*path, name)).items()

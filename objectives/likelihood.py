@@ -14,7 +14,7 @@ from sharding import along
 Apply = Callable[..., Any]
 """A model's apply (model.init_and_apply); that of a LanguageModel, unless said otherwise."""
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
-"""Of an objective: name -> (sum, weight)."""
+"""Metrics of an objective: name -> (sum, weight)."""
 
 # A loss that needs the labels' log-probabilities alone never holds the logits of all its tokens: a
 # device makes them part by part, at most LOGITS at a time, but of no fewer than TOKENS tokens, as

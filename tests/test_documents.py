@@ -17,7 +17,7 @@ LINKED = [*READ_BY_USERS, ROOT / "CHANGELOG.md", *sorted(ROOT.glob("experiments/
 COMMAND = re.compile(r"(?:plan\.py (\w+)|python3? -m ([\w.]+)|([\w/]+)\.py)((?: +\S+)*)")
 FLAG = re.compile(r"(?<![\w-])--([a-z][\w.]*)")
 ALONE = re.compile(r"`--([a-z](?:[\w.]*\w)?)(?![\w.*-])")
-"""A flag in the text: `--seed`; not `--mesh.*`, which stands for several, and no name with hyphens,
+"""A flag in the text: `--seed`; not `--mesh.*`, which stands for several, nor one with hyphens,
 which is another program's."""
 OUTSIDE = ("pytest", "venv", "pip", "mypy")
 """Modules that `python -m` runs and that are not ours."""

@@ -1,4 +1,4 @@
-"""The fork experiments/alibi: its attention against float64 loops, and decoding against training."""
+"""The fork experiments/alibi: attention against float64 loops, decoding against training."""
 
 import dataclasses
 import importlib.util

@@ -1,4 +1,4 @@
-"""FIGA (experiments/figa): its token weights against a recursive edit distance, its loss against loops, its script."""
+"""FIGA (experiments/figa): token weights against a recursive edit distance, loss, script."""
 
 from functools import cache, partial
 

@@ -1,4 +1,4 @@
-"""Chain of hindsight (experiments/hindsight): its conversations, hidden tokens, and that a policy listens to it."""
+"""Chain of hindsight (experiments/hindsight): conversations, hidden tokens, a policy that listens."""
 
 import jax
 import numpy as np
@@ -35,7 +35,7 @@ def finished(tmp_path_factory):
 
 
 def test_the_words_switch_the_response(finished):
-    """Trained on chains of helpful and unhelpful answers, the policy gives the one that it is asked for."""
+    """Trained on chains of helpful and unhelpful answers, the policy gives the one asked for."""
     model = ModelConfig(**load_config(str(finished))["model"])
     tokenizer = Tokenizer.load(finished)
     respond = make_sampler(model, SamplingConfig(0.0, max_new_tokens=12), tokenizer)

@@ -1,4 +1,4 @@
-"""Unlikelihood (experiments/unlikelihood): its loss against loops, what it lowers and what it leaves, its script."""
+"""Unlikelihood (experiments/unlikelihood): loss against loops, what it lowers and leaves, script."""
 
 from functools import partial
 
@@ -112,7 +112,7 @@ def test_unlikelihood_in_one_context_lowers_the_bad_token_and_never_the_good_one
 
 
 def test_unlikelihood_also_unlearns_what_the_model_is_sure_of():
-    """In float32 log p is 0 to rounding at a margin of 16 nats or more, where the loss is clamped."""
+    """At a margin of 16 nats float32's log p is 0 to rounding, and the loss is clamped."""
 
     def loss(margin):
         logits = jnp.array([[[margin, 0.0]]])

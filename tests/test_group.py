@@ -1,4 +1,4 @@
-"""Methods without a critic against float64 loops written from the papers, their limits, and their optima."""
+"""Methods without a critic against float64 loops from the papers, their limits, their optima."""
 
 import typing
 from functools import partial
@@ -84,7 +84,8 @@ def paper_loss(method, table, old_table, reference_table, batch, rewards):
             [rewards[i] - 0.01 * (old[i] - reference[i])[t:].sum() for t in range(length[i])]
             for i in range(P * C)
         ]
-        mean, std = np.mean(np.concatenate(A)), np.std(np.concatenate(A))
+        mean = np.mean(np.concatenate(A))
+        std = np.std(np.concatenate(A))
         A = [(np.array(row) - mean) / std for row in A]
         ratio = [np.exp(logp[i] - old[i]) for i in range(P * C)]
         return -np.mean(
@@ -143,7 +144,9 @@ def test_loss_and_gradient_equal_the_papers(method):
     config = settled(
         method, samples_per_prompt=1 if method == "reinforce_pp" else C, max_new_tokens=R
     )
-    batch, reference, old = rollouts(), normal(V, V), normal(V, V, seed=1)
+    batch = rollouts()
+    reference = normal(V, V)
+    old = normal(V, V, seed=1)
     table = old + (1.5e-3 if method == "gspo" else 0.3) * normal(V, V, seed=2)
     rewards = normal(P * C, seed=3).round(2)
     rewards[C : 2 * C] = 0.1  # a group of equal rewards
@@ -173,10 +176,10 @@ def test_loss_and_gradient_equal_the_papers(method):
 @pytest.mark.parametrize("method", ["grpo", "rloo", "reinforce_pp"])
 def test_what_lies_in_the_padding_does_not_matter(method):
     config = settled(method, samples_per_prompt=C, max_new_tokens=R)
-    batch, table = rollouts(), jnp.float32(normal(V, V))
-    table = table.at[0].set(
-        jnp.float32([60.0, -60.0, 0.0, 0.0, 0.0])
-    )  # token 0 is met in the padding only
+    batch = rollouts()
+    table = jnp.float32(normal(V, V))
+    # Token 0 is met in the padding only.
+    table = table.at[0].set(jnp.float32([60.0, -60.0, 0.0, 0.0, 0.0]))
     other = {**batch, "response_BR": np.where(batch["mask_BR"] > 0, batch["response_BR"], 1)}
     other["tokens_BT"] = np.concatenate([batch["tokens_BT"][:, :2], other["response_BR"]], axis=1)
 
@@ -215,9 +218,8 @@ def test_equal_rewards_give_exactly_zero_gradient(method):
     config = settled(method, samples_per_prompt=C - 1, max_new_tokens=R, kl_coef=0.0)
     batch = {name: x[: P * (C - 1)] for name, x in rollouts().items()}
     rewards = np.repeat(np.float32([0.9, 1.7, -2.9]), C - 1)
-    assert (
-        np.abs(rewards[:3] - rewards[:3].sum() / np.float32(3)).max() > 0
-    )  # control: the naive mean is not exact
+    # Control: the naive mean is not exact.
+    assert np.abs(rewards[:3] - rewards[:3].sum() / np.float32(3)).max() > 0
     policy = jnp.float32(normal(V, V))
 
     def gradient(rewards):
@@ -237,7 +239,8 @@ def test_dr_grpo_weighs_neither_length_nor_spread():
     In GRPO a token of the long wrong answer is pushed down a third as hard as one of the short (Dr. GRPO, section
     3.1), and the prompt with the small spread as hard as the other. In Dr. GRPO it is as the rewards say.
     """
-    lengths, rewards = [2, 6, 2, 2], np.float32([10.0, 0.0, 0.0, 1.0])
+    lengths = [2, 6, 2, 2]
+    rewards = np.float32([10.0, 0.0, 0.0, 1.0])
     mask = (np.arange(R) < np.array(lengths)[:, None]).astype(np.float32)
     tokens = np.zeros((4, R + 1), np.int32)
     batch = {
@@ -263,9 +266,8 @@ def test_dr_grpo_weighs_neither_length_nor_spread():
     np.testing.assert_allclose(dr_grpo[0, :2] / dr_grpo[1, :2], -1.0, rtol=1e-5)
     np.testing.assert_allclose(grpo[0, :2] / grpo[3, :2], 1.0, rtol=1e-3)
     np.testing.assert_allclose(dr_grpo[0, :2] / dr_grpo[3, :2], 10.0, rtol=1e-5)
-    np.testing.assert_allclose(
-        dr_grpo[1], np.where(mask[1] > 0, -5.0 * 0.5 / R, 0.0), rtol=1e-5
-    )  # sum / budget
+    # Sum / budget.
+    np.testing.assert_allclose(dr_grpo[1], np.where(mask[1] > 0, -5.0 * 0.5 / R, 0.0), rtol=1e-5)
 
 
 def test_normalised_uses_n_or_n_minus_1():
@@ -278,16 +280,16 @@ def test_normalised_uses_n_or_n_minus_1():
 
 
 def test_gspo_ratio_is_the_geometric_mean():
-    change, lengths = 0.3 * normal(5, R), np.array([1, 2, 3, 4, 6])
+    change = 0.3 * normal(5, R)
+    lengths = np.array([1, 2, 3, 4, 6])
     mask = (np.arange(R) < lengths[:, None]).astype(np.float32)
     ratio = np.exp(group.log_ratio(change * mask, mask, "geometric"))
     for b, length in enumerate(lengths):
         want = np.prod(np.exp(change[b, :length])) ** (1 / length)
         np.testing.assert_allclose(ratio[b], np.where(mask[b] > 0, want, 1.0), rtol=1e-5)
     twice = group.log_ratio(np.tile(change * mask, 2), np.tile(mask, 2), "geometric")
-    np.testing.assert_allclose(
-        np.exp(twice[:, :R]), ratio, rtol=1e-5
-    )  # the same tokens again: the same ratio
+    # The same tokens again: the same ratio.
+    np.testing.assert_allclose(np.exp(twice[:, :R]), ratio, rtol=1e-5)
     whole = np.exp(group.log_ratio(change * mask, mask, "sequence"))
     np.testing.assert_allclose(whole[:, 0], np.exp((change * mask).sum(1)), rtol=1e-5)
     assert (
@@ -327,7 +329,9 @@ def test_overlong_penalty_is_piecewise():
 
 def test_dynamic_sampling_drops_groups_of_equal_rewards():
     config = settled("dapo", samples_per_prompt=C, max_new_tokens=R)
-    batch, table, pools = rollouts(), jnp.float32(normal(V, V)), []
+    batch = rollouts()
+    table = jnp.float32(normal(V, V))
+    pools = []
     for equal in (0, 2), (1,):
         rewards = np.float32(normal(P, C, seed=3).round(2))
         rewards[list(equal)] = 1.0
@@ -361,8 +365,10 @@ def test_dynamic_sampling_drops_groups_of_equal_rewards():
 
 
 def test_reinforce_pp_normalises_over_the_batch():
-    batch, scale = rollouts(), np.repeat([1.0, 10.0, 100.0], C)
-    mask, rewards_BR = batch["mask_BR"], np.zeros((P * C, R))
+    batch = rollouts()
+    scale = np.repeat([1.0, 10.0, 100.0], C)
+    mask = batch["mask_BR"]
+    rewards_BR = np.zeros((P * C, R))
     rewards_BR[np.arange(P * C), mask.sum(1).astype(int) - 1] = scale * normal(P * C, seed=1)
     A = np.asarray(group.reinforce_pp(jnp.float32(rewards_BR), jnp.float32(mask)))
     real = A[mask > 0]
@@ -377,11 +383,9 @@ def test_reinforce_pp_normalises_over_the_batch():
 
 
 def test_rewards_combine():
-    help_B, harm_B, true_B = (
-        np.float32([2.0, 3.0, -1.0]),
-        np.float32([0.5, -0.5, 1.0]),
-        np.float32([1.0, 1.0, -2.0]),
-    )
+    help_B = np.float32([2.0, 3.0, -1.0])
+    harm_B = np.float32([0.5, -0.5, 1.0])
+    true_B = np.float32([1.0, 1.0, -2.0])
     scores = [help_B, harm_B, true_B]
     np.testing.assert_allclose(combined(scores, "mean"), np.mean(scores, 0), rtol=1e-6)
     np.testing.assert_allclose(combined(scores, "weighted", weights=(1, 0, 0)), help_B)
@@ -391,9 +395,8 @@ def test_rewards_combine():
     assert combined(scores, "minimum").tolist() == [0.5, -0.5, -2.0]
     assert combined(scores, "gated", gate=0.0, floor=-7.0).tolist() == [2.0, -7.0, -7.0]
     assert combined(scores[:2], "gated", gate=-0.5, floor=-7.0).tolist() == [2.0, 3.0, -1.0]
-    assert (
-        combined(scores[:1], "gated", gate=9.0, floor=-7.0).tolist() == help_B.tolist()
-    )  # nothing gates
+    # Nothing gates.
+    assert combined(scores[:1], "gated", gate=9.0, floor=-7.0).tolist() == help_B.tolist()
 
 
 # ---- A policy small enough to enumerate: a prompt of one token, then two tokens out of three
@@ -447,9 +450,11 @@ def distance(p, q):  # total variation
 @pytest.mark.parametrize("count", [2, 3])
 def test_rloo_is_unbiased_by_enumeration(count):
     """The expectation of its gradient over all groups of `count` responses is the exact policy gradient."""
-    params, reward = tables(), jnp.float32(normal(9, seed=5))
+    params = tables()
+    reward = jnp.float32(normal(9, seed=5))
     groups = np.stack(np.meshgrid(*[np.arange(9)] * count, indexing="ij"), -1).reshape(-1, count)
-    batch, chance = sequences(groups.reshape(-1)), jnp.exp(nine_logps(params)[groups].sum(1))
+    batch = sequences(groups.reshape(-1))
+    chance = jnp.exp(nine_logps(params)[groups].sum(1))
     rewards_BR = token_rewards(
         reward[groups.reshape(-1)],
         jnp.zeros((groups.size, 2)),
@@ -479,9 +484,8 @@ def test_rloo_is_unbiased_by_enumeration(count):
         expected(group.leave_one_out),
         want,
     )
-    own = expected(
-        group.centred
-    )  # with its own reward in the baseline, a share 1 / count of the gradient is lost
+    # With its own reward in the baseline, a share 1 / count of the gradient is lost.
+    own = expected(group.centred)
     jax.tree.map(
         lambda g, w: np.testing.assert_allclose(g, w * (1 - 1 / count), atol=1e-6), own, want
     )
@@ -552,9 +556,8 @@ def test_with_the_kl_in_the_reward_the_optimum_is_the_closed_form(method):
     potentials = None
     if method == "shaping":
         options["shaping"] = 1.0
-        phi = jnp.float32(
-            3 * normal(3, seed=8)
-        )  # of the state after each first token; 2 at the start
+        # Of the state after each first token; 2 at the start.
+        phi = jnp.float32(3 * normal(3, seed=8))
         potentials = lambda which_B: jnp.stack(
             [2 + 0.0 * which_B, phi[jnp.array(FIRST)[which_B]], which_B], 1
         )
@@ -562,9 +565,8 @@ def test_with_the_kl_in_the_reward_the_optimum_is_the_closed_form(method):
         settled(name, **options, entropy_coef=alpha), {"r": REWARD}, potentials=potentials
     )
     assert distance(reached, closed_form(REWARD, 0.7, alpha)) < 0.02
-    assert (
-        distance(reached, closed_form(REWARD, 0.7, 0.4 - alpha)) > 0.05
-    )  # controls: alpha and beta say where
+    # Controls: alpha and beta say where.
+    assert distance(reached, closed_form(REWARD, 0.7, 0.4 - alpha)) > 0.05
     assert distance(reached, closed_form(REWARD, 1.4, alpha)) > 0.05
     assert distance(reached, np.exp(nine_logps(tables()))) > 0.1
 
@@ -572,13 +574,13 @@ def test_with_the_kl_in_the_reward_the_optimum_is_the_closed_form(method):
 def test_the_papers_grpo_has_another_optimum():
     """Its KL in the loss is k3, whose gradient is that of KL(reference || policy), and its reward is divided by its
     deviation: pi (r - mean) / std = beta (pi - reference), here solved by plain ascent in float64, on one token."""
-    beta, steady = 2.0, np.full(9, 0.0)
-    start = {
-        "first": tables()["first"],
-        "second": jnp.float32([[30.0, 0.0, 0.0]] * 3),
-    }  # the second is always 0
+    beta = 2.0
+    steady = np.full(9, 0.0)
+    # The second is always 0.
+    start = {"first": tables()["first"], "second": jnp.float32([[30.0, 0.0, 0.0]] * 3)}
     reward = np.float64([2.0, 0.0, -1.0, 0, 0, 0, 0, 0, 0])[[0, 0, 0, 1, 1, 1, 2, 2, 2]]
-    r, logits = reward[::3], np.float64(start["first"])
+    r = reward[::3]
+    logits = np.float64(start["first"])
     reference = np.exp(logits) / np.exp(logits).sum()
     for _ in range(4000):
         pi = np.exp(logits) / np.exp(logits).sum()
@@ -599,8 +601,12 @@ def test_the_papers_grpo_has_another_optimum():
 
 
 def test_the_gradient_of_each_kl_estimate():
-    """Of E[estimate] with the samples held, as it is in the loss: k1 none, k2 KL(pi || ref), k3 KL(ref || pi)."""
-    pi, reference = jnp.float32(normal(4)), jax.nn.log_softmax(jnp.float32(normal(4, seed=1)))
+    """It is the gradient of E[estimate] with the samples held, as in the loss.
+
+    That of k1 is 0, that of k2 is KL(pi || ref)'s, that of k3 KL(ref || pi)'s.
+    """
+    pi = jnp.float32(normal(4))
+    reference = jax.nn.log_softmax(jnp.float32(normal(4, seed=1)))
     p = jax.nn.softmax(pi)
 
     def gradient(estimator):
@@ -620,7 +626,7 @@ def test_the_gradient_of_each_kl_estimate():
 
 
 def test_a_tighter_gate_lowers_violations_at_a_cost():
-    """Of nine responses the most helpful are the most harmful; the gate is on a harm score."""
+    """The gate is on a harm score; of nine responses the most helpful are the most harmful."""
     helpful, harmless = np.linspace(-1, 3, 9), np.linspace(1, -1, 9)
     shares, costs = [], []
     for gate in (-9.0, 0.2):

@@ -31,9 +31,8 @@ def test_packing_loses_no_token_and_no_example():
     want = sorted((tokens, [0, *mask[1:]]) for tokens, mask in given)
     assert sorted(unpacked(rows)) == want
     fill = (rows["segment_ids_BT"] > 0).mean()
-    assert (
-        fill > 0.9 > sum(len(t) for t, _ in given) / (500 * 64)
-    )  # control: one example a row fills half
+    # Control: one example a row fills half.
+    assert fill > 0.9 > sum(len(t) for t, _ in given) / (500 * 64)
     rows["tokens_BT"][0, 0] += 1  # control: one wrong token shows
     assert sorted(unpacked(rows)) != want
 

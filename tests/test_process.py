@@ -1,4 +1,4 @@
-"""Process supervision: step labels, scores and rewards of steps, Monte Carlo labels, re-ranking, step-level search."""
+"""Process supervision: labels, scores and rewards of steps, Monte Carlo, re-ranking, step search."""
 
 import json
 import math
@@ -124,9 +124,8 @@ def test_prm800k_s_rows_become_labelled_steps():
 )
 def test_malformed_steps_name_their_field(change, message):
     row = {"prompt": "1+1", "steps": ["1+1=2", "answer 2"], "labels": ["positive", 0.25]} | change
-    if (
-        message == "label.steps[1]"
-    ):  # a stage without completions ends the solution; what is no stage is a fault
+    # A stage without completions ends the solution; what is no stage is a fault.
+    if message == "label.steps[1]":
         row["label"]["steps"].reverse()
         message = "label.steps[0]: must be an object with completions"
     with pytest.raises(records.FieldError) as fault:
@@ -146,9 +145,8 @@ def test_targets_stand_at_each_labelled_step_s_last_token(tokenizer):
     (row,), lost = encode_steps(record, tokenizer, 64)
     text = "27+8=35\nso 35\n35-6=29\nso 29\nanswer 28"
     prompt = tokenizer.prompt("27+8-6")
-    assert (
-        row["tokens"] == [*prompt, *tokenizer.encode(text), tokenizer.eos] and not lost
-    )  # as a policy samples it
+    # As a policy samples it.
+    assert row["tokens"] == [*prompt, *tokenizer.encode(text), tokenizer.eos] and not lost
     ends = [
         t
         for t in range(len(prompt), len(row["tokens"]))
@@ -159,9 +157,8 @@ def test_targets_stand_at_each_labelled_step_s_last_token(tokenizer):
     batch = pad_steps([row], 64, tokenizer.pad)
     mask_BT = np.arange(batch["tokens_BT"].shape[1])[None] >= len(prompt)
     mask_BT = mask_BT * (batch["segment_ids_BT"] > 0)
-    found = step_ends(
-        batch["tokens_BT"], mask_BT, tokenizer.newlines()
-    )  # the rule by which responses are read
+    # The rule by which responses are read.
+    found = step_ends(batch["tokens_BT"], mask_BT, tokenizer.newlines())
     assert np.flatnonzero(found[0]).tolist() == ends
     short, lost = encode_steps(record, tokenizer, ends[2])
     assert lost and sum(short[0]["mask"]) == 1
@@ -173,7 +170,8 @@ def test_targets_stand_at_each_labelled_step_s_last_token(tokenizer):
 
 def test_process_objective_and_its_gradient_against_numpy(tokenizer):
     rng = np.random.default_rng(0)
-    logits_BT, targets_BT = rng.normal(size=(4, 9)) * 3, rng.uniform(size=(4, 9)).round(1)
+    logits_BT = rng.normal(size=(4, 9)) * 3
+    targets_BT = rng.uniform(size=(4, 9)).round(1)
     mask_BT = (rng.uniform(size=(4, 9)) < 0.4).astype(np.float64)
     p = sigmoid(logits_BT)
     expected = -(mask_BT * (targets_BT * np.log(p) + (1 - targets_BT) * np.log(1 - p))).sum()
@@ -232,7 +230,8 @@ def test_a_step_ends_at_each_token_that_ends_in_a_newline():
 @pytest.mark.parametrize("how", ["product", "minimum", "last"])
 def test_step_rewards_stand_at_steps_and_sum_to_the_outcome(how):
     rng = np.random.default_rng(1)
-    logits_BT, ends_BT = rng.normal(size=(6, 12)) * 2, rng.uniform(size=(6, 12)) < 0.35
+    logits_BT = rng.normal(size=(6, 12)) * 2
+    ends_BT = rng.uniform(size=(6, 12)) < 0.35
     ends_BT[0], ends_BT[1, -1] = False, True
     expected = np.stack([by_loop(*row, how) for row in zip(logits_BT, ends_BT, strict=True)])
     score_BT = jnp.exp(running_score(jnp.float32(logits_BT), ends_BT, how))
@@ -242,9 +241,8 @@ def test_step_rewards_stand_at_steps_and_sum_to_the_outcome(how):
     np.testing.assert_allclose(rewards_BT.sum(1), expected[:, -1], atol=1e-6)  # telescoped
     assert rewards_BT[0].sum() == 0  # no step, no reward
     summed = (sigmoid(logits_BT) * ends_BT).sum(1)
-    assert (
-        np.abs(summed - expected[:, -1]).max() > 0.5
-    )  # control: probabilities simply summed do not
+    # Control: probabilities simply summed do not.
+    assert np.abs(summed - expected[:, -1]).max() > 0.5
 
 
 def test_ppo_gives_each_step_its_reward_at_its_last_token():
@@ -293,9 +291,8 @@ def test_ppo_gives_each_step_its_reward_at_its_last_token():
     np.testing.assert_allclose(
         rewards["product"][0], [0, 0, a, 0, a * b - a, 0, a * b * c - a * b, 0], atol=1e-6
     )
-    a, b = p[
-        1, [1, 4]
-    ]  # it never ends: by the rule its sum is -1, and the last token makes up for the steps
+    # It never ends: by the rule its sum is -1, and the last token makes up for the steps.
+    a, b = p[1, [1, 4]]
     np.testing.assert_allclose(
         rewards["product"][1], [0, a, 0, 0, a * b - a, 0, 0, -1 - a * b], atol=1e-6
     )
@@ -357,7 +354,8 @@ def test_completion_shares_err_as_one_over_the_root_of_n(tokenizer):
 
 def test_auc_and_first_error_against_loops():
     rng = np.random.default_rng(3)
-    scores, right = rng.normal(size=80).round(1), rng.uniform(size=80) < 0.7
+    scores = rng.normal(size=80).round(1)
+    right = rng.uniform(size=80) < 0.7
     pairs = [(a > b) + 0.5 * (a == b) for a in scores[right] for b in scores[~right]]
     assert auc(scores, right) == pytest.approx(np.mean(pairs), abs=1e-12)
     assert math.isnan(auc(scores, np.ones(80, bool)))
@@ -392,7 +390,8 @@ def test_a_score_that_knows_nothing_is_right_as_often_as_blind_says():
     right = np.array([[1, 0, 1, 1, 0]])
     new_PN = rerank.first_of_equal_texts(texts)
     assert new_PN.tolist() == [[True, True, False, False, True]]
-    rng, hits = np.random.default_rng(0), []
+    rng = np.random.default_rng(0)
+    hits = []
     for _ in range(4000):
         of_text = dict(zip("abc", rng.normal(size=3), strict=True))
         scores = {"orm": np.array([[of_text[text] for text in row] for row in texts])}
@@ -406,7 +405,9 @@ def test_a_score_that_knows_nothing_is_right_as_often_as_blind_says():
 
 def test_step_search_on_a_tree_that_is_known():
     """Steps are [digit, newline] or [digit, eos] at the third; the score is of the digits alone."""
-    newline, eos, calls = 90, 99, []
+    newline = 90
+    eos = 99
+    calls = []
 
     def extend(contexts, number):
         calls.append(len(contexts))
@@ -432,7 +433,8 @@ def test_step_search_on_a_tree_that_is_known():
 
 def test_step_search_over_whole_solutions_is_the_best_of_n():
     """Expert iteration with it is then rejection sampling: of beams x branch samples the best by score."""
-    rng, eos = np.random.default_rng(0), 99
+    rng = np.random.default_rng(0)
+    eos = 99
     drawn = rng.integers(1, 90, (5, 12, 3))  # to each of 5 problems 12 solutions of 3 tokens
     rows = iter(drawn.reshape(-1, 4, 3))
     extend = lambda contexts, number: [[*map(int, t), eos] for _ in contexts for t in next(rows)]
@@ -560,7 +562,8 @@ def test_labels_of_three_kinds_agree_where_they_speak_of_the_same_thing(in_study
     for gold, outcome, shares in zip(*files, strict=True):
         assert gold["steps"] == outcome["steps"] == shares["steps"]
         assert outcome["labels"][:-1] == [None] * (len(gold["steps"]) - 1)
-        text, response = gold["prompt"][0]["content"], "\n".join(gold["steps"])
+        text = gold["prompt"][0]["content"]
+        response = "\n".join(gold["steps"])
         solved = float(arithmetic.solved(text, response))
         assert outcome["labels"][-1] == shares["labels"][-1] == solved
         assert all(0 <= label <= 1 and (8 * label).is_integer() for label in shares["labels"])

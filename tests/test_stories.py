@@ -1,5 +1,7 @@
-"""The llama2.c importer against an independent forward pass and the C program's text; the happy-story reward's hacks;
-PPO on it at toy size, and what README.md reports of it."""
+"""Happy stories: the llama2.c importer, the reward's hacks, PPO at toy size, README.md's numbers.
+
+The importer is checked against an independent forward pass and the C program's text.
+"""
 
 import dataclasses
 import json
@@ -61,7 +63,8 @@ def forward(weights, tokens, heads, kv_heads):
 
 def test_a_random_checkpoint_gives_the_logits_of_an_independent_forward_pass(tmp_path, capsys):
     tokenizer = Tokenizer.train(["a small text to train on"], tmp_path / "t.model", 300)
-    D, F, L, N, K, V, T = 16, 24, 2, 4, 2, tokenizer.size, 32
+    D, F, L, N, K, T = 16, 24, 2, 4, 2, 32
+    V = tokenizer.size
     rng = np.random.default_rng(0)
     shapes = [
         (V, D),
@@ -263,7 +266,8 @@ def test_two_iterations_log_kl_and_samples_before_and_after(tiny):
 @pytest.mark.slow  # compiles everything twice more
 def test_resuming_gives_the_same_policy(tiny, tmp_path):
     """Stopped by SIGTERM's path after one iteration and gone on: equal to the bit to the run that went through."""
-    due, calls = Checkpoints.due, []
+    due = Checkpoints.due
+    calls = []
 
     def stop_once(self, step, every, last):
         calls.append(step)
@@ -312,22 +316,18 @@ def test_summary_of_three_stories_by_hand():
         and got["kl"] == 2
         and got["sentence"] == pytest.approx(10 / 3, abs=1e-5)
     )
-    assert got["repeated"] == pytest.approx(
-        1 / 8, abs=1e-6
-    )  # of 4 + 2 + 2 triples one was said before
-    assert got["distinct"] == pytest.approx(
-        7 / 11, abs=1e-6
-    )  # the-cat cat-ran ran-the ran-away a-nice nice-dog dog-sat
+    # Of 4 + 2 + 2 triples one was said before.
+    assert got["repeated"] == pytest.approx(1 / 8, abs=1e-6)
+    # the-cat cat-ran ran-the ran-away a-nice nice-dog dog-sat.
+    assert got["distinct"] == pytest.approx(7 / 11, abs=1e-6)
     assert got["formula"] == pytest.approx(2 / 3, abs=1e-6) and got["first"] == 1.0
     assert got["also_happy"] == pytest.approx(100 / 14, abs=1e-5)
 
 
 def test_readme_shows_the_results_of_its_json():
     folder = pathlib.Path(measure.__file__).parent
-    text, results = (
-        (folder / "README.md").read_text(),
-        json.loads((folder / "results.json").read_text()),
-    )
+    text = (folder / "README.md").read_text()
+    results = json.loads((folder / "results.json").read_text())
     for part in (results["command"], measure.markdown(results), measure.samples(results)):
         assert part in text
 

@@ -1,4 +1,4 @@
-"""Sample, rank, imitate from the command line: learning, thresholds, resuming, every method, best-of-n, mistakes."""
+"""Sample, rank, imitate from the command line: learning, thresholds, resuming, mistakes."""
 
 import shutil
 

@@ -1,4 +1,4 @@
-"""Hugging Face folders against an independent float64 forward pass, and against transformers where it is installed."""
+"""Hugging Face folders against an independent float64 forward pass, and against transformers."""
 
 import dataclasses
 import functools
@@ -59,7 +59,9 @@ CONFIGS = {  # what config.json says beside SHAPE
 def checkpoint(c, seed=0):
     """Random tensors by their names in a folder of the family, as the published layouts have them."""
     rng = np.random.default_rng(seed)
-    n, k, h = c["num_attention_heads"], c["num_key_value_heads"], c.get("head_dim", D // N)
+    n = c["num_attention_heads"]
+    k = c["num_key_value_heads"]
+    h = c.get("head_dim", D // N)
     layer = {
         "self_attn.q_proj": (n * h, D),
         "self_attn.k_proj": (k * h, D),
@@ -106,7 +108,8 @@ def turned(x_TNH, c):
     for i in range(H // 2):
         f = rope["rope_theta"] ** (-2 * i / H)
         if "low_freq_factor" in rope:
-            wavelength, old = 2 * np.pi / f, rope["original_max_position_embeddings"]
+            wavelength = 2 * np.pi / f
+            old = rope["original_max_position_embeddings"]
             low, high = rope["low_freq_factor"], rope["high_freq_factor"]
             if wavelength > old / low:
                 f /= rope["factor"]
@@ -124,11 +127,11 @@ def turned(x_TNH, c):
 def forward(tensors, c, tokens_T):
     """Float64 logits [T, V], a query at a time; rows of their matrices are outputs."""
     w = {name: np.asarray(x, np.float64) for name, x in tensors.items()}
-    gemma, n, k = c["model_type"] == "gemma", c["num_attention_heads"], c["num_key_value_heads"]
-    T, window = (
-        len(tokens_T),
-        c.get("sliding_window") if c.get("use_sliding_window", True) else None,
-    )
+    gemma = c["model_type"] == "gemma"
+    n = c["num_attention_heads"]
+    k = c["num_key_value_heads"]
+    T = len(tokens_T)
+    window = c.get("sliding_window") if c.get("use_sliding_window", True) else None
 
     def norm(x, scale):
         return x / np.sqrt((x * x).mean(-1, keepdims=True) + c["rms_norm_eps"]) * (scale + gemma)
@@ -152,7 +155,9 @@ def forward(tensors, c, tokens_T):
             heads[x] = flat.reshape(T, n if x == "q" else k, -1)
             if x != "v" and c["model_type"] == "qwen3":
                 heads[x] = norm(heads[x], p[f"self_attn.{x}_norm.weight"])
-        q, key, v = turned(heads["q"], c), turned(heads["k"], c), heads["v"]
+        q = turned(heads["q"], c)
+        key = turned(heads["k"], c)
+        v = heads["v"]
         out = np.zeros_like(q)
         for t in range(T):
             first = 0 if window is None else max(0, t - window + 1)
@@ -249,14 +254,11 @@ def test_logits_of_a_random_checkpoint_and_its_round_trip(name, tmp_path, capsys
     assert again.keys() == tensors.keys() and all(
         np.array_equal(again[name], x) for name, x in tensors.items()
     )
-    mine, stored = (
-        families.model_of(folder / "config.json"),
-        stored_model(str(tmp_path / "run")),
-    )
+    mine = families.model_of(folder / "config.json")
+    stored = stored_model(str(tmp_path / "run"))
     assert dataclasses.replace(mine, preset="") == dataclasses.replace(stored, preset="")
-    assert mine.preset == (
-        "llama" if name == "mistral without window" else c["model_type"]
-    )  # the two are one then
+    # The two are one then.
+    assert mine.preset == ("llama" if name == "mistral without window" else c["model_type"])
     run_of(folder, tmp_path / "again")
     trees = [load_params(str(tmp_path / run)) for run in ("run", "again")]
     assert jax.tree.all(jax.tree.map(np.array_equal, *trees))
@@ -485,9 +487,8 @@ def test_a_tokenizer_json_keeps_the_contract_of_tokenizers(tmp_path, capsys):
         assert t.encode(text) == made.encode(text).ids and t.decode(t.document(text)) == text
     spelled = "hello <|endoftext|><|im_start|>"
     assert not {t.eos, t.pad} & set(t.encode(spelled)) and t.decode(t.encode(spelled)) == spelled
-    assert (
-        end in made.encode(spelled).ids
-    )  # control: the package by itself does take the text for the token
+    # Control: the package by itself does take the text for the token.
+    assert end in made.encode(spelled).ids
     tokens, mask = t.chat(
         [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "The cat."}]
     )
@@ -564,7 +565,8 @@ def test_reading_holds_the_model_once(tmp_path):
     noise = np.random.default_rng(0).normal(size=1000 * 1024).astype(np.float32)
     tensors = {name: np.resize(noise, shape) for name, _, _, shape in weights.their_tensors(model)}
     save_file(tensors, tmp_path / "model.safetensors")
-    root, ratios = str(pathlib.Path(__file__).parents[1]), {}
+    root = str(pathlib.Path(__file__).parents[1])
+    ratios = {}
     for how in ("read", "held"):
         command = [sys.executable, "-c", MEMORY, root, str(tmp_path), how]
         environment = os.environ | {

@@ -1,6 +1,8 @@
-"""Tables of the arithmetic study from its runs, seed by seed: writes results.json and prints what README.md shows.
+"""Make the tables of the arithmetic study from its runs, seed by seed.
 
-python -m experiments.arithmetic.table runs/arithmetic0 runs/arithmetic1 runs/arithmetic2
+Writes results.json and prints what README.md shows.
+
+    python -m experiments.arithmetic.table runs/arithmetic0 runs/arithmetic1 runs/arithmetic2
 """
 
 import json
@@ -71,12 +73,16 @@ def paired(better: list[list[float]], worse: list[list[float]]) -> dict[str, Any
 
 
 def agreement(run: pathlib.Path) -> dict[str, float]:
-    """Of Monte Carlo labels with the program's, on the steps that the latter judges, the last ones left out."""
+    """Compare Monte Carlo labels with the program's, on the steps that the program judges.
+
+    The last step of each solution is left out. Returns the number of labels, their AUC and shares.
+    """
     pairs = [
         (gold != "negative", share)
+        # Completions were sampled for fewer solutions.
         for one, other in zip(
             lines(run / "gold.jsonl"), lines(run / "completions.jsonl"), strict=False
-        )  # fewer of these
+        )
         for gold, share in zip(one["labels"][:-1], other["labels"][:-1], strict=True)
         if gold is not None
     ]
@@ -165,9 +171,9 @@ def main(runs: list[pathlib.Path]) -> dict[str, Any]:
             text = ", ".join(
                 f"{k} {v['mean']:.3f} ±{v['half']:.3f}".strip() for k, v in cells.items()
             )
-            print(
-                f"| {row} | {text} | {', '.join(f'{s:.3f}' for s in next(iter(cells.values()))['seeds'])} |"
-            )
+            first = next(iter(cells.values()))
+            seeds = ", ".join(f"{seed:.3f}" for seed in first["seeds"])
+            print(f"| {row} | {text} | {seeds} |")
     return out
 
 
@@ -175,7 +181,8 @@ def start() -> None:
     """Results of the runs that the command names."""
     if len(sys.argv) < 3:
         raise UserError(
-            "name two runs of run.sh or more, one a seed: table.py runs/arithmetic0 runs/arithmetic1"
+            "name two runs of run.sh or more, one a seed: "
+            "table.py runs/arithmetic0 runs/arithmetic1"
         )
     try:
         results = main([pathlib.Path(argument) for argument in sys.argv[1:]])

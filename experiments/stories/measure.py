@@ -1,6 +1,8 @@
-"""Stories before and after PPO, on openings whose names training never saw: reward, KL, collapse, readability.
+"""Compare stories before and after PPO: reward, KL, collapse, readability.
 
-    PYTHONPATH=. python experiments/stories/measure.py --after runs/stories_ppo0 runs/stories_ppo1 runs/stories_ppo2
+    PYTHONPATH=. python experiments/stories/measure.py --after runs/stories_ppo0 runs/stories_ppo1
+
+The openings have names that training never saw.
 
 Writes results.json; prints the tables and samples that stand in README.md (a test compares them).
 """
@@ -90,7 +92,8 @@ def make_tell(
         return samples.response_BR, {name: x.sum(1) for name, x in sums.items()}
 
     def tell(policy: Params, reference: Params, openings: Sequence[str], seed: int):
-        stories, counts = [], collections.defaultdict(list)
+        stories = []
+        counts = collections.defaultdict(list)
         for start in range(0, len(openings), rows):
             part = openings[start : start + rows]
             padded = [{"tokens": [tokenizer.bos, *tokenizer.encode(text)]} for text in part]
@@ -121,7 +124,8 @@ def summarise(
     tokens = [happy.words(story) for story in stories]
     complete = [happy.sentences(story)[0] for story in stories]
     triples, pairs = ([ngrams(story, n) for story in stories] for n in (3, 2))
-    all_words, said = sum(map(len, tokens)), [pair for row in pairs for pair in row]
+    all_words = sum(map(len, tokens))
+    said = [pair for row in pairs for pair in row]
     commonest = collections.Counter(triple for row in triples for triple in set(row)).most_common(
         1
     )[0][1]
@@ -147,7 +151,8 @@ def summarise(
 
 def interval(values: Sequence[float]) -> dict[str, float]:
     """Mean over seeds, with its 95 % interval by Student's t; one seed has no interval."""
-    mean, width = float(np.mean(values)), half(values)
+    mean = float(np.mean(values))
+    width = half(values)
     return {
         "mean": mean,
         **({} if math.isnan(width) else {"low": mean - width, "high": mean + width}),
@@ -158,20 +163,19 @@ def markdown(results: dict[str, Any]) -> str:
     """The tables of README.md."""
 
     def cell(values: dict[str, float], digits: int) -> str:
-        shown = {
-            name: f"{round(x, digits) + 0.0:.{digits}f}" for name, x in values.items()
-        }  # + 0.0: never -0.00
+        # Adding 0.0 turns -0.00 into 0.00.
+        shown = {name: f"{round(x, digits) + 0.0:.{digits}f}" for name, x in values.items()}
         return shown["mean"] + (f" [{shown['low']}, {shown['high']}]" if "low" in shown else "")
 
     runs = results["runs"]
+    seeds = f"{len(runs)} seed{'s' * (len(runs) > 1)}"
     lines = [
-        f"| {results['n']} stories a seed, {len(runs)} seed{'s' * (len(runs) > 1)} | before | after |",
+        f"| {results['n']} stories a seed, {seeds} | before | after |",
         "|---|---|---|",
     ]
     for name, (title, digits) in ROWS.items():
-        lines.append(
-            f"| {title} | {cell(results['before'][name], digits)} | {cell(results['after'][name], digits)} |"
-        )
+        cells = [cell(results[when][name], digits) for when in ("before", "after")]
+        lines.append(f"| {title} | {' | '.join(cells)} |")
     lines += [
         "",
         "| seed | iteration | reward before | after | KL | perplexity | commonest word triple |",
@@ -179,10 +183,11 @@ def markdown(results: dict[str, Any]) -> str:
     ]
     for run in runs:
         before, after = run["before"], run["after"]
-        shares = f'{after["kl"]:.2f} | {after["perplexity"]:.2f} | "{run["formula"]}", {after["formula"]:.3f}'
-        lines.append(
-            f"| {run['seed']} | {run['iteration']} | {before['score']:.3f} | {after['score']:.3f} | {shares} |"
-        )
+        rewards = f"{before['score']:.3f} | {after['score']:.3f}"
+        distance = f"{after['kl']:.2f} | {after['perplexity']:.2f}"
+        formula = f'"{run["formula"]}", {after["formula"]:.3f}'
+        numbers = f"{rewards} | {distance} | {formula}"
+        lines.append(f"| {run['seed']} | {run['iteration']} | {numbers} |")
     return "\n".join(lines)
 
 
@@ -208,21 +213,22 @@ def main(config: Config) -> dict[str, Any]:
     for run, other in zip(config.after, settings, strict=True):
         if other["script"] not in SCRIPTS:
             raise UserError(
-                f"--after: {run} is a run of {other['script']}; name runs of experiments/stories/train_ppo.py"
+                f"--after: {run} is a run of {other['script']}; "
+                "name runs of experiments/stories/train_ppo.py"
             )
         for name in other.keys() - differing:
             if other[name] != settings[0][name]:
                 raise UserError(
                     f"--after: {run} has another {name} than {config.after[0]}; measure them apart"
                 )
-    model, tokenizer = (
-        stored_model(config.before),
-        Tokenizer.load(config.before),
-    )
+    model = stored_model(config.before)
+    tokenizer = Tokenizer.load(config.before)
     openings = happy.openings(config.split)
     openings = (openings * -(-config.n // len(openings)))[: config.n]
     tell = make_tell(model, tokenizer, settings[0]["max_prompt"], settings[0]["max_new_tokens"])
-    original, runs, shown = load_params(config.before), [], []
+    original = load_params(config.before)
+    runs = []
+    shown = []
     for number, (run, other) in enumerate(zip(config.after, settings, strict=True)):
         told = {"before": tell(original, original, openings, config.seed + number)}
         told["after"] = tell(load_params(run), original, openings, config.seed + number)
