@@ -14,7 +14,7 @@ from scipy import stats
 
 
 def half(values: Sequence[float]) -> float:
-    """Half of the 95 % interval of the mean over seeds (Student's t); nan of one seed."""
+    """Return half of the 95 % interval of the mean over seeds (Student's t); nan of one seed."""
     if len(values) < 2:
         return float("nan")
     return float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5)

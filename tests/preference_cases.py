@@ -1,4 +1,4 @@
-"""Comparisons and tabular policies for tests of preference methods, and the papers' sums in loops."""
+"""Comparisons, tabular policies and the papers' sums in loops, for tests of preference methods."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ WORDS = ["red", "blue", "green", "black", "white", "grey", "brown", "pink"]
 
 
 def comparison_rows(count=120):
-    """Rankings of two to four responses, one in ten of them a tie of all."""
+    """Return rankings of two to four responses, one in ten of them a tie of all."""
     rows = []
     for i in range(count):
         words = [WORDS[(i * k + k) % 8] for k in range(1, 3 + i % 3)]
@@ -61,5 +61,5 @@ def loss_and_slope(objective, table, batch, direction):
 
 
 def slope_of(loss, table, direction, step=1e-5):
-    """The slope of `loss(table)` along `direction`, by a central difference."""
+    """Return the slope of `loss(table)` along `direction`, by a central difference."""
     return (loss(table + step * direction) - loss(table - step * direction)) / (2 * step)

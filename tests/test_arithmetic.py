@@ -1,4 +1,4 @@
-"""The built-in arithmetic: problems, demonstrators, checker and records; Python's own sums judge."""
+"""The built-in arithmetic: problems, demonstrators, checker, records; Python's own sums judge."""
 
 import random
 import re
@@ -15,7 +15,7 @@ EQUATION = re.compile(r"(\d+)([+-]\d)=(\d+)")
 
 
 def true_values(text):
-    """Every value on the way, by eval of longer and longer beginnings."""
+    """Return every value on the way, by eval of longer and longer beginnings."""
     ends = [m.end() for m in re.finditer(r"\d+", text)]
     return [eval(text[:end]) for end in ends]
 

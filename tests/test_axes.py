@@ -1,4 +1,4 @@
-"""The sequence axis (kernels/ring.py) and the stage axis (layers.py), against one device and counts."""
+"""The sequence axis (kernels/ring.py) and stage axis (layers.py) against one device and counts."""
 
 import dataclasses
 import functools
@@ -52,7 +52,7 @@ OPTIMIZER = make_optimizer(OptimizerConfig(lr=3e-3, warmup=1), 5)
 
 @functools.partial(jax.jit, static_argnames=("ring", "window", "causal", "implementation"))
 def in_a_ring(q, k, v, dout, segments, ring, **options):
-    """Output and gradients of attention on striped tokens, in order again."""
+    """Return output and gradients of attention on striped tokens, in order again."""
     order = np.arange(q.shape[1]).reshape(-1, ring).T.reshape(-1)
 
     def run(*x):
@@ -149,7 +149,7 @@ def test_striped_tokens_come_back_in_order():
 
 
 def scans(jaxpr):
-    """Lengths of all scans."""
+    """Return the lengths of all scans."""
     for equation in jaxpr.eqns:
         if equation.primitive.name == "scan":
             yield equation.params["length"]
@@ -204,7 +204,7 @@ def test_the_bubble_is_in_the_runs_arithmetic():
 
 
 def rows(seed, *shape):
-    """Packed rows: two segments and padding."""
+    """Return packed rows: two segments and padding."""
     draw = np.random.default_rng(seed)
     length = shape[-1]
     ends = np.sort(draw.integers(2, length + 1, (*shape[:-1], 2)))
@@ -242,7 +242,7 @@ OBJECTIVES = {
 
 
 def five_steps(config, name, microbatches, model_config=CONFIG):
-    """Losses, the state after five updates, and its mesh."""
+    """Return losses, the state after five updates, and its mesh."""
     devices = jax.devices() if config != MeshConfig(1) else jax.devices()[:1]
     mesh, (model, objective, batches) = make_mesh(config, devices), OBJECTIVES[name]
     init, apply = init_and_apply(

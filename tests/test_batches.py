@@ -70,7 +70,7 @@ RECORDS = {
 
 
 def padded_chat_batches(source, tokenizer, **options):
-    """One conversation a row, padded on the right."""
+    """Make batches of one conversation a row, padded on the right."""
     return Batches(Layout(encode_chat, pad_examples), source, tokenizer, **options)
 
 
@@ -122,7 +122,7 @@ def test_resuming_at_any_step_equals_going_on(tokenizer, narrow, schema, make):
         resumed.restore(state)
         for want in expected[step : step + 4]:
             assert equal(next(resumed), want)
-    # Control.
+    # Control: another seed.
     assert not all(equal(next(other), want) for other in [start(seed=1)] for want in expected)
 
 

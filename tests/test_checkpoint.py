@@ -82,7 +82,7 @@ def to_bytes(tree):
 
 @pytest.fixture
 def saved(tmp_path):
-    """A run with steps 1 and 2."""
+    """Make a run with steps 1 and 2."""
     run = tmp_path / "run"
     with open_run(run) as checkpoints:
         for step in (1, 2):

@@ -107,7 +107,7 @@ def padded_tokens(rows=6, length=5):
 def test_value_and_gradient_equal_the_papers_formula(name):
     ours, papers = {**PAIRED, **PER_TOKEN}[name]
     tokens, mask = padded_tokens()
-    # What lies in the padding must not matter.
+    # Values in the padding must not matter.
     noisy = np.where(mask, tokens, 1e3 * normal(*tokens.shape, seed=1))
 
     def in_jax(logp):
@@ -231,7 +231,7 @@ def test_kto_clamps_its_kl_gives_it_no_gradient_and_falls_as_rewards_rise():
 
 
 def test_ipo_is_bounded_where_dpo_is_not():
-    """On labels that never disagree a policy of one logit stops at 1 / (2 beta); by DPO it goes on."""
+    """On labels that never disagree one logit stops at 1 / (2 beta); by DPO it goes on."""
 
     @partial(jax.jit, static_argnames=("loss", "steps"))
     def train(loss, steps):
@@ -285,7 +285,7 @@ def candidates(ranks, length=6, vocab=7, seed=0):
 
 
 def sums_in_loops(table, batch):
-    """[B, C] log-probabilities, and numbers of tokens."""
+    """Return [B, C] log-probabilities, and numbers of tokens."""
     logp = table - np.log(np.exp(table).sum(-1, keepdims=True))
     sums, counts = np.zeros(batch["ranks_BC"].shape), np.zeros(batch["ranks_BC"].shape)
     for b, c, t in zip(*np.nonzero(batch["loss_mask_BCT"]), strict=True):
@@ -406,7 +406,7 @@ def tabular(params, tokens_BT, segment_ids_BT, positions_BT):
 
 
 def sequences(order):
-    """The nine sequences in rows of `order` [B, C], as a batch of candidates."""
+    """Return the nine sequences in rows of `order` [B, C], as a batch of candidates."""
     tokens = np.stack([0 * FIRST, FIRST, SECOND], axis=1)[order]
     mask = np.broadcast_to([0.0, 1.0, 1.0], tokens.shape).astype(np.float32)
     ranks = np.broadcast_to(np.arange(1, order.shape[1] + 1), order.shape)
@@ -476,8 +476,8 @@ def test_dpo_reaches_its_closed_form():
 def kto_optimum(reference, weights, beta):
     """Return by bisection the policy where the gradient of KTO's expected loss is 0.
 
-    With z0 = KL(pi || ref) held, on a free softmax, that is where weights s (1 - s) = c pi and pi sums
-    to one, with s = sigmoid(beta (log pi/ref - z0)).
+    With z0 = KL(pi || ref) held, on a free softmax, that is where weights s (1 - s) = c pi and pi
+    sums to one, with s = sigmoid(beta (log pi/ref - z0)).
     """
 
     def bisect(is_low, low, high):

@@ -265,13 +265,13 @@ def test_forward_kl_covers_the_mass_and_reverse_kl_seeks_a_mode():
     (wide, teacher), (narrow, _) = fitted(forward_kl), fitted(reverse_kl)
     places = np.arange(41.0)
     first, second = (np.abs(places - mode) <= 6 for mode, _ in MODES)
-    # Forward KL in an exponential family matches moments: the mean between the modes, the variance.
+    # Forward KL in an exponential family matches mean and variance; the mean is between the modes.
     for power in (1, 2):
         assert (wide * places**power).sum() == pytest.approx(
             (teacher * places**power).sum(), rel=1e-3
         )
     assert min(wide[first].sum(), wide[second].sum()) > 0.2 and wide[20] > 0.015 > 10 * teacher[20]
-    # Reverse KL keeps the larger mode alone: -log of its share is the price of leaving out the other.
+    # Reverse KL keeps the larger mode alone, at the price of -log of its share.
     assert narrow[first].sum() > 0.99 and narrow[second].sum() < 1e-6
     assert (narrow * np.log(narrow / teacher)).sum() == pytest.approx(-np.log(0.6), abs=1e-2)
     # Each is worse by the other's measure.

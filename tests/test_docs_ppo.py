@@ -39,7 +39,7 @@ def test_the_optimizers_differ_in_their_learning_rate_alone():
 
 
 def default_of(flag):
-    """The default of a flag of train_ppo.py, as it is written on the command line."""
+    """Return the default of a flag of train_ppo.py, as it is written on the command line."""
     value = train_ppo.Config()
     for field in flag.split("."):
         value = getattr(value, field)
@@ -51,7 +51,7 @@ def default_of(flag):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A folder with a page's file beside it, two functions of two and four lines."""
+    """Make a folder with a page's file beside it: two functions of two and four lines."""
     (tmp_path / "docs").mkdir()
     code = "def one():\n    pass\n\n\n@cache\ndef two():\n    x = 1\n    return x\n"
     (tmp_path / "code.py").write_text(code)

@@ -48,7 +48,7 @@ def asked(text):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A folder with a policy and a reward model, of random weights."""
+    """Make a folder with a policy and a reward model, of random weights."""
     folder = tmp_path_factory.mktemp("feedback")
     tokenizer = Tokenizer.train((world.text(i) for i in range(200)), folder / "made", 512)
     for name, script, kind in (("sft", train_sft, LanguageModel), ("rm", train_rm, ScalarModel)):
@@ -68,7 +68,7 @@ def runs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def shown():
-    """Demonstrators' responses with their prompts and gold verdicts."""
+    """Return demonstrators' responses with their prompts and gold verdicts."""
     rows = [world.demonstration(i, quality=0.5) for i in range(1500)]
     return [
         (row["prompt"], row["response"], world.gold(row["prompt"], row["response"]))
@@ -132,7 +132,7 @@ def test_rankings_share_ties_and_agree_with_gold_where_nothing_is_misread(shown)
 
 
 def violations(shown, names, reliability, rounds=3):
-    """[rounds + 1, criteria]: shares violated before and after each revision."""
+    """Return shares violated before and after each revision, [rounds + 1, criteria]."""
     _, revise = judges.make_simulated(names, reliability, 1, 0)
     prompts = [asked(prompt) for prompt, _, _ in shown]
     responses = [response for _, response, _ in shown]
@@ -436,7 +436,7 @@ def test_a_rule_gates_a_preference():
 
 
 def one_batch(tokenizer, mesh):
-    """A rollout's arrays, of 8 responses to 4 prompts, and the records."""
+    """Return a rollout's arrays, of 8 responses to 4 prompts, and the records."""
     texts = [world.demonstration(i)["response"] for i in range(8)]
     batch = {
         name: np.zeros((8, 64), np.int32)
@@ -446,17 +446,16 @@ def one_batch(tokenizer, mesh):
     for b, text in enumerate(texts):
         response = [*tokenizer.encode(text), tokenizer.eos][:40]
         row = [*tokenizer.prompt("hello.")[:20], *response]
-        batch["tokens_BT"][b, : len(row)], batch["segment_ids_BT"][b, : len(row)] = row, 1
+        batch["tokens_BT"][b, : len(row)] = row
+        batch["segment_ids_BT"][b, : len(row)] = 1
         batch["positions_BT"][b, : len(row)] = np.arange(len(row))
-        batch["response_BR"][b, : len(response)], batch["mask_BR"][b, : len(response)] = (
-            response,
-            1,
-        )
+        batch["response_BR"][b, : len(response)] = response
+        batch["mask_BR"][b, : len(response)] = 1
     return to_mesh(batch, mesh), [{"prompt": asked(f"hello {i}.")} for i in range(4)], texts
 
 
 def serving(config):
-    """A server of this process, and the thread that it answers in."""
+    """Start a server in this process; return it and the thread that it answers in."""
     server = serve_reward.make_server(config)
     thread = threading.Thread(
         target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
@@ -504,7 +503,7 @@ def test_scores_over_http_are_those_in_process_also_after_a_restart(runs, capsys
 
 
 def counted(server):
-    """A list that gets an entry for each request which `server` answers from now on."""
+    """Return a list that gets an entry for each request which `server` answers from now on."""
     requests = []
     process = server.process_request
 

@@ -49,7 +49,7 @@ def test_the_loss_equals_loops():
 
 @pytest.fixture
 def contrasts(tmp_path, monkeypatch):
-    """Comparisons, and a batch of eight of their contrasts of four prompts."""
+    """Return comparisons, and a batch of eight of their contrasts of four prompts."""
     monkeypatch.setenv("PLUMB_CACHE", str(tmp_path / "cache"))
     source = open_source(
         str(write(tmp_path / "c.jsonl", comparison_rows())), "comparison", "train"

@@ -26,7 +26,7 @@ def normal(*shape, seed=0):
 
 
 def pairs_of(config, apply, policy, reference, batch, scores_B):
-    """The pairs that the script makes of the rollouts `batch`."""
+    """Return the pairs that the script makes of the rollouts `batch`."""
     compute_targets = train_grpo.make_targets(config, apply, eos=-1)
     ranked, _ = compute_targets(policy, reference, batch, {"r": scores_B}, {})
     return best_and_worst(ranked, config.samples_per_prompt)
@@ -43,7 +43,7 @@ def bigram(params, tokens, segments, positions):
 
 
 def rollouts(seed=0):
-    """P C responses of one to R tokens to prompts of two, padded with another token."""
+    """Return P C responses of one to R tokens to prompts of two, padded with another token."""
     rng = np.random.default_rng(seed)
     lengths = rng.integers(1, R + 1, P * C)
     lengths[:4] = [R, 1, 3, R]
@@ -61,7 +61,7 @@ def rollouts(seed=0):
 
 
 def token_logps(table, batch):
-    """A list of log-probabilities for each response: real tokens only."""
+    """Return a list of log-probabilities for each response: real tokens only."""
     logp = table - np.log(np.exp(table).sum(-1, keepdims=True))
     rows = zip(batch["tokens_BT"], batch["mask_BR"].sum(1).astype(int), strict=True)
     return [
@@ -70,7 +70,7 @@ def token_logps(table, batch):
 
 
 def paper_loss(table, reference_table, batch, scores):
-    """Guo et al. 2024: DPO's loss on the best and the worst of each group, in loops."""
+    """Return DPO's loss on the best and worst of each group, in loops (Guo et al. 2024)."""
     logp, reference = (token_logps(t, batch) for t in (table, reference_table))
     ratio = [a.sum() - b.sum() for a, b in zip(logp, reference, strict=True)]
     losses = []

@@ -1,4 +1,4 @@
-"""The fork experiments/quark: quantiles, the turn that names one, loss, rounds on a table, script."""
+"""The fork experiments/quark: quantiles, their turns, the loss, rounds on a table, the script."""
 
 import itertools
 import math
@@ -114,7 +114,7 @@ def log_softmax(x):
 
 
 def test_quarks_loss_and_gradient_equal_numpy():
-    """The policy's logits are a row of a table, by the last token and if the row has a quantile."""
+    """The policy's logits are a row of a table, by the last token and the row's quantile."""
     rng = np.random.default_rng(0)
     policy, reference = rng.normal(size=(2, 2, 7, 7))
     segments = np.array([[0, 0, 1, 1, 1, 1, 0], [0, 1, 1, 1, 1, 1, 1]], np.int32)
@@ -131,7 +131,7 @@ def test_quarks_loss_and_gradient_equal_numpy():
         return LanguageOutput(params[has_system_B[:, None], tokens_BT], jnp.eye(params.shape[-1]))
 
     def parts(policy):
-        """The likelihood with the quantile and the KL from the reference without, in loops."""
+        """Return the likelihood with the quantile and the KL from the reference without it."""
         nll, kl = 0.0, 0.0
         for b, t in zip(*np.nonzero(batch["loss_mask_BT"]), strict=True):
             before, token = batch["tokens_BT"][b, t - 1 : t + 1]
@@ -160,7 +160,7 @@ def test_quarks_loss_and_gradient_equal_numpy():
 # ---- Quark in rounds, on a table of the logits of a one-token answer by the quantile's word
 
 # Tokens: 0 to 199 answers; 200, as of no word, to 205 words; two more.
-ANSWERS, WORDS, SYSTEM, BOS = (200, 200, 206, 207)
+ANSWERS, WORDS, SYSTEM, BOS = 200, 200, 206, 207
 
 
 def worded(table, tokens_BT, segment_ids_BT, positions_BT):
@@ -223,10 +223,9 @@ def test_quark_orders_its_words_by_reward_and_the_best_word_gains():
     def mean(table):
         return np.exp(log_softmax(np.float64(table)))[:, :ANSWERS] @ reward_V
 
-    before, after, blind = (
-        mean(start)[0],
-        *(mean(table_after_rounds(start, np.float32(reward_V), noise)) for noise in (False, True)),
-    )
+    before = mean(start)[0]
+    after = mean(table_after_rounds(start, np.float32(reward_V), False))
+    blind = mean(table_after_rounds(start, np.float32(reward_V), True))
     assert (np.diff(after[1:]) > 0).all() and after[5] > before + 2
     assert np.ptp(blind[1:]) < 1 and blind[5] < before + 0.5  # control
 

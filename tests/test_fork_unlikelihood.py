@@ -1,4 +1,4 @@
-"""Unlikelihood (experiments/unlikelihood): loss against loops, what it lowers and leaves, script."""
+"""Unlikelihood (experiments/unlikelihood): loss against loops, what it lowers, its script."""
 
 from functools import partial
 
@@ -95,7 +95,7 @@ def test_unlikelihood_in_one_context_lowers_the_bad_token_and_never_the_good_one
     batch = with_rank_weights(batch, 1.0)
 
     def course(batch):
-        """[starts, steps, V]: what follows token 1."""
+        """Return the probabilities of what follows token 1, [starts, steps, V]."""
         slope = jax.grad(lambda table: unlikelihood_objective(bigram, table, batch)[0])
 
         def descend(table, _):

@@ -35,7 +35,7 @@ def model(seed=0, scale=0.5):
 
 
 def logits_and_cache(apply):
-    """A language model's apply, reduced to (logits_BTV, cache)."""
+    """Reduce a language model's apply to (logits_BTV, cache)."""
 
     def results(*args):
         output = apply(*args)
@@ -137,7 +137,7 @@ def test_logp_equals_the_trainers_teacher_forced(temperature):
 
 
 def scripted(next_token):
-    """Make a stand-in for a model that counts its calls: after token i next_token[i] is likeliest."""
+    """Make a model that counts its calls: after token i next_token[i] is likeliest."""
     calls = []
 
     def apply(params, tokens_BT, segment_ids_BT, positions_BT, cache=None):
@@ -225,7 +225,7 @@ def test_a_slot_does_not_wait_for_the_longest_row():
     apply, calls = scripted([0, 5, 0, 4, 2, 6, 3, 0])
     settings = {"sampling": GREEDY, "eos": EOS, "pad": PAD}
     prompts = left_padded([[1], *[[3]] * 4, [4]])
-    # Of two slots one takes all responses but the first, one after another.
+    # One of two slots takes all responses but the first, one after another.
     for slots, steps in ((2, 4), (1, 8), (6, 4)):
         calls.clear()
         run = functools.partial(generate_in_slots, apply, CONFIG, slots=slots, **settings)

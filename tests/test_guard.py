@@ -25,7 +25,7 @@ LM = [
 
 
 def poison(monkeypatch, numbers):
-    """Batches of these numbers hold random tokens, all predicted."""
+    """Fill batches of these numbers with random tokens, all predicted."""
     clean = Batches.__next__
 
     def poisoned(self):

@@ -79,7 +79,7 @@ def free_port() -> int:
 
 
 def start_two(script, argv, faults=(None, None), at="step", stall=5):
-    """Two processes of `script`; `faults`: what each of them does."""
+    """Start two processes of `script`; `faults`: what each of them does."""
     address = f"127.0.0.1:{free_port()}"
     environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT), "PLUMB_TEST": str(ROOT)}
     processes = []
@@ -111,7 +111,7 @@ def start_two(script, argv, faults=(None, None), at="step", stall=5):
 
 
 def ends(processes, seconds=120):
-    """Exit codes and what was written to stderr."""
+    """Return exit codes and what was written to stderr."""
     try:
         errors = [process.communicate(timeout=seconds)[1] for process in processes]
     finally:
@@ -157,7 +157,7 @@ LOOP = ["host_loop", "--steps=8"]
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """whole(argv): the folder of an undisturbed run of two processes."""
+    """Return whole(argv): the folder of an undisturbed run of two processes."""
     folders = {}
 
     def run_of(script, *argv):

@@ -108,7 +108,7 @@ def test_the_pool_keeps_the_last_rounds_and_draws_the_chosen_equally_often():
 
 
 def kl_of_best(probs, rewards, n):
-    """KL(best of n || probs) by enumeration of all samples, ties to the first."""
+    """Return KL(best of n || probs) by enumeration of all samples, ties to the first."""
     groups = np.array(list(itertools.product(range(len(probs)), repeat=n)))
     chosen = np.asarray(
         imitate.best_of_n(jnp.array(rewards[groups].reshape(-1), jnp.float32), n)

@@ -1,4 +1,4 @@
-"""Adapters: the base at first, the chain rule in float64, and no more than them in a script's runs."""
+"""Adapters: the base at first, the chain rule in float64, and they alone in a script's runs."""
 
 import json
 import pathlib
@@ -36,7 +36,7 @@ LORA = LoraConfig(rank=3, alpha=6.0)
 
 
 def adapters(params, seed=0):
-    """Fresh adapters of `params`, and ones with B at random too."""
+    """Return fresh adapters of `params`, and ones with B at random too."""
     fresh = trainable_part(LORA, params, jax.random.key(seed))
     rng = np.random.default_rng(seed)
     return fresh, jax.tree.map(lambda x: np.float32(0.3 * rng.normal(size=x.shape)), fresh)
@@ -81,7 +81,7 @@ def test_adapters_start_as_the_base_and_merge_to_what_they_do(model):
 
 
 def test_gradients_are_those_of_the_chain_rule_and_the_base_stays():
-    """In float64 dA = s dW B' and dB = s A' dW, dW a plain model's gradient at the merged weights."""
+    """In float64 dA = s dW B', dB = s A' dW, dW a plain model's gradient at the merged weights."""
     c = TINY
     params, _ = make(c)
     apply = init_and_apply(LanguageModel(c))[1]
@@ -147,7 +147,7 @@ def stored(folder):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """lm, and from it sft by adapters alone, four steps each."""
+    """Make the runs lm, and from it sft by adapters alone, four steps each."""
     r = tmp_path_factory.mktemp("lora")
     run(train_lm, *SHORT, "--model.preset=tiny", f"--run={r}/lm", "--steps=4")
     run(

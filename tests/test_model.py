@@ -45,7 +45,7 @@ PUBLISHED = {  # parameter counts of the published checkpoints
 
 @functools.cache
 def make(config, model=LanguageModel, seed=0):
-    """Parameters with every leaf random (norms and biases too), and the model, compiled.
+    """Return parameters with every leaf random (norms and biases too), and the model, compiled.
 
     The model returns (logits, cache), or of a ScalarModel its scalars.
     """
@@ -61,7 +61,7 @@ def make(config, model=LanguageModel, seed=0):
 
 
 def results_of(apply):
-    """A model's apply, reduced to (logits_BTV, cache) or scalars_BT."""
+    """Reduce a model's apply to (logits_BTV, cache) or scalars_BT."""
 
     def results(*args):
         output = apply(*args)
@@ -77,7 +77,10 @@ def random_tokens(*shape, seed=0):
 
 
 def rows(tokens_BT, left, right=0, pad=0):
-    """Inputs of a model for rows padded by `left` [B] and `right` tokens; positions count real tokens."""
+    """Return a model's inputs for rows padded by `left` [B] and `right` tokens.
+
+    Positions count real tokens.
+    """
     width = max(left) + tokens_BT.shape[1] + right
     tokens, segments, positions = (np.full((len(left), width), x, np.int32) for x in (pad, 0, 0))
     for b, start in enumerate(left):
@@ -103,8 +106,8 @@ def test_presets_have_the_published_number_of_parameters(name):
 
 def test_causality_by_gradients():
     def influence(config, segments_T):
-        """[T, T]: size of the derivative of the logits at t by the input at s."""
-        # Else the embedding acts twice.
+        """Return the size of the derivative of the logits at t by the input at s, [T, T]."""
+        # Tied, the embedding would act twice.
         params, apply = make(dataclasses.replace(config, tied=False))
         # Distinct: token s stands for position s.
         tokens_T = np.arange(1, len(segments_T) + 1, dtype=np.int32)

@@ -42,7 +42,7 @@ def test_logprob_t_is_that_of_token_t_given_those_before():
 
 
 def lookup(params, tokens, segments, positions):
-    """A model whose logits are its parameters, a [B, T, V] table."""
+    """Apply a model whose logits are its parameters, a [B, T, V] table."""
     return LanguageOutput(params, jnp.eye(params.shape[-1]))
 
 
@@ -83,7 +83,7 @@ def test_likelihood_gradient_is_non_zero_on_exactly_the_masked_positions():
 
 
 def pairwise(rewards, ranks, margins, coefficient):
-    """The mean over pairs, prompt by prompt, in float64."""
+    """Return the mean over pairs, prompt by prompt, in float64."""
     losses, valid = [], []
     for reward, rank, margin in zip(rewards.astype(np.float64), ranks, margins, strict=True):
         pairs = []
@@ -125,7 +125,7 @@ def test_ranking_loss_and_gradient_equal_a_loop_over_pairs(coefficient):
         slope[:, c] = (np.array(up) - down) / 2e-5
     np.testing.assert_allclose(grad, slope, atol=1e-6)
     assert (np.asarray(grad)[ranks == 0] == 0).all() and np.abs(slope).max() > 0.1
-    # Control.
+    # Control: margins count.
     assert (
         np.abs(np.array(losses) - pairwise(rewards, ranks, margins * 0, coefficient)[0]).max()
         > 0.1
@@ -144,7 +144,7 @@ def test_two_candidates_are_plain_bradley_terry():
     )
     np.testing.assert_allclose(bradley_terry(chosen, rejected), losses, rtol=1e-6)
     assert np.isfinite(bradley_terry(jnp.float32(-1e4), jnp.float32(1e4)))
-    # A margin asks for a wider gap; center_rewards_coef costs what lies off 0, whichever of the two it is.
+    # A margin asks for a wider gap; center_rewards_coef costs what lies off 0, chosen or rejected.
     assert (np.asarray(ranking_loss(rewards, ranks, zero + 1)[0]) > np.asarray(losses)).all()
     shifted = ranking_loss(rewards + 7, ranks, zero)[0]
     np.testing.assert_allclose(shifted, losses, rtol=1e-4, atol=1e-5)
@@ -190,7 +190,7 @@ def test_ranking_objective_with_language_model_loss_on_the_best():
     values_V, table_VV = normal(9), normal(9, 9, seed=1)
 
     def scalar(params, tokens, segments, positions):
-        """A scalar model whose logits are a bigram table."""
+        """Apply a scalar model whose logits are a bigram table."""
         return ScalarOutput(params["values"][tokens], params["table"][tokens], jnp.eye(9))
 
     params = {"values": jnp.array(values_V), "table": jnp.array(table_VV)}
@@ -201,7 +201,7 @@ def test_ranking_objective_with_language_model_loss_on_the_best():
     rewards = values_V[np.take_along_axis(batch["tokens_BCT"], end, 2)[..., 0]]
     want, valid = pairwise(rewards, batch["ranks_BC"], batch["margin_B"], 0)
     assert float(loss) == pytest.approx(sum(want), rel=1e-5) and float(weight) == sum(valid) == 3
-    # Row, better, worse.
+    # Each pair: row, better, worse.
     pairs = [(0, 1, 0), (0, 0, 2), (0, 1, 2), (1, 0, 2), (3, 2, 1), (3, 2, 0), (3, 1, 0)]
     better, worse = (np.array([rewards[b, pair[k]] for b, *pair in pairs]) for k in (0, 1))
     assert [float(x) for x in metrics["accuracy"]] == [(better > worse).sum(), 7]

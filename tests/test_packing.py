@@ -13,7 +13,7 @@ def examples(n, longest, seed=0):
 
 
 def unpacked(rows):
-    """(tokens, mask) of every segment, and a check that positions restart and padding is bare."""
+    """Return (tokens, mask) of every segment; check that positions restart and padding is bare."""
     found = []
     arrays = [rows[key] for key in ("tokens_BT", "loss_mask_BT", "segment_ids_BT", "positions_BT")]
     for tokens, mask, segments, positions in zip(*arrays, strict=True):

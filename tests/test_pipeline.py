@@ -45,7 +45,7 @@ SHORT = ["--optimizer.warmup=0", "--eval_every=0"]
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A folder with lm, sft, comparisons, rm and ppo, each trained for a few steps."""
+    """Make a folder with lm, sft, comparisons, rm and ppo, each trained for a few steps."""
     r = tmp_path_factory.mktemp("runs")
     rows = ["--batch_size=8", "--length=64"]
     run(train_lm, *MODEL, *rows, f"--run={r}/lm", "--steps=4")
@@ -180,7 +180,7 @@ def five_ppo_iterations(runs, folder):
 
 @pytest.fixture(scope="module")
 def one_device_ppo(runs, tmp_path_factory):
-    """The run of five iterations on one device, in a process that has no other."""
+    """Run five iterations on one device, in a process that has no other."""
     folder = tmp_path_factory.mktemp("one_device")
     environment = {**os.environ, "XLA_FLAGS": ""}
     argv = command("train_ppo", *five_ppo_iterations(runs, folder / "ppo"))
@@ -274,7 +274,7 @@ def test_ppo_with_pretraining_text_and_entropy_resumes_bitwise_equal(runs, tmp_p
 
 
 def killed_and_resumed(argv, folder: pathlib.Path, at: int, environment) -> int:
-    """Runs `argv`, kills it -9 once `at` steps are recorded, and runs it again to its end; returns the kills."""
+    """Run `argv`, kill it -9 when `at` steps are recorded, run it to its end; return the kills."""
     quiet = {
         "stdout": subprocess.DEVNULL,
         "stderr": subprocess.DEVNULL,

@@ -47,12 +47,14 @@ PROGRAM = """HloModule m, is_scheduled=true
 
 %start (p: bf16[16,32]) -> bf16[32,32] {
   %p = bf16[16,32]{1,0:T(8,128)(2,1)} parameter(0)
-  ROOT %gather.1 = bf16[32,32]{1,0:T(8,128)(2,1)S(1)} all-gather(%p), channel_id=7, replica_groups={{0,2},{1,3},{4,6},{5,7}}, dimensions={0}
+  ROOT %gather.1 = bf16[32,32]{1,0:T(8,128)(2,1)S(1)} all-gather(%p), channel_id=7,\
+ replica_groups={{0,2},{1,3},{4,6},{5,7}}, dimensions={0}
 }
 
 %more (q: bf16[16,32]) -> bf16[32,32] {
   %q = bf16[16,32]{1,0} parameter(0)
-  ROOT %gather.2 = bf16[32,32]{1,0} all-gather(%q), channel_id=7, replica_groups={{0,2},{1,3},{4,6},{5,7}}, dimensions={0}
+  ROOT %gather.2 = bf16[32,32]{1,0} all-gather(%q), channel_id=7,\
+ replica_groups={{0,2},{1,3},{4,6},{5,7}}, dimensions={0}
 }
 
 %body (c: (s32[], bf16[16,32], f32[32,32])) -> (s32[], bf16[16,32], f32[32,32]) {
@@ -65,7 +67,8 @@ PROGRAM = """HloModule m, is_scheduled=true
   %g = bf16[32,32]{1,0:S(1)} fusion(%w), kind=kCustom, calls=%start
   %h = bf16[32,32]{1,0:S(1)} fusion(%w), kind=kCustom, calls=%more
   %y = f32[32,32]{1,0} convolution(%x, %g), dim_labels=bf_io->bf
-  %z = f32[32,32]{1,0} all-reduce(%y), channel_id=8, replica_groups=[2,4]<=[2,2,2]T(1,0,2), to_apply=%sum
+  %z = f32[32,32]{1,0} all-reduce(%y), channel_id=8,\
+ replica_groups=[2,4]<=[2,2,2]T(1,0,2), to_apply=%sum
   ROOT %t = (s32[], bf16[16,32]{1,0}, f32[32,32]{1,0}) tuple(%next, %w, %z)
 }
 
@@ -78,7 +81,8 @@ PROGRAM = """HloModule m, is_scheduled=true
 
 %all-reduce-scatter.3 (r: f32[16,32]) -> f32[8,32] {
   %r = f32[16,32]{1,0} parameter(0)
-  %whole = f32[16,32]{1,0} all-reduce(%r), channel_id=9, replica_groups=mesh['a'=4,'b'=2] {'b'}, to_apply=%sum
+  %whole = f32[16,32]{1,0} all-reduce(%r), channel_id=9,\
+ replica_groups=mesh['a'=4,'b'=2] {'b'}, to_apply=%sum
   %zero = s32[] constant(0)
   ROOT %cut = f32[8,32]{1,0} dynamic-slice(%whole, %zero, %zero), dynamic_slice_sizes={8,32}
 }
@@ -90,11 +94,13 @@ ENTRY %main (w0: bf16[16,32], x0: f32[32,32], stack: f32[10,16,32]) -> f32[8,32]
   %nought = s32[] constant(0)
   %t0 = (s32[], bf16[16,32]{1,0}, f32[32,32]{1,0}) tuple(%nought, %w0, %x0)
   %loop = (s32[], bf16[16,32]{1,0}, f32[32,32]{1,0}) while(%t0), condition=%condition, body=%body
-  %slice = f32[1,16,32]{2,1,0} dynamic-slice(%stack, %nought, %nought, %nought), dynamic_slice_sizes={1,16,32}
+  %slice = f32[1,16,32]{2,1,0} dynamic-slice(%stack, %nought, %nought, %nought),\
+ dynamic_slice_sizes={1,16,32}
   %flat = f32[16,32]{1,0} bitcast(%slice)
   %cut8 = f32[8,32]{1,0} fusion(%flat), kind=kCustom, calls=%all-reduce-scatter.3
   %small = f32[4,32]{1,0} slice(%cut8), slice={[0:4], [0:32]}
-  %sent = f32[4,32]{1,0} collective-permute(%small), channel_id=10, source_target_pairs={{0,4},{4,0},{1,5},{5,1}}
+  %sent = f32[4,32]{1,0} collective-permute(%small), channel_id=10,\
+ source_target_pairs={{0,4},{4,0},{1,5},{5,1}}
   ROOT %result = f32[8,32]{1,0} copy(%cut8)
 }
 """
@@ -103,7 +109,7 @@ MESH = {"data": 2, "fsdp": 2, "tensor": 2}
 
 def test_collectives_are_counted_once_a_channel_and_once_a_turn_of_their_loop():
     assert hlo.cost(PROGRAM, MESH).moved == {
-        # Of two devices, each receives the other's part.
+        # Each of two devices receives the other's part.
         ("all-gather", "fsdp"): (5, 5 * 1024, 1024),
         # Reduced and gathered again: Thakur et al. 2005.
         ("all-reduce", "data+tensor"): (5, 5 * 2 * 4096 * 3 / 4, 2 * 4096 * 3 / 4),
@@ -159,14 +165,15 @@ ENTRY %main (x: f32[16,32], w: f32[32,4,8]) -> f32[16,32] {
 
 
 def test_a_collective_in_flight_moves_its_result_once():
-    """On TPUs it rides through fusions that overlap; elsewhere `-start` names its operand again."""
+    """On TPUs it rides through fusions that overlap; else `-start` names its operand again."""
     text = """HloModule m, is_scheduled=true
 
 %rides (p: bf16[16,32], r: bf16[32,32], x: f32[32,32]) -> (f32[32,32], bf16[16,32], bf16[32,32]) {
   %p = bf16[16,32]{1,0} parameter(0)
   %r = bf16[32,32]{1,0} parameter(1)
   %x = f32[32,32]{1,0} parameter(2)
-  %more = bf16[32,32]{1,0} all-gather(%p), channel_id=7, replica_groups={{0,1}}, dimensions={0}
+  %more = bf16[32,32]{1,0} all-gather(%p), channel_id=7,\
+ replica_groups={{0,1}}, dimensions={0}
   %y = f32[32,32]{1,0} negate(%x)
   ROOT %t = (f32[32,32]{1,0}, bf16[16,32]{1,0}, bf16[32,32]{1,0}) tuple(%y, %p, %more)
 }
@@ -174,10 +181,12 @@ def test_a_collective_in_flight_moves_its_result_once():
 ENTRY %main (w: bf16[16,32], x: f32[32,32]) -> f32[32,32] {
   %w = bf16[16,32]{1,0} parameter(0)
   %x.1 = f32[32,32]{1,0} parameter(1)
-  %start = (bf16[16,32]{1,0}, bf16[32,32]{1,0}) all-gather-start(%w), channel_id=7, replica_groups={{0,1}}, dimensions={0}
+  %start = (bf16[16,32]{1,0}, bf16[32,32]{1,0}) all-gather-start(%w),\
+ channel_id=7, replica_groups={{0,1}}, dimensions={0}
   %a = bf16[16,32]{1,0} get-tuple-element(%start), index=0
   %b = bf16[32,32]{1,0} get-tuple-element(%start), index=1
-  %f = (f32[32,32]{1,0}, bf16[16,32]{1,0}, bf16[32,32]{1,0}) fusion(%a, %b, %x.1), kind=kLoop, output_to_operand_aliasing={{1}: (0, {}), {2}: (1, {})}, calls=%rides
+  %f = (f32[32,32]{1,0}, bf16[16,32]{1,0}, bf16[32,32]{1,0}) fusion(%a, %b, %x.1),\
+ kind=kLoop, output_to_operand_aliasing={{1}: (0, {}), {2}: (1, {})}, calls=%rides
   ROOT %out = f32[32,32]{1,0} get-tuple-element(%f), index=0
 }
 """
@@ -514,10 +523,8 @@ def test_a_ring_compiles_for_a_tpu_and_sends_keys_and_values_round(capsys):
     # Keys and values of a device's tokens, in bfloat16.
     turn = 2 * (8 / 2) * (512 / 4) * 2 * 128 * 2
     # Three turns forward and three back, and gradients in float32 go round with them, and home.
-    expected, (_, received, largest) = (
-        2 * turn * (3 + 3 + 2 * 4),
-        result.cost.moved["collective-permute", "sequence"],
-    )
+    expected = 2 * turn * (3 + 3 + 2 * 4)
+    _, received, largest = result.cost.moved["collective-permute", "sequence"]
     # Keys and values each for themselves.
     assert expected <= received < 1.1 * expected and largest <= turn
 

@@ -118,7 +118,7 @@ def test_clipped_losses_and_gradients_equal_numpy():
     assert 0.1 < beyond.mean() < 0.9
 
     mask = (np.arange(4) < np.random.default_rng(5).integers(1, 5, 50)[:, None]).astype(np.float64)
-    # Of two prompt tokens, and of responses of up to four.
+    # Those of two prompt tokens, and of responses of up to four.
     scalars = 0.5 * np.float64(normal(50, 7, seed=6))
     value = scalars[:, 1:5]  # of the states in which those were emitted
     near = np.clip(value, before - 0.2, before + 0.2)
@@ -163,7 +163,7 @@ def test_one_score_a_row_at_its_index():
     for b, length in enumerate(lengths):
         assert scores[b, length - 1] == pytest.approx(score[b], abs=1e-5)
     np.testing.assert_allclose(scores.sum(1), score, atol=1e-5)
-    # Nothing anywhere else.
+    # It is 0 anywhere else.
     np.testing.assert_allclose(np.abs(scores).sum(1), np.abs(score), atol=1e-5)
     assert (got[mask == 0] == 0).all()
     after = np.asarray(
@@ -186,7 +186,7 @@ PAIRS = np.stack([FIRST, SECOND], axis=1)
 
 
 def tabular(params, tokens_BT, segment_ids_BT, positions_BT):
-    """Logits of the first token from one table, of the second from a row for each first token."""
+    """Return first tokens' logits from one table, second ones' from a row for each first token."""
     batch = tokens_BT.shape[0]
     first = jnp.broadcast_to(params["first"], (batch, 3))
     logits_BTV = jnp.stack(
@@ -218,7 +218,7 @@ def sequence_probs(params, temperature=1.0):
 
 
 def exact_advantages(params, rewards_BR):
-    """Q - V of each enumerated token by exact expectations, times its sequence's probability.
+    """Return Q - V of each enumerated token, exact, times its sequence's probability.
 
     So weighted, the objective's sum over the nine sequences is the expectation over samples.
     """
@@ -316,7 +316,7 @@ def test_objectives_ignore_padding_and_pick_the_emitting_state():
     mask = np.ones((9, 2), np.float32)
     mask[::2, 1] = 0
     padded = {**batch, "mask_BR": mask, "value_mask_BR": mask, "advantages_BR": normal(9, 2)}
-    # Would overflow if not masked.
+    # These would overflow if not masked.
     padded["old_logp_BR"] = np.where(mask > 0, -1.0, -1e4).astype(np.float32)
     objective = partial(policy_objective, tabular, clip=0.2, temperature=1.0)
     (loss, (tokens, _)), grads = jax.value_and_grad(objective, has_aux=True)(tables(0), padded)
@@ -363,13 +363,13 @@ def test_a_first_update_off_the_policy_is_refused():
 
 
 def numpy_table_rows(params):
-    """[9, 2, 3]: the logits that each token of the nine sequences is drawn from, float64."""
+    """Return the float64 logits that each token of the sequences is drawn from, [9, 2, 3]."""
     first, second = (np.asarray(params[name], np.float64) for name in ("first", "second"))
     return np.stack([np.broadcast_to(first, (9, 3)), second[FIRST]], axis=1)
 
 
 def to_tables(slope_BRV):
-    """Gradients in the rows' logits as gradients in the tables."""
+    """Return gradients in the rows' logits as gradients in the tables."""
     second = np.zeros((3, 3))
     np.add.at(second, FIRST, slope_BRV[:, 1])
     return {"first": slope_BRV[:, 0].sum(0), "second": second}
@@ -394,10 +394,13 @@ def test_entropy_bonus_equals_numpy():
     mask[::2, 1] = 0
     with jax.enable_x64(True):
         params = jax.tree.map(lambda x: x.astype(jnp.float64), tables(0))
-        grad_of = lambda coef: jax.value_and_grad(
-            partial(policy_objective, tabular, clip=0.2, temperature=0.7, entropy_coef=coef),
-            has_aux=True,
-        )(params, some_targets(mask))
+
+        def grad_of(coef):
+            objective = partial(
+                policy_objective, tabular, clip=0.2, temperature=0.7, entropy_coef=coef
+            )
+            return jax.value_and_grad(objective, has_aux=True)(params, some_targets(mask))
+
         (plain, _), without = grad_of(0.0)
         (loss, (tokens, metrics)), slopes = grad_of(0.3)
     p = numpy_softmax(numpy_table_rows(params) / 0.7)
@@ -442,7 +445,10 @@ def test_pretraining_text_adds_its_mean_loss_whatever_the_microbatches():
 
 
 def optimum(reference, known_B, reward_B, beta, text_weight, rate=0.05, steps=1500):
-    """The policy that PPO-ptx ends at (exact expectations, old policy = policy), its text being `known_B` likely."""
+    """Return the policy that PPO-ptx ends at; its text has the likelihoods `known_B`.
+
+    Expectations are exact, and the old policy is the policy.
+    """
     optimizer = optax.adam(optax.linear_schedule(rate, 0.0, steps))
     reference_BR = response_logprobs(tabular, reference, enumerated(), 1.0)
     text = text_rows(np.repeat(known_B[:, None], 2, axis=1))
@@ -502,7 +508,7 @@ def test_with_pretraining_text_the_tax_is_smaller_at_equal_reward():
 
 @pytest.mark.parametrize("start", [0.02, 5.0])
 def test_adaptive_kl_converges_to_its_target(start):
-    """PPO with exact advantages on the enumerable policy; within 20 % of the target, from either side."""
+    """PPO with exact advantages on the enumerable policy gets within 20 %, from either side."""
     reference = tables(0)
     reward_B = 1.5 * normal(9, seed=5)
     target = 0.15
@@ -541,7 +547,7 @@ def bigram(table, tokens, segments, positions):
 
 
 def value_of_token(values_V, tokens_BT, *_):
-    """A critic that knows the last token alone."""
+    """Apply a critic that knows the last token alone."""
     return ScalarOutput(values_V[tokens_BT], None, None)
 
 
@@ -552,7 +558,7 @@ LENGTHS = np.array([1, 2, 5, 3, 4, 5])
 
 
 def responses_of_all_lengths():
-    """Six rollouts; the first four end with EOS, the last two do not."""
+    """Return six rollouts; the first four end with EOS, the last two do not."""
     rng = np.random.default_rng(0)
     rows = len(LENGTHS)
     mask = (np.arange(LONGEST) < LENGTHS[:, None]).astype(np.float32)
@@ -576,7 +582,7 @@ def log_probs_at_temperature(table):
 
 
 def rewards_and_values_in_loops(batch, policy, reference, value, scores, at):
-    """Token by token in float64; `last`: the index of each row's last state with a value."""
+    """Return both in float64; `last`: the index of each row's last state with a value."""
     gap = log_probs_at_temperature(policy) - log_probs_at_temperature(reference)
     rewards, values = np.zeros((2, len(LENGTHS), LONGEST))
     last = []
@@ -640,7 +646,7 @@ def test_advantages_equal_loops(at, whitened):
 
 
 def test_several_rewards_are_one_score():
-    """Weights 1 and 0 are the first reward alone; where the second is below the gate, the score is the floor."""
+    """Weights 1 and 0 are the first reward alone; below the second's gate, it is the floor."""
     response = np.array([[1, 2], [3, 2], [2, 0]], np.int32)
     mask = np.float32([[1, 1], [1, 1], [1, 0]])
     tokens, segments = (np.insert(x, 0, 1, axis=1).astype(np.int32) for x in (response, mask))
@@ -653,7 +659,7 @@ def test_several_rewards_are_one_score():
     scores = {"a": jnp.float32([2.0, 3.0, -1.0]), "b": jnp.float32([0.0, 1.0, 1.0])}
 
     def returns(**fields):
-        """The score of each response: its return at the first token, for a critic of zeros."""
+        """Return each response's return at the first token, its score for a critic of zeros."""
         config = train_ppo.Config(gae_lambda=1.0, missing_eos="none", **fields)
         compute_advantages = train_ppo.make_advantages(config, bigram, value_of_token, eos=9)
         table = jnp.asarray(normal(4, 4))

@@ -1,4 +1,4 @@
-"""Process supervision: labels, scores and rewards of steps, Monte Carlo, re-ranking, step search."""
+"""Process supervision: labels, scores, rewards of steps, Monte Carlo, re-ranking, step search."""
 
 import json
 import math
@@ -145,7 +145,7 @@ def test_targets_stand_at_each_labelled_step_s_last_token(tokenizer):
     (row,), lost = encode_steps(record, tokenizer, 64)
     text = "27+8=35\nso 35\n35-6=29\nso 29\nanswer 28"
     prompt = tokenizer.prompt("27+8-6")
-    # As a policy samples it.
+    # The row is as a policy samples it.
     assert row["tokens"] == [*prompt, *tokenizer.encode(text), tokenizer.eos] and not lost
     ends = [
         t
@@ -178,7 +178,10 @@ def test_process_objective_and_its_gradient_against_numpy(tokenizer):
     ones = np.ones((4, 9), np.int32)
     batch = {"tokens_BT": ones, "segment_ids_BT": ones, "positions_BT": ones}
     batch |= {"loss_mask_BT": np.float32(mask_BT), "targets_BT": np.float32(targets_BT)}
-    objective = lambda logits: process_objective(lambda x, *_: x, logits, batch)
+
+    def objective(logits):
+        return process_objective(lambda x, *_: x, logits, batch)
+
     (loss, (weight, metrics)), grad = jax.value_and_grad(objective, has_aux=True)(
         jnp.float32(logits_BT)
     )
@@ -207,7 +210,7 @@ def test_padding_does_not_change_the_process_objective(tokenizer):
 
 
 def by_loop(logits, ends, how):
-    """Scores after each token, in probabilities: a Python loop over the steps that have ended."""
+    """Return scores after each token, in probabilities, by a loop over the ended steps."""
     out, past = [], []
     for logit, end in zip(logits, ends, strict=True):
         past += [float(sigmoid(logit))] if end else []
@@ -246,7 +249,7 @@ def test_step_rewards_stand_at_steps_and_sum_to_the_outcome(how):
 
 
 def test_ppo_gives_each_step_its_reward_at_its_last_token():
-    """Returns without gamma or gae_lambda are sums of rewards to come: their differences are the rewards."""
+    """Returns without discounts are sums of rewards to come: their differences are the rewards."""
     newline, eos = 5, 3
     response_BR = np.array(
         [[7, 8, newline, 9, newline, 7, eos, 1], [7, newline, 7, 7, newline, 7, 7, 7]]
@@ -303,7 +306,7 @@ def test_ppo_gives_each_step_its_reward_at_its_last_token():
 
 
 def odd(text, record):
-    """1 where an ASCII character of odd code is in the text: what each token settles for itself."""
+    """Return 1 if an ASCII character of odd code is in the text: each token settles it alone."""
     return float(any(ord(c) < 128 and ord(c) % 2 for c in text))
 
 
@@ -340,7 +343,10 @@ def test_completion_shares_err_as_one_over_the_root_of_n(tokenizer):
     rms = {}
     for n in (16, 256):
         respond = make_sampler(TINY, SamplingConfig(max_new_tokens=2), tokenizer, n)
-        complete = lambda contexts, r=respond: r(params, contexts, jax.random.key(5))
+
+        def complete(contexts, respond=respond):
+            return respond(params, contexts, jax.random.key(5))
+
         errors = np.array(collect_steps.success_shares(complete, odd, tokenizer, states)) - exact
         predicted = math.sqrt((exact * (1 - exact)).mean() / n)
         rms[n] = math.sqrt((errors**2).mean())
@@ -404,7 +410,7 @@ def test_a_score_that_knows_nothing_is_right_as_often_as_blind_says():
 
 
 def test_step_search_on_a_tree_that_is_known():
-    """Steps are [digit, newline] or [digit, eos] at the third; the score is of the digits alone."""
+    """Steps are [digit, newline], the third [digit, eos]; the score is of the digits alone."""
     newline = 90
     eos = 99
     calls = []
@@ -432,13 +438,18 @@ def test_step_search_on_a_tree_that_is_known():
 
 
 def test_step_search_over_whole_solutions_is_the_best_of_n():
-    """Expert iteration with it is then rejection sampling: of beams x branch samples the best by score."""
+    """Expert iteration with it is then rejection sampling: the best of beams x branch samples."""
     rng = np.random.default_rng(0)
     eos = 99
     drawn = rng.integers(1, 90, (5, 12, 3))  # to each of 5 problems 12 solutions of 3 tokens
     rows = iter(drawn.reshape(-1, 4, 3))
-    extend = lambda contexts, number: [[*map(int, t), eos] for _ in contexts for t in next(rows)]
-    score = lambda prompts, responses: np.array([sum(r) % 41 for r in responses])
+
+    def extend(contexts, number):
+        return [[*map(int, t), eos] for _ in contexts for t in next(rows)]
+
+    def score(prompts, responses):
+        return np.array([sum(r) % 41 for r in responses])
+
     found, tokens = step_beam.search(
         [[i] for i in range(5)], extend, score, eos, beams=3, branch=4, longest=9
     )
@@ -525,14 +536,14 @@ def test_a_process_model_learns_from_rows_of_every_kind(tmp_path, monkeypatch, c
     assert "--labels=gold: no program checks the steps of x.jsonl" in message
 
 
-# ---- The whole of process supervision, once: a policy, labels of three kinds, a model of each ----
+# ---- All of process supervision, once: a policy, labels of three kinds, a model of each ----
 
 LABELS = ("gold", "outcome", "completions")
 
 
 @pytest.fixture(scope="module")
 def supervised(tmp_path_factory):
-    """A folder with the runs sft, gold, outcome and completions, and the labels of the last three."""
+    """Make a folder with runs sft, gold, outcome, completions, and labels of the last three."""
     folder = tmp_path_factory.mktemp("supervised")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PLUMB_CACHE", str(folder / "cache"))
@@ -550,7 +561,7 @@ def supervised(tmp_path_factory):
 
 @pytest.fixture
 def in_study(supervised, tmp_path, monkeypatch):
-    """The current folder is that of `supervised`; the fixture's value is one for what a test makes."""
+    """Make `supervised` the current folder; return another one for what a test makes."""
     monkeypatch.setenv("PLUMB_CACHE", str(supervised / "cache"))
     monkeypatch.chdir(supervised)
     return tmp_path
@@ -576,7 +587,7 @@ def test_every_way_to_choose_is_in_the_table(in_study):
     ways = {f"{model} {way}" for model in ("outcome", "gold") for way in STEP_SCORES}
     blind = {"one drawn at random", "a score that knows nothing"}
     assert set(table) == ways | blind | {"majority", "one of them is right"}
-    # Of one answer nothing can be chosen.
+    # One answer leaves no choice.
     assert len({row[1].value for row in table.values()}) == 1
     written = rows_in(in_study / "table.json")[0]
     assert len(written["hits"]["majority"]) == 40
@@ -586,7 +597,7 @@ def test_every_way_to_choose_is_in_the_table(in_study):
 
 @pytest.mark.slow
 def test_what_a_search_finds_is_right_and_can_be_imitated(in_study):
-    """This policy's samples are right one time in twenty. A hit may have no end: it is no solution."""
+    """This policy's samples are right one time in twenty; a hit without an end is no solution."""
     search = ["--policy=sft", "--model=gold", "--beams=1", "--prompts=300", "--split=train"]
     files = [f"--out={in_study}/beam.json", f"--solutions={in_study}/found.jsonl"]
     accuracy, tokens = run(step_beam, *search, *files)

@@ -83,7 +83,7 @@ OBJECTIVES = {
 
 
 def five_steps(mesh, name, microbatches=1):
-    """Losses, parameters and the whole sharded state after five updates on `mesh`."""
+    """Return losses, parameters and the whole sharded state after five updates on `mesh`."""
     model, objective, batches = OBJECTIVES[name]
     init, apply = init_and_apply(model(CONFIG))
     with jax.set_mesh(mesh):
@@ -113,7 +113,7 @@ def test_five_steps_equal_one_device_and_one_batch(shape, name):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4), params, want)
     assert losses[0] != losses[-1]
 
-    # Parameters lie as the rules say after the steps too, and Adam's moments lie as the parameters.
+    # Parameters lie as the rules say after the steps too, and Adam's moments as the parameters.
     wanted = shardings_of(state, mesh)
     jax.tree.map(
         lambda x, s: x.sharding.is_equivalent_to(s, x.ndim) or pytest.fail(f"{x.sharding} {s}"),

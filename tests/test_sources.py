@@ -56,7 +56,7 @@ def everything(data, schema):
 
 
 def only(tmp_path, row, schema):
-    """The record made of `row`, which stands among others of its schema."""
+    """Return the record made of `row`, which stands among others of its schema."""
     other = {"text": "x", "prompt": "other", "response": "x", "chosen": "x", "rejected": "y"}
     found = everything(write(tmp_path / "rows.jsonl", [row, other]), schema)
     return next(

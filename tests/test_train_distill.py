@@ -38,7 +38,7 @@ SMALL = [
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A folder with conversations and a teacher, of random weights."""
+    """Make a folder with conversations and a teacher, of random weights."""
     folder = tmp_path_factory.mktemp("distill")
     sums = [
         {"prompt": f"{i} plus {j}", "response": str(i + j)} for i in range(10) for j in range(10)
@@ -73,7 +73,7 @@ def same(one, other, atol):
 
 @pytest.fixture(scope="module")
 def mixed(files):
-    """Flags of a run whose first step is on data, its second on own samples; and the run."""
+    """Return flags of a run with a step on data, then one on own samples; and the run."""
 
     def coin(seed, step):
         return train_distill.is_own(train_distill.Config(seed=seed, on_policy=0.5), step)
@@ -141,7 +141,7 @@ def test_a_student_equal_to_its_teacher_has_nothing_to_learn():
         "--optimizer.weight_decay=0",
     ]
     run(train_distill, *copy, "--run=copy")
-    # Of what rounding leaves of the gradient, Adam makes a step of full length.
+    # The first step alone: Adam makes a full one of what rounding leaves of the gradient.
     first = rows_of("copy")[0]
     assert abs(first["divergence"]) < 1e-6 and first["grad_norm"] < 1e-4
     assert first["nll"] > 1  # control: the data is not what the teacher says

@@ -1,4 +1,4 @@
-"""Direct methods from the command line: resuming, reference cache, meshes, data forms, mistakes."""
+"""Direct methods from the command line: resuming, reference cache, meshes, data, mistakes."""
 
 import inspect
 import json
@@ -45,7 +45,7 @@ SAID = {"white": "A bright one:", "black": "A dark one:"}
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A folder with comparisons (two to four responses, ties too), judgements, and a run to start from."""
+    """Make a folder with comparisons (two to four responses, ties too), judgements, a start."""
     folder = tmp_path_factory.mktemp("dpo")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PLUMB_CACHE", str(folder / "cache"))
@@ -79,7 +79,7 @@ def common(files, data="comparisons"):
 
 @pytest.fixture(scope="module")
 def finished(files):
-    """Six steps of DPO on 1 x 8 devices, with checkpoints of steps 3 and 6."""
+    """Take six steps of DPO on 1 x 8 devices, with checkpoints of steps 3 and 6."""
     run(train_dpo, *common(files), *EIGHT, f"--run={files}/dpo", "--steps=6", "--save_every=3")
     return files / "dpo"
 
@@ -111,7 +111,8 @@ def test_resuming_is_bitwise_equal_and_needs_no_reference(files, finished, monke
     run(train_dpo, *common(files), *EIGHT, f"--run={copy}", "--steps=6", "--save_every=3")
     equal(copy, finished, rtol=0)
     assert [row["step"] for row in rows_of(copy)] == [1, 2, 3, 4, 5, 6] and not loaded
-    # Further than the cache reaches; then evaluated batches, which are in it, do not count for a step that is not.
+    # Further than the cache reaches; then evaluated batches, which are in it, do not count for a
+    # step that is not.
     for further in (["--steps=7", "--eval_every=7"], ["--steps=8"]):
         run(train_dpo, *common(files), *EIGHT, f"--run={copy}", "--save_every=3", *further)
     assert len(loaded) == 2 and rows_of(copy)[-1]["step"] == 8
@@ -243,7 +244,10 @@ OWN = {"simpo": {"beta": 2.0}, "cpo": {"weight": 0.5}, "slic_hf": {"weight": 0.2
 
 
 def in_loops(name, table, batch, kl):
-    """The loss of a whole batch, summed, in float64: from the `table` of `mean_so_far` to the paper's formula."""
+    """Return the loss of a whole batch, summed, in float64, by the paper's formula.
+
+    The policy is `mean_so_far` with `table`.
+    """
     total = 0.0
     for b, ranks in enumerate(batch["ranks_BC"]):
         tokens = candidate_logps(table, batch, b)
@@ -271,7 +275,7 @@ def in_loops(name, table, batch, kl):
 
 @pytest.mark.parametrize("name", get_args(train_dpo.Loss))
 def test_every_loss_of_the_script_is_the_papers_on_its_own_batches(files, name):
-    """Sum over the batch and gradient, with settings that are not the defaults: what is bound to what, too."""
+    """Sum over the batch and gradient agree, with settings that are not the defaults."""
     tokenizer = Tokenizer.load(files / "start")
     rng = np.random.default_rng(0)
     source = open_source(str(files / "comparisons.jsonl"), "comparison", "train")
@@ -299,7 +303,10 @@ def test_every_loss_of_the_script_is_the_papers_on_its_own_batches(files, name):
 
 
 def test_the_readmes_method_of_your_own_is_dpo(monkeypatch):
-    """Its two snippets as they stand: the function in objectives/direct.py, the entry in `make_objective`."""
+    """Its two snippets are run as they stand.
+
+    They are the function in objectives/direct.py and the entry in `make_objective`.
+    """
     readme = (pathlib.Path(train_dpo.__file__).parent / "README.md").read_text()
     _, after = readme.split("A direct method of your own")
     function, entry = (textwrap.dedent(part) for part in after.split("\n\n")[1:3])

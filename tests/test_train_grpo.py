@@ -37,7 +37,7 @@ limit = 3
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A folder with prompts and answers, a policy to start from and a module of rewards."""
+    """Make a folder with prompts and answers, a policy to start from and a module of rewards."""
     folder = tmp_path_factory.mktemp("grpo")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PLUMB_CACHE", str(folder / "cache"))

@@ -29,7 +29,7 @@ PLAIN = OptimizerConfig(lr=0.05, schedule="constant", warmup=0, weight_decay=0.0
 
 
 def regression(params, batch):
-    """Weighted square error: a small objective with uneven weights."""
+    """Return the weighted square error: a small objective with uneven weights."""
     error_B = (
         jnp.square(batch["x_BD"] @ params["w"] + params["bias"] - batch["y_B"]) * batch["weight_B"]
     )
@@ -52,7 +52,7 @@ def start(optimizer):
 
 
 def language_batch(seed):
-    """Rows of very different length, some with hardly a token that counts."""
+    """Return rows of very different length, some with hardly a token that counts."""
     rng = np.random.default_rng(seed)
     real = np.arange(10) < np.array([[10], [3], [9], [4], [2], [10], [2], [6]])
     return {
@@ -124,7 +124,7 @@ def test_clipping_equals_numpy_and_metrics_are_means():
 
 
 def numpy_adamw(config, steps, decay, gradient, params):
-    """AdamW (Loshchilov and Hutter 2019, algorithm 2) in float64, the learning rate held."""
+    """Take AdamW's steps in float64 (Loshchilov and Hutter 2019, algorithm 2), at one rate."""
     m, v = np.zeros_like(params), np.zeros_like(params)
     for t in range(1, steps + 1):
         g = gradient(params, t - 1)
@@ -173,18 +173,22 @@ def test_a_first_moment_in_bfloat16_is_right_to_its_rounding():
     assert adam.mu["w"].dtype == jnp.bfloat16 and adam.nu["w"].dtype == jnp.float32
     want = numpy_adamw(config, 20, np.zeros(4), numpy_gradient, np.array([0.5, -1, 2, 0.3]))
     gap = np.abs(np.append(state.params["w"], state.params["bias"]) - want).max()
-    # A step rounds the moment by 2^-8 at most and forgets a tenth of it: ten such errors in each of 20 updates.
+    # A step rounds the moment by 2^-8 at most and forgets a tenth of it: ten such errors in each
+    # of 20 updates.
     assert 1e-5 < gap < 20 * config.lr * 10 * 2**-8
 
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor"])
 def test_weight_decay_shrinks_all_but_norms_and_biases(name):
-    """With no gradient at all, only decay moves parameters: by lr times its coefficient, for either optimiser."""
+    """Without a gradient only decay moves parameters, by lr times its coefficient."""
     config = dataclasses.replace(TINY, qkv_bias=True, qk_norm=True)
     shapes = jax.eval_shape(init_and_apply(ScalarModel(config))[0], jax.random.key(0))
     params = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), shapes)
     optimizer = make_optimizer(dataclasses.replace(PLAIN, name=name, lr=0.1, weight_decay=0.2), 5)
-    nothing = lambda params, batch: (0.0 * batch["x"].sum(), (jnp.float32(1), {}))
+
+    def nothing(params, batch):
+        return 0.0 * batch["x"].sum(), (jnp.float32(1), {})
+
     state, _ = make_train_step(nothing, optimizer)(
         init_state(params, optimizer), {"x": np.ones((2, 1))}
     )

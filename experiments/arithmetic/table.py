@@ -52,7 +52,7 @@ def lines(path: pathlib.Path) -> list[Any]:
 
 
 def over_seeds(values: list[float]) -> dict[str, Any]:
-    """Mean, half of its 95 % interval (Student's t over seeds), and the values."""
+    """Return the mean, half of its 95 % interval (Student's t over seeds), and the values."""
     return {
         "mean": float(np.mean(values)),
         "half": half(values),
@@ -61,7 +61,7 @@ def over_seeds(values: list[float]) -> dict[str, Any]:
 
 
 def paired(better: list[list[float]], worse: list[list[float]]) -> dict[str, Any]:
-    """Mean difference over all seeds' problems, half of its 95 % interval, and each seed's."""
+    """Return the mean difference over all problems, half of its 95 % interval, and each seed's."""
     gaps = [np.subtract(a, b) for a, b in zip(better, worse, strict=True)]
     every = np.concatenate(gaps)
     width = 1.96 * every.std(ddof=1) / len(every) ** 0.5
@@ -98,7 +98,7 @@ def agreement(run: pathlib.Path) -> dict[str, float]:
 
 
 def main(runs: list[pathlib.Path]) -> dict[str, Any]:
-    """Prints the tables of what all `runs` have; returns what results.json gets."""
+    """Print the tables of what all `runs` have; return the content of results.json."""
     ranked = [read(run / "rerank.json") for run in runs]
     pairs = list(zip(ranked, runs, strict=True))
     hits = {
@@ -178,7 +178,7 @@ def main(runs: list[pathlib.Path]) -> dict[str, Any]:
 
 
 def start() -> None:
-    """Results of the runs that the command names."""
+    """Write results.json for the runs that the command names."""
     if len(sys.argv) < 3:
         raise UserError(
             "name two runs of run.sh or more, one a seed: "

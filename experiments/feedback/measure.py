@@ -104,7 +104,7 @@ def classifiers(config: Config, rows: list[dict]) -> None:
 
 
 def main(config: Config) -> None:
-    """Prints the three tables."""
+    """Print the three tables."""
     source = open_source(config.file, "comparison", "all")
     rows = [source[i] for i in range(min(config.prompts, len(source)))]
     print(f"{'reliability':>11}{'looks right':>12}{'looks':>9}{'pairs right':>12}{'pairs':>9}")

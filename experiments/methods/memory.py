@@ -55,7 +55,7 @@ class Config:
 
 
 def run(words: list[str], folder: pathlib.Path) -> dict[str, float]:
-    """CPU seconds of a step, and peak MB, before the last one."""
+    """Return CPU seconds of a step, and peak MB, before the last one."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     log = folder.parent / f"{folder.name}.log"
@@ -90,7 +90,7 @@ def run(words: list[str], folder: pathlib.Path) -> dict[str, float]:
 
 
 def main(config: Config) -> dict[str, dict[str, float]]:
-    """Brings memory.json up to date; returns what is in it."""
+    """Bring memory.json up to date; return what is in it."""
     if unknown := set(config.methods) - METHODS.keys():
         raise UserError(
             f"--methods: {', '.join(sorted(unknown))} unknown; choose of {', '.join(METHODS)}"

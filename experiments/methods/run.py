@@ -125,7 +125,7 @@ class Config:
 
 
 def sampling_flops(c: ModelConfig, config: dict[str, Any], rows: int) -> float:
-    """Prompts are prefilled once, and `rows` responses decoded to the longest allowed."""
+    """Count FLOPs of prefilling prompts once and decoding `rows` responses to full length."""
     prompt, new = config["max_prompt"], config["max_new_tokens"]
     prefill = forward_flops(c, rows // (config.get("samples_per_prompt") or 1), prompt, 1)
     decoded = forward_flops(c, rows, prompt + new, new) - forward_flops(c, rows, prompt, 0)
@@ -293,7 +293,7 @@ def responses_of(
     requests: list[world.Request],
     judge_seed: int,
 ) -> tuple[list[str], list, list]:
-    """Texts, lengths, KL to the SFT model, of a policy."""
+    """Return texts, lengths and KL to the SFT model of a policy's responses."""
     sft = config.align.format(seed=seed) + "/sft"
     model, tokenizer, reference = load_run(sft)
     params = load_params(str(run)) if METHODS[method] else reference
@@ -344,7 +344,7 @@ def row_of(config: Config, method: str, seed: int) -> dict[str, Any]:
 
 
 def main(config: Config) -> list[dict[str, Any]]:
-    """Adds the rows that are missing to results.jsonl or tuning.jsonl; returns the new ones."""
+    """Add the rows that are missing to results.jsonl or tuning.jsonl; return the new ones."""
     if unknown := set(config.methods) - METHODS.keys():
         raise UserError(
             f"--methods: {', '.join(sorted(unknown))} unknown; choose of {', '.join(METHODS)}"

@@ -67,7 +67,7 @@ def read(name: str) -> list[dict[str, Any]]:
 
 
 def by_method(rows: list[dict[str, Any]]) -> Rows:
-    """method -> seed -> row, in the order of FAMILIES."""
+    """Return method -> seed -> row, in the order of FAMILIES."""
     found = {
         m: {r["seed"]: r for r in rows if r["method"] == m}
         for names in FAMILIES.values()
@@ -112,7 +112,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def quality(rows: Rows) -> str:
-    """Shares, KL and length, and which of MUST gain what is asked for."""
+    """Tabulate shares, KL and length, and which of MUST gain what is asked for."""
     lines, verdicts = [], []
     for method, of_seed in rows.items():
         gains = [
@@ -136,7 +136,7 @@ def quality(rows: Rows) -> str:
 
 
 def kinds(rows: Rows) -> str:
-    """Share that passes everything by kind of request, mean over seeds."""
+    """Tabulate the share that passes everything by kind of request, mean over seeds."""
     names = list(next(iter(rows["sft"].values()))["kinds"])
     shares = {
         m: [np.mean([row["kinds"][name]["all"] for row in s.values()]) for name in names]
@@ -195,7 +195,7 @@ def memory() -> str:
 
 
 def named(axes: Any, points: dict[str, list[float]], colours: dict[str, str]) -> None:
-    """Writes each name into the nearest free place around its point, with a line to it."""
+    """Write each name into the nearest free place around its point, with a line to it."""
     # Settle the layout, so that data have their places in pixels.
     axes.figure.draw_without_rendering()
     scale = axes.figure.dpi / 72

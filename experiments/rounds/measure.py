@@ -27,7 +27,7 @@ class Config:
 
 
 def main(config: Config) -> dict[str, dict[str, float]]:
-    """Reward model -> policy -> accuracy on held-out pairs without label noise."""
+    """Return reward model -> policy -> accuracy on held-out pairs without label noise."""
     make_mesh(MeshConfig())
     models = {
         "first round": f"{config.align}/round1/rm",

@@ -72,12 +72,12 @@ NEGATIONS = {"not", "no", "never", "nobody", "nothing", "without", "cannot"}
 
 
 def words(text: str) -> list[str]:
-    """Lower-case words; `didn't` is one."""
+    """Return the lower-case words; `didn't` is one."""
     return re.findall(r"[a-z]+(?:'[a-z]+)?", text.lower())
 
 
 def sentences(text: str) -> tuple[list[str], str]:
-    """The complete sentences, and what follows the last of them."""
+    """Return the complete sentences, and what follows the last of them."""
     complete = re.findall(r"[^.!?]*[.!?]+[\"']*", text)
     return complete, text[sum(map(len, complete)) :]
 

@@ -42,7 +42,7 @@ def half_split(w_LDNH: np.ndarray) -> np.ndarray:
 
 
 def read(path: str, model: ModelConfig) -> tuple[ModelConfig, Params]:
-    """The model and its parameters; raises UserError for a file of another layout."""
+    """Return the model and its parameters; raise UserError for a file of another layout."""
     try:
         content = pathlib.Path(path).read_bytes()
     except OSError as fault:
@@ -106,7 +106,7 @@ def read(path: str, model: ModelConfig) -> tuple[ModelConfig, Params]:
 
 
 def main(config: Config) -> Params:
-    """Writes the run at step 0; returns the parameters."""
+    """Write the run at step 0; return the parameters."""
     model, params = read(config.bin, config.model)
     params = jax.tree.map(np.ascontiguousarray, params)
     tokenizer = Tokenizer.load(config.tokenizer)

@@ -71,7 +71,10 @@ class Config:
 def make_tell(
     model: ModelConfig, tokenizer: Tokenizer, max_prompt: int, max_new_tokens: int, rows: int = 128
 ):
-    """tell(policy, reference, openings, seed) -> (stories, {length, ended, kl, nll}: [n] each)."""
+    """Make tell(policy, reference, openings, seed).
+
+    It returns (stories, {length, ended, kl, nll}: [n] each).
+    """
     _, apply = init_and_apply(LanguageModel(model))
     sampling = SamplingConfig(1.0, max_new_tokens=max_new_tokens)
 
@@ -111,7 +114,7 @@ def make_tell(
 
 
 def ngrams(text: str, n: int) -> list[tuple[str, ...]]:
-    """The runs of `n` words of `text`."""
+    """Return the runs of `n` words of `text`."""
     tokens = happy.words(text)
     return list(zip(*(tokens[i:] for i in range(n)), strict=False))
 
@@ -119,7 +122,7 @@ def ngrams(text: str, n: int) -> list[tuple[str, ...]]:
 def summarise(
     openings: Sequence[str], stories: Sequence[str], counts: dict[str, np.ndarray]
 ) -> dict[str, float]:
-    """The numbers of ROWS for one set of stories."""
+    """Return the numbers of ROWS for one set of stories."""
     parts = [happy.parts(o, s) for o, s in zip(openings, stories, strict=True)]
     tokens = [happy.words(story) for story in stories]
     complete = [happy.sentences(story)[0] for story in stories]
@@ -150,7 +153,7 @@ def summarise(
 
 
 def interval(values: Sequence[float]) -> dict[str, float]:
-    """Mean over seeds, with its 95 % interval by Student's t; one seed has no interval."""
+    """Return the mean over seeds, with its 95 % interval by Student's t; one seed has none."""
     mean = float(np.mean(values))
     width = half(values)
     return {
@@ -160,7 +163,7 @@ def interval(values: Sequence[float]) -> dict[str, float]:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """The tables of README.md."""
+    """Return the tables of README.md."""
 
     def cell(values: dict[str, float], digits: int) -> str:
         # Adding 0.0 turns -0.00 into 0.00.
@@ -192,7 +195,7 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def samples(results: dict[str, Any]) -> str:
-    """The samples of README.md."""
+    """Return the samples of README.md."""
     blocks = []
     for sample in results["samples"]:
         blocks.append(f"**{sample['opening']}**")
