@@ -264,12 +264,13 @@ def refill_groups(pool: Batch, fresh: Batch, group: int) -> Batch:
     """
     both = {name: jnp.concatenate([pool[name], fresh[name]]) for name in pool}
 
-    # Groups with a usable token first, otherwise in order; the first half of them are kept.
+    # J groups, those of `pool` first. Groups with a usable token come first, otherwise in order;
+    # the first half of them are kept.
     mask_BR = both["mask_BR"]
-    useful_P = mask_BR.reshape(-1, group * mask_BR.shape[1]).any(1)
-    order_P = jnp.argsort(~useful_P, stable=True)[: useful_P.size // 2]
-    rows_PC = order_P[:, None] * group + jnp.arange(group)
-    rows_B = rows_PC.reshape(-1)
+    useful_J = mask_BR.reshape(-1, group * mask_BR.shape[1]).any(1)
+    order_J = jnp.argsort(~useful_J, stable=True)[: useful_J.size // 2]
+    rows_JC = order_J[:, None] * group + jnp.arange(group)
+    rows_B = rows_JC.reshape(-1)
     return {name: x[rows_B] for name, x in both.items()}
 
 
