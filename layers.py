@@ -25,9 +25,11 @@ from jax.sharding import PartitionSpec as P
 from sharding import along, constrain_residual, in_microbatches, path_name, platform
 
 Remat = Literal["none", "dots", "full"]
+"""What the backward pass computes again: nothing, all but outputs of matmuls, or everything."""
 Cache = Any
 """A model.KVCache, or None."""
 Params = dict[str, Any]
+"""See model.Params."""
 
 
 def run_layers(
@@ -38,11 +40,14 @@ def run_layers(
     cache: Cache,
     rows: tuple[Any, Any],
 ) -> tuple[jax.Array, Cache, jax.Array | None]:
-    """Run all layers; return the hidden states, the cache, and the sum of the auxiliary losses.
+    """Run all layers; return the hidden states [B, T, D], the cache, and the sum of their losses.
 
     Called inside `decoder`, whose parameters `layers` are the layers' and whose `config` and
-    `microbatches` (of a pipeline) are read. `block_class(config, ring)` is one layer. The sum is
-    None where the layers have no auxiliary loss.
+    `microbatches` (of a pipeline) are read. `block_class(config, ring)` is one layer; `ring`:
+    devices over which the tokens are striped (kernels/ring.py), 1 without. `rows`: what each layer
+    reads of the rows, in model.py (segment ids, turns). `cache`: stacked, unstacked or None; it
+    comes back with these tokens' keys and values, its `length` as it was. The sum is of the
+    auxiliary losses, None where the layers have none.
     """
     # Decoding, where the caller has unstacked the layers.
     if cache is not None and isinstance(cache.k_LBKSH, tuple):
@@ -94,6 +99,7 @@ def unstack_params(params: Params, dtype: jnp.dtype) -> Params:
 
     For a loop over tokens, where slicing a stack would copy it at every token. All weights are
     cast once to `dtype`, in which they are multiplied; norms are not multiplied and stay float32.
+    `params`: of a LanguageModel, as model.Params has them.
     """
 
     def leaf(path: tuple[Any, ...], weight: jax.Array) -> Any:
@@ -106,7 +112,11 @@ def unstack_params(params: Params, dtype: jnp.dtype) -> Params:
 
 
 def unstack_cache(cache: Cache) -> Cache:
-    """Return `cache` with tuples of L arrays [B, K, S, H] in place of its two stacks."""
+    """Return a KVCache like `cache` whose `k_LBKSH` and `v_LBKSH` are tuples of L [B, K, S, H].
+
+    `run_layers` then runs the layers one by one, on parameters of `unstack_params`. `cache` must
+    be a stacked one, not None.
+    """
     keys = tuple(cache.k_LBKSH)
     values = tuple(cache.v_LBKSH)
     return dataclasses.replace(cache, k_LBKSH=keys, v_LBKSH=values)
@@ -175,8 +185,9 @@ def pipelined(
     """Return `run(weights, x_BTD, *rows)` of all layers, [B, T, D], computed stage after stage.
 
     `weights`: a tree whose leaves' first axis, the layers, is cut over the mesh's stage axis.
-    `run` must take any unbroken part of the layers. `rows`: trees of [B, ...] arrays that every
-    layer reads. `microbatches` divides B. Other axes of the mesh are XLA's and `run`'s as ever.
+    `run` must take any unbroken part of the layers and return hidden states of x's shape. `rows`:
+    trees of [B, ...] arrays that every layer reads. `microbatches` divides B. Other axes of the
+    mesh are XLA's and `run`'s as ever.
     """
     # The micro-batches, on every stage.
     stages = along(jax.sharding.get_abstract_mesh(), "stage")

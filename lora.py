@@ -45,7 +45,8 @@ class LoraConfig:
 def trainable_part(config: LoraConfig, params: Params, key: jax.Array) -> Params:
     """Return what is trained of `params`: new adapters and the head, or at rank 0 all of it.
 
-    A is drawn from a normal distribution by `key`; B is 0, so that nothing changes at first.
+    A is drawn from a normal distribution by `key`; B is 0, so that nothing changes at first. What
+    is not new is not copied: copy it before a step that donates, or run this under jit.
     """
     if not config.rank:
         return params
@@ -67,7 +68,7 @@ def trainable_part(config: LoraConfig, params: Params, key: jax.Array) -> Params
 
 
 def lora_base(config: LoraConfig, params: Params) -> Params | None:
-    """Return the base, what of `params` is not trained; None at rank 0, where all is."""
+    """Return the base, what of `params` is not trained, uncopied; None at rank 0, where all is."""
     if not config.rank:
         return None
     return {name: x for name, x in params.items() if name not in WHOLE}
@@ -76,8 +77,8 @@ def lora_base(config: LoraConfig, params: Params) -> Params | None:
 def with_adapters(config: LoraConfig, base: Params | None, trained: Params) -> Params:
     """Return the tree that model.py applies: the base's arrays with the adapters beside them.
 
-    `base` is of `lora_base`, `trained` of `trainable_part`. Without a base it is `trained`. No
-    weight is copied.
+    `base`: of `lora_base`; `trained`: of `trainable_part`, or later of a step. Without a base it
+    is `trained` that is returned. No weight is copied.
     """
     if base is None:
         return trained
@@ -94,8 +95,9 @@ def with_adapters(config: LoraConfig, base: Params | None, trained: Params) -> P
 def merge(config: LoraConfig, base: Params, trained: Params) -> Params:
     """Return W + alpha / rank A B for each adapted weight: the parameters of a plain model.
 
-    Arrays are of NumPy or of JAX, as the base's are. `trained` with a head gives a scalar model's
-    parameters, which have no unembedding of their own.
+    `base`, `trained`: as of `with_adapters`, with a base. Arrays are of NumPy or of JAX, as the
+    base's are. `trained` with a head gives a scalar model's parameters, which have no unembedding
+    of their own.
     """
     rank = config.rank
     layers = dict(base["decoder"]["layers"])
@@ -124,8 +126,9 @@ def merge(config: LoraConfig, base: Params, trained: Params) -> Params:
 def note_lora_base(config: Any) -> Any:
     """Return a script's `config` with the base's step noted in `lora.base`; at rank 0 as it is.
 
-    The base is the newest step of `config.init`. Resuming on another base is refused by that note.
-    Raises UserError for a rank below 0, or for one above 0 without --init.
+    Of `config` the fields `lora` and `init` are read. The base is the newest step of
+    `config.init`. Resuming on another base is refused by that note. Raises UserError for a rank
+    below 0, or for one above 0 without --init or where that has no checkpoint.
     """
     rank = config.lora.rank
     if rank < 0 or (rank and config.init is None):
@@ -140,7 +143,10 @@ def note_lora_base(config: Any) -> Any:
 
 
 def base_step(config: LoraConfig, base: str) -> int | None:
-    """Return the step of the run `base` that `config.base` notes; None where it is gone."""
+    """Return the step of the run `base` that `config.base` notes; None where it is gone.
+
+    `base`: a run's folder.
+    """
     for step in finished_steps(pathlib.Path(base) / "checkpoints"):
         if _manifest_sum(base, step) == config.base:
             return step

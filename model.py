@@ -9,8 +9,9 @@ Shape suffixes, everywhere in Plumb: an array's name ends in the letters of its 
     R  tokens of a response                   G  query heads for each K
     V  vocabulary                             H  width of a head
     C  candidates for one prompt              L  layers
-    M  B and T as one axis (sharding.flat);   A  all responses of a call, where B of them are
-       in layers.py micro-batches                made at a time; E enter together (sampling.py)
+    Q  prompts, where B are their responses   A  all responses of a call, where B of them are
+    M  B and T as one axis (sharding.flat);      made at a time; E enter together (sampling.py)
+       in layers.py micro-batches
 
 A row of a rollout is a prompt and its response, T = P + R; rollout.py draws one. Index t always
 means token t: the model predicts it at position t - 1, and its log-probability has index t again.
@@ -42,6 +43,9 @@ from sharding import (
 )
 
 Params = dict[str, Any]
+"""A model's parameters, nested dicts of float32 arrays: `decoder`, with `embed`, `layers` (each
+stacked over the layers) and `final_norm`; beside it a LanguageModel's `unembed`, unless tied, or a
+ScalarModel's `head` and `bias`. Paths and shapes: sharding.RULES and the classes below."""
 Turns = tuple[jax.Array, jax.Array]
 """Cosines and sines of RoPE, [B, T, 1, H/2] each."""
 Stack = Any
@@ -103,7 +107,10 @@ Carry = tuple[jax.Array, KVCache | None, jax.Array]
 
 
 def empty_cache(config: ModelConfig, batch: int, slots: int) -> KVCache:
-    """Return a cache for `batch` rows of at most `slots` tokens."""
+    """Return an empty cache for `batch` rows of at most `slots` tokens, in the compute type.
+
+    Keys and values are stacks [L, B, K, S, H]; B is `batch`, S is `slots`.
+    """
     shape = (config.layers, batch, config.kv_heads, slots, config.head_dim)
     zeros = jnp.zeros(shape, config.compute_dtype)
     return KVCache(zeros, zeros, jnp.zeros((batch, slots), jnp.int32), jnp.int32(0))
@@ -128,7 +135,10 @@ def rope_frequencies(config: ModelConfig) -> jax.Array:
 
 
 def rope_turns(config: ModelConfig, positions_BT: jax.Array) -> Turns:
-    """Return cosine and sine of each pair's angle, float32; computed once for all layers."""
+    """Return cosine and sine of each pair's angle, float32; computed once for all layers.
+
+    `positions_BT`: int32. See `Turns` for the shapes.
+    """
     positions_BT1 = positions_BT[..., None].astype(jnp.float32)
     angles_BTH = positions_BT1 * rope_frequencies(config)
     # One more axis, for the heads.
@@ -140,8 +150,9 @@ def rope_turns(config: ModelConfig, positions_BT: jax.Array) -> Turns:
 def rotate(x_BTNH: jax.Array, turns: Turns) -> jax.Array:
     """Turn queries or keys by RoPE, half-split: dimension i turns with i + H/2.
 
-    As in GPT-NeoX and Hugging Face's Llama. Weights whose convention turns 2i with 2i + 1 (Meta's,
-    llama2.c's) need their q and k permuted.
+    `x_BTNH`: [B, T, N or K, H]; its shape and type come back. As in GPT-NeoX and Hugging Face's
+    Llama. Weights whose convention turns 2i with 2i + 1 (Meta's, llama2.c's) need their q and k
+    permuted.
     """
     cos, sin = turns
     x32 = x_BTNH.astype(jnp.float32)
@@ -160,7 +171,8 @@ def rotate(x_BTNH: jax.Array, turns: Turns) -> jax.Array:
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     """Divide `x` by its root mean square over the last axis and scale it, in float32.
 
-    Zhang and Sennrich 2019. Returns x's type.
+    Zhang and Sennrich 2019. `scale`: one factor for each place of that axis. `eps` is added to the
+    mean square. Returns x's shape and type.
     """
     x32 = x.astype(jnp.float32)
     mean_square = jnp.mean(x32 * x32, axis=-1, keepdims=True)
@@ -168,7 +180,7 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
 
 
 def scaled_norm(module: nn.Module, name: str, x: jax.Array) -> jax.Array:
-    """Apply RMSNorm with the parameter `name` of `module` as its scale.
+    """Apply RMSNorm to the last axis of `x` with the parameter `name` of `module` as its scale.
 
     With `module.config.zero_centered_norm` the parameter is the scale less 1.
     """
@@ -183,7 +195,8 @@ def scaled_norm(module: nn.Module, name: str, x: jax.Array) -> jax.Array:
 def linear(module: nn.Module, labels: str, x: jax.Array, name: str, w: jax.Array) -> jax.Array:
     """Multiply `x` by the weight `w` of `module`, by the einsum `labels`, in x's type.
 
-    Where lora.py has laid adapters A and B of the weight `name` beside it, x A B is added.
+    `labels`: as in "...D,DF->...F". Where lora.py has laid adapters A and B of the weight `name`
+    beside it, x A B is added.
     """
     out = jnp.einsum(labels, x, w.astype(x.dtype))
     if module.has_variable("params", f"{name}_a"):
@@ -402,7 +415,10 @@ class Decoder(nn.Module):
 
 
 def unembed(x_BTD: jax.Array, unembed_DV: jax.Array) -> jax.Array:
-    """Return the logits [B, T, V] of hidden states: float32, or float64 where these are."""
+    """Return the logits [B, T, V] of hidden states: float32, or float64 where these are.
+
+    `x_BTD` and `unembed_DV`: of a LanguageOutput, or a slice of its positions.
+    """
     x_MD = flat(x_BTD, "stage", "sequence")
     logits_MV = jnp.einsum("...D,DV->...V", x_MD, unembed_DV.astype(x_MD.dtype))
     logits_BTV = logits_MV.reshape(*x_BTD.shape[:2], -1)
@@ -459,8 +475,9 @@ class ScalarModel(nn.Module):
 def init_and_apply(model: nn.Module) -> tuple[Callable[[jax.Array], Params], Callable[..., Any]]:
     """Return (init, apply) of `model` on plain nested dicts of parameters.
 
-    init(key) -> params, random. apply(params, tokens_BT, segment_ids_BT, positions_BT[, cache]) ->
-    LanguageOutput or ScalarOutput.
+    init(key) -> params, random. apply(params, tokens_BT, segment_ids_BT, positions_BT) ->
+    LanguageOutput or ScalarOutput; that of a LanguageModel takes a KVCache as a fifth argument,
+    `cache`. See Decoder.__call__ for the arguments.
     """
     # NumPy: not on a device, for plan.py has none.
     token_11 = np.ones((1, 1), np.int32)

@@ -80,7 +80,7 @@ class ModelConfig:
 
     @staticmethod
     def from_preset(name: str) -> "ModelConfig":
-        """Return the preset `name`; raises UserError with the known names."""
+        """Return the preset `name`, a key of PRESETS; raise UserError with the known names."""
         if name not in PRESETS:
             raise UserError(f"--model.preset={name}: unknown; choose one of {', '.join(PRESETS)}")
         return PRESETS[name]
@@ -194,7 +194,7 @@ PRESETS = {preset.preset: preset for preset in _PRESETS}
 
 
 def check_fit(config: ModelConfig, vocabulary: int, length: int) -> None:
-    """Raise UserError unless `vocabulary` tokens and sequences of `length` fit the model."""
+    """Raise UserError unless `vocabulary` tokens and rows of `length` tokens fit the model."""
     if vocabulary > config.vocab:
         raise UserError(
             f"--model.vocab={config.vocab}: the tokenizer has {vocabulary} tokens; "

@@ -22,19 +22,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from data.batches import Batches
+from data.records import Record
 from data.tokenizer import Tokenizer
 from model import Params
 from model_config import ModelConfig
 from objectives.policy import kl_estimate, masked_mean
 from runtime.errors import UserError
+from runtime.metrics import SampleRow
 from sampling import Apply, Samples, SamplingConfig, generate
 from sharding import constrain_batch, gathered, to_host, to_mesh
 
 Array = jax.Array
 Mesh = jax.sharding.Mesh
-Record = dict[str, Any]
 Batch = dict[str, Array]
+"""Arrays by name; a docstring names the keys."""
 Metrics = dict[str, Any]
+"""Scalars by name, of the device or of Python."""
 Prompts = Batch
 """Left-padded prompts as data.batches.prompt_batches yields them: `tokens_BT`, `segment_ids_BT`
 and `positions_BT`, [B / n, P] int32. The suffix is T there, as in every batch."""
@@ -78,8 +81,9 @@ def make_rollout(
 ) -> Callable[[Params, Prompts, Array], Rollout]:
     """Compile rollout(params, prompts, key) -> Rollout: sample `n` responses to each prompt.
 
-    `apply` is that of a LanguageModel of `config`. `eos` is the token that ends a response. Rows
-    are in the order of the prompts, `n` to each. Nothing is donated.
+    `apply` is that of a LanguageModel of shape `config`. `eos`: the id of the token that ends a
+    response, `pad` that of padding. Rows are in the order of the prompts, `n` to each. Nothing is
+    donated.
     """
 
     @jax.jit
@@ -97,7 +101,7 @@ def join_responses(prompts: Prompts, samples: Samples) -> Batch:
     """Join prompts [B / n, P] and their responses [B, R] into rows [B, P + R].
 
     Returns the keys of Rollout but for `sampler_logp_BR`. Each prompt is repeated for its n
-    responses, which are neighbouring rows.
+    responses, which are neighbouring rows; n is B over the number of prompts.
     """
     # Each prompt is repeated for its responses.
     n = samples.mask_BR.shape[0] // prompts["tokens_BT"].shape[0]
@@ -130,12 +134,14 @@ def ended(batch: Mapping[str, Any], eos: int) -> Array:
 def rollout_metrics(
     logp_BR: Array, reference_BR: Array, batch: Mapping[str, Any], eos: int
 ) -> Batch:
-    """Summarise a Rollout and the policy's and the reference's log-probabilities of it.
+    """Summarise a Rollout and the policy's and the reference's log-probabilities of it: scalars.
 
     kl, kl_k3: estimates of KL(policy || reference) in nats a response. entropy: minus the mean
-    log-probability of the sampled tokens, an estimate. length: tokens a response. ended: share of
-    responses with an `eos`. repeats: share of tokens equal to the one before. sampler_gap: the
-    largest difference between the sampler's log-probability of a token and `logp_BR`.
+    log-probability of the sampled tokens, an estimate, nats. length: tokens a response. ended:
+    share of responses with an `eos`. repeats: share of tokens equal to the one before.
+    sampler_gap: the largest difference between the sampler's log-probability of a token and
+    `logp_BR`. `logp_BR` and `reference_BR`: nats, at the sampling temperature. What is at padding
+    counts nowhere, but must be finite, and the two close enough there that exp of their gap is.
     """
     mask_BR = batch["mask_BR"]
 
@@ -172,11 +178,13 @@ def named(**parts: Mapping[str, Any]) -> Metrics:
 
 def sample_rows(
     records: list[Record], response_BR: Array, tokenizer: Tokenizer, n: int
-) -> list[dict[str, str]]:
-    """Pair each prompt with the first of its `n` responses, as text, for samples.md.
+) -> list[SampleRow]:
+    """Return {"prompt": text, "response": text} for each of `records`, for samples.md.
 
-    `records`: those of this host's prompts, in order. Every process must call this; the rows are
-    right on the first host alone.
+    The prompt is its last message, or the raw text; the response is the first of its `n`.
+    `response_BR`: token ids of the rollout, over all hosts. `records`: those of this host's
+    prompts, in order, of the schema `prompt`. Every process must call this; the rows are right on
+    the first host alone.
     """
     firsts = to_host(response_BR)[::n][: len(records)]
     rows = []
@@ -213,11 +221,14 @@ def make_experience(
 
     A round draws the next batch of `prompts`, samples a `rollout`, and takes the batch to learn
     from, with its metrics, from `compute_targets(policy, reference, rollout, scores, scalars)`.
-    Groups of `group` responses whose mask is empty there are replaced by those of further rounds,
-    `max_rounds` in all, until every group has a usable response.
+    That batch is flat, [B, ...] each, with a `mask_BR`. Groups of `group` responses whose mask is
+    empty are replaced by those of further rounds, `max_rounds` in all, until every group has a
+    usable response; where rounds run out, empty ones remain.
 
-    Prompts are padded on the left to `prompt_length`, so that all rounds have one shape. Metrics
-    are means over the rounds, plus `rounds` and `kept`, the share of rows with a usable token.
+    Prompts are padded on the left, with the id `pad`, to `prompt_length`, so that all rounds have
+    one shape. `policy`, `reference`: all parameters of language models. Metrics are means over the
+    rounds, scalars on the device, plus `rounds` and `kept`, the share of rows with a usable token.
+    `shown`: prompts and responses of the last round, replaced or not.
     """
     refill = jax.jit(partial(refill_groups, group=group))
 
@@ -247,7 +258,10 @@ def make_experience(
 
 
 def widened(batch: dict[str, np.ndarray], length: int, pad: int) -> dict[str, np.ndarray]:
-    """Pad prompts [B, T] on the left to `length`: tokens with `pad`, all else with 0."""
+    """Pad prompts [B, T] on the left to [B, `length`]: tokens with `pad`, all else with 0.
+
+    `batch`: NumPy arrays by the names of `Prompts`; T is at most `length`.
+    """
     missing = length - batch["tokens_BT"].shape[1]
     wide = {}
     for name, x in batch.items():
@@ -259,17 +273,18 @@ def widened(batch: dict[str, np.ndarray], length: int, pad: int) -> dict[str, np
 def refill_groups(pool: Batch, fresh: Batch, group: int) -> Batch:
     """Replace masked-out groups of `pool` by unmasked groups of `fresh` (DAPO, eq. 11).
 
-    Both have the same keys and shapes, `mask_BR` among them, and `group` neighbouring rows a
-    prompt. Where `fresh` has too few, masked-out groups remain.
+    Both have the same keys and shapes, [B, ...] each, `mask_BR` among them, and `group`
+    neighbouring rows a prompt. Where `fresh` has too few, masked-out groups remain. The pool's own
+    groups come first.
     """
     both = {name: jnp.concatenate([pool[name], fresh[name]]) for name in pool}
 
     # Groups with a usable token first, otherwise in order; the first half of them are kept.
     mask_BR = both["mask_BR"]
-    useful_P = mask_BR.reshape(-1, group * mask_BR.shape[1]).any(1)
-    order_P = jnp.argsort(~useful_P, stable=True)[: useful_P.size // 2]
-    rows_PC = order_P[:, None] * group + jnp.arange(group)
-    rows_B = rows_PC.reshape(-1)
+    useful_Q = mask_BR.reshape(-1, group * mask_BR.shape[1]).any(1)
+    order_Q = jnp.argsort(~useful_Q, stable=True)[: useful_Q.size // 2]
+    rows_QC = order_Q[:, None] * group + jnp.arange(group)
+    rows_B = rows_QC.reshape(-1)
     return {name: x[rows_B] for name, x in both.items()}
 
 
@@ -280,7 +295,7 @@ def refill_groups(pool: Batch, fresh: Batch, group: int) -> Batch:
 def shuffled(batch: Mapping[str, Any], key: Array, parts: int) -> list[Batch]:
     """Cut the rows of `batch`, in random order, into `parts` minibatches of equal size.
 
-    `parts` must divide the number of rows.
+    `batch`: arrays [B, ...] by name; `parts` must divide B. Minibatches have its keys.
     """
     rows = jax.tree.leaves(batch)[0].shape[0]
     order_B = jax.random.permutation(key, rows)
@@ -298,8 +313,8 @@ def shuffled_minibatches(
 ) -> Iterator[Batch]:
     """Yield the `parts` minibatches of each epoch, every epoch in another random order.
 
-    Epoch e is shuffled by fold_in(key, first_epoch + e): `first_epoch` leaves smaller numbers to
-    other uses of `key`.
+    As of `shuffled`, `epochs` x `parts` in all. Epoch e is shuffled by fold_in(key, first_epoch +
+    e): `first_epoch` leaves smaller numbers to other uses of `key`.
     """
     for epoch in range(first_epoch, first_epoch + epochs):
         yield from shuffled(batch, jax.random.fold_in(key, epoch), parts)
@@ -309,10 +324,12 @@ def check_first_update(update: Metrics, metrics: Metrics, dtype: Any, start: int
     """Assert that an update began at the policy that sampled: ratio 1, and KL 0 in a new run.
 
     Called once per start, after the first update. `update`: that step's metrics, which are of the
-    parameters before it (make_train_step), so policy and old policy were equal. `metrics`: the
-    rollout's; in a new run (`start` 0) policy and reference are equal too. A breach is a bug, not
-    a setting. `dtype`: the model's compute type. In bfloat16 a product over other rows may be
-    tiled, and so rounded, otherwise: by hundredths of a nat a token.
+    parameters before it (make_train_step), so policy and old policy were equal; `approx_kl` and
+    `clipped` are read. `metrics`: the rollout's (`rollout_metrics`), of which `kl` and
+    `sampler_gap` are read; in a new run (`start`, steps done before, 0) policy and reference are
+    equal too. A breach is a bug, not a setting. `dtype`: the model's compute type. In bfloat16 a
+    product over other rows may be tiled, and so rounded, otherwise: by hundredths of a nat a
+    token.
     """
     # Policy and old policy are the same parameters.
     exact = dtype == jnp.float32
@@ -340,14 +357,17 @@ def check_sampler(metrics: Metrics, dtype: Any, start: int) -> None:
 
 
 def start_tolerance(dtype: Any) -> float:
-    """Return how far a quantity that starts at 0 may be off, in nats a response."""
+    """Return how far a quantity that starts at 0 may be off, in nats a response.
+
+    `dtype`: the model's compute type.
+    """
     return 1e-4 if dtype == jnp.float32 else 1e-2
 
 
 def check_kl(metrics: Mapping[str, float], limit: float) -> None:
     """Raise UserError where the newest `kl`, in nats a response, is above `limit`.
 
-    `metrics` may still be empty: they are written one step late.
+    `metrics`: a row of metrics; it may still be empty: rows are written one step late.
     """
     kl = metrics.get("kl", 0.0)
     if kl > limit:

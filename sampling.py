@@ -18,11 +18,13 @@ from model_config import ModelConfig
 from runtime.errors import require
 
 Apply = Callable[..., LanguageOutput]
-"""The apply of a LanguageModel (model.init_and_apply)."""
+"""apply(params, tokens_BT, segment_ids_BT, positions_BT, cache=None) -> LanguageOutput: that of a
+LanguageModel (model.init_and_apply)."""
 Prompts = dict[str, jax.Array]
 """Left-padded prompts [B, P] as data.batches.prompt_batches yields them: `tokens_BT`,
 `segment_ids_BT` and `positions_BT`, int32."""
 Step = Callable[[KVCache, jax.Array, jax.Array, jax.Array], tuple[KVCache, jax.Array, jax.Array]]
+"""step(cache, token_B, row_B, t_B) -> (cache, next token_B, its logp_B); see `make_step`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,9 +66,11 @@ class Samples:
 
 
 def truncate(logits_BV: jax.Array, top_k: int, top_p: float) -> jax.Array:
-    """Return the logits with all but the top k tokens, and all outside the nucleus p, at -inf.
+    """Return the logits [B, V], -inf for all but the top k tokens, and all outside the nucleus p.
 
-    `top_k` 0 and `top_p` 1 leave all tokens in. The nucleus is of what the top k leave.
+    `top_k` 0 and `top_p` 1 leave all tokens in. The nucleus is of what the top k leave: the
+    likeliest tokens that together hold `top_p`, the one that crosses it among them. Tokens as
+    likely as the last one kept stay too.
     """
     # All below the k-th likeliest.
     if top_k:
@@ -94,9 +98,10 @@ def draw(
 ) -> tuple[jax.Array, jax.Array]:
     """Draw token `t_B` of each response `row_B`; return it [B] int32, and its log-probability [B].
 
-    The noise depends on the key and these two numbers alone, so a response is the same in whatever
-    company and slot it is made. The log-probability is in nats, at the sampling temperature (at
-    temperature 0, where the likeliest token is taken, at 1), before top-k and top-p.
+    `logits_BV`: before the temperature; `row_B`, `t_B`: numbers, int32. The noise depends on the
+    key and these two alone, so a response is the same in whatever company and slot it is made. The
+    log-probability is in nats, at the sampling temperature (at temperature 0, where the likeliest
+    token is taken, at 1), before top-k and top-p.
     """
     logits_BV = logits_BV / (sampling.temperature or 1.0)
     if sampling.temperature == 0:
@@ -120,7 +125,7 @@ def draw(
 
 
 def ends(token_B: jax.Array, eos: int | jax.Array) -> jax.Array:
-    """Return [B] bool: True where the token is `eos`, or one of several."""
+    """Return [B] bool: True where the token is `eos`, an id, or is in it, an array of ids."""
     return jnp.isin(token_B, jnp.atleast_1d(eos))
 
 
@@ -130,10 +135,10 @@ def ends(token_B: jax.Array, eos: int | jax.Array) -> jax.Array:
 def prefill(
     apply: Apply, config: ModelConfig, params: Params, prompts: Prompts, room: int
 ) -> tuple[jax.Array, KVCache]:
-    """Run the prompts through the model.
+    """Run the prompts through the model of shape `config`.
 
-    Returns the logits [B, V] of the token after each prompt, and the cache with the prompts in its
-    first P slots and `room` free slots behind them.
+    Returns the logits [B, V] of the token after each prompt, and the cache (stacked) with the
+    prompts in its first P slots and `room` free slots behind them.
     """
     rows, length = prompts["tokens_BT"].shape
     cache = empty_cache(config, rows, length + room)
@@ -148,7 +153,11 @@ def prefill(
 def first_tokens(
     logits_BV: jax.Array, key: jax.Array, sampling: SamplingConfig, pad: int
 ) -> Samples:
-    """Draw the first token of each response; the rest is padding yet."""
+    """Draw the first token of each response; return Samples [B, R], the rest padding yet.
+
+    R is `sampling.max_new_tokens`. `logits_BV`: of each response's first token; its row is the
+    response's number (see `draw`). `pad`: the id of padding.
+    """
     rows = logits_BV.shape[0]
     row_B = jnp.arange(rows)
     token_B, logp_B = draw(logits_BV, key, row_B, jnp.zeros_like(row_B), sampling)
@@ -164,10 +173,12 @@ def first_tokens(
 def make_step(
     apply: Apply, params: Params, key: jax.Array, sampling: SamplingConfig, last_A: jax.Array
 ) -> Step:
-    """Make step(cache, token_B, row_B, t_B) -> (cache, next token_B, its logp_B).
+    """Make step(cache, token_B, row_B, t_B) -> (cache, next token_B, its logp_B), all [B].
 
-    It draws token `t_B` of each response `row_B` from token t - 1, `token_B`, and the cache of
-    those before. `last_A`: position of the last token of each response's prompt.
+    It draws token `t_B` of each response `row_B` (see `draw`) from token t - 1, `token_B`, and the
+    cache of those before, to which it adds that token. `params` and the cache are stacked, or both
+    unstacked (layers.py). `last_A`: position of the last token of each response's prompt, A
+    responses in all, of which B are decoded at a time.
     """
 
     def step(cache, token_B, row_B, t_B):
@@ -211,9 +222,10 @@ def generate(
 ) -> Samples:
     """Sample `n` responses to each of the prompts, [B / n, P]; call it under jit.
 
-    A response ends with `eos`, or with any of several; the loop when every row has ended. Rows are
-    in the order of the prompts, n to each; a prompt is prefilled once. What row b draws depends on
-    its prompt, `key` and b alone.
+    `apply`, `params`: of a LanguageModel of shape `config`. A response ends with `eos`, an id, or
+    with any of several, an array of ids; the loop when every row has ended. `pad`: the id behind a
+    response. Rows are in the order of the prompts, n to each; a prompt is prefilled once. What row
+    b draws depends on its prompt, `key` and b alone.
     """
     # Prefill; then a copy of each prompt's cache for each of its responses.
     logits_BV, cache = prefill(apply, config, params, prompts, sampling.max_new_tokens - 1)
@@ -292,8 +304,8 @@ def generate_in_slots(
 ) -> Samples:
     """Sample what `generate` does, `slots` responses at a time: where one ends the next begins.
 
-    Faster where responses are of unequal length, and takes a cache of `slots` rows. With as many
-    slots as responses it is `generate`.
+    Arguments and result are those of `generate`. Faster where responses are of unequal length, and
+    takes a cache of `slots` rows. With as many slots as responses it is `generate`.
     """
     total = prompts["tokens_BT"].shape[0] * n
     if slots >= total:
@@ -370,8 +382,10 @@ def enter(
 ) -> Slots:
     """Put the next `entering` of the A responses into free slots, of which there must be as many.
 
-    `prompts`: the cache [A / n] of their prompts. A prompt's columns are rolled, so that it ends
-    where the ring is written next. `first_A`: first token of each response; `limit`: most tokens.
+    Returns the new Slots. `prompts`: the unstacked cache, A / n rows, of their prompts. A prompt's
+    columns are rolled, so that it ends where the ring is written next. `first_A`: first token of
+    each response, which ends it where it is `eos` (see `ends`); `limit`: most tokens of a
+    response.
     """
     total = first_A.shape[0]
     count, width = prompts.valid_BS.shape

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 import jax
 import numpy as np
@@ -16,6 +16,8 @@ from jax.sharding import PartitionSpec as P
 from runtime.errors import UserError
 
 AnyMesh = Mesh | AbstractMesh
+Memory = Literal["device", "pinned_host"]
+"""Where arrays lie: the devices' memory, or their host's."""
 BATCH = P(("data", "fsdp"))
 """How the rows of a batch are split."""
 AXES = ("stage", "data", "fsdp", "sequence", "tensor")
@@ -64,7 +66,8 @@ class MeshConfig:
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Make the mesh over `devices`, or over all, and set it as the current one.
 
-    Raises UserError where the sizes and the number of devices do not agree.
+    Its axes are data, fsdp and tensor, and stage and sequence where they are not 1; in the order
+    of AXES. Raises UserError where the sizes and the number of devices do not agree.
     """
     # stage and sequence are axes of the mesh only where they are asked for.
     devices = jax.devices() if devices is None else devices
@@ -103,14 +106,15 @@ def platform() -> str:
 
 
 def along(mesh: AnyMesh, *axes: str) -> int:
-    """Return the devices along these axes together; 1 along an axis that the mesh lacks."""
+    """Return how many devices lie along these axes together; 1 along an axis that is not there."""
     return math.prod(mesh.shape.get(axis, 1) for axis in axes)
 
 
 def fitting(mesh: AnyMesh, size: int, *axes: str | None) -> str | tuple[str, ...] | None:
     """Return those of `axes`, an entry of a PartitionSpec, over which `size` can be cut.
 
-    Kept, in order, are axes that the mesh has and that together divide `size`.
+    `size`: length of the array's dimension. Kept, in order, are axes that the mesh has and that
+    together divide it: one axis is returned as its name, several as a tuple, none as None.
     """
     found: list[str] = []
     for axis in axes:
@@ -148,9 +152,9 @@ def spec_of(name: str, shape: tuple[int, ...], mesh: AnyMesh) -> P:
 
 
 def shardings_of(tree: Any, mesh: Mesh) -> Any:
-    """Return a NamedSharding for each leaf of a tree of arrays or shapes, by the rules.
+    """Return a NamedSharding for each leaf of a tree of arrays or shapes, by RULES.
 
-    `tree`: parameters, or a whole train state.
+    `tree`: parameters, or a whole train state, whose leaves are found by the end of their path.
     """
 
     def sharding_of(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
@@ -160,7 +164,10 @@ def shardings_of(tree: Any, mesh: Mesh) -> Any:
 
 
 def abstract(tree: Any, mesh: Mesh) -> Any:
-    """Return shapes, types and shardings of `tree`: what a checkpoint is restored onto."""
+    """Return a tree like `tree` of ShapeDtypeStructs, with shardings on `mesh` by RULES.
+
+    `tree`: arrays or shapes. What comes back is what a checkpoint is restored onto.
+    """
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         tree,
@@ -169,18 +176,19 @@ def abstract(tree: Any, mesh: Mesh) -> Any:
 
 
 def init_sharded(init: Callable[..., Any], mesh: Mesh, *args: Any) -> Any:
-    """Compute `init(*args)` in place, each leaf laid by the rules.
+    """Compute `init(*args)` in place, each leaf of what it returns laid on `mesh` by RULES.
 
-    Under one jit: otherwise an optimiser's moments are replicated.
+    Under one jit: otherwise an optimiser's moments are replicated. `args`: trees of arrays; they
+    are not donated.
     """
     shardings = shardings_of(jax.eval_shape(init, *args), mesh)
     return jax.jit(init, out_shardings=shardings)(*args)
 
 
-def to_memory(tree: Any, memory: str) -> Any:
-    """Move `tree`, as it lies on the mesh, to the memory `device` or the hosts' `pinned_host`.
+def to_memory(tree: Any, memory: Memory) -> Any:
+    """Move `tree`, arrays on the mesh, to the memory `device` or the hosts' `pinned_host`.
 
-    Arrays that are there already are returned as they are.
+    Each keeps its sharding. Arrays that are there already are returned as they are.
     """
     return jax.device_put(tree, jax.tree.map(lambda x: x.sharding.with_memory_kind(memory), tree))
 
@@ -199,7 +207,10 @@ def to_host(tree: Any) -> Any:
 
 
 def to_mesh(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Make global arrays of this host's rows of a batch, [B, ...], B split over data and fsdp."""
+    """Make global arrays of this host's rows of a batch, [B, ...], B split over data and fsdp.
+
+    `batch`: NumPy arrays by name, whose first axis is the rows; names stay.
+    """
     sharding = NamedSharding(mesh, BATCH)
     return {name: jax.make_array_from_process_local_data(sharding, x) for name, x in batch.items()}
 
@@ -278,7 +289,7 @@ def check_batch(
 
 
 def in_microbatches(x: jax.Array, parts: int) -> jax.Array:
-    """Return [B, ...] as [parts, B / parts, ...].
+    """Return [B, ...] as [parts, B / parts, ...]; `parts` must divide B.
 
     Part i has every `parts`-th row, so a device keeps to the rows that it holds.
     """
@@ -320,7 +331,8 @@ def constrain_residual(x_BTD: jax.Array) -> jax.Array:
 def constrain_units(x: jax.Array) -> jax.Array:
     """Keep heads [B, T, N, H] or hidden units [B, T, F] split over tensor.
 
-    So that XLA gathers the tokens, not the weights.
+    So that XLA gathers the tokens, not the weights. Without a tensor axis `x` is returned as it
+    is, of whatever shape.
     """
     mesh = get_abstract_mesh()
     tensor = along(mesh, "tensor")
@@ -358,8 +370,8 @@ def constrain_params(tree: Any) -> Any:
 def gathered(params: Any, dtype: Any) -> Any:
     """Gather weights for many passes in a row: cast to `dtype`, and cut over tensor alone.
 
-    Otherwise decoding gathers them anew for each token. Weights that nothing but tensor cuts are
-    returned as they are.
+    `params`: a tree of parameters, as RULES name them. Otherwise decoding gathers them anew for
+    each token. Weights that nothing but tensor cuts are returned as they are, of their own type.
     """
     mesh = get_abstract_mesh()
     if mesh.empty:

@@ -176,7 +176,7 @@ class Config:
 
     @property
     def length(self) -> int:
-        """Tokens of a row: prompt and response."""
+        """Return the tokens of a row: prompt and response."""
         return self.max_prompt + self.max_new_tokens
 
 
@@ -195,7 +195,8 @@ class Experience(Rollout):
 def make_method(config: Config, apply: Apply) -> tuple[Advantages, Objective]:
     """Return the advantages and the objective of --method.
 
-    `config`: with no field of the method left at None.
+    `config`: with no field of the method left at None. `apply`: of the policy. The objective's
+    batch is an Experience.
     """
     # Advantages of whole responses, from their group; of tokens, from the whole batch.
     size = config.samples_per_prompt
@@ -238,10 +239,13 @@ def make_advantages(
 ) -> Callable[..., tuple[Experience, Batch]]:
     """Compile compute_advantages(policy, reference, rollout, scores, scalars).
 
-    It returns (experience, metrics). `scores`: {reward: [B]} and `scalars`: {reward: [B, R + 1]}
-    of rewards.scorer.make_reward_scorer; scalars are read with --shaping alone. `eos` ends a response.
-    With --dynamic_sampling the mask of a group whose scores are all equal is 0, so that it counts
-    nowhere. Nothing is donated. Metrics are scalars: means over the rollout.
+    It returns (experience, metrics). `config`: with no field of the method left at None. `apply`:
+    of both models, whose whole parameters are given. `advantages(rewards_BR, mask_BR)`: of
+    `make_method`. `scores`: {reward: [B]} and `scalars`: {reward: [B, R + 1]} of
+    rewards.scorer.make_reward_scorer; scalars are read with --shaping alone. `eos`: the id that
+    ends a response. With --dynamic_sampling the mask of a group whose scores are all equal is 0,
+    so that it counts nowhere. Nothing is donated. Metrics are scalars, means over the rollout:
+    `reward/NAME` of each reward, `score`, `groups_with_signal`, and those of `rollout_metrics`.
     """
     size = config.samples_per_prompt
 
@@ -277,10 +281,10 @@ def make_advantages(
             rewards_BR = group.shaped(rewards_BR, config.shaping * before_BR, mask_BR)
 
         # Groups of equal scores have no signal; dynamic sampling leaves them out.
-        signal_P = jnp.ptp(raw_B.reshape(-1, size), axis=1) > 0
+        signal_Q = jnp.ptp(raw_B.reshape(-1, size), axis=1) > 0
         kept_BR = mask_BR
         if config.dynamic_sampling:
-            kept_BR = mask_BR * jnp.repeat(signal_P, size)[:, None]
+            kept_BR = mask_BR * jnp.repeat(signal_Q, size)[:, None]
         experience: Experience = {
             **rollout,
             "old_logp_BR": logp_BR,
@@ -292,7 +296,7 @@ def make_advantages(
         metrics = {
             **{f"reward/{name}": score.mean() for name, score in scores.items()},
             "score": raw_B.mean(),
-            "groups_with_signal": signal_P.mean(),
+            "groups_with_signal": signal_Q.mean(),
             **rollout_metrics(logp_BR, reference_BR, rollout, eos),
         }
         return experience, metrics
@@ -301,7 +305,11 @@ def make_advantages(
 
 
 def make_update(config: Config, init: Any, objective: Objective) -> Update:
-    """Make the policy's optimiser over all updates of the run, and its jitted step."""
+    """Make the Update of the policy: its optimiser over all updates of the run, its jitted step.
+
+    `init` is handed through. `objective`: of `make_method`. The step's `base` is what lies under
+    the adapters, None without; it donates the state.
+    """
     optimizer = make_optimizer(config.optimizer, config.steps * config.epochs * config.minibatches)
     step = make_train_step(
         objective,
@@ -314,7 +322,10 @@ def make_update(config: Config, init: Any, objective: Objective) -> Update:
 
 
 def check(config: Config, mesh: jax.sharding.Mesh) -> None:
-    """Raise UserError for settings that cannot run together."""
+    """Raise UserError for settings that cannot run together.
+
+    `config`: with no field of the method left at None (TypeError otherwise).
+    """
     check_rewards(config)
     check_group(config)
 
@@ -358,7 +369,10 @@ def check(config: Config, mesh: jax.sharding.Mesh) -> None:
 
 
 def check_group(config: Config) -> None:
-    """Raise UserError for a group that does not fit the batch, or has too few to compare."""
+    """Raise UserError for a group that does not fit the batch, or has too few to compare.
+
+    `config`: with no field of the method left at None.
+    """
     size = config.samples_per_prompt
     require(
         size >= 1 and config.batch_size % size == 0,
@@ -374,20 +388,28 @@ def check_group(config: Config) -> None:
 def open_prompts(
     config: Config, source: Source, tokenizer: Tokenizer, mesh: jax.sharding.Mesh
 ) -> Batches:
-    """Open batches of one prompt a group, on this host's part of `source`."""
+    """Open batches of one prompt a group, on this host's part of `source`.
+
+    `source`: records of the schema `prompt`. Left-padded; `.records` are those of the last batch's
+    prompts. `config`: with no field of the method left at None.
+    """
     shard: dict[str, Any] = {"seed": config.seed, **data_shard(mesh)}
     groups = config.batch_size // config.samples_per_prompt
     return prompt_batches(source, tokenizer, batch_size=groups, length=config.max_prompt, **shard)
 
 
 def load_score(config: Config, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -> Score:
-    """Load the rewards; return score(rollout, records), as of rewards.scorer.make_reward_scorer."""
+    """Load the rewards; return score(rollout, records) -> (scores, scalars).
+
+    {reward: [B]} and {reward: [B, R + 1]}, as of rewards.scorer.make_reward_scorer with its models
+    given, which stay on the mesh. UserError for a reward that cannot be loaded.
+    """
     reward_models, score = make_reward_scorer(config.reward, tokenizer, mesh)
     return partial(score, reward_models)
 
 
 def main(config: Config) -> dict[str, float]:
-    """Train a policy by --method; return the last metrics."""
+    """Train a policy by --method; return the last row of metrics, {} of a dry run."""
     config = with_paper_defaults(config, config.method, group.PAPERS[config.method])
     config = note_lora_base(config)
     mesh = make_mesh(config.mesh)

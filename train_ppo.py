@@ -57,8 +57,10 @@ from rollout import (
 from runtime import flags
 from runtime.errors import require
 from runtime.hosts import HostsConfig
+from runtime.metrics import SampleRow
 from sampling import Apply, SamplingConfig
 from sharding import (
+    Memory,
     MeshConfig,
     abstract,
     check_batch,
@@ -206,7 +208,7 @@ class Config:
 
     @property
     def length(self) -> int:
-        """Tokens of a row: prompt and response."""
+        """Return the tokens of a row: prompt and response."""
         return self.max_prompt + self.max_new_tokens
 
 
@@ -246,9 +248,12 @@ def make_advantages(
     It returns (experience, metrics).
 
     `models`: a Models; `apply` is the policy's and the reference's, `scalar_apply` the critic's.
-    `scores`: {reward: [B]} and `scalars`: {reward: [B, R + 1]} of rewards.scorer.make_reward_scorer.
-    `kl_coef`: scalar beta. `eos` ends a response; `newlines` are tokens that end a step, used with
-    --step_rewards. Nothing is donated. Metrics are scalars: means over the rollout.
+    `scores`: {reward: [B]} and `scalars`: {reward: [B, R + 1]} of
+    rewards.scorer.make_reward_scorer; scalars are read with --step_rewards alone. `kl_coef`:
+    scalar beta. `eos`: the id that ends a response; `newlines`: ids of tokens that end a step.
+    Nothing is donated. Metrics are scalars, means over the rollout: `reward/NAME` of each reward,
+    `score` (combined), `score_with_eos_rule`, `reward` (with the KL, summed over the response),
+    `value`, `kl_coef`, and those of `rollout_metrics`.
     """
 
     @jax.jit
@@ -318,8 +323,10 @@ def raw_scores(
 ) -> tuple[jax.Array, jax.Array]:
     """Return each response's score [B], before the rule on its end, and the steps' rewards [B, R].
 
-    Without --step_rewards the score is that of the combined rewards, and steps are given 0. With
-    them a step's last token gets the change of the score there, and the score is their sum.
+    Without --step_rewards the score is that of the combined `scores`, {reward: [B]}, and steps are
+    given 0. With them a step's last token gets the change of the score there, by the log-odds in
+    `scalars`, {reward: [B, R + 1]}, of the one --reward, and the score is their sum. `newlines`:
+    ids of tokens that end a step.
     """
     mask_BR = rollout["mask_BR"]
     if config.step_rewards == "none":
@@ -377,7 +384,10 @@ class Update(NamedTuple):
 
 
 def make_policy_update(config: Config, apply: Apply) -> Update:
-    """Make the policy's optimiser and its jitted step (train_step.make_train_step)."""
+    """Make the policy's optimiser and its jitted step (train_step.make_train_step).
+
+    `apply`: of the policy. Minibatches are of Experience, with a "text" by `add_text`.
+    """
     objective = partial(
         policy_objective,
         apply,
@@ -389,7 +399,10 @@ def make_policy_update(config: Config, apply: Apply) -> Update:
 
 
 def make_critic_update(config: Config, scalar_apply: Apply) -> Update:
-    """Make the critic's optimiser and its jitted step (train_step.make_train_step)."""
+    """Make the critic's optimiser and its jitted step (train_step.make_train_step).
+
+    `scalar_apply`: of the critic. Minibatches are of Experience.
+    """
     objective = partial(value_objective, scalar_apply, clip=config.value_clip)
     return make_update(config, objective, config.value_optimizer)
 
@@ -410,7 +423,12 @@ def make_update(config: Config, objective: Objective, options: OptimizerConfig) 
 def open_data(
     config: Config, source: Source, tokenizer: Tokenizer, mesh: jax.sharding.Mesh
 ) -> dict[str, Batches]:
-    """Open `prompts` from `source`, and with --ptx_data `text`, a minibatch of rows at a time."""
+    """Open `prompts` from `source`, and with --ptx_data `text`, a minibatch of rows at a time.
+
+    `source`: records of the schema `prompt`. Returns {"prompts"} or {"prompts", "text"}: batches
+    of B / n prompts, n to be sampled to each, and of packed rows [B / minibatches, T]; this host's
+    part of both.
+    """
     # Every host reads its own part, in an order that the seed gives.
     shard: dict[str, Any] = {"seed": config.seed, **data_shard(mesh)}
     prompts = prompt_batches(
@@ -440,7 +458,11 @@ mixed = jax.jit(with_text, static_argnames="coefficient")
 def add_text(
     config: Config, minibatch: dict[str, Any], data: dict[str, Batches], mesh: jax.sharding.Mesh
 ) -> dict[str, Any]:
-    """Lay the next rows of pre-training text beside a minibatch, with --ptx_data (PPO-ptx)."""
+    """Return `minibatch` with the next pre-training rows as "text", [B, T] each; see `with_text`.
+
+    They are drawn from `data["text"]` (`open_data`): one batch a call. Without --ptx_data there is
+    no such stream, and `minibatch` is returned as it is. `minibatch` is not changed.
+    """
     if "text" not in data:
         return minibatch
     return mixed(minibatch, to_mesh(next(data["text"]), mesh), coefficient=config.ptx_coef)
@@ -455,8 +477,9 @@ def fresh_items(
 ) -> dict[str, Any]:
     """Build what a checkpoint holds before the first iteration: policy, critic and beta.
 
-    Keys: `params` and `rest` of the policy's state, `value`, the critic's state, `beta`. The
-    parameters are copied, for the steps donate theirs; reference and reward models stay.
+    Keys: `params` and `rest` of the policy's state, `value`, the critic's state, `beta`, a scalar.
+    `policy`, `critic`: parameters to start from. They are copied, for the steps donate theirs;
+    reference and reward models stay.
     """
     # The keys are of adapters, which start at random.
     keys = jax.random.split(jax.random.key(config.seed))
@@ -468,7 +491,7 @@ def fresh_items(
 
 
 def next_beta(config: Config, beta: jax.Array, kl: jax.Array) -> jax.Array:
-    """Move beta towards the target KL, if there is one. `kl`: nats a response, by k1."""
+    """Return beta, moved towards the target KL, if there is one. `kl`: nats a response, by k1."""
     if config.kl_target is None:
         return beta
     return adapt_kl(beta, kl, config.kl_target, config.kl_horizon, config.batch_size)
@@ -518,19 +541,24 @@ def load_models(config: Config, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -
 
 
 def put_aside(config: Config, loaded: Loaded) -> Loaded:
-    """Move reference and rewards to the host's memory with --offload; drop the critic's start.
+    """Drop the critic's start; with --offload move reference and rewards to the host's memory.
 
-    After it, with --offload, nothing that is only read stays on the devices.
+    Returns a new Loaded. The critic's buffers are freed only where nothing else holds them: with a
+    reward model, it is that model's arrays. With --offload nothing that is only read stays on the
+    devices.
     """
-    memory = "pinned_host" if config.offload else "device"
+    memory: Memory = "pinned_host" if config.offload else "device"
     reference, rewards = to_memory((loaded.reference, loaded.rewards), memory)
     return loaded._replace(reference=reference, rewards=rewards, critic=None)
 
 
 def first_samples(
     config: Config, prompts: Batches, rollout: Rollout, tokenizer: Tokenizer
-) -> list[dict[str, str]]:
-    """Pair the first eight prompts with a response each, for samples.md."""
+) -> list[SampleRow]:
+    """Return `sample_rows` of the first eight prompts: {"prompt", "response"}, for samples.md.
+
+    `prompts`: the stream that `rollout` was sampled from, not advanced since. On every process.
+    """
     group = config.samples_per_prompt
     return sample_rows(prompts.records, rollout["response_BR"], tokenizer, group)[:8]
 
@@ -541,7 +569,7 @@ def on_devices(config: Config, loaded: Loaded) -> tuple[Any, ...]:
 
 
 def main(config: Config) -> dict[str, float]:
-    """Train a policy by PPO; return the last metrics."""
+    """Train a policy by PPO; return the last row of metrics, {} of a dry run."""
     config = note_lora_base(config)
     mesh = make_mesh(config.mesh)
     check(config, mesh)

@@ -12,9 +12,18 @@ from model import Params, unembed
 from sharding import along
 
 Apply = Callable[..., Any]
-"""A model's apply (model.init_and_apply); that of a LanguageModel, unless said otherwise."""
+"""apply(params, tokens_BT, segment_ids_BT, positions_BT) of model.init_and_apply: that of a
+LanguageModel, which returns a LanguageOutput, unless a ScalarModel's is asked for, which returns a
+ScalarOutput."""
+TokenBatch = Mapping[str, Any]
+"""Rows of tokens, [B, T] each, of data.batches or a rollout: `tokens_BT`, ids, int32;
+`segment_ids_BT`, int32, 0 for padding and 1, 2, ... for the examples packed in a row;
+`positions_BT`, int32, 0 at the first token of each example; and for a loss `loss_mask_BT`,
+float32, 1 where a token is predicted and counts."""
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
-"""Of an objective: name -> (sum, weight)."""
+"""Of an objective: {name: (sum, weight)}, float32 scalars; a metric is their quotient."""
+LossSum = tuple[jax.Array, tuple[jax.Array, Metrics]]
+"""(loss sum, (weight, metrics)) of an objective; the loss is the sum divided by the weight."""
 
 # A loss that needs the labels' log-probabilities alone never holds the logits of all its tokens: a
 # device makes them part by part, at most LOGITS at a time, but of no fewer than TOKENS tokens, as
@@ -29,7 +38,7 @@ TOKENS = 1024
 def label_logprobs(logits_BTV: jax.Array, labels_BT: jax.Array) -> jax.Array:
     """Return log softmax(logits)[label], in nats, [B, T] float32.
 
-    Finite logits never give -inf.
+    `labels_BT`: token ids. Finite logits never give -inf.
     """
     return _label_logprobs(logits_BTV.astype(jnp.float32), labels_BT)
 
@@ -67,8 +76,9 @@ def hidden_logprobs(
 ) -> jax.Array:
     """Return `label_logprobs` of logits / temperature, [B, T], from hidden states.
 
-    `x_BTD` and `unembed_DV`: of a LanguageOutput, or a slice of its positions. The logits are made
-    in parts (see LOGITS), and in the backward pass again.
+    `x_BTD` and `unembed_DV`: of a LanguageOutput, or a slice of its positions. `labels_BT`: token
+    ids; `temperature` must be above 0. The logits are made in parts (see LOGITS), and in the
+    backward pass again.
     """
     batch, length, _ = x_BTD.shape
 
@@ -118,13 +128,16 @@ def _parts(tokens: int, vocab: int) -> int:
 
 
 def token_logprobs(logits_BTV: jax.Array, tokens_BT: jax.Array) -> jax.Array:
-    """Return [B, T]: at t log p(token t | tokens before t), in nats; at 0 it is 0."""
+    """Return [B, T]: at t log p(token t | tokens before t), in nats; at 0 it is 0.
+
+    `logits_BTV`: of all positions of `tokens_BT`; those at t - 1 predict token t.
+    """
     # Shifted afterwards: a slice of the logits would copy them, and its gradient pad them again.
     return shifted(label_logprobs(logits_BTV, following(tokens_BT)))
 
 
 def following(tokens_BT: jax.Array) -> jax.Array:
-    """Return the label of each position: the next token. The last wraps, and is never used."""
+    """Return each position's label, [B, T]: the next token. The last wraps, and is never used."""
     return jnp.roll(tokens_BT, -1, axis=1)
 
 
@@ -136,13 +149,19 @@ def shifted(logp_BT: jax.Array) -> jax.Array:
 # --- batches
 
 
-def inputs(batch: Mapping[str, Any]) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return what a model's apply takes of a batch: tokens, segment ids and positions, [B, T]."""
+def inputs(batch: TokenBatch) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return what a model's apply takes of a batch, [B, T] each.
+
+    `tokens_BT`, `segment_ids_BT`, `positions_BT`, in this order.
+    """
     return batch["tokens_BT"], batch["segment_ids_BT"], batch["positions_BT"]
 
 
 def response_mask(batch: Mapping[str, Any]) -> jax.Array:
-    """Return [B, T]: the loss mask of the responses of a rollout, its `mask_BR` behind zeros."""
+    """Return [B, T]: the loss mask of the responses of a rollout, its `mask_BR` behind zeros.
+
+    `batch`: a rollout.Rollout, of which `tokens_BT` gives T.
+    """
     before = batch["tokens_BT"].shape[1] - batch["mask_BR"].shape[1]
     return jnp.pad(batch["mask_BR"], ((0, 0), (before, 0)))
 
@@ -150,13 +169,12 @@ def response_mask(batch: Mapping[str, Any]) -> jax.Array:
 # --- the objective
 
 
-def likelihood_objective(
-    apply: Apply, params: Params, batch: Mapping[str, Any]
-) -> tuple[jax.Array, tuple[jax.Array, Metrics]]:
+def likelihood_objective(apply: Apply, params: Params, batch: TokenBatch) -> LossSum:
     """Return the negative log-likelihood of the tokens under `loss_mask_BT`, summed, in nats.
 
-    Beside it the weight, the mask's sum, and metrics. Where the model has an auxiliary loss, it is
-    added once a token, and is a metric of that name.
+    The weight is the mask's sum. Metrics are none, or, where the model has an auxiliary loss,
+    `auxiliary_loss`, which is then added once a token. The mask may have weights in it, other than
+    0 and 1.
     """
     mask_BT = batch["loss_mask_BT"]
     output = apply(params, *inputs(batch))

@@ -176,11 +176,11 @@ def make_targets(
         score_B = missing_eos(
             raw_B, ended(rollout, eos), config.missing_eos, config.missing_eos_score
         )
-        signal_P = jnp.ptp(raw_B.reshape(-1, size), axis=1) > 0
+        signal_Q = jnp.ptp(raw_B.reshape(-1, size), axis=1) > 0
         metrics = {
             **{f"reward/{name}": score.mean() for name, score in scores.items()},
             "score": raw_B.mean(),
-            "groups_with_signal": signal_P.mean(),
+            "groups_with_signal": signal_Q.mean(),
             **rollout_metrics(logp_BR, reference_BR, rollout, eos),
         }
         return {**rollout, "reference_BR": reference_BR, "score_B": score_B}, metrics
