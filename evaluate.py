@@ -141,9 +141,12 @@ def evaluate_perplexity(config: Config) -> dict[str, float]:
 
     Returns `rows` (packed rows that were read), `loss` (nats a token) and `perplexity`.
     """
+    # The policy, and packed conversations.
     model, tokenizer, params = load_run(config.folder("policy"))
     source = open_source(config.data, "chat", "heldout", seed=config.seed)
     batches = chat_batches(source, tokenizer, batch_size=BATCH_SIZE, length=config.length)
+
+    # The loss of fine-tuning: the assistant's tokens alone count.
     _, apply = init_and_apply(LanguageModel(model))
     evaluate = make_evaluation(partial(likelihood_objective, apply))
 
@@ -159,6 +162,7 @@ def evaluate_accuracy(config: Config) -> dict[str, float]:
 
     They are those of evaluation.reward_model.comparison_table, each as `eval/NAME`.
     """
+    # As the reward model's own training measures it.
     model, tokenizer, params = load_run(config.folder("reward"), reward=True)
     source = open_source(config.data, "comparison", "heldout", seed=config.seed)
     evaluate = make_comparison_evaluation(model, source, tokenizer, config.length, config.n)
@@ -171,6 +175,7 @@ def evaluate_win_rate(config: Config) -> dict[str, Any]:
     Returns `n`, `win_rate`, `win_rate_ci` [low, high], `reward` and `reward_against`, the mean
     rewards (evaluation.win_rate.win_rate_table). Raises UserError for a --data of raw text.
     """
+    # Prompts that have an answer to be judged.
     source = open_source(config.data, "prompt", "heldout", seed=config.seed)
     records = source.first(config.n)
     if any("prompt" not in record for record in records):
@@ -185,6 +190,7 @@ def evaluate_win_rate(config: Config) -> dict[str, Any]:
 
     def rewards_of(run: str) -> np.ndarray:
         """Return the rewards of the run's responses, [N]."""
+        # Both texts are scored, so policies may have tokenizers of their own.
         policy_model, policy_tokenizer, policy = load_run(run)
         sample_with_kl = make_kl_sampler(
             policy_model, config.sampling, policy_tokenizer, config.max_prompt
@@ -199,6 +205,7 @@ def evaluate_win_rate(config: Config) -> dict[str, Any]:
 
 def print_table(table: dict[str, Any]) -> None:
     """Print a line for each value of `table`: a number, or [low, high] as `low to high`."""
+    # Four digits, without zeros at the end.
     for name, value in table.items():
         ends = value if isinstance(value, list) else [value]
         texts = [f"{end:.4f}".rstrip("0").rstrip(".") for end in ends]
@@ -210,6 +217,8 @@ def main(config: Config) -> dict[str, Any]:
     if config.n < 1:
         raise UserError(f"--n={config.n}: must be at least 1")
     make_mesh(MeshConfig())
+
+    # The world's evaluation prints a table of its own; the others are one each.
     if config.measure == "gold":
         return evaluate_alignment(config)
     evaluations = {

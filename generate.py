@@ -50,6 +50,7 @@ def main(config: Config) -> list[str]:
     Raises UserError for a run that is not a language model's, and for a prompt that leaves the
     context no room for a response.
     """
+    # How tokens are drawn.
     sampling = SamplingConfig(
         config.temperature, config.top_k, config.top_p, config.max_new_tokens
     )
@@ -72,6 +73,7 @@ def main(config: Config) -> list[str]:
             f"exceed the model's context of {model.context}; shorten one of them"
         )
 
+    # A chat: each reply is a response to all that was said.
     if config.chat:
 
         def reply(so_far: list[int], turn_key: jax.Array) -> list[int]:
@@ -94,6 +96,7 @@ def chat(reply: Reply, tokenizer: Tokenizer, key: jax.Array, room: int) -> str:
     oldest pair of turns first. A message that alone exceeds it is refused, and the chat begins
     anew. An empty line or the end of input leaves. `key`: split for each turn.
     """
+    # Until there is nothing more to say.
     messages: list[Message] = []
     print("Type a message; an empty line ends the chat.")
     while True:
@@ -113,6 +116,7 @@ def chat(reply: Reply, tokenizer: Tokenizer, key: jax.Array, room: int) -> str:
             messages.clear()
             continue
 
+        # The answer, which belongs to the next prompt too.
         response = tokenizer.decode(reply(tokens, turn_key))
         messages.append({"role": "assistant", "content": response})
         print(response)

@@ -64,7 +64,8 @@ def run_layers(
     layers = _scan(block_class, config.remat, config.layers)(config, ring, name="layers")
     carry = (x_BTD, cache, jnp.int32(0))
     (x_BTD, cache, _), losses_L = layers(carry, *rows)
-    return x_BTD, cache, None if losses_L is None else losses_L.sum()
+    loss = None if losses_L is None else losses_L.sum()
+    return x_BTD, cache, loss
 
 
 # --- one scan
@@ -72,6 +73,7 @@ def run_layers(
 
 def _scan(block_class: type[nn.Module], remat: Remat, layers: int) -> Callable[..., nn.Module]:
     """Return the class of `layers` blocks under one scan, which compiles one of them."""
+    # Parameters have the layer as their first axis; what the rows have is the same for all.
     return nn.scan(
         _with_remat(block_class, remat),
         variable_axes={"params": 0},
@@ -83,6 +85,7 @@ def _scan(block_class: type[nn.Module], remat: Remat, layers: int) -> Callable[.
 
 def _with_remat(block_class: type[nn.Module], remat: Remat) -> type[nn.Module]:
     """Return the class of blocks whose backward pass computes again what `remat` says."""
+    # The scan's loop already keeps XLA from merging the two passes: no barrier is needed.
     if remat == "none":
         return block_class
     if remat == "dots":
@@ -130,20 +133,24 @@ def _one_by_one(
     rows: tuple[Any, Any],
 ) -> tuple[jax.Array, Cache]:
     """Run unstacked layers on an unstacked cache."""
+    # The leaves of the weights are tuples, which jax.tree would take for more branches.
     weights: Params = decoder.get_variable("params", "layers")
     block = block_class(decoder.config, parent=None)
+
+    def is_stack(leaf: Any) -> bool:
+        return isinstance(leaf, tuple)
+
     keys = []
     values = []
     for i in range(decoder.config.layers):
-        own_weights = jax.tree.map(
-            lambda stack, i=i: stack[i], weights, is_leaf=lambda leaf: isinstance(leaf, tuple)
-        )
+        own_weights = jax.tree.map(lambda stack, i=i: stack[i], weights, is_leaf=is_stack)
         # A cache of this layer alone, in which its number is 0.
         own_cache = dataclasses.replace(
             cache, k_LBKSH=cache.k_LBKSH[i][None], v_LBKSH=cache.v_LBKSH[i][None]
         )
         carry = (x_BTD, own_cache, 0)
         (x_BTD, own_cache, _), _ = block.apply({"params": own_weights}, carry, *rows)
+        # Back among those of the other layers.
         keys.append(own_cache.k_LBKSH[0])
         values.append(own_cache.v_LBKSH[0])
     return x_BTD, dataclasses.replace(cache, k_LBKSH=tuple(keys), v_LBKSH=tuple(values))
@@ -161,6 +168,7 @@ def _over_stages(
     stages: int,
 ) -> jax.Array:
     """Run the layers as a pipeline, an equal part of them on each of `stages` devices."""
+    # A stage's part of the layers, as one scan.
     config = decoder.config
     part_class = _scan(block_class, config.remat, config.layers // stages)
     part = part_class(config, ring, parent=None)
@@ -205,8 +213,11 @@ def pipelined(
         def tick(x_BTD, t):
             # Idle stages compute too, on whatever is there: nobody takes it.
             i = jnp.clip(t - here, 0, microbatches - 1)
-            x_BTD = constrain_residual(jnp.where(here == 0, x_MBTD[i], x_BTD))
-            x_BTD = run(weights, x_BTD, *jax.tree.map(lambda x: x[i], rows_M))
+            # The first stage takes a new micro-batch, the others what came from the one before.
+            x_BTD = jnp.where(here == 0, x_MBTD[i], x_BTD)
+            x_BTD = constrain_residual(x_BTD)
+            rows_B = jax.tree.map(lambda x: x[i], rows_M)
+            x_BTD = run(weights, x_BTD, *rows_B)
             to_next = [(s, s + 1) for s in range(stages - 1)]
             return jax.lax.ppermute(x_BTD, "stage", to_next), x_BTD
 
@@ -216,6 +227,7 @@ def pipelined(
         results = jnp.where(here == stages - 1, outs[stages - 1 :], 0)
         return jax.lax.psum(results.astype(summed), "stage")
 
+    # Each stage has its layers; the micro-batches are whole on all.
     over_stages = jax.shard_map(
         stage,
         in_specs=(P("stage"), P(), P()),

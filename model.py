@@ -111,9 +111,15 @@ def empty_cache(config: ModelConfig, batch: int, slots: int) -> KVCache:
 
     Keys and values are stacks [L, B, K, S, H]; B is `batch`, S is `slots`.
     """
+    # Keys and values start as the same zeros: writing makes new arrays.
     shape = (config.layers, batch, config.kv_heads, slots, config.head_dim)
-    zeros = jnp.zeros(shape, config.compute_dtype)
-    return KVCache(zeros, zeros, jnp.zeros((batch, slots), jnp.int32), jnp.int32(0))
+    zeros_LBKSH = jnp.zeros(shape, config.compute_dtype)
+    return KVCache(
+        k_LBKSH=zeros_LBKSH,
+        v_LBKSH=zeros_LBKSH,
+        valid_BS=jnp.zeros((batch, slots), jnp.int32),
+        length=jnp.int32(0),
+    )
 
 
 # --- RoPE
@@ -121,6 +127,7 @@ def empty_cache(config: ModelConfig, batch: int, slots: int) -> KVCache:
 
 def rope_frequencies(config: ModelConfig) -> jax.Array:
     """Return the angle per position of each rotated pair, [H/2], in radians (Su et al. 2021)."""
+    # Pair i turns by base^(-2i / H) a position.
     exponents = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
     frequencies = config.rope_base**-exponents
     if config.rope_llama3 is None:
@@ -131,7 +138,8 @@ def rope_frequencies(config: ModelConfig) -> jax.Array:
     factor, low, high, context = config.rope_llama3
     rotations = context * frequencies / (2 * jnp.pi)
     kept = jnp.clip((rotations - low) / (high - low), 0.0, 1.0)
-    return frequencies * (kept + (1 - kept) / factor) * config.rope_scale
+    stretch = kept + (1 - kept) / factor
+    return frequencies * stretch * config.rope_scale
 
 
 def rope_turns(config: ModelConfig, positions_BT: jax.Array) -> Turns:
@@ -139,6 +147,7 @@ def rope_turns(config: ModelConfig, positions_BT: jax.Array) -> Turns:
 
     `positions_BT`: int32. See `Turns` for the shapes.
     """
+    # One angle a pair, so H here is half of a head.
     positions_BT1 = positions_BT[..., None].astype(jnp.float32)
     angles_BTH = positions_BT1 * rope_frequencies(config)
     # One more axis, for the heads.
@@ -154,6 +163,7 @@ def rotate(x_BTNH: jax.Array, turns: Turns) -> jax.Array:
     Llama. Weights whose convention turns 2i with 2i + 1 (Meta's, llama2.c's) need their q and k
     permuted.
     """
+    # In float32: in bfloat16 the angles of far positions would lose their last bits.
     cos, sin = turns
     x32 = x_BTNH.astype(jnp.float32)
     first, second = jnp.split(x32, 2, axis=-1)
@@ -176,7 +186,8 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     """
     x32 = x.astype(jnp.float32)
     mean_square = jnp.mean(x32 * x32, axis=-1, keepdims=True)
-    return (x32 * jax.lax.rsqrt(mean_square + eps) * scale).astype(x.dtype)
+    normed = x32 * jax.lax.rsqrt(mean_square + eps) * scale
+    return normed.astype(x.dtype)
 
 
 def scaled_norm(module: nn.Module, name: str, x: jax.Array) -> jax.Array:
@@ -184,6 +195,7 @@ def scaled_norm(module: nn.Module, name: str, x: jax.Array) -> jax.Array:
 
     With `module.config.zero_centered_norm` the parameter is the scale less 1.
     """
+    # Either way the scale starts at 1.
     config = module.config
     if config.zero_centered_norm:
         scale = 1 + module.param(name, nn.initializers.zeros, x.shape[-1:])
@@ -198,6 +210,7 @@ def linear(module: nn.Module, labels: str, x: jax.Array, name: str, w: jax.Array
     `labels`: as in "...D,DF->...F". Where lora.py has laid adapters A and B of the weight `name`
     beside it, x A B is added.
     """
+    # The weight itself, then its adapters, where there are any.
     out = jnp.einsum(labels, x, w.astype(x.dtype))
     if module.has_variable("params", f"{name}_a"):
         a: jax.Array = module.get_variable("params", f"{name}_a")
@@ -247,6 +260,8 @@ class Attention(nn.Module):
         q_MNH = constrain_units(linear(self, "...D,DNH->...NH", x_MD, "q", q_DNH))
         k_MKH = constrain_units(linear(self, "...D,DKH->...KH", x_MD, "k", k_DKH))
         v_MKH = constrain_units(linear(self, "...D,DKH->...KH", x_MD, "v", v_DKH))
+
+        # What some models add to them.
         if c.qkv_bias:
             zeros = nn.initializers.zeros
             q_MNH += self.param("q_bias", zeros, q_heads).astype(x_MD.dtype)
@@ -255,10 +270,13 @@ class Attention(nn.Module):
         if c.qk_norm:
             q_MNH = scaled_norm(self, "q_norm", q_MNH)
             k_MKH = scaled_norm(self, "k_norm", k_MKH)
+
+        # A row a sequence again.
         q_BTNH = rotate(q_MNH.reshape(batch, length, *q_heads), turns)
         k_BTKH = rotate(k_MKH.reshape(batch, length, *kv_heads), turns)
         v_BTKH = v_MKH.reshape(batch, length, *kv_heads)
 
+        # What the tokens attend to.
         if cache is not None:
             cache = _with_tokens(cache, layer, k_BTKH, v_BTKH)
         if cache is not None and length == 1:
@@ -273,6 +291,8 @@ class Attention(nn.Module):
             out_BTNH = attention(
                 q_BTNH, k_BTKH, v_BTKH, segment_ids=segment_ids_BT, window=c.window, ring=self.ring
             )
+
+        # Back to the width of the residual stream.
         out_MNH = flat(out_BTNH, *TOKEN_AXES)
         out_MD = linear(self, "...NH,NHD->...D", out_MNH, "o", o_NHD)
         return out_MD.reshape(x_BTD.shape), cache
@@ -282,6 +302,7 @@ def _with_tokens(
     cache: KVCache, layer: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array
 ) -> KVCache:
     """Write keys and values of a layer into the next slots of a stacked cache."""
+    # All heads of this layer, from the first free slot on.
     start = (layer, 0, 0, cache.length, 0)
     k_1BKTH = k_BTKH.swapaxes(1, 2)[None]
     v_1BKTH = v_BTKH.swapaxes(1, 2)[None]
@@ -302,7 +323,8 @@ class SwiGLU(nn.Module):
         c = self.config
         gate_DF = self.param("gate", _normal(c.width), (c.width, c.mlp_width))
         up_DF = self.param("up", _normal(c.width), (c.width, c.mlp_width))
-        down_FD = self.param("down", _normal(c.mlp_width * 2 * c.layers), (c.mlp_width, c.width))
+        down_fan_in = c.mlp_width * 2 * c.layers
+        down_FD = self.param("down", _normal(down_fan_in), (c.mlp_width, c.width))
         # Flax's GELU is the tanh approximation, as Gemma's.
         activation = {"silu": nn.silu, "gelu": nn.gelu}[c.activation]
 
@@ -311,10 +333,12 @@ class SwiGLU(nn.Module):
         def gated(gate_MF, up_MF):
             return activation(gate_MF) * up_MF
 
+        # Each token by itself.
         x_MD = flat(x_BTD, *TOKEN_AXES)
         gate_MF = constrain_units(linear(self, "...D,DF->...F", x_MD, "gate", gate_DF))
         up_MF = constrain_units(linear(self, "...D,DF->...F", x_MD, "up", up_DF))
-        out_MD = linear(self, "...F,FD->...D", gated(gate_MF, up_MF), "down", down_FD)
+        hidden_MF = gated(gate_MF, up_MF)
+        out_MD = linear(self, "...F,FD->...D", hidden_MF, "down", down_FD)
         return out_MD.reshape(x_BTD.shape)
 
 
@@ -406,6 +430,7 @@ class Decoder(nn.Module):
         if cache is not None:
             cache = dataclasses.replace(cache, length=cache.length + length)
 
+        # The tokens in their own order again.
         if ring > 1:
             x_BTD = unstriped(x_BTD, ring)
         # A pipeline's result lies on every stage: each unembeds its part of the tokens.
@@ -419,10 +444,13 @@ def unembed(x_BTD: jax.Array, unembed_DV: jax.Array) -> jax.Array:
 
     `x_BTD` and `unembed_DV`: of a LanguageOutput, or a slice of its positions.
     """
+    # The unembedding in x's type; logits in no less than float32, for the softmax.
     x_MD = flat(x_BTD, "stage", "sequence")
     logits_MV = jnp.einsum("...D,DV->...V", x_MD, unembed_DV.astype(x_MD.dtype))
-    logits_BTV = logits_MV.reshape(*x_BTD.shape[:2], -1)
-    return logits_BTV.astype(jnp.promote_types(x_BTD.dtype, jnp.float32))
+    batch, length, _ = x_BTD.shape
+    logits_BTV = logits_MV.reshape(batch, length, -1)
+    dtype = jnp.promote_types(x_BTD.dtype, jnp.float32)
+    return logits_BTV.astype(dtype)
 
 
 class LanguageModel(nn.Module):
@@ -445,6 +473,7 @@ class LanguageModel(nn.Module):
         x_BTD, embed_VD, cache, auxiliary_loss = decoder(
             tokens_BT, segment_ids_BT, positions_BT, cache
         )
+        # One matrix for both where they are tied.
         if c.tied:
             unembed_DV = embed_VD.T
         else:
@@ -465,10 +494,14 @@ class ScalarModel(nn.Module):
         c = self.config
         decoder = Decoder(c, name="decoder")
         x_BTD, embed_VD, _, auxiliary_loss = decoder(tokens_BT, segment_ids_BT, positions_BT)
+
+        # The head, in float32: rewards are compared, and differ by little.
         # N(0, 1/sqrt(D + 1)): Stiennon et al. 2020 and the "N+ details" reproduction of it.
-        head_D = self.param("head", nn.initializers.normal((c.width + 1) ** -0.5), (c.width,))
+        head_init = nn.initializers.normal((c.width + 1) ** -0.5)
+        head_D = self.param("head", head_init, (c.width,))
         bias = self.param("bias", nn.initializers.zeros, ())
-        scalars_BT = jnp.einsum("BTD,D->BT", x_BTD.astype(jnp.float32), head_D) + bias
+        x32_BTD = x_BTD.astype(jnp.float32)
+        scalars_BT = jnp.einsum("BTD,D->BT", x32_BTD, head_D) + bias
         return ScalarOutput(scalars_BT, x_BTD, embed_VD.T, auxiliary_loss)
 
 

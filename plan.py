@@ -28,6 +28,7 @@ def run(argv: list[str]) -> int:
 
     `argv`: without the program's name. A UserError ends the process with exit code 2.
     """
+    # `ending_in_one_line` returns nothing: the verdict comes out by a list.
     verdicts: list[Verdict | None] = []
     flags.ending_in_one_line(lambda: verdicts.append(main(argv)))
     verdict = verdicts[0]

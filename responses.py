@@ -40,6 +40,7 @@ def load_run(run: str, reward: bool = False) -> LoadedRun:
     Which of the two it is follows from its parameters: a reward model has a scalar head. Raises
     UserError for the other kind, and as load_params does.
     """
+    # A run of the other kind is named by its script.
     script = load_config(run)["script"]
     is_reward_model = has_scalar_head(run)
     if is_reward_model != reward:
@@ -69,6 +70,7 @@ def make_sampler(
     `slots`: responses decoded at a time (`generate_in_slots`). `ends`: ids of tokens that end a
     response beside the tokenizer's.
     """
+    # Compiled once for each shape of prompts.
     _, apply = init_and_apply(LanguageModel(config))
     decode = generate if slots is None else partial(generate_in_slots, slots=slots)
 
@@ -85,16 +87,20 @@ def make_sampler(
         # Few widths: a power of two that holds the longest prompt.
         longest = max(len(tokens) for tokens in prompts)
         width = max(SHORTEST_WIDTH, 1 << (longest - 1).bit_length())
+
+        # Part by part, each with the key of the index at which it starts.
         responses: list[Tokens] = []
         for start, part in full_parts(prompts, min(rows, len(prompts))):
             padded = [{"tokens": tokens} for tokens in part]
             batch = pad_prompts(padded, width, tokenizer.pad, fixed=True)
-            samples = to_host(sample(params, batch, jax.random.fold_in(key, start)))
+            part_key = jax.random.fold_in(key, start)
+            samples = to_host(sample(params, batch, part_key))
 
             # Responses without their padding.
             lengths_B = samples.mask_BR.sum(1).astype(int)
             for response_R, length in zip(samples.response_BR, lengths_B, strict=True):
                 responses.append(response_R[:length].tolist())
+        # What the last part was filled up with is cut off.
         return responses[: len(prompts) * n]
 
     return respond
@@ -131,4 +137,5 @@ def in_parts(count: int, rows: int, name: str) -> Iterator[int]:
     with tqdm(total=count, desc=name, unit="prompt", mininterval=2) as bar:
         for start in range(0, count, rows):
             yield start
+            # The caller is done with the part.
             bar.update(min(rows, count - start))

@@ -88,6 +88,7 @@ def make_rollout(
 
     @jax.jit
     def rollout(params: Params, prompts: Prompts, key: Array) -> Rollout:
+        # Weights are gathered once, not for each token.
         params = gathered(params, config.compute_dtype)
         samples = generate(apply, config, params, prompts, key, sampling, eos=eos, pad=pad, n=n)
         batch = {**join_responses(prompts, samples), "sampler_logp_BR": samples.logp_BR}
@@ -104,7 +105,8 @@ def join_responses(prompts: Prompts, samples: Samples) -> Batch:
     responses, which are neighbouring rows; n is B over the number of prompts.
     """
     # Each prompt is repeated for its responses.
-    n = samples.mask_BR.shape[0] // prompts["tokens_BT"].shape[0]
+    rows = samples.mask_BR.shape[0]
+    n = rows // prompts["tokens_BT"].shape[0]
     repeated = {name: jnp.repeat(x, n, axis=0) for name, x in prompts.items()}
 
     # Positions go on from the prompt's last one; after the end they stay.
@@ -115,8 +117,10 @@ def join_responses(prompts: Prompts, samples: Samples) -> Batch:
         "segment_ids_BT": real_BR,
         "positions_BT": last_B1 + jnp.cumsum(real_BR, axis=1),
     }
-    rows = {name: jnp.concatenate([repeated[name], x], axis=1) for name, x in behind.items()}
-    return {**rows, "response_BR": samples.response_BR, "mask_BR": samples.mask_BR}
+    joined = {}
+    for name, x in behind.items():
+        joined[name] = jnp.concatenate([repeated[name], x], axis=1)
+    return {**joined, "response_BR": samples.response_BR, "mask_BR": samples.mask_BR}
 
 
 # --- what is logged of rollouts
@@ -127,7 +131,9 @@ def ended(batch: Mapping[str, Any], eos: int) -> Array:
 
     Reads `response_BR` and `mask_BR`.
     """
-    is_end_BR = (batch["response_BR"] == eos) & (batch["mask_BR"] > 0)
+    # Under the mask: the id may be the padding's too.
+    is_end_BR = batch["response_BR"] == eos
+    is_end_BR &= batch["mask_BR"] > 0
     return jnp.any(is_end_BR, axis=1)
 
 
@@ -146,13 +152,16 @@ def rollout_metrics(
     mask_BR = batch["mask_BR"]
 
     # Over the tokens of a response: KL by two estimates, and its length.
-    kl_B = ((logp_BR - reference_BR) * mask_BR).sum(1)
-    kl_k3_B = (kl_estimate(logp_BR, reference_BR, "k3") * mask_BR).sum(1)
+    k1_BR = logp_BR - reference_BR
+    kl_B = (k1_BR * mask_BR).sum(1)
+    k3_BR = kl_estimate(logp_BR, reference_BR, "k3")
+    kl_k3_B = (k3_BR * mask_BR).sum(1)
     length_B = mask_BR.sum(1)
 
     # Tokens equal to the one before.
     response_BR = batch["response_BR"]
-    repeats_BR = (response_BR[:, 1:] == response_BR[:, :-1]) * mask_BR[:, 1:]
+    later_mask_BR = mask_BR[:, 1:]
+    repeats_BR = (response_BR[:, 1:] == response_BR[:, :-1]) * later_mask_BR
 
     # Sampling and training compute the same log-probabilities by different programs.
     gap_BR = jnp.abs(logp_BR - batch["sampler_logp_BR"]) * mask_BR
@@ -162,7 +171,7 @@ def rollout_metrics(
         "entropy": -masked_mean(logp_BR, mask_BR),
         "length": length_B.mean(),
         "ended": ended(batch, eos).mean(),
-        "repeats": masked_mean(repeats_BR, mask_BR[:, 1:]),
+        "repeats": masked_mean(repeats_BR, later_mask_BR),
         "sampler_gap": jnp.max(gap_BR),
     }
 
@@ -186,11 +195,13 @@ def sample_rows(
     prompts, in order, of the schema `prompt`. Every process must call this; the rows are right on
     the first host alone.
     """
+    # This host's rows are the first of all only on the first host.
     firsts = to_host(response_BR)[::n][: len(records)]
     rows = []
     for record, tokens in zip(records, firsts, strict=True):
         prompt = record["text"] if "text" in record else record["prompt"][-1]["content"]
-        rows.append({"prompt": prompt, "response": tokenizer.decode(tokens.tolist())})
+        response = tokenizer.decode(tokens.tolist())
+        rows.append({"prompt": prompt, "response": response})
     return rows
 
 
@@ -237,15 +248,17 @@ def make_experience(
         rounds = []
         for number in range(max_rounds):
             # Sample, score, and compute what to learn from.
-            prompt_batch = to_mesh(widened(next(prompts), prompt_length, pad), mesh)
-            sampled = rollout(policy, prompt_batch, jax.random.fold_in(key, number))
+            prompt_batch = widened(next(prompts), prompt_length, pad)
+            round_key = jax.random.fold_in(key, number)
+            sampled = rollout(policy, to_mesh(prompt_batch, mesh), round_key)
             scores, scalars = score(sampled, prompts.records)
             targets, metrics = compute_targets(policy, reference, sampled, scores, scalars)
             rounds.append(metrics)
 
             # Fill the places of groups without signal.
             batch = refill(batch, targets) if batch else targets
-            kept = batch["mask_BR"].any(1).mean()
+            is_usable_B = batch["mask_BR"].any(1)
+            kept = is_usable_B.mean()
             # The comparison waits for the device: only where another round may follow.
             if number + 1 < max_rounds and kept == 1:
                 break
@@ -262,6 +275,7 @@ def widened(batch: dict[str, np.ndarray], length: int, pad: int) -> dict[str, np
 
     `batch`: NumPy arrays by the names of `Prompts`; T is at most `length`.
     """
+    # Columns in front of each row; segment id 0 says that they are padding.
     missing = length - batch["tokens_BT"].shape[1]
     wide = {}
     for name, x in batch.items():
@@ -277,13 +291,18 @@ def refill_groups(pool: Batch, fresh: Batch, group: int) -> Batch:
     neighbouring rows a prompt. Where `fresh` has too few, masked-out groups remain. The pool's own
     groups come first.
     """
+    # The groups of both, one behind the other: 2 Q of them.
     both = {name: jnp.concatenate([pool[name], fresh[name]]) for name in pool}
 
     # Groups with a usable token first, otherwise in order; the first half of them are kept.
     mask_BR = both["mask_BR"]
-    useful_Q = mask_BR.reshape(-1, group * mask_BR.shape[1]).any(1)
-    order_Q = jnp.argsort(~useful_Q, stable=True)[: useful_Q.size // 2]
-    rows_QC = order_Q[:, None] * group + jnp.arange(group)
+    by_group = mask_BR.reshape(-1, group * mask_BR.shape[1])
+    useful_Q = by_group.any(1)
+    order_Q = jnp.argsort(~useful_Q, stable=True)
+    kept_Q = order_Q[: useful_Q.size // 2]
+
+    # Their rows, `group` neighbours each.
+    rows_QC = kept_Q[:, None] * group + jnp.arange(group)
     rows_B = rows_QC.reshape(-1)
     return {name: x[rows_B] for name, x in both.items()}
 
@@ -297,8 +316,11 @@ def shuffled(batch: Mapping[str, Any], key: Array, parts: int) -> list[Batch]:
 
     `batch`: arrays [B, ...] by name; `parts` must divide B. Minibatches have its keys.
     """
+    # One order for all arrays of the batch.
     rows = jax.tree.leaves(batch)[0].shape[0]
     order_B = jax.random.permutation(key, rows)
+
+    # Each array is cut, and its parts dealt to the minibatches.
     minibatches: list[Batch] = [{} for _ in range(parts)]
     for name, x in batch.items():
         mixed = x[order_B]
@@ -331,11 +353,13 @@ def check_first_update(update: Metrics, metrics: Metrics, dtype: Any, start: int
     product over other rows may be tiled, and so rounded, otherwise: by hundredths of a nat a
     token.
     """
-    # Policy and old policy are the same parameters.
+    # Policy and old policy are the same parameters: no token's ratio may have moved.
     exact = dtype == jnp.float32
     changed = float(update["approx_kl"])
     limit = 1e-9 if exact else 1e-3
     assert changed < limit, f"ratio is not 1: mean square log ratio {2 * changed}"
+
+    # Nor may any be outside the clips.
     clipped = float(update["clipped"])
     assert clipped == 0 or not exact, f"clipped of the first update is {clipped}"
     check_sampler(metrics, dtype, start)
@@ -369,6 +393,7 @@ def check_kl(metrics: Mapping[str, float], limit: float) -> None:
 
     `metrics`: a row of metrics; it may still be empty: rows are written one step late.
     """
+    # So far from the reference a policy has found text that the reward alone likes.
     kl = metrics.get("kl", 0.0)
     if kl > limit:
         raise UserError(f"--kl_limit={limit}: KL reached {kl:.1f} nats; raise --kl_coef")

@@ -69,9 +69,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     Its axes are data, fsdp and tensor, and stage and sequence where they are not 1; in the order
     of AXES. Raises UserError where the sizes and the number of devices do not agree.
     """
-    # stage and sequence are axes of the mesh only where they are asked for.
-    devices = jax.devices() if devices is None else devices
+    if devices is None:
+        devices = jax.devices()
     count = len(devices)
+
+    # stage and sequence are axes of the mesh only where they are asked for.
     sizes = {}
     for axis in AXES:
         size = getattr(config, axis)
@@ -90,10 +92,12 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
             f"{flags}: cannot lay {count} device(s) out so; the product must be {count}"
         )
 
+    # The rest gets its size.
     shape = tuple(count // fixed if size == -1 else size for size in sizes.values())
     # jax.make_mesh refuses axes that share a dimension of the torus, as 128 x 4 on 8 x 8 x 8.
     places = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    mesh = Mesh(places, tuple(sizes), axis_types=(AxisType.Auto,) * len(shape))
+    kinds = (AxisType.Auto,) * len(shape)
+    mesh = Mesh(places, tuple(sizes), axis_types=kinds)
     jax.set_mesh(mesh)
     return mesh
 
@@ -118,10 +122,12 @@ def fitting(mesh: AnyMesh, size: int, *axes: str | None) -> str | tuple[str, ...
     """
     found: list[str] = []
     for axis in axes:
+        # Inside a shard_map its own axes are no longer the mesh's to cut with.
         if axis is None or axis not in mesh.axis_names or axis in mesh.manual_axes:
             continue
         if size % along(mesh, *found, axis) == 0:
             found.append(axis)
+    # In the form that a PartitionSpec's entry has.
     if len(found) > 1:
         return tuple(found)
     return found[0] if found else None
@@ -141,8 +147,11 @@ def spec_of(name: str, shape: tuple[int, ...], mesh: AnyMesh) -> P:
     `name`: its path, as of `path_name`. Replicated where no rule fits.
     """
     for pattern, spec in RULES:
-        if not re.search(rf"(^|/){pattern}$", name) or len(spec) != len(shape):
+        # The end of the path: an optimiser's copy has more before it.
+        matches = re.search(rf"(^|/){pattern}$", name)
+        if not matches or len(spec) != len(shape):
             continue
+        # Of each axis of the rule, what the mesh has and the shape allows.
         entries = []
         for axis, size in zip(spec, shape, strict=True):
             axes = ("fsdp", "sequence") if axis == "fsdp" else (axis,)
@@ -168,11 +177,11 @@ def abstract(tree: Any, mesh: Mesh) -> Any:
 
     `tree`: arrays or shapes. What comes back is what a checkpoint is restored onto.
     """
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        tree,
-        shardings_of(tree, mesh),
-    )
+
+    def described(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(described, tree, shardings_of(tree, mesh))
 
 
 def init_sharded(init: Callable[..., Any], mesh: Mesh, *args: Any) -> Any:
@@ -181,8 +190,10 @@ def init_sharded(init: Callable[..., Any], mesh: Mesh, *args: Any) -> Any:
     Under one jit: otherwise an optimiser's moments are replicated. `args`: trees of arrays; they
     are not donated.
     """
-    shardings = shardings_of(jax.eval_shape(init, *args), mesh)
-    return jax.jit(init, out_shardings=shardings)(*args)
+    # Shapes first: they say where each leaf lies.
+    shapes = jax.eval_shape(init, *args)
+    placed = jax.jit(init, out_shardings=shardings_of(shapes, mesh))
+    return placed(*args)
 
 
 def to_memory(tree: Any, memory: Memory) -> Any:
@@ -190,15 +201,18 @@ def to_memory(tree: Any, memory: Memory) -> Any:
 
     Each keeps its sharding. Arrays that are there already are returned as they are.
     """
-    return jax.device_put(tree, jax.tree.map(lambda x: x.sharding.with_memory_kind(memory), tree))
+    places = jax.tree.map(lambda x: x.sharding.with_memory_kind(memory), tree)
+    return jax.device_put(tree, places)
 
 
 def to_host(tree: Any) -> Any:
     """Return `tree` with NumPy arrays, whole on every host; of several hosts all must call it."""
 
     def whole(x: Any) -> Any:
-        split = isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated)
-        return multihost_utils.process_allgather(x, tiled=True) if split else x
+        # NumPy arrays, and arrays of which this host has all.
+        if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
+            return x
+        return multihost_utils.process_allgather(x, tiled=True)
 
     return jax.device_get(jax.tree.map(whole, tree))
 
@@ -211,8 +225,12 @@ def to_mesh(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
 
     `batch`: NumPy arrays by name, whose first axis is the rows; names stay.
     """
+    # Each host gives its rows; the arrays are as long as all hosts' together.
     sharding = NamedSharding(mesh, BATCH)
-    return {name: jax.make_array_from_process_local_data(sharding, x) for name, x in batch.items()}
+    on_mesh = {}
+    for name, x in batch.items():
+        on_mesh[name] = jax.make_array_from_process_local_data(sharding, x)
+    return on_mesh
 
 
 class DataShard(TypedDict):
@@ -231,6 +249,7 @@ def data_shard(mesh: Mesh, owners: np.ndarray | None = None, host: int | None = 
     `owners`: the host of each device of the mesh, and `host`: this one, if not as JAX says. Raises
     UserError for a mesh on which hosts share some rows but not all.
     """
+    # As JAX says, unless told otherwise.
     if owners is None:
         owners = np.vectorize(lambda device: device.process_index)(mesh.devices)
     if host is None:
@@ -244,10 +263,11 @@ def data_shard(mesh: Mesh, owners: np.ndarray | None = None, host: int | None = 
     # The rows of each host. Hosts must hold the same rows, or none in common, and equally many.
     held = {}
     for owner in np.unique(owners):
-        held[int(owner)] = tuple(np.flatnonzero((by_rows == owner).any(1)).tolist())
+        has_part = (by_rows == owner).any(1)
+        held[int(owner)] = tuple(np.flatnonzero(has_part).tolist())
     parts = sorted(set(held.values()))
-    sizes = {len(part) for part in parts}
-    if sum(map(len, parts)) != ways or len(sizes) > 1:
+    lengths = [len(part) for part in parts]
+    if sum(lengths) != ways or len(set(lengths)) > 1:
         axes = ", ".join(f"--mesh.{name}={size}" for name, size in mesh.shape.items())
         raise UserError(
             f"{axes}: hosts share rows of the batch in part; "
@@ -293,7 +313,9 @@ def in_microbatches(x: jax.Array, parts: int) -> jax.Array:
 
     Part i has every `parts`-th row, so a device keeps to the rows that it holds.
     """
-    return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
+    rows, *rest = x.shape
+    dealt = x.reshape(rows // parts, parts, *rest)
+    return dealt.swapaxes(0, 1)
 
 
 # --- constraints inside compiled functions: without a mesh each returns its argument
@@ -316,7 +338,8 @@ def constrain_tokens(x: jax.Array, *axes: str) -> jax.Array:
     mesh = get_abstract_mesh()
     if not _rows_split(mesh, x):
         return x
-    return with_sharding_constraint(x, P(*BATCH, fitting(mesh, x.shape[1], *axes)))
+    tokens = fitting(mesh, x.shape[1], *axes)
+    return with_sharding_constraint(x, P(*BATCH, tokens))
 
 
 def constrain_residual(x_BTD: jax.Array) -> jax.Array:
@@ -334,6 +357,7 @@ def constrain_units(x: jax.Array) -> jax.Array:
     So that XLA gathers the tokens, not the weights. Without a tensor axis `x` is returned as it
     is, of whatever shape.
     """
+    # Heads that tensor does not divide stay whole on every device.
     mesh = get_abstract_mesh()
     tensor = along(mesh, "tensor")
     if tensor == 1 or x.shape[2] % tensor:
@@ -348,7 +372,9 @@ def constrain_rows(table_VD: jax.Array) -> jax.Array:
     mesh = get_abstract_mesh()
     if mesh.empty:
         return table_VD
-    vocabulary = "tensor" if table_VD.shape[0] % mesh.shape["tensor"] == 0 else None
+    # Split as RULES has it, but for fsdp.
+    divides = table_VD.shape[0] % mesh.shape["tensor"] == 0
+    vocabulary = "tensor" if divides else None
     return with_sharding_constraint(table_VD, P(vocabulary, None))
 
 
@@ -362,7 +388,8 @@ def constrain_params(tree: Any) -> Any:
         return tree
 
     def laid(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
-        return with_sharding_constraint(x, spec_of(path_name(path), x.shape, mesh))
+        spec = spec_of(path_name(path), x.shape, mesh)
+        return with_sharding_constraint(x, spec)
 
     return jax.tree_util.tree_map_with_path(laid, tree)
 
@@ -378,6 +405,7 @@ def gathered(params: Any, dtype: Any) -> Any:
         return params
 
     def whole(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+        # Of the rule's axes tensor alone is left.
         spec = spec_of(path_name(path), leaf.shape, mesh)
         left = P(*(axis if axis == "tensor" else None for axis in spec))
         if left == spec:
@@ -395,5 +423,6 @@ def flat(x: jax.Array, *axes: str) -> jax.Array:
     """
     mesh = get_abstract_mesh()
     if mesh.empty or along(mesh, *axes) == 1:
-        return x.reshape(-1, *x.shape[2:])
+        _, _, *rest = x.shape
+        return x.reshape(-1, *rest)
     return x

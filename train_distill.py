@@ -118,6 +118,7 @@ class Config:
 
 def check(config: Config) -> None:
     """Raise UserError for numbers out of range."""
+    # At either end of beta the divergence is 0, whatever the student says.
     require(0 < config.beta < 1, f"--beta={config.beta}: must be above 0 and below 1")
     require(0 <= config.alpha <= 1, f"--alpha={config.alpha}: must be in 0..1")
     require(config.tau > 0, f"--tau={config.tau}: must be above 0")
@@ -179,6 +180,7 @@ def make_update(config: Config, teacher_model: ModelConfig) -> DistillUpdate:
 
     `teacher_model`: of `load_teacher`. Batches are chat_batches' and those of `make_own_samples`.
     """
+    # Two models, which may be of different shapes.
     init, apply = init_and_apply(LanguageModel(config.model))
     _, teacher_apply = init_and_apply(LanguageModel(teacher_model))
     divergences: dict[str, distill.Divergence] = {
@@ -236,6 +238,7 @@ def make_own_samples(
     gives the key. The batch, [B, P + R]: `tokens_BT`, `segment_ids_BT`, `positions_BT`, and
     `loss_mask_BT`, 1 for the response's tokens.
     """
+    # The student's own sampler.
     _, apply = init_and_apply(LanguageModel(config.model))
     sampling = SamplingConfig(config.temperature, max_new_tokens=config.max_new_tokens)
     rollout = make_rollout(apply, config.model, sampling, eos=tokenizer.eos, pad=tokenizer.pad)
@@ -244,6 +247,7 @@ def make_own_samples(
         # Another key each step, and the same one after resuming.
         key = jax.random.fold_in(jax.random.key(config.seed), step)
         samples = rollout(student, prompts, key)
+        # Rows as of conversations, of which the response alone is learnt.
         return {
             "tokens_BT": samples["tokens_BT"],
             "segment_ids_BT": samples["segment_ids_BT"],
@@ -260,7 +264,7 @@ def is_own(config: Config, step: int) -> bool:
 
 
 def prompts_of(chats: Source) -> Source:
-    """Turn conversations (schema `chat`) into prompts, {"prompt": messages}, less the last turn."""
+    """Turn conversations (schema `chat`) into prompts, {"prompt": messages}: no last turn."""
 
     def read(row: int) -> dict[str, Any]:
         return {"prompt": chats.read(row)["messages"][:-1]}

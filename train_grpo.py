@@ -257,6 +257,7 @@ def make_advantages(
         scores: Batch,
         scalars: Batch,
     ) -> tuple[Experience, Batch]:
+        # Log-probabilities of the sampled tokens, by the policy and by the reference.
         mask_BR = rollout["mask_BR"]
         logp_BR = response_logprobs(apply, policy, rollout, config.temperature)
         reference_BR = response_logprobs(apply, reference, rollout, config.temperature)
@@ -267,6 +268,7 @@ def make_advantages(
             raw_B, ended(rollout, eos), config.missing_eos, config.missing_eos_score
         )
         if config.overlong:
+            # The window is a share of the longest response.
             longest = config.max_new_tokens
             score_B += group.overlong_penalty(mask_BR.sum(1), longest, config.overlong * longest)
 
@@ -274,7 +276,8 @@ def make_advantages(
         cost_BR = config.entropy_coef * logp_BR
         if config.kl_in == "reward":
             cost_BR += config.kl_coef * kl_estimate(logp_BR, reference_BR, config.kl_estimator)
-        rewards_BR = token_rewards(score_B, cost_BR, mask_BR, 1.0, mask_BR.sum(1) - 1)
+        last_B = mask_BR.sum(1) - 1
+        rewards_BR = token_rewards(score_B, cost_BR, mask_BR, 1.0, last_B)
         if config.shaping:
             # Index t of the scalars is of the state before response token t.
             before_BR = scalars[config.reward[0]][:, :-1]
@@ -285,6 +288,8 @@ def make_advantages(
         kept_BR = mask_BR
         if config.dynamic_sampling:
             kept_BR = mask_BR * jnp.repeat(signal_Q, size)[:, None]
+
+        # What the updates read; advantages are of the whole rollout, before anything is left out.
         experience: Experience = {
             **rollout,
             "old_logp_BR": logp_BR,
@@ -293,6 +298,7 @@ def make_advantages(
             "total_B": rewards_BR.sum(1),
             "mask_BR": kept_BR,
         }
+        # What is logged of the rollout.
         metrics = {
             **{f"reward/{name}": score.mean() for name, score in scores.items()},
             "score": raw_B.mean(),
@@ -310,7 +316,9 @@ def make_update(config: Config, init: Any, objective: Objective) -> Update:
     `init` is handed through. `objective`: of `make_method`. The step's `base` is what lies under
     the adapters, None without; it donates the state.
     """
-    optimizer = make_optimizer(config.optimizer, config.steps * config.epochs * config.minibatches)
+    # The schedule counts updates, not iterations.
+    updates = config.steps * config.epochs * config.minibatches
+    optimizer = make_optimizer(config.optimizer, updates)
     step = make_train_step(
         objective,
         optimizer,
@@ -326,6 +334,7 @@ def check(config: Config, mesh: jax.sharding.Mesh) -> None:
 
     `config`: with no field of the method left at None (TypeError otherwise).
     """
+    # What is rewarded, and how many responses are compared.
     check_rewards(config)
     check_group(config)
 
@@ -355,6 +364,7 @@ def check(config: Config, mesh: jax.sharding.Mesh) -> None:
         f"--clip={config.clip}, --clip_high={config.clip_high}: must be above 0",
     )
     require(0 <= config.overlong <= 1, f"--overlong={config.overlong}: must be in 0..1")
+    # Shaping changes single tokens' rewards: a group's advantages are of whole responses.
     tells_tokens_apart = config.method == "reinforce_pp" and not is_function(config.reward[0])
     require(
         config.shaping == 0 or tells_tokens_apart,
@@ -373,11 +383,13 @@ def check_group(config: Config) -> None:
 
     `config`: with no field of the method left at None.
     """
+    # Groups are cut from the batch.
     size = config.samples_per_prompt
     require(
         size >= 1 and config.batch_size % size == 0,
         f"--samples_per_prompt={size}: must divide --batch_size={config.batch_size}",
     )
+    # A response alone has none to be compared with, but where the whole batch is compared.
     alone = config.method == "reinforce_pp" and not config.dynamic_sampling
     require(
         size >= 2 or alone,
@@ -393,6 +405,7 @@ def open_prompts(
     `source`: records of the schema `prompt`. Left-padded; `.records` are those of the last batch's
     prompts. `config`: with no field of the method left at None.
     """
+    # Every host reads its own part, in an order that the seed gives.
     shard: dict[str, Any] = {"seed": config.seed, **data_shard(mesh)}
     groups = config.batch_size // config.samples_per_prompt
     return prompt_batches(source, tokenizer, batch_size=groups, length=config.max_prompt, **shard)
@@ -404,12 +417,14 @@ def load_score(config: Config, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) ->
     {reward: [B]} and {reward: [B, R + 1]}, as of rewards.scorer.make_reward_scorer with its models
     given, which stay on the mesh. UserError for a reward that cannot be loaded.
     """
+    # The models stay on the mesh: they are given once for all.
     reward_models, score = make_reward_scorer(config.reward, tokenizer, mesh)
     return partial(score, reward_models)
 
 
 def main(config: Config) -> dict[str, float]:
     """Train a policy by --method; return the last row of metrics, {} of a dry run."""
+    # What the paper sets, and a mesh of all devices.
     config = with_paper_defaults(config, config.method, group.PAPERS[config.method])
     config = note_lora_base(config)
     mesh = make_mesh(config.mesh)
@@ -445,14 +460,17 @@ def main(config: Config) -> dict[str, float]:
         max_rounds=config.max_rounds if config.dynamic_sampling else 1,
     )
     full = partial(with_adapters, config.lora)
+    # The gold program knows the world's prompts alone.
     evaluate_gold = None
     if config.data == "world" and config.eval_every:
         evaluate_gold = make_gold_evaluation(config, tokenizer)
 
+    # A dry run ends here and has written nothing.
     if config.dry_run:
         return preview(config, init, update.optimizer, mesh, next(prompts), tokenizer)
     with Run(config, tokenizer, unit="iteration") as run:
         policy, base = run.start_or_resume(init, update.optimizer, mesh, prompts)
+        # The base of adapters is the reference; else it is loaded beside the policy.
         reference = base or starting_params(init, config.model, config.init, mesh, config.seed)
         run.describe(
             f"{config.method} on {source.name}",

@@ -280,9 +280,8 @@ def make_advantages(
 
         # A reward a token: -beta KL everywhere, the score at the end less what steps were given.
         kl_BR = kl_estimate(logp_BR, reference_BR, config.kl_estimator)
-        rewards_BR = steps_BR + token_rewards(
-            score_B - steps_BR.sum(1), kl_BR, mask_BR, kl_coef, score_index_B
-        )
+        rest_B = score_B - steps_BR.sum(1)
+        rewards_BR = steps_BR + token_rewards(rest_B, kl_BR, mask_BR, kl_coef, score_index_B)
         if config.whiten_rewards:
             rewards_BR = whiten(
                 rewards_BR, value_mask_BR, shift_mean=False, unbiased=config.whiten_unbiased
@@ -292,6 +291,8 @@ def make_advantages(
         advantages_BR, returns_BR = gae(
             rewards_BR, values_BR, gamma=config.gamma, gae_lambda=config.gae_lambda
         )
+
+        # What the updates read.
         experience: Experience = {
             **rollout,
             "old_logp_BR": logp_BR,
@@ -300,6 +301,7 @@ def make_advantages(
             "advantages_BR": whiten(advantages_BR, mask_BR, unbiased=config.whiten_unbiased),
             "returns_BR": returns_BR,
         }
+        # What is logged of the rollout.
         metrics = {
             **{f"reward/{name}": score.mean() for name, score in scores.items()},
             "score": raw_B.mean(),
@@ -328,9 +330,11 @@ def raw_scores(
     `scalars`, {reward: [B, R + 1]}, of the one --reward, and the score is their sum. `newlines`:
     ids of tokens that end a step.
     """
+    # One score a response.
     mask_BR = rollout["mask_BR"]
     if config.step_rewards == "none":
         return pooled(config, scores), jnp.zeros_like(mask_BR)
+    # A reward a step, whose sum is the score.
     ends_BR = step_ends(rollout["response_BR"], mask_BR, list(newlines))
     # Index t + 1 of the scalars is of the state after response token t.
     after_BR = scalars[config.reward[0]][:, 1:]
@@ -353,15 +357,18 @@ def check(config: Config, mesh: jax.sharding.Mesh) -> None:
     )
     require(config.epochs >= 1, f"--epochs={config.epochs}: must be at least 1")
 
-    # Weights of the loss's terms, and options that exclude each other.
+    # Weights of the loss's terms.
     require(
         min(config.ptx_coef, config.entropy_coef) >= 0,
         f"--ptx_coef={config.ptx_coef}, --entropy_coef={config.entropy_coef}: must be at least 0",
     )
+
+    # Options that exclude each other.
     require(
         not (config.offload and config.lora.rank),
         "--offload: adapters need their base all the time; leave it out",
     )
+    # Rewards of steps are of one process reward model.
     one_model = len(config.reward) == 1 and not is_function(config.reward[0])
     require(
         config.step_rewards == "none" or one_model,
@@ -388,6 +395,7 @@ def make_policy_update(config: Config, apply: Apply) -> Update:
 
     `apply`: of the policy. Minibatches are of Experience, with a "text" by `add_text`.
     """
+    # The clipped surrogate, with text in it where `add_text` lays some beside the minibatch.
     objective = partial(
         policy_objective,
         apply,
@@ -403,13 +411,16 @@ def make_critic_update(config: Config, scalar_apply: Apply) -> Update:
 
     `scalar_apply`: of the critic. Minibatches are of Experience.
     """
+    # The clipped square error of the values.
     objective = partial(value_objective, scalar_apply, clip=config.value_clip)
     return make_update(config, objective, config.value_optimizer)
 
 
 def make_update(config: Config, objective: Objective, options: OptimizerConfig) -> Update:
     """Make the optimiser of `options` over all updates of the run, and the step of `objective`."""
-    optimizer = make_optimizer(options, config.steps * config.epochs * config.minibatches)
+    # The schedule counts updates, not iterations.
+    updates = config.steps * config.epochs * config.minibatches
+    optimizer = make_optimizer(options, updates)
     step = make_train_step(
         objective,
         optimizer,
@@ -465,7 +476,9 @@ def add_text(
     """
     if "text" not in data:
         return minibatch
-    return mixed(minibatch, to_mesh(next(data["text"]), mesh), coefficient=config.ptx_coef)
+    # As many rows as the minibatch has, new ones for each update.
+    text = to_mesh(next(data["text"]), mesh)
+    return mixed(minibatch, text, coefficient=config.ptx_coef)
 
 
 def fresh_items(
@@ -484,6 +497,8 @@ def fresh_items(
     # The keys are of adapters, which start at random.
     keys = jax.random.split(jax.random.key(config.seed))
     policy, critic = jax.tree.map(jnp.copy, (policy, critic))
+
+    # Two states, as each model has an optimiser of its own.
     policy_state = fresh_state(config, policy_optimizer, policy, keys[0])
     critic_state = fresh_state(config, critic_optimizer, critic, keys[1])
     beta = jnp.float32(config.kl_coef)
@@ -492,6 +507,7 @@ def fresh_items(
 
 def next_beta(config: Config, beta: jax.Array, kl: jax.Array) -> jax.Array:
     """Return beta, moved towards the target KL, if there is one. `kl`: nats a response, by k1."""
+    # Without a target beta is fixed.
     if config.kl_target is None:
         return beta
     return adapt_kl(beta, kl, config.kl_target, config.kl_horizon, config.batch_size)
@@ -528,6 +544,8 @@ def load_models(config: Config, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -
     init, apply = init_and_apply(LanguageModel(config.model))
     reference = starting_params(init, config.model, config.init, mesh, config.seed)
     critic, scalar_apply = starting_critic(config, rewards, mesh)
+
+    # With LoRA both are bases, under adapters that the states hold.
     return Loaded(
         apply=apply,
         scalar_apply=scalar_apply,
@@ -547,6 +565,7 @@ def put_aside(config: Config, loaded: Loaded) -> Loaded:
     reward model, it is that model's arrays. With --offload nothing that is only read stays on the
     devices.
     """
+    # Without --offload they stay where they are, and nothing is copied.
     memory: Memory = "pinned_host" if config.offload else "device"
     reference, rewards = to_memory((loaded.reference, loaded.rewards), memory)
     return loaded._replace(reference=reference, rewards=rewards, critic=None)
@@ -559,6 +578,7 @@ def first_samples(
 
     `prompts`: the stream that `rollout` was sampled from, not advanced since. On every process.
     """
+    # Rows of a rollout are in the order of its prompts, a group to each.
     group = config.samples_per_prompt
     return sample_rows(prompts.records, rollout["response_BR"], tokenizer, group)[:8]
 
@@ -601,6 +621,7 @@ def main(config: Config) -> dict[str, float]:
     policy_update = make_policy_update(config, loaded.apply)
     critic_update = make_critic_update(config, loaded.scalar_apply)
     full = partial(with_adapters, config.lora)
+    # The gold program knows the world's prompts alone.
     evaluate_gold = None
     if config.data == "world" and config.eval_every:
         evaluate_gold = make_gold_evaluation(config, tokenizer)
@@ -608,6 +629,8 @@ def main(config: Config) -> dict[str, float]:
     # What a checkpoint holds: the states of policy and critic, and beta.
     fresh = partial(fresh_items, config, policy_update.optimizer, critic_update.optimizer)
     shapes = abstract(jax.eval_shape(fresh, loaded.reference, loaded.critic), mesh)
+
+    # A dry run ends here and has written nothing.
     if config.dry_run:
         return preview_items(
             config,
@@ -617,10 +640,14 @@ def main(config: Config) -> dict[str, float]:
         )
 
     with Run(config, tokenizer, unit="iteration") as run:
+        # The states of the newest checkpoint, or of a new run.
         items = run.restore(shapes, data)
         if items is None:
             items = init_sharded(fresh, mesh, loaded.reference, loaded.critic)
-        policy, critic, beta = from_items(items), items["value"], items["beta"]
+        policy = from_items(items)
+        critic = items["value"]
+        beta = items["beta"]
+        # What they started from is no longer needed.
         loaded = put_aside(config, loaded)
         run.describe(
             f"PPO on {source.name}",
@@ -661,8 +688,10 @@ def main(config: Config) -> dict[str, float]:
                 shuffled_minibatches(experience, key, config.epochs, config.minibatches)
             ):
                 critic, critic_metrics = critic_update.step(critic, minibatch, loaded.critic_base)
+                # Text beside it is for the policy alone.
                 minibatch = add_text(config, minibatch, data, mesh)
                 policy, policy_metrics = policy_update.step(policy, minibatch, loaded.policy_base)
+                # Once a start: is the ratio 1 where it must be?
                 if step == run.start + 1 and number == 0:
                     check_first_update(
                         policy_metrics, metrics, config.model.compute_dtype, run.start

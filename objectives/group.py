@@ -102,7 +102,9 @@ def overlong_penalty(length_B: Array, longest: int, window: float) -> Array:
     It is 0 up to `longest - window` tokens, then falls linearly to -1 at `longest`. `length_B`:
     tokens of each response. `window`, in tokens, must be above 0.
     """
-    return -jnp.clip((length_B - (longest - window)) / window, 0.0, 1.0)
+    # How far into the window the response reaches.
+    beyond_B = length_B - (longest - window)
+    return -jnp.clip(beyond_B / window, 0.0, 1.0)
 
 
 def shaped(rewards_BR: Array, potential_BR: Array, mask_BR: Array) -> Array:
@@ -111,6 +113,7 @@ def shaped(rewards_BR: Array, potential_BR: Array, mask_BR: Array) -> Array:
     It leaves the optimal policy as it is (Ng et al. 1999, theorem 1, gamma = 1). `potential_BR`:
     phi of the states in which the tokens were emitted; after the last token it counts as 0.
     """
+    # phi(s') is the next token's phi(s), and 0 after the last.
     potential_BR = potential_BR * mask_BR
     next_BR = jnp.pad(potential_BR[:, 1:], ((0, 0), (0, 1)))
     return rewards_BR + next_BR - potential_BR
@@ -136,6 +139,7 @@ def normalised(rewards_QC: Array, *, unbiased: bool = False, eps: float = 1e-4) 
     Shao et al. 2024, section 4.1.2. `unbiased` divides the variance by C - 1; one response alone
     gets 0. `eps` keeps rounding among equal rewards from passing for a difference.
     """
+    # The mean and the deviation of each group.
     centred_QC = centred(rewards_QC)
     count = max(rewards_QC.shape[1] - unbiased, 1)
     variance_Q1 = jnp.square(centred_QC).sum(1, keepdims=True) / count
@@ -163,8 +167,10 @@ def by_response(
     `advantage` maps rewards [Q, C] to advantages [Q, C], Q prompts, C = `group`; a response's
     reward is the sum of `rewards_BR`, which must be 0 after its last token.
     """
+    # Rows by group, and back.
     total_QC = rewards_BR.sum(1).reshape(-1, group)
-    return advantage(total_QC).reshape(-1, 1) * mask_BR
+    advantage_B1 = advantage(total_QC).reshape(-1, 1)
+    return advantage_B1 * mask_BR
 
 
 def reinforce_pp(
@@ -178,6 +184,7 @@ def reinforce_pp(
     """
     # Advantages without a critic and without discounts are the rewards still to come.
     to_go_BR, _ = gae(rewards_BR, jnp.zeros_like(rewards_BR), gamma=1.0, gae_lambda=1.0)
+    # Every token of a response has the same baseline.
     if group > 1:
         mean_Q = rewards_BR.sum(1).reshape(-1, group).mean(1)
         to_go_BR -= jnp.repeat(mean_Q, group)[:, None]
@@ -194,6 +201,7 @@ def log_ratio(change_BR: Array, mask_BR: Array, level: Ratio) -> Array:
     sequence, its whole response's (RLOO: the response is one action). geometric, the mean over its
     response, s_i = (pi(y) / pi_old(y))^(1 / |y|) (Zheng et al. 2025, GSPO, eq. 7).
     """
+    # Of the whole response: 0 at padding, so sums over R are over its tokens.
     whole_B1 = change_BR.sum(1, keepdims=True)
     length_B1 = jnp.maximum(mask_BR.sum(1, keepdims=True), 1.0)
     return {
@@ -210,6 +218,7 @@ def row_weights(mask_BR: Array, average: Average) -> tuple[Array, Array]:
     (GRPO, eq. 3). tokens: mean over all tokens of the minibatch (DAPO, eq. 8). constant: sum over
     its tokens / R, then mean over responses (Dr. GRPO).
     """
+    # Numerator and denominator of each average, as parts a response.
     length_B = mask_BR.sum(1)
     counts_B = (length_B > 0).astype(jnp.float32)
     return {
@@ -240,6 +249,7 @@ def surrogate_objective(
     of sampling, 0 counts as 1. Metrics: approx_kl, clipped, nll_per_token and kl, the mean
     estimate per token, which is there without `kl_coef` too.
     """
+    # The surrogate of each token, by the method's importance ratio.
     mask_BR = batch["mask_BR"]
     logp_BR = response_logprobs(apply, params, batch, temperature)
     losses_BR, metrics = clipped_surrogate(
@@ -252,6 +262,7 @@ def surrogate_objective(
     if kl_coef:
         losses_BR += kl_coef * kl_BR
 
+    # Tokens weigh as the method averages them.
     weight_B, count_B = row_weights(mask_BR, average)
     loss = (losses_BR * mask_BR * weight_B[:, None]).sum()
     return loss, (count_B.sum(), metrics)

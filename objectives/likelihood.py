@@ -52,10 +52,16 @@ def _label_logprobs(logits_BTV: jax.Array, labels_BT: jax.Array) -> jax.Array:
 
 
 def _label_logprobs_forward(logits_BTV, labels_BT):
+    # The sum of exponentials, less the largest logit so that none overflows.
     top_BT = logits_BTV.max(-1)
-    total_BT = jnp.exp(logits_BTV - top_BT[..., None]).sum(-1)
-    label_BT = jnp.take_along_axis(logits_BTV, labels_BT[..., None], axis=-1)[..., 0]
-    logp_BT = label_BT - (jnp.log(total_BT) + top_BT)
+    centred_BTV = logits_BTV - top_BT[..., None]
+    total_BT = jnp.exp(centred_BTV).sum(-1)
+
+    # The label's logit less the logarithm of that sum.
+    labels_BT1 = labels_BT[..., None]
+    label_BT1 = jnp.take_along_axis(logits_BTV, labels_BT1, axis=-1)
+    log_total_BT = jnp.log(total_BT) + top_BT
+    logp_BT = label_BT1[..., 0] - log_total_BT
     return logp_BT, (logits_BTV, labels_BT, top_BT, total_BT)
 
 
@@ -64,8 +70,11 @@ def _label_logprobs_backward(saved, cotangent_BT):
     logits_BTV, labels_BT, top_BT, total_BT = saved
     is_label_BTV = labels_BT[..., None] == jnp.arange(logits_BTV.shape[-1])
     scale_BT = -cotangent_BT / total_BT
-    softmax_part_BTV = jnp.exp(logits_BTV - top_BT[..., None]) * scale_BT[..., None]
-    return jnp.where(is_label_BTV, cotangent_BT[..., None], 0.0) + softmax_part_BTV, None
+    centred_BTV = logits_BTV - top_BT[..., None]
+    softmax_part_BTV = jnp.exp(centred_BTV) * scale_BT[..., None]
+    label_part_BTV = jnp.where(is_label_BTV, cotangent_BT[..., None], 0.0)
+    # Labels have no derivative.
+    return label_part_BTV + softmax_part_BTV, None
 
 
 _label_logprobs.defvjp(_label_logprobs_forward, _label_logprobs_backward)
@@ -83,7 +92,10 @@ def hidden_logprobs(
     batch, length, _ = x_BTD.shape
 
     def part_logprobs(x_BTD: jax.Array, labels_BT: jax.Array) -> jax.Array:
-        return label_logprobs(unembed(x_BTD, unembed_DV) / temperature, labels_BT)
+        logits_BTV = unembed(x_BTD, unembed_DV) / temperature
+        return label_logprobs(logits_BTV, labels_BT)
+
+    # Few tokens are unembedded at once.
 
     parts = _parts(batch * length, unembed_DV.shape[1])
     if parts == 1:
@@ -100,18 +112,26 @@ def hidden_logprobs(
 
     def cut(x: jax.Array) -> jax.Array:
         """Return [B, T, ...] as [parts, B, ways part, ...]."""
-        rest = x.shape[2:]
+        _, _, *rest = x.shape
         x = x.reshape(batch, ways, own, *rest)
-        padding = [(0, 0), (0, 0), (0, parts * part - own)] + [(0, 0)] * len(rest)
-        x = jnp.pad(x, padding).reshape(batch, ways, parts, part, *rest)
-        return jnp.moveaxis(x, 2, 0).reshape(parts, batch, ways * part, *rest)
+        # Padded at the end of each device's own, so that all parts are of one size.
+        padding = [(0, 0)] * x.ndim
+        padding[2] = (0, parts * part - own)
+        x = jnp.pad(x, padding)
+        x = x.reshape(batch, ways, parts, part, *rest)
+        x = jnp.moveaxis(x, 2, 0)
+        return x.reshape(parts, batch, ways * part, *rest)
 
     def one_part(cut_arrays: tuple[jax.Array, jax.Array]) -> jax.Array:
         return jax.checkpoint(part_logprobs)(*cut_arrays)
 
     logp = jax.lax.map(one_part, (cut(x_BTD), cut(labels_BT)))
-    logp = jnp.moveaxis(logp.reshape(parts, batch, ways, part), 0, 2)
-    return logp.reshape(batch, ways, -1)[:, :, :own].reshape(batch, length)
+
+    # Put together as they were cut, without the padding.
+    logp = logp.reshape(parts, batch, ways, part)
+    logp = jnp.moveaxis(logp, 0, 2)
+    logp = logp.reshape(batch, ways, -1)
+    return logp[:, :, :own].reshape(batch, length)
 
 
 def _parts(tokens: int, vocab: int) -> int:
@@ -121,7 +141,10 @@ def _parts(tokens: int, vocab: int) -> int:
     tensor = 1 if mesh.empty else along(mesh, "tensor")
     own_tokens = tokens * tensor / devices
     own_vocab = vocab / tensor
-    return math.ceil(min(own_tokens * own_vocab / LOGITS, own_tokens / TOKENS))
+    # Whichever bound asks for fewer.
+    by_logits = own_tokens * own_vocab / LOGITS
+    by_tokens = own_tokens / TOKENS
+    return math.ceil(min(by_logits, by_tokens))
 
 
 # --- the shift: position t - 1 predicts token t
@@ -133,7 +156,8 @@ def token_logprobs(logits_BTV: jax.Array, tokens_BT: jax.Array) -> jax.Array:
     `logits_BTV`: of all positions of `tokens_BT`; those at t - 1 predict token t.
     """
     # Shifted afterwards: a slice of the logits would copy them, and its gradient pad them again.
-    return shifted(label_logprobs(logits_BTV, following(tokens_BT)))
+    logp_BT = label_logprobs(logits_BTV, following(tokens_BT))
+    return shifted(logp_BT)
 
 
 def following(tokens_BT: jax.Array) -> jax.Array:
@@ -162,8 +186,9 @@ def response_mask(batch: Mapping[str, Any]) -> jax.Array:
 
     `batch`: a rollout.Rollout, of which `tokens_BT` gives T.
     """
-    before = batch["tokens_BT"].shape[1] - batch["mask_BR"].shape[1]
-    return jnp.pad(batch["mask_BR"], ((0, 0), (before, 0)))
+    mask_BR = batch["mask_BR"]
+    prompt_length = batch["tokens_BT"].shape[1] - mask_BR.shape[1]
+    return jnp.pad(mask_BR, ((0, 0), (prompt_length, 0)))
 
 
 # --- the objective
@@ -176,10 +201,13 @@ def likelihood_objective(apply: Apply, params: Params, batch: TokenBatch) -> Los
     `auxiliary_loss`, which is then added once a token. The mask may have weights in it, other than
     0 and 1.
     """
+    # The log-probability of each token, at the token's own index.
     mask_BT = batch["loss_mask_BT"]
     output = apply(params, *inputs(batch))
     labels_BT = following(batch["tokens_BT"])
     logp_BT = shifted(hidden_logprobs(output.x_BTD, output.unembed_DV, labels_BT))
+
+    # Summed where they count; the model's own loss is a token's.
     tokens = mask_BT.sum()
     loss = -(logp_BT * mask_BT).sum()
     if output.auxiliary_loss is None:

@@ -50,6 +50,7 @@ def kl_estimate(logp: Array, reference_logp: Array, estimator: KlEstimator) -> A
     unbiased and never negative. Log-probabilities of the tokens, nats; all arrays have the same
     shape.
     """
+    # Of tokens that the policy drew, so that means over them are expectations under it.
     k1 = logp - reference_logp
     if estimator == "k1":
         return k1
@@ -64,6 +65,7 @@ def missing_eos(score_B: Array, ended_B: Array, rule: MissingEos, score: float) 
     `ended_B` is True for a response with its end-of-turn token, whose score stays. Without one:
     replace gives it `score`, penalty adds `score` to its own, none leaves it.
     """
+    # Its score after each rule.
     without = {
         "replace": jnp.full_like(score_B, score),
         "penalty": score_B + score,
@@ -79,6 +81,7 @@ def score_position(mask_BR: Array, at: ScoreAt) -> tuple[Array, Array]:
     token, -1 for a response without any, and the value mask is `mask_BR`. after: at the position
     after it, if one is left, whose state then has a value too; else at the last token.
     """
+    # The last real token is at length - 1, for responses are padded on the right.
     length_B = mask_BR.sum(1).astype(jnp.int32)
     if at == "last":
         return length_B - 1, mask_BR
@@ -103,8 +106,10 @@ def token_rewards(
     int32, of `score_position`; the score is added where the mask is 0 too, and nowhere at -1.
     """
     penalty_BR = -beta * kl_BR * mask_BR
+    # The score at one place of each row.
     is_place_BR = jnp.arange(mask_BR.shape[1]) == at_B[:, None]
-    return penalty_BR + jnp.where(is_place_BR, score_B[:, None], 0.0)
+    score_BR = jnp.where(is_place_BR, score_B[:, None], 0.0)
+    return penalty_BR + score_BR
 
 
 def adapt_kl(beta: Array, kl: Array, target: float, horizon: float, episodes: int) -> Array:
@@ -117,7 +122,9 @@ def adapt_kl(beta: Array, kl: Array, target: float, horizon: float, episodes: in
     # The relative error, at most a fifth.
     error = kl / target - 1.0
     error = jnp.clip(error, -0.2, 0.2)
-    return beta * (1.0 + error * episodes / horizon)
+    # In proportion to the responses that it was measured on.
+    factor = 1.0 + error * episodes / horizon
+    return beta * factor
 
 
 # ---- Advantages ----
@@ -125,6 +132,7 @@ def adapt_kl(beta: Array, kl: Array, target: float, horizon: float, episodes: in
 
 def masked_mean(x: Array, mask: Array) -> Array:
     """Return the mean of `x` where `mask` is 1, over all axes: a scalar; 0 where it is nowhere."""
+    # At least 1: an empty mask has mean 0, not nan.
     count = jnp.maximum(mask.sum(), 1.0)
     return (x * mask).sum() / count
 
@@ -142,6 +150,7 @@ def whiten(x: Array, mask: Array, *, shift_mean: bool = True, unbiased: bool = F
     count = jnp.maximum(mask.sum() - unbiased, 1.0)
     variance = square.sum() / count
 
+    # The small constant keeps equal values finite.
     white = (x - mean) * jax.lax.rsqrt(variance + 1e-8)
     if not shift_mean:
         white = white + mean
@@ -165,6 +174,7 @@ def gae(
         advantage = reward + gamma * next_value - value + gamma * gae_lambda * next_advantage
         return (advantage, value), advantage
 
+    # The scan runs over the first axis, so arrays are turned for it and back.
     zero_B = jnp.zeros_like(rewards_BR[:, 0])
     steps = (rewards_BR.T, values_BR.T)
     _, advantages_RB = jax.lax.scan(earlier, (zero_B, zero_B), steps, reverse=True)
@@ -185,6 +195,7 @@ def clipped_policy_loss(
     """
     ratio = jnp.exp(log_ratio)
     clipped = jnp.clip(ratio, 1 - clip, 1 + clip_high)
+    # The worse of the two: beyond a clip there is no gain, and no gradient.
     return jnp.maximum(-advantage * ratio, -advantage * clipped)
 
 
@@ -204,6 +215,7 @@ def clipped_value_loss(value: Array, old_value: Array, returns: Array, clip: flo
 
 def entropy(logits_BTV: Array) -> Array:
     """Return -sum_v p_v log p_v of each next token's distribution, [B, T] in nats."""
+    # One term a token of the vocabulary.
     logp_BTV = jax.nn.log_softmax(logits_BTV)
     terms_BTV = jnp.exp(logp_BTV) * logp_BTV
     return -terms_BTV.sum(-1)
@@ -218,6 +230,7 @@ def response_states(batch: Responses, x_BT: Array) -> Array:
     `x_BT`: a model's output. Index t predicts response token t, and is the state in which it was
     emitted. Index R, after the last token, predicts nothing here. Of `batch` the shapes are read.
     """
+    # P = T - R; position P - 1 is the prompt's last.
     length = batch["tokens_BT"].shape[1]
     response_length = batch["response_BR"].shape[1]
     prompt_length = length - response_length
@@ -239,8 +252,10 @@ def response_logits(apply: Apply, params: Params, batch: Responses, temperature:
     `apply` is that of a LanguageModel. Token t of the response was drawn from their softmax. A
     temperature of 0 counts as 1.
     """
+    # Cut before the unembedding, which is dear.
     output = apply(params, *inputs(batch))
-    logits_BTV = unembed(response_states(batch, output.x_BTD), output.unembed_DV)
+    x_BTD = response_states(batch, output.x_BTD)
+    logits_BTV = unembed(x_BTD, output.unembed_DV)
     return logits_BTV / (temperature or 1.0)
 
 
@@ -252,6 +267,7 @@ def response_logprobs(apply: Apply, params: Params, batch: Responses, temperatur
     """
     output = apply(params, *inputs(batch))
     x_BTD = response_states(batch, output.x_BTD)
+    # The last position predicts nothing: its log-probability is cut off.
     labels_BT = response_labels(batch)
     logp_BT = hidden_logprobs(x_BTD, output.unembed_DV, labels_BT, temperature or 1.0)
     return logp_BT[:, :-1]
@@ -262,6 +278,7 @@ def response_values(apply: Apply, params: Params, batch: Responses) -> Array:
 
     `apply` is that of a ScalarModel. Padding has values too: mask them.
     """
+    # A state's value is read at the same position that predicts its token.
     scalars_BT = apply(params, *inputs(batch)).scalars_BT
     return response_states(batch, scalars_BT)[:, :-1]
 
@@ -289,6 +306,7 @@ def clipped_surrogate(
     share of tokens whose ratio is outside the clips; nll_per_token, minus the mean
     log-probability.
     """
+    # Log-ratios of the tokens, from them those of the method, and its loss.
     mask_BR = batch["mask_BR"]
     tokens = mask_BR.sum()
     # Padding gets ratio 1, so that nothing there can overflow before it is masked.
@@ -355,6 +373,7 @@ def with_text(batch: Responses, text: TokenBatch, coefficient: float) -> dict[st
     (tokens under it), counted over the whole batch, so that the objective stays a sum over
     micro-batches.
     """
+    # The text's weight in the sum that the loss is; its mask carries it.
     response_mask_BR = batch["mask_BR"]
     text_mask_BT = text["loss_mask_BT"]
     weight = coefficient * response_mask_BR.sum() / text_mask_BT.sum()
@@ -369,10 +388,13 @@ def value_objective(apply: Apply, params: Params, batch: Responses, *, clip: flo
     R], too; `clip`: see `clipped_value_loss`. The weight is the number of states under the value
     mask. The metric square_error is not clipped and not halved.
     """
+    # Values of all states, and how many count.
     mask_BR = batch["value_mask_BR"]
     returns_BR = batch["returns_BR"]
     states = mask_BR.sum()
     values_BR = response_values(apply, params, batch)
+
+    # The loss, and the error that it bounds.
     losses_BR = clipped_value_loss(values_BR, batch["old_values_BR"], returns_BR, clip) * mask_BR
     error_BR = jnp.square(values_BR - returns_BR) * mask_BR
     metrics = {"square_error": (error_BR.sum(), states)}
