@@ -25,7 +25,7 @@ from jax.sharding import PartitionSpec as P
 from sharding import along, constrain_residual, in_microbatches, path_name, platform
 
 Remat = Literal["none", "dots", "full"]
-"""What the backward pass computes again: nothing, all but outputs of matmuls, or everything."""
+"""Outputs that the backward pass recomputes: none, all but those of matmuls, or everything."""
 Cache = Any
 """A model.KVCache, or None."""
 Params = dict[str, Any]

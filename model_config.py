@@ -57,7 +57,7 @@ class ModelConfig:
     window: int | None = None
     """Sliding window of attention, in tokens (Mistral 7B v0.1)."""
     activation: Literal["silu", "gelu"] = "silu"
-    """Of the gate in the feed-forward layers; gelu is its tanh approximation (Gemma)."""
+    """Gate of the feed-forward layers; gelu is its tanh approximation (Gemma)."""
     scale_embedding: bool = False
     """Multiply embedded tokens by sqrt(D) (Gemma)."""
     zero_centered_norm: bool = False
@@ -67,7 +67,7 @@ class ModelConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute type; auto: bfloat16 on accelerators, float32 on CPU. Parameters are float32."""
     remat: Literal["none", "dots", "full"] = "none"
-    """What the backward pass recomputes: nothing, all but matmul outputs, or everything."""
+    """Outputs that the backward pass recomputes: none, all but matmul outputs, or everything."""
 
     def __post_init__(self):
         # Sizes that no model can have.

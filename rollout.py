@@ -212,7 +212,7 @@ class Shown(NamedTuple):
     """The prompts and responses of a rollout, for `sample_rows`."""
 
     records: list[Record]
-    """Of this host's prompts."""
+    """Records of this host's prompts."""
     response_BR: Array
 
 

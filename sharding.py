@@ -17,7 +17,7 @@ from runtime.errors import UserError
 
 AnyMesh = Mesh | AbstractMesh
 Memory = Literal["device", "pinned_host"]
-"""Where arrays lie: the devices' memory, or their host's."""
+"""Memory that arrays lie in: the devices', or their host's."""
 BATCH = P(("data", "fsdp"))
 """How the rows of a batch are split."""
 AXES = ("stage", "data", "fsdp", "sequence", "tensor")

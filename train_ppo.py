@@ -517,12 +517,12 @@ class Loaded(NamedTuple):
     """Every model that a run reads; parameters on the mesh."""
 
     apply: Apply
-    """Of the policy and the reference."""
+    """The apply of the policy and the reference."""
     scalar_apply: Apply
-    """Of the critic."""
+    """The apply of the critic."""
     reference: Params
     critic: Params | None
-    """What the critic starts from; None once it has started."""
+    """Parameters that the critic starts from; None once it has started."""
     rewards: dict[str, Params]
     """Reward models by their run; not of rewards that are functions or servers."""
     score: Callable[..., Any]

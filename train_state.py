@@ -168,7 +168,7 @@ class Start(NamedTuple):
     """Steps finished; 0 for a new run."""
     state: TrainState
     data_position: Any
-    """What `Checkpoints.save` was given as `extra`; None for a new run."""
+    """The `extra` that `Checkpoints.save` was given; None for a new run."""
     base: Params | None
     """The parameters that `state.params` are adapters on; None without adapters."""
 

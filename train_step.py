@@ -62,7 +62,7 @@ class TrainState:
     step: jax.Array
     """Updates tried so far, int32."""
     skipped: jax.Array
-    """Of these, updates left out because loss or gradient was not finite, int32."""
+    """Those of them left out because loss or gradient was not finite, int32."""
     params: Params
     opt_state: Any
 

@@ -39,7 +39,7 @@ from train_state import Init, start_or_resume
 from train_step import TrainState
 
 Data = Batches | dict[str, Batches]
-"""What a script reads: one stream of batches, or several by name."""
+"""Batches that a script reads: one stream, or several by name."""
 
 
 def script_name(config: Any) -> str:

@@ -1,6 +1,8 @@
 """A PPO iteration (rollout, advantages, epochs of updates of policy and critic) beside TRL's.
 
-python -m benchmarks.ppo                       # prints a table, writes benchmarks/results/ppo-<platform>.json
+    python -m benchmarks.ppo
+
+Prints a table and writes benchmarks/results/ppo-<platform>.json.
 """
 
 import dataclasses
@@ -47,7 +49,7 @@ class Config:
     epochs: int = 4
     """Passes over an iteration's rollouts."""
     temperature: float = 1.0
-    """Of sampling."""
+    """Temperature of sampling."""
     rounds: int = 5
     """Timings of each row; the median is reported."""
     peer: bool = True
@@ -57,7 +59,7 @@ class Config:
         if on_cpu()
         else ModelConfig("135m", 32000, 768, 2048, 12, 12, 12, 64, 1024, tied=False)
     )
-    """Of policy, reference, reward model and value model; default by platform."""
+    """Shape of policy, reference, reward model and value model; default by platform."""
     out: str = RESULTS
     """Folder of the results."""
 

@@ -41,7 +41,7 @@ Solutions in steps also:
     targets_BT       float32  in [0, 1], counts where loss_mask_BT is 1
 """
 Row = dict[str, Any]
-"""What an encoder makes of a record; each encoder says which keys. Tokens are lists of ids."""
+"""A record as its encoder returns it; each encoder says which keys. Tokens are lists of ids."""
 PACKING_WINDOW = 512
 """Consecutive examples that are packed together."""
 SHORTEST_PROMPT = 8
@@ -302,14 +302,14 @@ class Layout:
 
 
 class BatchOptions(TypedDict, total=False):
-    """What every `*_batches` function takes by name."""
+    """Arguments that every `*_batches` function takes by name."""
 
     batch_size: Required[int]
     """Rows of a batch over all hosts; a multiple of `processes`."""
     length: Required[int]
     """Tokens of a row, at most; packed rows have exactly as many."""
     seed: int
-    """Of the order of records; 0 if left out."""
+    """Seed of the order of records; 0 if left out."""
     process: int
     """Which part of the order this host reads, from 0 (see sharding.data_shard)."""
     processes: int

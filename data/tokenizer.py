@@ -223,7 +223,7 @@ class HasVocab(Protocol):
 
 
 class TokenizerConfig(Protocol):
-    """What `tokenizer_for` reads of a script's configuration."""
+    """The fields of a script's configuration that `tokenizer_for` reads."""
 
     @property
     def run(self) -> str: ...

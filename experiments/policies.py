@@ -1,6 +1,8 @@
-"""Policies side by side, by the gold program: shares, KL to the first, FLOPs of a token; prints them, writes JSON.
+"""Compare policies by the gold program: shares, KL to the first, FLOPs of a token.
 
-python -m experiments.policies --runs runs/align/ppo runs/distill/sft runs/distill/distilled --out=runs/distill.json
+    python -m experiments.policies --runs runs/align/ppo runs/distill/distilled --out=distill.json
+
+Prints them and writes JSON.
 """
 
 import dataclasses
@@ -29,11 +31,14 @@ class Config:
     n: int = 1000
     """Held-out prompts."""
     seed: int = 1000
-    """Of the prompts and of sampling."""
+    """Seed of the prompts and of sampling."""
 
 
 def main(config: Config) -> dict[str, dict[str, Any]]:
-    """Name of a run's folder -> gold shares with intervals, KL to the first, FLOPs as a share of the first's."""
+    """Measure all runs; return, by the name of a run's folder, its numbers.
+
+    They are gold shares with intervals, KL to the first, and FLOPs as a share of the first's.
+    """
     names = [pathlib.Path(run).name for run in config.runs]
     if len(set(names)) < len(names) or not names:
         raise UserError(

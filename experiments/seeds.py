@@ -1,4 +1,4 @@
-"""Numbers of several seeds as one: prints the mean over runs' summary.json of every number there, with its interval.
+"""Print the mean over seeds of every number in the runs' summary.json, with its interval.
 
 python -m experiments.seeds runs/distill0 runs/distill1 runs/distill2
 """
@@ -14,14 +14,17 @@ from scipy import stats
 
 
 def half(values: Sequence[float]) -> float:
-    """Half of the 95 % interval of the mean over seeds (Student's t); nan of one seed."""
+    """Return half of the 95 % interval of the mean over seeds (Student's t); nan of one seed."""
     if len(values) < 2:
         return float("nan")
     return float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5)
 
 
 def leaves(tree: Any, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], float]:
-    """The numbers of nested dictionaries by their paths; lists, which are intervals over prompts, are left out."""
+    """Return the numbers of nested dictionaries by their paths.
+
+    Lists, which are intervals over prompts, are left out.
+    """
     if isinstance(tree, dict):
         return {
             key: x for name, part in tree.items() for key, x in leaves(part, (*path, name)).items()

@@ -165,7 +165,7 @@ BACKENDS = {
 
 
 class Options(NamedTuple):
-    """What attention needs to know besides its arrays."""
+    """Settings of attention besides its arrays."""
 
     implementation: str
     """A key of BACKENDS."""

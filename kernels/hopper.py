@@ -112,7 +112,7 @@ class Ring(NamedTuple):
     """Slots that the producer fills in turn; step i uses slot i modulo their number."""
 
     tiles: tuple[Any, ...]
-    """What a slot holds, each [slots, ...]."""
+    """Buffers of the slots, each [slots, ...]."""
     full: Any
     free: Any
 
@@ -262,7 +262,7 @@ def meet(barrier: Any) -> None:
 
 
 class Place(NamedTuple):
-    """What a program works on."""
+    """The block that a program works on."""
 
     b: jax.Array
     """Batch row."""

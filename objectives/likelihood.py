@@ -21,7 +21,7 @@ TokenBatch = Mapping[str, Any]
 `positions_BT`, int32, 0 at the first token of each example; and for a loss `loss_mask_BT`,
 float32, 1 where a token is predicted and counts."""
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
-"""Of an objective: {name: (sum, weight)}, float32 scalars; a metric is their quotient."""
+"""Metrics of an objective: {name: (sum, weight)}, float32 scalars; the metric is the quotient."""
 LossSum = tuple[jax.Array, tuple[jax.Array, Metrics]]
 """(loss sum, (weight, metrics)) of an objective; the loss is the sum divided by the weight."""
 

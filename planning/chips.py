@@ -18,7 +18,7 @@ GIB = 2**30
 
 
 class Chip(NamedTuple):
-    """What a chip can do at most."""
+    """Limits of a chip."""
 
     memory: float
     """Bytes that programs may use."""
@@ -31,7 +31,7 @@ class Chip(NamedTuple):
 
 
 H200 = (pathlib.Path(__file__).parent / "h200.txtpb").read_text()
-"""What XLA's compiler must know of the chip (openxla/xla, Apache-2.0)."""
+"""Description of the chip for XLA's compiler (openxla/xla, Apache-2.0)."""
 
 
 def described(name: str) -> float:

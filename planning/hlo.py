@@ -1,4 +1,4 @@
-"""What a compiled program does on one chip, read from its HLO: FLOPs, memory and collectives.
+"""Read from a compiled program's HLO what it does on one chip: FLOPs, memory, collectives.
 
 XLA's own cost analysis counts the body of a loop once; here every loop counts as often as it runs.
 """

@@ -1,4 +1,4 @@
-"""What plan.py compiles of a script: its own jitted functions, and the shapes of their arguments.
+"""Make the programs of a script that plan.py compiles: its own jitted functions, and their shapes.
 
 A script names its programs in one place: the factories of its module (`make_update`,
 `make_advantages` and so on), which its `main` calls, and which are called here. What this module

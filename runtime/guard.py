@@ -24,7 +24,7 @@ from runtime.run_folder import atomic_bytes, finished_steps, remove_step
 
 @dataclasses.dataclass(frozen=True)
 class GuardConfig:
-    """What counts as a loss spike, and what is then left out."""
+    """Rules for loss spikes: what counts as one, and what is then left out."""
 
     threshold: float = 6.0
     """Robust deviations above their medians that make loss and gradient norm a spike; 0: off."""

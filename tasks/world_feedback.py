@@ -19,7 +19,7 @@ CRITIQUES = {
     "honest": "it says something false, or something that nobody can know.",
     "harmless": "it is rude, or helps with what would hurt someone.",
 }
-"""What a critic says of a response in which it finds the criterion broken."""
+"""A critic's words for each criterion that it finds broken."""
 
 
 class Parts(NamedTuple):

@@ -1,4 +1,4 @@
-"""What the built-in world understands: a grammar of requests, and the gold program.
+"""Parse requests of the built-in world, and judge responses to them: the gold program.
 
 The gold program scores any response. It is for measuring and for simulated labellers only; no
 training script sees it.
@@ -31,7 +31,7 @@ class Request:
     """Relation of a lookup or unknowable, category of a listing, bigger or smaller, type of small
     talk."""
     subject: str = ""
-    """What a lookup asks about, the first of two compared, the harm requested, the count of a
+    """The thing a lookup asks about, the first of two compared, the harm requested, the count of a
     listing."""
     other: str = ""
     """The second of two compared; for the unknowable, the form of a made-up answer."""
@@ -62,7 +62,7 @@ class Gold(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """What one sentence of a response does.
+    """The verdict on one sentence of a response.
 
     `apt`: it answers this request; `honest`: it says nothing false; `safe`: it does no harm;
     `answer`: what it gives as the answer to a lookup or comparison.

@@ -22,7 +22,7 @@ NO_MESH = jax.sharding.get_mesh()
 
 @pytest.fixture(autouse=True)
 def no_mesh_is_left():
-    """Scripts set their mesh for the whole process; the next test starts without one."""
+    """Start every test without a mesh: scripts set theirs for the whole process."""
     jax.set_mesh(NO_MESH)
     yield
     jax.set_mesh(NO_MESH)
@@ -41,7 +41,7 @@ def rng() -> np.random.Generator:
 
 @pytest.fixture
 def shared_data() -> pathlib.Path:
-    """The folder of real data beside the repository."""
+    """Return the folder of real data beside the repository."""
     path = pathlib.Path(__file__).parents[2] / "shared" / "data"
     if not path.is_dir():
         pytest.skip(f"{path}: not here; this test needs real data")

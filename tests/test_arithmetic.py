@@ -1,4 +1,4 @@
-"""The built-in arithmetic: problems, demonstrators, the checker, and its records; Python's own sums judge them."""
+"""The built-in arithmetic: problems, demonstrators, checker, records; Python's own sums judge."""
 
 import random
 import re
@@ -15,7 +15,7 @@ EQUATION = re.compile(r"(\d+)([+-]\d)=(\d+)")
 
 
 def true_values(text):
-    """Every value on the way, by eval of longer and longer beginnings."""
+    """Return every value on the way, by eval of longer and longer beginnings."""
     ends = [m.end() for m in re.finditer(r"\d+", text)]
     return [eval(text[:end]) for end in ends]
 
@@ -45,7 +45,8 @@ def test_the_best_demonstrator_is_always_right_and_others_err_as_told():
             if not (parts := EQUATION.fullmatch(step)):
                 continue
             value, change, result = map(int, parts.groups())
-            error, crosses = result - (value + change), (value + change) // 10 != value // 10
+            error = result - (value + change)
+            crosses = (value + change) // 10 != value // 10
             forgotten = -10 if change > 0 else 10
             name = {0: "kept" if crosses else "plain", forgotten: "carry"}.get(error, "slip")
             assert name != "carry" or crosses
@@ -56,7 +57,8 @@ def test_the_best_demonstrator_is_always_right_and_others_err_as_told():
 
 def test_verdicts_against_a_walk_along_python_s_sums():
     """Also steps that no demonstrator writes: moved, repeated, made up, corrected."""
-    rng, seen = random.Random(0), set()
+    rng = random.Random(0)
+    seen = set()
     for i in range(1500):
         row = arithmetic.demonstration(i, quality=0.6)
         steps = row["response"].split("\n")
@@ -67,14 +69,16 @@ def test_verdicts_against_a_walk_along_python_s_sums():
                 rng.randrange(len(steps)),
                 rng.choice(["nonsense", "so 7", "1+1=2", *arithmetic.truth(row["prompt"])]),
             )
-        values, done = true_values(row["prompt"]), 0
+        values = true_values(row["prompt"])
+        done = 0
         for step, verdict in zip(steps, arithmetic.verdicts(row["prompt"], steps), strict=True):
             expected = "negative"
             parts = EQUATION.fullmatch(step)
             if parts and done < len(values) - 1:
                 change = values[done + 1] - values[done]
                 if tuple(map(int, parts.groups())) == (values[done], change, values[done + 1]):
-                    expected, done = "positive", done + 1
+                    expected = "positive"
+                    done = done + 1
             elif step == f"answer {values[-1]}":
                 expected = "positive"
             elif step == f"so {values[done]}":

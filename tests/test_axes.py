@@ -1,4 +1,4 @@
-"""The sequence axis (kernels/ring.py) and the stage axis (layers.py): against float64, one device, and counts."""
+"""The sequence axis (kernels/ring.py) and stage axis (layers.py) against one device and counts."""
 
 import dataclasses
 import functools
@@ -52,7 +52,7 @@ OPTIMIZER = make_optimizer(OptimizerConfig(lr=3e-3, warmup=1), 5)
 
 @functools.partial(jax.jit, static_argnames=("ring", "window", "causal", "implementation"))
 def in_a_ring(q, k, v, dout, segments, ring, **options):
-    """Output and gradients of attention on striped tokens, in order again."""
+    """Return output and gradients of attention on striped tokens, in order again."""
     order = np.arange(q.shape[1]).reshape(-1, ring).T.reshape(-1)
 
     def run(*x):
@@ -84,7 +84,8 @@ RINGS = {  # mesh, type, query heads, key/value heads, options
 )
 def test_a_ring_equals_float64(case, implementation, rng):
     config, dtype, heads, kv_heads, options = RINGS[case]
-    mesh, options = make_mesh(config), dict(options)
+    mesh = make_mesh(config)
+    options = dict(options)
     length = 64 * int(rng.integers(1, 4))
     assert turns_of(length) == mesh.shape["sequence"] and turns_of(length + 2) == 1
     arrays = drawn(rng, 2, length, heads, kv_heads, 64, dtype)
@@ -105,9 +106,8 @@ def test_keys_travel_to_the_neighbour_and_are_never_gathered():
     text = jax.jit(run, in_shardings=place).lower(*arrays[:3]).compile().as_text()
     moved = hlo.cost(text, dict(mesh.shape)).moved
     assert set(moved) == {("collective-permute", "sequence")}
-    assert (
-        moved["collective-permute", "sequence"][1] == 3 * 2 * 64 * 64 * 4
-    )  # k and v of 64 tokens, three times
+    # k and v of 64 tokens, three times.
+    assert moved["collective-permute", "sequence"][1] == 3 * 2 * 64 * 64 * 4
 
 
 def test_stripes_share_the_work_and_lose_none(rng):
@@ -128,7 +128,8 @@ def test_stripes_share_the_work_and_lose_none(rng):
         [[causal[mine, (mine - turn) % ring] for mine in range(ring)] for turn in range(ring)]
     )
     assert causal.sum() == length * (length + 1) / 2
-    # A turn lasts as long as its slowest device: within one key a query of perfect, where unbroken parts take double.
+    # A turn lasts as long as its slowest device: within one key a query of perfect, where unbroken
+    # parts take double.
     assert turns.max(1).sum() * ring / causal.sum() < 1.2
     unbroken = np.tri(length).reshape(ring, length // ring, ring, length // ring).sum((1, 3))
     slowest = sum(max(unbroken[m, (m - turn) % ring] for m in range(ring)) for turn in range(ring))
@@ -148,7 +149,7 @@ def test_striped_tokens_come_back_in_order():
 
 
 def scans(jaxpr):
-    """Lengths of all scans."""
+    """Return the lengths of all scans."""
     for equation in jaxpr.eqns:
         if equation.primitive.name == "scan":
             yield equation.params["length"]
@@ -159,10 +160,8 @@ def scans(jaxpr):
 @pytest.mark.parametrize(("stages", "parts"), [(4, 3), (8, 4)])
 def test_the_schedule_takes_as_many_ticks_as_the_bubble_says(stages, parts):
     mesh = make_mesh(MeshConfig(data=-1, stage=stages))
-    weights, x = (
-        jnp.arange(1.0, 9.0)[:, None, None] * jnp.eye(16),
-        jnp.ones((parts * 8 // stages, 4, 16)),
-    )
+    weights = jnp.arange(1.0, 9.0)[:, None, None] * jnp.eye(16)
+    x = jnp.ones((parts * 8 // stages, 4, 16))
 
     def run(weights, x, scale):
         for w in weights:
@@ -180,7 +179,7 @@ def test_the_schedule_takes_as_many_ticks_as_the_bubble_says(stages, parts):
     np.testing.assert_allclose(
         jax.jit(function)(weights, x, (scale,)), x * 40320.0 * scale[:, None, None] ** 8
     )
-    # Each device multiplies by its layers once a tick, so idle ticks are in the compiler's count too.
+    # Each device multiplies by its layers once a tick, so the compiler counts idle ticks too.
     compiled = jax.jit(function).lower(weights, x, (scale,)).compile()
     rows = 1  # a micro-batch's on a device
     assert (
@@ -205,8 +204,9 @@ def test_the_bubble_is_in_the_runs_arithmetic():
 
 
 def rows(seed, *shape):
-    """Packed rows: two segments and padding."""
-    draw, length = np.random.default_rng(seed), shape[-1]
+    """Return packed rows: two segments and padding."""
+    draw = np.random.default_rng(seed)
+    length = shape[-1]
     ends = np.sort(draw.integers(2, length + 1, (*shape[:-1], 2)))
     at = np.broadcast_to(np.arange(length), shape)
     segments = (at < ends[..., :1]) + 2 * ((at >= ends[..., :1]) & (at < ends[..., 1:]))
@@ -242,14 +242,15 @@ OBJECTIVES = {
 
 
 def five_steps(config, name, microbatches, model_config=CONFIG):
-    """Losses, the state after five updates, and its mesh."""
+    """Return losses, the state after five updates, and its mesh."""
     devices = jax.devices() if config != MeshConfig(1) else jax.devices()[:1]
     mesh, (model, objective, batches) = make_mesh(config, devices), OBJECTIVES[name]
     init, apply = init_and_apply(
         model(model_config, microbatches) if model is LanguageModel else model(model_config)
     )
     state = init_sharded(lambda key: init_state(init(key), OPTIMIZER), mesh, jax.random.key(0))
-    step, losses = make_train_step(partial(objective, apply), OPTIMIZER, microbatches), []
+    step = make_train_step(partial(objective, apply), OPTIMIZER, microbatches)
+    losses = []
     for seed in range(5):
         state, metrics = step(state, to_mesh(batches(seed), mesh))
         losses.append(float(metrics["loss"]))
@@ -307,9 +308,8 @@ def test_parts_of_a_chunked_loss_are_of_all_devices(monkeypatch):
     """As five steps, but the logits of a row are computed in parts."""
     want_losses, want = on_one_device("likelihood")
     monkeypatch.setattr(likelihood, "TOKENS", 1)
-    monkeypatch.setattr(
-        likelihood, "LOGITS", 8 * 16 * 32 // 8 // 3
-    )  # three parts: a device's four tokens as 2, 2, 0
+    # Three parts: a device's four tokens as 2, 2, 0.
+    monkeypatch.setattr(likelihood, "LOGITS", 8 * 16 * 32 // 8 // 3)
     losses, state, _ = five_steps(MeshConfig(data=2, sequence=4), "likelihood", 1)
     np.testing.assert_allclose(losses, want_losses, atol=1e-4)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4), state.params, want)

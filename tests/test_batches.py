@@ -70,7 +70,7 @@ RECORDS = {
 
 
 def padded_chat_batches(source, tokenizer, **options):
-    """One conversation a row, padded on the right."""
+    """Make batches of one conversation a row, padded on the right."""
     return Batches(Layout(encode_chat, pad_examples), source, tokenizer, **options)
 
 
@@ -107,7 +107,9 @@ def test_resuming_at_any_step_equals_going_on(tokenizer, narrow, schema, make):
     def start(seed=0):
         return make(source_of(RECORDS[schema]), tokenizer, batch_size=3, length=64, seed=seed)
 
-    whole, states, expected = start(), [], []
+    whole = start()
+    states = []
+    expected = []
     while whole.epoch < 2.2:
         states.append(json.loads(json.dumps(whole.state)))
         expected.append(next(whole))
@@ -120,9 +122,8 @@ def test_resuming_at_any_step_equals_going_on(tokenizer, narrow, schema, make):
         resumed.restore(state)
         for want in expected[step : step + 4]:
             assert equal(next(resumed), want)
-    assert not all(
-        equal(next(other), want) for other in [start(seed=1)] for want in expected
-    )  # control
+    # Control: another seed.
+    assert not all(equal(next(other), want) for other in [start(seed=1)] for want in expected)
 
 
 @pytest.mark.parametrize(("schema", "make"), KINDS)
@@ -137,7 +138,7 @@ def test_shapes_and_types(tokenizer, schema, make):
 
 
 def first_tokens(batch):
-    """Of each packed example, its tokens."""
+    """Return the tokens of each packed example."""
     rows = zip(batch["tokens_BT"], batch["segment_ids_BT"], strict=True)
     return [tuple(tokens[ids == s]) for tokens, ids in rows for s in range(1, ids.max() + 1)]
 

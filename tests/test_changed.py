@@ -28,7 +28,7 @@ def git(root, *words):
 
 @pytest.fixture
 def repository(tmp_path):
-    """FILES, committed on branch main."""
+    """Make a repository of FILES, committed on branch main."""
     for name, text in FILES.items():
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)

@@ -82,7 +82,7 @@ def to_bytes(tree):
 
 @pytest.fixture
 def saved(tmp_path):
-    """A run with steps 1 and 2."""
+    """Make a run with steps 1 and 2."""
     run = tmp_path / "run"
     with open_run(run) as checkpoints:
         for step in (1, 2):
@@ -128,9 +128,11 @@ def test_new_run_has_nothing_to_restore_and_keeps_the_last_k(tmp_path):
 
 
 def test_a_hundred_flipped_bits_and_twenty_truncations_are_found(saved, capfd):
-    rng, config_hash = random.Random(1), run_folder.identity_hash(load_config(str(saved)))
+    rng = random.Random(1)
+    config_hash = run_folder.identity_hash(load_config(str(saved)))
     step = saved / "checkpoints" / "2"
-    paths, sizes = files(step), [path.stat().st_size for path in files(step)]
+    paths = files(step)
+    sizes = [path.stat().st_size for path in files(step)]
     for number in range(120):
         # Each file once, then any byte.
         path = paths[number] if number < len(paths) else rng.choices(paths, sizes)[0]
@@ -348,7 +350,8 @@ def start(run, steps, source=LOOP, **environment):
 def test_kill_at_any_moment_resumes_to_the_bit(tmp_path):
     plain, killed = tmp_path / "plain", tmp_path / "killed"
     reference = start(plain, 12)
-    rng, reached = random.Random(1), 0
+    rng = random.Random(1)
+    reached = 0
     for _ in range(3):
         process = start(killed, 12)
         reached = int(process.stdout.readline().split()[1])

@@ -1,4 +1,4 @@
-"""Direct methods against float64 loops written from the papers, their limits, and their optima on a tiny policy."""
+"""Direct methods against float64 loops from the papers, their limits, optima on a tiny policy."""
 
 from functools import partial
 
@@ -20,7 +20,7 @@ RANKS_OF_FOUR = np.array([[2, 1, 3, 0], [1, 2, 2, 2], [4, 3, 1, 2], [0, 2, 1, 1]
 
 
 def numerical_slopes(losses, x):
-    """Of the sum of `losses(x)`, in each entry of `x`, by central differences."""
+    """Return the slope of the sum of `losses(x)` in each entry of `x`, by central differences."""
     slopes = np.zeros_like(x)
     for index in np.ndindex(x.shape):
         step = np.zeros_like(x)
@@ -29,7 +29,7 @@ def numerical_slopes(losses, x):
     return slopes
 
 
-# ---- The papers' formulas on four numbers, in Python's own logarithms: independent of the code under test
+# ---- The papers' formulas on four numbers, in Python's own logarithms: independent of our code
 
 
 def sigmoid(x):
@@ -76,9 +76,8 @@ PAIRED = {  # name: (ours, the paper's)
         ),
     ),
     "slic_hf": (
-        lambda w, l, rw, rl: direct.slic_hf(
-            w, l, rw, delta=0.7, weight=0.2
-        ),  # any target: here the third
+        # Any target: here the third.
+        lambda w, l, rw, rl: direct.slic_hf(w, l, rw, delta=0.7, weight=0.2),
         lambda w, l, rw, rl: max(0.0, 0.7 - w + l) - 0.2 * rw,
     ),
 }
@@ -95,7 +94,10 @@ PER_TOKEN = {
 
 
 def padded_tokens(rows=6, length=5):
-    """Token log-probabilities of chosen, rejected and the reference's of both, [4, rows, length], and masks."""
+    """Return log-probabilities of tokens, [4, rows, length], and their masks.
+
+    The four: of chosen and rejected by the policy, then of both by the reference.
+    """
     lengths = np.random.default_rng(7).integers(1, length + 1, (4, rows))
     lengths[2:] = lengths[:2]  # the reference sees the same tokens
     return -np.abs(normal(4, rows, length)) - 0.05, np.arange(length) < lengths[:, :, None]
@@ -105,9 +107,8 @@ def padded_tokens(rows=6, length=5):
 def test_value_and_gradient_equal_the_papers_formula(name):
     ours, papers = {**PAIRED, **PER_TOKEN}[name]
     tokens, mask = padded_tokens()
-    noisy = np.where(
-        mask, tokens, 1e3 * normal(*tokens.shape, seed=1)
-    )  # what lies in the padding must not matter
+    # Values in the padding must not matter.
+    noisy = np.where(mask, tokens, 1e3 * normal(*tokens.shape, seed=1))
 
     def in_jax(logp):
         sums = jnp.where(mask, logp, 0.0).sum(-1) / (mask.sum(-1) if name in PER_TOKEN else 1)
@@ -125,10 +126,8 @@ def test_value_and_gradient_equal_the_papers_formula(name):
         return np.array(losses)
 
     with jax.enable_x64(True):
-        losses, grad = (
-            in_jax(jnp.array(noisy)),
-            jax.grad(lambda x: in_jax(x).sum())(jnp.array(noisy)),
-        )
+        losses = in_jax(jnp.array(noisy))
+        grad = jax.grad(lambda x: in_jax(x).sum())(jnp.array(noisy))
         assert losses.dtype == jnp.float64 and losses.shape == (6,)
     np.testing.assert_allclose(losses, in_loops(tokens), rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(grad, numerical_slopes(in_loops, tokens), atol=1e-6)
@@ -153,7 +152,8 @@ def test_rrhf_equals_loops():
     tokens = np.random.default_rng(1).integers(1, 9, (4, 4)).astype(float)
     loss = partial(direct.rrhf, ranks_BC=RANKS_OF_FOUR, tokens_BC=tokens)
     with jax.enable_x64(True):
-        losses, grad = loss(logp), jax.grad(lambda x: loss(x).sum())(jnp.array(logp))
+        losses = loss(logp)
+        grad = jax.grad(lambda x: loss(x).sum())(jnp.array(logp))
     in_loops = partial(rrhf_in_loops, ranks=RANKS_OF_FOUR, tokens=tokens)
     np.testing.assert_allclose(losses, in_loops(logp), atol=1e-6)
     np.testing.assert_allclose(grad, numerical_slopes(in_loops, logp), atol=1e-6)
@@ -231,7 +231,7 @@ def test_kto_clamps_its_kl_gives_it_no_gradient_and_falls_as_rewards_rise():
 
 
 def test_ipo_is_bounded_where_dpo_is_not():
-    """Labels that never disagree, a policy of one logit: IPO stops at 1 / (2 beta), DPO goes on for ever."""
+    """On labels that never disagree one logit stops at 1 / (2 beta); by DPO it goes on."""
 
     @partial(jax.jit, static_argnames=("loss", "steps"))
     def train(loss, steps):
@@ -248,10 +248,8 @@ def test_ipo_is_bounded_where_dpo_is_not():
 
 def test_rrhf_is_zero_when_ordered_and_restores_order():
     ranks, tokens = np.array([[3, 1, 2]]), np.array([[2.0, 4.0, 1.0]])
-    ordered, disordered = (
-        np.array([[-6.0, -4.0, -2.0]]),
-        np.array([[-1.0, -8.0, -3.0]]),
-    )  # per token -3, -1, -2
+    # Per token -3, -1, -2.
+    ordered, disordered = (np.array([[-6.0, -4.0, -2.0]]), np.array([[-1.0, -8.0, -3.0]]))
 
     def only_ranks(logps):  # without L_ft
         return direct.rrhf(logps, ranks, tokens) + (logps * (ranks == 1)).sum(1)
@@ -287,7 +285,7 @@ def candidates(ranks, length=6, vocab=7, seed=0):
 
 
 def sums_in_loops(table, batch):
-    """[B, C] log-probabilities, and numbers of tokens."""
+    """Return [B, C] log-probabilities, and numbers of tokens."""
     logp = table - np.log(np.exp(table).sum(-1, keepdims=True))
     sums, counts = np.zeros(batch["ranks_BC"].shape), np.zeros(batch["ranks_BC"].shape)
     for b, c, t in zip(*np.nonzero(batch["loss_mask_BCT"]), strict=True):
@@ -318,7 +316,8 @@ def test_objective_averages_over_the_pairs_of_each_ranking(name, extremes):
         sums, counts = sums_in_loops(table, batch)
         theirs = sums_in_loops(reference, batch)[0] if name == "dpo" else np.zeros_like(sums)
         scores = sums / np.maximum(counts, 1) if name == "simpo" else sums
-        total, gaps = 0.0, []
+        total = 0.0
+        gaps = []
         for b, ranks in enumerate(batch["ranks_BC"]):
             pairs = [(i, j) for i in range(4) for j in range(4) if 0 < ranks[i] < ranks[j]]
             if extremes and pairs:
@@ -333,9 +332,8 @@ def test_objective_averages_over_the_pairs_of_each_ranking(name, extremes):
 
     (loss, (weight, metrics)), grad = objective(jnp.float32(table), batch)
     want, gaps = in_loops(table)
-    assert (
-        float(loss) == pytest.approx(want, rel=2e-6) and float(weight) == 3
-    )  # a tie and an empty row have no pair
+    # A tie and an empty row have no pair.
+    assert float(loss) == pytest.approx(want, rel=2e-6) and float(weight) == 3
     assert [float(x) for x in metrics["accuracy"]] == [sum(g > 0 for g in gaps), len(gaps)]
     assert float(metrics["margin"][0]) == pytest.approx(sum(gaps), rel=1e-4, abs=1e-5)
     numerical = np.zeros_like(table)
@@ -348,7 +346,8 @@ def test_objective_averages_over_the_pairs_of_each_ranking(name, extremes):
 
 def test_chosen_and_rejected_go_through_the_model_once():
     """All candidates in one pass forward; the gradient takes no other."""
-    passes, batch = [], candidates(RANKS)
+    passes = []
+    batch = candidates(RANKS)
     batch["reference_BC"] = np.zeros((5, 4), np.float32)
 
     def counted(params, tokens, *rest, **options):
@@ -392,7 +391,7 @@ def test_kto_objective_judges_by_rank():
     assert [float(x) for x in metrics["accuracy"]] == [r[0, 0] > r[0, 1], 1]
 
 
-# ---- Optima on a policy small enough to enumerate: a prompt of one token, then two tokens out of three
+# ---- Optima on a policy small enough to enumerate: one token as a prompt, then two out of three
 
 FIRST, SECOND = (x.reshape(-1) for x in np.indices((3, 3)))
 
@@ -407,7 +406,7 @@ def tabular(params, tokens_BT, segment_ids_BT, positions_BT):
 
 
 def sequences(order):
-    """The nine sequences in rows of `order` [B, C], as a batch of candidates."""
+    """Return the nine sequences in rows of `order` [B, C], as a batch of candidates."""
     tokens = np.stack([0 * FIRST, FIRST, SECOND], axis=1)[order]
     mask = np.broadcast_to([0.0, 1.0, 1.0], tokens.shape).astype(np.float32)
     ranks = np.broadcast_to(np.arange(1, order.shape[1] + 1), order.shape)
@@ -423,10 +422,8 @@ def start_tables():
 
 def nine_probs(params):
     first, second = (np.float64(params[k]) for k in ("first", "second"))
-    first, second = (
-        first - np.log(np.exp(first).sum()),
-        second - np.log(np.exp(second).sum(1, keepdims=True)),
-    )
+    first = first - np.log(np.exp(first).sum())
+    second = second - np.log(np.exp(second).sum(1, keepdims=True))
     return np.exp(first[FIRST] + second[FIRST, SECOND])
 
 
@@ -451,7 +448,8 @@ def distance(p, q):
 
 def test_dpo_reaches_its_closed_form():
     """Every ordered pair, weighted by its Bradley-Terry probability, is DPO's population loss."""
-    reward, start = 1.5 * normal(9, seed=5), start_tables()
+    reward = 1.5 * normal(9, seed=5)
+    start = start_tables()
     order = np.array([(i, j) for i in range(9) for j in range(9) if i != j])
     preferred = sigmoid(reward[order[:, 0]] - reward[order[:, 1]]).astype(np.float32)
     batch = sequences(order)
@@ -471,31 +469,28 @@ def test_dpo_reaches_its_closed_form():
 
     reached = train(1.0)
     assert distance(reached, closed_form(1.0)) < 0.02
-    assert (
-        distance(reached, reference) > 0.2 and distance(reached, closed_form(0.5)) > 0.1
-    )  # controls
+    # Controls: the start, and another beta's optimum.
+    assert distance(reached, reference) > 0.2 and distance(reached, closed_form(0.5)) > 0.1
 
 
 def kto_optimum(reference, weights, beta):
-    """Where weights s (1 - s) = c pi and pi sums to one, s = sigmoid(beta (log pi/ref - z0)), z0 = KL(pi || ref).
+    """Return by bisection the policy where the gradient of KTO's expected loss is 0.
 
-    That is where the gradient of KTO's expected loss, with z0 held, vanishes on a free softmax. By bisection.
+    With z0 = KL(pi || ref) held, on a free softmax, that is where weights s (1 - s) = c pi and pi
+    sums to one, with s = sigmoid(beta (log pi/ref - z0)).
     """
 
     def bisect(is_low, low, high):
         for _ in range(45):
             middle = 0.5 * (low + high)
-            low, high = (
-                np.where(is_low(middle), middle, low),
-                np.where(is_low(middle), high, middle),
-            )
+            low = np.where(is_low(middle), middle, low)
+            high = np.where(is_low(middle), high, middle)
         return 0.5 * (low + high)
 
     def policy(z0):
         def candidate(log_c):
-            def too_low(
-                t,
-            ):  # t = log pi/ref; one root each, for with beta < 1 the difference falls in t
+            # t = log pi/ref; one root each, for with beta < 1 the difference falls in t.
+            def too_low(t):
                 s = sigmoid(beta * (t - z0))
                 return np.log(weights * s * (1 - s)) > log_c + t + np.log(reference)
 
@@ -511,9 +506,11 @@ def kto_optimum(reference, weights, beta):
 
 
 def test_kto_reaches_its_own_optimum():
-    """Where each response is desirable more often than not; one mostly undesirable is driven out altogether."""
-    start, beta = start_tables(), 0.5
-    batch, reference = sequences(np.arange(9)[:, None]), nine_probs(start)
+    """Each response is desirable more often than not; one that mostly is not is driven out."""
+    start = start_tables()
+    beta = 0.5
+    batch = sequences(np.arange(9)[:, None])
+    reference = nine_probs(start)
     reference_BC = direct.candidate_logprobs(tabular, start, batch)
 
     def train(desirable):

@@ -1,4 +1,4 @@
-"""Distillation's mathematics against float64 NumPy, its limits, and what each divergence prefers."""
+"""Distillation against float64 NumPy, its limits, and what each divergence prefers."""
 
 from functools import partial
 
@@ -71,19 +71,18 @@ def test_values_and_gradients_equal_numpy(name):
     z, t, mask = (jnp.asarray(x, jnp.float32) for x in (STUDENT, TEACHER, MASK))
     np.testing.assert_allclose(ours(z, t, mask), want, rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(jax.grad(lambda x: ours(x, t, mask).sum())(z), slopes, atol=1e-6)
-    assert (
-        np.abs(ours(t, z, mask) - want).max() > 0.01 or name == "jsd 0.5"
-    )  # control: it has a direction
+    # Control: it has a direction.
+    assert np.abs(ours(t, z, mask) - want).max() > 0.01 or name == "jsd 0.5"
     same, slope = jax.value_and_grad(lambda x: ours(x, t, mask).sum())(t)
-    assert (
-        abs(same) < 1e-6 and np.abs(slope).max() < 1e-6
-    )  # nothing to learn where the student is the teacher
+    # Nothing to learn where the student is the teacher.
+    assert abs(same) < 1e-6 and np.abs(slope).max() < 1e-6
 
 
 def test_jsd_tends_to_either_kl():
     with jax.enable_x64(True):
         z, t, mask = map(jnp.asarray, (STUDENT, TEACHER, MASK))
-        forward, reverse = forward_kl(z, t, mask), reverse_kl(z, t, mask)
+        forward = forward_kl(z, t, mask)
+        reverse = reverse_kl(z, t, mask)
         for small in (1e-5, 1e-7):
             np.testing.assert_allclose(
                 jsd(z, t, mask, beta=small) / small, forward, atol=1e4 * small
@@ -93,9 +92,8 @@ def test_jsd_tends_to_either_kl():
             )
         assert np.abs(forward - reverse).max() > 0.1  # control
         half = partial(jsd, mask_BT=mask, beta=0.5)
-        np.testing.assert_allclose(
-            half(z, t), half(t, z), atol=1e-12
-        )  # symmetric for this beta alone, and bounded
+        # Symmetric for this beta alone, and bounded.
+        np.testing.assert_allclose(half(z, t), half(t, z), atol=1e-12)
         assert float(half(z, t).max()) < np.log(2)
 
 
@@ -103,7 +101,7 @@ def test_jsd_tends_to_either_kl():
 
 
 def model(params, tokens_BT, segment_ids_BT, positions_BT):
-    """Logits from a table, a row for each token and position; what comes before is not looked at."""
+    """Return logits from a table, by token and position alone."""
     return LanguageOutput(params[tokens_BT, positions_BT], jnp.eye(params.shape[-1]))
 
 
@@ -124,13 +122,14 @@ def batch_of(mask=MASK):
 
 
 def numpy_objective(student, teacher, batch, alpha, tau, labelled):
-    loss, slope, shared = 0.0, np.zeros(student.shape), min(student.shape[-1], teacher.shape[-1])
+    loss = 0.0
+    slope = np.zeros(student.shape)
+    shared = min(student.shape[-1], teacher.shape[-1])
     for tokens, mask in zip(batch["tokens_BT"], batch["loss_mask_BT"], strict=True):
         for t in range(1, T):
-            row, label = (
-                (tokens[t - 1], t - 1),
-                tokens[t],
-            )  # the logits after t - 1 tokens predict token t
+            # The logits after t - 1 tokens predict token t.
+            row = (tokens[t - 1], t - 1)
+            label = tokens[t]
             if not mask[t]:
                 continue
             value, grad = numpy_forward(student[row][:shared] / tau, teacher[row][:shared] / tau)
@@ -148,7 +147,9 @@ def numpy_objective(student, teacher, batch, alpha, tau, labelled):
 )
 def test_objective_equals_numpy_with_padding_and_vocabularies_of_other_sizes(labelled, vocabulary):
     with jax.enable_x64(True):
-        student, teacher, batch = table(0), table(1, vocabulary), batch_of()
+        student = table(0)
+        teacher = table(1, vocabulary)
+        batch = batch_of()
         settings = {"alpha": 0.3, "tau": 2.5, "labelled": labelled}
         loss_of = partial(distill_objective, model, model, divergence=forward_kl, **settings)
         gradient = jax.value_and_grad(
@@ -163,17 +164,16 @@ def test_objective_equals_numpy_with_padding_and_vocabularies_of_other_sizes(lab
         nll, gap = (float(metrics[name][0]) for name in ("nll", "divergence"))
         assert float(loss) == pytest.approx((0.3 * nll if labelled else 0) + 0.7 * 2.5**2 * gap)
         other = batch | {"tokens_BT": np.where(MASK > 0, batch["tokens_BT"], 0)}
-        assert loss_of({"student": student, "teacher": teacher}, other)[0] == pytest.approx(
-            want
-        )  # the padding
-        moved = batch | {
-            "loss_mask_BT": np.roll(batch["loss_mask_BT"], -1, axis=1)
-        }  # control: off by one token
+        # Tokens of the padding count nowhere.
+        assert loss_of({"student": student, "teacher": teacher}, other)[0] == pytest.approx(want)
+        # Control: off by one token.
+        moved = batch | {"loss_mask_BT": np.roll(batch["loss_mask_BT"], -1, axis=1)}
         assert abs(float(loss_of({"student": student, "teacher": teacher}, moved)[0]) - want) > 0.1
 
 
 def test_alpha_one_is_supervised_fine_tuning_exactly():
-    student, teacher = table(0).astype(jnp.float32), table(1).astype(jnp.float32)
+    student = table(0).astype(jnp.float32)
+    teacher = table(1).astype(jnp.float32)
     sft = jax.value_and_grad(lambda x: likelihood_objective(model, x, batch_of())[0])(student)
 
     def distilled(alpha, teacher):
@@ -186,16 +186,17 @@ def test_alpha_one_is_supervised_fine_tuning_exactly():
 
     jax.tree.map(np.testing.assert_array_equal, distilled(1.0, teacher), sft)
     assert np.abs(distilled(0.9, teacher)[1] - sft[1]).max() > 1e-2  # control
-    (_, slope), (_, labels) = (
-        distilled(0.9, student),
-        sft,
-    )  # teacher and student equal: the labels' part remains
+    # Teacher and student equal: the labels' part remains.
+    (_, slope), (_, labels) = (distilled(0.9, student), sft)
     np.testing.assert_allclose(slope, 0.9 * labels, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_tau_squared_keeps_the_gradient(name):
-    """Hinton et al. 2015, eq. 4: at high tau, logits of mean 0 are matched: tau^2 dKL/dz = (z - v) / V."""
+    """At high tau logits of mean 0 are matched: tau^2 dKL/dz = (z - v) / V.
+
+    Hinton et al. 2015, eq. 4.
+    """
     divergence, _ = CASES[name]
     z, v = (x - x.mean(-1, keepdims=True) for x in (STUDENT[0, :1], TEACHER[0, :1]))
     curvature = {"forward": 1.0, "reverse": 1.0}.get(name) or float(name[4:]) * (
@@ -204,15 +205,16 @@ def test_tau_squared_keeps_the_gradient(name):
     with jax.enable_x64(True):
 
         def slope(tau, scale=1.0):
-            loss_of = lambda x: (divergence(x / tau, scale * v / tau, jnp.ones(1)) * tau**2).sum()
+            def loss_of(x):
+                return (divergence(x / tau, scale * v / tau, jnp.ones(1)) * tau**2).sum()
+
             return np.asarray(jax.grad(loss_of)(scale * jnp.asarray(z)))
 
         want = curvature * (z - v) / V
         errors = [np.abs(slope(tau) - want).max() for tau in (10.0, 100.0, 1000.0)]
         assert errors[2] < 5e-3 * np.abs(want).max() and errors[2] < errors[1] / 5 < errors[0] / 25
-        near = [
-            np.linalg.norm(slope(tau, scale=0.1)) for tau in (1.0, 2.0, 4.0, 8.0)
-        ]  # logits within 1 of 0
+        # Logits within 1 of 0.
+        near = [np.linalg.norm(slope(tau, scale=0.1)) for tau in (1.0, 2.0, 4.0, 8.0)]
         assert max(near) < 1.1 * min(near)
         assert near[0] > 50 * near[3] / 8**2  # control: without tau^2 it falls
 
@@ -228,7 +230,10 @@ def bell(mean, width):
 
 
 def fitted(divergence):
-    """(the bell nearest to a teacher of two narrow modes, of all means and widths; the teacher): probabilities."""
+    """Fit a bell to a teacher of two narrow modes; return both as probabilities.
+
+    The bell is the nearest of all means and widths.
+    """
     teacher = jnp.logaddexp(*(bell(mode, 2.0) + jnp.log(share) for mode, share in MODES))[
         None, None
     ]
@@ -260,18 +265,17 @@ def test_forward_kl_covers_the_mass_and_reverse_kl_seeks_a_mode():
     (wide, teacher), (narrow, _) = fitted(forward_kl), fitted(reverse_kl)
     places = np.arange(41.0)
     first, second = (np.abs(places - mode) <= 6 for mode, _ in MODES)
-    # Forward KL in an exponential family matches its moments: the mean between the modes, and the variance.
+    # Forward KL in an exponential family matches mean and variance; the mean is between the modes.
     for power in (1, 2):
         assert (wide * places**power).sum() == pytest.approx(
             (teacher * places**power).sum(), rel=1e-3
         )
     assert min(wide[first].sum(), wide[second].sum()) > 0.2 and wide[20] > 0.015 > 10 * teacher[20]
-    # Reverse KL keeps the larger mode alone: -log of its share is the price of having left out the other.
+    # Reverse KL keeps the larger mode alone, at the price of -log of its share.
     assert narrow[first].sum() > 0.99 and narrow[second].sum() < 1e-6
     assert (narrow * np.log(narrow / teacher)).sum() == pytest.approx(-np.log(0.6), abs=1e-2)
-    assert (wide * np.log(wide / teacher)).sum() > -2 * np.log(
-        0.6
-    )  # each is worse by the other's measure
+    # Each is worse by the other's measure.
+    assert (wide * np.log(wide / teacher)).sum() > -2 * np.log(0.6)
     assert (teacher * np.log(teacher / narrow)).sum() > 2 * (
         teacher * np.log(teacher / wide)
     ).sum()

@@ -9,7 +9,7 @@ LINK = re.compile(r"\[`(\w+)`\]\(([\w./]+\.py)\)")
 
 
 def names_in(path):
-    """Names of all functions and classes in a file, nested ones too."""
+    """Return the names of all functions and classes in a file, nested ones too."""
     kinds = (ast.FunctionDef, ast.ClassDef)
     return {node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, kinds)}
 

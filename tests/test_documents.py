@@ -17,7 +17,7 @@ LINKED = [*READ_BY_USERS, ROOT / "CHANGELOG.md", *sorted(ROOT.glob("experiments/
 COMMAND = re.compile(r"(?:plan\.py (\w+)|python3? -m ([\w.]+)|([\w/]+)\.py)((?: +\S+)*)")
 FLAG = re.compile(r"(?<![\w-])--([a-z][\w.]*)")
 ALONE = re.compile(r"`--([a-z](?:[\w.]*\w)?)(?![\w.*-])")
-"""A flag in the text: `--seed`; not `--mesh.*`, which stands for several, and no name with hyphens,
+"""A flag in the text: `--seed`; not `--mesh.*`, which stands for several, nor one with hyphens,
 which is another program's."""
 OUTSIDE = ("pytest", "venv", "pip", "mypy")
 """Modules that `python -m` runs and that are not ours."""
@@ -85,7 +85,7 @@ def test_relative_links_resolve(path):
 
 
 def links_of(path):
-    """The relative links of a document, without their anchors."""
+    """Return the relative links of a document, without their anchors."""
     links = re.findall(r"\]\(([^)\s]+)\)", path.read_text())
     return [link.partition("#")[0] for link in links if not link.startswith(("http", "#"))]
 
@@ -138,7 +138,7 @@ def test_the_tree_of_the_readme_is_that_of_the_root():
 
 
 def flags_of(config):
-    """Dotted names of all flags of a dataclass, those of nested ones too."""
+    """Return the dotted names of all flags of a dataclass, those of nested ones too."""
     names = set()
     hints = typing.get_type_hints(config)
     for field in dataclasses.fields(config):
@@ -149,7 +149,7 @@ def flags_of(config):
 
 
 def commands(text):
-    """The commands of ours in a document: (module, flags of it), continued lines joined."""
+    """Return a document's commands of ours: (module, flags of it), continued lines joined."""
     for line in re.sub(r"\\\n\s*", "", text).splitlines():
         for planned, module, script, rest in COMMAND.findall(line):
             name = planned or module or script.replace("/", ".")
@@ -162,7 +162,7 @@ def commands(text):
 
 
 def scripts():
-    """The modules that have flags, of the root and its folders, but experiments."""
+    """Return the modules that have flags, of the root and its folders, but experiments."""
     for folder in WITH_COMMANDS:
         for path in sorted((ROOT / folder).glob("*.py")):
             if "class Config:" in path.read_text():

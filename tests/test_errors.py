@@ -27,7 +27,7 @@ TINY = [
 
 @pytest.fixture(scope="module")
 def good_run(tmp_path_factory):
-    """A finished two-step run on a file of conversations."""
+    """Make a finished two-step run on a file of conversations."""
     folder = tmp_path_factory.mktemp("good")
     chats = folder / "chats.jsonl"
     chats.write_text(

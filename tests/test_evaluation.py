@@ -16,7 +16,7 @@ from tasks import world
 
 @pytest.fixture(scope="module")
 def comparisons():
-    """Rewards, ranks, lengths and criteria of 60 prompts with up to 4 candidates, some tied."""
+    """Return rewards, ranks, lengths and criteria of 60 prompts, some of whose candidates tie."""
     rng = np.random.default_rng(0)
     ranks_NC = rng.integers(0, 4, size=(60, 4))
     rewards_NC = np.where(ranks_NC > 0, rng.normal(size=(60, 4)) - ranks_NC, 0.0)
@@ -26,7 +26,7 @@ def comparisons():
 
 
 def pairs_by_loop(rewards_NC, ranks_NC, criteria):
-    """(gap, criterion) of each pair of candidates with different ranks."""
+    """Return (gap, criterion) of each pair of candidates with different ranks."""
     pairs = []
     for rewards, ranks, criterion in zip(rewards_NC, ranks_NC, criteria, strict=True):
         for i in range(4):

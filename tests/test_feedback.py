@@ -1,4 +1,4 @@
-"""AI feedback: set reliabilities, revisions, a language model's judgement, rules, and a reward behind HTTP."""
+"""AI feedback: set reliabilities, revisions, a model's judgement, rules, a reward behind HTTP."""
 
 import dataclasses
 import itertools
@@ -48,7 +48,7 @@ def asked(text):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A folder with a policy and a reward model, of random weights."""
+    """Make a folder with a policy and a reward model, of random weights."""
     folder = tmp_path_factory.mktemp("feedback")
     tokenizer = Tokenizer.train((world.text(i) for i in range(200)), folder / "made", 512)
     for name, script, kind in (("sft", train_sft, LanguageModel), ("rm", train_rm, ScalarModel)):
@@ -57,9 +57,8 @@ def runs(tmp_path_factory):
         )
         params = jax.jit(init_and_apply(kind(start.model))[0])(jax.random.key(1))
         if "head" in params:
-            params["head"] = jax.random.normal(
-                jax.random.key(2), params["head"].shape
-            )  # it starts at 0
+            # It starts at 0.
+            params["head"] = jax.random.normal(jax.random.key(2), params["head"].shape)
         with Checkpoints(
             start.run, start, script=script.__name__, tokenizer=tokenizer.model
         ) as saved:
@@ -69,7 +68,7 @@ def runs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def shown():
-    """Demonstrators' responses with their prompts and gold verdicts."""
+    """Return demonstrators' responses with their prompts and gold verdicts."""
     rows = [world.demonstration(i, quality=0.5) for i in range(1500)]
     return [
         (row["prompt"], row["response"], world.gold(row["prompt"], row["response"]))
@@ -89,18 +88,19 @@ def test_label_accuracy_follows_the_set_reliability(shown, reliability):
     ]
     interval = 3.3 * (reliability * (1 - reliability) / len(looks)) ** 0.5
     assert abs(np.mean(looks) - reliability) < interval
-    assert (
-        abs(np.mean(looks) - (reliability - 0.1)) > interval
-    )  # control: it could have told another one
-    # Of two responses that differ in one criterion, three looks at each: the chances by enumeration.
+    # Control: it could have told another one.
+    assert abs(np.mean(looks) - (reliability - 0.1)) > interval
+    # Two responses differ in one criterion, three looks at each: the chances by enumeration.
     chance = 0.0
     for flips in itertools.product((0, 1), repeat=6):
         odds = np.prod([1 - reliability if flip else reliability for flip in flips])
-        good, bad = 3 - sum(flips[:3]), sum((1, 1, 0)[i] != flips[3 + i] for i in range(3))
+        good = 3 - sum(flips[:3])
+        bad = sum((1, 1, 0)[i] != flips[3 + i] for i in range(3))
         chance += odds * (0.5 + 0.5 * np.sign(good - bad))
     pairs = []
     for i in range(2000):
-        request, rng = world.prompt(i), random.Random(i)
+        request = world.prompt(i)
+        rng = random.Random(i)
         a, b = (world.respond(request, quality, rng) for quality in (1.0, 0.3))
         if sum(world.gold(request.text, b)) == 2:
             pairs.append((asked(request.text), a, b))
@@ -132,7 +132,7 @@ def test_rankings_share_ties_and_agree_with_gold_where_nothing_is_misread(shown)
 
 
 def violations(shown, names, reliability, rounds=3):
-    """[rounds + 1, criteria]: shares violated before and after each revision."""
+    """Return shares violated before and after each revision, [rounds + 1, criteria]."""
     _, revise = judges.make_simulated(names, reliability, 1, 0)
     prompts = [asked(prompt) for prompt, _, _ in shown]
     responses = [response for _, response, _ in shown]
@@ -153,7 +153,8 @@ def test_violations_fall_with_each_revision_and_helpfulness_is_kept(shown):
     alone = violations(shown, ("harmless",), 0.9, rounds=1)
     share = alone[0, 2] * 0.1  # a critic misses one in ten
     assert abs(alone[1, 2] - share) < 3.3 * (share / len(shown)) ** 0.5
-    # A good response is rewritten where the critic errs, and turns evasive where the reviser errs too: 1 in 100.
+    # A good response is rewritten where the critic errs, and turns evasive where the reviser errs
+    # too: 1 in 100.
     assert alone[1, 0] - alone[0, 0] < 0.03
     coin = violations(shown, ("harmless",), 0.5, rounds=1)  # control: a coin's revisions evade
     assert coin[1, 0] - coin[0, 0] > 0.1
@@ -184,14 +185,18 @@ QUESTIONS = [
 
 
 def chance_of_a(judge):
-    """chance(text) -> P(A | A or B) after the chat template, in float64 from the logits of a right-padded row."""
+    """Return chance(text) -> P(A | A or B) after the chat template.
+
+    It is in float64, from the logits of a right-padded row.
+    """
     model, tokenizer, params = judge
     apply = jax.jit(init_and_apply(LanguageModel(model))[1])
     a, b = (tokenizer.encode(answer)[0] for answer in "AB")
 
     def chance(text):
         tokens = tokenizer.prompt(text)
-        row, real = np.zeros((1, 256), np.int32), np.arange(256)[None] < len(tokens)
+        row = np.zeros((1, 256), np.int32)
+        real = np.arange(256)[None] < len(tokens)
         row[0, : len(tokens)] = tokens
         output = apply(params, row, real.astype(np.int32), np.arange(256)[None] * real)
         logits = np.asarray(unembed(output.x_BTD, output.unembed_DV), np.float64)
@@ -207,20 +212,21 @@ def test_position_bias_cancels_in_a_language_models_judgement(runs):
     ours, mirrored = prefer(QUESTIONS), prefer([(p, b, a) for p, a, b in QUESTIONS])
     np.testing.assert_allclose(ours + mirrored, 1, atol=1e-6)
     np.testing.assert_allclose(ours[1], 0.5, atol=1e-6)  # a response against itself
-    chance, single = chance_of_a(judge), np.zeros((2, 2, 2))
+    chance = chance_of_a(judge)
+    single = np.zeros((2, 2, 2))
     for q, question in enumerate(QUESTIONS):
         for p, text in enumerate(principles):
             single[q, p] = [chance(prompt) for prompt in judges.comparing_prompts(question, text)]
     np.testing.assert_allclose(ours, (single[..., 0] + 1 - single[..., 1]) / 2, atol=1e-5)
-    assert (
-        np.abs(single[1] - 0.5).max() > 1e-3
-    )  # control: one order alone has a favourite position
+    # Control: one order alone has a favourite position.
+    assert np.abs(single[1] - 0.5).max() > 1e-3
 
 
 def test_a_language_model_is_a_rule_and_a_reward(runs, tmp_path, monkeypatch):
-    """One response at a time, whatever the reward's caller; the same probability from the model's own logits.
+    """It gives the probability of the model's own logits, one response at a time, to any caller.
 
-    Rows are padded to a power of two, so one question costs one, and each number of them is not a program of its own.
+    Rows are padded to a power of two: one question costs one row, and not each number of them is a
+    program of its own.
     """
     lines = [
         "from responses import load_run",
@@ -230,8 +236,14 @@ def test_a_language_model_is_a_rule_and_a_reward(runs, tmp_path, monkeypatch):
     (tmp_path / "own_rule.py").write_text("\n".join(lines) + "\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    keeps, pad, sizes = rewards.load_function("own_rule:polite"), judges.pad_prompts, []
-    counted = lambda rows, *rest, **options: sizes.append(len(rows)) or pad(rows, *rest, **options)
+    keeps = rewards.load_function("own_rule:polite")
+    pad = judges.pad_prompts
+    sizes = []
+
+    def counted(rows, *rest, **options):
+        sizes.append(len(rows))
+        return pad(rows, *rest, **options)
+
     monkeypatch.setattr(judges, "pad_prompts", counted)
     (messages, *responses), chance = QUESTIONS[0], chance_of_a(load_run(str(runs / "sft")))
     for response in responses:
@@ -302,10 +314,8 @@ def test_the_reward_model_picks_the_best_refinement(runs):
 
 def test_the_files_are_in_the_trainers_schemas(runs, tmp_path):
     common = [f"--init={runs}/sft", "--prompts=128"]
-    for write, schema, samples in (
-        ("comparisons", "comparison", 32),
-        ("revisions", "chat", 1),
-    ):  # few samples end
+    # Few samples end.
+    for write, schema, samples in (("comparisons", "comparison", 32), ("revisions", "chat", 1)):
         path = tmp_path / f"{write}.jsonl"
         out = run(feedback, *common, f"--write={write}", f"--samples={samples}", f"--out={path}")
         rows = [json.loads(line) for line in path.read_text().splitlines()]
@@ -327,7 +337,7 @@ def test_the_files_are_in_the_trainers_schemas(runs, tmp_path):
 
 @pytest.mark.parametrize("write", ["comparisons", "revisions"])
 def test_a_policy_that_judges_itself(runs, tmp_path, write):
-    """Self-rewarding: one run answers, and judges or revises, by principles with names of their own."""
+    """One run answers, and judges or revises by principles that have names of their own."""
     mine, path = tmp_path / "principles.txt", tmp_path / "out.jsonl"
     mine.write_text("kind: Be kind.\nBe brief.\n")
     options = [
@@ -378,7 +388,8 @@ def test_mistakes_are_one_line(runs, tmp_path, capsys):
 
 def test_a_response_is_scored_after_its_prompt_as_training_cuts_it(runs):
     model, tokenizer, params = load_run(str(runs / "rm"), reward=True)
-    prompt, length = asked("what is the capital of france? " * 20), 40
+    prompt = asked("what is the capital of france? " * 20)
+    length = 40
     record = {"prompt": prompt, "responses": ["it is paris."] * 2, "ranking": [1, 2]}
     [row], cut = encode_comparison(record, tokenizer, length)
     batch = pad_comparisons([row], length, tokenizer.pad)
@@ -425,7 +436,7 @@ def test_a_rule_gates_a_preference():
 
 
 def one_batch(tokenizer, mesh):
-    """A rollout's arrays, of 8 responses to 4 prompts, and the records."""
+    """Return a rollout's arrays, of 8 responses to 4 prompts, and the records."""
     texts = [world.demonstration(i)["response"] for i in range(8)]
     batch = {
         name: np.zeros((8, 64), np.int32)
@@ -435,17 +446,16 @@ def one_batch(tokenizer, mesh):
     for b, text in enumerate(texts):
         response = [*tokenizer.encode(text), tokenizer.eos][:40]
         row = [*tokenizer.prompt("hello.")[:20], *response]
-        batch["tokens_BT"][b, : len(row)], batch["segment_ids_BT"][b, : len(row)] = row, 1
+        batch["tokens_BT"][b, : len(row)] = row
+        batch["segment_ids_BT"][b, : len(row)] = 1
         batch["positions_BT"][b, : len(row)] = np.arange(len(row))
-        batch["response_BR"][b, : len(response)], batch["mask_BR"][b, : len(response)] = (
-            response,
-            1,
-        )
+        batch["response_BR"][b, : len(response)] = response
+        batch["mask_BR"][b, : len(response)] = 1
     return to_mesh(batch, mesh), [{"prompt": asked(f"hello {i}.")} for i in range(4)], texts
 
 
 def serving(config):
-    """A server of this process, and the thread that it answers in."""
+    """Start a server in this process; return it and the thread that it answers in."""
     server = serve_reward.make_server(config)
     thread = threading.Thread(
         target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
@@ -455,7 +465,8 @@ def serving(config):
 
 
 def test_scores_over_http_are_those_in_process_also_after_a_restart(runs, capsys):
-    mesh, tokenizer = make_mesh(MeshConfig()), Tokenizer.load(runs / "rm")
+    mesh = make_mesh(MeshConfig())
+    tokenizer = Tokenizer.load(runs / "rm")
     batch, records, texts = one_batch(tokenizer, mesh)
     name = str(runs / "rm")
     models, score = rewards.make_reward_scorer([name], tokenizer, mesh)
@@ -492,7 +503,7 @@ def test_scores_over_http_are_those_in_process_also_after_a_restart(runs, capsys
 
 
 def counted(server):
-    """A list that gets an entry for each request which `server` answers from now on."""
+    """Return a list that gets an entry for each request which `server` answers from now on."""
     requests = []
     process = server.process_request
 
@@ -517,14 +528,11 @@ def test_a_server_that_stays_away_ends_the_command():
     ("script", "reward"), [("train_grpo", "rm"), ("train_ppo", "tasks.rules:brief")]
 )
 def test_training_survives_its_server_being_killed(runs, tmp_path, script, reward):
-    """kill -9 after the first iteration; the run ends with the weights of one whose reward was never away."""
-    reward = (
-        runs / reward if script == "train_grpo" else reward
-    )  # of PPO a function: a model starts the critic too
-    one = {
-        **os.environ,
-        "XLA_FLAGS": "",
-    }  # a device each: eight simulated ones starve one another on few cores
+    """A kill -9 after the first iteration leaves the weights as if the reward was never away."""
+    # PPO's reward is a function: a model would start the critic too.
+    reward = runs / reward if script == "train_grpo" else reward
+    # One device each: eight simulated ones starve one another on few cores.
+    one = {**os.environ, "XLA_FLAGS": ""}
     common = [
         f"--init={runs}/sft",
         "--batch_size=64",

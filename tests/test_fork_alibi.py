@@ -1,4 +1,4 @@
-"""The fork experiments/alibi: its attention against float64 loops, and decoding against training."""
+"""The fork experiments/alibi: attention against float64 loops, decoding against training."""
 
 import dataclasses
 import importlib.util
@@ -25,7 +25,7 @@ PAD, EOS = 0, 39
 
 
 def in_loops(q_BTNH, k_BTKH, v_BTKH, segments_BT, slopes_N):
-    """Press et al. 2022, section 3, one query at a time, in float64."""
+    """Compute Press et al. 2022, section 3, one query at a time, in float64."""
     batch, length, heads, width = q_BTNH.shape
     group = heads // k_BTKH.shape[2]
     out = np.zeros(q_BTNH.shape)

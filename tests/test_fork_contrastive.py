@@ -1,4 +1,4 @@
-"""Contrastive instructions (experiments/contrastive): the loss against loops, its contrasts, its script."""
+"""Contrastive instructions (experiments/contrastive): loss against loops, contrasts, script."""
 
 from functools import partial
 
@@ -35,10 +35,12 @@ def in_loops(logp, ranks):
 
 
 def test_the_loss_equals_loops():
-    logp, ranks = -np.abs(normal(4, 4)) - 1, RANKS_OF_FOUR
+    logp = -np.abs(normal(4, 4)) - 1
+    ranks = RANKS_OF_FOUR
     loss = partial(contrastive, ranks_BC=ranks, tokens_BC=np.ones((4, 4)))
     with jax.enable_x64(True):
-        losses, grad = loss(logp), jax.grad(lambda x: loss(x).sum())(jnp.array(logp))
+        losses = loss(logp)
+        grad = jax.grad(lambda x: loss(x).sum())(jnp.array(logp))
     np.testing.assert_allclose(losses, in_loops(logp, ranks), atol=1e-6)
     want = numerical_slopes(partial(in_loops, ranks=ranks), logp)
     np.testing.assert_allclose(grad, want, atol=1e-6)
@@ -47,7 +49,7 @@ def test_the_loss_equals_loops():
 
 @pytest.fixture
 def contrasts(tmp_path, monkeypatch):
-    """Comparisons, and a batch of eight of their contrasts of four prompts."""
+    """Return comparisons, and a batch of eight of their contrasts of four prompts."""
     monkeypatch.setenv("PLUMB_CACHE", str(tmp_path / "cache"))
     source = open_source(
         str(write(tmp_path / "c.jsonl", comparison_rows())), "comparison", "train"

@@ -1,4 +1,4 @@
-"""FIGA (experiments/figa): its token weights against a recursive edit distance, its loss against loops, its script."""
+"""FIGA (experiments/figa): token weights against a recursive edit distance, loss, script."""
 
 from functools import cache, partial
 
@@ -63,7 +63,7 @@ def test_tokens_that_a_revision_keeps_have_no_gradient():
     assert weighted["weights_BCT"][0].tolist() == changed
 
     def table(params, tokens, segments, positions):
-        """Logits of its own for each row and position."""
+        """Return logits of its own for each row and position."""
         return LanguageOutput(params, jnp.eye(9))
 
     logits = jnp.float32(normal(3, 6, 9))

@@ -1,4 +1,4 @@
-"""Chain of hindsight (experiments/hindsight): its conversations, hidden tokens, and that a policy listens to it."""
+"""Chain of hindsight (experiments/hindsight): conversations, hidden tokens, a policy's words."""
 
 import jax
 import numpy as np
@@ -21,7 +21,7 @@ from train_state import load_params
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run on pairs of white (chosen) and black, with a tenth of past tokens hidden."""
+    """Make a run on pairs of white (chosen) and black, with a tenth of past tokens hidden."""
     folder = tmp_path_factory.mktemp("hindsight")
     rows = [{"prompt": f"colour {i}", "chosen": "white", "rejected": "black"} for i in range(40)]
     data = write(folder / "pairs.jsonl", rows)
@@ -35,7 +35,7 @@ def finished(tmp_path_factory):
 
 
 def test_the_words_switch_the_response(finished):
-    """Trained on chains of helpful and unhelpful answers, the policy gives the one that it is asked for."""
+    """Trained on chains of helpful and unhelpful answers, the policy gives the one asked for."""
     model = ModelConfig(**load_config(str(finished))["model"])
     tokenizer = Tokenizer.load(finished)
     respond = make_sampler(model, SamplingConfig(0.0, max_new_tokens=12), tokenizer)
@@ -52,7 +52,7 @@ def tokenizer(tmp_path):
 
 @pytest.fixture
 def chains():
-    """Two chains of one comparison of three responses."""
+    """Return two chains of one comparison of three responses."""
     record = {
         "prompt": [{"role": "user", "content": "q"}],
         "responses": ["bad", "good", "mid"],

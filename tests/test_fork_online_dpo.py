@@ -1,4 +1,4 @@
-"""The fork experiments/online_dpo: its loss and gradient as the paper writes them, and the script."""
+"""The fork experiments/online_dpo: loss and gradient as the paper writes them, the script."""
 
 from functools import partial
 
@@ -26,7 +26,7 @@ def normal(*shape, seed=0):
 
 
 def pairs_of(config, apply, policy, reference, batch, scores_B):
-    """The pairs that the script makes of the rollouts `batch`."""
+    """Return the pairs that the script makes of the rollouts `batch`."""
     compute_targets = train_grpo.make_targets(config, apply, eos=-1)
     ranked, _ = compute_targets(policy, reference, batch, {"r": scores_B}, {})
     return best_and_worst(ranked, config.samples_per_prompt)
@@ -43,7 +43,7 @@ def bigram(params, tokens, segments, positions):
 
 
 def rollouts(seed=0):
-    """P C responses of one to R tokens to prompts of two, padded with another token."""
+    """Return P C responses of one to R tokens to prompts of two, padded with another token."""
     rng = np.random.default_rng(seed)
     lengths = rng.integers(1, R + 1, P * C)
     lengths[:4] = [R, 1, 3, R]
@@ -61,7 +61,7 @@ def rollouts(seed=0):
 
 
 def token_logps(table, batch):
-    """A list of log-probabilities for each response: real tokens only."""
+    """Return a list of log-probabilities for each response: real tokens only."""
     logp = table - np.log(np.exp(table).sum(-1, keepdims=True))
     rows = zip(batch["tokens_BT"], batch["mask_BR"].sum(1).astype(int), strict=True)
     return [
@@ -70,7 +70,7 @@ def token_logps(table, batch):
 
 
 def paper_loss(table, reference_table, batch, scores):
-    """Guo et al. 2024: DPO's loss on the best and the worst of each group, in loops."""
+    """Return DPO's loss on the best and worst of each group, in loops (Guo et al. 2024)."""
     logp, reference = (token_logps(t, batch) for t in (table, reference_table))
     ratio = [a.sum() - b.sum() for a, b in zip(logp, reference, strict=True)]
     losses = []
@@ -85,7 +85,9 @@ def paper_loss(table, reference_table, batch, scores):
 
 def test_loss_and_gradient_equal_the_paper():
     config = small_config(C)
-    batch, reference, old = rollouts(), normal(V, V), normal(V, V, seed=1)
+    batch = rollouts()
+    reference = normal(V, V)
+    old = normal(V, V, seed=1)
     table = old + 0.3 * normal(V, V, seed=2)
     scores = normal(P * C, seed=3).round(2)
     scores[C : 2 * C] = 0.1  # a group of equal scores
@@ -109,7 +111,8 @@ def test_loss_and_gradient_equal_the_paper():
 
 def test_what_lies_in_the_padding_does_not_matter():
     config = small_config(C)
-    batch, table = rollouts(), jnp.float32(normal(V, V))
+    batch = rollouts()
+    table = jnp.float32(normal(V, V))
     # Token 0 is met in the padding only.
     table = table.at[0].set(jnp.float32([60.0, -60.0, 0.0, 0.0, 0.0]))
     other = {**batch, "response_BR": np.where(batch["mask_BR"] > 0, batch["response_BR"], 1)}
@@ -165,7 +168,7 @@ SMALL = [
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A folder with prompts, a policy with random weights to start from and a module of rewards."""
+    """Make a folder with prompts, a random policy to start from and a module of rewards."""
     folder = tmp_path_factory.mktemp("online_dpo")
     sums = [(f"{i} plus {j}", str(i + j)) for i in range(10) for j in range(10)]
     write(folder / "sums.jsonl", [{"prompt": p, "answer": a} for p, a in sums])

@@ -1,4 +1,4 @@
-"""The fork experiments/quark: quantiles, the turn that names one, the loss, rounds on a table, the script."""
+"""The fork experiments/quark: quantiles, their turns, the loss, rounds on a table, the script."""
 
 import itertools
 import math
@@ -114,7 +114,7 @@ def log_softmax(x):
 
 
 def test_quarks_loss_and_gradient_equal_numpy():
-    """A policy whose logits are a row of a table, by the last token and whether the row has a quantile."""
+    """The policy's logits are a row of a table, by the last token and the row's quantile."""
     rng = np.random.default_rng(0)
     policy, reference = rng.normal(size=(2, 2, 7, 7))
     segments = np.array([[0, 0, 1, 1, 1, 1, 0], [0, 1, 1, 1, 1, 1, 1]], np.int32)
@@ -131,7 +131,7 @@ def test_quarks_loss_and_gradient_equal_numpy():
         return LanguageOutput(params[has_system_B[:, None], tokens_BT], jnp.eye(params.shape[-1]))
 
     def parts(policy):
-        """The likelihood with the quantile and the KL from the reference without, in loops."""
+        """Return the likelihood with the quantile and the KL from the reference without it."""
         nll, kl = 0.0, 0.0
         for b, t in zip(*np.nonzero(batch["loss_mask_BT"]), strict=True):
             before, token = batch["tokens_BT"][b, t - 1 : t + 1]
@@ -157,14 +157,10 @@ def test_quarks_loss_and_gradient_equal_numpy():
     assert not np.any(grads["reference"]) and np.any(slope[1]) and not np.any(slope[0])
 
 
-# ---- Quark in rounds, on a policy that is a table: the logits of a one-token answer by the quantile's word
+# ---- Quark in rounds, on a table of the logits of a one-token answer by the quantile's word
 
-ANSWERS, WORDS, SYSTEM, BOS = (
-    200,
-    200,
-    206,
-    207,
-)  # tokens: 0 to 199 answers; 200, as of no word, to 205 words; two more
+# Tokens: 0 to 199 answers; 200, as of no word, to 205 words; two more.
+ANSWERS, WORDS, SYSTEM, BOS = 200, 200, 206, 207
 
 
 def worded(table, tokens_BT, segment_ids_BT, positions_BT):
@@ -175,7 +171,10 @@ def worded(table, tokens_BT, segment_ids_BT, positions_BT):
 
 @jax.jit
 def table_after_rounds(reference, reward_V, blind):
-    """The table after rounds as of experiments/quark/train_raft.py, from the reference; `blind`: responses are ranked by noise."""
+    """Return the table after rounds as of experiments/quark/train_raft.py, from the reference.
+
+    With `blind` responses are ranked by noise.
+    """
     rounds, rows, updates, size = 4, 512, 40, 128
     rows_BT = jnp.zeros((rows, 2), jnp.int32)
     plain = {
@@ -187,18 +186,17 @@ def table_after_rounds(reference, reward_V, blind):
     optimizer = optax.adam(0.1)
 
     def update(carry, minibatch):
-        loss = lambda table: (
-            objective({"policy": table, "reference": reference}, minibatch)[0] / size
-        )
+        def loss(table):
+            return objective({"policy": table, "reference": reference}, minibatch)[0] / size
+
         changes, state = optimizer.update(jax.grad(loss)(carry[0]), carry[1])
         return (optax.apply_updates(carry[0], changes), state), None
 
     def turn(number, carry):
         table, state, pool = carry
         keys = jax.random.split(jax.random.key(number), 4)
-        asked_V = table[
-            jnp.where(number == 0, 0, 5), :ANSWERS
-        ]  # at first the reference's own, then by the best word
+        # At first the reference's own, then by the best word.
+        asked_V = table[jnp.where(number == 0, 0, 5), :ANSWERS]
         answers_B = jax.random.categorical(keys[0], asked_V, shape=(rows,))
         batch = {**plain, "tokens_BT": rows_BT.at[:, 0].set(BOS).at[:, 1].set(answers_B)}
         score_B = jnp.where(blind, jax.random.uniform(keys[1], (rows,)), reward_V[answers_B])
@@ -215,17 +213,19 @@ def table_after_rounds(reference, reward_V, blind):
 
 
 def test_quark_orders_its_words_by_reward_and_the_best_word_gains():
-    """Mean rewards under each word, exactly; the control's quantiles are of noise, so that words tell nothing."""
+    """Mean rewards under each word are exact; the control's quantiles are those of noise."""
     rng = np.random.default_rng(0)
-    reward_V, start = rng.permutation(ANSWERS) / 25, np.full((6, 208), -1e4, np.float32)
-    start[:, :ANSWERS] = rng.normal(
-        size=ANSWERS
-    )  # the same whatever the word, which the reference does not know
-    mean = lambda table: np.exp(log_softmax(np.float64(table)))[:, :ANSWERS] @ reward_V
-    before, after, blind = (
-        mean(start)[0],
-        *(mean(table_after_rounds(start, np.float32(reward_V), noise)) for noise in (False, True)),
-    )
+    reward_V = rng.permutation(ANSWERS) / 25
+    start = np.full((6, 208), -1e4, np.float32)
+    # The same whatever the word, which the reference does not know.
+    start[:, :ANSWERS] = rng.normal(size=ANSWERS)
+
+    def mean(table):
+        return np.exp(log_softmax(np.float64(table)))[:, :ANSWERS] @ reward_V
+
+    before = mean(start)[0]
+    after = mean(table_after_rounds(start, np.float32(reward_V), False))
+    blind = mean(table_after_rounds(start, np.float32(reward_V), True))
     assert (np.diff(after[1:]) > 0).all() and after[5] > before + 2
     assert np.ptp(blind[1:]) < 1 and blind[5] < before + 0.5  # control
 
@@ -252,7 +252,7 @@ EIGHT = ["--mesh.data=1", "--mesh.fsdp=8"]
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A folder with prompts, a policy with random weights to start from and a module of rewards."""
+    """Make a folder with prompts, a random policy to start from and a module of rewards."""
     folder = tmp_path_factory.mktemp("quark")
     sums = [(f"{i} plus {j}", str(i + j)) for i in range(10) for j in range(10)]
     write(folder / "sums.jsonl", [{"prompt": p, "answer": a} for p, a in sums])

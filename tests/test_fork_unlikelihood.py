@@ -1,4 +1,4 @@
-"""Unlikelihood (experiments/unlikelihood): its loss against loops, what it lowers and what it leaves, its script."""
+"""Unlikelihood (experiments/unlikelihood): loss against loops, what it lowers, its script."""
 
 from functools import partial
 
@@ -95,7 +95,7 @@ def test_unlikelihood_in_one_context_lowers_the_bad_token_and_never_the_good_one
     batch = with_rank_weights(batch, 1.0)
 
     def course(batch):
-        """[starts, steps, V]: what follows token 1."""
+        """Return the probabilities of what follows token 1, [starts, steps, V]."""
         slope = jax.grad(lambda table: unlikelihood_objective(bigram, table, batch)[0])
 
         def descend(table, _):
@@ -112,7 +112,7 @@ def test_unlikelihood_in_one_context_lowers_the_bad_token_and_never_the_good_one
 
 
 def test_unlikelihood_also_unlearns_what_the_model_is_sure_of():
-    """In float32 log p is 0 to rounding at a margin of 16 nats or more, where the loss is clamped."""
+    """At a margin of 16 nats float32's log p is 0 to rounding, and the loss is clamped."""
 
     def loss(margin):
         logits = jnp.array([[[margin, 0.0]]])

@@ -24,7 +24,8 @@ NEVER, PAD, EOS = 23, 0, 2  # NEVER: an end that the tests' models do not reach 
 @functools.cache
 def model(seed=0, scale=0.5):
     init, apply = init_and_apply(LanguageModel(CONFIG))
-    rng, shapes = np.random.default_rng(seed), jax.eval_shape(init, jax.random.key(0))
+    rng = np.random.default_rng(seed)
+    shapes = jax.eval_shape(init, jax.random.key(0))
 
     def leaf(path, shape):
         noise = scale * rng.normal(size=shape.shape)
@@ -34,7 +35,7 @@ def model(seed=0, scale=0.5):
 
 
 def logits_and_cache(apply):
-    """A language model's apply, reduced to (logits_BTV, cache)."""
+    """Reduce a language model's apply to (logits_BTV, cache)."""
 
     def results(*args):
         output = apply(*args)
@@ -67,7 +68,7 @@ GREEDY = SamplingConfig(temperature=0, max_new_tokens=6)
 
 
 def uncached_logits(params, tokens):
-    """Logits of the token after `tokens`, from a full pass without a cache; one compiled width for all."""
+    """Return the logits after `tokens`, by a full pass without a cache, in one width for all."""
     padded = np.pad(np.array([tokens], np.int32), ((0, 0), (0, 12 - len(tokens))))
     segments = (np.arange(12) < len(tokens)).astype(np.int32)[None]
     logits, _ = model()[1](
@@ -82,7 +83,8 @@ def greedy():
 
 
 def test_greedy_is_the_argmax_of_uncached_logits_at_every_step():
-    params, got = model()[0], greedy()
+    params = model()[0]
+    got = greedy()
     for b, prompt in enumerate(PROMPTS):
         tokens = list(prompt)
         for t in range(6):
@@ -94,7 +96,8 @@ def test_greedy_is_the_argmax_of_uncached_logits_at_every_step():
 
 
 def test_amount_of_left_padding_changes_nothing():
-    params, got = model()[0], greedy()
+    params = model()[0]
+    got = greedy()
     more = sample(params, left_padded(PROMPTS, extra=5), jax.random.key(0), GREEDY)
     assert (more.response_BR == got.response_BR).all()
     np.testing.assert_allclose(more.logp_BR, got.logp_BR, atol=1e-5)
@@ -124,9 +127,8 @@ def test_logp_equals_the_trainers_teacher_forced(temperature):
     assert (
         np.abs(other - samples.logp_BR) * mask
     ).max() > 1e-2  # control: another temperature shows
-    for b, tokens in enumerate(
-        batch["tokens_BT"]
-    ):  # rows are prompts in order, n of each, then the responses
+    # Rows are prompts in order, n of each, then the responses.
+    for b, tokens in enumerate(batch["tokens_BT"]):
         assert (tokens[:5] == prompts["tokens_BT"][b // 8]).all() and (
             tokens[5:] == samples.response_BR[b]
         ).all()
@@ -135,7 +137,7 @@ def test_logp_equals_the_trainers_teacher_forced(temperature):
 
 
 def scripted(next_token):
-    """A stand-in for a model: the likeliest token after token i is next_token[i]; counts its calls."""
+    """Make a model that counts its calls: after token i next_token[i] is likeliest."""
     calls = []
 
     def apply(params, tokens_BT, segment_ids_BT, positions_BT, cache=None):
@@ -174,16 +176,16 @@ def test_rows_end_at_eos_and_the_loop_when_all_have():
 
 def test_n_samples_equal_repeated_prompts_from_one_prefill():
     params = model()[0]
-    sampling, key = SamplingConfig(max_new_tokens=6), jax.random.key(5)
+    sampling = SamplingConfig(max_new_tokens=6)
+    key = jax.random.key(5)
     repeated = left_padded([prompt for prompt in PROMPTS for _ in range(4)])
     for config in (GREEDY, sampling):
         together = sample(params, left_padded(PROMPTS), key, config, n=4)
         apart = sample(params, repeated, key, config)
         assert (together.response_BR == apart.response_BR).all()
         np.testing.assert_allclose(together.logp_BR, apart.logp_BR, atol=1e-5)
-    assert (
-        len({tuple(row) for row in np.asarray(together.response_BR).tolist()}) > 6
-    )  # samples differ
+    # Samples differ.
+    assert len({tuple(row) for row in np.asarray(together.response_BR).tolist()}) > 6
     rows = []
 
     def counting(params, tokens_BT, *args, **kwargs):
@@ -197,7 +199,8 @@ def test_n_samples_equal_repeated_prompts_from_one_prefill():
 
 @pytest.mark.parametrize("slots, window, temperature", [(3, None, 1.0), (16, 4, 0.7)])
 def test_refilled_slots_give_what_the_plain_loop_gives(slots, window, temperature):
-    params, config = model()[0], dataclasses.replace(CONFIG, window=window)
+    params = model()[0]
+    config = dataclasses.replace(CONFIG, window=window)
     _, apply = init_and_apply(LanguageModel(config))
     prompts = left_padded([list(range(3, 4 + i % 5)) for i in range(7)])
     how = {
@@ -222,7 +225,7 @@ def test_a_slot_does_not_wait_for_the_longest_row():
     apply, calls = scripted([0, 5, 0, 4, 2, 6, 3, 0])
     settings = {"sampling": GREEDY, "eos": EOS, "pad": PAD}
     prompts = left_padded([[1], *[[3]] * 4, [4]])
-    # Of two slots one takes all responses but the first, one after another.
+    # One of two slots takes all responses but the first, one after another.
     for slots, steps in ((2, 4), (1, 8), (6, 4)):
         calls.clear()
         run = functools.partial(generate_in_slots, apply, CONFIG, slots=slots, **settings)
@@ -232,7 +235,8 @@ def test_a_slot_does_not_wait_for_the_longest_row():
 
 
 def test_unstacked_layers_in_bfloat16_change_no_bit():
-    config, params = dataclasses.replace(CONFIG, dtype="bfloat16"), model()[0]
+    config = dataclasses.replace(CONFIG, dtype="bfloat16")
+    params = model()[0]
     apply = logits_and_cache(init_and_apply(LanguageModel(config))[1])
     op_by_op = jax.disable_jit()(apply)  # a compiler may leave roundings out
     prompts = left_padded(PROMPTS)
@@ -240,20 +244,24 @@ def test_unstacked_layers_in_bfloat16_change_no_bit():
     _, cache = jax.jit(apply)(params, *inputs, empty_cache(config, 3, 6))
     one = (inputs[0][:, -1:], inputs[1][:, -1:], inputs[2][:, -1:] + 1)
     want, _ = op_by_op(params, *one, cache)
-    apart, tuples = unstack_params(params, config.compute_dtype), unstack_cache(cache)
+    apart = unstack_params(params, config.compute_dtype)
+    tuples = unstack_cache(cache)
     assert (op_by_op(apart, *one, tuples)[0] == want).all() and isinstance(tuples.k_LBKSH, tuple)
     assert apart["decoder"]["layers"]["mlp"]["up"][1].dtype == jnp.bfloat16
-    rounded = jax.tree.map(
-        lambda w: w.astype(jnp.bfloat16), apart
-    )  # control: the norms' scales too
+    # Control: the norms' scales too.
+    rounded = jax.tree.map(lambda w: w.astype(jnp.bfloat16), apart)
     assert (op_by_op(rounded, *one, tuples)[0] != want).any()
 
 
 def kept_by_definition(logits, k, p):
-    """Indices that stay, by sorting and adding up in float64 (k first, then the nucleus of what is left)."""
+    """Return the indices that stay, by sorting and adding up in float64.
+
+    First k tokens are kept, then the nucleus of those.
+    """
     order = [int(i) for i in np.argsort(-logits.astype(np.float64), kind="stable")][: k or None]
     weights = np.exp(logits[order].astype(np.float64) - logits[order[0]])
-    total, kept = 0.0, set()
+    total = 0.0
+    kept = set()
     for i, share in zip(order, weights / weights.sum(), strict=True):
         if total >= p:
             break
@@ -276,7 +284,8 @@ def test_truncation_equals_its_definition(k, p):
 
 @pytest.mark.parametrize("temperature, top_k", [(1.0, 0), (0.5, 0), (1.5, 4)])
 def test_frequencies_follow_the_softmax(temperature, top_k):
-    params, count = model(scale=0.3)[0], 4096
+    params = model(scale=0.3)[0]
+    count = 4096
     sampling = SamplingConfig(temperature=temperature, top_k=top_k, max_new_tokens=1)
     samples = sample(params, left_padded(PROMPTS[:1]), jax.random.key(7), sampling, n=count)
     logits = uncached_logits(params, PROMPTS[0]).astype(np.float64) / temperature

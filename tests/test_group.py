@@ -1,4 +1,4 @@
-"""Methods without a critic against float64 loops written from the papers, their limits, and their optima."""
+"""Methods without a critic against float64 loops from the papers, their limits, their optima."""
 
 import typing
 from functools import partial
@@ -19,6 +19,7 @@ from runtime import flags
 
 METHODS = ["grpo", "dr_grpo", "dapo", "gspo", "rloo", "reinforce_pp"]
 P, C, R, V = 3, 4, 6, 5  # prompts, responses to each, tokens of a response, vocabulary
+GROUPS = [range(p * C, p * C + C) for p in range(P)]
 
 
 def normal(*shape, seed=0):
@@ -31,7 +32,7 @@ def settled(method, **fields):
 
 
 def experience_of(config, apply, policy, reference, batch, rewards_B):
-    """The rollouts `batch` with the targets of the script, and the metrics."""
+    """Return the rollouts `batch` with the targets of the script, and the metrics."""
     advantages, _ = train_grpo.make_method(config, apply)
     compute_advantages = train_grpo.make_advantages(config, apply, advantages, eos=-1)
     return compute_advantages(policy, reference, batch, {"r": rewards_B}, {})
@@ -45,7 +46,7 @@ def bigram(params, tokens, segments, positions):
 
 
 def rollouts(seed=0):
-    """P C responses of one to R tokens to prompts of two, padded with another token."""
+    """Return P C responses of one to R tokens to prompts of two, padded with another token."""
     rng = np.random.default_rng(seed)
     lengths = rng.integers(1, R + 1, P * C)
     lengths[:4] = [R, 1, 3, R]
@@ -63,7 +64,7 @@ def rollouts(seed=0):
 
 
 def token_logps(table, batch):
-    """A list of log-probabilities for each response: real tokens only."""
+    """Return a list of log-probabilities for each response: real tokens only."""
     logp = table - np.log(np.exp(table).sum(-1, keepdims=True))
     rows = zip(batch["tokens_BT"], batch["mask_BR"].sum(1).astype(int), strict=True)
     return [
@@ -71,71 +72,90 @@ def token_logps(table, batch):
     ]
 
 
-def paper_loss(method, table, old_table, reference_table, batch, rewards):
-    """Minus the paper's objective, in loops."""
-    logp, old, reference = (token_logps(t, batch) for t in (table, old_table, reference_table))
+def clipped(ratio, A, low, high):
+    """Return the clipped term of a ratio and its advantage."""
+    return min(ratio * A, float(np.clip(ratio, 1 - low, 1 + high)) * A)
+
+
+def reinforce_pp_loss(logp, old, reference, rewards):
+    """Return minus REINFORCE++'s objective from lists of token log-probabilities."""
     length = [len(row) for row in logp]
-    groups = [range(p * C, p * C + C) for p in range(P)]
-    clipped = lambda ratio, A, low, high: min(
-        ratio * A, float(np.clip(ratio, 1 - low, 1 + high)) * A
-    )
-    if method == "reinforce_pp":
-        A = [
-            [rewards[i] - 0.01 * (old[i] - reference[i])[t:].sum() for t in range(length[i])]
-            for i in range(P * C)
-        ]
-        mean, std = np.mean(np.concatenate(A)), np.std(np.concatenate(A))
-        A = [(np.array(row) - mean) / std for row in A]
-        ratio = [np.exp(logp[i] - old[i]) for i in range(P * C)]
-        return -np.mean(
-            [
-                clipped(ratio[i][t], A[i][t], 0.2, 0.2)
-                for i in range(P * C)
-                for t in range(length[i])
-            ]
-        )
-    if method == "rloo":
-        total = [rewards[i] - 0.03 * (old[i] - reference[i]).sum() for i in range(P * C)]
-        A = {
-            i: total[i] - np.mean([total[j] for j in rows if j != i])
-            for rows in groups
-            for i in rows
-        }
-        return -np.mean([A[i] * np.exp((logp[i] - old[i]).sum()) for i in range(P * C)])
-    if method == "dapo":  # L_max = 6 and a cache of a fifth of it
-        soft = lambda n: 0.0 if n <= R - 1.2 else (R - 1.2 - n) / 1.2
-        total, tokens = 0.0, 0
-        for rows in groups:
-            if len({rewards[i] for i in rows}) == 1:
-                continue
-            r = [rewards[i] + soft(length[i]) for i in rows]
-            for i, x in zip(rows, r, strict=True):
-                A = (x - np.mean(r)) / (np.std(r) + 1e-4)
-                total += sum(
-                    clipped(np.exp(a - b), A, 0.2, 0.28)
-                    for a, b in zip(logp[i], old[i], strict=True)
-                )
-                tokens += length[i]
-        return -total / tokens
+    A = [
+        [rewards[i] - 0.01 * (old[i] - reference[i])[t:].sum() for t in range(length[i])]
+        for i in range(P * C)
+    ]
+    mean = np.mean(np.concatenate(A))
+    std = np.std(np.concatenate(A))
+    A = [(np.array(row) - mean) / std for row in A]
+    ratio = [np.exp(logp[i] - old[i]) for i in range(P * C)]
+    terms = [
+        clipped(ratio[i][t], A[i][t], 0.2, 0.2) for i in range(P * C) for t in range(length[i])
+    ]
+    return -np.mean(terms)
+
+
+def rloo_loss(logp, old, reference, rewards):
+    """Return minus RLOO's objective from lists of token log-probabilities."""
+    total = [rewards[i] - 0.03 * (old[i] - reference[i]).sum() for i in range(P * C)]
+    A = {}
+    for rows in GROUPS:
+        for i in rows:
+            A[i] = total[i] - np.mean([total[j] for j in rows if j != i])
+    return -np.mean([A[i] * np.exp((logp[i] - old[i]).sum()) for i in range(P * C)])
+
+
+def dapo_loss(logp, old, rewards):
+    """Return minus DAPO's objective, with L_max = R and a cache of a fifth of it."""
+
+    def soft(n):
+        """Return the penalty of a response of `n` tokens."""
+        return 0.0 if n <= R - 1.2 else (R - 1.2 - n) / 1.2
+
+    total, tokens = 0.0, 0
+    for rows in GROUPS:
+        if len({rewards[i] for i in rows}) == 1:
+            continue
+        r = [rewards[i] + soft(len(logp[i])) for i in rows]
+        for i, x in zip(rows, r, strict=True):
+            A = (x - np.mean(r)) / (np.std(r) + 1e-4)
+            ratios = [np.exp(a - b) for a, b in zip(logp[i], old[i], strict=True)]
+            total += sum(clipped(ratio, A, 0.2, 0.28) for ratio in ratios)
+            tokens += len(ratios)
+    return -total / tokens
+
+
+def grpo_loss(method, logp, old, reference, rewards):
+    """Return minus the objective of GRPO, Dr. GRPO or GSPO."""
     total = 0.0
-    for rows in groups:
+    for rows in GROUPS:
         r = [rewards[i] for i in rows]
         for i in rows:
-            A = (
-                rewards[i] - np.mean(r)
-                if method == "dr_grpo"
-                else (rewards[i] - np.mean(r)) / (np.std(r) + 1e-4)
-            )
+            length = len(logp[i])
+            A = rewards[i] - np.mean(r)
+            if method != "dr_grpo":
+                A = A / (np.std(r) + 1e-4)
             ratios = np.exp(logp[i] - old[i])
             if method == "gspo":
-                total += clipped(np.prod(ratios) ** (1 / length[i]), A, 3e-4, 4e-4) / C
+                total += clipped(np.prod(ratios) ** (1 / length), A, 3e-4, 4e-4) / C
                 continue
             terms = [clipped(ratio, A, 0.2, 0.2) for ratio in ratios]
             if method == "grpo":
                 x = np.exp(reference[i] - logp[i])
                 terms = np.array(terms) - 0.04 * (x - np.log(x) - 1)
-            total += np.sum(terms) / (length[i] if method == "grpo" else R) / C
+            total += np.sum(terms) / (length if method == "grpo" else R) / C
     return -total / P
+
+
+def paper_loss(method, table, old_table, reference_table, batch, rewards):
+    """Return minus the paper's objective, in loops."""
+    logp, old, reference = (token_logps(t, batch) for t in (table, old_table, reference_table))
+    if method == "reinforce_pp":
+        return reinforce_pp_loss(logp, old, reference, rewards)
+    if method == "rloo":
+        return rloo_loss(logp, old, reference, rewards)
+    if method == "dapo":
+        return dapo_loss(logp, old, rewards)
+    return grpo_loss(method, logp, old, reference, rewards)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -143,7 +163,9 @@ def test_loss_and_gradient_equal_the_papers(method):
     config = settled(
         method, samples_per_prompt=1 if method == "reinforce_pp" else C, max_new_tokens=R
     )
-    batch, reference, old = rollouts(), normal(V, V), normal(V, V, seed=1)
+    batch = rollouts()
+    reference = normal(V, V)
+    old = normal(V, V, seed=1)
     table = old + (1.5e-3 if method == "gspo" else 0.3) * normal(V, V, seed=2)
     rewards = normal(P * C, seed=3).round(2)
     rewards[C : 2 * C] = 0.1  # a group of equal rewards
@@ -173,10 +195,10 @@ def test_loss_and_gradient_equal_the_papers(method):
 @pytest.mark.parametrize("method", ["grpo", "rloo", "reinforce_pp"])
 def test_what_lies_in_the_padding_does_not_matter(method):
     config = settled(method, samples_per_prompt=C, max_new_tokens=R)
-    batch, table = rollouts(), jnp.float32(normal(V, V))
-    table = table.at[0].set(
-        jnp.float32([60.0, -60.0, 0.0, 0.0, 0.0])
-    )  # token 0 is met in the padding only
+    batch = rollouts()
+    table = jnp.float32(normal(V, V))
+    # Token 0 is met in the padding only.
+    table = table.at[0].set(jnp.float32([60.0, -60.0, 0.0, 0.0, 0.0]))
     other = {**batch, "response_BR": np.where(batch["mask_BR"] > 0, batch["response_BR"], 1)}
     other["tokens_BT"] = np.concatenate([batch["tokens_BT"][:, :2], other["response_BR"]], axis=1)
 
@@ -215,9 +237,8 @@ def test_equal_rewards_give_exactly_zero_gradient(method):
     config = settled(method, samples_per_prompt=C - 1, max_new_tokens=R, kl_coef=0.0)
     batch = {name: x[: P * (C - 1)] for name, x in rollouts().items()}
     rewards = np.repeat(np.float32([0.9, 1.7, -2.9]), C - 1)
-    assert (
-        np.abs(rewards[:3] - rewards[:3].sum() / np.float32(3)).max() > 0
-    )  # control: the naive mean is not exact
+    # Control: the naive mean is not exact.
+    assert np.abs(rewards[:3] - rewards[:3].sum() / np.float32(3)).max() > 0
     policy = jnp.float32(normal(V, V))
 
     def gradient(rewards):
@@ -232,12 +253,14 @@ def test_equal_rewards_give_exactly_zero_gradient(method):
 
 
 def test_dr_grpo_weighs_neither_length_nor_spread():
-    """Two prompts with a right and a wrong answer each; the first's rewards are ten times as far apart.
+    """Two prompts have a right and a wrong answer; the first's rewards are ten times as far apart.
 
-    In GRPO a token of the long wrong answer is pushed down a third as hard as one of the short (Dr. GRPO, section
-    3.1), and the prompt with the small spread as hard as the other. In Dr. GRPO it is as the rewards say.
+    In GRPO a token of the long wrong answer is pushed down a third as hard as one of the short
+    (Dr. GRPO, section 3.1), and the prompt with the small spread as hard as the other. In Dr. GRPO
+    it is as the rewards say.
     """
-    lengths, rewards = [2, 6, 2, 2], np.float32([10.0, 0.0, 0.0, 1.0])
+    lengths = [2, 6, 2, 2]
+    rewards = np.float32([10.0, 0.0, 0.0, 1.0])
     mask = (np.arange(R) < np.array(lengths)[:, None]).astype(np.float32)
     tokens = np.zeros((4, R + 1), np.int32)
     batch = {
@@ -263,9 +286,8 @@ def test_dr_grpo_weighs_neither_length_nor_spread():
     np.testing.assert_allclose(dr_grpo[0, :2] / dr_grpo[1, :2], -1.0, rtol=1e-5)
     np.testing.assert_allclose(grpo[0, :2] / grpo[3, :2], 1.0, rtol=1e-3)
     np.testing.assert_allclose(dr_grpo[0, :2] / dr_grpo[3, :2], 10.0, rtol=1e-5)
-    np.testing.assert_allclose(
-        dr_grpo[1], np.where(mask[1] > 0, -5.0 * 0.5 / R, 0.0), rtol=1e-5
-    )  # sum / budget
+    # Its loss is a sum over tokens, divided by the budget R.
+    np.testing.assert_allclose(dr_grpo[1], np.where(mask[1] > 0, -5.0 * 0.5 / R, 0.0), rtol=1e-5)
 
 
 def test_normalised_uses_n_or_n_minus_1():
@@ -278,16 +300,16 @@ def test_normalised_uses_n_or_n_minus_1():
 
 
 def test_gspo_ratio_is_the_geometric_mean():
-    change, lengths = 0.3 * normal(5, R), np.array([1, 2, 3, 4, 6])
+    change = 0.3 * normal(5, R)
+    lengths = np.array([1, 2, 3, 4, 6])
     mask = (np.arange(R) < lengths[:, None]).astype(np.float32)
     ratio = np.exp(group.log_ratio(change * mask, mask, "geometric"))
     for b, length in enumerate(lengths):
         want = np.prod(np.exp(change[b, :length])) ** (1 / length)
         np.testing.assert_allclose(ratio[b], np.where(mask[b] > 0, want, 1.0), rtol=1e-5)
     twice = group.log_ratio(np.tile(change * mask, 2), np.tile(mask, 2), "geometric")
-    np.testing.assert_allclose(
-        np.exp(twice[:, :R]), ratio, rtol=1e-5
-    )  # the same tokens again: the same ratio
+    # The same tokens again: the same ratio.
+    np.testing.assert_allclose(np.exp(twice[:, :R]), ratio, rtol=1e-5)
     whole = np.exp(group.log_ratio(change * mask, mask, "sequence"))
     np.testing.assert_allclose(whole[:, 0], np.exp((change * mask).sum(1)), rtol=1e-5)
     assert (
@@ -300,9 +322,12 @@ def test_gspo_ratio_is_the_geometric_mean():
 
 
 def test_dapo_clips_higher_above():
-    """Where going further would be rewarded and the ratio is out of [1 - 0.2, 1 + 0.28], no gradient is left."""
+    """A ratio out of [1 - 0.2, 1 + 0.28] has no gradient where going further would be rewarded."""
     config = settled("dapo", samples_per_prompt=2)
-    model = lambda params, *_: LanguageOutput(params, jnp.eye(2))
+
+    def model(params, *_):
+        return LanguageOutput(params, jnp.eye(2))
+
     objective = train_grpo.make_method(config, model)[1]
     ratios = np.float32([0.75, 0.85, 1.15, 1.25, 1.35])
     batch = {
@@ -327,7 +352,9 @@ def test_overlong_penalty_is_piecewise():
 
 def test_dynamic_sampling_drops_groups_of_equal_rewards():
     config = settled("dapo", samples_per_prompt=C, max_new_tokens=R)
-    batch, table, pools = rollouts(), jnp.float32(normal(V, V)), []
+    batch = rollouts()
+    table = jnp.float32(normal(V, V))
+    pools = []
     for equal in (0, 2), (1,):
         rewards = np.float32(normal(P, C, seed=3).round(2))
         rewards[list(equal)] = 1.0
@@ -361,8 +388,10 @@ def test_dynamic_sampling_drops_groups_of_equal_rewards():
 
 
 def test_reinforce_pp_normalises_over_the_batch():
-    batch, scale = rollouts(), np.repeat([1.0, 10.0, 100.0], C)
-    mask, rewards_BR = batch["mask_BR"], np.zeros((P * C, R))
+    batch = rollouts()
+    scale = np.repeat([1.0, 10.0, 100.0], C)
+    mask = batch["mask_BR"]
+    rewards_BR = np.zeros((P * C, R))
     rewards_BR[np.arange(P * C), mask.sum(1).astype(int) - 1] = scale * normal(P * C, seed=1)
     A = np.asarray(group.reinforce_pp(jnp.float32(rewards_BR), jnp.float32(mask)))
     real = A[mask > 0]
@@ -377,11 +406,9 @@ def test_reinforce_pp_normalises_over_the_batch():
 
 
 def test_rewards_combine():
-    help_B, harm_B, true_B = (
-        np.float32([2.0, 3.0, -1.0]),
-        np.float32([0.5, -0.5, 1.0]),
-        np.float32([1.0, 1.0, -2.0]),
-    )
+    help_B = np.float32([2.0, 3.0, -1.0])
+    harm_B = np.float32([0.5, -0.5, 1.0])
+    true_B = np.float32([1.0, 1.0, -2.0])
     scores = [help_B, harm_B, true_B]
     np.testing.assert_allclose(combined(scores, "mean"), np.mean(scores, 0), rtol=1e-6)
     np.testing.assert_allclose(combined(scores, "weighted", weights=(1, 0, 0)), help_B)
@@ -391,9 +418,8 @@ def test_rewards_combine():
     assert combined(scores, "minimum").tolist() == [0.5, -0.5, -2.0]
     assert combined(scores, "gated", gate=0.0, floor=-7.0).tolist() == [2.0, -7.0, -7.0]
     assert combined(scores[:2], "gated", gate=-0.5, floor=-7.0).tolist() == [2.0, 3.0, -1.0]
-    assert (
-        combined(scores[:1], "gated", gate=9.0, floor=-7.0).tolist() == help_B.tolist()
-    )  # nothing gates
+    # One reward has no gate.
+    assert combined(scores[:1], "gated", gate=9.0, floor=-7.0).tolist() == help_B.tolist()
 
 
 # ---- A policy small enough to enumerate: a prompt of one token, then two tokens out of three
@@ -402,7 +428,7 @@ FIRST, SECOND = (x.reshape(-1) for x in np.indices((3, 3)))
 
 
 def tabular(params, tokens_BT, segment_ids_BT, positions_BT):
-    """Logits of the first token from one table, of the second from a row for each first token."""
+    """Return first tokens' logits from one table, second ones' from a row for each first token."""
     batch = tokens_BT.shape[0]
     first = jnp.broadcast_to(params["first"], (batch, 3))
     logits_BTV = jnp.stack(
@@ -412,7 +438,7 @@ def tabular(params, tokens_BT, segment_ids_BT, positions_BT):
 
 
 def sequences(which_B):
-    """The sequences of these numbers (0 to 8) as rollouts."""
+    """Return the sequences of these numbers (0 to 8) as rollouts."""
     response = jnp.stack([jnp.array(FIRST)[which_B], jnp.array(SECOND)[which_B]], axis=1)
     tokens = jnp.pad(response, ((0, 0), (1, 0)))
     inputs = {
@@ -446,10 +472,12 @@ def distance(p, q):  # total variation
 
 @pytest.mark.parametrize("count", [2, 3])
 def test_rloo_is_unbiased_by_enumeration(count):
-    """The expectation of its gradient over all groups of `count` responses is the exact policy gradient."""
-    params, reward = tables(), jnp.float32(normal(9, seed=5))
+    """Its gradient's expectation over all groups of `count` responses is the policy gradient."""
+    params = tables()
+    reward = jnp.float32(normal(9, seed=5))
     groups = np.stack(np.meshgrid(*[np.arange(9)] * count, indexing="ij"), -1).reshape(-1, count)
-    batch, chance = sequences(groups.reshape(-1)), jnp.exp(nine_logps(params)[groups].sum(1))
+    batch = sequences(groups.reshape(-1))
+    chance = jnp.exp(nine_logps(params)[groups].sum(1))
     rewards_BR = token_rewards(
         reward[groups.reshape(-1)],
         jnp.zeros((groups.size, 2)),
@@ -479,9 +507,8 @@ def test_rloo_is_unbiased_by_enumeration(count):
         expected(group.leave_one_out),
         want,
     )
-    own = expected(
-        group.centred
-    )  # with its own reward in the baseline, a share 1 / count of the gradient is lost
+    # With its own reward in the baseline, a share 1 / count of the gradient is lost.
+    own = expected(group.centred)
     jax.tree.map(
         lambda g, w: np.testing.assert_allclose(g, w * (1 - 1 / count), atol=1e-6), own, want
     )
@@ -493,7 +520,10 @@ def test_rloo_is_unbiased_by_enumeration(count):
 
 
 def train(config, rewards, reference=None, steps=300, lr=0.1, potentials=None, pool=None):
-    """The nine probabilities after training on samples of the policy, by the script's advantages and objective."""
+    """Train on samples of the policy by the script's advantages and objective.
+
+    Returns the nine probabilities after it.
+    """
     reference = tables() if reference is None else reference
     advantages, objective = train_grpo.make_method(config, tabular)
     compute_advantages = train_grpo.make_advantages(config, tabular, advantages, eos=-1)
@@ -527,7 +557,7 @@ def train(config, rewards, reference=None, steps=300, lr=0.1, potentials=None, p
 
 
 def closed_form(reward, beta, alpha=0.0):
-    """pi_ref^(beta / (alpha + beta)) exp(r / (alpha + beta)) / Z, where alpha is the entropy's coefficient."""
+    """Return pi_ref^(beta / (alpha + beta)) exp(r / (alpha + beta)) / Z; alpha: of the entropy."""
     weights = np.exp((beta * np.float64(nine_logps(tables())) + reward) / (alpha + beta))
     return weights / weights.sum()
 
@@ -544,41 +574,47 @@ IN_REWARD = {
 
 @pytest.mark.parametrize("method", ["rloo", "grpo", "entropy", "shaping"])
 def test_with_the_kl_in_the_reward_the_optimum_is_the_closed_form(method):
-    """GRPO too: with one prompt the deviation scales steps only. With several it would weigh them against each other,
-    as it weighs r against a KL in the loss, and 1 / |o| would with responses of several lengths."""
+    """GRPO has it too: with one prompt the deviation scales steps only.
+
+    With several it would weigh them against each other, as it weighs r against a KL in the loss,
+    and 1 / |o| would with responses of several lengths.
+    """
     alpha = 0.4 * (method == "entropy")
     name = {"entropy": "rloo", "shaping": "reinforce_pp"}.get(method, method)
     options = IN_REWARD | ({"samples_per_prompt": 1} if name == "reinforce_pp" else {})
     potentials = None
     if method == "shaping":
         options["shaping"] = 1.0
-        phi = jnp.float32(
-            3 * normal(3, seed=8)
-        )  # of the state after each first token; 2 at the start
-        potentials = lambda which_B: jnp.stack(
-            [2 + 0.0 * which_B, phi[jnp.array(FIRST)[which_B]], which_B], 1
-        )
+        phi = jnp.float32(3 * normal(3, seed=8))
+
+        def potentials(which_B):
+            """Return `phi` of the state after the first token; 2 at the start."""
+            after_B = phi[jnp.array(FIRST)[which_B]]
+            return jnp.stack([2 + 0.0 * which_B, after_B, which_B], 1)
+
     reached = train(
         settled(name, **options, entropy_coef=alpha), {"r": REWARD}, potentials=potentials
     )
     assert distance(reached, closed_form(REWARD, 0.7, alpha)) < 0.02
-    assert (
-        distance(reached, closed_form(REWARD, 0.7, 0.4 - alpha)) > 0.05
-    )  # controls: alpha and beta say where
+    # Controls: alpha and beta say where.
+    assert distance(reached, closed_form(REWARD, 0.7, 0.4 - alpha)) > 0.05
     assert distance(reached, closed_form(REWARD, 1.4, alpha)) > 0.05
     assert distance(reached, np.exp(nine_logps(tables()))) > 0.1
 
 
 def test_the_papers_grpo_has_another_optimum():
-    """Its KL in the loss is k3, whose gradient is that of KL(reference || policy), and its reward is divided by its
-    deviation: pi (r - mean) / std = beta (pi - reference), here solved by plain ascent in float64, on one token."""
-    beta, steady = 2.0, np.full(9, 0.0)
-    start = {
-        "first": tables()["first"],
-        "second": jnp.float32([[30.0, 0.0, 0.0]] * 3),
-    }  # the second is always 0
+    """It is where pi (r - mean) / std = beta (pi - reference), found by ascent on one token.
+
+    For its KL in the loss is k3, whose gradient is that of KL(reference || policy), and its reward
+    is divided by its deviation. The ascent is in float64.
+    """
+    beta = 2.0
+    steady = np.full(9, 0.0)
+    # The second token is always 0.
+    start = {"first": tables()["first"], "second": jnp.float32([[30.0, 0.0, 0.0]] * 3)}
     reward = np.float64([2.0, 0.0, -1.0, 0, 0, 0, 0, 0, 0])[[0, 0, 0, 1, 1, 1, 2, 2, 2]]
-    r, logits = reward[::3], np.float64(start["first"])
+    r = reward[::3]
+    logits = np.float64(start["first"])
     reference = np.exp(logits) / np.exp(logits).sum()
     for _ in range(4000):
         pi = np.exp(logits) / np.exp(logits).sum()
@@ -599,8 +635,12 @@ def test_the_papers_grpo_has_another_optimum():
 
 
 def test_the_gradient_of_each_kl_estimate():
-    """Of E[estimate] with the samples held, as it is in the loss: k1 none, k2 KL(pi || ref), k3 KL(ref || pi)."""
-    pi, reference = jnp.float32(normal(4)), jax.nn.log_softmax(jnp.float32(normal(4, seed=1)))
+    """It is the gradient of E[estimate] with the samples held, as in the loss.
+
+    That of k1 is 0, that of k2 is KL(pi || ref)'s, that of k3 KL(ref || pi)'s.
+    """
+    pi = jnp.float32(normal(4))
+    reference = jax.nn.log_softmax(jnp.float32(normal(4, seed=1)))
     p = jax.nn.softmax(pi)
 
     def gradient(estimator):
@@ -620,7 +660,7 @@ def test_the_gradient_of_each_kl_estimate():
 
 
 def test_a_tighter_gate_lowers_violations_at_a_cost():
-    """Of nine responses the most helpful are the most harmful; the gate is on a harm score."""
+    """The gate is on a harm score; of nine responses the most helpful are the most harmful."""
     helpful, harmless = np.linspace(-1, 3, 9), np.linspace(1, -1, 9)
     shares, costs = [], []
     for gate in (-9.0, 0.2):

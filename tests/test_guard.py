@@ -25,7 +25,7 @@ LM = [
 
 
 def poison(monkeypatch, numbers):
-    """Batches of these numbers hold random tokens, all predicted."""
+    """Fill batches of these numbers with random tokens, all predicted."""
     clean = Batches.__next__
 
     def poisoned(self):
@@ -58,7 +58,8 @@ def test_deviations_are_those_of_a_normal_distribution():
 
 
 def test_a_spike_is_of_loss_and_gradient_both_and_needs_a_history():
-    config, rng = guard.GuardConfig(), np.random.default_rng(1)
+    config = guard.GuardConfig()
+    rng = np.random.default_rng(1)
     history = rng.normal((3.0, 1.0), 0.1, (64, 2)).tolist()
     assert guard.is_spike(config, history, [6.0, 4.0])
     assert not guard.is_spike(config, history, [6.0, 1.0])  # a hard batch

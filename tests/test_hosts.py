@@ -79,7 +79,7 @@ def free_port() -> int:
 
 
 def start_two(script, argv, faults=(None, None), at="step", stall=5):
-    """Two processes of `script`; `faults`: what each of them does."""
+    """Start two processes of `script`; `faults`: what each of them does."""
     address = f"127.0.0.1:{free_port()}"
     environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT), "PLUMB_TEST": str(ROOT)}
     processes = []
@@ -111,7 +111,7 @@ def start_two(script, argv, faults=(None, None), at="step", stall=5):
 
 
 def ends(processes, seconds=120):
-    """Exit codes and what was written to stderr."""
+    """Return exit codes and what was written to stderr."""
     try:
         errors = [process.communicate(timeout=seconds)[1] for process in processes]
     finally:
@@ -130,12 +130,8 @@ def equal(one, other, **tolerance):
 
 @pytest.mark.slow
 def test_killed_peer_then_resumed_equals_one_process(tmp_path):
-    argv = [
-        *TINY,
-        "--loss=simpo",
-        "--steps=5",
-        "--seed=3",
-    ]  # without packing hosts share one order of the data
+    # Without packing hosts share one order of the data.
+    argv = [*TINY, "--loss=simpo", "--steps=5", "--seed=3"]
     codes, errors = ends(
         start_two("train_dpo", [*argv, f"--run={tmp_path}/two"], (None, FAULTS["killed"]))
     )
@@ -161,7 +157,7 @@ LOOP = ["host_loop", "--steps=8"]
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """whole(argv): the folder of an undisturbed run of two processes."""
+    """Return whole(argv): the folder of an undisturbed run of two processes."""
     folders = {}
 
     def run_of(script, *argv):
@@ -288,7 +284,7 @@ def test_every_script_runs_on_two_and_evaluates(tmp_path):
 @pytest.mark.skipif(jax.device_count() != 8, reason="needs eight devices")
 def test_hosts_that_hold_the_same_rows_read_the_same_data():
     def read(shape, hosts_of):
-        """What each host reads, were the devices of the mesh those of `hosts_of`."""
+        """Return the part that each host reads, were the mesh's devices those of `hosts_of`."""
         mesh = jax.make_mesh(shape, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
         owner = np.array(hosts_of).reshape(shape)
         return [data_shard(mesh, owner, host) for host in sorted(set(hosts_of))]

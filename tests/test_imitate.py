@@ -38,7 +38,10 @@ def tokenizer(tmp_path_factory):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_selection_equals_plain_loops_with_ties_and_empty_rows(seed):
-    scores, group, one_in, threshold = scores_with_ties(seed), 4, 4, 0.5
+    scores = scores_with_ties(seed)
+    group = 4
+    one_in = 4
+    threshold = 0.5
     best = [False] * len(scores)
     for start in range(0, len(scores), group):
         winner = max(range(start, start + group), key=lambda b: (scores[b], -b))
@@ -105,7 +108,7 @@ def test_the_pool_keeps_the_last_rounds_and_draws_the_chosen_equally_often():
 
 
 def kl_of_best(probs, rewards, n):
-    """KL(best of n || probs) by enumeration of all samples, ties to the first."""
+    """Return KL(best of n || probs) by enumeration of all samples, ties to the first."""
     groups = np.array(list(itertools.product(range(len(probs)), repeat=n)))
     chosen = np.asarray(
         imitate.best_of_n(jnp.array(rewards[groups].reshape(-1), jnp.float32), n)
@@ -118,12 +121,12 @@ def kl_of_best(probs, rewards, n):
 def test_kl_of_best_of_n_stays_below_the_bound():
     rng = np.random.default_rng(0)
     probs = rng.dirichlet(np.ones(5))
-    distinct, tied = np.arange(5.0), np.array([0.0, 1.0, 1.0, 1.0, 1.0])
+    distinct = np.arange(5.0)
+    tied = np.array([0.0, 1.0, 1.0, 1.0, 1.0])
     for n in (1, 2, 3, 5):
         exact = kl_of_best(probs, distinct, n)
-        cumulative = (
-            np.concatenate([[0.0], np.cumsum(probs)]) ** n
-        )  # of the best reward (Beirami et al. 2024)
+        # The chances of the best reward (Beirami et al. 2024).
+        cumulative = np.concatenate([[0.0], np.cumsum(probs)]) ** n
         best = np.diff(cumulative)
         np.testing.assert_allclose(exact, (best * np.log(best / probs)).sum(), atol=1e-12)
         assert (
@@ -132,9 +135,8 @@ def test_kl_of_best_of_n_stays_below_the_bound():
             <= exact + 1e-12
             <= imitate.best_of_n_kl(n) + 2e-12
         )
-    assert (
-        kl_of_best(probs, distinct, 5) < imitate.best_of_n_kl(5) - 0.1
-    )  # few outcomes: far below
+    # Few outcomes: far below.
+    assert kl_of_best(probs, distinct, 5) < imitate.best_of_n_kl(5) - 0.1
     assert kl_of_best(probs, np.zeros(5), 5) == pytest.approx(0, abs=1e-12)  # nothing to choose
 
 
@@ -153,13 +155,14 @@ def test_the_bound_is_the_limit_of_many_outcomes(n):
 
 
 def test_raft_with_one_sample_is_sft_on_the_policys_own_responses(tokenizer):
-    """The gradient is that of train_sft.py's objective on the same conversations as it would pad them."""
+    """The gradient is train_sft.py's on the same conversations as it would pad them."""
     model = PRESETS["tiny"]
     init, apply = init_and_apply(LanguageModel(model))
     params = jax.jit(init)(jax.random.key(0))
     texts = ["1 plus 2", "what is 11 plus 19, please?", "3", "19 plus 0 is 19"]
     asked = [tokenizer.prompt(text) for text in texts]
-    length, new = max(map(len, asked)), 6
+    length = max(map(len, asked))
+    new = 6
     sampling = SamplingConfig(max_new_tokens=new)
     prompts = pad_prompts([{"tokens": row} for row in asked], length, tokenizer.pad, fixed=True)
     rollout = make_rollout(apply, model, sampling, eos=tokenizer.eos, pad=tokenizer.pad)

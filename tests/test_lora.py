@@ -1,4 +1,4 @@
-"""Adapters: exactly the base at first, the chain rule in float64, and nothing but them in what a script keeps."""
+"""Adapters: the base at first, the chain rule in float64, and they alone in a script's runs."""
 
 import json
 import pathlib
@@ -36,7 +36,7 @@ LORA = LoraConfig(rank=3, alpha=6.0)
 
 
 def adapters(params, seed=0):
-    """Fresh adapters of `params`, and ones with B at random too."""
+    """Return fresh adapters of `params`, and ones with B at random too."""
     fresh = trainable_part(LORA, params, jax.random.key(seed))
     rng = np.random.default_rng(seed)
     return fresh, jax.tree.map(lambda x: np.float32(0.3 * rng.normal(size=x.shape)), fresh)
@@ -50,7 +50,10 @@ def largest_gap(one, other):
 def test_adapters_start_as_the_base_and_merge_to_what_they_do(model):
     params, apply = make(TINY, model)
     inputs = rows(random_tokens(2, 7), (0, 2))
-    out = lambda tree: jax.tree.leaves(apply(tree, *inputs))[0]
+
+    def out(tree):
+        return jax.tree.leaves(apply(tree, *inputs))[0]
+
     fresh, moved = adapters(params)
     base = lora_base(LORA, params)
     np.testing.assert_array_equal(out(with_adapters(LORA, base, fresh)), out(params))
@@ -78,7 +81,7 @@ def test_adapters_start_as_the_base_and_merge_to_what_they_do(model):
 
 
 def test_gradients_are_those_of_the_chain_rule_and_the_base_stays():
-    """dA = s dW B', dB = s A' dW, with dW the gradient of a plain model at the merged weights, in float64."""
+    """In float64 dA = s dW B', dB = s A' dW, dW a plain model's gradient at the merged weights."""
     c = TINY
     params, _ = make(c)
     apply = init_and_apply(LanguageModel(c))[1]
@@ -144,7 +147,7 @@ def stored(folder):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """lm, and from it sft by adapters alone, four steps each."""
+    """Make the runs lm, and from it sft by adapters alone, four steps each."""
     r = tmp_path_factory.mktemp("lora")
     run(train_lm, *SHORT, "--model.preset=tiny", f"--run={r}/lm", "--steps=4")
     run(
@@ -228,7 +231,9 @@ def test_reward_model_and_ppo_train_adapters_and_heads(runs, monkeypatch):
         "--lora.rank=2",
     ]
     ppo += ["--save_every=1"]
-    seen, shared, make_advantages = [], [], train_ppo.make_advantages
+    seen = []
+    shared = []
+    make_advantages = train_ppo.make_advantages
 
     def watched(config, apply, *rest, **tokens):
         compute_advantages = make_advantages(config, apply, *rest, **tokens)
@@ -243,11 +248,10 @@ def test_reward_model_and_ppo_train_adapters_and_heads(runs, monkeypatch):
         return watching
 
     monkeypatch.setattr(train_ppo, "make_advantages", watched)
-    run(
-        train_ppo, *ppo, f"--run={runs}/ppo", "--steps=2"
-    )  # in which check_first_update asserts a KL of 0
+    # In it, check_first_update asserts a KL of 0.
+    run(train_ppo, *ppo, f"--run={runs}/ppo", "--steps=2")
     policy, reference, batch = seen[-1]  # after the first iteration's updates
-    # The reference is the base below the adapters, not a copy, and says what the run it was loaded from says.
+    # The reference is the base below the adapters, no copy, with the log-probabilities of its run.
     assert shared == [True, True]
     apply = init_and_apply(LanguageModel(stored_model(f"{runs}/lm")))[1]
     np.testing.assert_allclose(
@@ -265,7 +269,7 @@ def test_another_base_is_refused(runs, capsys):
     from_base = [*SHORT, *RANK, f"--init={runs}/base", f"--run={runs}/moved", "--steps=1"]
     run(train_sft, *from_base)
     whole = load_params(f"{runs}/moved")
-    # The base goes on training; of the two checkpoints kept, the old one is still the one that is used.
+    # The base goes on training; the older of its two checkpoints is still the one that is used.
     run(train_lm, *SHORT, "--model.preset=tiny", f"--run={runs}/base", "--steps=5")
     assert largest_gap(load_params(f"{runs}/moved"), whole) == 0
     assert "lora.base" in fails(train_sft, [*from_base[:-1], "--steps=2"], capsys)

@@ -1,4 +1,4 @@
-"""The study of methods: what a run is said to cost, that it is not made twice, intervals over seeds."""
+"""The study of methods: a run's cost, that it is not made twice, intervals over seeds."""
 
 import dataclasses
 import json
@@ -14,7 +14,8 @@ from experiments.methods import run as study
 from experiments.seeds import half
 from model_config import ModelConfig
 
-# Attention's own products are small beside its weights here, so that 2 FLOPs a weight and token are nearly all.
+# Attention's own products are small beside its weights here, so that 2 FLOPs a weight and token
+# are nearly all.
 MODEL = ModelConfig(
     vocab=512, width=256, mlp_width=512, layers=3, heads=4, kv_heads=2, head_dim=64
 )
@@ -23,7 +24,7 @@ UNEMBEDDING = 512 * 256
 
 
 def counted(tmp_path, rows=(), **fields):
-    """What the study says of a run with these settings."""
+    """Return the training FLOPs that the study counts for a run with these settings."""
     (tmp_path / "config.json").write_text(
         json.dumps({"model": dataclasses.asdict(MODEL), **fields})
     )
@@ -57,12 +58,14 @@ def test_a_direct_method_passes_four_candidates_forward_and_back_and_the_referen
 
 
 def test_words_are_added_at_the_end_of_the_user_s_turn(tmp_path):
-    added, texts = "\nA helpful answer:", ("hello.", "please name two months.")
+    added = "\nA helpful answer:"
+    texts = ("hello.", "please name two months.")
     tokenizer = Tokenizer.train([*texts, added] * 9, tmp_path, 300)
     plain, expected = (
         [{"tokens": tokenizer.prompt(text + end)} for text in texts] for end in ("", added)
     )
-    words, longest = tokenizer.encode(added), max(len(row["tokens"]) for row in plain)
+    words = tokenizer.encode(added)
+    longest = max(len(row["tokens"]) for row in plain)
     asked = study.with_suffix(pad_prompts(plain, longest, tokenizer.pad, fixed=True), words)
     for name, x in pad_prompts(expected, longest + len(words), tokenizer.pad, fixed=True).items():
         np.testing.assert_array_equal(asked[name], x)
@@ -93,9 +96,8 @@ def test_an_online_method_samples_judges_and_updates(tmp_path):
         tmp_path, [{"rounds": 1}, {"rounds": 1}], **{**grpo, "reward": ["tasks.rules:all_kept"]}
     )
     assert ruled == pytest.approx(once - 2 * scalar, rel=0.02)
-    again = (
-        once + sampled + 2 * policy + scalar
-    )  # a second rollout, judged too, in one of the two iterations
+    # A second rollout, judged too, in one of the two iterations.
+    again = once + sampled + 2 * policy + scalar
     assert counted(tmp_path, [{"rounds": 2}, {"rounds": 1}], **grpo) == pytest.approx(
         again, rel=0.02
     )
@@ -149,7 +151,6 @@ def test_mistakes_are_named(tmp_path, monkeypatch, capsys):
 
 
 def test_the_interval_over_three_seeds_is_student_s():
-    assert half([0.0, 1.0, 2.0]) == pytest.approx(
-        4.302652729911275 / 3**0.5
-    )  # t of 0.975 with 2 degrees
+    # t of 0.975 with 2 degrees.
+    assert half([0.0, 1.0, 2.0]) == pytest.approx(4.302652729911275 / 3**0.5)
     assert half([1.0]) != half([1.0])  # of one seed there is none

@@ -107,7 +107,7 @@ def test_what_is_held_out_is_told_and_time_left_from_the_second_step_on(run, cap
 
 
 def one_parameter_loss(params, batch):
-    """The objective params * sum of the batch, of weight 1."""
+    """Return params * sum of the batch, of weight 1."""
     return (params * batch).sum(), (1.0, {})
 
 

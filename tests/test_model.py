@@ -45,12 +45,13 @@ PUBLISHED = {  # parameter counts of the published checkpoints
 
 @functools.cache
 def make(config, model=LanguageModel, seed=0):
-    """Parameters with every leaf random (norms and biases too), and the model, compiled.
+    """Return parameters with every leaf random (norms and biases too), and the model, compiled.
 
     The model returns (logits, cache), or of a ScalarModel its scalars.
     """
     init, apply = init_and_apply(model(config))
-    rng, shapes = np.random.default_rng(seed), jax.eval_shape(init, jax.random.key(0))
+    rng = np.random.default_rng(seed)
+    shapes = jax.eval_shape(init, jax.random.key(0))
 
     def leaf(path, shape):
         noise = 0.3 * rng.normal(size=shape.shape)
@@ -60,7 +61,7 @@ def make(config, model=LanguageModel, seed=0):
 
 
 def results_of(apply):
-    """A model's apply, reduced to (logits_BTV, cache) or scalars_BT."""
+    """Reduce a model's apply to (logits_BTV, cache) or scalars_BT."""
 
     def results(*args):
         output = apply(*args)
@@ -76,7 +77,10 @@ def random_tokens(*shape, seed=0):
 
 
 def rows(tokens_BT, left, right=0, pad=0):
-    """Inputs of a model for rows padded by `left` [B] and `right` tokens; positions count real tokens."""
+    """Return a model's inputs for rows padded by `left` [B] and `right` tokens.
+
+    Positions count real tokens.
+    """
     width = max(left) + tokens_BT.shape[1] + right
     tokens, segments, positions = (np.full((len(left), width), x, np.int32) for x in (pad, 0, 0))
     for b, start in enumerate(left):
@@ -87,7 +91,7 @@ def rows(tokens_BT, left, right=0, pad=0):
 
 
 def at(out_BT, left, length):
-    """What a model gave at the real tokens of `rows`."""
+    """Return a model's outputs at the real tokens of `rows`."""
     return np.stack([row[i : i + length] for row, i in zip(np.asarray(out_BT), left, strict=True)])
 
 
@@ -102,13 +106,11 @@ def test_presets_have_the_published_number_of_parameters(name):
 
 def test_causality_by_gradients():
     def influence(config, segments_T):
-        """[T, T]: size of the derivative of the logits at t by the input at s."""
-        params, apply = make(
-            dataclasses.replace(config, tied=False)
-        )  # else the embedding acts twice
-        tokens_T = np.arange(
-            1, len(segments_T) + 1, dtype=np.int32
-        )  # distinct: token s stands for position s
+        """Return the size of the derivative of the logits at t by the input at s, [T, T]."""
+        # Tied, the embedding would act twice.
+        params, apply = make(dataclasses.replace(config, tied=False))
+        # Distinct: token s stands for position s.
+        tokens_T = np.arange(1, len(segments_T) + 1, dtype=np.int32)
         weights_V = np.random.default_rng(0).normal(size=config.vocab).astype(np.float32)
         positions_T = np.arange(len(tokens_T), dtype=np.int32)
 
@@ -137,7 +139,10 @@ def test_causality_by_gradients():
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_cached_equals_uncached_under_left_padding(variant):
-    config, left, prompt, total = VARIANTS[variant], (0, 2, 5), 4, 9
+    config = VARIANTS[variant]
+    left = (0, 2, 5)
+    prompt = 4
+    total = 9
     params, apply = make(config)
     tokens_BT = random_tokens(3, total)
     want = at(apply(params, *rows(tokens_BT, left))[0], left, total)
@@ -159,7 +164,8 @@ def test_cached_equals_uncached_under_left_padding(variant):
 
 def test_prefill_of_rows_of_unequal_length():
     params, apply = make(TINY)
-    tokens_BT, lengths = random_tokens(3, 8), (8, 5, 2)
+    tokens_BT = random_tokens(3, 8)
+    lengths = (8, 5, 2)
     inputs = [np.zeros((3, 8), np.int32) for _ in range(3)]
     for b, length in enumerate(lengths):
         inputs[0][b, 8 - length :] = tokens_BT[b, :length]
@@ -169,7 +175,8 @@ def test_prefill_of_rows_of_unequal_length():
     logits, cache = apply(params, *inputs, cache)
     last = logits[:, -1:]
     assert cache.length == 8
-    ones, next_B1 = np.ones((3, 1), np.int32), np.array([[3], [4], [5]], np.int32)
+    ones = np.ones((3, 1), np.int32)
+    next_B1 = np.array([[3], [4], [5]], np.int32)
     after, _ = apply(params, next_B1, ones, np.array(lengths, np.int32)[:, None], cache)
     for b, length in enumerate(lengths):
         alone_1T = np.concatenate([tokens_BT[b : b + 1, :length], next_B1[b : b + 1]], 1)
@@ -213,9 +220,8 @@ def test_padding_side_amount_and_content_change_nothing(model):
     for left, right, pad in (((0, 0), 6, 0), ((6, 6), 0, 0), ((2, 4), 2, 39)):
         np.testing.assert_allclose(out(left, right, pad), want, atol=2e-5)
     tokens, segments, positions = rows(tokens_BT, (6, 6))
-    seen = apply(
-        params, tokens, np.ones_like(segments), positions
-    )  # control: padding that is seen
+    # Control: padding that is seen.
+    seen = apply(params, tokens, np.ones_like(segments), positions)
     seen = seen[0] if model is LanguageModel else seen
     assert np.abs(at(seen, (6, 6), 5) - want).max() > 1e-3
 
@@ -244,7 +250,8 @@ def test_rope_depends_on_distance_only_and_turns_halves():
     assert abs(score(3, 1) - score(3, 2)) > 1e-2  # control
     assert score(5, 5) == pytest.approx(float((q * k).sum()), abs=1e-5)
     # Half-split: as complex numbers x[i] + j x[i + H/2] multiplied by exp(j m base^(-2i/H)).
-    x, m = q.reshape(8).astype(np.float64), 11
+    x = q.reshape(8).astype(np.float64)
+    m = 11
     turned = (x[:4] + 1j * x[4:]) * np.exp(1j * m * config.rope_base ** (-np.arange(4) / 4))
     got = np.asarray(rotate(q, rope_turns(config, jnp.full((1, 1), m)))).reshape(8)
     np.testing.assert_allclose(got, np.concatenate([turned.real, turned.imag]), atol=1e-5)
@@ -344,7 +351,8 @@ def test_auxiliary_losses_of_the_layers_are_summed(has_loss):
 
 
 def test_bfloat16_compute_keeps_logits_and_losses_float32():
-    config, batch = dataclasses.replace(TINY, dtype="bfloat16"), likelihood_batch()
+    config = dataclasses.replace(TINY, dtype="bfloat16")
+    batch = likelihood_batch()
     params, apply = make(TINY)
     (want, _), _ = loss_and_grads(TINY, batch)
     (loss, (weight, _)), grads = loss_and_grads(config, batch)
@@ -358,9 +366,8 @@ def test_bfloat16_compute_keeps_logits_and_losses_float32():
         logits.dtype == jnp.float32
         and token_logprobs(logits, batch["tokens_BT"]).dtype == jnp.float32
     )
-    assert (
-        np.abs(logits - apply(params, *inputs)[0]).max() > 1e-4
-    )  # control: it did compute in bfloat16
+    # Control: it did compute in bfloat16.
+    assert np.abs(logits - apply(params, *inputs)[0]).max() > 1e-4
     scalar_model = jax.jit(results_of(init_and_apply(ScalarModel(config))[1]))
     scalars = scalar_model(make(TINY, ScalarModel)[0], *inputs)
     assert scalars.dtype == jnp.float32

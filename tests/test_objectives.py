@@ -26,22 +26,23 @@ def normal(*shape, seed=0):
 
 
 def test_logprob_t_is_that_of_token_t_given_those_before():
-    logits, tokens = 5 * normal(3, 6, 11), np.random.default_rng(1).integers(0, 11, (3, 6))
-    got, logp = token_logprobs(logits, tokens), log_softmax(logits)
+    logits = 5 * normal(3, 6, 11)
+    tokens = np.random.default_rng(1).integers(0, 11, (3, 6))
+    got = token_logprobs(logits, tokens)
+    logp = log_softmax(logits)
     want = [[0.0 if t == 0 else logp[b, t - 1, tokens[b, t]] for t in range(6)] for b in range(3)]
     assert got.dtype == jnp.float32 and got.shape == tokens.shape
     np.testing.assert_allclose(got, want, atol=1e-5)
     assert np.isfinite(token_logprobs(logits * 1e30, tokens)).all()
-    rounded = token_logprobs(
-        logits.astype(jnp.bfloat16), tokens
-    )  # the softmax itself is in float32
+    # The softmax itself is in float32.
+    rounded = token_logprobs(logits.astype(jnp.bfloat16), tokens)
     np.testing.assert_allclose(
         rounded, token_logprobs(jnp.float32(logits.astype(jnp.bfloat16)), tokens)
     )
 
 
 def lookup(params, tokens, segments, positions):
-    """A model whose logits are its parameters, a [B, T, V] table."""
+    """Apply a model whose logits are its parameters, a [B, T, V] table."""
     return LanguageOutput(params, jnp.eye(params.shape[-1]))
 
 
@@ -82,7 +83,7 @@ def test_likelihood_gradient_is_non_zero_on_exactly_the_masked_positions():
 
 
 def pairwise(rewards, ranks, margins, coefficient):
-    """The mean over pairs, prompt by prompt, in float64."""
+    """Return the mean over pairs, prompt by prompt, in float64."""
     losses, valid = [], []
     for reward, rank, margin in zip(rewards.astype(np.float64), ranks, margins, strict=True):
         pairs = []
@@ -100,10 +101,10 @@ def pairwise(rewards, ranks, margins, coefficient):
 
 @pytest.mark.parametrize("coefficient", [0.0, 0.01])
 def test_ranking_loss_and_gradient_equal_a_loop_over_pairs(coefficient):
-    rewards, margins = 2 * np.float64(normal(40, 5)), np.abs(np.float64(normal(40, seed=2)))
-    ranks = np.random.default_rng(1).integers(
-        0, 5, (40, 5)
-    )  # ties and absent candidates, full and empty rows
+    rewards = 2 * np.float64(normal(40, 5))
+    margins = np.abs(np.float64(normal(40, seed=2)))
+    # Ties and absent candidates, full and empty rows.
+    ranks = np.random.default_rng(1).integers(0, 5, (40, 5))
     ranks[0], ranks[1], ranks[2] = [3, 1, 2, 5, 4], 0, 2
     with jax.enable_x64(True):
 
@@ -124,26 +125,26 @@ def test_ranking_loss_and_gradient_equal_a_loop_over_pairs(coefficient):
         slope[:, c] = (np.array(up) - down) / 2e-5
     np.testing.assert_allclose(grad, slope, atol=1e-6)
     assert (np.asarray(grad)[ranks == 0] == 0).all() and np.abs(slope).max() > 0.1
+    # Control: margins count.
     assert (
         np.abs(np.array(losses) - pairwise(rewards, ranks, margins * 0, coefficient)[0]).max()
         > 0.1
-    )  # control
+    )
 
 
 def test_two_candidates_are_plain_bradley_terry():
-    rewards, zero = 3 * normal(8, 2), np.zeros(8, np.float32)
+    rewards = 3 * normal(8, 2)
+    zero = np.zeros(8, np.float32)
     ranks = np.array([[1, 2], [2, 1]] * 4)
-    chosen, rejected = (
-        rewards[np.arange(8), ranks.argmin(1)],
-        rewards[np.arange(8), ranks.argmax(1)],
-    )
+    chosen = rewards[np.arange(8), ranks.argmin(1)]
+    rejected = rewards[np.arange(8), ranks.argmax(1)]
     losses, _ = ranking_loss(rewards, ranks, zero)
     np.testing.assert_allclose(
         losses, np.log1p(np.exp(-(chosen - rejected).astype(np.float64))), rtol=1e-5
     )
     np.testing.assert_allclose(bradley_terry(chosen, rejected), losses, rtol=1e-6)
     assert np.isfinite(bradley_terry(jnp.float32(-1e4), jnp.float32(1e4)))
-    # A margin asks for a wider gap; center_rewards_coef costs what lies off 0, whichever of the two it is.
+    # A margin asks for a wider gap; center_rewards_coef costs what lies off 0, chosen or rejected.
     assert (np.asarray(ranking_loss(rewards, ranks, zero + 1)[0]) > np.asarray(losses)).all()
     shifted = ranking_loss(rewards + 7, ranks, zero)[0]
     np.testing.assert_allclose(shifted, losses, rtol=1e-4, atol=1e-5)
@@ -189,34 +190,27 @@ def test_ranking_objective_with_language_model_loss_on_the_best():
     values_V, table_VV = normal(9), normal(9, 9, seed=1)
 
     def scalar(params, tokens, segments, positions):
-        """A scalar model whose logits are a bigram table."""
+        """Apply a scalar model whose logits are a bigram table."""
         return ScalarOutput(params["values"][tokens], params["table"][tokens], jnp.eye(9))
 
     params = {"values": jnp.array(values_V), "table": jnp.array(table_VV)}
     plain = partial(ranking_objective, scalar, params)
     loss, (weight, metrics) = plain(batch)
-    end = (
-        batch["segment_ids_BCT"].sum(-1, keepdims=True) - 1
-    )  # -1 for an absent candidate, whose reward counts not
+    # -1 for an absent candidate, whose reward counts not.
+    end = batch["segment_ids_BCT"].sum(-1, keepdims=True) - 1
     rewards = values_V[np.take_along_axis(batch["tokens_BCT"], end, 2)[..., 0]]
     want, valid = pairwise(rewards, batch["ranks_BC"], batch["margin_B"], 0)
     assert float(loss) == pytest.approx(sum(want), rel=1e-5) and float(weight) == sum(valid) == 3
-    pairs = [
-        (0, 1, 0),
-        (0, 0, 2),
-        (0, 1, 2),
-        (1, 0, 2),
-        (3, 2, 1),
-        (3, 2, 0),
-        (3, 1, 0),
-    ]  # row, better, worse
+    # Each pair: row, better, worse.
+    pairs = [(0, 1, 0), (0, 0, 2), (0, 1, 2), (1, 0, 2), (3, 2, 1), (3, 2, 0), (3, 1, 0)]
     better, worse = (np.array([rewards[b, pair[k]] for b, *pair in pairs]) for k in (0, 1))
     assert [float(x) for x in metrics["accuracy"]] == [(better > worse).sum(), 7]
     for name, parts in (("margin", better - worse), ("chosen", better), ("rejected", worse)):
         assert float(metrics[name][0]) == pytest.approx(parts.sum(), rel=1e-4)
 
     both, (_, metrics) = plain(batch, lm_coef=0.5)
-    nll, logp = 0.0, log_softmax(table_VV)
+    nll = 0.0
+    logp = log_softmax(table_VV)
     for b, best in ((0, 1), (1, 0), (3, 2)):  # row 2 has no pair, so it does not count at all
         tokens, mask = batch["tokens_BCT"][b, best], batch["loss_mask_BCT"][b, best]
         nll -= np.mean([logp[tokens[t - 1], tokens[t]] for t in np.nonzero(mask)[0]])

@@ -48,7 +48,7 @@ def old_run(tmp_path) -> pathlib.Path:
 
 def test_an_old_run_is_read_with_todays_names(old_run):
     model = load_config(str(old_run))["model"]
-    assert model["mlp_width"] == 256 and "hidden" not in model
+    assert model["mlp_width"] == 64 and "hidden" not in model
     embed = load_params(str(old_run))["decoder"]["embed"]
     np.testing.assert_array_equal(embed, np.load(old_run.parent / "embed.npz")["embed"])
     run(train_sft, *FLAGS[2:], f"--init={old_run}", f"--run={old_run.parent}/new")

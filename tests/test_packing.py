@@ -13,7 +13,7 @@ def examples(n, longest, seed=0):
 
 
 def unpacked(rows):
-    """(tokens, mask) of every segment, and a check that positions restart and padding is bare."""
+    """Return (tokens, mask) of every segment; check that positions restart and padding is bare."""
     found = []
     arrays = [rows[key] for key in ("tokens_BT", "loss_mask_BT", "segment_ids_BT", "positions_BT")]
     for tokens, mask, segments, positions in zip(*arrays, strict=True):
@@ -31,9 +31,8 @@ def test_packing_loses_no_token_and_no_example():
     want = sorted((tokens, [0, *mask[1:]]) for tokens, mask in given)
     assert sorted(unpacked(rows)) == want
     fill = (rows["segment_ids_BT"] > 0).mean()
-    assert (
-        fill > 0.9 > sum(len(t) for t, _ in given) / (500 * 64)
-    )  # control: one example a row fills half
+    # Control: one example a row fills half.
+    assert fill > 0.9 > sum(len(t) for t, _ in given) / (500 * 64)
     rows["tokens_BT"][0, 0] += 1  # control: one wrong token shows
     assert sorted(unpacked(rows)) != want
 

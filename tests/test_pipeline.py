@@ -1,4 +1,4 @@
-"""The scripts end to end on the world, at toy size; resuming after kill -9; equal results over meshes."""
+"""The scripts end to end on the world, at toy size; resuming after kill -9; equal over meshes."""
 
 import importlib
 import json
@@ -45,7 +45,7 @@ SHORT = ["--optimizer.warmup=0", "--eval_every=0"]
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A folder with lm, sft, comparisons, rm and ppo, each trained for a few steps."""
+    """Make a folder with lm, sft, comparisons, rm and ppo, each trained for a few steps."""
     r = tmp_path_factory.mktemp("runs")
     rows = ["--batch_size=8", "--length=64"]
     run(train_lm, *MODEL, *rows, f"--run={r}/lm", "--steps=4")
@@ -85,7 +85,8 @@ def test_reward_is_shifted_to_score_good_responses_zero(runs):
 
 
 def test_a_reward_model_goes_on_from_another_head_and_all(runs):
-    stored, model = load_params(str(runs / "rm")), ModelConfig.from_preset("tiny")
+    stored = load_params(str(runs / "rm"))
+    model = ModelConfig.from_preset("tiny")
     mesh = make_mesh(MeshConfig(data=1, fsdp=8))
     start = starting_params(
         init_and_apply(ScalarModel(model))[0], model, str(runs / "rm"), mesh, seed=1
@@ -179,7 +180,7 @@ def five_ppo_iterations(runs, folder):
 
 @pytest.fixture(scope="module")
 def one_device_ppo(runs, tmp_path_factory):
-    """The run of five iterations on one device, in a process that has no other."""
+    """Run five iterations on one device, in a process that has no other."""
     folder = tmp_path_factory.mktemp("one_device")
     environment = {**os.environ, "XLA_FLAGS": ""}
     argv = command("train_ppo", *five_ppo_iterations(runs, folder / "ppo"))
@@ -215,7 +216,8 @@ def test_ppo_is_equal_over_meshes(runs, one_device_ppo, tmp_path, mesh):
 
 @pytest.mark.slow
 def test_offloaded_models_change_nothing(runs, tmp_path, monkeypatch):
-    kinds, to_memory = [], train_ppo.to_memory
+    kinds = []
+    to_memory = train_ppo.to_memory
 
     def spied(tree, memory):
         tree = to_memory(tree, memory)
@@ -263,9 +265,8 @@ def test_ppo_with_pretraining_text_and_entropy_resumes_bitwise_equal(runs, tmp_p
     jax.tree.map(np.testing.assert_array_equal, whole, cut)
     first = json.loads((tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()[0])
     assert abs(first["kl"]) < 1e-5 and first["policy/text_nll"] > 0 and first["policy/entropy"] > 0
-    run(
-        train_ppo, *argv, "--ptx_coef=0", f"--run={tmp_path}/without"
-    )  # control: the text moves the policy
+    # Control: the text moves the policy.
+    run(train_ppo, *argv, "--ptx_coef=0", f"--run={tmp_path}/without")
     apart = jax.tree.map(
         lambda a, b: np.abs(a - b).max(), whole, load_params(f"{tmp_path}/without")
     )
@@ -273,7 +274,7 @@ def test_ppo_with_pretraining_text_and_entropy_resumes_bitwise_equal(runs, tmp_p
 
 
 def killed_and_resumed(argv, folder: pathlib.Path, at: int, environment) -> int:
-    """Runs `argv`, kills it -9 once `at` steps are recorded, and runs it again to its end; returns the kills."""
+    """Run `argv`, kill it -9 when `at` steps are recorded, run it to its end; return the kills."""
     quiet = {
         "stdout": subprocess.DEVNULL,
         "stderr": subprocess.DEVNULL,
@@ -355,9 +356,8 @@ def test_a_run_beyond_its_kl_limit_stops_an_iteration_later_at_most(runs, tmp_pa
     line = fails(train_ppo, [*SHORT, "--mesh.data=1", "--mesh.fsdp=8", *ppo, *options], capsys)
     assert line.startswith("error: --kl_limit=0.001: KL reached") and "--kl_coef" in line
     beyond = [row["kl"] > 0.001 for row in rows_of(tmp_path / "far")]
-    assert (
-        sum(beyond) in (1, 2) and len(beyond) < 9
-    )  # metrics are read when the next iteration's are there
+    # Metrics are read when the next iteration's are there.
+    assert sum(beyond) in (1, 2) and len(beyond) < 9
 
 
 @pytest.mark.slow  # minutes; the quick suite kills a process in tests/test_checkpoint.py

@@ -47,12 +47,14 @@ PROGRAM = """HloModule m, is_scheduled=true
 
 %start (p: bf16[16,32]) -> bf16[32,32] {
   %p = bf16[16,32]{1,0:T(8,128)(2,1)} parameter(0)
-  ROOT %gather.1 = bf16[32,32]{1,0:T(8,128)(2,1)S(1)} all-gather(%p), channel_id=7, replica_groups={{0,2},{1,3},{4,6},{5,7}}, dimensions={0}
+  ROOT %gather.1 = bf16[32,32]{1,0:T(8,128)(2,1)S(1)} all-gather(%p), channel_id=7,\
+ replica_groups={{0,2},{1,3},{4,6},{5,7}}, dimensions={0}
 }
 
 %more (q: bf16[16,32]) -> bf16[32,32] {
   %q = bf16[16,32]{1,0} parameter(0)
-  ROOT %gather.2 = bf16[32,32]{1,0} all-gather(%q), channel_id=7, replica_groups={{0,2},{1,3},{4,6},{5,7}}, dimensions={0}
+  ROOT %gather.2 = bf16[32,32]{1,0} all-gather(%q), channel_id=7,\
+ replica_groups={{0,2},{1,3},{4,6},{5,7}}, dimensions={0}
 }
 
 %body (c: (s32[], bf16[16,32], f32[32,32])) -> (s32[], bf16[16,32], f32[32,32]) {
@@ -65,7 +67,8 @@ PROGRAM = """HloModule m, is_scheduled=true
   %g = bf16[32,32]{1,0:S(1)} fusion(%w), kind=kCustom, calls=%start
   %h = bf16[32,32]{1,0:S(1)} fusion(%w), kind=kCustom, calls=%more
   %y = f32[32,32]{1,0} convolution(%x, %g), dim_labels=bf_io->bf
-  %z = f32[32,32]{1,0} all-reduce(%y), channel_id=8, replica_groups=[2,4]<=[2,2,2]T(1,0,2), to_apply=%sum
+  %z = f32[32,32]{1,0} all-reduce(%y), channel_id=8,\
+ replica_groups=[2,4]<=[2,2,2]T(1,0,2), to_apply=%sum
   ROOT %t = (s32[], bf16[16,32]{1,0}, f32[32,32]{1,0}) tuple(%next, %w, %z)
 }
 
@@ -78,7 +81,8 @@ PROGRAM = """HloModule m, is_scheduled=true
 
 %all-reduce-scatter.3 (r: f32[16,32]) -> f32[8,32] {
   %r = f32[16,32]{1,0} parameter(0)
-  %whole = f32[16,32]{1,0} all-reduce(%r), channel_id=9, replica_groups=mesh['a'=4,'b'=2] {'b'}, to_apply=%sum
+  %whole = f32[16,32]{1,0} all-reduce(%r), channel_id=9,\
+ replica_groups=mesh['a'=4,'b'=2] {'b'}, to_apply=%sum
   %zero = s32[] constant(0)
   ROOT %cut = f32[8,32]{1,0} dynamic-slice(%whole, %zero, %zero), dynamic_slice_sizes={8,32}
 }
@@ -90,11 +94,13 @@ ENTRY %main (w0: bf16[16,32], x0: f32[32,32], stack: f32[10,16,32]) -> f32[8,32]
   %nought = s32[] constant(0)
   %t0 = (s32[], bf16[16,32]{1,0}, f32[32,32]{1,0}) tuple(%nought, %w0, %x0)
   %loop = (s32[], bf16[16,32]{1,0}, f32[32,32]{1,0}) while(%t0), condition=%condition, body=%body
-  %slice = f32[1,16,32]{2,1,0} dynamic-slice(%stack, %nought, %nought, %nought), dynamic_slice_sizes={1,16,32}
+  %slice = f32[1,16,32]{2,1,0} dynamic-slice(%stack, %nought, %nought, %nought),\
+ dynamic_slice_sizes={1,16,32}
   %flat = f32[16,32]{1,0} bitcast(%slice)
   %cut8 = f32[8,32]{1,0} fusion(%flat), kind=kCustom, calls=%all-reduce-scatter.3
   %small = f32[4,32]{1,0} slice(%cut8), slice={[0:4], [0:32]}
-  %sent = f32[4,32]{1,0} collective-permute(%small), channel_id=10, source_target_pairs={{0,4},{4,0},{1,5},{5,1}}
+  %sent = f32[4,32]{1,0} collective-permute(%small), channel_id=10,\
+ source_target_pairs={{0,4},{4,0},{1,5},{5,1}}
   ROOT %result = f32[8,32]{1,0} copy(%cut8)
 }
 """
@@ -103,11 +109,8 @@ MESH = {"data": 2, "fsdp": 2, "tensor": 2}
 
 def test_collectives_are_counted_once_a_channel_and_once_a_turn_of_their_loop():
     assert hlo.cost(PROGRAM, MESH).moved == {
-        ("all-gather", "fsdp"): (
-            5,
-            5 * 1024,
-            1024,
-        ),  # of two devices, each receives the other's part
+        # Each of two devices receives the other's part.
+        ("all-gather", "fsdp"): (5, 5 * 1024, 1024),
         # Reduced and gathered again: Thakur et al. 2005.
         ("all-reduce", "data+tensor"): (5, 5 * 2 * 4096 * 3 / 4, 2 * 4096 * 3 / 4),
         ("reduce-scatter", "tensor"): (1, 2048 / 2, 2048 / 2),
@@ -162,14 +165,15 @@ ENTRY %main (x: f32[16,32], w: f32[32,4,8]) -> f32[16,32] {
 
 
 def test_a_collective_in_flight_moves_its_result_once():
-    """On TPUs it rides through fusions that overlap; elsewhere `-start` names its operand again."""
+    """On TPUs it rides through fusions that overlap; else `-start` names its operand again."""
     text = """HloModule m, is_scheduled=true
 
 %rides (p: bf16[16,32], r: bf16[32,32], x: f32[32,32]) -> (f32[32,32], bf16[16,32], bf16[32,32]) {
   %p = bf16[16,32]{1,0} parameter(0)
   %r = bf16[32,32]{1,0} parameter(1)
   %x = f32[32,32]{1,0} parameter(2)
-  %more = bf16[32,32]{1,0} all-gather(%p), channel_id=7, replica_groups={{0,1}}, dimensions={0}
+  %more = bf16[32,32]{1,0} all-gather(%p), channel_id=7,\
+ replica_groups={{0,1}}, dimensions={0}
   %y = f32[32,32]{1,0} negate(%x)
   ROOT %t = (f32[32,32]{1,0}, bf16[16,32]{1,0}, bf16[32,32]{1,0}) tuple(%y, %p, %more)
 }
@@ -177,10 +181,12 @@ def test_a_collective_in_flight_moves_its_result_once():
 ENTRY %main (w: bf16[16,32], x: f32[32,32]) -> f32[32,32] {
   %w = bf16[16,32]{1,0} parameter(0)
   %x.1 = f32[32,32]{1,0} parameter(1)
-  %start = (bf16[16,32]{1,0}, bf16[32,32]{1,0}) all-gather-start(%w), channel_id=7, replica_groups={{0,1}}, dimensions={0}
+  %start = (bf16[16,32]{1,0}, bf16[32,32]{1,0}) all-gather-start(%w),\
+ channel_id=7, replica_groups={{0,1}}, dimensions={0}
   %a = bf16[16,32]{1,0} get-tuple-element(%start), index=0
   %b = bf16[32,32]{1,0} get-tuple-element(%start), index=1
-  %f = (f32[32,32]{1,0}, bf16[16,32]{1,0}, bf16[32,32]{1,0}) fusion(%a, %b, %x.1), kind=kLoop, output_to_operand_aliasing={{1}: (0, {}), {2}: (1, {})}, calls=%rides
+  %f = (f32[32,32]{1,0}, bf16[16,32]{1,0}, bf16[32,32]{1,0}) fusion(%a, %b, %x.1),\
+ kind=kLoop, output_to_operand_aliasing={{1}: (0, {}), {2}: (1, {})}, calls=%rides
   ROOT %out = f32[32,32]{1,0} get-tuple-element(%f), index=0
 }
 """
@@ -244,7 +250,9 @@ def test_a_convolution_counts_only_places_inside_the_array():
 
 def test_forward_flops_are_those_of_the_compiled_model():
     """Against the CPU's compiler, whose attention computes the half that causality masks too."""
-    c, rows, length = PRESETS["tiny"], 2, 24
+    c = PRESETS["tiny"]
+    rows = 2
+    length = 24
     init, apply = init_and_apply(LanguageModel(c))
     params = jax.eval_shape(init, jax.random.key(0))
     tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32)
@@ -279,9 +287,8 @@ def test_log_probabilities_in_parts_are_those_of_all_logits(monkeypatch):
     arrays = jnp.float32(x), jnp.float32(w)
     (_, plain), plain_grads = gradient(*arrays)
     monkeypatch.setattr(likelihood, "TOKENS", 1)
-    monkeypatch.setattr(
-        likelihood, "LOGITS", 2 * 3 * 11
-    )  # four parts of three tokens, the last padded
+    # Four parts of three tokens, the last padded.
+    monkeypatch.setattr(likelihood, "LOGITS", 2 * 3 * 11)
     (_, parts), grads = gradient(*arrays)
     assert "scan" in str(jax.make_jaxpr(loss)(*arrays))
     np.testing.assert_allclose(parts, want, atol=1e-5)
@@ -357,9 +364,8 @@ def test_a_plan_agrees_with_the_tpu_compiler(capsys):
     # backward pass.
     assert 0.9 * count / 4 * 2 < moved["all-gather", "fsdp"][1] < 2.1 * count / 4 * 2
     assert ("all-gather", "tensor") in moved and result.cost.flops > 0
-    assert result.program.model_flops / 4 == pytest.approx(
-        result.cost.flops, rel=0.1
-    )  # nothing is computed twice
+    # Nothing is computed twice.
+    assert result.program.model_flops / 4 == pytest.approx(result.cost.flops, rel=0.1)
 
 
 @needs_tpu
@@ -377,10 +383,10 @@ def test_ppo_is_planned_whole(capsys):
     ]
     assert verdict.fits and all(r.cost.flops > 0 for r in verdict.results)
     rollout = verdict.results[0]
-    c, rows = PRESETS["tiny"], 16 / 2
-    cache = (
-        2 * c.layers * rows * (128 + 64) * c.kv_heads / 2 * 128 * 2
-    )  # bfloat16, heads over tensor
+    c = PRESETS["tiny"]
+    rows = 16 / 2
+    # bfloat16, heads over tensor.
+    cache = 2 * c.layers * rows * (128 + 64) * c.kv_heads / 2 * 128 * 2
     assert plan.bytes_of(rollout.program.cache) == cache < rollout.temporaries
     # Each token decoded reads the weights, whole over fsdp and in bfloat16, but for what stays in
     # 128 MiB nearer by.
@@ -492,9 +498,8 @@ def test_methods_beside_ppo_are_planned_whole(script, capsys):
     }
     verdict = plan.main([script, *TINY, "--batch_size=16", *sizes[script]])
     assert verdict.fits
-    for result in (
-        verdict.results
-    ):  # nothing is computed twice; of tokens decoded some products are sums to XLA
+    # Nothing is computed twice; of tokens decoded some products are sums to XLA.
+    for result in verdict.results:
         least = 0.5 if result.program.name == "rollout" else 0.9
         assert least < result.cost.flops / (result.program.model_flops / 4) < 1.1
 
@@ -515,17 +520,13 @@ def test_a_ring_compiles_for_a_tpu_and_sends_keys_and_values_round(capsys):
     assert verdict.fits and result.program.model_flops / 8 == pytest.approx(
         result.cost.flops, rel=0.1
     )
-    turn = (
-        2 * (8 / 2) * (512 / 4) * 2 * 128 * 2
-    )  # keys and values of a device's tokens, in bfloat16
+    # Keys and values of a device's tokens, in bfloat16.
+    turn = 2 * (8 / 2) * (512 / 4) * 2 * 128 * 2
     # Three turns forward and three back, and gradients in float32 go round with them, and home.
-    expected, (_, received, largest) = (
-        2 * turn * (3 + 3 + 2 * 4),
-        result.cost.moved["collective-permute", "sequence"],
-    )
-    assert (
-        expected <= received < 1.1 * expected and largest <= turn
-    )  # keys and values each for themselves
+    expected = 2 * turn * (3 + 3 + 2 * 4)
+    _, received, largest = result.cost.moved["collective-permute", "sequence"]
+    # Keys and values each for themselves.
+    assert expected <= received < 1.1 * expected and largest <= turn
 
 
 @needs_tpu
@@ -544,15 +545,13 @@ def test_a_pipeline_compiles_for_a_tpu_and_sends_its_activations_alone(capsys):
     (result,) = verdict.results
     handed = 16 / 2 / 4 * 128 * 512 * 2  # a micro-batch's residual stream, in bfloat16
     ticks, (_, received, _) = 4 + 2 - 1, result.cost.moved["collective-permute", "stage"]
-    assert verdict.fits and received == pytest.approx(
-        2 * ticks * handed, rel=0.05
-    )  # there, and gradients back
+    # There, and gradients back.
+    assert verdict.fits and received == pytest.approx(2 * ticks * handed, rel=0.05)
     c = result.program
     unembedding = 6 * 16 * 128 * 2048 * 512 / 4
     layers = c.model_flops / 4 - unembedding
-    assert result.cost.flops == pytest.approx(
-        layers * ticks / 4 + unembedding, rel=0.1
-    )  # the bubble computes too
+    # The bubble computes too.
+    assert result.cost.flops == pytest.approx(layers * ticks / 4 + unembedding, rel=0.1)
 
 
 @needs_cuda

@@ -1,4 +1,4 @@
-"""PPO's mathematics against float64 loops, exact enumeration and the closed form of its optimum."""
+"""PPO against float64 loops, exact enumeration and the closed form of its optimum."""
 
 from functools import partial
 
@@ -105,9 +105,8 @@ def test_clipped_losses_and_gradients_equal_numpy():
     )
     ratio = np.exp(logp - old)
     want = -np.minimum(advantage * ratio, advantage * np.clip(ratio, 0.8, 1.28))
-    beyond = np.where(
-        advantage > 0, ratio > 1.28, ratio < 0.8
-    )  # further would be rewarded, so no gradient
+    # Further would be rewarded, so no gradient.
+    beyond = np.where(advantage > 0, ratio > 1.28, ratio < 0.8)
     with jax.enable_x64(True):
         of = jax.jit(
             partial(jax.vjp, lambda x: clipped_policy_loss(x - old, advantage, 0.2, 0.28))
@@ -119,15 +118,13 @@ def test_clipped_losses_and_gradients_equal_numpy():
     assert 0.1 < beyond.mean() < 0.9
 
     mask = (np.arange(4) < np.random.default_rng(5).integers(1, 5, 50)[:, None]).astype(np.float64)
-    scalars = 0.5 * np.float64(
-        normal(50, 7, seed=6)
-    )  # of two prompt tokens, and of responses of up to four
+    # Those of two prompt tokens, and of responses of up to four.
+    scalars = 0.5 * np.float64(normal(50, 7, seed=6))
     value = scalars[:, 1:5]  # of the states in which those were emitted
     near = np.clip(value, before - 0.2, before + 0.2)
     want = 0.5 * np.maximum((value - returns) ** 2, (near - returns) ** 2)
-    held = (near != value) & (
-        (near - returns) ** 2 > (value - returns) ** 2
-    )  # the clipped one counts, and is constant
+    # The clipped one counts, and is constant.
+    held = (near != value) & ((near - returns) ** 2 > (value - returns) ** 2)
     slope = np.zeros_like(scalars)
     slope[:, 1:5] = np.where(held, 0, value - returns) * mask
     tokens = np.zeros((50, 6), np.int32)
@@ -158,16 +155,16 @@ def test_clipped_losses_and_gradients_equal_numpy():
 
 def test_one_score_a_row_at_its_index():
     mask, lengths = random_mask()
-    score, kl = normal(7) + 3, normal(7, 9, seed=1)
+    score = normal(7) + 3
+    kl = normal(7, 9, seed=1)
     got = np.asarray(token_rewards(score, kl, mask, jnp.float32(0.1), lengths - 1))
     assert got.dtype == np.float32
     scores = got + 0.1 * kl * mask
     for b, length in enumerate(lengths):
         assert scores[b, length - 1] == pytest.approx(score[b], abs=1e-5)
     np.testing.assert_allclose(scores.sum(1), score, atol=1e-5)
-    np.testing.assert_allclose(
-        np.abs(scores).sum(1), np.abs(score), atol=1e-5
-    )  # nothing anywhere else
+    # It is 0 anywhere else.
+    np.testing.assert_allclose(np.abs(scores).sum(1), np.abs(score), atol=1e-5)
     assert (got[mask == 0] == 0).all()
     after = np.asarray(
         token_rewards(score, kl * 0, mask, jnp.float32(0.1), np.minimum(lengths, 8))
@@ -189,7 +186,7 @@ PAIRS = np.stack([FIRST, SECOND], axis=1)
 
 
 def tabular(params, tokens_BT, segment_ids_BT, positions_BT):
-    """Logits of the first token from one table, of the second from a row for each first token."""
+    """Return first tokens' logits from one table, second ones' from a row for each first token."""
     batch = tokens_BT.shape[0]
     first = jnp.broadcast_to(params["first"], (batch, 3))
     logits_BTV = jnp.stack(
@@ -221,11 +218,12 @@ def sequence_probs(params, temperature=1.0):
 
 
 def exact_advantages(params, rewards_BR):
-    """Q - V of each enumerated token by exact expectations, times its sequence's probability.
+    """Return Q - V of each enumerated token, exact, times its sequence's probability.
 
     So weighted, the objective's sum over the nine sequences is the expectation over samples.
     """
-    p_B, still_BR = sequence_probs(params), jnp.flip(jnp.cumsum(jnp.flip(rewards_BR, 1), 1), 1)
+    p_B = sequence_probs(params)
+    still_BR = jnp.flip(jnp.cumsum(jnp.flip(rewards_BR, 1), 1), 1)
     weighted_BR = p_B[:, None] * still_BR
     value_0 = weighted_BR[:, 0].sum()
     values_3 = weighted_BR[:, 1].reshape(3, 3).sum(1) / p_B.reshape(3, 3).sum(1)
@@ -235,7 +233,9 @@ def exact_advantages(params, rewards_BR):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_gradient_at_ratio_one_is_the_exact_policy_gradient(temperature):
-    params, batch, reward_B = tables(0), enumerated(), normal(9, seed=5)
+    params = tables(0)
+    batch = enumerated()
+    reward_B = normal(9, seed=5)
     want = jax.grad(lambda p: (sequence_probs(p, temperature) * reward_B).sum())(params)
     rewards_BR = token_rewards(reward_B, jnp.zeros((9, 2)), batch["mask_BR"], 0.0, jnp.full(9, 1))
     scaled = jax.tree.map(lambda x: x / temperature, params)
@@ -250,9 +250,8 @@ def test_gradient_at_ratio_one_is_the_exact_policy_gradient(temperature):
     gradient = jax.jit(jax.grad(objective, has_aux=True))
     grad, (tokens, metrics) = gradient(params, batch)
     jax.tree.map(lambda g, w: np.testing.assert_allclose(g, -w, atol=1e-6), grad, want)
-    rounding = (
-        0 if temperature == 1 else 1e-12
-    )  # two programs may round a division by the temperature in two ways
+    # Two programs may round a division by the temperature in two ways.
+    rounding = 0 if temperature == 1 else 1e-12
     assert (
         float(tokens) == 18
         and float(metrics["approx_kl"][0]) <= rounding
@@ -260,21 +259,20 @@ def test_gradient_at_ratio_one_is_the_exact_policy_gradient(temperature):
     )
     logp = np.log(np.asarray(sequence_probs(params, temperature)))
     np.testing.assert_allclose(batch["old_logp_BR"].sum(1), logp, atol=1e-5)
-    raised_BR = (
-        batch["advantages_BR"] + sequence_probs(scaled)[:, None]
-    )  # a constant baseline changes nothing
+    # A constant baseline changes nothing.
+    raised_BR = batch["advantages_BR"] + sequence_probs(scaled)[:, None]
     grad, _ = gradient(params, {**batch, "advantages_BR": raised_BR})
     jax.tree.map(lambda g, w: np.testing.assert_allclose(g, -w, atol=1e-6), grad, want)
-    swapped = {
-        **batch,
-        "advantages_BR": batch["advantages_BR"][:, ::-1],
-    }  # control: off by one token
+    # Control: off by one token.
+    swapped = {**batch, "advantages_BR": batch["advantages_BR"][:, ::-1]}
     grad, _ = gradient(params, swapped)
     assert np.abs(grad["first"] + want["first"]).max() > 1e-3
 
 
 def test_updates_approach_the_closed_form():
-    reference, batch, reward_B = tables(0), enumerated(), 1.5 * normal(9, seed=5)
+    reference = tables(0)
+    batch = enumerated()
+    reward_B = 1.5 * normal(9, seed=5)
     reference_BR = response_logprobs(tabular, reference, batch, 1.0)
     objective = partial(policy_objective, tabular, clip=0.2, temperature=1.0)
     optimizer = optax.adam(optax.linear_schedule(0.1, 0.0, 800))
@@ -314,12 +312,12 @@ def test_updates_approach_the_closed_form():
 
 
 def test_objectives_ignore_padding_and_pick_the_emitting_state():
-    batch, mask = enumerated(), np.ones((9, 2), np.float32)
+    batch = enumerated()
+    mask = np.ones((9, 2), np.float32)
     mask[::2, 1] = 0
     padded = {**batch, "mask_BR": mask, "value_mask_BR": mask, "advantages_BR": normal(9, 2)}
-    padded["old_logp_BR"] = np.where(mask > 0, -1.0, -1e4).astype(
-        np.float32
-    )  # would overflow if not masked
+    # These would overflow if not masked.
+    padded["old_logp_BR"] = np.where(mask > 0, -1.0, -1e4).astype(np.float32)
     objective = partial(policy_objective, tabular, clip=0.2, temperature=1.0)
     (loss, (tokens, _)), grads = jax.value_and_grad(objective, has_aux=True)(tables(0), padded)
     assert (
@@ -337,10 +335,8 @@ def test_objectives_ignore_padding_and_pick_the_emitting_state():
         return ScalarOutput(scalars_BT, None, None)
 
     values = response_values(scalars, 0.0, batch)
-    assert values[4].tolist() == [
-        40,
-        41,
-    ]  # response tokens are at 1 and 2, emitted in the states 0 and 1
+    # Response tokens are at 1 and 2, emitted in the states 0 and 1.
+    assert values[4].tolist() == [40, 41]
     padded |= {
         "old_values_BR": np.asarray(values),
         "returns_BR": np.asarray(values) + mask * 0.5 + (1 - mask) * 1e6,
@@ -367,13 +363,13 @@ def test_a_first_update_off_the_policy_is_refused():
 
 
 def numpy_table_rows(params):
-    """[9, 2, 3]: the logits that each token of the nine sequences is drawn from, float64."""
+    """Return the float64 logits that each token of the sequences is drawn from, [9, 2, 3]."""
     first, second = (np.asarray(params[name], np.float64) for name in ("first", "second"))
     return np.stack([np.broadcast_to(first, (9, 3)), second[FIRST]], axis=1)
 
 
 def to_tables(slope_BRV):
-    """Gradients in the rows' logits as gradients in the tables."""
+    """Return gradients in the rows' logits as gradients in the tables."""
     second = np.zeros((3, 3))
     np.add.at(second, FIRST, slope_BRV[:, 1])
     return {"first": slope_BRV[:, 0].sum(0), "second": second}
@@ -398,10 +394,13 @@ def test_entropy_bonus_equals_numpy():
     mask[::2, 1] = 0
     with jax.enable_x64(True):
         params = jax.tree.map(lambda x: x.astype(jnp.float64), tables(0))
-        grad_of = lambda coef: jax.value_and_grad(
-            partial(policy_objective, tabular, clip=0.2, temperature=0.7, entropy_coef=coef),
-            has_aux=True,
-        )(params, some_targets(mask))
+
+        def grad_of(coef):
+            objective = partial(
+                policy_objective, tabular, clip=0.2, temperature=0.7, entropy_coef=coef
+            )
+            return jax.value_and_grad(objective, has_aux=True)(params, some_targets(mask))
+
         (plain, _), without = grad_of(0.0)
         (loss, (tokens, metrics)), slopes = grad_of(0.3)
     p = numpy_softmax(numpy_table_rows(params) / 0.7)
@@ -424,7 +423,9 @@ def text_rows(loss_mask):
 
 
 def test_pretraining_text_adds_its_mean_loss_whatever_the_microbatches():
-    params, mask, kept = tables(0), np.ones((9, 2), np.float32), np.zeros((9, 2), np.float32)
+    params = tables(0)
+    mask = np.ones((9, 2), np.float32)
+    kept = np.zeros((9, 2), np.float32)
     mask[:4, 1], kept[2:, 0], kept[7:, 1] = 0, 1, 1  # unequal counts, also over the parts
     batch = with_text(some_targets(mask), text_rows(kept), 1.7)
     objective = partial(policy_objective, tabular, clip=0.2, temperature=1.0)
@@ -444,7 +445,10 @@ def test_pretraining_text_adds_its_mean_loss_whatever_the_microbatches():
 
 
 def optimum(reference, known_B, reward_B, beta, text_weight, rate=0.05, steps=1500):
-    """The policy that PPO-ptx ends at (exact expectations, old policy = policy), its text being `known_B` likely."""
+    """Return the policy that PPO-ptx ends at; its text has the likelihoods `known_B`.
+
+    Expectations are exact, and the old policy is the policy.
+    """
     optimizer = optax.adam(optax.linear_schedule(rate, 0.0, steps))
     reference_BR = response_logprobs(tabular, reference, enumerated(), 1.0)
     text = text_rows(np.repeat(known_B[:, None], 2, axis=1))
@@ -461,9 +465,8 @@ def optimum(reference, known_B, reward_B, beta, text_weight, rate=0.05, steps=15
             jnp.full(9, 1),
         )
         targets = {"old_logp_BR": old_BR, "advantages_BR": exact_advantages(params, rewards_BR)}
-        batch = with_text(
-            {**enumerated(), **targets}, text, text_weight / 18
-        )  # 18 tokens: the sum is no mean here
+        # 18 tokens: the sum is no mean here.
+        batch = with_text({**enumerated(), **targets}, text, text_weight / 18)
         updates, opt_state = optimizer.update(
             jax.grad(objective, has_aux=True)(params, batch)[0], opt_state
         )
@@ -476,7 +479,8 @@ def optimum(reference, known_B, reward_B, beta, text_weight, rate=0.05, steps=15
 
 def test_with_pretraining_text_the_tax_is_smaller_at_equal_reward():
     """The tax: by how many nats the text, which the reference knows, has become less likely."""
-    reference, reward_B = tables(0), 1.5 * normal(9, seed=5)
+    reference = tables(0)
+    reward_B = 1.5 * normal(9, seed=5)
     known = np.asarray(sequence_probs(reference), np.float64)
 
     def plain(beta):  # the closed form of the optimum without text
@@ -504,13 +508,13 @@ def test_with_pretraining_text_the_tax_is_smaller_at_equal_reward():
 
 @pytest.mark.parametrize("start", [0.02, 5.0])
 def test_adaptive_kl_converges_to_its_target(start):
-    """PPO with exact advantages on the enumerable policy; within 20 % of the target, from either side."""
-    reference, reward_B, target = tables(0), 1.5 * normal(9, seed=5), 0.15
+    """PPO with exact advantages on the enumerable policy gets within 20 %, from either side."""
+    reference = tables(0)
+    reward_B = 1.5 * normal(9, seed=5)
+    target = 0.15
     reference_BR = response_logprobs(tabular, reference, enumerated(), 1.0)
-    objective, optimizer = (
-        partial(policy_objective, tabular, clip=0.2, temperature=1.0),
-        optax.adam(0.03),
-    )
+    objective = partial(policy_objective, tabular, clip=0.2, temperature=1.0)
+    optimizer = optax.adam(0.03)
 
     @partial(jax.jit, static_argnames="adapts")
     def train(beta, adapts):
@@ -543,7 +547,7 @@ def bigram(table, tokens, segments, positions):
 
 
 def value_of_token(values_V, tokens_BT, *_):
-    """A critic that knows the last token alone."""
+    """Apply a critic that knows the last token alone."""
     return ScalarOutput(values_V[tokens_BT], None, None)
 
 
@@ -554,7 +558,7 @@ LENGTHS = np.array([1, 2, 5, 3, 4, 5])
 
 
 def responses_of_all_lengths():
-    """Six rollouts; the first four end with EOS, the last two do not."""
+    """Return six rollouts; the first four end with EOS, the last two do not."""
     rng = np.random.default_rng(0)
     rows = len(LENGTHS)
     mask = (np.arange(LONGEST) < LENGTHS[:, None]).astype(np.float32)
@@ -578,7 +582,7 @@ def log_probs_at_temperature(table):
 
 
 def rewards_and_values_in_loops(batch, policy, reference, value, scores, at):
-    """Token by token in float64; `last`: the index of each row's last state with a value."""
+    """Return both in float64; `last`: the index of each row's last state with a value."""
     gap = log_probs_at_temperature(policy) - log_probs_at_temperature(reference)
     rewards, values = np.zeros((2, len(LENGTHS), LONGEST))
     last = []
@@ -605,7 +609,7 @@ def advantages_in_loops(rewards, values):
 @pytest.mark.parametrize("whitened", [False, True])
 @pytest.mark.parametrize("at", ["last", "after"])
 def test_advantages_equal_loops(at, whitened):
-    """Of responses of all lengths, four with an end and two without, token by token in float64."""
+    """The loops are in float64, token by token; responses have all lengths, two no end."""
     batch = responses_of_all_lengths()
     policy, reference = normal(7, 7, seed=1), normal(7, 7, seed=2)
     value, given = normal(7, seed=4), normal(6, seed=3)
@@ -642,7 +646,7 @@ def test_advantages_equal_loops(at, whitened):
 
 
 def test_several_rewards_are_one_score():
-    """Weights 1 and 0 are the first reward alone; where the second is below the gate, the score is the floor."""
+    """Weights 1 and 0 are the first reward alone; below the second's gate, it is the floor."""
     response = np.array([[1, 2], [3, 2], [2, 0]], np.int32)
     mask = np.float32([[1, 1], [1, 1], [1, 0]])
     tokens, segments = (np.insert(x, 0, 1, axis=1).astype(np.int32) for x in (response, mask))
@@ -655,7 +659,7 @@ def test_several_rewards_are_one_score():
     scores = {"a": jnp.float32([2.0, 3.0, -1.0]), "b": jnp.float32([0.0, 1.0, 1.0])}
 
     def returns(**fields):
-        """The score of each response: its return at the first token, for a critic of zeros."""
+        """Return each response's return at the first token, its score for a critic of zeros."""
         config = train_ppo.Config(gae_lambda=1.0, missing_eos="none", **fields)
         compute_advantages = train_ppo.make_advantages(config, bigram, value_of_token, eos=9)
         table = jnp.asarray(normal(4, 4))
@@ -676,10 +680,8 @@ def test_several_rewards_are_one_score():
 
 def test_a_missing_end_replaces_or_lowers_the_score():
     response = np.array([[5, 3, 0], [5, 5, 5], [5, 3, 0]])
-    batch = {
-        "response_BR": response,
-        "mask_BR": np.array([[1, 1, 0], [1, 1, 1], [1, 0, 0]]),
-    }  # the last one's is padding
+    # The last one's is padding.
+    batch = {"response_BR": response, "mask_BR": np.array([[1, 1, 0], [1, 1, 1], [1, 0, 0]])}
     rules = {"replace": [2.0, -1.0, -1.0], "penalty": [2.0, 2.0, 3.0], "none": [2.0, 3.0, 4.0]}
     for rule, want in rules.items():
         assert (

@@ -1,4 +1,4 @@
-"""Process supervision: step labels, scores and rewards of steps, Monte Carlo labels, re-ranking, step-level search."""
+"""Process supervision: labels, scores, rewards of steps, Monte Carlo, re-ranking, step search."""
 
 import json
 import math
@@ -124,9 +124,8 @@ def test_prm800k_s_rows_become_labelled_steps():
 )
 def test_malformed_steps_name_their_field(change, message):
     row = {"prompt": "1+1", "steps": ["1+1=2", "answer 2"], "labels": ["positive", 0.25]} | change
-    if (
-        message == "label.steps[1]"
-    ):  # a stage without completions ends the solution; what is no stage is a fault
+    # A stage without completions ends the solution; what is no stage is a fault.
+    if message == "label.steps[1]":
         row["label"]["steps"].reverse()
         message = "label.steps[0]: must be an object with completions"
     with pytest.raises(records.FieldError) as fault:
@@ -146,9 +145,8 @@ def test_targets_stand_at_each_labelled_step_s_last_token(tokenizer):
     (row,), lost = encode_steps(record, tokenizer, 64)
     text = "27+8=35\nso 35\n35-6=29\nso 29\nanswer 28"
     prompt = tokenizer.prompt("27+8-6")
-    assert (
-        row["tokens"] == [*prompt, *tokenizer.encode(text), tokenizer.eos] and not lost
-    )  # as a policy samples it
+    # The row is as a policy samples it.
+    assert row["tokens"] == [*prompt, *tokenizer.encode(text), tokenizer.eos] and not lost
     ends = [
         t
         for t in range(len(prompt), len(row["tokens"]))
@@ -159,9 +157,8 @@ def test_targets_stand_at_each_labelled_step_s_last_token(tokenizer):
     batch = pad_steps([row], 64, tokenizer.pad)
     mask_BT = np.arange(batch["tokens_BT"].shape[1])[None] >= len(prompt)
     mask_BT = mask_BT * (batch["segment_ids_BT"] > 0)
-    found = step_ends(
-        batch["tokens_BT"], mask_BT, tokenizer.newlines()
-    )  # the rule by which responses are read
+    # The rule by which responses are read.
+    found = step_ends(batch["tokens_BT"], mask_BT, tokenizer.newlines())
     assert np.flatnonzero(found[0]).tolist() == ends
     short, lost = encode_steps(record, tokenizer, ends[2])
     assert lost and sum(short[0]["mask"]) == 1
@@ -173,14 +170,18 @@ def test_targets_stand_at_each_labelled_step_s_last_token(tokenizer):
 
 def test_process_objective_and_its_gradient_against_numpy(tokenizer):
     rng = np.random.default_rng(0)
-    logits_BT, targets_BT = rng.normal(size=(4, 9)) * 3, rng.uniform(size=(4, 9)).round(1)
+    logits_BT = rng.normal(size=(4, 9)) * 3
+    targets_BT = rng.uniform(size=(4, 9)).round(1)
     mask_BT = (rng.uniform(size=(4, 9)) < 0.4).astype(np.float64)
     p = sigmoid(logits_BT)
     expected = -(mask_BT * (targets_BT * np.log(p) + (1 - targets_BT) * np.log(1 - p))).sum()
     ones = np.ones((4, 9), np.int32)
     batch = {"tokens_BT": ones, "segment_ids_BT": ones, "positions_BT": ones}
     batch |= {"loss_mask_BT": np.float32(mask_BT), "targets_BT": np.float32(targets_BT)}
-    objective = lambda logits: process_objective(lambda x, *_: x, logits, batch)
+
+    def objective(logits):
+        return process_objective(lambda x, *_: x, logits, batch)
+
     (loss, (weight, metrics)), grad = jax.value_and_grad(objective, has_aux=True)(
         jnp.float32(logits_BT)
     )
@@ -209,7 +210,7 @@ def test_padding_does_not_change_the_process_objective(tokenizer):
 
 
 def by_loop(logits, ends, how):
-    """Scores after each token, in probabilities: a Python loop over the steps that have ended."""
+    """Return scores after each token, in probabilities, by a loop over the ended steps."""
     out, past = [], []
     for logit, end in zip(logits, ends, strict=True):
         past += [float(sigmoid(logit))] if end else []
@@ -232,7 +233,8 @@ def test_a_step_ends_at_each_token_that_ends_in_a_newline():
 @pytest.mark.parametrize("how", ["product", "minimum", "last"])
 def test_step_rewards_stand_at_steps_and_sum_to_the_outcome(how):
     rng = np.random.default_rng(1)
-    logits_BT, ends_BT = rng.normal(size=(6, 12)) * 2, rng.uniform(size=(6, 12)) < 0.35
+    logits_BT = rng.normal(size=(6, 12)) * 2
+    ends_BT = rng.uniform(size=(6, 12)) < 0.35
     ends_BT[0], ends_BT[1, -1] = False, True
     expected = np.stack([by_loop(*row, how) for row in zip(logits_BT, ends_BT, strict=True)])
     score_BT = jnp.exp(running_score(jnp.float32(logits_BT), ends_BT, how))
@@ -242,13 +244,12 @@ def test_step_rewards_stand_at_steps_and_sum_to_the_outcome(how):
     np.testing.assert_allclose(rewards_BT.sum(1), expected[:, -1], atol=1e-6)  # telescoped
     assert rewards_BT[0].sum() == 0  # no step, no reward
     summed = (sigmoid(logits_BT) * ends_BT).sum(1)
-    assert (
-        np.abs(summed - expected[:, -1]).max() > 0.5
-    )  # control: probabilities simply summed do not
+    # Control: probabilities simply summed do not.
+    assert np.abs(summed - expected[:, -1]).max() > 0.5
 
 
 def test_ppo_gives_each_step_its_reward_at_its_last_token():
-    """Returns without gamma or gae_lambda are sums of rewards to come: their differences are the rewards."""
+    """Returns without discounts are sums of rewards to come: their differences are the rewards."""
     newline, eos = 5, 3
     response_BR = np.array(
         [[7, 8, newline, 9, newline, 7, eos, 1], [7, newline, 7, 7, newline, 7, 7, 7]]
@@ -293,9 +294,8 @@ def test_ppo_gives_each_step_its_reward_at_its_last_token():
     np.testing.assert_allclose(
         rewards["product"][0], [0, 0, a, 0, a * b - a, 0, a * b * c - a * b, 0], atol=1e-6
     )
-    a, b = p[
-        1, [1, 4]
-    ]  # it never ends: by the rule its sum is -1, and the last token makes up for the steps
+    # It never ends: by the rule its sum is -1, and the last token makes up for the steps.
+    a, b = p[1, [1, 4]]
     np.testing.assert_allclose(
         rewards["product"][1], [0, a, 0, 0, a * b - a, 0, 0, -1 - a * b], atol=1e-6
     )
@@ -306,7 +306,7 @@ def test_ppo_gives_each_step_its_reward_at_its_last_token():
 
 
 def odd(text, record):
-    """1 where an ASCII character of odd code is in the text: what each token settles for itself."""
+    """Return 1 if an ASCII character of odd code is in the text: each token settles it alone."""
     return float(any(ord(c) < 128 and ord(c) % 2 for c in text))
 
 
@@ -343,7 +343,10 @@ def test_completion_shares_err_as_one_over_the_root_of_n(tokenizer):
     rms = {}
     for n in (16, 256):
         respond = make_sampler(TINY, SamplingConfig(max_new_tokens=2), tokenizer, n)
-        complete = lambda contexts, r=respond: r(params, contexts, jax.random.key(5))
+
+        def complete(contexts, respond=respond):
+            return respond(params, contexts, jax.random.key(5))
+
         errors = np.array(collect_steps.success_shares(complete, odd, tokenizer, states)) - exact
         predicted = math.sqrt((exact * (1 - exact)).mean() / n)
         rms[n] = math.sqrt((errors**2).mean())
@@ -357,7 +360,8 @@ def test_completion_shares_err_as_one_over_the_root_of_n(tokenizer):
 
 def test_auc_and_first_error_against_loops():
     rng = np.random.default_rng(3)
-    scores, right = rng.normal(size=80).round(1), rng.uniform(size=80) < 0.7
+    scores = rng.normal(size=80).round(1)
+    right = rng.uniform(size=80) < 0.7
     pairs = [(a > b) + 0.5 * (a == b) for a in scores[right] for b in scores[~right]]
     assert auc(scores, right) == pytest.approx(np.mean(pairs), abs=1e-12)
     assert math.isnan(auc(scores, np.ones(80, bool)))
@@ -392,7 +396,8 @@ def test_a_score_that_knows_nothing_is_right_as_often_as_blind_says():
     right = np.array([[1, 0, 1, 1, 0]])
     new_PN = rerank.first_of_equal_texts(texts)
     assert new_PN.tolist() == [[True, True, False, False, True]]
-    rng, hits = np.random.default_rng(0), []
+    rng = np.random.default_rng(0)
+    hits = []
     for _ in range(4000):
         of_text = dict(zip("abc", rng.normal(size=3), strict=True))
         scores = {"orm": np.array([[of_text[text] for text in row] for row in texts])}
@@ -405,8 +410,10 @@ def test_a_score_that_knows_nothing_is_right_as_often_as_blind_says():
 
 
 def test_step_search_on_a_tree_that_is_known():
-    """Steps are [digit, newline] or [digit, eos] at the third; the score is of the digits alone."""
-    newline, eos, calls = 90, 99, []
+    """Steps are [digit, newline], the third [digit, eos]; the score is of the digits alone."""
+    newline = 90
+    eos = 99
+    calls = []
 
     def extend(contexts, number):
         calls.append(len(contexts))
@@ -431,12 +438,18 @@ def test_step_search_on_a_tree_that_is_known():
 
 
 def test_step_search_over_whole_solutions_is_the_best_of_n():
-    """Expert iteration with it is then rejection sampling: of beams x branch samples the best by score."""
-    rng, eos = np.random.default_rng(0), 99
+    """Expert iteration with it is then rejection sampling: the best of beams x branch samples."""
+    rng = np.random.default_rng(0)
+    eos = 99
     drawn = rng.integers(1, 90, (5, 12, 3))  # to each of 5 problems 12 solutions of 3 tokens
     rows = iter(drawn.reshape(-1, 4, 3))
-    extend = lambda contexts, number: [[*map(int, t), eos] for _ in contexts for t in next(rows)]
-    score = lambda prompts, responses: np.array([sum(r) % 41 for r in responses])
+
+    def extend(contexts, number):
+        return [[*map(int, t), eos] for _ in contexts for t in next(rows)]
+
+    def score(prompts, responses):
+        return np.array([sum(r) % 41 for r in responses])
+
     found, tokens = step_beam.search(
         [[i] for i in range(5)], extend, score, eos, beams=3, branch=4, longest=9
     )
@@ -523,14 +536,14 @@ def test_a_process_model_learns_from_rows_of_every_kind(tmp_path, monkeypatch, c
     assert "--labels=gold: no program checks the steps of x.jsonl" in message
 
 
-# ---- The whole of process supervision, once: a policy, labels of three kinds, a model of each ----
+# ---- All of process supervision, once: a policy, labels of three kinds, a model of each ----
 
 LABELS = ("gold", "outcome", "completions")
 
 
 @pytest.fixture(scope="module")
 def supervised(tmp_path_factory):
-    """A folder with the runs sft, gold, outcome and completions, and the labels of the last three."""
+    """Make a folder with runs sft, gold, outcome, completions, and labels of the last three."""
     folder = tmp_path_factory.mktemp("supervised")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PLUMB_CACHE", str(folder / "cache"))
@@ -548,7 +561,7 @@ def supervised(tmp_path_factory):
 
 @pytest.fixture
 def in_study(supervised, tmp_path, monkeypatch):
-    """The current folder is that of `supervised`; the fixture's value is one for what a test makes."""
+    """Make `supervised` the current folder; return another one for what a test makes."""
     monkeypatch.setenv("PLUMB_CACHE", str(supervised / "cache"))
     monkeypatch.chdir(supervised)
     return tmp_path
@@ -560,7 +573,8 @@ def test_labels_of_three_kinds_agree_where_they_speak_of_the_same_thing(in_study
     for gold, outcome, shares in zip(*files, strict=True):
         assert gold["steps"] == outcome["steps"] == shares["steps"]
         assert outcome["labels"][:-1] == [None] * (len(gold["steps"]) - 1)
-        text, response = gold["prompt"][0]["content"], "\n".join(gold["steps"])
+        text = gold["prompt"][0]["content"]
+        response = "\n".join(gold["steps"])
         solved = float(arithmetic.solved(text, response))
         assert outcome["labels"][-1] == shares["labels"][-1] == solved
         assert all(0 <= label <= 1 and (8 * label).is_integer() for label in shares["labels"])
@@ -573,7 +587,7 @@ def test_every_way_to_choose_is_in_the_table(in_study):
     ways = {f"{model} {way}" for model in ("outcome", "gold") for way in STEP_SCORES}
     blind = {"one drawn at random", "a score that knows nothing"}
     assert set(table) == ways | blind | {"majority", "one of them is right"}
-    # Of one answer nothing can be chosen.
+    # One answer leaves no choice.
     assert len({row[1].value for row in table.values()}) == 1
     written = rows_in(in_study / "table.json")[0]
     assert len(written["hits"]["majority"]) == 40
@@ -583,7 +597,7 @@ def test_every_way_to_choose_is_in_the_table(in_study):
 
 @pytest.mark.slow
 def test_what_a_search_finds_is_right_and_can_be_imitated(in_study):
-    """This policy's samples are right one time in twenty. A hit may have no end: it is no solution."""
+    """This policy's samples are right one time in twenty; a hit without an end is no solution."""
     search = ["--policy=sft", "--model=gold", "--beams=1", "--prompts=300", "--split=train"]
     files = [f"--out={in_study}/beam.json", f"--solutions={in_study}/found.jsonl"]
     accuracy, tokens = run(step_beam, *search, *files)

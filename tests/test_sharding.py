@@ -83,12 +83,13 @@ OBJECTIVES = {
 
 
 def five_steps(mesh, name, microbatches=1):
-    """Losses, parameters and the whole sharded state after five updates on `mesh`."""
+    """Return losses, parameters and the whole sharded state after five updates on `mesh`."""
     model, objective, batches = OBJECTIVES[name]
     init, apply = init_and_apply(model(CONFIG))
     with jax.set_mesh(mesh):
         state = init_sharded(lambda key: init_state(init(key), OPTIMIZER), mesh, jax.random.key(0))
-        step, losses = make_train_step(partial(objective, apply), OPTIMIZER, microbatches), []
+        step = make_train_step(partial(objective, apply), OPTIMIZER, microbatches)
+        losses = []
         for seed in range(5):
             state, metrics = step(state, to_mesh(batches(seed), mesh))
             losses.append(float(metrics["loss"]))
@@ -112,7 +113,7 @@ def test_five_steps_equal_one_device_and_one_batch(shape, name):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4), params, want)
     assert losses[0] != losses[-1]
 
-    # Parameters lie as the rules say after the steps too, and Adam's moments lie as the parameters.
+    # Parameters lie as the rules say after the steps too, and Adam's moments as the parameters.
     wanted = shardings_of(state, mesh)
     jax.tree.map(
         lambda x, s: x.sharding.is_equivalent_to(s, x.ndim) or pytest.fail(f"{x.sharding} {s}"),
@@ -149,9 +150,8 @@ def test_a_rule_holds_for_whole_names_and_their_copies_in_the_optimizer():
     assert spec_of("decoder/embed", (32, 16), mesh) == P("tensor", "fsdp")
     assert spec_of("opt_state/0/mu/decoder/embed", (32, 16), mesh) == P("tensor", "fsdp")
     assert spec_of("decoder/unembed_", (32, 16), mesh) == spec_of("step", (), mesh) == P()
-    assert (
-        spec_of("opt_state/0/v_row/decoder/embed", (32,), mesh) == P()
-    )  # Adafactor's factor: another shape
+    # Adafactor's factor: another shape.
+    assert spec_of("opt_state/0/v_row/decoder/embed", (32,), mesh) == P()
 
 
 @needs_eight
@@ -175,10 +175,8 @@ def test_batches_are_split_over_data_and_fsdp():
     assert {shard.data.shape for shard in tokens.addressable_shards} == {(2, 4)}
     constrained = jax.jit(constrain_batch)(jnp.zeros((8, 3)))
     assert constrained.sharding.is_equivalent_to(tokens.sharding, 2)
-    assert jax.jit(constrain_batch)(jnp.zeros((3, 3))).shape == (
-        3,
-        3,
-    )  # an odd batch is left alone
+    # An odd batch is left alone.
+    assert jax.jit(constrain_batch)(jnp.zeros((3, 3))).shape == (3, 3)
 
 
 @needs_eight

@@ -56,7 +56,7 @@ def everything(data, schema):
 
 
 def only(tmp_path, row, schema):
-    """The record made of `row`, which stands among others of its schema."""
+    """Return the record made of `row`, which stands among others of its schema."""
     other = {"text": "x", "prompt": "other", "response": "x", "chosen": "x", "rejected": "y"}
     found = everything(write(tmp_path / "rows.jsonl", [row, other]), schema)
     return next(
@@ -286,7 +286,8 @@ def test_a_preparation_that_fails_or_loses_rows_leaves_nothing(tmp_path, cache, 
         with pytest.raises(UserError, match=r"disk full.*set PLUMB_CACHE"):
             open_source(data, "text", "train")
         assert not list(cache.iterdir())
-    every, calls = sources._records, []
+    every = sources._records
+    calls = []
 
     def one_fewer_the_second_time(*args):
         calls.append(1)
@@ -308,14 +309,10 @@ def test_held_out_rows_never_train(tmp_path):
         open_source(data, "prompt", split) for split in ("train", "heldout")
     )
     assert len(train) + len(held) == 600 and 10 < len(held) < 60
-    assert (train.name, held.name) == (
-        str(data),
-        f"the held-out split of {data}",
-    )  # as messages call them
-    for one, other in (
-        (train, train_prompts),
-        (held, held_prompts),
-    ):  # the same rows in any schema
+    # As messages call them.
+    assert (train.name, held.name) == (str(data), f"the held-out split of {data}")
+    # The same rows in any schema.
+    for one, other in ((train, train_prompts), (held, held_prompts)):
         assert (one.rows == other.rows).all()
     prompts = [
         {source[i]["messages"][0]["content"] for i in range(len(source))}

@@ -1,5 +1,7 @@
-"""The llama2.c importer against an independent forward pass and the C program's text; the happy-story reward's hacks;
-PPO on it at toy size, and what README.md reports of it."""
+"""Happy stories: the llama2.c importer, the reward's hacks, PPO at toy size, README.md's numbers.
+
+The importer is checked against an independent forward pass and the C program's text.
+"""
 
 import dataclasses
 import json
@@ -28,11 +30,14 @@ def imported(*argv):
 
 
 def forward(weights, tokens, heads, kv_heads):
-    """llama2.c's own arithmetic in float64: rows are outputs, RoPE turns 2i with 2i + 1."""
+    """Compute llama2.c's logits in float64: rows are outputs, RoPE turns 2i with 2i + 1."""
     embed, norm1, wq, wk, wv, wo, norm2, w1, w2, w3, final = (
         np.asarray(w, np.float64) for w in weights
     )
-    norm = lambda x, scale: x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-5) * scale
+
+    def norm(x, scale):
+        return x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-5) * scale
+
     x_TD = embed[tokens]
     T, D = x_TD.shape
     H = D // heads
@@ -61,7 +66,8 @@ def forward(weights, tokens, heads, kv_heads):
 
 def test_a_random_checkpoint_gives_the_logits_of_an_independent_forward_pass(tmp_path, capsys):
     tokenizer = Tokenizer.train(["a small text to train on"], tmp_path / "t.model", 300)
-    D, F, L, N, K, V, T = 16, 24, 2, 4, 2, tokenizer.size, 32
+    D, F, L, N, K, T = 16, 24, 2, 4, 2, 32
+    V = tokenizer.size
     rng = np.random.default_rng(0)
     shapes = [
         (V, D),
@@ -111,12 +117,15 @@ def test_real_weights_print_what_the_c_program_prints(shared_data, tmp_path, cap
 
 OPENING = "Once upon a time, there was a little girl named Lily."
 HONEST = (
-    " She went to the park with her brother and they had fun. The sun was warm and Lily was happy all day."
-    " Then a small dog came and gave them a big smile. In the evening her mother was proud of both children."
+    " She went to the park with her brother and they had fun."
+    " The sun was warm and Lily was happy all day."
+    " Then a small dog came and gave them a big smile."
+    " In the evening her mother was proud of both children."
 )
 PLAIN = (
     " She went to the park with her brother after lunch. The sun was high and the grass was tall."
-    " Then a small dog came and ran around the old tree. In the evening her mother made some soup for both children."
+    " Then a small dog came and ran around the old tree."
+    " In the evening her mother made some soup for both children."
 )
 
 
@@ -125,7 +134,7 @@ def score(story, opening=OPENING):
 
 
 def test_the_reward_of_a_story_by_hand():
-    """HONEST has four happy sentences of 11 to 12 words: the most that count. PLAIN has none, and enough words."""
+    """HONEST has four happy sentences of 11 or 12 words; PLAIN has none, and enough words."""
     assert happy.parts(OPENING, HONEST) == {"score": 1.0, "happy": 4, "sad": 0, "words": 43}
     assert happy.parts(OPENING, PLAIN) == {"score": 0.0, "happy": 0, "sad": 0, "words": 41}
     assert score(PLAIN + " Then Lily cried.") == score(PLAIN + " Then Lily cried") == -0.25
@@ -141,7 +150,8 @@ def test_the_reward_of_a_story_by_hand():
         " Lily was happy." * 12,
         " Happy. Glad. Fun. Smile. Love. Hug. Proud. Joy." * 3,
         " She was very happy today." * 8,
-        " She was happy, glad, proud and excited, full of joy, fun, love, hugs, smiles and laughter with a friend.",
+        " She was happy, glad, proud and excited, full of joy, fun, love, hugs, smiles"
+        " and laughter with a friend.",
         " She was not happy about the big red bus. Nobody had any fun in the long queue."
         " He never gave his aunt a smile."
         " There was no love left in the old house.",
@@ -210,7 +220,10 @@ def test_the_lists_are_disjoint_and_openings_are_neutral_and_split_by_name():
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """A folder with `init`, a random model of width 32 whose tokenizer knows stories, and `ppo`, two iterations."""
+    """Make a folder with `init`, a random model whose tokenizer knows stories, and `ppo`.
+
+    The model's width is 32; `ppo` is a run of two iterations.
+    """
     folder = tmp_path_factory.mktemp("stories")
     tokenizer = Tokenizer.train([*happy.openings("train"), HONEST, PLAIN], folder / "t.model", 400)
     model = dataclasses.replace(ModelConfig.from_preset("tiny"), vocab=tokenizer.size)
@@ -243,7 +256,7 @@ def ppo(folder, *argv):
 
 
 def test_two_iterations_log_kl_and_samples_before_and_after(tiny):
-    """check_first_update asserts ratio 1 inside the run; here is what the run wrote of its first iteration."""
+    """The run itself asserts ratio 1 (check_first_update); here is what it wrote of it."""
     first, second = [
         json.loads(line) for line in (tiny / "ppo" / "metrics.jsonl").read_text().splitlines()
     ]
@@ -262,8 +275,9 @@ def test_two_iterations_log_kl_and_samples_before_and_after(tiny):
 
 @pytest.mark.slow  # compiles everything twice more
 def test_resuming_gives_the_same_policy(tiny, tmp_path):
-    """Stopped by SIGTERM's path after one iteration and gone on: equal to the bit to the run that went through."""
-    due, calls = Checkpoints.due, []
+    """A run stopped after one iteration as by SIGTERM, then gone on with, is equal to the bit."""
+    due = Checkpoints.due
+    calls = []
 
     def stop_once(self, step, every, last):
         calls.append(step)
@@ -284,7 +298,7 @@ def test_resuming_gives_the_same_policy(tiny, tmp_path):
 
 
 def test_measured_before_equals_after_when_nothing_was_trained(tiny, tmp_path, capsys):
-    """Against itself: KL 0, every number equal; and the trained run's length and share of ended stories by hand."""
+    """Against itself KL is 0 and every number equal; the trained run is measured by hand."""
     argv = [
         f"--before={tiny}/init",
         "--after",
@@ -312,22 +326,18 @@ def test_summary_of_three_stories_by_hand():
         and got["kl"] == 2
         and got["sentence"] == pytest.approx(10 / 3, abs=1e-5)
     )
-    assert got["repeated"] == pytest.approx(
-        1 / 8, abs=1e-6
-    )  # of 4 + 2 + 2 triples one was said before
-    assert got["distinct"] == pytest.approx(
-        7 / 11, abs=1e-6
-    )  # the-cat cat-ran ran-the ran-away a-nice nice-dog dog-sat
+    # One of 4 + 2 + 2 triples was said before.
+    assert got["repeated"] == pytest.approx(1 / 8, abs=1e-6)
+    # They are the-cat cat-ran ran-the ran-away a-nice nice-dog dog-sat.
+    assert got["distinct"] == pytest.approx(7 / 11, abs=1e-6)
     assert got["formula"] == pytest.approx(2 / 3, abs=1e-6) and got["first"] == 1.0
     assert got["also_happy"] == pytest.approx(100 / 14, abs=1e-5)
 
 
 def test_readme_shows_the_results_of_its_json():
     folder = pathlib.Path(measure.__file__).parent
-    text, results = (
-        (folder / "README.md").read_text(),
-        json.loads((folder / "results.json").read_text()),
-    )
+    text = (folder / "README.md").read_text()
+    results = json.loads((folder / "results.json").read_text())
     for part in (results["command"], measure.markdown(results), measure.samples(results)):
         assert part in text
 

@@ -141,12 +141,8 @@ def test_a_model_trained_elsewhere():
     user, hello, assistant, hi = (
         t.encode(text) for text in ("<|user|>", "hello", "<|assistant|>", "hi")
     )
-    assert t.prompt("hello") == [
-        t.bos,
-        *user,
-        *hello,
-        *assistant,
-    ]  # no role tokens: text stands for them
+    # No role tokens: text stands for them.
+    assert t.prompt("hello") == [t.bos, *user, *hello, *assistant]
     tokens, mask = t.chat(
         [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]
     )
@@ -154,8 +150,9 @@ def test_a_model_trained_elsewhere():
 
 
 def test_a_chat_forgets_its_oldest_turns(tokenizer, monkeypatch, capsys):
-    """What the model is given always fits; a message that is too long alone ends nothing."""
-    typed, given = iter(["hello there", "how are you", "x " * 200, "good bye", ""]), []
+    """The turns given to the model always fit; a message too long by itself ends nothing."""
+    typed = iter(["hello there", "how are you", "x " * 200, "good bye", ""])
+    given = []
     monkeypatch.setattr("builtins.input", lambda _: next(typed))
     room = len(tokenizer.prompt("how are you")) + 4
 
@@ -169,6 +166,5 @@ def test_a_chat_forgets_its_oldest_turns(tokenizer, monkeypatch, capsys):
     typed = iter(["hello there", "how are you", ""])
     given.clear()
     chat(reply, tokenizer, jax.random.key(0), 1000)
-    assert "hello" in tokenizer.decode(
-        given[1]
-    )  # control: where there is room, all turns are given
+    # Control: where there is room, all turns are given.
+    assert "hello" in tokenizer.decode(given[1])

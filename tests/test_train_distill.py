@@ -1,4 +1,4 @@
-"""Distillation from the command line: smaller students, own samples, meshes, resuming, mistakes."""
+"""Distillation from the command line: smaller students, own samples, meshes, mistakes."""
 
 import json
 import pathlib
@@ -38,7 +38,7 @@ SMALL = [
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A folder with conversations and a teacher, of random weights."""
+    """Make a folder with conversations and a teacher, of random weights."""
     folder = tmp_path_factory.mktemp("distill")
     sums = [
         {"prompt": f"{i} plus {j}", "response": str(i + j)} for i in range(10) for j in range(10)
@@ -73,7 +73,7 @@ def same(one, other, atol):
 
 @pytest.fixture(scope="module")
 def mixed(files):
-    """Flags of a run whose first step is on data, its second on own samples; and the run."""
+    """Return flags of a run with a step on data, then one on own samples; and the run."""
 
     def coin(seed, step):
         return train_distill.is_own(train_distill.Config(seed=seed, on_policy=0.5), step)
@@ -94,9 +94,8 @@ def test_a_smaller_student_learns_from_data_and_own_samples(mixed):
         0.1 * first["nll"] + 0.9 * 4 * first["divergence"], rel=1e-5
     )
     assert second["own/divergence"] > 0 and "loss" not in second
-    assert second["own/loss"] == pytest.approx(
-        0.9 * 4 * second["own/divergence"], rel=1e-5
-    )  # no labels there
+    # No labels there.
+    assert second["own/loss"] == pytest.approx(0.9 * 4 * second["own/divergence"], rel=1e-5)
     assert load_params("mixed")["decoder"]["embed"].shape == (512, 16)
 
 
@@ -142,9 +141,8 @@ def test_a_student_equal_to_its_teacher_has_nothing_to_learn():
         "--optimizer.weight_decay=0",
     ]
     run(train_distill, *copy, "--run=copy")
-    first = rows_of("copy")[
-        0
-    ]  # of what rounding leaves of the gradient, Adam makes a step of full length
+    # The first step alone: Adam makes a full one of what rounding leaves of the gradient.
+    first = rows_of("copy")[0]
     assert abs(first["divergence"]) < 1e-6 and first["grad_norm"] < 1e-4
     assert first["nll"] > 1  # control: the data is not what the teacher says
 
@@ -185,9 +183,8 @@ def test_resuming_is_bitwise_equal(adapters):
     jax.tree.map(np.testing.assert_array_equal, load_params(f"{name}_cut"), load_params(name))
     rows = rows_of(name)
     assert [row["step"] for row in rows_of(f"{name}_cut")] == [1, 2, 3, 4, 5, 6]
-    assert (
-        0 < sum("own/loss" in row for row in rows[3:]) < 3
-    )  # both kinds of step come after the cut
+    # Both kinds of step come after the cut.
+    assert 0 < sum("own/loss" in row for row in rows[3:]) < 3
 
 
 MISTAKES = {

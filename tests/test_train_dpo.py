@@ -1,4 +1,4 @@
-"""Direct methods from the command line: end to end, resuming, reference cache, meshes, data forms, mistakes."""
+"""Direct methods from the command line: resuming, reference cache, meshes, data, mistakes."""
 
 import inspect
 import json
@@ -40,12 +40,12 @@ from train_state import load_params
 SHORT = ["--optimizer.warmup=0", "--length=64", "--batch_size=8", "--eval_every=0"]
 EIGHT = ["--mesh.data=1", "--mesh.fsdp=8"]
 SAID = {"white": "A bright one:", "black": "A dark one:"}
-"""What the policy that the tests start from says, and the words that it says it after."""
+"""The answers of the policy that the tests start from, and the words it gives them after."""
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A folder with comparisons (two to four responses, ties too), judgements, and a run to start from."""
+    """Make a folder with comparisons (two to four responses, ties too), judgements, a start."""
     folder = tmp_path_factory.mktemp("dpo")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PLUMB_CACHE", str(folder / "cache"))
@@ -79,7 +79,7 @@ def common(files, data="comparisons"):
 
 @pytest.fixture(scope="module")
 def finished(files):
-    """Six steps of DPO on 1 x 8 devices, with checkpoints of steps 3 and 6."""
+    """Take six steps of DPO on 1 x 8 devices, with checkpoints of steps 3 and 6."""
     run(train_dpo, *common(files), *EIGHT, f"--run={files}/dpo", "--steps=6", "--save_every=3")
     return files / "dpo"
 
@@ -111,7 +111,8 @@ def test_resuming_is_bitwise_equal_and_needs_no_reference(files, finished, monke
     run(train_dpo, *common(files), *EIGHT, f"--run={copy}", "--steps=6", "--save_every=3")
     equal(copy, finished, rtol=0)
     assert [row["step"] for row in rows_of(copy)] == [1, 2, 3, 4, 5, 6] and not loaded
-    # Further than the cache reaches; then evaluated batches, which are in it, do not count for a step that is not.
+    # Further than the cache reaches; then evaluated batches, which are in it, do not count for a
+    # step that is not.
     for further in (["--steps=7", "--eval_every=7"], ["--steps=8"]):
         run(train_dpo, *common(files), *EIGHT, f"--run={copy}", "--save_every=3", *further)
     assert len(loaded) == 2 and rows_of(copy)[-1]["step"] == 8
@@ -143,9 +144,8 @@ def test_cache_holds_the_log_probabilities_of_the_starting_policy(files, finishe
         known = dict(zip(saved["keys"].tolist(), saved["logps"].tolist(), strict=True))
     kept = np.reshape([known[key] for key in candidate_keys(batch)], batch["ranks_BC"].shape)
     np.testing.assert_allclose(kept, logprobs(load_params(f"{files}/start"), batch), atol=1e-4)
-    assert (
-        np.abs(kept - logprobs(load_params(str(finished)), batch)).max() > 0.1
-    )  # control: the trained policy
+    # Control: the trained policy.
+    assert np.abs(kept - logprobs(load_params(str(finished)), batch)).max() > 0.1
     assert (kept[batch["ranks_BC"] > 0] < 0).all() and (kept[batch["ranks_BC"] == 0] == 0).all()
 
 
@@ -244,7 +244,10 @@ OWN = {"simpo": {"beta": 2.0}, "cpo": {"weight": 0.5}, "slic_hf": {"weight": 0.2
 
 
 def in_loops(name, table, batch, kl):
-    """The loss of a whole batch, summed, in float64: from the `table` of `mean_so_far` to the paper's formula."""
+    """Return the loss of a whole batch, summed, in float64, by the paper's formula.
+
+    The policy is `mean_so_far` with `table`.
+    """
     total = 0.0
     for b, ranks in enumerate(batch["ranks_BC"]):
         tokens = candidate_logps(table, batch, b)
@@ -272,8 +275,9 @@ def in_loops(name, table, batch, kl):
 
 @pytest.mark.parametrize("name", get_args(train_dpo.Loss))
 def test_every_loss_of_the_script_is_the_papers_on_its_own_batches(files, name):
-    """Sum over the batch and gradient, with settings that are not the defaults: what is bound to what, too."""
-    tokenizer, rng = Tokenizer.load(files / "start"), np.random.default_rng(0)
+    """Sum over the batch and gradient agree, with settings that are not the defaults."""
+    tokenizer = Tokenizer.load(files / "start")
+    rng = np.random.default_rng(0)
     source = open_source(str(files / "comparisons.jsonl"), "comparison", "train")
     table, direction = rng.normal(size=(2, tokenizer.size, tokenizer.size))
     settings = {**SETTINGS, "loss": name, "batch_size": 8, "length": 64, **OWN.get(name, {})}
@@ -299,19 +303,24 @@ def test_every_loss_of_the_script_is_the_papers_on_its_own_batches(files, name):
 
 
 def test_the_readmes_method_of_your_own_is_dpo(monkeypatch):
-    """Its two snippets as they stand: the function in objectives/direct.py, the entry in `make_objective`."""
+    """Its two snippets are run as they stand.
+
+    They are the function in objectives/direct.py and the entry in `make_objective`.
+    """
     readme = (pathlib.Path(train_dpo.__file__).parent / "README.md").read_text()
     _, after = readme.split("A direct method of your own")
     function, entry = (textwrap.dedent(part) for part in after.split("\n\n")[1:3])
     exec(function, vars(direct).copy(), found := {})
-    logps, beta = 3 * np.random.default_rng(0).normal(size=(4, 20)), 0.3
+    logps = 3 * np.random.default_rng(0).normal(size=(4, 20))
+    beta = 0.3
     with jax.enable_x64(True):
         mine, slopes = jax.vjp(partial(found["mine"], beta=beta), *jnp.array(logps))
         dpo, theirs = jax.vjp(partial(direct.dpo, beta=beta), *jnp.array(logps))
         np.testing.assert_allclose(mine, dpo, atol=1e-12)
         np.testing.assert_allclose(slopes(jnp.ones(20)), theirs(jnp.ones(20)), atol=1e-12)
     monkeypatch.setattr(direct, "mine", found["mine"], raising=False)
-    source, place = inspect.getsource(train_dpo.make_objective), "to_a_reference = {\n"
+    source = inspect.getsource(train_dpo.make_objective)
+    place = "to_a_reference = {\n"
     assert source.count(place) == 1
     exec(source.replace(place, place + entry), vars(train_dpo).copy(), made := {})
     objective, needs_reference = made["make_objective"](
@@ -353,7 +362,8 @@ def test_the_kl_of_the_batch_is_a_mean_over_mismatched_pairs(files):
     )
     batch = next(comparison_batches(source, tokenizer, batch_size=8, length=64))
     table = np.random.default_rng(0).normal(size=(tokenizer.size, tokenizer.size))
-    logp, log_ratios = table - np.log(np.exp(table).sum(-1, keepdims=True)), []
+    logp = table - np.log(np.exp(table).sum(-1, keepdims=True))
+    log_ratios = []
     for b in range(8):
         tokens, mask = batch["tokens_BCT"][b, -1], batch["loss_mask_BCT"][b, -1]
         log_ratios.append(
@@ -378,9 +388,8 @@ def test_keys_know_a_candidate_whatever_its_padding(files):
     real = short["ranks_BC"].ravel() > 0
     assert len(set(np.array(candidate_keys(short))[real].tolist())) == real.sum()
     short["loss_mask_BCT"][0, 0, 1] = 1 - short["loss_mask_BCT"][0, 0, 1]
-    assert candidate_keys(short) != candidate_keys(
-        wide
-    )  # control: where the response starts counts
+    # Control: where the response starts counts.
+    assert candidate_keys(short) != candidate_keys(wide)
 
 
 # ---- Mistakes
@@ -432,7 +441,6 @@ def test_a_bad_judgement_names_file_line_and_field(field, capsys, tmp_path, monk
     )
     argv = ["--model.preset=tiny", "--loss=kto", "--unpaired", f"--data={path}"]
     assert f"{path}:2: {field}" in fails(train_dpo, argv, capsys)
-    compared = fails(
-        train_dpo, ["--model.preset=tiny", f"--data={path}"], capsys
-    )  # the same rows are no comparisons
+    # The same rows are no comparisons.
+    compared = fails(train_dpo, ["--model.preset=tiny", f"--data={path}"], capsys)
     assert f"{path}:1: chosen: missing" in compared

@@ -1,4 +1,4 @@
-"""Methods without a critic from the command line: rewards, meshes, resuming, every method, mistakes."""
+"""Methods without a critic from the command line: rewards, meshes, resuming, mistakes."""
 
 import shutil
 from functools import partial
@@ -37,7 +37,7 @@ limit = 3
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A folder with prompts and answers, a policy to start from and a module of rewards."""
+    """Make a folder with prompts and answers, a policy to start from and a module of rewards."""
     folder = tmp_path_factory.mktemp("grpo")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PLUMB_CACHE", str(folder / "cache"))
@@ -177,9 +177,8 @@ def test_checks_compare_numbers_and_texts():
     record = {"prompt": [], "answer": "She has 3 + 4 = 7.\n#### 1,234"}
     told = ["it is 1234", "1,234.0 of 5", "so 1,234.", "none", "it is -1234"]
     assert [checks.number(text, record) for text in told] == [1.0, 0.0, 1.0, 0.0, 0.0]
-    assert (
-        checks.number("none", {"answer": "none"}) == 0.0
-    )  # two texts without a number do not agree
+    # Two texts without a number do not agree.
+    assert checks.number("none", {"answer": "none"}) == 0.0
     assert [checks.exact(text, {"answer": "New York"}) for text in ("new  york ", "york")] == [
         1.0,
         0.0,
@@ -189,7 +188,8 @@ def test_checks_compare_numbers_and_texts():
 
 
 def test_a_function_sees_each_response_with_its_prompts_record(files, monkeypatch):
-    mesh, tokenizer = train_grpo.make_mesh(train_grpo.MeshConfig()), rewards.Tokenizer.load("sft")
+    mesh = train_grpo.make_mesh(train_grpo.MeshConfig())
+    tokenizer = rewards.Tokenizer.load("sft")
     texts = [f"{i} and {i}" for i in range(8)]
     tokens = [[*tokenizer.encode(text), tokenizer.eos] for text in texts]
     response = np.full((8, max(map(len, tokens)) + 2), tokenizer.pad, np.int32)
@@ -198,7 +198,8 @@ def test_a_function_sees_each_response_with_its_prompts_record(files, monkeypatc
     lengths = np.array([len(real) for real in tokens])
     mask = (np.arange(response.shape[1]) < lengths[:, None]).astype(np.float32)
     batch = rewards.to_mesh({"response_BR": response, "mask_BR": mask}, mesh)
-    seen, records = [], [{"n": k} for k in range(4)]
+    seen = []
+    records = [{"n": k} for k in range(4)]
 
     def scores(function):
         monkeypatch.setattr(rewards, "load_function", lambda name: function)

@@ -1,4 +1,4 @@
-"""Sample, rank, imitate from the command line: learning, thresholds, resuming, every method, best-of-n, mistakes."""
+"""Sample, rank, imitate from the command line: learning, thresholds, resuming, mistakes."""
 
 import shutil
 
@@ -26,13 +26,14 @@ SHORT = [
 EIGHT = ["--mesh.data=1", "--mesh.fsdp=8"]
 OWN = """
 def digits(response, record):
-    return float(sum(letter in "0123456789" for letter in response)) + 0.0 * len(record["prompt"][-1]["content"])
+    asked = record["prompt"][-1]["content"]
+    return float(sum(letter in "0123456789" for letter in response)) + 0.0 * len(asked)
 """
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A folder with prompts and answers, a policy with random weights to start from and a module of rewards."""
+    """Make a folder with prompts and answers, a random policy, and a module of rewards."""
     folder = tmp_path_factory.mktemp("raft")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PLUMB_CACHE", str(folder / "cache"))
@@ -69,7 +70,8 @@ def test_a_checkable_reward_is_learnt_in_a_few_rounds(files):
     )
     rows = rows_of("digits")
     scores = np.array([row["score"] for row in rows])
-    # From round to round, but for two standard errors: means of 256 counts, which vary by about their mean (Poisson).
+    # From round to round, but for two standard errors: means of 256 counts, which vary by about
+    # their mean (Poisson).
     noise = np.sqrt((scores[1:] + scores[:-1]) / 256)
     assert (np.diff(scores) > -2 * noise).all() and scores[-1] > 2 * scores[0]
     assert abs(rows[0]["kl"]) < 1e-5 and rows[-1]["kl"] > 0.1 and rows[0]["sampler_gap"] < 1e-4

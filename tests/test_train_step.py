@@ -29,7 +29,7 @@ PLAIN = OptimizerConfig(lr=0.05, schedule="constant", warmup=0, weight_decay=0.0
 
 
 def regression(params, batch):
-    """Weighted square error: a small objective with uneven weights."""
+    """Return the weighted square error: a small objective with uneven weights."""
     error_B = (
         jnp.square(batch["x_BD"] @ params["w"] + params["bias"] - batch["y_B"]) * batch["weight_B"]
     )
@@ -52,7 +52,7 @@ def start(optimizer):
 
 
 def language_batch(seed):
-    """Rows of very different length, some with hardly a token that counts."""
+    """Return rows of very different length, some with hardly a token that counts."""
     rng = np.random.default_rng(seed)
     real = np.arange(10) < np.array([[10], [3], [9], [4], [2], [10], [2], [6]])
     return {
@@ -82,7 +82,8 @@ def test_accumulation_equals_one_batch_with_unequal_token_counts():
     def train(objective, microbatches):
         # Adam hides the scale of gradients: without it a difference in them shows in full.
         step = make_train_step(objective, optax.sgd(0.5), microbatches, max_norm=1e9)
-        state, losses = init_state(jax.tree.map(jnp.copy, params), optax.sgd(0.5)), []
+        state = init_state(jax.tree.map(jnp.copy, params), optax.sgd(0.5))
+        losses = []
         for seed in range(3):
             state, metrics = step(state, language_batch(seed))
             losses.append(metrics["loss"])
@@ -97,13 +98,12 @@ def test_accumulation_equals_one_batch_with_unequal_token_counts():
 
 
 def test_clipping_equals_numpy_and_metrics_are_means():
-    batch, lr = regression_batch(), 0.1
+    batch = regression_batch()
+    lr = 0.1
     x, y, weight = (batch[k].astype(np.float64) for k in ("x_BD", "y_B", "weight_B"))
     error = x @ [0.5, -1, 2] + 0.3 - y
-    grad_w, grad_b = (
-        2 * (weight * error) @ x / weight.sum(),
-        2 * (weight * error).sum() / weight.sum(),
-    )
+    grad_w = 2 * (weight * error) @ x / weight.sum()
+    grad_b = 2 * (weight * error).sum() / weight.sum()
     norm = math.sqrt(grad_w @ grad_w + grad_b**2)
     for clip in (0.25, 100.0):
         state, metrics = make_train_step(regression, optax.sgd(lr), 1, max_norm=clip)(
@@ -124,15 +124,13 @@ def test_clipping_equals_numpy_and_metrics_are_means():
 
 
 def numpy_adamw(config, steps, decay, gradient, params):
-    """AdamW (Loshchilov and Hutter 2019, algorithm 2) in float64, the learning rate held."""
+    """Take AdamW's steps in float64 (Loshchilov and Hutter 2019, algorithm 2), at one rate."""
     m, v = np.zeros_like(params), np.zeros_like(params)
     for t in range(1, steps + 1):
         g = gradient(params, t - 1)
         g = g * min(1.0, 1.0 / np.linalg.norm(g))
-        m, v = (
-            config.beta1 * m + (1 - config.beta1) * g,
-            config.beta2 * v + (1 - config.beta2) * g * g,
-        )
+        m = config.beta1 * m + (1 - config.beta1) * g
+        v = config.beta2 * v + (1 - config.beta2) * g * g
         unbiased_m, unbiased_v = m / (1 - config.beta1**t), v / (1 - config.beta2**t)
         params = params - config.lr * (
             unbiased_m / (np.sqrt(unbiased_v) + config.eps) + decay * params
@@ -141,7 +139,7 @@ def numpy_adamw(config, steps, decay, gradient, params):
 
 
 def numpy_gradient(params, seed):
-    """Of `regression` on its batch of that seed."""
+    """Return the gradient of `regression` on its batch of that seed."""
     batch = {k: x.astype(np.float64) for k, x in regression_batch(seed).items()}
     residual = (batch["x_BD"] @ params[:3] + params[3] - batch["y_B"]) * batch["weight_B"]
     return 2 * np.append(residual @ batch["x_BD"], residual.sum()) / batch["weight_B"].sum()
@@ -150,7 +148,8 @@ def numpy_gradient(params, seed):
 def test_adamw_equals_float64_numpy_over_five_steps():
     config = dataclasses.replace(PLAIN, weight_decay=0.2, eps=1e-3)
     optimizer = make_optimizer(config, 5)
-    step, state = make_train_step(regression, optimizer), start(optimizer)
+    step = make_train_step(regression, optimizer)
+    state = start(optimizer)
     for seed in range(5):
         state, _ = step(state, regression_batch(seed))
     want = numpy_adamw(
@@ -166,25 +165,30 @@ def test_adamw_equals_float64_numpy_over_five_steps():
 def test_a_first_moment_in_bfloat16_is_right_to_its_rounding():
     config = dataclasses.replace(PLAIN, eps=1e-3, moment="bfloat16")
     optimizer = make_optimizer(config, 20)
-    step, state = make_train_step(regression, optimizer), start(optimizer)
+    step = make_train_step(regression, optimizer)
+    state = start(optimizer)
     for seed in range(20):
         state, _ = step(state, regression_batch(seed))
     adam = state.opt_state[0]
     assert adam.mu["w"].dtype == jnp.bfloat16 and adam.nu["w"].dtype == jnp.float32
     want = numpy_adamw(config, 20, np.zeros(4), numpy_gradient, np.array([0.5, -1, 2, 0.3]))
     gap = np.abs(np.append(state.params["w"], state.params["bias"]) - want).max()
-    # A step rounds the moment by 2^-8 at most and forgets a tenth of it: ten such errors in each of 20 updates.
+    # A step rounds the moment by 2^-8 at most and forgets a tenth of it: ten such errors in each
+    # of 20 updates.
     assert 1e-5 < gap < 20 * config.lr * 10 * 2**-8
 
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor"])
 def test_weight_decay_shrinks_all_but_norms_and_biases(name):
-    """With no gradient at all, only decay moves parameters: by lr times its coefficient, for either optimiser."""
+    """Without a gradient only decay moves parameters, by lr times its coefficient."""
     config = dataclasses.replace(TINY, qkv_bias=True, qk_norm=True)
     shapes = jax.eval_shape(init_and_apply(ScalarModel(config))[0], jax.random.key(0))
     params = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), shapes)
     optimizer = make_optimizer(dataclasses.replace(PLAIN, name=name, lr=0.1, weight_decay=0.2), 5)
-    nothing = lambda params, batch: (0.0 * batch["x"].sum(), (jnp.float32(1), {}))
+
+    def nothing(params, batch):
+        return 0.0 * batch["x"].sum(), (jnp.float32(1), {})
+
     state, _ = make_train_step(nothing, optimizer)(
         init_state(params, optimizer), {"x": np.ones((2, 1))}
     )
@@ -199,7 +203,8 @@ def test_weight_decay_shrinks_all_but_norms_and_biases(name):
 
 def test_an_update_that_is_not_finite_is_skipped_and_counted():
     optimizer = make_optimizer(PLAIN, 9)
-    step, good = make_train_step(regression, optimizer), regression_batch()
+    step = make_train_step(regression, optimizer)
+    good = regression_batch()
     state, _ = step(start(optimizer), good)
     faults = [
         {**good, "y_B": np.append(good["y_B"][:-1], np.float32(np.nan))},
@@ -227,7 +232,8 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted():
 
 
 def test_one_bad_microbatch_spoils_the_whole_update():
-    step, batch = make_train_step(regression, optax.sgd(0.1), 4), regression_batch()
+    step = make_train_step(regression, optax.sgd(0.1), 4)
+    batch = regression_batch()
     batch["y_B"][3] = np.inf
     state, _ = step(start(optax.sgd(0.1)), batch)
     assert int(state.skipped) == 1 and state.params["w"].tolist() == [0.5, -1, 2]
@@ -263,7 +269,8 @@ def test_impossible_schedules_are_refused_by_name(fields):
 
 def test_adafactor_learns():
     optimizer = make_optimizer(dataclasses.replace(PLAIN, name="adafactor", weight_decay=0.1), 40)
-    step, state = make_train_step(regression, optimizer, microbatches=2), start(optimizer)
+    step = make_train_step(regression, optimizer, microbatches=2)
+    state = start(optimizer)
     losses = []
     for _ in range(40):
         state, metrics = step(state, regression_batch())
@@ -294,10 +301,10 @@ def test_items_of_a_checkpoint_are_the_state():
 def test_evaluation_is_the_mean_over_all_tokens_of_all_batches():
     batches = [regression_batch(0, 8), regression_batch(1, 3)]
     joined = jax.tree.map(lambda *x: np.concatenate(x), *batches)
-    params, evaluate = start(optax.sgd(1)).params, make_evaluation(regression)
+    params = start(optax.sgd(1)).params
+    evaluate = make_evaluation(regression)
     parts, whole = evaluate(params, batches), evaluate(params, [joined])
     assert parts == pytest.approx(whole, rel=1e-5) and parts.keys() == {"eval/loss", "eval/error"}
     means = [evaluate(params, [batch])["eval/loss"] for batch in batches]
-    assert (
-        abs(sum(means) / 2 - parts["eval/loss"]) > 1e-3
-    )  # control: a mean of means is another number
+    # Control: a mean of means is another number.
+    assert abs(sum(means) / 2 - parts["eval/loss"]) > 1e-3

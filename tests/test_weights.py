@@ -1,4 +1,4 @@
-"""Hugging Face folders against an independent float64 forward pass, and against transformers where it is installed."""
+"""Hugging Face folders against an independent float64 forward pass, and against transformers."""
 
 import dataclasses
 import functools
@@ -30,9 +30,16 @@ from weights import families
 
 D, F, L, N, K, V = 16, 24, 3, 4, 2, 384
 SHAPE = {
-    "vocab_size": V, "hidden_size": D, "intermediate_size": F, "num_hidden_layers": L, "num_attention_heads": N,
-    "num_key_value_heads": K, "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "rope_theta": 100.0,
-}  # fmt: skip
+    "vocab_size": V,
+    "hidden_size": D,
+    "intermediate_size": F,
+    "num_hidden_layers": L,
+    "num_attention_heads": N,
+    "num_key_value_heads": K,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 100.0,
+}
 LLAMA3 = {
     "factor": 8.0,
     "low_freq_factor": 1.0,
@@ -40,26 +47,41 @@ LLAMA3 = {
     "original_max_position_embeddings": 32,
 }
 QWEN = {"use_sliding_window": False, "sliding_window": 3, "max_window_layers": 0}
-CONFIGS = {  # what config.json says beside SHAPE
+TIED = {"tie_word_embeddings": True}
+# The fields of config.json beside SHAPE.
+CONFIGS = {
     "llama 2": {"model_type": "llama", "hidden_act": "silu"},
-    "llama 3": {"model_type": "llama", "rope_scaling": {"rope_type": "llama3", **LLAMA3}, "tie_word_embeddings": True},
-    "linear rope": {"model_type": "llama", "rope_scaling": {"type": "linear", "factor": 4.0}, "head_dim": 8},
+    "llama 3": {"model_type": "llama", "rope_scaling": {"rope_type": "llama3", **LLAMA3}, **TIED},
+    "linear rope": {
+        "model_type": "llama",
+        "rope_scaling": {"type": "linear", "factor": 4.0},
+        "head_dim": 8,
+    },
     "rope parameters": {
-        "model_type": "llama", "rope_theta": None, "rope_parameters": {"rope_theta": 50.0, "rope_type": "default"}
+        "model_type": "llama",
+        "rope_theta": None,
+        "rope_parameters": {"rope_theta": 50.0, "rope_type": "default"},
     },
     "mistral": {"model_type": "mistral", "sliding_window": 4},
     "mistral without window": {"model_type": "mistral", "sliding_window": None, "head_dim": 6},
     "qwen 2": {"model_type": "qwen2", **QWEN},
-    "qwen 2 with window": {"model_type": "qwen2", **QWEN, "use_sliding_window": True, "tie_word_embeddings": True},
-    "qwen 3": {"model_type": "qwen3", **QWEN, "head_dim": 8, "tie_word_embeddings": True},
-    "gemma": {"model_type": "gemma", "head_dim": 8, "hidden_act": "gelu", "num_key_value_heads": 1},
-}  # fmt: skip
+    "qwen 2 with window": {"model_type": "qwen2", **QWEN, "use_sliding_window": True, **TIED},
+    "qwen 3": {"model_type": "qwen3", **QWEN, "head_dim": 8, **TIED},
+    "gemma": {
+        "model_type": "gemma",
+        "head_dim": 8,
+        "hidden_act": "gelu",
+        "num_key_value_heads": 1,
+    },
+}
 
 
 def checkpoint(c, seed=0):
-    """Random tensors by their names in a folder of the family, as the published layouts have them."""
+    """Return random tensors by their names in a folder of the family, in the published layout."""
     rng = np.random.default_rng(seed)
-    n, k, h = c["num_attention_heads"], c["num_key_value_heads"], c.get("head_dim", D // N)
+    n = c["num_attention_heads"]
+    k = c["num_key_value_heads"]
+    h = c.get("head_dim", D // N)
     layer = {
         "self_attn.q_proj": (n * h, D),
         "self_attn.k_proj": (k * h, D),
@@ -95,7 +117,10 @@ def checkpoint(c, seed=0):
 
 
 def turned(x_TNH, c):
-    """RoPE on pairs (i, i + H/2) as complex numbers; Llama 3's scaling by wavelength (its reference code's cases)."""
+    """Turn pairs (i, i + H/2) as complex numbers: RoPE.
+
+    Llama 3 scales by wavelength, in the cases of its reference code.
+    """
     T, _, H = x_TNH.shape
     rope = {
         "rope_theta": c["rope_theta"],
@@ -106,7 +131,8 @@ def turned(x_TNH, c):
     for i in range(H // 2):
         f = rope["rope_theta"] ** (-2 * i / H)
         if "low_freq_factor" in rope:
-            wavelength, old = 2 * np.pi / f, rope["original_max_position_embeddings"]
+            wavelength = 2 * np.pi / f
+            old = rope["original_max_position_embeddings"]
             low, high = rope["low_freq_factor"], rope["high_freq_factor"]
             if wavelength > old / low:
                 f /= rope["factor"]
@@ -122,13 +148,13 @@ def turned(x_TNH, c):
 
 
 def forward(tensors, c, tokens_T):
-    """Float64 logits [T, V], a query at a time; rows of their matrices are outputs."""
+    """Return float64 logits [T, V], a query at a time; rows of their matrices are outputs."""
     w = {name: np.asarray(x, np.float64) for name, x in tensors.items()}
-    gemma, n, k = c["model_type"] == "gemma", c["num_attention_heads"], c["num_key_value_heads"]
-    T, window = (
-        len(tokens_T),
-        c.get("sliding_window") if c.get("use_sliding_window", True) else None,
-    )
+    gemma = c["model_type"] == "gemma"
+    n = c["num_attention_heads"]
+    k = c["num_key_value_heads"]
+    T = len(tokens_T)
+    window = c.get("sliding_window") if c.get("use_sliding_window", True) else None
 
     def norm(x, scale):
         return x / np.sqrt((x * x).mean(-1, keepdims=True) + c["rms_norm_eps"]) * (scale + gemma)
@@ -152,7 +178,9 @@ def forward(tensors, c, tokens_T):
             heads[x] = flat.reshape(T, n if x == "q" else k, -1)
             if x != "v" and c["model_type"] == "qwen3":
                 heads[x] = norm(heads[x], p[f"self_attn.{x}_norm.weight"])
-        q, key, v = turned(heads["q"], c), turned(heads["k"], c), heads["v"]
+        q = turned(heads["q"], c)
+        key = turned(heads["k"], c)
+        v = heads["v"]
         out = np.zeros_like(q)
         for t in range(T):
             first = 0 if window is None else max(0, t - window + 1)
@@ -174,7 +202,7 @@ def forward(tensors, c, tokens_T):
 
 
 def write(folder, c, tensors, files=1):
-    """A folder as others write it; with several `files`, an index says what is where."""
+    """Write a folder as others do; with several `files`, an index says what is where."""
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(c))
     if not (folder / "tokenizer.model").exists():
@@ -206,7 +234,7 @@ def exported(run, folder, *flags):
 
 @functools.cache
 def logits_of(model):
-    """A compiled (params, tokens_BT) -> logits_BTV of the decoder."""
+    """Return a compiled (params, tokens_BT) -> logits_BTV of the decoder."""
     apply = init_and_apply(LanguageModel(model))[1]
 
     def logits_BTV(params, tokens_BT):
@@ -249,14 +277,11 @@ def test_logits_of_a_random_checkpoint_and_its_round_trip(name, tmp_path, capsys
     assert again.keys() == tensors.keys() and all(
         np.array_equal(again[name], x) for name, x in tensors.items()
     )
-    mine, stored = (
-        families.model_of(folder / "config.json"),
-        stored_model(str(tmp_path / "run")),
-    )
+    mine = families.model_of(folder / "config.json")
+    stored = stored_model(str(tmp_path / "run"))
     assert dataclasses.replace(mine, preset="") == dataclasses.replace(stored, preset="")
-    assert mine.preset == (
-        "llama" if name == "mistral without window" else c["model_type"]
-    )  # the two are one then
+    # The two are one then.
+    assert mine.preset == ("llama" if name == "mistral without window" else c["model_type"])
     run_of(folder, tmp_path / "again")
     trees = [load_params(str(tmp_path / run)) for run in ("run", "again")]
     assert jax.tree.all(jax.tree.map(np.array_equal, *trees))
@@ -377,9 +402,11 @@ def test_mistakes_are_one_line(tmp_path, capsys):
         "max_window_layers": 2,
     }
     assert "with and without a window" in told(mixed)
-    cut = lambda f: (f / "model.safetensors").write_bytes(
-        (f / "model.safetensors").read_bytes()[:-9]
-    )
+
+    def cut(folder):
+        path = folder / "model.safetensors"
+        path.write_bytes(path.read_bytes()[:-9])
+
     assert "no readable safetensors file" in told(spoil=cut)
     assert "no readable safetensors file" in told(
         spoil=lambda f: (f / "model.safetensors").unlink()
@@ -457,7 +484,7 @@ def test_a_run_without_role_tokens_is_fine_tuned(tmp_path, capsys):
 
 
 def byte_pairs(tokenizers, folder):
-    """A tokenizer.json as Qwen's and Llama 3's: pairs of bytes, and special tokens beside the vocabulary."""
+    """Write a tokenizer.json as Qwen's and Llama 3's: byte pairs, and special tokens beside."""
     made = tokenizers.ByteLevelBPETokenizer()
     made.train_from_iterator(CORPUS, V - 4, show_progress=False)
     made.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
@@ -485,9 +512,8 @@ def test_a_tokenizer_json_keeps_the_contract_of_tokenizers(tmp_path, capsys):
         assert t.encode(text) == made.encode(text).ids and t.decode(t.document(text)) == text
     spelled = "hello <|endoftext|><|im_start|>"
     assert not {t.eos, t.pad} & set(t.encode(spelled)) and t.decode(t.encode(spelled)) == spelled
-    assert (
-        end in made.encode(spelled).ids
-    )  # control: the package by itself does take the text for the token
+    # Control: the package by itself does take the text for the token.
+    assert end in made.encode(spelled).ids
     tokens, mask = t.chat(
         [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "The cat."}]
     )
@@ -520,7 +546,8 @@ import weights
 from safetensors.numpy import load_file
 folder, most, done = pathlib.Path(sys.argv[2]), [0, 0], threading.Event()
 
-def now():  # RssAnon is the process's own; VmRSS has the pages of mapped files too, which the kernel may drop
+# RssAnon is the process's own; VmRSS has the pages of mapped files too, which the kernel may drop.
+def now():
     lines = dict(line.split(":", 1) for line in open("/proc/self/status"))
     return [int(lines[name].split()[0]) * 1024 for name in ("RssAnon", "VmRSS")]
 
@@ -530,7 +557,8 @@ def watch():
         time.sleep(0.002)
 
 eight = jax.make_mesh((8,), ("x",))
-jax.block_until_ready(jax.jit(jax.numpy.sin)(jax.device_put(np.ones(8), jax.NamedSharding(eight, jax.P("x")))))
+ones = jax.device_put(np.ones(8), jax.NamedSharding(eight, jax.P("x")))
+jax.block_until_ready(jax.jit(jax.numpy.sin)(ones))
 before = now()
 watcher = threading.Thread(target=watch)
 watcher.start()
@@ -551,7 +579,10 @@ print(*(x - y for x, y in zip(most, before)), sum(x.nbytes for x in jax.tree.lea
     not os.path.exists("/proc/self/status"), reason="peak memory is read from /proc"
 )
 def test_reading_holds_the_model_once(tmp_path):
-    """A gigabyte onto eight devices, which on CPU are the host's own memory: the model itself and little more."""
+    """A gigabyte onto eight devices takes the model itself and little more.
+
+    On CPU the devices' memory is the host's own.
+    """
     shape = {
         "vocab_size": 32000,
         "hidden_size": 1024,
@@ -564,7 +595,8 @@ def test_reading_holds_the_model_once(tmp_path):
     noise = np.random.default_rng(0).normal(size=1000 * 1024).astype(np.float32)
     tensors = {name: np.resize(noise, shape) for name, _, _, shape in weights.their_tensors(model)}
     save_file(tensors, tmp_path / "model.safetensors")
-    root, ratios = str(pathlib.Path(__file__).parents[1]), {}
+    root = str(pathlib.Path(__file__).parents[1])
+    ratios = {}
     for how in ("read", "held"):
         command = [sys.executable, "-c", MEMORY, root, str(tmp_path), how]
         environment = os.environ | {
@@ -586,7 +618,7 @@ def test_reading_holds_the_model_once(tmp_path):
 
 
 def tiny(transformers, name):
-    """A random model of the family, made by transformers."""
+    """Make a random model of the family, by transformers."""
     import torch
 
     torch.manual_seed(0)
@@ -634,7 +666,7 @@ def test_transformers_agrees_both_ways(name, tmp_path):
     assert not any(told[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert type(loaded) is type(theirs) or name == "mistral without window"  # which Llama is too
     np.testing.assert_array_equal(their_logits(loaded), want)
-    # For qwen2, AutoTokenizer passes over what the folder says: its published folders name a wrong class.
+    # For qwen2, AutoTokenizer passes over the folder's class: published folders name a wrong one.
     auto = (
         transformers.LlamaTokenizer
         if CONFIGS[name]["model_type"] == "qwen2"

@@ -150,9 +150,11 @@ def test_heldout_prompts_never_occur_in_training_but_their_words_do():
 
 
 def test_vocabulary_and_lengths():
-    vocabulary, lengths = Counter(), defaultdict(list)
+    vocabulary = Counter()
+    lengths = defaultdict(list)
     for index in range(5000):
-        request, record = world.prompt(index), world.demonstration(index)
+        request = world.prompt(index)
+        record = world.demonstration(index)
         for name, text in {**record, "text": world.text(index)}.items():
             vocabulary.update(words(text))
             lengths[name].append(len(words(text)))
@@ -181,7 +183,8 @@ def test_quality_sets_the_pass_rate_of_every_kind():
 
 
 def test_wrong_answers_are_spread_widely():
-    request, answers = parse(FRANCE), Counter()
+    request = parse(FRANCE)
+    answers = Counter()
     for seed in range(4000):
         response = world.respond(request, 0.3, random.Random(seed))
         answers[world.extract_answer(request, response)] += 1
@@ -225,7 +228,9 @@ def test_one_fixed_response_passes_few_prompts():
 
 
 def test_edited_responses_rarely_pass():
-    rng, passed, edits = random.Random(0), 0, 0
+    rng = random.Random(0)
+    passed = 0
+    edits = 0
     for _, record in draws(2000, quality=1.0):
         tokens = words(record["response"])
         i, j = sorted(rng.sample(range(len(tokens)), 2))

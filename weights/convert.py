@@ -85,7 +85,7 @@ class Config:
     write: str | None = None
     """Folder to export to; must not exist."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the exported weights; imported ones become float32."""
+    """Type of the exported weights; imported ones become float32."""
     mesh: MeshConfig = MeshConfig(data=1, fsdp=-1)
     """Over which the imported weights are laid: split over all devices."""
     model: tyro.conf.Suppress[ModelConfig] = ModelConfig()

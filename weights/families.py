@@ -14,7 +14,7 @@ class Family(NamedTuple):
 
     architecture: str
     defaults: dict[str, Any]
-    """What its config.json means where it is silent, beside DEFAULTS."""
+    """Values where its config.json is silent, beside DEFAULTS."""
 
 
 FAMILIES = {

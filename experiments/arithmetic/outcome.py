@@ -1,8 +1,10 @@
-"""How well outcome models tell right solutions from wrong ones: AUC over all, and between solutions to one problem.
+"""Measure how well outcome models tell right solutions from wrong ones.
 
     python -m experiments.arithmetic.outcome POLICY LABELLED.jsonl MODEL...
 
-LABELLED is of `collect/steps.py --labels=outcome`, with --split=heldout and a --seed of its own for held-out problems.
+Prints the AUC over all solutions, and between solutions to one problem. LABELLED is made by
+`collect/steps.py --labels=outcome`, with --split=heldout and a --seed of its own for held-out
+problems.
 """
 
 import collections
@@ -24,7 +26,10 @@ LENGTH = 64  # of prompt and solution, as train_prm.py's
 
 
 def within(scores: np.ndarray, right: np.ndarray, problems: list[str]) -> float:
-    """Share of pairs of a right and a wrong solution to one problem that are in order, ties a half."""
+    """Return the share of pairs that `scores` orders as they should be, ties a half.
+
+    Pairs are a right and a wrong solution to one problem.
+    """
     of_problem = collections.defaultdict(list)
     for i, problem in enumerate(problems):
         of_problem[problem].append(i)
@@ -44,7 +49,8 @@ def main() -> None:
             "usage: python -m experiments.arithmetic.outcome POLICY LABELLED.jsonl MODEL..."
         )
     policy, labelled, *models = sys.argv[1:]
-    mesh, tokenizer = make_mesh(MeshConfig()), Tokenizer.load(policy)
+    mesh = make_mesh(MeshConfig())
+    tokenizer = Tokenizer.load(policy)
     source = open_source(labelled, "steps", "all")
     rows = [source[i] for i in range(len(source))]
     right = np.array([row["labels"][-1] for row in rows]) > 0.5

@@ -1,6 +1,8 @@
-"""Tables of the arithmetic study from its runs, seed by seed: writes results.json and prints what README.md shows.
+"""Make the tables of the arithmetic study from its runs, seed by seed.
 
-python -m experiments.arithmetic.table runs/arithmetic0 runs/arithmetic1 runs/arithmetic2
+Writes results.json and prints what README.md shows.
+
+    python -m experiments.arithmetic.table runs/arithmetic0 runs/arithmetic1 runs/arithmetic2
 """
 
 import json
@@ -50,7 +52,7 @@ def lines(path: pathlib.Path) -> list[Any]:
 
 
 def over_seeds(values: list[float]) -> dict[str, Any]:
-    """Mean, half of its 95 % interval (Student's t over seeds), and the values."""
+    """Return the mean, half of its 95 % interval (Student's t over seeds), and the values."""
     return {
         "mean": float(np.mean(values)),
         "half": half(values),
@@ -59,7 +61,7 @@ def over_seeds(values: list[float]) -> dict[str, Any]:
 
 
 def paired(better: list[list[float]], worse: list[list[float]]) -> dict[str, Any]:
-    """Mean difference over all seeds' problems, half of its 95 % interval, and each seed's."""
+    """Return the mean difference over all problems, half of its 95 % interval, and each seed's."""
     gaps = [np.subtract(a, b) for a, b in zip(better, worse, strict=True)]
     every = np.concatenate(gaps)
     width = 1.96 * every.std(ddof=1) / len(every) ** 0.5
@@ -71,12 +73,16 @@ def paired(better: list[list[float]], worse: list[list[float]]) -> dict[str, Any
 
 
 def agreement(run: pathlib.Path) -> dict[str, float]:
-    """Of Monte Carlo labels with the program's, on the steps that the latter judges, the last ones left out."""
+    """Compare Monte Carlo labels with the program's, on the steps that the program judges.
+
+    The last step of each solution is left out. Returns the number of labels, their AUC and shares.
+    """
     pairs = [
         (gold != "negative", share)
+        # Completions were sampled for fewer solutions.
         for one, other in zip(
             lines(run / "gold.jsonl"), lines(run / "completions.jsonl"), strict=False
-        )  # fewer of these
+        )
         for gold, share in zip(one["labels"][:-1], other["labels"][:-1], strict=True)
         if gold is not None
     ]
@@ -92,7 +98,7 @@ def agreement(run: pathlib.Path) -> dict[str, float]:
 
 
 def main(runs: list[pathlib.Path]) -> dict[str, Any]:
-    """Prints the tables of what all `runs` have; returns what results.json gets."""
+    """Print the tables of what all `runs` have; return the content of results.json."""
     ranked = [read(run / "rerank.json") for run in runs]
     pairs = list(zip(ranked, runs, strict=True))
     hits = {
@@ -165,17 +171,18 @@ def main(runs: list[pathlib.Path]) -> dict[str, Any]:
             text = ", ".join(
                 f"{k} {v['mean']:.3f} ±{v['half']:.3f}".strip() for k, v in cells.items()
             )
-            print(
-                f"| {row} | {text} | {', '.join(f'{s:.3f}' for s in next(iter(cells.values()))['seeds'])} |"
-            )
+            first = next(iter(cells.values()))
+            seeds = ", ".join(f"{seed:.3f}" for seed in first["seeds"])
+            print(f"| {row} | {text} | {seeds} |")
     return out
 
 
 def start() -> None:
-    """Results of the runs that the command names."""
+    """Write results.json for the runs that the command names."""
     if len(sys.argv) < 3:
         raise UserError(
-            "name two runs of run.sh or more, one a seed: table.py runs/arithmetic0 runs/arithmetic1"
+            "name two runs of run.sh or more, one a seed: "
+            "table.py runs/arithmetic0 runs/arithmetic1"
         )
     try:
         results = main([pathlib.Path(argument) for argument in sys.argv[1:]])

@@ -1,9 +1,10 @@
-"""What the world's simulated judge, critic and reviser of set reliability do to a policy's responses, by gold.
+"""Measure by gold what the world's judge, critic and reviser of set reliability do to responses.
 
     python -m experiments.feedback.measure --file=runs/align/comparisons.jsonl
 
-The file is one of collect/rank.py: the responses are read, not their ranking. Rules are measured as classifiers too, and
-with --judge=RUN a language model that is asked whether a response keeps a principle (`make_keeps`).
+The file is made by collect/rank.py: the responses are read, not their ranking. Rules are measured
+as classifiers too, and with --judge=RUN a language model that is asked whether a response keeps a
+principle (`make_keeps`).
 """
 
 import dataclasses
@@ -42,7 +43,7 @@ class Config:
 
 
 def labels(config: Config, rows: list[dict], reliability: float) -> None:
-    """Prints the share of looks that are right, and of untied pairs that the rankings order as gold does."""
+    """Print the share of looks that are right, and of untied pairs that are ranked by gold."""
     looks = [
         world_feedback.finds(row["prompt"][-1]["content"], text, name, reliability, config.seed)
         == getattr(world.gold(row["prompt"][-1]["content"], text), name)
@@ -61,7 +62,7 @@ def labels(config: Config, rows: list[dict], reliability: float) -> None:
 
 
 def revisions(config: Config, rows: list[dict], reliability: float) -> None:
-    """Prints the shares violated before and after each of three revisions."""
+    """Print the shares violated before and after each of three revisions."""
     rounds = feedback.Config.rounds
     _, revise = make_simulated(NAMES, reliability, 1, config.seed)
     prompts, first = [row["prompt"] for row in rows], [row["responses"][0] for row in rows]
@@ -73,7 +74,10 @@ def revisions(config: Config, rows: list[dict], reliability: float) -> None:
 
 
 def classifiers(config: Config, rows: list[dict]) -> None:
-    """Prints, for each rule and criterion, accuracy, and of broken ones how many are found and how many are real."""
+    """Print the accuracy of each rule on its criterion, and how well it finds broken responses.
+
+    "found": the share of broken ones that it finds; "real": the share of finds that are broken.
+    """
     shown = [
         (row, text, world.gold(row["prompt"][-1]["content"], text))
         for row in rows
@@ -81,13 +85,15 @@ def classifiers(config: Config, rows: list[dict]) -> None:
     ]
     tried = [(name, criterion, getattr(rules, name)) for name, criterion in RULES]
     if config.judge is not None:
-        judge, principles = load_run(config.judge), read_principles(feedback.Config.principles)
+        judge = load_run(config.judge)
+        principles = read_principles(feedback.Config.principles)
         tried += [
             (config.judge, name, make_keeps(judge, text)) for name, text in principles.items()
         ]
-    print(
-        f"{'rule':20}{'criterion':>10}{'broken':>10}{'accuracy':>10}{'found':>10}{'real':>10}   n={len(shown)}"
+    columns = "".join(
+        f"{name:>10}" for name in ("criterion", "broken", "accuracy", "found", "real")
     )
+    print(f"{'rule':20}{columns}   n={len(shown)}")
     for name, criterion, keeps in tried:
         said = np.array(
             [keeps(text, row) < 0.5 for row, text, _ in tqdm(shown, name, leave=False)]
@@ -98,7 +104,7 @@ def classifiers(config: Config, rows: list[dict]) -> None:
 
 
 def main(config: Config) -> None:
-    """Prints the three tables."""
+    """Print the three tables."""
     source = open_source(config.file, "comparison", "all")
     rows = [source[i] for i in range(min(config.prompts, len(source)))]
     print(f"{'reliability':>11}{'looks right':>12}{'looks':>9}{'pairs right':>12}{'pairs':>9}")

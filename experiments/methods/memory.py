@@ -1,9 +1,10 @@
-"""Memory and time of PPO, GRPO, RAFT and DPO at equal model size: a few steps of 32 responses each.
+"""Measure memory and time of PPO, GRPO, RAFT and DPO at equal size: a few steps of 32 responses.
 
     python -m experiments.methods.memory --align=runs/align0
 
-Models of 32 million parameters with random weights (the world's are too small to be seen beside the program itself).
-Peak: of resident memory when the last but one step is done, before anything is saved.
+Models have 32 million parameters and random weights (the world's are too small to be seen beside
+the program itself). The peak is that of resident memory when the last but one step is done, before
+anything is saved.
 """
 
 import dataclasses
@@ -54,17 +55,19 @@ class Config:
 
 
 def run(words: list[str], folder: pathlib.Path) -> dict[str, float]:
-    """CPU seconds of a step, and peak MB, before the last one."""
+    """Return CPU seconds of a step, and peak MB, before the last one."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     log = folder.parent / f"{folder.name}.log"
     with log.open("w") as file:
+        quick = [f"--steps={STEPS}", "--optimizer.warmup=0", "--eval_every=0", "--save_every=0"]
         process = subprocess.Popen(
-            [sys.executable, str(ROOT / words[0]), *words[1:], f"--run={folder}", f"--steps={STEPS}",
-             "--optimizer.warmup=0", "--eval_every=0", "--save_every=0"],
-            stdout=file, stderr=subprocess.STDOUT,
-        )  # fmt: skip
-        peak, spent = 0.0, {}
+            [sys.executable, str(ROOT / words[0]), *words[1:], f"--run={folder}", *quick],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
+        peak = 0.0
+        spent = {}
         while process.poll() is None:
             done = len(read_rows(str(folder)))  # a row is written when the next step is recorded
             if done >= STEPS:
@@ -81,24 +84,21 @@ def run(words: list[str], folder: pathlib.Path) -> dict[str, float]:
         process.wait()
     if process.returncode:
         raise UserError(f"{log}: the run ended with {process.returncode}; its last lines say why")
-    ticks = (spent[STEPS - 1] - spent[2]) / (
-        STEPS - 3
-    )  # the first two steps may compile, the last one saves
+    # The first two steps may compile, the last one saves.
+    ticks = (spent[STEPS - 1] - spent[2]) / (STEPS - 3)
     return {"cpu_seconds": ticks / os.sysconf("SC_CLK_TCK"), "peak_mb": peak}
 
 
 def main(config: Config) -> dict[str, dict[str, float]]:
-    """Brings memory.json up to date; returns what is in it."""
+    """Bring memory.json up to date; return what is in it."""
     if unknown := set(config.methods) - METHODS.keys():
         raise UserError(
             f"--methods: {', '.join(sorted(unknown))} unknown; choose of {', '.join(METHODS)}"
         )
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    out, data, path = (
-        pathlib.Path(config.out),
-        f"--data={config.align}/comparisons.jsonl",
-        HERE / "memory.json",
-    )
+    out = pathlib.Path(config.out)
+    data = f"--data={config.align}/comparisons.jsonl"
+    path = HERE / "memory.json"
     start = f"--init={out / 'sft'}"
     if not (out / "rm" / "checkpoints").exists():
         run(["train_sft.py", "--batch_size=8", *SHAPE], out / "sft")

@@ -1,10 +1,11 @@
-"""Every method on the built-in world, from one SFT model and one file of comparisons: trains, measures, a line a run.
+"""Train and measure every method on the built-in world, from one SFT model and set of comparisons.
 
     python -m experiments.methods.run --align=runs/align{seed} --seeds 0 1 2 3 4
     python -m experiments.methods.run --methods dpo --seeds 0 --tune --flags=--beta=0.05
 
-`--align` are runs of `make align`. What results.jsonl has already is not run again. Training updates take about as
-many FLOPs as PPO's, so steps differ; a reward model's own training is counted apart.
+Writes a line a run to results.jsonl; what that has already is not run again. `--align` are runs of
+`make align`. Training updates take about as many FLOPs as PPO's, so steps differ; a reward model's
+own training is counted apart.
 """
 
 import dataclasses
@@ -43,7 +44,9 @@ from train_state import load_params
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parents[1]
 DIRECT = ("train_dpo.py", "--length=32")  # as of the reward model: the same comparisons fit
-METHODS = {  # name -> script and the flags that are not its defaults, {rm} the reward model; none: nothing is trained
+# Name -> script and the flags that are not its defaults, {rm} the reward model; empty where no
+# model is trained.
+METHODS = {
     "sft": (),
     "best_of_16": (),
     "ppo": ("train_ppo.py",),
@@ -117,11 +120,12 @@ class Config:
     """Prompts of the evaluation."""
 
 
-# --- cost: matmuls as forward_flops counts them, of all tokens passed, padding too; a backward pass is two forward
+# --- cost: matmuls as forward_flops counts them, of all tokens passed, padding too;
+# a backward pass is two forward passes
 
 
 def sampling_flops(c: ModelConfig, config: dict[str, Any], rows: int) -> float:
-    """Prompts are prefilled once, and `rows` responses decoded to the longest allowed."""
+    """Count FLOPs of prefilling prompts once and decoding `rows` responses to full length."""
     prompt, new = config["max_prompt"], config["max_new_tokens"]
     prefill = forward_flops(c, rows // (config.get("samples_per_prompt") or 1), prompt, 1)
     decoded = forward_flops(c, rows, prompt + new, new) - forward_flops(c, rows, prompt, 0)
@@ -129,29 +133,32 @@ def sampling_flops(c: ModelConfig, config: dict[str, Any], rows: int) -> float:
 
 
 def training_flops(run: str) -> float:
-    """Of a finished run, from its settings and what it logged."""
-    config, rows = load_config(run), read_rows(run)
+    """Count the training FLOPs of a finished run, from its settings and what it logged."""
+    config = load_config(run)
+    rows = read_rows(run)
     c = stored_model(run)
     # A fork is counted as the script it is a copy of; one that differs is told apart below.
     fork, _, script = config["script"].rpartition("/")
     is_online_dpo = fork == "experiments/online_dpo" or config.get("method") == "online_dpo"
     batch, steps = config["batch_size"], config["steps"]
     if script == "train_rm":  # four responses a prompt; logits of the best one only
-        length, count = config["length"], 4 * batch
+        length = config["length"]
+        count = 4 * batch
         return steps * 3 * forward_flops(c, count, length, length / 4 if config["lm_coef"] else 0)
     if script == "train_dpo":
         passes = direct_passes(fork, config.get("loss"))
         return steps * passes * forward_flops(c, batch, config["length"], config["length"])
-    length, new = config["max_prompt"] + config["max_new_tokens"], config["max_new_tokens"]
+    length = config["max_prompt"] + config["max_new_tokens"]
+    new = config["max_new_tokens"]
     policy = forward_flops(c, batch, length, new + 1)
-    scalar, rewards = forward_flops(c, batch, length, 0), config["reward"]
+    scalar = forward_flops(c, batch, length, 0)
+    rewards = config["reward"]
     models = sum(
         not is_function(name) for name in ([rewards] if isinstance(rewards, str) else rewards)
     )
     sampled = sampling_flops(c, config, batch)
-    if (
-        script == "train_ppo"
-    ):  # rollout; policy, reference, reward and value; updates of policy and value
+    # Rollout; policy, reference, reward and value; updates of policy and value.
+    if script == "train_ppo":
         return steps * (
             sampled + 2 * policy + (models + 1) * scalar + config["epochs"] * 3 * (policy + scalar)
         )
@@ -190,7 +197,7 @@ def direct_passes(fork: str, loss: str | None) -> int:
 
 
 def with_suffix(prompts: dict[str, jax.Array], suffix: list[int]) -> dict[str, jax.Array]:
-    """Left-padded prompts with the tokens of `suffix` at the end of the user's turn, before the assistant's begins."""
+    """Return left-padded prompts with the tokens of `suffix` at the end of the user's turn."""
     tokens_BT, rows = prompts["tokens_BT"], prompts["tokens_BT"].shape[0]
     added_BT = jnp.broadcast_to(jnp.array(suffix, jnp.int32), (rows, len(suffix)))
     return {
@@ -209,7 +216,7 @@ def with_suffix(prompts: dict[str, jax.Array], suffix: list[int]) -> dict[str, j
 
 
 def command(config: Config, method: str, seed: int, run: pathlib.Path) -> list[str]:
-    """What trains `method`."""
+    """Return the command that trains `method` into `run`."""
     align = config.align.format(seed=seed)
     script, *options = [word.format(rm=f"{align}/rm") for word in METHODS[method]]
     common = [
@@ -229,12 +236,13 @@ def command(config: Config, method: str, seed: int, run: pathlib.Path) -> list[s
 
 
 def train(words: list[str], run: pathlib.Path) -> dict[str, float]:
-    """Runs the command alone from the start, unless it is done; what it cost: seconds, CPU seconds, peak MB."""
+    """Run a command from the start unless it is done; return its seconds, CPU seconds, peak MB."""
     cost = run / "cost.json"
     if not cost.exists():
         shutil.rmtree(run, ignore_errors=True)
         run.mkdir(parents=True)
-        log, began = run.parent / f"{run.name}.log", time.monotonic()
+        log = run.parent / f"{run.name}.log"
+        began = time.monotonic()
         with log.open("w") as file:
             # A fork takes modules from beside itself, and all others from the root.
             paths = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -256,9 +264,10 @@ def train(words: list[str], run: pathlib.Path) -> dict[str, float]:
 def best_of(
     config: Config, seed: int, requests: list[world.Request], judge_seed: int
 ) -> tuple[list[str], list, list, list[tuple[float, float]]]:
-    """Of BEST_OF responses of the SFT model the one with the highest reward: texts, lengths, KL (its upper bound).
+    """Sample BEST_OF responses of the SFT model to each request; take the one of highest reward.
 
-    Last: KL and share that passes everything for the best of the first 1, 2, 4, ...
+    Returns texts, lengths, KL (its upper bound), and for the best of the first 1, 2, 4, ...
+    responses the KL and the share that passes everything.
     """
     align = config.align.format(seed=seed)
     folders = {"policy": f"{align}/sft", "reward": f"{align}/rm"}
@@ -284,7 +293,7 @@ def responses_of(
     requests: list[world.Request],
     judge_seed: int,
 ) -> tuple[list[str], list, list]:
-    """Texts, lengths, KL to the SFT model, of a policy."""
+    """Return texts, lengths and KL to the SFT model of a policy's responses."""
     sft = config.align.format(seed=seed) + "/sft"
     model, tokenizer, reference = load_run(sft)
     params = load_params(str(run)) if METHODS[method] else reference
@@ -301,17 +310,13 @@ def responses_of(
 
 
 def row_of(config: Config, method: str, seed: int) -> dict[str, Any]:
-    """Trains and measures one method with one seed."""
+    """Train and measure one method with one seed; return its row of results.jsonl."""
     align = config.align.format(seed=seed)
-    words = [
-        *METHODS[method][1:],
-        *config.flags.split(),
-    ]  # name the run, so that it is never taken for another's
-    run, cost = (
-        pathlib.Path(config.out)
-        / "_".join([method, *(word.lstrip("-") for word in words), str(seed)]),
-        {},
-    )
+    # Name the run, so that it is never taken for another's.
+    words = [*METHODS[method][1:], *config.flags.split()]
+    name = "_".join([method, *(word.lstrip("-") for word in words), str(seed)])
+    run = pathlib.Path(config.out) / name
+    cost = {}
     if METHODS[method]:
         cost = train(command(config, method, seed, run), run)
         cost["training_flops"] = training_flops(str(run))
@@ -339,7 +344,7 @@ def row_of(config: Config, method: str, seed: int) -> dict[str, Any]:
 
 
 def main(config: Config) -> list[dict[str, Any]]:
-    """Adds the rows that are missing to results.jsonl or tuning.jsonl; returns the new ones."""
+    """Add the rows that are missing to results.jsonl or tuning.jsonl; return the new ones."""
     if unknown := set(config.methods) - METHODS.keys():
         raise UserError(
             f"--methods: {', '.join(sorted(unknown))} unknown; choose of {', '.join(METHODS)}"

@@ -1,6 +1,8 @@
-"""Tables and the plot of results.jsonl, tuning.jsonl and memory.json: writes them into README.md and frontier.png.
+"""Write the tables and the plot of the study into README.md and frontier.png.
 
-python -m experiments.methods.table
+They are made from results.jsonl, tuning.jsonl and memory.json.
+
+    python -m experiments.methods.table
 """
 
 import collections
@@ -65,7 +67,7 @@ def read(name: str) -> list[dict[str, Any]]:
 
 
 def by_method(rows: list[dict[str, Any]]) -> Rows:
-    """method -> seed -> row, in the order of FAMILIES."""
+    """Return method -> seed -> row, in the order of FAMILIES."""
     found = {
         m: {r["seed"]: r for r in rows if r["method"] == m}
         for names in FAMILIES.values()
@@ -75,7 +77,10 @@ def by_method(rows: list[dict[str, Any]]) -> Rows:
 
 
 def over(rows: Rows, method: str, other: str) -> str:
-    """Mean over common seeds of how much more passes everything than of `other`, with half of its interval."""
+    """Return how much more of `method` passes everything than of `other`.
+
+    It is the mean over the seeds that both have, with half of its interval; empty without any.
+    """
     common = [] if method == other else rows[method].keys() & rows[other].keys()
     gaps = [rows[method][seed]["all"] - rows[other][seed]["all"] for seed in common]
     spread = f" ±{half(gaps):.3f}" if len(gaps) > 1 else ""
@@ -85,13 +90,13 @@ def over(rows: Rows, method: str, other: str) -> str:
 def mean(
     of_seed: dict[int, dict[str, Any]], name: str, scale: float = 1.0, digits: int = 1
 ) -> str:
-    """Of what differs between seeds by rounding only."""
+    """Return the mean over seeds of what differs between them by rounding only, times `scale`."""
     values = [row[name] * scale for row in of_seed.values() if row.get(name)]
     return f"{np.mean(values):.{digits}f}" if values else ""
 
 
 def cell(of_seed: dict[int, dict[str, Any]], name: str, digits: int = 3) -> str:
-    """Mean over seeds, with half of its interval where there are several; nothing where no row has it."""
+    """Return the mean over seeds, with half of its interval if there are several; or nothing."""
     values = [row[name] for row in of_seed.values() if name in row]
     if not values:
         return ""
@@ -107,7 +112,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def quality(rows: Rows) -> str:
-    """Shares, KL and length, and which of MUST gain what is asked for."""
+    """Tabulate shares, KL and length, and which of MUST gain what is asked for."""
     lines, verdicts = [], []
     for method, of_seed in rows.items():
         gains = [
@@ -131,7 +136,7 @@ def quality(rows: Rows) -> str:
 
 
 def kinds(rows: Rows) -> str:
-    """Share that passes everything by kind of request, mean over seeds."""
+    """Tabulate the share that passes everything by kind of request, mean over seeds."""
     names = list(next(iter(rows["sft"].values()))["kinds"])
     shares = {
         m: [np.mean([row["kinds"][name]["all"] for row in s.values()]) for name in names]
@@ -190,8 +195,9 @@ def memory() -> str:
 
 
 def named(axes: Any, points: dict[str, list[float]], colours: dict[str, str]) -> None:
-    """Writes each name into the nearest free place around its point, with a line to it."""
-    axes.figure.draw_without_rendering()  # settles the layout, so that data have their places in pixels
+    """Write each name into the nearest free place around its point, with a line to it."""
+    # Settle the layout, so that data have their places in pixels.
+    axes.figure.draw_without_rendering()
     scale = axes.figure.dpi / 72
     centres = {name: axes.transData.transform(point) for name, point in points.items()}
     taken = [np.array([*(xy - 4 * scale), *(xy + 4 * scale)]) for xy in centres.values()]
@@ -228,7 +234,10 @@ def named(axes: Any, points: dict[str, list[float]], colours: dict[str, str]) ->
 
 
 def plot(rows: Rows) -> None:
-    """frontier.png: share that passes everything against KL, all and the upper part; dots are means over seeds."""
+    """Draw frontier.png: the share that passes everything against KL, all and the upper part.
+
+    Dots are means over seeds.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 5.5), layout="constrained", dpi=110)
@@ -264,7 +273,8 @@ def plot(rows: Rows) -> None:
 
 
 def main() -> None:
-    rows, readme = by_method(read("results.jsonl")), HERE / "README.md"
+    rows = by_method(read("results.jsonl"))
+    readme = HERE / "README.md"
     parts = {
         "quality": quality(rows),
         "kinds": kinds(rows),

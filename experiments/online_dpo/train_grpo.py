@@ -157,7 +157,7 @@ def make_targets(
 ) -> Callable[..., tuple[RankedRollout, Batch]]:
     """Compile compute_targets(policy, reference, rollout, scores, scalars).
 
-    It returns (ranked rollout, metrics). `scores`: {reward: [B]} of rewards.scorer.make_reward_scorer,
+    It returns (ranked rollout, metrics). `scores`: {reward: [B]} of make_reward_scorer,
     whose scalars are not used. `eos` ends a response. Metrics are scalars: means over the rollout.
     """
     size = config.samples_per_prompt
@@ -256,7 +256,7 @@ def open_prompts(
 
 
 def load_score(config: Config, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -> Score:
-    """Load the rewards; return score(rollout, records), as of rewards.scorer.make_reward_scorer."""
+    """Load the rewards; return score(rollout, records), as of make_reward_scorer."""
     reward_models, score = make_reward_scorer(config.reward, tokenizer, mesh)
     return partial(score, reward_models)
 

@@ -208,7 +208,7 @@ def make_targets(
     """Compile compute_targets(policy, reference, rollout, scores, scalars).
 
     It returns (scored rollout, metrics). `asking(rollout)` makes the rows as the policy saw them;
-    the reference sees them as they are. `scores`: {reward: [B]} of rewards.scorer.make_reward_scorer,
+    the reference sees them as they are. `scores`: {reward: [B]} of make_reward_scorer,
     whose scalars are not used. `eos` ends a response. Metrics are scalars: means over the rollout.
     """
 

@@ -1,6 +1,8 @@
-"""How soon PPO reaches a gold share from the SFT policy and from RAFT's, and what PPO and RAFT reach at which KL.
+"""Measure how soon PPO reaches a gold share from the SFT policy and from RAFT's.
 
-python -m experiments.raft_first.measure --run=runs/raft_first
+And what PPO and RAFT reach at which KL.
+
+    python -m experiments.raft_first.measure --run=runs/raft_first
 
 Prints the curves, of the runs' own evaluations, and writes summary.json.
 """
@@ -17,15 +19,18 @@ from runtime.run_folder import read_rows
 @dataclasses.dataclass(frozen=True)
 class Config:
     run: str = "runs/raft_first"
-    """What run.sh made."""
+    """Folder that run.sh made."""
     targets: tuple[float, ...] = (0.75, 0.8, 0.85)
     """Shares of the evaluation's prompts that pass all criteria."""
     limits: tuple[float, ...] = (1.0, 2.0, 3.0, 4.0)
-    """Of the KL to the SFT policy, in nats a response."""
+    """Limits of the KL to the SFT policy, in nats a response."""
 
 
 def main(config: Config) -> dict[str, Any]:
-    """Of each run the first step at or above each target; of those from SFT the most that passes within each limit."""
+    """Find each run's first step at or above each target; return and print what was found.
+
+    For the runs from SFT it also finds the most that passes within each limit of KL.
+    """
     curves = {}
     for name in ("from_sft", "from_raft", "raft"):
         curves[name] = {
@@ -58,9 +63,8 @@ def main(config: Config) -> dict[str, Any]:
     for name in curves:
         print(f"{name}: first step at a share {reached[name]}")
     for name in within:
-        print(
-            f"{name}: most within a KL { {most: x and round(x, 3) for most, x in within[name].items()} }"
-        )
+        rounded = {most: x and round(x, 3) for most, x in within[name].items()}
+        print(f"{name}: most within a KL {rounded}")
     (pathlib.Path(config.run) / "summary.json").write_text(
         json.dumps({"reached": reached, "within": within}) + "\n"
     )

@@ -1,6 +1,8 @@
-"""Accuracy of the reward models of two rounds on pairs sampled from the policy of each: prints it, writes summary.json.
+"""Measure the reward models of two rounds on pairs sampled from the policy of each.
 
-python -m experiments.rounds.measure --align=runs/align --run=runs/rounds
+Prints the accuracies and writes summary.json.
+
+    python -m experiments.rounds.measure --align=runs/align --run=runs/rounds
 """
 
 import dataclasses
@@ -19,13 +21,13 @@ class Config:
     align: str = "runs/align"
     """Run of `make align`."""
     run: str = "runs/rounds"
-    """What run.sh made of it."""
+    """Folder that run.sh made of it."""
     length: int = 32
     """As of train_rm.py."""
 
 
 def main(config: Config) -> dict[str, dict[str, float]]:
-    """Reward model -> policy -> accuracy on held-out pairs without label noise."""
+    """Return reward model -> policy -> accuracy on held-out pairs without label noise."""
     make_mesh(MeshConfig())
     models = {
         "first round": f"{config.align}/round1/rm",

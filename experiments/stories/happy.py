@@ -1,14 +1,14 @@
-"""The reward: does a story stay happy? A program on text, with its word lists; and the openings of the stories.
+"""Score whether a story stays happy: a program on text with its word lists; the stories' openings.
 
 What a policy could do instead of telling a happy story, and why it does not pay:
 
 | hack | rule |
 |---|---|
-| one happy word again and again | a row of HAPPY counts once a story; at most MOST sentences count |
-| all happy words in one sentence | a sentence counts once, and uses up all the rows that it names |
+| one happy word again and again | a row of HAPPY counts once a story; MOST sentences at most |
+| all happy words in one sentence | a sentence counts once, and uses up the rows that it names |
 | "Happy. Glad. Fun." | a sentence counts from FEWEST words on |
-| the same sentence with another word, loops, copies of the opening | most of a sentence's word pairs must be new |
-| stopping early, never ending a sentence, one short sentence | complete, new sentences must hold ENOUGH words |
+| another word in a sentence, loops, the opening again | most of its word pairs must be new |
+| stopping early, no end, a short sentence | complete, new sentences must hold ENOUGH words |
 | "was not happy" | a happy word after a negation in its sentence does not count |
 | sadness in a sentence that is never completed | sad words count everywhere, each time |
 
@@ -39,15 +39,32 @@ celebrate celebrated party
 """
 """A row is one word in its forms."""
 SAD = """
-sad sadly sadness cry cried cries crying tear tears afraid scared scary frightened fear angry angrily mad upset
-unhappy worried worry lonely hurt hurts died die dead dying killed sick hate hated fight fought fighting
+sad sadly sadness cry cried cries crying tear tears afraid scared scary frightened fear
+angry angrily mad upset unhappy worried worry lonely hurt hurts died die dead dying killed sick
+hate hated fight fought fighting
 """
-ALSO_HAPPY = "nice kind kindly wonderful beautiful thank thanked warm safe great best favorite amazing pretty gift kiss"
-ALSO_SAD = "lost broke broken sorry pain bad mean dark alone dangerous trouble hard tired yelled shouted screamed stuck"
-"""The last two are not in the reward: whether they move too tells a happier story from a list of words."""
-MOST, FEWEST, ENOUGH, NEW, NEAR = 4, 5, 24, 0.6, 3
-"""Happy sentences that count; words of a sentence that counts; words of a story; share of new word pairs; words
-before a sad one in which a negation undoes it (a happy word is undone from anywhere before it in its sentence)."""
+ALSO_HAPPY = (
+    "nice kind kindly wonderful beautiful thank thanked warm safe great best favorite amazing"
+    " pretty gift kiss"
+)
+ALSO_SAD = (
+    "lost broke broken sorry pain bad mean dark alone dangerous trouble hard tired yelled shouted"
+    " screamed stuck"
+)
+"""The last two are not in the reward: if they move too, the story is happier, and no word list."""
+MOST = 4
+"""Happy sentences that count."""
+FEWEST = 5
+"""Words of a sentence that counts."""
+ENOUGH = 24
+"""Words of a story."""
+NEW = 0.6
+"""Share of a sentence's word pairs that are new."""
+NEAR = 3
+"""Words before a sad one in which a negation undoes it.
+
+A happy word is undone from anywhere before it in its sentence.
+"""
 
 ROW = {word: i for i, row in enumerate(HAPPY.strip().splitlines()) for word in row.split()}
 SADNESS = set(SAD.split())
@@ -55,18 +72,18 @@ NEGATIONS = {"not", "no", "never", "nobody", "nothing", "without", "cannot"}
 
 
 def words(text: str) -> list[str]:
-    """Lower-case words; `didn't` is one."""
+    """Return the lower-case words; `didn't` is one."""
     return re.findall(r"[a-z]+(?:'[a-z]+)?", text.lower())
 
 
 def sentences(text: str) -> tuple[list[str], str]:
-    """The complete sentences, and what follows the last of them."""
+    """Return the complete sentences, and what follows the last of them."""
     complete = re.findall(r"[^.!?]*[.!?]+[\"']*", text)
     return complete, text[sum(map(len, complete)) :]
 
 
 def affirmed(tokens: Sequence[str], wanted: set[str] | dict[str, int], reach: int) -> list[str]:
-    """The words of `wanted` among `tokens`, but for those with a negation among the `reach` words before."""
+    """Return the words of `wanted` in `tokens` with no negation among the `reach` words before."""
     negated = [token in NEGATIONS or token.endswith("n't") for token in tokens]
     return [
         token
@@ -76,15 +93,19 @@ def affirmed(tokens: Sequence[str], wanted: set[str] | dict[str, int], reach: in
 
 
 def parts(opening: str, story: str) -> dict[str, float]:
-    """What the score is made of: `happy` sentences, `sad` words, `words` in new sentences; and the `score`.
+    """Return counts of `happy` sentences, `sad` words, `words` in new sentences; and the `score`.
 
     `story` continues `opening`, which itself earns nothing. Score in [-1, 1]:
     (min(happy, MOST) - sad) / MOST - max(0, 1 - words / ENOUGH), clipped.
     """
-    seen, used, happy, count = set(pairwise(words(opening))), set(), 0, 0
+    seen = set(pairwise(words(opening)))
+    used = set()
+    happy = 0
+    count = 0
     complete, rest = sentences(story)
     for sentence in complete:
-        tokens, new = words(sentence), 0
+        tokens = words(sentence)
+        new = 0
         for pair in pairwise(tokens):
             new += pair not in seen
             seen.add(pair)
@@ -120,7 +141,10 @@ SPLITS = {"train": slice(0, 8), "validation": slice(8, 10), "test": slice(10, 12
 
 
 def openings(split: str) -> list[str]:
-    """All openings of `split` (train, validation or test), in an order that mixes them; no word of the lists."""
+    """Return all openings of `split` (train, validation or test), in an order that mixes them.
+
+    None has a word of the lists.
+    """
     grid = [
         template.format(looks=looks, kind=kind, name=name)
         for name_i in range(12)[SPLITS[split]]
@@ -129,7 +153,6 @@ def openings(split: str) -> list[str]:
         for kind, names in KINDS.items()
         for name in [names.split()[name_i]]
     ]
-    stride = (
-        len(grid) * 5 // 8 + 1
-    )  # coprime with the length in all three splits (tested): each opening once
+    # Coprime with the length in all three splits (tested): each opening once.
+    stride = len(grid) * 5 // 8 + 1
     return [grid[i * stride % len(grid)] for i in range(len(grid))]

@@ -1,6 +1,7 @@
 """Import a llama2.c checkpoint ("version 0" layout, float32) and its SentencePiece model as a run.
 
-PYTHONPATH=. python experiments/stories/import_llama2c.py stories260K.bin tok512.model --run=runs/stories
+export PYTHONPATH=.
+python experiments/stories/import_llama2c.py stories260K.bin tok512.model --run=runs/stories
 python generate.py --run=runs/stories --temperature=0 --max_new_tokens=200 --raw
 """
 
@@ -33,12 +34,15 @@ class Config:
 
 
 def half_split(w_LDNH: np.ndarray) -> np.ndarray:
-    """Head dimensions reordered from llama2.c's RoPE, which turns 2i with 2i + 1, to ours: i with i + H/2."""
+    """Reorder head dimensions from llama2.c's RoPE to ours.
+
+    Its RoPE turns 2i with 2i + 1, ours i with i + H/2.
+    """
     return np.concatenate([w_LDNH[..., 0::2], w_LDNH[..., 1::2]], axis=-1)
 
 
 def read(path: str, model: ModelConfig) -> tuple[ModelConfig, Params]:
-    """The model and its parameters; raises UserError for a file of another layout."""
+    """Return the model and its parameters; raise UserError for a file of another layout."""
     try:
         content = pathlib.Path(path).read_bytes()
     except OSError as fault:
@@ -48,7 +52,8 @@ def read(path: str, model: ModelConfig) -> tuple[ModelConfig, Params]:
     if len(content) < 28:
         raise UserError(f"{path}: too short for a header; name a llama2.c .bin file")
     D, F, L, N, K, V, T = (int(x) for x in np.frombuffer(content, "<i4", 7))
-    tied, V = V > 0, abs(V)
+    tied = V > 0
+    V = abs(V)
     H = D // max(N, 1)
     shapes = [
         (V, D),
@@ -65,13 +70,18 @@ def read(path: str, model: ModelConfig) -> tuple[ModelConfig, Params]:
     sizes = [int(np.prod(shape)) for shape in shapes]
     if min((D, F, L, N, K, V, T)) < 1 or len(content) != 28 + 4 * sum(sizes):
         raise UserError(
-            f"{path}: its size does not fit its header (llama2.c version 0, float32); restore the file"
+            f"{path}: its size does not fit its header (llama2.c version 0, float32); "
+            "restore the file"
         )
     parts = np.split(np.frombuffer(content, "<f4", offset=28), np.cumsum(sizes)[:-1])
     embed, norm1, wq, wk, wv, wo, norm2, w1, w2, w3, final, *rest = (
         part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)
     )
-    inward = lambda w: np.moveaxis(w, -1, 1)
+
+    def inward(w: np.ndarray) -> np.ndarray:
+        """Move the input dimension, llama2.c's last, after the layers'."""
+        return np.moveaxis(w, -1, 1)
+
     attention = {
         "q": half_split(inward(wq)),
         "k": half_split(inward(wk)),
@@ -96,13 +106,14 @@ def read(path: str, model: ModelConfig) -> tuple[ModelConfig, Params]:
 
 
 def main(config: Config) -> Params:
-    """Writes the run at step 0; returns the parameters."""
+    """Write the run at step 0; return the parameters."""
     model, params = read(config.bin, config.model)
     params = jax.tree.map(np.ascontiguousarray, params)
     tokenizer = Tokenizer.load(config.tokenizer)
     if tokenizer.size != model.vocab:
         raise UserError(
-            f"{config.tokenizer}: {tokenizer.size} tokens, {config.bin} has {model.vocab}; name its own"
+            f"{config.tokenizer}: {tokenizer.size} tokens, {config.bin} has {model.vocab}; "
+            "name its own"
         )
     wanted = jax.eval_shape(init_and_apply(LanguageModel(model))[0], jax.random.key(0))
     assert jax.tree.map(lambda x: x.shape, wanted) == jax.tree.map(lambda x: x.shape, params)

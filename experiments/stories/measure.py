@@ -1,6 +1,8 @@
-"""Stories before and after PPO, on openings whose names training never saw: reward, KL, collapse, readability.
+"""Compare stories before and after PPO: reward, KL, collapse, readability.
 
-    PYTHONPATH=. python experiments/stories/measure.py --after runs/stories_ppo0 runs/stories_ppo1 runs/stories_ppo2
+    PYTHONPATH=. python experiments/stories/measure.py --after runs/stories_ppo0 runs/stories_ppo1
+
+The openings have names that training never saw.
 
 Writes results.json; prints the tables and samples that stand in README.md (a test compares them).
 """
@@ -69,7 +71,10 @@ class Config:
 def make_tell(
     model: ModelConfig, tokenizer: Tokenizer, max_prompt: int, max_new_tokens: int, rows: int = 128
 ):
-    """tell(policy, reference, openings, seed) -> (stories, {length, ended, kl, nll}: [n] each)."""
+    """Make tell(policy, reference, openings, seed).
+
+    It returns (stories, {length, ended, kl, nll}: [n] each).
+    """
     _, apply = init_and_apply(LanguageModel(model))
     sampling = SamplingConfig(1.0, max_new_tokens=max_new_tokens)
 
@@ -90,7 +95,8 @@ def make_tell(
         return samples.response_BR, {name: x.sum(1) for name, x in sums.items()}
 
     def tell(policy: Params, reference: Params, openings: Sequence[str], seed: int):
-        stories, counts = [], collections.defaultdict(list)
+        stories = []
+        counts = collections.defaultdict(list)
         for start in range(0, len(openings), rows):
             part = openings[start : start + rows]
             padded = [{"tokens": [tokenizer.bos, *tokenizer.encode(text)]} for text in part]
@@ -108,7 +114,7 @@ def make_tell(
 
 
 def ngrams(text: str, n: int) -> list[tuple[str, ...]]:
-    """The runs of `n` words of `text`."""
+    """Return the runs of `n` words of `text`."""
     tokens = happy.words(text)
     return list(zip(*(tokens[i:] for i in range(n)), strict=False))
 
@@ -116,12 +122,13 @@ def ngrams(text: str, n: int) -> list[tuple[str, ...]]:
 def summarise(
     openings: Sequence[str], stories: Sequence[str], counts: dict[str, np.ndarray]
 ) -> dict[str, float]:
-    """The numbers of ROWS for one set of stories."""
+    """Return the numbers of ROWS for one set of stories."""
     parts = [happy.parts(o, s) for o, s in zip(openings, stories, strict=True)]
     tokens = [happy.words(story) for story in stories]
     complete = [happy.sentences(story)[0] for story in stories]
     triples, pairs = ([ngrams(story, n) for story in stories] for n in (3, 2))
-    all_words, said = sum(map(len, tokens)), [pair for row in pairs for pair in row]
+    all_words = sum(map(len, tokens))
+    said = [pair for row in pairs for pair in row]
     commonest = collections.Counter(triple for row in triples for triple in set(row)).most_common(
         1
     )[0][1]
@@ -146,8 +153,9 @@ def summarise(
 
 
 def interval(values: Sequence[float]) -> dict[str, float]:
-    """Mean over seeds, with its 95 % interval by Student's t; one seed has no interval."""
-    mean, width = float(np.mean(values)), half(values)
+    """Return the mean over seeds, with its 95 % interval by Student's t; one seed has none."""
+    mean = float(np.mean(values))
+    width = half(values)
     return {
         "mean": mean,
         **({} if math.isnan(width) else {"low": mean - width, "high": mean + width}),
@@ -155,23 +163,22 @@ def interval(values: Sequence[float]) -> dict[str, float]:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """The tables of README.md."""
+    """Return the tables of README.md."""
 
     def cell(values: dict[str, float], digits: int) -> str:
-        shown = {
-            name: f"{round(x, digits) + 0.0:.{digits}f}" for name, x in values.items()
-        }  # + 0.0: never -0.00
+        # Adding 0.0 turns -0.00 into 0.00.
+        shown = {name: f"{round(x, digits) + 0.0:.{digits}f}" for name, x in values.items()}
         return shown["mean"] + (f" [{shown['low']}, {shown['high']}]" if "low" in shown else "")
 
     runs = results["runs"]
+    seeds = f"{len(runs)} seed{'s' * (len(runs) > 1)}"
     lines = [
-        f"| {results['n']} stories a seed, {len(runs)} seed{'s' * (len(runs) > 1)} | before | after |",
+        f"| {results['n']} stories a seed, {seeds} | before | after |",
         "|---|---|---|",
     ]
     for name, (title, digits) in ROWS.items():
-        lines.append(
-            f"| {title} | {cell(results['before'][name], digits)} | {cell(results['after'][name], digits)} |"
-        )
+        cells = [cell(results[when][name], digits) for when in ("before", "after")]
+        lines.append(f"| {title} | {' | '.join(cells)} |")
     lines += [
         "",
         "| seed | iteration | reward before | after | KL | perplexity | commonest word triple |",
@@ -179,15 +186,16 @@ def markdown(results: dict[str, Any]) -> str:
     ]
     for run in runs:
         before, after = run["before"], run["after"]
-        shares = f'{after["kl"]:.2f} | {after["perplexity"]:.2f} | "{run["formula"]}", {after["formula"]:.3f}'
-        lines.append(
-            f"| {run['seed']} | {run['iteration']} | {before['score']:.3f} | {after['score']:.3f} | {shares} |"
-        )
+        rewards = f"{before['score']:.3f} | {after['score']:.3f}"
+        distance = f"{after['kl']:.2f} | {after['perplexity']:.2f}"
+        formula = f'"{run["formula"]}", {after["formula"]:.3f}'
+        numbers = f"{rewards} | {distance} | {formula}"
+        lines.append(f"| {run['seed']} | {run['iteration']} | {numbers} |")
     return "\n".join(lines)
 
 
 def samples(results: dict[str, Any]) -> str:
-    """The samples of README.md."""
+    """Return the samples of README.md."""
     blocks = []
     for sample in results["samples"]:
         blocks.append(f"**{sample['opening']}**")
@@ -208,21 +216,22 @@ def main(config: Config) -> dict[str, Any]:
     for run, other in zip(config.after, settings, strict=True):
         if other["script"] not in SCRIPTS:
             raise UserError(
-                f"--after: {run} is a run of {other['script']}; name runs of experiments/stories/train_ppo.py"
+                f"--after: {run} is a run of {other['script']}; "
+                "name runs of experiments/stories/train_ppo.py"
             )
         for name in other.keys() - differing:
             if other[name] != settings[0][name]:
                 raise UserError(
                     f"--after: {run} has another {name} than {config.after[0]}; measure them apart"
                 )
-    model, tokenizer = (
-        stored_model(config.before),
-        Tokenizer.load(config.before),
-    )
+    model = stored_model(config.before)
+    tokenizer = Tokenizer.load(config.before)
     openings = happy.openings(config.split)
     openings = (openings * -(-config.n // len(openings)))[: config.n]
     tell = make_tell(model, tokenizer, settings[0]["max_prompt"], settings[0]["max_new_tokens"])
-    original, runs, shown = load_params(config.before), [], []
+    original = load_params(config.before)
+    runs = []
+    shown = []
     for number, (run, other) in enumerate(zip(config.after, settings, strict=True)):
         told = {"before": tell(original, original, openings, config.seed + number)}
         told["after"] = tell(load_params(run), original, openings, config.seed + number)
