@@ -160,8 +160,8 @@ def rollout_metrics(
 
     # Tokens equal to the one before.
     response_BR = batch["response_BR"]
-    later_mask_BR = mask_BR[:, 1:]
-    repeats_BR = (response_BR[:, 1:] == response_BR[:, :-1]) * later_mask_BR
+    is_repeat_BR = response_BR[:, 1:] == response_BR[:, :-1]
+    repeats_BR = is_repeat_BR * mask_BR[:, 1:]
 
     # Sampling and training compute the same log-probabilities by different programs.
     gap_BR = jnp.abs(logp_BR - batch["sampler_logp_BR"]) * mask_BR
@@ -171,7 +171,7 @@ def rollout_metrics(
         "entropy": -masked_mean(logp_BR, mask_BR),
         "length": length_B.mean(),
         "ended": ended(batch, eos).mean(),
-        "repeats": masked_mean(repeats_BR, later_mask_BR),
+        "repeats": masked_mean(repeats_BR, mask_BR[:, 1:]),
         "sampler_gap": jnp.max(gap_BR),
     }
 
@@ -214,6 +214,7 @@ class Shown(NamedTuple):
     records: list[Record]
     """Records of this host's prompts."""
     response_BR: Array
+    """Token ids over all hosts, the rollout's."""
 
 
 def make_experience(
@@ -342,7 +343,7 @@ def shuffled_minibatches(
         yield from shuffled(batch, jax.random.fold_in(key, epoch), parts)
 
 
-def check_first_update(update: Metrics, metrics: Metrics, dtype: Any, start: int) -> None:
+def check_first_update(update: Metrics, metrics: Metrics, dtype: jnp.dtype, start: int) -> None:
     """Assert that an update began at the policy that sampled: ratio 1, and KL 0 in a new run.
 
     Called once per start, after the first update. `update`: that step's metrics, which are of the
@@ -365,7 +366,7 @@ def check_first_update(update: Metrics, metrics: Metrics, dtype: Any, start: int
     check_sampler(metrics, dtype, start)
 
 
-def check_sampler(metrics: Metrics, dtype: Any, start: int) -> None:
+def check_sampler(metrics: Metrics, dtype: jnp.dtype, start: int) -> None:
     """Assert that sampler and training agree on log-probabilities, and that a new run has KL 0.
 
     Arguments as of `check_first_update`, which calls this.
@@ -380,7 +381,7 @@ def check_sampler(metrics: Metrics, dtype: Any, start: int) -> None:
     assert gap < 1e-4 or not exact, f"sampler and trainer disagree by {gap} nats"
 
 
-def start_tolerance(dtype: Any) -> float:
+def start_tolerance(dtype: jnp.dtype) -> float:
     """Return how far a quantity that starts at 0 may be off, in nats a response.
 
     `dtype`: the model's compute type.

@@ -200,8 +200,9 @@ def make_step(
         # Token t - 1 stands t behind the prompt's last one.
         position_B = last_A[row_B] + t_B
         position_B1 = position_B[:, None]
+        token_B1 = token_B[:, None]
         real_B1 = jnp.ones_like(position_B1)
-        output = apply(params, token_B[:, None], real_B1, position_B1, cache)
+        output = apply(params, token_B1, real_B1, position_B1, cache)
         logits_B1V = unembed(output.x_BTD, output.unembed_DV)
         token_B, logp_B = draw(logits_B1V[:, 0], key, row_B, t_B, sampling)
         return output.cache, token_B, logp_B
@@ -387,8 +388,8 @@ def generate_in_slots(
 
     # Start with empty slots, whose ring has a column for each token of a prompt and a response.
     columns = prompt_cache.valid_BS.shape[1] + limit
-    ring = empty_cache(config, slots, columns)
     none_B = jnp.zeros(slots, jnp.int32)
+    ring = empty_cache(config, slots, columns)
     empty = Slots(
         cache=unstack_cache(ring),
         token_B=none_B,

@@ -327,14 +327,20 @@ def _rows_split(mesh: AnyMesh, x: jax.Array) -> bool:
 
 
 def constrain_batch(x: jax.Array) -> jax.Array:
-    """Keep the first axis of `x` split over data and fsdp, where these divide it."""
+    """Keep the first axis of `x` split over data and fsdp, where these divide it.
+
+    Without a mesh `x` is returned as it is.
+    """
     if not _rows_split(get_abstract_mesh(), x):
         return x
     return with_sharding_constraint(x, BATCH)
 
 
 def constrain_tokens(x: jax.Array, *axes: str) -> jax.Array:
-    """Keep [B, T, ...] split: rows over data and fsdp, tokens over those of `axes` that fit."""
+    """Keep [B, T, ...] split: rows over data and fsdp, tokens over those of `axes` that fit.
+
+    Without a mesh `x` is returned as it is.
+    """
     mesh = get_abstract_mesh()
     if not _rows_split(mesh, x):
         return x
@@ -368,7 +374,10 @@ def constrain_units(x: jax.Array) -> jax.Array:
 
 
 def constrain_rows(table_VD: jax.Array) -> jax.Array:
-    """Gather the embedding over fsdp; its vocabulary stays split over tensor."""
+    """Gather the embedding over fsdp; its vocabulary stays split over tensor.
+
+    Without a mesh it is returned as it is.
+    """
     mesh = get_abstract_mesh()
     if mesh.empty:
         return table_VD
@@ -379,9 +388,10 @@ def constrain_rows(table_VD: jax.Array) -> jax.Array:
 
 
 def constrain_params(tree: Any) -> Any:
-    """Keep parameters, or their gradients, laid as the rules say.
+    """Keep parameters, or their gradients, laid as RULES say.
 
-    A gradient's sum over rows is then a reduce-scatter.
+    A gradient's sum over rows is then a reduce-scatter. Without a mesh `tree` is returned as it
+    is.
     """
     mesh = get_abstract_mesh()
     if mesh.empty:

@@ -220,8 +220,8 @@ def make_update(config: Config, teacher_model: ModelConfig) -> DistillUpdate:
 def student_and_teacher(lora: LoraConfig, held: Params | None, trained: Params) -> Params:
     """Return {"student", "teacher"}, all parameters of both.
 
-    `held`: {"base", "teacher"}, the base being that of the student's adapters, or None without.
-    `trained`: the student's parameters, or its adapters.
+    `lora`: of the student. `held`: {"base", "teacher"}, the base being that of the student's
+    adapters, or None without. `trained`: the student's parameters, or its adapters.
     """
     # Without adapters `trained` is the student as it is.
     assert held is not None

@@ -48,7 +48,7 @@ from runtime.flags import with_paper_defaults
 from runtime.hosts import HostsConfig
 from sampling import Apply, SamplingConfig
 from sharding import MeshConfig, check_batch, data_shard, make_mesh
-from train_state import as_items, starting_params
+from train_state import Init, as_items, starting_params
 from train_step import Objective, OptimizerConfig, Update, make_optimizer, make_train_step
 from training_run import Run
 
@@ -310,7 +310,7 @@ def make_advantages(
     return compute_advantages
 
 
-def make_update(config: Config, init: Any, objective: Objective) -> Update:
+def make_update(config: Config, init: Init, objective: Objective) -> Update:
     """Make the Update of the policy: its optimiser over all updates of the run, its jitted step.
 
     `init` is handed through. `objective`: of `make_method`. The step's `base` is what lies under

@@ -584,7 +584,10 @@ def first_samples(
 
 
 def on_devices(config: Config, loaded: Loaded) -> tuple[Any, ...]:
-    """List the models that lie on the devices all the time: none with --offload."""
+    """Return the models that lie on the devices all the time: (reference, rewards), or ().
+
+    None do with --offload.
+    """
     return () if config.offload else (loaded.reference, loaded.rewards)
 
 

@@ -56,7 +56,7 @@ from sharding import (
     init_sharded,
     make_mesh,
 )
-from train_state import as_items, from_items, init_state, starting_params
+from train_state import Init, as_items, from_items, init_state, starting_params
 from train_step import OptimizerConfig, Update, make_optimizer, make_train_step
 from training_run import Run
 
@@ -337,7 +337,7 @@ def note_nothing_chosen(config: Config, step: int, best: float) -> None:
     print(f"note: round {step}: {reason}: nothing was learnt", file=sys.stderr)
 
 
-def make_update(config: Config, init: Any, apply: Apply) -> Update:
+def make_update(config: Config, init: Init, apply: Apply) -> Update:
     """Make the policy's optimiser over the most updates of a run, and its jitted step.
 
     `init` is handed through; `apply`: of the policy. Batches are rows of a Pool. The step's `base`

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from data.batches import comparison_batches
+from data.records import Message
 from data.sources import Source, open_source
 from data.tokenizer import tokenizer_for
 from evaluation.reward_model import make_comparison_evaluation
@@ -122,15 +123,15 @@ def make_update(config: Config) -> Update:
     return Update(init, optimizer, objective, step)
 
 
-def reference_responses(config: Config, source: Source) -> tuple[list, list[str]]:
+def reference_responses(config: Config, source: Source) -> tuple[list[list[Message]], list[str]]:
     """Return up to REFERENCE_RESPONSES prompts (lists of messages) and a good response to each.
 
     They are the first conversations of --demonstrations with their last turns, or without it the
     first comparisons of `source` (records of the schema `comparison`) with the first of their best
     responses. Responses are texts.
     """
-    prompts = []
-    responses = []
+    prompts: list[list[Message]] = []
+    responses: list[str] = []
     if config.demonstrations is None:
         # The comparisons' own best.
         for i in range(min(REFERENCE_RESPONSES, len(source))):
@@ -153,7 +154,7 @@ def mean_score(
 ) -> jax.Array:
     """Return the mean reward of `reference_responses`, a float32 scalar.
 
-    `params`: of a reward model. `score`: of rewards.models.make_text_scorer, score(params,
+    `params`: of a reward model; `source`: as there. `score`: of rewards.models.make_text_scorer, score(params,
     prompts, responses) -> rewards. The model's bias less this mean scores them 0 on average
     (Stiennon et al. 2020, section 3.4).
     """

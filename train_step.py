@@ -102,7 +102,7 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def decayed(params: Params) -> Any:
-    """Return a tree of bools: True for leaves under weight decay, all but norms and biases."""
+    """Return a tree of bools like `params`: True under weight decay, all but norms and biases."""
 
     def is_decayed(path: Any, leaf: Any) -> bool:
         return re.search(r"(norm|bias)$", path_name(path)) is None
@@ -153,7 +153,9 @@ class Update(NamedTuple):
     """init(key) -> random parameters."""
     optimizer: optax.GradientTransformation
     objective: Objective
+    """objective(all parameters, batch) -> Sums; the script says which batches."""
     step: TrainStep
+    """step(state, batch, base=None) -> (state, metrics); `state` is donated."""
 
 
 class PartSums(NamedTuple):

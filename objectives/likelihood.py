@@ -59,9 +59,9 @@ def _label_logprobs_forward(logits_BTV, labels_BT):
 
     # The label's logit less the logarithm of that sum.
     labels_BT1 = labels_BT[..., None]
-    label_BT1 = jnp.take_along_axis(logits_BTV, labels_BT1, axis=-1)
+    label_BT = jnp.take_along_axis(logits_BTV, labels_BT1, axis=-1)[..., 0]
     log_total_BT = jnp.log(total_BT) + top_BT
-    logp_BT = label_BT1[..., 0] - log_total_BT
+    logp_BT = label_BT - log_total_BT
     return logp_BT, (logits_BTV, labels_BT, top_BT, total_BT)
 
 
@@ -166,7 +166,7 @@ def following(tokens_BT: jax.Array) -> jax.Array:
 
 
 def shifted(logp_BT: jax.Array) -> jax.Array:
-    """Move the log-probabilities of `following` labels to the tokens' own index; 0 at index 0."""
+    """Return `following` labels' log-probabilities at the tokens' own index, [B, T]; 0 at index 0."""
     return jnp.pad(logp_BT[:, :-1], ((0, 0), (1, 0)))
 
 

@@ -77,7 +77,8 @@ def first_best(ranks_BC: Array) -> Array:
 def pair_means(loss_BCC: Array, pairs_BCC: Array) -> tuple[Array, Array]:
     """Return the mean of `loss_BCC` over each prompt's pairs, [B], and 1.0 where it has one, [B].
 
-    `pairs_BCC`: 1 for a pair, as of `better_pairs`. The mean is 0 where there is none.
+    `loss_BCC`: at [b, i, j] the loss of candidate i as the better, j as the worse. `pairs_BCC`: 1
+    for a pair, as of `better_pairs`. The mean is 0 where there is none.
     """
     # Ouyang et al. 2022, eq. 1: all pairs of a prompt weigh as much as one
     count_B = pairs_BCC.sum((1, 2))
