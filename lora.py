@@ -21,7 +21,10 @@ from model import Params
 from runtime.errors import UserError
 from runtime.run_folder import finished_steps
 
-INPUTS = {"attention": {"q": 1, "k": 1, "v": 1, "o": 2}, "mlp": {"gate": 1, "up": 1, "down": 1}}
+INPUTS = {
+    "attention": {"q": 1, "k": 1, "v": 1, "o": 2},
+    "mlp": {"gate": 1, "up": 1, "down": 1},
+}
 """The adapted weights, and how many of their axes after the layer's are inputs."""
 WHOLE = ("head", "bias")
 """Parameters without a base, which are trained as they are."""
@@ -63,7 +66,8 @@ def trainable_part(config: LoraConfig, params: Params, key: jax.Array) -> Params
             a_shape = (depth, *shape[:count], config.rank)
             b_shape = (depth, config.rank, *shape[count:])
             scale = math.prod(shape[:count]) ** -0.5
-            layers[part][f"{name}_a"] = jax.random.normal(own_key, a_shape) * scale
+            a = jax.random.normal(own_key, a_shape) * scale
+            layers[part][f"{name}_a"] = a
             layers[part][f"{name}_b"] = jnp.zeros(b_shape)
     # A head, beside them.
     whole = {name: params[name] for name in WHOLE if name in params}
@@ -114,8 +118,10 @@ def merge(config: LoraConfig, base: Params, trained: Params) -> Params:
         for name in INPUTS[part]:
             w = merged[name]
             depth = w.shape[0]
-            a = adapters[f"{name}_a"].reshape(depth, -1, rank)
-            b = adapters[f"{name}_b"].reshape(depth, rank, -1)
+            a = adapters[f"{name}_a"]
+            b = adapters[f"{name}_b"]
+            a = a.reshape(depth, -1, rank)
+            b = b.reshape(depth, rank, -1)
             product = (a @ b).reshape(w.shape)
             merged[name] = w + product * w.dtype.type(scale)
         layers[part] = merged

@@ -160,7 +160,8 @@ def rollout_metrics(
 
     # Tokens equal to the one before.
     response_BR = batch["response_BR"]
-    is_repeat_BR = response_BR[:, 1:] == response_BR[:, :-1]
+    later_BR = response_BR[:, 1:]
+    is_repeat_BR = later_BR == response_BR[:, :-1]
     repeats_BR = is_repeat_BR * mask_BR[:, 1:]
 
     # Sampling and training compute the same log-probabilities by different programs.
@@ -244,6 +245,9 @@ def make_experience(
     """
     refill = jax.jit(partial(refill_groups, group=group))
 
+    def mean_of(*values: Any) -> Any:
+        return sum(values) / len(values)
+
     def experience(policy: Params, reference: Params, key: Array) -> tuple[Batch, Metrics, Shown]:
         batch: Batch = {}
         rounds = []
@@ -264,7 +268,7 @@ def make_experience(
             if number + 1 < max_rounds and kept == 1:
                 break
         # Means over the rounds.
-        means = jax.tree.map(lambda *values: sum(values) / len(values), *rounds)
+        means = jax.tree.map(mean_of, *rounds)
         metrics = {**means, "rounds": float(len(rounds)), "kept": kept}
         return batch, metrics, Shown(prompts.records, sampled["response_BR"])
 
@@ -293,7 +297,9 @@ def refill_groups(pool: Batch, fresh: Batch, group: int) -> Batch:
     groups come first.
     """
     # The groups of both, one behind the other: 2 Q of them.
-    both = {name: jnp.concatenate([pool[name], fresh[name]]) for name in pool}
+    both = {}
+    for name, x in pool.items():
+        both[name] = jnp.concatenate([x, fresh[name]])
 
     # Groups with a usable token first, otherwise in order; the first half of them are kept.
     mask_BR = both["mask_BR"]
@@ -324,8 +330,9 @@ def shuffled(batch: Mapping[str, Any], key: Array, parts: int) -> list[Batch]:
     # Each array is cut, and its parts dealt to the minibatches.
     minibatches: list[Batch] = [{} for _ in range(parts)]
     for name, x in batch.items():
+        _, *rest = x.shape
         mixed = x[order_B]
-        cut = mixed.reshape(parts, -1, *x.shape[1:])
+        cut = mixed.reshape(parts, -1, *rest)
         for part, minibatch in enumerate(minibatches):
             minibatch[name] = constrain_batch(cut[part])
     return minibatches

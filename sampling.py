@@ -128,7 +128,8 @@ def draw(
 
     # Its log-probability, without noise and truncation.
     logp_BV = jax.nn.log_softmax(logits_BV)
-    logp_B = jnp.take_along_axis(logp_BV, token_B[:, None], axis=-1)[:, 0]
+    logp_B1 = jnp.take_along_axis(logp_BV, token_B[:, None], axis=-1)
+    logp_B = logp_B1[:, 0]
     return token_B.astype(jnp.int32), logp_B
 
 
@@ -156,7 +157,8 @@ def prefill(
     )
 
     # Prompts are left-padded, so each one's last token is in the last column.
-    logits_B1V = unembed(output.x_BTD[:, -1:], output.unembed_DV)
+    last_B1D = output.x_BTD[:, -1:]
+    logits_B1V = unembed(last_B1D, output.unembed_DV)
     assert output.cache is not None
     return logits_B1V[:, 0], output.cache
 
@@ -172,7 +174,8 @@ def first_tokens(
     # Token 0 of every response.
     rows = logits_BV.shape[0]
     row_B = jnp.arange(rows)
-    token_B, logp_B = draw(logits_BV, key, row_B, jnp.zeros_like(row_B), sampling)
+    t_B = jnp.zeros_like(row_B)
+    token_B, logp_B = draw(logits_BV, key, row_B, t_B, sampling)
 
     # Room for the rest.
     shape = (rows, sampling.max_new_tokens)
@@ -204,7 +207,8 @@ def make_step(
         real_B1 = jnp.ones_like(position_B1)
         output = apply(params, token_B1, real_B1, position_B1, cache)
         logits_B1V = unembed(output.x_BTD, output.unembed_DV)
-        token_B, logp_B = draw(logits_B1V[:, 0], key, row_B, t_B, sampling)
+        logits_BV = logits_B1V[:, 0]
+        token_B, logp_B = draw(logits_BV, key, row_B, t_B, sampling)
         return output.cache, token_B, logp_B
 
     return step
@@ -247,7 +251,8 @@ def generate(
     b draws depends on its prompt, `key` and b alone.
     """
     # Prefill; then a copy of each prompt's cache for each of its responses.
-    logits_BV, cache = prefill(apply, config, params, prompts, sampling.max_new_tokens - 1)
+    room = sampling.max_new_tokens - 1
+    logits_BV, cache = prefill(apply, config, params, prompts, room)
     cache = KVCache(
         k_LBKSH=jnp.repeat(cache.k_LBKSH, n, axis=1),
         v_LBKSH=jnp.repeat(cache.v_LBKSH, n, axis=1),
@@ -288,7 +293,13 @@ def generate(
 
     # A first token may be the last.
     token_B = samples.response_BR[:, 0]
-    start = Decoding(jnp.int32(1), token_B, ends(token_B, eos), cache, samples)
+    start = Decoding(
+        t=jnp.int32(1),
+        token_B=token_B,
+        done_B=ends(token_B, eos),
+        cache=cache,
+        samples=samples,
+    )
     return jax.lax.while_loop(going, one_more, start).samples
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypedDict
 
 import jax
@@ -81,25 +81,34 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
             sizes[axis] = size
 
     # At most one size is the rest, and the product is the number of devices.
-    flags = ", ".join(f"--mesh.{name}={size}" for name, size in sizes.items())
+    flags = _flags_of(sizes)
     impossible = any(size == 0 or size < -1 for size in sizes.values())
-    rest = list(sizes.values()).count(-1)
+    given = [size for size in sizes.values() if size != -1]
+    rest = len(sizes) - len(given)
     if impossible or rest > 1:
         raise UserError(f"{flags}: each size must be positive, and at most one -1 (the rest)")
-    fixed = math.prod(size for size in sizes.values() if size != -1)
+    fixed = math.prod(given)
     if count % fixed or (fixed != count and not rest):
         raise UserError(
             f"{flags}: cannot lay {count} device(s) out so; the product must be {count}"
         )
 
     # The rest gets its size.
-    shape = tuple(count // fixed if size == -1 else size for size in sizes.values())
+    shape: tuple[int, ...] = ()
+    for size in sizes.values():
+        shape += (count // fixed if size == -1 else size,)
     # jax.make_mesh refuses axes that share a dimension of the torus, as 128 x 4 on 8 x 8 x 8.
     places = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     kinds = (AxisType.Auto,) * len(shape)
     mesh = Mesh(places, tuple(sizes), axis_types=kinds)
     jax.set_mesh(mesh)
     return mesh
+
+
+def _flags_of(sizes: Mapping[str, int]) -> str:
+    """Write a mesh's sizes as the flags that set them, for messages."""
+    flags = [f"--mesh.{name}={size}" for name, size in sizes.items()]
+    return ", ".join(flags)
 
 
 def platform() -> str:
@@ -258,19 +267,20 @@ def data_shard(mesh: Mesh, owners: np.ndarray | None = None, host: int | None = 
     # Devices by the part of a batch's rows that they hold: [parts, devices of a part].
     ways = along(mesh, "data", "fsdp")
     batch_axes = [mesh.axis_names.index(axis) for axis in ("data", "fsdp")]
-    by_rows = np.moveaxis(owners, batch_axes, (0, 1)).reshape(ways, -1)
+    by_rows = np.moveaxis(owners, batch_axes, (0, 1))
+    by_rows = by_rows.reshape(ways, -1)
 
     # The rows of each host. Hosts must hold the same rows, or none in common, and equally many.
     held = {}
     for owner in np.unique(owners):
         has_part = (by_rows == owner).any(1)
-        held[int(owner)] = tuple(np.flatnonzero(has_part).tolist())
+        numbers = np.flatnonzero(has_part).tolist()
+        held[int(owner)] = tuple(numbers)
     parts = sorted(set(held.values()))
     lengths = [len(part) for part in parts]
     if sum(lengths) != ways or len(set(lengths)) > 1:
-        axes = ", ".join(f"--mesh.{name}={size}" for name, size in mesh.shape.items())
         raise UserError(
-            f"{axes}: hosts share rows of the batch in part; "
+            f"{_flags_of(mesh.shape)}: hosts share rows of the batch in part; "
             "make what is not data or fsdp divide a host's devices"
         )
     return DataShard(process=parts.index(held[host]), processes=len(parts))
@@ -323,7 +333,10 @@ def in_microbatches(x: jax.Array, parts: int) -> jax.Array:
 
 def _rows_split(mesh: AnyMesh, x: jax.Array) -> bool:
     """True where there is a mesh and its batch axes divide the rows of `x`."""
-    return not mesh.empty and x.shape[0] % along(mesh, "data", "fsdp") == 0
+    if mesh.empty:
+        return False
+    ways = along(mesh, "data", "fsdp")
+    return x.shape[0] % ways == 0
 
 
 def constrain_batch(x: jax.Array) -> jax.Array:
@@ -417,7 +430,8 @@ def gathered(params: Any, dtype: Any) -> Any:
     def whole(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
         # Of the rule's axes tensor alone is left.
         spec = spec_of(path_name(path), leaf.shape, mesh)
-        left = P(*(axis if axis == "tensor" else None for axis in spec))
+        kept = [axis if axis == "tensor" else None for axis in spec]
+        left = P(*kept)
         if left == spec:
             return leaf
         return with_sharding_constraint(leaf.astype(dtype), left)

@@ -68,7 +68,8 @@ def _label_logprobs_forward(logits_BTV, labels_BT):
 def _label_logprobs_backward(saved, cotangent_BT):
     # d logp / d logit_v = [v is the label] - softmax_v
     logits_BTV, labels_BT, top_BT, total_BT = saved
-    is_label_BTV = labels_BT[..., None] == jnp.arange(logits_BTV.shape[-1])
+    vocab = logits_BTV.shape[-1]
+    is_label_BTV = labels_BT[..., None] == jnp.arange(vocab)
     scale_BT = -cotangent_BT / total_BT
     centred_BTV = logits_BTV - top_BT[..., None]
     softmax_part_BTV = jnp.exp(centred_BTV) * scale_BT[..., None]
@@ -166,8 +167,9 @@ def following(tokens_BT: jax.Array) -> jax.Array:
 
 
 def shifted(logp_BT: jax.Array) -> jax.Array:
-    """Return `following` labels' log-probabilities at the tokens' own index, [B, T]; 0 at index 0."""
-    return jnp.pad(logp_BT[:, :-1], ((0, 0), (1, 0)))
+    """Move `following` labels' log-probabilities to the tokens' index, [B, T]; 0 at index 0."""
+    earlier_BT = logp_BT[:, :-1]
+    return jnp.pad(earlier_BT, ((0, 0), (1, 0)))
 
 
 # --- batches

@@ -146,10 +146,11 @@ def scaled_norm(module: nn.Module, name: str, x: jax.Array) -> jax.Array:
     """
     # Either way the scale starts at 1.
     config = module.config
+    shape = x.shape[-1:]
     if config.zero_centered_norm:
-        scale = 1 + module.param(name, nn.initializers.zeros, x.shape[-1:])
+        scale = 1 + module.param(name, nn.initializers.zeros, shape)
     else:
-        scale = module.param(name, nn.initializers.ones, x.shape[-1:])
+        scale = module.param(name, nn.initializers.ones, shape)
     return rms_norm(x, scale, config.norm_eps)
 
 
@@ -345,8 +346,9 @@ class SwiGLU(nn.Module):
         """Return down(activation(gate(x)) * up(x)), [B, T, D]."""
         # Weights of the two branches, and of the way back; the last starts smaller, by the depth.
         c = self.config
-        gate_DF = self.param("gate", _normal(c.width), (c.width, c.mlp_width))
-        up_DF = self.param("up", _normal(c.width), (c.width, c.mlp_width))
+        in_shape = (c.width, c.mlp_width)
+        gate_DF = self.param("gate", _normal(c.width), in_shape)
+        up_DF = self.param("up", _normal(c.width), in_shape)
         down_fan_in = c.mlp_width * 2 * c.layers
         down_FD = self.param("down", _normal(down_fan_in), (c.mlp_width, c.width))
         # Flax's GELU is the tanh approximation, as Gemma's.
