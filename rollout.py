@@ -296,12 +296,12 @@ def refill_groups(pool: Batch, fresh: Batch, group: int) -> Batch:
     neighbouring rows a prompt. Where `fresh` has too few, masked-out groups remain. The pool's own
     groups come first.
     """
-    # The groups of both, one behind the other: 2 Q of them.
+    # The groups of both, those of `pool` first.
     both = {}
     for name, x in pool.items():
         both[name] = jnp.concatenate([x, fresh[name]])
 
-    # Groups with a usable token first, otherwise in order; the first half of them are kept.
+    # Groups with a usable token come first, otherwise in order; the first half of them are kept.
     mask_BR = both["mask_BR"]
     by_group = mask_BR.reshape(-1, group * mask_BR.shape[1])
     useful_Q = by_group.any(1)

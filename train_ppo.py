@@ -4,8 +4,8 @@
 
 Policy and reference start from the SFT run. The critic starts from the first reward model, or from
 the SFT run where no reward is a model. Defaults follow the "N+ implementation details" of Stiennon
-et al. 2020; contested ones are fields of Config. docs/ppo.md follows one
-iteration, tensor by tensor.
+et al. 2020; contested ones are fields of Config. docs/ppo.md follows one iteration, tensor by
+tensor.
 """
 
 import dataclasses
@@ -278,7 +278,8 @@ def make_advantages(
             raw_B, ended(rollout, eos), config.missing_eos, config.missing_eos_score
         )
 
-        # A reward a token: -beta KL everywhere, the score at the end less what steps were given.
+        # A reward a token: -beta KL, the rewards of steps (0 without --step_rewards), and at the
+        # end the rest of the score: all of it, where no step was given any.
         kl_BR = kl_estimate(logp_BR, reference_BR, config.kl_estimator)
         rest_B = score_B - steps_BR.sum(1)
         rewards_BR = steps_BR + token_rewards(rest_B, kl_BR, mask_BR, kl_coef, score_index_B)
@@ -382,7 +383,7 @@ def check(config: Config, mesh: jax.sharding.Mesh) -> None:
     check_batch("batch_size / --samples_per_prompt", rows // group, 1, mesh)
 
 
-class Update(NamedTuple):
+class ModelUpdate(NamedTuple):
     """How one of the two models is updated."""
 
     optimizer: optax.GradientTransformation
@@ -390,7 +391,7 @@ class Update(NamedTuple):
     """step(state, minibatch, base) -> (state, metrics); `state` is donated."""
 
 
-def make_policy_update(config: Config, apply: Apply) -> Update:
+def make_policy_update(config: Config, apply: Apply) -> ModelUpdate:
     """Make the policy's optimiser and its jitted step (train_step.make_train_step).
 
     `apply`: of the policy. Minibatches are of Experience, with a "text" by `add_text`.
@@ -406,7 +407,7 @@ def make_policy_update(config: Config, apply: Apply) -> Update:
     return make_update(config, objective, config.optimizer)
 
 
-def make_critic_update(config: Config, scalar_apply: Apply) -> Update:
+def make_critic_update(config: Config, scalar_apply: Apply) -> ModelUpdate:
     """Make the critic's optimiser and its jitted step (train_step.make_train_step).
 
     `scalar_apply`: of the critic. Minibatches are of Experience.
@@ -416,7 +417,7 @@ def make_critic_update(config: Config, scalar_apply: Apply) -> Update:
     return make_update(config, objective, config.value_optimizer)
 
 
-def make_update(config: Config, objective: Objective, options: OptimizerConfig) -> Update:
+def make_update(config: Config, objective: Objective, options: OptimizerConfig) -> ModelUpdate:
     """Make the optimiser of `options` over all updates of the run, and the step of `objective`."""
     # The schedule counts updates, not iterations.
     updates = config.steps * config.epochs * config.minibatches
@@ -428,7 +429,7 @@ def make_update(config: Config, objective: Objective, options: OptimizerConfig) 
         max_norm=options.clip,
         full=partial(with_adapters, config.lora),
     )
-    return Update(optimizer, step)
+    return ModelUpdate(optimizer, step)
 
 
 def open_data(
@@ -687,6 +688,7 @@ def main(config: Config) -> dict[str, float]:
             )
 
             # 4. Updates: epochs over shuffled minibatches; the critic's and the policy's.
+            # Epoch e's shuffle and row e's sampling share a key: harmless, kept for recorded runs.
             for number, minibatch in enumerate(
                 shuffled_minibatches(experience, key, config.epochs, config.minibatches)
             ):
@@ -700,7 +702,8 @@ def main(config: Config) -> dict[str, float]:
                         policy_metrics, metrics, config.model.compute_dtype, run.start
                     )
 
-            # 5. Record; beta moves towards the target KL, if there is one.
+            # 5. Record; beta moves towards the target KL, if there is one. Metrics are written an
+            # iteration late: `check_kl` sees those of the one before.
             beta = next_beta(config, beta, metrics["kl"])
             metrics |= named(policy=policy_metrics, value=critic_metrics)
             run.record(step, metrics, tokens=config.batch_size * config.length)

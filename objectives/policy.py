@@ -163,8 +163,9 @@ def gae(
     """Return generalised advantage estimates A, and returns A + V, [B, R] each.
 
     Schulman et al. 2016, eq. 16: delta_t = r_t + gamma V_{t+1} - V_t, and
-    A_t = delta_t + gamma gae_lambda A_{t+1}. V after index R - 1 is 0. Rewards and values must be
-    0 after a row's last token.
+    A_t = delta_t + gamma gae_lambda A_{t+1}. Rewards and values must be 0 behind a row's last
+    state: then V after the end is 0. V after index R - 1 is 0 too, so a response that was cut off
+    counts as one that ended.
     """
 
     # From the last token back; the carry is of the token after.
@@ -252,8 +253,8 @@ def response_logits(apply: Apply, params: Params, batch: Responses, temperature:
     `apply` is that of a LanguageModel. Token t of the response was drawn from their softmax. A
     temperature of 0 counts as 1.
     """
-    # Cut before the unembedding, which is dear.
     output = apply(params, *inputs(batch))
+    # Cut before the unembedding, which is dear: T is R + 1 from here on.
     x_BTD = response_states(batch, output.x_BTD)
     logits_BTV = unembed(x_BTD, output.unembed_DV)
     return logits_BTV / (temperature or 1.0)
@@ -266,6 +267,7 @@ def response_logprobs(apply: Apply, params: Params, batch: Responses, temperatur
     counts as 1.
     """
     output = apply(params, *inputs(batch))
+    # T is R + 1 from here on.
     x_BTD = response_states(batch, output.x_BTD)
     # The last position predicts nothing: its log-probability is cut off.
     labels_BT = response_labels(batch)

@@ -542,7 +542,7 @@ MEMORY = """
 import sys, pathlib, threading, time
 sys.path.insert(0, sys.argv[1])
 import jax, numpy as np
-import weights
+from weights import convert as weights
 from safetensors.numpy import load_file
 folder, most, done = pathlib.Path(sys.argv[2]), [0, 0], threading.Event()
 
