@@ -37,7 +37,8 @@ from sharding import MeshConfig, make_mesh
 from tasks import world
 from train_step import make_evaluation
 
-FOLDERS = {"base": "lm", "sft": "sft", "reward": "rm", "policy": "ppo"}
+Role = Literal["base", "sft", "reward", "policy"]
+FOLDERS: dict[Role, str] = {"base": "lm", "sft": "sft", "reward": "rm", "policy": "ppo"}
 """Role of a run -> its folder in --run."""
 # Rows a batch (perplexity).
 BATCH_SIZE = 32
@@ -72,18 +73,23 @@ class Config:
     """Longest sequence, in tokens (perplexity, accuracy)."""
     seed: int = 0
 
-    def folder(self, role: str) -> str:
-        """Return the run that plays `role`, a key of FOLDERS."""
+    def folder(self, role: Role) -> str:
+        """Return the folder of the run that plays `role`: the field's value, or one in --run."""
         return getattr(self, role) or f"{self.run}/{FOLDERS[role]}"
 
     @property
     def sampling(self) -> SamplingConfig:
-        """How responses are sampled."""
+        """Return how responses are sampled."""
         return SamplingConfig(self.temperature, max_new_tokens=self.max_new_tokens)
 
 
 def evaluate_alignment(config: Config) -> dict[str, Any]:
-    """Measure base, SFT and PPO in the world; write summary.json and report.html."""
+    """Measure base, SFT and PPO in the world; write summary.json and report.html into --run.
+
+    Returns what summary.json holds: {"base", "sft", "ppo", "reward_model"}, each a dict of
+    measures, see evaluation.alignment.summarise_alignment. Raises UserError for a run that is
+    missing, or of another tokenizer.
+    """
     # The prompts, and the reference of the KL.
     requests = [world.prompt(i, split="heldout", seed=config.seed) for i in range(config.n)]
     prompts = [request.text for request in requests]
@@ -92,7 +98,11 @@ def evaluate_alignment(config: Config) -> dict[str, Any]:
     sample_with_kl = make_kl_sampler(model, config.sampling, tokenizer, config.max_prompt)
 
     # A response of each model to each prompt; all have SFT's shape and tokenizer.
-    runs = dict(zip(STAGES, map(config.folder, ("base", "sft", "policy")), strict=True))
+    runs = {
+        "base": config.folder("base"),
+        "sft": reference_run,
+        "ppo": config.folder("policy"),
+    }
     sampled = {}
     for stage in tqdm(STAGES, desc="evaluate", unit="model"):
         _, own_tokenizer, params = load_run(runs[stage])
@@ -129,11 +139,14 @@ def evaluate_alignment(config: Config) -> dict[str, Any]:
 def evaluate_perplexity(config: Config) -> dict[str, float]:
     """Measure a policy's perplexity per assistant token on conversations.
 
-    Returns `rows`, `loss` (nats a token) and `perplexity`.
+    Returns `rows` (packed rows that were read), `loss` (nats a token) and `perplexity`.
     """
+    # The policy, and packed conversations.
     model, tokenizer, params = load_run(config.folder("policy"))
     source = open_source(config.data, "chat", "heldout", seed=config.seed)
     batches = chat_batches(source, tokenizer, batch_size=BATCH_SIZE, length=config.length)
+
+    # The loss of fine-tuning: the assistant's tokens alone count.
     _, apply = init_and_apply(LanguageModel(model))
     evaluate = make_evaluation(partial(likelihood_objective, apply))
 
@@ -145,7 +158,11 @@ def evaluate_perplexity(config: Config) -> dict[str, float]:
 
 
 def evaluate_accuracy(config: Config) -> dict[str, float]:
-    """Measure a reward model on comparisons: `comparison_table`, names prefixed by `eval/`."""
+    """Measure a reward model on comparisons: `eval/accuracy`, `eval/pairs`, `eval/margin`, ...
+
+    They are those of evaluation.reward_model.comparison_table, each as `eval/NAME`.
+    """
+    # As the reward model's own training measures it.
     model, tokenizer, params = load_run(config.folder("reward"), reward=True)
     source = open_source(config.data, "comparison", "heldout", seed=config.seed)
     evaluate = make_comparison_evaluation(model, source, tokenizer, config.length, config.n)
@@ -153,7 +170,12 @@ def evaluate_accuracy(config: Config) -> dict[str, float]:
 
 
 def evaluate_win_rate(config: Config) -> dict[str, Any]:
-    """Measure how often the reward model prefers the policy's response to the other run's."""
+    """Measure how often the reward model prefers the policy's response to the other run's.
+
+    Returns `n`, `win_rate`, `win_rate_ci` [low, high], `reward` and `reward_against`, the mean
+    rewards (evaluation.win_rate.win_rate_table). Raises UserError for a --data of raw text.
+    """
+    # Prompts that have an answer to be judged.
     source = open_source(config.data, "prompt", "heldout", seed=config.seed)
     records = source.first(config.n)
     if any("prompt" not in record for record in records):
@@ -168,6 +190,7 @@ def evaluate_win_rate(config: Config) -> dict[str, Any]:
 
     def rewards_of(run: str) -> np.ndarray:
         """Return the rewards of the run's responses, [N]."""
+        # Both texts are scored, so policies may have tokenizers of their own.
         policy_model, policy_tokenizer, policy = load_run(run)
         sample_with_kl = make_kl_sampler(
             policy_model, config.sampling, policy_tokenizer, config.max_prompt
@@ -181,7 +204,8 @@ def evaluate_win_rate(config: Config) -> dict[str, Any]:
 
 
 def print_table(table: dict[str, Any]) -> None:
-    """Print a line for each value: a number, or an interval as `low to high`."""
+    """Print a line for each value of `table`: a number, or [low, high] as `low to high`."""
+    # Four digits, without zeros at the end.
     for name, value in table.items():
         ends = value if isinstance(value, list) else [value]
         texts = [f"{end:.4f}".rstrip("0").rstrip(".") for end in ends]
@@ -189,10 +213,12 @@ def print_table(table: dict[str, Any]) -> None:
 
 
 def main(config: Config) -> dict[str, Any]:
-    """Measure and print; return what was measured."""
+    """Measure and print; return what was measured, as of the function that --measure names."""
     if config.n < 1:
         raise UserError(f"--n={config.n}: must be at least 1")
     make_mesh(MeshConfig())
+
+    # The world's evaluation prints a table of its own; the others are one each.
     if config.measure == "gold":
         return evaluate_alignment(config)
     evaluations = {

@@ -45,7 +45,12 @@ class Config:
 
 
 def main(config: Config) -> list[str]:
-    """Print `n` responses, or chat; return the responses, or the last of the chat's."""
+    """Print `n` responses, or chat; return the responses, or the last of the chat's, as texts.
+
+    Raises UserError for a run that is not a language model's, and for a prompt that leaves the
+    context no room for a response.
+    """
+    # How tokens are drawn.
     sampling = SamplingConfig(
         config.temperature, config.top_k, config.top_p, config.max_new_tokens
     )
@@ -68,6 +73,7 @@ def main(config: Config) -> list[str]:
             f"exceed the model's context of {model.context}; shorten one of them"
         )
 
+    # A chat: each reply is a response to all that was said.
     if config.chat:
 
         def reply(so_far: list[int], turn_key: jax.Array) -> list[int]:
@@ -86,9 +92,11 @@ def main(config: Config) -> list[str]:
 def chat(reply: Reply, tokenizer: Tokenizer, key: jax.Array, room: int) -> str:
     """Alternate turns with the person at the terminal; return the last reply, or an empty text.
 
-    What exceeds `room` tokens is forgotten, the oldest pair of turns first. A message that alone
-    exceeds it is refused, and the chat begins anew.
+    `room`: most tokens that a chat may have before a reply. What exceeds it is forgotten, the
+    oldest pair of turns first. A message that alone exceeds it is refused, and the chat begins
+    anew. An empty line or the end of input leaves. `key`: split for each turn.
     """
+    # Until there is nothing more to say.
     messages: list[Message] = []
     print("Type a message; an empty line ends the chat.")
     while True:
@@ -108,13 +116,14 @@ def chat(reply: Reply, tokenizer: Tokenizer, key: jax.Array, room: int) -> str:
             messages.clear()
             continue
 
+        # The answer, which belongs to the next prompt too.
         response = tokenizer.decode(reply(tokens, turn_key))
         messages.append({"role": "assistant", "content": response})
         print(response)
 
 
 def read_line() -> str:
-    """Read a line from the terminal; an empty text at the end of input."""
+    """Read a line from the terminal behind "> ", without its end; "" at the end of input too."""
     try:
         return input("> ")
     except EOFError:

@@ -25,9 +25,11 @@ from jax.sharding import PartitionSpec as P
 from sharding import along, constrain_residual, in_microbatches, path_name, platform
 
 Remat = Literal["none", "dots", "full"]
+"""Outputs that the backward pass recomputes: none, all but those of matmuls, or everything."""
 Cache = Any
 """A model.KVCache, or None."""
 Params = dict[str, Any]
+"""See model.Params."""
 
 
 def run_layers(
@@ -38,11 +40,14 @@ def run_layers(
     cache: Cache,
     rows: tuple[Any, Any],
 ) -> tuple[jax.Array, Cache, jax.Array | None]:
-    """Run all layers; return the hidden states, the cache, and the sum of the auxiliary losses.
+    """Run all layers; return the hidden states [B, T, D], the cache, and the sum of their losses.
 
     Called inside `decoder`, whose parameters `layers` are the layers' and whose `config` and
-    `microbatches` (of a pipeline) are read. `block_class(config, ring)` is one layer. The sum is
-    None where the layers have no auxiliary loss.
+    `microbatches` (of a pipeline) are read. `block_class(config, ring)` is one layer; `ring`:
+    devices over which the tokens are striped (kernels/ring.py), 1 without. `rows`: what each layer
+    reads of the rows, in model.py (segment ids, turns). `cache`: stacked, unstacked or None; it
+    comes back with these tokens' keys and values, its `length` as it was. The sum is of the
+    auxiliary losses, None where the layers have none.
     """
     # Decoding, where the caller has unstacked the layers.
     if cache is not None and isinstance(cache.k_LBKSH, tuple):
@@ -59,7 +64,8 @@ def run_layers(
     layers = _scan(block_class, config.remat, config.layers)(config, ring, name="layers")
     carry = (x_BTD, cache, jnp.int32(0))
     (x_BTD, cache, _), losses_L = layers(carry, *rows)
-    return x_BTD, cache, None if losses_L is None else losses_L.sum()
+    loss = None if losses_L is None else losses_L.sum()
+    return x_BTD, cache, loss
 
 
 # --- one scan
@@ -67,6 +73,7 @@ def run_layers(
 
 def _scan(block_class: type[nn.Module], remat: Remat, layers: int) -> Callable[..., nn.Module]:
     """Return the class of `layers` blocks under one scan, which compiles one of them."""
+    # Parameters have the layer as their first axis; what the rows have is the same for all.
     return nn.scan(
         _with_remat(block_class, remat),
         variable_axes={"params": 0},
@@ -78,6 +85,7 @@ def _scan(block_class: type[nn.Module], remat: Remat, layers: int) -> Callable[.
 
 def _with_remat(block_class: type[nn.Module], remat: Remat) -> type[nn.Module]:
     """Return the class of blocks whose backward pass computes again what `remat` says."""
+    # The scan's loop already keeps XLA from merging the two passes: no barrier is needed.
     if remat == "none":
         return block_class
     if remat == "dots":
@@ -94,6 +102,7 @@ def unstack_params(params: Params, dtype: jnp.dtype) -> Params:
 
     For a loop over tokens, where slicing a stack would copy it at every token. All weights are
     cast once to `dtype`, in which they are multiplied; norms are not multiplied and stay float32.
+    `params`: of a LanguageModel, as model.Params has them.
     """
 
     def leaf(path: tuple[Any, ...], weight: jax.Array) -> Any:
@@ -106,7 +115,11 @@ def unstack_params(params: Params, dtype: jnp.dtype) -> Params:
 
 
 def unstack_cache(cache: Cache) -> Cache:
-    """Return `cache` with tuples of L arrays [B, K, S, H] in place of its two stacks."""
+    """Return a KVCache like `cache` whose `k_LBKSH` and `v_LBKSH` are tuples of L [B, K, S, H].
+
+    `run_layers` then runs the layers one by one, on parameters of `unstack_params`. `cache` must
+    be a stacked one, not None.
+    """
     keys = tuple(cache.k_LBKSH)
     values = tuple(cache.v_LBKSH)
     return dataclasses.replace(cache, k_LBKSH=keys, v_LBKSH=values)
@@ -120,20 +133,24 @@ def _one_by_one(
     rows: tuple[Any, Any],
 ) -> tuple[jax.Array, Cache]:
     """Run unstacked layers on an unstacked cache."""
+    # The leaves of the weights are tuples, which jax.tree would take for more branches.
     weights: Params = decoder.get_variable("params", "layers")
     block = block_class(decoder.config, parent=None)
+
+    def is_stack(leaf: Any) -> bool:
+        return isinstance(leaf, tuple)
+
     keys = []
     values = []
     for i in range(decoder.config.layers):
-        own_weights = jax.tree.map(
-            lambda stack, i=i: stack[i], weights, is_leaf=lambda leaf: isinstance(leaf, tuple)
-        )
+        own_weights = jax.tree.map(lambda stack, i=i: stack[i], weights, is_leaf=is_stack)
         # A cache of this layer alone, in which its number is 0.
         own_cache = dataclasses.replace(
             cache, k_LBKSH=cache.k_LBKSH[i][None], v_LBKSH=cache.v_LBKSH[i][None]
         )
         carry = (x_BTD, own_cache, 0)
         (x_BTD, own_cache, _), _ = block.apply({"params": own_weights}, carry, *rows)
+        # Back among those of the other layers.
         keys.append(own_cache.k_LBKSH[0])
         values.append(own_cache.v_LBKSH[0])
     return x_BTD, dataclasses.replace(cache, k_LBKSH=tuple(keys), v_LBKSH=tuple(values))
@@ -151,6 +168,7 @@ def _over_stages(
     stages: int,
 ) -> jax.Array:
     """Run the layers as a pipeline, an equal part of them on each of `stages` devices."""
+    # A stage's part of the layers, as one scan.
     config = decoder.config
     part_class = _scan(block_class, config.remat, config.layers // stages)
     part = part_class(config, ring, parent=None)
@@ -175,8 +193,9 @@ def pipelined(
     """Return `run(weights, x_BTD, *rows)` of all layers, [B, T, D], computed stage after stage.
 
     `weights`: a tree whose leaves' first axis, the layers, is cut over the mesh's stage axis.
-    `run` must take any unbroken part of the layers. `rows`: trees of [B, ...] arrays that every
-    layer reads. `microbatches` divides B. Other axes of the mesh are XLA's and `run`'s as ever.
+    `run` must take any unbroken part of the layers and return hidden states of x's shape. `rows`:
+    trees of [B, ...] arrays that every layer reads. `microbatches` divides B. Other axes of the
+    mesh are XLA's and `run`'s as ever.
     """
     # The micro-batches, on every stage.
     stages = along(jax.sharding.get_abstract_mesh(), "stage")
@@ -194,8 +213,11 @@ def pipelined(
         def tick(x_BTD, t):
             # Idle stages compute too, on whatever is there: nobody takes it.
             i = jnp.clip(t - here, 0, microbatches - 1)
-            x_BTD = constrain_residual(jnp.where(here == 0, x_MBTD[i], x_BTD))
-            x_BTD = run(weights, x_BTD, *jax.tree.map(lambda x: x[i], rows_M))
+            # The first stage takes a new micro-batch, the others what came from the one before.
+            x_BTD = jnp.where(here == 0, x_MBTD[i], x_BTD)
+            x_BTD = constrain_residual(x_BTD)
+            rows_B = jax.tree.map(lambda x: x[i], rows_M)
+            x_BTD = run(weights, x_BTD, *rows_B)
             to_next = [(s, s + 1) for s in range(stages - 1)]
             return jax.lax.ppermute(x_BTD, "stage", to_next), x_BTD
 
@@ -205,6 +227,7 @@ def pipelined(
         results = jnp.where(here == stages - 1, outs[stages - 1 :], 0)
         return jax.lax.psum(results.astype(summed), "stage")
 
+    # Each stage has its layers; the micro-batches are whole on all.
     over_stages = jax.shard_map(
         stage,
         in_specs=(P("stage"), P(), P()),

@@ -21,7 +21,10 @@ from model import Params
 from runtime.errors import UserError
 from runtime.run_folder import finished_steps
 
-INPUTS = {"attention": {"q": 1, "k": 1, "v": 1, "o": 2}, "mlp": {"gate": 1, "up": 1, "down": 1}}
+INPUTS = {
+    "attention": {"q": 1, "k": 1, "v": 1, "o": 2},
+    "mlp": {"gate": 1, "up": 1, "down": 1},
+}
 """The adapted weights, and how many of their axes after the layer's are inputs."""
 WHOLE = ("head", "bias")
 """Parameters without a base, which are trained as they are."""
@@ -45,8 +48,10 @@ class LoraConfig:
 def trainable_part(config: LoraConfig, params: Params, key: jax.Array) -> Params:
     """Return what is trained of `params`: new adapters and the head, or at rank 0 all of it.
 
-    A is drawn from a normal distribution by `key`; B is 0, so that nothing changes at first.
+    A is drawn from a normal distribution by `key`; B is 0, so that nothing changes at first. What
+    is not new is not copied: copy it before a step that donates, or run this under jit.
     """
+    # All of it, without adapters.
     if not config.rank:
         return params
     # Adapters of every matrix of the layers; each draws with a key of its own.
@@ -55,19 +60,22 @@ def trainable_part(config: LoraConfig, params: Params, key: jax.Array) -> Params
         layers[part] = {}
         for name, count in inputs.items():
             key, own_key = jax.random.split(key)
-            depth, *shape = params["decoder"]["layers"][part][name].shape
-            in_shape = shape[:count]
-            out_shape = shape[count:]
-            scale = math.prod(in_shape) ** -0.5
-            a = jax.random.normal(own_key, (depth, *in_shape, config.rank)) * scale
+            weight = params["decoder"]["layers"][part][name]
+            depth, *shape = weight.shape
+            # From the inputs to the rank, and from there to the outputs.
+            a_shape = (depth, *shape[:count], config.rank)
+            b_shape = (depth, config.rank, *shape[count:])
+            scale = math.prod(shape[:count]) ** -0.5
+            a = jax.random.normal(own_key, a_shape) * scale
             layers[part][f"{name}_a"] = a
-            layers[part][f"{name}_b"] = jnp.zeros((depth, config.rank, *out_shape))
+            layers[part][f"{name}_b"] = jnp.zeros(b_shape)
+    # A head, beside them.
     whole = {name: params[name] for name in WHOLE if name in params}
     return {"decoder": {"layers": layers}, **whole}
 
 
 def lora_base(config: LoraConfig, params: Params) -> Params | None:
-    """Return the base, what of `params` is not trained; None at rank 0, where all is."""
+    """Return the base, what of `params` is not trained, uncopied; None at rank 0, where all is."""
     if not config.rank:
         return None
     return {name: x for name, x in params.items() if name not in WHOLE}
@@ -76,8 +84,8 @@ def lora_base(config: LoraConfig, params: Params) -> Params | None:
 def with_adapters(config: LoraConfig, base: Params | None, trained: Params) -> Params:
     """Return the tree that model.py applies: the base's arrays with the adapters beside them.
 
-    `base` is of `lora_base`, `trained` of `trainable_part`. Without a base it is `trained`. No
-    weight is copied.
+    `base`: of `lora_base`; `trained`: of `trainable_part`, or later of a step. Without a base it
+    is `trained` that is returned. No weight is copied.
     """
     if base is None:
         return trained
@@ -85,32 +93,41 @@ def with_adapters(config: LoraConfig, base: Params | None, trained: Params) -> P
     scale = config.alpha / config.rank
     layers = dict(base["decoder"]["layers"])
     for part, adapters in trained["decoder"]["layers"].items():
-        layers[part] = dict(layers[part])
+        # A new dict, for the base's own stays as it is.
+        beside = dict(layers[part])
         for name, x in adapters.items():
-            layers[part][name] = x * scale if name.endswith("_b") else x
-    return {**base, **trained, "decoder": {**base["decoder"], "layers": layers}}
+            beside[name] = x * scale if name.endswith("_b") else x
+        layers[part] = beside
+    decoder = {**base["decoder"], "layers": layers}
+    return {**base, **trained, "decoder": decoder}
 
 
 def merge(config: LoraConfig, base: Params, trained: Params) -> Params:
     """Return W + alpha / rank A B for each adapted weight: the parameters of a plain model.
 
-    Arrays are of NumPy or of JAX, as the base's are. `trained` with a head gives a scalar model's
-    parameters, which have no unembedding of their own.
+    `base`, `trained`: as of `with_adapters`, with a base. Arrays are of NumPy or of JAX, as the
+    base's are. `trained` with a head gives a scalar model's parameters, which have no unembedding
+    of their own.
     """
+    # Each weight and its adapters as matrices, a product a layer.
     rank = config.rank
+    scale = config.alpha / rank
     layers = dict(base["decoder"]["layers"])
     for part, adapters in trained["decoder"]["layers"].items():
-        layers[part] = dict(layers[part])
+        merged = dict(layers[part])
         for name in INPUTS[part]:
-            w = layers[part][name]
+            w = merged[name]
             depth = w.shape[0]
-            a = adapters[f"{name}_a"].reshape(depth, -1, rank)
-            b = adapters[f"{name}_b"].reshape(depth, rank, -1)
+            a = adapters[f"{name}_a"]
+            b = adapters[f"{name}_b"]
+            a = a.reshape(depth, -1, rank)
+            b = b.reshape(depth, rank, -1)
             product = (a @ b).reshape(w.shape)
-            layers[part][name] = w + product * w.dtype.type(config.alpha / rank)
+            merged[name] = w + product * w.dtype.type(scale)
+        layers[part] = merged
+    params = {"decoder": {**base["decoder"], "layers": layers}}
 
     # The head is trained whole, and takes the place of what the base has beside its decoder.
-    params = {"decoder": {**base["decoder"], "layers": layers}}
     whole = {name: trained[name] for name in WHOLE if name in trained}
     if whole:
         return {**params, **whole}
@@ -124,29 +141,40 @@ def merge(config: LoraConfig, base: Params, trained: Params) -> Params:
 def note_lora_base(config: Any) -> Any:
     """Return a script's `config` with the base's step noted in `lora.base`; at rank 0 as it is.
 
-    The base is the newest step of `config.init`. Resuming on another base is refused by that note.
-    Raises UserError for a rank below 0, or for one above 0 without --init.
+    Of `config` the fields `lora` and `init` are read. The base is the newest step of
+    `config.init`. Resuming on another base is refused by that note. Raises UserError for a rank
+    below 0, or for one above 0 without --init or where that has no checkpoint.
     """
+    # Settings that need a base, and those that need none.
     rank = config.lora.rank
     if rank < 0 or (rank and config.init is None):
         raise UserError(f"--lora.rank={rank}: needs --init=RUN, the base; and a rank of 0 or more")
     if not rank:
         return config
+
+    # The newest step, by the checksum of its manifest.
     steps = finished_steps(pathlib.Path(config.init) / "checkpoints")
     if not steps:
         raise UserError(f"--init={config.init}: no checkpoint; name the folder of a finished run")
-    lora = dataclasses.replace(config.lora, base=_manifest_sum(config.init, steps[0]))
+    checksum = _manifest_sum(config.init, steps[0])
+    lora = dataclasses.replace(config.lora, base=checksum)
     return dataclasses.replace(config, lora=lora)
 
 
 def base_step(config: LoraConfig, base: str) -> int | None:
-    """Return the step of the run `base` that `config.base` notes; None where it is gone."""
-    for step in finished_steps(pathlib.Path(base) / "checkpoints"):
+    """Return the step of the run `base` that `config.base` notes; None where it is gone.
+
+    `base`: a run's folder.
+    """
+    steps = finished_steps(pathlib.Path(base) / "checkpoints")
+    for step in steps:
         if _manifest_sum(base, step) == config.base:
             return step
     return None
 
 
 def _manifest_sum(run: str, step: int) -> str:
-    manifest = pathlib.Path(run) / "checkpoints" / str(step) / "manifest.json"
-    return hashlib.sha256(manifest.read_bytes()).hexdigest()
+    # The manifest has the checksum of every file, so its own stands for the whole step.
+    folder = pathlib.Path(run) / "checkpoints" / str(step)
+    manifest = (folder / "manifest.json").read_bytes()
+    return hashlib.sha256(manifest).hexdigest()

@@ -17,6 +17,7 @@ SIZES = ("vocab", "width", "mlp_width", "layers", "heads", "kv_heads", "head_dim
 class ModelConfig:
     """A decoder's shape. `--model.preset=NAME` sets all of it; single fields then override."""
 
+    # Sizes
     preset: str = "world"
     """Name of the preset that the other fields started from."""
     vocab: int = 1280
@@ -35,12 +36,16 @@ class ModelConfig:
     """Width H of one head."""
     context: int = 256
     """Longest sequence, in tokens."""
+
+    # Positions
     rope_base: float = 10_000.0
     """Base of RoPE's frequencies."""
     rope_scale: float = 1.0
     """Positions are multiplied by this (linear interpolation)."""
     rope_llama3: tuple[float, float, float, float] | None = None
     """Llama 3.1 frequency scaling: factor, low and high frequency factor, original context."""
+
+    # What models differ in
     norm_eps: float = 1e-5
     """Added to the mean square in RMSNorm."""
     tied: bool = True
@@ -57,16 +62,20 @@ class ModelConfig:
     """Multiply embedded tokens by sqrt(D) (Gemma)."""
     zero_centered_norm: bool = False
     """Norms multiply by 1 + their parameter, which starts at 0 (Gemma)."""
+
+    # How it is computed; no parameter depends on it
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute type; auto: bfloat16 on accelerators, float32 on CPU. Parameters are float32."""
     remat: Literal["none", "dots", "full"] = "none"
     """Outputs that the backward pass recomputes: none, all but matmul outputs, or everything."""
 
     def __post_init__(self):
+        # Sizes that no model can have.
         for field in SIZES:
             size = getattr(self, field)
             if size < 1:
                 raise UserError(f"--model.{field}={size}: must be at least 1")
+        # Each key/value head serves as many query heads; RoPE turns pairs.
         if self.heads % self.kv_heads:
             raise UserError(
                 f"--model.kv_heads={self.kv_heads}: must divide --model.heads={self.heads} "
@@ -80,7 +89,7 @@ class ModelConfig:
 
     @staticmethod
     def from_preset(name: str) -> "ModelConfig":
-        """Return the preset `name`; raises UserError with the known names."""
+        """Return the preset `name`, a key of PRESETS; raise UserError with the known names."""
         if name not in PRESETS:
             raise UserError(f"--model.preset={name}: unknown; choose one of {', '.join(PRESETS)}")
         return PRESETS[name]
@@ -95,6 +104,7 @@ class ModelConfig:
 
 # Shapes of the models' published configurations; tests/test_model.py counts their parameters.
 _PRESETS = (
+    # Ours, for the built-in world and for tests
     ModelConfig(),
     ModelConfig(
         preset="tiny",
@@ -107,6 +117,7 @@ _PRESETS = (
         head_dim=8,
         context=128,
     ),
+    # llama2.c
     ModelConfig(
         preset="stories260k",
         vocab=512,
@@ -118,6 +129,7 @@ _PRESETS = (
         head_dim=8,
         context=512,
     ),
+    # Llama 3 and 3.2
     ModelConfig(
         preset="llama3.2-1b",
         vocab=128256,
@@ -160,6 +172,7 @@ _PRESETS = (
         tied=False,
         remat="full",
     ),
+    # Others
     ModelConfig(
         preset="qwen3-0.6b",
         vocab=151936,
@@ -191,10 +204,12 @@ _PRESETS = (
     ),
 )
 PRESETS = {preset.preset: preset for preset in _PRESETS}
+"""Configurations by the name of the preset."""
 
 
 def check_fit(config: ModelConfig, vocabulary: int, length: int) -> None:
-    """Raise UserError unless `vocabulary` tokens and sequences of `length` fit the model."""
+    """Raise UserError unless `vocabulary` tokens and rows of `length` tokens fit the model."""
+    # Every token needs a row of the embedding, every position a place in the context.
     if vocabulary > config.vocab:
         raise UserError(
             f"--model.vocab={config.vocab}: the tokenizer has {vocabulary} tokens; "

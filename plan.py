@@ -24,7 +24,11 @@ from runtime import flags
 
 
 def run(argv: list[str]) -> int:
-    """Run `main` as a command; return its exit code."""
+    """Run planning.plan.main(argv) as a command: return 0 where the run fits, 1 where it does not.
+
+    `argv`: without the program's name. A UserError ends the process with exit code 2.
+    """
+    # `ending_in_one_line` returns nothing: the verdict comes out by a list.
     verdicts: list[Verdict | None] = []
     flags.ending_in_one_line(lambda: verdicts.append(main(argv)))
     verdict = verdicts[0]

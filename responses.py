@@ -35,11 +35,12 @@ class LoadedRun(NamedTuple):
 
 
 def load_run(run: str, reward: bool = False) -> LoadedRun:
-    """Load the run of a language model, or with `reward` that of a reward model.
+    """Load the run, in the folder `run`, of a language model, or with `reward` of a reward model.
 
     Which of the two it is follows from its parameters: a reward model has a scalar head. Raises
     UserError for the other kind, and as load_params does.
     """
+    # A run of the other kind is named by its script.
     script = load_config(run)["script"]
     is_reward_model = has_scalar_head(run)
     if is_reward_model != reward:
@@ -61,14 +62,15 @@ def make_sampler(
     """Make the sampler of `n` responses to each prompt by a language model of shape `config`.
 
     Returns respond(params, prompts, key, rows=256) -> responses, n to each prompt, in the order of
-    the prompts. Prompts and responses are token lists; a response has its end token where it came
-    to one, and no padding. `rows`: prompts a call, each call with a key of its own. Prompts are
-    padded on the left to a power of two in length, and the last call is filled up to `rows`: so
-    few shapes are compiled.
+    the prompts, of which there must be one or more. Prompts and responses are lists of token ids;
+    a response has its end token where it came to one, and no padding. `rows`: prompts a call, each
+    call with a key of its own. Prompts are padded on the left to a power of two in length, and the
+    last call is filled up to `rows`: so few shapes are compiled.
 
-    `slots`: responses decoded at a time (`generate_in_slots`). `ends`: tokens that end a response
-    beside the tokenizer's.
+    `slots`: responses decoded at a time (`generate_in_slots`). `ends`: ids of tokens that end a
+    response beside the tokenizer's.
     """
+    # Compiled once for each shape of prompts.
     _, apply = init_and_apply(LanguageModel(config))
     decode = generate if slots is None else partial(generate_in_slots, slots=slots)
 
@@ -85,23 +87,27 @@ def make_sampler(
         # Few widths: a power of two that holds the longest prompt.
         longest = max(len(tokens) for tokens in prompts)
         width = max(SHORTEST_WIDTH, 1 << (longest - 1).bit_length())
+
+        # Part by part, each with the key of the index at which it starts.
         responses: list[Tokens] = []
         for start, part in full_parts(prompts, min(rows, len(prompts))):
             padded = [{"tokens": tokens} for tokens in part]
             batch = pad_prompts(padded, width, tokenizer.pad, fixed=True)
-            samples = to_host(sample(params, batch, jax.random.fold_in(key, start)))
+            part_key = jax.random.fold_in(key, start)
+            samples = to_host(sample(params, batch, part_key))
 
             # Responses without their padding.
             lengths_B = samples.mask_BR.sum(1).astype(int)
             for response_R, length in zip(samples.response_BR, lengths_B, strict=True):
                 responses.append(response_R[:length].tolist())
+        # What the last part was filled up with is cut off.
         return responses[: len(prompts) * n]
 
     return respond
 
 
 def full_parts(items: Sequence[Item], size: int) -> Iterator[tuple[int, list[Item]]]:
-    """Yield `items` in parts of `size`, each with the index at which it starts.
+    """Yield `items` in parts of `size`, each with the index at which it starts; none of no items.
 
     The last part is filled up with copies of its first item, so that all have one shape to
     compile. What is made of them all, in order, wants to be cut to the items' number.
@@ -111,12 +117,15 @@ def full_parts(items: Sequence[Item], size: int) -> Iterator[tuple[int, list[Ite
 
 
 def filled(items: Sequence[Item], size: int) -> list[Item]:
-    """Fill `items` up to `size` with copies of the first one."""
+    """Return a list of `items` filled up to `size` with copies of the first; there must be one."""
     return [*items, *[items[0]] * (size - len(items))]
 
 
 def split_evenly(items: Sequence[Item], size: int) -> list[list[Item]]:
-    """Cut `items` into lists of `size`: responses, n to each prompt, by their prompt."""
+    """Cut `items` into lists of `size`: responses, n to each prompt, by their prompt.
+
+    The last list is shorter where `size` does not divide their number.
+    """
     return [list(items[start : start + size]) for start in range(0, len(items), size)]
 
 
@@ -128,4 +137,5 @@ def in_parts(count: int, rows: int, name: str) -> Iterator[int]:
     with tqdm(total=count, desc=name, unit="prompt", mininterval=2) as bar:
         for start in range(0, count, rows):
             yield start
+            # The caller is done with the part.
             bar.update(min(rows, count - start))

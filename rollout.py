@@ -22,19 +22,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from data.batches import Batches
+from data.records import Record
 from data.tokenizer import Tokenizer
 from model import Params
 from model_config import ModelConfig
 from objectives.policy import kl_estimate, masked_mean
 from runtime.errors import UserError
+from runtime.metrics import SampleRow
 from sampling import Apply, Samples, SamplingConfig, generate
 from sharding import constrain_batch, gathered, to_host, to_mesh
 
 Array = jax.Array
 Mesh = jax.sharding.Mesh
-Record = dict[str, Any]
 Batch = dict[str, Array]
+"""Arrays by name; a docstring names the keys."""
 Metrics = dict[str, Any]
+"""Scalars by name, of the device or of Python."""
 Prompts = Batch
 """Left-padded prompts as data.batches.prompt_batches yields them: `tokens_BT`, `segment_ids_BT`
 and `positions_BT`, [B / n, P] int32. The suffix is T there, as in every batch."""
@@ -78,12 +81,14 @@ def make_rollout(
 ) -> Callable[[Params, Prompts, Array], Rollout]:
     """Compile rollout(params, prompts, key) -> Rollout: sample `n` responses to each prompt.
 
-    `apply` is that of a LanguageModel of `config`. `eos` is the token that ends a response. Rows
-    are in the order of the prompts, `n` to each. Nothing is donated.
+    `apply` is that of a LanguageModel of shape `config`. `eos`: the id of the token that ends a
+    response, `pad` that of padding. Rows are in the order of the prompts, `n` to each. Nothing is
+    donated.
     """
 
     @jax.jit
     def rollout(params: Params, prompts: Prompts, key: Array) -> Rollout:
+        # Weights are gathered once, not for each token.
         params = gathered(params, config.compute_dtype)
         samples = generate(apply, config, params, prompts, key, sampling, eos=eos, pad=pad, n=n)
         batch = {**join_responses(prompts, samples), "sampler_logp_BR": samples.logp_BR}
@@ -97,10 +102,11 @@ def join_responses(prompts: Prompts, samples: Samples) -> Batch:
     """Join prompts [B / n, P] and their responses [B, R] into rows [B, P + R].
 
     Returns the keys of Rollout but for `sampler_logp_BR`. Each prompt is repeated for its n
-    responses, which are neighbouring rows.
+    responses, which are neighbouring rows; n is B over the number of prompts.
     """
     # Each prompt is repeated for its responses.
-    n = samples.mask_BR.shape[0] // prompts["tokens_BT"].shape[0]
+    rows = samples.mask_BR.shape[0]
+    n = rows // prompts["tokens_BT"].shape[0]
     repeated = {name: jnp.repeat(x, n, axis=0) for name, x in prompts.items()}
 
     # Positions go on from the prompt's last one; after the end they stay.
@@ -111,8 +117,10 @@ def join_responses(prompts: Prompts, samples: Samples) -> Batch:
         "segment_ids_BT": real_BR,
         "positions_BT": last_B1 + jnp.cumsum(real_BR, axis=1),
     }
-    rows = {name: jnp.concatenate([repeated[name], x], axis=1) for name, x in behind.items()}
-    return {**rows, "response_BR": samples.response_BR, "mask_BR": samples.mask_BR}
+    joined = {}
+    for name, x in behind.items():
+        joined[name] = jnp.concatenate([repeated[name], x], axis=1)
+    return {**joined, "response_BR": samples.response_BR, "mask_BR": samples.mask_BR}
 
 
 # --- what is logged of rollouts
@@ -123,30 +131,38 @@ def ended(batch: Mapping[str, Any], eos: int) -> Array:
 
     Reads `response_BR` and `mask_BR`.
     """
-    is_end_BR = (batch["response_BR"] == eos) & (batch["mask_BR"] > 0)
+    # Under the mask: the id may be the padding's too.
+    is_end_BR = batch["response_BR"] == eos
+    is_end_BR &= batch["mask_BR"] > 0
     return jnp.any(is_end_BR, axis=1)
 
 
 def rollout_metrics(
     logp_BR: Array, reference_BR: Array, batch: Mapping[str, Any], eos: int
 ) -> Batch:
-    """Summarise a Rollout and the policy's and the reference's log-probabilities of it.
+    """Summarise a Rollout and the policy's and the reference's log-probabilities of it: scalars.
 
     kl, kl_k3: estimates of KL(policy || reference) in nats a response. entropy: minus the mean
-    log-probability of the sampled tokens, an estimate. length: tokens a response. ended: share of
-    responses with an `eos`. repeats: share of tokens equal to the one before. sampler_gap: the
-    largest difference between the sampler's log-probability of a token and `logp_BR`.
+    log-probability of the sampled tokens, an estimate, nats. length: tokens a response. ended:
+    share of responses with an `eos`. repeats: share of tokens equal to the one before.
+    sampler_gap: the largest difference between the sampler's log-probability of a token and
+    `logp_BR`. `logp_BR` and `reference_BR`: nats, at the sampling temperature. What is at padding
+    counts nowhere, but must be finite, and the two close enough there that exp of their gap is.
     """
     mask_BR = batch["mask_BR"]
 
     # Over the tokens of a response: KL by two estimates, and its length.
-    kl_B = ((logp_BR - reference_BR) * mask_BR).sum(1)
-    kl_k3_B = (kl_estimate(logp_BR, reference_BR, "k3") * mask_BR).sum(1)
+    k1_BR = logp_BR - reference_BR
+    kl_B = (k1_BR * mask_BR).sum(1)
+    k3_BR = kl_estimate(logp_BR, reference_BR, "k3")
+    kl_k3_B = (k3_BR * mask_BR).sum(1)
     length_B = mask_BR.sum(1)
 
     # Tokens equal to the one before.
     response_BR = batch["response_BR"]
-    repeats_BR = (response_BR[:, 1:] == response_BR[:, :-1]) * mask_BR[:, 1:]
+    later_BR = response_BR[:, 1:]
+    is_repeat_BR = later_BR == response_BR[:, :-1]
+    repeats_BR = is_repeat_BR * mask_BR[:, 1:]
 
     # Sampling and training compute the same log-probabilities by different programs.
     gap_BR = jnp.abs(logp_BR - batch["sampler_logp_BR"]) * mask_BR
@@ -172,17 +188,21 @@ def named(**parts: Mapping[str, Any]) -> Metrics:
 
 def sample_rows(
     records: list[Record], response_BR: Array, tokenizer: Tokenizer, n: int
-) -> list[dict[str, str]]:
-    """Pair each prompt with the first of its `n` responses, as text, for samples.md.
+) -> list[SampleRow]:
+    """Return {"prompt": text, "response": text} for each of `records`, for samples.md.
 
-    `records`: those of this host's prompts, in order. Every process must call this; the rows are
-    right on the first host alone.
+    The prompt is its last message, or the raw text; the response is the first of its `n`.
+    `response_BR`: token ids of the rollout, over all hosts. `records`: those of this host's
+    prompts, in order, of the schema `prompt`. Every process must call this; the rows are right on
+    the first host alone.
     """
+    # This host's rows are the first of all only on the first host.
     firsts = to_host(response_BR)[::n][: len(records)]
     rows = []
     for record, tokens in zip(records, firsts, strict=True):
         prompt = record["text"] if "text" in record else record["prompt"][-1]["content"]
-        rows.append({"prompt": prompt, "response": tokenizer.decode(tokens.tolist())})
+        response = tokenizer.decode(tokens.tolist())
+        rows.append({"prompt": prompt, "response": response})
     return rows
 
 
@@ -195,6 +215,7 @@ class Shown(NamedTuple):
     records: list[Record]
     """Records of this host's prompts."""
     response_BR: Array
+    """Token ids over all hosts, the rollout's."""
 
 
 def make_experience(
@@ -213,33 +234,41 @@ def make_experience(
 
     A round draws the next batch of `prompts`, samples a `rollout`, and takes the batch to learn
     from, with its metrics, from `compute_targets(policy, reference, rollout, scores, scalars)`.
-    Groups of `group` responses whose mask is empty there are replaced by those of further rounds,
-    `max_rounds` in all, until every group has a usable response.
+    That batch is flat, [B, ...] each, with a `mask_BR`. Groups of `group` responses whose mask is
+    empty are replaced by those of further rounds, `max_rounds` in all, until every group has a
+    usable response; where rounds run out, empty ones remain.
 
-    Prompts are padded on the left to `prompt_length`, so that all rounds have one shape. Metrics
-    are means over the rounds, plus `rounds` and `kept`, the share of rows with a usable token.
+    Prompts are padded on the left, with the id `pad`, to `prompt_length`, so that all rounds have
+    one shape. `policy`, `reference`: all parameters of language models. Metrics are means over the
+    rounds, scalars on the device, plus `rounds` and `kept`, the share of rows with a usable token.
+    `shown`: prompts and responses of the last round, replaced or not.
     """
     refill = jax.jit(partial(refill_groups, group=group))
+
+    def mean_of(*values: Any) -> Any:
+        return sum(values) / len(values)
 
     def experience(policy: Params, reference: Params, key: Array) -> tuple[Batch, Metrics, Shown]:
         batch: Batch = {}
         rounds = []
         for number in range(max_rounds):
             # Sample, score, and compute what to learn from.
-            prompt_batch = to_mesh(widened(next(prompts), prompt_length, pad), mesh)
-            sampled = rollout(policy, prompt_batch, jax.random.fold_in(key, number))
+            prompt_batch = widened(next(prompts), prompt_length, pad)
+            round_key = jax.random.fold_in(key, number)
+            sampled = rollout(policy, to_mesh(prompt_batch, mesh), round_key)
             scores, scalars = score(sampled, prompts.records)
             targets, metrics = compute_targets(policy, reference, sampled, scores, scalars)
             rounds.append(metrics)
 
             # Fill the places of groups without signal.
             batch = refill(batch, targets) if batch else targets
-            kept = batch["mask_BR"].any(1).mean()
+            is_usable_B = batch["mask_BR"].any(1)
+            kept = is_usable_B.mean()
             # The comparison waits for the device: only where another round may follow.
             if number + 1 < max_rounds and kept == 1:
                 break
         # Means over the rounds.
-        means = jax.tree.map(lambda *values: sum(values) / len(values), *rounds)
+        means = jax.tree.map(mean_of, *rounds)
         metrics = {**means, "rounds": float(len(rounds)), "kept": kept}
         return batch, metrics, Shown(prompts.records, sampled["response_BR"])
 
@@ -247,7 +276,11 @@ def make_experience(
 
 
 def widened(batch: dict[str, np.ndarray], length: int, pad: int) -> dict[str, np.ndarray]:
-    """Pad prompts [B, T] on the left to `length`: tokens with `pad`, all else with 0."""
+    """Pad prompts [B, T] on the left to [B, `length`]: tokens with `pad`, all else with 0.
+
+    `batch`: NumPy arrays by the names of `Prompts`; T is at most `length`.
+    """
+    # Columns in front of each row; segment id 0 says that they are padding.
     missing = length - batch["tokens_BT"].shape[1]
     wide = {}
     for name, x in batch.items():
@@ -259,18 +292,25 @@ def widened(batch: dict[str, np.ndarray], length: int, pad: int) -> dict[str, np
 def refill_groups(pool: Batch, fresh: Batch, group: int) -> Batch:
     """Replace masked-out groups of `pool` by unmasked groups of `fresh` (DAPO, eq. 11).
 
-    Both have the same keys and shapes, `mask_BR` among them, and `group` neighbouring rows a
-    prompt. Where `fresh` has too few, masked-out groups remain.
+    Both have the same keys and shapes, [B, ...] each, `mask_BR` among them, and `group`
+    neighbouring rows a prompt. Where `fresh` has too few, masked-out groups remain. The pool's own
+    groups come first.
     """
-    both = {name: jnp.concatenate([pool[name], fresh[name]]) for name in pool}
+    # The groups of both, those of `pool` first.
+    both = {}
+    for name, x in pool.items():
+        both[name] = jnp.concatenate([x, fresh[name]])
 
-    # J groups, those of `pool` first. Groups with a usable token come first, otherwise in order;
-    # the first half of them are kept.
+    # Groups with a usable token come first, otherwise in order; the first half of them are kept.
     mask_BR = both["mask_BR"]
-    useful_J = mask_BR.reshape(-1, group * mask_BR.shape[1]).any(1)
-    order_J = jnp.argsort(~useful_J, stable=True)[: useful_J.size // 2]
-    rows_JC = order_J[:, None] * group + jnp.arange(group)
-    rows_B = rows_JC.reshape(-1)
+    by_group = mask_BR.reshape(-1, group * mask_BR.shape[1])
+    useful_Q = by_group.any(1)
+    order_Q = jnp.argsort(~useful_Q, stable=True)
+    kept_Q = order_Q[: useful_Q.size // 2]
+
+    # Their rows, `group` neighbours each.
+    rows_QC = kept_Q[:, None] * group + jnp.arange(group)
+    rows_B = rows_QC.reshape(-1)
     return {name: x[rows_B] for name, x in both.items()}
 
 
@@ -281,14 +321,18 @@ def refill_groups(pool: Batch, fresh: Batch, group: int) -> Batch:
 def shuffled(batch: Mapping[str, Any], key: Array, parts: int) -> list[Batch]:
     """Cut the rows of `batch`, in random order, into `parts` minibatches of equal size.
 
-    `parts` must divide the number of rows.
+    `batch`: arrays [B, ...] by name; `parts` must divide B. Minibatches have its keys.
     """
+    # One order for all arrays of the batch.
     rows = jax.tree.leaves(batch)[0].shape[0]
     order_B = jax.random.permutation(key, rows)
+
+    # Each array is cut, and its parts dealt to the minibatches.
     minibatches: list[Batch] = [{} for _ in range(parts)]
     for name, x in batch.items():
+        _, *rest = x.shape
         mixed = x[order_B]
-        cut = mixed.reshape(parts, -1, *x.shape[1:])
+        cut = mixed.reshape(parts, -1, *rest)
         for part, minibatch in enumerate(minibatches):
             minibatch[name] = constrain_batch(cut[part])
     return minibatches
@@ -299,33 +343,37 @@ def shuffled_minibatches(
 ) -> Iterator[Batch]:
     """Yield the `parts` minibatches of each epoch, every epoch in another random order.
 
-    Epoch e is shuffled by fold_in(key, first_epoch + e): `first_epoch` leaves smaller numbers to
-    other uses of `key`.
+    As of `shuffled`, `epochs` x `parts` in all. Epoch e is shuffled by fold_in(key, first_epoch +
+    e): `first_epoch` leaves smaller numbers to other uses of `key`.
     """
     for epoch in range(first_epoch, first_epoch + epochs):
         yield from shuffled(batch, jax.random.fold_in(key, epoch), parts)
 
 
-def check_first_update(update: Metrics, metrics: Metrics, dtype: Any, start: int) -> None:
+def check_first_update(update: Metrics, metrics: Metrics, dtype: jnp.dtype, start: int) -> None:
     """Assert that an update began at the policy that sampled: ratio 1, and KL 0 in a new run.
 
     Called once per start, after the first update. `update`: that step's metrics, which are of the
-    parameters before it (make_train_step), so policy and old policy were equal. `metrics`: the
-    rollout's; in a new run (`start` 0) policy and reference are equal too. A breach is a bug, not
-    a setting. `dtype`: the model's compute type. In bfloat16 a product over other rows may be
-    tiled, and so rounded, otherwise: by hundredths of a nat a token.
+    parameters before it (make_train_step), so policy and old policy were equal; `approx_kl` and
+    `clipped` are read. `metrics`: the rollout's (`rollout_metrics`), of which `kl` and
+    `sampler_gap` are read; in a new run (`start`, steps done before, 0) policy and reference are
+    equal too. A breach is a bug, not a setting. `dtype`: the model's compute type. In bfloat16 a
+    product over other rows may be tiled, and so rounded, otherwise: by hundredths of a nat a
+    token.
     """
-    # Policy and old policy are the same parameters.
+    # Policy and old policy are the same parameters: no token's ratio may have moved.
     exact = dtype == jnp.float32
     changed = float(update["approx_kl"])
     limit = 1e-9 if exact else 1e-3
     assert changed < limit, f"ratio is not 1: mean square log ratio {2 * changed}"
+
+    # Nor may any be outside the clips.
     clipped = float(update["clipped"])
     assert clipped == 0 or not exact, f"clipped of the first update is {clipped}"
     check_sampler(metrics, dtype, start)
 
 
-def check_sampler(metrics: Metrics, dtype: Any, start: int) -> None:
+def check_sampler(metrics: Metrics, dtype: jnp.dtype, start: int) -> None:
     """Assert that sampler and training agree on log-probabilities, and that a new run has KL 0.
 
     Arguments as of `check_first_update`, which calls this.
@@ -340,16 +388,20 @@ def check_sampler(metrics: Metrics, dtype: Any, start: int) -> None:
     assert gap < 1e-4 or not exact, f"sampler and trainer disagree by {gap} nats"
 
 
-def start_tolerance(dtype: Any) -> float:
-    """Return how far a quantity that starts at 0 may be off, in nats a response."""
+def start_tolerance(dtype: jnp.dtype) -> float:
+    """Return how far a quantity that starts at 0 may be off, in nats a response.
+
+    `dtype`: the model's compute type.
+    """
     return 1e-4 if dtype == jnp.float32 else 1e-2
 
 
 def check_kl(metrics: Mapping[str, float], limit: float) -> None:
     """Raise UserError where the newest `kl`, in nats a response, is above `limit`.
 
-    `metrics` may still be empty: they are written one step late.
+    `metrics`: a row of metrics; it may still be empty: rows are written one step late.
     """
+    # So far from the reference a policy has found text that the reward alone likes.
     kl = metrics.get("kl", 0.0)
     if kl > limit:
         raise UserError(f"--kl_limit={limit}: KL reached {kl:.1f} nats; raise --kl_coef")

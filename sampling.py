@@ -18,11 +18,13 @@ from model_config import ModelConfig
 from runtime.errors import require
 
 Apply = Callable[..., LanguageOutput]
-"""The apply of a LanguageModel (model.init_and_apply)."""
+"""apply(params, tokens_BT, segment_ids_BT, positions_BT, cache=None) -> LanguageOutput: that of a
+LanguageModel (model.init_and_apply)."""
 Prompts = dict[str, jax.Array]
 """Left-padded prompts [B, P] as data.batches.prompt_batches yields them: `tokens_BT`,
 `segment_ids_BT` and `positions_BT`, int32."""
 Step = Callable[[KVCache, jax.Array, jax.Array, jax.Array], tuple[KVCache, jax.Array, jax.Array]]
+"""step(cache, token_B, row_B, t_B) -> (cache, next token_B, its logp_B); see `make_step`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +41,7 @@ class SamplingConfig:
     """Longest response, its end-of-turn token included."""
 
     def __post_init__(self):
+        # Ranges; 0 is a value with a meaning of its own for the first two.
         require(self.temperature >= 0, f"--temperature={self.temperature}: must be at least 0")
         require(self.top_k >= 0, f"--top_k={self.top_k}: must be at least 0")
         require(0 < self.top_p <= 1, f"--top_p={self.top_p}: must be above 0 and at most 1")
@@ -64,14 +67,17 @@ class Samples:
 
 
 def truncate(logits_BV: jax.Array, top_k: int, top_p: float) -> jax.Array:
-    """Return the logits with all but the top k tokens, and all outside the nucleus p, at -inf.
+    """Return the logits [B, V], -inf for all but the top k tokens, and all outside the nucleus p.
 
-    `top_k` 0 and `top_p` 1 leave all tokens in. The nucleus is of what the top k leave.
+    `top_k` 0 and `top_p` 1 leave all tokens in. The nucleus is of what the top k leave: the
+    likeliest tokens that together hold `top_p`, the one that crosses it among them. Tokens as
+    likely as the last one kept stay too.
     """
     # All below the k-th likeliest.
     if top_k:
         count = min(top_k, logits_BV.shape[-1])
-        kth_B1 = jax.lax.top_k(logits_BV, count)[0][:, -1:]
+        highest_BK, _ = jax.lax.top_k(logits_BV, count)
+        kth_B1 = highest_BK[:, -1:]
         logits_BV = jnp.where(logits_BV < kth_B1, -jnp.inf, logits_BV)
     # All below the least likely token inside the nucleus.
     if top_p < 1:
@@ -80,7 +86,8 @@ def truncate(logits_BV: jax.Array, top_k: int, top_p: float) -> jax.Array:
         # The token that crosses p stays in.
         before_BV = jnp.cumsum(probs_BV, axis=-1) - probs_BV
         inside_BV = before_BV < top_p
-        smallest_B1 = jnp.min(jnp.where(inside_BV, sorted_BV, jnp.inf), axis=-1, keepdims=True)
+        kept_BV = jnp.where(inside_BV, sorted_BV, jnp.inf)
+        smallest_B1 = jnp.min(kept_BV, axis=-1, keepdims=True)
         logits_BV = jnp.where(logits_BV < smallest_B1, -jnp.inf, logits_BV)
     return logits_BV
 
@@ -94,17 +101,20 @@ def draw(
 ) -> tuple[jax.Array, jax.Array]:
     """Draw token `t_B` of each response `row_B`; return it [B] int32, and its log-probability [B].
 
-    The noise depends on the key and these two numbers alone, so a response is the same in whatever
-    company and slot it is made. The log-probability is in nats, at the sampling temperature (at
-    temperature 0, where the likeliest token is taken, at 1), before top-k and top-p.
+    `logits_BV`: before the temperature; `row_B`, `t_B`: numbers, int32. The noise depends on the
+    key and these two alone, so a response is the same in whatever company and slot it is made. The
+    log-probability is in nats, at the sampling temperature (at temperature 0, where the likeliest
+    token is taken, at 1), before top-k and top-p.
     """
+    # What the token is the maximum of.
     logits_BV = logits_BV / (sampling.temperature or 1.0)
     if sampling.temperature == 0:
         score_BV = logits_BV
     else:
         # The maximum of logits and Gumbel noise is a draw from their softmax.
         def noise_of(row: jax.Array, t: jax.Array) -> jax.Array:
-            own_key = jax.random.fold_in(jax.random.fold_in(key, row), t)
+            row_key = jax.random.fold_in(key, row)
+            own_key = jax.random.fold_in(row_key, t)
             return jax.random.gumbel(own_key, logits_BV.shape[-1:])
 
         noise_BV = jax.vmap(noise_of)(row_B, t_B)
@@ -113,14 +123,18 @@ def draw(
     # The first maximum, as argmax has it, which on a CPU takes several times as long.
     best_BV = score_BV == jnp.max(score_BV, axis=-1, keepdims=True)
     vocab = best_BV.shape[-1]
-    token_B = jnp.min(jnp.where(best_BV, jnp.arange(vocab), vocab), axis=-1)
+    place_BV = jnp.where(best_BV, jnp.arange(vocab), vocab)
+    token_B = jnp.min(place_BV, axis=-1)
+
+    # Its log-probability, without noise and truncation.
     logp_BV = jax.nn.log_softmax(logits_BV)
-    logp_B = jnp.take_along_axis(logp_BV, token_B[:, None], axis=-1)[:, 0]
+    logp_B1 = jnp.take_along_axis(logp_BV, token_B[:, None], axis=-1)
+    logp_B = logp_B1[:, 0]
     return token_B.astype(jnp.int32), logp_B
 
 
 def ends(token_B: jax.Array, eos: int | jax.Array) -> jax.Array:
-    """Return [B] bool: True where the token is `eos`, or one of several."""
+    """Return [B] bool: True where the token is `eos`, an id, or is in it, an array of ids."""
     return jnp.isin(token_B, jnp.atleast_1d(eos))
 
 
@@ -130,17 +144,21 @@ def ends(token_B: jax.Array, eos: int | jax.Array) -> jax.Array:
 def prefill(
     apply: Apply, config: ModelConfig, params: Params, prompts: Prompts, room: int
 ) -> tuple[jax.Array, KVCache]:
-    """Run the prompts through the model.
+    """Run the prompts through the model of shape `config`.
 
-    Returns the logits [B, V] of the token after each prompt, and the cache with the prompts in its
-    first P slots and `room` free slots behind them.
+    Returns the logits [B, V] of the token after each prompt, and the cache (stacked) with the
+    prompts in its first P slots and `room` free slots behind them.
     """
+    # All prompts in one pass, into an empty cache.
     rows, length = prompts["tokens_BT"].shape
     cache = empty_cache(config, rows, length + room)
     output = apply(
         params, prompts["tokens_BT"], prompts["segment_ids_BT"], prompts["positions_BT"], cache
     )
-    logits_B1V = unembed(output.x_BTD[:, -1:], output.unembed_DV)
+
+    # Prompts are left-padded, so each one's last token is in the last column.
+    last_B1D = output.x_BTD[:, -1:]
+    logits_B1V = unembed(last_B1D, output.unembed_DV)
     assert output.cache is not None
     return logits_B1V[:, 0], output.cache
 
@@ -148,12 +166,21 @@ def prefill(
 def first_tokens(
     logits_BV: jax.Array, key: jax.Array, sampling: SamplingConfig, pad: int
 ) -> Samples:
-    """Draw the first token of each response; the rest is padding yet."""
+    """Draw the first token of each response; return Samples [B, R], the rest padding yet.
+
+    R is `sampling.max_new_tokens`. `logits_BV`: of each response's first token; its row is the
+    response's number (see `draw`). `pad`: the id of padding.
+    """
+    # Token 0 of every response.
     rows = logits_BV.shape[0]
     row_B = jnp.arange(rows)
-    token_B, logp_B = draw(logits_BV, key, row_B, jnp.zeros_like(row_B), sampling)
-    zeros_BR = jnp.zeros((rows, sampling.max_new_tokens), jnp.float32)
-    pads_BR = jnp.full((rows, sampling.max_new_tokens), pad, jnp.int32)
+    t_B = jnp.zeros_like(row_B)
+    token_B, logp_B = draw(logits_BV, key, row_B, t_B, sampling)
+
+    # Room for the rest.
+    shape = (rows, sampling.max_new_tokens)
+    zeros_BR = jnp.zeros(shape, jnp.float32)
+    pads_BR = jnp.full(shape, pad, jnp.int32)
     return Samples(
         response_BR=pads_BR.at[:, 0].set(token_B),
         mask_BR=zeros_BR.at[:, 0].set(1.0),
@@ -164,17 +191,24 @@ def first_tokens(
 def make_step(
     apply: Apply, params: Params, key: jax.Array, sampling: SamplingConfig, last_A: jax.Array
 ) -> Step:
-    """Make step(cache, token_B, row_B, t_B) -> (cache, next token_B, its logp_B).
+    """Make step(cache, token_B, row_B, t_B) -> (cache, next token_B, its logp_B), all [B].
 
-    It draws token `t_B` of each response `row_B` from token t - 1, `token_B`, and the cache of
-    those before. `last_A`: position of the last token of each response's prompt.
+    It draws token `t_B` of each response `row_B` (see `draw`) from token t - 1, `token_B`, and the
+    cache of those before, to which it adds that token. `params` and the cache are stacked, or both
+    unstacked (layers.py). `last_A`: position of the last token of each response's prompt, A
+    responses in all, of which B are decoded at a time.
     """
 
     def step(cache, token_B, row_B, t_B):
-        position_B1 = (last_A[row_B] + t_B)[:, None]
-        output = apply(params, token_B[:, None], jnp.ones_like(position_B1), position_B1, cache)
+        # Token t - 1 stands t behind the prompt's last one.
+        position_B = last_A[row_B] + t_B
+        position_B1 = position_B[:, None]
+        token_B1 = token_B[:, None]
+        real_B1 = jnp.ones_like(position_B1)
+        output = apply(params, token_B1, real_B1, position_B1, cache)
         logits_B1V = unembed(output.x_BTD, output.unembed_DV)
-        token_B, logp_B = draw(logits_B1V[:, 0], key, row_B, t_B, sampling)
+        logits_BV = logits_B1V[:, 0]
+        token_B, logp_B = draw(logits_BV, key, row_B, t_B, sampling)
         return output.cache, token_B, logp_B
 
     return step
@@ -211,12 +245,14 @@ def generate(
 ) -> Samples:
     """Sample `n` responses to each of the prompts, [B / n, P]; call it under jit.
 
-    A response ends with `eos`, or with any of several; the loop when every row has ended. Rows are
-    in the order of the prompts, n to each; a prompt is prefilled once. What row b draws depends on
-    its prompt, `key` and b alone.
+    `apply`, `params`: of a LanguageModel of shape `config`. A response ends with `eos`, an id, or
+    with any of several, an array of ids; the loop when every row has ended. `pad`: the id behind a
+    response. Rows are in the order of the prompts, n to each; a prompt is prefilled once. What row
+    b draws depends on its prompt, `key` and b alone.
     """
     # Prefill; then a copy of each prompt's cache for each of its responses.
-    logits_BV, cache = prefill(apply, config, params, prompts, sampling.max_new_tokens - 1)
+    room = sampling.max_new_tokens - 1
+    logits_BV, cache = prefill(apply, config, params, prompts, room)
     cache = KVCache(
         k_LBKSH=jnp.repeat(cache.k_LBKSH, n, axis=1),
         v_LBKSH=jnp.repeat(cache.v_LBKSH, n, axis=1),
@@ -226,16 +262,19 @@ def generate(
     cache = unstack_cache(cache)
     params = unstack_params(params, config.compute_dtype)
 
-    # The first token of each response, then one more for all rows until all have ended.
-    samples = first_tokens(jnp.repeat(logits_BV, n, axis=0), key, sampling, pad)
+    # The first token of each response.
+    logits_BV = jnp.repeat(logits_BV, n, axis=0)
+    samples = first_tokens(logits_BV, key, sampling, pad)
     last_B = jnp.repeat(prompts["positions_BT"][:, -1], n, axis=0)
     step = make_step(apply, params, key, sampling, last_B)
     row_B = jnp.arange(last_B.shape[0])
 
+    # Then one more for all rows, until all have ended or are full.
     def going(state: Decoding) -> jax.Array:
         return (state.t < sampling.max_new_tokens) & ~jnp.all(state.done_B)
 
     def one_more(state: Decoding) -> Decoding:
+        # All rows are at the same token.
         t_B = jnp.full_like(row_B, state.t)
         cache, token_B, logp_B = step(state.cache, state.token_B, row_B, t_B)
 
@@ -243,16 +282,24 @@ def generate(
             return jax.lax.dynamic_update_slice(out_BR, x_B[:, None], (0, state.t))
 
         # Rows that have ended are decoded on; what they give is padding.
+        so_far = state.samples
         samples = Samples(
-            response_BR=put(state.samples.response_BR, jnp.where(state.done_B, pad, token_B)),
-            mask_BR=put(state.samples.mask_BR, jnp.float32(~state.done_B)),
-            logp_BR=put(state.samples.logp_BR, jnp.where(state.done_B, 0.0, logp_B)),
+            response_BR=put(so_far.response_BR, jnp.where(state.done_B, pad, token_B)),
+            mask_BR=put(so_far.mask_BR, jnp.float32(~state.done_B)),
+            logp_BR=put(so_far.logp_BR, jnp.where(state.done_B, 0.0, logp_B)),
         )
         done_B = state.done_B | ends(token_B, eos)
         return Decoding(state.t + 1, token_B, done_B, cache, samples)
 
+    # A first token may be the last.
     token_B = samples.response_BR[:, 0]
-    start = Decoding(jnp.int32(1), token_B, ends(token_B, eos), cache, samples)
+    start = Decoding(
+        t=jnp.int32(1),
+        token_B=token_B,
+        done_B=ends(token_B, eos),
+        cache=cache,
+        samples=samples,
+    )
     return jax.lax.while_loop(going, one_more, start).samples
 
 
@@ -292,9 +339,10 @@ def generate_in_slots(
 ) -> Samples:
     """Sample what `generate` does, `slots` responses at a time: where one ends the next begins.
 
-    Faster where responses are of unequal length, and takes a cache of `slots` rows. With as many
-    slots as responses it is `generate`.
+    Arguments and result are those of `generate`. Faster where responses are of unequal length, and
+    takes a cache of `slots` rows. With as many slots as responses it is `generate`.
     """
+    # Nothing to refill with: all start at once.
     total = prompts["tokens_BT"].shape[0] * n
     if slots >= total:
         return generate(apply, config, params, prompts, key, sampling, eos=eos, pad=pad, n=n)
@@ -303,8 +351,11 @@ def generate_in_slots(
     logits_BV, prompt_cache = prefill(apply, config, params, prompts, 0)
     prompt_cache = unstack_cache(prompt_cache)
     params = unstack_params(params, config.compute_dtype)
-    samples = first_tokens(jnp.repeat(logits_BV, n, axis=0), key, sampling, pad)
+    logits_AV = jnp.repeat(logits_BV, n, axis=0)
+    samples = first_tokens(logits_AV, key, sampling, pad)
     first_A = samples.response_BR[:, 0]
+
+    # One more token for the response in each slot.
     last_A = jnp.repeat(prompts["positions_BT"][:, -1], n, axis=0)
     step = make_step(apply, params, key, sampling, last_A)
     limit = sampling.max_new_tokens
@@ -313,6 +364,7 @@ def generate_in_slots(
     entering = max(1, slots // 8)
 
     def must_enter(state: Slots) -> jax.Array:
+        # The last few enter together, however few they are.
         waiting = total - state.following
         free = jnp.sum(~state.busy_B)
         return (waiting > 0) & (free >= jnp.minimum(entering, waiting))
@@ -348,16 +400,23 @@ def generate_in_slots(
     # Start with empty slots, whose ring has a column for each token of a prompt and a response.
     columns = prompt_cache.valid_BS.shape[1] + limit
     none_B = jnp.zeros(slots, jnp.int32)
+    ring = empty_cache(config, slots, columns)
     empty = Slots(
-        cache=unstack_cache(empty_cache(config, slots, columns)),
+        cache=unstack_cache(ring),
         token_B=none_B,
         row_B=none_B,
         t_B=none_B,
         busy_B=none_B > 0,
         following=jnp.int32(0),
     )
+
+    # Decode until no slot is busy.
+    def going(carry: tuple[Slots, Samples]) -> jax.Array:
+        return jnp.any(carry[0].busy_B)
+
     start = (refill(empty), samples)
-    return jax.lax.while_loop(lambda carry: jnp.any(carry[0].busy_B), one_more, start)[1]
+    _, samples = jax.lax.while_loop(going, one_more, start)
+    return samples
 
 
 def enter(
@@ -370,8 +429,10 @@ def enter(
 ) -> Slots:
     """Put the next `entering` of the A responses into free slots, of which there must be as many.
 
-    `prompts`: the cache [A / n] of their prompts. A prompt's columns are rolled, so that it ends
-    where the ring is written next. `first_A`: first token of each response; `limit`: most tokens.
+    Returns the new Slots. `prompts`: the unstacked cache, A / n rows, of their prompts. A prompt's
+    columns are rolled, so that it ends where the ring is written next. `first_A`: first token of
+    each response, which ends it where it is `eos` (see `ends`); `limit`: most tokens of a
+    response.
     """
     total = first_A.shape[0]
     count, width = prompts.valid_BS.shape
@@ -381,21 +442,27 @@ def enter(
     row_E = slots.following + jnp.arange(entering)
     free_E = jnp.argsort(slots.busy_B)[:entering]
     slot_E = jnp.where(row_E < total, free_E, slots.row_B.size)
+
+    # Their prompts and first tokens.
     known_E = jnp.minimum(row_E, total - 1)
     prompt_E = known_E // (total // count)
     token_E = first_A[known_E]
 
+    # Into their slots; the cache's columns, rolled to end where the ring stands.
     def put(x_B: jax.Array, x_E: jax.Array) -> jax.Array:
         return x_B.at[slot_E].set(x_E, mode="drop")
 
     def rolled(x: jax.Array, axis: int) -> jax.Array:
         padding = [(0, 0)] * x.ndim
         padding[axis] = (ring - width, 0)
-        return jnp.roll(jnp.pad(x[prompt_E], padding), slots.cache.length, axis)
+        columns = jnp.pad(x[prompt_E], padding)
+        return jnp.roll(columns, slots.cache.length, axis)
 
     def with_prompts(layers: Any, prompt_layers: Any) -> tuple[jax.Array, ...]:
-        pairs = zip(layers, prompt_layers, strict=True)
-        return tuple(put(ours_BKSH, rolled(theirs, 2)) for ours_BKSH, theirs in pairs)
+        renewed = []
+        for ours_BKSH, theirs in zip(layers, prompt_layers, strict=True):
+            renewed.append(put(ours_BKSH, rolled(theirs, 2)))
+        return tuple(renewed)
 
     # The slots that they enter now hold their prompt, their first token, and t = 1.
     cache = KVCache(

@@ -3,8 +3,8 @@
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Sequence
-from typing import Any, TypedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, TypedDict
 
 import jax
 import numpy as np
@@ -16,6 +16,8 @@ from jax.sharding import PartitionSpec as P
 from runtime.errors import UserError
 
 AnyMesh = Mesh | AbstractMesh
+Memory = Literal["device", "pinned_host"]
+"""Memory that arrays lie in: the devices', or their host's."""
 BATCH = P(("data", "fsdp"))
 """How the rows of a batch are split."""
 AXES = ("stage", "data", "fsdp", "sequence", "tensor")
@@ -64,11 +66,14 @@ class MeshConfig:
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Make the mesh over `devices`, or over all, and set it as the current one.
 
-    Raises UserError where the sizes and the number of devices do not agree.
+    Its axes are data, fsdp and tensor, and stage and sequence where they are not 1; in the order
+    of AXES. Raises UserError where the sizes and the number of devices do not agree.
     """
-    # stage and sequence are axes of the mesh only where they are asked for.
-    devices = jax.devices() if devices is None else devices
+    if devices is None:
+        devices = jax.devices()
     count = len(devices)
+
+    # stage and sequence are axes of the mesh only where they are asked for.
     sizes = {}
     for axis in AXES:
         size = getattr(config, axis)
@@ -76,23 +81,34 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
             sizes[axis] = size
 
     # At most one size is the rest, and the product is the number of devices.
-    flags = ", ".join(f"--mesh.{name}={size}" for name, size in sizes.items())
+    flags = _flags_of(sizes)
     impossible = any(size == 0 or size < -1 for size in sizes.values())
-    rest = list(sizes.values()).count(-1)
+    given = [size for size in sizes.values() if size != -1]
+    rest = len(sizes) - len(given)
     if impossible or rest > 1:
         raise UserError(f"{flags}: each size must be positive, and at most one -1 (the rest)")
-    fixed = math.prod(size for size in sizes.values() if size != -1)
+    fixed = math.prod(given)
     if count % fixed or (fixed != count and not rest):
         raise UserError(
             f"{flags}: cannot lay {count} device(s) out so; the product must be {count}"
         )
 
-    shape = tuple(count // fixed if size == -1 else size for size in sizes.values())
+    # The rest gets its size.
+    shape: tuple[int, ...] = ()
+    for size in sizes.values():
+        shape += (count // fixed if size == -1 else size,)
     # jax.make_mesh refuses axes that share a dimension of the torus, as 128 x 4 on 8 x 8 x 8.
     places = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    mesh = Mesh(places, tuple(sizes), axis_types=(AxisType.Auto,) * len(shape))
+    kinds = (AxisType.Auto,) * len(shape)
+    mesh = Mesh(places, tuple(sizes), axis_types=kinds)
     jax.set_mesh(mesh)
     return mesh
+
+
+def _flags_of(sizes: Mapping[str, int]) -> str:
+    """Write a mesh's sizes as the flags that set them, for messages."""
+    flags = [f"--mesh.{name}={size}" for name, size in sizes.items()]
+    return ", ".join(flags)
 
 
 def platform() -> str:
@@ -103,21 +119,24 @@ def platform() -> str:
 
 
 def along(mesh: AnyMesh, *axes: str) -> int:
-    """Return the devices along these axes together; 1 along an axis that the mesh lacks."""
+    """Return how many devices lie along these axes together; 1 along an axis that is not there."""
     return math.prod(mesh.shape.get(axis, 1) for axis in axes)
 
 
 def fitting(mesh: AnyMesh, size: int, *axes: str | None) -> str | tuple[str, ...] | None:
     """Return those of `axes`, an entry of a PartitionSpec, over which `size` can be cut.
 
-    Kept, in order, are axes that the mesh has and that together divide `size`.
+    `size`: length of the array's dimension. Kept, in order, are axes that the mesh has and that
+    together divide it: one axis is returned as its name, several as a tuple, none as None.
     """
     found: list[str] = []
     for axis in axes:
+        # Inside a shard_map its own axes are no longer the mesh's to cut with.
         if axis is None or axis not in mesh.axis_names or axis in mesh.manual_axes:
             continue
         if size % along(mesh, *found, axis) == 0:
             found.append(axis)
+    # In the form that a PartitionSpec's entry has.
     if len(found) > 1:
         return tuple(found)
     return found[0] if found else None
@@ -137,8 +156,11 @@ def spec_of(name: str, shape: tuple[int, ...], mesh: AnyMesh) -> P:
     `name`: its path, as of `path_name`. Replicated where no rule fits.
     """
     for pattern, spec in RULES:
-        if not re.search(rf"(^|/){pattern}$", name) or len(spec) != len(shape):
+        # The end of the path: an optimiser's copy has more before it.
+        matches = re.search(rf"(^|/){pattern}$", name)
+        if not matches or len(spec) != len(shape):
             continue
+        # Of each axis of the rule, what the mesh has and the shape allows.
         entries = []
         for axis, size in zip(spec, shape, strict=True):
             axes = ("fsdp", "sequence") if axis == "fsdp" else (axis,)
@@ -148,9 +170,9 @@ def spec_of(name: str, shape: tuple[int, ...], mesh: AnyMesh) -> P:
 
 
 def shardings_of(tree: Any, mesh: Mesh) -> Any:
-    """Return a NamedSharding for each leaf of a tree of arrays or shapes, by the rules.
+    """Return a NamedSharding for each leaf of a tree of arrays or shapes, by RULES.
 
-    `tree`: parameters, or a whole train state.
+    `tree`: parameters, or a whole train state, whose leaves are found by the end of their path.
     """
 
     def sharding_of(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
@@ -160,37 +182,46 @@ def shardings_of(tree: Any, mesh: Mesh) -> Any:
 
 
 def abstract(tree: Any, mesh: Mesh) -> Any:
-    """Return shapes, types and shardings of `tree`: what a checkpoint is restored onto."""
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        tree,
-        shardings_of(tree, mesh),
-    )
+    """Return a tree like `tree` of ShapeDtypeStructs, with shardings on `mesh` by RULES.
+
+    `tree`: arrays or shapes. What comes back is what a checkpoint is restored onto.
+    """
+
+    def described(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(described, tree, shardings_of(tree, mesh))
 
 
 def init_sharded(init: Callable[..., Any], mesh: Mesh, *args: Any) -> Any:
-    """Compute `init(*args)` in place, each leaf laid by the rules.
+    """Compute `init(*args)` in place, each leaf of what it returns laid on `mesh` by RULES.
 
-    Under one jit: otherwise an optimiser's moments are replicated.
+    Under one jit: otherwise an optimiser's moments are replicated. `args`: trees of arrays; they
+    are not donated.
     """
-    shardings = shardings_of(jax.eval_shape(init, *args), mesh)
-    return jax.jit(init, out_shardings=shardings)(*args)
+    # Shapes first: they say where each leaf lies.
+    shapes = jax.eval_shape(init, *args)
+    placed = jax.jit(init, out_shardings=shardings_of(shapes, mesh))
+    return placed(*args)
 
 
-def to_memory(tree: Any, memory: str) -> Any:
-    """Move `tree`, as it lies on the mesh, to the memory `device` or the hosts' `pinned_host`.
+def to_memory(tree: Any, memory: Memory) -> Any:
+    """Move `tree`, arrays on the mesh, to the memory `device` or the hosts' `pinned_host`.
 
-    Arrays that are there already are returned as they are.
+    Each keeps its sharding. Arrays that are there already are returned as they are.
     """
-    return jax.device_put(tree, jax.tree.map(lambda x: x.sharding.with_memory_kind(memory), tree))
+    places = jax.tree.map(lambda x: x.sharding.with_memory_kind(memory), tree)
+    return jax.device_put(tree, places)
 
 
 def to_host(tree: Any) -> Any:
     """Return `tree` with NumPy arrays, whole on every host; of several hosts all must call it."""
 
     def whole(x: Any) -> Any:
-        split = isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated)
-        return multihost_utils.process_allgather(x, tiled=True) if split else x
+        # NumPy arrays, and arrays of which this host has all.
+        if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
+            return x
+        return multihost_utils.process_allgather(x, tiled=True)
 
     return jax.device_get(jax.tree.map(whole, tree))
 
@@ -199,9 +230,16 @@ def to_host(tree: Any) -> Any:
 
 
 def to_mesh(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Make global arrays of this host's rows of a batch, [B, ...], B split over data and fsdp."""
+    """Make global arrays of this host's rows of a batch, [B, ...], B split over data and fsdp.
+
+    `batch`: NumPy arrays by name, whose first axis is the rows; names stay.
+    """
+    # Each host gives its rows; the arrays are as long as all hosts' together.
     sharding = NamedSharding(mesh, BATCH)
-    return {name: jax.make_array_from_process_local_data(sharding, x) for name, x in batch.items()}
+    on_mesh = {}
+    for name, x in batch.items():
+        on_mesh[name] = jax.make_array_from_process_local_data(sharding, x)
+    return on_mesh
 
 
 class DataShard(TypedDict):
@@ -220,6 +258,7 @@ def data_shard(mesh: Mesh, owners: np.ndarray | None = None, host: int | None = 
     `owners`: the host of each device of the mesh, and `host`: this one, if not as JAX says. Raises
     UserError for a mesh on which hosts share some rows but not all.
     """
+    # As JAX says, unless told otherwise.
     if owners is None:
         owners = np.vectorize(lambda device: device.process_index)(mesh.devices)
     if host is None:
@@ -228,18 +267,20 @@ def data_shard(mesh: Mesh, owners: np.ndarray | None = None, host: int | None = 
     # Devices by the part of a batch's rows that they hold: [parts, devices of a part].
     ways = along(mesh, "data", "fsdp")
     batch_axes = [mesh.axis_names.index(axis) for axis in ("data", "fsdp")]
-    by_rows = np.moveaxis(owners, batch_axes, (0, 1)).reshape(ways, -1)
+    by_rows = np.moveaxis(owners, batch_axes, (0, 1))
+    by_rows = by_rows.reshape(ways, -1)
 
     # The rows of each host. Hosts must hold the same rows, or none in common, and equally many.
     held = {}
     for owner in np.unique(owners):
-        held[int(owner)] = tuple(np.flatnonzero((by_rows == owner).any(1)).tolist())
+        has_part = (by_rows == owner).any(1)
+        numbers = np.flatnonzero(has_part).tolist()
+        held[int(owner)] = tuple(numbers)
     parts = sorted(set(held.values()))
-    sizes = {len(part) for part in parts}
-    if sum(map(len, parts)) != ways or len(sizes) > 1:
-        axes = ", ".join(f"--mesh.{name}={size}" for name, size in mesh.shape.items())
+    lengths = [len(part) for part in parts]
+    if sum(lengths) != ways or len(set(lengths)) > 1:
         raise UserError(
-            f"{axes}: hosts share rows of the batch in part; "
+            f"{_flags_of(mesh.shape)}: hosts share rows of the batch in part; "
             "make what is not data or fsdp divide a host's devices"
         )
     return DataShard(process=parts.index(held[host]), processes=len(parts))
@@ -278,11 +319,13 @@ def check_batch(
 
 
 def in_microbatches(x: jax.Array, parts: int) -> jax.Array:
-    """Return [B, ...] as [parts, B / parts, ...].
+    """Return [B, ...] as [parts, B / parts, ...]; `parts` must divide B.
 
     Part i has every `parts`-th row, so a device keeps to the rows that it holds.
     """
-    return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
+    rows, *rest = x.shape
+    dealt = x.reshape(rows // parts, parts, *rest)
+    return dealt.swapaxes(0, 1)
 
 
 # --- constraints inside compiled functions: without a mesh each returns its argument
@@ -290,22 +333,32 @@ def in_microbatches(x: jax.Array, parts: int) -> jax.Array:
 
 def _rows_split(mesh: AnyMesh, x: jax.Array) -> bool:
     """True where there is a mesh and its batch axes divide the rows of `x`."""
-    return not mesh.empty and x.shape[0] % along(mesh, "data", "fsdp") == 0
+    if mesh.empty:
+        return False
+    ways = along(mesh, "data", "fsdp")
+    return x.shape[0] % ways == 0
 
 
 def constrain_batch(x: jax.Array) -> jax.Array:
-    """Keep the first axis of `x` split over data and fsdp, where these divide it."""
+    """Keep the first axis of `x` split over data and fsdp, where these divide it.
+
+    Without a mesh `x` is returned as it is.
+    """
     if not _rows_split(get_abstract_mesh(), x):
         return x
     return with_sharding_constraint(x, BATCH)
 
 
 def constrain_tokens(x: jax.Array, *axes: str) -> jax.Array:
-    """Keep [B, T, ...] split: rows over data and fsdp, tokens over those of `axes` that fit."""
+    """Keep [B, T, ...] split: rows over data and fsdp, tokens over those of `axes` that fit.
+
+    Without a mesh `x` is returned as it is.
+    """
     mesh = get_abstract_mesh()
     if not _rows_split(mesh, x):
         return x
-    return with_sharding_constraint(x, P(*BATCH, fitting(mesh, x.shape[1], *axes)))
+    tokens = fitting(mesh, x.shape[1], *axes)
+    return with_sharding_constraint(x, P(*BATCH, tokens))
 
 
 def constrain_residual(x_BTD: jax.Array) -> jax.Array:
@@ -320,8 +373,10 @@ def constrain_residual(x_BTD: jax.Array) -> jax.Array:
 def constrain_units(x: jax.Array) -> jax.Array:
     """Keep heads [B, T, N, H] or hidden units [B, T, F] split over tensor.
 
-    So that XLA gathers the tokens, not the weights.
+    So that XLA gathers the tokens, not the weights. Without a tensor axis `x` is returned as it
+    is, of whatever shape.
     """
+    # Heads that tensor does not divide stay whole on every device.
     mesh = get_abstract_mesh()
     tensor = along(mesh, "tensor")
     if tensor == 1 or x.shape[2] % tensor:
@@ -332,25 +387,32 @@ def constrain_units(x: jax.Array) -> jax.Array:
 
 
 def constrain_rows(table_VD: jax.Array) -> jax.Array:
-    """Gather the embedding over fsdp; its vocabulary stays split over tensor."""
+    """Gather the embedding over fsdp; its vocabulary stays split over tensor.
+
+    Without a mesh it is returned as it is.
+    """
     mesh = get_abstract_mesh()
     if mesh.empty:
         return table_VD
-    vocabulary = "tensor" if table_VD.shape[0] % mesh.shape["tensor"] == 0 else None
+    # Split as RULES has it, but for fsdp.
+    divides = table_VD.shape[0] % mesh.shape["tensor"] == 0
+    vocabulary = "tensor" if divides else None
     return with_sharding_constraint(table_VD, P(vocabulary, None))
 
 
 def constrain_params(tree: Any) -> Any:
-    """Keep parameters, or their gradients, laid as the rules say.
+    """Keep parameters, or their gradients, laid as RULES say.
 
-    A gradient's sum over rows is then a reduce-scatter.
+    A gradient's sum over rows is then a reduce-scatter. Without a mesh `tree` is returned as it
+    is.
     """
     mesh = get_abstract_mesh()
     if mesh.empty:
         return tree
 
     def laid(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
-        return with_sharding_constraint(x, spec_of(path_name(path), x.shape, mesh))
+        spec = spec_of(path_name(path), x.shape, mesh)
+        return with_sharding_constraint(x, spec)
 
     return jax.tree_util.tree_map_with_path(laid, tree)
 
@@ -358,16 +420,18 @@ def constrain_params(tree: Any) -> Any:
 def gathered(params: Any, dtype: Any) -> Any:
     """Gather weights for many passes in a row: cast to `dtype`, and cut over tensor alone.
 
-    Otherwise decoding gathers them anew for each token. Weights that nothing but tensor cuts are
-    returned as they are.
+    `params`: a tree of parameters, as RULES name them. Otherwise decoding gathers them anew for
+    each token. Weights that nothing but tensor cuts are returned as they are, of their own type.
     """
     mesh = get_abstract_mesh()
     if mesh.empty:
         return params
 
     def whole(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+        # Of the rule's axes tensor alone is left.
         spec = spec_of(path_name(path), leaf.shape, mesh)
-        left = P(*(axis if axis == "tensor" else None for axis in spec))
+        kept = [axis if axis == "tensor" else None for axis in spec]
+        left = P(*kept)
         if left == spec:
             return leaf
         return with_sharding_constraint(leaf.astype(dtype), left)
@@ -383,5 +447,6 @@ def flat(x: jax.Array, *axes: str) -> jax.Array:
     """
     mesh = get_abstract_mesh()
     if mesh.empty or along(mesh, *axes) == 1:
-        return x.reshape(-1, *x.shape[2:])
+        _, _, *rest = x.shape
+        return x.reshape(-1, *rest)
     return x

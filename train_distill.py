@@ -118,6 +118,7 @@ class Config:
 
 def check(config: Config) -> None:
     """Raise UserError for numbers out of range."""
+    # At either end of beta the divergence is 0, whatever the student says.
     require(0 < config.beta < 1, f"--beta={config.beta}: must be above 0 and below 1")
     require(0 <= config.alpha <= 1, f"--alpha={config.alpha}: must be in 0..1")
     require(config.tau > 0, f"--tau={config.tau}: must be above 0")
@@ -125,7 +126,11 @@ def check(config: Config) -> None:
 
 
 def load_teacher(config: Config) -> tuple[ModelConfig, Tokenizer]:
-    """Return the teacher's shape and tokenizer; UserError where the student cannot have them."""
+    """Return the teacher's shape and tokenizer; UserError where the student cannot have them.
+
+    Of a student from --init the tokenizer must be the teacher's, and both models must have room
+    for all tokens and rows.
+    """
     teacher_model = stored_model(config.teacher)
     tokenizer = Tokenizer.load(config.teacher)
     # A distribution over tokens is another's only where the tokens are the same.
@@ -146,7 +151,10 @@ def load_teacher(config: Config) -> tuple[ModelConfig, Tokenizer]:
 def load_teacher_params(
     config: Config, teacher_model: ModelConfig, mesh: jax.sharding.Mesh
 ) -> Params:
-    """Load the teacher's parameters, sharded over `mesh`."""
+    """Load the teacher's parameters, sharded over `mesh`; UserError as of load_params.
+
+    `teacher_model`: of `load_teacher`.
+    """
     init, _ = init_and_apply(LanguageModel(teacher_model))
     # Straight onto its shards, never whole on one device.
     shapes = abstract(jax.eval_shape(init, jax.random.key(0)), mesh)
@@ -168,7 +176,11 @@ class DistillUpdate(NamedTuple):
 
 
 def make_update(config: Config, teacher_model: ModelConfig) -> DistillUpdate:
-    """Make the student's initialiser, its optimiser, its loss and the jitted steps."""
+    """Make the student's initialiser, its optimiser, its loss and the jitted steps.
+
+    `teacher_model`: of `load_teacher`. Batches are chat_batches' and those of `make_own_samples`.
+    """
+    # Two models, which may be of different shapes.
     init, apply = init_and_apply(LanguageModel(config.model))
     _, teacher_apply = init_and_apply(LanguageModel(teacher_model))
     divergences: dict[str, distill.Divergence] = {
@@ -208,8 +220,8 @@ def make_update(config: Config, teacher_model: ModelConfig) -> DistillUpdate:
 def student_and_teacher(lora: LoraConfig, held: Params | None, trained: Params) -> Params:
     """Return {"student", "teacher"}, all parameters of both.
 
-    `held`: {"base", "teacher"}, the base being that of the student's adapters, or None without.
-    `trained`: the student's parameters, or its adapters.
+    `lora`: of the student. `held`: {"base", "teacher"}, the base being that of the student's
+    adapters, or None without. `trained`: the student's parameters, or its adapters.
     """
     # Without adapters `trained` is the student as it is.
     assert held is not None
@@ -222,9 +234,11 @@ def make_own_samples(
 ) -> Callable[[Params, Batch, int], Batch]:
     """Make own_samples(student, prompts, step) -> one response to each prompt, as a batch.
 
-    `prompts`: left-padded, of prompt_batches. The batch, [B, P + R], has a `loss_mask_BT` of the
-    responses.
+    `student`: all its parameters. `prompts`: left-padded, of prompt_batches, on the mesh; `step`
+    gives the key. The batch, [B, P + R]: `tokens_BT`, `segment_ids_BT`, `positions_BT`, and
+    `loss_mask_BT`, 1 for the response's tokens.
     """
+    # The student's own sampler.
     _, apply = init_and_apply(LanguageModel(config.model))
     sampling = SamplingConfig(config.temperature, max_new_tokens=config.max_new_tokens)
     rollout = make_rollout(apply, config.model, sampling, eos=tokenizer.eos, pad=tokenizer.pad)
@@ -233,6 +247,7 @@ def make_own_samples(
         # Another key each step, and the same one after resuming.
         key = jax.random.fold_in(jax.random.key(config.seed), step)
         samples = rollout(student, prompts, key)
+        # Rows as of conversations, of which the response alone is learnt.
         return {
             "tokens_BT": samples["tokens_BT"],
             "segment_ids_BT": samples["segment_ids_BT"],
@@ -244,12 +259,12 @@ def make_own_samples(
 
 
 def is_own(config: Config, step: int) -> bool:
-    """Toss the coin for `step`: train on own samples? All hosts, and a resumed run, toss alike."""
+    """Toss the coin for `step`: True, own samples. All hosts, and a resumed run, toss alike."""
     return np.random.default_rng((config.seed, step)).random() < config.on_policy
 
 
 def prompts_of(chats: Source) -> Source:
-    """Turn conversations into prompts, {"prompt"}: all but their last turn."""
+    """Turn conversations (schema `chat`) into prompts, {"prompt": messages}: no last turn."""
 
     def read(row: int) -> dict[str, Any]:
         return {"prompt": chats.read(row)["messages"][:-1]}
@@ -258,7 +273,7 @@ def prompts_of(chats: Source) -> Source:
 
 
 def main(config: Config) -> dict[str, float]:
-    """Distil a teacher into a student; return the last metrics."""
+    """Distil a teacher into a student; return the last row of metrics, {} of a dry run."""
     # A mesh of all devices, and a batch that splits over it.
     config = note_lora_base(config)
     mesh = make_mesh(config.mesh)

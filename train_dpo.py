@@ -140,7 +140,10 @@ class Config:
 
 
 def check(config: Config) -> None:
-    """Raise UserError for settings that cannot run together; `beta` is filled in."""
+    """Raise UserError for settings that cannot run together.
+
+    `config`: of `with_paper_defaults`, with a `beta`.
+    """
     require(config.beta is not None and config.beta > 0, f"--beta={config.beta}: must be above 0")
     require(
         0 <= config.label_smoothing < 0.5,
@@ -165,7 +168,12 @@ class DirectObjective(NamedTuple):
 
 
 def make_objective(config: Config, apply: Apply) -> DirectObjective:
-    """Bind --loss to its settings and to the policy's `apply`; `config.beta` is filled in."""
+    """Bind --loss to its settings and to the policy's `apply`, of a LanguageModel.
+
+    `config`: of `with_paper_defaults`, with a `beta`. The objective's batch: objectives.reward's
+    Candidates, with `reference_BC` where `needs_reference`, and `kl_B` for kto; see
+    `make_prepare`.
+    """
     beta = config.beta
     assert beta is not None, "with_paper_defaults comes first"
     smoothing = config.label_smoothing
@@ -211,7 +219,11 @@ def make_objective(config: Config, apply: Apply) -> DirectObjective:
 
 
 def make_update(config: Config) -> Update:
-    """Make the model's initialiser, its optimiser, its loss and the jitted step."""
+    """Make the initialiser of a LanguageModel, its optimiser, its loss and the jitted step.
+
+    `config`: of `with_paper_defaults`. Batches are those of `make_prepare`; for the loss see
+    `make_objective`.
+    """
     init, apply = init_and_apply(LanguageModel(config.model))
     objective = make_objective(config, apply).objective
     optimizer = make_optimizer(config.optimizer, config.steps)
@@ -228,8 +240,8 @@ def make_update(config: Config) -> Update:
 def make_batches(config: Config, source: Source, tokenizer: Tokenizer, **options: Any) -> Batches:
     """Iterate over the candidates that --loss compares; `options`: others of `BatchOptions`.
 
-    `source`: comparisons, or for kto unpaired records too; its candidates are judged responses
-    and, last, one to another prompt.
+    `source`: records of the schema `comparison`, or for kto of `unpaired` too; its candidates are
+    then judged responses and, last, one to another prompt. Batches are comparison_batches'.
     """
     # KTO's candidates: the best and the worst response, or one judged response; and one more.
     if config.loss == "kto":
@@ -247,9 +259,10 @@ def make_prepare(
 ) -> Callable[[Params, HostBatch], Batch]:
     """Make prepare(policy, batch) -> `batch` on the mesh, with all that --loss reads.
 
-    That is `reference_BC`, by `cached` (of cached_reference) or else by a pass of `reference`, and
-    for kto `kl_B` instead of the last candidate (direct.kto_kl_estimate). `policy` and `reference`
-    are all parameters of a language model.
+    That is `reference_BC`, by `cached` (with_reference of rewards.reference.cached_reference) or,
+    with None, by a pass of `reference`; and for kto `kl_B` instead of the last candidate
+    (direct.kto_kl_estimate). `policy` and `reference` are all parameters of a language model; None
+    for a reference that is not read. `batch`: a host's, of `make_batches`.
     """
     _, apply = init_and_apply(LanguageModel(config.model))
     is_online = make_objective(config, apply).needs_reference and cached is None
@@ -271,14 +284,17 @@ def make_prepare(
 
 
 def eval_batch_count(config: Config, held_out: Source) -> int:
-    """Return how many batches hold --eval_records, at least 1; 0 without evaluations."""
+    """Return how many batches hold --eval_records, at least 1; 0 without evaluations.
+
+    `held_out`: the records to evaluate on, of which there may be fewer.
+    """
     if not config.eval_every:
         return 0
     return max(1, min(config.eval_records, len(held_out)) // config.batch_size)
 
 
 def with_paper_defaults(config: Config) -> Config:
-    """Fill `beta`, where it is None, with the value of the loss's paper, and print that."""
+    """Return `config` with the paper's value for `beta`, where it is None, and print that."""
     # Most papers use 0.1.
     paper = direct.PAPERS.get(config.loss, direct.USUAL)
     line = flags.paper_defaults_line(config, config.loss, paper)
@@ -288,7 +304,7 @@ def with_paper_defaults(config: Config) -> Config:
 
 
 def main(config: Config) -> dict[str, float]:
-    """Train a policy on preferences; return the last metrics."""
+    """Train a policy on preferences; return the last row of metrics, {} of a dry run."""
     # A mesh of all devices, and a batch that splits over it.
     config = note_lora_base(with_paper_defaults(config))
     mesh = make_mesh(config.mesh)

@@ -48,7 +48,7 @@ from runtime.flags import with_paper_defaults
 from runtime.hosts import HostsConfig
 from sampling import Apply, SamplingConfig
 from sharding import MeshConfig, check_batch, data_shard, make_mesh
-from train_state import as_items, starting_params
+from train_state import Init, as_items, starting_params
 from train_step import Objective, OptimizerConfig, Update, make_optimizer, make_train_step
 from training_run import Run
 
@@ -176,7 +176,7 @@ class Config:
 
     @property
     def length(self) -> int:
-        """Tokens of a row: prompt and response."""
+        """Return the tokens of a row: prompt and response."""
         return self.max_prompt + self.max_new_tokens
 
 
@@ -195,7 +195,8 @@ class Experience(Rollout):
 def make_method(config: Config, apply: Apply) -> tuple[Advantages, Objective]:
     """Return the advantages and the objective of --method.
 
-    `config`: with no field of the method left at None.
+    `config`: with no field of the method left at None. `apply`: of the policy. The objective's
+    batch is an Experience.
     """
     # Advantages of whole responses, from their group; of tokens, from the whole batch.
     size = config.samples_per_prompt
@@ -238,10 +239,13 @@ def make_advantages(
 ) -> Callable[..., tuple[Experience, Batch]]:
     """Compile compute_advantages(policy, reference, rollout, scores, scalars).
 
-    It returns (experience, metrics). `scores`: {reward: [B]} and `scalars`: {reward: [B, R + 1]}
-    of make_reward_scorer; scalars are read with --shaping alone. `eos` ends a response.
-    With --dynamic_sampling the mask of a group whose scores are all equal is 0, so that it counts
-    nowhere. Nothing is donated. Metrics are scalars: means over the rollout.
+    It returns (experience, metrics). `config`: with no field of the method left at None. `apply`:
+    of both models, whose whole parameters are given. `advantages(rewards_BR, mask_BR)`: of
+    `make_method`. `scores`: {reward: [B]} and `scalars`: {reward: [B, R + 1]} of
+    rewards.scorer.make_reward_scorer; scalars are read with --shaping alone. `eos`: the id that
+    ends a response. With --dynamic_sampling the mask of a group whose scores are all equal is 0,
+    so that it counts nowhere. Nothing is donated. Metrics are scalars, means over the rollout:
+    `reward/NAME` of each reward, `score`, `groups_with_signal`, and those of `rollout_metrics`.
     """
     size = config.samples_per_prompt
 
@@ -253,6 +257,7 @@ def make_advantages(
         scores: Batch,
         scalars: Batch,
     ) -> tuple[Experience, Batch]:
+        # Log-probabilities of the sampled tokens, by the policy and by the reference.
         mask_BR = rollout["mask_BR"]
         logp_BR = response_logprobs(apply, policy, rollout, config.temperature)
         reference_BR = response_logprobs(apply, reference, rollout, config.temperature)
@@ -263,6 +268,7 @@ def make_advantages(
             raw_B, ended(rollout, eos), config.missing_eos, config.missing_eos_score
         )
         if config.overlong:
+            # The window is a share of the longest response.
             longest = config.max_new_tokens
             score_B += group.overlong_penalty(mask_BR.sum(1), longest, config.overlong * longest)
 
@@ -270,17 +276,20 @@ def make_advantages(
         cost_BR = config.entropy_coef * logp_BR
         if config.kl_in == "reward":
             cost_BR += config.kl_coef * kl_estimate(logp_BR, reference_BR, config.kl_estimator)
-        rewards_BR = token_rewards(score_B, cost_BR, mask_BR, 1.0, mask_BR.sum(1) - 1)
+        last_B = mask_BR.sum(1) - 1
+        rewards_BR = token_rewards(score_B, cost_BR, mask_BR, 1.0, last_B)
         if config.shaping:
             # Index t of the scalars is of the state before response token t.
             before_BR = scalars[config.reward[0]][:, :-1]
             rewards_BR = group.shaped(rewards_BR, config.shaping * before_BR, mask_BR)
 
         # Groups of equal scores have no signal; dynamic sampling leaves them out.
-        signal_P = jnp.ptp(raw_B.reshape(-1, size), axis=1) > 0
+        signal_Q = jnp.ptp(raw_B.reshape(-1, size), axis=1) > 0
         kept_BR = mask_BR
         if config.dynamic_sampling:
-            kept_BR = mask_BR * jnp.repeat(signal_P, size)[:, None]
+            kept_BR = mask_BR * jnp.repeat(signal_Q, size)[:, None]
+
+        # What the updates read; advantages are of the whole rollout, before anything is left out.
         experience: Experience = {
             **rollout,
             "old_logp_BR": logp_BR,
@@ -289,10 +298,11 @@ def make_advantages(
             "total_B": rewards_BR.sum(1),
             "mask_BR": kept_BR,
         }
+        # What is logged of the rollout.
         metrics = {
             **{f"reward/{name}": score.mean() for name, score in scores.items()},
             "score": raw_B.mean(),
-            "groups_with_signal": signal_P.mean(),
+            "groups_with_signal": signal_Q.mean(),
             **rollout_metrics(logp_BR, reference_BR, rollout, eos),
         }
         return experience, metrics
@@ -300,9 +310,15 @@ def make_advantages(
     return compute_advantages
 
 
-def make_update(config: Config, init: Any, objective: Objective) -> Update:
-    """Make the policy's optimiser over all updates of the run, and its jitted step."""
-    optimizer = make_optimizer(config.optimizer, config.steps * config.epochs * config.minibatches)
+def make_update(config: Config, init: Init, objective: Objective) -> Update:
+    """Make the Update of the policy: its optimiser over all updates of the run, its jitted step.
+
+    `init` is handed through. `objective`: of `make_method`. The step's `base` is what lies under
+    the adapters, None without; it donates the state.
+    """
+    # The schedule counts updates, not iterations.
+    updates = config.steps * config.epochs * config.minibatches
+    optimizer = make_optimizer(config.optimizer, updates)
     step = make_train_step(
         objective,
         optimizer,
@@ -314,7 +330,11 @@ def make_update(config: Config, init: Any, objective: Objective) -> Update:
 
 
 def check(config: Config, mesh: jax.sharding.Mesh) -> None:
-    """Raise UserError for settings that cannot run together."""
+    """Raise UserError for settings that cannot run together.
+
+    `config`: with no field of the method left at None (TypeError otherwise).
+    """
+    # What is rewarded, and how many responses are compared.
     check_rewards(config)
     check_group(config)
 
@@ -344,6 +364,7 @@ def check(config: Config, mesh: jax.sharding.Mesh) -> None:
         f"--clip={config.clip}, --clip_high={config.clip_high}: must be above 0",
     )
     require(0 <= config.overlong <= 1, f"--overlong={config.overlong}: must be in 0..1")
+    # Shaping changes single tokens' rewards: a group's advantages are of whole responses.
     tells_tokens_apart = config.method == "reinforce_pp" and not is_function(config.reward[0])
     require(
         config.shaping == 0 or tells_tokens_apart,
@@ -358,12 +379,17 @@ def check(config: Config, mesh: jax.sharding.Mesh) -> None:
 
 
 def check_group(config: Config) -> None:
-    """Raise UserError for a group that does not fit the batch, or has too few to compare."""
+    """Raise UserError for a group that does not fit the batch, or has too few to compare.
+
+    `config`: with no field of the method left at None.
+    """
+    # Groups are cut from the batch.
     size = config.samples_per_prompt
     require(
         size >= 1 and config.batch_size % size == 0,
         f"--samples_per_prompt={size}: must divide --batch_size={config.batch_size}",
     )
+    # A response alone has none to be compared with, but where the whole batch is compared.
     alone = config.method == "reinforce_pp" and not config.dynamic_sampling
     require(
         size >= 2 or alone,
@@ -374,20 +400,31 @@ def check_group(config: Config) -> None:
 def open_prompts(
     config: Config, source: Source, tokenizer: Tokenizer, mesh: jax.sharding.Mesh
 ) -> Batches:
-    """Open batches of one prompt a group, on this host's part of `source`."""
+    """Open batches of one prompt a group, on this host's part of `source`.
+
+    `source`: records of the schema `prompt`. Left-padded; `.records` are those of the last batch's
+    prompts. `config`: with no field of the method left at None.
+    """
+    # Every host reads its own part, in an order that the seed gives.
     shard: dict[str, Any] = {"seed": config.seed, **data_shard(mesh)}
     groups = config.batch_size // config.samples_per_prompt
     return prompt_batches(source, tokenizer, batch_size=groups, length=config.max_prompt, **shard)
 
 
 def load_score(config: Config, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -> Score:
-    """Load the rewards; return score(rollout, records), as of make_reward_scorer."""
+    """Load the rewards; return score(rollout, records) -> (scores, scalars).
+
+    {reward: [B]} and {reward: [B, R + 1]}, as of rewards.scorer.make_reward_scorer with its models
+    given, which stay on the mesh. UserError for a reward that cannot be loaded.
+    """
+    # The models stay on the mesh: they are given once for all.
     reward_models, score = make_reward_scorer(config.reward, tokenizer, mesh)
     return partial(score, reward_models)
 
 
 def main(config: Config) -> dict[str, float]:
-    """Train a policy by --method; return the last metrics."""
+    """Train a policy by --method; return the last row of metrics, {} of a dry run."""
+    # What the paper sets, and a mesh of all devices.
     config = with_paper_defaults(config, config.method, group.PAPERS[config.method])
     config = note_lora_base(config)
     mesh = make_mesh(config.mesh)
@@ -423,14 +460,17 @@ def main(config: Config) -> dict[str, float]:
         max_rounds=config.max_rounds if config.dynamic_sampling else 1,
     )
     full = partial(with_adapters, config.lora)
+    # The gold program knows the world's prompts alone.
     evaluate_gold = None
     if config.data == "world" and config.eval_every:
         evaluate_gold = make_gold_evaluation(config, tokenizer)
 
+    # A dry run ends here and has written nothing.
     if config.dry_run:
         return preview(config, init, update.optimizer, mesh, next(prompts), tokenizer)
     with Run(config, tokenizer, unit="iteration") as run:
         policy, base = run.start_or_resume(init, update.optimizer, mesh, prompts)
+        # The base of adapters is the reference; else it is loaded beside the policy.
         reference = base or starting_params(init, config.model, config.init, mesh, config.seed)
         run.describe(
             f"{config.method} on {source.name}",

@@ -57,8 +57,10 @@ from rollout import (
 from runtime import flags
 from runtime.errors import require
 from runtime.hosts import HostsConfig
+from runtime.metrics import SampleRow
 from sampling import Apply, SamplingConfig
 from sharding import (
+    Memory,
     MeshConfig,
     abstract,
     check_batch,
@@ -206,7 +208,7 @@ class Config:
 
     @property
     def length(self) -> int:
-        """Tokens of a row: prompt and response."""
+        """Return the tokens of a row: prompt and response."""
         return self.max_prompt + self.max_new_tokens
 
 
@@ -246,9 +248,12 @@ def make_advantages(
     It returns (experience, metrics).
 
     `models`: a Models; `apply` is the policy's and the reference's, `scalar_apply` the critic's.
-    `scores`: {reward: [B]} and `scalars`: {reward: [B, R + 1]} of make_reward_scorer.
-    `kl_coef`: scalar beta. `eos` ends a response; `newlines` are tokens that end a step, used with
-    --step_rewards. Nothing is donated. Metrics are scalars: means over the rollout.
+    `scores`: {reward: [B]} and `scalars`: {reward: [B, R + 1]} of
+    rewards.scorer.make_reward_scorer; scalars are read with --step_rewards alone. `kl_coef`:
+    scalar beta. `eos`: the id that ends a response; `newlines`: ids of tokens that end a step.
+    Nothing is donated. Metrics are scalars, means over the rollout: `reward/NAME` of each reward,
+    `score` (combined), `score_with_eos_rule`, `reward` (with the KL, summed over the response),
+    `value`, `kl_coef`, and those of `rollout_metrics`.
     """
 
     @jax.jit
@@ -287,6 +292,8 @@ def make_advantages(
         advantages_BR, returns_BR = gae(
             rewards_BR, values_BR, gamma=config.gamma, gae_lambda=config.gae_lambda
         )
+
+        # What the updates read.
         experience: Experience = {
             **rollout,
             "old_logp_BR": logp_BR,
@@ -295,6 +302,7 @@ def make_advantages(
             "advantages_BR": whiten(advantages_BR, mask_BR, unbiased=config.whiten_unbiased),
             "returns_BR": returns_BR,
         }
+        # What is logged of the rollout.
         metrics = {
             **{f"reward/{name}": score.mean() for name, score in scores.items()},
             "score": raw_B.mean(),
@@ -318,12 +326,16 @@ def raw_scores(
 ) -> tuple[jax.Array, jax.Array]:
     """Return each response's score [B], before the rule on its end, and the steps' rewards [B, R].
 
-    Without --step_rewards the score is that of the combined rewards, and steps are given 0. With
-    them a step's last token gets the change of the score there, and the score is their sum.
+    Without --step_rewards the score is that of the combined `scores`, {reward: [B]}, and steps are
+    given 0. With them a step's last token gets the change of the score there, by the log-odds in
+    `scalars`, {reward: [B, R + 1]}, of the one --reward, and the score is their sum. `newlines`:
+    ids of tokens that end a step.
     """
+    # One score a response.
     mask_BR = rollout["mask_BR"]
     if config.step_rewards == "none":
         return pooled(config, scores), jnp.zeros_like(mask_BR)
+    # A reward a step, whose sum is the score.
     ends_BR = step_ends(rollout["response_BR"], mask_BR, list(newlines))
     # Index t + 1 of the scalars is of the state after response token t.
     after_BR = scalars[config.reward[0]][:, 1:]
@@ -346,15 +358,18 @@ def check(config: Config, mesh: jax.sharding.Mesh) -> None:
     )
     require(config.epochs >= 1, f"--epochs={config.epochs}: must be at least 1")
 
-    # Weights of the loss's terms, and options that exclude each other.
+    # Weights of the loss's terms.
     require(
         min(config.ptx_coef, config.entropy_coef) >= 0,
         f"--ptx_coef={config.ptx_coef}, --entropy_coef={config.entropy_coef}: must be at least 0",
     )
+
+    # Options that exclude each other.
     require(
         not (config.offload and config.lora.rank),
         "--offload: adapters need their base all the time; leave it out",
     )
+    # Rewards of steps are of one process reward model.
     one_model = len(config.reward) == 1 and not is_function(config.reward[0])
     require(
         config.step_rewards == "none" or one_model,
@@ -377,7 +392,11 @@ class ModelUpdate(NamedTuple):
 
 
 def make_policy_update(config: Config, apply: Apply) -> ModelUpdate:
-    """Make the policy's optimiser and its jitted step (train_step.make_train_step)."""
+    """Make the policy's optimiser and its jitted step (train_step.make_train_step).
+
+    `apply`: of the policy. Minibatches are of Experience, with a "text" by `add_text`.
+    """
+    # The clipped surrogate, with text in it where `add_text` lays some beside the minibatch.
     objective = partial(
         policy_objective,
         apply,
@@ -389,14 +408,20 @@ def make_policy_update(config: Config, apply: Apply) -> ModelUpdate:
 
 
 def make_critic_update(config: Config, scalar_apply: Apply) -> ModelUpdate:
-    """Make the critic's optimiser and its jitted step (train_step.make_train_step)."""
+    """Make the critic's optimiser and its jitted step (train_step.make_train_step).
+
+    `scalar_apply`: of the critic. Minibatches are of Experience.
+    """
+    # The clipped square error of the values.
     objective = partial(value_objective, scalar_apply, clip=config.value_clip)
     return make_update(config, objective, config.value_optimizer)
 
 
 def make_update(config: Config, objective: Objective, options: OptimizerConfig) -> ModelUpdate:
     """Make the optimiser of `options` over all updates of the run, and the step of `objective`."""
-    optimizer = make_optimizer(options, config.steps * config.epochs * config.minibatches)
+    # The schedule counts updates, not iterations.
+    updates = config.steps * config.epochs * config.minibatches
+    optimizer = make_optimizer(options, updates)
     step = make_train_step(
         objective,
         optimizer,
@@ -410,7 +435,12 @@ def make_update(config: Config, objective: Objective, options: OptimizerConfig) 
 def open_data(
     config: Config, source: Source, tokenizer: Tokenizer, mesh: jax.sharding.Mesh
 ) -> dict[str, Batches]:
-    """Open `prompts` from `source`, and with --ptx_data `text`, a minibatch of rows at a time."""
+    """Open `prompts` from `source`, and with --ptx_data `text`, a minibatch of rows at a time.
+
+    `source`: records of the schema `prompt`. Returns {"prompts"} or {"prompts", "text"}: batches
+    of B / n prompts, n to be sampled to each, and of packed rows [B / minibatches, T]; this host's
+    part of both.
+    """
     # Every host reads its own part, in an order that the seed gives.
     shard: dict[str, Any] = {"seed": config.seed, **data_shard(mesh)}
     prompts = prompt_batches(
@@ -440,10 +470,16 @@ mixed = jax.jit(with_text, static_argnames="coefficient")
 def add_text(
     config: Config, minibatch: dict[str, Any], data: dict[str, Batches], mesh: jax.sharding.Mesh
 ) -> dict[str, Any]:
-    """Lay the next rows of pre-training text beside a minibatch, with --ptx_data (PPO-ptx)."""
+    """Return `minibatch` with the next pre-training rows as "text", [B, T] each; see `with_text`.
+
+    They are drawn from `data["text"]` (`open_data`): one batch a call. Without --ptx_data there is
+    no such stream, and `minibatch` is returned as it is. `minibatch` is not changed.
+    """
     if "text" not in data:
         return minibatch
-    return mixed(minibatch, to_mesh(next(data["text"]), mesh), coefficient=config.ptx_coef)
+    # As many rows as the minibatch has, new ones for each update.
+    text = to_mesh(next(data["text"]), mesh)
+    return mixed(minibatch, text, coefficient=config.ptx_coef)
 
 
 def fresh_items(
@@ -455,12 +491,15 @@ def fresh_items(
 ) -> dict[str, Any]:
     """Build what a checkpoint holds before the first iteration: policy, critic and beta.
 
-    Keys: `params` and `rest` of the policy's state, `value`, the critic's state, `beta`. The
-    parameters are copied, for the steps donate theirs; reference and reward models stay.
+    Keys: `params` and `rest` of the policy's state, `value`, the critic's state, `beta`, a scalar.
+    `policy`, `critic`: parameters to start from. They are copied, for the steps donate theirs;
+    reference and reward models stay.
     """
     # The keys are of adapters, which start at random.
     keys = jax.random.split(jax.random.key(config.seed))
     policy, critic = jax.tree.map(jnp.copy, (policy, critic))
+
+    # Two states, as each model has an optimiser of its own.
     policy_state = fresh_state(config, policy_optimizer, policy, keys[0])
     critic_state = fresh_state(config, critic_optimizer, critic, keys[1])
     beta = jnp.float32(config.kl_coef)
@@ -468,7 +507,8 @@ def fresh_items(
 
 
 def next_beta(config: Config, beta: jax.Array, kl: jax.Array) -> jax.Array:
-    """Move beta towards the target KL, if there is one. `kl`: nats a response, by k1."""
+    """Return beta, moved towards the target KL, if there is one. `kl`: nats a response, by k1."""
+    # Without a target beta is fixed.
     if config.kl_target is None:
         return beta
     return adapt_kl(beta, kl, config.kl_target, config.kl_horizon, config.batch_size)
@@ -505,6 +545,8 @@ def load_models(config: Config, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -
     init, apply = init_and_apply(LanguageModel(config.model))
     reference = starting_params(init, config.model, config.init, mesh, config.seed)
     critic, scalar_apply = starting_critic(config, rewards, mesh)
+
+    # With LoRA both are bases, under adapters that the states hold.
     return Loaded(
         apply=apply,
         scalar_apply=scalar_apply,
@@ -518,30 +560,40 @@ def load_models(config: Config, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -
 
 
 def put_aside(config: Config, loaded: Loaded) -> Loaded:
-    """Move reference and rewards to the host's memory with --offload; drop the critic's start.
+    """Drop the critic's start; with --offload move reference and rewards to the host's memory.
 
-    After it, with --offload, nothing that is only read stays on the devices.
+    Returns a new Loaded. The critic's buffers are freed only where nothing else holds them: with a
+    reward model, it is that model's arrays. With --offload nothing that is only read stays on the
+    devices.
     """
-    memory = "pinned_host" if config.offload else "device"
+    # Without --offload they stay where they are, and nothing is copied.
+    memory: Memory = "pinned_host" if config.offload else "device"
     reference, rewards = to_memory((loaded.reference, loaded.rewards), memory)
     return loaded._replace(reference=reference, rewards=rewards, critic=None)
 
 
 def first_samples(
     config: Config, prompts: Batches, rollout: Rollout, tokenizer: Tokenizer
-) -> list[dict[str, str]]:
-    """Pair the first eight prompts with a response each, for samples.md."""
+) -> list[SampleRow]:
+    """Return `sample_rows` of the first eight prompts: {"prompt", "response"}, for samples.md.
+
+    `prompts`: the stream that `rollout` was sampled from, not advanced since. On every process.
+    """
+    # Rows of a rollout are in the order of its prompts, a group to each.
     group = config.samples_per_prompt
     return sample_rows(prompts.records, rollout["response_BR"], tokenizer, group)[:8]
 
 
 def on_devices(config: Config, loaded: Loaded) -> tuple[Any, ...]:
-    """List the models that lie on the devices all the time: none with --offload."""
+    """Return the models that lie on the devices all the time: (reference, rewards), or ().
+
+    None do with --offload.
+    """
     return () if config.offload else (loaded.reference, loaded.rewards)
 
 
 def main(config: Config) -> dict[str, float]:
-    """Train a policy by PPO; return the last metrics."""
+    """Train a policy by PPO; return the last row of metrics, {} of a dry run."""
     config = note_lora_base(config)
     mesh = make_mesh(config.mesh)
     check(config, mesh)
@@ -573,6 +625,7 @@ def main(config: Config) -> dict[str, float]:
     policy_update = make_policy_update(config, loaded.apply)
     critic_update = make_critic_update(config, loaded.scalar_apply)
     full = partial(with_adapters, config.lora)
+    # The gold program knows the world's prompts alone.
     evaluate_gold = None
     if config.data == "world" and config.eval_every:
         evaluate_gold = make_gold_evaluation(config, tokenizer)
@@ -580,6 +633,8 @@ def main(config: Config) -> dict[str, float]:
     # What a checkpoint holds: the states of policy and critic, and beta.
     fresh = partial(fresh_items, config, policy_update.optimizer, critic_update.optimizer)
     shapes = abstract(jax.eval_shape(fresh, loaded.reference, loaded.critic), mesh)
+
+    # A dry run ends here and has written nothing.
     if config.dry_run:
         return preview_items(
             config,
@@ -589,10 +644,14 @@ def main(config: Config) -> dict[str, float]:
         )
 
     with Run(config, tokenizer, unit="iteration") as run:
+        # The states of the newest checkpoint, or of a new run.
         items = run.restore(shapes, data)
         if items is None:
             items = init_sharded(fresh, mesh, loaded.reference, loaded.critic)
-        policy, critic, beta = from_items(items), items["value"], items["beta"]
+        policy = from_items(items)
+        critic = items["value"]
+        beta = items["beta"]
+        # What they started from is no longer needed.
         loaded = put_aside(config, loaded)
         run.describe(
             f"PPO on {source.name}",
@@ -634,8 +693,10 @@ def main(config: Config) -> dict[str, float]:
                 shuffled_minibatches(experience, key, config.epochs, config.minibatches)
             ):
                 critic, critic_metrics = critic_update.step(critic, minibatch, loaded.critic_base)
+                # Text beside it is for the policy alone.
                 minibatch = add_text(config, minibatch, data, mesh)
                 policy, policy_metrics = policy_update.step(policy, minibatch, loaded.policy_base)
+                # Once a start: is the ratio 1 where it must be?
                 if step == run.start + 1 and number == 0:
                     check_first_update(
                         policy_metrics, metrics, config.model.compute_dtype, run.start

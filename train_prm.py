@@ -92,7 +92,10 @@ class Config:
 
 
 def make_update(config: Config) -> Update:
-    """Make the model's initialiser, its optimiser, its loss and the jitted step."""
+    """Make the initialiser of a ScalarModel, its optimiser, its loss and the jitted step.
+
+    Batches are data.steps.steps_batches' on the mesh; the loss is process_objective.
+    """
     init, apply = init_and_apply(ScalarModel(config.model))
     objective = partial(process_objective, apply)
     optimizer = make_optimizer(config.optimizer, config.steps)
@@ -109,10 +112,11 @@ def make_update(config: Config) -> Update:
 def make_step_evaluation(
     apply: Apply, source: Source, tokenizer: Tokenizer, length: int, most: int
 ) -> Callable[[Params], dict[str, float]]:
-    """Make evaluate(params) -> the measures of `step_table`, their names prefixed by `eval/`.
+    """Make evaluate(params) -> the measures of evaluation.steps.step_table, prefixed by `eval/`.
 
-    `apply`: of a ScalarModel. Evaluated are the first `most` records of `source` that have a
-    labelled step within `length` tokens; UserError where none has.
+    They are accuracy, auc, first_error, wrong and steps. `apply`: of a ScalarModel. Evaluated are
+    the first `most` records (schema `steps`) of `source`, but for those without a labelled step
+    within `length` tokens; UserError where none is left.
     """
     first = [source[i] for i in range(min(most, len(source)))]
     records = [record for record in first if encode_steps(record, tokenizer, length)[0]]
@@ -145,7 +149,7 @@ def make_step_evaluation(
 
 
 def main(config: Config) -> dict[str, float]:
-    """Train a reward model on solutions with labelled steps; return the last metrics."""
+    """Train on solutions with labelled steps; return the last row of metrics, {} of a dry run."""
     # A mesh of all devices, and a batch that splits over it.
     config = note_lora_base(config)
     mesh = make_mesh(config.mesh)

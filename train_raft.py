@@ -56,7 +56,7 @@ from sharding import (
     init_sharded,
     make_mesh,
 )
-from train_state import as_items, from_items, init_state, starting_params
+from train_state import Init, as_items, from_items, init_state, starting_params
 from train_step import OptimizerConfig, Update, make_optimizer, make_train_step
 from training_run import Run
 
@@ -144,17 +144,18 @@ class Config:
 
     @property
     def length(self) -> int:
-        """Tokens of a row: prompt and response."""
+        """Return the tokens of a row: prompt and response."""
         return self.max_prompt + self.max_new_tokens
 
     @property
     def pool_rows(self) -> int:
-        """Responses that the pool holds: this round's and those of the rounds before it."""
+        """Return how many responses the pool holds: of this round and of those before."""
         return self.batch_size * (1 + self.replay_rounds)
 
     @property
     def most_updates(self) -> int:
-        """Updates of a round in which as many responses are chosen as can be."""
+        """Return the updates of a round in which as many responses are chosen as can be."""
+        # Above a threshold all may be.
         most = self.pool_rows
         if self.select in ("best", "top"):
             most = divided_up(self.pool_rows, self.samples_per_prompt)
@@ -167,7 +168,10 @@ def divided_up(count: int, size: int) -> int:
 
 
 def check(config: Config, mesh: jax.sharding.Mesh) -> None:
-    """Raise UserError for settings that cannot run together."""
+    """Raise UserError for settings that cannot run together.
+
+    `config`: with no field of the method left at None (TypeError otherwise).
+    """
     # Sizes.
     group = config.samples_per_prompt
     require(
@@ -210,8 +214,11 @@ def make_targets(
 ) -> Callable[..., tuple[ScoredRollout, Batch]]:
     """Compile compute_targets(policy, reference, rollout, scores, scalars).
 
-    It returns (scored rollout, metrics). `scores`: {reward: [B]} of make_reward_scorer,
-    whose scalars are not used. `eos` ends a response. Metrics are scalars: means over the rollout.
+    It returns (scored rollout, metrics). `apply`: of both models, whose whole parameters are
+    given. `scores`: {reward: [B]} of rewards.scorer.make_reward_scorer, of which that of --reward
+    is read; its scalars are not used. `eos`: the id that ends a response. Nothing is donated.
+    Metrics are scalars, means over the rollout: `score`, before the rule on a missing end, and
+    those of `rollout_metrics`.
     """
 
     @jax.jit
@@ -253,7 +260,12 @@ class PoolFunctions(NamedTuple):
 
 
 def make_pool_functions(config: Config, mesh: jax.sharding.Mesh) -> PoolFunctions:
-    """Compile what --select, --distinct and --minibatch_size make of the pool."""
+    """Compile what --select, --distinct and --minibatch_size make of the pool.
+
+    `config`: with no field of the method left at None. See PoolFunctions for what each takes and
+    returns; nothing is donated.
+    """
+    # Which rows are imitated, by their scores.
     group = config.samples_per_prompt
     select = {
         "best": partial(imitate.best_of_n, group=group),
@@ -263,6 +275,7 @@ def make_pool_functions(config: Config, mesh: jax.sharding.Mesh) -> PoolFunction
 
     @jax.jit
     def choose(pool: Pool) -> tuple[jax.Array, Batch]:
+        # By score, then without repetitions.
         score_B = pool["score_B"]
         chosen_B = select(score_B)
         if config.distinct:
@@ -275,6 +288,7 @@ def make_pool_functions(config: Config, mesh: jax.sharding.Mesh) -> PoolFunction
 
     @jax.jit
     def draw(pool: Pool, chosen_B: jax.Array, key: jax.Array) -> list[Pool]:
+        # As many minibatches as a round can have: one shape, whatever is chosen.
         minibatches = imitate.drawn(
             pool, chosen_B, key, config.most_updates, config.minibatch_size
         )
@@ -292,41 +306,53 @@ def minibatches_of(
     key: jax.Array,
     step: int,
 ) -> tuple[list[Pool], Batch]:
-    """Choose the responses to imitate in round `step`; return minibatches and choose's metrics.
+    """Choose the responses to imitate; return (minibatches, metrics), which are `choose`'s.
 
-    `epochs` passes over what was chosen. Where nothing was, there are none, and a note on stderr
-    says so. Waits for the device, once a round.
+    Minibatches of --minibatch_size rows for --epochs passes over what was chosen, all in the one
+    order that `key` gives; the last is filled up with the first rows. Where nothing was chosen
+    there are none, and a note on stderr names the round, `step`. Metrics, scalars on the device:
+    chosen, chosen_score, best_score. Waits for the device. `pool` is not donated.
     """
+    # How many were chosen says how many minibatches there are.
     chosen_B, metrics = functions.choose(pool)
     count = int(metrics["chosen"])
     if count == 0:
         note_nothing_chosen(config, step, float(metrics["best_score"]))
         return [], metrics
+
+    # The passes over them; what is drawn beyond is dropped.
     updates = divided_up(config.epochs * count, config.minibatch_size)
     return functions.draw(pool, chosen_B, key)[:updates], metrics
 
 
 def note_nothing_chosen(config: Config, step: int, best: float) -> None:
-    """Say on stderr, once over all processes, that a round had no response to imitate."""
+    """Say on stderr, once over all processes, that round `step` had no response to imitate.
+
+    `best`: the best score of the pool.
+    """
+    # The others would say the same.
     if jax.process_index() != 0:
         return
     reason = f"no response reached --threshold={config.threshold} (the best score was {best:.4g})"
     print(f"note: round {step}: {reason}: nothing was learnt", file=sys.stderr)
 
 
-def make_update(config: Config, init: Any, apply: Apply) -> Update:
+def make_update(config: Config, init: Init, apply: Apply) -> Update:
     """Make the policy's optimiser over the most updates of a run, and its jitted step.
 
-    The step's `base` is {"base", "reference"}: what lies under the policy's adapters, or None, and
-    the reference.
+    `init` is handed through; `apply`: of the policy. Batches are rows of a Pool. The step's `base`
+    is {"base", "reference"}: what lies under the policy's adapters, or None, and the reference.
     """
 
+    # The objective sees two models; only what is trained of the policy has a gradient.
     def both(frozen: Params | None, trained: Params) -> Params:
         assert frozen is not None
         policy = with_adapters(config.lora, frozen["base"], trained)
         return {"policy": policy, "reference": frozen["reference"]}
 
     objective = partial(imitate.imitation_objective, apply, kl_coef=config.kl_coef)
+
+    # The schedule is of the most updates that a run can have; most runs make fewer.
     optimizer = make_optimizer(config.optimizer, config.steps * config.most_updates)
     step = make_train_step(
         objective,
@@ -343,11 +369,15 @@ def fresh_items(
 ) -> dict[str, Any]:
     """Build what a checkpoint holds before the first round: the policy's state, an empty pool.
 
-    Keys: `params`, `rest`, `pool`. Parameters are copied: the step donates its own, and the
-    reference stays.
+    Keys: `params` and `rest` of the state (train_state.as_items), and `pool`. `pad`: the id of
+    padding. Parameters of `reference` are copied: the step donates its own, and the reference
+    stays.
     """
+    # The policy starts as the reference, or as new adapters on it.
     trained = trainable_part(config.lora, reference, jax.random.key(config.seed))
     state = init_state(jax.tree.map(jnp.copy, trained), optimizer)
+
+    # The pool has its full size from the start: one shape for all rounds.
     pool = imitate.empty_pool(config.pool_rows, config.max_prompt, config.max_new_tokens, pad)
     return {**as_items(state), "pool": pool}
 
@@ -355,20 +385,31 @@ def fresh_items(
 def open_prompts(
     config: Config, source: Source, tokenizer: Tokenizer, mesh: jax.sharding.Mesh
 ) -> Batches:
-    """Open batches of one prompt a group, on this host's part of `source`."""
+    """Open batches of one prompt a group, on this host's part of `source`.
+
+    `source`: records of the schema `prompt`. Left-padded; `.records` are those of the last batch's
+    prompts. `config`: with no field of the method left at None.
+    """
+    # Every host reads its own part, in an order that the seed gives.
     shard: dict[str, Any] = {"seed": config.seed, **data_shard(mesh)}
     groups = config.batch_size // config.samples_per_prompt
     return prompt_batches(source, tokenizer, batch_size=groups, length=config.max_prompt, **shard)
 
 
 def load_score(config: Config, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -> Score:
-    """Load the reward; return score(rollout, records), as of rewards.scorer.make_reward_scorer."""
+    """Load the reward; return score(rollout, records) -> ({reward: [B]}, {reward: [B, R + 1]}).
+
+    As of rewards.scorer.make_reward_scorer with its model given, which stays on the mesh.
+    UserError for a reward that cannot be loaded.
+    """
+    # The model stays on the mesh: it is given once for all.
     reward_models, score = make_reward_scorer([config.reward], tokenizer, mesh)
     return partial(score, reward_models)
 
 
 def main(config: Config) -> dict[str, float]:
-    """Train a policy by --method, in rounds; return the last metrics."""
+    """Train a policy by --method, in rounds; return the last row of metrics, {} of a dry run."""
+    # What the paper sets, and a mesh of all devices.
     config = with_paper_defaults(config, config.method, imitate.PAPERS[config.method])
     config = note_lora_base(config)
     mesh = make_mesh(config.mesh)
@@ -405,6 +446,7 @@ def main(config: Config) -> dict[str, float]:
     functions = make_pool_functions(config, mesh)
     update = make_update(config, init, apply)
     full = partial(with_adapters, config.lora, frozen["base"])
+    # The gold program knows the world's prompts alone.
     evaluate_gold = None
     if config.data == "world" and config.eval_every > 0:
         evaluate_gold = make_gold_evaluation(config, tokenizer)
@@ -412,13 +454,17 @@ def main(config: Config) -> dict[str, float]:
     # What a checkpoint holds: the policy's state and the pool.
     fresh = partial(fresh_items, config, update.optimizer, tokenizer.pad)
     shapes = abstract(jax.eval_shape(fresh, reference), mesh)
+
+    # A dry run ends here and has written nothing.
     if config.dry_run:
         items = {**shapes, "held": reference}
         return preview_items(config, items, next(prompts), tokenizer)
 
     with Run(config, tokenizer, unit="round") as run:
+        # The state and the pool of the newest checkpoint, or of a new run.
         items = run.restore(shapes, prompts) or init_sharded(fresh, mesh, reference)
-        policy, pool = from_items(items), items["pool"]
+        policy = from_items(items)
+        pool = items["pool"]
         run.describe(
             f"{config.method} on {source.name}",
             policy.params,

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from data.batches import comparison_batches
+from data.records import Message
 from data.sources import Source, open_source
 from data.tokenizer import tokenizer_for
 from evaluation.reward_model import make_comparison_evaluation
@@ -100,7 +101,10 @@ class Config:
 
 
 def make_update(config: Config) -> Update:
-    """Make the model's initialiser, its optimiser, its loss and the jitted step."""
+    """Make the initialiser of a ScalarModel, its optimiser, its loss and the jitted step.
+
+    Batches are data.batches.comparison_batches' on the mesh; the loss is ranking_objective.
+    """
     init, apply = init_and_apply(ScalarModel(config.model))
     objective = partial(
         ranking_objective,
@@ -119,14 +123,15 @@ def make_update(config: Config) -> Update:
     return Update(init, optimizer, objective, step)
 
 
-def reference_responses(config: Config, source: Source) -> tuple[list, list[str]]:
+def reference_responses(config: Config, source: Source) -> tuple[list[list[Message]], list[str]]:
     """Return up to REFERENCE_RESPONSES prompts (lists of messages) and a good response to each.
 
     They are the first conversations of --demonstrations with their last turns, or without it the
-    first comparisons of `source` with the first of their best responses.
+    first comparisons of `source` (records of the schema `comparison`) with the first of their best
+    responses. Responses are texts.
     """
-    prompts = []
-    responses = []
+    prompts: list[list[Message]] = []
+    responses: list[str] = []
     if config.demonstrations is None:
         # The comparisons' own best.
         for i in range(min(REFERENCE_RESPONSES, len(source))):
@@ -149,15 +154,16 @@ def mean_score(
 ) -> jax.Array:
     """Return the mean reward of `reference_responses`, a float32 scalar.
 
-    `score`: of make_text_scorer, score(params, prompts, responses) -> rewards. The bias less
-    this mean scores them 0 on average (Stiennon et al. 2020, section 3.4).
+    `params`: of a reward model; `source`: as there. `score`: of rewards.models.make_text_scorer,
+    score(params, prompts, responses) -> rewards. The model's bias less this mean scores them 0 on
+    average (Stiennon et al. 2020, section 3.4).
     """
     rewards = score(params, *reference_responses(config, source))
     return jnp.float32(np.mean(rewards))
 
 
 def main(config: Config) -> dict[str, float]:
-    """Train a reward model on comparisons; return the last metrics."""
+    """Train a reward model on comparisons; return the last row of metrics, {} of a dry run."""
     # A mesh of all devices, and a batch that splits over it.
     config = note_lora_base(config)
     mesh = make_mesh(config.mesh)

@@ -30,12 +30,16 @@ Init = Callable[[jax.Array], Params]
 
 
 def load_params(run: str, step: int | None = None, shapes: Any = None) -> dict[str, Any]:
-    """Load the parameters of `run`, at its newest step or `step`, as a nested dict.
+    """Load the parameters of the run in the folder `run`, at `step` or the newest, a nested dict.
 
-    NumPy arrays, unless `shapes` (tree of ShapeDtypeStructs with shardings) is given: then they
-    are checked against it and become jax.Arrays placed so. A run that has adapters alone (lora.py)
-    comes merged into its base. Raises UserError for a missing run or step, a damaged file, another
-    shape or dtype, and a run of a fork whose model.py is not the one imported.
+    They are those that the run trains: of train_ppo the policy's, not the critic's. NumPy arrays,
+    unless `shapes` (tree of ShapeDtypeStructs with shardings) is given: then names, shapes and
+    types are checked against it (types not for adapters), and they become jax.Arrays placed so.
+    Adapters (lora.py) come merged into their base, of which the step is read that the run noted.
+
+    Raises UserError for a missing run, step or base, a damaged file, other parameters, and a run
+    of a fork whose model.py is not the one imported. Says so on stderr where a run of the root's
+    model.py is read with a fork's.
     """
     config = load_config(run)
     refuse_other_model_code(run, config)
@@ -82,10 +86,10 @@ def _merged(run: str, config: dict[str, Any], adapters: Params, shapes: Any) -> 
 
 
 def has_scalar_head(run: str) -> bool:
-    """True if the newest checkpoint of `run` is of a scalar model: a reward model, of any script.
+    """Tell if the newest checkpoint of `run` is of a scalar model: a reward model, of any script.
 
-    A scalar model is told from a language model by its parameter `head`. Raises UserError for a
-    run without a finished checkpoint.
+    `run`: a run's folder. A scalar model is told from a language model by its parameter `head`.
+    Raises UserError for a run without a finished checkpoint.
     """
     return "head" in stored_params(run)
 
@@ -96,9 +100,9 @@ def starting_params(
     """Initialise parameters on the mesh, then copy every subtree that `run` also has.
 
     So a reward model starts with a policy's decoder and a new head, or goes on from another reward
-    model. `config`: the shape of the model that `init` makes. `run` None: all random, by `seed`.
-    Raises UserError if the shapes differ, or for a language model that would start from a reward
-    model.
+    model. `config`: the shape of the model that `init` makes. `run`: a run's folder; None: all is
+    random, by `seed`. Returns the nested dict that `init` makes, laid as sharding.py says. Raises
+    UserError if the shapes differ, or for a language model that would start from a reward model.
     """
     if run is None:
         return init_sharded(init, mesh, jax.random.key(seed))
@@ -136,11 +140,12 @@ def _refuse_other_shape(run: str, config: ModelConfig) -> None:
 def starting_critic(
     config: Any, models: dict[str, Params], mesh: jax.sharding.Mesh
 ) -> tuple[Params, Callable[..., Any]]:
-    """Return the parameters that a value model starts from, and its apply.
+    """Return (parameters, apply) of the value model that a run starts with.
 
-    `models`: folders of reward models and their parameters. The value model starts as the first of
-    them, whose arrays it gets; without one, as the decoder of --init under a head of zeros.
-    `config`: the script's, of which `model`, `init` and `seed` are read.
+    `models`: {folder: parameters} of reward models. The value model starts as the first of them,
+    whose arrays it gets uncopied; without one, as the decoder of --init under a head of zeros.
+    `apply` is of a ScalarModel. `config`: the script's, of which `model`, `init` and `seed` are
+    read.
     """
     # As in InstructGPT (Ouyang et al. 2022, appendix C) the critic starts as the reward model.
     if models:
@@ -169,7 +174,7 @@ class Start(NamedTuple):
 
 
 def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
-    """Return a state at step 0 around `params`, whose arrays it holds."""
+    """Return a state at step 0 around `params`, whose arrays it holds: a step donates them."""
     return TrainState(
         step=jnp.int32(0),
         skipped=jnp.int32(0),
@@ -183,7 +188,8 @@ def fresh_state(
 ) -> TrainState:
     """Return the state that a script starts from: of new adapters on `params`, or of `params`.
 
-    `config`: the script's, of which `lora` is read. `key`: of the adapters' random part.
+    It holds arrays of `params` themselves, which a step donates: copy them, or call this under
+    jit. `config`: the script's, of which `lora` is read. `key`: of the adapters' random part.
     """
     return init_state(trainable_part(config.lora, params, key), optimizer)
 
@@ -193,8 +199,8 @@ def shapes_of(
 ) -> dict[str, Any]:
     """Return a fresh state as a checkpoint stores it, shapes and shardings alone.
 
-    Keys: `params` and `rest` (see as_items), and `base`, of adapters, None without. `config`: the
-    script's, of which `lora` and `seed` are read.
+    ShapeDtypeStructs under the keys `params` and `rest` (see as_items), and `base`, of adapters,
+    None without. `config`: the script's, of which `lora` and `seed` are read.
     """
     # Nothing is computed: the shapes follow from tracing.
     key = jax.random.key(config.seed)
@@ -213,7 +219,8 @@ def start_or_resume(
 ) -> Start:
     """Return the state of the newest checkpoint, or a fresh one on `starting_params`.
 
-    `config`: the script's, of which `model`, `init`, `seed` and `lora` are read.
+    `checkpoints`: of the run's own folder, opened. `config`: the script's, of which `model`,
+    `init`, `seed` and `lora` are read. Raises UserError as `starting_params` does.
     """
     # All parameters are in the checkpoint, unless it holds adapters.
     shapes = shapes_of(config, init, optimizer, mesh)
@@ -235,11 +242,11 @@ def start_or_resume(
 
 
 def as_items(state: TrainState) -> dict[str, Any]:
-    """Split the state as a checkpoint stores it: `params`, and the state without them: `rest`."""
+    """Split the state as a checkpoint stores it: {"params", "rest"}, rest all but parameters."""
     rest = dataclasses.replace(state, params={})
     return {"params": state.params, "rest": rest}
 
 
 def from_items(items: dict[str, Any]) -> TrainState:
-    """Undo `as_items`."""
+    """Undo `as_items`; other keys of `items` are not read."""
     return dataclasses.replace(items["rest"], params=items["params"])

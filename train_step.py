@@ -70,7 +70,8 @@ class TrainState:
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """Return the learning rate by step, over `steps` steps; raise UserError for settings at odds.
 
-    The first step already learns: the warm-up starts at 1/(warmup + 1) of the peak, not at 0.
+    schedule(count) -> learning rate, `count` the updates done before, from 0. The first step
+    already learns: the warm-up starts at 1/(warmup + 1) of the peak, not at 0.
     """
     if config.warmup < 0 or config.warmup >= max(steps, 1):
         raise UserError(
@@ -101,7 +102,7 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def decayed(params: Params) -> Any:
-    """Return a tree of bools: True for leaves under weight decay, all but norms and biases."""
+    """Return a tree of bools like `params`: True under weight decay, all but norms and biases."""
 
     def is_decayed(path: Any, leaf: Any) -> bool:
         return re.search(r"(norm|bias)$", path_name(path)) is None
@@ -110,7 +111,10 @@ def decayed(params: Params) -> Any:
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Make the optimiser for a run of `steps` updates, without clipping, which the step does."""
+    """Make the optimiser for a run of `steps` updates, without clipping, which the step does.
+
+    Raises UserError for settings at odds.
+    """
     # Adafactor: a factored second moment and no first, for models whose AdamW does not fit.
     schedule = make_schedule(config, steps)
     if config.name == "adafactor":
@@ -149,7 +153,9 @@ class Update(NamedTuple):
     """init(key) -> random parameters."""
     optimizer: optax.GradientTransformation
     objective: Objective
+    """objective(all parameters, batch) -> Sums; the script says which batches."""
     step: TrainStep
+    """step(state, batch, base=None) -> (state, metrics); `state` is donated."""
 
 
 class PartSums(NamedTuple):
@@ -177,16 +183,17 @@ def make_train_step(
 ) -> TrainStep:
     """Compile step(state, batch, base=None) -> (state, metrics).
 
-    `state` is donated: its buffers are gone after the call; `base` and `batch` are not.
-    `microbatches`: parts into which the batch's first axis is cut, one after another. Sums are
-    divided by the total weight at the end, so the result does not depend on the cut, whatever
-    the counts of tokens. `max_norm`: largest global gradient norm; a longer gradient is scaled
-    down to it. `full(base, state.params)`: the parameters that the objective sees, where
-    `state.params` are adapters on `base`; gradients are of `state.params` alone.
+    `state` is donated: its buffers are gone after the call; `base` and `batch` are not. `batch`:
+    arrays [B, ...] by name, as `objective` reads them. `microbatches`: parts into which B is cut,
+    one after another; it must divide B. Sums are divided by the total weight at the end, so the
+    result does not depend on the cut, whatever the counts of tokens. `max_norm`: largest global
+    gradient norm; a longer gradient is scaled down to it. `full(base, state.params)`: the
+    parameters that the objective sees, where `state.params` are adapters on `base`; gradients are
+    of `state.params` alone.
 
-    Metrics are of the parameters before the update: `loss`, the objective's own as means,
-    `grad_norm` before clipping, and `skipped`, updates left out so far. An update with a
-    non-finite loss or gradient changes nothing but the counters.
+    Metrics are of the parameters before the update, scalars on the device: `loss`, the objective's
+    own as means, `grad_norm` before clipping, and `skipped`, updates left out so far. An update
+    with a non-finite loss or gradient changes nothing but the counters.
     """
 
     # The sum of losses, differentiated by the parameters that the state holds.
@@ -263,7 +270,10 @@ def make_train_step(
 
 
 def make_evaluation(objective: Objective) -> Callable[[Params, list[Batch]], dict[str, float]]:
-    """Return evaluate(params, batches) -> means over all batches, {"eval/loss", "eval/NAME"}."""
+    """Return evaluate(params, batches) -> means over all batches, {"eval/loss", "eval/NAME"}.
+
+    NAME: each metric of `objective`. `batches`: a list of batches on the mesh, one or more.
+    """
 
     @jax.jit
     def sums(params: Params, batch: Batch) -> MetricSums:

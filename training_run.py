@@ -24,6 +24,7 @@ import jax
 import optax
 
 from data.batches import Batches
+from data.records import Message
 from data.tokenizer import Tokenizer
 from model import Params
 from model_config import ModelConfig
@@ -31,7 +32,7 @@ from planning.dry_run import describe
 from responses import make_sampler
 from runtime.checkpoint import Checkpoints
 from runtime.guard import GuardConfig
-from runtime.metrics import Recorder
+from runtime.metrics import Recorder, SampleRow
 from runtime.run_folder import path_from_root
 from sampling import SamplingConfig
 from train_state import Init, start_or_resume
@@ -129,7 +130,8 @@ class Run:
 
         A fresh state is of `init`'s random parameters, of those of --init, or of adapters on them.
         `data` is set to where the checkpoint left it, and `start` to its step. The base is None
-        without adapters. The arrays lie on `mesh` as sharding.py says.
+        without adapters. The arrays lie on `mesh` as sharding.py says. Raises UserError as
+        train_state.starting_params does, and for a checkpoint of other names, shapes or types.
         """
         self.start, state, position, base = start_or_resume(
             self._checkpoints, self.config, init, optimizer, mesh
@@ -140,8 +142,8 @@ class Run:
     def describe(self, what: str, params: Any, rest: Any, *, length: int) -> None:
         """Print the arithmetic of the run: sizes, mesh, memory, steps.
 
-        `params`: what is trained. `rest`: every other tree that lies on the devices. `length`:
-        tokens a row.
+        `what`: the title, behind the run's folder. `params`: the tree of what is trained. `rest`:
+        every other tree that lies on the devices. `length`: tokens a row.
         """
         # Printed by process 0 alone: the others have no stdout (runtime/hosts.py).
         text = describe(
@@ -177,18 +179,21 @@ class Run:
     def record(self, step: int, metrics: dict[str, Any], tokens: int = 0) -> None:
         """Keep the metrics of `step` and write those of the step before: nothing waits.
 
-        Values: scalars, of the device too, or pairs (sum, weight). Further calls for a step join
-        its row. `tokens`: how many the step trained on, for the throughput. Raises UserError where
-        the step was compiled too often, and guard.Spike.
+        `metrics`: by name, scalars, of the device too, or pairs (sum, weight). Further calls for a
+        step join its row. `tokens`: how many the step trained on, for the throughput. Raises
+        UserError where the step was compiled too often, and guard.Spike.
         """
         self._recorder(step, metrics, tokens=tokens)
 
-    def samples(self, step: int, rows: list[dict[str, Any]]) -> None:
-        """Append `rows` of prompt and response, as text, to samples.md, and show the first two."""
+    def samples(self, step: int, rows: list[SampleRow]) -> None:
+        """Append `rows` to samples.md, and show the first two: {"prompt": text, "response": text}.
+
+        Further keys are written as text too. Only the first process writes.
+        """
         self._recorder.samples(step, rows)
 
     def due(self, step: int, every: int) -> bool:
-        """True every `every` steps and at the last one; never where `every` is 0."""
+        """Tell if `step` is one in `every`, or the last of the run; never where `every` is 0."""
         return every > 0 and (step % every == 0 or step == self.config.steps)
 
     def save_when_due(self, step: int, items: dict[str, Any], data: Data) -> None:
@@ -205,7 +210,7 @@ class Run:
 
     @property
     def last_metrics(self) -> dict[str, float]:
-        """The newest row of metrics that has been written; {} before the first."""
+        """Return the newest row of metrics that has been written, by name; {} before the first."""
         return self._recorder.last
 
 
@@ -214,10 +219,12 @@ class Run:
 
 def sample_pairs(
     prompts: Sequence[str], responses: Sequence[Sequence[int]], tokenizer: Tokenizer
-) -> list[dict[str, str]]:
-    """Pair each prompt's text with the response to it, decoded: the rows that `Run.samples` takes.
+) -> list[SampleRow]:
+    """Return {"prompt": text, "response": text} for each prompt, as `Run.samples` takes them.
 
-    `responses`: token lists of `make_sampler`'s respond, one a prompt and in the same order.
+    `prompts`: texts. `responses`: lists of token ids, one a prompt and in the same order
+    (ValueError otherwise), such as `make_sampler`'s respond returns; control tokens are left out
+    of the text.
     """
     return [
         {"prompt": prompt, "response": tokenizer.decode(response)}
@@ -228,15 +235,17 @@ def sample_pairs(
 def make_greedy_samples(
     model_config: ModelConfig,
     tokenizer: Tokenizer,
-    prompts: Sequence[list[dict[str, str]]],
+    prompts: Sequence[list[Message]],
     *,
     max_prompt: int,
     max_new_tokens: int,
-) -> Callable[[Params, jax.Array], list[dict[str, str]]]:
-    """Make sample(params, key) -> the greedy response to each prompt: rows for `Run.samples`.
+) -> Callable[[Params, jax.Array], list[SampleRow]]:
+    """Make sample(params, key) -> [{"prompt", "response"}], a greedy response to each prompt.
 
-    `prompts`: lists of messages, the user's last; only the last `max_prompt` tokens of each are
-    seen, and only the last message is shown. Responses have at most `max_new_tokens` tokens.
+    Rows for `Run.samples`. `prompts`: lists of messages, the user's last; only the last
+    `max_prompt` tokens of each are seen, and only the last message is shown. Responses have at
+    most `max_new_tokens` tokens. `params`: of a language model of shape `model_config`. `key`
+    changes nothing.
     """
     # Greedy: the samples of two steps then differ by their parameters alone.
     sampling = SamplingConfig(temperature=0.0, max_new_tokens=max_new_tokens)
@@ -245,7 +254,7 @@ def make_greedy_samples(
     # What samples.md shows of each prompt.
     questions = [prompt[-1]["content"] for prompt in prompts]
 
-    def sample(params: Params, key: jax.Array) -> list[dict[str, str]]:
+    def sample(params: Params, key: jax.Array) -> list[SampleRow]:
         """Respond to all prompts with a language model's `params`; `key` is not used greedily."""
         return sample_pairs(questions, respond(params, prompt_tokens, key), tokenizer)
 

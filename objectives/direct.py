@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from objectives.likelihood import Apply, following, hidden_logprobs, shifted
+from model import Params
+from objectives.likelihood import Apply, LossSum, following, hidden_logprobs, shifted
 from objectives.reward import (
-    Batch,
-    LossSum,
+    Candidates,
     better_pairs,
     first_best,
     flat_candidates,
@@ -37,7 +37,10 @@ def log_ratio_gap(
     reference_chosen: Array,
     reference_rejected: Array,
 ) -> Array:
-    """Return h = log [pi(y_w) / ref(y_w)] - log [pi(y_l) / ref(y_l)], in nats."""
+    """Return h = log [pi(y_w) / ref(y_w)] - log [pi(y_l) / ref(y_l)], elementwise, in nats.
+
+    y_w is the chosen response, y_l the rejected one. Arguments: their log-probabilities.
+    """
     return (policy_chosen - reference_chosen) - (policy_rejected - reference_rejected)
 
 
@@ -49,7 +52,10 @@ def dpo(
     *,
     beta: float,
 ) -> Array:
-    """Return DPO's losses, [B] (direct preference optimisation, Rafailov et al. 2023)."""
+    """Return DPO's losses, [B] (direct preference optimisation, Rafailov et al. 2023).
+
+    Log-probabilities are sums over a response's tokens, in nats; [B], or shapes that broadcast.
+    """
     h = log_ratio_gap(
         policy_chosen_logps,
         policy_rejected_logps,
@@ -71,7 +77,7 @@ def cdpo(
 ) -> Array:
     """Return conservative DPO's losses, [B] (Mitchell 2023).
 
-    Each label is taken to be wrong with probability `label_smoothing`.
+    Arguments as of `dpo`. Each label is taken to be wrong with probability `label_smoothing`.
     """
     h = log_ratio_gap(
         policy_chosen_logps,
@@ -96,8 +102,8 @@ def robust_dpo(
 ) -> Array:
     """Return robust DPO's losses, [B] (Chowdhury et al. 2024); they have no lower bound.
 
-    Their mean over labels flipped with probability `label_smoothing` < 1/2 is DPO's mean over the
-    true labels.
+    Arguments as of `dpo`. Their mean over labels flipped with probability `label_smoothing` < 1/2
+    is DPO's mean over the true labels.
     """
     h = log_ratio_gap(
         policy_chosen_logps,
@@ -121,7 +127,8 @@ def ipo(
 ) -> Array:
     """Return IPO's losses, [B] (identity preference optimisation, Azar et al. 2024).
 
-    The gap is drawn to 1 / (2 beta), not to infinity; `beta` is the paper's tau.
+    Arguments as of `dpo`. The gap is drawn to 1 / (2 beta), not to infinity; `beta` is the paper's
+    tau.
     """
     h = log_ratio_gap(
         policy_chosen_logps,
@@ -142,7 +149,10 @@ def slic(
     beta: float,
     delta: float = 1.0,
 ) -> Array:
-    """Return SLiC's hinge on log-ratios to the reference, [B]: 0 beyond a gap of delta / beta."""
+    """Return SLiC's hinge on log-ratios to the reference, [B]: 0 beyond a gap of delta / beta.
+
+    Arguments as of `dpo`; `delta` is in nats times beta.
+    """
     h = log_ratio_gap(
         policy_chosen_logps,
         policy_rejected_logps,
@@ -168,8 +178,10 @@ def kto_unpaired(
 ) -> Array:
     """Return KTO's losses of single responses, [B] (Kahneman-Tversky, Ethayarajh et al. 2024).
 
-    `desirable`: true or not, [B] or one for all. `kl`: an estimate of KL(policy || reference) in
-    nats, as of `mismatched_kl`; below 0 it counts as 0, and it has no gradient.
+    Log-probabilities are sums over a response's tokens, in nats. `desirable`: true or not, [B] or
+    one for all. `kl`: an estimate of KL(policy || reference) in nats, as of `mismatched_kl`; below
+    0 it counts as 0, and it has no gradient. The weights multiply the losses of desirable and of
+    undesirable responses.
     """
     # Ethayarajh et al. 2024: z0, clamped and without gradient
     z0 = jax.lax.stop_gradient(jnp.maximum(kl, 0.0))
@@ -191,7 +203,10 @@ def kto(
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
 ) -> Array:
-    """Return KTO's losses of pairs, [B]: the mean of a desirable and an undesirable response's."""
+    """Return KTO's losses of pairs, [B]: the mean of a desirable and an undesirable response's.
+
+    The chosen response is the desirable one. Arguments as of `dpo` and `kto_unpaired`.
+    """
     good = kto_unpaired(
         policy_chosen_logps,
         reference_chosen_logps,
@@ -217,7 +232,8 @@ def kto(
 def mismatched_kl(policy_logps: Array, reference_logps: Array) -> Array:
     """Return KTO's estimate of KL(policy || reference), a scalar in nats; it may be below 0.
 
-    The log-probabilities are of responses to other prompts (Ethayarajh et al. 2024: z0).
+    The log-probabilities, sums over tokens, are of responses to other prompts (Ethayarajh et al.
+    2024: z0); arrays of one shape, whichever.
     """
     return jnp.mean(policy_logps - reference_logps)
 
@@ -237,7 +253,10 @@ def log_complement(logp: Array) -> Array:
 
 
 def orpo(chosen_mean_logps: Array, rejected_mean_logps: Array, *, beta: float) -> Array:
-    """Return ORPO's losses, [B] (odds ratio, Hong et al. 2024); `beta` is the paper's lambda."""
+    """Return ORPO's losses, [B] (odds ratio, Hong et al. 2024); `beta` is the paper's lambda.
+
+    Log-probabilities are means over a response's tokens, in nats; [B], or shapes that broadcast.
+    """
     odds_chosen = chosen_mean_logps - log_complement(chosen_mean_logps)
     odds_rejected = rejected_mean_logps - log_complement(rejected_mean_logps)
     # Hong et al. 2024, eq. 7, then eq. 6
@@ -248,7 +267,10 @@ def orpo(chosen_mean_logps: Array, rejected_mean_logps: Array, *, beta: float) -
 def simpo(
     chosen_mean_logps: Array, rejected_mean_logps: Array, *, beta: float, gamma: float
 ) -> Array:
-    """Return SimPO's losses, [B] (Meng et al. 2024); `gamma`: margin, in scaled nats a token."""
+    """Return SimPO's losses, [B] (Meng et al. 2024); `gamma`: margin, in scaled nats a token.
+
+    Arguments as of `orpo`; `beta` scales the gap before `gamma` is taken off.
+    """
     gap = chosen_mean_logps - rejected_mean_logps
     # Meng et al. 2024, eq. 6
     return -jax.nn.log_sigmoid(beta * gap - gamma)
@@ -257,7 +279,11 @@ def simpo(
 def cpo(
     chosen_logps: Array, rejected_logps: Array, *, beta: float, nll_weight: float = 1.0
 ) -> Array:
-    """Return CPO's losses, [B]: DPO under a uniform reference, plus the chosen response's NLL."""
+    """Return CPO's losses, [B]: DPO under a uniform reference, plus the chosen response's NLL.
+
+    Log-probabilities are sums over a response's tokens, in nats; [B], or shapes that broadcast.
+    `nll_weight` multiplies the NLL.
+    """
     # The reference, uniform, drops out of the gap.
     preference = -jax.nn.log_sigmoid(beta * (chosen_logps - rejected_logps))
     # Xu et al. 2024, eq. 3: L_prefer + L_NLL
@@ -274,7 +300,8 @@ def slic_hf(
 ) -> Array:
     """Return SLiC-HF's losses, [B]: a hinge of margin `delta`, and `weight` times a target's NLL.
 
-    `target_logps`: of the response to imitate; None: the chosen one.
+    Log-probabilities are sums over a response's tokens, in nats, as `delta` is. `target_logps`: of
+    the response to imitate; None: the chosen one.
     """
     if target_logps is None:
         target_logps = chosen_logps
@@ -289,8 +316,9 @@ def slic_hf(
 def rrhf(logps_BC: Array, ranks_BC: Array, tokens_BC: Array) -> Array:
     """Return RRHF's losses, [B] (Yuan et al. 2023): hinges over all pairs, and the best one's NLL.
 
-    `tokens_BC`: numbers of tokens; hinges compare means per token. The NLL is a sum over tokens,
-    of the first of the best candidates.
+    `logps_BC`: sums over tokens, nats. `ranks_BC`: 1 the best, 0 absent. `tokens_BC`: numbers of
+    tokens; hinges compare means per token, ties have none. The NLL is a sum over tokens, of the
+    first of the best candidates, and has no meaning in a row without a candidate.
     """
     # Yuan et al. 2023, section 3: p_i, L_rank and L_ft
     mean_BC = logps_BC / jnp.maximum(tokens_BC, 1.0)
@@ -301,29 +329,34 @@ def rrhf(logps_BC: Array, ranks_BC: Array, tokens_BC: Array) -> Array:
 
 
 def best(ranks_BC: Array) -> Array:
-    """Return [B, C] float32: 1 at the first of the best candidates, else 0."""
+    """Return [B, C] float32: 1 at the first candidate of the best (lowest) rank, else 0.
+
+    Rank 0 is an absent candidate, never the best; in a row of nothing else index 0 gets the 1.
+    """
     return jax.nn.one_hot(first_best(ranks_BC), ranks_BC.shape[1])
 
 
 def extreme_pair(ranks_BC: Array) -> Array:
-    """Return [B, C, C] float32: 1 for the first best against the first worst candidate, else 0.
+    """Return [B, C, C] float32: 1 at [b, i, j] where i is the first best, j the first worst.
 
-    All 0 in a row whose candidates tie; as of `better_pairs`, the better one comes first.
+    The worst has the highest rank; 0 marks an absent candidate, which is neither. All 0 in a row
+    whose candidates tie.
     """
     # An absent candidate, rank 0, is never the worst.
     worst_BC = jax.nn.one_hot(jnp.argmax(ranks_BC, axis=1), ranks_BC.shape[1])
     return best(ranks_BC)[:, :, None] * worst_BC[:, None, :] * better_pairs(ranks_BC)
 
 
-# ---- Binding to a policy. `batch`: of data.batches.comparison_batches, see pad_comparisons ----
+# ---- Binding to a policy ----
 
 
 def candidate_token_logprobs(
-    apply: Apply, params: Any, batch: Batch, temperature: float = 1.0
+    apply: Apply, params: Params, batch: Candidates, temperature: float = 1.0
 ) -> Array:
     """Return the log-probability of each candidate's tokens, [B, C, T] nats; 0 off the loss mask.
 
-    One pass over all candidates. Logits are divided by `temperature`.
+    One pass over all candidates. Logits are divided by `temperature`. Ranks and margins of `batch`
+    are not read.
     """
     # M = B * C rows for the model.
     tokens_MT, segment_ids_MT, positions_MT = flat_candidates(batch)
@@ -334,15 +367,20 @@ def candidate_token_logprobs(
     return logp_BCT * batch["loss_mask_BCT"]
 
 
-def candidate_logprobs(apply: Apply, params: Any, batch: Batch, temperature: float = 1.0) -> Array:
-    """Return the log-probability of each candidate response, [B, C] nats, summed over tokens."""
+def candidate_logprobs(
+    apply: Apply, params: Params, batch: Candidates, temperature: float = 1.0
+) -> Array:
+    """Return the log-probability of each candidate response, [B, C] nats, summed over tokens.
+
+    Arguments as of `candidate_token_logprobs`. An absent candidate has 0: mask it by its rank.
+    """
     return candidate_token_logprobs(apply, params, batch, temperature).sum(-1)
 
 
 def preference_objective(
     apply: Apply,
-    params: Any,
-    batch: Batch,
+    params: Params,
+    batch: Candidates,
     *,
     loss: Callable[..., Array],
     per_token: bool = False,
@@ -351,13 +389,14 @@ def preference_objective(
 ) -> LossSum:
     """Sum over prompts the mean of `loss` over each ranking's pairs; ties form no pair.
 
-    `loss(chosen, rejected)` on [B, C, C] arrays of log-probabilities; where `batch` has
+    `loss(chosen, rejected)` on log-probabilities that broadcast to [B, C, C]; where `batch` has
     `reference_BC` [B, C], nats, `loss(chosen, rejected, reference_chosen, reference_rejected)`.
-    `per_token`: the policy's are means per token, not sums. `extremes`: one pair a prompt, best
-    against worst. `temperature`: divides the logits.
+    `per_token`: the policy's are means per token, not sums (the reference's never). `extremes`:
+    one pair a prompt, best against worst. `temperature`: divides the logits. Margins are not read.
 
-    The weight is the number of prompts with a pair. Metrics, over all pairs, are of log-ratios to
-    the reference, or of log-probabilities where there is none: accuracy, margin, chosen, rejected.
+    The weight is the number of prompts with a pair. Metrics, over all pairs, or the one with
+    `extremes`, are of log-ratios to the reference, or of log-probabilities where there is none:
+    accuracy, margin, chosen, rejected.
     """
     # Log-probabilities of the candidates; an absent one's 0 would be a certainty.
     ranks_BC = batch["ranks_BC"]
@@ -378,12 +417,13 @@ def preference_objective(
     return losses_B.sum(), (valid_B.sum(), pair_metrics(score_BC, pairs_BCC))
 
 
-def kto_kl_estimate(apply: Apply, policy: Any, batch: Batch) -> Batch:
-    """Return `batch` with `kl_B` [B] in place of the last of the C candidates.
+def kto_kl_estimate(apply: Apply, policy: Params, batch: Candidates) -> Candidates:
+    """Return a batch like `batch` without its last candidate, and with `kl_B` [B] of it.
 
-    That one answers another prompt (data.preferences.with_mismatched). `kl_B` is in each row the
-    same `mismatched_kl`, over the last candidates of all rows. `batch` has `reference_BC` [B, C];
-    `margin_B`, which KTO does not use, goes too. `policy`: all its parameters.
+    That one answers another prompt (data.preferences.with_mismatched). Arrays [B, C, ...] become
+    [B, C - 1, ...]. `kl_B` is in each row the same `mismatched_kl`, over the last candidates of
+    all rows. `batch` has `reference_BC` [B, C], the reference's log-probabilities in nats;
+    `margin_B`, which KTO does not use, is left out. `policy`: all its parameters.
     """
     # All arrays of the batch but the margin have a candidate axis.
     per_candidate = {name: x for name, x in batch.items() if name != "margin_B"}
@@ -396,8 +436,8 @@ def kto_kl_estimate(apply: Apply, policy: Any, batch: Batch) -> Batch:
 
 def kto_objective(
     apply: Apply,
-    params: Any,
-    batch: Batch,
+    params: Params,
+    batch: Candidates,
     *,
     beta: float,
     desirable_weight: float = 1.0,
@@ -405,8 +445,8 @@ def kto_objective(
 ) -> LossSum:
     """Sum `kto_unpaired` over judged responses: rank 1 is desirable, 2 is not, 0 is not judged.
 
-    `batch` has `reference_BC` [B, C] and `kl_B` [B], of `kto_kl_estimate`. The weight is the
-    number of judged responses. Metrics: mean log-ratio to the reference of `desirable` and
+    `batch` is of `kto_kl_estimate`: it has `reference_BC` [B, C], nats, and `kl_B` [B]. The weight
+    is the number of judged responses. Metrics: mean log-ratio to the reference of `desirable` and
     `undesirable` responses, `kl` as estimated (the loss takes 0 for one below), and with several
     candidates those of `pair_metrics`.
     """
@@ -441,16 +481,17 @@ def kto_objective(
 
 def ranked_objective(
     apply: Apply,
-    params: Any,
-    batch: Batch,
+    params: Params,
+    batch: Candidates,
     *,
     loss: Callable[..., Array],
     per_token: bool = False,
 ) -> LossSum:
     """Sum `loss` of whole rankings (`rrhf`) over the prompts that have a pair; the weight: these.
 
-    `loss(logps_BC, ranks_BC, tokens_BC) -> [B]`. Metrics: `first`, how often the best candidate is
-    the likeliest, and those of `pair_metrics`; `per_token`: by means over tokens.
+    `loss(logps_BC, ranks_BC, tokens_BC) -> [B]`, of sums over tokens. Metrics: `first`, how often
+    the best candidate is the likeliest, and those of `pair_metrics`; with `per_token` these, not
+    the loss, go by means over tokens.
     """
     ranks_BC = batch["ranks_BC"]
     tokens_BC = batch["loss_mask_BCT"].sum(-1)

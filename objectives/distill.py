@@ -12,10 +12,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from model import unembed
-from objectives.likelihood import Apply, inputs, token_logprobs
-from objectives.reward import LossSum
+from objectives.likelihood import Apply, LossSum, TokenBatch, inputs, token_logprobs
 
-Batch = dict[str, Array]
 Divergence = Callable[[Array, Array, Array], Array]
 """divergence(student_BTV, teacher_BTV, mask_BT) -> [B, T]"""
 
@@ -27,10 +25,11 @@ def kl(logp_BTV: Array, logq_BTV: Array) -> Array:
 
 
 def forward_kl(student_BTV: Array, teacher_BTV: Array, mask_BT: Array) -> Array:
-    """Return KL(teacher || student): the student covers all that the teacher may say.
+    """Return KL(teacher || student), [B, T] nats, 0 where masked, from the logits of both.
 
-    Plus the teacher's entropy it is the cross-entropy with soft targets of Hinton et al. 2015,
-    section 2, whose gradient is their eq. 2; Agarwal et al. 2024, section 2.
+    The student covers all that the teacher may say. Plus the teacher's entropy it is the
+    cross-entropy with soft targets of Hinton et al. 2015, section 2, whose gradient is their eq.
+    2; Agarwal et al. 2024, section 2.
     """
     # The expectation is under the teacher: what it may say and the student would not costs.
     teacher_logp_BTV = jax.nn.log_softmax(teacher_BTV)
@@ -39,9 +38,9 @@ def forward_kl(student_BTV: Array, teacher_BTV: Array, mask_BT: Array) -> Array:
 
 
 def reverse_kl(student_BTV: Array, teacher_BTV: Array, mask_BT: Array) -> Array:
-    """Return KL(student || teacher): the student seeks a mode of the teacher.
+    """Return KL(student || teacher), [B, T] nats, 0 where masked, from the logits of both.
 
-    Agarwal et al. 2024, section 2.
+    The student seeks a mode of the teacher. Agarwal et al. 2024, section 2.
     """
     # The expectation is under the student: what the teacher alone would say costs nothing.
     student_logp_BTV = jax.nn.log_softmax(student_BTV)
@@ -50,11 +49,11 @@ def reverse_kl(student_BTV: Array, teacher_BTV: Array, mask_BT: Array) -> Array:
 
 
 def jsd(student_BTV: Array, teacher_BTV: Array, mask_BT: Array, *, beta: float) -> Array:
-    """Return the generalised Jensen-Shannon divergence, 0 < `beta` < 1.
+    """Return the generalised Jensen-Shannon divergence, [B, T] nats, from logits; 0 < `beta` < 1.
 
     beta KL(teacher || M) + (1 - beta) KL(student || M), M = beta teacher + (1 - beta) student
-    (Agarwal et al. 2024, eq. 1). Divided by beta it tends to the forward KL as beta tends to 0;
-    divided by 1 - beta, to the reverse KL as beta tends to 1.
+    (Agarwal et al. 2024, eq. 1); 0 where masked. Divided by beta it tends to the forward KL as
+    beta tends to 0; divided by 1 - beta, to the reverse KL as beta tends to 1.
     """
     logp_BTV = jax.nn.log_softmax(teacher_BTV)
     logq_BTV = jax.nn.log_softmax(student_BTV)
@@ -71,7 +70,7 @@ def distill_objective(
     apply: Apply,
     teacher_apply: Apply,
     params: dict[str, Any],
-    batch: Batch,
+    batch: TokenBatch,
     *,
     divergence: Divergence,
     alpha: float,
@@ -81,12 +80,12 @@ def distill_objective(
     """Sum alpha CE + (1 - alpha) tau^2 D(teacher, student) over tokens; the weight: these.
 
     `params`: {"student", "teacher"}, all parameters of two language models. `batch`: of
-    data.batches.chat_batches, or own samples with a loss mask of the responses. D has the logits
-    of both divided by `tau`; its gradient falls as 1/tau^2, which the factor makes up for (Hinton
-    et al. 2015, section 2). `labelled=False` is for the student's own samples, whose tokens are no
-    targets: the second term alone (Agarwal et al. 2024, section 3; here a token weighs the same
-    in responses of any length). Vocabularies may be padded to different sizes: D is over the
-    tokens that both have. Metrics, nats a token: `nll`, `divergence`.
+    conversations or of own samples, with a loss mask. D has the logits of both divided by `tau`;
+    its gradient falls as 1/tau^2, which the factor makes up for (Hinton et al. 2015, section 2).
+    `labelled=False` is for the student's own samples, whose tokens are no targets: the second term
+    alone (Agarwal et al. 2024, section 3; here a token weighs the same in responses of any
+    length). Vocabularies may be padded to different sizes: D is over the tokens that both have.
+    Metrics, nats a token: `nll`, and `divergence` at `tau`, not multiplied.
     """
     # Logits of both; position t predicts token t + 1.
     student = apply(params["student"], *inputs(batch))

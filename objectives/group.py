@@ -1,11 +1,11 @@
 """Online methods without a critic: advantages from groups of responses, ratios, averages.
 
-Rows are responses, those to one prompt next to one another: B = P C for P prompts with C responses
+Rows are responses, those to one prompt next to one another: B = Q C for Q prompts with C responses
 each. Index t of [B, R] arrays is response token t, as in objectives/policy.py. All are float32. No
 gradient passes through rewards or advantages.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from math import inf
 from typing import Any, Literal
@@ -13,10 +13,11 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from objectives.likelihood import Apply
+from model import Params
+from objectives.likelihood import Apply, LossSum
 from objectives.policy import (
     KlEstimator,
-    Sums,
+    Responses,
     clipped_surrogate,
     gae,
     kl_estimate,
@@ -99,9 +100,11 @@ def overlong_penalty(length_B: Array, longest: int, window: float) -> Array:
     """Return the penalty on long responses, [B] in [-1, 0] (Yu et al. 2025, DAPO, eq. 13).
 
     It is 0 up to `longest - window` tokens, then falls linearly to -1 at `longest`. `length_B`:
-    tokens of each response.
+    tokens of each response. `window`, in tokens, must be above 0.
     """
-    return -jnp.clip((length_B - (longest - window)) / window, 0.0, 1.0)
+    # How far into the window the response reaches.
+    beyond_B = length_B - (longest - window)
+    return -jnp.clip(beyond_B / window, 0.0, 1.0)
 
 
 def shaped(rewards_BR: Array, potential_BR: Array, mask_BR: Array) -> Array:
@@ -110,45 +113,47 @@ def shaped(rewards_BR: Array, potential_BR: Array, mask_BR: Array) -> Array:
     It leaves the optimal policy as it is (Ng et al. 1999, theorem 1, gamma = 1). `potential_BR`:
     phi of the states in which the tokens were emitted; after the last token it counts as 0.
     """
+    # phi(s') is the next token's phi(s), and 0 after the last.
     potential_BR = potential_BR * mask_BR
     next_BR = jnp.pad(potential_BR[:, 1:], ((0, 0), (0, 1)))
     return rewards_BR + next_BR - potential_BR
 
 
-# ---- Advantages of whole responses, [P, C] from rewards [P, C]: a row is a prompt's group ----
+# ---- Advantages of whole responses, [P, C] from rewards [Q, C]: a row is a prompt's group ----
 
 
-def centred(rewards_PC: Array) -> Array:
-    """Return A = r - mean(r) over the group (Liu et al. 2025, Dr. GRPO, section 3).
+def centred(rewards_QC: Array) -> Array:
+    """Return A = r - mean(r) over the group, [Q, C] (Liu et al. 2025, Dr. GRPO, section 3).
 
     Dividing by the deviation, as GRPO does, would weigh prompts against each other.
     """
     # Counted from the first response: a group of equal rewards then gives exactly 0, however its
     # mean is rounded.
-    rewards_PC = rewards_PC - rewards_PC[:, :1]
-    return rewards_PC - rewards_PC.mean(1, keepdims=True)
+    rewards_QC = rewards_QC - rewards_QC[:, :1]
+    return rewards_QC - rewards_QC.mean(1, keepdims=True)
 
 
-def normalised(rewards_PC: Array, *, unbiased: bool = False, eps: float = 1e-4) -> Array:
-    """Return A = (r - mean(r)) / (std(r) + eps) over the group (Shao et al. 2024, section 4.1.2).
+def normalised(rewards_QC: Array, *, unbiased: bool = False, eps: float = 1e-4) -> Array:
+    """Return A = (r - mean(r)) / (std(r) + eps) over the group, [Q, C].
 
-    `unbiased` divides the variance by C - 1. `eps` keeps rounding among equal rewards from passing
-    for a difference.
+    Shao et al. 2024, section 4.1.2. `unbiased` divides the variance by C - 1; one response alone
+    gets 0. `eps` keeps rounding among equal rewards from passing for a difference.
     """
-    centred_PC = centred(rewards_PC)
-    count = max(rewards_PC.shape[1] - unbiased, 1)
-    variance_P1 = jnp.square(centred_PC).sum(1, keepdims=True) / count
-    return centred_PC / (jnp.sqrt(variance_P1) + eps)
+    # The mean and the deviation of each group.
+    centred_QC = centred(rewards_QC)
+    count = max(rewards_QC.shape[1] - unbiased, 1)
+    variance_Q1 = jnp.square(centred_QC).sum(1, keepdims=True) / count
+    return centred_QC / (jnp.sqrt(variance_Q1) + eps)
 
 
-def leave_one_out(rewards_PC: Array) -> Array:
-    """Return A_i = r_i - mean of the others: an unbiased baseline; C must be at least 2.
+def leave_one_out(rewards_QC: Array) -> Array:
+    """Return A_i = r_i - mean of the others, [Q, C]: an unbiased baseline.
 
-    Kool et al. 2019; Ahmadian et al. 2024 (RLOO).
+    C must be at least 2. Kool et al. 2019; Ahmadian et al. 2024 (RLOO).
     """
     # r_i - (sum - r_i) / (C - 1)
-    count = rewards_PC.shape[1]
-    return centred(rewards_PC) * (count / (count - 1))
+    count = rewards_QC.shape[1]
+    return centred(rewards_QC) * (count / (count - 1))
 
 
 # ---- Advantages of tokens, [B, R] ----
@@ -159,11 +164,13 @@ def by_response(
 ) -> Array:
     """Give each token the advantage of its response, [B, R]; 0 where masked.
 
-    `advantage` maps rewards [P, C] to advantages [P, C], C = `group`; a response's reward is the
-    sum of its tokens'.
+    `advantage` maps rewards [Q, C] to advantages [Q, C], Q prompts, C = `group`; a response's
+    reward is the sum of `rewards_BR`, which must be 0 after its last token.
     """
-    total_PC = rewards_BR.sum(1).reshape(-1, group)
-    return advantage(total_PC).reshape(-1, 1) * mask_BR
+    # Rows by group, and back.
+    total_QC = rewards_BR.sum(1).reshape(-1, group)
+    advantage_B1 = advantage(total_QC).reshape(-1, 1)
+    return advantage_B1 * mask_BR
 
 
 def reinforce_pp(
@@ -171,15 +178,16 @@ def reinforce_pp(
 ) -> Array:
     """Return the rewards from t on, normalised over all tokens of the batch, [B, R].
 
-    Hu et al. 2025, REINFORCE++. With a `group` above 1 its mean reward is subtracted first: the
-    paper's variant with a baseline, which also has the KL in the loss, by k2. `unbiased` divides
-    the variance by n - 1.
+    `rewards_BR` must be 0 after a row's last token. Hu et al. 2025, REINFORCE++. With a `group`
+    above 1 its mean reward is subtracted first: the paper's variant with a baseline, which also
+    has the KL in the loss, by k2. `unbiased` divides the variance by n - 1.
     """
     # Advantages without a critic and without discounts are the rewards still to come.
     to_go_BR, _ = gae(rewards_BR, jnp.zeros_like(rewards_BR), gamma=1.0, gae_lambda=1.0)
+    # Every token of a response has the same baseline.
     if group > 1:
-        mean_P = rewards_BR.sum(1).reshape(-1, group).mean(1)
-        to_go_BR -= jnp.repeat(mean_P, group)[:, None]
+        mean_Q = rewards_BR.sum(1).reshape(-1, group).mean(1)
+        to_go_BR -= jnp.repeat(mean_Q, group)[:, None]
     return whiten(to_go_BR, mask_BR, unbiased=unbiased)
 
 
@@ -193,6 +201,7 @@ def log_ratio(change_BR: Array, mask_BR: Array, level: Ratio) -> Array:
     sequence, its whole response's (RLOO: the response is one action). geometric, the mean over its
     response, s_i = (pi(y) / pi_old(y))^(1 / |y|) (Zheng et al. 2025, GSPO, eq. 7).
     """
+    # Of the whole response: 0 at padding, so sums over R are over its tokens.
     whole_B1 = change_BR.sum(1, keepdims=True)
     length_B1 = jnp.maximum(mask_BR.sum(1, keepdims=True), 1.0)
     return {
@@ -209,6 +218,7 @@ def row_weights(mask_BR: Array, average: Average) -> tuple[Array, Array]:
     (GRPO, eq. 3). tokens: mean over all tokens of the minibatch (DAPO, eq. 8). constant: sum over
     its tokens / R, then mean over responses (Dr. GRPO).
     """
+    # Numerator and denominator of each average, as parts a response.
     length_B = mask_BR.sum(1)
     counts_B = (length_B > 0).astype(jnp.float32)
     return {
@@ -220,8 +230,8 @@ def row_weights(mask_BR: Array, average: Average) -> tuple[Array, Array]:
 
 def surrogate_objective(
     apply: Apply,
-    params: Any,
-    batch: Mapping[str, Any],
+    params: Params,
+    batch: Responses,
     *,
     ratio: Ratio,
     average: Average,
@@ -230,13 +240,16 @@ def surrogate_objective(
     kl_coef: float,
     kl_estimator: KlEstimator,
     temperature: float,
-) -> tuple[Array, tuple[Array, Sums]]:
+) -> LossSum:
     """Sum the clipped surrogate over responses, plus `kl_coef` times each token's KL estimate.
 
-    Shao et al. 2024, eq. 3 and 4. `batch`: a Rollout with `old_logp_BR`, `reference_BR` and
-    `advantages_BR`. Returns (loss sum, (weight, metrics)) for make_train_step; metrics are
-    (sum, weight) pairs: approx_kl, clipped, nll_per_token and kl, the mean estimate per token.
+    Shao et al. 2024, eq. 3 and 4. `batch` has `old_logp_BR`, `reference_BR` (the reference's,
+    nats) and `advantages_BR`, [B, R], too. `ratio`: see `log_ratio`; `average`: see `row_weights`,
+    whose second result sums to the weight; clips as of policy.clipped_policy_loss; `temperature`:
+    of sampling, 0 counts as 1. Metrics: approx_kl, clipped, nll_per_token and kl, the mean
+    estimate per token, which is there without `kl_coef` too.
     """
+    # The surrogate of each token, by the method's importance ratio.
     mask_BR = batch["mask_BR"]
     logp_BR = response_logprobs(apply, params, batch, temperature)
     losses_BR, metrics = clipped_surrogate(
@@ -249,6 +262,7 @@ def surrogate_objective(
     if kl_coef:
         losses_BR += kl_coef * kl_BR
 
+    # Tokens weigh as the method averages them.
     weight_B, count_B = row_weights(mask_BR, average)
     loss = (losses_BR * mask_BR * weight_B[:, None]).sum()
     return loss, (count_B.sum(), metrics)

@@ -14,12 +14,9 @@ import jax.numpy as jnp
 
 from model import unembed
 from objectives.distill import kl
-from objectives.likelihood import Apply, inputs, response_mask, token_logprobs
-from objectives.policy import Sums
+from objectives.likelihood import Apply, LossSum, inputs, response_mask, token_logprobs
 
 Array = jax.Array
-
-
 Pool = dict[str, Array]
 """Responses of several rounds, in the rows that `added` gives them: `tokens_BT`, `segment_ids_BT`
 and `positions_BT`, int32, as in a Rollout; `loss_mask_BT`, 1 for the response's tokens, the
@@ -57,23 +54,27 @@ PAPERS: dict[str, dict[str, Any]] = {
 
 
 def filled(scores_B: Array) -> Array:
-    """Return True for rows that hold a response."""
+    """Return [B] bool: True for rows that hold a response, whose score is not -inf."""
     return scores_B > -jnp.inf
 
 
 def best_of_n(scores_B: Array, group: int) -> Array:
-    """Choose argmax_j r(x, y_j) among the `group` responses to each prompt (RAFT, algorithm 1)."""
-    scores_PC = scores_B.reshape(-1, group)
-    best_P = scores_PC.argmax(1)
-    is_best_PC = best_P[:, None] == jnp.arange(group)
+    """Return [B] bool: True at argmax_j r(x, y_j) of the `group` responses to each prompt.
+
+    RAFT, algorithm 1. The first of equal ones; none in a group without responses. `group` must
+    divide B.
+    """
+    scores_QC = scores_B.reshape(-1, group)
+    best_Q = scores_QC.argmax(1)
+    is_best_QC = best_Q[:, None] == jnp.arange(group)
     # The best of a group without responses is none.
-    return is_best_PC.reshape(-1) & filled(scores_B)
+    return is_best_QC.reshape(-1) & filled(scores_B)
 
 
 def top_fraction(scores_B: Array, one_in: int) -> Array:
-    """Choose the best 1 / `one_in` of all responses, rounded up, whatever their prompts.
+    """Return [B] bool: True for the best 1 / `one_in` of all responses, whatever their prompts.
 
-    RAFT's acceptance ratio, over the whole pool.
+    RAFT's acceptance ratio, over the rows of the pool that hold a response; rounded up.
     """
     # Both sorts are stable, so the first of equal rows ranks first.
     order_B = jnp.argsort(-scores_B)
@@ -84,7 +85,7 @@ def top_fraction(scores_B: Array, one_in: int) -> Array:
 
 
 def passing(scores_B: Array, threshold: float) -> Array:
-    """Choose r(x, y) >= threshold: right answers, where a program checks them.
+    """Return [B] bool: True where r(x, y) >= threshold: right answers, where a program checks.
 
     STaR, algorithm 1; RFT, section 3.3.
     """
@@ -92,21 +93,25 @@ def passing(scores_B: Array, threshold: float) -> Array:
 
 
 def first_of_equal(tokens_BT: Array, group: int) -> Array:
-    """Return False for a response whose tokens are those of an earlier one to its prompt.
+    """Return [B] bool: False for a response whose row of tokens is an earlier one's of its group.
 
-    (RFT compares equations.)
+    Rows are compared whole, prompt and padding too; by neighbours, `group` of them. Earlier rounds
+    are other groups. (RFT compares equations.)
     """
-    tokens_PCT = tokens_BT.reshape(-1, group, tokens_BT.shape[1])
-    equal_PCC = (tokens_PCT[:, :, None] == tokens_PCT[:, None]).all(-1)
-    has_earlier_PC = jnp.tril(equal_PCC, -1).any(2)
-    return ~has_earlier_PC.reshape(-1)
+    tokens_QCT = tokens_BT.reshape(-1, group, tokens_BT.shape[1])
+    equal_QCC = (tokens_QCT[:, :, None] == tokens_QCT[:, None]).all(-1)
+    has_earlier_QC = jnp.tril(equal_QCC, -1).any(2)
+    return ~has_earlier_QC.reshape(-1)
 
 
 # ---- The pool: samples of several rounds ----
 
 
 def empty_pool(rows: int, prompt: int, response: int, pad: int) -> Pool:
-    """Make room for `rows` responses of `response` tokens to prompts of `prompt`, all empty."""
+    """Make room for `rows` responses of `response` tokens to prompts of `prompt`, all empty.
+
+    `pad`: the id of padding, of which all their tokens are; scores are -inf.
+    """
     zeros_BT = jnp.zeros((rows, prompt + response), jnp.int32)
     return {
         "tokens_BT": zeros_BT + pad,
@@ -118,9 +123,11 @@ def empty_pool(rows: int, prompt: int, response: int, pad: int) -> Pool:
 
 
 def added(pool: Pool, batch: Mapping[str, Any], number: Array | int) -> Pool:
-    """Write a round's rollout, with `score_B`, over the pool's oldest rows.
+    """Return the pool with a round's rollout, `batch`, in place of its oldest rows.
 
-    `number`: rounds before this one. The pool's rows are a multiple of the rollout's.
+    `batch`: a Rollout with `score_B`, of P and R as `empty_pool` was given; its `mask_BR` becomes
+    the pool's loss mask. `number`: rounds before this one. The pool's rows are a multiple of the
+    rollout's.
     """
     # The rows of the oldest round, in a ring.
     rows = batch["score_B"].shape[0]
@@ -135,9 +142,11 @@ def added(pool: Pool, batch: Mapping[str, Any], number: Array | int) -> Pool:
 
 
 def drawn(pool: Pool, chosen_B: Array, key: Array, parts: int, rows: int) -> list[Pool]:
-    """Cut the chosen rows, in random order, into `parts` minibatches of `rows`, over and over.
+    """Return `parts` minibatches of `rows` rows: the chosen ones in a random order, over and over.
 
-    Minibatches have the keys of `pool`. At least one row must be chosen.
+    The order is drawn once, from `key`, and repeated where parts x rows exceeds what is chosen.
+    `chosen_B`: bool, at least one of them True: otherwise row 0 is repeated. Minibatches have the
+    keys of `pool`. `parts` and `rows` are static under jit.
     """
     # Chosen rows first, in random order.
     random_B = jax.random.uniform(key, chosen_B.shape)
@@ -159,12 +168,13 @@ def drawn(pool: Pool, chosen_B: Array, key: Array, parts: int, rows: int) -> lis
 
 def imitation_objective(
     apply: Apply, params: dict[str, Any], batch: Pool, *, kl_coef: float
-) -> tuple[Array, tuple[Array, Sums]]:
+) -> LossSum:
     """Sum -log p(y | x) + beta KL(p_0(. | x, y_<t) || p(. | x, y_<t)) over the loss mask, in nats.
 
     With `kl_coef` (beta) 0 this is supervised fine-tuning, and the reference p_0 is not read.
-    `params`: {"policy", "reference"}, whole parameters. `batch`: rows of a Pool. Returns (loss
-    sum, (tokens, metrics)); metrics, with a beta alone, are nll and reference_kl per token.
+    `params`: {"policy", "reference"}, whole parameters. `batch`: rows of a Pool, whose scores are
+    not read. The weight is the number of tokens under the loss mask; metrics, with a beta alone,
+    are nll and reference_kl per token.
     """
     mask_BT = batch["loss_mask_BT"]
     tokens = mask_BT.sum()

@@ -12,9 +12,18 @@ from model import Params, unembed
 from sharding import along
 
 Apply = Callable[..., Any]
-"""A model's apply (model.init_and_apply); that of a LanguageModel, unless said otherwise."""
+"""apply(params, tokens_BT, segment_ids_BT, positions_BT) of model.init_and_apply: that of a
+LanguageModel, which returns a LanguageOutput, unless a ScalarModel's is asked for, which returns a
+ScalarOutput."""
+TokenBatch = Mapping[str, Any]
+"""Rows of tokens, [B, T] each, of data.batches or a rollout: `tokens_BT`, ids, int32;
+`segment_ids_BT`, int32, 0 for padding and 1, 2, ... for the examples packed in a row;
+`positions_BT`, int32, 0 at the first token of each example; and for a loss `loss_mask_BT`,
+float32, 1 where a token is predicted and counts."""
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
-"""Metrics of an objective: name -> (sum, weight)."""
+"""Metrics of an objective: {name: (sum, weight)}, float32 scalars; the metric is the quotient."""
+LossSum = tuple[jax.Array, tuple[jax.Array, Metrics]]
+"""(loss sum, (weight, metrics)) of an objective; the loss is the sum divided by the weight."""
 
 # A loss that needs the labels' log-probabilities alone never holds the logits of all its tokens: a
 # device makes them part by part, at most LOGITS at a time, but of no fewer than TOKENS tokens, as
@@ -29,7 +38,7 @@ TOKENS = 1024
 def label_logprobs(logits_BTV: jax.Array, labels_BT: jax.Array) -> jax.Array:
     """Return log softmax(logits)[label], in nats, [B, T] float32.
 
-    Finite logits never give -inf.
+    `labels_BT`: token ids. Finite logits never give -inf.
     """
     return _label_logprobs(logits_BTV.astype(jnp.float32), labels_BT)
 
@@ -43,20 +52,30 @@ def _label_logprobs(logits_BTV: jax.Array, labels_BT: jax.Array) -> jax.Array:
 
 
 def _label_logprobs_forward(logits_BTV, labels_BT):
+    # The sum of exponentials, less the largest logit so that none overflows.
     top_BT = logits_BTV.max(-1)
-    total_BT = jnp.exp(logits_BTV - top_BT[..., None]).sum(-1)
-    label_BT = jnp.take_along_axis(logits_BTV, labels_BT[..., None], axis=-1)[..., 0]
-    logp_BT = label_BT - (jnp.log(total_BT) + top_BT)
+    centred_BTV = logits_BTV - top_BT[..., None]
+    total_BT = jnp.exp(centred_BTV).sum(-1)
+
+    # The label's logit less the logarithm of that sum.
+    labels_BT1 = labels_BT[..., None]
+    label_BT = jnp.take_along_axis(logits_BTV, labels_BT1, axis=-1)[..., 0]
+    log_total_BT = jnp.log(total_BT) + top_BT
+    logp_BT = label_BT - log_total_BT
     return logp_BT, (logits_BTV, labels_BT, top_BT, total_BT)
 
 
 def _label_logprobs_backward(saved, cotangent_BT):
     # d logp / d logit_v = [v is the label] - softmax_v
     logits_BTV, labels_BT, top_BT, total_BT = saved
-    is_label_BTV = labels_BT[..., None] == jnp.arange(logits_BTV.shape[-1])
+    vocab = logits_BTV.shape[-1]
+    is_label_BTV = labels_BT[..., None] == jnp.arange(vocab)
     scale_BT = -cotangent_BT / total_BT
-    softmax_part_BTV = jnp.exp(logits_BTV - top_BT[..., None]) * scale_BT[..., None]
-    return jnp.where(is_label_BTV, cotangent_BT[..., None], 0.0) + softmax_part_BTV, None
+    centred_BTV = logits_BTV - top_BT[..., None]
+    softmax_part_BTV = jnp.exp(centred_BTV) * scale_BT[..., None]
+    label_part_BTV = jnp.where(is_label_BTV, cotangent_BT[..., None], 0.0)
+    # Labels have no derivative.
+    return label_part_BTV + softmax_part_BTV, None
 
 
 _label_logprobs.defvjp(_label_logprobs_forward, _label_logprobs_backward)
@@ -67,13 +86,17 @@ def hidden_logprobs(
 ) -> jax.Array:
     """Return `label_logprobs` of logits / temperature, [B, T], from hidden states.
 
-    `x_BTD` and `unembed_DV`: of a LanguageOutput, or a slice of its positions. The logits are made
-    in parts (see LOGITS), and in the backward pass again.
+    `x_BTD` and `unembed_DV`: of a LanguageOutput, or a slice of its positions. `labels_BT`: token
+    ids; `temperature` must be above 0. The logits are made in parts (see LOGITS), and in the
+    backward pass again.
     """
     batch, length, _ = x_BTD.shape
 
     def part_logprobs(x_BTD: jax.Array, labels_BT: jax.Array) -> jax.Array:
-        return label_logprobs(unembed(x_BTD, unembed_DV) / temperature, labels_BT)
+        logits_BTV = unembed(x_BTD, unembed_DV) / temperature
+        return label_logprobs(logits_BTV, labels_BT)
+
+    # Few tokens are unembedded at once.
 
     parts = _parts(batch * length, unembed_DV.shape[1])
     if parts == 1:
@@ -90,18 +113,26 @@ def hidden_logprobs(
 
     def cut(x: jax.Array) -> jax.Array:
         """Return [B, T, ...] as [parts, B, ways part, ...]."""
-        rest = x.shape[2:]
+        _, _, *rest = x.shape
         x = x.reshape(batch, ways, own, *rest)
-        padding = [(0, 0), (0, 0), (0, parts * part - own)] + [(0, 0)] * len(rest)
-        x = jnp.pad(x, padding).reshape(batch, ways, parts, part, *rest)
-        return jnp.moveaxis(x, 2, 0).reshape(parts, batch, ways * part, *rest)
+        # Padded at the end of each device's own, so that all parts are of one size.
+        padding = [(0, 0)] * x.ndim
+        padding[2] = (0, parts * part - own)
+        x = jnp.pad(x, padding)
+        x = x.reshape(batch, ways, parts, part, *rest)
+        x = jnp.moveaxis(x, 2, 0)
+        return x.reshape(parts, batch, ways * part, *rest)
 
     def one_part(cut_arrays: tuple[jax.Array, jax.Array]) -> jax.Array:
         return jax.checkpoint(part_logprobs)(*cut_arrays)
 
     logp = jax.lax.map(one_part, (cut(x_BTD), cut(labels_BT)))
-    logp = jnp.moveaxis(logp.reshape(parts, batch, ways, part), 0, 2)
-    return logp.reshape(batch, ways, -1)[:, :, :own].reshape(batch, length)
+
+    # Put together as they were cut, without the padding.
+    logp = logp.reshape(parts, batch, ways, part)
+    logp = jnp.moveaxis(logp, 0, 2)
+    logp = logp.reshape(batch, ways, -1)
+    return logp[:, :, :own].reshape(batch, length)
 
 
 def _parts(tokens: int, vocab: int) -> int:
@@ -111,57 +142,74 @@ def _parts(tokens: int, vocab: int) -> int:
     tensor = 1 if mesh.empty else along(mesh, "tensor")
     own_tokens = tokens * tensor / devices
     own_vocab = vocab / tensor
-    return math.ceil(min(own_tokens * own_vocab / LOGITS, own_tokens / TOKENS))
+    # Whichever bound asks for fewer.
+    by_logits = own_tokens * own_vocab / LOGITS
+    by_tokens = own_tokens / TOKENS
+    return math.ceil(min(by_logits, by_tokens))
 
 
 # --- the shift: position t - 1 predicts token t
 
 
 def token_logprobs(logits_BTV: jax.Array, tokens_BT: jax.Array) -> jax.Array:
-    """Return [B, T]: at t log p(token t | tokens before t), in nats; at 0 it is 0."""
+    """Return [B, T]: at t log p(token t | tokens before t), in nats; at 0 it is 0.
+
+    `logits_BTV`: of all positions of `tokens_BT`; those at t - 1 predict token t.
+    """
     # Shifted afterwards: a slice of the logits would copy them, and its gradient pad them again.
-    return shifted(label_logprobs(logits_BTV, following(tokens_BT)))
+    logp_BT = label_logprobs(logits_BTV, following(tokens_BT))
+    return shifted(logp_BT)
 
 
 def following(tokens_BT: jax.Array) -> jax.Array:
-    """Return the label of each position: the next token. The last wraps, and is never used."""
+    """Return each position's label, [B, T]: the next token. The last wraps, and is never used."""
     return jnp.roll(tokens_BT, -1, axis=1)
 
 
 def shifted(logp_BT: jax.Array) -> jax.Array:
-    """Move the log-probabilities of `following` labels to the tokens' own index; 0 at index 0."""
-    return jnp.pad(logp_BT[:, :-1], ((0, 0), (1, 0)))
+    """Move `following` labels' log-probabilities to the tokens' index, [B, T]; 0 at index 0."""
+    earlier_BT = logp_BT[:, :-1]
+    return jnp.pad(earlier_BT, ((0, 0), (1, 0)))
 
 
 # --- batches
 
 
-def inputs(batch: Mapping[str, Any]) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return what a model's apply takes of a batch: tokens, segment ids and positions, [B, T]."""
+def inputs(batch: TokenBatch) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return what a model's apply takes of a batch, [B, T] each.
+
+    `tokens_BT`, `segment_ids_BT`, `positions_BT`, in this order.
+    """
     return batch["tokens_BT"], batch["segment_ids_BT"], batch["positions_BT"]
 
 
 def response_mask(batch: Mapping[str, Any]) -> jax.Array:
-    """Return [B, T]: the loss mask of the responses of a rollout, its `mask_BR` behind zeros."""
-    before = batch["tokens_BT"].shape[1] - batch["mask_BR"].shape[1]
-    return jnp.pad(batch["mask_BR"], ((0, 0), (before, 0)))
+    """Return [B, T]: the loss mask of the responses of a rollout, its `mask_BR` behind zeros.
+
+    `batch`: a rollout.Rollout, of which `tokens_BT` gives T.
+    """
+    mask_BR = batch["mask_BR"]
+    prompt_length = batch["tokens_BT"].shape[1] - mask_BR.shape[1]
+    return jnp.pad(mask_BR, ((0, 0), (prompt_length, 0)))
 
 
 # --- the objective
 
 
-def likelihood_objective(
-    apply: Apply, params: Params, batch: Mapping[str, Any]
-) -> tuple[jax.Array, tuple[jax.Array, Metrics]]:
+def likelihood_objective(apply: Apply, params: Params, batch: TokenBatch) -> LossSum:
     """Return the negative log-likelihood of the tokens under `loss_mask_BT`, summed, in nats.
 
-    Beside it the weight, the mask's sum, and metrics. Where the model has an auxiliary loss, it is
-    added once a token, and is a metric of that name.
+    The weight is the mask's sum. Metrics are none, or, where the model has an auxiliary loss,
+    `auxiliary_loss`, which is then added once a token. The mask may have weights in it, other than
+    0 and 1.
     """
+    # The log-probability of each token, at the token's own index.
     mask_BT = batch["loss_mask_BT"]
     output = apply(params, *inputs(batch))
     labels_BT = following(batch["tokens_BT"])
     logp_BT = shifted(hidden_logprobs(output.x_BTD, output.unembed_DV, labels_BT))
+
+    # Summed where they count; the model's own loss is a token's.
     tokens = mask_BT.sum()
     loss = -(logp_BT * mask_BT).sum()
     if output.auxiliary_loss is None:

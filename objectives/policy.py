@@ -18,9 +18,12 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from model import unembed
+from model import Params, unembed
 from objectives.likelihood import (
     Apply,
+    LossSum,
+    Metrics,
+    TokenBatch,
     hidden_logprobs,
     inputs,
     label_logprobs,
@@ -31,8 +34,10 @@ Array = jax.Array
 KlEstimator = Literal["k1", "k2", "k3"]
 MissingEos = Literal["replace", "penalty", "none"]
 ScoreAt = Literal["last", "after"]
-Sums = dict[str, tuple[Array, Array]]
-"""Metrics of an objective: {name: (sum, weight)}."""
+Responses = Mapping[str, Any]
+"""A rollout.Rollout, or a minibatch of its rows. [B, P + R]: `tokens_BT`, `segment_ids_BT`,
+`positions_BT`, int32; [B, R]: `response_BR`, the last R columns of `tokens_BT`, and `mask_BR`,
+float32, 1 for a response's tokens, its end included. What else a function reads, it names."""
 
 
 # ---- Rewards: a KL penalty at each token, the score at the end ----
@@ -42,8 +47,10 @@ def kl_estimate(logp: Array, reference_logp: Array, estimator: KlEstimator) -> A
     """Estimate KL(policy || reference) per token in nats, from tokens of the policy.
 
     Schulman 2020. k1 = log ratio: unbiased. k2 = (log ratio)^2 / 2. k3 = exp(-k1) - 1 + k1:
-    unbiased and never negative. All arrays have the same shape.
+    unbiased and never negative. Log-probabilities of the tokens, nats; all arrays have the same
+    shape.
     """
+    # Of tokens that the policy drew, so that means over them are expectations under it.
     k1 = logp - reference_logp
     if estimator == "k1":
         return k1
@@ -53,11 +60,12 @@ def kl_estimate(logp: Array, reference_logp: Array, estimator: KlEstimator) -> A
 
 
 def missing_eos(score_B: Array, ended_B: Array, rule: MissingEos, score: float) -> Array:
-    """Apply the rule on responses without an end to their scores, [B].
+    """Return the scores [B] after the rule on responses without an end.
 
     `ended_B` is True for a response with its end-of-turn token, whose score stays. Without one:
     replace gives it `score`, penalty adds `score` to its own, none leaves it.
     """
+    # Its score after each rule.
     without = {
         "replace": jnp.full_like(score_B, score),
         "penalty": score_B + score,
@@ -70,9 +78,10 @@ def score_position(mask_BR: Array, at: ScoreAt) -> tuple[Array, Array]:
     """Return the index at which a response's score is added, [B] int32, and the value mask [B, R].
 
     The value mask is 1 for states that have a value. last: the score is added at the last real
-    token, and the value mask is `mask_BR`. after: at the position after it, if one is left, whose
-    state then has a value too.
+    token, -1 for a response without any, and the value mask is `mask_BR`. after: at the position
+    after it, if one is left, whose state then has a value too; else at the last token.
     """
+    # The last real token is at length - 1, for responses are padded on the right.
     length_B = mask_BR.sum(1).astype(jnp.int32)
     if at == "last":
         return length_B - 1, mask_BR
@@ -93,30 +102,37 @@ def token_rewards(
 ) -> Array:
     """Return -beta KL at each response token, plus the response's score at index `at_B`, [B, R].
 
-    Ziegler et al. 2019, eq. 2.
+    Ziegler et al. 2019, eq. 2. `kl_BR`: of `kl_estimate`, counted where `mask_BR` is 1. `at_B`:
+    int32, of `score_position`; the score is added where the mask is 0 too, and nowhere at -1.
     """
     penalty_BR = -beta * kl_BR * mask_BR
+    # The score at one place of each row.
     is_place_BR = jnp.arange(mask_BR.shape[1]) == at_B[:, None]
-    return penalty_BR + jnp.where(is_place_BR, score_B[:, None], 0.0)
+    score_BR = jnp.where(is_place_BR, score_B[:, None], 0.0)
+    return penalty_BR + score_BR
 
 
 def adapt_kl(beta: Array, kl: Array, target: float, horizon: float, episodes: int) -> Array:
-    """Move beta by proportional control of the KL towards `target` (Ziegler et al. 2019, 2.2).
+    """Return beta, moved by proportional control of the KL towards `target`.
 
-    `kl` and `target` are in nats a response; `episodes` is the number of responses since the last
-    call, `horizon` the number over which beta moves.
+    Ziegler et al. 2019, 2.2: the relative error counts at most a fifth either way. `kl` and
+    `target` are in nats a response; `episodes` is the number of responses since the last call,
+    `horizon` the number over which beta moves by that error.
     """
     # The relative error, at most a fifth.
     error = kl / target - 1.0
     error = jnp.clip(error, -0.2, 0.2)
-    return beta * (1.0 + error * episodes / horizon)
+    # In proportion to the responses that it was measured on.
+    factor = 1.0 + error * episodes / horizon
+    return beta * factor
 
 
 # ---- Advantages ----
 
 
 def masked_mean(x: Array, mask: Array) -> Array:
-    """Return the mean of `x` where `mask` is 1; 0 where it is nowhere."""
+    """Return the mean of `x` where `mask` is 1, over all axes: a scalar; 0 where it is nowhere."""
+    # At least 1: an empty mask has mean 0, not nan.
     count = jnp.maximum(mask.sum(), 1.0)
     return (x * mask).sum() / count
 
@@ -124,8 +140,9 @@ def masked_mean(x: Array, mask: Array) -> Array:
 def whiten(x: Array, mask: Array, *, shift_mean: bool = True, unbiased: bool = False) -> Array:
     """Return (x - mean) / sqrt(var + 1e-8) over the masked entries, 0 elsewhere.
 
-    Without `shift_mean` the mean is put back afterwards: the result has the mean of `x` and
-    deviation 1. `unbiased` divides the variance by n - 1.
+    Mean and variance are over all axes where `mask` is 1. Without `shift_mean` the mean is put
+    back afterwards: the result has the mean of `x` and deviation 1. `unbiased` divides the
+    variance by n - 1.
     """
     # Mean and variance of what is under the mask.
     mean = masked_mean(x, mask)
@@ -133,6 +150,7 @@ def whiten(x: Array, mask: Array, *, shift_mean: bool = True, unbiased: bool = F
     count = jnp.maximum(mask.sum() - unbiased, 1.0)
     variance = square.sum() / count
 
+    # The small constant keeps equal values finite.
     white = (x - mean) * jax.lax.rsqrt(variance + 1e-8)
     if not shift_mean:
         white = white + mean
@@ -157,6 +175,7 @@ def gae(
         advantage = reward + gamma * next_value - value + gamma * gae_lambda * next_advantage
         return (advantage, value), advantage
 
+    # The scan runs over the first axis, so arrays are turned for it and back.
     zero_B = jnp.zeros_like(rewards_BR[:, 0])
     steps = (rewards_BR.T, values_BR.T)
     _, advantages_RB = jax.lax.scan(earlier, (zero_B, zero_B), steps, reverse=True)
@@ -172,11 +191,12 @@ def clipped_policy_loss(
     """Return max(-A ratio, -A clip(ratio, 1 - clip, 1 + clip_high)) per token.
 
     Schulman et al. 2017, eq. 7, where `clip_high` is `clip` (apart: Yu et al. 2025, eq. 10).
-    `log_ratio`: log pi - log pi_old, of the shape of `advantage`. Infinite clips leave REINFORCE's
-    weighted loss.
+    `log_ratio`: log pi - log pi_old, of the shape of `advantage`, A. Infinite clips leave
+    REINFORCE's weighted loss.
     """
     ratio = jnp.exp(log_ratio)
     clipped = jnp.clip(ratio, 1 - clip, 1 + clip_high)
+    # The worse of the two: beyond a clip there is no gain, and no gradient.
     return jnp.maximum(-advantage * ratio, -advantage * clipped)
 
 
@@ -196,6 +216,7 @@ def clipped_value_loss(value: Array, old_value: Array, returns: Array, clip: flo
 
 def entropy(logits_BTV: Array) -> Array:
     """Return -sum_v p_v log p_v of each next token's distribution, [B, T] in nats."""
+    # One term a token of the vocabulary.
     logp_BTV = jax.nn.log_softmax(logits_BTV)
     terms_BTV = jnp.exp(logp_BTV) * logp_BTV
     return -terms_BTV.sum(-1)
@@ -204,60 +225,62 @@ def entropy(logits_BTV: Array) -> Array:
 # ---- A model's outputs for the response ----
 
 
-def response_states(batch: Mapping[str, Any], x_BT: Array) -> Array:
+def response_states(batch: Responses, x_BT: Array) -> Array:
     """Select the positions from the one before the response on, [B, R + 1, ...], of [B, T, ...].
 
-    Index t predicts response token t, and is the state in which it was emitted. Index R, after the
-    last token, predicts nothing here. Reads the shapes of `tokens_BT` and `response_BR`.
+    `x_BT`: a model's output. Index t predicts response token t, and is the state in which it was
+    emitted. Index R, after the last token, predicts nothing here. Of `batch` the shapes are read.
     """
+    # P = T - R; position P - 1 is the prompt's last.
     length = batch["tokens_BT"].shape[1]
     response_length = batch["response_BR"].shape[1]
     prompt_length = length - response_length
     return x_BT[:, prompt_length - 1 :]
 
 
-def response_labels(batch: Mapping[str, Any]) -> Array:
+def response_labels(batch: Responses) -> Array:
     """Return the response's tokens and one more, [B, R + 1]: the labels of `response_states`.
 
-    The last one is never used. It saves cutting the last logits off, which would copy the others.
+    The last one, 0, is never used. It saves cutting the last logits off, which would copy the
+    others.
     """
     return jnp.pad(batch["response_BR"], ((0, 0), (0, 1)))
 
 
-def response_logits(
-    apply: Apply, params: Any, batch: Mapping[str, Any], temperature: float
-) -> Array:
+def response_logits(apply: Apply, params: Params, batch: Responses, temperature: float) -> Array:
     """Return the logits at `response_states`, [B, R + 1, V], divided by the temperature.
 
-    Token t of the response was drawn from their softmax. A temperature of 0 counts as 1.
+    `apply` is that of a LanguageModel. Token t of the response was drawn from their softmax. A
+    temperature of 0 counts as 1.
     """
     output = apply(params, *inputs(batch))
-    # T is R + 1 from here on.
-    logits_BTV = unembed(response_states(batch, output.x_BTD), output.unembed_DV)
+    # Cut before the unembedding, which is dear: T is R + 1 from here on.
+    x_BTD = response_states(batch, output.x_BTD)
+    logits_BTV = unembed(x_BTD, output.unembed_DV)
     return logits_BTV / (temperature or 1.0)
 
 
-def response_logprobs(
-    apply: Apply, params: Any, batch: Mapping[str, Any], temperature: float
-) -> Array:
-    """Return the log-probability of each response token, [B, R], at the sampling temperature.
+def response_logprobs(apply: Apply, params: Params, batch: Responses, temperature: float) -> Array:
+    """Return the log-probability of each response token, [B, R] nats, at the sampling temperature.
 
-    `apply` is that of a LanguageModel, `batch` a Rollout. Padding has values too: mask them. A
-    temperature of 0 counts as 1.
+    `apply` is that of a LanguageModel. Padding has values too: mask them. A temperature of 0
+    counts as 1.
     """
     output = apply(params, *inputs(batch))
     # T is R + 1 from here on.
     x_BTD = response_states(batch, output.x_BTD)
+    # The last position predicts nothing: its log-probability is cut off.
     labels_BT = response_labels(batch)
     logp_BT = hidden_logprobs(x_BTD, output.unembed_DV, labels_BT, temperature or 1.0)
     return logp_BT[:, :-1]
 
 
-def response_values(apply: Apply, params: Any, batch: Mapping[str, Any]) -> Array:
+def response_values(apply: Apply, params: Params, batch: Responses) -> Array:
     """Return the value of the state in which each response token was emitted, [B, R].
 
-    `apply` is that of a ScalarModel, `batch` a Rollout. Padding has values too: mask them.
+    `apply` is that of a ScalarModel. Padding has values too: mask them.
     """
+    # A state's value is read at the same position that predicts its token.
     scalars_BT = apply(params, *inputs(batch)).scalars_BT
     return response_states(batch, scalars_BT)[:, :-1]
 
@@ -266,24 +289,26 @@ def response_values(apply: Apply, params: Any, batch: Mapping[str, Any]) -> Arra
 
 
 def own_log_ratio(change_BR: Array, mask_BR: Array) -> Array:
-    """Return each token's own log-ratio: PPO's importance ratio."""
+    """Return `change_BR` as it is: each token's own log-ratio, PPO's importance ratio."""
     return change_BR
 
 
 def clipped_surrogate(
     logp_BR: Array,
-    batch: Mapping[str, Any],
+    batch: Responses,
     clip: float,
     clip_high: float,
     log_ratio: Callable[[Array, Array], Array] = own_log_ratio,
-) -> tuple[Array, Sums]:
+) -> tuple[Array, Metrics]:
     """Return `clipped_policy_loss` of each token, [B, R], not masked yet, and metrics.
 
-    `batch`: `mask_BR`, `old_logp_BR` and `advantages_BR`. `log_ratio(change_BR, mask_BR)` makes
-    the log of the importance ratio from the tokens' own log-ratios, 0 at padding. Metrics:
-    approx_kl, half the mean square of those; clipped, the share of tokens whose ratio is outside
-    the clips; nll_per_token, minus the mean log-probability.
+    `logp_BR`: the policy's, nats. `batch`: `mask_BR`, `old_logp_BR` and `advantages_BR`, [B, R].
+    `log_ratio(change_BR, mask_BR)` makes the log of the importance ratio [B, R] from the tokens'
+    own log-ratios, 0 at padding. Metrics: approx_kl, half the mean square of those; clipped, the
+    share of tokens whose ratio is outside the clips; nll_per_token, minus the mean
+    log-probability.
     """
+    # Log-ratios of the tokens, from them those of the method, and its loss.
     mask_BR = batch["mask_BR"]
     tokens = mask_BR.sum()
     # Padding gets ratio 1, so that nothing there can overflow before it is masked.
@@ -304,19 +329,20 @@ def clipped_surrogate(
 
 def policy_objective(
     apply: Apply,
-    params: Any,
-    batch: Mapping[str, Any],
+    params: Params,
+    batch: Responses,
     *,
     clip: float,
     temperature: float,
     entropy_coef: float = 0.0,
-) -> tuple[Array, tuple[Array, Sums]]:
+) -> LossSum:
     """Sum PPO's clipped surrogate less `entropy_coef` times the entropy over response tokens.
 
-    Schulman et al. 2017, eq. 9. `batch`: a Rollout with `old_logp_BR` and `advantages_BR`; with a
+    Schulman et al. 2017, eq. 9. `batch` has `old_logp_BR` and `advantages_BR`, [B, R], too; with a
     "text" in it (`with_text`) the text's negative log-likelihood is added: PPO-ptx (Ouyang et al.
-    2022, eq. 2). Returns (loss sum, (tokens, metrics)); metrics as of `clipped_surrogate`, and
-    entropy and text_nll where there are such.
+    2022, eq. 2). `clip`, on both sides, and `temperature`, of sampling. The weight is the number
+    of response tokens. Metrics as of `clipped_surrogate`, and entropy and text_nll where there are
+    such.
     """
     # The entropy needs whole distributions; without it the logits are never held at once.
     mask_BR = batch["mask_BR"]
@@ -341,14 +367,15 @@ def policy_objective(
     return loss, (tokens, metrics)
 
 
-def with_text(
-    batch: Mapping[str, Any], text: dict[str, Array], coefficient: float
-) -> dict[str, Any]:
-    """Lay packed pre-training rows beside `batch`, as "text".
+def with_text(batch: Responses, text: TokenBatch, coefficient: float) -> dict[str, Any]:
+    """Return `batch` with packed pre-training rows beside it, as "text"; neither is changed.
 
-    Their mean loss per token counts `coefficient` times the policy's. The text's loss mask carries
-    that weight, from the whole batch's counts of tokens, so that the objective stays a sum.
+    `text`: of data.batches.text_batches, on the mesh. Its mean loss per token counts `coefficient`
+    times the policy's: its loss mask is multiplied by coefficient x (tokens under `mask_BR`) /
+    (tokens under it), counted over the whole batch, so that the objective stays a sum over
+    micro-batches.
     """
+    # The text's weight in the sum that the loss is; its mask carries it.
     response_mask_BR = batch["mask_BR"]
     text_mask_BT = text["loss_mask_BT"]
     weight = coefficient * response_mask_BR.sum() / text_mask_BT.sum()
@@ -356,18 +383,20 @@ def with_text(
     return {**batch, "text": weighted}
 
 
-def value_objective(
-    apply: Apply, params: Any, batch: Mapping[str, Any], *, clip: float
-) -> tuple[Array, tuple[Array, Sums]]:
+def value_objective(apply: Apply, params: Params, batch: Responses, *, clip: float) -> LossSum:
     """Sum the clipped square error of the values over states that have one.
 
-    `batch`: a Rollout with `value_mask_BR`, `old_values_BR` and `returns_BR`. Returns (loss sum,
-    (states, metrics)); the metric square_error is not clipped and not halved.
+    `apply`: of a ScalarModel. `batch` has `value_mask_BR`, `old_values_BR` and `returns_BR`, [B,
+    R], too; `clip`: see `clipped_value_loss`. The weight is the number of states under the value
+    mask. The metric square_error is not clipped and not halved.
     """
+    # Values of all states, and how many count.
     mask_BR = batch["value_mask_BR"]
     returns_BR = batch["returns_BR"]
     states = mask_BR.sum()
     values_BR = response_values(apply, params, batch)
+
+    # The loss, and the error that it bounds.
     losses_BR = clipped_value_loss(values_BR, batch["old_values_BR"], returns_BR, clip) * mask_BR
     error_BR = jnp.square(values_BR - returns_BR) * mask_BR
     metrics = {"square_error": (error_BR.sum(), states)}

@@ -5,19 +5,31 @@ scalar at a step's last token is the log-odds that the step is right.
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from objectives.likelihood import Apply, following, hidden_logprobs, inputs, shifted
+from model import Params
+from objectives.likelihood import (
+    Apply,
+    LossSum,
+    Metrics,
+    TokenBatch,
+    following,
+    hidden_logprobs,
+    inputs,
+    shifted,
+)
 
-Batch = dict[str, Array]
-Metrics = dict[str, tuple[Array, Array]]
-"""(sum, weight) by name."""
-LossSum = tuple[Array, tuple[Array, Metrics]]
-"""Result of an objective: loss sum, (weight, metrics); see train_step.Objective."""
+Candidates = dict[str, Array]
+"""C responses to each prompt, of data.batches.comparison_batches, on the mesh. As in a TokenBatch,
+[B, C, T] each: `tokens_BCT`, prompt and response; `segment_ids_BCT`, `positions_BCT`;
+`loss_mask_BCT`, 1 on the response, its end token included. And `ranks_BC`, int32: 1 is best, equal
+ranks tie, 0 marks an absent candidate; `margin_B`, float32: how much better the best is."""
+Combine = Literal["mean", "weighted", "minimum", "gated"]
+"""How several rewards make one score; see `combined`."""
 StepScore = Literal["product", "minimum", "last"]
 """How the probabilities of a response's steps make its score; see `running_score`."""
 
@@ -25,7 +37,10 @@ StepScore = Literal["product", "minimum", "last"]
 
 
 def bradley_terry(chosen: Array, rejected: Array, margin: Array | float = 0.0) -> Array:
-    """Return -log sigmoid(r_chosen - r_rejected - margin), elementwise, in nats."""
+    """Return -log sigmoid(r_chosen - r_rejected - margin), elementwise, in nats.
+
+    Rewards may be of any shapes that broadcast; so may the margin.
+    """
     # Stiennon et al. 2020; with the margin, Touvron et al. 2023, eq. 2
     return -jax.nn.log_sigmoid(chosen - rejected - margin)
 
@@ -37,7 +52,10 @@ def center_rewards(chosen: Array, rejected: Array) -> Array:
 
 
 def better_pairs(ranks_BC: Array) -> Array:
-    """Return [B, C, C] float32: 1 where candidate i has a better (lower) rank than j, else 0."""
+    """Return [B, C, C] float32: 1 where candidate i has a better (lower) rank than j, else 0.
+
+    Rank 0, an absent candidate, forms no pair; equal ranks form none.
+    """
     # Candidate i in rows against candidate j in columns.
     i = ranks_BC[:, :, None]
     j = ranks_BC[:, None, :]
@@ -46,7 +64,10 @@ def better_pairs(ranks_BC: Array) -> Array:
 
 
 def first_best(ranks_BC: Array) -> Array:
-    """Return the index of the first of the best candidates, [B]."""
+    """Return the index of the first candidate of the best (lowest) rank, [B].
+
+    Rank 0, absent, is never the best; 0 is returned for a row of nothing else.
+    """
     # Absent candidates stand behind all others.
     last = jnp.iinfo(jnp.int32).max
     absent_last_BC = jnp.where(ranks_BC > 0, ranks_BC, last)
@@ -56,7 +77,8 @@ def first_best(ranks_BC: Array) -> Array:
 def pair_means(loss_BCC: Array, pairs_BCC: Array) -> tuple[Array, Array]:
     """Return the mean of `loss_BCC` over each prompt's pairs, [B], and 1.0 where it has one, [B].
 
-    `pairs_BCC`: 1 for a pair, as of `better_pairs`. The mean is 0 where there is none.
+    `loss_BCC`: at [b, i, j] the loss of candidate i as the better, j as the worse. `pairs_BCC`: 1
+    for a pair, as of `better_pairs`. The mean is 0 where there is none.
     """
     # Ouyang et al. 2022, eq. 1: all pairs of a prompt weigh as much as one
     count_B = pairs_BCC.sum((1, 2))
@@ -69,7 +91,7 @@ def pair_metrics(score_BC: Array, pairs_BCC: Array) -> Metrics:
     """Return four (sum, weight) metrics over all pairs of `pairs_BCC`; the weight is their number.
 
     accuracy: share in the right order. margin: gap. chosen, rejected: the better's score and the
-    worse's.
+    worse's. `score_BC`: what candidates are compared by; `pairs_BCC`: as of `better_pairs`.
     """
     pairs = pairs_BCC.sum()
     better_BCC = score_BC[:, :, None]
@@ -96,7 +118,8 @@ def ranking_loss(
     """Return `pair_means` of the pair loss: losses [B] in nats, and 1.0 where a prompt has a pair.
 
     The pair loss is `bradley_terry` with the prompt's margin, plus `center_rewards_coef` times
-    `center_rewards`. Two candidates: the plain Bradley-Terry loss.
+    `center_rewards`. Two candidates: the plain Bradley-Terry loss. `ranks_BC`: 1 is best, 0
+    absent.
     """
     # Every candidate against every other; `better_pairs` picks those that form a pair.
     better = rewards_BC[:, :, None]
@@ -107,22 +130,32 @@ def ranking_loss(
 
 
 def last_token(scalars_BT: Array, segment_ids_BT: Array) -> Array:
-    """Return the scalar at each row's last real token, [B], on whichever side the padding is."""
+    """Return the scalar at each row's last real token, [B], on whichever side the padding is.
+
+    Segment id 0 is padding. A row of padding alone gives the scalar at T - 1: mask it.
+    """
     is_last_BT = last_places(segment_ids_BT > 0)
     # A compare-and-sum, for the backward pass of a gather is a scatter, slow on every platform.
     return jnp.where(is_last_BT, scalars_BT, 0.0).sum(1)
 
 
 def last_places(real_BT: Array) -> Array:
-    """Return [B, T] bool: true at the last true place of each row of `real_BT`."""
+    """Return [B, T] bool: True at the last true place of each row of `real_BT`, bool.
+
+    In a row without one it is True at T - 1.
+    """
     length = real_BT.shape[1]
     from_the_end_B = jnp.argmax(jnp.flip(real_BT, axis=1), axis=1)
     last_B = length - 1 - from_the_end_B
     return jnp.arange(length) == last_B[:, None]
 
 
-def flat_candidates(batch: Batch) -> tuple[Array, Array, Array]:
-    """Return tokens, segment ids and positions of all candidates, each [B * C, T], for `apply`."""
+def flat_candidates(batch: Candidates) -> tuple[Array, Array, Array]:
+    """Return tokens, segment ids and positions of all candidates, each [B * C, T], for `apply`.
+
+    Read are `tokens_BCT`, `segment_ids_BCT` and `positions_BCT`; a prompt's candidates are
+    neighbouring rows.
+    """
     length = batch["tokens_BCT"].shape[-1]
     return (
         batch["tokens_BCT"].reshape(-1, length),
@@ -133,18 +166,17 @@ def flat_candidates(batch: Batch) -> tuple[Array, Array, Array]:
 
 def ranking_objective(
     apply: Apply,
-    params: Any,
-    batch: Batch,
+    params: Params,
+    batch: Candidates,
     *,
     center_rewards_coef: float = 0.0,
     lm_coef: float = 0.0,
 ) -> LossSum:
     """Sum `ranking_loss` over prompts; with `lm_coef`, plus that times the best response's NLL.
 
-    `apply`: of a ScalarModel. `batch`: of data.batches.comparison_batches. The NLL, in nats per
-    token and from the same pass, keeps the reward model fluent in what it judges (Askell et al.
-    2021). The weight is the number of prompts with a pair; metrics: `pair_metrics` of the rewards,
-    and `nll`.
+    `apply`: of a ScalarModel. The NLL, in nats per token and from the same pass, keeps the reward
+    model fluent in what it judges (Askell et al. 2021). The weight is the number of prompts with a
+    pair; metrics: `pair_metrics` of the rewards, and `nll` with `lm_coef`.
     """
     # The reward of a candidate is the scalar at its last token.
     ranks_BC = batch["ranks_BC"]
@@ -179,7 +211,7 @@ def ranking_objective(
 
 def combined(
     scores: Sequence[Array],
-    how: Literal["mean", "weighted", "minimum", "gated"],
+    how: Combine,
     *,
     weights: Sequence[float] = (),
     gate: float = 0.0,
@@ -187,10 +219,10 @@ def combined(
 ) -> Array:
     """Combine several scores of each response, [B] each, into one, [B].
 
-    weighted: their sum, with `weights`. gated: the first where all others reach `gate`, else
-    `floor`. A reward a criterion: Glaese et al. 2022 (a preference beside rules); Touvron et al.
-    2023, section 3.2.3 (Llama 2: helpfulness counts where safety reaches a threshold; below it,
-    there, the safety score).
+    mean: their mean. weighted: their sum, with `weights`, one a score. minimum: the least. gated:
+    the first where all others reach `gate`, else `floor`. A reward a criterion: Glaese et al. 2022
+    (a preference beside rules); Touvron et al. 2023, section 3.2.3 (Llama 2: helpfulness counts
+    where safety reaches a threshold; below it, there, the safety score).
     """
     # C here: criteria.
     scores_BC = jnp.stack(list(scores), axis=1)
@@ -215,11 +247,11 @@ def step_loss(logits: Array, targets: Array) -> Array:
     return -targets * log_right - (1 - targets) * log_wrong
 
 
-def process_objective(apply: Apply, params: Any, batch: Batch) -> LossSum:
+def process_objective(apply: Apply, params: Params, batch: TokenBatch) -> LossSum:
     """Sum `step_loss` over the last tokens of labelled steps; the weight is their number.
 
-    `apply`: of a ScalarModel. `batch`: of data.steps.steps_batches, where `loss_mask_BT` is 1 and
-    `targets_BT` the label at those tokens. Metric: accuracy at probability 1/2.
+    `apply`: of a ScalarModel. `batch`: of data.steps.steps_batches; at those tokens `loss_mask_BT`
+    is 1 and `targets_BT`, float32, the label. Metric: accuracy at probability 1/2.
 
     With a label on the last step only, an outcome reward model's loss; Lightman et al. 2023
     (section 2.5) too read its score at the last token, but trained it at every one.
@@ -238,9 +270,10 @@ def process_objective(apply: Apply, params: Any, batch: Batch) -> LossSum:
 
 
 def step_ends(tokens_BT: Array, mask_BT: Array, newlines: list[int]) -> Array:
-    """Return [B, T] bool: whether a token is the last of a step.
+    """Return [B, T] bool: True for the last token of a step.
 
-    Those are the tokens of `newlines`, and the last token, among the tokens under `mask_BT`.
+    Those are the tokens of `newlines`, a list of ids, and the last token, among the tokens under
+    `mask_BT`. `tokens_BT`: ids.
     """
     is_real_BT = mask_BT > 0
     is_newline_BT = jnp.isin(tokens_BT, jnp.array(newlines))
@@ -250,10 +283,10 @@ def step_ends(tokens_BT: Array, mask_BT: Array, newlines: list[int]) -> Array:
 def running_score(logits_BT: Array, ends_BT: Array, how: StepScore) -> Array:
     """Return the log of the score of the steps that have ended by t, [B, T]; -inf before any has.
 
-    `logits_BT`: log-odds of being right, read where `ends_BT`. product: the probability that all
-    steps are right (Lightman et al. 2023, section 2.6). minimum: the least of the steps'
-    probabilities (their appendix F). last: the latest step's alone, as of an outcome model, or of
-    a model of how often a beginning comes right.
+    `logits_BT`: log-odds of being right, read where `ends_BT` (bool, see `step_ends`). product:
+    the probability that all steps are right (Lightman et al. 2023, section 2.6). minimum: the
+    least of the steps' probabilities (their appendix F). last: the latest step's alone, as of an
+    outcome model, or of a model of how often a beginning comes right.
     """
     # A step's log-probability stands at its end; 0, a factor of 1, everywhere else.
     logp_BT = jnp.where(ends_BT, jax.nn.log_sigmoid(logits_BT), 0.0)
@@ -273,9 +306,10 @@ def running_score(logits_BT: Array, ends_BT: Array, how: StepScore) -> Array:
 def step_rewards(logits_BT: Array, ends_BT: Array, how: StepScore) -> Array:
     """Return each step's change of the response's score, at its last token, [B, T]; 0 elsewhere.
 
-    Arguments as of `running_score`. The changes sum to the score that re-ranking goes by, so a
-    response gains nothing from having more steps, as it would if the steps' probabilities were
-    summed.
+    `logits_BT`: log-odds that the step is right, read where `ends_BT` (bool) marks a step's last
+    token. `how`: see `running_score`. The changes sum to the score that re-ranking goes by, in [0,
+    1], so a response gains nothing from having more steps, as it would if the steps' probabilities
+    were summed.
     """
     # Of the score itself, not its log: 0 before the first step has ended.
     log_score_BT = running_score(logits_BT, ends_BT, how)

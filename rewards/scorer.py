@@ -10,7 +10,7 @@ import os
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -21,13 +21,12 @@ from data.tokenizer import Tokenizer
 from model import Params
 from model_config import ModelConfig
 from objectives.policy import response_states
-from objectives.reward import combined, last_token
+from objectives.reward import Combine, combined, last_token
 from rewards.client import SENT, Question, ask
 from rewards.models import Batch, load_reward_model, make_scalars
 from runtime.errors import UserError, require
 from sharding import BATCH, to_mesh
 
-Combine = Literal["mean", "weighted", "minimum", "gated"]
 Check = Callable[[str, Record], float]
 """(response's text, record of its prompt) -> reward."""
 Arrays = dict[str, jax.Array]

@@ -31,6 +31,9 @@ MOST_COMPILATIONS = 32
 Scripts have one or two steps, and batches up to four shapes.
 """
 
+SampleRow = dict[str, str]
+"""A row of samples.md: `prompt` and `response`, texts; further keys are shown as they are."""
+
 
 class Recorder:
     """Record a training loop one step late: step n is fetched when step n + 1 is recorded.

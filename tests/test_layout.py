@@ -22,7 +22,7 @@ FLOORS = (
     ("training_run",),
     ("train_*", "generate", "evaluate", "plan", "serve"),
     ("collect", "decoding"),
-    ("experiments", "benchmarks"),
+    ("experiments", "benchmarks", "docs"),
     ("tests",),
 )
 SCRIPTS = next(number for number, names in enumerate(FLOORS) if "train_*" in names)

@@ -9,8 +9,9 @@ Shape suffixes, everywhere in Plumb: an array's name ends in the letters of its 
     R  tokens of a response                   G  query heads for each K
     V  vocabulary                             H  width of a head
     C  candidates for one prompt              L  layers
-    M  B and T as one axis (sharding.flat);   A  all responses of a call, where B of them are
-       in layers.py micro-batches                made at a time; E enter together (sampling.py)
+    Q  prompts, where B are their responses   A  all responses of a call, where B of them are
+    M  B and T as one axis (sharding.flat);      made at a time; E enter together (sampling.py)
+       in layers.py micro-batches
 
 A row of a rollout is a prompt and its response, T = P + R; rollout.py draws one. Index t always
 means token t: the model predicts it at position t - 1, and its log-probability has index t again.
@@ -44,6 +45,9 @@ from sharding import (
 )
 
 Params = dict[str, Any]
+"""A model's parameters, nested dicts of float32 arrays: `decoder`, with `embed`, `layers` (each
+stacked over the layers) and `final_norm`; beside it a LanguageModel's `unembed`, unless tied, or a
+ScalarModel's `head` and `bias`. Paths and shapes: sharding.RULES and the classes below."""
 Stack = Any
 """An array stacked over the layers, or a tuple of one array a layer (layers.unstack_cache)."""
 
@@ -98,11 +102,24 @@ class ScalarOutput:
     """As of LanguageOutput."""
 
 
+Carry = tuple[jax.Array, KVCache | None, jax.Array]
+"""From layer to layer: the residual stream [B, T, D], the cache, and the layer's number."""
+
+
 def empty_cache(config: ModelConfig, batch: int, slots: int) -> KVCache:
-    """Return a cache for `batch` rows of at most `slots` tokens."""
+    """Return an empty cache for `batch` rows of at most `slots` tokens, in the compute type.
+
+    Keys and values are stacks [L, B, K, S, H]; B is `batch`, S is `slots`.
+    """
+    # Keys and values start as the same zeros: writing makes new arrays.
     shape = (config.layers, batch, config.kv_heads, slots, config.head_dim)
-    zeros = jnp.zeros(shape, config.compute_dtype)
-    return KVCache(zeros, zeros, jnp.zeros((batch, slots), jnp.int32), jnp.int32(0))
+    zeros_LBKSH = jnp.zeros(shape, config.compute_dtype)
+    return KVCache(
+        k_LBKSH=zeros_LBKSH,
+        v_LBKSH=zeros_LBKSH,
+        valid_BS=jnp.zeros((batch, slots), jnp.int32),
+        length=jnp.int32(0),
+    )
 
 
 # --- norms and weights
@@ -113,31 +130,37 @@ def empty_cache(config: ModelConfig, batch: int, slots: int) -> KVCache:
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     """Divide `x` by its root mean square over the last axis and scale it, in float32.
 
-    Zhang and Sennrich 2019. Returns x's type.
+    Zhang and Sennrich 2019. `scale`: one factor for each place of that axis. `eps` is added to the
+    mean square. Returns x's shape and type.
     """
     x32 = x.astype(jnp.float32)
     mean_square = jnp.mean(x32 * x32, axis=-1, keepdims=True)
-    return (x32 * jax.lax.rsqrt(mean_square + eps) * scale).astype(x.dtype)
+    normed = x32 * jax.lax.rsqrt(mean_square + eps) * scale
+    return normed.astype(x.dtype)
 
 
 def scaled_norm(module: nn.Module, name: str, x: jax.Array) -> jax.Array:
-    """Apply RMSNorm with the parameter `name` of `module` as its scale.
+    """Apply RMSNorm to the last axis of `x` with the parameter `name` of `module` as its scale.
 
     With `module.config.zero_centered_norm` the parameter is the scale less 1.
     """
+    # Either way the scale starts at 1.
     config = module.config
+    shape = x.shape[-1:]
     if config.zero_centered_norm:
-        scale = 1 + module.param(name, nn.initializers.zeros, x.shape[-1:])
+        scale = 1 + module.param(name, nn.initializers.zeros, shape)
     else:
-        scale = module.param(name, nn.initializers.ones, x.shape[-1:])
+        scale = module.param(name, nn.initializers.ones, shape)
     return rms_norm(x, scale, config.norm_eps)
 
 
 def linear(module: nn.Module, labels: str, x: jax.Array, name: str, w: jax.Array) -> jax.Array:
     """Multiply `x` by the weight `w` of `module`, by the einsum `labels`, in x's type.
 
-    Where lora.py has laid adapters A and B of the weight `name` beside it, x A B is added.
+    `labels`: as in "...D,DF->...F". Where lora.py has laid adapters A and B of the weight `name`
+    beside it, x A B is added.
     """
+    # The weight itself, then its adapters, where there are any.
     out = jnp.einsum(labels, x, w.astype(x.dtype))
     if module.has_variable("params", f"{name}_a"):
         a: jax.Array = module.get_variable("params", f"{name}_a")
@@ -240,6 +263,7 @@ class Attention(nn.Module):
         layer: jax.Array,
     ) -> tuple[jax.Array, KVCache | None]:
         """Return what the tokens see, [B, T, D], and the cache with their keys and values."""
+        # Weights; o, which adds to the residual stream, starts smaller, by the depth.
         c = self.config
         batch, length, _ = x_BTD.shape
         q_heads = (c.heads, c.head_dim)
@@ -255,6 +279,8 @@ class Attention(nn.Module):
         q_MNH = constrain_units(linear(self, "...D,DNH->...NH", x_MD, "q", q_DNH))
         k_MKH = constrain_units(linear(self, "...D,DKH->...KH", x_MD, "k", k_DKH))
         v_MKH = constrain_units(linear(self, "...D,DKH->...KH", x_MD, "v", v_DKH))
+
+        # What some models add to them.
         if c.qkv_bias:
             zeros = nn.initializers.zeros
             q_MNH += self.param("q_bias", zeros, q_heads).astype(x_MD.dtype)
@@ -263,10 +289,13 @@ class Attention(nn.Module):
         if c.qk_norm:
             q_MNH = scaled_norm(self, "q_norm", q_MNH)
             k_MKH = scaled_norm(self, "k_norm", k_MKH)
+
+        # A row a sequence again.
         q_BTNH = q_MNH.reshape(batch, length, *q_heads)
         k_BTKH = k_MKH.reshape(batch, length, *kv_heads)
         v_BTKH = v_MKH.reshape(batch, length, *kv_heads)
 
+        # What the tokens attend to.
         if cache is not None:
             cache = _with_tokens(cache, layer, k_BTKH, v_BTKH)
         if cache is not None and length == 1:
@@ -287,6 +316,8 @@ class Attention(nn.Module):
                 window=c.window,
                 ring=self.ring,
             )
+
+        # Back to the width of the residual stream.
         out_MNH = flat(out_BTNH, *TOKEN_AXES)
         out_MD = linear(self, "...NH,NHD->...D", out_MNH, "o", o_NHD)
         return out_MD.reshape(x_BTD.shape), cache
@@ -296,6 +327,7 @@ def _with_tokens(
     cache: KVCache, layer: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array
 ) -> KVCache:
     """Write keys and values of a layer into the next slots of a stacked cache."""
+    # All heads of this layer, from the first free slot on.
     start = (layer, 0, 0, cache.length, 0)
     k_1BKTH = k_BTKH.swapaxes(1, 2)[None]
     v_1BKTH = v_BTKH.swapaxes(1, 2)[None]
@@ -312,10 +344,13 @@ class SwiGLU(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """Return down(activation(gate(x)) * up(x)), [B, T, D]."""
+        # Weights of the two branches, and of the way back; the last starts smaller, by the depth.
         c = self.config
-        gate_DF = self.param("gate", _normal(c.width), (c.width, c.mlp_width))
-        up_DF = self.param("up", _normal(c.width), (c.width, c.mlp_width))
-        down_FD = self.param("down", _normal(c.mlp_width * 2 * c.layers), (c.mlp_width, c.width))
+        in_shape = (c.width, c.mlp_width)
+        gate_DF = self.param("gate", _normal(c.width), in_shape)
+        up_DF = self.param("up", _normal(c.width), in_shape)
+        down_fan_in = c.mlp_width * 2 * c.layers
+        down_FD = self.param("down", _normal(down_fan_in), (c.mlp_width, c.width))
         # Flax's GELU is the tanh approximation, as Gemma's.
         activation = {"silu": nn.silu, "gelu": nn.gelu}[c.activation]
 
@@ -324,10 +359,12 @@ class SwiGLU(nn.Module):
         def gated(gate_MF, up_MF):
             return activation(gate_MF) * up_MF
 
+        # Each token by itself.
         x_MD = flat(x_BTD, *TOKEN_AXES)
         gate_MF = constrain_units(linear(self, "...D,DF->...F", x_MD, "gate", gate_DF))
         up_MF = constrain_units(linear(self, "...D,DF->...F", x_MD, "up", up_DF))
-        out_MD = linear(self, "...F,FD->...D", gated(gate_MF, up_MF), "down", down_FD)
+        hidden_MF = gated(gate_MF, up_MF)
+        out_MD = linear(self, "...F,FD->...D", hidden_MF, "down", down_FD)
         return out_MD.reshape(x_BTD.shape)
 
 
@@ -343,15 +380,16 @@ class Block(nn.Module):
     @nn.compact
     def __call__(
         self,
-        carry: tuple[jax.Array, KVCache | None, jax.Array],
+        carry: Carry,
         segment_ids_BT: jax.Array,
         positions_BT: jax.Array,
-    ) -> tuple[tuple[jax.Array, KVCache | None, jax.Array], jax.Array | None]:
+    ) -> tuple[Carry, jax.Array | None]:
         """Return (residual stream, cache, number of the next layer), and its auxiliary loss.
 
         This layer has no such loss: a mixture of experts returns its load-balancing loss in place
         of None, a float32 scalar, coefficient included.
         """
+        # Tokens see tokens before them.
         x_BTD, cache, layer = carry
         normed_BTD = scaled_norm(self, "attention_norm", x_BTD)
         attention_layer = Attention(self.config, self.ring, name="attention")
@@ -360,8 +398,10 @@ class Block(nn.Module):
         )
         x_BTD = constrain_residual(x_BTD + attended_BTD)
 
+        # Each token by itself.
         normed_BTD = scaled_norm(self, "mlp_norm", x_BTD)
-        x_BTD = constrain_residual(x_BTD + SwiGLU(self.config, name="mlp")(normed_BTD))
+        mlp_layer = SwiGLU(self.config, name="mlp")
+        x_BTD = constrain_residual(x_BTD + mlp_layer(normed_BTD))
         return (x_BTD, cache, layer + 1), None
 
 
@@ -406,6 +446,7 @@ class Decoder(nn.Module):
         if c.scale_embedding:
             x_BTD *= jnp.asarray(c.width**0.5, x_BTD.dtype)
 
+        # The layers. A cache first learns which of its new slots hold a real token.
         if cache is not None:
             real_BT = (segment_ids_BT > 0).astype(jnp.int32)
             valid_BS = jax.lax.dynamic_update_slice(cache.valid_BS, real_BT, (0, cache.length))
@@ -416,6 +457,7 @@ class Decoder(nn.Module):
         if cache is not None:
             cache = dataclasses.replace(cache, length=cache.length + length)
 
+        # The tokens in their own order again.
         if ring > 1:
             x_BTD = unstriped(x_BTD, ring)
         # A pipeline's result lies on every stage: each unembeds its part of the tokens.
@@ -425,11 +467,17 @@ class Decoder(nn.Module):
 
 
 def unembed(x_BTD: jax.Array, unembed_DV: jax.Array) -> jax.Array:
-    """Return the logits [B, T, V] of hidden states: float32, or float64 where these are."""
+    """Return the logits [B, T, V] of hidden states: float32, or float64 where these are.
+
+    `x_BTD` and `unembed_DV`: of a LanguageOutput, or a slice of its positions.
+    """
+    # The unembedding in x's type; logits in no less than float32, for the softmax.
     x_MD = flat(x_BTD, "stage", "sequence")
     logits_MV = jnp.einsum("...D,DV->...V", x_MD, unembed_DV.astype(x_MD.dtype))
-    logits_BTV = logits_MV.reshape(*x_BTD.shape[:2], -1)
-    return logits_BTV.astype(jnp.promote_types(x_BTD.dtype, jnp.float32))
+    batch, length, _ = x_BTD.shape
+    logits_BTV = logits_MV.reshape(batch, length, -1)
+    dtype = jnp.promote_types(x_BTD.dtype, jnp.float32)
+    return logits_BTV.astype(dtype)
 
 
 class LanguageModel(nn.Module):
@@ -452,6 +500,7 @@ class LanguageModel(nn.Module):
         x_BTD, embed_VD, cache, auxiliary_loss = decoder(
             tokens_BT, segment_ids_BT, positions_BT, cache
         )
+        # One matrix for both where they are tied.
         if c.tied:
             unembed_DV = embed_VD.T
         else:
@@ -472,18 +521,23 @@ class ScalarModel(nn.Module):
         c = self.config
         decoder = Decoder(c, name="decoder")
         x_BTD, embed_VD, _, auxiliary_loss = decoder(tokens_BT, segment_ids_BT, positions_BT)
+
+        # The head, in float32: rewards are compared, and differ by little.
         # N(0, 1/sqrt(D + 1)): Stiennon et al. 2020 and the "N+ details" reproduction of it.
-        head_D = self.param("head", nn.initializers.normal((c.width + 1) ** -0.5), (c.width,))
+        head_init = nn.initializers.normal((c.width + 1) ** -0.5)
+        head_D = self.param("head", head_init, (c.width,))
         bias = self.param("bias", nn.initializers.zeros, ())
-        scalars_BT = jnp.einsum("BTD,D->BT", x_BTD.astype(jnp.float32), head_D) + bias
+        x32_BTD = x_BTD.astype(jnp.float32)
+        scalars_BT = jnp.einsum("BTD,D->BT", x32_BTD, head_D) + bias
         return ScalarOutput(scalars_BT, x_BTD, embed_VD.T, auxiliary_loss)
 
 
 def init_and_apply(model: nn.Module) -> tuple[Callable[[jax.Array], Params], Callable[..., Any]]:
     """Return (init, apply) of `model` on plain nested dicts of parameters.
 
-    init(key) -> params, random. apply(params, tokens_BT, segment_ids_BT, positions_BT[, cache]) ->
-    LanguageOutput or ScalarOutput.
+    init(key) -> params, random. apply(params, tokens_BT, segment_ids_BT, positions_BT) ->
+    LanguageOutput or ScalarOutput; that of a LanguageModel takes a KVCache as a fifth argument,
+    `cache`. See Decoder.__call__ for the arguments.
     """
     # NumPy: not on a device, for plan.py has none.
     token_11 = np.ones((1, 1), np.int32)

@@ -80,7 +80,10 @@ class Config:
 
 
 def make_update(config: Config) -> Update:
-    """Make the model's initialiser, its optimiser, its loss and the jitted step."""
+    """Make the initialiser of a LanguageModel, its optimiser, its loss and the jitted step.
+
+    Batches are data.batches.chat_batches' on the mesh; the loss is likelihood_objective.
+    """
     init, apply = init_and_apply(LanguageModel(config.model, config.microbatches))
     objective = partial(likelihood_objective, apply)
     optimizer = make_optimizer(config.optimizer, config.steps)
@@ -96,7 +99,7 @@ def make_update(config: Config) -> Update:
 
 @guarded
 def main(config: Config) -> dict[str, float]:
-    """Fine-tune on conversations; return the last metrics."""
+    """Fine-tune on conversations; return the last row of metrics, {} of a dry run."""
     # A mesh of all devices, and a batch that splits over it.
     config = note_lora_base(config)
     mesh = make_mesh(config.mesh)

@@ -99,7 +99,7 @@ class Config:
 
 
 def make_update(config: Config) -> Update:
-    """Make the model's initialiser, its optimiser, its loss and the jitted step."""
+    """Make the initialiser of a LanguageModel, its optimiser, its loss and the jitted step."""
     init, apply = init_and_apply(LanguageModel(config.model))
     objective = partial(direct.ranked_objective, apply, loss=contrastive)
     optimizer = make_optimizer(config.optimizer, config.steps)
@@ -114,7 +114,10 @@ def make_update(config: Config) -> Update:
 
 
 def eval_batch_count(config: Config, held_out: Source) -> int:
-    """Return how many batches hold --eval_records, at least 1; 0 without evaluations."""
+    """Return how many batches hold --eval_records, at least 1; 0 without evaluations.
+
+    `held_out`: the records to evaluate on, of which there may be fewer.
+    """
     if not config.eval_every:
         return 0
     return max(1, min(config.eval_records, len(held_out)) // config.batch_size)

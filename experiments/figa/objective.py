@@ -6,8 +6,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from objectives import direct
-from objectives.likelihood import Apply
-from objectives.reward import Batch, LossSum
+from objectives.likelihood import Apply, LossSum
+from objectives.reward import Candidates
 
 
 def figa(logps: Array, weights: Array) -> Array:
@@ -18,7 +18,7 @@ def figa(logps: Array, weights: Array) -> Array:
     return -weights * logps
 
 
-def figa_objective(apply: Apply, params: Any, batch: Batch) -> LossSum:
+def figa_objective(apply: Apply, params: Any, batch: Candidates) -> LossSum:
     """Sum `figa` over the tokens of weight other than 0; the weight is their number.
 
     `batch`: of comparison_batches, with `weights_BCT` (with_edit_weights). Metrics: mean

@@ -48,7 +48,7 @@ from runtime.errors import require
 from runtime.hosts import HostsConfig
 from sampling import Apply, SamplingConfig
 from sharding import MeshConfig, check_batch, data_shard, make_mesh
-from train_state import as_items, starting_params
+from train_state import Init, as_items, starting_params
 from train_step import Objective, OptimizerConfig, Update, make_optimizer, make_train_step
 from training_run import Run
 
@@ -139,7 +139,7 @@ class Config:
 
     @property
     def length(self) -> int:
-        """Tokens of a row: prompt and response."""
+        """Return the tokens of a row: prompt and response."""
         return self.max_prompt + self.max_new_tokens
 
 
@@ -176,11 +176,11 @@ def make_targets(
         score_B = missing_eos(
             raw_B, ended(rollout, eos), config.missing_eos, config.missing_eos_score
         )
-        signal_P = jnp.ptp(raw_B.reshape(-1, size), axis=1) > 0
+        signal_Q = jnp.ptp(raw_B.reshape(-1, size), axis=1) > 0
         metrics = {
             **{f"reward/{name}": score.mean() for name, score in scores.items()},
             "score": raw_B.mean(),
-            "groups_with_signal": signal_P.mean(),
+            "groups_with_signal": signal_Q.mean(),
             **rollout_metrics(logp_BR, reference_BR, rollout, eos),
         }
         return {**rollout, "reference_BR": reference_BR, "score_B": score_B}, metrics
@@ -209,9 +209,15 @@ def check_first_pair_update(update: Metrics, metrics: Metrics, dtype: Any, start
     check_sampler(metrics, dtype, start)
 
 
-def make_update(config: Config, init: Any, objective: Objective) -> Update:
-    """Make the policy's optimiser over all updates of the run, and its jitted step."""
-    optimizer = make_optimizer(config.optimizer, config.steps * config.epochs * config.minibatches)
+def make_update(config: Config, init: Init, objective: Objective) -> Update:
+    """Make the Update of the policy: its optimiser over all updates of the run, its jitted step.
+
+    `init` is handed through. The step's `base` is what lies under the adapters, None without;
+    it donates the state.
+    """
+    # The schedule counts updates, not iterations.
+    updates = config.steps * config.epochs * config.minibatches
+    optimizer = make_optimizer(config.optimizer, updates)
     step = make_train_step(
         objective,
         optimizer,
@@ -224,6 +230,7 @@ def make_update(config: Config, init: Any, objective: Objective) -> Update:
 
 def check(config: Config, mesh: jax.sharding.Mesh) -> None:
     """Raise UserError for settings that cannot run together."""
+    # What is rewarded, and how many responses are compared.
     check_rewards(config)
     size = config.samples_per_prompt
     require(
@@ -249,14 +256,24 @@ def check(config: Config, mesh: jax.sharding.Mesh) -> None:
 def open_prompts(
     config: Config, source: Source, tokenizer: Tokenizer, mesh: jax.sharding.Mesh
 ) -> Batches:
-    """Open batches of one prompt a group, on this host's part of `source`."""
+    """Open batches of one prompt a group, on this host's part of `source`.
+
+    `source`: records of the schema `prompt`. Left-padded; `.records` are those of the last batch's
+    prompts.
+    """
+    # Every host reads its own part, in an order that the seed gives.
     shard: dict[str, Any] = {"seed": config.seed, **data_shard(mesh)}
     groups = config.batch_size // config.samples_per_prompt
     return prompt_batches(source, tokenizer, batch_size=groups, length=config.max_prompt, **shard)
 
 
 def load_score(config: Config, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -> Score:
-    """Load the rewards; return score(rollout, records), as of make_reward_scorer."""
+    """Load the rewards; return score(rollout, records) -> (scores, scalars).
+
+    {reward: [B]} and {reward: [B, R + 1]}, as of rewards.scorer.make_reward_scorer with its models
+    given, which stay on the mesh. UserError for a reward that cannot be loaded.
+    """
+    # The models stay on the mesh: they are given once for all.
     reward_models, score = make_reward_scorer(config.reward, tokenizer, mesh)
     return partial(score, reward_models)
 
@@ -296,14 +313,17 @@ def main(config: Config) -> dict[str, float]:
         group=config.samples_per_prompt,
     )
     full = partial(with_adapters, config.lora)
+    # The gold program knows the world's prompts alone.
     evaluate_gold = None
     if config.data == "world" and config.eval_every:
         evaluate_gold = make_gold_evaluation(config, tokenizer)
 
+    # A dry run ends here and has written nothing.
     if config.dry_run:
         return preview(config, init, update.optimizer, mesh, next(prompts), tokenizer)
     with Run(config, tokenizer, unit="iteration") as run:
         policy, base = run.start_or_resume(init, update.optimizer, mesh, prompts)
+        # The base of adapters is the reference; else it is loaded beside the policy.
         reference = base or starting_params(init, config.model, config.init, mesh, config.seed)
         run.describe(
             f"online DPO on {source.name}",

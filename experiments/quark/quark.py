@@ -14,8 +14,7 @@ from model import Params, unembed
 from model_config import ModelConfig
 from objectives.distill import kl
 from objectives.imitate import filled
-from objectives.likelihood import Apply, inputs, token_logprobs
-from objectives.policy import Sums
+from objectives.likelihood import Apply, LossSum, inputs, token_logprobs
 from rollout import Prompts, Rollout, join_responses
 from sampling import SamplingConfig, generate
 from sharding import constrain_batch, gathered
@@ -69,7 +68,7 @@ def conditioned(batch: Mapping[str, Any], system: int, word: Array | int) -> dic
 
 def quark_objective(
     apply: Apply, params: dict[str, Any], batch: Mapping[str, Any], *, system: int, kl_coef: float
-) -> tuple[Array, tuple[Array, Sums]]:
+) -> LossSum:
     """Sum -log p(y | x, r_k) + beta KL(p_0(. | x, y_<t) || p(. | x, y_<t, r_k)), in nats.
 
     Over the loss mask; beta is `kl_coef`. The reference p_0 sees the rows without the quantile.

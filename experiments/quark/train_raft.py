@@ -143,12 +143,12 @@ class Config:
 
     @property
     def length(self) -> int:
-        """Tokens of a row: prompt and response."""
+        """Return the tokens of a row: prompt and response."""
         return self.max_prompt + self.max_new_tokens
 
     @property
     def pool_rows(self) -> int:
-        """Responses that the pool holds: this round's and those of the rounds before it."""
+        """Return how many responses the pool holds: of this round and of those before."""
         return self.batch_size * (1 + self.replay_rounds)
 
     @property
@@ -265,6 +265,7 @@ def make_pool_functions(
 
     @jax.jit
     def draw(pool: Pool, chosen_B: jax.Array, key: jax.Array) -> list[Pool]:
+        # As many minibatches as a round can have: one shape, whatever is chosen.
         minibatches = imitate.drawn(
             pool, chosen_B, key, config.most_updates, config.minibatch_size
         )
@@ -293,6 +294,7 @@ def make_update(config: Config, init: Any, apply: Apply, system: int) -> Update:
     the reference; `system` is the token that begins a system turn.
     """
 
+    # The objective sees two models; only what is trained of the policy has a gradient.
     def both(frozen: Params | None, trained: Params) -> Params:
         assert frozen is not None
         policy = with_adapters(config.lora, frozen["base"], trained)
@@ -315,11 +317,15 @@ def fresh_items(
 ) -> dict[str, Any]:
     """Build what a checkpoint holds before the first round: the policy's state, an empty pool.
 
-    Keys: `params`, `rest`, `pool`. Parameters are copied: the step donates its own, and the
-    reference stays.
+    Keys: `params` and `rest` of the state (train_state.as_items), and `pool`. `pad`: the id of
+    padding. Parameters of `reference` are copied: the step donates its own, and the reference
+    stays.
     """
+    # The policy starts as the reference, or as new adapters on it.
     trained = trainable_part(config.lora, reference, jax.random.key(config.seed))
     state = init_state(jax.tree.map(jnp.copy, trained), optimizer)
+
+    # The pool has its full size from the start: one shape for all rounds.
     pool = imitate.empty_pool(config.pool_rows, config.max_prompt, config.max_new_tokens, pad)
     return {**as_items(state), "pool": pool}
 
@@ -327,14 +333,24 @@ def fresh_items(
 def open_prompts(
     config: Config, source: Source, tokenizer: Tokenizer, mesh: jax.sharding.Mesh
 ) -> Batches:
-    """Open batches of one prompt a group, on this host's part of `source`."""
+    """Open batches of one prompt a group, on this host's part of `source`.
+
+    `source`: records of the schema `prompt`. Left-padded; `.records` are those of the last batch's
+    prompts.
+    """
+    # Every host reads its own part, in an order that the seed gives.
     shard: dict[str, Any] = {"seed": config.seed, **data_shard(mesh)}
     groups = config.batch_size // config.samples_per_prompt
     return prompt_batches(source, tokenizer, batch_size=groups, length=config.max_prompt, **shard)
 
 
 def load_score(config: Config, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -> Score:
-    """Load the reward; return score(rollout, records), as of rewards.scorer.make_reward_scorer."""
+    """Load the reward; return score(rollout, records) -> ({reward: [B]}, {reward: [B, R + 1]}).
+
+    As of rewards.scorer.make_reward_scorer with its model given, which stays on the mesh.
+    UserError for a reward that cannot be loaded.
+    """
+    # The model stays on the mesh: it is given once for all.
     reward_models, score = make_reward_scorer([config.reward], tokenizer, mesh)
     return partial(score, reward_models)
 
@@ -429,6 +445,7 @@ def main(config: Config) -> dict[str, float]:
     functions = make_pool_functions(config, mesh, words)
     update = make_update(config, init, apply, tokenizer.system)
     full = partial(with_adapters, config.lora, frozen["base"])
+    # The gold program knows the world's prompts alone.
     evaluate_gold = None
     if config.data == "world" and config.eval_every > 0:
         evaluate_gold = make_asking_gold_evaluation(config, tokenizer, words[-1])
@@ -436,13 +453,17 @@ def main(config: Config) -> dict[str, float]:
     # What a checkpoint holds: the policy's state and the pool.
     fresh = partial(fresh_items, config, update.optimizer, tokenizer.pad)
     shapes = abstract(jax.eval_shape(fresh, reference), mesh)
+
+    # A dry run ends here and has written nothing.
     if config.dry_run:
         items = {**shapes, "held": reference}
         return preview_items(config, items, next(prompts), tokenizer)
 
     with Run(config, tokenizer, unit="round") as run:
+        # The state and the pool of the newest checkpoint, or of a new run.
         items = run.restore(shapes, prompts) or init_sharded(fresh, mesh, reference)
-        policy, pool = from_items(items), items["pool"]
+        policy = from_items(items)
+        pool = items["pool"]
         run.describe(
             f"quark on {source.name}",
             policy.params,

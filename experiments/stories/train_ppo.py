@@ -134,7 +134,7 @@ class Config:
 
     @property
     def length(self) -> int:
-        """Tokens of a row: prompt and response."""
+        """Return the tokens of a row: prompt and response."""
         return self.max_prompt + self.max_new_tokens
 
 
@@ -214,6 +214,7 @@ def make_advantages(
             "advantages_BR": whiten(advantages_BR, mask_BR),
             "returns_BR": returns_BR,
         }
+        # What is logged of the rollout.
         metrics = {
             **{name: parts[f"{name}_B"].mean() for name in ("score", "happy", "sad", "words")},
             "reward": rewards_BR.sum(1).mean(),

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from objectives import direct
-from objectives.likelihood import Apply
-from objectives.reward import Batch, LossSum
+from objectives.likelihood import Apply, LossSum
+from objectives.reward import Candidates
 
 
 def unlikelihood(logps: Array, weights: Array) -> Array:
@@ -20,7 +20,7 @@ def unlikelihood(logps: Array, weights: Array) -> Array:
     return -jnp.where(weights > 0, likely, unlikely)
 
 
-def unlikelihood_objective(apply: Apply, params: Any, batch: Batch) -> LossSum:
+def unlikelihood_objective(apply: Apply, params: Any, batch: Candidates) -> LossSum:
     """Sum `unlikelihood` over the tokens of weight other than 0; the weight is their number.
 
     `batch`: of comparison_batches, with `weights_BCT` (with_rank_weights). Metrics: mean
