@@ -235,8 +235,9 @@ def make_experience(
     A round draws the next batch of `prompts`, samples a `rollout`, and takes the batch to learn
     from, with its metrics, from `compute_targets(policy, reference, rollout, scores, scalars)`.
     That batch is flat, [B, ...] each, with a `mask_BR`. Groups of `group` responses whose mask is
-    empty are replaced by those of further rounds, `max_rounds` in all, until every group has a
-    usable response; where rounds run out, empty ones remain.
+    empty are replaced by those of further rounds, of which there are `max_rounds` in all at most.
+    Rounds end where every row has a usable token, so mask whole groups or none: a single empty
+    row is not replaced, and has all rounds run. Where rounds run out, empty groups remain.
 
     Prompts are padded on the left, with the id `pad`, to `prompt_length`, so that all rounds have
     one shape. `policy`, `reference`: all parameters of language models. Metrics are means over the

@@ -339,8 +339,9 @@ def generate_in_slots(
 ) -> Samples:
     """Sample what `generate` does, `slots` responses at a time: where one ends the next begins.
 
-    Arguments and result are those of `generate`. Faster where responses are of unequal length, and
-    takes a cache of `slots` rows. With as many slots as responses it is `generate`.
+    Arguments and result are those of `generate`. Faster where responses are of unequal length.
+    Takes a cache of `slots` rows, at least 1, and until the end that of all prompts, [B / n, P],
+    which are prefilled together. With as many slots as responses, or more, it is `generate`.
     """
     # Nothing to refill with: all start at once.
     total = prompts["tokens_BT"].shape[0] * n

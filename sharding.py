@@ -184,7 +184,9 @@ def shardings_of(tree: Any, mesh: Mesh) -> Any:
 def abstract(tree: Any, mesh: Mesh) -> Any:
     """Return a tree like `tree` of ShapeDtypeStructs, with shardings on `mesh` by RULES.
 
-    `tree`: arrays or shapes. What comes back is what a checkpoint is restored onto.
+    `tree`: arrays or shapes; parameters, or all that a checkpoint holds, for a leaf is found by
+    the end of its path. What no rule fits is replicated. What comes back is what a checkpoint is
+    restored onto.
     """
 
     def described(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
@@ -363,6 +365,9 @@ def constrain_tokens(x: jax.Array, *axes: str) -> jax.Array:
 
 def constrain_residual(x_BTD: jax.Array) -> jax.Array:
     """Keep the residual stream split between layers: its tokens over sequence and over tensor.
+
+    Rows are split over data and fsdp. An axis that does not divide the tokens is left out. Without
+    a mesh, or where data and fsdp do not divide the rows, `x_BTD` is returned as it is.
 
     Korthikanti et al. 2022. Otherwise each device of the tensor axis would keep all of it, for
     every layer, until the backward pass.

@@ -273,7 +273,11 @@ def prompts_of(chats: Source) -> Source:
 
 
 def main(config: Config) -> dict[str, float]:
-    """Distil a teacher into a student; return the last row of metrics, {} of a dry run."""
+    """Distil a teacher into a student; return the last row of metrics.
+
+    It is {} where no step ran: in a dry run, and where --run has done its --steps already.
+    `config` is of flags.parse, which takes `model` from --init; one made by hand must have it.
+    """
     # A mesh of all devices, and a batch that splits over it.
     config = note_lora_base(config)
     mesh = make_mesh(config.mesh)

@@ -304,7 +304,11 @@ def with_paper_defaults(config: Config) -> Config:
 
 
 def main(config: Config) -> dict[str, float]:
-    """Train a policy on preferences; return the last row of metrics, {} of a dry run."""
+    """Train a policy on preferences; return the last row of metrics.
+
+    It is {} where no step ran: in a dry run, and where --run has done its --steps already.
+    `config` is of flags.parse, which takes `model` from --init; one made by hand must have it.
+    """
     # A mesh of all devices, and a batch that splits over it.
     config = note_lora_base(with_paper_defaults(config))
     mesh = make_mesh(config.mesh)

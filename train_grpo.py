@@ -195,8 +195,10 @@ class Experience(Rollout):
 def make_method(config: Config, apply: Apply) -> tuple[Advantages, Objective]:
     """Return the advantages and the objective of --method.
 
-    `config`: with no field of the method left at None. `apply`: of the policy. The objective's
-    batch is an Experience.
+    `config`: with no field of the method left at None. `apply`: of the policy. `rewards_BR` of the
+    advantages are all that a token gets, with --kl_in=reward less its KL, and must be 0 after a
+    row's last token; rows are in groups of `samples_per_prompt` neighbours. Advantages are 0 where
+    masked. The objective's batch is an Experience; only with --kl_in=loss does it add the KL.
     """
     # Advantages of whole responses, from their group; of tokens, from the whole batch.
     size = config.samples_per_prompt
@@ -423,7 +425,11 @@ def load_score(config: Config, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) ->
 
 
 def main(config: Config) -> dict[str, float]:
-    """Train a policy by --method; return the last row of metrics, {} of a dry run."""
+    """Train a policy by --method; return the last row of metrics.
+
+    It is {} where no step ran: in a dry run, and where --run has done its --steps already.
+    `config` is of flags.parse, which takes `model` from --init; one made by hand must have it.
+    """
     # What the paper sets, and a mesh of all devices.
     config = with_paper_defaults(config, config.method, group.PAPERS[config.method])
     config = note_lora_base(config)

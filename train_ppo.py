@@ -593,7 +593,11 @@ def on_devices(config: Config, loaded: Loaded) -> tuple[Any, ...]:
 
 
 def main(config: Config) -> dict[str, float]:
-    """Train a policy by PPO; return the last row of metrics, {} of a dry run."""
+    """Train a policy by PPO; return the last row of metrics.
+
+    It is {} where no step ran: in a dry run, and where --run has done its --steps already.
+    `config` is of flags.parse, which takes `model` from --init; one made by hand must have it.
+    """
     config = note_lora_base(config)
     mesh = make_mesh(config.mesh)
     check(config, mesh)

@@ -149,7 +149,11 @@ def make_step_evaluation(
 
 
 def main(config: Config) -> dict[str, float]:
-    """Train on solutions with labelled steps; return the last row of metrics, {} of a dry run."""
+    """Train on solutions with labelled steps; return the last row of metrics.
+
+    It is {} where no step ran: in a dry run, and where --run has done its --steps already.
+    `config` is of flags.parse, which takes `model` from --init; one made by hand must have it.
+    """
     # A mesh of all devices, and a batch that splits over it.
     config = note_lora_base(config)
     mesh = make_mesh(config.mesh)

@@ -408,7 +408,11 @@ def load_score(config: Config, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) ->
 
 
 def main(config: Config) -> dict[str, float]:
-    """Train a policy by --method, in rounds; return the last row of metrics, {} of a dry run."""
+    """Train a policy by --method, in rounds; return the last row of metrics.
+
+    It is {} where no step ran: in a dry run, and where --run has done its --steps already.
+    `config` is of flags.parse, which takes `model` from --init; one made by hand must have it.
+    """
     # What the paper sets, and a mesh of all devices.
     config = with_paper_defaults(config, config.method, imitate.PAPERS[config.method])
     config = note_lora_base(config)

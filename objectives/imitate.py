@@ -61,8 +61,8 @@ def filled(scores_B: Array) -> Array:
 def best_of_n(scores_B: Array, group: int) -> Array:
     """Return [B] bool: True at argmax_j r(x, y_j) of the `group` responses to each prompt.
 
-    RAFT, algorithm 1. The first of equal ones; none in a group without responses. `group` must
-    divide B.
+    RAFT, algorithm 1. The first of equal ones; -inf is the score of a row without a response, and
+    in a group of these alone none is True. `group` must divide B.
     """
     scores_QC = scores_B.reshape(-1, group)
     best_Q = scores_QC.argmax(1)
