@@ -65,6 +65,7 @@ class Config:
     n: int = 1000
     """Held-out prompts, or records."""
     temperature: float = 1.0
+    """Sampling temperature."""
     max_prompt: int = 32
     """Longest prompt, in tokens."""
     max_new_tokens: int = 24
@@ -72,6 +73,7 @@ class Config:
     length: int = 128
     """Longest sequence, in tokens (perplexity, accuracy)."""
     seed: int = 0
+    """Seed of the held-out prompts and samples."""
 
     def folder(self, role: Role) -> str:
         """Return the folder of the run that plays `role`: the field's value, or one in --run."""

@@ -42,6 +42,7 @@ class Config:
     max_new_tokens: int = 64
     """Longest response, in tokens."""
     seed: int = 0
+    """Seed of the samples."""
 
 
 def main(config: Config) -> list[str]:

@@ -19,15 +19,20 @@ if __name__ == "__main__" and len(sys.argv) > 1 and "/" in sys.argv[1]:
     # Before any module that a fork may have its own of is imported.
     sys.path.insert(0, str(pathlib.Path(sys.argv[1]).resolve().parent))
 
-from planning.plan import Verdict, main
+from planning.plan import FLAGS_HELP, HELP, Verdict, main
 from runtime import flags
 
 
 def run(argv: list[str]) -> int:
     """Run planning.plan.main(argv) as a command: return 0 where the run fits, 1 where it does not.
 
-    `argv`: without the program's name. A UserError ends the process with exit code 2.
+    `argv`: without the program's name. A UserError ends the process with exit code 2. `--help`
+    without a script prints what plan.py takes, and returns 0.
     """
+    if not HELP.isdisjoint(argv) and argv[0].startswith("-"):
+        print(__doc__)
+        print(FLAGS_HELP)
+        return 0
     # `ending_in_one_line` returns nothing: the verdict comes out by a list.
     verdicts: list[Verdict | None] = []
     flags.ending_in_one_line(lambda: verdicts.append(main(argv)))

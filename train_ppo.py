@@ -195,8 +195,11 @@ class Config:
 
     # Run
     mesh: MeshConfig = MeshConfig()
+    """Devices along each axis."""
     hosts: HostsConfig = HostsConfig()
+    """Processes of this run."""
     seed: int = 0
+    """Seed of random weights, the order of the prompts and samples."""
     eval_every: int = 12
     """Iterations between gold evaluations on held-out prompts (world only)."""
     save_every: int = 12

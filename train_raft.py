@@ -124,6 +124,7 @@ class Config:
     optimizer: OptimizerConfig = OptimizerConfig(
         lr=2e-4, schedule="constant", warmup=0, weight_decay=0.0
     )
+    """The policy's optimiser."""
     model: ModelConfig = ModelConfig()
     """The policy's architecture; taken from --init."""
     lora: LoraConfig = LoraConfig()
@@ -131,8 +132,11 @@ class Config:
 
     # Run
     mesh: MeshConfig = MeshConfig()
+    """Devices along each axis."""
     hosts: HostsConfig = HostsConfig()
+    """Processes of this run."""
     seed: int = 0
+    """Seed of random weights, the order of the prompts and samples."""
     eval_every: int = 1
     """Rounds between gold evaluations on held-out prompts (world only)."""
     save_every: int = 1

@@ -44,7 +44,9 @@ class OptimizerConfig:
     final_lr: float = 0.1
     """Last learning rate as a share of the peak (cosine and linear)."""
     beta1: float = 0.9
+    """Decay of Adam's first moment."""
     beta2: float = 0.95
+    """Decay of Adam's second moment."""
     eps: float = 1e-8
     """Added to the root of Adam's second moment."""
     moment: Literal["float32", "bfloat16"] = "float32"

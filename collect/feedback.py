@@ -90,15 +90,19 @@ class Config:
     data: str = "world"
     """Prompts: world, a .jsonl file, or tfds:<name>."""
     split: Literal["train", "heldout"] = "train"
+    """Part of the prompts."""
     prompts: int = 10000
+    """Prompts that are responded to, at most."""
     samples: int | None = None
     """Responses to a prompt that are ranked (None: 4), or revisions in each round (None: 1)."""
     rounds: int = 3
     """Revisions one after the other, each by a principle drawn at random."""
     temperature: float = 1.0
+    """Sampling temperature."""
     max_new_tokens: int = 24
     """Longest response, critique or revision, in tokens."""
     seed: int = 0
+    """Seed of the built-in prompts, samples and the simulated judge."""
 
     @property
     def comparing(self) -> bool:

@@ -36,6 +36,7 @@ class Config:
     split: Literal["train", "heldout"] = "train"
     """Part of the world's prompts."""
     prompts: int = 10000
+    """Prompts of the world."""
     samples: int = 4
     """Responses to a prompt, ranked together."""
     pairs: bool = False
@@ -43,9 +44,11 @@ class Config:
     noise: float = 0.0
     """P(a is preferred to b) is sigmoid((gold a - gold b) / noise); equal gold is a tie."""
     temperature: float = 1.0
+    """Sampling temperature."""
     max_new_tokens: int = 24
     """Longest response, in tokens."""
     seed: int = 0
+    """Seed of the prompts, samples and noise."""
 
 
 def main(config: Config) -> dict[str, int]:

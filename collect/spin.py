@@ -35,13 +35,17 @@ class Config:
     data: str = "world"
     """Demonstrations: world, arithmetic, a .jsonl file, or tfds:<name>."""
     split: Literal["train", "heldout"] = "train"
+    """Part of the demonstrations."""
     out: str = "runs/spin/1.jsonl"
     """File to write."""
     prompts: int = 10000
+    """Prompts that are responded to, at most."""
     temperature: float = 1.0
+    """Sampling temperature."""
     max_new_tokens: int = 24
     """Longest response, in tokens."""
     seed: int = 0
+    """Seed of the built-in data and samples."""
 
 
 def main(config: Config) -> dict[str, int]:

@@ -81,14 +81,17 @@ class Config:
     completions: int = 8
     """Samples from each step; a share's standard error is sqrt(p (1 - p) / n)."""
     prompts: int = 4000
+    """Problems, at most."""
     samples: int = 4
     """Solutions to a problem; equal ones count once."""
     temperature: float = 1.0
+    """Sampling temperature."""
     max_prompt: int = 16
     """Longest prompt, in tokens."""
     max_new_tokens: int = 48
     """Longest solution, in tokens."""
     seed: int = 0
+    """Seed of the built-in problems and samples."""
 
 
 # ---- Solutions ----

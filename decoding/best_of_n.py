@@ -48,12 +48,15 @@ class Config:
     n: int = 16
     """Samples a prompt; reported are the best of the first 1, 2, 4, ... and of all."""
     prompts: int = 500
+    """Held-out prompts, at most."""
     temperature: float = 1.0
+    """Sampling temperature."""
     max_prompt: int = 32
     """Longest prompt, in tokens."""
     max_new_tokens: int = 24
     """Longest response, in tokens."""
     seed: int = 0
+    """Seed of the prompts and samples."""
 
 
 def sample_and_score(

@@ -55,14 +55,17 @@ class Config:
     n: int = 16
     """Answers to a problem."""
     prompts: int = 500
+    """Held-out problems, at most."""
     out: str | None = None
     """JSON file for what is printed, with the result on each problem."""
     temperature: float = 1.0
+    """Sampling temperature."""
     max_prompt: int = 16
     """Longest prompt, in tokens."""
     max_new_tokens: int = 48
     """Longest answer, in tokens."""
     seed: int = 0
+    """Seed of the built-in problems and samples."""
 
 
 class Answers(NamedTuple):

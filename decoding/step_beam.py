@@ -55,16 +55,19 @@ class Config:
     branch: int = 4
     """Next steps sampled of each of them; the first step is sampled beams x branch times."""
     prompts: int = 500
+    """Problems, at most."""
     out: str | None = None
     """JSON file for what is printed, with the result on each problem."""
     solutions: str | None = None
     """File for the solutions that are right, as conversations for train_sft.py."""
     temperature: float = 1.0
+    """Sampling temperature."""
     max_prompt: int = 16
     """Longest prompt, in tokens."""
     max_new_tokens: int = 48
     """Longest solution, in tokens."""
     seed: int = 0
+    """Seed of the built-in problems and samples."""
 
 
 def search(

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 
@@ -432,6 +432,14 @@ def sweep(script: Script, config: Any, topology: str, devices: list[Any]) -> Ver
 
 # --- the command
 
+HELP = {"--help", "-h"}
+FLAGS_HELP = f"""plan.py's own flags:
+  --topology CHIP:SHAPE  Chips to plan for ({", ".join(CHIPS)}), as in v5e:16x16 or h200:8.
+  --sweep                Try meshes, each with the fewest micro-batches that fit, and plan the
+                         fastest.
+All other flags are the script's: plan.py SCRIPT --help lists them.
+"""
+
 
 class Command(NamedTuple):
     """A command line of plan.py."""
@@ -450,7 +458,7 @@ def read_command(argv: list[str]) -> Command:
     if not argv or argv[0].startswith("-"):
         raise UserError(
             "name a script first: python plan.py train_sft --topology=v5e:16x16 ... "
-            "(see plan.py's top)"
+            "(plan.py --help tells more)"
         )
     # `--topology=x` and `--topology x` are the same.
     words = []
@@ -467,6 +475,14 @@ def read_command(argv: list[str]) -> Command:
         is_sweep="--sweep" in rest,
         flags=script_flags,
     )
+
+
+def show_help(name: str) -> NoReturn:
+    """Print plan.py's own flags, then those of the script `name`, and end with exit code 0."""
+    config_class = load_script(name.removesuffix(".py")).module.Config
+    print(FLAGS_HELP, flush=True)
+    flags.parse(config_class, ["--help"])
+    raise SystemExit(0)
 
 
 def load_script(name: str) -> Script:
@@ -514,10 +530,13 @@ def import_file(path: pathlib.Path) -> ModuleType:
 def main(argv: list[str]) -> Verdict | None:
     """Print the tables, the verdict last; return it.
 
-    Of a sweep the best is returned, None where nothing fits. Raises UserError for mistakes.
+    Of a sweep the best is returned, None where nothing fits. `--help` after a script ends the
+    process with exit code 0. Raises UserError for mistakes.
     """
     # A TPU that happens to be here is not asked.
     jax.config.update("jax_platforms", "cpu")
+    if not HELP.isdisjoint(argv) and not argv[0].startswith("-"):
+        show_help(argv[0])
     command = read_command(argv)
     script = load_script(command.script)
     config = flags.parse(script.module.Config, command.flags)

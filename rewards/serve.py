@@ -37,9 +37,11 @@ class Config:
     tokenizer: str | None = None
     """Run or .model file whose tokenizer the askers have; None: that of --reward."""
     host: str = "127.0.0.1"
+    """Address to listen at; 0.0.0.0: all of this machine's."""
     port: int = 8600
     """Port to listen at; 0: any that is free."""
     mesh: MeshConfig = MeshConfig()
+    """Devices along each axis."""
 
 
 def make_answer(config: Config) -> Answer:

@@ -6,16 +6,20 @@ import io
 import re
 import signal
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import tyro
 
-from runtime.errors import UserError
+from runtime.errors import UserError, command_name
 from runtime.hosts import exit_now, joined
-from runtime.run_folder import load_model_config
+from runtime.run_folder import RENAMED, load_model_config
 
 ConfigT = TypeVar("ConfigT")
+
+HELP_WIDTH = 80
+"""Columns of --help."""
 
 
 def fill_paper_defaults(config: ConfigT, paper: dict[str, Any]) -> ConfigT:
@@ -71,12 +75,14 @@ def parse(cls: type[ConfigT], argv: Sequence[str] | None = None) -> ConfigT:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     # The script's first line heads its --help; tyro's own messages are caught.
     about = (sys.modules[cls.__module__].__doc__ or "").partition("\n")[0]
+    # Indented, since tyro joins a line that begins with a letter to the one before.
+    about = textwrap.fill(about, HELP_WIDTH, subsequent_indent="  ")
     message = io.StringIO()
     try:
         with contextlib.redirect_stderr(message):
             return tyro.cli(
                 cls,
-                prog=_command(),
+                prog=f"python {command_name()}",
                 description=about,
                 args=words,
                 default=default,
@@ -87,14 +93,31 @@ def parse(cls: type[ConfigT], argv: Sequence[str] | None = None) -> ConfigT:
         # --help ends well.
         if stop.code in (0, None):
             raise
+        _refuse_old_names(default, words)
         fault = _in_one_line(message.getvalue())
         raise UserError(f"flags: {fault} (--help lists all flags)") from None
 
 
-def _command() -> str:
-    """Name the command as it was given: `python train_sft.py`, `python -m collect.rank`."""
-    spec = sys.modules["__main__"].__spec__
-    return f"python {sys.argv[0]}" if spec is None else f"python -m {spec.name}"
+def _refuse_old_names(default: Any, words: Sequence[str]) -> None:
+    """Raise UserError if a flag in `words` is an older name of fields that `default` has."""
+    for word in words:
+        old = word.partition("=")[0].removeprefix("--").replace("-", "_")
+        if old not in RENAMED or _has_field(default, old):
+            continue
+        # One name, or several: "a, b and c".
+        names = RENAMED[old].replace(" and ", ", ").split(", ")
+        if all(_has_field(default, name) for name in names):
+            now = ", ".join(f"--{name}" for name in names)
+            raise UserError(f"--{old}: renamed to {now}")
+
+
+def _has_field(config: Any, name: str) -> bool:
+    """Tell whether `config` has the field `name`, dotted where it lies in a dataclass within."""
+    for part in name.split("."):
+        if not hasattr(config, part):
+            return False
+        config = getattr(config, part)
+    return True
 
 
 def _with_value(default: Any, word: str) -> str:

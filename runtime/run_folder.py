@@ -19,7 +19,7 @@ from typing import Any, TextIO, TypeVar
 
 import jax
 
-from runtime.errors import UserError
+from runtime.errors import UserError, command_name
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 """The repository's folder."""
@@ -206,9 +206,9 @@ def refuse_other_model_code(run: str, config: dict[str, Any]) -> None:
     theirs = config.get("model_code")
     ours = model_code()
     if theirs is not None and theirs != ours:
+        used = "the root's model.py" if ours is None else ours
         raise UserError(
-            f"{run}: made by {config.get('script')} with {theirs}, and {ours or 'model.py'} is in "
-            f"use here; {_how_to_read(theirs)}"
+            f"{run}: made with {theirs}, but this command uses {used}; {_how_to_read(theirs)}"
         )
 
 
@@ -217,7 +217,7 @@ def _how_to_read(code: str) -> str:
     folder = os.path.dirname(code)
     if not folder:
         return "read it with the version that made it"
-    return f"start this command as PYTHONPATH={folder}:. python -P ..., which takes its modules"
+    return f"run this command as PYTHONPATH={folder}:. python -P {command_name()} ..."
 
 
 # --- whom a run folder admits
@@ -241,6 +241,7 @@ def refuse_other_run(run: pathlib.Path, config: dict[str, Any]) -> None:
     if not _has_begun(run):
         return
     stored = _stored_config(str(run))
+    _refuse_other_script(run, stored, config)
     _refuse_old_names(run, stored)
     _refuse_other_settings(run, stored, config)
     # Results may differ in the last bits with other libraries.
@@ -260,6 +261,17 @@ def _has_begun(run: pathlib.Path) -> bool:
         or any(run.glob("reference-*.npz"))
         or (run / "left_out.json").exists()
     )
+
+
+def _refuse_other_script(
+    run: pathlib.Path, stored: dict[str, Any], config: dict[str, Any]
+) -> None:
+    # Before the fields: another script has other fields, which would be blamed.
+    script = stored.get("script")
+    if script != config["script"]:
+        raise UserError(
+            f"{run}: a run of {script}; name another --run, or start from it with --init={run}"
+        )
 
 
 def _refuse_old_names(run: pathlib.Path, stored: dict[str, Any]) -> None:

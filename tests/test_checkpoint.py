@@ -225,7 +225,7 @@ def test_parameters_alone_make_a_run(tmp_path):
     [
         ({"lr": 0.2}, "lr is 0.1 in this run and 0.2 now"),
         ({"model": Model(layers=4)}, "model.layers is 2 in this run and 4 now"),
-        ({"script": "other"}, "script is 'train' in this run and 'other' now"),
+        ({"script": "other"}, "a run of train; name another --run, or start from it with --init="),
         (
             {"tokenizer": b"others"},
             "tokenizer_sha256 is '[0-9a-f]{64}' in this run and '[0-9a-f]{64}' now",

@@ -133,6 +133,10 @@ def test_another_configuration_or_tokenizer_is_refused(good_run, capsys, tmp_pat
     assert "seed" in line and "7" in line and "0" in line
     wider = [*TINY, data, f"--run={tmp_path / 'x'}", f"--init={good_run}", "--model.width=64"]
     assert "width" in fails(train_sft, wider, capsys)
+    # Another script's run is told as such, not by a field that only one of the two has.
+    ranked = fails(train_rm, [*TINY, f"--run={good_run}"], capsys)
+    assert f"{good_run}: a run of train_sft; name another --run" in ranked
+    assert f"start from it with --init={good_run}" in ranked
     assert sorted((p, p.stat().st_mtime_ns) for p in good_run.rglob("*") if p.is_file()) == before
     assert "train_sft" in fails(
         train_ppo, [f"--init={good_run}", f"--reward={good_run}", "--batch_size=32"], capsys

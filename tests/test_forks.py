@@ -18,7 +18,7 @@ import train_sft
 from model import ScalarModel, init_and_apply
 from model_config import PRESETS, ModelConfig, stored_model
 from runtime.checkpoint import Checkpoints
-from runtime.errors import UserError
+from runtime.errors import UserError, command_name
 from runtime.run_folder import describe_run, load_model_config
 from train_state import has_scalar_head, load_params
 
@@ -95,10 +95,11 @@ def test_a_fork_s_model_code_is_stored_and_its_runs_need_it(tmp_path, monkeypatc
         tmp_path / "theirs", "mine/train_sft", {"w": jnp.ones(2)}, model_code="mine/model.py"
     )
     for read in (stored_model, load_params):
-        with pytest.raises(
-            UserError, match=r"by mine/train_sft with mine/model.py, and model.py is"
-        ):
+        with pytest.raises(UserError, match=r"made with mine/model\.py") as fault:
             read(theirs)
+        told = str(fault.value)
+        assert "but this command uses the root's model.py; run this command as" in told
+        assert f"PYTHONPATH=mine:. python -P {command_name()} ..." in told
 
     # In the fork itself it is read, and so are runs of the root, which a fork may start from.
     fork = SimpleNamespace(__file__=str(ROOT / "mine" / "model.py"))
@@ -129,6 +130,7 @@ def test_a_forked_model_trains_resumes_and_is_refused_by_the_root(tmp_path):
     generate = ["generate.py", f"--run={tmp_path}/run", "--prompt=a", "--max_new_tokens=2"]
     refused = start(*generate, path=".")
     assert refused.returncode == 2 and f"{fork}/model.py" in refused.stderr
+    assert f"PYTHONPATH={fork}:. python -P generate.py" in refused.stderr
     assert refused.stderr.count("\n") == 1
     assert start("-P", *generate, path=f"{fork}:.").returncode == 0
     with pytest.raises(UserError, match="python -P"):

@@ -628,6 +628,22 @@ def test_mistakes_end_in_one_line_and_code_2(argv, words, capsys):
     assert stop.value.code == 2 and len(lines) == 1 and words in lines[0]
 
 
+@pytest.mark.parametrize("argv", [["--help"], ["-h"], ["--topology=v5e:2x2", "--help"]])
+def test_help_without_a_script_is_the_docstring_and_the_own_flags(argv, capsys):
+    assert command.run(argv) == 0
+    told = capsys.readouterr().out
+    assert command.__doc__ in told and "--topology" in told and "--sweep" in told
+
+
+@pytest.mark.parametrize("others", [[], ["--topology=v5e:2x2", "--sweep"]])
+def test_help_of_a_script_begins_with_the_own_flags(others, capsys):
+    with pytest.raises(SystemExit) as stop:
+        command.run(["train_sft", *others, "--help"])
+    told = capsys.readouterr().out
+    assert not stop.value.code
+    assert -1 < told.index("--topology") < told.index("--sweep") < told.index("--batch_size")
+
+
 def test_without_libtpu_the_requirement_is_named(monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr(

@@ -39,7 +39,9 @@ class Config:
     judge: str | None = None
     """Run of a language model as a classifier."""
     reliabilities: tuple[float, ...] = (0.5, 0.7, 0.9, 1.0)
+    """Reliabilities of the simulated judge that are measured."""
     seed: int = 0
+    """Seed of the judge and samples."""
 
 
 def labels(config: Config, rows: list[dict], reliability: float) -> None:

@@ -52,6 +52,7 @@ class Config:
     out: str = "runs/methods/memory"
     """Folder for the runs."""
     methods: tuple[str, ...] = tuple(METHODS)
+    """Names of the methods that are measured."""
 
 
 def run(words: list[str], folder: pathlib.Path) -> dict[str, float]:

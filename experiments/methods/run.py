@@ -107,7 +107,9 @@ MAX_PROMPT, MAX_NEW = 32, 24  # as evaluate.py
 @dataclasses.dataclass(frozen=True)
 class Config:
     methods: tuple[str, ...] = tuple(METHODS)
+    """Names of the methods that are run."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    """Seeds that each method is run with."""
     align: str = "runs/align{seed}"
     """Runs of `make align`, of which lm, sft, rm and comparisons.jsonl are read."""
     out: str = "runs/methods"

@@ -119,6 +119,7 @@ class Config:
     optimizer: OptimizerConfig = OptimizerConfig(
         lr=2e-4, schedule="linear", warmup=0, final_lr=0.1, beta2=0.999, eps=1e-5, weight_decay=0.0
     )
+    """The policy's optimiser."""
     model: ModelConfig = ModelConfig()
     """The policy's architecture; taken from --init."""
     lora: LoraConfig = LoraConfig()
@@ -126,8 +127,11 @@ class Config:
 
     # Run
     mesh: MeshConfig = MeshConfig()
+    """Devices along each axis."""
     hosts: HostsConfig = HostsConfig()
+    """Processes of this run."""
     seed: int = 0
+    """Seed of random weights, the order of the prompts and samples."""
     eval_every: int = 10
     """Iterations between gold evaluations on held-out prompts (world only)."""
     save_every: int = 10

@@ -66,6 +66,7 @@ class Config:
     shown: int = 3
     """Samples: of the first seed, the stories of the first so many openings."""
     seed: int = 0
+    """Seed of the first run's samples; each later run has the next seed."""
 
 
 def make_tell(

@@ -121,7 +121,9 @@ class Config:
 
     # Run
     mesh: MeshConfig = MeshConfig()
+    """Devices along each axis."""
     seed: int = 0
+    """Seed of random weights, the order of the prompts and samples."""
     eval_every: int = 20
     """Iterations between samples and scores on the validation openings."""
     save_every: int = 20
