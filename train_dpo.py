@@ -47,7 +47,17 @@ from training_run import Run, make_greedy_samples
 
 HostBatch = dict[str, np.ndarray]
 Loss = Literal[
-    "dpo", "cdpo", "robust_dpo", "ipo", "slic", "kto", "orpo", "simpo", "cpo", "slic_hf", "rrhf"
+    "dpo",
+    "cdpo",
+    "robust_dpo",
+    "ipo",
+    "slic",
+    "kto",
+    "orpo",
+    "simpo",
+    "cpo",
+    "slic_hf",
+    "rrhf",
 ]
 
 

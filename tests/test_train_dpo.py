@@ -276,6 +276,8 @@ def in_loops(name, table, batch, kl):
 @pytest.mark.parametrize("name", get_args(train_dpo.Loss))
 def test_every_loss_of_the_script_is_the_papers_on_its_own_batches(files, name):
     """Sum over the batch and gradient agree, with settings that are not the defaults."""
+    has_formula = name in {*PAIRED, *PER_TOKEN, "rrhf"}
+    assert has_formula, f"{name}: add its formula to PAIRED or PER_TOKEN of tests/test_direct.py"
     tokenizer = Tokenizer.load(files / "start")
     rng = np.random.default_rng(0)
     source = open_source(str(files / "comparisons.jsonl"), "comparison", "train")

@@ -110,7 +110,7 @@ def numbers(rows: Rows, method: str) -> str:
         # Beside others, on the same seeds.
         ["all criteria, over SFT", over(rows, method, "sft")],
         ["all criteria, over PPO", over(rows, method, "ppo")],
-        ["KL to SFT, nats a response", cell(by_seed, "kl", 2)],
+        ["KL to SFT, nats per response", cell(by_seed, "kl", 2)],
         ["length, tokens", cell(by_seed, "length", 1)],
         # What it costs.
         ["training, TFLOPs", mean(by_seed, "training_flops", 1e-12)],
@@ -204,7 +204,7 @@ def draw_frontier(axes: Any, found: dict[str, Point], colours: dict[str, str]) -
     axes.set_xscale("log")
     axes.set_xticks([0.2, 0.5, 1, 2, 5, 10], ["0.2", "0.5", "1", "2", "5", "10"])
     axes.minorticks_off()
-    axes.set_xlabel("KL to the SFT model, nats a response")
+    axes.set_xlabel("KL to the SFT model, nats per response")
     axes.set_ylabel("gain over SFT")
     axes.spines[["top", "right"]].set_visible(False)
 
@@ -232,7 +232,7 @@ def page(method: str, source: Source, rows: Rows) -> str:
     if method in rows:
         parts.append(
             "In the built-in world, from the same SFT model and comparisons as all others, on "
-            "1,000 fresh prompts a seed (`experiments/methods/run.py`):"
+            "1,000 fresh prompts per seed (`experiments/methods/run.py`):"
         )
         parts.append(numbers(rows, method).strip())
     if "found" in source:
@@ -299,15 +299,15 @@ def index(texts: dict[str, Source], rows: Rows) -> str:
             others.append([f"[{method}]({method}.md)", source["title"], source["needs"]])
     parts = [
         "# Methods",
-        "One page a method: what it does, its equation and paper, what it needs, the command, and "
-        "what was found. Written by `python -m experiments.methods.pages` from "
+        "One page per method: what it does, its equation and paper, what it needs, the command, "
+        "and what was found. Written by `python -m experiments.methods.pages` from "
         "`experiments/methods/results.jsonl` and `methods.toml`: edit those, not these pages. "
         "How the comparison was made: [experiments/methods](../../experiments/methods/README.md).",
         "## Ranking",
         "Gain in the share of 1,000 held-out prompts of the built-in world that pass all three "
         "criteria, over the [SFT](sft.md) model that each starts from; about the same training "
         "FLOPs each; means over five to seven seeds with 95 % intervals (Student's t). KL to SFT "
-        "in nats a response. TFLOPs with the training of the reward models. A difference within "
+        "in nats per response. TFLOPs with the training of the reward models. A difference within "
         "its interval is none.",
         markdown_table(head, ranked).strip(),
         "## Methods outside of the comparison",
@@ -317,7 +317,8 @@ def index(texts: dict[str, Source], rows: Rows) -> str:
         "`x` is a prompt and `y` a response; `y_w` is the chosen one and `y_l` the rejected one. "
         "`pi` is the policy, `pi_old` the policy that sampled, `pi_ref` the reference. `r` is a "
         "reward. `logp(y)` is the log-probability of a whole response in nats; where a loss says "
-        "so, its mean a token. The mathematics is in `objectives/`, each function with its paper.",
+        "so, its mean per token. The mathematics is in `objectives/`, each function with its "
+        "paper.",
     ]
     return "\n\n".join(parts) + "\n"
 
