@@ -206,7 +206,10 @@ def evaluate_win_rate(config: Config) -> dict[str, Any]:
 
 
 def print_table(table: dict[str, Any]) -> None:
-    """Print a line for each value of `table`: a number, or [low, high] as `low to high`."""
+    """Print a line for each item of `table`, its name and value, to at most four decimals.
+
+    A value is a number, or a list [low, high], printed as `low to high`.
+    """
     # Four digits, without zeros at the end.
     for name, value in table.items():
         ends = value if isinstance(value, list) else [value]

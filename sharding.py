@@ -406,10 +406,11 @@ def constrain_rows(table_VD: jax.Array) -> jax.Array:
 
 
 def constrain_params(tree: Any) -> Any:
-    """Keep parameters, or their gradients, laid as RULES say.
+    """Keep parameters, or their gradients, laid as RULES say; replicated where no rule fits.
 
-    A gradient's sum over rows is then a reduce-scatter. Without a mesh `tree` is returned as it
-    is.
+    No rule fits adapters. A leaf is found by the end of its path, so `tree` may hold parameters
+    under further keys. A gradient's sum over rows is then a reduce-scatter. Without a mesh `tree`
+    is returned as it is.
     """
     mesh = get_abstract_mesh()
     if mesh.empty:

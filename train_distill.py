@@ -117,7 +117,11 @@ class Config:
 
 
 def check(config: Config) -> None:
-    """Raise UserError for numbers out of range."""
+    """Raise UserError where `beta`, `alpha`, `tau` or `on_policy` is out of range.
+
+    `beta` must be above 0 and below 1, whatever the divergence, `tau` above 0, and `alpha` and
+    `on_policy` from 0 to 1. Other settings are not looked at.
+    """
     # At either end of beta the divergence is 0, whatever the student says.
     require(0 < config.beta < 1, f"--beta={config.beta}: must be above 0 and below 1")
     require(0 <= config.alpha <= 1, f"--alpha={config.alpha}: must be in 0..1")

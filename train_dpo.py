@@ -150,9 +150,11 @@ class Config:
 
 
 def check(config: Config) -> None:
-    """Raise UserError for settings that cannot run together.
+    """Raise UserError for numbers out of range, and for settings that cannot run together.
 
-    `config`: of `with_paper_defaults`, with a `beta`.
+    `beta` must be above 0, and `label_smoothing` at least 0 and below 0.5, whatever the loss.
+    `unpaired` is for kto alone; best_vs_worst is for neither kto nor rrhf. `config`: of
+    `with_paper_defaults`, which fills a `beta` of None.
     """
     require(config.beta is not None and config.beta > 0, f"--beta={config.beta}: must be above 0")
     require(

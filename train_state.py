@@ -199,8 +199,9 @@ def shapes_of(
 ) -> dict[str, Any]:
     """Return a fresh state as a checkpoint stores it, shapes and shardings alone.
 
-    ShapeDtypeStructs under the keys `params` and `rest` (see as_items), and `base`, of adapters,
-    None without. `config`: the script's, of which `lora` and `seed` are read.
+    ShapeDtypeStructs under the keys `params` and `rest` (see as_items); and `base`, of adapters,
+    None without, which no checkpoint holds: leave it out of what `Checkpoints.restore` is given.
+    `config`: the script's, of which `lora` and `seed` are read.
     """
     # Nothing is computed: the shapes follow from tracing.
     key = jax.random.key(config.seed)
@@ -220,7 +221,9 @@ def start_or_resume(
     """Return the state of the newest checkpoint, or a fresh one on `starting_params`.
 
     `checkpoints`: of the run's own folder, opened. `config`: the script's, of which `model`,
-    `init`, `seed` and `lora` are read. Raises UserError as `starting_params` does.
+    `init`, `seed` and `lora` are read. The base of adapters is in no checkpoint: a resumed run
+    too makes it of `init` and `seed`. Raises UserError as `starting_params` and
+    `Checkpoints.restore` do.
     """
     # All parameters are in the checkpoint, unless it holds adapters.
     shapes = shapes_of(config, init, optimizer, mesh)

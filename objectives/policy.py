@@ -77,9 +77,11 @@ def missing_eos(score_B: Array, ended_B: Array, rule: MissingEos, score: float) 
 def score_position(mask_BR: Array, at: ScoreAt) -> tuple[Array, Array]:
     """Return the index at which a response's score is added, [B] int32, and the value mask [B, R].
 
+    `mask_BR`: 1 on a response's real tokens, which come first, and 0 on the padding after them.
     The value mask is 1 for states that have a value. last: the score is added at the last real
     token, -1 for a response without any, and the value mask is `mask_BR`. after: at the position
-    after it, if one is left, whose state then has a value too; else at the last token.
+    after it (0 for a response without any), if one is left, whose state then has a value too;
+    else at the last token; the value mask is float32.
     """
     # The last real token is at length - 1, for responses are padded on the right.
     length_B = mask_BR.sum(1).astype(jnp.int32)
