@@ -179,8 +179,12 @@ def test_process_objective_and_its_gradient_against_numpy(tokenizer):
     batch = {"tokens_BT": ones, "segment_ids_BT": ones, "positions_BT": ones}
     batch |= {"loss_mask_BT": np.float32(mask_BT), "targets_BT": np.float32(targets_BT)}
 
+    def apply(logits, *_):
+        """Be a model whose scalars are its parameters."""
+        return ScalarOutput(logits, None, None)
+
     def objective(logits):
-        return process_objective(lambda x, *_: x, logits, batch)
+        return process_objective(apply, logits, batch)
 
     (loss, (weight, metrics)), grad = jax.value_and_grad(objective, has_aux=True)(
         jnp.float32(logits_BT)
