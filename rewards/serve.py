@@ -10,6 +10,8 @@ another, so the server may be killed and started again at any time: whoever aske
 for no password; keep it to one machine.
 """
 
+import runtime.interrupt  # noqa: F401
+
 import dataclasses
 import http.server
 import json
