@@ -23,6 +23,7 @@ import jax
 from runtime.errors import UserError, command_name
 from runtime.writes import atomic_bytes, atomic_text, disk_faults
 
+# Whole writes are asked for here too, by those who write a run.
 __all__ = ["atomic_bytes", "atomic_text", "disk_faults"]
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
