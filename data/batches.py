@@ -57,6 +57,19 @@ class Encoded(NamedTuple):
     """True where tokens were cut off, or everything dropped."""
 
 
+NO_LIMIT = 1 << 40
+"""Tokens, more than any record has."""
+
+
+def tokens_of(rows: Sequence[Row]) -> int:
+    """Count the tokens of rows, prompts once for each of their responses."""
+    count = 0
+    for row in rows:
+        count += len(row.get("tokens", ()))
+        count += sum(map(len, (*row.get("prompts", ()), *row.get("responses", ()))))
+    return count
+
+
 Encode = Callable[[Record, Tokenizer, int], Encoded]
 """encode(record, tokenizer, length): one record as rows of at most `length` tokens."""
 Pad = Callable[..., Batch]
@@ -450,6 +463,44 @@ class Batches:
     def dropped(self) -> int:
         """Examples left out as too long so far, on this host."""
         return self._position["dropped"]
+
+    def cut_line(self, records: int = 500) -> str:
+        """Say how many of the first `records` are cut or dropped, and what share of their tokens.
+
+        "" where all fit.
+        """
+        cut = 0
+        dropped = 0
+        tokens = 0
+        lost = 0
+        count = min(records, len(self._source))
+        for i in range(count):
+            record = self._source[i]
+            encoded = self._layout.encode(record, self._tokenizer, self._length)
+            kept = tokens_of(encoded.rows)
+            whole = kept
+            if encoded.truncated:
+                whole = tokens_of(self._layout.encode(record, self._tokenizer, NO_LIMIT).rows)
+            # What is dropped does not also count as cut.
+            if not encoded.rows:
+                dropped += 1
+            elif encoded.truncated:
+                cut += 1
+            tokens += whole
+            lost += whole - kept
+        if not cut and not dropped:
+            return ""
+        return (
+            f"of the first {count:,} records of {self._source.name} {cut:,} are cut to "
+            f"{self._length:,} tokens and {dropped:,} dropped: {lost / max(tokens, 1):.1%} of the "
+            "tokens are lost"
+        )
+
+    def peek(self) -> Batch:
+        """Return the batch that `next` will return."""
+        if self._ahead is None:
+            self._ahead = self._thread.submit(self._make, self._position)
+        return self._ahead.result().batch
 
     def __iter__(self) -> Self:
         return self
