@@ -3,11 +3,15 @@
     python -m rewards.serve --reward=runs/align/rm --port=8600
     python train_grpo.py --init=runs/align/sft --reward=http://127.0.0.1:8600 --run=runs/served
 
-For train_ppo.py, train_grpo.py, train_raft.py and decoding/best_of_n.py. One POST a batch:
+For train_ppo.py, train_grpo.py, train_raft.py and decoding/best_of_n.py. One POST of JSON a batch:
 {"tokenizer": SHA-256, "texts": [B], "records": [B], "batch": {name: [B][...]}} is answered by
 {"scores": [B]}; a server of your own may look at texts and records alone. No question depends on
-another, so the server may be killed and started again at any time: whoever asked waits. It asks
-for no password; keep it to one machine.
+another, so the server may be killed and started again at any time: whoever asked waits.
+
+A question that no rollout makes is answered by 400 and one line, one above --max_mib by 413, one
+that has not arrived within a minute by 408. Askers do not wait for one another's lines, and are
+scored one at a time. The server asks for no password: keep it to one machine. It then answers
+nobody who calls the machine by another name, nor a web page.
 """
 
 import contextlib
