@@ -5,6 +5,7 @@ The iterator resumes exactly where it stopped. Every host reads a disjoint part 
 order. Lengths are counted in tokens throughout.
 """
 
+import functools
 import sys
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -108,8 +109,8 @@ def encode_comparison(record: Record, tokenizer: Tokenizer, length: int) -> Enco
 
     `prompts` holds the prompt's tokens once for each response, `responses` each one's tokens with
     eos, `ranking` the rank of each (1 is the best). Responses are never cut. The prompt is cut on
-    the left (see `cut_left`) to fit beside the longest of them in `length` tokens; the record is
-    dropped where fewer than SHORTEST_PROMPT tokens would be left of a longer prompt.
+    the left (see `without_beginning`) to fit beside the longest of them in `length` tokens; the
+    record is dropped where fewer than SHORTEST_PROMPT tokens would be left of a longer prompt.
     """
     prompt = tokenizer.prompt(record["prompt"])
     responses = []
@@ -121,7 +122,7 @@ def encode_comparison(record: Record, tokenizer: Tokenizer, length: int) -> Enco
     if room < min(len(prompt), SHORTEST_PROMPT):
         return Encoded([], True)
     row = {
-        "prompts": [cut_left(prompt, room, tokenizer)] * len(responses),
+        "prompts": [without_beginning(prompt, room, tokenizer)] * len(responses),
         "responses": responses,
         "record": record,
         "ranking": record["ranking"],
@@ -134,18 +135,36 @@ def encode_prompt(record: Record, tokenizer: Tokenizer, length: int) -> Encoded:
     """Encode a prompt as one row {"tokens", "record"}, ready for generation.
 
     Messages end with the assistant's role token. A record of raw text is bos and its tokens, to
-    be continued. Cut on the left to `length` tokens (see `cut_left`).
+    be continued. Cut on the left to `length` tokens (see `without_beginning`).
     """
     if "prompt" in record:
         tokens = tokenizer.prompt(record["prompt"])
     else:
         # Raw text, to be continued.
         tokens = [tokenizer.bos, *tokenizer.encode(record["text"])]
-    row = {"tokens": cut_left(tokens, length, tokenizer), "record": record}
+    row = {"tokens": without_beginning(tokens, length, tokenizer), "record": record}
     return Encoded([row], len(tokens) > length)
 
 
 def cut_left(tokens: list[int], length: int, tokenizer: Tokenizer) -> list[int]:
+    """Cut a prompt as `without_beginning` does, and say so on stderr, once a process.
+
+    For commands; what batches cut is counted (`Batches.cut_line`).
+    """
+    kept = without_beginning(tokens, length, tokenizer)
+    if len(kept) < len(tokens):
+        say_cut()
+    return kept
+
+
+@functools.cache
+def say_cut() -> None:
+    """Say once that prompts lose their beginning."""
+    limits = "--max_prompt, --length, or the model's context"
+    print(f"note: some prompts are too long and lose their beginning ({limits})", file=sys.stderr)
+
+
+def without_beginning(tokens: list[int], length: int, tokenizer: Tokenizer) -> list[int]:
     """Cut a prompt on the left to at most `length` tokens: bos, a role, and the prompt's end.
 
     The role is that of the turn which the cut goes through. The cut moves on to just after a

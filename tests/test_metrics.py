@@ -4,8 +4,11 @@ import errno
 import hashlib
 import io
 import json
+import os
 import pathlib
 import struct
+import subprocess
+import sys
 import time
 
 import jax
@@ -441,6 +444,30 @@ def test_rows_on_a_full_disk_end_the_run_in_a_line(run):
         record._rows._file = full_disk()
         for step in record.steps():
             record(step, {"loss": 1.0})
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
+@pytest.mark.parametrize("place, size, code", [("run/tensorboard", "4k", 0), ("run", "64k", 2)])
+def test_a_run_ends_by_itself_on_a_disk_that_fills(tmp_path, place, size, code):
+    """TensorBoard's disk is done without; the run's own ends it in a line. Neither hangs it."""
+    folder = tmp_path / place
+    folder.mkdir(parents=True)
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no disk can be mounted here")
+    script = pathlib.Path(__file__).parents[1] / "train_sft.py"
+    command = [sys.executable, str(script), "--model.preset=tiny", "--batch_size=4", "--length=32"]
+    command += ["--steps=150", "--eval_every=50", "--save_every=0", f"--run={tmp_path / 'run'}"]
+    try:
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        rows = read_rows(str(tmp_path / "run"), quiet=True)
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+    assert ended.returncode == code, ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert len(rows) == 150 if code == 0 else 0 < len(rows) < 150
+    assert ended.stderr.count("warning: ") == 1 or "error: " in ended.stderr
 
 
 def test_half_a_section_of_samples_is_taken_back(run, monkeypatch):
