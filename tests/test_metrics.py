@@ -19,7 +19,7 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from planning.dry_run import describe
-from runtime import memory, metrics
+from runtime import metrics
 from runtime.board import framed
 from runtime.errors import UserError
 from runtime.metrics import Recorder
@@ -242,19 +242,6 @@ def test_describe_is_the_arithmetic_and_short():
     )
     assert "about 4.8 MB a device" in text and "resumed after 50" in text
     assert len(text.splitlines()) <= 10 and max(map(len, text.splitlines())) <= 80
-
-
-def test_a_state_that_cannot_fit_is_refused_with_the_flags_that_help(monkeypatch):
-    leaf = jax.ShapeDtypeStruct((1000, 1000), jnp.float32)
-    state = {"params": {"w": leaf}, "rest": {"mu": leaf, "nu": leaf}}
-    assert 0 < memory.free_bytes() < 1e15
-    memory.refuse_too_large(state)
-    monkeypatch.setattr(memory, "free_bytes", lambda: 15_900_000)
-    with pytest.raises(UserError, match=r"take 16 MB a device.*--mesh.fsdp=2 times.*--lora.rank"):
-        memory.refuse_too_large(state)
-    for free in (16_000_000, None):
-        monkeypatch.setattr(memory, "free_bytes", lambda free=free: free)
-        memory.refuse_too_large(state)
 
 
 # --- damage
