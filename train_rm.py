@@ -162,6 +162,11 @@ def mean_score(
     return jnp.float32(np.mean(rewards))
 
 
+def shifted(params: Params, mean: jax.Array) -> Params:
+    """Return a reward model whose rewards are those of `params` less `mean`, by its bias."""
+    return {**params, "bias": params["bias"] - mean}
+
+
 def main(config: Config) -> dict[str, float]:
     """Train a reward model on comparisons; return the last row of metrics.
 
@@ -220,8 +225,7 @@ def main(config: Config) -> dict[str, float]:
             # The last step shifts the reward: reference responses score 0 on average.
             if step == config.steps:
                 mean = mean_score(full(base, state.params), score, config, source)
-                shifted = {**state.params, "bias": state.params["bias"] - mean}
-                state = dataclasses.replace(state, params=shifted)
+                state = dataclasses.replace(state, params=shifted(state.params, mean))
 
             # Accuracy and calibration on held-out comparisons, of the shifted reward at the end.
             if run.due(step, config.eval_every):
