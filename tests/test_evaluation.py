@@ -217,6 +217,27 @@ def test_a_collapsed_policy_gives_few_distinct_answers():
     assert distinct_answers(lookups, [right[0]] * len(right)) < 0.1
 
 
+def test_an_alignment_says_how_often_ppo_is_better_than_sft():
+    """By gold, prompt by prompt: better, worse, and two ties of which one is of good responses."""
+    request = world.parse("what is the capital of sweden?")
+    right, wrong = "it is stockholm.", "it is paris."
+    said = {
+        "base": [wrong, wrong, wrong, wrong],
+        "sft": [wrong, right, right, wrong],
+        "ppo": [right, right, right, wrong],
+    }
+    sampled = {}
+    for stage, texts in said.items():
+        sampled[stage] = [SampledResponse(text, 3, 0.5) for text in texts]
+    summary, _ = summarise_alignment([request] * 4, sampled, {"eval/accuracy": 0.7})
+    assert summary["ppo"]["win_rate"] == (1 + 0.5 * 3) / 4
+    assert [summary[stage]["all"] for stage in STAGES] == [0, 0.5, 0.75]
+    assert summary["ppo"]["distinct_answers"] == 2
+    # A column a stage, in their order.
+    (row,) = [line for line in gold_table(summary).splitlines() if line.startswith("lookup")]
+    assert row.split() == ["lookup", "0.000", "0.500", "0.750", "4"]
+
+
 def test_the_table_of_an_alignment_fits_a_terminal():
     requests = [world.prompt(i, split="heldout") for i in range(40)]
     sampled = {

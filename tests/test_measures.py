@@ -3,23 +3,38 @@
 import json
 import math
 import random
+from functools import partial
 from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from fakes import Letters, load_letters, open_in_memory, said, source_of, told
-from preference_cases import lookup
+from preference_cases import lookup, mean_so_far
 
 import evaluate
+import responses
+import train_dpo
+import train_ppo
 import train_rm
 from collect import feedback, rank, spin, steps
+from data.batches import comparison_batches
 from data.sources import evaluated_split, open_source
 from evaluation import gold
 from evaluation import reward_model as comparing
 from evaluation.perplexity import make_perplexity_evaluation
+from experiments.contrastive.batches import encode_contrast, with_other_prompts
+from experiments.contrastive.objective import contrastive
+from experiments.figa.batches import with_edit_weights
+from experiments.figa.objective import figa_objective
+from experiments.unlikelihood.batches import with_rank_weights
+from experiments.unlikelihood.objective import unlikelihood_objective
+from model_config import PRESETS
+from objectives import direct
+from rewards import judges, models, scorer
 from runtime.errors import UserError
-from sampling import Samples
+from sampling import Samples, SamplingConfig
 from tasks import rules, world
 
 CAPITAL = "what is the capital of sweden?"
@@ -267,8 +282,6 @@ def test_the_gold_evaluation_of_training(monkeypatch):
 
 def test_the_kl_of_a_response_is_the_policys_less_the_references_log_probability(monkeypatch):
     """Padding counts nothing, and what the last call was filled up with is cut off."""
-    from model_config import PRESETS
-
     logp_BR = jnp.array([[-1.0, -2.0, -9.0], [-0.5, -0.5, -0.5]])
     reference_BR = jnp.array([[-1.5, -3.0, -1.0], [-1.5, -1.0, -0.5]])
     mask_BR = jnp.array([[1.0, 1, 0], [1, 1, 1]])
@@ -426,7 +439,6 @@ def test_a_check_says_how_right_in_0_to_1(tmp_path, monkeypatch):
 def test_responses_longer_than_the_context_are_refused_before_anything(
     module, monkeypatch, tmp_path
 ):
-    from model_config import PRESETS
     from responses import LoadedRun
 
     loaded = LoadedRun(PRESETS["tiny"], Letters(), {})
@@ -506,6 +518,95 @@ def test_collect_feedback_asks_every_prompt(collecting, monkeypatch, tmp_path):
     assert all(row["ranking"] == [2, 1] for row in rows)
 
 
+def test_a_judges_preference_is_the_mean_over_both_orders(monkeypatch):
+    def probability_of_a(texts):
+        """Like what is shown first, and more so the longer it is."""
+        shown = [text.split("Response A: ")[1].split("\n")[0] for text in texts]
+        return np.array([0.5 + 0.1 * len(text) for text in shown])
+
+    monkeypatch.setattr(judges, "make_probability_of_a", lambda judge: probability_of_a)
+    prefer = judges.make_prefer(None, ["be long.", "be short."])
+    preferred = prefer([(said("q"), "aaa", "b"), (said("q"), "a", "bbb")])
+    # (0.8 + 1 - 0.6) / 2, and its mirror.
+    np.testing.assert_allclose(preferred, [[0.6, 0.6], [0.4, 0.4]])
+
+
+def test_the_simulated_judge_prefers_what_gold_finds_good():
+    prefer, _ = judges.make_simulated(["honest", "harmless"], 1.0, 1, 0)
+    questions = [(said(CAPITAL), RIGHT, WRONG), (said(CAPITAL), RUDE, RIGHT)]
+    assert prefer(questions).tolist() == [[1.0, 0.5], [0.5, 0.0]]
+
+
+# ---- Scores of texts, and responses ----
+
+
+def test_a_text_is_scored_at_its_last_token_whatever_call_it_is_in(monkeypatch):
+    """The scalar is the sum of the tokens so far; two rows a call, so the last one is filled."""
+
+    def make_scalars(config):
+        def scalars(params, batch):
+            return params * jnp.cumsum(batch["tokens_BT"], axis=1).astype(jnp.float32)
+
+        return scalars
+
+    monkeypatch.setattr(models, "make_scalars", make_scalars)
+    monkeypatch.setattr(models, "TEXT_ROWS", 2)
+    score = models.make_text_scorer(None, Letters(), 24)
+    texts = ["a", "bb", "ccc"]
+    scores = score(jnp.float32(2.0), ["p", "p", "q"], texts)
+    expected = []
+    for prompt, text in zip(("p", "p", "q"), texts, strict=True):
+        row = [*Letters().prompt(prompt), *Letters().response(text)]
+        expected.append(2.0 * sum(row))
+    assert scores == expected
+
+
+def test_responses_come_n_to_each_prompt_in_order_without_padding(monkeypatch):
+    def generate(apply, config, params, prompts, key, sampling, *, eos, pad, n):
+        """Answer with the prompt's last letter, or the one k places after it."""
+        letter_B = jnp.repeat(prompts["tokens_BT"][:, -2], n)
+        letter_B += jnp.tile(jnp.arange(n), len(prompts["tokens_BT"]))
+        zeros_B = jnp.zeros_like(letter_B)
+        # eos comes as an array of all ends.
+        response_BR = jnp.stack([letter_B, zeros_B + eos[0], zeros_B + 99], axis=1)
+        mask_BR = jnp.broadcast_to(jnp.array([1.0, 1.0, 0.0]), response_BR.shape)
+        return Samples(response_BR, mask_BR, mask_BR)
+
+    monkeypatch.setattr(responses, "generate", generate)
+    sampling = SamplingConfig(max_new_tokens=3)
+    respond = responses.make_sampler(PRESETS["tiny"], sampling, Letters(), 2)
+    prompts = [Letters().prompt(text) for text in ("a", "k", "x")]
+    found = respond({}, prompts, jax.random.key(0), 2)
+    assert found == [Letters().response(text) for text in "abklxy"]
+    assert responses.split_evenly(found, 2)[1] == [Letters().response(text) for text in "kl"]
+    assert list(responses.full_parts([1, 2, 3], 2)) == [(0, [1, 2]), (2, [3, 3])]
+
+
+def test_texts_of_a_rollout_end_where_its_mask_does():
+    rows = {
+        "response_BR": np.array([[ord("a"), 2, 99], [ord("b"), ord("c"), ord("d")]]),
+        "mask_BR": np.array([[1.0, 1, 0], [1, 1, 1]]),
+    }
+    assert scorer.decode_responses(rows, Letters()) == ["a", "bcd"]
+
+
+@pytest.mark.parametrize(
+    "how, settings, expected",
+    [
+        ("mean", {}, [2.0, -1.0]),
+        ("weighted", {"weights": (2.0, -1.0)}, [-1.0, 4.0]),
+        ("minimum", {}, [1.0, -3.0]),
+        ("gated", {"gate": 0.0, "floor": -9.0}, [1.0, -9.0]),
+    ],
+)
+def test_several_rewards_make_one_score(how, settings, expected):
+    config = train_ppo.Config(reward=("b", "a"), combine=how, **settings)
+    scores = {"a": jnp.array([3.0, -3.0]), "b": jnp.array([1.0, 1.0])}
+    if how == "weighted":
+        expected = [2.0 * 1 - 3, 2.0 * 1 + 3]
+    assert scorer.pooled(config, scores).tolist() == expected
+
+
 # ---- Rules ----
 
 
@@ -530,3 +631,66 @@ def test_rules_are_kept_or_not(request_text, response, kept):
     found = (rules.harmless, rules.declines, rules.brief)
     assert tuple(rule(response, record) for rule in found) == kept
     assert rules.all_kept(response, record) == pytest.approx(sum(kept) / 3)
+
+
+# ---- The last batch of an evaluation ----
+
+COMPARED = [pair(f"yes {i}", f"no {i}") for i in range(5)]
+
+
+def of_a_loss(loss, rows):
+    """Return the objective and one batch, of `rows` rows, of the five comparisons."""
+    config = train_dpo.with_paper_defaults(train_dpo.Config(loss=loss, batch_size=rows))
+    objective = train_dpo.make_objective(config, mean_so_far).objective
+    (batch,) = train_dpo.make_batches(config, source_of(COMPARED), Letters()).once()
+    return objective, batch
+
+
+def of_a_fork(fork, rows):
+    """Return the same of a fork of train_dpo.py."""
+    options = {"batch_size": rows, "length": 40}
+    if fork == "contrastive":
+        others = with_other_prompts(source_of(COMPARED), 2)
+        (batch,) = comparison_batches(others, Letters(), encode_contrast, **options).once()
+        return partial(direct.ranked_objective, mean_so_far, loss=contrastive), batch
+    (batch,) = comparison_batches(source_of(COMPARED), Letters(), **options).once()
+    if fork == "figa":
+        return partial(figa_objective, mean_so_far), with_edit_weights(batch, 0.5)
+    return partial(unlikelihood_objective, mean_so_far), with_rank_weights(batch, 1.0)
+
+
+@pytest.mark.parametrize("loss", ["dpo", "kto", "rrhf"])
+def test_rows_that_fill_a_batch_up_count_nothing(rng, loss):
+    table_VV = jnp.float32(rng.normal(size=(128, 128)))
+    results = []
+    for rows in (5, 8):
+        objective, batch = of_a_loss(loss, rows)
+        assert len(batch["ranks_BC"]) == rows
+
+        @jax.jit
+        def measured(table_VV, batch, objective=objective):
+            reference_BC = 0.9 * direct.candidate_logprobs(mean_so_far, table_VV, batch)
+            if loss != "rrhf":
+                batch = {**batch, "reference_BC": reference_BC}
+            if loss == "kto":
+                batch = direct.kto_kl_estimate(mean_so_far, table_VV, batch)
+            return objective(table_VV, batch)
+
+        results.append(numbers_of(measured(table_VV, batch)))
+    assert results[1] == pytest.approx(results[0], rel=1e-5) and results[0][1] > 0
+
+
+@pytest.mark.parametrize("fork", ["contrastive", "figa", "unlikelihood"])
+def test_rows_that_fill_a_fork_s_batch_up_count_nothing(rng, fork):
+    table_VV = jnp.float32(rng.normal(size=(128, 128)))
+    results = []
+    for rows in (5, 8):
+        objective, batch = of_a_fork(fork, rows)
+        results.append(numbers_of(jax.jit(objective)(table_VV, batch)))
+    assert results[1] == pytest.approx(results[0], rel=1e-5) and results[0][1] > 0
+
+
+def numbers_of(result):
+    """Return an objective's loss, weight, and sums and weights of its metrics."""
+    loss, (weight, values) = result
+    return [float(x) for x in jax.tree.leaves([loss, weight, values])]
