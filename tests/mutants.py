@@ -125,10 +125,11 @@ test_process.py::test_auc_and_first_error_against_loops
 + (logits_M > 0) != right_M
 - rights * (rights + 1) / 2
 + rights * (rights - 1) / 2
-- doubted_NT.argmax(1), -1)
-+ doubted_NT.argmax(1), 1)
 - / labelled_NT.sum()
 + / labelled_NT.size
+test_evaluation.py::test_a_solution_without_a_doubted_step_finds_no_error
+- doubted_NT.argmax(1), -1)
++ doubted_NT.argmax(1), 0)
 test_process.py::test_majority_and_choices
 - max(distinct,
 + min(distinct,

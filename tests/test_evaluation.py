@@ -18,7 +18,7 @@ from evaluation.reward_model import (
     length_correlation,
     ordered_pairs,
 )
-from evaluation.steps import step_table
+from evaluation.steps import first_error, step_table
 from evaluation.win_rate import win_rate_table, wins
 from tasks import world
 
@@ -185,6 +185,14 @@ def test_pairs_are_of_one_prompt_and_the_better_one_comes_first():
     assert length_correlation(np.array([3.0, 2.0, 1.0]), lengths) == pytest.approx(-1)
     assert length_correlation(np.array([1.0, 1.0, 1.0]), lengths) is None
     assert length_correlation(np.array([1.0, 2.0]), lengths[:2]) is None
+
+
+def test_a_solution_without_a_doubted_step_finds_no_error():
+    """Of three with a wrong step one finds it; the fourth has none."""
+    wrong = np.array([[1, 0, 0], [0, 1, 0], [1, 0, 0], [0, 0, 0]], bool)
+    doubted = np.array([[0, 0, 0], [0, 1, 1], [0, 1, 0], [1, 0, 0]], bool)
+    assert first_error(wrong, doubted) == pytest.approx(1 / 3)
+    assert math.isnan(first_error(wrong[3:], doubted[3:]))
 
 
 def test_a_logit_of_0_is_half_right():

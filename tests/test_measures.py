@@ -351,7 +351,7 @@ def test_collect_rank_asks_every_prompt_and_keeps_whole_distinct_answers(
 ):
     texts = [f"{CAPITAL} {i}" for i in range(7)]
     letters = Letters()
-    unended = letters.encode(RIGHT)
+    unended = letters.encode("it is oslo.")
     tokens = [letters.response(text) for text in (WRONG, RIGHT, WRONG, " ")]
     answers = {text: [*tokens, unended] for text in texts}
     calls = []

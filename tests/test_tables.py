@@ -130,7 +130,7 @@ def test_a_report_shows_shares_in_per_cent_values_and_durations():
 
 
 def entry_of(share, n=10):
-    values = dict.fromkeys(("helpful", "honest", "harmless", "all"), share)
+    values = {"helpful": 0.9, "honest": 0.95, "harmless": 0.97, "all": share}
     kinds = {"lookup": {"all": share / 2, "all_ci": [0.0, share], "n": n}}
     return {**values, "kinds": kinds, "n": n}
 
