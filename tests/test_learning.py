@@ -165,7 +165,7 @@ def test_lm_reaches_the_entropy_of_a_source(files, monkeypatch):
     entropy = nats / tokens
     assert last["eval/loss"] == pytest.approx(entropy, abs=0.02)
     # Control: who does not look at the digit before pays log 2.
-    assert entropy < 0.5 * math.log(2)
+    assert entropy < 0.6 * math.log(2)
 
 
 @pytest.mark.parametrize("noise, low, high", [(0.0, 0.9, 1.0), (0.5, 0.35, 0.65)])
