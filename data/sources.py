@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from data.records import SCHEMAS, FieldError, Record, Row, Schema
 from runtime.errors import UserError, require
+from runtime.hosts import progressed
 from tasks import arithmetic, world
 
 SCHEMA_VERSION = 1
@@ -110,6 +111,18 @@ def check_eval_records(records: int) -> None:
         records >= 1,
         f"--eval_records={records}: must be at least 1; --eval_every=0 leaves evaluations out",
     )
+
+
+_for_now: tempfile.TemporaryDirectory | None = None
+
+
+def keep_prepared(keep: bool) -> None:
+    """Keep local files that are prepared from now on in $PLUMB_CACHE, or, as a dry run, nowhere.
+
+    Nowhere is a temporary folder that goes with this process, or with the next call of this.
+    """
+    global _for_now
+    _for_now = None if keep else tempfile.TemporaryDirectory(prefix="plumb-")
 
 
 # ---- Built in ----
@@ -335,9 +348,15 @@ def _key(record: Record) -> int:
 def _prepared(path: pathlib.Path, schema: Schema) -> pathlib.Path:
     """Return the folder of the ArrayRecord dataset made of `path`; make it if it is not there."""
     cache = pathlib.Path(os.environ.get("PLUMB_CACHE", "~/.cache/plumb")).expanduser()
-    folder = cache / _cache_name(path, schema)
+    name = _cache_name(path, schema)
+    folder = cache / name
     if folder.exists():
         return folder
+    # A dry run leaves nothing behind.
+    if _for_now is not None:
+        folder = pathlib.Path(_for_now.name) / name
+        if folder.exists():
+            return folder
 
     # Read all of it once before anything is written: to validate it, and for the split.
     keys = []
@@ -439,6 +458,7 @@ def _records(path: pathlib.Path, schema: Schema) -> Iterator[Record]:
     for number, line in _lines(path):
         if not line.strip():
             continue
+        progressed()
         try:
             yield adapt(_row(line))
         except FieldError as fault:

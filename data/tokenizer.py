@@ -16,6 +16,8 @@ import sentencepiece
 from data.records import Message, Record
 from data.tokenizer_json import JsonPieces
 from runtime.errors import UserError
+from runtime.run_folder import refuse_other_tokenizer
+from runtime.writes import atomic_bytes
 
 ROLES = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>"}
 SPACE_MARK = "▁"
@@ -121,10 +123,15 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Tokenizer":
-        """Load a `.model` file, or the `tokenizer.model` of a run's folder; raises UserError."""
+        """Load a `.model` file, or the `tokenizer.model` of a run's folder.
+
+        Raises UserError where there is none, and where a run's is not the one it was made with.
+        """
         file = _file(path)
         try:
-            return cls(file.read_bytes())
+            content = file.read_bytes()
+            refuse_other_tokenizer(file, content)
+            return cls(content)
         except FileNotFoundError:
             raise UserError(
                 f"{file}: no tokenizer here; name a .model file or the folder of a run"
@@ -138,9 +145,7 @@ class Tokenizer:
         """Write `path` if it ends in `.model`, else `<path>/tokenizer.model`; all or nothing."""
         file = _file(path)
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(f".{file.name}.{os.getpid()}")
-        partial.write_bytes(self.model)
-        partial.replace(file)
+        atomic_bytes(file, self.model)
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text` alone: no bos, no eos, never a control token."""

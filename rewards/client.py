@@ -86,6 +86,8 @@ def _address(reward: str) -> urllib.parse.SplitResult:
         _ = address.port
     except ValueError as fault:
         raise UserError(f"--reward={reward}: {fault}; give http://127.0.0.1:<port>") from None
+    if not address.hostname:
+        raise UserError(f"--reward={reward}: names no server; give http://127.0.0.1:<port>")
     return address
 
 

@@ -8,6 +8,8 @@ A folder holds config.json, safetensors and a tokenizer. Every script can --init
 Covered are Llama 2 and 3, Mistral, Qwen 2 and 3, and Gemma 1, where all layers are the decoder's.
 """
 
+import runtime.interrupt  # noqa: F401
+
 import dataclasses
 import json
 import math
@@ -30,7 +32,8 @@ from model_config import ModelConfig, check_fit, stored_model
 from runtime import flags
 from runtime.checkpoint import Checkpoints
 from runtime.errors import UserError
-from runtime.run_folder import disk_faults, finished_steps
+from runtime.run_folder import finished_steps
+from runtime.writes import atomic_folder
 from sharding import MeshConfig, abstract, make_mesh, path_name
 from train_state import load_params
 from weights.families import config_of, model_of
@@ -351,20 +354,14 @@ def save(
         raise UserError(f"{out}: exists already; name another folder")
 
     # Written beside it, and renamed when all of it is there.
-    new = out.with_name(f".{out.name}.{os.getpid()}")
-    try:
-        with disk_faults(out):
-            new.mkdir(parents=True)
-            write_tensors(new, params, config, dtype, SHARD_BYTES)
-            (new / "config.json").write_text(json.dumps(content, indent=1))
-            for name, file in tokenizer_files(tokenizer).items():
-                (new / name).write_bytes(file)
-            # All for the same readers: safetensors' own files are for their owner alone.
-            for written in new.iterdir():
-                shutil.copymode(new / "config.json", written)
-            new.replace(out)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
+    with atomic_folder(out) as new:
+        write_tensors(new, params, config, dtype, SHARD_BYTES)
+        (new / "config.json").write_text(json.dumps(content, indent=1))
+        for name, file in tokenizer_files(tokenizer).items():
+            (new / name).write_bytes(file)
+        # All for the same readers: safetensors' own files are for their owner alone.
+        for written in new.iterdir():
+            shutil.copymode(new / "config.json", written)
 
 
 # --- the script
