@@ -70,9 +70,8 @@ def cached_reference(
     if (covered < counts).any():
         # One pass over all batches, with a second model in memory for as long as it takes.
         reference = load_reference()
-        progress = tqdm(
-            batches, "reference", sum(counts), unit="batch", disable=not sys.stderr.isatty()
-        )
+        often = 0.1 if sys.stderr.isatty() else 10.0
+        progress = tqdm(batches, "reference", sum(counts), unit="batch", mininterval=often)
         for batch in progress:
             progressed()
             keys = candidate_keys(batch)
@@ -108,7 +107,8 @@ def _load(path: pathlib.Path, kinds: int, configs: Collection[str]) -> tuple[Kno
             # Python's own numbers, as `candidate_keys` gives them.
             keys = saved["keys"].tolist()
             values = saved["logps"].tolist()
-            covered = saved["count"]
+            # An older version evaluated other records: the rest of them is looked for.
+            covered = saved["covered"] if "covered" in saved else np.zeros(kinds, int)
             is_ours = "config" not in saved or str(saved["config"]) in configs
         known = dict(zip(keys, values, strict=True))
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, NotImplementedError):
@@ -123,4 +123,4 @@ def _save(path: pathlib.Path, known: Known, covered: np.ndarray, config: str) ->
     keys = np.fromiter(known, np.uint64)
     values = np.fromiter(known.values(), np.float32)
     with atomic_file(path) as file:
-        np.savez(file, keys=keys, logps=values, count=covered, config=config)
+        np.savez(file, keys=keys, logps=values, covered=covered, config=config)

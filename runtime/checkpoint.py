@@ -215,7 +215,9 @@ class Checkpoints:
         name = signal.Signals(number).name
         if number == signal.SIGHUP:
             _leave_terminal()
-        os.write(2, f"\n{name}: saving after this step (again: stop at once)\n".encode())
+        # Nobody may read it.
+        with contextlib.suppress(OSError):
+            os.write(2, f"\n{name}: saving after this step (again: stop at once)\n".encode())
 
     def _restore_handlers(self) -> None:
         for number, handler in self._old_handlers.items():

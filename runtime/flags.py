@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import tyro
 
-from runtime import interrupt
+from runtime import interrupt, terminal
 from runtime.agreement import refuse_different_commands
 from runtime.errors import UserError, command_name
 from runtime.hosts import exit_now, joined
@@ -180,6 +180,9 @@ def run(main: Callable[[ConfigT], Any], cls: type[ConfigT]) -> None:
         if not hasattr(config, "hosts"):
             main(config)
             return
+        # Training is for its run folder, all else for what it prints.
+        if not getattr(config, "dry_run", False):
+            terminal.outlive_stdout()
         with joined(config.hosts):
             refuse_different_commands(config)
             main(config)
@@ -190,18 +193,24 @@ def run(main: Callable[[ConfigT], Any], cls: type[ConfigT]) -> None:
 def ending_in_one_line(main: Callable[[], Any]) -> None:
     """Run `main`; end a UserError in one line and its exit code, 2, Ctrl-C in one line and 130.
 
-    A full disk ends in one line and exit code 2 too, whoever met it.
+    A full disk ends in one line and exit code 2 too, whoever met it. Where nobody reads stdout any
+    more and `main` does not outlive it, it ends by SIGPIPE.
     """
+    terminal.prepare()
     interrupt.imported()
     try:
         main()
+        sys.stdout.flush()
     except UserError as fault:
         # One line, whatever the fault's text has.
-        print(f"error: {' '.join(str(fault).split())}", file=sys.stderr)
+        line = terminal.printable(" ".join(str(fault).split()))
+        print(f"error: {line}", file=sys.stderr)
         exit_now(fault.code)
     except KeyboardInterrupt as stop:
         print(str(stop) or "stopped by the keyboard", file=sys.stderr)
         exit_now(130)
+    except terminal.PipeClosed:
+        terminal.end_by_pipe()
     except Exception as fault:
         # Wherever it is met: no bug, and a restart is of no use.
         if not is_full_disk(fault):

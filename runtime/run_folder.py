@@ -742,24 +742,3 @@ def _steps_without_manifest(folder: pathlib.Path) -> list[pathlib.Path]:
             found.append(path)
     found = [path for path in found if any(path.iterdir())]
     return sorted(found, key=lambda path: int(path.name), reverse=True)
-
-
-# --- metrics
-
-
-def read_rows(run: str) -> list[dict[str, Any]]:
-    """Read metrics.jsonl of `run`, one dict a line, [] without the file.
-
-    Raises UserError for a line that is not JSON.
-    """
-    path = pathlib.Path(run) / "metrics.jsonl"
-    if not path.exists():
-        return []
-    rows = []
-    # A run that was killed may have left half a line: it is named.
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            raise UserError(f"{path}:{number}: not JSON; remove the line") from None
-    return rows

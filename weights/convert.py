@@ -15,6 +15,7 @@ import json
 import math
 import os
 import pathlib
+import shutil
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
@@ -358,6 +359,9 @@ def save(
         (new / "config.json").write_text(json.dumps(content, indent=1))
         for name, file in tokenizer_files(tokenizer).items():
             (new / name).write_bytes(file)
+        # All for the same readers: safetensors' own files are for their owner alone.
+        for written in new.iterdir():
+            shutil.copymode(new / "config.json", written)
 
 
 # --- the script
