@@ -31,7 +31,7 @@ from rewards.models import make_text_scorer
 from runtime import flags
 from runtime.errors import UserError, require
 from runtime.report import alignment_report
-from runtime.run_folder import read_rows
+from runtime.rows import read_rows
 from sampling import SamplingConfig
 from sharding import MeshConfig, make_mesh
 from tasks import world
