@@ -142,8 +142,22 @@ BAD = [
     ("text", {"text": 3}, "text: must be a string, not int"),
     ("text", {"text": " "}, "text: is empty"),
     ("text", '{"text": "\\ud800"}', "text: holds half a surrogate pair"),
-    ("chat", {"query": "x"}, "messages: missing; the row needs"),
-    ("chat", {"prompt": "p", "response": None}, "response: must be a string, not NoneType"),
+    ("chat", {"id": "x"}, "messages: missing; the row needs"),
+    ("chat", {"prompt": "p", "response": None}, "response: missing; the row needs"),
+    ("chat", '{"prompt": "p", "prompt": "q", "response": "r"}', "prompt: stands twice"),
+    (
+        "chat",
+        '{"prompt": "p", "response": "r", "x": {"a": [{"b": 1, "b": 2}]}}',
+        "b: stands twice",
+    ),
+    ("chat", "\0\0\0\0", "line: holds NULs alone"),
+    ("chat", '{"id": ' + "9" * 5000 + "}", "line: holds a number of too many digits"),
+    ("chat", "[" * 100_000, "line: is not JSON that can be read"),
+    (
+        "chat",
+        '[{"prompt": "p"}]',
+        "line: must be a JSON object, not list; write one object a line",
+    ),
     ("chat", {"messages": []}, "messages: must be a list of one or more messages"),
     ("chat", {"messages": ["hi"]}, "messages[0]: must be an object"),
     ("chat", {"messages": turns("p")}, "messages: the last turn must be the assistant's"),
@@ -287,14 +301,10 @@ def test_a_preparation_that_fails_or_loses_rows_leaves_nothing(tmp_path, cache, 
             open_source(data, "text", "train")
         assert not list(cache.iterdir())
     every = sources._records
-    calls = []
 
-    def one_fewer_the_second_time(*args):
-        calls.append(1)
-        return list(every(*args))[: 20 if len(calls) == 1 else 19]
-
+    # Rows are read once to validate them, and then to keep them.
     with monkeypatch.context() as patch:
-        patch.setattr(sources, "_records", one_fewer_the_second_time)
+        patch.setattr(sources, "_records", lambda *args: list(every(*args))[:19])
         with pytest.raises(RuntimeError, match="20 rows, but the prepared dataset has 19"):
             open_source(data, "text", "train")
     assert not list(cache.iterdir())
