@@ -176,12 +176,15 @@ def _calls(message: Row, place: str) -> list[str]:
     calls = message.get("tool_calls") or []
     if message.get("function_call"):
         calls = [message["function_call"]]
-    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+    if not isinstance(calls, list):
         raise FieldError(f"{place}.tool_calls", "must be a list of objects")
     texts = []
     for call in calls:
         # OpenAI's have the call in `function`, and its arguments as JSON text.
-        function = dict(call.get("function") or call)
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict):
+            raise FieldError(f"{place}.tool_calls", "must be objects with a name and arguments")
+        function = dict(function)
         arguments = function.get("arguments")
         if isinstance(arguments, str):
             function["arguments"] = _parsed(arguments)
