@@ -398,6 +398,7 @@ def check(config: Config, mesh: jax.sharding.Mesh) -> None:
         {
             "kl_horizon": (config.kl_target is not None, "--kl_target"),
             "ptx_coef": (config.ptx_data is not None, "--ptx_data"),
+            "combine": (config.step_rewards == "none", "--step_rewards=none"),
         },
     )
 

@@ -196,6 +196,11 @@ MISTAKES = {
     "ppo: horizon": (train_ppo, ["--kl_horizon=5"], "--kl_target"),
     "ppo: text": (train_ppo, ["--ptx_coef=3"], "--ptx_data"),
     "ppo: steps": (train_ppo, ["--reward=prm"], "scores steps"),
+    "ppo: weight of steps": (
+        train_ppo,
+        ["--reward=prm", "--step_rewards=last", "--weights", "3", "--combine=weighted"],
+        "step_rewards",
+    ),
     "raft: score of a rule": (train_raft, ["--missing_eos_score=2"], "missing_eos_score"),
     "raft: steps": (train_raft, ["--reward=prm"], "scores steps"),
     "no host": (train_raft, ["--reward=http://"], "names no host"),
