@@ -271,15 +271,31 @@ def process_objective(apply: Apply, params: Params, batch: TokenBatch) -> LossSu
     return losses_BT.sum(), (steps, metrics)
 
 
-def step_ends(tokens_BT: Array, mask_BT: Array, newlines: list[int]) -> Array:
-    """Return [B, T] bool: True for the last token of a step.
+def step_ends(
+    tokens_BT: Array, mask_BT: Array, newlines: list[int], eos: int | None = None
+) -> Array:
+    """Return [B, T] bool: True for the last token of a step, among the tokens under `mask_BT`.
 
-    Those are the tokens of `newlines`, a list of ids, and the last token, among the tokens under
-    `mask_BT`. `tokens_BT`: ids.
+    A step is a line that holds something: it ends at the first of a run of `newlines`, a list of
+    ids, and the last one at the row's last token. So blank lines are no steps, nor is an `eos`
+    straight after a newline; without `eos` the last token always ends a step. data.steps.lines_of
+    is the same rule for texts. `tokens_BT`: ids.
     """
     is_real_BT = mask_BT > 0
-    is_newline_BT = jnp.isin(tokens_BT, jnp.array(newlines))
-    return is_real_BT & (is_newline_BT | last_places(is_real_BT))
+    is_newline_BT = is_real_BT & jnp.isin(tokens_BT, jnp.array(newlines))
+    # What stands before a token: a newline, or the text of a line.
+    after_newline_BT = _one_later(is_newline_BT)
+    after_text_BT = _one_later(is_real_BT & ~is_newline_BT)
+
+    ends_line_BT = is_newline_BT & after_text_BT
+    is_eos_BT = tokens_BT == (-1 if eos is None else eos)
+    is_last_BT = is_real_BT & last_places(is_real_BT) & ~is_newline_BT
+    return ends_line_BT | (is_last_BT & ~(is_eos_BT & after_newline_BT))
+
+
+def _one_later(x_BT: Array) -> Array:
+    """Return `x_BT` one place to the right; what is first is False."""
+    return jnp.pad(x_BT[:, :-1], ((0, 0), (1, 0)))
 
 
 def running_score(logits_BT: Array, ends_BT: Array, how: StepScore) -> Array:
