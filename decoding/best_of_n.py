@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 import jax
 import numpy as np
 
-from data.batches import encode_prompt, pad_prompts
+from data.batches import encode_prompt, pad_prompts, say_cut
 from data.records import Record
 from data.sources import Split, evaluated_split, open_source
 from data.tokenizer import Tokenizer
@@ -100,8 +100,10 @@ def sample_and_score(config: Config, records: list[Record], mesh: jax.sharding.M
         part = filled(records[start : start + rows], rows)
         tokens = []
         for record in part:
-            encoded, _ = encode_prompt(record, tokenizer, config.max_prompt)
+            encoded, is_cut = encode_prompt(record, tokenizer, config.max_prompt)
             tokens += encoded
+            if is_cut:
+                say_cut()
         padded = pad_prompts(tokens, config.max_prompt, tokenizer.pad, fixed=True)
         batch = to_mesh(padded, mesh)
         key = jax.random.fold_in(jax.random.key(config.seed), start)
