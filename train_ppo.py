@@ -57,7 +57,7 @@ from rollout import (
 from runtime import flags
 from runtime.errors import require
 from runtime.hosts import HostsConfig
-from runtime.metrics import SampleRow
+from runtime.samples import SampleRow
 from sampling import Apply, SamplingConfig
 from sharding import (
     Memory,

@@ -21,6 +21,7 @@ from data.batches import (
     Row,
     encode_prompt,
     pad_examples,
+    say_cut,
 )
 from data.sources import Source
 from data.tokenizer import Tokenizer
@@ -80,14 +81,16 @@ def encode_steps(record: Record, tokenizer: Tokenizer, length: int) -> Encoded:
 def problems(records: Sequence[Record], tokenizer: Tokenizer, length: int) -> list[list[int]]:
     """Return the prompt tokens of each record, ready for generation.
 
-    Each has at most `length` tokens, cut on the left (see `cut_left`). Raises UserError for
-    records of raw text, which have no answer to check.
+    Each has at most `length` tokens, cut on the left (see `without_beginning`). Raises UserError
+    for records of raw text, which have no answer to check.
     """
     if any("prompt" not in record for record in records):
         raise UserError("--data: holds raw text; give rows with prompt and answer")
     prompts = []
     for record in records:
         encoded = encode_prompt(record, tokenizer, length)
+        if encoded.truncated:
+            say_cut()
         prompts.append(encoded.rows[0]["tokens"])
     return prompts
 
