@@ -506,15 +506,15 @@ LAYOUTS: dict[Schema, list[Layout]] = {
     ],
 }
 """The layouts of each schema; a text may also be a conversation of any layout of CHAT."""
-WANTED: dict[Schema, str] = {
-    "text": "text, or the fields of a conversation",
-    "chat": "messages, prompt and response, question and answer, or instruction and output",
-    "comparison": "prompt, chosen and rejected, or prompt, responses and ranking",
-    "unpaired": "prompt, response and desirable",
-    "prompt": "prompt, text, or the fields of a conversation",
-    "steps": "prompt, steps and labels",
+WANTED: dict[Schema, tuple[str, str]] = {
+    "text": ("text", "text, or the fields of a conversation"),
+    "chat": ("messages", "messages, prompt and response, or instruction and output"),
+    "comparison": ("chosen", "prompt, chosen and rejected, or prompt, responses and ranking"),
+    "unpaired": ("response", "prompt, response and desirable"),
+    "prompt": ("prompt", "prompt, text, or the fields of a conversation"),
+    "steps": ("steps", "prompt, steps and labels"),
 }
-"""What to tell the user of a row in none of them."""
+"""What to name as missing, and what to ask for, in a row that is near no layout."""
 
 
 def layout_of(row: Row, schema: Schema) -> Layout:
@@ -523,12 +523,12 @@ def layout_of(row: Row, schema: Schema) -> Layout:
     for layout in layouts:
         if row.keys() >= set(layout.fields):
             return layout
-    # The one of which most is there, the first of equals.
+    # The one of which most is there, the first of equals; more than half of it.
     nearest = max(layouts, key=lambda layout: len(row.keys() & set(layout.fields)))
-    if not row.keys() & set(nearest.fields):
-        raise missing(row, layouts[0].fields[0], WANTED[schema])
-    absent = next(name for name in nearest.fields if name not in row)
-    raise missing(row, absent, ", ".join(nearest.fields))
+    absent = [name for name in nearest.fields if name not in row]
+    if 2 * len(absent) >= len(nearest.fields):
+        raise missing(row, *WANTED[schema])
+    raise missing(row, absent[0], ", ".join(nearest.fields))
 
 
 def fields_read(layout: Layout) -> frozenset[str]:

@@ -143,8 +143,8 @@ BAD = [
     ("text", {"text": 3}, "text: must be a string, not int"),
     ("text", {"text": " "}, "text: is empty"),
     ("text", '{"text": "\\ud800"}', "text: holds half a surrogate pair"),
-    ("chat", {"id": "x"}, "messages: missing; the row needs"),
-    ("chat", {"prompt": "p", "response": None}, "response: missing; the row needs"),
+    ("chat", {"query": "x"}, "messages: missing; the row needs"),
+    ("chat", {"prompt": "p", "response": None}, "messages: missing; the row needs"),
     ("chat", '{"prompt": "p", "prompt": "q", "response": "r"}', "prompt: stands twice"),
     (
         "chat",
