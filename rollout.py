@@ -29,7 +29,7 @@ from model_config import ModelConfig
 from objectives.policy import kl_estimate, masked_mean
 from runtime.errors import UserError
 from runtime.metrics import SampleRow
-from sampling import Apply, Samples, SamplingConfig, generate
+from sampling import Apply, Ends, Samples, SamplingConfig, ends, generate
 from sharding import constrain_batch, gathered, to_host, to_mesh
 
 Array = jax.Array
@@ -75,13 +75,13 @@ def make_rollout(
     config: ModelConfig,
     sampling: SamplingConfig,
     *,
-    eos: int,
+    eos: Ends,
     pad: int,
     n: int = 1,
 ) -> Callable[[Params, Prompts, Array], Rollout]:
     """Compile rollout(params, prompts, key) -> Rollout: sample `n` responses to each prompt.
 
-    `apply` is that of a LanguageModel of shape `config`. `eos`: the id of the token that ends a
+    `apply` is that of a LanguageModel of shape `config`. `eos`: ids of the tokens that end a
     response, `pad` that of padding. Rows are in the order of the prompts, `n` to each. Nothing is
     donated.
     """
@@ -126,19 +126,19 @@ def join_responses(prompts: Prompts, samples: Samples) -> Batch:
 # --- what is logged of rollouts
 
 
-def ended(batch: Mapping[str, Any], eos: int) -> Array:
-    """Return [B] bool: True where the response has its end-of-turn token `eos`.
+def ended(batch: Mapping[str, Any], eos: Ends) -> Array:
+    """Return [B] bool: True where the response has its end-of-turn token, one of `eos`.
 
     Reads `response_BR` and `mask_BR`.
     """
     # Under the mask: the id may be the padding's too.
-    is_end_BR = batch["response_BR"] == eos
+    is_end_BR = ends(batch["response_BR"], eos)
     is_end_BR &= batch["mask_BR"] > 0
     return jnp.any(is_end_BR, axis=1)
 
 
 def rollout_metrics(
-    logp_BR: Array, reference_BR: Array, batch: Mapping[str, Any], eos: int
+    logp_BR: Array, reference_BR: Array, batch: Mapping[str, Any], eos: Ends
 ) -> Batch:
     """Summarise a Rollout and the policy's and the reference's log-probabilities of it: scalars.
 

@@ -58,7 +58,7 @@ from runtime import flags
 from runtime.errors import require
 from runtime.hosts import HostsConfig
 from runtime.metrics import SampleRow
-from sampling import Apply, SamplingConfig
+from sampling import Apply, Ends, SamplingConfig
 from sharding import (
     Memory,
     MeshConfig,
@@ -243,7 +243,7 @@ def make_advantages(
     apply: Apply,
     scalar_apply: Apply,
     *,
-    eos: int,
+    eos: Ends,
     newlines: Sequence[int] = (),
 ) -> Callable[..., tuple[Experience, Batch]]:
     """Compile compute_advantages(models, rollout, scores, scalars, kl_coef).
@@ -253,7 +253,7 @@ def make_advantages(
     `models`: a Models; `apply` is the policy's and the reference's, `scalar_apply` the critic's.
     `scores`: {reward: [B]} and `scalars`: {reward: [B, R + 1]} of
     rewards.scorer.make_reward_scorer; scalars are read with --step_rewards alone. `kl_coef`:
-    scalar beta. `eos`: the id that ends a response; `newlines`: ids of tokens that end a step.
+    scalar beta. `eos`: ids that end a response; `newlines`: ids of tokens that end a step.
     Nothing is donated. Metrics are scalars, means over the rollout: `reward/NAME` of each reward,
     `score` (combined), `score_with_eos_rule`, `reward` (with the KL, summed over the response),
     `value`, `kl_coef`, and those of `rollout_metrics`.
@@ -618,7 +618,7 @@ def main(config: Config) -> dict[str, float]:
         loaded.apply,
         config.model,
         SamplingConfig(config.temperature, max_new_tokens=config.max_new_tokens),
-        eos=tokenizer.eos,
+        eos=tokenizer.ends,
         pad=tokenizer.pad,
         n=config.samples_per_prompt,
     )
@@ -626,7 +626,7 @@ def main(config: Config) -> dict[str, float]:
         config,
         loaded.apply,
         loaded.scalar_apply,
-        eos=tokenizer.eos,
+        eos=tokenizer.ends,
         newlines=tokenizer.newlines(),
     )
     policy_update = make_policy_update(config, loaded.apply)

@@ -77,7 +77,7 @@ def sample_and_score(
     params = load_params(config.policy, shapes=abstract(shapes, mesh))
     sampling = SamplingConfig(config.temperature, max_new_tokens=config.max_new_tokens)
     sample_rollout = make_rollout(
-        apply, model, sampling, eos=tokenizer.eos, pad=tokenizer.pad, n=config.n
+        apply, model, sampling, eos=tokenizer.ends, pad=tokenizer.pad, n=config.n
     )
 
     # In parts of one shape; the last one is filled up.

@@ -74,7 +74,7 @@ def search(
     prompts: Sequence[Tokens],
     extend: Callable[[list[Tokens], int], list[Tokens]],
     score: Callable[[list[Tokens], list[Tokens]], np.ndarray],
-    eos: int,
+    ends: Sequence[int],
     *,
     beams: int,
     branch: int,
@@ -87,12 +87,13 @@ def search(
     better, of partial solutions too. Returns (the best-scored solution to each prompt, without the
     prompt; the tokens sampled in all).
 
-    A solution is finished when it ends in `eos`, and stays among the candidates; one of `longest`
-    tokens without an end goes no further.
+    A solution is finished when it ends in one of `ends`, and stays among the candidates; one of
+    `longest` tokens without an end goes no further.
     """
 
     def is_open(tokens: Tokens) -> bool:
-        return tokens[-1:] != [eos] and len(tokens) < longest
+        is_finished = bool(tokens) and tokens[-1] in ends
+        return not is_finished and len(tokens) < longest
 
     # Of each problem the beams: partial solutions, best first; at first all are empty.
     kept: list[list[Tokens]] = [[[] for _ in range(beams)] for _ in prompts]
@@ -168,7 +169,7 @@ def search_problems(
         prompts,
         extend,
         score,
-        tokenizer.eos,
+        tokenizer.ends,
         beams=config.beams,
         branch=config.branch,
         longest=config.max_new_tokens,
@@ -200,7 +201,7 @@ def main(config: Config) -> tuple[Interval, float]:
         write_result(config.out, config, tokens, as_json(accuracy), right)
     if config.solutions is not None:
         # Those that are right and came to their end.
-        ended = [solution[-1] == tokenizer.eos for solution in found]
+        ended = [solution[-1] in tokenizer.ends for solution in found]
         with atomic_text(config.solutions) as file:
             for record, text, hit, end in zip(records, texts, right, ended, strict=True):
                 if hit and end:
