@@ -100,7 +100,7 @@ class Tokenizer:
         UserError for no text and for a vocabulary too small for bytes and characters.
         """
         sentencepiece.set_random_generator_seed(0)
-        kept_texts = list(texts)
+        kept_texts = _without_rare_characters(texts, vocab_size)
         model = io.BytesIO()
         try:
             sentencepiece.SentencePieceTrainer.train(
@@ -111,7 +111,7 @@ class Tokenizer:
                 hard_vocab_limit=False,
                 # Any text survives: bytes for rare characters, no change to spaces or letters.
                 byte_fallback=True,
-                character_coverage=_coverage(kept_texts, vocab_size),
+                character_coverage=1.0,
                 normalization_rule_name="identity",
                 add_dummy_prefix=False,
                 remove_extra_whitespaces=False,
@@ -255,20 +255,23 @@ class Tokenizer:
         return self.encode(ROLES[name]) if token is None else [token]
 
 
-def _coverage(texts: list[str], vocab_size: int) -> float:
-    """Return the share of the texts' characters that get tokens; the others fall to their bytes.
+def _without_rare_characters(texts: Iterable[str], vocab_size: int) -> list[str]:
+    """Return the texts, without rare characters where there are too many for the vocabulary.
 
-    All, unless they would take more than half of the room beside bytes and special tokens: then
-    the most frequent.
+    A character that a tokenizer has no token for falls to its bytes. Left out are those that would
+    take more than half of the room beside bytes and special tokens: the other half is for words.
     """
+    kept_texts = list(texts)
     counts: Counter[str] = Counter()
-    for text in texts:
+    for text in kept_texts:
         counts.update(text)
     room = max(2, vocab_size - BYTES_AND_SPECIALS) // 2
     if len(counts) <= room:
-        return 1.0
-    kept = sum(count for _, count in counts.most_common(room))
-    return kept / counts.total()
+        return kept_texts
+    # A newline keeps apart what they stood between.
+    rare = [character for character, _ in counts.most_common()[room:]]
+    table = str.maketrans(dict.fromkeys(rare, "\n"))
+    return [text.translate(table) for text in kept_texts]
 
 
 def _refuse_other_runs(file: pathlib.Path, model: bytes) -> None:

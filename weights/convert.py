@@ -249,8 +249,9 @@ def _are_equal(files: dict[str, pathlib.Path], one: str, other: str) -> bool:
         rows = file.get_slice(one)
         other_rows = other_file.get_slice(other)
         # Some rows at a time: a model's embedding may be gigabytes.
-        for start in range(0, rows.get_shape()[0], 4096):
-            cut = slice(start, start + 4096)
+        count = rows.get_shape()[0]
+        for start in range(0, count, 4096):
+            cut = slice(start, min(start + 4096, count))
             if not np.array_equal(rows[cut], other_rows[cut]):
                 return False
     return True
