@@ -26,6 +26,7 @@ from model_config import ModelConfig, check_fit
 from objectives.likelihood import Apply, inputs
 from objectives.reward import process_objective
 from planning.dry_run import preview
+from planning.memory import check_memory
 from runtime import flags
 from runtime.errors import require
 from runtime.hosts import HostsConfig
@@ -158,6 +159,7 @@ def main(config: Config) -> dict[str, float]:
     config = note_lora_base(config)
     mesh = make_mesh(config.mesh)
     check_batch("batch_size", config.batch_size, config.microbatches, mesh, config.length)
+    check_memory(config, mesh)
 
     # Data: solutions, the tokenizer they fit, and batches of one solution a row. A local file of
     # --eval_data is held out as a whole.
