@@ -72,8 +72,8 @@ def make_sampler(
     """
     require(
         sampling.max_new_tokens < config.context,
-        f"--max_new_tokens={sampling.max_new_tokens}: a prompt and its response must fit the "
-        f"model's context of {config.context} tokens; lower it",
+        f"--max_new_tokens={sampling.max_new_tokens}: must be below {config.context}, the model's "
+        "context, to leave a prompt room",
     )
     # Compiled once for each shape of prompts.
     _, apply = init_and_apply(LanguageModel(config))

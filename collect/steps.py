@@ -26,7 +26,7 @@ from data.tokenizer import Tokenizer
 from model import Params
 from model_config import check_fit
 from responses import Respond, Tokens, in_parts, load_run, make_sampler, split_evenly
-from rewards.scorer import Check, load_function
+from rewards.scorer import Check, load_check
 from runtime import flags
 from runtime.errors import require
 from runtime.run_folder import atomic_text
@@ -217,7 +217,7 @@ def main(config: Config) -> dict[str, int]:
     # A completion may begin near a solution's end, and be as long.
     written = 2 if config.labels == "completions" else 1
     check_fit(model, tokenizer.size, config.max_prompt + written * config.max_new_tokens)
-    check = load_function(config.check)
+    check = load_check(config.check)
 
     # Samplers of solutions and of completions.
     sampling = SamplingConfig(config.temperature, max_new_tokens=config.max_new_tokens)

@@ -5,6 +5,7 @@ The iterator resumes exactly where it stopped. Every host reads a disjoint part 
 order. Lengths are counted in tokens throughout.
 """
 
+import math
 import sys
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -288,6 +289,15 @@ def collate(
     return pad(rows, length, tokenizer.pad)
 
 
+def filled_up(array: np.ndarray, size: int) -> np.ndarray:
+    """Return an array of a batch with rows of zeros after its own, `size` rows in all.
+
+    Zeros are padding: no segment, no rank, nothing that counts.
+    """
+    missing = size - len(array)
+    return np.concatenate([array, np.zeros_like(array, shape=(missing, *array.shape[1:]))])
+
+
 # ---- The iterator ----
 
 
@@ -383,12 +393,7 @@ class Batches:
             raise UserError(
                 f"--batch_size={batch_size}: must be a multiple of the {processes} hosts"
             )
-        if len(source) < batch_size and process == 0:
-            print(
-                f"note: {source.name} has {len(source)} records, "
-                f"fewer than a batch of {batch_size}: they repeat within a batch",
-                file=sys.stderr,
-            )
+        self._batch_size = batch_size
         self._layout = layout
         self._source = source
         self._tokenizer = tokenizer
@@ -455,11 +460,79 @@ class Batches:
         return self
 
     def __next__(self) -> Batch:
+        if self._position["batches"] == 0:
+            self._note_repetition()
         ahead = self._ahead or self._thread.submit(self._make, self._position)
         batch, self.records, self._position = ahead.result()
         # Make the next one while the device works on this.
         self._ahead = self._thread.submit(self._make, self._position)
         return batch
+
+    def _note_repetition(self) -> None:
+        """Say on stderr, once over all processes, that the source is smaller than a batch."""
+        records = len(self._source)
+        if records < self._batch_size and self._process == 0:
+            print(
+                f"note: {self._source.name} has {records} records, "
+                f"fewer than a batch of {self._batch_size}: they repeat within a batch",
+                file=sys.stderr,
+            )
+
+    def once(self, records: int | None = None, batches: int | None = None) -> list[Batch]:
+        """Make the batches of an evaluation: each record once, in the source's order.
+
+        At most the first `records`, and at most so many `batches`; None: no limit. The last batch
+        is filled up with rows of padding, which count nothing. A note says what is cut or left
+        out as too long. The iterator stays where it is. Raises UserError where no record fits.
+        """
+        # Rows of all hosts, until the batches can hold no more tokens.
+        packed = self._layout.packed
+        most = None if batches is None else batches * self._batch_size
+        room = math.inf if most is None else most * self._length
+        rows: list[Row] = []
+        cut = 0
+        left_out = 0
+        for i in range(len(self._source))[:records]:
+            if room <= 0:
+                break
+            new, truncated = self._layout.encode(self._source[i], self._tokenizer, self._length)
+            rows += new
+            room -= sum(len(row["tokens"]) if packed else self._length for row in new)
+            cut += truncated and bool(new)
+            left_out += not new
+        if (cut or left_out) and self._process == 0:
+            print(
+                f"note: {self._source.name}: of the records evaluated, {cut} are cut and "
+                f"{left_out} left out, longer than {self._length} tokens",
+                file=sys.stderr,
+            )
+        if not rows:
+            raise UserError(
+                f"{self._source.name}: no record fits {self._length} tokens; raise --length"
+            )
+        if packed:
+            rows = self._packed(rows)
+        rows = rows[:most]
+
+        # A batch at a time, of which this host takes its part.
+        made = []
+        first = self._process * self._rows
+        for start in range(0, len(rows), self._batch_size):
+            batch = self._stacked(rows[start : start + self._batch_size])
+            own = {}
+            for name, array in batch.items():
+                whole = filled_up(array, self._batch_size)
+                own[name] = whole[first : first + self._rows]
+            made.append(own)
+        return made
+
+    def _stacked(self, rows: list[Row]) -> Batch:
+        """Lay rows, packed or not, into one batch."""
+        if self._layout.packed:
+            return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+        # Hosts must agree on one shape.
+        fixed = self._processes > 1
+        return self._layout.pad(rows, self._length, self._tokenizer.pad, fixed=fixed)
 
     def _make(self, position: Position) -> Made:
         """Make the next batch after `position` that is not passed over."""
@@ -471,14 +544,7 @@ class Batches:
     def _make_batch(self, position: Position) -> Made:
         """Make the batch after `position`."""
         rows, after = self._take_rows(position)
-        if self._layout.packed:
-            batch = {}
-            for name in rows[0]:
-                batch[name] = np.stack([row[name] for row in rows])
-        else:
-            # Hosts must agree on one shape.
-            fixed = self._processes > 1
-            batch = self._layout.pad(rows, self._length, self._tokenizer.pad, fixed=fixed)
+        batch = self._stacked(rows)
 
         # Nothing to learn from is an error, never a silent zero.
         for name, array in batch.items():

@@ -25,7 +25,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data.records import SCHEMAS, FieldError, Record, Row, Schema
-from runtime.errors import UserError
+from runtime.errors import UserError, require
 from tasks import arithmetic, world
 
 SCHEMA_VERSION = 1
@@ -40,6 +40,7 @@ HELDOUT_MOST = 1000
 """Most rows held out of such a source."""
 
 Split = Literal["train", "heldout", "all"]
+BUILT_IN = ("world", "arithmetic")
 
 
 @dataclass(frozen=True)
@@ -70,23 +71,44 @@ def open_source(data: str, schema: Schema, split: Split, *, seed: int = 0) -> So
     """Open the records of `data` in `schema` (see data/records.py).
 
     `data`: world, arithmetic, a .jsonl[.gz] file or tfds:<name>. `split`: train or heldout, which
-    share no prompt; or all, for a local file that holds nothing but held-out records. `seed`: that
-    of what is built in. Raises UserError for what is missing or malformed, naming file, line and
-    field, and ValueError for another schema or split.
+    share no prompt; or all, of a local file alone. `seed`: that of what is built in. Raises
+    UserError for what is missing or malformed, naming file, line and field, and ValueError for
+    another schema or split.
     """
     if schema not in SCHEMAS or split not in get_args(Split):
         raise ValueError(f"schema {schema!r}, split {split!r}")
-    if data in ("world", "arithmetic"):
+    if not is_file(data):
         if split == "all":
-            raise ValueError(f"{data} has no split {split!r}")
-        return _built_in(data, schema, split, seed)
-    if data.startswith("tfds:"):
+            raise UserError(f"{data}: has no split {split}, only train and heldout")
+        if data in BUILT_IN:
+            return _built_in(data, schema, split, seed)
         return _catalogue(data.removeprefix("tfds:"), schema, split)
     if data.endswith((".jsonl", ".jsonl.gz")):
         return _local(pathlib.Path(data), schema, split)
     raise UserError(
         f"--data={data}: not a source; "
         "give world, arithmetic, a .jsonl or .jsonl.gz file, or tfds:<name>"
+    )
+
+
+def is_file(data: str) -> bool:
+    """Tell a file from what is built in and from the catalogue, by its name alone."""
+    return data not in BUILT_IN and not data.startswith("tfds:")
+
+
+def evaluated_split(data: str) -> Split:
+    """Return the split that an evaluation of `data` reads where none is asked for.
+
+    All of a file, which holds what its user wants measured; of other sources what is held out.
+    """
+    return "all" if is_file(data) else "heldout"
+
+
+def check_eval_records(records: int) -> None:
+    """Raise UserError for a number of held-out records, --eval_records, that measures nothing."""
+    require(
+        records >= 1,
+        f"--eval_records={records}: must be at least 1; --eval_every=0 leaves evaluations out",
     )
 
 

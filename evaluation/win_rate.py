@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from evaluation.intervals import mean_interval
+from evaluation.intervals import share_interval
 
 
 def wins(ours: Sequence[float] | np.ndarray, theirs: Sequence[float] | np.ndarray) -> np.ndarray:
@@ -23,7 +23,7 @@ def win_rate_table(ours: np.ndarray, theirs: np.ndarray) -> dict[str, Any]:
     Returns `n`, `win_rate` with its interval `win_rate_ci`, and the mean rewards, `reward` (ours)
     and `reward_against`.
     """
-    rate = mean_interval(wins(ours, theirs))
+    rate = share_interval(wins(ours, theirs))
     return {
         "n": len(ours),
         "win_rate": rate.value,
