@@ -82,6 +82,7 @@ SCRIPTS: Ranges = {
     "branch": AT_LEAST_1,
     "n": AT_LEAST_1,
     "temperature": AT_LEAST_0,
+    "top_p": Range(low=0, high=1, without_low=True),
     "port": Range(low=0, high=65535),
     # Losses and rewards.
     "gamma": FROM_0_TO_1,
@@ -105,6 +106,10 @@ SCRIPTS: Ranges = {
     "delta": ABOVE_0,
     "label_smoothing": Range(low=0, high=0.5, without_high=True),
     "overlong": FROM_0_TO_1,
+    "alpha": FROM_0_TO_1,
+    "tau": ABOVE_0,
+    "on_policy": FROM_0_TO_1,
+    "check": FROM_0_TO_1,
     "shaping": AT_LEAST_0,
     "reliability": FROM_0_TO_1,
     "noise": AT_LEAST_0,
