@@ -306,8 +306,15 @@ class Attention(nn.Module):
         else:
             # Training, or prefill of an empty cache: the tokens see one another only. That is
             # faster than to read all slots.
+            # Padding has embeddings like any token, and so finite numbers.
             out_BTNH = attention(
-                q_BTNH, k_BTKH, v_BTKH, segment_ids=segment_ids_BT, window=c.window, ring=self.ring
+                q_BTNH,
+                k_BTKH,
+                v_BTKH,
+                segment_ids=segment_ids_BT,
+                window=c.window,
+                ring=self.ring,
+                finite_padding=True,
             )
 
         # Back to the width of the residual stream.

@@ -301,11 +301,7 @@ def check_shapes(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array) -> Non
 def without_padding(segment_ids: jax.Array, *arrays: jax.Array) -> tuple[jax.Array, ...]:
     """Return `arrays`, [B, T, ...] each, with zeros at the tokens of segment 0."""
     is_real_BT11 = (segment_ids > 0)[:, :, None, None]
-    # Between barriers, so that what comes before and after is compiled as if it were not there.
-    hidden = []
-    for x in jax.lax.optimization_barrier(arrays):
-        hidden.append(jnp.where(is_real_BT11, x, 0))
-    return tuple(jax.lax.optimization_barrier(hidden))
+    return tuple(jnp.where(is_real_BT11, x, 0) for x in arrays)
 
 
 def resolve(implementation: Implementation, q_BTNH: jax.Array, ring: int) -> Implementation:
@@ -344,6 +340,7 @@ def attention(
     scale: float | None = None,
     implementation: Implementation = "auto",
     ring: int = 1,
+    finite_padding: bool = False,
 ) -> jax.Array:
     """Return self-attention (T = S) with grouped queries, [B, T, N, H] in q's type.
 
@@ -353,7 +350,9 @@ def attention(
     tanh(scores / soft_cap) (Gemma 2). `scale` defaults to 1/sqrt(H). A row that sees nothing
     gives zeros. Under a mesh every implementation but the reference runs on each device's own
     rows and heads. `ring`: devices of the mesh's sequence axis over which the tokens of q, k, v
-    and the result, though not of `segment_ids`, are striped (kernels/ring.py).
+    and the result, though not of `segment_ids`, are striped (kernels/ring.py). Infinity and NaN at
+    padding reach no other token in `reference` and `xla_chunked`, for q, k and v are set to 0
+    there; with `finite_padding` the caller says that there is none, which saves that pass.
 
     Raises UserError where the implementation asked for does not serve the shape.
     """
@@ -370,7 +369,8 @@ def attention(
         return on_each_device(run, q_BTNH, k_BSKH, v_BSKH, segment_ids)
 
     # Weights of 0 hide numbers, but neither infinity nor NaN.
-    if segment_ids is not None and implementation in ("reference", "xla_chunked") and ring == 1:
+    is_hiding = implementation in ("reference", "xla_chunked") and ring == 1
+    if is_hiding and segment_ids is not None and not finite_padding:
         q_BTNH, k_BSKH, v_BSKH = without_padding(segment_ids, q_BTNH, k_BSKH, v_BSKH)
 
     keys, queries = visible_ranges(batch, length, segment_ids, causal, window)

@@ -242,7 +242,7 @@ def _uncut_notes(params: Any, mesh: Any) -> list[str]:
             field = SIZES[name.rpartition("/")[2]][number] if held > LARGE * whole else None
             if field is not None:
                 found = (held, name, leaf.shape[number], field)
-                largest[axis] = max(found, largest.get(axis, found))
+                largest[axis] = max(largest.get(axis, found), found, key=lambda item: item[0])
 
     notes = []
     for axis, (_, name, size, field) in largest.items():

@@ -52,6 +52,7 @@ def test_every_field_is_either_free_or_refused(monkeypatch, capsys):
         assert f"note: --model.{name}={value}: --init=runs/x has" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_a_longer_context(tmp_path):
     flags = ["--batch_size=8", "--steps=2", "--optimizer.warmup=0", "--eval_every=0"]
     flags += ["--optimizer.lr=1e-2"]

@@ -101,7 +101,7 @@ def test_a_size_that_an_axis_does_not_divide_is_told_with_the_next_that_it_does(
     assert text.count("--mesh.tensor=4 does not") == text.count("--mesh.fsdp=2 does not") == 1
     assert "--model.width=34" in text
     # Heads too; what is small is not worth a line.
-    assert "--model.heads=8 or --mesh.tensor=3" in told(heads=6, kv_heads=6, mlp_width=8, vocab=8)
+    assert "--model.heads=8 or --mesh.tensor=3" in told(heads=6, kv_heads=2, mlp_width=8, vocab=8)
 
 
 def test_what_is_green_is_what_the_loss_is_of(tokenizer, monkeypatch):
