@@ -28,6 +28,7 @@ from model_config import ModelConfig, check_fit, stored_model
 from objectives import distill
 from objectives.likelihood import response_mask
 from planning.dry_run import preview
+from planning.memory import check_memory
 from rollout import make_rollout
 from runtime import flags
 from runtime.errors import require
@@ -288,6 +289,7 @@ def main(config: Config) -> dict[str, float]:
     mesh = make_mesh(config.mesh)
     check(config)
     check_batch("batch_size", config.batch_size, config.microbatches, mesh)
+    check_memory(config, mesh)
 
     # The teacher's shape, and the tokenizer that both have.
     teacher_model, tokenizer = load_teacher(config)
