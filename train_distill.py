@@ -80,9 +80,9 @@ class Config:
     # Batches
     steps: int = 900
     """Updates."""
-    batch_size: int = 32
+    batch_size: int = 8
     """Rows per step, over all devices: packed conversations, or one own sample each."""
-    length: int = 64
+    length: int = 256
     """Tokens per row of conversations."""
     max_prompt: int = 20
     """Longest prompt of own samples and of the gold evaluation, in tokens."""
