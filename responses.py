@@ -13,7 +13,7 @@ from data.batches import pad_prompts
 from data.tokenizer import Tokenizer
 from model import LanguageModel, Params, init_and_apply
 from model_config import ModelConfig, stored_model
-from runtime.errors import UserError
+from runtime.errors import UserError, require
 from runtime.run_folder import load_config
 from sampling import Samples, SamplingConfig, generate, generate_in_slots
 from sharding import to_host
@@ -69,8 +69,13 @@ def make_sampler(
     last call is filled up to `rows`: so few shapes are compiled.
 
     `slots`: responses decoded at a time (`generate_in_slots`). `ends`: ids of tokens that end a
-    response beside the tokenizer's.
+    response beside the tokenizer's. Raises UserError for responses longer than the context.
     """
+    require(
+        sampling.max_new_tokens < config.context,
+        f"--max_new_tokens={sampling.max_new_tokens}: must be below {config.context}, the model's "
+        "context, to leave a prompt room",
+    )
     # Compiled once for each shape of prompts.
     _, apply = init_and_apply(LanguageModel(config))
     decode = generate if slots is None else partial(generate_in_slots, slots=slots)

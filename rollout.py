@@ -29,7 +29,7 @@ from model import Params
 from model_config import ModelConfig
 from objectives.policy import kl_estimate, last_places, masked, masked_mean
 from runtime.errors import UserError
-from runtime.metrics import SampleRow
+from runtime.samples import SampleRow
 from sampling import Apply, Samples, SamplingConfig, generate
 from sharding import constrain_batch, gathered, to_host, to_mesh
 

@@ -48,6 +48,7 @@ from train_step import (
 from training_run import Run, make_greedy_samples
 
 EVAL_BATCHES = 4
+"""Batches of held-out rows that are evaluated, at most."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -311,8 +312,8 @@ def main(config: Config) -> dict[str, float]:
         seed=config.seed,
         **data_shard(mesh),
     )
-    held_out_batches = packed(held_out_chats)
-    eval_batches = [to_mesh(next(held_out_batches), mesh) for _ in range(EVAL_BATCHES)]
+    held_out_batches = packed(held_out_chats).once(batches=EVAL_BATCHES)
+    eval_batches = [to_mesh(batch, mesh) for batch in held_out_batches]
 
     # Two jitted steps. With LoRA `state.params` are the adapters alone; `full` lays their base,
     # and the teacher, beside them.

@@ -19,7 +19,7 @@ import numpy as np
 from data.batches import Batches, comparison_batches
 from data.preferences import with_mismatched
 from data.records import Schema
-from data.sources import Source, open_source
+from data.sources import Source, check_eval_records, open_source
 from data.tokenizer import Tokenizer, tokenizer_for
 from evaluation.gold import make_gold_evaluation
 from lora import LoraConfig, note_lora_base, with_adapters
@@ -162,6 +162,7 @@ def check(config: Config) -> None:
         0 <= config.label_smoothing < 0.5,
         f"--label_smoothing={config.label_smoothing}: must be at least 0 and below 0.5",
     )
+    check_eval_records(config.eval_records)
     require(
         not config.unpaired or config.loss == "kto",
         f"--unpaired: --loss={config.loss} compares responses; use kto",
@@ -296,16 +297,6 @@ def make_prepare(
     return prepare
 
 
-def eval_batch_count(config: Config, held_out: Source) -> int:
-    """Return how many batches hold --eval_records, at least 1; 0 without evaluations.
-
-    `held_out`: the records to evaluate on, of which there may be fewer.
-    """
-    if not config.eval_every:
-        return 0
-    return max(1, min(config.eval_records, len(held_out)) // config.batch_size)
-
-
 def with_paper_defaults(config: Config) -> Config:
     """Return `config` with the paper's value for `beta`, where it is None, and print that."""
     # Most papers use 0.1.
@@ -337,7 +328,9 @@ def main(config: Config) -> dict[str, float]:
     check_fit(config.model, tokenizer.size, config.length)
     candidates = partial(make_batches, config, tokenizer=tokenizer, **data_shard(mesh))
     batches = candidates(source, seed=config.seed)
-    eval_batches = list(islice(candidates(held_out), eval_batch_count(config, held_out)))
+    eval_batches = []
+    if config.eval_every:
+        eval_batches = candidates(held_out).once(records=config.eval_records)
 
     # One jitted step. With LoRA `state.params` are the adapters alone; `full` lays their base
     # beside them. The reference is the policy that training starts from.

@@ -62,7 +62,7 @@ from rollout import (
 from runtime import flags
 from runtime.errors import refuse_unread, require
 from runtime.hosts import HostsConfig
-from runtime.metrics import SampleRow
+from runtime.samples import SampleRow
 from sampling import Apply, SamplingConfig
 from sharding import (
     Memory,
@@ -289,7 +289,7 @@ def make_advantages(
         values_BR = masked(response_values(scalar_apply, models.critic, rollout), value_mask_BR)
 
         # One score a response: the rewards combined, then the rule for a missing end of turn.
-        raw_B, steps_BR = raw_scores(config, rollout, scores, scalars, newlines)
+        raw_B, steps_BR = raw_scores(config, rollout, scores, scalars, newlines, eos)
         score_B = missing_eos(
             raw_B, ended(rollout, eos), config.missing_eos, config.missing_eos_score
         )
@@ -340,20 +340,21 @@ def raw_scores(
     scores: Batch,
     scalars: Batch,
     newlines: Sequence[int],
+    eos: int,
 ) -> tuple[jax.Array, jax.Array]:
     """Return each response's score [B], before the rule on its end, and the steps' rewards [B, R].
 
     Without --step_rewards the score is that of the combined `scores`, {reward: [B]}, and steps are
     given 0. With them a step's last token gets the change of the score there, by the log-odds in
     `scalars`, {reward: [B, R + 1]}, of the one --reward, and the score is their sum. `newlines`:
-    ids of tokens that end a step.
+    ids of tokens that end a step; `eos`: the id that ends a response.
     """
     # One score a response.
     mask_BR = rollout["mask_BR"]
     if config.step_rewards == "none":
         return pooled(config, scores), jnp.zeros_like(mask_BR)
     # A reward a step, whose sum is the score.
-    ends_BR = step_ends(rollout["response_BR"], mask_BR, list(newlines))
+    ends_BR = step_ends(rollout["response_BR"], mask_BR, list(newlines), eos)
     # Index t + 1 of the scalars is of the state after response token t.
     after_BR = scalars[config.reward[0]][:, 1:]
     steps_BR = step_rewards(after_BR, ends_BR, config.step_rewards)

@@ -26,6 +26,7 @@ from train_step import OptimizerConfig, Update, make_evaluation, make_optimizer,
 from training_run import Run, make_greedy_samples
 
 EVAL_BATCHES = 4
+"""Batches of held-out rows that are evaluated, at most."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,8 +131,8 @@ def main(config: Config) -> dict[str, float]:
         **data_shard(mesh),
     )
     batches = packed(train_chats, seed=config.seed, without=left_out(config.run))
-    held_out_batches = packed(held_out_chats)
-    eval_batches = [to_mesh(next(held_out_batches), mesh) for _ in range(EVAL_BATCHES)]
+    held_out_batches = packed(held_out_chats).once(batches=EVAL_BATCHES)
+    eval_batches = [to_mesh(batch, mesh) for batch in held_out_batches]
 
     # One jitted step. With LoRA `state.params` are the adapters alone; `full` lays their base
     # beside them.

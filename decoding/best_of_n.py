@@ -14,7 +14,7 @@ import numpy as np
 
 from data.batches import encode_prompt, pad_prompts
 from data.records import Record
-from data.sources import open_source
+from data.sources import Split, evaluated_split, open_source
 from data.tokenizer import Tokenizer
 from decoding.report import powers_of_two
 from evaluation.gold import CRITERIA, gold_rows, gold_shares
@@ -46,11 +46,13 @@ class Config:
     """A run of train_rm.py, module:function, called with (response, record), or http://host:port
     of rewards/serve.py."""
     data: str = "world"
-    """Held-out prompts of: world, a .jsonl file, or tfds:<name>."""
+    """Prompts: world, a .jsonl file, or tfds:<name>."""
+    split: Split | None = None
+    """Part of --data; None: all of a file, else what is held out."""
     n: int = 16
     """Samples a prompt; reported are the best of the first 1, 2, 4, ... and of all."""
     prompts: int = 500
-    """Held-out prompts, at most."""
+    """Prompts, at most."""
     temperature: float = 1.0
     """Sampling temperature."""
     max_prompt: int = 32
@@ -146,12 +148,13 @@ def main(config: Config) -> dict[int, dict[str, Interval]]:
     mesh = make_mesh(MeshConfig())
 
     # Prompts; in the world also what they request, which the gold program needs.
-    source = open_source(config.data, "prompt", "heldout", seed=config.seed)
+    split = config.split or evaluated_split(config.data)
+    source = open_source(config.data, "prompt", split, seed=config.seed)
     records = source.first(config.prompts)
     requests = None
-    if config.data == "world":
+    if config.data == "world" and split != "all":
         numbers = range(len(records))
-        requests = [world.prompt(i, split="heldout", seed=config.seed) for i in numbers]
+        requests = [world.prompt(i, split=split, seed=config.seed) for i in numbers]
 
     scored = sample_and_score(config, records, mesh)
 
@@ -164,7 +167,7 @@ def main(config: Config) -> dict[int, dict[str, Interval]]:
         print(f"{n:5}{best_of_n_kl(n):9.3f} {cells(row.values(), '>13')}")
         table[n] = row
     print(
-        f"{len(records)} held-out prompts, 95 % intervals; "
+        f"{len(records)} prompts ({config.data}, {split}), 95 % intervals; "
         "KL of the best of n to the policy: at most, in nats"
     )
     return table

@@ -18,10 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from data.records import Record
-from data.sources import open_source
+from data.sources import Split, evaluated_split, open_source
 from data.steps import problems
 from decoding.report import as_json, powers_of_two, write_result
-from evaluation.intervals import Interval, mean_interval
+from evaluation.intervals import Interval, share_interval
 from evaluation.steps import majority
 from evaluation.tables import cells
 from model_config import check_fit
@@ -29,7 +29,7 @@ from objectives.imitate import first_of_equal
 from objectives.policy import missing_eos
 from responses import has_ended, load_run, make_sampler, split_evenly
 from rewards.models import make_step_scorer
-from rewards.scorer import Check, load_function
+from rewards.scorer import Check, load_check
 from runtime import flags
 from runtime.errors import require
 from sampling import SamplingConfig
@@ -50,13 +50,15 @@ class Config:
     """Runs of train_prm.py. Each gives three scores: `product` and `minimum` over the steps, and
     `last`, as an outcome model's is read."""
     data: str = "arithmetic"
-    """Held-out problems with answers of: arithmetic, a .jsonl file, or tfds:<name>."""
+    """Problems with answers of: arithmetic, a .jsonl file, or tfds:<name>."""
+    split: Split | None = None
+    """Part of --data; None: all of a file, else what is held out."""
     check: str = "tasks.answers:number"
     """module:function that is 1 where a response (first argument) has its record's answer."""
     n: int = 16
     """Answers to a problem."""
     prompts: int = 500
-    """Held-out problems, at most."""
+    """Problems, at most."""
     out: str | None = None
     """JSON file for what is printed, with the result on each problem."""
     temperature: float = 1.0
@@ -97,7 +99,7 @@ def sample_answers(config: Config, records: Sequence[Record], mesh: jax.sharding
     model, tokenizer, params = load_run(config.policy)
     length = config.max_prompt + config.max_new_tokens
     check_fit(model, tokenizer.size, length)
-    check = load_function(config.check)
+    check = load_check(config.check)
     scorers = {}
     for run in config.models:
         scorers[run] = make_step_scorer(run, tokenizer, mesh, length)
@@ -194,7 +196,8 @@ def main(config: Config) -> dict[str, dict[int, Interval]]:
     )
     # Problems, and the answers to them.
     mesh = make_mesh(MeshConfig())
-    source = open_source(config.data, "prompt", "heldout", seed=config.seed)
+    split = config.split or evaluated_split(config.data)
+    source = open_source(config.data, "prompt", split, seed=config.seed)
     records = source.first(config.prompts)
     answers = sample_answers(config, records, mesh)
 
@@ -203,10 +206,10 @@ def main(config: Config) -> dict[str, dict[int, Interval]]:
     ways = hits_by_n[config.n]
     table: dict[str, dict[int, Interval]] = {}
     for way in ways:
-        table[way] = {n: mean_interval(hits[way]) for n, hits in hits_by_n.items()}
+        table[way] = {n: share_interval(hits[way]) for n, hits in hits_by_n.items()}
     print_table(table)
     print(
-        f"{len(records)} held-out problems, 95 % intervals; "
+        f"{len(records)} problems ({config.data}, {split}), 95 % intervals; "
         f"{answers.tokens:.0f} tokens a problem for n={config.n}"
     )
 

@@ -16,17 +16,17 @@ import jax
 import numpy as np
 
 from data.records import Record
-from data.sources import open_source
+from data.sources import Split, evaluated_split, open_source
 from data.steps import problems
 from data.tokenizer import Tokenizer
 from decoding.report import as_json, write_result
-from evaluation.intervals import Interval, mean_interval
+from evaluation.intervals import Interval, share_interval
 from model_config import check_fit
 from objectives.policy import MissingEos, missing_eos
 from objectives.reward import StepScore
 from responses import Tokens, has_ended, load_run, make_sampler, split_evenly
 from rewards.models import make_step_scorer
-from rewards.scorer import load_function
+from rewards.scorer import load_check
 from runtime import flags
 from runtime.errors import require
 from runtime.run_folder import atomic_text
@@ -47,8 +47,8 @@ class Config:
     """How the steps so far make one score (objectives/reward.py)."""
     data: str = "arithmetic"
     """Problems with answers of: arithmetic, a .jsonl file, or tfds:<name>."""
-    split: Literal["heldout", "train"] = "heldout"
-    """Part of these problems."""
+    split: Split | None = None
+    """Part of these problems; None: all of a file, else what is held out."""
     check: str = "tasks.answers:number"
     """module:function that is 1 where a response (first argument) has its record's answer."""
     beams: int = 4
@@ -210,8 +210,9 @@ def main(config: Config) -> tuple[Interval, float]:
         "must be at least 1",
     )
     mesh = make_mesh(MeshConfig())
-    check = load_function(config.check)
-    source = open_source(config.data, "prompt", config.split, seed=config.seed)
+    check = load_check(config.check)
+    split = config.split or evaluated_split(config.data)
+    source = open_source(config.data, "prompt", split, seed=config.seed)
     records = source.first(config.prompts)
     found, sampled, tokenizer = search_problems(config, records, mesh)
 
@@ -221,9 +222,10 @@ def main(config: Config) -> tuple[Interval, float]:
     counts_N = ended_N | (config.missing_eos == "none")
     checked_N = np.array([check(*pair) for pair in zip(texts, records, strict=True)])
     right = (checked_N * counts_N).tolist()
-    accuracy = mean_interval(right)
+    accuracy = share_interval(right)
     tokens = sampled / len(records)
-    print(f"{len(records)} problems: {accuracy} right, {tokens:.0f} tokens each")
+    which = f"{len(records)} problems ({config.data}, {split})"
+    print(f"{which}: {accuracy} right, {tokens:.0f} tokens each")
 
     if config.out is not None:
         write_result(config.out, config, tokens, as_json(accuracy), right)

@@ -8,7 +8,7 @@ import numpy as np
 
 from data.batches import cut_left
 from data.tokenizer import Message, Tokenizer
-from evaluation.intervals import mean_interval
+from evaluation.intervals import share_interval
 from objectives.policy import MissingEos, missing_eos
 from responses import LoadedRun, Tokens, has_ended, make_sampler
 from rewards.models import make_text_scorer
@@ -83,7 +83,7 @@ def win_rate_table(ours: np.ndarray, theirs: np.ndarray) -> dict[str, Any]:
     Returns `n`, `win_rate` with its interval `win_rate_ci`, and the mean rewards, `reward` (ours)
     and `reward_against`.
     """
-    rate = mean_interval(wins(ours, theirs))
+    rate = share_interval(wins(ours, theirs))
     return {
         "n": len(ours),
         "win_rate": rate.value,

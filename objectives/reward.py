@@ -88,14 +88,15 @@ def pair_means(loss_BCC: Array, pairs_BCC: Array) -> tuple[Array, Array]:
 def pair_metrics(score_BC: Array, pairs_BCC: Array) -> Metrics:
     """Return four (sum, weight) metrics over all pairs of `pairs_BCC`; the weight is their number.
 
-    accuracy: share in the right order. margin: gap. chosen, rejected: the better's score and the
-    worse's. `score_BC`: what candidates are compared by; `pairs_BCC`: as of `better_pairs`.
+    accuracy: share in the right order, equal scores a half. margin: gap. chosen, rejected: the
+    better's score and the worse's. `score_BC`: what candidates are compared by; `pairs_BCC`: as of
+    `better_pairs`.
     """
     pairs = pairs_BCC.sum()
     better_BCC = score_BC[:, :, None]
     worse_BCC = score_BC[:, None, :]
     parts = {
-        "accuracy": better_BCC > worse_BCC,
+        "accuracy": (better_BCC > worse_BCC) + 0.5 * (better_BCC == worse_BCC),
         "margin": better_BCC - worse_BCC,
         "chosen": better_BCC,
         "rejected": worse_BCC,
@@ -198,7 +199,8 @@ def process_objective(apply: Apply, params: Params, batch: TokenBatch) -> LossSu
     """Sum `step_loss` over the last tokens of labelled steps; the weight is their number.
 
     `apply`: of a ScalarModel. `batch`: of data.steps.steps_batches; at those tokens `loss_mask_BT`
-    is 1 and `targets_BT`, float32, the label. Metric: accuracy at probability 1/2.
+    is 1 and `targets_BT`, float32, the label. Metric: accuracy at probability 1/2, which
+    itself is half right.
 
     With a label on the last step only, an outcome reward model's loss; Lightman et al. 2023
     (section 2.5) too read its score at the last token, but trained it at every one.
@@ -209,22 +211,38 @@ def process_objective(apply: Apply, params: Params, batch: TokenBatch) -> LossSu
     steps = mask_BT.sum()
     losses_BT = step_loss(logits_BT, targets_BT) * mask_BT
     # Right where both are on the same side of 1/2.
-    says_right_BT = logits_BT > 0
     is_right_BT = targets_BT >= 0.5
-    right_BT = (says_right_BT == is_right_BT) * mask_BT
+    same_side_BT = (logits_BT > 0) == is_right_BT
+    right_BT = jnp.where(logits_BT == 0, 0.5, same_side_BT) * mask_BT
     metrics = {"accuracy": (right_BT.sum(), steps)}
     return losses_BT.sum(), (steps, metrics)
 
 
-def step_ends(tokens_BT: Array, mask_BT: Array, newlines: list[int]) -> Array:
-    """Return [B, T] bool: True for the last token of a step.
+def step_ends(
+    tokens_BT: Array, mask_BT: Array, newlines: list[int], eos: int | None = None
+) -> Array:
+    """Return [B, T] bool: True for the last token of a step, among the tokens under `mask_BT`.
 
-    Those are the tokens of `newlines`, a list of ids, and the last token, among the tokens under
-    `mask_BT`. `tokens_BT`: ids.
+    A step is a line that holds something: it ends at the first of a run of `newlines`, a list of
+    ids, and the last one at the row's last token. So blank lines are no steps, nor is an `eos`
+    straight after a newline; without `eos` the last token always ends a step. data.steps.lines_of
+    is the same rule for texts. `tokens_BT`: ids.
     """
     is_real_BT = mask_BT > 0
-    is_newline_BT = jnp.isin(tokens_BT, jnp.array(newlines))
-    return is_real_BT & (is_newline_BT | last_places(is_real_BT))
+    is_newline_BT = is_real_BT & jnp.isin(tokens_BT, jnp.array(newlines))
+    # What stands before a token: a newline, or the text of a line.
+    after_newline_BT = _one_later(is_newline_BT)
+    after_text_BT = _one_later(is_real_BT & ~is_newline_BT)
+
+    ends_line_BT = is_newline_BT & after_text_BT
+    is_eos_BT = tokens_BT == (-1 if eos is None else eos)
+    is_last_BT = is_real_BT & last_places(is_real_BT) & ~is_newline_BT
+    return ends_line_BT | (is_last_BT & ~(is_eos_BT & after_newline_BT))
+
+
+def _one_later(x_BT: Array) -> Array:
+    """Return `x_BT` one place to the right; what is first is False."""
+    return jnp.pad(x_BT[:, :-1], ((0, 0), (1, 0)))
 
 
 def running_score(logits_BT: Array, ends_BT: Array, how: StepScore) -> Array:

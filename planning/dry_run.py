@@ -2,6 +2,7 @@
 
 import math
 import os
+import sys
 import textwrap
 from collections.abc import Iterable
 from typing import Any
@@ -12,7 +13,9 @@ import optax
 
 from data.batches import Batch
 from data.tokenizer import Tokenizer
+from runtime.memory import bytes_per_device, size
 from runtime.run_folder import array_type
+from runtime.terminal import printable
 from sharding import path_name
 from train_state import Init, shapes_of
 
@@ -49,7 +52,8 @@ def preview_items(
 
     `config`: the script's. `items`: shapes with shardings of its checkpoint, the parameters under
     `params`, and of what else it holds. `batch`: on the host. Tokens under the loss mask are
-    green; with NO_COLOR in the environment, in brackets. Returns {}, the metrics of no step.
+    green; in brackets where stdout is no terminal or NO_COLOR is in the environment. Returns {},
+    the metrics of no step.
     """
     # Sizes, mesh and memory.
     rest = {name: tree for name, tree in items.items() if name != "params"}
@@ -62,6 +66,7 @@ def preview_items(
         items["params"],
         rest,
         batch_size=config.batch_size,
+        candidates=candidates_of(batch),
         length=length,
         steps=config.steps,
         microbatches=config.microbatches,
@@ -95,7 +100,7 @@ def print_rows(name: str, batch: Batch, tokenizer: Tokenizer) -> None:
         print(f"{name}, prompts: the run samples responses:")
         mask = np.zeros_like(segments)
     else:
-        print(f"{name}, green tokens are trained on:")
+        print(f"{name}, {'tokens in brackets' if is_plain() else 'green tokens'} are trained on:")
     # Candidates of a prompt are rows too.
     length = segments.shape[-1]
     tokens_NT, mask_NT, segments_NT = (
@@ -106,6 +111,11 @@ def print_rows(name: str, batch: Batch, tokenizer: Tokenizer) -> None:
         print(f"  {text}\n")
 
 
+def is_plain() -> bool:
+    """Tell whether text goes where colours are not shown, or not wanted."""
+    return "NO_COLOR" in os.environ or not sys.stdout.isatty()
+
+
 def decoded(
     tokens_T: np.ndarray, mask_T: np.ndarray, segments_T: np.ndarray, tokenizer: Tokenizer
 ) -> str:
@@ -113,9 +123,8 @@ def decoded(
 
     `mask_T`: above 0 for predicted tokens. `segments_T`: 0 for padding.
     """
-    is_plain = "NO_COLOR" in os.environ
-    begin = "[" if is_plain else PREDICTED
-    after = "]" if is_plain else OFF
+    # Without colours brackets tell.
+    begin, after = ("[", "]") if is_plain() else (PREDICTED, OFF)
 
     # Pieces of one segment that are all predicted or all not.
     kinds = np.stack([mask_T > 0, segments_T])
@@ -130,7 +139,7 @@ def decoded(
         text = "".join(pieces)
         if segments_T[start] == 0:
             padding = f"({end - start} padding)"
-            text = padding if is_plain else f"{PADDING}{padding}{OFF}"
+            text = padding if is_plain() else f"{PADDING}{padding}{OFF}"
         elif mask_T[start] > 0:
             text = f"{begin}{text}{after}"
         parts.append(text)
@@ -147,7 +156,7 @@ def piece(token: int, tokenizer: Tokenizer) -> str:
     # SentencePiece's space, then a line's end by itself and in byte-level vocabularies.
     for mark, shown in (("▁", " "), ("\n", "⏎"), ("Ċ", "⏎"), ("Ġ", " ")):
         text = text.replace(mark, shown)
-    return text
+    return printable(text)
 
 
 # --- the arithmetic of a run
@@ -161,49 +170,61 @@ def describe(
     batch_size: int,
     length: int,
     steps: int,
+    candidates: int = 1,
     start: int = 0,
     microbatches: int = 1,
+    cut: str = "",
 ) -> str:
     """Return the arithmetic of a run in a few lines of at most 80 columns.
 
     `params` and `rest` (the optimiser's state, other models): trees of arrays or of
-    ShapeDtypeStructs with their shardings. `batch_size`: sequences over all devices, each of
-    `length` tokens. `start`: steps finished. `microbatches`: those of a pipeline.
+    ShapeDtypeStructs with their shardings. `batch_size`: rows over all devices, each of
+    `candidates` sequences of at most `length` tokens. `start`: steps finished. `microbatches`:
+    those of a pipeline. `cut`: what of the data is, as a sentence.
     """
     # What is trained.
     leaves = jax.tree.leaves(params)
     count = sum(math.prod(leaf.shape) for leaf in leaves)
     dtypes = "/".join(sorted({str(leaf.dtype) for leaf in leaves}))
-    weights = _bytes_per_device(params)
-    others = _bytes_per_device(rest)
+    weights = bytes_per_device(params)
+    others = bytes_per_device(rest)
 
     # The mesh: over data and fsdp the batch is split, over stage the layers.
     mesh = getattr(leaves[0].sharding, "mesh", None)
     sizes = {} if mesh is None else dict(mesh.shape)
     axes = " × ".join(f"{name} {size}" for name, size in sizes.items()) or "none"
     parts = sizes.get("data", 1) * sizes.get("fsdp", 1)
-    per_device = batch_size / parts
+    rows = str(batch_size) if candidates == 1 else f"{batch_size} × {candidates}"
+    per_device = batch_size * candidates / parts
     stages = sizes.get("stage", 1)
 
     # In order of what one asks first.
-    tokens = batch_size * length
+    tokens = batch_size * candidates * length
     devices = jax.device_count()
     kind = jax.devices()[0].device_kind
     resumed = f", resumed after {start:,}" if start else ""
     lines = {
         "parameters": f"{count:,} {dtypes}",
-        "batch": f"{batch_size} sequences of {length}: {tokens:,} tokens a step, "
+        "batch": f"{rows} sequences of {length}: {tokens:,} tokens a step, "
         f"{per_device:g} sequences a device",
         "steps": f"{steps:,}{resumed}; {steps * tokens:,} tokens",
         "mesh": f"{axes}; {devices} {kind} device{'s' if devices > 1 else ''}",
-        "memory": f"about {_size(2 * weights + others)} a device, and activations on top: "
-        f"parameters {_size(weights)}, gradients {_size(weights)}, "
-        f"optimiser and other models {_size(others)}",
+        "memory": f"about {size(2 * weights + others)} a device, and activations on top: "
+        f"parameters {size(weights)}, gradients {size(weights)}, "
+        f"optimiser and other models {size(others)}",
     }
+    if cut:
+        lines["cut"] = cut
     if stages > 1:
         lines["pipeline"] = pipeline_line(stages, microbatches)
     lines["compile"] = "the first step takes longer: it is compiled"
     return "\n".join([title, *_wrapped(lines)])
+
+
+def candidates_of(batch: Batch) -> int:
+    """Return how many sequences a row of `batch` has: more than one for comparisons."""
+    shape = next(array.shape for name, array in batch.items() if name.startswith("tokens"))
+    return shape[1] if len(shape) == 3 else 1
 
 
 def _wrapped(lines: dict[str, str]) -> Iterable[str]:
@@ -211,25 +232,6 @@ def _wrapped(lines: dict[str, str]) -> Iterable[str]:
         yield from textwrap.wrap(
             line, 80, initial_indent=f"  {name:<12}", subsequent_indent=" " * 14
         )
-
-
-def _bytes_per_device(tree: Any) -> int:
-    """Return the largest share of a tree that one device holds."""
-    # An array without a sharding lies whole on each device; a key has no item size.
-    total = 0
-    for leaf in jax.tree.leaves(tree):
-        sharding = getattr(leaf, "sharding", None)
-        shape = sharding.shard_shape(leaf.shape) if sharding else leaf.shape
-        total += math.prod(shape) * getattr(leaf.dtype, "itemsize", 8)
-    return total
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
 
 
 def pipeline_line(stages: int, microbatches: int) -> str:

@@ -65,25 +65,42 @@ def is_function(reward: str) -> bool:
     return ":" in reward and not pathlib.Path(reward).is_dir()
 
 
-def load_function(reward: str) -> Check:
+def load_function(reward: str, flag: str = "--reward") -> Check:
     """Import the function named `module:function`: function(response, record) -> float.
 
-    The module is one of the root's, or lies in the current folder. Raises UserError.
+    The module is one of the root's, or lies in the current folder. Raises UserError, which names
+    `flag`.
     """
+    or_a_run = ", or the folder of a train_rm run" if flag == "--reward" else ""
     module, _, name = reward.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
         function = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as fault:
-        raise UserError(
-            f"--reward={reward}: {fault}; give module:function, or the folder of a train_rm run"
-        ) from None
+        raise UserError(f"{flag}={reward}: {fault}; give module:function{or_a_run}") from None
     if not callable(function):
         raise UserError(
-            f"--reward={reward}: not a function; write one that takes (response, record)"
+            f"{flag}={reward}: not a function; write one that takes (response, record)"
         )
     return function
+
+
+def load_check(check: str) -> Check:
+    """Import the function of --check: 1 where a response is right, 0 where not, or in between.
+
+    Raises UserError as `load_function` does; what is returned does so for other values.
+    """
+    function = load_function(check, "--check")
+
+    def checked(response: str, record: Record) -> float:
+        verdict = function(response, record)
+        is_number = isinstance(verdict, int | float | np.number | np.bool_)
+        if not is_number or not 0 <= verdict <= 1:
+            raise UserError(f"--check={check}: returned {verdict!r}; it must be in 0..1")
+        return float(verdict)
+
+    return checked
 
 
 # ---- Several rewards as one score ----

@@ -23,6 +23,7 @@ from jax.experimental import multihost_utils
 
 from runtime.errors import UserError
 from runtime.hosts import all_gather_json
+from runtime.memory import refuse_too_large
 from runtime.run_folder import (
     Damaged,
     abstract_tree,
@@ -122,7 +123,9 @@ class Checkpoints:
         self._signal = number
         self._restore_handlers()
         name = signal.Signals(number).name
-        os.write(2, f"\n{name}: saving after this step (again: stop at once)\n".encode())
+        # Nobody may read it.
+        with contextlib.suppress(OSError):
+            os.write(2, f"\n{name}: saving after this step (again: stop at once)\n".encode())
 
     def _restore_handlers(self) -> None:
         for number, handler in self._old_handlers.items():
@@ -190,9 +193,11 @@ class Checkpoints:
 
         `abstract_state`: the state's tree of ShapeDtypeStructs, whose shardings the result gets.
         Damaged steps are passed over with a warning, and removed once an older good one is loaded.
-        Raises UserError where all are damaged, or where names, shapes or dtypes differ.
+        Raises UserError where all are damaged, where names, shapes or dtypes differ, and for a
+        state that does not fit the devices' memory.
         """
         self.wait()
+        refuse_too_large(abstract_state)
         steps = finished_steps(self.folder)
         step = self._newest_good(steps)
         if step is None:

@@ -25,7 +25,9 @@ EXPLAINED = {
     "entropy": "Of the policy's next-token distribution, in nats; near zero it no longer "
     "explores.",
     "grad_norm": "Global norm of the gradient before clipping.",
-    "lr": "Learning rate.",
+    "learning_rate": "Of the update, as the schedule has it.",
+    "data/truncated": "Records so far of which a part was cut off, on the first host.",
+    "data/dropped": "Records so far that were too long to be used, on the first host.",
 }
 HIDDEN = ("step", "seconds", "tokens_per_second", "skipped")
 # Colours that matplotlib draws with; in the page they become the style sheet's, light or dark.

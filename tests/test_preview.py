@@ -1,6 +1,7 @@
 """Dry runs: what is told is true, and nothing is written."""
 
 import re
+import sys
 from types import SimpleNamespace
 
 import jax
@@ -38,7 +39,8 @@ def tokenizer(tmp_path_factory):
 
 @pytest.mark.skipif(jax.device_count() != 8, reason="needs eight devices")
 @pytest.mark.parametrize("script", [train_sft, pytest.param(train_rm, marks=pytest.mark.slow)])
-def test_a_dry_run_tells_shapes_and_writes_nothing(script, tmp_path, capsys):
+def test_a_dry_run_tells_shapes_and_writes_nothing(script, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     assert run(script, *TINY, "--mesh.tensor=2", f"--run={tmp_path}/run") == {}
     out = capsys.readouterr().out
     assert not list(tmp_path.iterdir())
@@ -78,6 +80,7 @@ def test_a_dry_run_counts_prompt_and_response(tokenizer, capsys):
 
 
 def test_what_is_green_is_what_the_loss_is_of(tokenizer, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     batch = next(
         chat_batches(open_source("world", "chat", "train"), tokenizer, batch_size=8, length=64)
     )
@@ -92,3 +95,7 @@ def test_what_is_green_is_what_the_loss_is_of(tokenizer, monkeypatch):
             tokens, mask, segments, tokenizer
         )
         monkeypatch.delenv("NO_COLOR")
+        # Nor into a pipe.
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: False)
+        assert "\x1b" not in decoded(tokens, mask, segments, tokenizer)
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
