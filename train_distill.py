@@ -43,6 +43,7 @@ from train_step import (
     TrainState,
     make_evaluation,
     make_optimizer,
+    make_rate,
     make_train_step,
 )
 from training_run import Run, make_greedy_samples
@@ -319,6 +320,7 @@ def main(config: Config) -> dict[str, float]:
     # Two jitted steps. With LoRA `state.params` are the adapters alone; `full` lays their base,
     # and the teacher, beside them.
     update = make_update(config, teacher_model)
+    rate = make_rate(config.optimizer, config.steps)
     full = partial(student_and_teacher, config.lora)
     evaluate = make_evaluation(update.objective)
     own_samples = make_own_samples(config, tokenizer)
@@ -358,6 +360,7 @@ def main(config: Config) -> dict[str, float]:
             else:
                 batch = to_mesh(next(batches), mesh)
                 state, metrics = update.data_step(state, batch, held)
+            metrics["learning_rate"] = rate(state)
             run.record(step, metrics, tokens=batch["tokens_BT"].size)
 
             # Held-out loss, samples, and gold shares with the KL to the teacher.
