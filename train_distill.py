@@ -246,7 +246,7 @@ def make_own_samples(
     # The student's own sampler.
     _, apply = init_and_apply(LanguageModel(config.model))
     sampling = SamplingConfig(config.temperature, max_new_tokens=config.max_new_tokens)
-    rollout = make_rollout(apply, config.model, sampling, eos=tokenizer.eos, pad=tokenizer.pad)
+    rollout = make_rollout(apply, config.model, sampling, eos=tokenizer.ends, pad=tokenizer.pad)
 
     def own_samples(student: Params, prompts: Batch, step: int) -> Batch:
         # Another key each step, and the same one after resuming.

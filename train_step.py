@@ -103,6 +103,21 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([warmup, decay], [config.warmup])
 
 
+def make_rate(config: OptimizerConfig, steps: int) -> Callable[["TrainState"], jax.Array]:
+    """Make rate(state): the learning rate of the update that `state` is the result of, a scalar.
+
+    Arguments as of `make_optimizer`. Updates that were skipped do not advance the schedule.
+    """
+    schedule = make_schedule(config, steps)
+
+    @jax.jit
+    def rate(state: TrainState) -> jax.Array:
+        taken = state.step - state.skipped
+        return jnp.float32(schedule(jnp.maximum(taken - 1, 0)))
+
+    return rate
+
+
 def decayed(params: Params) -> Any:
     """Return a tree of bools like `params`: True under weight decay, all but norms and biases."""
 

@@ -13,7 +13,6 @@ import optax
 
 from data.batches import Batch
 from data.tokenizer import Tokenizer
-from runtime.memory import bytes_per_device, size
 from runtime.run_folder import array_type
 from runtime.terminal import printable
 from sharding import path_name
@@ -186,8 +185,8 @@ def describe(
     leaves = jax.tree.leaves(params)
     count = sum(math.prod(leaf.shape) for leaf in leaves)
     dtypes = "/".join(sorted({str(leaf.dtype) for leaf in leaves}))
-    weights = bytes_per_device(params)
-    others = bytes_per_device(rest)
+    weights = _bytes_per_device(params)
+    others = _bytes_per_device(rest)
 
     # The mesh: over data and fsdp the batch is split, over stage the layers.
     mesh = getattr(leaves[0].sharding, "mesh", None)
@@ -209,9 +208,9 @@ def describe(
         f"{per_device:g} sequences a device",
         "steps": f"{steps:,}{resumed}; {steps * tokens:,} tokens",
         "mesh": f"{axes}; {devices} {kind} device{'s' if devices > 1 else ''}",
-        "memory": f"about {size(2 * weights + others)} a device, and activations on top: "
-        f"parameters {size(weights)}, gradients {size(weights)}, "
-        f"optimiser and other models {size(others)}",
+        "memory": f"about {_size(2 * weights + others)} a device, and activations on top: "
+        f"parameters {_size(weights)}, gradients {_size(weights)}, "
+        f"optimiser and other models {_size(others)}",
     }
     if cut:
         lines["cut"] = cut
@@ -232,6 +231,25 @@ def _wrapped(lines: dict[str, str]) -> Iterable[str]:
         yield from textwrap.wrap(
             line, 80, initial_indent=f"  {name:<12}", subsequent_indent=" " * 14
         )
+
+
+def _bytes_per_device(tree: Any) -> int:
+    """Return the largest share of a tree that one device holds."""
+    # An array without a sharding lies whole on each device; a key has no item size.
+    total = 0
+    for leaf in jax.tree.leaves(tree):
+        sharding = getattr(leaf, "sharding", None)
+        shape = sharding.shard_shape(leaf.shape) if sharding else leaf.shape
+        total += math.prod(shape) * getattr(leaf.dtype, "itemsize", 8)
+    return total
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
 
 
 def pipeline_line(stages: int, microbatches: int) -> str:

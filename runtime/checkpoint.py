@@ -23,7 +23,6 @@ from jax.experimental import multihost_utils
 
 from runtime.errors import UserError
 from runtime.hosts import all_gather_json
-from runtime.memory import refuse_too_large
 from runtime.run_folder import (
     Damaged,
     abstract_tree,
@@ -193,11 +192,9 @@ class Checkpoints:
 
         `abstract_state`: the state's tree of ShapeDtypeStructs, whose shardings the result gets.
         Damaged steps are passed over with a warning, and removed once an older good one is loaded.
-        Raises UserError where all are damaged, where names, shapes or dtypes differ, and for a
-        state that does not fit the devices' memory.
+        Raises UserError where all are damaged, or where names, shapes or dtypes differ.
         """
         self.wait()
-        refuse_too_large(abstract_state)
         steps = finished_steps(self.folder)
         step = self._newest_good(steps)
         if step is None:

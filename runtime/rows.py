@@ -24,6 +24,7 @@ class Seal(TypedDict):
 
     size: int
     """Bytes."""
+    rows: int
     sha256: str
 
 
@@ -59,6 +60,7 @@ class Rows:
         """Time of the last row that is kept."""
         self._sum = hashlib.sha256(kept)
         self._size = len(kept)
+        self._count = kept.count(b"\n")
         # What stays is not written anew: no fault can lose it.
         with disk_faults(path):
             self._file = path.open("ab")
@@ -77,12 +79,13 @@ class Rows:
             self._file.flush()
         self._sum.update(line)
         self._size += len(line)
+        self._count += 1
 
     def seal(self) -> Seal:
         """Put all rows so far on the disk; return their sum, for a checkpoint."""
         with disk_faults(self.path):
             os.fsync(self._file.fileno())
-        return {"size": self._size, "sha256": self._sum.hexdigest()}
+        return {"size": self._size, "rows": self._count, "sha256": self._sum.hexdigest()}
 
     def close(self) -> None:
         """Close the file, which has all rows already."""
@@ -113,11 +116,11 @@ def _kept(path: pathlib.Path, last: int, seal: Seal | None) -> bytes:
             step = row["step"]
         kept.append(line + b"\n")
 
-    # What is damaged is told; what has gone without a trace is not gone on with.
+    # What is damaged is told; what has changed or gone without a trace is not gone on with.
+    if seal is not None and not (damaged and len(kept) == seal["rows"]):
+        _refuse_other_rows(path, last)
     for number in damaged:
         _warn(path, number)
-    if seal is not None and not damaged:
-        _refuse_other_rows(path, last)
     return b"".join(kept)
 
 

@@ -307,7 +307,7 @@ def test_ppo_gives_each_step_its_reward_at_its_last_token():
 
     rewards = {}
     for how in ("product", "none"):
-        config = train_ppo.Config(step_rewards=how, gae_lambda=1.0, missing_eos_score=-1.0)
+        config = train_ppo.Config(step_rewards=how, gae_lambda=1.0, missing_eos="replace")
         compute_advantages = train_ppo.make_advantages(
             config, policy, value_model, eos=eos, newlines=[newline]
         )
