@@ -30,6 +30,7 @@ from model_config import ModelConfig, check_fit
 from objectives import direct
 from objectives.likelihood import Apply
 from planning.dry_run import preview
+from planning.memory import check_memory
 from rewards.reference import cached_reference
 from runtime import flags
 from runtime.errors import require
@@ -84,7 +85,7 @@ class Config:
     """dpo to kto pull towards a reference; orpo to rrhf have none."""
     beta: float | None = None
     """Strength of the pull to the reference; ORPO's lambda; SimPO's and CPO's scale.
-    None: 0.1, for simpo 2."""
+    None: 0.1, for simpo 2. IPO's target, 1 / (2 beta), is in nats a response, not a token."""
     label_smoothing: float = 0.1
     """Share of labels taken to be wrong (cdpo, robust_dpo)."""
     simpo_margin: float = 1.0
@@ -92,7 +93,8 @@ class Config:
     delta: float = 1.0
     """Margin of the hinge, in nats (slic_hf) or scaled nats (slic)."""
     weight: float = 1.0
-    """Weight of the chosen response's negative log-likelihood (cpo, slic_hf)."""
+    """Weight of the chosen response's negative log-likelihood, a sum over its tokens (cpo,
+    slic_hf); the mean that CPO's authors take is 1 / its tokens."""
     desirable_weight: float = 1.0
     """KTO's weight of desirable responses."""
     undesirable_weight: float = 1.0
@@ -252,7 +254,13 @@ def make_update(config: Config) -> Update:
     return Update(init, optimizer, objective, step)
 
 
-def make_batches(config: Config, source: Source, tokenizer: Tokenizer, **options: Any) -> Batches:
+def make_batches(
+    config: Config,
+    source: Source,
+    tokenizer: Tokenizer,
+    others: Source | None = None,
+    **options: Any,
+) -> Batches:
     """Iterate over the candidates that --loss compares; `options`: others of `BatchOptions`.
 
     `source`: records of the schema `comparison`, or for kto of `unpaired` too; its candidates are
@@ -260,7 +268,7 @@ def make_batches(config: Config, source: Source, tokenizer: Tokenizer, **options
     """
     # KTO's candidates: the best and the worst response, or one judged response; and one more.
     if config.loss == "kto":
-        source = with_mismatched(source)
+        source = with_mismatched(source, others)
     return comparison_batches(
         source, tokenizer, batch_size=config.batch_size, length=config.length, **options
     )
@@ -319,6 +327,7 @@ def main(config: Config) -> dict[str, float]:
     mesh = make_mesh(config.mesh)
     check(config)
     check_batch("batch_size", config.batch_size, config.microbatches, mesh, config.length)
+    check_memory(config, mesh)
 
     # Data: comparisons or judged responses, the tokenizer they fit, and batches of prompts with
     # all their candidates.
@@ -331,7 +340,7 @@ def main(config: Config) -> dict[str, float]:
     batches = candidates(source, seed=config.seed)
     eval_batches = []
     if config.eval_every:
-        eval_batches = candidates(held_out).once(records=config.eval_records)
+        eval_batches = candidates(held_out, others=source).once(records=config.eval_records)
 
     # One jitted step. With LoRA `state.params` are the adapters alone; `full` lays their base
     # beside them. The reference is the policy that training starts from.

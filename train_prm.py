@@ -13,6 +13,7 @@ import runtime.interrupt  # noqa: F401
 import dataclasses
 from collections.abc import Callable
 from functools import partial
+from typing import Literal
 
 import jax
 import numpy as np
@@ -29,6 +30,7 @@ from model_config import ModelConfig, check_fit
 from objectives.likelihood import Apply, inputs
 from objectives.reward import process_objective
 from planning.dry_run import preview
+from planning.memory import check_memory
 from runtime import flags
 from runtime.hosts import HostsConfig
 from sharding import MeshConfig, check_batch, data_shard, make_mesh, to_host, to_mesh
@@ -67,6 +69,8 @@ class Config:
     """Parts of a batch whose gradients are summed."""
 
     # Model
+    scores: Literal["steps"] = "steps"
+    """What the model's scalars score; stored, so that no script reads them as whole responses'."""
     model: ModelConfig = ModelConfig()
     """Shape of the model; that of --init where there is one."""
     optimizer: OptimizerConfig = OptimizerConfig(lr=1e-3)
@@ -157,6 +161,7 @@ def main(config: Config) -> dict[str, float]:
     config = pin_inputs(config)
     mesh = make_mesh(config.mesh)
     check_batch("batch_size", config.batch_size, config.microbatches, mesh, config.length)
+    check_memory(config, mesh)
     check_eval_records(config.eval_records)
 
     # Data: solutions, the tokenizer they fit, and batches of one solution a row. A local file of

@@ -1,9 +1,11 @@
 """Batches of solutions in steps, for a process reward model: a target at each labelled step.
 
-A step is a line. Its last token, where the target stands, is the newline that ends it; the last
-step ends in eos instead.
+A step is a line that holds something. Its last token, where the target stands, is the newline
+that ends it; the last step ends in eos instead. objectives.reward.step_ends is the same rule for
+tokens.
 """
 
+import re
 from collections.abc import Sequence
 from typing import Unpack
 
@@ -27,6 +29,17 @@ from runtime.errors import UserError
 
 TARGETS = {"positive": 1.0, "neutral": 1.0, "negative": 0.0}
 """Neutral counts as right: the default of Lightman et al. 2023 (section 2.4, appendix F)."""
+
+
+def lines_of(text: str) -> list[tuple[str, str]]:
+    """Return the steps of a solution, and the newlines after each, blank lines among them.
+
+    Lines that hold nothing are no steps: several newlines end a step as one does.
+    """
+    first, *parts = re.split(r"(\n(?:[^\S\n]*\n)*)", text)
+    lines = [first, *parts[1::2]]
+    ends = [*parts[0::2], ""]
+    return [(line, end) for line, end in zip(lines, ends, strict=True) if line.strip()]
 
 
 def target_of(label: str | float | None) -> float:

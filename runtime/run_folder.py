@@ -68,7 +68,9 @@ class Damaged(Exception):
 
 
 def refuse_other_tokenizer(file: pathlib.Path, content: bytes) -> None:
-    """Raise UserError if `content` of `file`, a tokenizer's, is not what its run was made with.
+    """Raise UserError, without the file's name, if a run was made with another tokenizer.
+
+    `content`: of `file`, a tokenizer's.
 
     A file that lies in no run is not compared.
     """
@@ -81,8 +83,8 @@ def refuse_other_tokenizer(file: pathlib.Path, content: bytes) -> None:
         return
     if expected is not None and hashlib.sha256(content).hexdigest() != expected:
         raise UserError(
-            f"{file}: damaged, or another run's: its SHA-256 is not that in config.json; "
-            "restore it"
+            "not the tokenizer that the run was made with (its SHA-256 differs from "
+            "config.json's); restore the file"
         )
 
 
