@@ -14,7 +14,6 @@ import json
 import pathlib
 from typing import Any, Literal
 
-import numpy as np
 from tqdm import tqdm
 
 from data.records import Schema
@@ -23,15 +22,14 @@ from evaluation.alignment import STAGES, gold_table, sample_rows, summarise_alig
 from evaluation.gold import make_kl_sampler
 from evaluation.perplexity import make_perplexity_evaluation
 from evaluation.reward_model import make_comparison_evaluation
-from evaluation.win_rate import win_rate_table
+from evaluation.win_rate import make_judge, ruled, win_rate_table
 from model import LanguageModel, init_and_apply
 from model_config import check_fit
 from responses import load_run
-from rewards.models import make_text_scorer
 from runtime import flags
 from runtime.errors import UserError, require
 from runtime.report import alignment_report
-from runtime.run_folder import read_rows
+from runtime.rows import read_rows
 from sampling import SamplingConfig
 from sharding import MeshConfig, make_mesh
 from tasks import world
@@ -69,6 +67,9 @@ class Config:
     """Longest prompt, in tokens."""
     max_new_tokens: int = 24
     """Longest response, in tokens."""
+    missing_eos: Literal["lowest", "none"] = "lowest"
+    """Rule for a response without an end (win_rate). lowest: it loses to all that ended; none: as
+    any."""
     length: int = 128
     """Longest sequence, in tokens (perplexity, accuracy)."""
     seed: int = 0
@@ -184,8 +185,9 @@ def evaluate_win_rate(config: Config) -> dict[str, Any]:
     """Measure how often the reward model prefers the policy's response to the other run's.
 
     Returns what `what_is_read` does, `n`, `win_rate`, `win_rate_ci` [low, high], `reward` and
-    `reward_against`, the mean rewards (evaluation.win_rate.win_rate_table). Raises UserError for
-    a --data of raw text.
+    `reward_against`, the mean rewards after --missing_eos (evaluation.win_rate.win_rate_table),
+    `ended` and `ended_against`, the shares of responses that ended. Raises UserError for a --data
+    of raw text.
     """
     # Prompts that have an answer to be judged.
     source = open_part(config, "prompt")
@@ -197,22 +199,16 @@ def evaluate_win_rate(config: Config) -> dict[str, Any]:
     prompts = [record["prompt"] for record in records]
 
     # The reward model, which scores the responses of each policy.
-    model, tokenizer, params = load_run(config.folder("reward"), reward=True)
-    score_texts = make_text_scorer(model, tokenizer, config.max_prompt + config.max_new_tokens)
-
-    def rewards_of(run: str) -> np.ndarray:
-        """Return the rewards of the run's responses, [N]."""
-        # Both texts are scored, so policies may have tokenizers of their own.
-        policy_model, policy_tokenizer, policy = load_run(run)
-        sample_with_kl = make_kl_sampler(
-            policy_model, config.sampling, policy_tokenizer, config.max_prompt
-        )
-        responses = sample_with_kl(policy, policy, prompts, config.seed)
-        return np.array(score_texts(params, prompts, [response.text for response in responses]))
-
-    ours = rewards_of(config.folder("policy"))
-    theirs = rewards_of(config.against or config.folder("sft"))
-    return what_is_read(config, source) | win_rate_table(ours, theirs)
+    reward = load_run(config.folder("reward"), reward=True)
+    judge = make_judge(reward, config.sampling, config.max_prompt, config.seed)
+    ours = judge(load_run(config.folder("policy")), prompts)
+    theirs = judge(load_run(config.against or config.folder("sft")), prompts)
+    return {
+        **what_is_read(config, source),
+        **win_rate_table(*ruled(ours, theirs, config.missing_eos)),
+        "ended": float(ours.ended_N.mean()),
+        "ended_against": float(theirs.ended_N.mean()),
+    }
 
 
 def print_table(table: dict[str, Any]) -> None:

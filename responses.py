@@ -6,6 +6,7 @@ from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from tqdm import tqdm
 
 from data.batches import pad_prompts
@@ -109,6 +110,15 @@ def make_sampler(
         return responses[: len(prompts) * n]
 
     return respond
+
+
+def has_ended(responses: Sequence[Tokens], eos: int | Sequence[int]) -> np.ndarray:
+    """Return [N] bool: True for a response, a list of token ids, whose last one is `eos`.
+
+    `eos`: an id, or several of which it is one.
+    """
+    ends = {*np.atleast_1d(eos).tolist()}
+    return np.array([bool(ends & {*tokens[-1:]}) for tokens in responses], bool)
 
 
 def full_parts(items: Sequence[Item], size: int) -> Iterator[tuple[int, list[Item]]]:

@@ -83,7 +83,7 @@ class Config:
     """dpo to kto pull towards a reference; orpo to rrhf have none."""
     beta: float | None = None
     """Strength of the pull to the reference; ORPO's lambda; SimPO's and CPO's scale.
-    None: 0.1, for simpo 2."""
+    None: 0.1, for simpo 2. IPO's target, 1 / (2 beta), is in nats a response, not a token."""
     label_smoothing: float = 0.1
     """Share of labels taken to be wrong (cdpo, robust_dpo)."""
     simpo_margin: float = 1.0
@@ -91,7 +91,8 @@ class Config:
     delta: float = 1.0
     """Margin of the hinge, in nats (slic_hf) or scaled nats (slic)."""
     weight: float = 1.0
-    """Weight of the chosen response's negative log-likelihood (cpo, slic_hf)."""
+    """Weight of the chosen response's negative log-likelihood, a sum over its tokens (cpo,
+    slic_hf); the mean that CPO's authors take is 1 / its tokens."""
     desirable_weight: float = 1.0
     """KTO's weight of desirable responses."""
     undesirable_weight: float = 1.0

@@ -11,6 +11,7 @@ last step only an outcome reward model.
 import dataclasses
 from collections.abc import Callable
 from functools import partial
+from typing import Literal
 
 import jax
 import numpy as np
@@ -66,6 +67,8 @@ class Config:
     """Parts of a batch whose gradients are summed."""
 
     # Model
+    scores: Literal["steps"] = "steps"
+    """What the model's scalars score; stored, so that no script reads them as whole responses'."""
     model: ModelConfig = ModelConfig()
     """Shape of the model; that of --init where there is one."""
     optimizer: OptimizerConfig = OptimizerConfig(lr=1e-3)

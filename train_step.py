@@ -146,6 +146,21 @@ def inverse_sqrt(config: OptimizerConfig) -> optax.Schedule:
     return schedule
 
 
+def make_rate(config: OptimizerConfig, steps: int) -> Callable[["TrainState"], jax.Array]:
+    """Make rate(state): the learning rate of the update that `state` is the result of, a scalar.
+
+    Arguments as of `make_optimizer`. Updates that were not taken do not advance the schedule.
+    """
+    schedule = make_schedule(config, steps)
+
+    @jax.jit
+    def rate(state: TrainState) -> jax.Array:
+        taken = state.step - state.skipped - state.left_out
+        return jnp.float32(schedule(jnp.maximum(taken - 1, 0)))
+
+    return rate
+
+
 def decayed(params: Params) -> Any:
     """Return a tree of bools like `params`: True under weight decay, all but norms and biases."""
 

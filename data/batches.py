@@ -5,6 +5,7 @@ The iterator resumes exactly where it stopped. Every host reads a disjoint part 
 order. Lengths are counted in tokens throughout.
 """
 
+import functools
 import math
 import sys
 from collections.abc import Callable, Collection, Sequence
@@ -58,6 +59,19 @@ class Encoded(NamedTuple):
     """True where tokens were cut off, or everything dropped."""
 
 
+NO_LIMIT = 1 << 40
+"""Tokens, more than any record has."""
+
+
+def tokens_of(rows: Sequence[Row]) -> int:
+    """Count the tokens of rows, prompts once for each of their responses."""
+    count = 0
+    for row in rows:
+        count += len(row.get("tokens", ()))
+        count += sum(map(len, (*row.get("prompts", ()), *row.get("responses", ()))))
+    return count
+
+
 Encode = Callable[[Record, Tokenizer, int], Encoded]
 """encode(record, tokenizer, length): one record as rows of at most `length` tokens."""
 Pad = Callable[..., Batch]
@@ -96,8 +110,8 @@ def encode_comparison(record: Record, tokenizer: Tokenizer, length: int) -> Enco
 
     `prompts` holds the prompt's tokens once for each response, `responses` each one's tokens with
     eos, `ranking` the rank of each (1 is the best). Responses are never cut. The prompt is cut on
-    the left (see `cut_left`) to fit beside the longest of them in `length` tokens; the record is
-    dropped where fewer than SHORTEST_PROMPT tokens would be left of a longer prompt.
+    the left (see `without_beginning`) to fit beside the longest of them in `length` tokens; the
+    record is dropped where fewer than SHORTEST_PROMPT tokens would be left of a longer prompt.
     """
     prompt = tokenizer.prompt(record["prompt"])
     responses = []
@@ -109,7 +123,7 @@ def encode_comparison(record: Record, tokenizer: Tokenizer, length: int) -> Enco
     if room < min(len(prompt), SHORTEST_PROMPT):
         return Encoded([], True)
     row = {
-        "prompts": [cut_left(prompt, room, tokenizer)] * len(responses),
+        "prompts": [without_beginning(prompt, room, tokenizer)] * len(responses),
         "responses": responses,
         "record": record,
         "ranking": record["ranking"],
@@ -122,18 +136,36 @@ def encode_prompt(record: Record, tokenizer: Tokenizer, length: int) -> Encoded:
     """Encode a prompt as one row {"tokens", "record"}, ready for generation.
 
     Messages end with the assistant's role token. A record of raw text is bos and its tokens, to
-    be continued. Cut on the left to `length` tokens (see `cut_left`).
+    be continued. Cut on the left to `length` tokens (see `without_beginning`).
     """
     if "prompt" in record:
         tokens = tokenizer.prompt(record["prompt"])
     else:
         # Raw text, to be continued.
         tokens = [tokenizer.bos, *tokenizer.encode(record["text"])]
-    row = {"tokens": cut_left(tokens, length, tokenizer), "record": record}
+    row = {"tokens": without_beginning(tokens, length, tokenizer), "record": record}
     return Encoded([row], len(tokens) > length)
 
 
 def cut_left(tokens: list[int], length: int, tokenizer: Tokenizer) -> list[int]:
+    """Cut a prompt as `without_beginning` does, and say so on stderr, once a process.
+
+    For commands; what batches cut is counted (`Batches.cut_line`).
+    """
+    kept = without_beginning(tokens, length, tokenizer)
+    if len(kept) < len(tokens):
+        say_cut()
+    return kept
+
+
+@functools.cache
+def say_cut() -> None:
+    """Say once that prompts lose their beginning."""
+    limits = "--max_prompt, --length, or the model's context"
+    print(f"note: some prompts are too long and lose their beginning ({limits})", file=sys.stderr)
+
+
+def without_beginning(tokens: list[int], length: int, tokenizer: Tokenizer) -> list[int]:
     """Cut a prompt on the left to at most `length` tokens: bos, a role, and the prompt's end.
 
     The role is that of the turn which the cut goes through. The cut moves on to just after a
@@ -455,6 +487,44 @@ class Batches:
     def dropped(self) -> int:
         """Examples left out as too long so far, on this host."""
         return self._position["dropped"]
+
+    def cut_line(self, records: int = 500) -> str:
+        """Say how many of the first `records` are cut or dropped, and what share of their tokens.
+
+        "" where all fit.
+        """
+        cut = 0
+        dropped = 0
+        tokens = 0
+        lost = 0
+        count = min(records, len(self._source))
+        for i in range(count):
+            record = self._source[i]
+            encoded = self._layout.encode(record, self._tokenizer, self._length)
+            kept = tokens_of(encoded.rows)
+            whole = kept
+            if encoded.truncated:
+                whole = tokens_of(self._layout.encode(record, self._tokenizer, NO_LIMIT).rows)
+            # What is dropped does not also count as cut.
+            if not encoded.rows:
+                dropped += 1
+            elif encoded.truncated:
+                cut += 1
+            tokens += whole
+            lost += whole - kept
+        if not cut and not dropped:
+            return ""
+        return (
+            f"of the first {count:,} records of {self._source.name} {cut:,} are cut to "
+            f"{self._length:,} tokens and {dropped:,} dropped: {lost / max(tokens, 1):.1%} of the "
+            "tokens are lost"
+        )
+
+    def peek(self) -> Batch:
+        """Return the batch that `next` will return."""
+        if self._ahead is None:
+            self._ahead = self._thread.submit(self._make, self._position)
+        return self._ahead.result().batch
 
     def __iter__(self) -> Self:
         return self

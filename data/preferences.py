@@ -1,11 +1,13 @@
 """Comparisons and judgements as KTO's candidates: judged responses, and one to another prompt."""
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from data.records import Record
 from data.sources import Source
+from runtime.errors import UserError
 
 
 def best_and_worst_index(ranking: Sequence[int] | np.ndarray) -> tuple[int, int | None]:
@@ -49,13 +51,37 @@ def judged_responses(record: Record) -> tuple[list[str], list[int]]:
     return [best, worst], [1, 2]
 
 
+def records_of_other_prompts(source: Source, i: int, places: Iterable[int]) -> list[Record]:
+    """Return a record for each of `places`, all with prompts unlike that of record `i`.
+
+    It is the record at that place, or the first one after it, round the source, whose prompt is
+    neither that of record `i` nor that of an earlier one found. Raises UserError where the source
+    has too few prompts.
+    """
+    prompts = [source[i]["prompt"]]
+    found = []
+    count = len(source)
+    for place in places:
+        # Rows of one prompt often stand together, or half a file apart.
+        after = (source[(place + k) % count] for k in range(count))
+        record = next((other for other in after if other["prompt"] not in prompts), None)
+        if record is None:
+            raise UserError(
+                f"{source.name}: holds {len(prompts)} prompts, and each record needs one more "
+                "that is another's; add rows with other prompts"
+            )
+        prompts.append(record["prompt"])
+        found.append(record)
+    return found
+
+
 def with_mismatched(source: Source) -> Source:
     """Turn comparisons or unpaired records into judged responses and one to another prompt.
 
     Records are {"prompt", "responses", "ranking"}: `judged_responses`, and last a response of
-    rank 0, from which KTO estimates its KL (Ethayarajh et al. 2024). That one belongs to the
-    record half way round the source, the same each time, so that the reference's log-probability
-    of it can be cached.
+    rank 0, from which KTO estimates its KL (Ethayarajh et al. 2024). That one belongs to a record
+    of another prompt, the first from half way round the source on, the same each time, so that the
+    reference's log-probability of it can be cached. Raises UserError where all prompts are equal.
     """
     # An odd offset of about half the source.
     count = len(source)
@@ -64,7 +90,8 @@ def with_mismatched(source: Source) -> Source:
     def read(i: int) -> Record:
         record = source[i]
         responses, ranking = judged_responses(record)
-        others, _ = judged_responses(source[(i + offset) % count])
+        (other,) = records_of_other_prompts(source, i, [i + offset])
+        others, _ = judged_responses(other)
         mismatched = others[i % len(others)]
         return {
             "prompt": record["prompt"],
@@ -74,4 +101,4 @@ def with_mismatched(source: Source) -> Source:
 
     first_responses, _ = judged_responses(source[0])
     candidates = len(first_responses) + 1
-    return Source(source.name, range(count), read, candidates)
+    return dataclasses.replace(source, rows=range(count), read=read, candidates=candidates)

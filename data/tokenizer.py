@@ -13,7 +13,8 @@ from typing import Any, Protocol
 
 import sentencepiece
 
-from data.records import Message, Record
+from data.messages import Message, is_trained
+from data.records import Record
 from data.tokenizer_json import JsonPieces
 from runtime.errors import UserError
 
@@ -182,7 +183,7 @@ class Tokenizer:
         """Return the ids of a conversation and their loss mask, of the same length.
 
         It starts with bos; each assistant's turn ends with eos, the others do not. The mask is 1
-        on the tokens of each assistant's turn and its eos, else 0.
+        on the tokens of each assistant's turn and its eos, else 0; so it is on a turn of weight 0.
         """
         tokens = [self.bos]
         mask = [0]
@@ -193,7 +194,7 @@ class Tokenizer:
             if is_answer:
                 content = [*content, self.eos]
             tokens += [*role, *content]
-            mask += [0] * len(role) + [int(is_answer)] * len(content)
+            mask += [0] * len(role) + [int(is_trained(message))] * len(content)
         return tokens, mask
 
     def prompt(self, messages: str | Sequence[Message]) -> list[int]:

@@ -11,7 +11,7 @@ answers: equal answers have equal scores.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,8 @@ from evaluation.steps import majority
 from evaluation.tables import cells
 from model_config import check_fit
 from objectives.imitate import first_of_equal
-from responses import load_run, make_sampler, split_evenly
+from objectives.policy import missing_eos
+from responses import has_ended, load_run, make_sampler, split_evenly
 from rewards.models import make_step_scorer
 from rewards.scorer import Check, load_check
 from runtime import flags
@@ -66,6 +67,9 @@ class Config:
     """Longest prompt, in tokens."""
     max_new_tokens: int = 48
     """Longest answer, in tokens."""
+    missing_eos: Literal["lowest", "none"] = "lowest"
+    """Rule for an answer without an end. lowest: it is wrong, has no vote, and is chosen only
+    where none ended; none: as any."""
     seed: int = 0
     """Seed of the built-in problems and samples."""
 
@@ -77,6 +81,8 @@ class Answers(NamedTuple):
     """P lists of N."""
     right_PN: np.ndarray
     """1 where the answer is right, else 0."""
+    finals: list[list[Any]]
+    """P lists of N final answers; None does not vote."""
     scores: dict[str, np.ndarray]
     """Way to score -> [P, N], the higher the better."""
     tokens: float
@@ -84,7 +90,11 @@ class Answers(NamedTuple):
 
 
 def sample_answers(config: Config, records: Sequence[Record], mesh: jax.sharding.Mesh) -> Answers:
-    """Sample `config.n` answers to the problem of each record; check them and score them."""
+    """Sample `config.n` answers to the problem of each record; check them and score them.
+
+    Under --missing_eos=lowest an answer without an end counts as wrong, has no final answer, and
+    is scored below all that have one.
+    """
     # The policy, the check and the models that score.
     model, tokenizer, params = load_run(config.policy)
     length = config.max_prompt + config.max_new_tokens
@@ -102,17 +112,27 @@ def sample_answers(config: Config, records: Sequence[Record], mesh: jax.sharding
     responses = respond(params, prompts, jax.random.key(config.seed), rows)
     flat = [tokenizer.decode(response) for response in responses]
     texts = split_evenly(flat, config.n)
+    shape = (len(records), config.n)
+    ended_PN = has_ended(responses, tokenizer.eos).reshape(shape)
+    counts_PN = ended_PN | (config.missing_eos == "none")
 
     # The scores of each model, in each of its ways.
     asked = [prompt for prompt in prompts for _ in range(config.n)]
-    shape = (len(records), config.n)
     scores = {}
     for run, score_steps in scorers.items():
         for way, score_M in score_steps(asked, responses).items():
-            scores[f"{run} {way}"] = score_M.reshape(shape)
+            ruled_PN = missing_eos(score_M.reshape(shape), ended_PN, config.missing_eos)
+            scores[f"{run} {way}"] = np.asarray(ruled_PN)
+
+    # Whether each is right, and what it votes for.
+    right_PN = check_answers(check, texts, records) * counts_PN
+    finals: list[list[Any]] = []
+    for own, counts_N in zip(texts, counts_PN, strict=True):
+        pairs = zip(own, counts_N, strict=True)
+        finals.append([last_number(text) if counts else None for text, counts in pairs])
 
     tokens = sum(map(len, responses)) / len(records)
-    return Answers(texts, check_answers(check, texts, records), scores, tokens)
+    return Answers(texts, right_PN, finals, scores, tokens)
 
 
 def check_answers(
@@ -154,7 +174,6 @@ def hits_of_first(n: int, answers: Answers) -> Hits:
     # Of the first n answers.
     right_PN = answers.right_PN[:, :n]
     new_PN = first_of_equal_texts(answers.texts)[:, :n]
-    finals = [[last_number(text) for text in own] for own in answers.texts]
     problem_P = np.arange(len(right_PN))
 
     # Ways that choose at random: the chance to be right.
@@ -163,7 +182,7 @@ def hits_of_first(n: int, answers: Answers) -> Hits:
         "a score that knows nothing": np.average(right_PN, 1, new_PN),
     }
     # Ways that choose one, and the best that any of them could do.
-    for way, chosen_P in choices(n, answers.scores, finals).items():
+    for way, chosen_P in choices(n, answers.scores, answers.finals).items():
         hits[way] = right_PN[problem_P, chosen_P]
     hits["one of them is right"] = right_PN.max(1)
     return hits

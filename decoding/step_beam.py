@@ -10,6 +10,7 @@ from again: expert iteration (Anthony et al. 2017), as experiments/arithmetic/se
 import dataclasses
 import json
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import jax
 import numpy as np
@@ -21,8 +22,9 @@ from data.tokenizer import Tokenizer
 from decoding.report import as_json, write_result
 from evaluation.intervals import Interval, share_interval
 from model_config import check_fit
+from objectives.policy import MissingEos, missing_eos
 from objectives.reward import StepScore
-from responses import Tokens, load_run, make_sampler, split_evenly
+from responses import Tokens, has_ended, load_run, make_sampler, split_evenly
 from rewards.models import make_step_scorer
 from rewards.scorer import load_check
 from runtime import flags
@@ -65,6 +67,9 @@ class Config:
     """Longest prompt, in tokens."""
     max_new_tokens: int = 48
     """Longest solution, in tokens."""
+    missing_eos: Literal["lowest", "none"] = "lowest"
+    """Rule for a solution that is full without an end. lowest: it is wrong, and kept only where
+    all are; none: as any."""
     seed: int = 0
     """Seed of the built-in problems and samples."""
 
@@ -78,6 +83,7 @@ def search(
     beams: int,
     branch: int,
     longest: int,
+    rule: MissingEos = "lowest",
 ) -> tuple[list[Tokens], int]:
     """Search a solution to each prompt, step by step.
 
@@ -87,7 +93,8 @@ def search(
     prompt; the tokens sampled in all).
 
     A solution is finished when it ends in `eos`, and stays among the candidates; one of `longest`
-    tokens without an end goes no further.
+    tokens without an end goes no further, and is scored by `rule`. A finished one that fell out of
+    the beams is returned where none of them came to an end.
     """
 
     def is_open(tokens: Tokens) -> bool:
@@ -95,6 +102,8 @@ def search(
 
     # Of each problem the beams: partial solutions, best first; at first all are empty.
     kept: list[list[Tokens]] = [[[] for _ in range(beams)] for _ in prompts]
+    # And the best that is finished, in the beams or out of them by now.
+    finished: list[Tokens] = [[] for _ in prompts]
     sampled = 0
     number = 0
     while any(is_open(tokens) for own in kept for tokens in own):
@@ -119,11 +128,28 @@ def search(
         # The best of them go on.
         each = beams * branch
         asked = [prompt for prompt in prompts for _ in range(each)]
-        scores_PN = score(asked, candidates).reshape(-1, each)
+        goes_on = [is_open(tokens) for tokens in candidates] | has_ended(candidates, eos)
+        scores_N = np.asarray(missing_eos(score(asked, candidates), goes_on, rule))
         by_problem = split_evenly(candidates, each)
-        kept = [best(*pair, beams) for pair in zip(by_problem, scores_PN, strict=True)]
+        scored = list(zip(by_problem, scores_N.reshape(-1, each), strict=True))
+        kept = [best(*pair, beams) for pair in scored]
+        found = [best_finished(*pair, eos) for pair in scored]
+        finished = [new or before for new, before in zip(found, finished, strict=True)]
         number += 1
-    return [own[0] for own in kept], sampled
+
+    # The best of the beams; by `lowest` what has an end, where anything has.
+    firsts = [own[0] for own in kept]
+    if rule == "lowest":
+        firsts = [whole or first for whole, first in zip(finished, firsts, strict=True)]
+    return firsts, sampled
+
+
+def best_finished(candidates: Sequence[Tokens], scores: np.ndarray, eos: int) -> Tokens:
+    """Return the candidate that ends in `eos` with the highest score [N]; [] where none does."""
+    ended_N = has_ended(candidates, eos)
+    if not ended_N.any():
+        return []
+    return candidates[np.where(ended_N, scores, -np.inf).argmax()]
 
 
 def best(candidates: Sequence[Tokens], scores: np.ndarray, beams: int) -> list[Tokens]:
@@ -171,6 +197,7 @@ def search_problems(
         beams=config.beams,
         branch=config.branch,
         longest=config.max_new_tokens,
+        rule=config.missing_eos,
     )
     return found, sampled, tokenizer
 
@@ -191,7 +218,10 @@ def main(config: Config) -> tuple[Interval, float]:
 
     # How many are right.
     texts = [tokenizer.decode(tokens) for tokens in found]
-    right = [check(*pair) for pair in zip(texts, records, strict=True)]
+    ended_N = has_ended(found, tokenizer.eos)
+    counts_N = ended_N | (config.missing_eos == "none")
+    checked_N = np.array([check(*pair) for pair in zip(texts, records, strict=True)])
+    right = (checked_N * counts_N).tolist()
     accuracy = share_interval(right)
     tokens = sampled / len(records)
     which = f"{len(records)} problems ({config.data}, {split})"
@@ -201,9 +231,8 @@ def main(config: Config) -> tuple[Interval, float]:
         write_result(config.out, config, tokens, as_json(accuracy), right)
     if config.solutions is not None:
         # Those that are right and came to their end.
-        ended = [solution[-1] == tokenizer.eos for solution in found]
         with atomic_text(config.solutions) as file:
-            for record, text, hit, end in zip(records, texts, right, ended, strict=True):
+            for record, text, hit, end in zip(records, texts, right, ended_N, strict=True):
                 if hit and end:
                     said = {"role": "assistant", "content": text}
                     row = {"messages": [*record["prompt"], said]}

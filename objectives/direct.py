@@ -127,8 +127,8 @@ def ipo(
 ) -> Array:
     """Return IPO's losses, [B] (identity preference optimisation, Azar et al. 2024).
 
-    Arguments as of `dpo`. The gap is drawn to 1 / (2 beta), not to infinity; `beta` is the paper's
-    tau.
+    Arguments as of `dpo`. The gap, of whole responses as in the paper, is drawn to 1 / (2 beta),
+    not to infinity; `beta` is the paper's tau.
     """
     h = log_ratio_gap(
         policy_chosen_logps,
@@ -284,7 +284,7 @@ def cpo(
     """Return CPO's losses, [B]: DPO under a uniform reference, plus the chosen response's NLL.
 
     Log-probabilities are sums over a response's tokens, in nats; [B], or shapes that broadcast.
-    `nll_weight` multiplies the NLL.
+    `nll_weight` multiplies the NLL, a sum too, as in the paper; its authors' program has a mean.
     """
     # The reference, uniform, drops out of the gap.
     preference = -jax.nn.log_sigmoid(beta * (chosen_logps - rejected_logps))

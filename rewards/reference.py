@@ -64,9 +64,8 @@ def cached_reference(
     if (covered < counts).any():
         # One pass over all batches, with a second model in memory for as long as it takes.
         reference = load_reference()
-        progress = tqdm(
-            batches, "reference", sum(counts), unit="batch", disable=not sys.stderr.isatty()
-        )
+        often = 0.1 if sys.stderr.isatty() else 10.0
+        progress = tqdm(batches, "reference", sum(counts), unit="batch", mininterval=often)
         for batch in progress:
             keys = candidate_keys(batch)
             is_known = known.keys() >= set(keys)

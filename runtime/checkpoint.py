@@ -126,7 +126,9 @@ class Checkpoints:
         self._signal = number
         self._restore_handlers()
         name = signal.Signals(number).name
-        os.write(2, f"\n{name}: saving after this step (again: stop at once)\n".encode())
+        # Nobody may read it.
+        with contextlib.suppress(OSError):
+            os.write(2, f"\n{name}: saving after this step (again: stop at once)\n".encode())
 
     def _restore_handlers(self) -> None:
         for number, handler in self._old_handlers.items():

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import tyro
 
+from runtime import terminal
 from runtime.errors import UserError, command_name
 from runtime.hosts import exit_now, joined
 from runtime.ranges import SCRIPTS, OutOfRange, check_ranges
@@ -196,6 +197,9 @@ def run(main: Callable[[ConfigT], Any], cls: type[ConfigT]) -> None:
 
     def start() -> None:
         config = parse(cls)
+        # Training is for its run folder, all else for what it prints.
+        if hasattr(config, "hosts") and not getattr(config, "dry_run", False):
+            terminal.outlive_stdout()
         with joined(config.hosts) if hasattr(config, "hosts") else contextlib.nullcontext():
             main(config)
 
@@ -203,13 +207,21 @@ def run(main: Callable[[ConfigT], Any], cls: type[ConfigT]) -> None:
 
 
 def ending_in_one_line(main: Callable[[], Any]) -> None:
-    """Run `main`; end a UserError in one line and exit code 2, Ctrl-C in one line and 130."""
+    """Run `main`; end a UserError in one line and exit code 2, Ctrl-C in one line and 130.
+
+    Where nobody reads stdout any more and `main` does not outlive it, it ends by SIGPIPE.
+    """
+    terminal.prepare()
     try:
         main()
+        sys.stdout.flush()
     except UserError as fault:
         # One line, whatever the fault's text has.
-        print(f"error: {' '.join(str(fault).split())}", file=sys.stderr)
+        line = terminal.printable(" ".join(str(fault).split()))
+        print(f"error: {line}", file=sys.stderr)
         exit_now(2)
     except KeyboardInterrupt:
         print("stopped by the keyboard", file=sys.stderr)
         exit_now(130)
+    except terminal.PipeClosed:
+        terminal.end_by_pipe()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import sys
 from types import SimpleNamespace
 
 import jax
@@ -41,7 +42,8 @@ def tokenizer(tmp_path_factory):
 
 @pytest.mark.skipif(jax.device_count() != 8, reason="needs eight devices")
 @pytest.mark.parametrize("script", [train_sft, pytest.param(train_rm, marks=pytest.mark.slow)])
-def test_a_dry_run_tells_shapes_and_writes_nothing(script, tmp_path, capsys):
+def test_a_dry_run_tells_shapes_and_writes_nothing(script, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     assert run(script, *TINY, "--mesh.tensor=2", f"--run={tmp_path}/run") == {}
     out = capsys.readouterr().out
     assert not list(tmp_path.iterdir())
@@ -105,6 +107,7 @@ def test_a_size_that_an_axis_does_not_divide_is_told_with_the_next_that_it_does(
 
 
 def test_what_is_green_is_what_the_loss_is_of(tokenizer, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     batch = next(
         chat_batches(open_source("world", "chat", "train"), tokenizer, batch_size=8, length=64)
     )
@@ -119,3 +122,7 @@ def test_what_is_green_is_what_the_loss_is_of(tokenizer, monkeypatch):
             tokens, mask, segments, tokenizer
         )
         monkeypatch.delenv("NO_COLOR")
+        # Nor into a pipe.
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: False)
+        assert "\x1b" not in decoded(tokens, mask, segments, tokenizer)
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: True)

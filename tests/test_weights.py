@@ -343,6 +343,7 @@ def test_half_precision_is_read_exactly_and_exports_are_cut_into_files(tmp_path,
     assert jax.tree.all(jax.tree.map(lambda x: x.dtype == jnp.float32, params))
     monkeypatch.setattr(weights, "SHARD_BYTES", 9000)
     folder = exported(tmp_path / "run", tmp_path / "ours", "--dtype=bfloat16")
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
     files = sorted(folder.glob("*.safetensors"))
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     found = {}

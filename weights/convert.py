@@ -359,6 +359,9 @@ def save(
             (new / "config.json").write_text(json.dumps(content, indent=1))
             for name, file in tokenizer_files(tokenizer).items():
                 (new / name).write_bytes(file)
+            # All for the same readers: safetensors' own files are for their owner alone.
+            for written in new.iterdir():
+                shutil.copymode(new / "config.json", written)
             new.replace(out)
     finally:
         shutil.rmtree(new, ignore_errors=True)
