@@ -136,7 +136,7 @@ _PRESETS = (
         heads=4,
         kv_heads=2,
         head_dim=8,
-        context=128,
+        context=256,
     ),
     # llama2.c
     ModelConfig(

@@ -5,7 +5,7 @@ number of rows, and where one ends the next begins.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.struct
@@ -24,6 +24,8 @@ LanguageModel (model.init_and_apply)."""
 Prompts = dict[str, jax.Array]
 """Left-padded prompts [B, P] as data.batches.prompt_batches yields them: `tokens_BT`,
 `segment_ids_BT` and `positions_BT`, int32."""
+Ends = int | Sequence[int] | jax.Array
+"""Ids of the tokens that end a response, or the one id."""
 Step = Callable[[KVCache, jax.Array, jax.Array, jax.Array], tuple[KVCache, jax.Array, jax.Array]]
 """step(cache, token_B, row_B, t_B) -> (cache, next token_B, its logp_B); see `make_step`."""
 
@@ -149,9 +151,9 @@ def draw(
     return token_B.astype(jnp.int32), logp_B
 
 
-def ends(token_B: jax.Array, eos: int | jax.Array) -> jax.Array:
-    """Return [B] bool: True where the token is `eos`, an id, or is in it, an array of ids."""
-    return jnp.isin(token_B, jnp.atleast_1d(eos))
+def ends(token_B: jax.Array, eos: Ends) -> jax.Array:
+    """Return [B] bool: True where the token is `eos`, an id, or is among it, several ids."""
+    return jnp.isin(token_B, jnp.asarray(eos).reshape(-1))
 
 
 # --- what both loops do
@@ -255,7 +257,7 @@ def generate(
     key: jax.Array,
     sampling: SamplingConfig,
     *,
-    eos: int | jax.Array,
+    eos: Ends,
     pad: int,
     n: int = 1,
 ) -> Samples:
@@ -348,7 +350,7 @@ def generate_in_slots(
     key: jax.Array,
     sampling: SamplingConfig,
     *,
-    eos: int | jax.Array,
+    eos: Ends,
     pad: int,
     slots: int,
     n: int = 1,
@@ -441,7 +443,7 @@ def enter(
     slots: Slots,
     prompts: KVCache,
     first_A: jax.Array,
-    eos: int | jax.Array,
+    eos: Ends,
     limit: int,
     entering: int,
 ) -> Slots:

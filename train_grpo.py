@@ -57,7 +57,7 @@ from runtime import flags
 from runtime.errors import refuse_unread, require
 from runtime.flags import with_paper_defaults
 from runtime.hosts import HostsConfig
-from sampling import Apply, SamplingConfig, check_temperature
+from sampling import Apply, Ends, SamplingConfig, check_temperature
 from sharding import MeshConfig, check_batch, data_shard, make_mesh
 from train_state import Init, as_items, starting_params
 from train_step import (
@@ -271,15 +271,15 @@ def make_method(config: Config, apply: Apply) -> tuple[Advantages, Objective]:
 
 
 def make_advantages(
-    config: Config, apply: Apply, advantages: Advantages, *, eos: int
+    config: Config, apply: Apply, advantages: Advantages, *, eos: Ends
 ) -> Callable[..., tuple[Experience, Batch]]:
     """Compile compute_advantages(policy, reference, rollout, scores, scalars).
 
     It returns (experience, metrics). `config`: with no field of the method left at None. `apply`:
     of both models, whose whole parameters are given. `advantages(rewards_BR, mask_BR)`: of
     `make_method`. `scores`: {reward: [B]} and `scalars`: {reward: [B, R + 1]} of
-    rewards.scorer.make_reward_scorer; scalars are read with --shaping alone. `eos`: the id that
-    ends a response. With --dynamic_sampling the mask of a group whose scores are all equal is 0,
+    rewards.scorer.make_reward_scorer; scalars are read with --shaping alone. `eos`: ids that
+    end a response. With --dynamic_sampling the mask of a group whose scores are all equal is 0,
     so that it counts nowhere. Nothing is donated. Metrics are scalars, means over the rollout:
     `reward/NAME` of each reward, `score`, `score_with_eos_rule`, `groups_with_signal`, and those
     of `rollout_metrics`.
@@ -526,12 +526,12 @@ def main(config: Config) -> dict[str, float]:
             apply,
             config.model,
             SamplingConfig(config.temperature, max_new_tokens=config.max_new_tokens),
-            eos=tokenizer.eos,
+            eos=tokenizer.ends,
             pad=tokenizer.pad,
             n=config.samples_per_prompt,
         ),
         score=load_score(config, tokenizer, mesh),
-        compute_targets=make_advantages(config, apply, advantages, eos=tokenizer.eos),
+        compute_targets=make_advantages(config, apply, advantages, eos=tokenizer.ends),
         mesh=mesh,
         pad=tokenizer.pad,
         prompt_length=config.max_prompt,

@@ -212,15 +212,21 @@ def describe(
         f"parameters {_size(weights)}, gradients {_size(weights)}, "
         f"optimiser and other models {_size(others)}",
     }
+    if cut:
+        lines["cut"] = cut
     notes = _uncut_notes(params, mesh)
     if notes:
         lines["note"] = " ".join(notes)
-    if cut:
-        lines["cut"] = cut
     if stages > 1:
         lines["pipeline"] = pipeline_line(stages, microbatches)
     lines["compile"] = "the first step takes longer: it is compiled"
     return "\n".join([title, *_wrapped(lines)])
+
+
+def candidates_of(batch: Batch) -> int:
+    """Return how many sequences a row of `batch` has: more than one for comparisons."""
+    shape = next(array.shape for name, array in batch.items() if name.startswith("tokens"))
+    return shape[1] if len(shape) == 3 else 1
 
 
 # The fields of ModelConfig that are a parameter's axes; None where a mesh cuts no such axis.
@@ -270,12 +276,6 @@ def _uncut_notes(params: Any, mesh: Any) -> list[str]:
             f"holds and computes all of {name}; {fits} would fit."
         )
     return notes
-
-
-def candidates_of(batch: Batch) -> int:
-    """Return how many sequences a row of `batch` has: more than one for comparisons."""
-    shape = next(array.shape for name, array in batch.items() if name.startswith("tokens"))
-    return shape[1] if len(shape) == 3 else 1
 
 
 def _wrapped(lines: dict[str, str]) -> Iterable[str]:

@@ -25,11 +25,11 @@ EXPLAINED = {
     "entropy": "Of the policy's next-token distribution, in nats; near zero it no longer "
     "explores.",
     "grad_norm": "Global norm of the gradient before clipping.",
-    "skipped": "Updates so far whose loss or gradient was not finite: they changed nothing.",
-    "left_out": "Updates so far in whose batch nothing counted: they changed nothing.",
     "learning_rate": "Of the update, as the schedule has it.",
     "data/truncated": "Records so far of which a part was cut off, on the first host.",
     "data/dropped": "Records so far that were too long to be used, on the first host.",
+    "skipped": "Updates so far whose loss or gradient was not finite: they changed nothing.",
+    "left_out": "Updates so far in whose batch nothing counted: they changed nothing.",
 }
 HIDDEN = ("step", "seconds", "tokens_per_second", "updates", "policy/updates", "value/updates")
 FAULTS = ("skipped", "left_out")
