@@ -230,8 +230,7 @@ def step_ends(
     A step is a line that holds something: it ends at the first of a run of `newlines`, a list of
     ids, and the last one at the row's last token. So blank lines are no steps, nor is an end of
     turn, `eos` (one id or several), straight after a newline; without `eos` the last token always
-    ends a step. data.steps.lines_of
-    is the same rule for texts. `tokens_BT`: ids.
+    ends a step. data.steps.lines_of is the same rule for texts. `tokens_BT`: ids.
     """
     is_real_BT = mask_BT > 0
     is_newline_BT = is_real_BT & jnp.isin(tokens_BT, jnp.asarray(newlines))
