@@ -28,6 +28,7 @@ from model_config import ModelConfig, check_fit
 from objectives import direct
 from objectives.likelihood import Apply
 from planning.dry_run import preview
+from planning.memory import check_memory
 from rewards.reference import cached_reference
 from runtime import flags
 from runtime.errors import require
@@ -324,6 +325,7 @@ def main(config: Config) -> dict[str, float]:
     mesh = make_mesh(config.mesh)
     check(config)
     check_batch("batch_size", config.batch_size, config.microbatches, mesh, config.length)
+    check_memory(config, mesh)
 
     # Data: comparisons or judged responses, the tokenizer they fit, and batches of prompts with
     # all their candidates.
