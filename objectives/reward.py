@@ -239,7 +239,7 @@ def step_ends(
     after_text_BT = _one_later(is_real_BT & ~is_newline_BT)
 
     ends_line_BT = is_newline_BT & after_text_BT
-    is_eos_BT = jnp.isin(tokens_BT, jnp.asarray(eos, tokens_BT.dtype).reshape(-1))
+    is_eos_BT = jnp.isin(tokens_BT, jnp.asarray(eos, jnp.int32).reshape(-1))
     is_last_BT = is_real_BT & last_places(is_real_BT) & ~is_newline_BT
     return ends_line_BT | (is_last_BT & ~(is_eos_BT & after_newline_BT))
 
