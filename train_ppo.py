@@ -45,6 +45,7 @@ from objectives.policy import (
 )
 from objectives.reward import step_ends, step_rewards
 from planning.dry_run import preview_items
+from planning.memory import check_memory
 from rewards.scorer import check_rewards, is_function, make_reward_scorer, pooled
 from rollout import (
     Batch,
@@ -63,7 +64,7 @@ from runtime import flags
 from runtime.errors import refuse_unread, require
 from runtime.hosts import HostsConfig
 from runtime.samples import SampleRow
-from sampling import Apply, Ends, SamplingConfig
+from sampling import Apply, Ends, SamplingConfig, check_temperature
 from sharding import (
     Memory,
     MeshConfig,
@@ -403,6 +404,7 @@ def check(config: Config, mesh: jax.sharding.Mesh) -> None:
         },
     )
 
+    check_temperature(config.temperature)
     # Each part of a batch lies evenly over the devices.
     minibatch_rows = rows // config.minibatches
     check_batch("batch_size / --minibatches", minibatch_rows, config.microbatches, mesh)
@@ -630,6 +632,7 @@ def main(config: Config) -> dict[str, float]:
     config = note_lora_base(config)
     mesh = make_mesh(config.mesh)
     check(config, mesh)
+    check_memory(config, mesh)
     tokenizer = Tokenizer.load(config.init)
     check_fit(config.model, tokenizer.size, config.length)
 

@@ -32,6 +32,7 @@ from objectives import imitate
 from objectives.imitate import Pool
 from objectives.policy import MissingEos, missing_eos, response_logprobs
 from planning.dry_run import preview_items
+from planning.memory import check_memory
 from rewards.scorer import check_missing_eos, make_reward_scorer
 from rollout import (
     Batch,
@@ -50,7 +51,7 @@ from runtime import flags
 from runtime.errors import require
 from runtime.flags import with_paper_defaults
 from runtime.hosts import HostsConfig
-from sampling import Apply, Ends, SamplingConfig
+from sampling import Apply, Ends, SamplingConfig, check_temperature
 from sharding import (
     MeshConfig,
     abstract,
@@ -227,6 +228,7 @@ def check(config: Config, mesh: jax.sharding.Mesh) -> None:
     )
 
     check_missing_eos(config)
+    check_temperature(config.temperature)
 
     # Each part of a batch lies evenly over the devices.
     check_batch("minibatch_size", config.minibatch_size, config.microbatches, mesh)
@@ -492,6 +494,7 @@ def main(config: Config) -> dict[str, float]:
     config = note_lora_base(config)
     mesh = make_mesh(config.mesh)
     check(config, mesh)
+    check_memory(config, mesh)
     tokenizer = Tokenizer.load(config.init)
     check_fit(config.model, tokenizer.size, config.length)
 
