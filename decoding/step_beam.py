@@ -146,7 +146,7 @@ def search(
 
 
 def best_finished(candidates: Sequence[Tokens], scores: np.ndarray, ends: Sequence[int]) -> Tokens:
-    """Return the candidate of the highest score [N] of those that end in one of `ends`, or []."""
+    """Return the candidate of the highest score [N] among those that end in one of `ends`."""
     ended_N = has_ended(candidates, ends)
     if not ended_N.any():
         return []
