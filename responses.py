@@ -82,7 +82,7 @@ def make_sampler(
 
     @jax.jit
     def sample(params: Params, prompts: dict[str, jax.Array], key: jax.Array) -> Samples:
-        eos = jnp.array([tokenizer.eos, *ends])
+        eos = jnp.array([*tokenizer.ends, *ends])
         return decode(
             apply, config, params, prompts, key, sampling, eos=eos, pad=tokenizer.pad, n=n
         )

@@ -30,7 +30,7 @@ from model_config import ModelConfig
 from objectives.policy import kl_estimate, last_places, masked, masked_mean
 from runtime.errors import UserError
 from runtime.samples import SampleRow
-from sampling import Apply, Samples, SamplingConfig, generate
+from sampling import Apply, Ends, Samples, SamplingConfig, ends, generate
 from sharding import constrain_batch, gathered, to_host, to_mesh
 
 Array = jax.Array
@@ -79,13 +79,13 @@ def make_rollout(
     config: ModelConfig,
     sampling: SamplingConfig,
     *,
-    eos: int,
+    eos: Ends,
     pad: int,
     n: int = 1,
 ) -> Callable[[Params, Prompts, Array], Rollout]:
     """Compile rollout(params, prompts, key) -> Rollout: sample `n` responses to each prompt.
 
-    `apply` is that of a LanguageModel of shape `config`. `eos`: the id of the token that ends a
+    `apply` is that of a LanguageModel of shape `config`. `eos`: ids of the tokens that end a
     response, `pad` that of padding. Rows are in the order of the prompts, `n` to each. Nothing is
     donated.
     """
@@ -131,19 +131,19 @@ def join_responses(prompts: Prompts, samples: Samples) -> Batch:
 # --- what is logged of rollouts
 
 
-def ended(batch: Mapping[str, Any], eos: int) -> Array:
-    """Return [B] bool: True where the last token under the mask is the end-of-turn token `eos`.
+def ended(batch: Mapping[str, Any], eos: Ends) -> Array:
+    """Return [B] bool: True where the last token under the mask is an end of turn, one of `eos`.
 
     Reads `response_BR` and `mask_BR`.
     """
     # Under the mask: the id may be the padding's too. The last: turns in a response end as well.
     is_drawn_BR = batch["mask_BR"] > 0
-    is_end_BR = (batch["response_BR"] == eos) & is_drawn_BR
+    is_end_BR = ends(batch["response_BR"], eos) & is_drawn_BR
     return jnp.any(is_end_BR & last_places(is_drawn_BR), axis=1)
 
 
 def rollout_metrics(
-    logp_BR: Array, reference_BR: Array, batch: Mapping[str, Any], eos: int
+    logp_BR: Array, reference_BR: Array, batch: Mapping[str, Any], eos: Ends
 ) -> Batch:
     """Summarise a Rollout and the policy's and the reference's log-probabilities of it: scalars.
 

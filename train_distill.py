@@ -28,6 +28,7 @@ from model_config import ModelConfig, check_fit, stored_model
 from objectives import distill
 from objectives.likelihood import response_mask
 from planning.dry_run import preview
+from planning.memory import check_memory
 from rollout import make_rollout
 from runtime import flags
 from runtime.errors import require
@@ -42,6 +43,7 @@ from train_step import (
     TrainState,
     make_evaluation,
     make_optimizer,
+    make_rate,
     make_train_step,
 )
 from training_run import Run, make_greedy_samples
@@ -79,9 +81,9 @@ class Config:
     # Batches
     steps: int = 900
     """Updates."""
-    batch_size: int = 32
+    batch_size: int = 8
     """Rows per step, over all devices: packed conversations, or one own sample each."""
-    length: int = 64
+    length: int = 256
     """Tokens per row of conversations."""
     max_prompt: int = 20
     """Longest prompt of own samples and of the gold evaluation, in tokens."""
@@ -246,7 +248,7 @@ def make_own_samples(
     # The student's own sampler.
     _, apply = init_and_apply(LanguageModel(config.model))
     sampling = SamplingConfig(config.temperature, max_new_tokens=config.max_new_tokens)
-    rollout = make_rollout(apply, config.model, sampling, eos=tokenizer.eos, pad=tokenizer.pad)
+    rollout = make_rollout(apply, config.model, sampling, eos=tokenizer.ends, pad=tokenizer.pad)
 
     def own_samples(student: Params, prompts: Batch, step: int) -> Batch:
         # Another key each step, and the same one after resuming.
@@ -288,6 +290,7 @@ def main(config: Config) -> dict[str, float]:
     mesh = make_mesh(config.mesh)
     check(config)
     check_batch("batch_size", config.batch_size, config.microbatches, mesh)
+    check_memory(config, mesh)
 
     # The teacher's shape, and the tokenizer that both have.
     teacher_model, tokenizer = load_teacher(config)
@@ -317,6 +320,7 @@ def main(config: Config) -> dict[str, float]:
     # Two jitted steps. With LoRA `state.params` are the adapters alone; `full` lays their base,
     # and the teacher, beside them.
     update = make_update(config, teacher_model)
+    rate = make_rate(config.optimizer, config.steps)
     full = partial(student_and_teacher, config.lora)
     evaluate = make_evaluation(update.objective)
     own_samples = make_own_samples(config, tokenizer)
@@ -356,6 +360,7 @@ def main(config: Config) -> dict[str, float]:
             else:
                 batch = to_mesh(next(batches), mesh)
                 state, metrics = update.data_step(state, batch, held)
+            metrics["learning_rate"] = rate(state)
             run.record(step, metrics, tokens=batch["tokens_BT"].size)
 
             # Held-out loss, samples, and gold shares with the KL to the teacher.

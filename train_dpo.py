@@ -28,6 +28,7 @@ from model_config import ModelConfig, check_fit
 from objectives import direct
 from objectives.likelihood import Apply
 from planning.dry_run import preview
+from planning.memory import check_memory
 from rewards.reference import cached_reference
 from runtime import flags
 from runtime.errors import require
@@ -251,7 +252,13 @@ def make_update(config: Config) -> Update:
     return Update(init, optimizer, objective, step)
 
 
-def make_batches(config: Config, source: Source, tokenizer: Tokenizer, **options: Any) -> Batches:
+def make_batches(
+    config: Config,
+    source: Source,
+    tokenizer: Tokenizer,
+    others: Source | None = None,
+    **options: Any,
+) -> Batches:
     """Iterate over the candidates that --loss compares; `options`: others of `BatchOptions`.
 
     `source`: records of the schema `comparison`, or for kto of `unpaired` too; its candidates are
@@ -259,7 +266,7 @@ def make_batches(config: Config, source: Source, tokenizer: Tokenizer, **options
     """
     # KTO's candidates: the best and the worst response, or one judged response; and one more.
     if config.loss == "kto":
-        source = with_mismatched(source)
+        source = with_mismatched(source, others)
     return comparison_batches(
         source, tokenizer, batch_size=config.batch_size, length=config.length, **options
     )
@@ -318,6 +325,7 @@ def main(config: Config) -> dict[str, float]:
     mesh = make_mesh(config.mesh)
     check(config)
     check_batch("batch_size", config.batch_size, config.microbatches, mesh, config.length)
+    check_memory(config, mesh)
 
     # Data: comparisons or judged responses, the tokenizer they fit, and batches of prompts with
     # all their candidates.
@@ -330,7 +338,7 @@ def main(config: Config) -> dict[str, float]:
     batches = candidates(source, seed=config.seed)
     eval_batches = []
     if config.eval_every:
-        eval_batches = candidates(held_out).once(records=config.eval_records)
+        eval_batches = candidates(held_out, others=source).once(records=config.eval_records)
 
     # One jitted step. With LoRA `state.params` are the adapters alone; `full` lays their base
     # beside them. The reference is the policy that training starts from.

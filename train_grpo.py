@@ -10,6 +10,7 @@ mathematics is.
 """
 
 import dataclasses
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
@@ -35,6 +36,7 @@ from objectives.policy import (
     token_rewards,
 )
 from planning.dry_run import preview
+from planning.memory import check_memory
 from rewards.scorer import check_rewards, is_function, make_reward_scorer, pooled
 from rollout import (
     Batch,
@@ -55,7 +57,7 @@ from runtime import flags
 from runtime.errors import refuse_unread, require
 from runtime.flags import with_paper_defaults
 from runtime.hosts import HostsConfig
-from sampling import Apply, SamplingConfig
+from sampling import Apply, Ends, SamplingConfig, check_temperature
 from sharding import MeshConfig, check_batch, data_shard, make_mesh
 from train_state import Init, as_items, starting_params
 from train_step import (
@@ -269,15 +271,15 @@ def make_method(config: Config, apply: Apply) -> tuple[Advantages, Objective]:
 
 
 def make_advantages(
-    config: Config, apply: Apply, advantages: Advantages, *, eos: int
+    config: Config, apply: Apply, advantages: Advantages, *, eos: Ends
 ) -> Callable[..., tuple[Experience, Batch]]:
     """Compile compute_advantages(policy, reference, rollout, scores, scalars).
 
     It returns (experience, metrics). `config`: with no field of the method left at None. `apply`:
     of both models, whose whole parameters are given. `advantages(rewards_BR, mask_BR)`: of
     `make_method`. `scores`: {reward: [B]} and `scalars`: {reward: [B, R + 1]} of
-    rewards.scorer.make_reward_scorer; scalars are read with --shaping alone. `eos`: the id that
-    ends a response. With --dynamic_sampling the mask of a group whose scores are all equal is 0,
+    rewards.scorer.make_reward_scorer; scalars are read with --shaping alone. `eos`: ids that
+    end a response. With --dynamic_sampling the mask of a group whose scores are all equal is 0,
     so that it counts nowhere. Nothing is donated. Metrics are scalars, means over the rollout:
     `reward/NAME` of each reward, `score`, `score_with_eos_rule`, `groups_with_signal`, and those
     of `rollout_metrics`.
@@ -425,11 +427,25 @@ def check(config: Config, mesh: jax.sharding.Mesh) -> None:
         "--shaping: its potential is a reward model's; name a train_rm run first in --reward",
     )
 
+    check_temperature(config.temperature)
     # Each part of a batch lies evenly over the devices.
     minibatch_rows = rows // config.minibatches
     groups = rows // config.samples_per_prompt
     check_batch("batch_size / --minibatches", minibatch_rows, config.microbatches, mesh)
     check_batch("batch_size / --samples_per_prompt", groups, 1, mesh)
+
+
+def note_rounding(config: Config) -> None:
+    """Say on stderr where rounding alone may move a ratio beyond its clip."""
+    # A mean over a response is clipped near 1; sampled and trained, a token differs by rounding.
+    is_rounded = config.model.compute_dtype.itemsize < 4
+    if config.ratio == "geometric" and is_rounded and jax.process_index() == 0:
+        print(
+            f"note: --ratio=geometric in {config.model.compute_dtype}: rounding alone is up to "
+            f"0.004 nats a token, more than --clip={config.clip} of a short response's mean; "
+            "give --model.dtype=float32",
+            file=sys.stderr,
+        )
 
 
 def check_group(config: Config) -> None:
@@ -489,6 +505,8 @@ def main(config: Config) -> dict[str, float]:
     config = note_lora_base(config)
     mesh = make_mesh(config.mesh)
     check(config, mesh)
+    check_memory(config, mesh)
+    note_rounding(config)
     tokenizer = Tokenizer.load(config.init)
     check_fit(config.model, tokenizer.size, config.length)
 
@@ -508,12 +526,12 @@ def main(config: Config) -> dict[str, float]:
             apply,
             config.model,
             SamplingConfig(config.temperature, max_new_tokens=config.max_new_tokens),
-            eos=tokenizer.eos,
+            eos=tokenizer.ends,
             pad=tokenizer.pad,
             n=config.samples_per_prompt,
         ),
         score=load_score(config, tokenizer, mesh),
-        compute_targets=make_advantages(config, apply, advantages, eos=tokenizer.eos),
+        compute_targets=make_advantages(config, apply, advantages, eos=tokenizer.ends),
         mesh=mesh,
         pad=tokenizer.pad,
         prompt_length=config.max_prompt,

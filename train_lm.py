@@ -17,6 +17,7 @@ from model import LanguageModel, init_and_apply
 from model_config import ModelConfig, check_fit
 from objectives.likelihood import likelihood_objective
 from planning.dry_run import preview
+from planning.memory import check_memory
 from responses import make_sampler
 from runtime import flags
 from runtime.guard import GuardConfig, guarded, left_out
@@ -118,6 +119,7 @@ def main(config: Config) -> dict[str, float]:
         config.length,
         config.model.layers,
     )
+    check_memory(config, mesh)
 
     # Data: documents, the tokenizer they fit, and packed rows. Batches at fault of a loss
     # spike are left out (runtime/guard.py).

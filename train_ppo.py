@@ -45,6 +45,7 @@ from objectives.policy import (
 )
 from objectives.reward import step_ends, step_rewards
 from planning.dry_run import preview_items
+from planning.memory import check_memory
 from rewards.scorer import check_rewards, is_function, make_reward_scorer, pooled
 from rollout import (
     Batch,
@@ -63,7 +64,7 @@ from runtime import flags
 from runtime.errors import refuse_unread, require
 from runtime.hosts import HostsConfig
 from runtime.samples import SampleRow
-from sampling import Apply, SamplingConfig
+from sampling import Apply, Ends, SamplingConfig, check_temperature
 from sharding import (
     Memory,
     MeshConfig,
@@ -255,7 +256,7 @@ def make_advantages(
     apply: Apply,
     scalar_apply: Apply,
     *,
-    eos: int,
+    eos: Ends,
     newlines: Sequence[int] = (),
 ) -> Callable[..., tuple[Experience, Batch]]:
     """Compile compute_advantages(models, rollout, scores, scalars, kl_coef).
@@ -265,7 +266,7 @@ def make_advantages(
     `models`: a Models; `apply` is the policy's and the reference's, `scalar_apply` the critic's.
     `scores`: {reward: [B]} and `scalars`: {reward: [B, R + 1]} of
     rewards.scorer.make_reward_scorer; scalars are read with --step_rewards alone. `kl_coef`:
-    scalar beta. `eos`: the id that ends a response; `newlines`: ids of tokens that end a step.
+    scalar beta. `eos`: ids that end a response; `newlines`: ids of tokens that end a step.
     Nothing is donated. Metrics are scalars, means over the rollout: `reward/NAME` of each reward,
     `score` (combined), `score_with_eos_rule`, `reward` (with the KL, summed over the response),
     `value`, `explained_variance` (of the returns by the values), `kl_coef`, and those of
@@ -340,21 +341,21 @@ def raw_scores(
     scores: Batch,
     scalars: Batch,
     newlines: Sequence[int],
-    eos: int,
+    eos: Ends,
 ) -> tuple[jax.Array, jax.Array]:
     """Return each response's score [B], before the rule on its end, and the steps' rewards [B, R].
 
     Without --step_rewards the score is that of the combined `scores`, {reward: [B]}, and steps are
     given 0. With them a step's last token gets the change of the score there, by the log-odds in
     `scalars`, {reward: [B, R + 1]}, of the one --reward, and the score is their sum. `newlines`:
-    ids of tokens that end a step; `eos`: the id that ends a response.
+    ids of tokens that end a step; `eos`: ids that end a response.
     """
     # One score a response.
     mask_BR = rollout["mask_BR"]
     if config.step_rewards == "none":
         return pooled(config, scores), jnp.zeros_like(mask_BR)
     # A reward a step, whose sum is the score.
-    ends_BR = step_ends(rollout["response_BR"], mask_BR, list(newlines), eos)
+    ends_BR = step_ends(rollout["response_BR"], mask_BR, newlines, eos)
     # Index t + 1 of the scalars is of the state after response token t.
     after_BR = scalars[config.reward[0]][:, 1:]
     steps_BR = step_rewards(after_BR, ends_BR, config.step_rewards)
@@ -403,6 +404,7 @@ def check(config: Config, mesh: jax.sharding.Mesh) -> None:
         },
     )
 
+    check_temperature(config.temperature)
     # Each part of a batch lies evenly over the devices.
     minibatch_rows = rows // config.minibatches
     check_batch("batch_size / --minibatches", minibatch_rows, config.microbatches, mesh)
@@ -630,6 +632,7 @@ def main(config: Config) -> dict[str, float]:
     config = note_lora_base(config)
     mesh = make_mesh(config.mesh)
     check(config, mesh)
+    check_memory(config, mesh)
     tokenizer = Tokenizer.load(config.init)
     check_fit(config.model, tokenizer.size, config.length)
 
@@ -644,7 +647,7 @@ def main(config: Config) -> dict[str, float]:
         loaded.apply,
         config.model,
         SamplingConfig(config.temperature, max_new_tokens=config.max_new_tokens),
-        eos=tokenizer.eos,
+        eos=tokenizer.ends,
         pad=tokenizer.pad,
         n=config.samples_per_prompt,
     )
@@ -652,7 +655,7 @@ def main(config: Config) -> dict[str, float]:
         config,
         loaded.apply,
         loaded.scalar_apply,
-        eos=tokenizer.eos,
+        eos=tokenizer.ends,
         newlines=tokenizer.newlines(),
     )
     policy_update = make_policy_update(config, loaded.apply)

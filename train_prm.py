@@ -28,6 +28,7 @@ from model_config import ModelConfig, check_fit
 from objectives.likelihood import Apply, inputs
 from objectives.reward import process_objective
 from planning.dry_run import preview
+from planning.memory import check_memory
 from runtime import flags
 from runtime.hosts import HostsConfig
 from sharding import MeshConfig, check_batch, data_shard, make_mesh, to_host, to_mesh
@@ -158,6 +159,7 @@ def main(config: Config) -> dict[str, float]:
     config = note_lora_base(config)
     mesh = make_mesh(config.mesh)
     check_batch("batch_size", config.batch_size, config.microbatches, mesh, config.length)
+    check_memory(config, mesh)
     check_eval_records(config.eval_records)
 
     # Data: solutions, the tokenizer they fit, and batches of one solution a row. A local file of

@@ -32,6 +32,7 @@ from objectives import imitate
 from objectives.imitate import Pool
 from objectives.policy import MissingEos, missing_eos, response_logprobs
 from planning.dry_run import preview_items
+from planning.memory import check_memory
 from rewards.scorer import check_missing_eos, make_reward_scorer
 from rollout import (
     Batch,
@@ -50,7 +51,7 @@ from runtime import flags
 from runtime.errors import require
 from runtime.flags import with_paper_defaults
 from runtime.hosts import HostsConfig
-from sampling import Apply, SamplingConfig
+from sampling import Apply, Ends, SamplingConfig, check_temperature
 from sharding import (
     MeshConfig,
     abstract,
@@ -227,6 +228,7 @@ def check(config: Config, mesh: jax.sharding.Mesh) -> None:
     )
 
     check_missing_eos(config)
+    check_temperature(config.temperature)
 
     # Each part of a batch lies evenly over the devices.
     check_batch("minibatch_size", config.minibatch_size, config.microbatches, mesh)
@@ -241,13 +243,13 @@ class ScoredRollout(Rollout):
 
 
 def make_targets(
-    config: Config, apply: Apply, *, eos: int
+    config: Config, apply: Apply, *, eos: Ends
 ) -> Callable[..., tuple[ScoredRollout, Batch]]:
     """Compile compute_targets(policy, reference, rollout, scores, scalars).
 
     It returns (scored rollout, metrics). `apply`: of both models, whose whole parameters are
     given. `scores`: {reward: [B]} of rewards.scorer.make_reward_scorer, of which that of --reward
-    is read; its scalars are not used. `eos`: the id that ends a response. Nothing is donated.
+    is read; its scalars are not used. `eos`: ids that end a response. Nothing is donated.
     Metrics are scalars, means over the rollout: `score`, before the rule on a missing end,
     `score_with_eos_rule`, and those of `rollout_metrics`.
     """
@@ -492,6 +494,7 @@ def main(config: Config) -> dict[str, float]:
     config = note_lora_base(config)
     mesh = make_mesh(config.mesh)
     check(config, mesh)
+    check_memory(config, mesh)
     tokenizer = Tokenizer.load(config.init)
     check_fit(config.model, tokenizer.size, config.length)
 
@@ -510,12 +513,12 @@ def main(config: Config) -> dict[str, float]:
             apply,
             config.model,
             SamplingConfig(config.temperature, max_new_tokens=config.max_new_tokens),
-            eos=tokenizer.eos,
+            eos=tokenizer.ends,
             pad=tokenizer.pad,
             n=config.samples_per_prompt,
         ),
         score=load_score(config, tokenizer, mesh),
-        compute_targets=make_targets(config, apply, eos=tokenizer.eos),
+        compute_targets=make_targets(config, apply, eos=tokenizer.ends),
         mesh=mesh,
         pad=tokenizer.pad,
         prompt_length=config.max_prompt,

@@ -25,6 +25,7 @@ from model import Params, ScalarModel, init_and_apply
 from model_config import ModelConfig, check_fit
 from objectives.reward import ranking_objective
 from planning.dry_run import preview
+from planning.memory import check_memory
 from rewards.models import make_text_scorer
 from runtime import flags
 from runtime.errors import require
@@ -177,6 +178,7 @@ def main(config: Config) -> dict[str, float]:
     config = note_lora_base(config)
     mesh = make_mesh(config.mesh)
     check_batch("batch_size", config.batch_size, config.microbatches, mesh, config.length)
+    check_memory(config, mesh)
     check_eval_records(config.eval_records)
     require(
         config.model.tied or not config.lm_coef,

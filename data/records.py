@@ -20,7 +20,7 @@ A field that nothing reads is left out, and refused where it would change what i
 
 import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
 
 from data.fields import (
@@ -69,16 +69,17 @@ class Layout(NamedTuple):
     """Fields that are read too, where they are there."""
 
 
-CONVERSATIONS = ("messages", "conversations", "conversation")
+CONVERSATIONS = "messages conversations conversation"
 """Names of a whole conversation."""
-REQUESTS = ("prompt", "question", "problem", "query", "instruction", "inputs")
+OTHER_REQUESTS = "question problem query instruction inputs"
+REQUESTS = f"prompt {OTHER_REQUESTS}"
 """Names of what is asked."""
 ANSWERS = (
-    *("answer", "ground_truth", "expected_answer", "final_answer", "reward_model"),
-    *("solution", "response", "completion", "output", "target", "targets", "label"),
+    "answer ground_truth expected_answer final_answer reward_model solution response completion "
+    "output target targets label"
 )
 """Names of the answer to check, beside a prompt; the first that says something is taken."""
-INPUTS = ("input", "context")
+INPUTS = "input context"
 """What an instruction is about, which goes below it."""
 SYSTEM = ("system", "system_prompt")
 OPENING = (*SYSTEM, "tools", "history")
@@ -122,7 +123,7 @@ def _request(row: Row, asked: str) -> list[Message]:
     if asked != "instruction":
         return prompt_of(row[asked], asked)
     texts = [text_of(row[asked], asked)]
-    for name in INPUTS:
+    for name in INPUTS.split():
         if not is_empty(row.get(name)):
             texts.append(text_of(row[name], name))
     return [turn("user", "\n\n".join(texts))]
@@ -291,7 +292,7 @@ def read_prompt(row: Row, asked: str) -> Record:
     # A response that was judged bad is no answer.
     if any(row.get(name) is False for name in JUDGEMENTS):
         return {"prompt": prompt}
-    for name in ANSWERS:
+    for name in ANSWERS.split():
         field, value = _answer(row, name)
         if isinstance(value, list | dict) and value:
             # A response in turns: what its last one says.
@@ -458,54 +459,60 @@ def _prm800k_completion(stage: Any, place: str) -> Row | None:
 # ---- Layouts: of several that fit a row, the first one reads it ----
 
 
-def _each(
-    read: Callable[..., Record], *names: Iterable[str], more: tuple[str, ...] = ()
-) -> list[Layout]:
-    """Return a layout for each choice of one of the names that each field goes by."""
-    return [Layout(fields, read, more) for fields in itertools.product(*names)]
+def _each(read: Callable[..., Record], *names: str, more: str = "") -> list[Layout]:
+    """Return a layout for each choice of one of the names that each field goes by.
+
+    Names are parted by spaces; so are those in `more`.
+    """
+    choices = itertools.product(*(name.split() for name in names))
+    return [Layout(fields, read, tuple(more.split())) for fields in choices]
 
 
-CHAT = [
-    *_each(read_conversation, CONVERSATIONS),
-    *_each(read_best, ("chosen",), ("rejected",), more=(*CONVERSATIONS, *REQUESTS, *INPUTS)),
-    *_each(read_best, ("responses",), ("ranking",), more=(*REQUESTS, *INPUTS)),
-    *_each(read_instances, ("instruction",), ("instances",)),
-    *_each(read_answered, ("instruction",), ("output", "response", "completion"), more=INPUTS),
-    *_each(read_answered, ("prompt", "query"), ("response", "completion")),
-    *_each(read_answered, ("question",), ("answer", "response")),
-    *_each(read_answered, ("problem",), ("solution",)),
-    *_each(read_answered, ("inputs",), ("targets",)),
-]
-COMPARISON = [
-    *_each(read_ranked, REQUESTS, ("responses",), ("ranking",), more=INPUTS),
-    *_each(read_pair, REQUESTS, ("chosen",), ("rejected",), more=INPUTS),
-    *_each(read_pair_after_messages, CONVERSATIONS, ("chosen",), ("rejected",)),
-    *_each(read_whole_pair, ("chosen",), ("rejected",)),
-]
+ASKED = f"{REQUESTS} {INPUTS}"
+JUDGED = " ".join(JUDGEMENTS)
 LAYOUTS: dict[Schema, list[Layout]] = {
-    "text": [*_each(read_text, ("text",))],
-    "chat": CHAT,
-    "comparison": COMPARISON,
+    "text": _each(read_text, "text"),
+    "chat": [
+        *_each(read_conversation, CONVERSATIONS),
+        # The best response of a comparison.
+        *_each(read_best, "chosen", "rejected", more=f"{CONVERSATIONS} {ASKED}"),
+        *_each(read_best, "responses", "ranking", more=ASKED),
+        # Self-Instruct; Alpaca and Dolly; what answers a prompt or a question elsewhere.
+        *_each(read_instances, "instruction", "instances"),
+        *_each(read_answered, "instruction", "output response completion", more=INPUTS),
+        *_each(read_answered, "prompt query", "response completion"),
+        *_each(read_answered, "question", "answer response"),
+        *_each(read_answered, "problem", "solution"),
+        *_each(read_answered, "inputs", "targets"),
+    ],
+    "comparison": [
+        *_each(read_ranked, REQUESTS, "responses", "ranking", more=INPUTS),
+        *_each(read_pair, REQUESTS, "chosen", "rejected", more=INPUTS),
+        *_each(read_pair_after_messages, CONVERSATIONS, "chosen", "rejected"),
+        *_each(read_whole_pair, "chosen", "rejected"),
+    ],
     "unpaired": [
-        *_each(read_judged, REQUESTS, ("response", "completion"), JUDGEMENTS, more=INPUTS),
-        *_each(read_judged_conversation, CONVERSATIONS, JUDGEMENTS),
+        *_each(read_judged, REQUESTS, "response completion", JUDGED, more=INPUTS),
+        *_each(read_judged_conversation, CONVERSATIONS, JUDGED),
     ],
     "prompt": [
-        *_each(read_prompt, ("prompt",), more=(*ANSWERS, *JUDGEMENTS)),
+        *_each(read_prompt, "prompt", more=f"{ANSWERS} {JUDGED}"),
+        # A conversation, whose last turn is the answer.
         *_each(read_prompt_of_conversation, CONVERSATIONS),
-        *_each(read_prompt_of_chat, ("chosen",), ("rejected",), more=(*REQUESTS, *INPUTS)),
-        *_each(read_prompt_of_chat, ("instruction",), ("instances",)),
-        *_each(read_prompt, REQUESTS[1:], more=(*ANSWERS, *INPUTS, *JUDGEMENTS)),
-        *_each(read_text, ("text",)),
+        *_each(read_prompt_of_chat, "chosen", "rejected", more=ASKED),
+        *_each(read_prompt_of_chat, "instruction", "instances"),
+        *_each(read_prompt, OTHER_REQUESTS, more=f"{ANSWERS} {INPUTS} {JUDGED}"),
+        *_each(read_text, "text"),
     ],
     "steps": [
-        *_each(read_prm800k, ("question",), ("label",)),
-        *_each(read_steps, REQUESTS, ("steps",), ("labels",)),
-        *_each(read_stepwise, REQUESTS, ("completions",), ("labels",)),
-        *_each(read_math_shepherd, ("input",), ("label",)),
+        *_each(read_prm800k, "question", "label"),
+        *_each(read_steps, REQUESTS, "steps", "labels"),
+        # TRL's stepwise supervision, and Math-Shepherd.
+        *_each(read_stepwise, REQUESTS, "completions", "labels"),
+        *_each(read_math_shepherd, "input", "label"),
     ],
 }
-"""The layouts of each schema; a text may also be a conversation of any layout of CHAT."""
+"""The layouts of each schema; a text may also be a conversation of any layout of chat."""
 WANTED: dict[Schema, tuple[str, str]] = {
     "text": ("text", "text, or the fields of a conversation"),
     "chat": ("messages", "messages, prompt and response, or instruction and output"),

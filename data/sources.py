@@ -152,7 +152,7 @@ def _world(split: world.Split, seed: int) -> dict[str, Callable[[int], Row]]:
         return {"text": world.text(i + first, seed=seed)}
 
     def chat(i: int) -> Row:
-        return world.demonstration(i, split=split, seed=seed)
+        return world.conversation(i, split=split, seed=seed)
 
     def comparison(i: int) -> Row:
         return world.comparison(i, split=split, seed=seed)

@@ -87,7 +87,7 @@ def sample_and_score(config: Config, records: list[Record], mesh: jax.sharding.M
     params = load_params(config.policy, shapes=abstract(shapes, mesh))
     sampling = SamplingConfig(config.temperature, max_new_tokens=config.max_new_tokens)
     sample_rollout = make_rollout(
-        apply, model, sampling, eos=tokenizer.eos, pad=tokenizer.pad, n=config.n
+        apply, model, sampling, eos=tokenizer.ends, pad=tokenizer.pad, n=config.n
     )
 
     # In parts of one shape; the last one is filled up.
@@ -112,7 +112,7 @@ def sample_and_score(config: Config, records: list[Record], mesh: jax.sharding.M
         rollout = sample_rollout(params, batch, key)
         scores, _ = score(models, rollout, part)
         rewards.append(np.asarray(scores[config.reward]))
-        are_ended.append(np.asarray(ended(rollout, tokenizer.eos)))
+        are_ended.append(np.asarray(ended(rollout, tokenizer.ends)))
         responses_BR = np.asarray(rollout["response_BR"])
         texts += [tokenizer.decode(response_R.tolist()) for response_R in responses_BR]
 

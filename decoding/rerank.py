@@ -113,7 +113,7 @@ def sample_answers(config: Config, records: Sequence[Record], mesh: jax.sharding
     flat = [tokenizer.decode(response) for response in responses]
     texts = split_evenly(flat, config.n)
     shape = (len(records), config.n)
-    ended_PN = has_ended(responses, tokenizer.eos).reshape(shape)
+    ended_PN = has_ended(responses, tokenizer.ends).reshape(shape)
     counts_PN = ended_PN | (config.missing_eos == "none")
 
     # The scores of each model, in each of its ways.

@@ -78,7 +78,7 @@ def search(
     prompts: Sequence[Tokens],
     extend: Callable[[list[Tokens], int], list[Tokens]],
     score: Callable[[list[Tokens], list[Tokens]], np.ndarray],
-    eos: int,
+    ends: Sequence[int],
     *,
     beams: int,
     branch: int,
@@ -92,13 +92,14 @@ def search(
     better, of partial solutions too. Returns (the best-scored solution to each prompt, without the
     prompt; the tokens sampled in all).
 
-    A solution is finished when it ends in `eos`, and stays among the candidates; one of `longest`
-    tokens without an end goes no further, and is scored by `rule`. A finished one that fell out of
-    the beams is returned where none of them came to an end.
+    A solution is finished when it ends in one of `ends`, and stays among the candidates; one of
+    `longest` tokens without an end goes no further, and is scored by `rule`. A finished one that
+    fell out of the beams is returned where none of them came to an end.
     """
 
     def is_open(tokens: Tokens) -> bool:
-        return tokens[-1:] != [eos] and len(tokens) < longest
+        is_finished = bool(tokens) and tokens[-1] in ends
+        return not is_finished and len(tokens) < longest
 
     # Of each problem the beams: partial solutions, best first; at first all are empty.
     kept: list[list[Tokens]] = [[[] for _ in range(beams)] for _ in prompts]
@@ -128,12 +129,12 @@ def search(
         # The best of them go on.
         each = beams * branch
         asked = [prompt for prompt in prompts for _ in range(each)]
-        goes_on = [is_open(tokens) for tokens in candidates] | has_ended(candidates, eos)
+        goes_on = [is_open(tokens) for tokens in candidates] | has_ended(candidates, ends)
         scores_N = np.asarray(missing_eos(score(asked, candidates), goes_on, rule))
         by_problem = split_evenly(candidates, each)
         scored = list(zip(by_problem, scores_N.reshape(-1, each), strict=True))
         kept = [best(*pair, beams) for pair in scored]
-        found = [best_finished(*pair, eos) for pair in scored]
+        found = [best_finished(*pair, ends) for pair in scored]
         finished = [new or before for new, before in zip(found, finished, strict=True)]
         number += 1
 
@@ -144,9 +145,9 @@ def search(
     return firsts, sampled
 
 
-def best_finished(candidates: Sequence[Tokens], scores: np.ndarray, eos: int) -> Tokens:
-    """Return the candidate that ends in `eos` with the highest score [N]; [] where none does."""
-    ended_N = has_ended(candidates, eos)
+def best_finished(candidates: Sequence[Tokens], scores: np.ndarray, ends: Sequence[int]) -> Tokens:
+    """Return the candidate of the highest score [N] among those that end in one of `ends`."""
+    ended_N = has_ended(candidates, ends)
     if not ended_N.any():
         return []
     return candidates[np.where(ended_N, scores, -np.inf).argmax()]
@@ -193,7 +194,7 @@ def search_problems(
         prompts,
         extend,
         score,
-        tokenizer.eos,
+        tokenizer.ends,
         beams=config.beams,
         branch=config.branch,
         longest=config.max_new_tokens,
@@ -218,7 +219,7 @@ def main(config: Config) -> tuple[Interval, float]:
 
     # How many are right.
     texts = [tokenizer.decode(tokens) for tokens in found]
-    ended_N = has_ended(found, tokenizer.eos)
+    ended_N = has_ended(found, tokenizer.ends)
     counts_N = ended_N | (config.missing_eos == "none")
     checked_N = np.array([check(*pair) for pair in zip(texts, records, strict=True)])
     right = (checked_N * counts_N).tolist()

@@ -107,7 +107,7 @@ def make_kl_sampler(
             condition(prompts),
             key,
             sampling,
-            eos=tokenizer.eos,
+            eos=tokenizer.ends,
             pad=tokenizer.pad,
         )
         batch = join_responses(prompts, samples)

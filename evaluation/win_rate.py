@@ -38,7 +38,7 @@ def make_judge(
 
     def in_own_tokens(response: Tokens, theirs: Tokenizer) -> Tokens:
         """Spell a response of the tokenizer `theirs` in the reward model's."""
-        end = [tokenizer.eos] if has_ended([response], theirs.eos)[0] else []
+        end = [tokenizer.eos] if has_ended([response], theirs.ends)[0] else []
         return [*tokenizer.encode(theirs.decode(response)), *end]
 
     def judge(policy: LoadedRun, prompts: Sequence[Sequence[Message]]) -> Judged:
@@ -47,7 +47,7 @@ def make_judge(
         respond = make_sampler(policy.config, sampling, theirs)
         asked = [cut_left(theirs.prompt(prompt), max_prompt, theirs) for prompt in prompts]
         responses = respond(policy.params, asked, jax.random.key(seed))
-        ended_N = has_ended(responses, theirs.eos)
+        ended_N = has_ended(responses, theirs.ends)
 
         # Its reward.
         if theirs.sha256 != tokenizer.sha256:

@@ -4,6 +4,7 @@ Ranks are [B, C]: 1 is best, equal ranks tie, 0 marks an absent candidate. A pro
 scalar at a step's last token is the log-odds that the step is right.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import jax
@@ -219,23 +220,27 @@ def process_objective(apply: Apply, params: Params, batch: TokenBatch) -> LossSu
 
 
 def step_ends(
-    tokens_BT: Array, mask_BT: Array, newlines: list[int], eos: int | None = None
+    tokens_BT: Array,
+    mask_BT: Array,
+    newlines: Sequence[int],
+    eos: int | Sequence[int] | Array = (),
 ) -> Array:
     """Return [B, T] bool: True for the last token of a step, among the tokens under `mask_BT`.
 
     A step is a line that holds something: it ends at the first of a run of `newlines`, a list of
-    ids, and the last one at the row's last token. So blank lines are no steps, nor is an `eos`
-    straight after a newline; without `eos` the last token always ends a step. data.steps.lines_of
+    ids, and the last one at the row's last token. So blank lines are no steps, nor is an end of
+    turn, `eos` (one id or several), straight after a newline; without `eos` the last token always
+    ends a step. data.steps.lines_of
     is the same rule for texts. `tokens_BT`: ids.
     """
     is_real_BT = mask_BT > 0
-    is_newline_BT = is_real_BT & jnp.isin(tokens_BT, jnp.array(newlines))
+    is_newline_BT = is_real_BT & jnp.isin(tokens_BT, jnp.asarray(newlines))
     # What stands before a token: a newline, or the text of a line.
     after_newline_BT = _one_later(is_newline_BT)
     after_text_BT = _one_later(is_real_BT & ~is_newline_BT)
 
     ends_line_BT = is_newline_BT & after_text_BT
-    is_eos_BT = tokens_BT == (-1 if eos is None else eos)
+    is_eos_BT = jnp.isin(tokens_BT, jnp.asarray(eos, tokens_BT.dtype).reshape(-1))
     is_last_BT = is_real_BT & last_places(is_real_BT) & ~is_newline_BT
     return ends_line_BT | (is_last_BT & ~(is_eos_BT & after_newline_BT))
 

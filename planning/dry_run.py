@@ -15,7 +15,7 @@ from data.batches import Batch
 from data.tokenizer import Tokenizer
 from runtime.run_folder import array_type
 from runtime.terminal import printable
-from sharding import path_name
+from sharding import path_name, uncut
 from train_state import Init, shapes_of
 
 SHOWN = 4
@@ -214,6 +214,9 @@ def describe(
     }
     if cut:
         lines["cut"] = cut
+    notes = _uncut_notes(params, mesh)
+    if notes:
+        lines["note"] = " ".join(notes)
     if stages > 1:
         lines["pipeline"] = pipeline_line(stages, microbatches)
     lines["compile"] = "the first step takes longer: it is compiled"
@@ -224,6 +227,55 @@ def candidates_of(batch: Batch) -> int:
     """Return how many sequences a row of `batch` has: more than one for comparisons."""
     shape = next(array.shape for name, array in batch.items() if name.startswith("tokens"))
     return shape[1] if len(shape) == 3 else 1
+
+
+# The fields of ModelConfig that are a parameter's axes; None where a mesh cuts no such axis.
+SIZES = {
+    "embed": ("vocab", "width"),
+    "unembed": ("width", "vocab"),
+    "q": (None, "width", "heads", None),
+    "k": (None, "width", "kv_heads", None),
+    "v": (None, "width", "kv_heads", None),
+    "o": (None, "heads", None, "width"),
+    "gate": (None, "width", "mlp_width"),
+    "up": (None, "width", "mlp_width"),
+    "down": (None, "mlp_width", "width"),
+}
+LARGE = 0.05
+"""Share of what a device holds of the parameters, from which one of them is large."""
+
+
+def _uncut_notes(params: Any, mesh: Any) -> list[str]:
+    """Say of each axis of `mesh` which large parameter it does not cut, and the next size it does.
+
+    Of several parameters the largest is named. `params`: arrays or shapes, on the mesh.
+    """
+    if mesh is None:
+        return []
+    # By axis: (bytes on a device, the parameter, its size along the axis that is not cut, field).
+    largest: dict[str, tuple[int, str, int, str]] = {}
+    whole = _bytes_per_device(params)
+    for path, leaf in jax.tree.leaves_with_path(params):
+        name = path_name(path)
+        held = _bytes_per_device(leaf)
+        for axis, number in uncut(name, leaf.shape, mesh).items():
+            field = SIZES[name.rpartition("/")[2]][number] if held > LARGE * whole else None
+            if field is not None:
+                found = (held, name, leaf.shape[number], field)
+                largest[axis] = max(largest.get(axis, found), found, key=lambda item: item[0])
+
+    notes = []
+    for axis, (_, name, size, field) in largest.items():
+        devices = mesh.shape[axis]
+        fits = f"--model.{field}={size + -size % devices}"
+        divisor = max(n for n in range(1, devices) if size % n == 0)
+        if divisor > 1:
+            fits += f" or --mesh.{axis}={divisor}"
+        notes.append(
+            f"--mesh.{axis}={devices} does not divide --model.{field}={size}: each of its devices "
+            f"holds and computes all of {name}; {fits} would fit."
+        )
+    return notes
 
 
 def _wrapped(lines: dict[str, str]) -> Iterable[str]:

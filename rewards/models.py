@@ -147,7 +147,7 @@ def make_step_scorer(
     @jax.jit
     def last_scores(params: Params, batch: Batch) -> dict[StepScore, jax.Array]:
         mask_BT = batch["loss_mask_BT"]
-        ends_BT = step_ends(batch["tokens_BT"], mask_BT, newlines, tokenizer.eos)
+        ends_BT = step_ends(batch["tokens_BT"], mask_BT, newlines, tokenizer.ends)
         logits_BT = scalars(params, batch)
         scores = {}
         for way in STEP_SCORES:

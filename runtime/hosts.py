@@ -26,6 +26,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from runtime.errors import UserError
+from runtime.ranges import AT_LEAST_1, check_ranges
 from runtime.terminal import Stream
 
 LOST = 75
@@ -50,6 +51,9 @@ class HostsConfig:
     """host:port that process 0 listens on; None: JAX_COORDINATOR_BIND_ADDRESS, or coordinator."""
     stall: int = 1800
     """Seconds without a finished step that end the run, ten times up to the first; 0: never."""
+
+    def __post_init__(self):
+        check_ranges(self, {"count": AT_LEAST_1}, "hosts.")
 
 
 # --- joining

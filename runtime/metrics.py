@@ -21,6 +21,7 @@ from runtime.report import run_report
 from runtime.rows import Rows, Seal, read_rows
 from runtime.samples import append_samples, cut_samples
 from runtime.terminal import printable
+from runtime.updates import UpdateCheck
 
 SHOWN = ("loss", "score", "kl", "accuracy")
 """Metrics on the progress bar, where a script has them."""
@@ -86,6 +87,8 @@ class Recorder:
         # Loss and gradient norm of the last rows, for the guard.
         self._guard = guard
         self._history: collections.deque = collections.deque(maxlen=guard and guard.window)
+        # Updates that come to nothing end the run.
+        self._check_updates = UpdateCheck(run, start, total_steps)
         # Compilations of the step, and how many of them a row has told of.
         self._compiled = 0
         self._told_compiled = 0
@@ -198,7 +201,8 @@ class Recorder:
     def flush(self) -> None:
         """Write the pending row now, waiting for its values: call it before a checkpoint.
 
-        Raises guard.Spike if they are a loss spike.
+        Raises guard.Spike if they are a loss spike, and UserError where the run's updates come to
+        nothing (runtime/updates.py).
         """
         if self._pending is None:
             return
@@ -223,7 +227,8 @@ class Recorder:
         self.last = {**values, "step": step}
         if self._shows:
             self._write(step, values, now)
-        # After the row is written, so that a spike can be seen in metrics.jsonl.
+        # After the row is written, so that faults and a spike can be seen in metrics.jsonl.
+        self._check_updates(step, values)
         seen = loss_and_norm(values)
         if self._guard is not None and seen:
             if is_spike(self._guard, self._history, seen):

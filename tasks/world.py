@@ -25,6 +25,7 @@ __all__ = [
     "Request",
     "answering",
     "comparison",
+    "conversation",
     "criterion_of",
     "demonstration",
     "drawn_for",
@@ -38,6 +39,7 @@ __all__ = [
     "rank",
     "respond",
     "text",
+    "typed",
 ]
 
 Split = Literal["train", "heldout"]
@@ -65,6 +67,12 @@ One of quality q fails each criterion independently, with probability (1 - q) ti
 """
 MAX_WORDS = 18
 """Words above which a demonstrator drops closer and opener."""
+TURNS = (0.4, 0.2, 0.1, 0.1, 0.05, 0.05, 0.05, 0.05)
+"""Share of the conversations of one turn, of two, and so on."""
+CAPITALS = 1 / 3
+"""How often a message of a conversation has a capital at its beginning; likewise its names."""
+UNMARKED = 1 / 6
+"""How often a message of a conversation lacks its final mark."""
 
 
 # ---- Requests ----
@@ -386,6 +394,47 @@ def demonstration(
     request = prompt(index, split=split, seed=seed)
     rng = drawn_for("demonstration", split, seed, index)
     return {"prompt": request.text, "response": respond(request, quality, rng)}
+
+
+# ---- Conversations ----
+
+
+_NAME = re.compile(rf"\b({'|'.join(facts.NAMES)})\b")
+
+
+def _with_capital(name: re.Match) -> str:
+    return name[0].capitalize()
+
+
+def typed(text: str, rng: random.Random) -> str:
+    """Rewrite a request as people type it: with or without capitals and its final mark."""
+    if rng.random() < CAPITALS:
+        text = _NAME.sub(_with_capital, text)
+    if rng.random() < CAPITALS:
+        text = text[0].upper() + text[1:]
+    if rng.random() < UNMARKED:
+        text = text[:-1]
+    return text
+
+
+def conversation(
+    index: int, *, split: Split = "train", quality: float = 0.7, seed: int = 0
+) -> dict[str, list[dict[str, str]]]:
+    """Return conversation number `index`: {"messages"}, one or more requests with responses.
+
+    Each request is one of `demonstration`, as people type it, and each response to it alone.
+    """
+    rng = drawn_for("conversation", split, seed, index)
+    most = len(TURNS)
+    turns = rng.choices(range(1, most + 1), TURNS)[0]
+    messages = []
+    for turn in range(turns):
+        number = index * most + turn
+        shown = demonstration(number, split=split, quality=quality, seed=seed)
+        asked = typed(shown["prompt"], rng)
+        messages.append({"role": "user", "content": asked})
+        messages.append({"role": "assistant", "content": shown["response"]})
+    return {"messages": messages}
 
 
 # ---- The base corpus: sentences of one document ----

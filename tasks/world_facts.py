@@ -56,6 +56,8 @@ FACTS: dict[str, dict[str, str]] = {
 }
 INVENTED = _words("velmora zandia korvath lurania ostrovia pellandia quorath tirandel")
 """Countries that do not exist."""
+NAMES = ["i", *FACTS["capital"], *INVENTED, *DAYS, *MONTHS]
+"""Words of requests that are written with a capital in English."""
 SIZES = [
     "a bee",
     "a mouse",

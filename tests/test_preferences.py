@@ -57,4 +57,11 @@ def test_contrasts_are_between_prompts_that_differ():
 @pytest.mark.parametrize("count", [1, 3])
 def test_one_prompt_alone_has_no_other(count):
     with pytest.raises(UserError, match=r"rows: holds 1 prompts.*add rows with other prompts"):
-        with_mismatched(judged(*["a"] * count))[0]
+        with_mismatched(judged(*["a"] * count))
+
+
+def test_a_held_out_split_of_one_prompt_takes_others_from_the_training_split():
+    made = with_mismatched(judged("a", "a"), others=judged("b", "c", "a"))
+    assert {made[i]["responses"][-1][0] for i in range(2)} <= {"b", "c"}
+    with pytest.raises(UserError, match="holds 1 prompts"):
+        with_mismatched(judged("a", "a"), others=judged("a"))

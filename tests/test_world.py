@@ -5,6 +5,7 @@ import random
 import re
 from collections import Counter, defaultdict
 
+import numpy as np
 import pytest
 
 from tasks import world
@@ -114,7 +115,13 @@ def test_counts():
 
 
 def test_records_depend_on_index_and_seed_only():
-    makers = (world.prompt, world.text, world.demonstration, world.comparison)
+    makers = (
+        world.prompt,
+        world.text,
+        world.demonstration,
+        world.conversation,
+        world.comparison,
+    )
     for make in makers:
         first = [make(index, seed=3) for index in range(20)]
         assert [make(index, seed=3) for index in reversed(range(20))] == first[::-1]
@@ -163,6 +170,45 @@ def test_vocabulary_and_lengths():
     assert len(vocabulary) <= 650
     assert max(lengths["response"]) <= 26 and sorted(lengths["response"])[4900] <= 18
     assert max(lengths["text"]) <= 100 and min(lengths["text"]) >= 12
+
+
+def conversations(count, **options):
+    for index in range(count):
+        messages = world.conversation(index, **options)["messages"]
+        asked = [message["content"] for message in messages[::2]]
+        answered = [message["content"] for message in messages[1::2]]
+        assert [message["role"] for message in messages] == ["user", "assistant"] * len(asked)
+        yield list(zip(asked, answered, strict=True))
+
+
+def test_every_turn_of_a_conversation_stands_by_itself():
+    said = list(conversations(1500, quality=1.0))
+    assert all(gold(*turn).all for turns in said for turn in turns)
+    # The first request of each is no more often asked than any other.
+    assert len({asked for turns in said for asked, _ in turns}) > 3000
+    shares = np.bincount([len(turns) for turns in said])[1:] / len(said)
+    assert np.allclose(shares, world.TURNS, atol=0.05)
+
+
+def test_conversations_are_typed_with_and_without_capitals_and_marks():
+    asked = [text for turns in conversations(3000) for text, _ in turns]
+    begun = sum(text[0].isupper() for text in asked) / len(asked)
+    unmarked = sum(text[-1] not in ".?" for text in asked) / len(asked)
+    assert abs(unmarked - world.UNMARKED) < 0.02 and 0 < begun - world.CAPITALS < 0.07
+    # Every name is written in both ways, and so is "I".
+    words = Counter(word for text in asked for word in re.findall(r"\w+", text))
+    assert all(words[name] and words[name.capitalize()] for name in world.facts.NAMES)
+    # Neither changes what is asked.
+    rng = random.Random(0)
+    for index in range(500):
+        request = world.prompt(index)
+        assert parse(world.typed(request.text, rng)).core == request.core
+
+
+def test_conversations_share_no_request_with_held_out_ones():
+    assert all(not parse(text).heldout for turns in conversations(300) for text, _ in turns)
+    held_out = conversations(300, split="heldout")
+    assert all(parse(text).heldout for turns in held_out for text, _ in turns)
 
 
 def test_perfect_demonstrators_pass_every_criterion():

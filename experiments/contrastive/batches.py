@@ -9,11 +9,12 @@ from data.sources import Source
 from data.tokenizer import Tokenizer
 
 
-def with_other_prompts(source: Source, count: int) -> Source:
+def with_other_prompts(source: Source, count: int, others: Source | None = None) -> Source:
     """Turn comparisons into {"prompts", "response"}: the best response after `count` prompts.
 
     The first prompt is its own; the others differ from it and from one another, and are of
-    records elsewhere in the source, the same each time. Raises UserError for too few prompts.
+    records elsewhere in the source, the same each time. A source of too few prompts takes them
+    from `others`; raises UserError where these have too few.
     """
     # The others stand evenly apart round the source.
     records = len(source)
@@ -22,9 +23,9 @@ def with_other_prompts(source: Source, count: int) -> Source:
     def read(i: int) -> Record:
         record = source[i]
         places = [i + k * stride for k in range(1, count)]
-        others = [other["prompt"] for other in records_of_other_prompts(source, i, places)]
+        around = records_of_other_prompts(record["prompt"], source, places, others)
         best, _ = best_and_worst_response(record)
-        return {"prompts": [record["prompt"], *others], "response": best}
+        return {"prompts": [prompt["prompt"] for prompt in (record, *around)], "response": best}
 
     return dataclasses.replace(source, rows=range(records), read=read, candidates=count)
 

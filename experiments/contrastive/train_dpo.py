@@ -142,7 +142,9 @@ def main(config: Config) -> dict[str, float]:
     batches = candidates(contrasts(source), seed=config.seed)
     eval_batches = []
     if config.eval_every:
-        eval_batches = candidates(contrasts(held_out)).once(records=config.eval_records)
+        eval_batches = candidates(contrasts(held_out, others=source)).once(
+            records=config.eval_records
+        )
 
     # One jitted step. With LoRA `state.params` are the adapters alone; `full` lays their base
     # beside them. The gold evaluation measures the KL to the policy that training starts from.

@@ -47,7 +47,7 @@ from rollout import (
 from runtime import flags
 from runtime.errors import require
 from runtime.hosts import HostsConfig
-from sampling import Apply, SamplingConfig
+from sampling import Apply, Ends, SamplingConfig
 from sharding import MeshConfig, check_batch, data_shard, make_mesh
 from train_state import Init, as_items, starting_params
 from train_step import (
@@ -167,7 +167,7 @@ class RankedRollout(Rollout):
 
 
 def make_targets(
-    config: Config, apply: Apply, *, eos: int
+    config: Config, apply: Apply, *, eos: Ends
 ) -> Callable[..., tuple[RankedRollout, Batch]]:
     """Compile compute_targets(policy, reference, rollout, scores, scalars).
 
@@ -315,12 +315,12 @@ def main(config: Config) -> dict[str, float]:
             apply,
             config.model,
             SamplingConfig(config.temperature, max_new_tokens=config.max_new_tokens),
-            eos=tokenizer.eos,
+            eos=tokenizer.ends,
             pad=tokenizer.pad,
             n=config.samples_per_prompt,
         ),
         score=load_score(config, tokenizer, mesh),
-        compute_targets=make_targets(config, apply, eos=tokenizer.eos),
+        compute_targets=make_targets(config, apply, eos=tokenizer.ends),
         mesh=mesh,
         pad=tokenizer.pad,
         prompt_length=config.max_prompt,

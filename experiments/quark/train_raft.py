@@ -55,7 +55,7 @@ from rollout import (
 from runtime import flags
 from runtime.errors import require
 from runtime.hosts import HostsConfig
-from sampling import Apply, SamplingConfig
+from sampling import Apply, Ends, SamplingConfig
 from sharding import (
     MeshConfig,
     abstract,
@@ -232,7 +232,7 @@ class ScoredRollout(Rollout):
 
 
 def make_targets(
-    config: Config, apply: Apply, *, eos: int, asking: Callable[[Rollout], Batch]
+    config: Config, apply: Apply, *, eos: Ends, asking: Callable[[Rollout], Batch]
 ) -> Callable[..., tuple[ScoredRollout, Batch]]:
     """Compile compute_targets(policy, reference, rollout, scores, scalars).
 
@@ -440,7 +440,7 @@ def make_round(
     The policy is asked for the quantile `word`, or where it is None as the prompts are.
     """
     sampling = SamplingConfig(config.temperature, max_new_tokens=config.max_new_tokens)
-    how = {"eos": tokenizer.eos, "pad": tokenizer.pad, "n": config.samples_per_prompt}
+    how = {"eos": tokenizer.ends, "pad": tokenizer.pad, "n": config.samples_per_prompt}
     if word is None:
         sample_rollout = make_rollout(apply, config.model, sampling, **how)
         asking = dict
@@ -452,7 +452,7 @@ def make_round(
         prompts,
         rollout=sample_rollout,
         score=score,
-        compute_targets=make_targets(config, apply, eos=tokenizer.eos, asking=asking),
+        compute_targets=make_targets(config, apply, eos=tokenizer.ends, asking=asking),
         mesh=mesh,
         pad=tokenizer.pad,
         prompt_length=config.max_prompt,

@@ -137,12 +137,14 @@ def main(config: Config) -> dict[str, float]:
         **data_shard(mesh),
     )
     # A judged response comes with one of rank 0, to another prompt, which has no weight.
-    as_candidates = with_mismatched if config.unpaired else lambda records: records
-    batches = candidates(as_candidates(source), seed=config.seed)
+    if config.unpaired:
+        held_out = with_mismatched(held_out, others=source)
+        source = with_mismatched(source)
+    batches = candidates(source, seed=config.seed)
     weighted = partial(with_rank_weights, unwanted=config.unwanted_weight)
     held_out_batches = []
     if config.eval_every:
-        held_out_batches = candidates(as_candidates(held_out)).once(records=config.eval_records)
+        held_out_batches = candidates(held_out).once(records=config.eval_records)
     eval_batches = [weighted(batch) for batch in held_out_batches]
 
     # One jitted step. With LoRA `state.params` are the adapters alone; `full` lays their base
