@@ -667,7 +667,7 @@ def test_rules_are_kept_or_not(request_text, response, kept):
 
 # ---- The last batch of an evaluation ----
 
-COMPARED = [pair(f"yes {i}", f"no {i}") for i in range(5)]
+COMPARED = [{**pair(f"yes {i}", f"no {i}"), "prompt": said(f"q{i}")} for i in range(5)]
 
 
 def of_a_loss(loss, rows):

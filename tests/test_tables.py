@@ -217,7 +217,7 @@ def test_a_search_tells_how_many_it_solved(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(
         step_beam, "open_source", lambda *args, **named: SimpleNamespace(first=lambda n: records)
     )
-    tokenizer = SimpleNamespace(decode=lambda tokens: f"answer {tokens[0]}", eos=9)
+    tokenizer = SimpleNamespace(decode=lambda tokens: f"answer {tokens[0]}", eos=9, ends=(9,))
     # Problem 3's right answer never ended.
     found = [[0, 9], [7, 9], [2, 9], [3]]
     monkeypatch.setattr(step_beam, "search_problems", lambda *args: (found, 40, tokenizer))
