@@ -70,7 +70,7 @@ class Config:
     """Longest prompt, in tokens."""
     max_new_tokens: int = 24
     """Longest response, in tokens."""
-    length: int = 128
+    length: int = 256
     """Longest sequence, in tokens (perplexity, accuracy)."""
     seed: int = 0
     """Seed of the held-out prompts and samples."""
