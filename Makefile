@@ -9,7 +9,7 @@ BIN := .venv/bin
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 export JAX_PLATFORMS ?= $(if $(wildcard /dev/nvidia0 /dev/accel0 /dev/vfio/0),,cpu)
 
-.PHONY: align test test-fast test-slow lint clean
+.PHONY: align test test-fast test-slow mutants lint clean
 
 .venv: requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv .venv
@@ -47,6 +47,10 @@ test-fast: .venv
 
 test-slow: .venv
 	$(BIN)/python -m pytest -q -rs -m slow -n 2 --dist loadfile
+
+# Faults planted in what measures: each must fail its test.
+mutants: .venv
+	$(BIN)/python tests/mutants.py
 
 lint: .venv
 	$(BIN)/ruff check .

@@ -12,36 +12,31 @@ Base, SFT and PPO of `make align`, as a table and a report; then the others, one
 import dataclasses
 import json
 import pathlib
-from functools import partial
 from typing import Any, Literal
 
-import numpy as np
 from tqdm import tqdm
 
-from data.batches import chat_batches
-from data.sources import open_source
+from data.records import Schema
+from data.sources import Source, Split, evaluated_split, open_source
 from evaluation.alignment import STAGES, gold_table, sample_rows, summarise_alignment
 from evaluation.gold import make_kl_sampler
+from evaluation.perplexity import make_perplexity_evaluation
 from evaluation.reward_model import make_comparison_evaluation
-from evaluation.win_rate import win_rate_table
+from evaluation.win_rate import make_judge, ruled, win_rate_table
 from model import LanguageModel, init_and_apply
-from objectives.likelihood import likelihood_objective
+from model_config import check_fit
 from responses import load_run
-from rewards.models import make_text_scorer
 from runtime import flags
 from runtime.errors import UserError, require
 from runtime.report import alignment_report
-from runtime.run_folder import read_rows
+from runtime.rows import read_rows
 from sampling import SamplingConfig
 from sharding import MeshConfig, make_mesh
 from tasks import world
-from train_step import make_evaluation
 
 Role = Literal["base", "sft", "reward", "policy"]
 FOLDERS: dict[Role, str] = {"base": "lm", "sft": "sft", "reward": "rm", "policy": "ppo"}
 """Role of a run -> its folder in --run."""
-# Rows a batch (perplexity).
-BATCH_SIZE = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +46,9 @@ class Config:
     measure: Literal["gold", "perplexity", "accuracy", "win_rate"] = "gold"
     """gold: the world's criteria for base, sft and ppo. The others print one table for --data."""
     data: str = "world"
-    """Held-out split of: world, a .jsonl file, or tfds:<name>."""
+    """World, a .jsonl file, or tfds:<name>; not read by gold."""
+    split: Split | None = None
+    """Part of --data; None: all of a file, else what is held out."""
     base: str | None = None
     """Pre-trained run; None: <run>/lm."""
     sft: str | None = None
@@ -63,13 +60,16 @@ class Config:
     against: str | None = None
     """Run that the policy's responses are compared with (win_rate; default: the SFT run)."""
     n: int = 1000
-    """Held-out prompts, or records."""
+    """Prompts, or records, at most: the first so many, each once."""
     temperature: float = 1.0
     """Sampling temperature."""
     max_prompt: int = 32
     """Longest prompt, in tokens."""
     max_new_tokens: int = 24
     """Longest response, in tokens."""
+    missing_eos: Literal["lowest", "none"] = "lowest"
+    """Rule for a response without an end (win_rate). lowest: it loses to all that ended; none: as
+    any."""
     length: int = 256
     """Longest sequence, in tokens (perplexity, accuracy)."""
     seed: int = 0
@@ -78,6 +78,11 @@ class Config:
     def folder(self, role: Role) -> str:
         """Return the folder of the run that plays `role`: the field's value, or one in --run."""
         return getattr(self, role) or f"{self.run}/{FOLDERS[role]}"
+
+    @property
+    def part(self) -> Split:
+        """Return the split of --data that is read: --split, or its default."""
+        return self.split or evaluated_split(self.data)
 
     @property
     def sampling(self) -> SamplingConfig:
@@ -138,47 +143,54 @@ def evaluate_alignment(config: Config) -> dict[str, Any]:
     return summary
 
 
-def evaluate_perplexity(config: Config) -> dict[str, float]:
+def open_part(config: Config, schema: Schema) -> Source:
+    """Open the split of --data that is measured, as records of `schema`."""
+    return open_source(config.data, schema, config.part, seed=config.seed)
+
+
+def what_is_read(config: Config, source: Source) -> dict[str, Any]:
+    """Return the head of a table: `data`, `split` and `records`, how many of them are read."""
+    records = min(config.n, len(source))
+    return {"data": config.data, "split": config.part, "records": records}
+
+
+def evaluate_perplexity(config: Config) -> dict[str, Any]:
     """Measure a policy's perplexity per assistant token on conversations.
 
-    Returns `rows` (packed rows that were read), `loss` (nats a token) and `perplexity`.
+    Returns what `what_is_read` does, `tokens`, `loss` (nats a token) and `perplexity`.
     """
-    # The policy, and packed conversations.
     model, tokenizer, params = load_run(config.folder("policy"))
-    source = open_source(config.data, "chat", "heldout", seed=config.seed)
-    batches = chat_batches(source, tokenizer, batch_size=BATCH_SIZE, length=config.length)
-
-    # The loss of fine-tuning: the assistant's tokens alone count.
+    check_fit(model, tokenizer.size, config.length)
+    source = open_part(config, "chat")
     _, apply = init_and_apply(LanguageModel(model))
-    evaluate = make_evaluation(partial(likelihood_objective, apply))
-
-    # Rows are packed: about two conversations each.
-    count = max(1, min(config.n, len(source)) // (2 * BATCH_SIZE))
-    parts: list[Any] = [next(batches) for _ in range(count)]
-    loss = evaluate(params, parts)["eval/loss"]
-    return {"rows": BATCH_SIZE * count, "loss": loss, "perplexity": float(np.exp(loss))}
+    evaluate = make_perplexity_evaluation(apply, source, tokenizer, config.length, config.n)
+    return what_is_read(config, source) | evaluate(params)
 
 
-def evaluate_accuracy(config: Config) -> dict[str, float]:
+def evaluate_accuracy(config: Config) -> dict[str, Any]:
     """Measure a reward model on comparisons: `eval/accuracy`, `eval/pairs`, `eval/margin`, ...
 
-    They are those of evaluation.reward_model.comparison_table, each as `eval/NAME`.
+    They are those of evaluation.reward_model.comparison_table, each as `eval/NAME`, after what
+    `what_is_read` returns.
     """
     # As the reward model's own training measures it.
     model, tokenizer, params = load_run(config.folder("reward"), reward=True)
-    source = open_source(config.data, "comparison", "heldout", seed=config.seed)
+    check_fit(model, tokenizer.size, config.length)
+    source = open_part(config, "comparison")
     evaluate = make_comparison_evaluation(model, source, tokenizer, config.length, config.n)
-    return evaluate(params)
+    return what_is_read(config, source) | evaluate(params)
 
 
 def evaluate_win_rate(config: Config) -> dict[str, Any]:
     """Measure how often the reward model prefers the policy's response to the other run's.
 
-    Returns `n`, `win_rate`, `win_rate_ci` [low, high], `reward` and `reward_against`, the mean
-    rewards (evaluation.win_rate.win_rate_table). Raises UserError for a --data of raw text.
+    Returns what `what_is_read` does, `n`, `win_rate`, `win_rate_ci` [low, high], `reward` and
+    `reward_against`, the mean rewards after --missing_eos (evaluation.win_rate.win_rate_table),
+    `ended` and `ended_against`, the shares of responses that ended. Raises UserError for a --data
+    of raw text.
     """
     # Prompts that have an answer to be judged.
-    source = open_source(config.data, "prompt", "heldout", seed=config.seed)
+    source = open_part(config, "prompt")
     records = source.first(config.n)
     if any("prompt" not in record for record in records):
         raise UserError(
@@ -187,31 +199,28 @@ def evaluate_win_rate(config: Config) -> dict[str, Any]:
     prompts = [record["prompt"] for record in records]
 
     # The reward model, which scores the responses of each policy.
-    model, tokenizer, params = load_run(config.folder("reward"), reward=True)
-    score_texts = make_text_scorer(model, tokenizer, config.max_prompt + config.max_new_tokens)
-
-    def rewards_of(run: str) -> np.ndarray:
-        """Return the rewards of the run's responses, [N]."""
-        # Both texts are scored, so policies may have tokenizers of their own.
-        policy_model, policy_tokenizer, policy = load_run(run)
-        sample_with_kl = make_kl_sampler(
-            policy_model, config.sampling, policy_tokenizer, config.max_prompt
-        )
-        responses = sample_with_kl(policy, policy, prompts, config.seed)
-        return np.array(score_texts(params, prompts, [response.text for response in responses]))
-
-    ours = rewards_of(config.folder("policy"))
-    theirs = rewards_of(config.against or config.folder("sft"))
-    return win_rate_table(ours, theirs)
+    reward = load_run(config.folder("reward"), reward=True)
+    judge = make_judge(reward, config.sampling, config.max_prompt, config.seed)
+    ours = judge(load_run(config.folder("policy")), prompts)
+    theirs = judge(load_run(config.against or config.folder("sft")), prompts)
+    return {
+        **what_is_read(config, source),
+        **win_rate_table(*ruled(ours, theirs, config.missing_eos)),
+        "ended": float(ours.ended_N.mean()),
+        "ended_against": float(theirs.ended_N.mean()),
+    }
 
 
 def print_table(table: dict[str, Any]) -> None:
     """Print a line for each item of `table`, its name and value, to at most four decimals.
 
-    A value is a number, or a list [low, high], printed as `low to high`.
+    A value is a text, a number, or a list [low, high], printed as `low to high`.
     """
-    # Four digits, without zeros at the end.
     for name, value in table.items():
+        if isinstance(value, str):
+            print(f"{name:28} {value}")
+            continue
+        # Four digits, without zeros at the end.
         ends = value if isinstance(value, list) else [value]
         texts = [f"{end:.4f}".rstrip("0").rstrip(".") for end in ends]
         print(f"{name:28} " + " to ".join(texts))
@@ -221,6 +230,10 @@ def main(config: Config) -> dict[str, Any]:
     """Measure and print; return what was measured, as of the function that --measure names."""
     if config.n < 1:
         raise UserError(f"--n={config.n}: must be at least 1")
+    require(
+        config.measure != "gold" or (config.data == "world" and config.split is None),
+        "--measure=gold: is of the world's held-out prompts; leave --data and --split out",
+    )
     make_mesh(MeshConfig())
 
     # The world's evaluation prints a table of its own; the others are one each.

@@ -4,7 +4,11 @@ python generate.py --run=runs/align/ppo --prompt="what is the capital of sweden?
 python generate.py --run=runs/align/ppo --chat
 """
 
+import contextlib
 import dataclasses
+import re
+import select
+import sys
 from collections.abc import Callable
 
 import jax
@@ -12,11 +16,24 @@ import jax
 from data.tokenizer import Message, Tokenizer
 from responses import load_run, make_sampler
 from runtime import flags
-from runtime.errors import UserError
+from runtime.errors import UserError, require
+from runtime.run_folder import load_config
+from runtime.terminal import printable
 from sampling import SamplingConfig
 
 Reply = Callable[[list[int], jax.Array], list[int]]
 """reply(tokens of a chat so far, key) -> tokens of the next turn, its end token included."""
+
+QUOTES = '"""'
+"""Around a message of several lines."""
+PASTED = 0.02
+"""Seconds within which a further line was pasted, not typed."""
+QUESTIONS = (
+    "what is the capital of sweden?",
+    "name two animals.",
+    "how can i rob a neighbour?",
+)
+"""What one may ask a model of the built-in world."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +47,7 @@ class Config:
     raw: bool = False
     """No chat template: continue the prompt as it is, and print nothing else."""
     chat: bool = False
-    """Talk in the terminal; an empty line or end of input leaves."""
+    """Talk in the terminal, a line a message; an empty line or end of input leaves."""
     n: int = 1
     """Samples for the prompt."""
     temperature: float = 1.0
@@ -48,19 +65,18 @@ class Config:
 def main(config: Config) -> list[str]:
     """Print `n` responses, or chat; return the responses, or the last of the chat's, as texts.
 
-    Raises UserError for a run that is not a language model's, and for a prompt that leaves the
-    context no room for a response.
+    Control characters are shown spelled out. Raises UserError for a run that is not a language
+    model's, and for a prompt that leaves the context no room for a response.
     """
     # How tokens are drawn.
     sampling = SamplingConfig(
         config.temperature, config.top_k, config.top_p, config.max_new_tokens
     )
-    if config.n < 1:
-        raise UserError(f"--n={config.n}: must be at least 1")
+    check(config)
 
     # The run, and what samples from it.
     model, tokenizer, params = load_run(config.run)
-    respond = make_sampler(model, sampling, tokenizer, 1 if config.chat else config.n)
+    respond = make_sampler(model, sampling, tokenizer, config.n)
     key = jax.random.key(config.seed)
 
     # The prompt, and the room that the context leaves it.
@@ -80,55 +96,134 @@ def main(config: Config) -> list[str]:
         def reply(so_far: list[int], turn_key: jax.Array) -> list[int]:
             return respond(params, [so_far], turn_key)[0]
 
+        print(introduction(config.run))
         return [chat(reply, tokenizer, key, room)]
 
     # A raw prompt is decoded with its continuation: a space where the two meet is kept.
     shown = tokens if config.raw else []
     responses = respond(params, [tokens], key)
     texts = [tokenizer.decode(shown + response) for response in responses]
-    print("\n".join(texts))
+    print(printable("\n".join(texts)))
     return texts
+
+
+def check(config: Config) -> None:
+    """Raise UserError for flags that cannot be, or that say nothing together."""
+    require(config.n >= 1, f"--n={config.n}: must be at least 1")
+    require(
+        not config.chat or (config.n == 1 and not config.prompt and not config.raw),
+        "--chat: takes no --prompt, --raw or --n; type the messages",
+    )
+    # A byte that is no UTF-8 comes in as half a surrogate pair.
+    require(
+        not re.search("[\ud800-\udfff]", config.prompt),
+        "--prompt: not UTF-8; write it in that encoding",
+    )
+
+
+# --- a chat
+
+
+def introduction(run: str) -> str:
+    """Say how to chat with `run`, and what it can be asked where it knows the world alone."""
+    lines = [
+        'Type a message; """ begins and ends one of several lines. /clear begins anew, '
+        "an empty line ends the chat. The first reply takes longer: it is compiled."
+    ]
+    if load_config(run).get("data") == "world":
+        lines.append(
+            "This model was trained on the built-in world and knows nothing else. Ask it:"
+        )
+        lines += [f"  {question}" for question in QUESTIONS]
+    return "\n".join(lines)
 
 
 def chat(reply: Reply, tokenizer: Tokenizer, key: jax.Array, room: int) -> str:
     """Alternate turns with the person at the terminal; return the last reply, or an empty text.
 
     `room`: most tokens that a chat may have before a reply. What exceeds it is forgotten, the
-    oldest pair of turns first. A message that alone exceeds it is refused, and the chat begins
-    anew. An empty line or the end of input leaves. `key`: split for each turn.
+    oldest pair of turns first. A message that alone exceeds it is refused, and nothing is
+    forgotten for it. Ctrl-C during a reply drops the message and goes on. An empty line or the end
+    of input leaves. `key`: split for each turn.
     """
+    if sys.stdin.isatty():
+        edit_lines()
     # Until there is nothing more to say.
     messages: list[Message] = []
-    print("Type a message; an empty line ends the chat.")
     while True:
-        text = read_line()
+        text = read_message()
         if not text.strip():
             return messages[-1]["content"] if messages else ""
-        messages.append({"role": "user", "content": text})
-        key, turn_key = jax.random.split(key)
-
-        # The oldest turns are forgotten, a message and its reply at a time.
-        tokens = tokenizer.prompt(messages)
-        while len(tokens) > room and len(messages) > 1:
-            del messages[:2]
-            tokens = tokenizer.prompt(messages)
-        if len(tokens) > room:
-            print(f"[too long: a message may have {room} tokens]")
+        if text.strip() == "/clear":
             messages.clear()
+            print("[begun anew]")
             continue
 
+        # The oldest turns are forgotten, a message and its reply at a time.
+        said: list[Message] = [*messages, {"role": "user", "content": text}]
+        fitting = newest_turns(said, tokenizer, room)
+        if not fitting:
+            count = len(tokenizer.prompt(said[-1:]))
+            print(f"[too long: {count} tokens of at most {room}; say it in fewer words]")
+            continue
+        if len(fitting) < len(said):
+            print(f"[forgotten to make room: the first {len(said) - len(fitting)} turns]")
+
         # The answer, which belongs to the next prompt too.
-        response = tokenizer.decode(reply(tokens, turn_key))
-        messages.append({"role": "assistant", "content": response})
-        print(response)
+        key, turn_key = jax.random.split(key)
+        try:
+            response = tokenizer.decode(reply(tokenizer.prompt(fitting), turn_key))
+        except KeyboardInterrupt:
+            print("[stopped: the message is forgotten]")
+            continue
+        messages = [*fitting, {"role": "assistant", "content": response}]
+        print(printable(response))
 
 
-def read_line() -> str:
-    """Read a line from the terminal behind "> ", without its end; "" at the end of input too."""
-    try:
-        return input("> ")
-    except EOFError:
-        return ""
+def newest_turns(messages: list[Message], tokenizer: Tokenizer, room: int) -> list[Message]:
+    """Return the end of a chat, from a user's turn on, that has at most `room` tokens; [] if none.
+
+    `messages`: turns of user and assistant, the user's last.
+    """
+    for start in range(0, len(messages), 2):
+        if len(tokenizer.prompt(messages[start:])) <= room:
+            return messages[start:]
+    return []
+
+
+def edit_lines() -> None:
+    """Let a terminal's lines be edited, be of any length, and be pasted several at a time."""
+    # Where Python has been built with it.
+    with contextlib.suppress(ImportError):
+        import readline
+
+        readline.parse_and_bind("set enable-bracketed-paste on")
+
+
+def read_message() -> str:
+    """Read a message from the terminal behind "> "; "" at the end of input.
+
+    It is a line, or the lines between two \"\"\". In a terminal lines that are there already were
+    pasted together, and are one message.
+    """
+    lines: list[str] = []
+    # What came before the end of input counts.
+    with contextlib.suppress(EOFError):
+        lines.append(input("> "))
+        if lines[0].startswith(QUOTES):
+            return read_quoted(lines[0].removeprefix(QUOTES))
+        while sys.stdin.isatty() and select.select([sys.stdin], [], [], PASTED)[0]:
+            lines.append(input())
+    return "\n".join(lines)
+
+
+def read_quoted(first: str) -> str:
+    """Read on after `first` up to \"\"\" at the end of a line, or the end of input."""
+    lines = [first]
+    with contextlib.suppress(EOFError):
+        while not lines[-1].endswith(QUOTES):
+            lines.append(input())
+    return "\n".join(lines).removesuffix(QUOTES)
 
 
 if __name__ == "__main__":

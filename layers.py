@@ -101,13 +101,13 @@ def unstack_params(params: Params, dtype: jnp.dtype) -> Params:
     """Return `params` with a tuple of L arrays in place of each stack of the layers' weights.
 
     For a loop over tokens, where slicing a stack would copy it at every token. All weights are
-    cast once to `dtype`, in which they are multiplied; norms are not multiplied and stay float32.
+    cast once to `dtype`, in which they are multiplied; norms and biases stay float32.
     `params`: of a LanguageModel, as model.Params has them.
     """
 
     def leaf(path: tuple[Any, ...], weight: jax.Array) -> Any:
         name = path_name(path)
-        if not name.endswith("norm"):
+        if not name.endswith(("norm", "bias")):
             weight = weight.astype(dtype)
         return tuple(weight) if "/layers/" in name else weight
 

@@ -19,6 +19,7 @@ import tyro
 
 from model import Params
 from runtime.errors import UserError
+from runtime.ranges import ABOVE_0, check_ranges
 from runtime.run_folder import finished_steps
 
 INPUTS = {
@@ -40,6 +41,9 @@ class LoraConfig:
     """Their product is multiplied by alpha / rank."""
     base: tyro.conf.Suppress[str] = ""
     """SHA-256 of the manifest of the base's step; filled when the run starts."""
+
+    def __post_init__(self):
+        check_ranges(self, {"alpha": ABOVE_0}, "lora.")
 
 
 # --- trees
@@ -143,12 +147,12 @@ def note_lora_base(config: Any) -> Any:
 
     Of `config` the fields `lora` and `init` are read. The base is the newest step of
     `config.init`. Resuming on another base is refused by that note. Raises UserError for a rank
-    below 0, or for one above 0 without --init or where that has no checkpoint.
+    without --init, or where that has no checkpoint.
     """
     # Settings that need a base, and those that need none.
     rank = config.lora.rank
-    if rank < 0 or (rank and config.init is None):
-        raise UserError(f"--lora.rank={rank}: needs --init=RUN, the base; and a rank of 0 or more")
+    if rank and config.init is None:
+        raise UserError(f"--lora.rank={rank}: needs --init=RUN, the base")
     if not rank:
         return config
 

@@ -6,11 +6,26 @@ from typing import Literal
 import jax.numpy as jnp
 
 from runtime.errors import UserError
+from runtime.ranges import ABOVE_0, AT_LEAST_1, check_ranges
 from runtime.run_folder import load_model_config
 from sharding import platform
 
-SIZES = ("vocab", "width", "mlp_width", "layers", "heads", "kv_heads", "head_dim", "context")
-"""Fields of ModelConfig that are at least 1."""
+RANGES = {
+    "vocab": AT_LEAST_1,
+    "width": AT_LEAST_1,
+    "mlp_width": AT_LEAST_1,
+    "layers": AT_LEAST_1,
+    "heads": AT_LEAST_1,
+    "kv_heads": AT_LEAST_1,
+    "head_dim": AT_LEAST_1,
+    "context": AT_LEAST_1,
+    "window": AT_LEAST_1,
+    "rope_base": AT_LEAST_1,
+    "rope_scale": ABOVE_0,
+    "rope_llama3": ABOVE_0,
+    "norm_eps": ABOVE_0,
+}
+"""Ranges of ModelConfig's numbers (runtime/ranges.py)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,26 +70,27 @@ class ModelConfig:
     qk_norm: bool = False
     """RMSNorm on each q and k head before RoPE (Qwen 3)."""
     window: int | None = None
-    """Sliding window of attention, in tokens (Mistral 7B v0.1)."""
-    activation: Literal["silu", "gelu"] = "silu"
-    """Gate of the feed-forward layers; gelu is its tanh approximation (Gemma)."""
+    """Sliding window of attention, in tokens (Mistral 7B v0.1); None: every earlier token."""
+    activation: Literal["silu", "gelu", "gelu_erf"] = "silu"
+    """Gate of the feed-forward layers; gelu is its tanh approximation (Gemma), gelu_erf exact."""
     scale_embedding: bool = False
     """Multiply embedded tokens by sqrt(D) (Gemma)."""
     zero_centered_norm: bool = False
     """Norms multiply by 1 + their parameter, which starts at 0 (Gemma)."""
 
     # How it is computed; no parameter depends on it
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Compute type; auto: bfloat16 on accelerators, float32 on CPU. Parameters are float32."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Compute type; auto: bfloat16 on accelerators, float32 on CPU. Parameters are float32.
+    float16 is finer than bfloat16 but ends at 65,504: updates that overflow are skipped."""
     remat: Literal["none", "dots", "full"] = "none"
     """Outputs that the backward pass recomputes: none, all but matmul outputs, or everything."""
 
     def __post_init__(self):
-        # Sizes that no model can have.
-        for field in SIZES:
-            size = getattr(self, field)
-            if size < 1:
-                raise UserError(f"--model.{field}={size}: must be at least 1")
+        # A stored config is JSON, which has lists only.
+        if self.rope_llama3 is not None:
+            object.__setattr__(self, "rope_llama3", tuple(self.rope_llama3))
+        # Numbers that no model can have.
+        check_ranges(self, RANGES, "model.")
         # Each key/value head serves as many query heads; RoPE turns pairs.
         if self.heads % self.kv_heads:
             raise UserError(
@@ -83,9 +99,12 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise UserError(f"--model.head_dim={self.head_dim}: RoPE needs an even width")
-        # A stored config is JSON, which has lists only.
-        if self.rope_llama3 is not None:
-            object.__setattr__(self, "rope_llama3", tuple(self.rope_llama3))
+        # Llama 3.1 interpolates from the low frequency factor up to the high one.
+        if self.rope_llama3 is not None and not self.rope_llama3[1] < self.rope_llama3[2]:
+            raise UserError(
+                f"--model.rope_llama3={self.rope_llama3}: its low frequency factor must be below "
+                "the high one"
+            )
 
     @staticmethod
     def from_preset(name: str) -> "ModelConfig":
@@ -99,6 +118,8 @@ class ModelConfig:
         """Return the type of activations and of matmul operands."""
         if self.dtype == "auto":
             return jnp.dtype("float32" if platform() == "cpu" else "bfloat16")
+        if self.dtype == "float16" and platform() == "tpu":
+            raise UserError("--model.dtype=float16: TPUs compute in bfloat16 or float32")
         return jnp.dtype(self.dtype)
 
 

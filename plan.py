@@ -30,8 +30,7 @@ def run(argv: list[str]) -> int:
     without a script prints what plan.py takes, and returns 0.
     """
     if not HELP.isdisjoint(argv) and argv[0].startswith("-"):
-        print(__doc__)
-        print(FLAGS_HELP)
+        flags.ending_in_one_line(lambda: print(f"{__doc__}\n{FLAGS_HELP}"))
         return 0
     # `ending_in_one_line` returns nothing: the verdict comes out by a list.
     verdicts: list[Verdict | None] = []

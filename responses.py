@@ -6,13 +6,14 @@ from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from tqdm import tqdm
 
 from data.batches import pad_prompts
 from data.tokenizer import Tokenizer
 from model import LanguageModel, Params, init_and_apply
 from model_config import ModelConfig, stored_model
-from runtime.errors import UserError
+from runtime.errors import UserError, require
 from runtime.run_folder import load_config
 from sampling import Samples, SamplingConfig, generate, generate_in_slots
 from sharding import to_host
@@ -68,15 +69,20 @@ def make_sampler(
     last call is filled up to `rows`: so few shapes are compiled.
 
     `slots`: responses decoded at a time (`generate_in_slots`). `ends`: ids of tokens that end a
-    response beside the tokenizer's.
+    response beside the tokenizer's. Raises UserError for responses longer than the context.
     """
+    require(
+        sampling.max_new_tokens < config.context,
+        f"--max_new_tokens={sampling.max_new_tokens}: must be below {config.context}, the model's "
+        "context, to leave a prompt room",
+    )
     # Compiled once for each shape of prompts.
     _, apply = init_and_apply(LanguageModel(config))
     decode = generate if slots is None else partial(generate_in_slots, slots=slots)
 
     @jax.jit
     def sample(params: Params, prompts: dict[str, jax.Array], key: jax.Array) -> Samples:
-        eos = jnp.array([tokenizer.eos, *ends])
+        eos = jnp.array([*tokenizer.ends, *ends])
         return decode(
             apply, config, params, prompts, key, sampling, eos=eos, pad=tokenizer.pad, n=n
         )
@@ -104,6 +110,15 @@ def make_sampler(
         return responses[: len(prompts) * n]
 
     return respond
+
+
+def has_ended(responses: Sequence[Tokens], eos: int | Sequence[int]) -> np.ndarray:
+    """Return [N] bool: True for a response, a list of token ids, whose last one is `eos`.
+
+    `eos`: an id, or several of which it is one.
+    """
+    ends = {*np.atleast_1d(eos).tolist()}
+    return np.array([bool(ends & {*tokens[-1:]}) for tokens in responses], bool)
 
 
 def full_parts(items: Sequence[Item], size: int) -> Iterator[tuple[int, list[Item]]]:

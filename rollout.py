@@ -9,11 +9,12 @@ B rows, P tokens of prompt, R of response, T = P + R. One row, with P = 4 and R 
     mask_BR                                 1     1     1     0
 
 Prompts are padded on the left, so every response starts at position P. Responses are padded on
-the right; their end-of-turn token is under the mask. Which position predicts a response's token
-is explained in objectives/policy.py.
+the right; their end-of-turn token is under the mask, which marks what the policy drew: a fork
+whose environment writes tokens into a response leaves holes there. Which position predicts a
+response's token is explained in objectives/policy.py.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypedDict
 
@@ -26,10 +27,10 @@ from data.records import Record
 from data.tokenizer import Tokenizer
 from model import Params
 from model_config import ModelConfig
-from objectives.policy import kl_estimate, masked_mean
+from objectives.policy import kl_estimate, last_places, masked, masked_mean
 from runtime.errors import UserError
-from runtime.metrics import SampleRow
-from sampling import Apply, Samples, SamplingConfig, generate
+from runtime.samples import SampleRow
+from sampling import Apply, Ends, Samples, SamplingConfig, ends, generate
 from sharding import constrain_batch, gathered, to_host, to_mesh
 
 Array = jax.Array
@@ -55,7 +56,7 @@ class Rollout(TypedDict):
     response_BR: Array
     """The last R columns of `tokens_BT`."""
     mask_BR: Array
-    """1 for the response's tokens, the end-of-turn token included; float32."""
+    """1 for the tokens that the policy drew, the end-of-turn token included; float32."""
     sampler_logp_BR: Array
     """The sampler's log-probabilities at the sampling temperature, in nats; 0 where masked."""
 
@@ -67,6 +68,9 @@ Targets = Callable[..., tuple[Any, Metrics]]
 """compute_targets(policy, reference, rollout, scores, scalars) -> (batch to learn on, metrics)"""
 
 
+# Folded into an iteration's key for the order of its minibatches.
+SHUFFLE = 2**31 - 1
+
 # --- sampling
 
 
@@ -75,13 +79,13 @@ def make_rollout(
     config: ModelConfig,
     sampling: SamplingConfig,
     *,
-    eos: int,
+    eos: Ends,
     pad: int,
     n: int = 1,
 ) -> Callable[[Params, Prompts, Array], Rollout]:
     """Compile rollout(params, prompts, key) -> Rollout: sample `n` responses to each prompt.
 
-    `apply` is that of a LanguageModel of shape `config`. `eos`: the id of the token that ends a
+    `apply` is that of a LanguageModel of shape `config`. `eos`: ids of the tokens that end a
     response, `pad` that of padding. Rows are in the order of the prompts, `n` to each. Nothing is
     donated.
     """
@@ -109,8 +113,9 @@ def join_responses(prompts: Prompts, samples: Samples) -> Batch:
     n = rows // prompts["tokens_BT"].shape[0]
     repeated = {name: jnp.repeat(x, n, axis=0) for name, x in prompts.items()}
 
-    # Positions go on from the prompt's last one; after the end they stay.
-    real_BR = samples.mask_BR.astype(jnp.int32)
+    # Positions go on from the prompt's last one; after the end they stay. A hole is no padding:
+    # what comes before a token under the mask is real.
+    real_BR = jax.lax.cummax(samples.mask_BR, axis=1, reverse=True).astype(jnp.int32)
     last_B1 = repeated["positions_BT"][:, -1:]
     behind = {
         "tokens_BT": samples.response_BR,
@@ -126,55 +131,74 @@ def join_responses(prompts: Prompts, samples: Samples) -> Batch:
 # --- what is logged of rollouts
 
 
-def ended(batch: Mapping[str, Any], eos: int) -> Array:
-    """Return [B] bool: True where the response has its end-of-turn token `eos`.
+def ended(batch: Mapping[str, Any], eos: Ends) -> Array:
+    """Return [B] bool: True where the last token under the mask is an end of turn, one of `eos`.
 
     Reads `response_BR` and `mask_BR`.
     """
-    # Under the mask: the id may be the padding's too.
-    is_end_BR = batch["response_BR"] == eos
-    is_end_BR &= batch["mask_BR"] > 0
-    return jnp.any(is_end_BR, axis=1)
+    # Under the mask: the id may be the padding's too. The last: turns in a response end as well.
+    is_drawn_BR = batch["mask_BR"] > 0
+    is_end_BR = ends(batch["response_BR"], eos) & is_drawn_BR
+    return jnp.any(is_end_BR & last_places(is_drawn_BR), axis=1)
 
 
 def rollout_metrics(
-    logp_BR: Array, reference_BR: Array, batch: Mapping[str, Any], eos: int
+    logp_BR: Array, reference_BR: Array, batch: Mapping[str, Any], eos: Ends
 ) -> Batch:
     """Summarise a Rollout and the policy's and the reference's log-probabilities of it: scalars.
 
     kl, kl_k3: estimates of KL(policy || reference) in nats a response. entropy: minus the mean
     log-probability of the sampled tokens, an estimate, nats. length: tokens a response. ended:
     share of responses with an `eos`. repeats: share of tokens equal to the one before.
-    sampler_gap: the largest difference between the sampler's log-probability of a token and
-    `logp_BR`. `logp_BR` and `reference_BR`: nats, at the sampling temperature. What is at padding
-    counts nowhere, but must be finite, and the two close enough there that exp of their gap is.
+    sampler_gap, sampler_gap_mean: the largest and the mean difference between the sampler's
+    log-probability of a token and `logp_BR`; sampler_k3: KL(sampler || `logp_BR`) in nats a token.
+    `logp_BR` and `reference_BR`: nats, at the sampling temperature. What is outside the mask
+    counts nowhere.
     """
     mask_BR = batch["mask_BR"]
 
     # Over the tokens of a response: KL by two estimates, and its length.
-    k1_BR = logp_BR - reference_BR
-    kl_B = (k1_BR * mask_BR).sum(1)
-    k3_BR = kl_estimate(logp_BR, reference_BR, "k3")
-    kl_k3_B = (k3_BR * mask_BR).sum(1)
+    kl_B = kl_estimate(logp_BR, reference_BR, "k1", mask_BR).sum(1)
+    kl_k3_B = kl_estimate(logp_BR, reference_BR, "k3", mask_BR).sum(1)
     length_B = mask_BR.sum(1)
 
     # Tokens equal to the one before.
     response_BR = batch["response_BR"]
     later_BR = response_BR[:, 1:]
     is_repeat_BR = later_BR == response_BR[:, :-1]
-    repeats_BR = is_repeat_BR * mask_BR[:, 1:]
 
     # Sampling and training compute the same log-probabilities by different programs.
-    gap_BR = jnp.abs(logp_BR - batch["sampler_logp_BR"]) * mask_BR
+    sampler_BR = batch["sampler_logp_BR"]
+    gap_BR = masked(jnp.abs(logp_BR - sampler_BR), mask_BR)
+    sampler_k3_BR = kl_estimate(sampler_BR, logp_BR, "k3", mask_BR)
     return {
         "kl": kl_B.mean(),
         "kl_k3": kl_k3_B.mean(),
         "entropy": -masked_mean(logp_BR, mask_BR),
         "length": length_B.mean(),
         "ended": ended(batch, eos).mean(),
-        "repeats": masked_mean(repeats_BR, mask_BR[:, 1:]),
+        "repeats": masked_mean(is_repeat_BR, mask_BR[:, 1:]),
         "sampler_gap": jnp.max(gap_BR),
+        "sampler_gap_mean": masked_mean(gap_BR, mask_BR),
+        "sampler_k3": masked_mean(sampler_k3_BR, mask_BR),
     }
+
+
+@jax.jit
+def mean_metrics(updates: Sequence[Metrics]) -> Metrics:
+    """Return the mean of each metric over the updates of an iteration, of a counter the last.
+
+    `updates`: metrics of train_step.make_train_step, one or more. An update that failed makes its
+    means nan.
+    """
+
+    def mean_of(*values: Array) -> Array:
+        # Counters, such as `skipped`, are integers and grow.
+        if jnp.issubdtype(values[-1].dtype, jnp.integer):
+            return values[-1]
+        return jnp.stack(values).mean()
+
+    return jax.tree.map(mean_of, *updates)
 
 
 def named(**parts: Mapping[str, Any]) -> Metrics:
@@ -319,48 +343,52 @@ def refill_groups(pool: Batch, fresh: Batch, group: int) -> Batch:
 
 
 @partial(jax.jit, static_argnames="parts")
-def shuffled(batch: Mapping[str, Any], key: Array, parts: int) -> list[Batch]:
+def shuffled(
+    batch: Mapping[str, Any], key: Array, parts: int, is_fresh: bool = False
+) -> list[Batch]:
     """Cut the rows of `batch`, in random order, into `parts` minibatches of equal size.
 
-    `batch`: arrays [B, ...] by name; `parts` must divide B. Minibatches have its keys.
+    `batch`: arrays [B, ...] by name; `parts` must divide B. Minibatches have its keys, and
+    `is_first_B`: True in the first of a batch that `is_fresh`, not trained on yet.
     """
     # One order for all arrays of the batch.
     rows = jax.tree.leaves(batch)[0].shape[0]
     order_B = jax.random.permutation(key, rows)
+    is_first_B = (jnp.arange(rows) < rows // parts) & is_fresh
 
     # Each array is cut, and its parts dealt to the minibatches.
+    mixed = {name: x[order_B] for name, x in batch.items()}
     minibatches: list[Batch] = [{} for _ in range(parts)]
-    for name, x in batch.items():
-        _, *rest = x.shape
-        mixed = x[order_B]
-        cut = mixed.reshape(parts, -1, *rest)
-        for part, minibatch in enumerate(minibatches):
-            minibatch[name] = constrain_batch(cut[part])
+    for name, x in {**mixed, "is_first_B": is_first_B}.items():
+        for minibatch, part in zip(minibatches, jnp.split(x, parts), strict=True):
+            minibatch[name] = constrain_batch(part)
     return minibatches
 
 
 def shuffled_minibatches(
-    batch: Mapping[str, Any], key: Array, epochs: int, parts: int, first_epoch: int = 0
+    batch: Mapping[str, Any], key: Array, epochs: int, parts: int
 ) -> Iterator[Batch]:
     """Yield the `parts` minibatches of each epoch, every epoch in another random order.
 
-    As of `shuffled`, `epochs` x `parts` in all. Epoch e is shuffled by fold_in(key, first_epoch +
-    e): `first_epoch` leaves smaller numbers to other uses of `key`.
+    As of `shuffled`, `epochs` x `parts` in all. `key`: the iteration's, which sampling folds with
+    the numbers of rows and rounds.
     """
-    for epoch in range(first_epoch, first_epoch + epochs):
-        yield from shuffled(batch, jax.random.fold_in(key, epoch), parts)
+    # A number that no row has: else an epoch's order would come of the bits of a row's tokens.
+    own_key = jax.random.fold_in(key, SHUFFLE)
+    for epoch in range(epochs):
+        yield from shuffled(batch, jax.random.fold_in(own_key, epoch), parts, epoch == 0)
 
 
 def check_first_update(update: Metrics, metrics: Metrics, dtype: jnp.dtype, start: int) -> None:
     """Assert that an update began at the policy that sampled: ratio 1, and KL 0 in a new run.
 
     Called once per start, after the first update. `update`: that step's metrics, which are of the
-    parameters before it (make_train_step), so policy and old policy were equal; `approx_kl` and
-    `clipped` are read. `metrics`: the rollout's (`rollout_metrics`), of which `kl` and
-    `sampler_gap` are read; in a new run (`start`, steps done before, 0) policy and reference are
-    equal too. A breach is a bug, not a setting. `dtype`: the model's compute type. In bfloat16 a
-    product over other rows may be tiled, and so rounded, otherwise: by hundredths of a nat a
-    token.
+    parameters before it (make_train_step), so policy and old policy were equal; `approx_kl`, of
+    the recorded log-probabilities, and `clipped` are read. `metrics`: the rollout's
+    (`rollout_metrics`), of which `kl` and `sampler_gap` are read; in a new run (`start`, steps
+    done before, 0) policy and reference are equal too. A breach is a bug, not a setting. `dtype`:
+    the model's compute type. In bfloat16 a product over other rows may be tiled, and so rounded,
+    otherwise: by hundredths of a nat a token.
     """
     # Policy and old policy are the same parameters: no token's ratio may have moved.
     exact = dtype == jnp.float32
@@ -368,9 +396,9 @@ def check_first_update(update: Metrics, metrics: Metrics, dtype: jnp.dtype, star
     limit = 1e-9 if exact else 1e-3
     assert changed < limit, f"ratio is not 1: mean square log ratio {2 * changed}"
 
-    # Nor may any be outside the clips.
+    # Nor may any be outside the clips, in any type (`is_first_B`).
     clipped = float(update["clipped"])
-    assert clipped == 0 or not exact, f"clipped of the first update is {clipped}"
+    assert clipped == 0, f"clipped of the first update is {clipped}"
     check_sampler(metrics, dtype, start)
 
 

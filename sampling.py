@@ -5,7 +5,7 @@ number of rows, and where one ends the next begins.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.struct
@@ -16,6 +16,7 @@ from layers import unstack_cache, unstack_params
 from model import KVCache, LanguageOutput, Params, empty_cache, unembed
 from model_config import ModelConfig
 from runtime.errors import require
+from runtime.ranges import AT_LEAST_0, AT_LEAST_1, Range, check_ranges
 
 Apply = Callable[..., LanguageOutput]
 """apply(params, tokens_BT, segment_ids_BT, positions_BT, cache=None) -> LanguageOutput: that of a
@@ -23,8 +24,20 @@ LanguageModel (model.init_and_apply)."""
 Prompts = dict[str, jax.Array]
 """Left-padded prompts [B, P] as data.batches.prompt_batches yields them: `tokens_BT`,
 `segment_ids_BT` and `positions_BT`, int32."""
+Ends = int | Sequence[int] | jax.Array
+"""Ids of the tokens that end a response, or the one id."""
 Step = Callable[[KVCache, jax.Array, jax.Array, jax.Array], tuple[KVCache, jax.Array, jax.Array]]
 """step(cache, token_B, row_B, t_B) -> (cache, next token_B, its logp_B); see `make_step`."""
+
+
+RANGES = {
+    "temperature": AT_LEAST_0,
+    "top_p": Range(low=0, high=1, without_low=True),
+    "max_new_tokens": AT_LEAST_1,
+}
+"""Ranges of SamplingConfig's numbers (runtime/ranges.py)."""
+COLDEST = 1e-6
+"""A temperature below is 0."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +45,7 @@ class SamplingConfig:
     """How the next token is drawn."""
 
     temperature: float = 1.0
-    """Logits are divided by this; 0 takes the likeliest token."""
+    """Logits are divided by this; 0, and what is below 1e-6, takes the likeliest token."""
     top_k: int = 0
     """Only the k likeliest tokens; 0: all."""
     top_p: float = 1.0
@@ -41,13 +54,18 @@ class SamplingConfig:
     """Longest response, its end-of-turn token included."""
 
     def __post_init__(self):
-        # Ranges; 0 is a value with a meaning of its own for the first two.
-        require(self.temperature >= 0, f"--temperature={self.temperature}: must be at least 0")
-        require(self.top_k >= 0, f"--top_k={self.top_k}: must be at least 0")
-        require(0 < self.top_p <= 1, f"--top_p={self.top_p}: must be above 0 and at most 1")
-        require(
-            self.max_new_tokens >= 1, f"--max_new_tokens={self.max_new_tokens}: must be at least 1"
-        )
+        check_ranges(self, RANGES)
+        # So near to 0 that float32 has no noise beside the logits, or no quotient at all.
+        if self.temperature < COLDEST:
+            object.__setattr__(self, "temperature", 0.0)
+
+
+def check_temperature(temperature: float) -> None:
+    """Raise UserError for a temperature that `draw` takes for 0 and a loss would divide by."""
+    require(
+        temperature == 0 or temperature >= COLDEST,
+        f"--temperature={temperature}: give 0, or at least {COLDEST:g}",
+    )
 
 
 @flax.struct.dataclass
@@ -133,9 +151,9 @@ def draw(
     return token_B.astype(jnp.int32), logp_B
 
 
-def ends(token_B: jax.Array, eos: int | jax.Array) -> jax.Array:
-    """Return [B] bool: True where the token is `eos`, an id, or is in it, an array of ids."""
-    return jnp.isin(token_B, jnp.atleast_1d(eos))
+def ends(token_B: jax.Array, eos: Ends) -> jax.Array:
+    """Return [B] bool: True where the token is `eos`, an id, or is among it, several ids."""
+    return jnp.isin(token_B, jnp.asarray(eos).reshape(-1))
 
 
 # --- what both loops do
@@ -239,7 +257,7 @@ def generate(
     key: jax.Array,
     sampling: SamplingConfig,
     *,
-    eos: int | jax.Array,
+    eos: Ends,
     pad: int,
     n: int = 1,
 ) -> Samples:
@@ -332,7 +350,7 @@ def generate_in_slots(
     key: jax.Array,
     sampling: SamplingConfig,
     *,
-    eos: int | jax.Array,
+    eos: Ends,
     pad: int,
     slots: int,
     n: int = 1,
@@ -399,9 +417,10 @@ def generate_in_slots(
         return refill(state), samples
 
     # Start with empty slots, whose ring has a column for each token of a prompt and a response.
+    # The loop's first tokens already see prompts in it.
     columns = prompt_cache.valid_BS.shape[1] + limit
     none_B = jnp.zeros(slots, jnp.int32)
-    ring = empty_cache(config, slots, columns)
+    ring = dataclasses.replace(empty_cache(config, slots, columns), is_empty=False)
     empty = Slots(
         cache=unstack_cache(ring),
         token_B=none_B,
@@ -424,7 +443,7 @@ def enter(
     slots: Slots,
     prompts: KVCache,
     first_A: jax.Array,
-    eos: int | jax.Array,
+    eos: Ends,
     limit: int,
     entering: int,
 ) -> Slots:

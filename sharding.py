@@ -155,18 +155,32 @@ def spec_of(name: str, shape: tuple[int, ...], mesh: AnyMesh) -> P:
 
     `name`: its path, as of `path_name`. Replicated where no rule fits.
     """
+    # Of each axis of the rule, what the mesh has and the shape allows.
+    rule = _rule_of(name, len(shape))
+    return P(*(fitting(mesh, size, *axes) for axes, size in zip(rule, shape, strict=False)))
+
+
+def _rule_of(name: str, ndim: int) -> list[tuple[str | None, ...]]:
+    """Return the mesh's axes that cut each axis of a parameter, by RULES; [] where none fits."""
     for pattern, spec in RULES:
         # The end of the path: an optimiser's copy has more before it.
-        matches = re.search(rf"(^|/){pattern}$", name)
-        if not matches or len(spec) != len(shape):
-            continue
-        # Of each axis of the rule, what the mesh has and the shape allows.
-        entries = []
-        for axis, size in zip(spec, shape, strict=True):
-            axes = ("fsdp", "sequence") if axis == "fsdp" else (axis,)
-            entries.append(fitting(mesh, size, *axes))
-        return P(*entries)
-    return P()
+        if re.search(rf"(^|/){pattern}$", name) and len(spec) == ndim:
+            return [("fsdp", "sequence") if axis == "fsdp" else (axis,) for axis in spec]
+    return []
+
+
+def uncut(name: str, shape: tuple[int, ...], mesh: AnyMesh) -> dict[str, int]:
+    """Return {axis of the mesh: axis of the parameter} where RULES would cut and the size forbids.
+
+    `name`, `shape`: as of `spec_of`. Axes of one device cut nothing, and are not named.
+    """
+    found = {}
+    for number, axes in enumerate(_rule_of(name, len(shape))):
+        kept = fitting(mesh, shape[number], *axes) or ()
+        for axis in axes:
+            if axis is not None and along(mesh, axis) > 1 and axis not in kept:
+                found[axis] = number
+    return found
 
 
 def shardings_of(tree: Any, mesh: Mesh) -> Any:

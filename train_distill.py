@@ -28,6 +28,7 @@ from model_config import ModelConfig, check_fit, stored_model
 from objectives import distill
 from objectives.likelihood import response_mask
 from planning.dry_run import preview
+from planning.memory import check_memory
 from rollout import make_rollout
 from runtime import flags
 from runtime.errors import require
@@ -42,11 +43,13 @@ from train_step import (
     TrainState,
     make_evaluation,
     make_optimizer,
+    make_rate,
     make_train_step,
 )
 from training_run import Run, make_greedy_samples
 
 EVAL_BATCHES = 4
+"""Batches of held-out rows that are evaluated, at most."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,7 +248,7 @@ def make_own_samples(
     # The student's own sampler.
     _, apply = init_and_apply(LanguageModel(config.model))
     sampling = SamplingConfig(config.temperature, max_new_tokens=config.max_new_tokens)
-    rollout = make_rollout(apply, config.model, sampling, eos=tokenizer.eos, pad=tokenizer.pad)
+    rollout = make_rollout(apply, config.model, sampling, eos=tokenizer.ends, pad=tokenizer.pad)
 
     def own_samples(student: Params, prompts: Batch, step: int) -> Batch:
         # Another key each step, and the same one after resuming.
@@ -287,6 +290,7 @@ def main(config: Config) -> dict[str, float]:
     mesh = make_mesh(config.mesh)
     check(config)
     check_batch("batch_size", config.batch_size, config.microbatches, mesh)
+    check_memory(config, mesh)
 
     # The teacher's shape, and the tokenizer that both have.
     teacher_model, tokenizer = load_teacher(config)
@@ -310,12 +314,13 @@ def main(config: Config) -> dict[str, float]:
         seed=config.seed,
         **data_shard(mesh),
     )
-    held_out_batches = packed(held_out_chats)
-    eval_batches = [to_mesh(next(held_out_batches), mesh) for _ in range(EVAL_BATCHES)]
+    held_out_batches = packed(held_out_chats).once(batches=EVAL_BATCHES)
+    eval_batches = [to_mesh(batch, mesh) for batch in held_out_batches]
 
     # Two jitted steps. With LoRA `state.params` are the adapters alone; `full` lays their base,
     # and the teacher, beside them.
     update = make_update(config, teacher_model)
+    rate = make_rate(config.optimizer, config.steps)
     full = partial(student_and_teacher, config.lora)
     evaluate = make_evaluation(update.objective)
     own_samples = make_own_samples(config, tokenizer)
@@ -355,6 +360,7 @@ def main(config: Config) -> dict[str, float]:
             else:
                 batch = to_mesh(next(batches), mesh)
                 state, metrics = update.data_step(state, batch, held)
+            metrics["learning_rate"] = rate(state)
             run.record(step, metrics, tokens=batch["tokens_BT"].size)
 
             # Held-out loss, samples, and gold shares with the KL to the teacher.

@@ -19,7 +19,7 @@ import numpy as np
 from data.batches import Batches, comparison_batches
 from data.preferences import with_mismatched
 from data.records import Schema
-from data.sources import Source, open_source
+from data.sources import Source, check_eval_records, open_source
 from data.tokenizer import Tokenizer, tokenizer_for
 from evaluation.gold import make_gold_evaluation
 from lora import LoraConfig, note_lora_base, with_adapters
@@ -28,6 +28,7 @@ from model_config import ModelConfig, check_fit
 from objectives import direct
 from objectives.likelihood import Apply
 from planning.dry_run import preview
+from planning.memory import check_memory
 from rewards.reference import cached_reference
 from runtime import flags
 from runtime.errors import require
@@ -82,7 +83,7 @@ class Config:
     """dpo to kto pull towards a reference; orpo to rrhf have none."""
     beta: float | None = None
     """Strength of the pull to the reference; ORPO's lambda; SimPO's and CPO's scale.
-    None: 0.1, for simpo 2."""
+    None: 0.1, for simpo 2. IPO's target, 1 / (2 beta), is in nats a response, not a token."""
     label_smoothing: float = 0.1
     """Share of labels taken to be wrong (cdpo, robust_dpo)."""
     simpo_margin: float = 1.0
@@ -90,7 +91,8 @@ class Config:
     delta: float = 1.0
     """Margin of the hinge, in nats (slic_hf) or scaled nats (slic)."""
     weight: float = 1.0
-    """Weight of the chosen response's negative log-likelihood (cpo, slic_hf)."""
+    """Weight of the chosen response's negative log-likelihood, a sum over its tokens (cpo,
+    slic_hf); the mean that CPO's authors take is 1 / its tokens."""
     desirable_weight: float = 1.0
     """KTO's weight of desirable responses."""
     undesirable_weight: float = 1.0
@@ -161,6 +163,7 @@ def check(config: Config) -> None:
         0 <= config.label_smoothing < 0.5,
         f"--label_smoothing={config.label_smoothing}: must be at least 0 and below 0.5",
     )
+    check_eval_records(config.eval_records)
     require(
         not config.unpaired or config.loss == "kto",
         f"--unpaired: --loss={config.loss} compares responses; use kto",
@@ -249,7 +252,13 @@ def make_update(config: Config) -> Update:
     return Update(init, optimizer, objective, step)
 
 
-def make_batches(config: Config, source: Source, tokenizer: Tokenizer, **options: Any) -> Batches:
+def make_batches(
+    config: Config,
+    source: Source,
+    tokenizer: Tokenizer,
+    others: Source | None = None,
+    **options: Any,
+) -> Batches:
     """Iterate over the candidates that --loss compares; `options`: others of `BatchOptions`.
 
     `source`: records of the schema `comparison`, or for kto of `unpaired` too; its candidates are
@@ -257,7 +266,7 @@ def make_batches(config: Config, source: Source, tokenizer: Tokenizer, **options
     """
     # KTO's candidates: the best and the worst response, or one judged response; and one more.
     if config.loss == "kto":
-        source = with_mismatched(source)
+        source = with_mismatched(source, others)
     return comparison_batches(
         source, tokenizer, batch_size=config.batch_size, length=config.length, **options
     )
@@ -295,16 +304,6 @@ def make_prepare(
     return prepare
 
 
-def eval_batch_count(config: Config, held_out: Source) -> int:
-    """Return how many batches hold --eval_records, at least 1; 0 without evaluations.
-
-    `held_out`: the records to evaluate on, of which there may be fewer.
-    """
-    if not config.eval_every:
-        return 0
-    return max(1, min(config.eval_records, len(held_out)) // config.batch_size)
-
-
 def with_paper_defaults(config: Config) -> Config:
     """Return `config` with the paper's value for `beta`, where it is None, and print that."""
     # Most papers use 0.1.
@@ -326,6 +325,7 @@ def main(config: Config) -> dict[str, float]:
     mesh = make_mesh(config.mesh)
     check(config)
     check_batch("batch_size", config.batch_size, config.microbatches, mesh, config.length)
+    check_memory(config, mesh)
 
     # Data: comparisons or judged responses, the tokenizer they fit, and batches of prompts with
     # all their candidates.
@@ -336,7 +336,9 @@ def main(config: Config) -> dict[str, float]:
     check_fit(config.model, tokenizer.size, config.length)
     candidates = partial(make_batches, config, tokenizer=tokenizer, **data_shard(mesh))
     batches = candidates(source, seed=config.seed)
-    eval_batches = list(islice(candidates(held_out), eval_batch_count(config, held_out)))
+    eval_batches = []
+    if config.eval_every:
+        eval_batches = candidates(held_out, others=source).once(records=config.eval_records)
 
     # One jitted step. With LoRA `state.params` are the adapters alone; `full` lays their base
     # beside them. The reference is the policy that training starts from.

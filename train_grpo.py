@@ -10,6 +10,7 @@ mathematics is.
 """
 
 import dataclasses
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
@@ -25,8 +26,17 @@ from lora import LoraConfig, note_lora_base, with_adapters
 from model import LanguageModel, Params, init_and_apply
 from model_config import ModelConfig, check_fit
 from objectives import group
-from objectives.policy import kl_estimate, missing_eos, response_logprobs, token_rewards
+from objectives.policy import (
+    Combine,
+    MissingEos,
+    kl_estimate,
+    missing_eos,
+    response_logprobs,
+    score_position,
+    token_rewards,
+)
 from planning.dry_run import preview
+from planning.memory import check_memory
 from rewards.scorer import check_rewards, is_function, make_reward_scorer, pooled
 from rollout import (
     Batch,
@@ -37,19 +47,27 @@ from rollout import (
     ended,
     make_experience,
     make_rollout,
+    mean_metrics,
     named,
     rollout_metrics,
     sample_rows,
     shuffled_minibatches,
 )
 from runtime import flags
-from runtime.errors import require
+from runtime.errors import refuse_unread, require
 from runtime.flags import with_paper_defaults
 from runtime.hosts import HostsConfig
-from sampling import Apply, SamplingConfig
+from sampling import Apply, Ends, SamplingConfig, check_temperature
 from sharding import MeshConfig, check_batch, data_shard, make_mesh
 from train_state import Init, as_items, starting_params
-from train_step import Objective, OptimizerConfig, Update, make_optimizer, make_train_step
+from train_step import (
+    Objective,
+    OptimizerConfig,
+    Update,
+    make_optimizer,
+    make_rate,
+    make_train_step,
+)
 from training_run import Run
 
 Advantages = Callable[[jax.Array, jax.Array], jax.Array]
@@ -70,15 +88,15 @@ class Config:
     reward: tuple[str, ...] = ("runs/align/rm",)
     """Each a run of train_rm.py, module:function called with (response, record), or http://<server>
     (rewards/serve.py)."""
-    combine: Literal["mean", "weighted", "minimum", "gated"] = "mean"
+    combine: Combine = "mean"
     """How several rewards make one score; gated: the first if all others reach --gate, else
     --floor."""
     weights: tuple[float, ...] = ()
     """One a reward (weighted: the weighted sum, not divided)."""
     gate: float = 0.0
     """Least value of the second reward and of those after it (gated)."""
-    floor: float = -1.0
-    """Score where one of them is below --gate (gated)."""
+    floor: float | None = None
+    """Score where one of them is below --gate (gated); None: below the first reward's lowest."""
 
     # Prompts
     data: str = "world"
@@ -139,11 +157,11 @@ class Config:
     # What is added to the score
     overlong: float | None = None
     """Share of max_new_tokens, the last, over which a penalty on the score grows from 0 to 1."""
-    missing_eos: Literal["replace", "penalty", "none"] = "none"
-    """Rule for a response without an end: its score becomes `missing_eos_score`, has it added, or
-    stays."""
+    missing_eos: MissingEos = "lowest"
+    """Rule for a response without an end. lowest: its score is below all of the batch. Else it
+    becomes `missing_eos_score` (replace), has it added (penalty), or stays (none)."""
     missing_eos_score: float = -1.0
-    """Score of a response without an end; with `penalty`, added to its score."""
+    """Score of a response without an end (replace), or what is added to it (penalty)."""
     entropy_coef: float = 0.0
     """Alpha: each token's reward gets -alpha log pi, to explore; longer responses get more."""
     shaping: float = 0.0
@@ -182,6 +200,18 @@ class Config:
     def length(self) -> int:
         """Return the tokens of a row: prompt and response."""
         return self.max_prompt + self.max_new_tokens
+
+    @property
+    def updates(self) -> int:
+        """Return the updates of the run, which the schedule counts."""
+        return self.steps * self.epochs * self.minibatches
+
+
+# Flags that only some methods read; their mathematics has no place for them elsewhere.
+READ_BY = {
+    "unbiased_std": ("grpo", "dapo", "gspo", "reinforce_pp"),
+    "shaping": ("reinforce_pp",),
+}
 
 
 class Experience(Rollout):
@@ -241,17 +271,18 @@ def make_method(config: Config, apply: Apply) -> tuple[Advantages, Objective]:
 
 
 def make_advantages(
-    config: Config, apply: Apply, advantages: Advantages, *, eos: int
+    config: Config, apply: Apply, advantages: Advantages, *, eos: Ends
 ) -> Callable[..., tuple[Experience, Batch]]:
     """Compile compute_advantages(policy, reference, rollout, scores, scalars).
 
     It returns (experience, metrics). `config`: with no field of the method left at None. `apply`:
     of both models, whose whole parameters are given. `advantages(rewards_BR, mask_BR)`: of
     `make_method`. `scores`: {reward: [B]} and `scalars`: {reward: [B, R + 1]} of
-    rewards.scorer.make_reward_scorer; scalars are read with --shaping alone. `eos`: the id that
-    ends a response. With --dynamic_sampling the mask of a group whose scores are all equal is 0,
+    rewards.scorer.make_reward_scorer; scalars are read with --shaping alone. `eos`: ids that
+    end a response. With --dynamic_sampling the mask of a group whose scores are all equal is 0,
     so that it counts nowhere. Nothing is donated. Metrics are scalars, means over the rollout:
-    `reward/NAME` of each reward, `score`, `groups_with_signal`, and those of `rollout_metrics`.
+    `reward/NAME` of each reward, `score`, `score_with_eos_rule`, `groups_with_signal`, and those
+    of `rollout_metrics`.
     """
     size = config.samples_per_prompt
 
@@ -268,11 +299,12 @@ def make_advantages(
         logp_BR = response_logprobs(apply, policy, rollout, config.temperature)
         reference_BR = response_logprobs(apply, reference, rollout, config.temperature)
 
-        # One score a response: the rewards combined, the rule for a missing end, the length.
+        # One score a response: the rewards combined, then the rule for a missing end of turn.
         raw_B = pooled(config, scores)
-        score_B = missing_eos(
+        ruled_B = missing_eos(
             raw_B, ended(rollout, eos), config.missing_eos, config.missing_eos_score
         )
+        score_B = ruled_B
         if config.overlong:
             # The window is a share of the longest response.
             longest = config.max_new_tokens
@@ -281,8 +313,9 @@ def make_advantages(
         # A reward a token: the score at the last one, less the costs that are in the reward.
         cost_BR = config.entropy_coef * logp_BR
         if config.kl_in == "reward":
-            cost_BR += config.kl_coef * kl_estimate(logp_BR, reference_BR, config.kl_estimator)
-        last_B = mask_BR.sum(1) - 1
+            kl_BR = kl_estimate(logp_BR, reference_BR, config.kl_estimator, mask_BR)
+            cost_BR += config.kl_coef * kl_BR
+        last_B, _ = score_position(mask_BR, "last")
         rewards_BR = token_rewards(score_B, cost_BR, mask_BR, 1.0, last_B)
         if config.shaping:
             # Index t of the scalars is of the state before response token t.
@@ -290,7 +323,7 @@ def make_advantages(
             rewards_BR = group.shaped(rewards_BR, config.shaping * before_BR, mask_BR)
 
         # Groups of equal scores have no signal; dynamic sampling leaves them out.
-        signal_Q = jnp.ptp(raw_B.reshape(-1, size), axis=1) > 0
+        signal_Q = jnp.ptp(ruled_B.reshape(-1, size), axis=1) > 0
         kept_BR = mask_BR
         if config.dynamic_sampling:
             kept_BR = mask_BR * jnp.repeat(signal_Q, size)[:, None]
@@ -308,6 +341,7 @@ def make_advantages(
         metrics = {
             **{f"reward/{name}": score.mean() for name, score in scores.items()},
             "score": raw_B.mean(),
+            "score_with_eos_rule": ruled_B.mean(),
             "groups_with_signal": signal_Q.mean(),
             **rollout_metrics(logp_BR, reference_BR, rollout, eos),
         }
@@ -322,9 +356,7 @@ def make_update(config: Config, init: Init, objective: Objective) -> Update:
     `init` is handed through. `objective`: of `make_method`. The step's `base` is what lies under
     the adapters, None without; it donates the state.
     """
-    # The schedule counts updates, not iterations.
-    updates = config.steps * config.epochs * config.minibatches
-    optimizer = make_optimizer(config.optimizer, updates)
+    optimizer = make_optimizer(config.optimizer, config.updates)
     step = make_train_step(
         objective,
         optimizer,
@@ -333,6 +365,26 @@ def make_update(config: Config, init: Init, objective: Objective) -> Update:
         full=partial(with_adapters, config.lora),
     )
     return Update(init, optimizer, objective, step)
+
+
+def check_flags(given: Config, config: Config) -> None:
+    """Raise UserError for a flag that --method or another setting leaves unread.
+
+    `given`: as the user gave it. `config`: the same, with no field of the method left at None.
+    """
+    # Flags of single methods.
+    readers = {}
+    for name, methods in READ_BY.items():
+        readers[name] = (config.method in methods, f"--method={' or '.join(methods)}")
+    # Flags of other flags.
+    refuse_unread(
+        given,
+        {
+            **readers,
+            "kl_in": (config.kl_coef > 0, "a --kl_coef above 0"),
+            "max_rounds": (config.dynamic_sampling, "--dynamic_sampling"),
+        },
+    )
 
 
 def check(config: Config, mesh: jax.sharding.Mesh) -> None:
@@ -370,18 +422,30 @@ def check(config: Config, mesh: jax.sharding.Mesh) -> None:
         f"--clip={config.clip}, --clip_high={config.clip_high}: must be above 0",
     )
     require(0 <= config.overlong <= 1, f"--overlong={config.overlong}: must be in 0..1")
-    # Shaping changes single tokens' rewards: a group's advantages are of whole responses.
-    tells_tokens_apart = config.method == "reinforce_pp" and not is_function(config.reward[0])
     require(
-        config.shaping == 0 or tells_tokens_apart,
-        "--shaping: tells tokens apart; needs --method=reinforce_pp and a reward model first",
+        config.shaping == 0 or not is_function(config.reward[0]),
+        "--shaping: its potential is a reward model's; name a train_rm run first in --reward",
     )
 
+    check_temperature(config.temperature)
     # Each part of a batch lies evenly over the devices.
     minibatch_rows = rows // config.minibatches
     groups = rows // config.samples_per_prompt
     check_batch("batch_size / --minibatches", minibatch_rows, config.microbatches, mesh)
     check_batch("batch_size / --samples_per_prompt", groups, 1, mesh)
+
+
+def note_rounding(config: Config) -> None:
+    """Say on stderr where rounding alone may move a ratio beyond its clip."""
+    # A mean over a response is clipped near 1; sampled and trained, a token differs by rounding.
+    is_rounded = config.model.compute_dtype.itemsize < 4
+    if config.ratio == "geometric" and is_rounded and jax.process_index() == 0:
+        print(
+            f"note: --ratio=geometric in {config.model.compute_dtype}: rounding alone is up to "
+            f"0.004 nats a token, more than --clip={config.clip} of a short response's mean; "
+            "give --model.dtype=float32",
+            file=sys.stderr,
+        )
 
 
 def check_group(config: Config) -> None:
@@ -435,10 +499,14 @@ def main(config: Config) -> dict[str, float]:
     `config` is of flags.parse, which takes `model` from --init; one made by hand must have it.
     """
     # What the paper sets, and a mesh of all devices.
+    given = config
     config = with_paper_defaults(config, config.method, group.PAPERS[config.method])
+    check_flags(given, config)
     config = note_lora_base(config)
     mesh = make_mesh(config.mesh)
     check(config, mesh)
+    check_memory(config, mesh)
+    note_rounding(config)
     tokenizer = Tokenizer.load(config.init)
     check_fit(config.model, tokenizer.size, config.length)
 
@@ -448,6 +516,7 @@ def main(config: Config) -> dict[str, float]:
     init, apply = init_and_apply(LanguageModel(config.model))
     advantages, objective = make_method(config, apply)
     update = make_update(config, init, objective)
+    rate = make_rate(config.optimizer, config.updates)
 
     # Steps 1 to 3 of an iteration, which dynamic sampling repeats. With LoRA the state holds
     # adapters alone, and `full` lays them on their base.
@@ -457,12 +526,12 @@ def main(config: Config) -> dict[str, float]:
             apply,
             config.model,
             SamplingConfig(config.temperature, max_new_tokens=config.max_new_tokens),
-            eos=tokenizer.eos,
+            eos=tokenizer.ends,
             pad=tokenizer.pad,
             n=config.samples_per_prompt,
         ),
         score=load_score(config, tokenizer, mesh),
-        compute_targets=make_advantages(config, apply, advantages, eos=tokenizer.eos),
+        compute_targets=make_advantages(config, apply, advantages, eos=tokenizer.ends),
         mesh=mesh,
         pad=tokenizer.pad,
         prompt_length=config.max_prompt,
@@ -494,25 +563,21 @@ def main(config: Config) -> dict[str, float]:
             key = jax.random.fold_in(jax.random.key(config.seed), step)
             experience, metrics, shown = experience_of(full(base, policy.params), reference, key)
 
-            # 4. Updates: epochs over shuffled minibatches. The rounds of the rollout have used
-            # the keys below max_rounds.
-            for number, minibatch in enumerate(
-                shuffled_minibatches(
-                    experience,
-                    key,
-                    config.epochs,
-                    config.minibatches,
-                    first_epoch=config.max_rounds,
-                )
+            # 4. Updates: epochs over shuffled minibatches.
+            updates = []
+            for minibatch in shuffled_minibatches(
+                experience, key, config.epochs, config.minibatches
             ):
                 policy, update_metrics = update.step(policy, minibatch, base)
-                if step == run.start + 1 and number == 0:
+                updates.append(update_metrics)
+                if step == run.start + 1 and len(updates) == 1:
                     check_first_update(
                         update_metrics, metrics, config.model.compute_dtype, run.start
                     )
 
-            # 5. Record, and stop where the policy has left the reference too far behind.
-            metrics |= named(policy=update_metrics)
+            # 5. Record means over the updates, and stop where the policy has left the reference
+            # too far behind.
+            metrics |= {**named(policy=mean_metrics(updates)), "learning_rate": rate(policy)}
             run.record(step, metrics, tokens=config.batch_size * config.length)
             check_kl(run.last_metrics, config.kl_limit)
 

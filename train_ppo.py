@@ -25,9 +25,13 @@ from lora import LoraConfig, lora_base, note_lora_base, with_adapters
 from model import LanguageModel, Params, init_and_apply
 from model_config import ModelConfig, check_fit
 from objectives.policy import (
+    Combine,
+    MissingEos,
     adapt_kl,
+    explained_variance,
     gae,
     kl_estimate,
+    masked,
     masked_mean,
     missing_eos,
     policy_objective,
@@ -41,6 +45,7 @@ from objectives.policy import (
 )
 from objectives.reward import step_ends, step_rewards
 from planning.dry_run import preview_items
+from planning.memory import check_memory
 from rewards.scorer import check_rewards, is_function, make_reward_scorer, pooled
 from rollout import (
     Batch,
@@ -49,16 +54,17 @@ from rollout import (
     check_kl,
     ended,
     make_rollout,
+    mean_metrics,
     named,
     rollout_metrics,
     sample_rows,
     shuffled_minibatches,
 )
 from runtime import flags
-from runtime.errors import require
+from runtime.errors import refuse_unread, require
 from runtime.hosts import HostsConfig
-from runtime.metrics import SampleRow
-from sampling import Apply, SamplingConfig
+from runtime.samples import SampleRow
+from sampling import Apply, Ends, SamplingConfig, check_temperature
 from sharding import (
     Memory,
     MeshConfig,
@@ -71,7 +77,14 @@ from sharding import (
     to_mesh,
 )
 from train_state import as_items, fresh_state, from_items, starting_critic, starting_params
-from train_step import Objective, OptimizerConfig, TrainState, make_optimizer, make_train_step
+from train_step import (
+    Objective,
+    OptimizerConfig,
+    TrainState,
+    make_optimizer,
+    make_rate,
+    make_train_step,
+)
 from training_run import Run
 
 # Adam as the reproduction has it: no decay of weights, a larger epsilon, a linear schedule.
@@ -98,15 +111,15 @@ class Config:
     reward: tuple[str, ...] = ("runs/align/rm",)
     """Each a run of train_rm.py, module:function called with (response, record), or http://<server>
     (rewards/serve.py)."""
-    combine: Literal["mean", "weighted", "minimum", "gated"] = "mean"
+    combine: Combine = "mean"
     """How several rewards make one score; gated: the first if all others reach --gate, else
     --floor."""
     weights: tuple[float, ...] = ()
     """One a reward (weighted: the weighted sum, not divided)."""
     gate: float = 0.0
     """Least value of the second reward and of those after it (gated)."""
-    floor: float = -1.0
-    """Score where one of them is below --gate (gated)."""
+    floor: float | None = None
+    """Score where one of them is below --gate (gated); None: below the first reward's lowest."""
 
     # Prompts and responses
     data: str = "world"
@@ -153,11 +166,11 @@ class Config:
     train_prm.py."""
     score_at: Literal["last", "after"] = "last"
     """The score is added at the last real token, or at the position after it if one is left."""
-    missing_eos: Literal["replace", "penalty", "none"] = "replace"
-    """Rule for a response without an end: its score becomes `missing_eos_score`, has it added, or
-    stays."""
+    missing_eos: MissingEos = "lowest"
+    """Rule for a response without an end. lowest: its score is below all of the batch. Else it
+    becomes `missing_eos_score` (replace), has it added (penalty), or stays (none)."""
     missing_eos_score: float = -1.0
-    """Score of a response without an end; with `penalty`, added to its score."""
+    """Score of a response without an end (replace), or what is added to it (penalty)."""
 
     # Advantages
     gamma: float = 1.0
@@ -165,7 +178,7 @@ class Config:
     gae_lambda: float = 0.95
     """Lambda of generalised advantage estimation."""
     whiten_rewards: bool = False
-    """Divide rewards by their standard deviation over the iteration; the mean is put back."""
+    """Scale rewards about their mean to deviation 1 over the iteration; the mean stays."""
     whiten_unbiased: bool = False
     """Divide the variance in whitening by n - 1 (TRL, verl), not n (OpenAI, its reproduction)."""
 
@@ -243,7 +256,7 @@ def make_advantages(
     apply: Apply,
     scalar_apply: Apply,
     *,
-    eos: int,
+    eos: Ends,
     newlines: Sequence[int] = (),
 ) -> Callable[..., tuple[Experience, Batch]]:
     """Compile compute_advantages(models, rollout, scores, scalars, kl_coef).
@@ -253,10 +266,11 @@ def make_advantages(
     `models`: a Models; `apply` is the policy's and the reference's, `scalar_apply` the critic's.
     `scores`: {reward: [B]} and `scalars`: {reward: [B, R + 1]} of
     rewards.scorer.make_reward_scorer; scalars are read with --step_rewards alone. `kl_coef`:
-    scalar beta. `eos`: the id that ends a response; `newlines`: ids of tokens that end a step.
+    scalar beta. `eos`: ids that end a response; `newlines`: ids of tokens that end a step.
     Nothing is donated. Metrics are scalars, means over the rollout: `reward/NAME` of each reward,
     `score` (combined), `score_with_eos_rule`, `reward` (with the KL, summed over the response),
-    `value`, `kl_coef`, and those of `rollout_metrics`.
+    `value`, `explained_variance` (of the returns by the values), `kl_coef`, and those of
+    `rollout_metrics`.
     """
 
     @jax.jit
@@ -273,17 +287,17 @@ def make_advantages(
         logp_BR = response_logprobs(apply, models.policy, rollout, config.temperature)
         reference_BR = response_logprobs(apply, models.reference, rollout, config.temperature)
         score_index_B, value_mask_BR = score_position(mask_BR, config.score_at)
-        values_BR = response_values(scalar_apply, models.critic, rollout) * value_mask_BR
+        values_BR = masked(response_values(scalar_apply, models.critic, rollout), value_mask_BR)
 
         # One score a response: the rewards combined, then the rule for a missing end of turn.
-        raw_B, steps_BR = raw_scores(config, rollout, scores, scalars, newlines)
+        raw_B, steps_BR = raw_scores(config, rollout, scores, scalars, newlines, eos)
         score_B = missing_eos(
             raw_B, ended(rollout, eos), config.missing_eos, config.missing_eos_score
         )
 
         # A reward a token: -beta KL, the rewards of steps (0 without --step_rewards), and at the
         # end the rest of the score: all of it, where no step was given any.
-        kl_BR = kl_estimate(logp_BR, reference_BR, config.kl_estimator)
+        kl_BR = kl_estimate(logp_BR, reference_BR, config.kl_estimator, mask_BR)
         rest_B = score_B - steps_BR.sum(1)
         rewards_BR = steps_BR + token_rewards(rest_B, kl_BR, mask_BR, kl_coef, score_index_B)
         if config.whiten_rewards:
@@ -293,7 +307,7 @@ def make_advantages(
 
         # Advantages and returns, then whitened advantages.
         advantages_BR, returns_BR = gae(
-            rewards_BR, values_BR, gamma=config.gamma, gae_lambda=config.gae_lambda
+            rewards_BR, values_BR, value_mask_BR, gamma=config.gamma, gae_lambda=config.gae_lambda
         )
 
         # What the updates read.
@@ -313,6 +327,7 @@ def make_advantages(
             "kl_coef": kl_coef,
             "reward": rewards_BR.sum(1).mean(),
             "value": masked_mean(values_BR, value_mask_BR),
+            "explained_variance": explained_variance(values_BR, returns_BR, value_mask_BR),
             **rollout_metrics(logp_BR, reference_BR, rollout, eos),
         }
         return experience, metrics
@@ -326,20 +341,21 @@ def raw_scores(
     scores: Batch,
     scalars: Batch,
     newlines: Sequence[int],
+    eos: Ends,
 ) -> tuple[jax.Array, jax.Array]:
     """Return each response's score [B], before the rule on its end, and the steps' rewards [B, R].
 
     Without --step_rewards the score is that of the combined `scores`, {reward: [B]}, and steps are
     given 0. With them a step's last token gets the change of the score there, by the log-odds in
     `scalars`, {reward: [B, R + 1]}, of the one --reward, and the score is their sum. `newlines`:
-    ids of tokens that end a step.
+    ids of tokens that end a step; `eos`: ids that end a response.
     """
     # One score a response.
     mask_BR = rollout["mask_BR"]
     if config.step_rewards == "none":
         return pooled(config, scores), jnp.zeros_like(mask_BR)
     # A reward a step, whose sum is the score.
-    ends_BR = step_ends(rollout["response_BR"], mask_BR, list(newlines))
+    ends_BR = step_ends(rollout["response_BR"], mask_BR, newlines, eos)
     # Index t + 1 of the scalars is of the state after response token t.
     after_BR = scalars[config.reward[0]][:, 1:]
     steps_BR = step_rewards(after_BR, ends_BR, config.step_rewards)
@@ -379,7 +395,16 @@ def check(config: Config, mesh: jax.sharding.Mesh) -> None:
         f"--step_rewards={config.step_rewards}: --reward must be one run of train_prm.py",
     )
     check_rewards(config)
+    refuse_unread(
+        config,
+        {
+            "kl_horizon": (config.kl_target is not None, "--kl_target"),
+            "ptx_coef": (config.ptx_data is not None, "--ptx_data"),
+            "combine": (config.step_rewards == "none", "--step_rewards=none"),
+        },
+    )
 
+    check_temperature(config.temperature)
     # Each part of a batch lies evenly over the devices.
     minibatch_rows = rows // config.minibatches
     check_batch("batch_size / --minibatches", minibatch_rows, config.microbatches, mesh)
@@ -392,6 +417,8 @@ class ModelUpdate(NamedTuple):
     optimizer: optax.GradientTransformation
     step: Callable[..., tuple[TrainState, Batch]]
     """step(state, minibatch, base) -> (state, metrics); `state` is donated."""
+    rate: Callable[[TrainState], jax.Array]
+    """rate(state) -> the learning rate of the update that `state` is the result of."""
 
 
 def make_policy_update(config: Config, apply: Apply) -> ModelUpdate:
@@ -432,7 +459,7 @@ def make_update(config: Config, objective: Objective, options: OptimizerConfig) 
         max_norm=options.clip,
         full=partial(with_adapters, config.lora),
     )
-    return ModelUpdate(optimizer, step)
+    return ModelUpdate(optimizer, step, make_rate(options, updates))
 
 
 def open_data(
@@ -542,7 +569,8 @@ def load_models(config: Config, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -
     The policy starts as a copy of the reference. Raises UserError for a run that does not fit.
     """
     # Rewards: of responses, or with --step_rewards of their steps.
-    rewards, score = make_reward_scorer(config.reward, tokenizer, mesh)
+    of_steps = config.step_rewards != "none"
+    rewards, score = make_reward_scorer(config.reward, tokenizer, mesh, of_steps)
 
     # The reference, and a critic that begins with what a reward model knows.
     init, apply = init_and_apply(LanguageModel(config.model))
@@ -604,6 +632,7 @@ def main(config: Config) -> dict[str, float]:
     config = note_lora_base(config)
     mesh = make_mesh(config.mesh)
     check(config, mesh)
+    check_memory(config, mesh)
     tokenizer = Tokenizer.load(config.init)
     check_fit(config.model, tokenizer.size, config.length)
 
@@ -618,7 +647,7 @@ def main(config: Config) -> dict[str, float]:
         loaded.apply,
         config.model,
         SamplingConfig(config.temperature, max_new_tokens=config.max_new_tokens),
-        eos=tokenizer.eos,
+        eos=tokenizer.ends,
         pad=tokenizer.pad,
         n=config.samples_per_prompt,
     )
@@ -626,7 +655,7 @@ def main(config: Config) -> dict[str, float]:
         config,
         loaded.apply,
         loaded.scalar_apply,
-        eos=tokenizer.eos,
+        eos=tokenizer.ends,
         newlines=tokenizer.newlines(),
     )
     policy_update = make_policy_update(config, loaded.apply)
@@ -695,24 +724,25 @@ def main(config: Config) -> dict[str, float]:
             )
 
             # 4. Updates: epochs over shuffled minibatches; the critic's and the policy's.
-            # Epoch e's shuffle and row e's sampling share a key: harmless, kept for recorded runs.
-            for number, minibatch in enumerate(
-                shuffled_minibatches(experience, key, config.epochs, config.minibatches)
+            updates = []
+            for minibatch in shuffled_minibatches(
+                experience, key, config.epochs, config.minibatches
             ):
                 critic, critic_metrics = critic_update.step(critic, minibatch, loaded.critic_base)
                 # Text beside it is for the policy alone.
                 minibatch = add_text(config, minibatch, data, mesh)
                 policy, policy_metrics = policy_update.step(policy, minibatch, loaded.policy_base)
+                updates.append(named(policy=policy_metrics, value=critic_metrics))
                 # Once a start: is the ratio 1 where it must be?
-                if step == run.start + 1 and number == 0:
+                if step == run.start + 1 and len(updates) == 1:
                     check_first_update(
                         policy_metrics, metrics, config.model.compute_dtype, run.start
                     )
 
-            # 5. Record; beta moves towards the target KL, if there is one. Metrics are written an
-            # iteration late: `check_kl` sees those of the one before.
+            # 5. Record means over the updates; beta moves towards the target KL, if there is one.
+            # Metrics are written an iteration late: `check_kl` sees those of the one before.
             beta = next_beta(config, beta, metrics["kl"])
-            metrics |= named(policy=policy_metrics, value=critic_metrics)
+            metrics |= {**mean_metrics(updates), "learning_rate": policy_update.rate(policy)}
             run.record(step, metrics, tokens=config.batch_size * config.length)
             check_kl(run.last_metrics, config.kl_limit)
 

@@ -11,23 +11,25 @@ last step only an outcome reward model.
 import dataclasses
 from collections.abc import Callable
 from functools import partial
+from typing import Literal
 
 import jax
 import numpy as np
 
 from data.batches import collate
-from data.sources import Source, Split, open_source
+from data.sources import Source, check_eval_records, evaluated_split, open_source
 from data.steps import encode_steps, pad_steps, steps_batches
 from data.tokenizer import Tokenizer, tokenizer_for
 from evaluation.steps import step_table
+from evaluation.tables import note_left_out
 from lora import LoraConfig, note_lora_base, with_adapters
 from model import Params, ScalarModel, init_and_apply
 from model_config import ModelConfig, check_fit
 from objectives.likelihood import Apply, inputs
 from objectives.reward import process_objective
 from planning.dry_run import preview
+from planning.memory import check_memory
 from runtime import flags
-from runtime.errors import require
 from runtime.hosts import HostsConfig
 from sharding import MeshConfig, check_batch, data_shard, make_mesh, to_host, to_mesh
 from train_state import as_items
@@ -65,6 +67,8 @@ class Config:
     """Parts of a batch whose gradients are summed."""
 
     # Model
+    scores: Literal["steps"] = "steps"
+    """What the model's scalars score; stored, so that no script reads them as whole responses'."""
     model: ModelConfig = ModelConfig()
     """Shape of the model; that of --init where there is one."""
     optimizer: OptimizerConfig = OptimizerConfig(lr=1e-3)
@@ -118,12 +122,9 @@ def make_step_evaluation(
     the first `most` records (schema `steps`) of `source`, but for those without a labelled step
     within `length` tokens; UserError where none is left.
     """
-    first = [source[i] for i in range(min(most, len(source)))]
-    records = [record for record in first if encode_steps(record, tokenizer, length)[0]]
-    require(
-        bool(records),
-        f"{source.name}: no labelled step fits into {length} tokens; raise --length",
-    )
+    first = source.first(most)
+    records = [record for record in first if encode_steps(record, tokenizer, length).rows]
+    note_left_out(source.name, len(first) - len(records), len(first), length)
 
     # Parts of one shape, for one compilation: the last is filled with the first record.
     filled = records + records[:1] * (-len(records) % EVAL_ROWS)
@@ -158,14 +159,16 @@ def main(config: Config) -> dict[str, float]:
     config = note_lora_base(config)
     mesh = make_mesh(config.mesh)
     check_batch("batch_size", config.batch_size, config.microbatches, mesh, config.length)
+    check_memory(config, mesh)
+    check_eval_records(config.eval_records)
 
     # Data: solutions, the tokenizer they fit, and batches of one solution a row. A local file of
     # --eval_data is held out as a whole.
     source = open_source(config.data, "steps", "train", seed=config.seed)
-    eval_data = config.eval_data or config.data
-    is_own_file = bool(config.eval_data) and eval_data.endswith((".jsonl", ".jsonl.gz"))
-    held_out_split: Split = "all" if is_own_file else "heldout"
-    held_out = open_source(eval_data, "steps", held_out_split, seed=config.seed)
+    held_out = open_source(config.data, "steps", "heldout", seed=config.seed)
+    if config.eval_data is not None:
+        held_out_split = evaluated_split(config.eval_data)
+        held_out = open_source(config.eval_data, "steps", held_out_split, seed=config.seed)
     tokenizer = tokenizer_for(config, source)
     check_fit(config.model, tokenizer.size, config.length)
     batches = steps_batches(

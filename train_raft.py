@@ -8,6 +8,7 @@ A method is an entry of PAPERS in objectives/imitate.py, where its mathematics i
 """
 
 import dataclasses
+import math
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -15,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -28,16 +30,19 @@ from model import LanguageModel, Params, init_and_apply
 from model_config import ModelConfig, check_fit
 from objectives import imitate
 from objectives.imitate import Pool
-from objectives.policy import missing_eos, response_logprobs
+from objectives.policy import MissingEos, missing_eos, response_logprobs
 from planning.dry_run import preview_items
-from rewards.scorer import make_reward_scorer
+from planning.memory import check_memory
+from rewards.scorer import check_missing_eos, make_reward_scorer
 from rollout import (
     Batch,
+    Metrics,
     Rollout,
     Score,
     ended,
     make_experience,
     make_rollout,
+    mean_metrics,
     named,
     rollout_metrics,
     sample_rows,
@@ -46,7 +51,7 @@ from runtime import flags
 from runtime.errors import require
 from runtime.flags import with_paper_defaults
 from runtime.hosts import HostsConfig
-from sampling import Apply, SamplingConfig
+from sampling import Apply, Ends, SamplingConfig, check_temperature
 from sharding import (
     MeshConfig,
     abstract,
@@ -57,7 +62,14 @@ from sharding import (
     make_mesh,
 )
 from train_state import Init, as_items, from_items, init_state, starting_params
-from train_step import OptimizerConfig, Update, make_optimizer, make_train_step
+from train_step import (
+    OptimizerConfig,
+    TrainState,
+    Update,
+    make_optimizer,
+    make_schedule,
+    make_train_step,
+)
 from training_run import Run
 
 
@@ -114,17 +126,17 @@ class Config:
     """Longest response, in tokens."""
     temperature: float = 1.0
     """Sampling temperature."""
-    missing_eos: Literal["replace", "penalty", "none"] = "none"
-    """Rule for a response without an end: its score becomes `missing_eos_score`, has it added, or
-    stays."""
+    missing_eos: MissingEos = "lowest"
+    """Rule for a response without an end. lowest: its score is below all of the batch. Else it
+    becomes `missing_eos_score` (replace), has it added (penalty), or stays (none)."""
     missing_eos_score: float = -1.0
-    """Score of a response without an end; with `penalty`, added to its score."""
+    """Score of a response without an end (replace), or what is added to it (penalty)."""
 
     # Model
     optimizer: OptimizerConfig = OptimizerConfig(
         lr=2e-4, schedule="constant", warmup=0, weight_decay=0.0
     )
-    """The policy's optimiser."""
+    """The policy's optimiser; its schedule goes by rounds, however many updates they have."""
     model: ModelConfig = ModelConfig()
     """The policy's architecture; taken from --init."""
     lora: LoraConfig = LoraConfig()
@@ -165,6 +177,20 @@ class Config:
             most = divided_up(self.pool_rows, self.samples_per_prompt)
         return divided_up(self.epochs * most, self.minibatch_size)
 
+    @property
+    def schedule_updates(self) -> int:
+        """Return the updates of a run whose every round has as many as it can."""
+        return self.steps * self.most_updates
+
+    def place(self, step: int, number: int, count: int) -> int:
+        """Return where the schedule is at update `number`, from 0, of the `count` of round `step`.
+
+        Of `schedule_updates`. A round with fewer updates than it can have takes longer steps, so
+        that each round, and so the run, ends where the schedule does.
+        """
+        done = divided_up((number + 1) * self.most_updates, count)
+        return (step - 1) * self.most_updates + done - 1
+
 
 def divided_up(count: int, size: int) -> int:
     """Return count / size, rounded up."""
@@ -201,6 +227,9 @@ def check(config: Config, mesh: jax.sharding.Mesh) -> None:
         "give --select=above_threshold",
     )
 
+    check_missing_eos(config)
+    check_temperature(config.temperature)
+
     # Each part of a batch lies evenly over the devices.
     check_batch("minibatch_size", config.minibatch_size, config.microbatches, mesh)
     check_batch("batch_size / --samples_per_prompt", config.batch_size // group, 1, mesh)
@@ -210,19 +239,19 @@ class ScoredRollout(Rollout):
     """A rollout and what its responses are ranked by."""
 
     score_B: jax.Array
-    """The reward, after the rule on a missing end; float32."""
+    """The reward, after the rule on a missing end; float32, -inf for what is never imitated."""
 
 
 def make_targets(
-    config: Config, apply: Apply, *, eos: int
+    config: Config, apply: Apply, *, eos: Ends
 ) -> Callable[..., tuple[ScoredRollout, Batch]]:
     """Compile compute_targets(policy, reference, rollout, scores, scalars).
 
     It returns (scored rollout, metrics). `apply`: of both models, whose whole parameters are
     given. `scores`: {reward: [B]} of rewards.scorer.make_reward_scorer, of which that of --reward
-    is read; its scalars are not used. `eos`: the id that ends a response. Nothing is donated.
-    Metrics are scalars, means over the rollout: `score`, before the rule on a missing end, and
-    those of `rollout_metrics`.
+    is read; its scalars are not used. `eos`: ids that end a response. Nothing is donated.
+    Metrics are scalars, means over the rollout: `score`, before the rule on a missing end,
+    `score_with_eos_rule`, and those of `rollout_metrics`.
     """
 
     @jax.jit
@@ -239,13 +268,16 @@ def make_targets(
 
         # The reward, and the rule for a missing end of turn.
         raw_B = scores[config.reward]
-        score_B = missing_eos(
-            raw_B, ended(rollout, eos), config.missing_eos, config.missing_eos_score
-        )
+        ended_B = ended(rollout, eos)
+        score_B = missing_eos(raw_B, ended_B, config.missing_eos, config.missing_eos_score)
         metrics = {
             "score": raw_B.mean(),
+            "score_with_eos_rule": score_B.mean(),
             **rollout_metrics(logp_BR, reference_BR, rollout, eos),
         }
+        if config.missing_eos == "lowest":
+            # Below all is not enough here: of a group without an end the best would be imitated.
+            score_B = jnp.where(ended_B, score_B, -jnp.inf)
         return {**rollout, "score_B": score_B}, metrics
 
     return compute_targets
@@ -338,6 +370,8 @@ def note_nothing_chosen(config: Config, step: int, best: float) -> None:
     if jax.process_index() != 0:
         return
     reason = f"no response reached --threshold={config.threshold} (the best score was {best:.4g})"
+    if best == -math.inf:
+        reason = f"no response ended within --max_new_tokens={config.max_new_tokens}"
     print(f"note: round {step}: {reason}: nothing was learnt", file=sys.stderr)
 
 
@@ -356,8 +390,7 @@ def make_update(config: Config, init: Init, apply: Apply) -> Update:
 
     objective = partial(imitate.imitation_objective, apply, kl_coef=config.kl_coef)
 
-    # The schedule is of the most updates that a run can have; most runs make fewer.
-    optimizer = make_optimizer(config.optimizer, config.steps * config.most_updates)
+    optimizer = make_optimizer(config.optimizer, config.schedule_updates)
     step = make_train_step(
         objective,
         optimizer,
@@ -366,6 +399,45 @@ def make_update(config: Config, init: Init, apply: Apply) -> Update:
         full=both,
     )
     return Update(init, optimizer, objective, step)
+
+
+def at_place(policy: TrainState, place: int) -> TrainState:
+    """Return `policy` with its optimiser's schedule at update `place`; nothing else moves."""
+
+    def is_schedule(part: Any) -> bool:
+        # Of the learning rate, or of the decay that goes by it; moments have counts of their own.
+        return getattr(part, "_fields", None) == ("count",)
+
+    def moved(part: Any) -> Any:
+        return part._replace(count=np.int32(place)) if is_schedule(part) else part
+
+    opt_state = jax.tree.map(moved, policy.opt_state, is_leaf=is_schedule)
+    return dataclasses.replace(policy, opt_state=opt_state)
+
+
+def on_all(
+    config: Config,
+    update: Update,
+    policy: TrainState,
+    minibatches: list[Pool],
+    frozen: Params,
+    step: int,
+) -> tuple[TrainState, Metrics]:
+    """Update `policy`, which is donated, on each of round `step`'s minibatches; return it.
+
+    With the means of the updates' metrics as `policy/NAME`, and the `learning_rate` of the last;
+    {} where there are no minibatches. `frozen`: the step's base.
+    """
+    updates = []
+    for number, minibatch in enumerate(minibatches):
+        # However many there are, the schedule goes over the round's part of it.
+        place = config.place(step, number, len(minibatches))
+        policy, metrics = update.step(at_place(policy, place), minibatch, frozen)
+        updates.append(metrics)
+    if not updates:
+        return policy, {}
+    rate = make_schedule(config.optimizer, config.schedule_updates)(place)
+    return policy, {**named(policy=mean_metrics(updates)), "learning_rate": rate}
 
 
 def fresh_items(
@@ -422,6 +494,7 @@ def main(config: Config) -> dict[str, float]:
     config = note_lora_base(config)
     mesh = make_mesh(config.mesh)
     check(config, mesh)
+    check_memory(config, mesh)
     tokenizer = Tokenizer.load(config.init)
     check_fit(config.model, tokenizer.size, config.length)
 
@@ -440,12 +513,12 @@ def main(config: Config) -> dict[str, float]:
             apply,
             config.model,
             SamplingConfig(config.temperature, max_new_tokens=config.max_new_tokens),
-            eos=tokenizer.eos,
+            eos=tokenizer.ends,
             pad=tokenizer.pad,
             n=config.samples_per_prompt,
         ),
         score=load_score(config, tokenizer, mesh),
-        compute_targets=make_targets(config, apply, eos=tokenizer.eos),
+        compute_targets=make_targets(config, apply, eos=tokenizer.ends),
         mesh=mesh,
         pad=tokenizer.pad,
         prompt_length=config.max_prompt,
@@ -490,10 +563,8 @@ def main(config: Config) -> dict[str, float]:
             minibatches, of_chosen = minibatches_of(config, functions, pool, draw_key, step)
 
             # 3. Imitate: supervised fine-tuning on it.
-            for minibatch in minibatches:
-                policy, update_metrics = update.step(policy, minibatch, frozen)
-                metrics |= named(policy=update_metrics)
-            metrics |= {**of_chosen, "updates": len(minibatches)}
+            policy, of_updates = on_all(config, update, policy, minibatches, frozen, step)
+            metrics |= {**of_chosen, **of_updates, "updates": len(minibatches)}
             run.record(step, metrics, tokens=config.batch_size * config.length)
 
             # 4. Samples, the gold evaluation and a checkpoint, when they are due.

@@ -17,7 +17,7 @@ import numpy as np
 
 from data.batches import comparison_batches
 from data.records import Message
-from data.sources import Source, open_source
+from data.sources import Source, check_eval_records, evaluated_split, open_source
 from data.tokenizer import tokenizer_for
 from evaluation.reward_model import make_comparison_evaluation
 from lora import LoraConfig, note_lora_base, with_adapters
@@ -25,6 +25,7 @@ from model import Params, ScalarModel, init_and_apply
 from model_config import ModelConfig, check_fit
 from objectives.reward import ranking_objective
 from planning.dry_run import preview
+from planning.memory import check_memory
 from rewards.models import make_text_scorer
 from runtime import flags
 from runtime.errors import require
@@ -162,6 +163,11 @@ def mean_score(
     return jnp.float32(np.mean(rewards))
 
 
+def shifted(params: Params, mean: jax.Array) -> Params:
+    """Return a reward model whose rewards are those of `params` less `mean`, by its bias."""
+    return {**params, "bias": params["bias"] - mean}
+
+
 def main(config: Config) -> dict[str, float]:
     """Train a reward model on comparisons; return the last row of metrics.
 
@@ -172,6 +178,8 @@ def main(config: Config) -> dict[str, float]:
     config = note_lora_base(config)
     mesh = make_mesh(config.mesh)
     check_batch("batch_size", config.batch_size, config.microbatches, mesh, config.length)
+    check_memory(config, mesh)
+    check_eval_records(config.eval_records)
     require(
         config.model.tied or not config.lm_coef,
         "--lm_coef: a reward model keeps no unembedding of its own; use a model with --model.tied",
@@ -181,7 +189,8 @@ def main(config: Config) -> dict[str, float]:
     source = open_source(config.data, "comparison", "train", seed=config.seed)
     held_out = open_source(config.data, "comparison", "heldout", seed=config.seed)
     if config.eval_data is not None:
-        held_out = open_source(config.eval_data, "comparison", "all", seed=config.seed)
+        held_out_split = evaluated_split(config.eval_data)
+        held_out = open_source(config.eval_data, "comparison", held_out_split, seed=config.seed)
     tokenizer = tokenizer_for(config, source)
     check_fit(config.model, tokenizer.size, config.length)
     batches = comparison_batches(
@@ -218,8 +227,7 @@ def main(config: Config) -> dict[str, float]:
             # The last step shifts the reward: reference responses score 0 on average.
             if step == config.steps:
                 mean = mean_score(full(base, state.params), score, config, source)
-                shifted = {**state.params, "bias": state.params["bias"] - mean}
-                state = dataclasses.replace(state, params=shifted)
+                state = dataclasses.replace(state, params=shifted(state.params, mean))
 
             # Accuracy and calibration on held-out comparisons, of the shifted reward at the end.
             if run.due(step, config.eval_every):

@@ -17,6 +17,7 @@ from model import LanguageModel, init_and_apply
 from model_config import ModelConfig, check_fit
 from objectives.likelihood import likelihood_objective
 from planning.dry_run import preview
+from planning.memory import check_memory
 from runtime import flags
 from runtime.guard import GuardConfig, guarded, left_out
 from runtime.hosts import HostsConfig
@@ -26,6 +27,7 @@ from train_step import OptimizerConfig, Update, make_evaluation, make_optimizer,
 from training_run import Run, make_greedy_samples
 
 EVAL_BATCHES = 4
+"""Batches of held-out rows that are evaluated, at most."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +117,7 @@ def main(config: Config) -> dict[str, float]:
         config.length,
         config.model.layers,
     )
+    check_memory(config, mesh)
 
     # Data: conversations, the tokenizer they fit, and packed rows. Batches at fault of a loss
     # spike are left out (runtime/guard.py).
@@ -130,8 +133,8 @@ def main(config: Config) -> dict[str, float]:
         **data_shard(mesh),
     )
     batches = packed(train_chats, seed=config.seed, without=left_out(config.run))
-    held_out_batches = packed(held_out_chats)
-    eval_batches = [to_mesh(next(held_out_batches), mesh) for _ in range(EVAL_BATCHES)]
+    held_out_batches = packed(held_out_chats).once(batches=EVAL_BATCHES)
+    eval_batches = [to_mesh(batch, mesh) for batch in held_out_batches]
 
     # One jitted step. With LoRA `state.params` are the adapters alone; `full` lays their base
     # beside them.

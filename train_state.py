@@ -19,8 +19,10 @@ from runtime.run_folder import load_config, model_code, refuse_other_model_code
 from sharding import abstract, init_sharded
 from train_step import TrainState
 
-# What a run may compute with otherwise than the run it starts from: none of it is a parameter.
+# What a run may compute with otherwise than the run it starts from, none of it a parameter: how
+# it is computed, and positions, so that a model can be trained on for a longer context.
 NOT_COMPARED = ("preset", "dtype", "remat")
+POSITIONS = ("context", "rope_base", "rope_scale", "rope_llama3", "window")
 
 Init = Callable[[jax.Array], Params]
 """init(key) -> random parameters."""
@@ -126,15 +128,22 @@ def starting_params(
 
 
 def _refuse_other_shape(run: str, config: ModelConfig) -> None:
-    """Raise UserError for the first field in which `config` differs from the model of `run`."""
+    """Raise UserError for the first field in which `config` differs from the model of `run`.
+
+    Says on stderr where positions are read otherwise, which is allowed.
+    """
     stored = stored_model(run)
     for field in dataclasses.fields(ModelConfig):
         theirs = getattr(stored, field.name)
         ours = getattr(config, field.name)
-        if theirs != ours and field.name not in NOT_COMPARED:
-            raise UserError(
-                f"--model.{field.name}={ours}: --init={run} has {theirs}; leave --model.* out"
-            )
+        if theirs == ours or field.name in NOT_COMPARED:
+            continue
+        change = f"--model.{field.name}={ours}: --init={run} has {theirs}"
+        if field.name not in POSITIONS:
+            free = ", ".join(f"--model.{name}" for name in POSITIONS)
+            raise UserError(f"{change}; leave --model.* out, but for {free}")
+        if jax.process_index() == 0:
+            print(f"note: {change}", file=sys.stderr)
 
 
 def starting_critic(
@@ -178,6 +187,7 @@ def init_state(params: Params, optimizer: optax.GradientTransformation) -> Train
     return TrainState(
         step=jnp.int32(0),
         skipped=jnp.int32(0),
+        left_out=jnp.int32(0),
         params=params,
         opt_state=optimizer.init(params),
     )

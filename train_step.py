@@ -11,8 +11,16 @@ import jax.numpy as jnp
 import optax
 
 from model import Params
-from runtime.errors import UserError
+from runtime.errors import UserError, require
 from runtime.metrics import TRAIN_STEP
+from runtime.ranges import (
+    ABOVE_0,
+    ABOVE_0_OR_INF,
+    AT_LEAST_0,
+    BELOW_1,
+    FROM_0_TO_1,
+    check_ranges,
+)
 from sharding import along, constrain_params, in_microbatches, path_name
 
 Batch = dict[str, jax.Array]
@@ -28,6 +36,19 @@ TrainStep = Callable[..., tuple["TrainState", Metrics]]
 
 # --- optimiser and schedule
 
+RANGES = {
+    "lr": ABOVE_0,
+    "final_lr": FROM_0_TO_1,
+    "beta1": BELOW_1,
+    "beta2": BELOW_1,
+    "eps": ABOVE_0,
+    "weight_decay": AT_LEAST_0,
+    "clip": ABOVE_0_OR_INF,
+}
+"""Ranges of OptimizerConfig's numbers (runtime/ranges.py)."""
+ADAMW_ALONE = ("beta1", "beta2", "eps", "moment")
+"""Fields that adafactor does not have."""
+
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
@@ -38,15 +59,17 @@ class OptimizerConfig:
     lr: float = 1e-3
     """Peak learning rate."""
     schedule: Literal["cosine", "linear", "inverse_sqrt", "constant"] = "cosine"
-    """Decay after the warm-up; cosine and linear end at `final_lr` of the peak."""
+    """Decay after the warm-up. The last update of cosine and linear is at `final_lr` of the peak.
+    inverse_sqrt (T5, PaLM): peak * sqrt(warmup / update), the peak itself during the warm-up."""
     warmup: int = 20
-    """Steps of linear warm-up, the first at 1/(warmup + 1) of the peak."""
+    """Steps of linear warm-up, the first at 1/(warmup + 1) of the peak; with inverse_sqrt, which
+    does not warm up, updates at the peak (T5 and PaLM: 10,000)."""
     final_lr: float = 0.1
     """Last learning rate as a share of the peak (cosine and linear)."""
     beta1: float = 0.9
-    """Decay of Adam's first moment."""
+    """Decay of Adam's first moment; adafactor has none."""
     beta2: float = 0.95
-    """Decay of Adam's second moment."""
+    """Decay of Adam's second moment; adafactor's is 1 - update^-0.8."""
     eps: float = 1e-8
     """Added to the root of Adam's second moment."""
     moment: Literal["float32", "bfloat16"] = "float32"
@@ -54,7 +77,17 @@ class OptimizerConfig:
     weight_decay: float = 0.1
     """Decoupled weight decay; never on norms and biases."""
     clip: float = 1.0
-    """Largest global gradient norm."""
+    """Largest global gradient norm; inf: no clipping."""
+
+    def __post_init__(self):
+        check_ranges(self, RANGES, "optimizer.")
+
+    @property
+    def unused(self) -> dict[str, str]:
+        """Name the fields that these settings leave unused, and the setting that does."""
+        if self.name == "adafactor":
+            return dict.fromkeys(ADAMW_ALONE, "adafactor")
+        return {}
 
 
 @flax.struct.dataclass
@@ -65,6 +98,8 @@ class TrainState:
     """Updates tried so far, int32."""
     skipped: jax.Array
     """Those of them left out because loss or gradient was not finite, int32."""
+    left_out: jax.Array
+    """Those of them left out because nothing in the batch counted (weight 0), int32."""
     params: Params
     opt_state: Any
 
@@ -75,32 +110,55 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     schedule(count) -> learning rate, `count` the updates done before, from 0. The first step
     already learns: the warm-up starts at 1/(warmup + 1) of the peak, not at 0.
     """
-    if config.warmup < 0 or config.warmup >= max(steps, 1):
+    if config.warmup >= max(steps, 1):
         raise UserError(
-            f"--optimizer.warmup={config.warmup}: must be at least 0 and below the {steps} steps; "
+            f"--optimizer.warmup={config.warmup}: must be below the {steps} steps; "
             "lower it, or raise --steps"
         )
-    if not config.lr > 0:
-        raise UserError(f"--optimizer.lr={config.lr}: must be above 0")
+    if config.schedule == "inverse_sqrt":
+        return inverse_sqrt(config)
 
-    def inverse_sqrt(count: jax.Array) -> jax.Array:
-        """Decay with the square root of the steps since the warm-up, in units of its length."""
-        since = jnp.maximum(count, 0) / max(config.warmup, 1)
-        return config.lr * (1 + since) ** -0.5
-
-    # The decay runs over what the warm-up leaves.
-    rest = max(steps - config.warmup, 1)
+    # The decay runs over what the warm-up leaves, from the peak at its first update to its end at
+    # the last.
+    rest = max(steps - config.warmup - 1, 1)
     last_lr = config.lr * config.final_lr
     decay = {
         "cosine": optax.cosine_decay_schedule(config.lr, rest, config.final_lr),
         "linear": optax.linear_schedule(config.lr, last_lr, rest),
-        "inverse_sqrt": inverse_sqrt,
         "constant": optax.constant_schedule(config.lr),
     }[config.schedule]
-    # It ends where the decay begins, at the peak.
     first_lr = config.lr / (config.warmup + 1)
     warmup = optax.linear_schedule(first_lr, config.lr, config.warmup)
     return optax.join_schedules([warmup, decay], [config.warmup])
+
+
+def inverse_sqrt(config: OptimizerConfig) -> optax.Schedule:
+    """Return the schedule of T5 (Raffel et al. 2020, section 3.1.2) and PaLM (section 5).
+
+    1 / sqrt(max(n, k)) at update n, from 1, of warm-up k, as a multiple that starts at the peak.
+    """
+    constant = max(config.warmup, 1)
+
+    def schedule(count: jax.Array) -> jax.Array:
+        updates = jnp.maximum(count + 1, constant)
+        return config.lr * jnp.sqrt(constant / updates)
+
+    return schedule
+
+
+def make_rate(config: OptimizerConfig, steps: int) -> Callable[["TrainState"], jax.Array]:
+    """Make rate(state): the learning rate of the update that `state` is the result of, a scalar.
+
+    Arguments as of `make_optimizer`. Updates that were not taken do not advance the schedule.
+    """
+    schedule = make_schedule(config, steps)
+
+    @jax.jit
+    def rate(state: TrainState) -> jax.Array:
+        taken = state.step - state.skipped - state.left_out
+        return jnp.float32(schedule(jnp.maximum(taken - 1, 0)))
+
+    return rate
 
 
 def decayed(params: Params) -> Any:
@@ -120,6 +178,10 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     # Adafactor: a factored second moment and no first, for models whose AdamW does not fit.
     schedule = make_schedule(config, steps)
     if config.name == "adafactor":
+        require(
+            config.beta1 in (OptimizerConfig.beta1, 0),
+            f"--optimizer.beta1={config.beta1}: adafactor has no first moment; leave it out",
+        )
 
         def decay_by_schedule(count: jax.Array) -> jax.Array:
             """Return the decay of a step, a multiple of its learning rate as in AdamW.
@@ -189,13 +251,14 @@ def make_train_step(
     arrays [B, ...] by name, as `objective` reads them. `microbatches`: parts into which B is cut,
     one after another; it must divide B. Sums are divided by the total weight at the end, so the
     result does not depend on the cut, whatever the counts of tokens. `max_norm`: largest global
-    gradient norm; a longer gradient is scaled down to it. `full(base, state.params)`: the
-    parameters that the objective sees, where `state.params` are adapters on `base`; gradients are
-    of `state.params` alone.
+    gradient norm, inf for any; a longer gradient is scaled down to it. `full(base, state.params)`:
+    the parameters that the objective sees, where `state.params` are adapters on `base`; gradients
+    are of `state.params` alone.
 
     Metrics are of the parameters before the update, scalars on the device: `loss`, the objective's
-    own as means, `grad_norm` before clipping, and `skipped`, updates left out so far. An update
-    with a non-finite loss or gradient changes nothing but the counters.
+    own as means, `grad_norm` before clipping, and counts of updates so far: `updates`, those
+    taken, `skipped`, whose loss or gradient was not finite, and `left_out`, whose batch had no
+    weight (loss and gradient are then 0). The last two kinds change nothing but the counters.
     """
 
     # The sum of losses, differentiated by the parameters that the state holds.
@@ -241,27 +304,40 @@ def make_train_step(
         scale = jnp.minimum(1.0, max_norm / jnp.maximum(norm, 1e-12))
         clipped = jax.tree.map(lambda grad: grad * scale, grads)
 
-        # The optimiser's step, undone where the loss or the gradient is not finite.
+        # The optimiser's step, undone where the loss or the gradient is not finite. Both are 0 / 0
+        # where nothing counted, which is no fault.
         updates, opt_state = optimizer.update(clipped, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         finite = jnp.isfinite(loss / weight) & jnp.isfinite(norm)
+        is_weightless = (weight == 0) & (loss == 0)
 
         def if_finite(new: Any, old: Any) -> Any:
             return jax.tree.map(lambda x, y: jnp.where(finite, x, y), new, old)
 
         state = TrainState(
             step=state.step + 1,
-            skipped=state.skipped + (~finite).astype(jnp.int32),
+            skipped=state.skipped + (~finite & ~is_weightless).astype(jnp.int32),
+            left_out=state.left_out + is_weightless.astype(jnp.int32),
             params=if_finite(params, state.params),
             opt_state=if_finite(opt_state, state.opt_state),
         )
+        # Laid as it came: else XLA lays some of it otherwise, and the next step is compiled anew.
+        state = constrain_params(state)
 
         # Sums of metrics to means, the loss first.
         means = {}
         for name, (total, count) in metrics.items():
             means[name] = total / jnp.maximum(count, 1e-9)
-        means = {"loss": loss / weight, **means, "grad_norm": norm, "skipped": state.skipped}
-        return state, means
+        counts = {
+            "updates": state.step - state.skipped - state.left_out,
+            "skipped": state.skipped,
+            "left_out": state.left_out,
+        }
+        means = {"loss": loss / weight, **means, "grad_norm": norm}
+        means |= {
+            name: jnp.where(is_weightless, 0.0, means[name]) for name in ("loss", "grad_norm")
+        }
+        return state, {**means, **counts}
 
     # The recorder (runtime/metrics.py) counts compilations by this name, whatever `step` is.
     step.__name__ = TRAIN_STEP

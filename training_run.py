@@ -21,6 +21,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 
 from data.batches import Batches
@@ -28,15 +30,17 @@ from data.records import Message
 from data.tokenizer import Tokenizer
 from model import Params
 from model_config import ModelConfig
-from planning.dry_run import describe
+from planning.dry_run import candidates_of, describe
 from responses import make_sampler
 from runtime.checkpoint import Checkpoints
 from runtime.guard import GuardConfig
-from runtime.metrics import Recorder, SampleRow
+from runtime.metrics import Recorder
+from runtime.rows import Seal
 from runtime.run_folder import path_from_root
+from runtime.samples import SampleRow
 from sampling import SamplingConfig
 from train_state import Init, start_or_resume
-from train_step import TrainState
+from train_step import TrainState, make_schedule
 
 Data = Batches | dict[str, Batches]
 """Batches that a script reads: one stream, or several by name."""
@@ -84,6 +88,9 @@ class Run:
         # For the recorder, which `steps` makes once it is known where the run starts.
         self._unit = unit
         self._guard = guard
+        # The data that is read, and the sum of the rows of metrics that are there already.
+        self._data: dict[str, Batches] = {}
+        self._seal: Seal | None = None
         # What `__exit__` closes: the recorder, which `steps` opens, then the checkpoints.
         self._open = contextlib.ExitStack()
         # A run is known by its script too: another one of the same settings is another run.
@@ -113,10 +120,8 @@ class Run:
         """
         # Damaged checkpoints are passed over, with a warning.
         found = self._checkpoints.restore(shapes)
-        if found is None:
-            return None
-        self.start, items, position = found
-        _set_position(data, position)
+        step, items, extra = found or (0, None, None)
+        self._go_on(step, extra, data)
         return items
 
     def start_or_resume(
@@ -133,28 +138,43 @@ class Run:
         without adapters. The arrays lie on `mesh` as sharding.py says. Raises UserError as
         train_state.starting_params does, and for a checkpoint of other names, shapes or types.
         """
-        self.start, state, position, base = start_or_resume(
+        step, state, extra, base = start_or_resume(
             self._checkpoints, self.config, init, optimizer, mesh
         )
-        _set_position(data, position)
+        self._go_on(step, extra, data)
         return state, base
 
+    def _go_on(self, step: int, extra: Any, data: Data) -> None:
+        """Go on after `step`: `extra` is what its checkpoint holds beside the state, or None."""
+        self.start = step
+        self._data = data if isinstance(data, dict) else {"": data}
+        # Older checkpoints hold the data's position alone.
+        if isinstance(extra, dict) and extra.keys() == {"position", "rows"}:
+            self._seal = extra["rows"]
+            extra = extra["position"]
+        _set_position(data, extra)
+
     def describe(self, what: str, params: Any, rest: Any, *, length: int) -> None:
-        """Print the arithmetic of the run: sizes, mesh, memory, steps.
+        """Print the arithmetic of the run: sizes, mesh, memory, steps; and what data is cut.
 
         `what`: the title, behind the run's folder. `params`: the tree of what is trained. `rest`:
-        every other tree that lies on the devices. `length`: tokens a row.
+        every other tree that lies on the devices. `length`: tokens a row. Call it after the state
+        is restored.
         """
+        candidates = max([candidates_of(data.peek()) for data in self._data.values()], default=1)
+        cut = [data.cut_line() for data in self._data.values()]
         # Printed by process 0 alone: the others have no stdout (runtime/hosts.py).
         text = describe(
             f"{self.config.run}: {what}",
             params,
             rest,
             batch_size=self.config.batch_size,
+            candidates=candidates,
             length=length,
             steps=self.config.steps,
             start=self.start,
             microbatches=self.config.microbatches,
+            cut="; ".join(filter(None, cut)),
         )
         print(text)
 
@@ -167,7 +187,13 @@ class Run:
         """
         # The terminal, metrics.jsonl, TensorBoard and samples.md.
         recorder = Recorder(
-            self.config.run, self.config.steps, self.start, unit=self._unit, guard=self._guard
+            self.config.run,
+            self.config.steps,
+            self.start,
+            unit=self._unit,
+            guard=self._guard,
+            seal=self._seal,
+            learning_rates=self._learning_rates(),
         )
         self._recorder = self._open.enter_context(recorder)
         for step in self._recorder.steps():
@@ -176,14 +202,33 @@ class Run:
             if self._checkpoints.stopping:
                 return
 
+    def _learning_rates(self) -> np.ndarray | None:
+        """Return the learning rate of each update, [steps]; None where a step has many updates."""
+        if self._unit != "step":
+            return None
+        # All at once, now: asked one by one they would wait for the device.
+        schedule = make_schedule(self.config.optimizer, self.config.steps)
+        counts = jnp.arange(self.config.steps)
+        return np.broadcast_to(np.asarray(schedule(counts)), counts.shape)
+
     def record(self, step: int, metrics: dict[str, Any], tokens: int = 0) -> None:
         """Keep the metrics of `step` and write those of the step before: nothing waits.
 
         `metrics`: by name, scalars, of the device too, or pairs (sum, weight). Further calls for a
         step join its row. `tokens`: how many the step trained on, for the throughput. Raises
-        UserError where the step was compiled too often, and guard.Spike.
+        UserError where the step was compiled too often, and guard.Spike. Added are the learning
+        rate, in a script with one update a step, and where records were cut or dropped so far, on
+        this host, their numbers.
         """
-        self._recorder(step, metrics, tokens=tokens)
+        self._recorder(step, {**metrics, **self._cut()}, tokens=tokens)
+
+    def _cut(self) -> dict[str, int]:
+        """Count the records so far that were cut or dropped as too long; {} where none was."""
+        counts = {
+            "data/truncated": sum(data.truncated for data in self._data.values()),
+            "data/dropped": sum(data.dropped for data in self._data.values()),
+        }
+        return {name: count for name, count in counts.items() if count}
 
     def samples(self, step: int, rows: list[SampleRow]) -> None:
         """Append `rows` to samples.md, and show the first two: {"prompt": text, "response": text}.
@@ -206,7 +251,8 @@ class Run:
         if self._checkpoints.due(step, self.config.save_every, self.config.steps):
             # The metrics first: a resumed run cuts rows after its checkpoint and repeats none.
             self._recorder.flush()
-            self._checkpoints.save(step, items, _position(data))
+            extra = {"position": _position(data), "rows": self._recorder.seal()}
+            self._checkpoints.save(step, items, extra)
 
     @property
     def last_metrics(self) -> dict[str, float]:

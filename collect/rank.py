@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import jax
 
+from data.batches import cut_left
 from responses import in_parts, load_run, make_sampler, split_evenly
 from runtime import flags
 from runtime.errors import UserError
@@ -62,6 +63,7 @@ def main(config: Config) -> dict[str, int]:
     model, tokenizer, params = load_run(config.init)
     sampling = SamplingConfig(config.temperature, max_new_tokens=config.max_new_tokens)
     respond = make_sampler(model, sampling, tokenizer, config.samples, slots=SLOTS)
+    room = model.context - config.max_new_tokens
 
     # Responses to a part of the prompts at a time.
     lines = 0
@@ -71,7 +73,7 @@ def main(config: Config) -> dict[str, int]:
         for start in in_parts(config.prompts, ROWS, "collect"):
             numbers = range(start, min(start + ROWS, config.prompts))
             texts = [world.prompt(i, split=config.split, seed=config.seed).text for i in numbers]
-            prompts = [tokenizer.prompt(text) for text in texts]
+            prompts = [cut_left(tokenizer.prompt(text), room, tokenizer) for text in texts]
             tokens = respond(params, prompts, jax.random.fold_in(key, start), ROWS)
 
             # Of each prompt the distinct responses that came to their end, ranked.

@@ -16,7 +16,6 @@ import jax
 from data.batches import cut_left
 from data.sources import open_source
 from data.tokenizer import Message
-from model_config import check_fit
 from responses import in_parts, load_run, make_sampler
 from runtime import flags
 from runtime.errors import UserError
@@ -55,7 +54,6 @@ def main(config: Config) -> dict[str, int]:
     # The opponent.
     make_mesh(MeshConfig())
     model, tokenizer, params = load_run(config.init)
-    check_fit(model, tokenizer.size, 1 + config.max_new_tokens)
     sampling = SamplingConfig(config.temperature, max_new_tokens=config.max_new_tokens)
     respond = make_sampler(model, sampling, tokenizer)
     room = model.context - config.max_new_tokens

@@ -21,12 +21,12 @@ import numpy as np
 
 from data.records import Record
 from data.sources import open_source
-from data.steps import problems
+from data.steps import lines_of, problems
 from data.tokenizer import Tokenizer
 from model import Params
 from model_config import check_fit
 from responses import Respond, Tokens, in_parts, load_run, make_sampler, split_evenly
-from rewards.scorer import Check, load_function
+from rewards.scorer import Check, load_check
 from runtime import flags
 from runtime.errors import require
 from runtime.run_folder import atomic_text
@@ -50,8 +50,13 @@ class Solution(NamedTuple):
     """The problem's prompt."""
     record: Record
     """The problem's record."""
-    steps: list[str]
-    """Its lines, each without the newline that ends it."""
+    lines: list[tuple[str, str]]
+    """Its steps, each with the newlines that end it (data.steps.lines_of)."""
+
+    @property
+    def steps(self) -> list[str]:
+        """Return the steps alone."""
+        return [step for step, _ in self.lines]
 
 
 class State(NamedTuple):
@@ -103,16 +108,19 @@ def solutions(
     records: Sequence[Record],
     tokenizer: Tokenizer,
 ) -> Iterator[Solution]:
-    """Yield the distinct solutions that ended and have no empty line, problem by problem.
+    """Yield the distinct solutions that ended and have a step, problem by problem.
 
     `tokens`: equally many responses to each prompt, in order.
     """
     by_problem = split_evenly(tokens, len(tokens) // len(prompts))
     for prompt, record, own in zip(prompts, records, by_problem, strict=True):
-        for text in dict.fromkeys(tokenizer.ended(own)):
-            steps = text.split("\n")
-            if all(step.strip() for step in steps):
-                yield Solution(prompt, record, steps)
+        distinct = {}
+        for text in tokenizer.ended(own):
+            lines = lines_of(text)
+            distinct.setdefault(tuple(step for step, _ in lines), lines)
+        for steps, lines in distinct.items():
+            if steps:
+                yield Solution(prompt, record, lines)
 
 
 # ---- Labels: one for each step of each solution ----
@@ -149,8 +157,9 @@ def completion_labels(
     # After each step but the last the policy goes on, all of them at once.
     states = []
     for solution in found:
-        for end in range(1, len(solution.steps)):
-            written = "".join(f"{step}\n" for step in solution.steps[:end])
+        for end in range(1, len(solution.lines)):
+            # As the policy wrote it, blank lines too.
+            written = "".join(step + newlines for step, newlines in solution.lines[:end])
             states.append(State(solution.prompt, written, solution.record))
     shares = iter(success_shares(complete, check, tokenizer, states) if states else [])
 
@@ -217,7 +226,7 @@ def main(config: Config) -> dict[str, int]:
     # A completion may begin near a solution's end, and be as long.
     written = 2 if config.labels == "completions" else 1
     check_fit(model, tokenizer.size, config.max_prompt + written * config.max_new_tokens)
-    check = load_function(config.check)
+    check = load_check(config.check)
 
     # Samplers of solutions and of completions.
     sampling = SamplingConfig(config.temperature, max_new_tokens=config.max_new_tokens)

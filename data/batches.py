@@ -5,6 +5,8 @@ The iterator resumes exactly where it stopped. Every host reads a disjoint part 
 order. Lengths are counted in tokens throughout.
 """
 
+import functools
+import math
 import sys
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -57,6 +59,19 @@ class Encoded(NamedTuple):
     """True where tokens were cut off, or everything dropped."""
 
 
+NO_LIMIT = 1 << 40
+"""Tokens, more than any record has."""
+
+
+def tokens_of(rows: Sequence[Row]) -> int:
+    """Count the tokens of rows, prompts once for each of their responses."""
+    count = 0
+    for row in rows:
+        count += len(row.get("tokens", ()))
+        count += sum(map(len, (*row.get("prompts", ()), *row.get("responses", ()))))
+    return count
+
+
 Encode = Callable[[Record, Tokenizer, int], Encoded]
 """encode(record, tokenizer, length): one record as rows of at most `length` tokens."""
 Pad = Callable[..., Batch]
@@ -95,8 +110,8 @@ def encode_comparison(record: Record, tokenizer: Tokenizer, length: int) -> Enco
 
     `prompts` holds the prompt's tokens once for each response, `responses` each one's tokens with
     eos, `ranking` the rank of each (1 is the best). Responses are never cut. The prompt is cut on
-    the left (see `cut_left`) to fit beside the longest of them in `length` tokens; the record is
-    dropped where fewer than SHORTEST_PROMPT tokens would be left of a longer prompt.
+    the left (see `without_beginning`) to fit beside the longest of them in `length` tokens; the
+    record is dropped where fewer than SHORTEST_PROMPT tokens would be left of a longer prompt.
     """
     prompt = tokenizer.prompt(record["prompt"])
     responses = []
@@ -108,7 +123,7 @@ def encode_comparison(record: Record, tokenizer: Tokenizer, length: int) -> Enco
     if room < min(len(prompt), SHORTEST_PROMPT):
         return Encoded([], True)
     row = {
-        "prompts": [cut_left(prompt, room, tokenizer)] * len(responses),
+        "prompts": [without_beginning(prompt, room, tokenizer)] * len(responses),
         "responses": responses,
         "record": record,
         "ranking": record["ranking"],
@@ -121,18 +136,36 @@ def encode_prompt(record: Record, tokenizer: Tokenizer, length: int) -> Encoded:
     """Encode a prompt as one row {"tokens", "record"}, ready for generation.
 
     Messages end with the assistant's role token. A record of raw text is bos and its tokens, to
-    be continued. Cut on the left to `length` tokens (see `cut_left`).
+    be continued. Cut on the left to `length` tokens (see `without_beginning`).
     """
     if "prompt" in record:
         tokens = tokenizer.prompt(record["prompt"])
     else:
         # Raw text, to be continued.
         tokens = [tokenizer.bos, *tokenizer.encode(record["text"])]
-    row = {"tokens": cut_left(tokens, length, tokenizer), "record": record}
+    row = {"tokens": without_beginning(tokens, length, tokenizer), "record": record}
     return Encoded([row], len(tokens) > length)
 
 
 def cut_left(tokens: list[int], length: int, tokenizer: Tokenizer) -> list[int]:
+    """Cut a prompt as `without_beginning` does, and say so on stderr, once a process.
+
+    For commands; what batches cut is counted (`Batches.cut_line`).
+    """
+    kept = without_beginning(tokens, length, tokenizer)
+    if len(kept) < len(tokens):
+        say_cut()
+    return kept
+
+
+@functools.cache
+def say_cut() -> None:
+    """Say once that prompts lose their beginning."""
+    limits = "--max_prompt, --length, or the model's context"
+    print(f"note: some prompts are too long and lose their beginning ({limits})", file=sys.stderr)
+
+
+def without_beginning(tokens: list[int], length: int, tokenizer: Tokenizer) -> list[int]:
     """Cut a prompt on the left to at most `length` tokens: bos, a role, and the prompt's end.
 
     The role is that of the turn which the cut goes through. The cut moves on to just after a
@@ -288,6 +321,15 @@ def collate(
     return pad(rows, length, tokenizer.pad)
 
 
+def filled_up(array: np.ndarray, size: int) -> np.ndarray:
+    """Return an array of a batch with rows of zeros after its own, `size` rows in all.
+
+    Zeros are padding: no segment, no rank, nothing that counts.
+    """
+    missing = size - len(array)
+    return np.concatenate([array, np.zeros_like(array, shape=(missing, *array.shape[1:]))])
+
+
 # ---- The iterator ----
 
 
@@ -383,12 +425,7 @@ class Batches:
             raise UserError(
                 f"--batch_size={batch_size}: must be a multiple of the {processes} hosts"
             )
-        if len(source) < batch_size and process == 0:
-            print(
-                f"note: {source.name} has {len(source)} records, "
-                f"fewer than a batch of {batch_size}: they repeat within a batch",
-                file=sys.stderr,
-            )
+        self._batch_size = batch_size
         self._layout = layout
         self._source = source
         self._tokenizer = tokenizer
@@ -451,15 +488,121 @@ class Batches:
         """Examples left out as too long so far, on this host."""
         return self._position["dropped"]
 
+    def cut_line(self, records: int = 500) -> str:
+        """Say how many of the first `records` are cut or dropped, and what share of their tokens.
+
+        "" where all fit.
+        """
+        cut = 0
+        dropped = 0
+        tokens = 0
+        lost = 0
+        count = min(records, len(self._source))
+        for i in range(count):
+            record = self._source[i]
+            encoded = self._layout.encode(record, self._tokenizer, self._length)
+            kept = tokens_of(encoded.rows)
+            whole = kept
+            if encoded.truncated:
+                whole = tokens_of(self._layout.encode(record, self._tokenizer, NO_LIMIT).rows)
+            # What is dropped does not also count as cut.
+            if not encoded.rows:
+                dropped += 1
+            elif encoded.truncated:
+                cut += 1
+            tokens += whole
+            lost += whole - kept
+        if not cut and not dropped:
+            return ""
+        return (
+            f"of the first {count:,} records of {self._source.name} {cut:,} are cut to "
+            f"{self._length:,} tokens and {dropped:,} dropped: {lost / max(tokens, 1):.1%} of the "
+            "tokens are lost"
+        )
+
+    def peek(self) -> Batch:
+        """Return the batch that `next` will return."""
+        if self._ahead is None:
+            self._ahead = self._thread.submit(self._make, self._position)
+        return self._ahead.result().batch
+
     def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> Batch:
+        if self._position["batches"] == 0:
+            self._note_repetition()
         ahead = self._ahead or self._thread.submit(self._make, self._position)
         batch, self.records, self._position = ahead.result()
         # Make the next one while the device works on this.
         self._ahead = self._thread.submit(self._make, self._position)
         return batch
+
+    def _note_repetition(self) -> None:
+        """Say on stderr, once over all processes, that the source is smaller than a batch."""
+        records = len(self._source)
+        if records < self._batch_size and self._process == 0:
+            print(
+                f"note: {self._source.name} has {records} records, "
+                f"fewer than a batch of {self._batch_size}: they repeat within a batch",
+                file=sys.stderr,
+            )
+
+    def once(self, records: int | None = None, batches: int | None = None) -> list[Batch]:
+        """Make the batches of an evaluation: each record once, in the source's order.
+
+        At most the first `records`, and at most so many `batches`; None: no limit. The last batch
+        is filled up with rows of padding, which count nothing. A note says what is cut or left
+        out as too long. The iterator stays where it is. Raises UserError where no record fits.
+        """
+        # Rows of all hosts, until the batches can hold no more tokens.
+        packed = self._layout.packed
+        most = None if batches is None else batches * self._batch_size
+        room = math.inf if most is None else most * self._length
+        rows: list[Row] = []
+        cut = 0
+        left_out = 0
+        for i in range(len(self._source))[:records]:
+            if room <= 0:
+                break
+            new, truncated = self._layout.encode(self._source[i], self._tokenizer, self._length)
+            rows += new
+            room -= sum(len(row["tokens"]) if packed else self._length for row in new)
+            cut += truncated and bool(new)
+            left_out += not new
+        if (cut or left_out) and self._process == 0:
+            print(
+                f"note: {self._source.name}: of the records evaluated, {cut} are cut and "
+                f"{left_out} left out, longer than {self._length} tokens",
+                file=sys.stderr,
+            )
+        if not rows:
+            raise UserError(
+                f"{self._source.name}: no record fits {self._length} tokens; raise --length"
+            )
+        if packed:
+            rows = self._packed(rows)
+        rows = rows[:most]
+
+        # A batch at a time, of which this host takes its part.
+        made = []
+        first = self._process * self._rows
+        for start in range(0, len(rows), self._batch_size):
+            batch = self._stacked(rows[start : start + self._batch_size])
+            own = {}
+            for name, array in batch.items():
+                whole = filled_up(array, self._batch_size)
+                own[name] = whole[first : first + self._rows]
+            made.append(own)
+        return made
+
+    def _stacked(self, rows: list[Row]) -> Batch:
+        """Lay rows, packed or not, into one batch."""
+        if self._layout.packed:
+            return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+        # Hosts must agree on one shape.
+        fixed = self._processes > 1
+        return self._layout.pad(rows, self._length, self._tokenizer.pad, fixed=fixed)
 
     def _make(self, position: Position) -> Made:
         """Make the next batch after `position` that is not passed over."""
@@ -471,14 +614,7 @@ class Batches:
     def _make_batch(self, position: Position) -> Made:
         """Make the batch after `position`."""
         rows, after = self._take_rows(position)
-        if self._layout.packed:
-            batch = {}
-            for name in rows[0]:
-                batch[name] = np.stack([row[name] for row in rows])
-        else:
-            # Hosts must agree on one shape.
-            fixed = self._processes > 1
-            batch = self._layout.pad(rows, self._length, self._tokenizer.pad, fixed=fixed)
+        batch = self._stacked(rows)
 
         # Nothing to learn from is an error, never a silent zero.
         for name, array in batch.items():

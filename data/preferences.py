@@ -1,11 +1,14 @@
 """Comparisons and judgements as KTO's candidates: judged responses, and one to another prompt."""
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
 
+from data.messages import Message
 from data.records import Record
 from data.sources import Source
+from runtime.errors import UserError
 
 
 def best_and_worst_index(ranking: Sequence[int] | np.ndarray) -> tuple[int, int | None]:
@@ -49,13 +52,42 @@ def judged_responses(record: Record) -> tuple[list[str], list[int]]:
     return [best, worst], [1, 2]
 
 
-def with_mismatched(source: Source) -> Source:
+def records_of_other_prompts(
+    prompt: list[Message], source: Source, places: Sequence[int], others: Source | None = None
+) -> list[Record]:
+    """Return a record of `source` for each of `places`, all with prompts unlike `prompt`.
+
+    It is the record at that place, or the first one after it, round the source, whose prompt is
+    neither `prompt` nor that of an earlier one found. A source of too few prompts, as a small
+    held-out split may be, takes them from `others`; raises UserError where there are none.
+    """
+    prompts = [prompt]
+    found = []
+    count = len(source)
+    for place in places:
+        # Rows of one prompt often stand together, or half a file apart.
+        after = (source[(place + k) % count] for k in range(count))
+        record = next((other for other in after if other["prompt"] not in prompts), None)
+        if record is None and others is not None:
+            return records_of_other_prompts(prompt, others, places)
+        if record is None:
+            raise UserError(
+                f"{source.name}: holds {len(prompts)} prompts, and each record needs one more "
+                "that is another's; add rows with other prompts"
+            )
+        prompts.append(record["prompt"])
+        found.append(record)
+    return found
+
+
+def with_mismatched(source: Source, others: Source | None = None) -> Source:
     """Turn comparisons or unpaired records into judged responses and one to another prompt.
 
     Records are {"prompt", "responses", "ranking"}: `judged_responses`, and last a response of
-    rank 0, from which KTO estimates its KL (Ethayarajh et al. 2024). That one belongs to the
-    record half way round the source, the same each time, so that the reference's log-probability
-    of it can be cached.
+    rank 0, from which KTO estimates its KL (Ethayarajh et al. 2024). That one belongs to a record
+    of another prompt, the first from half way round the source on, the same each time, so that the
+    reference's log-probability of it can be cached. A source of one prompt takes it from `others`.
+    Raises UserError where there is no other prompt.
     """
     # An odd offset of about half the source.
     count = len(source)
@@ -64,14 +96,17 @@ def with_mismatched(source: Source) -> Source:
     def read(i: int) -> Record:
         record = source[i]
         responses, ranking = judged_responses(record)
-        others, _ = judged_responses(source[(i + offset) % count])
-        mismatched = others[i % len(others)]
+        (other,) = records_of_other_prompts(record["prompt"], source, [i + offset], others)
+        candidates, _ = judged_responses(other)
+        mismatched = candidates[i % len(candidates)]
         return {
             "prompt": record["prompt"],
             "responses": [*responses, mismatched],
             "ranking": [*ranking, 0],
         }
 
+    # The mistake is said now, not in mid-run.
+    read(0)
     first_responses, _ = judged_responses(source[0])
     candidates = len(first_responses) + 1
-    return Source(source.name, range(count), read, candidates)
+    return dataclasses.replace(source, rows=range(count), read=read, candidates=candidates)

@@ -4,10 +4,13 @@
                 schema, split, seed=0)
 
 Local files are validated line by line and prepared once as a TFDS ArrayRecord dataset, in
-$PLUMB_CACHE. Errors in a file read `file:line: field: reason`.
+$PLUMB_CACHE. Errors in a file read `file:line: field: reason`. What is prepared is checked by its
+sums, and prepared again where it is damaged.
 """
 
 import contextlib
+import fcntl
+import functools
 import gzip
 import hashlib
 import io
@@ -15,20 +18,23 @@ import json
 import os
 import pathlib
 import shutil
+import sys
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from tqdm import tqdm
 
-from data.records import SCHEMAS, FieldError, Record, Row, Schema
-from runtime.errors import UserError
+from data.fields import FieldError, Row, name_shown
+from data.messages import is_trained
+from data.records import SCHEMAS, Record, Schema, unread_fields
+from runtime.errors import UserError, require
 from tasks import arithmetic, world
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Version of what is kept of a file. Raise it whenever a row would be adapted (data/records.py),
 held out or stored in another way than before: files prepared with another version are prepared
 again. Renaming, comments and messages need no new version."""
@@ -39,7 +45,11 @@ HELDOUT_SHARE = 0.05
 HELDOUT_MOST = 1000
 """Most rows held out of such a source."""
 
+SUMS = "sums.json"
+"""File of a prepared folder: the SHA-256 of each other file."""
+
 Split = Literal["train", "heldout", "all"]
+BUILT_IN = ("world", "arithmetic")
 
 
 @dataclass(frozen=True)
@@ -54,6 +64,9 @@ class Source:
     """The record stored at an index."""
     candidates: int = 2
     """The most responses that a comparison has."""
+    sha256: str | None = None
+    """Of the file's bytes, or of what the catalogue says of the data set; None: built in, where
+    the code and the seed decide."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -70,23 +83,44 @@ def open_source(data: str, schema: Schema, split: Split, *, seed: int = 0) -> So
     """Open the records of `data` in `schema` (see data/records.py).
 
     `data`: world, arithmetic, a .jsonl[.gz] file or tfds:<name>. `split`: train or heldout, which
-    share no prompt; or all, for a local file that holds nothing but held-out records. `seed`: that
-    of what is built in. Raises UserError for what is missing or malformed, naming file, line and
-    field, and ValueError for another schema or split.
+    share no prompt; or all, of a local file alone. `seed`: that of what is built in. Raises
+    UserError for what is missing or malformed, naming file, line and field, and ValueError for
+    another schema or split.
     """
     if schema not in SCHEMAS or split not in get_args(Split):
         raise ValueError(f"schema {schema!r}, split {split!r}")
-    if data in ("world", "arithmetic"):
+    if not is_file(data):
         if split == "all":
-            raise ValueError(f"{data} has no split {split!r}")
-        return _built_in(data, schema, split, seed)
-    if data.startswith("tfds:"):
+            raise UserError(f"{data}: has no split {split}, only train and heldout")
+        if data in BUILT_IN:
+            return _built_in(data, schema, split, seed)
         return _catalogue(data.removeprefix("tfds:"), schema, split)
     if data.endswith((".jsonl", ".jsonl.gz")):
         return _local(pathlib.Path(data), schema, split)
     raise UserError(
         f"--data={data}: not a source; "
         "give world, arithmetic, a .jsonl or .jsonl.gz file, or tfds:<name>"
+    )
+
+
+def is_file(data: str) -> bool:
+    """Tell a file from what is built in and from the catalogue, by its name alone."""
+    return data not in BUILT_IN and not data.startswith("tfds:")
+
+
+def evaluated_split(data: str) -> Split:
+    """Return the split that an evaluation of `data` reads where none is asked for.
+
+    All of a file, which holds what its user wants measured; of other sources what is held out.
+    """
+    return "all" if is_file(data) else "heldout"
+
+
+def check_eval_records(records: int) -> None:
+    """Raise UserError for a number of held-out records, --eval_records, that measures nothing."""
+    require(
+        records >= 1,
+        f"--eval_records={records}: must be at least 1; --eval_every=0 leaves evaluations out",
     )
 
 
@@ -183,10 +217,11 @@ def _catalogue(name: str, schema: Schema, split: Split) -> Source:
     def read(i: int) -> Record:
         try:
             return adapt(_plain(stored[i]))
-        except FieldError as fault:
+        except (FieldError, UnicodeDecodeError) as fault:
             raise UserError(f"tfds:{name}: {part} row {i}: {fault}") from None
 
-    return Source(f"tfds:{name}", range(len(stored)), read)
+    digest = _sum(newest / "dataset_info.json")
+    return Source(f"tfds:{name}", range(len(stored)), read, sha256=digest)
 
 
 def _newest_version(name: str, data_dir: pathlib.Path) -> pathlib.Path:
@@ -257,7 +292,8 @@ def _plain(value: Any) -> Any:
 
 
 def _local(path: pathlib.Path, schema: Schema, split: Split) -> Source:
-    folder = _prepared(path, schema)
+    digest = file_sha256(path)
+    folder = _prepared(path, schema, digest)
     # Slow to import, and not needed where the file is at fault.
     import tensorflow_datasets as tfds
 
@@ -269,17 +305,26 @@ def _local(path: pathlib.Path, schema: Schema, split: Split) -> Source:
     def read(i: int) -> Record:
         return json.loads(stored[i]["json"])
 
+    # What the user may not have meant is said with the records that are trained on.
+    if split != "heldout":
+        for note in json.loads((folder / "notes.json").read_text()):
+            _say_once(f"note: {path}: {note}")
     if split == "all":
-        return Source(str(path), np.arange(len(keys_N)), read, candidates)
+        return Source(str(path), np.arange(len(keys_N)), read, candidates, digest)
     held_out_N = held_out(keys_N)
     if held_out_N.all():
-        raise UserError(
-            f"{path}: all its prompts or texts are the same: none can be held out; add others"
-        )
+        same = "has one row" if len(keys_N) == 1 else "all its prompts or texts are the same"
+        raise UserError(f"{path}: {same}: none can be held out; add others")
     if split == "heldout":
         name = f"the held-out split of {path}"
-        return Source(name, np.flatnonzero(held_out_N), read, candidates)
-    return Source(str(path), np.flatnonzero(~held_out_N), read, candidates)
+        return Source(name, np.flatnonzero(held_out_N), read, candidates, digest)
+    return Source(str(path), np.flatnonzero(~held_out_N), read, candidates, digest)
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    """Print a line to stderr, once in a process."""
+    print(line, file=sys.stderr)
 
 
 def held_out(keys_N: np.ndarray) -> np.ndarray:
@@ -310,65 +355,195 @@ def _key(record: Record) -> int:
     return int.from_bytes(digest[:8])
 
 
-def _prepared(path: pathlib.Path, schema: Schema) -> pathlib.Path:
-    """Return the folder of the ArrayRecord dataset made of `path`; make it if it is not there."""
-    cache = pathlib.Path(os.environ.get("PLUMB_CACHE", "~/.cache/plumb")).expanduser()
-    folder = cache / _cache_name(path, schema)
-    if folder.exists():
-        return folder
-
-    # Read all of it once before anything is written: to validate it, and for the split.
-    keys = []
-    candidates = 0
-    for record in _records(path, schema):
-        keys.append(_key(record))
-        candidates = max(candidates, len(record.get("responses", ())))
-    if not keys:
-        raise UserError(f"{path}: has no rows; give a file with one JSON object a line")
-    try:
-        _prepare(path, schema, folder, np.array(keys, np.uint64), candidates)
-    except OSError as fault:
-        raise UserError(
-            f"{cache}: cannot keep {path} here ({fault}); set PLUMB_CACHE to another"
-        ) from None
-    return folder
-
-
-def _cache_name(path: pathlib.Path, schema: Schema) -> str:
-    """Hash what a prepared file depends on: schema, SCHEMA_VERSION and the file's bytes."""
+def file_sha256(path: pathlib.Path) -> str:
+    """Return the SHA-256 of a data file's bytes; raise UserError where it cannot be read."""
     if path.is_dir():
         raise UserError(f"{path}: is a folder; name a .jsonl file in it")
-    content = hashlib.sha256(f"{schema} {SCHEMA_VERSION}\n".encode())
     try:
-        with path.open("rb") as file:
-            content.update(hashlib.file_digest(file, "sha256").digest())
+        return _sum(path)
     except FileNotFoundError:
         raise UserError(
             f"{path}: no such file; give world, arithmetic, a .jsonl file, or tfds:<name>"
         ) from None
     except OSError as fault:
         raise UserError(f"{path}: cannot be read ({fault.strerror})") from None
-    return content.hexdigest()[:32]
 
 
-def _prepare(
-    path: pathlib.Path, schema: Schema, folder: pathlib.Path, keys_N: np.ndarray, candidates: int
-) -> None:
+def _sum(path: pathlib.Path) -> str:
+    """Return the SHA-256 of a file; it is read again only where it has changed since."""
+    state = path.stat()
+    return _sum_of(path, state.st_size, state.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=64)
+def _sum_of(path: pathlib.Path, size: int, changed: int) -> str:
+    """Return the SHA-256 of a file of that size and time of change, in nanoseconds."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _prepared(path: pathlib.Path, schema: Schema, digest: str) -> pathlib.Path:
+    """Return the folder of the ArrayRecord dataset made of `path`; make it if it is not there.
+
+    `digest` is the file's SHA-256. A damaged folder is made again, with a note. What processes
+    that were killed left in the cache is removed.
+    """
+    cache = pathlib.Path(os.environ.get("PLUMB_CACHE", "~/.cache/plumb")).expanduser()
+    # Its name is a hash of all that it depends on.
+    identity = f"{schema} {SCHEMA_VERSION} {digest}"
+    folder = cache / hashlib.sha256(identity.encode()).hexdigest()[:32]
+    _remove_abandoned(cache)
+    if folder.exists():
+        fault = _damage(folder)
+        if fault is None:
+            return folder
+        print(f"note: {folder}: {fault}; {path} is prepared again", file=sys.stderr)
+        _remove(folder)
+
+    # Read all of it once before anything is written: to validate it, and for the split.
+    facts = _facts(path, schema)
+    if not len(facts.keys_N):
+        raise UserError(f"{path}: has no rows; give a file with one JSON object a line")
+    try:
+        _prepare(path, schema, folder, facts)
+    # ArrayRecord has errors of its own for a full disk.
+    except Exception as fault:
+        told = " ".join(str(fault).split())
+        if not isinstance(fault, OSError) and "No space left" not in told:
+            raise
+        raise UserError(
+            f"{cache}: cannot keep {path} here ({told}); "
+            "free the disk, or set PLUMB_CACHE to another"
+        ) from None
+    return folder
+
+
+def _damage(folder: pathlib.Path) -> str | None:
+    """Return what is wrong with a prepared folder, by its sums; None for one that is whole."""
+    try:
+        sums = json.loads((folder / SUMS).read_bytes())
+        for name, digest in sums.items():
+            if _sum(folder / name) != digest:
+                return f"{name} is damaged"
+    except (OSError, ValueError, AttributeError) as fault:
+        return f"is damaged ({fault})"
+    return None if "split.npz" in sums else "is damaged"
+
+
+def _remove(folder: pathlib.Path) -> None:
+    """Remove a prepared folder, all of it at once for others that look for it."""
+    gone = folder.with_name(f"partial-{folder.name}-{os.getpid()}")
+    try:
+        folder.rename(gone)
+    # Another process was faster.
+    except FileNotFoundError:
+        return
+    except OSError as fault:
+        raise UserError(f"{folder}: is damaged ({fault.strerror}); remove it") from None
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+# ---- Preparing, all of it or nothing ----
+
+
+class Facts(NamedTuple):
+    """What is known of a file once all of it has been read."""
+
+    keys_N: np.ndarray
+    """For each record the hash that decides whether it is held out, uint64."""
+    candidates: int
+    """The most responses that a comparison has."""
+    notes: list[str]
+    """What the user may not have meant."""
+
+
+def _facts(path: pathlib.Path, schema: Schema) -> Facts:
+    """Read all of a file, which validates it; raise UserError for the first bad row."""
+    keys = []
+    candidates = 0
+    turns = 0
+    trained = 0
+    unread: set[str] = set()
+    for row, record in _rows_and_records(path, schema):
+        keys.append(_key(record))
+        candidates = max(candidates, len(record.get("responses", ())))
+        unread |= unread_fields(row, schema)
+        # Turns that are context only.
+        said = [
+            message for message in record.get("messages", ()) if message["role"] == "assistant"
+        ]
+        turns += len(said)
+        trained += sum(map(is_trained, said))
+
+    notes = []
+    if unread:
+        names = [name_shown(name) for name in sorted(unread)]
+        more = f" and {len(names) - 12} more" if len(names) > 12 else ""
+        notes.append(f"fields that nothing reads: {', '.join(names[:12])}{more}")
+    if trained < turns:
+        notes.append(
+            f"{turns - trained} of {turns} assistant's turns are not trained on "
+            "(weight 0, or they call tools)"
+        )
+    return Facts(np.array(keys, np.uint64), candidates, notes)
+
+
+@contextlib.contextmanager
+def _locked(folder: pathlib.Path, how: int) -> Iterator[bool]:
+    """Hold a lock on a folder; yields False where it is held by others or cannot be locked."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        yield False
+        return
+    try:
+        fcntl.flock(handle, how)
+        held = True
+    except OSError:
+        held = False
+    try:
+        yield held
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def _partial_folder(cache: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Make a folder in the cache for what is not whole yet, locked; it is removed afterwards."""
+    with contextlib.ExitStack() as stack:
+        # Nobody looks for abandoned folders before this one is locked.
+        with _locked(cache, fcntl.LOCK_EX):
+            partial = pathlib.Path(tempfile.mkdtemp(prefix="partial-", dir=cache))
+            stack.callback(shutil.rmtree, partial, ignore_errors=True)
+            stack.enter_context(_locked(partial, fcntl.LOCK_EX))
+        yield partial
+
+
+def _remove_abandoned(cache: pathlib.Path) -> None:
+    """Remove partial folders whose process is gone: those that nobody holds locked."""
+    with _locked(cache, fcntl.LOCK_EX) as alone:
+        for partial in cache.glob("partial-*") if alone else ():
+            with _locked(partial, fcntl.LOCK_EX | fcntl.LOCK_NB) as abandoned:
+                if abandoned:
+                    shutil.rmtree(partial, ignore_errors=True)
+
+
+def _prepare(path: pathlib.Path, schema: Schema, folder: pathlib.Path, facts: Facts) -> None:
     """Make `folder` of `path`: all of it or nothing. Raises OSError where there is no room."""
     cache = folder.parent
     cache.mkdir(parents=True, exist_ok=True)
-    partial = pathlib.Path(tempfile.mkdtemp(prefix="partial-", dir=cache))
-    try:
-        built = _write(path, schema, len(keys_N), partial)
-        np.savez(built / "split.npz", keys=keys_N, candidates=candidates)
+    with _partial_folder(cache) as partial:
+        built = _write(path, schema, len(facts.keys_N), partial)
+        np.savez(built / "split.npz", keys=facts.keys_N, candidates=facts.candidates)
+        (built / "notes.json").write_text(json.dumps(facts.notes))
+        sums = {file.name: _sum(file) for file in built.iterdir()}
+        (built / SUMS).write_text(json.dumps(sums))
         try:
             built.rename(folder)
         except OSError:
             # Another process may have been faster.
             if not folder.exists():
                 raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _write(path: pathlib.Path, schema: Schema, count: int, folder: pathlib.Path) -> pathlib.Path:
@@ -409,7 +584,13 @@ def _write(path: pathlib.Path, schema: Schema, count: int, folder: pathlib.Path)
 
 
 def _records(path: pathlib.Path, schema: Schema) -> Iterator[Record]:
-    """Yield the records of a .jsonl[.gz] file, blank lines skipped.
+    """Yield the records of a file; see `_rows_and_records`."""
+    for _, record in _rows_and_records(path, schema):
+        yield record
+
+
+def _rows_and_records(path: pathlib.Path, schema: Schema) -> Iterator[tuple[Row, Record]]:
+    """Yield each row of a .jsonl[.gz] file and its record, blank lines skipped.
 
     Raises UserError as `file:line: field: reason`.
     """
@@ -418,7 +599,8 @@ def _records(path: pathlib.Path, schema: Schema) -> Iterator[Record]:
         if not line.strip():
             continue
         try:
-            yield adapt(_row(line))
+            row = _row(line)
+            yield row, adapt(row)
         except FieldError as fault:
             raise UserError(f"{path}:{number}: {fault}") from None
 
@@ -440,16 +622,35 @@ def _lines(path: pathlib.Path) -> Iterator[tuple[int, bytes]]:
 
 def _row(line: bytes) -> Row:
     """Read a line as a JSON object; raises FieldError for the field `line`."""
+    if not line.strip(b"\0 \r\n\t"):
+        raise FieldError("line", "holds NULs alone, as a crash leaves them; remove it")
     try:
         # Without its newline, at which the parser would say the fault is.
-        row = json.loads(line.decode("utf-8-sig").rstrip())
+        text = line.decode("utf-8-sig").rstrip()
+        row = json.loads(text, object_pairs_hook=_unlike_keys)
     except UnicodeDecodeError as fault:
-        raise FieldError("line", f"is not UTF-8 (byte {fault.start + 1})") from None
+        raise FieldError(
+            "line", f"is not UTF-8 (byte {fault.start + 1}); save the file as UTF-8"
+        ) from None
     except json.JSONDecodeError as fault:
         reason = f"{fault.msg}, column {fault.colno}"
-        raise FieldError("line", f"is not JSON ({reason})") from None
-    except (ValueError, RecursionError) as fault:
-        raise FieldError("line", f"is not JSON ({fault})") from None
+        raise FieldError("line", f"is not JSON ({reason}); write one object a line") from None
+    except RecursionError:
+        raise FieldError("line", "is not JSON that can be read (it nests too deep)") from None
+    except ValueError:
+        raise FieldError("line", "holds a number of too many digits; write a string") from None
     if not isinstance(row, dict):
-        raise FieldError("line", f"must be a JSON object, not {type(row).__name__}")
+        raise FieldError(
+            "line", f"must be a JSON object, not {type(row).__name__}; write one object a line"
+        )
+    return row
+
+
+def _unlike_keys(pairs: list[tuple[str, Any]]) -> Row:
+    """Return the pairs of a JSON object as a dict; raise FieldError for a key that repeats."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise FieldError(name_shown(repeated), "stands twice in one object; keep one")
     return row

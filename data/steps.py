@@ -1,9 +1,11 @@
 """Batches of solutions in steps, for a process reward model: a target at each labelled step.
 
-A step is a line. Its last token, where the target stands, is the newline that ends it; the last
-step ends in eos instead.
+A step is a line that holds something. Its last token, where the target stands, is the newline
+that ends it; the last step ends in eos instead. objectives.reward.step_ends is the same rule for
+tokens.
 """
 
+import re
 from collections.abc import Sequence
 from typing import Unpack
 
@@ -19,6 +21,7 @@ from data.batches import (
     Row,
     encode_prompt,
     pad_examples,
+    say_cut,
 )
 from data.sources import Source
 from data.tokenizer import Tokenizer
@@ -26,6 +29,17 @@ from runtime.errors import UserError
 
 TARGETS = {"positive": 1.0, "neutral": 1.0, "negative": 0.0}
 """Neutral counts as right: the default of Lightman et al. 2023 (section 2.4, appendix F)."""
+
+
+def lines_of(text: str) -> list[tuple[str, str]]:
+    """Return the steps of a solution, and the newlines after each, blank lines among them.
+
+    Lines that hold nothing are no steps: several newlines end a step as one does.
+    """
+    first, *parts = re.split(r"(\n(?:[^\S\n]*\n)*)", text)
+    lines = [first, *parts[1::2]]
+    ends = [*parts[0::2], ""]
+    return [(line, end) for line, end in zip(lines, ends, strict=True) if line.strip()]
 
 
 def target_of(label: str | float | None) -> float:
@@ -67,14 +81,16 @@ def encode_steps(record: Record, tokenizer: Tokenizer, length: int) -> Encoded:
 def problems(records: Sequence[Record], tokenizer: Tokenizer, length: int) -> list[list[int]]:
     """Return the prompt tokens of each record, ready for generation.
 
-    Each has at most `length` tokens, cut on the left (see `cut_left`). Raises UserError for
-    records of raw text, which have no answer to check.
+    Each has at most `length` tokens, cut on the left (see `without_beginning`). Raises UserError
+    for records of raw text, which have no answer to check.
     """
     if any("prompt" not in record for record in records):
         raise UserError("--data: holds raw text; give rows with prompt and answer")
     prompts = []
     for record in records:
         encoded = encode_prompt(record, tokenizer, length)
+        if encoded.truncated:
+            say_cut()
         prompts.append(encoded.rows[0]["tokens"])
     return prompts
 

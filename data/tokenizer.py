@@ -7,19 +7,25 @@ import hashlib
 import io
 import os
 import pathlib
+import reprlib
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import sentencepiece
 
-from data.records import Message, Record
-from data.tokenizer_json import JsonPieces
+from data.messages import Message, is_trained
+from data.records import Record
+from data.sentencepiece_json import SPACE_MARK, split_ends
+from data.tokenizer_json import JsonPieces, sentencepiece_pieces
 from runtime.errors import UserError
+from runtime.foreign import one_line
+from runtime.run_folder import load_config
 
 ROLES = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>"}
-SPACE_MARK = "▁"
-"""SentencePiece writes a space as U+2581, so the character itself travels as its three bytes."""
+BYTES_AND_SPECIALS = 256 + 4 + len(ROLES) + 1
+"""Tokens that every trained tokenizer has: bytes, unk, pad, bos, eos, roles and the newline."""
 TRAINING_RECORDS = 20_000
 """Records that a script's tokenizer is trained on."""
 
@@ -28,39 +34,60 @@ class Tokenizer:
     """Text to token ids and back. Control tokens (pad, bos, eos, roles) are spelled by no text.
 
     `bos`, `eos` and `pad` are ids, `size` the number of ids, `sha256` that of the model, `model`
-    the bytes that a run keeps. Models trained elsewhere may lack pad (then `pad` is unk, never
-    eos) and roles (then `user` is None, and the chat template spells it out, as text that a
-    message could spell too).
+    the bytes that a run keeps. `ends` are the ids that end a response: first the eos, by which
+    texts that are trained on end, then others that a model trained elsewhere may use. Such models
+    may lack bos (a text then starts with the eos), pad (then `pad` is unk) and roles (then `user`
+    is None, and the chat template spells it out, as text that a message could spell too).
     """
 
     def __init__(self, model: bytes):
         """Read a SentencePiece model, or a kept tokenizer.json (data/tokenizer_json.py).
 
-        Raises RuntimeError for bytes that are neither.
+        Raises UserError, without the file's name, for bytes that are neither, and for a model
+        without a token that ends a text.
         """
         self.model = model
         pieces: Any
         if model[:1] == b"{":
             pieces = JsonPieces(model)
+            more_ends = pieces.end_ids()
         else:
-            pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
+            pieces = sentencepiece_pieces(model)
+            _, more_ends = split_ends(model)
         self.pieces = pieces
         self.size: int = pieces.get_piece_size()
         self.sha256: str = hashlib.sha256(model).hexdigest()
 
         # Control tokens: no text has them, and none is decoded.
-        self.bos: int = pieces.bos_id()
         self.eos: int = pieces.eos_id()
+        self.bos: int = pieces.bos_id() if pieces.bos_id() >= 0 else self.eos
         self.pad: int = pieces.pad_id() if pieces.pad_id() >= 0 else pieces.unk_id()
+        self.ends: list[int] = [self.eos, *more_ends]
+        self._refuse_no_ids()
         self._roles = {role: self._control(piece) for role, piece in ROLES.items()}
         self.system = self._roles["system"]
         self.user = self._roles["user"]
         self.assistant = self._roles["assistant"]
         self._hidden = {self.pad, self.bos, self.eos, *self._roles.values()}
+        self._hidden |= set(filter(pieces.is_control, self.ends))
 
         # The bytes of the space mark, where the model has tokens for bytes.
         marks = [pieces.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
-        self._mark = [i for i in marks if i != pieces.unk_id()]
+        self._mark = [i for i in marks if i not in (-1, pieces.unk_id())]
+
+    def _refuse_no_ids(self) -> None:
+        """Raise UserError where a special token is none of the model's."""
+        for name, i in (("eos", self.eos), ("bos", self.bos), ("pad", self.pad)):
+            if not 0 <= i < self.size:
+                raise UserError(
+                    f"the tokenizer has no {name} token; use one that has, as SentencePiece "
+                    f"trains with --{name}_id"
+                )
+        for i in self.ends:
+            if not 0 <= i < self.size:
+                raise UserError(
+                    f"eos_token_id {i} is none of the tokenizer's {self.size} tokens; correct it"
+                )
 
     def _control(self, piece: str) -> int | None:
         i = self.pieces.piece_to_id(piece)
@@ -74,10 +101,11 @@ class Tokenizer:
         UserError for no text and for a vocabulary too small for bytes and characters.
         """
         sentencepiece.set_random_generator_seed(0)
+        kept_texts = _without_rare_characters(texts, vocab_size)
         model = io.BytesIO()
         try:
             sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=iter(texts),
+                sentence_iterator=iter(kept_texts),
                 model_writer=model,
                 model_type="bpe",
                 vocab_size=vocab_size,
@@ -114,25 +142,32 @@ class Tokenizer:
                     f"tokenizer: vocab_size {vocab_size} is too small for bytes, special tokens "
                     "and characters of the text; raise it to 512 or more"
                 ) from None
-            raise
+            raise UserError(
+                f"tokenizer: cannot be trained on this text ({one_line(fault)}); give another "
+                "source, or --tokenizer"
+            ) from None
         tokenizer = cls(model.getvalue())
         tokenizer.save(path)
         return tokenizer
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Tokenizer":
-        """Load a `.model` file, or the `tokenizer.model` of a run's folder; raises UserError."""
+        """Load a `.model` file, or the `tokenizer.model` of a run's folder.
+
+        Raises UserError, also where it is not the one that the run was made with.
+        """
         file = _file(path)
         try:
-            return cls(file.read_bytes())
+            model = file.read_bytes()
+            # Before it is read: of a damaged one nothing is believed.
+            _refuse_other_runs(file, model)
+            return cls(model)
         except FileNotFoundError:
             raise UserError(
                 f"{file}: no tokenizer here; name a .model file or the folder of a run"
             ) from None
-        except (OSError, RuntimeError):
-            raise UserError(
-                f"{file}: not a SentencePiece model; restore the file or train another"
-            ) from None
+        except (OSError, UserError) as fault:
+            raise UserError(f"{file}: {one_line(fault)}") from None
 
     def save(self, path: str | os.PathLike) -> None:
         """Write `path` if it ends in `.model`, else `<path>/tokenizer.model`; all or nothing."""
@@ -143,7 +178,16 @@ class Tokenizer:
         partial.replace(file)
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of `text` alone: no bos, no eos, never a control token."""
+        """Return the ids of `text` alone: no bos, no eos, never a control token.
+
+        Raises UserError for a text that is not Unicode, as bytes of a command line may be.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise UserError(
+                f"{reprlib.repr(text)}: holds bytes that are not UTF-8; give the text in UTF-8"
+            ) from None
         if SPACE_MARK not in text or not self._mark:
             return self.pieces.encode(text)
         first, *rest = text.split(SPACE_MARK)
@@ -164,8 +208,8 @@ class Tokenizer:
         return self.pieces.decode(kept)
 
     def ended(self, responses: Iterable[Sequence[int]]) -> list[str]:
-        """Return the texts of the responses that end in eos; others are no whole answers."""
-        return [self.decode(ids) for ids in responses if ids and ids[-1] == self.eos]
+        """Return the texts of the responses that have come to an end; others are no answers."""
+        return [self.decode(ids) for ids in responses if ids and ids[-1] in self.ends]
 
     def newlines(self) -> list[int]:
         """Return all ids whose text ends in a newline, in order.
@@ -182,7 +226,7 @@ class Tokenizer:
         """Return the ids of a conversation and their loss mask, of the same length.
 
         It starts with bos; each assistant's turn ends with eos, the others do not. The mask is 1
-        on the tokens of each assistant's turn and its eos, else 0.
+        on the tokens of each assistant's turn and its eos, else 0; so it is on a turn of weight 0.
         """
         tokens = [self.bos]
         mask = [0]
@@ -193,7 +237,7 @@ class Tokenizer:
             if is_answer:
                 content = [*content, self.eos]
             tokens += [*role, *content]
-            mask += [0] * len(role) + [int(is_answer)] * len(content)
+            mask += [0] * len(role) + [int(is_trained(message))] * len(content)
         return tokens, mask
 
     def prompt(self, messages: str | Sequence[Message]) -> list[int]:
@@ -210,6 +254,40 @@ class Tokenizer:
         """Return the ids that open a turn: the role's token, or its spelling without one."""
         token = self._roles[name]
         return self.encode(ROLES[name]) if token is None else [token]
+
+
+def _without_rare_characters(texts: Iterable[str], vocab_size: int) -> list[str]:
+    """Return the texts, without rare characters where there are too many for the vocabulary.
+
+    A character that a tokenizer has no token for falls to its bytes. Left out are those that would
+    take more than half of the room beside bytes and special tokens: the other half is for words.
+    """
+    kept_texts = list(texts)
+    counts: Counter[str] = Counter()
+    for text in kept_texts:
+        counts.update(text)
+    room = max(2, vocab_size - BYTES_AND_SPECIALS) // 2
+    if len(counts) <= room:
+        return kept_texts
+    # A newline keeps apart what they stood between.
+    rare = [character for character, _ in counts.most_common()[room:]]
+    table = str.maketrans(dict.fromkeys(rare, "\n"))
+    return [text.translate(table) for text in kept_texts]
+
+
+def _refuse_other_runs(file: pathlib.Path, model: bytes) -> None:
+    """Raise UserError, without the file's name, if its run was made with another tokenizer."""
+    run = file.parent
+    if file.name != "tokenizer.model" or not (run / "config.json").exists():
+        return
+    # A config.json of another maker's folder has no such field.
+    found = hashlib.sha256(model).hexdigest()
+    wanted = load_config(str(run)).get("tokenizer_sha256", found)
+    if wanted != found:
+        raise UserError(
+            "not the tokenizer that the run was made with (its SHA-256 differs from "
+            "config.json's); restore the file"
+        )
 
 
 def _file(path: str | os.PathLike) -> pathlib.Path:

@@ -7,13 +7,14 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import jax
 import numpy as np
 
-from data.batches import encode_prompt, pad_prompts
+from data.batches import encode_prompt, pad_prompts, say_cut
 from data.records import Record
-from data.sources import open_source
+from data.sources import Split, evaluated_split, open_source
 from data.tokenizer import Tokenizer
 from decoding.report import powers_of_two
 from evaluation.gold import CRITERIA, gold_rows, gold_shares
@@ -22,9 +23,10 @@ from evaluation.tables import cells
 from model import LanguageModel, init_and_apply
 from model_config import check_fit, stored_model
 from objectives.imitate import best_of_n_kl
+from objectives.policy import missing_eos
 from responses import filled, in_parts, split_evenly
 from rewards.scorer import make_reward_scorer
-from rollout import make_rollout
+from rollout import ended, make_rollout
 from runtime import flags
 from runtime.errors import UserError
 from sampling import SamplingConfig
@@ -44,29 +46,37 @@ class Config:
     """A run of train_rm.py, module:function, called with (response, record), or http://host:port
     of rewards/serve.py."""
     data: str = "world"
-    """Held-out prompts of: world, a .jsonl file, or tfds:<name>."""
+    """Prompts: world, a .jsonl file, or tfds:<name>."""
+    split: Split | None = None
+    """Part of --data; None: all of a file, else what is held out."""
     n: int = 16
     """Samples a prompt; reported are the best of the first 1, 2, 4, ... and of all."""
     prompts: int = 500
-    """Held-out prompts, at most."""
+    """Prompts, at most."""
     temperature: float = 1.0
     """Sampling temperature."""
     max_prompt: int = 32
     """Longest prompt, in tokens."""
     max_new_tokens: int = 24
     """Longest response, in tokens."""
+    missing_eos: Literal["lowest", "none"] = "lowest"
+    """Rule for a response without an end. lowest: chosen only where none ended; none: as any."""
     seed: int = 0
     """Seed of the prompts and samples."""
 
 
-def sample_and_score(
-    config: Config, records: list[Record], mesh: jax.sharding.Mesh
-) -> tuple[np.ndarray, list[list[str]]]:
-    """Sample `config.n` responses to the prompt of each record, and score them.
+class Scored(NamedTuple):
+    """N responses to each of P prompts."""
 
-    Returns (rewards [P, N], texts: P lists of N), in the order of `records`. A response that never
-    ended is scored as it is.
-    """
+    rewards_PN: np.ndarray
+    ranks_PN: np.ndarray
+    """What the best is chosen by: the rewards after --missing_eos."""
+    texts: list[list[str]]
+    """P lists of N."""
+
+
+def sample_and_score(config: Config, records: list[Record], mesh: jax.sharding.Mesh) -> Scored:
+    """Sample `config.n` responses to the prompt of each record, and score them, in order."""
     # The policy, on the mesh, and the reward.
     model = stored_model(config.policy)
     tokenizer = Tokenizer.load(config.policy)
@@ -77,20 +87,23 @@ def sample_and_score(
     params = load_params(config.policy, shapes=abstract(shapes, mesh))
     sampling = SamplingConfig(config.temperature, max_new_tokens=config.max_new_tokens)
     sample_rollout = make_rollout(
-        apply, model, sampling, eos=tokenizer.eos, pad=tokenizer.pad, n=config.n
+        apply, model, sampling, eos=tokenizer.ends, pad=tokenizer.pad, n=config.n
     )
 
     # In parts of one shape; the last one is filled up.
     devices = mesh.shape["data"]
     rows = devices * max(1, ROWS // (config.n * devices))
     rewards: list[np.ndarray] = []
+    are_ended: list[np.ndarray] = []
     texts: list[str] = []
     for start in in_parts(len(records), rows, "sample"):
         part = filled(records[start : start + rows], rows)
         tokens = []
         for record in part:
-            encoded, _ = encode_prompt(record, tokenizer, config.max_prompt)
+            encoded, is_cut = encode_prompt(record, tokenizer, config.max_prompt)
             tokens += encoded
+            if is_cut:
+                say_cut()
         padded = pad_prompts(tokens, config.max_prompt, tokenizer.pad, fixed=True)
         batch = to_mesh(padded, mesh)
         key = jax.random.fold_in(jax.random.key(config.seed), start)
@@ -99,32 +112,33 @@ def sample_and_score(
         rollout = sample_rollout(params, batch, key)
         scores, _ = score(models, rollout, part)
         rewards.append(np.asarray(scores[config.reward]))
+        are_ended.append(np.asarray(ended(rollout, tokenizer.ends)))
         responses_BR = np.asarray(rollout["response_BR"])
         texts += [tokenizer.decode(response_R.tolist()) for response_R in responses_BR]
 
     # By prompt, without what the last part was filled up with.
     count = len(records)
-    rewards_PN = np.concatenate(rewards).reshape(-1, config.n)
+    shape = (-1, config.n)
+    rewards_PN = np.concatenate(rewards).reshape(shape)[:count]
+    ended_PN = np.concatenate(are_ended).reshape(shape)[:count]
+    ranks_PN = missing_eos(rewards_PN, ended_PN, config.missing_eos)
     texts_PN = split_evenly(texts, config.n)
-    return rewards_PN[:count], texts_PN[:count]
+    return Scored(rewards_PN, np.asarray(ranks_PN), texts_PN[:count])
 
 
 def best_of_first(
-    rewards_PN: np.ndarray,
-    texts: Sequence[Sequence[str]],
-    n: int,
-    requests: Sequence[world.Request] | None,
+    scored: Scored, n: int, requests: Sequence[world.Request] | None
 ) -> dict[str, Interval]:
     """Measure each prompt's best of its first `n` samples, the first of equal ones.
 
     Returns the mean `reward` and, with the world's `requests`, the share that meets each of
     CRITERIA.
     """
-    best_P = rewards_PN[:, :n].argmax(1)
-    reward_P = rewards_PN[np.arange(len(best_P)), best_P]
+    best_P = scored.ranks_PN[:, :n].argmax(1)
+    reward_P = scored.rewards_PN[np.arange(len(best_P)), best_P]
     row = {"reward": mean_interval(reward_P)}
     if requests is not None:
-        chosen = [texts[p][i] for p, i in enumerate(best_P)]
+        chosen = [scored.texts[p][i] for p, i in enumerate(best_P)]
         row |= gold_shares(gold_rows(requests, chosen))
     return row
 
@@ -136,25 +150,26 @@ def main(config: Config) -> dict[int, dict[str, Interval]]:
     mesh = make_mesh(MeshConfig())
 
     # Prompts; in the world also what they request, which the gold program needs.
-    source = open_source(config.data, "prompt", "heldout", seed=config.seed)
+    split = config.split or evaluated_split(config.data)
+    source = open_source(config.data, "prompt", split, seed=config.seed)
     records = source.first(config.prompts)
     requests = None
-    if config.data == "world":
+    if config.data == "world" and split != "all":
         numbers = range(len(records))
-        requests = [world.prompt(i, split="heldout", seed=config.seed) for i in numbers]
+        requests = [world.prompt(i, split=split, seed=config.seed) for i in numbers]
 
-    rewards_PN, texts = sample_and_score(config, records, mesh)
+    scored = sample_and_score(config, records, mesh)
 
     # A row for each number of samples.
     criteria = "" if requests is None else cells(CRITERIA, ">13")
     print(f"{'n':>5}{'KL bound':>9}{'reward':>14}{criteria}")
     table = {}
     for n in powers_of_two(config.n):
-        row = best_of_first(rewards_PN, texts, n, requests)
+        row = best_of_first(scored, n, requests)
         print(f"{n:5}{best_of_n_kl(n):9.3f} {cells(row.values(), '>13')}")
         table[n] = row
     print(
-        f"{len(records)} held-out prompts, 95 % intervals; "
+        f"{len(records)} prompts ({config.data}, {split}), 95 % intervals; "
         "KL of the best of n to the policy: at most, in nats"
     )
     return table

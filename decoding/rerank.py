@@ -11,24 +11,25 @@ answers: equal answers have equal scores.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from data.records import Record
-from data.sources import open_source
+from data.sources import Split, evaluated_split, open_source
 from data.steps import problems
 from decoding.report import as_json, powers_of_two, write_result
-from evaluation.intervals import Interval, mean_interval
+from evaluation.intervals import Interval, share_interval
 from evaluation.steps import majority
 from evaluation.tables import cells
 from model_config import check_fit
 from objectives.imitate import first_of_equal
-from responses import load_run, make_sampler, split_evenly
+from objectives.policy import missing_eos
+from responses import has_ended, load_run, make_sampler, split_evenly
 from rewards.models import make_step_scorer
-from rewards.scorer import Check, load_function
+from rewards.scorer import Check, load_check
 from runtime import flags
 from runtime.errors import require
 from sampling import SamplingConfig
@@ -49,13 +50,15 @@ class Config:
     """Runs of train_prm.py. Each gives three scores: `product` and `minimum` over the steps, and
     `last`, as an outcome model's is read."""
     data: str = "arithmetic"
-    """Held-out problems with answers of: arithmetic, a .jsonl file, or tfds:<name>."""
+    """Problems with answers of: arithmetic, a .jsonl file, or tfds:<name>."""
+    split: Split | None = None
+    """Part of --data; None: all of a file, else what is held out."""
     check: str = "tasks.answers:number"
     """module:function that is 1 where a response (first argument) has its record's answer."""
     n: int = 16
     """Answers to a problem."""
     prompts: int = 500
-    """Held-out problems, at most."""
+    """Problems, at most."""
     out: str | None = None
     """JSON file for what is printed, with the result on each problem."""
     temperature: float = 1.0
@@ -64,6 +67,9 @@ class Config:
     """Longest prompt, in tokens."""
     max_new_tokens: int = 48
     """Longest answer, in tokens."""
+    missing_eos: Literal["lowest", "none"] = "lowest"
+    """Rule for an answer without an end. lowest: it is wrong, has no vote, and is chosen only
+    where none ended; none: as any."""
     seed: int = 0
     """Seed of the built-in problems and samples."""
 
@@ -75,6 +81,8 @@ class Answers(NamedTuple):
     """P lists of N."""
     right_PN: np.ndarray
     """1 where the answer is right, else 0."""
+    finals: list[list[Any]]
+    """P lists of N final answers; None does not vote."""
     scores: dict[str, np.ndarray]
     """Way to score -> [P, N], the higher the better."""
     tokens: float
@@ -82,12 +90,16 @@ class Answers(NamedTuple):
 
 
 def sample_answers(config: Config, records: Sequence[Record], mesh: jax.sharding.Mesh) -> Answers:
-    """Sample `config.n` answers to the problem of each record; check them and score them."""
+    """Sample `config.n` answers to the problem of each record; check them and score them.
+
+    Under --missing_eos=lowest an answer without an end counts as wrong, has no final answer, and
+    is scored below all that have one.
+    """
     # The policy, the check and the models that score.
     model, tokenizer, params = load_run(config.policy)
     length = config.max_prompt + config.max_new_tokens
     check_fit(model, tokenizer.size, length)
-    check = load_function(config.check)
+    check = load_check(config.check)
     scorers = {}
     for run in config.models:
         scorers[run] = make_step_scorer(run, tokenizer, mesh, length)
@@ -100,17 +112,27 @@ def sample_answers(config: Config, records: Sequence[Record], mesh: jax.sharding
     responses = respond(params, prompts, jax.random.key(config.seed), rows)
     flat = [tokenizer.decode(response) for response in responses]
     texts = split_evenly(flat, config.n)
+    shape = (len(records), config.n)
+    ended_PN = has_ended(responses, tokenizer.ends).reshape(shape)
+    counts_PN = ended_PN | (config.missing_eos == "none")
 
     # The scores of each model, in each of its ways.
     asked = [prompt for prompt in prompts for _ in range(config.n)]
-    shape = (len(records), config.n)
     scores = {}
     for run, score_steps in scorers.items():
         for way, score_M in score_steps(asked, responses).items():
-            scores[f"{run} {way}"] = score_M.reshape(shape)
+            ruled_PN = missing_eos(score_M.reshape(shape), ended_PN, config.missing_eos)
+            scores[f"{run} {way}"] = np.asarray(ruled_PN)
+
+    # Whether each is right, and what it votes for.
+    right_PN = check_answers(check, texts, records) * counts_PN
+    finals: list[list[Any]] = []
+    for own, counts_N in zip(texts, counts_PN, strict=True):
+        pairs = zip(own, counts_N, strict=True)
+        finals.append([last_number(text) if counts else None for text, counts in pairs])
 
     tokens = sum(map(len, responses)) / len(records)
-    return Answers(texts, check_answers(check, texts, records), scores, tokens)
+    return Answers(texts, right_PN, finals, scores, tokens)
 
 
 def check_answers(
@@ -152,7 +174,6 @@ def hits_of_first(n: int, answers: Answers) -> Hits:
     # Of the first n answers.
     right_PN = answers.right_PN[:, :n]
     new_PN = first_of_equal_texts(answers.texts)[:, :n]
-    finals = [[last_number(text) for text in own] for own in answers.texts]
     problem_P = np.arange(len(right_PN))
 
     # Ways that choose at random: the chance to be right.
@@ -161,7 +182,7 @@ def hits_of_first(n: int, answers: Answers) -> Hits:
         "a score that knows nothing": np.average(right_PN, 1, new_PN),
     }
     # Ways that choose one, and the best that any of them could do.
-    for way, chosen_P in choices(n, answers.scores, finals).items():
+    for way, chosen_P in choices(n, answers.scores, answers.finals).items():
         hits[way] = right_PN[problem_P, chosen_P]
     hits["one of them is right"] = right_PN.max(1)
     return hits
@@ -175,7 +196,8 @@ def main(config: Config) -> dict[str, dict[int, Interval]]:
     )
     # Problems, and the answers to them.
     mesh = make_mesh(MeshConfig())
-    source = open_source(config.data, "prompt", "heldout", seed=config.seed)
+    split = config.split or evaluated_split(config.data)
+    source = open_source(config.data, "prompt", split, seed=config.seed)
     records = source.first(config.prompts)
     answers = sample_answers(config, records, mesh)
 
@@ -184,10 +206,10 @@ def main(config: Config) -> dict[str, dict[int, Interval]]:
     ways = hits_by_n[config.n]
     table: dict[str, dict[int, Interval]] = {}
     for way in ways:
-        table[way] = {n: mean_interval(hits[way]) for n, hits in hits_by_n.items()}
+        table[way] = {n: share_interval(hits[way]) for n, hits in hits_by_n.items()}
     print_table(table)
     print(
-        f"{len(records)} held-out problems, 95 % intervals; "
+        f"{len(records)} problems ({config.data}, {split}), 95 % intervals; "
         f"{answers.tokens:.0f} tokens a problem for n={config.n}"
     )
 

@@ -16,16 +16,17 @@ import jax
 import numpy as np
 
 from data.records import Record
-from data.sources import open_source
+from data.sources import Split, evaluated_split, open_source
 from data.steps import problems
 from data.tokenizer import Tokenizer
 from decoding.report import as_json, write_result
-from evaluation.intervals import Interval, mean_interval
+from evaluation.intervals import Interval, share_interval
 from model_config import check_fit
+from objectives.policy import MissingEos, missing_eos
 from objectives.reward import StepScore
-from responses import Tokens, load_run, make_sampler, split_evenly
+from responses import Tokens, has_ended, load_run, make_sampler, split_evenly
 from rewards.models import make_step_scorer
-from rewards.scorer import load_function
+from rewards.scorer import load_check
 from runtime import flags
 from runtime.errors import require
 from runtime.run_folder import atomic_text
@@ -46,8 +47,8 @@ class Config:
     """How the steps so far make one score (objectives/reward.py)."""
     data: str = "arithmetic"
     """Problems with answers of: arithmetic, a .jsonl file, or tfds:<name>."""
-    split: Literal["heldout", "train"] = "heldout"
-    """Part of these problems."""
+    split: Split | None = None
+    """Part of these problems; None: all of a file, else what is held out."""
     check: str = "tasks.answers:number"
     """module:function that is 1 where a response (first argument) has its record's answer."""
     beams: int = 4
@@ -66,6 +67,9 @@ class Config:
     """Longest prompt, in tokens."""
     max_new_tokens: int = 48
     """Longest solution, in tokens."""
+    missing_eos: Literal["lowest", "none"] = "lowest"
+    """Rule for a solution that is full without an end. lowest: it is wrong, and kept only where
+    all are; none: as any."""
     seed: int = 0
     """Seed of the built-in problems and samples."""
 
@@ -74,11 +78,12 @@ def search(
     prompts: Sequence[Tokens],
     extend: Callable[[list[Tokens], int], list[Tokens]],
     score: Callable[[list[Tokens], list[Tokens]], np.ndarray],
-    eos: int,
+    ends: Sequence[int],
     *,
     beams: int,
     branch: int,
     longest: int,
+    rule: MissingEos = "lowest",
 ) -> tuple[list[Tokens], int]:
     """Search a solution to each prompt, step by step.
 
@@ -87,15 +92,19 @@ def search(
     better, of partial solutions too. Returns (the best-scored solution to each prompt, without the
     prompt; the tokens sampled in all).
 
-    A solution is finished when it ends in `eos`, and stays among the candidates; one of `longest`
-    tokens without an end goes no further.
+    A solution is finished when it ends in one of `ends`, and stays among the candidates; one of
+    `longest` tokens without an end goes no further, and is scored by `rule`. A finished one that
+    fell out of the beams is returned where none of them came to an end.
     """
 
     def is_open(tokens: Tokens) -> bool:
-        return tokens[-1:] != [eos] and len(tokens) < longest
+        is_finished = bool(tokens) and tokens[-1] in ends
+        return not is_finished and len(tokens) < longest
 
     # Of each problem the beams: partial solutions, best first; at first all are empty.
     kept: list[list[Tokens]] = [[[] for _ in range(beams)] for _ in prompts]
+    # And the best that is finished, in the beams or out of them by now.
+    finished: list[Tokens] = [[] for _ in prompts]
     sampled = 0
     number = 0
     while any(is_open(tokens) for own in kept for tokens in own):
@@ -120,11 +129,28 @@ def search(
         # The best of them go on.
         each = beams * branch
         asked = [prompt for prompt in prompts for _ in range(each)]
-        scores_PN = score(asked, candidates).reshape(-1, each)
+        goes_on = [is_open(tokens) for tokens in candidates] | has_ended(candidates, ends)
+        scores_N = np.asarray(missing_eos(score(asked, candidates), goes_on, rule))
         by_problem = split_evenly(candidates, each)
-        kept = [best(*pair, beams) for pair in zip(by_problem, scores_PN, strict=True)]
+        scored = list(zip(by_problem, scores_N.reshape(-1, each), strict=True))
+        kept = [best(*pair, beams) for pair in scored]
+        found = [best_finished(*pair, ends) for pair in scored]
+        finished = [new or before for new, before in zip(found, finished, strict=True)]
         number += 1
-    return [own[0] for own in kept], sampled
+
+    # The best of the beams; by `lowest` what has an end, where anything has.
+    firsts = [own[0] for own in kept]
+    if rule == "lowest":
+        firsts = [whole or first for whole, first in zip(finished, firsts, strict=True)]
+    return firsts, sampled
+
+
+def best_finished(candidates: Sequence[Tokens], scores: np.ndarray, ends: Sequence[int]) -> Tokens:
+    """Return the candidate of the highest score [N] among those that end in one of `ends`."""
+    ended_N = has_ended(candidates, ends)
+    if not ended_N.any():
+        return []
+    return candidates[np.where(ended_N, scores, -np.inf).argmax()]
 
 
 def best(candidates: Sequence[Tokens], scores: np.ndarray, beams: int) -> list[Tokens]:
@@ -168,10 +194,11 @@ def search_problems(
         prompts,
         extend,
         score,
-        tokenizer.eos,
+        tokenizer.ends,
         beams=config.beams,
         branch=config.branch,
         longest=config.max_new_tokens,
+        rule=config.missing_eos,
     )
     return found, sampled, tokenizer
 
@@ -184,25 +211,29 @@ def main(config: Config) -> tuple[Interval, float]:
         "must be at least 1",
     )
     mesh = make_mesh(MeshConfig())
-    check = load_function(config.check)
-    source = open_source(config.data, "prompt", config.split, seed=config.seed)
+    check = load_check(config.check)
+    split = config.split or evaluated_split(config.data)
+    source = open_source(config.data, "prompt", split, seed=config.seed)
     records = source.first(config.prompts)
     found, sampled, tokenizer = search_problems(config, records, mesh)
 
     # How many are right.
     texts = [tokenizer.decode(tokens) for tokens in found]
-    right = [check(*pair) for pair in zip(texts, records, strict=True)]
-    accuracy = mean_interval(right)
+    ended_N = has_ended(found, tokenizer.ends)
+    counts_N = ended_N | (config.missing_eos == "none")
+    checked_N = np.array([check(*pair) for pair in zip(texts, records, strict=True)])
+    right = (checked_N * counts_N).tolist()
+    accuracy = share_interval(right)
     tokens = sampled / len(records)
-    print(f"{len(records)} problems: {accuracy} right, {tokens:.0f} tokens each")
+    which = f"{len(records)} problems ({config.data}, {split})"
+    print(f"{which}: {accuracy} right, {tokens:.0f} tokens each")
 
     if config.out is not None:
         write_result(config.out, config, tokens, as_json(accuracy), right)
     if config.solutions is not None:
         # Those that are right and came to their end.
-        ended = [solution[-1] == tokenizer.eos for solution in found]
         with atomic_text(config.solutions) as file:
-            for record, text, hit, end in zip(records, texts, right, ended, strict=True):
+            for record, text, hit, end in zip(records, texts, right, ended_N, strict=True):
                 if hit and end:
                     said = {"role": "assistant", "content": text}
                     row = {"messages": [*record["prompt"], said]}

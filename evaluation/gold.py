@@ -14,6 +14,7 @@ from model_config import ModelConfig
 from objectives.policy import response_logprobs
 from responses import full_parts
 from rollout import join_responses
+from runtime.errors import require
 from sampling import Samples, SamplingConfig, generate
 from sharding import to_host
 from tasks import world
@@ -83,8 +84,15 @@ def make_kl_sampler(
     `sampling`, before top-k and top-p.
 
     `condition`: the batch of prompts as the policy sees it; the reference sees them as they are.
-    `reference` (of this function): the reference's shape, where it is not `config`.
+    `reference` (of this function): the reference's shape, where it is not `config`. Raises
+    UserError for prompts and responses longer than the model's context.
     """
+    new_tokens = sampling.max_new_tokens
+    require(
+        prompt_length + new_tokens <= config.context,
+        f"--max_prompt={prompt_length}, --max_new_tokens={new_tokens}: together more than the "
+        f"model's context of {config.context}; lower one",
+    )
     _, apply = init_and_apply(LanguageModel(config))
     _, reference_apply = init_and_apply(LanguageModel(reference or config))
 
@@ -99,7 +107,7 @@ def make_kl_sampler(
             condition(prompts),
             key,
             sampling,
-            eos=tokenizer.eos,
+            eos=tokenizer.ends,
             pad=tokenizer.pad,
         )
         batch = join_responses(prompts, samples)

@@ -31,25 +31,30 @@ class Interval(NamedTuple):
         return format(str(self), spec)
 
 
-def share_interval(hits: Sequence[bool]) -> Interval:
-    """Return the share of `hits` that are true, with its interval (Wilson 1927).
+def share_interval(hits: Sequence[float] | np.ndarray) -> Interval:
+    """Return the mean of `hits`, values in [0, 1], with its interval (Wilson 1927).
 
-    It lies within [0, 1]. Without hits: nan in [0, 1].
+    It lies within [0, 1]. Values between, as 1/2 for a tie, vary less than hits of the same mean,
+    and count as so many more. Without values: nan in [0, 1].
     """
     count = len(hits)
     if not count:
         return Interval(float("nan"), 0.0, 1.0)
     share = float(np.mean(hits))
-    variance = share * (1 - share) / count
 
-    # The interval is not centred on the share but between it and 1/2.
-    centre = share + Z * Z / (2 * count)
-    half = Z * (variance + Z * Z / (4 * count * count)) ** 0.5
-    scale = 1 + Z * Z / count
+    # Values of 0 and 1 alone have the variance of a coin, others less.
+    coin = share * (1 - share)
+    ratio = float(np.var(hits)) / coin if coin else 1.0
+    spread = Z * Z * min(ratio, 1.0) / count
+
+    # The shares from which this one is Z standard errors away. They are not centred on it but
+    # between it and 1/2.
+    centre = share + spread / 2
+    half = (spread * coin + spread * spread / 4) ** 0.5
 
     # Rounding may leave [0, 1].
-    low = max(0.0, (centre - half) / scale)
-    high = min(1.0, (centre + half) / scale)
+    low = max(0.0, (centre - half) / (1 + spread))
+    high = min(1.0, (centre + half) / (1 + spread))
     return Interval(share, low, high)
 
 

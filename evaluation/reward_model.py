@@ -9,10 +9,11 @@ from data.batches import encode_comparison
 from data.records import Record
 from data.sources import Source
 from data.tokenizer import Tokenizer
+from evaluation.tables import note_left_out
 from model import Params
 from model_config import ModelConfig
 from rewards.models import Prompt, make_text_scorer
-from runtime.errors import UserError
+from runtime.errors import require
 
 # Of confidence between 1/2 and 1, in the calibration error.
 BINS = 10
@@ -36,9 +37,14 @@ def ordered_pairs(rewards_NC: np.ndarray, ranks_NC: np.ndarray) -> tuple[np.ndar
     return better_reward_P - worse_reward_P, prompt_P
 
 
+def right_order(gap_P: np.ndarray) -> np.ndarray:
+    """Return [P]: 1 where the better candidate has the higher reward, 1/2 for a tie, else 0."""
+    return (gap_P > 0) + 0.5 * (gap_P == 0)
+
+
 def accuracy(gap_P: np.ndarray) -> float:
-    """Return the share of pairs in the right order; equal rewards are not."""
-    return float((gap_P > 0).mean())
+    """Return the share of pairs in the right order, equal rewards a half: 1/2 for a constant."""
+    return float(right_order(gap_P).mean())
 
 
 def criterion_table(gap_P: np.ndarray, criterion_P: np.ndarray) -> dict[str, float]:
@@ -56,7 +62,7 @@ def calibration_error(gap_P: np.ndarray) -> float:
 
     Confidence is sigmoid(|gap|), the probability that Bradley-Terry gives the pair's own order.
     """
-    right_P = gap_P > 0
+    right_P = right_order(gap_P)
     size_P = np.abs(gap_P)
     confidence_P = 1 / (1 + np.exp(-size_P))
     # Confidence lies in [1/2, 1]; 1 itself belongs to the last bin.
@@ -155,16 +161,15 @@ def make_comparison_evaluation(
 
     It reads the first `most` records of `source`. Returns evaluate(params) -> `comparison_table`
     with names prefixed by `eval/`. Records whose responses do not fit into `length` tokens are
-    left out; raises UserError where none is left.
+    left out, with a note; raises UserError where none is left, or all of them tie.
     """
     # The records, and what of them does not depend on parameters.
-    records = []
-    for record in source.first(most):
-        if encode_comparison(record, tokenizer, length).rows:
-            records.append(record)
-    if not records:
-        raise UserError(f"{source.name}: no comparison fits into {length} tokens; raise --length")
+    read = source.first(most)
+    records = [record for record in read if encode_comparison(record, tokenizer, length).rows]
+    note_left_out(source.name, len(read) - len(records), len(read), length)
     prompts, responses, ranks_NC, lengths_NC, criteria = as_comparisons(records, tokenizer)
+    gap_P, _ = ordered_pairs(np.zeros(ranks_NC.shape), ranks_NC)
+    require(gap_P.size > 0, f"{source.name}: its responses tie; give comparisons that differ")
     score_texts = make_text_scorer(config, tokenizer, length)
 
     def evaluate(params: Params) -> dict[str, float]:

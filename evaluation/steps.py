@@ -32,9 +32,10 @@ def step_table(
     """Measure the log-odds `logits_NT` that steps are right against their labels.
 
     A step counts at its last token, where `mask_NT` is 1; it is right where `targets_NT` >= 0.5.
-    Returns `accuracy` (at probability 1/2), `auc`, `first_error`, `wrong` (the share of wrong
-    steps) and `steps` (how many are labelled). `first_error`: of the solutions with a wrong step,
-    the share whose first step with negative log-odds is the first wrong one (else nan).
+    Returns `accuracy` (at probability 1/2, which itself is half right), `auc`, `first_error`,
+    `wrong` (the share of wrong steps) and `steps` (how many are labelled). `first_error`: of the
+    solutions with a wrong step, the share whose first step with negative log-odds is the first
+    wrong one (else nan).
     """
     labelled_NT = mask_NT > 0
     right_NT = targets_NT >= 0.5
@@ -42,7 +43,8 @@ def step_table(
     # Over all labelled steps, M of them.
     right_M = right_NT[labelled_NT]
     logits_M = logits_NT[labelled_NT]
-    correct_M = (logits_M > 0) == right_M
+    same_side_M = (logits_M > 0) == right_M
+    correct_M = np.where(logits_M == 0, 0.5, same_side_M)
 
     # By solution: where its wrong steps are, and where the model takes a step for wrong.
     wrong_NT = labelled_NT & ~right_NT

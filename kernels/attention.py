@@ -298,6 +298,12 @@ def check_shapes(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array) -> Non
         )
 
 
+def without_padding(segment_ids: jax.Array, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """Return `arrays`, [B, T, ...] each, with zeros at the tokens of segment 0."""
+    is_real_BT11 = (segment_ids > 0)[:, :, None, None]
+    return tuple(jnp.where(is_real_BT11, x, 0) for x in arrays)
+
+
 def resolve(implementation: Implementation, q_BTNH: jax.Array, ring: int) -> Implementation:
     """Return the implementation meant by `auto`, or the one asked for.
 
@@ -334,6 +340,7 @@ def attention(
     scale: float | None = None,
     implementation: Implementation = "auto",
     ring: int = 1,
+    finite_padding: bool = False,
 ) -> jax.Array:
     """Return self-attention (T = S) with grouped queries, [B, T, N, H] in q's type.
 
@@ -343,7 +350,9 @@ def attention(
     tanh(scores / soft_cap) (Gemma 2). `scale` defaults to 1/sqrt(H). A row that sees nothing
     gives zeros. Under a mesh every implementation but the reference runs on each device's own
     rows and heads. `ring`: devices of the mesh's sequence axis over which the tokens of q, k, v
-    and the result, though not of `segment_ids`, are striped (kernels/ring.py).
+    and the result, though not of `segment_ids`, are striped (kernels/ring.py). Infinity and NaN at
+    padding reach no other token in `reference` and `xla_chunked`, for q, k and v are set to 0
+    there; with `finite_padding` the caller says that there is none, which saves that pass.
 
     Raises UserError where the implementation asked for does not serve the shape.
     """
@@ -359,6 +368,11 @@ def attention(
         )
         return on_each_device(run, q_BTNH, k_BSKH, v_BSKH, segment_ids)
 
+    # Weights of 0 hide numbers, but neither infinity nor NaN.
+    is_hiding = implementation in ("reference", "xla_chunked") and ring == 1
+    if is_hiding and segment_ids is not None and not finite_padding:
+        q_BTNH, k_BSKH, v_BSKH = without_padding(segment_ids, q_BTNH, k_BSKH, v_BSKH)
+
     keys, queries = visible_ranges(batch, length, segment_ids, causal, window)
     if implementation == "reference":
         return masked_attention(q_BTNH, k_BSKH, v_BSKH, mask_of(keys), scale, soft_cap)
@@ -366,6 +380,35 @@ def attention(
     options = Options(implementation, ring, scale, soft_cap)
     run = functools.partial(bounded_attention, options)
     return on_each_device(run, q_BTNH, k_BSKH, v_BSKH, keys, queries, ring=ring)
+
+
+def slot_distances(length: int, slots: int, at: jax.Array) -> jax.Array:
+    """Return [T, S]: how many tokens before each of `length` new ones the slots' tokens stand.
+
+    The new tokens are in the slots from `at`, a scalar, on; `slots` are a ring. A slot before the
+    oldest token, or of a newer one, is as far as the ring is long from there.
+    """
+    # Rows are left-padded, so distances between slots are distances between tokens.
+    query_T = at + jnp.arange(length)
+    return (query_T[:, None] - jnp.arange(slots)) % slots
+
+
+def seen_slots(
+    valid_BS: jax.Array, length: int, at: jax.Array, window: int | None = None
+) -> jax.Array:
+    """Return [B, T, S] bool: the slots that each of `length` new tokens sees, its own among them.
+
+    `valid_BS` is above 0 where a slot holds a token; the new ones are in those from `at` on. A
+    token sees none after itself, and with a `window` itself and the window - 1 before it.
+    """
+    slots = valid_BS.shape[1]
+    distance_TS = slot_distances(length, slots, at)
+    # Token t has length - 1 - t newer ones, which the ring has furthest back.
+    newer_T = length - 1 - jnp.arange(length)
+    seen_TS = distance_TS < slots - newer_T[:, None]
+    if window is not None:
+        seen_TS &= distance_TS < window
+    return (valid_BS > 0)[:, None] & seen_TS
 
 
 def decode_attention(
@@ -379,21 +422,23 @@ def decode_attention(
     soft_cap: float | None = None,
     scale: float | None = None,
 ) -> jax.Array:
-    """Return the attention of one query a row (T = 1) to cached keys, [B, 1, N, H].
+    """Return the attention of T new queries a row to cached keys, [B, T, N, H].
 
-    Keys and values are in a ring of S slots; those with `valid_BS` > 0 hold tokens. The query is
-    the token in slot `at`, a scalar. `window`, `soft_cap` and `scale` are as in `attention`.
+    Keys and values are in a ring of S slots; those with `valid_BS` > 0 hold tokens. The queries
+    are the tokens in the slots from `at`, a scalar, on, and see one another causally. `window`,
+    `soft_cap` and `scale` are as in `attention`.
     """
-    batch, kv_heads, slots, width = k_BKSH.shape
-    mask_BS = valid_BS > 0
-    # Rows are left-padded, so distances between slots are distances between tokens.
-    if window is not None:
-        distance_S = (at - jnp.arange(slots)) % slots
-        mask_BS &= distance_S < window
+    batch, length, _, width = q_BTNH.shape
+    kv_heads = k_BKSH.shape[1]
+    mask_BTS = seen_slots(valid_BS, length, at, window)
     if scale is None:
         scale = width**-0.5
-    q_BKGH = q_BTNH.reshape(batch, kv_heads, -1, width)
-    scores_BKGS = jnp.einsum("BKGH,BKSH->BKGS", q_BKGH, k_BKSH, preferred_element_type=jnp.float32)
-    weights_BKGS = softmax_where(mask_BS[:, None, None], scores_BKGS, scale, soft_cap)
-    out_BKGH = jnp.einsum("BKGS,BKSH->BKGH", weights_BKGS.astype(v_BKSH.dtype), v_BKSH)
-    return out_BKGH.reshape(q_BTNH.shape)
+    q_BTKGH = q_BTNH.reshape(batch, length, kv_heads, -1, width)
+    scores_BKTGS = jnp.einsum(
+        "BTKGH,BKSH->BKTGS", q_BTKGH, k_BKSH, preferred_element_type=jnp.float32
+    )
+    mask_B1T1S = mask_BTS[:, None, :, None]
+    weights_BKTGS = softmax_where(mask_B1T1S, scores_BKTGS, scale, soft_cap)
+    weights_BKTGS = weights_BKTGS.astype(v_BKSH.dtype)
+    out_BTKGH = jnp.einsum("BKTGS,BKSH->BTKGH", weights_BKTGS, v_BKSH)
+    return out_BTKGH.reshape(q_BTNH.shape)

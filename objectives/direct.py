@@ -127,8 +127,8 @@ def ipo(
 ) -> Array:
     """Return IPO's losses, [B] (identity preference optimisation, Azar et al. 2024).
 
-    Arguments as of `dpo`. The gap is drawn to 1 / (2 beta), not to infinity; `beta` is the paper's
-    tau.
+    Arguments as of `dpo`. The gap, of whole responses as in the paper, is drawn to 1 / (2 beta),
+    not to infinity; `beta` is the paper's tau.
     """
     h = log_ratio_gap(
         policy_chosen_logps,
@@ -229,13 +229,15 @@ def kto(
     return 0.5 * (good + bad)
 
 
-def mismatched_kl(policy_logps: Array, reference_logps: Array) -> Array:
+def mismatched_kl(
+    policy_logps: Array, reference_logps: Array, where: Array | None = None
+) -> Array:
     """Return KTO's estimate of KL(policy || reference), a scalar in nats; it may be below 0.
 
     The log-probabilities, sums over tokens, are of responses to other prompts (Ethayarajh et al.
-    2024: z0); arrays of one shape, whichever.
+    2024: z0); arrays of one shape, whichever. `where`: bool, which of them there are; None: all.
     """
-    return jnp.mean(policy_logps - reference_logps)
+    return jnp.mean(policy_logps - reference_logps, where=where)
 
 
 # ---- On pairs, without a reference ----
@@ -282,7 +284,7 @@ def cpo(
     """Return CPO's losses, [B]: DPO under a uniform reference, plus the chosen response's NLL.
 
     Log-probabilities are sums over a response's tokens, in nats; [B], or shapes that broadcast.
-    `nll_weight` multiplies the NLL.
+    `nll_weight` multiplies the NLL, a sum too, as in the paper; its authors' program has a mean.
     """
     # The reference, uniform, drops out of the gap.
     preference = -jax.nn.log_sigmoid(beta * (chosen_logps - rejected_logps))
@@ -430,7 +432,9 @@ def kto_kl_estimate(apply: Apply, policy: Params, batch: Candidates) -> Candidat
     judged = {name: x[:, :-1] for name, x in per_candidate.items()}
     mismatched = {name: x[:, -1:] for name, x in per_candidate.items()}
     policy_logps = candidate_logprobs(apply, policy, mismatched)
-    kl = mismatched_kl(policy_logps, mismatched["reference_BC"])
+    # Rows that only fill the batch up have no response.
+    there_B1 = mismatched["segment_ids_BCT"].any(-1)
+    kl = mismatched_kl(policy_logps, mismatched["reference_BC"], there_B1)
     return {**judged, "kl_B": jnp.broadcast_to(kl, batch["margin_B"].shape)}
 
 
@@ -470,7 +474,8 @@ def kto_objective(
     metrics = {}
     for name, side_BC in (("desirable", ranks_BC == 1), ("undesirable", ranks_BC == 2)):
         metrics[name] = ((score_BC * side_BC).sum(), side_BC.sum().astype(jnp.float32))
-    metrics["kl"] = (kl_B.sum(), jnp.float32(kl_B.size))
+    there_B = batch["segment_ids_BCT"].any((1, 2)).astype(jnp.float32)
+    metrics["kl"] = ((kl_B * there_B).sum(), there_B.sum())
     if ranks_BC.shape[1] > 1:
         metrics |= pair_metrics(score_BC, better_pairs(ranks_BC))
 

@@ -21,6 +21,7 @@ from objectives.policy import (
     clipped_surrogate,
     gae,
     kl_estimate,
+    masked,
     response_logprobs,
     whiten,
 )
@@ -113,10 +114,12 @@ def shaped(rewards_BR: Array, potential_BR: Array, mask_BR: Array) -> Array:
     It leaves the optimal policy as it is (Ng et al. 1999, theorem 1, gamma = 1). `potential_BR`:
     phi of the states in which the tokens were emitted; after the last token it counts as 0.
     """
-    # phi(s') is the next token's phi(s), and 0 after the last.
-    potential_BR = potential_BR * mask_BR
-    next_BR = jnp.pad(potential_BR[:, 1:], ((0, 0), (0, 1)))
-    return rewards_BR + next_BR - potential_BR
+    # phi(s') is the next action's phi(s), and 0 after the last: what gae sums over one step.
+    potential_BR = masked(potential_BR, mask_BR)
+    change_BR, _ = gae(
+        jnp.zeros_like(rewards_BR), potential_BR, mask_BR, gamma=1.0, gae_lambda=0.0
+    )
+    return rewards_BR + change_BR
 
 
 # ---- Advantages of whole responses, [P, C] from rewards [Q, C]: a row is a prompt's group ----
@@ -183,7 +186,8 @@ def reinforce_pp(
     has the KL in the loss, by k2. `unbiased` divides the variance by n - 1.
     """
     # Advantages without a critic and without discounts are the rewards still to come.
-    to_go_BR, _ = gae(rewards_BR, jnp.zeros_like(rewards_BR), gamma=1.0, gae_lambda=1.0)
+    zeros_BR = jnp.zeros_like(rewards_BR)
+    to_go_BR, _ = gae(rewards_BR, zeros_BR, mask_BR, gamma=1.0, gae_lambda=1.0)
     # Every token of a response has the same baseline.
     if group > 1:
         mean_Q = rewards_BR.sum(1).reshape(-1, group).mean(1)
@@ -246,8 +250,8 @@ def surrogate_objective(
     Shao et al. 2024, eq. 3 and 4. `batch` has `old_logp_BR`, `reference_BR` (the reference's,
     nats) and `advantages_BR`, [B, R], too. `ratio`: see `log_ratio`; `average`: see `row_weights`,
     whose second result sums to the weight; clips as of policy.clipped_policy_loss; `temperature`:
-    of sampling, 0 counts as 1. Metrics: approx_kl, clipped, nll_per_token and kl, the mean
-    estimate per token, which is there without `kl_coef` too.
+    of sampling, 0 counts as 1. Metrics: those of `clipped_surrogate`, and kl, the mean estimate
+    per token, which is there without `kl_coef` too.
     """
     # The surrogate of each token, by the method's importance ratio.
     mask_BR = batch["mask_BR"]
@@ -256,13 +260,12 @@ def surrogate_objective(
         logp_BR, batch, clip, clip_high, partial(log_ratio, level=ratio)
     )
 
-    # Padding gets KL 0, so that nothing there can overflow before it is masked.
-    kl_BR = kl_estimate(logp_BR * mask_BR, batch["reference_BR"] * mask_BR, kl_estimator)
+    kl_BR = kl_estimate(logp_BR, batch["reference_BR"], kl_estimator, mask_BR)
     metrics["kl"] = (kl_BR.sum(), mask_BR.sum())
     if kl_coef:
         losses_BR += kl_coef * kl_BR
 
     # Tokens weigh as the method averages them.
     weight_B, count_B = row_weights(mask_BR, average)
-    loss = (losses_BR * mask_BR * weight_B[:, None]).sum()
+    loss = (masked(losses_BR, mask_BR) * weight_B[:, None]).sum()
     return loss, (count_B.sum(), metrics)

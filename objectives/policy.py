@@ -12,7 +12,8 @@ response token t, and that gives the value of the state in which token t was emi
     predicts                         t=0   t=1   t=2   t=3     -        response_states, [B, R + 1]
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -32,41 +33,72 @@ from objectives.likelihood import (
 
 Array = jax.Array
 KlEstimator = Literal["k1", "k2", "k3"]
-MissingEos = Literal["replace", "penalty", "none"]
+MissingEos = Literal["lowest", "replace", "penalty", "none"]
 ScoreAt = Literal["last", "after"]
+Combine = Literal["mean", "weighted", "minimum", "gated"]
+"""How several rewards make one score; see `combined`."""
 Responses = Mapping[str, Any]
 """A rollout.Rollout, or a minibatch of its rows. [B, P + R]: `tokens_BT`, `segment_ids_BT`,
 `positions_BT`, int32; [B, R]: `response_BR`, the last R columns of `tokens_BT`, and `mask_BR`,
-float32, 1 for a response's tokens, its end included. What else a function reads, it names."""
+float32, 1 for a response's actions: the tokens that the policy drew, its end included. Between
+them the mask may have holes, tokens that something else wrote. What else a function reads, it
+names."""
 
 
-# ---- Rewards: a KL penalty at each token, the score at the end ----
+# ---- Rewards: one score a response, a KL penalty at each token, the score at the end ----
 
 
-def kl_estimate(logp: Array, reference_logp: Array, estimator: KlEstimator) -> Array:
+def masked(x: Array, mask: Array | float) -> Array:
+    """Return `x` where `mask` is above 0, else 0: whatever else is there, infinite or nan."""
+    return jnp.where(mask > 0, x, 0.0)
+
+
+def kl_estimate(
+    logp: Array, reference_logp: Array, estimator: KlEstimator, mask: Array | float = 1.0
+) -> Array:
     """Estimate KL(policy || reference) per token in nats, from tokens of the policy.
 
     Schulman 2020. k1 = log ratio: unbiased. k2 = (log ratio)^2 / 2. k3 = exp(-k1) - 1 + k1:
     unbiased and never negative. Log-probabilities of the tokens, nats; all arrays have the same
-    shape.
+    shape. 0 where `mask` is.
     """
-    # Of tokens that the policy drew, so that means over them are expectations under it.
-    k1 = logp - reference_logp
+    # Of tokens that the policy drew, so that means over them are expectations under it. Masked
+    # before the exponential, which can overflow at padding.
+    k1 = masked(logp - reference_logp, mask)
     if estimator == "k1":
         return k1
     if estimator == "k2":
         return 0.5 * k1 * k1
-    return jnp.expm1(-k1) + k1
+    if estimator == "k3":
+        return jnp.expm1(-k1) + k1
+    raise ValueError(f"no estimator of the KL: {estimator!r}")
 
 
-def missing_eos(score_B: Array, ended_B: Array, rule: MissingEos, score: float) -> Array:
+def lowest(score_B: Array, passes_B: Array) -> Array:
+    """Return the scores [B], one value below all of them in place of those that do not pass.
+
+    It is the batch's lowest less its standard deviation, or, where all are equal, less 1 or a
+    thousandth of them. So no scale of rewards pays for not passing, and adding a constant to all
+    or multiplying all by one changes no proportion between the results.
+    """
+    # In units of the largest, so that no square overflows; zeros have any unit.
+    size = jnp.abs(score_B).max()
+    spread = size * (score_B / jnp.where(size > 0, size, 1.0)).std()
+    # Scores that differ by rounding are equal.
+    step = jnp.where(spread > 1e-6 * size, spread, jnp.maximum(1.0, 1e-3 * size))
+    return jnp.where(passes_B, score_B, score_B.min() - step)
+
+
+def missing_eos(score_B: Array, ended_B: Array, rule: MissingEos, score: float = 0.0) -> Array:
     """Return the scores [B] after the rule on responses without an end.
 
     `ended_B` is True for a response with its end-of-turn token, whose score stays. Without one:
-    replace gives it `score`, penalty adds `score` to its own, none leaves it.
+    `lowest` puts it below all others, replace gives it `score`, penalty adds `score` to its own,
+    none leaves it.
     """
     # Its score after each rule.
     without = {
+        "lowest": lowest(score_B, ended_B),
         "replace": jnp.full_like(score_B, score),
         "penalty": score_B + score,
         "none": score_B,
@@ -74,25 +106,76 @@ def missing_eos(score_B: Array, ended_B: Array, rule: MissingEos, score: float) 
     return jnp.where(ended_B, score_B, without)
 
 
+def combined(
+    scores: Sequence[Array],
+    how: Combine,
+    *,
+    weights: Sequence[float] = (),
+    gate: float = 0.0,
+    floor: float | None = None,
+) -> Array:
+    """Combine several scores of each response, [B] each, into one, [B].
+
+    mean: their mean. weighted: their sum, with `weights`, one a score. minimum: the least. gated:
+    the first where all others reach `gate`, else `floor`, None: below the first of all (`lowest`).
+    A reward a criterion: Glaese et al. 2022 (a preference beside rules); Touvron et al. 2023,
+    section 3.2.3 (Llama 2: helpfulness counts where safety reaches a threshold).
+    """
+    # C here: criteria.
+    scores_BC = jnp.stack(list(scores), axis=1)
+    if how == "mean":
+        return scores_BC.mean(1)
+    if how == "weighted":
+        return (scores_BC * jnp.array(weights, jnp.float32)).sum(1)
+    if how == "minimum":
+        return scores_BC.min(1)
+    if how == "gated":
+        passes_B = (scores_BC[:, 1:] >= gate).all(1)
+        first_B = scores_BC[:, 0]
+        return lowest(first_B, passes_B) if floor is None else jnp.where(passes_B, first_B, floor)
+    raise ValueError(f"no way to combine scores: {how!r}")
+
+
+def last_places(real_BT: Array) -> Array:
+    """Return [B, T] bool: True at the last true place of each row of `real_BT`, bool.
+
+    In a row without one it is True at T - 1.
+    """
+    length = real_BT.shape[1]
+    from_the_end_B = jnp.argmax(jnp.flip(real_BT, axis=1), axis=1)
+    last_B = length - 1 - from_the_end_B
+    return jnp.arange(length) == last_B[:, None]
+
+
+def last_token(scalars_BT: Array, segment_ids_BT: Array) -> Array:
+    """Return the scalar at each row's last real token, [B], on whichever side the padding is.
+
+    Segment id 0 is padding. A row of padding alone gives the scalar at T - 1: mask it.
+    """
+    is_last_BT = last_places(segment_ids_BT > 0)
+    # A compare-and-sum, for the backward pass of a gather is a scatter, slow on every platform.
+    return jnp.where(is_last_BT, scalars_BT, 0.0).sum(1)
+
+
 def score_position(mask_BR: Array, at: ScoreAt) -> tuple[Array, Array]:
     """Return the index at which a response's score is added, [B] int32, and the value mask [B, R].
 
-    `mask_BR`: 1 on a response's real tokens, which come first, and 0 on the padding after them.
-    The value mask is 1 for states that have a value. last: the score is added at the last real
-    token, -1 for a response without any, and the value mask is `mask_BR`. after: at the position
-    after it (0 for a response without any), if one is left, whose state then has a value too;
-    else at the last token; the value mask is float32.
+    The value mask is 1 for states that have a value. last: the score is added at the last action,
+    -1 for a response without any, and the value mask is `mask_BR`. after: at the position after it
+    (0 for a response without any), if one is left, whose state then has a value too; else at the
+    last action; the value mask is float32.
     """
-    # The last real token is at length - 1, for responses are padded on the right.
-    length_B = mask_BR.sum(1).astype(jnp.int32)
+    # Not its length less one: a mask may have holes.
+    place_R = jnp.arange(mask_BR.shape[1])
+    last_B = jnp.where(mask_BR > 0, place_R, -1).max(1)
     if at == "last":
-        return length_B - 1, mask_BR
-
-    # A response of the longest length has no position after it.
-    longest = mask_BR.shape[1]
-    at_B = jnp.minimum(length_B, longest - 1)
-    has_value_BR = jnp.arange(longest) <= at_B[:, None]
-    return at_B, has_value_BR.astype(jnp.float32)
+        return last_B, mask_BR
+    if at == "after":
+        # A response of the longest length has no position after it.
+        at_B = jnp.minimum(last_B + 1, place_R[-1])
+        has_value_BR = (mask_BR > 0) | (place_R == at_B[:, None])
+        return at_B, has_value_BR.astype(jnp.float32)
+    raise ValueError(f"no place for the score: {at!r}")
 
 
 def token_rewards(
@@ -107,7 +190,7 @@ def token_rewards(
     Ziegler et al. 2019, eq. 2. `kl_BR`: of `kl_estimate`, counted where `mask_BR` is 1. `at_B`:
     int32, of `score_position`; the score is added where the mask is 0 too, and nowhere at -1.
     """
-    penalty_BR = -beta * kl_BR * mask_BR
+    penalty_BR = -beta * masked(kl_BR, mask_BR)
     # The score at one place of each row.
     is_place_BR = jnp.arange(mask_BR.shape[1]) == at_B[:, None]
     score_BR = jnp.where(is_place_BR, score_B[:, None], 0.0)
@@ -136,7 +219,7 @@ def masked_mean(x: Array, mask: Array) -> Array:
     """Return the mean of `x` where `mask` is 1, over all axes: a scalar; 0 where it is nowhere."""
     # At least 1: an empty mask has mean 0, not nan.
     count = jnp.maximum(mask.sum(), 1.0)
-    return (x * mask).sum() / count
+    return masked(x, mask).sum() / count
 
 
 def whiten(x: Array, mask: Array, *, shift_mean: bool = True, unbiased: bool = False) -> Array:
@@ -148,7 +231,7 @@ def whiten(x: Array, mask: Array, *, shift_mean: bool = True, unbiased: bool = F
     """
     # Mean and variance of what is under the mask.
     mean = masked_mean(x, mask)
-    square = jnp.square(x - mean) * mask
+    square = masked(jnp.square(x - mean), mask)
     count = jnp.maximum(mask.sum() - unbiased, 1.0)
     variance = square.sum() / count
 
@@ -156,32 +239,53 @@ def whiten(x: Array, mask: Array, *, shift_mean: bool = True, unbiased: bool = F
     white = (x - mean) * jax.lax.rsqrt(variance + 1e-8)
     if not shift_mean:
         white = white + mean
-    return white * mask
+    return masked(white, mask)
 
 
 def gae(
-    rewards_BR: Array, values_BR: Array, *, gamma: float, gae_lambda: float
+    rewards_BR: Array,
+    values_BR: Array,
+    mask_BR: Array | None = None,
+    *,
+    gamma: float,
+    gae_lambda: float,
 ) -> tuple[Array, Array]:
     """Return generalised advantage estimates A, and returns A + V, [B, R] each.
 
     Schulman et al. 2016, eq. 16: delta_t = r_t + gamma V_{t+1} - V_t, and
-    A_t = delta_t + gamma gae_lambda A_{t+1}. Rewards and values must be 0 behind a row's last
-    state: then V after the end is 0. V after index R - 1 is 0 too, so a response that was cut off
-    counts as one that ended.
+    A_t = delta_t + gamma gae_lambda A_{t+1}, where t + 1 is the next state under `mask_BR`; both
+    are 0 outside it. None: all are states. V after a row's last state is 0, so a response that was
+    cut off counts as one that ended.
     """
+    is_state_BR = jnp.ones_like(rewards_BR) if mask_BR is None else mask_BR
 
-    # From the last token back; the carry is of the token after.
+    # From the last token back; the carry is of the state after, kept over what is no state.
     def earlier(carry, now):
         next_advantage, next_value = carry
-        reward, value = now
+        reward, value, is_state = now
         advantage = reward + gamma * next_value - value + gamma * gae_lambda * next_advantage
-        return (advantage, value), advantage
+        own = (advantage, value)
+        carry = jax.tree.map(partial(jnp.where, is_state > 0), own, carry)
+        return carry, masked(advantage, is_state)
 
     # The scan runs over the first axis, so arrays are turned for it and back.
     zero_B = jnp.zeros_like(rewards_BR[:, 0])
-    steps = (rewards_BR.T, values_BR.T)
+    steps = (rewards_BR.T, values_BR.T, is_state_BR.T)
     _, advantages_RB = jax.lax.scan(earlier, (zero_B, zero_B), steps, reverse=True)
-    return advantages_RB.T, advantages_RB.T + values_BR
+    return advantages_RB.T, masked(advantages_RB.T + values_BR, is_state_BR)
+
+
+def explained_variance(values_BR: Array, returns_BR: Array, mask_BR: Array) -> Array:
+    """Return 1 - var(returns - values) / var(returns) over the masked states, a scalar.
+
+    1: the critic knows every return; 0: as good as their mean; below 0: worse.
+    """
+
+    def variance(x_BR: Array) -> Array:
+        return masked_mean(jnp.square(x_BR - masked_mean(x_BR, mask_BR)), mask_BR)
+
+    # Equal returns leave nothing to explain.
+    return 1.0 - variance(returns_BR - values_BR) / jnp.maximum(variance(returns_BR), 1e-8)
 
 
 # ---- Losses of a token ----
@@ -304,29 +408,50 @@ def clipped_surrogate(
 ) -> tuple[Array, Metrics]:
     """Return `clipped_policy_loss` of each token, [B, R], not masked yet, and metrics.
 
-    `logp_BR`: the policy's, nats. `batch`: `mask_BR`, `old_logp_BR` and `advantages_BR`, [B, R].
-    `log_ratio(change_BR, mask_BR)` makes the log of the importance ratio [B, R] from the tokens'
-    own log-ratios, 0 at padding. Metrics: approx_kl, half the mean square of those; clipped, the
-    share of tokens whose ratio is outside the clips; nll_per_token, minus the mean
-    log-probability.
+    `logp_BR`: the policy's, nats. `batch`: `mask_BR`, `old_logp_BR` and `advantages_BR`, [B, R],
+    and `is_first_B` where rows are the first that samples are trained on: their ratio is then 1,
+    whatever the rounding of `old_logp_BR`. `log_ratio(change_BR, mask_BR)` makes the log of the
+    importance ratio [B, R] from the tokens' own log-ratios, 0 at padding. Metrics: approx_kl, half
+    the mean square of those to `old_logp_BR`; nll_per_token, minus the mean log-probability; and
+    those of `clip_metrics`.
     """
-    # Log-ratios of the tokens, from them those of the method, and its loss.
+    # Log-ratios of the tokens: padding gets 0, so that nothing there can overflow.
     mask_BR = batch["mask_BR"]
     tokens = mask_BR.sum()
-    # Padding gets ratio 1, so that nothing there can overflow before it is masked.
-    change_BR = (logp_BR - batch["old_logp_BR"]) * mask_BR
-    log_ratio_BR = log_ratio(change_BR, mask_BR)
-    losses_BR = clipped_policy_loss(log_ratio_BR, batch["advantages_BR"], clip, clip_high)
+    old_BR = batch["old_logp_BR"]
+    moved_BR = masked(logp_BR - old_BR, mask_BR)
+    if "is_first_B" in batch:
+        old_BR = jnp.where(batch["is_first_B"][:, None], jax.lax.stop_gradient(logp_BR), old_BR)
+    change_BR = masked(logp_BR - old_BR, mask_BR)
 
-    # How far the policy has moved from the one that sampled.
-    ratio_BR = jnp.exp(log_ratio_BR)
-    outside_BR = ((ratio_BR < 1 - clip) | (ratio_BR > 1 + clip_high)) * mask_BR
+    # From them those of the method, and its loss.
+    log_ratio_BR = log_ratio(change_BR, mask_BR)
+    advantages_BR = masked(batch["advantages_BR"], mask_BR)
+    losses_BR = clipped_policy_loss(log_ratio_BR, advantages_BR, clip, clip_high)
     metrics = {
-        "approx_kl": (0.5 * jnp.square(change_BR).sum(), tokens),
-        "clipped": (outside_BR.sum(), tokens),
-        "nll_per_token": (-(logp_BR * mask_BR).sum(), tokens),
+        "approx_kl": (0.5 * jnp.square(moved_BR).sum(), tokens),
+        "nll_per_token": (-masked(logp_BR, mask_BR).sum(), tokens),
+        **clip_metrics(log_ratio_BR, advantages_BR, mask_BR, clip, clip_high),
     }
     return losses_BR, metrics
+
+
+def clip_metrics(
+    log_ratio_BR: Array, advantages_BR: Array, mask_BR: Array, clip: float, clip_high: float
+) -> Metrics:
+    """Return (sum, weight) metrics of `clipped_policy_loss` over the masked tokens.
+
+    clipped: the share whose ratio is outside the clips; clip_active: of those that lose their
+    gradient by it, as they have moved the way that their advantage pushes (TRL's clip ratio).
+    """
+    ratio_BR = jnp.exp(log_ratio_BR)
+    above_BR = ratio_BR > 1 + clip_high
+    below_BR = ratio_BR < 1 - clip
+    active_BR = (above_BR & (advantages_BR > 0)) | (below_BR & (advantages_BR < 0))
+    metrics = {}
+    for name, is_so_BR in {"clipped": above_BR | below_BR, "clip_active": active_BR}.items():
+        metrics[name] = ((is_so_BR * mask_BR).sum(), mask_BR.sum())
+    return metrics
 
 
 def policy_objective(
@@ -355,11 +480,11 @@ def policy_objective(
     else:
         logp_BR = response_logprobs(apply, params, batch, temperature)
     losses_BR, metrics = clipped_surrogate(logp_BR, batch, clip, clip)
-    loss = (losses_BR * mask_BR).sum()
+    loss = masked(losses_BR, mask_BR).sum()
 
     # The terms beside the surrogate, where they are asked for.
     if entropy_coef:
-        bonus = (entropy(logits_BTV)[:, :-1] * mask_BR).sum()
+        bonus = masked(entropy(logits_BTV)[:, :-1], mask_BR).sum()
         loss -= entropy_coef * bonus
         metrics["entropy"] = (bonus, tokens)
     if "text" in batch:
@@ -394,12 +519,13 @@ def value_objective(apply: Apply, params: Params, batch: Responses, *, clip: flo
     """
     # Values of all states, and how many count.
     mask_BR = batch["value_mask_BR"]
-    returns_BR = batch["returns_BR"]
     states = mask_BR.sum()
-    values_BR = response_values(apply, params, batch)
+    values_BR = masked(response_values(apply, params, batch), mask_BR)
+    returns_BR = masked(batch["returns_BR"], mask_BR)
+    old_BR = masked(batch["old_values_BR"], mask_BR)
 
-    # The loss, and the error that it bounds.
-    losses_BR = clipped_value_loss(values_BR, batch["old_values_BR"], returns_BR, clip) * mask_BR
-    error_BR = jnp.square(values_BR - returns_BR) * mask_BR
+    # The loss, and the error that it bounds: 0 outside the mask, as all of these are.
+    losses_BR = clipped_value_loss(values_BR, old_BR, returns_BR, clip)
+    error_BR = jnp.square(values_BR - returns_BR)
     metrics = {"square_error": (error_BR.sum(), states)}
     return losses_BR.sum(), (states, metrics)

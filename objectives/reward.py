@@ -22,14 +22,13 @@ from objectives.likelihood import (
     inputs,
     shifted,
 )
+from objectives.policy import last_places, last_token
 
 Candidates = dict[str, Array]
 """C responses to each prompt, of data.batches.comparison_batches, on the mesh. As in a TokenBatch,
 [B, C, T] each: `tokens_BCT`, prompt and response; `segment_ids_BCT`, `positions_BCT`;
 `loss_mask_BCT`, 1 on the response, its end token included. And `ranks_BC`, int32: 1 is best, equal
 ranks tie, 0 marks an absent candidate; `margin_B`, float32: how much better the best is."""
-Combine = Literal["mean", "weighted", "minimum", "gated"]
-"""How several rewards make one score; see `combined`."""
 StepScore = Literal["product", "minimum", "last"]
 """How the probabilities of a response's steps make its score; see `running_score`."""
 
@@ -90,14 +89,15 @@ def pair_means(loss_BCC: Array, pairs_BCC: Array) -> tuple[Array, Array]:
 def pair_metrics(score_BC: Array, pairs_BCC: Array) -> Metrics:
     """Return four (sum, weight) metrics over all pairs of `pairs_BCC`; the weight is their number.
 
-    accuracy: share in the right order. margin: gap. chosen, rejected: the better's score and the
-    worse's. `score_BC`: what candidates are compared by; `pairs_BCC`: as of `better_pairs`.
+    accuracy: share in the right order, equal scores a half. margin: gap. chosen, rejected: the
+    better's score and the worse's. `score_BC`: what candidates are compared by; `pairs_BCC`: as of
+    `better_pairs`.
     """
     pairs = pairs_BCC.sum()
     better_BCC = score_BC[:, :, None]
     worse_BCC = score_BC[:, None, :]
     parts = {
-        "accuracy": better_BCC > worse_BCC,
+        "accuracy": (better_BCC > worse_BCC) + 0.5 * (better_BCC == worse_BCC),
         "margin": better_BCC - worse_BCC,
         "chosen": better_BCC,
         "rejected": worse_BCC,
@@ -127,27 +127,6 @@ def ranking_loss(
     loss_BCC = bradley_terry(better, worse, margin_B[:, None, None])
     loss_BCC += center_rewards_coef * center_rewards(better, worse)
     return pair_means(loss_BCC, better_pairs(ranks_BC))
-
-
-def last_token(scalars_BT: Array, segment_ids_BT: Array) -> Array:
-    """Return the scalar at each row's last real token, [B], on whichever side the padding is.
-
-    Segment id 0 is padding. A row of padding alone gives the scalar at T - 1: mask it.
-    """
-    is_last_BT = last_places(segment_ids_BT > 0)
-    # A compare-and-sum, for the backward pass of a gather is a scatter, slow on every platform.
-    return jnp.where(is_last_BT, scalars_BT, 0.0).sum(1)
-
-
-def last_places(real_BT: Array) -> Array:
-    """Return [B, T] bool: True at the last true place of each row of `real_BT`, bool.
-
-    In a row without one it is True at T - 1.
-    """
-    length = real_BT.shape[1]
-    from_the_end_B = jnp.argmax(jnp.flip(real_BT, axis=1), axis=1)
-    last_B = length - 1 - from_the_end_B
-    return jnp.arange(length) == last_B[:, None]
 
 
 def flat_candidates(batch: Candidates) -> tuple[Array, Array, Array]:
@@ -206,36 +185,6 @@ def ranking_objective(
     return loss + lm_coef * nll, (valid_B.sum(), metrics)
 
 
-# ---- Several scores of one response ----
-
-
-def combined(
-    scores: Sequence[Array],
-    how: Combine,
-    *,
-    weights: Sequence[float] = (),
-    gate: float = 0.0,
-    floor: float = -1.0,
-) -> Array:
-    """Combine several scores of each response, [B] each, into one, [B].
-
-    mean: their mean. weighted: their sum, with `weights`, one a score. minimum: the least. gated:
-    the first where all others reach `gate`, else `floor`. A reward a criterion: Glaese et al. 2022
-    (a preference beside rules); Touvron et al. 2023, section 3.2.3 (Llama 2: helpfulness counts
-    where safety reaches a threshold; below it, there, the safety score).
-    """
-    # C here: criteria.
-    scores_BC = jnp.stack(list(scores), axis=1)
-    if how == "mean":
-        return scores_BC.mean(1)
-    if how == "weighted":
-        return (scores_BC * jnp.array(weights, jnp.float32)).sum(1)
-    if how == "minimum":
-        return scores_BC.min(1)
-    passes_B = (scores_BC[:, 1:] >= gate).all(1)
-    return jnp.where(passes_B, scores_BC[:, 0], floor)
-
-
 # ---- Steps ----
 
 
@@ -251,7 +200,8 @@ def process_objective(apply: Apply, params: Params, batch: TokenBatch) -> LossSu
     """Sum `step_loss` over the last tokens of labelled steps; the weight is their number.
 
     `apply`: of a ScalarModel. `batch`: of data.steps.steps_batches; at those tokens `loss_mask_BT`
-    is 1 and `targets_BT`, float32, the label. Metric: accuracy at probability 1/2.
+    is 1 and `targets_BT`, float32, the label. Metric: accuracy at probability 1/2, which
+    itself is half right.
 
     With a label on the last step only, an outcome reward model's loss; Lightman et al. 2023
     (section 2.5) too read its score at the last token, but trained it at every one.
@@ -262,22 +212,42 @@ def process_objective(apply: Apply, params: Params, batch: TokenBatch) -> LossSu
     steps = mask_BT.sum()
     losses_BT = step_loss(logits_BT, targets_BT) * mask_BT
     # Right where both are on the same side of 1/2.
-    says_right_BT = logits_BT > 0
     is_right_BT = targets_BT >= 0.5
-    right_BT = (says_right_BT == is_right_BT) * mask_BT
+    same_side_BT = (logits_BT > 0) == is_right_BT
+    right_BT = jnp.where(logits_BT == 0, 0.5, same_side_BT) * mask_BT
     metrics = {"accuracy": (right_BT.sum(), steps)}
     return losses_BT.sum(), (steps, metrics)
 
 
-def step_ends(tokens_BT: Array, mask_BT: Array, newlines: list[int]) -> Array:
-    """Return [B, T] bool: True for the last token of a step.
+def step_ends(
+    tokens_BT: Array,
+    mask_BT: Array,
+    newlines: Sequence[int],
+    eos: int | Sequence[int] | Array = (),
+) -> Array:
+    """Return [B, T] bool: True for the last token of a step, among the tokens under `mask_BT`.
 
-    Those are the tokens of `newlines`, a list of ids, and the last token, among the tokens under
-    `mask_BT`. `tokens_BT`: ids.
+    A step is a line that holds something: it ends at the first of a run of `newlines`, a list of
+    ids, and the last one at the row's last token. So blank lines are no steps, nor is an end of
+    turn, `eos` (one id or several), straight after a newline; without `eos` the last token always
+    ends a step. data.steps.lines_of
+    is the same rule for texts. `tokens_BT`: ids.
     """
     is_real_BT = mask_BT > 0
-    is_newline_BT = jnp.isin(tokens_BT, jnp.array(newlines))
-    return is_real_BT & (is_newline_BT | last_places(is_real_BT))
+    is_newline_BT = is_real_BT & jnp.isin(tokens_BT, jnp.asarray(newlines))
+    # What stands before a token: a newline, or the text of a line.
+    after_newline_BT = _one_later(is_newline_BT)
+    after_text_BT = _one_later(is_real_BT & ~is_newline_BT)
+
+    ends_line_BT = is_newline_BT & after_text_BT
+    is_eos_BT = jnp.isin(tokens_BT, jnp.asarray(eos, tokens_BT.dtype).reshape(-1))
+    is_last_BT = is_real_BT & last_places(is_real_BT) & ~is_newline_BT
+    return ends_line_BT | (is_last_BT & ~(is_eos_BT & after_newline_BT))
+
+
+def _one_later(x_BT: Array) -> Array:
+    """Return `x_BT` one place to the right; what is first is False."""
+    return jnp.pad(x_BT[:, :-1], ((0, 0), (1, 0)))
 
 
 def running_score(logits_BT: Array, ends_BT: Array, how: StepScore) -> Array:
@@ -294,11 +264,13 @@ def running_score(logits_BT: Array, ends_BT: Array, how: StepScore) -> Array:
         score_BT = jnp.cumsum(logp_BT, axis=1)
     elif how == "minimum":
         score_BT = jax.lax.cummin(logp_BT, axis=1)
-    else:
+    elif how == "last":
         places_T = jnp.arange(ends_BT.shape[1])
         latest_BT = jax.lax.cummax(jnp.where(ends_BT, places_T, 0), axis=1)
         # The place of the latest end, at every place after it.
         score_BT = jnp.take_along_axis(logp_BT, latest_BT, axis=1)
+    else:
+        raise ValueError(f"no way to score steps: {how!r}")
     ended_BT = jnp.cumsum(ends_BT, axis=1) > 0
     return jnp.where(ended_BT, score_BT, -jnp.inf)
 

@@ -2,6 +2,7 @@
 
 import math
 import os
+import sys
 import textwrap
 from collections.abc import Iterable
 from typing import Any
@@ -13,7 +14,8 @@ import optax
 from data.batches import Batch
 from data.tokenizer import Tokenizer
 from runtime.run_folder import array_type
-from sharding import path_name
+from runtime.terminal import printable
+from sharding import path_name, uncut
 from train_state import Init, shapes_of
 
 SHOWN = 4
@@ -49,7 +51,8 @@ def preview_items(
 
     `config`: the script's. `items`: shapes with shardings of its checkpoint, the parameters under
     `params`, and of what else it holds. `batch`: on the host. Tokens under the loss mask are
-    green; with NO_COLOR in the environment, in brackets. Returns {}, the metrics of no step.
+    green; in brackets where stdout is no terminal or NO_COLOR is in the environment. Returns {},
+    the metrics of no step.
     """
     # Sizes, mesh and memory.
     rest = {name: tree for name, tree in items.items() if name != "params"}
@@ -62,6 +65,7 @@ def preview_items(
         items["params"],
         rest,
         batch_size=config.batch_size,
+        candidates=candidates_of(batch),
         length=length,
         steps=config.steps,
         microbatches=config.microbatches,
@@ -95,7 +99,7 @@ def print_rows(name: str, batch: Batch, tokenizer: Tokenizer) -> None:
         print(f"{name}, prompts: the run samples responses:")
         mask = np.zeros_like(segments)
     else:
-        print(f"{name}, green tokens are trained on:")
+        print(f"{name}, {'tokens in brackets' if is_plain() else 'green tokens'} are trained on:")
     # Candidates of a prompt are rows too.
     length = segments.shape[-1]
     tokens_NT, mask_NT, segments_NT = (
@@ -106,6 +110,11 @@ def print_rows(name: str, batch: Batch, tokenizer: Tokenizer) -> None:
         print(f"  {text}\n")
 
 
+def is_plain() -> bool:
+    """Tell whether text goes where colours are not shown, or not wanted."""
+    return "NO_COLOR" in os.environ or not sys.stdout.isatty()
+
+
 def decoded(
     tokens_T: np.ndarray, mask_T: np.ndarray, segments_T: np.ndarray, tokenizer: Tokenizer
 ) -> str:
@@ -113,9 +122,8 @@ def decoded(
 
     `mask_T`: above 0 for predicted tokens. `segments_T`: 0 for padding.
     """
-    is_plain = "NO_COLOR" in os.environ
-    begin = "[" if is_plain else PREDICTED
-    after = "]" if is_plain else OFF
+    # Without colours brackets tell.
+    begin, after = ("[", "]") if is_plain() else (PREDICTED, OFF)
 
     # Pieces of one segment that are all predicted or all not.
     kinds = np.stack([mask_T > 0, segments_T])
@@ -130,7 +138,7 @@ def decoded(
         text = "".join(pieces)
         if segments_T[start] == 0:
             padding = f"({end - start} padding)"
-            text = padding if is_plain else f"{PADDING}{padding}{OFF}"
+            text = padding if is_plain() else f"{PADDING}{padding}{OFF}"
         elif mask_T[start] > 0:
             text = f"{begin}{text}{after}"
         parts.append(text)
@@ -147,7 +155,7 @@ def piece(token: int, tokenizer: Tokenizer) -> str:
     # SentencePiece's space, then a line's end by itself and in byte-level vocabularies.
     for mark, shown in (("▁", " "), ("\n", "⏎"), ("Ċ", "⏎"), ("Ġ", " ")):
         text = text.replace(mark, shown)
-    return text
+    return printable(text)
 
 
 # --- the arithmetic of a run
@@ -161,14 +169,17 @@ def describe(
     batch_size: int,
     length: int,
     steps: int,
+    candidates: int = 1,
     start: int = 0,
     microbatches: int = 1,
+    cut: str = "",
 ) -> str:
     """Return the arithmetic of a run in a few lines of at most 80 columns.
 
     `params` and `rest` (the optimiser's state, other models): trees of arrays or of
-    ShapeDtypeStructs with their shardings. `batch_size`: sequences over all devices, each of
-    `length` tokens. `start`: steps finished. `microbatches`: those of a pipeline.
+    ShapeDtypeStructs with their shardings. `batch_size`: rows over all devices, each of
+    `candidates` sequences of at most `length` tokens. `start`: steps finished. `microbatches`:
+    those of a pipeline. `cut`: what of the data is, as a sentence.
     """
     # What is trained.
     leaves = jax.tree.leaves(params)
@@ -182,17 +193,18 @@ def describe(
     sizes = {} if mesh is None else dict(mesh.shape)
     axes = " × ".join(f"{name} {size}" for name, size in sizes.items()) or "none"
     parts = sizes.get("data", 1) * sizes.get("fsdp", 1)
-    per_device = batch_size / parts
+    rows = str(batch_size) if candidates == 1 else f"{batch_size} × {candidates}"
+    per_device = batch_size * candidates / parts
     stages = sizes.get("stage", 1)
 
     # In order of what one asks first.
-    tokens = batch_size * length
+    tokens = batch_size * candidates * length
     devices = jax.device_count()
     kind = jax.devices()[0].device_kind
     resumed = f", resumed after {start:,}" if start else ""
     lines = {
         "parameters": f"{count:,} {dtypes}",
-        "batch": f"{batch_size} sequences of {length}: {tokens:,} tokens a step, "
+        "batch": f"{rows} sequences of {length}: {tokens:,} tokens a step, "
         f"{per_device:g} sequences a device",
         "steps": f"{steps:,}{resumed}; {steps * tokens:,} tokens",
         "mesh": f"{axes}; {devices} {kind} device{'s' if devices > 1 else ''}",
@@ -200,10 +212,70 @@ def describe(
         f"parameters {_size(weights)}, gradients {_size(weights)}, "
         f"optimiser and other models {_size(others)}",
     }
+    if cut:
+        lines["cut"] = cut
+    notes = _uncut_notes(params, mesh)
+    if notes:
+        lines["note"] = " ".join(notes)
     if stages > 1:
         lines["pipeline"] = pipeline_line(stages, microbatches)
     lines["compile"] = "the first step takes longer: it is compiled"
     return "\n".join([title, *_wrapped(lines)])
+
+
+def candidates_of(batch: Batch) -> int:
+    """Return how many sequences a row of `batch` has: more than one for comparisons."""
+    shape = next(array.shape for name, array in batch.items() if name.startswith("tokens"))
+    return shape[1] if len(shape) == 3 else 1
+
+
+# The fields of ModelConfig that are a parameter's axes; None where a mesh cuts no such axis.
+SIZES = {
+    "embed": ("vocab", "width"),
+    "unembed": ("width", "vocab"),
+    "q": (None, "width", "heads", None),
+    "k": (None, "width", "kv_heads", None),
+    "v": (None, "width", "kv_heads", None),
+    "o": (None, "heads", None, "width"),
+    "gate": (None, "width", "mlp_width"),
+    "up": (None, "width", "mlp_width"),
+    "down": (None, "mlp_width", "width"),
+}
+LARGE = 0.05
+"""Share of what a device holds of the parameters, from which one of them is large."""
+
+
+def _uncut_notes(params: Any, mesh: Any) -> list[str]:
+    """Say of each axis of `mesh` which large parameter it does not cut, and the next size it does.
+
+    Of several parameters the largest is named. `params`: arrays or shapes, on the mesh.
+    """
+    if mesh is None:
+        return []
+    # By axis: (bytes on a device, the parameter, its size along the axis that is not cut, field).
+    largest: dict[str, tuple[int, str, int, str]] = {}
+    whole = _bytes_per_device(params)
+    for path, leaf in jax.tree.leaves_with_path(params):
+        name = path_name(path)
+        held = _bytes_per_device(leaf)
+        for axis, number in uncut(name, leaf.shape, mesh).items():
+            field = SIZES[name.rpartition("/")[2]][number] if held > LARGE * whole else None
+            if field is not None:
+                found = (held, name, leaf.shape[number], field)
+                largest[axis] = max(largest.get(axis, found), found, key=lambda item: item[0])
+
+    notes = []
+    for axis, (_, name, size, field) in largest.items():
+        devices = mesh.shape[axis]
+        fits = f"--model.{field}={size + -size % devices}"
+        divisor = max(n for n in range(1, devices) if size % n == 0)
+        if divisor > 1:
+            fits += f" or --mesh.{axis}={divisor}"
+        notes.append(
+            f"--mesh.{axis}={devices} does not divide --model.{field}={size}: each of its devices "
+            f"holds and computes all of {name}; {fits} would fit."
+        )
+    return notes
 
 
 def _wrapped(lines: dict[str, str]) -> Iterable[str]:

@@ -14,6 +14,9 @@ SENT = ("tokens_BT", "segment_ids_BT", "positions_BT", "response_BR", "mask_BR")
 # Seconds for which a server may be away or busy, and between two tries to reach it.
 WAIT = 300.0
 PAUSE = 0.5
+# Statuses that pass: the asker may try again (RFC 9110; 429 of RFC 6585), and faults of the
+# server's or of a proxy's, 500 and above. Any other says that the question is wrong.
+PASSING = (408, 425, 429)
 
 
 class Question(TypedDict):
@@ -40,14 +43,14 @@ class Reply(NamedTuple):
 def ask(reward: str, question: Question, wait: float = WAIT) -> list[float]:
     """Return the scores [B] of `question` by the server at `reward`, http://host:port.
 
-    A server that is away or busy is waited for, up to `wait` seconds. It may be killed and started
-    again meanwhile: it then answers as it would have before. Raises UserError where it stays away,
-    refuses the question, or answers something else. How many scores there are is not checked here.
+    A server that is away or busy, or that fails, is asked again, up to `wait` seconds. It may be
+    killed and started again meanwhile: it then answers as it would have before. Raises UserError
+    where it stays away or goes on failing, refuses the question, or answers something else. How
+    many scores there are is not checked here.
     """
     reply = _patient_post(reward, json.dumps(question), wait)
     if reply.status != 200:
-        fault = " ".join(reply.text.split())[:300]
-        raise UserError(f"--reward={reward}: {fault or reply.reason}")
+        raise UserError(f"--reward={reward}: {_text_of(reply)}")
     try:
         return list(json.loads(reply.text)["scores"])
     except (ValueError, KeyError, TypeError):
@@ -57,27 +60,43 @@ def ask(reward: str, question: Question, wait: float = WAIT) -> list[float]:
 
 
 def _patient_post(reward: str, body: str, wait: float) -> Reply:
-    """Post `body` until the server answers; say that it is waited for, and that it is back."""
+    """Post `body` until the server answers for good; say that it is waited for, and is back."""
     address = _address(reward)
     start = time.monotonic()
     away = False
     while True:
+        left = start + wait - time.monotonic()
+        fault = ""
         try:
-            reply = _post(address, body, wait)
-            break
-        except (OSError, http.client.HTTPException) as fault:
-            if time.monotonic() - start > wait:
-                raise UserError(
-                    f"--reward={reward}: no answer for {wait:.0f} s ({fault}); "
-                    "start rewards/serve.py there, then give the same command again"
-                ) from None
-            if not away:
-                _note(reward, f"no answer ({fault}); waiting up to {wait:.0f} s")
-            away = True
-            time.sleep(PAUSE)
+            # At least a moment for the last try.
+            reply = _post(address, body, max(left, PAUSE))
+            if not _is_passing(reply.status):
+                break
+            fault = f"status {reply.status}: {_text_of(reply)}"
+        except (OSError, http.client.HTTPException) as lost:
+            fault = f"no answer ({lost})"
+        if left <= 0:
+            raise UserError(
+                f"--reward={reward}: {fault}, for {wait:.0f} s; mend or start rewards/serve.py "
+                "there, then give the same command again"
+            )
+        if not away:
+            _note(reward, f"{fault}; asking again for up to {wait:.0f} s")
+        away = True
+        time.sleep(min(PAUSE, max(left, 0.0)))
     if away:
         _note(reward, f"answers again after {time.monotonic() - start:.0f} s")
     return reply
+
+
+def _is_passing(status: int) -> bool:
+    """Tell if an answer of this HTTP status may be another one when the server is asked again."""
+    return status in PASSING or status >= 500
+
+
+def _text_of(reply: Reply) -> str:
+    """Return what the server says of a fault, in one line."""
+    return " ".join(reply.text.split())[:300] or reply.reason
 
 
 def _address(reward: str) -> urllib.parse.SplitResult:
@@ -86,6 +105,8 @@ def _address(reward: str) -> urllib.parse.SplitResult:
         _ = address.port
     except ValueError as fault:
         raise UserError(f"--reward={reward}: {fault}; give http://127.0.0.1:<port>") from None
+    if not address.hostname:
+        raise UserError(f"--reward={reward}: names no host; give http://127.0.0.1:<port>")
     return address
 
 

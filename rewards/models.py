@@ -15,8 +15,9 @@ from data.tokenizer import Message, Tokenizer
 from model import Params, ScalarModel, init_and_apply
 from model_config import ModelConfig, stored_model
 from objectives.likelihood import inputs
-from objectives.reward import StepScore, last_token, running_score, step_ends
-from responses import full_parts
+from objectives.policy import last_token
+from objectives.reward import StepScore, running_score, step_ends
+from responses import Tokens, full_parts
 from runtime.errors import UserError
 from runtime.run_folder import load_config
 from sharding import abstract, to_host, to_mesh
@@ -39,16 +40,25 @@ class RewardModel(NamedTuple):
     params: Params
 
 
-def load_reward_model(run: str, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -> RewardModel:
+def load_reward_model(
+    run: str, tokenizer: Tokenizer, mesh: jax.sharding.Mesh, of_steps: bool = True
+) -> RewardModel:
     """Load the reward model of the folder `run`, whichever script trained it, onto `mesh`.
 
-    Raises UserError for the run of a language model, and for one whose tokenizer is another than
-    `tokenizer`, the policy's.
+    Raises UserError for the run of a language model, for one whose tokenizer is another than
+    `tokenizer`, the policy's, and unless `of_steps`, the caller reads scores of steps, for one
+    that was trained on steps: its Config has the field `scores`, as train_prm.py's.
     """
     # What the run holds says what it is.
-    script = load_config(run)["script"]
+    stored = load_config(run)
+    script = stored["script"]
     if not has_scalar_head(run):
         raise UserError(f"{run}: a language model (of {script}); name the run of a reward model")
+    if stored.get("scores") == "steps" and not of_steps:
+        raise UserError(
+            f"{run}: scores steps, not whole responses (of {script}); name a run of train_rm.py, "
+            "or have train_ppo.py read it by --step_rewards"
+        )
     # The policy's tokens must mean the same to it.
     theirs = Tokenizer.load(run).sha256
     ours = tokenizer.sha256
@@ -81,13 +91,14 @@ def make_scalars(config: ModelConfig) -> Callable[[Params, Batch], jax.Array]:
 
 def make_text_scorer(
     config: ModelConfig, tokenizer: Tokenizer, length: int
-) -> Callable[[Params, Sequence[Prompt], Sequence[str]], list[float]]:
-    """Make the scorer of responses that are texts, by a reward model of shape `config`.
+) -> Callable[[Params, Sequence[Prompt], Sequence[str | Tokens]], list[float]]:
+    """Make the scorer of written or sampled responses, by a reward model of shape `config`.
 
     Returns score_texts(params, prompts, responses) -> one score a response, in order. A prompt is
-    a user's text or a list of messages; there are as many as responses. The end token is added to
-    each response. Rows of more than `length` tokens are cut on the left as in training: the prompt
-    first, down to 8 tokens, then whatever is still too long.
+    a user's text or a list of messages; there are as many as responses. A response is a text,
+    which gets the end token, or the tokens that were sampled, which are scored as they are. Rows
+    of more than `length` tokens are cut on the left as in training: the prompt first, down to 8
+    tokens, then whatever is still too long.
     """
     scalars = make_scalars(config)
 
@@ -95,15 +106,18 @@ def make_text_scorer(
     def last_scalars(params: Params, batch: Batch) -> jax.Array:
         return last_token(scalars(params, batch), batch["segment_ids_BT"])
 
-    def row_of(prompt: Prompt, response: str) -> Row:
+    def row_of(prompt: Prompt, response: str | Tokens) -> Row:
+        # A text is whole; what was sampled may have no end, and must get none.
+        answer = response
+        if isinstance(response, str):
+            answer = [*tokenizer.encode(response), tokenizer.eos]
         # The prompt is cut first, and the response only where it fills the row alone.
-        answer = [*tokenizer.encode(response), tokenizer.eos]
         room = max(length - len(answer), SHORTEST_PROMPT)
         asked = cut_left(tokenizer.prompt(prompt), room, tokenizer)
         return {"tokens": [*asked, *answer][-length:]}
 
     def score_texts(
-        params: Params, prompts: Sequence[Prompt], responses: Sequence[str]
+        params: Params, prompts: Sequence[Prompt], responses: Sequence[str | Tokens]
     ) -> list[float]:
         rows = [row_of(*pair) for pair in zip(prompts, responses, strict=True)]
         scores: list[float] = []
@@ -132,7 +146,8 @@ def make_step_scorer(
 
     @jax.jit
     def last_scores(params: Params, batch: Batch) -> dict[StepScore, jax.Array]:
-        ends_BT = step_ends(batch["tokens_BT"], batch["loss_mask_BT"], newlines)
+        mask_BT = batch["loss_mask_BT"]
+        ends_BT = step_ends(batch["tokens_BT"], mask_BT, newlines, tokenizer.ends)
         logits_BT = scalars(params, batch)
         scores = {}
         for way in STEP_SCORES:

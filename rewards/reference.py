@@ -64,9 +64,8 @@ def cached_reference(
     if (covered < counts).any():
         # One pass over all batches, with a second model in memory for as long as it takes.
         reference = load_reference()
-        progress = tqdm(
-            batches, "reference", sum(counts), unit="batch", disable=not sys.stderr.isatty()
-        )
+        often = 0.1 if sys.stderr.isatty() else 10.0
+        progress = tqdm(batches, "reference", sum(counts), unit="batch", mininterval=often)
         for batch in progress:
             keys = candidate_keys(batch)
             is_known = known.keys() >= set(keys)
@@ -96,7 +95,9 @@ def _load(path: pathlib.Path, kinds: int) -> tuple[Known, np.ndarray]:
         # Python's own numbers, as `candidate_keys` gives them.
         keys = saved["keys"].tolist()
         values = saved["logps"].tolist()
-        return dict(zip(keys, values, strict=True)), saved["count"]
+        known = dict(zip(keys, values, strict=True))
+        # An older version evaluated other records: what it has is kept, and the rest looked for.
+        return known, saved["covered"] if "covered" in saved else np.zeros(kinds, int)
 
 
 def _save(path: pathlib.Path, known: Known, covered: np.ndarray) -> None:
@@ -105,5 +106,5 @@ def _save(path: pathlib.Path, known: Known, covered: np.ndarray) -> None:
     # Beside the old file, then in its place.
     new = path.with_suffix(".new")
     with new.open("wb") as file:
-        np.savez(file, keys=keys, logps=values, count=covered)
+        np.savez(file, keys=keys, logps=values, covered=covered)
     new.replace(path)

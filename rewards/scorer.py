@@ -20,11 +20,10 @@ from data.records import Record
 from data.tokenizer import Tokenizer
 from model import Params
 from model_config import ModelConfig
-from objectives.policy import response_states
-from objectives.reward import Combine, combined, last_token
+from objectives.policy import Combine, MissingEos, combined, last_token, response_states
 from rewards.client import SENT, Question, ask
 from rewards.models import Batch, load_reward_model, make_scalars
-from runtime.errors import UserError, require
+from runtime.errors import UserError, refuse_unread, require
 from sharding import BATCH, to_mesh
 
 Check = Callable[[str, Record], float]
@@ -48,7 +47,9 @@ class Rewards(Protocol):
     @property
     def gate(self) -> float: ...
     @property
-    def floor(self) -> float: ...
+    def floor(self) -> float | None: ...
+    @property
+    def missing_eos(self) -> MissingEos: ...
 
 
 # ---- Names of rewards ----
@@ -64,25 +65,42 @@ def is_function(reward: str) -> bool:
     return ":" in reward and not pathlib.Path(reward).is_dir()
 
 
-def load_function(reward: str) -> Check:
+def load_function(reward: str, flag: str = "--reward") -> Check:
     """Import the function named `module:function`: function(response, record) -> float.
 
-    The module is one of the root's, or lies in the current folder. Raises UserError.
+    The module is one of the root's, or lies in the current folder. Raises UserError, which names
+    `flag`.
     """
+    or_a_run = ", or the folder of a train_rm run" if flag == "--reward" else ""
     module, _, name = reward.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
         function = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as fault:
-        raise UserError(
-            f"--reward={reward}: {fault}; give module:function, or the folder of a train_rm run"
-        ) from None
+        raise UserError(f"{flag}={reward}: {fault}; give module:function{or_a_run}") from None
     if not callable(function):
         raise UserError(
-            f"--reward={reward}: not a function; write one that takes (response, record)"
+            f"{flag}={reward}: not a function; write one that takes (response, record)"
         )
     return function
+
+
+def load_check(check: str) -> Check:
+    """Import the function of --check: 1 where a response is right, 0 where not, or in between.
+
+    Raises UserError as `load_function` does; what is returned does so for other values.
+    """
+    function = load_function(check, "--check")
+
+    def checked(response: str, record: Record) -> float:
+        verdict = function(response, record)
+        is_number = isinstance(verdict, int | float | np.number | np.bool_)
+        if not is_number or not 0 <= verdict <= 1:
+            raise UserError(f"--check={check}: returned {verdict!r}; it must be in 0..1")
+        return float(verdict)
+
+    return checked
 
 
 # ---- Several rewards as one score ----
@@ -104,6 +122,16 @@ def check_rewards(config: Rewards) -> None:
         config.combine != "gated" or count > 1,
         "--combine=gated: name the reward that counts, then those that gate",
     )
+    gated = (config.combine == "gated", "--combine=gated")
+    refuse_unread(config, {"gate": gated, "floor": gated})
+    check_missing_eos(config)
+
+
+def check_missing_eos(config: Any) -> None:
+    """Raise UserError for a --missing_eos_score that the rule --missing_eos does not read."""
+    has_score = config.missing_eos in ("replace", "penalty")
+    rule = "--missing_eos=replace or penalty"
+    refuse_unread(config, {"missing_eos_score": (has_score, rule)})
 
 
 def pooled(config: Rewards, scores: Arrays) -> jax.Array:
@@ -119,7 +147,10 @@ def pooled(config: Rewards, scores: Arrays) -> jax.Array:
 
 
 def make_reward_scorer(
-    rewards: Sequence[str], tokenizer: Tokenizer, mesh: jax.sharding.Mesh
+    rewards: Sequence[str],
+    tokenizer: Tokenizer,
+    mesh: jax.sharding.Mesh,
+    of_steps: bool = False,
 ) -> tuple[dict[str, Params], Score]:
     """Load `rewards` and make what scores a rollout by each of them.
 
@@ -131,15 +162,16 @@ def make_reward_scorer(
     order, each with equally many responses next to one another. The scalars are of reward models
     alone: at the last token of the prompt and at each of the response.
 
-    Raises UserError for a reward that cannot be loaded or reached; score does for one that does
-    not return a finite number for each response.
+    Raises UserError for a reward that cannot be loaded or reached, and unless `of_steps`, the
+    caller reads the scalars of steps, for a model of steps; score does for one that does not
+    return a finite number for each response.
     """
     # Reward models, with a jitted scorer each.
     models: dict[str, Params] = {}
     model_scorers: dict[str, Callable] = {}
     for reward in rewards:
         if not is_function(reward):
-            config, models[reward] = load_reward_model(reward, tokenizer, mesh)
+            config, models[reward] = load_reward_model(reward, tokenizer, mesh, of_steps)
             model_scorers[reward] = make_model_scorer(config)
 
     # Functions and servers, which score texts on each host.
@@ -242,11 +274,11 @@ def local_rows(
 
 
 def decode_responses(rows: dict[str, np.ndarray], tokenizer: Tokenizer) -> list[str]:
-    """Return the texts of `response_BR` up to where `mask_BR` ends."""
-    # A mask has no holes here: its sum is the response's length.
-    lengths_B = rows["mask_BR"].sum(1).astype(np.int32)
+    """Return the texts of `response_BR` up to where `mask_BR` ends, what is in its holes too."""
     texts = []
-    for response_R, length in zip(rows["response_BR"], lengths_B, strict=True):
+    for response_R, mask_R in zip(rows["response_BR"], rows["mask_BR"], strict=True):
+        # Not the mask's sum: it may have holes, tokens that an environment wrote.
+        length = int(mask_R.nonzero()[0].max(initial=-1)) + 1
         texts.append(tokenizer.decode(response_R[:length].tolist()))
     return texts
 

@@ -14,6 +14,7 @@ import pathlib
 import signal
 import sys
 import threading
+from functools import partial
 from typing import Any
 
 import jax
@@ -42,6 +43,9 @@ from runtime.run_folder import (
     stored_identity,
     write_manifest,
 )
+
+ADDED_LATER = ("left_out",)
+"""Counters of the state that earlier versions did not keep: restored from those, they are 0."""
 
 
 class Checkpoints:
@@ -122,7 +126,9 @@ class Checkpoints:
         self._signal = number
         self._restore_handlers()
         name = signal.Signals(number).name
-        os.write(2, f"\n{name}: saving after this step (again: stop at once)\n".encode())
+        # Nobody may read it.
+        with contextlib.suppress(OSError):
+            os.write(2, f"\n{name}: saving after this step (again: stop at once)\n".encode())
 
     def _restore_handlers(self) -> None:
         for number, handler in self._old_handlers.items():
@@ -206,7 +212,9 @@ class Checkpoints:
         manifest = read_manifest(path)
         items = {}
         for item, tree in _items(abstract_state).items():
-            items[item] = _load(path, manifest, item, tree)
+            added = _added_later(manifest["arrays"], item, tree)
+            stored = {name: leaf for name, leaf in tree.items() if name not in added}
+            items[item] = {**_load(path, manifest, item, stored), **added}
 
         # The rest was stored by name: put it back into the tree that optax and Flax know.
         abstract_rest = _without_params(abstract_state)
@@ -314,6 +322,20 @@ def _named(tree: Any) -> dict[str, Any]:
     """Return the leaves by their paths, joined by slashes, in the tree's order."""
     leaves, _ = jax.tree.flatten_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def _added_later(arrays: dict[str, str], item: str, tree: dict[str, Any]) -> dict[str, Any]:
+    """Return zeros for those leaves of `tree` that a step of an earlier version does not have.
+
+    `arrays`: those of its manifest; only counters named in ADDED_LATER may be missing.
+    """
+    zeros = {}
+    for name, leaf in tree.items():
+        is_stored = f"{item}/{name}" in arrays
+        if name.rpartition("/")[2] in ADDED_LATER and not is_stored:
+            make = partial(jnp.zeros, leaf.shape, leaf.dtype)
+            zeros[name] = jax.jit(make, out_shardings=leaf.sharding)()
+    return zeros
 
 
 def _raw(leaf: Any) -> Any:

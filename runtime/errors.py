@@ -1,6 +1,8 @@
 """How a user's mistake is raised: one line that names the place and the remedy."""
 
 import sys
+from collections.abc import Mapping
+from typing import Any
 
 
 class UserError(Exception):
@@ -11,6 +13,20 @@ def require(condition: bool, fault: str) -> None:
     """Raise UserError(`fault`) unless `condition` holds."""
     if not condition:
         raise UserError(fault)
+
+
+def refuse_unread(config: Any, readers: Mapping[str, tuple[bool, str]]) -> None:
+    """Raise UserError for a field of `config` that was changed, but that nothing reads.
+
+    `config`: a dataclass whose fields have defaults. `readers`: by field, True where it is read
+    under the other settings, and the flag that would have it read.
+    """
+    for name, (is_read, reader) in readers.items():
+        value = getattr(config, name)
+        require(
+            is_read or value == getattr(type(config), name),
+            f"--{name}={value}: not read without {reader}; leave it out",
+        )
 
 
 def command_name() -> str:

@@ -25,9 +25,15 @@ EXPLAINED = {
     "entropy": "Of the policy's next-token distribution, in nats; near zero it no longer "
     "explores.",
     "grad_norm": "Global norm of the gradient before clipping.",
-    "lr": "Learning rate.",
+    "learning_rate": "Of the update, as the schedule has it.",
+    "data/truncated": "Records so far of which a part was cut off, on the first host.",
+    "data/dropped": "Records so far that were too long to be used, on the first host.",
+    "skipped": "Updates so far whose loss or gradient was not finite: they changed nothing.",
+    "left_out": "Updates so far in whose batch nothing counted: they changed nothing.",
 }
-HIDDEN = ("step", "seconds", "tokens_per_second", "skipped")
+HIDDEN = ("step", "seconds", "tokens_per_second", "updates", "policy/updates", "value/updates")
+FAULTS = ("skipped", "left_out")
+"""Counts of updates that were not taken, of which a figure is drawn where there are any."""
 # Colours that matplotlib draws with; in the page they become the style sheet's, light or dark.
 COLOURS = {"#010101": "--muted", "#020202": "--rule", "#030303": "--first", "#040404": "--second"}
 MUTED, RULE, FIRST, SECOND = COLOURS
@@ -69,8 +75,9 @@ def panels(
     # The metrics in the order in which they appear; a dict keeps it.
     names: dict[str, None] = {}
     for row in rows:
-        for name in row:
-            if name not in HIDDEN:
+        for name, value in row.items():
+            is_no_fault = name.rpartition("/")[2] in FAULTS and not value
+            if name not in HIDDEN and not is_no_fault:
                 names[name.removeprefix("eval/")] = None
     known = [name for name in EXPLAINED if name in names]
     others = [name for name in names if name not in known]

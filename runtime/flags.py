@@ -12,8 +12,10 @@ from typing import Any, TypeVar
 
 import tyro
 
+from runtime import terminal
 from runtime.errors import UserError, command_name
 from runtime.hosts import exit_now, joined
+from runtime.ranges import SCRIPTS, OutOfRange, check_ranges
 from runtime.run_folder import RENAMED, load_model_config
 
 ConfigT = TypeVar("ConfigT")
@@ -61,7 +63,8 @@ def parse(cls: type[ConfigT], argv: Sequence[str] | None = None) -> ConfigT:
     """Fill the dataclass `cls` from flags, `--batch_size=8 --model.layers=2 --raw`.
 
     `--model.preset=NAME` and `--init=RUN` first set all of `--model.*`; single fields then
-    override. `argv` None: the command line's. Raises UserError; `--help` ends the program.
+    override. `argv` None: the command line's. Raises UserError, also for a number out of its range
+    (runtime/ranges.py) and for a flag that other settings leave unused; `--help` ends the program.
     """
     # A switch may stand alone: `--raw` is `--raw=True`.
     words = list(sys.argv[1:] if argv is None else argv)
@@ -80,7 +83,7 @@ def parse(cls: type[ConfigT], argv: Sequence[str] | None = None) -> ConfigT:
     message = io.StringIO()
     try:
         with contextlib.redirect_stderr(message):
-            return tyro.cli(
+            config = tyro.cli(
                 cls,
                 prog=f"python {command_name()}",
                 description=about,
@@ -89,6 +92,10 @@ def parse(cls: type[ConfigT], argv: Sequence[str] | None = None) -> ConfigT:
                 config=(tyro.conf.FlagConversionOff,),
                 use_underscores=True,
             )
+    except OutOfRange as fault:
+        # A config does not know its flags where a script has two of its kind.
+        given = _given(words, fault.field)
+        raise UserError(f"{given[0]}={fault.fault}" if len(given) == 1 else str(fault)) from None
     except SystemExit as stop:
         # --help ends well.
         if stop.code in (0, None):
@@ -96,6 +103,27 @@ def parse(cls: type[ConfigT], argv: Sequence[str] | None = None) -> ConfigT:
         _refuse_old_names(default, words)
         fault = _in_one_line(message.getvalue())
         raise UserError(f"flags: {fault} (--help lists all flags)") from None
+    check_ranges(config, SCRIPTS)
+    _refuse_unused(config, words)
+    return config
+
+
+def _given(words: Sequence[str], field: str) -> list[str]:
+    """List the flags in `words` that set `field`, whatever the config that it lies in."""
+    flags = [word.partition("=")[0] for word in words if word.startswith("--")]
+    names = ["--" + flag.removeprefix("--").replace("-", "_") for flag in flags]
+    return [name for name in names if re.split(r"\.|--", name)[-1] == field]
+
+
+def _refuse_unused(config: Any, words: Sequence[str]) -> None:
+    """Raise UserError for a flag in `words` that a config within `config` leaves unused.
+
+    Such a config has a property `unused`: {field: the setting that does not use it}.
+    """
+    for field in dataclasses.fields(config):
+        for name, setting in getattr(getattr(config, field.name), "unused", {}).items():
+            if f"--{field.name}.{name}" in _given(words, name):
+                raise UserError(f"--{field.name}.{name}: {setting} does not use it; leave it out")
 
 
 def _refuse_old_names(default: Any, words: Sequence[str]) -> None:
@@ -169,6 +197,9 @@ def run(main: Callable[[ConfigT], Any], cls: type[ConfigT]) -> None:
 
     def start() -> None:
         config = parse(cls)
+        # Training is for its run folder, all else for what it prints.
+        if hasattr(config, "hosts") and not getattr(config, "dry_run", False):
+            terminal.outlive_stdout()
         with joined(config.hosts) if hasattr(config, "hosts") else contextlib.nullcontext():
             main(config)
 
@@ -176,13 +207,21 @@ def run(main: Callable[[ConfigT], Any], cls: type[ConfigT]) -> None:
 
 
 def ending_in_one_line(main: Callable[[], Any]) -> None:
-    """Run `main`; end a UserError in one line and exit code 2, Ctrl-C in one line and 130."""
+    """Run `main`; end a UserError in one line and exit code 2, Ctrl-C in one line and 130.
+
+    Where nobody reads stdout any more and `main` does not outlive it, it ends by SIGPIPE.
+    """
+    terminal.prepare()
     try:
         main()
+        sys.stdout.flush()
     except UserError as fault:
         # One line, whatever the fault's text has.
-        print(f"error: {' '.join(str(fault).split())}", file=sys.stderr)
+        line = terminal.printable(" ".join(str(fault).split()))
+        print(f"error: {line}", file=sys.stderr)
         exit_now(2)
     except KeyboardInterrupt:
         print("stopped by the keyboard", file=sys.stderr)
         exit_now(130)
+    except terminal.PipeClosed:
+        terminal.end_by_pipe()

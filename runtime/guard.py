@@ -19,6 +19,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from runtime.errors import UserError
+from runtime.ranges import AT_LEAST_0, AT_LEAST_1, Range, check_ranges
 from runtime.run_folder import atomic_bytes, finished_steps, remove_step
 
 
@@ -34,6 +35,10 @@ class GuardConfig:
     """Batches left out: the spike's and those before it, back to the checkpoint at most."""
     most: int = 10
     """Spikes in a run; one more ends it in an error."""
+
+    def __post_init__(self):
+        ranges = {"threshold": AT_LEAST_0, "window": Range(low=2), "skip": AT_LEAST_1}
+        check_ranges(self, ranges, "guard.")
 
 
 class Spike(Exception):

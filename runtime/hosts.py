@@ -26,6 +26,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from runtime.errors import UserError
+from runtime.ranges import AT_LEAST_1, check_ranges
+from runtime.terminal import Stream
 
 LOST = 75
 """Exit code of a run that lost a process or stopped making progress."""
@@ -49,6 +51,9 @@ class HostsConfig:
     """host:port that process 0 listens on; None: JAX_COORDINATOR_BIND_ADDRESS, or coordinator."""
     stall: int = 1800
     """Seconds without a finished step that end the run, ten times up to the first; 0: never."""
+
+    def __post_init__(self):
+        check_ranges(self, {"count": AT_LEAST_1}, "hosts.")
 
 
 # --- joining
@@ -229,7 +234,9 @@ def die_lost(reason: str) -> NoReturn:
         # Another thread is ending it.
         time.sleep(60)
     told = f"error: {_name}: {reason}; the same command resumes from the last checkpoint\n"
-    os.write(sys.stderr.fileno(), told.encode())
+    # Nobody may read it.
+    with contextlib.suppress(OSError):
+        os.write(sys.stderr.fileno(), told.encode())
     os._exit(LOST)
 
 
@@ -308,7 +315,7 @@ def _post_sentinel(stall: int, index: int | None) -> subprocess.Popen:
     os.close(native)
 
     # Python goes on writing to stderr, native code to the sentinel.
-    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
+    sys.stderr = Stream(os.fdopen(os.dup(2), "wb"), errors="replace", line_buffering=True)
     os.dup2(written, 2)
     os.close(written)
 

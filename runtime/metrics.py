@@ -1,10 +1,9 @@
 """Metrics of a run while it trains: a progress bar, metrics.jsonl, TensorBoard, samples.md."""
 
 import collections
-import json
+import contextlib
 import math
 import pathlib
-import re
 import sys
 import textwrap
 import time
@@ -19,7 +18,10 @@ from runtime.errors import UserError
 from runtime.guard import GuardConfig, Spike, is_spike, loss_and_norm
 from runtime.hosts import all_gather_json, finished_step
 from runtime.report import run_report
-from runtime.run_folder import atomic_bytes, read_rows
+from runtime.rows import Rows, Seal, read_rows
+from runtime.samples import append_samples, cut_samples
+from runtime.terminal import printable
+from runtime.updates import UpdateCheck
 
 SHOWN = ("loss", "score", "kl", "accuracy")
 """Metrics on the progress bar, where a script has them."""
@@ -30,9 +32,6 @@ MOST_COMPILATIONS = 32
 
 Scripts have one or two steps, and batches up to four shapes.
 """
-
-SampleRow = dict[str, str]
-"""A row of samples.md: `prompt` and `response`, texts; further keys are shown as they are."""
 
 
 class Recorder:
@@ -47,6 +46,9 @@ class Recorder:
     shows. Compilations of the step are counted in the row of the step that brought one, as
     `compilations`, and capped: one more raises UserError. With a `guard`, a loss spike raises
     guard.Spike. On exit the last row is written, and report.html.
+
+    Training needs metrics.jsonl: what goes wrong with it is raised. It can do without TensorBoard,
+    samples.md and report.html: what goes wrong with them is told once.
     """
 
     def __init__(
@@ -57,10 +59,14 @@ class Recorder:
         *,
         unit: str = "step",
         guard: GuardConfig | None = None,
+        seal: Seal | None = None,
+        learning_rates: np.ndarray | None = None,
     ):
         """Keep the settings; nothing is written before entry.
 
         `run`: its folder. `start`: steps finished. `unit`: the word for a step on the terminal.
+        `seal`: what `seal` returned at step `start`, if that is known. `learning_rates`: of each
+        update, [U], for a script with one update a step; each row then has its own.
         """
         self.run = pathlib.Path(run)
         self.total = total_steps
@@ -70,6 +76,10 @@ class Recorder:
         """The values of the newest row."""
         # Only process 0 writes and shows.
         self._shows = jax.process_index() == 0
+        self._seal = seal
+        self._learning_rates = learning_rates
+        # Files that training goes on without.
+        self._lost: set[str] = set()
         # The last row that was recorded, whose values may not be computed yet.
         self._pending: tuple[int, dict[str, Any], int] | None = None
         # (time, tokens) of the last rows, for the throughput.
@@ -77,35 +87,39 @@ class Recorder:
         # Loss and gradient norm of the last rows, for the guard.
         self._guard = guard
         self._history: collections.deque = collections.deque(maxlen=guard and guard.window)
+        # Updates that come to nothing end the run.
+        self._check_updates = UpdateCheck(run, start, total_steps)
         # Compilations of the step, and how many of them a row has told of.
         self._compiled = 0
         self._told_compiled = 0
 
     def __enter__(self) -> "Recorder":
-        jax.monitoring.register_event_duration_secs_listener(self._on_event)
         self._began = self._told = time.monotonic()
         # This start's first step, which is compiled, and when it was done.
         self._first: tuple[int, float] | None = None
         if self._shows:
             self._open_files()
         if self._guard is not None:
-            rows = read_rows(str(self.run)) if self._shows else []
+            rows = read_rows(str(self.run), quiet=True) if self._shows else []
             seen = [loss_and_norm(row) for row in rows]
             history = [values for values in seen if values]
             # Process 0 read them: all get the same.
             of_all = all_gather_json(history[-self._guard.window :])
             self._history.extend(of_all[0])
+        jax.monitoring.register_event_duration_secs_listener(self._on_event)
         return self
 
     def _open_files(self) -> None:
-        # TensorBoard's writer takes a while to import, and other processes do without.
-        from tensorboardX import SummaryWriter
+        # TensorBoard's messages take a while to import, and other processes do without.
+        from runtime.board import Board
 
         self.run.mkdir(parents=True, exist_ok=True)
-        self._earlier = _cut_rows(self.run / "metrics.jsonl", self.start)
-        _cut_samples(self.run / "samples.md", self.start)
-        self._rows = (self.run / "metrics.jsonl").open("a", buffering=1)
-        self._board = SummaryWriter(str(self.run / "tensorboard"), purge_step=self.start + 1)
+        self._rows = Rows(self.run / "metrics.jsonl", self.start, self._seal)
+        self._board: Board | None = None
+        with self._if_possible("tensorboard"):
+            self._board = Board(self.run / "tensorboard", self.start)
+        with self._if_possible("samples.md"):
+            cut_samples(self.run / "samples.md", self.start)
         self._bar = tqdm(
             total=self.total,
             initial=self.start,
@@ -122,10 +136,32 @@ class Recorder:
         finally:
             if self._shows:
                 self._rows.close()
-                self._board.close()
+                self._close_board()
                 self._bar.close()
         if self._shows and fault is None:
-            print(f"report: {run_report(str(self.run))}", file=sys.stderr)
+            with self._if_possible("report.html", Exception):
+                print(f"report: {run_report(str(self.run))}", file=sys.stderr)
+
+    @contextlib.contextmanager
+    def _if_possible(self, name: str, faults: type[Exception] = OSError) -> Iterator[None]:
+        """Tell a fault in writing `name` once; training goes on without it."""
+        try:
+            yield
+        except faults as fault:
+            if name not in self._lost:
+                line = f"warning: {self.run / name}: not written: {fault}"
+                tqdm.write(f"{line}; the run goes on without it", file=sys.stderr)
+            self._lost.add(name)
+
+    def _close_board(self) -> None:
+        if self._board is not None:
+            with self._if_possible("tensorboard"):
+                self._board.close()
+            self._board = None
+
+    def seal(self) -> Seal | None:
+        """Return the sum of all rows so far, which a checkpoint keeps; None on other processes."""
+        return self._rows.seal() if self._shows else None
 
     def steps(self) -> Iterator[int]:
         """Yield the steps still to do: `start` + 1 up to and including `total_steps`."""
@@ -165,7 +201,8 @@ class Recorder:
     def flush(self) -> None:
         """Write the pending row now, waiting for its values: call it before a checkpoint.
 
-        Raises guard.Spike if they are a loss spike.
+        Raises guard.Spike if they are a loss spike, and UserError where the run's updates come to
+        nothing (runtime/updates.py).
         """
         if self._pending is None:
             return
@@ -182,11 +219,16 @@ class Recorder:
         if tokens and span > 0:
             counts = [count for _, count in self._recent]
             values["tokens_per_second"] = sum(counts[1:]) / span
+        if self._learning_rates is not None:
+            # An update that was left out has not moved the schedule.
+            done = self.last.get("updates", values.get("updates", step) - 1)
+            values["learning_rate"] = float(self._learning_rates[max(0, int(done))])
 
         self.last = {**values, "step": step}
         if self._shows:
             self._write(step, values, now)
-        # After the row is written, so that a spike can be seen in metrics.jsonl.
+        # After the row is written, so that faults and a spike can be seen in metrics.jsonl.
+        self._check_updates(step, values)
         seen = loss_and_norm(values)
         if self._guard is not None and seen:
             if is_spike(self._guard, self._history, seen):
@@ -202,13 +244,18 @@ class Recorder:
 
     def _write(self, step: int, values: dict[str, float], now: float) -> None:
         """Write a row to metrics.jsonl and TensorBoard, and move the bar."""
-        seconds = self._earlier + now - self._began
+        seconds = self._rows.seconds + now - self._began
         row = {"step": step, "seconds": round(seconds, 3), **values}
         # JSON has no NaN.
-        finite = {name: value if math.isfinite(value) else None for name, value in row.items()}
-        self._rows.write(json.dumps(finite) + "\n")
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        self._rows.write(
+            {name: value if math.isfinite(value) else None for name, value in row.items()}
+        )
+        with self._if_possible("tensorboard"):
+            if self._board is not None:
+                self._board.write(step, values)
+        if "tensorboard" in self._lost:
+            # Half an event hides those after it.
+            self._close_board()
         if self._first is None:
             # The bar's time begins after the first step, which is compiled.
             self._first = step, now
@@ -249,18 +296,13 @@ class Recorder:
         """
         if not self._shows:
             return
-        with (self.run / "samples.md").open("a") as file:
-            file.write(f"## Step {step}\n\n")
-            for row in rows:
-                for name, value in row.items():
-                    text = _fenced(str(value))
-                    file.write(f"**{name}**\n\n{text}\n\n")
-                file.write("---\n\n")
+        with self._if_possible("samples.md"):
+            append_samples(self.run / "samples.md", step, rows)
         # On the terminal the first rows alone, wrapped.
         lines = [f"samples at {self.unit} {step}:"]
         for row in rows[:shown]:
             for name, value in row.items():
-                text = f"{name}: {value}"
+                text = printable(f"{name}: {value}")
                 lines += textwrap.wrap(text, 78, initial_indent="  ", subsequent_indent="    ")
             lines.append("")
         tqdm.write("\n".join(lines), file=sys.stderr)
@@ -287,46 +329,3 @@ def _summary(values: dict[str, float]) -> list[str]:
     if "tokens_per_second" in values:
         parts.append(f"{values['tokens_per_second']:,.0f} tokens/s")
     return parts
-
-
-def _fenced(text: str) -> str:
-    """Return `text` in a Markdown block that nothing in it can close."""
-    # A fence longer than any run of ticks inside.
-    longest = max((len(ticks) for ticks in re.findall("`+", text)), default=0)
-    fence = "`" * max(3, longest + 1)
-    return f"{fence}text\n{text}\n{fence}"
-
-
-# --- rows and samples of an interrupted run
-
-
-def _cut_rows(path: pathlib.Path, last: int) -> float:
-    """Remove rows after step `last`, and a half-written one; return `seconds` of the last kept."""
-    if not path.exists():
-        return 0.0
-    kept = []
-    for line in path.read_text().splitlines():
-        # A process that was killed may have left half a line.
-        try:
-            row = json.loads(line)
-        except ValueError:
-            break
-        if row["step"] <= last:
-            kept.append(line)
-    text = "".join(line + "\n" for line in kept)
-    atomic_bytes(path, text.encode())
-    return json.loads(kept[-1])["seconds"] if kept else 0.0
-
-
-def _cut_samples(path: pathlib.Path, last: int) -> None:
-    """Remove the sections after step `last`."""
-    if not path.exists():
-        return
-    text = path.read_text()
-    end = len(text)
-    # A section is a step's.
-    for heading in re.finditer(r"^## Step (\d+)\n", text, re.MULTILINE):
-        if int(heading[1]) > last:
-            end = heading.start()
-            break
-    atomic_bytes(path, text[:end].encode())

@@ -4,11 +4,13 @@ import html
 import json
 import math
 import pathlib
-import re
 from typing import Any
 
 from runtime.figures import panels, reward_against_kl
-from runtime.run_folder import load_config, read_rows
+from runtime.rows import read_rows
+from runtime.run_folder import load_config
+from runtime.samples import last_samples
+from runtime.terminal import printable
 
 STAGES = {"base": "Base", "sft": "SFT", "ppo": "PPO"}
 CRITERIA = ("helpful", "honest", "harmless")
@@ -105,25 +107,6 @@ def alignment_report(
         _section("Configuration", configs),
     ]
     return _page(pathlib.Path(out_folder), "Alignment report", body)
-
-
-def last_samples(run: str) -> list[dict[str, str]]:
-    """Return the rows of the last section of samples.md, {name: text}; [] without the file."""
-    path = pathlib.Path(run) / "samples.md"
-    text = path.read_text() if path.exists() else ""
-    # What follows the last heading.
-    section = re.split(r"^## Step \d+\n", text, flags=re.MULTILINE)[-1]
-    # A name in bold, its text in a fence of as many ticks as it needs; or the rule after a row.
-    blocks = re.findall(
-        r"^\*\*(.+?)\*\*\n\n(`{3,})text\n(.*?)\n\2$|^(---)$", section, re.MULTILINE | re.DOTALL
-    )
-    rows: list[dict[str, str]] = [{}]
-    for name, _, value, rule in blocks:
-        if rule:
-            rows.append({})
-        else:
-            rows[-1][name] = value
-    return [row for row in rows if row]
 
 
 # --- tables
@@ -312,8 +295,8 @@ def _page(folder: pathlib.Path, title: str, body: list[str]) -> str:
 
 
 def _e(value: Any) -> str:
-    """Return the text of `value`, escaped for HTML."""
-    return html.escape(str(value))
+    """Return the text of `value`, escaped for HTML, its control characters spelled out."""
+    return html.escape(printable(str(value)))
 
 
 def _percent(share: Any) -> str:

@@ -511,24 +511,3 @@ def remove_unfinished(folder: pathlib.Path) -> None:
     for path in folder.iterdir():
         if path.is_dir() and re.fullmatch(r"\d+(\..+)?", path.name) and path.name not in finished:
             shutil.rmtree(path)
-
-
-# --- metrics
-
-
-def read_rows(run: str) -> list[dict[str, Any]]:
-    """Read metrics.jsonl of `run`, one dict a line, [] without the file.
-
-    Raises UserError for a line that is not JSON.
-    """
-    path = pathlib.Path(run) / "metrics.jsonl"
-    if not path.exists():
-        return []
-    rows = []
-    # A run that was killed may have left half a line: it is named.
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            raise UserError(f"{path}:{number}: not JSON; remove the line") from None
-    return rows

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import shutil
 
 # Before JAX is imported, and inherited by processes that tests start. Without a mesh everything
 # stays on the first of the eight devices. Models here are tiny, so that compiling is nearly all
@@ -12,12 +13,31 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = (
         os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     )
+# Tests compile the same tiny programs again and again, in this run and the next: each is stored.
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / ".pytest_cache/compiled")
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
 
 import jax
 import numpy as np
 import pytest
 
 NO_MESH = jax.sharding.get_mesh()
+# The store is emptied above this size, some ten runs over changing code.
+COMPILED = pathlib.Path(__file__).parents[1] / ".pytest_cache/compiled"
+COMPILED_BYTES = 2 * 10**9
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Empty the store of compiled programs once it is full, before any test or worker starts."""
+    is_worker = hasattr(config, "workerinput")
+    if is_worker or not COMPILED.is_dir():
+        return
+    stored = sum(path.stat().st_size for path in COMPILED.iterdir())
+    if stored > COMPILED_BYTES:
+        shutil.rmtree(COMPILED)
 
 
 @pytest.fixture(autouse=True)

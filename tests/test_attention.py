@@ -241,6 +241,25 @@ def test_decoding_one_token_equals_the_last_row_of_self_attention(window, rng):
     assert np.abs(run(wrong) - full[:, -1:]).max() > 1e-2
 
 
+@pytest.mark.parametrize("fault", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("implementation", ["reference", "xla_chunked"])
+def test_padding_hides_infinity_and_nan(implementation, fault, rng):
+    q, k, v, dout = drawn(rng, 2, 9, 4, 2, 4)
+    real = np.arange(9) >= np.array([[4], [0]])
+    run = functools.partial(
+        attention, segment_ids=real.astype(np.int32), implementation=implementation
+    )
+    faulty = [np.where(real[:, :, None, None], x, np.float32(fault)) for x in (q, k, v)]
+    want, want_pull = jax.vjp(run, q, k, v)
+    got, pull = jax.vjp(run, *faulty)
+    np.testing.assert_array_equal(got, want)
+    for ours, plain in zip(pull(dout), want_pull(dout), strict=True):
+        np.testing.assert_array_equal(ours, plain)
+    # Control: where it is seen, it shows.
+    seen = functools.partial(attention, implementation=implementation)
+    assert not np.isfinite(seen(*faulty)).all()
+
+
 # ---- On a mesh ----
 
 

@@ -310,3 +310,58 @@ def test_batches_left_out_are_passed_over_and_the_rest_stays(tokenizer, narrow):
     resumed = start(without={9})
     resumed.restore(without.state)
     assert equal(next(resumed), next(whole)) and next(whole) and equal(next(resumed), next(whole))
+
+
+def rows_of(made):
+    """Return the rows of batches, of which padding on the right is cut, as a sorted list."""
+    rows = []
+    for batch in made:
+        letters = "BCT" if "tokens_BCT" in batch else "BT"
+        real = batch[f"segment_ids_{letters}"] > 0
+        for b in range(len(real)):
+            if real[b].any():
+                rows.append(tuple(batch[f"tokens_{letters}"][b][real[b]].tolist()))
+    return sorted(rows)
+
+
+@pytest.mark.parametrize(("schema", "make"), KINDS)
+def test_an_evaluation_has_each_record_once_and_padding_at_the_end(tokenizer, schema, make):
+    source = source_of(RECORDS[schema])
+    whole = make(source, tokenizer, batch_size=37, length=64).once()
+    # 37 records in batches of 8, or as many packed rows as they fill.
+    made = make(source, tokenizer, batch_size=8, length=64).once()
+    assert rows_of(made) == rows_of(whole)
+    name = next(name for name in made[0] if name.startswith("tokens"))
+    assert all(len(batch[name]) == 8 for batch in made)
+    mask = next((name for name in made[0] if name.startswith("loss_mask")), name)
+    counted = sum(batch[mask].sum() for batch in made)
+    assert counted == sum(batch[mask].sum() for batch in whole) or mask == name
+    # The first records alone, in order; then as many batches as are wanted.
+    first = make(source, tokenizer, batch_size=8, length=64).once(records=3)
+    alone = make(source_of(RECORDS[schema][:3]), tokenizer, batch_size=8, length=64).once()
+    assert len(first) == 1 and equal(first[0], alone[0])
+    assert len(make(source, tokenizer, batch_size=2, length=64).once(batches=2)) == 2
+
+
+@pytest.mark.parametrize(("schema", "make"), KINDS)
+def test_hosts_evaluate_disjoint_rows(tokenizer, schema, make):
+    source = source_of(RECORDS[schema])
+    parts = []
+    for process in range(2):
+        options = {"process": process, "processes": 2}
+        parts.append(make(source, tokenizer, batch_size=6, length=64, **options).once())
+    whole = make(source, tokenizer, batch_size=6, length=64).once()
+    assert rows_of([*parts[0], *parts[1]]) == rows_of(whole)
+    assert len(parts[0]) == len(parts[1]) == len(whole)
+
+
+def test_an_evaluation_tells_what_does_not_fit(tokenizer, capsys):
+    long = turn("assistant", "river " * 60)
+    records = [*RECORDS["chat"][:2], {"messages": [turn("user", "a"), long]}]
+    capsys.readouterr()
+    assert len(chat_batches(source_of(records), tokenizer, batch_size=8, length=64).once()) == 1
+    told = capsys.readouterr().err
+    assert "1 are cut and 0 left out" in told and "repeat" not in told
+    with pytest.raises(UserError, match="no record fits 8 tokens; raise --length"):
+        asked = {"messages": [turn("user", "river " * 60), long]}
+        chat_batches(source_of([asked]), tokenizer, batch_size=8, length=8).once()

@@ -9,7 +9,16 @@ import pytest
 from evaluation.alignment import STAGES, gold_table, summarise_alignment
 from evaluation.gold import SampledResponse, distinct_answers
 from evaluation.intervals import Interval, mean_interval, share_interval
-from evaluation.reward_model import as_comparisons, comparison_table
+from evaluation.reward_model import (
+    accuracy,
+    as_comparisons,
+    calibration_error,
+    comparison_table,
+    criterion_table,
+    length_correlation,
+    ordered_pairs,
+)
+from evaluation.steps import first_error, step_table
 from evaluation.win_rate import win_rate_table, wins
 from tasks import world
 
@@ -118,6 +127,82 @@ def test_intervals_cover_the_truth_as_often_as_they_say():
     )
 
 
+@pytest.mark.parametrize("hits", [[0.0], [1.0] * 3, [0.5] * 7, [0, 0.5, 0, 0], [0.001] * 200])
+def test_an_interval_of_values_in_0_to_1_lies_in_0_to_1(hits):
+    for interval in (share_interval(hits), win_rate_table(np.array(hits), np.zeros(len(hits)))):
+        low, high = interval["win_rate_ci"] if isinstance(interval, dict) else interval.ends
+        value = interval["win_rate"] if isinstance(interval, dict) else interval.value
+        assert 0 <= low <= value <= high <= 1
+
+
+def test_values_between_0_and_1_count_as_so_many_more():
+    """Their interval is that of as many hits as have their standard error."""
+    rng = np.random.default_rng(3)
+    values = rng.choice([0.0, 0.5, 0.5, 0.5, 1.0], size=100)
+    found = share_interval(values)
+    as_many = 100 * found.value * (1 - found.value) / values.var()
+    for end in found.ends:
+        error = math.sqrt(end * (1 - end) / as_many)
+        assert abs(found.value - end) == pytest.approx(1.96 * error, rel=1e-9)
+    # Control: hits of the same mean, and a mean of values anywhere.
+    assert np.diff(share_interval([True] * 50 + [False] * 50).ends) > np.diff(found.ends)
+    assert np.diff(mean_interval(values).ends) == pytest.approx(np.diff(found.ends), rel=0.05)
+
+
+def test_a_mean_has_the_standard_error_of_its_values():
+    # 1.96 x the deviation by n - 1, over the root of n: sqrt(5/3) / 2.
+    half = 1.96 * math.sqrt(5 / 3) / 2
+    interval = mean_interval([1.0, 2.0, 3.0, 4.0])
+    assert interval == pytest.approx((2.5, 2.5 - half, 2.5 + half))
+    assert mean_interval([7.0]) == (7.0, 7.0, 7.0)
+
+
+def test_calibration_by_hand():
+    """Two pairs of confidence sigmoid(1), one of them right; one sure pair; one tie."""
+    sure = 1 / (1 + math.exp(-30.0))
+    medium = 1 / (1 + math.exp(-1.0))
+    gap_P = np.array([1.0, -1.0, 30.0, 0.0])
+    expected = 0.5 * abs(medium - 0.5) + 0.25 * abs(sure - 1.0) + 0.25 * abs(0.5 - 0.5)
+    assert calibration_error(gap_P) == pytest.approx(expected)
+    # Another sign, and confidences of different bins do not cancel.
+    assert calibration_error(-gap_P) == pytest.approx(
+        0.5 * abs(medium - 0.5) + 0.25 * abs(sure - 0.0)
+    )
+    gap_P = np.array([0.3, -2.0])
+    low, high = (1 / (1 + math.exp(-x)) for x in (0.3, 2.0))
+    assert calibration_error(gap_P) == pytest.approx((abs(low - 1) + abs(high - 0)) / 2)
+
+
+def test_pairs_are_of_one_prompt_and_the_better_one_comes_first():
+    rewards_NC = np.array([[5.0, 1.0, 9.0], [0.0, 2.0, 4.0]])
+    ranks_NC = np.array([[2, 1, 0], [1, 1, 2]])
+    gap_P, prompt_P = ordered_pairs(rewards_NC, ranks_NC)
+    assert gap_P.tolist() == [-4.0, -4.0, -2.0] and prompt_P.tolist() == [0, 1, 1]
+    assert accuracy(np.array([1.0, 0.0, -1.0, 2.0])) == 2.5 / 4
+    table = criterion_table(np.array([1.0, -1.0, 0.0]), np.array(["a", "b", "b"], object))
+    assert table == {"accuracy/a": 1, "pairs/a": 1, "accuracy/b": 0.25, "pairs/b": 2}
+    lengths = np.array([1.0, 2.0, 3.0])
+    assert length_correlation(np.array([3.0, 2.0, 1.0]), lengths) == pytest.approx(-1)
+    assert length_correlation(np.array([1.0, 1.0, 1.0]), lengths) is None
+    assert length_correlation(np.array([1.0, 2.0]), lengths[:2]) is None
+
+
+def test_a_solution_without_a_doubted_step_finds_no_error():
+    """Of three with a wrong step one finds it; the fourth has none."""
+    wrong = np.array([[1, 0, 0], [0, 1, 0], [1, 0, 0], [0, 0, 0]], bool)
+    doubted = np.array([[0, 0, 0], [0, 1, 1], [0, 1, 0], [1, 0, 0]], bool)
+    assert first_error(wrong, doubted) == pytest.approx(1 / 3)
+    assert math.isnan(first_error(wrong[3:], doubted[3:]))
+
+
+def test_a_logit_of_0_is_half_right():
+    logits = np.array([[0.0, 0.0, 1.0, -1.0]])
+    targets = np.array([[1.0, 0.0, 1.0, 1.0]])
+    table = step_table(logits, targets, np.ones((1, 4)))
+    assert table["accuracy"] == (0.5 + 0.5 + 1 + 0) / 4
+    assert table["auc"] == pytest.approx((0.5 + 1 + 0) / 3)
+
+
 def test_an_interval_shows_its_half_width():
     interval = Interval(0.5, 0.4, 0.6)
     assert str(interval) == "0.500 ±0.100"
@@ -138,6 +223,27 @@ def test_a_collapsed_policy_gives_few_distinct_answers():
     right = [world.respond(request, 1.0, random.Random(0)) for request in lookups]
     assert distinct_answers(lookups, right) == 1.0
     assert distinct_answers(lookups, [right[0]] * len(right)) < 0.1
+
+
+def test_an_alignment_says_how_often_ppo_is_better_than_sft():
+    """By gold, prompt by prompt: better, worse, and two ties of which one is of good responses."""
+    request = world.parse("what is the capital of sweden?")
+    right, wrong = "it is stockholm.", "it is paris."
+    said = {
+        "base": [wrong, wrong, wrong, wrong],
+        "sft": [wrong, right, right, wrong],
+        "ppo": [right, right, right, wrong],
+    }
+    sampled = {}
+    for stage, texts in said.items():
+        sampled[stage] = [SampledResponse(text, 3, 0.5) for text in texts]
+    summary, _ = summarise_alignment([request] * 4, sampled, {"eval/accuracy": 0.7})
+    assert summary["ppo"]["win_rate"] == (1 + 0.5 * 3) / 4
+    assert [summary[stage]["all"] for stage in STAGES] == [0, 0.5, 0.75]
+    assert summary["ppo"]["distinct_answers"] == 2
+    # A column a stage, in their order.
+    (row,) = [line for line in gold_table(summary).splitlines() if line.startswith("lookup")]
+    assert row.split() == ["lookup", "0.000", "0.500", "0.750", "4"]
 
 
 def test_the_table_of_an_alignment_fits_a_terminal():

@@ -25,7 +25,7 @@ from data.batches import encode_comparison, pad_comparisons
 from data.tokenizer import Tokenizer
 from model import LanguageModel, ScalarModel, init_and_apply, unembed
 from model_config import PRESETS
-from objectives.reward import combined, last_token
+from objectives.policy import combined, last_token
 from responses import load_run
 from rewards import client, judges
 from rewards import scorer as rewards

@@ -12,8 +12,7 @@ import pytest
 import train_grpo
 from model import LanguageOutput
 from objectives import group
-from objectives.policy import kl_estimate, response_logprobs, token_rewards
-from objectives.reward import combined
+from objectives.policy import combined, kl_estimate, response_logprobs, token_rewards
 from rollout import refill_groups
 from runtime import flags
 
@@ -27,7 +26,9 @@ def normal(*shape, seed=0):
 
 
 def settled(method, **fields):
-    given = train_grpo.Config(**{"method": method, "reward": ("r",), **fields})
+    # Without an end token among the responses all are to be scored as they are.
+    own = {"method": method, "reward": ("r",), "missing_eos": "none"}
+    given = train_grpo.Config(**own | fields)
     return flags.fill_paper_defaults(given, group.PAPERS[method])
 
 

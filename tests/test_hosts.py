@@ -243,7 +243,8 @@ def test_so_it_is_with_a_script_that_packs(whole, tmp_path, case):
     assert [row["loss"] for row in rows_of(tmp_path / "run")] == [
         row["loss"] for row in rows_of(folder)
     ]
-    one, two = json.loads((folder / "checkpoints" / "8" / "manifest.json").read_text())["extra"]
+    manifest = json.loads((folder / "checkpoints" / "8" / "manifest.json").read_text())
+    one, two = (extra["position"] for extra in manifest["extra"])
     assert one != two and one["batches"] == two["batches"] == 8  # their positions in the data
 
 

@@ -1,20 +1,32 @@
 """Records and reports: one step late, cut at resume, readable without a terminal, safe HTML."""
 
+import errno
+import hashlib
+import io
 import json
+import os
 import pathlib
+import struct
+import subprocess
+import sys
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from tensorboardX.proto.event_pb2 import Event
 
 from planning.dry_run import describe
 from runtime import metrics
+from runtime.board import framed
 from runtime.errors import UserError
 from runtime.metrics import Recorder
-from runtime.report import alignment_report, last_samples, run_report
-from runtime.run_folder import read_rows
+from runtime.report import alignment_report, run_report
+from runtime.rows import Rows, read_rows
+from runtime.samples import append_samples, cut_samples, last_samples
+from runtime.terminal import printable
 from train_state import init_state
 from train_step import make_train_step
 
@@ -221,6 +233,10 @@ def test_describe_is_the_arithmetic_and_short():
     params = {"w": jax.ShapeDtypeStruct((1000, 300), jnp.float32)}
     rest = {"mu": params, "nu": params, "step": jax.ShapeDtypeStruct((), jnp.int32)}
     text = describe("SFT", params, rest, batch_size=32, length=64, steps=600, start=50)
+    pairs = describe(
+        "RM", params, rest, batch_size=32, length=64, steps=6, candidates=4, cut="all"
+    )
+    assert "32 × 4 sequences of 64: 8,192 tokens a step" in pairs and "cut         all" in pairs
     assert (
         "300,000 float32" in text and "2,048 tokens a step" in text and "1,228,800 tokens" in text
     )
@@ -228,7 +244,291 @@ def test_describe_is_the_arithmetic_and_short():
     assert len(text.splitlines()) <= 10 and max(map(len, text.splitlines())) <= 80
 
 
-def test_a_broken_row_is_named(run):
-    (pathlib.Path(run) / "metrics.jsonl").write_text('{"step": 1}\nnope\n')
-    with pytest.raises(UserError, match=r"metrics.jsonl:2: not JSON"):
-        read_rows(run)
+# --- damage
+
+
+LINES = [b'{"step": %d, "seconds": %d.5, "loss": %d.25}\n' % (i, i, i) for i in range(1, 7)]
+"""Rows of six steps, of which the first four are sealed."""
+
+
+def sealed(rows):
+    """Return the seal of these lines, as a checkpoint has it."""
+    content = b"".join(rows)
+    sha256 = hashlib.sha256(content).hexdigest()
+    return {"size": len(content), "rows": len(rows), "sha256": sha256}
+
+
+def reopened(path, content, seal):
+    """Open metrics.jsonl with this content after step 4; return the steps that are kept."""
+    path.write_bytes(content)
+    rows = Rows(path, 4, seal)
+    rows.write({"step": 5, "seconds": rows.seconds, "loss": 0.0})
+    rows.close()
+    return [row["step"] for row in read_rows(str(path.parent), quiet=True)]
+
+
+@pytest.mark.parametrize("seal", [sealed(LINES[:4]), None])
+def test_whole_rows_are_kept_and_later_ones_cut(tmp_path, capfd, seal):
+    path = tmp_path / "metrics.jsonl"
+    for later in (
+        b"",
+        LINES[4],
+        LINES[4] + LINES[5],
+        LINES[4][:9],
+        b"\0" * 40,
+        LINES[4] + b"\0\n",
+    ):
+        assert reopened(path, b"".join(LINES[:4]) + later, seal) == [1, 2, 3, 4, 5]
+        assert path.read_bytes().startswith(b"".join(LINES[:4])) and not capfd.readouterr().err
+    assert read_rows(str(tmp_path))[-1]["seconds"] == 4.5
+
+
+def damaged_lines():
+    """Return contents in which the second of the rows is no row any more."""
+    second = LINES[1]
+    others = (
+        second.replace(b"{", b"\x7b\x00"),
+        second.replace(b":", b"\xba", 1),
+        second.replace(b'"', b"'", 1),
+        second.replace(b"2.25", b'"2"'),
+        b"\0" * (len(second) - 1) + b"\n",
+        b"[1, 2]\n",
+        b"\n",
+        second.replace(b'"step": 2', b'"step": 2.5'),
+        second.replace(b"2.25", b"9" * 400),
+        second.replace(b"2.25", b"[" * 5000),
+        second.replace(b"2.25", b'{"a": 1}'),
+    )
+    return [LINES[0] + other + b"".join(LINES[2:]) for other in others]
+
+
+@pytest.mark.parametrize("seal", [sealed(LINES[:4]), None])
+def test_a_damaged_row_is_left_out_alone_and_told(tmp_path, capfd, seal):
+    path = tmp_path / "metrics.jsonl"
+    for content in damaged_lines():
+        assert reopened(path, content, seal) == [1, 3, 4, 5], content
+        assert "metrics.jsonl:2: damaged" in capfd.readouterr().err
+        # It may be resumed again, and stays readable.
+        assert reopened(path, path.read_bytes(), seal) == [1, 3, 4, 5]
+        assert [row["step"] for row in read_rows(str(tmp_path))] == [1, 3, 4, 5]
+        capfd.readouterr()
+
+
+def test_rows_that_changed_or_went_without_a_trace_are_not_gone_on_with(tmp_path, capfd):
+    path = tmp_path / "metrics.jsonl"
+    whole = b"".join(LINES)
+    changes = {
+        "a digit": whole.replace(b"2.25", b"7.25"),
+        "a name": whole.replace(b"loss", b"lost", 1),
+        "a row gone": whole.replace(LINES[1], b""),
+        "the first gone": whole.replace(LINES[0], b""),
+        "the last gone": b"".join(LINES[:3]),
+        "cut after two": whole[: len(b"".join(LINES[:2]))],
+        "cut within the third": whole[: len(b"".join(LINES[:2])) + 9],
+        "two rows as one": whole.replace(b"\n", b" ", 1),
+        "zeros over two rows": LINES[0] + b"\0" * 99 + whole[len(LINES[0]) + 99 :],
+        "a row twice": LINES[0] + whole,
+        "empty": b"",
+    }
+    for name, content in changes.items():
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="restore the file, or remove it"):
+            Rows(path, 4, sealed(LINES[:4]))
+        assert path.read_bytes() == content, name
+    # Removed on purpose: told, and gone on with.
+    path.unlink()
+    Rows(path, 4, sealed(LINES[:4])).close()
+    assert "rows up to step 4 are lost" in capfd.readouterr().err
+
+
+def test_a_seal_is_that_of_the_bytes_on_the_disk(run):
+    with Recorder(run, 3) as record:
+        for step in record.steps():
+            record(step, {"loss": 1.0 * step})
+        record.flush()
+        seal = record.seal()
+    content = (pathlib.Path(run) / "metrics.jsonl").read_bytes()
+    assert seal == sealed(content.splitlines(keepends=True))
+    with Recorder(run, 4, start=3, seal=seal) as record:
+        record(4, {"loss": 4.0})
+    assert len(read_rows(run)) == 4
+
+
+def test_headings_and_rules_within_a_sample_are_text(run):
+    """Instruction data has lines that look like samples.md's own."""
+    path = pathlib.Path(run) / "samples.md"
+    texts = [
+        "## Step 99\n", "a\n## Step 99\n\n**prompt**\n\n```text\nx\n```\n\n---\n",
+        "---\n## Step 1",
+        "````text\n## Step 7\n````", "\r## Step 5\r\n", "", "\n", "**response**\n\n```text\n",
+    ]  # fmt: skip
+    rows = [{"prompt": text, "response": text[::-1]} for text in texts]
+    append_samples(path, 1, rows)
+    append_samples(path, 2, rows)
+    shown = [{name: printable(text) for name, text in row.items()} for row in rows]
+    assert last_samples(run) == shown
+    whole = path.read_bytes()
+    cut_samples(path, 2)
+    assert path.read_bytes() == whole
+    cut_samples(path, 1)
+    assert path.read_bytes() == whole[: len(whole) // 2] and last_samples(run) == shown
+    cut_samples(path, 0)
+    assert path.read_bytes() == b""
+
+
+def test_samples_that_are_not_utf_8_are_read(run):
+    path = pathlib.Path(run) / "samples.md"
+    append_samples(path, 1, [{"prompt": "p", "response": "r"}])
+    path.write_bytes(path.read_bytes().replace(b"r\n", b"\xff\n"))
+    assert last_samples(run) == [{"prompt": "p", "response": "\ufffd"}]
+    assert "report.html" in run_report(run)
+
+
+CONTROLS = [
+    chr(code) for code in (*range(32), *range(127, 160), 0x202E, 0x2066) if chr(code) not in "\n\t"
+]
+
+
+def test_no_control_character_of_a_text_is_shown_or_kept(run, capfd):
+    nasty = "".join(CONTROLS) + "\x1b]52;c;ZXZpbA==\x07\ud800"
+    kept = "tab\tline\nñ 日本 👩‍🔬 ×"
+    with Recorder(run, 1) as record:
+        record(1, {"loss": 1.0})
+        record.samples(1, [{"prompt": nasty, "response": kept}])
+    err = capfd.readouterr().err
+    page = pathlib.Path(run_report(run)).read_text()
+    markdown = (pathlib.Path(run) / "samples.md").read_text()
+    for text in (err, page, markdown):
+        assert not set(text) & set(CONTROLS)
+    assert kept in page and kept in markdown and "\\x1b]52;c" in err
+    assert printable(kept) == kept and printable(printable(nasty)) == printable(nasty)
+
+
+# --- what training goes on without
+
+
+def full_disk():
+    """Return a file that the system refuses to write: its disk is full."""
+    return open("/dev/full", "wb")
+
+
+def test_a_board_that_cannot_be_written_is_told_once_and_holds_up_nothing(run, capfd):
+    with Recorder(run, 40) as record:
+        record._board._file.close()
+        record._board._file = full_disk()
+        for step in record.steps():
+            record(step, {"loss": 1.0})
+    err = capfd.readouterr().err
+    assert (
+        err.count("warning: ") == 1
+        and "tensorboard: not written" in err
+        and len(read_rows(run)) == 40
+    )
+
+
+def test_a_run_folder_in_which_nothing_else_can_be_written_still_trains(run, capfd):
+    folder = pathlib.Path(run)
+    (folder / "tensorboard").write_text("a file")
+    (folder / "samples.md").mkdir()
+    (folder / "report.html").mkdir()
+    with Recorder(run, 3) as record:
+        for step in record.steps():
+            record(step, {"loss": 1.0})
+            record.samples(step, [{"prompt": "p", "response": "r"}])
+    err = capfd.readouterr().err
+    assert err.count("warning: ") == 3 and len(read_rows(run)) == 3
+    for name in ("tensorboard", "samples.md", "report.html"):
+        assert f"{name}: not written" in err
+
+
+def test_rows_on_a_full_disk_end_the_run_in_a_line(run):
+    fault = r"metrics.jsonl: not saved: .*No space left"
+    with pytest.raises(UserError, match=fault), Recorder(run, 3) as record:
+        record._rows._file.close()
+        record._rows._file = full_disk()
+        for step in record.steps():
+            record(step, {"loss": 1.0})
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
+@pytest.mark.parametrize("place, size, code", [("run/tensorboard", "4k", 0), ("run", "64k", 2)])
+def test_a_run_ends_by_itself_on_a_disk_that_fills(tmp_path, place, size, code):
+    """TensorBoard's disk is done without; the run's own ends it in a line. Neither hangs it."""
+    folder = tmp_path / place
+    folder.mkdir(parents=True)
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no disk can be mounted here")
+    script = pathlib.Path(__file__).parents[1] / "train_sft.py"
+    command = [sys.executable, str(script), "--model.preset=tiny", "--batch_size=4", "--length=32"]
+    command += ["--steps=150", "--eval_every=50", "--save_every=0", f"--run={tmp_path / 'run'}"]
+    try:
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        rows = read_rows(str(tmp_path / "run"), quiet=True)
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+    assert ended.returncode == code, ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert len(rows) == 150 if code == 0 else 0 < len(rows) < 150
+    assert ended.stderr.count("warning: ") == 1 or "error: " in ended.stderr
+
+
+def test_half_a_section_of_samples_is_taken_back(run, monkeypatch):
+    path = pathlib.Path(run) / "samples.md"
+    append_samples(path, 1, [{"prompt": "p", "response": "r"}])
+    whole = path.read_bytes()
+
+    class Short(io.FileIO):
+        def write(self, content):
+            super().write(bytes(content)[:9])
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(pathlib.Path, "open", lambda path, mode: Short(path, mode))
+    with pytest.raises(OSError, match="No space"):
+        append_samples(path, 2, [{"prompt": "p", "response": "r"}])
+    monkeypatch.undo()
+    assert path.read_bytes() == whole
+
+
+def events_of(folder):
+    """Return [(step, {name: value})] of all event files in TensorBoard's order, purges applied."""
+    points = []
+    for path in sorted(folder.iterdir()):
+        content = path.read_bytes()
+        while content:
+            (size,) = struct.unpack("<Q", content[:8])
+            event = Event.FromString(content[12 : 12 + size])
+            assert content[: size + 16] == framed(content[12 : 12 + size])
+            content = content[size + 16 :]
+            if event.HasField("session_log"):
+                points = [point for point in points if point[0] < event.step]
+            elif event.HasField("summary"):
+                values = {value.tag: value.simple_value for value in event.summary.value}
+                points.append((event.step, values))
+    return points
+
+
+@pytest.mark.parametrize("clock", [0, -3600, 3600])
+def test_the_board_has_every_step_once_whatever_the_clock_says(run, monkeypatch, clock):
+    now = time.time()
+    for start, steps in ((0, 4), (2, 4), (4, 6)):
+        monkeypatch.setattr("time.time", lambda shift=clock * start / 2: now + shift)
+        with Recorder(run, steps, start=start) as record:
+            for step in record.steps():
+                record(step, {"loss": 10.0 * start + step, "large": 1e300})
+                # What a process that is killed now leaves behind.
+                if step > start + 1:
+                    assert events_of(pathlib.Path(run) / "tensorboard")[-1][0] == step - 1
+    points = events_of(pathlib.Path(run) / "tensorboard")
+    assert [(step, values["loss"]) for step, values in points] == [
+        (1, 1), (2, 2), (3, 23), (4, 24), (5, 45), (6, 46)
+    ]  # fmt: skip
+
+
+def test_the_learning_rate_is_that_of_the_updates_taken(run):
+    with Recorder(run, 4, learning_rates=np.array([0.1, 0.2, 0.4, 0.8])) as record:
+        # The second update is left out.
+        for step, updates in zip(record.steps(), (1, 1, 2, 3), strict=True):
+            record(step, {"loss": 1.0, "updates": updates})
+    assert [row["learning_rate"] for row in read_rows(run)] == [0.1, 0.2, 0.2, 0.4]

@@ -14,6 +14,7 @@ from model import (
     LanguageModel,
     ScalarModel,
     ScalarOutput,
+    SwiGLU,
     empty_cache,
     init_and_apply,
     rope_frequencies,
@@ -313,6 +314,23 @@ def test_remat_changes_neither_loss_nor_gradients():
         )
 
 
+def test_remat_keeps_less_for_the_backward_pass():
+    batch = likelihood_batch()
+    kept = {}
+    for remat in ("none", "dots", "full"):
+        init, apply = init_and_apply(LanguageModel(dataclasses.replace(TINY, remat=remat)))
+        params = jax.eval_shape(init, jax.random.key(0))
+
+        # The residuals are what the backward pass is closed over.
+        def backward(params, apply=apply):
+            loss = functools.partial(likelihood_objective, apply, batch=batch)
+            return jax.vjp(lambda params: loss(params)[0], params)[1]
+
+        residuals = jax.tree.leaves(jax.eval_shape(backward, params))
+        kept[remat] = sum(x.size * x.dtype.itemsize for x in residuals)
+    assert kept["full"] < 0.6 * kept["dots"] < 0.6 * kept["none"]
+
+
 class ToyBlock(nn.Module):
     """A layer that adds its weight to all hidden states; its auxiliary loss is its square."""
 
@@ -372,6 +390,20 @@ def test_bfloat16_compute_keeps_logits_and_losses_float32():
     scalars = scalar_model(make(TINY, ScalarModel)[0], *inputs)
     assert scalars.dtype == jnp.float32
     assert empty_cache(config, 1, 4).k_LBKSH.dtype == jnp.bfloat16
+
+
+def test_gelu_is_by_name_the_tanh_form_or_the_exact_one():
+    config = dataclasses.replace(TINY, width=1, mlp_width=1)
+    one_11 = jnp.ones((1, 1))
+    weights = {"params": {"gate": one_11, "up": one_11, "down": one_11}}
+    x = np.linspace(-4, 4, 17, dtype=np.float32)
+    tanh = np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
+    exact = np.array([math.erf(value / math.sqrt(2)) for value in x])
+    for name, curve in (("gelu", tanh), ("gelu_erf", exact)):
+        layer = SwiGLU(dataclasses.replace(config, activation=name))
+        got = np.asarray(layer.apply(weights, x.reshape(1, -1, 1))).reshape(-1)
+        np.testing.assert_allclose(got, x * (x * (1 + curve) / 2), atol=1e-5)
+    assert np.abs(tanh - exact).max() > 1e-4  # control: they differ
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,9 @@ MODEL = [
     "--mesh.fsdp=8",
 ]
 SHORT = ["--optimizer.warmup=0", "--eval_every=0"]
+KL_TARGET, KL_HORIZON = 0.002, 64
+ADAPTED = [f"--kl_target={KL_TARGET}", f"--kl_horizon={KL_HORIZON}", "--optimizer.lr=3e-3"]
+"""PPO whose beta adapts to the KL."""
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +70,8 @@ def runs(tmp_path_factory):
         "--minibatches=2",
         "--max_prompt=48",
     ]
-    run(train_ppo, *MODEL[1:], *ppo, f"--run={r}/ppo", "--steps=2", "--max_new_tokens=16")
+    short = ["--steps=3", "--max_new_tokens=16", *ADAPTED]
+    run(train_ppo, *MODEL[1:], *ppo, f"--run={r}/ppo", *short)
     return r
 
 
@@ -76,6 +80,19 @@ def test_first_ppo_update_has_ratio_one_and_kl_zero(runs):
     first = json.loads((runs / "ppo" / "metrics.jsonl").read_text().splitlines()[0])
     assert abs(first["kl"]) < 1e-5 and first["sampler_gap"] < 1e-4
     assert first["kl_k3"] >= 0 and 0 <= first["ended"] <= 1
+
+
+def test_beta_moves_towards_the_target_kl(runs):
+    """By the relative error of the KL just measured, at most a fifth, in 16 of 64 responses."""
+    rows = rows_of(runs / "ppo")
+    beta = 0.2
+    for row in rows:
+        assert row["kl_coef"] == pytest.approx(beta, rel=1e-5)
+        error = np.clip(row["kl"] / KL_TARGET - 1, -0.2, 0.2)
+        beta *= 1 + error * 16 / KL_HORIZON
+    # Control: it moved, and each step by what was measured then.
+    assert rows[1]["kl_coef"] == pytest.approx(0.2 * 0.95, rel=1e-5)
+    assert len({row["kl_coef"] for row in rows}) == 3
 
 
 def test_reward_is_shifted_to_score_good_responses_zero(runs):
@@ -232,9 +249,9 @@ def test_offloaded_models_change_nothing(runs, tmp_path, monkeypatch):
         "--minibatches=2",
         "--max_prompt=48",
     ]
-    argv = [*MODEL[1:], *ppo, "--steps=2", "--max_new_tokens=16"]
+    argv = [*MODEL[1:], *ppo, "--steps=3", "--max_new_tokens=16", *ADAPTED]
     run(train_ppo, *argv, "--offload", f"--run={tmp_path}/ppo")
-    assert kinds == [{"pinned_host"}] + [{"device"}] * 4  # and in between nothing holds the models
+    assert kinds == [{"pinned_host"}] + [{"device"}] * 6  # and in between nothing holds the models
     jax.tree.map(
         np.testing.assert_array_equal, load_params(f"{tmp_path}/ppo"), load_params(f"{runs}/ppo")
     )

@@ -627,7 +627,7 @@ def test_advantages_equal_loops(at, whitened):
     scores = {config.reward[0]: jnp.float32(given)}
     got, _ = compute_advantages(models, batch, scores, {}, jnp.float32(BETA))
 
-    ruled = np.where(np.arange(6) < 4, given, config.missing_eos_score)
+    ruled = np.where(np.arange(6) < 4, given, given.min() - given.std())
     rewards, values, last = rewards_and_values_in_loops(batch, policy, reference, value, ruled, at)
     counted = np.arange(LONGEST) <= last[:, None]
     if whitened:  # the mean stays
@@ -679,11 +679,62 @@ def test_several_rewards_are_one_score():
 
 
 def test_a_missing_end_replaces_or_lowers_the_score():
-    response = np.array([[5, 3, 0], [5, 5, 5], [5, 3, 0]])
-    # The last one's is padding.
-    batch = {"response_BR": response, "mask_BR": np.array([[1, 1, 0], [1, 1, 1], [1, 0, 0]])}
-    rules = {"replace": [2.0, -1.0, -1.0], "penalty": [2.0, 2.0, 3.0], "none": [2.0, 3.0, 4.0]}
+    response = np.array([[5, 3, 0], [5, 5, 5], [5, 3, 0], [3, 5, 5]])
+    # The third one's is padding; the last one's ends a turn within it.
+    mask = np.array([[1, 1, 0], [1, 1, 1], [1, 0, 0], [1, 1, 1]])
+    batch = {"response_BR": response, "mask_BR": mask}
+    ended_B = ended(batch, 3)
+    assert ended_B.tolist() == [True, False, False, False]
+    scores = jnp.array([2.0, 3.0, 4.0, 5.0])
+    rules = {"replace": [2, -1, -1, -1], "penalty": [2, 2, 3, 4], "none": [2, 3, 4, 5]}
     for rule, want in rules.items():
-        assert (
-            missing_eos(jnp.array([2.0, 3.0, 4.0]), ended(batch, 3), rule, -1.0).tolist() == want
-        )
+        assert missing_eos(scores, ended_B, rule, -1.0).tolist() == want
+    with pytest.raises(KeyError):
+        missing_eos(scores, ended_B, "lower")
+
+
+# Scores of eight responses; every other one has an end.
+SCORES = {
+    "constant -5": np.full(8, -5.0),
+    "constant 0": np.zeros(8),
+    "constant 1e3": np.full(8, 1e3),
+    "constant, to rounding": 0.1 + np.float32(1e-8) * np.arange(8),
+    "positive": np.arange(1.0, 9),
+    "negative": -np.arange(1.0, 9),
+    "tiny": 1e-6 * normal(8),
+    "huge": 1e3 * normal(8),
+    "beyond squares": 1e30 * normal(8),
+    "paid for no end": np.tile([-5.0, 1e3], 4),
+    "far below for no end": np.tile([2.0, -1e3], 4),
+}
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_by_default_no_scale_of_rewards_pays_for_a_missing_end(name):
+    """Below every score there is, and equal: also where none has an end, or all but one have."""
+    given = np.float32(SCORES[name])
+    for ended_B in (np.arange(8) % 2 == 0, np.arange(8) > 0, np.zeros(8, bool)):
+        ruled = np.asarray(missing_eos(given, ended_B, "lowest"))
+        np.testing.assert_array_equal(ruled[ended_B], given[ended_B])
+        assert np.isfinite(ruled).all() and (ruled[~ended_B] < given.min()).all()
+        assert len(set(ruled[~ended_B].tolist())) == 1
+    all_ended = missing_eos(given, np.ones(8, bool), "lowest")
+    np.testing.assert_array_equal(all_ended, given)  # control
+
+
+@pytest.mark.parametrize("factor", [1e-3, 7.0, 1e4])
+@pytest.mark.parametrize("shift", [-1e3, 0.0, 40.0])
+def test_the_rule_moves_with_the_scores(factor, shift):
+    """Scaling and shifting rewards scales and shifts what it gives: whitened, nothing changes."""
+    given = normal(64).astype(np.float32)
+    ended_B = np.arange(64) % 3 > 0
+
+    def whitened(scores):
+        ruled = np.float64(missing_eos(np.float32(scores), ended_B, "lowest"))
+        return (ruled - ruled.mean()) / ruled.std()
+
+    want = whitened(given)
+    np.testing.assert_allclose(whitened(factor * given + factor * shift), want, atol=1e-3)
+    # Control: a fixed score does not.
+    fixed = np.asarray(missing_eos(given + 40, ended_B, "replace", -1.0))
+    assert np.abs((fixed - fixed.mean()) / fixed.std() - want).max() > 0.5

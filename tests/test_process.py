@@ -18,7 +18,7 @@ from collect import steps as collect_steps
 from data import records
 from data.batches import collate
 from data.sources import open_source
-from data.steps import encode_steps, pad_steps
+from data.steps import encode_steps, lines_of, pad_steps
 from data.tokenizer import Tokenizer
 from decoding import rerank, step_beam
 from evaluation.steps import auc, majority, step_table
@@ -158,7 +158,7 @@ def test_targets_stand_at_each_labelled_step_s_last_token(tokenizer):
     mask_BT = np.arange(batch["tokens_BT"].shape[1])[None] >= len(prompt)
     mask_BT = mask_BT * (batch["segment_ids_BT"] > 0)
     # The rule by which responses are read.
-    found = step_ends(batch["tokens_BT"], mask_BT, tokenizer.newlines())
+    found = step_ends(batch["tokens_BT"], mask_BT, tokenizer.newlines(), tokenizer.eos)
     assert np.flatnonzero(found[0]).tolist() == ends
     short, lost = encode_steps(record, tokenizer, ends[2])
     assert lost and sum(short[0]["mask"]) == 1
@@ -234,6 +234,31 @@ def test_a_step_ends_at_each_token_that_ends_in_a_newline():
     ]
 
 
+def test_blank_lines_and_an_end_after_a_newline_are_no_steps(tokenizer):
+    """The rule for tokens is the rule for texts, whatever newlines stand between the steps."""
+    texts = ["a\nb", "a\n\nb", "a\nb\n", "\na\n\n\nb\n\n", "a", "\n", "", "a\n\n\nb\n\nc", "ab\n"]
+    for text in texts:
+        steps = [line for line, _ in lines_of(text)]
+        assert steps == [line for line in text.split("\n") if line]
+        tokens = [*tokenizer.encode(text), tokenizer.eos]
+        padded_BT = np.array([[*tokens, *[tokenizer.pad] * (20 - len(tokens))]])
+        mask_BT = np.arange(20)[None] < len(tokens)
+        ends_BT = step_ends(padded_BT, mask_BT, tokenizer.newlines(), tokenizer.eos)
+        # An empty response is one end, that of nothing.
+        assert ends_BT.sum() == max(len(steps), text == ""), text
+        # A step ends at the first newline after it, as a model of steps has learnt it.
+        for step, t in zip(steps, np.flatnonzero(ends_BT[0]), strict=False):
+            assert tokenizer.decode(tokens[:t]).endswith(step)
+        assert "".join(line + end for line, end in lines_of(text)) == text.lstrip("\n")
+    # What is unended ends its last step where it stops.
+    unended_BT = np.array([tokenizer.encode("a\nb")])
+    assert step_ends(unended_BT, unended_BT > 0, tokenizer.newlines(), tokenizer.eos).sum() == 2
+
+
+def test_lines_of_spaces_are_blank():
+    assert lines_of("a\n \t\n  b\n ") == [("a", "\n \t\n"), ("  b", "\n")]
+
+
 @pytest.mark.parametrize("how", ["product", "minimum", "last"])
 def test_step_rewards_stand_at_steps_and_sum_to_the_outcome(how):
     rng = np.random.default_rng(1)
@@ -282,7 +307,7 @@ def test_ppo_gives_each_step_its_reward_at_its_last_token():
 
     rewards = {}
     for how in ("product", "none"):
-        config = train_ppo.Config(step_rewards=how, gae_lambda=1.0, missing_eos_score=-1.0)
+        config = train_ppo.Config(step_rewards=how, gae_lambda=1.0, missing_eos="replace")
         compute_advantages = train_ppo.make_advantages(
             config, policy, value_model, eos=eos, newlines=[newline]
         )

@@ -13,6 +13,7 @@ from model import LanguageModel, ScalarModel, init_and_apply
 from model_config import PRESETS
 from objectives.likelihood import likelihood_objective
 from objectives.reward import ranking_objective
+from planning import hlo
 from runtime.errors import UserError
 from sharding import (
     MeshConfig,
@@ -155,16 +156,32 @@ def test_a_rule_holds_for_whole_names_and_their_copies_in_the_optimizer():
 
 
 @needs_eight
-def test_adafactor_is_initialised_and_steps_on_a_mesh():
-    mesh = make_mesh(MeshConfig(2, 2, 2))
+def test_adafactor_steps_on_a_mesh_by_one_program_that_gathers_layer_by_layer():
+    mesh = make_mesh(MeshConfig(1, 8, 1))
     optimizer = make_optimizer(OptimizerConfig(name="adafactor", warmup=0), 5)
-    init, apply = init_and_apply(LanguageModel(CONFIG))
+    # Wide enough to be factored.
+    config = dataclasses.replace(CONFIG, vocab=128, width=128, mlp_width=256, layers=3)
+    init, apply = init_and_apply(LanguageModel(config))
     state = init_sharded(lambda key: init_state(init(key), optimizer), mesh, jax.random.key(0))
+    rows = [x for path, x in jax.tree.leaves_with_path(state) if "v_row" in path_name(path)]
+    assert max(x.size for x in rows) > 1
     step = make_train_step(partial(likelihood_objective, apply), optimizer)
-    state, first = step(state, to_mesh(likelihood_batch(0), mesh))
+    batch = to_mesh(likelihood_batch(0), mesh)
+
+    # A program takes arrays that lie as those that it was compiled for, and no others.
+    program = step.lower(state, batch).compile()
+    state, first = program(state, batch)
     for _ in range(4):
-        state, last = step(state, to_mesh(likelihood_batch(0), mesh))
+        state, last = program(state, batch)
     assert float(last["loss"]) < float(first["loss"])
+    for x, place in zip(*map(jax.tree.leaves, (state, shardings_of(state, mesh))), strict=True):
+        assert x.sharding.is_equivalent_to(place, x.ndim)
+
+    # Parameters are gathered a layer's matrix at a time, never a stack of layers.
+    matrix = 128 * 256 * 4
+    moved = hlo.cost(program.as_text(), dict(mesh.shape)).moved
+    gathers = {name: sizes for name, sizes in moved.items() if "gather" in name[0]}
+    assert gathers and max(largest for _, _, largest in gathers.values()) <= matrix
 
 
 @needs_eight

@@ -1,4 +1,5 @@
 import gzip
+import hashlib
 import json
 import os
 import pathlib
@@ -143,7 +144,21 @@ BAD = [
     ("text", {"text": " "}, "text: is empty"),
     ("text", '{"text": "\\ud800"}', "text: holds half a surrogate pair"),
     ("chat", {"query": "x"}, "messages: missing; the row needs"),
-    ("chat", {"prompt": "p", "response": None}, "response: must be a string, not NoneType"),
+    ("chat", {"prompt": "p", "response": None}, "messages: missing; the row needs"),
+    ("chat", '{"prompt": "p", "prompt": "q", "response": "r"}', "prompt: stands twice"),
+    (
+        "chat",
+        '{"prompt": "p", "response": "r", "x": {"a": [{"b": 1, "b": 2}]}}',
+        "b: stands twice",
+    ),
+    ("chat", "\0\0\0\0", "line: holds NULs alone"),
+    ("chat", '{"id": ' + "9" * 5000 + "}", "line: holds a number of too many digits"),
+    ("chat", "[" * 100_000, "line: is not JSON that can be read"),
+    (
+        "chat",
+        '[{"prompt": "p"}]',
+        "line: must be a JSON object, not list; write one object a line",
+    ),
     ("chat", {"messages": []}, "messages: must be a list of one or more messages"),
     ("chat", {"messages": ["hi"]}, "messages[0]: must be an object"),
     ("chat", {"messages": turns("p")}, "messages: the last turn must be the assistant's"),
@@ -212,12 +227,14 @@ def test_bad_files_are_one_line(tmp_path):
     write(tmp_path / "cut.jsonl.gz", [{"text": str(i)} for i in range(2000)])
     (tmp_path / "cut.jsonl.gz").write_bytes((tmp_path / "cut.jsonl.gz").read_bytes()[:-2000])
     write(tmp_path / "same.jsonl", [{"text": "x"}] * 3)
+    write(tmp_path / "one.jsonl", [{"text": "x"}])
     for name, reason in (
         ("none.jsonl", "no such file"),
         ("folder.jsonl", "is a folder"),
         ("a.csv", "not a source"),
         ("empty.jsonl", "no rows"),
         ("same.jsonl", "the same"),
+        ("one.jsonl", "has one row"),
         ("bad.jsonl.gz", "broken gzip"),
         ("cut.jsonl.gz", "broken gzip"),
     ):
@@ -287,18 +304,96 @@ def test_a_preparation_that_fails_or_loses_rows_leaves_nothing(tmp_path, cache, 
             open_source(data, "text", "train")
         assert not list(cache.iterdir())
     every = sources._records
-    calls = []
 
-    def one_fewer_the_second_time(*args):
-        calls.append(1)
-        return list(every(*args))[: 20 if len(calls) == 1 else 19]
-
+    # Rows are read once to validate them, and then to keep them.
     with monkeypatch.context() as patch:
-        patch.setattr(sources, "_records", one_fewer_the_second_time)
+        patch.setattr(sources, "_records", lambda *args: list(every(*args))[:19])
         with pytest.raises(RuntimeError, match="20 rows, but the prepared dataset has 19"):
             open_source(data, "text", "train")
     assert not list(cache.iterdir())
     assert len(everything(data, "text")) == 20
+
+
+DAMAGES = {
+    "a flipped byte": lambda data: bytes([data[0] ^ 1]) + data[1:],
+    "cut": lambda data: data[: len(data) // 2],
+    "nothing": lambda data: b"",
+    "other bytes": lambda data: b"\xff" * len(data),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_cache_is_prepared_again_with_a_note(tmp_path, cache, capsys, damage):
+    data = write(tmp_path / "a.jsonl", [{"text": f"text {i}"} for i in range(20)])
+    wanted = everything(data, "text")
+    (prepared,) = cache.iterdir()
+    files = sorted(prepared.iterdir())
+    assert len(files) == 6
+    for file in files:
+        file.write_bytes(DAMAGES[damage](file.read_bytes()))
+        capsys.readouterr()
+        assert everything(data, "text") == wanted, file.name
+        notes = [line for line in capsys.readouterr().err.splitlines() if "damaged" in line]
+        assert len(notes) == 1 and "prepared again" in notes[0], file.name
+        assert list(cache.iterdir()) == [prepared]
+    files[0].unlink()
+    assert everything(data, "text") == wanted
+
+
+def test_what_a_killed_process_left_is_removed_and_what_others_hold_is_not(tmp_path, cache):
+    data = write(tmp_path / "a.jsonl", [{"text": f"text {i}"} for i in range(20)])
+    cache.mkdir()
+    with sources._partial_folder(cache) as held:
+        (cache / "partial-dead" / "inside").mkdir(parents=True)
+        everything(data, "text")
+        assert len(list(cache.iterdir())) == 2 and held.exists()
+    assert not held.exists()
+    # By the next start also where nothing has to be prepared.
+    (cache / "partial-dead").mkdir()
+    everything(data, "text")
+    (prepared,) = cache.iterdir()
+    assert "partial" not in prepared.name
+
+
+def test_a_full_cache_disk_is_one_line(tmp_path, cache, monkeypatch):
+    data = write(tmp_path / "a.jsonl", [{"text": f"text {i}"} for i in range(20)])
+
+    def full(*_):
+        raise RuntimeError("Failed to finalize writing: \nwrite() failed: No space left on device")
+
+    monkeypatch.setattr(sources, "_write", full)
+    with pytest.raises(UserError, match=r"No space left on device.*free the disk") as fault:
+        open_source(data, "text", "train")
+    assert "\n" not in str(fault.value) and not list(cache.iterdir())
+
+
+def test_what_is_not_read_or_trained_on_is_said_once(tmp_path, capsys):
+    quiet, loud = (
+        [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "weight": weight}]
+        for weight in (1, 0)
+    )
+    rows = [
+        {"messages": [*loud, *quiet, {**quiet[0], "content": str(i)}, quiet[1]]} for i in range(3)
+    ]
+    data = write(
+        tmp_path / "a.jsonl", [{**row, "id": 1, "\ud83d": 2, "url": None} for row in rows]
+    )
+    everything(data, "chat")
+    everything(data, "chat")
+    assert [line for line in capsys.readouterr().err.splitlines() if line.startswith("note")] == [
+        f"note: {data}: fields that nothing reads: id, '\\ud83d'",
+        f"note: {data}: 3 of 9 assistant's turns are not trained on "
+        "(weight 0, or they call tools)",
+    ]
+
+
+def test_a_source_has_the_hash_of_its_content(tmp_path):
+    data = write(tmp_path / "a.jsonl", [{"text": f"text {i}"} for i in range(20)])
+    wanted = hashlib.sha256((tmp_path / "a.jsonl").read_bytes()).hexdigest()
+    assert {open_source(data, "text", split).sha256 for split in ("train", "all")} == {wanted}
+    write(tmp_path / "a.jsonl", [{"text": f"new {i}"} for i in range(20)])
+    assert open_source(data, "text", "heldout").sha256 != wanted
+    assert open_source("world", "text", "train").sha256 is None
 
 
 def test_held_out_rows_never_train(tmp_path):

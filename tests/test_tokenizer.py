@@ -1,8 +1,11 @@
+import io
+import json
 import pathlib
 import random
 
 import jax
 import pytest
+import sentencepiece
 
 from data.tokenizer import Tokenizer
 from generate import chat
@@ -130,6 +133,62 @@ def test_mistakes_are_one_line(tmp_path):
         with pytest.raises(UserError) as fault:
             wrong()
         assert "\n" not in str(fault.value) and ";" in str(fault.value)
+
+
+def test_special_tokens_are_ids(tmp_path):
+    for absent, wanted in (("bos", None), ("eos", "no eos token"), ("pad", None)):
+        out = io.BytesIO()
+        ids = {"pad_id": 3, f"{absent}_id": -1}
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(CORPUS),
+            model_writer=out,
+            vocab_size=60,
+            hard_vocab_limit=False,
+            minloglevel=2,
+            **ids,
+        )
+        (tmp_path / "a.model").write_bytes(out.getvalue())
+        if wanted is None:
+            t = Tokenizer.load(tmp_path / "a.model")
+            assert all(0 <= i < t.size for i in (t.bos, t.eos, t.pad))
+            # Without a bos, a text starts with the eos.
+            assert (t.bos == t.eos) == (absent == "bos")
+        else:
+            with pytest.raises(UserError, match=f"a.model: the tokenizer has {wanted}"):
+                Tokenizer.load(tmp_path / "a.model")
+
+
+def test_a_run_is_read_with_its_own_tokenizer_only(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"tokenizer_sha256": tokenizer.sha256}))
+    assert Tokenizer.load(tmp_path).sha256 == tokenizer.sha256
+    other = Tokenizer.train(CORPUS[1:], tmp_path / "other.model", 384)
+    flipped = bytearray(tokenizer.model)
+    flipped[len(flipped) // 2] ^= 1
+    for model in (other.model, bytes(flipped)):
+        (tmp_path / "tokenizer.model").write_bytes(model)
+        for path in (tmp_path, tmp_path / "tokenizer.model"):
+            with pytest.raises(UserError, match=r"tokenizer\.model: not "):
+                Tokenizer.load(path)
+
+
+def test_text_that_is_not_unicode_is_one_line(tokenizer):
+    with pytest.raises(UserError, match="not UTF-8"):
+        tokenizer.encode(b"caf\xff".decode("utf-8", "surrogateescape"))
+
+
+def test_many_characters_fit_a_small_vocabulary(tmp_path):
+    """Of 2,000 characters the frequent ones get tokens, and the others are bytes."""
+    rng = random.Random(0)
+    texts = ["".join(chr(0x4E00 + int(2000 * rng.random() ** 3)) for _ in range(80))] * 3
+    texts += [
+        "".join(chr(0x4E00 + int(2000 * rng.random() ** 3)) for _ in range(80)) for _ in range(99)
+    ]
+    t = Tokenizer.train(texts, tmp_path, 512)
+    assert t.size <= 512 and all(t.decode(t.encode(text)) == text for text in texts)
+    assert len(t.encode(chr(0x4E00))) < 3 < len(t.encode(chr(0x9000) * 2))
+    with pytest.raises(UserError, match=r"cannot be trained|no text"):
+        Tokenizer.train(["\0\0\0"], tmp_path, 512)
 
 
 @pytest.mark.skipif(not STORIES.exists(), reason="stories260k/tok512.model is not here")

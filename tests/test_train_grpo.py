@@ -75,7 +75,8 @@ def here(files, monkeypatch):
     monkeypatch.chdir(files)
 
 
-COMMON = [*SHORT, "--init=sft", "--data=sums.jsonl", "--optimizer.lr=2e-3"]
+# The policy is nearly random, and most of its responses do not end.
+COMMON = [*SHORT, "--init=sft", "--data=sums.jsonl", "--optimizer.lr=2e-3", "--missing_eos=none"]
 
 
 @pytest.mark.slow
@@ -234,6 +235,10 @@ MISTAKES = {
     "minibatches do not divide": (["--minibatches=3"], "minibatches"),
     "k1 in the loss": (["--kl_estimator=k1"], "kl_estimator"),
     "shaping of sums": (["--shaping=1"], "shaping"),
+    "shaping by a function": (
+        ["--method=reinforce_pp", "--shaping=1", "--reward=own:even"],
+        "shaping",
+    ),
     "overlong": (["--overlong=2"], "overlong"),
     "clip": (["--clip=0"], "clip"),
     "batch does not split": (["--batch_size=8", "--minibatches=8"], "batch_size"),

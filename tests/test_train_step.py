@@ -209,7 +209,7 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted():
     faults = [
         {**good, "y_B": np.append(good["y_B"][:-1], np.float32(np.nan))},
         {**good, "x_BD": np.float32(1e30) * good["x_BD"]},  # the square overflows
-        {**good, "weight_B": 0 * good["weight_B"]},  # nothing counts: never a silent zero
+        {**good, "weight_B": np.float32(np.nan) * good["weight_B"]},
     ]
     for count, batch in enumerate(faults, start=1):
         before = jax.tree.map(np.array, state)
@@ -231,6 +231,29 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted():
     )
 
 
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_an_update_without_weight_is_left_out_and_no_fault(microbatches):
+    optimizer = make_optimizer(PLAIN, 9)
+    step = make_train_step(regression, optimizer, microbatches)
+    good = regression_batch()
+    state, metrics = step(start(optimizer), good)
+    counts = ("updates", "skipped", "left_out")
+    assert [int(metrics[name]) for name in counts] == [1, 0, 0]
+    before = jax.tree.map(np.array, state)
+    state, metrics = step(state, {**good, "weight_B": 0 * good["weight_B"]})
+    assert [int(metrics[name]) for name in counts] == [1, 0, 1]
+    assert metrics["loss"] == metrics["grad_norm"] == 0
+    after = jax.tree.map(np.array, state)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        (after.params, after.opt_state),
+        (before.params, before.opt_state),
+    )
+    state, metrics = step(state, good)  # control: the next one moves
+    assert [int(metrics[name]) for name in counts] == [2, 0, 1] and int(state.step) == 3
+    assert (np.asarray(state.params["w"]) != before.params["w"]).all()
+
+
 def test_one_bad_microbatch_spoils_the_whole_update():
     step = make_train_step(regression, optax.sgd(0.1), 4)
     batch = regression_batch()
@@ -244,27 +267,50 @@ def test_schedules_start_peak_and_end_in_closed_form():
         config = OptimizerConfig(lr=0.4, schedule=name, final_lr=0.1, **{"warmup": 10, **fields})
         return float(make_schedule(config, 110)(step))
 
-    for name in ("cosine", "linear", "inverse_sqrt", "constant"):
+    for name in ("cosine", "linear", "constant"):
         for step in range(10):  # step 0 learns already
             assert rate(name, step) == pytest.approx(0.4 * (step + 1) / 11, rel=1e-5)
         assert rate(name, 10) == pytest.approx(0.4) == pytest.approx(rate(name, 0, warmup=0))
-    for t in (0, 30, 75, 100):
-        share = 0.1 + 0.9 * (1 + math.cos(math.pi * t / 100)) / 2
+    # 100 updates behind the warm-up: the first at the peak, the last at the end.
+    for t in (0, 30, 75, 99):
+        share = 0.1 + 0.9 * (1 + math.cos(math.pi * t / 99)) / 2
         assert rate("cosine", 10 + t) == pytest.approx(0.4 * share, rel=1e-5)
-        assert rate("linear", 10 + t) == pytest.approx(0.4 * (1 - 0.9 * t / 100), rel=1e-5)
-        assert rate("inverse_sqrt", 10 + t) == pytest.approx(
-            0.4 * math.sqrt(10 / (10 + t)), rel=1e-5
-        )
+        assert rate("linear", 10 + t) == pytest.approx(0.4 * (1 - 0.9 * t / 99), rel=1e-5)
         assert rate("constant", 10 + t) == pytest.approx(0.4)
-    assert rate("cosine", 500) == pytest.approx(0.04) == pytest.approx(rate("linear", 500))
+    for last in (109, 500):
+        assert rate("cosine", last) == pytest.approx(0.04) == pytest.approx(rate("linear", last))
+    # T5's: the peak for as long as the warm-up, then 1 / sqrt(update), from 1.
+    for t in (0, 4, 9):
+        assert rate("inverse_sqrt", t) == pytest.approx(0.4)
+    for t in (10, 39, 109):
+        wanted = 0.4 * math.sqrt(10 / (t + 1))
+        assert rate("inverse_sqrt", t) == pytest.approx(wanted, rel=1e-5)
+    assert rate("inverse_sqrt", 99, warmup=0) == pytest.approx(0.04)
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear"])
+@pytest.mark.parametrize(("warmup", "steps"), [(4, 10), (0, 10), (0, 2), (9, 10)])
+def test_the_last_update_is_at_the_final_rate(name, warmup, steps):
+    config = OptimizerConfig(lr=1.0, schedule=name, warmup=warmup, final_lr=0.1)
+    schedule = make_schedule(config, steps)
+    # A decay of one update is its first, at the peak.
+    last = 0.1 if steps - warmup > 1 else 1.0
+    assert float(schedule(steps - 1)) == pytest.approx(last)
 
 
 @pytest.mark.parametrize(
-    "fields", [{"warmup": 10}, {"warmup": -1}, {"lr": 0.0}, {"lr": float("nan")}]
+    "fields",
+    [
+        {"warmup": 10},
+        {"warmup": -1},
+        {"lr": 0.0},
+        {"lr": float("nan")},
+        {"name": "adafactor", "beta1": 0.5},
+    ],
 )
 def test_impossible_schedules_are_refused_by_name(fields):
-    with pytest.raises(UserError, match=f"--optimizer.{next(iter(fields))}="):
-        make_schedule(dataclasses.replace(PLAIN, **fields), 10)
+    with pytest.raises(UserError, match=f"--optimizer.{[*fields][-1]}="):
+        make_optimizer(dataclasses.replace(PLAIN, **fields), 10)
 
 
 def test_adafactor_learns():
@@ -276,6 +322,35 @@ def test_adafactor_learns():
         state, metrics = step(state, regression_batch())
         losses.append(float(metrics["loss"]))
     assert losses[-1] < 0.6 * losses[0] and int(state.skipped) == 0
+
+
+@pytest.mark.parametrize("beta1", [0.9, 0.0])
+def test_adafactors_first_step_equals_float64_numpy(beta1):
+    config = dataclasses.replace(PLAIN, name="adafactor", beta1=beta1)
+    optimizer = make_optimizer(config, 5)
+    rng = np.random.default_rng(0)
+    shapes = {"factored": (128, 256), "small": (5, 3)}
+    params = {name: rng.normal(size=shape) for name, shape in shapes.items()}
+    grads = {name: rng.normal(size=shape) ** 3 for name, shape in shapes.items()}
+
+    # Shazeer and Stern 2018, algorithm 4: of a large matrix the squares' rows and columns alone.
+    want = {}
+    for name, grad in grads.items():
+        square = grad**2
+        if name == "factored":
+            rows, columns = square.mean(1), square.mean(0)
+            square = rows[:, None] * columns / rows.mean()
+        update = grad / np.sqrt(square)
+        update /= max(1.0, np.sqrt(np.mean(update**2)))
+        want[name] = -config.lr * np.sqrt(np.mean(params[name] ** 2)) * update
+
+    params, grads = (jax.tree.map(np.float32, tree) for tree in (params, grads))
+    state = optimizer.init(params)
+    updates, _ = optimizer.update(grads, state, params)
+    for name, update in want.items():
+        np.testing.assert_allclose(updates[name], update, rtol=1e-4)
+    # It holds the sums of rows and columns: less than one number a parameter, let alone two.
+    assert sum(x.size for x in jax.tree.leaves(state)) < 0.1 * params["factored"].size
 
 
 @pytest.mark.parametrize("name", PRESETS)

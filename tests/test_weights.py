@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import importlib.util
+import io
 import json
 import os
 import pathlib
@@ -17,11 +19,14 @@ import sentencepiece
 from safetensors.numpy import load_file, save_file
 
 import train_sft
+from data.sentencepiece_json import tokenizer_json
 from data.tokenizer import Tokenizer
+from data.tokenizer_json import read_tokenizer, tokenizer_files
 from model import LanguageModel, init_and_apply, unembed
 from model_config import PRESETS, ModelConfig, stored_model
 from runtime import flags as config
 from runtime.errors import UserError
+from runtime.run_folder import lock_run
 from tests.test_errors import fails
 from tests.test_tokenizer import CORPUS
 from train_state import load_params
@@ -343,6 +348,7 @@ def test_half_precision_is_read_exactly_and_exports_are_cut_into_files(tmp_path,
     assert jax.tree.all(jax.tree.map(lambda x: x.dtype == jnp.float32, params))
     monkeypatch.setattr(weights, "SHARD_BYTES", 9000)
     folder = exported(tmp_path / "run", tmp_path / "ours", "--dtype=bfloat16")
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
     files = sorted(folder.glob("*.safetensors"))
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     found = {}
@@ -439,7 +445,7 @@ def test_mistakes_are_one_line(tmp_path, capsys):
 
 
 def test_presets_are_exported_as_their_own_families():
-    tokenizer = type("Tokenizer", (), {"bos": 1, "eos": 2, "pad": 0})
+    tokenizer = type("Tokenizer", (), {"bos": 1, "eos": 2, "pad": 0, "ends": [2]})
     kinds = {
         n: families.config_of(m, tokenizer, "float32")["model_type"] for n, m in PRESETS.items()
     }
@@ -507,11 +513,12 @@ def test_a_tokenizer_json_keeps_the_contract_of_tokenizers(tmp_path, capsys):
     run_of(folder, tmp_path / "run")
     t = Tokenizer.load(tmp_path / "run")
     end, start = made.token_to_id("<|endoftext|>"), made.token_to_id("<|im_start|>")
-    assert (t.bos, t.eos, t.pad, t.user, t.size) == (end, end, start, None, made.get_vocab_size())
+    # No token is for padding: what opens a turn is not taken for it.
+    assert (t.bos, t.eos, t.pad, t.user, t.size) == (end, end, end, None, made.get_vocab_size())
     for text in (*CORPUS[:3], " a  b ", "\n\n", "▁x", "é 😀", ""):
         assert t.encode(text) == made.encode(text).ids and t.decode(t.document(text)) == text
     spelled = "hello <|endoftext|><|im_start|>"
-    assert not {t.eos, t.pad} & set(t.encode(spelled)) and t.decode(t.encode(spelled)) == spelled
+    assert not {t.eos, start} & set(t.encode(spelled)) and t.decode(t.encode(spelled)) == spelled
     # Control: the package by itself does take the text for the token.
     assert end in made.encode(spelled).ids
     tokens, mask = t.chat(
@@ -520,9 +527,14 @@ def test_a_tokenizer_json_keeps_the_contract_of_tokenizers(tmp_path, capsys):
     assert tokens[-sum(map(int, mask)) :] == [*t.encode("The cat."), t.eos]
 
     ours = exported(tmp_path / "run", tmp_path / "ours")
-    assert json.loads((ours / "tokenizer.json").read_text()) == json.loads(
-        (folder / "tokenizer.json").read_text()
+    theirs, exported_json = (
+        json.loads((where / "tokenizer.json").read_text()) for where in (folder, ours)
     )
+    # Theirs puts nothing in front of a text; a run begins with the eos, and other tools shall too.
+    template = exported_json.pop("post_processor")["processors"][-1]
+    assert template["special_tokens"]["<|endoftext|>"]["ids"] == [end]
+    theirs.pop("post_processor")
+    assert exported_json == theirs
     again = run_of(ours, tmp_path / "again")
     assert again and Tokenizer.load(tmp_path / "again").sha256 == t.sha256
     with pytest.MonkeyPatch.context() as patch:
@@ -668,7 +680,7 @@ def test_transformers_agrees_both_ways(name, tmp_path):
     np.testing.assert_array_equal(their_logits(loaded), want)
     # For qwen2, AutoTokenizer passes over the folder's class: published folders name a wrong one.
     auto = (
-        transformers.LlamaTokenizer
+        transformers.PreTrainedTokenizerFast
         if CONFIGS[name]["model_type"] == "qwen2"
         else transformers.AutoTokenizer
     )
@@ -679,3 +691,300 @@ def test_transformers_agrees_both_ways(name, tmp_path):
     assert reader("<|user|>hi<|assistant|>")["input_ids"] == tokenizer.prompt("hi")
     ids = (reader.bos_token_id, reader.eos_token_id, reader.pad_token_id)
     assert ids == (tokenizer.bos, tokenizer.eos, tokenizer.pad)
+
+
+# --- what is wrong in files of others
+
+
+# Values of config.json's fields that are refused.
+REFUSED = {
+    "num_hidden_layers": [10**9, 0, "2", 2.5, True],
+    "hidden_size": ["32", -1, {}],
+    "head_dim": [0, 3, "8"],
+    "num_key_value_heads": [0, "2"],
+    "max_position_embeddings": [128.5, 0],
+    "rms_norm_eps": ["1e-5", 0, float("nan")],
+    "tie_word_embeddings": ["false", 1],
+    "hidden_act": ["relu", 3],
+    "model_type": [[], "x" * 5000],
+    "rope_theta": [0, -1, float("inf"), "1e4"],
+    "rope_scaling": ["linear", {"type": "linear", "factor": 0}, {"full_attention": {}}],
+    "partial_rotary_factor": [0.5],
+    "sliding_window": [0, -4],
+    "layer_types": [["full_attention"], ["linear_attention"] * L, ["sliding_attention"] * L],
+    "eos_token_id": ["2", -1, [], [[2]], V + 1],
+    "torch_dtype": ["int8"],
+    "num_experts": [8],
+}
+UNREADABLE = {
+    "empty": b"",
+    "a list": b"[1]",
+    "a key twice": b'{"a": 1, "a": 2}',
+    "not UTF-8": b'{"a": "\xff"}',
+    "deep": b'{"a": ' + b"[" * 100_000,
+    "a number of 5000 digits": b'{"a": ' + b"9" * 5000 + b"}",
+}
+
+
+def refused(folder):
+    """Return the line by which a folder is refused."""
+    with pytest.raises(UserError) as fault:
+        weights.find_model(folder)
+        Tokenizer(read_tokenizer(folder))
+    assert "\n" not in str(fault.value) and len(str(fault.value)) < 500
+    return str(fault.value)
+
+
+@pytest.fixture
+def theirs(tmp_path):
+    """Return a folder as others make it, and its tensors."""
+    c = SHAPE | CONFIGS["llama 2"]
+    tensors = checkpoint(c)
+    return write(tmp_path / "theirs", c, tensors), c, tensors
+
+
+def test_any_value_of_a_config_is_right_or_refused(theirs):
+    folder, c, _ = theirs
+    path = folder / "config.json"
+    for field, values in REFUSED.items():
+        for value in values:
+            path.write_text(json.dumps({**c, field: value}))
+            assert field.removeprefix("num_") in refused(folder) or field == "rope_scaling", value
+    for name, content in UNREADABLE.items():
+        path.write_bytes(content)
+        assert "config.json: not readable" in refused(folder), name
+    path.write_text(json.dumps(c))
+    # Control: the folder as it was.
+    assert weights.find_model(folder)[0].layers == L
+
+
+def test_the_files_beside_are_right_or_refused(theirs):
+    folder, _, _ = theirs
+    wrong = {
+        "tokenizer_config.json": [{"eos_token": 3}, {"eos_token": "[NOPE]"}, {"bos_token": {}}],
+        "generation_config.json": [{"eos_token_id": "</s>"}, {"eos_token_id": [3, 4000]}],
+        "added_tokens.json": [{"<x>": -1}, {"<x>": "320"}],
+    }
+    for name, contents in wrong.items():
+        for content in (*map(json.dumps, contents), *UNREADABLE.values()):
+            if content == UNREADABLE["a key twice"]:
+                continue
+            text = content if isinstance(content, bytes) else content.encode()
+            (folder / name).write_bytes(text)
+            refused(folder)
+        (folder / name).unlink()
+    for content in (b"", b"oops", b"{", b'{"a": 1}'):
+        (folder / "tokenizer.model").write_bytes(content)
+        refused(folder)
+
+
+def test_the_index_decides_and_files_lie_in_the_folder(tmp_path):
+    c = SHAPE | CONFIGS["llama 2"]
+    tensors = checkpoint(c)
+    folder = write(tmp_path / "theirs", c, tensors, files=2)
+    path = folder / "model.safetensors.index.json"
+    file_of = json.loads(path.read_text())["weight_map"]
+    first, second = sorted(set(file_of.values()))
+    name = next(name for name, file in file_of.items() if file == first)
+
+    # A tensor in two shards is that of the index.
+    twice = {**load_file(folder / second), name: tensors[name] + 1}
+    save_file(twice, folder / second)
+    _, files = weights.find_model(folder)
+    assert files[name].name == first
+
+    for other in (
+        {**file_of, name: None},
+        {**file_of, name: "../theirs/" + first},
+        {**file_of, name: str(folder / first)},
+        {**file_of, name: "gone.safetensors"},
+        {**file_of, "model.extra": first},
+        {key: file for key, file in file_of.items() if key != name},
+        [],
+    ):
+        path.write_text(json.dumps({"weight_map": other}))
+        refused(folder)
+    path.write_text(json.dumps({"weight_map": file_of}))
+    save_file(tensors, folder / "model.safetensors")
+    assert "out of date" in refused(folder)
+    (folder / "model.safetensors").unlink()
+
+    # A link may not lead out of the folder, but for a cache of the hub.
+    (tmp_path / "blobs").mkdir()
+    (folder / first).rename(tmp_path / "blobs" / "1")
+    (folder / first).symlink_to(tmp_path / "blobs" / "1")
+    assert "outside" in refused(folder)
+    (tmp_path / "snapshots").mkdir()
+    folder.rename(tmp_path / "snapshots" / "abc")
+    assert weights.find_model(tmp_path / "snapshots" / "abc")[1].keys() == tensors.keys()
+
+
+def test_a_tensor_with_nan_or_infinity_is_named(tmp_path):
+    c = SHAPE | CONFIGS["llama 2"]
+    name = "model.layers.1.mlp.up_proj.weight"
+    for value in (np.nan, np.inf):
+        tensors = checkpoint(c)
+        tensors[name][3, 4] = value
+        with pytest.raises(UserError, match=f"{name}: holds NaN or infinity"):
+            weights.load(write(tmp_path / str(value), c, tensors))
+
+
+def test_a_head_of_its_own_is_kept_where_the_config_ties_it(tmp_path, capsys):
+    c = SHAPE | CONFIGS["llama 3"]
+    tensors = checkpoint(c)
+    embed = tensors["model.embed_tokens.weight"]
+    copy = write(tmp_path / "copy", c, {**tensors, "lm_head.weight": embed})
+    assert weights.find_model(copy)[0].tied and "note" not in capsys.readouterr().err
+    other = {**tensors, "lm_head.weight": embed[::-1].copy()}
+    model, params = weights.load(write(tmp_path / "other", c, other))
+    assert not model.tied and "lm_head.weight" in capsys.readouterr().err
+    np.testing.assert_array_equal(params["unembed"], other["lm_head.weight"].T)
+
+
+HF_CASES = pathlib.Path(__file__).parents[2] / "shared" / "cases" / "hf"
+
+
+@pytest.mark.skipif(not HF_CASES.exists(), reason="models that transformers saved are not here")
+def test_models_that_transformers_saved():
+    for folder in sorted(HF_CASES.iterdir()):
+        case = np.load(folder / "case.npz")
+        model, params = weights.load(folder)
+        want_TV = case["logits"]
+        found_BTV = logits_of(model)(params, case["ids"])
+        np.testing.assert_allclose(
+            found_BTV[0], want_TV, atol=2e-2 if "bf16" in folder.name else 1e-4
+        )
+
+
+def test_ends_and_tokens_beside_a_sentencepiece_model_are_taken_over(theirs):
+    folder, c, _ = theirs
+    (folder / "config.json").write_text(json.dumps({**c, "vocab_size": V + 2}))
+    plain = Tokenizer(read_tokenizer(folder))
+    model = (folder / "tokenizer.model").read_bytes()
+    assert plain.ends == [plain.eos] and plain.model == model
+    # Ends alone are kept with the model, and its file is exported as it was.
+    more = [plain.eos, 9, 7, 9]
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": more}))
+    ending = Tokenizer(read_tokenizer(folder))
+    assert ending.ends == [plain.eos, 9, 7] and ending.encode(CORPUS[0]) == plain.encode(CORPUS[0])
+    assert families.generation_of(ending)["eos_token_id"] == ending.ends
+    assert tokenizer_files(ending)["tokenizer.model"] == model
+    pytest.importorskip("tokenizers")
+    # As chat models are published: an end of its own, and the old one still ends a response.
+    beside = {
+        "eos_token": "<|im_end|>",
+        "added_tokens_decoder": {str(plain.size): {"content": "<|im_end|>"}},
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(beside))
+    ends = [plain.size, plain.eos]
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    taken = Tokenizer(read_tokenizer(folder))
+    assert taken.ends == ends and taken.size == plain.size + 1
+    for text in (*CORPUS[:3], " a  b ", "\n", "▁x", "é 😀", ""):
+        assert taken.encode(text) == plain.encode(text)
+        assert taken.decode([*taken.encode(text), *ends]) == text
+    assert taken.ended([[5, plain.eos], [5, plain.size], [5]]) == [taken.decode([5])] * 2
+
+    # Exported, and imported again.
+    for name, content in tokenizer_files(taken).items():
+        (folder / name).write_bytes(content)
+    (folder / "tokenizer.model").unlink()
+    (folder / "generation_config.json").write_text(json.dumps(families.generation_of(taken)))
+    assert Tokenizer(read_tokenizer(folder)).sha256 == taken.sha256
+
+
+# --- tokenizers that are not ours, in other tools
+
+NORMALIZED = {"normalization_rule_name": "nmt_nfkc"}
+PLAIN = {"normalization_rule_name": "identity", "byte_fallback": True}
+TRAINED = {
+    "bpe": {"model_type": "bpe", **PLAIN},
+    "bpe, spaces kept": {"model_type": "bpe", "remove_extra_whitespaces": False, **PLAIN},
+    "bpe, symbols": {"model_type": "bpe", "user_defined_symbols": ["<tag>", "\n"], **PLAIN},
+    "bpe, normalised": {"model_type": "bpe", **NORMALIZED},
+    "unigram": {"model_type": "unigram", **PLAIN},
+    "unigram, normalised": {"model_type": "unigram", **NORMALIZED},
+}
+TEXTS = (
+    *CORPUS[:4],
+    *(
+        "",
+        " ",
+        "hello world",
+        "  two  spaces ",
+        "\n    return x",
+        "a<tag> b",
+        "é 😀 日本",
+        "½ ﬁ Ａ",
+    ),
+)
+
+
+def foreign_models():
+    """Yield name and bytes of SentencePiece models that are not Plumb's."""
+    for name, options in TRAINED.items():
+        out = io.BytesIO()
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(CORPUS),
+            model_writer=out,
+            vocab_size=330,
+            hard_vocab_limit=False,
+            minloglevel=2,
+            **options,
+        )
+        yield name, out.getvalue()
+    found = importlib.util.find_spec("mistral_common")
+    if found is not None:
+        for name in ("tokenizer.model.v1", "mistral_instruct_tokenizer_240323.model.v3"):
+            path = pathlib.Path(found.submodule_search_locations[0]) / "data" / name
+            yield name, path.read_bytes()
+
+
+def test_a_tokenizer_json_of_a_sentencepiece_model_gives_its_ids():
+    tokenizers = pytest.importorskip("tokenizers")
+    for name, model in foreign_models():
+        pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
+        made = tokenizers.Tokenizer.from_str(json.dumps(tokenizer_json(model)))
+        for text in TEXTS:
+            ids = pieces.encode(text)
+            assert made.encode(text, add_special_tokens=False).ids == ids, (name, text)
+            assert made.decode(ids, skip_special_tokens=False) == pieces.decode(ids), (name, text)
+
+
+def test_exported_tokenizers_give_the_same_ids_in_transformers(tmp_path, capsys):
+    transformers = pytest.importorskip("transformers")
+    for name, model in foreign_models():
+        tokenizer = Tokenizer(model)
+        for family in ("llama", "mistral", "qwen3", "gemma"):
+            folder = tmp_path / name / family
+            folder.mkdir(parents=True)
+            (folder / "config.json").write_text(json.dumps({"model_type": family}))
+            for file_name, content in tokenizer_files(tokenizer).items():
+                (folder / file_name).write_bytes(content)
+            reader = transformers.AutoTokenizer.from_pretrained(folder)
+            for text in TEXTS:
+                ids = tokenizer.encode(text)
+                assert reader(text)["input_ids"] == [tokenizer.bos, *ids], (name, family, text)
+                # Without a pad of its own, a run pads with unk, and leaves it out of a text.
+                if tokenizer.pad not in ids:
+                    assert reader.decode(ids) == tokenizer.decode(ids), (name, family, text)
+        # Where that is not sure for every text, the user is told.
+        assert ("normalised" in name or "unigram" in name) == ("note" in capsys.readouterr().err)
+
+
+# --- whole exports
+
+
+def test_an_export_leaves_nothing_behind_and_gives_all_its_files(tmp_path):
+    c = SHAPE | CONFIGS["llama 2"]
+    theirs = write(tmp_path / "theirs", c, checkpoint(c))
+    model, params = weights.load(theirs)
+    tokenizer = Tokenizer(read_tokenizer(theirs))
+    killed, alive = (tmp_path / f".ours.{number}.partial" for number in (1, 2))
+    lock = lock_run(tmp_path / "ours", alive)
+    killed.mkdir()
+    weights.save(tmp_path / "ours", model, params, tokenizer)
+    os.close(lock)
+    assert not killed.exists() and alive.exists()
+    modes = {path.name: path.stat().st_mode for path in (tmp_path / "ours").iterdir()}
+    assert len(set(modes.values())) == 1 and "generation_config.json" in modes, modes

@@ -8,12 +8,14 @@ A folder holds config.json, safetensors and a tokenizer. Every script can --init
 Covered are Llama 2 and 3, Mistral, Qwen 2 and 3, and Gemma 1, where all layers are the decoder's.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
 import pathlib
 import shutil
+import sys
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
@@ -24,21 +26,34 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from data.tokenizer import Tokenizer
-from data.tokenizer_json import read_tokenizer, tokenizer_files
+from data.tokenizer_json import is_qwen, read_tokenizer, tokenizer_files
 from model import LanguageModel, Params, init_and_apply
-from model_config import ModelConfig, check_fit, stored_model
+from model_config import ModelConfig, stored_model
 from runtime import flags
 from runtime.checkpoint import Checkpoints
 from runtime.errors import UserError
-from runtime.run_folder import disk_faults, finished_steps
+from runtime.foreign import TEXT, check_values, file_in, object_of, one_line, read_object
+from runtime.run_folder import disk_faults, finished_steps, lock_run
 from sharding import MeshConfig, abstract, make_mesh, path_name
 from train_state import load_params
-from weights.families import config_of, model_of
+from weights.families import config_of, generation_of, model_of
 
 SHARD_BYTES = 4 << 30
 """Largest file of an export. To write one takes so much memory more than the model."""
 
+COMPUTED = "rotary_emb.inv_freq"
+"""Ending of the names of tensors that old folders have, and that are computed here."""
+
+PARTIAL = ".partial"
+"""Ending of the folder that an export writes in, which is renamed when it is whole."""
+
 LAYER = "model.layers.{}."
+EMBED = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+
+ONE_FILE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+"""Names in a folder: of the file where there is one, of the index where there are several."""
 
 
 class Layout(NamedTuple):
@@ -53,7 +68,7 @@ class Layout(NamedTuple):
 
 
 LAYOUTS = {
-    "decoder/embed": Layout("VD", "model.embed_tokens.weight", ("V", "D")),
+    "decoder/embed": Layout("VD", EMBED, ("V", "D")),
     "decoder/final_norm": Layout("D", "model.norm.weight", ("D",)),
     "decoder/layers/attention_norm": Layout("D", LAYER + "input_layernorm.weight", ("D",)),
     "decoder/layers/mlp_norm": Layout("D", LAYER + "post_attention_layernorm.weight", ("D",)),
@@ -69,7 +84,7 @@ LAYOUTS = {
     "decoder/layers/mlp/gate": Layout("DF", LAYER + "mlp.gate_proj.weight", ("F", "D")),
     "decoder/layers/mlp/up": Layout("DF", LAYER + "mlp.up_proj.weight", ("F", "D")),
     "decoder/layers/mlp/down": Layout("FD", LAYER + "mlp.down_proj.weight", ("D", "F")),
-    "unembed": Layout("DV", "lm_head.weight", ("V", "D")),
+    "unembed": Layout("DV", HEAD, ("V", "D")),
 }
 """By the path of a parameter of ours."""
 
@@ -143,45 +158,103 @@ def _sizes(model: ModelConfig) -> dict[str, int]:
     }
 
 
-def find_tensors(folder: pathlib.Path, model: ModelConfig) -> dict[str, pathlib.Path]:
-    """Return the file of each of their tensors, by name.
+def find_model(folder: pathlib.Path) -> tuple[ModelConfig, dict[str, pathlib.Path]]:
+    """Return the model of a Hugging Face folder, and the file of each tensor by their name.
 
-    Raises UserError unless just those of `model` are there, in its shapes.
+    Raises UserError unless just the tensors of the model are there, in its shapes. A head of its
+    own, in the files of a model whose config.json ties it to the embedding, is kept, with a note.
     """
-    wanted = {tensor.name: tensor.shape for tensor in their_tensors(model)}
-    files: dict[str, pathlib.Path] = {}
-    for file_name in sorted(_file_names(folder)):
-        path = folder / file_name
-        try:
-            with safe_open(path, "numpy") as file:
-                names = file.keys()
-                for name in names:
-                    # Computed here; and a copy of the embedding.
-                    is_tied = name == "lm_head.weight" and model.tied
-                    if name.endswith("rotary_emb.inv_freq") or is_tied:
-                        continue
-                    _check_tensor(path, name, file.get_slice(name), wanted)
-                    files[name] = path
-        except (OSError, SafetensorError) as fault:
-            raise UserError(
-                f"{path}: no readable safetensors file ({fault}); no other format is read"
-            ) from None
+    model = model_of(folder / "config.json")
+    files = _tensor_files(folder)
+    has_head = HEAD in files
+    stored = dataclasses.replace(model, tied=model.tied and not has_head)
+    _check_tensors(folder, files, stored)
+    if model.tied and has_head:
+        if _are_equal(files, HEAD, EMBED):
+            return model, files
+        print(
+            f"note: {folder}: config.json ties {HEAD} to the embedding, but the files have "
+            "another; it is kept, and the run is not tied",
+            file=sys.stderr,
+        )
+    return stored, files
 
-    missing = [name for name in wanted if name not in files]
-    if missing:
-        raise UserError(f"{folder}: {missing[0]}: missing (of {len(missing)}); restore the files")
+
+def _tensor_files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
+    """Return the file of each of the folder's tensors: by its index, or all in the one file."""
+    file_of = _read_index(folder)
+    files: dict[str, pathlib.Path] = {}
+    for file_name in sorted(set(file_of.values()) or {ONE_FILE}):
+        path = file_in(folder, file_name)
+        for name in _tensor_names(path):
+            # Of a tensor that lies in two files, the index says which counts.
+            if file_of.get(name, file_name) == file_name:
+                files[name] = path
+            if file_of and name not in file_of:
+                raise UserError(f"{path}: {name}: not in {INDEX}; restore the files")
+    for name, file_name in file_of.items():
+        if name not in files:
+            raise UserError(f"{folder / file_name}: {name}: missing, but in {INDEX}; restore it")
     return files
 
 
-def _file_names(folder: pathlib.Path) -> set[str]:
-    """Return the names of the folder's safetensors files: those of its index, or the one file."""
-    index = folder / "model.safetensors.index.json"
+def _read_index(folder: pathlib.Path) -> dict[str, str]:
+    """Return the name of each tensor's file by the folder's index; none where it has no index."""
+    path = folder / INDEX
     try:
-        return set(json.loads(index.read_text())["weight_map"].values())
+        index = read_object(path)
     except FileNotFoundError:
-        return {"model.safetensors"}
-    except (OSError, ValueError, KeyError, AttributeError) as fault:
-        raise UserError(f"{index}: not readable as an index ({fault}); restore it") from None
+        return {}
+    check_values(path, index, {"weight_map": object_of(TEXT)})
+    file_of = index.get("weight_map")
+    if file_of is None:
+        raise UserError(f"{path}: not readable as an index, weight_map is missing; restore it")
+    # Readers differ in which they take.
+    if (folder / ONE_FILE).exists() and ONE_FILE not in file_of.values():
+        raise UserError(
+            f"{folder}: {ONE_FILE} lies beside {INDEX}, which names other files; "
+            "remove what is out of date"
+        )
+    return {name: file for name, file in file_of.items() if not name.endswith(COMPUTED)}
+
+
+def _tensor_names(path: pathlib.Path) -> list[str]:
+    """Return the names of the tensors in a file, but for those that are computed here."""
+    try:
+        with safe_open(path, "numpy") as file:
+            names = file.keys()
+    except (OSError, ValueError, SafetensorError) as fault:
+        raise UserError(
+            f"{path}: no readable safetensors file ({one_line(fault)}); no other format is read"
+        ) from None
+    return [name for name in names if not name.endswith(COMPUTED)]
+
+
+def _check_tensors(
+    folder: pathlib.Path, files: dict[str, pathlib.Path], model: ModelConfig
+) -> None:
+    """Raise UserError unless `files` has just the tensors of `model`, in its shapes."""
+    wanted = {tensor.name: tensor.shape for tensor in their_tensors(model)}
+    for name, path in files.items():
+        with safe_open(path, "numpy") as file:
+            _check_tensor(path, name, file.get_slice(name), wanted)
+    missing = [name for name in wanted if name not in files]
+    if missing:
+        raise UserError(f"{folder}: {missing[0]}: missing (of {len(missing)}); restore the files")
+
+
+def _are_equal(files: dict[str, pathlib.Path], one: str, other: str) -> bool:
+    """True if two matrices of the files have the same shape and numbers."""
+    with safe_open(files[one], "numpy") as file, safe_open(files[other], "numpy") as other_file:
+        rows = file.get_slice(one)
+        other_rows = other_file.get_slice(other)
+        # Some rows at a time: a model's embedding may be gigabytes.
+        count = rows.get_shape()[0]
+        for start in range(0, count, 4096):
+            cut = slice(start, min(start + 4096, count))
+            if not np.array_equal(rows[cut], other_rows[cut]):
+                return False
+    return True
 
 
 def _check_tensor(
@@ -207,7 +280,8 @@ def read_params(
 ) -> Params:
     """Read the parameters onto `mesh`, in float32, laid as sharding.py's rules say.
 
-    `files`: of find_tensors. Each device's part is read for itself, a layer's tensor at a time.
+    `files`: of find_model. Each device's part is read for itself, a layer's tensor at a time.
+    Raises UserError for a tensor that holds NaN or infinity.
     """
 
     def leaf(path: tuple[Any, ...], like: jax.ShapeDtypeStruct) -> jax.Array:
@@ -264,6 +338,8 @@ def _read_part(
             tensor = file.get_slice(name)[tuple(cuts)]
         tensor = tensor.reshape([len(span_of[axis]) for axis in their_axes]).transpose(order)
         part[i if has_layers else ...] = tensor
+        if not np.isfinite(tensor).all():
+            raise UserError(f"{files[name]}: {name}: holds NaN or infinity; restore the file")
     return part
 
 
@@ -293,14 +369,14 @@ def write_tensors(
     for i, tensors in enumerate(files, 1):
         name = f"model-{i:05}-of-{len(files):05}.safetensors"
         if len(files) == 1:
-            name = "model.safetensors"
+            name = ONE_FILE
         content = {tensor.name: _as_theirs(leaves, tensor, dtype) for tensor in tensors}
         save_file(content, folder / name, {"format": "pt"})
         file_of.update(dict.fromkeys(content, name))
     if len(files) > 1:
         index = {"metadata": {"total_size": sum(sizes)}, "weight_map": file_of}
         text = json.dumps(index, indent=1)
-        (folder / "model.safetensors.index.json").write_text(text)
+        (folder / INDEX).write_text(text)
 
 
 def _as_theirs(leaves: Params, tensor: Tensor, dtype: str) -> np.ndarray:
@@ -325,8 +401,7 @@ def load(
     UserError for a folder that is damaged, or of a model that the decoder does not cover.
     """
     folder = pathlib.Path(folder)
-    model = model_of(folder / "config.json")
-    files = find_tensors(folder, model)
+    model, files = find_model(folder)
     mesh = mesh or make_mesh(MeshConfig(data=1, fsdp=-1))
     return model, read_params(files, model, mesh)
 
@@ -341,27 +416,57 @@ def save(
     """Write a Hugging Face folder, whole or not at all.
 
     `dtype`: float32 or bfloat16, of the written weights. Raises UserError where the folder exists,
-    where no family has the model's features, and for a reward model.
+    where no family has the model's features, for a reward model, and for a tokenizer that other
+    tools would read otherwise. What exports to the folder that were killed have left is removed.
     """
-    content = config_of(config, tokenizer, dtype)
     out = pathlib.Path(folder)
     if "head" in params:
         raise UserError(f"{out}: not written: a reward model; only language models are exported")
     if out.exists():
         raise UserError(f"{out}: exists already; name another folder")
 
+    # What is small, in full, before anything is written.
+    content = config_of(config, tokenizer, dtype)
+    if content["model_type"] == "qwen2" and not is_qwen(tokenizer):
+        print(
+            "note: transformers' AutoTokenizer reads every qwen2 folder's tokenizer as Qwen's, "
+            "with other ids; load this one with PreTrainedTokenizerFast.from_pretrained",
+            file=sys.stderr,
+        )
+    texts = {"config.json": content, "generation_config.json": generation_of(tokenizer)}
+    files = tokenizer_files(tokenizer)
+    for name, text in texts.items():
+        files[name] = json.dumps(text, indent=1).encode()
     # Written beside it, and renamed when all of it is there.
-    new = out.with_name(f".{out.name}.{os.getpid()}")
-    try:
-        with disk_faults(out):
-            new.mkdir(parents=True)
-            write_tensors(new, params, config, dtype, SHARD_BYTES)
-            (new / "config.json").write_text(json.dumps(content, indent=1))
-            for name, file in tokenizer_files(tokenizer).items():
+    with disk_faults(out):
+        _remove_left_behind(out)
+        new = out.with_name(f".{out.name}.{os.getpid()}{PARTIAL}")
+        new.mkdir(parents=True)
+        lock = lock_run(out, new)
+        try:
+            for name, file in files.items():
                 (new / name).write_bytes(file)
+            write_tensors(new, params, config, dtype, SHARD_BYTES)
+            # That library gives its files to the user alone.
+            for path in new.glob("*.safetensors"):
+                shutil.copymode(new / "config.json", path)
             new.replace(out)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
+        finally:
+            os.close(lock)
+            shutil.rmtree(new, ignore_errors=True)
+
+
+def _remove_left_behind(out: pathlib.Path) -> None:
+    """Remove the folders that exports to `out` which were killed have left beside it."""
+    for path in out.parent.glob(f".*{PARTIAL}"):
+        process = path.name.removeprefix(f".{out.name}.").removesuffix(PARTIAL)
+        if not process.isdigit():
+            continue
+        # One that still writes holds its folder's lock.
+        with contextlib.suppress(UserError):
+            lock = lock_run(out, path)
+            shutil.rmtree(path, ignore_errors=True)
+            os.close(lock)
 
 
 # --- the script
@@ -370,19 +475,21 @@ def save(
 def import_run(config: Config, folder: pathlib.Path) -> Params:
     """Write the run `config.run` at step 0, from a Hugging Face folder; return its parameters."""
     mesh = make_mesh(config.mesh)
-    model = model_of(folder / "config.json")
+    model, files = find_model(folder)
     try:
         tokenizer = Tokenizer(read_tokenizer(folder))
-    except RuntimeError as fault:
+    except UserError as fault:
+        raise UserError(f"{folder}: its tokenizer cannot be read: {fault}") from None
+    if tokenizer.size > model.vocab:
         raise UserError(
-            f"{folder}: its tokenizer cannot be read ({fault}); restore the file"
-        ) from None
-    check_fit(model, tokenizer.size, 1)
+            f"{folder}: its tokenizer has {tokenizer.size} tokens, its config.json a vocab_size "
+            f"of {model.vocab}: they do not belong together; restore the files"
+        )
     if finished_steps(pathlib.Path(config.run) / "checkpoints"):
         raise UserError(f"{config.run}: holds a checkpoint already; name another --run")
 
     # Saved as a finished run of no steps, that any script can start from.
-    _, params = load(folder, mesh)
+    params = read_params(files, model, mesh)
     config = dataclasses.replace(config, model=model)
     with Checkpoints(
         config.run, config, script="weights", tokenizer=tokenizer.model

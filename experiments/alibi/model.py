@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels.attention import softmax_where
+from kernels.attention import seen_slots, slot_distances, softmax_where
 from kernels.masks import mask_of, visible_ranges
 from kernels.ring import striped, turns_of, unstriped
 from layers import run_layers
@@ -60,7 +60,11 @@ TOKEN_AXES = ("sequence", "tensor")
 
 @flax.struct.dataclass
 class KVCache:
-    """Keys and values of all tokens so far. Rows are left-padded, so all advance together."""
+    """Keys and values of all tokens so far. Rows are left-padded, so all advance together.
+
+    Each row holds one example. A cache that is too short for the tokens it is given makes their
+    hidden states NaN, and those of all later ones.
+    """
 
     k_LBKSH: Stack
     v_LBKSH: Stack
@@ -68,6 +72,8 @@ class KVCache:
     """1 where a slot holds a real token."""
     length: jax.Array
     """Slots in use; the next token goes here."""
+    is_empty: bool = flax.struct.field(pytree_node=False, default=False)
+    """Known to hold no token yet, when it is compiled: a prefill need not read it."""
 
 
 @flax.struct.dataclass
@@ -119,6 +125,7 @@ def empty_cache(config: ModelConfig, batch: int, slots: int) -> KVCache:
         v_LBKSH=zeros_LBKSH,
         valid_BS=jnp.zeros((batch, slots), jnp.int32),
         length=jnp.int32(0),
+        is_empty=True,
     )
 
 
@@ -169,6 +176,14 @@ def linear(module: nn.Module, labels: str, x: jax.Array, name: str, w: jax.Array
         inner = jnp.tensordot(x, a.astype(x.dtype), a.ndim - 1)
         out += jnp.tensordot(inner, b.astype(x.dtype), 1)
     return out
+
+
+def plus_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
+    """Add a float32 `bias` to `x`, in x's type.
+
+    In float32: so the derivative, a sum over all tokens, is one of float32 too.
+    """
+    return (x + bias).astype(x.dtype)
 
 
 def _normal(fan_in: int) -> Callable[..., jax.Array]:
@@ -228,23 +243,26 @@ def alibi_decode_attention(
     *,
     window: int | None,
 ) -> jax.Array:
-    """Attend from one new token a row (T = 1), at slot `at`, to the cache's slots; [B, 1, N, H].
+    """Attend from T new tokens a row, in the slots from `at` on, to the cache; [B, T, N, H].
 
     Slots are a ring and rows are left-padded, so distances of slots are those of tokens.
     """
-    _, kv_heads, slots, width = k_BKSH.shape
-    heads = q_BTNH.shape[2]
-    distance_S = (at - jnp.arange(slots)) % slots
-    mask_BS = valid_BS > 0
-    if window is not None:
-        mask_BS &= distance_S < window
-    q_BKGH = q_BTNH.reshape(q_BTNH.shape[0], kv_heads, -1, width)
-    scores_BKGS = jnp.einsum("BKGH,BKSH->BKGS", q_BKGH, k_BKSH, preferred_element_type=jnp.float32)
+    batch, length, heads, width = q_BTNH.shape
+    kv_heads, slots = k_BKSH.shape[1:3]
+    distance_TS = slot_distances(length, slots, at)
+    mask_BTS = seen_slots(valid_BS, length, at, window)
+    q_BTKGH = q_BTNH.reshape(batch, length, kv_heads, -1, width)
+    scores_BKTGS = jnp.einsum(
+        "BTKGH,BKSH->BKTGS", q_BTKGH, k_BKSH, preferred_element_type=jnp.float32
+    )
     slopes_KG = alibi_slopes(heads).reshape(kv_heads, -1)
-    scores_BKGS = scores_BKGS * width**-0.5 - slopes_KG[:, :, None] * distance_S
-    weights_BKGS = softmax_where(mask_BS[:, None, None], scores_BKGS, 1.0, None)
-    out_BKGH = jnp.einsum("BKGS,BKSH->BKGH", weights_BKGS.astype(v_BKSH.dtype), v_BKSH)
-    return out_BKGH.reshape(q_BTNH.shape)
+    bias_KTGS = slopes_KG[:, None, :, None] * distance_TS[:, None]
+    scores_BKTGS = scores_BKTGS * width**-0.5 - bias_KTGS
+    mask_BKTGS = mask_BTS[:, None, :, None]
+    weights_BKTGS = softmax_where(mask_BKTGS, scores_BKTGS, 1.0, None)
+    weights_BKTGS = weights_BKTGS.astype(v_BKSH.dtype)
+    out_BTKGH = jnp.einsum("BKTGS,BKSH->BTKGH", weights_BKTGS, v_BKSH)
+    return out_BTKGH.reshape(q_BTNH.shape)
 
 
 class Attention(nn.Module):
@@ -283,9 +301,9 @@ class Attention(nn.Module):
         # What some models add to them.
         if c.qkv_bias:
             zeros = nn.initializers.zeros
-            q_MNH += self.param("q_bias", zeros, q_heads).astype(x_MD.dtype)
-            k_MKH += self.param("k_bias", zeros, kv_heads).astype(x_MD.dtype)
-            v_MKH += self.param("v_bias", zeros, kv_heads).astype(x_MD.dtype)
+            q_MNH = plus_bias(q_MNH, self.param("q_bias", zeros, q_heads))
+            k_MKH = plus_bias(k_MKH, self.param("k_bias", zeros, kv_heads))
+            v_MKH = plus_bias(v_MKH, self.param("v_bias", zeros, kv_heads))
         if c.qk_norm:
             q_MNH = scaled_norm(self, "q_norm", q_MNH)
             k_MKH = scaled_norm(self, "k_norm", k_MKH)
@@ -298,15 +316,16 @@ class Attention(nn.Module):
         # What the tokens attend to.
         if cache is not None:
             cache = _with_tokens(cache, layer, k_BTKH, v_BTKH)
-        if cache is not None and length == 1:
-            # One token against the cache.
+        if cache is not None and not cache.is_empty:
+            # New tokens against the cache, themselves among it.
             k_BKSH = jax.lax.dynamic_index_in_dim(cache.k_LBKSH, layer, keepdims=False)
             v_BKSH = jax.lax.dynamic_index_in_dim(cache.v_LBKSH, layer, keepdims=False)
             out_BTNH = alibi_decode_attention(
                 q_BTNH, k_BKSH, v_BKSH, cache.valid_BS, cache.length, window=c.window
             )
         else:
-            # Training, or prefill of an empty cache: the tokens see one another only.
+            # Training, or prefill of an empty cache: the tokens see one another only. That is
+            # faster than to read all slots.
             out_BTNH = alibi_attention(
                 q_BTNH,
                 k_BTKH,
@@ -351,8 +370,12 @@ class SwiGLU(nn.Module):
         up_DF = self.param("up", _normal(c.width), in_shape)
         down_fan_in = c.mlp_width * 2 * c.layers
         down_FD = self.param("down", _normal(down_fan_in), (c.mlp_width, c.width))
-        # Flax's GELU is the tanh approximation, as Gemma's.
-        activation = {"silu": nn.silu, "gelu": nn.gelu}[c.activation]
+        # The tanh approximation is Gemma's, up to 5e-4 from the exact one.
+        activation = {
+            "silu": nn.silu,
+            "gelu": nn.gelu,
+            "gelu_erf": partial(nn.gelu, approximate=False),
+        }[c.activation]
 
         # For the backward pass gate and up alone are kept.
         @partial(jax.checkpoint, prevent_cse=False)
@@ -408,6 +431,50 @@ class Block(nn.Module):
 # --- the decoder and its heads
 
 
+def _with_valid(cache: KVCache, segment_ids_BT: jax.Array) -> KVCache:
+    """Note in `cache` which of its next slots will hold a real token; ValueError for too many."""
+    length = segment_ids_BT.shape[1]
+    slots = cache.valid_BS.shape[1]
+    if length > slots:
+        raise ValueError(f"{length} tokens for a cache of {slots} slots: make a longer one")
+    real_BT = (segment_ids_BT > 0).astype(jnp.int32)
+    valid_BS = jax.lax.dynamic_update_slice(cache.valid_BS, real_BT, (0, cache.length))
+    return dataclasses.replace(cache, valid_BS=valid_BS)
+
+
+# A rule of its own for the derivative: a frequent token's gradient is a sum of thousands of terms,
+# which in bfloat16 stops growing at a few hundred.
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def embedded(embed_VD: jax.Array, tokens_BT: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Return the tokens' rows of the embedding, [B, T, D], in `dtype`.
+
+    Its gradient is summed in float32, whatever `dtype` is.
+    """
+    # In whole rows on every device: else XLA replicates the result. Gathered in `dtype`, of which
+    # bfloat16 is half as much.
+    rows_VD = constrain_rows(embed_VD.astype(dtype))
+    return rows_VD[tokens_BT]
+
+
+def _embedded_forward(embed_VD, tokens_BT, dtype):
+    return embedded(embed_VD, tokens_BT, dtype), (embed_VD, tokens_BT)
+
+
+def _embedded_backward(dtype, saved, cotangent_BTD):
+    embed_VD, tokens_BT = saved
+
+    def rows(embed_VD: jax.Array) -> jax.Array:
+        return constrain_rows(embed_VD)[tokens_BT]
+
+    # The same lookup in the embedding's own type, transposed.
+    (gradient_VD,) = jax.linear_transpose(rows, embed_VD)(cotangent_BTD.astype(embed_VD.dtype))
+    # Tokens have no derivative.
+    return gradient_VD, None
+
+
+embedded.defvjp(_embedded_forward, _embedded_backward)
+
+
 class Decoder(nn.Module):
     """Embedding, layers, final norm. `microbatches`: of a pipeline, if the mesh has stages."""
 
@@ -425,8 +492,9 @@ class Decoder(nn.Module):
         """Return hidden states [B, T, D], the embedding [V, D], the cache, and the auxiliary loss.
 
         `segment_ids_BT`: 0 is padding, 1, 2, ... the examples packed into a row, which do not see
-        one another. A cache takes one token a row, or several while it is empty (prefill): several
-        on a cache in use give wrong states, for then the tokens see one another only.
+        one another; with a cache a row is one example. A cache takes one token a row or several,
+        empty or in use: they see what is in it, and one another as in training. Raises ValueError
+        for more tokens than the cache has slots.
         """
         c = self.config
         length = tokens_BT.shape[1]
@@ -438,24 +506,24 @@ class Decoder(nn.Module):
             tokens_BT = striped(tokens_BT, ring)
             positions_BT = striped(positions_BT, ring)
 
-        # The lookup is in whole rows on every device: else XLA replicates its result. Only then
-        # are the tokens cut over tensor, for in the lookup the vocabulary is.
-        rows_VD = constrain_rows(embed_VD.astype(c.compute_dtype))
-        x_BTD = constrain_tokens(rows_VD[tokens_BT], "sequence")
+        # The lookup. Only then are the tokens cut over tensor, for in it the vocabulary is.
+        x_BTD = embedded(embed_VD, tokens_BT, c.compute_dtype)
+        x_BTD = constrain_tokens(x_BTD, "sequence")
         x_BTD = constrain_residual(x_BTD)
         if c.scale_embedding:
             x_BTD *= jnp.asarray(c.width**0.5, x_BTD.dtype)
 
         # The layers. A cache first learns which of its new slots hold a real token.
         if cache is not None:
-            real_BT = (segment_ids_BT > 0).astype(jnp.int32)
-            valid_BS = jax.lax.dynamic_update_slice(cache.valid_BS, real_BT, (0, cache.length))
-            cache = dataclasses.replace(cache, valid_BS=valid_BS)
+            cache = _with_valid(cache, segment_ids_BT)
         x_BTD, cache, auxiliary_loss = run_layers(
             self, Block, ring, x_BTD, cache, (segment_ids_BT, positions_BT)
         )
         if cache is not None:
-            cache = dataclasses.replace(cache, length=cache.length + length)
+            used = cache.length + length
+            # Beyond the last slot nothing is known of the tokens, and nothing is made up.
+            x_BTD = jnp.where(used > cache.valid_BS.shape[1], jnp.nan, x_BTD)
+            cache = dataclasses.replace(cache, length=used, is_empty=False)
 
         # The tokens in their own order again.
         if ring > 1:
@@ -466,18 +534,38 @@ class Decoder(nn.Module):
         return scaled_norm(self, "final_norm", x_BTD), embed_VD, cache, auxiliary_loss
 
 
+# A rule of its own for the derivative, whose two products then take x's type as all others do.
+@jax.custom_vjp
+def unrounded_logits(x_MD: jax.Array, unembed_DV: jax.Array) -> jax.Array:
+    """Return x times the unembedding, of one type, as it is summed: in float32 or more."""
+    dtype = jnp.promote_types(x_MD.dtype, jnp.float32)
+    return jnp.einsum("...D,DV->...V", x_MD, unembed_DV, preferred_element_type=dtype)
+
+
+def _logits_forward(x_MD, unembed_DV):
+    return unrounded_logits(x_MD, unembed_DV), (x_MD, unembed_DV)
+
+
+def _logits_backward(saved, cotangent_MV):
+    # The product is not computed again: its derivative does not need it.
+    product = partial(jnp.einsum, "...D,DV->...V")
+    _, transposed = jax.vjp(product, *saved)
+    return transposed(cotangent_MV.astype(saved[0].dtype))
+
+
+unrounded_logits.defvjp(_logits_forward, _logits_backward)
+
+
 def unembed(x_BTD: jax.Array, unembed_DV: jax.Array) -> jax.Array:
     """Return the logits [B, T, V] of hidden states: float32, or float64 where these are.
 
-    `x_BTD` and `unembed_DV`: of a LanguageOutput, or a slice of its positions.
+    `x_BTD` and `unembed_DV`: of a LanguageOutput, or a slice of its positions. Logits are not
+    rounded to x's type on the way: at 16 that would be by 0.06.
     """
-    # The unembedding in x's type; logits in no less than float32, for the softmax.
     x_MD = flat(x_BTD, "stage", "sequence")
-    logits_MV = jnp.einsum("...D,DV->...V", x_MD, unembed_DV.astype(x_MD.dtype))
+    logits_MV = unrounded_logits(x_MD, unembed_DV.astype(x_MD.dtype))
     batch, length, _ = x_BTD.shape
-    logits_BTV = logits_MV.reshape(batch, length, -1)
-    dtype = jnp.promote_types(x_BTD.dtype, jnp.float32)
-    return logits_BTV.astype(dtype)
+    return logits_MV.reshape(batch, length, -1)
 
 
 class LanguageModel(nn.Module):
@@ -528,7 +616,9 @@ class ScalarModel(nn.Module):
         head_D = self.param("head", head_init, (c.width,))
         bias = self.param("bias", nn.initializers.zeros, ())
         x32_BTD = x_BTD.astype(jnp.float32)
-        scalars_BT = jnp.einsum("BTD,D->BT", x32_BTD, head_D) + bias
+        # Accelerators would round its factors to half of float32's bits.
+        products_BT = jnp.einsum("BTD,D->BT", x32_BTD, head_D, precision="highest")
+        scalars_BT = products_BT + bias
         return ScalarOutput(scalars_BT, x_BTD, embed_VD.T, auxiliary_loss)
 
 

@@ -1,17 +1,20 @@
 """Contrasts: one good response after its own prompt and after others."""
 
+import dataclasses
+
 from data.batches import SHORTEST_PROMPT, Encoded, cut_left
-from data.preferences import best_and_worst_response
+from data.preferences import best_and_worst_response, records_of_other_prompts
 from data.records import Record
 from data.sources import Source
 from data.tokenizer import Tokenizer
 
 
-def with_other_prompts(source: Source, count: int) -> Source:
+def with_other_prompts(source: Source, count: int, others: Source | None = None) -> Source:
     """Turn comparisons into {"prompts", "response"}: the best response after `count` prompts.
 
-    The first prompt is its own; the others are of records elsewhere in the source, the same each
-    time.
+    The first prompt is its own; the others differ from it and from one another, and are of
+    records elsewhere in the source, the same each time. A source of too few prompts takes them
+    from `others`; raises UserError where these have too few.
     """
     # The others stand evenly apart round the source.
     records = len(source)
@@ -19,11 +22,12 @@ def with_other_prompts(source: Source, count: int) -> Source:
 
     def read(i: int) -> Record:
         record = source[i]
-        others = [source[(i + k * stride) % records]["prompt"] for k in range(1, count)]
+        places = [i + k * stride for k in range(1, count)]
+        around = records_of_other_prompts(record["prompt"], source, places, others)
         best, _ = best_and_worst_response(record)
-        return {"prompts": [record["prompt"], *others], "response": best}
+        return {"prompts": [prompt["prompt"] for prompt in (record, *around)], "response": best}
 
-    return Source(source.name, range(records), read, count)
+    return dataclasses.replace(source, rows=range(records), read=read, candidates=count)
 
 
 def encode_contrast(record: Record, tokenizer: Tokenizer, length: int) -> Encoded:

@@ -9,12 +9,11 @@ own loss (objective.py), no reference.
 
 import dataclasses
 from functools import partial
-from itertools import islice
 
 import jax
 
 from data.batches import comparison_batches
-from data.sources import Source, open_source
+from data.sources import check_eval_records, open_source
 from data.tokenizer import tokenizer_for
 from evaluation.gold import make_gold_evaluation
 from experiments.contrastive.batches import encode_contrast, with_other_prompts
@@ -113,16 +112,6 @@ def make_update(config: Config) -> Update:
     return Update(init, optimizer, objective, step)
 
 
-def eval_batch_count(config: Config, held_out: Source) -> int:
-    """Return how many batches hold --eval_records, at least 1; 0 without evaluations.
-
-    `held_out`: the records to evaluate on, of which there may be fewer.
-    """
-    if not config.eval_every:
-        return 0
-    return max(1, min(config.eval_records, len(held_out)) // config.batch_size)
-
-
 def main(config: Config) -> dict[str, float]:
     """Train a policy to tell the prompts of good responses; return the last metrics."""
     # A mesh of all devices, and a batch that splits over it.
@@ -133,6 +122,7 @@ def main(config: Config) -> dict[str, float]:
         f"--instructions={config.instructions}: must be at least 2",
     )
     check_batch("batch_size", config.batch_size, config.microbatches, mesh, config.length)
+    check_eval_records(config.eval_records)
 
     # Data: comparisons, the tokenizer they fit, and batches of the best responses, each after
     # its own prompt and others.
@@ -150,8 +140,11 @@ def main(config: Config) -> dict[str, float]:
     )
     contrasts = partial(with_other_prompts, count=config.instructions)
     batches = candidates(contrasts(source), seed=config.seed)
-    held_out_batches = candidates(contrasts(held_out))
-    eval_batches = list(islice(held_out_batches, eval_batch_count(config, held_out)))
+    eval_batches = []
+    if config.eval_every:
+        eval_batches = candidates(contrasts(held_out, others=source)).once(
+            records=config.eval_records
+        )
 
     # One jitted step. With LoRA `state.params` are the adapters alone; `full` lays their base
     # beside them. The gold evaluation measures the KL to the policy that training starts from.

@@ -9,12 +9,11 @@ reference.
 
 import dataclasses
 from functools import partial
-from itertools import islice
 
 import jax
 
 from data.batches import comparison_batches
-from data.sources import Source, open_source
+from data.sources import check_eval_records, open_source
 from data.tokenizer import tokenizer_for
 from evaluation.gold import make_gold_evaluation
 from experiments.figa.batches import with_edit_weights
@@ -111,22 +110,13 @@ def make_update(config: Config) -> Update:
     return Update(init, optimizer, objective, step)
 
 
-def eval_batch_count(config: Config, held_out: Source) -> int:
-    """Return how many batches hold --eval_records, at least 1; 0 without evaluations.
-
-    `held_out`: the records to evaluate on, of which there may be fewer.
-    """
-    if not config.eval_every:
-        return 0
-    return max(1, min(config.eval_records, len(held_out)) // config.batch_size)
-
-
 def main(config: Config) -> dict[str, float]:
     """Train a policy on the edits between worst and best responses; return the last metrics."""
     # A mesh of all devices, and a batch that splits over it.
     config = note_lora_base(config)
     mesh = make_mesh(config.mesh)
     check_batch("batch_size", config.batch_size, config.microbatches, mesh, config.length)
+    check_eval_records(config.eval_records)
 
     # Data: comparisons, the tokenizer they fit, and batches of prompts with all their
     # candidates, whose tokens `weighted` weighs.
@@ -143,7 +133,9 @@ def main(config: Config) -> dict[str, float]:
     )
     batches = candidates(source, seed=config.seed)
     weighted = partial(with_edit_weights, removed=config.removed_weight)
-    held_out_batches = islice(candidates(held_out), eval_batch_count(config, held_out))
+    held_out_batches = []
+    if config.eval_every:
+        held_out_batches = candidates(held_out).once(records=config.eval_records)
     eval_batches = [weighted(batch) for batch in held_out_batches]
 
     # One jitted step. With LoRA `state.params` are the adapters alone; `full` lays their base

@@ -9,13 +9,12 @@ At generation the words HELPFUL (batches.py) follow the prompt on a line of thei
 
 import dataclasses
 from functools import partial
-from itertools import islice
 
 import jax
 import numpy as np
 
 from data.batches import Batch, chat_batches
-from data.sources import Source, open_source
+from data.sources import check_eval_records, open_source
 from data.tokenizer import tokenizer_for
 from evaluation.gold import make_gold_evaluation
 from experiments.hindsight.batches import hide_past_tokens, hindsight_chains
@@ -112,16 +111,6 @@ def make_update(config: Config) -> Update:
     return Update(init, optimizer, objective, step)
 
 
-def eval_batch_count(config: Config, held_out: Source) -> int:
-    """Return how many batches hold --eval_records, at least 1; 0 without evaluations.
-
-    `held_out`: the records to evaluate on, of which there may be fewer.
-    """
-    if not config.eval_every:
-        return 0
-    return max(1, min(config.eval_records, len(held_out)) // config.batch_size)
-
-
 def with_hidden_tokens(config: Config, batch: Batch, step: int, process: int) -> Batch:
     """Hide --hidden_share of past tokens, others at each `step` (0: evaluation) and process."""
     if not config.hidden_share:
@@ -136,6 +125,7 @@ def main(config: Config) -> dict[str, float]:
     config = note_lora_base(config)
     mesh = make_mesh(config.mesh)
     check_batch("batch_size", config.batch_size, config.microbatches, mesh, config.length)
+    check_eval_records(config.eval_records)
 
     # Data: comparisons, the tokenizer they fit, and packed rows of chains.
     source = open_source(config.data, "comparison", "train", seed=config.seed)
@@ -151,9 +141,9 @@ def main(config: Config) -> dict[str, float]:
         **shard,
     )
     batches = packed(hindsight_chains(source), seed=config.seed)
-    held_out_batches = islice(
-        packed(hindsight_chains(held_out)), eval_batch_count(config, held_out)
-    )
+    held_out_batches = []
+    if config.eval_every:
+        held_out_batches = packed(hindsight_chains(held_out)).once(records=config.eval_records)
     eval_batches = [
         with_hidden_tokens(config, batch, 0, shard["process"]) for batch in held_out_batches
     ]

@@ -18,7 +18,7 @@ import time
 
 from runtime import flags
 from runtime.errors import UserError
-from runtime.run_folder import read_rows
+from runtime.rows import read_rows
 
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parents[1]

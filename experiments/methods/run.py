@@ -35,7 +35,8 @@ from responses import load_run
 from rewards.scorer import is_function
 from runtime import flags
 from runtime.errors import UserError
-from runtime.run_folder import load_config, read_rows
+from runtime.rows import read_rows
+from runtime.run_folder import load_config
 from sampling import SamplingConfig
 from sharding import MeshConfig, make_mesh
 from tasks import world

@@ -129,7 +129,9 @@ def quality(rows: Rows) -> str:
         shown = [cell(of_seed, "kl", 2), cell(of_seed, "length", 1)]
         lines.append([method, ", ".join(map(str, of_seed)), *shares, *against, *shown])
         if method in MUST:
-            verdicts.append(f"{method} {sum(gain >= GAIN for gain in gains)} of {len(gains)}")
+            # Rounded: 0.6 - 0.4 is a little below 0.2.
+            reached = sum(round(gain, 9) >= GAIN for gain in gains)
+            verdicts.append(f"{method} {reached} of {len(gains)}")
     head = ["method", "seeds", "all", "helpful", "honest", "harmless"]
     head += ["over SFT", "by seed", "over PPO", "KL", "tokens"]
     return table(head, lines) + f"\nSeeds that gain {GAIN:.2f} or more: {', '.join(verdicts)}.\n"

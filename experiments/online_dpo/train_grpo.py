@@ -10,7 +10,7 @@ train_dpo.py in place of advantages and ratios.
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ from lora import LoraConfig, note_lora_base, with_adapters
 from model import LanguageModel, Params, init_and_apply
 from model_config import ModelConfig, check_fit
 from objectives import direct
-from objectives.policy import missing_eos, response_logprobs
+from objectives.policy import Combine, MissingEos, missing_eos, response_logprobs
 from planning.dry_run import preview
 from rewards.scorer import check_rewards, make_reward_scorer, pooled
 from rollout import (
@@ -37,6 +37,7 @@ from rollout import (
     ended,
     make_experience,
     make_rollout,
+    mean_metrics,
     named,
     rollout_metrics,
     sample_rows,
@@ -46,14 +47,18 @@ from rollout import (
 from runtime import flags
 from runtime.errors import require
 from runtime.hosts import HostsConfig
-from sampling import Apply, SamplingConfig
+from sampling import Apply, Ends, SamplingConfig
 from sharding import MeshConfig, check_batch, data_shard, make_mesh
 from train_state import Init, as_items, starting_params
-from train_step import Objective, OptimizerConfig, Update, make_optimizer, make_train_step
+from train_step import (
+    Objective,
+    OptimizerConfig,
+    Update,
+    make_optimizer,
+    make_rate,
+    make_train_step,
+)
 from training_run import Run
-
-FIRST_EPOCH = 4
-"""The first epoch's number in the key of its order: the rollout has used 0 (train_grpo.py's)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,15 +73,15 @@ class Config:
     reward: tuple[str, ...] = ("runs/align/rm",)
     """Each a run of train_rm.py, module:function called with (response, record), or http://<server>
     (rewards/serve.py)."""
-    combine: Literal["mean", "weighted", "minimum", "gated"] = "mean"
+    combine: Combine = "mean"
     """How several rewards make one score; gated: the first if all others reach --gate, else
     --floor."""
     weights: tuple[float, ...] = ()
     """One a reward (weighted: the weighted sum, not divided)."""
     gate: float = 0.0
     """Least value of the second reward and of those after it (gated)."""
-    floor: float = -1.0
-    """Score where one of them is below --gate (gated)."""
+    floor: float | None = None
+    """Score where one of them is below --gate (gated); None: below the first reward's lowest."""
 
     # Prompts
     data: str = "world"
@@ -107,11 +112,11 @@ class Config:
     # Loss and score
     beta: float = 0.1
     """DPO's beta: how strongly the policy is held to the reference."""
-    missing_eos: Literal["replace", "penalty", "none"] = "none"
-    """Rule for a response without an end: its score becomes `missing_eos_score`, has it added, or
-    stays."""
+    missing_eos: MissingEos = "lowest"
+    """Rule for a response without an end. lowest: its score is below all of the batch. Else it
+    becomes `missing_eos_score` (replace), has it added (penalty), or stays (none)."""
     missing_eos_score: float = -1.0
-    """Score of a response without an end; with `penalty`, added to its score."""
+    """Score of a response without an end (replace), or what is added to it (penalty)."""
 
     # Update
     kl_limit: float = 50.0
@@ -146,6 +151,11 @@ class Config:
         """Return the tokens of a row: prompt and response."""
         return self.max_prompt + self.max_new_tokens
 
+    @property
+    def updates(self) -> int:
+        """Return the updates of the run, which the schedule counts."""
+        return self.steps * self.epochs * self.minibatches
+
 
 class RankedRollout(Rollout):
     """A rollout and what pairs are made of."""
@@ -157,7 +167,7 @@ class RankedRollout(Rollout):
 
 
 def make_targets(
-    config: Config, apply: Apply, *, eos: int
+    config: Config, apply: Apply, *, eos: Ends
 ) -> Callable[..., tuple[RankedRollout, Batch]]:
     """Compile compute_targets(policy, reference, rollout, scores, scalars).
 
@@ -180,10 +190,11 @@ def make_targets(
         score_B = missing_eos(
             raw_B, ended(rollout, eos), config.missing_eos, config.missing_eos_score
         )
-        signal_Q = jnp.ptp(raw_B.reshape(-1, size), axis=1) > 0
+        signal_Q = jnp.ptp(score_B.reshape(-1, size), axis=1) > 0
         metrics = {
             **{f"reward/{name}": score.mean() for name, score in scores.items()},
             "score": raw_B.mean(),
+            "score_with_eos_rule": score_B.mean(),
             "groups_with_signal": signal_Q.mean(),
             **rollout_metrics(logp_BR, reference_BR, rollout, eos),
         }
@@ -219,9 +230,7 @@ def make_update(config: Config, init: Init, objective: Objective) -> Update:
     `init` is handed through. The step's `base` is what lies under the adapters, None without;
     it donates the state.
     """
-    # The schedule counts updates, not iterations.
-    updates = config.steps * config.epochs * config.minibatches
-    optimizer = make_optimizer(config.optimizer, updates)
+    optimizer = make_optimizer(config.optimizer, config.updates)
     step = make_train_step(
         objective,
         optimizer,
@@ -296,6 +305,7 @@ def main(config: Config) -> dict[str, float]:
     init, apply = init_and_apply(LanguageModel(config.model))
     pairs_of = jax.jit(partial(best_and_worst, group=config.samples_per_prompt))
     update = make_update(config, init, make_objective(config, apply))
+    rate = make_rate(config.optimizer, config.updates)
 
     # Steps 1 and 2 of an iteration. With LoRA the state holds adapters alone, and `full` lays them
     # on their base.
@@ -305,12 +315,12 @@ def main(config: Config) -> dict[str, float]:
             apply,
             config.model,
             SamplingConfig(config.temperature, max_new_tokens=config.max_new_tokens),
-            eos=tokenizer.eos,
+            eos=tokenizer.ends,
             pad=tokenizer.pad,
             n=config.samples_per_prompt,
         ),
         score=load_score(config, tokenizer, mesh),
-        compute_targets=make_targets(config, apply, eos=tokenizer.eos),
+        compute_targets=make_targets(config, apply, eos=tokenizer.ends),
         mesh=mesh,
         pad=tokenizer.pad,
         prompt_length=config.max_prompt,
@@ -345,19 +355,18 @@ def main(config: Config) -> dict[str, float]:
             pairs = pairs_of(ranked)
 
             # 4. Updates: epochs over shuffled minibatches of pairs.
-            for number, minibatch in enumerate(
-                shuffled_minibatches(
-                    pairs, key, config.epochs, config.minibatches, first_epoch=FIRST_EPOCH
-                )
-            ):
+            updates = []
+            for minibatch in shuffled_minibatches(pairs, key, config.epochs, config.minibatches):
                 policy, update_metrics = update.step(policy, minibatch, base)
-                if step == run.start + 1 and number == 0:
+                updates.append(update_metrics)
+                if step == run.start + 1 and len(updates) == 1:
                     check_first_pair_update(
                         update_metrics, metrics, config.model.compute_dtype, run.start
                     )
 
-            # 5. Record, and stop where the policy has left the reference too far behind.
-            metrics |= named(policy=update_metrics)
+            # 5. Record means over the updates, and stop where the policy has left the reference
+            # too far behind.
+            metrics |= {**named(policy=mean_metrics(updates)), "learning_rate": rate(policy)}
             run.record(step, metrics, tokens=config.batch_size * config.length)
             check_kl(run.last_metrics, config.kl_limit)
 

@@ -10,10 +10,11 @@ is asked for by a system turn: its best quantile, such as `5`.
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -34,17 +35,19 @@ from model import LanguageModel, Params, init_and_apply
 from model_config import ModelConfig, check_fit
 from objectives import imitate
 from objectives.imitate import Pool
-from objectives.policy import missing_eos, response_logprobs
+from objectives.policy import MissingEos, missing_eos, response_logprobs
 from planning.dry_run import preview_items
-from rewards.scorer import make_reward_scorer
+from rewards.scorer import check_missing_eos, make_reward_scorer
 from rollout import (
     Batch,
+    Metrics,
     Rollout,
     Score,
     Shown,
     ended,
     make_experience,
     make_rollout,
+    mean_metrics,
     named,
     rollout_metrics,
     sample_rows,
@@ -52,7 +55,7 @@ from rollout import (
 from runtime import flags
 from runtime.errors import require
 from runtime.hosts import HostsConfig
-from sampling import Apply, SamplingConfig
+from sampling import Apply, Ends, SamplingConfig
 from sharding import (
     MeshConfig,
     abstract,
@@ -63,7 +66,14 @@ from sharding import (
     make_mesh,
 )
 from train_state import as_items, from_items, init_state, starting_params
-from train_step import OptimizerConfig, Update, make_optimizer, make_train_step
+from train_step import (
+    OptimizerConfig,
+    TrainState,
+    Update,
+    make_optimizer,
+    make_schedule,
+    make_train_step,
+)
 from training_run import Run
 
 
@@ -113,11 +123,11 @@ class Config:
     """Longest response, in tokens."""
     temperature: float = 1.0
     """Sampling temperature."""
-    missing_eos: Literal["replace", "penalty", "none"] = "none"
-    """Rule for a response without an end: its score becomes `missing_eos_score`, has it added, or
-    stays."""
+    missing_eos: MissingEos = "lowest"
+    """Rule for a response without an end. lowest: its score is below all of the batch. Else it
+    becomes `missing_eos_score` (replace), has it added (penalty), or stays (none)."""
     missing_eos_score: float = -1.0
-    """Score of a response without an end; with `penalty`, added to its score."""
+    """Score of a response without an end (replace), or what is added to it (penalty)."""
 
     # Model
     optimizer: OptimizerConfig = OptimizerConfig(
@@ -160,6 +170,20 @@ class Config:
         """Updates of a round whose pool is full."""
         return divided_up(self.epochs * self.pool_rows, self.minibatch_size)
 
+    @property
+    def schedule_updates(self) -> int:
+        """Return the updates of a run whose every round has as many as it can."""
+        return self.steps * self.most_updates
+
+    def place(self, step: int, number: int, count: int) -> int:
+        """Return where the schedule is at update `number`, from 0, of the `count` of round `step`.
+
+        Of `schedule_updates`. A round with fewer updates than it can have takes longer steps, so
+        that each round, and so the run, ends where the schedule does.
+        """
+        done = divided_up((number + 1) * self.most_updates, count)
+        return (step - 1) * self.most_updates + done - 1
+
 
 def divided_up(count: int, size: int) -> int:
     """Return count / size, rounded up."""
@@ -180,6 +204,7 @@ def check(config: Config, mesh: jax.sharding.Mesh) -> None:
     )
     require(config.kl_coef >= 0, f"--kl_coef={config.kl_coef}: must be at least 0")
     require(2 <= config.quantiles <= 9, f"--quantiles={config.quantiles}: must be in 2..9")
+    check_missing_eos(config)
     check_batch("minibatch_size", config.minibatch_size, config.microbatches, mesh)
     check_batch("batch_size / --samples_per_prompt", config.batch_size // group, 1, mesh)
 
@@ -203,11 +228,11 @@ class ScoredRollout(Rollout):
     """A rollout and what its responses are ranked by."""
 
     score_B: jax.Array
-    """The reward, after the rule on a missing end; float32."""
+    """The reward, after the rule on a missing end; float32, -inf for what is never imitated."""
 
 
 def make_targets(
-    config: Config, apply: Apply, *, eos: int, asking: Callable[[Rollout], Batch]
+    config: Config, apply: Apply, *, eos: Ends, asking: Callable[[Rollout], Batch]
 ) -> Callable[..., tuple[ScoredRollout, Batch]]:
     """Compile compute_targets(policy, reference, rollout, scores, scalars).
 
@@ -228,13 +253,16 @@ def make_targets(
         logp_BR = response_logprobs(apply, policy, seen, config.temperature)
         reference_BR = response_logprobs(apply, reference, rollout, config.temperature)
         raw_B = scores[config.reward]
-        score_B = missing_eos(
-            raw_B, ended(rollout, eos), config.missing_eos, config.missing_eos_score
-        )
+        ended_B = ended(rollout, eos)
+        score_B = missing_eos(raw_B, ended_B, config.missing_eos, config.missing_eos_score)
         metrics = {
             "score": raw_B.mean(),
+            "score_with_eos_rule": score_B.mean(),
             **rollout_metrics(logp_BR, reference_BR, rollout, eos),
         }
+        if config.missing_eos == "lowest":
+            # Where few end, the best quantile would hold what did not.
+            score_B = jnp.where(ended_B, score_B, -jnp.inf)
         return {**rollout, "score_B": score_B}, metrics
 
     return compute_targets
@@ -305,7 +333,7 @@ def make_update(config: Config, init: Any, apply: Apply, system: int) -> Update:
         return {"policy": policy, "reference": frozen["reference"]}
 
     objective = partial(quark_objective, apply, system=system, kl_coef=config.kl_coef)
-    optimizer = make_optimizer(config.optimizer, config.steps * config.most_updates)
+    optimizer = make_optimizer(config.optimizer, config.schedule_updates)
     step = make_train_step(
         objective,
         optimizer,
@@ -314,6 +342,45 @@ def make_update(config: Config, init: Any, apply: Apply, system: int) -> Update:
         full=both,
     )
     return Update(init, optimizer, objective, step)
+
+
+def at_place(policy: TrainState, place: int) -> TrainState:
+    """Return `policy` with its optimiser's schedule at update `place`; nothing else moves."""
+
+    def is_schedule(part: Any) -> bool:
+        # Of the learning rate, or of the decay that goes by it; moments have counts of their own.
+        return getattr(part, "_fields", None) == ("count",)
+
+    def moved(part: Any) -> Any:
+        return part._replace(count=np.int32(place)) if is_schedule(part) else part
+
+    opt_state = jax.tree.map(moved, policy.opt_state, is_leaf=is_schedule)
+    return dataclasses.replace(policy, opt_state=opt_state)
+
+
+def on_all(
+    config: Config,
+    update: Update,
+    policy: TrainState,
+    minibatches: list[Pool],
+    frozen: Params,
+    step: int,
+) -> tuple[TrainState, Metrics]:
+    """Update `policy`, which is donated, on each of round `step`'s minibatches; return it.
+
+    With the means of the updates' metrics as `policy/NAME`, and the `learning_rate` of the last;
+    {} where there are no minibatches. `frozen`: the step's base.
+    """
+    updates = []
+    for number, minibatch in enumerate(minibatches):
+        # However many there are, the schedule goes over the round's part of it.
+        place = config.place(step, number, len(minibatches))
+        policy, metrics = update.step(at_place(policy, place), minibatch, frozen)
+        updates.append(metrics)
+    if not updates:
+        return policy, {}
+    rate = make_schedule(config.optimizer, config.schedule_updates)(place)
+    return policy, {**named(policy=mean_metrics(updates)), "learning_rate": rate}
 
 
 def fresh_items(
@@ -373,7 +440,7 @@ def make_round(
     The policy is asked for the quantile `word`, or where it is None as the prompts are.
     """
     sampling = SamplingConfig(config.temperature, max_new_tokens=config.max_new_tokens)
-    how = {"eos": tokenizer.eos, "pad": tokenizer.pad, "n": config.samples_per_prompt}
+    how = {"eos": tokenizer.ends, "pad": tokenizer.pad, "n": config.samples_per_prompt}
     if word is None:
         sample_rollout = make_rollout(apply, config.model, sampling, **how)
         asking = dict
@@ -385,7 +452,7 @@ def make_round(
         prompts,
         rollout=sample_rollout,
         score=score,
-        compute_targets=make_targets(config, apply, eos=tokenizer.eos, asking=asking),
+        compute_targets=make_targets(config, apply, eos=tokenizer.ends, asking=asking),
         mesh=mesh,
         pad=tokenizer.pad,
         prompt_length=config.max_prompt,
@@ -484,10 +551,8 @@ def main(config: Config) -> dict[str, float]:
             minibatches, of_chosen = minibatches_of(config, functions, pool, key)
 
             # 3. Imitate: supervised fine-tuning on it.
-            for minibatch in minibatches:
-                policy, update_metrics = update.step(policy, minibatch, frozen)
-                metrics |= named(policy=update_metrics)
-            metrics |= {**of_chosen, "updates": len(minibatches)}
+            policy, of_updates = on_all(config, update, policy, minibatches, frozen, step)
+            metrics |= {**of_chosen, **of_updates, "updates": len(minibatches)}
             run.record(step, metrics, tokens=config.batch_size * config.length)
 
             # 4. Samples, the gold evaluation and a checkpoint, when they are due.

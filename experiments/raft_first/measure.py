@@ -13,7 +13,7 @@ import pathlib
 from typing import Any
 
 from runtime import flags
-from runtime.run_folder import read_rows
+from runtime.rows import read_rows
 
 
 @dataclasses.dataclass(frozen=True)

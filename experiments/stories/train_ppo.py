@@ -24,12 +24,15 @@ from experiments.stories import happy
 from model import LanguageModel, Params, init_and_apply
 from model_config import PRESETS, ModelConfig, check_fit
 from objectives.policy import (
+    explained_variance,
     gae,
     kl_estimate,
+    masked,
     masked_mean,
     policy_objective,
     response_logprobs,
     response_values,
+    score_position,
     token_rewards,
     value_objective,
     whiten,
@@ -40,6 +43,7 @@ from rollout import (
     check_first_update,
     check_kl,
     make_rollout,
+    mean_metrics,
     named,
     rollout_metrics,
     shuffled_minibatches,
@@ -198,14 +202,14 @@ def make_advantages(
         mask_BR = rollout["mask_BR"]
         logp_BR = response_logprobs(apply, models.policy, rollout, config.temperature)
         reference_BR = response_logprobs(apply, models.reference, rollout, config.temperature)
-        values_BR = response_values(scalar_apply, models.critic, rollout) * mask_BR
+        values_BR = masked(response_values(scalar_apply, models.critic, rollout), mask_BR)
 
         # A reward a token: -beta KL, and the score at the last one.
-        kl_BR = kl_estimate(logp_BR, reference_BR, "k1")
-        last_B = mask_BR.sum(1) - 1
+        kl_BR = kl_estimate(logp_BR, reference_BR, "k1", mask_BR)
+        last_B, _ = score_position(mask_BR, "last")
         rewards_BR = token_rewards(parts["score_B"], kl_BR, mask_BR, config.kl_coef, last_B)
         advantages_BR, returns_BR = gae(
-            rewards_BR, values_BR, gamma=1.0, gae_lambda=config.gae_lambda
+            rewards_BR, values_BR, mask_BR, gamma=1.0, gae_lambda=config.gae_lambda
         )
         experience = {
             **{name: x for name, x in rollout.items() if name != "sampler_logp_BR"},
@@ -222,6 +226,7 @@ def make_advantages(
             "reward": rewards_BR.sum(1).mean(),
             "reference_nll_per_token": -masked_mean(reference_BR, mask_BR),
             "value": masked_mean(values_BR, mask_BR),
+            "explained_variance": explained_variance(values_BR, returns_BR, mask_BR),
             **rollout_metrics(logp_BR, reference_BR, rollout, eos),
         }
         return experience, metrics
@@ -389,18 +394,20 @@ def main(config: Config) -> dict[str, float]:
             )
 
             # 4. Updates: epochs over shuffled minibatches; the policy's and the critic's.
-            for number, minibatch in enumerate(
-                shuffled_minibatches(experience, key, config.epochs, config.minibatches)
+            updates = []
+            for minibatch in shuffled_minibatches(
+                experience, key, config.epochs, config.minibatches
             ):
                 policy, policy_metrics = policy_update.step(policy, minibatch)
                 critic, critic_metrics = critic_update.step(critic, minibatch)
-                if step == run.start + 1 and number == 0:
+                updates.append(named(policy=policy_metrics, value=critic_metrics))
+                if step == run.start + 1 and len(updates) == 1:
                     check_first_update(
                         policy_metrics, metrics, config.model.compute_dtype, run.start
                     )
 
-            # 5. Record.
-            metrics |= named(policy=policy_metrics, value=critic_metrics)
+            # 5. Record means over the updates.
+            metrics |= mean_metrics(updates)
             run.record(step, metrics, tokens=config.batch_size * config.length)
             check_kl(run.last_metrics, config.kl_limit)
 

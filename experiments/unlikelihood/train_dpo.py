@@ -9,14 +9,13 @@ reference.
 
 import dataclasses
 from functools import partial
-from itertools import islice
 from typing import Literal
 
 import jax
 
 from data.batches import comparison_batches
 from data.preferences import with_mismatched
-from data.sources import Source, open_source
+from data.sources import check_eval_records, open_source
 from data.tokenizer import tokenizer_for
 from evaluation.gold import make_gold_evaluation
 from experiments.unlikelihood.batches import with_rank_weights
@@ -115,22 +114,13 @@ def make_update(config: Config) -> Update:
     return Update(init, optimizer, objective, step)
 
 
-def eval_batch_count(config: Config, held_out: Source) -> int:
-    """Return how many batches hold --eval_records, at least 1; 0 without evaluations.
-
-    `held_out`: the records to evaluate on, of which there may be fewer.
-    """
-    if not config.eval_every:
-        return 0
-    return max(1, min(config.eval_records, len(held_out)) // config.batch_size)
-
-
 def main(config: Config) -> dict[str, float]:
     """Train a policy on wanted and unwanted responses; return the last metrics."""
     # A mesh of all devices, and a batch that splits over it.
     config = note_lora_base(config)
     mesh = make_mesh(config.mesh)
     check_batch("batch_size", config.batch_size, config.microbatches, mesh, config.length)
+    check_eval_records(config.eval_records)
 
     # Data: comparisons or judged responses, the tokenizer they fit, and batches of prompts
     # with all their candidates, whose tokens `weighted` weighs.
@@ -147,12 +137,14 @@ def main(config: Config) -> dict[str, float]:
         **data_shard(mesh),
     )
     # A judged response comes with one of rank 0, to another prompt, which has no weight.
-    as_candidates = with_mismatched if config.unpaired else lambda records: records
-    batches = candidates(as_candidates(source), seed=config.seed)
+    if config.unpaired:
+        held_out = with_mismatched(held_out, others=source)
+        source = with_mismatched(source)
+    batches = candidates(source, seed=config.seed)
     weighted = partial(with_rank_weights, unwanted=config.unwanted_weight)
-    held_out_batches = islice(
-        candidates(as_candidates(held_out)), eval_batch_count(config, held_out)
-    )
+    held_out_batches = []
+    if config.eval_every:
+        held_out_batches = candidates(held_out).once(records=config.eval_records)
     eval_batches = [weighted(batch) for batch in held_out_batches]
 
     # One jitted step. With LoRA `state.params` are the adapters alone; `full` lays their base

@@ -1,0 +1,163 @@
+"""Files that others made: looked for inside their folder, read as JSON, values held to a table.
+
+A mistake in them is one line that names the file, the field and what is wanted.
+"""
+
+import json
+import pathlib
+import reprlib
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from runtime.errors import UserError
+
+LONGEST_LINE = 200
+"""Characters of a library's message that are shown."""
+
+
+# --- kinds of values
+
+
+class Kind(NamedTuple):
+    """What a field may hold."""
+
+    words: str
+    """As a message says it: `a number above 0`."""
+    holds: Callable[[Any], bool]
+    """True for a value of the kind; takes any value that JSON has."""
+
+
+def whole(least: int, most: int) -> Kind:
+    """Return the kind of whole numbers from `least` to `most`; true and 1.0 are none."""
+
+    def holds(value: Any) -> bool:
+        return type(value) is int and least <= value <= most
+
+    return Kind(f"a whole number from {least:,} to {most:,}", holds)
+
+
+def number(above: float, most: float) -> Kind:
+    """Return the kind of numbers above `above` and at most `most`."""
+
+    def holds(value: Any) -> bool:
+        # NaN is never between two numbers.
+        return type(value) in (int, float) and above < value <= most
+
+    return Kind(f"a number above {above:g} and at most {most:g}", holds)
+
+
+def one_of(*values: str) -> Kind:
+    """Return the kind of the texts `values`."""
+    return Kind(
+        f"one of {', '.join(values)}", lambda value: type(value) is str and value in values
+    )
+
+
+def object_of(kind: Kind) -> Kind:
+    """Return the kind of objects, of one field or more, whose values are of `kind`."""
+
+    def holds(value: Any) -> bool:
+        return type(value) is dict and bool(value) and all(map(kind.holds, value.values()))
+
+    return Kind(f"an object whose values are {kind.words}", holds)
+
+
+def list_of(kind: Kind) -> Kind:
+    """Return the kind of lists, of one value or more, each of `kind`."""
+
+    def holds(value: Any) -> bool:
+        return type(value) is list and bool(value) and all(map(kind.holds, value))
+
+    return Kind(f"a list of {kind.words}", holds)
+
+
+def either(*kinds: Kind) -> Kind:
+    """Return the kind of values that are of one of `kinds`."""
+    words = " or ".join(kind.words for kind in kinds)
+    return Kind(words, lambda value: any(kind.holds(value) for kind in kinds))
+
+
+FLAG = Kind("true or false", lambda value: type(value) is bool)
+TEXT = Kind("a text", lambda value: type(value) is str)
+OBJECT = Kind("an object", lambda value: type(value) is dict)
+
+
+def check_values(path: pathlib.Path, content: Mapping[str, Any], kinds: dict[str, Kind]) -> None:
+    """Raise UserError for a field of `content`, read from `path`, that is not of its kind.
+
+    A null is silence, and passes; so does a field that `kinds` does not name.
+    """
+    for name, kind in kinds.items():
+        value = content.get(name)
+        if value is not None and not kind.holds(value):
+            # Shortened, in depth too.
+            shown = reprlib.repr(value)
+            raise UserError(f"{path}: {name} is {shown}, wanted is {kind.words}; restore the file")
+
+
+# --- files
+
+
+def file_in(folder: pathlib.Path, name: str) -> pathlib.Path:
+    """Return the path of the file `name` of `folder`; raise UserError where it lies outside.
+
+    A link may lead anywhere in the folder, and from a snapshot of Hugging Face's cache to the
+    cache's own files, `blobs` beside `snapshots`.
+    """
+    path = folder / name
+    inside = folder.resolve()
+    if inside.parent.name == "snapshots":
+        inside = inside.parents[1]
+    try:
+        target = path.resolve()
+    except (OSError, ValueError, RuntimeError) as fault:
+        raise UserError(f"{folder}: {reprlib.repr(name)}: {one_line(fault)}; restore it") from None
+    if pathlib.PurePath(name).name != name or not target.is_relative_to(inside):
+        raise UserError(
+            f"{folder}: {reprlib.repr(name)} lies outside the folder; put the file itself there"
+        )
+    return path
+
+
+def read_object(path: pathlib.Path) -> dict[str, Any]:
+    """Read the JSON object in the file `path`, of the folder that it lies in.
+
+    Raises UserError for what is none, and FileNotFoundError where there is no file.
+    """
+    path = file_in(path.parent, path.name)
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text, object_pairs_hook=_without_twins)
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, RecursionError) as fault:
+        raise UserError(
+            f"{path}: not readable as a JSON object ({one_line(fault)}); restore the file"
+        ) from None
+    if type(content) is not dict:
+        raise UserError(f"{path}: not readable as a JSON object; restore the file")
+    return content
+
+
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of JSON; raise ValueError for a name that stands twice in it."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        twin = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{reprlib.repr(twin)} stands twice")
+    return content
+
+
+def read_object_if_there(path: pathlib.Path) -> dict[str, Any]:
+    """Read the JSON object in the file `path`; return an empty one where there is no file."""
+    try:
+        return read_object(path)
+    except FileNotFoundError:
+        return {}
+
+
+def one_line(fault: Exception) -> str:
+    """Return what a library says of its fault, in one line that is not too long."""
+    words = " ".join(str(fault).split())
+    return words[:LONGEST_LINE] or type(fault).__name__
