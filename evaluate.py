@@ -9,6 +9,8 @@ Base, SFT and PPO of `make align`, as a table and a report; then the others, one
         --reward=runs/rm --data=my.jsonl
 """
 
+import runtime.interrupt  # noqa: F401
+
 import dataclasses
 import json
 import pathlib

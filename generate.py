@@ -4,6 +4,8 @@ python generate.py --run=runs/align/ppo --prompt="what is the capital of sweden?
 python generate.py --run=runs/align/ppo --chat
 """
 
+import runtime.interrupt  # noqa: F401
+
 import contextlib
 import dataclasses
 import re

@@ -8,9 +8,7 @@ head is trained whole, among the adapters. train_state.load_params loads a run o
 """
 
 import dataclasses
-import hashlib
 import math
-import pathlib
 from typing import Any
 
 import jax
@@ -19,8 +17,8 @@ import tyro
 
 from model import Params
 from runtime.errors import UserError
+from runtime.inputs import at_newest, step_of_sum
 from runtime.ranges import ABOVE_0, check_ranges
-from runtime.run_folder import finished_steps
 
 INPUTS = {
     "attention": {"q": 1, "k": 1, "v": 1, "o": 2},
@@ -145,9 +143,9 @@ def merge(config: LoraConfig, base: Params, trained: Params) -> Params:
 def note_lora_base(config: Any) -> Any:
     """Return a script's `config` with the base's step noted in `lora.base`; at rank 0 as it is.
 
-    Of `config` the fields `lora` and `init` are read. The base is the newest step of
-    `config.init`. Resuming on another base is refused by that note. Raises UserError for a rank
-    without --init, or where that has no checkpoint.
+    Of `config` the fields `lora` and `init` are read. The base is the step that `config.init`
+    means, or its newest. Resuming on another base is refused by that note. Raises UserError for a
+    rank without --init, or where that has no checkpoint.
     """
     # Settings that need a base, and those that need none.
     rank = config.lora.rank
@@ -156,12 +154,8 @@ def note_lora_base(config: Any) -> Any:
     if not rank:
         return config
 
-    # The newest step, by the checksum of its manifest.
-    steps = finished_steps(pathlib.Path(config.init) / "checkpoints")
-    if not steps:
-        raise UserError(f"--init={config.init}: no checkpoint; name the folder of a finished run")
-    checksum = _manifest_sum(config.init, steps[0])
-    lora = dataclasses.replace(config.lora, base=checksum)
+    # The step of the base, by the checksum of its manifest.
+    lora = dataclasses.replace(config.lora, base=at_newest(config.init).sha256)
     return dataclasses.replace(config, lora=lora)
 
 
@@ -170,15 +164,4 @@ def base_step(config: LoraConfig, base: str) -> int | None:
 
     `base`: a run's folder.
     """
-    steps = finished_steps(pathlib.Path(base) / "checkpoints")
-    for step in steps:
-        if _manifest_sum(base, step) == config.base:
-            return step
-    return None
-
-
-def _manifest_sum(run: str, step: int) -> str:
-    # The manifest has the checksum of every file, so its own stands for the whole step.
-    folder = pathlib.Path(run) / "checkpoints" / str(step)
-    manifest = (folder / "manifest.json").read_bytes()
-    return hashlib.sha256(manifest).hexdigest()
+    return step_of_sum(base, config.base)

@@ -12,6 +12,8 @@ takes its modules from beside itself, as when it is run. Ends with exit code 0 w
 and 1 where it does not.
 """
 
+import runtime.interrupt  # noqa: F401
+
 import pathlib
 import sys
 

@@ -14,6 +14,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, get_abstra
 from jax.sharding import PartitionSpec as P
 
 from runtime.errors import UserError
+from runtime.hosts import progressed
 
 AnyMesh = Mesh | AbstractMesh
 Memory = Literal["device", "pinned_host"]
@@ -239,7 +240,10 @@ def to_host(tree: Any) -> Any:
             return x
         return multihost_utils.process_allgather(x, tiled=True)
 
-    return jax.device_get(jax.tree.map(whole, tree))
+    fetched = jax.device_get(jax.tree.map(whole, tree))
+    # The device has come this far: the watchdog need not end the run in a long evaluation.
+    progressed()
+    return fetched
 
 
 # --- batches

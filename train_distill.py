@@ -9,6 +9,8 @@ On data and on the student's own samples. The loss is alpha CE + (1 - alpha) tau
 al. 2024, algorithm 1).
 """
 
+import runtime.interrupt  # noqa: F401
+
 import dataclasses
 from collections.abc import Callable
 from functools import partial
@@ -22,7 +24,7 @@ from data.batches import chat_batches, prompt_batches
 from data.sources import Source, open_source
 from data.tokenizer import Tokenizer
 from evaluation.gold import make_gold_evaluation
-from lora import LoraConfig, note_lora_base, with_adapters
+from lora import LoraConfig, with_adapters
 from model import LanguageModel, Params, init_and_apply
 from model_config import ModelConfig, check_fit, stored_model
 from objectives import distill
@@ -35,7 +37,7 @@ from runtime.errors import require
 from runtime.hosts import HostsConfig
 from sampling import SamplingConfig
 from sharding import MeshConfig, abstract, check_batch, data_shard, make_mesh, to_mesh
-from train_state import as_items, load_params
+from train_state import as_items, load_params, pin_inputs
 from train_step import (
     Batch,
     Objective,
@@ -286,7 +288,7 @@ def main(config: Config) -> dict[str, float]:
     `config` is of flags.parse, which takes `model` from --init; one made by hand must have it.
     """
     # A mesh of all devices, and a batch that splits over it.
-    config = note_lora_base(config)
+    config = pin_inputs(config)
     mesh = make_mesh(config.mesh)
     check(config)
     check_batch("batch_size", config.batch_size, config.microbatches, mesh)

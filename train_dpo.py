@@ -7,6 +7,8 @@ A loss of your own is a function in objectives/direct.py, its name in `Loss` her
 `make_objective`.
 """
 
+import runtime.interrupt  # noqa: F401
+
 import dataclasses
 from collections.abc import Callable
 from functools import partial
@@ -22,7 +24,7 @@ from data.records import Schema
 from data.sources import Source, check_eval_records, open_source
 from data.tokenizer import Tokenizer, tokenizer_for
 from evaluation.gold import make_gold_evaluation
-from lora import LoraConfig, note_lora_base, with_adapters
+from lora import LoraConfig, with_adapters
 from model import LanguageModel, Params, init_and_apply
 from model_config import ModelConfig, check_fit
 from objectives import direct
@@ -34,7 +36,7 @@ from runtime import flags
 from runtime.errors import require
 from runtime.hosts import HostsConfig
 from sharding import MeshConfig, check_batch, data_shard, make_mesh, to_mesh
-from train_state import as_items, starting_params
+from train_state import as_items, pin_inputs, starting_params
 from train_step import (
     Batch,
     Objective,
@@ -321,7 +323,7 @@ def main(config: Config) -> dict[str, float]:
     `config` is of flags.parse, which takes `model` from --init; one made by hand must have it.
     """
     # A mesh of all devices, and a batch that splits over it.
-    config = note_lora_base(with_paper_defaults(config))
+    config = pin_inputs(with_paper_defaults(config))
     mesh = make_mesh(config.mesh)
     check(config)
     check_batch("batch_size", config.batch_size, config.microbatches, mesh, config.length)

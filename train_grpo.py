@@ -9,6 +9,8 @@ A method is an entry of `make_method` here and of PAPERS in objectives/group.py,
 mathematics is.
 """
 
+import runtime.interrupt  # noqa: F401
+
 import dataclasses
 import sys
 from collections.abc import Callable
@@ -22,7 +24,7 @@ from data.batches import Batches, prompt_batches
 from data.sources import Source, open_source
 from data.tokenizer import Tokenizer
 from evaluation.gold import make_gold_evaluation
-from lora import LoraConfig, note_lora_base, with_adapters
+from lora import LoraConfig, with_adapters
 from model import LanguageModel, Params, init_and_apply
 from model_config import ModelConfig, check_fit
 from objectives import group
@@ -59,7 +61,7 @@ from runtime.flags import with_paper_defaults
 from runtime.hosts import HostsConfig
 from sampling import Apply, Ends, SamplingConfig, check_temperature
 from sharding import MeshConfig, check_batch, data_shard, make_mesh
-from train_state import Init, as_items, starting_params
+from train_state import Init, as_items, pin_inputs, starting_params
 from train_step import (
     Objective,
     OptimizerConfig,
@@ -502,7 +504,7 @@ def main(config: Config) -> dict[str, float]:
     given = config
     config = with_paper_defaults(config, config.method, group.PAPERS[config.method])
     check_flags(given, config)
-    config = note_lora_base(config)
+    config = pin_inputs(config)
     mesh = make_mesh(config.mesh)
     check(config, mesh)
     check_memory(config, mesh)

@@ -8,6 +8,8 @@ et al. 2020; contested ones are fields of Config. docs/ppo.md follows one iterat
 tensor.
 """
 
+import runtime.interrupt  # noqa: F401
+
 import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -21,7 +23,7 @@ from data.batches import Batches, prompt_batches, text_batches
 from data.sources import Source, open_source
 from data.tokenizer import Tokenizer
 from evaluation.gold import make_gold_evaluation
-from lora import LoraConfig, lora_base, note_lora_base, with_adapters
+from lora import LoraConfig, lora_base, with_adapters
 from model import LanguageModel, Params, init_and_apply
 from model_config import ModelConfig, check_fit
 from objectives.policy import (
@@ -76,7 +78,14 @@ from sharding import (
     to_memory,
     to_mesh,
 )
-from train_state import as_items, fresh_state, from_items, starting_critic, starting_params
+from train_state import (
+    as_items,
+    fresh_state,
+    from_items,
+    pin_inputs,
+    starting_critic,
+    starting_params,
+)
 from train_step import (
     Objective,
     OptimizerConfig,
@@ -629,7 +638,7 @@ def main(config: Config) -> dict[str, float]:
     It is {} where no step ran: in a dry run, and where --run has done its --steps already.
     `config` is of flags.parse, which takes `model` from --init; one made by hand must have it.
     """
-    config = note_lora_base(config)
+    config = pin_inputs(config)
     mesh = make_mesh(config.mesh)
     check(config, mesh)
     check_memory(config, mesh)

@@ -8,6 +8,8 @@ collect/steps.py writes labelled.jsonl. Labels on all steps train a process rewa
 last step only an outcome reward model.
 """
 
+import runtime.interrupt  # noqa: F401
+
 import dataclasses
 from collections.abc import Callable
 from functools import partial
@@ -22,7 +24,7 @@ from data.steps import encode_steps, pad_steps, steps_batches
 from data.tokenizer import Tokenizer, tokenizer_for
 from evaluation.steps import step_table
 from evaluation.tables import note_left_out
-from lora import LoraConfig, note_lora_base, with_adapters
+from lora import LoraConfig, with_adapters
 from model import Params, ScalarModel, init_and_apply
 from model_config import ModelConfig, check_fit
 from objectives.likelihood import Apply, inputs
@@ -32,7 +34,7 @@ from planning.memory import check_memory
 from runtime import flags
 from runtime.hosts import HostsConfig
 from sharding import MeshConfig, check_batch, data_shard, make_mesh, to_host, to_mesh
-from train_state import as_items
+from train_state import as_items, pin_inputs
 from train_step import OptimizerConfig, Update, make_optimizer, make_train_step
 from training_run import Run
 
@@ -156,7 +158,7 @@ def main(config: Config) -> dict[str, float]:
     `config` is of flags.parse, which takes `model` from --init; one made by hand must have it.
     """
     # A mesh of all devices, and a batch that splits over it.
-    config = note_lora_base(config)
+    config = pin_inputs(config)
     mesh = make_mesh(config.mesh)
     check_batch("batch_size", config.batch_size, config.microbatches, mesh, config.length)
     check_memory(config, mesh)

@@ -7,6 +7,8 @@
 A method is an entry of PAPERS in objectives/imitate.py, where its mathematics is: it sets fields.
 """
 
+import runtime.interrupt  # noqa: F401
+
 import dataclasses
 import math
 import sys
@@ -25,7 +27,7 @@ from data.batches import Batches, prompt_batches
 from data.sources import Source, open_source
 from data.tokenizer import Tokenizer
 from evaluation.gold import make_gold_evaluation
-from lora import LoraConfig, lora_base, note_lora_base, trainable_part, with_adapters
+from lora import LoraConfig, lora_base, trainable_part, with_adapters
 from model import LanguageModel, Params, init_and_apply
 from model_config import ModelConfig, check_fit
 from objectives import imitate
@@ -61,7 +63,7 @@ from sharding import (
     init_sharded,
     make_mesh,
 )
-from train_state import Init, as_items, from_items, init_state, starting_params
+from train_state import Init, as_items, from_items, init_state, pin_inputs, starting_params
 from train_step import (
     OptimizerConfig,
     TrainState,
@@ -491,7 +493,7 @@ def main(config: Config) -> dict[str, float]:
     """
     # What the paper sets, and a mesh of all devices.
     config = with_paper_defaults(config, config.method, imitate.PAPERS[config.method])
-    config = note_lora_base(config)
+    config = pin_inputs(config)
     mesh = make_mesh(config.mesh)
     check(config, mesh)
     check_memory(config, mesh)

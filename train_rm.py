@@ -7,6 +7,8 @@ Afterwards the reward is shifted so that reference responses (`--demonstrations`
 on average.
 """
 
+import runtime.interrupt  # noqa: F401
+
 import dataclasses
 from collections.abc import Callable
 from functools import partial
@@ -20,7 +22,7 @@ from data.records import Message
 from data.sources import Source, check_eval_records, evaluated_split, open_source
 from data.tokenizer import tokenizer_for
 from evaluation.reward_model import make_comparison_evaluation
-from lora import LoraConfig, note_lora_base, with_adapters
+from lora import LoraConfig, with_adapters
 from model import Params, ScalarModel, init_and_apply
 from model_config import ModelConfig, check_fit
 from objectives.reward import ranking_objective
@@ -31,7 +33,7 @@ from runtime import flags
 from runtime.errors import require
 from runtime.hosts import HostsConfig
 from sharding import MeshConfig, check_batch, data_shard, make_mesh, to_mesh
-from train_state import as_items
+from train_state import as_items, pin_inputs
 from train_step import OptimizerConfig, Update, make_optimizer, make_train_step
 from training_run import Run
 
@@ -175,7 +177,7 @@ def main(config: Config) -> dict[str, float]:
     `config` is of flags.parse, which takes `model` from --init; one made by hand must have it.
     """
     # A mesh of all devices, and a batch that splits over it.
-    config = note_lora_base(config)
+    config = pin_inputs(config)
     mesh = make_mesh(config.mesh)
     check_batch("batch_size", config.batch_size, config.microbatches, mesh, config.length)
     check_memory(config, mesh)

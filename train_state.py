@@ -10,11 +10,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lora import LoraConfig, base_step, lora_base, merge, trainable_part
+from data.sources import keep_prepared
+from lora import LoraConfig, base_step, lora_base, merge, note_lora_base, trainable_part
 from model import LanguageModel, Params, ScalarModel, init_and_apply
 from model_config import ModelConfig, stored_model
 from runtime.checkpoint import Checkpoints, load_step_params, stored_params
 from runtime.errors import UserError
+from runtime.inputs import with_pinned_runs
 from runtime.run_folder import load_config, model_code, refuse_other_model_code
 from sharding import abstract, init_sharded
 from train_step import TrainState
@@ -26,6 +28,21 @@ POSITIONS = ("context", "rope_base", "rope_scale", "rope_llama3", "window")
 
 Init = Callable[[jax.Array], Params]
 """init(key) -> random parameters."""
+
+
+# --- what a run reads
+
+
+def pin_inputs(config: Any) -> Any:
+    """Return a script's `config` with the runs that it reads pinned: the first thing it does.
+
+    Each is a RunAtStep (runtime/inputs.py), of the step that `config.run` began with, or the
+    newest; and `lora.base` notes the base of adapters. In a dry run no file that is prepared is
+    kept. Raises UserError as with_pinned_runs and note_lora_base do.
+    """
+    config = with_pinned_runs(config)
+    keep_prepared(not getattr(config, "dry_run", False))
+    return note_lora_base(config) if hasattr(config, "lora") else config
 
 
 # --- parameters of another run

@@ -21,7 +21,7 @@ from runtime.ranges import (
     FROM_0_TO_1,
     check_ranges,
 )
-from sharding import along, constrain_params, in_microbatches, path_name
+from sharding import along, constrain_params, in_microbatches, path_name, to_host
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -63,7 +63,7 @@ class OptimizerConfig:
     inverse_sqrt (T5, PaLM): peak * sqrt(warmup / update), the peak itself during the warm-up."""
     warmup: int = 20
     """Steps of linear warm-up, the first at 1/(warmup + 1) of the peak; with inverse_sqrt, which
-    does not warm up, updates at the peak (T5 and PaLM: 10,000)."""
+    does not warm up, updates at the peak (T5 and PaLM: 10,000). 20 is at most half of a run."""
     final_lr: float = 0.1
     """Last learning rate as a share of the peak (cosine and linear)."""
     beta1: float = 0.9
@@ -110,6 +110,9 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     schedule(count) -> learning rate, `count` the updates done before, from 0. The first step
     already learns: the warm-up starts at 1/(warmup + 1) of the peak, not at 0.
     """
+    # A run shorter than the warm-up that nobody has set warms up for half of it.
+    if config.warmup == OptimizerConfig.warmup and 0 < steps <= config.warmup:
+        config = dataclasses.replace(config, warmup=steps // 2)
     if config.warmup >= max(steps, 1):
         raise UserError(
             f"--optimizer.warmup={config.warmup}: must be below the {steps} steps; "
@@ -361,7 +364,7 @@ def make_evaluation(objective: Objective) -> Callable[[Params, list[Batch]], dic
     def evaluate(params: Params, batches: list[Batch]) -> dict[str, float]:
         """Return means of the loss and the metrics of `objective` over `batches`, on the mesh."""
         # Sums of all batches first: a mean of means would weigh them wrongly.
-        parts = [jax.device_get(sums(params, batch)) for batch in batches]
+        parts = [to_host(sums(params, batch)) for batch in batches]
         totals = jax.tree.map(lambda *x: float(sum(x)), *parts)
         means = {}
         for name, (total, weight) in totals.items():

@@ -104,6 +104,13 @@ class Run:
 
     def __enter__(self) -> "Run":
         self._open.enter_context(self._checkpoints)
+        is_guarded = self._guard is not None and self._guard.threshold > 0
+        if is_guarded and self.config.save_every == 0 and jax.process_index() == 0:
+            print(
+                f"note: {self.config.run}: with --save_every=0 a loss spike takes it back to step "
+                "0; save now and then, or turn the guard off by --guard.threshold=0",
+                file=sys.stderr,
+            )
         return self
 
     def __exit__(self, kind: Any, fault: Any, trace: Any) -> None:

@@ -12,6 +12,8 @@ for `train_sft.py --data`. The world's judge, critic and reviser are simulated, 
 elsewhere, or with --judge=RUN, a language model is asked.
 """
 
+import runtime.interrupt  # noqa: F401
+
 import dataclasses
 import json
 import pathlib

@@ -6,6 +6,8 @@ Writes JSON Lines as `train_rm.py --data` reads them. With your own prompts and 
 a file instead.
 """
 
+import runtime.interrupt  # noqa: F401
+
 import dataclasses
 import json
 import random

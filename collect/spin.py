@@ -7,6 +7,8 @@ The next round samples, and starts, from the run of the last one: its opponent a
 SPIN's loss (Chen et al. 2024, the logistic one) is DPO's, lambda its beta.
 """
 
+import runtime.interrupt  # noqa: F401
+
 import dataclasses
 import json
 from typing import Literal

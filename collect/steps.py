@@ -10,6 +10,8 @@ often a step's completions come right. Writes JSON Lines as `train_prm.py --data
 the same seed the solutions are the same ones.
 """
 
+import runtime.interrupt  # noqa: F401
+
 import dataclasses
 import json
 from collections.abc import Callable, Iterator, Sequence

@@ -32,6 +32,7 @@ from data.fields import FieldError, Row, name_shown
 from data.messages import is_trained
 from data.records import SCHEMAS, Record, Schema, unread_fields
 from runtime.errors import UserError, require
+from runtime.hosts import progressed
 from tasks import arithmetic, world
 
 SCHEMA_VERSION = 2
@@ -122,6 +123,18 @@ def check_eval_records(records: int) -> None:
         records >= 1,
         f"--eval_records={records}: must be at least 1; --eval_every=0 leaves evaluations out",
     )
+
+
+_for_now: tempfile.TemporaryDirectory | None = None
+
+
+def keep_prepared(keep: bool) -> None:
+    """Keep local files that are prepared from now on in $PLUMB_CACHE, or, as a dry run, nowhere.
+
+    Nowhere is a temporary folder that goes with this process, or with the next call of this.
+    """
+    global _for_now
+    _for_now = None if keep else tempfile.TemporaryDirectory(prefix="plumb-")
 
 
 # ---- Built in ----
@@ -393,6 +406,10 @@ def _prepared(path: pathlib.Path, schema: Schema, digest: str) -> pathlib.Path:
     identity = f"{schema} {SCHEMA_VERSION} {digest}"
     folder = cache / hashlib.sha256(identity.encode()).hexdigest()[:32]
     _remove_abandoned(cache)
+    # A dry run leaves nothing behind.
+    if _for_now is not None and not folder.exists():
+        cache = pathlib.Path(_for_now.name)
+        folder = cache / folder.name
     if folder.exists():
         fault = _damage(folder)
         if fault is None:
@@ -598,6 +615,7 @@ def _rows_and_records(path: pathlib.Path, schema: Schema) -> Iterator[tuple[Row,
     for number, line in _lines(path):
         if not line.strip():
             continue
+        progressed()
         try:
             row = _row(line)
             yield row, adapt(row)

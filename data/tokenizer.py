@@ -21,7 +21,8 @@ from data.sentencepiece_json import SPACE_MARK, split_ends
 from data.tokenizer_json import JsonPieces, sentencepiece_pieces
 from runtime.errors import UserError
 from runtime.foreign import one_line
-from runtime.run_folder import load_config
+from runtime.run_folder import refuse_other_tokenizer
+from runtime.writes import atomic_bytes
 
 ROLES = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>"}
 BYTES_AND_SPECIALS = 256 + 4 + len(ROLES) + 1
@@ -160,7 +161,7 @@ class Tokenizer:
         try:
             model = file.read_bytes()
             # Before it is read: of a damaged one nothing is believed.
-            _refuse_other_runs(file, model)
+            refuse_other_tokenizer(file, model)
             return cls(model)
         except FileNotFoundError:
             raise UserError(
@@ -173,9 +174,7 @@ class Tokenizer:
         """Write `path` if it ends in `.model`, else `<path>/tokenizer.model`; all or nothing."""
         file = _file(path)
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(f".{file.name}.{os.getpid()}")
-        partial.write_bytes(self.model)
-        partial.replace(file)
+        atomic_bytes(file, self.model)
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text` alone: no bos, no eos, never a control token.
@@ -273,21 +272,6 @@ def _without_rare_characters(texts: Iterable[str], vocab_size: int) -> list[str]
     rare = [character for character, _ in counts.most_common()[room:]]
     table = str.maketrans(dict.fromkeys(rare, "\n"))
     return [text.translate(table) for text in kept_texts]
-
-
-def _refuse_other_runs(file: pathlib.Path, model: bytes) -> None:
-    """Raise UserError, without the file's name, if its run was made with another tokenizer."""
-    run = file.parent
-    if file.name != "tokenizer.model" or not (run / "config.json").exists():
-        return
-    # A config.json of another maker's folder has no such field.
-    found = hashlib.sha256(model).hexdigest()
-    wanted = load_config(str(run)).get("tokenizer_sha256", found)
-    if wanted != found:
-        raise UserError(
-            "not the tokenizer that the run was made with (its SHA-256 differs from "
-            "config.json's); restore the file"
-        )
 
 
 def _file(path: str | os.PathLike) -> pathlib.Path:

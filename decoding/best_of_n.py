@@ -5,6 +5,8 @@
         --reward=tasks.answers:number --n=16
 """
 
+import runtime.interrupt  # noqa: F401
+
 import dataclasses
 from collections.abc import Sequence
 from typing import Literal, NamedTuple

@@ -9,6 +9,8 @@ from, always the first of the same samples. A score that knows nothing draws one
 answers: equal answers have equal scores.
 """
 
+import runtime.interrupt  # noqa: F401
+
 import dataclasses
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple

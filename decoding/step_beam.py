@@ -7,6 +7,8 @@ print the tokens sampled a problem. What is found with --split=train can be imit
 from again: expert iteration (Anthony et al. 2017), as experiments/arithmetic/search.sh does.
 """
 
+import runtime.interrupt  # noqa: F401
+
 import dataclasses
 import json
 from collections.abc import Callable, Sequence

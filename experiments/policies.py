@@ -5,6 +5,8 @@
 Prints them and writes JSON.
 """
 
+import runtime.interrupt  # noqa: F401
+
 import dataclasses
 import json
 import pathlib

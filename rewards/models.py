@@ -170,7 +170,7 @@ def make_step_scorer(
             # Padded on the right, all to one width, and split over the mesh.
             padded = pad_examples(part, length, tokenizer.pad, fixed=True)
             scores = last_scores(params, to_mesh(padded, mesh))
-            found.append(jax.device_get(scores))
+            found.append(to_host(scores))
 
         # All parts' rows, without what the last part was filled up with.
         scores_N = {}

@@ -6,7 +6,8 @@ They are kept in the run folder, so that training holds one model, not two.
 import hashlib
 import pathlib
 import sys
-from collections.abc import Callable, Iterable, Sequence
+import zipfile
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 import jax
 import numpy as np
@@ -15,6 +16,9 @@ from tqdm import tqdm
 
 from data.batches import Batch
 from model import Params
+from runtime.hosts import progressed
+from runtime.run_folder import accepted_hashes, identity_hash, load_config
+from runtime.writes import atomic_file
 from sharding import BATCH, to_mesh
 
 Known = dict[int, float]
@@ -60,13 +64,16 @@ def cached_reference(
     its own file, `reference-<process>.npz`, whole or not at all.
     """
     path = pathlib.Path(run) / f"reference-{jax.process_index()}.npz"
-    known, covered = _load(path, len(counts))
+    # Under which settings it was computed: a file of another run is of no use.
+    config = load_config(run)
+    known, covered = _load(path, len(counts), accepted_hashes(config))
     if (covered < counts).any():
         # One pass over all batches, with a second model in memory for as long as it takes.
         reference = load_reference()
         often = 0.1 if sys.stderr.isatty() else 10.0
         progress = tqdm(batches, "reference", sum(counts), unit="batch", mininterval=often)
         for batch in progress:
+            progressed()
             keys = candidate_keys(batch)
             is_known = known.keys() >= set(keys)
             if not is_known or jax.process_count() > 1:
@@ -76,7 +83,7 @@ def cached_reference(
                 # The first value stands, so that a resumed run reads what the run has read.
                 for key, value in zip(keys, values, strict=True):
                     known.setdefault(key, value)
-        _save(path, known, np.maximum(covered, counts))
+        _save(path, known, np.maximum(covered, counts), identity_hash(config))
 
     def with_reference(batch: Batch) -> Batch:
         # Absent candidates too: their keys are digests of nothing, their sums 0.
@@ -87,24 +94,33 @@ def cached_reference(
     return with_reference
 
 
-def _load(path: pathlib.Path, kinds: int) -> tuple[Known, np.ndarray]:
-    """Return what an earlier start computed, and of how many batches of each kind."""
+def _load(path: pathlib.Path, kinds: int, configs: Collection[str]) -> tuple[Known, np.ndarray]:
+    """Return what an earlier start computed, and of how many batches of each kind.
+
+    Nothing, with a note, of a file that is damaged or of a config not in `configs`, hashes.
+    """
+    nothing: tuple[Known, np.ndarray] = {}, np.zeros(kinds, int)
     if not path.exists():
-        return {}, np.zeros(kinds, int)
-    with np.load(path) as saved:
-        # Python's own numbers, as `candidate_keys` gives them.
-        keys = saved["keys"].tolist()
-        values = saved["logps"].tolist()
+        return nothing
+    try:
+        with np.load(path) as saved:
+            # Python's own numbers, as `candidate_keys` gives them.
+            keys = saved["keys"].tolist()
+            values = saved["logps"].tolist()
+            # An older version evaluated other records: the rest of them is looked for.
+            covered = saved["covered"] if "covered" in saved else np.zeros(kinds, int)
+            is_ours = "config" not in saved or str(saved["config"]) in configs
         known = dict(zip(keys, values, strict=True))
-        # An older version evaluated other records: what it has is kept, and the rest looked for.
-        return known, saved["covered"] if "covered" in saved else np.zeros(kinds, int)
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, NotImplementedError):
+        is_ours = False
+    if not is_ours or covered.shape != (kinds,):
+        print(f"note: {path}: damaged, or another run's; computed again", file=sys.stderr)
+        return nothing
+    return known, covered
 
 
-def _save(path: pathlib.Path, known: Known, covered: np.ndarray) -> None:
+def _save(path: pathlib.Path, known: Known, covered: np.ndarray, config: str) -> None:
     keys = np.fromiter(known, np.uint64)
     values = np.fromiter(known.values(), np.float32)
-    # Beside the old file, then in its place.
-    new = path.with_suffix(".new")
-    with new.open("wb") as file:
-        np.savez(file, keys=keys, logps=values, covered=covered)
-    new.replace(path)
+    with atomic_file(path) as file:
+        np.savez(file, keys=keys, logps=values, covered=covered, config=config)

@@ -14,6 +14,8 @@ scored one at a time. The server asks for no password: keep it to one machine. I
 nobody who calls the machine by another name, nor a web page.
 """
 
+import runtime.interrupt  # noqa: F401
+
 import contextlib
 import dataclasses
 import http.server

@@ -1,8 +1,8 @@
 """Checkpoints of a run: saved in the background, sealed by SHA-256 sums, restored onto any mesh.
 
 `<run>/checkpoints/<step>/` holds two Orbax items, `params` and `rest`, and `manifest.json`, which
-is written last: a step without it was never finished and is removed; a step that disagrees with it
-is never loaded.
+is written last, in `<step>.saving`, which is then renamed: what is called so was never finished
+and is removed. A step that disagrees with its manifest is never loaded.
 """
 
 import concurrent.futures
@@ -11,38 +11,56 @@ import json
 import logging
 import os
 import pathlib
+import shutil
 import signal
+import stat
 import sys
 import threading
+import time
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
+from runtime.agreement import refuse_different_processes
 from runtime.errors import UserError
-from runtime.hosts import all_gather_json
+from runtime.guard import spike_count
+from runtime.hosts import all_gather_json, progressed
+from runtime.inputs import RunAtStep, contents_of, refuse_other_inputs
 from runtime.run_folder import (
     Damaged,
     abstract_tree,
+    accepted_hashes,
     array_type,
-    atomic_bytes,
     check_step,
+    default_settings,
     describe_run,
-    disk_faults,
     finished_steps,
     identity_hash,
     is_good,
+    load_config,
     lock_run,
+    newest_without_manifest,
     read_manifest,
+    refuse_foreign_folder,
     refuse_other_run,
     remove_step,
     remove_unfinished,
-    stored_identity,
+    stored_hashes,
+    unfinished,
+    with_earlier_forms,
     write_manifest,
 )
+from runtime.writes import atomic_bytes, disk_faults, sync_folder
+
+LONGEST_SAVE = 3600
+"""Seconds after which a save is given up."""
+
+ReadT = TypeVar("ReadT")
 
 ADDED_LATER = ("left_out",)
 """Counters of the state that earlier versions did not keep: restored from those, they are 0."""
@@ -51,10 +69,11 @@ ADDED_LATER = ("left_out",)
 class Checkpoints:
     """The run folder `run` while a script trains in it.
 
-    On entry the folder is created, or found to hold a run of the same config, script and
-    tokenizer: else UserError, and nothing is touched. SIGTERM and Ctrl-C ask `due` for a last
-    save, a second one ends at once. After Ctrl-C the exit raises KeyboardInterrupt, so that
-    nothing follows in a shell.
+    On entry the folder is created, or found to hold a run of the same config, script, tokenizer
+    and inputs: else UserError, and nothing is touched. SIGTERM, SIGHUP and Ctrl-C ask `due` for a
+    last save, a second one ends at once. A run that has stopped so before its last step ends with
+    a line, and then as a program that the signal ended: KeyboardInterrupt after Ctrl-C, else
+    SystemExit of 128 and the signal's number. So nothing that follows it takes it for finished.
     """
 
     def __init__(
@@ -67,38 +86,69 @@ class Checkpoints:
         """
         if keep < 1:
             raise UserError(f"--keep_checkpoints={keep}: at least one checkpoint must be kept")
+        refuse_foreign_folder(run)
         self.run = pathlib.Path(run)
         self.keep = keep
         self.folder = (self.run / "checkpoints").absolute()
         self.tokenizer = tokenizer
+        # What the run is, and what it reads.
+        inputs = contents_of(config)
         self.config = describe_run(config, script, self.tokenizer)
+        if inputs:
+            self.config["inputs"] = inputs
+        self._script_config = config
         self.stopping = False
         """True once `due` has seen a signal: the script should end after that save."""
         self._signal: int | None = None
         self._pending: concurrent.futures.Future | None = None
+        # The newest step that is saved, the newest that `due` was asked of, and the run's last.
+        self._saved = 0
+        self._step = 0
+        self._last = 0
 
     def __enter__(self) -> "Checkpoints":
-        # All processes look before one writes.
-        refuse_other_run(self.run, self.config)
+        # All processes look before one writes, and train one run in one way.
+        refuse_other_run(self.run, self.config, default_settings(self._script_config))
+        if (self.run / "config.json").exists():
+            stored = load_config(str(self.run))
+            refuse_other_inputs(
+                str(self.run), stored, self._script_config, self.config.get("inputs", {})
+            )
+        refuse_different_processes(self.config)
         multihost_utils.sync_global_devices("run folder checked")
         if jax.process_index() == 0:
             self._lock = lock_run(self.run, self.folder)
-            atomic_bytes(self.run / "config.json", json.dumps(self.config, indent=1).encode())
-            if self.tokenizer is not None:
-                atomic_bytes(self.run / "tokenizer.model", self.tokenizer)
+            self._write_config()
             remove_unfinished(self.folder)
         multihost_utils.sync_global_devices("run folder written")
+        self._saved = max(finished_steps(self.folder), default=0)
+        # By which a folder is known that was removed, or replaced, while it is trained in.
+        self._place = os.stat(self.folder)
         # Orbax writes in the background; a thread of ours waits for it and seals the step.
         ocp = _orbax()
-        self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), timeout_secs=3600)
+        self._orbax = ocp.AsyncCheckpointer(
+            ocp.CompositeCheckpointHandler(), timeout_secs=LONGEST_SAVE
+        )
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="manifest")
-        # Several processes must agree on the step: JAX's preemption service, which takes SIGTERM,
-        # does that (see `due`).
-        self._old_handlers = {}
-        if threading.current_thread() is threading.main_thread() and jax.process_count() == 1:
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._old_handlers[number] = signal.signal(number, self._on_signal)
+        self._old_handlers: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            self._set_handlers()
         return self
+
+    def _write_config(self) -> None:
+        """Write config.json and the tokenizer, unless the run has done more than it is to do."""
+        path = self.run / "config.json"
+        done = max(finished_steps(self.folder), default=None)
+        if done is not None:
+            self.config = with_earlier_forms(load_config(str(self.run)), self.config)
+            steps = self.config.get("steps", done)
+            if steps < done:
+                note = f"has done {done:,} steps, and --steps={steps} asks for no more"
+                print(f"note: {self.run}: {note}: nothing to train", file=sys.stderr)
+                return
+        atomic_bytes(path, json.dumps(self.config, indent=1).encode())
+        if self.tokenizer is not None:
+            atomic_bytes(self.run / "tokenizer.model", self.tokenizer)
 
     def __exit__(self, kind: Any, fault: Any, trace: Any) -> None:
         if isinstance(fault, jax.errors.JaxRuntimeError) and jax.process_count() > 1:
@@ -119,13 +169,56 @@ class Checkpoints:
             self._restore_handlers()
             if jax.process_index() == 0:
                 os.close(self._lock)
-        if self._signal == signal.SIGINT and fault is None:
-            raise KeyboardInterrupt
+        if isinstance(fault, KeyboardInterrupt):
+            # The second Ctrl-C, or one where no step was due.
+            raise KeyboardInterrupt(self._told_saved()) from None
+        if fault is None:
+            self._end_as_stopped()
+
+    def _end_as_stopped(self) -> None:
+        """Raise as a program ends that a signal stopped, if one has stopped the run."""
+        number = self._signal
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt(self._told_stopped())
+        if self.stopping and self._step < self._last:
+            if jax.process_index() == 0:
+                print(self._told_stopped(), file=sys.stderr)
+            # Of several processes all stop, whichever of them got the signal.
+            raise SystemExit(128 + (number or signal.SIGTERM))
+
+    def _told_stopped(self) -> str:
+        if not self._last:
+            return self._told_saved()
+        if self._step >= self._last:
+            return f"{self.run}: finished, all {self._last:,} steps are saved"
+        return (
+            f"{self.run}: stopped at step {self._step:,} of {self._last:,}; "
+            "the same command goes on"
+        )
+
+    def _told_saved(self) -> str:
+        if not self._saved:
+            return f"{self.run}: stopped, no step is saved; the same command begins anew"
+        return f"{self.run}: stopped, saved is step {self._saved:,}; the same command goes on"
+
+    def _set_handlers(self) -> None:
+        """Make signals ask for a last save; those that are ignored, as under nohup, stay so."""
+        if jax.process_count() == 1:
+            signals = dict.fromkeys(STOP_SIGNALS, self._on_signal)
+        else:
+            # Several processes must agree on the step: JAX's preemption service, which takes
+            # SIGTERM, does that (see `due`).
+            signals = {signal.SIGHUP: _terminate}
+        for number, handler in signals.items():
+            if signal.getsignal(number) != signal.SIG_IGN:
+                self._old_handlers[number] = signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: Any) -> None:
         self._signal = number
         self._restore_handlers()
         name = signal.Signals(number).name
+        if number == signal.SIGHUP:
+            _leave_terminal()
         # Nobody may read it.
         with contextlib.suppress(OSError):
             os.write(2, f"\n{name}: saving after this step (again: stop at once)\n".encode())
@@ -142,6 +235,8 @@ class Checkpoints:
         `every` 0: at `last` or after a signal alone. With several processes, all must call it at
         every step.
         """
+        self._step = step
+        self._last = last
         self.stopping = self._signal is not None
         if jax.process_count() > 1:
             self.stopping = multihost_utils.reached_preemption_sync_point(step)
@@ -156,6 +251,7 @@ class Checkpoints:
         """
         # One save at a time: the one before must be on the disk.
         self.wait()
+        self._refuse_other_place(step)
         _refuse_non_finite(state["params"], self.folder, step)
         ocp = _orbax()
         items = _items(state)
@@ -164,30 +260,58 @@ class Checkpoints:
             "config": identity_hash(self.config),
             "arrays": {name: array_type(leaf) for name, leaf in _named(items).items()},
             "extra": all_gather_json(extra),
+            "spikes": spike_count(str(self.run)),
         }
         path = self.folder / str(step)
         # Orbax copies the arrays to the host before it returns: they may then be donated.
         with disk_faults(path):
+            # What an earlier save of this step, which failed, has left.
+            if jax.process_count() == 1:
+                shutil.rmtree(unfinished(path), ignore_errors=True)
             saves = {item: ocp.args.PyTreeSave(tree) for item, tree in items.items() if tree}
-            self._orbax.save(path, args=ocp.args.Composite(**saves))
+            self._orbax.save(unfinished(path), args=ocp.args.Composite(**saves))
         self._pending = self._thread.submit(self._finish, path, body)
+
+    def _refuse_other_place(self, step: int) -> None:
+        """Raise UserError where the run's folder was removed, or replaced, since it was opened."""
+        try:
+            is_same = os.path.samestat(os.stat(self.folder), self._place)
+        except OSError:
+            is_same = False
+        if not is_same:
+            raise UserError(
+                f"{self.run}: removed or replaced while it was trained, so step {step} is not "
+                "saved; put the folder back, then the same command resumes, or name another --run"
+            )
 
     def _finish(self, path: pathlib.Path, body: dict[str, Any]) -> None:
         """Wait for Orbax in the background, write the manifest, and only then remove old steps."""
         with disk_faults(path):
             self._orbax.wait_until_finished()
             if jax.process_index() == 0:
-                write_manifest(path, body)
+                new = unfinished(path)
+                write_manifest(new, body)
+                # Under its own name it is a finished step.
+                new.rename(path)
+                sync_folder(self.folder)
                 # The new step counts among those kept.
                 for step in finished_steps(self.folder)[self.keep :]:
                     remove_step(self.folder / str(step))
+            else:
+                # The others wait with process 0: whoever ends early is taken for lost.
+                _wait_for(path)
 
     def wait(self) -> None:
         """Wait until the last save is on disk; raise what went wrong with it."""
         pending = self._pending
         self._pending = None
-        if pending is not None:
-            pending.result()
+        if pending is None:
+            return
+        # It may take longer than steps do, and has a limit of its own.
+        while concurrent.futures.wait([pending], timeout=1).not_done:
+            progressed()
+        pending.result()
+        self._saved = max(finished_steps(self.folder), default=self._saved)
 
     # --- restoring
 
@@ -210,6 +334,7 @@ class Checkpoints:
         # Names, dtypes and shapes are compared before anything is read.
         path = self.folder / str(step)
         manifest = read_manifest(path)
+        self._refuse_lost_spikes(step, manifest.get("spikes", 0))
         items = {}
         for item, tree in _items(abstract_state).items():
             added = _added_later(manifest["arrays"], item, tree)
@@ -232,18 +357,57 @@ class Checkpoints:
         extra = extras[jax.process_index() % len(extras)]
         return step, {"params": items["params"], **rest}, extra
 
+    def _refuse_lost_spikes(self, step: int, known: int) -> None:
+        """Raise UserError if left_out.json has fewer spikes than step `step` was trained with."""
+        listed = spike_count(str(self.run))
+        if listed < known:
+            raise UserError(
+                f"{self.run}/left_out.json: lists {listed} loss spikes, but step {step} was "
+                f"trained without the batches of {known}; restore the file, or name another --run"
+            )
+
     def _newest_good(self, steps: list[int]) -> int | None:
         """Return the first of `steps` without damage; process 0 looks, and tells the others."""
-        config_hash = identity_hash(self.config)
+        hashes = accepted_hashes(self.config)
         # -1 for none, as a number that can be broadcast.
         found = -1
         if jax.process_index() == 0:
             for step in steps:
-                if is_good(self.folder / str(step), config_hash):
+                if is_good(self.folder / str(step), hashes):
                     found = step
                     break
         found = int(multihost_utils.broadcast_one_to_all(np.int32(found)))
         return None if found < 0 else found
+
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+def _terminate(number: int, frame: Any) -> None:
+    """Take SIGHUP for a SIGTERM."""
+    _leave_terminal()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _leave_terminal() -> None:
+    """Say nothing more to a terminal, which is gone: the save must not end at a line of text."""
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    # Of several processes Python's stderr is another one (runtime/hosts.py).
+    for output in (1, 2, sys.stderr.fileno()):
+        # A terminal is a character device, also one that has hung up; a file or a pipe stays.
+        with contextlib.suppress(OSError):
+            if stat.S_ISCHR(os.fstat(output).st_mode):
+                os.dup2(nowhere, output)
+    os.close(nowhere)
+
+
+def _wait_for(path: pathlib.Path) -> None:
+    """Wait until process 0 has finished the step `path`; give up after LONGEST_SAVE seconds."""
+    for _ in range(LONGEST_SAVE):
+        if (path / "manifest.json").exists():
+            return
+        time.sleep(1)
+    raise TimeoutError(f"process 0 timed out after {LONGEST_SAVE} s")
 
 
 # --- the parameters of a run, for other scripts
@@ -252,53 +416,83 @@ class Checkpoints:
 def load_step_params(run: str, step: int | None, shapes: Any) -> dict[str, Any]:
     """Load the parameters of `run` as they were saved, at `step` or the newest.
 
-    `shapes`: tree of ShapeDtypeStructs with shardings, which the arrays get; None: NumPy arrays.
-    Raises UserError for a missing run or step, a damaged file, another shape or dtype.
+    Of a RunAtStep the step that it means. `shapes`: tree of ShapeDtypeStructs with shardings,
+    which the arrays get; None: NumPy arrays. Raises UserError for a missing run or step, a damaged
+    file, another shape or dtype.
     """
-    config_hash = stored_identity(run)
-    path, earlier = _find_step(run, step)
-    try:
-        manifest = check_step(path, config_hash, item="params/")
-    except Damaged as fault:
-        # What to name instead.
-        good = [
-            number
-            for number in earlier
-            if is_good(path.with_name(str(number)), config_hash, quiet=True)
-        ]
-        raise UserError(
-            f"{fault}; last good step before it: {good[0] if good else 'none'}"
-        ) from None
-    # As they were saved: shapes without shardings give NumPy arrays.
-    if shapes is None:
-        shapes = abstract_tree(manifest["arrays"])["params"]
-    return _load(path, manifest, "params", shapes)
+    hashes = stored_hashes(run)
+
+    def load(path: pathlib.Path, earlier: list[int]) -> dict[str, Any]:
+        try:
+            manifest = check_step(path, hashes, item="params/")
+        except Damaged as fault:
+            # What to name instead.
+            good = [
+                number
+                for number in earlier
+                if is_good(path.with_name(str(number)), hashes, quiet=True)
+            ]
+            raise UserError(
+                f"{fault}; last good step before it: {good[0] if good else 'none'}"
+            ) from None
+        # As they were saved: shapes without shardings give NumPy arrays.
+        as_saved = abstract_tree(manifest["arrays"])["params"]
+        return _load(path, manifest, "params", as_saved if shapes is None else shapes)
+
+    return _read_step(run, step, load)
 
 
 def stored_params(run: str) -> dict[str, Any]:
     """Return the parameters of the newest step of `run` as nested ShapeDtypeStructs, reading none.
 
-    Raises UserError for a run without a finished step, or with a damaged manifest.
+    Of a RunAtStep those of the step that it means. Raises UserError for a run without a finished
+    step, or with a damaged manifest.
     """
-    path, _ = _find_step(run, None)
-    try:
-        manifest = read_manifest(path)
-    except Damaged as fault:
-        raise UserError(f"{fault}; restore it, or name another run") from None
-    return abstract_tree(manifest["arrays"])["params"]
+
+    def read(path: pathlib.Path, earlier: list[int]) -> dict[str, Any]:
+        try:
+            manifest = read_manifest(path)
+        except Damaged as fault:
+            raise UserError(f"{fault}; restore it, or name another run") from None
+        return abstract_tree(manifest["arrays"])["params"]
+
+    return _read_step(run, None, read)
+
+
+def _read_step(
+    run: str, step: int | None, read: Callable[[pathlib.Path, list[int]], ReadT]
+) -> ReadT:
+    """Return read(folder of the step, earlier steps), again where a trainer has removed it."""
+    while True:
+        path, earlier = _find_step(run, step)
+        try:
+            return read(path, earlier)
+        except Exception:
+            # Still there: then that was no removal, and the fault is its own.
+            if path.exists():
+                raise
 
 
 def _find_step(run: str, step: int | None) -> tuple[pathlib.Path, list[int]]:
     """Return the folder of `step` (None: the newest) of `run`, and earlier steps, newest first."""
+    if step is None and isinstance(run, RunAtStep):
+        step = run.step
     # Steps without a manifest were never finished.
     folder = (pathlib.Path(run) / "checkpoints").absolute()
     steps = finished_steps(folder)
     if not steps or step not in (None, *steps):
         wanted = "no checkpoint" if step is None else f"no checkpoint of step {step}"
         finished = ", ".join(map(str, steps)) or "none"
-        raise UserError(f"{run}: {wanted} (finished steps: {finished})")
+        remedy = "; restore it, or name another --run" if isinstance(run, RunAtStep) else ""
+        raise UserError(f"{run}: {wanted} (finished steps: {finished}){remedy}")
     if step is None:
         step = steps[0]
+        bare = newest_without_manifest(folder)
+        if bare is not None and bare > step and jax.process_index() == 0:
+            print(
+                f"note: {folder / str(bare)}: has no manifest.json; read is step {step}",
+                file=sys.stderr,
+            )
     return folder / str(step), [number for number in steps if number < step]
 
 

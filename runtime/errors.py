@@ -8,6 +8,16 @@ from typing import Any
 class UserError(Exception):
     """A mistake of the user's: its text is one line that names the place and the remedy."""
 
+    code = 2
+    """Exit code of a command that it ends."""
+
+
+class TryAgain(UserError):
+    """A fault that is nobody's mistake and that the same command may not meet again."""
+
+    # As sysexits.h has it: a loop that restarts runs goes on after it.
+    code = 75
+
 
 def require(condition: bool, fault: str) -> None:
     """Raise UserError(`fault`) unless `condition` holds."""

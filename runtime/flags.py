@@ -12,11 +12,13 @@ from typing import Any, TypeVar
 
 import tyro
 
-from runtime import terminal
+from runtime import interrupt, terminal
+from runtime.agreement import refuse_different_commands
 from runtime.errors import UserError, command_name
 from runtime.hosts import exit_now, joined
 from runtime.ranges import SCRIPTS, OutOfRange, check_ranges
 from runtime.run_folder import RENAMED, load_model_config
+from runtime.writes import is_full_disk
 
 ConfigT = TypeVar("ConfigT")
 
@@ -197,21 +199,27 @@ def run(main: Callable[[ConfigT], Any], cls: type[ConfigT]) -> None:
 
     def start() -> None:
         config = parse(cls)
+        if not hasattr(config, "hosts"):
+            main(config)
+            return
         # Training is for its run folder, all else for what it prints.
-        if hasattr(config, "hosts") and not getattr(config, "dry_run", False):
+        if not getattr(config, "dry_run", False):
             terminal.outlive_stdout()
-        with joined(config.hosts) if hasattr(config, "hosts") else contextlib.nullcontext():
+        with joined(config.hosts):
+            refuse_different_commands(config)
             main(config)
 
     ending_in_one_line(start)
 
 
 def ending_in_one_line(main: Callable[[], Any]) -> None:
-    """Run `main`; end a UserError in one line and exit code 2, Ctrl-C in one line and 130.
+    """Run `main`; end a UserError in one line and its exit code, 2, Ctrl-C in one line and 130.
 
-    Where nobody reads stdout any more and `main` does not outlive it, it ends by SIGPIPE.
+    A full disk ends in one line and exit code 2 too, whoever met it. Where nobody reads stdout any
+    more and `main` does not outlive it, it ends by SIGPIPE.
     """
     terminal.prepare()
+    interrupt.imported()
     try:
         main()
         sys.stdout.flush()
@@ -219,9 +227,16 @@ def ending_in_one_line(main: Callable[[], Any]) -> None:
         # One line, whatever the fault's text has.
         line = terminal.printable(" ".join(str(fault).split()))
         print(f"error: {line}", file=sys.stderr)
-        exit_now(2)
-    except KeyboardInterrupt:
-        print("stopped by the keyboard", file=sys.stderr)
+        exit_now(fault.code)
+    except KeyboardInterrupt as stop:
+        print(str(stop) or "stopped by the keyboard", file=sys.stderr)
         exit_now(130)
     except terminal.PipeClosed:
         terminal.end_by_pipe()
+    except Exception as fault:
+        # Wherever it is met: no bug, and a restart is of no use.
+        if not is_full_disk(fault):
+            raise
+        place = getattr(fault, "filename", None) or "the disk"
+        print(f"error: {place}: no space left; free some, then try again", file=sys.stderr)
+        exit_now(UserError.code)

@@ -20,7 +20,13 @@ from jax.experimental import multihost_utils
 
 from runtime.errors import UserError
 from runtime.ranges import AT_LEAST_0, AT_LEAST_1, Range, check_ranges
-from runtime.run_folder import atomic_bytes, finished_steps, remove_step
+from runtime.run_folder import finished_steps, load_config, remove_step
+from runtime.writes import atomic_bytes
+
+RECENT = 1000
+"""Steps over which spikes are counted against GuardConfig.most."""
+MOST_STEPS = 10_000_000
+"""More than any run has."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +40,7 @@ class GuardConfig:
     skip: int = 8
     """Batches left out: the spike's and those before it, back to the checkpoint at most."""
     most: int = 10
-    """Spikes in a run; one more ends it in an error."""
+    """Spikes within 1,000 steps; one more ends the run in an error."""
 
     def __post_init__(self):
         ranges = {"threshold": AT_LEAST_0, "window": Range(low=2), "skip": AT_LEAST_1}
@@ -94,36 +100,73 @@ def is_spike(config: GuardConfig, history: Sequence[list[float]], values: list[f
 
 def left_out(run: str) -> frozenset[int]:
     """Return the numbers of the batches that `run` leaves out, from 1, in the data's order."""
+    return _numbers(_spikes(run))
+
+
+def spike_count(run: str) -> int:
+    """Return how many spikes `run` has gone back from."""
+    return len(_spikes(run))
+
+
+def _numbers(spikes: Sequence[dict[str, Any]]) -> frozenset[int]:
     # Of all spikes so far: a batch stays left out.
     numbers: set[int] = set()
-    for spike in _spikes(run):
+    for spike in spikes:
         numbers.update(spike["batches"])
     return frozenset(numbers)
 
 
 def _spikes(run: str) -> list[dict[str, Any]]:
-    """Read left_out.json: {"step", "resumed_after", "batches"} of each spike, [] without it."""
+    """Read left_out.json: {"step", "resumed_after", "batches"} of each spike, [] without it.
+
+    Which batches these are follows from the rest: raises UserError where it says otherwise.
+    """
     path = pathlib.Path(run) / "left_out.json"
+    if not path.exists():
+        return []
     try:
-        return json.loads(path.read_text()) if path.exists() else []
-    except ValueError:
-        raise UserError(f"{path}: not JSON; restore it, or start another run") from None
+        spikes = json.loads(path.read_bytes())
+        skip = load_config(run)["guard"]["skip"]
+        for number, spike in enumerate(spikes):
+            fields = int(spike["step"]), int(spike["resumed_after"])
+            if spike != _spike(*fields, skip, spikes[:number]):
+                raise ValueError(f"spike {number + 1}")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as fault:
+        raise UserError(f"{path}: damaged ({fault}); restore it, or start another run") from None
+    return spikes
+
+
+def _spike(
+    step: int, resumed_after: int, skip: int, before: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    """Return the entry of left_out.json for a spike at `step`, after those `before`."""
+    if not 0 <= resumed_after <= step < MOST_STEPS:
+        raise ValueError(f"step {step}")
+    # The batches of the steps after the checkpoint, those left out before not counted.
+    numbers = _batches_of_steps(step, _numbers(before))
+    batches = numbers[max(resumed_after, step - skip) :]
+    return {"step": step, "resumed_after": resumed_after, "batches": batches}
 
 
 def go_back(config: Any, step: int) -> None:
     """Undo a spike at `step`: remove checkpoints that hold batches at fault, and list these.
 
     `config`: the script's, of which `run` and `guard` are read. All processes must call it. Raises
-    UserError after too many spikes.
+    UserError after too many spikes in RECENT steps.
     """
-    # A run that spikes without end has another fault than its batches.
+    # A run that spikes again and again has another fault than its batches; a long one meets a
+    # hard batch now and then.
     guard = config.guard
     spikes = _spikes(config.run)
-    if len(spikes) >= guard.most:
+    recent = [spike for spike in spikes if spike["step"] > step - RECENT]
+    if len(recent) >= guard.most:
         fault = (
             f"the loss has spiked more than --guard.most={guard.most} times, now at step {step}"
         )
-        raise UserError(f"{config.run}: {fault}; lower --optimizer.lr in another --run")
+        raise UserError(
+            f"{config.run}: {fault}; lower --optimizer.lr in another --run, or raise --guard.most "
+            f"(of {RECENT:,} steps) and resume"
+        )
     # All have read left_out.json.
     multihost_utils.sync_global_devices("spike")
     if jax.process_index() == 0:
@@ -136,10 +179,10 @@ def go_back(config: Any, step: int) -> None:
             if later > good:
                 remove_step(folder / str(later))
 
-        # The batches of the steps after it are at fault, those left out before not counted.
-        numbers = _batches_of_steps(step, left_out(config.run))
-        batches = numbers[max(good, step - guard.skip) :]
-        spikes.append({"step": step, "resumed_after": good, "batches": batches})
+        # The batches of the steps after it are at fault.
+        spike = _spike(step, good, guard.skip, spikes)
+        batches = spike["batches"]
+        spikes.append(spike)
         path = pathlib.Path(config.run, "left_out.json")
         atomic_bytes(path, json.dumps(spikes, indent=1).encode())
         which = f"batches {batches[0]} to {batches[-1]} are left out"

@@ -28,6 +28,7 @@ from jax.experimental import multihost_utils
 from runtime.errors import UserError
 from runtime.ranges import AT_LEAST_1, check_ranges
 from runtime.terminal import Stream
+from runtime.writes import is_full_disk
 
 LOST = 75
 """Exit code of a run that lost a process or stopped making progress."""
@@ -50,7 +51,7 @@ class HostsConfig:
     bind: str | None = None
     """host:port that process 0 listens on; None: JAX_COORDINATOR_BIND_ADDRESS, or coordinator."""
     stall: int = 1800
-    """Seconds without a finished step that end the run, ten times up to the first; 0: never."""
+    """Seconds without progress that end the run, ten times up to the first step; 0: never."""
 
     def __post_init__(self):
         check_ranges(self, {"count": AT_LEAST_1}, "hosts.")
@@ -65,8 +66,10 @@ def settings(config: HostsConfig) -> dict[str, Any] | None:
     Other processes are named by flags, by the environment, by SLURM or by a TPU pod. Raises
     UserError for settings that are incomplete or cannot be.
     """
+    if config.stall < 0:
+        raise UserError(f"--hosts.stall={config.stall}: must be at least 0; 0 waits for ever")
     coordinator = config.coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
-    count = _number(config.count, "JAX_NUM_PROCESSES")
+    count = processes_named(config)
     index = _number(config.index, "JAX_PROCESS_ID")
     if not _on_slurm() and not _on_tpu():
         explicit = {"coordinator": coordinator, "count": count, "index": index}
@@ -78,14 +81,11 @@ def settings(config: HostsConfig) -> dict[str, Any] | None:
                     f"--hosts.{flag} is missing: give coordinator, count and index, "
                     "or none of them"
                 )
-    if count is not None and index is not None and not 0 <= index < count:
-        raise UserError(
-            f"--hosts.index={index}: must be at least 0 and below --hosts.count={count}"
-        )
+    _refuse_no_index(index, count)
     bind = config.bind or os.environ.get("JAX_COORDINATOR_BIND_ADDRESS") or coordinator
     for flag, address in {"coordinator": coordinator, "bind": bind}.items():
-        if address is not None and not re.fullmatch(r".+:\d+", address):
-            raise UserError(f"--hosts.{flag}={address}: must be host:port")
+        if address is not None:
+            _refuse_no_address(flag, address)
     if index == 0 and bind is not None:
         _refuse_taken(bind)
     return {
@@ -95,6 +95,11 @@ def settings(config: HostsConfig) -> dict[str, Any] | None:
         "coordinator_bind_address": bind,
         "heartbeat_timeout_seconds": min(100, config.stall or 100),
     }
+
+
+def processes_named(config: HostsConfig) -> int | None:
+    """Return how many processes the flags or the environment name; None: neither does."""
+    return _number(config.count, "JAX_NUM_PROCESSES")
 
 
 def _number(given: int | None, variable: str) -> int | None:
@@ -107,8 +112,28 @@ def _number(given: int | None, variable: str) -> int | None:
         raise UserError(f"{variable}={os.environ[variable]}: must be a number") from None
 
 
+def _refuse_no_index(index: int | None, count: int | None) -> None:
+    """Raise UserError for a process that cannot be among `count`."""
+    if count is not None and count < 1:
+        raise UserError(f"--hosts.count={count}: must be at least 1")
+    if count is not None and index is not None and not 0 <= index < count:
+        raise UserError(
+            f"--hosts.index={index}: must be at least 0 and below --hosts.count={count}"
+        )
+
+
+def _refuse_no_address(flag: str, address: str) -> None:
+    """Raise UserError for what no process can be reached at; JAX would wait for it."""
+    _, _, port = address.rpartition(":")
+    if not re.fullmatch(r".+:[0-9]+", address):
+        raise UserError(f"--hosts.{flag}={address}: must be host:port")
+    if len(port) > 5 or not 1 <= int(port) <= 65535:
+        raise UserError(f"--hosts.{flag}={address}: the port must be in 1..65535")
+
+
 def _on_slurm() -> bool:
-    return int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1
+    tasks = _number(None, "SLURM_STEP_NUM_TASKS")
+    return tasks is not None and tasks > 1
 
 
 def _on_tpu() -> bool:
@@ -151,12 +176,13 @@ def join(named: dict[str, Any]) -> None:
 def joined(config: HostsConfig) -> Iterator[None]:
     """Join the other processes for a script's main; within it any fault of one ends all.
 
-    A watchdog ends the run after `config.stall` seconds without a finished step.
+    A watchdog ends the run after `config.stall` seconds without progress.
     """
     named = settings(config)
     done = threading.Event()
     sentinel = _post_sentinel(config.stall, named["process_id"]) if named else None
     if config.stall:
+        jax.monitoring.register_event_duration_secs_listener(progressed)
         threading.Thread(target=_watch, args=(config.stall, sentinel, done), daemon=True).start()
     if named:
         join(named)
@@ -169,19 +195,30 @@ def joined(config: HostsConfig) -> Iterator[None]:
     except (UserError, KeyboardInterrupt):
         # Told by flags.run.
         raise
+    except SystemExit:
+        # All have saved and stopped; they end together, as after the last step.
+        if several:
+            jax.distributed.shutdown()
+        raise
     except Exception as fault:
-        if not several:
+        # A full disk is told by flags.run.
+        if not several or is_full_disk(fault):
             raise
-        reason = _loss_in(fault)
-        if reason:
-            die_lost(f"another process was lost ({reason})")
-        traceback.print_exc()
-        exit_now(1)
+        _end_all(fault)
     finally:
         done.set()
         if sentinel is not None:
             assert sentinel.stdin is not None
             sentinel.stdin.close()
+
+
+def _end_all(fault: Exception) -> NoReturn:
+    """End this process of several after `fault`, at once, so that the others end too."""
+    reason = _loss_in(fault)
+    if reason:
+        die_lost(f"another process was lost ({reason})")
+    traceback.print_exc()
+    exit_now(1)
 
 
 def _loss_in(fault: BaseException | None) -> str | None:
@@ -242,18 +279,29 @@ def die_lost(reason: str) -> NoReturn:
 
 # --- the watchdog
 
-_finished = 0
-"""Steps."""
+_steps = 0
+_progress = 0
 
 
 def finished_step() -> None:
     """Tell the watchdog that the device has finished a step."""
-    global _finished
-    _finished += 1
+    global _steps
+    _steps += 1
+    progressed()
+
+
+def progressed(*unused: Any, **named: Any) -> None:
+    """Tell the watchdog of anything done that is no step: it begins to count anew.
+
+    So of each batch of an evaluation, part of the data prepared, second of a save. Takes any
+    arguments, as a listener to JAX's events does: a compilation is progress too.
+    """
+    global _progress
+    _progress += 1
 
 
 def _watch(stall: int, sentinel: subprocess.Popen | None, done: threading.Event) -> None:
-    """End this process after `stall` seconds without a finished step, unless `done`.
+    """End this process after `stall` seconds without progress, unless `done`.
 
     Counts its own seconds, not the clock's, so that a run suspended and resumed has lost none.
     """
@@ -264,9 +312,9 @@ def _watch(stall: int, sentinel: subprocess.Popen | None, done: threading.Event)
             # It may be stopped, or gone.
             with contextlib.suppress(OSError, ValueError):
                 os.write(sentinel.stdin.fileno(), b".")
-        idle = 0 if _finished != seen else idle + 1
-        seen = _finished
-        if idle >= (stall if seen else 10 * stall):
+        idle = 0 if _progress != seen else idle + 1
+        seen = _progress
+        if idle >= (stall if _steps else 10 * stall):
             die_lost(
                 f"no step finished in {idle} s (--hosts.stall={stall}; ten times as long up to "
                 "the first)"

@@ -13,7 +13,7 @@ import sys
 from typing import Any, TypedDict
 
 from runtime.errors import UserError
-from runtime.run_folder import disk_faults
+from runtime.writes import disk_faults
 
 Row = dict[str, Any]
 """Metrics by name, numbers or None; `step` and `seconds` among them."""

@@ -1,9 +1,9 @@
-"""A run on disk, below Orbax: config.json and whom it admits, sums of a step, whole writes.
+"""A run on disk, below Orbax: config.json and whom it admits, sums of a step, its metrics.
 
-A file is written whole or not at all; a step without `manifest.json` was never finished.
+A step without `manifest.json` was never finished. Nothing is written to or removed from a folder
+that is not known to be a run, by what config.json holds.
 """
 
-import contextlib
 import dataclasses
 import fcntl
 import hashlib
@@ -14,12 +14,17 @@ import pathlib
 import re
 import shutil
 import sys
-from collections.abc import Iterator
-from typing import Any, TextIO, TypeVar
+import tomllib
+from collections.abc import Collection
+from typing import Any, TypeVar
 
 import jax
 
 from runtime.errors import UserError, command_name
+from runtime.writes import atomic_bytes, atomic_text, disk_faults
+
+# Whole writes are asked for here too, by those who write a run.
+__all__ = ["atomic_bytes", "atomic_text", "disk_faults"]
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 """The repository's folder."""
@@ -28,7 +33,13 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 # the same things, and a field that it adds decides its results until it is listed here.
 FREE = {"run", "steps", "keep_checkpoints", "mesh", "hosts", "offload", "dry_run"}
 FREE |= {"eval_every", "save_every", "log_every", "sample_every"}
+# These say when a run gives up, and nothing of what it computes until then.
+SAYS_WHEN_TO_GIVE_UP = {"guard.most", "kl_limit"}
+FREE |= SAYS_WHEN_TO_GIVE_UP
 """Config fields that may change when a run is resumed; all others decide its results."""
+
+NO_FIELDS = {"versions", "inputs", "earlier"}
+"""Entries of config.json that are no settings: compared in their own ways, or not at all."""
 
 RENAMED = {
     "model.hidden": "model.mlp_width",
@@ -45,7 +56,6 @@ RENAMED = {
 """Config fields by the names that older runs have for them. Such a run is read, never resumed."""
 
 LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint")
-DISK_FAULTS = "No space left|quota exceeded|Permission denied|Read-only|File too large"
 
 ModelT = TypeVar("ModelT")
 
@@ -55,6 +65,27 @@ class Damaged(Exception):
 
 
 # --- config.json: what a run is
+
+
+def refuse_other_tokenizer(file: pathlib.Path, content: bytes) -> None:
+    """Raise UserError, without the file's name, if a run was made with another tokenizer.
+
+    `content`: of `file`, a tokenizer's.
+
+    A file that lies in no run is not compared.
+    """
+    if file.name != "tokenizer.model" or not (file.parent / "config.json").exists():
+        return
+    try:
+        expected = _stored_config(str(file.parent)).get("tokenizer_sha256")
+    except UserError:
+        # Some model's folder of another project.
+        return
+    if expected is not None and hashlib.sha256(content).hexdigest() != expected:
+        raise UserError(
+            "not the tokenizer that the run was made with (its SHA-256 differs from "
+            "config.json's); restore the file"
+        )
 
 
 def path_from_root(path: pathlib.Path) -> str:
@@ -76,13 +107,22 @@ def model_code() -> str | None:
     return None if path == "model.py" else path
 
 
+def plumb_version() -> str:
+    """Return the version of this code, as pyproject.toml has it."""
+    # One place has it.
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    return project["project"]["version"]
+
+
 def describe_run(config: Any, script: str, tokenizer: bytes | None) -> dict[str, Any]:
     """Return the content of config.json: fields of `config`, and what else decides the results.
 
-    Beside the fields: `script`, `tokenizer_sha256`, `versions` of libraries, and, where a fork's
-    own model.py is imported, its path as `model_code`. Values are as JSON gives them back.
+    Beside the fields: `script`, `tokenizer_sha256`, `versions` of libraries and of this code, and,
+    where a fork's own model.py is imported, its path as `model_code`. Values are as JSON gives
+    them back.
     """
     versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
+    versions["plumb"] = plumb_version()
     sha256 = None if tokenizer is None else hashlib.sha256(tokenizer).hexdigest()
     # In this order the file is read by people.
     described = {
@@ -98,31 +138,90 @@ def describe_run(config: Any, script: str, tokenizer: bytes | None) -> dict[str,
     return json.loads(json.dumps(described, default=str))
 
 
-def _identity(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields that must not change, by dotted name."""
-    # Versions may change with a warning; FREE fields may change.
-    fixed = {}
-    for name, value in config.items():
-        if name != "versions" and RENAMED.get(name, name) not in FREE:
-            fixed[name] = value
+def settings_of(config: dict[str, Any]) -> dict[str, Any]:
+    """Return all settings in a config.json by dotted name; lists are kept whole."""
+    fields = {name: value for name, value in config.items() if name not in NO_FIELDS}
     leaves = jax.tree_util.tree_leaves_with_path(
-        fixed, is_leaf=lambda value: not isinstance(value, dict)
+        fields, is_leaf=lambda value: not isinstance(value, dict)
     )
     return {
         jax.tree_util.keystr(path, simple=True, separator="."): value for path, value in leaves
     }
 
 
+def _identity(config: dict[str, Any], free: Collection[str] = FREE) -> dict[str, Any]:
+    """Return the settings that must not change, by dotted name."""
+    fixed = {}
+    for name, value in settings_of(config).items():
+        # A field is free by its own name, or by that of what it lies in.
+        top = name.partition(".")[0]
+        if free.isdisjoint({name, top, RENAMED.get(top, top)}):
+            fixed[name] = value
+    return fixed
+
+
+def _hash(identity: dict[str, Any]) -> str:
+    # Sorted, so that the order of fields does not matter.
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
 def identity_hash(config: dict[str, Any]) -> str:
     """Return the SHA-256 of the fields of `config` (as of config.json) that must not change."""
-    # Sorted, so that the order of fields does not matter.
-    text = json.dumps(_identity(config), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return _hash(_identity(config))
 
 
-def stored_identity(run: str) -> str:
-    """Hash the settings of `run` as it was made, which the manifests of its steps name too."""
-    return identity_hash(_stored_config(run))
+def accepted_hashes(config: dict[str, Any]) -> set[str]:
+    """Return the hashes under which the steps of a run with this config.json may be saved.
+
+    Of each form that its config.json has had: today's identity_hash, and that of the time when
+    fields in SAYS_WHEN_TO_GIVE_UP counted too.
+    """
+    # Runs from before they were free have manifests that name the hash of all.
+    hashes = set()
+    for form in _forms(config):
+        decides = {name: form[name] for name in form.keys() - SAYS_WHEN_TO_GIVE_UP}
+        hashes |= {_hash(form), _hash(decides)}
+    return hashes
+
+
+def _forms(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the settings, but for those always free, of each form that a config.json has had.
+
+    The first is as it is. `earlier` lists the others by what they had otherwise: {name: [value]},
+    with [] for a setting that was absent.
+    """
+    now = _identity(config, FREE - SAYS_WHEN_TO_GIVE_UP)
+    forms = [now]
+    for differences in config.get("earlier", []):
+        form = {name: value for name, value in now.items() if name not in differences}
+        form |= {name: values[0] for name, values in differences.items() if values}
+        forms.append(form)
+    return forms
+
+
+def with_earlier_forms(stored: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    """Return `config`, with which the run `stored` goes on, with the forms that `stored` had.
+
+    So steps that were saved under these, as before the code had a field, are known again.
+    """
+    # Those of `stored` itself, told from what the config is now.
+    now, *_ = _forms(config)
+    earlier = []
+    for form in _forms(stored):
+        differences: dict[str, list[Any]] = {}
+        for name in sorted(form.keys() | now.keys()):
+            if name not in form:
+                differences[name] = []
+            elif name not in now or form[name] != now[name]:
+                differences[name] = [form[name]]
+        if differences and differences not in earlier:
+            earlier.append(differences)
+    return {**config, "earlier": earlier} if earlier else config
+
+
+def stored_hashes(run: str) -> set[str]:
+    """Return the hashes that the manifests of the steps of `run` may name: accepted_hashes."""
+    return accepted_hashes(_stored_config(run))
 
 
 def load_config(run: str) -> dict[str, Any]:
@@ -150,15 +249,22 @@ def load_config(run: str) -> dict[str, Any]:
 def _stored_config(run: str) -> dict[str, Any]:
     path = pathlib.Path(run) / "config.json"
     try:
-        return json.loads(path.read_text())
+        config = json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(
             f"{run}: no run here ({path} is missing); name the folder of a finished run"
         ) from None
-    except (OSError, ValueError) as fault:
+    except (OSError, ValueError, RecursionError) as fault:
         raise UserError(
             f"{path}: not readable as JSON ({fault}); restore it or start another run"
         ) from None
+    # A model's folder of another project has a config.json too.
+    if not isinstance(config, dict) or not isinstance(config.get("script"), str):
+        raise UserError(f"{path}: not that of a run; name the folder of a run")
+    for name in ("model", "lora", "guard", "inputs", "versions"):
+        if not isinstance(config.get(name, {}), dict):
+            raise UserError(f"{path}: {name}: damaged; restore the file or start another run")
+    return config
 
 
 # --- the model of a run, which may be a fork's
@@ -191,9 +297,21 @@ def load_model_config(run: str, model_class: type[ModelT]) -> ModelT:
             faults.append(f"lacks {', '.join(missing)}")
         script = str(config.get("script"))
         raise UserError(
-            f"{run}: made by {script}, its model {' and '.join(faults)}; {_how_to_read(script)}"
+            f"{run}: made by {script}{_by_version(config)}, its model {' and '.join(faults)}; "
+            f"{_how_to_read(script)}"
         )
-    return model_class(**stored)
+    try:
+        return model_class(**stored)
+    except (TypeError, ValueError, ArithmeticError, AttributeError) as fault:
+        raise UserError(
+            f"{run}/config.json: model: {fault}; restore the file or start another run"
+        ) from None
+
+
+def _by_version(config: dict[str, Any]) -> str:
+    """Return " of Plumb 0.1.0" for the version that wrote `config`; "" where it did not say."""
+    version = config.get("versions", {}).get("plumb")
+    return f" of Plumb {version}" if version else ""
 
 
 def refuse_other_model_code(run: str, config: dict[str, Any]) -> None:
@@ -223,44 +341,131 @@ def _how_to_read(code: str) -> str:
 # --- whom a run folder admits
 
 
-def refuse_other_run(run: pathlib.Path, config: dict[str, Any]) -> None:
+def refuse_foreign_folder(run: str) -> None:
+    """Raise UserError unless the folder `run` is a run, or can become one: new or empty.
+
+    A run is known by its config.json, and there by entries that nobody else writes. Whatever else
+    a folder holds, it is left as it is.
+    """
+    if not run:
+        raise UserError("--run=: names no folder; give one")
+    # What lies there, if anything.
+    folder = pathlib.Path(run)
+    try:
+        names = set(os.listdir(folder))
+    except FileNotFoundError:
+        return
+    except NotADirectoryError:
+        raise UserError(f"{run}: a file, not a folder; name another --run") from None
+    except OSError as fault:
+        raise UserError(f"--run={run[:80]}: {fault.strerror}; name another --run") from None
+    # Many a project has a config.json.
+    if "config.json" in names:
+        _refuse_foreign_config(run)
+    elif not _is_as_if_new(folder, names):
+        raise UserError(
+            f"{run}: holds files but no config.json, so it is not a run; name another --run"
+        )
+
+
+def _refuse_foreign_config(run: str) -> None:
+    try:
+        stored = _stored_config(run)
+    except UserError as fault:
+        raise UserError(f"{fault}; nothing was changed, name another --run") from None
+    if not {"tokenizer_sha256", "versions"} <= stored.keys():
+        raise UserError(
+            f"{run}/config.json: not that of a run, nothing was changed; name another --run"
+        )
+
+
+def _is_as_if_new(folder: pathlib.Path, names: set[str]) -> bool:
+    """True if a start of ours that ended before config.json was there may have left `names`."""
+    ours = {name for name in names if re.fullmatch(r"\.config\.json\..+\.partial", name)}
+    if names - ours == {"checkpoints"}:
+        # Its own are made after config.json.
+        return not any((folder / "checkpoints").iterdir())
+    return names == ours
+
+
+def refuse_other_run(run: pathlib.Path, config: dict[str, Any], defaults: dict[str, Any]) -> None:
     """Raise UserError unless the folder `run` is new, empty, or a run that `config` continues.
 
-    `config`: what describe_run returns. A run that ended before its first step was saved, as after
-    a mistake, is begun anew with any config. Warns of other versions of libraries.
+    `config`: what describe_run returns. `defaults`: of settings by dotted name, for those that the
+    run does not have yet. A run that ended before its first step was saved, as after a mistake, is
+    begun anew with any config, unless it has rows of metrics. Warns of other versions of
+    libraries.
     """
-    if run.exists() and not run.is_dir():
-        raise UserError(f"{run}: a file, not a folder; name another --run")
+    refuse_foreign_folder(str(run))
     if not (run / "config.json").exists():
-        if run.exists() and set(os.listdir(run)) - {"checkpoints", "config.json.new"}:
-            raise UserError(
-                f"{run}: holds files but no config.json, so it is not a run; name another --run"
-            )
-        return
-    # What was never saved binds no one.
-    if not _has_begun(run):
         return
     stored = _stored_config(str(run))
+    # What was never saved binds no one.
+    if not has_begun(run):
+        _refuse_lost_checkpoints(run, stored, config, defaults)
+        return
     _refuse_other_script(run, stored, config)
     _refuse_old_names(run, stored)
-    _refuse_other_settings(run, stored, config)
+    _refuse_other_settings(run, stored, config, defaults)
     # Results may differ in the last bits with other libraries.
     for name, version in config["versions"].items():
         before = stored.get("versions", {}).get(name)
-        if before != version and jax.process_index() == 0:
+        if before not in (None, version) and jax.process_index() == 0:
             print(
                 f"warning: {run}: {name} was {before}, is {version}: results may differ",
                 file=sys.stderr,
             )
 
 
-def _has_begun(run: pathlib.Path) -> bool:
+def has_begun(run: pathlib.Path) -> bool:
     """True if the folder holds results that belong to its config."""
     return (
         bool(finished_steps(run / "checkpoints"))
         or any(run.glob("reference-*.npz"))
         or (run / "left_out.json").exists()
     )
+
+
+def _refuse_lost_checkpoints(
+    run: pathlib.Path,
+    stored: dict[str, Any],
+    config: dict[str, Any],
+    defaults: dict[str, Any],
+) -> None:
+    """Raise UserError if the run `stored`, which has no finished step, seems to have had one.
+
+    Its metrics and samples would be lost. A run that ended before its first step was saved may
+    have some too: the same command computes these again.
+    """
+    # Ours have their number with the manifest alone: this one has lost it, or is another's.
+    bare = _steps_without_manifest(run / "checkpoints")
+    if bare:
+        raise UserError(
+            f"{bare[0]}: has no manifest.json; restore it, or remove the folder to begin anew"
+        )
+    written = [run / name for name in ("metrics.jsonl", "samples.md")]
+    if not any(path.exists() and path.stat().st_size for path in written):
+        return
+    # The same command, after a kill: what it had written comes again.
+    is_same = not other_settings(stored, config, defaults)
+    if is_same and (run / "checkpoints").is_dir() and not _was_saved(run, stored):
+        return
+    raise UserError(
+        f"{run}: holds metrics of a run whose checkpoints are gone; "
+        "name another --run, or remove the folder to begin anew"
+    )
+
+
+def _was_saved(run: pathlib.Path, stored: dict[str, Any]) -> bool:
+    """True if the metrics of a run show that a step of it must have been saved."""
+    path = run / "metrics.jsonl"
+    rows = path.read_bytes() if path.exists() else b""
+    # The last that is whole; a kill may have cut one off.
+    steps = re.findall(rb'^\{"step": (\d{1,9}),', rows, re.MULTILINE)
+    last = int(steps[-1]) if steps else 0
+    every = stored.get("save_every")
+    # The save of one step is finished before that of the next begins.
+    return isinstance(every, int) and 0 < 2 * every < last
 
 
 def _refuse_other_script(
@@ -285,17 +490,68 @@ def _refuse_old_names(run: pathlib.Path, stored: dict[str, Any]) -> None:
             )
 
 
-def _refuse_other_settings(
-    run: pathlib.Path, stored: dict[str, Any], config: dict[str, Any]
-) -> None:
-    old = _identity(stored)
+def default_settings(config: Any) -> dict[str, Any]:
+    """Return the default of each setting of the dataclass instance `config`, by dotted name.
+
+    Values are as JSON gives them back; settings without a default are left out.
+    """
+    # Of the class, as for a run that nobody set it for.
+    defaults = {}
+    for field in dataclasses.fields(config):
+        default = field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        if default is dataclasses.MISSING:
+            continue
+        if dataclasses.is_dataclass(default) and not isinstance(default, type):
+            default = dataclasses.asdict(default)
+        defaults[field.name] = default
+    return settings_of(json.loads(json.dumps(defaults, default=str)))
+
+
+def other_settings(
+    stored: dict[str, Any], config: dict[str, Any], defaults: dict[str, Any]
+) -> list[str]:
+    """Return the names of settings that must not change and differ between two config.json.
+
+    One that `stored` does not have, as a run from before it, has its default there.
+    """
+    old = _with_defaults(stored, config, defaults)
     new = _identity(config)
-    for name in [*new, *old]:
-        if old.get(name) != new.get(name):
-            values = f"{name} is {old.get(name)!r} in this run and {new.get(name)!r} now"
+    # In the order of the fields, those unknown to this code last.
+    missing = object()
+    names = [*new, *(name for name in old if name not in new)]
+    return [name for name in names if old.get(name, missing) != new.get(name, missing)]
+
+
+def _with_defaults(
+    stored: dict[str, Any], config: dict[str, Any], defaults: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the settings of `stored` that must not change, and defaults of those of `config`."""
+    known = {name: defaults[name] for name in _identity(config) if name in defaults}
+    return {**known, **_identity(stored)}
+
+
+def _refuse_other_settings(
+    run: pathlib.Path,
+    stored: dict[str, Any],
+    config: dict[str, Any],
+    defaults: dict[str, Any],
+) -> None:
+    """Raise UserError for the first setting with which `config` is another run than `stored`."""
+    old = _with_defaults(stored, config, defaults)
+    new = _identity(config)
+    for name in other_settings(stored, config, defaults):
+        if name not in new:
             raise UserError(
-                f"{run}/config.json: {values}; resume with the run's value or name another --run"
+                f"{run}/config.json: {name} is {old[name]!r}, which is unknown to this version "
+                f"of {config['script']}; resume with the one that made the run"
+                f"{_by_version(stored)}"
             )
+        values = f"{name} is {old.get(name)!r} in this run and {new[name]!r} now"
+        raise UserError(
+            f"{run}/config.json: {values}; resume with the run's value or name another --run"
+        )
 
 
 def lock_run(run: pathlib.Path, folder: pathlib.Path) -> int:
@@ -320,64 +576,6 @@ def lock_run(run: pathlib.Path, folder: pathlib.Path) -> int:
         # A file system without locks.
         pass
     return lock
-
-
-# --- whole writes
-
-
-def atomic_bytes(path: pathlib.Path, content: bytes) -> None:
-    """Write the file `path` whole or not at all; it is on the disk afterwards."""
-    with disk_faults(path):
-        # Beside it first, then renamed, with both file and folder on the disk.
-        new = path.with_name(path.name + ".new")
-        with new.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        new.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
-
-
-@contextlib.contextmanager
-def atomic_text(path: str, anew: bool = False) -> Iterator[TextIO]:
-    """Open a text file that appears at `path` once all is written; after a fault nothing is left.
-
-    Its folder is made. `anew`: raise UserError where there is a file that is not empty.
-    """
-    out = pathlib.Path(path)
-    if anew and out.exists() and out.stat().st_size:
-        raise UserError(f"{out}: exists; remove it or name another --out")
-    # Hidden, and a name of this process's own: two may write at once.
-    new = out.with_name(f".{out.name}.{os.getpid()}")
-    with disk_faults(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        file = new.open("w")
-    try:
-        with file:
-            yield file
-        new.replace(out)
-    finally:
-        new.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def disk_faults(path: pathlib.Path) -> Iterator[None]:
-    """Turn a full disk or a lost permission, also in Orbax's words, into a UserError on `path`."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as fault:
-        # Orbax wraps what the system says into errors of its own.
-        reason = re.search(DISK_FAULTS, str(fault))
-        if not isinstance(fault, OSError) and not reason:
-            raise
-        told = reason.group() if reason else fault
-        raise UserError(
-            f"{path}: not saved: {told}; free the disk, then the same command resumes"
-        ) from fault
 
 
 # --- the manifest of a step
@@ -423,18 +621,21 @@ def read_manifest(path: pathlib.Path) -> dict[str, Any]:
         # A changed byte changes the sum; a copied folder has another name.
         if _seal(body) == file.read_bytes() and body["step"] == int(path.name):
             return body
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         pass
     raise Damaged(f"{file}: damaged")
 
 
-def check_step(path: pathlib.Path, config_hash: str, item: str = "") -> dict[str, Any]:
+def check_step(
+    path: pathlib.Path, config_hashes: Collection[str], item: str = ""
+) -> dict[str, Any]:
     """Compare all files of the step at `path`, or those below `item`, and return its manifest.
 
-    Raises Damaged for the first that is missing, differs or was not written by the run.
+    `config_hashes`: those of the run's config, one of which the manifest names. Raises Damaged for
+    the first file that is missing, differs or was not written by the run.
     """
     manifest = read_manifest(path)
-    if manifest["config"] != config_hash:
+    if manifest["config"] not in config_hashes:
         raise Damaged(f"{path / 'manifest.json'}: written under another config.json")
     # What should be there, and what is.
     listed = {name: entry for name, entry in manifest["files"].items() if name.startswith(item)}
@@ -454,10 +655,10 @@ def check_step(path: pathlib.Path, config_hash: str, item: str = "") -> dict[str
     return manifest
 
 
-def is_good(path: pathlib.Path, config_hash: str, quiet: bool = False) -> bool:
+def is_good(path: pathlib.Path, config_hashes: Collection[str], quiet: bool = False) -> bool:
     """True if check_step finds no fault; else it is told on stderr unless `quiet`."""
     try:
-        check_step(path, config_hash)
+        check_step(path, config_hashes)
     except Damaged as fault:
         if not quiet:
             print(f"warning: {fault}; falling back to the step before", file=sys.stderr)
@@ -495,6 +696,11 @@ def finished_steps(folder: pathlib.Path) -> list[int]:
     return sorted((int(name) for name in names if re.fullmatch(r"\d+", name)), reverse=True)
 
 
+def unfinished(path: pathlib.Path) -> pathlib.Path:
+    """Return where the step `path` lies until it has its manifest, and is renamed to `path`."""
+    return path.with_name(path.name + ".saving")
+
+
 def remove_step(path: pathlib.Path) -> None:
     """Remove a step; whenever that is interrupted, the step is either whole or no step."""
     # Renamed first, which happens at once or not at all.
@@ -505,9 +711,36 @@ def remove_step(path: pathlib.Path) -> None:
 
 
 def remove_unfinished(folder: pathlib.Path) -> None:
-    """Remove what an interrupted save or removal left in `folder` (RUN/checkpoints)."""
-    # Folders named by a number, with or without an ending of Orbax's or ours.
-    finished = {str(step) for step in finished_steps(folder)}
-    for path in folder.iterdir():
-        if path.is_dir() and re.fullmatch(r"\d+(\..+)?", path.name) and path.name not in finished:
+    """Remove what an interrupted save or removal left in `folder` (RUN/checkpoints).
+
+    A step that has lost its manifest is not among it: that one is set aside, with a note.
+    """
+    # The endings are ours, or Orbax's for what it has not written whole.
+    left = re.compile(r"\d+(\.saving)?(\.removed|\.saving|\.orbax-checkpoint-tmp.*)")
+    for path in list(folder.iterdir()):
+        is_empty = path.name.isdigit() and path.is_dir() and not any(path.iterdir())
+        if path.is_dir() and not path.is_symlink() and (left.fullmatch(path.name) or is_empty):
             shutil.rmtree(path)
+    for path in _steps_without_manifest(folder):
+        aside = folder.parent / "set_aside" / path.name
+        while aside.exists():
+            aside = aside.with_name(aside.name + "_")
+        aside.parent.mkdir(exist_ok=True)
+        path.rename(aside)
+        print(f"note: {path}: has no manifest.json; kept as {aside}", file=sys.stderr)
+
+
+def newest_without_manifest(folder: pathlib.Path) -> int | None:
+    """Return the newest step in `folder` that has lost its manifest; None where there is none."""
+    paths = _steps_without_manifest(folder)
+    return int(paths[0].name) if paths else None
+
+
+def _steps_without_manifest(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Return folders named as steps that hold something, but no manifest, newest first."""
+    found = []
+    for path in folder.glob("*"):
+        if path.name.isdigit() and path.is_dir() and not (path / "manifest.json").exists():
+            found.append(path)
+    found = [path for path in found if any(path.iterdir())]
+    return sorted(found, key=lambda path: int(path.name), reverse=True)

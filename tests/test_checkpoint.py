@@ -1,6 +1,8 @@
 """Checkpoints: what was saved comes back to the bit; no damaged or foreign step is ever loaded."""
 
 import dataclasses
+import errno
+import json
 import os
 import pathlib
 import random
@@ -9,6 +11,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 
 import jax
@@ -18,7 +21,7 @@ import optax
 import pytest
 from jax.sharding import AxisType
 
-from runtime import checkpoint, run_folder
+from runtime import checkpoint, run_folder, writes
 from runtime.checkpoint import Checkpoints
 from runtime.errors import UserError
 from runtime.run_folder import load_config
@@ -191,6 +194,7 @@ def test_steps_without_manifest_do_not_exist(saved):
     (saved / "checkpoints" / "4.orbax-checkpoint-tmp").mkdir()
     # Killed after Orbax, before the manifest.
     (saved / "checkpoints" / "2" / "manifest.json").unlink()
+    (saved / "checkpoints" / "2").rename(saved / "checkpoints" / "2.saving")
     (saved / "checkpoints" / "1").rename(saved / "checkpoints" / "7")
     with pytest.raises(UserError, match="damaged"):  # a manifest of another step does not count
         load_params(str(saved))
@@ -198,6 +202,22 @@ def test_steps_without_manifest_do_not_exist(saved):
     assert to_bytes(load_params(str(saved))) == to_bytes(make_state(1)["params"])
     assert restore(saved)[0] == 1
     assert os.listdir(saved / "checkpoints") == ["1"]
+
+
+def test_a_step_that_lost_its_manifest_is_told_and_kept(saved, capfd):
+    step = saved / "checkpoints" / "2"
+    (step / "manifest.json").unlink()
+    kept = {path.relative_to(step): path.read_bytes() for path in files(step)}
+    load_params(str(saved))
+    assert "2: has no manifest.json; read is step 1" in capfd.readouterr().err
+    assert restore(saved)[0] == 1
+    assert "2: has no manifest.json; kept as" in capfd.readouterr().err
+    aside = saved / "set_aside" / "2"
+    assert {path.relative_to(aside): path.read_bytes() for path in files(aside)} == kept
+    # Without an earlier step nothing is begun anew over it.
+    (saved / "checkpoints" / "1" / "manifest.json").unlink()
+    with pytest.raises(UserError, match=r"1: has no manifest\.json; restore it"):
+        restore(saved)
 
 
 def test_load_params_reads_only_the_parameters(saved):
@@ -248,6 +268,119 @@ def test_a_run_of_which_no_step_was_saved_is_begun_anew_with_any_config(tmp_path
     (run / "reference-0.npz").touch()  # what was computed once belongs to the config
     with pytest.raises(UserError, match=r"lr is 0\.2 in this run"), open_run(run):
         pass
+
+
+def foreign_folders(saved):
+    """Return folders by name that are no runs, or have lost what made them one."""
+    llama = {"architectures": ["LlamaForCausalLM"], "hidden_size": 8, "model_type": "llama"}
+    metrics = [{"step": step, "seconds": 1.0} for step in range(1, 4)]
+    rows = "".join(json.dumps(row) + "\n" for row in metrics)
+    return {
+        "another project's checkpoints": {"checkpoints/1000/w": "x", "checkpoints/2000/w": "x"},
+        "and its config": {"checkpoints/1000/w": "x", "config.json": json.dumps({"lr": 1})},
+        "and ours by its keys alone": {"checkpoints/7/w": "x", "config.json": '{"versions": {}}'},
+        "a list": {"config.json": "[1]", "model.bin": "x"},
+        "not JSON": {"config.json": "{", "model.bin": "x"},
+        "a Hugging Face folder": {"config.json": json.dumps(llama), "tokenizer.model": "x"},
+        "files beside": {"checkpoints/1000/w": "x", "thesis.tex": "x"},
+        "a run without its checkpoints": {"metrics.jsonl": rows, **without_checkpoints(saved)},
+        "whose folder is empty": {
+            "metrics.jsonl": rows,
+            "checkpoints/": None,
+            **without_checkpoints(saved, save_every=1),
+        },
+        "a run with another's steps": {"checkpoints/9/w": "x", **without_checkpoints(saved)},
+        "another's temporary": {"checkpoints/9.orbax-checkpoint-tmp-1/w": "x"},
+    }
+
+
+def without_checkpoints(saved, **changed):
+    config = json.loads((saved / "config.json").read_text())
+    return {"config.json": json.dumps({**config, **changed}), "samples.md": "## Step 1\n"}
+
+
+def test_nothing_that_is_not_ours_is_touched(saved, tmp_path):
+    """Refused in one line, by its own settings and by others; not a byte is written or removed."""
+    for name, content in foreign_folders(saved).items():
+        folder = tmp_path / name
+        for path, text in content.items():
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            if text is None:
+                (folder / path).mkdir(exist_ok=True)
+            else:
+                (folder / path).write_text(text)
+        before = [(path, path.stat().st_mtime_ns) for path in sorted(folder.rglob("*"))]
+        for change in ({}, {"lr": 0.2}, {"script": "other"}):
+            with pytest.raises(UserError), open_run(folder, **change):
+                pass
+            after = [(path, path.stat().st_mtime_ns) for path in sorted(folder.rglob("*"))]
+            assert after == before, name
+
+
+def test_a_run_killed_before_its_first_save_is_begun_anew(tmp_path):
+    with open_run(tmp_path / "run"):
+        pass
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1}\n{"st')
+    (tmp_path / "run" / "checkpoints" / "1.saving").mkdir()
+    with open_run(tmp_path / "run") as checkpoints:
+        assert checkpoints.restore(abstract(make_state())) is None
+    with (
+        pytest.raises(UserError, match="whose checkpoints are gone"),
+        open_run(tmp_path / "run", lr=0.3),
+    ):
+        pass  # with other settings they are not computed again
+
+
+def test_a_run_needs_a_folder():
+    with pytest.raises(UserError, match="--run=: names no folder"):
+        open_run("")
+    with pytest.raises(UserError, match="File name too long"):
+        open_run("r" * 300)
+
+
+def test_fewer_steps_than_done_is_told_and_changes_nothing(saved, capfd):
+    before = (saved / "config.json").read_bytes()
+    assert restore(saved, steps=1)[0] == 2
+    assert "has done 2 steps, and --steps=1 asks for no more" in capfd.readouterr().err
+    assert (saved / "config.json").read_bytes() == before
+
+
+def test_a_run_folder_that_is_gone_is_noticed_at_the_next_save(tmp_path):
+    for replaced in (False, True):
+        run = tmp_path / str(replaced)
+        with open_run(run) as checkpoints:
+            checkpoints.save(1, make_state(1))
+            checkpoints.wait()
+            shutil.rmtree(run)
+            if replaced:
+                (run / "checkpoints").mkdir(parents=True)
+            with pytest.raises(UserError, match=r"removed or replaced .* step 2 is not saved"):
+                checkpoints.save(2, make_state(2))
+        assert replaced == run.exists() and not list(run.glob("checkpoints/*"))
+
+
+def test_a_reader_beside_a_trainer_is_never_torn_nor_ends(tmp_path):
+    run = tmp_path / "run"
+    with open_run(run, keep=1) as checkpoints:
+        checkpoints.save(1, make_state(1))
+        checkpoints.wait()
+        faults = []
+
+        def read():
+            try:
+                for _ in range(40):
+                    assert np.isfinite(load_params(str(run))["decoder"]["embed"]).all()
+            except Exception as fault:
+                faults.append(fault)
+
+        readers = [threading.Thread(target=read) for _ in range(2)]
+        for reader in readers:
+            reader.start()
+        step = 1
+        while any(reader.is_alive() for reader in readers):
+            step += 1
+            checkpoints.save(step, make_state(1))
+    assert faults == [] and step > 5
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
@@ -313,6 +446,62 @@ def test_a_save_that_fails_in_the_background_is_told(saved, monkeypatch):
     assert restore(saved)[0] == 2
 
 
+@pytest.mark.parametrize(
+    ("fault", "told", "code"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "free the disk", 2),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "free the disk", 2),
+        (ValueError("tensorstore: write() failed: No space left on device"), "free the disk", 2),
+        (OSError(errno.EROFS, "Read-only file system"), "make it writable", 2),
+        (OSError(errno.EACCES, "Permission denied"), "make it writable", 2),
+        (OSError(errno.EMFILE, "Too many open files"), "raise `ulimit -n`", 2),
+        (OSError(errno.EIO, "Input/output error"), "see to it", 2),
+        (TimeoutError("completed 2/4 futures but timed out after 7300.10 s"), "the same", 75),
+        (ValueError("timed out after 3600 seconds"), "the same command resumes", 75),
+    ],
+)
+def test_what_a_disk_says_has_its_own_remedy(fault, told, code):
+    with pytest.raises(UserError) as error, writes.disk_faults(pathlib.Path("run/3")):
+        raise fault
+    assert str(error.value).startswith("run/3: not saved: ") and told in str(error.value)
+    assert error.value.code == code
+
+
+def test_a_bug_is_no_disk_fault():
+    with pytest.raises(KeyError), writes.disk_faults(pathlib.Path("run/3")):
+        raise KeyError("w")
+
+
+def test_what_a_killed_writer_left_goes_and_what_is_written_stays(tmp_path):
+    path = tmp_path / "out.jsonl"
+    left = tmp_path / ".out.jsonl.0123abcd.partial"
+    left.write_text("gigabytes")
+    (tmp_path / "victim").write_text("years of work")
+    (tmp_path / ".out.jsonl.01234567.partial").symlink_to(tmp_path / "victim")
+    (tmp_path / "out.jsonl.new").symlink_to(tmp_path / "victim")
+    with writes.atomic_text(str(path)) as first:
+        assert not left.exists()
+        first.write("first")
+        # A second writer leaves the first alone.
+        with writes.atomic_text(str(path)) as second:
+            second.write("second")
+        assert path.read_text() == "second"
+    assert path.read_text() == "first"
+    writes.atomic_bytes(path, b"third")
+    with writes.atomic_folder(tmp_path / "folder") as new:
+        (new / "w").write_text("x")
+    assert (tmp_path / "victim").read_text() == "years of work"
+    names = {entry for entry in os.listdir(tmp_path) if "partial" not in entry}
+    assert names == {"out.jsonl", "victim", "out.jsonl.new", "folder"}
+    assert os.stat(path).st_mode & 0o777 == 0o666 & ~umask()
+
+
+def umask():
+    now = os.umask(0)
+    os.umask(now)
+    return now
+
+
 LOOP = """
 import dataclasses, sys, time
 import jax, jax.numpy as jnp
@@ -371,10 +560,11 @@ def test_kill_at_any_moment_resumes_to_the_bit(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, -signal.SIGINT)]
+    ("number", "code"),
+    [(signal.SIGTERM, 143), (signal.SIGINT, -signal.SIGINT)],
 )
 def test_a_signal_saves_and_ends(tmp_path, number, code):
-    """After Ctrl-C as an interrupted program does: what follows in a shell must not start."""
+    """As an interrupted program does: what follows in a shell must not start."""
     process = start(tmp_path / "run", 10**6, LOOP.replace("due(step, 1,", "due(step, 0,"))
     while "step 3" not in process.stdout.readline():
         pass
@@ -382,14 +572,41 @@ def test_a_signal_saves_and_ends(tmp_path, number, code):
     out, err = process.communicate(timeout=30)
     last = int(out.split()[-1]) if out else 3
     assert process.returncode == code and err.strip().startswith(f"{number.name}: saving")
+    assert f"stopped at step {last} of 1,000,000; the same command goes on" in err.replace(
+        f"{last:,}", str(last)
+    )
     assert os.listdir(tmp_path / "run" / "checkpoints") == [str(last)]
 
 
+def test_a_lost_terminal_saves_and_ends(tmp_path):
+    """As of a connection that broke: SIGHUP, and a terminal that takes no more text."""
+    master, slave = os.openpty()
+    # The first terminal that a session's leader opens is the session's.
+    source = "import os\nos.open(os.ttyname(0), os.O_RDWR)\n" + LOOP
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", source, str(tmp_path / "run"), str(10**6)],
+        env=environment,
+        stdin=slave,
+        stdout=slave,
+        stderr=slave,
+        start_new_session=True,
+    )
+    os.close(slave)
+    shown = b""
+    while b"step 3" not in shown:
+        shown += os.read(master, 4096)
+    os.close(master)
+    assert process.wait(30) == 128 + signal.SIGHUP
+    names = os.listdir(tmp_path / "run" / "checkpoints")
+    assert len(names) == 2 and all(name.isdigit() for name in names)
+
+
 def test_sigterm_handler_goes_when_the_run_ends(saved):
-    numbers = signal.SIGTERM, signal.SIGINT
+    numbers = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
     before = list(map(signal.getsignal, numbers))
     with open_run(saved) as checkpoints:
-        assert list(map(signal.getsignal, numbers)) == [checkpoints._on_signal] * 2
+        assert list(map(signal.getsignal, numbers)) == [checkpoints._on_signal] * 3
     assert list(map(signal.getsignal, numbers)) == before
 
 

@@ -1,7 +1,12 @@
 """A user's mistakes: one line on stderr, exit code 2, nothing half-written."""
 
+import errno
 import json
+import os
+import pathlib
 import shutil
+import subprocess
+import sys
 
 import pytest
 from running import fails
@@ -14,6 +19,7 @@ import train_sft
 from collect import rank as collect
 from collect import spin as collect_spin
 from runtime import flags
+from runtime.errors import TryAgain, UserError
 
 TINY = [
     "--model.preset=tiny",
@@ -75,6 +81,10 @@ MISTAKES = {
         [*TINY, "--optimizer.warmup=9"],
         "below the 2 steps; lower it, or raise --steps",
     ),
+    "steps below 1": (train_sft, ["--steps=-5"], "--steps=-5: must be at least 1"),
+    "no steps": (train_ppo, ["--steps=0"], "--steps=0: must be at least 1"),
+    "no folder": (train_sft, [*TINY, "--run="], "--run=: names no folder; give one"),
+    "too long a name": (train_sft, [*TINY, f"--run={'r' * 300}"], "File name too long"),
     "no such source": (train_sft, [*TINY, "--data=chats.csv"], "chats.csv"),
     "no such file": (train_sft, [*TINY, "--data=nowhere.jsonl"], "nowhere.jsonl"),
     "no such catalogue name": (train_sft, [*TINY, "--data=tfds:gms8k"], "gms8k"),
@@ -137,10 +147,66 @@ def test_another_configuration_or_tokenizer_is_refused(good_run, capsys, tmp_pat
     ranked = fails(train_rm, [*TINY, f"--run={good_run}"], capsys)
     assert f"{good_run}: a run of train_sft; name another --run" in ranked
     assert f"start from it with --init={good_run}" in ranked
+    # The same path with other rows is other data.
+    chats = good_run.parent / "chats.jsonl"
+    rows = chats.read_text()
+    chats.write_text(rows + json.dumps(CHAT) + "\n")
+    changed = fails(train_sft, [*TINY, data, f"--run={good_run}", "--steps=4"], capsys)
+    assert f"{data}: its content is not what {good_run} began with" in changed
+    chats.write_text(rows)
     assert sorted((p, p.stat().st_mtime_ns) for p in good_run.rglob("*") if p.is_file()) == before
     assert "train_sft" in fails(
         train_ppo, [f"--init={good_run}", f"--reward={good_run}", "--batch_size=32"], capsys
     )
+
+
+def test_each_end_has_its_line_and_its_code(capsys):
+    """As a command ends: a mistake, what may go well next time, a full disk, Ctrl-C."""
+    full = OSError(errno.ENOSPC, "No space left on device", "runs/sft/samples.md")
+    wrapped = RuntimeError(
+        'Failed to write split "train": write() failed: No space left on device'
+    )
+    ends = {
+        UserError("a: wrong; mend it"): (2, "error: a: wrong; mend it"),
+        TryAgain("a: late"): (75, "error: a: late"),
+        full: (2, "error: runs/sft/samples.md: no space left; free some, then try again"),
+        wrapped: (2, "error: the disk: no space left; free some, then try again"),
+        KeyboardInterrupt(): (130, "stopped by the keyboard"),
+        KeyboardInterrupt("run: stopped at step 5 of 9"): (130, "run: stopped at step 5 of 9"),
+    }
+    for fault, (code, line) in ends.items():
+
+        def main(fault=fault):
+            raise fault
+
+        with pytest.raises(SystemExit) as stop:
+            flags.ending_in_one_line(main)
+        assert stop.value.code == code and capsys.readouterr().err == f"{line}\n"
+
+
+def test_a_bug_is_a_traceback():
+    with pytest.raises(KeyError):
+        flags.ending_in_one_line(lambda: {}["w"])
+
+
+def test_ctrl_c_while_a_command_imports_is_one_line(tmp_path):
+    """The signal comes as the first thing that is imported after the handler is there."""
+    script = tmp_path / "script.py"
+    slow = "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nraise ImportError('pages')"
+    (tmp_path / "slow.py").write_text(slow)
+    for first, code in (("import runtime.interrupt", 130), ("", 1)):
+        caught = "try:\n    import slow\nexcept BaseException as e:\n    raise ImportError from e"
+        script.write_text(f"{first}\n{caught}")
+        root = str(pathlib.Path(__file__).parents[1])
+        ended = subprocess.run(
+            [sys.executable, str(script)],
+            env={**os.environ, "PYTHONPATH": root},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert ended.returncode == code
+        assert (ended.stderr == "stopped by the keyboard\n") == (code == 130)
 
 
 def test_a_folder_that_is_not_a_run_is_left_alone(capsys, tmp_path):

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,14 +14,14 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import AxisType
-from running import rows_of, run
+from running import rows_of, run, write
 
 import train_dpo
 import train_sft
-from runtime import hosts
+from runtime import agreement, hosts
 from runtime.errors import UserError
 from runtime.run_folder import finished_steps
-from sharding import data_shard
+from sharding import data_shard, to_host
 from train_state import load_params
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -31,6 +32,7 @@ TINY = [
     "--batch_size=8",
     "--save_every=2",
 ]
+STOPPED = 128 + signal.SIGTERM
 FAULTS = {
     "killed": "os.kill(os.getpid(), signal.SIGKILL)",
     "stopped": "os.kill(os.getpid(), signal.SIGSTOP)",
@@ -151,6 +153,123 @@ def test_killed_peer_then_resumed_equals_one_process(tmp_path):
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
+# --- processes that were not started alike
+
+ALIKE = [*TINY, "--length=32", "--steps=4", "--seed=1"]
+ROWS = [{"prompt": f"say {i}", "response": f"{i}!"} for i in range(60)]
+# What is otherwise on process 1: flags, or what its driver does first, or the folder it runs in;
+# and what the line must name.
+DIFFERENCES = {
+    "lr": (["--optimizer.lr=0.5"], "", None, "--optimizer.lr"),
+    "seed": (["--seed=2"], "", None, "--seed"),
+    "length": (["--length=64"], "", None, "--length"),
+    "another file": (["--data=other.jsonl"], "", None, "--data"),
+    "other rows": ([], "", "elsewhere", "the content of --data"),
+    "code": ([], "", "copy", "the code of data.packing"),
+    "jax": ([], "import jax; jax.__version__ = '0.0.1'", None, "the version of jax"),
+    "count": (["--hosts.count=3"], "", None, "--hosts.count"),
+    "steps": (["--steps=2"], "", None, "--steps"),
+    "save_every": (["--save_every=1"], "", None, "--save_every"),
+    "run": (["--run=another"], "", None, "--run"),
+    "port": (["--hosts.coordinator=127.0.0.1:99999"], "", None, "--hosts.coordinator"),
+    # Further ones of the same kinds.
+    "precision": ([], "import jax; jax.config.update('jax_enable_x64', True)", None, "jax_enable"),
+    "dry run": (["--dry_run"], "", None, "--dry_run"),
+    "evaluation": (["--eval_every=2"], "", None, "--eval_every"),
+    "model": (["--model.layers=1"], "", None, "--model.layers"),
+    "stall": (["--hosts.stall=9"], "", None, "--hosts.stall"),
+}
+
+
+def start_unlike(tmp_path, argv, name):
+    """Start two processes of train_sft, the second otherwise as DIFFERENCES says."""
+    flags, first, place, _ = DIFFERENCES[name]
+    folders = [tmp_path, tmp_path if place is None else tmp_path / place]
+    roots = [ROOT, folders[1] if place == "copy" else ROOT]
+    address = f"127.0.0.1:{free_port()}"
+    processes = []
+    for index in (0, 1):
+        own = [f"--hosts.coordinator={address}", "--hosts.count=2", f"--hosts.index={index}"]
+        start = [*argv, *own, "--hosts.stall=5", *(flags if index else [])]
+        # A flag that is given twice is that of process 1.
+        last = {word.partition("=")[0]: word for word in start}
+        source = (first if index else "") + "\n" + SCRIPT
+        command = [sys.executable, "-c", source, *last.values()]
+        environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(roots[index])}
+        processes.append(
+            subprocess.Popen(
+                command,
+                env=environment,
+                cwd=folders[index],
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    return processes
+
+
+SCRIPT = """
+import train_sft
+from runtime import flags
+
+flags.run(train_sft.main, train_sft.Config)
+"""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lr",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in DIFFERENCES if name != "lr"),
+    ],
+)
+def test_processes_that_were_not_started_alike_end_at_once(tmp_path, name):
+    """Both with code 2 and a line that names process and field, and nothing is written."""
+    (tmp_path / "elsewhere").mkdir()
+    write(tmp_path / "chats.jsonl", ROWS)
+    write(tmp_path / "other.jsonl", ROWS)
+    write(tmp_path / "elsewhere" / "chats.jsonl", ROWS[::-1])
+    if name == "code":
+        ours = shutil.ignore_patterns(".*", "runs", "tests", "docs", "experiments", "benchmarks")
+        shutil.copytree(ROOT, tmp_path / "copy", ignore=ours)
+        write(tmp_path / "copy" / "chats.jsonl", ROWS)
+        with (tmp_path / "copy" / "data" / "packing.py").open("a") as file:
+            file.write("# another version\n")
+    began = time.monotonic()
+    processes = start_unlike(tmp_path, [*ALIKE, "--data=chats.jsonl", "--run=two"], name)
+    told = DIFFERENCES[name][3]
+    if name == "port":
+        # Process 0 cannot know of one that never reaches it: it is not waited for here.
+        errors = [processes[1].communicate(timeout=60)[1]] * 2
+        processes[0].kill()
+        processes[0].communicate()
+        codes = [processes[1].returncode] * 2
+    else:
+        codes, errors = ends(processes, seconds=60)
+    took = time.monotonic() - began
+    print(f"{name}: {took:.1f} s, codes {codes}: {errors}")
+    assert codes == [2, 2]
+    for error in errors:
+        [line] = [line for line in error.splitlines() if line.startswith("error:")]
+        assert told in line and (name == "port" or "process 1" in line)
+    assert not (tmp_path / "two").exists() and not (tmp_path / "another").exists()
+
+
+def test_the_first_difference_is_named():
+    sums = {"seed": "a", "data": "b", "code.data.packing": "c", "inputs.data.sha256": "d"}
+    assert agreement.first_difference([sums, dict(sums), dict(sums)]) is None
+    # A module that one process alone has imported by now is no difference.
+    assert agreement.first_difference([sums, {**sums, "code.data.steps": "e"}]) is None
+    for change, told in {
+        "seed": "process 2: --seed differs",
+        "code.data.packing": "process 2: the code of data.packing differs",
+        "inputs.data.sha256": "process 2: the content of --data differs",
+        "versions.numpy": "process 2: the version of numpy differs",
+    }.items():
+        assert agreement.first_difference([sums, sums, {**sums, change: "z"}]).startswith(told)
+
+
 PACKED = ["train_sft", *TINY, "--length=64", "--steps=8", "--keep_checkpoints=5"]
 LOOP = ["host_loop", "--steps=8"]
 
@@ -204,11 +323,12 @@ def check_fault(whole, tmp_path, argv, fault, rank, at):
         "stopped": -signal.SIGKILL,
         "stuck": hosts.LOST,
         "raises": 1,
-        "sigterm": 0,
+        "sigterm": STOPPED,
     }[fault]
-    other = 0 if fault == "sigterm" else hosts.LOST
+    other = STOPPED if fault == "sigterm" else hosts.LOST
     assert codes[rank] == own and codes[1 - rank] == other
     if fault == "sigterm":
+        assert "of 8; the same command goes on" in errors[0]
         assert 3 <= finished_steps(tmp_path / "run" / "checkpoints")[0] < 8
     else:
         [line] = errors[1 - rank].splitlines()
@@ -312,6 +432,15 @@ def test_hosts_that_hold_the_same_rows_read_the_same_data():
             {"coordinator": "127.0.0.1:9", "count": 2, "index": 2},
             "--hosts.index=2: must be at least 0 and below",
         ),
+        (
+            {"coordinator": "127.0.0.1:99999", "count": 2, "index": 1},
+            "--hosts.coordinator=127.0.0.1:99999: the port must be in 1..65535",
+        ),
+        (
+            {"coordinator": "127.0.0.1:9", "count": 0, "index": 0},
+            "--hosts.count=0: must be at least 1",
+        ),
+        ({"stall": -1}, "--hosts.stall=-1: must be at least 0"),
     ],
 )
 def test_incomplete_settings_are_told(flags, told):
@@ -346,5 +475,34 @@ def test_without_others_nothing_is_joined(monkeypatch):
     assert hosts.settings(hosts.HostsConfig()) is None
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")  # a job of one task
     assert hosts.settings(hosts.HostsConfig()) is None
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "many")
+    with pytest.raises(UserError, match="SLURM_STEP_NUM_TASKS=many: must be a number"):
+        hosts.settings(hosts.HostsConfig())
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")  # JAX finds the rest out
     assert hosts.settings(hosts.HostsConfig())["coordinator_address"] is None
+
+
+def test_whatever_is_done_is_progress(monkeypatch):
+    """A long evaluation, a save or preparing data does not end a run; standing still does."""
+    ended = []
+    monkeypatch.setattr(hosts, "die_lost", ended.append)
+    monkeypatch.setattr(hosts, "_steps", 1)
+
+    class Clock:
+        """Waits no time; `work(second)` is what the run does in each second."""
+
+        def __init__(self, seconds, work):
+            self.second, self.seconds, self.work = 0, seconds, work
+
+        def wait(self, timeout):
+            self.second += 1
+            self.work(self.second)
+            return self.second > self.seconds or bool(ended)
+
+    device = jax.numpy.ones(3)
+    hosts._watch(4, None, Clock(30, lambda second: second % 3 or to_host(device)))
+    assert ended == []
+    hosts._watch(4, None, Clock(30, lambda second: second % 3 or hosts.progressed()))
+    assert ended == []
+    hosts._watch(4, None, Clock(30, lambda second: None))
+    assert "no step finished in 4 s" in ended[0]

@@ -13,7 +13,7 @@ import tensorflow_datasets as tfds
 
 from data import sources
 from data.records import SCHEMAS
-from data.sources import held_out, open_source
+from data.sources import held_out, keep_prepared, open_source
 from runtime.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -131,6 +131,18 @@ ADAPTED = [
 
 
 @pytest.mark.parametrize(("schema", "row", "record"), ADAPTED)
+def test_a_dry_run_leaves_nothing_in_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("PLUMB_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "chats.jsonl"
+    path.write_text('{"prompt": "a", "response": "b"}\n{"prompt": "c", "response": "d"}\n')
+    keep_prepared(False)
+    assert len(open_source(str(path), "chat", "all")) == 2
+    assert os.listdir(tmp_path) == ["chats.jsonl"]
+    keep_prepared(True)  # control
+    assert len(open_source(str(path), "chat", "all")) == 2
+    assert sorted(os.listdir(tmp_path)) == ["cache", "chats.jsonl"]
+
+
 def test_rows_are_adapted_by_content(tmp_path, schema, row, record):
     assert only(tmp_path, row, schema) == record
 

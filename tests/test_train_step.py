@@ -313,6 +313,13 @@ def test_impossible_schedules_are_refused_by_name(fields):
         make_optimizer(dataclasses.replace(PLAIN, **fields), 10)
 
 
+def test_a_warm_up_that_nobody_set_is_at_most_half_of_a_run():
+    for steps, half in ((1, 0), (10, 5), (20, 10), (21, 20)):
+        short = make_schedule(OptimizerConfig(lr=0.4), steps)
+        same = make_schedule(OptimizerConfig(lr=0.4, warmup=half), steps)
+        assert [float(short(i)) for i in range(steps)] == [float(same(i)) for i in range(steps)]
+
+
 def test_adafactor_learns():
     optimizer = make_optimizer(dataclasses.replace(PLAIN, name="adafactor", weight_decay=0.1), 40)
     step = make_train_step(regression, optimizer, microbatches=2)

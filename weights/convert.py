@@ -8,7 +8,8 @@ A folder holds config.json, safetensors and a tokenizer. Every script can --init
 Covered are Llama 2 and 3, Mistral, Qwen 2 and 3, and Gemma 1, where all layers are the decoder's.
 """
 
-import contextlib
+import runtime.interrupt  # noqa: F401
+
 import dataclasses
 import json
 import math
@@ -33,7 +34,8 @@ from runtime import flags
 from runtime.checkpoint import Checkpoints
 from runtime.errors import UserError
 from runtime.foreign import TEXT, check_values, file_in, object_of, one_line, read_object
-from runtime.run_folder import disk_faults, finished_steps, lock_run
+from runtime.run_folder import finished_steps
+from runtime.writes import atomic_folder
 from sharding import MeshConfig, abstract, make_mesh, path_name
 from train_state import load_params
 from weights.families import config_of, generation_of, model_of
@@ -43,9 +45,6 @@ SHARD_BYTES = 4 << 30
 
 COMPUTED = "rotary_emb.inv_freq"
 """Ending of the names of tensors that old folders have, and that are computed here."""
-
-PARTIAL = ".partial"
-"""Ending of the folder that an export writes in, which is renamed when it is whole."""
 
 LAYER = "model.layers.{}."
 EMBED = "model.embed_tokens.weight"
@@ -438,35 +437,13 @@ def save(
     for name, text in texts.items():
         files[name] = json.dumps(text, indent=1).encode()
     # Written beside it, and renamed when all of it is there.
-    with disk_faults(out):
-        _remove_left_behind(out)
-        new = out.with_name(f".{out.name}.{os.getpid()}{PARTIAL}")
-        new.mkdir(parents=True)
-        lock = lock_run(out, new)
-        try:
-            for name, file in files.items():
-                (new / name).write_bytes(file)
-            write_tensors(new, params, config, dtype, SHARD_BYTES)
-            # That library gives its files to the user alone.
-            for path in new.glob("*.safetensors"):
-                shutil.copymode(new / "config.json", path)
-            new.replace(out)
-        finally:
-            os.close(lock)
-            shutil.rmtree(new, ignore_errors=True)
-
-
-def _remove_left_behind(out: pathlib.Path) -> None:
-    """Remove the folders that exports to `out` which were killed have left beside it."""
-    for path in out.parent.glob(f".*{PARTIAL}"):
-        process = path.name.removeprefix(f".{out.name}.").removesuffix(PARTIAL)
-        if not process.isdigit():
-            continue
-        # One that still writes holds its folder's lock.
-        with contextlib.suppress(UserError):
-            lock = lock_run(out, path)
-            shutil.rmtree(path, ignore_errors=True)
-            os.close(lock)
+    with atomic_folder(out) as new:
+        for name, file in files.items():
+            (new / name).write_bytes(file)
+        write_tensors(new, params, config, dtype, SHARD_BYTES)
+        # That library gives its files to the user alone.
+        for path in new.glob("*.safetensors"):
+            shutil.copymode(new / "config.json", path)
 
 
 # --- the script

@@ -8,6 +8,8 @@ on, with the whole document before them; `cut`, the tokens of `beyond` again, in
 training length.
 """
 
+import runtime.interrupt  # noqa: F401
+
 import dataclasses
 import json
 import pathlib

@@ -4,6 +4,8 @@ python train_sft.py --init=runs/align/lm --run=runs/sft
 python train_sft.py --data=my_chats.jsonl --run=runs/mine
 """
 
+import runtime.interrupt  # noqa: F401
+
 import dataclasses
 from functools import partial
 
@@ -12,7 +14,7 @@ import jax
 from data.batches import chat_batches
 from data.sources import open_source
 from data.tokenizer import tokenizer_for
-from lora import LoraConfig, note_lora_base, with_adapters
+from lora import LoraConfig, with_adapters
 from model import LanguageModel, init_and_apply
 from model_config import ModelConfig, check_fit
 from objectives.likelihood import likelihood_objective
@@ -22,7 +24,7 @@ from runtime import flags
 from runtime.guard import GuardConfig, guarded, left_out
 from runtime.hosts import HostsConfig
 from sharding import MeshConfig, check_batch, data_shard, make_mesh, to_mesh
-from train_state import as_items
+from train_state import as_items, pin_inputs
 from train_step import OptimizerConfig, Update, make_evaluation, make_optimizer, make_train_step
 from training_run import Run, make_greedy_samples
 
@@ -107,7 +109,7 @@ def main(config: Config) -> dict[str, float]:
     `config` is of flags.parse, which takes `model` from --init; one made by hand must have it.
     """
     # A mesh of all devices, and a batch that splits over it.
-    config = note_lora_base(config)
+    config = pin_inputs(config)
     mesh = make_mesh(config.mesh)
     check_batch(
         "batch_size",

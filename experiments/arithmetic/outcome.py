@@ -7,6 +7,8 @@ Prints the AUC over all solutions, and between solutions to one problem. LABELLE
 problems.
 """
 
+import runtime.interrupt  # noqa: F401
+
 import collections
 import json
 import sys

@@ -5,6 +5,8 @@ Writes results.json and prints what README.md shows.
     python -m experiments.arithmetic.table runs/arithmetic0 runs/arithmetic1 runs/arithmetic2
 """
 
+import runtime.interrupt  # noqa: F401
+
 import json
 import pathlib
 import sys

@@ -7,6 +7,8 @@ A fork of train_dpo.py: its own candidates, one response after several prompts (
 own loss (objective.py), no reference.
 """
 
+import runtime.interrupt  # noqa: F401
+
 import dataclasses
 from functools import partial
 
@@ -18,7 +20,7 @@ from data.tokenizer import tokenizer_for
 from evaluation.gold import make_gold_evaluation
 from experiments.contrastive.batches import encode_contrast, with_other_prompts
 from experiments.contrastive.objective import contrastive
-from lora import LoraConfig, note_lora_base, with_adapters
+from lora import LoraConfig, with_adapters
 from model import LanguageModel, init_and_apply
 from model_config import ModelConfig, check_fit
 from objectives import direct
@@ -27,7 +29,7 @@ from runtime import flags
 from runtime.errors import require
 from runtime.hosts import HostsConfig
 from sharding import MeshConfig, check_batch, data_shard, make_mesh, to_mesh
-from train_state import as_items, starting_params
+from train_state import as_items, pin_inputs, starting_params
 from train_step import OptimizerConfig, Update, make_evaluation, make_optimizer, make_train_step
 from training_run import Run, make_greedy_samples
 
@@ -115,7 +117,7 @@ def make_update(config: Config) -> Update:
 def main(config: Config) -> dict[str, float]:
     """Train a policy to tell the prompts of good responses; return the last metrics."""
     # A mesh of all devices, and a batch that splits over it.
-    config = note_lora_base(config)
+    config = pin_inputs(config)
     mesh = make_mesh(config.mesh)
     require(
         config.instructions >= 2,

@@ -7,6 +7,8 @@ as classifiers too, and with --judge=RUN a language model that is asked whether 
 principle (`make_keeps`).
 """
 
+import runtime.interrupt  # noqa: F401
+
 import dataclasses
 
 import jax

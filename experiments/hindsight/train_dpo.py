@@ -7,6 +7,8 @@ A fork of train_dpo.py: its own conversations (batches.py), the loss of train_sf
 At generation the words HELPFUL (batches.py) follow the prompt on a line of their own.
 """
 
+import runtime.interrupt  # noqa: F401
+
 import dataclasses
 from functools import partial
 
@@ -18,7 +20,7 @@ from data.sources import check_eval_records, open_source
 from data.tokenizer import tokenizer_for
 from evaluation.gold import make_gold_evaluation
 from experiments.hindsight.batches import hide_past_tokens, hindsight_chains
-from lora import LoraConfig, note_lora_base, with_adapters
+from lora import LoraConfig, with_adapters
 from model import LanguageModel, init_and_apply
 from model_config import ModelConfig, check_fit
 from objectives.likelihood import likelihood_objective
@@ -26,7 +28,7 @@ from planning.dry_run import preview
 from runtime import flags
 from runtime.hosts import HostsConfig
 from sharding import MeshConfig, check_batch, data_shard, make_mesh, to_mesh
-from train_state import as_items, starting_params
+from train_state import as_items, pin_inputs, starting_params
 from train_step import OptimizerConfig, Update, make_evaluation, make_optimizer, make_train_step
 from training_run import Run, make_greedy_samples
 
@@ -122,7 +124,7 @@ def with_hidden_tokens(config: Config, batch: Batch, step: int, process: int) ->
 def main(config: Config) -> dict[str, float]:
     """Train a policy on chains of hindsight; return the last metrics."""
     # A mesh of all devices, and a batch that splits over it.
-    config = note_lora_base(config)
+    config = pin_inputs(config)
     mesh = make_mesh(config.mesh)
     check_batch("batch_size", config.batch_size, config.microbatches, mesh, config.length)
     check_eval_records(config.eval_records)

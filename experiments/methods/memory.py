@@ -7,6 +7,8 @@ the program itself). The peak is that of resident memory when the last but one s
 anything is saved.
 """
 
+import runtime.interrupt  # noqa: F401
+
 import dataclasses
 import json
 import os

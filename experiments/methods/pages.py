@@ -7,6 +7,8 @@ Numbers come from results.jsonl, words and commands from methods.toml. No traini
 recorded for this study, so the figures show final policies, one dot a method.
 """
 
+import runtime.interrupt  # noqa: F401
+
 import dataclasses
 import io
 import pathlib

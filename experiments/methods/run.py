@@ -8,6 +8,8 @@ Writes a line a run to results.jsonl; what that has already is not run again. `-
 own training is counted apart.
 """
 
+import runtime.interrupt  # noqa: F401
+
 import dataclasses
 import json
 import os

@@ -7,6 +7,8 @@ Guo et al. 2024. A fork of train_grpo.py: pairs of a rollout (pairs.py) and the 
 train_dpo.py in place of advantages and ratios.
 """
 
+import runtime.interrupt  # noqa: F401
+
 import dataclasses
 from collections.abc import Callable
 from functools import partial
@@ -20,7 +22,7 @@ from data.sources import Source, open_source
 from data.tokenizer import Tokenizer
 from evaluation.gold import make_gold_evaluation
 from experiments.online_dpo.pairs import best_and_worst
-from lora import LoraConfig, note_lora_base, with_adapters
+from lora import LoraConfig, with_adapters
 from model import LanguageModel, Params, init_and_apply
 from model_config import ModelConfig, check_fit
 from objectives import direct
@@ -49,7 +51,7 @@ from runtime.errors import require
 from runtime.hosts import HostsConfig
 from sampling import Apply, Ends, SamplingConfig
 from sharding import MeshConfig, check_batch, data_shard, make_mesh
-from train_state import Init, as_items, starting_params
+from train_state import Init, as_items, pin_inputs, starting_params
 from train_step import (
     Objective,
     OptimizerConfig,
@@ -293,7 +295,7 @@ def load_score(config: Config, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) ->
 
 def main(config: Config) -> dict[str, float]:
     """Train a policy by online DPO; return the last metrics."""
-    config = note_lora_base(config)
+    config = pin_inputs(config)
     mesh = make_mesh(config.mesh)
     check(config, mesh)
     tokenizer = Tokenizer.load(config.init)

@@ -7,6 +7,8 @@ Lu et al. 2022. A fork of train_raft.py; its mathematics is in quark.py. What a 
 is asked for by a system turn: its best quantile, such as `5`.
 """
 
+import runtime.interrupt  # noqa: F401
+
 import dataclasses
 from collections.abc import Callable
 from functools import partial
@@ -30,7 +32,7 @@ from experiments.quark.quark import (
     quantiles,
     quark_objective,
 )
-from lora import LoraConfig, lora_base, note_lora_base, trainable_part, with_adapters
+from lora import LoraConfig, lora_base, trainable_part, with_adapters
 from model import LanguageModel, Params, init_and_apply
 from model_config import ModelConfig, check_fit
 from objectives import imitate
@@ -65,7 +67,7 @@ from sharding import (
     init_sharded,
     make_mesh,
 )
-from train_state import as_items, from_items, init_state, starting_params
+from train_state import as_items, from_items, init_state, pin_inputs, starting_params
 from train_step import (
     OptimizerConfig,
     TrainState,
@@ -487,7 +489,7 @@ def make_rounds(
 
 def main(config: Config) -> dict[str, float]:
     """Train a policy by Quark, in rounds; return the last metrics."""
-    config = note_lora_base(config)
+    config = pin_inputs(config)
     mesh = make_mesh(config.mesh)
     check(config, mesh)
     tokenizer = Tokenizer.load(config.init)

@@ -7,6 +7,8 @@ And what PPO and RAFT reach at which KL.
 Prints the curves, of the runs' own evaluations, and writes summary.json.
 """
 
+import runtime.interrupt  # noqa: F401
+
 import dataclasses
 import json
 import pathlib

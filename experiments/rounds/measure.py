@@ -5,6 +5,8 @@ Prints the accuracies and writes summary.json.
     python -m experiments.rounds.measure --align=runs/align --run=runs/rounds
 """
 
+import runtime.interrupt  # noqa: F401
+
 import dataclasses
 import json
 import pathlib

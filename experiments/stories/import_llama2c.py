@@ -5,6 +5,8 @@ python experiments/stories/import_llama2c.py stories260K.bin tok512.model --run=
 python generate.py --run=runs/stories --temperature=0 --max_new_tokens=200 --raw
 """
 
+import runtime.interrupt  # noqa: F401
+
 import dataclasses
 import pathlib
 from typing import Annotated, Any

@@ -7,6 +7,8 @@ The openings have names that training never saw.
 Writes results.json; prints the tables and samples that stand in README.md (a test compares them).
 """
 
+import runtime.interrupt  # noqa: F401
+
 import collections
 import dataclasses
 import json

@@ -7,6 +7,8 @@ critic starts from the policy's decoder with a zero head; bos, which in pretrain
 stories, ends a response; options that the experiment does not vary are gone.
 """
 
+import runtime.interrupt  # noqa: F401
+
 import dataclasses
 from collections.abc import Callable
 from functools import partial
@@ -52,7 +54,14 @@ from runtime import flags
 from runtime.errors import UserError, require
 from sampling import Apply, SamplingConfig
 from sharding import MeshConfig, abstract, check_batch, init_sharded, make_mesh, to_mesh
-from train_state import as_items, from_items, init_state, starting_critic, starting_params
+from train_state import (
+    as_items,
+    from_items,
+    init_state,
+    pin_inputs,
+    starting_critic,
+    starting_params,
+)
 from train_step import OptimizerConfig, make_optimizer, make_train_step
 from training_run import Run
 
@@ -337,6 +346,7 @@ def open_openings(config: Config, tokenizer: Tokenizer) -> Batches:
 
 def main(config: Config) -> dict[str, float]:
     """Train a policy by PPO to tell happy stories; return the last metrics."""
+    config = pin_inputs(config)
     mesh = make_mesh(config.mesh)
     check(config, mesh)
     tokenizer = Tokenizer.load(config.init)

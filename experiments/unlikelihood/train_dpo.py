@@ -7,6 +7,8 @@ A fork of train_dpo.py: its own weights of tokens (batches.py), its own loss (ob
 reference.
 """
 
+import runtime.interrupt  # noqa: F401
+
 import dataclasses
 from functools import partial
 from typing import Literal
@@ -20,14 +22,14 @@ from data.tokenizer import tokenizer_for
 from evaluation.gold import make_gold_evaluation
 from experiments.unlikelihood.batches import with_rank_weights
 from experiments.unlikelihood.objective import unlikelihood_objective
-from lora import LoraConfig, note_lora_base, with_adapters
+from lora import LoraConfig, with_adapters
 from model import LanguageModel, init_and_apply
 from model_config import ModelConfig, check_fit
 from planning.dry_run import preview
 from runtime import flags
 from runtime.hosts import HostsConfig
 from sharding import MeshConfig, check_batch, data_shard, make_mesh, to_mesh
-from train_state import as_items, starting_params
+from train_state import as_items, pin_inputs, starting_params
 from train_step import OptimizerConfig, Update, make_evaluation, make_optimizer, make_train_step
 from training_run import Run, make_greedy_samples
 
@@ -117,7 +119,7 @@ def make_update(config: Config) -> Update:
 def main(config: Config) -> dict[str, float]:
     """Train a policy on wanted and unwanted responses; return the last metrics."""
     # A mesh of all devices, and a batch that splits over it.
-    config = note_lora_base(config)
+    config = pin_inputs(config)
     mesh = make_mesh(config.mesh)
     check_batch("batch_size", config.batch_size, config.microbatches, mesh, config.length)
     check_eval_records(config.eval_records)
