@@ -72,7 +72,7 @@ class Config:
     missing_eos: Literal["lowest", "none"] = "lowest"
     """Rule for a response without an end (win_rate). lowest: it loses to all that ended; none: as
     any."""
-    length: int = 128
+    length: int = 256
     """Longest sequence, in tokens (perplexity, accuracy)."""
     seed: int = 0
     """Seed of the held-out prompts and samples."""

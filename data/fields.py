@@ -29,9 +29,11 @@ CONTENT = _words(
     "system developer history tool tools function functions call calls input context contexts "
     "document documents passage passages choices options hint hints reasoning thinking thought "
     "thoughts think thinks rationale cot refusal prefix suffix image images audio audios video "
-    "videos media"
+    "videos media tie"
 )
 """Words that end the name of a field which belongs to what is read or trained on."""
+OTHERS_TURNS = _words("input inputs prompt prompts user system")
+"""Words for what is never trained on: train_on_input."""
 FORMS = _words("content text prompt message messages data list url urls path file")
 """Words that may stand behind them: reasoning_content, image_url."""
 FACTS = _words(
@@ -151,12 +153,13 @@ def changes_training(name: str, value: Any, switches_only: bool = False) -> bool
     """
     separate = re.sub(r"([a-z])([A-Z])", r"\1 \2", name).lower()
     words = re.findall(r"[a-z]+", separate)
+    on_others = not OTHERS_TURNS.isdisjoint(words)
     while len(words) > 1 and words[-1] in FORMS:
         words.pop()
     if is_empty(value) or not words or {words[0], words[-1]} & FACTS:
         return False
     if not SWITCH_ON.isdisjoint(words):
-        return value != 1
+        return value != (0 if on_others else 1)
     if name in OFF or not SWITCH_OFF.isdisjoint(words):
         return value != 0
     if name in JUDGEMENTS:

@@ -248,8 +248,8 @@ def continued(prompt: list[Message], value: Any, field: str) -> list[Message]:
     That is the answer's text, the turns after the prompt, or the whole conversation, which must
     then hold the prompt.
     """
-    is_text = isinstance(value, str) and not is_messages_text(value)
-    if is_text and not is_transcript(value):
+    is_text = not isinstance(value, list | dict) and not is_messages_text(value)
+    if is_text and not (isinstance(value, str) and is_transcript(value)):
         return [*prompt, turn("assistant", text_of(value, field))]
     turns = transcript(value, field) if is_text else messages_of(value, field)
     if turns[-1]["role"] != "assistant":

@@ -176,8 +176,11 @@ def read_instances(row: Row, instruction: str, instances: str) -> Record:
 
 
 def read_answered(row: Row, asked: str, answered: str) -> Record:
-    """Read a request and its answer."""
-    turns = continued(_request(row, asked), row[answered], answered)
+    """Read a request and its answer, which may be a number where it is called so."""
+    said = row[answered]
+    if answered == "answer" and is_number(said):
+        said = answer_text(said, answered)
+    turns = continued(_request(row, asked), said, answered)
     return _chat(opened(row, turns), answered)
 
 
@@ -354,8 +357,9 @@ def read_steps(row: Row, asked: str, steps: str, labels: str) -> Record:
 def read_stepwise(row: Row, asked: str, steps: str, labels: str) -> Record:
     """Read TRL's stepwise supervision: steps, and whether each is right; lines are joined."""
     told = row[labels]
-    if isinstance(told, list) and all(isinstance(label, bool) for label in told):
-        told = ["positive" if label else "negative" for label in told]
+    if isinstance(told, list):
+        words = {True: "positive", False: "negative"}
+        told = [words[label] if isinstance(label, bool) else label for label in told]
     joined = row[steps]
     if isinstance(joined, list):
         joined = [_one_line(step, f"{steps}[{i}]") for i, step in enumerate(joined)]

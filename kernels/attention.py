@@ -173,6 +173,8 @@ class Options(NamedTuple):
     """Devices of the sequence axis; 1: no ring around the implementation."""
     scale: float
     soft_cap: float | None
+    hides_padding: bool = False
+    """Set q, k and v to 0 where a token sees nothing."""
 
 
 def passes(options: Options) -> Backend:
@@ -205,6 +207,10 @@ def bounded_attention(
 
 def _bounded_forward(options, *inputs):
     forward = passes(options).forward
+    if options.hides_padding:
+        # Before they are saved: the backward pass then needs no mask of its own.
+        q_BTNH, k_BSKH, v_BSKH, keys, queries = inputs
+        inputs = (*without_padding(keys, q_BTNH, k_BSKH, v_BSKH), keys, queries)
     out_BTNH, lse_BNT = forward(*inputs, scale=options.scale, soft_cap=options.soft_cap)
     return out_BTNH, (inputs, out_BTNH, lse_BNT)
 
@@ -298,9 +304,9 @@ def check_shapes(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array) -> Non
         )
 
 
-def without_padding(segment_ids: jax.Array, *arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """Return `arrays`, [B, T, ...] each, with zeros at the tokens of segment 0."""
-    is_real_BT11 = (segment_ids > 0)[:, :, None, None]
+def without_padding(keys: Ranges, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """Return `arrays`, [B, T, ...] each, with zeros at padding: the tokens that see nothing."""
+    is_real_BT11 = (keys.first_BT <= keys.last_BT)[:, :, None, None]
     return tuple(jnp.where(is_real_BT11, x, 0) for x in arrays)
 
 
@@ -369,15 +375,15 @@ def attention(
         return on_each_device(run, q_BTNH, k_BSKH, v_BSKH, segment_ids)
 
     # Weights of 0 hide numbers, but neither infinity nor NaN.
-    is_hiding = implementation in ("reference", "xla_chunked") and ring == 1
-    if is_hiding and segment_ids is not None and not finite_padding:
-        q_BTNH, k_BSKH, v_BSKH = without_padding(segment_ids, q_BTNH, k_BSKH, v_BSKH)
-
     keys, queries = visible_ranges(batch, length, segment_ids, causal, window)
+    hides_padding = segment_ids is not None and not finite_padding
     if implementation == "reference":
+        if hides_padding:
+            q_BTNH, k_BSKH, v_BSKH = without_padding(keys, q_BTNH, k_BSKH, v_BSKH)
         return masked_attention(q_BTNH, k_BSKH, v_BSKH, mask_of(keys), scale, soft_cap)
 
-    options = Options(implementation, ring, scale, soft_cap)
+    is_chunked = implementation == "xla_chunked" and ring == 1
+    options = Options(implementation, ring, scale, soft_cap, hides_padding and is_chunked)
     run = functools.partial(bounded_attention, options)
     return on_each_device(run, q_BTNH, k_BSKH, v_BSKH, keys, queries, ring=ring)
 

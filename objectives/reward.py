@@ -230,8 +230,7 @@ def step_ends(
     A step is a line that holds something: it ends at the first of a run of `newlines`, a list of
     ids, and the last one at the row's last token. So blank lines are no steps, nor is an end of
     turn, `eos` (one id or several), straight after a newline; without `eos` the last token always
-    ends a step. data.steps.lines_of
-    is the same rule for texts. `tokens_BT`: ids.
+    ends a step. data.steps.lines_of is the same rule for texts. `tokens_BT`: ids.
     """
     is_real_BT = mask_BT > 0
     is_newline_BT = is_real_BT & jnp.isin(tokens_BT, jnp.asarray(newlines))
@@ -240,7 +239,7 @@ def step_ends(
     after_text_BT = _one_later(is_real_BT & ~is_newline_BT)
 
     ends_line_BT = is_newline_BT & after_text_BT
-    is_eos_BT = jnp.isin(tokens_BT, jnp.asarray(eos, tokens_BT.dtype).reshape(-1))
+    is_eos_BT = jnp.isin(tokens_BT, jnp.asarray(eos, jnp.int32).reshape(-1))
     is_last_BT = is_real_BT & last_places(is_real_BT) & ~is_newline_BT
     return ends_line_BT | (is_last_BT & ~(is_eos_BT & after_newline_BT))
 

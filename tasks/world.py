@@ -71,6 +71,8 @@ TURNS = (0.4, 0.2, 0.1, 0.1, 0.05, 0.05, 0.05, 0.05)
 """Share of the conversations of one turn, of two, and so on."""
 CAPITALS = 1 / 3
 """How often a message of a conversation has a capital at its beginning; likewise its names."""
+EXCLAIMED = 1 / 3
+"""How often a full stop at the end of a message of a conversation is an exclamation mark."""
 UNMARKED = 1 / 6
 """How often a message of a conversation lacks its final mark."""
 
@@ -407,11 +409,13 @@ def _with_capital(name: re.Match) -> str:
 
 
 def typed(text: str, rng: random.Random) -> str:
-    """Rewrite a request as people type it: with or without capitals and its final mark."""
+    """Rewrite a request as people type it: capitals or none, another final mark or none."""
     if rng.random() < CAPITALS:
         text = _NAME.sub(_with_capital, text)
     if rng.random() < CAPITALS:
         text = text[0].upper() + text[1:]
+    if text[-1] == "." and rng.random() < EXCLAIMED:
+        text = text[:-1] + "!"
     if rng.random() < UNMARKED:
         text = text[:-1]
     return text

@@ -11,6 +11,7 @@ class Letters:
     pad = 0
     bos = 1
     eos = 2
+    ends = (2,)
     user = 3
     assistant = 4
     system = 5

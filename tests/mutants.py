@@ -119,6 +119,21 @@ test_measures.py::test_a_file_is_evaluated_whole_unless_a_split_is_asked_for
 - self.split or evaluated_split(self.data)
 + self.split or "heldout"
 
+test_measures.py::test_a_win_rate_is_of_the_policy_over_the_other_run
+- *ruled(ours, theirs, config
++ *ruled(theirs, ours, config
+- "ended": float(ours
++ "ended": float(theirs
+
+== evaluation/win_rate.py
+test_evaluation.py::test_ties_are_half_a_win
+- our_N > their_N
++ our_N < their_N
+- 0.5 * tied_N
++ 1.0 * tied_N
+- "reward": float(ours.mean())
++ "reward": float(theirs.mean())
+
 == evaluation/steps.py
 test_process.py::test_auc_and_first_error_against_loops
 - (logits_M > 0) == right_M
@@ -273,10 +288,12 @@ test_measures.py::test_responses_come_n_to_each_prompt_in_order_without_padding
 
 == decoding/best_of_n.py
 test_tables.py::test_the_best_of_the_first_n_is_the_first_of_the_highest
-- rewards_PN[:, :n].argmax(1)
-+ rewards_PN[:, :n].argmin(1)
-- rewards_PN[:, :n].argmax(1)
-+ rewards_PN.argmax(1)
+- scored.ranks_PN[:, :n].argmax(1)
++ scored.ranks_PN[:, :n].argmin(1)
+- scored.ranks_PN[:, :n].argmax(1)
++ scored.ranks_PN.argmax(1)
+- scored.ranks_PN[:, :n].argmax(1)
++ scored.rewards_PN[:, :n].argmax(1)
 
 == decoding/rerank.py
 test_tables.py::test_hits_of_every_way_to_choose
@@ -362,8 +379,8 @@ test_tables.py::test_a_method_is_judged_on_fresh_prompts_and_choices_on_others
 - seed if config.tune else 1000 + seed
 + seed
 test_tables.py::test_best_of_n_of_the_study_takes_the_highest_reward
-- rewards_PN[:, :n].argmax(1)
-+ rewards_PN[:, :n].argmin(1)
+- scored.ranks_PN[:, :n].argmax(1)
++ scored.rewards_PN[:, :n].argmax(1)
 """
 
 

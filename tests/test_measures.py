@@ -24,6 +24,7 @@ from data.sources import evaluated_split, open_source
 from evaluation import gold
 from evaluation import reward_model as comparing
 from evaluation.perplexity import make_perplexity_evaluation
+from evaluation.win_rate import Judged
 from experiments.contrastive.batches import encode_contrast, with_other_prompts
 from experiments.contrastive.objective import contrastive
 from experiments.figa.batches import with_edit_weights
@@ -139,6 +140,37 @@ def test_a_table_is_printed_a_line_an_item(capsys):
         ["rate", "0.5"],
         ["ci", "0.25", "to", "0"],
     ]
+
+
+@pytest.mark.parametrize(
+    "against, rate, ended", [(None, (1 + 0.5 + 0 + 1) / 4, 0.5), ("best", 0.125, 1.0)]
+)
+def test_a_win_rate_is_of_the_policy_over_the_other_run(monkeypatch, against, rate, ended):
+    """Four prompts; a response of the SFT run that never ended loses, however it is scored."""
+    rewards = {"ppo": [3, 1, 0, -5], "sft": [2, 1, 1, 9], "best": [4, 5, 0, 0]}
+    are_ended = {"best": [True] * 4}
+    are_ended["sft"] = [True, False, True, False]
+    are_ended["ppo"] = [True, False, True, True]
+
+    def make_judge(reward, sampling, max_prompt, seed):
+        def judge(policy, prompts):
+            assert prompts == [said(f"q{i}") for i in range(4)]
+            run = policy[2]
+            return Judged(np.array(rewards[run], float), np.array(are_ended[run]))
+
+        return judge
+
+    monkeypatch.setattr(evaluate, "make_judge", make_judge)
+    monkeypatch.setattr(evaluate, "load_run", load_letters)
+    records = [{"prompt": said(f"q{i}")} for i in range(5)]
+    monkeypatch.setattr(evaluate, "open_source", open_in_memory(records))
+    config = evaluate.Config(policy="ppo", sft="sft", against=against, data="mine.jsonl", n=4)
+    table = evaluate.evaluate_win_rate(config)
+    assert table["win_rate"] == rate and table["n"] == table["records"] == 4
+    assert table["split"] == "all"
+    assert (table["ended"], table["ended_against"]) == (0.75, ended)
+    low, high = table["win_rate_ci"]
+    assert 0 <= low <= rate <= high <= 1
 
 
 # ---- Reward models ----
@@ -635,7 +667,7 @@ def test_rules_are_kept_or_not(request_text, response, kept):
 
 # ---- The last batch of an evaluation ----
 
-COMPARED = [pair(f"yes {i}", f"no {i}") for i in range(5)]
+COMPARED = [{**pair(f"yes {i}", f"no {i}"), "prompt": said(f"q{i}")} for i in range(5)]
 
 
 def of_a_loss(loss, rows):

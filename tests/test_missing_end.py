@@ -138,7 +138,7 @@ def test_a_search_by_steps_ends_in_what_has_an_end():
 
     def found(**rule):
         own = {"beams": 1, "branch": 2, "longest": 6, **rule}
-        return step_beam.search(prompts, extend, score, eos, **own)[0]
+        return step_beam.search(prompts, extend, score, (eos,), **own)[0]
 
     last = 3
     assert found() == [[2, newline, 2, newline, 1, eos]] * 2

@@ -328,7 +328,7 @@ def test_remat_keeps_less_for_the_backward_pass():
 
         residuals = jax.tree.leaves(jax.eval_shape(backward, params))
         kept[remat] = sum(x.size * x.dtype.itemsize for x in residuals)
-    assert kept["full"] < 0.6 * kept["dots"] < 0.6 * kept["none"]
+    assert kept["full"] < 0.8 * kept["dots"] < 0.8 * kept["none"]
 
 
 class ToyBlock(nn.Module):

@@ -23,7 +23,7 @@ from sharding import MeshConfig, abstract, make_mesh
 TINY = [
     "--model.preset=tiny",
     "--batch_size=8",
-    "--length=64",
+    "--length=256",
     "--dry_run",
     "--mesh.data=2",
     "--mesh.fsdp=2",

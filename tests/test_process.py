@@ -454,14 +454,16 @@ def test_step_search_on_a_tree_that_is_known():
         # A first 3 looks best at once, and is a dead end two steps later.
         return np.array([-10.0 if d[:1] == [3] and len(d) > 2 else sum(d) for d in digits])
 
-    greedy, tokens = step_beam.search([[50]], extend, score, eos, beams=1, branch=2, longest=8)
+    greedy, tokens = step_beam.search([[50]], extend, score, (eos,), beams=1, branch=2, longest=8)
     assert [t for t in greedy[0] if t < 90] == [3, 3, 2]
     assert tokens == 3 * 2 * 2  # rounds x branches x tokens of a step
-    wide, tokens = step_beam.search([[50], [51]], extend, score, eos, beams=4, branch=2, longest=8)
+    wide, tokens = step_beam.search(
+        [[50], [51]], extend, score, (eos,), beams=4, branch=2, longest=8
+    )
     assert [[t for t in r if t < 90] for r in wide] == [[2, 3, 3], [2, 3, 3]]
     assert all(r[-1] == eos for r in wide) and tokens == 2 * 3 * 4 * 2 * 2
     assert calls == [1] * 3 + [8] * 3
-    cut, _ = step_beam.search([[50]], extend, score, eos, beams=2, branch=2, longest=3)
+    cut, _ = step_beam.search([[50]], extend, score, (eos,), beams=2, branch=2, longest=3)
     assert len(cut[0]) == 3  # and it stops there
     assert step_beam.best([[1], [1], [2]], np.array([3.0, 3.0, 1.0]), 2) == [[1], [2]]
 
@@ -480,7 +482,7 @@ def test_step_search_over_whole_solutions_is_the_best_of_n():
         return np.array([sum(r) % 41 for r in responses])
 
     found, tokens = step_beam.search(
-        [[i] for i in range(5)], extend, score, eos, beams=3, branch=4, longest=9
+        [[i] for i in range(5)], extend, score, (eos,), beams=3, branch=4, longest=9
     )
     best = [max(of_one.tolist(), key=lambda t: (sum(t) + eos) % 41) for of_one in drawn]
     assert [r[:-1] for r in found] == best and tokens == 5 * 12 * 4

@@ -78,6 +78,7 @@ CHAT = [
     ({"problem": "q", "solution": "a", "level": "5"}, "u:q a:a"),
     ({"query": "q", "response": "a", "type": "GSM"}, "u:q a:a"),
     ({"inputs": "q", "targets": "a"}, "u:q a:a"),
+    ({"question": "q", "answer": 4, "train_on_input": False}, "u:q a:4"),
     ({"prompt": HH, "response": "a", "chosen": None, "rejected": None}, "u:q a:a"),
     ({"instruction": "i", "output": "a", "history": [["q", "b"]]}, "u:q a:b u:i a:a"),
     # Fields that change nothing.
@@ -205,8 +206,12 @@ OTHERS = [
     ("prompt", chat(ASKED, {**BAD, "weight": 0}, ASKED), {"prompt": turns("u:q -:b u:q")}),
     (
         "steps",
-        {"prompt": "q", "completions": ["a\nb", "c"], "labels": [True, False]},
-        {"prompt": turns("u:q"), "steps": ["a b", "c"], "labels": ["positive", "negative"]},
+        {"prompt": "q", "completions": ["a\nb", "c", "d"], "labels": [True, False, None]},
+        {
+            "prompt": turns("u:q"),
+            "steps": ["a b", "c", "d"],
+            "labels": ["positive", "negative", None],
+        },
     ),
     (
         "steps",
@@ -288,6 +293,9 @@ REFUSED = [
     ("chat", chat(ASKED, TOLD, history="earlier"), "history"),
     ("chat", chat(ASKED, TOLD, images=["x.png"]), "images"),
     ("chat", {"question": "q", "answer": "a", "context": "c"}, "context"),
+    ("chat", {"question": "q", "answer": "a", "train_on_input": True}, "train_on_input"),
+    ("chat", {"question": "q", "response": 4}, "response: must be a string"),
+    ("comparison", {"prompt": "q", "chosen": "a", "rejected": "b", "is_tie": True}, "is_tie"),
     ("chat", {"question": "q", "answer": "a", "choices": ["a", "b"]}, "choices"),
     ("chat", {"prompt": "q", "response": "a", "input": "i"}, "input"),
     ("chat", {"prompt": "q", "response": "a", "reasoning": "r"}, "reasoning"),

@@ -175,21 +175,25 @@ REQUEST = world.parse("what is the capital of sweden?")
 
 
 def test_the_best_of_the_first_n_is_the_first_of_the_highest():
-    rewards_PN = np.array([[1.0, 3.0, 3.0, 9.0], [2.0, 0.0, 1.0, -1.0]])
+    rewards_PN = np.array([[1.0, 3.0, 3.0, 9.0], [2.0, 0.0, 1.0, 7.0]])
     texts = [[WRONG, RIGHT, WRONG, WRONG], [RIGHT, WRONG, WRONG, WRONG]]
+    # The second's last one never ended: it is ranked below all others, whatever its reward.
+    ranks_PN = np.where(rewards_PN == 7.0, -9.0, rewards_PN)
+    scored = best_of_n.Scored(rewards_PN, ranks_PN, texts)
     found = {}
     for n in (1, 2, 3, 4):
-        row = best_of_n.best_of_first(rewards_PN, texts, n, [REQUEST] * 2)
+        row = best_of_n.best_of_first(scored, n, [REQUEST] * 2)
         found[n] = (row["reward"].value, row["all"].value)
     assert found == {1: (1.5, 0.5), 2: (2.5, 1.0), 3: (2.5, 1.0), 4: (5.5, 0.5)}
-    assert set(best_of_n.best_of_first(rewards_PN, texts, 2, None)) == {"reward"}
+    assert set(best_of_n.best_of_first(scored, 2, None)) == {"reward"}
 
 
 def test_hits_of_every_way_to_choose():
     texts = [["answer 1", "answer 2", "answer 2", "answer 1"], ["answer 5"] * 4]
     right_PN = np.array([[1, 0, 0, 1], [0, 0, 0, 0]])
     scores = {"prm last": np.array([[0.0, 2.0, 1.0, 3.0], [1.0, 1.0, 1.0, 1.0]])}
-    answers = rerank.Answers(texts, right_PN, scores, 10.0)
+    finals = [[1.0, 2.0, 2.0, 1.0], [5.0] * 4]
+    answers = rerank.Answers(texts, right_PN, finals, scores, 10.0)
     hits = {way: hit.tolist() for way, hit in rerank.hits_of_first(3, answers).items()}
     assert hits == {
         "one drawn at random": pytest.approx([1 / 3, 0]),
@@ -213,7 +217,7 @@ def test_a_search_tells_how_many_it_solved(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(
         step_beam, "open_source", lambda *args, **named: SimpleNamespace(first=lambda n: records)
     )
-    tokenizer = SimpleNamespace(decode=lambda tokens: f"answer {tokens[0]}", eos=9)
+    tokenizer = SimpleNamespace(decode=lambda tokens: f"answer {tokens[0]}", eos=9, ends=(9,))
     # Problem 3's right answer never ended.
     found = [[0, 9], [7, 9], [2, 9], [3]]
     monkeypatch.setattr(step_beam, "search_problems", lambda *args: (found, 40, tokenizer))
@@ -223,7 +227,7 @@ def test_a_search_tells_how_many_it_solved(monkeypatch, tmp_path, capsys):
     written = json.loads(out.read_text())
     assert tokens == written["tokens"] == 10
     assert written["accuracy"] == as_json(accuracy)
-    assert written["hits"][:3] == [1, 0, 1]
+    assert written["hits"] == [1, 0, 1, 0]
     assert len(solutions.read_text().splitlines()) == 2
     assert "4 problems (p.jsonl, all)" in capsys.readouterr().out
 
@@ -316,8 +320,9 @@ def test_best_of_n_of_the_study_takes_the_highest_reward(monkeypatch):
     rewards_PN[0, 3], rewards_PN[1, 9] = 5.0, 5.0
     texts = [[WRONG] * 16, [WRONG] * 16]
     texts[0][3], texts[1][9] = RIGHT, RIGHT
+    scored = best_of_n.Scored(-rewards_PN, rewards_PN, texts)
     monkeypatch.setattr(study, "make_mesh", lambda config: None)
-    monkeypatch.setattr(study.best_of_n, "sample_and_score", lambda *args: (rewards_PN, texts))
+    monkeypatch.setattr(study.best_of_n, "sample_and_score", lambda *args: scored)
     tokenizer = SimpleNamespace(encode=lambda text: [*text])
     monkeypatch.setattr(study.Tokenizer, "load", lambda run: tokenizer)
     best, lengths, kls, curve = study.best_of(study.Config(), 0, [REQUEST] * 2, 0)

@@ -193,8 +193,11 @@ def test_every_turn_of_a_conversation_stands_by_itself():
 def test_conversations_are_typed_with_and_without_capitals_and_marks():
     asked = [text for turns in conversations(3000) for text, _ in turns]
     begun = sum(text[0].isupper() for text in asked) / len(asked)
-    unmarked = sum(text[-1] not in ".?" for text in asked) / len(asked)
+    unmarked = sum(text[-1] not in ".!?" for text in asked) / len(asked)
     assert abs(unmarked - world.UNMARKED) < 0.02 and 0 < begun - world.CAPITALS < 0.07
+    # What is no question ends in either mark.
+    stops = Counter(text[-1] for text in asked if text[-1] in ".!")
+    assert abs(stops["!"] / stops.total() - world.EXCLAIMED) < 0.04
     # Every name is written in both ways, and so is "I".
     words = Counter(word for text in asked for word in re.findall(r"\w+", text))
     assert all(words[name] and words[name.capitalize()] for name in world.facts.NAMES)

@@ -49,9 +49,9 @@ class Config:
     # Batches
     steps: int = 900
     """Updates."""
-    batch_size: int = 32
+    batch_size: int = 8
     """Rows per step, over all devices; each holds several conversations, packed."""
-    length: int = 64
+    length: int = 256
     """Tokens per row."""
     microbatches: int = 1
     """Parts of a batch whose gradients are summed; with pipeline stages, parts in flight."""

@@ -280,10 +280,11 @@ def best_of(
         **folders, n=BEST_OF, prompts=len(requests), max_prompt=MAX_PROMPT, seed=judge_seed
     )
     records = [{"prompt": [{"role": "user", "content": r.text}]} for r in requests]
-    rewards_PN, texts = best_of_n.sample_and_score(settings, records, make_mesh(MeshConfig()))
+    scored = best_of_n.sample_and_score(settings, records, make_mesh(MeshConfig()))
     curve = []
     for n in (1 << k for k in range(BEST_OF.bit_length())):
-        best = [row[i] for row, i in zip(texts, rewards_PN[:, :n].argmax(1), strict=True)]
+        chosen_P = scored.ranks_PN[:, :n].argmax(1)
+        best = [row[i] for row, i in zip(scored.texts, chosen_P, strict=True)]
         share = sum(row["all"] for row in gold_rows(requests, best)) / len(best)
         curve.append((imitate.best_of_n_kl(n), share))
     encode = Tokenizer.load(f"{align}/sft").encode
