@@ -91,6 +91,7 @@ def first_difference(sums: list[dict[str, str]]) -> str | None:
 
 def _words(name: str) -> str:
     """Return how a user calls a field: a flag, a module, a library, the content of an input."""
+    # What is no flag has a kind in front.
     kind, _, rest = name.partition(".")
     if kind == "code":
         return f"the code of {rest}"
@@ -116,6 +117,7 @@ def flat(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the libraries that compute."""
+    # Python itself, then what is installed.
     found = {"python": platform.python_version()}
     for name in (*LIBRARIES, "jaxlib", "numpy"):
         # As imported, too: a path may lead to another than the one that is installed.

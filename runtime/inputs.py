@@ -127,6 +127,7 @@ def manifest_sum(run: str, step: int) -> str:
 
 def step_of_sum(run: str, sha256: str) -> int | None:
     """Return the step of `run` whose manifest has this sum; None where it is gone."""
+    # Newest first: that is mostly the one.
     for step in finished_steps(pathlib.Path(run) / "checkpoints"):
         if manifest_sum(run, step) == sha256:
             return step

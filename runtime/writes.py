@@ -34,6 +34,7 @@ LATE_WORDS = "timed out after"
 def atomic_bytes(path: pathlib.Path, content: bytes) -> None:
     """Write the file `path` whole or not at all; it is on the disk afterwards."""
     with disk_faults(path):
+        # The content first, then its name.
         with _beside(path) as (new, lock):
             with os.fdopen(os.dup(lock), "wb") as file:
                 file.write(content)
@@ -59,6 +60,7 @@ def atomic_text(path: str, anew: bool = False) -> Iterator[TextIO]:
     out = pathlib.Path(path)
     if anew and out.exists() and out.stat().st_size:
         raise UserError(f"{out}: exists; remove it or name another --out")
+    # What the caller writes is no fault of the disk's until it is closed.
     with contextlib.ExitStack() as stack:
         with disk_faults(out):
             out.parent.mkdir(parents=True, exist_ok=True)
@@ -126,6 +128,7 @@ def _make_locked(path: pathlib.Path, is_folder: bool) -> tuple[pathlib.Path, int
 
 def remove_left_over(path: pathlib.Path) -> None:
     """Remove what killed processes left beside `path`; what a process still writes stays."""
+    # Names that nobody else gives.
     pattern = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.partial")
     try:
         names = [name for name in os.listdir(path.parent) if pattern.fullmatch(name)]
@@ -172,6 +175,7 @@ LATE = "the same command resumes"
 
 def remedy_of(fault: Exception) -> str | None:
     """Return what helps where a write ended in `fault`; None where it is no fault of a system."""
+    # By the system's number, or by its words where a library has wrapped them.
     text = str(fault)
     number = fault.errno if isinstance(fault, OSError) else None
     if number in FULL or re.search(FULL_WORDS, text, re.IGNORECASE):
