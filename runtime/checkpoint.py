@@ -44,7 +44,7 @@ from runtime.run_folder import (
     is_good,
     load_config,
     lock_run,
-    newest_without_manifest,
+    note_lost_manifest,
     read_manifest,
     refuse_foreign_folder,
     refuse_other_run,
@@ -487,12 +487,7 @@ def _find_step(run: str, step: int | None) -> tuple[pathlib.Path, list[int]]:
         raise UserError(f"{run}: {wanted} (finished steps: {finished}){remedy}")
     if step is None:
         step = steps[0]
-        bare = newest_without_manifest(folder)
-        if bare is not None and bare > step and jax.process_index() == 0:
-            print(
-                f"note: {folder / str(bare)}: has no manifest.json; read is step {step}",
-                file=sys.stderr,
-            )
+        note_lost_manifest(folder, step)
     return folder / str(step), [number for number in steps if number < step]
 
 

@@ -21,6 +21,7 @@ from runtime.run_folder import (
     finished_steps,
     has_begun,
     load_config,
+    note_lost_manifest,
     refuse_foreign_folder,
 )
 
@@ -110,9 +111,11 @@ def at_newest(run: str) -> RunAtStep:
     """Return `run` with the step that it means, or its newest; raise UserError without one."""
     if isinstance(run, RunAtStep):
         return run
-    steps = finished_steps(pathlib.Path(run) / "checkpoints")
+    folder = pathlib.Path(run) / "checkpoints"
+    steps = finished_steps(folder)
     if not steps:
         raise UserError(f"{run}: no checkpoint; name the folder of a finished run")
+    note_lost_manifest(folder, steps[0])
     return run_at_step(run, steps[0], manifest_sum(run, steps[0]))
 
 

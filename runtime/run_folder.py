@@ -730,10 +730,11 @@ def remove_unfinished(folder: pathlib.Path) -> None:
         print(f"note: {path}: has no manifest.json; kept as {aside}", file=sys.stderr)
 
 
-def newest_without_manifest(folder: pathlib.Path) -> int | None:
-    """Return the newest step in `folder` that has lost its manifest; None where there is none."""
-    paths = _steps_without_manifest(folder)
-    return int(paths[0].name) if paths else None
+def note_lost_manifest(folder: pathlib.Path, step: int) -> None:
+    """Note on stderr that `step` of `folder`, the newest finished, is read for a later one."""
+    lost = _steps_without_manifest(folder)
+    if lost and int(lost[0].name) > step and jax.process_index() == 0:
+        print(f"note: {lost[0]}: has no manifest.json; read is step {step}", file=sys.stderr)
 
 
 def _steps_without_manifest(folder: pathlib.Path) -> list[pathlib.Path]:

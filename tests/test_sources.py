@@ -130,7 +130,6 @@ ADAPTED = [
 ]
 
 
-@pytest.mark.parametrize(("schema", "row", "record"), ADAPTED)
 def test_a_dry_run_leaves_nothing_in_the_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("PLUMB_CACHE", str(tmp_path / "cache"))
     path = tmp_path / "chats.jsonl"
@@ -143,6 +142,7 @@ def test_a_dry_run_leaves_nothing_in_the_cache(tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path)) == ["cache", "chats.jsonl"]
 
 
+@pytest.mark.parametrize(("schema", "row", "record"), ADAPTED)
 def test_rows_are_adapted_by_content(tmp_path, schema, row, record):
     assert only(tmp_path, row, schema) == record
 
