@@ -134,6 +134,8 @@ def keep_prepared(keep: bool) -> None:
     Nowhere is a temporary folder that goes with this process, or with the next call of this.
     """
     global _for_now
+    if _for_now is not None:
+        _for_now.cleanup()
     _for_now = None if keep else tempfile.TemporaryDirectory(prefix="plumb-")
 
 

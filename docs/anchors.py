@@ -21,14 +21,28 @@ Ranges = dict[str, tuple[int, int]]
 """{name: (first line, last line)} of a file's functions and classes, both included, from 1."""
 
 
+def loop_of(main: ast.FunctionDef) -> ast.For | None:
+    """Find a script's loop over its steps, `for step in run.steps()`, in its `main`."""
+    for node in ast.walk(main):
+        if isinstance(node, ast.For) and ast.unparse(node.iter).endswith(".steps()"):
+            return node
+    return None
+
+
 def ranges_of(path: pathlib.Path) -> Ranges:
-    """Find the lines of a file's top-level functions and classes, decorators included."""
+    """Find the lines of a file's top-level functions and classes, decorators included.
+
+    Those of a script's `main` are its loop's: what stands before is done once.
+    """
     ranges: Ranges = {}
     for node in ast.parse(path.read_text()).body:
         if not isinstance(node, ast.FunctionDef | ast.ClassDef):
             continue
         # Decorators come before the line of `def`.
         first = node.lineno
+        if isinstance(node, ast.FunctionDef) and node.name == "main":
+            loop = loop_of(node)
+            first = loop.lineno if loop is not None else first
         for decorator in node.decorator_list:
             first = min(first, decorator.lineno)
         last = node.end_lineno

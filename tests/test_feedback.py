@@ -516,7 +516,7 @@ def counted(server):
 
 
 def test_a_server_that_stays_away_ends_the_command():
-    away = r"--reward=http://127.0.0.1:9: no answer for 1 s .*start rewards/serve.py"
+    away = r"--reward=http://127.0.0.1:9: no answer .*for 1 s; mend or start rewards/serve.py"
     with pytest.raises(UserError, match=away):
         client.ask("http://127.0.0.1:9", {}, wait=0.6)
     with pytest.raises(UserError, match="give http://127"):

@@ -29,7 +29,7 @@ OTHERS = {
 }
 """Another value of each field that parameters, or what they mean, depend on."""
 POSITIONS = {
-    "context": 256,
+    "context": 512,
     "rope_base": 1e5,
     "rope_scale": 0.5,
     "rope_llama3": (8.0, 1.0, 4.0, 64.0),

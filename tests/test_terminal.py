@@ -151,7 +151,7 @@ def test_questions_that_are_proposed_can_be_answered(tmp_path):
     for question in generate.QUESTIONS:
         assert world_gold.parse(question)
     for data, is_told in (("world", True), ("mine.jsonl", False)):
-        (tmp_path / "config.json").write_text(f'{{"data": "{data}"}}')
+        (tmp_path / "config.json").write_text(f'{{"script": "train_sft", "data": "{data}"}}')
         assert (generate.QUESTIONS[0] in generate.introduction(str(tmp_path))) == is_told
 
 

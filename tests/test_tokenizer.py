@@ -160,7 +160,8 @@ def test_special_tokens_are_ids(tmp_path):
 
 def test_a_run_is_read_with_its_own_tokenizer_only(tokenizer, tmp_path):
     tokenizer.save(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({"tokenizer_sha256": tokenizer.sha256}))
+    config = {"script": "train_sft", "tokenizer_sha256": tokenizer.sha256}
+    (tmp_path / "config.json").write_text(json.dumps(config))
     assert Tokenizer.load(tmp_path).sha256 == tokenizer.sha256
     other = Tokenizer.train(CORPUS[1:], tmp_path / "other.model", 384)
     flipped = bytearray(tokenizer.model)

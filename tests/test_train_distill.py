@@ -195,8 +195,8 @@ MISTAKES = {
     "beta": (["--divergence=jsd", "--beta=1"], "--beta"),
     "share": (["--on_policy=-1"], "--on_policy"),
     "divergence": (["--divergence=tv"], "divergence"),
-    "too long for the teacher": (["--length=200"], "200"),
-    "own samples too long": (["--max_new_tokens=200"], "224"),
+    "too long for the teacher": (["--length=300"], "300"),
+    "own samples too long": (["--max_new_tokens=300"], "324"),
     "vocabulary too small": (["--model.vocab=10"], "vocab"),
     "batch does not split": (["--batch_size=4"], "batch_size"),
 }
@@ -208,7 +208,7 @@ def test_a_mistake_is_one_line(name, files, capsys, monkeypatch):
         shutil.copytree("teacher", "stranger")
         Tokenizer.train(["other words than those"] * 9, "stranger", 280)
     argv, place = MISTAKES[name]
-    shape = [] if "--init=stranger" in argv else [*SMALL, "--model.context=256"]
+    shape = [] if "--init=stranger" in argv else [*SMALL, "--model.context=512"]
     assert place in fails(
         train_distill, [*COMMON, *shape, *EIGHT, *argv, f"--run={files}/new"], capsys
     )

@@ -980,7 +980,7 @@ def test_an_export_leaves_nothing_behind_and_gives_all_its_files(tmp_path):
     theirs = write(tmp_path / "theirs", c, checkpoint(c))
     model, params = weights.load(theirs)
     tokenizer = Tokenizer(read_tokenizer(theirs))
-    killed, alive = (tmp_path / f".ours.{number}.partial" for number in (1, 2))
+    killed, alive = (tmp_path / f".ours.{number:08x}.partial" for number in (1, 2))
     lock = lock_run(tmp_path / "ours", alive)
     killed.mkdir()
     weights.save(tmp_path / "ours", model, params, tokenizer)
