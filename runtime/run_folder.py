@@ -743,5 +743,6 @@ def _steps_without_manifest(folder: pathlib.Path) -> list[pathlib.Path]:
     for path in folder.glob("*"):
         if path.name.isdigit() and path.is_dir() and not (path / "manifest.json").exists():
             found.append(path)
-    found = [path for path in found if any(path.iterdir())]
+    # A trainer may remove one meanwhile, which then holds nothing.
+    found = [path for path in found if any(path.glob("*"))]
     return sorted(found, key=lambda path: int(path.name), reverse=True)

@@ -551,9 +551,14 @@ def test_a_process_model_learns_from_rows_of_every_kind(tmp_path, monkeypatch, c
     assert found[-1]["loss"] < found[0]["loss"]
     labelled = sum(label is not None for row in rows[:60] for label in row["labels"]) + 4 + 10
     assert last["eval/steps"] == labelled and 0 < last["eval/auc"] < 1
-    again = [*SHORT, "--init=prm", f"--data={data}", "--steps=1", "--run=again"]
+    # With the same rows held out its batches are those of the first run.
+    same = [f"--data={data}", f"--eval_data={data}"]
+    again = [*SHORT, "--init=prm", *same, "--steps=3", "--run=again"]
     assert run(train_prm, *again, "--dry_run") == {} and not (tmp_path / "again").exists()
-    assert run(train_prm, *again)["loss"] < found[0]["loss"]  # goes on, head and all
+    # It goes on, head and all: the same three batches are known by now.
+    run(train_prm, *again)
+    of_both = [sum(row["loss"] for row in rows_of(name)[:3]) for name in ("again", "prm")]
+    assert of_both[0] < of_both[1] - 0.1
     for script, flag in ((rerank, "--policy=prm"), (train_sft, "--init=prm")):
         assert "prm: a reward model (of train_prm); name" in fails(script, [flag], capsys)
     bad = write(tmp_path / "bad.jsonl", [{"prompt": "1+1", "steps": ["2"], "labels": ["fine"]}])
@@ -561,7 +566,8 @@ def test_a_process_model_learns_from_rows_of_every_kind(tmp_path, monkeypatch, c
         train_prm, [f"--data={bad}", "--run=no"], capsys
     )
     labels = ["--init=arithmetic", "--labels=completions", "--max_new_tokens=60"]
-    run(train_sft, *SHORT, *SMALL, "--data=arithmetic", "--steps=1", "--run=arithmetic")
+    short = ["--length=64", "--model.context=128"]
+    run(train_sft, *SHORT, *SMALL, *short, "--data=arithmetic", "--steps=1", "--run=arithmetic")
     assert "sequences of 136 tokens: outside 1..128" in fails(collect_steps, labels, capsys)
     message = fails(collect_steps, ["--data=x.jsonl", "--labels=gold"], capsys)
     assert "--labels=gold: no program checks the steps of x.jsonl" in message
