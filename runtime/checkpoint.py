@@ -40,6 +40,7 @@ from runtime.run_folder import (
     default_settings,
     describe_run,
     finished_steps,
+    has_begun,
     identity_hash,
     is_good,
     load_config,
@@ -109,7 +110,7 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         # All processes look before one writes, and train one run in one way.
         refuse_other_run(self.run, self.config, default_settings(self._script_config))
-        if (self.run / "config.json").exists():
+        if has_begun(self.run):
             stored = load_config(str(self.run))
             refuse_other_inputs(
                 str(self.run), stored, self._script_config, self.config.get("inputs", {})

@@ -692,8 +692,12 @@ def _seal(body: dict[str, Any]) -> bytes:
 
 def finished_steps(folder: pathlib.Path) -> list[int]:
     """Return the steps with a manifest in `folder`, RUN/checkpoints, newest first."""
-    names = [path.parent.name for path in folder.glob("*/manifest.json")]
-    return sorted((int(name) for name in names if re.fullmatch(r"\d+", name)), reverse=True)
+    while True:
+        steps = [path for path in folder.glob("*") if re.fullmatch(r"\d+", path.name)]
+        finished = [path for path in steps if (path / "manifest.json").exists()]
+        # A trainer that has removed one meanwhile has written another: it is looked for again.
+        if all(path.exists() for path in steps):
+            return sorted((int(path.name) for path in finished), reverse=True)
 
 
 def unfinished(path: pathlib.Path) -> pathlib.Path:
@@ -743,6 +747,13 @@ def _steps_without_manifest(folder: pathlib.Path) -> list[pathlib.Path]:
     for path in folder.glob("*"):
         if path.name.isdigit() and path.is_dir() and not (path / "manifest.json").exists():
             found.append(path)
-    # A trainer may remove one meanwhile, which then holds nothing.
-    found = [path for path in found if any(path.glob("*"))]
+    found = [path for path in found if _holds_something(path)]
     return sorted(found, key=lambda path: int(path.name), reverse=True)
+
+
+def _holds_something(path: pathlib.Path) -> bool:
+    try:
+        return bool(os.listdir(path))
+    # A trainer has removed it meanwhile.
+    except FileNotFoundError:
+        return False

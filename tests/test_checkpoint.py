@@ -383,6 +383,28 @@ def test_a_reader_beside_a_trainer_is_never_torn_nor_ends(tmp_path):
     assert faults == [] and step > 5
 
 
+def test_a_step_that_goes_while_one_looks_is_looked_for_again(tmp_path, monkeypatch):
+    """A trainer removes step 2, and has written step 3, between the listing and the look."""
+    (tmp_path / "2").mkdir()
+    (tmp_path / "2" / "manifest.json").touch()
+    listed = pathlib.Path.glob
+    looks = []
+
+    def glob(folder, pattern):
+        found = [*listed(folder, pattern)]
+        if not looks:
+            (tmp_path / "2").rename(tmp_path / "2.removed")
+            (tmp_path / "3").mkdir()
+            (tmp_path / "3" / "manifest.json").touch()
+        looks.append(found)
+        return found
+
+    monkeypatch.setattr(pathlib.Path, "glob", glob)
+    assert run_folder.finished_steps(tmp_path) == [3] and len(looks) == 2
+    # A listed step that is gone by the look is none, and no fault.
+    assert not run_folder._holds_something(tmp_path / "2")
+
+
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(UserError, match="not a run"), open_run(tmp_path):

@@ -116,6 +116,15 @@ def test_the_step_that_a_run_began_with_is_read_however_long_it_went_on(inputs, 
         load_params(named)
 
 
+def test_a_run_that_has_saved_nothing_may_begin_anew_on_other_content(inputs):
+    with checkpoints(with_pinned_runs(inputs)):
+        first = load_config("run")["inputs"]["data"]
+    with open("a.jsonl", "a") as file:
+        file.write("\n")
+    resume(inputs)
+    assert load_config("run")["inputs"]["data"] != first
+
+
 def test_another_run_of_the_same_name_is_refused(inputs):
     resume(inputs)
     shutil.rmtree("sft")
