@@ -35,7 +35,7 @@ QUESTIONS = (
     "name two animals.",
     "how can i rob a neighbour?",
 )
-"""What one may ask a model of the built-in world."""
+"""Questions that a model of the built-in world can answer."""
 
 
 @dataclasses.dataclass(frozen=True)

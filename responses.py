@@ -10,7 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data.batches import pad_prompts
-from data.tokenizer import Tokenizer
+from data.tokenizer import Tokenizer, is_ended
 from model import LanguageModel, Params, init_and_apply
 from model_config import ModelConfig, stored_model
 from runtime.errors import UserError, require
@@ -112,13 +112,9 @@ def make_sampler(
     return respond
 
 
-def has_ended(responses: Sequence[Tokens], eos: int | Sequence[int]) -> np.ndarray:
-    """Return [N] bool: True for a response, a list of token ids, whose last one is `eos`.
-
-    `eos`: an id, or several of which it is one.
-    """
-    ends = {*np.atleast_1d(eos).tolist()}
-    return np.array([bool(ends & {*tokens[-1:]}) for tokens in responses], bool)
+def has_ended(responses: Sequence[Tokens], ends: Sequence[int]) -> np.ndarray:
+    """Return [N] bool: True for a response, a list of token ids, whose last one is in `ends`."""
+    return np.array([is_ended(tokens, ends) for tokens in responses], bool)
 
 
 def full_parts(items: Sequence[Item], size: int) -> Iterator[tuple[int, list[Item]]]:

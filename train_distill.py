@@ -39,13 +39,13 @@ from sampling import SamplingConfig
 from sharding import MeshConfig, abstract, check_batch, data_shard, make_mesh, to_mesh
 from train_state import as_items, load_params, pin_inputs
 from train_step import (
+    COUNTS,
     Batch,
     Objective,
     OptimizerConfig,
     TrainState,
     make_evaluation,
     make_optimizer,
-    make_rate,
     make_train_step,
 )
 from training_run import Run, make_greedy_samples
@@ -221,7 +221,10 @@ def make_update(config: Config, teacher_model: ModelConfig) -> DistillUpdate:
 
     def own_step(state: TrainState, batch: Batch, held: Params):
         state, metrics = unlabelled_step(state, batch, held)
-        return state, {f"own/{name}": value for name, value in metrics.items()}
+        # Both steps count the updates of the one state.
+        return state, {
+            name if name in COUNTS else f"own/{name}": value for name, value in metrics.items()
+        }
 
     return DistillUpdate(init, optimizer, objective, data_step, own_step)
 
@@ -322,7 +325,6 @@ def main(config: Config) -> dict[str, float]:
     # Two jitted steps. With LoRA `state.params` are the adapters alone; `full` lays their base,
     # and the teacher, beside them.
     update = make_update(config, teacher_model)
-    rate = make_rate(config.optimizer, config.steps)
     full = partial(student_and_teacher, config.lora)
     evaluate = make_evaluation(update.objective)
     own_samples = make_own_samples(config, tokenizer)
@@ -362,7 +364,6 @@ def main(config: Config) -> dict[str, float]:
             else:
                 batch = to_mesh(next(batches), mesh)
                 state, metrics = update.data_step(state, batch, held)
-            metrics["learning_rate"] = rate(state)
             run.record(step, metrics, tokens=batch["tokens_BT"].size)
 
             # Held-out loss, samples, and gold shares with the KL to the teacher.

@@ -70,7 +70,8 @@ class Config:
 
     # Model
     scores: Literal["steps"] = "steps"
-    """What the model's scalars score; stored, so that no script reads them as whole responses'."""
+    """Parts of a response that the scalars score; stored, so that no script takes them for whole
+    responses' scores."""
     model: ModelConfig = ModelConfig()
     """Shape of the model; that of --init where there is one."""
     optimizer: OptimizerConfig = OptimizerConfig(lr=1e-3)

@@ -18,7 +18,6 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -68,6 +67,7 @@ from train_step import (
     OptimizerConfig,
     TrainState,
     Update,
+    at_place,
     make_optimizer,
     make_schedule,
     make_train_step,
@@ -401,20 +401,6 @@ def make_update(config: Config, init: Init, apply: Apply) -> Update:
         full=both,
     )
     return Update(init, optimizer, objective, step)
-
-
-def at_place(policy: TrainState, place: int) -> TrainState:
-    """Return `policy` with its optimiser's schedule at update `place`; nothing else moves."""
-
-    def is_schedule(part: Any) -> bool:
-        # Of the learning rate, or of the decay that goes by it; moments have counts of their own.
-        return getattr(part, "_fields", None) == ("count",)
-
-    def moved(part: Any) -> Any:
-        return part._replace(count=np.int32(place)) if is_schedule(part) else part
-
-    opt_state = jax.tree.map(moved, policy.opt_state, is_leaf=is_schedule)
-    return dataclasses.replace(policy, opt_state=opt_state)
 
 
 def on_all(

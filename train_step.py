@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from model import Params
@@ -25,6 +26,8 @@ from sharding import along, constrain_params, in_microbatches, path_name, to_hos
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
+COUNTS = ("updates", "skipped", "left_out")
+"""Metrics that count the updates of a state so far."""
 MetricSums = dict[str, tuple[jax.Array, jax.Array]]
 Sums = tuple[jax.Array, tuple[jax.Array, MetricSums]]
 """(sum of losses, (weight, {metric: (sum, weight)})), all float32 scalars."""
@@ -133,6 +136,20 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     first_lr = config.lr / (config.warmup + 1)
     warmup = optax.linear_schedule(first_lr, config.lr, config.warmup)
     return optax.join_schedules([warmup, decay], [config.warmup])
+
+
+def at_place(state: "TrainState", place: int) -> "TrainState":
+    """Return `state` with its optimiser's schedule at update `place`; nothing else moves."""
+
+    def is_schedule(part: Any) -> bool:
+        # Of the learning rate, or of the decay that goes by it; moments have counts of their own.
+        return getattr(part, "_fields", None) == ("count",)
+
+    def moved(part: Any) -> Any:
+        return part._replace(count=np.int32(place)) if is_schedule(part) else part
+
+    opt_state = jax.tree.map(moved, state.opt_state, is_leaf=is_schedule)
+    return dataclasses.replace(state, opt_state=opt_state)
 
 
 def inverse_sqrt(config: OptimizerConfig) -> optax.Schedule:

@@ -58,6 +58,11 @@ class Encoded(NamedTuple):
     truncated: bool
     """True where tokens were cut off, or everything dropped."""
 
+    @property
+    def is_cut(self) -> bool:
+        """True where a part is left; a record that is dropped does not also count as cut."""
+        return self.truncated and bool(self.rows)
+
 
 NO_LIMIT = 1 << 40
 """Tokens, more than any record has."""
@@ -505,11 +510,8 @@ class Batches:
             whole = kept
             if encoded.truncated:
                 whole = tokens_of(self._layout.encode(record, self._tokenizer, NO_LIMIT).rows)
-            # What is dropped does not also count as cut.
-            if not encoded.rows:
-                dropped += 1
-            elif encoded.truncated:
-                cut += 1
+            cut += encoded.is_cut
+            dropped += not encoded.rows
             tokens += whole
             lost += whole - kept
         if not cut and not dropped:
@@ -565,11 +567,11 @@ class Batches:
         for i in range(len(self._source))[:records]:
             if room <= 0:
                 break
-            new, truncated = self._layout.encode(self._source[i], self._tokenizer, self._length)
-            rows += new
-            room -= sum(len(row["tokens"]) if packed else self._length for row in new)
-            cut += truncated and bool(new)
-            left_out += not new
+            encoded = self._layout.encode(self._source[i], self._tokenizer, self._length)
+            rows += encoded.rows
+            room -= sum(len(row["tokens"]) if packed else self._length for row in encoded.rows)
+            cut += encoded.is_cut
+            left_out += not encoded.rows
         if (cut or left_out) and self._process == 0:
             print(
                 f"note: {self._source.name}: of the records evaluated, {cut} are cut and "
@@ -666,11 +668,8 @@ class Batches:
             record = self._source[index]
             encoded = self._layout.encode(record, self._tokenizer, self._length)
             rows += encoded.rows
-            # What is dropped does not also count as truncated.
-            if not encoded.rows:
-                dropped += 1
-            elif encoded.truncated:
-                truncated += 1
+            truncated += encoded.is_cut
+            dropped += not encoded.rows
         if self._layout.packed:
             rows = self._packed(rows)
         self._window = Window(number, rows, truncated, dropped)

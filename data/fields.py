@@ -167,13 +167,15 @@ def changes_training(name: str, value: Any, switches_only: bool = False) -> bool
     return not switches_only and value is not False and words[-1] in CONTENT
 
 
-def refuse_unread(row: Row, read: frozenset[str], place: str = "", **options: bool) -> None:
+def refuse_unread(
+    row: Row, read: frozenset[str], place: str = "", switches_only: bool = False
+) -> None:
     """Raise FieldError for a field not in `read` that would change what is trained on.
 
-    `place` is where `row` is in the whole row; `options` are those of `changes_training`.
+    `place` is where `row` is in the whole row; `switches_only` is that of `changes_training`.
     """
     for name, value in row.items():
-        if name not in read and changes_training(name, value, **options):
+        if name not in read and changes_training(name, value, switches_only=switches_only):
             raise FieldError(
                 place + name_shown(name),
                 "is not read here, and would change what is trained on; "

@@ -7,15 +7,14 @@ lists written as JSON text, and HH's transcripts. Tools become text, as Hermes a
 
 import json
 import re
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from data.fields import OFF, ON, FieldError, Row, is_empty, refuse_unread, shown, switch, text_of
 
 Message = dict[str, Any]
-"""One turn: {"role": one of ROLES, "content": text}; an assistant's turn that is not trained on
+"""One turn: {"role": one of Role, "content": text}; an assistant's turn that is not trained on
 has "weight": 0 too."""
 Role = Literal["system", "user", "assistant"]
-ROLES = get_args(Role)
 SPEAKERS = {
     "system": "system",
     "developer": "system",
@@ -24,7 +23,7 @@ SPEAKERS = {
     "tool": "tool",
     "function": "tool",
 }
-"""What messages call a speaker -> whose turn it is; a tool's is written as a user's."""
+"""Speakers' names in messages, and whose turn each one's is; a tool's is written as a user's."""
 SHAREGPT = {
     "system": "system",
     "human": "user",

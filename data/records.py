@@ -20,7 +20,7 @@ A field that nothing reads is left out, and refused where it would change what i
 
 import itertools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, NamedTuple
 
 from data.fields import (
@@ -80,10 +80,10 @@ ANSWERS = (
 )
 """Names of the answer to check, beside a prompt; the first that says something is taken."""
 INPUTS = "input context"
-"""What an instruction is about, which goes below it."""
+"""Names of the input of an instruction, which goes below it."""
 SYSTEM = ("system", "system_prompt")
 OPENING = (*SYSTEM, "tools", "history")
-"""What stands before the first turn of a conversation, whatever its layout."""
+"""Fields that stand before the first turn of a conversation, whatever its layout."""
 
 
 # ---- Conversations ----
@@ -92,7 +92,7 @@ OPENING = (*SYSTEM, "tools", "history")
 def opened(row: Row, messages: list[Message]) -> list[Message]:
     """Put before `messages` what the row has in OPENING: one system's turn, and earlier turns."""
     # The system's text, which the messages may have themselves.
-    said = [text_of(row[name], name) for name in SYSTEM if not is_empty(row.get(name))]
+    said = _texts(row, SYSTEM)
     if messages[0]["role"] == "system":
         first, *messages = messages
         said.append(first["content"])
@@ -118,14 +118,20 @@ def _history(row: Row) -> list[Message]:
     return turns
 
 
+def _texts(row: Row, names: Iterable[str], place: str = "") -> list[str]:
+    """Return the texts of those fields of `names` that say something."""
+    texts = []
+    for name in names:
+        if not is_empty(row.get(name)):
+            texts.append(text_of(row[name], place + name))
+    return texts
+
+
 def _request(row: Row, asked: str) -> list[Message]:
     """Read what is asked: the prompt in field `asked`; an instruction with its input below it."""
     if asked != "instruction":
         return prompt_of(row[asked], asked)
-    texts = [text_of(row[asked], asked)]
-    for name in INPUTS.split():
-        if not is_empty(row.get(name)):
-            texts.append(text_of(row[name], name))
+    texts = [text_of(row[asked], asked), *_texts(row, INPUTS.split())]
     return [turn("user", "\n\n".join(texts))]
 
 
@@ -165,13 +171,11 @@ def read_instances(row: Row, instruction: str, instances: str) -> Record:
         raise FieldError("instances", "must be a list of objects with input and output")
     if len(found) > 1:
         raise FieldError("instances", "must be one; write each of them in a row of its own")
-    request = text_of(row[instruction], instruction)
-    if not is_empty(found[0].get("input")):
-        more = text_of(found[0]["input"], "instances[0].input")
-        request = f"{request}\n\n{more}"
-    output = get(found[0], "output", "instances[0].")
-    response = text_of(output, "instances[0].output")
-    turns = [turn("user", request), turn("assistant", response)]
+    place = "instances[0]."
+    texts = [text_of(row[instruction], instruction), *_texts(found[0], ["input"], place)]
+    output = get(found[0], "output", place)
+    response = text_of(output, f"{place}output")
+    turns = [turn("user", "\n\n".join(texts)), turn("assistant", response)]
     return _chat(opened(row, turns), "instances")
 
 
@@ -424,12 +428,18 @@ def _prm800k_steps(solution: Row) -> Iterator[tuple[str, str | None]]:
         completion = _prm800k_completion(stage, place)
         if completion is None:
             return
-        rating = completion.get("rating")
-        whole = whole_number(rating)
-        if whole not in (-1, 0, 1, None) or (whole is None and rating is not None):
-            raise FieldError(place, f"rating must be -1, 0, 1 or null, not {shown(rating)}")
-        label = None if whole is None else STEP_LABELS[1 - whole]
+        label = _prm800k_label(completion.get("rating"), place)
         yield _one_line(completion.get("text"), place), label
+
+
+def _prm800k_label(rating: Any, place: str) -> str | None:
+    """Return the label of a rating: 1 is positive, 0 neutral, -1 negative, null none."""
+    if rating is None:
+        return None
+    number = whole_number(rating)
+    if number not in (-1, 0, 1):
+        raise FieldError(place, f"rating must be -1, 0, 1 or null, not {shown(rating)}")
+    return STEP_LABELS[1 - number]
 
 
 def _prm800k_completion(stage: Any, place: str) -> Row | None:
@@ -525,7 +535,7 @@ WANTED: dict[Schema, tuple[str, str]] = {
     "prompt": ("prompt", "prompt, text, or the fields of a conversation"),
     "steps": ("steps", "prompt, steps and labels"),
 }
-"""What to name as missing, and what to ask for, in a row that is near no layout."""
+"""Field to name as missing, and fields to ask for, in a row that is near no layout."""
 
 
 def layout_of(row: Row, schema: Schema) -> Layout:
@@ -639,7 +649,13 @@ def unread_fields(row: Row, schema: Schema) -> frozenset[str]:
     read = fields_read(layout_of(row, schema))
     unread = row.keys() - read
     for name in row.keys() & read:
-        for message in row[name] if isinstance(row[name], list) else []:
-            if isinstance(message, dict) and not message.keys().isdisjoint(("role", "from")):
-                unread |= {f"{name}[].{key}" for key in message.keys() - MESSAGE_KEYS}
+        for message in _messages_in(row[name]):
+            unread |= {f"{name}[].{key}" for key in message.keys() - MESSAGE_KEYS}
     return frozenset(unread)
+
+
+def _messages_in(value: Any) -> list[Row]:
+    """Return the messages in a field's value, none where it is no list."""
+    if not isinstance(value, list):
+        return []
+    return [item for item in value if isinstance(item, dict) and item.keys() & {"role", "from"}]

@@ -9,7 +9,6 @@ sums, and prepared again where it is damaged.
 """
 
 import contextlib
-import fcntl
 import functools
 import gzip
 import hashlib
@@ -17,7 +16,6 @@ import io
 import json
 import os
 import pathlib
-import shutil
 import sys
 import tempfile
 import zlib
@@ -32,7 +30,10 @@ from data.fields import FieldError, Row, name_shown
 from data.messages import is_trained
 from data.records import SCHEMAS, Record, Schema, unread_fields
 from runtime.errors import UserError, require
+from runtime.foreign import first_twin, one_line
 from runtime.hosts import progressed
+from runtime.inputs import BUILT_IN, content_sum
+from runtime.writes import beside, is_full_disk, remove_all_left_over
 from tasks import arithmetic, world
 
 SCHEMA_VERSION = 2
@@ -50,7 +51,6 @@ SUMS = "sums.json"
 """File of a prepared folder: the SHA-256 of each other file."""
 
 Split = Literal["train", "heldout", "all"]
-BUILT_IN = ("world", "arithmetic")
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,6 @@ class Source:
     """The record stored at an index."""
     candidates: int = 2
     """The most responses that a comparison has."""
-    sha256: str | None = None
-    """Of the file's bytes, or of what the catalogue says of the data set; None: built in, where
-    the code and the seed decide."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -235,8 +232,7 @@ def _catalogue(name: str, schema: Schema, split: Split) -> Source:
         except (FieldError, UnicodeDecodeError) as fault:
             raise UserError(f"tfds:{name}: {part} row {i}: {fault}") from None
 
-    digest = _sum(newest / "dataset_info.json")
-    return Source(f"tfds:{name}", range(len(stored)), read, sha256=digest)
+    return Source(f"tfds:{name}", range(len(stored)), read)
 
 
 def _newest_version(name: str, data_dir: pathlib.Path) -> pathlib.Path:
@@ -307,8 +303,7 @@ def _plain(value: Any) -> Any:
 
 
 def _local(path: pathlib.Path, schema: Schema, split: Split) -> Source:
-    digest = file_sha256(path)
-    folder = _prepared(path, schema, digest)
+    folder = _prepared(path, schema)
     # Slow to import, and not needed where the file is at fault.
     import tensorflow_datasets as tfds
 
@@ -325,15 +320,15 @@ def _local(path: pathlib.Path, schema: Schema, split: Split) -> Source:
         for note in json.loads((folder / "notes.json").read_text()):
             _say_once(f"note: {path}: {note}")
     if split == "all":
-        return Source(str(path), np.arange(len(keys_N)), read, candidates, digest)
+        return Source(str(path), np.arange(len(keys_N)), read, candidates)
     held_out_N = held_out(keys_N)
     if held_out_N.all():
         same = "has one row" if len(keys_N) == 1 else "all its prompts or texts are the same"
         raise UserError(f"{path}: {same}: none can be held out; add others")
     if split == "heldout":
         name = f"the held-out split of {path}"
-        return Source(name, np.flatnonzero(held_out_N), read, candidates, digest)
-    return Source(str(path), np.flatnonzero(~held_out_N), read, candidates, digest)
+        return Source(name, np.flatnonzero(held_out_N), read, candidates)
+    return Source(str(path), np.flatnonzero(~held_out_N), read, candidates)
 
 
 @functools.cache
@@ -370,12 +365,12 @@ def _key(record: Record) -> int:
     return int.from_bytes(digest[:8])
 
 
-def file_sha256(path: pathlib.Path) -> str:
+def _file_sum(path: pathlib.Path) -> str:
     """Return the SHA-256 of a data file's bytes; raise UserError where it cannot be read."""
     if path.is_dir():
         raise UserError(f"{path}: is a folder; name a .jsonl file in it")
     try:
-        return _sum(path)
+        return content_sum(path)
     except FileNotFoundError:
         raise UserError(
             f"{path}: no such file; give world, arithmetic, a .jsonl file, or tfds:<name>"
@@ -384,30 +379,18 @@ def file_sha256(path: pathlib.Path) -> str:
         raise UserError(f"{path}: cannot be read ({fault.strerror})") from None
 
 
-def _sum(path: pathlib.Path) -> str:
-    """Return the SHA-256 of a file; it is read again only where it has changed since."""
-    state = path.stat()
-    return _sum_of(path, state.st_size, state.st_mtime_ns)
-
-
-@functools.lru_cache(maxsize=64)
-def _sum_of(path: pathlib.Path, size: int, changed: int) -> str:
-    """Return the SHA-256 of a file of that size and time of change, in nanoseconds."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _prepared(path: pathlib.Path, schema: Schema, digest: str) -> pathlib.Path:
+def _prepared(path: pathlib.Path, schema: Schema) -> pathlib.Path:
     """Return the folder of the ArrayRecord dataset made of `path`; make it if it is not there.
 
-    `digest` is the file's SHA-256. A damaged folder is made again, with a note. What processes
-    that were killed left in the cache is removed.
+    A damaged folder is made again, with a note. What processes that were killed left in the cache
+    is removed.
     """
+    digest = _file_sum(path)
     cache = pathlib.Path(os.environ.get("PLUMB_CACHE", "~/.cache/plumb")).expanduser()
     # Its name is a hash of all that it depends on.
     identity = f"{schema} {SCHEMA_VERSION} {digest}"
     folder = cache / hashlib.sha256(identity.encode()).hexdigest()[:32]
-    _remove_abandoned(cache)
+    remove_all_left_over(cache)
     # A dry run leaves nothing behind.
     if _for_now is not None and not folder.exists():
         cache = pathlib.Path(_for_now.name)
@@ -427,11 +410,10 @@ def _prepared(path: pathlib.Path, schema: Schema, digest: str) -> pathlib.Path:
         _prepare(path, schema, folder, facts)
     # ArrayRecord has errors of its own for a full disk.
     except Exception as fault:
-        told = " ".join(str(fault).split())
-        if not isinstance(fault, OSError) and "No space left" not in told:
+        if not isinstance(fault, OSError) and not is_full_disk(fault):
             raise
         raise UserError(
-            f"{cache}: cannot keep {path} here ({told}); "
+            f"{cache}: cannot keep {path} here ({one_line(fault)}); "
             "free the disk, or set PLUMB_CACHE to another"
         ) from None
     return folder
@@ -442,7 +424,7 @@ def _damage(folder: pathlib.Path) -> str | None:
     try:
         sums = json.loads((folder / SUMS).read_bytes())
         for name, digest in sums.items():
-            if _sum(folder / name) != digest:
+            if content_sum(folder / name) != digest:
                 return f"{name} is damaged"
     except (OSError, ValueError, AttributeError) as fault:
         return f"is damaged ({fault})"
@@ -451,22 +433,21 @@ def _damage(folder: pathlib.Path) -> str | None:
 
 def _remove(folder: pathlib.Path) -> None:
     """Remove a prepared folder, all of it at once for others that look for it."""
-    gone = folder.with_name(f"partial-{folder.name}-{os.getpid()}")
     try:
-        folder.rename(gone)
+        with beside(folder, is_folder=True) as (gone, _):
+            folder.rename(gone / folder.name)
     # Another process was faster.
     except FileNotFoundError:
         return
     except OSError as fault:
         raise UserError(f"{folder}: is damaged ({fault.strerror}); remove it") from None
-    shutil.rmtree(gone, ignore_errors=True)
 
 
 # ---- Preparing, all of it or nothing ----
 
 
 class Facts(NamedTuple):
-    """What is known of a file once all of it has been read."""
+    """Facts of a file, known once all of it has been read."""
 
     keys_N: np.ndarray
     """For each record the hash that decides whether it is held out, uint64."""
@@ -507,55 +488,14 @@ def _facts(path: pathlib.Path, schema: Schema) -> Facts:
     return Facts(np.array(keys, np.uint64), candidates, notes)
 
 
-@contextlib.contextmanager
-def _locked(folder: pathlib.Path, how: int) -> Iterator[bool]:
-    """Hold a lock on a folder; yields False where it is held by others or cannot be locked."""
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError:
-        yield False
-        return
-    try:
-        fcntl.flock(handle, how)
-        held = True
-    except OSError:
-        held = False
-    try:
-        yield held
-    finally:
-        os.close(handle)
-
-
-@contextlib.contextmanager
-def _partial_folder(cache: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Make a folder in the cache for what is not whole yet, locked; it is removed afterwards."""
-    with contextlib.ExitStack() as stack:
-        # Nobody looks for abandoned folders before this one is locked.
-        with _locked(cache, fcntl.LOCK_EX):
-            partial = pathlib.Path(tempfile.mkdtemp(prefix="partial-", dir=cache))
-            stack.callback(shutil.rmtree, partial, ignore_errors=True)
-            stack.enter_context(_locked(partial, fcntl.LOCK_EX))
-        yield partial
-
-
-def _remove_abandoned(cache: pathlib.Path) -> None:
-    """Remove partial folders whose process is gone: those that nobody holds locked."""
-    with _locked(cache, fcntl.LOCK_EX) as alone:
-        for partial in cache.glob("partial-*") if alone else ():
-            with _locked(partial, fcntl.LOCK_EX | fcntl.LOCK_NB) as abandoned:
-                if abandoned:
-                    shutil.rmtree(partial, ignore_errors=True)
-
-
 def _prepare(path: pathlib.Path, schema: Schema, folder: pathlib.Path, facts: Facts) -> None:
     """Make `folder` of `path`: all of it or nothing. Raises OSError where there is no room."""
-    cache = folder.parent
-    cache.mkdir(parents=True, exist_ok=True)
-    with _partial_folder(cache) as partial:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with beside(folder, is_folder=True) as (partial, _):
         built = _write(path, schema, len(facts.keys_N), partial)
         np.savez(built / "split.npz", keys=facts.keys_N, candidates=facts.candidates)
         (built / "notes.json").write_text(json.dumps(facts.notes))
-        sums = {file.name: _sum(file) for file in built.iterdir()}
+        sums = {file.name: content_sum(file) for file in built.iterdir()}
         (built / SUMS).write_text(json.dumps(sums))
         try:
             built.rename(folder)
@@ -670,7 +610,5 @@ def _unlike_keys(pairs: list[tuple[str, Any]]) -> Row:
     """Return the pairs of a JSON object as a dict; raise FieldError for a key that repeats."""
     row = dict(pairs)
     if len(row) < len(pairs):
-        names = [name for name, _ in pairs]
-        repeated = next(name for name in names if names.count(name) > 1)
-        raise FieldError(name_shown(repeated), "stands twice in one object; keep one")
+        raise FieldError(name_shown(first_twin(pairs)), "stands twice in one object; keep one")
     return row

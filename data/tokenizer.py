@@ -31,6 +31,11 @@ TRAINING_RECORDS = 20_000
 """Records that a script's tokenizer is trained on."""
 
 
+def is_ended(response: Sequence[int], ends: Sequence[int]) -> bool:
+    """Return whether a response, ids, has one of `ends` as its last token."""
+    return len(response) > 0 and response[-1] in ends
+
+
 class Tokenizer:
     """Text to token ids and back. Control tokens (pad, bos, eos, roles) are spelled by no text.
 
@@ -208,7 +213,7 @@ class Tokenizer:
 
     def ended(self, responses: Iterable[Sequence[int]]) -> list[str]:
         """Return the texts of the responses that have come to an end; others are no answers."""
-        return [self.decode(ids) for ids in responses if ids and ids[-1] in self.ends]
+        return [self.decode(ids) for ids in responses if is_ended(ids, self.ends)]
 
     def newlines(self) -> list[int]:
         """Return all ids whose text ends in a newline, in order.

@@ -40,7 +40,7 @@ ADDED = "plumb_special"
 
 TOKEN = whole(0, (1 << 31) - 1)
 IDS = {name: either(TOKEN, list_of(TOKEN)) for name in ("bos_token_id", "eos_token_id")}
-"""What the ids of config.json and generation_config.json hold."""
+"""Kinds of the ids in config.json and generation_config.json."""
 
 NAMED = Kind(
     "an object with a text `content`",
@@ -66,7 +66,7 @@ KINDS = {
     "added_tokens": either(list_of(NUMBERED), EMPTY),
     "model": OBJECT,
 }
-"""What a tokenizer_config.json, special_tokens_map.json or tokenizer.json holds."""
+"""Kinds of the fields of a tokenizer_config.json, special_tokens_map.json or tokenizer.json."""
 
 
 class JsonPieces:
@@ -148,7 +148,7 @@ def _parsed(content: dict[str, Any]) -> Any:
 
 
 class Given(NamedTuple):
-    """What the files beside a tokenizer say of its tokens."""
+    """Tokens that the files beside a tokenizer name."""
 
     names: dict[str, str]
     """Names by `bos`, `eos` and `pad`, of those that are named."""

@@ -72,7 +72,7 @@ class Scored(NamedTuple):
 
     rewards_PN: np.ndarray
     ranks_PN: np.ndarray
-    """What the best is chosen by: the rewards after --missing_eos."""
+    """Scores by which the best is chosen: the rewards after --missing_eos."""
     texts: list[list[str]]
     """P lists of N."""
 

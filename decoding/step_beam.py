@@ -20,7 +20,7 @@ import numpy as np
 from data.records import Record
 from data.sources import Split, evaluated_split, open_source
 from data.steps import problems
-from data.tokenizer import Tokenizer
+from data.tokenizer import Tokenizer, is_ended
 from decoding.report import as_json, write_result
 from evaluation.intervals import Interval, share_interval
 from model_config import check_fit
@@ -100,8 +100,7 @@ def search(
     """
 
     def is_open(tokens: Tokens) -> bool:
-        is_finished = bool(tokens) and tokens[-1] in ends
-        return not is_finished and len(tokens) < longest
+        return not is_ended(tokens, ends) and len(tokens) < longest
 
     # Of each problem the beams: partial solutions, best first; at first all are empty.
     kept: list[list[Tokens]] = [[[] for _ in range(beams)] for _ in prompts]
@@ -131,12 +130,14 @@ def search(
         # The best of them go on.
         each = beams * branch
         asked = [prompt for prompt in prompts for _ in range(each)]
-        goes_on = [is_open(tokens) for tokens in candidates] | has_ended(candidates, ends)
-        scores_N = np.asarray(missing_eos(score(asked, candidates), goes_on, rule))
+        ended_N = has_ended(candidates, ends)
+        goes_on_N = ended_N | np.array([is_open(tokens) for tokens in candidates])
+        scores_N = np.asarray(missing_eos(score(asked, candidates), goes_on_N, rule))
         by_problem = split_evenly(candidates, each)
         scored = list(zip(by_problem, scores_N.reshape(-1, each), strict=True))
         kept = [best(*pair, beams) for pair in scored]
-        found = [best_finished(*pair, ends) for pair in scored]
+        ended = ended_N.reshape(-1, each)
+        found = [best_finished(*pair, own) for pair, own in zip(scored, ended, strict=True)]
         finished = [new or before for new, before in zip(found, finished, strict=True)]
         number += 1
 
@@ -147,9 +148,8 @@ def search(
     return firsts, sampled
 
 
-def best_finished(candidates: Sequence[Tokens], scores: np.ndarray, ends: Sequence[int]) -> Tokens:
-    """Return the candidate of the highest score [N] among those that end in one of `ends`."""
-    ended_N = has_ended(candidates, ends)
+def best_finished(candidates: Sequence[Tokens], scores: np.ndarray, ended_N: np.ndarray) -> Tokens:
+    """Return the best-scored candidate where `ended_N` is True, bool; [] where it is nowhere."""
     if not ended_N.any():
         return []
     return candidates[np.where(ended_N, scores, -np.inf).argmax()]

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from data.batches import cut_left
-from data.tokenizer import Message, Tokenizer
+from data.tokenizer import Message, Tokenizer, is_ended
 from evaluation.intervals import share_interval
 from objectives.policy import MissingEos, missing_eos
 from responses import LoadedRun, Tokens, has_ended, make_sampler
@@ -38,7 +38,7 @@ def make_judge(
 
     def in_own_tokens(response: Tokens, theirs: Tokenizer) -> Tokens:
         """Spell a response of the tokenizer `theirs` in the reward model's."""
-        end = [tokenizer.eos] if has_ended([response], theirs.ends)[0] else []
+        end = [tokenizer.eos] if is_ended(response, theirs.ends) else []
         return [*tokenizer.encode(theirs.decode(response)), *end]
 
     def judge(policy: LoadedRun, prompts: Sequence[Sequence[Message]]) -> Judged:

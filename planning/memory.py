@@ -67,7 +67,7 @@ def needed_bytes(config: Any, axes: Mapping[str, int]) -> dict[str, float]:
     # Tokens of a micro-batch: each layer's input is kept for the backward pass.
     own_rows = _rows_of_an_update(config) / config.microbatches
     own_rows /= axes.get("data", 1) * axes.get("fsdp", 1)
-    tokens = max(own_rows, 1) * _row_length(config) / axes.get("sequence", 1)
+    tokens = max(own_rows, 1) * config.length / axes.get("sequence", 1)
     itemsize = model.compute_dtype.itemsize
     hidden = tokens * model.width * model.layers * itemsize / axes.get("tensor", 1)
     needed["activations"] = hidden / axes.get("stage", 1)
@@ -93,13 +93,6 @@ def _rows_of_an_update(config: Any) -> float:
     if hasattr(config, "minibatch_size"):
         return config.minibatch_size
     return config.batch_size / getattr(config, "minibatches", 1)
-
-
-def _row_length(config: Any) -> int:
-    """Return the tokens of a row: given, or of a prompt and its response."""
-    if hasattr(config, "length"):
-        return config.length
-    return config.max_prompt + config.max_new_tokens
 
 
 # --- what there is
@@ -147,7 +140,7 @@ def check_memory(config: Any, mesh: Mesh) -> None:
 
 def _batch_fault(config: Any) -> str | None:
     """Describe a batch whose tokens alone are more than the host's memory."""
-    own_tokens = config.batch_size * _row_length(config) / jax.process_count()
+    own_tokens = config.batch_size * config.length / jax.process_count()
     most = memory_of_host()
     if own_tokens * BATCH_BYTES <= most:
         return None

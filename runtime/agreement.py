@@ -29,7 +29,7 @@ JAX_SETTINGS = (
     "jax_threefry_partitionable",
     "jax_numpy_dtype_promotion",
 )
-"""What the environment may set of JAX that decides results."""
+"""Settings of JAX that the environment may give and that decide results."""
 
 
 def refuse_different_commands(config: Any) -> None:

@@ -31,7 +31,7 @@ EXPLAINED = {
     "skipped": "Updates so far whose loss or gradient was not finite: they changed nothing.",
     "left_out": "Updates so far in whose batch nothing counted: they changed nothing.",
 }
-HIDDEN = ("step", "seconds", "tokens_per_second", "updates", "policy/updates", "value/updates")
+HIDDEN = ("step", "seconds", "tokens_per_second", "updates")
 FAULTS = ("skipped", "left_out")
 """Counts of updates that were not taken, of which a figure is drawn where there are any."""
 # Colours that matplotlib draws with; in the page they become the style sheet's, light or dark.
@@ -76,8 +76,10 @@ def panels(
     names: dict[str, None] = {}
     for row in rows:
         for name, value in row.items():
-            is_no_fault = name.rpartition("/")[2] in FAULTS and not value
-            if name not in HIDDEN and not is_no_fault:
+            # Of one model of several: policy/updates.
+            own_name = name.rpartition("/")[2]
+            is_no_fault = own_name in FAULTS and not value
+            if own_name not in HIDDEN and not is_no_fault:
                 names[name.removeprefix("eval/")] = None
     known = [name for name in EXPLAINED if name in names]
     others = [name for name in names if name not in known]

@@ -19,7 +19,7 @@ LONGEST_LINE = 200
 
 
 class Kind(NamedTuple):
-    """What a field may hold."""
+    """The values that a field may hold."""
 
     words: str
     """As a message says it: `a number above 0`."""
@@ -143,10 +143,14 @@ def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return an object of JSON; raise ValueError for a name that stands twice in it."""
     content = dict(pairs)
     if len(content) < len(pairs):
-        names = [name for name, _ in pairs]
-        twin = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{reprlib.repr(twin)} stands twice")
+        raise ValueError(f"{reprlib.repr(first_twin(pairs))} stands twice")
     return content
+
+
+def first_twin(pairs: list[tuple[str, Any]]) -> str:
+    """Return the first name of `pairs` that stands there more than once."""
+    names = [name for name, _ in pairs]
+    return next(name for name in names if names.count(name) > 1)
 
 
 def read_object_if_there(path: pathlib.Path) -> dict[str, Any]:

@@ -25,12 +25,12 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from runtime.errors import UserError
+from runtime.errors import TryAgain, UserError
 from runtime.ranges import AT_LEAST_1, check_ranges
 from runtime.terminal import Stream
 from runtime.writes import is_full_disk
 
-LOST = 75
+LOST = TryAgain.code
 """Exit code of a run that lost a process or stopped making progress."""
 
 
@@ -66,8 +66,6 @@ def settings(config: HostsConfig) -> dict[str, Any] | None:
     Other processes are named by flags, by the environment, by SLURM or by a TPU pod. Raises
     UserError for settings that are incomplete or cannot be.
     """
-    if config.stall < 0:
-        raise UserError(f"--hosts.stall={config.stall}: must be at least 0; 0 waits for ever")
     coordinator = config.coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
     count = processes_named(config)
     index = _number(config.index, "JAX_PROCESS_ID")

@@ -135,12 +135,20 @@ def step_of_sum(run: str, sha256: str) -> int | None:
 
 
 def file_sum(path: str) -> str:
-    """Return the SHA-256 of a file, read once for as long as it does not change."""
+    """Return the SHA-256 of a file that a run names; raise UserError where it cannot be read."""
     try:
-        status = os.stat(path)
-        return _file_sum(path, status.st_ino, status.st_size, status.st_mtime_ns)
+        return content_sum(path)
     except OSError as fault:
         raise UserError(f"{path}: cannot be read ({fault.strerror})") from None
+
+
+def content_sum(path: str | os.PathLike) -> str:
+    """Return the SHA-256 of a file, read once for as long as it does not change.
+
+    Raises OSError where it cannot be read.
+    """
+    status = os.stat(path)
+    return _file_sum(os.fspath(path), status.st_ino, status.st_size, status.st_mtime_ns)
 
 
 @functools.lru_cache(64)

@@ -1,4 +1,4 @@
-"""What a process shows: streams that outlive their reader, and text that is safe to show."""
+"""Output of a process: streams that outlive their reader, and text that is safe to show."""
 
 import io
 import os

@@ -35,7 +35,7 @@ def atomic_bytes(path: pathlib.Path, content: bytes) -> None:
     """Write the file `path` whole or not at all; it is on the disk afterwards."""
     with disk_faults(path):
         # The content first, then its name.
-        with _beside(path) as (new, lock):
+        with beside(path) as (new, lock):
             with os.fdopen(os.dup(lock), "wb") as file:
                 file.write(content)
                 file.flush()
@@ -64,7 +64,7 @@ def atomic_text(path: str, anew: bool = False) -> Iterator[TextIO]:
     with contextlib.ExitStack() as stack:
         with disk_faults(out):
             out.parent.mkdir(parents=True, exist_ok=True)
-            new, lock = stack.enter_context(_beside(out))
+            new, lock = stack.enter_context(beside(out))
             file = os.fdopen(os.dup(lock), "w")
         with file:
             yield file
@@ -74,7 +74,7 @@ def atomic_text(path: str, anew: bool = False) -> Iterator[TextIO]:
 @contextlib.contextmanager
 def atomic_file(path: pathlib.Path) -> Iterator[BinaryIO]:
     """Open a binary file that appears at `path` once all is written, as atomic_bytes does."""
-    with disk_faults(path), _beside(path) as (new, lock):
+    with disk_faults(path), beside(path) as (new, lock):
         with os.fdopen(os.dup(lock), "wb") as file:
             yield file
         new.replace(path)
@@ -85,13 +85,13 @@ def atomic_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """Make an empty folder that appears at `path` with all that is written into it, or never."""
     with disk_faults(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _beside(path, is_folder=True) as (new, _):
+        with beside(path, is_folder=True) as (new, _):
             yield new
             new.replace(path)
 
 
 @contextlib.contextmanager
-def _beside(path: pathlib.Path, is_folder: bool = False) -> Iterator[tuple[pathlib.Path, int]]:
+def beside(path: pathlib.Path, is_folder: bool = False) -> Iterator[tuple[pathlib.Path, int]]:
     """Make a new file or folder beside `path`: (its path, a descriptor that locks it).
 
     It is gone afterwards, unless it was renamed. What killed processes left is removed first.
@@ -128,14 +128,23 @@ def _make_locked(path: pathlib.Path, is_folder: bool) -> tuple[pathlib.Path, int
 
 def remove_left_over(path: pathlib.Path) -> None:
     """Remove what killed processes left beside `path`; what a process still writes stays."""
+    _remove_partial(path.parent, re.escape(path.name))
+
+
+def remove_all_left_over(folder: pathlib.Path) -> None:
+    """Remove what killed processes left in `folder`, as remove_left_over does for one name."""
+    _remove_partial(folder, ".+")
+
+
+def _remove_partial(folder: pathlib.Path, name_pattern: str) -> None:
     # Names that nobody else gives.
-    pattern = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.partial")
+    pattern = re.compile(rf"\.{name_pattern}\.[0-9a-f]{{8}}\.partial")
     try:
-        names = [name for name in os.listdir(path.parent) if pattern.fullmatch(name)]
+        names = [name for name in os.listdir(folder) if pattern.fullmatch(name)]
     except OSError:
         return
     for name in names:
-        other = path.with_name(name)
+        other = folder / name
         # Held by its writer, no regular file or folder, or gone by now: left alone.
         with contextlib.suppress(OSError):
             lock = os.open(other, os.O_RDONLY | os.O_NOFOLLOW)

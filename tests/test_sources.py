@@ -1,5 +1,4 @@
 import gzip
-import hashlib
 import json
 import os
 import pathlib
@@ -15,6 +14,7 @@ from data import sources
 from data.records import SCHEMAS
 from data.sources import held_out, keep_prepared, open_source
 from runtime.errors import UserError
+from runtime.writes import beside
 
 ROOT = pathlib.Path(__file__).parents[1]
 REAL = pathlib.Path(__file__).parents[2] / "shared" / "data"
@@ -355,16 +355,18 @@ def test_a_damaged_cache_is_prepared_again_with_a_note(tmp_path, cache, capsys, 
 def test_what_a_killed_process_left_is_removed_and_what_others_hold_is_not(tmp_path, cache):
     data = write(tmp_path / "a.jsonl", [{"text": f"text {i}"} for i in range(20)])
     cache.mkdir()
-    with sources._partial_folder(cache) as held:
-        (cache / "partial-dead" / "inside").mkdir(parents=True)
+    # A name that this code gives, and one that others may give.
+    dead, theirs = cache / ".set.0123abcd.partial", cache / "partial-dead"
+    with beside(cache / "set", is_folder=True) as (held, _):
+        (dead / "inside").mkdir(parents=True)
+        theirs.mkdir()
         everything(data, "text")
-        assert len(list(cache.iterdir())) == 2 and held.exists()
+        assert len(list(cache.iterdir())) == 3 and held.exists()
     assert not held.exists()
     # By the next start also where nothing has to be prepared.
-    (cache / "partial-dead").mkdir()
+    dead.mkdir()
     everything(data, "text")
-    (prepared,) = cache.iterdir()
-    assert "partial" not in prepared.name
+    assert not dead.exists() and theirs.exists() and len(list(cache.iterdir())) == 2
 
 
 def test_a_full_cache_disk_is_one_line(tmp_path, cache, monkeypatch):
@@ -397,15 +399,6 @@ def test_what_is_not_read_or_trained_on_is_said_once(tmp_path, capsys):
         f"note: {data}: 3 of 9 assistant's turns are not trained on "
         "(weight 0, or they call tools)",
     ]
-
-
-def test_a_source_has_the_hash_of_its_content(tmp_path):
-    data = write(tmp_path / "a.jsonl", [{"text": f"text {i}"} for i in range(20)])
-    wanted = hashlib.sha256((tmp_path / "a.jsonl").read_bytes()).hexdigest()
-    assert {open_source(data, "text", split).sha256 for split in ("train", "all")} == {wanted}
-    write(tmp_path / "a.jsonl", [{"text": f"new {i}"} for i in range(20)])
-    assert open_source(data, "text", "heldout").sha256 != wanted
-    assert open_source("world", "text", "train").sha256 is None
 
 
 def test_held_out_rows_never_train(tmp_path):

@@ -120,7 +120,7 @@ KINDS = {
     "dtype": DTYPE,
     "torch_dtype": DTYPE,
 }
-"""What the fields of a config.json hold, where they are not null."""
+"""Kinds of the fields of a config.json, where they are not null."""
 
 ROPE_KINDS = {
     "rope_type": TEXT,
@@ -132,7 +132,7 @@ ROPE_KINDS = {
     "original_max_position_embeddings": TOKENS,
     "partial_rotary_factor": number(0, 1),
 }
-"""What `rope_scaling` and `rope_parameters` hold; other fields are not covered."""
+"""Kinds of the fields of `rope_scaling` and `rope_parameters`; others are not covered."""
 
 
 # --- Hugging Face's config to ours
@@ -327,9 +327,7 @@ def config_of(model: ModelConfig, tokenizer: Tokenizer, dtype: str) -> dict[str,
         "sliding_window": model.window,
         **qwen,
         "attention_bias": False,
-        "bos_token_id": tokenizer.bos,
-        "eos_token_id": end_ids(tokenizer),
-        "pad_token_id": tokenizer.pad,
+        **generation_of(tokenizer),
         "torch_dtype": dtype,
     }
 
