@@ -129,8 +129,9 @@ def check(config: Config) -> None:
 def introduction(run: str) -> str:
     """Say how to chat with `run`, and what it can be asked where it knows the world alone."""
     lines = [
-        'Type a message; """ begins and ends one of several lines. /clear begins anew, '
-        "an empty line ends the chat. The first reply takes longer: it is compiled."
+        'Type a message; """ begins and ends one of several lines.',
+        "/clear begins anew, an empty line ends the chat.",
+        "The first reply takes longer: it is compiled.",
     ]
     if load_config(run).get("data") == "world":
         lines.append(
