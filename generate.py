@@ -204,10 +204,10 @@ def edit_lines() -> None:
 
 
 def read_message() -> str:
-    """Read a message from the terminal behind "> "; "" at the end of input.
+    """Read a message from the terminal behind "> "; "" for an empty line or the end of input.
 
     It is a line, or the lines between two \"\"\". In a terminal lines that are there already were
-    pasted together, and are one message.
+    pasted together, and are one message, without the newline at its end.
     """
     lines: list[str] = []
     # What came before the end of input counts.

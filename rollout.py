@@ -405,7 +405,9 @@ def check_first_update(update: Metrics, metrics: Metrics, dtype: jnp.dtype, star
 def check_sampler(metrics: Metrics, dtype: jnp.dtype, start: int) -> None:
     """Assert that sampler and training agree on log-probabilities, and that a new run has KL 0.
 
-    Arguments as of `check_first_update`, which calls this.
+    `metrics`: means of a rollout (`rollout_metrics`), of which `kl` and `sampler_gap` are read.
+    `dtype`: the model's compute type, which sets the tolerance. `start`: steps done before this
+    start, 0 in a new run. Raises AssertionError. `check_first_update` calls this.
     """
     # In a new run policy and reference are the same parameters.
     kl = float(metrics["kl"])

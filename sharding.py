@@ -464,10 +464,12 @@ def gathered(params: Any, dtype: Any) -> Any:
 
 
 def flat(x: jax.Array, *axes: str) -> jax.Array:
-    """Return [B, T, ...] as [M, ...], or as it is where one of `axes` cuts the tokens.
+    """Return [B, T, ...] as [M, ...], M = B T, or as it is where the mesh cuts the tokens.
 
-    XLA's CPU backend runs the backward pass of a matmul over one leading axis up to three times as
-    fast as over two, and others do not mind; but it cannot split a sum over M as tokens are cut.
+    `axes`: names of the mesh axes that may cut the tokens, as "sequence"; the mesh is the current
+    one (jax.set_mesh), if there is one. XLA's CPU backend runs the backward pass of a matmul over
+    one leading axis up to three times as fast as over two, and others do not mind; but it cannot
+    split a sum over M as tokens are cut.
     """
     mesh = get_abstract_mesh()
     if mesh.empty or along(mesh, *axes) == 1:

@@ -157,9 +157,10 @@ def mean_score(
 ) -> jax.Array:
     """Return the mean reward of `reference_responses`, a float32 scalar.
 
-    `params`: of a reward model; `source`: as there. `score`: of rewards.models.make_text_scorer,
-    score(params, prompts, responses) -> rewards. The model's bias less this mean scores them 0 on
-    average (Stiennon et al. 2020, section 3.4).
+    Those are of --demonstrations, or the best of the comparisons in `source`
+    (data.sources.open_source). `params`: of a reward model. `score`: of
+    rewards.models.make_text_scorer, score(params, prompts, responses) -> rewards. The model's bias
+    less this mean scores them 0 on average (Stiennon et al. 2020, section 3.4).
     """
     rewards = score(params, *reference_responses(config, source))
     return jnp.float32(np.mean(rewards))

@@ -252,8 +252,9 @@ class Run:
         """Save every `save_every` steps, at the last one and after a signal.
 
         `items`: what `restore` gave, or `as_items(state)`; beside it goes the position of `data`.
-        Call it at every step, on every process: this is where processes agree to stop. Raises
-        UserError for parameters that are not finite, and where the last save failed.
+        Call it at every step, on every process: this is where processes agree to stop, and then
+        `steps` ends. `step`: updates done, from 1. The items may be donated afterwards. Raises
+        UserError, when it saves, for parameters that are not finite or where the last save failed.
         """
         if self._checkpoints.due(step, self.config.save_every, self.config.steps):
             # The metrics first: a resumed run cuts rows after its checkpoint and repeats none.

@@ -165,9 +165,10 @@ def leave_one_out(rewards_QC: Array) -> Array:
 def by_response(
     advantage: Callable[[Array], Array], rewards_BR: Array, mask_BR: Array, *, group: int
 ) -> Array:
-    """Give each token the advantage of its response, [B, R]; 0 where masked.
+    """Give each token the advantage of its response, [B, R]; 0 where `mask_BR` is 0.
 
-    `advantage` maps rewards [Q, C] to advantages [Q, C], Q prompts, C = `group`; a response's
+    Rows are in the order of their prompts, the C responses of one next to each other. `advantage`
+    maps rewards [Q, C] to advantages [Q, C], Q prompts, C = `group`; a response's
     reward is the sum of `rewards_BR`, which must be 0 after its last token.
     """
     # Rows by group, and back.

@@ -167,7 +167,10 @@ def following(tokens_BT: jax.Array) -> jax.Array:
 
 
 def shifted(logp_BT: jax.Array) -> jax.Array:
-    """Move `following` labels' log-probabilities to the tokens' index, [B, T]; 0 at index 0."""
+    """Move log-probabilities, [B, T], from the index that predicts to that of the token itself.
+
+    What stood at t, of token t + 1, stands at t + 1 then; index 0 gets 0.
+    """
     earlier_BT = logp_BT[:, :-1]
     return jnp.pad(earlier_BT, ((0, 0), (1, 0)))
 

@@ -439,10 +439,11 @@ def clipped_surrogate(
 def clip_metrics(
     log_ratio_BR: Array, advantages_BR: Array, mask_BR: Array, clip: float, clip_high: float
 ) -> Metrics:
-    """Return (sum, weight) metrics of `clipped_policy_loss` over the masked tokens.
+    """Return (sum, weight) metrics of `clipped_policy_loss`: shares of the tokens under the mask.
 
-    clipped: the share whose ratio is outside the clips; clip_active: of those that lose their
-    gradient by it, as they have moved the way that their advantage pushes (TRL's clip ratio).
+    clipped: of those whose ratio is outside 1 - `clip` to 1 + `clip_high`; clip_active: of those
+    that also lose their gradient by it, as they have moved the way that their advantage pushes
+    (TRL's clip ratio). `mask_BR`: float32, 1 for what counts.
     """
     ratio_BR = jnp.exp(log_ratio_BR)
     above_BR = ratio_BR > 1 + clip_high

@@ -278,9 +278,9 @@ def step_rewards(logits_BT: Array, ends_BT: Array, how: StepScore) -> Array:
     """Return each step's change of the response's score, at its last token, [B, T]; 0 elsewhere.
 
     `logits_BT`: log-odds that the step is right, read where `ends_BT` (bool) marks a step's last
-    token. `how`: see `running_score`. The changes sum to the score that re-ranking goes by, in [0,
-    1], so a response gains nothing from having more steps, as it would if the steps' probabilities
-    were summed.
+    token. `how`: "product", "minimum" or "last" of the steps' probabilities. The changes sum to
+    the score that re-ranking goes by, in [0, 1], so a response gains nothing from having more
+    steps, as it would if the steps' probabilities were summed.
     """
     # Of the score itself, not its log: 0 before the first step has ended.
     log_score_BT = running_score(logits_BT, ends_BT, how)
