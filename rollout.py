@@ -28,6 +28,7 @@ from data.tokenizer import Tokenizer
 from model import Params
 from model_config import ModelConfig
 from objectives.policy import kl_estimate, last_places, masked, masked_mean
+from objectives.unpadded import find_room, unpadded, with_room
 from runtime.errors import UserError
 from runtime.samples import SampleRow
 from sampling import Apply, Ends, Samples, SamplingConfig, ends, generate
@@ -281,8 +282,10 @@ def make_experience(
             prompt_batch = widened(next(prompts), prompt_length, pad)
             round_key = jax.random.fold_in(key, number)
             sampled = rollout(policy, to_mesh(prompt_batch, mesh), round_key)
-            scores, scalars = score(sampled, prompts.records)
-            targets, metrics = compute_targets(policy, reference, sampled, scores, scalars)
+            judged = unpadded(sampled)
+            scores, scalars = score(judged, prompts.records)
+            targets, metrics = compute_targets(policy, reference, judged, scores, scalars)
+            targets = with_room(targets, None)
             rounds.append(metrics)
 
             # Fill the places of groups without signal.
@@ -366,17 +369,27 @@ def shuffled(
 
 
 def shuffled_minibatches(
-    batch: Mapping[str, Any], key: Array, epochs: int, parts: int
+    batch: Mapping[str, Any], key: Array, epochs: int, parts: int, microbatches: int = 1
 ) -> Iterator[Batch]:
     """Yield the `parts` minibatches of each epoch, every epoch in another random order.
 
-    As of `shuffled`, `epochs` x `parts` in all. `key`: the iteration's, which sampling folds with
-    the numbers of rows and rounds.
+    As of `shuffled`, `epochs` x `parts` in all, each with the room of its real tokens when it is
+    cut into `microbatches` (objectives/unpadded.py). `key`: the iteration's, which sampling folds
+    with the numbers of rows and rounds. Waits for the device once.
     """
     # A number that no row has: else an epoch's order would come of the bits of a row's tokens.
+    batch = with_room(batch, None)
     own_key = jax.random.fold_in(key, SHUFFLE)
-    for epoch in range(epochs):
-        yield from shuffled(batch, jax.random.fold_in(own_key, epoch), parts, epoch == 0)
+    keys = [jax.random.fold_in(own_key, epoch) for epoch in range(epochs)]
+
+    # One room for all minibatches, so that their updates are one program.
+    segments = {"segment_ids_BT": batch["segment_ids_BT"]}
+    cut = [part for key in keys for part in shuffled(segments, key, parts)]
+    room = find_room(*[part["segment_ids_BT"] for part in cut], microbatches=microbatches)
+
+    for epoch, epoch_key in enumerate(keys):
+        for minibatch in shuffled(batch, epoch_key, parts, epoch == 0):
+            yield with_room(minibatch, room)
 
 
 def check_first_update(update: Metrics, metrics: Metrics, dtype: jnp.dtype, start: int) -> None:

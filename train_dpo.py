@@ -29,6 +29,7 @@ from model import LanguageModel, Params, init_and_apply
 from model_config import ModelConfig, check_fit
 from objectives import direct
 from objectives.likelihood import Apply
+from objectives.unpadded import unpadded
 from planning.dry_run import preview
 from planning.memory import check_memory
 from rewards.reference import cached_reference
@@ -298,7 +299,8 @@ def make_prepare(
             batch = cached(batch)
         on_mesh = to_mesh(batch, mesh)
         if is_online:
-            on_mesh = {**on_mesh, "reference_BC": logprobs(reference, on_mesh)}
+            reference_BC = logprobs(reference, unpadded(on_mesh))
+            on_mesh = {**on_mesh, "reference_BC": reference_BC}
         if config.loss == "kto":
             on_mesh = with_kl(policy, on_mesh)
         return on_mesh
@@ -398,7 +400,8 @@ def main(config: Config) -> dict[str, float]:
             # One update; its metrics are written while the next one runs.
             batch = next(batches)
             policy = full(base, state.params)
-            state, metrics = update.step(state, prepare(policy, batch), base)
+            prepared = unpadded(prepare(policy, batch), config.microbatches)
+            state, metrics = update.step(state, prepared, base)
             run.record(step, metrics, tokens=batch["loss_mask_BCT"].size)
 
             # Held-out loss, samples, and gold shares. Their KL needs the reference, loaded for

@@ -568,7 +568,7 @@ def main(config: Config) -> dict[str, float]:
             # 4. Updates: epochs over shuffled minibatches.
             updates = []
             for minibatch in shuffled_minibatches(
-                experience, key, config.epochs, config.minibatches
+                experience, key, config.epochs, config.minibatches, config.microbatches
             ):
                 policy, update_metrics = update.step(policy, minibatch, base)
                 updates.append(update_metrics)

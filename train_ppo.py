@@ -46,6 +46,7 @@ from objectives.policy import (
     with_text,
 )
 from objectives.reward import step_ends, step_rewards
+from objectives.unpadded import unpadded
 from planning.dry_run import preview_items
 from planning.memory import check_memory
 from rewards.scorer import check_rewards, is_function, make_reward_scorer, pooled
@@ -713,6 +714,8 @@ def main(config: Config) -> dict[str, float]:
                 to_mesh(next(data["prompts"]), mesh),
                 key,
             )
+            # Models are run over its real tokens alone.
+            rollout = unpadded(rollout)
 
             # 2. Score: each reward's score of each response.
             scores, scalars = loaded.score(
@@ -735,7 +738,7 @@ def main(config: Config) -> dict[str, float]:
             # 4. Updates: epochs over shuffled minibatches; the critic's and the policy's.
             updates = []
             for minibatch in shuffled_minibatches(
-                experience, key, config.epochs, config.minibatches
+                experience, key, config.epochs, config.minibatches, config.microbatches
             ):
                 critic, critic_metrics = critic_update.step(critic, minibatch, loaded.critic_base)
                 # Text beside it is for the policy alone.

@@ -29,6 +29,7 @@ from model import Params, ScalarModel, init_and_apply
 from model_config import ModelConfig, check_fit
 from objectives.likelihood import Apply, inputs
 from objectives.reward import process_objective
+from objectives.unpadded import unpadded
 from planning.dry_run import preview
 from planning.memory import check_memory
 from runtime import flags
@@ -199,8 +200,8 @@ def main(config: Config) -> dict[str, float]:
         run.describe(title, state.params, (state.opt_state, base), length=config.length)
         for step in run.steps():
             # One update; its metrics are written while the next one runs.
-            batch = next(batches)
-            state, metrics = update.step(state, to_mesh(batch, mesh), base)
+            batch = unpadded(to_mesh(next(batches), mesh), config.microbatches)
+            state, metrics = update.step(state, batch, base)
             run.record(step, metrics, tokens=batch["tokens_BT"].size)
 
             # Accuracy, AUC and the first wrong step on held-out solutions.

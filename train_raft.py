@@ -32,6 +32,7 @@ from model_config import ModelConfig, check_fit
 from objectives import imitate
 from objectives.imitate import Pool
 from objectives.policy import MissingEos, missing_eos, response_logprobs
+from objectives.unpadded import find_room, with_room
 from planning.dry_run import preview_items
 from planning.memory import check_memory
 from rewards.scorer import check_missing_eos, make_reward_scorer
@@ -360,7 +361,12 @@ def minibatches_of(
 
     # The passes over them; what is drawn beyond is dropped.
     updates = divided_up(config.epochs * count, config.minibatch_size)
-    return functions.draw(pool, chosen_B, key)[:updates], metrics
+    minibatches = functions.draw(pool, chosen_B, key)[:updates]
+
+    # One room for all, so that their updates are one program.
+    segments = [minibatch["segment_ids_BT"] for minibatch in minibatches]
+    room = find_room(*segments, microbatches=config.microbatches)
+    return [with_room(minibatch, room) for minibatch in minibatches], metrics
 
 
 def note_nothing_chosen(config: Config, step: int, best: float) -> None:

@@ -23,6 +23,7 @@ from objectives.reward import (
     pair_means,
     pair_metrics,
 )
+from objectives.unpadded import run_model
 
 USUAL = {"beta": 0.1}
 PAPERS: dict[str, dict[str, Any]] = {"simpo": {"beta": 2.0, "paper": "Meng et al. 2024"}}
@@ -361,9 +362,9 @@ def candidate_token_logprobs(
     are not read.
     """
     # M = B * C rows for the model.
-    tokens_MT, segment_ids_MT, positions_MT = flat_candidates(batch)
-    output = apply(params, tokens_MT, segment_ids_MT, positions_MT)
-    labels_MT = following(tokens_MT)
+    rows = flat_candidates(batch)
+    output = run_model(apply, params, rows)
+    labels_MT = following(rows["tokens_BT"])
     logp_MT = hidden_logprobs(output.x_BTD, output.unembed_DV, labels_MT, temperature)
     logp_BCT = shifted(logp_MT).reshape(batch["tokens_BCT"].shape)
     return logp_BCT * batch["loss_mask_BCT"]

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 
 from model import unembed
 from objectives.distill import kl
-from objectives.likelihood import Apply, LossSum, inputs, response_mask, token_logprobs
+from objectives.likelihood import Apply, LossSum, response_mask, token_logprobs
+from objectives.unpadded import run_model
 
 Array = jax.Array
 Pool = dict[str, Array]
@@ -178,13 +179,13 @@ def imitation_objective(
     """
     mask_BT = batch["loss_mask_BT"]
     tokens = mask_BT.sum()
-    policy = apply(params["policy"], *inputs(batch))
+    policy = run_model(apply, params["policy"], batch)
     logits_BTV = unembed(policy.x_BTD, policy.unembed_DV)
     loss = -(token_logprobs(logits_BTV, batch["tokens_BT"]) * mask_BT).sum()
     if not kl_coef:
         return loss, (tokens, {})
 
-    reference = apply(jax.lax.stop_gradient(params["reference"]), *inputs(batch))
+    reference = run_model(apply, jax.lax.stop_gradient(params["reference"]), batch)
     reference_BTV = unembed(reference.x_BTD, reference.unembed_DV)
     kl_BT = kl(jax.nn.log_softmax(reference_BTV), jax.nn.log_softmax(logits_BTV))
     # Position t predicts token t + 1.

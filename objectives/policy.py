@@ -26,10 +26,10 @@ from objectives.likelihood import (
     Metrics,
     TokenBatch,
     hidden_logprobs,
-    inputs,
     label_logprobs,
     likelihood_objective,
 )
+from objectives.unpadded import run_model
 
 Array = jax.Array
 KlEstimator = Literal["k1", "k2", "k3"]
@@ -359,7 +359,7 @@ def response_logits(apply: Apply, params: Params, batch: Responses, temperature:
     `apply` is that of a LanguageModel. Token t of the response was drawn from their softmax. A
     temperature of 0 counts as 1.
     """
-    output = apply(params, *inputs(batch))
+    output = run_model(apply, params, batch)
     # Cut before the unembedding, which is dear: T is R + 1 from here on.
     x_BTD = response_states(batch, output.x_BTD)
     logits_BTV = unembed(x_BTD, output.unembed_DV)
@@ -372,7 +372,7 @@ def response_logprobs(apply: Apply, params: Params, batch: Responses, temperatur
     `apply` is that of a LanguageModel. Padding has values too: mask them. A temperature of 0
     counts as 1.
     """
-    output = apply(params, *inputs(batch))
+    output = run_model(apply, params, batch)
     # T is R + 1 from here on.
     x_BTD = response_states(batch, output.x_BTD)
     # The last position predicts nothing: its log-probability is cut off.
@@ -387,7 +387,7 @@ def response_values(apply: Apply, params: Params, batch: Responses) -> Array:
     `apply` is that of a ScalarModel. Padding has values too: mask them.
     """
     # A state's value is read at the same position that predicts its token.
-    scalars_BT = apply(params, *inputs(batch)).scalars_BT
+    scalars_BT = run_model(apply, params, batch).scalars_BT
     return response_states(batch, scalars_BT)[:, :-1]
 
 

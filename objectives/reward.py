@@ -5,7 +5,7 @@ scalar at a step's last token is the log-odds that the step is right.
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +19,10 @@ from objectives.likelihood import (
     TokenBatch,
     following,
     hidden_logprobs,
-    inputs,
     shifted,
 )
 from objectives.policy import last_places, last_token
+from objectives.unpadded import run_model
 
 Candidates = dict[str, Array]
 """C responses to each prompt, of data.batches.comparison_batches, on the mesh. As in a TokenBatch,
@@ -129,18 +129,18 @@ def ranking_loss(
     return pair_means(loss_BCC, better_pairs(ranks_BC))
 
 
-def flat_candidates(batch: Candidates) -> tuple[Array, Array, Array]:
-    """Return tokens, segment ids and positions of all candidates, each [B * C, T], for `apply`.
+def flat_candidates(batch: Candidates) -> dict[str, Any]:
+    """Return the candidates as rows of a TokenBatch, [B * C, T]: what `run_model` reads of one.
 
-    Read are `tokens_BCT`, `segment_ids_BCT` and `positions_BCT`; a prompt's candidates are
-    neighbouring rows.
+    A prompt's candidates are neighbouring rows; a `room` of `batch` is of these rows.
     """
     length = batch["tokens_BCT"].shape[-1]
-    return (
-        batch["tokens_BCT"].reshape(-1, length),
-        batch["segment_ids_BCT"].reshape(-1, length),
-        batch["positions_BCT"].reshape(-1, length),
-    )
+    rows: dict[str, Any] = {}
+    for name in ("tokens", "segment_ids", "positions"):
+        rows[f"{name}_BT"] = batch[f"{name}_BCT"].reshape(-1, length)
+    if "room" in batch:
+        rows["room"] = batch["room"]
+    return rows
 
 
 def ranking_objective(
@@ -159,9 +159,9 @@ def ranking_objective(
     """
     # The reward of a candidate is the scalar at its last token.
     ranks_BC = batch["ranks_BC"]
-    tokens_MT, segment_ids_MT, positions_MT = flat_candidates(batch)
-    output = apply(params, tokens_MT, segment_ids_MT, positions_MT)
-    rewards_M = last_token(output.scalars_BT, segment_ids_MT)
+    rows = flat_candidates(batch)
+    output = run_model(apply, params, rows)
+    rewards_M = last_token(output.scalars_BT, rows["segment_ids_BT"])
     rewards_BC = rewards_M.reshape(ranks_BC.shape)
 
     # All pairs of each ranking.
@@ -172,12 +172,13 @@ def ranking_objective(
         return loss, (valid_B.sum(), metrics)
 
     # The best candidate of each prompt, as a row of the flat batch, read as a language model.
-    rows, candidates = ranks_BC.shape
-    first_of_prompt_B = jnp.arange(rows) * candidates
+    prompts, candidates = ranks_BC.shape
+    first_of_prompt_B = jnp.arange(prompts) * candidates
     best_B = first_best(ranks_BC) + first_of_prompt_B
-    labels_BT = following(tokens_MT[best_B])
+    labels_BT = following(rows["tokens_BT"][best_B])
     logp_BT = hidden_logprobs(output.x_BTD[best_B], output.unembed_DV, labels_BT)
-    mask_BT = batch["loss_mask_BCT"].reshape(tokens_MT.shape)[best_B]
+    mask_MT = batch["loss_mask_BCT"].reshape(rows["tokens_BT"].shape)
+    mask_BT = mask_MT[best_B]
     logp_B = (shifted(logp_BT) * mask_BT).sum(1)
     nll_B = -logp_B / jnp.maximum(mask_BT.sum(1), 1.0)
     nll = (nll_B * valid_B).sum()
@@ -208,7 +209,7 @@ def process_objective(apply: Apply, params: Params, batch: TokenBatch) -> LossSu
     """
     mask_BT = batch["loss_mask_BT"]
     targets_BT = batch["targets_BT"]
-    logits_BT = apply(params, *inputs(batch)).scalars_BT
+    logits_BT = run_model(apply, params, batch).scalars_BT
     steps = mask_BT.sum()
     losses_BT = step_loss(logits_BT, targets_BT) * mask_BT
     # Right where both are on the same side of 1/2.

@@ -14,9 +14,9 @@ from data.batches import SHORTEST_PROMPT, Row, cut_left, pad_examples, pad_promp
 from data.tokenizer import Message, Tokenizer
 from model import Params, ScalarModel, init_and_apply
 from model_config import ModelConfig, stored_model
-from objectives.likelihood import inputs
 from objectives.policy import last_token
 from objectives.reward import StepScore, running_score, step_ends
+from objectives.unpadded import run_model
 from responses import Tokens, full_parts
 from runtime.errors import UserError
 from runtime.run_folder import load_config
@@ -84,7 +84,7 @@ def make_scalars(config: ModelConfig) -> Callable[[Params, Batch], jax.Array]:
     _, apply = init_and_apply(ScalarModel(config))
 
     def scalars(params: Params, batch: Batch) -> jax.Array:
-        return apply(params, *inputs(batch)).scalars_BT
+        return run_model(apply, params, batch).scalars_BT
 
     return scalars
 
