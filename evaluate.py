@@ -229,7 +229,11 @@ def print_table(table: dict[str, Any]) -> None:
 
 
 def main(config: Config) -> dict[str, Any]:
-    """Measure and print; return what was measured, as of the function that --measure names."""
+    """Measure and print; return what was measured, as of the function of --measure.
+
+    gold: `evaluate_alignment`, which also writes summary.json and report.html into --run.
+    perplexity, accuracy, win_rate: `evaluate_` and that name, which print alone.
+    """
     if config.n < 1:
         raise UserError(f"--n={config.n}: must be at least 1")
     require(

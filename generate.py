@@ -186,7 +186,7 @@ def chat(reply: Reply, tokenizer: Tokenizer, key: jax.Array, room: int) -> str:
 def newest_turns(messages: list[Message], tokenizer: Tokenizer, room: int) -> list[Message]:
     """Return the end of a chat, from a user's turn on, that has at most `room` tokens; [] if none.
 
-    `messages`: turns of user and assistant, the user's last.
+    `messages`: the user and the assistant by turns; the first and the last are the user's.
     """
     for start in range(0, len(messages), 2):
         if len(tokenizer.prompt(messages[start:])) <= room:

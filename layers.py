@@ -43,8 +43,9 @@ def run_layers(
     """Run all layers; return the hidden states [B, T, D], the cache, and the sum of their losses.
 
     Called inside `decoder`, whose parameters `layers` are the layers' and whose `config` and
-    `microbatches` (of a pipeline) are read. `block_class(config, ring)` is one layer; `ring`:
-    devices over which the tokens are striped (kernels/ring.py), 1 without. `rows`: what each layer
+    `microbatches` (of a pipeline) are read. `block_class(config, ring)` is one layer, called and
+    returning as this module's docstring says; `ring`: devices over which the tokens, `x_BTD`
+    too, are striped (kernels/ring.py), 1 without. `rows`: what each layer
     reads of the rows, in model.py (segment ids, turns). `cache`: stacked, unstacked or None; it
     comes back with these tokens' keys and values, its `length` as it was. The sum is of the
     auxiliary losses, None where the layers have none.

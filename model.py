@@ -167,9 +167,9 @@ def rope_turns(config: ModelConfig, positions_BT: jax.Array) -> Turns:
 def rotate(x_BTNH: jax.Array, turns: Turns) -> jax.Array:
     """Turn queries or keys by RoPE, half-split: dimension i turns with i + H/2.
 
-    `x_BTNH`: [B, T, N or K, H]; its shape and type come back. As in GPT-NeoX and Hugging Face's
-    Llama. Weights whose convention turns 2i with 2i + 1 (Meta's, llama2.c's) need their q and k
-    permuted.
+    `x_BTNH`: [B, T, N or K, H]; its shape and type come back. `turns`: of `rope_turns`. As in
+    GPT-NeoX and Hugging Face's Llama. Weights whose convention turns 2i with 2i + 1 (Meta's,
+    llama2.c's) need their q and k permuted.
     """
     # In float32: in bfloat16 the angles of far positions would lose their last bits.
     cos, sin = turns

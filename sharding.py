@@ -362,7 +362,7 @@ def _rows_split(mesh: AnyMesh, x: jax.Array) -> bool:
 def constrain_batch(x: jax.Array) -> jax.Array:
     """Keep the first axis of `x` split over data and fsdp, where these divide it.
 
-    Without a mesh `x` is returned as it is.
+    Without a mesh, or where data x fsdp does not divide that axis, `x` is returned as it is.
     """
     if not _rows_split(get_abstract_mesh(), x):
         return x

@@ -262,10 +262,12 @@ def make_batches(
     others: Source | None = None,
     **options: Any,
 ) -> Batches:
-    """Iterate over the candidates that --loss compares; `options`: others of `BatchOptions`.
+    """Iterate over the candidates that --loss compares; batches are comparison_batches'.
 
     `source`: records of the schema `comparison`, or for kto of `unpaired` too; its candidates are
-    then judged responses and, last, one to another prompt. Batches are comparison_batches'.
+    then judged responses and, last, one to another prompt: of `source`, or of `others` where
+    `source` has one prompt alone. `options`: of `BatchOptions`, but for the batch's size and
+    length, which `config` gives.
     """
     # KTO's candidates: the best and the worst response, or one judged response; and one more.
     if config.loss == "kto":

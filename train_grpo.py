@@ -200,7 +200,7 @@ class Config:
 
     @property
     def length(self) -> int:
-        """Return the tokens of a row: prompt and response."""
+        """Tokens of a row, prompt and response; a property."""
         return self.max_prompt + self.max_new_tokens
 
     @property
@@ -356,7 +356,8 @@ def make_update(config: Config, init: Init, objective: Objective) -> Update:
     """Make the Update of the policy: its optimiser over all updates of the run, its jitted step.
 
     `init` is handed through. `objective`: of `make_method`. The step's `base` is what lies under
-    the adapters, None without; it donates the state.
+    the adapters, None without; it donates the state. Batches are minibatches of Experience
+    (rollout.shuffled_minibatches).
     """
     optimizer = make_optimizer(config.optimizer, config.updates)
     step = make_train_step(

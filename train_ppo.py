@@ -234,7 +234,7 @@ class Config:
 
     @property
     def length(self) -> int:
-        """Return the tokens of a row: prompt and response."""
+        """Tokens of a row, prompt and response; a property."""
         return self.max_prompt + self.max_new_tokens
 
 
@@ -532,8 +532,9 @@ def fresh_items(
     """Build what a checkpoint holds before the first iteration: policy, critic and beta.
 
     Keys: `params` and `rest` of the policy's state, `value`, the critic's state, `beta`, a scalar.
-    `policy`, `critic`: parameters to start from. They are copied, for the steps donate theirs;
-    reference and reward models stay.
+    `policy`, `critic`: whole parameters to start from, with LoRA too, which lays new adapters on
+    them. They are copied, for the steps donate theirs; reference and reward models stay.
+    `from_items` makes a TrainState of `params` and `rest`.
     """
     # The keys are of adapters, which start at random.
     keys = jax.random.split(jax.random.key(config.seed))
@@ -626,9 +627,9 @@ def first_samples(
 
 
 def on_devices(config: Config, loaded: Loaded) -> tuple[Any, ...]:
-    """Return the models that lie on the devices all the time: (reference, rewards), or ().
+    """Return the models that lie on the devices all the time, for Run.describe to count.
 
-    None do with --offload.
+    They are (reference, rewards) of `loaded`; () with --offload.
     """
     return () if config.offload else (loaded.reference, loaded.rewards)
 

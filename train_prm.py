@@ -122,9 +122,9 @@ def make_step_evaluation(
 ) -> Callable[[Params], dict[str, float]]:
     """Make evaluate(params) -> the measures of evaluation.steps.step_table, prefixed by `eval/`.
 
-    They are accuracy, auc, first_error, wrong and steps. `apply`: of a ScalarModel. Evaluated are
-    the first `most` records (schema `steps`) of `source`, but for those without a labelled step
-    within `length` tokens; UserError where none is left.
+    They are accuracy, auc, first_error, wrong and steps, which that function explains. `apply`: of
+    a ScalarModel. Evaluated are the first `most` records (schema `steps`) of `source`, but for
+    those without a labelled step within `length` tokens; UserError where none is left.
     """
     first = source.first(most)
     records = [record for record in first if encode_steps(record, tokenizer, length).rows]

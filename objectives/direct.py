@@ -206,7 +206,8 @@ def kto(
 ) -> Array:
     """Return KTO's losses of pairs, [B]: the mean of a desirable and an undesirable response's.
 
-    The chosen response is the desirable one. Arguments as of `dpo` and `kto_unpaired`.
+    The chosen response is the desirable one. Arguments as of `dpo` and `kto_unpaired`; a `kl`
+    below 0 counts as 0.
     """
     good = kto_unpaired(
         policy_chosen_logps,

@@ -79,13 +79,15 @@ def distill_objective(
 ) -> LossSum:
     """Sum alpha CE + (1 - alpha) tau^2 D(teacher, student) over tokens; the weight: these.
 
-    `params`: {"student", "teacher"}, all parameters of two language models. `batch`: of
-    conversations or of own samples, with a loss mask. D has the logits of both divided by `tau`;
-    its gradient falls as 1/tau^2, which the factor makes up for (Hinton et al. 2015, section 2).
-    `labelled=False` is for the student's own samples, whose tokens are no targets: the second term
-    alone (Agarwal et al. 2024, section 3; here a token weighs the same in responses of any
-    length). Vocabularies may be padded to different sizes: D is over the tokens that both have.
-    Metrics, nats a token: `nll`, and `divergence` at `tau`, not multiplied.
+    `params`: {"student", "teacher"}, all parameters of two language models, and `apply` and
+    `teacher_apply` theirs; nothing here stops the teacher's gradient. `batch`: of conversations or
+    of own samples, with a loss mask. `divergence`, D: `forward_kl`, `reverse_kl`, or `jsd` with
+    its `beta` bound. It has the logits of both divided by `tau`; its gradient falls as 1/tau^2,
+    which the factor makes up for (Hinton et al. 2015, section 2). `labelled=False` is for the
+    student's own samples, whose tokens are no targets: the second term alone, its factors kept
+    (Agarwal et al. 2024, section 3; here a token weighs the same in responses of any length).
+    Vocabularies may be padded to different sizes: D is over the tokens that both have. Metrics,
+    nats a token: `nll`, and `divergence` at `tau`, not multiplied.
     """
     # Logits of both; position t predicts token t + 1.
     student = apply(params["student"], *inputs(batch))

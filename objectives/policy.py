@@ -409,11 +409,11 @@ def clipped_surrogate(
     """Return `clipped_policy_loss` of each token, [B, R], not masked yet, and metrics.
 
     `logp_BR`: the policy's, nats. `batch`: `mask_BR`, `old_logp_BR` and `advantages_BR`, [B, R],
-    and `is_first_B` where rows are the first that samples are trained on: their ratio is then 1,
-    whatever the rounding of `old_logp_BR`. `log_ratio(change_BR, mask_BR)` makes the log of the
-    importance ratio [B, R] from the tokens' own log-ratios, 0 at padding. Metrics: approx_kl, half
-    the mean square of those to `old_logp_BR`; nll_per_token, minus the mean log-probability; and
-    those of `clip_metrics`.
+    and perhaps `is_first_B`, bool, True where a row is of the first that samples are trained on:
+    its ratio is then 1, whatever the rounding of `old_logp_BR`. `log_ratio(change_BR, mask_BR)`
+    makes the log of the importance ratio [B, R] from the tokens' own log-ratios, 0 at padding.
+    Metrics are (sum, tokens) pairs: approx_kl, half the mean square of those to `old_logp_BR`;
+    nll_per_token, minus the mean log-probability; and those of `clip_metrics`.
     """
     # Log-ratios of the tokens: padding gets 0, so that nothing there can overflow.
     mask_BR = batch["mask_BR"]
