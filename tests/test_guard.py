@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -104,6 +105,17 @@ def test_a_run_that_left_batches_out_resumes_bitwise(tmp_path, monkeypatch):
             64,
         ]
         equal(tmp_path / str(kept), tmp_path / "run")
+
+
+def test_spikes_count_within_a_thousand_steps(tmp_path):
+    config = SimpleNamespace(run=str(tmp_path), guard=guard.GuardConfig(skip=1, most=2))
+    (tmp_path / "config.json").write_text(json.dumps({"script": "train_lm", "guard": {"skip": 1}}))
+    guard.go_back(config, 10)
+    guard.go_back(config, 500)
+    with pytest.raises(UserError, match=r"at step 1009; .*of 1,000 steps"):
+        guard.go_back(config, 1009)
+    guard.go_back(config, 1010)  # the first is a thousand steps ago
+    assert [spike["step"] for spike in guard._spikes(str(tmp_path))] == [10, 500, 1010]
 
 
 @pytest.mark.slow
