@@ -28,7 +28,7 @@ from data.tokenizer import Tokenizer
 from model import Params
 from model_config import ModelConfig
 from objectives.policy import kl_estimate, last_places, masked, masked_mean
-from objectives.unpadded import find_room, unpadded, with_room
+from objectives.unpadded import OF_ROLLOUTS, find_room, unpadded, with_room
 from runtime.errors import UserError
 from runtime.samples import SampleRow
 from sampling import Apply, Ends, Samples, SamplingConfig, ends, generate
@@ -282,7 +282,7 @@ def make_experience(
             prompt_batch = widened(next(prompts), prompt_length, pad)
             round_key = jax.random.fold_in(key, number)
             sampled = rollout(policy, to_mesh(prompt_batch, mesh), round_key)
-            judged = unpadded(sampled)
+            judged = unpadded(sampled, sizes=OF_ROLLOUTS)
             scores, scalars = score(judged, prompts.records)
             targets, metrics = compute_targets(policy, reference, judged, scores, scalars)
             targets = with_room(targets, None)

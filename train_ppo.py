@@ -46,7 +46,7 @@ from objectives.policy import (
     with_text,
 )
 from objectives.reward import step_ends, step_rewards
-from objectives.unpadded import unpadded
+from objectives.unpadded import OF_ROLLOUTS, unpadded
 from planning.dry_run import preview_items
 from planning.memory import check_memory
 from rewards.scorer import check_rewards, is_function, make_reward_scorer, pooled
@@ -716,7 +716,7 @@ def main(config: Config) -> dict[str, float]:
                 key,
             )
             # Models are run over its real tokens alone.
-            rollout = unpadded(rollout)
+            rollout = unpadded(rollout, sizes=OF_ROLLOUTS)
 
             # 2. Score: each reward's score of each response.
             scores, scalars = loaded.score(

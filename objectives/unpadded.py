@@ -32,20 +32,22 @@ Array = jax.Array
 Rows = TypeVar("Rows", bound=Mapping[str, Any])
 """A batch: arrays by name, and perhaps a `room`."""
 
-# Rooms are rounded up to parts of so many: each new one compiles a script's programs again.
-PARTS = 8
+# Each new room compiles a script's programs again, so there are but few: so many between one and
+# its half. Lengths of rollouts drift while a policy learns; those of data stay as they are.
+OF_ROLLOUTS = 2
+OF_DATA = 8
 
 
 @flax.struct.dataclass
 class Room:
     """How many packed rows hold a batch's real tokens; it is part of a program, not an array."""
 
-    eighths: int = flax.struct.field(pytree_node=False)
-    """Packed rows over rows, in eighths."""
+    share: float = flax.struct.field(pytree_node=False)
+    """Packed rows over rows, at most 1."""
 
     def rows(self, rows: int) -> int:
         """Return the packed rows of a group of `rows`."""
-        return math.ceil(rows * self.eighths / PARTS)
+        return math.ceil(rows * self.share)
 
 
 # --- where each row goes
@@ -237,18 +239,22 @@ def rows_needed(segment_ids: Array, microbatches: int) -> Array:
     return jax.vmap(rows_used)(segment_ids_GBT).max()
 
 
-def find_room(*segment_ids: Array, microbatches: int = 1) -> Room | None:
+def find_room(*segment_ids: Array, microbatches: int = 1, sizes: int = OF_ROLLOUTS) -> Room | None:
     """Return the room that each of these batches fits in; None where packing would save nothing.
 
     Each is [B, T] or [B, C, T], 0 for padding, and is later cut into `microbatches` and over the
-    devices of the mesh. Waits for the device. None too where the mesh splits a row's tokens.
+    devices of the mesh. `sizes`: rooms between one and its half, from which the least that fits is
+    taken. Waits for the device. None too where the mesh splits a row's tokens.
     """
     if not can_pack():
         return None
     rows = math.prod(segment_ids[0].shape[:-1]) // microbatches // ways()
     needed = jnp.stack([rows_needed(ids, microbatches) for ids in segment_ids])
-    eighths = math.ceil(PARTS * int(needed.max()) / rows)
-    return Room(eighths) if eighths < PARTS else None
+    share = int(needed.max()) / rows
+
+    # The largest k for which 2 to the power of -k / sizes is no less than the share.
+    steps = math.floor(-sizes * math.log2(share) + 1e-9)
+    return Room(2 ** (-steps / sizes)) if steps else None
 
 
 def with_room(batch: Rows, room: Room | None) -> Rows:
@@ -259,10 +265,10 @@ def with_room(batch: Rows, room: Room | None) -> Rows:
     return cast(Rows, fields)
 
 
-def unpadded(batch: Rows, microbatches: int = 1) -> Rows:
+def unpadded(batch: Rows, microbatches: int = 1, sizes: int = OF_DATA) -> Rows:
     """Return `batch` with the room that its real tokens need, measured on the mesh.
 
     `batch`: rows [B, T] or candidates [B, C, T]; see `find_room`. Waits for the device.
     """
     name = "segment_ids_BCT" if "segment_ids_BCT" in batch else "segment_ids_BT"
-    return with_room(batch, find_room(batch[name], microbatches=microbatches))
+    return with_room(batch, find_room(batch[name], microbatches=microbatches, sizes=sizes))
