@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from kernels import chunked, flash, library
+from kernels import chunked, library
 from kernels.masks import MASKED, Ranges, mask_of, visible_ranges
 from kernels.ring import ring_backward, ring_forward
 from runtime.errors import UserError
@@ -34,6 +34,15 @@ class Line(NamedTuple):
     why: str
 
 
+def late(module: str, name: str) -> Callable[..., Any]:
+    """Return the function `name` of `module`, imported when it is called: Pallas loads slowly."""
+
+    def call(*args: Any, **options: Any) -> Any:
+        return getattr(importlib.import_module(module), name)(*args, **options)
+
+    return call
+
+
 ANY_LENGTH = float("inf")
 # The first line that fits holds; the last always does. pallas_gpu and pallas_hopper are in no
 # line: not yet measured on a GPU.
@@ -52,7 +61,7 @@ AUTO = (
     ),
     Line(
         platform="tpu",
-        longest=flash.longest_on_tpu,
+        longest=late("kernels.flash", "longest_on_tpu"),
         implementation="pallas_tpu",
         why="compiled for v5e, v5p and v6e; not yet timed on one",
     ),
@@ -133,16 +142,6 @@ def masked_attention(
 # ---- Implementations whose memory is linear in the length ----
 
 
-def hopper_forward(*args: Any, **options: Any) -> tuple[jax.Array, jax.Array]:
-    """Call kernels.hopper.forward, imported when called: few call it, and Mosaic loads slowly."""
-    return importlib.import_module("kernels.hopper").forward(*args, **options)
-
-
-def hopper_backward(*args: Any, **options: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Call kernels.hopper_backward.backward, imported when called."""
-    return importlib.import_module("kernels.hopper_backward").backward(*args, **options)
-
-
 class Backend(NamedTuple):
     """The two passes of an implementation; kernels/chunked.py has their arguments and results."""
 
@@ -153,14 +152,16 @@ class Backend(NamedTuple):
 BACKENDS = {
     "xla_chunked": Backend(chunked.forward, chunked.backward),
     "pallas_tpu": Backend(
-        functools.partial(flash.forward, platform="tpu"),
-        functools.partial(flash.backward, platform="tpu"),
+        functools.partial(late("kernels.flash", "forward"), platform="tpu"),
+        functools.partial(late("kernels.flash", "backward"), platform="tpu"),
     ),
     "pallas_gpu": Backend(
-        functools.partial(flash.forward, platform="gpu"),
-        functools.partial(flash.backward, platform="gpu"),
+        functools.partial(late("kernels.flash", "forward"), platform="gpu"),
+        functools.partial(late("kernels.flash", "backward"), platform="gpu"),
     ),
-    "pallas_hopper": Backend(hopper_forward, hopper_backward),
+    "pallas_hopper": Backend(
+        late("kernels.hopper", "forward"), late("kernels.hopper_backward", "backward")
+    ),
 }
 
 
