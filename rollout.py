@@ -102,18 +102,13 @@ def make_rollout(
 
     `apply` is that of a LanguageModel of shape `config`. `eos`: ids of the tokens that end a
     response, `pad` that of padding. Rows are in the order of the prompts, `n` to each. `tensor`:
-    devices over which weights are cut meanwhile, of RolloutConfig on the current mesh; None: the
-    mesh's tensor. Nothing is donated.
+    devices over which weights are cut meanwhile, as `check_rollout` allows on the current mesh;
+    None: the mesh's tensor. Nothing is donated.
     """
+    # Each device along tensor has a key/value head; where these are fewer, they are copied.
+    copies = 1
     if tensor is not None:
-        return make_wide_rollout(apply, config, sampling, tensor, eos=eos, pad=pad, n=n)
-    return jax.jit(_rollout_of(apply, config, sampling, eos=eos, pad=pad, n=n))
-
-
-def _rollout_of(
-    apply: Apply, config: ModelConfig, sampling: SamplingConfig, *, eos: Ends, pad: int, n: int
-) -> Callable[[Params, Prompts, Array], Rollout]:
-    """Return rollout(params, prompts, key), to be compiled; the arguments are `make_rollout`'s."""
+        apply, config, copies = with_head_each(apply, config, tensor)
 
     def rollout(params: Params, prompts: Prompts, key: Array) -> Rollout:
         # Weights are gathered once, not for each token.
@@ -123,7 +118,12 @@ def _rollout_of(
         # Otherwise XLA decides how rollouts lie, and may replicate them.
         return jax.tree.map(constrain_batch, batch)
 
-    return rollout
+    if tensor is None:
+        return jax.jit(rollout)
+    # With weights that lie otherwise; what is sampled lies as a batch of training does.
+    mesh = jax.sharding.get_mesh()
+    sample = jax.jit(rollout, out_shardings=NamedSharding(mesh, BATCH))
+    return WideRollout(mesh, with_wider_tensor(mesh, tensor), config, copies, sample)
 
 
 # --- sampling with weights that are cut further than in training
@@ -214,32 +214,21 @@ class WideRollout:
         return jax.jit(laid, out_shardings=(places, rows, everywhere))
 
 
-def make_wide_rollout(
-    apply: Apply,
-    config: ModelConfig,
-    sampling: SamplingConfig,
-    tensor: int,
-    *,
-    eos: Ends,
-    pad: int,
-    n: int,
-) -> WideRollout:
-    """Compile a WideRollout over `tensor` devices of the current mesh, as `check_rollout` allows.
+def with_head_each(
+    apply: Apply, config: ModelConfig, tensor: int
+) -> tuple[Apply, ModelConfig, int]:
+    """Return (apply, config, copies) of a model with a key/value head for each device of `tensor`.
 
-    Other arguments are `make_rollout`'s. Where key/value heads are copied `apply` is taken to be
-    that of model.LanguageModel, for the shape is another.
+    As given, with 1 copy, where there are as many. Else `apply` is model.LanguageModel's, whatever
+    was given, and takes parameters of `with_copied_heads`.
     """
-    # The model, with a key/value head for each device.
-    copies = max(1, tensor // config.kv_heads)
-    if copies > 1:
-        config = dataclasses.replace(config, kv_heads=tensor)
-        _, apply = init_and_apply(LanguageModel(config))
-
-    # What is sampled lies as a batch of training does.
-    mesh = jax.sharding.get_mesh()
-    rollout = _rollout_of(apply, config, sampling, eos=eos, pad=pad, n=n)
-    sample = jax.jit(rollout, out_shardings=NamedSharding(mesh, BATCH))
-    return WideRollout(mesh, with_wider_tensor(mesh, tensor), config, copies, sample)
+    if config.kv_heads >= tensor:
+        return apply, config, 1
+    # As many queries share a copy as a device has.
+    copies = tensor // config.kv_heads
+    wider = dataclasses.replace(config, kv_heads=tensor)
+    _, apply = init_and_apply(LanguageModel(wider))
+    return apply, wider, copies
 
 
 def with_copied_heads(params: Params, copies: int) -> Params:

@@ -5,7 +5,7 @@
 
 The first writes the section of docs/pods.md from benchmarks/results/pods.json. The second compiles
 the named plans before, half a minute to five minutes each; `all` is all of them. `rollouts` is the
-table of --rollout.tensor, of models with a few layers (benchmarks/results/rollouts.json).
+table of --rollout.tensor (benchmarks/results/rollouts.json).
 """
 
 import contextlib
@@ -245,18 +245,16 @@ def references_table(results: dict[str, str]) -> list[str]:
 
 TENSORS = (4, 8, 16)
 """Chips over which the weights are cut while sampling; the first is the mesh's own."""
-DEPTHS = (2, 4)
-"""Layers of the models that are compiled: what a layer adds is the difference."""
 
 
-def rollout_cost(tensor: int, layers: int) -> dict[str, float]:
-    """Compile the rollout of `ppo-8b` with fewer `layers`; return what it costs a chip.
+def rollout_cost(tensor: int) -> dict[str, float]:
+    """Compile the rollout of `ppo-8b`; return what it costs a chip.
 
     Its weights are cut over `tensor` chips, and what lays them so is in it. Bytes, FLOPs, seconds
     of latency.
     """
     # As plan.py does, but the rollout alone.
-    argv = [*CASES["ppo-8b"].split(), f"--model.layers={layers}"]
+    argv = CASES["ppo-8b"].split()
     if tensor != TENSORS[0]:
         argv.append(f"--rollout.tensor={tensor}")
     command = plan.read_command(argv)
@@ -282,22 +280,11 @@ def rollout_cost(tensor: int, layers: int) -> dict[str, float]:
     return total
 
 
-def whole_rollout(costs: dict[str, dict[str, float]]) -> dict[str, float]:
-    """Return the costs of all layers of llama3-8b from those at DEPTHS, by their number."""
-    layers = ModelConfig.from_preset("llama3-8b").layers
-    few, many = DEPTHS
-    whole = {}
-    for name, least in costs[str(few)].items():
-        a_layer = (costs[str(many)][name] - least) / (many - few)
-        whole[name] = least + a_layer * (layers - few)
-    return whole
-
-
 def rollouts_table(rollouts: dict[str, Any], ppo: str) -> list[str]:
     """Return a table of rollouts by the chips that weights are cut over.
 
-    `rollouts`: what `rollout_cost` returned, by tensor, then by layers. `ppo`: what plan.py
-    printed for `ppo-8b`, of which the other programs' rooflines are taken.
+    `rollouts`: what `rollout_cost` returned, by tensor. `ppo`: what plan.py printed for `ppo-8b`,
+    of which the other programs' rooflines are taken.
     """
     # What an iteration takes beside its rollout.
     step = number(re.search(r"^a step: (\S+) s", ppo, re.MULTILINE)[1])
@@ -308,8 +295,7 @@ def rollouts_table(rollouts: dict[str, Any], ppo: str) -> list[str]:
     head = ["`--rollout.tensor`", "memory GB a chip", "peak GiB", "rollout by bytes, s"]
     head += ["latency of its collectives, s", "rollout, s", "iteration, s"]
     rows = [head]
-    for tensor, costs in rollouts.items():
-        whole = whole_rollout(costs)
+    for tensor, whole in rollouts.items():
         seconds = max(
             whole["flops"] / chip.flops,
             whole["memory"] / chip.bandwidth,
@@ -327,13 +313,11 @@ def compile_rollouts() -> None:
     """Compile the rollouts of `rollouts_table` and write their costs."""
     rollouts: dict[str, Any] = {}
     for tensor in TENSORS:
-        for layers in DEPTHS:
-            start = time.process_time()
-            costs = rollouts.setdefault(str(tensor), {})
-            costs[str(layers)] = rollout_cost(tensor, layers)
-            seconds = time.process_time() - start
-            print(f"rollout over {tensor}, {layers} layers: {seconds:.0f} CPU-s", flush=True)
-    ROLLOUT_RESULTS.write_text(json.dumps(rollouts, indent=1) + "\n")
+        start = time.process_time()
+        rollouts[str(tensor)] = rollout_cost(tensor)
+        seconds = time.process_time() - start
+        print(f"rollout over {tensor} chips: {seconds:.0f} CPU-s", flush=True)
+        ROLLOUT_RESULTS.write_text(json.dumps(rollouts, indent=1) + "\n")
 
 
 # ---- The section of the page ----
@@ -362,11 +346,10 @@ ROLLOUTS = (
     "layer, go through more chips. Of `ppo-8b`, 512 rows of 512 + 512 tokens:"
 )
 ROLLOUT_REMARKS = (
-    f"Measured by compiling models of {DEPTHS[0]} and {DEPTHS[1]} layers and adding up what a "
-    "layer adds; all other programs of the iteration are those of the plan above, by bytes. "
-    "Latency is charged to the rollout alone, as planning/chips.py has it, none of it overlapped. "
-    "From 16 chips on the 8 key/value heads are fewer than the chips, and each is copied: the "
-    "cache, of all heads, then takes twice as much of a chip."
+    "All other programs of the iteration are those of the plan above, by bytes. Latency is of the "
+    "rollout alone, by the table of planning/chips.py, none of it overlapped. At 16 chips the 8 "
+    "key/value heads are fewer than the chips, and each is copied: the cache, of all heads, then "
+    "takes twice as much of a chip."
 )
 SWEEP_REMARK = (
     "- `--sweep` tries data 2, 4 and 8 beside fsdp too, and takes the least bound: data 2 x fsdp "
