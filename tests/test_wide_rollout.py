@@ -191,6 +191,7 @@ def test_neighbours_along_fsdp_join_tensor_and_no_device_moves():
     assert shardings_of({"head": jnp.ones(3)}, wide)["head"].mesh.axis_types == mesh.axis_types
 
 
+@pytest.mark.slow
 def test_a_run_learns_the_same_and_may_be_resumed_with_another_layout(tmp_path, monkeypatch):
     """check_first_update asserts in the runs that sampler and trainer agree to 1e-4 nats."""
     monkeypatch.setenv("PLUMB_CACHE", str(tmp_path / "cache"))
