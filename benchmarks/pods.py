@@ -352,9 +352,9 @@ ROLLOUT_REMARKS = (
     "takes twice as much of a chip."
 )
 SWEEP_REMARK = (
-    "- `--sweep` tries data 2, 4 and 8 beside fsdp too, and takes the least bound: data 2 x fsdp "
-    "128 (`scale-256-data-2`) has {after}, fsdp 256 has {before}. Gradients are then "
-    "reduce-scattered within a copy of the model, and no more than that part summed over data."
+    "- `--sweep` tries data 2, 4 and 8 beside fsdp too, and puts the least bound first: data 2 x "
+    "fsdp 128 (`scale-256-data-2`) has {after}; fsdp 256 has {before}. The layers' gradients are "
+    "then reduce-scattered within a copy of the model."
 )
 
 
