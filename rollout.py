@@ -14,6 +14,8 @@ whose environment writes tokens into a response leaves holes there. Which positi
 response's token is explained in objectives/policy.py.
 """
 
+import dataclasses
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypedDict
@@ -21,18 +23,30 @@ from typing import Any, NamedTuple, TypedDict
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from data.batches import Batches
 from data.records import Record
 from data.tokenizer import Tokenizer
-from model import Params
+from model import LanguageModel, Params, init_and_apply
 from model_config import ModelConfig
 from objectives.policy import kl_estimate, last_places, masked, masked_mean
 from objectives.unpadded import OF_ROLLOUTS, find_room, unpadded, with_room
-from runtime.errors import UserError
+from runtime.errors import UserError, require
 from runtime.samples import SampleRow
 from sampling import Apply, Ends, Samples, SamplingConfig, ends, generate
-from sharding import constrain_batch, gathered, to_host, to_mesh
+from sharding import (
+    BATCH,
+    along,
+    constrain_batch,
+    gathered,
+    gathered_shapes,
+    path_name,
+    to_host,
+    to_mesh,
+    with_wider_tensor,
+)
 
 Array = jax.Array
 Mesh = jax.sharding.Mesh
@@ -83,15 +97,20 @@ def make_rollout(
     eos: Ends,
     pad: int,
     n: int = 1,
+    tensor: int | None = None,
 ) -> Callable[[Params, Prompts, Array], Rollout]:
     """Compile rollout(params, prompts, key) -> Rollout: sample `n` responses to each prompt.
 
     `apply` is that of a LanguageModel of shape `config`. `eos`: ids of the tokens that end a
-    response, `pad` that of padding. Rows are in the order of the prompts, `n` to each. Nothing is
-    donated.
+    response, `pad` that of padding. Rows are in the order of the prompts, `n` to each. `tensor`:
+    devices over which weights are cut meanwhile, as `check_rollout` allows on the current mesh;
+    None: the mesh's tensor. Nothing is donated.
     """
+    # Each device along tensor has a key/value head; where these are fewer, they are copied.
+    copies = 1
+    if tensor is not None:
+        apply, config, copies = with_head_each(apply, config, tensor)
 
-    @jax.jit
     def rollout(params: Params, prompts: Prompts, key: Array) -> Rollout:
         # Weights are gathered once, not for each token.
         params = gathered(params, config.compute_dtype)
@@ -100,7 +119,137 @@ def make_rollout(
         # Otherwise XLA decides how rollouts lie, and may replicate them.
         return jax.tree.map(constrain_batch, batch)
 
-    return rollout
+    if tensor is None:
+        return jax.jit(rollout)
+    # With weights that lie otherwise; what is sampled lies as a batch of training does.
+    mesh = jax.sharding.get_mesh()
+    sample = jax.jit(rollout, out_shardings=NamedSharding(mesh, BATCH))
+    return WideRollout(mesh, with_wider_tensor(mesh, tensor), config, copies, sample)
+
+
+# --- sampling with weights that are cut further than in training
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutConfig:
+    """How the policy's weights lie while responses are sampled."""
+
+    tensor: int | None = None
+    """Devices over which heads and hidden units are split while sampling: a multiple of
+    --mesh.tensor that divides tensor x fsdp; None: --mesh.tensor."""
+
+
+def check_rollout(config: RolloutConfig, model: ModelConfig, mesh: Mesh) -> None:
+    """Raise UserError where weights of a `model` cannot be cut over `config.tensor` of `mesh`."""
+    if config.tensor is None:
+        return
+    given = f"--rollout.tensor={config.tensor}"
+    # Devices: whole groups of tensor, of one copy of the parameters.
+    tensor = mesh.shape["tensor"]
+    most = tensor * mesh.shape["fsdp"]
+    multiple = config.tensor > 0 and config.tensor % tensor == 0
+    require(
+        multiple and most % config.tensor == 0,
+        f"{given}: must be a multiple of --mesh.tensor={tensor} that divides tensor x fsdp = "
+        f"{most}",
+    )
+    sequence = along(mesh, "sequence")
+    require(sequence == 1, f"{given}: not with --mesh.sequence={sequence}; leave one out")
+
+    # What is cut: all but norms, and a vocabulary that does not divide, as on any mesh.
+    for name in ("heads", "mlp_width"):
+        size = getattr(model, name)
+        require(size % config.tensor == 0, f"{given}: must divide --model.{name}={size}")
+    kv_heads = model.kv_heads
+    require(
+        kv_heads % config.tensor == 0 or config.tensor % kv_heads == 0,
+        f"{given}: must divide --model.kv_heads={kv_heads}, or be a multiple of it",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class WideRollout:
+    """A rollout whose weights are cut over more devices than in training; see `make_rollout`.
+
+    Decoding reads all of a device's weights for each token, whatever its rows: with k times as
+    many devices along tensor it reads a k-th, for k times as many rows. Neighbours along fsdp join
+    tensor for that long.
+    """
+
+    training: Mesh
+    """The mesh of the parameters and prompts that are given, and of the Rollout."""
+    mesh: Mesh
+    """The same devices, with a longer tensor axis; current while `sample` runs."""
+    model: ModelConfig
+    """The policy's shape while sampling: where it has fewer key/value heads than `mesh` has
+    devices along tensor, each is copied, and each device has the one that its queries share."""
+    copies: int
+    """Copies of a key/value head."""
+    sample: Callable[[Params, Prompts, Array], Rollout]
+    """sample(weights, prompts, key), all on `mesh` by `lay`."""
+
+    def __call__(self, params: Params, prompts: Prompts, key: Array) -> Rollout:
+        """Sample; the weights that are laid for it are freed at its end."""
+        laid = self.lay(params)(params, prompts, key)
+        with jax.set_mesh(self.mesh):
+            return self.sample(*laid)
+
+    def weights(self, params: Params) -> Params:
+        """Return the shapes of the weights by which `sample` samples, with shardings on `mesh`."""
+        copied = jax.eval_shape(partial(with_copied_heads, copies=self.copies), params)
+        return gathered_shapes(copied, self.mesh, self.model.compute_dtype)
+
+    def lay(self, params: Params) -> Callable[[Params, Prompts, Array], tuple[Any, ...]]:
+        """Compile lay(params, prompts, key) -> the arguments of `sample`, for such `params`."""
+        weights = self.weights(params)
+        places = jax.tree.map(lambda weight: weight.sharding, weights)
+        rows = NamedSharding(self.mesh, BATCH)
+        everywhere = NamedSharding(self.mesh, P())
+
+        # Cast before they are sent. From each device goes what another lacks, and nothing else.
+        def laid(params: Params, prompts: Prompts, key: Array) -> tuple[Any, ...]:
+            copied = with_copied_heads(params, self.copies)
+            cast = jax.tree.map(lambda x, weight: x.astype(weight.dtype), copied, weights)
+            return cast, prompts, key
+
+        return jax.jit(laid, out_shardings=(places, rows, everywhere))
+
+
+def with_head_each(
+    apply: Apply, config: ModelConfig, tensor: int
+) -> tuple[Apply, ModelConfig, int]:
+    """Return (apply, config, copies) of a model with a key/value head for each device of `tensor`.
+
+    As given, with 1 copy, where there are as many. Else `apply` is model.LanguageModel's, whatever
+    was given, and takes parameters of `with_copied_heads`.
+    """
+    if config.kv_heads >= tensor:
+        return apply, config, 1
+    # As many queries share a copy as a device has.
+    copies = tensor // config.kv_heads
+    wider = dataclasses.replace(config, kv_heads=tensor)
+    _, apply = init_and_apply(LanguageModel(wider))
+    return apply, wider, copies
+
+
+def with_copied_heads(params: Params, copies: int) -> Params:
+    """Return `params` with each key/value head `copies` times, its copies neighbours.
+
+    Queries that shared a head then share its copies: the model computes what it did. Adapters of
+    the heads are copied with them (lora.py). With one copy `params` are returned as they are.
+    """
+    if copies == 1:
+        return params
+
+    def copied(path: tuple[Any, ...], leaf: Array) -> Array:
+        # k and v, their biases, and the outputs of their adapters: [..., K, H].
+        is_by_head = re.search(r"attention/[kv](_bias|_b)?$", path_name(path))
+        return jnp.repeat(leaf, copies, axis=-2) if is_by_head else leaf
+
+    return jax.tree_util.tree_map_with_path(copied, params)
+
+
+# --- prompts and responses
 
 
 def join_responses(prompts: Prompts, samples: Samples) -> Batch:

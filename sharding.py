@@ -106,6 +106,19 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     return mesh
 
 
+def with_wider_tensor(mesh: Mesh, tensor: int) -> Mesh:
+    """Return a mesh of the same devices, in the same order, whose tensor axis has `tensor`.
+
+    Neighbours along fsdp join it. `tensor`: a multiple of that of `mesh` that divides tensor x
+    fsdp; `mesh` has no axis between the two. The mesh that is returned is not set.
+    """
+    # fsdp is as much shorter as tensor is longer.
+    joined = tensor // mesh.shape["tensor"]
+    sizes = {**mesh.shape, "fsdp": mesh.shape["fsdp"] // joined, "tensor": tensor}
+    places = mesh.devices.reshape(tuple(sizes.values()))
+    return Mesh(places, mesh.axis_names, axis_types=mesh.axis_types)
+
+
 def _flags_of(sizes: Mapping[str, int]) -> str:
     """Write a mesh's sizes as the flags that set them, for messages."""
     flags = [f"--mesh.{name}={size}" for name, size in sizes.items()]
@@ -452,15 +465,34 @@ def gathered(params: Any, dtype: Any) -> Any:
         return params
 
     def whole(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
-        # Of the rule's axes tensor alone is left.
         spec = spec_of(path_name(path), leaf.shape, mesh)
-        kept = [axis if axis == "tensor" else None for axis in spec]
-        left = P(*kept)
+        left = _over_tensor(spec)
         if left == spec:
             return leaf
         return with_sharding_constraint(leaf.astype(dtype), left)
 
     return jax.tree_util.tree_map_with_path(whole, params)
+
+
+def gathered_shapes(params: Any, mesh: Mesh, dtype: Any) -> Any:
+    """Return the ShapeDtypeStructs of what `gathered` makes of `params` on `mesh`.
+
+    `params`: arrays or shapes.
+    """
+
+    def whole(path: tuple[Any, ...], leaf: Any) -> jax.ShapeDtypeStruct:
+        spec = spec_of(path_name(path), leaf.shape, mesh)
+        left = _over_tensor(spec)
+        kept = leaf.dtype if left == spec else dtype
+        return jax.ShapeDtypeStruct(leaf.shape, kept, sharding=NamedSharding(mesh, left))
+
+    return jax.tree_util.tree_map_with_path(whole, params)
+
+
+def _over_tensor(spec: P) -> P:
+    """Return `spec` with tensor alone of its axes."""
+    kept = [axis if axis == "tensor" else None for axis in spec]
+    return P(*kept)
 
 
 def flat(x: jax.Array, *axes: str) -> jax.Array:

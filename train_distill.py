@@ -31,7 +31,7 @@ from objectives import distill
 from objectives.likelihood import response_mask
 from planning.dry_run import preview
 from planning.memory import check_memory
-from rollout import make_rollout
+from rollout import RolloutConfig, check_rollout, make_rollout
 from runtime import flags
 from runtime.errors import require
 from runtime.hosts import HostsConfig
@@ -107,6 +107,8 @@ class Config:
     # Run
     mesh: MeshConfig = MeshConfig()
     """Devices along each axis."""
+    rollout: RolloutConfig = RolloutConfig()
+    """Devices over which the student is cut while it samples."""
     hosts: HostsConfig = HostsConfig()
     """Processes of this run."""
     seed: int = 0
@@ -253,7 +255,14 @@ def make_own_samples(
     # The student's own sampler.
     _, apply = init_and_apply(LanguageModel(config.model))
     sampling = SamplingConfig(config.temperature, max_new_tokens=config.max_new_tokens)
-    rollout = make_rollout(apply, config.model, sampling, eos=tokenizer.ends, pad=tokenizer.pad)
+    rollout = make_rollout(
+        apply,
+        config.model,
+        sampling,
+        eos=tokenizer.ends,
+        pad=tokenizer.pad,
+        tensor=config.rollout.tensor,
+    )
 
     def own_samples(student: Params, prompts: Batch, step: int) -> Batch:
         # Another key each step, and the same one after resuming.
@@ -295,6 +304,7 @@ def main(config: Config) -> dict[str, float]:
     mesh = make_mesh(config.mesh)
     check(config)
     check_batch("batch_size", config.batch_size, config.microbatches, mesh)
+    check_rollout(config.rollout, config.model, mesh)
     check_memory(config, mesh)
 
     # The teacher's shape, and the tokenizer that both have.

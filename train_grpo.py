@@ -43,9 +43,11 @@ from rewards.scorer import check_rewards, is_function, make_reward_scorer, poole
 from rollout import (
     Batch,
     Rollout,
+    RolloutConfig,
     Score,
     check_first_update,
     check_kl,
+    check_rollout,
     ended,
     make_experience,
     make_rollout,
@@ -185,6 +187,8 @@ class Config:
     # Run
     mesh: MeshConfig = MeshConfig()
     """Devices along each axis."""
+    rollout: RolloutConfig = RolloutConfig()
+    """Devices over which the policy is cut while it samples."""
     hosts: HostsConfig = HostsConfig()
     """Processes of this run."""
     seed: int = 0
@@ -436,6 +440,7 @@ def check(config: Config, mesh: jax.sharding.Mesh) -> None:
     groups = rows // config.samples_per_prompt
     check_batch("batch_size / --minibatches", minibatch_rows, config.microbatches, mesh)
     check_batch("batch_size / --samples_per_prompt", groups, 1, mesh)
+    check_rollout(config.rollout, config.model, mesh)
 
 
 def note_rounding(config: Config) -> None:
@@ -532,6 +537,7 @@ def main(config: Config) -> dict[str, float]:
             eos=tokenizer.ends,
             pad=tokenizer.pad,
             n=config.samples_per_prompt,
+            tensor=config.rollout.tensor,
         ),
         score=load_score(config, tokenizer, mesh),
         compute_targets=make_advantages(config, apply, advantages, eos=tokenizer.ends),

@@ -53,8 +53,10 @@ from rewards.scorer import check_rewards, is_function, make_reward_scorer, poole
 from rollout import (
     Batch,
     Rollout,
+    RolloutConfig,
     check_first_update,
     check_kl,
+    check_rollout,
     ended,
     make_rollout,
     mean_metrics,
@@ -219,6 +221,8 @@ class Config:
     # Run
     mesh: MeshConfig = MeshConfig()
     """Devices along each axis."""
+    rollout: RolloutConfig = RolloutConfig()
+    """Devices over which the policy is cut while it samples."""
     hosts: HostsConfig = HostsConfig()
     """Processes of this run."""
     seed: int = 0
@@ -419,6 +423,7 @@ def check(config: Config, mesh: jax.sharding.Mesh) -> None:
     minibatch_rows = rows // config.minibatches
     check_batch("batch_size / --minibatches", minibatch_rows, config.microbatches, mesh)
     check_batch("batch_size / --samples_per_prompt", rows // group, 1, mesh)
+    check_rollout(config.rollout, config.model, mesh)
 
 
 class ModelUpdate(NamedTuple):
@@ -661,6 +666,7 @@ def main(config: Config) -> dict[str, float]:
         eos=tokenizer.ends,
         pad=tokenizer.pad,
         n=config.samples_per_prompt,
+        tensor=config.rollout.tensor,
     )
     compute_advantages = make_advantages(
         config,

@@ -40,7 +40,9 @@ from rollout import (
     Batch,
     Metrics,
     Rollout,
+    RolloutConfig,
     Score,
+    check_rollout,
     ended,
     make_experience,
     make_rollout,
@@ -148,6 +150,8 @@ class Config:
     # Run
     mesh: MeshConfig = MeshConfig()
     """Devices along each axis."""
+    rollout: RolloutConfig = RolloutConfig()
+    """Devices over which the policy is cut while it samples."""
     hosts: HostsConfig = HostsConfig()
     """Processes of this run."""
     seed: int = 0
@@ -236,6 +240,7 @@ def check(config: Config, mesh: jax.sharding.Mesh) -> None:
     # Each part of a batch lies evenly over the devices.
     check_batch("minibatch_size", config.minibatch_size, config.microbatches, mesh)
     check_batch("batch_size / --samples_per_prompt", config.batch_size // group, 1, mesh)
+    check_rollout(config.rollout, config.model, mesh)
 
 
 class ScoredRollout(Rollout):
@@ -510,6 +515,7 @@ def main(config: Config) -> dict[str, float]:
             eos=tokenizer.ends,
             pad=tokenizer.pad,
             n=config.samples_per_prompt,
+            tensor=config.rollout.tensor,
         ),
         score=load_score(config, tokenizer, mesh),
         compute_targets=make_targets(config, apply, eos=tokenizer.ends),

@@ -4,7 +4,8 @@
     python -m benchmarks.pods sft-8b ppo-8b
 
 The first writes the section of docs/pods.md from benchmarks/results/pods.json. The second compiles
-the named plans before, half a minute to five minutes each; `all` is all of them.
+the named plans before, half a minute to five minutes each; `all` is all of them. `rollouts` is the
+table of --rollout.tensor (benchmarks/results/rollouts.json).
 """
 
 import contextlib
@@ -14,14 +15,21 @@ import pathlib
 import re
 import sys
 import time
+from typing import Any
 
+import train_ppo
+from model import LanguageModel, init_and_apply
 from model_config import ModelConfig
 from planning import plan
+from planning.chips import CHIPS, GIB, devices_of
+from planning.programs import Plan, abstract_params, rollout_programs
 from runtime import flags
 from runtime.errors import UserError
+from sharding import make_mesh
 
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "pods.json"
+ROLLOUT_RESULTS = ROOT / "benchmarks" / "results" / "rollouts.json"
 PAGE = ROOT / "docs" / "pods.md"
 BEGIN = "<!-- written by benchmarks/pods.py: begin -->"
 END = "<!-- end -->"
@@ -63,6 +71,10 @@ SCALING = {
     )
     for chips, shape in SHAPES.items()
 }
+# The best mesh of 256 chips that --sweep tries without tensor, on one square slice.
+SCALING_BY_DATA = {
+    "scale-256-data-2": SCALING["scale-256"].replace("fsdp=256", "fsdp=128") + " --mesh.data=2"
+}
 SWEEP = (
     "train_sft --model.preset=llama3.2-1b --topology=h200:8 --batch_size=64 --length=2048 --sweep"
 )
@@ -103,6 +115,7 @@ REFERENCES = {
 CASES = (
     MODELS
     | SCALING
+    | SCALING_BY_DATA
     | {"sweep": SWEEP}
     | {name: f"train_sft {argv}" for name, (_, argv) in REFERENCES.items()}
 )
@@ -228,6 +241,85 @@ def references_table(results: dict[str, str]) -> list[str]:
     return table(rows)
 
 
+# ---- Rollouts whose weights are cut over more chips ----
+
+TENSORS = (4, 8, 16)
+"""Chips over which the weights are cut while sampling; the first is the mesh's own."""
+
+
+def rollout_cost(tensor: int) -> dict[str, float]:
+    """Compile the rollout of `ppo-8b`; return what it costs a chip.
+
+    Its weights are cut over `tensor` chips, and what lays them so is in it. Bytes, FLOPs, seconds
+    of latency.
+    """
+    # As plan.py does, but the rollout alone.
+    argv = CASES["ppo-8b"].split()
+    if tensor != TENSORS[0]:
+        argv.append(f"--rollout.tensor={tensor}")
+    command = plan.read_command(argv)
+    config = flags.parse(train_ppo.Config, command.flags)
+    mesh = make_mesh(config.mesh, devices_of(command.topology))
+    train_ppo.check(config, mesh)
+    model = LanguageModel(config.model)
+    _, apply = init_and_apply(model)
+    policy = abstract_params(model, mesh)
+    programs, _ = rollout_programs(config, mesh, apply, policy, ())
+
+    # Programs run one after another: costs add up, peaks do not.
+    chip = CHIPS["v5e"]
+    total = {"flops": 0.0, "memory": 0.0, "received": 0.0, "latency": 0.0, "peak": 0.0}
+    for program in programs:
+        result = plan.compile_program(program, Plan({}, programs, 0), mesh)
+        assert result.cost is not None
+        total["flops"] += result.cost.flops
+        total["memory"] += result.cost.memory
+        total["received"] += plan.received_bytes(result.cost)
+        total["latency"] += result.latency(chip)
+        total["peak"] = max(total["peak"], result.peak)
+    return total
+
+
+def rollouts_table(rollouts: dict[str, Any], ppo: str) -> list[str]:
+    """Return a table of rollouts by the chips that weights are cut over.
+
+    `rollouts`: what `rollout_cost` returned, by tensor. `ppo`: what plan.py printed for `ppo-8b`,
+    of which the other programs' rooflines are taken.
+    """
+    # What an iteration takes beside its rollout.
+    step = number(re.search(r"^a step: (\S+) s", ppo, re.MULTILINE)[1])
+    columns = re.search(r"programs, a step .*\n  rollout +(.*)", ppo)[1].split()
+    others = step - number(columns[8])
+
+    chip = CHIPS["v5e"]
+    head = ["`--rollout.tensor`", "memory GB a chip", "peak GiB", "rollout by bytes, s"]
+    head += ["latency of its collectives, s", "rollout, s", "iteration, s"]
+    rows = [head]
+    for tensor, whole in rollouts.items():
+        seconds = max(
+            whole["flops"] / chip.flops,
+            whole["memory"] / chip.bandwidth,
+            whole["received"] / chip.links,
+        )
+        rollout = seconds + whole["latency"]
+        figures = [seconds, whole["latency"], rollout, others + rollout]
+        name = f"{tensor} (the mesh's)" if int(tensor) == TENSORS[0] else tensor
+        memory, own_peak = whole["memory"] / 1e9, whole["peak"] / GIB
+        rows.append([name, f"{memory:,.0f}", f"{own_peak:.2f}", *(f"{x:.2f}" for x in figures)])
+    return table(rows)
+
+
+def compile_rollouts() -> None:
+    """Compile the rollouts of `rollouts_table` and write their costs."""
+    rollouts: dict[str, Any] = {}
+    for tensor in TENSORS:
+        start = time.process_time()
+        rollouts[str(tensor)] = rollout_cost(tensor)
+        seconds = time.process_time() - start
+        print(f"rollout over {tensor} chips: {seconds:.0f} CPU-s", flush=True)
+        ROLLOUT_RESULTS.write_text(json.dumps(rollouts, indent=1) + "\n")
+
+
 # ---- The section of the page ----
 
 INTRODUCTION = (
@@ -248,12 +340,37 @@ WHY_LOWER = (
 )
 ROLLOUTS = (
     "The rollout of `train_ppo` and `train_grpo` is another matter: it gathers the weights over "
-    "fsdp in bfloat16, once for all tokens that it decodes, and keeps them cut over tensor alone."
+    "fsdp in bfloat16, once for all tokens that it decodes, and keeps them cut over tensor alone, "
+    "or over `--rollout.tensor` chips: neighbours along fsdp join tensor for that time. A token "
+    "reads all of a chip's part, which is most of what decoding takes; but its collectives, two a "
+    "layer, go through more chips. Of `ppo-8b`, 512 rows of 512 + 512 tokens:"
+)
+ROLLOUT_REMARKS = (
+    "All other programs of the iteration are those of the plan above, by bytes. Latency is of the "
+    "rollout alone, by the table of planning/chips.py, none of it overlapped. At 16 chips the 8 "
+    "key/value heads are fewer than the chips, and each is copied: the cache, of all heads, then "
+    "takes twice as much of a chip."
+)
+SWEEP_REMARK = (
+    "- `--sweep` tries data 2, 4 and 8 beside fsdp too, and puts the least bound first: data 2 x "
+    "fsdp 128 (`scale-256-data-2`) has {after}; fsdp 256 has {before}. The layers' gradients are "
+    "then reduce-scattered within a copy of the model."
 )
 
 
-def section(results: dict[str, str]) -> str:
-    """Return the part of the page that this file writes, from name -> what plan.py printed."""
+def sweep_remark(results: dict[str, str]) -> str:
+    """Return what data 2 gains on 256 chips, in a sentence with the plans' numbers."""
+    told = {}
+    for word, name in (("after", "scale-256-data-2"), ("before", "scale-256")):
+        told[word] = re.search(r"^a step: ([^;]*)", results[name], re.MULTILINE)[1]
+    return SWEEP_REMARK.format(**told)
+
+
+def section(results: dict[str, str], rollouts: dict[str, Any]) -> str:
+    """Return the part of the page that this file writes, from name -> what plan.py printed.
+
+    `rollouts`: of `rollouts_table`; {} leaves the table out.
+    """
     commands = []
     for name in MODELS:
         if name in results:
@@ -263,9 +380,13 @@ def section(results: dict[str, str]) -> str:
     if results.keys() & SCALING.keys():
         same = f"`{SCALING['scale-256']}` and the same on fewer chips, `--mesh.fsdp` their number:"
         lines += [same, "", *scaling_table(results), "", *scaling_remarks(results), ""]
+    if results.keys() & SCALING_BY_DATA.keys():
+        lines[-1:] = [sweep_remark(results), ""]
     if results.keys() & REFERENCES.keys():
         lines += [OTHER_DECODER, "", *references_table(results), "", WHY_LOWER, ""]
     lines += [ROLLOUTS, ""]
+    if rollouts:
+        lines += [*rollouts_table(rollouts, results["ppo-8b"]), "", ROLLOUT_REMARKS, ""]
     for name in ("ppo-8b", "long-8b", "sweep"):
         if name in results:
             lines += [f"The whole of `{name}`, `python plan.py {CASES[name]}`:", ""]
@@ -281,7 +402,8 @@ def write_page(results: dict[str, str]) -> None:
     before, rest = page.split(BEGIN, 1)
     _, after = rest.split(END, 1)
     PAGE.parent.mkdir(exist_ok=True)
-    PAGE.write_text(before + section(results) + after)
+    rollouts = json.loads(ROLLOUT_RESULTS.read_text()) if ROLLOUT_RESULTS.exists() else {}
+    PAGE.write_text(before + section(results, rollouts) + after)
 
 
 def printed(argv: list[str]) -> str:
@@ -294,10 +416,12 @@ def printed(argv: list[str]) -> str:
 def main(names: list[str]) -> None:
     """Compile the plans named, then write the page; raise UserError for an unknown name."""
     for name in names:
-        if name not in CASES and name != "all":
-            raise UserError(f"{name}: unknown; choose of {', '.join(CASES)}")
+        if name not in CASES and name not in ("all", "rollouts"):
+            raise UserError(f"{name}: unknown; choose of rollouts, {', '.join(CASES)}")
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    for name in CASES if "all" in names else names:
+    if not {"all", "rollouts"}.isdisjoint(names):
+        compile_rollouts()
+    for name in CASES if "all" in names else [name for name in names if name in CASES]:
         start = time.monotonic()
         results[name] = printed(CASES[name].split())
         seconds = time.monotonic() - start

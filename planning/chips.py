@@ -17,6 +17,27 @@ from runtime.errors import UserError
 GIB = 2**30
 
 
+class Latency(NamedTuple):
+    """What a collective takes however little it sends."""
+
+    start: float
+    """Seconds before anything moves."""
+    hop: float
+    """Seconds from a chip to its neighbour, or to any other where all hang on one switch."""
+    has_switch: bool = False
+    """True where every chip is one hop from every other."""
+
+    def seconds(self, kind: str, chips: int) -> float:
+        """Return the least seconds of a collective among `chips`: `kind` as in HLO.
+
+        In a ring data goes both ways, so half way round; an all-reduce goes round twice, to sum
+        and to tell. On a torus a group may lie as a block, whose ways are shorter.
+        """
+        hops = 1 if self.has_switch or kind == "collective-permute" else -(-chips // 2)
+        rounds = 2 if kind == "all-reduce" else 1
+        return self.start + rounds * hops * self.hop
+
+
 class Chip(NamedTuple):
     """Limits of a chip."""
 
@@ -28,6 +49,8 @@ class Chip(NamedTuple):
     """Bytes a second, to and from its memory."""
     links: float
     """Bytes a second that it can receive over all its links together."""
+    latency: Latency
+    """Of collectives among such chips."""
 
 
 H200 = (pathlib.Path(__file__).parent / "h200.txtpb").read_text()
@@ -47,14 +70,33 @@ def described(name: str) -> float:
 # H200. `memory`: of what XLA describes the three quarters that JAX takes, unless
 # XLA_PYTHON_CLIENT_MEM_FRACTION is larger. From NVIDIA's data sheet dense bfloat16 and half of
 # NVLink's 900 GB/s.
+#
+# Latency. TPUs: "How to Scale Your Model" (Austin et al. 2025), part 3: about 1 us a hop, and a
+# small all-gather over 4 chips of v5e, 3 hops, that took 8 us. That leaves 5 us for its start;
+# that v5p and v6e are like it is an assumption. H200: a small all-reduce over two H100 takes about
+# 6 us by NCCL (github.com/NVIDIA/nccl, issue 1259); that more GPUs on the switch add nothing, and
+# that a hop is within it, is an assumption.
+TPU_LATENCY = Latency(start=8e-6 - 3 * 1e-6, hop=1e-6)
+GPU_LATENCY = Latency(start=6e-6, hop=0.0, has_switch=True)
+
 CHIPS = {
-    "v5e": Chip(15.75 * GIB, 197e12, 819e9, 400e9 / 2),
-    "v5p": Chip(95.74 * GIB, 459e12, 2765e9, 1200e9 / 2),
-    "v6e": Chip(31.25 * GIB, 918e12, 1638e9, 800e9 / 2),
+    "v5e": Chip(15.75 * GIB, 197e12, 819e9, 400e9 / 2, TPU_LATENCY),
+    "v5p": Chip(95.74 * GIB, 459e12, 2765e9, 1200e9 / 2, TPU_LATENCY),
+    "v6e": Chip(31.25 * GIB, 918e12, 1638e9, 800e9 / 2, TPU_LATENCY),
     "h200": Chip(
-        0.75 * described("device_memory_size"), 989e12, described("memory_bandwidth"), 900e9 / 2
+        0.75 * described("device_memory_size"),
+        989e12,
+        described("memory_bandwidth"),
+        900e9 / 2,
+        GPU_LATENCY,
     ),
 }
+
+REACHED = (0.455 / 0.787, 0.611 / 0.787)
+"""The part of a roofline that published runs reach, from and to: their MFU over the most that
+plan.py finds for llama3-8b at 2,048 tokens on 256 chips. MaxText's README (AI-Hypercomputer):
+Llama-3.1-8B at 8,192 tokens on v6e-256, and 16B at 2,048 on v5e-256. Other models, lengths and
+remat than the plan's, and training alone."""
 
 
 @contextlib.contextmanager

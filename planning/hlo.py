@@ -106,6 +106,8 @@ class Cost:
         default_factory=dict
     )
     """{(collective, mesh axes): (times run, bytes that a chip receives, those by the largest)}."""
+    groups: dict[tuple[str, int], float] = dataclasses.field(default_factory=dict)
+    """{(collective, chips of a group): times run}."""
 
 
 # --- reading HLO
@@ -528,10 +530,21 @@ def numbered(devices: int, shape: str, transposed: str | None) -> np.ndarray:
     return ids.transpose(_integers(transposed)) if transposed else ids
 
 
-def collective(
-    op: Op, name: str, computation: Computation, mesh: dict[str, int]
-) -> tuple[str, str, float]:
-    """Return (kind, mesh axes joined by +, bytes that a chip receives) of a collective.
+class Collective(NamedTuple):
+    """A collective."""
+
+    kind: str
+    """One of COLLECTIVES."""
+    axes: str
+    """The mesh's axes that it goes over, joined by +; empty where it joins no two chips."""
+    chips: int
+    """Chips of a group."""
+    received: float
+    """Bytes that a chip receives."""
+
+
+def collective(op: Op, name: str, computation: Computation, mesh: dict[str, int]) -> Collective:
+    """Read a collective.
 
     `name`: the computation that it is in. `mesh`: sizes by axis.
     """
@@ -560,7 +573,7 @@ def collective(
         "all-to-all": taken * share,
         "collective-permute": taken,
     }[kind]
-    return kind, "+".join(axes), received
+    return Collective(kind, "+".join(axes), len(group), received)
 
 
 def channel_of(op: Op) -> tuple[str, str | None] | None:
@@ -600,8 +613,9 @@ def cost(text: str, mesh: dict[str, int]) -> Cost:
                 continue
             if channel is not None:
                 seen.add(channel)
-        kind, axes, received = collective(op, name, computation, mesh)
+        kind, axes, chips, received = collective(op, name, computation, mesh)
         if axes:
+            total.groups[kind, chips] = total.groups.get((kind, chips), 0.0) + times
             count, so_far, largest = total.moved.get((kind, axes), (0.0, 0.0, 0.0))
             total.moved[kind, axes] = (
                 count + times,

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, NoReturn
 import jax
 
 from planning import hlo
-from planning.chips import CHIPS, GIB, Chip, devices_of
+from planning.chips import CHIPS, GIB, REACHED, Chip, devices_of
 from planning.programs import Layout, Plan, Program, layout_of
 from runtime import flags
 from runtime.errors import UserError
@@ -63,6 +63,18 @@ class Result:
         """Return the least seconds of a call, if all three resources overlap fully."""
         return max(self.bounds(chip).values())
 
+    def latency(self, chip: Chip) -> float:
+        """Return the seconds of a call that its collectives take however little they send.
+
+        As if none overlapped with anything: so it is while decoding, where each waits for the one
+        before. It is not in the roofline, which goes by bytes.
+        """
+        assert self.cost is not None
+        return sum(
+            times * chip.latency.seconds(kind, chips)
+            for (kind, chips), times in self.cost.groups.items()
+        )
+
 
 def received_bytes(cost: hlo.Cost) -> float:
     """Return the bytes that a chip receives in all collectives of a call."""
@@ -95,15 +107,17 @@ def held_beside(program: Program, plan: Plan) -> float:
 
 
 def compile_program(program: Program, plan: Plan, mesh: jax.sharding.Mesh) -> Result:
-    """Compile a program for the devices of `mesh`.
+    """Compile a program for the devices of `mesh`, or of its own.
 
     One that its compiler refuses for its size has the size that the compiler names, and no cost.
     """
     # The processor's time: the machine may have other work.
     held = held_beside(program, plan)
     start = time.process_time()
+    mesh = program.mesh or mesh
     try:
-        executable = program.function.lower(*program.args).compile()
+        with jax.set_mesh(mesh):
+            executable = program.function.lower(*program.args).compile()
     except jax.errors.JaxRuntimeError as fault:
         needed = _needed_bytes(str(fault))
         if needed is None:
@@ -212,6 +226,7 @@ SPEED_COLUMNS = (
     "memory s",
     "links s",
     "roofline s",
+    "latency s",
     "to compile CPU-s",
 )
 
@@ -234,6 +249,7 @@ def speed_tables(results: list[Result], chip: Chip, chips: int) -> Iterator[str]
                 calls * received_bytes(result.cost) / 1e9,
                 *bounds,
                 calls * result.roofline(chip),
+                calls * result.latency(chip),
                 result.seconds,
             ]
         )
@@ -283,10 +299,7 @@ def remedy(config: Any, plan: Plan, worst: Result, chip: Chip) -> str:
         "once"
     )
     if worst.program.cache is not None:
-        advice += (
-            "; or raise --mesh.tensor and lower --mesh.fsdp, over which decoding holds the "
-            "weights whole"
-        )
+        advice += "; or raise --rollout.tensor, over which alone decoding cuts the weights"
     return advice
 
 
@@ -351,6 +364,7 @@ def compile_and_tabulate(
         lines += speed_tables(results, chip, chips)
         seconds = sum(result.program.calls * result.roofline(chip) for result in results)
         lines.append(speed_line(plan, results, chip, chips, seconds))
+        lines += forecast_lines(results, chip, seconds)
 
     # The verdict is the last line.
     fits = worst.peak <= chip.memory and seconds < math.inf
@@ -378,6 +392,21 @@ def speed_line(plan: Plan, results: list[Result], chip: Chip, chips: int, second
         f"a step: {seconds:.3g} s at least, {plan.tokens / seconds:,.0f} tokens/s, MFU at most "
         f"{model_flops / chip.flops / seconds:.3f}; {model_flops / 1e12:.4g} model TFLOPs and "
         f"{compiled_flops / 1e12:.4g} by the compiler, a chip"
+    )
+
+
+def forecast_lines(results: list[Result], chip: Chip, seconds: float) -> Iterator[str]:
+    """Yield what latency adds to a step whose roofline is `seconds`, and what may be expected."""
+    latency = sum(result.program.calls * result.latency(chip) for result in results)
+    start, hop, _ = chip.latency
+    yield (
+        f"latency of collectives: {latency:.3g} s more where none overlaps, {start * 1e6:.3g} us "
+        f"each and {hop * 1e6:.3g} us a hop: {seconds + latency:.3g} s"
+    )
+    low, high = REACHED
+    yield (
+        f"forecast: {seconds / high + latency:.3g} to {seconds / low + latency:.3g} s: published "
+        f"runs reach {low:.2f} to {high:.2f} of such a bound (MaxText; planning/chips.py)"
     )
 
 

@@ -29,7 +29,7 @@ from model_config import ModelConfig, stored_model
 from objectives import direct
 from objectives.group import PAPERS
 from rewards.scorer import is_function, make_model_scorer
-from rollout import make_rollout, shuffled
+from rollout import RolloutConfig, WideRollout, make_rollout, shuffled
 from runtime.errors import UserError, require
 from runtime.flags import fill_paper_defaults
 from runtime.run_folder import path_from_root
@@ -58,6 +58,8 @@ class Program(NamedTuple):
     """The differentiated tree; None without a gradient."""
     cache: Any = None
     """The KV cache that it makes; None without."""
+    mesh: Mesh | None = None
+    """The mesh that it runs on, of the run's devices; None: the run's."""
 
 
 class Plan(NamedTuple):
@@ -252,33 +254,53 @@ def reward_models(config: Any, mesh: Mesh) -> tuple[dict[str, ModelConfig], dict
     return models, params
 
 
-def rollout_program(
+def rollout_programs(
     config: Any, mesh: Mesh, apply: Any, policy: Any, held: tuple[str, ...]
-) -> tuple[Program, Any]:
-    """Lay out the rollout by `policy`, full parameters; return it and the shapes of its batch."""
+) -> tuple[list[Program], Any]:
+    """Lay out the rollout by `policy`, full parameters; return it and the shapes of its batch.
+
+    With --rollout.tensor there is a program before it, which lays the weights.
+    """
     model = config.model
     rows = config.batch_size
     n = config.samples_per_prompt
+    # A fork may have no such flag.
+    tensor = getattr(config, "rollout", RolloutConfig()).tensor
     # The ids of the control tokens do not change the shapes.
     full_prompts = [full_row(config.max_prompt)] * (rows // n)
-    prompts = pad_prompts(full_prompts, config.max_prompt, 0)
+    prompts = on_batch_axes(pad_prompts(full_prompts, config.max_prompt, 0), mesh)
     # As long as they may be: no response ends early.
     sampling = SamplingConfig(config.temperature, max_new_tokens=config.max_new_tokens)
-    rollout = make_rollout(apply, model, sampling, eos=1, pad=0, n=n)
-    args = (policy, on_batch_axes(prompts, mesh), abstract_key())
-    batch = on_batch_axes(jax.eval_shape(rollout, *args), mesh)
+    rollout = make_rollout(apply, model, sampling, eos=1, pad=0, n=n, tensor=tensor)
     length = config.max_prompt + config.max_new_tokens
-    program = Program(
+    sample = Program(
         "rollout",
         rollout,
-        args,
+        (policy, prompts, abstract_key()),
         held=held,
         calls=1,
         model_flops=forward_flops(model, rows, length, config.max_new_tokens + 1),
         rows=rows,
         cache=abstract_cache(model, rows, length, mesh),
     )
-    return program, batch
+    if not isinstance(rollout, WideRollout):
+        batch = jax.eval_shape(rollout, *sample.args)
+        return [sample], on_batch_axes(batch, mesh)
+
+    # The weights are laid on another mesh, on which they are the rollout's arguments.
+    lay = Program("rollout weights", rollout.lay(policy), sample.args, held, 1, 0.0, rows)
+    weights = rollout.weights(policy)
+    args = (weights, on_batch_axes(prompts, rollout.mesh), abstract_key())
+    sample = sample._replace(
+        function=rollout.sample,
+        args=args,
+        held=(),
+        cache=abstract_cache(rollout.model, rows, length, rollout.mesh),
+        mesh=rollout.mesh,
+    )
+    with jax.set_mesh(rollout.mesh):
+        batch = jax.eval_shape(rollout.sample, *args)
+    return [lay, sample], on_batch_axes(batch, mesh)
 
 
 def abstract_cache(model: ModelConfig, rows: int, length: int, mesh: Mesh) -> list[Any]:
@@ -384,7 +406,7 @@ def ppo(script: Any, config: Any, mesh: Mesh) -> Plan:
         critic_held = ("value", next(iter(models), "value base"))
 
     # Rollout, scores and advantages.
-    rollout, batch = rollout_program(config, mesh, apply, policy.full, policy_held)
+    rollouts, batch = rollout_programs(config, mesh, apply, policy.full, policy_held)
     scoring = score_programs(config, mesh, held, models, rewards, batch)
     compute_advantages = script.make_advantages(config, apply, scalar_apply, eos=1, newlines=[0])
     advantages = Program(
@@ -438,7 +460,7 @@ def ppo(script: Any, config: Any, mesh: Mesh) -> Plan:
         rows=part,
         gradients=policy.state.params,
     )
-    programs = [rollout, *scoring.programs, advantages, value_program, policy_program]
+    programs = [*rollouts, *scoring.programs, advantages, value_program, policy_program]
     return Plan(held, programs, rows * length)
 
 
@@ -466,7 +488,7 @@ def grpo(script: Any, config: Any, mesh: Mesh) -> Plan:
     policy_held = ("policy", "reference") if config.lora.rank else ("policy",)
 
     # Rollout, scores and advantages.
-    rollout, batch = rollout_program(config, mesh, apply, policy.full, policy_held)
+    rollouts, batch = rollout_programs(config, mesh, apply, policy.full, policy_held)
     scoring = score_programs(config, mesh, held, models, rewards, batch)
     compute_advantages = script.make_advantages(config, apply, advantages, eos=1)
     args = (policy.full, reference, batch, scoring.scores, scoring.scalars)
@@ -489,7 +511,7 @@ def grpo(script: Any, config: Any, mesh: Mesh) -> Plan:
         rows=part,
         gradients=policy.state.params,
     )
-    return Plan(held, [rollout, *scoring.programs, reading, updating], rows * length)
+    return Plan(held, [*rollouts, *scoring.programs, reading, updating], rows * length)
 
 
 # --- which of these a script is

@@ -31,7 +31,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 # By name, since config.json and not a class is compared: a fork's config has the same names for
 # the same things, and a field that it adds decides its results until it is listed here.
-FREE = {"run", "steps", "keep_checkpoints", "mesh", "hosts", "offload", "dry_run"}
+FREE = {"run", "steps", "keep_checkpoints", "mesh", "rollout", "hosts", "offload", "dry_run"}
 FREE |= {"eval_every", "save_every", "log_every", "sample_every"}
 # These say when a run gives up, and nothing of what it computes until then.
 SAYS_WHEN_TO_GIVE_UP = {"guard.most", "kl_limit"}

@@ -8,7 +8,7 @@ import sys
 import pytest
 from running import run
 
-from benchmarks import attention, decode, ppo, side_by_side, train
+from benchmarks import attention, decode, pods, ppo, side_by_side, train
 from kernels import flash
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -61,6 +61,21 @@ def test_a_ppo_benchmark_runs(tmp_path):
 def test_the_readme_has_the_results():
     table = side_by_side.markdown(RESULTS)
     assert f"<!-- benchmarks -->\n{table}\n<!-- end -->\n" in (ROOT / "README.md").read_text()
+
+
+def test_the_page_of_pods_has_the_results():
+    """And its rollouts, of which the rows differ in nothing but the rollout itself."""
+    results = json.loads(pods.RESULTS.read_text())
+    rollouts = json.loads(pods.ROLLOUT_RESULTS.read_text())
+    assert pods.section(results, rollouts) in pods.PAGE.read_text()
+    _, _, *rows = pods.rollouts_table(rollouts, results["ppo-8b"])
+    assert len(rows) == len(pods.TENSORS)
+    beside = []
+    for row in rows:
+        *_, by_bytes, latency, rollout, iteration = row.strip("| ").split(" | ")
+        assert float(by_bytes) + float(latency) == pytest.approx(float(rollout), abs=0.011)
+        beside.append(float(iteration) - float(rollout))
+    assert beside[0] > 0 and beside == pytest.approx([beside[0]] * len(rows), abs=0.011)
 
 
 def test_the_counted_inner_loops_are_those_of_the_kernels_as_they_are():

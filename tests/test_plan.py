@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import plan as command
+import train_sft
 from kernels.attention import attention
 from kernels.chunked import block_size
 from lora import LoraConfig
@@ -19,7 +20,9 @@ from model import LanguageModel, init_and_apply, unembed
 from model_config import PRESETS
 from objectives import likelihood
 from planning import hlo, plan
+from planning.chips import CHIPS
 from planning.programs import LAYOUTS, forward_flops, layout_of
+from rollout import RolloutConfig
 from runtime.errors import UserError
 from sharding import MeshConfig, constrain_residual, gathered, make_mesh
 
@@ -116,6 +119,45 @@ def test_collectives_are_counted_once_a_channel_and_once_a_turn_of_their_loop():
         ("reduce-scatter", "tensor"): (1, 2048 / 2, 2048 / 2),
         ("collective-permute", "data"): (1, 512, 512),
     }
+
+
+def test_groups_are_counted_as_often_as_their_loop_runs():
+    assert hlo.cost(PROGRAM, MESH).groups == {
+        ("all-gather", 2): 5,
+        ("all-reduce", 4): 5,
+        ("reduce-scatter", 2): 1,
+        ("collective-permute", 2): 1,
+    }
+
+
+def test_latency_grows_with_the_chips_of_a_group_and_not_on_a_switch():
+    """Half way round a ring at a microsecond a hop, behind five; an all-reduce goes twice."""
+    torus = CHIPS["v5e"].latency
+    for kind, chips, microseconds in (
+        ("all-gather", 4, 5 + 2),
+        ("all-gather", 5, 5 + 3),
+        ("reduce-scatter", 16, 5 + 8),
+        ("all-reduce", 4, 5 + 2 * 2),
+        ("all-reduce", 16, 5 + 2 * 8),
+        ("collective-permute", 16, 5 + 1),
+    ):
+        assert torus.seconds(kind, chips) == pytest.approx(microseconds * 1e-6)
+    on_a_switch = CHIPS["h200"].latency
+    assert on_a_switch.seconds("all-reduce", 8) == on_a_switch.seconds("all-reduce", 2) == 6e-6
+
+    # Of a program, all of its collectives.
+    result = plan.Result(None, 0.0, 0.0, 0.0, hlo.cost(PROGRAM, MESH), 0.0)
+    by_hand = 5 * (5 + 1) + 5 * (5 + 2 * 2) + (5 + 1) + (5 + 1)
+    assert result.latency(CHIPS["v5e"]) == pytest.approx(by_hand * 1e-6)
+
+
+def test_a_sweep_tries_copies_beside_fsdp():
+    """On a square slice of 256 chips two copies beat one, for gradients are then scattered."""
+    config = train_sft.Config(model=PRESETS["llama3-8b"])
+    meshes = list(plan.meshes_to_try(config, 256))
+    tried = {(mesh.data, mesh.fsdp, mesh.tensor) for mesh in meshes}
+    assert {(1, 256, 1), (2, 128, 1), (1, 64, 4)} <= tried
+    assert all(data * fsdp * tensor == 256 for data, fsdp, tensor in tried)
 
 
 def test_matmuls_count_as_often_as_their_loop_runs():
@@ -419,6 +461,10 @@ VARIANTS = {  # a script's fields, and the programs that its plan then has
             ["rollout", "advantages", *UPDATES],
         ),
         ({"offload": True}, ["rollout", "score runs/align/rm", "advantages", *UPDATES]),
+        (
+            {"reward": ("tasks.answers:number",), "rollout": RolloutConfig(1)},
+            ["rollout weights", "rollout", "advantages", *UPDATES],
+        ),
     ],
     "train_grpo": [
         ({}, ["rollout", "score runs/align/rm", "advantages", "update"]),
@@ -575,6 +621,50 @@ def test_without_the_cuda_compiler_the_cpus_stands_in(monkeypatch, capsys):
     assert verdict.fits and capsys.readouterr().out.startswith("note: the CPU's compiler")
     assert result.program.model_flops / 4 == pytest.approx(result.cost.flops, rel=0.1)
     assert {axes for _, axes in result.cost.moved} >= {"fsdp", "tensor"}
+
+
+@needs_eight
+def test_weights_cut_further_while_sampling_are_planned(monkeypatch, capsys):
+    """Half of the weights is read for a token, and each layer's sums go through twice the chips.
+
+    By the CPU's compiler, whose traffic in memory is not a GPU's; their ratio is told by it too.
+    """
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if "cuda" in name else found(name)
+    )
+    argv = ["train_grpo", "--model.preset=tiny", "--model.mlp_width=4096", "--topology=h200:8"]
+    argv += ["--mesh.data=1", "--mesh.fsdp=4", "--mesh.tensor=2", "--reward=tasks.answers:number"]
+    argv += ["--batch_size=8", "--samples_per_prompt=2", "--minibatches=1"]
+    argv += ["--max_prompt=8", "--max_new_tokens=8"]
+    usual = plan.main(argv)
+    wide = plan.main([*argv, "--rollout.tensor=4"])
+    told = capsys.readouterr().out
+    assert told.count("latency of collectives: ") == told.count("forecast: ") == 2
+
+    names = [result.program.name for result in wide.results]
+    assert names == ["rollout weights", "rollout", "advantages", "update"]
+    laid, sampled = wide.results[:2]
+    before = usual.results[0]
+    # The arguments are the weights in bfloat16, a quarter of each; before, float32 cut by eight.
+    weights, *_ = sampled.program.args
+    assert sampled.arguments == pytest.approx(plan.bytes_of(sampled.program.args), rel=0.02)
+    assert plan.bytes_of(weights) == pytest.approx(plan.bytes_of(before.program.args), rel=0.05)
+    assert laid.cost.flops == 0 and plan.received_bytes(laid.cost) > 0
+    assert sampled.cost.memory < 0.75 * before.cost.memory
+    assert sampled.cost.flops == pytest.approx(before.cost.flops, rel=0.1)
+
+    # In the loop, sums over what is tensor then.
+    def sums(result, chips):
+        return result.cost.groups.get(("all-reduce", chips), 0)
+
+    layers = PRESETS["tiny"].layers
+    assert sums(before, 2) >= 2 * layers * 7 and sums(sampled, 4) >= 2 * layers * 7
+    assert sums(sampled, 2) < layers * 7
+
+    # What does not fit is told as by the script.
+    with pytest.raises(UserError, match=r"--rollout\.tensor=16: .* tensor x fsdp = 8"):
+        plan.main([*argv, "--rollout.tensor=16"])
 
 
 @needs_tpu
