@@ -22,10 +22,12 @@ from train_state import load_params
 
 ROOT = pathlib.Path(__file__).parents[1]
 KILLS = int(os.environ.get("KILLS", "20"))
-SHORT = ["--optimizer.warmup=0", "--steps=6", "--eval_every=2", "--save_every=1"]
-SHORT += ["--batch_size=8"]
-SAMPLED = [*SHORT, "--init=sft", "--max_prompt=48", "--max_new_tokens=8"]
-ONLINE = [*SAMPLED, "--reward=rm"]
+# Minibatches, prompts and comparisons of eight rows: one a simulated device.
+STEPS = ["--optimizer.warmup=0", "--steps=6", "--eval_every=2", "--save_every=1"]
+LENGTHS = ["--init=sft", "--max_prompt=48", "--max_new_tokens=8"]
+SHORT = [*STEPS, "--batch_size=8"]
+SAMPLED = [*SHORT, *LENGTHS]
+ONLINE = [*STEPS, "--batch_size=16", *LENGTHS, "--reward=rm"]
 SCRIPTS = {
     "train_lm": [*SHORT, "--model.preset=tiny", "--length=32"],
     "train_sft": [*SHORT, "--model.preset=tiny", "--length=32"],
