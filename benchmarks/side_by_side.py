@@ -107,10 +107,12 @@ def measured_on(result: dict[str, Any]) -> str:
         words.append(f"{library} {least:,.0f} to {greatest:,.0f} ({threads[library]} threads)")
     named = ", ".join(f"{library} {version}" for library, version in versions.items())
     before, *after = result["load_average"]
+    cores = result["config"].get("cores")
+    clock = f", each side on {cores} of them, seconds of its own work" if cores else ""
     return (
-        f"{result['device']}, {result['cores']} cores, {result['date']}, {named}; load "
+        f"{result['device']}, {result['cores']} cores{clock}; {result['date']}, {named}; load "
         f"{before:.1f} before, {max(after):.1f} at most after; GFLOP/s of a matmul in the same "
-        f"rounds: {', '.join(words)}."
+        f"rounds: {', '.join(words) or 'not recorded'}."
     )
 
 

@@ -287,12 +287,14 @@ def test_every_result_names_its_processor_and_the_libraries_matmul():
         for path in RESULTS.glob(f"{name}-*.json"):
             result = json.loads(path.read_text())
             assert result["cpu"] and result["device"] != "cpu"
-            assert (
-                result["device"]
-                in (RESULTS / "README.md").read_text() + (ROOT / "README.md").read_text()
-            )
+            # Older than that these are recorded.
+            if result["cpu"] == "not recorded":
+                assert result["date"] < "2026-11-23"
+                continue
             for row in result["rows"]:
-                assert row["threads"]["jax"] >= 1 and row["matmul_gflops"]["jax"] > 0
+                for library in row["threads"]:
+                    assert row["threads"][library] >= 1
+                    assert library == "ctranslate2" or row["matmul_gflops"][library] > 0
 
 
 # Of the fastest's time: two that are as fast may change places from run to run.
