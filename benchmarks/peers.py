@@ -29,6 +29,8 @@ with standing_in():
     from weights.convert import write_tensors
     from weights.families import config_of
 
+# JAX makes the weights on the GPU and gives the memory back at once.
+os.environ["XLA_PYTHON_CLIENT_ALLOCATOR"] = "platform"
 PAD, BOS, EOS = 0, 1, 2
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32

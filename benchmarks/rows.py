@@ -291,12 +291,16 @@ def measure(row: Row, rounds: int, at_least: float, cores: int = 0) -> dict[str,
     processes = {name: Process(side, cores) for name, side in row.sides.items()}
     try:
         checks = _ready(processes, result, start + READY * row.limit)
-        if row.agree:
-            row.agree(checks)
+        try:
+            if row.agree:
+                row.agree(checks)
+        except AssertionError as fault:
+            # Then the first is timed alone: nobody does the same.
+            result["left_out"]["agreement"] = in_one_line(fault)
+            for name in list(processes)[1:]:
+                processes.pop(name).end()
         _time(processes, result, rounds, at_least, until)
         _summarise(row, result)
-    except AssertionError as fault:
-        result["left_out"]["agreement"] = in_one_line(fault)
     finally:
         for process in processes.values():
             process.end()
@@ -455,8 +459,8 @@ def machine() -> dict[str, Any]:
 
 def is_whole(row: dict[str, Any]) -> bool:
     """Return whether the first side of a measured row was timed, and all sides did the same."""
-    lines = row.get("lines") or [{}]
-    return lines[0].get("side") == row["asked"][0]
+    lines = row["lines"] or [{}]
+    return lines[0].get("side") == row["asked"][0] and "agreement" not in row["left_out"]
 
 
 def seconds_in_all(rows: Sequence[Row]) -> float:
@@ -502,8 +506,8 @@ def shares(line: dict[str, Any]) -> list[str]:
 
 def print_row(row: dict[str, Any]) -> None:
     """Print a row: its lines, with the ratios and shares of each below one another."""
-    for line in row.get("lines", []):
-        words = [] if is_whole(row) else [f"({line['side']})"]
+    for line in row["lines"]:
+        words = [] if line["side"] == row["asked"][0] else [f"({line['side']})"]
         for peer, (median, least, greatest) in line["faster_than"].items():
             words.append(f"{peer} {median:.2f} ({least:.2f}-{greatest:.2f})")
         words += shares(line)
@@ -511,7 +515,7 @@ def print_row(row: dict[str, Any]) -> None:
         for word in words or [""]:
             print(f"{start}  {word}".rstrip())
             start = " " * 52
-    if not row.get("lines"):
+    if not row["lines"]:
         print(row["what"])
     if "over_limit" in row:
         print(f"  over its limit of {row['limit_s']:g} s: {row['over_limit']}")

@@ -99,6 +99,8 @@ def test_a_row_over_its_limit_says_so_and_the_next_one_runs(tmp_path, capsys):
     assert dead["left_out"]["ours"] == "its process died (exit code 3)"
     assert dead["lines"][0]["side"] == "peer" and not rows.is_whole(dead)
     assert "checks differ" in other["left_out"]["agreement"] and not rows.is_whole(other)
+    # Ours alone is timed then.
+    assert other["lines"][0]["ms"] > 0 and other["lines"][0]["faster_than"] == {}
     assert max(map(len, capsys.readouterr().out.splitlines())) < 80
 
     # What was timed before the limit stays.
