@@ -104,7 +104,8 @@ def measured_on(result: dict[str, Any]) -> str:
     words = []
     for library, every in rates.items():
         least, greatest = min(every), max(every)
-        words.append(f"{library} {least:,.0f} to {greatest:,.0f} ({threads[library]} threads)")
+        count = f"{threads[library]} thread{'s' if threads[library] > 1 else ''}"
+        words.append(f"{library} {least:,.0f} to {greatest:,.0f} ({count})")
     named = ", ".join(f"{library} {version}" for library, version in versions.items())
     before, *after = result["load_average"]
     cores = result["config"].get("cores")
