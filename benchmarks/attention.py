@@ -1,31 +1,33 @@
-"""Time the implementations of attention on the device at hand, interleaved in one run.
+"""Time the implementations of attention on the device at hand, in turns.
 
     python -m benchmarks.attention
     python -m benchmarks.attention --lengths 512 1024 --rounds=3 --out=runs/benchmarks
 
-Writes benchmarks/results/attention-<platform>.json, and README.md beside it from all of them.
+Writes benchmarks/results/attention-<platform>.json after every row, and README.md beside it from
+all of them.
 """
 
 import dataclasses
-import datetime
 import functools
 import itertools
 import json
-import os
 import pathlib
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import jaxlib
 import numpy as np
 
-from kernels.attention import attention
-from model_config import ModelConfig
-from runtime import flags
+from benchmarks import command
+from benchmarks.absent import standing_in
+from benchmarks.rows import RESULTS, Built, Row, Side, run_rows, within
+from benchmarks.side_by_side import measured_on
+
+with standing_in():
+    from kernels.attention import attention
+    from model_config import ModelConfig
 
 RUNS_ON = {
     "cpu": ("reference", "xla_chunked", "library"),
@@ -38,38 +40,35 @@ MATMULS = {"forward": 2, "forward and backward": 7}
 
 @dataclasses.dataclass(frozen=True)
 class Config:
+    implementations: tuple[str, ...] = ("xla_chunked", "library", "reference")
+    """What is timed; the first is compared with the others. library is what JAX offers: cuDNN on
+    a GPU, splash attention on a TPU."""
     lengths: tuple[int, ...] = (512, 1024, 2048, 4096)
     """Tokens of a sequence."""
-    tokens: int = 0
-    """Tokens of a batch, so that each length has as many; 0: 4096 on CPU, 16384 elsewhere."""
-    heads: int = 0
-    """Query heads; 0: 4 on CPU, 16 elsewhere."""
+    tokens: int = 4096
+    """Tokens of a batch, so that each length has as many."""
+    heads: int = 4
+    """Query heads."""
     group: int = 2
     """Query heads that share a key/value head."""
-    width: int = 0
-    """Head width; 0: 64 on CPU, 128 elsewhere."""
+    width: int = 64
+    """Head width."""
     segments: tuple[int, ...] = (1, 4)
     """Equal parts packed in a sequence, of which none sees another; 1: it is not packed."""
-    causal: bool = True
-    """Each token sees those before it only."""
     rounds: int = 5
-    """Timings of each row; the median is reported."""
+    """Timings of each side; medians are reported."""
     seconds: float = 0.2
-    """Least duration of a timing, in seconds; shorter calls are repeated."""
-    out: str = str(pathlib.Path(__file__).parent / "results")
+    """Least duration of a timing, in seconds."""
+    cores: int = 0
+    """Cores that each side is held to, whose own seconds are then counted; 0: all, and the seconds
+    that pass. On a shared CPU take 1."""
+    row_limits: tuple[float, ...] = (120.0,)
+    """Most seconds of each row, start and compilation included; the last is for the rest too."""
+    out: str = RESULTS
     """Folder of the results."""
 
 
 # ---- What is timed ----
-
-
-@dataclasses.dataclass
-class Timed:
-    """A row of the results and, unless it failed, the compiled call that it times."""
-
-    row: dict[str, Any]
-    call: Callable[[], Any] | None = None
-    seconds: list[float] = dataclasses.field(default_factory=list)
 
 
 def both_passes(function: Callable[..., jax.Array]) -> Callable[..., Any]:
@@ -94,145 +93,117 @@ def random_arrays(config: Config, batch: int, length: int) -> list[jax.Array]:
     return arrays
 
 
-def compiled_call(timed: Timed, function: Callable[..., Any], args: list[jax.Array]) -> None:
-    """Compile `function` of `args` and run it once; note its costs, or its failure, in the row."""
-    try:
-        start = time.perf_counter()
-        compiled = jax.jit(function).lower(*args).compile()
-        timed.row["compile_s"] = time.perf_counter() - start
-        temporary = compiled.memory_analysis().temp_size_in_bytes
-        timed.row["temporary_MiB"] = temporary / 2**20
-        timed.call = functools.partial(compiled, *args)
-        jax.block_until_ready(timed.call())
-    # A shape that one implementation cannot serve must not end the others' run.
-    except Exception as error:
-        timed.row["failed"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-        timed.call = None
+def side(config: Config, what: str, length: int, segments: int, name: str) -> Built:
+    """Return a side: one implementation, one pass, one shape."""
+    batch = max(1, config.tokens // length)
+    arrays = random_arrays(config, batch, length)
+    packed = {}
+    if segments > 1:
+        ids_T = np.arange(length)[None] // (length // segments)
+        packed["segment_ids"] = ids_T + np.ones((batch, 1), int)
+    run = functools.partial(attention, implementation=name, **packed)
+    if what == "forward":
+        arrays = arrays[:3]
+    else:
+        run = both_passes(run)
+
+    start = time.perf_counter()
+    compiled = jax.jit(run).lower(*arrays).compile()
+    facts = {
+        "compile_s": time.perf_counter() - start,
+        "temporary_MiB": compiled.memory_analysis().temp_size_in_bytes / 2**20,
+    }
+    # On an accelerator it is waited for seldom: launches overlap.
+    repeats = 1 if jax.default_backend() == "cpu" else 16
+
+    def call() -> None:
+        for _ in range(repeats):
+            result = compiled(*arrays)
+        jax.block_until_ready(result)
+
+    return Built({what: call}, "jax", repeats=repeats, facts=facts)
 
 
-def rows_of(config: Config) -> list[Timed]:
-    """Compile each combination of length, packing, pass and implementation."""
-    rows = []
-    for length, segments in itertools.product(config.lengths, config.segments):
+def rows(config: Config) -> list[Row]:
+    """Return a row for each length, packing and pass, the plain ones first."""
+    found = []
+    for segments, length, what in itertools.product(config.segments, config.lengths, MATMULS):
         batch = max(1, config.tokens // length)
-        arrays = random_arrays(config, batch, length)
-
-        # Scores that a row computes, and the ids of its segments.
         part = length // segments
-        seen = part * (part + 1) // 2 if config.causal else part**2
-        packed = {}
-        if segments > 1:
-            ids_T = np.arange(length)[None] // part
-            packed["segment_ids"] = ids_T + np.ones((batch, 1), int)
-
-        for what, name in itertools.product(MATMULS, RUNS_ON[jax.default_backend()]):
-            matmuls = 2 * MATMULS[what] * batch * config.heads * config.width
-            timed = Timed(
-                {
+        seen = segments * part * (part + 1) // 2
+        parts = f"{part}" if segments == 1 else f"{segments} x {part}"
+        found.append(
+            Row(
+                what=f"{what}, {parts}",
+                sides={
+                    name: Side(side, (config, what, length, segments, name))
+                    for name in config.implementations
+                },
+                tokens={what: batch * length},
+                facts={
+                    "parts": parts,
                     "length": length,
                     "segments": segments,
                     "batch": batch,
                     "pass": what,
-                    "implementation": name,
-                    "flops": matmuls * segments * seen,
-                }
+                    "flops": 2 * MATMULS[what] * batch * config.heads * config.width * seen,
+                },
             )
-            function = functools.partial(
-                attention, causal=config.causal, implementation=name, **packed
-            )
-            if what == "forward":
-                compiled_call(timed, function, arrays[:3])
-            else:
-                compiled_call(timed, both_passes(function), arrays)
-            rows.append(timed)
-    return rows
+        )
+    return within(found, config.row_limits)
 
 
-# ---- Timing ----
+def add_tflops(result: dict[str, Any]) -> None:
+    """Add the median ms and TFLOP/s of every side, in rows that count FLOPs."""
+    for row in result["rows"]:
+        for one in row["sides"].values():
+            if one.get("seconds") and "flops" in row:
+                seconds = statistics.median(one["seconds"][row["pass"]])
+                one["ms"] = 1e3 * seconds
+                one["tflops"] = row["flops"] / seconds / 1e12
 
 
-def seconds_of(call: Callable[[], Any], at_least: float) -> float:
-    """Return the seconds of one call, averaged over as many as fill `at_least`."""
-    on_cpu = jax.default_backend() == "cpu"
-    count = 0
-    spent = 0.0
-    start = time.perf_counter()
-    while spent < at_least:
-        result = call()
-        count += 1
-        # On an accelerator wait seldom, when the count is a power of two: launches overlap.
-        if on_cpu or count & (count - 1) == 0:
-            jax.block_until_ready(result)
-            spent = time.perf_counter() - start
-    return spent / count
+def fastest(result: dict[str, Any]) -> dict[int, dict[str, float]]:
+    """Return the ms of each implementation by length: of both passes over rows that are plain.
 
-
-def measure(config: Config) -> dict[str, Any]:
-    """Time every row once a round, in an order that turns with the rounds; return all results."""
-    rows = rows_of(config)
-    load_before = os.getloadavg()[0]
-    served = [timed for timed in rows if timed.call is not None]
-    for turn in range(config.rounds):
-        for timed in served[turn:] + served[:turn]:
-            timed.seconds.append(seconds_of(timed.call, config.seconds))
-    for timed in served:
-        median = statistics.median(timed.seconds)
-        timed.row["ms"] = 1e3 * median
-        timed.row["ms_every"] = [1e3 * one for one in timed.seconds]
-        timed.row["tflops"] = timed.row["flops"] / median / 1e12
-
-    # What a reader needs to judge the numbers.
-    described = dataclasses.asdict(config)
-    del described["out"]
-    device = jax.devices()[0]
-    return {
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "device": device.device_kind,
-        "platform_version": device.client.platform_version.splitlines()[0],
-        "cores": os.cpu_count(),
-        "dtype": ModelConfig().compute_dtype.name,
-        "load_average": [load_before, os.getloadavg()[0]],
-        "versions": {
-            "python": sys.version.split()[0],
-            "jax": jax.__version__,
-            "jaxlib": jaxlib.__version__,
-        },
-        "config": described,
-        "rows": [timed.row for timed in rows],
-    }
+    What a training step takes; the table AUTO of kernels/attention.py is to have the fastest.
+    """
+    found: dict[int, dict[str, float]] = {}
+    for row in result["rows"]:
+        if row["pass"] == "forward and backward" and row["segments"] == 1:
+            timed = {name: one["ms"] for name, one in row["sides"].items() if "ms" in one}
+            found[row["length"]] = timed
+    return found
 
 
 # ---- Tables ----
 
 
 def setting(result: dict[str, Any]) -> str:
-    """Return the sentence over a platform's table: where, when and what was timed."""
+    """Return the sentences over a platform's table: where, when and what was timed."""
     config = result["config"]
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    before, after = result["load_average"]
     kv_heads = config["heads"] // config["group"]
-    mask = "causal" if config["causal"] else "not causal"
+    dtype = "float32" if result["platform"] == "cpu" else "bfloat16"
     return (
-        f"{result['device']} ({result['cores']} CPU cores), {result['date']}, {versions}; "
-        f"load {before:.1f} before and {after:.1f} after. "
-        f"A batch has {config['tokens']} tokens, {config['heads']} query heads on "
-        f"{kv_heads} key heads of width {config['width']}, {result['dtype']}, {mask}. "
+        f"{measured_on(result)} A batch has {config['tokens']} tokens, {config['heads']} query "
+        f"heads on {kv_heads} key heads of width {config['width']}, {dtype}, causal. "
         f"Median of {config['rounds']} interleaved rounds (fastest to slowest)."
     )
 
 
-def cells(row: dict[str, Any], reference_ms: float | None) -> str:
-    """Return a row of the table; `reference_ms` is the reference's time, if it did not fail."""
-    part = row["length"] // row["segments"]
-    tokens = f"{part}" if row["segments"] == 1 else f"{row['segments']} x {part}"
-    start = f"| {tokens} | {row['pass']} | {row['implementation']} |"
-    if "failed" in row:
-        return f"{start} {row['failed']} | | | |"
-    ratio = f"{row['ms'] / reference_ms:.2f}" if reference_ms else ""
-    fastest, slowest = min(row["ms_every"]), max(row["ms_every"])
-    spread = f"{row['ms']:.3g} ({fastest:.3g} to {slowest:.3g})"
-    memory = f"{row['temporary_MiB']:.0f}"
-    return f"{start} {spread} | {row['tflops']:.3g} | {ratio} | {memory} |"
+def cells(row: dict[str, Any], name: str) -> str:
+    """Return the line of one implementation in a row."""
+    start = f"| {row['parts']} | {row['pass']} | {name} |"
+    one = row["sides"].get(name, {})
+    if "ms" not in one:
+        why = row["left_out"].get(name) or f"over the row's limit of {row['limit_s']:g} s"
+        return f"{start} {why} | | | |"
+    ratio = ""
+    if "ms" in row["sides"].get("library", {}):
+        ratio = f"{one['ms'] / row['sides']['library']['ms']:.2f}"
+    every = one["seconds"][row["pass"]]
+    spread = f"{one['ms']:.3g} ({1e3 * min(every):.3g} to {1e3 * max(every):.3g})"
+    return f"{start} {spread} | {one['tflops']:.3g} | {ratio} | {one['temporary_MiB']:.0f} |"
 
 
 def table(platform: str, folder: pathlib.Path) -> str:
@@ -249,19 +220,11 @@ def table(platform: str, folder: pathlib.Path) -> str:
     lines += [
         setting(result),
         "",
-        "| tokens | pass | implementation | ms | TFLOP/s | time of reference | temporaries, MiB |",
+        "| tokens | pass | implementation | ms | TFLOP/s | time of library | temporaries, MiB |",
         "|---|---|---|---|---|---|---|",
     ]
-
-    def shape(row):
-        return row["length"], row["segments"], row["pass"]
-
-    reference_ms = {}
     for row in result["rows"]:
-        if row["implementation"] == "reference":
-            reference_ms[shape(row)] = row.get("ms")
-    for row in result["rows"]:
-        lines.append(cells(row, reference_ms[shape(row)]))
+        lines += [cells(row, name) for name in (*row["sides"], *row["left_out"])]
     return "\n".join(lines)
 
 
@@ -307,28 +270,12 @@ def write_readme(folder: pathlib.Path) -> None:
     (folder / "README.md").write_text("\n\n".join(parts) + "\n")
 
 
-def with_defaults(config: Config) -> Config:
-    """Fill the fields left at 0 with the platform's values."""
-    on_cpu = jax.default_backend() == "cpu"
-    return dataclasses.replace(
-        config,
-        tokens=config.tokens or (4096 if on_cpu else 16384),
-        heads=config.heads or (4 if on_cpu else 16),
-        width=config.width or (64 if on_cpu else 128),
-    )
-
-
-def main(config: Config) -> None:
-    """Measure, write the JSON and all platforms' tables, print this platform's."""
-    folder = pathlib.Path(config.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    result = measure(with_defaults(config))
-    platform = jax.default_backend()
-    text = json.dumps(result, indent=1)
-    (folder / f"attention-{platform}.json").write_text(text + "\n")
-    write_readme(folder)
-    print(table(platform, folder))
+def main(config: Config) -> dict[str, Any]:
+    """Measure, write the JSON and all platforms' tables; return what is written."""
+    result = run_rows("attention", config, rows(config), add_tflops)
+    write_readme(pathlib.Path(config.out))
+    return result
 
 
 if __name__ == "__main__":
-    flags.run(main, Config)
+    command.run(main, Config)

@@ -1,12 +1,13 @@
-"""Sampling beside transformers' generate with the same weights; slot refill beside fixed batches.
+"""Sampling beside transformers' generate and CTranslate2; slot refill beside fixed batches.
 
     python -m benchmarks.decode
 
-Prints a table and writes benchmarks/results/decode-<platform>.json.
+All have the same weights. Prints a table and writes benchmarks/results/decode-<platform>.json
+after every row.
 """
 
 import dataclasses
-import os
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -14,98 +15,131 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.side_by_side import (
-    RESULTS,
-    SMALL,
-    Call,
-    apart,
-    count,
-    interleaved,
-    on_cpu,
-    peaks,
-    plain_batch,
-    random_params,
-    report,
-)
-from kernels.attention import decode_attention
-from model import LanguageModel, Params, init_and_apply
-from model_config import PRESETS, ModelConfig
-from runtime import flags
-from sampling import SamplingConfig, generate, generate_in_slots
+from benchmarks import command
+from benchmarks.absent import standing_in
+from benchmarks.rows import RESULTS, Built, Row, Side, run_rows, within
+from benchmarks.side_by_side import count, model_of, peaks, plain_batch, random_params
 
-# No token is this: responses have full length, as the peer's.
+with standing_in():
+    from kernels.attention import decode_attention
+    from model import LanguageModel, init_and_apply
+    from model_config import ModelConfig
+    from sampling import SamplingConfig, generate, generate_in_slots
+
+# No token is this: responses have full length, as the peers'.
 NEVER = -1
+PREFILL = "  of this, prefill"
+LONG_CACHE = 8192
+"""Slots of the cache in the rows of attention."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    batches: tuple[int, ...] = (16, 1) if on_cpu() else (64, 1)
+    model: str = "small"
+    """Name of a model of side_by_side.MODELS."""
+    rows: tuple[str, ...] = ("full", "geometric", "attention")
+    """Of full (responses as long as they may be), geometric (lengths that differ) and attention
+    (one token against a long cache)."""
+    batches: tuple[int, ...] = (16, 1)
     """Rows sampled together, a row of the table each."""
-    prompt: int = 64 if on_cpu() else 1024
+    prompt: int = 64
     """Tokens of a prompt."""
-    new: int = 64 if on_cpu() else 256
+    new: int = 64
     """Tokens sampled after it."""
-    requests: int = 128 if on_cpu() else 512
-    """Prompts of the comparison of refilled slots, the first of `batches`, with fixed batches."""
-    limit: int = 256 if on_cpu() else 1024
+    requests: int = 128
+    """Prompts of the geometric row, the first of `batches` at a time."""
+    longest: int = 256
     """Most tokens of a response there; their mean length is a quarter of it."""
+    peers: tuple[str, ...] = ("transformers", "compiled", "ctranslate2")
+    """Of transformers, compiled (with a static cache and a compiled step) and ctranslate2."""
     rounds: int = 5
-    """Timings of each row; the median is reported."""
-    peer: bool = True
-    """Time transformers too, in the same run."""
-    model: ModelConfig = SMALL if on_cpu() else PRESETS["llama3.2-1b"]
-    """Default by platform."""
+    """Timings of each side; medians are reported."""
+    seconds: float = 1.0
+    """Least duration of a timing, in seconds."""
+    cores: int = 0
+    """Cores that each side is held to, whose own seconds are then counted; 0: all, and the seconds
+    that pass. On a shared CPU take 1."""
+    row_limits: tuple[float, ...] = (300.0,)
+    """Most seconds of each row, start and compilation included; the last is for the rest too."""
     out: str = RESULTS
     """Folder of the results."""
 
 
-# ---- Sampling, beside transformers ----
+# ---- Responses of full length ----
 
 
-def our_sampler(config: Config, params: Params, prompts: dict[str, Any], new: int) -> Call:
-    """Return a call that samples `new` tokens after each prompt, at temperature 1 from all."""
-    _, apply = init_and_apply(LanguageModel(config.model))
-    sampling = SamplingConfig(max_new_tokens=new)
-
-    @jax.jit
-    def sample(params, prompts, key):
-        samples = generate(apply, config.model, params, prompts, key, sampling, eos=NEVER, pad=0)
-        return samples.response_BR
-
+def our_sampler(config: Config, batch: int) -> Built:
+    """Return a side that samples `new` tokens after each prompt, and one that samples one."""
+    model = model_of(config.model)
+    _, apply = init_and_apply(LanguageModel(model))
+    params = random_params(model)
+    prompts = jax.device_put(plain_batch(model, batch, config.prompt))
     key = jax.random.key(0)
 
-    def call() -> None:
-        response_BR = sample(params, prompts, key).block_until_ready()
-        assert response_BR.shape[1] == new
+    def sampler(new: int) -> Callable[[], None]:
+        sampling = SamplingConfig(max_new_tokens=new)
 
-    return call
+        @jax.jit
+        def sample(params, prompts, key):
+            samples = generate(apply, model, params, prompts, key, sampling, eos=NEVER, pad=0)
+            return samples.response_BR
 
+        def call() -> None:
+            response_BR = sample(params, prompts, key).block_until_ready()
+            assert response_BR.shape[1] == new
 
-def fixed_rows(config: Config, params: Params) -> list[dict[str, Any]]:
-    """Return two rows for each batch size: sampling, and its prefill, in this order."""
-    rows = []
-    asked = []
-    for batch in config.batches:
-        prompts = jax.device_put(plain_batch(config.model, batch, config.prompt))
-        for what, new in (("generate", config.new), ("  of this, prefill", 1)):
-            row = {
-                "what": f"{what} {batch} x {config.prompt}+{new}",
-                "calls": {"plumb": our_sampler(config, params, prompts, new)},
-                "batch": batch,
-                "tokens": batch * new,
-            }
-            rows.append(row)
-            asked.append((np.asarray(prompts["tokens_BT"]), new))
-    if config.peer:
-        from benchmarks import peers
+        return call
 
-        samplers = apart(peers.samplers, config.model, asked)
-        for row, sampler in zip(rows, samplers, strict=True):
-            row["calls"]["transformers"] = sampler
-    return rows
+    return Built({generated(config, batch): sampler(config.new), PREFILL: sampler(1)}, "jax")
 
 
-# ---- Refilled slots, beside fixed batches ----
+def torch_sampler(config: Config, batch: int, compiled: bool) -> Built:
+    """Return the side of transformers' generate; as `our_sampler`."""
+    from benchmarks import peers
+
+    model = model_of(config.model)
+    tokens_BT = plain_batch(model, batch, config.prompt)["tokens_BT"]
+    whole, first = peers.samplers(model, tokens_BT, (config.new, 1), compiled)
+    return Built({generated(config, batch): whole, PREFILL: first}, "torch", ("transformers",))
+
+
+def ctranslate2_sampler(config: Config, batch: int) -> Built:
+    """Return the side of CTranslate2; as `our_sampler`."""
+    from benchmarks import peers
+
+    model = model_of(config.model)
+    tokens_BT = plain_batch(model, batch, config.prompt)["tokens_BT"]
+    sampler = peers.ctranslate2_sampler(model)
+    calls = {
+        generated(config, batch): partial(sampler, tokens_BT, config.new),
+        PREFILL: partial(sampler, tokens_BT, 1),
+    }
+    return Built(calls, "ctranslate2")
+
+
+def generated(config: Config, batch: int) -> str:
+    """Return the name of a row of full responses."""
+    return f"generate {batch} x {config.prompt}+{config.new}"
+
+
+def full_row(config: Config, batch: int) -> Row:
+    """Return the row of responses of full length, and of its prefill."""
+    every = {
+        "transformers": Side(torch_sampler, (config, batch, False)),
+        "compiled": Side(torch_sampler, (config, batch, True)),
+        "ctranslate2": Side(ctranslate2_sampler, (config, batch)),
+    }
+    name = generated(config, batch)
+    sides = {"plumb": Side(our_sampler, (config, batch))}
+    return Row(
+        what=name,
+        sides=sides | {peer: every[peer] for peer in config.peers},
+        tokens={name: batch * config.new, PREFILL: batch},
+        facts={"batch": batch, "bytes_per_step": bytes_per_step(config, batch)},
+    )
+
+
+# ---- Responses whose lengths differ ----
 
 
 def ending_tokens(vocab: int, limit: int) -> np.ndarray:
@@ -117,53 +151,86 @@ def ending_tokens(vocab: int, limit: int) -> np.ndarray:
     return np.random.default_rng(0).choice(np.arange(1, vocab), number, replace=False)
 
 
-def refill_row(config: Config, params: Params) -> dict[str, Any]:
-    """Return a row that samples by refilled slots, beside fixed batches.
+def geometric(config: Config) -> str:
+    """Return the name of the row of responses whose lengths differ."""
+    return f"refill {config.batches[0]}, {config.requests} x up to {config.longest}"
 
-    The lengths of responses are geometric, a quarter of the limit on average.
+
+def our_geometric(config: Config, in_slots: bool) -> Built:
+    """Return a side that samples by refilled slots, or in fixed batches.
+
+    The lengths of responses are geometric, a quarter of the limit on average. A call returns how
+    many tokens it sampled, so that other random numbers are no advantage.
     """
-    _, apply = init_and_apply(LanguageModel(config.model))
-    sampling = SamplingConfig(max_new_tokens=config.limit)
-    eos = ending_tokens(config.model.vocab, config.limit)
-
+    model = model_of(config.model)
+    _, apply = init_and_apply(LanguageModel(model))
+    params = random_params(model)
+    sampling = SamplingConfig(max_new_tokens=config.longest)
+    options = {"eos": ending_tokens(model.vocab, config.longest), "pad": 0}
     slots = config.batches[0]
     key = jax.random.key(0)
+    prompts = plain_batch(model, config.requests, config.prompt)
 
     @jax.jit
-    def refilled(prompts, key):
+    def refilled(params, prompts, key):
         return generate_in_slots(
-            apply, config.model, params, prompts, key, sampling, eos=eos, pad=0, slots=slots
+            apply, model, params, prompts, key, sampling, slots=slots, **options
         )
 
     @jax.jit
-    def fixed(prompts, key):
-        return generate(apply, config.model, params, prompts, key, sampling, eos=eos, pad=0)
+    def fixed(params, prompts, key):
+        return generate(apply, model, params, prompts, key, sampling, **options)
 
-    prompts = plain_batch(config.model, config.requests, config.prompt)
     parts = []
     for start in range(0, config.requests, slots):
         parts.append({name: x[start : start + slots] for name, x in prompts.items()})
+    keys = [jax.random.fold_in(key, i) for i in range(len(parts))]
 
-    def one_by_one():
-        return [fixed(part, jax.random.fold_in(key, i)) for i, part in enumerate(parts)]
+    def call() -> float:
+        if in_slots:
+            every = [refilled(params, prompts, key)]
+        else:
+            every = [fixed(params, part, own) for part, own in zip(parts, keys, strict=True)]
+        return sum(float(samples.mask_BR.sum()) for samples in every)
 
-    # Refilled slots sample what one batch of all requests does, but for rounding.
-    mine, whole = jax.device_get([refilled(prompts, key), fixed(prompts, key)])
-    equal = (mine.response_BR == whole.response_BR).mean()
-    assert equal > (1 if on_cpu() else 0.5) - 1e-3
+    tokens = call()
+    return Built({geometric(config): call}, "jax", facts={"mean_length": tokens / config.requests})
 
-    tokens = float(mine.mask_BR.sum())
-    fixed_tokens = sum(float(part.mask_BR.sum()) for part in one_by_one())
-    return {
-        "what": f"refill {slots}, {config.requests} x up to {config.limit}",
-        "calls": {
-            "plumb": lambda: jax.block_until_ready(refilled(prompts, key)),
-            "fixed batches": lambda: jax.block_until_ready(one_by_one()),
-        },
-        "tokens": tokens,
-        "fixed_tokens": fixed_tokens,
-        "mean_length": tokens / config.requests,
+
+def torch_geometric(config: Config) -> Built:
+    """Return the side of transformers in fixed batches; as `our_geometric`."""
+    from benchmarks import peers
+
+    model = model_of(config.model)
+    tokens_BT = plain_batch(model, config.requests, config.prompt)["tokens_BT"]
+    eos = ending_tokens(model.vocab, config.longest)
+    call = peers.ending_sampler(model, tokens_BT, config.longest, config.batches[0], eos)
+    return Built({geometric(config): call}, "torch", ("transformers",))
+
+
+def ctranslate2_geometric(config: Config) -> Built:
+    """Return the side of CTranslate2, which drops rows that have ended; as `our_geometric`."""
+    from benchmarks import peers
+
+    model = model_of(config.model)
+    tokens_BT = plain_batch(model, config.requests, config.prompt)["tokens_BT"]
+    eos = ending_tokens(model.vocab, config.longest)
+    sampler = peers.ctranslate2_sampler(model)
+    call = partial(sampler, tokens_BT, config.longest, eos, config.batches[0])
+    return Built({geometric(config): call}, "ctranslate2")
+
+
+def geometric_row(config: Config) -> Row:
+    """Return the row of responses whose lengths differ."""
+    sides = {
+        "plumb": Side(our_geometric, (config, True)),
+        "fixed batches": Side(our_geometric, (config, False)),
     }
+    if "transformers" in config.peers:
+        sides["transformers"] = Side(torch_geometric, (config,))
+    if "ctranslate2" in config.peers:
+        sides["ctranslate2"] = Side(ctranslate2_geometric, (config,))
+    return Row(geometric(config), sides, tokens={})
 
 
 # ---- One token against a long cache ----
@@ -203,82 +270,84 @@ def split_attention(
     return (out_BKGH / total_BKG1).astype(q_BTNH.dtype).reshape(q_BTNH.shape)
 
 
-def long_cache_row(config: Config, batch: int, slots: int = 8192) -> dict[str, Any]:
-    """Return a row of one token against a long cache, whole and split over the keys.
+ATTENTIONS = {
+    "plumb": decode_attention,
+    "8 parts": split_attention,
+    "1 part": partial(split_attention, parts=1),
+}
 
-    Eight query heads share two key heads.
-    """
+
+def long_cache_side(what: str, batch: int, name: str) -> Built:
+    """Return a side of ATTENTIONS. Eight query heads share two key heads."""
     keys = jax.random.split(jax.random.key(0), 3)
-    shapes = [(batch, 1, 8, 64), (batch, 2, slots, 64), (batch, 2, slots, 64)]
+    shapes = [(batch, 1, 8, 64), (batch, 2, LONG_CACHE, 64), (batch, 2, LONG_CACHE, 64)]
     arrays = []
     for key, shape in zip(keys, shapes, strict=True):
-        arrays.append(jax.random.normal(key, shape, config.model.compute_dtype))
-    arrays += [jnp.ones((batch, slots), jnp.int32), jnp.int32(slots - 1)]
+        arrays.append(jax.random.normal(key, shape, ModelConfig().compute_dtype))
+    arrays += [jnp.ones((batch, LONG_CACHE), jnp.int32), jnp.int32(LONG_CACHE - 1)]
+    run = jax.jit(ATTENTIONS[name])
 
-    def call(run):
+    def call() -> None:
         run(*arrays).block_until_ready()
 
-    runs = {
-        "plumb": jax.jit(decode_attention),
-        "8 parts": jax.jit(split_attention),
-        "1 part": jax.jit(partial(split_attention, parts=1)),
-    }
-    want = runs["plumb"](*arrays)
-    for run in runs.values():
-        np.testing.assert_allclose(run(*arrays), want, atol=1e-5 if on_cpu() else 1e-2)
-    return {
-        "what": f"attention, {batch} x cache of {slots}",
-        "calls": {name: partial(call, run) for name, run in runs.items()},
-        "tokens": batch,
-    }
+    return Built({what: call}, "jax", check=np.asarray(run(*arrays), np.float32))
+
+
+def same_outputs(outputs: dict[str, np.ndarray]) -> None:
+    """Raise AssertionError unless all sides give the same, to the rounding of bfloat16."""
+    for side, out in outputs.items():
+        np.testing.assert_allclose(out, next(iter(outputs.values())), atol=1e-2, err_msg=side)
+
+
+def long_cache_row(batch: int) -> Row:
+    """Return a row of one token against a long cache, whole and split over the keys."""
+    what = f"attention, {batch} x cache of {LONG_CACHE}"
+    sides = {name: Side(long_cache_side, (what, batch, name)) for name in ATTENTIONS}
+    return Row(what, sides, tokens={what: batch}, agree=same_outputs)
 
 
 # ---- The benchmark ----
 
 
-def add_roofline(config: Config, params: Params, rows: list[dict[str, Any]]) -> None:
-    """Add the share of the memory's speed at which a decode step reads what it must.
-
-    `rows` are those of `fixed_rows`, timed. A step reads the weights once, and each row's cache.
-    """
-    model = config.model
-    itemsize = model.compute_dtype.itemsize
-    weights = count(params)
+def bytes_per_step(config: Config, batch: int) -> float:
+    """Return what a step must read: the weights once, and each row's cache, half grown."""
+    model = model_of(config.model)
+    weights = count(model)
     # Of an embedding that is not also the unembedding only some rows are read.
     if not model.tied:
         weights -= model.vocab * model.width
-
-    for whole, prefill in zip(rows[::2], rows[1::2], strict=True):
-        mean_length = config.prompt + config.new / 2
-        per_token = 2 * model.layers * model.kv_heads * model.head_dim
-        cache = whole["batch"] * per_token * mean_length
-        whole["bytes_per_step"] = itemsize * (weights + cache)
-        all_seconds = np.median(whole["seconds"]["plumb"])
-        prefill_seconds = np.median(prefill["seconds"]["plumb"])
-        whole["ms_per_step"] = 1e3 * (all_seconds - prefill_seconds) / (config.new - 1)
-        if peaks():
-            _, bytes_per_second = peaks()
-            least_ms = 1e3 * whole["bytes_per_step"] / bytes_per_second
-            whole["of_roofline"] = least_ms / whole["ms_per_step"]
+    mean_length = config.prompt + config.new / 2
+    per_token = 2 * model.layers * model.kv_heads * model.head_dim
+    return model.compute_dtype.itemsize * (weights + batch * per_token * mean_length)
 
 
-def main(config: Config) -> None:
-    """Time all rows, print the table, write the JSON."""
-    loads = [os.getloadavg()[0]]
-    params = random_params(config.model)
-    rows = fixed_rows(config, params)
-    refill = refill_row(config, params)
-    others = [refill, long_cache_row(config, 1), long_cache_row(config, 16)]
-    interleaved([*rows, *others], config.rounds)
-    add_roofline(config, params, rows)
+def add_roofline(result: dict[str, Any]) -> None:
+    """Add the share of the memory's speed at which a decode step reads what it must."""
+    peak = peaks(result["device"])
+    for row in result["rows"]:
+        if "bytes_per_step" in row and row.get("lines"):
+            whole, prefill = row["lines"]
+            whole["ms_per_step"] = (whole["ms"] - prefill["ms"]) / (result["config"]["new"] - 1)
+            if peak:
+                least_ms = 1e3 * row["bytes_per_step"] / peak[1]
+                whole["of_roofline"] = least_ms / whole["ms_per_step"]
 
-    # Fixed batches draw other random numbers: compare seconds for as many tokens.
-    ratio = refill["tokens"] / refill["fixed_tokens"]
-    seconds = refill["seconds"]
-    seconds["fixed batches"] = [ratio * x for x in seconds["fixed batches"]]
-    packages = ("torch", "transformers") if config.peer else ()
-    report("decode", config, [*rows, *others], packages, loads)
+
+def rows(config: Config) -> list[Row]:
+    """Return the rows that are asked for."""
+    every = {
+        "full": [full_row(config, batch) for batch in config.batches],
+        "geometric": [geometric_row(config)],
+        "attention": [long_cache_row(batch) for batch in config.batches[::-1]],
+    }
+    asked = [row for name in config.rows for row in every[name]]
+    return within(asked, config.row_limits)
+
+
+def main(config: Config) -> dict[str, Any]:
+    """Time all rows, print the table, write the JSON; return what is written."""
+    return run_rows("decode", config, rows(config), add_roofline)
 
 
 if __name__ == "__main__":
-    flags.run(main, Config)
+    command.run(main, Config)

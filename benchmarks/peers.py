@@ -1,7 +1,6 @@
-"""The peers: a transformers Llama with our weights, and TRL's PPO, paced from outside.
+"""The peers: transformers' Llama with our weights, CTranslate2, and TRL's PPO.
 
-Each function returns calls for `side_by_side.apart`. Needs `pip install -r
-requirements-bench.txt`.
+Each function returns calls that a side times. Needs `pip install -r requirements-bench.txt`.
 """
 
 import copy
@@ -9,10 +8,11 @@ import json
 import os
 import pathlib
 import queue
+import shutil
 import tempfile
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -21,27 +21,38 @@ import numpy as np
 import torch
 import transformers
 
+from benchmarks.absent import standing_in
 from benchmarks.side_by_side import random_params
-from model_config import ModelConfig
-from weights.convert import write_tensors
-from weights.families import config_of
 
+with standing_in():
+    from model_config import ModelConfig
+    from weights.convert import write_tensors
+    from weights.families import config_of
+
+# JAX makes the weights on the GPU and gives the memory back at once.
+os.environ["XLA_PYTHON_CLIENT_ALLOCATOR"] = "platform"
 PAD, BOS, EOS = 0, 1, 2
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+SCRATCH = "/dev/shm" if os.path.isdir("/dev/shm") else None
+"""Folder for weights on their way from us to them; memory, where the system has such a folder."""
+
+
+def write_llama(folder: str, model: ModelConfig) -> None:
+    """Write the parameters of `random_params` and their config.json as a Hugging Face folder."""
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    path = pathlib.Path(folder)
+    write_tensors(path, random_params(model), model, "float32", 1 << 40)
+    content = config_of(model, SimpleNamespace(bos=BOS, eos=EOS, pad=PAD, ends=[EOS]), "float32")
+    (path / "config.json").write_text(json.dumps(content))
 
 
 def llama(model: ModelConfig, dtype: torch.dtype = torch.float32) -> Any:
     """Return the LlamaForCausalLM with the parameters of `random_params`, on the device."""
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    tokenizer = SimpleNamespace(bos=BOS, eos=EOS, pad=PAD)
-    with tempfile.TemporaryDirectory() as name:
-        folder = pathlib.Path(name)
-        write_tensors(folder, random_params(model), model, "float32", 1 << 40)
-        content = config_of(model, tokenizer, "float32")
-        (folder / "config.json").write_text(json.dumps(content))
-        net = transformers.LlamaForCausalLM.from_pretrained(name, dtype=dtype)
+    with tempfile.TemporaryDirectory(dir=SCRATCH) as folder:
+        write_llama(folder, model)
+        net = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=dtype)
     return net.to(DEVICE)
 
 
@@ -51,10 +62,18 @@ def wait() -> None:
         torch.cuda.synchronize()
 
 
-def trainer(model: ModelConfig, tokens_BT: np.ndarray, lr: float) -> list[Callable[[], float]]:
-    """Return one call: a step on the same batch, which returns the loss.
+def need_compiler() -> None:
+    """Raise RuntimeError where there is no C++ compiler, which torch.compile calls."""
+    if not any(shutil.which(name) for name in ("g++", "c++", "clang++")):
+        raise RuntimeError("torch.compile needs a C++ compiler, and there is none")
 
-    A step is loss, gradients, clipping and fused AdamW.
+
+def trainer(
+    model: ModelConfig, tokens_BT: np.ndarray, lr: float, compiled: bool
+) -> Callable[[], float]:
+    """Return a function that makes one step on `tokens_BT`, and returns its loss.
+
+    A step is loss, gradients, clipping and fused AdamW. `compiled`: under torch.compile.
     """
     net = llama(model)
     tokens = torch.tensor(tokens_BT, dtype=torch.long, device=DEVICE)
@@ -62,46 +81,140 @@ def trainer(model: ModelConfig, tokens_BT: np.ndarray, lr: float) -> list[Callab
         net.parameters(), lr, (0.9, 0.95), 1e-8, weight_decay=0.1, fused=True
     )
     net.train()
+    forward = net
+    if compiled:
+        need_compiler()
+        forward = torch.compile(net)
 
     def step() -> float:
         with torch.autocast(DEVICE, torch.bfloat16, enabled=DEVICE == "cuda"):
-            loss = net(input_ids=tokens, labels=tokens, use_cache=False).loss
+            loss = forward(input_ids=tokens, labels=tokens, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return loss.item()
 
-    return [step]
+    return step
 
 
-def samplers(model: ModelConfig, asked: list[tuple[np.ndarray, int]]) -> list[Callable[[], None]]:
-    """Return for each (prompts [B, T], new) a call that samples `new` tokens after each prompt.
+SAMPLED = {
+    "do_sample": True,
+    "top_k": 0,
+    "top_p": 1.0,
+    "temperature": 1.0,
+    "pad_token_id": PAD,
+}
+"""Draw at temperature 1 from all tokens."""
 
-    Exactly so many, at temperature 1 from all tokens.
+
+def samplers(
+    model: ModelConfig, prompts_BT: np.ndarray, every_new: Sequence[int], compiled: bool
+) -> list[Callable[[], None]]:
+    """Return for each of `every_new` a call that samples so many tokens after each prompt.
+
+    `compiled`: with a static cache and a compiled step of decoding.
     """
     net = llama(model, DTYPE).eval()
-    options = {
-        "do_sample": True,
-        "top_k": 0,
-        "top_p": 1.0,
-        "temperature": 1.0,
-        "pad_token_id": PAD,
-        "eos_token_id": None,
-    }
+    prompts = torch.tensor(prompts_BT, dtype=torch.long, device=DEVICE)
+    mask_BT = torch.ones_like(prompts)
+    options = {**SAMPLED, "eos_token_id": None}
+    if compiled:
+        need_compiler()
+        compile_config = transformers.CompileConfig(dynamic=False)
+        # By itself it compiles on accelerators alone.
+        compile_config._compile_all_devices = True
+        options |= {"cache_implementation": "static", "compile_config": compile_config}
 
     @torch.no_grad()
-    def sample(prompts_BT: torch.Tensor, new: int) -> None:
-        mask_BT = torch.ones_like(prompts_BT)
-        out = net.generate(prompts_BT, attention_mask=mask_BT, max_new_tokens=new, **options)
+    def sample(new: int) -> None:
+        out = net.generate(prompts, attention_mask=mask_BT, max_new_tokens=new, **options)
         wait()
-        assert out.shape[1] == prompts_BT.shape[1] + new
+        assert out.shape[1] == prompts.shape[1] + new
 
-    calls = []
-    for prompts_BT, new in asked:
-        prompts = torch.tensor(prompts_BT, dtype=torch.long, device=DEVICE)
-        calls.append(partial(sample, prompts, new))
-    return calls
+    return [partial(sample, new) for new in every_new]
+
+
+def ending_sampler(
+    model: ModelConfig, prompts_BT: np.ndarray, limit: int, rows: int, eos: np.ndarray
+) -> Callable[[], float]:
+    """Return a call that samples up to one of `eos` after each prompt, `rows` prompts at a time.
+
+    It returns how many tokens it sampled.
+    """
+    net = llama(model, DTYPE).eval()
+    prompts = torch.tensor(prompts_BT, dtype=torch.long, device=DEVICE)
+    ends = torch.tensor(eos, device=DEVICE)
+    options = {**SAMPLED, "eos_token_id": eos.tolist(), "max_new_tokens": limit}
+
+    @torch.no_grad()
+    def call() -> float:
+        torch.manual_seed(0)
+        tokens = 0
+        for part in prompts.split(rows):
+            out = net.generate(part, attention_mask=torch.ones_like(part), **options)
+            response = out[:, part.shape[1] :]
+            # Those before the first end, and that end.
+            ended = torch.isin(response, ends).long()
+            before = ended.cumsum(1) - ended == 0
+            tokens += int(before.sum())
+        return tokens
+
+    return call
+
+
+def ctranslate2_sampler(model: ModelConfig) -> Callable[..., float]:
+    """Return sample(prompts [B, T], new, eos=None, rows=0), which returns how many tokens it drew.
+
+    It draws up to one of `eos`, or exactly `new` tokens; `rows` prompts at a time, or all.
+    CTranslate2 knows tokens by their words: <0>, <1>, ...
+    """
+    import ctranslate2
+    from ctranslate2.converters import TransformersConverter
+
+    with tempfile.TemporaryDirectory(dir=SCRATCH) as folder:
+        write_llama(folder, model)
+        words_of(model).save_pretrained(folder)
+        TransformersConverter(folder).convert(f"{folder}/converted")
+        net = ctranslate2.Generator(
+            f"{folder}/converted",
+            device=DEVICE,
+            compute_type="bfloat16" if DEVICE == "cuda" else "float32",
+            intra_threads=len(os.sched_getaffinity(0)) if DEVICE == "cpu" else 1,
+        )
+
+    def sample(
+        prompts_BT: np.ndarray, new: int, eos: np.ndarray | None = None, rows: int = 0
+    ) -> float:
+        prompts = [[f"<{token}>" for token in row] for row in prompts_BT.tolist()]
+        results = net.generate_batch(
+            prompts,
+            max_batch_size=rows,
+            max_length=new,
+            min_length=new if eos is None else 0,
+            end_token=[EOS] if eos is None else eos.tolist(),
+            sampling_topk=0,
+            sampling_temperature=1.0,
+            include_prompt_in_result=False,
+        )
+        # The token that ends a response is not among the result's, but was drawn.
+        return sum(min(len(result.sequences_ids[0]) + 1, new) for result in results)
+
+    return sample
+
+
+def words_of(model: ModelConfig) -> Any:
+    """Return a tokenizer with a word for each token, which some peers ask for."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+
+    words = {f"<{i}>": i for i in range(model.vocab)}
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(words, unk_token="<3>")),
+        pad_token=f"<{PAD}>",
+        bos_token=f"<{BOS}>",
+        eos_token=f"<{EOS}>",
+    )
 
 
 class Paced(transformers.TrainerCallback):
@@ -123,15 +236,12 @@ class Paced(transformers.TrainerCallback):
             raise fault
 
 
-def ppo(prompts_PT: np.ndarray, config: Any) -> list[Callable[[], None]]:
-    """Return one call: an iteration of TRL's PPOTrainer, in a thread that waits between calls.
+def ppo(prompts_PT: np.ndarray, model: ModelConfig, asked: Any) -> Callable[[], None]:
+    """Return a call of an iteration of TRL's PPOTrainer, in a thread that waits between calls.
 
-    The first call sets it up. `config` has model, batch_size, max_new_tokens, minibatches, epochs
-    and temperature. The rewards are a random model's.
+    The first call sets it up. `asked`: a ppo.Iteration. The rewards are a random model's.
     """
     from datasets import Dataset
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
 
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
     # Those of transformers, about what TRL calls.
@@ -139,35 +249,28 @@ def ppo(prompts_PT: np.ndarray, config: Any) -> list[Callable[[], None]]:
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
     # Models: policy and reference, value and reward.
-    model = config.model
     policy = llama(model)
     one_number = copy.deepcopy(policy.config)
     one_number.num_labels = 1
     scalar = transformers.LlamaForSequenceClassification(one_number).to(DEVICE)
 
-    # TRL asks for a tokenizer: a word for each token.
-    words = {f"<{i}>": i for i in range(model.vocab)}
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(WordLevel(words, unk_token="<3>")),
-        pad_token="<0>",
-        eos_token="<2>",
-    )
-
+    tokenizer = words_of(model)
     paced = Paced()
     options = PPOConfig(
         tempfile.mkdtemp(),
         # The method.
-        num_ppo_epochs=config.epochs,
-        num_mini_batches=config.minibatches,
-        response_length=config.max_new_tokens,
-        temperature=config.temperature,
+        num_ppo_epochs=asked.epochs,
+        num_mini_batches=asked.minibatches,
+        response_length=asked.new,
+        stop_token_id=asked.eos if asked.eos >= 0 else None,
+        temperature=asked.temperature,
         optim="adamw_torch_fused",
         learning_rate=1e-5,
         # Batches: one device, a mini-batch a step.
-        per_device_train_batch_size=config.batch_size // config.minibatches,
-        gradient_accumulation_steps=config.minibatches,
-        local_rollout_forward_batch_size=config.batch_size,
-        total_episodes=10_000 * config.batch_size,
+        per_device_train_batch_size=asked.batch // asked.minibatches,
+        gradient_accumulation_steps=asked.minibatches,
+        local_rollout_forward_batch_size=asked.batch,
+        total_episodes=10_000 * asked.batch,
         bf16=DEVICE == "cuda",
         use_cpu=DEVICE == "cpu",
         # No reports, samples or checkpoints.
@@ -205,4 +308,4 @@ def ppo(prompts_PT: np.ndarray, config: Any) -> list[Callable[[], None]]:
             paced.done.put(fault)
 
     threading.Thread(target=work, daemon=True).start()
-    return [paced]
+    return paced

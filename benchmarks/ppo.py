@@ -2,88 +2,103 @@
 
     python -m benchmarks.ppo
 
-Prints a table and writes benchmarks/results/ppo-<platform>.json.
+Prints a table and writes benchmarks/results/ppo-<platform>.json after every row.
 """
 
 import dataclasses
-import os
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-import train_ppo
-from benchmarks.side_by_side import (
-    RESULTS,
-    SMALL,
-    apart,
-    interleaved,
-    on_cpu,
-    plain_batch,
-    random_params,
-    report,
-)
-from model import LanguageModel, ScalarModel, init_and_apply
-from model_config import ModelConfig
-from rewards.scorer import make_model_scorer
-from rollout import Rollout, make_rollout, shuffled
-from runtime import flags
-from sampling import SamplingConfig
-from train_state import init_state
+from benchmarks import command
+from benchmarks.absent import standing_in
+from benchmarks.rows import RESULTS, Built, Row, Side, run_rows, within
+from benchmarks.side_by_side import model_of, plain_batch, random_params
+
+with standing_in():
+    import train_ppo
+    from model import LanguageModel, ScalarModel, init_and_apply
+    from rewards.scorer import make_model_scorer
+    from rollout import Rollout, make_rollout, shuffled
+    from sampling import SamplingConfig
+    from train_state import init_state
 
 NEVER = -1  # no token is this: responses have full length, as the peer's
+EOS = 2
+"""The token that ends a response where lengths differ."""
+PARTS = ("  of this, the rollout", "  the advantages", "  each update of both")
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    batch_size: int = 16 if on_cpu() else 64
+    rows: tuple[str, ...] = ("full", "geometric")
+    """Of full (responses as long as they may be) and geometric (lengths that differ)."""
+    model: str = "small"
+    """Shape of policy, reference, reward model and value model: a name of side_by_side.MODELS."""
+    geometric_model: str = "small-64"
+    """Theirs in the row whose lengths differ, whose mean is the size of the vocabulary."""
+    batch: int = 16
     """Rollouts of an iteration."""
-    max_prompt: int = 64
+    prompt: int = 64
     """Tokens of a prompt."""
-    max_new_tokens: int = 64 if on_cpu() else 128
+    new: int = 64
     """Tokens of a response."""
+    longest: int = 256
+    """Most tokens of a response in the row whose lengths differ."""
     minibatches: int = 1
     """Updates an epoch."""
     epochs: int = 4
     """Passes over an iteration's rollouts."""
-    temperature: float = 1.0
-    """Temperature of sampling."""
+    peers: tuple[str, ...] = ("trl",)
+    """trl, or none."""
     rounds: int = 5
-    """Timings of each row; the median is reported."""
-    peer: bool = True
-    """Time TRL too, in the same run."""
-    model: ModelConfig = (
-        SMALL
-        if on_cpu()
-        else ModelConfig("135m", 32000, 768, 2048, 12, 12, 12, 64, 1024, tied=False)
-    )
-    """Shape of policy, reference, reward model and value model; default by platform."""
+    """Timings of each side; medians are reported."""
+    seconds: float = 1.0
+    """Least duration of a timing, in seconds."""
+    cores: int = 0
+    """Cores that each side is held to, whose own seconds are then counted; 0: all, and the seconds
+    that pass. On a shared CPU take 1."""
+    row_limits: tuple[float, ...] = (420.0,)
+    """Most seconds of each row, start and compilation included; the last is for the rest too."""
     out: str = RESULTS
     """Folder of the results."""
 
 
-def our_calls(config: Config) -> dict[str, Callable[[], Any]]:
-    """Make a call of one iteration, as in train_ppo.py's loop, and one of each of its parts.
+@dataclasses.dataclass(frozen=True)
+class Iteration:
+    """A row's iteration, as both sides are told of it."""
 
-    Keys: iteration, rollout, advantages, update. Each goes on from the last and waits for the
-    device.
+    what: str
+    model: str
+    batch: int
+    prompt: int
+    new: int
+    eos: int
+    """Token that ends a response; NEVER: none."""
+    minibatches: int
+    epochs: int
+    temperature: float = 1.0
+
+
+def our_iteration(asked: Iteration) -> Built:
+    """Return a side of one iteration, as in train_ppo.py's loop, and of each of its parts.
+
+    Each goes on from the last and waits for the device.
     """
-    shared = {
-        name: getattr(config, name)
-        for name in (
-            "batch_size",
-            "max_prompt",
-            "max_new_tokens",
-            "minibatches",
-            "epochs",
-            "temperature",
-            "model",
-        )
-    }
-    ppo = train_ppo.Config(**shared, missing_eos="none", steps=10_000)
-    model = config.model
+    model = model_of(asked.model)
+    ppo = train_ppo.Config(
+        batch_size=asked.batch,
+        max_prompt=asked.prompt,
+        max_new_tokens=asked.new,
+        minibatches=asked.minibatches,
+        epochs=asked.epochs,
+        temperature=asked.temperature,
+        model=model,
+        missing_eos="none",
+        steps=10_000,
+    )
     (reward_name,) = ppo.reward
 
     # Models of random weights, and the script's own functions.
@@ -91,10 +106,10 @@ def our_calls(config: Config) -> dict[str, Callable[[], Any]]:
     scalar_init, scalar_apply = init_and_apply(ScalarModel(model))
     reference = random_params(model)
     reward = jax.jit(scalar_init)(jax.random.key(1))
-    sampling = SamplingConfig(config.temperature, max_new_tokens=config.max_new_tokens)
-    sample_rollout = make_rollout(apply, model, sampling, eos=NEVER, pad=0)
+    sampling = SamplingConfig(asked.temperature, max_new_tokens=asked.new)
+    sample_rollout = make_rollout(apply, model, sampling, eos=asked.eos, pad=0)
     score = make_model_scorer(model)
-    compute_advantages = train_ppo.make_advantages(ppo, apply, scalar_apply, eos=NEVER)
+    compute_advantages = train_ppo.make_advantages(ppo, apply, scalar_apply, eos=asked.eos)
     policy_update = train_ppo.make_policy_update(ppo, apply)
     critic_update = train_ppo.make_critic_update(ppo, scalar_apply)
 
@@ -103,7 +118,7 @@ def our_calls(config: Config) -> dict[str, Callable[[], Any]]:
         "policy": init_state(jax.tree.map(jnp.copy, reference), policy_update.optimizer),
         "critic": init_state(jax.tree.map(jnp.copy, reward), critic_update.optimizer),
     }
-    prompts = jax.device_put(plain_batch(model, config.batch_size, config.max_prompt))
+    prompts = jax.device_put(plain_batch(model, asked.batch, asked.prompt))
     keys = iter(jax.random.split(jax.random.key(2), 10_000))
 
     def sample() -> Rollout:
@@ -126,51 +141,84 @@ def our_calls(config: Config) -> dict[str, Callable[[], Any]]:
 
     def iteration() -> None:
         experience, metrics = advantages(sample())
-        for _ in range(config.epochs):
-            for minibatch in shuffled(experience, next(keys), config.minibatches):
+        for _ in range(asked.epochs):
+            for minibatch in shuffled(experience, next(keys), asked.minibatches):
                 last = update(minibatch)
         assert np.isfinite(jax.device_get({**metrics, **last})["loss"])
 
     rollout = sample()
     experience, _ = advantages(rollout)
-    first, *_ = shuffled(experience, next(keys), config.minibatches)
-    wait = jax.block_until_ready
-    return {
-        "iteration": iteration,
-        "rollout": lambda: wait(sample()),
-        "advantages": lambda: wait(advantages(rollout)),
-        "update": lambda: wait((update(first), states)),
-    }
+    first, *_ = shuffled(experience, next(keys), asked.minibatches)
+
+    def only_sample() -> None:
+        jax.block_until_ready(sample())
+
+    def only_advantages() -> None:
+        jax.block_until_ready(advantages(rollout))
+
+    def only_update() -> None:
+        jax.block_until_ready((update(first), states))
+
+    calls = [iteration, only_sample, only_advantages, only_update]
+    mean_length = float(rollout["mask_BR"].sum()) / asked.batch
+    named = dict(zip((asked.what, *PARTS), calls, strict=True))
+    return Built(named, "jax", facts={"mean_length": mean_length})
 
 
-def main(config: Config) -> None:
-    """Time an iteration and its parts, print the table, write it to `out`."""
-    loads = [os.getloadavg()[0]]
-    ours = our_calls(config)
-    size = f"{config.batch_size} x {config.max_prompt}+{config.max_new_tokens}"
-    calls = {"plumb": ours["iteration"]}
-    if config.peer:
-        from benchmarks import peers
+def trl_iteration(asked: Iteration) -> Built:
+    """Return the side of TRL's PPOTrainer."""
+    from benchmarks import peers
 
-        prompts_PT = plain_batch(config.model, 4 * config.batch_size, config.max_prompt)[
-            "tokens_BT"
-        ]
-        (calls["trl"],) = apart(peers.ppo, prompts_PT, config)
-    tokens = config.batch_size * config.max_new_tokens
-    read = config.batch_size * (config.max_prompt + config.max_new_tokens)
-    rows = [
-        {"what": f"PPO {size}, {config.epochs} epochs", "calls": calls, "tokens": tokens},
-        {"what": "  of this, the rollout", "calls": {"plumb": ours["rollout"]}, "tokens": tokens},
-        {"what": "  the advantages", "calls": {"plumb": ours["advantages"]}, "tokens": read},
-        {
-            "what": "  each update of both",
-            "calls": {"plumb": ours["update"]},
-            "tokens": read // config.minibatches,
-        },
-    ]
-    interleaved(rows, config.rounds)
-    report("ppo", config, rows, ("torch", "transformers", "trl") if config.peer else (), loads)
+    model = model_of(asked.model)
+    prompts_PT = plain_batch(model, 4 * asked.batch, asked.prompt)["tokens_BT"]
+    call = peers.ppo(prompts_PT, model, asked)
+    return Built({asked.what: call}, "torch", ("transformers", "trl"))
+
+
+def row_of(config: Config, name: str) -> Row:
+    """Return the row `full` or `geometric`."""
+    model = config.model
+    new = config.new
+    eos = NEVER
+    words = ""
+    if name == "geometric":
+        model = config.geometric_model
+        new = config.longest
+        eos = EOS
+        words = f", {model_of(model).vocab} on average"
+    what = f"PPO {config.batch} x {config.prompt}+{new}{words}"
+    asked = Iteration(
+        what=what,
+        model=model,
+        batch=config.batch,
+        prompt=config.prompt,
+        new=new,
+        eos=eos,
+        minibatches=config.minibatches,
+        epochs=config.epochs,
+    )
+    sides = {"plumb": Side(our_iteration, (asked,))}
+    if "trl" in config.peers:
+        sides["trl"] = Side(trl_iteration, (asked,))
+
+    # Tokens that are sampled, and that are read.
+    sampled = config.batch * new
+    read = config.batch * (config.prompt + new)
+    tokens = (sampled, sampled, read, read // config.minibatches)
+    by_call = dict(zip((what, *PARTS), tokens, strict=True))
+    return Row(what, sides, by_call, {"epochs": config.epochs})
+
+
+def rows(config: Config) -> list[Row]:
+    """Return the rows that are asked for."""
+    asked = [row_of(config, name) for name in config.rows]
+    return within(asked, config.row_limits)
+
+
+def main(config: Config) -> dict[str, Any]:
+    """Time an iteration and its parts, print the table, write it; return what is written."""
+    return run_rows("ppo", config, rows(config))
 
 
 if __name__ == "__main__":
-    flags.run(main, Config)
+    command.run(main, Config)

@@ -1,4 +1,4 @@
-"""Parts of the benchmarks beside a peer: models, interleaved timing, one table, one JSON file.
+"""What the benchmarks beside peers share: models, batches, chips' peaks, and the README's table.
 
     python -m benchmarks.side_by_side
 
@@ -7,28 +7,31 @@ Writes the README's table anew from benchmarks/results/.
 
 import argparse
 import dataclasses
-import datetime
-import importlib.metadata
 import json
-import multiprocessing
-import os
 import pathlib
-import statistics
-import sys
-import time
-from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
 
+from benchmarks.rows import RESULTS, shares
 from model import LanguageModel, Params, init_and_apply
-from model_config import ModelConfig
+from model_config import PRESETS, ModelConfig
+from runtime.errors import require
 
-# A random Llama of 6.8 million parameters for two CPU cores, of 1.5 billion for an accelerator.
 SMALL = ModelConfig("small", 4096, 256, 688, 6, 8, 8, 32, 1024, tied=False)
-LARGE = ModelConfig("large", 32000, 2048, 5632, 28, 16, 8, 128, 8192, tied=False)
+MODELS = {
+    # Random Llamas: of 6.8 million parameters for a few CPU cores; of 135 million and 1.5 billion
+    # for an accelerator.
+    "small": SMALL,
+    "135m": ModelConfig("135m", 32000, 768, 2048, 12, 12, 12, 64, 1024, tied=False),
+    "1.5b": ModelConfig("1.5b", 32000, 2048, 5632, 28, 16, 8, 128, 8192, tied=False),
+    # For one where no more than 64 tokens are told apart: one token of them, the end, then ends
+    # responses at 64 tokens on average, whoever samples.
+    "small-64": dataclasses.replace(SMALL, preset="small-64", vocab=64),
+    "135m-64": ModelConfig("135m-64", 64, 768, 2048, 12, 12, 12, 64, 1024, tied=False),
+    **PRESETS,
+}
 # By a part of the device's name: bfloat16 FLOP/s, bytes/s (the makers' data sheets).
 PEAKS = {
     "H200": (989e12, 4.8e12),
@@ -38,20 +41,18 @@ PEAKS = {
     "TPU v5 lite": (197e12, 0.82e12),
     "TPU v5": (459e12, 2.77e12),
 }
-RESULTS = str(pathlib.Path(__file__).parent / "results")
-Call = Callable[[], Any]
 
 
-def on_cpu() -> bool:
-    """Return whether this is a run without an accelerator."""
-    return jax.default_backend() == "cpu"
+def model_of(name: str) -> ModelConfig:
+    """Return a model of MODELS; raise UserError with the known names for another."""
+    require(name in MODELS, f"--model={name}: unknown; choose one of {', '.join(MODELS)}")
+    return MODELS[name]
 
 
-def peaks() -> tuple[float, float] | None:
-    """Return FLOP/s and bytes/s of the device; None where no table has them (a CPU)."""
-    kind = jax.devices()[0].device_kind
+def peaks(device: str) -> tuple[float, float] | None:
+    """Return FLOP/s and bytes/s of the device of this name; None where no table has them."""
     for name, peak in PEAKS.items():
-        if name in kind:
+        if name in device:
             return peak
     return None
 
@@ -65,9 +66,11 @@ def random_params(model: ModelConfig, seed: int = 0) -> Params:
     return jax.jit(init)(jax.random.key(seed))
 
 
-def count(tree: Any) -> int:
-    """Return how many numbers a tree of arrays holds."""
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+def count(model: ModelConfig) -> int:
+    """Return how many numbers the parameters of a language model are."""
+    init, _ = init_and_apply(LanguageModel(model))
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
 
 def plain_batch(
@@ -84,192 +87,69 @@ def plain_batch(
     }
 
 
-# ---- A peer, in a process of its own ----
+# ---- The README's table ----
 
 
-def _serve(pipe: Any, build: Callable[..., Sequence[Call]], args: tuple[Any, ...]) -> None:
-    """Build the calls in a peer's process; run those whose numbers come through the pipe."""
-    try:
-        calls = build(*args)
-        pipe.send(len(calls))
-        while True:
-            number = pipe.recv()
-            pipe.send(calls[number]())
-    # The benchmark has ended.
-    except EOFError:
-        pass
-    # Raised where the call was made.
-    except BaseException as fault:
-        pipe.send(fault)
-
-
-def apart(build: Callable[..., Sequence[Call]], *args: Any) -> list[Call]:
-    """Return the calls that `build(*args)` returns, run in a process of their own.
-
-    Their results are pickled. An error of the call, or of `build`, is raised here.
-
-    In one process with PyTorch a PPO iteration of ours took 13 % longer than alone: threads and
-    memory are shared.
-    """
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    context.Process(target=_serve, args=(theirs, build, args), daemon=True).start()
-    theirs.close()
-
-    def answer() -> Any:
-        result = ours.recv()
-        if isinstance(result, BaseException):
-            raise result
-        return result
-
-    def ask(number: int) -> Any:
-        ours.send(number)
-        return answer()
-
-    return [partial(ask, number) for number in range(answer())]
-
-
-# ---- Timing ----
-
-
-def seconds_of(call: Call, at_least: float) -> float:
-    """Return the seconds of one call, averaged over as many as fill `at_least` seconds.
-
-    A call returns when its work is done.
-    """
-    # The other process's threads may still be spinning.
-    time.sleep(0.3)
-    # After a pause caches are cold, and pages went back to the system.
-    call()
-    calls = 0
-    start = time.perf_counter()
-    while calls == 0 or time.perf_counter() - start < at_least:
-        call()
-        calls += 1
-    return (time.perf_counter() - start) / calls
-
-
-def interleaved(rows: Sequence[dict[str, Any]], rounds: int, at_least: float = 1.0) -> None:
-    """Time all calls of all rows once a round, after a first round that warms up.
-
-    A row is a dict with "calls" by name; its "seconds" become lists by the same names. In odd
-    rounds the order is reversed, so that no call always comes after the same one.
-    """
-    every = [(row, name) for row in rows for name in row["calls"]]
-    for row, name in every:
-        row["calls"][name]()
-        row.setdefault("seconds", {})[name] = []
-    for turn in range(rounds):
-        for row, name in every[:: -1 if turn % 2 else 1]:
-            seconds = seconds_of(row["calls"][name], at_least)
-            row["seconds"][name].append(seconds)
-
-
-def speed_ratios(row: dict[str, Any], ours: str, peer: str) -> list[float]:
-    """Return how many times as fast as `peer` `ours` was, in each round."""
-    seconds = row["seconds"]
-    return [theirs / mine for mine, theirs in zip(seconds[ours], seconds[peer], strict=True)]
-
-
-def summarise(row: dict[str, Any], ours: str, peers: Sequence[str]) -> None:
-    """Add to a timed row its "ms", "tokens_per_s" and "faster_than".
-
-    The last maps each peer to the median, least and greatest ratio of speeds.
-    """
-    row["ms"] = 1e3 * statistics.median(row["seconds"][ours])
-    row["faster_than"] = {}
-    row["tokens_per_s"] = 1e3 * row["tokens"] / row["ms"]
-    for peer in peers:
-        ratios = speed_ratios(row, ours, peer)
-        row["faster_than"][peer] = [statistics.median(ratios), min(ratios), max(ratios)]
-
-
-# ---- Results ----
-
-
-def shares(row: dict[str, Any]) -> list[str]:
-    """Return the row's shares of the chip's peaks, as words; none on a CPU."""
-    return [f"{name} {row[name]:.2f}" for name in ("mfu", "of_roofline") if name in row]
-
-
-def print_row(row: dict[str, Any]) -> None:
-    """Print a row of the table, with a line for each peer and each share."""
+def measured_on(result: dict[str, Any]) -> str:
+    """Return where and how well a file of results was measured, as a sentence."""
+    rates: dict[str, list[float]] = {}
+    threads: dict[str, int] = {}
+    versions: dict[str, str] = {}
+    for row in result["rows"]:
+        for library, rate in row.get("matmul_gflops", {}).items():
+            rates.setdefault(library, []).append(rate)
+        threads |= row.get("threads", {})
+        for side in row["sides"].values():
+            versions |= side["versions"]
     words = []
-    for peer, (median, least, greatest) in row["faster_than"].items():
-        words.append(f"{peer} {median:.2f} ({least:.2f}-{greatest:.2f})")
-    words += shares(row)
-    start = f"{row['what']:30}{row['ms']:10.1f}{row['tokens_per_s']:10.0f}"
-    for word in words or [""]:
-        print(f"{start}  {word}")
-        start = " " * 50
+    for library, every in rates.items():
+        least, greatest = min(every), max(every)
+        count = f"{threads[library]} thread{'s' if threads[library] > 1 else ''}"
+        words.append(f"{library} {least:,.0f} to {greatest:,.0f} ({count})")
+    named = ", ".join(f"{library} {version}" for library, version in versions.items())
+    before, *after = result["load_average"]
+    cores = result["config"].get("cores")
+    clock = f", each side on {cores} of them, seconds of its own work" if cores else ""
+    return (
+        f"{result['device']}, {result['cores']} cores{clock}; {result['date']}, {named}; load "
+        f"{before:.1f} before, {max(after):.1f} at most after; GFLOP/s of a matmul in the same "
+        f"rounds: {', '.join(words) or 'not recorded'}."
+    )
 
 
-def report(
-    name: str,
-    config: Any,
-    rows: Sequence[dict[str, Any]],
-    packages: Sequence[str],
-    loads: list[float],
-) -> None:
-    """Print the table and write `<name>-<platform>.json` in the folder `config.out`.
-
-    A row has "what" to call it, "calls", "tokens" of one call and the "seconds" of every call
-    (`interleaved`); other keys are written too. Its first call is ours, each other is a peer.
-    `packages` are the peers', `loads` the load averages before.
-    """
-    versions = {
-        package: importlib.metadata.version(package) for package in ("jax", "jaxlib", *packages)
-    }
-    device = jax.devices()[0]
-    named = " ".join(f"{package} {version}" for package, version in versions.items())
-    print(f"{name}: {device.device_kind}, {named}"[:79])
-    print(f"{'':30}{'ms':>10}{'tokens/s':>10}  times as fast as")
-    for row in rows:
-        ours, *peers = row.pop("calls")
-        summarise(row, ours, peers)
-        print_row(row)
-
-    described = dataclasses.asdict(config)
-    del described["out"]
-    result = {
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "device": device.device_kind,
-        "platform_version": device.client.platform_version.splitlines()[0],
-        "cores": os.cpu_count(),
-        "load_average": [*loads, os.getloadavg()[0]],
-        "malloc": os.environ.get("GLIBC_TUNABLES", ""),
-        "versions": {"python": sys.version.split()[0], **versions},
-        "config": described,
-        "rows": rows,
-    }
-    folder = pathlib.Path(config.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}-{jax.default_backend()}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
+def line_cells(line: dict[str, Any]) -> list[str]:
+    """Return a line's cells: what, ms, tokens/s, and how many times as fast as whom."""
+    ratios = []
+    for peer, (median, least, greatest) in line["faster_than"].items():
+        ratios.append(f"{peer} {median:.2f} ({least:.2f} to {greatest:.2f})")
+    return [
+        line["what"].strip(),
+        f"{line['ms']:,.1f}",
+        f"{line['tokens_per_s']:,.0f}",
+        "; ".join(ratios + shares(line)),
+    ]
 
 
 def markdown(folder: pathlib.Path) -> str:
-    """Return the results of all benchmarks beside peers, in a folder, as a table."""
-    paths = []
+    """Return the results of all benchmarks beside peers, in a folder, as tables."""
+    paths: list[pathlib.Path] = []
     for name in ("train", "decode", "ppo"):
-        paths += folder.glob(f"{name}-*.json")
-    lines = ["| device | what | ms | tokens/s | times as fast as |", "|---|---|---|---|---|"]
-    for path in sorted(paths):
+        paths += sorted(folder.glob(f"{name}-*.json"))
+    parts = []
+    for path in paths:
         result = json.loads(path.read_text())
+        lines = [measured_on(result), ""]
+        lines += ["| what | ms | tokens/s | times as fast as |", "|---|---|---|---|"]
         for row in result["rows"]:
-            ratios = []
-            for peer, (median, least, greatest) in row["faster_than"].items():
-                named = f"{peer} {result['versions'].get(peer, '')}".strip()
-                ratios.append(f"{named} {median:.2f} ({least:.2f} to {greatest:.2f})")
-            cells = [
-                result["device"],
-                row["what"].strip(),
-                f"{row['ms']:,.1f}",
-                f"{row['tokens_per_s']:,.0f}",
-                "; ".join(ratios + shares(row)),
-            ]
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+            for line in row.get("lines", []):
+                lines.append(f"| {' | '.join(line_cells(line))} |")
+            left_out = [f"{side}: {why}" for side, why in row["left_out"].items()]
+            if "over_limit" in row:
+                left_out.append(f"over its limit of {row['limit_s']:g} s: {row['over_limit']}")
+            if left_out:
+                lines.append(f"| {row['what']} | left out: {'; '.join(left_out)} | | |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
 
 
 def main() -> None:

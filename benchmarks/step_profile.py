@@ -14,8 +14,8 @@ from typing import Any
 
 import jax
 
+from benchmarks import command
 from benchmarks.train import Config, our_parts
-from runtime import flags
 
 # Patterns of operations' names; the first that fits holds.
 PARTS = {
@@ -85,4 +85,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    flags.run(main, Config)
+    main(command.parse(Config))
