@@ -30,7 +30,7 @@ from model_config import ModelConfig
 from objectives.policy import kl_estimate, last_places, masked, masked_mean
 from runtime.errors import UserError
 from runtime.samples import SampleRow
-from sampling import Apply, Ends, Samples, SamplingConfig, ends, generate
+from sampling import Apply, Ends, Samples, SamplingConfig, ends, generate, stages_of
 from sharding import constrain_batch, gathered, to_host, to_mesh
 
 Array = jax.Array
@@ -82,19 +82,24 @@ def make_rollout(
     eos: Ends,
     pad: int,
     n: int = 1,
+    in_stages: bool = True,
 ) -> Callable[[Params, Prompts, Array], Rollout]:
     """Compile rollout(params, prompts, key) -> Rollout: sample `n` responses to each prompt.
 
     `apply` is that of a LanguageModel of shape `config`. `eos`: ids of the tokens that end a
     response, `pad` that of padding. Rows are in the order of the prompts, `n` to each. Nothing is
-    donated.
+    donated. `in_stages`: decode fewer rows where many have ended (sampling.stages_of).
     """
 
     @jax.jit
     def rollout(params: Params, prompts: Prompts, key: Array) -> Rollout:
         # Weights are gathered once, not for each token.
         params = gathered(params, config.compute_dtype)
-        samples = generate(apply, config, params, prompts, key, sampling, eos=eos, pad=pad, n=n)
+        count, width = prompts["tokens_BT"].shape
+        stages = stages_of(count * n, width, sampling.max_new_tokens) if in_stages else None
+        samples = generate(
+            apply, config, params, prompts, key, sampling, eos=eos, pad=pad, n=n, stages=stages
+        )
         batch = {**join_responses(prompts, samples), "sampler_logp_BR": samples.logp_BR}
         # Otherwise XLA decides how rollouts lie, and may replicate them.
         return jax.tree.map(constrain_batch, batch)

@@ -262,9 +262,9 @@ def rollout_program(
     # The ids of the control tokens do not change the shapes.
     full_prompts = [full_row(config.max_prompt)] * (rows // n)
     prompts = pad_prompts(full_prompts, config.max_prompt, 0)
-    # As long as they may be: no response ends early.
+    # As long as they may be: no response ends early, so all are decoded in one stage.
     sampling = SamplingConfig(config.temperature, max_new_tokens=config.max_new_tokens)
-    rollout = make_rollout(apply, model, sampling, eos=1, pad=0, n=n)
+    rollout = make_rollout(apply, model, sampling, eos=1, pad=0, n=n, in_stages=False)
     args = (policy, on_batch_axes(prompts, mesh), abstract_key())
     batch = on_batch_axes(jax.eval_shape(rollout, *args), mesh)
     length = config.max_prompt + config.max_new_tokens
