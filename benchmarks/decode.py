@@ -31,7 +31,8 @@ from kernels.attention import decode_attention
 from model import LanguageModel, Params, init_and_apply
 from model_config import PRESETS, ModelConfig
 from runtime import flags
-from sampling import SamplingConfig, generate, generate_in_slots
+from sampling import SamplingConfig, generate
+from slots import generate_in_slots
 
 # No token is this: responses have full length, as the peer's.
 NEVER = -1

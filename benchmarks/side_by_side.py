@@ -251,7 +251,7 @@ def report(
 def markdown(folder: pathlib.Path) -> str:
     """Return the results of all benchmarks beside peers, in a folder, as a table."""
     paths = []
-    for name in ("train", "decode", "ppo"):
+    for name in ("train", "decode", "rollout", "ppo"):
         paths += folder.glob(f"{name}-*.json")
     lines = ["| device | what | ms | tokens/s | times as fast as |", "|---|---|---|---|---|"]
     for path in sorted(paths):

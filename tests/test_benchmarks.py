@@ -8,7 +8,7 @@ import sys
 import pytest
 from running import run
 
-from benchmarks import attention, decode, ppo, side_by_side, train
+from benchmarks import attention, decode, ppo, rollout, side_by_side, train
 from kernels import flash
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -49,6 +49,16 @@ def test_a_decode_benchmark_counts_its_tokens(tmp_path):
     rows = json.loads((tmp_path / "decode-cpu.json").read_text())["rows"]
     assert [row["tokens"] for row in rows[:4]] == [128, 8, 16, 1]
     assert 2 < rows[4]["mean_length"] < 7
+
+
+@pytest.mark.slow
+def test_a_rollout_benchmark_times_stages_beside_one_loop(tmp_path):
+    sizes = ("--batches", "8", "4", "--prompt=8", "--limit=64", f"--out={tmp_path}")
+    run(rollout, "--model.preset=tiny", "--rounds=2", *sizes)
+    ending, fewer, full = json.loads((tmp_path / "rollout-cpu.json").read_text())["rows"]
+    assert full["tokens"] == 8 * 64 and full["mean_length"] == 64
+    assert 1 < ending["mean_length"] < 64 and fewer["tokens"] < 4 * 64
+    assert list(ending["faster_than"]) == ["one stage"]
 
 
 @pytest.mark.slow

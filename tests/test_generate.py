@@ -14,8 +14,9 @@ from model_config import PRESETS
 from objectives.policy import response_logprobs
 from rollout import join_responses, make_rollout
 from runtime.errors import UserError
-from sampling import SamplingConfig, Stage, generate, generate_in_slots, stages_of, truncate
+from sampling import SamplingConfig, Stage, generate, stages_of, truncate
 from sharding import MeshConfig, init_sharded, make_mesh, path_name, to_mesh
+from slots import generate_in_slots
 
 CONFIG = dataclasses.replace(
     PRESETS["tiny"], vocab=24, width=16, mlp_width=24, head_dim=4, tied=False, dtype="float32"
@@ -291,10 +292,10 @@ def test_stages_hold_every_response(rows, prompt, limit):
 
 @pytest.mark.skipif(jax.device_count() != 8, reason="needs eight devices")
 def test_stages_on_a_mesh_keep_rows_on_their_device():
-    config = dataclasses.replace(CONFIG, vocab=64)
+    config = dataclasses.replace(CONFIG, vocab=64, layers=1)
     init, apply = init_and_apply(LanguageModel(config))
     prompts = left_padded([list(range(3, 4 + i % 5)) for i in range(16)])
-    sampling = SamplingConfig(max_new_tokens=40)
+    sampling = SamplingConfig(max_new_tokens=64)
     eos = np.array([5, 7, 9, 11])
     results = []
     gathers = []
@@ -307,7 +308,7 @@ def test_stages_on_a_mesh_keep_rows_on_their_device():
         gathers.append(len(re.findall(r" all-(?:gather|to-all)\(", program.as_text())))
         results.append(jax.device_get(program(*args)))
     lengths = results[0]["mask_BR"].sum(1)
-    assert len(stages_of(32, 5, 40)) > 2 and lengths.max() == 40 and (lengths < 10).sum() > 8
+    assert len(stages_of(32, 5, 64)) > 2 and lengths.max() > 30 and (lengths < 10).sum() > 8
     for other in results[1:]:
         assert (other["response_BR"] == results[0]["response_BR"]).all()
         logp_BR = results[0]["sampler_logp_BR"]
