@@ -10,7 +10,7 @@ Shape suffixes, everywhere in Plumb: an array's name ends in the letters of its 
     V  vocabulary                             H  width of a head
     C  candidates for one prompt              L  layers
     Q  prompts, where B are their responses   A  all responses of a call, where B of them are
-    M  B and T as one axis (sharding.flat);      made at a time; E enter together (sampling.py)
+    M  B and T as one axis (sharding.flat);      made at a time; E enter together (slots.py)
        in layers.py micro-batches
 
 A row of a rollout is a prompt and its response, T = P + R; rollout.py draws one. Index t always

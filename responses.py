@@ -15,8 +15,9 @@ from model import LanguageModel, Params, init_and_apply
 from model_config import ModelConfig, stored_model
 from runtime.errors import UserError, require
 from runtime.run_folder import load_config
-from sampling import Samples, SamplingConfig, generate, generate_in_slots
+from sampling import Samples, SamplingConfig, generate
 from sharding import to_host
+from slots import generate_in_slots
 from train_state import has_scalar_head, load_params
 
 Tokens = list[int]

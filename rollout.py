@@ -35,7 +35,7 @@ from objectives.policy import kl_estimate, last_places, masked, masked_mean
 from objectives.unpadded import OF_ROLLOUTS, find_room, unpadded, with_room
 from runtime.errors import UserError, require
 from runtime.samples import SampleRow
-from sampling import Apply, Ends, Samples, SamplingConfig, ends, generate
+from sampling import Apply, Ends, Samples, SamplingConfig, ends, generate, stages_of
 from sharding import (
     BATCH,
     along,
@@ -98,13 +98,15 @@ def make_rollout(
     pad: int,
     n: int = 1,
     tensor: int | None = None,
+    in_stages: bool = True,
 ) -> Callable[[Params, Prompts, Array], Rollout]:
     """Compile rollout(params, prompts, key) -> Rollout: sample `n` responses to each prompt.
 
     `apply` is that of a LanguageModel of shape `config`. `eos`: ids of the tokens that end a
     response, `pad` that of padding. Rows are in the order of the prompts, `n` to each. `tensor`:
     devices over which weights are cut meanwhile, as `check_rollout` allows on the current mesh;
-    None: the mesh's tensor. Nothing is donated.
+    None: the mesh's tensor. `in_stages`: decode fewer rows where many have ended
+    (sampling.stages_of). Nothing is donated.
     """
     # Each device along tensor has a key/value head; where these are fewer, they are copied.
     copies = 1
@@ -114,7 +116,11 @@ def make_rollout(
     def rollout(params: Params, prompts: Prompts, key: Array) -> Rollout:
         # Weights are gathered once, not for each token.
         params = gathered(params, config.compute_dtype)
-        samples = generate(apply, config, params, prompts, key, sampling, eos=eos, pad=pad, n=n)
+        count, width = prompts["tokens_BT"].shape
+        stages = stages_of(count * n, width, sampling.max_new_tokens) if in_stages else None
+        samples = generate(
+            apply, config, params, prompts, key, sampling, eos=eos, pad=pad, n=n, stages=stages
+        )
         batch = {**join_responses(prompts, samples), "sampler_logp_BR": samples.logp_BR}
         # Otherwise XLA decides how rollouts lie, and may replicate them.
         return jax.tree.map(constrain_batch, batch)

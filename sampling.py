@@ -1,12 +1,13 @@
-"""Decoding under one jit: how a token is drawn, and two loops that generate responses.
+"""Decoding under one jit: how a token is drawn, and the loop that generates responses.
 
-`generate` decodes all rows together until the last has ended. `generate_in_slots` decodes a fixed
-number of rows, and where one ends the next begins.
+`generate` decodes all rows together until the last has ended, in stages of fewer rows where many
+have. slots.py has another loop, of a fixed number of rows: where one ends the next begins.
 """
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -17,6 +18,7 @@ from model import KVCache, LanguageOutput, Params, empty_cache, unembed
 from model_config import ModelConfig
 from runtime.errors import require
 from runtime.ranges import AT_LEAST_0, AT_LEAST_1, Range, check_ranges
+from sharding import batch_devices, platform
 
 Apply = Callable[..., LanguageOutput]
 """apply(params, tokens_BT, segment_ids_BT, positions_BT, cache=None) -> LanguageOutput: that of a
@@ -26,8 +28,8 @@ Prompts = dict[str, jax.Array]
 `segment_ids_BT` and `positions_BT`, int32."""
 Ends = int | Sequence[int] | jax.Array
 """Ids of the tokens that end a response, or the one id."""
-Step = Callable[[KVCache, jax.Array, jax.Array, jax.Array], tuple[KVCache, jax.Array, jax.Array]]
-"""step(cache, token_B, row_B, t_B) -> (cache, next token_B, its logp_B); see `make_step`."""
+Step = Callable[..., tuple[KVCache, jax.Array, jax.Array]]
+"""step(cache, token_B, last_B, row_B, t_B) -> (cache, next token_B, its logp_B): `make_step`."""
 
 
 RANGES = {
@@ -38,6 +40,13 @@ RANGES = {
 """Ranges of SamplingConfig's numbers (runtime/ranges.py)."""
 COLDEST = 1e-6
 """A temperature below is 0."""
+SHORTEST = 64
+"""Tokens of a response from which on `stages_of` takes more than one stage."""
+HALVINGS = 3
+"""How often `stages_of` halves the rows at most."""
+FEWEST = {"cpu": 2, "gpu": 16, "tpu": 16}
+"""Rows of a device that `stages_of` leaves at least. Elsewhere than on a CPU, where this has not
+yet been measured, so few make no step faster: it reads the weights all the same."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +165,7 @@ def ends(token_B: jax.Array, eos: Ends) -> jax.Array:
     return jnp.isin(token_B, jnp.asarray(eos).reshape(-1))
 
 
-# --- what both loops do
+# --- what every loop does
 
 
 def prefill(
@@ -206,20 +215,17 @@ def first_tokens(
     )
 
 
-def make_step(
-    apply: Apply, params: Params, key: jax.Array, sampling: SamplingConfig, last_A: jax.Array
-) -> Step:
-    """Make step(cache, token_B, row_B, t_B) -> (cache, next token_B, its logp_B), all [B].
+def make_step(apply: Apply, params: Params, key: jax.Array, sampling: SamplingConfig) -> Step:
+    """Make step(cache, token_B, last_B, row_B, t_B) -> (cache, next token_B, its logp_B), all [B].
 
     It draws token `t_B` of each response `row_B` (see `draw`) from token t - 1, `token_B`, and the
     cache of those before, to which it adds that token. `params` and the cache are stacked, or both
-    unstacked (layers.py). `last_A`: position of the last token of each response's prompt, A
-    responses in all, of which B are decoded at a time.
+    unstacked (layers.py). `last_B`: position of the last token of each response's prompt.
     """
 
-    def step(cache, token_B, row_B, t_B):
+    def step(cache, token_B, last_B, row_B, t_B):
         # Token t - 1 stands t behind the prompt's last one.
-        position_B = last_A[row_B] + t_B
+        position_B = last_B + t_B
         position_B1 = position_B[:, None]
         token_B1 = token_B[:, None]
         real_B1 = jnp.ones_like(position_B1)
@@ -235,18 +241,67 @@ def make_step(
 # --- all rows together
 
 
+class Stage(NamedTuple):
+    """A part of `generate`'s loop, compiled for so many rows and columns of the cache."""
+
+    rows: int
+    """Responses decoded together: all that go on, and some that have ended."""
+    room: int
+    """Columns of the cache behind the prompts."""
+
+
+def stages_of(rows: int, prompt: int, limit: int) -> list[Stage]:
+    """Choose the stages of `generate` for `rows` responses of at most `limit` tokens.
+
+    `prompt`: columns of the prompts. Each stage is one more program to compile, so short responses
+    have a single one. Otherwise the first stage has half of the cache's columns, if these hold the
+    prompts and a quarter of a response; and the last ones have half of the rows, a quarter and so
+    on, HALVINGS times at most and down to FEWEST on each device.
+    """
+    # All rows and all columns: what every response fits into. The last token is not read.
+    room = limit - 1
+    whole = Stage(rows, room)
+    if limit < SHORTEST:
+        return [whole]
+
+    # Half of the columns.
+    half = (prompt + limit) // 2 - prompt
+    stages = [whole]
+    if half >= limit // 4:
+        stages.insert(0, Stage(rows, half))
+
+    # Fewer rows, equally many on each device.
+    devices = batch_devices(rows)
+    for halving in range(1, HALVINGS + 1):
+        own = rows // devices // 2**halving
+        if own >= FEWEST[platform()]:
+            stages.append(Stage(devices * own, room))
+    return stages
+
+
+@flax.struct.dataclass
+class Decoded:
+    """What is known of each of B responses in the making."""
+
+    row_B: jax.Array
+    """Its number among all responses."""
+    last_B: jax.Array
+    """Position of its prompt's last token."""
+    token_B: jax.Array
+    """Its last token."""
+    done_B: jax.Array
+    """True where it has ended."""
+    samples: Samples
+
+
 @flax.struct.dataclass
 class Decoding:
     """Where `generate` stands."""
 
     t: jax.Array
     """Index of the next token of every response."""
-    token_B: jax.Array
-    """The last token of each."""
-    done_B: jax.Array
-    """True where the response has ended."""
     cache: KVCache
-    samples: Samples
+    rows: Decoded
 
 
 def generate(
@@ -260,6 +315,7 @@ def generate(
     eos: Ends,
     pad: int,
     n: int = 1,
+    stages: Sequence[Stage] | None = None,
 ) -> Samples:
     """Sample `n` responses to each of the prompts, [B / n, P]; call it under jit.
 
@@ -267,10 +323,16 @@ def generate(
     with any of several, an array of ids; the loop when every row has ended. `pad`: the id behind a
     response. Rows are in the order of the prompts, n to each; a prompt is prefilled once. What row
     b draws depends on its prompt, `key` and b alone.
+
+    `stages`: those of `stages_of`, or others: first all rows, whose columns grow until there is
+    room for all tokens but the last; then fewer and fewer rows. Without, there is one. They change
+    the time that it takes, and log-probabilities by rounding.
     """
     # Prefill; then a copy of each prompt's cache for each of its responses.
-    room = sampling.max_new_tokens - 1
-    logits_BV, cache = prefill(apply, config, params, prompts, room)
+    last_B = jnp.repeat(prompts["positions_BT"][:, -1], n, axis=0)
+    if stages is None:
+        stages = [Stage(last_B.size, sampling.max_new_tokens - 1)]
+    logits_BV, cache = prefill(apply, config, params, prompts, stages[0].room)
     cache = KVCache(
         k_LBKSH=jnp.repeat(cache.k_LBKSH, n, axis=1),
         v_LBKSH=jnp.repeat(cache.v_LBKSH, n, axis=1),
@@ -280,222 +342,126 @@ def generate(
     cache = unstack_cache(cache)
     params = unstack_params(params, config.compute_dtype)
 
-    # The first token of each response.
+    # The first token of each response, which may be its last.
     logits_BV = jnp.repeat(logits_BV, n, axis=0)
     samples = first_tokens(logits_BV, key, sampling, pad)
-    last_B = jnp.repeat(prompts["positions_BT"][:, -1], n, axis=0)
-    step = make_step(apply, params, key, sampling, last_B)
-    row_B = jnp.arange(last_B.shape[0])
+    token_B = samples.response_BR[:, 0]
+    rows = Decoded(
+        row_B=jnp.arange(last_B.size),
+        last_B=last_B,
+        token_B=token_B,
+        done_B=ends(token_B, eos),
+        samples=samples,
+    )
 
-    # Then one more for all rows, until all have ended or are full.
-    def going(state: Decoding) -> jax.Array:
-        return (state.t < sampling.max_new_tokens) & ~jnp.all(state.done_B)
+    # Then one more for all rows.
+    step = make_step(apply, params, key, sampling)
 
     def one_more(state: Decoding) -> Decoding:
         # All rows are at the same token.
-        t_B = jnp.full_like(row_B, state.t)
-        cache, token_B, logp_B = step(state.cache, state.token_B, row_B, t_B)
+        rows = state.rows
+        t_B = jnp.full_like(rows.row_B, state.t)
+        cache, token_B, logp_B = step(state.cache, rows.token_B, rows.last_B, rows.row_B, t_B)
 
         def put(out_BR: jax.Array, x_B: jax.Array) -> jax.Array:
             return jax.lax.dynamic_update_slice(out_BR, x_B[:, None], (0, state.t))
 
         # Rows that have ended are decoded on; what they give is padding.
-        so_far = state.samples
         samples = Samples(
-            response_BR=put(so_far.response_BR, jnp.where(state.done_B, pad, token_B)),
-            mask_BR=put(so_far.mask_BR, jnp.float32(~state.done_B)),
-            logp_BR=put(so_far.logp_BR, jnp.where(state.done_B, 0.0, logp_B)),
+            response_BR=put(rows.samples.response_BR, jnp.where(rows.done_B, pad, token_B)),
+            mask_BR=put(rows.samples.mask_BR, jnp.float32(~rows.done_B)),
+            logp_BR=put(rows.samples.logp_BR, jnp.where(rows.done_B, 0.0, logp_B)),
         )
-        done_B = state.done_B | ends(token_B, eos)
-        return Decoding(state.t + 1, token_B, done_B, cache, samples)
+        done_B = rows.done_B | ends(token_B, eos)
+        rows = dataclasses.replace(rows, token_B=token_B, done_B=done_B, samples=samples)
+        return Decoding(state.t + 1, cache, rows)
 
-    # A first token may be the last.
-    token_B = samples.response_BR[:, 0]
-    start = Decoding(
-        t=jnp.int32(1),
-        token_B=token_B,
-        done_B=ends(token_B, eos),
-        cache=cache,
-        samples=samples,
-    )
-    return jax.lax.while_loop(going, one_more, start).samples
+    return in_stages(one_more, Decoding(jnp.int32(1), cache, rows), stages)
 
 
-# --- slots that are refilled
-
-
-@flax.struct.dataclass
-class Slots:
-    """Responses in the making, one in each of B slots; A responses are to be made in all."""
-
-    cache: KVCache
-    """A ring of columns: all slots write at the same one, wherever in its response each may be."""
-    token_B: jax.Array
-    """The last token of each."""
-    row_B: jax.Array
-    """Number of the response in the slot, 0 to A - 1."""
-    t_B: jax.Array
-    """Index of its next token."""
-    busy_B: jax.Array
-    """True while it has not ended."""
-    following: jax.Array
-    """Number of the response that enters next."""
-
-
-def generate_in_slots(
-    apply: Apply,
-    config: ModelConfig,
-    params: Params,
-    prompts: Prompts,
-    key: jax.Array,
-    sampling: SamplingConfig,
-    *,
-    eos: Ends,
-    pad: int,
-    slots: int,
-    n: int = 1,
+def in_stages(
+    one_more: Callable[[Decoding], Decoding], state: Decoding, stages: Sequence[Stage]
 ) -> Samples:
-    """Sample what `generate` does, `slots` responses at a time: where one ends the next begins.
+    """Repeat `one_more` until all responses have ended or are full; return their samples.
 
-    Arguments and result are those of `generate`. Faster where responses are of unequal length.
-    Takes a cache of `slots` rows, at least 1, and until the end that of all prompts, [B / n, P],
-    which are prefilled together. With as many slots as responses, or more, it is `generate`.
+    `state`: of the rows and columns of the first of `stages`. A stage ends when its columns are
+    full, or when all responses that go on fit into the rows of a later one.
     """
-    # Nothing to refill with: all start at once.
-    total = prompts["tokens_BT"].shape[0] * n
-    if slots >= total:
-        return generate(apply, config, params, prompts, key, sampling, eos=eos, pad=pad, n=n)
+    stage, *later = stages
+    fewer = max((other.rows for other in later if other.rows < stage.rows), default=0)
+    devices = batch_devices(stage.rows)
 
-    # Prefill all prompts, and draw the first token of every response.
-    logits_BV, prompt_cache = prefill(apply, config, params, prompts, 0)
-    prompt_cache = unstack_cache(prompt_cache)
-    params = unstack_params(params, config.compute_dtype)
-    logits_AV = jnp.repeat(logits_BV, n, axis=0)
-    samples = first_tokens(logits_AV, key, sampling, pad)
-    first_A = samples.response_BR[:, 0]
+    # Responses stay on their device, so the one with the most that go on decides.
+    def open_rows(state: Decoding) -> jax.Array:
+        return ~state.rows.done_B.reshape(devices, -1)
 
-    # One more token for the response in each slot.
-    last_A = jnp.repeat(prompts["positions_BT"][:, -1], n, axis=0)
-    step = make_step(apply, params, key, sampling, last_A)
-    limit = sampling.max_new_tokens
+    def going(state: Decoding) -> jax.Array:
+        most = jnp.max(jnp.sum(open_rows(state), axis=1))
+        return (state.t <= stage.room) & (most > fewer // devices)
 
-    # An eighth of the slots is refilled at once, for each refill copies the prompts' cache.
-    entering = max(1, slots // 8)
+    state = jax.lax.while_loop(going, one_more, state)
+    if not later:
+        return state.rows.samples
 
-    def must_enter(state: Slots) -> jax.Array:
-        # The last few enter together, however few they are.
-        waiting = total - state.following
-        free = jnp.sum(~state.busy_B)
-        return (waiting > 0) & (free >= jnp.minimum(entering, waiting))
+    # The columns of the next stage.
+    following = later[0]
+    cache = with_columns(state.cache, following.room - stage.room)
+    state = dataclasses.replace(state, cache=cache)
+    if following.rows == stage.rows:
+        return in_stages(one_more, state, later)
 
-    def enter_next(state: Slots) -> Slots:
-        return enter(state, prompt_cache, first_A, eos, limit, entering)
-
-    def refill(state: Slots) -> Slots:
-        return jax.lax.while_loop(must_enter, enter_next, state)
-
-    def one_more(carry: tuple[Slots, Samples]) -> tuple[Slots, Samples]:
-        # The next token of the response in each slot.
-        state, samples = carry
-        cache, token_B, logp_B = step(state.cache, state.token_B, state.row_B, state.t_B)
-        # Slots that are not busy write past the last row: dropped.
-        at = (jnp.where(state.busy_B, state.row_B, total), state.t_B)
-        samples = Samples(
-            response_BR=samples.response_BR.at[at].set(token_B, mode="drop"),
-            mask_BR=samples.mask_BR.at[at].set(1.0, mode="drop"),
-            logp_BR=samples.logp_BR.at[at].set(logp_B, mode="drop"),
-        )
-        # The ring's columns are used again; a response that has ended leaves its slot free.
-        column = cache.length % cache.valid_BS.shape[1]
-        state = dataclasses.replace(
-            state,
-            cache=dataclasses.replace(cache, length=column),
-            token_B=token_B,
-            t_B=state.t_B + 1,
-            busy_B=state.busy_B & ~ends(token_B, eos) & (state.t_B + 1 < limit),
-        )
-        return refill(state), samples
-
-    # Start with empty slots, whose ring has a column for each token of a prompt and a response.
-    # The loop's first tokens already see prompts in it.
-    columns = prompt_cache.valid_BS.shape[1] + limit
-    none_B = jnp.zeros(slots, jnp.int32)
-    ring = dataclasses.replace(empty_cache(config, slots, columns), is_empty=False)
-    empty = Slots(
-        cache=unstack_cache(ring),
-        token_B=none_B,
-        row_B=none_B,
-        t_B=none_B,
-        busy_B=none_B > 0,
-        following=jnp.int32(0),
+    # Its rows: those that go on, and as many others as there is room for. Rows decrease last: a
+    # stage whose columns are full may have all its rows open.
+    assert following.room == stage.room, (
+        f"{stage}, then {following}: fewer rows before all columns"
     )
+    order_DB = jnp.argsort(~open_rows(state), axis=1, stable=True)
+    places_DB = order_DB[:, : following.rows // devices]
+    chosen = jax.tree.map(partial(take_rows, places_DB), (state.rows, rows_of(cache)))
+    rows, in_cache = chosen
+    fewer_state = Decoding(state.t, dataclasses.replace(cache, **in_cache), rows)
+    samples = in_stages(one_more, fewer_state, later)
 
-    # Decode until no slot is busy.
-    def going(carry: tuple[Slots, Samples]) -> jax.Array:
-        return jnp.any(carry[0].busy_B)
-
-    start = (refill(empty), samples)
-    _, samples = jax.lax.while_loop(going, one_more, start)
-    return samples
+    # Back to their places, among those that had ended before.
+    return jax.tree.map(partial(put_rows, places_DB), state.rows.samples, samples)
 
 
-def enter(
-    slots: Slots,
-    prompts: KVCache,
-    first_A: jax.Array,
-    eos: Ends,
-    limit: int,
-    entering: int,
-) -> Slots:
-    """Put the next `entering` of the A responses into free slots, of which there must be as many.
+def rows_of(cache: KVCache) -> dict[str, Any]:
+    """Return the fields of an unstacked cache whose arrays have a row a response."""
+    return {"k_LBKSH": cache.k_LBKSH, "v_LBKSH": cache.v_LBKSH, "valid_BS": cache.valid_BS}
 
-    Returns the new Slots. `prompts`: the unstacked cache, A / n rows, of their prompts. A prompt's
-    columns are rolled, so that it ends where the ring is written next. `first_A`: first token of
-    each response, which ends it where it is `eos` (see `ends`); `limit`: most tokens of a
-    response.
+
+def take_rows(places_DB: jax.Array, x: jax.Array) -> jax.Array:
+    """Return those rows of `x` [A, ...], A / D on each of D devices, that lie at `places_DB`.
+
+    Places are numbers of rows of their device; B are taken of each, into [D B, ...].
     """
-    total = first_A.shape[0]
-    count, width = prompts.valid_BS.shape
-    ring = slots.cache.valid_BS.shape[1]
+    devices, _ = places_DB.shape
+    x_DA = x.reshape(devices, -1, *x.shape[1:])
+    taken = jax.vmap(lambda own, places_B: own[places_B])(x_DA, places_DB)
+    return taken.reshape(-1, *x.shape[1:])
 
-    # Which responses enter, and where. Past the last there is no slot: dropped.
-    row_E = slots.following + jnp.arange(entering)
-    free_E = jnp.argsort(slots.busy_B)[:entering]
-    slot_E = jnp.where(row_E < total, free_E, slots.row_B.size)
 
-    # Their prompts and first tokens.
-    known_E = jnp.minimum(row_E, total - 1)
-    prompt_E = known_E // (total // count)
-    token_E = first_A[known_E]
+def put_rows(places_DB: jax.Array, x: jax.Array, rows: jax.Array) -> jax.Array:
+    """Return `x` with `rows`, taken by `take_rows` and changed, in their places."""
+    devices, _ = places_DB.shape
+    x_DA = x.reshape(devices, -1, *x.shape[1:])
+    rows_DB = rows.reshape(devices, -1, *x.shape[1:])
+    put = jax.vmap(lambda own, places_B, rows_B: own.at[places_B].set(rows_B))
+    return put(x_DA, places_DB, rows_DB).reshape(x.shape)
 
-    # Into their slots; the cache's columns, rolled to end where the ring stands.
-    def put(x_B: jax.Array, x_E: jax.Array) -> jax.Array:
-        return x_B.at[slot_E].set(x_E, mode="drop")
 
-    def rolled(x: jax.Array, axis: int) -> jax.Array:
+def with_columns(cache: KVCache, more: int) -> KVCache:
+    """Return the unstacked `cache` with `more` free columns behind those it has."""
+
+    def wider(x: jax.Array, axis: int) -> jax.Array:
         padding = [(0, 0)] * x.ndim
-        padding[axis] = (ring - width, 0)
-        columns = jnp.pad(x[prompt_E], padding)
-        return jnp.roll(columns, slots.cache.length, axis)
+        padding[axis] = (0, more)
+        return jnp.pad(x, padding)
 
-    def with_prompts(layers: Any, prompt_layers: Any) -> tuple[jax.Array, ...]:
-        renewed = []
-        for ours_BKSH, theirs in zip(layers, prompt_layers, strict=True):
-            renewed.append(put(ours_BKSH, rolled(theirs, 2)))
-        return tuple(renewed)
-
-    # The slots that they enter now hold their prompt, their first token, and t = 1.
-    cache = KVCache(
-        k_LBKSH=with_prompts(slots.cache.k_LBKSH, prompts.k_LBKSH),
-        v_LBKSH=with_prompts(slots.cache.v_LBKSH, prompts.v_LBKSH),
-        valid_BS=put(slots.cache.valid_BS, rolled(prompts.valid_BS, 1)),
-        length=slots.cache.length,
-    )
-    return Slots(
-        cache=cache,
-        token_B=put(slots.token_B, token_E),
-        row_B=put(slots.row_B, row_E),
-        t_B=put(slots.t_B, jnp.ones_like(row_E)),
-        busy_B=put(slots.busy_B, ~ends(token_E, eos) & (limit > 1)),
-        following=jnp.minimum(slots.following + entering, total),
+    return dataclasses.replace(
+        cache,
+        k_LBKSH=tuple(wider(k_BKSH, 2) for k_BKSH in cache.k_LBKSH),
+        v_LBKSH=tuple(wider(v_BKSH, 2) for v_BKSH in cache.v_LBKSH),
+        valid_BS=wider(cache.valid_BS, 1),
     )

@@ -372,6 +372,15 @@ def _rows_split(mesh: AnyMesh, x: jax.Array) -> bool:
     return x.shape[0] % ways == 0
 
 
+def batch_devices(rows: int) -> int:
+    """Return over how many parts of the mesh, data x fsdp, a batch's `rows` are split.
+
+    1 without a mesh, and where these axes do not divide the rows.
+    """
+    ways = along(get_abstract_mesh(), "data", "fsdp")
+    return ways if rows % ways == 0 else 1
+
+
 def constrain_batch(x: jax.Array) -> jax.Array:
     """Keep the first axis of `x` split over data and fsdp, where these divide it.
 

@@ -24,7 +24,8 @@ with standing_in():
     from kernels.attention import decode_attention
     from model import LanguageModel, init_and_apply
     from model_config import ModelConfig
-    from sampling import SamplingConfig, generate, generate_in_slots
+    from sampling import SamplingConfig, generate
+    from slots import generate_in_slots
 
 # No token is this: responses have full length, as the peers'.
 NEVER = -1

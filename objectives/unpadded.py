@@ -26,7 +26,7 @@ from jax.sharding import get_abstract_mesh
 
 from model import Params
 from objectives.likelihood import Apply, TokenBatch, inputs
-from sharding import along, constrain_batch, in_microbatches
+from sharding import along, batch_devices, constrain_batch, in_microbatches
 
 Array = jax.Array
 Rows = TypeVar("Rows", bound=Mapping[str, Any])
@@ -177,7 +177,7 @@ def run_model(apply: Apply, params: Params, batch: TokenBatch) -> Any:
         return apply(params, *inputs(batch))
 
     # Each device packs its own rows.
-    groups = ways()
+    groups = batch_devices(len(batch["tokens_BT"]))
 
     def split(x: Array) -> Array:
         return x.reshape(groups, -1, *x.shape[1:])
@@ -215,12 +215,6 @@ def run_model(apply: Apply, params: Params, batch: TokenBatch) -> Any:
 # --- how much room a batch needs
 
 
-def ways() -> int:
-    """Return over how many devices the rows of a batch are split, of the mesh that is set."""
-    mesh = get_abstract_mesh()
-    return 1 if mesh.empty else along(mesh, "data", "fsdp")
-
-
 def can_pack() -> bool:
     """True unless the mesh splits a row's tokens, or hands rows from stage to stage."""
     mesh = get_abstract_mesh()
@@ -233,9 +227,10 @@ def rows_needed(segment_ids: Array, microbatches: int) -> Array:
 
     `segment_ids`: [B, T], or [B, C, T] of C candidates each, in B C rows.
     """
-    length = segment_ids.shape[-1]
+    *rows, length = segment_ids.shape
     parts = in_microbatches(segment_ids, microbatches)
-    segment_ids_GBT = parts.reshape(microbatches * ways(), -1, length)
+    groups = microbatches * batch_devices(math.prod(rows) // microbatches)
+    segment_ids_GBT = parts.reshape(groups, -1, length)
     return jax.vmap(rows_used)(segment_ids_GBT).max()
 
 
@@ -248,9 +243,11 @@ def find_room(*segment_ids: Array, microbatches: int = 1, sizes: int = OF_ROLLOU
     """
     if not can_pack():
         return None
-    rows = math.prod(segment_ids[0].shape[:-1]) // microbatches // ways()
+    *shape, _ = segment_ids[0].shape
+    rows = math.prod(shape) // microbatches
+    own = rows // batch_devices(rows)
     needed = jnp.stack([rows_needed(ids, microbatches) for ids in segment_ids])
-    share = int(needed.max()) / rows
+    share = int(needed.max()) / own
 
     # The largest k for which 2 to the power of -k / sizes is no less than the share.
     steps = math.floor(-sizes * math.log2(share) + 1e-9)

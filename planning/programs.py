@@ -269,9 +269,11 @@ def rollout_programs(
     # The ids of the control tokens do not change the shapes.
     full_prompts = [full_row(config.max_prompt)] * (rows // n)
     prompts = on_batch_axes(pad_prompts(full_prompts, config.max_prompt, 0), mesh)
-    # As long as they may be: no response ends early.
+    # As long as they may be: no response ends early, so all are decoded in one stage.
     sampling = SamplingConfig(config.temperature, max_new_tokens=config.max_new_tokens)
-    rollout = make_rollout(apply, model, sampling, eos=1, pad=0, n=n, tensor=tensor)
+    rollout = make_rollout(
+        apply, model, sampling, eos=1, pad=0, n=n, tensor=tensor, in_stages=False
+    )
     length = config.max_prompt + config.max_new_tokens
     sample = Program(
         "rollout",

@@ -13,7 +13,8 @@ import pytest
 from model_config import PRESETS
 from objectives.likelihood import inputs, token_logprobs
 from rollout import join_responses
-from sampling import SamplingConfig, generate, generate_in_slots
+from sampling import SamplingConfig, generate
+from slots import generate_in_slots
 
 PATH = pathlib.Path(__file__).parents[1] / "experiments" / "alibi" / "model.py"
 SPEC = importlib.util.spec_from_file_location("alibi_model", PATH)

@@ -1,5 +1,7 @@
 import dataclasses
 import functools
+import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +12,11 @@ from layers import unstack_cache, unstack_params
 from model import LanguageModel, LanguageOutput, empty_cache, init_and_apply, unembed
 from model_config import PRESETS
 from objectives.policy import response_logprobs
-from rollout import join_responses
+from rollout import join_responses, make_rollout
 from runtime.errors import UserError
-from sampling import SamplingConfig, generate, generate_in_slots, truncate
-from sharding import path_name
+from sampling import SamplingConfig, Stage, generate, stages_of, truncate
+from sharding import MeshConfig, init_sharded, make_mesh, path_name, to_mesh
+from slots import generate_in_slots
 
 CONFIG = dataclasses.replace(
     PRESETS["tiny"], vocab=24, width=16, mlp_width=24, head_dim=4, tied=False, dtype="float32"
@@ -218,6 +221,100 @@ def test_refilled_slots_give_what_the_plain_loop_gives(slots, window, temperatur
     assert len(set(np.asarray(want.mask_BR.sum(1)).tolist())) > 3  # of many lengths
     other = refilled(params, prompts, jax.random.key(2))
     assert (other.response_BR != want.response_BR).any()  # control
+
+
+STAGES = {
+    "columns": [Stage(21, 3), Stage(21, 9), Stage(21, 15)],
+    "rows": [Stage(21, 15), Stage(12, 15), Stage(5, 15), Stage(1, 15)],
+    "both": [Stage(21, 2), Stage(21, 15), Stage(6, 15), Stage(2, 15)],
+}
+
+
+@pytest.mark.parametrize(
+    "stages, window, temperature", [("columns", None, 1.0), ("rows", 4, 0.7), ("both", None, 1.0)]
+)
+def test_stages_give_what_the_plain_loop_gives(stages, window, temperature):
+    params = model()[0]
+    config = dataclasses.replace(CONFIG, window=window)
+    _, apply = init_and_apply(LanguageModel(config))
+    prompts = left_padded([list(range(3, 4 + i % 5)) for i in range(7)])
+    how = {
+        "sampling": SamplingConfig(temperature, max_new_tokens=16),
+        "eos": EOS,
+        "pad": PAD,
+        "n": 3,
+    }
+    plain = jax.jit(functools.partial(generate, apply, config, **how))
+    staged = jax.jit(functools.partial(generate, apply, config, stages=STAGES[stages], **how))
+    want = plain(params, prompts, jax.random.key(1))
+    got = staged(params, prompts, jax.random.key(1))
+    assert (got.response_BR == want.response_BR).all() and (got.mask_BR == want.mask_BR).all()
+    # Sums over fewer columns may be rounded otherwise.
+    np.testing.assert_allclose(got.logp_BR, want.logp_BR, atol=1e-5)
+    lengths = np.asarray(want.mask_BR.sum(1))
+    assert len(set(lengths.tolist())) > 4 and lengths.max() == 16  # the last stage is needed
+    other = staged(params, prompts, jax.random.key(2))
+    assert (other.response_BR != want.response_BR).any()  # control
+
+
+def test_rows_that_have_ended_leave_with_the_next_stage():
+    # After the token 4 comes one token, after 3 two, after 1 five.
+    apply, _ = scripted([0, 5, 0, 4, 2, 6, 3, 0])
+    rows = []
+
+    def noting(params, tokens_BT, *args, **kwargs):
+        jax.debug.callback(lambda: rows.append(len(tokens_BT)))
+        return apply(params, tokens_BT, *args, **kwargs)
+
+    prompts = left_padded([[1], *[[3]] * 4, [4], [4], [4]])
+    stages = [Stage(8, 5), Stage(4, 5), Stage(1, 5)]
+    run = functools.partial(generate, noting, CONFIG, sampling=GREEDY, eos=EOS, pad=PAD)
+    for given, decoded in ((stages, [8, 8, 1, 1, 1]), (None, [8] * 5)):
+        rows.clear()
+        samples = jax.jit(functools.partial(run, stages=given))({}, prompts, jax.random.key(0))
+        jax.effects_barrier()
+        assert samples.mask_BR.sum(1).tolist() == [5, 2, 2, 2, 2, 1, 1, 1]
+        assert samples.response_BR[0].tolist() == [5, 6, 3, 4, 2, 0]
+        assert rows == decoded  # the first is the prefill
+
+
+@pytest.mark.parametrize("rows, prompt, limit", [(64, 64, 256), (16, 64, 64), (7, 9, 400)])
+def test_stages_hold_every_response(rows, prompt, limit):
+    first, *others = stages_of(rows, prompt, limit)
+    assert first.rows == rows and 1 < len([first, *others]) < 6
+    assert [first, *others][-1].room == limit - 1
+    for before, after in itertools.pairwise([first, *others]):
+        # Each differs from the last in one way: longer, or fewer.
+        assert (after.rows < before.rows) != (after.room > before.room)
+        assert 2 * after.rows <= before.rows or after.rows == before.rows
+    assert stages_of(rows, prompt, 8) == [Stage(rows, 7)]  # few tokens are not worth compiling for
+
+
+@pytest.mark.skipif(jax.device_count() != 8, reason="needs eight devices")
+def test_stages_on_a_mesh_keep_rows_on_their_device():
+    config = dataclasses.replace(CONFIG, vocab=64, layers=1)
+    init, apply = init_and_apply(LanguageModel(config))
+    prompts = left_padded([list(range(3, 4 + i % 5)) for i in range(16)])
+    sampling = SamplingConfig(max_new_tokens=64)
+    eos = np.array([5, 7, 9, 11])
+    results = []
+    gathers = []
+    for size, in_stages in ((1, False), (2, False), (2, True)):
+        mesh = make_mesh(MeshConfig(size, size, size), jax.devices()[: size**3])
+        params = init_sharded(init, mesh, jax.random.key(0))
+        args = (params, to_mesh(prompts, mesh), jax.random.key(1))
+        rollout = make_rollout(apply, config, sampling, eos=eos, pad=PAD, n=2, in_stages=in_stages)
+        program = rollout.lower(*args).compile()
+        gathers.append(len(re.findall(r" all-(?:gather|to-all)\(", program.as_text())))
+        results.append(jax.device_get(program(*args)))
+    lengths = results[0]["mask_BR"].sum(1)
+    assert len(stages_of(32, 5, 64)) > 2 and lengths.max() > 30 and (lengths < 10).sum() > 8
+    for other in results[1:]:
+        assert (other["response_BR"] == results[0]["response_BR"]).all()
+        logp_BR = results[0]["sampler_logp_BR"]
+        np.testing.assert_allclose(other["sampler_logp_BR"], logp_BR, atol=1e-5)
+    # Neither the cache nor anything else goes from device to device for the stages.
+    assert gathers[0] == 0 < gathers[1] == gathers[2]
 
 
 def test_a_slot_does_not_wait_for_the_longest_row():

@@ -14,7 +14,7 @@ FLOORS = (
     ("data", "kernels", "rope", "layers", "model_config"),
     ("model",),
     ("objectives", "sampling", "lora"),
-    ("train_step",),
+    ("train_step", "slots"),
     ("train_state",),
     ("responses", "weights"),
     ("rollout", "rewards"),
