@@ -24,7 +24,7 @@ with standing_in():
     from kernels.attention import decode_attention
     from model import LanguageModel, init_and_apply
     from model_config import ModelConfig
-    from sampling import SamplingConfig, generate
+    from sampling import SamplingConfig, generate, stages_of
     from slots import generate_in_slots
 
 # No token is this: responses have full length, as the peers'.
@@ -38,9 +38,9 @@ LONG_CACHE = 8192
 class Config:
     model: str = "small"
     """Name of a model of side_by_side.MODELS."""
-    rows: tuple[str, ...] = ("full", "geometric", "attention")
-    """Of full (responses as long as they may be), geometric (lengths that differ) and attention
-    (one token against a long cache)."""
+    rows: tuple[str, ...] = ("full", "geometric", "rollout", "attention")
+    """Of full (responses as long as they may be), geometric (lengths that differ), rollout (such
+    lengths, in stages as in training) and attention (one token against a long cache)."""
     batches: tuple[int, ...] = (16, 1)
     """Rows sampled together, a row of the table each."""
     prompt: int = 64
@@ -49,8 +49,10 @@ class Config:
     """Tokens sampled after it."""
     requests: int = 128
     """Prompts of the geometric row, the first of `batches` at a time."""
+    rollouts: int = 64
+    """Prompts of the rollout row, sampled together."""
     longest: int = 256
-    """Most tokens of a response there; their mean length is a quarter of it."""
+    """Most tokens of a response in these two; their mean length is a quarter of it."""
     peers: tuple[str, ...] = ("transformers", "compiled", "ctranslate2")
     """Of transformers, compiled (with a static cache and a compiled step) and ctranslate2."""
     rounds: int = 5
@@ -234,6 +236,50 @@ def geometric_row(config: Config) -> Row:
     return Row(geometric(config), sides, tokens={})
 
 
+# ---- Rollouts of training ----
+
+
+def our_rollout(config: Config, what: str, in_stages: bool) -> Built:
+    """Return a side that samples in the stages of training, or in one loop over all rows."""
+    model = model_of(config.model)
+    _, apply = init_and_apply(LanguageModel(model))
+    params = random_params(model)
+    sampling = SamplingConfig(max_new_tokens=config.longest)
+    eos = ending_tokens(model.vocab, config.longest)
+    prompts = jax.device_put(plain_batch(model, config.rollouts, config.prompt))
+    stages = stages_of(config.rollouts, config.prompt, config.longest) if in_stages else None
+
+    @jax.jit
+    def sample(params, prompts, key):
+        return generate(
+            apply, model, params, prompts, key, sampling, eos=eos, pad=0, stages=stages
+        )
+
+    def call() -> float:
+        return float(sample(params, prompts, jax.random.key(0)).mask_BR.sum())
+
+    facts = {"mean_length": call() / config.rollouts}
+    response_BR = sample(params, prompts, jax.random.key(0)).response_BR
+    return Built({what: call}, "jax", check=np.asarray(response_BR), facts=facts)
+
+
+def same_tokens(responses: dict[str, np.ndarray]) -> None:
+    """Assert that the sides sampled the same tokens."""
+    first, *others = responses.values()
+    for other in others:
+        np.testing.assert_array_equal(first, other)
+
+
+def rollout_row(config: Config) -> Row:
+    """Return the row of rollouts in stages beside one loop."""
+    what = f"rollout {config.rollouts} x {config.prompt}+up to {config.longest}"
+    sides = {
+        "plumb": Side(our_rollout, (config, what, True)),
+        "one loop": Side(our_rollout, (config, what, False)),
+    }
+    return Row(what, sides, tokens={}, agree=same_tokens)
+
+
 # ---- One token against a long cache ----
 
 
@@ -339,6 +385,7 @@ def rows(config: Config) -> list[Row]:
     every = {
         "full": [full_row(config, batch) for batch in config.batches],
         "geometric": [geometric_row(config)],
+        "rollout": [rollout_row(config)],
         "attention": [long_cache_row(batch) for batch in config.batches[::-1]],
     }
     asked = [row for name in config.rows for row in every[name]]
