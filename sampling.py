@@ -328,11 +328,17 @@ def generate(
     room for all tokens but the last; then fewer and fewer rows. Without, there is one. They change
     the time that it takes, and log-probabilities by rounding.
     """
-    # Prefill; then a copy of each prompt's cache for each of its responses.
+    # Prefill, and the first token of each response, which may be its last.
     last_B = jnp.repeat(prompts["positions_BT"][:, -1], n, axis=0)
     if stages is None:
         stages = [Stage(last_B.size, sampling.max_new_tokens - 1)]
     logits_BV, cache = prefill(apply, config, params, prompts, stages[0].room)
+    logits_BV = jnp.repeat(logits_BV, n, axis=0)
+    samples = first_tokens(logits_BV, key, sampling, pad)
+    if sampling.max_new_tokens == 1:
+        return samples
+
+    # A copy of each prompt's cache for each of its responses.
     cache = KVCache(
         k_LBKSH=jnp.repeat(cache.k_LBKSH, n, axis=1),
         v_LBKSH=jnp.repeat(cache.v_LBKSH, n, axis=1),
@@ -341,10 +347,6 @@ def generate(
     )
     cache = unstack_cache(cache)
     params = unstack_params(params, config.compute_dtype)
-
-    # The first token of each response, which may be its last.
-    logits_BV = jnp.repeat(logits_BV, n, axis=0)
-    samples = first_tokens(logits_BV, key, sampling, pad)
     token_B = samples.response_BR[:, 0]
     rows = Decoded(
         row_B=jnp.arange(last_B.size),
