@@ -37,7 +37,7 @@ SCRIPTS = {
     "train_distill": [*SAMPLED, "--teacher=sft", "--on_policy=0.5"],
     "train_ppo": [*ONLINE, "--minibatches=2"],
     "train_grpo": [*ONLINE, "--minibatches=2", "--samples_per_prompt=2"],
-    "train_raft": [*ONLINE, "--samples_per_prompt=2"],
+    "train_raft": [*ONLINE, "--samples_per_prompt=2", "--missing_eos=none"],
 }
 
 
