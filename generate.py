@@ -221,7 +221,11 @@ def read_message() -> str:
 
 
 def read_quoted(first: str) -> str:
-    """Read on after `first` up to \"\"\" at the end of a line, or the end of input."""
+    """Read on from stdin after `first` up to \"\"\" at the end of a line, or the end of input.
+
+    `first`: the first line, without the \"\"\" that opens it. Returns all lines, joined by
+    newlines, without the closing \"\"\".
+    """
     lines = [first]
     with contextlib.suppress(EOFError):
         while not lines[-1].endswith(QUOTES):

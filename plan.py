@@ -28,8 +28,9 @@ from runtime import flags
 def run(argv: list[str]) -> int:
     """Run planning.plan.main(argv) as a command: return 0 where the run fits, 1 where it does not.
 
-    `argv`: without the program's name. A UserError ends the process with exit code 2. `--help`
-    without a script prints what plan.py takes, and returns 0.
+    `argv`: a script's name or a fork's path, with or without .py, then --topology=CHIP:SHAPE,
+    which is required, perhaps --sweep, and the script's own flags. A UserError ends the process
+    with exit code 2. `--help` without a script prints what plan.py takes, and returns 0.
     """
     if not HELP.isdisjoint(argv) and argv[0].startswith("-"):
         flags.ending_in_one_line(lambda: print(f"{__doc__}\n{FLAGS_HELP}"))

@@ -402,8 +402,9 @@ def main(config: Config) -> dict[str, float]:
             # One update; its metrics are written while the next one runs.
             batch = next(batches)
             policy = full(base, state.params)
-            prepared = unpadded(prepare(policy, batch), config.microbatches)
-            state, metrics = update.step(state, prepared, base)
+            state, metrics = update.step(
+                state, unpadded(prepare(policy, batch), config.microbatches), base
+            )
             run.record(step, metrics, tokens=batch["loss_mask_BCT"].size)
 
             # Held-out loss, samples, and gold shares. Their KL needs the reference, loaded for

@@ -439,7 +439,8 @@ class ModelUpdate(NamedTuple):
 def make_policy_update(config: Config, apply: Apply) -> ModelUpdate:
     """Make the policy's optimiser and its jitted step (train_step.make_train_step).
 
-    `apply`: of the policy. Minibatches are of Experience, with a "text" by `add_text`.
+    `apply`: of the policy. Minibatches are of Experience, with a "text" by `add_text`. What the
+    step takes and returns: see ModelUpdate.
     """
     # The clipped surrogate, with text in it where `add_text` lays some beside the minibatch.
     objective = partial(

@@ -172,12 +172,19 @@ class Config:
 
     @property
     def pool_rows(self) -> int:
-        """Return how many responses the pool holds: of this round and of those before."""
+        """Responses that the pool has room for: of this round and of `replay_rounds` before.
+
+        That field must not be None; a property.
+        """
         return self.batch_size * (1 + self.replay_rounds)
 
     @property
     def most_updates(self) -> int:
-        """Return the updates of a round in which as many responses are chosen as can be."""
+        """Most updates of a round: --epochs passes over the most responses, rounded up once.
+
+        The most that can be chosen are the whole pool above a threshold, else one in
+        `samples_per_prompt` of it. No field of the method may be None; a property.
+        """
         # Above a threshold all may be.
         most = self.pool_rows
         if self.select in ("best", "top"):

@@ -37,9 +37,9 @@ def pin_inputs(config: Any) -> Any:
     """Return a script's `config` with the runs that it reads pinned: the first thing it does.
 
     Each is a RunAtStep (runtime/inputs.py), of the step that `config.run` began with, or the
-    newest; and where `lora.rank` is above 0, `lora.base` notes the step of --init. What this
-    process prepares of data files is kept from now on, unless `dry_run`. Raises UserError as
-    with_pinned_runs and note_lora_base do.
+    newest; and where `lora.rank` is above 0, `lora.base` becomes the SHA-256 of --init's step.
+    What this process prepares of data files is kept from now on, unless `dry_run`. Raises
+    UserError as with_pinned_runs and note_lora_base do.
     """
     config = with_pinned_runs(config)
     keep_prepared(not getattr(config, "dry_run", False))

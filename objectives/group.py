@@ -202,9 +202,10 @@ def reinforce_pp(
 def log_ratio(change_BR: Array, mask_BR: Array, level: Ratio) -> Array:
     """Return the log of each token's importance ratio, [B, R], from the tokens' own log-ratios.
 
-    `change_BR`: log pi - log pi_old of each token, 0 at padding. Levels: token, its own (GRPO).
-    sequence, its whole response's (RLOO: the response is one action). geometric, the mean over its
-    response, s_i = (pi(y) / pi_old(y))^(1 / |y|) (Zheng et al. 2025, GSPO, eq. 7).
+    `change_BR`: log pi - log pi_old of each token, 0 at padding, where the result is 0 too.
+    Levels: token, its own (GRPO). sequence, its whole response's (RLOO: the response is one
+    action). geometric, the mean over its response, s_i = (pi(y) / pi_old(y))^(1 / |y|) (Zheng et
+    al. 2025, GSPO, eq. 7).
     """
     # Of the whole response: 0 at padding, so sums over R are over its tokens.
     whole_B1 = change_BR.sum(1, keepdims=True)

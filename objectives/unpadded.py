@@ -91,7 +91,10 @@ def first_fit(length_B: Array, longest: int, rows: int) -> Places:
 
 
 def rows_used(segment_ids_BT: Array) -> Array:
-    """Return how many packed rows `first_fit` uses for a group, a scalar; segment 0 is padding."""
+    """Return how many packed rows `first_fit` would use for the rows of a group, a scalar.
+
+    `segment_ids_BT`: of the rows as they are, not packed yet; 0 is padding.
+    """
     rows, longest = segment_ids_BT.shape
     length_B = (segment_ids_BT > 0).sum(1)
     return first_fit(length_B, longest, rows).row_B.max() + 1
@@ -225,7 +228,8 @@ def can_pack() -> bool:
 def rows_needed(segment_ids: Array, microbatches: int) -> Array:
     """Return the most packed rows that a group of this batch needs, a scalar.
 
-    `segment_ids`: [B, T], or [B, C, T] of C candidates each, in B C rows.
+    A group: the rows of one micro-batch that one device of the current mesh holds. `segment_ids`:
+    [B, T], or [B, C, T] of C candidates each, in B C rows.
     """
     *rows, length = segment_ids.shape
     parts = in_microbatches(segment_ids, microbatches)
