@@ -528,9 +528,10 @@ def shuffled_minibatches(
 ) -> Iterator[Batch]:
     """Yield the `parts` minibatches of each epoch, every epoch in another random order.
 
-    As of `shuffled`, `epochs` x `parts` in all, each with the room of its real tokens when it is
-    cut into `microbatches` (objectives/unpadded.py). `key`: the iteration's, which sampling folds
-    with the numbers of rows and rounds. Waits for the device once.
+    As of `shuffled`, `epochs` x `parts` in all, each with the room of its real tokens (those of a
+    `segment_ids_BT` above 0) when it is cut into `microbatches` (objectives/unpadded.py). `key`:
+    the iteration's, which sampling folds with the numbers of rows and rounds. Waits for the device
+    once.
     """
     # A number that no row has: else an epoch's order would come of the bits of a row's tokens.
     batch = with_room(batch, None)
