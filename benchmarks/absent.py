@@ -1,8 +1,8 @@
 """Stand-ins for packages that a benchmark's imports name and the benchmark never uses.
 
-A machine that is lent for minutes may have jax, flax, optax, torch and transformers and nothing
-more, and nothing can be installed there. The training scripts import readers of data and of flags
-too; where those packages are absent, an empty module stands in for each while modules are
+A machine that is rented by the minute may have jax, flax, optax, torch and transformers and
+nothing more, and nothing can be installed there. The training scripts import readers of data and
+of flags too; where those packages are absent, an empty module stands in for each while modules are
 imported. Whoever calls one is told that it is not installed.
 """
 
