@@ -41,8 +41,8 @@ MATMULS = {"forward": 2, "forward and backward": 7}
 @dataclasses.dataclass(frozen=True)
 class Config:
     implementations: tuple[str, ...] = ("xla_chunked", "library", "reference")
-    """What is timed; the first is compared with the others. library is what JAX offers: cuDNN on
-    a GPU, splash attention on a TPU."""
+    """Implementations; the first is compared with the others. library is what JAX offers: cuDNN
+    on a GPU, splash attention on a TPU."""
     lengths: tuple[int, ...] = (512, 1024, 2048, 4096)
     """Tokens of a sequence."""
     tokens: int = 4096

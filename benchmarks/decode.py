@@ -39,8 +39,8 @@ class Config:
     model: str = "small"
     """Name of a model of side_by_side.MODELS."""
     rows: tuple[str, ...] = ("full", "geometric", "rollout", "attention")
-    """Of full (responses as long as they may be), geometric (lengths that differ), rollout (such
-    lengths, in stages as in training) and attention (one token against a long cache)."""
+    """Kinds to time: full (responses as long as they may be), geometric (lengths that differ),
+    rollout (such lengths, in stages as in training), attention (one token, a long cache)."""
     batches: tuple[int, ...] = (16, 1)
     """Rows sampled together, a row of the table each."""
     prompt: int = 64
@@ -54,7 +54,7 @@ class Config:
     longest: int = 256
     """Most tokens of a response in these two; their mean length is a quarter of it."""
     peers: tuple[str, ...] = ("transformers", "compiled", "ctranslate2")
-    """Of transformers, compiled (with a static cache and a compiled step) and ctranslate2."""
+    """Peers: transformers, compiled (with a static cache and a compiled step), ctranslate2."""
     rounds: int = 5
     """Timings of each side; medians are reported."""
     seconds: float = 1.0

@@ -35,7 +35,7 @@ CASES = {
 @dataclasses.dataclass(frozen=True)
 class Config:
     implementation: str = "pallas_hopper"
-    """What is checked and timed."""
+    """Implementation that is checked and timed."""
     cases: tuple[str, ...] = tuple(CASES)
     """Cases that are compared with float64."""
     length: int = 4096

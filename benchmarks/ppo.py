@@ -34,7 +34,7 @@ PARTS = ("  of this, the rollout", "  the advantages", "  each update of both")
 @dataclasses.dataclass(frozen=True)
 class Config:
     rows: tuple[str, ...] = ("full", "geometric")
-    """Of full (responses as long as they may be) and geometric (lengths that differ)."""
+    """Kinds to time: full (responses as long as they may be), geometric (lengths that differ)."""
     model: str = "small"
     """Shape of policy, reference, reward model and value model: a name of side_by_side.MODELS."""
     geometric_model: str = "small-64"

@@ -51,7 +51,7 @@ class Built(NamedTuple):
     """A side, made in its own process."""
 
     calls: dict[str, Call]
-    """What is timed, by name: the row's own work first, then parts of it."""
+    """Calls to time, by name: the row's own work first, then parts of it."""
     library: str
     """jax, torch or ctranslate2: its version, threads and matmul rate are recorded."""
     packages: tuple[str, ...] = ()
