@@ -292,7 +292,8 @@ def measure(row: Row, rounds: int, at_least: float, cores: int = 0) -> dict[str,
     try:
         checks = _ready(processes, result, start + READY * row.limit)
         try:
-            if row.agree:
+            # One side, or none that was ready in time, has nobody to agree with.
+            if row.agree and len(checks) > 1:
                 row.agree(checks)
         except AssertionError as fault:
             # Then the first is timed alone: nobody does the same.

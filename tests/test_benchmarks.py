@@ -72,7 +72,7 @@ def test_a_row_has_its_times_rates_and_ratios():
 
 def test_a_row_over_its_limit_says_so_and_the_next_one_runs(tmp_path, capsys):
     every = [
-        row_of(limit=4, ours=(stuck, ())),
+        row_of(limit=4, agree=same, ours=(stuck, ())),
         row_of(limit=15, ours=(work, (0.01,)), peer=(stuck, ()), absent=(broken, ())),
         row_of(limit=60, ours=(dying, ()), peer=(work, (0.01,))),
         row_of(limit=60, agree=same, ours=(work, (0, 1, 1)), peer=(work, (0, 1, 2))),
