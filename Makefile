@@ -20,9 +20,6 @@ export JAX_PLATFORMS ?= $(if $(wildcard /dev/nvidia0 /dev/accel0 /dev/vfio/0),,c
 # are ranked too, so the second reward model knows the first one's holes.
 FIRST := $(RUN)/round1
 LABELS := --noise=0.1
-# Programs that a second stage uses again (the second round's, mostly) are compiled once.
-align: export JAX_COMPILATION_CACHE_DIR ?= $(RUN)/compiled
-align: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.2
 RM := --eval_data=$(RUN)/held_out.jsonl --demonstrations=world --lm_coef=0.5 --seed=$(SEED)
 
 align: .venv

@@ -29,6 +29,7 @@ from tqdm import tqdm
 from data.fields import FieldError, Row, name_shown
 from data.messages import is_trained
 from data.records import SCHEMAS, Record, Schema, unread_fields
+from runtime.compiled import cache_folder
 from runtime.errors import UserError, require
 from runtime.foreign import first_twin, one_line
 from runtime.hosts import progressed
@@ -386,7 +387,7 @@ def _prepared(path: pathlib.Path, schema: Schema) -> pathlib.Path:
     is removed.
     """
     digest = _file_sum(path)
-    cache = pathlib.Path(os.environ.get("PLUMB_CACHE", "~/.cache/plumb")).expanduser()
+    cache = cache_folder()
     # Its name is a hash of all that it depends on.
     identity = f"{schema} {SCHEMA_VERSION} {digest}"
     folder = cache / hashlib.sha256(identity.encode()).hexdigest()[:32]

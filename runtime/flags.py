@@ -14,6 +14,7 @@ import tyro
 
 from runtime import interrupt, terminal
 from runtime.agreement import refuse_different_commands
+from runtime.compiled import keep_programs
 from runtime.errors import UserError, command_name
 from runtime.hosts import exit_now, joined
 from runtime.ranges import SCRIPTS, OutOfRange, check_ranges
@@ -199,6 +200,9 @@ def run(main: Callable[[ConfigT], Any], cls: type[ConfigT]) -> None:
 
     def start() -> None:
         config = parse(cls)
+        # A dry run leaves nothing behind.
+        if not getattr(config, "dry_run", False):
+            keep_programs()
         if not hasattr(config, "hosts"):
             main(config)
             return
