@@ -104,6 +104,7 @@ class TrainState:
     left_out: jax.Array
     """Those of them left out because nothing in the batch counted (weight 0), int32."""
     params: Params
+    """What is trained: whole parameters, or with LoRA the adapters (lora.py)."""
     opt_state: Any
 
 
