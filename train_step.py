@@ -116,8 +116,9 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """Make schedule(count) -> learning rate, a scalar, for a run of `steps` updates.
 
     `count`: updates done before, from 0, a Python int or an array. The first update already
-    learns: the warm-up starts at 1/(warmup + 1) of the peak, not at 0. A default warm-up is cut to
-    half of a shorter run. Raises UserError for a warm-up that is not below `steps`.
+    learns: the warm-up starts at 1/(warmup + 1) of the peak, not at 0. A warm-up left at its
+    default is half of a run that is no longer than it. Raises UserError for a warm-up that is not
+    below `steps`.
     """
     # A run shorter than the warm-up that nobody has set warms up for half of it.
     if config.warmup == OptimizerConfig.warmup and 0 < steps <= config.warmup:
