@@ -606,10 +606,7 @@ def check_sampler(metrics: Metrics, dtype: jnp.dtype, start: int) -> None:
 
 
 def start_tolerance(dtype: jnp.dtype) -> float:
-    """Return how far a quantity that starts at 0 may be off, in nats a response.
-
-    `dtype`: the model's compute type.
-    """
+    """Return how far what starts at 0 may be off, nats a response, in the compute type `dtype`."""
     return 1e-4 if dtype == jnp.float32 else 1e-2
 
 

@@ -306,7 +306,7 @@ def data_shard(mesh: Mesh, owners: np.ndarray | None = None, host: int | None = 
     Hosts whose devices hold the same rows of a batch, as where tensor spans them, read the same
     part. `owners`: the process index of each device, in the shape of `mesh.devices`; None: JAX's.
     `host`: the process index of this host; None: JAX's. Raises UserError for a mesh on which two
-    hosts share some rows but not all.
+    hosts share some rows but not all, or hold unequal numbers of rows.
     """
     # As JAX says, unless told otherwise.
     if owners is None:
@@ -489,8 +489,8 @@ def gathered(params: Any, dtype: Any) -> Any:
     """Gather weights for many passes in a row: cast to `dtype`, and cut over tensor alone.
 
     `params`: a tree of parameters; RULES match the ends of their paths. Otherwise decoding would
-    gather them for each token. Weights that RULES cut over tensor alone, or not at all, are
-    returned as they are, in their own type; without a mesh, all are.
+    gather them for each token. Weights that RULES cut over no other axis of the mesh, be it of one
+    device, are returned as they are, in their own type; without a mesh all are.
     """
     mesh = get_abstract_mesh()
     if mesh.empty:

@@ -357,10 +357,10 @@ def raw_scores(
 ) -> tuple[jax.Array, jax.Array]:
     """Return each response's score [B], before the rule on its end, and the steps' rewards [B, R].
 
-    Without --step_rewards: the combined `scores`, {reward: [B]}, and zeros. With it a step's last
-    token is rewarded by the change of the score there, from the log-odds in `scalars`, {reward:
-    [B, R + 1]}, of the one --reward; other tokens get 0, and the score is their sum. `newlines`:
-    ids of tokens that end a step; `eos`: ids that end a response.
+    Without --step_rewards: `scores`, {reward: [B]}, as --combine says, and zeros. With it a step's
+    last token gets the change of the score there, a probability that begins at 0 (step_rewards),
+    by the log-odds `scalars`, {reward: [B, R + 1]}, of the one --reward; the score is their sum.
+    `newlines`: ids of tokens that end a step; `eos`: ids that end a response.
     """
     # One score a response.
     mask_BR = rollout["mask_BR"]
@@ -466,7 +466,11 @@ def make_critic_update(config: Config, scalar_apply: Apply) -> ModelUpdate:
 
 
 def make_update(config: Config, objective: Objective, options: OptimizerConfig) -> ModelUpdate:
-    """Make the ModelUpdate of `objective`, with the optimiser of `options` over the whole run."""
+    """Make the ModelUpdate of `objective`: its step, optimiser and rate, over the whole run.
+
+    `objective`: of whole parameters; the step lays its state's adapters on the `base` it is given.
+    `options`: of the optimiser. Raises UserError for a schedule that the updates do not fit.
+    """
     # The schedule counts updates, not iterations.
     updates = config.steps * config.epochs * config.minibatches
     optimizer = make_optimizer(options, updates)
@@ -591,8 +595,9 @@ class Loaded(NamedTuple):
 def load_models(config: Config, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -> Loaded:
     """Load the reward models, the reference, and what the critic starts from, onto the mesh.
 
-    The policy starts as a copy of the reference. Raises UserError for a run that cannot be loaded,
-    or has another tokenizer or shape than it must.
+    The policy starts as a copy of the reference, --init. The critic's start may be a reward
+    model's own arrays: copy it too. `tokenizer`: that of --init. Raises UserError for a run of
+    another kind, shape or tokenizer, and for a reward that cannot be loaded or reached.
     """
     # Rewards: of responses, or with --step_rewards of their steps.
     of_steps = config.step_rewards != "none"

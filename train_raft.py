@@ -194,7 +194,10 @@ class Config:
 
     @property
     def schedule_updates(self) -> int:
-        """Return the updates of a run whose every round has `most_updates`: a property."""
+        """Return --steps times `most_updates`: a property.
+
+        No field of the method may be None.
+        """
         return self.steps * self.most_updates
 
     def place(self, step: int, number: int, count: int) -> int:
@@ -366,11 +369,12 @@ def minibatches_of(
     """Choose the responses to imitate, cut them into minibatches; return (minibatches, metrics).
 
     `functions`: of `make_pool_functions`. `pool`: of its `add`, not donated. `key` gives one
-    random order of the chosen rows, repeated for --epochs passes and cut into minibatches of
-    --minibatch_size rows; the last is filled up with the first rows of the order. Each has the
-    `room` of its real tokens (objectives/unpadded.py). Where nothing was chosen the list is empty,
-    and a note on stderr names the round, `step`, from 1. Metrics: `choose`'s, scalars on the
-    device. Waits for the device.
+    random order of the chosen rows; --epochs passes in that order, end to end, are cut into
+    minibatches of --minibatch_size rows, of which the very last alone is filled up, with the first
+    rows of the order. Each has the `room` of its real tokens, if packing saves any
+    (objectives/unpadded.py). Where nothing was chosen the list is empty, and a note on stderr
+    names the round, `step`, from 1. Metrics, scalars on the device: `chosen`, how many responses;
+    `chosen_score`, their mean score; `best_score`, the highest of the pool. Waits for the device.
     """
     # How many were chosen says how many minibatches there are.
     chosen_B, metrics = functions.choose(pool)
@@ -442,9 +446,10 @@ def on_all(
     """Update `policy`, which is donated, on each of the minibatches; return (policy, metrics).
 
     `update`: of `make_update`. `minibatches`: of `minibatches_of` at round `step`, from 1.
-    `frozen`: the step's base, {"base", "reference"}; not donated. Metrics, scalars on the device:
-    the means of the updates' as `policy/NAME` (of counters the last), and the `learning_rate` of
-    the last update. Without minibatches `policy` is returned as it is, and {}.
+    `frozen`: the step's base, {"base", "reference"} as in `make_update`; not donated. Metrics,
+    scalars on the device: the updates' as `policy/NAME`, their means, of counters the last, and
+    `learning_rate`, that of the last update. Without minibatches `policy` is returned as it is,
+    and {}.
     """
     updates = []
     for number, minibatch in enumerate(minibatches):
