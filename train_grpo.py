@@ -285,9 +285,9 @@ def make_advantages(
 
     It returns (Experience, metrics). `config`: of with_paper_defaults, with no field of the method
     at None. `policy`, `reference`: whole parameters that `apply` takes. `rollout`: a Rollout on
-    the mesh. `advantages`: of `make_method`. `scores`: {reward: [B]} and `scalars`: {reward: [B, R
-    + 1]} of rewards.scorer.make_reward_scorer; scalars are read with --shaping alone. `eos`: ids
-    that end a response. With --dynamic_sampling `mask_BR` is 0 in every row of a group whose
+    the mesh. `advantages`: of `make_method`. `scores`: {reward: [B]} and `scalars`: {reward:
+    [B, R + 1]} of rewards.scorer.make_reward_scorer; scalars are read with --shaping alone. `eos`:
+    ids that end a response. With --dynamic_sampling `mask_BR` is 0 in every row of a group whose
     scores, after the rule on a missing end, are all equal, so that it counts nowhere. Nothing is
     donated. Metrics are scalars on the device, means over the rollout: `reward/NAME` of each
     reward, `score` (combined), `score_with_eos_rule` (after that rule), `groups_with_signal`
@@ -503,7 +503,8 @@ def load_score(config: Config, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) ->
     """Load the rewards; return score(rollout, records) -> ({reward: [B]}, {reward: [B, R + 1]}).
 
     That is the score of rewards.scorer.make_reward_scorer with its models given, which stay on the
-    mesh. Raises UserError for a reward that cannot be loaded.
+    mesh: it takes a Rollout on the mesh and the records of this host's prompts, in order. Raises
+    UserError for a reward that cannot be loaded or reached.
     """
     # The models stay on the mesh: they are given once for all.
     reward_models, score = make_reward_scorer(config.reward, tokenizer, mesh)

@@ -456,10 +456,7 @@ def make_policy_update(config: Config, apply: Apply) -> ModelUpdate:
 
 
 def make_critic_update(config: Config, scalar_apply: Apply) -> ModelUpdate:
-    """Make the critic's ModelUpdate: its optimiser, its jitted step, its learning rate.
-
-    `scalar_apply`: of the critic. Minibatches: rows of an Experience (`shuffled_minibatches`).
-    """
+    """Make the critic's ModelUpdate on minibatches of Experience; `scalar_apply`: the critic's."""
     # The clipped square error of the values.
     objective = partial(value_objective, scalar_apply, clip=config.value_clip)
     return make_update(config, objective, config.value_optimizer)
@@ -469,7 +466,7 @@ def make_update(config: Config, objective: Objective, options: OptimizerConfig) 
     """Make the ModelUpdate of `objective`: its step, optimiser and rate, over the whole run.
 
     `objective`: of whole parameters; the step lays its state's adapters on the `base` it is given.
-    `options`: of the optimiser. Raises UserError for a schedule that the updates do not fit.
+    `options`: of the optimiser. Raises UserError for a warm-up not below the number of updates.
     """
     # The schedule counts updates, not iterations.
     updates = config.steps * config.epochs * config.minibatches
@@ -593,7 +590,7 @@ class Loaded(NamedTuple):
 
 
 def load_models(config: Config, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -> Loaded:
-    """Load the reward models, the reference, and what the critic starts from, onto the mesh.
+    """Load the reward models, the reference, and what the critic starts from, onto `mesh`.
 
     The policy starts as a copy of the reference, --init. The critic's start may be a reward
     model's own arrays: copy it too. `tokenizer`: that of --init. Raises UserError for a run of
@@ -624,8 +621,9 @@ def load_models(config: Config, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -
 def put_aside(config: Config, loaded: Loaded) -> Loaded:
     """Drop the critic's start; with --offload move reference and rewards to the host's memory.
 
-    Returns a new Loaded. The critic's buffers are freed only where nothing else holds them: those
-    of a reward model stay. Without --offload reference and rewards stay as they are.
+    Returns a new Loaded, whose `critic` is None. The critic's buffers are freed only where nothing
+    else holds them: those of a reward model stay. Without --offload reference and rewards stay as
+    they are.
     """
     # Without --offload they stay where they are, and nothing is copied.
     memory: Memory = "pinned_host" if config.offload else "device"

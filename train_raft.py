@@ -203,9 +203,9 @@ class Config:
     def place(self, step: int, number: int, count: int) -> int:
         """Return the schedule's place, 0 to `schedule_updates` - 1, at an update of round `step`.
 
-        `step` counts from 1. `number`: the update in the round, from 0; `count`: the round's
-        updates. In a round with fewer than `most_updates` places lie further apart, so that each
-        round ends where its part of the schedule does.
+        It is (step - 1) most_updates + ceil((number + 1) most_updates / count) - 1: `step` from 1,
+        `number`, the update in the round, from 0, and `count`, the round's updates. So each round
+        ends where its part of the schedule does, however few updates it has.
         """
         done = divided_up((number + 1) * self.most_updates, count)
         return (step - 1) * self.most_updates + done - 1
@@ -502,7 +502,8 @@ def load_score(config: Config, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) ->
     """Load the reward; return score(rollout, records) -> ({reward: [B]}, {reward: [B, R + 1]}).
 
     That is the score of rewards.scorer.make_reward_scorer with its model given, which stays on the
-    mesh. Raises UserError for a reward that cannot be loaded.
+    mesh: it takes a Rollout on the mesh and the records of this host's prompts, in order. Raises
+    UserError for a reward that cannot be loaded or reached.
     """
     # The model stays on the mesh: it is given once for all.
     reward_models, score = make_reward_scorer([config.reward], tokenizer, mesh)
