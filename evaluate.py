@@ -83,7 +83,10 @@ class Config:
 
     @property
     def part(self) -> Split:
-        """Return the split of --data that is read: --split, or its default; a property."""
+        """Return the split of --data that is read: a property.
+
+        It is --split, or without it all of a local file, else the held-out part.
+        """
         return self.split or evaluated_split(self.data)
 
     @property

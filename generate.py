@@ -133,9 +133,9 @@ def check(config: Config) -> None:
 
 
 def introduction(run: str) -> str:
-    """Return how to chat with `run`, a folder, as lines of text for the terminal.
+    """Return, as text for the terminal, how to chat with the run in the folder `run`.
 
-    For a run on the world, which knows nothing else, with questions that it can answer.
+    For a run on the world, which knows nothing else, it names questions that it can answer.
     """
     lines = [
         'Type a message; """ begins and ends one of several lines.',

@@ -270,9 +270,10 @@ class Attention(nn.Module):
     ) -> tuple[jax.Array, KVCache | None]:
         """Return what the tokens see, [B, T, D], and the cache with their keys and values.
 
-        `x_BTD`: normed residual stream. `segment_ids_BT`: 0 is padding; not read where a cache in
-        use is given. `turns`: of `rope_turns`. `cache`: stacked, or None, and then None comes
-        back; its `length` and `valid_BS` stay. `layer`: the layer's number in the cache, from 0.
+        `x_BTD`: normed residual stream, whose type comes back. `segment_ids_BT`: 0 is padding; not
+        read with a cache in use. `turns`: of `rope_turns`. `cache`: stacked, or None, and then
+        None comes back; its `length` and `valid_BS` stay. `layer`: the layer's number in the
+        cache, from 0.
         """
         # Weights; o, which adds to the residual stream, starts smaller, by the depth.
         c = self.config
@@ -535,7 +536,8 @@ class Decoder(nn.Module):
 def unrounded_logits(x_MD: jax.Array, unembed_DV: jax.Array) -> jax.Array:
     """Return x times the unembedding, [M, V], in float32, or in float64 where both are.
 
-    `x_MD` [..., D] and `unembed_DV`: of one type. The product is not rounded to it.
+    `x_MD`, [M, D] or [B, T, D], and `unembed_DV`: of one type, to which the product is not
+    rounded.
     """
     dtype = jnp.promote_types(x_MD.dtype, jnp.float32)
     return jnp.einsum("...D,DV->...V", x_MD, unembed_DV, preferred_element_type=dtype)

@@ -65,14 +65,15 @@ def make_sampler(
 
     Returns respond(params, prompts, key, rows=256) -> a list of responses, n to each prompt, in
     the order of the prompts, of which there must be one or more. `params`: whole parameters.
-    Prompts and responses are lists of token ids; a response has its end token where it came to
-    one, and no padding. `rows`: prompts decoded in one call, each call with a key of its own.
-    Prompts are padded on the left to a power of two in length, and the last call is filled up to
-    `rows`: so few shapes are compiled. Waits for the device; every process must call it.
+    Prompts and responses are lists of token ids; prompts are not cut; a response has its end token
+    where it came to one, and no padding. `rows`: prompts decoded in one call, each call with a key
+    of its own. Prompts are padded on the left to a power of two in length, and the last of several
+    calls is filled up to `rows`: so few shapes are compiled. Waits for the device; every process
+    must call it.
 
     `slots`: responses decoded at a time (`generate_in_slots`); None: all of a call (`generate`).
-    `ends`: ids of tokens that end a response beside the tokenizer's. Raises UserError for
-    responses longer than the context leaves room for.
+    `ends`: ids of tokens that end a response beside the tokenizer's. Raises UserError where
+    `max_new_tokens` is not below the model's context.
     """
     require(
         sampling.max_new_tokens < config.context,

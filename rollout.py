@@ -493,10 +493,10 @@ def widened(batch: dict[str, np.ndarray], length: int, pad: int) -> dict[str, np
 def refill_groups(pool: Batch, fresh: Batch, group: int) -> Batch:
     """Return `pool` with masked-out groups replaced by unmasked ones of `fresh` (DAPO, eq. 11).
 
-    Both have the same keys and shapes, [B, ...] each, `mask_BR` among them, and `group`
-    neighbouring rows a prompt. A group is masked out where its mask is all 0. Groups of `pool`
-    that are left come first, then those of `fresh`; where these are too few, masked-out groups
-    remain, last.
+    Both have the same keys and shapes, [B, ...] each, as has the result, `mask_BR` among them, and
+    `group`, a Python int, neighbouring rows a prompt. A group is masked out where its mask is all
+    0. Groups of `pool` that are left come first, then those of `fresh`; where these are too few,
+    masked-out groups remain, last.
     """
     # The groups of both, those of `pool` first.
     both = {}
@@ -547,10 +547,10 @@ def shuffled_minibatches(
 ) -> Iterator[Batch]:
     """Yield the `parts` minibatches of each epoch, every epoch in another random order.
 
-    They are those of `shuffled`, `epochs` x `parts` in all, each with one `room` of real tokens
-    (objectives/unpadded.py), by `segment_ids_BT` of `batch`, for a cut into `microbatches`. `key`:
-    the iteration's; sampling folds it with numbers of rows and rounds, this with another. Waits
-    for the device once.
+    They are those of `shuffled`, `epochs` x `parts` in all, `is_fresh` in the first epoch. Where
+    packing saves rows, each has the `room` of real tokens (objectives/unpadded.py), by
+    `segment_ids_BT` of `batch`, for a cut into `microbatches`. `key`: the iteration's; sampling
+    folds it with numbers of rows and rounds, this with another. Waits for the device once.
     """
     # A number that no row has: else an epoch's order would come of the bits of a row's tokens.
     batch = with_room(batch, None)
@@ -606,7 +606,7 @@ def check_sampler(metrics: Metrics, dtype: jnp.dtype, start: int) -> None:
 
 
 def start_tolerance(dtype: jnp.dtype) -> float:
-    """Return how far what starts at 0 may be off, nats a response, in the compute type `dtype`."""
+    """Return the tolerance, in nats a response, of what starts at 0; `dtype`: compute type."""
     return 1e-4 if dtype == jnp.float32 else 1e-2
 
 

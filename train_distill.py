@@ -289,7 +289,7 @@ def make_own_samples(
 def is_own(config: Config, step: int) -> bool:
     """Return True if `step` trains on own samples: a coin tossed with the odds --on_policy.
 
-    It hangs on --seed and `step` alone: all hosts, and a resumed run, toss alike.
+    It depends on --seed and `step` alone: all hosts, and a resumed run, toss alike.
     """
     return np.random.default_rng((config.seed, step)).random() < config.on_policy
 

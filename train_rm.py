@@ -129,11 +129,11 @@ def make_update(config: Config) -> Update:
 
 
 def reference_responses(config: Config, source: Source) -> tuple[list[list[Message]], list[str]]:
-    """Return (prompts, responses): lists of messages, and a good response to each, a text.
+    """Return (prompts, responses): prompts as lists of messages, a good response to each, a text.
 
-    At most REFERENCE_RESPONSES: of the first conversations of --demonstrations the last turns;
-    without it of the first comparisons of `source` (records of the schema `comparison`) the first
-    of their best responses.
+    With --demonstrations: its first conversations, the last turn as the response. Without: the
+    first comparisons of `source` (records of the schema `comparison`), each with the first of its
+    best responses. At most REFERENCE_RESPONSES.
     """
     prompts: list[list[Message]] = []
     responses: list[str] = []
@@ -160,9 +160,9 @@ def mean_score(
     """Return the mean reward of `reference_responses`, a float32 scalar.
 
     `params`: whole parameters of a reward model. `score`: of rewards.models.make_text_scorer,
-    score(params, prompts, responses) -> rewards. `source`: records of the schema `comparison`, of
-    which the responses are taken unless --demonstrations is given. The model's bias less this mean
-    scores them 0 on average (Stiennon et al. 2020, section 3.4).
+    score(params, prompts, responses) -> rewards. `source`: records of the schema `comparison`,
+    read unless --demonstrations is given. The model's bias less this mean scores those responses 0
+    on average (Stiennon et al. 2020, section 3.4).
     """
     rewards = score(params, *reference_responses(config, source))
     return jnp.float32(np.mean(rewards))

@@ -34,7 +34,7 @@ Init = Callable[[jax.Array], Params]
 
 
 def pin_inputs(config: Any) -> Any:
-    """Return a script's `config` with the runs that it reads pinned: the first thing it does.
+    """Return a script's `config` with the runs that it reads pinned; a script calls it first.
 
     `config`: an instance of a script's Config; a new one is returned. Each run it names becomes a
     RunAtStep (runtime/inputs.py): that run at the step that `config.run` began with, or the
@@ -53,14 +53,14 @@ def pin_inputs(config: Any) -> Any:
 def load_params(run: str, step: int | None = None, shapes: Any = None) -> dict[str, Any]:
     """Load the parameters of the run in the folder `run`, at `step` or the newest, a nested dict.
 
-    They are those that the run trains: of train_ppo the policy's, not the critic's. Without
+    They are what the run trains: of train_ppo the policy's parameters, not the critic's. Without
     `shapes` they are NumPy arrays. `shapes`, a tree of ShapeDtypeStructs with shardings, makes
     them jax.Arrays laid so, and names, shapes and types are checked against it (types not for
     adapters). Adapters (lora.py) come merged into their base, read at the step that the run noted.
 
     Raises UserError for a missing run, step or base, a damaged file, other parameters, and a run
-    of a fork whose model.py is not the one imported. Says so on stderr where a run of the root's
-    model.py is read with a fork's.
+    of a fork whose model.py is not the one imported. Notes on stderr a run of the root's model.py
+    that is read with a fork's.
     """
     config = load_config(run)
     refuse_other_model_code(run, config)

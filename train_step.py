@@ -209,7 +209,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     """Make the optimiser for a run of `steps` updates, without clipping, which the step does.
 
     Its learning rate follows make_schedule(config, steps). Raises UserError as that does, and for
-    adafactor with a beta1.
+    adafactor with a beta1 that is neither the default nor 0.
     """
     # Adafactor: a factored second moment and no first, for models whose AdamW does not fit.
     schedule = make_schedule(config, steps)

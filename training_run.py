@@ -196,7 +196,7 @@ class Run:
         """Yield the steps still to do, `start` + 1 to `config.steps`; stop after a signal's save.
 
         Call it once, after the state is restored: rows of metrics after `start` are removed. After
-        a signal the process ends as it would have by the signal when the Run is left.
+        a signal, leaving the Run ends the process as the signal would have.
         """
         # The terminal, metrics.jsonl, TensorBoard and samples.md.
         recorder = Recorder(
@@ -225,7 +225,7 @@ class Run:
         return np.broadcast_to(np.asarray(schedule(counts)), counts.shape)
 
     def record(self, step: int, metrics: dict[str, Any], tokens: int = 0) -> None:
-        """Keep the metrics of `step`, and write those of the step before: nothing waits.
+        """Keep the metrics of `step`; write those of the step before, and wait for these alone.
 
         `metrics`: by name, scalars of the device or of Python, or pairs (sum, weight), written as
         their quotient. Further calls for a step join its row. `tokens`: how many the step trained
@@ -274,8 +274,8 @@ class Run:
     def last_metrics(self) -> dict[str, float]:
         """Return the newest row of metrics that is written, {name: float}; {} before the first.
 
-        A property, to be read once `steps` has begun. Rows are written a step late, the last on
-        exit.
+        A property, to be read once `steps` has begun. Rows, which have `step` too, are written a
+        step late, the last on exit.
         """
         return self._recorder.last
 
@@ -311,7 +311,8 @@ def make_greedy_samples(
     `prompts`: lists of messages, the user's last; only the last `max_prompt` tokens of each are
     seen, and only the last message is shown, as "prompt". Responses have at most `max_new_tokens`
     tokens. `params`: whole parameters of a language model of shape `model_config`. `key` changes
-    nothing. Raises UserError where `max_new_tokens` is not below the model's context.
+    nothing. sample waits for the device, and every process must call it. Raises UserError where
+    `max_new_tokens` is not below the model's context.
     """
     # Greedy: the samples of two steps then differ by their parameters alone.
     sampling = SamplingConfig(temperature=0.0, max_new_tokens=max_new_tokens)
