@@ -150,7 +150,8 @@ def check_rollout(config: RolloutConfig, model: ModelConfig, mesh: Mesh) -> None
     """Raise UserError where weights of a `model` cannot be cut over `config.tensor` of `mesh`.
 
     None passes. Otherwise it must be a multiple of the mesh's tensor that divides tensor x fsdp,
-    and divide the model's heads and `mlp_width`; and the mesh must have no sequence axis.
+    and divide the model's heads and `mlp_width`, and divide its key/value heads or be a multiple
+    of them; and the mesh must have no sequence axis.
     """
     if config.tensor is None:
         return

@@ -311,7 +311,7 @@ def main(config: Config) -> dict[str, float]:
 
     Returns {} where no step ran: in a dry run, and where --run has done its --steps already.
     `config`: of flags.parse, which takes `model` from an --init; in one made by hand it must be
-    that run's. Raises UserError for settings that do not fit.
+    that run's. Raises UserError for settings or files that do not fit.
     """
     # A mesh of all devices, and a batch that splits over it.
     config = pin_inputs(config)

@@ -238,7 +238,7 @@ def make_objective(config: Config, apply: Apply) -> DirectObjective:
 
 
 def make_update(config: Config) -> Update:
-    """Make the initialiser of a LanguageModel, its optimiser, its loss and the jitted step.
+    """Make the Update of a LanguageModel: its initialiser, optimiser, loss and jitted step.
 
     `config`: of `with_paper_defaults`. The loss is `make_objective`'s, its batches
     `make_prepare`'s. The step donates its state; its `base` is the parameters under the adapters,
@@ -328,7 +328,7 @@ def main(config: Config) -> dict[str, float]:
 
     Returns {} where no step ran: in a dry run, and where --run has done its --steps already.
     `config`: of flags.parse, which takes `model` from an --init; in one made by hand it must be
-    that run's. Raises UserError for settings that do not fit.
+    that run's. Raises UserError for settings or files that do not fit.
     """
     # A mesh of all devices, and a batch that splits over it.
     config = pin_inputs(with_paper_defaults(config))

@@ -658,7 +658,7 @@ def main(config: Config) -> dict[str, float]:
 
     Returns {} where no step ran: in a dry run, and where --run has done its --steps already.
     `config`: of flags.parse, which takes `model` from --init; in one made by hand it must be that
-    run's. Raises UserError for settings that do not fit.
+    run's. Raises UserError for settings or files that do not fit.
     """
     config = pin_inputs(config)
     mesh = make_mesh(config.mesh)
