@@ -286,7 +286,7 @@ def stages_of(rows: int, prompt: int, limit: int) -> list[Stage]:
 
 @flax.struct.dataclass
 class Decoded:
-    """What is known of each of B responses in the making; int32 but for `done_B`, bool."""
+    """State of each of B responses in the making; arrays are int32 but for `done_B`, bool."""
 
     row_B: jax.Array
     """Its number among all responses."""
