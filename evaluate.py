@@ -78,26 +78,30 @@ class Config:
     """Seed of the held-out prompts and samples."""
 
     def folder(self, role: Role) -> str:
-        """Return the folder of the run that plays `role`: the field's value, or one in --run."""
+        """Return the run's folder of `role`: the field of that name, or its folder in --run."""
         return getattr(self, role) or f"{self.run}/{FOLDERS[role]}"
 
     @property
     def part(self) -> Split:
-        """Return the split of --data that is read: --split, or its default."""
+        """Return the split of --data that is read: a property.
+
+        It is --split, or without it all of a local file, else the held-out part.
+        """
         return self.split or evaluated_split(self.data)
 
     @property
     def sampling(self) -> SamplingConfig:
-        """Return how responses are sampled."""
+        """Return how responses are sampled: by `temperature` and `max_new_tokens` alone."""
         return SamplingConfig(self.temperature, max_new_tokens=self.max_new_tokens)
 
 
 def evaluate_alignment(config: Config) -> dict[str, Any]:
     """Measure base, SFT and PPO in the world; write summary.json and report.html into --run.
 
-    Returns what summary.json holds: {"base", "sft", "ppo", "reward_model"}, each a dict of
-    measures, see evaluation.alignment.summarise_alignment. Raises UserError for a run that is
-    missing, or of another tokenizer.
+    Prints a table, and returns what summary.json holds: {"base", "sft", "ppo", "reward_model"},
+    each a dict of measures, see evaluation.alignment.summarise_alignment. Raises UserError for a
+    run that is missing or has another tokenizer than the SFT run, and for a reward run without
+    metrics.
     """
     # The prompts, and the reference of the KL.
     requests = [world.prompt(i, split="heldout", seed=config.seed) for i in range(config.n)]
@@ -146,12 +150,15 @@ def evaluate_alignment(config: Config) -> dict[str, Any]:
 
 
 def open_part(config: Config, schema: Schema) -> Source:
-    """Open the split of --data that is measured, as records of `schema`."""
+    """Open the split of --data that is measured, `config.part`, as records of `schema`."""
     return open_source(config.data, schema, config.part, seed=config.seed)
 
 
 def what_is_read(config: Config, source: Source) -> dict[str, Any]:
-    """Return the head of a table: `data`, `split` and `records`, how many of them are read."""
+    """Return the head of a table, {"data", "split", "records"}: --data, its part, records read.
+
+    `source`: of `open_part`; at most --n of its records are read.
+    """
     records = min(config.n, len(source))
     return {"data": config.data, "split": config.part, "records": records}
 
@@ -159,7 +166,9 @@ def what_is_read(config: Config, source: Source) -> dict[str, Any]:
 def evaluate_perplexity(config: Config) -> dict[str, Any]:
     """Measure a policy's perplexity per assistant token on conversations.
 
-    Returns what `what_is_read` does, `tokens`, `loss` (nats a token) and `perplexity`.
+    Returns the keys of `what_is_read`, `tokens` (that were predicted), `loss` (nats a token) and
+    `perplexity`. Raises UserError for a run or --data that cannot be read, or does not fit
+    --length.
     """
     model, tokenizer, params = load_run(config.folder("policy"))
     check_fit(model, tokenizer.size, config.length)
@@ -170,10 +179,11 @@ def evaluate_perplexity(config: Config) -> dict[str, Any]:
 
 
 def evaluate_accuracy(config: Config) -> dict[str, Any]:
-    """Measure a reward model on comparisons: `eval/accuracy`, `eval/pairs`, `eval/margin`, ...
+    """Measure a reward model on comparisons: {"eval/accuracy", "eval/pairs", "eval/margin", ...}.
 
-    They are those of evaluation.reward_model.comparison_table, each as `eval/NAME`, after what
-    `what_is_read` returns.
+    Returns the keys of `what_is_read`, then those of evaluation.reward_model.comparison_table,
+    each as `eval/NAME`. Raises UserError for a run or --data that cannot be read, or does not fit
+    --length.
     """
     # As the reward model's own training measures it.
     model, tokenizer, params = load_run(config.folder("reward"), reward=True)
@@ -186,10 +196,11 @@ def evaluate_accuracy(config: Config) -> dict[str, Any]:
 def evaluate_win_rate(config: Config) -> dict[str, Any]:
     """Measure how often the reward model prefers the policy's response to the other run's.
 
-    Returns what `what_is_read` does, `n`, `win_rate`, `win_rate_ci` [low, high], `reward` and
-    `reward_against`, the mean rewards after --missing_eos (evaluation.win_rate.win_rate_table),
-    `ended` and `ended_against`, the shares of responses that ended. Raises UserError for a --data
-    of raw text.
+    Returns the keys of `what_is_read`, and of evaluation.win_rate.win_rate_table: `n`, `win_rate`,
+    where a tie is half a win, its 95 % interval `win_rate_ci`, [low, high], and the mean rewards
+    `reward` and `reward_against`, all after the rule of --missing_eos. Then `ended` and
+    `ended_against`, the shares of responses that ended. Raises UserError for a --data of raw text,
+    and for a run that cannot be loaded.
     """
     # Prompts that have an answer to be judged.
     source = open_part(config, "prompt")
@@ -214,7 +225,7 @@ def evaluate_win_rate(config: Config) -> dict[str, Any]:
 
 
 def print_table(table: dict[str, Any]) -> None:
-    """Print a line for each item of `table`, its name and value, to at most four decimals.
+    """Print a line for each item of `table`, its name and value, numbers to at most four decimals.
 
     A value is a text, a number, or a list [low, high], printed as `low to high`.
     """
@@ -229,10 +240,11 @@ def print_table(table: dict[str, Any]) -> None:
 
 
 def main(config: Config) -> dict[str, Any]:
-    """Measure and print; return what was measured, as of the function of --measure.
+    """Measure what --measure names, print it, and return it: a dict of measures by name.
 
     gold: `evaluate_alignment`, which also writes summary.json and report.html into --run.
-    perplexity, accuracy, win_rate: `evaluate_` and that name, which print alone.
+    perplexity, accuracy, win_rate: `evaluate_perplexity` and so on, which write nothing. Raises
+    UserError for settings that do not fit, and as they do.
     """
     if config.n < 1:
         raise UserError(f"--n={config.n}: must be at least 1")

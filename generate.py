@@ -24,7 +24,8 @@ from runtime.terminal import printable
 from sampling import SamplingConfig
 
 Reply = Callable[[list[int], jax.Array], list[int]]
-"""reply(tokens of a chat so far, key) -> tokens of the next turn, its end token included."""
+"""reply(tokens of a chat so far, key) -> tokens of the next turn, its end token included if it
+came to one."""
 
 QUOTES = '"""'
 """Around a message of several lines."""
@@ -65,10 +66,12 @@ class Config:
 
 
 def main(config: Config) -> list[str]:
-    """Print `n` responses, or chat; return the responses, or the last of the chat's, as texts.
+    """Print --n responses to --prompt, or chat; return the responses as texts.
 
-    Control characters are shown spelled out. Raises UserError for a run that is not a language
-    model's, and for a prompt that leaves the context no room for a response.
+    A chat returns a list of its last reply, "" without one. Control characters are shown spelled
+    out, but not in what is returned; with --raw a text begins with the prompt. Raises UserError
+    for a run that is not a language model's, for flags that do not fit, and for a prompt that
+    leaves the context no room for a response.
     """
     # How tokens are drawn.
     sampling = SamplingConfig(
@@ -110,7 +113,10 @@ def main(config: Config) -> list[str]:
 
 
 def check(config: Config) -> None:
-    """Raise UserError for flags that cannot be, or that say nothing together."""
+    """Raise UserError for flags that cannot be, or that say nothing together.
+
+    --n is below 1, --chat is given with --n, --prompt or --raw, or --prompt is not UTF-8.
+    """
     require(config.n >= 1, f"--n={config.n}: must be at least 1")
     require(
         not config.chat or (config.n == 1 and not config.prompt and not config.raw),
@@ -127,7 +133,10 @@ def check(config: Config) -> None:
 
 
 def introduction(run: str) -> str:
-    """Say how to chat with `run`, and what it can be asked where it knows the world alone."""
+    """Return, as text for the terminal, how to chat with the run in the folder `run`.
+
+    For a run on the world, which knows nothing else, it names questions that it can answer.
+    """
     lines = [
         'Type a message; """ begins and ends one of several lines.',
         "/clear begins anew, an empty line ends the chat.",
@@ -142,12 +151,12 @@ def introduction(run: str) -> str:
 
 
 def chat(reply: Reply, tokenizer: Tokenizer, key: jax.Array, room: int) -> str:
-    """Alternate turns with the person at the terminal; return the last reply, or an empty text.
+    """Alternate turns with the person at the terminal; return the last reply, or "" without one.
 
-    `room`: most tokens that a chat may have before a reply. What exceeds it is forgotten, the
-    oldest pair of turns first. A message that alone exceeds it is refused, and nothing is
-    forgotten for it. Ctrl-C during a reply drops the message and goes on. An empty line or the end
-    of input leaves. `key`: split for each turn.
+    `reply`: a Reply. `room`: most tokens that a chat may have before a reply. What exceeds it is
+    forgotten, the oldest pair of turns first. A message that alone exceeds it is refused, and
+    nothing is forgotten for it. /clear begins anew, Ctrl-C during a reply drops the message and
+    goes on, and an empty line or the end of input leaves. `key`: split for each turn.
     """
     if sys.stdin.isatty():
         edit_lines()
@@ -186,7 +195,8 @@ def chat(reply: Reply, tokenizer: Tokenizer, key: jax.Array, room: int) -> str:
 def newest_turns(messages: list[Message], tokenizer: Tokenizer, room: int) -> list[Message]:
     """Return the end of a chat, from a user's turn on, that has at most `room` tokens; [] if none.
 
-    `messages`: the user and the assistant by turns; the first and the last are the user's.
+    It is the longest such end. `messages`: the user and the assistant by turns; the first and the
+    last are the user's. The tokens are those of `tokenizer.prompt`.
     """
     for start in range(0, len(messages), 2):
         if len(tokenizer.prompt(messages[start:])) <= room:
@@ -195,7 +205,10 @@ def newest_turns(messages: list[Message], tokenizer: Tokenizer, room: int) -> li
 
 
 def edit_lines() -> None:
-    """Let a terminal's lines be edited, be of any length, and be pasted several at a time."""
+    """Let a terminal's lines be edited, be of any length, and be pasted several at a time.
+
+    Where Python has no readline it does nothing.
+    """
     # Where Python has been built with it.
     with contextlib.suppress(ImportError):
         import readline

@@ -42,13 +42,14 @@ def run_layers(
 ) -> tuple[jax.Array, Cache, jax.Array | None]:
     """Run all layers; return the hidden states [B, T, D], the cache, and the sum of their losses.
 
-    Called inside `decoder`, whose parameters `layers` are the layers' and whose `config` and
+    Call it inside `decoder`, whose parameters `layers` are the layers' and whose `config` and
     `microbatches` (of a pipeline) are read. `block_class(config, ring)` is one layer, called and
-    returning as this module's docstring says; `ring`: devices over which the tokens, `x_BTD`
-    too, are striped (kernels/ring.py), 1 without. `rows`: what each layer
-    reads of the rows, in model.py (segment ids, turns). `cache`: stacked, unstacked or None; it
-    comes back with these tokens' keys and values, its `length` as it was. The sum is of the
-    auxiliary losses, None where the layers have none.
+    returning as this module's docstring says; `ring`: devices over which the tokens, those of
+    `x_BTD` too, are striped (kernels/ring.py), 1 without. `rows`: the pair of trees of [B, ...]
+    arrays that each layer reads, in model.py (segment ids, turns). `cache`: stacked, unstacked or
+    None; it comes back with these tokens' keys and values, its `length` as it was. An unstacked
+    cache needs parameters of `unstack_params`. The sum is of the auxiliary losses, a scalar; None
+    where the layers have none, and with an unstacked cache.
     """
     # Decoding, where the caller has unstacked the layers.
     if cache is not None and isinstance(cache.k_LBKSH, tuple):
@@ -102,8 +103,8 @@ def unstack_params(params: Params, dtype: jnp.dtype) -> Params:
     """Return `params` with a tuple of L arrays in place of each stack of the layers' weights.
 
     For a loop over tokens, where slicing a stack would copy it at every token. All weights are
-    cast once to `dtype`, in which they are multiplied; norms and biases stay float32.
-    `params`: of a LanguageModel, as model.Params has them.
+    cast once to `dtype`, in which they are multiplied; norms and biases stay float32. `params`:
+    whole parameters of a LanguageModel (model.Params), perhaps with adapters (lora.with_adapters).
     """
 
     def leaf(path: tuple[Any, ...], weight: jax.Array) -> Any:
@@ -118,8 +119,8 @@ def unstack_params(params: Params, dtype: jnp.dtype) -> Params:
 def unstack_cache(cache: Cache) -> Cache:
     """Return a KVCache like `cache` whose `k_LBKSH` and `v_LBKSH` are tuples of L [B, K, S, H].
 
-    `run_layers` then runs the layers one by one, on parameters of `unstack_params`. `cache` must
-    be a stacked one, not None.
+    `run_layers` then runs the layers one by one, on parameters of `unstack_params`. `cache`: a
+    stacked KVCache, not None.
     """
     keys = tuple(cache.k_LBKSH)
     values = tuple(cache.v_LBKSH)
@@ -193,10 +194,11 @@ def pipelined(
 ) -> jax.Array:
     """Return `run(weights, x_BTD, *rows)` of all layers, [B, T, D], computed stage after stage.
 
-    `weights`: a tree whose leaves' first axis, the layers, is cut over the mesh's stage axis.
-    `run` must take any unbroken part of the layers and return hidden states of x's shape. `rows`:
-    trees of [B, ...] arrays that every layer reads. `microbatches` divides B. Other axes of the
-    mesh are XLA's and `run`'s as ever.
+    Call it under jit on a mesh with a stage axis. `weights`: a tree whose leaves' first axis, the
+    layers, is cut over stage, which must divide it. run(weights, x_BTD, *rows) must take any
+    unbroken part of the layers and any rows, and return hidden states of x's shape and type.
+    `rows`: trees of [B, ...] arrays that every layer reads. `microbatches`, a Python int, divides
+    B. Other axes of the mesh are XLA's and `run`'s as ever.
     """
     # The micro-batches, on every stage.
     stages = along(jax.sharding.get_abstract_mesh(), "stage")

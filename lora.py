@@ -50,8 +50,10 @@ class LoraConfig:
 def trainable_part(config: LoraConfig, params: Params, key: jax.Array) -> Params:
     """Return what is trained of `params`: new adapters and the head, or at rank 0 all of it.
 
-    A is drawn from a normal distribution by `key`; B is 0, so that nothing changes at first. What
-    is not new is not copied: copy it before a step that donates, or run this under jit.
+    `params`: whole parameters. A is drawn from a normal distribution by `key`; B is 0, so that
+    nothing changes at first; both are float32. The tree is {"decoder": {"layers": {"attention",
+    "mlp"}}}, with "head" and "bias" beside it where `params` has them. What is not new is not
+    copied: copy it before a step that donates, or run this under jit.
     """
     # All of it, without adapters.
     if not config.rank:
@@ -77,7 +79,10 @@ def trainable_part(config: LoraConfig, params: Params, key: jax.Array) -> Params
 
 
 def lora_base(config: LoraConfig, params: Params) -> Params | None:
-    """Return the base, what of `params` is not trained, uncopied; None at rank 0, where all is."""
+    """Return the parameters under the adapters, not copied: `params` but for head and bias.
+
+    `params`: whole parameters. At rank 0, where all is trained, the result is None.
+    """
     if not config.rank:
         return None
     return {name: x for name, x in params.items() if name not in WHOLE}
@@ -86,8 +91,8 @@ def lora_base(config: LoraConfig, params: Params) -> Params | None:
 def with_adapters(config: LoraConfig, base: Params | None, trained: Params) -> Params:
     """Return the tree that model.py applies: the base's arrays with the adapters beside them.
 
-    `base`: of `lora_base`; `trained`: of `trainable_part`, or later of a step. Without a base it
-    is `trained` that is returned. No weight is copied.
+    `base`: of `lora_base`; `trained`: of `trainable_part`, or later of a step. With None as base
+    `trained` itself is returned. No weight is copied; B carries the factor alpha / rank.
     """
     if base is None:
         return trained
@@ -105,11 +110,11 @@ def with_adapters(config: LoraConfig, base: Params | None, trained: Params) -> P
 
 
 def merge(config: LoraConfig, base: Params, trained: Params) -> Params:
-    """Return W + alpha / rank A B for each adapted weight: the parameters of a plain model.
+    """Return W + alpha / rank A B for each adapted weight: whole parameters without adapters.
 
-    `base`, `trained`: as of `with_adapters`, with a base. Arrays are of NumPy or of JAX, as the
-    base's are. `trained` with a head gives a scalar model's parameters, which have no unembedding
-    of their own.
+    `base`, `trained`: as in `with_adapters`, with a base. Arrays are of NumPy or of JAX, as the
+    base's are. `trained` with a head gives a scalar model's parameters: decoder, head and bias, no
+    unembedding.
     """
     # Each weight and its adapters as matrices, a product a layer.
     rank = config.rank
@@ -143,9 +148,9 @@ def merge(config: LoraConfig, base: Params, trained: Params) -> Params:
 def note_lora_base(config: Any) -> Any:
     """Return a script's `config` with the base's step noted in `lora.base`; at rank 0 as it is.
 
-    Of `config` the fields `lora` and `init` are read. The base is the step that `config.init`
-    means, or its newest. Resuming on another base is refused by that note. Raises UserError for a
-    rank without --init, or where that has no checkpoint.
+    The fields `lora` and `init` are read. The base is the step that `config.init` means (a
+    RunAtStep), or its newest; noted is the SHA-256 of its manifest, and resuming on another is
+    refused. Raises UserError for a rank without --init, or where that has no checkpoint.
     """
     # Settings that need a base, and those that need none.
     rank = config.lora.rank

@@ -62,16 +62,17 @@ TOKEN_AXES = ("sequence", "tensor")
 class KVCache:
     """Keys and values of all tokens so far. Rows are left-padded, so all advance together.
 
-    Each row holds one example. A cache that is too short for the tokens it is given makes their
-    hidden states NaN, and those of all later ones.
+    Each row holds one example. More tokens than there are slots left make their hidden states NaN,
+    and those of all later ones. `k_LBKSH`, `v_LBKSH`: in the compute type; stacked, or after
+    layers.unstack_cache a tuple of L arrays [B, K, S, H] each.
     """
 
     k_LBKSH: Stack
     v_LBKSH: Stack
     valid_BS: jax.Array
-    """1 where a slot holds a real token."""
+    """1 where a slot holds a real token, else 0; int32."""
     length: jax.Array
-    """Slots in use; the next token goes here."""
+    """Slots in use, an int32 scalar; the next token goes into slot `length`."""
     is_empty: bool = flax.struct.field(pytree_node=False, default=False)
     """Known to hold no token yet, when it is compiled: a prefill need not read it."""
 
@@ -85,13 +86,15 @@ class LanguageOutput:
     """
 
     x_BTD: jax.Array
-    """Hidden states after the last norm; that of position t predicts token t + 1."""
+    """Hidden states after the last norm, in the compute type; that of position t predicts token t
+    + 1."""
     unembed_DV: jax.Array
     """The unembedding, or the embedding's transpose where they are tied."""
     cache: KVCache | None = None
-    """The given cache with these tokens added; None without one."""
+    """The given cache with these tokens added; None where none was given."""
     auxiliary_loss: jax.Array | None = None
-    """Sum of the layers' auxiliary losses, a token, coefficients included; None without any."""
+    """Sum of the layers' auxiliary losses per token, coefficients included, a float32 scalar; None
+    without any."""
 
 
 @flax.struct.dataclass
@@ -101,11 +104,11 @@ class ScalarOutput:
     scalars_BT: jax.Array
     """Float32: at each position the scalar of the tokens up to it and including it."""
     x_BTD: jax.Array
-    """Hidden states after the last norm."""
+    """Hidden states after the last norm, in the compute type."""
     unembed_DV: jax.Array
     """The embedding's transpose: a language-model loss beside the scalars unembeds with it."""
     auxiliary_loss: jax.Array | None = None
-    """As of LanguageOutput."""
+    """As in LanguageOutput."""
 
 
 Carry = tuple[jax.Array, KVCache | None, jax.Array]
@@ -113,9 +116,10 @@ Carry = tuple[jax.Array, KVCache | None, jax.Array]
 
 
 def empty_cache(config: ModelConfig, batch: int, slots: int) -> KVCache:
-    """Return an empty cache for `batch` rows of at most `slots` tokens, in the compute type.
+    """Return an empty stacked cache for `batch` rows of at most `slots` tokens.
 
-    Keys and values are stacks [L, B, K, S, H]; B is `batch`, S is `slots`.
+    Keys and values are stacks [L, B, K, S, H] of zeros in the compute type; B is `batch`, S is
+    `slots`.
     """
     # Keys and values start as the same zeros: writing makes new arrays.
     shape = (config.layers, batch, config.kv_heads, slots, config.head_dim)
@@ -133,7 +137,10 @@ def empty_cache(config: ModelConfig, batch: int, slots: int) -> KVCache:
 
 
 def rope_frequencies(config: ModelConfig) -> jax.Array:
-    """Return the angle per position of each rotated pair, [H/2], in radians (Su et al. 2021)."""
+    """Return the angle per position of each rotated pair, [H/2] float32, in radians.
+
+    Su et al. 2021. `rope_scale` and `rope_llama3` of `config` are applied.
+    """
     # Pair i turns by base^(-2i / H) a position.
     width = config.head_dim
     exponents = jnp.arange(0, width, 2, dtype=jnp.float32) / width
@@ -151,9 +158,9 @@ def rope_frequencies(config: ModelConfig) -> jax.Array:
 
 
 def rope_turns(config: ModelConfig, positions_BT: jax.Array) -> Turns:
-    """Return cosine and sine of each pair's angle, float32; computed once for all layers.
+    """Return the cosine and the sine of each pair's angle, float32, [B, T, 1, H/2] each.
 
-    `positions_BT`: int32. See `Turns` for the shapes.
+    `positions_BT`: int32. They serve all layers.
     """
     # One angle a pair, so H here is half of a head.
     positions_BT1 = positions_BT[..., None].astype(jnp.float32)
@@ -187,10 +194,10 @@ def rotate(x_BTNH: jax.Array, turns: Turns) -> jax.Array:
 # For the backward pass x alone is kept: to compute the norm again is cheaper.
 @partial(jax.checkpoint, prevent_cse=False)
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """Divide `x` by its root mean square over the last axis and scale it, in float32.
+    """Divide `x` by its root mean square over the last axis, multiply it by `scale`, in float32.
 
-    Zhang and Sennrich 2019. `scale`: one factor for each place of that axis. `eps` is added to the
-    mean square. Returns x's shape and type.
+    Zhang and Sennrich 2019. `scale`: an array, one factor for each place of that axis. `eps` is
+    added to the mean square. Returns x's shape and type.
     """
     x32 = x.astype(jnp.float32)
     mean_square = jnp.mean(x32 * x32, axis=-1, keepdims=True)
@@ -201,7 +208,8 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
 def scaled_norm(module: nn.Module, name: str, x: jax.Array) -> jax.Array:
     """Apply RMSNorm to the last axis of `x` with the parameter `name` of `module` as its scale.
 
-    With `module.config.zero_centered_norm` the parameter is the scale less 1.
+    Call it inside a Flax `module` with a `config`, a ModelConfig; the parameter is created there.
+    With `config.zero_centered_norm` it is the scale less 1. Returns x's shape and type.
     """
     # Either way the scale starts at 1.
     config = module.config
@@ -214,10 +222,10 @@ def scaled_norm(module: nn.Module, name: str, x: jax.Array) -> jax.Array:
 
 
 def linear(module: nn.Module, labels: str, x: jax.Array, name: str, w: jax.Array) -> jax.Array:
-    """Multiply `x` by the weight `w` of `module`, by the einsum `labels`, in x's type.
+    """Multiply `x` by `w`, the weight `name` of `module`, by the einsum `labels`, in x's type.
 
-    `labels`: as in "...D,DF->...F". Where lora.py has laid adapters A and B of the weight `name`
-    beside it, x A B is added.
+    `labels`: as in "...D,DF->...F". Call it inside the Flax `module`. Where lora.py has laid
+    adapters A and B of the weight beside it, x A B is added.
     """
     # The weight itself, then its adapters, where there are any.
     out = jnp.einsum(labels, x, w.astype(x.dtype))
@@ -231,9 +239,9 @@ def linear(module: nn.Module, labels: str, x: jax.Array, name: str, w: jax.Array
 
 
 def plus_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
-    """Add a float32 `bias` to `x`, in x's type.
+    """Add a float32 `bias`, of the last axes of `x`, to `x`; return it in x's type.
 
-    In float32: so the derivative, a sum over all tokens, is one of float32 too.
+    The sum is in float32: so the derivative, a sum over all tokens, is one of float32 too.
     """
     return (x + bias).astype(x.dtype)
 
@@ -246,7 +254,7 @@ def _normal(fan_in: int) -> Callable[..., jax.Array]:
 
 
 class Attention(nn.Module):
-    """Grouped-query self-attention with RoPE."""
+    """Grouped-query self-attention with RoPE; `ring`: see Block."""
 
     config: ModelConfig
     ring: int = 1
@@ -260,7 +268,13 @@ class Attention(nn.Module):
         cache: KVCache | None,
         layer: jax.Array,
     ) -> tuple[jax.Array, KVCache | None]:
-        """Return what the tokens see, [B, T, D], and the cache with their keys and values."""
+        """Return what the tokens see, [B, T, D], and the cache with their keys and values.
+
+        `x_BTD`: normed residual stream, whose type comes back. `segment_ids_BT`: 0 is padding; not
+        read with a cache in use. `turns`: of `rope_turns`. `cache`: stacked, or None, and then
+        None comes back; its `length` and `valid_BS` stay. `layer`: the layer's number in the
+        cache, from 0.
+        """
         # Weights; o, which adds to the residual stream, starts smaller, by the depth.
         c = self.config
         batch, length, _ = x_BTD.shape
@@ -343,7 +357,7 @@ class SwiGLU(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        """Return down(activation(gate(x)) * up(x)), [B, T, D]."""
+        """Return down(activation(gate(x)) * up(x)), [B, T, D], in x's type."""
         # Weights of the two branches, and of the way back; the last starts smaller, by the depth.
         c = self.config
         in_shape = (c.width, c.mlp_width)
@@ -390,8 +404,9 @@ class Block(nn.Module):
     ) -> tuple[Carry, jax.Array | None]:
         """Return (residual stream, cache, number of the next layer), and its auxiliary loss.
 
-        This layer has no such loss: a mixture of experts returns its load-balancing loss in place
-        of None, a float32 scalar, coefficient included.
+        `carry`: (residual stream [B, T, D], cache or None, this layer's number, from 0). `turns`:
+        of `rope_turns`. This layer has no such loss: a mixture of experts returns its
+        load-balancing loss in place of None, a float32 scalar, coefficient included.
         """
         # Tokens see tokens before them.
         x_BTD, cache, layer = carry
@@ -470,10 +485,12 @@ class Decoder(nn.Module):
     ) -> tuple[jax.Array, jax.Array, KVCache | None, jax.Array | None]:
         """Return hidden states [B, T, D], the embedding [V, D], the cache, and the auxiliary loss.
 
-        `segment_ids_BT`: 0 is padding, 1, 2, ... the examples packed into a row, which do not see
-        one another; with a cache a row is one example. A cache takes one token a row or several,
-        empty or in use: they see what is in it, and one another as in training. Raises ValueError
-        for more tokens than the cache has slots.
+        All arguments [B, T] are int32. `segment_ids_BT`: 0 is padding, 1, 2, ... the examples
+        packed into a row, which do not see one another; with a cache a row is one example.
+        `positions_BT`: from 0 in each example. A cache takes one token a row or several, empty or
+        in use: they see what is in it, and one another as in training. Without a cache, and
+        without losses of the layers, None comes back. Raises ValueError for more tokens than the
+        cache has slots.
         """
         c = self.config
         length = tokens_BT.shape[1]
@@ -517,7 +534,11 @@ class Decoder(nn.Module):
 # A rule of its own for the derivative, whose two products then take x's type as all others do.
 @jax.custom_vjp
 def unrounded_logits(x_MD: jax.Array, unembed_DV: jax.Array) -> jax.Array:
-    """Return x times the unembedding, of one type, as it is summed: in float32 or more."""
+    """Return x times the unembedding, [M, V], in float32, or in float64 where both are.
+
+    `x_MD`, [M, D] or [B, T, D], and `unembed_DV`: of one type, to which the product is not
+    rounded.
+    """
     dtype = jnp.promote_types(x_MD.dtype, jnp.float32)
     return jnp.einsum("...D,DV->...V", x_MD, unembed_DV, preferred_element_type=dtype)
 
@@ -549,7 +570,7 @@ def unembed(x_BTD: jax.Array, unembed_DV: jax.Array) -> jax.Array:
 
 
 class LanguageModel(nn.Module):
-    """A decoder that predicts the next token."""
+    """A decoder that predicts the next token. `microbatches`: see Decoder."""
 
     config: ModelConfig
     microbatches: int = 1
@@ -562,7 +583,7 @@ class LanguageModel(nn.Module):
         positions_BT: jax.Array,
         cache: KVCache | None = None,
     ) -> LanguageOutput:
-        """Return hidden states and the unembedding; arguments are those of Decoder."""
+        """Return a LanguageOutput: hidden states and the unembedding. Arguments: see Decoder."""
         c = self.config
         decoder = Decoder(c, self.microbatches, name="decoder")
         x_BTD, embed_VD, cache, auxiliary_loss = decoder(
@@ -585,7 +606,7 @@ class ScalarModel(nn.Module):
     def __call__(
         self, tokens_BT: jax.Array, segment_ids_BT: jax.Array, positions_BT: jax.Array
     ) -> ScalarOutput:
-        """Return the scalars and the hidden states; arguments are those of Decoder."""
+        """Return a ScalarOutput: the scalars and the hidden states. Arguments: see Decoder."""
         c = self.config
         decoder = Decoder(c, name="decoder")
         x_BTD, embed_VD, _, auxiliary_loss = decoder(tokens_BT, segment_ids_BT, positions_BT)
@@ -603,11 +624,12 @@ class ScalarModel(nn.Module):
 
 
 def init_and_apply(model: nn.Module) -> tuple[Callable[[jax.Array], Params], Callable[..., Any]]:
-    """Return (init, apply) of `model` on plain nested dicts of parameters.
+    """Return (init, apply) of `model` on plain nested dicts of parameters (Params).
 
-    init(key) -> params, random. apply(params, tokens_BT, segment_ids_BT, positions_BT) ->
-    LanguageOutput or ScalarOutput; that of a LanguageModel takes a KVCache as a fifth argument,
-    `cache`. See Decoder.__call__ for the arguments.
+    `model`: a LanguageModel or a ScalarModel. init(key) -> params, random, float32. apply(params,
+    tokens_BT, segment_ids_BT, positions_BT) -> LanguageOutput or ScalarOutput; that of a
+    LanguageModel takes a KVCache as a fifth argument, `cache`. See Decoder.__call__ for the
+    arguments.
     """
     # NumPy: not on a device, for plan.py has none.
     token_11 = np.ones((1, 1), np.int32)

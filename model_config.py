@@ -115,7 +115,11 @@ class ModelConfig:
 
     @property
     def compute_dtype(self) -> jnp.dtype:
-        """Return the type of activations and of matmul operands."""
+        """Return the type of activations and of matmul operands: a property.
+
+        For `auto` it goes by sharding.platform: float32 on a CPU, else bfloat16. Raises UserError
+        for float16 on a TPU.
+        """
         if self.dtype == "auto":
             return jnp.dtype("float32" if platform() == "cpu" else "bfloat16")
         if self.dtype == "float16" and platform() == "tpu":
@@ -229,7 +233,11 @@ PRESETS = {preset.preset: preset for preset in _PRESETS}
 
 
 def check_fit(config: ModelConfig, vocabulary: int, length: int) -> None:
-    """Raise UserError unless `vocabulary` tokens and rows of `length` tokens fit the model."""
+    """Raise UserError unless `vocabulary` tokens and rows of `length` tokens fit the model.
+
+    `vocabulary`, the tokenizer's size, may be at most `config.vocab`; `length` from 1 to
+    `config.context`.
+    """
     # Every token needs a row of the embedding, every position a place in the context.
     if vocabulary > config.vocab:
         raise UserError(

@@ -22,14 +22,14 @@ from train_state import has_scalar_head, load_params
 
 Tokens = list[int]
 Respond = Callable[..., list[Tokens]]
-"""respond(params, prompts, key, rows=256) -> responses; see `make_sampler`."""
+"""respond(params, prompts, key, rows=256) -> responses, lists of token ids; see `make_sampler`."""
 Item = TypeVar("Item")
 # Columns that prompts are padded to at least.
 SHORTEST_WIDTH = 16
 
 
 class LoadedRun(NamedTuple):
-    """The model of a run: its shape, its tokenizer, its parameters (NumPy arrays)."""
+    """The model of a run: its shape, its tokenizer, its whole parameters (NumPy arrays)."""
 
     config: ModelConfig
     tokenizer: Tokenizer
@@ -39,8 +39,8 @@ class LoadedRun(NamedTuple):
 def load_run(run: str, reward: bool = False) -> LoadedRun:
     """Load the run, in the folder `run`, of a language model, or with `reward` of a reward model.
 
-    Which of the two it is follows from its parameters: a reward model has a scalar head. Raises
-    UserError for the other kind, and as load_params does.
+    Which of the two it is follows from its parameters: a reward model has a scalar head. Adapters
+    come merged. Raises UserError for the other kind, and as load_params does.
     """
     # A run of the other kind is named by its script.
     script = load_config(run)["script"]
@@ -63,14 +63,17 @@ def make_sampler(
 ) -> Respond:
     """Make the sampler of `n` responses to each prompt by a language model of shape `config`.
 
-    Returns respond(params, prompts, key, rows=256) -> responses, n to each prompt, in the order of
-    the prompts, of which there must be one or more. Prompts and responses are lists of token ids;
-    a response has its end token where it came to one, and no padding. `rows`: prompts a call, each
-    call with a key of its own. Prompts are padded on the left to a power of two in length, and the
-    last call is filled up to `rows`: so few shapes are compiled.
+    Returns respond(params, prompts, key, rows=256) -> a list of responses, n to each prompt, in
+    the order of the prompts, of which there must be one or more. `params`: whole parameters.
+    Prompts and responses are lists of token ids; prompts are not cut; a response has its end token
+    where it came to one, and no padding. `rows`: prompts decoded in one call, each call with a key
+    of its own. Prompts are padded on the left to a power of two in length, and the last of several
+    calls is filled up to `rows`: so few shapes are compiled. Waits for the device; every process
+    must call it.
 
-    `slots`: responses decoded at a time (`generate_in_slots`). `ends`: ids of tokens that end a
-    response beside the tokenizer's. Raises UserError for responses longer than the context.
+    `slots`: responses decoded at a time (`generate_in_slots`); None: all of a call (`generate`).
+    `ends`: ids of tokens that end a response beside the tokenizer's. Raises UserError where
+    `max_new_tokens` is not below the model's context.
     """
     require(
         sampling.max_new_tokens < config.context,
@@ -114,35 +117,42 @@ def make_sampler(
 
 
 def has_ended(responses: Sequence[Tokens], ends: Sequence[int]) -> np.ndarray:
-    """Return [N] bool: True for a response, a list of token ids, whose last one is in `ends`."""
+    """Return [N] bool: True for a response, a list of token ids, whose last one is in `ends`.
+
+    An empty response is False.
+    """
     return np.array([is_ended(tokens, ends) for tokens in responses], bool)
 
 
 def full_parts(items: Sequence[Item], size: int) -> Iterator[tuple[int, list[Item]]]:
-    """Yield `items` in parts of `size`, each with the index at which it starts; none of no items.
+    """Yield (start, part): parts of `items`, lists of `size`, and the index at which each starts.
 
     The last part is filled up with copies of its first item, so that all have one shape to
-    compile. What is made of them all, in order, wants to be cut to the items' number.
+    compile: cut what is made of all parts, in order, to the number of the items. No items give no
+    part.
     """
     for start in range(0, len(items), size):
         yield start, filled(items[start : start + size], size)
 
 
 def filled(items: Sequence[Item], size: int) -> list[Item]:
-    """Return a list of `items` filled up to `size` with copies of the first; there must be one."""
+    """Return a list of `items` filled up to `size` with copies of the first; there must be one.
+
+    Longer `items` are returned whole.
+    """
     return [*items, *[items[0]] * (size - len(items))]
 
 
 def split_evenly(items: Sequence[Item], size: int) -> list[list[Item]]:
-    """Cut `items` into lists of `size`: responses, n to each prompt, by their prompt.
+    """Cut `items` into lists of `size`, in order: such as n responses to each prompt, by prompt.
 
-    The last list is shorter where `size` does not divide their number.
+    The last list is shorter where `size` does not divide their number; no items give [].
     """
     return [list(items[start : start + size]) for start in range(0, len(items), size)]
 
 
 def in_parts(count: int, rows: int, name: str) -> Iterator[int]:
-    """Yield 0, `rows`, 2 `rows`, ... below `count`, under a progress bar called `name`.
+    """Yield 0, `rows`, 2 `rows`, ... below `count`, under a progress bar on stderr called `name`.
 
     These are where each part of `count` prompts starts.
     """

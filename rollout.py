@@ -77,10 +77,11 @@ class Rollout(TypedDict):
 
 
 Score = Callable[[Rollout, list[Record]], tuple[Batch, Batch]]
-"""score(rollout, records) -> ({reward: scores [B]}, {reward: scalars [B, R + 1]}), as of
+"""score(rollout, records) -> ({reward: scores [B]}, {reward: scalars [B, R + 1]}): the score of
 rewards.scorer.make_reward_scorer with its models given."""
 Targets = Callable[..., tuple[Any, Metrics]]
-"""compute_targets(policy, reference, rollout, scores, scalars) -> (batch to learn on, metrics)"""
+"""compute_targets(policy, reference, rollout, scores, scalars) -> (batch to learn on, metrics);
+train_grpo.make_advantages and train_raft.make_targets make one."""
 
 
 # Folded into an iteration's key for the order of its minibatches.
@@ -102,11 +103,11 @@ def make_rollout(
 ) -> Callable[[Params, Prompts, Array], Rollout]:
     """Compile rollout(params, prompts, key) -> Rollout: sample `n` responses to each prompt.
 
-    `apply` is that of a LanguageModel of shape `config`. `eos`: ids of the tokens that end a
-    response, `pad` that of padding. Rows are in the order of the prompts, `n` to each. `tensor`:
-    devices over which weights are cut meanwhile, as `check_rollout` allows on the current mesh;
-    None: the mesh's tensor. `in_stages`: decode fewer rows where many have ended
-    (sampling.stages_of). Nothing is donated.
+    `apply`: of a LanguageModel of shape `config`; `params`: its whole parameters. `prompts`:
+    Prompts, on the current mesh, as is the Rollout. `eos`: ids of the tokens that end a response;
+    `pad`: that of padding. Rows are in the order of the prompts, `n` to each. `tensor`: devices
+    over which weights are cut meanwhile, as `check_rollout` allows; None: the mesh's tensor.
+    `in_stages`: decode fewer rows where many have ended (sampling.stages_of). Nothing is donated.
     """
     # Each device along tensor has a key/value head; where these are fewer, they are copied.
     copies = 1
@@ -146,7 +147,12 @@ class RolloutConfig:
 
 
 def check_rollout(config: RolloutConfig, model: ModelConfig, mesh: Mesh) -> None:
-    """Raise UserError where weights of a `model` cannot be cut over `config.tensor` of `mesh`."""
+    """Raise UserError where weights of a `model` cannot be cut over `config.tensor` of `mesh`.
+
+    None passes. Otherwise it must be a multiple of the mesh's tensor that divides tensor x fsdp,
+    and divide the model's heads and `mlp_width`, and divide its key/value heads or be a multiple
+    of them; and the mesh must have no sequence axis.
+    """
     if config.tensor is None:
         return
     given = f"--rollout.tensor={config.tensor}"
@@ -195,18 +201,25 @@ class WideRollout:
     """sample(weights, prompts, key), all on `mesh` by `lay`."""
 
     def __call__(self, params: Params, prompts: Prompts, key: Array) -> Rollout:
-        """Sample; the weights that are laid for it are freed at its end."""
+        """Sample; return the Rollout, on `training`. The weights laid for it are then freed."""
         laid = self.lay(params)(params, prompts, key)
         with jax.set_mesh(self.mesh):
             return self.sample(*laid)
 
     def weights(self, params: Params) -> Params:
-        """Return the shapes of the weights by which `sample` samples, with shardings on `mesh`."""
+        """Return the ShapeDtypeStructs, on `mesh`, of `params` as `sample` takes them.
+
+        `params`: arrays or shapes of whole parameters.
+        """
         copied = jax.eval_shape(partial(with_copied_heads, copies=self.copies), params)
         return gathered_shapes(copied, self.mesh, self.model.compute_dtype)
 
     def lay(self, params: Params) -> Callable[[Params, Prompts, Array], tuple[Any, ...]]:
-        """Compile lay(params, prompts, key) -> the arguments of `sample`, for such `params`."""
+        """Compile lay(params, prompts, key) -> the three arguments of `sample`, laid on `mesh`.
+
+        `params`: arrays or shapes, like those that lay is called with: on `training`, as prompts
+        are. Nothing is donated.
+        """
         weights = self.weights(params)
         places = jax.tree.map(lambda weight: weight.sharding, weights)
         rows = NamedSharding(self.mesh, BATCH)
@@ -224,10 +237,12 @@ class WideRollout:
 def with_head_each(
     apply: Apply, config: ModelConfig, tensor: int
 ) -> tuple[Apply, ModelConfig, int]:
-    """Return (apply, config, copies) of a model with a key/value head for each device of `tensor`.
+    """Return (apply, config, copies): a model with a key/value head for each device of `tensor`.
 
-    As given, with 1 copy, where there are as many. Else `apply` is model.LanguageModel's, whatever
-    was given, and takes parameters of `with_copied_heads`.
+    `copies`: of each key/value head. It is 1, and `apply` and `config` are as given, where the
+    model has as many heads or more. Else `kv_heads` must divide `tensor` (`check_rollout`), and
+    the new `apply`, model.LanguageModel's whatever was given, takes parameters of
+    `with_copied_heads`.
     """
     if config.kv_heads >= tensor:
         return apply, config, 1
@@ -241,8 +256,9 @@ def with_head_each(
 def with_copied_heads(params: Params, copies: int) -> Params:
     """Return `params` with each key/value head `copies` times, its copies neighbours.
 
-    Queries that shared a head then share its copies: the model computes what it did. Adapters of
-    the heads are copied with them (lora.py). With one copy `params` are returned as they are.
+    `params`: of a LanguageModel, perhaps with adapters (lora.py), whose heads are copied too.
+    Queries that shared a head then share its copies: the model computes what it did. With one copy
+    `params` are returned as they are.
     """
     if copies == 1:
         return params
@@ -261,8 +277,9 @@ def with_copied_heads(params: Params, copies: int) -> Params:
 def join_responses(prompts: Prompts, samples: Samples) -> Batch:
     """Join prompts [B / n, P] and their responses [B, R] into rows [B, P + R].
 
-    Returns the keys of Rollout but for `sampler_logp_BR`. Each prompt is repeated for its n
-    responses, which are neighbouring rows; n is B over the number of prompts.
+    Returns the keys of Rollout but for `sampler_logp_BR`. `samples`: n neighbouring rows a prompt,
+    in the order of the prompts; n is B over the number of prompts, each of which is repeated n
+    times.
     """
     # Each prompt is repeated for its responses.
     rows = samples.mask_BR.shape[0]
@@ -290,7 +307,7 @@ def join_responses(prompts: Prompts, samples: Samples) -> Batch:
 def ended(batch: Mapping[str, Any], eos: Ends) -> Array:
     """Return [B] bool: True where the last token under the mask is an end of turn, one of `eos`.
 
-    Reads `response_BR` and `mask_BR`.
+    Reads `response_BR` and `mask_BR`. A row without a token under the mask is False.
     """
     # Under the mask: the id may be the padding's too. The last: turns in a response end as well.
     is_drawn_BR = batch["mask_BR"] > 0
@@ -301,15 +318,15 @@ def ended(batch: Mapping[str, Any], eos: Ends) -> Array:
 def rollout_metrics(
     logp_BR: Array, reference_BR: Array, batch: Mapping[str, Any], eos: Ends
 ) -> Batch:
-    """Summarise a Rollout and the policy's and the reference's log-probabilities of it: scalars.
+    """Summarise a Rollout, `batch`, and log-probabilities of its tokens: float32 scalars by name.
 
     kl, kl_k3: estimates of KL(policy || reference) in nats a response. entropy: minus the mean
-    log-probability of the sampled tokens, an estimate, nats. length: tokens a response. ended:
-    share of responses with an `eos`. repeats: share of tokens equal to the one before.
-    sampler_gap, sampler_gap_mean: the largest and the mean difference between the sampler's
-    log-probability of a token and `logp_BR`; sampler_k3: KL(sampler || `logp_BR`) in nats a token.
-    `logp_BR` and `reference_BR`: nats, at the sampling temperature. What is outside the mask
-    counts nowhere.
+    log-probability of the sampled tokens, an estimate, nats a token. length: tokens a response.
+    ended: share of responses that `ended`. repeats: share of tokens equal to the one before.
+    sampler_gap, sampler_gap_mean: the largest and the mean absolute difference between the
+    sampler's log-probability of a token and `logp_BR`; sampler_k3: KL(sampler || `logp_BR`) in
+    nats a token. `logp_BR`, `reference_BR`: the policy's and the reference's log-probabilities of
+    `response_BR`, in nats, at the sampling temperature. What is outside the mask counts nowhere.
     """
     mask_BR = batch["mask_BR"]
 
@@ -342,10 +359,11 @@ def rollout_metrics(
 
 @jax.jit
 def mean_metrics(updates: Sequence[Metrics]) -> Metrics:
-    """Return the mean of each metric over the updates of an iteration, of a counter the last.
+    """Return the mean of each metric over an iteration's updates; of integer counters the last.
 
-    `updates`: metrics of train_step.make_train_step, one or more. An update that failed makes its
-    means nan.
+    `updates`: rows of metrics, {name: scalar on the device}, of train_step.make_train_step; one or
+    more, with the same names. An update that failed makes its means nan. Does not wait for the
+    device.
     """
 
     def mean_of(*values: Array) -> Array:
@@ -372,9 +390,9 @@ def sample_rows(
     """Return {"prompt": text, "response": text} for each of `records`, for samples.md.
 
     The prompt is its last message, or the raw text; the response is the first of its `n`.
-    `response_BR`: token ids of the rollout, over all hosts. `records`: those of this host's
-    prompts, in order, of the schema `prompt`. Every process must call this; the rows are right on
-    the first host alone.
+    `response_BR`: token ids of the rollout, over all hosts, `n` neighbouring rows a prompt.
+    `records`: of this host's prompts, in order, of the schema `prompt`. Waits for the device.
+    Every process must call it; the rows are right on the first one alone.
     """
     # This host's rows are the first of all only on the first host.
     firsts = to_host(response_BR)[::n][: len(records)]
@@ -410,19 +428,20 @@ def make_experience(
     group: int,
     max_rounds: int = 1,
 ) -> Callable[[Params, Params, Array], tuple[Batch, Metrics, Shown]]:
-    """Return experience(policy, reference, key) -> (batch, metrics, shown).
+    """Make experience(policy, reference, key) -> (batch, metrics, shown): sample and score.
 
-    A round draws the next batch of `prompts`, samples a `rollout`, and takes the batch to learn
-    from, with its metrics, from `compute_targets(policy, reference, rollout, scores, scalars)`.
-    That batch is flat, [B, ...] each, with a `mask_BR`. Groups of `group` responses whose mask is
-    empty are replaced by those of further rounds, of which there are `max_rounds` in all at most.
-    Rounds end where every row has a usable token, so mask whole groups or none: a single empty
-    row is not replaced, and has all rounds run. Where rounds run out, empty groups remain.
+    It runs rounds. A round takes the next batch of `prompts`, samples with `rollout`
+    (`make_rollout`), scores, and calls `compute_targets(policy, reference, rollout, scores,
+    scalars)` for what to learn from, arrays [B, ...] with a `mask_BR`, and its metrics. Groups of
+    `group` neighbouring rows whose mask is empty are replaced by those of further rounds. Rounds
+    end where every row has a usable token, and after `max_rounds`; then empty groups remain. So
+    mask whole groups or none: a single empty row is not replaced, and has all rounds run.
 
     Prompts are padded on the left, with the id `pad`, to `prompt_length`, so that all rounds have
-    one shape. `policy`, `reference`: all parameters of language models. Metrics are means over the
-    rounds, scalars on the device, plus `rounds` and `kept`, the share of rows with a usable token.
-    `shown`: prompts and responses of the last round, replaced or not.
+    one shape. `policy`, `reference`: whole parameters of language models. Metrics are means over
+    the rounds, scalars on the device, `rounds`, a float, and `kept`, the share of rows with a
+    usable token. `shown`: a Shown of the last round, replaced or not. Waits for the device in each
+    round. Every process must call it.
     """
     refill = jax.jit(partial(refill_groups, group=group))
 
@@ -459,9 +478,9 @@ def make_experience(
 
 
 def widened(batch: dict[str, np.ndarray], length: int, pad: int) -> dict[str, np.ndarray]:
-    """Pad prompts [B, T] on the left to [B, `length`]: tokens with `pad`, all else with 0.
+    """Pad prompts [B, T] on the left to [B, `length`]: tokens with the id `pad`, all else with 0.
 
-    `batch`: NumPy arrays by the names of `Prompts`; T is at most `length`.
+    `batch`: NumPy arrays by the names of `Prompts`; T is at most `length` (ValueError otherwise).
     """
     # Columns in front of each row; segment id 0 says that they are padding.
     missing = length - batch["tokens_BT"].shape[1]
@@ -473,11 +492,12 @@ def widened(batch: dict[str, np.ndarray], length: int, pad: int) -> dict[str, np
 
 
 def refill_groups(pool: Batch, fresh: Batch, group: int) -> Batch:
-    """Replace masked-out groups of `pool` by unmasked groups of `fresh` (DAPO, eq. 11).
+    """Return `pool` with masked-out groups replaced by unmasked ones of `fresh` (DAPO, eq. 11).
 
-    Both have the same keys and shapes, [B, ...] each, `mask_BR` among them, and `group`
-    neighbouring rows a prompt. Where `fresh` has too few, masked-out groups remain. The pool's own
-    groups come first.
+    Both have the same keys and shapes, [B, ...] each, as has the result, `mask_BR` among them, and
+    `group`, a Python int, neighbouring rows a prompt. A group is masked out where its mask is all
+    0. Groups of `pool` that are left come first, then those of `fresh`; where these are too few,
+    masked-out groups remain, last.
     """
     # The groups of both, those of `pool` first.
     both = {}
@@ -506,8 +526,8 @@ def shuffled(
 ) -> list[Batch]:
     """Cut the rows of `batch`, in random order, into `parts` minibatches of equal size.
 
-    `batch`: arrays [B, ...] by name; `parts` must divide B. Minibatches have its keys, and
-    `is_first_B`: True in the first of a batch that `is_fresh`, not trained on yet.
+    `batch`: arrays [B, ...] by name; `parts`, static, must divide B. Minibatches have its keys,
+    and `is_first_B`, bool: True in the first of a batch that `is_fresh`, not trained on yet.
     """
     # One order for all arrays of the batch.
     rows = jax.tree.leaves(batch)[0].shape[0]
@@ -528,10 +548,10 @@ def shuffled_minibatches(
 ) -> Iterator[Batch]:
     """Yield the `parts` minibatches of each epoch, every epoch in another random order.
 
-    As of `shuffled`, `epochs` x `parts` in all, each with the room of its real tokens (those of a
-    `segment_ids_BT` above 0) when it is cut into `microbatches` (objectives/unpadded.py). `key`:
-    the iteration's, which sampling folds with the numbers of rows and rounds. Waits for the device
-    once.
+    They are those of `shuffled`, `epochs` x `parts` in all, `is_fresh` in the first epoch. Where
+    packing saves rows, each has the `room` of real tokens (objectives/unpadded.py), by
+    `segment_ids_BT` of `batch`, for a cut into `microbatches`. `key`: the iteration's; sampling
+    folds it with numbers of rows and rounds, this with another. Waits for the device once.
     """
     # A number that no row has: else an epoch's order would come of the bits of a row's tokens.
     batch = with_room(batch, None)
@@ -551,13 +571,11 @@ def shuffled_minibatches(
 def check_first_update(update: Metrics, metrics: Metrics, dtype: jnp.dtype, start: int) -> None:
     """Assert that an update began at the policy that sampled: ratio 1, and KL 0 in a new run.
 
-    Called once per start, after the first update. `update`: that step's metrics, which are of the
-    parameters before it (make_train_step), so policy and old policy were equal; `approx_kl`, of
-    the recorded log-probabilities, and `clipped` are read. `metrics`: the rollout's
-    (`rollout_metrics`), of which `kl` and `sampler_gap` are read; in a new run (`start`, steps
-    done before, 0) policy and reference are equal too. A breach is a bug, not a setting. `dtype`:
-    the model's compute type. In bfloat16 a product over other rows may be tiled, and so rounded,
-    otherwise: by hundredths of a nat a token.
+    Call it once per start, after the first update; it waits for the device. `update`: that step's
+    metrics, of the parameters before it, so policy and old policy were equal; `approx_kl`, of the
+    recorded log-probabilities, and `clipped` are read. `metrics`, `dtype`, `start`: see
+    `check_sampler`. Raises AssertionError: a breach is a bug, not a setting. In bfloat16 a product
+    over other rows may be tiled, and so rounded, otherwise: by hundredths of a nat a token.
     """
     # Policy and old policy are the same parameters: no token's ratio may have moved.
     exact = dtype == jnp.float32
@@ -574,9 +592,9 @@ def check_first_update(update: Metrics, metrics: Metrics, dtype: jnp.dtype, star
 def check_sampler(metrics: Metrics, dtype: jnp.dtype, start: int) -> None:
     """Assert that sampler and training agree on log-probabilities, and that a new run has KL 0.
 
-    `metrics`: means of a rollout (`rollout_metrics`), of which `kl` and `sampler_gap` are read.
-    `dtype`: the model's compute type, which sets the tolerance. `start`: steps done before this
-    start, 0 in a new run. Raises AssertionError. `check_first_update` calls this.
+    `metrics`: of `rollout_metrics`, of which `kl` and `sampler_gap` are read. `dtype`: the model's
+    compute type, which sets the tolerance; the gap is checked in float32 alone. `start`: steps
+    done before this start, 0 in a new run. Raises AssertionError. Waits for the device.
     """
     # In a new run policy and reference are the same parameters.
     kl = float(metrics["kl"])
@@ -589,17 +607,14 @@ def check_sampler(metrics: Metrics, dtype: jnp.dtype, start: int) -> None:
 
 
 def start_tolerance(dtype: jnp.dtype) -> float:
-    """Return how far a quantity that starts at 0 may be off, in nats a response.
-
-    `dtype`: the model's compute type.
-    """
+    """Return the tolerance, in nats a response, of what starts at 0; `dtype`: compute type."""
     return 1e-4 if dtype == jnp.float32 else 1e-2
 
 
 def check_kl(metrics: Mapping[str, float], limit: float) -> None:
     """Raise UserError where the newest `kl`, in nats a response, is above `limit`.
 
-    `metrics`: a row of metrics; it may still be empty: rows are written one step late.
+    `metrics`: a row of metrics; without a `kl` it passes, for rows are written one step late.
     """
     # So far from the reference a policy has found text that the reward alone likes.
     kl = metrics.get("kl", 0.0)

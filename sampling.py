@@ -21,7 +21,7 @@ from runtime.ranges import AT_LEAST_0, AT_LEAST_1, Range, check_ranges
 from sharding import batch_devices, platform
 
 Apply = Callable[..., LanguageOutput]
-"""apply(params, tokens_BT, segment_ids_BT, positions_BT, cache=None) -> LanguageOutput: that of a
+"""apply(params, tokens_BT, segment_ids_BT, positions_BT, cache=None) -> LanguageOutput, of a
 LanguageModel (model.init_and_apply)."""
 Prompts = dict[str, jax.Array]
 """Left-padded prompts [B, P] as data.batches.prompt_batches yields them: `tokens_BT`,
@@ -29,7 +29,8 @@ Prompts = dict[str, jax.Array]
 Ends = int | Sequence[int] | jax.Array
 """Ids of the tokens that end a response, or the one id."""
 Step = Callable[..., tuple[KVCache, jax.Array, jax.Array]]
-"""step(cache, token_B, last_B, row_B, t_B) -> (cache, next token_B, its logp_B): `make_step`."""
+"""step(cache, token_B, last_B, row_B, t_B) -> (cache, next token_B, its logp_B), of
+`make_step`."""
 
 
 RANGES = {
@@ -70,7 +71,10 @@ class SamplingConfig:
 
 
 def check_temperature(temperature: float) -> None:
-    """Raise UserError for a temperature that `draw` takes for 0 and a loss would divide by."""
+    """Raise UserError for a --temperature above 0 and below COLDEST, or below 0.
+
+    `draw` would take it for 0, and a loss would divide by it.
+    """
     require(
         temperature == 0 or temperature >= COLDEST,
         f"--temperature={temperature}: give 0, or at least {COLDEST:g}",
@@ -96,9 +100,9 @@ class Samples:
 def truncate(logits_BV: jax.Array, top_k: int, top_p: float) -> jax.Array:
     """Return the logits [B, V], -inf for all but the top k tokens, and all outside the nucleus p.
 
-    `top_k` 0 and `top_p` 1 leave all tokens in. The nucleus is of what the top k leave: the
-    likeliest tokens that together hold `top_p`, the one that crosses it among them. Tokens as
-    likely as the last one kept stay too.
+    `top_k`, an int, and `top_p`, a float: static. `top_k` 0 and `top_p` 1 leave all tokens in. The
+    nucleus is of what the top k leave: the likeliest tokens that together hold `top_p`, the one
+    that crosses it among them. Tokens as likely as the last one kept stay too.
     """
     # All below the k-th likeliest.
     if top_k:
@@ -128,10 +132,10 @@ def draw(
 ) -> tuple[jax.Array, jax.Array]:
     """Draw token `t_B` of each response `row_B`; return it [B] int32, and its log-probability [B].
 
-    `logits_BV`: before the temperature; `row_B`, `t_B`: numbers, int32. The noise depends on the
-    key and these two alone, so a response is the same in whatever company and slot it is made. The
-    log-probability is in nats, at the sampling temperature (at temperature 0, where the likeliest
-    token is taken, at 1), before top-k and top-p.
+    `logits_BV`: before the temperature. `row_B`: numbers of the responses, `t_B`: indices of the
+    tokens, from 0, int32. The noise depends on `key` and these two alone, so a response is the
+    same in whatever company and slot it is made. The log-probability is in nats, at the sampling
+    temperature (at 0, where the likeliest token is taken, at 1), before top-k and top-p.
     """
     # What the token is the maximum of.
     logits_BV = logits_BV / (sampling.temperature or 1.0)
@@ -161,7 +165,7 @@ def draw(
 
 
 def ends(token_B: jax.Array, eos: Ends) -> jax.Array:
-    """Return [B] bool: True where the token is `eos`, an id, or is among it, several ids."""
+    """Return bools of the shape of `token_B`, token ids: True where one is among `eos`."""
     return jnp.isin(token_B, jnp.asarray(eos).reshape(-1))
 
 
@@ -171,10 +175,10 @@ def ends(token_B: jax.Array, eos: Ends) -> jax.Array:
 def prefill(
     apply: Apply, config: ModelConfig, params: Params, prompts: Prompts, room: int
 ) -> tuple[jax.Array, KVCache]:
-    """Run the prompts through the model of shape `config`.
+    """Run the prompts [B, P] through the model of shape `config`, into an empty cache.
 
-    Returns the logits [B, V] of the token after each prompt, and the cache (stacked) with the
-    prompts in its first P slots and `room` free slots behind them.
+    Returns the logits [B, V], float32, of the token after each prompt, and the cache, stacked,
+    with the prompts in its first P slots and `room` (a Python int) free slots behind them.
     """
     # All prompts in one pass, into an empty cache.
     rows, length = prompts["tokens_BT"].shape
@@ -195,8 +199,8 @@ def first_tokens(
 ) -> Samples:
     """Draw the first token of each response; return Samples [B, R], the rest padding yet.
 
-    R is `sampling.max_new_tokens`. `logits_BV`: of each response's first token; its row is the
-    response's number (see `draw`). `pad`: the id of padding.
+    R is `sampling.max_new_tokens`. `logits_BV`: of each response's first token; row b is of
+    response b (see `draw`). `pad`: the id of padding.
     """
     # Token 0 of every response.
     rows = logits_BV.shape[0]
@@ -218,9 +222,9 @@ def first_tokens(
 def make_step(apply: Apply, params: Params, key: jax.Array, sampling: SamplingConfig) -> Step:
     """Make step(cache, token_B, last_B, row_B, t_B) -> (cache, next token_B, its logp_B), all [B].
 
-    It draws token `t_B` of each response `row_B` (see `draw`) from token t - 1, `token_B`, and the
-    cache of those before, to which it adds that token. `params` and the cache are stacked, or both
-    unstacked (layers.py). `last_B`: position of the last token of each response's prompt.
+    It adds `token_B`, token t - 1 of each response `row_B`, to the cache of those before, and
+    draws token `t_B` (see `draw`). `params` and the cache are stacked, or both unstacked
+    (layers.py). `last_B`: position of the last token of each response's prompt.
     """
 
     def step(cache, token_B, last_B, row_B, t_B):
@@ -253,10 +257,11 @@ class Stage(NamedTuple):
 def stages_of(rows: int, prompt: int, limit: int) -> list[Stage]:
     """Choose the stages of `generate` for `rows` responses of at most `limit` tokens.
 
-    `prompt`: columns of the prompts. Each stage is one more program to compile, so short responses
-    have a single one. Otherwise the first stage has half of the cache's columns, if these hold the
-    prompts and a quarter of a response; and the last ones have half of the rows, a quarter and so
-    on, HALVINGS times at most and down to FEWEST on each device.
+    `prompt`: columns of the prompts. Each stage is one more program to compile, so responses of
+    fewer than SHORTEST tokens have a single one. Otherwise the first stage has half of the cache's
+    columns, if these hold the prompts and a quarter of a response, and the next has all; the last
+    ones have half of the rows, a quarter and so on, HALVINGS times at most and down to FEWEST on
+    each device.
     """
     # All rows and all columns: what every response fits into. The last token is not read.
     room = limit - 1
@@ -281,7 +286,7 @@ def stages_of(rows: int, prompt: int, limit: int) -> list[Stage]:
 
 @flax.struct.dataclass
 class Decoded:
-    """What is known of each of B responses in the making."""
+    """State of each of B responses in the making; arrays are int32 but for `done_B`, bool."""
 
     row_B: jax.Array
     """Its number among all responses."""
@@ -320,13 +325,14 @@ def generate(
     """Sample `n` responses to each of the prompts, [B / n, P]; call it under jit.
 
     `apply`, `params`: of a LanguageModel of shape `config`. A response ends with `eos`, an id, or
-    with any of several, an array of ids; the loop when every row has ended. `pad`: the id behind a
-    response. Rows are in the order of the prompts, n to each; a prompt is prefilled once. What row
-    b draws depends on its prompt, `key` and b alone.
+    with any of several; the loop when every row has ended. `pad`: the id behind a response.
+    Samples are [B, max_new_tokens], in the order of the prompts, n to each; a prompt is prefilled
+    once. What row b draws depends on its prompt, `key` and b alone. Arguments that are not arrays
+    are static.
 
-    `stages`: those of `stages_of`, or others: first all rows, whose columns grow until there is
-    room for all tokens but the last; then fewer and fewer rows. Without, there is one. They change
-    the time that it takes, and log-probabilities by rounding.
+    `stages`: of `stages_of`, or others: first all rows, whose columns grow until there is room for
+    all tokens but the last; then fewer and fewer rows. None: one stage. They change the time that
+    it takes, and log-probabilities by rounding.
     """
     # Prefill, and the first token of each response, which may be its last.
     last_B = jnp.repeat(prompts["positions_BT"][:, -1], n, axis=0)
@@ -384,10 +390,11 @@ def generate(
 def in_stages(
     one_more: Callable[[Decoding], Decoding], state: Decoding, stages: Sequence[Stage]
 ) -> Samples:
-    """Repeat `one_more` until all responses have ended or are full; return their samples.
+    """Repeat `one_more` until all responses have ended or are full; return their Samples.
 
-    `state`: of the rows and columns of the first of `stages`. A stage ends when its columns are
-    full, or when all responses that go on fit into the rows of a later one.
+    one_more(state) -> state after one more token of each row. `state`: of as many rows and columns
+    as the first of `stages`, its cache unstacked. A stage ends when its columns are full, or when
+    all responses that go on fit into the rows of a later one.
     """
     stage, *later = stages
     fewer = max((other.rows for other in later if other.rows < stage.rows), default=0)
@@ -429,14 +436,15 @@ def in_stages(
 
 
 def rows_of(cache: KVCache) -> dict[str, Any]:
-    """Return the fields of an unstacked cache whose arrays have a row a response."""
+    """Return {name: field} of an unstacked cache: the fields whose arrays have response rows."""
     return {"k_LBKSH": cache.k_LBKSH, "v_LBKSH": cache.v_LBKSH, "valid_BS": cache.valid_BS}
 
 
 def take_rows(places_DB: jax.Array, x: jax.Array) -> jax.Array:
-    """Return those rows of `x` [A, ...], A / D on each of D devices, that lie at `places_DB`.
+    """Return rows of `x` [A, ...], B of each of D devices, as [D B, ...].
 
-    Places are numbers of rows of their device; B are taken of each, into [D B, ...].
+    Device d holds rows d A / D to (d + 1) A / D - 1. `places_DB`: int numbers of rows on their own
+    device, from 0.
     """
     devices, _ = places_DB.shape
     x_DA = x.reshape(devices, -1, *x.shape[1:])
@@ -445,7 +453,7 @@ def take_rows(places_DB: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def put_rows(places_DB: jax.Array, x: jax.Array, rows: jax.Array) -> jax.Array:
-    """Return `x` with `rows`, taken by `take_rows` and changed, in their places."""
+    """Return `x` [A, ...] with `rows` [D B, ...] at `places_DB`, where `take_rows` took them."""
     devices, _ = places_DB.shape
     x_DA = x.reshape(devices, -1, *x.shape[1:])
     rows_DB = rows.reshape(devices, -1, *x.shape[1:])
@@ -454,7 +462,10 @@ def put_rows(places_DB: jax.Array, x: jax.Array, rows: jax.Array) -> jax.Array:
 
 
 def with_columns(cache: KVCache, more: int) -> KVCache:
-    """Return the unstacked `cache` with `more` free columns behind those it has."""
+    """Return `cache` with `more` free columns behind those it has, 0 or above.
+
+    `cache`: unstacked, with a tuple of one array [B, K, S, H] a layer. `more`: a Python int.
+    """
 
     def wider(x: jax.Array, axis: int) -> jax.Array:
         padding = [(0, 0)] * x.ndim

@@ -65,10 +65,11 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Make the mesh over `devices`, or over all, and set it as the current one.
+    """Make the mesh over `devices` (None: over all) and set it as the current one (jax.set_mesh).
 
-    Its axes are data, fsdp and tensor, and stage and sequence where they are not 1; in the order
-    of AXES. Raises UserError where the sizes and the number of devices do not agree.
+    Its axes, in the order of AXES: data, fsdp and tensor, and stage and sequence unless their size
+    is 1. Raises UserError for a size of 0 or below -1, for more than one -1, and where the product
+    of the sizes is not the number of devices.
     """
     if devices is None:
         devices = jax.devices()
@@ -107,10 +108,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 
 def with_wider_tensor(mesh: Mesh, tensor: int) -> Mesh:
-    """Return a mesh of the same devices, in the same order, whose tensor axis has `tensor`.
+    """Return a mesh of the same devices in the same order, with `tensor` along its tensor axis.
 
-    Neighbours along fsdp join it. `tensor`: a multiple of that of `mesh` that divides tensor x
-    fsdp; `mesh` has no axis between the two. The mesh that is returned is not set.
+    Its fsdp axis is as much shorter. `tensor`: a multiple of the tensor axis of `mesh` that
+    divides tensor x fsdp (not checked). `mesh` must not have a sequence axis. The new mesh is not
+    set as the current one.
     """
     # fsdp is as much shorter as tensor is longer.
     joined = tensor // mesh.shape["tensor"]
@@ -126,22 +128,27 @@ def _flags_of(sizes: Mapping[str, int]) -> str:
 
 
 def platform() -> str:
-    """Return `cpu`, `gpu` or `tpu`: where the current mesh lies; without a mesh, JAX's default."""
+    """Return the current mesh's platform, `cpu`, `gpu` or `tpu`; without a mesh, JAX's default."""
     # The mesh is asked first, so that a CPU can compile for a TPU.
     device = get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
 
 
 def along(mesh: AnyMesh, *axes: str) -> int:
-    """Return how many devices lie along these axes together; 1 along an axis that is not there."""
+    """Return how many devices lie along `axes` together, the product of their sizes.
+
+    An axis that `mesh` does not have counts 1; with no `axes` the result is 1.
+    """
     return math.prod(mesh.shape.get(axis, 1) for axis in axes)
 
 
 def fitting(mesh: AnyMesh, size: int, *axes: str | None) -> str | tuple[str, ...] | None:
-    """Return those of `axes`, an entry of a PartitionSpec, over which `size` can be cut.
+    """Return the PartitionSpec entry that cuts a dimension of `size` over the `axes` that fit.
 
-    `size`: length of the array's dimension. Kept, in order, are axes that the mesh has and that
-    together divide it: one axis is returned as its name, several as a tuple, none as None.
+    `axes`: names of mesh axes, tried in order; None is passed over. An axis fits if `mesh` has it
+    and it divides `size` together with the axes that fitted before it. Returns one axis as its
+    name, several as a tuple of names, and None where no axis fits. Inside a shard_map its own axes
+    do not fit.
     """
     found: list[str] = []
     for axis in axes:
@@ -160,14 +167,16 @@ def fitting(mesh: AnyMesh, size: int, *axes: str | None) -> str | tuple[str, ...
 
 
 def path_name(path: tuple[Any, ...]) -> str:
-    """Return `decoder/layers/attention/q` for a key path of jax.tree_util."""
+    """Return the names of a jax.tree_util key path joined by /: `decoder/layers/attention/q`."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def spec_of(name: str, shape: tuple[int, ...], mesh: AnyMesh) -> P:
-    """Return the PartitionSpec of a parameter, or of an optimiser's copy of it.
+    """Return the PartitionSpec on `mesh` of a parameter, or of an optimiser's copy of it.
 
-    `name`: its path, as of `path_name`. Replicated where no rule fits.
+    `name`: the path by `path_name`, of which RULES match the end. `shape`: of the array. Axes that
+    do not fit a dimension (`fitting`) are left out. Where no rule matches, the result is P(),
+    replicated.
     """
     # Of each axis of the rule, what the mesh has and the shape allows.
     rule = _rule_of(name, len(shape))
@@ -184,9 +193,10 @@ def _rule_of(name: str, ndim: int) -> list[tuple[str | None, ...]]:
 
 
 def uncut(name: str, shape: tuple[int, ...], mesh: AnyMesh) -> dict[str, int]:
-    """Return {axis of the mesh: axis of the parameter} where RULES would cut and the size forbids.
+    """Return {mesh axis: dimension} where RULES would cut a parameter but its size forbids it.
 
-    `name`, `shape`: as of `spec_of`. Axes of one device cut nothing, and are not named.
+    `name`, `shape`: as in `spec_of`. `dimension`: its number, from 0. Axes of one device are left
+    out. Returns {} where every axis of the rule fits, and where no rule matches.
     """
     found = {}
     for number, axes in enumerate(_rule_of(name, len(shape))):
@@ -198,9 +208,10 @@ def uncut(name: str, shape: tuple[int, ...], mesh: AnyMesh) -> dict[str, int]:
 
 
 def shardings_of(tree: Any, mesh: Mesh) -> Any:
-    """Return a NamedSharding for each leaf of a tree of arrays or shapes, by RULES.
+    """Return a tree like `tree` with a NamedSharding on `mesh` for each leaf, by RULES.
 
-    `tree`: parameters, or a whole train state, whose leaves are found by the end of their path.
+    `tree`: arrays or ShapeDtypeStructs: parameters, or a whole TrainState, for RULES match the end
+    of a leaf's path. Leaves that match no rule are replicated.
     """
 
     def sharding_of(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
@@ -212,9 +223,8 @@ def shardings_of(tree: Any, mesh: Mesh) -> Any:
 def abstract(tree: Any, mesh: Mesh) -> Any:
     """Return a tree like `tree` of ShapeDtypeStructs, with shardings on `mesh` by RULES.
 
-    `tree`: arrays or shapes; parameters, or all that a checkpoint holds, for a leaf is found by
-    the end of its path. What no rule fits is replicated. What comes back is what a checkpoint is
-    restored onto.
+    `tree`: arrays or ShapeDtypeStructs: parameters, a TrainState, or all items of a checkpoint.
+    Leaves that match no rule are replicated. A checkpoint is restored onto the result.
     """
 
     def described(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
@@ -224,10 +234,10 @@ def abstract(tree: Any, mesh: Mesh) -> Any:
 
 
 def init_sharded(init: Callable[..., Any], mesh: Mesh, *args: Any) -> Any:
-    """Compute `init(*args)` in place, each leaf of what it returns laid on `mesh` by RULES.
+    """Return `init(*args)`, computed under one jit, with each leaf laid on `mesh` by RULES.
 
-    Under one jit: otherwise an optimiser's moments are replicated. `args`: trees of arrays; they
-    are not donated.
+    `args`: trees of arrays, not donated. `init` returns any tree of arrays, such as a TrainState:
+    without this an optimiser's moments would be replicated.
     """
     # Shapes first: they say where each leaf lies.
     shapes = jax.eval_shape(init, *args)
@@ -236,16 +246,20 @@ def init_sharded(init: Callable[..., Any], mesh: Mesh, *args: Any) -> Any:
 
 
 def to_memory(tree: Any, memory: Memory) -> Any:
-    """Move `tree`, arrays on the mesh, to the memory `device` or the hosts' `pinned_host`.
+    """Move a tree of arrays on the mesh to the memory `device` or the hosts' `pinned_host`.
 
-    Each keeps its sharding. Arrays that are there already are returned as they are.
+    Returns a tree like `tree`; each array keeps its sharding. Arrays that lie there already are
+    returned as they are. Those given are not freed.
     """
     places = jax.tree.map(lambda x: x.sharding.with_memory_kind(memory), tree)
     return jax.device_put(tree, places)
 
 
 def to_host(tree: Any) -> Any:
-    """Return `tree` with NumPy arrays, whole on every host; of several hosts all must call it."""
+    """Return `tree` with whole NumPy arrays in place of JAX arrays, on every process.
+
+    Waits for the device. With several processes all must call it.
+    """
 
     def whole(x: Any) -> Any:
         # NumPy arrays, and arrays of which this host has all.
@@ -263,9 +277,11 @@ def to_host(tree: Any) -> Any:
 
 
 def to_mesh(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Make global arrays of this host's rows of a batch, [B, ...], B split over data and fsdp.
+    """Lay this host's rows of a batch on the mesh; return global arrays [B, ...] by name.
 
-    `batch`: NumPy arrays by name, whose first axis is the rows; names stay.
+    `batch`: arrays of NumPy, [rows, ...]; B is the rows of all hosts (hosts that read the same
+    part of the data, see `data_shard`, give the same rows). B is split over data and fsdp, which
+    must divide it. Every host must call it.
     """
     # Each host gives its rows; the arrays are as long as all hosts' together.
     sharding = NamedSharding(mesh, BATCH)
@@ -285,11 +301,12 @@ class DataShard(TypedDict):
 
 
 def data_shard(mesh: Mesh, owners: np.ndarray | None = None, host: int | None = None) -> DataShard:
-    """Return which part of the data this host reads.
+    """Return which part of the data this host reads, as arguments of data.batches.
 
-    Hosts whose devices hold the same rows, as where tensor spans them, read the same part.
-    `owners`: the host of each device of the mesh, and `host`: this one, if not as JAX says. Raises
-    UserError for a mesh on which hosts share some rows but not all.
+    Hosts whose devices hold the same rows of a batch, as where tensor spans them, read the same
+    part. `owners`: the process index of each device, in the shape of `mesh.devices`; None: JAX's.
+    `host`: the process index of this host; None: JAX's. Raises UserError for a mesh on which two
+    hosts share some rows but not all, or hold unequal numbers of rows.
     """
     # As JAX says, unless told otherwise.
     if owners is None:
@@ -322,10 +339,12 @@ def data_shard(mesh: Mesh, owners: np.ndarray | None = None, host: int | None = 
 def check_batch(
     name: str, rows: int, microbatches: int, mesh: Mesh, length: int = 0, layers: int = 0
 ) -> None:
-    """Raise UserError unless `rows` split evenly over micro-batches and the mesh's batch axes.
+    """Raise UserError unless a batch of `rows` rows splits evenly over micro-batches and the mesh.
 
-    So must a row's `length` in tokens over sequence, and over stage the `layers` of a model that
-    the script can run as a pipeline; 0 where it cannot. `name`: the flag that set `rows`.
+    `rows` must be a positive multiple of `microbatches` x data x fsdp. `name`: the flag that set
+    it, without the dashes. `length`, tokens of a row, must be a multiple of the square of
+    sequence; 0 passes. `layers` must be a multiple of stage; 0 says that the script runs no
+    pipeline, and then stage must be 1.
     """
     # The ring deals a row's tokens to stripes, each of which it cuts again.
     sequence = along(mesh, "sequence")
@@ -352,9 +371,9 @@ def check_batch(
 
 
 def in_microbatches(x: jax.Array, parts: int) -> jax.Array:
-    """Return [B, ...] as [parts, B / parts, ...]; `parts` must divide B.
+    """Return `x` [B, ...] as [parts, B / parts, ...]; `parts` is a Python int that divides B.
 
-    Part i has every `parts`-th row, so a device keeps to the rows that it holds.
+    Part i has rows i, i + parts, i + 2 parts, ..., so each device keeps to the rows that it holds.
     """
     rows, *rest = x.shape
     dealt = x.reshape(rows // parts, parts, *rest)
@@ -373,18 +392,18 @@ def _rows_split(mesh: AnyMesh, x: jax.Array) -> bool:
 
 
 def batch_devices(rows: int) -> int:
-    """Return over how many parts of the mesh, data x fsdp, a batch's `rows` are split.
+    """Return over how many parts, data x fsdp of the current mesh, `rows` rows are split.
 
-    1 without a mesh, and where these axes do not divide the rows.
+    It is 1 without a mesh, and where data x fsdp does not divide `rows`.
     """
     ways = along(get_abstract_mesh(), "data", "fsdp")
     return ways if rows % ways == 0 else 1
 
 
 def constrain_batch(x: jax.Array) -> jax.Array:
-    """Keep the first axis of `x` split over data and fsdp, where these divide it.
+    """Keep the first axis of `x` [B, ...] split over data and fsdp; return `x`.
 
-    Without a mesh, or where data x fsdp does not divide that axis, `x` is returned as it is.
+    Without a mesh, or where data x fsdp does not divide B, `x` is returned as it is.
     """
     if not _rows_split(get_abstract_mesh(), x):
         return x
@@ -392,9 +411,10 @@ def constrain_batch(x: jax.Array) -> jax.Array:
 
 
 def constrain_tokens(x: jax.Array, *axes: str) -> jax.Array:
-    """Keep [B, T, ...] split: rows over data and fsdp, tokens over those of `axes` that fit.
+    """Keep `x` [B, T, ...] split: rows over data and fsdp, tokens over `axes`; return `x`.
 
-    Without a mesh `x` is returned as it is.
+    `axes`: names of mesh axes; those that do not fit T are left out (`fitting`). Without a mesh,
+    or where data x fsdp does not divide B, `x` is returned as it is.
     """
     mesh = get_abstract_mesh()
     if not _rows_split(mesh, x):
@@ -404,10 +424,11 @@ def constrain_tokens(x: jax.Array, *axes: str) -> jax.Array:
 
 
 def constrain_residual(x_BTD: jax.Array) -> jax.Array:
-    """Keep the residual stream split between layers: its tokens over sequence and over tensor.
+    """Keep the residual stream split between layers, its tokens over sequence and tensor.
 
-    Rows are split over data and fsdp. An axis that does not divide the tokens is left out. Without
-    a mesh, or where data and fsdp do not divide the rows, `x_BTD` is returned as it is.
+    Returns `x_BTD`. Rows are split over data and fsdp. An axis that does not divide the tokens is
+    left out. Without a mesh, or where data x fsdp does not divide the rows, `x_BTD` is returned as
+    it is.
 
     Korthikanti et al. 2022. Otherwise each device of the tensor axis would keep all of it, for
     every layer, until the backward pass.
@@ -416,10 +437,11 @@ def constrain_residual(x_BTD: jax.Array) -> jax.Array:
 
 
 def constrain_units(x: jax.Array) -> jax.Array:
-    """Keep heads [B, T, N, H] or hidden units [B, T, F] split over tensor.
+    """Keep heads [B, T, N, H] or hidden units [B, T, F], axis 2, split over tensor; return `x`.
 
-    So that XLA gathers the tokens, not the weights. Without a tensor axis `x` is returned as it
-    is, of whatever shape.
+    Then XLA gathers the tokens, not the weights. Rows are split over data and fsdp and tokens over
+    sequence, where these divide them. Where tensor has one device, or does not divide axis 2, `x`
+    is returned as it is; with one device it may have any shape.
     """
     # Heads that tensor does not divide stay whole on every device.
     mesh = get_abstract_mesh()
@@ -432,9 +454,9 @@ def constrain_units(x: jax.Array) -> jax.Array:
 
 
 def constrain_rows(table_VD: jax.Array) -> jax.Array:
-    """Gather the embedding over fsdp; its vocabulary stays split over tensor.
+    """Gather the embedding [V, D] over fsdp, and keep V split over tensor where that divides it.
 
-    Without a mesh it is returned as it is.
+    Returns the array; without a mesh `table_VD` as it is.
     """
     mesh = get_abstract_mesh()
     if mesh.empty:
@@ -446,11 +468,11 @@ def constrain_rows(table_VD: jax.Array) -> jax.Array:
 
 
 def constrain_params(tree: Any) -> Any:
-    """Keep parameters, or their gradients, laid as RULES say; replicated where no rule fits.
+    """Keep parameters, or their gradients, laid by RULES on the current mesh; return the tree.
 
-    No rule fits adapters. A leaf is found by the end of its path, so `tree` may hold parameters
-    under further keys. A gradient's sum over rows is then a reduce-scatter. Without a mesh `tree`
-    is returned as it is.
+    RULES match the end of a leaf's path, so `tree` may hold parameters under further keys, as a
+    TrainState does. Leaves that match no rule, such as adapters, are replicated. A gradient's sum
+    over rows is then a reduce-scatter. Without a mesh `tree` is returned as it is.
     """
     mesh = get_abstract_mesh()
     if mesh.empty:
@@ -466,8 +488,9 @@ def constrain_params(tree: Any) -> Any:
 def gathered(params: Any, dtype: Any) -> Any:
     """Gather weights for many passes in a row: cast to `dtype`, and cut over tensor alone.
 
-    `params`: a tree of parameters, as RULES name them. Otherwise decoding gathers them anew for
-    each token. Weights that nothing but tensor cuts are returned as they are, of their own type.
+    `params`: a tree of parameters; RULES match the ends of their paths. Otherwise decoding would
+    gather them for each token. Weights that RULES cut over no other axis of the mesh, be it of one
+    device, are returned as they are, in their own type; without a mesh all are.
     """
     mesh = get_abstract_mesh()
     if mesh.empty:
@@ -484,9 +507,9 @@ def gathered(params: Any, dtype: Any) -> Any:
 
 
 def gathered_shapes(params: Any, mesh: Mesh, dtype: Any) -> Any:
-    """Return the ShapeDtypeStructs of what `gathered` makes of `params` on `mesh`.
+    """Return what `gathered` makes of `params` on `mesh`, as a tree of ShapeDtypeStructs.
 
-    `params`: arrays or shapes.
+    `params`: arrays or ShapeDtypeStructs. The shardings are on `mesh`, which need not be current.
     """
 
     def whole(path: tuple[Any, ...], leaf: Any) -> jax.ShapeDtypeStruct:
@@ -505,12 +528,12 @@ def _over_tensor(spec: P) -> P:
 
 
 def flat(x: jax.Array, *axes: str) -> jax.Array:
-    """Return [B, T, ...] as [M, ...], M = B T, or as it is where the mesh cuts the tokens.
+    """Return [B, T, ...] as [B T, ...], or as it is where the current mesh cuts the tokens.
 
-    `axes`: names of the mesh axes that may cut the tokens, as "sequence"; the mesh is the current
-    one (jax.set_mesh), if there is one. XLA's CPU backend runs the backward pass of a matmul over
-    one leading axis up to three times as fast as over two, and others do not mind; but it cannot
-    split a sum over M as tokens are cut.
+    `axes`: names of the mesh axes that may cut the tokens, such as "sequence"; one of more than
+    one device cuts them. XLA's CPU backend runs the backward pass of a matmul over one leading
+    axis up to three times as fast as over two, and other backends do not mind; but XLA cannot
+    split a sum over B T as tokens are cut.
     """
     mesh = get_abstract_mesh()
     if mesh.empty or along(mesh, *axes) == 1:

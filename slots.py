@@ -30,20 +30,21 @@ from sampling import (
 
 @flax.struct.dataclass
 class Slots:
-    """Responses in the making, one in each of B slots; A responses are to be made in all."""
+    """Responses in the making, one in each of B slots, out of A; int32 but for `busy_B`, bool."""
 
     cache: KVCache
-    """A ring of columns: all slots write at the same one, wherever in its response each may be."""
+    """Unstacked. A ring of columns: all slots write at the same one, wherever in its response each
+    may be."""
     token_B: jax.Array
     """The last token of each."""
     row_B: jax.Array
-    """Number of the response in the slot, 0 to A - 1."""
+    """Number of the response in the slot, 0 to A - 1, in the order of the prompts."""
     t_B: jax.Array
-    """Index of its next token."""
+    """Index of its next token, from 0."""
     busy_B: jax.Array
     """True while it has not ended."""
     following: jax.Array
-    """Number of the response that enters next."""
+    """Number of the response that enters next, a scalar; A when all have."""
 
 
 def generate_in_slots(
@@ -61,9 +62,10 @@ def generate_in_slots(
 ) -> Samples:
     """Sample what `generate` does, `slots` responses at a time: where one ends the next begins.
 
-    Arguments and result are those of `generate`. Faster where responses are of unequal length.
-    Takes a cache of `slots` rows, at least 1, and until the end that of all prompts, [B / n, P],
-    which are prefilled together. With as many slots as responses, or more, it is `generate`.
+    The other arguments and the result, Samples [A, max_new_tokens], are as in `generate`; call it
+    under jit. Faster than `generate` where responses are of unequal length. Takes a cache of
+    `slots` rows, at least 1, and until the end that of all prompts, [A / n, P], which are
+    prefilled together. With as many slots as responses, or more, it is `generate`.
     """
     # Nothing to refill with: all start at once.
     total = prompts["tokens_BT"].shape[0] * n
@@ -152,12 +154,12 @@ def enter(
     limit: int,
     entering: int,
 ) -> Slots:
-    """Put the next `entering` of the A responses into free slots, of which there must be as many.
+    """Put the next `entering` of the A responses into free slots; return the new Slots.
 
-    Returns the new Slots. `prompts`: the unstacked cache, A / n rows, of their prompts. A prompt's
-    columns are rolled, so that it ends where the ring is written next. `first_A`: first token of
-    each response, which ends it where it is `eos` (see `ends`); `limit`: most tokens of a
-    response.
+    At least `entering` slots must be free; fewer enter where fewer are left. `prompts`: the
+    unstacked cache, A / n rows, of all prompts. A prompt's columns are rolled so that it ends
+    where the ring is written next. `first_A`: first token of each response, which ends it where it
+    is among `eos`; `limit`: most tokens of a response. `limit` and `entering` are Python ints.
     """
     total = first_A.shape[0]
     count, width = prompts.valid_BS.shape

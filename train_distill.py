@@ -139,8 +139,8 @@ def check(config: Config) -> None:
 def load_teacher(config: Config) -> tuple[ModelConfig, Tokenizer]:
     """Return the teacher's shape and tokenizer; UserError where the student cannot have them.
 
-    Of a student from --init the tokenizer must be the teacher's, and both models must have room
-    for all tokens and rows.
+    Both models must have room for all tokens and rows; a student from --init must have the
+    teacher's tokenizer.
     """
     teacher_model = stored_model(config.teacher)
     tokenizer = Tokenizer.load(config.teacher)
@@ -162,7 +162,7 @@ def load_teacher(config: Config) -> tuple[ModelConfig, Tokenizer]:
 def load_teacher_params(
     config: Config, teacher_model: ModelConfig, mesh: jax.sharding.Mesh
 ) -> Params:
-    """Load the teacher's parameters, sharded over `mesh`; UserError as of load_params.
+    """Load the teacher's whole parameters, laid on `mesh`; UserError as load_params raises it.
 
     `teacher_model`: of `load_teacher`.
     """
@@ -173,13 +173,18 @@ def load_teacher_params(
 
 
 class DistillUpdate(NamedTuple):
-    """The two jitted steps and their pieces. Their `held` is {"base", "teacher"}."""
+    """The two jitted steps and their pieces.
+
+    `held`, which both steps read and do not donate: {"base", "teacher"}, the parameters under the
+    student's adapters, None without LoRA, and the teacher's whole parameters.
+    """
 
     init: Callable[[jax.Array], Params]
     """init(key) -> random parameters of the student."""
     optimizer: optax.GradientTransformation
     objective: Objective
-    """objective({"student", "teacher"}, batch of conversations), see train_step.Objective."""
+    """objective({"student", "teacher"}, batch of conversations) -> sums, see
+    train_step.Objective."""
     data_step: Callable[[TrainState, Batch, Params], tuple[TrainState, dict[str, jax.Array]]]
     """data_step(state, batch, held) -> (state, metrics): labels and teacher; donates `state`."""
     own_step: Callable[[TrainState, Batch, Params], tuple[TrainState, dict[str, jax.Array]]]
@@ -187,9 +192,10 @@ class DistillUpdate(NamedTuple):
 
 
 def make_update(config: Config, teacher_model: ModelConfig) -> DistillUpdate:
-    """Make the student's initialiser, its optimiser, its loss and the jitted steps.
+    """Make the student's initialiser, its optimiser, its loss and the two jitted steps.
 
-    `teacher_model`: of `load_teacher`. Batches are chat_batches' and those of `make_own_samples`.
+    `teacher_model`: of `load_teacher`. Batches of data_step are chat_batches' on the mesh, those
+    of own_step `make_own_samples`'.
     """
     # Two models, which may be of different shapes.
     init, apply = init_and_apply(LanguageModel(config.model))
@@ -232,10 +238,10 @@ def make_update(config: Config, teacher_model: ModelConfig) -> DistillUpdate:
 
 
 def student_and_teacher(lora: LoraConfig, held: Params | None, trained: Params) -> Params:
-    """Return {"student", "teacher"}, all parameters of both.
+    """Return {"student", "teacher"}, the whole parameters of both.
 
-    `lora`: of the student. `held`: {"base", "teacher"}, the base being that of the student's
-    adapters, or None without. `trained`: the student's parameters, or its adapters.
+    `lora`: the student's. `held`: {"base", "teacher"}, the base being what lies under the
+    student's adapters, None without. `trained`: the student's whole parameters, or its adapters.
     """
     # Without adapters `trained` is the student as it is.
     assert held is not None
@@ -248,9 +254,10 @@ def make_own_samples(
 ) -> Callable[[Params, Batch, int], Batch]:
     """Make own_samples(student, prompts, step) -> one response to each prompt, as a batch.
 
-    `student`: all its parameters. `prompts`: left-padded, of prompt_batches, on the mesh; `step`
-    gives the key. The batch, [B, P + R]: `tokens_BT`, `segment_ids_BT`, `positions_BT`, and
-    `loss_mask_BT`, 1 for the response's tokens.
+    `student`: its whole parameters. `prompts`: left-padded, of prompt_batches, on the mesh;
+    `step`: an int, gives the key, with --seed. The batch, [B, P + R]: `tokens_BT`,
+    `segment_ids_BT` and `positions_BT`, int32, and `loss_mask_BT`, float32, 1 for the response's
+    tokens.
     """
     # The student's own sampler.
     _, apply = init_and_apply(LanguageModel(config.model))
@@ -280,12 +287,18 @@ def make_own_samples(
 
 
 def is_own(config: Config, step: int) -> bool:
-    """Toss the coin for `step`: True, own samples. All hosts, and a resumed run, toss alike."""
+    """Return True if `step` trains on own samples: a coin tossed with the odds --on_policy.
+
+    It depends on --seed and `step` alone: all hosts, and a resumed run, toss alike.
+    """
     return np.random.default_rng((config.seed, step)).random() < config.on_policy
 
 
 def prompts_of(chats: Source) -> Source:
-    """Turn conversations (schema `chat`) into prompts, {"prompt": messages}: no last turn."""
+    """Turn conversations (schema `chat`) into prompts, {"prompt": messages without the last}.
+
+    Returns a Source like `chats`; each record is read when it is asked for.
+    """
 
     def read(row: int) -> dict[str, Any]:
         return {"prompt": chats.read(row)["messages"][:-1]}
@@ -294,10 +307,11 @@ def prompts_of(chats: Source) -> Source:
 
 
 def main(config: Config) -> dict[str, float]:
-    """Distil a teacher into a student; return the last row of metrics.
+    """Distil a teacher into a student; return the last row of metrics, {name: float}.
 
-    It is {} where no step ran: in a dry run, and where --run has done its --steps already.
-    `config` is of flags.parse, which takes `model` from --init; one made by hand must have it.
+    Returns {} where no step ran: in a dry run, and where --run has done its --steps already.
+    `config`: of flags.parse, which takes `model` from an --init; in one made by hand it must be
+    that run's. Raises UserError for settings or files that do not fit.
     """
     # A mesh of all devices, and a batch that splits over it.
     config = pin_inputs(config)

@@ -157,9 +157,10 @@ class Config:
 def check(config: Config) -> None:
     """Raise UserError for numbers out of range, and for settings that cannot run together.
 
-    `beta` must be above 0, and `label_smoothing` at least 0 and below 0.5, whatever the loss.
-    `unpaired` is for kto alone; best_vs_worst is for neither kto nor rrhf. `config`: of
-    `with_paper_defaults`, which fills a `beta` of None.
+    `beta` must be above 0, and `label_smoothing` at least 0 and below 0.5, whatever the loss;
+    `eval_records` as data.sources.check_eval_records has it. `unpaired` is for kto alone;
+    best_vs_worst is for neither kto nor rrhf. `config`: of `with_paper_defaults`, which fills a
+    `beta` of None.
     """
     require(config.beta is not None and config.beta > 0, f"--beta={config.beta}: must be above 0")
     require(
@@ -188,9 +189,9 @@ class DirectObjective(NamedTuple):
 def make_objective(config: Config, apply: Apply) -> DirectObjective:
     """Bind --loss to its settings and to the policy's `apply`, of a LanguageModel.
 
-    `config`: of `with_paper_defaults`, with a `beta`. The objective's batch: objectives.reward's
-    Candidates, with `reference_BC` where `needs_reference`, and `kl_B` for kto; see
-    `make_prepare`.
+    `config`: of `with_paper_defaults`, with a `beta`. The objective takes whole parameters and a
+    batch of `make_prepare`: objectives.reward's Candidates, with `reference_BC` where
+    `needs_reference`, and `kl_B` for kto.
     """
     beta = config.beta
     assert beta is not None, "with_paper_defaults comes first"
@@ -237,10 +238,11 @@ def make_objective(config: Config, apply: Apply) -> DirectObjective:
 
 
 def make_update(config: Config) -> Update:
-    """Make the initialiser of a LanguageModel, its optimiser, its loss and the jitted step.
+    """Make the Update of a LanguageModel: its initialiser, optimiser, loss and jitted step.
 
-    `config`: of `with_paper_defaults`. Batches are those of `make_prepare`; for the loss see
-    `make_objective`.
+    `config`: of `with_paper_defaults`. The loss is `make_objective`'s, its batches
+    `make_prepare`'s. The step donates its state; its `base` is the parameters under the adapters,
+    None without LoRA.
     """
     init, apply = init_and_apply(LanguageModel(config.model))
     objective = make_objective(config, apply).objective
@@ -262,12 +264,12 @@ def make_batches(
     others: Source | None = None,
     **options: Any,
 ) -> Batches:
-    """Iterate over the candidates that --loss compares; batches are comparison_batches'.
+    """Iterate without end over the candidates that --loss compares, as comparison_batches does.
 
     `source`: records of the schema `comparison`, or for kto of `unpaired` too; its candidates are
     then judged responses and, last, one to another prompt: of `source`, or of `others` where
-    `source` has one prompt alone. `options`: of `BatchOptions`, but for the batch's size and
-    length, which `config` gives.
+    `source` has one prompt alone; UserError where there is none. `options`: those of
+    `BatchOptions` that `config` does not give: `seed`, `process`, `processes` and `without`.
     """
     # KTO's candidates: the best and the worst response, or one judged response; and one more.
     if config.loss == "kto":
@@ -285,10 +287,11 @@ def make_prepare(
 ) -> Callable[[Params, HostBatch], Batch]:
     """Make prepare(policy, batch) -> `batch` on the mesh, with all that --loss reads.
 
-    That is `reference_BC`, by `cached` (with_reference of rewards.reference.cached_reference) or,
-    with None, by a pass of `reference`; and for kto `kl_B` instead of the last candidate
-    (direct.kto_kl_estimate). `policy` and `reference` are all parameters of a language model; None
-    for a reference that is not read. `batch`: a host's, of `make_batches`.
+    `batch`: a host's, of `make_batches`; `policy`: whole parameters of a language model. Added are
+    `reference_BC`, if the loss needs it, by `cached` (with_reference of
+    rewards.reference.cached_reference) or, where that is None, by a pass of `reference`, whole
+    parameters; and for kto `kl_B`, in place of the last candidate (direct.kto_kl_estimate).
+    `cached` and `reference` are None where they are not needed. Nothing is donated.
     """
     _, apply = init_and_apply(LanguageModel(config.model))
     is_online = make_objective(config, apply).needs_reference and cached is None
@@ -311,7 +314,7 @@ def make_prepare(
 
 
 def with_paper_defaults(config: Config) -> Config:
-    """Return `config` with the paper's value for `beta`, where it is None, and print that."""
+    """Return `config` with the paper's value for a `beta` of None; print a line that says so."""
     # Most papers use 0.1.
     paper = direct.PAPERS.get(config.loss, direct.USUAL)
     line = flags.paper_defaults_line(config, config.loss, paper)
@@ -321,10 +324,11 @@ def with_paper_defaults(config: Config) -> Config:
 
 
 def main(config: Config) -> dict[str, float]:
-    """Train a policy on preferences; return the last row of metrics.
+    """Train a policy on preferences; return the last row of metrics, {name: float}.
 
-    It is {} where no step ran: in a dry run, and where --run has done its --steps already.
-    `config` is of flags.parse, which takes `model` from --init; one made by hand must have it.
+    Returns {} where no step ran: in a dry run, and where --run has done its --steps already.
+    `config`: of flags.parse, which takes `model` from an --init; in one made by hand it must be
+    that run's. Raises UserError for settings or files that do not fit.
     """
     # A mesh of all devices, and a batch that splits over it.
     config = pin_inputs(with_paper_defaults(config))

@@ -75,7 +75,7 @@ from train_step import (
 from training_run import Run
 
 Advantages = Callable[[jax.Array, jax.Array], jax.Array]
-"""advantages(rewards_BR, mask_BR) -> [B, R]."""
+"""advantages(rewards_BR, mask_BR) -> [B, R] float32, 0 where masked; of `make_method`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,12 +204,12 @@ class Config:
 
     @property
     def length(self) -> int:
-        """Tokens of a row, prompt and response; a property."""
+        """Return the tokens of a row, prompt and response: a property."""
         return self.max_prompt + self.max_new_tokens
 
     @property
     def updates(self) -> int:
-        """Return the updates of the run, which the schedule counts."""
+        """Return the updates of the run, which the schedule counts: a property."""
         return self.steps * self.epochs * self.minibatches
 
 
@@ -233,12 +233,14 @@ class Experience(Rollout):
 
 
 def make_method(config: Config, apply: Apply) -> tuple[Advantages, Objective]:
-    """Return the advantages and the objective of --method.
+    """Return the advantages and the objective of --method, as functions.
 
-    `config`: with no field of the method left at None. `apply`: of the policy. `rewards_BR` of the
-    advantages are all that a token gets, with --kl_in=reward less its KL, and must be 0 after a
-    row's last token; rows are in groups of `samples_per_prompt` neighbours. Advantages are 0 where
-    masked. The objective's batch is an Experience; only with --kl_in=loss does it add the KL.
+    `config`: of runtime.flags.with_paper_defaults, with no field of the method at None. `apply`:
+    of the policy. advantages(rewards_BR, mask_BR) -> [B, R]: `rewards_BR` are all that a token
+    gets, with --kl_in=reward less its KL, and must be 0 after a row's last token; rows are in
+    groups of `samples_per_prompt` neighbours; the result is 0 where masked. objective(params,
+    batch) -> sums, a train_step.Objective: its batch is an Experience, and it adds the KL only
+    with --kl_in=loss.
     """
     # Advantages of whole responses, from their group; of tokens, from the whole batch.
     size = config.samples_per_prompt
@@ -281,14 +283,15 @@ def make_advantages(
 ) -> Callable[..., tuple[Experience, Batch]]:
     """Compile compute_advantages(policy, reference, rollout, scores, scalars).
 
-    It returns (experience, metrics). `config`: with no field of the method left at None. `apply`:
-    of both models, whose whole parameters are given. `advantages(rewards_BR, mask_BR)`: of
-    `make_method`. `scores`: {reward: [B]} and `scalars`: {reward: [B, R + 1]} of
-    rewards.scorer.make_reward_scorer; scalars are read with --shaping alone. `eos`: ids that
-    end a response. With --dynamic_sampling the mask of a group whose scores are all equal is 0,
-    so that it counts nowhere. Nothing is donated. Metrics are scalars, means over the rollout:
-    `reward/NAME` of each reward, `score`, `score_with_eos_rule`, `groups_with_signal`, and those
-    of `rollout_metrics`.
+    It returns (Experience, metrics). `config`: of with_paper_defaults, with no field of the method
+    at None. `policy`, `reference`: whole parameters that `apply` takes. `rollout`: a Rollout on
+    the mesh. `advantages`: of `make_method`. `scores`: {reward: [B]} and `scalars`: {reward:
+    [B, R + 1]} of rewards.scorer.make_reward_scorer; scalars are read with --shaping alone. `eos`:
+    ids that end a response. With --dynamic_sampling `mask_BR` is 0 in every row of a group whose
+    scores, after the rule on a missing end, are all equal, so that it counts nowhere. Nothing is
+    donated. Metrics are scalars on the device, means over the rollout: `reward/NAME` of each
+    reward, `score` (combined), `score_with_eos_rule` (after that rule), `groups_with_signal`
+    (share of groups whose scores differ), and those of `rollout_metrics`.
     """
     size = config.samples_per_prompt
 
@@ -357,11 +360,11 @@ def make_advantages(
 
 
 def make_update(config: Config, init: Init, objective: Objective) -> Update:
-    """Make the Update of the policy: its optimiser over all updates of the run, its jitted step.
+    """Make the policy's Update: its optimiser over `config.updates`, its loss and its jitted step.
 
-    `init` is handed through. `objective`: of `make_method`. The step's `base` is what lies under
-    the adapters, None without; it donates the state. Batches are minibatches of Experience
-    (rollout.shuffled_minibatches).
+    `init`: of the policy, handed through. `objective`: of `make_method`. Batches: rows of an
+    Experience (`shuffled_minibatches`). The step donates its state; its `base` is the parameters
+    under the adapters, None without LoRA.
     """
     optimizer = make_optimizer(config.optimizer, config.updates)
     step = make_train_step(
@@ -377,7 +380,7 @@ def make_update(config: Config, init: Init, objective: Objective) -> Update:
 def check_flags(given: Config, config: Config) -> None:
     """Raise UserError for a flag that --method or another setting leaves unread.
 
-    `given`: as the user gave it. `config`: the same, with no field of the method left at None.
+    `given`: as the user gave it. `config`: what with_paper_defaults made of it.
     """
     # Flags of single methods.
     readers = {}
@@ -395,9 +398,10 @@ def check_flags(given: Config, config: Config) -> None:
 
 
 def check(config: Config, mesh: jax.sharding.Mesh) -> None:
-    """Raise UserError for settings that cannot run together.
+    """Raise UserError for settings out of range, and for settings that cannot run together.
 
-    `config`: with no field of the method left at None (TypeError otherwise).
+    `config`: of with_paper_defaults, with no field of the method at None (TypeError otherwise).
+    `mesh`: of `make_mesh`.
     """
     # What is rewarded, and how many responses are compared.
     check_rewards(config)
@@ -444,7 +448,10 @@ def check(config: Config, mesh: jax.sharding.Mesh) -> None:
 
 
 def note_rounding(config: Config) -> None:
-    """Say on stderr where rounding alone may move a ratio beyond its clip."""
+    """Say on stderr, on process 0 alone, where rounding may move a ratio beyond its clip.
+
+    That is with --ratio=geometric in a compute type of less than 32 bits; else nothing is said.
+    """
     # A mean over a response is clipped near 1; sampled and trained, a token differs by rounding.
     is_rounded = config.model.compute_dtype.itemsize < 4
     if config.ratio == "geometric" and is_rounded and jax.process_index() == 0:
@@ -457,9 +464,10 @@ def note_rounding(config: Config) -> None:
 
 
 def check_group(config: Config) -> None:
-    """Raise UserError for a group that does not fit the batch, or has too few to compare.
+    """Raise UserError for a group size that does not divide the batch, or is too small to compare.
 
-    `config`: with no field of the method left at None.
+    The size, `samples_per_prompt`, must not be None. It must be at least 2, but for reinforce_pp
+    without --dynamic_sampling.
     """
     # Groups are cut from the batch.
     size = config.samples_per_prompt
@@ -478,10 +486,12 @@ def check_group(config: Config) -> None:
 def open_prompts(
     config: Config, source: Source, tokenizer: Tokenizer, mesh: jax.sharding.Mesh
 ) -> Batches:
-    """Open batches of one prompt a group, on this host's part of `source`.
+    """Open batches of prompts, --batch_size / --samples_per_prompt of them over all hosts.
 
-    `source`: records of the schema `prompt`. Left-padded; `.records` are those of the last batch's
-    prompts. `config`: with no field of the method left at None.
+    `source`: records of the schema `prompt`, of which this host reads its part. Batches are
+    left-padded NumPy arrays (data.batches.prompt_batches) of at most --max_prompt tokens;
+    `.records` are those of the last batch. `config`: of with_paper_defaults, with no field of the
+    method at None.
     """
     # Every host reads its own part, in an order that the seed gives.
     shard: dict[str, Any] = {"seed": config.seed, **data_shard(mesh)}
@@ -490,10 +500,11 @@ def open_prompts(
 
 
 def load_score(config: Config, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -> Score:
-    """Load the rewards; return score(rollout, records) -> (scores, scalars).
+    """Load the rewards; return score(rollout, records) -> ({reward: [B]}, {reward: [B, R + 1]}).
 
-    {reward: [B]} and {reward: [B, R + 1]}, as of rewards.scorer.make_reward_scorer with its models
-    given, which stay on the mesh. UserError for a reward that cannot be loaded.
+    That is the score of rewards.scorer.make_reward_scorer with its models given, which stay on the
+    mesh: it takes a Rollout on the mesh and the records of this host's prompts, in order. Raises
+    UserError for a reward that cannot be loaded or reached.
     """
     # The models stay on the mesh: they are given once for all.
     reward_models, score = make_reward_scorer(config.reward, tokenizer, mesh)
@@ -501,10 +512,11 @@ def load_score(config: Config, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) ->
 
 
 def main(config: Config) -> dict[str, float]:
-    """Train a policy by --method; return the last row of metrics.
+    """Train a policy by --method; return the last row of metrics, {name: float}.
 
-    It is {} where no step ran: in a dry run, and where --run has done its --steps already.
-    `config` is of flags.parse, which takes `model` from --init; one made by hand must have it.
+    Returns {} where no step ran: in a dry run, and where --run has done its --steps already.
+    `config`: of flags.parse, which takes `model` from --init; in one made by hand it must be that
+    run's. Raises UserError for settings or files that do not fit.
     """
     # What the paper sets, and a mesh of all devices.
     given = config

@@ -86,9 +86,10 @@ class Config:
 
 
 def make_update(config: Config) -> Update:
-    """Make the initialiser of a LanguageModel, its optimiser, its loss and the jitted step.
+    """Make the Update of a LanguageModel: its initialiser, optimiser, loss and jitted step.
 
-    Batches are data.batches.text_batches' on the mesh; the loss is likelihood_objective.
+    Batches are data.batches.text_batches' on the mesh; the loss is likelihood_objective. The step
+    donates its state; its `base` is the parameters under the adapters, None without LoRA.
     """
     init, apply = init_and_apply(LanguageModel(config.model, config.microbatches))
     objective = partial(likelihood_objective, apply)
@@ -105,10 +106,11 @@ def make_update(config: Config) -> Update:
 
 @guarded
 def main(config: Config) -> dict[str, float]:
-    """Pre-train on documents; return the last row of metrics.
+    """Pre-train on documents; return the last row of metrics, {name: float}.
 
-    It is {} where no step ran: in a dry run, and where --run has done its --steps already.
-    `config` is of flags.parse, which takes `model` from --init; one made by hand must have it.
+    Returns {} where no step ran: in a dry run, and where --run has done its --steps already.
+    `config`: of flags.parse, which takes `model` from an --init; in one made by hand it must be
+    that run's. Raises UserError for settings or files that do not fit.
     """
     # A mesh of all devices, and a batch that splits over it.
     config = pin_inputs(config)

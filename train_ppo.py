@@ -238,7 +238,7 @@ class Config:
 
     @property
     def length(self) -> int:
-        """Tokens of a row, prompt and response; a property."""
+        """Return the tokens of a row, prompt and response: a property."""
         return self.max_prompt + self.max_new_tokens
 
 
@@ -273,18 +273,16 @@ def make_advantages(
     eos: Ends,
     newlines: Sequence[int] = (),
 ) -> Callable[..., tuple[Experience, Batch]]:
-    """Compile compute_advantages(models, rollout, scores, scalars, kl_coef).
-
-    It returns (experience, metrics).
+    """Compile f(models, rollout, scores, scalars, kl_coef) -> (Experience, metrics).
 
     `models`: a Models; `apply` is the policy's and the reference's, `scalar_apply` the critic's.
-    `scores`: {reward: [B]} and `scalars`: {reward: [B, R + 1]} of
-    rewards.scorer.make_reward_scorer; scalars are read with --step_rewards alone. `kl_coef`:
-    scalar beta. `eos`: ids that end a response; `newlines`: ids of tokens that end a step.
-    Nothing is donated. Metrics are scalars, means over the rollout: `reward/NAME` of each reward,
-    `score` (combined), `score_with_eos_rule`, `reward` (with the KL, summed over the response),
-    `value`, `explained_variance` (of the returns by the values), `kl_coef`, and those of
-    `rollout_metrics`.
+    `rollout`: a Rollout on the mesh. `scores`: {reward: [B]} and `scalars`: {reward: [B, R + 1]}
+    of rewards.scorer.make_reward_scorer; scalars are read with --step_rewards alone. `kl_coef`:
+    beta, a scalar. `eos`: ids that end a response; `newlines`: ids of tokens that end a step.
+    Nothing is donated. Metrics are scalars on the device, means over the rollout: `reward/NAME` of
+    each reward, `score` (combined) and `score_with_eos_rule` (after the rule on a missing end),
+    `reward` (with the KL, summed over the response), `value`, `explained_variance` (of the returns
+    by the values), `kl_coef`, and those of `rollout_metrics`.
     """
 
     @jax.jit
@@ -359,10 +357,10 @@ def raw_scores(
 ) -> tuple[jax.Array, jax.Array]:
     """Return each response's score [B], before the rule on its end, and the steps' rewards [B, R].
 
-    Without --step_rewards the score is that of the combined `scores`, {reward: [B]}, and steps are
-    given 0. With them a step's last token gets the change of the score there, by the log-odds in
-    `scalars`, {reward: [B, R + 1]}, of the one --reward, and the score is their sum. `newlines`:
-    ids of tokens that end a step; `eos`: ids that end a response.
+    Without --step_rewards: `scores`, {reward: [B]}, as --combine says, and zeros. With it a step's
+    last token gets the change of the score there, a probability that begins at 0 (step_rewards),
+    by the log-odds `scalars`, {reward: [B, R + 1]}, of the one --reward; the score is their sum.
+    `newlines`: ids of tokens that end a step; `eos`: ids that end a response.
     """
     # One score a response.
     mask_BR = rollout["mask_BR"]
@@ -377,7 +375,10 @@ def raw_scores(
 
 
 def check(config: Config, mesh: jax.sharding.Mesh) -> None:
-    """Raise UserError for settings that cannot run together."""
+    """Raise UserError for settings out of range, and for settings that cannot run together.
+
+    `mesh`: of `make_mesh`.
+    """
     # Rows are cut into groups and into minibatches.
     rows = config.batch_size
     group = config.samples_per_prompt
@@ -431,16 +432,17 @@ class ModelUpdate(NamedTuple):
 
     optimizer: optax.GradientTransformation
     step: Callable[..., tuple[TrainState, Batch]]
-    """step(state, minibatch, base) -> (state, metrics); `state` is donated."""
+    """step(state, minibatch, base) -> (state, metrics), of train_step.make_train_step; `state` is
+    donated. `base`: parameters under the state's adapters; None without LoRA."""
     rate: Callable[[TrainState], jax.Array]
-    """rate(state) -> the learning rate of the update that `state` is the result of."""
+    """rate(state) -> the learning rate, a scalar, of the update that `state` is the result of."""
 
 
 def make_policy_update(config: Config, apply: Apply) -> ModelUpdate:
-    """Make the policy's optimiser and its jitted step (train_step.make_train_step).
+    """Make the policy's ModelUpdate: its optimiser, its jitted step, its learning rate.
 
-    `apply`: of the policy. Minibatches are of Experience, with a "text" by `add_text`. What the
-    step takes and returns: see ModelUpdate.
+    `apply`: of the policy. Minibatches: rows of an Experience (`shuffled_minibatches`), perhaps
+    with a "text" by `add_text`.
     """
     # The clipped surrogate, with text in it where `add_text` lays some beside the minibatch.
     objective = partial(
@@ -454,17 +456,18 @@ def make_policy_update(config: Config, apply: Apply) -> ModelUpdate:
 
 
 def make_critic_update(config: Config, scalar_apply: Apply) -> ModelUpdate:
-    """Make the critic's optimiser and its jitted step (train_step.make_train_step).
-
-    `scalar_apply`: of the critic. Minibatches are of Experience.
-    """
+    """Make the critic's ModelUpdate on minibatches of Experience; `scalar_apply`: the critic's."""
     # The clipped square error of the values.
     objective = partial(value_objective, scalar_apply, clip=config.value_clip)
     return make_update(config, objective, config.value_optimizer)
 
 
 def make_update(config: Config, objective: Objective, options: OptimizerConfig) -> ModelUpdate:
-    """Make the optimiser of `options` over all updates of the run, and the step of `objective`."""
+    """Make the ModelUpdate of `objective`: its step, optimiser and rate, over the whole run.
+
+    `objective`: of whole parameters; the step lays its state's adapters on the `base` it is given.
+    `options`: of the optimiser. Raises UserError for a warm-up not below the number of updates.
+    """
     # The schedule counts updates, not iterations.
     updates = config.steps * config.epochs * config.minibatches
     optimizer = make_optimizer(options, updates)
@@ -481,11 +484,12 @@ def make_update(config: Config, objective: Objective, options: OptimizerConfig) 
 def open_data(
     config: Config, source: Source, tokenizer: Tokenizer, mesh: jax.sharding.Mesh
 ) -> dict[str, Batches]:
-    """Open `prompts` from `source`, and with --ptx_data `text`, a minibatch of rows at a time.
+    """Open {"prompts": batches} of `source`, and with --ptx_data "text": batches too.
 
-    `source`: records of the schema `prompt`. Returns {"prompts"} or {"prompts", "text"}: batches
-    of B / n prompts, n to be sampled to each, and of packed rows [B / minibatches, T]; this host's
-    part of both.
+    `source`: records of the schema `prompt`. Batches are endless iterators over NumPy arrays, of
+    which this host reads its part: over all hosts --batch_size / --samples_per_prompt prompts,
+    left-padded to at most --max_prompt, and batch_size / minibatches packed rows [B, T] of text, T
+    = `config.length`.
     """
     # Every host reads its own part, in an order that the seed gives.
     shard: dict[str, Any] = {"seed": config.seed, **data_shard(mesh)}
@@ -516,10 +520,11 @@ mixed = jax.jit(with_text, static_argnames="coefficient")
 def add_text(
     config: Config, minibatch: dict[str, Any], data: dict[str, Batches], mesh: jax.sharding.Mesh
 ) -> dict[str, Any]:
-    """Return `minibatch` with the next pre-training rows as "text", [B, T] each; see `with_text`.
+    """Return `minibatch` with the next pre-training rows as "text", laid on the mesh.
 
-    They are drawn from `data["text"]` (`open_data`): one batch a call. Without --ptx_data there is
-    no such stream, and `minibatch` is returned as it is. `minibatch` is not changed.
+    `minibatch`: of `shuffled_minibatches`; not changed. `data`: of `open_data`, whose "text" gives
+    one batch a call; without it (no --ptx_data) `minibatch` itself is returned. What "text" holds:
+    objectives.policy.with_text. Every host must call it.
     """
     if "text" not in data:
         return minibatch
@@ -537,10 +542,10 @@ def fresh_items(
 ) -> dict[str, Any]:
     """Build what a checkpoint holds before the first iteration: policy, critic and beta.
 
-    Keys: `params` and `rest` of the policy's state, `value`, the critic's state, `beta`, a scalar.
-    `policy`, `critic`: whole parameters to start from, with LoRA too, which lays new adapters on
-    them. They are copied, for the steps donate theirs; reference and reward models stay.
-    `from_items` makes a TrainState of `params` and `rest`.
+    Keys: `params` and `rest` of the policy's TrainState (`from_items` joins them), `value`, the
+    critic's TrainState, and `beta`, a float32 scalar. `policy`, `critic`: whole parameters to
+    start from, with LoRA too, which lays new adapters on them. They are copied, for the steps
+    donate theirs, and reference and reward models stay. The optimisers: of the two `ModelUpdate`s.
     """
     # The keys are of adapters, which start at random.
     keys = jax.random.split(jax.random.key(config.seed))
@@ -554,7 +559,10 @@ def fresh_items(
 
 
 def next_beta(config: Config, beta: jax.Array, kl: jax.Array) -> jax.Array:
-    """Return beta, moved towards the target KL, if there is one. `kl`: nats a response, by k1."""
+    """Return beta moved towards --kl_target (objectives.policy.adapt_kl); `beta` without a target.
+
+    `beta` and `kl`, scalars; `kl`: the iteration's mean in nats a response, by k1.
+    """
     # Without a target beta is fixed.
     if config.kl_target is None:
         return beta
@@ -570,20 +578,23 @@ class Loaded(NamedTuple):
     """The apply of the critic."""
     reference: Params
     critic: Params | None
-    """Parameters that the critic starts from; None once it has started."""
+    """Whole parameters that the critic starts from; None once it has started (`put_aside`)."""
     rewards: dict[str, Params]
-    """Reward models by their run; not of rewards that are functions or servers."""
+    """{run: parameters} of the reward models; rewards that are functions or servers have none."""
     score: Callable[..., Any]
-    """score(rewards, rollout, records), of rewards.scorer.make_reward_scorer."""
+    """score(rewards, rollout, records) -> (scores, scalars), of
+    rewards.scorer.make_reward_scorer."""
     policy_base: Params | None
     """Frozen weights under the policy's adapters; None without LoRA."""
     critic_base: Params | None
 
 
 def load_models(config: Config, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -> Loaded:
-    """Load the reward models, the reference, and what the critic starts from.
+    """Load the reward models, the reference, and what the critic starts from, onto `mesh`.
 
-    The policy starts as a copy of the reference. Raises UserError for a run that does not fit.
+    The policy starts as a copy of the reference, --init. The critic's start may be a reward
+    model's own arrays: copy it too. `tokenizer`: that of --init. Raises UserError for a run of
+    another kind, shape or tokenizer, and for a reward that cannot be loaded or reached.
     """
     # Rewards: of responses, or with --step_rewards of their steps.
     of_steps = config.step_rewards != "none"
@@ -610,9 +621,9 @@ def load_models(config: Config, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -
 def put_aside(config: Config, loaded: Loaded) -> Loaded:
     """Drop the critic's start; with --offload move reference and rewards to the host's memory.
 
-    Returns a new Loaded. The critic's buffers are freed only where nothing else holds them: with a
-    reward model, it is that model's arrays. With --offload nothing that is only read stays on the
-    devices.
+    Returns a new Loaded, whose `critic` is None. The critic's buffers are freed only where nothing
+    else holds them: those of a reward model stay. Without --offload reference and rewards stay as
+    they are.
     """
     # Without --offload they stay where they are, and nothing is copied.
     memory: Memory = "pinned_host" if config.offload else "device"
@@ -623,9 +634,11 @@ def put_aside(config: Config, loaded: Loaded) -> Loaded:
 def first_samples(
     config: Config, prompts: Batches, rollout: Rollout, tokenizer: Tokenizer
 ) -> list[SampleRow]:
-    """Return `sample_rows` of the first eight prompts: {"prompt", "response"}, for samples.md.
+    """Return {"prompt": text, "response": text} for the first eight prompts of `rollout`.
 
-    `prompts`: the stream that `rollout` was sampled from, not advanced since. On every process.
+    `prompts`: the stream that `rollout` was sampled from, not advanced since. Rows are those of
+    `sample_rows`, with the first response of each prompt. Every process must call it; the rows are
+    right on the first one alone.
     """
     # Rows of a rollout are in the order of its prompts, a group to each.
     group = config.samples_per_prompt
@@ -641,10 +654,11 @@ def on_devices(config: Config, loaded: Loaded) -> tuple[Any, ...]:
 
 
 def main(config: Config) -> dict[str, float]:
-    """Train a policy by PPO; return the last row of metrics.
+    """Train a policy by PPO; return the last row of metrics, {name: float}.
 
-    It is {} where no step ran: in a dry run, and where --run has done its --steps already.
-    `config` is of flags.parse, which takes `model` from --init; one made by hand must have it.
+    Returns {} where no step ran: in a dry run, and where --run has done its --steps already.
+    `config`: of flags.parse, which takes `model` from --init; in one made by hand it must be that
+    run's. Raises UserError for settings or files that do not fit.
     """
     config = pin_inputs(config)
     mesh = make_mesh(config.mesh)

@@ -100,9 +100,10 @@ class Config:
 
 
 def make_update(config: Config) -> Update:
-    """Make the initialiser of a ScalarModel, its optimiser, its loss and the jitted step.
+    """Make the Update of a ScalarModel: its initialiser, optimiser, loss and jitted step.
 
-    Batches are data.steps.steps_batches' on the mesh; the loss is process_objective.
+    Batches are data.steps.steps_batches' on the mesh; the loss is process_objective. The step
+    donates its state; its `base` is the parameters under the adapters, None without LoRA.
     """
     init, apply = init_and_apply(ScalarModel(config.model))
     objective = partial(process_objective, apply)
@@ -120,11 +121,12 @@ def make_update(config: Config) -> Update:
 def make_step_evaluation(
     apply: Apply, source: Source, tokenizer: Tokenizer, length: int, most: int
 ) -> Callable[[Params], dict[str, float]]:
-    """Make evaluate(params) -> the measures of evaluation.steps.step_table, prefixed by `eval/`.
+    """Make evaluate(params) -> the measures of evaluation.steps.step_table, {"eval/NAME": float}.
 
     They are accuracy, auc, first_error, wrong and steps, which that function explains. `apply`: of
-    a ScalarModel. Evaluated are the first `most` records (schema `steps`) of `source`, but for
-    those without a labelled step within `length` tokens; UserError where none is left.
+    a ScalarModel; `params`: its whole parameters. Evaluated are the first `most` records (schema
+    `steps`) of `source`, but for those without a labelled step within `length` tokens. evaluate
+    waits for the device, and every process must call it. Raises UserError where no record is left.
     """
     first = source.first(most)
     records = [record for record in first if encode_steps(record, tokenizer, length).rows]
@@ -154,10 +156,11 @@ def make_step_evaluation(
 
 
 def main(config: Config) -> dict[str, float]:
-    """Train on solutions with labelled steps; return the last row of metrics.
+    """Train on solutions with labelled steps; return the last row of metrics, {name: float}.
 
-    It is {} where no step ran: in a dry run, and where --run has done its --steps already.
-    `config` is of flags.parse, which takes `model` from --init; one made by hand must have it.
+    Returns {} where no step ran: in a dry run, and where --run has done its --steps already.
+    `config`: of flags.parse, which takes `model` from an --init; in one made by hand it must be
+    that run's. Raises UserError for settings or files that do not fit.
     """
     # A mesh of all devices, and a batch that splits over it.
     config = pin_inputs(config)

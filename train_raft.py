@@ -167,23 +167,24 @@ class Config:
 
     @property
     def length(self) -> int:
-        """Return the tokens of a row: prompt and response."""
+        """Return the tokens of a row, prompt and response: a property."""
         return self.max_prompt + self.max_new_tokens
 
     @property
     def pool_rows(self) -> int:
-        """Responses that the pool has room for: of this round and of `replay_rounds` before.
+        """Return the rows of the pool, for one round and `replay_rounds` before it: a property.
 
-        That field must not be None; a property.
+        `replay_rounds` must not be None (TypeError).
         """
         return self.batch_size * (1 + self.replay_rounds)
 
     @property
     def most_updates(self) -> int:
-        """Most updates of a round: --epochs passes over the most responses, rounded up once.
+        """Return the most updates that a round can have: a property.
 
-        The most that can be chosen are the whole pool above a threshold, else one in
-        `samples_per_prompt` of it. No field of the method may be None; a property.
+        These are --epochs passes over the most responses that can be chosen, in minibatches,
+        rounded up once. The most are the whole pool with above_threshold, else one in
+        `samples_per_prompt` of it. No field of the method may be None.
         """
         # Above a threshold all may be.
         most = self.pool_rows
@@ -193,28 +194,33 @@ class Config:
 
     @property
     def schedule_updates(self) -> int:
-        """Return the updates of a run whose every round has as many as it can."""
+        """Return --steps times `most_updates`: a property.
+
+        No field of the method may be None.
+        """
         return self.steps * self.most_updates
 
     def place(self, step: int, number: int, count: int) -> int:
-        """Return where the schedule is at update `number`, from 0, of the `count` of round `step`.
+        """Return the schedule's place, 0 to `schedule_updates` - 1, at an update of round `step`.
 
-        Of `schedule_updates`. A round with fewer updates than it can have takes longer steps, so
-        that each round, and so the run, ends where the schedule does.
+        It is (step - 1) most_updates + ceil((number + 1) most_updates / count) - 1: `step` from 1,
+        `number`, the update in the round, from 0, and `count`, the round's updates. So each round
+        ends where its part of the schedule does, however few updates it has.
         """
         done = divided_up((number + 1) * self.most_updates, count)
         return (step - 1) * self.most_updates + done - 1
 
 
 def divided_up(count: int, size: int) -> int:
-    """Return count / size, rounded up."""
+    """Return count / size, rounded up to an int."""
     return -(-count // size)
 
 
 def check(config: Config, mesh: jax.sharding.Mesh) -> None:
-    """Raise UserError for settings that cannot run together.
+    """Raise UserError for settings out of range, and for settings that cannot run together.
 
-    `config`: with no field of the method left at None (TypeError otherwise).
+    `config`: of runtime.flags.with_paper_defaults, which fills the method's fields (TypeError
+    where one is None). `mesh`: of `make_mesh`.
     """
     # Sizes.
     group = config.samples_per_prompt
@@ -254,19 +260,20 @@ class ScoredRollout(Rollout):
     """A rollout and what its responses are ranked by."""
 
     score_B: jax.Array
-    """The reward, after the rule on a missing end; float32, -inf for what is never imitated."""
+    """Float32: the reward after the rule on a missing end; -inf for what is never imitated."""
 
 
 def make_targets(
     config: Config, apply: Apply, *, eos: Ends
 ) -> Callable[..., tuple[ScoredRollout, Batch]]:
-    """Compile compute_targets(policy, reference, rollout, scores, scalars).
+    """Compile compute_targets(policy, reference, rollout, scores, scalars) -> (scored, metrics).
 
-    It returns (scored rollout, metrics). `apply`: of both models, whose whole parameters are
-    given. `scores`: {reward: [B]} of rewards.scorer.make_reward_scorer, of which that of --reward
-    is read; its scalars are not used. `eos`: ids that end a response. Nothing is donated.
-    Metrics are scalars, means over the rollout: `score`, before the rule on a missing end,
-    `score_with_eos_rule`, and those of `rollout_metrics`.
+    `policy`, `reference`: whole parameters that `apply` takes. `rollout`: a Rollout on the mesh.
+    `scores`: {reward: [B]} of rewards.scorer.make_reward_scorer, of which that of --reward is
+    read; `scalars` are not read. `eos`: ids that end a response. `scored`: a ScoredRollout; with
+    --missing_eos=lowest a response without an end has score -inf in it. Metrics are scalars on the
+    device: the mean `score` before the rule on a missing end, the mean `score_with_eos_rule` after
+    it (without -inf), and those of `rollout_metrics`. Nothing is donated.
     """
 
     @jax.jit
@@ -302,19 +309,21 @@ class PoolFunctions(NamedTuple):
     """The jitted functions on the pool."""
 
     add: Callable[[Pool, Any, int], Pool]
-    """add(pool, scored rollout, number) -> pool; see imitate.added. The pool is replicated."""
+    """add(pool, scored rollout, number) -> pool, replicated on the mesh; `number`: rounds before
+    this one. See imitate.added."""
     choose: Callable[[Pool], tuple[jax.Array, Batch]]
     """choose(pool) -> (chosen [rows] bool, {chosen: their number, chosen_score: their mean score,
-    best_score: the best of the pool})."""
+    0 for none, best_score: the best of the pool}), on the device."""
     draw: Callable[[Pool, jax.Array, jax.Array], list[Pool]]
-    """draw(pool, chosen, key) -> `most_updates` minibatches; see imitate.drawn."""
+    """draw(pool, chosen, key) -> `most_updates` minibatches of --minibatch_size rows; see
+    imitate.drawn."""
 
 
 def make_pool_functions(config: Config, mesh: jax.sharding.Mesh) -> PoolFunctions:
     """Compile what --select, --distinct and --minibatch_size make of the pool.
 
-    `config`: with no field of the method left at None. See PoolFunctions for what each takes and
-    returns; nothing is donated.
+    `config`: of with_paper_defaults, with no field of the method at None. `mesh`: of `make_mesh`.
+    Nothing is donated.
     """
     # Which rows are imitated, by their scores.
     group = config.samples_per_prompt
@@ -357,12 +366,15 @@ def minibatches_of(
     key: jax.Array,
     step: int,
 ) -> tuple[list[Pool], Batch]:
-    """Choose the responses to imitate; return (minibatches, metrics), which are `choose`'s.
+    """Choose the responses to imitate, cut them into minibatches; return (minibatches, metrics).
 
-    Minibatches of --minibatch_size rows for --epochs passes over what was chosen, all in the one
-    order that `key` gives; the last is filled up with the first rows. Where nothing was chosen
-    there are none, and a note on stderr names the round, `step`. Metrics, scalars on the device:
-    chosen, chosen_score, best_score. Waits for the device. `pool` is not donated.
+    `functions`: of `make_pool_functions`. `pool`: of its `add`, not donated. `key` gives one
+    random order of the chosen rows; --epochs passes in that order, end to end, are cut into
+    minibatches of --minibatch_size rows, of which the very last alone is filled up, with the first
+    rows of the order. Each has the `room` of its real tokens, if packing saves any
+    (objectives/unpadded.py). Where nothing was chosen the list is empty, and a note on stderr
+    names the round, `step`, from 1. Metrics, scalars on the device: `chosen`, how many responses;
+    `chosen_score`, their mean score; `best_score`, the highest of the pool. Waits for the device.
     """
     # How many were chosen says how many minibatches there are.
     chosen_B, metrics = functions.choose(pool)
@@ -382,9 +394,9 @@ def minibatches_of(
 
 
 def note_nothing_chosen(config: Config, step: int, best: float) -> None:
-    """Say on stderr, once over all processes, that round `step` had no response to imitate.
+    """Say on stderr, on process 0 alone, that round `step`, from 1, had no response to imitate.
 
-    `best`: the best score of the pool.
+    `best`: the best score of the pool; -inf: no response in it had ended.
     """
     # The others would say the same.
     if jax.process_index() != 0:
@@ -396,10 +408,12 @@ def note_nothing_chosen(config: Config, step: int, best: float) -> None:
 
 
 def make_update(config: Config, init: Init, apply: Apply) -> Update:
-    """Make the policy's optimiser over the most updates of a run, and its jitted step.
+    """Make the policy's Update: optimiser over `schedule_updates`, loss and jitted step.
 
-    `init` is handed through; `apply`: of the policy. Batches are rows of a Pool. The step's `base`
-    is {"base", "reference"}: what lies under the policy's adapters, or None, and the reference.
+    `init`: of the policy, handed through. `apply`: of the policy. Batches are those of
+    `minibatches_of`. The step donates its state. Its `base` is {"base", "reference"}: the
+    parameters under the policy's adapters (None without LoRA), and the reference's whole
+    parameters.
     """
 
     # The objective sees two models; only what is trained of the policy has a gradient.
@@ -429,10 +443,13 @@ def on_all(
     frozen: Params,
     step: int,
 ) -> tuple[TrainState, Metrics]:
-    """Update `policy`, which is donated, on each of round `step`'s minibatches; return it.
+    """Update `policy`, which is donated, on each of the minibatches; return (policy, metrics).
 
-    With the means of the updates' metrics as `policy/NAME`, and the `learning_rate` of the last;
-    {} where there are no minibatches. `frozen`: the step's base.
+    `update`: of `make_update`. `minibatches`: of `minibatches_of` at round `step`, from 1.
+    `frozen`: the step's base, {"base", "reference"} as in `make_update`; not donated. Metrics,
+    scalars on the device: the updates' as `policy/NAME`, their means, of counters the last, and
+    `learning_rate`, that of the last update. Without minibatches `policy` is returned as it is,
+    and {}.
     """
     updates = []
     for number, minibatch in enumerate(minibatches):
@@ -451,9 +468,10 @@ def fresh_items(
 ) -> dict[str, Any]:
     """Build what a checkpoint holds before the first round: the policy's state, an empty pool.
 
-    Keys: `params` and `rest` of the state (train_state.as_items), and `pool`. `pad`: the id of
-    padding. Parameters of `reference` are copied: the step donates its own, and the reference
-    stays.
+    Keys: `params` and `rest` of the state (train_state.as_items), and `pool`, of `pool_rows` rows.
+    `optimizer`: of `make_update`. `pad`: the id of padding. `reference`: whole parameters to start
+    from, with LoRA too, which lays new adapters on them; they are copied, for the step donates its
+    own.
     """
     # The policy starts as the reference, or as new adapters on it.
     trained = trainable_part(config.lora, reference, jax.random.key(config.seed))
@@ -467,10 +485,12 @@ def fresh_items(
 def open_prompts(
     config: Config, source: Source, tokenizer: Tokenizer, mesh: jax.sharding.Mesh
 ) -> Batches:
-    """Open batches of one prompt a group, on this host's part of `source`.
+    """Open batches of prompts, --batch_size / --samples_per_prompt of them over all hosts.
 
-    `source`: records of the schema `prompt`. Left-padded; `.records` are those of the last batch's
-    prompts. `config`: with no field of the method left at None.
+    `source`: records of the schema `prompt`, of which this host reads its part. Batches are
+    left-padded NumPy arrays (data.batches.prompt_batches) of at most --max_prompt tokens;
+    `.records` are those of the last batch. `config`: of with_paper_defaults, with no field of the
+    method at None.
     """
     # Every host reads its own part, in an order that the seed gives.
     shard: dict[str, Any] = {"seed": config.seed, **data_shard(mesh)}
@@ -481,8 +501,9 @@ def open_prompts(
 def load_score(config: Config, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -> Score:
     """Load the reward; return score(rollout, records) -> ({reward: [B]}, {reward: [B, R + 1]}).
 
-    As of rewards.scorer.make_reward_scorer with its model given, which stays on the mesh.
-    UserError for a reward that cannot be loaded.
+    That is the score of rewards.scorer.make_reward_scorer with its model given, which stays on the
+    mesh: it takes a Rollout on the mesh and the records of this host's prompts, in order. Raises
+    UserError for a reward that cannot be loaded or reached.
     """
     # The model stays on the mesh: it is given once for all.
     reward_models, score = make_reward_scorer([config.reward], tokenizer, mesh)
@@ -490,10 +511,11 @@ def load_score(config: Config, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) ->
 
 
 def main(config: Config) -> dict[str, float]:
-    """Train a policy by --method, in rounds; return the last row of metrics.
+    """Train a policy by --method, in rounds; return the last row of metrics, {name: float}.
 
-    It is {} where no step ran: in a dry run, and where --run has done its --steps already.
-    `config` is of flags.parse, which takes `model` from --init; one made by hand must have it.
+    Returns {} where no step ran: in a dry run, and where --run has done its --steps already.
+    `config`: of flags.parse, which takes `model` from --init; in one made by hand it must be that
+    run's. Raises UserError for settings or files that do not fit.
     """
     # What the paper sets, and a mesh of all devices.
     config = with_paper_defaults(config, config.method, imitate.PAPERS[config.method])

@@ -105,9 +105,10 @@ class Config:
 
 
 def make_update(config: Config) -> Update:
-    """Make the initialiser of a ScalarModel, its optimiser, its loss and the jitted step.
+    """Make the Update of a ScalarModel: its initialiser, optimiser, loss and jitted step.
 
-    Batches are data.batches.comparison_batches' on the mesh; the loss is ranking_objective.
+    Batches are data.batches.comparison_batches' on the mesh; the loss is ranking_objective. The
+    step donates its state; its `base` is the parameters under the adapters, None without LoRA.
     """
     init, apply = init_and_apply(ScalarModel(config.model))
     objective = partial(
@@ -128,11 +129,11 @@ def make_update(config: Config) -> Update:
 
 
 def reference_responses(config: Config, source: Source) -> tuple[list[list[Message]], list[str]]:
-    """Return up to REFERENCE_RESPONSES prompts (lists of messages) and a good response to each.
+    """Return (prompts, responses): prompts as lists of messages, a good response to each, a text.
 
-    They are the first conversations of --demonstrations with their last turns, or without it the
-    first comparisons of `source` (records of the schema `comparison`) with the first of their best
-    responses. Responses are texts.
+    With --demonstrations: its first conversations, the last turn as the response. Without: the
+    first comparisons of `source` (records of the schema `comparison`), each with the first of its
+    best responses. At most REFERENCE_RESPONSES.
     """
     prompts: list[list[Message]] = []
     responses: list[str] = []
@@ -158,25 +159,30 @@ def mean_score(
 ) -> jax.Array:
     """Return the mean reward of `reference_responses`, a float32 scalar.
 
-    Those are of --demonstrations, or the best of the comparisons in `source`
-    (data.sources.open_source). `params`: of a reward model. `score`: of
-    rewards.models.make_text_scorer, score(params, prompts, responses) -> rewards. The model's bias
-    less this mean scores them 0 on average (Stiennon et al. 2020, section 3.4).
+    `params`: whole parameters of a reward model. `score`: of rewards.models.make_text_scorer,
+    score(params, prompts, responses) -> rewards. `source`: records of the schema `comparison`,
+    read unless --demonstrations is given. The model's bias less this mean scores those responses 0
+    on average (Stiennon et al. 2020, section 3.4).
     """
     rewards = score(params, *reference_responses(config, source))
     return jnp.float32(np.mean(rewards))
 
 
 def shifted(params: Params, mean: jax.Array) -> Params:
-    """Return a reward model whose rewards are those of `params` less `mean`, by its bias."""
+    """Return a reward model whose rewards are those of `params` less `mean`, by its bias.
+
+    `params`: whole parameters of a ScalarModel, or with LoRA what is trained of them; its other
+    arrays are shared. `mean`: a scalar.
+    """
     return {**params, "bias": params["bias"] - mean}
 
 
 def main(config: Config) -> dict[str, float]:
-    """Train a reward model on comparisons; return the last row of metrics.
+    """Train a reward model on comparisons; return the last row of metrics, {name: float}.
 
-    It is {} where no step ran: in a dry run, and where --run has done its --steps already.
-    `config` is of flags.parse, which takes `model` from --init; one made by hand must have it.
+    Returns {} where no step ran: in a dry run, and where --run has done its --steps already.
+    `config`: of flags.parse, which takes `model` from an --init; in one made by hand it must be
+    that run's. Raises UserError for settings or files that do not fit.
     """
     # A mesh of all devices, and a batch that splits over it.
     config = pin_inputs(config)

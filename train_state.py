@@ -34,12 +34,13 @@ Init = Callable[[jax.Array], Params]
 
 
 def pin_inputs(config: Any) -> Any:
-    """Return a script's `config` with the runs that it reads pinned: the first thing it does.
+    """Return a script's `config` with the runs that it reads pinned; a script calls it first.
 
-    Each is a RunAtStep (runtime/inputs.py), of the step that `config.run` began with, or the
-    newest; and where `lora.rank` is above 0, `lora.base` becomes the SHA-256 of --init's step.
-    What this process prepares of data files is kept from now on, unless `dry_run`. Raises
-    UserError as with_pinned_runs and note_lora_base do.
+    `config`: an instance of a script's Config; a new one is returned. Each run it names becomes a
+    RunAtStep (runtime/inputs.py): that run at the step that `config.run` began with, or the
+    newest. Where `lora.rank` is above 0, `lora.base` becomes the SHA-256 of --init's step. What
+    this process prepares of data files is kept from now on, unless `dry_run`. Raises UserError as
+    with_pinned_runs and note_lora_base do.
     """
     config = with_pinned_runs(config)
     keep_prepared(not getattr(config, "dry_run", False))
@@ -52,14 +53,14 @@ def pin_inputs(config: Any) -> Any:
 def load_params(run: str, step: int | None = None, shapes: Any = None) -> dict[str, Any]:
     """Load the parameters of the run in the folder `run`, at `step` or the newest, a nested dict.
 
-    They are those that the run trains: of train_ppo the policy's, not the critic's. NumPy arrays,
-    unless `shapes` (tree of ShapeDtypeStructs with shardings) is given: then names, shapes and
-    types are checked against it (types not for adapters), and they become jax.Arrays placed so.
-    Adapters (lora.py) come merged into their base, of which the step is read that the run noted.
+    They are what the run trains: of train_ppo the policy's parameters, not the critic's. Without
+    `shapes` they are NumPy arrays. `shapes`, a tree of ShapeDtypeStructs with shardings, makes
+    them jax.Arrays laid so, and names, shapes and types are checked against it (types not for
+    adapters). Adapters (lora.py) come merged into their base, read at the step that the run noted.
 
     Raises UserError for a missing run, step or base, a damaged file, other parameters, and a run
-    of a fork whose model.py is not the one imported. Says so on stderr where a run of the root's
-    model.py is read with a fork's.
+    of a fork whose model.py is not the one imported. Notes on stderr a run of the root's model.py
+    that is read with a fork's.
     """
     config = load_config(run)
     refuse_other_model_code(run, config)
@@ -106,10 +107,10 @@ def _merged(run: str, config: dict[str, Any], adapters: Params, shapes: Any) -> 
 
 
 def has_scalar_head(run: str) -> bool:
-    """Tell if the newest checkpoint of `run` is of a scalar model: a reward model, of any script.
+    """Return True if the newest checkpoint of `run` is of a scalar model, such as a reward model.
 
-    `run`: a run's folder. A scalar model is told from a language model by its parameter `head`.
-    Raises UserError for a run without a finished checkpoint.
+    `run`: a run's folder, of any script. A scalar model is told from a language model by its
+    parameter `head`. Raises UserError for a run without a finished checkpoint.
     """
     return "head" in stored_params(run)
 
@@ -122,7 +123,8 @@ def starting_params(
     So a reward model starts with a policy's decoder and a new head, or goes on from another reward
     model. `config`: the shape of the model that `init` makes. `run`: a run's folder; None: all is
     random, by `seed`. Returns the nested dict that `init` makes, laid as sharding.py says. Raises
-    UserError if the shapes differ, or for a language model that would start from a reward model.
+    UserError for a run of another shape, for a language model that would start from a reward
+    model, and as `load_params` does.
     """
     if run is None:
         return init_sharded(init, mesh, jax.random.key(seed))
@@ -169,10 +171,10 @@ def starting_critic(
 ) -> tuple[Params, Callable[..., Any]]:
     """Return (parameters, apply) of the value model that a run starts with.
 
-    `models`: {folder: parameters} of reward models. The value model starts as the first of them,
-    whose arrays it gets uncopied; without one, as the decoder of --init under a head of zeros.
-    `apply` is of a ScalarModel. `config`: the script's, of which `model`, `init` and `seed` are
-    read.
+    `config`: the script's, of which `model`, `init` and `seed` are read. `models`: {folder:
+    parameters on the mesh} of reward models. The value model starts as the first of them, with the
+    same arrays, not copied; for {}, as the decoder of --init under a head of zeros. `apply`: of a
+    ScalarModel (see model.init_and_apply). Raises UserError as `starting_params` does.
     """
     # As in InstructGPT (Ouyang et al. 2022, appendix C) the critic starts as the reward model.
     if models:
@@ -195,13 +197,16 @@ class Start(NamedTuple):
     """Steps finished; 0 for a new run."""
     state: TrainState
     data_position: Any
-    """The `extra` that `Checkpoints.save` was given; None for a new run."""
+    """The `extra` that `Checkpoints.save` was given, this process's; None for a new run."""
     base: Params | None
     """The parameters that `state.params` are adapters on; None without adapters."""
 
 
 def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
-    """Return a state at step 0 around `params`, whose arrays it holds: a step donates them."""
+    """Return a TrainState at step 0 around `params`, whose arrays it holds: a step donates them.
+
+    `params`: what is trained; `optimizer`: of make_optimizer, whose state starts anew.
+    """
     return TrainState(
         step=jnp.int32(0),
         skipped=jnp.int32(0),
@@ -214,10 +219,11 @@ def init_state(params: Params, optimizer: optax.GradientTransformation) -> Train
 def fresh_state(
     config: Any, optimizer: optax.GradientTransformation, params: Params, key: jax.Array
 ) -> TrainState:
-    """Return the state that a script starts from: of new adapters on `params`, or of `params`.
+    """Return the TrainState that a script starts from: of `params`, or with LoRA of new adapters.
 
-    It holds arrays of `params` themselves, which a step donates: copy them, or call this under
-    jit. `config`: the script's, of which `lora` is read. `key`: of the adapters' random part.
+    `config`: the script's, of which `lora` is read. `params`: whole parameters. The state holds
+    arrays of `params` themselves, which a step donates: copy them, or call this under jit. `key`:
+    for the adapters' random part; not used without LoRA.
     """
     return init_state(trainable_part(config.lora, params, key), optimizer)
 
@@ -225,11 +231,12 @@ def fresh_state(
 def shapes_of(
     config: Any, init: Init, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh
 ) -> dict[str, Any]:
-    """Return a fresh state as a checkpoint stores it, shapes and shardings alone.
+    """Return the ShapeDtypeStructs, laid on `mesh`, of a fresh state as a checkpoint stores it.
 
-    ShapeDtypeStructs under the keys `params` and `rest` (see as_items); and `base`, of adapters,
-    None without, which no checkpoint holds: leave it out of what `Checkpoints.restore` is given.
-    `config`: the script's, of which `lora` and `seed` are read.
+    Keys: `params` and `rest`, see as_items; and `base`, of the parameters under the adapters, None
+    without LoRA, which no checkpoint holds: leave it out of what `Checkpoints.restore` is given.
+    `config`: the script's, of which `lora` and `seed` are read. `init`, `optimizer`: of the
+    script's Update. Nothing is computed.
     """
     # Nothing is computed: the shapes follow from tracing.
     key = jax.random.key(config.seed)
@@ -249,9 +256,9 @@ def start_or_resume(
     """Return the state of the newest checkpoint, or a fresh one on `starting_params`.
 
     `checkpoints`: of the run's own folder, opened. `config`: the script's, of which `model`,
-    `init`, `seed` and `lora` are read. The base of adapters is in no checkpoint: a resumed run
-    too makes it of `init` and `seed`. Raises UserError as `starting_params` and
-    `Checkpoints.restore` do.
+    `init`, `seed` and `lora` are read. `init`, `optimizer`: of the script's Update. Parameters
+    under adapters are in no checkpoint: a resumed run too takes them from `starting_params`.
+    Raises UserError as `starting_params` and `Checkpoints.restore` do.
     """
     # All parameters are in the checkpoint, unless it holds adapters.
     shapes = shapes_of(config, init, optimizer, mesh)
@@ -273,11 +280,14 @@ def start_or_resume(
 
 
 def as_items(state: TrainState) -> dict[str, Any]:
-    """Split the state as a checkpoint stores it: {"params", "rest"}, rest all but parameters."""
+    """Split the state as a checkpoint stores it: {"params", "rest"}, rest all but parameters.
+
+    `rest` is a TrainState whose `params` are {}. Nothing is copied.
+    """
     rest = dataclasses.replace(state, params={})
     return {"params": state.params, "rest": rest}
 
 
 def from_items(items: dict[str, Any]) -> TrainState:
-    """Undo `as_items`; other keys of `items` are not read."""
+    """Join `params` and `rest` of `as_items` into the TrainState; other keys are not read."""
     return dataclasses.replace(items["rest"], params=items["params"])

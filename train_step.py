@@ -32,7 +32,8 @@ MetricSums = dict[str, tuple[jax.Array, jax.Array]]
 Sums = tuple[jax.Array, tuple[jax.Array, MetricSums]]
 """(sum of losses, (weight, {metric: (sum, weight)})), all float32 scalars."""
 Objective = Callable[[Params, Batch], Sums]
-"""objective(params, batch) -> Sums. The loss of a batch is the sum of losses over the weight."""
+"""objective(params, batch) -> Sums. The loss of a batch is the sum of losses over the weight; each
+metric is its sum over its own weight."""
 TrainStep = Callable[..., tuple["TrainState", Metrics]]
 """step(state, batch, base=None) -> (state, metrics), of make_train_step."""
 
@@ -87,7 +88,10 @@ class OptimizerConfig:
 
     @property
     def unused(self) -> dict[str, str]:
-        """Name the fields that these settings leave unused, and the setting that does."""
+        """Return {field: name of the optimiser} for the fields that it does not read; a property.
+
+        They are ADAMW_ALONE for adafactor; {} for adamw.
+        """
         if self.name == "adafactor":
             return dict.fromkeys(ADAMW_ALONE, "adafactor")
         return {}
@@ -104,14 +108,17 @@ class TrainState:
     left_out: jax.Array
     """Those of them left out because nothing in the batch counted (weight 0), int32."""
     params: Params
+    """What is trained: whole parameters, or with LoRA the adapters (lora.py)."""
     opt_state: Any
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Return the learning rate by step, over `steps` steps; raise UserError for settings at odds.
+    """Make schedule(count) -> learning rate, a scalar, for a run of `steps` updates.
 
-    schedule(count) -> learning rate, `count` the updates done before, from 0. The first step
-    already learns: the warm-up starts at 1/(warmup + 1) of the peak, not at 0.
+    `count`: updates done before, from 0, a Python int or an array. The first update already
+    learns: the warm-up starts at 1/(warmup + 1) of the peak, not at 0. A warm-up left at its
+    default is half of a run that is no longer than it. Raises UserError for a warm-up that is not
+    below `steps`.
     """
     # A run shorter than the warm-up that nobody has set warms up for half of it.
     if config.warmup == OptimizerConfig.warmup and 0 < steps <= config.warmup:
@@ -139,7 +146,10 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def at_place(state: "TrainState", place: int) -> "TrainState":
-    """Return `state` with its optimiser's schedule at update `place`; nothing else moves."""
+    """Return `state` with its optimiser's schedule at update `place`, from 0; nothing else moves.
+
+    `state`: its optimiser is of make_optimizer. `place`: a Python int. For a step outside jit.
+    """
 
     def is_schedule(part: Any) -> bool:
         # Of the learning rate, or of the decay that goes by it; moments have counts of their own.
@@ -155,7 +165,8 @@ def at_place(state: "TrainState", place: int) -> "TrainState":
 def inverse_sqrt(config: OptimizerConfig) -> optax.Schedule:
     """Return the schedule of T5 (Raffel et al. 2020, section 3.1.2) and PaLM (section 5).
 
-    1 / sqrt(max(n, k)) at update n, from 1, of warm-up k, as a multiple that starts at the peak.
+    schedule(count) -> lr sqrt(k / max(n, k)) at update n = count + 1, with k the warm-up, at least
+    1: the peak up to update k.
     """
     constant = max(config.warmup, 1)
 
@@ -167,9 +178,10 @@ def inverse_sqrt(config: OptimizerConfig) -> optax.Schedule:
 
 
 def make_rate(config: OptimizerConfig, steps: int) -> Callable[["TrainState"], jax.Array]:
-    """Make rate(state): the learning rate of the update that `state` is the result of, a scalar.
+    """Make rate(state) -> the learning rate of the update that `state` is the result of.
 
-    Arguments as of `make_optimizer`. Updates that were not taken do not advance the schedule.
+    A float32 scalar on the device; before any update, the first one's. `config` and `steps` are
+    those that make_optimizer was given. Updates that were not taken do not advance the schedule.
     """
     schedule = make_schedule(config, steps)
 
@@ -182,7 +194,10 @@ def make_rate(config: OptimizerConfig, steps: int) -> Callable[["TrainState"], j
 
 
 def decayed(params: Params) -> Any:
-    """Return a tree of bools like `params`: True under weight decay, all but norms and biases."""
+    """Return a tree of bools like `params`: True under weight decay, all but norms and biases.
+
+    `params`: a tree of arrays; a leaf is told by the end of its name, `norm` or `bias`.
+    """
 
     def is_decayed(path: Any, leaf: Any) -> bool:
         return re.search(r"(norm|bias)$", path_name(path)) is None
@@ -193,7 +208,8 @@ def decayed(params: Params) -> Any:
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     """Make the optimiser for a run of `steps` updates, without clipping, which the step does.
 
-    Raises UserError for settings at odds.
+    Its learning rate follows make_schedule(config, steps). Raises UserError as that does, and for
+    adafactor with a beta1 that is neither the default nor 0.
     """
     # Adafactor: a factored second moment and no first, for models whose AdamW does not fit.
     schedule = make_schedule(config, steps)
@@ -239,7 +255,8 @@ class Update(NamedTuple):
     objective: Objective
     """objective(all parameters, batch) -> Sums; the script says which batches."""
     step: TrainStep
-    """step(state, batch, base=None) -> (state, metrics); `state` is donated."""
+    """step(state, batch, base=None) -> (state, metrics), of make_train_step; `state` is
+    donated."""
 
 
 class PartSums(NamedTuple):
@@ -253,7 +270,7 @@ class PartSums(NamedTuple):
 
 
 def without_base(base: Params | None, params: Params) -> Params:
-    """Return `params`: what a model without adapters computes with."""
+    """Return `params`, what a model without adapters computes with; `base` is not read."""
     return params
 
 
@@ -267,18 +284,20 @@ def make_train_step(
 ) -> TrainStep:
     """Compile step(state, batch, base=None) -> (state, metrics).
 
-    `state` is donated: its buffers are gone after the call; `base` and `batch` are not. `batch`:
-    arrays [B, ...] by name, as `objective` reads them. `microbatches`: parts into which B is cut,
-    one after another; it must divide B. Sums are divided by the total weight at the end, so the
-    result does not depend on the cut, whatever the counts of tokens. `max_norm`: largest global
-    gradient norm, inf for any; a longer gradient is scaled down to it. `full(base, state.params)`:
-    the parameters that the objective sees, where `state.params` are adapters on `base`; gradients
-    are of `state.params` alone.
+    `state`, a TrainState of `optimizer`, is donated: its buffers are gone after the call; `base`
+    and `batch` are not. `batch`: arrays [B, ...] by name, as `objective` reads them.
+    `microbatches`: parts into which B is cut, one after another; it must divide B (on a mesh with
+    stages the pipeline cuts). Sums are divided by the total weight at the end, so the result does
+    not depend on the cut, whatever the counts of tokens. `max_norm`: largest global gradient norm,
+    inf for any; a longer gradient is scaled down to it. `full(base, state.params)`: the whole
+    parameters that the objective sees, where `state.params` are adapters on `base`; gradients are
+    of `state.params` alone.
 
     Metrics are of the parameters before the update, scalars on the device: `loss`, the objective's
-    own as means, `grad_norm` before clipping, and counts of updates so far: `updates`, those
-    taken, `skipped`, whose loss or gradient was not finite, and `left_out`, whose batch had no
-    weight (loss and gradient are then 0). The last two kinds change nothing but the counters.
+    own as means, each over its own weight, `grad_norm` before clipping, and counts of the state's
+    updates, this one included: `updates`, those taken, `skipped`, whose loss or gradient was not
+    finite, and `left_out`, whose loss and weight were 0 (`loss` and `grad_norm` are then 0). The
+    last two kinds change nothing but the counters.
     """
 
     # The sum of losses, differentiated by the parameters that the state holds.
@@ -368,9 +387,11 @@ def make_train_step(
 
 
 def make_evaluation(objective: Objective) -> Callable[[Params, list[Batch]], dict[str, float]]:
-    """Return evaluate(params, batches) -> means over all batches, {"eval/loss", "eval/NAME"}.
+    """Make evaluate(params, batches) -> {"eval/loss", "eval/NAME"}, means over all batches.
 
-    NAME: each metric of `objective`. `batches`: a list of batches on the mesh, one or more.
+    NAME: each metric of `objective`, over its own weight; all are floats. `params`: what
+    `objective` takes. `batches`: a list of batches on the mesh, one or more; not donated. Waits
+    for the device. Every process must call it.
     """
 
     @jax.jit

@@ -43,14 +43,14 @@ from train_state import Init, start_or_resume
 from train_step import TrainState, make_schedule
 
 Data = Batches | dict[str, Batches]
-"""Batches that a script reads: one stream, or several by name."""
+"""The batches that a script reads: one stream, or several by name."""
 
 
 def script_name(config: Any) -> str:
     """Name the script that defines the class of `config`, by its path from the root without `.py`.
 
-    A fork is named by its folder too: `experiments/alibi/train_sft`. One outside the repository
-    is named by its whole path.
+    `config`: an instance of a script's Config. A fork's name has its folder:
+    `experiments/alibi/train_sft`; that of a script outside the repository is its whole path.
     """
     # The module of a script that is started is `__main__`, which knows its file too.
     module = sys.modules[type(config).__module__]
@@ -62,10 +62,11 @@ class Run:
     """A script's run folder while it trains: checkpoints, metrics and samples.
 
     `config` is the script's dataclass, stored whole in config.json. Read here are `run`, `steps`,
-    `save_every`, `keep_checkpoints`, `batch_size` and `microbatches`, and by start_or_resume
-    `model`, `init`, `seed` and `lora`. On entry the folder is created or found to be the same run,
-    else UserError and nothing is touched. On exit the last row of metrics and the last save are on
-    the disk, and report.html is written. With several processes all do the same calls.
+    `save_every`, `keep_checkpoints`, `batch_size` and `microbatches`, with the unit `step` also
+    `optimizer`, and by start_or_resume `model`, `init`, `seed` and `lora`. On entry the folder is
+    created or found to be the same run, else UserError and nothing is touched. On exit the last
+    row of metrics and the last save are on the disk, and report.html is written. With several
+    processes all must make the same calls.
     """
 
     def __init__(
@@ -79,8 +80,9 @@ class Run:
         """Describe the run; nothing is written before entry.
 
         `tokenizer`: stored beside the checkpoints, for whoever reads the run. `unit`: the word for
-        a step on the terminal. `guard`: what counts as a loss spike, which then raises
-        runtime.guard.Spike for `guarded` around the script's main; None: nothing does.
+        a step on the terminal; `step` also says that each step is one update, whose learning rate
+        is recorded. `guard`: what counts as a loss spike, which then raises runtime.guard.Spike
+        for `guarded` around the script's main; None: nothing does.
         """
         self.config = config
         self.start = 0
@@ -122,8 +124,10 @@ class Run:
         """Load the newest good checkpoint and set `data` to where it was; None for a new run.
 
         For a script with more than one state; others call `start_or_resume`. `shapes`: the tree
-        that `save_when_due` is given, as ShapeDtypeStructs with shardings, which the arrays get.
-        Sets `start`. Raises UserError for other names, shapes or dtypes.
+        that `save_when_due` is given, as ShapeDtypeStructs with shardings (sharding.abstract).
+        Returns that tree of arrays, laid so. Sets `start` to the checkpoint's step. Damaged
+        checkpoints are passed over with a warning. Raises UserError for other names, shapes or
+        dtypes, or where all are damaged.
         """
         # Damaged checkpoints are passed over, with a warning.
         found = self._checkpoints.restore(shapes)
@@ -140,10 +144,11 @@ class Run:
     ) -> tuple[TrainState, Params | None]:
         """Return the state of the newest checkpoint, or a fresh one, and the base of its adapters.
 
-        A fresh state is of `init`'s random parameters, of those of --init, or of adapters on them.
-        `data` is set to where the checkpoint left it, and `start` to its step. The base is None
-        without adapters. The arrays lie on `mesh` as sharding.py says. Raises UserError as
-        train_state.starting_params does, and for a checkpoint of other names, shapes or types.
+        `init`, `optimizer`: of the script's Update. A fresh state has random parameters of `init`,
+        those of --init, or adapters on them. `data` is set to where the checkpoint left it, and
+        `start` to its step. The base: the parameters under the adapters, None without LoRA. Arrays
+        lie on `mesh` as sharding.py says. Raises UserError as `restore` and
+        train_state.starting_params do.
         """
         step, state, extra, base = start_or_resume(
             self._checkpoints, self.config, init, optimizer, mesh
@@ -165,8 +170,8 @@ class Run:
         """Print the arithmetic of the run: sizes, mesh, memory, steps; and what data is cut.
 
         `what`: the title, behind the run's folder. `params`: the tree of what is trained. `rest`:
-        every other tree that lies on the devices. `length`: tokens a row. Call it after the state
-        is restored.
+        a tree of all else that lies on the devices. `length`: tokens a row. Call it after the
+        state is restored.
         """
         candidates = max([candidates_of(data.peek()) for data in self._data.values()], default=1)
         cut = [data.cut_line() for data in self._data.values()]
@@ -188,9 +193,10 @@ class Run:
     # --- around each step
 
     def steps(self) -> Iterator[int]:
-        """Yield the steps still to do, up to `config.steps`; stop early after a signal's save.
+        """Yield the steps still to do, `start` + 1 to `config.steps`; stop after a signal's save.
 
-        Call it once, after the state is restored: rows of metrics after `start` are removed.
+        Call it once, after the state is restored: rows of metrics after `start` are removed. After
+        a signal, leaving the Run ends the process as the signal would have.
         """
         # The terminal, metrics.jsonl, TensorBoard and samples.md.
         recorder = Recorder(
@@ -219,13 +225,14 @@ class Run:
         return np.broadcast_to(np.asarray(schedule(counts)), counts.shape)
 
     def record(self, step: int, metrics: dict[str, Any], tokens: int = 0) -> None:
-        """Keep the metrics of `step` and write those of the step before: nothing waits.
+        """Keep the metrics of `step`; write those of the step before, and wait for these alone.
 
-        `metrics`: by name, scalars, of the device too, or pairs (sum, weight). Further calls for a
-        step join its row. `tokens`: how many the step trained on, for the throughput. Raises
-        UserError where the step was compiled too often, and guard.Spike. Added are the learning
-        rate, in a script with one update a step, and where records were cut or dropped so far, on
-        this host, their numbers.
+        `metrics`: by name, scalars of the device or of Python, or pairs (sum, weight), written as
+        their quotient. Further calls for a step join its row. `tokens`: how many the step trained
+        on, for the throughput. Added are the learning rate, in a script with one update a step,
+        and the number of records cut or dropped so far on this host, where there are any. Raises
+        UserError where the step was compiled too often or the updates come to nothing, and
+        guard.Spike.
         """
         self._recorder(step, {**metrics, **self._cut()}, tokens=tokens)
 
@@ -238,22 +245,23 @@ class Run:
         return {name: count for name, count in counts.items() if count}
 
     def samples(self, step: int, rows: list[SampleRow]) -> None:
-        """Append `rows` to samples.md, and show the first two: {"prompt": text, "response": text}.
+        """Append `rows` to samples.md under `step`, and show the first two on the terminal.
 
-        Further keys are written as text too. Only the first process writes.
+        A row: {"prompt": text, "response": text}; further keys are written as text too. Only the
+        first process writes.
         """
         self._recorder.samples(step, rows)
 
     def due(self, step: int, every: int) -> bool:
-        """Tell if `step` is one in `every`, or the last of the run; never where `every` is 0."""
+        """Return True if `every` divides `step`, or at the last step; False where `every` is 0."""
         return every > 0 and (step % every == 0 or step == self.config.steps)
 
     def save_when_due(self, step: int, items: dict[str, Any], data: Data) -> None:
         """Save every `save_every` steps, at the last one and after a signal.
 
-        `items`: what `restore` gave, or `as_items(state)`; beside it goes the position of `data`.
-        Call it at every step, on every process: this is where processes agree to stop, and then
-        `steps` ends. `step`: updates done, from 1. The items may be donated afterwards. Raises
+        Call it at every step, on every process: here they agree to stop, and then `steps` ends.
+        `step`: steps done, from 1. `items`: what `restore` gives, or `as_items(state)`; they may
+        be donated after the call. `data`: what is read, whose position is saved with them. Raises
         UserError, when it saves, for parameters that are not finite or where the last save failed.
         """
         if self._checkpoints.due(step, self.config.save_every, self.config.steps):
@@ -264,7 +272,11 @@ class Run:
 
     @property
     def last_metrics(self) -> dict[str, float]:
-        """Return the newest row of metrics that has been written, by name; {} before the first."""
+        """Return the newest row of metrics that is written, {name: float}; {} before the first.
+
+        A property, to be read once `steps` has begun. Rows, which have `step` too, are written a
+        step late, the last on exit.
+        """
         return self._recorder.last
 
 
@@ -277,8 +289,8 @@ def sample_pairs(
     """Return {"prompt": text, "response": text} for each prompt, as `Run.samples` takes them.
 
     `prompts`: texts. `responses`: lists of token ids, one a prompt and in the same order
-    (ValueError otherwise), such as `make_sampler`'s respond returns; control tokens are left out
-    of the text.
+    (ValueError otherwise), such as `make_sampler`'s respond returns with n = 1; control tokens are
+    left out of the text.
     """
     return [
         {"prompt": prompt, "response": tokenizer.decode(response)}
@@ -294,12 +306,13 @@ def make_greedy_samples(
     max_prompt: int,
     max_new_tokens: int,
 ) -> Callable[[Params, jax.Array], list[SampleRow]]:
-    """Make sample(params, key) -> [{"prompt", "response"}], a greedy response to each prompt.
+    """Make sample(params, key) -> rows for `Run.samples`, a greedy response to each prompt.
 
-    Rows for `Run.samples`. `prompts`: lists of messages, the user's last; only the last
-    `max_prompt` tokens of each are seen, and only the last message is shown. Responses have at
-    most `max_new_tokens` tokens. `params`: of a language model of shape `model_config`. `key`
-    changes nothing.
+    `prompts`: lists of messages, the user's last; only the last `max_prompt` tokens of each are
+    seen, and only the last message is shown, as "prompt". Responses have at most `max_new_tokens`
+    tokens. `params`: whole parameters of a language model of shape `model_config`. `key` changes
+    nothing. sample waits for the device, and every process must call it. Raises UserError where
+    `max_new_tokens` is not below the model's context.
     """
     # Greedy: the samples of two steps then differ by their parameters alone.
     sampling = SamplingConfig(temperature=0.0, max_new_tokens=max_new_tokens)
