@@ -243,12 +243,12 @@ def step_ends(
 ) -> Array:
     """Return [B, T] bool: True at the last token of each step, among the tokens under `mask_BT`.
 
-    `tokens_BT`: ids. `mask_BT`: above 0 for the response's tokens; the result is False elsewhere.
+    `tokens_BT`: ids. `mask_BT`: above 0 for the response's tokens; elsewhere the result is False.
     `newlines`: ids of tokens that end a line. `eos`: id or ids that end a turn, perhaps none. A
-    step is a line that is not empty: it ends at the first newline after its text, or, for the last
-    line, at the row's last token. Further newlines are no steps, nor is an `eos` straight after a
-    newline; any other last token that is no newline ends one. data.steps.lines_of is the same rule
-    for texts.
+    step is a line with a token, if only of spaces: it ends at the first newline after it, or, the
+    last line, at the row's last token. Further newlines are no steps, nor is an `eos` straight
+    after a newline; one alone is a step. data.steps.lines_of has the same rule for texts, but
+    takes lines of spaces, and an empty text, for no steps.
     """
     is_real_BT = mask_BT > 0
     is_newline_BT = is_real_BT & jnp.isin(tokens_BT, jnp.asarray(newlines))

@@ -29,7 +29,7 @@ class Seal(TypedDict):
 
 
 def read_rows(run: str, quiet: bool = False) -> list[Row]:
-    """Read metrics.jsonl of `run`, one dict a line, [] without the file.
+    """Read metrics.jsonl of the folder `run`, a dict a line, in order; [] without the file.
 
     A line that is no row is left out, with a warning on stderr unless `quiet`.
     """
