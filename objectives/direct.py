@@ -425,8 +425,8 @@ def preference_objective(
     best against first worst. `temperature`, above 0, divides the logits. Margins are not read.
 
     The weight is the number of prompts with a pair. Metrics, means over all those pairs: accuracy,
-    margin, chosen and rejected, as `pair_metrics` defines them, of log-ratios to the reference, or
-    of log-probabilities where there is no reference.
+    margin, chosen and rejected (`pair_metrics`), of log-ratios to the reference, or without one of
+    the log-probabilities that `loss` takes.
     """
     # Log-probabilities of the candidates; an absent one's 0 would be a certainty.
     ranks_BC = batch["ranks_BC"]

@@ -258,12 +258,12 @@ def surrogate_objective(
     """Sum the clipped surrogate over responses, plus `kl_coef` times each token's KL estimate.
 
     Shao et al. 2024, eq. 3 and 4. `apply` and `params`: of a LanguageModel. `batch` also has
-    `old_logp_BR` and `reference_BR`, log-probabilities of the tokens under the policy that is
-    updated from and under the reference, nats, and `advantages_BR`, [B, R] each. `ratio`: see
-    `log_ratio`. `average`: see `row_weights`, which gives tokens their weight and the sum its
-    weight. Ratios are clipped to [1 - `clip`, 1 + `clip_high`]. `temperature`: the sampler's, 0
-    counts as 1. `kl_coef` 0 leaves the KL out of the loss, not out of the metrics. Metrics: those
-    of `clipped_surrogate`, and kl, the mean estimate per token.
+    `old_logp_BR` and `reference_BR`, the tokens' log-probabilities in nats before the updates and
+    under the reference, and `advantages_BR`, [B, R] each; `is_first_B`: see `clipped_surrogate`.
+    `ratio`: see `log_ratio`. `average`: see `row_weights`, whose second result sums to the weight.
+    Ratios are clipped to [1 - `clip`, 1 + `clip_high`]. `temperature`: the sampler's, 0 counts as
+    1. `kl_coef` 0 leaves the KL out of the loss, not out of the metrics. Metrics: those of
+    `clipped_surrogate`, and kl, the mean estimate per token.
     """
     # The surrogate of each token, by the method's importance ratio.
     mask_BR = batch["mask_BR"]

@@ -163,7 +163,7 @@ def token_logprobs(logits_BTV: jax.Array, tokens_BT: jax.Array) -> jax.Array:
 
 
 def following(tokens_BT: jax.Array) -> jax.Array:
-    """Return each position's label, [B, T]: the next token's id; the last wraps, never used."""
+    """Return each position's label, [B, T]: the next token's id; at T - 1 token 0's, not used."""
     return jnp.roll(tokens_BT, -1, axis=1)
 
 

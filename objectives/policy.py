@@ -203,11 +203,12 @@ def token_rewards(
 
 
 def adapt_kl(beta: Array, kl: Array, target: float, horizon: float, episodes: int) -> Array:
-    """Return beta, moved by proportional control of the KL towards `target`.
+    """Return beta, a scalar, moved by proportional control of the KL towards `target`.
 
     Ziegler et al. 2019, 2.2: beta x (1 + error x episodes / horizon). The error, kl / target - 1,
-    counts at most a fifth either way. `kl` and `target`, above 0, are in nats a response.
-    `episodes`: responses since the last call; `horizon`: over how many beta moves by the error.
+    counts at most a fifth either way. `kl`, a scalar, and `target`, above 0, are in nats a
+    response. `episodes`: responses since the last call; `horizon`: over how many beta moves by the
+    error.
     """
     # The relative error, at most a fifth.
     error = kl / target - 1.0
@@ -449,9 +450,9 @@ def clip_metrics(
 ) -> Metrics:
     """Return (sum, weight) metrics of `clipped_policy_loss`: shares of the tokens under the mask.
 
-    clipped: of those whose ratio is outside 1 - `clip` to 1 + `clip_high`; clip_active: of those
-    that also lose their gradient by it, as they have moved the way that their advantage pushes
-    (TRL's clip ratio). `log_ratio_BR`: log pi - log pi_old. `mask_BR`: float32, 1 for what counts.
+    clipped: those with a ratio outside 1 - `clip` to 1 + `clip_high`; clip_active: those that also
+    lose their gradient by it, as the ratio has moved the way that their advantage pushes (TRL's
+    clip ratio). `log_ratio_BR`: log pi - log pi_old. `mask_BR`: float32, 1 for what counts.
     """
     ratio_BR = jnp.exp(log_ratio_BR)
     above_BR = ratio_BR > 1 + clip_high

@@ -46,7 +46,7 @@ class Room:
     """Packed rows over rows, at most 1."""
 
     def rows(self, rows: int) -> int:
-        """Return the packed rows of a group of `rows`."""
+        """Return the number of packed rows for a group of `rows` rows, rounded up."""
         return math.ceil(rows * self.share)
 
 
@@ -118,7 +118,7 @@ def assign_slots(segment_ids_BT: Array, rows: int) -> Slots:
     """Give each real token of a group a slot in `rows` packed rows of T.
 
     `segment_ids_BT`: int, 0 for padding; a row's real tokens lie next to one another. `rows` is
-    static. Tokens of a row that finds no room have no slot that is read: see `fits_B`.
+    static. Where a row finds no room (`fits_B`), other rows may have lost slots to it.
     """
     # A row's real tokens lie next to one another, in their order.
     count, length = segment_ids_BT.shape
@@ -179,8 +179,8 @@ def run_model(apply: Apply, params: Params, batch: TokenBatch) -> Any:
 
     Rows hold one example each, with padding on either side. Where `batch` has a `room`
     (`find_room`) its real tokens alone are run, in packed rows; then `x_BTD` and `scalars_BT` are
-    0 at padding, and NaN in a row for which the room, found for other rows, is too small. The
-    output's other fields are as apply returns them.
+    0 at padding. Where the room, found for other rows, is too small, rows without a place are NaN,
+    and others may be wrong. The output's other fields are as apply returns them.
     """
     if "room" not in batch:
         return apply(params, *inputs(batch))

@@ -39,17 +39,28 @@ class Rewards(Protocol):
     """The fields of a script's Config that say how several rewards make one score."""
 
     @property
-    def reward(self) -> tuple[str, ...]: ...
+    def reward(self) -> tuple[str, ...]:
+        """Names of the rewards, one or more."""
+
     @property
-    def combine(self) -> Combine: ...
+    def combine(self) -> Combine:
+        """How their scores are combined (objectives.policy.combined)."""
+
     @property
-    def weights(self) -> tuple[float, ...]: ...
+    def weights(self) -> tuple[float, ...]:
+        """A weight each for `weighted`, else none."""
+
     @property
-    def gate(self) -> float: ...
+    def gate(self) -> float:
+        """Score that all rewards but the first must reach, for `gated`."""
+
     @property
-    def floor(self) -> float | None: ...
+    def floor(self) -> float | None:
+        """Score of a response that does not, for `gated`; None: below all others."""
+
     @property
-    def missing_eos(self) -> MissingEos: ...
+    def missing_eos(self) -> MissingEos:
+        """Rule for a response without an end (objectives.policy.missing_eos)."""
 
 
 # ---- Names of rewards ----

@@ -33,10 +33,11 @@ JAX_SETTINGS = (
 
 
 def refuse_different_commands(config: Any) -> None:
-    """Raise UserError on every process unless all were started alike; one process alone is.
+    """Raise UserError on every process unless all were started alike.
 
     `config`: a script's dataclass, with `hosts`. Compared are its fields, the content of the files
-    and runs that it names, the code that is imported, and libraries. All processes must call it.
+    and runs that it names, the code that is imported, and libraries. All processes must call it;
+    one alone passes.
     """
     if jax.process_count() == 1:
         return

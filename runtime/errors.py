@@ -40,6 +40,9 @@ def refuse_unread(config: Any, readers: Mapping[str, tuple[bool, str]]) -> None:
 
 
 def command_name() -> str:
-    """Name the command that runs, as Python takes it: `train_sft.py`, `-m collect.rank`."""
+    """Return the name of the command that runs, as Python takes it.
+
+    As in `train_sft.py`, `-m collect.rank`.
+    """
     spec = sys.modules["__main__"].__spec__
     return sys.argv[0] if spec is None else f"-m {spec.name}"

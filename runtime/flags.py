@@ -221,10 +221,10 @@ def run(main: Callable[[ConfigT], Any], cls: type[ConfigT]) -> None:
 
 
 def ending_in_one_line(main: Callable[[], Any]) -> None:
-    """Run `main`; end a UserError in one line and its exit code, 2, Ctrl-C in one line and 130.
+    """Run `main()`; end a UserError in one line and its exit code, 2, Ctrl-C in one line and 130.
 
-    A full disk ends in one line and exit code 2 too, whoever met it. Where nobody reads stdout any
-    more and `main` does not outlive it, it ends by SIGPIPE.
+    A full disk ends in one line and exit code 2 too, whoever met it; other errors are raised.
+    Where nobody reads stdout any more and `main` does not outlive it, it ends by SIGPIPE.
     """
     terminal.prepare()
     interrupt.imported()

@@ -177,7 +177,8 @@ def join(named: dict[str, Any]) -> None:
 def joined(config: HostsConfig) -> Iterator[None]:
     """Join the other processes for a script's main; within it any fault of one ends all.
 
-    A watchdog ends the run after `config.stall` seconds without progress.
+    A context manager. A watchdog ends the run after `config.stall` seconds without progress.
+    Raises UserError for settings that are incomplete or cannot be.
     """
     named = settings(config)
     done = threading.Event()

@@ -71,7 +71,7 @@ class Rows:
             self._file.truncate(self._size)
 
     def write(self, row: Row) -> None:
-        """Append a row; raise UserError where the disk is full."""
+        """Append a row, {name: number or None}; raise UserError where the disk is full."""
         # JSON's own letters, so that a line is ASCII.
         line = json.dumps(row).encode() + b"\n"
         with disk_faults(self.path):

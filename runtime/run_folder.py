@@ -88,7 +88,7 @@ def refuse_other_tokenizer(file: pathlib.Path, content: bytes) -> None:
 
 
 def path_from_root(path: pathlib.Path) -> str:
-    """Return `path` relative to the repository's folder; the whole path if it lies outside."""
+    """Return `path` as a text, from the repository's folder; the whole path if it lies outside."""
     path = path.resolve()
     # A repository may be moved: its own files are named from its root.
     if path.is_relative_to(ROOT):
@@ -97,7 +97,10 @@ def path_from_root(path: pathlib.Path) -> str:
 
 
 def model_code() -> str | None:
-    """Return the path of the `model.py` that is imported if it is a fork's own, else None."""
+    """Return the path of the `model.py` that is imported if it is a fork's own, else None.
+
+    It is as `path_from_root` has it.
+    """
     # Asked of Python and not of a path: what was imported is what computes.
     model = sys.modules.get("model")
     if model is None or model.__file__ is None:
@@ -139,7 +142,7 @@ def describe_run(config: Any, script: str, tokenizer: bytes | None) -> dict[str,
 
 
 def settings_of(config: dict[str, Any]) -> dict[str, Any]:
-    """Return all settings in a config.json by dotted name; lists are kept whole."""
+    """Return all settings in a config.json as {dotted name: value}; lists are kept whole."""
     fields = {name: value for name, value in config.items() if name not in NO_FIELDS}
     leaves = jax.tree_util.tree_leaves_with_path(
         fields, is_leaf=lambda value: not isinstance(value, dict)
@@ -498,7 +501,7 @@ def _refuse_old_names(run: pathlib.Path, stored: dict[str, Any]) -> None:
 
 
 def default_settings(config: Any) -> dict[str, Any]:
-    """Return the default of each setting of the dataclass instance `config`, by dotted name.
+    """Return {dotted name: default} of the settings of the dataclass instance `config`.
 
     Values are as JSON gives them back; settings without a default are left out.
     """
@@ -519,9 +522,10 @@ def default_settings(config: Any) -> dict[str, Any]:
 def other_settings(
     stored: dict[str, Any], config: dict[str, Any], defaults: dict[str, Any]
 ) -> list[str]:
-    """Return the names of settings that must not change and differ between two config.json.
+    """Return the dotted names of settings that must not change but differ between two config.json.
 
-    One that `stored` does not have, as a run from before it, has its default there.
+    `defaults`: of `default_settings`; a setting that `stored` does not have, as an older run, has
+    its default there.
     """
     old = _with_defaults(stored, config, defaults)
     new = _identity(config)
@@ -750,7 +754,10 @@ def remove_unfinished(folder: pathlib.Path) -> None:
 
 
 def note_lost_manifest(folder: pathlib.Path, step: int) -> None:
-    """Note on stderr that `step` of `folder`, the newest finished, is read for a later one."""
+    """Note on stderr, on process 0, if a step later than `step` has lost its manifest.
+
+    `folder`: RUN/checkpoints. `step`: the newest finished one, which is read instead.
+    """
     lost = _steps_without_manifest(folder)
     if lost and int(lost[0].name) > step and jax.process_index() == 0:
         print(f"note: {lost[0]}: has no manifest.json; read is step {step}", file=sys.stderr)
