@@ -280,11 +280,12 @@ def make_simulated(
 ) -> tuple[Prefer, Revise]:
     """Make (prefer, revise) of a judge that sees the gold criteria `names` through noise.
 
-    They are called as those of `make_prefer` and `make_chat_revise`. A look at one criterion of
-    one response is right with probability `reliability`. A preference is 0, 1/2 or 1 by each
-    principle, from one look at each response; `seed` decides what looks see. A critic who finds
-    nothing leaves the response as its one revision, under an empty critique; else there are `n`
-    revisions, by the key given to revise. Raises UserError for a name that is no gold criterion.
+    They are called like the results of `make_prefer` and `make_chat_revise`. A look at one
+    criterion of one response is right with probability `reliability`. A preference is 0, 1/2 or 1
+    by each principle, from one look at each response; `seed` decides what looks see. A critic who
+    finds nothing leaves the response as its one revision, under an empty critique; else there are
+    `n` revisions, by the key given to revise. Raises UserError for a name that is no gold
+    criterion.
     """
     known = list(world_feedback.CRITIQUES)
     unknown = sorted(set(names) - set(known))

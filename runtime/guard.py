@@ -156,10 +156,11 @@ def _spike(
 
 
 def go_back(config: Any, step: int) -> None:
-    """Undo a spike at `step`: remove checkpoints that hold batches at fault, and list these.
+    """Undo a spike at `step`: remove checkpoints that hold batches at fault, and list the batches.
 
-    `config`: the script's, of which `run` and `guard` are read. All processes must call it. Raises
-    UserError after too many spikes in RECENT steps.
+    `config`: the script's, of which `run` and `guard` are read. The list is the run's
+    left_out.json. All processes must call it. Raises UserError after too many spikes in RECENT
+    steps.
     """
     # A run that spikes again and again has another fault than its batches; a long one meets a
     # hard batch now and then.

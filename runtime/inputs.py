@@ -87,7 +87,10 @@ def _is_file(path: str) -> bool:
 
 
 def is_run(path: str) -> bool:
-    """True for the folder of a run that has a finished step, or of which one is meant."""
+    """True for the folder of a run with a finished step, and for any RunAtStep.
+
+    False for a built-in source of data, also where a folder has its name.
+    """
     if isinstance(path, RunAtStep):
         return True
     folder = pathlib.Path(path)
