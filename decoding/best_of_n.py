@@ -78,7 +78,11 @@ class Scored(NamedTuple):
 
 
 def sample_and_score(config: Config, records: list[Record], mesh: jax.sharding.Mesh) -> Scored:
-    """Sample `config.n` responses to the prompt of each record, and score them, in order."""
+    """Sample `config.n` responses to the prompt of each record, and score them, in order.
+
+    `records`: at least one. Raises UserError for a policy or reward that cannot be loaded, and
+    where prompt and response do not fit the model. Waits for the device.
+    """
     # The policy, on the mesh, and the reward.
     model = stored_model(config.policy)
     tokenizer = Tokenizer.load(config.policy)
@@ -133,8 +137,9 @@ def best_of_first(
 ) -> dict[str, Interval]:
     """Measure each prompt's best of its first `n` samples, the first of equal ones.
 
-    Returns the mean `reward` and, with the world's `requests`, the share that meets each of
-    CRITERIA.
+    Returns {name: interval}: `reward`, the mean reward of the best, and with the world's
+    `requests`, one a prompt, the share that meets each of CRITERIA. `requests` None: the reward
+    alone.
     """
     best_P = scored.ranks_PN[:, :n].argmax(1)
     reward_P = scored.rewards_PN[np.arange(len(best_P)), best_P]
@@ -146,7 +151,11 @@ def best_of_first(
 
 
 def main(config: Config) -> dict[int, dict[str, Interval]]:
-    """Print a row for each number of samples, and return the rows: {n: {"reward", criteria}}."""
+    """Print a row for each number of samples; return the rows, {n: {"reward", criteria}}.
+
+    n is 1, 2, 4, ... and --n. Criteria are measured on the world's prompts alone. Raises UserError
+    for settings, a run or a reward that cannot be used.
+    """
     if config.n < 1 or config.prompts < 1:
         raise UserError(f"--n={config.n}, --prompts={config.prompts}: must be at least 1")
     mesh = make_mesh(MeshConfig())

@@ -10,13 +10,13 @@ from runtime.run_folder import atomic_text
 
 
 def powers_of_two(n: int) -> list[int]:
-    """Return 1, 2, 4, ... up to `n`, and `n` itself, in order."""
+    """Return 1, 2, 4, ... up to `n`, and `n` itself, in order, each once; `n` is at least 1."""
     powers = {1 << k for k in range(n.bit_length())}
     return sorted(powers | {n})
 
 
 def as_json(interval: Interval) -> list[Any]:
-    """Return [value, [low, high]]."""
+    """Return [value, [low, high]], floats, as JSON files have an interval."""
     return [interval.value, interval.ends]
 
 
@@ -29,8 +29,10 @@ def write_result(
 ) -> None:
     """Write a search's JSON file, one line: `config`, `tokens`, `accuracy`, `hits`.
 
-    `tokens`: sampled tokens a problem. `accuracy`: made of `as_json`. `hits`: 1 where a problem is
-    solved, else 0, in the order of the problems; or those of several ways by name.
+    `path`: replaced where it exists. `config`: the command's dataclass. `tokens`: sampled tokens a
+    problem. `accuracy`: of `as_json`, or several by name. `hits`: 1 where a problem is solved,
+    else 0, or the chance of it, in the order of the problems; or such lists of several ways by
+    name. Raises UserError where the file cannot be made.
     """
     content = {
         "config": dataclasses.asdict(config),

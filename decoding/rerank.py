@@ -94,8 +94,9 @@ class Answers(NamedTuple):
 def sample_answers(config: Config, records: Sequence[Record], mesh: jax.sharding.Mesh) -> Answers:
     """Sample `config.n` answers to the problem of each record; check them and score them.
 
-    Under --missing_eos=lowest an answer without an end counts as wrong, has no final answer, and
-    is scored below all that have one.
+    `records`: at least one. Under --missing_eos=lowest an answer without an end counts as wrong,
+    has no final answer, and is scored below all that have one. Raises UserError for runs, a check
+    or lengths that cannot be used. Waits for the device.
     """
     # The policy, the check and the models that score.
     model, tokenizer, params = load_run(config.policy)
@@ -140,7 +141,10 @@ def sample_answers(config: Config, records: Sequence[Record], mesh: jax.sharding
 def check_answers(
     check: Check, texts: Sequence[Sequence[str]], records: Sequence[Record]
 ) -> np.ndarray:
-    """Return [P, N]: `check` of each text with its problem's record."""
+    """Return [P, N] float: `check`(text, record) of each text with its problem's record.
+
+    `texts`: P lists of N. `records`: P.
+    """
     right = []
     for record, own in zip(records, texts, strict=True):
         right.append([check(text, record) for text in own])
@@ -148,7 +152,10 @@ def check_answers(
 
 
 def first_of_equal_texts(texts: Sequence[Sequence[str]]) -> np.ndarray:
-    """Return [P, N] bool: False for a text that equals an earlier one to its problem."""
+    """Return [P, N] bool: False for a text that equals an earlier one to its problem.
+
+    `texts`: P lists of N, P at least 1.
+    """
     n = len(texts[0])
     # Equal numbers for equal texts, one a row.
     _, number_PN = np.unique(np.array(texts), return_inverse=True)
@@ -161,8 +168,9 @@ def choices(
 ) -> dict[str, np.ndarray]:
     """Choose among the first `n` answers to each problem by majority and by each of `scores`.
 
-    `scores`: way -> [P, N], the highest wins, of equal ones the first. `answers`: P lists of N
-    final answers; None does not vote. Returns way -> [P], the index of its choice.
+    `scores`: {way: [P, N]}, the highest wins, of equal ones the first. `answers`: P lists of N
+    final answers; None does not vote. Returns {way: [P] int, the index of its choice, from 0}; the
+    vote's way is called "majority".
     """
     voted = [majority(own[:n]) for own in answers]
     chosen = {"majority": np.array(voted)}
@@ -172,7 +180,11 @@ def choices(
 
 
 def hits_of_first(n: int, answers: Answers) -> Hits:
-    """Return how often each way to choose among the first `n` answers is right, by problem."""
+    """Return how often each way to choose among the first `n` answers is right, by problem.
+
+    Ways: "one drawn at random", "a score that knows nothing" (which draws one of the distinct
+    answers), those of `choices`, and "one of them is right", the most that any can reach.
+    """
     # Of the first n answers.
     right_PN = answers.right_PN[:, :n]
     new_PN = first_of_equal_texts(answers.texts)[:, :n]
@@ -191,7 +203,11 @@ def hits_of_first(n: int, answers: Answers) -> Hits:
 
 
 def main(config: Config) -> dict[str, dict[int, Interval]]:
-    """Print and return the share of problems solved: {way: {n: share with its interval}}."""
+    """Print and return the share of problems solved: {way: {n: share with its interval}}.
+
+    n is 1, 2, 4, ... and --n. With --out it also writes a file. Raises UserError for settings,
+    runs or a check that cannot be used.
+    """
     require(
         min(config.n, config.prompts) >= 1,
         f"--n={config.n}, --prompts={config.prompts}: must be at least 1",
@@ -227,7 +243,10 @@ def main(config: Config) -> dict[str, dict[int, Interval]]:
 
 
 def print_table(table: dict[str, dict[int, Interval]]) -> None:
-    """Print a row for each way to choose, a column for each number of answers."""
+    """Print a row for each way to choose, a column for each number of answers.
+
+    `table`: as `main` returns it.
+    """
     width = max(map(len, table)) + 2
     sizes = [f"n={n}" for n in table["majority"]]
     print(" " * width + cells(sizes, ">15"))

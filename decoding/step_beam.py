@@ -89,14 +89,16 @@ def search(
 ) -> tuple[list[Tokens], int]:
     """Search a solution to each prompt, step by step.
 
-    `extend(contexts, round)`: samples `branch` next steps of each context (a prompt and a partial
-    solution), in order; rounds count from 0. `score(prompts, solutions)`: [N], the higher the
-    better, of partial solutions too. Returns (the best-scored solution to each prompt, without the
-    prompt; the tokens sampled in all).
+    Prompts, solutions and steps are lists of token ids. `extend(contexts, round)` returns `branch`
+    sampled next steps of each context (a prompt and a partial solution), in order; rounds count
+    from 0. `score(prompts, solutions)` returns [N], the higher the better, of partial solutions
+    too. Returns (the best-scored solution to each prompt, without the prompt; the number of tokens
+    sampled in all).
 
     A solution is finished when it ends in one of `ends`, and stays among the candidates; one of
-    `longest` tokens without an end goes no further, and is scored by `rule`. A finished one that
-    fell out of the beams is returned where none of them came to an end.
+    `longest` tokens without an end goes no further, and is scored by `rule`. With the rule
+    "lowest", where none of the last beams came to an end, the latest finished one that fell out of
+    them is returned, if there is one.
     """
 
     def is_open(tokens: Tokens) -> bool:
@@ -149,16 +151,20 @@ def search(
 
 
 def best_finished(candidates: Sequence[Tokens], scores: np.ndarray, ended_N: np.ndarray) -> Tokens:
-    """Return the best-scored candidate where `ended_N` is True, bool; [] where it is nowhere."""
+    """Return the best-scored candidate where `ended_N`, bool, is True; [] where it is nowhere.
+
+    `candidates`: N lists of token ids. `scores`: [N]; of equal ones the first wins.
+    """
     if not ended_N.any():
         return []
     return candidates[np.where(ended_N, scores, -np.inf).argmax()]
 
 
 def best(candidates: Sequence[Tokens], scores: np.ndarray, beams: int) -> list[Tokens]:
-    """Return the `beams` candidates with the highest scores [N], best first.
+    """Return the `beams` candidates with the highest `scores` [N], best first.
 
-    Equal candidates are repeated only where there are fewer than `beams` distinct ones.
+    Of equal scores the first comes first. Candidates, lists of token ids, that are equal are
+    repeated only where there are fewer than `beams` distinct ones.
     """
     order = sorted(range(len(candidates)), key=lambda i: -scores[i])
     in_order = [candidates[i] for i in order]
@@ -171,7 +177,8 @@ def search_problems(
 ) -> tuple[list[Tokens], int, Tokenizer]:
     """Search a solution to the problem of each record by the models that `config` names.
 
-    Returns (solutions, tokens sampled in all, the policy's tokenizer).
+    Returns (solutions, lists of token ids; tokens sampled in all; the policy's tokenizer). Raises
+    UserError for runs or lengths that cannot be used.
     """
     # The policy, what scores its steps, and the problems.
     model, tokenizer, params = load_run(config.policy)
@@ -206,7 +213,11 @@ def search_problems(
 
 
 def main(config: Config) -> tuple[Interval, float]:
-    """Print and return the share of problems solved, and the tokens sampled a problem."""
+    """Print and return the share of problems solved and the tokens sampled a problem, their mean.
+
+    With --out and --solutions it also writes files. Raises UserError for settings, runs or a check
+    that cannot be used.
+    """
     require(
         min(config.beams, config.branch, config.prompts) >= 1,
         f"--beams={config.beams}, --branch={config.branch}, --prompts={config.prompts}: "

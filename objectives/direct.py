@@ -40,7 +40,8 @@ def log_ratio_gap(
 ) -> Array:
     """Return h = log [pi(y_w) / ref(y_w)] - log [pi(y_l) / ref(y_l)], elementwise, in nats.
 
-    y_w is the chosen response, y_l the rejected one. Arguments: their log-probabilities.
+    Arguments: log p(response | prompt) in nats under the policy pi and under the reference ref, of
+    the chosen response y_w and of the rejected one y_l; [B], or shapes that broadcast.
     """
     return (policy_chosen - reference_chosen) - (policy_rejected - reference_rejected)
 
@@ -53,9 +54,10 @@ def dpo(
     *,
     beta: float,
 ) -> Array:
-    """Return DPO's losses, [B] (direct preference optimisation, Rafailov et al. 2023).
+    """Return DPO's losses, [B] (direct preference optimisation, Rafailov et al. 2023, eq. 7).
 
-    Log-probabilities are sums over a response's tokens, in nats; [B], or shapes that broadcast.
+    The loss is -log sigmoid(beta h), h as in `log_ratio_gap`. Log-probabilities: sums over a
+    response's tokens, in nats; [B], or shapes that broadcast.
     """
     h = log_ratio_gap(
         policy_chosen_logps,
@@ -78,7 +80,9 @@ def cdpo(
 ) -> Array:
     """Return conservative DPO's losses, [B] (Mitchell 2023).
 
-    Arguments as of `dpo`. Each label is taken to be wrong with probability `label_smoothing`.
+    Each label is taken to be wrong with probability `label_smoothing`, in [0, 1/2): the loss is
+    the mean of `dpo`'s of the pair and of the swapped pair under that probability.
+    Log-probabilities: sums over a response's tokens, in nats; [B], or shapes that broadcast.
     """
     h = log_ratio_gap(
         policy_chosen_logps,
@@ -103,8 +107,9 @@ def robust_dpo(
 ) -> Array:
     """Return robust DPO's losses, [B] (Chowdhury et al. 2024); they have no lower bound.
 
-    Arguments as of `dpo`. Their mean over labels flipped with probability `label_smoothing` < 1/2
-    is DPO's mean over the true labels.
+    Over labels flipped with probability `label_smoothing`, in [0, 1/2), their mean is the mean of
+    `dpo`'s over the true labels. Log-probabilities: sums over a response's tokens, in nats; [B],
+    or shapes that broadcast.
     """
     h = log_ratio_gap(
         policy_chosen_logps,
@@ -126,10 +131,11 @@ def ipo(
     *,
     beta: float,
 ) -> Array:
-    """Return IPO's losses, [B] (identity preference optimisation, Azar et al. 2024).
+    """Return IPO's losses, [B] (identity preference optimisation, Azar et al. 2024, eq. 17).
 
-    Arguments as of `dpo`. The gap, of whole responses as in the paper, is drawn to 1 / (2 beta),
-    not to infinity; `beta` is the paper's tau.
+    The loss is (h - 1 / (2 beta))^2, h as in `log_ratio_gap`: it draws the gap to 1 / (2 beta),
+    not to infinity; `beta` is the paper's tau. Log-probabilities: sums over a response's tokens,
+    as in the paper, in nats; [B], or shapes that broadcast.
     """
     h = log_ratio_gap(
         policy_chosen_logps,
@@ -150,9 +156,11 @@ def slic(
     beta: float,
     delta: float = 1.0,
 ) -> Array:
-    """Return SLiC's hinge on log-ratios to the reference, [B]: 0 beyond a gap of delta / beta.
+    """Return SLiC's hinge on log-ratios to the reference, [B] (Liu et al. 2024).
 
-    Arguments as of `dpo`; `delta` is in nats times beta.
+    The loss is max(0, delta - beta h), h as in `log_ratio_gap`: 0 for gaps of at least delta /
+    beta nats. Log-probabilities: sums over a response's tokens, in nats; [B], or shapes that
+    broadcast.
     """
     h = log_ratio_gap(
         policy_chosen_logps,
@@ -177,12 +185,13 @@ def kto_unpaired(
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
 ) -> Array:
-    """Return KTO's losses of single responses, [B] (Kahneman-Tversky, Ethayarajh et al. 2024).
+    """Return KTO's losses of single responses, [B] (Ethayarajh et al. 2024, eq. 7).
 
-    Log-probabilities are sums over a response's tokens, in nats. `desirable`: true or not, [B] or
-    one for all. `kl`: an estimate of KL(policy || reference) in nats, as of `mismatched_kl`; below
-    0 it counts as 0, and it has no gradient. The weights multiply the losses of desirable and of
-    undesirable responses.
+    With r = policy_logps - reference_logps a desirable response's loss is its weight times 1 -
+    sigmoid(beta (r - kl)); an undesirable one's has kl - r. Log-probabilities: sums over a
+    response's tokens, in nats, [B]. `desirable`: bool, [B] or one for all. `kl`: an estimate of
+    KL(policy || reference) in nats, [B] or one for all, as `mismatched_kl` returns; below 0 it
+    counts as 0, and no gradient passes through it.
     """
     # Ethayarajh et al. 2024: z0, clamped and without gradient
     z0 = jax.lax.stop_gradient(jnp.maximum(kl, 0.0))
@@ -204,10 +213,12 @@ def kto(
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
 ) -> Array:
-    """Return KTO's losses of pairs, [B]: the mean of a desirable and an undesirable response's.
+    """Return KTO's losses of pairs, [B]: the mean of the chosen and the rejected response's loss.
 
-    The chosen response is the desirable one. Arguments as of `dpo` and `kto_unpaired`; a `kl`
-    below 0 counts as 0.
+    `kto_unpaired` gives both: the chosen response is desirable, the rejected one is not.
+    Log-probabilities: sums over a response's tokens, in nats; [B], or shapes that broadcast. `kl`:
+    an estimate of KL(policy || reference) in nats, [B] or one for all; below 0 it counts as 0. The
+    weights multiply the chosen and the rejected response's loss.
     """
     good = kto_unpaired(
         policy_chosen_logps,
@@ -236,8 +247,10 @@ def mismatched_kl(
 ) -> Array:
     """Return KTO's estimate of KL(policy || reference), a scalar in nats; it may be below 0.
 
-    The log-probabilities, sums over tokens, are of responses to other prompts (Ethayarajh et al.
-    2024: z0); arrays of one shape, whichever. `where`: bool, which of them there are; None: all.
+    It is the mean of policy_logps - reference_logps: log-probabilities of the same responses, each
+    paired with another prompt than its own (z0 of Ethayarajh et al. 2024), summed over tokens, in
+    nats. `where`: bool, True for entries that count; None: all count. All arrays have one shape,
+    any. The result is nan where no entry counts.
     """
     return jnp.mean(policy_logps - reference_logps, where=where)
 
@@ -246,10 +259,10 @@ def mismatched_kl(
 
 
 def log_complement(logp: Array) -> Array:
-    """Return log(1 - p) from log p, elementwise; p counts as at most 1 - 1e-6.
+    """Return log(1 - p) from log p, elementwise, in nats; p counts as at most 1 - 1e-6.
 
-    At p = 1 value and gradient would be infinite. The gradient there is that at 1 - 1e-6, not 0,
-    so that a certain token can still be unlearned.
+    At p = 1 value and gradient would be infinite. Above the bound the gradient is the one at 1 -
+    1e-6, not 0, so that a certain token can still be unlearned.
     """
     # The value is clamped; its gradient there reaches logp unclamped.
     at_most = logp + jax.lax.stop_gradient(jnp.minimum(logp, -1e-6) - logp)
@@ -257,9 +270,11 @@ def log_complement(logp: Array) -> Array:
 
 
 def orpo(chosen_mean_logps: Array, rejected_mean_logps: Array, *, beta: float) -> Array:
-    """Return ORPO's losses, [B] (odds ratio, Hong et al. 2024); `beta` is the paper's lambda.
+    """Return ORPO's losses, [B] (Hong et al. 2024, eq. 6); `beta` is the paper's lambda.
 
-    Log-probabilities are means over a response's tokens, in nats; [B], or shapes that broadcast.
+    The loss is the chosen response's NLL per token plus beta times -log sigmoid of the log odds
+    ratio. Log-probabilities: means over a response's tokens, in nats; [B], or shapes that
+    broadcast.
     """
     odds_chosen = chosen_mean_logps - log_complement(chosen_mean_logps)
     odds_rejected = rejected_mean_logps - log_complement(rejected_mean_logps)
@@ -271,9 +286,11 @@ def orpo(chosen_mean_logps: Array, rejected_mean_logps: Array, *, beta: float) -
 def simpo(
     chosen_mean_logps: Array, rejected_mean_logps: Array, *, beta: float, gamma: float
 ) -> Array:
-    """Return SimPO's losses, [B] (Meng et al. 2024); `gamma`: margin, in scaled nats a token.
+    """Return SimPO's losses, [B] (Meng et al. 2024, eq. 6).
 
-    Arguments as of `orpo`; `beta` scales the gap before `gamma` is taken off.
+    The loss is -log sigmoid(beta (chosen - rejected) - gamma): `gamma` is a margin on the gap
+    after `beta` has scaled it. Log-probabilities: means over a response's tokens, in nats; [B], or
+    shapes that broadcast.
     """
     gap = chosen_mean_logps - rejected_mean_logps
     # Meng et al. 2024, eq. 6
@@ -285,8 +302,9 @@ def cpo(
 ) -> Array:
     """Return CPO's losses, [B]: DPO under a uniform reference, plus the chosen response's NLL.
 
-    Log-probabilities are sums over a response's tokens, in nats; [B], or shapes that broadcast.
-    `nll_weight` multiplies the NLL, a sum too, as in the paper; its authors' program has a mean.
+    Xu et al. 2024, eq. 3. Log-probabilities: sums over a response's tokens, in nats; [B], or
+    shapes that broadcast. `nll_weight` multiplies the NLL, a sum over tokens too, as in the paper;
+    the authors' program takes a mean.
     """
     # The reference, uniform, drops out of the gap.
     preference = -jax.nn.log_sigmoid(beta * (chosen_logps - rejected_logps))
@@ -302,10 +320,11 @@ def slic_hf(
     delta: float,
     weight: float,
 ) -> Array:
-    """Return SLiC-HF's losses, [B]: a hinge of margin `delta`, and `weight` times a target's NLL.
+    """Return SLiC-HF's losses, [B]: a hinge of margin `delta`, plus `weight` times a target's NLL.
 
-    Log-probabilities are sums over a response's tokens, in nats, as `delta` is. `target_logps`: of
-    the response to imitate; None: the chosen one.
+    Zhao et al. 2023, section 2. Log-probabilities: sums over a response's tokens, in nats; [B], or
+    shapes that broadcast. `target_logps`: the same of the response to imitate; None: the chosen
+    one. `delta` is in nats.
     """
     if target_logps is None:
         target_logps = chosen_logps
@@ -318,11 +337,12 @@ def slic_hf(
 
 
 def rrhf(logps_BC: Array, ranks_BC: Array, tokens_BC: Array) -> Array:
-    """Return RRHF's losses, [B] (Yuan et al. 2023): hinges over all pairs, and the best one's NLL.
+    """Return RRHF's losses, [B] (Yuan et al. 2023): hinges summed over pairs, plus the best's NLL.
 
-    `logps_BC`: sums over tokens, nats. `ranks_BC`: 1 the best, 0 absent. `tokens_BC`: numbers of
-    tokens; hinges compare means per token, ties have none. The NLL is a sum over tokens, of the
-    first of the best candidates, and has no meaning in a row without a candidate.
+    `logps_BC`: log-probabilities summed over a candidate's tokens, in nats. `ranks_BC`: int, 1 is
+    best, equal ranks tie, 0 marks an absent candidate. `tokens_BC`: numbers of tokens; hinges,
+    without a margin, compare means per token, and ties have none. The NLL, summed over tokens, is
+    the first best candidate's; in a row without a candidate the loss has no meaning: mask it.
     """
     # Yuan et al. 2023, section 3: p_i, L_rank and L_ft
     mean_BC = logps_BC / jnp.maximum(tokens_BC, 1.0)
@@ -335,16 +355,17 @@ def rrhf(logps_BC: Array, ranks_BC: Array, tokens_BC: Array) -> Array:
 def best(ranks_BC: Array) -> Array:
     """Return [B, C] float32: 1 at the first candidate of the best (lowest) rank, else 0.
 
-    Rank 0 is an absent candidate, never the best; in a row of nothing else index 0 gets the 1.
+    `ranks_BC`: int, 1 is best. Rank 0 marks an absent candidate, never the best; in a row where
+    all are absent index 0 gets the 1.
     """
     return jax.nn.one_hot(first_best(ranks_BC), ranks_BC.shape[1])
 
 
 def extreme_pair(ranks_BC: Array) -> Array:
-    """Return [B, C, C] float32: 1 at [b, i, j] where i is the first best, j the first worst.
+    """Return [B, C, C] float32: 1 at [b, i, j] where i is the first best and j the first worst.
 
-    The worst has the highest rank; 0 marks an absent candidate, which is neither. All 0 in a row
-    whose candidates tie.
+    Elsewhere it is 0. `ranks_BC`: int, 1 is best, the highest rank is worst; 0 marks an absent
+    candidate, which is neither. A row whose candidates all tie, or with fewer than two, is all 0.
     """
     # An absent candidate, rank 0, is never the worst.
     worst_BC = jax.nn.one_hot(jnp.argmax(ranks_BC, axis=1), ranks_BC.shape[1])
@@ -359,8 +380,9 @@ def candidate_token_logprobs(
 ) -> Array:
     """Return the log-probability of each candidate's tokens, [B, C, T] nats; 0 off the loss mask.
 
-    One pass over all candidates. Logits are divided by `temperature`. Ranks and margins of `batch`
-    are not read.
+    `apply` and `params`: of a LanguageModel. One pass over all candidates. Index t is token t of
+    `tokens_BCT`. Logits are divided by `temperature`, above 0. Ranks and margins of `batch` are
+    not read.
     """
     # M = B * C rows for the model.
     rows = flat_candidates(batch)
@@ -374,9 +396,11 @@ def candidate_token_logprobs(
 def candidate_logprobs(
     apply: Apply, params: Params, batch: Candidates, temperature: float = 1.0
 ) -> Array:
-    """Return the log-probability of each candidate response, [B, C] nats, summed over tokens.
+    """Return the log-probability of each candidate response, [B, C] nats, summed over its tokens.
 
-    Arguments as of `candidate_token_logprobs`. An absent candidate has 0: mask it by its rank.
+    `apply` and `params`: of a LanguageModel. The tokens are those under `loss_mask_BCT`; logits
+    are divided by `temperature`, above 0. An absent candidate has 0, a certainty: mask it by its
+    rank.
     """
     return candidate_token_logprobs(apply, params, batch, temperature).sum(-1)
 
@@ -393,14 +417,16 @@ def preference_objective(
 ) -> LossSum:
     """Sum over prompts the mean of `loss` over each ranking's pairs; ties form no pair.
 
-    `loss(chosen, rejected)` on log-probabilities that broadcast to [B, C, C]; where `batch` has
-    `reference_BC` [B, C], nats, `loss(chosen, rejected, reference_chosen, reference_rejected)`.
-    `per_token`: the policy's are means per token, not sums (the reference's never). `extremes`:
-    one pair a prompt, best against worst. `temperature`: divides the logits. Margins are not read.
+    `apply` and `params`: of a LanguageModel. `loss(chosen, rejected)` takes the policy's
+    log-probabilities, sums over tokens in nats, of shapes that broadcast to [B, C, C], and returns
+    losses of that shape; where `batch` has the reference's, `reference_BC` [B, C], it is
+    `loss(chosen, rejected, reference_chosen, reference_rejected)`. `per_token`: the policy's are
+    means over tokens (the reference's are used as they are). `extremes`: one pair a prompt, first
+    best against first worst. `temperature`, above 0, divides the logits. Margins are not read.
 
-    The weight is the number of prompts with a pair. Metrics, over all pairs, or the one with
-    `extremes`, are of log-ratios to the reference, or of log-probabilities where there is none:
-    accuracy, margin, chosen, rejected.
+    The weight is the number of prompts with a pair. Metrics, means over all those pairs: accuracy,
+    margin, chosen and rejected (`pair_metrics`), of log-ratios to the reference, or without one of
+    the log-probabilities that `loss` takes.
     """
     # Log-probabilities of the candidates; an absent one's 0 would be a certainty.
     ranks_BC = batch["ranks_BC"]
@@ -422,12 +448,13 @@ def preference_objective(
 
 
 def kto_kl_estimate(apply: Apply, policy: Params, batch: Candidates) -> Candidates:
-    """Return a batch like `batch` without its last candidate, and with `kl_B` [B] of it.
+    """Return `batch` without its last candidate, and with `kl_B` [B] float32, estimated from it.
 
-    That one answers another prompt (data.preferences.with_mismatched). Arrays [B, C, ...] become
-    [B, C - 1, ...]. `kl_B` is in each row the same `mismatched_kl`, over the last candidates of
-    all rows. `batch` has `reference_BC` [B, C], the reference's log-probabilities in nats;
-    `margin_B`, which KTO does not use, is left out. `policy`: all its parameters.
+    `batch`: as data.preferences.with_mismatched makes it, where a row's last candidate answers
+    another prompt, with `reference_BC` [B, C] added, the reference's log-probabilities in nats,
+    and no `room`. Arrays [B, C, ...] become [B, C - 1, ...]; `margin_B`, which KTO does not use,
+    is left out. `kl_B` holds `mismatched_kl` over the last candidates of all rows, the same in
+    each row. `apply` and `policy`: of a LanguageModel; its whole parameters, not adapters alone.
     """
     # All arrays of the batch but the margin have a candidate axis.
     per_candidate = {name: x for name, x in batch.items() if name != "margin_B"}
@@ -451,10 +478,11 @@ def kto_objective(
 ) -> LossSum:
     """Sum `kto_unpaired` over judged responses: rank 1 is desirable, 2 is not, 0 is not judged.
 
-    `batch` is of `kto_kl_estimate`: it has `reference_BC` [B, C], nats, and `kl_B` [B]. The weight
-    is the number of judged responses. Metrics: mean log-ratio to the reference of `desirable` and
-    `undesirable` responses, `kl` as estimated (the loss takes 0 for one below), and with several
-    candidates those of `pair_metrics`.
+    `apply` and `params`: of a LanguageModel. `batch`: as `kto_kl_estimate` returns, with
+    `reference_BC` [B, C], nats, and `kl_B` [B]. The weight is the number of judged responses.
+    Metrics: `desirable` and `undesirable`, the mean log-ratio to the reference of such responses;
+    `kl`, the estimate, which may be below 0 (the loss then takes 0); with more than one candidate
+    a prompt, also those of `pair_metrics` on log-ratios.
     """
     ranks_BC = batch["ranks_BC"]
     kl_B = batch["kl_B"]
@@ -494,11 +522,12 @@ def ranked_objective(
     loss: Callable[..., Array],
     per_token: bool = False,
 ) -> LossSum:
-    """Sum `loss` of whole rankings (`rrhf`) over the prompts that have a pair; the weight: these.
+    """Sum `loss` of whole rankings over the prompts that have a pair; the weight is their number.
 
-    `loss(logps_BC, ranks_BC, tokens_BC) -> [B]`, of sums over tokens. Metrics: `first`, how often
-    the best candidate is the likeliest, and those of `pair_metrics`; with `per_token` these, not
-    the loss, go by means over tokens.
+    `apply` and `params`: of a LanguageModel. `loss(logps_BC, ranks_BC, tokens_BC) -> [B]`, such as
+    `rrhf`: log-probabilities are sums over tokens, in nats. Metrics: `first`, the share of prompts
+    whose first best candidate is the likeliest, and those of `pair_metrics`, on log-probabilities.
+    `per_token` makes these metrics, not the loss, go by means over tokens.
     """
     ranks_BC = batch["ranks_BC"]
     tokens_BC = batch["loss_mask_BCT"].sum(-1)

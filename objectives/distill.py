@@ -19,17 +19,20 @@ Divergence = Callable[[Array, Array, Array], Array]
 
 
 def kl(logp_BTV: Array, logq_BTV: Array) -> Array:
-    """Return KL(P || Q) = sum_v p_v (log p_v - log q_v), [B, T] nats, from log-probabilities."""
+    """Return KL(P || Q) = sum_v p_v (log p_v - log q_v), [B, T] nats, at every position.
+
+    Arguments: log-probabilities of P and of Q, normalised over V and finite, not logits.
+    """
     p_BTV = jnp.exp(logp_BTV)
     return (p_BTV * (logp_BTV - logq_BTV)).sum(-1)
 
 
 def forward_kl(student_BTV: Array, teacher_BTV: Array, mask_BT: Array) -> Array:
-    """Return KL(teacher || student), [B, T] nats, 0 where masked, from the logits of both.
+    """Return KL(teacher || student), [B, T] nats, 0 where `mask_BT` is 0, from the logits of both.
 
-    The student covers all that the teacher may say. Plus the teacher's entropy it is the
-    cross-entropy with soft targets of Hinton et al. 2015, section 2, whose gradient is their eq.
-    2; Agarwal et al. 2024, section 2.
+    `mask_BT`: 1 at positions that count. The student learns to cover all that the teacher may say.
+    Plus the teacher's entropy it is the cross-entropy with soft targets of Hinton et al. 2015,
+    section 2, whose gradient is their eq. 2; Agarwal et al. 2024, section 2.
     """
     # The expectation is under the teacher: what it may say and the student would not costs.
     teacher_logp_BTV = jax.nn.log_softmax(teacher_BTV)
@@ -38,9 +41,10 @@ def forward_kl(student_BTV: Array, teacher_BTV: Array, mask_BT: Array) -> Array:
 
 
 def reverse_kl(student_BTV: Array, teacher_BTV: Array, mask_BT: Array) -> Array:
-    """Return KL(student || teacher), [B, T] nats, 0 where masked, from the logits of both.
+    """Return KL(student || teacher), [B, T] nats, 0 where `mask_BT` is 0, from the logits of both.
 
-    The student seeks a mode of the teacher. Agarwal et al. 2024, section 2.
+    `mask_BT`: 1 at positions that count. The student seeks a mode of the teacher. Agarwal et al.
+    2024, section 2.
     """
     # The expectation is under the student: what the teacher alone would say costs nothing.
     student_logp_BTV = jax.nn.log_softmax(student_BTV)
@@ -52,8 +56,8 @@ def jsd(student_BTV: Array, teacher_BTV: Array, mask_BT: Array, *, beta: float) 
     """Return the generalised Jensen-Shannon divergence, [B, T] nats, from logits; 0 < `beta` < 1.
 
     beta KL(teacher || M) + (1 - beta) KL(student || M), M = beta teacher + (1 - beta) student
-    (Agarwal et al. 2024, eq. 1); 0 where masked. Divided by beta it tends to the forward KL as
-    beta tends to 0; divided by 1 - beta, to the reverse KL as beta tends to 1.
+    (Agarwal et al. 2024, eq. 1); 0 where `mask_BT` is 0. Divided by beta it tends to the forward
+    KL as beta tends to 0; divided by 1 - beta, to the reverse KL as beta tends to 1.
     """
     logp_BTV = jax.nn.log_softmax(teacher_BTV)
     logq_BTV = jax.nn.log_softmax(student_BTV)
@@ -77,17 +81,19 @@ def distill_objective(
     tau: float,
     labelled: bool = True,
 ) -> LossSum:
-    """Sum alpha CE + (1 - alpha) tau^2 D(teacher, student) over tokens; the weight: these.
+    """Sum alpha CE + (1 - alpha) tau^2 D(teacher, student) over tokens, in nats.
 
-    `params`: {"student", "teacher"}, all parameters of two language models, and `apply` and
-    `teacher_apply` theirs; nothing here stops the teacher's gradient. `batch`: of conversations or
-    of own samples, with a loss mask. `divergence`, D: `forward_kl`, `reverse_kl`, or `jsd` with
-    its `beta` bound. It has the logits of both divided by `tau`; its gradient falls as 1/tau^2,
-    which the factor makes up for (Hinton et al. 2015, section 2). `labelled=False` is for the
-    student's own samples, whose tokens are no targets: the second term alone, its factors kept
-    (Agarwal et al. 2024, section 3; here a token weighs the same in responses of any length).
-    Vocabularies may be padded to different sizes: D is over the tokens that both have. Metrics,
-    nats a token: `nll`, and `divergence` at `tau`, not multiplied.
+    The weight is the number of tokens, those under the batch's `loss_mask_BT`. `params`:
+    {"student", "teacher"}, whole parameters of two LanguageModels, whose functions are `apply` and
+    `teacher_apply`. Gradients reach both: the caller keeps the teacher's out. CE: the student's
+    cross-entropy to the tokens of `batch`. D is `divergence`: `forward_kl`, `reverse_kl`, or `jsd`
+    with `beta` bound, on logits divided by `tau`; tau^2 makes up for its gradient, which falls as
+    1/tau^2 (Hinton et al. 2015, section 2).
+
+    `labelled=False`, for the student's own samples, whose tokens are no targets, drops CE and
+    keeps the factors of D (Agarwal et al. 2024, section 3; here a token weighs the same in
+    responses of any length). Vocabularies may be padded to different sizes: D is over the ids that
+    both have. Metrics, nats a token: `nll`, which is CE, and `divergence`, D without its factors.
     """
     # Logits of both; position t predicts token t + 1.
     student = apply(params["student"], *inputs(batch))

@@ -100,8 +100,8 @@ PAPERS: dict[str, dict[str, Any]] = {
 def overlong_penalty(length_B: Array, longest: int, window: float) -> Array:
     """Return the penalty on long responses, [B] in [-1, 0] (Yu et al. 2025, DAPO, eq. 13).
 
-    It is 0 up to `longest - window` tokens, then falls linearly to -1 at `longest`. `length_B`:
-    tokens of each response. `window`, in tokens, must be above 0.
+    It is 0 up to `longest - window` tokens, then falls linearly to -1 at `longest`; it is added to
+    the score. `length_B`: tokens of each response. `window`, in tokens, must be above 0.
     """
     # How far into the window the response reaches.
     beyond_B = length_B - (longest - window)
@@ -109,10 +109,12 @@ def overlong_penalty(length_B: Array, longest: int, window: float) -> Array:
 
 
 def shaped(rewards_BR: Array, potential_BR: Array, mask_BR: Array) -> Array:
-    """Add phi(s') - phi(s) to the reward of each token, [B, R].
+    """Add phi(s') - phi(s) to the reward of each token under `mask_BR`; return [B, R].
 
     It leaves the optimal policy as it is (Ng et al. 1999, theorem 1, gamma = 1). `potential_BR`:
-    phi of the states in which the tokens were emitted; after the last token it counts as 0.
+    at t phi(s), of the state in which token t was emitted; s' is the state of the row's next token
+    under the mask, and after the last one phi counts as 0. Rewards off the mask are returned as
+    they are.
     """
     # phi(s') is the next action's phi(s), and 0 after the last: what gae sums over one step.
     potential_BR = masked(potential_BR, mask_BR)
@@ -128,6 +130,7 @@ def shaped(rewards_BR: Array, potential_BR: Array, mask_BR: Array) -> Array:
 def centred(rewards_QC: Array) -> Array:
     """Return A = r - mean(r) over the group, [Q, C] (Liu et al. 2025, Dr. GRPO, section 3).
 
+    Q prompts with C responses each: a row is a group. Equal rewards give exactly 0, as does C = 1.
     Dividing by the deviation, as GRPO does, would weigh prompts against each other.
     """
     # Counted from the first response: a group of equal rewards then gives exactly 0, however its
@@ -139,8 +142,9 @@ def centred(rewards_QC: Array) -> Array:
 def normalised(rewards_QC: Array, *, unbiased: bool = False, eps: float = 1e-4) -> Array:
     """Return A = (r - mean(r)) / (std(r) + eps) over the group, [Q, C].
 
-    Shao et al. 2024, section 4.1.2. `unbiased` divides the variance by C - 1; one response alone
-    gets 0. `eps` keeps rounding among equal rewards from passing for a difference.
+    Q prompts with C responses each: a row is a group. Shao et al. 2024, section 4.1.2. The
+    variance is divided by C, with `unbiased` by C - 1. Equal rewards give exactly 0, as does C =
+    1; `eps` keeps rounding from passing for a difference.
     """
     # The mean and the deviation of each group.
     centred_QC = centred(rewards_QC)
@@ -150,9 +154,10 @@ def normalised(rewards_QC: Array, *, unbiased: bool = False, eps: float = 1e-4) 
 
 
 def leave_one_out(rewards_QC: Array) -> Array:
-    """Return A_i = r_i - mean of the others, [Q, C]: an unbiased baseline.
+    """Return A_i = r_i - mean of the group's other rewards, [Q, C]: an unbiased baseline.
 
-    C must be at least 2. Kool et al. 2019; Ahmadian et al. 2024 (RLOO).
+    Q prompts with C responses each: a row is a group. Raises ZeroDivisionError where C is 1. Kool
+    et al. 2019; Ahmadian et al. 2024 (RLOO).
     """
     # r_i - (sum - r_i) / (C - 1)
     count = rewards_QC.shape[1]
@@ -167,9 +172,10 @@ def by_response(
 ) -> Array:
     """Give each token the advantage of its response, [B, R]; 0 where `mask_BR` is 0.
 
-    Rows are in the order of their prompts, the C responses of one next to each other. `advantage`
-    maps rewards [Q, C] to advantages [Q, C], Q prompts, C = `group`; a response's
-    reward is the sum of `rewards_BR`, which must be 0 after its last token.
+    `rewards_BR`: rewards of tokens, 0 off the mask; their sum over a row is the response's reward.
+    Rows are responses, the `group` of them to one prompt next to each other; `group` must divide
+    B. `advantage`, such as `centred`, maps rewards [Q, C] to advantages [Q, C], Q prompts, C =
+    `group`. `mask_BR`: 1 for the response's tokens, else 0.
     """
     # Rows by group, and back.
     total_QC = rewards_BR.sum(1).reshape(-1, group)
@@ -180,11 +186,12 @@ def by_response(
 def reinforce_pp(
     rewards_BR: Array, mask_BR: Array, *, group: int = 1, unbiased: bool = False
 ) -> Array:
-    """Return the rewards from t on, normalised over all tokens of the batch, [B, R].
+    """Return the rewards from t on, normalised over the batch's tokens, [B, R]; 0 off the mask.
 
-    `rewards_BR` must be 0 after a row's last token. Hu et al. 2025, REINFORCE++. With a `group`
-    above 1 its mean reward is subtracted first: the paper's variant with a baseline, which also
-    has the KL in the loss, by k2. `unbiased` divides the variance by n - 1.
+    Hu et al. 2025, REINFORCE++. `rewards_BR`: rewards of tokens, 0 off the mask. With a `group`
+    above 1 the mean reward of each `group` neighbouring rows, the responses to one prompt, is
+    subtracted first: the paper's variant with a baseline, which also has the KL in the loss, by
+    k2. The variance is divided by the number of tokens n, with `unbiased` by n - 1.
     """
     # Advantages without a critic and without discounts are the rewards still to come.
     zeros_BR = jnp.zeros_like(rewards_BR)
@@ -202,10 +209,10 @@ def reinforce_pp(
 def log_ratio(change_BR: Array, mask_BR: Array, level: Ratio) -> Array:
     """Return the log of each token's importance ratio, [B, R], from the tokens' own log-ratios.
 
-    `change_BR`: log pi - log pi_old of each token, 0 at padding, where the result is 0 too.
-    Levels: token, its own (GRPO). sequence, its whole response's (RLOO: the response is one
-    action). geometric, the mean over its response, s_i = (pi(y) / pi_old(y))^(1 / |y|) (Zheng et
-    al. 2025, GSPO, eq. 7).
+    `change_BR`: log pi - log pi_old of each token, nats, 0 where `mask_BR` is 0, where the result
+    is 0 too. `level`: "token", its own (GRPO); "sequence", the sum over its response (RLOO: the
+    response is one action); "geometric", the mean over its response, s_i = (pi(y) / pi_old(y))^(1
+    / |y|) (Zheng et al. 2025, GSPO, eq. 7).
     """
     # Of the whole response: 0 at padding, so sums over R are over its tokens.
     whole_B1 = change_BR.sum(1, keepdims=True)
@@ -220,9 +227,10 @@ def log_ratio(change_BR: Array, mask_BR: Array, level: Ratio) -> Array:
 def row_weights(mask_BR: Array, average: Average) -> tuple[Array, Array]:
     """Return the weight of each response's tokens, and its part of the denominator, [B] each.
 
-    Both are 0 for a response without tokens. sequence: mean over its tokens, then over responses
-    (GRPO, eq. 3). tokens: mean over all tokens of the minibatch (DAPO, eq. 8). constant: sum over
-    its tokens / R, then mean over responses (Dr. GRPO).
+    The batch's loss is the sum over tokens of weight times loss, divided by the sum of the parts.
+    Both are 0 for a response without tokens. `average`: "sequence", mean over a response's tokens,
+    then over responses (GRPO, eq. 3); "tokens", mean over all tokens (DAPO, eq. 8); "constant",
+    sum over a response's tokens / R, then mean over responses (Dr. GRPO).
     """
     # Numerator and denominator of each average, as parts a response.
     length_B = mask_BR.sum(1)
@@ -249,11 +257,13 @@ def surrogate_objective(
 ) -> LossSum:
     """Sum the clipped surrogate over responses, plus `kl_coef` times each token's KL estimate.
 
-    Shao et al. 2024, eq. 3 and 4. `batch` has `old_logp_BR`, `reference_BR` (the reference's,
-    nats) and `advantages_BR`, [B, R], too. `ratio`: see `log_ratio`; `average`: see `row_weights`,
-    whose second result sums to the weight; clips as of policy.clipped_policy_loss; `temperature`:
-    of sampling, 0 counts as 1. Metrics: those of `clipped_surrogate`, and kl, the mean estimate
-    per token, which is there without `kl_coef` too.
+    Shao et al. 2024, eq. 3 and 4. `apply` and `params`: of a LanguageModel. `batch` also has
+    `old_logp_BR` and `reference_BR`, the tokens' log-probabilities in nats before the updates and
+    under the reference, and `advantages_BR`, [B, R] each; `is_first_B`: see `clipped_surrogate`.
+    `ratio`: see `log_ratio`. `average`: see `row_weights`, whose second result sums to the weight.
+    Ratios are clipped to [1 - `clip`, 1 + `clip_high`]. `temperature`: the sampler's, 0 counts as
+    1. `kl_coef` 0 leaves the KL out of the loss, not out of the metrics. Metrics: those of
+    `clipped_surrogate`, and kl, the mean estimate per token.
     """
     # The surrogate of each token, by the method's importance ratio.
     mask_BR = batch["mask_BR"]

@@ -62,8 +62,9 @@ def filled(scores_B: Array) -> Array:
 def best_of_n(scores_B: Array, group: int) -> Array:
     """Return [B] bool: True at argmax_j r(x, y_j) of the `group` responses to each prompt.
 
-    RAFT, algorithm 1. The first of equal ones; -inf is the score of a row without a response, and
-    in a group of these alone none is True. `group` must divide B.
+    RAFT, algorithm 1. `scores_B`: r, a prompt's responses next to each other; -inf marks a row
+    without a response. Of equal scores the first wins; a group without a response has no True.
+    `group` must divide B.
     """
     scores_QC = scores_B.reshape(-1, group)
     best_Q = scores_QC.argmax(1)
@@ -75,7 +76,9 @@ def best_of_n(scores_B: Array, group: int) -> Array:
 def top_fraction(scores_B: Array, one_in: int) -> Array:
     """Return [B] bool: True for the best 1 / `one_in` of all responses, whatever their prompts.
 
-    RAFT's acceptance ratio, over the rows of the pool that hold a response; rounded up.
+    RAFT's acceptance ratio. `scores_B`: -inf marks a row without a response, which is neither
+    counted nor chosen. Of N responses exactly N / `one_in`, rounded up, are chosen; of equal
+    scores the first rows. `one_in`: 1 or above.
     """
     # Both sorts are stable, so the first of equal rows ranks first.
     order_B = jnp.argsort(-scores_B)
@@ -88,7 +91,8 @@ def top_fraction(scores_B: Array, one_in: int) -> Array:
 def passing(scores_B: Array, threshold: float) -> Array:
     """Return [B] bool: True where r(x, y) >= threshold: right answers, where a program checks.
 
-    STaR, algorithm 1; RFT, section 3.3.
+    `scores_B`: -inf marks a row without a response, never True. STaR, algorithm 1; RFT, section
+    3.3.
     """
     return (scores_B >= threshold) & filled(scores_B)
 
@@ -96,8 +100,8 @@ def passing(scores_B: Array, threshold: float) -> Array:
 def first_of_equal(tokens_BT: Array, group: int) -> Array:
     """Return [B] bool: False for a response whose row of tokens is an earlier one's of its group.
 
-    Rows are compared whole, prompt and padding too; by neighbours, `group` of them. Earlier rounds
-    are other groups. (RFT compares equations.)
+    `tokens_BT`: ids; rows are compared whole, prompt and padding too, within each `group` of
+    neighbouring rows. `group` must divide B. (RFT compares equations.)
     """
     tokens_QCT = tokens_BT.reshape(-1, group, tokens_BT.shape[1])
     equal_QCC = (tokens_QCT[:, :, None] == tokens_QCT[:, None]).all(-1)
@@ -109,9 +113,10 @@ def first_of_equal(tokens_BT: Array, group: int) -> Array:
 
 
 def empty_pool(rows: int, prompt: int, response: int, pad: int) -> Pool:
-    """Make room for `rows` responses of `response` tokens to prompts of `prompt`, all empty.
+    """Return a pool of `rows` empty rows, each of `prompt` + `response` tokens.
 
-    `pad`: the id of padding, of which all their tokens are; scores are -inf.
+    All tokens are `pad`, the id of padding; segment ids, positions and loss masks are 0, scores
+    are -inf. The sizes are Python numbers.
     """
     zeros_BT = jnp.zeros((rows, prompt + response), jnp.int32)
     return {
@@ -126,9 +131,10 @@ def empty_pool(rows: int, prompt: int, response: int, pad: int) -> Pool:
 def added(pool: Pool, batch: Mapping[str, Any], number: Array | int) -> Pool:
     """Return the pool with a round's rollout, `batch`, in place of its oldest rows.
 
-    `batch`: a Rollout with `score_B`, of P and R as `empty_pool` was given; its `mask_BR` becomes
-    the pool's loss mask. `number`: rounds before this one. The pool's rows are a multiple of the
-    rollout's.
+    `batch`: a Rollout with `score_B` [B] float32, of the prompt's and response's lengths that
+    `empty_pool` was given; its `mask_BR` becomes the pool's loss mask. B must divide the pool's
+    rows. `number`: rounds before this one, 0 in the first; a Python number or an int scalar.
+    `pool` is not changed.
     """
     # The rows of the oldest round, in a ring.
     rows = batch["score_B"].shape[0]
@@ -145,9 +151,10 @@ def added(pool: Pool, batch: Mapping[str, Any], number: Array | int) -> Pool:
 def drawn(pool: Pool, chosen_B: Array, key: Array, parts: int, rows: int) -> list[Pool]:
     """Return `parts` minibatches of `rows` rows: the chosen ones in a random order, over and over.
 
-    The order is drawn once, from `key`, and repeated where parts x rows exceeds what is chosen.
-    `chosen_B`: bool, at least one of them True: otherwise row 0 is repeated. Minibatches have the
-    keys of `pool`. `parts` and `rows` are static under jit.
+    The order is drawn once, from the PRNG key `key`; where parts x rows exceeds the number of
+    chosen rows it is repeated from its beginning. `chosen_B`: bool, one a row of `pool`; where
+    none is True row 0 is repeated. Minibatches have the keys of `pool`. `parts` and `rows` are
+    static under jit.
     """
     # Chosen rows first, in random order.
     random_B = jax.random.uniform(key, chosen_B.shape)
@@ -172,10 +179,11 @@ def imitation_objective(
 ) -> LossSum:
     """Sum -log p(y | x) + beta KL(p_0(. | x, y_<t) || p(. | x, y_<t)) over the loss mask, in nats.
 
-    With `kl_coef` (beta) 0 this is supervised fine-tuning, and the reference p_0 is not read.
-    `params`: {"policy", "reference"}, whole parameters. `batch`: rows of a Pool, whose scores are
-    not read. The weight is the number of tokens under the loss mask; metrics, with a beta alone,
-    are nll and reference_kl per token.
+    `params`: {"policy", "reference"}, whole parameters of two LanguageModels of one `apply`; no
+    gradient reaches the reference, p_0. `kl_coef` is beta; 0 leaves supervised fine-tuning, the
+    reference is not read then, and there are no metrics. `batch`: rows of a Pool, whose scores are
+    not read. The weight is the number of tokens under the loss mask. Metrics: nll and
+    reference_kl, per token.
     """
     mask_BT = batch["loss_mask_BT"]
     tokens = mask_BT.sum()
@@ -200,7 +208,7 @@ def imitation_objective(
 def best_of_n_kl(n: int) -> float:
     """Return log n - (n - 1) / n, the most that KL(best of n || policy) can be, in nats.
 
-    Stiennon et al. 2020, appendix G.3. An upper bound (Beirami et al. 2024), nearly reached where
-    no response is likely and no rewards tie.
+    `n`: 1 or above. Stiennon et al. 2020, appendix G.3. An upper bound (Beirami et al. 2024),
+    nearly reached where no response is likely and no rewards tie.
     """
     return math.log(n) - (n - 1) / n

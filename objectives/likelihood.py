@@ -38,7 +38,8 @@ TOKENS = 1024
 def label_logprobs(logits_BTV: jax.Array, labels_BT: jax.Array) -> jax.Array:
     """Return log softmax(logits)[label], in nats, [B, T] float32.
 
-    `labels_BT`: token ids. Finite logits never give -inf.
+    `labels_BT`: ids of the tokens, int, at the position of the logits that predict them (not
+    shifted). Finite logits never give -inf.
     """
     return _label_logprobs(logits_BTV.astype(jnp.float32), labels_BT)
 
@@ -84,11 +85,11 @@ _label_logprobs.defvjp(_label_logprobs_forward, _label_logprobs_backward)
 def hidden_logprobs(
     x_BTD: jax.Array, unembed_DV: jax.Array, labels_BT: jax.Array, temperature: float = 1.0
 ) -> jax.Array:
-    """Return `label_logprobs` of logits / temperature, [B, T], from hidden states.
+    """Return `label_logprobs` of logits / temperature, [B, T] float32 nats, from hidden states.
 
-    `x_BTD` and `unembed_DV`: of a LanguageOutput, or a slice of its positions. `labels_BT`: token
-    ids; `temperature` must be above 0. The logits are made in parts (see LOGITS), and in the
-    backward pass again.
+    `x_BTD` and `unembed_DV`: of a LanguageOutput, or a slice of its positions. `labels_BT`: the id
+    that each position predicts, int. `temperature` must be above 0. The logits are made in parts
+    (see LOGITS), and in the backward pass again.
     """
     batch, length, _ = x_BTD.shape
 
@@ -152,7 +153,7 @@ def _parts(tokens: int, vocab: int) -> int:
 
 
 def token_logprobs(logits_BTV: jax.Array, tokens_BT: jax.Array) -> jax.Array:
-    """Return [B, T]: at t log p(token t | tokens before t), in nats; at 0 it is 0.
+    """Return [B, T] float32: at t log p(token t | tokens before t), in nats; at 0 it is 0.
 
     `logits_BTV`: of all positions of `tokens_BT`; those at t - 1 predict token t.
     """
@@ -162,14 +163,14 @@ def token_logprobs(logits_BTV: jax.Array, tokens_BT: jax.Array) -> jax.Array:
 
 
 def following(tokens_BT: jax.Array) -> jax.Array:
-    """Return each position's label, [B, T]: the next token. The last wraps, and is never used."""
+    """Return each position's label, [B, T]: the next token's id; at T - 1 token 0's, not used."""
     return jnp.roll(tokens_BT, -1, axis=1)
 
 
 def shifted(logp_BT: jax.Array) -> jax.Array:
-    """Move log-probabilities, [B, T], from the index that predicts to that of the token itself.
+    """Move log-probabilities, [B, T], from the position that predicts a token to the token's own.
 
-    What stood at t, of token t + 1, stands at t + 1 then; index 0 gets 0.
+    So what was at t is at t + 1; index 0 gets 0, and what was at T - 1 is dropped.
     """
     earlier_BT = logp_BT[:, :-1]
     return jnp.pad(earlier_BT, ((0, 0), (1, 0)))
@@ -179,17 +180,18 @@ def shifted(logp_BT: jax.Array) -> jax.Array:
 
 
 def inputs(batch: TokenBatch) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return what a model's apply takes of a batch, [B, T] each.
+    """Return (`tokens_BT`, `segment_ids_BT`, `positions_BT`) of a batch, [B, T] int32 each.
 
-    `tokens_BT`, `segment_ids_BT`, `positions_BT`, in this order.
+    They are what a model's apply takes after the parameters, in its order.
     """
     return batch["tokens_BT"], batch["segment_ids_BT"], batch["positions_BT"]
 
 
 def response_mask(batch: Mapping[str, Any]) -> jax.Array:
-    """Return [B, T]: the loss mask of the responses of a rollout, its `mask_BR` behind zeros.
+    """Return [B, T] float32: 1 for the tokens of the responses that the policy drew, else 0.
 
-    `batch`: a rollout.Rollout, of which `tokens_BT` gives T.
+    `batch`: a rollout.Rollout; the result is its `mask_BR` behind zeros for the prompt, to serve
+    as `loss_mask_BT`.
     """
     mask_BR = batch["mask_BR"]
     prompt_length = batch["tokens_BT"].shape[1] - mask_BR.shape[1]
@@ -202,9 +204,9 @@ def response_mask(batch: Mapping[str, Any]) -> jax.Array:
 def likelihood_objective(apply: Apply, params: Params, batch: TokenBatch) -> LossSum:
     """Return the negative log-likelihood of the tokens under `loss_mask_BT`, summed, in nats.
 
-    The weight is the mask's sum. Metrics are none, or, where the model has an auxiliary loss,
-    `auxiliary_loss`, which is then added once a token. The mask may have weights in it, other than
-    0 and 1.
+    `apply` and `params`: of a LanguageModel. The mask may hold weights other than 0 and 1; its sum
+    is the weight. Metrics: none, or, where the model has an auxiliary loss, `auxiliary_loss`, its
+    mean a token, which is also added to the loss.
     """
     # The log-probability of each token, at the token's own index.
     mask_BT = batch["loss_mask_BT"]

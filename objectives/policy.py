@@ -49,18 +49,21 @@ names."""
 
 
 def masked(x: Array, mask: Array | float) -> Array:
-    """Return `x` where `mask` is above 0, else 0: whatever else is there, infinite or nan."""
+    """Return `x` where `mask` is above 0, else 0: whatever else is there, infinite or nan.
+
+    `mask` broadcasts against `x`; it selects, it does not scale.
+    """
     return jnp.where(mask > 0, x, 0.0)
 
 
 def kl_estimate(
     logp: Array, reference_logp: Array, estimator: KlEstimator, mask: Array | float = 1.0
 ) -> Array:
-    """Estimate KL(policy || reference) per token in nats, from tokens of the policy.
+    """Estimate KL(policy || reference) at each token in nats, from tokens of the policy.
 
     Schulman 2020. k1 = log ratio: unbiased. k2 = (log ratio)^2 / 2. k3 = exp(-k1) - 1 + k1:
     unbiased and never negative. Log-probabilities of the tokens, nats; all arrays have the same
-    shape. 0 where `mask` is.
+    shape. 0 where `mask` is 0. Raises ValueError for another estimator.
     """
     # Of tokens that the policy drew, so that means over them are expectations under it. Masked
     # before the exponential, which can overflow at padding.
@@ -77,9 +80,10 @@ def kl_estimate(
 def lowest(score_B: Array, passes_B: Array) -> Array:
     """Return the scores [B], one value below all of them in place of those that do not pass.
 
-    It is the batch's lowest less its standard deviation, or, where all are equal, less 1 or a
-    thousandth of them. So no scale of rewards pays for not passing, and adding a constant to all
-    or multiplying all by one changes no proportion between the results.
+    The value is the lowest of all scores less their standard deviation; where all are equal, less
+    1 or a thousandth of their size, whichever is more. So no scale of rewards pays for not
+    passing. Adding a constant to all or multiplying all changes no proportion between the results.
+    `passes_B`: bool.
     """
     # In units of the largest, so that no square overflows; zeros have any unit.
     size = jnp.abs(score_B).max()
@@ -92,9 +96,9 @@ def lowest(score_B: Array, passes_B: Array) -> Array:
 def missing_eos(score_B: Array, ended_B: Array, rule: MissingEos, score: float = 0.0) -> Array:
     """Return the scores [B] after the rule on responses without an end.
 
-    `ended_B` is True for a response with its end-of-turn token, whose score stays. Without one:
-    `lowest` puts it below all others, replace gives it `score`, penalty adds `score` to its own,
-    none leaves it.
+    `ended_B`, bool: True for a response with its end-of-turn token; its score stays. Other scores:
+    "lowest" puts below all in the batch (`lowest`), "replace" sets to `score`, "penalty" adds
+    `score` to, "none" leaves.
     """
     # Its score after each rule.
     without = {
@@ -116,10 +120,11 @@ def combined(
 ) -> Array:
     """Combine several scores of each response, [B] each, into one, [B].
 
-    mean: their mean. weighted: their sum, with `weights`, one a score. minimum: the least. gated:
-    the first where all others reach `gate`, else `floor`, None: below the first of all (`lowest`).
-    A reward a criterion: Glaese et al. 2022 (a preference beside rules); Touvron et al. 2023,
-    section 3.2.3 (Llama 2: helpfulness counts where safety reaches a threshold).
+    `how`: "mean"; "weighted", the sum of scores times `weights`, one a score; "minimum"; "gated",
+    the first score where all others are at least `gate`, elsewhere `floor`, or with None a value
+    below all first scores (`lowest`). Raises ValueError for another. A reward a criterion: Glaese
+    et al. 2022 (a preference beside rules); Touvron et al. 2023, section 3.2.3 (Llama 2:
+    helpfulness counts where safety reaches a threshold).
     """
     # C here: criteria.
     scores_BC = jnp.stack(list(scores), axis=1)
@@ -158,12 +163,12 @@ def last_token(scalars_BT: Array, segment_ids_BT: Array) -> Array:
 
 
 def score_position(mask_BR: Array, at: ScoreAt) -> tuple[Array, Array]:
-    """Return the index at which a response's score is added, [B] int32, and the value mask [B, R].
+    """Return the index at which a response's score is added, [B] int, and the value mask, [B, R].
 
-    The value mask is 1 for states that have a value. last: the score is added at the last action,
-    -1 for a response without any, and the value mask is `mask_BR`. after: at the position after it
-    (0 for a response without any), if one is left, whose state then has a value too; else at the
-    last action; the value mask is float32.
+    The value mask, float32, is 1 for states that have a value. "last": the score is added at the
+    last action, -1 for a response without any, and the value mask is `mask_BR`. "after": one
+    position later (0 without any), whose state then has a value too; at the last action if no
+    position is left. Raises ValueError for another `at`.
     """
     # Not its length less one: a mask may have holes.
     place_R = jnp.arange(mask_BR.shape[1])
@@ -187,8 +192,8 @@ def token_rewards(
 ) -> Array:
     """Return -beta KL at each response token, plus the response's score at index `at_B`, [B, R].
 
-    Ziegler et al. 2019, eq. 2. `kl_BR`: of `kl_estimate`, counted where `mask_BR` is 1. `at_B`:
-    int32, of `score_position`; the score is added where the mask is 0 too, and nowhere at -1.
+    Ziegler et al. 2019, eq. 2. `kl_BR`: from `kl_estimate`, counted where `mask_BR` is 1. `at_B`:
+    int, from `score_position`; the score is added where the mask is 0 too, and nowhere at -1.
     """
     penalty_BR = -beta * masked(kl_BR, mask_BR)
     # The score at one place of each row.
@@ -198,11 +203,12 @@ def token_rewards(
 
 
 def adapt_kl(beta: Array, kl: Array, target: float, horizon: float, episodes: int) -> Array:
-    """Return beta, moved by proportional control of the KL towards `target`.
+    """Return beta, a scalar, moved by proportional control of the KL towards `target`.
 
-    Ziegler et al. 2019, 2.2: the relative error counts at most a fifth either way. `kl` and
-    `target` are in nats a response; `episodes` is the number of responses since the last call,
-    `horizon` the number over which beta moves by that error.
+    Ziegler et al. 2019, 2.2: beta x (1 + error x episodes / horizon). The error, kl / target - 1,
+    counts at most a fifth either way. `kl`, a scalar, and `target`, above 0, are in nats a
+    response. `episodes`: responses since the last call; `horizon`: over how many beta moves by the
+    error.
     """
     # The relative error, at most a fifth.
     error = kl / target - 1.0
@@ -223,11 +229,11 @@ def masked_mean(x: Array, mask: Array) -> Array:
 
 
 def whiten(x: Array, mask: Array, *, shift_mean: bool = True, unbiased: bool = False) -> Array:
-    """Return (x - mean) / sqrt(var + 1e-8) over the masked entries, 0 elsewhere.
+    """Return (x - mean) / sqrt(var + 1e-8) under the mask, 0 elsewhere, of the shape of `x`.
 
-    Mean and variance are over all axes where `mask` is 1. Without `shift_mean` the mean is put
-    back afterwards: the result has the mean of `x` and deviation 1. `unbiased` divides the
-    variance by n - 1.
+    Mean and variance are over all axes where `mask` is 1. Without `shift_mean` the mean is added
+    back: the result has the mean of `x` and deviation 1. `unbiased` divides the variance by n - 1,
+    not by n.
     """
     # Mean and variance of what is under the mask.
     mean = masked_mean(x, mask)
@@ -252,10 +258,10 @@ def gae(
 ) -> tuple[Array, Array]:
     """Return generalised advantage estimates A, and returns A + V, [B, R] each.
 
-    Schulman et al. 2016, eq. 16: delta_t = r_t + gamma V_{t+1} - V_t, and
-    A_t = delta_t + gamma gae_lambda A_{t+1}, where t + 1 is the next state under `mask_BR`; both
-    are 0 outside it. None: all are states. V after a row's last state is 0, so a response that was
-    cut off counts as one that ended.
+    Schulman et al. 2016, eq. 16: delta_t = r_t + gamma V_{t+1} - V_t, and A_t = delta_t + gamma
+    gae_lambda A_{t+1}, where t + 1 is the next state under `mask_BR`; both are 0 outside it, where
+    rewards and values are not read. None: all are states. V after a row's last state is 0, so a
+    response that was cut off counts as one that ended.
     """
     is_state_BR = jnp.ones_like(rewards_BR) if mask_BR is None else mask_BR
 
@@ -278,7 +284,8 @@ def gae(
 def explained_variance(values_BR: Array, returns_BR: Array, mask_BR: Array) -> Array:
     """Return 1 - var(returns - values) / var(returns) over the masked states, a scalar.
 
-    1: the critic knows every return; 0: as good as their mean; below 0: worse.
+    1: the critic knows every return; 0: as good as their mean; below 0: worse. `mask_BR`: 1 for
+    states that count. A variance of returns below 1e-8 counts as 1e-8.
     """
 
     def variance(x_BR: Array) -> Array:
@@ -294,7 +301,7 @@ def explained_variance(values_BR: Array, returns_BR: Array, mask_BR: Array) -> A
 def clipped_policy_loss(
     log_ratio: Array, advantage: Array, clip: float, clip_high: float
 ) -> Array:
-    """Return max(-A ratio, -A clip(ratio, 1 - clip, 1 + clip_high)) per token.
+    """Return max(-A ratio, -A clip(ratio, 1 - clip, 1 + clip_high)), elementwise.
 
     Schulman et al. 2017, eq. 7, where `clip_high` is `clip` (apart: Yu et al. 2025, eq. 10).
     `log_ratio`: log pi - log pi_old, of the shape of `advantage`, A. Infinite clips leave
@@ -307,7 +314,7 @@ def clipped_policy_loss(
 
 
 def clipped_value_loss(value: Array, old_value: Array, returns: Array, clip: float) -> Array:
-    """Return half the larger square error of the value and of the clipped value, per state.
+    """Return half the larger square error of the value and of the clipped value, elementwise.
 
     The value is clipped to within `clip` of the old one. All arrays have the same shape.
     """
@@ -332,10 +339,10 @@ def entropy(logits_BTV: Array) -> Array:
 
 
 def response_states(batch: Responses, x_BT: Array) -> Array:
-    """Select the positions from the one before the response on, [B, R + 1, ...], of [B, T, ...].
+    """Select the positions from the prompt's last on, [B, R + 1, ...], of [B, T, ...].
 
-    `x_BT`: a model's output. Index t predicts response token t, and is the state in which it was
-    emitted. Index R, after the last token, predicts nothing here. Of `batch` the shapes are read.
+    `x_BT`: a model's output, one entry a token of `batch`, of which shapes alone are read. Index t
+    predicts response token t, from the state in which it was emitted; index R predicts nothing.
     """
     # P = T - R; position P - 1 is the prompt's last.
     length = batch["tokens_BT"].shape[1]
@@ -345,19 +352,18 @@ def response_states(batch: Responses, x_BT: Array) -> Array:
 
 
 def response_labels(batch: Responses) -> Array:
-    """Return the response's tokens and one more, [B, R + 1]: the labels of `response_states`.
+    """Return the response's token ids and a 0, [B, R + 1]: the labels of `response_states`.
 
-    The last one, 0, is never used. It saves cutting the last logits off, which would copy the
-    others.
+    The last is never used. It saves cutting the last logits off, which would copy the others.
     """
     return jnp.pad(batch["response_BR"], ((0, 0), (0, 1)))
 
 
 def response_logits(apply: Apply, params: Params, batch: Responses, temperature: float) -> Array:
-    """Return the logits at `response_states`, [B, R + 1, V], divided by the temperature.
+    """Return the logits at `response_states`, [B, R + 1, V] float32, divided by the temperature.
 
-    `apply` is that of a LanguageModel. Token t of the response was drawn from their softmax. A
-    temperature of 0 counts as 1.
+    `apply` and `params`: of a LanguageModel. Response token t was drawn from the softmax of index
+    t; index R predicts nothing. A temperature of 0 counts as 1. Padding has logits too.
     """
     output = run_model(apply, params, batch)
     # Cut before the unembedding, which is dear: T is R + 1 from here on.
@@ -369,7 +375,7 @@ def response_logits(apply: Apply, params: Params, batch: Responses, temperature:
 def response_logprobs(apply: Apply, params: Params, batch: Responses, temperature: float) -> Array:
     """Return the log-probability of each response token, [B, R] nats, at the sampling temperature.
 
-    `apply` is that of a LanguageModel. Padding has values too: mask them. A temperature of 0
+    `apply` and `params`: of a LanguageModel. Padding has values too: mask them. A temperature of 0
     counts as 1.
     """
     output = run_model(apply, params, batch)
@@ -384,7 +390,7 @@ def response_logprobs(apply: Apply, params: Params, batch: Responses, temperatur
 def response_values(apply: Apply, params: Params, batch: Responses) -> Array:
     """Return the value of the state in which each response token was emitted, [B, R].
 
-    `apply` is that of a ScalarModel. Padding has values too: mask them.
+    `apply` and `params`: of a ScalarModel. Padding has values too: mask them.
     """
     # A state's value is read at the same position that predicts its token.
     scalars_BT = run_model(apply, params, batch).scalars_BT
@@ -395,7 +401,10 @@ def response_values(apply: Apply, params: Params, batch: Responses) -> Array:
 
 
 def own_log_ratio(change_BR: Array, mask_BR: Array) -> Array:
-    """Return `change_BR` as it is: each token's own log-ratio, PPO's importance ratio."""
+    """Return `change_BR` as it is: each token's own log-ratio, PPO's importance ratio.
+
+    Both are [B, R]; `mask_BR` is not read: other methods' ratios need it (group.log_ratio).
+    """
     return change_BR
 
 
@@ -409,11 +418,11 @@ def clipped_surrogate(
     """Return `clipped_policy_loss` of each token, [B, R], not masked yet, and metrics.
 
     `logp_BR`: the policy's, nats. `batch`: `mask_BR`, `old_logp_BR` and `advantages_BR`, [B, R],
-    and perhaps `is_first_B`, bool, True where a row is of the first that samples are trained on:
-    its ratio is then 1, whatever the rounding of `old_logp_BR`. `log_ratio(change_BR, mask_BR)`
-    makes the log of the importance ratio [B, R] from the tokens' own log-ratios, 0 at padding.
-    Metrics are (sum, tokens) pairs: approx_kl, half the mean square of those to `old_logp_BR`;
-    nll_per_token, minus the mean log-probability; and those of `clip_metrics`.
+    and perhaps `is_first_B`, bool, True for rows of the first minibatch trained on since they were
+    sampled: their ratio is 1, however `old_logp_BR` is rounded. `log_ratio(change_BR, mask_BR)`
+    makes the importance ratio's log [B, R] from the tokens' log-ratios, 0 at padding. Metrics,
+    (sum, tokens) each: approx_kl, half the mean square log-ratio to `old_logp_BR`; nll_per_token,
+    minus the mean log-probability; those of `clip_metrics`.
     """
     # Log-ratios of the tokens: padding gets 0, so that nothing there can overflow.
     mask_BR = batch["mask_BR"]
@@ -441,9 +450,9 @@ def clip_metrics(
 ) -> Metrics:
     """Return (sum, weight) metrics of `clipped_policy_loss`: shares of the tokens under the mask.
 
-    clipped: of those whose ratio is outside 1 - `clip` to 1 + `clip_high`; clip_active: of those
-    that also lose their gradient by it, as they have moved the way that their advantage pushes
-    (TRL's clip ratio). `mask_BR`: float32, 1 for what counts.
+    clipped: those with a ratio outside 1 - `clip` to 1 + `clip_high`; clip_active: those that also
+    lose their gradient by it, as the ratio has moved the way that their advantage pushes (TRL's
+    clip ratio). `log_ratio_BR`: log pi - log pi_old. `mask_BR`: float32, 1 for what counts.
     """
     ratio_BR = jnp.exp(log_ratio_BR)
     above_BR = ratio_BR > 1 + clip_high
@@ -466,11 +475,11 @@ def policy_objective(
 ) -> LossSum:
     """Sum PPO's clipped surrogate less `entropy_coef` times the entropy over response tokens.
 
-    Schulman et al. 2017, eq. 9. `batch` has `old_logp_BR` and `advantages_BR`, [B, R], too; with a
-    "text" in it (`with_text`) the text's negative log-likelihood is added: PPO-ptx (Ouyang et al.
-    2022, eq. 2). `clip`, on both sides, and `temperature`, of sampling. The weight is the number
-    of response tokens. Metrics as of `clipped_surrogate`, and entropy and text_nll where there are
-    such.
+    Schulman et al. 2017, eq. 9. `apply`: of a LanguageModel. `batch` also has `old_logp_BR` and
+    `advantages_BR`, [B, R]; with a "text" in it (`with_text`) the text's negative log-likelihood
+    is added: PPO-ptx (Ouyang et al. 2022, eq. 2). `clip`: on both sides. `temperature`: the
+    sampler's, 0 counts as 1. The weight is the number of response tokens. Metrics: those of
+    `clipped_surrogate`; entropy with an `entropy_coef`, text_nll with a text.
     """
     # The entropy needs whole distributions; without it the logits are never held at once.
     mask_BR = batch["mask_BR"]
@@ -498,10 +507,10 @@ def policy_objective(
 def with_text(batch: Responses, text: TokenBatch, coefficient: float) -> dict[str, Any]:
     """Return `batch` with packed pre-training rows beside it, as "text"; neither is changed.
 
-    `text`: of data.batches.text_batches, on the mesh. Its mean loss per token counts `coefficient`
-    times the policy's: its loss mask is multiplied by coefficient x (tokens under `mask_BR`) /
-    (tokens under it), counted over the whole batch, so that the objective stays a sum over
-    micro-batches.
+    `text`: of data.batches.text_batches, on the mesh, with a loss mask that is not all 0. Its mean
+    loss per token counts `coefficient` times the policy's: its loss mask is multiplied by
+    coefficient x (tokens under `mask_BR`) / (tokens under it), counted over the whole batch, so
+    that the objective stays a sum over micro-batches.
     """
     # The text's weight in the sum that the loss is; its mask carries it.
     response_mask_BR = batch["mask_BR"]
@@ -514,9 +523,9 @@ def with_text(batch: Responses, text: TokenBatch, coefficient: float) -> dict[st
 def value_objective(apply: Apply, params: Params, batch: Responses, *, clip: float) -> LossSum:
     """Sum the clipped square error of the values over states that have one.
 
-    `apply`: of a ScalarModel. `batch` has `value_mask_BR`, `old_values_BR` and `returns_BR`, [B,
-    R], too; `clip`: see `clipped_value_loss`. The weight is the number of states under the value
-    mask. The metric square_error is not clipped and not halved.
+    `apply`: of a ScalarModel. `batch` also has `value_mask_BR`, `old_values_BR` and `returns_BR`,
+    [B, R]; `clip`: see `clipped_value_loss`. The weight is the number of states under the value
+    mask. Metric: square_error, the mean square error, not clipped, not halved.
     """
     # Values of all states, and how many count.
     mask_BR = batch["value_mask_BR"]

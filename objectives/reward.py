@@ -38,22 +38,27 @@ StepScore = Literal["product", "minimum", "last"]
 def bradley_terry(chosen: Array, rejected: Array, margin: Array | float = 0.0) -> Array:
     """Return -log sigmoid(r_chosen - r_rejected - margin), elementwise, in nats.
 
-    Rewards may be of any shapes that broadcast; so may the margin.
+    Rewards and margin, in the reward's units, may be of any shapes that broadcast. Stiennon et al.
+    2020; with the margin Touvron et al. 2023, eq. 2.
     """
     # Stiennon et al. 2020; with the margin, Touvron et al. 2023, eq. 2
     return -jax.nn.log_sigmoid(chosen - rejected - margin)
 
 
 def center_rewards(chosen: Array, rejected: Array) -> Array:
-    """Return (r_chosen + r_rejected)^2, elementwise: a penalty that holds rewards near 0."""
+    """Return (r_chosen + r_rejected)^2, elementwise: a penalty that holds rewards near 0.
+
+    Rewards may be of any shapes that broadcast. Eisenstein et al. 2023, eq. 2.
+    """
     # Eisenstein et al. 2023, eq. 2
     return jnp.square(chosen + rejected)
 
 
 def better_pairs(ranks_BC: Array) -> Array:
-    """Return [B, C, C] float32: 1 where candidate i has a better (lower) rank than j, else 0.
+    """Return [B, C, C] float32: 1 at [b, i, j] where candidate i has a better rank than j, else 0.
 
-    Rank 0, an absent candidate, forms no pair; equal ranks form none.
+    `ranks_BC`: int, lower is better, 1 is best. Rank 0, an absent candidate, forms no pair; equal
+    ranks form none.
     """
     # Candidate i in rows against candidate j in columns.
     i = ranks_BC[:, :, None]
@@ -63,9 +68,10 @@ def better_pairs(ranks_BC: Array) -> Array:
 
 
 def first_best(ranks_BC: Array) -> Array:
-    """Return the index of the first candidate of the best (lowest) rank, [B].
+    """Return the index of the first candidate of the best (lowest) rank, [B] int32, from 0.
 
-    Rank 0, absent, is never the best; 0 is returned for a row of nothing else.
+    `ranks_BC`: int, 1 is best. Rank 0 marks an absent candidate, never the best; a row where all
+    are absent gives 0.
     """
     # Absent candidates stand behind all others.
     last = jnp.iinfo(jnp.int32).max
@@ -76,8 +82,8 @@ def first_best(ranks_BC: Array) -> Array:
 def pair_means(loss_BCC: Array, pairs_BCC: Array) -> tuple[Array, Array]:
     """Return the mean of `loss_BCC` over each prompt's pairs, [B], and 1.0 where it has one, [B].
 
-    `loss_BCC`: at [b, i, j] the loss of candidate i as the better, j as the worse. `pairs_BCC`: 1
-    for a pair, as of `better_pairs`. The mean is 0 where there is none.
+    Without a pair both are 0. `loss_BCC`: at [b, i, j] the loss of candidate i as the better, j as
+    the worse. `pairs_BCC`: 1 for a pair, else 0, as `better_pairs` returns.
     """
     # Ouyang et al. 2022, eq. 1: all pairs of a prompt weigh as much as one
     count_B = pairs_BCC.sum((1, 2))
@@ -89,9 +95,10 @@ def pair_means(loss_BCC: Array, pairs_BCC: Array) -> tuple[Array, Array]:
 def pair_metrics(score_BC: Array, pairs_BCC: Array) -> Metrics:
     """Return four (sum, weight) metrics over all pairs of `pairs_BCC`; the weight is their number.
 
-    accuracy: share in the right order, equal scores a half. margin: gap. chosen, rejected: the
-    better's score and the worse's. `score_BC`: what candidates are compared by; `pairs_BCC`: as of
-    `better_pairs`.
+    accuracy: share of pairs whose better candidate has the higher score, equal scores count half.
+    margin: the better's score less the worse's. chosen, rejected: the better's score and the
+    worse's. `score_BC`: what candidates are compared by. `pairs_BCC`: 1 at [b, i, j] where i is
+    better than j, else 0, as `better_pairs` returns.
     """
     pairs = pairs_BCC.sum()
     better_BCC = score_BC[:, :, None]
@@ -115,11 +122,12 @@ def ranking_loss(
     margin_B: Array,
     center_rewards_coef: float = 0.0,
 ) -> tuple[Array, Array]:
-    """Return `pair_means` of the pair loss: losses [B] in nats, and 1.0 where a prompt has a pair.
+    """Return each prompt's mean loss over its pairs, [B] in nats, and 1.0 where it has one, [B].
 
-    The pair loss is `bradley_terry` with the prompt's margin, plus `center_rewards_coef` times
-    `center_rewards`. Two candidates: the plain Bradley-Terry loss. `ranks_BC`: 1 is best, 0
-    absent.
+    Without a pair both are 0. The loss of a pair is `bradley_terry` with the prompt's margin,
+    `margin_B`, plus `center_rewards_coef` times `center_rewards`. Two candidates: the plain
+    Bradley-Terry loss. `ranks_BC`: int, 1 is best, equal ranks form no pair, 0 marks an absent
+    candidate.
     """
     # Every candidate against every other; `better_pairs` picks those that form a pair.
     better = rewards_BC[:, :, None]
@@ -130,9 +138,10 @@ def ranking_loss(
 
 
 def flat_candidates(batch: Candidates) -> dict[str, Any]:
-    """Return the candidates as rows of a TokenBatch, [B * C, T]: what `run_model` reads of one.
+    """Return the candidates of a batch as rows of a TokenBatch, [B * C, T], for `run_model`.
 
-    A prompt's candidates are neighbouring rows; a `room` of `batch` is of these rows.
+    It has `tokens_BT`, `segment_ids_BT` and `positions_BT`, and `batch`'s `room` if it has one.
+    Candidate c of prompt b is row b * C + c.
     """
     length = batch["tokens_BCT"].shape[-1]
     rows: dict[str, Any] = {}
@@ -151,11 +160,13 @@ def ranking_objective(
     center_rewards_coef: float = 0.0,
     lm_coef: float = 0.0,
 ) -> LossSum:
-    """Sum `ranking_loss` over prompts; with `lm_coef`, plus that times the best response's NLL.
+    """Sum `ranking_loss` over prompts; with `lm_coef`, add that times the best response's NLL.
 
-    `apply`: of a ScalarModel. The NLL, in nats per token and from the same pass, keeps the reward
-    model fluent in what it judges (Askell et al. 2021). The weight is the number of prompts with a
-    pair; metrics: `pair_metrics` of the rewards, and `nll` with `lm_coef`.
+    `apply` and `params`: of a ScalarModel; a candidate's reward is the scalar at its last token.
+    The NLL, in nats per token, of the first best candidate of each prompt that has a pair, comes
+    from the same pass and keeps the reward model fluent in what it judges (Askell et al. 2021).
+    The weight is the number of prompts with a pair. Metrics: those of `pair_metrics` on rewards,
+    and with `lm_coef` `nll`, its mean over those prompts.
     """
     # The reward of a candidate is the scalar at its last token.
     ranks_BC = batch["ranks_BC"]
@@ -190,7 +201,10 @@ def ranking_objective(
 
 
 def step_loss(logits: Array, targets: Array) -> Array:
-    """Return the cross-entropy of sigmoid(logit) to a target in [0, 1], elementwise, in nats."""
+    """Return the cross-entropy of sigmoid(logit) to a target in [0, 1], elementwise, in nats.
+
+    Wang et al. 2024 (Math-Shepherd).
+    """
     # Wang et al. 2024 (Math-Shepherd)
     log_right = jax.nn.log_sigmoid(logits)
     log_wrong = jax.nn.log_sigmoid(-logits)
@@ -200,12 +214,13 @@ def step_loss(logits: Array, targets: Array) -> Array:
 def process_objective(apply: Apply, params: Params, batch: TokenBatch) -> LossSum:
     """Sum `step_loss` over the last tokens of labelled steps; the weight is their number.
 
-    `apply`: of a ScalarModel. `batch`: of data.steps.steps_batches; at those tokens `loss_mask_BT`
-    is 1 and `targets_BT`, float32, the label. Metric: accuracy at probability 1/2, which
-    itself is half right.
+    `apply` and `params`: of a ScalarModel, whose scalars are log-odds. `batch`: of
+    data.steps.steps_batches; at those tokens `loss_mask_BT` is 1, and `targets_BT`, float32 in [0,
+    1], is the label. Metric: `accuracy`, the share of steps whose probability and label are on one
+    side of 1/2; a label of 1/2 counts as above, a probability of 1/2 as half right.
 
-    With a label on the last step only, an outcome reward model's loss; Lightman et al. 2023
-    (section 2.5) too read its score at the last token, but trained it at every one.
+    With a label on the last step only, this is an outcome reward model's loss; Lightman et al.
+    2023 (section 2.5) too read its score at the last token, but trained it at every one.
     """
     mask_BT = batch["loss_mask_BT"]
     targets_BT = batch["targets_BT"]
@@ -226,12 +241,14 @@ def step_ends(
     newlines: Sequence[int],
     eos: int | Sequence[int] | Array = (),
 ) -> Array:
-    """Return [B, T] bool: True for the last token of a step, among the tokens under `mask_BT`.
+    """Return [B, T] bool: True at the last token of each step, among the tokens under `mask_BT`.
 
-    A step is a line that holds something: it ends at the first of a run of `newlines`, a list of
-    ids, and the last one at the row's last token. So blank lines are no steps, nor is an end of
-    turn, `eos` (one id or several), straight after a newline; without `eos` the last token always
-    ends a step. data.steps.lines_of is the same rule for texts. `tokens_BT`: ids.
+    `tokens_BT`: ids. `mask_BT`: above 0 for the response's tokens; elsewhere the result is False.
+    `newlines`: ids of tokens that end a line. `eos`: id or ids that end a turn, perhaps none. A
+    step is a line with a token, if only of spaces: it ends at the first newline after it, or, the
+    last line, at the row's last token. Further newlines are no steps, nor is an `eos` straight
+    after a newline; one alone is a step. data.steps.lines_of has the same rule for texts, but
+    takes lines of spaces, and an empty text, for no steps.
     """
     is_real_BT = mask_BT > 0
     is_newline_BT = is_real_BT & jnp.isin(tokens_BT, jnp.asarray(newlines))
@@ -253,10 +270,10 @@ def _one_later(x_BT: Array) -> Array:
 def running_score(logits_BT: Array, ends_BT: Array, how: StepScore) -> Array:
     """Return the log of the score of the steps that have ended by t, [B, T]; -inf before any has.
 
-    `logits_BT`: log-odds of being right, read where `ends_BT` (bool, see `step_ends`). product:
-    the probability that all steps are right (Lightman et al. 2023, section 2.6). minimum: the
-    least of the steps' probabilities (their appendix F). last: the latest step's alone, as of an
-    outcome model, or of a model of how often a beginning comes right.
+    `logits_BT`: log-odds that a step is right, read where `ends_BT`, bool, marks a step's last
+    token (`step_ends`). `how`: "product", the probability that all steps are right (Lightman et
+    al. 2023, section 2.6); "minimum", the least of the steps' probabilities (their appendix F);
+    "last", the latest step's probability, for models of outcomes. Raises ValueError for another.
     """
     # A step's log-probability stands at its end; 0, a factor of 1, everywhere else.
     logp_BT = jnp.where(ends_BT, jax.nn.log_sigmoid(logits_BT), 0.0)
@@ -278,10 +295,10 @@ def running_score(logits_BT: Array, ends_BT: Array, how: StepScore) -> Array:
 def step_rewards(logits_BT: Array, ends_BT: Array, how: StepScore) -> Array:
     """Return each step's change of the response's score, at its last token, [B, T]; 0 elsewhere.
 
-    `logits_BT`: log-odds that the step is right, read where `ends_BT` (bool) marks a step's last
-    token. `how`: "product", "minimum" or "last" of the steps' probabilities. The changes sum to
-    the score that re-ranking goes by, in [0, 1], so a response gains nothing from having more
-    steps, as it would if the steps' probabilities were summed.
+    `logits_BT`: log-odds that a step is right, read where `ends_BT`, bool, marks a step's last
+    token. `how`: "product", "minimum" or "last" of the steps' probabilities is the score
+    (`running_score`), in [0, 1]; before the first step it is 0. A row's changes sum to its final
+    score, which re-ranking goes by, so a response gains nothing from having more steps.
     """
     # Of the score itself, not its log: 0 before the first step has ended.
     log_score_BT = running_score(logits_BT, ends_BT, how)

@@ -46,7 +46,7 @@ class Room:
     """Packed rows over rows, at most 1."""
 
     def rows(self, rows: int) -> int:
-        """Return the packed rows of a group of `rows`."""
+        """Return the number of packed rows for a group of `rows` rows, rounded up."""
         return math.ceil(rows * self.share)
 
 
@@ -91,9 +91,10 @@ def first_fit(length_B: Array, longest: int, rows: int) -> Places:
 
 
 def rows_used(segment_ids_BT: Array) -> Array:
-    """Return how many packed rows `first_fit` would use for the rows of a group, a scalar.
+    """Return how many packed rows `first_fit` uses for the rows of a group, an int32 scalar.
 
-    `segment_ids_BT`: of the rows as they are, not packed yet; 0 is padding.
+    `segment_ids_BT`: of the rows as they are, not packed yet; 0 is padding. Packed rows have T
+    tokens too. At least 1, also where all is padding.
     """
     rows, longest = segment_ids_BT.shape
     length_B = (segment_ids_BT > 0).sum(1)
@@ -114,7 +115,11 @@ class Slots(NamedTuple):
 
 
 def assign_slots(segment_ids_BT: Array, rows: int) -> Slots:
-    """Give each real token of a group a slot in `rows` packed rows of T."""
+    """Give each real token of a group a slot in `rows` packed rows of T.
+
+    `segment_ids_BT`: int, 0 for padding; a row's real tokens lie next to one another. `rows` is
+    static. Where a row finds no room (`fits_B`), other rows may have lost slots to it.
+    """
     # A row's real tokens lie next to one another, in their order.
     count, length = segment_ids_BT.shape
     real_BT = segment_ids_BT > 0
@@ -172,9 +177,10 @@ moved.defvjp(_moved_forward, _moved_backward)
 def run_model(apply: Apply, params: Params, batch: TokenBatch) -> Any:
     """Return apply(params, ...) of the rows of `batch`, [B, T] each, as if they were run as rows.
 
-    Where `batch` has a `room` (`find_room`) its real tokens alone are run, in packed rows; then
-    `x_BTD` and `scalars_BT` of padding are 0. Rows hold one example each, on either side of which
-    there may be padding.
+    Rows hold one example each, with padding on either side. Where `batch` has a `room`
+    (`find_room`) its real tokens alone are run, in packed rows; then `x_BTD` and `scalars_BT` are
+    0 at padding. Where the room, found for other rows, is too small, rows without a place are NaN,
+    and others may be wrong. The output's other fields are as apply returns them.
     """
     if "room" not in batch:
         return apply(params, *inputs(batch))
@@ -226,10 +232,11 @@ def can_pack() -> bool:
 
 @partial(jax.jit, static_argnames="microbatches")
 def rows_needed(segment_ids: Array, microbatches: int) -> Array:
-    """Return the most packed rows that a group of this batch needs, a scalar.
+    """Return the most packed rows that a group of this batch needs, an int32 scalar on the device.
 
     A group: the rows of one micro-batch that one device of the current mesh holds. `segment_ids`:
-    [B, T], or [B, C, T] of C candidates each, in B C rows.
+    [B, T], or [B, C, T] of C candidates each, as B C rows; `microbatches`, static, divides the
+    rows.
     """
     *rows, length = segment_ids.shape
     parts = in_microbatches(segment_ids, microbatches)
@@ -241,9 +248,10 @@ def rows_needed(segment_ids: Array, microbatches: int) -> Array:
 def find_room(*segment_ids: Array, microbatches: int = 1, sizes: int = OF_ROLLOUTS) -> Room | None:
     """Return the room that each of these batches fits in; None where packing would save nothing.
 
-    Each is [B, T] or [B, C, T], 0 for padding, and is later cut into `microbatches` and over the
-    devices of the mesh. `sizes`: rooms between one and its half, from which the least that fits is
-    taken. Waits for the device. None too where the mesh splits a row's tokens.
+    `segment_ids`: of each batch, all of one shape, [B, T] or [B, C, T]; 0 is padding. Batches are
+    later cut into `microbatches` and over the current mesh. `sizes`: rooms between one and its
+    half, from which the least that fits is taken. Waits for the device. None too where the mesh
+    splits a row's tokens.
     """
     if not can_pack():
         return None
@@ -267,9 +275,11 @@ def with_room(batch: Rows, room: Room | None) -> Rows:
 
 
 def unpadded(batch: Rows, microbatches: int = 1, sizes: int = OF_DATA) -> Rows:
-    """Return `batch` with the room that its real tokens need, measured on the mesh.
+    """Return `batch` with the `room` that its real tokens need, or with none if it saves nothing.
 
-    `batch`: rows [B, T] or candidates [B, C, T]; see `find_room`. Waits for the device.
+    `batch`: rows [B, T] or candidates [B, C, T], on the current mesh, later cut into
+    `microbatches`; a `room` that it has is replaced or taken out. `sizes`: rooms to choose from
+    between one and its half (`find_room`). Waits for the device.
     """
     name = "segment_ids_BCT" if "segment_ids_BCT" in batch else "segment_ids_BT"
     return with_room(batch, find_room(batch[name], microbatches=microbatches, sizes=sizes))

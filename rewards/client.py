@@ -43,10 +43,10 @@ class Reply(NamedTuple):
 def ask(reward: str, question: Question, wait: float = WAIT) -> list[float]:
     """Return the scores [B] of `question` by the server at `reward`, http://host:port.
 
-    A server that is away or busy, or that fails, is asked again, up to `wait` seconds. It may be
-    killed and started again meanwhile: it then answers as it would have before. Raises UserError
-    where it stays away or goes on failing, refuses the question, or answers something else. How
-    many scores there are is not checked here.
+    A server that is away, busy or failing is asked again, up to `wait` seconds; it may be killed
+    and started again meanwhile. Raises UserError where it stays away or goes on failing, refuses
+    the question, or answers no {"scores": [...]}. The number of scores, and whether they are
+    numbers, is not checked here (scorer.check_scores).
     """
     reply = _patient_post(reward, json.dumps(question), wait)
     if reply.status != 200:

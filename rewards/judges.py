@@ -57,8 +57,9 @@ Ask = Callable[[list[Messages], jax.Array], list[list[int]]]
 def read_principles(path: str) -> dict[str, str]:
     """Read a text file of principles, one a line, as `name: text` or as the text alone.
 
-    Returns {name: text}; a line without a name is called `line <number>`. Empty lines and those
-    that begin with # are skipped. Raises UserError.
+    Returns {name: text}, in the file's order; a line without a name is called `line <number>`,
+    from 1. Empty lines and those that begin with # are skipped. Raises UserError for a file that
+    cannot be read or holds none, and for a name given twice.
     """
     try:
         text = pathlib.Path(path).read_text()
@@ -89,12 +90,15 @@ def read_principles(path: str) -> dict[str, str]:
 
 
 def request_text(messages: Messages) -> str:
-    """Join the messages of a prompt into the text of one request."""
+    """Join the contents of a prompt's messages, a blank line between them, into one text."""
     return "\n\n".join(message["content"] for message in messages)
 
 
 def comparing_prompts(question: Question, principle: str) -> list[str]:
-    """Return what a judge is asked about two responses: in this order, and in the other."""
+    """Return the two questions to a judge about `question`: its responses in order, and swapped.
+
+    `principle`: its text. Each asks for A, the response that stands first in it, or B.
+    """
     messages, first, second = question
     request = request_text(messages)
     return [
@@ -106,9 +110,10 @@ def comparing_prompts(question: Question, principle: str) -> list[str]:
 def make_probability_of_a(judge: LoadedRun) -> Callable[[Sequence[str]], np.ndarray]:
     """Make the language model `judge` answer questions with A or B.
 
-    Returns probability_of_a(texts) -> [N]: P(the answer is A, given that it is A or B), from the
-    log-probabilities of these two first tokens. A text is what a user asks; one longer than the
-    model's context loses its beginning. Raises UserError where A and B have one first token.
+    Returns probability_of_a(texts) -> [N] float: P(the answer is A, given that it is A or B), from
+    the log-probabilities of these two first tokens; it waits for the device. A text is a user's
+    message; one longer than the model's context loses its beginning. Raises UserError where A and
+    B have the same first token.
     """
     config, tokenizer, params = judge
     first_of_a = tokenizer.encode("A")[:1]
@@ -151,9 +156,10 @@ def make_probability_of_a(judge: LoadedRun) -> Callable[[Sequence[str]], np.ndar
 def make_prefer(judge: LoadedRun, principles: Sequence[str]) -> Prefer:
     """Make the language model `judge` compare responses by each of `principles`, their texts.
 
-    The mean over both orders of the two responses: so what the judge likes about a position
+    Returns prefer(questions) -> [Q, principles] float: P(the first response follows the principle
+    better), the mean over both orders of the responses. So what the judge likes about a position
     cancels, p(a, b) = 1 - p(b, a) (Lee et al. 2023, RLAIF: soft labels, and their handling of
-    position bias).
+    position bias). Raises UserError as `make_probability_of_a` does.
     """
     probability_of_a = make_probability_of_a(judge)
 
@@ -176,9 +182,9 @@ def make_keeps(judge: LoadedRun, rule: str) -> Callable[[str, dict[str, Any]], f
     """Make the language model `judge` a classifier of one rule, usable as a reward.
 
     Returns keeps(response, record) -> P(the response keeps the rule), without training. `record`:
-    {"prompt": messages}. As the rule-based reward models of OpenAI 2023 (GPT-4, system card). In a
+    {"prompt": messages}. OpenAI 2023 (GPT-4, system card) had such rule-based reward models. In a
     module of your own, `polite = make_keeps(load_run("runs/llama"), "The response is polite.")`
-    makes --reward=module:polite.
+    makes --reward=module:polite. Raises UserError as `make_probability_of_a` does.
     """
     probability_of_a = make_probability_of_a(judge)
 
@@ -195,7 +201,8 @@ def make_revise(
 ) -> Revise:
     """Make the language model `judge` criticise responses and write `n` revisions of each.
 
-    `principles`: name -> text. A chat that does not fit the model's context is cut on its left.
+    Returns the function that `make_chat_revise` describes. `principles`: {name: text}. `sampling`:
+    of critiques and revisions. A chat that does not fit the model's context is cut on its left.
     """
     return make_chat_revise(
         make_ask(judge, sampling, 1),
@@ -207,7 +214,11 @@ def make_revise(
 
 
 def make_ask(judge: LoadedRun, sampling: SamplingConfig, n: int) -> Ask:
-    """Make the sampler of what `judge` says next in a chat, `n` times to each."""
+    """Make the sampler of what `judge` says next in a chat, `n` times to each.
+
+    Returns ask(chats, key) -> lists of token ids, a chat's `n` next to one another. A chat is a
+    list of messages; one that does not fit the context is cut on its left. `key`: a PRNG key.
+    """
     config, tokenizer, params = judge
     respond = make_sampler(config, sampling, tokenizer, n)
     room = config.context - sampling.max_new_tokens
@@ -224,8 +235,11 @@ def make_chat_revise(
 ) -> Revise:
     """Make revisions as turns of one chat: prompt, response, a critique, then `n` revisions.
 
-    Bai et al. 2022 (Constitutional AI), section 3.1. Revisions that never end are left out, and
-    where none ends the response stays as it is.
+    Bai et al. 2022 (Constitutional AI), section 3.1. `criticise` and `rewrite`: of `make_ask`,
+    with 1 and with `n` answers to a chat. `principles`: {name: text}. Returns revise(prompts,
+    responses, names, key) -> (critiques, lists of revisions), one each a response; `names`: by
+    which principle it is criticised. Revisions that never end are left out; where none ends the
+    response itself is the one revision.
     """
 
     def revise(
@@ -254,7 +268,7 @@ def make_chat_revise(
 
 
 def turn(role: str, content: str) -> Message:
-    """Return one message of a chat."""
+    """Return one message of a chat, {"role", "content"}; `role`: user, assistant or system."""
     return {"role": role, "content": content}
 
 
@@ -266,10 +280,12 @@ def make_simulated(
 ) -> tuple[Prefer, Revise]:
     """Make (prefer, revise) of a judge that sees the gold criteria `names` through noise.
 
-    A look at one criterion of one response is right with probability `reliability`. A preference
-    is 0, 1/2 or 1 by each principle, from one look at each response. A critic who finds nothing
-    leaves the response as it is, under an empty critique; else there are `n` revisions. Raises
-    UserError for a name that is no gold criterion.
+    They are called like the results of `make_prefer` and `make_chat_revise`. A look at one
+    criterion of one response is right with probability `reliability`. A preference is 0, 1/2 or 1
+    by each principle, from one look at each response; `seed` decides what looks see. A critic who
+    finds nothing leaves the response as its one revision, under an empty critique; else there are
+    `n` revisions, by the key given to revise. Raises UserError for a name that is no gold
+    criterion.
     """
     known = list(world_feedback.CRITIQUES)
     unknown = sorted(set(names) - set(known))

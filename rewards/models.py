@@ -45,9 +45,9 @@ def load_reward_model(
 ) -> RewardModel:
     """Load the reward model of the folder `run`, whichever script trained it, onto `mesh`.
 
-    Raises UserError for the run of a language model, for one whose tokenizer is another than
-    `tokenizer`, the policy's, and unless `of_steps`, the caller reads scores of steps, for one
-    that was trained on steps: its Config has the field `scores`, as train_prm.py's.
+    `tokenizer`: the policy's. `of_steps`: the caller can read scores of steps. Raises UserError
+    for the run of a language model, for a run with another tokenizer, and, unless `of_steps`, for
+    one that was trained on steps: its Config has the field `scores`, as train_prm.py's.
     """
     # What the run holds says what it is.
     stored = load_config(run)
@@ -77,9 +77,10 @@ def load_reward_model(
 def make_scalars(config: ModelConfig) -> Callable[[Params, Batch], jax.Array]:
     """Make the pass of a reward model of shape `config` over rows of prompt and response.
 
-    Returns scalars(params, batch) -> float32 [B, T], traceable: the scalar at each token, after
-    which the model says how good the row is so far. `batch`: `tokens_BT`, `segment_ids_BT` and
-    `positions_BT`, padded on either side.
+    Returns scalars(params, batch) -> float32 [B, T], for use under jit: the scalar at each token,
+    which says how good the row is up to it. `batch`: `tokens_BT`, `segment_ids_BT` and
+    `positions_BT`, one example a row, padded on either side, and perhaps a `room`
+    (objectives.unpadded).
     """
     _, apply = init_and_apply(ScalarModel(config))
 
@@ -94,11 +95,11 @@ def make_text_scorer(
 ) -> Callable[[Params, Sequence[Prompt], Sequence[str | Tokens]], list[float]]:
     """Make the scorer of written or sampled responses, by a reward model of shape `config`.
 
-    Returns score_texts(params, prompts, responses) -> one score a response, in order. A prompt is
-    a user's text or a list of messages; there are as many as responses. A response is a text,
-    which gets the end token, or the tokens that were sampled, which are scored as they are. Rows
-    of more than `length` tokens are cut on the left as in training: the prompt first, down to 8
-    tokens, then whatever is still too long.
+    Returns score_texts(params, prompts, responses) -> one float a response, in order; it waits for
+    the device. A prompt, one a response, is a user's text or a list of messages. A response is a
+    text, which gets the end token, or the token ids that were sampled, which are scored as they
+    are. Rows of more than `length` tokens are cut on the left as in training: the prompt first,
+    down to 8 tokens, then whatever is still too long.
     """
     scalars = make_scalars(config)
 
@@ -135,10 +136,11 @@ def make_step_scorer(
 ) -> Callable[[Sequence[list[int]], Sequence[list[int]]], dict[StepScore, np.ndarray]]:
     """Load the reward model `run` as a scorer of the steps of solutions.
 
-    Returns score_steps(prompts, responses) -> {way: log of the score [N]} for each of STEP_SCORES.
-    Both are token lists, N of each, at most `length` tokens together; a response may have its end
-    token. What is written so far of one is scored too: its last token ends a step. Raises
-    UserError as `load_reward_model` does.
+    Returns score_steps(prompts, responses) -> {way: log of the score, [N] float32} for each of
+    STEP_SCORES, N at least 1; it waits for the device. Both arguments are N lists of token ids, a
+    pair of at most `length` tokens; a response may have its end token. A partial response is
+    scored too: its last token ends a step. An empty one has -inf. Raises UserError as
+    `load_reward_model` does.
     """
     config, params = load_reward_model(run, tokenizer, mesh)
     scalars = make_scalars(config)

@@ -26,9 +26,10 @@ Known = dict[int, float]
 
 
 def candidate_keys(batch: Batch) -> list[int]:
-    """Return a 64-bit digest of each candidate of a batch of comparisons, B * C, row by row.
+    """Return a 64-bit digest of each candidate of a batch of comparisons, B * C ints, row by row.
 
-    It is of the candidate's tokens and loss mask alone: the same in a batch of another width.
+    `batch`: NumPy arrays, as data.batches.comparison_batches yields. A digest is of the
+    candidate's tokens and loss mask alone: the same in a batch of another width.
     """
     length = batch["tokens_BCT"].shape[-1]
     tokens_MT = batch["tokens_BCT"].reshape(-1, length)
@@ -58,10 +59,11 @@ def cached_reference(
 
     `batches`: this host's, of data.batches.comparison_batches; read only if something is missing.
     `counts`: (held-out batches, training batches) in it; a run that goes on may ask for more of
-    either. `logprobs(reference, batch on the mesh)` gives [B, C]. `load_reference()` is called at
-    most once, and what it returns is not kept. A candidate that an earlier epoch has met is not
-    computed again, unless there are several hosts, which must compute together. Each host writes
-    its own file, `reference-<process>.npz`, whole or not at all.
+    either. `logprobs(reference, batch on the mesh)` returns [B, C] nats. `load_reference()`
+    returns the reference's parameters; it is called at most once, and they are not kept. A
+    candidate that an earlier epoch has met is not computed again, unless there are several hosts:
+    all must call this, and compute together. Each host writes its own file,
+    `reference-<process>.npz`, whole or not at all.
     """
     path = pathlib.Path(run) / f"reference-{jax.process_index()}.npz"
     # Under which settings it was computed: a file of another run is of no use.

@@ -39,37 +39,48 @@ class Rewards(Protocol):
     """The fields of a script's Config that say how several rewards make one score."""
 
     @property
-    def reward(self) -> tuple[str, ...]: ...
+    def reward(self) -> tuple[str, ...]:
+        """Names of the rewards, one or more."""
+
     @property
-    def combine(self) -> Combine: ...
+    def combine(self) -> Combine:
+        """How their scores are combined (objectives.policy.combined)."""
+
     @property
-    def weights(self) -> tuple[float, ...]: ...
+    def weights(self) -> tuple[float, ...]:
+        """A weight each for `weighted`, else none."""
+
     @property
-    def gate(self) -> float: ...
+    def gate(self) -> float:
+        """Score that all rewards but the first must reach, for `gated`."""
+
     @property
-    def floor(self) -> float | None: ...
+    def floor(self) -> float | None:
+        """Score of a response that does not, for `gated`; None: below all others."""
+
     @property
-    def missing_eos(self) -> MissingEos: ...
+    def missing_eos(self) -> MissingEos:
+        """Rule for a response without an end (objectives.policy.missing_eos)."""
 
 
 # ---- Names of rewards ----
 
 
 def is_server(reward: str) -> bool:
-    """True for the address of a server."""
+    """True for the address of a server, http://host:port; nothing is asked of it."""
     return reward.startswith("http://")
 
 
 def is_function(reward: str) -> bool:
-    """True for module:function or a server's address, False for a run's folder."""
+    """True for `module:function` or a server's address, False for a run's folder."""
     return ":" in reward and not pathlib.Path(reward).is_dir()
 
 
 def load_function(reward: str, flag: str = "--reward") -> Check:
-    """Import the function named `module:function`: function(response, record) -> float.
+    """Import the function named `module:function`: function(response's text, record) -> float.
 
     The module is one of the root's, or lies in the current folder. Raises UserError, which names
-    `flag`.
+    `flag`, for a module or name that is not there, or no function.
     """
     or_a_run = ", or the folder of a train_rm run" if flag == "--reward" else ""
     module, _, name = reward.partition(":")
@@ -87,9 +98,10 @@ def load_function(reward: str, flag: str = "--reward") -> Check:
 
 
 def load_check(check: str) -> Check:
-    """Import the function of --check: 1 where a response is right, 0 where not, or in between.
+    """Import `module:function` as check(response's text, record) -> float in [0, 1], 1 for right.
 
-    Raises UserError as `load_function` does; what is returned does so for other values.
+    `check`: what --check says. Raises UserError as `load_function` does; the function that is
+    returned raises it for a value that is no number in [0, 1].
     """
     function = load_function(check, "--check")
 
@@ -107,7 +119,7 @@ def load_check(check: str) -> Check:
 
 
 def check_rewards(config: Rewards) -> None:
-    """Raise UserError for rewards that cannot be combined as `config` says."""
+    """Raise UserError for rewards that cannot be combined as `config` says; load none."""
     count = len(config.reward)
     distinct = len(set(config.reward))
     require(0 < count == distinct, "--reward: name at least one, and none twice")
@@ -128,7 +140,10 @@ def check_rewards(config: Rewards) -> None:
 
 
 def check_missing_eos(config: Any) -> None:
-    """Raise UserError for a --missing_eos_score that the rule --missing_eos does not read."""
+    """Raise UserError for a --missing_eos_score that the rule --missing_eos does not read.
+
+    `config`: a script's, with `missing_eos` and `missing_eos_score`.
+    """
     has_score = config.missing_eos in ("replace", "penalty")
     rule = "--missing_eos=replace or penalty"
     refuse_unread(config, {"missing_eos_score": (has_score, rule)})
@@ -154,17 +169,17 @@ def make_reward_scorer(
 ) -> tuple[dict[str, Params], Score]:
     """Load `rewards` and make what scores a rollout by each of them.
 
-    Returns (models, score). models: {reward: parameters on the mesh} of those that are runs; give
-    them to score, which holds none, so that they can lie in the host's memory meanwhile.
+    Returns (models, score). models: {reward: parameters on the mesh} of those that are runs; they
+    are given to score, which holds none, so that they can lie in the host's memory meanwhile.
 
     score(models, batch, records) -> ({reward: scores [B]}, {reward: scalars [B, R + 1]}). `batch`:
     a rollout's, on the mesh (rollout.py). `records`: those of this host's prompts, in the batch's
     order, each with equally many responses next to one another. The scalars are of reward models
-    alone: at the last token of the prompt and at each of the response.
+    alone: at the last token of the prompt and at each of the response. All processes must call
+    score; for functions and servers it waits for the device.
 
-    Raises UserError for a reward that cannot be loaded or reached, and unless `of_steps`, the
-    caller reads the scalars of steps, for a model of steps; score does for one that does not
-    return a finite number for each response.
+    Raises UserError for a reward that cannot be loaded or reached, and, unless `of_steps`, for a
+    model of steps; score raises it for a reward that is no finite number.
     """
     # Reward models, with a jitted scorer each.
     models: dict[str, Params] = {}
@@ -232,7 +247,10 @@ def make_model_scorer(
 
 
 def make_function_scorer(function: Check) -> Callable[..., list[float]]:
-    """Make score(texts [B], records [B], rows) -> scores [B] by `function`; it ignores rows."""
+    """Make score(texts [B], records [B], rows) -> B scores by `function`; `rows` is not read.
+
+    `function(text, record)` is called once a response, and what it returns is not checked.
+    """
 
     def score(
         texts: list[str], records: Sequence[Record], rows: dict[str, np.ndarray]
@@ -243,10 +261,11 @@ def make_function_scorer(function: Check) -> Callable[..., list[float]]:
 
 
 def make_server_scorer(reward: str, tokenizer: Tokenizer) -> Callable[..., list[float]]:
-    """Make score(texts [B], records [B], rows) -> scores [B] by the server at `reward`.
+    """Make score(texts [B], records [B], rows) -> B scores by the server at `reward`.
 
-    `rows`: this host's arrays SENT. All are sent as one question. An empty one is asked at once:
-    so another tokenizer or a wrong address shows before anything is sampled.
+    `rows`: this host's arrays SENT, by name. All are sent as one question. An empty question is
+    asked at once, so that another tokenizer or a wrong address shows before anything is sampled:
+    UserError.
     """
 
     def score(
@@ -267,14 +286,20 @@ def make_server_scorer(reward: str, tokenizer: Tokenizer) -> Callable[..., list[
 def local_rows(
     batch: Batch, names: Sequence[str], mesh: jax.sharding.Mesh
 ) -> dict[str, np.ndarray]:
-    """Return this host's rows of the arrays `names` of a batch on the mesh."""
+    """Return this host's rows of the arrays `names` of a batch on the mesh, as NumPy arrays.
+
+    Waits for the device.
+    """
     parts = [batch[name] for name in names]
     local = multihost_utils.global_array_to_host_local_array(parts, mesh, [BATCH] * len(parts))
     return {name: np.asarray(part) for name, part in zip(names, local, strict=True)}
 
 
 def decode_responses(rows: dict[str, np.ndarray], tokenizer: Tokenizer) -> list[str]:
-    """Return the texts of `response_BR` up to where `mask_BR` ends, what is in its holes too."""
+    """Return the texts of `response_BR` up to where `mask_BR` ends, what is in its holes too.
+
+    `rows`: both arrays, [B, R], by name. Special tokens, the end among them, are in no text.
+    """
     texts = []
     for response_R, mask_R in zip(rows["response_BR"], rows["mask_BR"], strict=True):
         # Not the mask's sum: it may have holes, tokens that an environment wrote.
@@ -284,7 +309,7 @@ def decode_responses(rows: dict[str, np.ndarray], tokenizer: Tokenizer) -> list[
 
 
 def check_scores(reward: str, scores: Sequence[Any], count: int) -> None:
-    """Raise UserError unless `scores` are `count` finite numbers."""
+    """Raise UserError, which names `reward`, unless `scores` are `count` finite numbers."""
     for score in scores:
         is_number = isinstance(score, int | float | np.number | np.bool_)
         if not is_number or not math.isfinite(score):

@@ -74,10 +74,11 @@ class Config:
 
 
 def make_answer(config: Config) -> Answer:
-    """Load the reward; return answer(question) -> {"scores": one a response}.
+    """Load the reward; return answer(question) -> {"scores": one float a response}.
 
-    `question`: as rewards/client.py sends it, parsed from JSON. Raises UserError for a reward that
-    cannot be loaded; answer does for a question that it cannot answer.
+    `question`: as rewards/client.py sends it, parsed from JSON; one without responses gets [].
+    Threads may call answer together: they are scored one at a time. Raises UserError for a reward
+    that cannot be loaded; answer does for a question that it cannot answer.
     """
     mesh = make_mesh(config.mesh)
     if config.tokenizer is None and is_function(config.reward):
@@ -121,7 +122,10 @@ def make_answer(config: Config) -> Answer:
 
 
 def records_of(question: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the records of a question, one a text; raise ValueError, KeyError or TypeError."""
+    """Return the records of a question, one a text.
+
+    Raises ValueError, KeyError or TypeError for a question that has them otherwise.
+    """
     texts = question["texts"]
     records = question["records"]
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
@@ -134,10 +138,10 @@ def records_of(question: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def arrays_of(sent: Mapping[str, Any], rows: int, ids: int) -> dict[str, np.ndarray]:
-    """Return the arrays SENT of the lists that JSON has, each of `rows` rows.
+    """Return the arrays SENT by name, int32 but `mask_BR` float32, from the lists that JSON has.
 
-    Token ids are below `ids`. Raises KeyError, TypeError, ValueError or OverflowError for arrays
-    that no rollout has.
+    Each has `rows` rows; token ids are below `ids`. Raises KeyError, TypeError, ValueError or
+    OverflowError for arrays that no rollout has.
     """
     arrays = {}
     for name in SENT:
@@ -262,7 +266,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 def content_length(headers: Message, max_mib: int) -> int:
-    """Return how many bytes a request's body has; raise Refused where none may be read."""
+    """Return how many bytes a request's body has, from its headers.
+
+    Raises Refused without a length or above `max_mib` MiB, and ValueError for what is no number.
+    """
     stated = headers.get("Content-Length")
     if stated is None:
         raise Refused(411, "give a Content-Length")
@@ -316,7 +323,7 @@ def make_server(config: Config) -> http.server.HTTPServer:
 
 
 def main(config: Config) -> None:
-    """Serve until the process is ended."""
+    """Serve until the process is ended. Raises UserError as `make_server` does."""
     with make_server(config) as server:
         if not is_loopback(config.host):
             print(

@@ -33,10 +33,11 @@ JAX_SETTINGS = (
 
 
 def refuse_different_commands(config: Any) -> None:
-    """Raise UserError on every process unless all were started alike; one process alone is.
+    """Raise UserError on every process unless all were started alike.
 
     `config`: a script's dataclass, with `hosts`. Compared are its fields, the content of the files
-    and runs that it names, the code that is imported, and libraries. All processes must call it.
+    and runs that it names, the code that is imported, and libraries. All processes must call it;
+    one alone passes.
     """
     if jax.process_count() == 1:
         return
@@ -54,9 +55,10 @@ def refuse_different_commands(config: Any) -> None:
 
 
 def refuse_different_processes(fields: dict[str, Any], own: set[str] = OWN) -> None:
-    """Raise UserError on every process if `fields` differ between them: the first that does.
+    """Raise UserError on every process if `fields` differ between them; it names the first.
 
-    `fields`: as JSON has them, nested by name. `own`: names within `hosts` that are not compared.
+    `fields`: as JSON has them, nested by name. `own`: names within its `hosts` that are not
+    compared. All processes must call it; one alone passes.
     """
     if jax.process_count() == 1:
         return
@@ -73,9 +75,10 @@ def refuse_different_processes(fields: dict[str, Any], own: set[str] = OWN) -> N
 
 
 def first_difference(sums: list[dict[str, str]]) -> str | None:
-    """Name the first field in which a process differs from process 0; None where all are equal.
+    """Say in which field a process first differs from process 0; None where all are equal.
 
-    `sums`: {field: hash} of each process. Modules are compared where both have imported them.
+    `sums`: {dotted field: hash} of each process. Modules (`code.NAME`) are compared where both
+    have imported them.
     """
     first = sums[0]
     # Flags come first in the order of the fields, so that they are named before what follows.
@@ -105,7 +108,10 @@ def _words(name: str) -> str:
 
 
 def flat(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested `fields` by dotted name; lists, and what lies in them, are kept whole."""
+    """Return nested `fields` as {dotted name: value}; lists and what lies in them are kept whole.
+
+    `prefix`: put before each name. An empty dict has no entry.
+    """
     leaves: dict[str, Any] = {}
     for name, value in fields.items():
         if isinstance(value, dict):
@@ -116,7 +122,10 @@ def flat(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python and of the libraries that compute."""
+    """Return {name: version} of Python and of the libraries that compute.
+
+    A library's has two, as installed and as imported, "None" where it is not imported.
+    """
     # Python itself, then what is installed.
     found = {"python": platform.python_version()}
     for name in (*LIBRARIES, "jaxlib", "numpy"):
@@ -128,9 +137,9 @@ def versions() -> dict[str, str]:
 
 @functools.cache
 def code_sums() -> dict[str, str]:
-    """Return the SHA-256 of each imported module of ours, and of those beside the script.
+    """Return {module: SHA-256} of each imported module of ours, and of those beside the script.
 
-    The script itself is called `script`.
+    The script itself is called `script`. Files are read once a process.
     """
     # A fork may lie anywhere.
     folders = [ROOT]

@@ -20,14 +20,18 @@ class Board:
     """
 
     def __init__(self, folder: pathlib.Path, start: int):
-        """Begin a file in `folder` that takes the place of what lies there after step `start`."""
+        """Begin a file in `folder` that takes the place of what lies there after step `start`.
+
+        The folder is made where it is missing. `start`: steps that the run has finished, 0 for a
+        new one.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         self._file = (folder / next_name(folder)).open("xb")
         self._append(file_version="brain.Event:2")
         self._append(step=start + 1, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Append the metrics of `step`, by name."""
+        """Append the metrics of `step`, {name: value}."""
         points = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
         self._append(step=step, summary=Summary(value=points))
 
@@ -42,7 +46,7 @@ class Board:
 
 
 def next_name(folder: pathlib.Path) -> str:
-    """Return a name for an event file that comes after all names in `folder`.
+    """Return a name for an event file that comes after all names in `folder`; make no file.
 
     TensorBoard reads files in the order of their names, which begin with their time in seconds: a
     clock that was set back, or two starts in a second, must not turn the order.
@@ -56,7 +60,7 @@ def next_name(folder: pathlib.Path) -> str:
 
 
 def framed(event: bytes) -> bytes:
-    """Frame an event as TensorFlow's record files do: its length and itself, each with its sum."""
+    """Frame an event, serialised, as TensorFlow's record files do: length, sum, event, sum."""
     length = struct.pack("<Q", len(event))
     sums = [struct.pack("<I", masked_crc32c(part)) for part in (length, event)]
     return length + sums[0] + event + sums[1]

@@ -246,9 +246,10 @@ class Checkpoints:
     def save(self, step: int, state: dict[str, Any], extra: Any = None) -> None:
         """Start saving `state` and `extra` as `step`; return once arrays are copied to the host.
 
-        `state`: a tree of arrays and typed keys, its parameters under "params". `extra`: small and
-        JSON, each process's own, such as its position in the data. Raises UserError where
-        parameters are not finite, or where the previous save failed.
+        All processes must call it; `state` may then be donated. `state`: a dict of trees of arrays
+        and typed keys, its parameters under "params". `extra`: small and JSON, each process's own,
+        such as its position in the data. Raises UserError where parameters are not finite, where
+        the previous save failed, and where the run's folder was removed.
         """
         # One save at a time: the one before must be on the disk.
         self.wait()
@@ -303,7 +304,7 @@ class Checkpoints:
                 _wait_for(path)
 
     def wait(self) -> None:
-        """Wait until the last save is on disk; raise what went wrong with it."""
+        """Wait until the last save is on disk; raise what went wrong with it, mostly UserError."""
         pending = self._pending
         self._pending = None
         if pending is None:
@@ -320,8 +321,9 @@ class Checkpoints:
         """Load the newest good step as (step, state, extra of this process); None for a new run.
 
         `abstract_state`: the state's tree of ShapeDtypeStructs, whose shardings the result gets.
-        Damaged steps are passed over with a warning, and removed once an older good one is loaded.
-        Raises UserError where all are damaged, or where names, shapes or dtypes differ.
+        All processes must call it. Damaged steps are passed over with a warning, and removed once
+        an older good one is loaded. Raises UserError where all are damaged, where left_out.json
+        has lost spikes, or where names, shapes or dtypes differ.
         """
         self.wait()
         steps = finished_steps(self.folder)
@@ -415,11 +417,11 @@ def _wait_for(path: pathlib.Path) -> None:
 
 
 def load_step_params(run: str, step: int | None, shapes: Any) -> dict[str, Any]:
-    """Load the parameters of `run` as they were saved, at `step` or the newest.
+    """Load the parameters of `run` as they were saved, at `step`; None: at the newest.
 
-    Of a RunAtStep the step that it means. `shapes`: tree of ShapeDtypeStructs with shardings,
-    which the arrays get; None: NumPy arrays. Raises UserError for a missing run or step, a damaged
-    file, another shape or dtype.
+    Where `run` is a RunAtStep, None means its step. `shapes`: tree of ShapeDtypeStructs with
+    shardings, which the arrays get; None: NumPy arrays. Raises UserError for a missing run or
+    step, a damaged file, another shape or dtype.
     """
     hashes = stored_hashes(run)
 
@@ -446,8 +448,8 @@ def load_step_params(run: str, step: int | None, shapes: Any) -> dict[str, Any]:
 def stored_params(run: str) -> dict[str, Any]:
     """Return the parameters of the newest step of `run` as nested ShapeDtypeStructs, reading none.
 
-    Of a RunAtStep those of the step that it means. Raises UserError for a run without a finished
-    step, or with a damaged manifest.
+    Where `run` is a RunAtStep, it is its step. Raises UserError for a run without a finished step,
+    or with a damaged manifest.
     """
 
     def read(path: pathlib.Path, earlier: list[int]) -> dict[str, Any]:

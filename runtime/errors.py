@@ -28,8 +28,8 @@ def require(condition: bool, fault: str) -> None:
 def refuse_unread(config: Any, readers: Mapping[str, tuple[bool, str]]) -> None:
     """Raise UserError for a field of `config` that was changed, but that nothing reads.
 
-    `config`: a dataclass whose fields have defaults. `readers`: by field, True where it is read
-    under the other settings, and the flag that would have it read.
+    `config`: a dataclass whose fields have defaults. `readers`: {field: (whether the other
+    settings have it read, the flag that would)}.
     """
     for name, (is_read, reader) in readers.items():
         value = getattr(config, name)
@@ -40,6 +40,9 @@ def refuse_unread(config: Any, readers: Mapping[str, tuple[bool, str]]) -> None:
 
 
 def command_name() -> str:
-    """Name the command that runs, as Python takes it: `train_sft.py`, `-m collect.rank`."""
+    """Return the name of the command that runs, as Python takes it.
+
+    As in `train_sft.py`, `-m collect.rank`.
+    """
     spec = sys.modules["__main__"].__spec__
     return sys.argv[0] if spec is None else f"-m {spec.name}"

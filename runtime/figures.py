@@ -74,8 +74,8 @@ def panels(
 ) -> list[str]:
     """Return a figure (HTML) for each metric in `rows` of metrics.jsonl, known ones first.
 
-    `eval/x` is drawn over `x`. `unit`: the word under the axis. `only`: this metric alone.
-    `title`: instead of the metric's name.
+    `eval/x` is drawn over `x`. `unit`: the word under the axis. `only`: this metric alone; "":
+    all. `title`: instead of the metric's name, where it is not "".
     """
     # The metrics in the order in which they appear; a dict keeps it.
     names: dict[str, None] = {}
@@ -105,7 +105,10 @@ def panels(
 
 
 def reward_against_kl(rows: list[dict[str, Any]]) -> list[str]:
-    """Return a figure of score against KL, a dot a row; [] where no row has both."""
+    """Return [a figure (HTML) of score against KL, a dot a row]; [] where no row has both.
+
+    `rows`: of metrics.jsonl.
+    """
     both = []
     for row in rows:
         if row.get("kl") is not None and row.get("score") is not None:

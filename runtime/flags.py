@@ -28,15 +28,19 @@ HELP_WIDTH = 80
 
 
 def fill_paper_defaults(config: ConfigT, paper: dict[str, Any]) -> ConfigT:
-    """Fill the fields that `config` leaves at None with the values of `paper`.
+    """Return `config` with the values of `paper` in the fields that it leaves at None.
 
-    `paper`: values by field, and under "paper" the citation, which is no field.
+    `paper`: {field: value}, and under "paper" the citation, which is no field.
     """
     return dataclasses.replace(config, **_left_to_paper(config, paper))  # type: ignore[type-var]
 
 
 def with_paper_defaults(config: ConfigT, method: str, paper: dict[str, Any]) -> ConfigT:
-    """Fill as `fill_paper_defaults`, and print the line that names what was filled, if any was."""
+    """Fill as `fill_paper_defaults`; print a line that names what was filled, if anything was.
+
+    `method`: the word that the line begins with. `paper`: {field: value}, and under "paper" the
+    citation.
+    """
     line = paper_defaults_line(config, method, paper)
     if line:
         print(line)
@@ -44,9 +48,11 @@ def with_paper_defaults(config: ConfigT, method: str, paper: dict[str, Any]) -> 
 
 
 def paper_defaults_line(config: Any, method: str, paper: dict[str, Any]) -> str:
-    """Name the fields that `config` leaves to the paper, for the terminal; "" for none.
+    """Return a line that names the fields that `config` leaves to the paper; "" for none.
 
     As in "grpo: clip 0.2, kl_coef 0.04 (Shao et al. 2024)". `config`: before it is filled.
+    `method`: the word that the line begins with. `paper`: {field: value}, and under "paper" the
+    citation.
     """
     filled = _left_to_paper(config, paper)
     if not filled:
@@ -65,9 +71,10 @@ def _left_to_paper(config: Any, paper: dict[str, Any]) -> dict[str, Any]:
 def parse(cls: type[ConfigT], argv: Sequence[str] | None = None) -> ConfigT:
     """Fill the dataclass `cls` from flags, `--batch_size=8 --model.layers=2 --raw`.
 
-    `--model.preset=NAME` and `--init=RUN` first set all of `--model.*`; single fields then
-    override. `argv` None: the command line's. Raises UserError, also for a number out of its range
-    (runtime/ranges.py) and for a flag that other settings leave unused; `--help` ends the program.
+    Every field of `cls` has a default. `--model.preset=NAME` and `--init=RUN` first set all of
+    `--model.*`; single fields then override. `argv`: the flags; None: those of the command line.
+    Raises UserError, also for a number out of its range (runtime/ranges.py) and for a flag that
+    other settings leave unused. `--help` prints and ends the program.
     """
     # A switch may stand alone: `--raw` is `--raw=True`.
     words = list(sys.argv[1:] if argv is None else argv)
@@ -195,7 +202,8 @@ def _flag(argv: Sequence[str], name: str) -> str | None:
 def run(main: Callable[[ConfigT], Any], cls: type[ConfigT]) -> None:
     """Run a script as a command: parse `cls` from the flags, call `main`, tell mistakes in a line.
 
-    A config with `hosts` joins the other processes first.
+    `main(config)`: what it returns is dropped. A config with `hosts` joins the other processes
+    first. A mistake ends the process, as `ending_in_one_line` says.
     """
 
     def start() -> None:
@@ -217,10 +225,10 @@ def run(main: Callable[[ConfigT], Any], cls: type[ConfigT]) -> None:
 
 
 def ending_in_one_line(main: Callable[[], Any]) -> None:
-    """Run `main`; end a UserError in one line and its exit code, 2, Ctrl-C in one line and 130.
+    """Run `main()`; end a UserError in one line and its exit code, 2, Ctrl-C in one line and 130.
 
-    A full disk ends in one line and exit code 2 too, whoever met it. Where nobody reads stdout any
-    more and `main` does not outlive it, it ends by SIGPIPE.
+    A full disk ends in one line and exit code 2 too, whoever met it; other errors are raised.
+    Where nobody reads stdout any more and `main` does not outlive it, it ends by SIGPIPE.
     """
     terminal.prepare()
     interrupt.imported()

@@ -85,7 +85,8 @@ OBJECT = Kind("an object", lambda value: type(value) is dict)
 def check_values(path: pathlib.Path, content: Mapping[str, Any], kinds: dict[str, Kind]) -> None:
     """Raise UserError for a field of `content`, read from `path`, that is not of its kind.
 
-    A null is silence, and passes; so does a field that `kinds` does not name.
+    `kinds`: {field: its kind}. A null, or a field that is missing, passes; so does one that
+    `kinds` does not name.
     """
     for name, kind in kinds.items():
         value = content.get(name)
@@ -122,7 +123,8 @@ def file_in(folder: pathlib.Path, name: str) -> pathlib.Path:
 def read_object(path: pathlib.Path) -> dict[str, Any]:
     """Read the JSON object in the file `path`, of the folder that it lies in.
 
-    Raises UserError for what is none, and FileNotFoundError where there is no file.
+    Raises UserError for what is no such object, for a name that stands twice in one, and where a
+    link leads out of the folder (`file_in`); FileNotFoundError where there is no file.
     """
     path = file_in(path.parent, path.name)
     try:
@@ -148,13 +150,19 @@ def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def first_twin(pairs: list[tuple[str, Any]]) -> str:
-    """Return the first name of `pairs` that stands there more than once."""
+    """Return the first name of `pairs` that stands there more than once.
+
+    `pairs`: (name, value) each. Raises StopIteration where there is none.
+    """
     names = [name for name, _ in pairs]
     return next(name for name in names if names.count(name) > 1)
 
 
 def read_object_if_there(path: pathlib.Path) -> dict[str, Any]:
-    """Read the JSON object in the file `path`; return an empty one where there is no file."""
+    """Read the JSON object in the file `path`; return {} where there is no file.
+
+    Raises UserError as `read_object` does.
+    """
     try:
         return read_object(path)
     except FileNotFoundError:
@@ -162,6 +170,6 @@ def read_object_if_there(path: pathlib.Path) -> dict[str, Any]:
 
 
 def one_line(fault: Exception) -> str:
-    """Return what a library says of its fault, in one line that is not too long."""
+    """Return a fault's message in one line of at most 200 characters, or its type's name."""
     words = " ".join(str(fault).split())
     return words[:LONGEST_LINE] or type(fault).__name__

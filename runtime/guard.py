@@ -72,7 +72,7 @@ def deviations(history_S2: np.ndarray, values_2: np.ndarray) -> np.ndarray:
 
 
 def loss_and_norm(row: dict[str, float | None]) -> list[float] | None:
-    """Return loss and gradient norm of a row of metrics.
+    """Return [loss, gradient norm] of a row of metrics, {name: value}.
 
     None where one is missing or not finite: the step then changed no parameters.
     """
@@ -85,8 +85,9 @@ def loss_and_norm(row: dict[str, float | None]) -> list[float] | None:
 def is_spike(config: GuardConfig, history: Sequence[list[float]], values: list[float]) -> bool:
     """True if a step's loss and gradient norm both stand out from `history`, the steps before.
 
-    `values` and each of `history`: as of loss_and_norm. The gradient norm alone often stands out
-    without a fault, and a hard batch raises the loss alone.
+    `values` and each of `history`: [loss, gradient norm], from `loss_and_norm`. False where the
+    guard is off or `history` has less than half of its window. The gradient norm alone often
+    stands out without a fault, and a hard batch raises the loss alone.
     """
     # Too short a history has no median worth the name.
     if config.threshold <= 0 or len(history) < max(config.window // 2, 2):
@@ -99,12 +100,18 @@ def is_spike(config: GuardConfig, history: Sequence[list[float]], values: list[f
 
 
 def left_out(run: str) -> frozenset[int]:
-    """Return the numbers of the batches that `run` leaves out, from 1, in the data's order."""
+    """Return the numbers of the batches that `run` leaves out, from 1, in the data's order.
+
+    `run`: its folder. Empty without left_out.json; UserError where that is damaged.
+    """
     return _numbers(_spikes(run))
 
 
 def spike_count(run: str) -> int:
-    """Return how many spikes `run` has gone back from."""
+    """Return how many spikes `run`, its folder, has gone back from.
+
+    Raises UserError where its left_out.json is damaged.
+    """
     return len(_spikes(run))
 
 
@@ -149,10 +156,11 @@ def _spike(
 
 
 def go_back(config: Any, step: int) -> None:
-    """Undo a spike at `step`: remove checkpoints that hold batches at fault, and list these.
+    """Undo a spike at `step`: remove checkpoints that hold batches at fault, and list the batches.
 
-    `config`: the script's, of which `run` and `guard` are read. All processes must call it. Raises
-    UserError after too many spikes in RECENT steps.
+    `config`: the script's, of which `run` and `guard` are read. The list is the run's
+    left_out.json. All processes must call it. Raises UserError after too many spikes in RECENT
+    steps.
     """
     # A run that spikes again and again has another fault than its batches; a long one meets a
     # hard batch now and then.
@@ -203,9 +211,10 @@ def _batches_of_steps(steps: int, without: frozenset[int]) -> list[int]:
 
 
 def guarded(main: Callable[[Any], dict[str, float]]) -> Callable[[Any], dict[str, float]]:
-    """Wrap a script's `main(config)`: after each spike go back, and begin it anew.
+    """Wrap a script's `main(config)`, which returns metrics: after a spike go back, begin anew.
 
-    To begin anew is to resume the run from the checkpoint that `go_back` leaves.
+    To begin anew is to resume the run from the checkpoint that `go_back` leaves. Returns a
+    function that is called as `main` is and returns what its last attempt does.
     """
 
     @functools.wraps(main)

@@ -61,7 +61,7 @@ class HostsConfig:
 
 
 def settings(config: HostsConfig) -> dict[str, Any] | None:
-    """Return the arguments of jax.distributed.initialize; None for a run of one process.
+    """Return the arguments of jax.distributed.initialize by name; None for a run of one process.
 
     Other processes are named by flags, by the environment, by SLURM or by a TPU pod. Raises
     UserError for settings that are incomplete or cannot be.
@@ -153,7 +153,10 @@ def _refuse_taken(bind: str) -> None:
 
 
 def join(named: dict[str, Any]) -> None:
-    """Join the other processes, `named` by `settings`; where they do not come, end this one."""
+    """Join the other processes; where they do not come, end this one as `die_lost` does.
+
+    `named`: from `settings`. Then stdout of every process but process 0 leads nowhere.
+    """
     try:
         jax.distributed.initialize(**named)
     except ValueError as fault:
@@ -174,7 +177,8 @@ def join(named: dict[str, Any]) -> None:
 def joined(config: HostsConfig) -> Iterator[None]:
     """Join the other processes for a script's main; within it any fault of one ends all.
 
-    A watchdog ends the run after `config.stall` seconds without progress.
+    A context manager. A watchdog ends the run after `config.stall` seconds without progress.
+    Raises UserError for settings that are incomplete or cannot be.
     """
     named = settings(config)
     done = threading.Event()
@@ -233,7 +237,10 @@ def _loss_in(fault: BaseException | None) -> str | None:
 
 
 def all_gather_json(value: Any) -> list[Any]:
-    """Return each process's `value`, as JSON gives it back; all processes must call it."""
+    """Return the processes' values in a list, in their order, each as JSON gives it back.
+
+    `value`: what JSON can hold, this process's own. All processes must call it.
+    """
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
     longest = int(np.max(multihost_utils.process_allgather(np.int32(text.size))))
     # Padded to a multiple of 256, for few shapes.
@@ -247,7 +254,11 @@ def all_gather_json(value: Any) -> list[Any]:
 
 
 def exit_now(code: int) -> NoReturn:
-    """End this process; one of several at once, since an orderly end would wait for the others."""
+    """End this process with exit code `code`.
+
+    One of several ends at once, without cleaning up, since an orderly end would wait for the
+    others; a process alone raises SystemExit.
+    """
     if not jax.distributed.is_initialized():
         raise SystemExit(code)
     sys.stdout.flush()
@@ -264,7 +275,10 @@ _name = "this process"
 
 
 def die_lost(reason: str) -> NoReturn:
-    """End this process at once, from any thread, with code 75 and one line."""
+    """End this process at once, from any thread, with code 75 and a line on stderr.
+
+    `reason`: what the line says of the fault; it adds that the same command resumes.
+    """
     if not _ending.acquire(blocking=False):
         # Another thread is ending it.
         time.sleep(60)
@@ -291,8 +305,8 @@ def finished_step() -> None:
 def progressed(*unused: Any, **named: Any) -> None:
     """Tell the watchdog of anything done that is no step: it begins to count anew.
 
-    So of each batch of an evaluation, part of the data prepared, second of a save. Takes any
-    arguments, as a listener to JAX's events does: a compilation is progress too.
+    Called for each batch of an evaluation, part of the data prepared, second of a save. Arguments
+    are not read: JAX's events call it with some, and a compilation is progress too.
     """
     global _progress
     _progress += 1

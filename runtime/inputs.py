@@ -42,7 +42,10 @@ class RunAtStep(str):
 
 
 def run_at_step(run: str, step: int, sha256: str) -> RunAtStep:
-    """Name `step` of `run`, which may be gone: loading it then raises UserError."""
+    """Return `run`, a folder's name, with the step that is meant and the sum of its manifest.
+
+    Nothing is read: the step may be gone, and loading it then raises UserError.
+    """
     named = RunAtStep(run)
     named.step = step
     named.sha256 = sha256
@@ -55,8 +58,9 @@ def run_at_step(run: str, step: int, sha256: str) -> RunAtStep:
 def named_inputs(config: Any) -> dict[str, str]:
     """Return {flag: path} of the files and runs that `config`, a script's, names and that exist.
 
-    Any field of the dataclass that is free text is looked at, so those that a fork adds too; but
-    for `run`, where the script writes.
+    Every field of the dataclass that holds free text is looked at, also one that a fork adds, but
+    not `run`, where the script writes. Of a field with several paths the flags are `FIELD.0`,
+    `FIELD.1`.
     """
     # Of types alone: what a choice among words says may be the name of a folder here.
     hints = typing.get_type_hints(type(config))
@@ -83,7 +87,10 @@ def _is_file(path: str) -> bool:
 
 
 def is_run(path: str) -> bool:
-    """True for the folder of a run that has a finished step, or of which one is meant."""
+    """True for the folder of a run with a finished step, and for any RunAtStep.
+
+    False for a built-in source of data, also where a folder has its name.
+    """
     if isinstance(path, RunAtStep):
         return True
     folder = pathlib.Path(path)
@@ -95,7 +102,11 @@ def is_run(path: str) -> bool:
 
 
 def contents_of(config: Any) -> Contents:
-    """Return the content of each of `named_inputs`: of a run, the step meant or the newest."""
+    """Return what identifies each of `named_inputs`: a file's sum; a run's step and its sum.
+
+    A step's sum is that of its manifest. Of a run it is the step that is meant, or the newest.
+    Raises UserError for a file that cannot be read and a run without a finished step.
+    """
     # Of a run its manifest stands for all files.
     contents: Contents = {}
     for flag, path in named_inputs(config).items():
@@ -108,7 +119,10 @@ def contents_of(config: Any) -> Contents:
 
 
 def at_newest(run: str) -> RunAtStep:
-    """Return `run` with the step that it means, or its newest; raise UserError without one."""
+    """Return `run` with the step that it means, or its newest; raise UserError if it has none.
+
+    Where a later step has lost its manifest a note on stderr says so.
+    """
     if isinstance(run, RunAtStep):
         return run
     folder = pathlib.Path(run) / "checkpoints"
@@ -120,13 +134,16 @@ def at_newest(run: str) -> RunAtStep:
 
 
 def manifest_sum(run: str, step: int) -> str:
-    """Return the SHA-256 of the manifest of a step, which stands for all its files."""
+    """Return the SHA-256, in hex, of the manifest of a step of `run`: it stands for all its files.
+
+    Raises FileNotFoundError where there is no such step.
+    """
     path = pathlib.Path(run) / "checkpoints" / str(step) / "manifest.json"
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def step_of_sum(run: str, sha256: str) -> int | None:
-    """Return the step of `run` whose manifest has this sum; None where it is gone."""
+    """Return the step of `run` whose manifest has the SHA-256 `sha256` (hex); None without one."""
     # Newest first: that is mostly the one.
     for step in finished_steps(pathlib.Path(run) / "checkpoints"):
         if manifest_sum(run, step) == sha256:
@@ -135,7 +152,7 @@ def step_of_sum(run: str, sha256: str) -> int | None:
 
 
 def file_sum(path: str) -> str:
-    """Return the SHA-256 of a file that a run names; raise UserError where it cannot be read."""
+    """Return the SHA-256 (hex) of a file that a run names; UserError where it cannot be read."""
     try:
         return content_sum(path)
     except OSError as fault:
@@ -143,7 +160,7 @@ def file_sum(path: str) -> str:
 
 
 def content_sum(path: str | os.PathLike) -> str:
-    """Return the SHA-256 of a file, read once for as long as it does not change.
+    """Return the SHA-256, in hex, of a file, read once for as long as it does not change.
 
     Raises OSError where it cannot be read.
     """
@@ -163,10 +180,10 @@ def _file_sum(path: str, *status: int) -> str:
 def with_pinned_runs(config: ConfigT) -> ConfigT:
     """Return a script's `config` in which each run that it names is a RunAtStep.
 
-    It is the step that `config.run` began with, or of a new run the newest. Called first by every
-    script. Raises UserError where `config.run` is a folder of something else, and where the step
-    is now another one than the run began with; notes one that is gone, which a run that has its
-    own checkpoints may not need.
+    It is the step that `config.run` began with, or for a new run the newest. Every script calls
+    this first. Raises UserError where `config.run` is a folder of something else, and where an
+    input now differs from what the run began with. A step that is gone is noted on stderr: a run
+    that has its own checkpoints may not need it.
     """
     # Before anything in the folder is read as if it were a run's.
     run = config.run  # type: ignore[attr-defined]
@@ -241,7 +258,8 @@ def refuse_other_inputs(run: str, stored: dict[str, Any], config: Any, contents:
     """Raise UserError if an input of `run` is not the one that it began with.
 
     `stored`: its config.json; a run from before inputs were pinned is not compared. `config`: the
-    script's; `contents`: of it, by contents_of.
+    script's, of which `contents` is `contents_of`. An input that has another path now is not
+    compared: that is another setting, told elsewhere.
     """
     # Another path is another setting, which is told as such.
     paths = named_inputs(config)

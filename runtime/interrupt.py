@@ -27,7 +27,11 @@ def _is_imported_by_the_command() -> bool:
 
 
 def imported() -> None:
-    """End what this module's import began: from here on Ctrl-C raises KeyboardInterrupt."""
+    """From here on let Ctrl-C raise KeyboardInterrupt, as it does in Python by default.
+
+    Until then this module, imported first by a command, ends it in one line. Without that nothing
+    changes.
+    """
     if signal.getsignal(signal.SIGINT) is _end:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -160,7 +160,7 @@ class Recorder:
             self._board = None
 
     def seal(self) -> Seal | None:
-        """Return the sum of all rows so far, which a checkpoint keeps; None on other processes."""
+        """Put all rows so far on the disk; return their sum, or None but on process 0."""
         return self._rows.seal() if self._shows else None
 
     def steps(self) -> Iterator[int]:
@@ -201,8 +201,8 @@ class Recorder:
     def flush(self) -> None:
         """Write the pending row now, waiting for its values: call it before a checkpoint.
 
-        Raises guard.Spike if they are a loss spike, and UserError where the run's updates come to
-        nothing (runtime/updates.py).
+        Without one nothing is done. Raises guard.Spike if its values are a loss spike, and
+        UserError where the run's updates come to nothing (runtime/updates.py).
         """
         if self._pending is None:
             return
@@ -290,9 +290,10 @@ class Recorder:
         tqdm.write(line, file=sys.stderr)
 
     def samples(self, step: int, rows: list[dict[str, Any]], shown: int = 2) -> None:
-        """Append `rows` to samples.md, and show the first `shown` on the terminal.
+        """Append `rows`, of `step`, to samples.md, and show the first `shown` on the terminal.
 
-        A row: {"prompt": text, "response": text} and anything more, as text.
+        A row: {"prompt": text, "response": text} and anything more, as text. Only process 0 does
+        so.
         """
         if not self._shows:
             return

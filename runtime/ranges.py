@@ -24,7 +24,7 @@ class Range(NamedTuple):
     """Infinity is in, where there is no `high`: it stands for no limit."""
 
     def admits(self, number: float) -> bool:
-        """Tell if `number` is in the range."""
+        """Tell if `number` is in the range; -inf and NaN never are."""
         if math.isinf(number):
             return number > 0 and self.takes_inf
         above = number > self.low if self.without_low else number >= self.low

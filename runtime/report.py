@@ -29,7 +29,11 @@ WHY = {
 
 
 def run_report(run: str) -> str:
-    """Write `<run>/report.html`: curves, last samples and config; return its path."""
+    """Write `<run>/report.html`: curves, last samples and config; return its path.
+
+    `run`: its folder. Raises UserError where it is no run, and OSError where the page cannot be
+    written.
+    """
     # The run's own files are all that it needs.
     config = load_config(run)
     rows = read_rows(run)

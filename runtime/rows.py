@@ -29,7 +29,7 @@ class Seal(TypedDict):
 
 
 def read_rows(run: str, quiet: bool = False) -> list[Row]:
-    """Read metrics.jsonl of `run`, one dict a line, [] without the file.
+    """Read metrics.jsonl of the folder `run`, a dict a line, in order; [] without the file.
 
     A line that is no row is left out, with a warning on stderr unless `quiet`.
     """
@@ -71,7 +71,7 @@ class Rows:
             self._file.truncate(self._size)
 
     def write(self, row: Row) -> None:
-        """Append a row; raise UserError where the disk is full."""
+        """Append a row, {name: number or None}; raise UserError where the disk is full."""
         # JSON's own letters, so that a line is ASCII.
         line = json.dumps(row).encode() + b"\n"
         with disk_faults(self.path):

@@ -70,9 +70,8 @@ class Damaged(Exception):
 def refuse_other_tokenizer(file: pathlib.Path, content: bytes) -> None:
     """Raise UserError, without the file's name, if a run was made with another tokenizer.
 
-    `content`: of `file`, a tokenizer's.
-
-    A file that lies in no run is not compared.
+    `file`: where the tokenizer `content` was read. It is compared only where it is named
+    tokenizer.model and lies in a run's folder.
     """
     if file.name != "tokenizer.model" or not (file.parent / "config.json").exists():
         return
@@ -89,7 +88,7 @@ def refuse_other_tokenizer(file: pathlib.Path, content: bytes) -> None:
 
 
 def path_from_root(path: pathlib.Path) -> str:
-    """Return `path` relative to the repository's folder; the whole path if it lies outside."""
+    """Return `path` as a text, from the repository's folder; the whole path if it lies outside."""
     path = path.resolve()
     # A repository may be moved: its own files are named from its root.
     if path.is_relative_to(ROOT):
@@ -98,7 +97,10 @@ def path_from_root(path: pathlib.Path) -> str:
 
 
 def model_code() -> str | None:
-    """Return the path of the `model.py` that is imported if it is a fork's own, else None."""
+    """Return the path of the `model.py` that is imported if it is a fork's own, else None.
+
+    It is as `path_from_root` has it.
+    """
     # Asked of Python and not of a path: what was imported is what computes.
     model = sys.modules.get("model")
     if model is None or model.__file__ is None:
@@ -117,9 +119,10 @@ def plumb_version() -> str:
 def describe_run(config: Any, script: str, tokenizer: bytes | None) -> dict[str, Any]:
     """Return the content of config.json: fields of `config`, and what else decides the results.
 
-    Beside the fields: `script`, `tokenizer_sha256`, `versions` of libraries and of this code, and,
-    where a fork's own model.py is imported, its path as `model_code`. Values are as JSON gives
-    them back.
+    `config`: a script's dataclass. `script`: its path. `tokenizer`: the bytes of its model file,
+    None without one. Beside the fields: `script`, `tokenizer_sha256`, `versions` of libraries and
+    of this code, and, where a fork's own model.py is imported, its path as `model_code`. Values
+    are as JSON gives them back.
     """
     versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
     versions["plumb"] = plumb_version()
@@ -139,7 +142,7 @@ def describe_run(config: Any, script: str, tokenizer: bytes | None) -> dict[str,
 
 
 def settings_of(config: dict[str, Any]) -> dict[str, Any]:
-    """Return all settings in a config.json by dotted name; lists are kept whole."""
+    """Return all settings in a config.json as {dotted name: value}; lists are kept whole."""
     fields = {name: value for name, value in config.items() if name not in NO_FIELDS}
     leaves = jax.tree_util.tree_leaves_with_path(
         fields, is_leaf=lambda value: not isinstance(value, dict)
@@ -166,15 +169,15 @@ def _hash(identity: dict[str, Any]) -> str:
 
 
 def identity_hash(config: dict[str, Any]) -> str:
-    """Return the SHA-256 of the fields of `config` (as of config.json) that must not change."""
+    """Return the SHA-256 (hex) of the settings in a config.json that must not change."""
     return _hash(_identity(config))
 
 
 def accepted_hashes(config: dict[str, Any]) -> set[str]:
     """Return the hashes under which the steps of a run with this config.json may be saved.
 
-    Of each form that its config.json has had: today's identity_hash, and that of the time when
-    fields in SAYS_WHEN_TO_GIVE_UP counted too.
+    `config`: read from it. For each form that it has had there are two: today's identity_hash, and
+    one from the time when the fields in SAYS_WHEN_TO_GIVE_UP counted too.
     """
     # Runs from before they were free have manifests that name the hash of all.
     hashes = set()
@@ -202,7 +205,8 @@ def _forms(config: dict[str, Any]) -> list[dict[str, Any]]:
 def with_earlier_forms(stored: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
     """Return `config`, with which the run `stored` goes on, with the forms that `stored` had.
 
-    So steps that were saved under these, as before the code had a field, are known again.
+    Both are contents of a config.json. So steps that were saved under these forms, as before the
+    code had a field, are known again.
     """
     # Those of `stored` itself, told from what the config is now.
     now, *_ = _forms(config)
@@ -220,14 +224,17 @@ def with_earlier_forms(stored: dict[str, Any], config: dict[str, Any]) -> dict[s
 
 
 def stored_hashes(run: str) -> set[str]:
-    """Return the hashes that the manifests of the steps of `run` may name: accepted_hashes."""
+    """Return the hashes that the manifests of the steps of `run` may name: its `accepted_hashes`.
+
+    Raises UserError where it is no run.
+    """
     return accepted_hashes(_stored_config(run))
 
 
 def load_config(run: str) -> dict[str, Any]:
-    """Read `config.json` of the run folder `run`, with today's names of fields.
+    """Read `config.json` of the run folder `run`, with today's names of the model's fields.
 
-    Raises UserError where there is none.
+    Raises UserError where there is none, and where it is damaged or not a run's.
     """
     config = _stored_config(run)
     if "model" in config:
@@ -418,7 +425,10 @@ def refuse_other_run(run: pathlib.Path, config: dict[str, Any], defaults: dict[s
 
 
 def has_begun(run: pathlib.Path) -> bool:
-    """True if the folder holds results that belong to its config."""
+    """True if the folder `run` holds results that belong to its config.
+
+    Such are a finished step, log-probabilities of a reference, or left_out.json; not metrics.
+    """
     return (
         bool(finished_steps(run / "checkpoints"))
         or any(run.glob("reference-*.npz"))
@@ -491,7 +501,7 @@ def _refuse_old_names(run: pathlib.Path, stored: dict[str, Any]) -> None:
 
 
 def default_settings(config: Any) -> dict[str, Any]:
-    """Return the default of each setting of the dataclass instance `config`, by dotted name.
+    """Return {dotted name: default} of the settings of the dataclass instance `config`.
 
     Values are as JSON gives them back; settings without a default are left out.
     """
@@ -512,9 +522,10 @@ def default_settings(config: Any) -> dict[str, Any]:
 def other_settings(
     stored: dict[str, Any], config: dict[str, Any], defaults: dict[str, Any]
 ) -> list[str]:
-    """Return the names of settings that must not change and differ between two config.json.
+    """Return the dotted names of settings that must not change but differ between two config.json.
 
-    One that `stored` does not have, as a run from before it, has its default there.
+    `defaults`: of `default_settings`; a setting that `stored` does not have, as an older run, has
+    its default there.
     """
     old = _with_defaults(stored, config, defaults)
     new = _identity(config)
@@ -557,7 +568,8 @@ def _refuse_other_settings(
 def lock_run(run: pathlib.Path, folder: pathlib.Path) -> int:
     """Make `folder`, lock it against a second process that trains `run`; return its descriptor.
 
-    Closing the descriptor opens the lock. Raises UserError where another process has it.
+    `folder`: RUN/checkpoints. Closing the descriptor opens the lock. Raises UserError where
+    another process has it, or where the folder cannot be made.
     """
     # The folder itself is locked: no file of ours is in the way of a reader.
     try:
@@ -602,7 +614,10 @@ def abstract_tree(types: dict[str, str]) -> dict[str, Any]:
 
 
 def write_manifest(path: pathlib.Path, body: dict[str, Any]) -> None:
-    """Finish the step at `path`: store `body` and the sums of all the step's files."""
+    """Finish the step at `path`, its folder: store `body` and the sums of all the step's files.
+
+    `body`: entries of `read_manifest` but `files`. All is on the disk afterwards.
+    """
     # The sums first: the manifest is the last file of a step.
     sums = {name: _sum(path / name, sync=True) for name in _files(path)}
     atomic_bytes(path / "manifest.json", _seal({**body, "files": sums}))
@@ -629,10 +644,11 @@ def read_manifest(path: pathlib.Path) -> dict[str, Any]:
 def check_step(
     path: pathlib.Path, config_hashes: Collection[str], item: str = ""
 ) -> dict[str, Any]:
-    """Compare all files of the step at `path`, or those below `item`, and return its manifest.
+    """Compare all files of the step at `path` with its manifest, which is returned.
 
-    `config_hashes`: those of the run's config, one of which the manifest names. Raises Damaged for
-    the first file that is missing, differs or was not written by the run.
+    `item`: only files whose path in the step begins so; "": all. `config_hashes`: those of the
+    run's config, one of which the manifest names. Raises Damaged for the first file that is
+    missing, differs or was not written by the run.
     """
     manifest = read_manifest(path)
     if manifest["config"] not in config_hashes:
@@ -656,7 +672,10 @@ def check_step(
 
 
 def is_good(path: pathlib.Path, config_hashes: Collection[str], quiet: bool = False) -> bool:
-    """True if check_step finds no fault; else it is told on stderr unless `quiet`."""
+    """True if `check_step` finds no fault; else the fault is told on stderr unless `quiet`.
+
+    `path`: the step's folder. `config_hashes`: of `stored_hashes`.
+    """
     try:
         check_step(path, config_hashes)
     except Damaged as fault:
@@ -701,12 +720,12 @@ def finished_steps(folder: pathlib.Path) -> list[int]:
 
 
 def unfinished(path: pathlib.Path) -> pathlib.Path:
-    """Return where the step `path` lies until it has its manifest, and is renamed to `path`."""
+    """Return where the step `path` lies until it has its manifest: beside it, as NAME.saving."""
     return path.with_name(path.name + ".saving")
 
 
 def remove_step(path: pathlib.Path) -> None:
-    """Remove a step; whenever that is interrupted, the step is either whole or no step."""
+    """Remove the step at `path`; when that is interrupted, the step is either whole or no step."""
     # Renamed first, which happens at once or not at all.
     gone = path.with_name(path.name + ".removed")
     shutil.rmtree(gone, ignore_errors=True)
@@ -735,7 +754,10 @@ def remove_unfinished(folder: pathlib.Path) -> None:
 
 
 def note_lost_manifest(folder: pathlib.Path, step: int) -> None:
-    """Note on stderr that `step` of `folder`, the newest finished, is read for a later one."""
+    """Note on stderr, on process 0, if a step later than `step` has lost its manifest.
+
+    `folder`: RUN/checkpoints. `step`: the newest finished one, which is read instead.
+    """
     lost = _steps_without_manifest(folder)
     if lost and int(lost[0].name) > step and jax.process_index() == 0:
         print(f"note: {lost[0]}: has no manifest.json; read is step {step}", file=sys.stderr)

@@ -21,7 +21,10 @@ that nothing in it is taken for one of the others."""
 
 
 def append_samples(path: pathlib.Path, step: int, rows: Sequence[SampleRow]) -> None:
-    """Append a section of `rows` to the file, whole or not at all; raises OSError."""
+    """Append a section of `rows`, {name: text} each, to the file, whole or not at all.
+
+    The file is made where it is missing. `step`: the section's heading. Raises OSError.
+    """
     parts = [f"## Step {step}\n\n"]
     for row in rows:
         parts += [f"**{name}**\n\n{_fenced(str(text))}\n\n" for name, text in row.items()]
@@ -38,7 +41,10 @@ def append_samples(path: pathlib.Path, step: int, rows: Sequence[SampleRow]) -> 
 
 
 def last_samples(run: str) -> list[SampleRow]:
-    """Return the rows of the last section of samples.md, {name: text}; [] without the file."""
+    """Return the rows of the last section of samples.md in the folder `run`, {name: text} each.
+
+    [] without the file. Control characters are spelled out in it.
+    """
     rows: list[SampleRow] = [{}]
     for part in PARTS.finditer(_content(pathlib.Path(run) / "samples.md")):
         if part["step"]:
@@ -53,7 +59,7 @@ def last_samples(run: str) -> list[SampleRow]:
 
 
 def cut_samples(path: pathlib.Path, last: int) -> None:
-    """Remove the sections after step `last`."""
+    """Remove the sections after step `last` from the file, if it is there; raises OSError."""
     for part in PARTS.finditer(_content(path)):
         if part["step"] and int(part["step"]) > last:
             os.truncate(path, part.start())

@@ -31,7 +31,11 @@ class UpdateCheck:
         self._last_good = start
 
     def __call__(self, step: int, values: dict[str, float]) -> None:
-        """Look at the row of `step`; `values` are its metrics by name."""
+        """Look at the row of `step`; `values` are its metrics, {name: float}.
+
+        Raises UserError after MOST_FAULTY updates in a row that were skipped, and at the last step
+        for a model that has taken none. Rows without counts pass.
+        """
         all_taken = True
         for name, value in values.items():
             if name.endswith("updates"):

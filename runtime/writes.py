@@ -32,7 +32,10 @@ LATE_WORDS = "timed out after"
 
 
 def atomic_bytes(path: pathlib.Path, content: bytes) -> None:
-    """Write the file `path` whole or not at all; it is on the disk afterwards."""
+    """Write the file `path` whole or not at all; it is on the disk afterwards.
+
+    A file that exists is replaced; the folder must exist. Raises UserError, as `disk_faults` does.
+    """
     with disk_faults(path):
         # The content first, then its name.
         with beside(path) as (new, lock):
@@ -45,7 +48,7 @@ def atomic_bytes(path: pathlib.Path, content: bytes) -> None:
 
 
 def sync_folder(folder: pathlib.Path) -> None:
-    """Put the names in `folder` on the disk."""
+    """Put the names in `folder` on the disk; raises OSError."""
     opened = os.open(folder, os.O_RDONLY)
     os.fsync(opened)
     os.close(opened)
@@ -53,9 +56,11 @@ def sync_folder(folder: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def atomic_text(path: str, anew: bool = False) -> Iterator[TextIO]:
-    """Open a text file that appears at `path` once all is written; after a fault nothing is left.
+    """Open a text file that appears at `path` once all is written; a fault leaves nothing.
 
-    Its folder is made. `anew`: raise UserError where there is a file that is not empty.
+    A context manager. The file's folder is made. A file that exists is replaced; `anew`: raise
+    UserError if it is not empty. Raises UserError, as `disk_faults` does, where the file cannot be
+    made; what goes wrong as it is written is raised as it is.
     """
     out = pathlib.Path(path)
     if anew and out.exists() and out.stat().st_size:
@@ -73,7 +78,11 @@ def atomic_text(path: str, anew: bool = False) -> Iterator[TextIO]:
 
 @contextlib.contextmanager
 def atomic_file(path: pathlib.Path) -> Iterator[BinaryIO]:
-    """Open a binary file that appears at `path` once all is written, as atomic_bytes does."""
+    """Open a binary file that appears at `path` once all is written; a fault leaves nothing.
+
+    A context manager. The file's folder must exist; a file that exists is replaced. Raises
+    UserError, as `disk_faults` does. It may not be on the disk yet afterwards (`atomic_bytes`).
+    """
     with disk_faults(path), beside(path) as (new, lock):
         with os.fdopen(os.dup(lock), "wb") as file:
             yield file
@@ -82,7 +91,11 @@ def atomic_file(path: pathlib.Path) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def atomic_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Make an empty folder that appears at `path` with all that is written into it, or never."""
+    """Make an empty folder that appears at `path` with all that is written into it, or never.
+
+    A context manager, which yields where to write; the folder around it is made. Raises UserError,
+    as `disk_faults` does, also where there is a folder that is not empty at `path`.
+    """
     with disk_faults(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with beside(path, is_folder=True) as (new, _):
@@ -165,7 +178,8 @@ def _remove_partial(folder: pathlib.Path, name_pattern: str) -> None:
 def disk_faults(path: pathlib.Path) -> Iterator[None]:
     """Turn what the system says while `path` is written into a UserError with its remedy.
 
-    Also in the words of a library. What took too long becomes a TryAgain.
+    A context manager. What a library says in its own words is known too. What took too long
+    becomes a TryAgain; other errors pass unchanged.
     """
     try:
         yield
@@ -183,7 +197,7 @@ LATE = "the same command resumes"
 
 
 def remedy_of(fault: Exception) -> str | None:
-    """Return what helps where a write ended in `fault`; None where it is no fault of a system."""
+    """Return in words what helps where a write ended in `fault`; None if no system's fault."""
     # By the system's number, or by its words where a library has wrapped them.
     text = str(fault)
     number = fault.errno if isinstance(fault, OSError) else None
