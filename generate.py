@@ -173,7 +173,12 @@ def chat(reply: Reply, tokenizer: Tokenizer, key: jax.Array, room: int) -> str:
 
         # The oldest turns are forgotten, a message and its reply at a time.
         said: list[Message] = [*messages, {"role": "user", "content": text}]
-        fitting = newest_turns(said, tokenizer, room)
+        try:
+            fitting = newest_turns(said, tokenizer, room)
+        except UserError as fault:
+            # It spells a control token, say.
+            print(f"[not sent: {fault}]")
+            continue
         if not fitting:
             count = len(tokenizer.prompt(said[-1:]))
             print(f"[too long: {count} tokens of at most {room}; say it in fewer words]")

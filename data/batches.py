@@ -121,7 +121,7 @@ def encode_comparison(record: Record, tokenizer: Tokenizer, length: int) -> Enco
     prompt = tokenizer.prompt(record["prompt"])
     responses = []
     for response in record["responses"]:
-        responses.append([*tokenizer.encode(response), tokenizer.eos])
+        responses.append(tokenizer.answer(response))
 
     # One cut of the prompt for all responses, so that they are compared on equal terms.
     room = length - max(len(response) for response in responses)

@@ -23,6 +23,9 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 ENDS_KEY = b"\xc2\x3e"
 """Key of field 1000, of bytes; the format leaves numbers from 200 to others."""
 ENDS = b"ends of a response: "
+TEMPLATE_KEY = b"\xca\x3e"
+"""Key of field 1001, of bytes."""
+TEMPLATE = b"chat template: "
 NEVER = 1000.0
 """How far below the worst piece's score a token is put that no text may spell."""
 
@@ -239,6 +242,37 @@ def split_ends(model: bytes) -> tuple[bytes, list[int]]:
     if found is None:
         return model, []
     return model[: found.start()], [int(i) for i in found[1].split(b",")]
+
+
+def with_template(model: bytes, template: str) -> bytes:
+    """Return a model file that also holds a chat template, as a field that SentencePiece skips.
+
+    `model`: without the ids of `with_ends`, which come last.
+    """
+    text = TEMPLATE + template.encode()
+    return model + TEMPLATE_KEY + _in_four_bytes(len(text)) + text
+
+
+def split_template(model: bytes) -> tuple[bytes, str | None]:
+    """Return a model file as it was before `with_template`, and the template; None without one.
+
+    `model`: as `split_ends` returns it.
+    """
+    start = model.rfind(TEMPLATE_KEY)
+    while start >= 0:
+        # The key's bytes may stand elsewhere too: the field is the one that ends the file.
+        text = start + len(TEMPLATE_KEY) + 4
+        size = _in_four_bytes(len(model) - text)
+        if model[text - 4 :].startswith(size + TEMPLATE):
+            return model[:start], model[text + len(TEMPLATE) :].decode()
+        start = model.rfind(TEMPLATE_KEY, 0, start)
+    return model, None
+
+
+def _in_four_bytes(number: int) -> bytes:
+    """Return a protocol buffer's number, seven bits a byte, in as many bytes as a long one."""
+    parts = [number >> shift & 127 for shift in (0, 7, 14, 21)]
+    return bytes([*(part | 128 for part in parts[:3]), parts[3]])
 
 
 def read_spec(model: bytes) -> Spec:

@@ -65,7 +65,7 @@ def encode_steps(record: Record, tokenizer: Tokenizer, length: int) -> Encoded:
     last = len(record["steps"]) - 1
     for i, (step, label) in enumerate(zip(record["steps"], record["labels"], strict=True)):
         # As a policy samples it: a newline after each step, eos after the last.
-        end = [tokenizer.eos] if i == last else tokenizer.encode("\n")
+        end = [tokenizer.turn_end] if i == last else tokenizer.encode("\n")
         step_tokens = [*tokenizer.encode(step), *end]
         before_last = len(step_tokens) - 1
         tokens += step_tokens

@@ -1,12 +1,14 @@
-"""SentencePiece tokenizer and the chat template.
+"""Tokenizers, and conversations as tokens: by the model's own chat template, or else as
 
 <bos> (<|system|> text)? <|user|> text <|assistant|> text <eos> <|user|> text <|assistant|> ...
 """
 
+import functools
 import hashlib
 import io
 import os
 import pathlib
+import re
 import reprlib
 import tempfile
 from collections import Counter
@@ -15,10 +17,11 @@ from typing import Any, Protocol
 
 import sentencepiece
 
+from data.chat_template import ChatTemplate
 from data.messages import Message, is_trained
 from data.records import Record
-from data.sentencepiece_json import SPACE_MARK, split_ends
-from data.tokenizer_json import JsonPieces, sentencepiece_pieces
+from data.sentencepiece_json import SPACE_MARK
+from data.tokenizer_json import JsonPieces, SentencePieces, any_of
 from runtime.errors import UserError
 from runtime.foreign import one_line
 from runtime.run_folder import refuse_other_tokenizer
@@ -27,6 +30,11 @@ from runtime.writes import atomic_bytes
 ROLES = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>"}
 BYTES_AND_SPECIALS = 256 + 4 + len(ROLES) + 1
 """Tokens that every trained tokenizer has: bytes, unk, pad, bos, eos, roles and the newline."""
+PROBE: tuple[Message, ...] = (
+    {"role": "user", "content": "a"},
+    {"role": "assistant", "content": "b"},
+)
+"""A conversation that shows how a chat template ends a turn."""
 TRAINING_RECORDS = 20_000
 """Records that a script's tokenizer is trained on."""
 
@@ -43,7 +51,8 @@ class Tokenizer:
     the bytes that a run keeps. `ends` are the ids that end a response: first the eos, by which
     texts that are trained on end, then others that a model trained elsewhere may use. Such models
     may lack bos (a text then starts with the eos), pad (then `pad` is unk) and roles (then `user`
-    is None, and the chat template spells it out, as text that a message could spell too).
+    is None). A model's own chat template (data/chat_template.py) writes conversations where it has
+    one; else turns begin with the roles, spelled out as text where the tokenizer lacks them.
     """
 
     def __init__(self, model: bytes):
@@ -53,13 +62,7 @@ class Tokenizer:
         without a token that ends a text.
         """
         self.model = model
-        pieces: Any
-        if model[:1] == b"{":
-            pieces = JsonPieces(model)
-            more_ends = pieces.end_ids()
-        else:
-            pieces = sentencepiece_pieces(model)
-            _, more_ends = split_ends(model)
+        pieces: Any = JsonPieces(model) if model[:1] == b"{" else SentencePieces(model)
         self.pieces = pieces
         self.size: int = pieces.get_piece_size()
         self.sha256: str = hashlib.sha256(model).hexdigest()
@@ -68,7 +71,7 @@ class Tokenizer:
         self.eos: int = pieces.eos_id()
         self.bos: int = pieces.bos_id() if pieces.bos_id() >= 0 else self.eos
         self.pad: int = pieces.pad_id() if pieces.pad_id() >= 0 else pieces.unk_id()
-        self.ends: list[int] = [self.eos, *more_ends]
+        self.ends: list[int] = [self.eos, *pieces.end_ids()]
         self._refuse_no_ids()
         self._roles = {role: self._control(piece) for role, piece in ROLES.items()}
         self.system = self._roles["system"]
@@ -80,6 +83,28 @@ class Tokenizer:
         # The bytes of the space mark, where the model has tokens for bytes.
         marks = [pieces.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
         self._mark = [i for i in marks if i not in (-1, pieces.unk_id())]
+
+    @functools.cached_property
+    def template(self) -> ChatTemplate | None:
+        """The model's own chat template; None for a model without one."""
+        source = self.pieces.chat_template()
+        if source is None:
+            return None
+        tokens = {"eos_token": self.eos, "pad_token": self.pad}
+        # A model without a bos has its eos in that place, which no template means.
+        if self.bos != self.eos:
+            tokens["bos_token"] = self.bos
+        return ChatTemplate(
+            source, {name: self.pieces.id_to_piece(i) for name, i in tokens.items()}
+        )
+
+    @functools.cached_property
+    def turn_end(self) -> int:
+        """The id that ends an assistant's turn: the eos, unless the chat template has another."""
+        if self.template is None:
+            return self.eos
+        tokens, mask = self.chat(PROBE)
+        return [token for token, counts in zip(tokens, mask, strict=True) if counts][-1]
 
     def _refuse_no_ids(self) -> None:
         """Raise UserError where a special token is none of the model's."""
@@ -229,9 +254,13 @@ class Tokenizer:
     def chat(self, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
         """Return the ids of a conversation and their loss mask, of the same length.
 
-        It starts with bos; each assistant's turn ends with eos, the others do not. The mask is 1
-        on the tokens of each assistant's turn and its eos, else 0; so it is on a turn of weight 0.
+        It starts with bos; each assistant's turn ends with eos, the others do not. Where the model
+        has a chat template of its own, all is as that has it. The mask is 1 on the tokens of each
+        assistant's turn and its end, else 0; so it is on a turn of weight 0. Raises UserError for
+        messages that the template does not take, or that spell one of its control tokens.
         """
+        if self.template is not None:
+            return self._templated_chat(self.template, messages)
         tokens = [self.bos]
         mask = [0]
         for message in messages:
@@ -247,12 +276,70 @@ class Tokenizer:
     def prompt(self, messages: str | Sequence[Message]) -> list[int]:
         """Return the ids from bos up to and with `<|assistant|>`: what a response follows.
 
-        A string is one user's turn.
+        Or those up to where the model's own chat template begins an answer. A string is one user's
+        turn. Raises UserError as `chat` does.
         """
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
+        if self.template is not None:
+            self._refuse_controls(messages)
+            return self.pieces.encode_with_controls(self.template.render(messages, True))
         tokens, _ = self.chat(messages)
         return [*tokens, *self._role("assistant")]
+
+    def answer(self, text: str) -> list[int]:
+        """Return the ids of an assistant's turn behind `prompt`, its end among them."""
+        return [*self.encode(text), self.turn_end]
+
+    def _templated_chat(
+        self, template: ChatTemplate, messages: Sequence[Message]
+    ) -> tuple[list[int], list[int]]:
+        """As `chat`, by the model's own chat template."""
+        self._refuse_controls(messages)
+        tokens = self.pieces.encode_with_controls(template.render(messages, False))
+        mask = [0] * len(tokens)
+        for i, message in enumerate(messages):
+            if is_trained(message):
+                start = self._answer_start(template, messages[:i], tokens)
+                end = next((t for t in range(start, len(tokens)) if tokens[t] in self.ends), None)
+                if end is None:
+                    raise UserError(
+                        "the model's chat template ends an assistant's turn with none of the "
+                        "tokens that end a response; name it in generation_config.json's "
+                        "eos_token_id, and import again"
+                    )
+                mask[start : end + 1] = [1] * (end + 1 - start)
+        return tokens, mask
+
+    def _answer_start(
+        self, template: ChatTemplate, before: Sequence[Message], tokens: list[int]
+    ) -> int:
+        """Return where, in a conversation of `tokens`, the answer to the messages `before` starts.
+
+        That is where the same messages end as a prompt; UserError where they are no beginning.
+        """
+        head = self.pieces.encode_with_controls(template.render(before, True))
+        if tokens[: len(head)] != head:
+            raise UserError(
+                "the model's chat template writes this conversation otherwise than its beginning "
+                "as a prompt, so an assistant's tokens cannot be told from others; leave out the "
+                "earlier turns, or use a model with another template"
+            )
+        return len(head)
+
+    def _refuse_controls(self, messages: Sequence[Message]) -> None:
+        """Raise UserError for a message that would open or end a turn."""
+        for message in messages:
+            found = self._control_words.search(message["content"])
+            if found:
+                raise UserError(
+                    f"a message of the {message['role']} spells {found[0]}, a control token of "
+                    "the model's chat template; take it out"
+                )
+
+    @functools.cached_property
+    def _control_words(self) -> re.Pattern[str]:
+        return any_of(self.pieces.controls())
 
     def _role(self, name: str) -> list[int]:
         """Return the ids that open a turn: the role's token, or its spelling without one."""

@@ -4,20 +4,26 @@ A run keeps either as `tokenizer.model`; a tokenizer.json (read by the package `
 the names of its bos, eos and pad, and the ids of further ends, added.
 """
 
+import functools
 import json
 import pathlib
+import re
 import sys
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import sentencepiece
 
+from data.chat_template import TEMPLATE_FILE, read_template
 from data.sentencepiece_json import (
     SPACE_MARK,
     added_token,
     may_differ,
     split_ends,
+    split_template,
     tokenizer_json,
     with_ends,
+    with_template,
 )
 from runtime.errors import UserError
 from runtime.foreign import (
@@ -36,7 +42,15 @@ from runtime.foreign import (
 )
 
 ADDED = "plumb_special"
-"""Entry of the kept JSON: {"bos", "eos", "pad": names of tokens, "ends": ids}."""
+"""Entry of the kept JSON: {"bos", "eos", "pad": names of tokens, "ends": ids, "chat_template":
+the template's text, or None}."""
+
+OWN_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ '<|' + message['role'] + '|>' }}"
+    "{{ message['content'] }}{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+"""The chat template of models with the tokenizers that are trained here."""
 
 TOKEN = whole(0, (1 << 31) - 1)
 IDS = {name: either(TOKEN, list_of(TOKEN)) for name in ("bos_token_id", "eos_token_id")}
@@ -81,10 +95,12 @@ class JsonPieces:
             content = json.loads(model)
             names = content.pop(ADDED)
             self._ends = list(names.pop("ends", []))
+            self._chat_template = names.pop("chat_template", None)
         except (ValueError, RecursionError, TypeError, KeyError, AttributeError) as fault:
             raise UserError(
                 f"no kept tokenizer.json ({one_line(fault)}); restore the file"
             ) from None
+        self._content = content
         self._inner = _parsed(content)
         # In a text, the spelling of a special token is text.
         self._inner.encode_special_tokens = True
@@ -112,6 +128,9 @@ class JsonPieces:
     def end_ids(self) -> list[int]:
         return self._ends
 
+    def chat_template(self) -> str | None:
+        return self._chat_template
+
     def piece_to_id(self, piece: str) -> int:
         i = self._inner.token_to_id(piece)
         return -1 if i is None else i
@@ -125,8 +144,65 @@ class JsonPieces:
     def encode(self, text: str) -> list[int]:
         return self._inner.encode(text, add_special_tokens=False).ids
 
+    def encode_with_controls(self, text: str) -> list[int]:
+        """Encode a text in which the spelling of a special token is that token."""
+        return self._spelled.encode(text, add_special_tokens=False).ids
+
+    @functools.cached_property
+    def _spelled(self) -> Any:
+        return _parsed(self._content)
+
+    def controls(self) -> list[str]:
+        """Return the spellings of the special tokens."""
+        return [self.id_to_piece(i) for i in sorted(self._controls)]
+
     def decode(self, ids: list[int]) -> str:
         return self._inner.decode(ids, skip_special_tokens=False)
+
+
+class SentencePieces:
+    """A kept SentencePiece model, with the methods of JsonPieces; others are its processor's."""
+
+    def __init__(self, model: bytes):
+        """Raise UserError for bytes that are no model."""
+        self._processor = sentencepiece_pieces(model)
+        rest, self._ends = split_ends(model)
+        _, self._chat_template = split_template(rest)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._processor, name)
+
+    def end_ids(self) -> list[int]:
+        return self._ends
+
+    def chat_template(self) -> str | None:
+        return self._chat_template
+
+    def controls(self) -> list[str]:
+        """Return the spellings of the control tokens."""
+        ids = filter(self._processor.is_control, range(self._processor.get_piece_size()))
+        return [self._processor.id_to_piece(i) for i in ids]
+
+    def encode_with_controls(self, text: str) -> list[int]:
+        """Encode a text in which the spelling of a control token is that token."""
+        ids: list[int] = []
+        for part in self._control.split(text):
+            i = self._processor.piece_to_id(part)
+            if part and self._processor.is_control(i):
+                ids.append(i)
+            else:
+                ids += self._processor.encode(part)
+        return ids
+
+    @functools.cached_property
+    def _control(self) -> re.Pattern[str]:
+        return any_of(self.controls())
+
+
+def any_of(words: Sequence[str]) -> re.Pattern[str]:
+    """Return the pattern of any of `words`, as a group; a longer one before its beginning."""
+    longest_first = sorted(words, key=len, reverse=True)
+    return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
 
 
 def _parsed(content: dict[str, Any]) -> Any:
@@ -172,12 +248,15 @@ def read_tokenizer(folder: pathlib.Path) -> bytes:
     or else of config.json, are kept too.
     """
     given = _given(folder)
+    template = read_template(folder)
     file = file_in(folder, "tokenizer.model")
     described = file_in(folder, "tokenizer.json")
     if file.exists():
         model = file.read_bytes()
         pieces = sentencepiece_pieces(model)
         if _says_the_same(pieces, given):
+            if template is not None:
+                model = with_template(model, template)
             return with_ends(model, given.more_ends(pieces.eos_id()))
     if described.exists():
         content = read_object(described)
@@ -188,7 +267,7 @@ def read_tokenizer(folder: pathlib.Path) -> bytes:
             f"{folder}: no tokenizer.model, and no tokenizer.json; restore one of them"
         )
     inner = _parsed(content)
-    special = _special(folder, inner, given)
+    special = {**_special(folder, inner, given), "chat_template": template}
     # Other tools are to begin a text as a run does.
     _start_with(content, special["bos"], inner.token_to_id(special["bos"]))
     return json.dumps({**content, ADDED: special}).encode()
@@ -351,7 +430,8 @@ def tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
                 "than tokenizer.model, which lies beside it",
                 file=sys.stderr,
             )
-        files["tokenizer.model"], _ = split_ends(tokenizer.model)
+        rest, _ = split_ends(tokenizer.model)
+        files["tokenizer.model"], _ = split_template(rest)
     options = {
         # It takes the tokenizer.json as it is.
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -360,10 +440,23 @@ def tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
         "eos_token": pieces.id_to_piece(tokenizer.eos),
         "pad_token": pieces.id_to_piece(tokenizer.pad),
     }
+    # Newer tools read the file, older ones the field.
+    template = pieces.chat_template() or own_template(tokenizer)
+    if template is not None:
+        options["chat_template"] = template
+        files[TEMPLATE_FILE] = template.encode()
     _start_with(content, options["bos_token"], tokenizer.bos)
     files["tokenizer.json"] = json.dumps(content, ensure_ascii=False).encode()
     files["tokenizer_config.json"] = json.dumps(options, indent=1).encode()
     return files
+
+
+def own_template(tokenizer: Any) -> str | None:
+    """Return the chat template that writes what `Tokenizer.chat` does without one; or None.
+
+    None where the roles are spelled as text: cut into tokens as one text, they may be others.
+    """
+    return OWN_TEMPLATE if tokenizer.user is not None else None
 
 
 def is_qwen(tokenizer: Any) -> bool:

@@ -38,7 +38,7 @@ def make_judge(
 
     def in_own_tokens(response: Tokens, theirs: Tokenizer) -> Tokens:
         """Spell a response of the tokenizer `theirs` in the reward model's."""
-        end = [tokenizer.eos] if is_ended(response, theirs.ends) else []
+        end = [tokenizer.turn_end] if is_ended(response, theirs.ends) else []
         return [*tokenizer.encode(theirs.decode(response)), *end]
 
     def judge(policy: LoadedRun, prompts: Sequence[Sequence[Message]]) -> Judged:

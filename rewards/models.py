@@ -111,7 +111,7 @@ def make_text_scorer(
         # A text is whole; what was sampled may have no end, and must get none.
         answer = response
         if isinstance(response, str):
-            answer = [*tokenizer.encode(response), tokenizer.eos]
+            answer = tokenizer.answer(response)
         # The prompt is cut first, and the response only where it fills the row alone.
         room = max(length - len(answer), SHORTEST_PROMPT)
         asked = cut_left(tokenizer.prompt(prompt), room, tokenizer)

@@ -988,3 +988,13 @@ def test_an_export_leaves_nothing_behind_and_gives_all_its_files(tmp_path):
     assert not killed.exists() and alive.exists()
     modes = {path.name: path.stat().st_mode for path in (tmp_path / "ours").iterdir()}
     assert len(set(modes.values())) == 1 and "generation_config.json" in modes, modes
+
+
+def test_an_export_says_what_made_the_model(tmp_path):
+    c = SHAPE | CONFIGS["llama 2"]
+    run_of(write(tmp_path / "theirs", c, checkpoint(c)), tmp_path / "run")
+    argv = [f"--run={tmp_path}/run", f"--write={tmp_path}/ours", "--license=apache-2.0"]
+    weights.main(config.parse(weights.Config, argv))
+    card = (tmp_path / "ours" / "README.md").read_text()
+    assert card.startswith("---\nlicense: apache-2.0\n") and "| script | weights |" in card
+    assert "# ours" in card and str(tmp_path) not in card

@@ -34,7 +34,7 @@ from runtime import flags
 from runtime.checkpoint import Checkpoints
 from runtime.errors import UserError
 from runtime.foreign import TEXT, check_values, file_in, object_of, one_line, read_object
-from runtime.run_folder import finished_steps
+from runtime.run_folder import finished_steps, load_config, plumb_version
 from runtime.writes import atomic_folder
 from sharding import MeshConfig, abstract, make_mesh, path_name
 from train_state import load_params
@@ -42,6 +42,25 @@ from weights.families import config_of, generation_of, model_of
 
 SHARD_BYTES = 4 << 30
 """Largest file of an export. To write one takes so much memory more than the model."""
+
+CARD = """\
+---
+license: {license}
+library_name: transformers
+pipeline_tag: text-generation
+---
+
+# {title}
+
+A language model that was exported by Plumb.
+
+| | |
+|---|---|
+{table}
+
+All settings are in the run's config.json, which is not part of this folder. The chat template,
+where there is one, is the one that the model was trained with.
+"""
 
 COMPUTED = "rotary_emb.inv_freq"
 """Ending of the names of tensors that old folders have, and that are computed here."""
@@ -100,6 +119,8 @@ class Config:
     """Folder to export to; must not exist."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the exported weights; imported ones become float32."""
+    license: str = "unknown"
+    """Licence of the exported model, as Hugging Face names it, such as apache-2.0."""
     mesh: MeshConfig = MeshConfig(data=1, fsdp=-1)
     """Over which the imported weights are laid: split over all devices."""
     model: tyro.conf.Suppress[ModelConfig] = ModelConfig()
@@ -411,12 +432,14 @@ def save(
     params: Params,
     tokenizer: Tokenizer,
     dtype: str = "float32",
+    card: str | None = None,
 ) -> None:
     """Write a Hugging Face folder, whole or not at all.
 
-    `dtype`: float32 or bfloat16, of the written weights. Raises UserError where the folder exists,
-    where no family has the model's features, for a reward model, and for a tokenizer that other
-    tools would read otherwise. What exports to the folder that were killed have left is removed.
+    `dtype`: float32 or bfloat16, of the written weights. `card`: text of its README.md; None: it
+    gets none. Raises UserError where the folder exists, where no family has the model's features,
+    for a reward model, and for a tokenizer that other tools would read otherwise. What exports to
+    the folder that were killed have left is removed.
     """
     out = pathlib.Path(folder)
     if "head" in params:
@@ -436,6 +459,8 @@ def save(
     files = tokenizer_files(tokenizer)
     for name, text in texts.items():
         files[name] = json.dumps(text, indent=1).encode()
+    if card is not None:
+        files["README.md"] = card.encode()
     # Written beside it, and renamed when all of it is there.
     with atomic_folder(out) as new:
         for name, file in files.items():
@@ -480,9 +505,25 @@ def export_run(config: Config, folder: str) -> Params:
     """Write the run `config.run` as a Hugging Face folder; return its parameters."""
     params = load_params(config.run)
     model = stored_model(config.run)
-    save(folder, model, params, Tokenizer.load(config.run), config.dtype)
+    card = model_card(config.run, pathlib.Path(folder).name, config.license)
+    save(folder, model, params, Tokenizer.load(config.run), config.dtype, card)
     print(f"{folder}: {_count(params):,} parameters of {config.run}, as {config.dtype}")
     return params
+
+
+def model_card(run: str, title: str, license: str) -> str:
+    """Return the README.md of an export: what made the model, and where that is written."""
+    stored = load_config(run)
+    lines = [f"| Plumb | {plumb_version()} |"]
+    for name in ("script", "init", "data", "reward", "steps", "seed"):
+        values = stored.get(name)
+        if values is None:
+            continue
+        # Names alone: where the files lay is nobody's business.
+        every = values if isinstance(values, list) else [values]
+        names = [pathlib.Path(str(value)).name for value in every]
+        lines.append(f"| {name} | {', '.join(names)} |")
+    return CARD.format(title=title, license=license, table="\n".join(lines))
 
 
 def _count(params: Params) -> int:

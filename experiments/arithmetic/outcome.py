@@ -57,7 +57,7 @@ def main() -> None:
     rows = [source[i] for i in range(len(source))]
     right = np.array([row["labels"][-1] for row in rows]) > 0.5
     prompts = [tokenizer.prompt(row["prompt"]) for row in rows]
-    responses = [[*tokenizer.encode("\n".join(row["steps"])), tokenizer.eos] for row in rows]
+    responses = [tokenizer.answer("\n".join(row["steps"])) for row in rows]
     verdicts = [arithmetic.verdicts(row["prompt"][-1]["content"], row["steps"]) for row in rows]
     faulty = np.array([arithmetic.NEGATIVE in of_one for of_one in verdicts])
     told = f"{right.mean():.3f} right, of those with a wrong step {right[faulty].mean():.3f}"

@@ -38,7 +38,7 @@ def encode_contrast(record: Record, tokenizer: Tokenizer, length: int) -> Encode
     too little is left of them.
     """
     prompts = [tokenizer.prompt(prompt) for prompt in record["prompts"]]
-    response = [*tokenizer.encode(record["response"]), tokenizer.eos]
+    response = tokenizer.answer(record["response"])
     # The longest prompt has least room; the response is never cut.
     room = length - len(response)
     longest = max(map(len, prompts))
