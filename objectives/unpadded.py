@@ -118,7 +118,7 @@ def assign_slots(segment_ids_BT: Array, rows: int) -> Slots:
     """Give each real token of a group a slot in `rows` packed rows of T.
 
     `segment_ids_BT`: int, 0 for padding; a row's real tokens lie next to one another. `rows` is
-    static. Where a row finds no room (`fits_B`), other rows may have lost slots to it.
+    static. A row that finds no room (`fits_B`) gets no slots.
     """
     # A row's real tokens lie next to one another, in their order.
     count, length = segment_ids_BT.shape
@@ -128,17 +128,19 @@ def assign_slots(segment_ids_BT: Array, rows: int) -> Slots:
     index_BT = jnp.cumsum(real_BT, axis=1) - 1
     slot_BT = first_B[:, None] + index_BT
 
-    # The other way round; what is padding goes past the last slot: dropped.
+    has_slot_BT = real_BT & places.fits_B[:, None]
+
+    # The other way round; what has no slot goes past the last one: dropped.
     none_N = jnp.full(rows * length, -1, jnp.int32)
     token_BT = jnp.arange(count * length, dtype=jnp.int32).reshape(count, length)
-    known_BT = jnp.where(real_BT, slot_BT, rows * length)
+    known_BT = jnp.where(has_slot_BT, slot_BT, rows * length)
     of_slot_N = none_N.at[known_BT].set(token_BT, mode="drop")
 
     # Ranks differ within a packed row, so each row is a segment of its own there.
     row_N = of_slot_N // length
     segment_N = jnp.where(of_slot_N < 0, 0, 1 + places.rank_B[row_N])
     return Slots(
-        of_token_BT=jnp.where(real_BT, slot_BT, -1).astype(jnp.int32),
+        of_token_BT=jnp.where(has_slot_BT, slot_BT, -1).astype(jnp.int32),
         of_slot_NT=of_slot_N.reshape(rows, length),
         segment_ids_NT=segment_N.reshape(rows, length).astype(jnp.int32),
         fits_B=places.fits_B,
@@ -179,8 +181,8 @@ def run_model(apply: Apply, params: Params, batch: TokenBatch) -> Any:
 
     Rows hold one example each, with padding on either side. Where `batch` has a `room`
     (`find_room`) its real tokens alone are run, in packed rows; then `x_BTD` and `scalars_BT` are
-    0 at padding. Where the room, found for other rows, is too small, rows without a place are NaN,
-    and others may be wrong. The output's other fields are as apply returns them.
+    0 at padding. Where the room, found for other rows, is too small, rows without a place are NaN.
+    The output's other fields are as apply returns them.
     """
     if "room" not in batch:
         return apply(params, *inputs(batch))

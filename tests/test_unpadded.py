@@ -13,7 +13,7 @@ from objectives import direct, group, imitate, unpadded
 from objectives.likelihood import response_mask
 from objectives.policy import policy_objective, response_logprobs, value_objective
 from objectives.reward import process_objective, ranking_objective
-from objectives.unpadded import Room, find_room, first_fit, run_model, with_room
+from objectives.unpadded import Room, assign_slots, find_room, first_fit, run_model, with_room
 from rollout import shuffled_minibatches
 from sharding import MeshConfig, make_mesh, to_mesh
 from train_state import init_state
@@ -222,6 +222,15 @@ def test_a_room_that_is_too_small_gives_no_number():
     whole = run_model(LM, params, with_room(batch, Room(1.0)))
     is_nan_B = np.isnan(small.x_BTD).all((1, 2))
     assert is_nan_B.any() and not is_nan_B.all() and not np.isnan(whole.x_BTD).any()
+    # The rows that have a place lose nothing to the others.
+    np.testing.assert_allclose(small.x_BTD[~is_nan_B], whole.x_BTD[~is_nan_B], atol=1e-5)
+
+
+def test_a_row_without_room_takes_no_slot():
+    slots = assign_slots(jnp.ones((3, 3), jnp.int32).at[0, 2].set(0), rows=1)
+    assert slots.fits_B.tolist() == [False, True, False]
+    assert slots.of_token_BT.tolist() == [[-1] * 3, [0, 1, 2], [-1] * 3]
+    assert slots.of_slot_NT.tolist() == [[3, 4, 5]]
 
 
 def test_no_room_where_packing_saves_nothing_or_a_mesh_splits_rows():
