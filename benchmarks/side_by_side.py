@@ -109,9 +109,10 @@ def measured_on(result: dict[str, Any]) -> str:
     named = ", ".join(f"{library} {version}" for library, version in versions.items())
     before, *after = result["load_average"]
     cores = result["config"].get("cores")
-    clock = f", each side on {cores} of them, seconds of its own work" if cores else ""
+    clock = f", each side on {cores}, seconds of its own work" if cores else ""
+    has = "1 core" if result["cores"] == 1 else f"{result['cores']} cores"
     return (
-        f"{result['device']}, {result['cores']} cores{clock}; {result['date']}, {named}; load "
+        f"{result['device']}, {has}{clock}; {result['date']}, {named}; load "
         f"{before:.1f} before, {max(after):.1f} at most after; GFLOP/s of a matmul in the same "
         f"rounds: {', '.join(words) or 'not recorded'}."
     )
