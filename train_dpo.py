@@ -404,12 +404,10 @@ def main(config: Config) -> dict[str, float]:
         )
         for step in run.steps():
             # One update; its metrics are written while the next one runs.
-            batch = next(batches)
             policy = full(base, state.params)
-            state, metrics = update.step(
-                state, unpadded(prepare(policy, batch), config.microbatches), base
-            )
-            run.record(step, metrics, tokens=batch["loss_mask_BCT"].size)
+            batch = unpadded(prepare(policy, next(batches)), config.microbatches)
+            state, metrics = update.step(state, batch, base)
+            run.record(step, metrics, tokens=batch["tokens_BCT"].size)
 
             # Held-out loss, samples, and gold shares. Their KL needs the reference, loaded for
             # this moment where it is not held.

@@ -27,7 +27,15 @@ from data.steps import lines_of, problems
 from data.tokenizer import Tokenizer
 from model import Params
 from model_config import check_fit
-from responses import Respond, Tokens, in_parts, load_run, make_sampler, split_evenly
+from responses import (
+    Respond,
+    Tokens,
+    has_ended,
+    in_parts,
+    load_run,
+    make_sampler,
+    split_evenly,
+)
 from rewards.scorer import Check, load_check
 from runtime import flags
 from runtime.errors import require
@@ -176,10 +184,11 @@ def completion_labels(
 def success_shares(
     complete: Complete, check: Check, tokenizer: Tokenizer, states: Sequence[State]
 ) -> list[float]:
-    """Return for each state the share of its completions that `check` finds right.
+    """Return for each state the share of its completions that end and that `check` finds right.
 
-    A completion is decoded together with what was written before it. Unbiased for the probability
-    that the policy comes right from there (Wang et al. 2024: soft estimation).
+    A completion is decoded together with what was written before it; one without an end is no
+    solution, as in `solutions`. Unbiased for the probability that the policy comes right from
+    there (Wang et al. 2024: soft estimation).
     """
     written = [tokenizer.encode(state.text) for state in states]
     contexts = [[*state.prompt, *so_far] for state, so_far in zip(states, written, strict=True)]
@@ -189,8 +198,9 @@ def success_shares(
     by_state = split_evenly(tokens, len(tokens) // len(states))
     rights = []
     for state, so_far, own in zip(states, written, by_state, strict=True):
+        ended = has_ended(own, tokenizer.ends)
         texts = [tokenizer.decode([*so_far, *more]) for more in own]
-        rights.append([check(text, state.record) for text in texts])
+        rights.append(ended * [check(text, state.record) for text in texts])
     return np.mean(rights, axis=1).tolist()
 
 

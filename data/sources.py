@@ -14,7 +14,6 @@ import gzip
 import hashlib
 import io
 import json
-import os
 import pathlib
 import sys
 import tempfile
@@ -33,7 +32,7 @@ from runtime.compiled import cache_folder
 from runtime.errors import UserError, require
 from runtime.foreign import first_twin, one_line
 from runtime.hosts import progressed
-from runtime.inputs import BUILT_IN, content_sum
+from runtime.inputs import BUILT_IN, catalogue_folder, content_sum, newest_prepared
 from runtime.writes import beside, is_full_disk, remove_all_left_over
 from tasks import arithmetic, world
 
@@ -212,9 +211,11 @@ def _catalogue(name: str, schema: Schema, split: Split) -> Source:
     # Slow to import: only where it is needed.
     import tensorflow_datasets as tfds
 
-    home = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
-    data_dir = pathlib.Path(home).expanduser()
-    newest = _newest_version(name, data_dir)
+    data_dir = catalogue_folder()
+    newest = newest_prepared(f"tfds:{name}")
+    if newest is None:
+        remedy = _how_to_prepare(name, data_dir)
+        raise UserError(f"tfds:{name}: not under {data_dir} ($TFDS_DATA_DIR); {remedy}")
     builder = tfds.builder_from_directory(newest)
     part = _part(builder.info.splits, split)
     try:
@@ -234,19 +235,6 @@ def _catalogue(name: str, schema: Schema, split: Split) -> Source:
             raise UserError(f"tfds:{name}: {part} row {i}: {fault}") from None
 
     return Source(f"tfds:{name}", range(len(stored)), read)
-
-
-def _newest_version(name: str, data_dir: pathlib.Path) -> pathlib.Path:
-    """Return the folder of the newest version of `name` that is prepared under `data_dir`."""
-    versions = [info.parent for info in (data_dir / name).glob("[0-9]*/dataset_info.json")]
-    if not versions:
-        remedy = _how_to_prepare(name, data_dir)
-        raise UserError(f"tfds:{name}: not under {data_dir} ($TFDS_DATA_DIR); {remedy}")
-
-    def numbers(folder: pathlib.Path) -> list[int]:
-        return [int(part) for part in folder.name.split(".") if part.isdigit()]
-
-    return max(versions, key=numbers)
 
 
 def _part(splits: dict[str, Any], split: Split) -> str:

@@ -6,9 +6,7 @@ record), or the address of a server (rewards/serve.py).
 
 import importlib
 import math
-import os
 import pathlib
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -24,6 +22,7 @@ from objectives.policy import Combine, MissingEos, combined, last_token, respons
 from rewards.client import SENT, Question, ask
 from rewards.models import Batch, load_reward_model, make_scalars
 from runtime.errors import UserError, refuse_unread, require
+from runtime.inputs import search_current_folder
 from sharding import BATCH, to_mesh
 
 Check = Callable[[str, Record], float]
@@ -84,8 +83,7 @@ def load_function(reward: str, flag: str = "--reward") -> Check:
     """
     or_a_run = ", or the folder of a train_rm run" if flag == "--reward" else ""
     module, _, name = reward.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
+    search_current_folder()
     try:
         function = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as fault:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import pathlib
 import re
 import signal
 import sys
@@ -18,7 +19,7 @@ from runtime.compiled import keep_programs
 from runtime.errors import UserError, command_name
 from runtime.hosts import exit_now, joined
 from runtime.ranges import SCRIPTS, OutOfRange, check_ranges
-from runtime.run_folder import RENAMED, load_model_config
+from runtime.run_folder import RENAMED, has_begun, load_model_config
 from runtime.writes import is_full_disk
 
 ConfigT = TypeVar("ConfigT")
@@ -217,7 +218,8 @@ def run(main: Callable[[ConfigT], Any], cls: type[ConfigT]) -> None:
         # Training is for its run folder, all else for what it prints.
         if not getattr(config, "dry_run", False):
             terminal.outlive_stdout()
-        with joined(config.hosts):
+        run = getattr(config, "run", None)
+        with joined(config.hosts, has_begun=run is not None and has_begun(pathlib.Path(run))):
             refuse_different_commands(config)
             main(config)
 

@@ -24,7 +24,9 @@ from runtime.run_folder import finished_steps, load_config, remove_step
 from runtime.writes import atomic_bytes
 
 RECENT = 1000
-"""Steps over which spikes are counted against GuardConfig.most."""
+"""Steps over which spikes are counted against GuardConfig.most, and a run's own noise is known."""
+TIMES_OWN_NOISE = 2.0
+"""A spike is so many times as far out as the farthest step among those."""
 MOST_STEPS = 10_000_000
 """More than any run has."""
 
@@ -34,7 +36,8 @@ class GuardConfig:
     """Rules for loss spikes: what counts as one, and what is then left out."""
 
     threshold: float = 6.0
-    """Robust deviations above their medians that make loss and gradient norm a spike; 0: off."""
+    """Robust deviations above their medians that make loss and gradient norm a spike, where the
+    run's own noise asks for no more; 0: off."""
     window: int = 32
     """Steps before it whose medians are taken; at least half must be there."""
     skip: int = 8
@@ -45,6 +48,11 @@ class GuardConfig:
     def __post_init__(self):
         ranges = {"threshold": AT_LEAST_0, "window": Range(low=2), "skip": AT_LEAST_1}
         check_ranges(self, ranges, "guard.")
+
+    @property
+    def history(self) -> int:
+        """Steps whose losses and gradient norms `is_spike` looks at."""
+        return RECENT + 2 * self.window
 
 
 class Spike(Exception):
@@ -61,14 +69,33 @@ class Spike(Exception):
 def deviations(history_S2: np.ndarray, values_2: np.ndarray) -> np.ndarray:
     """Return [2]: robust deviations by which `values_2` are above their medians over `history_S2`.
 
-    The two: loss and gradient norm. A deviation is 1.4826 times the median distance from the
-    median, which is the standard deviation of a normal distribution (Rousseeuw and Croux 1993),
-    but at least 1 % of the median.
+    The two: loss and gradient norm, in logarithms. Both are skewed to the right, the more so the
+    smaller the batch: a healthy run's are far out often as they are, and not in logarithms. A
+    deviation is 1.4826 times the median distance from the median, which is the standard deviation
+    of a normal distribution (Rousseeuw and Croux 1993), but at least 0.01: one percent of the
+    median. Both arguments may have the same axes in front, [..., S, 2] and [..., 2].
     """
+    log_S2 = np.log(np.maximum(history_S2, 1e-12))
+    log_2 = np.log(np.maximum(values_2, 1e-12))
     # Medians, since a mean would move with the spike before this one.
-    median_2 = np.median(history_S2, axis=0)
-    spread_2 = 1.4826 * np.median(np.abs(history_S2 - median_2), axis=0)
-    return (values_2 - median_2) / np.maximum(spread_2, 0.01 * np.abs(median_2) + 1e-12)
+    median_2 = np.median(log_S2, axis=-2)
+    spread_2 = 1.4826 * np.median(np.abs(log_S2 - median_2[..., None, :]), axis=-2)
+    return (log_2 - median_2) / np.maximum(spread_2, 0.01)
+
+
+def own_noise(history_S2: np.ndarray, window: int) -> float:
+    """Return how far out the farthest step of `history_S2` was, in the deviations of is_spike.
+
+    The last `window` steps are left out, in which what may be a divergence has begun; 0 where the
+    history is too short to say.
+    """
+    earlier_S2 = history_S2[:-window]
+    if len(earlier_S2) <= window:
+        return 0.0
+    # Each step beside the window before it.
+    before_N2W = np.lib.stride_tricks.sliding_window_view(earlier_S2[:-1], window, axis=0)
+    above_N2 = deviations(before_N2W.swapaxes(1, 2), earlier_S2[window:])
+    return float(above_N2.min(axis=1).max())
 
 
 def loss_and_norm(row: dict[str, float | None]) -> list[float] | None:
@@ -92,8 +119,12 @@ def is_spike(config: GuardConfig, history: Sequence[list[float]], values: list[f
     # Too short a history has no median worth the name.
     if config.threshold <= 0 or len(history) < max(config.window // 2, 2):
         return False
-    above = deviations(np.array(history), np.array(values)) > config.threshold
-    return bool(above.all())
+    recent_S2 = np.array(list(history)[-config.window :])
+    above = deviations(recent_S2, np.array(values)).min()
+    if above <= config.threshold:
+        return False
+    # A run of heavy tails has such steps and goes on well: they say what is usual in it.
+    return bool(above > TIMES_OWN_NOISE * own_noise(np.array(history), config.window))
 
 
 # --- the way back

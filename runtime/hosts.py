@@ -33,6 +33,10 @@ from runtime.writes import is_full_disk
 LOST = TryAgain.code
 """Exit code of a run that lost a process or stopped making progress."""
 
+NAMED_WAIT = 8
+"""Seconds to wait for the others where --hosts.coordinator names the place: all start at once."""
+FOUND_WAIT = 300
+"""Seconds to wait where a launcher names it: its machines may come minutes apart."""
 
 # What JAX says where another process is lost.
 LOSS_WORDS = "Gloo|NCCL|[Cc]oordination|Barrier|heartbeat|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED"
@@ -50,11 +54,13 @@ class HostsConfig:
     """This process, from 0; None: JAX_PROCESS_ID, or SLURM's or the pod's."""
     bind: str | None = None
     """host:port that process 0 listens on; None: JAX_COORDINATOR_BIND_ADDRESS, or coordinator."""
+    wait: int | None = None
+    """Seconds to wait for the others to come; None: 8 with --hosts.coordinator, else 300."""
     stall: int = 1800
     """Seconds without progress that end the run, ten times up to the first step; 0: never."""
 
     def __post_init__(self):
-        check_ranges(self, {"count": AT_LEAST_1}, "hosts.")
+        check_ranges(self, {"count": AT_LEAST_1, "wait": AT_LEAST_1}, "hosts.")
 
 
 # --- joining
@@ -91,8 +97,16 @@ def settings(config: HostsConfig) -> dict[str, Any] | None:
         "num_processes": count,
         "process_id": index,
         "coordinator_bind_address": bind,
+        "initialization_timeout": _seconds_to_wait(config),
         "heartbeat_timeout_seconds": min(100, config.stall or 100),
     }
+
+
+def _seconds_to_wait(config: HostsConfig) -> int:
+    """Return for how long the processes wait for one another to come."""
+    if config.wait is not None:
+        return config.wait
+    return FOUND_WAIT if config.coordinator is None else NAMED_WAIT
 
 
 def processes_named(config: HostsConfig) -> int | None:
@@ -152,33 +166,80 @@ def _refuse_taken(bind: str) -> None:
         ) from None
 
 
-def join(named: dict[str, Any]) -> None:
-    """Join the other processes; where they do not come, end this one as `die_lost` does.
+def join(named: dict[str, Any], code: int) -> None:
+    """Join the other processes; where they do not come, end this one with the exit code `code`.
 
     `named`: from `settings`. Then stdout of every process but process 0 leads nowhere.
     """
+    global _name, _ends_unjoined
+    _reach_first(named, code)
+
+    # JAX ends this process by SIGABRT where the others do not come.
+    _ends_unjoined = _not_all_came(named), code
     try:
         jax.distributed.initialize(**named)
     except ValueError as fault:
         # A TPU machine that belongs to no pod.
-        if "should be defined" in str(fault):
-            return
-        raise
+        if "should be defined" not in str(fault):
+            raise
     except RuntimeError as fault:
-        die_lost(f"cannot join the others ({str(fault).splitlines()[0]})")
-    global _name
+        die(f"cannot join the others ({str(fault).splitlines()[0]})", code)
+    _ends_unjoined = None
+    if not jax.distributed.is_initialized():
+        return
+
     _name = f"process {jax.process_index()}"
     if jax.process_index() > 0:
         # Process 0 alone speaks.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
+def _reach_first(named: dict[str, Any], code: int) -> None:
+    """Wait until process 0 listens where it is said to; end this process where nobody does.
+
+    JAX would not tell an address at which nobody listens from a process that is missing.
+    """
+    address = named["coordinator_address"]
+    if address is None or not named["process_id"]:
+        return
+    host, port = address.rsplit(":", 1)
+    wait = named["initialization_timeout"]
+    give_up = time.monotonic() + wait
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=wait).close()
+            return
+        except OSError as fault:
+            if time.monotonic() > give_up:
+                reason = f"cannot reach process 0 at {address} in {wait} s"
+                remedy = "check --hosts.coordinator, or raise --hosts.wait"
+                die(f"{reason} ({fault.strerror or fault}); {remedy}", code)
+        time.sleep(0.2)
+
+
+def _not_all_came(named: dict[str, Any]) -> str:
+    """Say which processes did not come, as far as this one can know."""
+    address = named["coordinator_bind_address"] or "the coordinator"
+    count = named["num_processes"]
+    if count == 2 and named["process_id"] == 0:
+        absent = "process 1 did not come"
+    else:
+        absent = f"not all of {count or 'the'} processes came"
+    wait = named["initialization_timeout"]
+    return (
+        f"{absent} to {address} in {wait} s; give all the same --hosts.coordinator and "
+        "--hosts.count, or raise --hosts.wait"
+    )
+
+
 @contextlib.contextmanager
-def joined(config: HostsConfig) -> Iterator[None]:
+def joined(config: HostsConfig, has_begun: bool = False) -> Iterator[None]:
     """Join the other processes for a script's main; within it any fault of one ends all.
 
-    A context manager. A watchdog ends the run after `config.stall` seconds without progress.
-    Raises UserError for settings that are incomplete or cannot be.
+    A context manager. A watchdog ends the run after `config.stall` seconds without progress. Where
+    the others do not come, a new run ends with code 2, as after any mistake. A run that
+    `has_begun` has met them before: it ends with code 75, so that a loop which restarts it goes on
+    until they are back. Raises UserError for settings that are incomplete or cannot be.
     """
     named = settings(config)
     done = threading.Event()
@@ -187,7 +248,7 @@ def joined(config: HostsConfig) -> Iterator[None]:
         jax.monitoring.register_event_duration_secs_listener(progressed)
         threading.Thread(target=_watch, args=(config.stall, sentinel, done), daemon=True).start()
     if named:
-        join(named)
+        join(named, LOST if has_begun else UserError.code)
     several = jax.distributed.is_initialized()
     try:
         yield
@@ -272,6 +333,8 @@ _ending = threading.Lock()
 # JAX must not be asked for this process's number by a thread that ends it: it might wait for the
 # others.
 _name = "this process"
+# While the others are waited for: what to say if they do not come, and the exit code.
+_ends_unjoined: tuple[str, int] | None = None
 
 
 def die_lost(reason: str) -> NoReturn:
@@ -279,14 +342,19 @@ def die_lost(reason: str) -> NoReturn:
 
     `reason`: what the line says of the fault; it adds that the same command resumes.
     """
+    die(f"{reason}; the same command resumes from the last checkpoint", LOST)
+
+
+def die(reason: str, code: int) -> NoReturn:
+    """End this process at once, from any thread, with `code` and the line `reason` on stderr."""
     if not _ending.acquire(blocking=False):
         # Another thread is ending it.
         time.sleep(60)
-    told = f"error: {_name}: {reason}; the same command resumes from the last checkpoint\n"
+    told = f"error: {_name}: {reason}\n"
     # Nobody may read it.
     with contextlib.suppress(OSError):
         os.write(sys.stderr.fileno(), told.encode())
-    os._exit(LOST)
+    os._exit(code)
 
 
 # --- the watchdog
@@ -388,4 +456,6 @@ def _post_sentinel(stall: int, index: int | None) -> subprocess.Popen:
 
 @ctypes.CFUNCTYPE(None, ctypes.c_int)
 def _on_abort(number: int) -> None:
+    if _ends_unjoined is not None:
+        die(*_ends_unjoined)
     die_lost("another process was lost, or never came")

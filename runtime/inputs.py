@@ -1,15 +1,19 @@
 """Inputs of a run: what its config names by path is pinned by content, and cannot change under it.
 
 config.json holds `inputs`, by flag: {"data": {"sha256"}} of a file; {"init": {"step", "sha256"}}
-of a run, the step that is read and the sum of its manifest, which has the sums of all its files.
+of a run, the step that is read and the sum of its manifest, which has the sums of all its files;
+{"data": {"version", "sha256"}} of tfds:name; {"reward.0": {"module_sha256"}} of module:function,
+the sum of the module's own file. What that module imports is not covered.
 A run that is resumed reads the steps that it began with, however long their runs have gone on.
 """
 
 import dataclasses
 import functools
 import hashlib
+import importlib.util
 import os
 import pathlib
+import re
 import sys
 import typing
 from typing import Any, TypeVar
@@ -29,8 +33,11 @@ BUILT_IN = ("world", "arithmetic")
 """Sources of data that are no paths, whatever the current folder holds."""
 
 ConfigT = TypeVar("ConfigT")
-Contents = dict[str, dict[str, Any]]
-"""{flag: {"sha256"}} of files, {flag: {"step", "sha256"}} of runs; `reward.0` of several."""
+Content = dict[str, Any]
+"""{"sha256"} of a file, {"step", "sha256"} of a run, {"version", "sha256"} of a catalogue's data
+set, {"module_sha256"} of a function."""
+Contents = dict[str, Content]
+"""By flag; `reward.0` of several."""
 
 
 class RunAtStep(str):
@@ -56,10 +63,11 @@ def run_at_step(run: str, step: int, sha256: str) -> RunAtStep:
 
 
 def named_inputs(config: Any) -> dict[str, str]:
-    """Return {flag: path} of the files and runs that `config`, a script's, names and that exist.
+    """Return {flag: name} of the inputs that `config`, a script's, names and that exist.
 
-    Every field of the dataclass that holds free text is looked at, also one that a fork adds, but
-    not `run`, where the script writes. Of a field with several paths the flags are `FIELD.0`,
+    Inputs are files, runs, data sets of the catalogue and functions, as Content has them. Every
+    field of the dataclass that holds free text is looked at, also one that a fork adds, but not
+    `run`, where the script writes. Of a field with several names the flags are `FIELD.0`,
     `FIELD.1`.
     """
     # Of types alone: what a choice among words says may be the name of a folder here.
@@ -74,7 +82,13 @@ def named_inputs(config: Any) -> dict[str, str]:
             found[field.name] = value
         elif value is not None:
             found |= {f"{field.name}.{number}": one for number, one in enumerate(value)}
-    return {flag: path for flag, path in found.items() if is_run(path) or _is_file(path)}
+    return {flag: name for flag, name in found.items() if _is_input(name)}
+
+
+def _is_input(name: str) -> bool:
+    if is_run(name) or _is_file(name):
+        return True
+    return newest_prepared(name) is not None or module_file(name) is not None
 
 
 def _is_text(hint: Any) -> bool:
@@ -98,24 +112,79 @@ def is_run(path: str) -> bool:
     return is_named and bool(finished_steps(folder / "checkpoints"))
 
 
+def catalogue_folder() -> pathlib.Path:
+    """Return the folder under which TFDS data sets are prepared."""
+    home = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
+    return pathlib.Path(home).expanduser()
+
+
+def newest_prepared(data: str) -> pathlib.Path | None:
+    """Return the folder of the newest version of `data`, tfds:name, that is prepared; or None."""
+    kind, _, name = data.partition(":")
+    if kind != "tfds" or not name:
+        return None
+    described = (catalogue_folder() / name).glob("[0-9]*/dataset_info.json")
+
+    def numbers(folder: pathlib.Path) -> list[int]:
+        return [int(part) for part in folder.name.split(".") if part.isdigit()]
+
+    return max([info.parent for info in described], key=numbers, default=None)
+
+
+def module_file(function: str) -> str | None:
+    """Return the file of the module of `function`, module:function; None where there is none."""
+    if not re.fullmatch(r"[^\W\d][\w.]*:[^\W\d]\w*", function):
+        return None
+    search_current_folder()
+    try:
+        found = importlib.util.find_spec(function.partition(":")[0])
+    except (ImportError, ValueError, AttributeError):
+        # Told where it is loaded.
+        return None
+    has_file = found is not None and found.origin is not None and os.path.isfile(found.origin)
+    return found.origin if found is not None and has_file else None
+
+
+def search_current_folder() -> None:
+    """Let modules be found in the current folder too, after all others."""
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+
+
 # --- sums
 
 
 def contents_of(config: Any) -> Contents:
-    """Return what identifies each of `named_inputs`: a file's sum; a run's step and its sum.
+    """Return the content of each of `named_inputs`: of a run, the step meant or the newest.
 
-    A step's sum is that of its manifest. Of a run it is the step that is meant, or the newest.
     Raises UserError for a file that cannot be read and a run without a finished step.
     """
+    return {flag: _content_of(name) for flag, name in named_inputs(config).items()}
+
+
+def _content_of(name: str) -> Content:
     # Of a run its manifest stands for all files.
-    contents: Contents = {}
-    for flag, path in named_inputs(config).items():
-        if is_run(path):
-            at = at_newest(path)
-            contents[flag] = {"step": at.step, "sha256": at.sha256}
-        else:
-            contents[flag] = {"sha256": file_sum(path)}
-    return contents
+    if is_run(name):
+        at = at_newest(name)
+        return {"step": at.step, "sha256": at.sha256}
+    if _is_file(name):
+        return {"sha256": file_sum(name)}
+    prepared = newest_prepared(name)
+    if prepared is not None:
+        return {"version": prepared.name, "sha256": _prepared_sum(prepared)}
+    module = module_file(name)
+    assert module is not None, "one of named_inputs"
+    return {"module_sha256": file_sum(module)}
+
+
+def _prepared_sum(folder: pathlib.Path) -> str:
+    """Return the SHA-256 of the names and sums of what is read of a prepared data set."""
+    lines = []
+    for path in sorted(folder.iterdir()):
+        # It describes the others, and differs between versions of TFDS.
+        if path.is_file() and path.name != "dataset_info.json":
+            lines.append(f"{path.name} {file_sum(str(path))}\n")
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def at_newest(run: str) -> RunAtStep:
@@ -168,7 +237,8 @@ def content_sum(path: str | os.PathLike) -> str:
     return _file_sum(os.fspath(path), status.st_ino, status.st_size, status.st_mtime_ns)
 
 
-@functools.lru_cache(64)
+# A data set of the catalogue may have a thousand files.
+@functools.lru_cache(None)
 def _file_sum(path: str, *status: int) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -267,7 +337,12 @@ def refuse_other_inputs(run: str, stored: dict[str, Any], config: Any, contents:
         now = contents.get(flag, before)
         if now != before and paths.get(flag) == _stored_path(stored, flag):
             field = flag.partition(".")[0]
-            raise UserError(_told_other(run, field, paths[flag], "its content is"))
+            what = "its content is"
+            if "module_sha256" in now:
+                what = "the file of its module is"
+            elif now.get("version") != before.get("version"):
+                what = f"its version {now['version']} is"
+            raise UserError(_told_other(run, field, paths[flag], what))
 
 
 def _stored_path(stored: dict[str, Any], flag: str) -> Any:

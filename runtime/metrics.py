@@ -86,7 +86,7 @@ class Recorder:
         self._recent: collections.deque = collections.deque(maxlen=20)
         # Loss and gradient norm of the last rows, for the guard.
         self._guard = guard
-        self._history: collections.deque = collections.deque(maxlen=guard and guard.window)
+        self._history: collections.deque = collections.deque(maxlen=guard and guard.history)
         # Updates that come to nothing end the run.
         self._check_updates = UpdateCheck(run, start, total_steps)
         # Compilations of the step, and how many of them a row has told of.
@@ -104,7 +104,7 @@ class Recorder:
             seen = [loss_and_norm(row) for row in rows]
             history = [values for values in seen if values]
             # Process 0 read them: all get the same.
-            of_all = all_gather_json(history[-self._guard.window :])
+            of_all = all_gather_json(history[-self._guard.history :])
             self._history.extend(of_all[0])
         jax.monitoring.register_event_duration_secs_listener(self._on_event)
         return self

@@ -49,13 +49,89 @@ def equal(one, other):
     jax.tree.map(np.testing.assert_array_equal, load_params(str(one)), load_params(str(other)))
 
 
-def test_deviations_are_those_of_a_normal_distribution():
+def test_deviations_are_those_of_a_log_normal_distribution():
     rng = np.random.default_rng(0)
-    history = rng.normal((5.0, 1.0), (0.5, 0.2), (20_001, 2))
-    np.testing.assert_allclose(guard.deviations(history, np.array([6.0, 1.6])), (2, 3), rtol=0.05)
+    history = np.exp(rng.normal((1.5, 0.0), (0.1, 0.2), (20_001, 2)))
+    values = np.exp(np.array([1.7, 0.6]))
+    np.testing.assert_allclose(guard.deviations(history, values), (2, 3), rtol=0.05)
+    # Several histories at once.
+    several = guard.deviations(np.stack([history, history * 2]), np.stack([values, values * 2]))
+    np.testing.assert_allclose(several, [(2, 3)] * 2, rtol=0.05)
     # No spread at all: one percent of the median counts as one deviation.
     flat = np.tile([4.0, 2.0], (32, 1))
-    np.testing.assert_allclose(guard.deviations(flat, np.array([4.4, 2.0])), (10, 0), atol=1e-6)
+    values = np.array([4.0 * np.exp(0.1), 2.0])
+    np.testing.assert_allclose(guard.deviations(flat, values), (10, 0), atol=1e-6)
+
+
+def healthy(seed, steps=40_000, spread=(0.3, 0.3)):
+    """Draw losses and gradient norms of a run of small batches, [S, 2].
+
+    In 40,000 steps of the tiny world model at 8 rows a batch the `spread` of their logarithms was
+    0.16 and 0.2, and their deviations were correlated by 0.65: less than here.
+    """
+    rng = np.random.default_rng(seed)
+    loss_S, other_S = rng.normal(size=(2, steps))
+    norm_S = 0.8 * loss_S + 0.6 * other_S
+    # Training goes on meanwhile: the loss falls and the norm rises.
+    progress_S = np.linspace(0, 1, steps)
+    loss_S = 2.0 * np.exp(spread[0] * loss_S - 0.7 * progress_S)
+    norm_S = 1.8 * np.exp(spread[1] * norm_S + 0.7 * progress_S)
+    return np.stack([loss_S, norm_S], axis=1)
+
+
+def alarms(config, series_S2):
+    """Return the steps of a series, from 0, that are spikes."""
+    window_N2W = np.lib.stride_tricks.sliding_window_view(series_S2[:-1], config.window, axis=0)
+    above_N2 = guard.deviations(window_N2W.swapaxes(1, 2), series_S2[config.window :])
+    # Only these need a closer look.
+    found = []
+    for step in np.flatnonzero(above_N2.min(1) > config.threshold) + config.window:
+        history = series_S2[max(0, step - config.history) : step].tolist()
+        if guard.is_spike(config, history, series_S2[step].tolist()):
+            found.append(int(step))
+    return found
+
+
+def test_a_healthy_run_of_forty_thousand_noisy_steps_is_left_alone(monkeypatch):
+    config = guard.GuardConfig()
+    for seed in range(3):
+        assert alarms(config, healthy(seed)) == []
+    # Control: as they are, not in logarithms, steps of the same series stand out.
+    monkeypatch.setattr(guard, "TIMES_OWN_NOISE", 0.0)
+    series = healthy(0)
+    assert len(alarms(config, np.exp(series / series.mean(0)))) > 5
+
+
+def test_a_run_of_heavy_tails_says_itself_what_is_usual(monkeypatch):
+    """One step in a hundred is of a few hard rows, as where a batch has one row."""
+    rng = np.random.default_rng(5)
+    series = healthy(4, spread=(0.16, 0.2))
+    is_hard = rng.uniform(size=(len(series), 1)) < 0.01
+    series *= np.where(is_hard, np.exp(rng.normal(1.1, 0.2, is_hard.shape)), 1)
+    config = guard.GuardConfig()
+    with_own_noise = alarms(config, series)
+    monkeypatch.setattr(guard, "TIMES_OWN_NOISE", 0.0)
+    without = alarms(config, series)
+    print(f"alarms with the run's own noise {with_own_noise}, without {len(without)}")
+    # Nothing is known of a run at its start.
+    assert len(without) > 50 and all(step < 200 for step in with_own_noise)
+
+
+@pytest.mark.parametrize("steps", [100, 5_000])
+def test_a_divergence_is_seen_within_a_few_steps(steps):
+    config = guard.GuardConfig()
+    spread = (0.16, 0.2)
+    # Loss and norm double with every step from here on.
+    series = healthy(1, steps + 20, spread)
+    series[steps:] *= 2.0 ** np.arange(1, 21)[:, None]
+    assert steps <= alarms(config, series)[0] < steps + 5
+    # One batch far above the others, as of random tokens.
+    series = healthy(2, steps + 1, spread)
+    series[steps] = np.median(series[-33:], axis=0) * (4, 6)
+    assert alarms(config, series) == [steps]
+    # Control: a hard batch among others.
+    series[steps] = np.median(series[-33:], axis=0) * (1.5, 1.7)
+    assert alarms(config, series) == []
 
 
 def test_a_spike_is_of_loss_and_gradient_both_and_needs_a_history():

@@ -1,5 +1,6 @@
 """Two real processes on loopback: results equal one process's; what happens to one ends both."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -8,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -91,6 +93,7 @@ def start_two(script, argv, faults=(None, None), at="step", stall=5):
             "--hosts.count=2",
             f"--hosts.index={index}",
             f"--hosts.stall={stall}",
+            "--hosts.wait=60",
         ]
         command = [
             sys.executable,
@@ -171,7 +174,6 @@ DIFFERENCES = {
     "steps": (["--steps=2"], "", None, "--steps"),
     "save_every": (["--save_every=1"], "", None, "--save_every"),
     "run": (["--run=another"], "", None, "--run"),
-    "port": (["--hosts.coordinator=127.0.0.1:99999"], "", None, "--hosts.coordinator"),
     # Further ones of the same kinds.
     "precision": ([], "import jax; jax.config.update('jax_enable_x64', True)", None, "jax_enable"),
     "dry run": (["--dry_run"], "", None, "--dry_run"),
@@ -190,7 +192,7 @@ def start_unlike(tmp_path, argv, name):
     processes = []
     for index in (0, 1):
         own = [f"--hosts.coordinator={address}", "--hosts.count=2", f"--hosts.index={index}"]
-        start = [*argv, *own, "--hosts.stall=5", *(flags if index else [])]
+        start = [*argv, *own, "--hosts.stall=5", "--hosts.wait=60", *(flags if index else [])]
         # A flag that is given twice is that of process 1.
         last = {word.partition("=")[0]: word for word in start}
         source = (first if index else "") + "\n" + SCRIPT
@@ -239,21 +241,81 @@ def test_processes_that_were_not_started_alike_end_at_once(tmp_path, name):
     began = time.monotonic()
     processes = start_unlike(tmp_path, [*ALIKE, "--data=chats.jsonl", "--run=two"], name)
     told = DIFFERENCES[name][3]
-    if name == "port":
-        # Process 0 cannot know of one that never reaches it: it is not waited for here.
-        errors = [processes[1].communicate(timeout=60)[1]] * 2
-        processes[0].kill()
-        processes[0].communicate()
-        codes = [processes[1].returncode] * 2
-    else:
-        codes, errors = ends(processes, seconds=60)
+    codes, errors = ends(processes, seconds=60)
     took = time.monotonic() - began
     print(f"{name}: {took:.1f} s, codes {codes}: {errors}")
     assert codes == [2, 2]
     for error in errors:
         [line] = [line for line in error.splitlines() if line.startswith("error:")]
-        assert told in line and (name == "port" or "process 1" in line)
+        assert told in line and "process 1" in line
     assert not (tmp_path / "two").exists() and not (tmp_path / "another").exists()
+
+
+def start_apart(tmp_path, *flags):
+    """Start two processes of train_sft that have different ports of process 0; return both."""
+    ports = [free_port(), free_port()]
+    processes = []
+    for index, port in enumerate(ports):
+        own = [
+            f"--hosts.coordinator=127.0.0.1:{port}",
+            "--hosts.count=2",
+            f"--hosts.index={index}",
+        ]
+        command = [sys.executable, "-c", SCRIPT, *ALIKE, *own, f"--run={tmp_path}/two"]
+        environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+        pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+        processes.append(subprocess.Popen(command, env=environment, cwd=tmp_path, **pipes))
+    return processes, ports
+
+
+def test_processes_that_never_meet_end_within_seconds(tmp_path):
+    """Each says whom it waited for, and where; a run that has begun is to be tried again."""
+    began = time.monotonic()
+    processes, ports = start_apart(tmp_path)
+    codes, errors = ends(processes, seconds=60)
+    took = time.monotonic() - began
+    print(f"{took:.1f} s, codes {codes}: {errors}")
+    # Of it 8 s are waited, the rest is their start, long on a busy machine.
+    assert codes == [2, 2] and took < 30
+    [line_0], [line_1] = (error.splitlines() for error in errors)
+    absent = f"process 1 did not come to 127.0.0.1:{ports[0]} in 8 s"
+    unreached = f"cannot reach process 0 at 127.0.0.1:{ports[1]} in 8 s"
+    assert line_0.startswith(f"error: process 0: {absent}")
+    assert line_1.startswith(f"error: process 1: {unreached}")
+    assert not (tmp_path / "two").exists()
+
+    (tmp_path / "two").mkdir()
+    (tmp_path / "two" / "left_out.json").touch()
+    processes, _ = start_apart(tmp_path, "--hosts.wait=1")
+    assert ends(processes, seconds=60)[0] == [hosts.LOST, hosts.LOST]
+
+
+def test_a_process_that_comes_late_is_waited_for(monkeypatch):
+    """For as long as --hosts.wait says, and no longer."""
+    told = []
+
+    def die(reason, code):
+        told.append(reason)
+        raise SystemExit(code)
+
+    monkeypatch.setattr(hosts, "die", die)
+    port = free_port()
+    config = hosts.HostsConfig(coordinator=f"127.0.0.1:{port}", count=2, index=1, wait=1)
+    with pytest.raises(SystemExit, match="2"):
+        hosts._reach_first(hosts.settings(config), 2)
+    assert "in 1 s" in told[0]
+
+    def listen():
+        time.sleep(2)
+        listeners.append(socket.create_server(("127.0.0.1", port)))
+
+    listeners = []
+    late = threading.Thread(target=listen)
+    late.start()
+    hosts._reach_first(hosts.settings(dataclasses.replace(config, wait=30)), 2)
+    late.join()
+    listeners[0].close()
+    assert len(told) == 1
 
 
 def test_the_first_difference_is_named():
@@ -460,11 +522,16 @@ def test_the_coordinator_listens_where_it_is_told(monkeypatch):
         "PROCESS_ID": "1",
     }.items():
         monkeypatch.setenv(f"JAX_{name}", value)
-    for config, bind, beat in (
-        (hosts.HostsConfig(stall=7), "h:1", 7),
-        (hosts.HostsConfig(bind="i:2"), "i:2", 100),
+    for config, bind, beat, wait in (
+        (hosts.HostsConfig(stall=7), "h:1", 7, 300),
+        (hosts.HostsConfig(bind="i:2", wait=900), "i:2", 100, 900),
+        (hosts.HostsConfig(coordinator="h:1"), "h:1", 100, 8),
     ):
-        options = {"coordinator_bind_address": bind, "heartbeat_timeout_seconds": beat}
+        options = {
+            "coordinator_bind_address": bind,
+            "heartbeat_timeout_seconds": beat,
+            "initialization_timeout": wait,
+        }
         assert hosts.settings(config) == {**given, **options}
     monkeypatch.setenv("JAX_PROCESS_ID", "one")
     with pytest.raises(UserError, match="JAX_PROCESS_ID=one: must be a number"):

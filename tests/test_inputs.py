@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from running import run, write
+import tensorflow_datasets as tfds
+from running import fails, run, write
 
 import train_grpo
 import train_rm
@@ -214,6 +215,122 @@ def test_when_a_run_gives_up_may_change_also_of_one_from_before(tmp_path):
     assert load_params(str(run))["w"][0] == 1 and restore(config) == 1
     with pytest.raises(UserError, match=r"guard\.skip is 8 in this run and 9 now"):
         restore(dataclasses.replace(config, guard=GuardConfig(skip=9)))
+
+
+# --- the catalogue, and functions
+
+
+class Sums(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """Questions and answers of which the last one can be chosen."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    last = "#### 7"
+
+    def _info(self):
+        text = tfds.features.Text()
+        features = tfds.features.FeaturesDict({"question": text, "answer": text})
+        return tfds.core.DatasetInfo(builder=self, features=features)
+
+    def _split_generators(self, _):
+        return {"train": self._generate_examples(8), "test": self._generate_examples(3)}
+
+    def _generate_examples(self, count):
+        for i in range(count):
+            answer = f"#### {i}" if i < 7 else self.last
+            yield i, {"question": f"{i} + 0?", "answer": answer}
+
+
+class NewerSums(Sums, skip_registration=True):
+    name = "sums"
+    VERSION = tfds.core.Version("1.0.1")
+
+
+def prepare(builder, place, last="#### 7"):
+    """Prepare a data set in `place` as a user would, with another last answer."""
+    tfds.disable_progress_bar()
+    made = builder(data_dir=place, file_format="array_record")
+    made.last = last
+    made.download_and_prepare()
+
+
+def test_a_data_set_of_the_catalogue_is_pinned(inputs, tmp_path, monkeypatch):
+    place = tmp_path / "tfds"
+    monkeypatch.setenv("TFDS_DATA_DIR", str(place))
+    config = dataclasses.replace(inputs, data="tfds:sums")
+    assert "data" not in named_inputs(config)
+    prepare(Sums, place)
+    resume(config)
+    pin = load_config("run")["inputs"]["data"]
+    assert pin.keys() == {"version", "sha256"} and pin["version"] == "1.0.0"
+    # The same rows prepared anew are the same, whatever describes them.
+    shutil.rmtree(place)
+    prepare(Sums, place)
+    about = place / "sums" / "1.0.0" / "dataset_info.json"
+    about.write_text(about.read_text() + "\n")
+    resume(config)
+
+    # One answer of the same length.
+    shutil.rmtree(place)
+    prepare(Sums, place, last="#### 8")
+    with pytest.raises(UserError, match="--data=tfds:sums: its content is not what run began"):
+        resume(config)
+    shutil.rmtree(place)
+    prepare(Sums, place)
+    resume(config)  # control
+    prepare(NewerSums, place)
+    with pytest.raises(UserError, match=r"--data=tfds:sums: its version 1\.0\.1 is not what run"):
+        resume(config)
+
+
+def test_the_module_of_a_function_is_pinned(inputs, tmp_path):
+    """Its own file: what it imports is not."""
+    (tmp_path / "imported_by_it.py").write_text("HIGHEST = 1.0\n")
+    module = tmp_path / "pinned_rule.py"
+    text = "import imported_by_it\n\ndef short(response, record):\n    return 1.0\n"
+    module.write_text(text)
+    config = dataclasses.replace(inputs, reward=("rm", "pinned_rule:short"))
+    resume(config)
+    assert load_config("run")["inputs"]["reward.1"].keys() == {"module_sha256"}
+    (tmp_path / "imported_by_it.py").write_text("HIGHEST = 2.0\n")
+    resume(config)
+    module.write_text(text.replace("1.0", "2.0"))
+    told = "--reward=pinned_rule:short: the file of its module is not what run began with"
+    with pytest.raises(UserError, match=told):
+        resume(config)
+    module.write_text(text)
+    resume(config)  # control
+
+
+@pytest.mark.slow
+def test_a_script_stops_where_its_function_or_its_catalogue_has_changed(
+    tmp_path, monkeypatch, capsys
+):
+    """In one line, with code 2, before anything is loaded."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
+    monkeypatch.setenv("PLUMB_CACHE", str(tmp_path / "cache"))
+    prepare(Sums, tmp_path / "tfds")
+    rule = tmp_path / "ruled_here.py"
+    rule.write_text("def short(response, record):\n    return -1.0 * len(response)\n")
+    sft = [*TINY, "--model.preset=tiny", "--data=tfds:sums", "--length=32", "--run=sft"]
+    online = [*TINY, "--init=sft", "--data=tfds:sums", "--reward=ruled_here:short", "--run=online"]
+    online += [
+        "--max_prompt=24",
+        "--max_new_tokens=4",
+        "--minibatches=1",
+        "--samples_per_prompt=2",
+    ]
+    run(train_sft, *sft, "--steps=1")
+    run(train_grpo, *online, "--steps=1")
+    with rule.open("a") as file:
+        file.write("# another version\n")
+    line = fails(train_grpo, [*online, "--steps=2"], capsys)
+    assert "--reward=ruled_here:short: the file of its module is not what online began" in line
+
+    shutil.rmtree(tmp_path / "tfds")
+    prepare(Sums, tmp_path / "tfds", last="#### 9")
+    line = fails(train_sft, [*sft, "--steps=2"], capsys)
+    assert "--data=tfds:sums: its content is not what sft began with" in line
 
 
 # --- through scripts

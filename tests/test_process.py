@@ -374,7 +374,9 @@ def test_completion_shares_err_as_one_over_the_root_of_n(tokenizer):
         respond = make_sampler(TINY, SamplingConfig(max_new_tokens=2), tokenizer, n)
 
         def complete(contexts, respond=respond):
-            return respond(params, contexts, jax.random.key(5))
+            # All are told to have ended, as one without an end is no success.
+            sampled = respond(params, contexts, jax.random.key(5))
+            return [[*tokens, tokenizer.eos] for tokens in sampled]
 
         errors = np.array(collect_steps.success_shares(complete, odd, tokenizer, states)) - exact
         predicted = math.sqrt((exact * (1 - exact)).mean() / n)
@@ -382,6 +384,14 @@ def test_completion_shares_err_as_one_over_the_root_of_n(tokenizer):
         assert rms[n] == pytest.approx(predicted, rel=0.4)
         assert abs(errors.mean()) < 3 * predicted / math.sqrt(len(states))
     assert rms[16] / rms[256] == pytest.approx(4, rel=0.5)
+
+
+def test_a_completion_without_an_end_is_no_success(tokenizer):
+    """Right as its text is: it would have gone on."""
+    right = tokenizer.encode("35")
+    written = [[*right, tokenizer.eos], right, [*right, tokenizer.eos], tokenizer.encode("2")]
+    state = collect_steps.State(tokenizer.prompt("27+8"), "", {})
+    assert collect_steps.success_shares(lambda _: written, odd, tokenizer, [state]) == [0.5]
 
 
 # ---- Measures, re-ranking, search ----

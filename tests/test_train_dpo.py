@@ -24,6 +24,8 @@ from running import fails, rows_of, run, write
 from test_direct import PAIRED, PER_TOKEN, kto_value, rrhf_in_loops
 
 import train_dpo
+import train_prm
+import train_rm
 import train_sft
 from collect import spin as collect_spin
 from data import preferences
@@ -35,7 +37,9 @@ from model_config import stored_model
 from objectives import direct
 from rewards.reference import candidate_keys
 from runtime.run_folder import load_config
+from sharding import to_mesh
 from train_state import load_params
+from training_run import Run
 
 SHORT = ["--optimizer.warmup=0", "--length=64", "--batch_size=8", "--eval_every=0"]
 EIGHT = ["--mesh.data=1", "--mesh.fsdp=8"]
@@ -446,3 +450,35 @@ def test_a_bad_judgement_names_file_line_and_field(field, capsys, tmp_path, monk
     # The same rows are no comparisons.
     compared = fails(train_dpo, ["--model.preset=tiny", f"--data={path}"], capsys)
     assert f"{path}:1: chosen: missing" in compared
+
+
+# ---- Several hosts ----
+
+
+@pytest.mark.parametrize(
+    ("script", "flags"),
+    [
+        (train_dpo, ["--loss=simpo"]),
+        pytest.param(train_rm, [], marks=pytest.mark.slow),
+        pytest.param(train_prm, ["--model.vocab=320"], marks=pytest.mark.slow),
+    ],
+)
+def test_tokens_of_all_hosts_are_counted(script, flags, tmp_path, monkeypatch):
+    """As on two hosts: each reads half a batch, and `to_mesh` makes one of both halves."""
+
+    def of_both(batch, mesh):
+        return to_mesh({name: np.concatenate([x, x]) for name, x in batch.items()}, mesh)
+
+    counted = []
+
+    def record(run, step, metrics, tokens=0):
+        counted.append(tokens)
+
+    monkeypatch.setattr(script, "data_shard", lambda mesh: {"process": 0, "processes": 2})
+    monkeypatch.setattr(script, "to_mesh", of_both)
+    monkeypatch.setattr(Run, "record", record)
+    # The last metrics are of rows that were recorded.
+    monkeypatch.setattr(Run, "last_metrics", {})
+    run(script, *SHORT, *flags, "--model.preset=tiny", "--steps=1", f"--run={tmp_path}/run")
+    candidates = 1 if script is train_prm else 2
+    assert counted == [8 * candidates * 64]

@@ -179,8 +179,8 @@ def main(config: Config) -> dict[str, float]:
         run.describe(title, state.params, (state.opt_state, base), length=config.length)
         for step in run.steps():
             # One update; its metrics are written while the next one runs.
-            batch = next(batches)
-            state, metrics = update.step(state, to_mesh(batch, mesh), base)
+            batch = to_mesh(next(batches), mesh)
+            state, metrics = update.step(state, batch, base)
             run.record(step, metrics, tokens=batch["loss_mask_BCT"].size)
 
             # Held-out loss, samples, and gold shares.

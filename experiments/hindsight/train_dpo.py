@@ -181,8 +181,9 @@ def main(config: Config) -> dict[str, float]:
         run.describe(title, state.params, (state.opt_state, base), length=config.length)
         for step in run.steps():
             # One update; its metrics are written while the next one runs.
-            batch = with_hidden_tokens(config, next(batches), step, shard["process"])
-            state, metrics = update.step(state, to_mesh(batch, mesh), base)
+            chained = with_hidden_tokens(config, next(batches), step, shard["process"])
+            batch = to_mesh(chained, mesh)
+            state, metrics = update.step(state, batch, base)
             run.record(step, metrics, tokens=batch["loss_mask_BT"].size)
 
             # Held-out loss, samples, and gold shares.
