@@ -3,7 +3,7 @@
     python -m benchmarks.opening --megabytes=1000
 
 Makes a file of Python's own source texts, about 2 kB a row, in a temporary folder; opens it with
-an empty cache; prints seconds and the peak of the memory, and writes results/opening.json.
+an empty cache; prints seconds and the peak of the memory, and adds a row to results/opening.json.
 """
 
 import dataclasses
@@ -49,6 +49,8 @@ class Config:
     """Where the file and what is made of it lie, until the end; it takes twice the size."""
     code: str = str(pathlib.Path(__file__).parents[1])
     """Folder of the code that opens it: of another version, to compare with."""
+    label: str = "this version"
+    """How the row calls that code."""
     out: str = RESULTS
     """Folder of the results."""
 
@@ -72,7 +74,7 @@ def write_file(path: pathlib.Path, size: int) -> None:
 
 
 def main(config: Config) -> dict[str, Any]:
-    """Make the file, open it, print and write what it took; return what is written."""
+    """Make the file, open it, print what it took and add it to the rows; return the row."""
     with tempfile.TemporaryDirectory(dir=config.folder) as folder:
         path = pathlib.Path(folder, "texts.jsonl")
         write_file(path, config.megabytes * 1_000_000)
@@ -86,6 +88,7 @@ def main(config: Config) -> dict[str, Any]:
             env={**os.environ, "PLUMB_CACHE": f"{folder}/cache", "PYTHONPATH": config.code},
         )
     result = {
+        "label": config.label,
         "megabytes": config.megabytes,
         **json.loads(done.stdout),
         "cpu": cpu_name(),
@@ -98,8 +101,9 @@ def main(config: Config) -> dict[str, Any]:
         f"{result['cpu_seconds']:.1f} CPU-s; peak {result['peak_mb']:.0f} MB, of which "
         f"{result['imports_mb']:.0f} before the file"
     )
-    text = json.dumps(result, indent=1) + "\n"
-    pathlib.Path(config.out, "opening.json").write_text(text)
+    results = pathlib.Path(config.out, "opening.json")
+    rows = json.loads(results.read_text()) if results.exists() else []
+    results.write_text(json.dumps([*rows, result], indent=1) + "\n")
     return result
 
 
