@@ -9,6 +9,8 @@ import sys
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from array_record.python import array_record_module
+from array_record.python.array_record_module import ArrayRecordWriter
 
 from data import sources
 from data.records import SCHEMAS
@@ -315,15 +317,55 @@ def test_a_preparation_that_fails_or_loses_rows_leaves_nothing(tmp_path, cache, 
         with pytest.raises(UserError, match=r"disk full.*set PLUMB_CACHE"):
             open_source(data, "text", "train")
         assert not list(cache.iterdir())
-    every = sources._records
 
-    # Rows are read once to validate them, and then to keep them.
+    # A writer that loses a row.
+    write_row = ArrayRecordWriter.write
+    kept = []
+
+    class Losing:
+        def __init__(self, *args):
+            self.writer = ArrayRecordWriter(*args)
+            self.close = self.writer.close
+
+        def write(self, row):
+            kept.append(row)
+            if len(kept) < 20:
+                write_row(self.writer, row)
+
     with monkeypatch.context() as patch:
-        patch.setattr(sources, "_records", lambda *args: list(every(*args))[:19])
+        patch.setattr(array_record_module, "ArrayRecordWriter", Losing)
         with pytest.raises(RuntimeError, match="20 rows, but the prepared dataset has 19"):
             open_source(data, "text", "train")
     assert not list(cache.iterdir())
     assert len(everything(data, "text")) == 20
+
+
+def test_examples_are_those_that_tfds_writes():
+    features = tfds.features.FeaturesDict({"json": tfds.features.Text()})
+    for text in ("", '{"text": "a\\u00e9"}', "\u00e9\U0001f600" * 200):
+        assert sources._example(text) == features.serialize_example({"json": text})
+
+
+def test_a_file_is_read_once_and_its_rows_are_not_held(tmp_path, monkeypatch):
+    """Neither twice nor all at once: what a row was is gone before the one after the next."""
+    data = write(tmp_path / "a.jsonl", [{"text": f"text {i}"} for i in range(50)])
+    alive = []
+    adapt = SCHEMAS["text"]
+
+    class Counted(dict):
+        def __init__(self, record):
+            super().__init__(record)
+            alive.append(self)
+
+    def counted(row):
+        # This name, the list's and the call's: a row that is held elsewhere has more.
+        held = [record for record in alive if sys.getrefcount(record) > 3]
+        assert len(held) <= 1
+        return Counted(adapt(row))
+
+    monkeypatch.setitem(sources.SCHEMAS, "text", counted)
+    open_source(data, "text", "train")
+    assert len(alive) == 50
 
 
 DAMAGES = {

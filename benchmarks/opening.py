@@ -1,0 +1,111 @@
+"""Time and memory of opening a JSON Lines file for the first time, in a process of its own.
+
+    python -m benchmarks.opening --megabytes=1000
+
+Makes a file of Python's own source texts, about 2 kB a row, in a temporary folder; opens it with
+an empty cache; prints seconds and the peak of the memory, and adds a row to results/opening.json.
+"""
+
+import dataclasses
+import datetime
+import json
+import os
+import pathlib
+import random
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+from benchmarks import command
+from benchmarks.rows import RESULTS, cpu_name
+
+LEAST, MOST = 1000, 3000
+"""Characters of a row's text."""
+# What the process runs: the imports first, for they cost memory and time without any file.
+PROGRAM = """
+import json, resource, sys, time
+import tensorflow_datasets
+from data.sources import open_source
+
+def peak_mb():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+
+before = peak_mb()
+wall, cpu = time.perf_counter(), time.process_time()
+source = open_source(sys.argv[1], "text", "train")
+print(json.dumps({
+    "rows": len(source.rows), "seconds": time.perf_counter() - wall,
+    "cpu_seconds": time.process_time() - cpu, "imports_mb": before, "peak_mb": peak_mb(),
+}))
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    megabytes: int = 1000
+    """Size of the file, in millions of bytes."""
+    folder: str = tempfile.gettempdir()
+    """Where the file and what is made of it lie, until the end; it takes twice the size."""
+    code: str = str(pathlib.Path(__file__).parents[1])
+    """Folder of the code that opens it: of another version, to compare with."""
+    label: str = "this version"
+    """How the row calls that code."""
+    out: str = RESULTS
+    """Folder of the results."""
+
+
+def write_file(path: pathlib.Path, size: int) -> None:
+    """Write rows {"text"} until the file has `size` bytes; pieces of the standard library."""
+    library = pathlib.Path(os.__file__).parent
+    texts = [module.read_text() for module in sorted(library.glob("*.py"))]
+    whole = "".join(texts)
+    random_numbers = random.Random(0)
+    written = 0
+    with path.open("w") as file:
+        while written < size:
+            start = random_numbers.randrange(len(whole) - MOST)
+            length = random_numbers.randrange(LEAST, MOST)
+            # The number makes each row another one.
+            text = f"{written} {whole[start : start + length]}"
+            line = json.dumps({"text": text}) + "\n"
+            file.write(line)
+            written += len(line)
+
+
+def main(config: Config) -> dict[str, Any]:
+    """Make the file, open it, print what it took and add it to the rows; return the row."""
+    with tempfile.TemporaryDirectory(dir=config.folder) as folder:
+        path = pathlib.Path(folder, "texts.jsonl")
+        write_file(path, config.megabytes * 1_000_000)
+        load = os.getloadavg()[0]
+        done = subprocess.run(
+            [sys.executable, "-c", PROGRAM, str(path)],
+            check=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            cwd=config.code,
+            env={**os.environ, "PLUMB_CACHE": f"{folder}/cache", "PYTHONPATH": config.code},
+        )
+    result = {
+        "label": config.label,
+        "megabytes": config.megabytes,
+        **json.loads(done.stdout),
+        "cpu": cpu_name(),
+        "cores": len(os.sched_getaffinity(0)),
+        "load_before": load,
+        "made": datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes"),
+    }
+    print(
+        f"{config.megabytes} MB, {result['rows']} rows: {result['seconds']:.1f} s, "
+        f"{result['cpu_seconds']:.1f} CPU-s; peak {result['peak_mb']:.0f} MB, of which "
+        f"{result['imports_mb']:.0f} before the file"
+    )
+    results = pathlib.Path(config.out, "opening.json")
+    rows = json.loads(results.read_text()) if results.exists() else []
+    results.write_text(json.dumps([*rows, result], indent=1) + "\n")
+    return result
+
+
+if __name__ == "__main__":
+    main(command.parse(Config))
