@@ -15,7 +15,6 @@ rule here: perplexity, IFD, length, margins and a judge's score are `at_rank`; A
 `first_yes`, or `at_rank` of P(yes); Density is `kernel_sums` and `inverse_propensity`.
 """
 
-import heapq
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -31,8 +30,8 @@ Select = Callable[[Array | None, Array | None, Array | None, int, jax.Array], Ar
 
 # Rows read at a time.
 PART = 8192
-# Greedy methods on distances choose within random blocks of this many rows, so that their cost is
-# linear in N. What fits into one block is chosen exactly.
+# Methods that compare every row with every other do so within random blocks of this many rows, so
+# that their cost is linear in N.
 BLOCK = 4096
 # Stochastic greedy: with chance 1 - MISSED one of the best N / k rows is among those it looks at,
 # and it looks at FEWEST at least.
@@ -303,35 +302,24 @@ def log_det(
     design. A duplicate adds little. The gain of row x is 1/2 log(1 + x A^-1 x / noise), A the sum
     over chosen rows of x x^T / noise, and I.
 
-    Each step takes the best of a random few of the rows (stochastic greedy, Mirzasoleiman et al.
-    2015): in expectation at least 1 - 1/e - MISSED of the best set's value, at a cost of N D^2
-    that does not grow with k. Up to FEWEST rows it looks at all: 1 - 1/e (Nemhauser 1978).
+    By `stochastic_greedy`, over all rows: the cost is N D^2 and does not grow with k.
     """
     count = count_of(k, embeddings, scores, labels)
-    embeddings = given(embeddings, "embeddings")
-    rng = generator(key)
-    few = max(FEWEST, math.ceil(count / k * math.log(1 / MISSED)))
-    dimension = embeddings.shape[1]
-    inverse_DD = np.eye(dimension, dtype=np.float32)
-    rest = rng.permutation(count)
-    chosen = np.empty(k, np.int64)
-    for step in range(k):
-        # The rows looked at, by their places among those that are left.
-        left = count - step
-        places = np.arange(left) if left <= few else rng.integers(left, size=few)
-        x_CD = unit_rows(embeddings[rest[places]])
-        solved_CD = x_CD @ inverse_DD
-        best = int(np.einsum("CD,CD->C", solved_CD, x_CD).argmax())
+    rows_ND = given(embeddings, "embeddings")
+    inverse_DD = np.eye(rows_ND.shape[1], dtype=np.float32)
 
-        # Its row goes to the chosen ones, the last one left to its place.
-        place = places[best]
-        chosen[step] = rest[place]
-        rest[place] = rest[left - 1]
+    def gains(rows: Array) -> Array:
+        # Half the logarithm of 1 + this / noise grows with it.
+        x_CD = unit_rows(rows_ND[rows])
+        return np.einsum("CD,CD->C", x_CD @ inverse_DD, x_CD)
 
+    def take(row: int) -> None:
         # A grows by x x^T / noise: its inverse by Sherman and Morrison.
-        solved_D = solved_CD[best]
-        inverse_DD -= np.outer(solved_D, solved_D / (noise + solved_D @ x_CD[best]))
-    return chosen
+        x_D = unit_rows(rows_ND[row][None])[0]
+        solved_D = inverse_DD @ x_D
+        inverse_DD[:] -= np.outer(solved_D, solved_D / (noise + solved_D @ x_D))
+
+    return np.array(stochastic_greedy(count, k, gains, take, generator(key)))
 
 
 def facility_location(
@@ -339,31 +327,25 @@ def facility_location(
 ) -> Array:
     """Choose k rows that stand for all: the sum over rows of the similarity to the nearest.
 
-    Similarity is (1 + cosine) / 2. Greedy, with gains computed anew only where an old one, which
-    bounds it, could still win (Minoux 1978): at least 1 - 1/e of the best set's value, within
-    each random block of BLOCK rows (see `in_blocks`).
+    Similarity is (1 + cosine) / 2. By `stochastic_greedy`, within each random block of BLOCK rows
+    (see `in_blocks`).
     """
     count_of(k, embeddings, scores, labels)
-    embeddings = given(embeddings, "embeddings")
 
     def best_of_block(x_ND: Array, own_k: int, rng: np.random.Generator) -> list[int]:
         unit_ND = unit_rows(x_ND)
         similar_NN = (1 + unit_ND @ unit_ND.T) / 2
         nearest_N = np.zeros(len(x_ND), np.float32)
-        bounds = [(-float(gain), j) for j, gain in enumerate(similar_NN.sum(0))]
-        heapq.heapify(bounds)
-        chosen: list[int] = []
-        while len(chosen) < own_k:
-            _, j = heapq.heappop(bounds)
-            gain = float(np.maximum(similar_NN[j] - nearest_N, 0).sum())
-            if bounds and gain < -bounds[0][0]:
-                heapq.heappush(bounds, (-gain, j))
-                continue
-            chosen.append(j)
-            np.maximum(nearest_N, similar_NN[j], out=nearest_N)
-        return chosen
 
-    return in_blocks(best_of_block, embeddings, k, key)
+        def gains(rows: Array) -> Array:
+            return np.maximum(similar_NN[rows], nearest_N).sum(1)
+
+        def take(row: int) -> None:
+            np.maximum(nearest_N, similar_NN[row], out=nearest_N)
+
+        return stochastic_greedy(len(x_ND), own_k, gains, take, rng)
+
+    return in_blocks(best_of_block, given(embeddings, "embeddings"), k, key)
 
 
 def k_center(
@@ -375,7 +357,6 @@ def k_center(
     least possible, within each random block of BLOCK rows (see `in_blocks`). The first is random.
     """
     count_of(k, embeddings, scores, labels)
-    embeddings = given(embeddings, "embeddings")
 
     def farthest_first(x_ND: Array, own_k: int, rng: np.random.Generator) -> list[int]:
         square_N = np.einsum("ND,ND->N", x_ND, x_ND)
@@ -390,7 +371,34 @@ def k_center(
             chosen.append(int(nearest_N.argmax()))
         return chosen
 
-    return in_blocks(farthest_first, embeddings, k, key)
+    return in_blocks(farthest_first, given(embeddings, "embeddings"), k, key)
+
+
+def stochastic_greedy(
+    count: int,
+    k: int,
+    gains: Callable[[Array], Array],
+    take: Callable[[int], None],
+    rng: np.random.Generator,
+) -> list[int]:
+    """Choose k of `count` rows one by one, each the best of a random few (Mirzasoleiman 2015).
+
+    `gains(rows)` gives what each would add, or what grows with it; `take(row)` adds one. For a
+    monotone submodular value the expected one is at least 1 - 1/e - MISSED of the best set's. Up
+    to FEWEST rows all are looked at, which makes it at least 1 - 1/e (Nemhauser et al. 1978).
+    """
+    few = max(FEWEST, math.ceil(count / k * math.log(1 / MISSED)))
+    rest = rng.permutation(count)
+    chosen = []
+    for left in range(count, count - k, -1):
+        # The rows looked at, by their places among those that are left.
+        places = np.arange(left) if left <= few else rng.integers(left, size=few)
+        place = places[int(gains(rest[places]).argmax())]
+        chosen.append(int(rest[place]))
+        take(chosen[-1])
+        # The last of those that are left takes the place of the chosen one.
+        rest[place] = rest[left - 1]
+    return chosen
 
 
 def in_blocks(
