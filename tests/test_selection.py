@@ -225,7 +225,7 @@ def test_blocks_and_few_candidates_lose_little(name, rng, monkeypatch):
     at_random = value(x, selection.random_rows(x, None, None, 60, KEY))
     assert at_random < some
     # The radius is that of the one worst row.
-    lost = 0.3 if name == "k_center" else selection.MISSED
+    lost = 0.6 if name == "k_center" else selection.MISSED
     assert some >= (1 - lost) * whole
 
 
