@@ -35,7 +35,7 @@ EPSILON = 1e-8
 # Numbers of a projected gradient, and rows of the projection that are drawn at a time.
 WIDTH = 1024
 DRAWN = 4096
-# Rows whose gradients are held at a time.
+# Rows whose gradients are computed at a time; those of a batch are held together.
 GRADIENTS = 8
 
 Loss = Callable[[Params, Batch], jax.Array]
@@ -155,12 +155,11 @@ def make_features(
         square_P = (BETA2 * second_P + (1 - BETA2) * gradient_P**2) / (1 - BETA2**step)
         return mean_P / (jnp.sqrt(square_P) + EPSILON)
 
-    def of_rows(row: Batch) -> jax.Array:
-        return project(of_row(row)[None])[0]
-
     @jax.jit
     def features(batch: Batch) -> jax.Array:
-        return jax.lax.map(of_rows, batch, batch_size=GRADIENTS)
+        # Few rows' activations at a time; all rows' gradients are projected by the same draw.
+        gradients_BP = jax.lax.map(of_row, batch, batch_size=GRADIENTS)
+        return project(gradients_BP)
 
     return features
 
@@ -178,13 +177,19 @@ def projected(x_NP: jax.Array, key: jax.Array, width: int = WIDTH) -> jax.Array:
 
     def add(total_NW: jax.Array, part: tuple[jax.Array, jax.Array]):
         number, x_ND = part
-        part_key = jax.random.fold_in(key, number)
-        signs_DW = jax.random.rademacher(part_key, (DRAWN, width), jnp.float32)
+        signs_DW = random_signs(jax.random.fold_in(key, number), DRAWN, width)
         return total_NW + jnp.einsum("ND,DW->NW", x_ND, signs_DW), None
 
     start_NW = jnp.zeros((count, width))
     total_NW, _ = jax.lax.scan(add, start_NW, (jnp.arange(parts), part_CND))
     return total_NW / width**0.5
+
+
+def random_signs(key: jax.Array, rows: int, width: int) -> jax.Array:
+    """Draw 1 and -1 with equal chances, [rows, width], one random bit each."""
+    words = jax.random.bits(key, (rows, -(-width // 32)), jnp.uint32)
+    bits = (words[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
+    return 1.0 - 2.0 * bits.reshape(rows, -1)[:, :width].astype(jnp.float32)
 
 
 def cosines(rows_NW: np.ndarray, target_W: np.ndarray) -> np.ndarray:
