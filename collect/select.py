@@ -167,6 +167,11 @@ def check(config: Config) -> None:
         f"--reward={config.reward}: --method=margin reads one reward model",
     )
 
+    # Numbers out of range, and a file that may be left out.
+    require(config.project >= 1, f"--project={config.project}: must be at least 1")
+    if method == "isa":
+        load_isa()
+
     # What it does not read.
     refuse_unread(
         config,
@@ -211,6 +216,9 @@ def embeddings_of(config: Config, source: Source, length: int, key: jax.Array) -
     loaded = load_run(config.init)
     wide = embed(config.init, loaded, source, which, length=length, layer=config.layer)
     return selection.projected(wide, config.project, key)
+
+
+# One function a method: the score of each row, [N].
 
 
 class Given(NamedTuple):
