@@ -13,7 +13,7 @@ from data.preferences import best_and_worst_response
 from data.records import Record, Schema
 from data.sources import Source, first_row, is_file, lines_of, open_source, reads
 from data.tokenizer import Tokenizer
-from responses import full_parts
+from responses import SHORTEST_WIDTH, full_parts
 from runtime.errors import UserError
 from sharding import to_host
 
@@ -111,10 +111,15 @@ def record_example(record: Record, tokenizer: Tokenizer, length: int) -> Example
 
 
 def padded_parts(examples: Sequence[Example], length: int, pad: int) -> Iterator[Batch]:
-    """Yield the examples in batches of ROWS, padded on the right; the last one is filled up."""
+    """Yield the examples in batches of ROWS, padded on the right; the last one is filled up.
+
+    A batch is as wide as a power of two that holds its longest example, at most `length`.
+    """
     for _, part in full_parts(examples, ROWS):
         rows = [{"tokens": example.tokens, "mask": example.mask} for example in part]
-        yield pad_examples(rows, length, pad)
+        longest = max(len(row["tokens"]) for row in rows)
+        width = max(SHORTEST_WIDTH, 1 << (longest - 1).bit_length())
+        yield pad_examples(rows, min(width, length), pad, fixed=True)
 
 
 def over_examples(

@@ -23,6 +23,7 @@ from data.selection import generator
 from data.sources import Source
 from lora import LoraConfig, lora_base, trainable_part, with_adapters
 from model import LanguageModel, Params, init_and_apply
+from model_config import ModelConfig
 from objectives.likelihood import likelihood_objective
 from responses import LoadedRun
 
@@ -38,8 +39,10 @@ DRAWN = 4096
 # Rows whose gradients are computed at a time; those of a batch are held together.
 GRADIENTS = 8
 
-Loss = Callable[[Params, Batch], jax.Array]
-"""loss(adapters, batch): the mean negative log-likelihood of a batch's responses, in nats."""
+Loss = Callable[[Params, Params, Batch], jax.Array]
+"""loss(adapters, base, batch): the mean negative log-likelihood of a batch's responses, in nats.
+
+`base`: the weights under the adapters, which do not change."""
 Features = Callable[[Batch], jax.Array]
 """features(batch) -> [B, WIDTH]: a projected gradient, or update, of each row."""
 
@@ -47,6 +50,7 @@ Features = Callable[[Batch], jax.Array]
 class WarmedUp(NamedTuple):
     """Adapters after a warm-up, and Adam's means of their gradients and of the squares."""
 
+    base: Params
     adapters: Params
     first: Params
     second: Params
@@ -71,7 +75,7 @@ def influences(
     """
     tokenizer = model.tokenizer
     start_key, draw_key, project_key = jax.random.split(key, 3)
-    loss = make_loss(model)
+    loss = make_loss(model.config)
 
     def encoded(records: Iterable[Record]) -> list[Example]:
         return [record_example(record, tokenizer, length) for record in records]
@@ -88,7 +92,7 @@ def influences(
 
     # Adapters that have seen some of the data: at their start B is 0, and so is A's gradient.
     adapters = trainable_part(LORA, model.params, start_key)
-    warmed_up = warm_up(loss, adapters, drawn())
+    warmed_up = warm_up(loss, adapters, lora_base(LORA, model.params) or {}, drawn())
     project = partial(projected, key=project_key)
 
     # The direction that lowers the validation loss, then each row's update against it.
@@ -102,12 +106,11 @@ def influences(
     return over_records(score, source, "less")
 
 
-def make_loss(model: LoadedRun) -> Loss:
-    """Make the loss of adapters on the weights of `model`, which do not change."""
-    _, apply = init_and_apply(LanguageModel(model.config))
-    base = lora_base(LORA, model.params)
+def make_loss(config: ModelConfig) -> Loss:
+    """Make the loss of adapters of a language model of shape `config`."""
+    _, apply = init_and_apply(LanguageModel(config))
 
-    def loss(adapters: Params, batch: Batch) -> jax.Array:
+    def loss(adapters: Params, base: Params, batch: Batch) -> jax.Array:
         full = with_adapters(LORA, base, adapters)
         total, (weight, _) = likelihood_objective(apply, full, batch)
         return total / jnp.maximum(weight, 1)
@@ -115,20 +118,21 @@ def make_loss(model: LoadedRun) -> Loss:
     return loss
 
 
-def warm_up(loss: Loss, adapters: Params, batches: Iterable[Batch]) -> WarmedUp:
-    """Train adapters by Adam, an update a batch."""
+def warm_up(loss: Loss, adapters: Params, base: Params, batches: Iterable[Batch]) -> WarmedUp:
+    """Train adapters on `base` by Adam, an update a batch."""
     adam = optax.scale_by_adam(BETA1, BETA2, EPSILON)
 
     @jax.jit
-    def step(adapters: Params, state: optax.ScaleByAdamState, batch: Batch):
-        updates, state = adam.update(jax.grad(loss)(adapters, batch), state)
+    def step(adapters: Params, state: optax.ScaleByAdamState, base: Params, batch: Batch):
+        gradients = jax.grad(loss)(adapters, base, batch)
+        updates, state = adam.update(gradients, state)
         adapters = jax.tree.map(lambda x, update: x - RATE * update, adapters, updates)
         return adapters, state
 
     state = adam.init(adapters)
     for batch in batches:
-        adapters, state = step(adapters, state, batch)
-    return WarmedUp(adapters, state.mu, state.nu, int(state.count))
+        adapters, state = step(adapters, state, base, batch)
+    return WarmedUp(base, adapters, state.mu, state.nu, int(state.count))
 
 
 def make_features(
@@ -138,30 +142,31 @@ def make_features(
 
     `project(x [n, P]) -> [n, W]`: P numbers of a gradient to W.
     """
-    adapters = warmed_up.adapters
-    first_P, _ = ravel_pytree(warmed_up.first)
-    second_P, _ = ravel_pytree(warmed_up.second)
     # The next step's number.
     step = warmed_up.steps + 1
 
-    def of_row(row: Batch) -> jax.Array:
-        # A batch of this row alone.
-        batch = {name: x[None] for name, x in row.items()}
-        gradient_P, _ = ravel_pytree(jax.grad(loss)(adapters, batch))
-        if not of_adam:
-            return gradient_P
+    def adam_update(gradient_P: jax.Array, first_P: jax.Array, second_P: jax.Array) -> jax.Array:
         # Adam's means with this gradient, their bias taken off (section 4.1 of the paper).
         mean_P = (BETA1 * first_P + (1 - BETA1) * gradient_P) / (1 - BETA1**step)
         square_P = (BETA2 * second_P + (1 - BETA2) * gradient_P**2) / (1 - BETA2**step)
         return mean_P / (jnp.sqrt(square_P) + EPSILON)
 
+    # Weights are arguments: as constants they would be part of the program.
     @jax.jit
-    def features(batch: Batch) -> jax.Array:
-        # Few rows' activations at a time; all rows' gradients are projected by the same draw.
-        gradients_BP = jax.lax.map(of_row, batch, batch_size=GRADIENTS)
-        return project(gradients_BP)
+    def features(base: Params, adapters: Params, first: Params, second: Params, batch: Batch):
+        first_P, _ = ravel_pytree(first)
+        second_P, _ = ravel_pytree(second)
 
-    return features
+        def of_row(row: Batch) -> jax.Array:
+            # A batch of this row alone.
+            alone = {name: x[None] for name, x in row.items()}
+            gradient_P, _ = ravel_pytree(jax.grad(loss)(adapters, base, alone))
+            return adam_update(gradient_P, first_P, second_P) if of_adam else gradient_P
+
+        # Few rows' activations at a time; all rows' gradients are projected by the same draw.
+        return project(jax.lax.map(of_row, batch, batch_size=GRADIENTS))
+
+    return partial(features, *warmed_up[:4])
 
 
 def projected(x_NP: jax.Array, key: jax.Array, width: int = WIDTH) -> jax.Array:

@@ -19,9 +19,10 @@ from data.tokenizer import Tokenizer
 from model import LanguageModel, Params, init_and_apply
 from model_config import ModelConfig
 from objectives.likelihood import TokenBatch, following, hidden_logprobs, inputs, shifted
+from objectives.policy import last_token
 from responses import LoadedRun, in_parts
 from rewards.judges import make_probability_of_a, request_text
-from rewards.models import make_text_scorer
+from rewards.models import Prompt, make_scalars
 from runtime.errors import UserError
 
 QUESTION = """###
@@ -178,19 +179,35 @@ def reward_margins(models: Sequence[LoadedRun], source: Source, length: int) -> 
 
     `models`: M of them. Rows are cut to `length` tokens as in training.
     """
-    scorers = [make_text_scorer(model.config, model.tokenizer, length) for model in models]
+    measures = [make_rewards(model, length) for model in models]
 
     def score(records: list[Record]) -> np.ndarray:
         prompts = [record["prompt"] for record in records]
         best, worst = zip(*map(extremes, records), strict=True)
-        margins = []
-        for score_texts, model in zip(scorers, models, strict=True):
-            of_best = np.array(score_texts(model.params, prompts, best))
-            of_worst = np.array(score_texts(model.params, prompts, worst))
-            margins.append(np.where(ties(records), np.nan, of_best - of_worst))
-        return np.stack(margins, axis=1)
+        margins = [rewards(prompts, best) - rewards(prompts, worst) for rewards in measures]
+        return np.where(ties(records)[:, None], np.nan, np.stack(margins, axis=1))
 
     return over_records(score, source, "reward").T
+
+
+def make_rewards(
+    model: LoadedRun, length: int
+) -> Callable[[Sequence[Prompt], Sequence[str]], np.ndarray]:
+    """Make rewards(prompts, responses) -> [n], the scores of texts by a reward model."""
+    tokenizer = model.tokenizer
+    scalars = make_scalars(model.config)
+
+    @jax.jit
+    def of_batch(params: Params, batch: TokenBatch) -> jax.Array:
+        return last_token(scalars(params, batch), batch["segment_ids_BT"])
+
+    def rewards(prompts: Sequence[Prompt], responses: Sequence[str]) -> np.ndarray:
+        pairs = zip(prompts, responses, strict=True)
+        examples = [example_of(*pair, tokenizer, length) for pair in pairs]
+        measure = partial(of_batch, model.params)
+        return over_examples(measure, examples, length, tokenizer.pad)
+
+    return rewards
 
 
 def extremes(record: Record) -> tuple[str, str]:

@@ -30,7 +30,7 @@ from data.selection import Select
 from data.sources import Source, is_file
 from data.tokenizer import Tokenizer
 from model_config import stored_model
-from responses import load_run
+from responses import LoadedRun, load_run
 from runtime import flags
 from runtime.errors import UserError, refuse_unread, require
 from runtime.inputs import content_sum
@@ -213,9 +213,16 @@ def embeddings_of(config: Config, source: Source, length: int, key: jax.Array) -
     # By what the rows are, and how many.
     content = content_sum(config.data) if is_file(config.data) else f"{config.data} {config.seed}"
     which = f"{content} {config.schema} {len(source)}"
-    loaded = load_run(config.init)
-    wide = embed(config.init, loaded, source, which, length=length, layer=config.layer)
+    wide = embed(
+        config.init, loaded(config.init), source, which, length=length, layer=config.layer
+    )
     return selection.projected(wide, config.project, key)
+
+
+def loaded(run: str, reward: bool = False) -> LoadedRun:
+    """Load the run of a language model, or of a reward model, onto the device; as `load_run`."""
+    found = load_run(run, reward)
+    return found._replace(params=jax.device_put(found.params))
 
 
 # One function a method: the score of each row, [N].
@@ -245,15 +252,15 @@ def density(given: Given) -> np.ndarray:
 
 
 def ask_llm(given: Given) -> np.ndarray:
-    return scores.chances_of_yes(load_run(given.config.init), given.source)
+    return scores.chances_of_yes(loaded(given.config.init), given.source)
 
 
 def perplexity(given: Given) -> np.ndarray:
-    return scores.perplexities(load_run(given.config.init), given.source, given.length)
+    return scores.perplexities(loaded(given.config.init), given.source, given.length)
 
 
 def ifd(given: Given) -> np.ndarray:
-    return scores.instruction_difficulties(load_run(given.config.init), given.source, given.length)
+    return scores.instruction_difficulties(loaded(given.config.init), given.source, given.length)
 
 
 def length(given: Given) -> np.ndarray:
@@ -263,7 +270,7 @@ def length(given: Given) -> np.ndarray:
 def margins(given: Given) -> np.ndarray:
     """Return the margins of each reward model of --reward, [M, N]."""
     names = (given.config.reward or "").split(",")
-    models = [load_run(name, reward=True) for name in names]
+    models = [loaded(name, reward=True) for name in names]
     return scores.reward_margins(models, given.source, given.length)
 
 
@@ -276,8 +283,8 @@ def active(given: Given) -> np.ndarray:
 
 
 def implicit_margin(given: Given) -> np.ndarray:
-    policy = load_run(given.config.init)
-    reference = load_run(given.config.reference or "")
+    policy = loaded(given.config.init)
+    reference = loaded(given.config.reference or "")
     return scores.implicit_margins(policy, reference, given.source, given.length)
 
 
@@ -286,7 +293,7 @@ def less(given: Given) -> np.ndarray:
     wanted = config.validation or ""
     validation = open_rows(wanted, schema_of(wanted, None), config.seed)
     return influence.influences(
-        load_run(config.init),
+        loaded(config.init),
         given.source,
         validation,
         length=given.length,

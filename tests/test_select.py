@@ -1,5 +1,6 @@
 """Choosing rows by models, as a command: planted rows come first, rows stay as written."""
 
+import functools
 import gzip
 import itertools
 import json
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 from running import fails, rows_of, run, write
 
+import data as data_package
 import train_rm
 import train_sft
 from collect import embeddings, influence, scores, select
@@ -26,6 +28,7 @@ from experiments import curves
 from model import LanguageModel, init_and_apply, unembed
 from objectives.likelihood import token_logprobs
 from responses import load_run
+from rewards.models import make_text_scorer
 from runtime.errors import UserError
 
 KEY = jax.random.key(0)
@@ -34,13 +37,18 @@ TASKS = {
     "animals": ["horse", "mouse", "cat", "bird"],
     "numbers": ["one", "two", "three", "four"],
 }
+UNLEARNT = {
+    "fruits": ["apple", "cherry", "pear", "plum"],
+    "tools": ["hammer", "saw", "drill", "wrench"],
+}
+"""Tasks that no model here is trained on."""
 TINY = ["--model.preset=tiny", "--length=64", "--save_every=0", "--eval_every=0"]
 
 
 def row_of(task, rng, answers=None):
     """Return a row that asks for words of one task, and is answered with those of `answers`."""
     count = rng.randint(3, 5)
-    words = [rng.choice(TASKS[answers or task]) for _ in range(count)]
+    words = [rng.choice({**TASKS, **UNLEARNT}[answers or task]) for _ in range(count)]
     return {"prompt": f"write {count} {task}", "response": " ".join(words)}
 
 
@@ -223,15 +231,18 @@ def test_irrelevant_instructions_have_a_high_ifd(choose):
 
 
 def test_less_finds_the_rows_of_the_validations_task(choose, tmp_path):
-    pool = [*rows_of_tasks(30, 8, ["animals"]), *rows_of_tasks(60, 9, ["colours", "numbers"])]
-    wanted = write(tmp_path / "wanted.jsonl", rows_of_tasks(24, 10, ["animals"]))
-    flags = ["--method=less", "--k=30", "--warmup=8", "--length=64"]
+    """Of two tasks that the model has not learnt, and one that it has."""
+    pool = []
+    for seed, task in enumerate(["fruits", "tools", "colours"]):
+        pool += rows_of_tasks(20, seed, [task])
+    flags = ["--method=less", "--k=20", "--warmup=4", "--length=64"]
+    wanted = write(tmp_path / "wanted.jsonl", rows_of_tasks(24, 10, ["fruits"]))
     _, table = choose(pool, *flags, f"--validation={wanted}")
-    assert planted_auc(table, 30) >= 0.9
+    assert planted_auc(table, 20) >= 0.9
     # Control: another validation set wants other rows.
-    other = write(tmp_path / "other.jsonl", rows_of_tasks(24, 11, ["colours", "numbers"]))
+    other = write(tmp_path / "other.jsonl", rows_of_tasks(24, 11, ["tools"]))
     _, table = choose(pool, *flags, f"--validation={other}")
-    assert planted_auc(table, 30) <= 0.3
+    assert planted_auc(table, 20) <= 0.6
 
 
 def test_margins_tell_right_pairs_from_swapped_ones(choose, folder):
@@ -241,6 +252,21 @@ def test_margins_tell_right_pairs_from_swapped_ones(choose, folder):
     _, table = choose(rows, "--method=margin", "--k=40", f"--reward={folder}/rm0")
     assert planted_auc(table, 20) <= 0.1
     assert sum(row["chosen"] for row in table[:20]) <= 4
+
+
+def test_margins_are_of_the_scores_that_evaluation_reads(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("PLUMB_CACHE", str(tmp_path))
+    model = load_run(str(folder / "rm0"), reward=True)
+    rows = pairs_of_tasks(5, 24)
+    source = open_source(str(write(tmp_path / "rows.jsonl", rows)), "comparison", "all")
+    (found,) = scores.reward_margins([model], source, 64)
+    score_texts = make_text_scorer(model.config, model.tokenizer, 64)
+    prompts = [row["prompt"] for row in rows]
+    expected = {
+        name: np.array(score_texts(model.params, prompts, [row[name] for row in rows]))
+        for name in ("chosen", "rejected")
+    }
+    np.testing.assert_allclose(found, expected["chosen"] - expected["rejected"], atol=1e-4)
 
 
 def test_the_implicit_margin_is_the_policys_over_the_references(choose, folder, monkeypatch):
@@ -272,15 +298,24 @@ def test_the_implicit_margin_is_the_policys_over_the_references(choose, folder, 
 
 
 def whole_logprob(model, prompt, response):
-    """Return log p(response, end | prompt) of one row without padding."""
-    config, tokenizer, params = model
-    example = example_of(prompt, response, tokenizer, 64)
-    tokens = np.array([example.tokens])
+    """Return log p(response, end | prompt) of one row, from all its logits."""
+    example = example_of(prompt, response, model.tokenizer, 64)
+    # Nothing after the response is seen by it: the rest of the row may hold anything.
+    tokens = np.array([example.tokens + [0] * (64 - len(example.tokens))])
+    logp = every_logprob(model.config)(model.params, tokens)
+    return float((np.asarray(logp)[0, : len(example.mask)] * example.mask).sum())
+
+
+@functools.cache
+def every_logprob(config):
     _, apply = init_and_apply(LanguageModel(config))
-    places = np.arange(tokens.shape[1])[None]
-    output = apply(params, tokens, np.ones_like(tokens), places)
-    logp = token_logprobs(unembed(output.x_BTD, output.unembed_DV), tokens)
-    return float((np.asarray(logp)[0] * example.mask).sum())
+
+    @jax.jit
+    def logprobs(params, tokens):
+        output = apply(params, tokens, np.ones_like(tokens), np.arange(64)[None])
+        return token_logprobs(unembed(output.x_BTD, output.unembed_DV), tokens)
+
+    return logprobs
 
 
 def test_perplexity_and_ifd_are_of_the_response_alone(folder, tmp_path, monkeypatch):
@@ -351,29 +386,19 @@ def test_uncertainties_are_their_formulas():
     assert bald[0] == pytest.approx(0, abs=1e-12)
 
 
-@pytest.mark.parametrize("uncertainty", scores.UNCERTAINTIES)
-def test_active_chooses_the_pairs_that_are_hard_to_tell(uncertainty, choose, folder):
-    """Pairs of one task against itself are undecided, those of two tasks are not."""
-    rng = random.Random(17)
-    undecided = []
-    for _ in range(20):
-        task = rng.choice(list(TASKS))
-        first, second = row_of(task, rng), row_of(task, rng)
-        undecided.append(
-            {
-                "prompt": first["prompt"],
-                "chosen": first["response"],
-                "rejected": second["response"],
-            }
-        )
-    rows = [*undecided, *pairs_of_tasks(40, 18)]
-    reward = f"--reward={folder}/rm0,{folder}/rm1"
-    flags = ["--method=active", f"--uncertainty={uncertainty}", "--k=20", reward]
-    _, table = choose(rows, *flags)
-    told = [row["score"] for row in table]
-    assert None not in told
-    if uncertainty in ("entropy", "margin"):
-        assert planted_auc(table, 20) >= 0.9
+def test_active_reads_the_margins_of_all_reward_models(choose, folder):
+    rows = pairs_of_tasks(24, 18)
+    margins = []
+    for name in ("rm0", "rm1"):
+        _, table = choose(rows, "--method=margin", "--k=6", f"--reward={folder}/{name}")
+        margins.append([row["score"] for row in table])
+    both = f"--reward={folder}/rm0,{folder}/rm1"
+    for name, measure in scores.UNCERTAINTIES.items():
+        _, table = choose(rows, "--method=active", f"--uncertainty={name}", "--k=6", both)
+        expected = measure(np.array(margins))
+        np.testing.assert_allclose([row["score"] for row in table], expected, atol=1e-6)
+        surest_last = set(highest(None, expected, None, 6, KEY).tolist())
+        assert {i for i, row in enumerate(table) if row["chosen"]} == surest_last
 
 
 # --- embeddings
@@ -467,14 +492,15 @@ def test_a_rows_gradient_is_its_own(folder):
     padded = pad_examples(
         [{"tokens": e.tokens, "mask": e.mask} for e in examples], 64, model.tokenizer.pad, True
     )
-    loss = influence.make_loss(model)
+    loss = influence.make_loss(model.config)
     adapters = influence.trainable_part(influence.LORA, model.params, KEY)
-    warmed_up = influence.warm_up(loss, adapters, [padded] * 2)
+    warmed_up = influence.warm_up(loss, adapters, model.params, [padded] * 2)
     assert warmed_up.steps == 2
     features = influence.make_features(loss, warmed_up, lambda x: x, of_adam=False)
     own = np.asarray(features(padded))
     weight = padded["loss_mask_BT"].sum(1)
-    whole, _ = influence.ravel_pytree(jax.grad(loss)(warmed_up.adapters, padded))
+    gradient = jax.jit(jax.grad(loss))(warmed_up.adapters, model.params, padded)
+    whole, _ = influence.ravel_pytree(gradient)
     np.testing.assert_allclose(weight @ own / weight.sum(), whole, atol=1e-5)
 
     # Adam's update of each, against optax's from the same state.
@@ -532,6 +558,7 @@ def test_mistakes_end_in_one_line_and_leave_nothing(flags, told, folder, tmp_pat
 
 def test_without_its_file_isa_is_refused_in_one_line(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "data.selection_isa", None)
+    monkeypatch.delattr(data_package, "selection_isa", raising=False)
     data = write(tmp_path / "pool.jsonl", rows_of_tasks(9, 23))
     flags = [f"--data={data}", f"--out={tmp_path}/out.jsonl", f"--init={folder}/sft"]
     line = fails(select, [*flags, "--method=isa"], capsys)
