@@ -363,7 +363,7 @@ def write_scores(path: str, scores_N: np.ndarray, chosen: np.ndarray) -> None:
         for i, (score, order) in enumerate(zip(scores_N.tolist(), order_N.tolist(), strict=True)):
             line = {
                 "row": i + 1,
-                "score": None if math.isnan(score) else score,
+                "score": score if math.isfinite(score) else None,
                 "chosen": order > 0,
                 "order": order or None,
             }
