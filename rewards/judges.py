@@ -112,17 +112,10 @@ def make_probability_of_a(
 ) -> Callable[[Sequence[str]], np.ndarray]:
     """Make the language model `judge` answer questions with `a` or `b`.
 
-    <<<<<<< HEAD
-        Returns probability_of_a(texts) -> [N] float: P(the answer is A, given that it is A or B), from
-        the log-probabilities of these two first tokens; it waits for the device. A text is a user's
-        message; one longer than the model's context loses its beginning. Raises UserError where A and
-        B have the same first token.
-    =======
-        Returns probability_of_a(texts) -> [N]: P(the answer is a, given that it is a or b), from the
-        log-probabilities of these two first tokens. A text is what a user asks; one longer than the
-        model's context loses its beginning. Raises UserError, which names the judge's `flag`, where a
-        and b have one first token.
-    >>>>>>> w_R
+        Returns probability_of_a(texts) -> [N] float: P(the answer is a, given that it is a or b), from
+    the log-probabilities of these two first tokens; it waits for the device. A text is a user's
+    message; one longer than the model's context loses its beginning. Raises UserError, which names
+    the judge's `flag`, where a and b have the same first token.
     """
     config, tokenizer, params = judge
     first_of_a = tokenizer.encode(a)[:1]
