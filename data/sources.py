@@ -12,6 +12,7 @@ import functools
 import gzip
 import hashlib
 import json
+import os
 import pathlib
 import sys
 import tempfile

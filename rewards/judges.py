@@ -112,7 +112,7 @@ def make_probability_of_a(
 ) -> Callable[[Sequence[str]], np.ndarray]:
     """Make the language model `judge` answer questions with `a` or `b`.
 
-        Returns probability_of_a(texts) -> [N] float: P(the answer is a, given that it is a or b), from
+    Returns probability_of_a(texts) -> [N] float: P(the answer is a, given that it is a or b), from
     the log-probabilities of these two first tokens; it waits for the device. A text is a user's
     message; one longer than the model's context loses its beginning. Raises UserError, which names
     the judge's `flag`, where a and b have the same first token.
