@@ -48,7 +48,7 @@ class Config:
     measure: Literal["gold", "perplexity", "accuracy", "win_rate"] = "gold"
     """gold: the world's criteria for base, sft and ppo. The others print one table for --data."""
     data: str = "world"
-    """World, a .jsonl file, or tfds:<name>; not read by gold."""
+    """World, files, or tfds:<name>; not read by gold."""
     split: Split | None = None
     """Part of --data; None: all of a file, else what is held out."""
     base: str | None = None

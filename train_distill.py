@@ -66,7 +66,7 @@ class Config:
 
     # Data
     data: str = "world"
-    """Conversations: world, a .jsonl file, or tfds:<name>; own samples answer their prompts."""
+    """Conversations: world, files, or tfds:<name>; own samples answer their prompts."""
 
     # Loss
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"

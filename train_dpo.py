@@ -75,7 +75,7 @@ class Config:
 
     # Data
     data: str = "world"
-    """Comparisons: world, a .jsonl file, or tfds:<name>."""
+    """Comparisons: world, files, or tfds:<name>."""
     unpaired: bool = False
     """--data has single responses, each judged desirable or not (kto)."""
     tokenizer: str | None = None

@@ -104,7 +104,7 @@ class Config:
 
     # Prompts
     data: str = "world"
-    """Prompts: world, a .jsonl file, or tfds:<name>."""
+    """Prompts: world, files, or tfds:<name>."""
 
     # Sizes of an iteration
     steps: int = 40

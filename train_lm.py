@@ -44,7 +44,7 @@ class Config:
 
     # Data
     data: str = "world"
-    """Documents: world, a .jsonl file, or tfds:<name>."""
+    """Documents: world, files, or tfds:<name>."""
     tokenizer: str | None = None
     """A SentencePiece .model; None: that of --init, else one trained on the data."""
 

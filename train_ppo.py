@@ -135,7 +135,7 @@ class Config:
 
     # Prompts and responses
     data: str = "world"
-    """Prompts: world, a .jsonl file, or tfds:<name>."""
+    """Prompts: world, files, or tfds:<name>."""
 
     # Sizes of an iteration
     steps: int = 24
@@ -200,7 +200,7 @@ class Config:
     entropy_coef: float = 0.0
     """Weight of the entropy per token, added to what is maximised."""
     ptx_data: str | None = None
-    """Pre-training text mixed into each update (PPO-ptx): world, a .jsonl file, or tfds:<name>."""
+    """Pre-training text mixed into each update (PPO-ptx): world, files, or tfds:<name>."""
     ptx_coef: float = 1.0
     """Weight of its loss per token beside the policy's; Ouyang et al. 2022 took 27.8."""
     value_clip: float = 0.2

@@ -53,7 +53,7 @@ class Config:
 
     # Data
     data: str = "arithmetic"
-    """Solutions with labelled steps: arithmetic, a .jsonl file (PRM800K's too), or tfds:<name>."""
+    """Solutions with labelled steps: arithmetic, files (PRM800K's too), or tfds:<name>."""
     eval_data: str | None = None
     """Held-out solutions; None: the held-out part of --data."""
     tokenizer: str | None = None

@@ -93,7 +93,7 @@ class Config:
     """A run of train_rm.py, module:function called with (response, record), or http://<server>
     (rewards/serve.py)."""
     data: str = "world"
-    """Prompts: world, a .jsonl file, or tfds:<name>."""
+    """Prompts: world, files, or tfds:<name>."""
 
     # Sizes of a round
     steps: int = 10

@@ -52,7 +52,7 @@ class Config:
 
     # Data
     data: str = "world"
-    """Comparisons: world, a .jsonl file, or tfds:<name>."""
+    """Comparisons: world, files, or tfds:<name>."""
     eval_data: str | None = None
     """Held-out comparisons; None: the held-out part of --data."""
     demonstrations: str | None = None

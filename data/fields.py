@@ -7,6 +7,8 @@ import math
 import re
 from typing import Any
 
+from runtime.foreign import first_twin
+
 Row = dict[str, Any]
 """A row as a file has it: any JSON object."""
 LARGEST = 2**31 - 1
@@ -73,6 +75,14 @@ def get(row: Row, field: str, place: str = "") -> Any:
     if field not in row:
         raise missing(row, place + field, place + field)
     return row[field]
+
+
+def unlike_keys(pairs: list[tuple[str, Any]]) -> Row:
+    """Return the pairs of a JSON object as a dict; raise FieldError for a key that repeats."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        raise FieldError(name_shown(first_twin(pairs)), "stands twice in one object; keep one")
+    return row
 
 
 def an_object(row: Row, field: str) -> Row:

@@ -1,15 +1,17 @@
 """Records by random access, in one schema, from what is built in, a file or the TFDS catalogue.
 
-    open_source("world" | "arithmetic" | "path.jsonl[.gz]" | "tfds:<name>[/config]",
-                schema, split, seed=0)
+    open_source("world" | "arithmetic" | "path.jsonl[.gz]" | "path.json" | "path.csv" |
+                "part-*.parquet" | "folder/of/datasets" | "hf:<owner>/<name>[:config][@split]" |
+                "tfds:<name>[/config]", schema, split, seed=0)
 
-Local files are validated line by line and prepared once as a TFDS ArrayRecord dataset, in
-$PLUMB_CACHE. Errors in a file read `file:line: field: reason`. What is prepared is checked by its
-sums, and prepared again where it is damaged.
+Files are validated row by row and prepared once as a TFDS ArrayRecord dataset, in $PLUMB_CACHE.
+Errors in a file read `file:line: field: reason`, or `file:row: ...` where rows are no lines. What
+is prepared is checked by its sums, and prepared again where it is damaged.
 """
 
 import contextlib
 import functools
+import glob
 import gzip
 import hashlib
 import io
@@ -26,20 +28,27 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 from tqdm import tqdm
 
-from data.fields import FieldError, Row, name_shown
+from data.fields import FieldError, Row, name_shown, unlike_keys
+from data.formats import READERS, NumberedRow, is_lines
 from data.messages import is_trained
 from data.records import SCHEMAS, Record, Schema, unread_fields
+from runtime.data_files import KINDS, content_sum, files_named
 from runtime.errors import UserError, require
-from runtime.foreign import first_twin, one_line
+from runtime.foreign import one_line
 from runtime.hosts import progressed
-from runtime.inputs import BUILT_IN, content_sum
+from runtime.inputs import BUILT_IN
 from runtime.writes import beside, is_full_disk, remove_all_left_over
 from tasks import arithmetic, world
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """Version of what is kept of a file. Raise it whenever a row would be adapted (data/records.py),
 held out or stored in another way than before: files prepared with another version are prepared
 again. Renaming, comments and messages need no new version."""
+SOURCES = (
+    "world, arithmetic, a .jsonl[.gz], .json, .csv or .parquet file, a folder of `datasets`, "
+    "hf:<owner>/<name>, or tfds:<name>"
+)
+"""What --data may name, for messages."""
 ENDLESS = 1 << 30
 """Records a split of what is built in is said to have: more than any run reads."""
 HELDOUT_SHARE = 0.05
@@ -80,10 +89,10 @@ class Source:
 def open_source(data: str, schema: Schema, split: Split, *, seed: int = 0) -> Source:
     """Open the records of `data` in `schema` (see data/records.py).
 
-    `data`: world, arithmetic, a .jsonl[.gz] file or tfds:<name>. `split`: train or heldout, which
-    share no prompt; or all, of a local file alone. `seed`: that of what is built in. Raises
-    UserError for what is missing or malformed, naming file, line and field, and ValueError for
-    another schema or split.
+    `data`: world, arithmetic, tfds:<name>, or what names files (runtime/data_files.py). `split`:
+    train or heldout, which share no prompt; or all, of files alone. `seed`: that of what is built
+    in. Raises UserError for what is missing or malformed, naming file, line and field, and
+    ValueError for another schema or split.
     """
     if schema not in SCHEMAS or split not in get_args(Split):
         raise ValueError(f"schema {schema!r}, split {split!r}")
@@ -93,12 +102,7 @@ def open_source(data: str, schema: Schema, split: Split, *, seed: int = 0) -> So
         if data in BUILT_IN:
             return _built_in(data, schema, split, seed)
         return _catalogue(data.removeprefix("tfds:"), schema, split)
-    if data.endswith((".jsonl", ".jsonl.gz")):
-        return _local(pathlib.Path(data), schema, split)
-    raise UserError(
-        f"--data={data}: not a source; "
-        "give world, arithmetic, a .jsonl or .jsonl.gz file, or tfds:<name>"
-    )
+    return _local(data, schema, split)
 
 
 def is_file(data: str) -> bool:
@@ -302,8 +306,8 @@ def _plain(value: Any) -> Any:
 # ---- Local files ----
 
 
-def _local(path: pathlib.Path, schema: Schema, split: Split) -> Source:
-    folder = _prepared(path, schema)
+def _local(data: str, schema: Schema, split: Split) -> Source:
+    folder = _prepared(data, _data_files(data), schema)
     # Slow to import, and not needed where the file is at fault.
     import tensorflow_datasets as tfds
 
@@ -318,17 +322,17 @@ def _local(path: pathlib.Path, schema: Schema, split: Split) -> Source:
     # What the user may not have meant is said with the records that are trained on.
     if split != "heldout":
         for note in json.loads((folder / "notes.json").read_text()):
-            _say_once(f"note: {path}: {note}")
+            _say_once(f"note: {data}: {note}")
     if split == "all":
-        return Source(str(path), np.arange(len(keys_N)), read, candidates)
+        return Source(data, np.arange(len(keys_N)), read, candidates)
     held_out_N = held_out(keys_N)
     if held_out_N.all():
         same = "has one row" if len(keys_N) == 1 else "all its prompts or texts are the same"
-        raise UserError(f"{path}: {same}: none can be held out; add others")
+        raise UserError(f"{data}: {same}: none can be held out; add others")
     if split == "heldout":
-        name = f"the held-out split of {path}"
+        name = f"the held-out split of {data}"
         return Source(name, np.flatnonzero(held_out_N), read, candidates)
-    return Source(str(path), np.flatnonzero(~held_out_N), read, candidates)
+    return Source(data, np.flatnonzero(~held_out_N), read, candidates)
 
 
 @functools.cache
@@ -365,30 +369,38 @@ def _key(record: Record) -> int:
     return int.from_bytes(digest[:8])
 
 
+def _data_files(data: str) -> list[pathlib.Path]:
+    """Return the files that `data` names; raise UserError for none, or for other files."""
+    files = files_named(data)
+    if not files:
+        if pathlib.Path(data).is_dir():
+            raise UserError(f"{data}: is a folder; name files in it, such as {data}/*.jsonl")
+        what = "no file of a known kind" if glob.has_magic(data) else "no such file"
+        raise UserError(f"{data}: {what}; give {SOURCES}")
+    for file in files:
+        if not file.name.endswith(KINDS):
+            raise UserError(f"--data={file}: not a source; give {SOURCES}")
+    return files
+
+
 def _file_sum(path: pathlib.Path) -> str:
     """Return the SHA-256 of a data file's bytes; raise UserError where it cannot be read."""
-    if path.is_dir():
-        raise UserError(f"{path}: is a folder; name a .jsonl file in it")
     try:
         return content_sum(path)
-    except FileNotFoundError:
-        raise UserError(
-            f"{path}: no such file; give world, arithmetic, a .jsonl file, or tfds:<name>"
-        ) from None
     except OSError as fault:
         raise UserError(f"{path}: cannot be read ({fault.strerror})") from None
 
 
-def _prepared(path: pathlib.Path, schema: Schema) -> pathlib.Path:
-    """Return the folder of the ArrayRecord dataset made of `path`; make it if it is not there.
+def _prepared(data: str, files: Sequence[pathlib.Path], schema: Schema) -> pathlib.Path:
+    """Return the folder of the ArrayRecord dataset made of `files`; make it if it is not there.
 
     A damaged folder is made again, with a note. What processes that were killed left in the cache
     is removed.
     """
-    digest = _file_sum(path)
     cache = pathlib.Path(os.environ.get("PLUMB_CACHE", "~/.cache/plumb")).expanduser()
     # Its name is a hash of all that it depends on.
-    identity = f"{schema} {SCHEMA_VERSION} {digest}"
+    contents = [f"{file.suffix} {_file_sum(file)}" for file in files]
+    identity = " ".join([schema, str(SCHEMA_VERSION), *contents])
     folder = cache / hashlib.sha256(identity.encode()).hexdigest()[:32]
     remove_all_left_over(cache)
     # A dry run leaves nothing behind.
@@ -399,21 +411,21 @@ def _prepared(path: pathlib.Path, schema: Schema) -> pathlib.Path:
         fault = _damage(folder)
         if fault is None:
             return folder
-        print(f"note: {folder}: {fault}; {path} is prepared again", file=sys.stderr)
+        print(f"note: {folder}: {fault}; {data} is prepared again", file=sys.stderr)
         _remove(folder)
 
     # Read all of it once before anything is written: to validate it, and for the split.
-    facts = _facts(path, schema)
+    facts = _facts(files, schema)
     if not len(facts.keys_N):
-        raise UserError(f"{path}: has no rows; give a file with one JSON object a line")
+        raise UserError(f"{data}: has no rows; give a file that has some")
     try:
-        _prepare(path, schema, folder, facts)
+        _prepare(files, schema, folder, facts)
     # ArrayRecord has errors of its own for a full disk.
     except Exception as fault:
         if not isinstance(fault, OSError) and not is_full_disk(fault):
             raise
         raise UserError(
-            f"{cache}: cannot keep {path} here ({one_line(fault)}); "
+            f"{cache}: cannot keep {data} here ({one_line(fault)}); "
             "free the disk, or set PLUMB_CACHE to another"
         ) from None
     return folder
@@ -457,14 +469,14 @@ class Facts(NamedTuple):
     """What the user may not have meant."""
 
 
-def _facts(path: pathlib.Path, schema: Schema) -> Facts:
-    """Read all of a file, which validates it; raise UserError for the first bad row."""
+def _facts(files: Sequence[pathlib.Path], schema: Schema) -> Facts:
+    """Read all of the files, which validates them; raise UserError for the first bad row."""
     keys = []
     candidates = 0
     turns = 0
     trained = 0
     unread: set[str] = set()
-    for row, record in _rows_and_records(path, schema):
+    for row, record in _rows_and_records(files, schema):
         keys.append(_key(record))
         candidates = max(candidates, len(record.get("responses", ())))
         unread |= unread_fields(row, schema)
@@ -488,11 +500,13 @@ def _facts(path: pathlib.Path, schema: Schema) -> Facts:
     return Facts(np.array(keys, np.uint64), candidates, notes)
 
 
-def _prepare(path: pathlib.Path, schema: Schema, folder: pathlib.Path, facts: Facts) -> None:
-    """Make `folder` of `path`: all of it or nothing. Raises OSError where there is no room."""
+def _prepare(
+    files: Sequence[pathlib.Path], schema: Schema, folder: pathlib.Path, facts: Facts
+) -> None:
+    """Make `folder` of `files`: all of it or nothing. Raises OSError where there is no room."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with beside(folder, is_folder=True) as (partial, _):
-        built = _write(path, schema, len(facts.keys_N), partial)
+        built = _write(files, schema, len(facts.keys_N), partial)
         np.savez(built / "split.npz", keys=facts.keys_N, candidates=facts.candidates)
         (built / "notes.json").write_text(json.dumps(facts.notes))
         sums = {file.name: content_sum(file) for file in built.iterdir()}
@@ -505,7 +519,9 @@ def _prepare(path: pathlib.Path, schema: Schema, folder: pathlib.Path, facts: Fa
                 raise
 
 
-def _write(path: pathlib.Path, schema: Schema, count: int, folder: pathlib.Path) -> pathlib.Path:
+def _write(
+    files: Sequence[pathlib.Path], schema: Schema, count: int, folder: pathlib.Path
+) -> pathlib.Path:
     """Build the dataset of `count` rows inside `folder`; return where it lies there."""
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core import GeneratorBasedBuilder
@@ -527,8 +543,8 @@ def _write(path: pathlib.Path, schema: Schema, count: int, folder: pathlib.Path)
                 return {"train": self._generate_examples()}
 
             def _generate_examples(self):
-                rows = _records(path, schema)
-                progress = tqdm(rows, f"preparing {path.name}", total=count, unit="row")
+                rows = _records(files, schema)
+                progress = tqdm(rows, f"preparing {files[0].name}", total=count, unit="row")
                 for i, record in enumerate(progress):
                     yield i, {"json": json.dumps(record)}
 
@@ -538,31 +554,45 @@ def _write(path: pathlib.Path, schema: Schema, count: int, folder: pathlib.Path)
         builder.download_and_prepare()
     stored = builder.info.splits["train"].num_examples
     if stored != count:
-        raise RuntimeError(f"{path}: {count} rows, but the prepared dataset has {stored}")
+        raise RuntimeError(f"{files[0]}: {count} rows, but the prepared dataset has {stored}")
     return pathlib.Path(builder.data_dir)
 
 
-def _records(path: pathlib.Path, schema: Schema) -> Iterator[Record]:
-    """Yield the records of a file; see `_rows_and_records`."""
-    for _, record in _rows_and_records(path, schema):
+def _records(files: Sequence[pathlib.Path], schema: Schema) -> Iterator[Record]:
+    """Yield the records of files; see `_rows_and_records`."""
+    for _, record in _rows_and_records(files, schema):
         yield record
 
 
-def _rows_and_records(path: pathlib.Path, schema: Schema) -> Iterator[tuple[Row, Record]]:
-    """Yield each row of a .jsonl[.gz] file and its record, blank lines skipped.
+def _rows_and_records(
+    files: Sequence[pathlib.Path], schema: Schema
+) -> Iterator[tuple[Row, Record]]:
+    """Yield each row of the files, one after the other, and its record.
 
     Raises UserError as `file:line: field: reason`.
     """
     adapt = SCHEMAS[schema]
+    for path in files:
+        read = _read_lines if is_lines(path) else READERS[path.suffix]
+        for number, row in read(path):
+            progressed()
+            try:
+                if isinstance(row, FieldError):
+                    raise row
+                yield row, adapt(row)
+            except FieldError as fault:
+                raise UserError(f"{path}:{number}: {fault}") from None
+
+
+def _read_lines(path: pathlib.Path) -> Iterator[NumberedRow]:
+    """Yield the rows of a JSON Lines file, blank lines skipped."""
     for number, line in _lines(path):
         if not line.strip():
             continue
-        progressed()
         try:
-            row = _row(line)
-            yield row, adapt(row)
+            yield number, _row(line)
         except FieldError as fault:
-            raise UserError(f"{path}:{number}: {fault}") from None
+            yield number, fault
 
 
 def _lines(path: pathlib.Path) -> Iterator[tuple[int, bytes]]:
@@ -587,7 +617,7 @@ def _row(line: bytes) -> Row:
     try:
         # Without its newline, at which the parser would say the fault is.
         text = line.decode("utf-8-sig").rstrip()
-        row = json.loads(text, object_pairs_hook=_unlike_keys)
+        row = json.loads(text, object_pairs_hook=unlike_keys)
     except UnicodeDecodeError as fault:
         raise FieldError(
             "line", f"is not UTF-8 (byte {fault.start + 1}); save the file as UTF-8"
@@ -603,12 +633,4 @@ def _row(line: bytes) -> Row:
         raise FieldError(
             "line", f"must be a JSON object, not {type(row).__name__}; write one object a line"
         )
-    return row
-
-
-def _unlike_keys(pairs: list[tuple[str, Any]]) -> Row:
-    """Return the pairs of a JSON object as a dict; raise FieldError for a key that repeats."""
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        raise FieldError(name_shown(first_twin(pairs)), "stands twice in one object; keep one")
     return row

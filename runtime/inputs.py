@@ -1,12 +1,12 @@
 """Inputs of a run: what its config names by path is pinned by content, and cannot change under it.
 
-config.json holds `inputs`, by flag: {"data": {"sha256"}} of a file; {"init": {"step", "sha256"}}
-of a run, the step that is read and the sum of its manifest, which has the sums of all its files.
+config.json holds `inputs`, by flag: {"data": {"sha256"}} of a file, or of several by one name;
+{"init": {"step", "sha256"}} of a run, the step that is read and the sum of its manifest, which has
+the sums of all its files.
 A run that is resumed reads the steps that it began with, however long their runs have gone on.
 """
 
 import dataclasses
-import functools
 import hashlib
 import os
 import pathlib
@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import jax
 
+from runtime.data_files import files_named, joint_sum
 from runtime.errors import UserError
 from runtime.run_folder import (
     finished_steps,
@@ -70,7 +71,7 @@ def named_inputs(config: Any) -> dict[str, str]:
             found[field.name] = value
         elif value is not None:
             found |= {f"{field.name}.{number}": one for number, one in enumerate(value)}
-    return {flag: path for flag, path in found.items() if is_run(path) or _is_file(path)}
+    return {flag: path for flag, path in found.items() if is_run(path) or _is_data(path)}
 
 
 def _is_text(hint: Any) -> bool:
@@ -78,8 +79,8 @@ def _is_text(hint: Any) -> bool:
     return hint is str or str in typing.get_args(hint)
 
 
-def _is_file(path: str) -> bool:
-    return path not in BUILT_IN and os.path.isfile(path)
+def _is_data(path: str) -> bool:
+    return path not in BUILT_IN and bool(files_named(path))
 
 
 def is_run(path: str) -> bool:
@@ -103,7 +104,7 @@ def contents_of(config: Any) -> Contents:
             at = at_newest(path)
             contents[flag] = {"step": at.step, "sha256": at.sha256}
         else:
-            contents[flag] = {"sha256": file_sum(path)}
+            contents[flag] = {"sha256": joint_sum(path)}
     return contents
 
 
@@ -132,29 +133,6 @@ def step_of_sum(run: str, sha256: str) -> int | None:
         if manifest_sum(run, step) == sha256:
             return step
     return None
-
-
-def file_sum(path: str) -> str:
-    """Return the SHA-256 of a file that a run names; raise UserError where it cannot be read."""
-    try:
-        return content_sum(path)
-    except OSError as fault:
-        raise UserError(f"{path}: cannot be read ({fault.strerror})") from None
-
-
-def content_sum(path: str | os.PathLike) -> str:
-    """Return the SHA-256 of a file, read once for as long as it does not change.
-
-    Raises OSError where it cannot be read.
-    """
-    status = os.stat(path)
-    return _file_sum(os.fspath(path), status.st_ino, status.st_size, status.st_mtime_ns)
-
-
-@functools.lru_cache(64)
-def _file_sum(path: str, *status: int) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # --- pins

@@ -235,6 +235,7 @@ def test_a_bad_row_is_named_by_file_line_and_field(tmp_path, cache, schema, row,
 def test_bad_files_are_one_line(tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n")
     (tmp_path / "folder.jsonl").mkdir()
+    (tmp_path / "a.txt").write_text("x")
     (tmp_path / "bad.jsonl.gz").write_bytes(b"plain")
     write(tmp_path / "cut.jsonl.gz", [{"text": str(i)} for i in range(2000)])
     (tmp_path / "cut.jsonl.gz").write_bytes((tmp_path / "cut.jsonl.gz").read_bytes()[:-2000])
@@ -243,7 +244,7 @@ def test_bad_files_are_one_line(tmp_path):
     for name, reason in (
         ("none.jsonl", "no such file"),
         ("folder.jsonl", "is a folder"),
-        ("a.csv", "not a source"),
+        ("a.txt", "not a source"),
         ("empty.jsonl", "no rows"),
         ("same.jsonl", "the same"),
         ("one.jsonl", "has one row"),

@@ -43,7 +43,7 @@ class Config:
 
     # Data
     data: str = "world"
-    """Comparisons: world, a .jsonl file, or tfds:<name>."""
+    """Comparisons: world, files, or tfds:<name>."""
     tokenizer: str | None = None
     """A SentencePiece .model; None: that of --init, else one trained on the data."""
 

@@ -44,7 +44,7 @@ class Config:
 
     # Data
     data: str = "world"
-    """Comparisons: world, a .jsonl file, or tfds:<name>."""
+    """Comparisons: world, files, or tfds:<name>."""
     unpaired: bool = False
     """--data has single responses, each judged desirable or not."""
     tokenizer: str | None = None
