@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, TextIO
 
 from data.fields import FieldError, Row, unlike_keys
-from data.records import ANSWERS, INPUTS, REQUESTS, SYSTEM
+from data.records import ANSWERS, INPUTS, REQUESTS, RESPONSES, SYSTEM
 from runtime.errors import UserError
 from runtime.foreign import one_line
 
@@ -155,7 +155,7 @@ class _Text:
 # ---- CSV ----
 
 TEXTS = frozenset(
-    f"text {REQUESTS} {INPUTS} {ANSWERS} chosen rejected criterion".split() + list(SYSTEM)
+    f"text {REQUESTS} {INPUTS} {ANSWERS} {RESPONSES} criterion".split() + list(SYSTEM)
 ) - {"reward_model", "label"}
 """Columns whose cells are texts, whatever they look like; others may hold JSON."""
 

@@ -631,6 +631,8 @@ def _row(line: bytes) -> Row:
         raise FieldError("line", "holds a number of too many digits; write a string") from None
     if not isinstance(row, dict):
         raise FieldError(
-            "line", f"must be a JSON object, not {type(row).__name__}; write one object a line"
+            "line",
+            f"must be a JSON object, not {type(row).__name__}; write one object a line, or name a "
+            "file that is an array .json",
         )
     return row
