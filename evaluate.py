@@ -19,7 +19,7 @@ from typing import Any, Literal
 from tqdm import tqdm
 
 from data.records import Schema
-from data.sources import Source, Split, evaluated_split, open_source
+from data.sources import OnBadRow, Source, Split, evaluated_split, open_source, set_on_bad_row
 from evaluation.alignment import STAGES, gold_table, sample_rows, summarise_alignment
 from evaluation.gold import make_kl_sampler
 from evaluation.perplexity import make_perplexity_evaluation
@@ -49,6 +49,8 @@ class Config:
     """gold: the world's criteria for base, sft and ppo. The others print one table for --data."""
     data: str = "world"
     """World, files, or tfds:<name>; not read by gold."""
+    on_bad_row: OnBadRow = "stop"
+    """stop: end at the first bad row of a file; skip: leave bad rows out, and list them."""
     split: Split | None = None
     """Part of --data; None: all of a file, else what is held out."""
     base: str | None = None
@@ -240,6 +242,7 @@ def main(config: Config) -> dict[str, Any]:
         config.measure != "gold" or (config.data == "world" and config.split is None),
         "--measure=gold: is of the world's held-out prompts; leave --data and --split out",
     )
+    set_on_bad_row(config.on_bad_row)
     make_mesh(MeshConfig())
 
     # The world's evaluation prints a table of its own; the others are one each.

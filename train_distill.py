@@ -21,7 +21,7 @@ import numpy as np
 import optax
 
 from data.batches import chat_batches, prompt_batches
-from data.sources import Source, open_source
+from data.sources import OnBadRow, Source, open_source
 from data.tokenizer import Tokenizer
 from evaluation.gold import make_gold_evaluation
 from lora import LoraConfig, with_adapters
@@ -67,6 +67,8 @@ class Config:
     # Data
     data: str = "world"
     """Conversations: world, files, or tfds:<name>; own samples answer their prompts."""
+    on_bad_row: OnBadRow = "stop"
+    """stop: end at the first bad row of a file; skip: leave bad rows out, and list them."""
 
     # Loss
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"

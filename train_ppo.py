@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import optax
 
 from data.batches import Batches, prompt_batches, text_batches
-from data.sources import Source, open_source
+from data.sources import OnBadRow, Source, open_source
 from data.tokenizer import Tokenizer
 from evaluation.gold import make_gold_evaluation
 from lora import LoraConfig, lora_base, with_adapters
@@ -136,6 +136,8 @@ class Config:
     # Prompts and responses
     data: str = "world"
     """Prompts: world, files, or tfds:<name>."""
+    on_bad_row: OnBadRow = "stop"
+    """stop: end at the first bad row of a file; skip: leave bad rows out, and list them."""
 
     # Sizes of an iteration
     steps: int = 24

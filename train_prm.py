@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from data.batches import collate
-from data.sources import Source, check_eval_records, evaluated_split, open_source
+from data.sources import OnBadRow, Source, check_eval_records, evaluated_split, open_source
 from data.steps import encode_steps, pad_steps, steps_batches
 from data.tokenizer import Tokenizer, tokenizer_for
 from evaluation.steps import step_table
@@ -54,6 +54,8 @@ class Config:
     # Data
     data: str = "arithmetic"
     """Solutions with labelled steps: arithmetic, files (PRM800K's too), or tfds:<name>."""
+    on_bad_row: OnBadRow = "stop"
+    """stop: end at the first bad row of a file; skip: leave bad rows out, and list them."""
     eval_data: str | None = None
     """Held-out solutions; None: the held-out part of --data."""
     tokenizer: str | None = None

@@ -19,7 +19,7 @@ import numpy as np
 
 from data.batches import comparison_batches
 from data.records import Message
-from data.sources import Source, check_eval_records, evaluated_split, open_source
+from data.sources import OnBadRow, Source, check_eval_records, evaluated_split, open_source
 from data.tokenizer import tokenizer_for
 from evaluation.reward_model import make_comparison_evaluation
 from lora import LoraConfig, with_adapters
@@ -53,6 +53,8 @@ class Config:
     # Data
     data: str = "world"
     """Comparisons: world, files, or tfds:<name>."""
+    on_bad_row: OnBadRow = "stop"
+    """stop: end at the first bad row of a file; skip: leave bad rows out, and list them."""
     eval_data: str | None = None
     """Held-out comparisons; None: the held-out part of --data."""
     demonstrations: str | None = None

@@ -12,7 +12,7 @@ from functools import partial
 import jax
 
 from data.batches import chat_batches
-from data.sources import open_source
+from data.sources import OnBadRow, open_source
 from data.tokenizer import tokenizer_for
 from lora import LoraConfig, with_adapters
 from model import LanguageModel, init_and_apply
@@ -43,6 +43,8 @@ class Config:
     # Data
     data: str = "world"
     """Conversations: world, files, or tfds:<name>."""
+    on_bad_row: OnBadRow = "stop"
+    """stop: end at the first bad row of a file; skip: leave bad rows out, and list them."""
     tokenizer: str | None = None
     """A SentencePiece .model; None: that of --init, else one trained on the data."""
 

@@ -36,7 +36,7 @@ from runtime.checkpoint import Checkpoints
 from runtime.guard import GuardConfig
 from runtime.metrics import Recorder
 from runtime.rows import Seal
-from runtime.run_folder import path_from_root
+from runtime.run_folder import atomic_text, path_from_root
 from runtime.samples import SampleRow
 from sampling import SamplingConfig
 from train_state import Init, start_or_resume
@@ -152,7 +152,10 @@ class Run:
         return state, base
 
     def _go_on(self, step: int, extra: Any, data: Data) -> None:
-        """Go on after `step`: `extra` is what its checkpoint holds beside the state, or None."""
+        """Go on after `step`: `extra` is what its checkpoint holds beside the state, or None.
+
+        Rows of the data that were skipped are listed in skipped.txt.
+        """
         self.start = step
         self._data = data if isinstance(data, dict) else {"": data}
         # Older checkpoints hold the data's position alone.
@@ -160,6 +163,16 @@ class Run:
             self._seal = extra["rows"]
             extra = extra["position"]
         _set_position(data, extra)
+        self._list_skipped()
+
+    def _list_skipped(self) -> None:
+        """Write skipped.txt, what is wrong with each row of the data that was left out, if any."""
+        lines: list[str] = []
+        for batches in self._data.values():
+            lines += batches.skipped
+        if lines and jax.process_index() == 0:
+            with atomic_text(f"{self.config.run}/skipped.txt") as file:
+                file.writelines(f"{line}\n" for line in lines)
 
     def describe(self, what: str, params: Any, rest: Any, *, length: int) -> None:
         """Print the arithmetic of the run: sizes, mesh, memory, steps; and what data is cut.

@@ -493,6 +493,11 @@ class Batches:
         """Examples left out as too long so far, on this host."""
         return self._position["dropped"]
 
+    @property
+    def skipped(self) -> Sequence[str]:
+        """What is wrong with each row of the source that was left out."""
+        return self._source.skipped
+
     def cut_line(self, records: int = 500) -> str:
         """Say how many of the first `records` are cut or dropped, and what share of their tokens.
 

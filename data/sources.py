@@ -74,6 +74,8 @@ class Source:
     """The record stored at an index."""
     candidates: int = 2
     """The most responses that a comparison has."""
+    skipped: Sequence[str] = ()
+    """What is wrong with each row that was left out, `file:line: field: reason`."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -126,7 +128,15 @@ def check_eval_records(records: int) -> None:
     )
 
 
+OnBadRow = Literal["stop", "skip"]
+_on_bad_row: OnBadRow = "stop"
 _for_now: tempfile.TemporaryDirectory | None = None
+
+
+def set_on_bad_row(choice: OnBadRow) -> None:
+    """Stop at a bad row of a file from now on, as at first, or skip it; each is then listed."""
+    global _on_bad_row
+    _on_bad_row = choice
 
 
 def keep_prepared(keep: bool) -> None:
@@ -315,6 +325,7 @@ def _local(data: str, schema: Schema, split: Split) -> Source:
     with np.load(folder / "split.npz") as saved:
         keys_N = saved["keys"]
         candidates = int(saved["candidates"])
+    skipped = json.loads((folder / "skipped.json").read_text())
 
     def read(i: int) -> Record:
         return json.loads(stored[i]["json"])
@@ -324,15 +335,15 @@ def _local(data: str, schema: Schema, split: Split) -> Source:
         for note in json.loads((folder / "notes.json").read_text()):
             _say_once(f"note: {data}: {note}")
     if split == "all":
-        return Source(data, np.arange(len(keys_N)), read, candidates)
+        return Source(data, np.arange(len(keys_N)), read, candidates, skipped)
     held_out_N = held_out(keys_N)
     if held_out_N.all():
         same = "has one row" if len(keys_N) == 1 else "all its prompts or texts are the same"
         raise UserError(f"{data}: {same}: none can be held out; add others")
     if split == "heldout":
         name = f"the held-out split of {data}"
-        return Source(name, np.flatnonzero(held_out_N), read, candidates)
-    return Source(data, np.flatnonzero(~held_out_N), read, candidates)
+        return Source(name, np.flatnonzero(held_out_N), read, candidates, skipped)
+    return Source(data, np.flatnonzero(~held_out_N), read, candidates, skipped)
 
 
 @functools.cache
@@ -400,7 +411,7 @@ def _prepared(data: str, files: Sequence[pathlib.Path], schema: Schema) -> pathl
     cache = pathlib.Path(os.environ.get("PLUMB_CACHE", "~/.cache/plumb")).expanduser()
     # Its name is a hash of all that it depends on.
     contents = [f"{file.suffix} {_file_sum(file)}" for file in files]
-    identity = " ".join([schema, str(SCHEMA_VERSION), *contents])
+    identity = " ".join([schema, str(SCHEMA_VERSION), _on_bad_row, *contents])
     folder = cache / hashlib.sha256(identity.encode()).hexdigest()[:32]
     remove_all_left_over(cache)
     # A dry run leaves nothing behind.
@@ -416,6 +427,8 @@ def _prepared(data: str, files: Sequence[pathlib.Path], schema: Schema) -> pathl
 
     # Read all of it once before anything is written: to validate it, and for the split.
     facts = _facts(files, schema)
+    if facts.skipped and not len(facts.keys_N):
+        raise UserError(facts.skipped[0])
     if not len(facts.keys_N):
         raise UserError(f"{data}: has no rows; give a file that has some")
     try:
@@ -467,16 +480,20 @@ class Facts(NamedTuple):
     """The most responses that a comparison has."""
     notes: list[str]
     """What the user may not have meant."""
+    skipped: list[str]
+    """What is wrong with each row that was left out."""
 
 
 def _facts(files: Sequence[pathlib.Path], schema: Schema) -> Facts:
-    """Read all of the files, which validates them; raise UserError for the first bad row."""
+    """Read all of the files, which validates them; stop at the first bad row, or skip it."""
     keys = []
+    skipped: list[str] = []
+    on_fault = _stop if _on_bad_row == "stop" else skipped.append
     candidates = 0
     turns = 0
     trained = 0
     unread: set[str] = set()
-    for row, record in _rows_and_records(files, schema):
+    for row, record in _rows_and_records(files, schema, on_fault):
         keys.append(_key(record))
         candidates = max(candidates, len(record.get("responses", ())))
         unread |= unread_fields(row, schema)
@@ -488,6 +505,9 @@ def _facts(files: Sequence[pathlib.Path], schema: Schema) -> Facts:
         trained += sum(map(is_trained, said))
 
     notes = []
+    if skipped:
+        count = f"{len(skipped):,} of {len(skipped) + len(keys):,} rows are skipped"
+        notes.append(f"{count}; the first is {skipped[0]}")
     if unread:
         names = [name_shown(name) for name in sorted(unread)]
         more = f" and {len(names) - 12} more" if len(names) > 12 else ""
@@ -497,7 +517,7 @@ def _facts(files: Sequence[pathlib.Path], schema: Schema) -> Facts:
             f"{turns - trained} of {turns} assistant's turns are not trained on "
             "(weight 0, or they call tools)"
         )
-    return Facts(np.array(keys, np.uint64), candidates, notes)
+    return Facts(np.array(keys, np.uint64), candidates, notes, skipped)
 
 
 def _prepare(
@@ -509,6 +529,7 @@ def _prepare(
         built = _write(files, schema, len(facts.keys_N), partial)
         np.savez(built / "split.npz", keys=facts.keys_N, candidates=facts.candidates)
         (built / "notes.json").write_text(json.dumps(facts.notes))
+        (built / "skipped.json").write_text(json.dumps(facts.skipped))
         sums = {file.name: content_sum(file) for file in built.iterdir()}
         (built / SUMS).write_text(json.dumps(sums))
         try:
@@ -559,17 +580,21 @@ def _write(
 
 
 def _records(files: Sequence[pathlib.Path], schema: Schema) -> Iterator[Record]:
-    """Yield the records of files; see `_rows_and_records`."""
-    for _, record in _rows_and_records(files, schema):
+    """Yield the records of files that were read before, without what is skipped."""
+    for _, record in _rows_and_records(files, schema, lambda fault: None):
         yield record
 
 
+def _stop(fault: str) -> None:
+    raise UserError(fault)
+
+
 def _rows_and_records(
-    files: Sequence[pathlib.Path], schema: Schema
+    files: Sequence[pathlib.Path], schema: Schema, on_fault: Callable[[str], None] = _stop
 ) -> Iterator[tuple[Row, Record]]:
     """Yield each row of the files, one after the other, and its record.
 
-    Raises UserError as `file:line: field: reason`.
+    `on_fault(fault)` is called for a bad row, `file:line: field: reason`, which is left out.
     """
     adapt = SCHEMAS[schema]
     for path in files:
@@ -579,9 +604,11 @@ def _rows_and_records(
             try:
                 if isinstance(row, FieldError):
                     raise row
-                yield row, adapt(row)
+                record = adapt(row)
             except FieldError as fault:
-                raise UserError(f"{path}:{number}: {fault}") from None
+                on_fault(f"{path}:{number}: {fault}")
+                continue
+            yield row, record
 
 
 def _read_lines(path: pathlib.Path) -> Iterator[NumberedRow]:

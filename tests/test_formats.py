@@ -9,11 +9,11 @@ import types
 import pyarrow
 import pyarrow.parquet
 import pytest
-from running import run, write
+from running import fails, run, write
 
 import train_sft
 from data import formats
-from data.sources import open_source
+from data.sources import open_source, set_on_bad_row
 from runtime import data_files
 from runtime.data_files import joint_sum
 from runtime.errors import UserError
@@ -262,6 +262,7 @@ CHATS = [
     {"prompt": f"question {i % 40}", "response": f"answer {i} of the many"} for i in range(120)
 ]
 SMALL = ["--model.preset=tiny", "--length=32", "--batch_size=8", "--eval_every=0"]
+SMALL += ["--optimizer.schedule=constant", "--optimizer.warmup=1"]
 
 
 @pytest.mark.parametrize("name", ["part-*.parquet", "folder"])
@@ -291,6 +292,79 @@ def test_a_run_on_several_files_resumes_to_the_bit_and_refuses_other_content(tmp
     changed.write_bytes(changed.read_bytes() + b" ")
     with pytest.raises(UserError, match="its content is not what"):
         train(6, "resumed")
+
+
+# ---- Bad rows, skipped ----
+
+GOOD = [{"text": f"text {i}"} for i in range(40)]
+FAULTS = {
+    "rows.jsonl": ["2: line: is not JSON", "4: text: must be a string"],
+    "rows.json": ["2: line: must be an object", "4: text: must be a string"],
+    "rows.csv": ["3: row: has 3 cells, and the header 1", "6: row: has 2 cells"],
+    "rows.parquet": ["2: messages: missing", "4: text: is empty"],
+}
+
+
+@pytest.fixture
+def with_bad_rows(tmp_path):
+    """Write a file of each format with bad rows among GOOD; return the folder."""
+    texts = [json.dumps(row) for row in GOOD]
+    wrong = [texts[0], "[1]", texts[1], '{"text": 5}', *texts[2:]]
+    (tmp_path / "rows.json").write_text(f"[{','.join(wrong)}]")
+    wrong[1] = "nonsense"
+    (tmp_path / "rows.jsonl").write_text("\n".join(wrong))
+    cells = ["text", "text 0", "a,b,c", "text 1", "", "c,d", *[row["text"] for row in GOOD[2:]]]
+    (tmp_path / "rows.csv").write_text("\n".join(cells))
+    rows = [GOOD[0], {"text": None}, GOOD[1], {"text": " "}, *GOOD[2:]]
+    as_parquet(tmp_path / "rows.parquet", rows)
+    yield tmp_path
+    set_on_bad_row("stop")
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_bad_rows_are_skipped_counted_and_listed(with_bad_rows, capsys, name):
+    data = str(with_bad_rows / name)
+    with pytest.raises(UserError) as fault:
+        open_source(data, "text", "all")
+    assert str(fault.value).startswith(f"{data}:{FAULTS[name][0]}")
+
+    set_on_bad_row("skip")
+    source = open_source(data, "text", "all")
+    assert [source[i] for i in range(len(source))] == GOOD
+    assert len(source.skipped) == 2
+    for said, wanted in zip(source.skipped, FAULTS[name], strict=True):
+        assert said.startswith(f"{data}:{wanted}")
+    note = f"note: {data}: 2 of 42 rows are skipped; the first is {source.skipped[0]}"
+    assert note in capsys.readouterr().err
+    # Kept: the same again, of what is kept.
+    assert list(open_source(data, "text", "train").skipped) == list(source.skipped)
+
+    # And stopped at again, although it is kept.
+    set_on_bad_row("stop")
+    with pytest.raises(UserError):
+        open_source(data, "text", "all")
+
+
+def test_a_file_of_bad_rows_alone_is_refused(tmp_path):
+    set_on_bad_row("skip")
+    data = write(tmp_path / "rows.jsonl", [{"text": 5}] * 3)
+    with pytest.raises(UserError, match=r"rows\.jsonl:1: text: must be a string"):
+        open_source(str(data), "text", "all")
+    set_on_bad_row("stop")
+
+
+def test_a_run_lists_the_rows_that_it_skipped(tmp_path, capsys):
+    data = write(tmp_path / "chats.jsonl", [*CHATS[:9], {"prompt": "q", "response": ""}, *CHATS])
+    flags = [f"--data={data}", "--steps=2", f"--run={tmp_path}/run", *SMALL]
+    assert "chats.jsonl:10: response: is empty" in fails(train_sft, flags, capsys)
+    assert not (tmp_path / "run").exists()
+    run(train_sft, *flags, "--on_bad_row=skip")
+    (line,) = (tmp_path / "run" / "skipped.txt").read_text().splitlines()
+    assert line.startswith(f"{data}:10: response: is empty")
+    # Control: a run that skips nothing lists nothing.
+    write(data, CHATS)
+    run(train_sft, *flags[:2], *SMALL, f"--run={tmp_path}/other", "--on_bad_row=skip")
+    assert not (tmp_path / "other" / "skipped.txt").exists()
 
 
 def test_parquet_is_never_read_whole(tmp_path, monkeypatch):

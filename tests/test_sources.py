@@ -341,7 +341,7 @@ def test_a_damaged_cache_is_prepared_again_with_a_note(tmp_path, cache, capsys, 
     wanted = everything(data, "text")
     (prepared,) = cache.iterdir()
     files = sorted(prepared.iterdir())
-    assert len(files) == 6
+    assert len(files) == 7
     for file in files:
         file.write_bytes(DAMAGES[damage](file.read_bytes()))
         capsys.readouterr()

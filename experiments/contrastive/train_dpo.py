@@ -15,7 +15,7 @@ from functools import partial
 import jax
 
 from data.batches import comparison_batches
-from data.sources import check_eval_records, open_source
+from data.sources import OnBadRow, check_eval_records, open_source
 from data.tokenizer import tokenizer_for
 from evaluation.gold import make_gold_evaluation
 from experiments.contrastive.batches import encode_contrast, with_other_prompts
@@ -45,6 +45,8 @@ class Config:
     # Data
     data: str = "world"
     """Comparisons: world, files, or tfds:<name>."""
+    on_bad_row: OnBadRow = "stop"
+    """stop: end at the first bad row of a file; skip: leave bad rows out, and list them."""
     tokenizer: str | None = None
     """A SentencePiece .model; None: that of --init, else one trained on the data."""
 

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from data.batches import Batch, chat_batches
-from data.sources import check_eval_records, open_source
+from data.sources import OnBadRow, check_eval_records, open_source
 from data.tokenizer import tokenizer_for
 from evaluation.gold import make_gold_evaluation
 from experiments.hindsight.batches import hide_past_tokens, hindsight_chains
@@ -44,6 +44,8 @@ class Config:
     # Data
     data: str = "world"
     """Comparisons: world, files, or tfds:<name>."""
+    on_bad_row: OnBadRow = "stop"
+    """stop: end at the first bad row of a file; skip: leave bad rows out, and list them."""
     tokenizer: str | None = None
     """A SentencePiece .model; None: that of --init, else one trained on the data."""
 

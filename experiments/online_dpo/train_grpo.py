@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from data.batches import Batches, prompt_batches
-from data.sources import Source, open_source
+from data.sources import OnBadRow, Source, open_source
 from data.tokenizer import Tokenizer
 from evaluation.gold import make_gold_evaluation
 from experiments.online_dpo.pairs import best_and_worst
@@ -88,6 +88,8 @@ class Config:
     # Prompts
     data: str = "world"
     """Prompts: world, files, or tfds:<name>."""
+    on_bad_row: OnBadRow = "stop"
+    """stop: end at the first bad row of a file; skip: leave bad rows out, and list them."""
 
     # Sizes of an iteration
     steps: int = 40

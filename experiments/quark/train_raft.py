@@ -21,7 +21,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from data.batches import Batches, prompt_batches
-from data.sources import Source, open_source
+from data.sources import OnBadRow, Source, open_source
 from data.tokenizer import Tokenizer
 from experiments.quark.gold import make_asking_gold_evaluation
 from experiments.quark.quark import (
@@ -93,6 +93,8 @@ class Config:
     (rewards/serve.py)."""
     data: str = "world"
     """Prompts: world, files, or tfds:<name>."""
+    on_bad_row: OnBadRow = "stop"
+    """stop: end at the first bad row of a file; skip: leave bad rows out, and list them."""
 
     # Sizes of a round
     steps: int = 10

@@ -17,7 +17,7 @@ import jax
 
 from data.batches import comparison_batches
 from data.preferences import with_mismatched
-from data.sources import check_eval_records, open_source
+from data.sources import OnBadRow, check_eval_records, open_source
 from data.tokenizer import tokenizer_for
 from evaluation.gold import make_gold_evaluation
 from experiments.unlikelihood.batches import with_rank_weights
@@ -45,6 +45,8 @@ class Config:
     # Data
     data: str = "world"
     """Comparisons: world, files, or tfds:<name>."""
+    on_bad_row: OnBadRow = "stop"
+    """stop: end at the first bad row of a file; skip: leave bad rows out, and list them."""
     unpaired: bool = False
     """--data has single responses, each judged desirable or not."""
     tokenizer: str | None = None
