@@ -374,7 +374,7 @@ def main(config: Config) -> dict[str, float]:
 
     # A dry run ends here and has written nothing.
     if config.dry_run:
-        return preview(config, update.init, update.optimizer, mesh, next(batches), tokenizer)
+        return preview(config, update.init, update.optimizer, mesh, batches, tokenizer)
     with Run(config, tokenizer) as run:
         # The reference's log-probabilities: cached before there is a state, so that one model is
         # held at a time; or, online, by a second model. The base of adapters is the reference.

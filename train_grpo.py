@@ -557,7 +557,7 @@ def main(config: Config) -> dict[str, float]:
 
     # A dry run ends here and has written nothing.
     if config.dry_run:
-        return preview(config, init, update.optimizer, mesh, next(prompts), tokenizer)
+        return preview(config, init, update.optimizer, mesh, prompts, tokenizer)
     with Run(config, tokenizer, unit="iteration") as run:
         policy, base = run.start_or_resume(init, update.optimizer, mesh, prompts)
         # The base of adapters is the reference; else it is loaded beside the policy.

@@ -692,12 +692,8 @@ def main(config: Config) -> dict[str, float]:
 
     # A dry run ends here and has written nothing.
     if config.dry_run:
-        return preview_items(
-            config,
-            {**shapes, "held": (loaded.reference, loaded.rewards)},
-            next(data["prompts"]),
-            tokenizer,
-        )
+        shapes["held"] = (loaded.reference, loaded.rewards)
+        return preview_items(config, shapes, data, tokenizer)
 
     with Run(config, tokenizer, unit="iteration") as run:
         # The states of the newest checkpoint, or of a new run.

@@ -3,6 +3,7 @@
 <bos> (<|system|> text)? <|user|> text <|assistant|> text <eos> <|user|> text <|assistant|> ...
 """
 
+import functools
 import hashlib
 import io
 import os
@@ -27,6 +28,8 @@ from runtime.writes import atomic_bytes
 ROLES = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>"}
 BYTES_AND_SPECIALS = 256 + 4 + len(ROLES) + 1
 """Tokens that every trained tokenizer has: bytes, unk, pad, bos, eos, roles and the newline."""
+BYTE_LEVEL_SPACES = ("Ġ", "Ċ")
+"""How byte-level vocabularies write a space and a newline."""
 TRAINING_RECORDS = 20_000
 """Records that a script's tokenizer is trained on."""
 
@@ -221,6 +224,17 @@ class Tokenizer:
         Tokenizers trained elsewhere may have one for `.` and a newline.
         """
         return [i for i in range(self.size) if self.decode([i]).endswith("\n")]
+
+    @functools.cached_property
+    def word_starts(self) -> frozenset[int]:
+        """All ids before which a text may be cut: those that begin with a space or a newline.
+
+        Control tokens too.
+        """
+        marks = (SPACE_MARK, *BYTE_LEVEL_SPACES, "\n")
+        pieces = map(self.pieces.id_to_piece, range(self.size))
+        starts = {i for i, piece in enumerate(pieces) if piece.startswith(marks)}
+        return frozenset(starts | self._hidden)
 
     def document(self, text: str) -> list[int]:
         """Return the ids of a whole text: bos, its tokens, eos."""

@@ -158,7 +158,7 @@ def main(config: Config) -> dict[str, float]:
 
     # A dry run ends here and has written nothing.
     if config.dry_run:
-        return preview(config, update.init, update.optimizer, mesh, next(batches), tokenizer)
+        return preview(config, update.init, update.optimizer, mesh, batches, tokenizer)
     with Run(config, tokenizer, guard=config.guard) as run:
         state, base = run.start_or_resume(update.init, update.optimizer, mesh, batches)
         title = f"fine-tuning on {train_chats.name}"

@@ -518,7 +518,7 @@ def main(config: Config) -> dict[str, float]:
     # A dry run ends here and has written nothing.
     if config.dry_run:
         items = {**shapes, "held": reference}
-        return preview_items(config, items, next(prompts), tokenizer)
+        return preview_items(config, items, prompts, tokenizer)
 
     with Run(config, tokenizer, unit="round") as run:
         # The state and the pool of the newest checkpoint, or of a new run.
