@@ -3,6 +3,7 @@
 Everything here raises FieldError, which names the field; data/sources.py adds file and line.
 """
 
+import functools
 import math
 import re
 from typing import Any
@@ -155,17 +156,24 @@ def switch(row: Row, place: str) -> bool | None:
     return answers.pop() if answers else None
 
 
+@functools.lru_cache(4096)
+def _words_of(name: str) -> tuple[list[str], bool]:
+    """Return the words in a name without FORMS at its end, and if one is of OTHERS_TURNS."""
+    separate = re.sub(r"([a-z])([A-Z])", r"\1 \2", name).lower()
+    words = re.findall(r"[a-z]+", separate)
+    on_others = not OTHERS_TURNS.isdisjoint(words)
+    while len(words) > 1 and words[-1] in FORMS:
+        words.pop()
+    return words, on_others
+
+
 def changes_training(name: str, value: Any, switches_only: bool = False) -> bool:
     """Return whether a field that nothing reads would change what is read or trained on.
 
     Judged by the words in its name, in snake_case or camelCase, and by its value: a weight of 1
     changes nothing, nor does a null. `switches_only`: only fields that say whether to train.
     """
-    separate = re.sub(r"([a-z])([A-Z])", r"\1 \2", name).lower()
-    words = re.findall(r"[a-z]+", separate)
-    on_others = not OTHERS_TURNS.isdisjoint(words)
-    while len(words) > 1 and words[-1] in FORMS:
-        words.pop()
+    words, on_others = _words_of(name)
     if is_empty(value) or not words or {words[0], words[-1]} & FACTS:
         return False
     if not SWITCH_ON.isdisjoint(words):

@@ -4,24 +4,22 @@
                 "part-*.parquet" | "folder/of/datasets" | "hf:<owner>/<name>[:config][@split]" |
                 "tfds:<name>[/config]", schema, split, seed=0)
 
-Files are validated row by row and prepared once as a TFDS ArrayRecord dataset, in $PLUMB_CACHE.
-Errors in a file read `file:line: field: reason`, or `file:row: ...` where rows are no lines. What
-is prepared is checked by its sums, and prepared again where it is damaged.
+Files are validated row by row and prepared once as an ArrayRecord file, in $PLUMB_CACHE. Errors
+in a file read `file:line: field: reason`, or `file:row: ...` where rows are no lines. What is
+prepared is checked by its sums, and prepared again where it is damaged.
 """
 
-import contextlib
 import functools
 import glob
 import gzip
 import hashlib
-import io
 import json
 import os
 import pathlib
 import sys
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -56,6 +54,8 @@ HELDOUT_SHARE = 0.05
 HELDOUT_MOST = 1000
 """Most rows held out of such a source."""
 
+RECORDS = "records.array_record"
+"""File of a prepared folder: the records, one after the other, each as JSON."""
 SUMS = "sums.json"
 """File of a prepared folder: the SHA-256 of each other file."""
 
@@ -318,17 +318,14 @@ def _plain(value: Any) -> Any:
 
 def _local(data: str, schema: Schema, split: Split) -> Source:
     folder = _prepared(data, _data_files(data), schema)
-    # Slow to import, and not needed where the file is at fault.
-    import tensorflow_datasets as tfds
-
-    stored = tfds.builder_from_directory(folder).as_data_source(split="train")
+    stored = _stored(folder / RECORDS)
     with np.load(folder / "split.npz") as saved:
         keys_N = saved["keys"]
         candidates = int(saved["candidates"])
     skipped = json.loads((folder / "skipped.json").read_text())
 
     def read(i: int) -> Record:
-        return json.loads(stored[i]["json"])
+        return json.loads(stored[i])
 
     # What the user may not have meant is said with the records that are trained on.
     if split != "heldout":
@@ -403,7 +400,7 @@ def _file_sum(path: pathlib.Path) -> str:
 
 
 def _prepared(data: str, files: Sequence[pathlib.Path], schema: Schema) -> pathlib.Path:
-    """Return the folder of the ArrayRecord dataset made of `files`; make it if it is not there.
+    """Return the folder of the records made of `files`; make it if it is not there.
 
     A damaged folder is made again, with a note. What processes that were killed left in the cache
     is removed.
@@ -425,14 +422,8 @@ def _prepared(data: str, files: Sequence[pathlib.Path], schema: Schema) -> pathl
         print(f"note: {folder}: {fault}; {data} is prepared again", file=sys.stderr)
         _remove(folder)
 
-    # Read all of it once before anything is written: to validate it, and for the split.
-    facts = _facts(files, schema)
-    if facts.skipped and not len(facts.keys_N):
-        raise UserError(facts.skipped[0])
-    if not len(facts.keys_N):
-        raise UserError(f"{data}: has no rows; give a file that has some")
     try:
-        _prepare(files, schema, folder, facts)
+        _prepare(data, files, schema, folder)
     # ArrayRecord has errors of its own for a full disk.
     except Exception as fault:
         if not isinstance(fault, OSError) and not is_full_disk(fault):
@@ -484,16 +475,14 @@ class Facts(NamedTuple):
     """What is wrong with each row that was left out."""
 
 
-def _facts(files: Sequence[pathlib.Path], schema: Schema) -> Facts:
-    """Read all of the files, which validates them; stop at the first bad row, or skip it."""
+def _facts(rows: Iterable[tuple[Row, Record]], schema: Schema, skipped: list[str]) -> Facts:
+    """Go through all rows, and their records; `skipped` is what is wrong with those left out."""
     keys = []
-    skipped: list[str] = []
-    on_fault = _stop if _on_bad_row == "stop" else skipped.append
     candidates = 0
     turns = 0
     trained = 0
     unread: set[str] = set()
-    for row, record in _rows_and_records(files, schema, on_fault):
+    for row, record in rows:
         keys.append(_key(record))
         candidates = max(candidates, len(record.get("responses", ())))
         unread |= unread_fields(row, schema)
@@ -521,12 +510,18 @@ def _facts(files: Sequence[pathlib.Path], schema: Schema) -> Facts:
 
 
 def _prepare(
-    files: Sequence[pathlib.Path], schema: Schema, folder: pathlib.Path, facts: Facts
+    data: str, files: Sequence[pathlib.Path], schema: Schema, folder: pathlib.Path
 ) -> None:
     """Make `folder` of `files`: all of it or nothing. Raises OSError where there is no room."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with beside(folder, is_folder=True) as (partial, _):
-        built = _write(files, schema, len(facts.keys_N), partial)
+        built = partial / "built"
+        built.mkdir()
+        facts = _write(files, schema, built / RECORDS)
+        if facts.skipped and not len(facts.keys_N):
+            raise UserError(facts.skipped[0])
+        if not len(facts.keys_N):
+            raise UserError(f"{data}: has no rows; give a file that has some")
         np.savez(built / "split.npz", keys=facts.keys_N, candidates=facts.candidates)
         (built / "notes.json").write_text(json.dumps(facts.notes))
         (built / "skipped.json").write_text(json.dumps(facts.skipped))
@@ -540,49 +535,36 @@ def _prepare(
                 raise
 
 
-def _write(
-    files: Sequence[pathlib.Path], schema: Schema, count: int, folder: pathlib.Path
-) -> pathlib.Path:
-    """Build the dataset of `count` rows inside `folder`; return where it lies there."""
-    import tensorflow_datasets as tfds
-    from tensorflow_datasets.core import GeneratorBasedBuilder
+def _stored(path: pathlib.Path) -> Sequence[bytes]:
+    """Open a file of records, each read when it is asked for."""
+    from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-    # The class is defined anew for each file, so it must not be registered.
-    with tfds.core.registered.skip_registration():
-
-        class LocalRows(GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
-            VERSION = tfds.core.Version("1.0.0")
-
-            def _info(self) -> tfds.core.DatasetInfo:
-                # Records nest, and differ in their keys: each is stored as one string.
-                features = tfds.features.FeaturesDict({"json": tfds.features.Text()})
-                return tfds.core.DatasetInfo(
-                    builder=self, features=features, disable_shuffling=True
-                )
-
-            def _split_generators(self, _):
-                return {"train": self._generate_examples()}
-
-            def _generate_examples(self):
-                rows = _records(files, schema)
-                progress = tqdm(rows, f"preparing {files[0].name}", total=count, unit="row")
-                for i, record in enumerate(progress):
-                    yield i, {"json": json.dumps(record)}
-
-    tfds.disable_progress_bar()
-    builder = LocalRows(data_dir=folder, file_format="array_record")
-    with contextlib.redirect_stdout(io.StringIO()):
-        builder.download_and_prepare()
-    stored = builder.info.splits["train"].num_examples
-    if stored != count:
-        raise RuntimeError(f"{files[0]}: {count} rows, but the prepared dataset has {stored}")
-    return pathlib.Path(builder.data_dir)
+    return ArrayRecordDataSource(str(path))
 
 
-def _records(files: Sequence[pathlib.Path], schema: Schema) -> Iterator[Record]:
-    """Yield the records of files that were read before, without what is skipped."""
-    for _, record in _rows_and_records(files, schema, lambda fault: None):
-        yield record
+def _write(files: Sequence[pathlib.Path], schema: Schema, path: pathlib.Path) -> Facts:
+    """Write the records of `files` to `path`, one a group, so that each is read by itself."""
+    # Not there where a benchmark runs without data.
+    from array_record.python import array_record_module
+
+    skipped: list[str] = []
+    rows = _rows_and_records(files, schema, _stop if _on_bad_row == "stop" else skipped.append)
+    writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
+
+    def written() -> Iterator[tuple[Row, Record]]:
+        for row, record in tqdm(rows, f"preparing {files[0].name}", unit="row"):
+            writer.write(json.dumps(record).encode())
+            yield row, record
+
+    # In one go: a file is read once.
+    try:
+        facts = _facts(written(), schema, skipped)
+    finally:
+        writer.close()
+    stored = len(_stored(path)) if len(facts.keys_N) else 0
+    if stored != len(facts.keys_N):
+        raise RuntimeError(f"{files[0]}: {len(facts.keys_N)} rows, but {stored} are kept of them")
+    return facts
 
 
 def _stop(fault: str) -> None:

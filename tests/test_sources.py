@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from array_record.python import array_record_module
 
 from data import sources
 from data.records import SCHEMAS
@@ -316,12 +317,15 @@ def test_a_preparation_that_fails_or_loses_rows_leaves_nothing(tmp_path, cache, 
         with pytest.raises(UserError, match=r"disk full.*set PLUMB_CACHE"):
             open_source(data, "text", "train")
         assert not list(cache.iterdir())
-    every = sources._records
 
-    # Rows are read once to validate them, and then to keep them.
+    class Loses(array_record_module.ArrayRecordWriter):
+        def write(self, record):
+            if b"text 7" not in record:
+                super().write(record)
+
     with monkeypatch.context() as patch:
-        patch.setattr(sources, "_records", lambda *args: list(every(*args))[:19])
-        with pytest.raises(RuntimeError, match="20 rows, but the prepared dataset has 19"):
+        patch.setattr(array_record_module, "ArrayRecordWriter", Loses)
+        with pytest.raises(RuntimeError, match="20 rows, but 19 are kept"):
             open_source(data, "text", "train")
     assert not list(cache.iterdir())
     assert len(everything(data, "text")) == 20
@@ -341,7 +345,7 @@ def test_a_damaged_cache_is_prepared_again_with_a_note(tmp_path, cache, capsys, 
     wanted = everything(data, "text")
     (prepared,) = cache.iterdir()
     files = sorted(prepared.iterdir())
-    assert len(files) == 7
+    assert len(files) == 5
     for file in files:
         file.write_bytes(DAMAGES[damage](file.read_bytes()))
         capsys.readouterr()
