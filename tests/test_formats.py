@@ -32,7 +32,8 @@ ROWS = [
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("PLUMB_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+    yield tmp_path / "cache"
+    set_on_bad_row("stop")
 
 
 # ---- Writers of each format ----
@@ -317,8 +318,7 @@ def with_bad_rows(tmp_path):
     (tmp_path / "rows.csv").write_text("\n".join(cells))
     rows = [GOOD[0], {"text": None}, GOOD[1], {"text": " "}, *GOOD[2:]]
     as_parquet(tmp_path / "rows.parquet", rows)
-    yield tmp_path
-    set_on_bad_row("stop")
+    return tmp_path
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -350,7 +350,6 @@ def test_a_file_of_bad_rows_alone_is_refused(tmp_path):
     data = write(tmp_path / "rows.jsonl", [{"text": 5}] * 3)
     with pytest.raises(UserError, match=r"rows\.jsonl:1: text: must be a string"):
         open_source(str(data), "text", "all")
-    set_on_bad_row("stop")
 
 
 def test_a_run_lists_the_rows_that_it_skipped(tmp_path, capsys):

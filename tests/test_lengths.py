@@ -8,6 +8,7 @@ import pytest
 from fakes import source_of
 from running import rows_of, run, write
 
+import evaluate
 import train_sft
 from data.batches import PACKING_WINDOW, encode_chat, encode_comparison, encode_prompt, encode_text
 from data.lengths import lengths_line, measure_lengths
@@ -189,6 +190,16 @@ def test_a_script_says_what_is_cut_before_its_first_step(sft, tmp_path, capsys, 
     else:
         assert cut + dropped == 100 and lost > 5
         assert f": raise {limit.partition('=')[0]}" in told
+
+
+def test_an_evaluation_says_what_is_cut(sft, tmp_path, capsys):
+    data = write(tmp_path / "rows.jsonl", ROWS["chat"])
+    flags = [f"--policy={sft[0]}", f"--data={data}", "--length=32", "--n=20"]
+    capsys.readouterr()
+    run(evaluate, "--measure=perplexity", *flags)
+    told = capsys.readouterr().err
+    assert f"{data}: 40 rows; " in told and "of the first 20" in told
+    assert "at --length=32 100.0% are cut" in told and ": raise --length" in told
 
 
 def test_a_run_counts_what_is_cut_and_seen_and_goes_on_counting(sft):
