@@ -54,6 +54,10 @@ class FieldError(Exception):
         super().__init__(f"{field}: {reason}")
 
 
+class LeftOut(FieldError):
+    """A row that says itself that it is not trained on."""
+
+
 def shown(value: Any) -> str:
     """Return a value for a message: in one line, at most 60 characters, printable."""
     text = repr(value)
@@ -165,6 +169,14 @@ def _words_of(name: str) -> tuple[list[str], bool]:
     while len(words) > 1 and words[-1] in FORMS:
         words.pop()
     return words, on_others
+
+
+def leave_out(row: Row) -> None:
+    """Raise LeftOut for a row whose own weight is 0, or whose train is false."""
+    for name in ("weight", "train"):
+        value = row.get(name)
+        if isinstance(value, int | float) and value == 0:
+            raise LeftOut(name, f"is {shown(value)}: the row is not trained on")
 
 
 def changes_training(name: str, value: Any, switches_only: bool = False) -> bool:

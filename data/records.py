@@ -34,6 +34,7 @@ from data.fields import (
     get,
     is_empty,
     is_number,
+    leave_out,
     missing,
     refuse_unread,
     shown,
@@ -740,6 +741,7 @@ def without_nulls(row: Row) -> Row:
 
 def _adapted(row: Row, schema: Schema) -> Record:
     """Adapt a row by the layout of `schema` that fits it."""
+    leave_out(row)
     layout = layout_of(row, schema)
     refuse_unread(row, fields_read(layout), switches_only=layout.read is read_text)
     record = layout.read(row, *layout.fields)

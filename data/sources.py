@@ -26,7 +26,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 from tqdm import tqdm
 
-from data.fields import FieldError, Row, name_shown, unlike_keys
+from data.fields import FieldError, LeftOut, Row, name_shown, unlike_keys
 from data.formats import READERS, NumberedRow, is_lines
 from data.messages import is_trained
 from data.records import SCHEMAS, Record, Schema, unread_fields
@@ -475,8 +475,14 @@ class Facts(NamedTuple):
     """What is wrong with each row that was left out."""
 
 
-def _facts(rows: Iterable[tuple[Row, Record]], schema: Schema, skipped: list[str]) -> Facts:
-    """Go through all rows, and their records; `skipped` is what is wrong with those left out."""
+def _facts(
+    rows: Iterable[tuple[Row, Record]], schema: Schema, skipped: list[str], left_out: list[str]
+) -> Facts:
+    """Go through all rows and their records.
+
+    `skipped`: what is wrong with rows that are passed over; `left_out`: those that say themselves
+    that they are not trained on. Both are filled while the rows are read.
+    """
     keys = []
     candidates = 0
     turns = 0
@@ -497,6 +503,8 @@ def _facts(rows: Iterable[tuple[Row, Record]], schema: Schema, skipped: list[str
     if skipped:
         count = f"{len(skipped):,} of {len(skipped) + len(keys):,} rows are skipped"
         notes.append(f"{count}; the first is {skipped[0]}")
+    if left_out:
+        notes.append(f"{len(left_out):,} rows say that they are not trained on: left out")
     if unread:
         names = [name_shown(name) for name in sorted(unread)]
         more = f" and {len(names) - 12} more" if len(names) > 12 else ""
@@ -548,7 +556,9 @@ def _write(files: Sequence[pathlib.Path], schema: Schema, path: pathlib.Path) ->
     from array_record.python import array_record_module
 
     skipped: list[str] = []
-    rows = _rows_and_records(files, schema, _stop if _on_bad_row == "stop" else skipped.append)
+    left_out: list[str] = []
+    on_fault = _stop if _on_bad_row == "stop" else skipped.append
+    rows = _rows_and_records(files, schema, on_fault, left_out.append)
     writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
 
     def written() -> Iterator[tuple[Row, Record]]:
@@ -558,7 +568,7 @@ def _write(files: Sequence[pathlib.Path], schema: Schema, path: pathlib.Path) ->
 
     # In one go: a file is read once.
     try:
-        facts = _facts(written(), schema, skipped)
+        facts = _facts(written(), schema, skipped, left_out)
     finally:
         writer.close()
     stored = len(_stored(path)) if len(facts.keys_N) else 0
@@ -572,11 +582,15 @@ def _stop(fault: str) -> None:
 
 
 def _rows_and_records(
-    files: Sequence[pathlib.Path], schema: Schema, on_fault: Callable[[str], None] = _stop
+    files: Sequence[pathlib.Path],
+    schema: Schema,
+    on_fault: Callable[[str], None] = _stop,
+    on_left_out: Callable[[str], None] = _stop,
 ) -> Iterator[tuple[Row, Record]]:
     """Yield each row of the files, one after the other, and its record.
 
-    `on_fault(fault)` is called for a bad row, `file:line: field: reason`, which is left out.
+    Called with `file:line: field: reason`, and the row passed over, are `on_fault` for a bad row
+    and `on_left_out` for one that says that it is not trained on.
     """
     adapt = SCHEMAS[schema]
     for path in files:
@@ -588,7 +602,8 @@ def _rows_and_records(
                     raise row
                 record = adapt(row)
             except FieldError as fault:
-                on_fault(f"{path}:{number}: {fault}")
+                pass_over = on_left_out if isinstance(fault, LeftOut) else on_fault
+                pass_over(f"{path}:{number}: {fault}")
                 continue
             yield row, record
 

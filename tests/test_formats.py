@@ -345,6 +345,18 @@ def test_bad_rows_are_skipped_counted_and_listed(with_bad_rows, capsys, name):
         open_source(data, "text", "all")
 
 
+def test_rows_that_say_so_are_not_trained_on(tmp_path, capsys):
+    rows = [*GOOD[:3], {"text": "a", "weight": 0}, *GOOD[3:], {"text": "b", "train": False}]
+    data = str(write(tmp_path / "rows.jsonl", rows))
+    source = open_source(data, "text", "all")
+    assert [source[i] for i in range(len(source))] == GOOD and not source.skipped
+    note = f"note: {data}: 2 rows say that they are not trained on: left out"
+    assert note in capsys.readouterr().err
+    # Control: with their weight they are there.
+    write(tmp_path / "rows.jsonl", [*GOOD, {"text": "a", "weight": 1, "train": True}])
+    assert len(open_source(data, "text", "all")) == len(GOOD) + 1
+
+
 def test_a_file_of_bad_rows_alone_is_refused(tmp_path):
     set_on_bad_row("skip")
     data = write(tmp_path / "rows.jsonl", [{"text": 5}] * 3)

@@ -192,8 +192,14 @@ CASES = {
             lines({"messages": talk("q", "a"), "conversations": talk("q", "b")}),
             "1: conversations: says another thing than messages; keep one",
         ),
-        ("a row that is not trained on", lines({**QA, "train": False}), "1: train: is not read"),
-        ("a row of weight 0", lines({**QA, "weight": 0}), "1: weight: is not read here"),
+        (
+            "a row that is not trained on",
+            lines({**QA, "train": False}),
+            "1: train: is False",
+        ),
+        ("a row of half a weight", lines({**QA, "weight": 0.5}), "1: weight: is not read here"),
+        ("a row of weight 1", lines({**QA, "weight": 1, "train": True}), QA),
+        ("a row of weight 0", lines({**QA, "weight": 0}), "1: weight: is 0: the row is"),
     ],
     "comparison": [
         (
