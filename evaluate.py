@@ -14,12 +14,16 @@ import runtime.interrupt  # noqa: F401
 import dataclasses
 import json
 import pathlib
+import sys
 from typing import Any, Literal
 
 from tqdm import tqdm
 
+from data.batches import encode_chat, encode_comparison, encode_prompt
+from data.lengths import MEASURED, Encode, lengths_line
 from data.records import Schema
-from data.sources import Source, Split, evaluated_split, open_source
+from data.sources import OnBadRow, Source, Split, evaluated_split, open_source, set_on_bad_row
+from data.tokenizer import Tokenizer
 from evaluation.alignment import STAGES, gold_table, sample_rows, summarise_alignment
 from evaluation.gold import make_kl_sampler
 from evaluation.perplexity import make_perplexity_evaluation
@@ -48,7 +52,9 @@ class Config:
     measure: Literal["gold", "perplexity", "accuracy", "win_rate"] = "gold"
     """gold: the world's criteria for base, sft and ppo. The others print one table for --data."""
     data: str = "world"
-    """World, a .jsonl file, or tfds:<name>; not read by gold."""
+    """World, files, or tfds:<name>; not read by gold."""
+    on_bad_row: OnBadRow = "stop"
+    """stop: end at the first bad row of a file; skip: leave bad rows out, and list them."""
     split: Split | None = None
     """Part of --data; None: all of a file, else what is held out."""
     base: str | None = None
@@ -163,6 +169,16 @@ def what_is_read(config: Config, source: Source) -> dict[str, Any]:
     return {"data": config.data, "split": config.part, "records": records}
 
 
+def tell_lengths(config: Config, source: Source, encode: Encode, tokenizer: Tokenizer) -> None:
+    """Say on stderr how long the records are that are measured, and what of them is lost."""
+    length, flag = config.length, "--length"
+    if encode is encode_prompt:
+        length, flag = config.max_prompt, "--max_prompt"
+    records = min(config.n, MEASURED)
+    line = lengths_line(source, encode, tokenizer, length, flag=flag, records=records)
+    print(line, file=sys.stderr)
+
+
 def evaluate_perplexity(config: Config) -> dict[str, Any]:
     """Measure a policy's perplexity per assistant token on conversations.
 
@@ -173,6 +189,7 @@ def evaluate_perplexity(config: Config) -> dict[str, Any]:
     model, tokenizer, params = load_run(config.folder("policy"))
     check_fit(model, tokenizer.size, config.length)
     source = open_part(config, "chat")
+    tell_lengths(config, source, encode_chat, tokenizer)
     _, apply = init_and_apply(LanguageModel(model))
     evaluate = make_perplexity_evaluation(apply, source, tokenizer, config.length, config.n)
     return what_is_read(config, source) | evaluate(params)
@@ -189,6 +206,7 @@ def evaluate_accuracy(config: Config) -> dict[str, Any]:
     model, tokenizer, params = load_run(config.folder("reward"), reward=True)
     check_fit(model, tokenizer.size, config.length)
     source = open_part(config, "comparison")
+    tell_lengths(config, source, encode_comparison, tokenizer)
     evaluate = make_comparison_evaluation(model, source, tokenizer, config.length, config.n)
     return what_is_read(config, source) | evaluate(params)
 
@@ -214,7 +232,9 @@ def evaluate_win_rate(config: Config) -> dict[str, Any]:
     # The reward model, which scores the responses of each policy.
     reward = load_run(config.folder("reward"), reward=True)
     judge = make_judge(reward, config.sampling, config.max_prompt, config.seed)
-    ours = judge(load_run(config.folder("policy")), prompts)
+    policy = load_run(config.folder("policy"))
+    tell_lengths(config, source, encode_prompt, policy[1])
+    ours = judge(policy, prompts)
     theirs = judge(load_run(config.against or config.folder("sft")), prompts)
     return {
         **what_is_read(config, source),
@@ -252,6 +272,7 @@ def main(config: Config) -> dict[str, Any]:
         config.measure != "gold" or (config.data == "world" and config.split is None),
         "--measure=gold: is of the world's held-out prompts; leave --data and --split out",
     )
+    set_on_bad_row(config.on_bad_row)
     make_mesh(MeshConfig())
 
     # The world's evaluation prints a table of its own; the others are one each.

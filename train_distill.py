@@ -21,7 +21,7 @@ import numpy as np
 import optax
 
 from data.batches import chat_batches, prompt_batches
-from data.sources import Source, open_source
+from data.sources import OnBadRow, Source, open_source
 from data.tokenizer import Tokenizer
 from evaluation.gold import make_gold_evaluation
 from lora import LoraConfig, with_adapters
@@ -66,7 +66,9 @@ class Config:
 
     # Data
     data: str = "world"
-    """Conversations: world, a .jsonl file, or tfds:<name>; own samples answer their prompts."""
+    """Conversations: world, files, or tfds:<name>; own samples answer their prompts."""
+    on_bad_row: OnBadRow = "stop"
+    """stop: end at the first bad row of a file; skip: leave bad rows out, and list them."""
 
     # Loss
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
@@ -367,7 +369,7 @@ def main(config: Config) -> dict[str, float]:
 
     # A dry run ends here and has written nothing.
     if config.dry_run:
-        return preview(config, update.init, update.optimizer, mesh, next(batches), tokenizer)
+        return preview(config, update.init, update.optimizer, mesh, batches, tokenizer)
     with Run(config, tokenizer) as run:
         # Both streams go on where a resumed run left them. The teacher is loaded once.
         data = {"batches": batches, "prompts": prompts}

@@ -21,7 +21,7 @@ import numpy as np
 from data.batches import Batches, comparison_batches
 from data.preferences import with_mismatched
 from data.records import Schema
-from data.sources import Source, check_eval_records, open_source
+from data.sources import OnBadRow, Source, check_eval_records, open_source
 from data.tokenizer import Tokenizer, tokenizer_for
 from evaluation.gold import make_gold_evaluation
 from lora import LoraConfig, with_adapters
@@ -75,7 +75,9 @@ class Config:
 
     # Data
     data: str = "world"
-    """Comparisons: world, a .jsonl file, or tfds:<name>."""
+    """Comparisons: world, files, or tfds:<name>."""
+    on_bad_row: OnBadRow = "stop"
+    """stop: end at the first bad row of a file; skip: leave bad rows out, and list them."""
     unpaired: bool = False
     """--data has single responses, each judged desirable or not (kto)."""
     tokenizer: str | None = None
@@ -376,7 +378,7 @@ def main(config: Config) -> dict[str, float]:
 
     # A dry run ends here and has written nothing.
     if config.dry_run:
-        return preview(config, update.init, update.optimizer, mesh, next(batches), tokenizer)
+        return preview(config, update.init, update.optimizer, mesh, batches, tokenizer)
     with Run(config, tokenizer) as run:
         # The reference's log-probabilities: cached before there is a state, so that one model is
         # held at a time; or, online, by a second model. The base of adapters is the reference.

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import optax
 
 from data.batches import Batches, prompt_batches, text_batches
-from data.sources import Source, open_source
+from data.sources import OnBadRow, Source, open_source
 from data.tokenizer import Tokenizer
 from evaluation.gold import make_gold_evaluation
 from lora import LoraConfig, lora_base, with_adapters
@@ -135,7 +135,9 @@ class Config:
 
     # Prompts and responses
     data: str = "world"
-    """Prompts: world, a .jsonl file, or tfds:<name>."""
+    """Prompts: world, files, or tfds:<name>."""
+    on_bad_row: OnBadRow = "stop"
+    """stop: end at the first bad row of a file; skip: leave bad rows out, and list them."""
 
     # Sizes of an iteration
     steps: int = 24
@@ -200,7 +202,7 @@ class Config:
     entropy_coef: float = 0.0
     """Weight of the entropy per token, added to what is maximised."""
     ptx_data: str | None = None
-    """Pre-training text mixed into each update (PPO-ptx): world, a .jsonl file, or tfds:<name>."""
+    """Pre-training text mixed into each update (PPO-ptx): world, files, or tfds:<name>."""
     ptx_coef: float = 1.0
     """Weight of its loss per token beside the policy's; Ouyang et al. 2022 took 27.8."""
     value_clip: float = 0.2
@@ -704,12 +706,8 @@ def main(config: Config) -> dict[str, float]:
 
     # A dry run ends here and has written nothing.
     if config.dry_run:
-        return preview_items(
-            config,
-            {**shapes, "held": (loaded.reference, loaded.rewards)},
-            next(data["prompts"]),
-            tokenizer,
-        )
+        shapes["held"] = (loaded.reference, loaded.rewards)
+        return preview_items(config, shapes, data, tokenizer)
 
     with Run(config, tokenizer, unit="iteration") as run:
         # The states of the newest checkpoint, or of a new run.

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from data.batches import collate
-from data.sources import Source, check_eval_records, evaluated_split, open_source
+from data.sources import OnBadRow, Source, check_eval_records, evaluated_split, open_source
 from data.steps import encode_steps, pad_steps, steps_batches
 from data.tokenizer import Tokenizer, tokenizer_for
 from evaluation.steps import step_table
@@ -53,7 +53,9 @@ class Config:
 
     # Data
     data: str = "arithmetic"
-    """Solutions with labelled steps: arithmetic, a .jsonl file (PRM800K's too), or tfds:<name>."""
+    """Solutions with labelled steps: arithmetic, files (PRM800K's too), or tfds:<name>."""
+    on_bad_row: OnBadRow = "stop"
+    """stop: end at the first bad row of a file; skip: leave bad rows out, and list them."""
     eval_data: str | None = None
     """Held-out solutions; None: the held-out part of --data."""
     tokenizer: str | None = None
@@ -196,7 +198,7 @@ def main(config: Config) -> dict[str, float]:
 
     # A dry run ends here and has written nothing.
     if config.dry_run:
-        return preview(config, update.init, update.optimizer, mesh, next(batches), tokenizer)
+        return preview(config, update.init, update.optimizer, mesh, batches, tokenizer)
     with Run(config, tokenizer) as run:
         state, base = run.start_or_resume(update.init, update.optimizer, mesh, batches)
         title = f"step-wise reward model on {source.name}"

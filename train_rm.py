@@ -19,7 +19,7 @@ import numpy as np
 
 from data.batches import comparison_batches
 from data.records import Message
-from data.sources import Source, check_eval_records, evaluated_split, open_source
+from data.sources import OnBadRow, Source, check_eval_records, evaluated_split, open_source
 from data.tokenizer import tokenizer_for
 from evaluation.reward_model import make_comparison_evaluation
 from lora import LoraConfig, with_adapters
@@ -52,7 +52,9 @@ class Config:
 
     # Data
     data: str = "world"
-    """Comparisons: world, a .jsonl file, or tfds:<name>."""
+    """Comparisons: world, files, or tfds:<name>."""
+    on_bad_row: OnBadRow = "stop"
+    """stop: end at the first bad row of a file; skip: leave bad rows out, and list them."""
     eval_data: str | None = None
     """Held-out comparisons; None: the held-out part of --data."""
     demonstrations: str | None = None
@@ -223,7 +225,7 @@ def main(config: Config) -> dict[str, float]:
 
     # A dry run ends here and has written nothing.
     if config.dry_run:
-        return preview(config, update.init, update.optimizer, mesh, next(batches), tokenizer)
+        return preview(config, update.init, update.optimizer, mesh, batches, tokenizer)
     with Run(config, tokenizer) as run:
         state, base = run.start_or_resume(update.init, update.optimizer, mesh, batches)
         title = f"reward model on {source.name}, {source.candidates} candidates a prompt"

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from data.sources import keep_prepared
+from data.sources import keep_prepared, set_on_bad_row
 from lora import LoraConfig, base_step, lora_base, merge, note_lora_base, trainable_part
 from model import LanguageModel, Params, ScalarModel, init_and_apply
 from model_config import ModelConfig, stored_model
@@ -39,11 +39,12 @@ def pin_inputs(config: Any) -> Any:
     `config`: an instance of a script's Config; a new one is returned. Each run it names becomes a
     RunAtStep (runtime/inputs.py): that run at the step that `config.run` began with, or the
     newest. Where `lora.rank` is above 0, `lora.base` becomes the SHA-256 of --init's step. What
-    this process prepares of data files is kept from now on, unless `dry_run`. Raises UserError as
-    with_pinned_runs and note_lora_base do.
+    this process prepares of data files is kept from now on, unless `dry_run`; bad rows are met as
+    `on_bad_row` says. Raises UserError as with_pinned_runs and note_lora_base do.
     """
     config = with_pinned_runs(config)
     keep_prepared(not getattr(config, "dry_run", False))
+    set_on_bad_row(getattr(config, "on_bad_row", "stop"))
     return note_lora_base(config) if hasattr(config, "lora") else config
 
 

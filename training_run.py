@@ -30,20 +30,17 @@ from data.records import Message
 from data.tokenizer import Tokenizer
 from model import Params
 from model_config import ModelConfig
-from planning.dry_run import candidates_of, describe
+from planning.dry_run import Data, candidates_of, describe, lengths_of
 from responses import make_sampler
 from runtime.checkpoint import Checkpoints
 from runtime.guard import GuardConfig
 from runtime.metrics import Recorder
 from runtime.rows import Seal
-from runtime.run_folder import path_from_root
+from runtime.run_folder import atomic_text, path_from_root
 from runtime.samples import SampleRow
 from sampling import SamplingConfig
 from train_state import Init, start_or_resume
 from train_step import TrainState, make_schedule
-
-Data = Batches | dict[str, Batches]
-"""The batches that a script reads: one stream, or several by name."""
 
 
 def script_name(config: Any) -> str:
@@ -157,7 +154,10 @@ class Run:
         return state, base
 
     def _go_on(self, step: int, extra: Any, data: Data) -> None:
-        """Go on after `step`: `extra` is what its checkpoint holds beside the state, or None."""
+        """Go on after `step`: `extra` is what its checkpoint holds beside the state, or None.
+
+        Rows of the data that were skipped are listed in skipped.txt.
+        """
         self.start = step
         self._data = data if isinstance(data, dict) else {"": data}
         # Older checkpoints hold the data's position alone.
@@ -165,16 +165,25 @@ class Run:
             self._seal = extra["rows"]
             extra = extra["position"]
         _set_position(data, extra)
+        self._list_skipped()
+
+    def _list_skipped(self) -> None:
+        """Write skipped.txt, what is wrong with each row of the data that was left out, if any."""
+        lines: list[str] = []
+        for batches in self._data.values():
+            lines += batches.skipped
+        if lines and jax.process_index() == 0:
+            with atomic_text(f"{self.config.run}/skipped.txt") as file:
+                file.writelines(f"{line}\n" for line in lines)
 
     def describe(self, what: str, params: Any, rest: Any, *, length: int) -> None:
-        """Print the arithmetic of the run: sizes, mesh, memory, steps; and what data is cut.
+        """Print the arithmetic of the run: sizes, mesh, memory, steps; and what is read and cut.
 
         `what`: the title, behind the run's folder. `params`: the tree of what is trained. `rest`:
         a tree of all else that lies on the devices. `length`: tokens a row. Call it after the
         state is restored.
         """
         candidates = max([candidates_of(data.peek()) for data in self._data.values()], default=1)
-        cut = [data.cut_line() for data in self._data.values()]
         # Printed by process 0 alone: the others have no stdout (runtime/hosts.py).
         text = describe(
             f"{self.config.run}: {what}",
@@ -186,7 +195,7 @@ class Run:
             steps=self.config.steps,
             start=self.start,
             microbatches=self.config.microbatches,
-            cut="; ".join(filter(None, cut)),
+            data=lengths_of(self._data),
         )
         print(text)
 
@@ -230,19 +239,26 @@ class Run:
         `metrics`: by name, scalars of the device or of Python, or pairs (sum, weight), written as
         their quotient. Further calls for a step join its row. `tokens`: how many the step trained
         on, for the throughput. Added are the learning rate, in a script with one update a step,
-        and the number of records cut or dropped so far on this host, where there are any. Raises
-        UserError where the step was compiled too often or the updates come to nothing, and
-        guard.Spike.
+        and of the data, on this host, how many records were cut or dropped so far, and of files
+        the epochs. Raises UserError where the step was compiled too often or the updates come to
+        nothing, and guard.Spike.
         """
-        self._recorder(step, {**metrics, **self._cut()}, tokens=tokens)
+        self._recorder(step, {**metrics, **self._data_metrics()}, tokens=tokens)
 
-    def _cut(self) -> dict[str, int]:
-        """Count the records so far that were cut or dropped as too long; {} where none was."""
-        counts = {
-            "data/truncated": sum(data.truncated for data in self._data.values()),
-            "data/dropped": sum(data.dropped for data in self._data.values()),
+    def _data_metrics(self) -> dict[str, float]:
+        """Return the records so far that were cut or dropped as too long, and the epochs."""
+        streams = self._data.values()
+        if not streams:
+            return {}
+        metrics: dict[str, float] = {
+            "data/truncated": sum(data.truncated for data in streams),
+            "data/dropped": sum(data.dropped for data in streams),
         }
-        return {name: count for name, count in counts.items() if count}
+        # Of several streams the one that is seen most often.
+        epochs = [data.epoch for data in streams if not data.is_endless]
+        if epochs:
+            metrics["data/epoch"] = max(epochs)
+        return metrics
 
     def samples(self, step: int, rows: list[SampleRow]) -> None:
         """Append `rows` to samples.md under `step`, and show the first two on the terminal.

@@ -11,7 +11,7 @@ import numpy as np
 from data.batches import SHORTEST_PROMPT, Batch, cut_left, pad_examples
 from data.preferences import best_and_worst_response
 from data.records import Record, Schema
-from data.sources import Source, first_row, is_file, lines_of, open_source, reads
+from data.sources import Source, first_row, is_file, open_source, reads, rows_of
 from data.tokenizer import Tokenizer
 from responses import SHORTEST_WIDTH, full_parts
 from runtime.errors import UserError
@@ -97,7 +97,7 @@ def example_of(
     An empty prompt is bos alone. Cut on the left: the prompt first, down to SHORTEST_PROMPT
     tokens, then the response.
     """
-    answer = [*tokenizer.encode(response), tokenizer.eos]
+    answer = tokenizer.answer(response)
     asked = [tokenizer.bos]
     if prompt:
         room = max(length - len(answer), SHORTEST_PROMPT)
@@ -138,13 +138,14 @@ def open_rows(data: str, schema: Schema, seed: int) -> Source:
     return open_source(data, schema, "all" if is_file(data) else "train", seed=seed)
 
 
-def rows_as_written(data: str, source: Source) -> Iterator[str]:
-    """Yield the rows of `source`, of `open_rows`, as lines of JSON: of a file as they stand in it.
+def rows_as_written(data: str, schema: Schema, source: Source) -> Iterator[str]:
+    """Yield the rows of `source`, of `open_rows`, as lines of JSON: of files with all their keys.
 
-    What is no file has no lines: its records are written, which every script reads as they are.
+    What is no file has no rows: its records are written, which every script reads as they are.
     """
+    rows: Iterator[Any] = (source[i] for i in range(len(source)))
     if is_file(data):
-        yield from itertools.islice(lines_of(data), len(source))
-        return
-    for i in range(len(source)):
-        yield json.dumps(source[i], ensure_ascii=False)
+        rows = itertools.islice(rows_of(data, schema), len(source))
+    for row in rows:
+        # Parquet has dates, which JSON has as texts.
+        yield json.dumps(row, ensure_ascii=False, default=str)

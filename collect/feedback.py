@@ -90,7 +90,7 @@ class Config:
     reward: str | None = None
     """A run of train_rm.py that picks the best of each round's revisions (ILF)."""
     data: str = "world"
-    """Prompts: world, a .jsonl file, or tfds:<name>."""
+    """Prompts: world, files, or tfds:<name>."""
     split: Literal["train", "heldout"] = "train"
     """Part of the prompts."""
     prompts: int = 10000

@@ -32,8 +32,8 @@ from data.tokenizer import Tokenizer
 from model_config import stored_model
 from responses import LoadedRun, load_run
 from runtime import flags
+from runtime.data_files import joint_sum
 from runtime.errors import UserError, refuse_unread, require
-from runtime.inputs import content_sum
 from runtime.run_folder import atomic_text
 from sharding import MeshConfig, make_mesh
 
@@ -211,7 +211,7 @@ def embeddings_of(config: Config, source: Source, length: int, key: jax.Array) -
     What is not projected is memory-mapped from where it is kept.
     """
     # By what the rows are, and how many.
-    content = content_sum(config.data) if is_file(config.data) else f"{config.data} {config.seed}"
+    content = joint_sum(config.data) if is_file(config.data) else f"{config.data} {config.seed}"
     which = f"{content} {config.schema} {len(source)}"
     wide = embed(
         config.init, loaded(config.init), source, which, length=length, layer=config.layer
@@ -407,7 +407,7 @@ def main(config: Config) -> dict[str, int]:
         # The rows as they stand, in their order.
         is_chosen_N = np.zeros(count, bool)
         is_chosen_N[chosen] = True
-        lines = rows_as_written(config.data, source)
+        lines = rows_as_written(config.data, schema, source)
         file.writelines(f"{line}\n" for line, kept in zip(lines, is_chosen_N, strict=True) if kept)
         scores_path = f"{config.out}.scores.jsonl"
         write_scores(scores_path, scores_N, chosen)

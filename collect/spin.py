@@ -34,7 +34,7 @@ class Config:
     init: str = "runs/align/sft"
     """Run that plays against the demonstrations."""
     data: str = "world"
-    """Demonstrations: world, arithmetic, a .jsonl file, or tfds:<name>."""
+    """Demonstrations: world, arithmetic, files, or tfds:<name>."""
     split: Literal["train", "heldout"] = "train"
     """Part of the demonstrations."""
     out: str = "runs/spin/1.jsonl"

@@ -84,7 +84,7 @@ class Config:
     out: str = "runs/steps.jsonl"
     """File to write."""
     data: str = "arithmetic"
-    """Problems with answers: arithmetic, a .jsonl file, or tfds:<name>."""
+    """Problems with answers: arithmetic, files, or tfds:<name>."""
     split: Literal["train", "heldout"] = "train"
     """Part of the problems."""
     labels: Literal["gold", "outcome", "completions"] = "gold"

@@ -17,9 +17,10 @@ from typing import Any, NamedTuple, Required, Self, TypedDict, Unpack
 import grain
 import numpy as np
 
-from data.packing import pack, split_document
+from data.lengths import MEASURED, Encode, Encoded, lengths_line
+from data.packing import at_a_space, pack, split_document
 from data.records import Record
-from data.sources import Source
+from data.sources import ENDLESS, Source
 from data.tokenizer import Tokenizer
 from runtime.errors import UserError
 
@@ -48,37 +49,6 @@ PACKING_WINDOW = 512
 """Consecutive examples that are packed together."""
 SHORTEST_PROMPT = 8
 """Tokens of a prompt longer than this that must be left of it, or the record is dropped."""
-
-
-class Encoded(NamedTuple):
-    """A record as rows."""
-
-    rows: list[Row]
-    """Usually one; none where the record is dropped."""
-    truncated: bool
-    """True where tokens were cut off, or everything dropped."""
-
-    @property
-    def is_cut(self) -> bool:
-        """True where a part is left; a record that is dropped does not also count as cut."""
-        return self.truncated and bool(self.rows)
-
-
-NO_LIMIT = 1 << 40
-"""Tokens, more than any record has."""
-
-
-def tokens_of(rows: Sequence[Row]) -> int:
-    """Count the tokens of rows, prompts once for each of their responses."""
-    count = 0
-    for row in rows:
-        count += len(row.get("tokens", ()))
-        count += sum(map(len, (*row.get("prompts", ()), *row.get("responses", ()))))
-    return count
-
-
-Encode = Callable[[Record, Tokenizer, int], Encoded]
-"""encode(record, tokenizer, length): one record as rows of at most `length` tokens."""
 Pad = Callable[..., Batch]
 """pad(rows, length, pad, fixed=False): rows as one batch; `pad` is the id of the padding."""
 
@@ -89,11 +59,12 @@ Pad = Callable[..., Batch]
 def encode_text(record: Record, tokenizer: Tokenizer, length: int) -> Encoded:
     """Encode a document as rows {"tokens", "mask"}: bos, its text, eos, split every `length`.
 
-    Every token but bos is predicted exactly once. No document is cut or dropped.
+    Every token but bos is predicted exactly once. No document is cut or dropped, and no word goes
+    on in another row where a space is near.
     """
     rows: list[Row] = []
     document = tokenizer.document(record["text"])
-    for tokens, mask in split_document(document, length):
+    for tokens, mask in split_document(document, length, tokenizer.word_starts):
         rows.append({"tokens": tokens, "mask": mask})
     return Encoded(rows, False)
 
@@ -102,10 +73,14 @@ def encode_chat(record: Record, tokenizer: Tokenizer, length: int) -> Encoded:
     """Encode a conversation as one row {"tokens", "mask"}; see `Tokenizer.chat`.
 
     The mask is 1 on the assistant's tokens and the eos after each of its turns. Cut on the right
-    to `length` tokens; dropped if no token that counts is left.
+    to `length` tokens, between words where a space is near; dropped if no token that counts is
+    left.
     """
     tokens, mask = tokenizer.chat(record["messages"])
-    row = {"tokens": tokens[:length], "mask": mask[:length]}
+    end = length
+    if len(tokens) > length:
+        end = at_a_space(tokens, length, tokenizer.word_starts, -1, length)
+    row = {"tokens": tokens[:end], "mask": mask[:end]}
     rows = [row] if any(row["mask"]) else []
     return Encoded(rows, len(tokens) > length)
 
@@ -155,7 +130,7 @@ def encode_prompt(record: Record, tokenizer: Tokenizer, length: int) -> Encoded:
 def cut_left(tokens: list[int], length: int, tokenizer: Tokenizer) -> list[int]:
     """Cut a prompt as `without_beginning` does, and say so on stderr, once a process.
 
-    For commands; what batches cut is counted (`Batches.cut_line`).
+    For commands; what batches cut is counted (`Batches.truncated`).
     """
     kept = without_beginning(tokens, length, tokenizer)
     if len(kept) < len(tokens):
@@ -174,8 +149,8 @@ def without_beginning(tokens: list[int], length: int, tokenizer: Tokenizer) -> l
     """Cut a prompt on the left to at most `length` tokens: bos, a role, and the prompt's end.
 
     The role is that of the turn which the cut goes through. The cut moves on to just after a
-    newline where one is in the first half of what is kept. A prompt that fits is returned as it
-    is. Raises UserError for a `length` below 3.
+    newline where one is in the first half of what is kept, else to a space where one is near. A
+    prompt that fits is returned as it is. Raises UserError for a `length` below 3.
     """
     if len(tokens) <= length:
         return tokens
@@ -196,6 +171,8 @@ def without_beginning(tokens: list[int], length: int, tokenizer: Tokenizer) -> l
         if tokens[t] == newline:
             cut = t + 1
             break
+    else:
+        cut = at_a_space(tokens, cut, tokenizer.word_starts, 1, length)
 
     # Say whose turn it is that goes on here, unless a turn begins here.
     turn = []
@@ -346,6 +323,12 @@ class Layout:
     pad: Pad
     packed: bool = False
     """Pack rows {"tokens", "mask"} into rows of exactly `length` tokens, instead of `pad`."""
+    flag: str = "--length"
+    """The flag of scripts that sets `length`, for messages."""
+
+
+PROMPTS = Layout(encode_prompt, pad_prompts, flag="--max_prompt")
+"""Prompts to generate from."""
 
 
 class BatchOptions(TypedDict, total=False):
@@ -392,11 +375,13 @@ class Window(NamedTuple):
 
 
 class Made(NamedTuple):
-    """A batch, the records of its rows, and the position after it."""
+    """A batch, the records of its rows, and the position and the windows used after it."""
 
     batch: Batch
     records: list[Record]
     position: Position
+    windows: float
+    """Of the window at hand the share of its rows that is used."""
 
 
 class Batches:
@@ -458,6 +443,7 @@ class Batches:
             "dropped": 0,
             "processes": processes,
         }
+        self._windows = 0.0
 
     @property
     def state(self) -> Position:
@@ -475,13 +461,18 @@ class Batches:
                 f"{self._processes}; resume on as many"
             )
         self._position = state.copy()
+        self._windows = float(state["window"])
         self._ahead = None
 
     @property
     def epoch(self) -> float:
-        """Passes over the source so far."""
-        examples = self._position["window"] * self._window_size * self._processes
-        return examples / len(self._source)
+        """Passes over the source so far; after a restore those of whole windows, until `next`."""
+        return self._windows * self._window_size * self._processes / len(self._source)
+
+    @property
+    def is_endless(self) -> bool:
+        """True for what is built in, of which no run sees the end."""
+        return len(self._source) == ENDLESS
 
     @property
     def truncated(self) -> int:
@@ -493,33 +484,20 @@ class Batches:
         """Examples left out as too long so far, on this host."""
         return self._position["dropped"]
 
-    def cut_line(self, records: int = 500) -> str:
-        """Say how many of the first `records` are cut or dropped, and what share of their tokens.
+    @property
+    def skipped(self) -> Sequence[str]:
+        """What is wrong with each row of the source that was left out."""
+        return self._source.skipped
 
-        "" where all fit.
-        """
-        cut = 0
-        dropped = 0
-        tokens = 0
-        lost = 0
-        count = min(records, len(self._source))
-        for i in range(count):
-            record = self._source[i]
-            encoded = self._layout.encode(record, self._tokenizer, self._length)
-            kept = tokens_of(encoded.rows)
-            whole = kept
-            if encoded.truncated:
-                whole = tokens_of(self._layout.encode(record, self._tokenizer, NO_LIMIT).rows)
-            cut += encoded.is_cut
-            dropped += not encoded.rows
-            tokens += whole
-            lost += whole - kept
-        if not cut and not dropped:
-            return ""
-        return (
-            f"of the first {count:,} records of {self._source.name} {cut:,} are cut to "
-            f"{self._length:,} tokens and {dropped:,} dropped: {lost / max(tokens, 1):.1%} of the "
-            "tokens are lost"
+    def lengths_line(self, records: int = MEASURED) -> str:
+        """Say how many rows the source has, how long they are, and what of them is lost."""
+        return lengths_line(
+            self._source,
+            self._layout.encode,
+            self._tokenizer,
+            self._length,
+            flag=self._layout.flag,
+            records=records,
         )
 
     def peek(self) -> Batch:
@@ -535,7 +513,7 @@ class Batches:
         if self._position["batches"] == 0:
             self._note_repetition()
         ahead = self._ahead or self._thread.submit(self._make, self._position)
-        batch, self.records, self._position = ahead.result()
+        batch, self.records, self._position, self._windows = ahead.result()
         # Make the next one while the device works on this.
         self._ahead = self._thread.submit(self._make, self._position)
         return batch
@@ -625,7 +603,9 @@ class Batches:
                     f"{self._source.name}: a batch whose loss mask is all zero; raise the length"
                 )
         records = [row["record"] for row in rows if "record" in row]
-        return Made(batch, records, after)
+        # Of a window that is begun, which is still at hand, a part is used.
+        used = after["row"] / len(self._window.rows) if after["row"] else 0.0
+        return Made(batch, records, after, after["window"] + used)
 
     def _take_rows(self, position: Position) -> tuple[list[Row], Position]:
         """Take the rows of one batch from as many windows as it needs; also the position after."""
@@ -636,6 +616,10 @@ class Batches:
         fruitless = 0
         while len(rows) < self._rows:
             window = self._make_window(after["window"])
+            # What is cut counts with the window's first rows.
+            if after["row"] == 0:
+                after["truncated"] += window.truncated
+                after["dropped"] += window.dropped
             missing = self._rows - len(rows)
             taken = window.rows[after["row"] : after["row"] + missing]
             rows += taken
@@ -646,12 +630,9 @@ class Batches:
                 raise UserError(
                     f"{self._source.name}: no record fits {self._length} tokens; raise length"
                 )
-            # A window counts when all its rows are used.
             if after["row"] == len(window.rows):
                 after["window"] += 1
                 after["row"] = 0
-                after["truncated"] += window.truncated
-                after["dropped"] += window.dropped
         return rows, after
 
     def _make_window(self, number: int) -> Window:
@@ -711,7 +692,7 @@ def prompt_batches(
     `source`: records of the schema `prompt`. Longer prompts are cut on the left to `length`
     tokens. Options are those of `BatchOptions`.
     """
-    return Batches(Layout(encode_prompt, pad_prompts), source, tokenizer, **options)
+    return Batches(PROMPTS, source, tokenizer, **options)
 
 
 def comparison_batches(

@@ -3,9 +3,12 @@
 Everything here raises FieldError, which names the field; data/sources.py adds file and line.
 """
 
+import functools
 import math
 import re
 from typing import Any
+
+from runtime.foreign import first_twin
 
 Row = dict[str, Any]
 """A row as a file has it: any JSON object."""
@@ -51,6 +54,10 @@ class FieldError(Exception):
         super().__init__(f"{field}: {reason}")
 
 
+class LeftOut(FieldError):
+    """A row that says itself that it is not trained on."""
+
+
 def shown(value: Any) -> str:
     """Return a value for a message: in one line, at most 60 characters, printable."""
     text = repr(value)
@@ -73,6 +80,14 @@ def get(row: Row, field: str, place: str = "") -> Any:
     if field not in row:
         raise missing(row, place + field, place + field)
     return row[field]
+
+
+def unlike_keys(pairs: list[tuple[str, Any]]) -> Row:
+    """Return the pairs of a JSON object as a dict; raise FieldError for a key that repeats."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        raise FieldError(name_shown(first_twin(pairs)), "stands twice in one object; keep one")
+    return row
 
 
 def an_object(row: Row, field: str) -> Row:
@@ -145,17 +160,32 @@ def switch(row: Row, place: str) -> bool | None:
     return answers.pop() if answers else None
 
 
+@functools.lru_cache(4096)
+def _words_of(name: str) -> tuple[list[str], bool]:
+    """Return the words in a name without FORMS at its end, and if one is of OTHERS_TURNS."""
+    separate = re.sub(r"([a-z])([A-Z])", r"\1 \2", name).lower()
+    words = re.findall(r"[a-z]+", separate)
+    on_others = not OTHERS_TURNS.isdisjoint(words)
+    while len(words) > 1 and words[-1] in FORMS:
+        words.pop()
+    return words, on_others
+
+
+def leave_out(row: Row) -> None:
+    """Raise LeftOut for a row whose own weight is 0, or whose train is false."""
+    for name in ("weight", "train"):
+        value = row.get(name)
+        if isinstance(value, int | float) and value == 0:
+            raise LeftOut(name, f"is {shown(value)}: the row is not trained on")
+
+
 def changes_training(name: str, value: Any, switches_only: bool = False) -> bool:
     """Return whether a field that nothing reads would change what is read or trained on.
 
     Judged by the words in its name, in snake_case or camelCase, and by its value: a weight of 1
     changes nothing, nor does a null. `switches_only`: only fields that say whether to train.
     """
-    separate = re.sub(r"([a-z])([A-Z])", r"\1 \2", name).lower()
-    words = re.findall(r"[a-z]+", separate)
-    on_others = not OTHERS_TURNS.isdisjoint(words)
-    while len(words) > 1 and words[-1] in FORMS:
-        words.pop()
+    words, on_others = _words_of(name)
     if is_empty(value) or not words or {words[0], words[-1]} & FACTS:
         return False
     if not SWITCH_ON.isdisjoint(words):

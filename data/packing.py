@@ -1,6 +1,6 @@
 """Put several examples in one row: first-fit packing, in numpy. Segment ids keep them apart."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -8,20 +8,46 @@ Example = tuple[Sequence[int], Sequence[int]]
 """Token ids and their loss mask (1 where the token is predicted), of the same length."""
 
 
-def split_document(tokens: Sequence[int], length: int) -> list[Example]:
+NEAR = 16
+"""Tokens in which a cut looks for a space, at most; in short rows a quarter of the row."""
+
+
+def at_a_space(
+    tokens: Sequence[int], cut: int, word_starts: Collection[int], way: int, length: int
+) -> int:
+    """Move a cut before token `cut` to the next place where a word begins; none near: leave it.
+
+    `way`: -1 to look to the left, 1 to the right. `word_starts`: ids of tokens that begin with a
+    space (Tokenizer.word_starts). `length`: tokens of a row.
+    """
+    near = min(NEAR, length // 4)
+    for place in range(cut, cut + way * near, way):
+        if 0 < place < len(tokens) and tokens[place] in word_starts:
+            return place
+    return cut
+
+
+def split_document(
+    tokens: Sequence[int], length: int, word_starts: Collection[int] = ()
+) -> list[Example]:
     """Cut a document into pieces of at most `length` tokens (2 or more), with their loss masks.
 
     Each piece starts with the last token of the one before, which is not predicted again. So
-    every token but the document's first is predicted exactly once.
+    every token but the document's first is predicted exactly once. No word is cut where one ends
+    near the end of a piece, by `word_starts` (see at_a_space).
     """
     examples: list[Example] = []
-    # A document of one token is one piece too, though it has none to predict.
-    to_predict = max(len(tokens) - 1, 1)
-    for start in range(0, to_predict, length - 1):
-        piece = tokens[start : start + length]
+    start = 0
+    while True:
+        end = start + length
+        if end < len(tokens):
+            end = at_a_space(tokens, end, word_starts, -1, length)
+        piece = tokens[start:end]
         mask = [0] + [1] * (len(piece) - 1)
         examples.append((piece, mask))
-    return examples
+        if end >= len(tokens):
+            return examples
+        start = end - 1
 
 
 def first_fit(lengths: Sequence[int], length: int) -> list[tuple[int, int]]:

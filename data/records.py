@@ -18,6 +18,7 @@ A field that nothing reads is left out, and refused where it would change what i
 (data/fields.py).
 """
 
+import functools
 import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -33,6 +34,7 @@ from data.fields import (
     get,
     is_empty,
     is_number,
+    leave_out,
     missing,
     refuse_unread,
     shown,
@@ -51,11 +53,14 @@ from data.messages import (
     tools_text,
     turn,
 )
+from data.trees import best_path, ranked_replies, ranks_of
 
 Record = dict[str, Any]
 """A row adapted to one schema; its keys are those of the table above."""
 Schema = Literal["text", "chat", "comparison", "unpaired", "prompt", "steps"]
 STEP_LABELS = ("positive", "neutral", "negative")
+MOST_KINDS_OF_ROWS = 1024
+"""Sets of fields whose layouts are kept in mind."""
 
 
 class Layout(NamedTuple):
@@ -79,8 +84,32 @@ ANSWERS = (
     "output target targets label"
 )
 """Names of the answer to check, beside a prompt; the first that says something is taken."""
+RESPONSES = (
+    "chosen rejected response_0 response_1 response_a response_b human_ref_A human_ref_B "
+    "inputs_pretokenized targets_pretokenized"
+)
+"""Names of texts in comparisons and demonstrations that no other schema has."""
 INPUTS = "input context"
 """Names of the input of an instruction, which goes below it."""
+PAIRS = (
+    ("response_0", "response_1", "better_response_id"),
+    ("response_0", "response_1", "safer_response_id"),
+    ("response_a", "response_b", "winner"),
+)
+"""Names of two responses to a request, and of the better one. PKU's rows say too which is safer:
+that is read where nothing says which is better."""
+BATTLE = ("conversation_a", "conversation_b", "winner")
+SHP = ("history", "human_ref_A", "human_ref_B", "labels")
+TREE = ("message_tree_id", "prompt")
+WINNERS: dict[str, int | None] = {
+    "model_a": 0,
+    "model_b": 1,
+    "a": 0,
+    "b": 1,
+    "tie": None,
+    "tie (bothbad)": None,
+}
+"""Names of the better of two in an arena."""
 SYSTEM = ("system", "system_prompt")
 OPENING = (*SYSTEM, "tools", "history")
 """Fields that stand before the first turn of a conversation, whatever its layout."""
@@ -105,8 +134,10 @@ def opened(row: Row, messages: list[Message]) -> list[Message]:
 
 
 def _history(row: Row) -> list[Message]:
-    """Read the earlier turns of a row, [[what was asked, what was answered], ...]."""
+    """Read the earlier turns of a row: [[what was asked, what was answered], ...], or messages."""
     pairs = row.get("history") or []
+    if isinstance(pairs, list) and pairs and isinstance(pairs[0], dict):
+        return messages_of(pairs, "history")
     if not isinstance(pairs, list):
         raise FieldError("history", "must be a list of pairs, [asked, answered]")
     turns = []
@@ -259,6 +290,88 @@ def read_ranked(row: Row, asked: str, responses: str, ranking: str) -> Record:
     if not whole or len(ranks) != count or min(ranks) != 1 or max(ranks) > LARGEST:
         raise FieldError("ranking", f"must be {count} whole numbers, 1 the best, equal for a tie")
     return {"prompt": prompt, "responses": given, "ranking": ranks}
+
+
+def read_scored(row: Row, asked: str, completions: str) -> Record:
+    """Read UltraFeedback's own row: responses with scores, of which the highest is the best."""
+    prompt = opened(row, _request(row, asked))
+    given = row[completions]
+    if not isinstance(given, list) or len(given) < 2:
+        raise FieldError(completions, "must be a list of two or more objects with a response")
+    responses = []
+    scores: list[float] = []
+    for i, completion in enumerate(given):
+        place = f"{completions}[{i}]"
+        if not isinstance(completion, dict):
+            raise FieldError(place, "must be an object with response and overall_score")
+        responses.append(text_of(completion.get("response"), f"{place}.response"))
+        # The second is the mean of its four aspects.
+        score: Any = completion.get("overall_score", completion.get("fine-grained_score"))
+        if not is_number(score):
+            raise FieldError(f"{place}.overall_score", f"must be a number, not {shown(score)}")
+        scores.append(score)
+    return {"prompt": prompt, "responses": responses, "ranking": ranks_of(scores)}
+
+
+def read_battle(row: Row, first: str, second: str, winner: str) -> Record:
+    """Read two whole conversations of an arena, and which of them won."""
+    turns = [conversation_of(row[name], name) for name in (first, second)]
+    (prompt, one), (other_prompt, other) = (
+        last_and_before(opened(row, said), name)
+        for said, name in zip(turns, (first, second), strict=True)
+    )
+    if prompt != other_prompt:
+        raise FieldError(
+            second, f"must be the conversation of {first} up to the last turn; remove the row"
+        )
+    _refuse_unasked(prompt, first)
+    return _two(prompt, one, other, _winner(row, winner))
+
+
+def read_two(row: Row, asked: str, first: str, second: str, better: str) -> Record:
+    """Read two responses to a request, and which of them is better: by number, or by name."""
+    # SHP calls a request `history`, which elsewhere holds earlier turns.
+    earlier = {name: value for name, value in row.items() if name != asked}
+    request = prompt_of(row[asked], asked) if asked == "history" else _request(row, asked)
+    one = text_of(row[first], first)
+    other = text_of(row[second], second)
+    return _two(opened(earlier, request), one, other, _winner(row, better))
+
+
+def _winner(row: Row, field: str) -> int | None:
+    """Return the number of the better of two, 0 or 1; None for a tie."""
+    said = row[field]
+    if isinstance(said, str):
+        named = WINNERS.get(said.lower(), -1)
+    else:
+        number = whole_number(said)
+        named = number if number in (0, 1) else -1
+        # SHP says by 1 that the first is better.
+        if field == "labels" and named != -1:
+            named = 1 - named
+    if named == -1:
+        words = ", ".join(WINNERS)
+        raise FieldError(field, f"must be 0, 1, or one of {words}, not {shown(said)}")
+    return named
+
+
+def _two(prompt: list[Message], first: str, second: str, better: int | None) -> Record:
+    """Return two responses as a comparison; None: they tie, as equal texts do."""
+    ranking = [1, 1]
+    if better is not None and first != second:
+        ranking[1 - better] = 2
+    return {"prompt": prompt, "responses": [first, second], "ranking": ranking}
+
+
+def read_tree(row: Row, name: str, root: str) -> Record:
+    """Read a tree of OASST as the conversation of its best replies."""
+    return _chat(opened(row, best_path(an_object(row, root), root)), root)
+
+
+def read_tree_replies(row: Row, name: str, root: str) -> Record:
+    """Read a tree of OASST as its first message and the ranked replies to that."""
+    prompt, responses, ranking = ranked_replies(an_object(row, root), root)
+    return {"prompt": opened(row, prompt), "responses": responses, "ranking": ranking}
 
 
 def _margin(value: Any) -> float:
@@ -476,10 +589,23 @@ def _prm800k_completion(stage: Any, place: str) -> Row | None:
 def _each(read: Callable[..., Record], *names: str, more: str = "") -> list[Layout]:
     """Return a layout for each choice of one of the names that each field goes by.
 
-    Names are parted by spaces; so are those in `more`.
+    Names are parted by spaces; so are those in `more`. Of requests only an instruction has INPUTS.
     """
-    choices = itertools.product(*(name.split() for name in names))
-    return [Layout(fields, read, tuple(more.split())) for fields in choices]
+    layouts = []
+    for fields in itertools.product(*(name.split() for name in names)):
+        others = set(REQUESTS.split()) - {"instruction"}
+        without = set() if others.isdisjoint(fields) else set(INPUTS.split())
+        read_too = tuple(name for name in more.split() if name not in without)
+        layouts.append(Layout(fields, read, read_too))
+    return layouts
+
+
+def _pairs(read: Callable[..., Record], request: str) -> list[Layout]:
+    """Return the layouts of two responses to a request with the names of PAIRS."""
+    layouts = []
+    for names in PAIRS:
+        layouts += _each(read, request, *names, more=f"{INPUTS} safer_response_id")
+    return layouts
 
 
 ASKED = f"{REQUESTS} {INPUTS}"
@@ -488,34 +614,53 @@ LAYOUTS: dict[Schema, list[Layout]] = {
     "text": _each(read_text, "text"),
     "chat": [
         *_each(read_conversation, CONVERSATIONS),
+        *_each(read_tree, *TREE),
         # The best response of a comparison.
         *_each(read_best, "chosen", "rejected", more=f"{CONVERSATIONS} {ASKED}"),
         *_each(read_best, "responses", "ranking", more=ASKED),
+        *_each(read_best, "instruction prompt", "completions", more=INPUTS),
+        *_each(read_best, *BATTLE),
+        *_pairs(read_best, REQUESTS),
+        *_each(read_best, *SHP),
         # Self-Instruct; Alpaca and Dolly; what answers a prompt or a question elsewhere.
         *_each(read_instances, "instruction", "instances"),
         *_each(read_answered, "instruction", "output response completion", more=INPUTS),
         *_each(read_answered, "prompt query", "response completion"),
         *_each(read_answered, "question", "answer response"),
         *_each(read_answered, "problem", "solution"),
+        *_each(read_answered, "inputs_pretokenized", "targets_pretokenized"),
         *_each(read_answered, "inputs", "targets"),
+        *_each(read_answered, "input", "output response"),
     ],
     "comparison": [
         *_each(read_ranked, REQUESTS, "responses", "ranking", more=INPUTS),
         *_each(read_pair, REQUESTS, "chosen", "rejected", more=INPUTS),
         *_each(read_pair_after_messages, CONVERSATIONS, "chosen", "rejected"),
+        *_each(read_pair, "input", "chosen", "rejected"),
         *_each(read_whole_pair, "chosen", "rejected"),
+        # UltraFeedback as it was published, arenas, PKU, SHP, OASST.
+        *_each(read_scored, "instruction prompt", "completions", more=INPUTS),
+        *_each(read_battle, *BATTLE),
+        *_pairs(read_two, REQUESTS),
+        *_each(read_two, *SHP),
+        *_each(read_tree_replies, *TREE),
     ],
     "unpaired": [
         *_each(read_judged, REQUESTS, "response completion", JUDGED, more=INPUTS),
         *_each(read_judged_conversation, CONVERSATIONS, JUDGED),
     ],
     "prompt": [
+        *_each(read_prompt_of_chat, *TREE),
         *_each(read_prompt, "prompt", more=f"{ANSWERS} {JUDGED}"),
         # A conversation, whose last turn is the answer.
         *_each(read_prompt_of_conversation, CONVERSATIONS),
         *_each(read_prompt_of_chat, "chosen", "rejected", more=ASKED),
         *_each(read_prompt_of_chat, "instruction", "instances"),
+        *_each(read_prompt_of_chat, *BATTLE),
+        *_each(read_prompt_of_chat, *SHP),
+        *_each(read_prompt_of_chat, "inputs_pretokenized", "targets_pretokenized"),
         *_each(read_prompt, OTHER_REQUESTS, more=f"{ANSWERS} {INPUTS} {JUDGED}"),
+        *_each(read_prompt, "input", more=ANSWERS),
         *_each(read_text, "text"),
     ],
     "steps": [
@@ -540,16 +685,48 @@ WANTED: dict[Schema, tuple[str, str]] = {
 
 def layout_of(row: Row, schema: Schema) -> Layout:
     """Return the first layout of `schema` that fits a row; FieldError names what is missing."""
-    layouts = LAYOUTS[schema]
-    for layout in layouts:
-        if row.keys() >= set(layout.fields):
-            return layout
+    fitting = fitting_layouts(schema, frozenset(row))
+    if fitting:
+        return fitting[0]
     # The one of which most is there, the first of equals; more than half of it.
-    nearest = max(layouts, key=lambda layout: len(row.keys() & set(layout.fields)))
+    nearest = max(LAYOUTS[schema], key=lambda layout: len(row.keys() & set(layout.fields)))
     absent = [name for name in nearest.fields if name not in row]
     if 2 * len(absent) >= len(nearest.fields):
         raise missing(row, *WANTED[schema])
     raise missing(row, absent[0], ", ".join(nearest.fields))
+
+
+@functools.lru_cache(MOST_KINDS_OF_ROWS)
+def fitting_layouts(schema: Schema, names: frozenset[str]) -> tuple[Layout, ...]:
+    """Return the layouts of `schema` that fit a row with these fields, in their order.
+
+    Behind the first, which reads the row, stand those alone that are its like, with other names.
+    """
+    fitting = [layout for layout in LAYOUTS[schema] if names >= set(layout.fields)]
+    if not fitting:
+        return ()
+    first, *others = fitting
+    # What the first one reads beside its fields is no second choice: the input of an instruction.
+    known = {*first.fields, *first.more}
+    rivals = [
+        other for other in others if other.read is first.read and not known >= set(other.fields)
+    ]
+    return (first, *rivals)
+
+
+def _refuse_ambiguous(row: Row, schema: Schema, record: Record) -> None:
+    """Raise FieldError for a row whose fields say two things for one."""
+    first, *rivals = fitting_layouts(schema, frozenset(row))
+    for rival in rivals:
+        try:
+            other = rival.read(row, *rival.fields)
+        # What cannot be read says nothing: an empty field, P3's numbers of tokens.
+        except FieldError:
+            continue
+        if other != record:
+            ours = " and ".join(name for name in first.fields if name not in rival.fields)
+            theirs = " and ".join(name for name in rival.fields if name not in first.fields)
+            raise FieldError(theirs, f"says another thing than {ours}; keep one of them")
 
 
 def fields_read(layout: Layout) -> frozenset[str]:
@@ -564,9 +741,12 @@ def without_nulls(row: Row) -> Row:
 
 def _adapted(row: Row, schema: Schema) -> Record:
     """Adapt a row by the layout of `schema` that fits it."""
+    leave_out(row)
     layout = layout_of(row, schema)
     refuse_unread(row, fields_read(layout), switches_only=layout.read is read_text)
-    return layout.read(row, *layout.fields)
+    record = layout.read(row, *layout.fields)
+    _refuse_ambiguous(row, schema, record)
+    return record
 
 
 # ---- Schemas ----

@@ -1,37 +1,40 @@
 """Records by random access, in one schema, from what is built in, a file or the TFDS catalogue.
 
-    open_source("world" | "arithmetic" | "path.jsonl[.gz]" | "tfds:<name>[/config]",
-                schema, split, seed=0)
+    open_source("world" | "arithmetic" | "path.jsonl[.gz]" | "path.json" | "path.csv" |
+                "part-*.parquet" | "folder/of/datasets" | "hf:<owner>/<name>[:config][@split]" |
+                "tfds:<name>[/config]", schema, split, seed=0)
 
-Local files are validated line by line and prepared once as a TFDS ArrayRecord dataset, in
-$PLUMB_CACHE. Errors in a file read `file:line: field: reason`. What is prepared is checked by its
-sums, and prepared again where it is damaged.
+Files are validated row by row and prepared once as an ArrayRecord file, in $PLUMB_CACHE. Errors
+in a file read `file:line: field: reason`, or `file:row: ...` where rows are no lines. What is
+prepared is checked by its sums, and prepared again where it is damaged.
 """
 
 import functools
+import glob
 import gzip
 import hashlib
 import json
-import os
 import pathlib
 import sys
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from tqdm import tqdm
 
-from data.fields import FieldError, Row, name_shown
+from data.fields import FieldError, LeftOut, Row, name_shown, unlike_keys
+from data.formats import READERS, NumberedRow, is_lines
 from data.messages import is_trained
 from data.records import SCHEMAS, Record, Schema, unread_fields
 from runtime.compiled import cache_folder
+from runtime.data_files import KINDS, content_sum, files_named
 from runtime.errors import UserError, require
-from runtime.foreign import first_twin, one_line
+from runtime.foreign import one_line
 from runtime.hosts import progressed
-from runtime.inputs import BUILT_IN, catalogue_folder, content_sum, newest_prepared
+from runtime.inputs import BUILT_IN, catalogue_folder, newest_prepared
 from runtime.writes import beside, is_full_disk, remove_all_left_over
 from tasks import arithmetic, world
 
@@ -39,6 +42,11 @@ SCHEMA_VERSION = 3
 """Version of what is kept of a file. Raise it whenever a row would be adapted (data/records.py),
 held out or stored in another way than before: files prepared with another version are prepared
 again. Renaming, comments and messages need no new version."""
+SOURCES = (
+    "world, arithmetic, a .jsonl[.gz], .json, .csv or .parquet file, a folder of `datasets`, "
+    "hf:<owner>/<name>, or tfds:<name>"
+)
+"""What --data may name, for messages."""
 ENDLESS = 1 << 30
 """Records a split of what is built in is said to have: more than any run reads."""
 HELDOUT_SHARE = 0.05
@@ -46,6 +54,8 @@ HELDOUT_SHARE = 0.05
 HELDOUT_MOST = 1000
 """Most rows held out of such a source."""
 
+RECORDS = "records.array_record"
+"""File of a prepared folder: the records, one after the other, each as JSON."""
 SUMS = "sums.json"
 """File of a prepared folder: the SHA-256 of each other file."""
 
@@ -64,6 +74,8 @@ class Source:
     """The record stored at an index."""
     candidates: int = 2
     """The most responses that a comparison has."""
+    skipped: Sequence[str] = ()
+    """What is wrong with each row that was left out, `file:line: field: reason`."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -79,10 +91,10 @@ class Source:
 def open_source(data: str, schema: Schema, split: Split, *, seed: int = 0) -> Source:
     """Open the records of `data` in `schema` (see data/records.py).
 
-    `data`: world, arithmetic, a .jsonl[.gz] file or tfds:<name>. `split`: train or heldout, which
-    share no prompt; or all, of a local file alone. `seed`: that of what is built in. Raises
-    UserError for what is missing or malformed, naming file, line and field, and ValueError for
-    another schema or split.
+    `data`: world, arithmetic, tfds:<name>, or what names files (runtime/data_files.py). `split`:
+    train or heldout, which share no prompt; or all, of files alone. `seed`: that of what is built
+    in. Raises UserError for what is missing or malformed, naming file, line and field, and
+    ValueError for another schema or split.
     """
     if schema not in SCHEMAS or split not in get_args(Split):
         raise ValueError(f"schema {schema!r}, split {split!r}")
@@ -92,12 +104,7 @@ def open_source(data: str, schema: Schema, split: Split, *, seed: int = 0) -> So
         if data in BUILT_IN:
             return _built_in(data, schema, split, seed)
         return _catalogue(data.removeprefix("tfds:"), schema, split)
-    if data.endswith((".jsonl", ".jsonl.gz")):
-        return _local(pathlib.Path(data), schema, split)
-    raise UserError(
-        f"--data={data}: not a source; "
-        "give world, arithmetic, a .jsonl or .jsonl.gz file, or tfds:<name>"
-    )
+    return _local(data, schema, split)
 
 
 def is_file(data: str) -> bool:
@@ -121,25 +128,24 @@ def check_eval_records(records: int) -> None:
     )
 
 
-def lines_of(path: str) -> Iterator[str]:
-    """Yield the rows of a .jsonl[.gz] file as they stand in it, without ends and blank lines."""
-    for _, line in _lines(pathlib.Path(path)):
-        if line.strip():
-            yield line.decode("utf-8-sig").rstrip("\r\n")
+def rows_of(data: str, schema: Schema) -> Iterator[Row]:
+    """Yield the rows of files as they stand there, those that open_source(..., "all") has."""
+
+    def passed_over(_: str) -> None:
+        """What is wrong with a row was said when the source was opened."""
+
+    for row, _ in _rows_and_records(_data_files(data), schema, passed_over, passed_over):
+        yield row
 
 
-def first_row(path: str) -> Row:
-    """Return the first row of a .jsonl[.gz] file; UserError where there is none to read."""
-    # Says what is wrong with the path, as opening it does.
-    _file_sum(pathlib.Path(path))
-    for number, line in _lines(pathlib.Path(path)):
-        if not line.strip():
-            continue
-        try:
-            return _row(line)
-        except FieldError as fault:
-            raise UserError(f"{path}:{number}: {fault}") from None
-    raise UserError(f"{path}: has no rows; give a file with one JSON object a line")
+def first_row(data: str) -> Row:
+    """Return the first row of files; UserError where there is none to read."""
+    for path in _data_files(data):
+        for number, row in _rows(path):
+            if isinstance(row, FieldError):
+                raise UserError(f"{path}:{number}: {row}")
+            return row
+    raise UserError(f"{data}: has no rows; give a file that has some")
 
 
 def reads(row: Row, schema: Schema) -> bool:
@@ -151,7 +157,15 @@ def reads(row: Row, schema: Schema) -> bool:
     return True
 
 
+OnBadRow = Literal["stop", "skip"]
+_on_bad_row: OnBadRow = "stop"
 _for_now: tempfile.TemporaryDirectory | None = None
+
+
+def set_on_bad_row(choice: OnBadRow) -> None:
+    """Stop at a bad row of a file from now on, as at first, or skip it; each is then listed."""
+    global _on_bad_row
+    _on_bad_row = choice
 
 
 def keep_prepared(keep: bool) -> None:
@@ -320,33 +334,31 @@ def _plain(value: Any) -> Any:
 # ---- Local files ----
 
 
-def _local(path: pathlib.Path, schema: Schema, split: Split) -> Source:
-    folder = _prepared(path, schema)
-    # Slow to import, and not needed where the file is at fault.
-    import tensorflow_datasets as tfds
-
-    stored = tfds.builder_from_directory(folder).as_data_source(split="train")
+def _local(data: str, schema: Schema, split: Split) -> Source:
+    folder = _prepared(data, _data_files(data), schema)
+    stored = _stored(folder / RECORDS)
     with np.load(folder / "split.npz") as saved:
         keys_N = saved["keys"]
         candidates = int(saved["candidates"])
+    skipped = json.loads((folder / "skipped.json").read_text())
 
     def read(i: int) -> Record:
-        return json.loads(stored[i]["json"])
+        return json.loads(stored[i])
 
     # What the user may not have meant is said with the records that are trained on.
     if split != "heldout":
         for note in json.loads((folder / "notes.json").read_text()):
-            _say_once(f"note: {path}: {note}")
+            _say_once(f"note: {data}: {note}")
     if split == "all":
-        return Source(str(path), np.arange(len(keys_N)), read, candidates)
+        return Source(data, np.arange(len(keys_N)), read, candidates, skipped)
     held_out_N = held_out(keys_N)
     if held_out_N.all():
         same = "has one row" if len(keys_N) == 1 else "all its prompts or texts are the same"
-        raise UserError(f"{path}: {same}: none can be held out; add others")
+        raise UserError(f"{data}: {same}: none can be held out; add others")
     if split == "heldout":
-        name = f"the held-out split of {path}"
-        return Source(name, np.flatnonzero(held_out_N), read, candidates)
-    return Source(str(path), np.flatnonzero(~held_out_N), read, candidates)
+        name = f"the held-out split of {data}"
+        return Source(name, np.flatnonzero(held_out_N), read, candidates, skipped)
+    return Source(data, np.flatnonzero(~held_out_N), read, candidates, skipped)
 
 
 @functools.cache
@@ -383,30 +395,38 @@ def _key(record: Record) -> int:
     return int.from_bytes(digest[:8])
 
 
+def _data_files(data: str) -> list[pathlib.Path]:
+    """Return the files that `data` names; raise UserError for none, or for other files."""
+    files = files_named(data)
+    if not files:
+        if pathlib.Path(data).is_dir():
+            raise UserError(f"{data}: is a folder; name files in it, such as {data}/*.jsonl")
+        what = "no file of a known kind" if glob.has_magic(data) else "no such file"
+        raise UserError(f"{data}: {what}; give {SOURCES}")
+    for file in files:
+        if not file.name.endswith(KINDS):
+            raise UserError(f"--data={file}: not a source; give {SOURCES}")
+    return files
+
+
 def _file_sum(path: pathlib.Path) -> str:
     """Return the SHA-256 of a data file's bytes; raise UserError where it cannot be read."""
-    if path.is_dir():
-        raise UserError(f"{path}: is a folder; name a .jsonl file in it")
     try:
         return content_sum(path)
-    except FileNotFoundError:
-        raise UserError(
-            f"{path}: no such file; give world, arithmetic, a .jsonl file, or tfds:<name>"
-        ) from None
     except OSError as fault:
         raise UserError(f"{path}: cannot be read ({fault.strerror})") from None
 
 
-def _prepared(path: pathlib.Path, schema: Schema) -> pathlib.Path:
-    """Return the folder of the ArrayRecord dataset made of `path`; make it if it is not there.
+def _prepared(data: str, files: Sequence[pathlib.Path], schema: Schema) -> pathlib.Path:
+    """Return the folder of the records made of `files`; make it if it is not there.
 
     A damaged folder is made again, with a note. What processes that were killed left in the cache
     is removed.
     """
-    digest = _file_sum(path)
     cache = cache_folder()
     # Its name is a hash of all that it depends on.
-    identity = f"{schema} {SCHEMA_VERSION} {digest}"
+    contents = [f"{file.suffix} {_file_sum(file)}" for file in files]
+    identity = " ".join([schema, str(SCHEMA_VERSION), _on_bad_row, *contents])
     folder = cache / hashlib.sha256(identity.encode()).hexdigest()[:32]
     remove_all_left_over(cache)
     # A dry run leaves nothing behind.
@@ -417,17 +437,17 @@ def _prepared(path: pathlib.Path, schema: Schema) -> pathlib.Path:
         fault = _damage(folder)
         if fault is None:
             return folder
-        print(f"note: {folder}: {fault}; {path} is prepared again", file=sys.stderr)
+        print(f"note: {folder}: {fault}; {data} is prepared again", file=sys.stderr)
         _remove(folder)
 
     try:
-        _prepare(path, schema, folder)
+        _prepare(data, files, schema, folder)
     # ArrayRecord has errors of its own for a full disk.
     except Exception as fault:
         if not isinstance(fault, OSError) and not is_full_disk(fault):
             raise
         raise UserError(
-            f"{cache}: cannot keep {path} here ({one_line(fault)}); "
+            f"{cache}: cannot keep {data} here ({one_line(fault)}); "
             "free the disk, or set PLUMB_CACHE to another"
         ) from None
     return folder
@@ -469,21 +489,24 @@ class Facts(NamedTuple):
     """The most responses that a comparison has."""
     notes: list[str]
     """What the user may not have meant."""
+    skipped: list[str]
+    """What is wrong with each row that was left out."""
 
 
-def _facts(path: pathlib.Path, schema: Schema, keep: Callable[[Record], None]) -> Facts:
-    """Read all of a file once, and call `keep` with each record.
+def _facts(
+    rows: Iterable[tuple[Row, Record]], schema: Schema, skipped: list[str], left_out: list[str]
+) -> Facts:
+    """Go through all rows and their records.
 
-    Raises UserError for the first bad row.
+    `skipped`: what is wrong with rows that are passed over; `left_out`: those that say themselves
+    that they are not trained on. Both are filled while the rows are read.
     """
     keys = []
     candidates = 0
     turns = 0
     trained = 0
     unread: set[str] = set()
-    rows = tqdm(_rows_and_records(path, schema), f"preparing {path.name}", unit="row")
     for row, record in rows:
-        keep(record)
         keys.append(_key(record))
         candidates = max(candidates, len(record.get("responses", ())))
         unread |= unread_fields(row, schema)
@@ -495,6 +518,11 @@ def _facts(path: pathlib.Path, schema: Schema, keep: Callable[[Record], None]) -
         trained += sum(map(is_trained, said))
 
     notes = []
+    if skipped:
+        count = f"{len(skipped):,} of {len(skipped) + len(keys):,} rows are skipped"
+        notes.append(f"{count}; the first is {skipped[0]}")
+    if left_out:
+        notes.append(f"{len(left_out):,} rows say that they are not trained on: left out")
     if unread:
         names = [name_shown(name) for name in sorted(unread)]
         more = f" and {len(names) - 12} more" if len(names) > 12 else ""
@@ -504,20 +532,25 @@ def _facts(path: pathlib.Path, schema: Schema, keep: Callable[[Record], None]) -
             f"{turns - trained} of {turns} assistant's turns are not trained on "
             "(weight 0, or they call tools)"
         )
-    return Facts(np.array(keys, np.uint64), candidates, notes)
+    return Facts(np.array(keys, np.uint64), candidates, notes, skipped)
 
 
-def _prepare(path: pathlib.Path, schema: Schema, folder: pathlib.Path) -> None:
-    """Make `folder` of `path`: all of it or nothing.
-
-    Raises UserError for a file with a bad row or none, and OSError where there is no room.
-    """
+def _prepare(
+    data: str, files: Sequence[pathlib.Path], schema: Schema, folder: pathlib.Path
+) -> None:
+    """Make `folder` of `files`: all of it or nothing. Raises OSError where there is no room."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with beside(folder, is_folder=True) as (partial, _):
-        facts = _write(path, schema, partial / "rows")
-        built = partial / "rows"
+        built = partial / "built"
+        built.mkdir()
+        facts = _write(files, schema, built / RECORDS)
+        if facts.skipped and not len(facts.keys_N):
+            raise UserError(facts.skipped[0])
+        if not len(facts.keys_N):
+            raise UserError(f"{data}: has no rows; give a file that has some")
         np.savez(built / "split.npz", keys=facts.keys_N, candidates=facts.candidates)
         (built / "notes.json").write_text(json.dumps(facts.notes))
+        (built / "skipped.json").write_text(json.dumps(facts.skipped))
         sums = {file.name: content_sum(file) for file in built.iterdir()}
         (built / SUMS).write_text(json.dumps(sums))
         try:
@@ -528,86 +561,85 @@ def _prepare(path: pathlib.Path, schema: Schema, folder: pathlib.Path) -> None:
                 raise
 
 
-def _write(path: pathlib.Path, schema: Schema, folder: pathlib.Path) -> Facts:
-    """Build the dataset of a file's rows as `folder`, in one pass; return what was seen in it.
-
-    Row by row: TFDS's own builder would hold a gigabyte of them, to sort what is in order.
-    """
-    import tensorflow_datasets as tfds
+def _stored(path: pathlib.Path) -> Sequence[bytes]:
+    """Open a file of records, each read when it is asked for."""
     from array_record.python.array_record_data_source import ArrayRecordDataSource
-    from array_record.python.array_record_module import ArrayRecordWriter
 
-    # Records nest, and differ in their keys: each is stored as one string.
-    features = tfds.features.FeaturesDict({"json": tfds.features.Text()})
-    place = tfds.core.ShardedFileTemplate(
-        data_dir=folder,
-        dataset_name="local_rows",
-        split="train",
-        filetype_suffix="array_record",
-    )
-    folder.mkdir()
-    file = str(place.sharded_filepath(shard_index=0, num_shards=1))
+    return ArrayRecordDataSource(str(path))
 
-    # Each record in a group of its own, which random access reads alone. Zstandard's files are a
-    # fifth smaller than Snappy's, and writing them takes four times as long.
-    writer = ArrayRecordWriter(file, "group_size:1,snappy")
 
-    def keep(record: Record) -> None:
-        writer.write(_example(json.dumps(record)))
+def _write(files: Sequence[pathlib.Path], schema: Schema, path: pathlib.Path) -> Facts:
+    """Write the records of `files` to `path`, one a group, so that each is read by itself."""
+    # Not there where a benchmark runs without data.
+    from array_record.python import array_record_module
 
+    skipped: list[str] = []
+    left_out: list[str] = []
+    on_fault = _stop if _on_bad_row == "stop" else skipped.append
+    rows = _rows_and_records(files, schema, on_fault, left_out.append)
+    writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
+
+    def written() -> Iterator[tuple[Row, Record]]:
+        for row, record in tqdm(rows, f"preparing {files[0].name}", unit="row"):
+            writer.write(json.dumps(record).encode())
+            yield row, record
+
+    # In one go: a file is read once.
     try:
-        facts = _facts(path, schema, keep)
+        facts = _facts(written(), schema, skipped, left_out)
     finally:
         writer.close()
-    count = len(facts.keys_N)
-    if not count:
-        raise UserError(f"{path}: has no rows; give a file with one JSON object a line")
-    stored = len(ArrayRecordDataSource([file]))
-    if stored != count:
-        raise RuntimeError(f"{path}: {count} rows, but the prepared dataset has {stored}")
-
-    # What TFDS reads the folder by.
-    split = tfds.core.SplitInfo(
-        name="train",
-        shard_lengths=[count],
-        num_bytes=os.path.getsize(file),
-        filename_template=place,
-    )
-    tfds.folder_dataset.write_metadata(
-        data_dir=folder,
-        features=features,
-        split_infos=[split],
-        filename_template=place,
-        check_data=False,
-    )
+    stored = len(_stored(path)) if len(facts.keys_N) else 0
+    if stored != len(facts.keys_N):
+        raise RuntimeError(f"{files[0]}: {len(facts.keys_N)} rows, but {stored} are kept of them")
     return facts
 
 
-def _example(text: str) -> bytes:
-    """Serialise a record of the feature `json` as TFDS does, in a third of its time."""
-    from tensorflow_datasets.proto import tf_example_pb2, tf_feature_pb2
-
-    strings = tf_feature_pb2.BytesList(value=[text.encode()])
-    feature = {"json": tf_feature_pb2.Feature(bytes_list=strings)}
-    features = tf_feature_pb2.Features(feature=feature)
-    return tf_example_pb2.Example(features=features).SerializeToString()
+def _stop(fault: str) -> None:
+    raise UserError(fault)
 
 
-def _rows_and_records(path: pathlib.Path, schema: Schema) -> Iterator[tuple[Row, Record]]:
-    """Yield each row of a .jsonl[.gz] file and its record, blank lines skipped.
+def _rows(path: pathlib.Path) -> Iterator[NumberedRow]:
+    """Yield the rows of a file, of whatever format, with their numbers."""
+    read = _read_lines if is_lines(path) else READERS[path.suffix]
+    return read(path)
 
-    Raises UserError as `file:line: field: reason`.
+
+def _rows_and_records(
+    files: Sequence[pathlib.Path],
+    schema: Schema,
+    on_fault: Callable[[str], None] = _stop,
+    on_left_out: Callable[[str], None] = _stop,
+) -> Iterator[tuple[Row, Record]]:
+    """Yield each row of the files, one after the other, and its record.
+
+    Called with `file:line: field: reason`, and the row passed over, are `on_fault` for a bad row
+    and `on_left_out` for one that says that it is not trained on.
     """
     adapt = SCHEMAS[schema]
+    for path in files:
+        for number, row in _rows(path):
+            progressed()
+            try:
+                if isinstance(row, FieldError):
+                    raise row
+                record = adapt(row)
+            except FieldError as fault:
+                pass_over = on_left_out if isinstance(fault, LeftOut) else on_fault
+                pass_over(f"{path}:{number}: {fault}")
+                continue
+            yield row, record
+
+
+def _read_lines(path: pathlib.Path) -> Iterator[NumberedRow]:
+    """Yield the rows of a JSON Lines file, blank lines skipped."""
     for number, line in _lines(path):
         if not line.strip():
             continue
-        progressed()
         try:
-            row = _row(line)
-            yield row, adapt(row)
+            yield number, _row(line)
         except FieldError as fault:
-            raise UserError(f"{path}:{number}: {fault}") from None
+            yield number, fault
 
 
 def _lines(path: pathlib.Path) -> Iterator[tuple[int, bytes]]:
@@ -632,7 +664,7 @@ def _row(line: bytes) -> Row:
     try:
         # Without its newline, at which the parser would say the fault is.
         text = line.decode("utf-8-sig").rstrip()
-        row = json.loads(text, object_pairs_hook=_unlike_keys)
+        row = json.loads(text, object_pairs_hook=unlike_keys)
     except UnicodeDecodeError as fault:
         raise FieldError(
             "line", f"is not UTF-8 (byte {fault.start + 1}); save the file as UTF-8"
@@ -646,14 +678,8 @@ def _row(line: bytes) -> Row:
         raise FieldError("line", "holds a number of too many digits; write a string") from None
     if not isinstance(row, dict):
         raise FieldError(
-            "line", f"must be a JSON object, not {type(row).__name__}; write one object a line"
+            "line",
+            f"must be a JSON object, not {type(row).__name__}; write one object a line, or name a "
+            "file that is an array .json",
         )
-    return row
-
-
-def _unlike_keys(pairs: list[tuple[str, Any]]) -> Row:
-    """Return the pairs of a JSON object as a dict; raise FieldError for a key that repeats."""
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        raise FieldError(name_shown(first_twin(pairs)), "stands twice in one object; keep one")
     return row

@@ -35,6 +35,8 @@ PROBE: tuple[Message, ...] = (
     {"role": "assistant", "content": "b"},
 )
 """A conversation that shows how a chat template ends a turn."""
+BYTE_LEVEL_SPACES = ("Ġ", "Ċ")
+"""How byte-level vocabularies write a space and a newline."""
 TRAINING_RECORDS = 20_000
 """Records that a script's tokenizer is trained on."""
 
@@ -246,6 +248,17 @@ class Tokenizer:
         Tokenizers trained elsewhere may have one for `.` and a newline.
         """
         return [i for i in range(self.size) if self.decode([i]).endswith("\n")]
+
+    @functools.cached_property
+    def word_starts(self) -> frozenset[int]:
+        """All ids before which a text may be cut: those that begin with a space or a newline.
+
+        Control tokens too.
+        """
+        marks = (SPACE_MARK, *BYTE_LEVEL_SPACES, "\n")
+        pieces = map(self.pieces.id_to_piece, range(self.size))
+        starts = {i for i, piece in enumerate(pieces) if piece.startswith(marks)}
+        return frozenset(starts | self._hidden)
 
     def document(self, text: str) -> list[int]:
         """Return the ids of a whole text: bos, its tokens, eos."""

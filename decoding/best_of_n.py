@@ -48,7 +48,7 @@ class Config:
     """A run of train_rm.py, module:function, called with (response, record), or http://host:port
     of rewards/serve.py."""
     data: str = "world"
-    """Prompts: world, a .jsonl file, or tfds:<name>."""
+    """Prompts: world, files, or tfds:<name>."""
     split: Split | None = None
     """Part of --data; None: all of a file, else what is held out."""
     n: int = 16

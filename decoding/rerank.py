@@ -52,7 +52,7 @@ class Config:
     """Runs of train_prm.py. Each gives three scores: `product` and `minimum` over the steps, and
     `last`, as an outcome model's is read."""
     data: str = "arithmetic"
-    """Problems with answers of: arithmetic, a .jsonl file, or tfds:<name>."""
+    """Problems with answers of: arithmetic, files, or tfds:<name>."""
     split: Split | None = None
     """Part of --data; None: all of a file, else what is held out."""
     check: str = "tasks.answers:number"

@@ -48,7 +48,7 @@ class Config:
     how: StepScore = "product"
     """How the steps so far make one score (objectives/reward.py)."""
     data: str = "arithmetic"
-    """Problems with answers of: arithmetic, a .jsonl file, or tfds:<name>."""
+    """Problems with answers of: arithmetic, files, or tfds:<name>."""
     split: Split | None = None
     """Part of these problems; None: all of a file, else what is held out."""
     check: str = "tasks.answers:number"

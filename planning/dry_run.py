@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import optax
 
-from data.batches import Batch
+from data.batches import Batch, Batches
 from data.tokenizer import Tokenizer
 from runtime.run_folder import array_type
 from runtime.terminal import printable
@@ -26,6 +26,10 @@ PADDING = "\x1b[2m"
 OFF = "\x1b[0m"
 
 
+Data = Batches | dict[str, Batches]
+"""Batches that a script reads: one stream, or several by name."""
+
+
 # --- what --dry_run prints
 
 
@@ -34,26 +38,28 @@ def preview(
     init: Init,
     optimizer: optax.GradientTransformation,
     mesh: jax.sharding.Mesh,
-    batch: Batch,
+    data: Data,
     tokenizer: Tokenizer,
 ) -> dict[str, float]:
     """Print what `preview_items` does, for a script whose state is `start_or_resume`'s; return {}.
 
     Models that it only reads are not counted.
     """
-    return preview_items(config, shapes_of(config, init, optimizer, mesh), batch, tokenizer)
+    return preview_items(config, shapes_of(config, init, optimizer, mesh), data, tokenizer)
 
 
 def preview_items(
-    config: Any, items: dict[str, Any], batch: Batch, tokenizer: Tokenizer
+    config: Any, items: dict[str, Any], data: Data, tokenizer: Tokenizer
 ) -> dict[str, float]:
     """Print a run's arithmetic, its parameters' shapes and shardings, and the first batch as text.
 
     `config`: the script's. `items`: shapes with shardings of its checkpoint, the parameters under
-    `params`, and of what else it holds. `batch`: on the host. Tokens under the loss mask are
-    green; in brackets where stdout is no terminal or NO_COLOR is in the environment. Returns {},
-    the metrics of no step.
+    `params`, and of what else it holds. `data`: what the run would read; the batch is the first
+    stream's. Tokens under the loss mask are green; in brackets where stdout is no terminal or
+    NO_COLOR is in the environment. Returns {}, the metrics of no step.
     """
+    streams = data if isinstance(data, dict) else {"": data}
+    batch = next(next(iter(streams.values())))
     # Sizes, mesh and memory.
     rest = {name: tree for name, tree in items.items() if name != "params"}
     if hasattr(config, "length"):
@@ -69,6 +75,7 @@ def preview_items(
         length=length,
         steps=config.steps,
         microbatches=config.microbatches,
+        data=lengths_of(streams),
     )
     print(text)
 
@@ -172,14 +179,14 @@ def describe(
     candidates: int = 1,
     start: int = 0,
     microbatches: int = 1,
-    cut: str = "",
+    data: str = "",
 ) -> str:
     """Return the arithmetic of a run in a few lines of at most 80 columns.
 
     `params` and `rest` (the optimiser's state, other models): trees of arrays or of
     ShapeDtypeStructs with their shardings. `batch_size`: rows over all devices, each of
     `candidates` sequences of at most `length` tokens. `start`: steps finished. `microbatches`:
-    those of a pipeline. `cut`: what of the data is, as a sentence.
+    those of a pipeline. `data`: what is read and what is lost of it, as a sentence.
     """
     # What is trained.
     leaves = jax.tree.leaves(params)
@@ -212,8 +219,8 @@ def describe(
         f"parameters {_size(weights)}, gradients {_size(weights)}, "
         f"optimiser and other models {_size(others)}",
     }
-    if cut:
-        lines["cut"] = cut
+    if data:
+        lines["data"] = data
     notes = _uncut_notes(params, mesh)
     if notes:
         lines["note"] = " ".join(notes)
@@ -221,6 +228,11 @@ def describe(
         lines["pipeline"] = pipeline_line(stages, microbatches)
     lines["compile"] = "the first step takes longer: it is compiled"
     return "\n".join([title, *_wrapped(lines)])
+
+
+def lengths_of(data: dict[str, Batches]) -> str:
+    """Say of each stream how long its records are and what of them is lost."""
+    return "; ".join(batches.lengths_line() for batches in data.values())
 
 
 def candidates_of(batch: Batch) -> int:

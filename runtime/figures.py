@@ -33,12 +33,14 @@ EXPLAINED = {
     "learning_rate": "Of the update, as the schedule has it.",
     "data/truncated": "Records so far of which a part was cut off, on the first host.",
     "data/dropped": "Records so far that were too long to be used, on the first host.",
+    "data/epoch": "Passes over the data so far.",
     "skipped": "Updates so far whose loss or gradient was not finite: they changed nothing.",
     "left_out": "Updates so far in whose batch nothing counted: they changed nothing.",
 }
-HIDDEN = ("step", "seconds", "tokens_per_second", "updates")
-FAULTS = ("skipped", "left_out")
-"""Counts of updates that were not taken, of which a figure is drawn where there are any."""
+HIDDEN = ("step", "seconds", "tokens_per_second", "updates", "tokens_seen", "peak_memory")
+FAULTS = ("skipped", "left_out", "truncated", "dropped")
+"""Counts of updates that were not taken and of records that were cut, of which a figure is drawn
+where there are any."""
 # Colours that matplotlib draws with; in the page they become the style sheet's, light or dark.
 COLOURS = {"#010101": "--muted", "#020202": "--rule", "#030303": "--first", "#040404": "--second"}
 MUTED, RULE, FIRST, SECOND = COLOURS

@@ -1,14 +1,14 @@
 """Inputs of a run: what its config names by path is pinned by content, and cannot change under it.
 
-config.json holds `inputs`, by flag: {"data": {"sha256"}} of a file; {"init": {"step", "sha256"}}
-of a run, the step that is read and the sum of its manifest, which has the sums of all its files;
-{"data": {"version", "sha256"}} of tfds:name; {"reward.0": {"module_sha256"}} of module:function,
-the sum of the module's own file. What that module imports is not covered.
+config.json holds `inputs`, by flag: {"data": {"sha256"}} of a file, or of several by one name;
+{"init": {"step", "sha256"}} of a run, the step that is read and the sum of its manifest, which has
+the sums of all its files; {"data": {"version", "sha256"}} of tfds:name; {"reward.0":
+{"module_sha256"}} of module:function, the sum of the module's own file. What that module imports
+is not covered.
 A run that is resumed reads the steps that it began with, however long their runs have gone on.
 """
 
 import dataclasses
-import functools
 import hashlib
 import importlib.util
 import os
@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 import jax
 
+from runtime.data_files import files_named, joint_sum
 from runtime.errors import UserError
 from runtime.run_folder import (
     finished_steps,
@@ -86,7 +87,7 @@ def named_inputs(config: Any) -> dict[str, str]:
 
 
 def _is_input(name: str) -> bool:
-    if is_run(name) or _is_file(name):
+    if is_run(name) or _is_data(name):
         return True
     return newest_prepared(name) is not None or module_file(name) is not None
 
@@ -96,8 +97,8 @@ def _is_text(hint: Any) -> bool:
     return hint is str or str in typing.get_args(hint)
 
 
-def _is_file(path: str) -> bool:
-    return path not in BUILT_IN and os.path.isfile(path)
+def _is_data(path: str) -> bool:
+    return path not in BUILT_IN and bool(files_named(path))
 
 
 def is_run(path: str) -> bool:
@@ -167,14 +168,14 @@ def _content_of(name: str) -> Content:
     if is_run(name):
         at = at_newest(name)
         return {"step": at.step, "sha256": at.sha256}
-    if _is_file(name):
-        return {"sha256": file_sum(name)}
+    if _is_data(name):
+        return {"sha256": joint_sum(name)}
     prepared = newest_prepared(name)
     if prepared is not None:
         return {"version": prepared.name, "sha256": _prepared_sum(prepared)}
     module = module_file(name)
     assert module is not None, "one of named_inputs"
-    return {"module_sha256": file_sum(module)}
+    return {"module_sha256": joint_sum(module)}
 
 
 def _prepared_sum(folder: pathlib.Path) -> str:
@@ -183,7 +184,7 @@ def _prepared_sum(folder: pathlib.Path) -> str:
     for path in sorted(folder.iterdir()):
         # It describes the others, and differs between versions of TFDS.
         if path.is_file() and path.name != "dataset_info.json":
-            lines.append(f"{path.name} {file_sum(str(path))}\n")
+            lines.append(f"{path.name} {joint_sum(str(path))}\n")
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
@@ -218,30 +219,6 @@ def step_of_sum(run: str, sha256: str) -> int | None:
         if manifest_sum(run, step) == sha256:
             return step
     return None
-
-
-def file_sum(path: str) -> str:
-    """Return the SHA-256 (hex) of a file that a run names; UserError where it cannot be read."""
-    try:
-        return content_sum(path)
-    except OSError as fault:
-        raise UserError(f"{path}: cannot be read ({fault.strerror})") from None
-
-
-def content_sum(path: str | os.PathLike) -> str:
-    """Return the SHA-256, in hex, of a file, read once for as long as it does not change.
-
-    Raises OSError where it cannot be read.
-    """
-    status = os.stat(path)
-    return _file_sum(os.fspath(path), status.st_ino, status.st_size, status.st_mtime_ns)
-
-
-# A data set of the catalogue may have a thousand files.
-@functools.lru_cache(None)
-def _file_sum(path: str, *status: int) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # --- pins

@@ -4,6 +4,7 @@ import collections
 import contextlib
 import math
 import pathlib
+import resource
 import sys
 import textwrap
 import time
@@ -84,6 +85,8 @@ class Recorder:
         self._pending: tuple[int, dict[str, Any], int] | None = None
         # (time, tokens) of the last rows, for the throughput.
         self._recent: collections.deque = collections.deque(maxlen=20)
+        # Tokens trained on, those of earlier starts too.
+        self._tokens_seen: float = 0
         # Loss and gradient norm of the last rows, for the guard.
         self._guard = guard
         self._history: collections.deque = collections.deque(maxlen=guard and guard.history)
@@ -115,6 +118,7 @@ class Recorder:
 
         self.run.mkdir(parents=True, exist_ok=True)
         self._rows = Rows(self.run / "metrics.jsonl", self.start, self._seal)
+        self._tokens_seen = self._rows.tokens_seen
         self._board: Board | None = None
         with self._if_possible("tensorboard"):
             self._board = Board(self.run / "tensorboard", self.start)
@@ -212,6 +216,12 @@ class Recorder:
         values = {name: _number(value) for name, value in metrics.items()}
         finished_step()
 
+        # So far: tokens trained on, and memory.
+        if tokens:
+            self._tokens_seen += tokens
+            values["tokens_seen"] = self._tokens_seen
+        values["peak_memory"] = peak_memory()
+
         # Throughput over the last rows, the first of which began the time.
         now = time.monotonic()
         self._recent.append((now, tokens))
@@ -307,6 +317,22 @@ class Recorder:
                 lines += textwrap.wrap(text, 78, initial_indent="  ", subsequent_indent="    ")
             lines.append("")
         tqdm.write("\n".join(lines), file=sys.stderr)
+
+
+def peak_memory() -> float:
+    """Return the most memory so far in GiB: of the fullest local device that tells, else the host.
+
+    The host's is that of this process alone.
+    """
+    peaks = []
+    for device in jax.local_devices():
+        told = device.memory_stats() or {}
+        peaks.append(told.get("peak_bytes_in_use", 0))
+    if any(peaks):
+        return max(peaks) / 2**30
+    # Linux tells KiB, macOS bytes.
+    unit = 1 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def _number(value: Any) -> float:

@@ -56,8 +56,11 @@ class Rows:
         """
         self.path = path
         kept = _kept(path, last, seal)
-        self.seconds = _last_seconds(kept)
+        last_row = _last_row(kept)
+        self.seconds: float = last_row.get("seconds") or 0.0
         """Time of the last row that is kept."""
+        self.tokens_seen: float = last_row.get("tokens_seen") or 0
+        """Tokens that were trained on up to there."""
         self._sum = hashlib.sha256(kept)
         self._size = len(kept)
         self._count = kept.count(b"\n")
@@ -124,13 +127,13 @@ def _kept(path: pathlib.Path, last: int, seal: Seal | None) -> bytes:
     return b"".join(kept)
 
 
-def _last_seconds(kept: bytes) -> float:
-    """Return `seconds` of the last row of these lines; 0 where there is none."""
+def _last_row(kept: bytes) -> Row:
+    """Return the last row of these lines; {} where there is none."""
     for line in reversed(kept.split(b"\n")):
         row = _row_of(line)
         if row is not None:
-            return row.get("seconds") or 0.0
-    return 0.0
+            return row
+    return {}
 
 
 def _refuse_other_rows(path: pathlib.Path, last: int) -> None:

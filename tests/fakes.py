@@ -17,6 +17,7 @@ class Letters:
     system = 5
     size = 128
     sha256 = "letters"
+    word_starts = frozenset()
 
     def encode(self, text):
         return [ord(letter) for letter in text]

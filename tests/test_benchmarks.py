@@ -11,7 +11,18 @@ import sys
 import pytest
 from benchmark_sides import broken, dying, stuck, work
 
-from benchmarks import attention, command, decode, hopper, pods, ppo, rows, side_by_side, train
+from benchmarks import (
+    attention,
+    command,
+    decode,
+    hopper,
+    parquet,
+    pods,
+    ppo,
+    rows,
+    side_by_side,
+    train,
+)
 from kernels import flash
 from kernels.attention import chosen
 
@@ -244,6 +255,16 @@ def test_a_training_benchmark_writes_what_it_prints(tmp_path, capsys):
     checks = {"plumb": ([6.0, 5.0], 2e-3), "flax": ([6.0, 5.1], 2e-3)}
     with pytest.raises(AssertionError):
         train.same_losses(checks)
+
+
+def test_a_parquet_file_is_made_and_read_up_to_a_batch(tmp_path):
+    result = measured(parquet, "--megabytes=4", f"--folder={tmp_path}", f"--out={tmp_path}")
+    assert json.loads((tmp_path / "parquet.json").read_text()) == result
+    assert list(tmp_path.iterdir()) == [tmp_path / "parquet.json"]
+    # A row takes 2 kB; a part of them is held out.
+    assert 1000 < result["rows"] < 4000
+    assert 0 < result["opened_s"] < result["first_batch_s"]
+    assert 50 < result["peak_mib"] < 1024
 
 
 def test_shares_of_a_chips_peaks():

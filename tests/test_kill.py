@@ -62,7 +62,7 @@ def start(folder, script, name):
 
 def without_times(rows):
     """Return rows of metrics without what differs between any two starts."""
-    timed = {"seconds", "tokens_per_second", "compilations"}
+    timed = {"seconds", "tokens_per_second", "compilations", "peak_memory"}
     return [{name: x for name, x in row.items() if name not in timed} for row in rows]
 
 
@@ -81,7 +81,7 @@ def scalars(path):
                 shown = {key: x for key, x in shown.items() if key[0] < event.step}
             for value in event.summary.value:
                 shown[event.step, value.tag] = value.simple_value
-    timed = ("tokens_per_second", "compilations")
+    timed = ("tokens_per_second", "compilations", "peak_memory")
     return {key: x for key, x in shown.items() if key[1] not in timed}
 
 

@@ -234,9 +234,9 @@ def test_describe_is_the_arithmetic_and_short():
     rest = {"mu": params, "nu": params, "step": jax.ShapeDtypeStruct((), jnp.int32)}
     text = describe("SFT", params, rest, batch_size=32, length=64, steps=600, start=50)
     pairs = describe(
-        "RM", params, rest, batch_size=32, length=64, steps=6, candidates=4, cut="all"
+        "RM", params, rest, batch_size=32, length=64, steps=6, candidates=4, data="all"
     )
-    assert "32 × 4 sequences of 64: 8,192 tokens a step" in pairs and "cut         all" in pairs
+    assert "32 × 4 sequences of 64: 8,192 tokens a step" in pairs and "data        all" in pairs
     assert (
         "300,000 float32" in text and "2,048 tokens a step" in text and "1,228,800 tokens" in text
     )

@@ -67,14 +67,14 @@ def test_a_dry_run_tells_shapes_and_writes_nothing(script, tmp_path, capsys, mon
 
 
 def test_a_dry_run_counts_prompt_and_response(tokenizer, capsys):
-    batch = next(
-        prompt_batches(open_source("world", "prompt", "train"), tokenizer, batch_size=8, length=20)
+    prompts = prompt_batches(
+        open_source("world", "prompt", "train"), tokenizer, batch_size=8, length=20
     )
     leaf = jax.device_put(np.zeros(2), jax.NamedSharding(make_mesh(MeshConfig()), jax.P(None)))
     online = SimpleNamespace(
         run="r", steps=2, batch_size=8, microbatches=1, max_prompt=20, max_new_tokens=24
     )
-    preview_items(online, {"params": {"w": leaf}}, batch, tokenizer)
+    preview_items(online, {"params": {"w": leaf}}, prompts, tokenizer)
     out = capsys.readouterr().out
     assert (
         "8 sequences of 44: 352 tokens a step" in out

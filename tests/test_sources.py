@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from array_record.python import array_record_module
-from array_record.python.array_record_module import ArrayRecordWriter
 
 from data import sources
 from data.records import SCHEMAS
@@ -237,6 +236,7 @@ def test_a_bad_row_is_named_by_file_line_and_field(tmp_path, cache, schema, row,
 def test_bad_files_are_one_line(tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n")
     (tmp_path / "folder.jsonl").mkdir()
+    (tmp_path / "a.txt").write_text("x")
     (tmp_path / "bad.jsonl.gz").write_bytes(b"plain")
     write(tmp_path / "cut.jsonl.gz", [{"text": str(i)} for i in range(2000)])
     (tmp_path / "cut.jsonl.gz").write_bytes((tmp_path / "cut.jsonl.gz").read_bytes()[:-2000])
@@ -245,7 +245,7 @@ def test_bad_files_are_one_line(tmp_path):
     for name, reason in (
         ("none.jsonl", "no such file"),
         ("folder.jsonl", "is a folder"),
-        ("a.csv", "not a source"),
+        ("a.txt", "not a source"),
         ("empty.jsonl", "no rows"),
         ("same.jsonl", "the same"),
         ("one.jsonl", "has one row"),
@@ -318,23 +318,14 @@ def test_a_preparation_that_fails_or_loses_rows_leaves_nothing(tmp_path, cache, 
             open_source(data, "text", "train")
         assert not list(cache.iterdir())
 
-    # A writer that loses a row.
-    write_row = ArrayRecordWriter.write
-    kept = []
-
-    class Losing:
-        def __init__(self, *args):
-            self.writer = ArrayRecordWriter(*args)
-            self.close = self.writer.close
-
-        def write(self, row):
-            kept.append(row)
-            if len(kept) < 20:
-                write_row(self.writer, row)
+    class Loses(array_record_module.ArrayRecordWriter):
+        def write(self, record):
+            if b"text 7" not in record:
+                super().write(record)
 
     with monkeypatch.context() as patch:
-        patch.setattr(array_record_module, "ArrayRecordWriter", Losing)
-        with pytest.raises(RuntimeError, match="20 rows, but the prepared dataset has 19"):
+        patch.setattr(array_record_module, "ArrayRecordWriter", Loses)
+        with pytest.raises(RuntimeError, match="20 rows, but 19 are kept"):
             open_source(data, "text", "train")
     assert not list(cache.iterdir())
     assert len(everything(data, "text")) == 20
@@ -382,7 +373,7 @@ def test_a_damaged_cache_is_prepared_again_with_a_note(tmp_path, cache, capsys, 
     wanted = everything(data, "text")
     (prepared,) = cache.iterdir()
     files = sorted(prepared.iterdir())
-    assert len(files) == 6
+    assert len(files) == 5
     for file in files:
         file.write_bytes(DAMAGES[damage](file.read_bytes()))
         capsys.readouterr()

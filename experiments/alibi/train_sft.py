@@ -12,7 +12,7 @@ from functools import partial
 import jax
 
 from data.batches import chat_batches
-from data.sources import open_source
+from data.sources import OnBadRow, open_source
 from data.tokenizer import tokenizer_for
 from lora import LoraConfig, with_adapters
 from model import LanguageModel, init_and_apply
@@ -42,7 +42,9 @@ class Config:
 
     # Data
     data: str = "world"
-    """Conversations: world, a .jsonl file, or tfds:<name>."""
+    """Conversations: world, files, or tfds:<name>."""
+    on_bad_row: OnBadRow = "stop"
+    """stop: end at the first bad row of a file; skip: leave bad rows out, and list them."""
     tokenizer: str | None = None
     """A SentencePiece .model; None: that of --init, else one trained on the data."""
 
@@ -156,7 +158,7 @@ def main(config: Config) -> dict[str, float]:
 
     # A dry run ends here and has written nothing.
     if config.dry_run:
-        return preview(config, update.init, update.optimizer, mesh, next(batches), tokenizer)
+        return preview(config, update.init, update.optimizer, mesh, batches, tokenizer)
     with Run(config, tokenizer, guard=config.guard) as run:
         state, base = run.start_or_resume(update.init, update.optimizer, mesh, batches)
         title = f"fine-tuning on {train_chats.name}"

@@ -1,5 +1,6 @@
 """Chains of hindsight: comparisons as conversations, and past tokens that cannot be looked at."""
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,7 @@ def hindsight_chains(source: Source) -> Source:
             messages += [turn, {"role": "assistant", "content": response}]
         return {"messages": messages}
 
-    return Source(source.name, range(len(source)), read)
+    return dataclasses.replace(source, rows=range(len(source)), read=read)
 
 
 def hide_past_tokens(batch: Batch, share: float, rng: np.random.Generator) -> Batch:

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from data.batches import Batch, chat_batches
-from data.sources import check_eval_records, open_source
+from data.sources import OnBadRow, check_eval_records, open_source
 from data.tokenizer import tokenizer_for
 from evaluation.gold import make_gold_evaluation
 from experiments.hindsight.batches import hide_past_tokens, hindsight_chains
@@ -43,7 +43,9 @@ class Config:
 
     # Data
     data: str = "world"
-    """Comparisons: world, a .jsonl file, or tfds:<name>."""
+    """Comparisons: world, files, or tfds:<name>."""
+    on_bad_row: OnBadRow = "stop"
+    """stop: end at the first bad row of a file; skip: leave bad rows out, and list them."""
     tokenizer: str | None = None
     """A SentencePiece .model; None: that of --init, else one trained on the data."""
 
@@ -174,7 +176,7 @@ def main(config: Config) -> dict[str, float]:
 
     # A dry run ends here and has written nothing.
     if config.dry_run:
-        return preview(config, update.init, update.optimizer, mesh, next(batches), tokenizer)
+        return preview(config, update.init, update.optimizer, mesh, batches, tokenizer)
     with Run(config, tokenizer) as run:
         state, base = run.start_or_resume(update.init, update.optimizer, mesh, batches)
         title = f"hindsight on {source.name}"

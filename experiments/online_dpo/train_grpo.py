@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from data.batches import Batches, prompt_batches
-from data.sources import Source, open_source
+from data.sources import OnBadRow, Source, open_source
 from data.tokenizer import Tokenizer
 from evaluation.gold import make_gold_evaluation
 from experiments.online_dpo.pairs import best_and_worst
@@ -87,7 +87,9 @@ class Config:
 
     # Prompts
     data: str = "world"
-    """Prompts: world, a .jsonl file, or tfds:<name>."""
+    """Prompts: world, files, or tfds:<name>."""
+    on_bad_row: OnBadRow = "stop"
+    """stop: end at the first bad row of a file; skip: leave bad rows out, and list them."""
 
     # Sizes of an iteration
     steps: int = 40
@@ -336,7 +338,7 @@ def main(config: Config) -> dict[str, float]:
 
     # A dry run ends here and has written nothing.
     if config.dry_run:
-        return preview(config, init, update.optimizer, mesh, next(prompts), tokenizer)
+        return preview(config, init, update.optimizer, mesh, prompts, tokenizer)
     with Run(config, tokenizer, unit="iteration") as run:
         policy, base = run.start_or_resume(init, update.optimizer, mesh, prompts)
         # The base of adapters is the reference; else it is loaded beside the policy.

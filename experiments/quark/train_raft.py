@@ -21,7 +21,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from data.batches import Batches, prompt_batches
-from data.sources import Source, open_source
+from data.sources import OnBadRow, Source, open_source
 from data.tokenizer import Tokenizer
 from experiments.quark.gold import make_asking_gold_evaluation
 from experiments.quark.quark import (
@@ -92,7 +92,9 @@ class Config:
     """A run of train_rm.py, module:function called with (response, record), or http://<server>
     (rewards/serve.py)."""
     data: str = "world"
-    """Prompts: world, a .jsonl file, or tfds:<name>."""
+    """Prompts: world, files, or tfds:<name>."""
+    on_bad_row: OnBadRow = "stop"
+    """stop: end at the first bad row of a file; skip: leave bad rows out, and list them."""
 
     # Sizes of a round
     steps: int = 10
@@ -516,7 +518,7 @@ def main(config: Config) -> dict[str, float]:
     # A dry run ends here and has written nothing.
     if config.dry_run:
         items = {**shapes, "held": reference}
-        return preview_items(config, items, next(prompts), tokenizer)
+        return preview_items(config, items, prompts, tokenizer)
 
     with Run(config, tokenizer, unit="round") as run:
         # The state and the pool of the newest checkpoint, or of a new run.

@@ -17,7 +17,7 @@ import jax
 
 from data.batches import comparison_batches
 from data.preferences import with_mismatched
-from data.sources import check_eval_records, open_source
+from data.sources import OnBadRow, check_eval_records, open_source
 from data.tokenizer import tokenizer_for
 from evaluation.gold import make_gold_evaluation
 from experiments.unlikelihood.batches import with_rank_weights
@@ -44,7 +44,9 @@ class Config:
 
     # Data
     data: str = "world"
-    """Comparisons: world, a .jsonl file, or tfds:<name>."""
+    """Comparisons: world, files, or tfds:<name>."""
+    on_bad_row: OnBadRow = "stop"
+    """stop: end at the first bad row of a file; skip: leave bad rows out, and list them."""
     unpaired: bool = False
     """--data has single responses, each judged desirable or not."""
     tokenizer: str | None = None
@@ -173,7 +175,7 @@ def main(config: Config) -> dict[str, float]:
 
     # A dry run ends here and has written nothing.
     if config.dry_run:
-        return preview(config, update.init, update.optimizer, mesh, next(batches), tokenizer)
+        return preview(config, update.init, update.optimizer, mesh, batches, tokenizer)
     with Run(config, tokenizer) as run:
         state, base = run.start_or_resume(update.init, update.optimizer, mesh, batches)
         title = f"unlikelihood on {source.name}"

@@ -1,0 +1,111 @@
+"""Time and memory from a Parquet file that nobody has read yet to the first batch of its tokens.
+
+    python -m benchmarks.parquet --megabytes=1000
+
+Makes a file of random words, 2 kB a row, in a temporary folder; a process of its own opens it
+with an empty cache, trains a tokenizer on 200 rows and makes a batch. Prints seconds and the peak
+of the memory, and writes results/parquet.json.
+"""
+
+import dataclasses
+import datetime
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+import numpy as np
+
+from benchmarks import command
+from benchmarks.rows import RESULTS, cpu_name
+
+ROOT = pathlib.Path(__file__).parents[1]
+WORDS, WORDS_A_ROW = 50_000, 300
+GROUP = 2000
+"""Rows of a row group."""
+PROGRAM = """
+import json, resource, sys, tempfile, time
+wall, cpu = time.perf_counter(), time.process_time()
+from data.batches import text_batches
+from data.sources import open_source
+from data.tokenizer import Tokenizer
+
+source = open_source(sys.argv[1], "text", "train")
+opened = time.perf_counter() - wall
+texts = [record["text"] for record in source.first(200)]
+with tempfile.TemporaryDirectory() as folder:
+    tokenizer = Tokenizer.train(texts, folder, 4096)
+batch = next(text_batches(source, tokenizer, batch_size=8, length=512))
+assert batch["loss_mask_BT"].any()
+print(json.dumps({
+    "rows": len(source), "opened_s": opened, "first_batch_s": time.perf_counter() - wall,
+    "cpu_s": time.process_time() - cpu,
+    "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+}))
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    megabytes: int = 1000
+    """Size of the file, in millions of bytes."""
+    folder: str = tempfile.gettempdir()
+    """Where the file and what is made of it lie, until the end; it takes twice the size."""
+    out: str = RESULTS
+    """Folder of the results."""
+
+
+def write_file(path: pathlib.Path, size: int) -> None:
+    """Write rows {"text", "id"} until the file has `size` bytes, frequent words first."""
+    import pyarrow.parquet
+
+    rng = np.random.default_rng(0)
+    letters = np.array(list("abcdefghijklmnopqrstuvwxyz"))
+    words = np.array(["".join(rng.choice(letters, rng.integers(2, 11))) for _ in range(WORDS)])
+    schema = pyarrow.schema([("text", pyarrow.string()), ("id", pyarrow.int64())])
+    rows = 0
+    with pyarrow.parquet.ParquetWriter(path, schema) as file:
+        while path.stat().st_size < size:
+            places_RW = (WORDS * rng.random((GROUP, WORDS_A_ROW)) ** 2).astype(int)
+            texts = [" ".join(row) for row in words[places_RW].tolist()]
+            ids = list(range(rows, rows + GROUP))
+            file.write_table(pyarrow.table({"text": texts, "id": ids}, schema))
+            rows += GROUP
+
+
+def main(config: Config) -> dict[str, Any]:
+    """Make the file, read it, print and write what it took; return what is written."""
+    with tempfile.TemporaryDirectory(dir=config.folder) as folder:
+        path = pathlib.Path(folder, "texts.parquet")
+        write_file(path, config.megabytes * 1_000_000)
+        load = os.getloadavg()[0]
+        done = subprocess.run(
+            [sys.executable, "-c", PROGRAM, str(path)],
+            check=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            cwd=ROOT,
+            env={**os.environ, "PLUMB_CACHE": f"{folder}/cache"},
+        )
+    result = {
+        "megabytes": config.megabytes,
+        **json.loads(done.stdout),
+        "cpu": cpu_name(),
+        "cores": len(os.sched_getaffinity(0)),
+        "load_before": load,
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    }
+    print(
+        f"{config.megabytes} MB, {result['rows']:,} rows: first batch after "
+        f"{result['first_batch_s']:.1f} s, {result['cpu_s']:.1f} CPU-s; peak "
+        f"{result['peak_mib']:.0f} MiB"
+    )
+    pathlib.Path(config.out, "parquet.json").write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+if __name__ == "__main__":
+    main(command.parse(Config))
