@@ -331,12 +331,6 @@ def test_a_preparation_that_fails_or_loses_rows_leaves_nothing(tmp_path, cache, 
     assert len(everything(data, "text")) == 20
 
 
-def test_examples_are_those_that_tfds_writes():
-    features = tfds.features.FeaturesDict({"json": tfds.features.Text()})
-    for text in ("", '{"text": "a\\u00e9"}', "\u00e9\U0001f600" * 200):
-        assert sources._example(text) == features.serialize_example({"json": text})
-
-
 def test_a_file_is_read_once_and_its_rows_are_not_held(tmp_path, monkeypatch):
     """Neither twice nor all at once: what a row was is gone before the one after the next."""
     data = write(tmp_path / "a.jsonl", [{"text": f"text {i}"} for i in range(50)])
