@@ -66,12 +66,12 @@ class Config:
 
 
 def main(config: Config) -> list[str]:
-    """Print --n responses to --prompt, or chat; return the responses as texts.
+    """Print --n responses to --prompt, which may be empty, or chat with --chat; return texts.
 
-    A chat returns a list of its last reply, "" without one. Control characters are shown spelled
-    out, but not in what is returned; with --raw a text begins with the prompt. Raises UserError
-    for a run that is not a language model's, for flags that do not fit, and for a prompt that
-    leaves the context no room for a response.
+    They are the responses, without control tokens, or a list of the chat's last reply, "" without
+    one. With --raw a text begins with the prompt. Control characters are shown spelled out, but
+    not in what is returned. Raises UserError as load_run does, for flags that do not fit, and for
+    a prompt that spells a control token or leaves the context no room for a response.
     """
     # How tokens are drawn.
     sampling = SamplingConfig(
@@ -154,9 +154,10 @@ def chat(reply: Reply, tokenizer: Tokenizer, key: jax.Array, room: int) -> str:
     """Alternate turns with the person at the terminal; return the last reply, or "" without one.
 
     `reply`: a Reply. `room`: most tokens that a chat may have before a reply. What exceeds it is
-    forgotten, the oldest pair of turns first. A message that alone exceeds it is refused, and
-    nothing is forgotten for it. /clear begins anew, Ctrl-C during a reply drops the message and
-    goes on, and an empty line or the end of input leaves. `key`: split for each turn.
+    forgotten, the oldest pair of turns first. A message that alone exceeds it, or that spells a
+    control token, is refused, and nothing is forgotten for it. /clear begins anew, as if nothing
+    had been said; Ctrl-C during a reply drops the message and goes on; an empty line or the end of
+    input leaves. `key`: split for each turn.
     """
     if sys.stdin.isatty():
         edit_lines()

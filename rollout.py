@@ -256,9 +256,9 @@ def with_head_each(
 def with_copied_heads(params: Params, copies: int) -> Params:
     """Return `params` with each key/value head `copies` times, its copies neighbours.
 
-    `params`: of a LanguageModel, perhaps with adapters (lora.py), whose heads are copied too.
-    Queries that shared a head then share its copies: the model computes what it did. With one copy
-    `params` are returned as they are.
+    They fit a model of `copies` times the `kv_heads`, which computes the same: queries that shared
+    a head share its copies. `params`: of a LanguageModel, perhaps with adapters (lora.py), whose
+    heads are copied too. With one copy `params` are returned as they are.
     """
     if copies == 1:
         return params

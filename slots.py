@@ -156,8 +156,8 @@ def enter(
 ) -> Slots:
     """Put the next `entering` of the A responses into free slots; return the new Slots.
 
-    At least `entering` slots must be free; fewer enter where fewer are left. `prompts`: the
-    unstacked cache, A / n rows, of all prompts. A prompt's columns are rolled so that it ends
+    Fewer enter where fewer are left; as many slots as enter must be free (not checked). `prompts`:
+    the unstacked cache, A / n rows, of all prompts. A prompt's columns are rolled so that it ends
     where the ring is written next. `first_A`: first token of each response, which ends it where it
     is among `eos`; `limit`: most tokens of a response. `limit` and `entering` are Python ints.
     """

@@ -289,11 +289,12 @@ def make_prepare(
 ) -> Callable[[Params, HostBatch], Batch]:
     """Make prepare(policy, batch) -> `batch` on the mesh, with all that --loss reads.
 
-    `batch`: a host's, of `make_batches`; `policy`: whole parameters of a language model. Added are
-    `reference_BC`, if the loss needs it, by `cached` (with_reference of
-    rewards.reference.cached_reference) or, where that is None, by a pass of `reference`, whole
-    parameters; and for kto `kl_B`, in place of the last candidate (direct.kto_kl_estimate).
-    `cached` and `reference` are None where they are not needed. Nothing is donated.
+    `config`: of `with_paper_defaults`. `batch`: a host's, of `make_batches`; `policy`: whole
+    parameters of a language model. Added are `reference_BC`, if the loss needs it, by `cached`
+    (with_reference of rewards.reference.cached_reference) or, where that is None, by a pass of
+    `reference`, whole parameters; and for kto `kl_B`, in place of the last candidate
+    (direct.kto_kl_estimate). `cached` and `reference` are None where they are not needed. Nothing
+    is donated.
     """
     _, apply = init_and_apply(LanguageModel(config.model))
     is_online = make_objective(config, apply).needs_reference and cached is None

@@ -204,8 +204,9 @@ class Run:
     def steps(self) -> Iterator[int]:
         """Yield the steps still to do, `start` + 1 to `config.steps`; stop after a signal's save.
 
-        Call it once, after the state is restored: rows of metrics after `start` are removed. After
-        a signal, leaving the Run ends the process as the signal would have.
+        Call it once, after the state is restored: rows of metrics after `start` are removed. Call
+        `save_when_due` in each step: it makes that save. Where steps are left after a signal,
+        leaving the Run raises KeyboardInterrupt (Ctrl-C) or SystemExit(128 + the signal's number).
         """
         # The terminal, metrics.jsonl, TensorBoard and samples.md.
         recorder = Recorder(
@@ -324,11 +325,12 @@ def make_greedy_samples(
 ) -> Callable[[Params, jax.Array], list[SampleRow]]:
     """Make sample(params, key) -> rows for `Run.samples`, a greedy response to each prompt.
 
-    `prompts`: lists of messages, the user's last; only the last `max_prompt` tokens of each are
-    seen, and only the last message is shown, as "prompt". Responses have at most `max_new_tokens`
-    tokens. `params`: whole parameters of a language model of shape `model_config`. `key` changes
-    nothing. sample waits for the device, and every process must call it. Raises UserError where
-    `max_new_tokens` is not below the model's context.
+    `prompts`: one or more lists of messages, the user's last; only the last `max_prompt` tokens of
+    each are seen, and only the last message is shown, as "prompt". Responses have at most
+    `max_new_tokens` tokens, which with `max_prompt` must fit the model's context. `params`: whole
+    parameters of a language model of shape `model_config`. `key` changes nothing. sample waits for
+    the device, and every process must call it. Raises UserError where `max_new_tokens` alone is
+    too long for the context.
     """
     # Greedy: the samples of two steps then differ by their parameters alone.
     sampling = SamplingConfig(temperature=0.0, max_new_tokens=max_new_tokens)

@@ -521,11 +521,11 @@ def with_text(batch: Responses, text: TokenBatch, coefficient: float) -> dict[st
 
 
 def value_objective(apply: Apply, params: Params, batch: Responses, *, clip: float) -> LossSum:
-    """Sum the clipped square error of the values over states that have one.
+    """Sum half the clipped square error of the values (`clipped_value_loss`) over their states.
 
     `apply`: of a ScalarModel. `batch` also has `value_mask_BR`, `old_values_BR` and `returns_BR`,
-    [B, R]; `clip`: see `clipped_value_loss`. The weight is the number of states under the value
-    mask. Metric: square_error, the mean square error, not clipped, not halved.
+    [B, R]. `clip`: how far a value may move from the old one, in the reward's unit. The weight is
+    the number of states under the value mask. Metric: square_error, a mean, not clipped or halved.
     """
     # Values of all states, and how many count.
     mask_BR = batch["value_mask_BR"]
