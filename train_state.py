@@ -54,10 +54,11 @@ def pin_inputs(config: Any) -> Any:
 def load_params(run: str, step: int | None = None, shapes: Any = None) -> dict[str, Any]:
     """Load the parameters of the run in the folder `run`, at `step` or the newest, a nested dict.
 
-    They are what the run trains: of train_ppo the policy's parameters, not the critic's. Without
-    `shapes` they are NumPy arrays. `shapes`, a tree of ShapeDtypeStructs with shardings, makes
-    them jax.Arrays laid so, and names, shapes and types are checked against it (types not for
-    adapters). Adapters (lora.py) come merged into their base, read at the step that the run noted.
+    `run`: a folder, or a RunAtStep, whose own step is then the default. The parameters are those
+    that it trains: of train_ppo the policy's, not the critic's. They are NumPy arrays without
+    `shapes`; with it, a tree of ShapeDtypeStructs with shardings, jax.Arrays laid so, and names,
+    shapes and types are checked against it (types not for adapters). Adapters (lora.py) come
+    merged into their base, read at the step that the run noted. All processes must call it.
 
     Raises UserError for a missing run, step or base, a damaged file, other parameters, and a run
     of a fork whose model.py is not the one imported. Notes on stderr a run of the root's model.py
