@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from kernels import chunked, library
+from kernels.layouts import SharedRows
 from kernels.masks import MASKED, Ranges, mask_of, visible_ranges
 from kernels.ring import ring_backward, ring_forward
 from runtime.errors import UserError
@@ -342,7 +343,7 @@ def attention(
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
     *,
-    segment_ids: jax.Array | None = None,
+    segment_ids: jax.Array | SharedRows | None = None,
     causal: bool = True,
     window: int | None = None,
     soft_cap: float | None = None,
@@ -366,6 +367,22 @@ def attention(
     Raises UserError where the implementation asked for does not serve the shape.
     """
     check_shapes(q_BTNH, k_BSKH, v_BSKH)
+    if isinstance(segment_ids, SharedRows):
+        # Tokens in slots are laid out in rows, and what these see goes back.
+        shared = segment_ids
+        out_BTNH = attention(
+            shared.rows(q_BTNH),
+            shared.rows(k_BSKH),
+            shared.rows(v_BSKH),
+            segment_ids=shared.segment_ids_BT,
+            window=window,
+            soft_cap=soft_cap,
+            scale=scale,
+            implementation=implementation,
+            finite_padding=True,
+        )
+        return shared.slots(out_BTNH)
+
     batch, length, _, width = q_BTNH.shape
     implementation = resolve(implementation, q_BTNH, ring)
     if scale is None:

@@ -15,7 +15,7 @@ one micro-batch. A group is packed for itself, so nothing crosses devices. N pac
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -24,7 +24,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import get_abstract_mesh
 
+from kernels.layouts import SharedRows, each_group, moved
 from model import Params
+from objectives.beginnings import is_own, owners, share_slots
 from objectives.likelihood import Apply, TokenBatch, inputs
 from sharding import along, batch_devices, constrain_batch, in_microbatches
 
@@ -37,6 +39,10 @@ Rows = TypeVar("Rows", bound=Mapping[str, Any])
 OF_ROLLOUTS = 2
 OF_DATA = 8
 
+# Rows of distinct tokens over packed rows, from which on beginnings are shared: less gain is lost
+# to laying rows out for attention in every layer (benchmarks/README.md).
+WORTH = 0.8
+
 
 @flax.struct.dataclass
 class Room:
@@ -44,6 +50,8 @@ class Room:
 
     share: float = flax.struct.field(pytree_node=False)
     """Packed rows over rows, at most 1."""
+    is_shared: bool = flax.struct.field(pytree_node=False, default=False)
+    """What rows begin with in common is held once."""
 
     def rows(self, rows: int) -> int:
         """Return the packed rows of a group of `rows`."""
@@ -140,33 +148,45 @@ def assign_slots(segment_ids_BT: Array, rows: int) -> Slots:
     )
 
 
-# --- tokens into slots, and what the model gives for them back
+# --- the model
 
 
-@jax.custom_vjp
-def moved(x: Array, there: Array, back: Array) -> Array:
-    """Return x[`there`], [B, T, ...] from [N, T, ...], 0 where `there` is -1.
+class Layout(NamedTuple):
+    """How a batch is laid out for a model, and its outputs back in rows."""
 
-    `there` [B, T] numbers the places of `x`, and `back` [N, T] those of the result: each place is
-    taken from at most one, and `back` says by which. So the derivative is a move as well, where
-    autodiff's would be a scatter, slow on every platform.
-    """
-    flat = x.reshape(-1, *x.shape[2:])
-    taken = flat[jnp.maximum(there, 0)]
-    is_there = (there >= 0).reshape(*there.shape, *[1] * (x.ndim - 2))
-    return jnp.where(is_there, taken, 0)
-
-
-def _moved_forward(x: Array, there: Array, back: Array) -> tuple[Array, tuple[Array, Array]]:
-    return moved(x, there, back), (there, back)
+    slots: Callable[[Array], Array]
+    """[B, T] of the rows as [N, T]."""
+    rows: Callable[[Array], Array]
+    """[N, T, ...] as [B, T, ...], 0 at padding."""
+    segment_ids: Array | SharedRows
+    """What the model takes for them."""
+    fits_B: Array
+    """False for a row that found no room."""
 
 
-def _moved_backward(saved: tuple[Array, Array], cotangent: Array) -> tuple[Array, None, None]:
-    there, back = saved
-    return moved(cotangent, back, there), None, None
+def layout_of(batch: TokenBatch) -> Layout:
+    """Lay out the rows of `batch` as its `room` says."""
+    # Each device has slots for its own rows.
+    groups = batch_devices(len(batch["tokens_BT"]))
+    by_group = [x.reshape(groups, -1, *x.shape[1:]) for x in inputs(batch)]
+    tokens_GBT, segment_ids_GBT, _ = by_group
+    room = batch["room"]
+    rows = room.rows(tokens_GBT.shape[1])
 
+    if room.is_shared:
+        owner_GBT = jax.vmap(owners)(*by_group)
+        shared = jax.vmap(partial(share_slots, rows=rows))(owner_GBT)
+        seen = SharedRows(batch["segment_ids_BT"], shared.slot_BT, owner_GBT, shared.token_NT)
+        return Layout(seen.slots, seen.rows, seen, shared.fits_B.reshape(-1))
 
-moved.defvjp(_moved_forward, _moved_backward)
+    slots = jax.vmap(partial(assign_slots, rows=rows))(segment_ids_GBT)
+    segment_ids_NT = slots.segment_ids_NT.reshape(-1, segment_ids_GBT.shape[-1])
+    return Layout(
+        slots=lambda x: each_group(moved, x, slots.of_slot_NT, slots.of_token_BT),
+        rows=lambda x: each_group(moved, x, slots.of_token_BT, slots.of_slot_NT),
+        segment_ids=constrain_batch(segment_ids_NT),
+        fits_B=slots.fits_B.reshape(-1),
+    )
 
 
 def run_model(apply: Apply, params: Params, batch: TokenBatch) -> Any:
@@ -179,32 +199,17 @@ def run_model(apply: Apply, params: Params, batch: TokenBatch) -> Any:
     if "room" not in batch:
         return apply(params, *inputs(batch))
 
-    # Each device packs its own rows.
-    groups = batch_devices(len(batch["tokens_BT"]))
-
-    def split(x: Array) -> Array:
-        return x.reshape(groups, -1, *x.shape[1:])
-
-    def joined(x: Array) -> Array:
-        return constrain_batch(x.reshape(-1, *x.shape[2:]))
-
-    tokens_GBT, segment_ids_GBT, positions_GBT = map(split, inputs(batch))
-    rows = batch["room"].rows(tokens_GBT.shape[1])
-    slots = jax.vmap(partial(assign_slots, rows=rows))(segment_ids_GBT)
-
-    # Into the slots, and through the model.
-    def packed(x_GBT: Array) -> Array:
-        return joined(jax.vmap(moved)(x_GBT, slots.of_slot_NT, slots.of_token_BT))
-
-    output = apply(params, packed(tokens_GBT), joined(slots.segment_ids_NT), packed(positions_GBT))
+    tokens_BT, _, positions_BT = inputs(batch)
+    layout = layout_of(batch)
+    tokens_NT = layout.slots(tokens_BT)
+    positions_NT = layout.slots(positions_BT)
+    output = apply(params, tokens_NT, layout.segment_ids, positions_NT)
 
     # What it gave for each token, back to where the token stands. A room that is too small is a
     # fault of the caller's: what depends on it is not a number, rather than wrong.
-    fits_B = slots.fits_B.reshape(-1)
-
     def put_back(x: Array) -> Array:
-        back = joined(jax.vmap(moved)(split(x), slots.of_token_BT, slots.of_slot_NT))
-        fits = fits_B.reshape(-1, *[1] * (back.ndim - 1))
+        back = layout.rows(x)
+        fits = layout.fits_B.reshape(-1, *[1] * (back.ndim - 1))
         return jnp.where(fits, back, jnp.nan)
 
     per_token = {
@@ -224,38 +229,56 @@ def can_pack() -> bool:
     return mesh.empty or along(mesh, "sequence", "stage") == 1
 
 
+def model_inputs(batch: Mapping[str, Any]) -> tuple[Array, ...]:
+    """Return tokens, segment ids and positions of rows, [B, T], or of candidates, [B, C, T]."""
+    axes = "BCT" if "tokens_BCT" in batch else "BT"
+    return tuple(batch[f"{name}_{axes}"] for name in ("tokens", "segment_ids", "positions"))
+
+
 @partial(jax.jit, static_argnames="microbatches")
-def rows_needed(segment_ids: Array, microbatches: int) -> Array:
-    """Return the most packed rows that a group of this batch needs, a scalar.
+def rows_needed(arrays: tuple[Array, ...], microbatches: int) -> Array:
+    """Return the most rows that a group of this batch needs, [2]: packed, and of distinct tokens.
 
-    A group: the rows of one micro-batch that one device of the current mesh holds. `segment_ids`:
-    [B, T], or [B, C, T] of C candidates each, in B C rows.
+    A group: the rows of one micro-batch that one device of the current mesh holds. `arrays`: as of
+    `model_inputs`; C candidates of B prompts are B C rows.
     """
-    *rows, length = segment_ids.shape
-    parts = in_microbatches(segment_ids, microbatches)
+    *rows, length = arrays[0].shape
     groups = microbatches * batch_devices(math.prod(rows) // microbatches)
-    segment_ids_GBT = parts.reshape(groups, -1, length)
-    return jax.vmap(rows_used)(segment_ids_GBT).max()
+
+    def by_group(x: Array) -> Array:
+        return in_microbatches(x, microbatches).reshape(groups, -1, length)
+
+    tokens_GBT, segment_ids_GBT, positions_GBT = map(by_group, arrays)
+    packed_G = jax.vmap(rows_used)(segment_ids_GBT)
+    owner_GBT = jax.vmap(owners)(tokens_GBT, segment_ids_GBT, positions_GBT)
+    distinct_G = jax.vmap(is_own)(owner_GBT).sum((1, 2))
+    filled_G = jnp.ceil(distinct_G / length).astype(jnp.int32)
+    return jnp.stack([packed_G.max(), jnp.maximum(filled_G.max(), 1)])
 
 
-def find_room(*segment_ids: Array, microbatches: int = 1, sizes: int = OF_ROLLOUTS) -> Room | None:
+def find_room(
+    *batches: Mapping[str, Any], microbatches: int = 1, sizes: int = OF_ROLLOUTS
+) -> Room | None:
     """Return the room that each of these batches fits in; None where packing would save nothing.
 
-    Each is [B, T] or [B, C, T], 0 for padding, and is later cut into `microbatches` and over the
+    Each has rows [B, T] or candidates [B, C, T], and is later cut into `microbatches` and over the
     devices of the mesh. `sizes`: rooms between one and its half, from which the least that fits is
     taken. Waits for the device. None too where the mesh splits a row's tokens.
     """
     if not can_pack():
         return None
-    *shape, _ = segment_ids[0].shape
+    of_batches = [model_inputs(batch) for batch in batches]
+    *shape, _ = of_batches[0][0].shape
     rows = math.prod(shape) // microbatches
     own = rows // batch_devices(rows)
-    needed = jnp.stack([rows_needed(ids, microbatches) for ids in segment_ids])
-    share = int(needed.max()) / own
+    needed = [rows_needed(arrays, microbatches) for arrays in of_batches]
+    packed, distinct = jnp.stack(needed).max(0).tolist()
+    is_shared = distinct <= WORTH * packed
+    share = (distinct if is_shared else packed) / own
 
     # The largest k for which 2 to the power of -k / sizes is no less than the share.
     steps = math.floor(-sizes * math.log2(share) + 1e-9)
-    return Room(2 ** (-steps / sizes)) if steps else None
+    return Room(2 ** (-steps / sizes), is_shared) if steps else None
 
 
 def with_room(batch: Rows, room: Room | None) -> Rows:
@@ -271,5 +294,4 @@ def unpadded(batch: Rows, microbatches: int = 1, sizes: int = OF_DATA) -> Rows:
 
     `batch`: rows [B, T] or candidates [B, C, T]; see `find_room`. Waits for the device.
     """
-    name = "segment_ids_BCT" if "segment_ids_BCT" in batch else "segment_ids_BT"
-    return with_room(batch, find_room(batch[name], microbatches=microbatches, sizes=sizes))
+    return with_room(batch, find_room(batch, microbatches=microbatches, sizes=sizes))
