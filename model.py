@@ -471,9 +471,9 @@ class Decoder(nn.Module):
         """Return hidden states [B, T, D], the embedding [V, D], the cache, and the auxiliary loss.
 
         `segment_ids_BT`: 0 is padding, 1, 2, ... the examples packed into a row, which do not see
-        one another; with a cache a row is one example. A cache takes one token a row or several,
-        empty or in use: they see what is in it, and one another as in training. Raises ValueError
-        for more tokens than the cache has slots.
+        one another (with a cache a row is one example); or kernels.layouts.SharedRows. A cache
+        takes one token a row or several, empty or in use: they see what is in it, and one another
+        as in training. Raises ValueError for more tokens than the cache has slots.
         """
         c = self.config
         length = tokens_BT.shape[1]

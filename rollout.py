@@ -31,9 +31,8 @@ from data.records import Record
 from data.tokenizer import Tokenizer
 from model import LanguageModel, Params, init_and_apply
 from model_config import ModelConfig
-from objectives.likelihood import INPUTS
 from objectives.policy import kl_estimate, last_places, masked, masked_mean
-from objectives.unpadded import OF_ROLLOUTS, find_room, unpadded, with_room
+from objectives.unpadded import OF_ROLLOUTS, find_room, model_inputs, unpadded, with_room
 from runtime.errors import UserError, require
 from runtime.samples import SampleRow
 from sampling import Apply, Ends, Samples, SamplingConfig, ends, generate, stages_of
@@ -540,7 +539,7 @@ def shuffled_minibatches(
     keys = [jax.random.fold_in(own_key, epoch) for epoch in range(epochs)]
 
     # One room for all minibatches, so that their updates are one program.
-    read = {name: batch[name] for name in INPUTS}
+    read = model_inputs(batch)
     cut = [part for key in keys for part in shuffled(read, key, parts)]
     room = find_room(*cut, microbatches=microbatches)
 

@@ -355,7 +355,8 @@ def attention(
     """Return self-attention (T = S) with grouped queries, [B, T, N, H] in q's type.
 
     `segment_ids` [B, T]: a token sees its own segment only, an unbroken run of one id (the same
-    id again is another segment); 0 is padding, which sees nothing and is not seen. `window`: a
+    id again is another segment); 0 is padding, which sees nothing and is not seen. SharedRows in
+    their place: of the rows, for tokens in slots (kernels/layouts.py), causal only. `window`: a
     token sees itself and the window - 1 tokens before it. `soft_cap`: scores become soft_cap *
     tanh(scores / soft_cap) (Gemma 2). `scale` defaults to 1/sqrt(H). A row that sees nothing
     gives zeros. Under a mesh every implementation but the reference runs on each device's own

@@ -1,6 +1,6 @@
 """Two layouts of a batch's tokens: rows, and slots that hold each distinct token once.
 
-A token's hidden state follows from the tokens up to it. So where rows begin alike, as all responses
+A hidden state follows from the tokens up to it. So where rows begin alike, as all responses
 to one prompt do, their common beginning need be computed once. What a decoder does with each token
 by itself (embedding, norms, projections, feed-forward) runs over slots, [N, T] of them, each
 with a token that no other slot has. Attention alone needs rows: queries, keys and values are laid

@@ -34,7 +34,7 @@ def owners(tokens_BT: Array, segment_ids_BT: Array, positions_BT: Array) -> Arra
 
 
 def is_own(owner_BT: Array) -> Array:
-    """Return [B, T] bool: True for the tokens that their own row owns, of which each is distinct."""
+    """Return [B, T] bool: True for the distinct tokens, those that their own row owns."""
     row_B1 = jnp.arange(len(owner_BT))[:, None]
     return owner_BT == row_B1
 

@@ -178,13 +178,12 @@ def shifted(logp_BT: jax.Array) -> jax.Array:
 # --- batches
 
 
-INPUTS = ("tokens_BT", "segment_ids_BT", "positions_BT")
-"""What a model's apply takes of a batch, in this order."""
+def inputs(batch: TokenBatch) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return what a model's apply takes of a batch, [B, T] each.
 
-
-def inputs(batch: TokenBatch) -> tuple[jax.Array, ...]:
-    """Return the arrays of `INPUTS`, [B, T] each."""
-    return tuple(batch[name] for name in INPUTS)
+    `tokens_BT`, `segment_ids_BT`, `positions_BT`, in this order.
+    """
+    return batch["tokens_BT"], batch["segment_ids_BT"], batch["positions_BT"]
 
 
 def response_mask(batch: Mapping[str, Any]) -> jax.Array:

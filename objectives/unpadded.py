@@ -1,17 +1,21 @@
-"""Run a model over the real tokens of a batch alone: rows packed into fewer, and outputs put back.
+"""Run a model over the tokens that a batch needs alone, and put its outputs back in the rows.
 
 Rows of a rollout are padded on both sides: with responses of a quarter of the longest length,
-most of a batch is padding. Here each row's real tokens become a segment of a packed row (as
-data/packing.py packs text), the model runs over the packed rows, and what it gives for a token is
-put back where the token stood. So objectives keep their arrays [B, ...], and what they compute is
-equal but for rounding.
+most of a batch is padding. And all responses to a prompt begin with it: with eight of them, seven
+of its eight copies are computed for nothing. So tokens are laid out anew in N rows of slots, the
+model runs over these, and what it gives for a token is put back wherever the token stands.
+Objectives keep their arrays [B, ...], and what they compute is equal but for rounding.
 
-A program needs the number of packed rows when it is compiled. `find_room` measures a batch, and
-waits for the device; what it finds travels with the batch as `room`, and `run_model` reads it.
-A batch without one is run as it is.
+packed: a row's real tokens become a segment of a packed row, as data/packing.py packs text.
+shared: each beginning that rows have in common is held once (objectives/beginnings.py), where that
+takes fewer rows still.
+
+A program needs the layout and the number of rows when it is compiled. `find_room` measures a
+batch, and waits for the device; what it finds travels with the batch as `room`, and `run_model`
+reads it. A batch without one is run as it is.
 
 B rows of T tokens, of which each of G groups has its own B / G: those that one device holds, of
-one micro-batch. A group is packed for itself, so nothing crosses devices. N packed rows a group.
+one micro-batch. A group has slots for itself, so nothing crosses devices. N rows of slots a group.
 """
 
 import math
@@ -46,15 +50,15 @@ WORTH = 0.8
 
 @flax.struct.dataclass
 class Room:
-    """How many packed rows hold a batch's real tokens; it is part of a program, not an array."""
+    """How a batch is laid out, in how many rows; it is part of a program, not an array."""
 
     share: float = flax.struct.field(pytree_node=False)
-    """Packed rows over rows, at most 1."""
+    """Rows of slots over rows, at most 1."""
     is_shared: bool = flax.struct.field(pytree_node=False, default=False)
-    """What rows begin with in common is held once."""
+    """What rows begin with in common is held once; else they are packed."""
 
     def rows(self, rows: int) -> int:
-        """Return the packed rows of a group of `rows`."""
+        """Return the rows of slots of a group of `rows`."""
         return math.ceil(rows * self.share)
 
 
@@ -192,13 +196,14 @@ def layout_of(batch: TokenBatch) -> Layout:
 def run_model(apply: Apply, params: Params, batch: TokenBatch) -> Any:
     """Return apply(params, ...) of the rows of `batch`, [B, T] each, as if they were run as rows.
 
-    Where `batch` has a `room` (`find_room`) its real tokens alone are run, in packed rows; then
+    Where `batch` has a `room` (`find_room`) its real tokens alone are run, packed or shared; then
     `x_BTD` and `scalars_BT` of padding are 0. Rows hold one example each, on either side of which
     there may be padding.
     """
     if "room" not in batch:
         return apply(params, *inputs(batch))
 
+    # Into the slots, and through the model.
     tokens_BT, _, positions_BT = inputs(batch)
     layout = layout_of(batch)
     tokens_NT = layout.slots(tokens_BT)
@@ -229,10 +234,11 @@ def can_pack() -> bool:
     return mesh.empty or along(mesh, "sequence", "stage") == 1
 
 
-def model_inputs(batch: Mapping[str, Any]) -> tuple[Array, ...]:
-    """Return tokens, segment ids and positions of rows, [B, T], or of candidates, [B, C, T]."""
+def model_inputs(batch: Mapping[str, Any]) -> dict[str, Array]:
+    """Return tokens, segment ids and positions of a batch by name: [B, T], or [B, C, T]."""
     axes = "BCT" if "tokens_BCT" in batch else "BT"
-    return tuple(batch[f"{name}_{axes}"] for name in ("tokens", "segment_ids", "positions"))
+    names = [f"{name}_{axes}" for name in ("tokens", "segment_ids", "positions")]
+    return {name: batch[name] for name in names}
 
 
 @partial(jax.jit, static_argnames="microbatches")
@@ -252,14 +258,14 @@ def rows_needed(arrays: tuple[Array, ...], microbatches: int) -> Array:
     packed_G = jax.vmap(rows_used)(segment_ids_GBT)
     owner_GBT = jax.vmap(owners)(tokens_GBT, segment_ids_GBT, positions_GBT)
     distinct_G = jax.vmap(is_own)(owner_GBT).sum((1, 2))
-    filled_G = jnp.ceil(distinct_G / length).astype(jnp.int32)
+    filled_G = -(-distinct_G // length)
     return jnp.stack([packed_G.max(), jnp.maximum(filled_G.max(), 1)])
 
 
 def find_room(
     *batches: Mapping[str, Any], microbatches: int = 1, sizes: int = OF_ROLLOUTS
 ) -> Room | None:
-    """Return the room that each of these batches fits in; None where packing would save nothing.
+    """Return the room that each of these batches fits in; None where a layout would save nothing.
 
     Each has rows [B, T] or candidates [B, C, T], and is later cut into `microbatches` and over the
     devices of the mesh. `sizes`: rooms between one and its half, from which the least that fits is
@@ -267,10 +273,12 @@ def find_room(
     """
     if not can_pack():
         return None
-    of_batches = [model_inputs(batch) for batch in batches]
+    of_batches = [tuple(model_inputs(batch).values()) for batch in batches]
     *shape, _ = of_batches[0][0].shape
     rows = math.prod(shape) // microbatches
     own = rows // batch_devices(rows)
+
+    # The most that any of them needs, packed and shared.
     needed = [rows_needed(arrays, microbatches) for arrays in of_batches]
     packed, distinct = jnp.stack(needed).max(0).tolist()
     is_shared = distinct <= WORTH * packed

@@ -228,8 +228,8 @@ def test_attention_over_slots_sees_each_token_s_own_beginning(
 
     with jax.enable_x64(True):
         exact = [jnp.asarray(x, jnp.float64) for x in arrays]
-        wanted = jax.device_get(jax.grad(want, (0, 1, 2), has_aux=True)(*exact))
-    gotten = jax.grad(got, (0, 1, 2), has_aux=True)(*arrays)
+        wanted = jax.device_get(jax.jit(jax.grad(want, (0, 1, 2), has_aux=True))(*exact))
+    gotten = jax.jit(jax.grad(got, (0, 1, 2), has_aux=True))(*arrays)
     assert largest_difference(gotten, wanted) < 1e-5
 
 
@@ -237,8 +237,9 @@ def test_a_model_with_a_window_sees_through_it(rng):
     init, apply = init_and_apply(LanguageModel(dataclasses.replace(CONFIG, window=3)))
     batch = groups()
     params = init(jax.random.key(1))
-    want = run_model(apply, params, batch).x_BTD
-    got = run_model(apply, params, with_room(batch, find_room(batch))).x_BTD
+    run = jax.jit(partial(run_model, apply))
+    want = run(params, batch).x_BTD
+    got = run(params, with_room(batch, find_room(batch))).x_BTD
     is_real_BT = batch["segment_ids_BT"] > 0
     assert np.abs((got - want)[is_real_BT]).max() < 1e-5
 
@@ -256,7 +257,8 @@ def test_a_room_that_is_too_small_gives_no_number():
     batch = groups()
     init, apply = init_and_apply(ScalarModel(CONFIG))
     params = init(jax.random.key(1))
-    small = run_model(apply, params, with_room(batch, Room(0.1, is_shared=True)))
-    whole = run_model(apply, params, with_room(batch, Room(1.0, is_shared=True)))
+    run = jax.jit(partial(run_model, apply))
+    small = run(params, with_room(batch, Room(0.1, is_shared=True)))
+    whole = run(params, with_room(batch, Room(1.0, is_shared=True)))
     is_nan_B = np.isnan(small.scalars_BT).all(1)
     assert is_nan_B.any() and not is_nan_B.all() and not np.isnan(whole.scalars_BT).any()
