@@ -486,11 +486,11 @@ class Decoder(nn.Module):
         """Return hidden states [B, T, D], the embedding [V, D], the cache, and the auxiliary loss.
 
         All arguments [B, T] are int32. `segment_ids_BT`: 0 is padding, 1, 2, ... the examples
-        packed into a row, which do not see one another; with a cache a row is one example.
-        `positions_BT`: from 0 in each example. A cache takes one token a row or several, empty or
-        in use: they see what is in it, and one another as in training. Without a cache, and
-        without losses of the layers, None comes back. Raises ValueError for more tokens than the
-        cache has slots.
+        packed into a row, which do not see one another (with a cache a row is one example); or
+        kernels.layouts.SharedRows. `positions_BT`: from 0 in each example. A cache takes one token
+        a row or several, empty or in use: they see what is in it, and one another as in training.
+        Without a cache, and without losses of the layers, None comes back. Raises ValueError for
+        more tokens than the cache has slots.
         """
         c = self.config
         length = tokens_BT.shape[1]

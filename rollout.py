@@ -32,7 +32,7 @@ from data.tokenizer import Tokenizer
 from model import LanguageModel, Params, init_and_apply
 from model_config import ModelConfig
 from objectives.policy import kl_estimate, last_places, masked, masked_mean
-from objectives.unpadded import OF_ROLLOUTS, find_room, unpadded, with_room
+from objectives.unpadded import OF_ROLLOUTS, find_room, model_inputs, unpadded, with_room
 from runtime.errors import UserError, require
 from runtime.samples import SampleRow
 from sampling import Apply, Ends, Samples, SamplingConfig, ends, generate, stages_of
@@ -559,9 +559,9 @@ def shuffled_minibatches(
     keys = [jax.random.fold_in(own_key, epoch) for epoch in range(epochs)]
 
     # One room for all minibatches, so that their updates are one program.
-    segments = {"segment_ids_BT": batch["segment_ids_BT"]}
-    cut = [part for key in keys for part in shuffled(segments, key, parts)]
-    room = find_room(*[part["segment_ids_BT"] for part in cut], microbatches=microbatches)
+    read = model_inputs(batch)
+    cut = [part for key in keys for part in shuffled(read, key, parts)]
+    room = find_room(*cut, microbatches=microbatches)
 
     for epoch, epoch_key in enumerate(keys):
         for minibatch in shuffled(batch, epoch_key, parts, epoch == 0):

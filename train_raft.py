@@ -390,8 +390,7 @@ def minibatches_of(
     minibatches = functions.draw(pool, chosen_B, key)[:updates]
 
     # One room for all, so that their updates are one program.
-    segments = [minibatch["segment_ids_BT"] for minibatch in minibatches]
-    room = find_room(*segments, microbatches=config.microbatches)
+    room = find_room(*minibatches, microbatches=config.microbatches)
     return [with_room(minibatch, room) for minibatch in minibatches], metrics
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from kernels import chunked, library
+from kernels.layouts import SharedRows
 from kernels.masks import MASKED, Ranges, mask_of, visible_ranges
 from kernels.ring import ring_backward, ring_forward
 from runtime.errors import UserError
@@ -342,7 +343,7 @@ def attention(
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
     *,
-    segment_ids: jax.Array | None = None,
+    segment_ids: jax.Array | SharedRows | None = None,
     causal: bool = True,
     window: int | None = None,
     soft_cap: float | None = None,
@@ -354,7 +355,8 @@ def attention(
     """Return self-attention (T = S) with grouped queries, [B, T, N, H] in q's type.
 
     `segment_ids` [B, T]: a token sees its own segment only, an unbroken run of one id (the same
-    id again is another segment); 0 is padding, which sees nothing and is not seen. `window`: a
+    id again is another segment); 0 is padding, which sees nothing and is not seen. SharedRows in
+    their place: of the rows, for tokens in slots (kernels/layouts.py), causal only. `window`: a
     token sees itself and the window - 1 tokens before it. `soft_cap`: scores become soft_cap *
     tanh(scores / soft_cap) (Gemma 2). `scale` defaults to 1/sqrt(H). A row that sees nothing
     gives zeros. Under a mesh every implementation but the reference runs on each device's own
@@ -366,6 +368,22 @@ def attention(
     Raises UserError where the implementation asked for does not serve the shape.
     """
     check_shapes(q_BTNH, k_BSKH, v_BSKH)
+    if isinstance(segment_ids, SharedRows):
+        # Tokens in slots are laid out in rows, and what these see goes back.
+        shared = segment_ids
+        out_BTNH = attention(
+            shared.rows(q_BTNH),
+            shared.rows(k_BSKH),
+            shared.rows(v_BSKH),
+            segment_ids=shared.segment_ids_BT,
+            window=window,
+            soft_cap=soft_cap,
+            scale=scale,
+            implementation=implementation,
+            finite_padding=True,
+        )
+        return shared.slots(out_BTNH)
+
     batch, length, _, width = q_BTNH.shape
     implementation = resolve(implementation, q_BTNH, ring)
     if scale is None:

@@ -1,21 +1,25 @@
-"""Run a model over the real tokens of a batch alone: rows packed into fewer, and outputs put back.
+"""Run a model over the tokens that a batch needs alone, and put its outputs back in the rows.
 
 Rows of a rollout are padded on both sides: with responses of a quarter of the longest length,
-most of a batch is padding. Here each row's real tokens become a segment of a packed row (as
-data/packing.py packs text), the model runs over the packed rows, and what it gives for a token is
-put back where the token stood. So objectives keep their arrays [B, ...], and what they compute is
-equal but for rounding.
+most of a batch is padding. And all responses to a prompt begin with it: with eight of them, seven
+of its eight copies are computed for nothing. So tokens are laid out anew in N rows of slots, the
+model runs over these, and what it gives for a token is put back wherever the token stands.
+Objectives keep their arrays [B, ...], and what they compute is equal but for rounding.
 
-A program needs the number of packed rows when it is compiled. `find_room` measures a batch, and
-waits for the device; what it finds travels with the batch as `room`, and `run_model` reads it.
-A batch without one is run as it is.
+packed: a row's real tokens become a segment of a packed row, as data/packing.py packs text.
+shared: each beginning that rows have in common is held once (objectives/beginnings.py), where that
+takes fewer rows still.
+
+A program needs the layout and the number of rows when it is compiled. `find_room` measures a
+batch, and waits for the device; what it finds travels with the batch as `room`, and `run_model`
+reads it. A batch without one is run as it is.
 
 B rows of T tokens, of which each of G groups has its own B / G: those that one device holds, of
-one micro-batch. A group is packed for itself, so nothing crosses devices. N packed rows a group.
+one micro-batch. A group has slots for itself, so nothing crosses devices. N rows of slots a group.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -24,7 +28,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import get_abstract_mesh
 
+from kernels.layouts import SharedRows, each_group, moved
 from model import Params
+from objectives.beginnings import is_own, owners, share_slots
 from objectives.likelihood import Apply, TokenBatch, inputs
 from sharding import along, batch_devices, constrain_batch, in_microbatches
 
@@ -37,16 +43,22 @@ Rows = TypeVar("Rows", bound=Mapping[str, Any])
 OF_ROLLOUTS = 2
 OF_DATA = 8
 
+# Rows of distinct tokens over packed rows, from which on beginnings are shared: less gain is lost
+# to laying rows out for attention in every layer (benchmarks/README.md).
+WORTH = 0.8
+
 
 @flax.struct.dataclass
 class Room:
-    """How many packed rows hold a batch's real tokens; it is part of a program, not an array."""
+    """How a batch is laid out, in how many rows; it is part of a program, not an array."""
 
     share: float = flax.struct.field(pytree_node=False)
-    """Packed rows over rows, at most 1."""
+    """Rows of slots over rows, at most 1."""
+    is_shared: bool = flax.struct.field(pytree_node=False, default=False)
+    """What rows begin with in common is held once; else they are packed."""
 
     def rows(self, rows: int) -> int:
-        """Return the number of packed rows for a group of `rows` rows, rounded up."""
+        """Return the number of rows of slots for a group of `rows` rows, rounded up."""
         return math.ceil(rows * self.share)
 
 
@@ -147,72 +159,70 @@ def assign_slots(segment_ids_BT: Array, rows: int) -> Slots:
     )
 
 
-# --- tokens into slots, and what the model gives for them back
+# --- the model
 
 
-@jax.custom_vjp
-def moved(x: Array, there: Array, back: Array) -> Array:
-    """Return x[`there`], [B, T, ...] from [N, T, ...], 0 where `there` is -1.
+class Layout(NamedTuple):
+    """How a batch is laid out for a model, and its outputs back in rows."""
 
-    `there` [B, T] numbers the places of `x`, and `back` [N, T] those of the result: each place is
-    taken from at most one, and `back` says by which. So the derivative is a move as well, where
-    autodiff's would be a scatter, slow on every platform.
-    """
-    flat = x.reshape(-1, *x.shape[2:])
-    taken = flat[jnp.maximum(there, 0)]
-    is_there = (there >= 0).reshape(*there.shape, *[1] * (x.ndim - 2))
-    return jnp.where(is_there, taken, 0)
-
-
-def _moved_forward(x: Array, there: Array, back: Array) -> tuple[Array, tuple[Array, Array]]:
-    return moved(x, there, back), (there, back)
+    slots: Callable[[Array], Array]
+    """[B, T] of the rows as [N, T]."""
+    rows: Callable[[Array], Array]
+    """[N, T, ...] as [B, T, ...], 0 at padding."""
+    segment_ids: Array | SharedRows
+    """What the model takes for them."""
+    fits_B: Array
+    """False for a row that found no room."""
 
 
-def _moved_backward(saved: tuple[Array, Array], cotangent: Array) -> tuple[Array, None, None]:
-    there, back = saved
-    return moved(cotangent, back, there), None, None
+def layout_of(batch: TokenBatch) -> Layout:
+    """Lay out the rows of `batch` as its `room` says."""
+    # Each device has slots for its own rows.
+    groups = batch_devices(len(batch["tokens_BT"]))
+    by_group = [x.reshape(groups, -1, *x.shape[1:]) for x in inputs(batch)]
+    tokens_GBT, segment_ids_GBT, _ = by_group
+    room = batch["room"]
+    rows = room.rows(tokens_GBT.shape[1])
 
+    if room.is_shared:
+        owner_GBT = jax.vmap(owners)(*by_group)
+        shared = jax.vmap(partial(share_slots, rows=rows))(owner_GBT)
+        seen = SharedRows(batch["segment_ids_BT"], shared.slot_BT, owner_GBT, shared.token_NT)
+        return Layout(seen.slots, seen.rows, seen, shared.fits_B.reshape(-1))
 
-moved.defvjp(_moved_forward, _moved_backward)
+    slots = jax.vmap(partial(assign_slots, rows=rows))(segment_ids_GBT)
+    segment_ids_NT = slots.segment_ids_NT.reshape(-1, segment_ids_GBT.shape[-1])
+    return Layout(
+        slots=lambda x: each_group(moved, x, slots.of_slot_NT, slots.of_token_BT),
+        rows=lambda x: each_group(moved, x, slots.of_token_BT, slots.of_slot_NT),
+        segment_ids=constrain_batch(segment_ids_NT),
+        fits_B=slots.fits_B.reshape(-1),
+    )
 
 
 def run_model(apply: Apply, params: Params, batch: TokenBatch) -> Any:
     """Return apply(params, ...) of the rows of `batch`, [B, T] each, as if they were run as rows.
 
     Rows hold one example each, with padding on either side. Where `batch` has a `room`
-    (`find_room`) its real tokens alone are run, in packed rows; then `x_BTD` and `scalars_BT` are
-    0 at padding. Where the room, found for other rows, is too small, rows without a place are NaN.
-    The output's other fields are as apply returns them.
+    (`find_room`) its real tokens alone are run, packed or shared; then `x_BTD` and `scalars_BT`
+    are 0 at padding. Where the room, found for other rows, is too small, rows without a place are
+    NaN. The output's other fields are as apply returns them.
     """
     if "room" not in batch:
         return apply(params, *inputs(batch))
 
-    # Each device packs its own rows.
-    groups = batch_devices(len(batch["tokens_BT"]))
-
-    def split(x: Array) -> Array:
-        return x.reshape(groups, -1, *x.shape[1:])
-
-    def joined(x: Array) -> Array:
-        return constrain_batch(x.reshape(-1, *x.shape[2:]))
-
-    tokens_GBT, segment_ids_GBT, positions_GBT = map(split, inputs(batch))
-    rows = batch["room"].rows(tokens_GBT.shape[1])
-    slots = jax.vmap(partial(assign_slots, rows=rows))(segment_ids_GBT)
-
     # Into the slots, and through the model.
-    def packed(x_GBT: Array) -> Array:
-        return joined(jax.vmap(moved)(x_GBT, slots.of_slot_NT, slots.of_token_BT))
-
-    output = apply(params, packed(tokens_GBT), joined(slots.segment_ids_NT), packed(positions_GBT))
+    tokens_BT, _, positions_BT = inputs(batch)
+    layout = layout_of(batch)
+    tokens_NT = layout.slots(tokens_BT)
+    positions_NT = layout.slots(positions_BT)
+    output = apply(params, tokens_NT, layout.segment_ids, positions_NT)
 
     # What it gave for each token, back to where the token stands. A room that is too small is a
     # fault of the caller's: what depends on it is not a number, rather than wrong.
-    fits_B = slots.fits_B.reshape(-1)
-
     def put_back(x: Array) -> Array:
-        back = joined(jax.vmap(moved)(split(x), slots.of_token_BT, slots.of_slot_NT))
-        fits = fits_B.reshape(-1, *[1] * (back.ndim - 1))
+        back = layout.rows(x)
+        fits = layout.fits_B.reshape(-1, *[1] * (back.ndim - 1))
         return jnp.where(fits, back, jnp.nan)
 
     per_token = {
@@ -232,40 +242,61 @@ def can_pack() -> bool:
     return mesh.empty or along(mesh, "sequence", "stage") == 1
 
 
+def model_inputs(batch: Mapping[str, Any]) -> dict[str, Array]:
+    """Return tokens, segment ids and positions of a batch by name: [B, T], or [B, C, T]."""
+    axes = "BCT" if "tokens_BCT" in batch else "BT"
+    names = [f"{name}_{axes}" for name in ("tokens", "segment_ids", "positions")]
+    return {name: batch[name] for name in names}
+
+
 @partial(jax.jit, static_argnames="microbatches")
-def rows_needed(segment_ids: Array, microbatches: int) -> Array:
-    """Return the most packed rows that a group of this batch needs, an int32 scalar on the device.
+def rows_needed(arrays: tuple[Array, ...], microbatches: int) -> Array:
+    """Return the most rows that a group of this batch needs, [2] int32: packed, and shared.
 
-    A group: the rows of one micro-batch that one device of the current mesh holds. `segment_ids`:
-    [B, T], or [B, C, T] of C candidates each, as B C rows; `microbatches`, static, divides the
-    rows.
+    Shared rows hold each distinct token once. A group: the rows of one micro-batch that one device
+    of the current mesh holds. `arrays`: the values of `model_inputs`; C candidates of B prompts
+    are B C rows. `microbatches`, static, divides the rows.
     """
-    *rows, length = segment_ids.shape
-    parts = in_microbatches(segment_ids, microbatches)
+    *rows, length = arrays[0].shape
     groups = microbatches * batch_devices(math.prod(rows) // microbatches)
-    segment_ids_GBT = parts.reshape(groups, -1, length)
-    return jax.vmap(rows_used)(segment_ids_GBT).max()
+
+    def by_group(x: Array) -> Array:
+        return in_microbatches(x, microbatches).reshape(groups, -1, length)
+
+    tokens_GBT, segment_ids_GBT, positions_GBT = map(by_group, arrays)
+    packed_G = jax.vmap(rows_used)(segment_ids_GBT)
+    owner_GBT = jax.vmap(owners)(tokens_GBT, segment_ids_GBT, positions_GBT)
+    distinct_G = jax.vmap(is_own)(owner_GBT).sum((1, 2))
+    filled_G = -(-distinct_G // length)
+    return jnp.stack([packed_G.max(), jnp.maximum(filled_G.max(), 1)])
 
 
-def find_room(*segment_ids: Array, microbatches: int = 1, sizes: int = OF_ROLLOUTS) -> Room | None:
-    """Return the room that each of these batches fits in; None where packing would save nothing.
+def find_room(
+    *batches: Mapping[str, Any], microbatches: int = 1, sizes: int = OF_ROLLOUTS
+) -> Room | None:
+    """Return the room that each of these batches fits in; None where a layout would save nothing.
 
-    `segment_ids`: of each batch, all of one shape, [B, T] or [B, C, T]; 0 is padding. Batches are
-    later cut into `microbatches` and over the current mesh. `sizes`: rooms between one and its
-    half, from which the least that fits is taken. Waits for the device. None too where the mesh
-    splits a row's tokens.
+    `batches`: each has rows [B, T] or candidates [B, C, T], all of one shape, as `model_inputs`
+    reads them. They are later cut into `microbatches` and over the current mesh. `sizes`: rooms
+    between one and its half, from which the least that fits is taken. Waits for the device. None
+    too where the mesh splits a row's tokens.
     """
     if not can_pack():
         return None
-    *shape, _ = segment_ids[0].shape
+    of_batches = [tuple(model_inputs(batch).values()) for batch in batches]
+    *shape, _ = of_batches[0][0].shape
     rows = math.prod(shape) // microbatches
     own = rows // batch_devices(rows)
-    needed = jnp.stack([rows_needed(ids, microbatches) for ids in segment_ids])
-    share = int(needed.max()) / own
+
+    # The most that any of them needs, packed and shared.
+    needed = [rows_needed(arrays, microbatches) for arrays in of_batches]
+    packed, distinct = jnp.stack(needed).max(0).tolist()
+    is_shared = distinct <= WORTH * packed
+    share = (distinct if is_shared else packed) / own
 
     # The largest k for which 2 to the power of -k / sizes is no less than the share.
     steps = math.floor(-sizes * math.log2(share) + 1e-9)
-    return Room(2 ** (-steps / sizes)) if steps else None
+    return Room(2 ** (-steps / sizes), is_shared) if steps else None
 
 
 def with_room(batch: Rows, room: Room | None) -> Rows:
@@ -283,5 +314,4 @@ def unpadded(batch: Rows, microbatches: int = 1, sizes: int = OF_DATA) -> Rows:
     `microbatches`; a `room` that it has is replaced or taken out. `sizes`: rooms to choose from
     between one and its half (`find_room`). Waits for the device.
     """
-    name = "segment_ids_BCT" if "segment_ids_BCT" in batch else "segment_ids_BT"
-    return with_room(batch, find_room(batch[name], microbatches=microbatches, sizes=sizes))
+    return with_room(batch, find_room(batch, microbatches=microbatches, sizes=sizes))

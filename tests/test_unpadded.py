@@ -135,8 +135,8 @@ def largest_difference(got, want):
 def test_losses_metrics_and_gradients_equal_the_padded_ones(name):
     objective, make_batch = OBJECTIVES[name]
     params, batch = params_of(objective), make_batch()
-    room = find_room(batch.get("segment_ids_BT", batch.get("segment_ids_BCT")))
-    assert room is not None
+    room = find_room(batch)
+    assert room is not None and not room.is_shared
     want = with_gradient(objective, params, batch)
     got = with_gradient(objective, params, with_room(batch, room))
     assert largest_difference(got, want) < 1e-5
@@ -153,28 +153,30 @@ def test_without_segments_they_would_not(monkeypatch):
 
     monkeypatch.setattr(unpadded, "assign_slots", one_segment)
     want = with_gradient(objective, params, batch)
-    got = with_gradient(objective, params, with_room(batch, find_room(batch["segment_ids_BT"])))
+    got = with_gradient(objective, params, with_room(batch, find_room(batch)))
     assert largest_difference(got, want) > 1e-3
+
+
+def updated(objective, params, batch, mesh_config, microbatches, is_packed):
+    """Return parameters, loss and norm of the gradient after an update on a mesh."""
+    mesh = make_mesh(mesh_config)
+    optimizer = make_optimizer(OptimizerConfig(), 10)
+    step = make_train_step(objective, optimizer, microbatches)
+    state = init_state(jax.device_get(params), optimizer)
+    batch = to_mesh(jax.device_get(batch), mesh)
+    if is_packed:
+        batch = unpadded.unpadded(batch, microbatches)
+        assert "room" in batch
+    state, metrics = step(state, batch)
+    return jax.device_get((state.params, metrics["loss"], metrics["grad_norm"]))
 
 
 @pytest.mark.parametrize("microbatches", [1, 2])
 def test_an_update_on_a_mesh_equals_the_padded_one_on_another(microbatches):
     objective, _ = OBJECTIVES["ppo"]
-    optimizer = make_optimizer(OptimizerConfig(), 10)
-
-    def updated(mesh_config, is_packed):
-        mesh = make_mesh(mesh_config)
-        step = make_train_step(objective, optimizer, microbatches)
-        state = init_state(LM_INIT(jax.random.key(1)), optimizer)
-        batch = to_mesh(jax.device_get(rollout(32)), mesh)
-        if is_packed:
-            batch = unpadded.unpadded(batch, microbatches)
-            assert "room" in batch
-        state, metrics = step(state, batch)
-        return jax.device_get((state.params, metrics["loss"], metrics["grad_norm"]))
-
-    want = updated(MeshConfig(data=8), False)
-    got = updated(MeshConfig(data=2, fsdp=2, tensor=2), True)
+    update = partial(updated, objective, LM_INIT(jax.random.key(1)), rollout(32))
+    want = update(MeshConfig(data=8), microbatches, is_packed=False)
+    got = update(MeshConfig(data=2, fsdp=2, tensor=2), microbatches, is_packed=True)
     assert largest_difference(got, want) < 1e-5
 
 
@@ -234,11 +236,20 @@ def test_a_row_without_room_takes_no_slot():
 
 
 def test_no_room_where_packing_saves_nothing_or_a_mesh_splits_rows():
+    def rows(segment_ids_BT):
+        """Return rows of which no two begin alike."""
+        tokens_BT = jnp.arange(segment_ids_BT.size).reshape(segment_ids_BT.shape)
+        return {
+            "tokens_BT": tokens_BT,
+            "segment_ids_BT": segment_ids_BT,
+            "positions_BT": segment_ids_BT,
+        }
+
     full_BT = jnp.ones((8, 16), jnp.int32)
-    half_BT = full_BT.at[:, 8:].set(0)
-    assert find_room(full_BT) is None and find_room(half_BT) == Room(0.5)
+    half = rows(full_BT.at[:, 8:].set(0))
+    assert find_room(rows(full_BT)) is None and find_room(half) == Room(0.5)
     # Six rows of sixteen tokens: at least 6 / 8, of 2 ** -0.5 or 2 ** -(3 / 8) and so on.
-    six_BT = full_BT.at[6:].set(0)
-    assert find_room(six_BT) is None and find_room(six_BT, sizes=8) == Room(2 ** (-3 / 8))
+    six = rows(full_BT.at[6:].set(0))
+    assert find_room(six) is None and find_room(six, sizes=8) == Room(2 ** (-3 / 8))
     make_mesh(MeshConfig(sequence=2, data=4))
-    assert find_room(half_BT) is None
+    assert find_room(half) is None

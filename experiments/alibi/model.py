@@ -30,6 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels.attention import seen_slots, slot_distances, softmax_where
+from kernels.layouts import SharedRows
 from kernels.masks import mask_of, visible_ranges
 from kernels.ring import striped, turns_of, unstriped
 from layers import run_layers
@@ -202,7 +203,7 @@ def alibi_attention(
     q_BTNH: jax.Array,
     k_BTKH: jax.Array,
     v_BTKH: jax.Array,
-    segment_ids_BT: jax.Array,
+    segment_ids_BT: jax.Array | SharedRows,
     positions_BT: jax.Array,
     *,
     window: int | None,
@@ -213,6 +214,20 @@ def alibi_attention(
     Distances are those of `positions_BT`. Raises UserError under --mesh.sequence: this fork has
     no ring.
     """
+    if isinstance(segment_ids_BT, SharedRows):
+        # Tokens in slots are laid out in rows, and what these see goes back.
+        shared = segment_ids_BT
+        out_BTNH = alibi_attention(
+            shared.rows(q_BTNH),
+            shared.rows(k_BTKH),
+            shared.rows(v_BTKH),
+            shared.segment_ids_BT,
+            shared.rows(positions_BT),
+            window=window,
+            ring=ring,
+        )
+        return shared.slots(out_BTNH)
+
     require(ring == 1, "--mesh.sequence: experiments/alibi has no ring attention; leave it out")
     batch, length, heads, width = q_BTNH.shape
     kv_heads = k_BTKH.shape[2]
