@@ -171,6 +171,7 @@ def what_is_read(config: Config, source: Source) -> dict[str, Any]:
 
 def tell_lengths(config: Config, source: Source, encode: Encode, tokenizer: Tokenizer) -> None:
     """Say on stderr how long the records are that are measured, and what of them is lost."""
+    # What is cut: prompts before they are answered, or whole rows.
     length, flag = config.length, "--length"
     if encode is encode_prompt:
         length, flag = config.max_prompt, "--max_prompt"
@@ -186,10 +187,13 @@ def evaluate_perplexity(config: Config) -> dict[str, Any]:
     `perplexity`. Raises UserError for a run or --data that cannot be read, or does not fit
     --length.
     """
+    # The policy, and the conversations that it is to predict.
     model, tokenizer, params = load_run(config.folder("policy"))
     check_fit(model, tokenizer.size, config.length)
     source = open_part(config, "chat")
     tell_lengths(config, source, encode_chat, tokenizer)
+
+    # As a policy's own training measures it.
     _, apply = init_and_apply(LanguageModel(model))
     evaluate = make_perplexity_evaluation(apply, source, tokenizer, config.length, config.n)
     return what_is_read(config, source) | evaluate(params)
@@ -202,11 +206,13 @@ def evaluate_accuracy(config: Config) -> dict[str, Any]:
     each as `eval/NAME`. Raises UserError for a run or --data that cannot be read, or does not fit
     --length.
     """
-    # As the reward model's own training measures it.
+    # The reward model, and the comparisons that it is to rank.
     model, tokenizer, params = load_run(config.folder("reward"), reward=True)
     check_fit(model, tokenizer.size, config.length)
     source = open_part(config, "comparison")
     tell_lengths(config, source, encode_comparison, tokenizer)
+
+    # As its own training measures it.
     evaluate = make_comparison_evaluation(model, source, tokenizer, config.length, config.n)
     return what_is_read(config, source) | evaluate(params)
 
@@ -232,10 +238,14 @@ def evaluate_win_rate(config: Config) -> dict[str, Any]:
     # The reward model, which scores the responses of each policy.
     reward = load_run(config.folder("reward"), reward=True)
     judge = make_judge(reward, config.sampling, config.max_prompt, config.seed)
+
+    # Two policies, one after the other, on the same prompts.
     policy = load_run(config.folder("policy"))
-    tell_lengths(config, source, encode_prompt, policy[1])
+    tell_lengths(config, source, encode_prompt, policy.tokenizer)
     ours = judge(policy, prompts)
     theirs = judge(load_run(config.against or config.folder("sft")), prompts)
+
+    # How often ours is preferred, after the rule on responses without an end.
     return {
         **what_is_read(config, source),
         **win_rate_table(*ruled(ours, theirs, config.missing_eos)),
@@ -266,6 +276,7 @@ def main(config: Config) -> dict[str, Any]:
     perplexity, accuracy, win_rate: `evaluate_perplexity` and so on, which write nothing. Raises
     UserError for settings that do not fit, and as they do.
     """
+    # Settings that cannot be are met before any file is read.
     if config.n < 1:
         raise UserError(f"--n={config.n}: must be at least 1")
     require(

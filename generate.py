@@ -85,9 +85,10 @@ def main(config: Config) -> list[str]:
     key = jax.random.key(config.seed)
 
     # The prompt, and the room that the context leaves it.
-    tokens = tokenizer.prompt(config.prompt)
     if config.raw:
         tokens = [tokenizer.bos, *tokenizer.encode(config.prompt)]
+    else:
+        tokens = tokenizer.prompt(config.prompt)
     room = model.context - config.max_new_tokens
     if len(tokens) > room:
         raise UserError(
@@ -118,6 +119,7 @@ def check(config: Config) -> None:
     --n is below 1, --chat is given with --n, --prompt or --raw, or --prompt is not UTF-8.
     """
     require(config.n >= 1, f"--n={config.n}: must be at least 1")
+    # A chat has one reply a message, which the terminal asks for.
     require(
         not config.chat or (config.n == 1 and not config.prompt and not config.raw),
         "--chat: takes no --prompt, --raw or --n; type the messages",

@@ -128,6 +128,7 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
             f"--optimizer.warmup={config.warmup}: must be below the {steps} steps; "
             "lower it, or raise --steps"
         )
+    # It has no end to decay to, and a warm-up of its own.
     if config.schedule == "inverse_sqrt":
         return inverse_sqrt(config)
 
@@ -140,6 +141,7 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
         "linear": optax.linear_schedule(config.lr, last_lr, rest),
         "constant": optax.constant_schedule(config.lr),
     }[config.schedule]
+    # The warm-up ends where the decay begins, at the peak.
     first_lr = config.lr / (config.warmup + 1)
     warmup = optax.linear_schedule(first_lr, config.lr, config.warmup)
     return optax.join_schedules([warmup, decay], [config.warmup])

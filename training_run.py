@@ -169,6 +169,7 @@ class Run:
 
     def _list_skipped(self) -> None:
         """Write skipped.txt, what is wrong with each row of the data that was left out, if any."""
+        # Of all streams, each row once.
         lines: list[str] = []
         for batches in self._data.values():
             lines += batches.skipped
@@ -183,6 +184,7 @@ class Run:
         a tree of all else that lies on the devices. `length`: tokens a row. Call it after the
         state is restored.
         """
+        # A row of the batch may hold several candidates, each of `length` tokens.
         candidates = max([candidates_of(data.peek()) for data in self._data.values()], default=1)
         # Printed by process 0 alone: the others have no stdout (runtime/hosts.py).
         text = describe(
@@ -248,6 +250,7 @@ class Run:
 
     def _data_metrics(self) -> dict[str, float]:
         """Return the records so far that were cut or dropped as too long, and the epochs."""
+        # Counts are of all streams, and stay 0 where nothing is cut.
         streams = self._data.values()
         if not streams:
             return {}
