@@ -198,6 +198,7 @@ def uncut(name: str, shape: tuple[int, ...], mesh: AnyMesh) -> dict[str, int]:
     `name`, `shape`: as in `spec_of`. `dimension`: its number, from 0. Axes of one device are left
     out. Returns {} where every axis of the rule fits, and where no rule matches.
     """
+    # Dimension by dimension: which axes the rule names, and which of them divide it.
     found = {}
     for number, axes in enumerate(_rule_of(name, len(shape))):
         kept = fitting(mesh, shape[number], *axes) or ()

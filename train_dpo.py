@@ -164,12 +164,15 @@ def check(config: Config) -> None:
     best_vs_worst is for neither kto nor rrhf. `config`: of `with_paper_defaults`, which fills a
     `beta` of None.
     """
+    # Numbers.
     require(config.beta is not None and config.beta > 0, f"--beta={config.beta}: must be above 0")
     require(
         0 <= config.label_smoothing < 0.5,
         f"--label_smoothing={config.label_smoothing}: must be at least 0 and below 0.5",
     )
     check_eval_records(config.eval_records)
+
+    # What a loss compares: whole responses one by one, pairs of them, or a ranking.
     require(
         not config.unpaired or config.loss == "kto",
         f"--unpaired: --loss={config.loss} compares responses; use kto",

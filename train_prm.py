@@ -109,6 +109,8 @@ def make_update(config: Config) -> Update:
     """
     init, apply = init_and_apply(ScalarModel(config.model))
     objective = partial(process_objective, apply)
+
+    # The step, which trains the adapters alone where there are any.
     optimizer = make_optimizer(config.optimizer, config.steps)
     step = make_train_step(
         objective,

@@ -112,6 +112,7 @@ def make_update(config: Config) -> Update:
     Batches are data.batches.comparison_batches' on the mesh; the loss is ranking_objective. The
     step donates its state; its `base` is the parameters under the adapters, None without LoRA.
     """
+    # The loss: on comparisons, and on the best responses as text where lm_coef is above 0.
     init, apply = init_and_apply(ScalarModel(config.model))
     objective = partial(
         ranking_objective,
@@ -119,6 +120,8 @@ def make_update(config: Config) -> Update:
         center_rewards_coef=config.center_rewards_coef,
         lm_coef=config.lm_coef,
     )
+
+    # The step, which trains the adapters alone where there are any.
     optimizer = make_optimizer(config.optimizer, config.steps)
     step = make_train_step(
         objective,

@@ -93,6 +93,8 @@ def make_update(config: Config) -> Update:
     """
     init, apply = init_and_apply(LanguageModel(config.model, config.microbatches))
     objective = partial(likelihood_objective, apply)
+
+    # The step, which trains the adapters alone where there are any.
     optimizer = make_optimizer(config.optimizer, config.steps)
     step = make_train_step(
         objective,
