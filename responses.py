@@ -37,10 +37,11 @@ class LoadedRun(NamedTuple):
 
 
 def load_run(run: str, reward: bool = False) -> LoadedRun:
-    """Load the run, in the folder `run`, of a language model, or with `reward` of a reward model.
+    """Load a language model, or with `reward` a reward model: the newest step of the run `run`.
 
-    Which of the two it is follows from its parameters: a reward model has a scalar head. Adapters
-    come merged. Raises UserError for the other kind, and as load_params does.
+    `run`: its folder, or a RunAtStep, of which it is that step. Which of the two models it is
+    follows from its parameters: a reward model has a scalar head. Adapters come merged. Raises
+    UserError for the other kind, and as load_params does. All processes must call it.
     """
     # A run of the other kind is named by its script.
     script = load_config(run)["script"]

@@ -271,10 +271,11 @@ def make_batches(
 ) -> Batches:
     """Iterate without end over the candidates that --loss compares, as comparison_batches does.
 
-    `source`: records of the schema `comparison`, or for kto of `unpaired` too; its candidates are
-    then judged responses and, last, one to another prompt: of `source`, or of `others` where
-    `source` has one prompt alone; UserError where there is none. `options`: those of
-    `BatchOptions` that `config` does not give: `seed`, `process`, `processes` and `without`.
+    `source`: records of the schema `comparison`, or for kto of `unpaired` too. kto's candidates
+    are judged responses and, last, one to another prompt: of `source`, or where that has one
+    prompt alone, of `others`, of either schema; UserError, at once, where there is none.
+    `options`: those of `BatchOptions` that `config` does not give: `seed`, `process`, `processes`
+    and `without`; all may be left out.
     """
     # KTO's candidates: the best and the worst response, or one judged response; and one more.
     if config.loss == "kto":

@@ -211,7 +211,10 @@ class Config:
 
     @property
     def updates(self) -> int:
-        """Return the updates of the run, which the schedule counts: a property."""
+        """Return the updates of the run, which the schedule counts: a property.
+
+        They are --steps x --epochs x --minibatches; no field of the method is read.
+        """
         return self.steps * self.epochs * self.minibatches
 
 
@@ -453,6 +456,7 @@ def note_rounding(config: Config) -> None:
     """Say on stderr, on process 0 alone, where rounding may move a ratio beyond its clip.
 
     That is with --ratio=geometric in a compute type of less than 32 bits; else nothing is said.
+    `config`: of with_paper_defaults, which alone gives --method=gspo that ratio.
     """
     # A mean over a response is clipped near 1; sampled and trained, a token differs by rounding.
     is_rounded = config.model.compute_dtype.itemsize < 4

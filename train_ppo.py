@@ -468,7 +468,8 @@ def make_update(config: Config, objective: Objective, options: OptimizerConfig) 
     """Make the ModelUpdate of `objective`: its step, optimiser and rate, over the whole run.
 
     `objective`: of whole parameters; the step lays its state's adapters on the `base` it is given.
-    `options`: of the optimiser. Raises UserError for a warm-up not below the number of updates.
+    `options`: of the optimiser. The run has --steps x --epochs x --minibatches updates. Raises
+    UserError as make_optimizer does, as for a warm-up that is not below their number.
     """
     # The schedule counts updates, not iterations.
     updates = config.steps * config.epochs * config.minibatches

@@ -188,10 +188,11 @@ def reinforce_pp(
 ) -> Array:
     """Return the rewards from t on, normalised over the batch's tokens, [B, R]; 0 off the mask.
 
-    Hu et al. 2025, REINFORCE++. `rewards_BR`: rewards of tokens, 0 off the mask. With a `group`
-    above 1 the mean reward of each `group` neighbouring rows, the responses to one prompt, is
-    subtracted first: the paper's variant with a baseline, which also has the KL in the loss, by
-    k2. The variance is divided by the number of tokens n, with `unbiased` by n - 1.
+    Hu et al. 2025, REINFORCE++. `rewards_BR`: rewards of tokens, 0 off the mask. A `group` above
+    1 must divide B: each `group` neighbouring rows answer one prompt, and the mean of their sums
+    of rewards is subtracted at each of their tokens before it is normalised: the paper's variant
+    with a baseline, which also has the KL in the loss, by k2. The variance is divided by the
+    number of tokens n, with `unbiased` by n - 1.
     """
     # Advantages without a critic and without discounts are the rewards still to come.
     zeros_BR = jnp.zeros_like(rewards_BR)

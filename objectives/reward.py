@@ -243,18 +243,18 @@ def step_ends(
 ) -> Array:
     """Return [B, T] bool: True at the last token of each step, among the tokens under `mask_BT`.
 
-    `tokens_BT`: ids. `mask_BT`: above 0 for the response's tokens; elsewhere the result is False.
-    `newlines`: ids of tokens that end a line. `eos`: id or ids that end a turn, perhaps none. A
-    step is a line with a token, if only of spaces: it ends at the first newline after it, or, the
-    last line, at the row's last token. Further newlines are no steps, nor is an `eos` straight
-    after a newline; one alone is a step. data.steps.lines_of has the same rule for texts, but
-    takes lines of spaces, and an empty text, for no steps.
+    `tokens_BT`: ids. `mask_BT`: above 0 for the response's tokens, whose others are passed over;
+    elsewhere the result is False. `newlines`: ids of tokens that end a line. `eos`: id or ids that
+    end a turn, perhaps none. A step is a line with a token, if only of spaces: it ends at the
+    first newline after it, or, the last line, at the row's last token. Further newlines are no
+    steps, nor is an `eos` straight after a newline; one alone is a step. data.steps.lines_of has
+    the same rule for texts, but takes lines of spaces, and an empty text, for no steps.
     """
     is_real_BT = mask_BT > 0
     is_newline_BT = is_real_BT & jnp.isin(tokens_BT, jnp.asarray(newlines))
-    # What stands before a token: a newline, or the text of a line.
-    after_newline_BT = _one_later(is_newline_BT)
-    after_text_BT = _one_later(is_real_BT & ~is_newline_BT)
+    # What stands before a token, holes passed over: a newline, or the text of a line.
+    after_newline_BT = _at_last_before(is_newline_BT, is_real_BT)
+    after_text_BT = _at_last_before(~is_newline_BT, is_real_BT)
 
     ends_line_BT = is_newline_BT & after_text_BT
     is_eos_BT = jnp.isin(tokens_BT, jnp.asarray(eos, jnp.int32).reshape(-1))
@@ -262,9 +262,13 @@ def step_ends(
     return ends_line_BT | (is_last_BT & ~(is_eos_BT & after_newline_BT))
 
 
-def _one_later(x_BT: Array) -> Array:
-    """Return `x_BT` one place to the right; what is first is False."""
-    return jnp.pad(x_BT[:, :-1], ((0, 0), (1, 0)))
+def _at_last_before(x_BT: Array, is_real_BT: Array) -> Array:
+    """Return `x_BT`, bool, at the last real token before each; False where there is none."""
+    index_T = jnp.arange(x_BT.shape[1])
+    last_BT = jax.lax.cummax(jnp.where(is_real_BT, index_T, -1), axis=1)
+    before_BT = jnp.pad(last_BT[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    at_BT = jnp.take_along_axis(x_BT, jnp.maximum(before_BT, 0), axis=1)
+    return (before_BT >= 0) & at_BT
 
 
 def running_score(logits_BT: Array, ends_BT: Array, how: StepScore) -> Array:

@@ -254,8 +254,8 @@ def rows_needed(arrays: tuple[Array, ...], microbatches: int) -> Array:
     """Return the most rows that a group of this batch needs, [2] int32: packed, and shared.
 
     Shared rows hold each distinct token once. A group: the rows of one micro-batch that one device
-    of the current mesh holds. `arrays`: the values of `model_inputs`; C candidates of B prompts
-    are B C rows. `microbatches`, static, divides the rows.
+    of the current mesh holds. `arrays`: the values of `model_inputs`, [B, T], or [B, C, T], which
+    are B C rows. `microbatches`, static, must divide B, with candidates too.
     """
     *rows, length = arrays[0].shape
     groups = microbatches * batch_devices(math.prod(rows) // microbatches)

@@ -227,6 +227,19 @@ def by_loop(logits, ends, how):
     return np.array(out)
 
 
+def test_steps_end_where_they_do_without_the_holes_of_the_mask(rng):
+    for _ in range(50):
+        tokens_T = rng.integers(1, 5, 12)
+        mask_T = rng.random(12) < 0.7
+        found_T = step_ends(tokens_T[None], mask_T[None], [1, 2], 4)[0]
+        assert not found_T[~mask_T].any()
+        # The tokens under the mask alone, with nothing between them.
+        alone_T = tokens_T[mask_T]
+        if alone_T.size:
+            expected = step_ends(alone_T[None], np.ones((1, alone_T.size)), [1, 2], 4)[0]
+            assert found_T[mask_T].tolist() == expected.tolist()
+
+
 def test_a_step_ends_at_each_token_that_ends_in_a_newline():
     tokens_BT, mask_BT = np.array([[5, 7, 5, 8, 6, 9, 5]]), np.array([[0, 1, 1, 1, 1, 1, 0]])
     assert step_ends(tokens_BT, mask_BT, [5, 6]).tolist() == [
