@@ -12,6 +12,7 @@ import pytest
 
 from model_config import PRESETS
 from objectives.likelihood import inputs, token_logprobs
+from objectives.unpadded import Room, run_model, with_room
 from rollout import join_responses
 from sampling import SamplingConfig, generate
 from slots import generate_in_slots
@@ -82,3 +83,17 @@ def test_the_sampler_agrees_with_training(decode):
     logp_BR = token_logprobs(logits_BTV, batch["tokens_BT"])[:, -12:]
     gap = np.abs(logp_BR - samples.logp_BR) * samples.mask_BR
     assert samples.mask_BR.sum() > 12 and gap.max() < 1e-4
+
+
+def test_beginnings_are_shared_as_rows_one_by_one():
+    init, apply = alibi.init_and_apply(alibi.LanguageModel(CONFIG))
+    params = init(jax.random.key(0))
+    tokens_BT = jnp.array([[3, 4, 5, 6, 7], [3, 4, 5, 8, 9], [3, 4, 6, 6, 7]])
+    ones_BT = jnp.ones_like(tokens_BT)
+    positions_BT = ones_BT.cumsum(1) - 1
+    batch = {"tokens_BT": tokens_BT, "segment_ids_BT": ones_BT, "positions_BT": positions_BT}
+    run = jax.jit(partial(run_model, apply))
+    want = run(params, batch).x_BTD
+    # Of fifteen tokens ten have a beginning of their own: in two rows of five.
+    shared = with_room(batch, Room(2 / 3, is_shared=True))
+    np.testing.assert_allclose(run(params, shared).x_BTD, want, atol=1e-5)

@@ -103,7 +103,11 @@ OBJECTIVES = {
     "grpo": (partial(SURROGATE, ratio="token", average="sequence"), rollout),
     "gspo": (partial(SURROGATE, ratio="geometric", average="tokens"), rollout),
     "raft": (imitation, rollout),
-    "reward model": (partial(ranking_objective, SCALAR, lm_coef=0.5), comparisons),
+    # Centred, or the gradient of the head's bias would be rounding alone.
+    "reward model": (
+        partial(ranking_objective, SCALAR, lm_coef=0.5, center_rewards_coef=0.1),
+        comparisons,
+    ),
     "process reward model": (partial(process_objective, SCALAR), rollout),
     "dpo": (
         partial(direct.preference_objective, LM, loss=partial(direct.dpo, beta=0.1)),
