@@ -132,7 +132,7 @@ ROWS = {
     ],
     "prompt": [{"prompt": f"{LONG} {i}", "answer": "4"} for i in range(40)],
     "steps": [
-        {"prompt": f"{SHORT} {i}", "steps": [LONG.strip()] * 2, "labels": [1, 0]}
+        {"prompt": f"{SHORT} {i}", "steps": [SHORT, LONG.strip()], "labels": [1, 0]}
         for i in range(40)
     ],
 }
