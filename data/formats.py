@@ -230,8 +230,9 @@ def read_parquet(path: pathlib.Path) -> Iterator[NumberedRow]:
     # Slow to import, as below.
     import pyarrow.parquet
 
-    # Without a buffer a row group's columns are read whole.
-    with _in_one_line(path), pyarrow.parquet.ParquetFile(path, buffer_size=BUFFER) as file:
+    # By default the columns of a row group are read whole, and kept until the last one.
+    options = {"buffer_size": BUFFER, "pre_buffer": False}
+    with _in_one_line(path), pyarrow.parquet.ParquetFile(path, **options) as file:
         yield from _rows_of(file.iter_batches(ROWS))
 
 

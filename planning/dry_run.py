@@ -292,8 +292,14 @@ def _uncut_notes(params: Any, mesh: Any) -> list[str]:
 
 def _wrapped(lines: dict[str, str]) -> Iterable[str]:
     for name, line in lines.items():
+        # Paths stay whole.
         yield from textwrap.wrap(
-            line, 80, initial_indent=f"  {name:<12}", subsequent_indent=" " * 14
+            line,
+            80,
+            initial_indent=f"  {name:<12}",
+            subsequent_indent=" " * 14,
+            break_long_words=False,
+            break_on_hyphens=False,
         )
 
 

@@ -2,10 +2,10 @@
 
 import csv
 import json
-import pathlib
 import sys
 import types
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -398,4 +398,21 @@ def test_parquet_is_never_read_whole(tmp_path, monkeypatch):
     assert next(read) == (1, rows[0])
     assert sizes == [formats.ROWS]
     assert len(list(read)) == 4 * formats.ROWS - 1 and len(sizes) == 4
-    assert pathlib.Path(tmp_path / "rows.parquet").exists()
+
+
+@pytest.mark.parametrize("rows_a_group", [100, 5000])
+def test_what_is_read_of_parquet_is_not_kept(tmp_path, rows_a_group):
+    rng = np.random.default_rng(0)
+    # 20 MB, 10 MB in the file, in small pages.
+    rows = [{"text": rng.bytes(2000).hex()} for _ in range(5000)]
+    path = tmp_path / "rows.parquet"
+    table = pyarrow.Table.from_pylist(rows)
+    sizes = {"row_group_size": rows_a_group, "data_page_size": 1 << 16, "write_batch_size": 16}
+    pyarrow.parquet.write_table(table, path, use_dictionary=False, **sizes)
+    del table
+    before = pyarrow.total_allocated_bytes()
+    held = []
+    for number, row in formats.read_parquet(path):
+        assert row == rows[number - 1]
+        held.append(pyarrow.total_allocated_bytes() - before)
+    assert len(held) == 5000 and max(held) < 5e6 < path.stat().st_size

@@ -128,16 +128,16 @@ ROWS = {
     "text": [{"text": f"{SHORT} {i}"} for i in range(40)],
     "chat": [{"prompt": f"{SHORT} {i}", "response": LONG} for i in range(40)],
     "comparison": [
-        {"prompt": f"{SHORT} {i}", "chosen": SHORT, "rejected": LONG} for i in range(40)
+        {"prompt": f"{LONG} {i}", "chosen": SHORT, "rejected": "many"} for i in range(40)
     ],
     "prompt": [{"prompt": f"{LONG} {i}", "answer": "4"} for i in range(40)],
     "steps": [
-        {"prompt": f"{SHORT} {i}", "steps": [LONG.strip()] * 2, "labels": [1, 0]}
+        {"prompt": f"{SHORT} {i}", "steps": [SHORT, LONG.strip()], "labels": [1, 0]}
         for i in range(40)
     ],
 }
 TINY = ["--eval_every=0", "--optimizer.warmup=1", "--optimizer.schedule=constant"]
-ONLINE = ["--reward=tasks.answers:number", "--batch_size=16", "--max_prompt=24"]
+ONLINE = ["--reward=tasks.answers:number", "--batch_size=64", "--max_prompt=24"]
 ONLINE += ["--max_new_tokens=8"]
 ROWS_OF_32 = ["--batch_size=8", "--length=32"]
 SCRIPTS = {
