@@ -10,6 +10,7 @@ import string
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from running import fails, rows_of, run, write
@@ -312,7 +313,7 @@ def every_logprob(config):
 
     @jax.jit
     def logprobs(params, tokens):
-        output = apply(params, tokens, np.ones_like(tokens), np.arange(64)[None])
+        output = apply(params, tokens, jnp.ones_like(tokens), jnp.arange(64)[None])
         return token_logprobs(unembed(output.x_BTD, output.unembed_DV), tokens)
 
     return logprobs
