@@ -29,7 +29,7 @@ from model import LanguageModel, Params, init_and_apply
 from model_config import ModelConfig, check_fit
 from objectives import direct
 from objectives.likelihood import Apply
-from objectives.unpadded import unpadded
+from objectives.unpadded import measured_ahead, segment_ids_of, unpadded, with_room
 from planning.dry_run import preview
 from planning.memory import check_memory
 from rewards.reference import cached_reference
@@ -310,6 +310,13 @@ def make_prepare(
     return prepare
 
 
+def trained_segments(config: Config, batch: HostBatch) -> np.ndarray:
+    """Return the segments of the candidates that `make_prepare` leaves in a batch."""
+    segment_ids_BCT = segment_ids_of(batch)
+    # The last one is of kto's estimate alone.
+    return segment_ids_BCT[:, :-1] if config.loss == "kto" else segment_ids_BCT
+
+
 def with_paper_defaults(config: Config) -> Config:
     """Return `config` with the paper's value for `beta`, where it is None, and print that."""
     # Most papers use 0.1.
@@ -398,10 +405,19 @@ def main(config: Config) -> dict[str, float]:
             (state.opt_state, reference),
             length=config.length,
         )
+        # Batches are measured a step ahead, so that the device does not wait for the host.
+        measured = measured_ahead(
+            batches,
+            mesh,
+            config.steps - run.start,
+            config.microbatches,
+            partial(trained_segments, config),
+        )
         for step in run.steps():
             # One update; its metrics are written while the next one runs.
             policy = full(base, state.params)
-            batch = unpadded(prepare(policy, next(batches)), config.microbatches)
+            rows, room = next(measured)
+            batch = with_room(prepare(policy, rows), room)
             state, metrics = update.step(state, batch, base)
             run.record(step, metrics, tokens=batch["tokens_BCT"].size)
 

@@ -8,27 +8,31 @@ equal but for rounding.
 
 A program needs the number of packed rows when it is compiled. `find_room` measures a batch, and
 waits for the device; what it finds travels with the batch as `room`, and `run_model` reads it.
-A batch without one is run as it is.
+A batch without one is run as it is. Batches of data are measured a step ahead (`measured_ahead`),
+so that the device always has work.
 
 B rows of T tokens, of which each of G groups has its own B / G: those that one device holds, of
 one micro-batch. A group is packed for itself, so nothing crosses devices. N packed rows a group.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple, TypeVar, cast
 
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jax.sharding import get_abstract_mesh
+import numpy as np
+from jax.sharding import Mesh, get_abstract_mesh
 
+from data.batches import Batches
 from model import Params
 from objectives.likelihood import Apply, TokenBatch, inputs
-from sharding import along, batch_devices, constrain_batch, in_microbatches
+from sharding import along, batch_devices, constrain_batch, in_microbatches, to_mesh
 
 Array = jax.Array
+HostBatch = dict[str, np.ndarray]
 Rows = TypeVar("Rows", bound=Mapping[str, Any])
 """A batch: arrays by name, and perhaps a `room`."""
 
@@ -238,6 +242,36 @@ def rows_needed(segment_ids: Array, microbatches: int) -> Array:
     return jax.vmap(rows_used)(segment_ids_GBT).max()
 
 
+class Measured(NamedTuple):
+    """Batches whose packed rows are being counted; `room_of` waits for the count."""
+
+    needed: Array | None
+    """The most packed rows that a group needs, a scalar; None where nothing can be packed."""
+    rows: int
+    """The rows of a group."""
+
+
+def measure(*segment_ids: Array, microbatches: int = 1) -> Measured:
+    """Count the packed rows that each of these batches needs; see `find_room`. Does not wait."""
+    *shape, _ = segment_ids[0].shape
+    rows = math.prod(shape) // microbatches
+    own = rows // batch_devices(rows)
+    if not can_pack():
+        return Measured(None, own)
+    needed = jnp.stack([rows_needed(ids, microbatches) for ids in segment_ids])
+    return Measured(needed.max(), own)
+
+
+def room_of(measured: Measured, sizes: int) -> Room | None:
+    """Return the least of the rooms, `sizes` between one and its half, that holds `measured`."""
+    if measured.needed is None:
+        return None
+    share = int(measured.needed) / measured.rows
+    # The largest k for which 2 to the power of -k / sizes is no less than the share.
+    steps = math.floor(-sizes * math.log2(share) + 1e-9)
+    return Room(2 ** (-steps / sizes)) if steps else None
+
+
 def find_room(*segment_ids: Array, microbatches: int = 1, sizes: int = OF_ROLLOUTS) -> Room | None:
     """Return the room that each of these batches fits in; None where packing would save nothing.
 
@@ -245,17 +279,7 @@ def find_room(*segment_ids: Array, microbatches: int = 1, sizes: int = OF_ROLLOU
     devices of the mesh. `sizes`: rooms between one and its half, from which the least that fits is
     taken. Waits for the device. None too where the mesh splits a row's tokens.
     """
-    if not can_pack():
-        return None
-    *shape, _ = segment_ids[0].shape
-    rows = math.prod(shape) // microbatches
-    own = rows // batch_devices(rows)
-    needed = jnp.stack([rows_needed(ids, microbatches) for ids in segment_ids])
-    share = int(needed.max()) / own
-
-    # The largest k for which 2 to the power of -k / sizes is no less than the share.
-    steps = math.floor(-sizes * math.log2(share) + 1e-9)
-    return Room(2 ** (-steps / sizes)) if steps else None
+    return room_of(measure(*segment_ids, microbatches=microbatches), sizes)
 
 
 def with_room(batch: Rows, room: Room | None) -> Rows:
@@ -266,10 +290,43 @@ def with_room(batch: Rows, room: Room | None) -> Rows:
     return cast(Rows, fields)
 
 
+def segment_ids_of(batch: Mapping[str, Any]) -> Any:
+    """Return the segments of rows [B, T] or of candidates [B, C, T]."""
+    return batch["segment_ids_BCT" if "segment_ids_BCT" in batch else "segment_ids_BT"]
+
+
 def unpadded(batch: Rows, microbatches: int = 1, sizes: int = OF_DATA) -> Rows:
     """Return `batch` with the room that its real tokens need, measured on the mesh.
 
     `batch`: rows [B, T] or candidates [B, C, T]; see `find_room`. Waits for the device.
     """
-    name = "segment_ids_BCT" if "segment_ids_BCT" in batch else "segment_ids_BT"
-    return with_room(batch, find_room(batch[name], microbatches=microbatches, sizes=sizes))
+    room = find_room(segment_ids_of(batch), microbatches=microbatches, sizes=sizes)
+    return with_room(batch, room)
+
+
+def measured_ahead(
+    batches: Batches,
+    mesh: Mesh,
+    steps: int,
+    microbatches: int = 1,
+    segments: Callable[[HostBatch], np.ndarray] = segment_ids_of,
+) -> Iterator[tuple[HostBatch, Room | None]]:
+    """Yield the next `steps` batches of data, each with the room that it needs on the mesh.
+
+    A batch is measured before the step before it is run, so to ask for its room waits for no
+    update that has just been dispatched. The data's position is that of what has been yielded.
+    `segments`: of a host's batch, the segments of those of its rows that are trained on.
+    """
+
+    def measure_next() -> Measured:
+        own = {"segment_ids": segments(batches.peek())}
+        on_mesh = to_mesh(own, mesh)["segment_ids"]
+        return measure(on_mesh, microbatches=microbatches)
+
+    measured = measure_next()
+    for left in reversed(range(steps)):
+        batch = next(batches)
+        room = room_of(measured, OF_DATA)
+        if left:
+            measured = measure_next()
+        yield batch, room
