@@ -29,7 +29,7 @@ from model import LanguageModel, Params, init_and_apply
 from model_config import ModelConfig, check_fit
 from objectives import direct
 from objectives.likelihood import Apply
-from objectives.unpadded import unpadded
+from objectives.unpadded import measured_ahead, model_inputs, unpadded, with_room
 from planning.dry_run import preview
 from planning.memory import check_memory
 from rewards.reference import cached_reference
@@ -320,6 +320,16 @@ def make_prepare(
     return prepare
 
 
+def trained_on(config: Config, batch: HostBatch) -> dict[str, np.ndarray]:
+    """Return the arrays [B, C, T] that a model reads of the candidates `make_prepare` leaves.
+
+    `batch`: a host's, of `make_batches`.
+    """
+    read = model_inputs(batch)
+    # The last one is of kto's estimate alone.
+    return {name: x_BCT[:, :-1] if config.loss == "kto" else x_BCT for name, x_BCT in read.items()}
+
+
 def with_paper_defaults(config: Config) -> Config:
     """Return `config` with the paper's value for a `beta` of None; print a line that says so."""
     # Most papers use 0.1.
@@ -409,10 +419,19 @@ def main(config: Config) -> dict[str, float]:
             (state.opt_state, reference),
             length=config.length,
         )
+        # Batches are measured a step ahead, so that the device does not wait for the host.
+        measured = measured_ahead(
+            batches,
+            mesh,
+            config.steps - run.start,
+            config.microbatches,
+            partial(trained_on, config),
+        )
         for step in run.steps():
             # One update; its metrics are written while the next one runs.
             policy = full(base, state.params)
-            batch = unpadded(prepare(policy, next(batches)), config.microbatches)
+            rows, room = next(measured)
+            batch = with_room(prepare(policy, rows), room)
             state, metrics = update.step(state, batch, base)
             run.record(step, metrics, tokens=batch["tokens_BCT"].size)
 

@@ -29,7 +29,7 @@ from model import Params, ScalarModel, init_and_apply
 from model_config import ModelConfig, check_fit
 from objectives.likelihood import Apply, inputs
 from objectives.reward import process_objective
-from objectives.unpadded import unpadded
+from objectives.unpadded import measured_ahead, with_room
 from planning.dry_run import preview
 from planning.memory import check_memory
 from runtime import flags
@@ -205,9 +205,12 @@ def main(config: Config) -> dict[str, float]:
         state, base = run.start_or_resume(update.init, update.optimizer, mesh, batches)
         title = f"step-wise reward model on {source.name}"
         run.describe(title, state.params, (state.opt_state, base), length=config.length)
+        # Batches are measured a step ahead, so that the device does not wait for the host.
+        measured = measured_ahead(batches, mesh, config.steps - run.start, config.microbatches)
         for step in run.steps():
             # One update; its metrics are written while the next one runs.
-            batch = unpadded(to_mesh(next(batches), mesh), config.microbatches)
+            rows, room = next(measured)
+            batch = with_room(to_mesh(rows, mesh), room)
             state, metrics = update.step(state, batch, base)
             run.record(step, metrics, tokens=batch["tokens_BT"].size)
 

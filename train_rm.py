@@ -26,7 +26,7 @@ from lora import LoraConfig, with_adapters
 from model import Params, ScalarModel, init_and_apply
 from model_config import ModelConfig, check_fit
 from objectives.reward import ranking_objective
-from objectives.unpadded import unpadded
+from objectives.unpadded import measured_ahead, with_room
 from planning.dry_run import preview
 from planning.memory import check_memory
 from rewards.models import make_text_scorer
@@ -233,9 +233,12 @@ def main(config: Config) -> dict[str, float]:
         state, base = run.start_or_resume(update.init, update.optimizer, mesh, batches)
         title = f"reward model on {source.name}, {source.candidates} candidates a prompt"
         run.describe(title, state.params, (state.opt_state, base), length=config.length)
+        # Batches are measured a step ahead, so that the device does not wait for the host.
+        measured = measured_ahead(batches, mesh, config.steps - run.start, config.microbatches)
         for step in run.steps():
             # One update; its metrics are written while the next one runs.
-            batch = unpadded(to_mesh(next(batches), mesh), config.microbatches)
+            rows, room = next(measured)
+            batch = with_room(to_mesh(rows, mesh), room)
             state, metrics = update.step(state, batch, base)
             run.record(step, metrics, tokens=batch["tokens_BCT"].size)
 

@@ -12,29 +12,33 @@ takes fewer rows still.
 
 A program needs the layout and the number of rows when it is compiled. `find_room` measures a
 batch, and waits for the device; what it finds travels with the batch as `room`, and `run_model`
-reads it. A batch without one is run as it is.
+reads it. A batch without one is run as it is. Batches of data are measured a step ahead
+(`measured_ahead`), so that the device always has work.
 
 B rows of T tokens, of which each of G groups has its own B / G: those that one device holds, of
 one micro-batch. A group has slots for itself, so nothing crosses devices. N rows of slots a group.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple, TypeVar, cast
 
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jax.sharding import get_abstract_mesh
+import numpy as np
+from jax.sharding import Mesh, get_abstract_mesh
 
+from data.batches import Batches
 from kernels.layouts import SharedRows, each_group, moved
 from model import Params
 from objectives.beginnings import is_own, owners, share_slots
 from objectives.likelihood import Apply, TokenBatch, inputs
-from sharding import along, batch_devices, constrain_batch, in_microbatches
+from sharding import along, batch_devices, constrain_batch, in_microbatches, to_mesh
 
 Array = jax.Array
+HostBatch = dict[str, np.ndarray]
 Rows = TypeVar("Rows", bound=Mapping[str, Any])
 """A batch: arrays by name, and perhaps a `room`."""
 
@@ -242,7 +246,7 @@ def can_pack() -> bool:
     return mesh.empty or along(mesh, "sequence", "stage") == 1
 
 
-def model_inputs(batch: Mapping[str, Any]) -> dict[str, Array]:
+def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
     """Return tokens, segment ids and positions of a batch by name: [B, T], or [B, C, T]."""
     axes = "BCT" if "tokens_BCT" in batch else "BT"
     names = [f"{name}_{axes}" for name in ("tokens", "segment_ids", "positions")]
@@ -271,6 +275,43 @@ def rows_needed(arrays: tuple[Array, ...], microbatches: int) -> Array:
     return jnp.stack([packed_G.max(), jnp.maximum(filled_G.max(), 1)])
 
 
+class Measured(NamedTuple):
+    """Batches whose rows are being counted; `room_of` waits for the count."""
+
+    needed: Array | None
+    """As of `rows_needed`, the most over the batches; None where no layout can be used."""
+    rows: int
+    """The rows of a group."""
+
+
+def measure(*batches: Mapping[str, Any], microbatches: int = 1) -> Measured:
+    """Count the rows that each of these batches needs; see `find_room`. Does not wait."""
+    of_batches = [tuple(model_inputs(batch).values()) for batch in batches]
+    *shape, _ = of_batches[0][0].shape
+    rows = math.prod(shape) // microbatches
+    own = rows // batch_devices(rows)
+    if not can_pack():
+        return Measured(None, own)
+    needed = [rows_needed(arrays, microbatches) for arrays in of_batches]
+    return Measured(jnp.stack(needed).max(0), own)
+
+
+def room_of(measured: Measured, sizes: int) -> Room | None:
+    """Return the least room that holds `measured`, or None where it would save nothing.
+
+    `sizes`: rooms between one and its half.
+    """
+    if measured.needed is None:
+        return None
+    packed, distinct = measured.needed.tolist()
+    is_shared = distinct <= WORTH * packed
+    share = (distinct if is_shared else packed) / measured.rows
+
+    # The largest k for which 2 to the power of -k / sizes is no less than the share.
+    steps = math.floor(-sizes * math.log2(share) + 1e-9)
+    return Room(2 ** (-steps / sizes), is_shared) if steps else None
+
+
 def find_room(
     *batches: Mapping[str, Any], microbatches: int = 1, sizes: int = OF_ROLLOUTS
 ) -> Room | None:
@@ -281,22 +322,7 @@ def find_room(
     between one and its half, from which the least that fits is taken. Waits for the device. None
     too where the mesh splits a row's tokens.
     """
-    if not can_pack():
-        return None
-    of_batches = [tuple(model_inputs(batch).values()) for batch in batches]
-    *shape, _ = of_batches[0][0].shape
-    rows = math.prod(shape) // microbatches
-    own = rows // batch_devices(rows)
-
-    # The most that any of them needs, packed and shared.
-    needed = [rows_needed(arrays, microbatches) for arrays in of_batches]
-    packed, distinct = jnp.stack(needed).max(0).tolist()
-    is_shared = distinct <= WORTH * packed
-    share = (distinct if is_shared else packed) / own
-
-    # The largest k for which 2 to the power of -k / sizes is no less than the share.
-    steps = math.floor(-sizes * math.log2(share) + 1e-9)
-    return Room(2 ** (-steps / sizes), is_shared) if steps else None
+    return room_of(measure(*batches, microbatches=microbatches), sizes)
 
 
 def with_room(batch: Rows, room: Room | None) -> Rows:
@@ -315,3 +341,30 @@ def unpadded(batch: Rows, microbatches: int = 1, sizes: int = OF_DATA) -> Rows:
     between one and its half (`find_room`). Waits for the device.
     """
     return with_room(batch, find_room(batch, microbatches=microbatches, sizes=sizes))
+
+
+def measured_ahead(
+    batches: Batches,
+    mesh: Mesh,
+    steps: int,
+    microbatches: int = 1,
+    trained_on: Callable[[HostBatch], Mapping[str, Any]] = model_inputs,
+) -> Iterator[tuple[HostBatch, Room | None]]:
+    """Yield the next `steps` batches of data, each with the room that it needs on the mesh.
+
+    A batch is measured before the step before it is run, so to ask for its room waits for no
+    update that has just been dispatched. The data's position is that of what has been yielded.
+    trained_on(a host's batch) -> the `model_inputs` of those of its rows that are trained on.
+    """
+
+    def measure_next() -> Measured:
+        rows = to_mesh(dict(trained_on(batches.peek())), mesh)
+        return measure(rows, microbatches=microbatches)
+
+    measured = measure_next()
+    for left in reversed(range(steps)):
+        batch = next(batches)
+        room = room_of(measured, OF_DATA)
+        if left:
+            measured = measure_next()
+        yield batch, room

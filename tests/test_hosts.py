@@ -141,7 +141,8 @@ def test_killed_peer_then_resumed_equals_one_process(tmp_path):
         start_two("train_dpo", [*argv, f"--run={tmp_path}/two"], (None, FAULTS["killed"]))
     )
     assert codes == [hosts.LOST, -signal.SIGKILL]
-    told = [line for line in errors[0].splitlines() if line]
+    # Progress is told every ten seconds, on a busy machine.
+    told = [line for line in errors[0].splitlines() if line and not line.startswith("step ")]
     assert (
         len(told) == 1
         and told[0].startswith("error: process 0: ")

@@ -34,7 +34,7 @@ from data.sources import open_source
 from data.tokenizer import Tokenizer
 from model import LanguageModel, init_and_apply
 from model_config import stored_model
-from objectives import direct
+from objectives import direct, unpadded
 from rewards.reference import candidate_keys
 from runtime.run_folder import load_config
 from sharding import to_mesh
@@ -476,6 +476,7 @@ def test_tokens_of_all_hosts_are_counted(script, flags, tmp_path, monkeypatch):
 
     monkeypatch.setattr(script, "data_shard", lambda mesh: {"process": 0, "processes": 2})
     monkeypatch.setattr(script, "to_mesh", of_both)
+    monkeypatch.setattr(unpadded, "to_mesh", of_both)
     monkeypatch.setattr(Run, "record", record)
     # The last metrics are of rows that were recorded.
     monkeypatch.setattr(Run, "last_metrics", {})

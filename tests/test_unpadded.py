@@ -257,3 +257,37 @@ def test_no_room_where_packing_saves_nothing_or_a_mesh_splits_rows():
     assert find_room(six) is None and find_room(six, sizes=8) == Room(2 ** (-3 / 8))
     make_mesh(MeshConfig(sequence=2, data=4))
     assert find_room(half) is None
+
+
+class Counted:
+    """Two batches of rows in turn, and where one is in them, as data.batches.Batches has it."""
+
+    def __init__(self, *batches):
+        self.batches, self.position, self.seen = batches, 0, []
+
+    def peek(self):
+        self.seen.append(self.position + 1)
+        return self.batches[self.position % 2]
+
+    def __next__(self):
+        self.position += 1
+        return self.batches[(self.position - 1) % 2]
+
+
+def test_batches_are_measured_a_step_ahead_and_the_position_is_not():
+    """Before the update that runs meanwhile is dispatched; nothing is asked of the last one."""
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    long, short = (jax.device_get(rollout(32, seed)) for seed in (0, 1))
+    short["segment_ids_BT"] = short["segment_ids_BT"] * (np.arange(32)[:, None] % 8 == 0)
+    batches = Counted(long, short)
+    rooms = []
+    measured = unpadded.measured_ahead(batches, mesh, 4, microbatches=2)
+    for number, (batch, room) in enumerate(measured, 1):
+        assert batches.position == number and batch is (long, short)[(number - 1) % 2]
+        assert batches.seen == list(range(1, min(number + 1, 4) + 1))
+        rooms.append(room)
+    want = [
+        find_room(to_mesh(batch, mesh), microbatches=2, sizes=unpadded.OF_DATA)
+        for batch in (long, short)
+    ]
+    assert rooms == want * 2 and want[0] != want[1]
