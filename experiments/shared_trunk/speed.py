@@ -51,7 +51,7 @@ class Config:
     """Passes over an iteration's rollouts."""
     rounds: int = 5
     """Timings of each piece of work, of which medians are told."""
-    core: int = 1
+    core: int = 0
     """Number of the core."""
     out: str = "experiments/shared_trunk/speed.json"
     """File to write."""
