@@ -8,7 +8,7 @@ Objectives keep their arrays [B, ...], and what they compute is equal but for ro
 
 packed: a row's real tokens become a segment of a packed row, as data/packing.py packs text.
 shared: each beginning that rows have in common is held once (objectives/beginnings.py), where that
-takes fewer rows still.
+saves enough to pay for attention, which then runs over the rows as they are.
 
 A program needs the layout and the number of rows when it is compiled. `find_room` measures a
 batch, and waits for the device; what it finds travels with the batch as `room`, and `run_model`
@@ -43,9 +43,9 @@ Rows = TypeVar("Rows", bound=Mapping[str, Any])
 OF_ROLLOUTS = 2
 OF_DATA = 8
 
-# Rows of distinct tokens over packed rows, from which on beginnings are shared: less gain is lost
-# to laying rows out for attention in every layer (benchmarks/README.md).
-WORTH = 0.8
+# Share of a padded pass that shared rows take even without a token: attention, and laying rows out
+# for it. Measured with the world's model on a CPU (benchmarks/README.md); a wider model has less.
+LAID_OUT = 0.4
 
 
 @flax.struct.dataclass
@@ -281,7 +281,7 @@ def find_room(
     # The most that any of them needs, packed and shared.
     needed = [rows_needed(arrays, microbatches) for arrays in of_batches]
     packed, distinct = jnp.stack(needed).max(0).tolist()
-    is_shared = distinct <= WORTH * packed
+    is_shared = LAID_OUT * own + (1 - LAID_OUT) * distinct < packed
     share = (distinct if is_shared else packed) / own
 
     # The largest k for which 2 to the power of -k / sizes is no less than the share.
