@@ -8,7 +8,7 @@ Objectives keep their arrays [B, ...], and what they compute is equal but for ro
 
 packed: a row's real tokens become a segment of a packed row, as data/packing.py packs text.
 shared: each beginning that rows have in common is held once (objectives/beginnings.py), where that
-takes fewer rows still.
+saves enough to pay for attention, which then runs over the rows as they are.
 
 A program needs the layout and the number of rows when it is compiled. `find_room` measures a
 batch, and waits for the device; what it finds travels with the batch as `room`, and `run_model`
@@ -47,9 +47,9 @@ Rows = TypeVar("Rows", bound=Mapping[str, Any])
 OF_ROLLOUTS = 2
 OF_DATA = 8
 
-# Rows of distinct tokens over packed rows, from which on beginnings are shared: less gain is lost
-# to laying rows out for attention in every layer (benchmarks/README.md).
-WORTH = 0.8
+# Share of a padded pass that shared rows take even without a token: attention, and laying rows out
+# for it. Measured with the world's model on a CPU (benchmarks/README.md); a wider model has less.
+LAID_OUT = 0.4
 
 
 @flax.struct.dataclass
@@ -304,7 +304,9 @@ def room_of(measured: Measured, sizes: int) -> Room | None:
     if measured.needed is None:
         return None
     packed, distinct = measured.needed.tolist()
-    is_shared = distinct <= WORTH * packed
+    # Attention is over all rows where beginnings are shared.
+    shared = LAID_OUT * measured.rows + (1 - LAID_OUT) * distinct
+    is_shared = shared < packed
     share = (distinct if is_shared else packed) / measured.rows
 
     # The largest k for which 2 to the power of -k / sizes is no less than the share.
