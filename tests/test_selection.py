@@ -1,12 +1,16 @@
 """Choosing rows: brute force, closed forms, planted noise; each with a control."""
 
 import itertools
+import json
+import queue
 from functools import partial
 
 import jax
 import numpy as np
 import pytest
+from running import run
 
+from benchmarks import select_rows
 from data import selection, selection_isa
 from evaluation.steps import auc
 from runtime.errors import UserError
@@ -225,7 +229,7 @@ def test_blocks_and_few_candidates_lose_little(name, rng, monkeypatch):
     at_random = value(x, selection.random_rows(x, None, None, 60, KEY))
     assert at_random < some
     # The radius is that of the one worst row.
-    lost = 0.3 if name == "k_center" else selection.MISSED
+    lost = 0.6 if name == "k_center" else selection.MISSED
     assert some >= (1 - lost) * whole
 
 
@@ -339,3 +343,24 @@ def test_a_projection_keeps_distances(rng):
 
 def test_bound_arguments_are_by_name():
     assert partial(selection.at_rank, rank=1.0)(None, np.arange(5.0), None, 1, KEY) == [4]
+
+
+# --- the benchmark
+
+
+def test_the_benchmark_writes_every_row_and_keeps_what_is_there(tmp_path, monkeypatch):
+    def here(*arguments):
+        results = queue.SimpleQueue()
+        select_rows.timed(*arguments, results)
+        return results.get()
+
+    monkeypatch.setattr(select_rows, "in_a_process", here)
+    flags = ["--rows=500", "--width=4", f"--out={tmp_path}", "--shares", "0.1"]
+    first = run(select_rows, *flags, "--methods=random")["rows"]
+    both = run(select_rows, *flags, "--methods=random,density", "--missing")["rows"]
+    assert both[0] == first[0] and [row["method"] for row in both] == ["random", "density"]
+    assert all(row["k"] == 50 and row["peak_mib"] >= row["before_mib"] > 0 for row in both)
+    written = json.loads((tmp_path / "select-cpu.json").read_text())
+    assert written["rows"] == both
+    table = select_rows.table_of(written).splitlines()
+    assert [line.split(" | ")[0] for line in table[2:4]] == ["| random", "| density"]
