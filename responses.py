@@ -141,12 +141,12 @@ def split_evenly(items: Sequence[Item], size: int) -> list[list[Item]]:
     return [list(items[start : start + size]) for start in range(0, len(items), size)]
 
 
-def in_parts(count: int, rows: int, name: str) -> Iterator[int]:
+def in_parts(count: int, rows: int, name: str, unit: str = "prompt") -> Iterator[int]:
     """Yield 0, `rows`, 2 `rows`, ... below `count`, under a progress bar called `name`.
 
-    These are where each part of `count` prompts starts.
+    These are where each part of `count` prompts, or of what `unit` calls them, starts.
     """
-    with tqdm(total=count, desc=name, unit="prompt", mininterval=2) as bar:
+    with tqdm(total=count, desc=name, unit=unit, mininterval=2) as bar:
         for start in range(0, count, rows):
             yield start
             # The caller is done with the part.

@@ -122,6 +122,36 @@ def check_eval_records(records: int) -> None:
     )
 
 
+def lines_of(path: str) -> Iterator[str]:
+    """Yield the rows of a .jsonl[.gz] file as they stand in it, without ends and blank lines."""
+    for _, line in _lines(pathlib.Path(path)):
+        if line.strip():
+            yield line.decode("utf-8-sig").rstrip("\r\n")
+
+
+def first_row(path: str) -> Row:
+    """Return the first row of a .jsonl[.gz] file; UserError where there is none to read."""
+    # Says what is wrong with the path, as opening it does.
+    _file_sum(pathlib.Path(path))
+    for number, line in _lines(pathlib.Path(path)):
+        if not line.strip():
+            continue
+        try:
+            return _row(line)
+        except FieldError as fault:
+            raise UserError(f"{path}:{number}: {fault}") from None
+    raise UserError(f"{path}: has no rows; give a file with one JSON object a line")
+
+
+def reads(row: Row, schema: Schema) -> bool:
+    """Return whether `schema` reads a row."""
+    try:
+        SCHEMAS[schema](row)
+    except FieldError:
+        return False
+    return True
+
+
 _for_now: tempfile.TemporaryDirectory | None = None
 
 

@@ -103,19 +103,23 @@ def comparing_prompts(question: Question, principle: str) -> list[str]:
     ]
 
 
-def make_probability_of_a(judge: LoadedRun) -> Callable[[Sequence[str]], np.ndarray]:
-    """Make the language model `judge` answer questions with A or B.
+def make_probability_of_a(
+    judge: LoadedRun, a: str = "A", b: str = "B", flag: str = "--judge"
+) -> Callable[[Sequence[str]], np.ndarray]:
+    """Make the language model `judge` answer questions with `a` or `b`.
 
-    Returns probability_of_a(texts) -> [N]: P(the answer is A, given that it is A or B), from the
+    Returns probability_of_a(texts) -> [N]: P(the answer is a, given that it is a or b), from the
     log-probabilities of these two first tokens. A text is what a user asks; one longer than the
-    model's context loses its beginning. Raises UserError where A and B have one first token.
+    model's context loses its beginning. Raises UserError, which names the judge's `flag`, where a
+    and b have one first token.
     """
     config, tokenizer, params = judge
-    first_of_a = tokenizer.encode("A")[:1]
-    first_of_b = tokenizer.encode("B")[:1]
+    first_of_a = tokenizer.encode(a)[:1]
+    first_of_b = tokenizer.encode(b)[:1]
     if first_of_a == first_of_b or not first_of_a or not first_of_b:
         raise UserError(
-            "--judge: its tokenizer does not tell the answers A and B apart by their first token"
+            f"{flag}: its tokenizer does not tell the answers {a} and {b} apart by their first "
+            "token"
         )
     answers_2 = np.array([*first_of_a, *first_of_b])
     _, apply = init_and_apply(LanguageModel(config))

@@ -216,6 +216,28 @@ test_measures.py::test_completions_label_a_step_by_the_share_that_comes_right
 - np.mean(rights, axis=1)
 + np.max(rights, axis=1)
 
+== collect/select.py
+test_select.py::test_rows_are_written_as_they_stand
+- np.arange(1, len(chosen) + 1)
++ np.arange(len(chosen))
+- is_chosen_N[chosen] = True
++ is_chosen_N[:k] = True
+
+== collect/scores.py
+test_select.py::test_perplexity_and_ifd_are_of_the_response_alone
+- np.exp(loss_N / tokens_N)
++ np.exp(loss_N / (tokens_N - 1))
+- given_loss_N / alone_loss_N
++ alone_loss_N / given_loss_N
+
+== evaluation/fits.py
+test_fits.py::test_the_papers_own_parameters_on_its_own_table
+- 1 - errors /
++ errors /
+test_fits.py::test_criterion_is_twice_the_parameters_less_the_log_likelihood
+- + 2 * (parameters + 1))
++ + 2 * parameters)
+
 == collect/feedback.py
 test_measures.py::test_comparison_rows_rank_by_the_mean_preference
 - = 1 - prefer_CC[i, j]

@@ -1,0 +1,150 @@
+"""Rows of any data that training reads, as prompt and response; and chosen rows as they stand."""
+
+import itertools
+import json
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from data.batches import SHORTEST_PROMPT, Batch, cut_left, pad_examples
+from data.preferences import best_and_worst_response
+from data.records import Record, Schema
+from data.sources import Source, first_row, is_file, lines_of, open_source, reads
+from data.tokenizer import Tokenizer
+from responses import SHORTEST_WIDTH, full_parts
+from runtime.errors import UserError
+from sharding import to_host
+
+ORDER: tuple[Schema, ...] = ("comparison", "unpaired", "steps", "chat", "text", "prompt")
+"""In which schema a file is read: the first of these that reads its first row."""
+# Examples a call.
+ROWS = 64
+
+
+class Example(NamedTuple):
+    """One prompt and what answers it, as tokens."""
+
+    prompt: list[int]
+    """From bos up to the assistant's role; bos alone before a text."""
+    response: list[int]
+    """With the end token, unless it is a prompt that is continued."""
+
+    @property
+    def tokens(self) -> list[int]:
+        return [*self.prompt, *self.response]
+
+    @property
+    def mask(self) -> list[int]:
+        """1 on the response's tokens."""
+        return [0] * len(self.prompt) + [1] * len(self.response)
+
+
+# --- records as examples
+
+
+def schema_of(data: str, schema: Schema | None) -> Schema:
+    """Return `schema`, or the one in which `data` is read where none is given.
+
+    Raises UserError for a file whose first row no schema reads.
+    """
+    if schema is not None:
+        return schema
+    if not is_file(data):
+        return "comparison"
+    row = first_row(data)
+    for name in ORDER:
+        if reads(row, name):
+            return name
+    raise UserError(f"{data}: no schema reads its first row; name one with --schema to see why")
+
+
+def labels_of(source: Source, schema: Schema) -> np.ndarray | None:
+    """Return whether each row is desirable, [N] bool; None for rows without such a label."""
+    if schema != "unpaired":
+        return None
+    return np.array([source[i]["desirable"] for i in range(len(source))])
+
+
+def texts_to_judge(record: Record) -> tuple[str | list[Any], str]:
+    """Return the prompt of a record, and its response: of a comparison the best one.
+
+    A text, or a prompt without an answer, is a response to no prompt: "".
+    """
+    if "messages" in record:
+        *before, last = record["messages"]
+        return before, last["content"]
+    if "responses" in record:
+        best, _ = best_and_worst_response(record)
+        return record["prompt"], best
+    if "steps" in record:
+        return record["prompt"], "\n".join(record["steps"])
+    if "response" in record:
+        return record["prompt"], record["response"]
+    if "answer" in record:
+        return record["prompt"], record["answer"]
+    if "prompt" in record:
+        return "", "\n\n".join(message["content"] for message in record["prompt"])
+    return "", record["text"]
+
+
+def example_of(
+    prompt: str | Sequence[Any], response: str, tokenizer: Tokenizer, length: int
+) -> Example:
+    """Encode a prompt and its response in at most `length` tokens, for the measure of a response.
+
+    An empty prompt is bos alone. Cut on the left: the prompt first, down to SHORTEST_PROMPT
+    tokens, then the response.
+    """
+    answer = [*tokenizer.encode(response), tokenizer.eos]
+    asked = [tokenizer.bos]
+    if prompt:
+        room = max(length - len(answer), SHORTEST_PROMPT)
+        asked = cut_left(tokenizer.prompt(prompt), room, tokenizer)
+    return Example(asked, answer[-(length - len(asked)) :])
+
+
+def record_example(record: Record, tokenizer: Tokenizer, length: int) -> Example:
+    """Encode what `texts_to_judge` finds in a record of any schema; see `example_of`."""
+    return example_of(*texts_to_judge(record), tokenizer, length)
+
+
+def padded_parts(examples: Sequence[Example], length: int, pad: int) -> Iterator[Batch]:
+    """Yield the examples in batches of ROWS, padded on the right; the last one is filled up.
+
+    A batch is as wide as a power of two that holds its longest example, at most `length`.
+    """
+    for _, part in full_parts(examples, ROWS):
+        rows = [{"tokens": example.tokens, "mask": example.mask} for example in part]
+        longest = max(len(row["tokens"]) for row in rows)
+        width = max(SHORTEST_WIDTH, 1 << (longest - 1).bit_length())
+        yield pad_examples(rows, min(width, length), pad, fixed=True)
+
+
+def over_examples(
+    measure: Callable[[Batch], jax.Array], examples: Sequence[Example], length: int, pad: int
+) -> np.ndarray:
+    """Return `measure(batch)`, [B, ...], of all examples, in their order, on the host."""
+    found = [to_host(measure(batch)) for batch in padded_parts(examples, length, pad)]
+    return np.concatenate(found)[: len(examples)]
+
+
+# --- the rows themselves
+
+
+def open_rows(data: str, schema: Schema, seed: int) -> Source:
+    """Open the records that are chosen among: all of a file, else the training split."""
+    return open_source(data, schema, "all" if is_file(data) else "train", seed=seed)
+
+
+def rows_as_written(data: str, source: Source) -> Iterator[str]:
+    """Yield the rows of `source`, of `open_rows`, as lines of JSON: of a file as they stand in it.
+
+    What is no file has no lines: its records are written, which every script reads as they are.
+    """
+    if is_file(data):
+        yield from itertools.islice(lines_of(data), len(source))
+        return
+    for i in range(len(source)):
+        yield json.dumps(source[i], ensure_ascii=False)
