@@ -1,0 +1,70 @@
+"""Draw one metric of several runs over their steps, in one figure.
+
+    python -m experiments.curves --runs=runs/less/all,runs/less/random --metric=gold/all \
+        --out=runs/less/curves.svg
+"""
+
+import runtime.interrupt  # noqa: F401
+
+import dataclasses
+import json
+import pathlib
+
+import matplotlib
+
+from runtime import flags
+from runtime.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    runs: str = "runs/align/sft"
+    """Folders of runs, parted by commas; a curve is called as its folder."""
+    metric: str = "gold/all"
+    """Name of the metric, as in metrics.jsonl."""
+    share: bool = False
+    """Draw over the share of each run's own steps, where these differ."""
+    out: str = "runs/curves.svg"
+    """File to write, .svg or .png."""
+
+
+def series(run: str, metric: str) -> tuple[list[int], list[float]]:
+    """Return the steps at which the run in folder `run` recorded `metric`, and its values."""
+    path = pathlib.Path(run) / "metrics.jsonl"
+    try:
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+    except OSError as fault:
+        raise UserError(f"{path}: {fault.strerror}; name the folder of a run") from None
+    steps = [row["step"] for row in rows if metric in row]
+    values = [row[metric] for row in rows if metric in row]
+    if not steps:
+        names = sorted({name for row in rows for name in row})
+        raise UserError(f"{path}: has no {metric}; it has {', '.join(names)}")
+    return steps, values
+
+
+def main(config: Config) -> dict[str, float]:
+    """Write the figure; return the last value of each run's curve, by the run's folder."""
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    last = {}
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    for run in config.runs.split(","):
+        steps, values = series(run, config.metric)
+        places = [step / steps[-1] for step in steps] if config.share else steps
+        axes.plot(places, values, marker=".", label=pathlib.Path(run).name)
+        last[run] = values[-1]
+    axes.set_xlabel("share of the run's steps" if config.share else "step")
+    axes.set_ylabel(config.metric)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    pathlib.Path(config.out).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(config.out)
+    pyplot.close(figure)
+    print(config.out)
+    return last
+
+
+if __name__ == "__main__":
+    flags.run(main, Config)
