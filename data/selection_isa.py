@@ -27,7 +27,7 @@ from data.selection import Array, generator, highest, parts
 
 Reading = Literal["A", "B", "C", "D"]
 # Rows that the two Gaussians are fitted to, drawn at random from more.
-FITTED = 65_536
+FITTED = 16_384
 # The fit ends when the mean log-likelihood rises by less, in nats, or after as many rounds.
 TOLERANCE = 1e-3
 ROUNDS = 100
