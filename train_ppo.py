@@ -2,10 +2,10 @@
 
     python train_ppo.py --init=runs/align/sft --reward=runs/align/rm --run=runs/align/ppo
 
-Policy and reference start from the SFT run. The critic starts from the first reward model, or from
-the SFT run where no reward is a model. Defaults follow the "N+ implementation details" of Stiennon
-et al. 2020; contested ones are fields of Config. docs/ppo.md follows one iteration, tensor by
-tensor.
+Policy and reference start from the SFT run. The critic starts from the first reward model, or,
+where no reward is a model, from the SFT run and the first rollout's mean score. Defaults follow
+the "N+ implementation details" of Stiennon et al. 2020; contested ones are fields of Config.
+docs/ppo.md follows one iteration, tensor by tensor.
 """
 
 import runtime.interrupt  # noqa: F401
@@ -561,6 +561,17 @@ def fresh_items(
     return {**as_items(policy_state), "value": critic_state, "beta": beta}
 
 
+def at_mean(critic: TrainState, score_B: jax.Array) -> TrainState:
+    """Return a critic that knows nothing, with values of the mean of `score_B`, by its bias.
+
+    From 0 the way to a constant would be an advantage, below 0 where scores are: the last token
+    has the most of it, so that ending would be unlearned before the critic has learned.
+    """
+    bias = critic.params["bias"]
+    mean = jax.device_put(bias + score_B.mean(), bias.sharding)
+    return dataclasses.replace(critic, params={**critic.params, "bias": mean})
+
+
 def next_beta(config: Config, beta: jax.Array, kl: jax.Array) -> jax.Array:
     """Return beta moved towards --kl_target (objectives.policy.adapt_kl); `beta` without a target.
 
@@ -731,17 +742,17 @@ def main(config: Config) -> dict[str, float]:
             # 1. Rollout: sample responses; the sampler's log-probabilities are kept.
             key = jax.random.fold_in(jax.random.key(config.seed), step)
             rollout = sample_rollout(
-                full(loaded.policy_base, policy.params),
-                to_mesh(next(data["prompts"]), mesh),
-                key,
+                full(loaded.policy_base, policy.params), to_mesh(next(data["prompts"]), mesh), key
             )
             # Models are run over its real tokens alone.
             rollout = unpadded(rollout, sizes=OF_ROLLOUTS)
 
-            # 2. Score: each reward's score of each response.
+            # 2. Score: each reward's score of each response. A new critic begins at their mean.
             scores, scalars = loaded.score(
                 to_memory(loaded.rewards, "device"), rollout, data["prompts"].records
             )
+            if step == 1 and not loaded.rewards:
+                critic = at_mean(critic, pooled(config, scores))
 
             # 3. Advantages: one score a response, a reward a token with the KL, GAE, whitening.
             experience, metrics = compute_advantages(

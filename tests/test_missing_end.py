@@ -41,7 +41,7 @@ COMMON = [
     "--max_new_tokens=10",
     "--batch_size=64",
     "--optimizer.lr=3e-3",
-    "--steps=3",
+    "--steps=6",
     "--eval_every=0",
 ]
 
@@ -100,6 +100,7 @@ def test_a_constant_reward_does_not_teach_not_to_end(name):
     run(script, *COMMON, *options, f"--run={name}")
     rows = rows_of(name)
     shares = [row["ended"] for row in rows]
+    print(f"{name}: share that ended {[round(share, 2) for share in shares]}")
     assert 0.1 < shares[0] < 0.9  # control: there is something to unlearn
     assert min(shares[1:]) > shares[0]
     assert rows[0]["score"] == -5 > rows[0]["score_with_eos_rule"]
