@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from running import fails, run, write
+from running import fails, write
 
 import train_sft
 from data import formats
@@ -24,6 +24,8 @@ from runtime.data_files import joint_sum
 from runtime.errors import UserError
 from runtime.inputs import with_pinned_runs
 from runtime.run_folder import finished_steps
+from train_state import pin_inputs
+from training_run import Run
 
 ROWS = [
     {
@@ -410,12 +412,26 @@ def test_a_file_of_bad_rows_alone_is_refused(tmp_path):
 
 def test_a_run_lists_the_rows_that_it_skipped(tmp_path, capsys):
     data = write(tmp_path / "chats.jsonl", [*CHATS[:9], {"prompt": "q", "response": ""}, *CHATS])
-    flags = [f"--data={data}", "--steps=2", f"--run={tmp_path}/run", *SMALL]
+    flags = [f"--data={data}", f"--run={tmp_path}/run", *SMALL]
     assert "chats.jsonl:10: response: is empty" in fails(train_sft, flags, capsys)
     assert not (tmp_path / "run").exists()
-    run(train_sft, *flags, "--on_bad_row=skip")
-    (line,) = (tmp_path / "run" / "skipped.txt").read_text().splitlines()
+
+    # As the script does it, up to its first step.
+    def begin(folder, *more):
+        config = train_sft.Config(run=str(tmp_path / folder), data=str(data), **dict(more))
+        config = pin_inputs(config)
+        source = open_source(config.data, "chat", "train")
+        texts = [f"{row['prompt']} {row['response']}" for row in CHATS]
+        tokenizer = Tokenizer.train(texts, tmp_path, 300)
+        with Run(config, tokenizer) as frame:
+            frame.restore({}, chat_batches(source, tokenizer, batch_size=8, length=32))
+        return tmp_path / folder / "skipped.txt"
+
+    (line,) = begin("run", ("on_bad_row", "skip")).read_text().splitlines()
     assert line.startswith(f"{data}:10: response: is empty")
+    # Control: a run that skips nothing lists nothing.
+    write(data, CHATS)
+    assert not begin("other", ("on_bad_row", "skip")).exists()
 
 
 def test_parquet_is_never_read_whole(tmp_path, monkeypatch):
