@@ -321,9 +321,11 @@ def make_prepare(
 
 
 def trained_on(config: Config, batch: HostBatch) -> dict[str, np.ndarray]:
-    """Return the arrays [B, C, T] that a model reads of the candidates `make_prepare` leaves.
+    """Return `model_inputs` of the candidates that are trained on, by name, as NumPy arrays.
 
-    `batch`: a host's, of `make_batches`.
+    `batch`: a host's, of `make_batches`, [B, C, T]. They are `tokens_BCT`, `segment_ids_BCT` and
+    `positions_BCT` of all candidates, or for kto [B, C - 1, T], without the last, which serves
+    the estimate of the KL alone: those that `make_prepare` leaves.
     """
     read = model_inputs(batch)
     # The last one is of kto's estimate alone.

@@ -502,9 +502,13 @@ def open_prompts(
 def load_score(config: Config, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -> Score:
     """Load the reward; return score(rollout, records) -> ({reward: [B]}, {reward: [B, R + 1]}).
 
-    That is the score of rewards.scorer.make_reward_scorer with its model given, which stays on the
-    mesh: it takes a Rollout on the mesh and the records of this host's prompts, in order. Raises
-    UserError for a reward that cannot be loaded or reached.
+    It takes a Rollout on the mesh, and a record for each of this host's prompts, in order. The
+    first dict has the score of each response. The second is {} for a function or a server; for a
+    reward model it has the scalars at the prompt's last token and at the response's R. All arrays
+    are on the mesh, as the model stays. All processes must call score, which waits for the device
+    for a function or a server, and raises UserError for a score that is no finite number.
+
+    Raises UserError for a reward that cannot be loaded or reached, and for a model of steps.
     """
     # The model stays on the mesh: it is given once for all.
     reward_models, score = make_reward_scorer([config.reward], tokenizer, mesh)

@@ -109,10 +109,12 @@ def _merged(run: str, config: dict[str, Any], adapters: Params, shapes: Any) -> 
 
 
 def has_scalar_head(run: str) -> bool:
-    """Return True if the newest checkpoint of `run` is of a scalar model, such as a reward model.
+    """Return True if `run` trained a scalar model, such as a reward model, not a language model.
 
-    `run`: a run's folder, of any script. A scalar model is told from a language model by its
-    parameter `head`. Raises UserError for a run without a finished checkpoint.
+    `run`: a run's folder, of any script, whose newest checkpoint is looked at, or a RunAtStep, of
+    which it is that step. A scalar model has a parameter `head`, also where only adapters are
+    trained; of train_ppo the policy counts, so it is False. No arrays are read. Raises UserError
+    for a run without a finished checkpoint, and for a damaged manifest.
     """
     return "head" in stored_params(run)
 

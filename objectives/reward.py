@@ -163,10 +163,12 @@ def ranking_objective(
     """Sum `ranking_loss` over prompts; with `lm_coef`, add that times the best response's NLL.
 
     `apply` and `params`: of a ScalarModel; a candidate's reward is the scalar at its last token.
-    The NLL, in nats per token, of the first best candidate of each prompt that has a pair, comes
-    from the same pass and keeps the reward model fluent in what it judges (Askell et al. 2021).
-    The weight is the number of prompts with a pair. Metrics: those of `pair_metrics` on rewards,
-    and with `lm_coef` `nll`, its mean over those prompts.
+    `center_rewards_coef` times (r_better + r_worse)^2 is added to a pair's loss, to hold rewards
+    near 0. The NLL, in nats per response token, of the first best candidate of each prompt that
+    has a pair, comes from the same pass and keeps the reward model fluent in what it judges
+    (Askell et al. 2021). The weight is the number of prompts with a pair; others add nothing.
+    Metrics: those of `pair_metrics` on rewards, and with `lm_coef` `nll`, its mean over those
+    prompts.
     """
     # The reward of a candidate is the scalar at its last token.
     ranks_BC = batch["ranks_BC"]

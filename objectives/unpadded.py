@@ -180,7 +180,12 @@ class Layout(NamedTuple):
 
 
 def layout_of(batch: TokenBatch) -> Layout:
-    """Lay out the rows of `batch` as its `room` says."""
+    """Lay out the rows of `batch` as its `room`, a Room, says: packed or shared.
+
+    `batch`: rows of one example each, padded on either side; it must have a `room` (`with_room`).
+    Each device of the current mesh lays out its own rows. Rows for which the room is too small
+    are False in `fits_B` of the result; nothing is raised.
+    """
     # Each device has slots for its own rows.
     groups = batch_devices(len(batch["tokens_BT"]))
     by_group = [x.reshape(groups, -1, *x.shape[1:]) for x in inputs(batch)]
@@ -255,11 +260,13 @@ def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
 
 @partial(jax.jit, static_argnames="microbatches")
 def rows_needed(arrays: tuple[Array, ...], microbatches: int) -> Array:
-    """Return the most rows that a group of this batch needs, [2] int32: packed, and shared.
+    """Return the most rows of T slots that a group of this batch needs, [2] int32: packed, shared.
 
-    Shared rows hold each distinct token once. A group: the rows of one micro-batch that one device
-    of the current mesh holds. `arrays`: the values of `model_inputs`, [B, T], or [B, C, T], which
-    are B C rows. `microbatches`, static, must divide B, with candidates too.
+    Packed, real tokens of whole rows lie side by side; shared, what rows begin with in common is
+    held once. A group: the rows of one micro-batch that one device of the current mesh holds, or
+    all of the micro-batch without a mesh, or where data x fsdp does not divide its rows. `arrays`:
+    the values of `model_inputs`, in its order, [B, T], or [B, C, T], which are B C rows.
+    `microbatches`, static, must divide B, with candidates too.
     """
     *rows, length = arrays[0].shape
     groups = microbatches * batch_devices(math.prod(rows) // microbatches)
