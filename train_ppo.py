@@ -281,11 +281,10 @@ def make_advantages(
     `rollout`: a Rollout on the mesh. `scores`: {reward: [B]} and `scalars`: {reward: [B, R + 1]}
     of rewards.scorer.make_reward_scorer; scalars are read with --step_rewards alone. `kl_coef`:
     beta, a scalar. `eos`: ids that end a response; `newlines`: ids of tokens that end a step.
-    Nothing is donated. Metrics are scalars on the device: `reward/NAME`, the mean of each of
-    `scores`; the mean `score`, the rewards combined, or the sum of step rewards, and
-    `score_with_eos_rule`, after the rule on a missing end; `reward`, the mean sum of a response's
-    token rewards, the KL in them; `value`, the mean over states; `explained_variance` (of the
-    returns by the values); `kl_coef`; those of `rollout_metrics`.
+    Nothing is donated. Metrics, scalars on the device: `reward/NAME`, each reward's mean; `score`,
+    the mean of the combined rewards, or sums of step rewards; `score_with_eos_rule`, after the
+    rule on a missing end; `reward`, the mean sum of a response's token rewards, the KL in them;
+    `value`, a state's mean; `explained_variance`; `kl_coef`; those of `rollout_metrics`.
     """
 
     @jax.jit
