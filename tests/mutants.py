@@ -290,8 +290,8 @@ test_measures.py::test_the_simulated_judge_prefers_what_gold_finds_good
 test_measures.py::test_a_text_is_scored_at_its_last_token_whatever_call_it_is_in
 - return scores[: len(rows)]
 + return scores
-- tokenizer.encode(response), tokenizer.eos]
-+ tokenizer.encode(response)]
+- tokenizer.answer(response)
++ tokenizer.encode(response)
 
 == rewards/scorer.py
 test_measures.py::test_several_rewards_make_one_score
