@@ -10,7 +10,7 @@ class Letters:
 
     pad = 0
     bos = 1
-    eos = 2
+    eos = turn_end = 2
     ends = (2,)
     user = 3
     assistant = 4
@@ -46,7 +46,7 @@ class Letters:
             messages = said(messages)
         return [*self.chat(messages)[0], self.assistant]
 
-    def response(self, text):
+    def answer(self, text):
         """Return the tokens of a whole response."""
         return [*self.encode(text), self.eos]
 

@@ -384,7 +384,7 @@ def test_collect_rank_asks_every_prompt_and_keeps_whole_distinct_answers(
     texts = [f"{CAPITAL} {i}" for i in range(7)]
     letters = Letters()
     unended = letters.encode("it is oslo.")
-    tokens = [letters.response(text) for text in (WRONG, RIGHT, WRONG, " ")]
+    tokens = [letters.answer(text) for text in (WRONG, RIGHT, WRONG, " ")]
     answers = {text: [*tokens, unended] for text in texts}
     calls = []
     collecting(rank, answers, calls=calls)
@@ -409,9 +409,9 @@ def test_collect_rank_asks_every_prompt_and_keeps_whole_distinct_answers(
 def test_collect_spin_prefers_the_demonstration(collecting, tmp_path):
     letters = Letters()
     records = [{"messages": said(f"q{i}", f"good {i}")} for i in range(5)]
-    answers = {f"q{i}": [letters.response(f"bad {i}")] for i in range(5)}
+    answers = {f"q{i}": [letters.answer(f"bad {i}")] for i in range(5)}
     # An answer that equals the demonstration, and one that never ended, are no rows.
-    answers["q1"] = [letters.response("good 1")]
+    answers["q1"] = [letters.answer("good 1")]
     answers["q3"] = [letters.encode("bad 3")]
     collecting(spin, answers, records)
     out = tmp_path / "out.jsonl"
@@ -426,8 +426,8 @@ def test_collect_spin_prefers_the_demonstration(collecting, tmp_path):
 def test_collect_steps_labels_every_solution(collecting, monkeypatch, tmp_path):
     letters = Letters()
     records = [{"prompt": said(f"p{i}"), "answer": str(i)} for i in range(5)]
-    wrong = letters.response("hm\nanswer 9")
-    answers = {f"p{i}": [letters.response(f"so\nanswer {i}"), wrong] for i in range(5)}
+    wrong = letters.answer("hm\nanswer 9")
+    answers = {f"p{i}": [letters.answer(f"so\nanswer {i}"), wrong] for i in range(5)}
     collecting(steps, answers, records)
     monkeypatch.setattr(steps, "check_fit", lambda *sizes: None)
     out = tmp_path / "out.jsonl"
@@ -443,8 +443,8 @@ def test_collect_steps_labels_every_solution(collecting, monkeypatch, tmp_path):
 def test_completions_label_a_step_by_the_share_that_comes_right(collecting, monkeypatch, tmp_path):
     letters = Letters()
     records = [{"prompt": said("p"), "answer": "1"}]
-    right, wrong = letters.response("answer 1"), letters.response("answer 2")
-    answers = {"p": [letters.response("a\nb\nanswer 1")]}
+    right, wrong = letters.answer("answer 1"), letters.answer("answer 2")
+    answers = {"p": [letters.answer("a\nb\nanswer 1")]}
     answers |= {"pa\n": [right, wrong, wrong, wrong], "pa\nb\n": [right, right, right, wrong]}
     collecting(steps, answers, records)
     monkeypatch.setattr(steps, "check_fit", lambda *sizes: None)
@@ -536,7 +536,7 @@ def test_the_best_revision_by_reward_goes_on_and_violations_are_counted(monkeypa
 def test_collect_feedback_asks_every_prompt(collecting, monkeypatch, tmp_path):
     letters = Letters()
     records = [{"prompt": said(f"q{i}")} for i in range(7)]
-    answers = {f"q{i}": [letters.response("a"), letters.response("b")] for i in range(7)}
+    answers = {f"q{i}": [letters.answer("a"), letters.answer("b")] for i in range(7)}
     answers["q4"] = [letters.encode("never")]
     calls = []
     collecting(feedback, answers, records, calls)
@@ -588,7 +588,7 @@ def test_a_text_is_scored_at_its_last_token_whatever_call_it_is_in(monkeypatch):
     scores = score(jnp.float32(2.0), ["p", "p", "q"], texts)
     expected = []
     for prompt, text in zip(("p", "p", "q"), texts, strict=True):
-        row = [*Letters().prompt(prompt), *Letters().response(text)]
+        row = [*Letters().prompt(prompt), *Letters().answer(text)]
         expected.append(2.0 * sum(row))
     assert scores == expected
 
@@ -609,8 +609,8 @@ def test_responses_come_n_to_each_prompt_in_order_without_padding(monkeypatch):
     respond = responses.make_sampler(PRESETS["tiny"], sampling, Letters(), 2)
     prompts = [Letters().prompt(text) for text in ("a", "k", "x")]
     found = respond({}, prompts, jax.random.key(0), 2)
-    assert found == [Letters().response(text) for text in "abklxy"]
-    assert responses.split_evenly(found, 2)[1] == [Letters().response(text) for text in "kl"]
+    assert found == [Letters().answer(text) for text in "abklxy"]
+    assert responses.split_evenly(found, 2)[1] == [Letters().answer(text) for text in "kl"]
     assert list(responses.full_parts([1, 2, 3], 2)) == [(0, [1, 2]), (2, [3, 3])]
 
 
