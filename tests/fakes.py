@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 from data.sources import Source
+from responses import LoadedRun
 
 
 class Letters:
@@ -74,7 +75,7 @@ def open_in_memory(records, opened=None):
 
 def load_letters(run, reward=False):
     """Stand in for load_run: a model of some context, whose parameters are its folder's name."""
-    return SimpleNamespace(context=512), Letters(), run
+    return LoadedRun(SimpleNamespace(context=512), Letters(), run)
 
 
 def told(answers, calls=None):
