@@ -142,14 +142,13 @@ def check(config: Config) -> None:
     """Raise UserError for settings that cannot run together."""
     method = config.method
     require(
-        config.k > 0 and (config.k < 1 or config.k == int(config.k)),
+        config.k < 1 or config.k == int(config.k),
         f"--k={config.k:g}: must be a whole number of rows, or a share below 1",
     )
     require(
         is_file(config.data) or config.rows is not None,
         f"--data={config.data}: has no end; say how many rows to choose among (--rows)",
     )
-    require(config.rows is None or config.rows >= 1, f"--rows={config.rows}: must be at least 1")
 
     # What a method cannot do without.
     needed = {"implicit_margin": "reference", "margin": "reward", "active": "reward"}
@@ -167,8 +166,7 @@ def check(config: Config) -> None:
         f"--reward={config.reward}: --method=margin reads one reward model",
     )
 
-    # Numbers out of range, and a file that may be left out.
-    require(config.project >= 1, f"--project={config.project}: must be at least 1")
+    # A file that may be left out.
     if method == "isa":
         load_isa()
 

@@ -81,6 +81,11 @@ SCRIPTS: Ranges = {
     "beams": AT_LEAST_1,
     "branch": AT_LEAST_1,
     "n": AT_LEAST_1,
+    # Rows of data that are chosen, and among which.
+    "k": ABOVE_0,
+    "rows": AT_LEAST_1,
+    "project": AT_LEAST_1,
+    "validation_records": AT_LEAST_1,
     "temperature": AT_LEAST_0,
     "top_p": Range(low=0, high=1, without_low=True),
     "port": Range(low=0, high=65535),

@@ -4,6 +4,7 @@ A step without `manifest.json` was never finished. Nothing is written to or remo
 that is not known to be a run, by what config.json holds.
 """
 
+import contextlib
 import dataclasses
 import fcntl
 import hashlib
@@ -429,6 +430,13 @@ def has_begun(run: pathlib.Path) -> bool:
 
     Such are a finished step, log-probabilities of a reference, or left_out.json; not metrics.
     """
+    # A name that can be no folder's is refused where the folder is made.
+    with contextlib.suppress(OSError):
+        return _holds_results(run)
+    return False
+
+
+def _holds_results(run: pathlib.Path) -> bool:
     return (
         bool(finished_steps(run / "checkpoints"))
         or any(run.glob("reference-*.npz"))

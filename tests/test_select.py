@@ -533,7 +533,7 @@ def test_curves_of_runs_end_at_their_last_values(folder, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        (["--k=0"], "--k=0: must be a whole number of rows, or a share below 1"),
+        (["--k=0"], "--k=0.0: must be above 0"),
         (["--k=2.5"], "--k=2.5: must be a whole number"),
         (["--k=99"], "--k=99: there are 9 rows"),
         (["--data=world"], "--data=world: has no end"),
