@@ -129,20 +129,20 @@ def planted_auc(table, planted):
 # --- the command
 
 
-def test_rows_are_written_as_they_stand(choose, folder, tmp_path):
-    rows = rows_of_tasks(40, 3)
-    # Fields, spaces and marks that nothing reads; a blank line; a file that is compressed.
-    lines = [json.dumps({"id": i, **row}, separators=(",", " : ")) for i, row in enumerate(rows)]
-    lines[5] = lines[5].replace("write", "wríte ☃")
-    text = "\n".join([*lines[:7], "", *lines[7:]])
+def test_rows_are_written_with_all_that_they_hold(tmp_path):
+    rows = [{"id": i, **row} for i, row in enumerate(rows_of_tasks(40, 3))]
+    rows[5]["note"] = "wríte ☃"
+    lines = [json.dumps(row) for row in rows]
+    # A blank line, a row that says that it is not trained on; a file that is compressed.
+    text = "\n".join([*lines[:7], "", json.dumps({**rows[0], "weight": 0}), *lines[7:]])
     data = tmp_path / "pool.jsonl.gz"
     data.write_bytes(gzip.compress(text.encode()))
     out = tmp_path / "out.jsonl"
     counts = run(select, f"--data={data}", "--method=random", "--k=0.5", f"--out={out}")
     assert counts == {"rows": 40, "chosen": 20}
-    kept = out.read_text().splitlines()
+    kept = [json.loads(line) for line in out.read_text().splitlines()]
     table = scores_beside(out)
-    assert kept == [line for line, row in zip(lines, table, strict=True) if row["chosen"]]
+    assert kept == [row for row, line in zip(rows, table, strict=True) if line["chosen"]]
     assert sorted(row["order"] for row in table if row["chosen"]) == list(range(1, 21))
     assert [row["row"] for row in table] == list(range(1, 41))
     assert {row["score"] for row in table} == {None}
