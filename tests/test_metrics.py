@@ -455,16 +455,21 @@ def test_rows_on_a_full_disk_end_the_run_in_a_line(run):
 @pytest.mark.parametrize("place, size, code", [("run/tensorboard", "4k", 0), ("run", "64k", 2)])
 def test_a_run_ends_by_itself_on_a_disk_that_fills(tmp_path, place, size, code):
     """TensorBoard's disk is done without; the run's own ends it in a line. Neither hangs it."""
+    script = pathlib.Path(__file__).parents[1] / "train_sft.py"
+    command = [sys.executable, str(script), "--model.preset=tiny", "--batch_size=8", "--length=32"]
+    command += ["--eval_every=50", "--save_every=0", f"--run={tmp_path / 'run'}"]
+    # A folder with files is a run's where the run has begun.
     folder = tmp_path / place
-    folder.mkdir(parents=True)
+    if place != "run":
+        subprocess.run([*command, "--steps=1"], capture_output=True, check=True)
+    folder.mkdir(parents=True, exist_ok=True)
     mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
     if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("no disk can be mounted here")
-    script = pathlib.Path(__file__).parents[1] / "train_sft.py"
-    command = [sys.executable, str(script), "--model.preset=tiny", "--batch_size=4", "--length=32"]
-    command += ["--steps=150", "--eval_every=50", "--save_every=0", f"--run={tmp_path / 'run'}"]
     try:
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        ended = subprocess.run(
+            [*command, "--steps=150"], capture_output=True, text=True, timeout=300
+        )
         rows = read_rows(str(tmp_path / "run"), quiet=True)
     finally:
         subprocess.run(["umount", str(folder)], check=True)
