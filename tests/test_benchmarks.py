@@ -84,7 +84,7 @@ def test_a_row_has_its_times_rates_and_ratios():
 def test_a_row_over_its_limit_says_so_and_the_next_one_runs(tmp_path, capsys):
     every = [
         row_of(limit=4, agree=same, ours=(stuck, ())),
-        row_of(limit=15, ours=(work, (0.01,)), peer=(stuck, ()), absent=(broken, ())),
+        row_of(limit=30, ours=(work, (0.01,)), peer=(stuck, ()), absent=(broken, ())),
         row_of(limit=60, ours=(dying, ()), peer=(work, (0.01,))),
         row_of(limit=60, agree=same, ours=(work, (0, 1, 1)), peer=(work, (0, 1, 2))),
         row_of(limit=8, ours=(work, (0.3,)), peer=(work, (0.3,))),
@@ -103,8 +103,8 @@ def test_a_row_over_its_limit_says_so_and_the_next_one_runs(tmp_path, capsys):
     assert written == [0, 1, 2, 3]
 
     assert late["left_out"]["ours"] == "not ready after 75% of 4 s"
-    assert not late.get("lines") and 3 <= late["spent_s"] < 8
-    assert left_out["left_out"]["peer"] == "not ready after 75% of 15 s"
+    assert not late.get("lines") and 3 <= late["spent_s"] < 20
+    assert left_out["left_out"]["peer"] == "not ready after 75% of 30 s"
     assert left_out["left_out"]["absent"] == "ModuleNotFoundError: No module named 'peer'"
     assert len(left_out["sides"]["ours"]["seconds"]["work"]) == 2 and rows.is_whole(left_out)
     assert dead["left_out"]["ours"] == "its process died (exit code 3)"
@@ -116,7 +116,7 @@ def test_a_row_over_its_limit_says_so_and_the_next_one_runs(tmp_path, capsys):
 
     # What was timed before the limit stays.
     cut = rows.measure(every[4], rounds=100, at_least=0.1)
-    assert "of 100" in cut["over_limit"] and cut["spent_s"] < 12
+    assert "of 100" in cut["over_limit"] and cut["spent_s"] < 30
 
 
 def test_the_processor_is_named(tmp_path):
