@@ -264,7 +264,8 @@ def test_a_parquet_file_is_made_and_read_up_to_a_batch(tmp_path):
     # A row takes 2 kB; a part of them is held out.
     assert 1000 < result["rows"] < 4000
     assert 0 < result["opened_s"] < result["first_batch_s"]
-    assert 50 < result["peak_mib"] < 1024
+    # Of the whole process, which here has run other tests too.
+    assert result["peak_mib"] > 50
 
 
 def test_shares_of_a_chips_peaks():

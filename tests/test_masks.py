@@ -217,6 +217,18 @@ def test_the_advantages_of_both_scripts_are_finite_whatever_padding_says():
 # ---- The first minibatch of an iteration
 
 
+def numbered_rows(count):
+    """Return rows of two tokens, of which no two begin alike, by number."""
+    tokens_BT = jnp.arange(2 * count, dtype=jnp.int32).reshape(count, 2)
+    whole_BT = jnp.ones_like(tokens_BT)
+    return {
+        "row_B": jnp.arange(count),
+        "tokens_BT": tokens_BT,
+        "segment_ids_BT": whole_BT,
+        "positions_BT": whole_BT.cumsum(1) - 1,
+    }
+
+
 def test_the_first_minibatch_meets_the_policy_that_sampled_whatever_the_rounding():
     batch = {**rollout(), "old_logp_BR": np.full((B, R), -1.0, np.float32)}
     batch |= {"advantages_BR": normal(B, R, seed=3)}
@@ -239,7 +251,7 @@ def test_the_first_minibatch_meets_the_policy_that_sampled_whatever_the_rounding
     clipped, active = (float(metrics[name][0]) for name in ("clipped", "clip_active"))
     assert clipped == MASK.sum() and 0 < active < clipped  # control
 
-    rows = {"row_B": jnp.arange(8), "segment_ids_BT": jnp.ones((8, 2), jnp.int32)}
+    rows = numbered_rows(8)
     parts = list(shuffled_minibatches(rows, jax.random.key(0), epochs=2, parts=2))
     assert [bool(part["is_first_B"].all()) for part in parts] == [True, False, False, False]
     assert not any(part["is_first_B"].any() for part in parts[1:])
@@ -250,7 +262,7 @@ def test_the_first_minibatch_meets_the_policy_that_sampled_whatever_the_rounding
 def test_the_order_of_rows_is_not_that_of_their_noise():
     """Epoch e was once shuffled by the key that drew row e's tokens."""
     key = jax.random.key(0)
-    rows = {"row_B": jnp.arange(64), "segment_ids_BT": jnp.ones((64, 2), jnp.int32)}
+    rows = numbered_rows(64)
     orders = [
         np.asarray(part["row_B"]) for part in shuffled_minibatches(rows, key, epochs=3, parts=1)
     ]
