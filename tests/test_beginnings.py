@@ -100,8 +100,15 @@ def test_of_rows_that_only_seem_alike_they_would_not(monkeypatch):
 NAMES = ("tokens", "segment_ids", "positions")
 
 
-@pytest.mark.parametrize("microbatches", [1, 2])
-@pytest.mark.parametrize("name", ["grpo", "reward model"])
+@pytest.mark.parametrize(
+    "name, microbatches",
+    [
+        ("grpo", 2),
+        pytest.param("grpo", 1, marks=pytest.mark.slow),
+        pytest.param("reward model", 2, marks=pytest.mark.slow),
+        pytest.param("reward model", 1, marks=pytest.mark.slow),
+    ],
+)
 def test_an_update_on_a_mesh_equals_the_padded_one_on_another(name, microbatches):
     objective, params, _ = alike_of(name)
     batch = groups(32) if name == "grpo" else rankings(16)
