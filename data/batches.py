@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any, NamedTuple, Required, Self, TypedDict, Unpack
 
 import grain
+import jax
 import numpy as np
 
 from data.lengths import MEASURED, Encode, Encoded, lengths_line
@@ -140,7 +141,9 @@ def cut_left(tokens: list[int], length: int, tokenizer: Tokenizer) -> list[int]:
 
 @functools.cache
 def say_cut() -> None:
-    """Say once that prompts lose their beginning."""
+    """Say once, on process 0 alone, that prompts lose their beginning."""
+    if jax.process_index() > 0:
+        return
     limits = "--max_prompt, --length, or the model's context"
     print(f"note: some prompts are too long and lose their beginning ({limits})", file=sys.stderr)
 

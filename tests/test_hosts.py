@@ -394,10 +394,10 @@ def check_fault(whole, tmp_path, argv, fault, rank, at):
         assert "of 8; the same command goes on" in errors[0]
         assert 3 <= finished_steps(tmp_path / "run" / "checkpoints")[0] < 8
     else:
-        [line] = errors[1 - rank].splitlines()
-        assert (
-            line.startswith(f"error: process {1 - rank}: ") and "the same command resumes" in line
-        )
+        # Notes on the data and lines of progress may stand before it.
+        [line] = [line for line in errors[1 - rank].splitlines() if line.startswith("error: ")]
+        assert line.startswith(f"error: process {1 - rank}: ")
+        assert "the same command resumes" in line
     codes, errors = ends(start_two(script, again))
     assert codes == [0, 0], errors
     equal(tmp_path / "run", whole(script, *argv), rtol=0)
