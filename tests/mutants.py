@@ -217,7 +217,7 @@ test_measures.py::test_completions_label_a_step_by_the_share_that_comes_right
 + np.max(rights, axis=1)
 
 == collect/select.py
-test_select.py::test_rows_are_written_as_they_stand
+test_select.py::test_rows_are_written_with_all_that_they_hold
 - np.arange(1, len(chosen) + 1)
 + np.arange(len(chosen))
 - is_chosen_N[chosen] = True
