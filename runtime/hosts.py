@@ -33,7 +33,7 @@ from runtime.writes import is_full_disk
 LOST = TryAgain.code
 """Exit code of a run that lost a process or stopped making progress."""
 
-NAMED_WAIT = 8
+NAMED_WAIT = 6
 """Seconds to wait for the others where --hosts.coordinator names the place: all start at once."""
 FOUND_WAIT = 300
 """Seconds to wait where a launcher names it: its machines may come minutes apart."""
@@ -55,7 +55,7 @@ class HostsConfig:
     bind: str | None = None
     """host:port that process 0 listens on; None: JAX_COORDINATOR_BIND_ADDRESS, or coordinator."""
     wait: int | None = None
-    """Seconds to wait for the others to come; None: 8 with --hosts.coordinator, else 300."""
+    """Seconds to wait for the others to come; None: 6 with --hosts.coordinator, else 300."""
     stall: int = 1800
     """Seconds without progress that end the run, ten times up to the first step; 0: never."""
 
