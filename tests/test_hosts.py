@@ -526,7 +526,7 @@ def test_the_coordinator_listens_where_it_is_told(monkeypatch):
     for config, bind, beat, wait in (
         (hosts.HostsConfig(stall=7), "h:1", 7, 300),
         (hosts.HostsConfig(bind="i:2", wait=900), "i:2", 100, 900),
-        (hosts.HostsConfig(coordinator="h:1"), "h:1", 100, 8),
+        (hosts.HostsConfig(coordinator="h:1"), "h:1", 100, hosts.NAMED_WAIT),
     ):
         options = {
             "coordinator_bind_address": bind,
