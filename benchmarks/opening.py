@@ -7,18 +7,16 @@ an empty cache; prints seconds and the peak of the memory, and adds a row to res
 """
 
 import dataclasses
-import datetime
 import json
 import os
 import pathlib
 import random
-import subprocess
-import sys
 import tempfile
 from typing import Any
 
 from benchmarks import command
-from benchmarks.rows import RESULTS, cpu_name
+from benchmarks.fresh import ROOT, opened_fresh
+from benchmarks.rows import RESULTS
 
 LEAST, MOST = 1000, 3000
 """Characters of a row's text."""
@@ -47,7 +45,7 @@ class Config:
     """Size of the file, in millions of bytes."""
     folder: str = tempfile.gettempdir()
     """Where the file and what is made of it lie, until the end; it takes twice the size."""
-    code: str = str(pathlib.Path(__file__).parents[1])
+    code: str = ROOT
     """Folder of the code that opens it: of another version, to compare with."""
     label: str = "this version"
     """How the row calls that code."""
@@ -78,24 +76,8 @@ def main(config: Config) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=config.folder) as folder:
         path = pathlib.Path(folder, "texts.jsonl")
         write_file(path, config.megabytes * 1_000_000)
-        load = os.getloadavg()[0]
-        done = subprocess.run(
-            [sys.executable, "-c", PROGRAM, str(path)],
-            check=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            cwd=config.code,
-            env={**os.environ, "PLUMB_CACHE": f"{folder}/cache", "PYTHONPATH": config.code},
-        )
-    result = {
-        "label": config.label,
-        "megabytes": config.megabytes,
-        **json.loads(done.stdout),
-        "cpu": cpu_name(),
-        "cores": len(os.sched_getaffinity(0)),
-        "load_before": load,
-        "made": datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes"),
-    }
+        found = opened_fresh(PROGRAM, path, config.code)
+    result = {"label": config.label, "megabytes": config.megabytes, **found}
     print(
         f"{config.megabytes} MB, {result['rows']} rows: {result['seconds']:.1f} s, "
         f"{result['cpu_seconds']:.1f} CPU-s; peak {result['peak_mb']:.0f} MB, of which "

@@ -8,21 +8,17 @@ of the memory, and writes results/parquet.json.
 """
 
 import dataclasses
-import datetime
 import json
-import os
 import pathlib
-import subprocess
-import sys
 import tempfile
 from typing import Any
 
 import numpy as np
 
 from benchmarks import command
-from benchmarks.rows import RESULTS, cpu_name
+from benchmarks.fresh import opened_fresh
+from benchmarks.rows import RESULTS
 
-ROOT = pathlib.Path(__file__).parents[1]
 WORDS, WORDS_A_ROW = 50_000, 300
 GROUP = 2000
 """Rows of a row group."""
@@ -81,23 +77,8 @@ def main(config: Config) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=config.folder) as folder:
         path = pathlib.Path(folder, "texts.parquet")
         write_file(path, config.megabytes * 1_000_000)
-        load = os.getloadavg()[0]
-        done = subprocess.run(
-            [sys.executable, "-c", PROGRAM, str(path)],
-            check=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            cwd=ROOT,
-            env={**os.environ, "PLUMB_CACHE": f"{folder}/cache"},
-        )
-    result = {
-        "megabytes": config.megabytes,
-        **json.loads(done.stdout),
-        "cpu": cpu_name(),
-        "cores": len(os.sched_getaffinity(0)),
-        "load_before": load,
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-    }
+        found = opened_fresh(PROGRAM, path)
+    result = {"megabytes": config.megabytes, **found}
     print(
         f"{config.megabytes} MB, {result['rows']:,} rows: first batch after "
         f"{result['first_batch_s']:.1f} s, {result['cpu_s']:.1f} CPU-s; peak "

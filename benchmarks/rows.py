@@ -57,11 +57,11 @@ class Built(NamedTuple):
     packages: tuple[str, ...] = ()
     """Other packages whose versions are recorded."""
     check: Any = None
-    """What must agree between the sides (`Row.agree`)."""
+    """The result that `Row.agree` compares between the sides."""
     repeats: int = 1
     """Times that one call does its work."""
     facts: dict[str, Any] | None = None
-    """What else is recorded of the side."""
+    """Further values recorded with the side, by name."""
 
 
 class Side(NamedTuple):
@@ -81,7 +81,7 @@ class Row:
     tokens: dict[str, float]
     """Tokens of each call, by its name; those that a call returns come first."""
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """What else is recorded of the row."""
+    """Further values recorded with the row, by name."""
     agree: Callable[[dict[str, Any]], None] | None = None
     """agree({side: its check}) raises AssertionError where the sides do not do the same."""
     limit: float = 300.0

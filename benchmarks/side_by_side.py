@@ -1,4 +1,4 @@
-"""What the benchmarks beside peers share: models, batches, chips' peaks, and the README's table.
+"""Models, batches, chips' peaks and the README's table, for all benchmarks beside peers.
 
     python -m benchmarks.side_by_side
 

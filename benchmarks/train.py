@@ -40,7 +40,7 @@ class Config:
     length: int = 256
     """Tokens of a sequence."""
     peers: tuple[str, ...] = ("transformers", "compiled", "flax")
-    """Of transformers (eager), compiled (the same under torch.compile) and flax (plain)."""
+    """Names of peers: transformers (eager), compiled (by torch.compile), flax (plain)."""
     rounds: int = 7
     """Timings of each side; medians are reported."""
     seconds: float = 1.0

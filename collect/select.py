@@ -121,7 +121,7 @@ class Config:
     reading: Literal["A", "B", "C", "D"] = "A"
     """Reading of ISA's printed algorithm: A outliers, B and C the densest, D the average."""
     uncertainty: Literal["entropy", "margin", "disagreement", "bald"] = "entropy"
-    """What makes a comparison worth labelling (active); the last two need several models."""
+    """Score by which active chooses comparisons; the last two need several reward models."""
     layer: int | None = None
     """Layers that are run for an embedding; None: all."""
     project: int = 256
