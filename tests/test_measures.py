@@ -106,6 +106,8 @@ CHATS = [{"messages": said(f"say {i}", "yes" * (i + 1))} for i in range(5)]
 @pytest.mark.parametrize("n", [1, 3, 5, 1000])
 def test_perplexity_is_of_the_first_n_records_each_once(rng, n):
     table_VV = rng.normal(size=(128, 128))
+    # A dear letter: its share differs from record to record, so that the control cannot fail.
+    table_VV[:, ord("y")] -= 20
     parts = negative_log_likelihoods(table_VV, CHATS[:n])
     nats = [value for own in parts for value in own]
     evaluate = make_perplexity_evaluation(lookup, source_of(CHATS), Letters(), 64, n)
