@@ -156,7 +156,10 @@ def evaluate_alignment(config: Config) -> dict[str, Any]:
 
 
 def open_part(config: Config, schema: Schema) -> Source:
-    """Open the split of --data that is measured, `config.part`, as records of `schema`."""
+    """Open the split of --data that is measured, `config.part`, as records of `schema`.
+
+    What is built in is made by --seed. Raises UserError as data.sources.open_source does.
+    """
     return open_source(config.data, schema, config.part, seed=config.seed)
 
 
@@ -184,8 +187,9 @@ def evaluate_perplexity(config: Config) -> dict[str, Any]:
     """Measure a policy's perplexity per assistant token on conversations.
 
     Returns the keys of `what_is_read`, `tokens` (that were predicted), `loss` (nats a token) and
-    `perplexity`. Raises UserError for a run or --data that cannot be read, or does not fit
-    --length.
+    `perplexity`. Conversations are cut on the right to --length. Raises UserError for a run or
+    --data that cannot be read, for a --length beyond the model's context, and where no token of an
+    assistant is left.
     """
     # The policy, and the conversations that it is to predict.
     model, tokenizer, params = load_run(config.folder("policy"))
@@ -202,9 +206,11 @@ def evaluate_perplexity(config: Config) -> dict[str, Any]:
 def evaluate_accuracy(config: Config) -> dict[str, Any]:
     """Measure a reward model on comparisons: {"eval/accuracy", "eval/pairs", "eval/margin", ...}.
 
-    Returns the keys of `what_is_read`, then those of evaluation.reward_model.comparison_table,
-    each as `eval/NAME`. Raises UserError for a run or --data that cannot be read, or does not fit
-    --length.
+    Returns the keys of `what_is_read` as they are, then those of
+    evaluation.reward_model.comparison_table as `eval/NAME`. Records whose responses do not fit
+    --length are left out, with a note; `records` counts them too. Raises UserError for a run or
+    --data that cannot be read, for a --length beyond the model's context, and where no record is
+    left, or all of them tie.
     """
     # The reward model, and the comparisons that it is to rank.
     model, tokenizer, params = load_run(config.folder("reward"), reward=True)

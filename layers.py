@@ -102,9 +102,10 @@ def _with_remat(block_class: type[nn.Module], remat: Remat) -> type[nn.Module]:
 def unstack_params(params: Params, dtype: jnp.dtype) -> Params:
     """Return `params` with a tuple of L arrays in place of each stack of the layers' weights.
 
-    For a loop over tokens, where slicing a stack would copy it at every token. All weights are
-    cast once to `dtype`, in which they are multiplied; norms and biases stay float32. `params`:
-    whole parameters of a LanguageModel (model.Params), perhaps with adapters (lora.with_adapters).
+    For a loop over tokens, where slicing a stack would copy it at every token; an apply takes them
+    only with a cache of `unstack_cache`. All weights are cast once to `dtype`, in which they are
+    multiplied; norms and biases keep their type. `params`: whole parameters of a LanguageModel
+    (model.Params), perhaps with adapters (lora.with_adapters).
     """
 
     def leaf(path: tuple[Any, ...], weight: jax.Array) -> Any:

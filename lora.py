@@ -79,9 +79,11 @@ def trainable_part(config: LoraConfig, params: Params, key: jax.Array) -> Params
 
 
 def lora_base(config: LoraConfig, params: Params) -> Params | None:
-    """Return the parameters under the adapters, not copied: `params` but for head and bias.
+    """Return the parameters under the adapters, not copied: `params` without a ScalarModel's head.
 
-    `params`: whole parameters. At rank 0, where all is trained, the result is None.
+    `params`: whole parameters. What is left out is its "head" and "bias", beside "decoder", which
+    are trained whole; a LanguageModel has neither. At rank 0, where all is trained, the result is
+    None.
     """
     if not config.rank:
         return None

@@ -593,9 +593,9 @@ def check_sampler(metrics: Metrics, dtype: jnp.dtype, start: int) -> None:
     """Assert that sampler and training agree on log-probabilities, and that a new run has KL 0.
 
     Call it once per start, with the first rollout, made before any update; it waits for the
-    device. `metrics`: of `rollout_metrics`, of which `kl` and `sampler_gap` are read. `dtype`: the
-    model's compute type, which sets the tolerance; the gap is checked in float32 alone. `start`:
-    steps done before this start, 0 in a new run. Raises AssertionError.
+    device. `metrics`: of `rollout_metrics`, scalars, of which `kl` and `sampler_gap` are read.
+    `dtype`: the model's compute type, which sets the tolerance; the gap is checked in float32
+    alone. `start`: steps done before this start, 0 in a new run. Raises AssertionError.
     """
     # In a new run policy and reference are the same parameters.
     kl = float(metrics["kl"])

@@ -289,14 +289,15 @@ def make_advantages(
     """Compile compute_advantages(policy, reference, rollout, scores, scalars).
 
     It returns (Experience, metrics). `config`: of with_paper_defaults, with no field of the method
-    at None. `policy`, `reference`: whole parameters that `apply` takes. `rollout`: a Rollout on
-    the mesh. `advantages`: of `make_method`. `scores`: {reward: [B]} and `scalars`: {reward:
-    [B, R + 1]} of rewards.scorer.make_reward_scorer; scalars are read with --shaping alone. `eos`:
-    ids that end a response. With --dynamic_sampling `mask_BR` is 0 in every row of a group whose
-    scores, after the rule on a missing end, are all equal, so that it counts nowhere. Nothing is
-    donated. Metrics are scalars on the device, means over the rollout: `reward/NAME` of each
-    reward, `score` (combined), `score_with_eos_rule` (after that rule), `groups_with_signal`
-    (share of groups whose scores differ), and those of `rollout_metrics`.
+    at None. `policy`, `reference`: whole parameters that `apply` takes, both needed without a KL
+    too. `rollout`: a Rollout on the mesh. `advantages`: of `make_method`. `scores`: {reward: [B]}
+    and `scalars`: {reward: [B, R + 1]} of rewards.scorer.make_reward_scorer; with --shaping alone
+    those of the first reward are read. `eos`: ids that end a response. With --dynamic_sampling
+    `mask_BR` is 0 in every row of a group whose scores, after the rule on a missing end, are all
+    equal, so that it counts nowhere. Nothing is donated. Metrics are scalars on the device, means
+    over the rollout: `reward/NAME` of each reward, `score` (combined), `score_with_eos_rule`
+    (after that rule), `groups_with_signal` (share of groups whose scores differ), and those of
+    `rollout_metrics`.
     """
     size = config.samples_per_prompt
 
@@ -506,13 +507,14 @@ def open_prompts(
 
 
 def load_score(config: Config, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -> Score:
-    """Load the reward; return score(rollout, records) -> ({reward: [B]}, {reward: [B, R + 1]}).
+    """Load the rewards; return score(rollout, records) -> ({reward: [B]}, {reward: [B, R + 1]}).
 
-    It takes a Rollout on the mesh, and a record for each of this host's prompts, in order. The
-    first dict has the score of each response. The second is {} for a function or a server; for a
-    reward model it has the scalars at the prompt's last token and at the response's R. All arrays
-    are on the mesh, as the model stays. All processes must call score, which waits for the device
-    for a function or a server, and raises UserError for a score that is no finite number.
+    `reward`: as --reward names it. score takes a Rollout on the mesh, and a record for each of
+    this host's prompts, in order. The first dict has the score of each response by each reward;
+    the second, of reward models alone, the scalars at the prompt's last token and at the
+    response's R. All arrays are on the mesh, where the models stay. For a function or a server
+    score waits for the device, and raises UserError where it returns no finite number. All
+    processes must call load_score and score.
 
     Raises UserError for a reward that cannot be loaded or reached, and for a model of steps.
     """

@@ -444,7 +444,7 @@ def make_policy_update(config: Config, apply: Apply) -> ModelUpdate:
     """Make the policy's ModelUpdate: its optimiser, its jitted step, its learning rate.
 
     `apply`: of the policy. Minibatches: rows of an Experience (`shuffled_minibatches`), perhaps
-    with a "text" by `add_text`.
+    with a "text" by `add_text`. Raises UserError as `make_update` does.
     """
     # The clipped surrogate, with text in it where `add_text` lays some beside the minibatch.
     objective = partial(
@@ -458,7 +458,10 @@ def make_policy_update(config: Config, apply: Apply) -> ModelUpdate:
 
 
 def make_critic_update(config: Config, scalar_apply: Apply) -> ModelUpdate:
-    """Make the critic's ModelUpdate on minibatches of Experience; `scalar_apply`: the critic's."""
+    """Make the critic's ModelUpdate: value_objective within --value_clip, by --value_optimizer.
+
+    `scalar_apply`: of the critic. Minibatches and errors: as of make_policy_update, without text.
+    """
     # The clipped square error of the values.
     objective = partial(value_objective, scalar_apply, clip=config.value_clip)
     return make_update(config, objective, config.value_optimizer)

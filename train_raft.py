@@ -505,8 +505,9 @@ def load_score(config: Config, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) ->
     It takes a Rollout on the mesh, and a record for each of this host's prompts, in order. The
     first dict has the score of each response. The second is {} for a function or a server; for a
     reward model it has the scalars at the prompt's last token and at the response's R. All arrays
-    are on the mesh, as the model stays. All processes must call score, which waits for the device
-    for a function or a server, and raises UserError for a score that is no finite number.
+    are on the mesh, as the model stays. All processes must call load_score and score; for a
+    function or a server score waits for the device, and raises UserError where it returns no
+    finite number.
 
     Raises UserError for a reward that cannot be loaded or reached, and for a model of steps.
     """

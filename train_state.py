@@ -175,10 +175,11 @@ def starting_critic(
 ) -> tuple[Params, Callable[..., Any]]:
     """Return (parameters, apply) of the value model that a run starts with.
 
-    `config`: the script's, of which `model`, `init` and `seed` are read. `models`: {folder:
-    parameters on the mesh} of reward models. The value model starts as the first of them, with the
-    same arrays, not copied; for {}, as the decoder of --init under a head of zeros. `apply`: of a
-    ScalarModel (see model.init_and_apply). Raises UserError as `starting_params` does.
+    `models`: {folder: parameters on the mesh} of reward models. The value model starts as the
+    first of them, with the same arrays, not copied; for {}, as the decoder of --init under a head
+    of zeros, by `model`, `init` and `seed` of `config`, the script's. `apply`: of a ScalarModel
+    (see model.init_and_apply) of the shape that the first folder holds, for {} of `config.model`.
+    Raises UserError as `starting_params` does. All processes must call it.
     """
     # As in InstructGPT (Ouyang et al. 2022, appendix C) the critic starts as the reward model.
     if models:

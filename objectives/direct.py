@@ -217,8 +217,8 @@ def kto(
 
     `kto_unpaired` gives both: the chosen response is desirable, the rejected one is not.
     Log-probabilities: sums over a response's tokens, in nats; [B], or shapes that broadcast. `kl`:
-    an estimate of KL(policy || reference) in nats, [B] or one for all; below 0 it counts as 0. The
-    weights multiply the chosen and the rejected response's loss.
+    an estimate of KL(policy || reference) in nats, [B] or one for all; below 0 it counts as 0, and
+    no gradient passes through it. The weights multiply the chosen and the rejected one's loss.
     """
     good = kto_unpaired(
         policy_chosen_logps,

@@ -30,9 +30,10 @@ def kl(logp_BTV: Array, logq_BTV: Array) -> Array:
 def forward_kl(student_BTV: Array, teacher_BTV: Array, mask_BT: Array) -> Array:
     """Return KL(teacher || student), [B, T] nats, 0 where `mask_BT` is 0, from the logits of both.
 
-    `mask_BT`: 1 at positions that count. The student learns to cover all that the teacher may say.
-    Plus the teacher's entropy it is the cross-entropy with soft targets of Hinton et al. 2015,
-    section 2, whose gradient is their eq. 2; Agarwal et al. 2024, section 2.
+    `mask_BT`: 1 at positions that count. Gradients reach both: the caller keeps the teacher's out.
+    The student learns to cover all that the teacher may say. Plus the teacher's entropy it is the
+    cross-entropy with soft targets of Hinton et al. 2015, section 2, whose gradient is their eq.
+    2; Agarwal et al. 2024, section 2.
     """
     # The expectation is under the teacher: what it may say and the student would not costs.
     teacher_logp_BTV = jax.nn.log_softmax(teacher_BTV)

@@ -329,7 +329,7 @@ def find_room(
     `batches`: each has rows [B, T] or candidates [B, C, T], all of one shape, as `model_inputs`
     reads them. They are later cut into `microbatches` and over the current mesh. `sizes`: rooms
     between one and its half, from which the least that fits is taken. Waits for the device. None
-    too where the mesh splits a row's tokens.
+    too where the mesh splits a row's tokens, or has stages.
     """
     return room_of(measure(*batches, microbatches=microbatches), sizes)
 
@@ -346,8 +346,9 @@ def unpadded(batch: Rows, microbatches: int = 1, sizes: int = OF_DATA) -> Rows:
     """Return `batch` with the `room` that its real tokens need, or with none if it saves nothing.
 
     `batch`: rows [B, T] or candidates [B, C, T], on the current mesh, later cut into
-    `microbatches`; a `room` that it has is replaced or taken out. `sizes`: rooms to choose from
-    between one and its half (`find_room`). Waits for the device.
+    `microbatches`, which must divide B, with candidates too; a `room` that it has is replaced or
+    taken out. `sizes`: rooms to choose from between one and its half (`find_room`). Waits for the
+    device; all processes must call it.
     """
     return with_room(batch, find_room(batch, microbatches=microbatches, sizes=sizes))
 

@@ -177,7 +177,7 @@ def make_reward_scorer(
     score; for functions and servers it waits for the device.
 
     Raises UserError for a reward that cannot be loaded or reached, and, unless `of_steps`, for a
-    model of steps; score raises it for a reward that is no finite number.
+    model of steps; score raises it where a function or a server returns no finite number.
     """
     # Reward models, with a jitted scorer each.
     models: dict[str, Params] = {}
