@@ -9,7 +9,7 @@ BIN := .venv/bin
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 export JAX_PLATFORMS ?= $(if $(wildcard /dev/nvidia0 /dev/accel0 /dev/vfio/0),,cpu)
 
-.PHONY: align test test-fast test-slow mutants lint clean
+.PHONY: align test test-rest test-fast test-slow mutants lint clean
 
 .venv: requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv .venv
@@ -38,12 +38,16 @@ align: .venv
 test: .venv
 	$(BIN)/python -m pytest -q -rs -n 2 --dist loadfile
 
+# What has not passed since `make test` began: after one that was cut off or had failures.
+test-rest: .venv
+	$(BIN)/python -m pytest -q -rs --rest
+
 # Two minutes of what differs from main touches, the most direct first.
 test-fast: .venv
 	$(BIN)/python tests/changed.py --seconds=120
 
 test-slow: .venv
-	$(BIN)/python -m pytest -q -rs -m slow -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -rs -m slow -n 2 --dist loadfile -o faulthandler_timeout=7200
 
 # Faults planted in what measures: each must fail its test.
 mutants: .venv

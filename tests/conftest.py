@@ -30,14 +30,60 @@ COMPILED = pathlib.Path(__file__).parents[1] / ".pytest_cache/compiled"
 COMPILED_BYTES = 2 * 10**9
 
 
+# Node ids of what has passed since a run without --rest began, and of what --rest leaves out.
+PASSED = pathlib.Path(__file__).parents[1] / ".pytest_cache/passed.txt"
+LEFT_OUT = PASSED.with_name("left_out.txt")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add --rest: a run that was cut off, or had failures, goes on where it was."""
+    parser.addoption("--rest", action="store_true", help="leave out what has passed already")
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    """Empty the store of compiled programs once it is full, before any test or worker starts."""
+    """Prepare the folder of results, before any test or worker starts."""
     is_worker = hasattr(config, "workerinput")
-    if is_worker or not COMPILED.is_dir():
+    if is_worker:
         return
-    stored = sum(path.stat().st_size for path in COMPILED.iterdir())
+    empty_if_full(COMPILED)
+    # Workers, also one that replaces another later, must all leave out the same.
+    PASSED.parent.mkdir(exist_ok=True)
+    before = PASSED.read_text() if config.getoption("rest") and PASSED.exists() else ""
+    LEFT_OUT.write_text(before)
+    PASSED.write_text(before)
+    config.pluginmanager.register(Passed())
+
+
+def empty_if_full(store: pathlib.Path) -> None:
+    """Remove the store of compiled programs above its size."""
+    if not store.is_dir():
+        return
+    stored = sum(path.stat().st_size for path in store.iterdir())
     if stored > COMPILED_BYTES:
-        shutil.rmtree(COMPILED)
+        shutil.rmtree(store)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Take out the tests that --rest leaves out."""
+    if not config.getoption("rest"):
+        return
+    left_out = set(LEFT_OUT.read_text().splitlines())
+    config.hook.pytest_deselected(items=[item for item in items if item.nodeid in left_out])
+    items[:] = [item for item in items if item.nodeid not in left_out]
+
+
+class Passed:
+    """Writes down each test that has passed or was skipped, as soon as it has."""
+
+    def __init__(self):
+        self.failed = set()
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            self.failed.add(report.nodeid)
+        elif report.when == "teardown" and report.nodeid not in self.failed:
+            with PASSED.open("a") as file:
+                file.write(f"{report.nodeid}\n")
 
 
 @pytest.fixture(autouse=True)
