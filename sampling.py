@@ -203,10 +203,10 @@ def prefill(
 def first_tokens(
     logits_BV: jax.Array, key: jax.Array, sampling: SamplingConfig, pad: int
 ) -> Samples:
-    """Draw the first token of each response; return Samples [B, R], the rest padding, 0 in floats.
+    """Draw the first token, t = 0, of each response; return Samples [B, R], the rest padding yet.
 
-    R is `sampling.max_new_tokens`. `logits_BV`: of each response's first token; row b is of
-    response b (see `draw`). `pad`: the id of padding.
+    R is `sampling.max_new_tokens`; padding has id `pad`, mask and log-probability 0. `logits_BV`:
+    row b is of response b's first token, before the temperature (see `draw`).
     """
     # Token 0 of every response.
     rows = logits_BV.shape[0]
