@@ -420,10 +420,10 @@ def make_update(config: Config, init: Init, apply: Apply) -> Update:
     """Make the policy's Update: optimiser over `schedule_updates`, loss and jitted step.
 
     `init`: of the policy, handed through. `apply`: of the policy. Batches are those of
-    `minibatches_of`; step(state, batch, base) donates its state alone. Its `base` is never None:
+    `minibatches_of`. step(state, batch, base) donates its state alone. Its `base` is never None:
     {"base", "reference"}, the parameters under the policy's adapters (None without LoRA), and the
-    reference's whole parameters, with a `kl_coef` of 0 too. The schedule stands where the state
-    says: see `on_all`.
+    reference's whole parameters, with a `kl_coef` of 0 too. `on_all` sets the schedule's place in
+    the state before each step.
     """
 
     # The objective sees two models; only what is trained of the policy has a gradient.
