@@ -483,8 +483,8 @@ def policy_objective(
     Schulman et al. 2017, eq. 9. `apply`: of a LanguageModel. `batch` also has `old_logp_BR` and
     `advantages_BR`, [B, R], perhaps `is_first_B` (`clipped_surrogate`), and perhaps "text", of
     `with_text`, whose negative log-likelihood is added: PPO-ptx (Ouyang et al. 2022, eq. 2).
-    `clip`: on both sides. `temperature`: the sampler's; 0 counts as 1. The weight is the number of
-    response tokens. Metrics: `clipped_surrogate`'s, entropy if it has a coefficient, text_nll if a
+    `clip`: on both sides. `temperature`: the sampler's, 0 as 1. The weight is the number of
+    response tokens. Metrics: `clipped_surrogate`'s; entropy with a coefficient, text_nll with a
     text.
     """
     # The entropy needs whole distributions; without it the logits are never held at once.
