@@ -481,11 +481,10 @@ def policy_objective(
     """Sum PPO's clipped surrogate less `entropy_coef` times the entropy over response tokens.
 
     Schulman et al. 2017, eq. 9. `apply`: of a LanguageModel. `batch` also has `old_logp_BR` and
-    `advantages_BR`, [B, R], perhaps `is_first_B` (`clipped_surrogate`), and perhaps "text", of
-    `with_text`, whose negative log-likelihood is added: PPO-ptx (Ouyang et al. 2022, eq. 2).
-    `clip`: on both sides. `temperature`: the sampler's, 0 as 1. The weight is the number of
-    response tokens. Metrics: `clipped_surrogate`'s; entropy with a coefficient, text_nll with a
-    text.
+    `advantages_BR`, [B, R], perhaps `is_first_B` (`clipped_surrogate`) and "text", of `with_text`,
+    whose negative log-likelihood is added: PPO-ptx (Ouyang et al. 2022, eq. 2). `clip`: on both
+    sides. `temperature`: the sampler's; 0 counts as 1. The weight is the count of response tokens.
+    Metrics: `clipped_surrogate`'s; with a coefficient entropy, with a text text_nll.
     """
     # The entropy needs whole distributions; without it the logits are never held at once.
     mask_BR = batch["mask_BR"]
