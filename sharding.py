@@ -472,9 +472,9 @@ def constrain_units(x: jax.Array) -> jax.Array:
 
 
 def constrain_rows(table_VD: jax.Array) -> jax.Array:
-    """Gather the embedding [V, D] over fsdp, and keep V split over tensor where that divides it.
+    """Gather the embedding [V, D] over fsdp, keep V split over tensor, and return it.
 
-    Returns the array; without a mesh `table_VD` as it is. Else V is whole too.
+    V is whole where tensor does not divide it. Without a mesh `table_VD` is returned as it is.
     """
     mesh = get_abstract_mesh()
     if mesh.empty:
@@ -508,8 +508,8 @@ def gathered(params: Any, dtype: Any) -> Any:
 
     Otherwise decoding would gather them for each token. `params`: a tree of parameters; RULES
     match the ends of their paths. Those whose `spec_of` names no axis but tensor (norms, biases)
-    are returned as they are, in their own type. An fsdp axis of one device is named too: matrices
-    are cast there too. Without a mesh all of `params` is returned as it is.
+    are returned as they are, in their own type; an fsdp axis of one device counts as named, so
+    matrices are cast there too. Without a mesh all of `params` is returned as it is.
     """
     mesh = get_abstract_mesh()
     if mesh.empty:
