@@ -192,7 +192,8 @@ class DistillUpdate(NamedTuple):
     data_step: Callable[[TrainState, Batch, Params], tuple[TrainState, dict[str, jax.Array]]]
     """data_step(state, batch, held) -> (state, metrics): labels and teacher; donates `state`."""
     own_step: Callable[[TrainState, Batch, Params], tuple[TrainState, dict[str, jax.Array]]]
-    """own_step, the same on own samples: the teacher alone. Its metrics begin with `own/`."""
+    """own_step, the same on own samples: the teacher alone. Its metrics begin with `own/`, but for
+    train_step.COUNTS."""
 
 
 def make_update(config: Config, teacher_model: ModelConfig) -> DistillUpdate:
