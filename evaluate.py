@@ -84,30 +84,41 @@ class Config:
     """Seed of the held-out prompts and samples."""
 
     def folder(self, role: Role) -> str:
-        """Return the run's folder of `role`: the field of that name, or its folder in --run."""
+        """Return the path of `role`'s run: the field of that name; where it is None, one in --run.
+
+        In --run it is FOLDERS[role]: lm for base, sft, rm for reward, ppo for policy. It need not
+        exist.
+        """
         return getattr(self, role) or f"{self.run}/{FOLDERS[role]}"
 
     @property
     def part(self) -> Split:
         """Return the split of --data that is read: a property.
 
-        It is --split, or without it all of a local file, else the held-out part.
+        It is --split; where that is None, "all" for files and "heldout" for what is built in and
+        for tfds:<name>.
         """
         return self.split or evaluated_split(self.data)
 
     @property
     def sampling(self) -> SamplingConfig:
-        """Return how responses are sampled: by `temperature` and `max_new_tokens` alone."""
+        """Return how responses are sampled, without top-k and top-p: a property.
+
+        By the fields `temperature` and `max_new_tokens`; raises UserError where one is out of
+        range.
+        """
         return SamplingConfig(self.temperature, max_new_tokens=self.max_new_tokens)
 
 
 def evaluate_alignment(config: Config) -> dict[str, Any]:
     """Measure base, SFT and PPO in the world; write summary.json and report.html into --run.
 
-    Prints a table, and returns what summary.json holds: {"base", "sft", "ppo", "reward_model"},
-    each a dict of measures, see evaluation.alignment.summarise_alignment. Raises UserError for a
-    run that is missing or has another tokenizer than the SFT run, and for a reward run without
-    metrics.
+    The runs are `config.folder` of base, sft, policy (PPO) and reward; each model answers the
+    first --n held-out prompts of tasks/world.py, made by --seed. --data is not read. Prints a
+    table, and returns what summary.json holds: {"base", "sft", "ppo", "reward_model"}, each a dict
+    of measures, see evaluation.alignment.summarise_alignment. Files of an earlier call are
+    replaced. Raises UserError for a model that is missing or has another tokenizer than the SFT
+    run, and for a reward run without metrics.jsonl.
     """
     # The prompts, and the reference of the KL.
     requests = [world.prompt(i, split="heldout", seed=config.seed) for i in range(config.n)]
@@ -158,22 +169,28 @@ def evaluate_alignment(config: Config) -> dict[str, Any]:
 def open_part(config: Config, schema: Schema) -> Source:
     """Open the split of --data that is measured, `config.part`, as records of `schema`.
 
-    What is built in is made by --seed. Raises UserError as data.sources.open_source does.
+    All of its records: --n is for the caller. What is built in is made by --seed. Raises UserError
+    for data that is missing or malformed, and for the split "all" of what is no file.
     """
     return open_source(config.data, schema, config.part, seed=config.seed)
 
 
 def what_is_read(config: Config, source: Source) -> dict[str, Any]:
-    """Return the head of a table, {"data", "split", "records"}: --data, its part, records read.
+    """Return the head of a table, {"data": --data, "split": its part, "records": an int}.
 
-    `source`: of `open_part`; at most --n of its records are read.
+    `records` is --n, or all of `source`, of `open_part`, where it has fewer.
     """
     records = min(config.n, len(source))
     return {"data": config.data, "split": config.part, "records": records}
 
 
 def tell_lengths(config: Config, source: Source, encode: Encode, tokenizer: Tokenizer) -> None:
-    """Say on stderr how long the records are that are measured, and what of them is lost."""
+    """Print on stderr how many tokens records have, and the shares that are cut or dropped.
+
+    Measured are the first of `source`, --n at most and no more than data.lengths.MEASURED, at
+    --max_prompt where `encode` is data.batches.encode_prompt, else at --length. `encode`: the
+    function that makes rows of tokens of the records, of data/batches.py.
+    """
     # What is cut: prompts before they are answered, or whole rows.
     length, flag = config.length, "--length"
     if encode is encode_prompt:
@@ -186,10 +203,11 @@ def tell_lengths(config: Config, source: Source, encode: Encode, tokenizer: Toke
 def evaluate_perplexity(config: Config) -> dict[str, Any]:
     """Measure a policy's perplexity per assistant token on conversations.
 
-    Returns the keys of `what_is_read`, `tokens` (that were predicted), `loss` (nats a token) and
-    `perplexity`. Conversations are cut on the right to --length. Raises UserError for a run or
-    --data that cannot be read, for a --length beyond the model's context, and where no token of an
-    assistant is left.
+    The run is `config.folder("policy")`. Read are the first --n conversations of --data, cut on
+    the right to --length tokens. Returns the keys of `what_is_read`; `tokens`, how many were
+    predicted, ends of the assistant's turns included; `loss`, their mean negative log-probability
+    in nats; and `perplexity`, its exp. Raises UserError for a run or --data that cannot be read,
+    for a --length beyond the model's context, and where no token of an assistant is left.
     """
     # The policy, and the conversations that it is to predict.
     model, tokenizer, params = load_run(config.folder("policy"))
@@ -206,11 +224,12 @@ def evaluate_perplexity(config: Config) -> dict[str, Any]:
 def evaluate_accuracy(config: Config) -> dict[str, Any]:
     """Measure a reward model on comparisons: {"eval/accuracy", "eval/pairs", "eval/margin", ...}.
 
-    Returns the keys of `what_is_read` as they are, then those of
-    evaluation.reward_model.comparison_table as `eval/NAME`. Records whose responses do not fit
-    --length are left out, with a note; `records` counts them too. Raises UserError for a run or
-    --data that cannot be read, for a --length beyond the model's context, and where no record is
-    left, or all of them tie.
+    The run is `config.folder("reward")`. Returns the keys of `what_is_read` as they are, then
+    those of evaluation.reward_model.comparison_table as `eval/NAME`: an accuracy counts equal
+    rewards half. Of the first --n records, those whose responses do not fit --length are left out,
+    with a note on stderr; `records` counts them too. A prompt is cut on the left. Raises UserError
+    for a run or --data that cannot be read, for a --length beyond the model's context, and where
+    no record is left, or --data ranks no response above another.
     """
     # The reward model, and the comparisons that it is to rank.
     model, tokenizer, params = load_run(config.folder("reward"), reward=True)
@@ -224,13 +243,16 @@ def evaluate_accuracy(config: Config) -> dict[str, Any]:
 
 
 def evaluate_win_rate(config: Config) -> dict[str, Any]:
-    """Measure how often the reward model prefers the policy's response to the other run's.
+    """Measure how often the reward model prefers the policy's response to that of --against.
 
-    Returns the keys of `what_is_read`, and of evaluation.win_rate.win_rate_table: `n`, `win_rate`,
-    where a tie is half a win, its 95 % interval `win_rate_ci`, [low, high], and the mean rewards
-    `reward` and `reward_against`, all after the rule of --missing_eos. Then `ended` and
-    `ended_against`, the shares of responses that ended. Raises UserError for a --data of raw text,
-    and for a run that cannot be loaded.
+    Without --against the other run is the SFT run; policy, sft and reward are of `config.folder`.
+    Both answer the first --n prompts of --data, cut on the left to --max_prompt tokens, by --seed,
+    as `config.sampling` says. Returns the keys of `what_is_read`, and of
+    evaluation.win_rate.win_rate_table: `n`, prompts, `win_rate`, where a tie is half a win, its 95
+    % interval `win_rate_ci`, [low, high], and the mean rewards `reward` and `reward_against`, all
+    after the rule of --missing_eos on the responses of both together. Then `ended` and
+    `ended_against`, the shares of responses that ended. Raises UserError for a --data of raw text
+    or that cannot be read, and for a run that cannot be loaded.
     """
     # Prompts that have an answer to be judged.
     source = open_part(config, "prompt")
@@ -261,9 +283,10 @@ def evaluate_win_rate(config: Config) -> dict[str, Any]:
 
 
 def print_table(table: dict[str, Any]) -> None:
-    """Print a line for each item of `table`, its name and value, numbers to at most four decimals.
+    """Print a line for each item of `table` on stdout: its name, in 28 columns, and its value.
 
-    A value is a text, a number, or a list [low, high], printed as `low to high`.
+    A value is a text, a number, to four decimals without zeros at the end, or a list [low, high]
+    of two, printed as `low to high`; no None.
     """
     for name, value in table.items():
         if isinstance(value, str):
@@ -280,7 +303,8 @@ def main(config: Config) -> dict[str, Any]:
 
     gold: `evaluate_alignment`, which also writes summary.json and report.html into --run.
     perplexity, accuracy, win_rate: `evaluate_perplexity` and so on, which write nothing. Raises
-    UserError for settings that do not fit, and as they do.
+    UserError for an --n below 1, for gold with a --data but world or with a --split, and as they
+    do.
     """
     # Settings that cannot be are met before any file is read.
     if config.n < 1:

@@ -68,10 +68,11 @@ class Config:
 def main(config: Config) -> list[str]:
     """Print --n responses to --prompt, which may be empty, or chat with --chat; return texts.
 
-    They are the responses, without control tokens, or a list of the chat's last reply, "" without
-    one. With --raw a text begins with the prompt. Control characters are shown spelled out, but
-    not in what is returned. Raises UserError as load_run does, for flags that do not fit, and for
-    a prompt that spells a control token or leaves the context no room for a response.
+    They are the responses, without control tokens; of a chat [the last reply], [""] without one.
+    With --raw the prompt is continued without a chat template, and what is printed and returned
+    begins with it. Control characters are printed spelled out, but returned as they are. Raises
+    UserError as `load_run` and `check` do, for a prompt that leaves the context no room for
+    --max_new_tokens, and without --raw for one that spells a control token.
     """
     # How tokens are drawn.
     sampling = SamplingConfig(
@@ -116,7 +117,8 @@ def main(config: Config) -> list[str]:
 def check(config: Config) -> None:
     """Raise UserError for flags that cannot be, or that say nothing together.
 
-    --n is below 1, --chat is given with --n, --prompt or --raw, or --prompt is not UTF-8.
+    --n is below 1; --chat is given with --n above 1, a --prompt that is not empty, or --raw; or
+    --prompt is not UTF-8. Nothing is read.
     """
     require(config.n >= 1, f"--n={config.n}: must be at least 1")
     # A chat has one reply a message, which the terminal asks for.
@@ -137,7 +139,9 @@ def check(config: Config) -> None:
 def introduction(run: str) -> str:
     """Return, as text for the terminal, how to chat with the run in the folder `run`.
 
-    For a run on the world, which knows nothing else, it names questions that it can answer.
+    For a run on the built-in world (data "world" in its config.json), which knows nothing else, it
+    names questions that it can answer. No newline ends it. Raises UserError where `run` is no
+    run's folder.
     """
     lines = [
         'Type a message; """ begins and ends one of several lines.',
@@ -155,11 +159,12 @@ def introduction(run: str) -> str:
 def chat(reply: Reply, tokenizer: Tokenizer, key: jax.Array, room: int) -> str:
     """Alternate turns with the person at the terminal; return the last reply, or "" without one.
 
-    `reply`: a Reply. `room`: most tokens that a chat may have before a reply. What exceeds it is
-    forgotten, the oldest pair of turns first. A message that alone exceeds it, or that spells a
-    control token, is refused, and nothing is forgotten for it. /clear begins anew, as if nothing
-    had been said; Ctrl-C during a reply drops the message and goes on; an empty line or the end of
-    input leaves. `key`: split for each turn.
+    `reply`: a Reply; what it returns is decoded and printed here. `room`: most tokens that a chat
+    may have before a reply. What exceeds it is forgotten, the oldest pair of turns first. A
+    message that alone exceeds it, or that spells a control token, is refused, and nothing is
+    forgotten for it. /clear begins anew, as if nothing had been said, so the last reply is "". A
+    blank message or the end of input leaves. Ctrl-C during a reply drops the message and goes on;
+    at the prompt it raises KeyboardInterrupt. `key`: split for each turn.
     """
     if sys.stdin.isatty():
         edit_lines()
@@ -203,8 +208,9 @@ def chat(reply: Reply, tokenizer: Tokenizer, key: jax.Array, room: int) -> str:
 def newest_turns(messages: list[Message], tokenizer: Tokenizer, room: int) -> list[Message]:
     """Return the end of a chat, from a user's turn on, that has at most `room` tokens; [] if none.
 
-    It is the longest such end. `messages`: the user and the assistant by turns; the first and the
-    last are the user's. The tokens are those of `tokenizer.prompt`.
+    It is the longest such end. `messages`: the user's and the assistant's by turns, from a user's
+    to a user's. The tokens are those of `tokenizer.prompt`, which raises UserError for a message
+    that spells a control token.
     """
     for start in range(0, len(messages), 2):
         if len(tokenizer.prompt(messages[start:])) <= room:
@@ -213,9 +219,9 @@ def newest_turns(messages: list[Message], tokenizer: Tokenizer, room: int) -> li
 
 
 def edit_lines() -> None:
-    """Let a terminal's lines be edited, be of any length, and be pasted several at a time.
+    """Let lines that `input` reads be edited, be of any length, and be pasted several at a time.
 
-    Where Python has no readline it does nothing.
+    Call it before the first is read, where stdin is a terminal. Without readline it does nothing.
     """
     # Where Python has been built with it.
     with contextlib.suppress(ImportError):
@@ -225,10 +231,11 @@ def edit_lines() -> None:
 
 
 def read_message() -> str:
-    """Read a message from the terminal behind "> "; "" for an empty line or the end of input.
+    """Read a message from stdin behind "> "; "" for an empty line or the end of input.
 
-    It is a line, or the lines between two \"\"\". In a terminal lines that are there already were
-    pasted together, and are one message, without the newline at its end.
+    It is a line as it is, blanks included, or, where that begins with \"\"\", `read_quoted`'s
+    lines ("" if they are empty). In a terminal lines that are there already were pasted together,
+    and are one message, without the newline at its end. Ctrl-C raises KeyboardInterrupt.
     """
     lines: list[str] = []
     # What came before the end of input counts.
@@ -244,8 +251,9 @@ def read_message() -> str:
 def read_quoted(first: str) -> str:
     """Read on from stdin after `first` up to \"\"\" at the end of a line, or the end of input.
 
-    `first`: the first line, without the \"\"\" that opens it. Returns all lines, joined by
-    newlines, without the closing \"\"\".
+    `first`: the first line, without its newline and the \"\"\" that opens it; where it ends in
+    \"\"\" nothing is read. Returns all lines, `first` too, joined by newlines, without the closing
+    \"\"\", behind which not even a blank may stand.
     """
     lines = [first]
     with contextlib.suppress(EOFError):

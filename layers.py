@@ -42,13 +42,15 @@ def run_layers(
 ) -> tuple[jax.Array, Cache, jax.Array | None]:
     """Run all layers; return the hidden states [B, T, D], the cache, and the sum of their losses.
 
-    Call it inside `decoder`, whose parameters `layers` are the layers' and whose `config` and
-    `microbatches` (of a pipeline) are read. `block_class(config, ring)` is one layer, called and
-    returning as this module's docstring says; `ring`: devices over which the tokens, those of
-    `x_BTD` too, are striped (kernels/ring.py), 1 without. `rows`: the pair of trees of [B, ...]
-    arrays that each layer reads, in model.py (segment ids, turns). `cache`: stacked, unstacked or
-    None; it comes back with these tokens' keys and values, its `length` as it was. An unstacked
-    cache needs parameters of `unstack_params`. The sum is of the auxiliary losses, a scalar; None
+    Call it inside `decoder`, also to initialise: its parameters `layers` are the layers', and its
+    `config` is read. `block_class(config, ring)` is one layer, called with ((x_BTD, cache, layer),
+    *rows) and returning ((x_BTD, cache, layer + 1), auxiliary loss or None). `ring`: devices over
+    which the tokens, those of `x_BTD` too, are striped (kernels/ring.py), 1 without. `rows`: the
+    pair of trees of [B, ...] arrays that each layer reads, in model.py (segment ids, turns).
+    `cache`: None, which comes back, or one that comes back with these tokens' keys and values, its
+    `length` as it was: stacked, or unstacked on parameters of `unstack_params`. Without a cache a
+    mesh with a stage axis makes it a pipeline of `decoder.microbatches`, which raises
+    NotImplementedError for layers with losses. The sum is of the auxiliary losses, a scalar; None
     where the layers have none, and with an unstacked cache.
     """
     # Decoding, where the caller has unstacked the layers.
@@ -100,12 +102,12 @@ def _with_remat(block_class: type[nn.Module], remat: Remat) -> type[nn.Module]:
 
 
 def unstack_params(params: Params, dtype: jnp.dtype) -> Params:
-    """Return `params` with a tuple of L arrays in place of each stack of the layers' weights.
+    """Return `params` with a tuple of L arrays in place of each stack [L, ...] of the layers.
 
     For a loop over tokens, where slicing a stack would copy it at every token; an apply takes them
-    only with a cache of `unstack_cache`. All weights are cast once to `dtype`, in which they are
-    multiplied; norms and biases keep their type. `params`: whole parameters of a LanguageModel
-    (model.Params), perhaps with adapters (lora.with_adapters).
+    only with a cache of `unstack_cache`. All weights, the embedding and adapters among them, are
+    cast once to `dtype`, in which they are multiplied; norms and biases keep their type. `params`:
+    whole parameters of a LanguageModel (model.Params), perhaps with lora.with_adapters'.
     """
 
     def leaf(path: tuple[Any, ...], weight: jax.Array) -> Any:
@@ -195,11 +197,12 @@ def pipelined(
 ) -> jax.Array:
     """Return `run(weights, x_BTD, *rows)` of all layers, [B, T, D], computed stage after stage.
 
-    Call it under jit on a mesh with a stage axis. `weights`: a tree whose leaves' first axis, the
-    layers, is cut over stage, which must divide it. run(weights, x_BTD, *rows) must take any
-    unbroken part of the layers and any rows, and return hidden states of x's shape and type.
-    `rows`: trees of [B, ...] arrays that every layer reads. `microbatches`, a Python int, divides
-    B. Other axes of the mesh are XLA's and `run`'s as ever.
+    Call it under jit, with a mesh set (jax.set_mesh) that has an axis "stage"; it may be
+    differentiated. `weights`: a tree whose leaves' first axis, the layers, is cut over stage,
+    which must divide it. run(weights, x_BTD, *rows) must take any unbroken part of the layers and
+    any rows, and return hidden states of x's shape and type. `rows`: a pair of trees of [B, ...]
+    arrays that every layer reads. `microbatches`, a Python int, 1 or above, must divide B. Other
+    axes of the mesh are XLA's and `run`'s as ever.
     """
     # The micro-batches, on every stage.
     stages = along(jax.sharding.get_abstract_mesh(), "stage")

@@ -50,10 +50,11 @@ class LoraConfig:
 def trainable_part(config: LoraConfig, params: Params, key: jax.Array) -> Params:
     """Return what is trained of `params`: new adapters and the head, or at rank 0 all of it.
 
-    `params`: whole parameters. A is drawn from a normal distribution by `key`; B is 0, so that
-    nothing changes at first; both are float32. The tree is {"decoder": {"layers": {"attention",
-    "mlp"}}}, with "head" and "bias" beside it where `params` has them. What is not new is not
-    copied: copy it before a step that donates, or run this under jit.
+    `params`: whole parameters. The tree is {"decoder": {"layers": {"attention", "mlp"}}}, with
+    "head" and "bias" beside it where `params` has them. In it each matrix of the layers, such as
+    `q`, has `q_a` [L, inputs, rank], drawn by `key` from a normal distribution of deviation
+    inputs^-1/2, and `q_b` [L, rank, outputs], 0, so that nothing changes at first; float32. What
+    is not new is not copied: copy it before a step that donates, or run this under jit.
     """
     # All of it, without adapters.
     if not config.rank:
@@ -93,8 +94,9 @@ def lora_base(config: LoraConfig, params: Params) -> Params | None:
 def with_adapters(config: LoraConfig, base: Params | None, trained: Params) -> Params:
     """Return the tree that model.py applies: the base's arrays with the adapters beside them.
 
-    `base`: of `lora_base`; `trained`: of `trainable_part`, or later of a step. With None as base
-    `trained` itself is returned. No weight is copied; B carries the factor alpha / rank.
+    `base`: of `lora_base`; `trained`: of `trainable_part`, or later of a step; neither is changed.
+    With None as base, at rank 0, `trained` itself is returned. No weight is copied; B, a new
+    array, carries the factor alpha / rank. Gradients by `trained` pass through.
     """
     if base is None:
         return trained
@@ -114,9 +116,9 @@ def with_adapters(config: LoraConfig, base: Params | None, trained: Params) -> P
 def merge(config: LoraConfig, base: Params, trained: Params) -> Params:
     """Return W + alpha / rank A B for each adapted weight: whole parameters without adapters.
 
-    `base`, `trained`: as in `with_adapters`, with a base. Arrays are of NumPy or of JAX, as the
-    base's are. `trained` with a head gives a scalar model's parameters: decoder, head and bias, no
-    unembedding.
+    `base`, `trained`: as in `with_adapters`, at a rank above 0; both of NumPy or both of JAX
+    arrays, float32, as the result then is. What has no adapters is not copied. `trained` with a
+    head gives a scalar model's parameters: decoder, head and bias, no unembedding.
     """
     # Each weight and its adapters as matrices, a product a layer.
     rank = config.rank
@@ -148,11 +150,12 @@ def merge(config: LoraConfig, base: Params, trained: Params) -> Params:
 
 
 def note_lora_base(config: Any) -> Any:
-    """Return a script's `config` with the base's step noted in `lora.base`; at rank 0 as it is.
+    """Return a copy of a script's `config` with the base's step noted in `lora.base`.
 
     The fields `lora` and `init` are read. The base is the step that `config.init` means (a
-    RunAtStep), or its newest; noted is the SHA-256 of its manifest, and resuming on another is
-    refused. Raises UserError for a rank without --init, or where that has no checkpoint.
+    RunAtStep), or its newest; noted, in place of what was, is the SHA-256 of its manifest, in hex.
+    A run that began on another base is refused where its Run is entered. At rank 0 `config` itself
+    is returned. Raises UserError for a rank without --init, or where that has no checkpoint.
     """
     # Settings that need a base, and those that need none.
     rank = config.lora.rank
@@ -169,6 +172,6 @@ def note_lora_base(config: Any) -> Any:
 def base_step(config: LoraConfig, base: str) -> int | None:
     """Return the step of the run `base` that `config.base` notes; None where it is gone.
 
-    `base`: a run's folder.
+    `base`: a run's folder, which may be missing. None too where nothing is noted, as at rank 0.
     """
     return step_of_sum(base, config.base)

@@ -139,7 +139,8 @@ def empty_cache(config: ModelConfig, batch: int, slots: int) -> KVCache:
 def rope_frequencies(config: ModelConfig) -> jax.Array:
     """Return the angle per position of each rotated pair, [H/2] float32, in radians.
 
-    Su et al. 2021. `rope_scale` and `rope_llama3` of `config` are applied.
+    Pair i has `rope_base`^(-2i / H) (Su et al. 2021), slowed by `rope_llama3` if `config` has it,
+    times its `rope_scale`.
     """
     # Pair i turns by base^(-2i / H) a position.
     width = config.head_dim
@@ -158,9 +159,9 @@ def rope_frequencies(config: ModelConfig) -> jax.Array:
 
 
 def rope_turns(config: ModelConfig, positions_BT: jax.Array) -> Turns:
-    """Return the cosine and the sine of each pair's angle, float32, [B, T, 1, H/2] each.
+    """Return (cosine, sine) of each pair's angle, float32, [B, T, 1, H/2] each, for all layers.
 
-    `positions_BT`: int32. They serve all layers.
+    `positions_BT`: int32.
     """
     # One angle a pair, so H here is half of a head.
     positions_BT1 = positions_BT[..., None].astype(jnp.float32)
@@ -174,9 +175,9 @@ def rope_turns(config: ModelConfig, positions_BT: jax.Array) -> Turns:
 def rotate(x_BTNH: jax.Array, turns: Turns) -> jax.Array:
     """Turn queries or keys by RoPE, half-split: dimension i turns with i + H/2.
 
-    `x_BTNH`: [B, T, N or K, H]; its shape and type come back. `turns`: of `rope_turns`. As in
-    GPT-NeoX and Hugging Face's Llama. Weights whose convention turns 2i with 2i + 1 (Meta's,
-    llama2.c's) need their q and k permuted.
+    `x_BTNH`: [B, T, N or K, H]; its shape and type come back, computed in float32. `turns`: of
+    `rope_turns`. As in GPT-NeoX and Hugging Face's Llama. Weights whose convention turns 2i with
+    2i + 1 (Meta's, llama2.c's) need their q and k permuted.
     """
     # In float32: in bfloat16 the angles of far positions would lose their last bits.
     cos, sin = turns
@@ -197,7 +198,7 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     """Divide `x` by its root mean square over the last axis, multiply it by `scale`, in float32.
 
     Zhang and Sennrich 2019. `scale`: an array, one factor for each place of that axis. `eps` is
-    added to the mean square. Returns x's shape and type.
+    added to the mean square. Returns x's shape and type (float64 is computed in float32 too).
     """
     x32 = x.astype(jnp.float32)
     mean_square = jnp.mean(x32 * x32, axis=-1, keepdims=True)
@@ -208,8 +209,9 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
 def scaled_norm(module: nn.Module, name: str, x: jax.Array) -> jax.Array:
     """Apply RMSNorm to the last axis of `x` with the parameter `name` of `module` as its scale.
 
-    Call it inside a Flax `module` with a `config`, a ModelConfig; the parameter is created there.
-    With `config.zero_centered_norm` it is the scale less 1. Returns x's shape and type.
+    Call it inside a Flax `module` with a `config`, a ModelConfig, whose `norm_eps` is read; the
+    parameter, float32, of that axis' size, is created there. With `config.zero_centered_norm` it
+    is the scale less 1; the scale starts at 1. Returns x's shape and type.
     """
     # Either way the scale starts at 1.
     config = module.config
@@ -224,8 +226,9 @@ def scaled_norm(module: nn.Module, name: str, x: jax.Array) -> jax.Array:
 def linear(module: nn.Module, labels: str, x: jax.Array, name: str, w: jax.Array) -> jax.Array:
     """Multiply `x` by `w`, the weight `name` of `module`, by the einsum `labels`, in x's type.
 
-    `labels`: as in "...D,DF->...F". Call it inside the Flax `module`. Where lora.py has laid
-    adapters A and B of the weight beside it, x A B is added.
+    `labels`: as in "...D,DF->...F"; the last axes of `x` are summed over, the first of `w`, which
+    is cast to x's type. Call it inside the Flax `module`. Where lora.with_adapters has laid A and
+    B of the weight beside it, x A B is added (B holds the factor alpha / rank).
     """
     # The weight itself, then its adapters, where there are any.
     out = jnp.einsum(labels, x, w.astype(x.dtype))
@@ -440,9 +443,10 @@ def _with_valid(cache: KVCache, segment_ids_BT: jax.Array) -> KVCache:
 # which in bfloat16 stops growing at a few hundred.
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def embedded(embed_VD: jax.Array, tokens_BT: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Return the tokens' rows of the embedding, [B, T, D], in `dtype`.
+    """Return the tokens' rows of the embedding, [B, T, D], in `dtype`, not scaled.
 
-    Its gradient is summed in float32, whatever `dtype` is.
+    `tokens_BT`: ids, int. The gradient, in reverse mode alone, has the embedding's own type
+    (float32 of a model's parameters), in which it is summed, whatever `dtype` is.
     """
     # In whole rows on every device: else XLA replicates the result. Gathered in `dtype`, of which
     # bfloat16 is half as much.
@@ -534,10 +538,10 @@ class Decoder(nn.Module):
 # A rule of its own for the derivative, whose two products then take x's type as all others do.
 @jax.custom_vjp
 def unrounded_logits(x_MD: jax.Array, unembed_DV: jax.Array) -> jax.Array:
-    """Return x times the unembedding, [M, V], in float32, or in float64 where both are.
+    """Return x times the unembedding, [..., V], in float32, or in float64 where both are.
 
     `x_MD`, [M, D] or [B, T, D], and `unembed_DV`: of one type, to which the product is not
-    rounded.
+    rounded. Gradients, in reverse mode alone, are computed in it.
     """
     dtype = jnp.promote_types(x_MD.dtype, jnp.float32)
     return jnp.einsum("...D,DV->...V", x_MD, unembed_DV, preferred_element_type=dtype)
@@ -560,8 +564,9 @@ unrounded_logits.defvjp(_logits_forward, _logits_backward)
 def unembed(x_BTD: jax.Array, unembed_DV: jax.Array) -> jax.Array:
     """Return the logits [B, T, V] of hidden states: float32, or float64 where these are.
 
-    `x_BTD` and `unembed_DV`: of a LanguageOutput, or a slice of its positions. Logits are not
-    rounded to x's type on the way: at 16 that would be by 0.06.
+    `x_BTD` and `unembed_DV`: of a LanguageOutput, or a slice of its positions; the second is cast
+    to x's type. V is `config.vocab`, ids beyond the tokenizer's included. Logits are not rounded
+    to x's type on the way: at 16 that would be by 0.06.
     """
     x_MD = flat(x_BTD, "stage", "sequence")
     logits_MV = unrounded_logits(x_MD, unembed_DV.astype(x_MD.dtype))
@@ -624,12 +629,12 @@ class ScalarModel(nn.Module):
 
 
 def init_and_apply(model: nn.Module) -> tuple[Callable[[jax.Array], Params], Callable[..., Any]]:
-    """Return (init, apply) of `model` on plain nested dicts of parameters (Params).
+    """Return (init, apply) of `model` on plain nested dicts of parameters (Params), not jitted.
 
     `model`: a LanguageModel or a ScalarModel. init(key) -> params, random, float32. apply(params,
-    tokens_BT, segment_ids_BT, positions_BT) -> LanguageOutput or ScalarOutput; that of a
-    LanguageModel takes a KVCache as a fifth argument, `cache`. See Decoder.__call__ for the
-    arguments.
+    tokens_BT, segment_ids_BT, positions_BT) -> LanguageOutput or ScalarOutput, arguments int32 [B,
+    T] as Decoder.__call__ says. That of a LanguageModel takes a KVCache as a fifth argument,
+    `cache` (default None); the output's `cache` is then the new one.
     """
     # NumPy: not on a device, for plan.py has none.
     token_11 = np.ones((1, 1), np.int32)

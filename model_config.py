@@ -115,10 +115,10 @@ class ModelConfig:
 
     @property
     def compute_dtype(self) -> jnp.dtype:
-        """Return the type of activations and of matmul operands: a property.
+        """Return the type of activations and of matmul operands, by the field `dtype`: a property.
 
-        For `auto` it goes by sharding.platform: float32 on a CPU, else bfloat16. Raises UserError
-        for float16 on a TPU.
+        `auto` goes by sharding.platform: float32 on a CPU, else bfloat16. Raises UserError for
+        float16 on a TPU.
         """
         if self.dtype == "auto":
             return jnp.dtype("float32" if platform() == "cpu" else "bfloat16")
@@ -252,9 +252,10 @@ def check_fit(config: ModelConfig, vocabulary: int, length: int) -> None:
 
 
 def stored_model(run: str) -> ModelConfig:
-    """Read the shape of the model of `run`, a run's folder.
+    """Read the shape of the model of `run`, a run's folder, from its config.json alone.
 
-    Raises UserError, naming the script that made the run, where there is no run, where it has
-    fields that ModelConfig does not know, or where it was made with another model.py, a fork's.
+    Any script's run will do. Fields that it lacks take their defaults. Raises UserError where
+    there is no run or a damaged one, and, naming what made it, where it has fields that
+    ModelConfig does not know or was made with another model.py, a fork's.
     """
     return load_model_config(run, ModelConfig)

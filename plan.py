@@ -28,9 +28,11 @@ from runtime import flags
 def run(argv: list[str]) -> int:
     """Run planning.plan.main(argv) as a command: return 0 where the run fits, 1 where it does not.
 
-    `argv`: a script's name or a fork's path, with or without .py, then --topology=CHIP:SHAPE,
-    which is required, perhaps --sweep, and the script's own flags. A UserError ends the process
-    with exit code 2. `--help` without a script prints what plan.py takes, and returns 0.
+    `argv`: a script's name or a fork's path, with or without .py, then --topology=CHIP:SHAPE, such
+    as v5e:16x16 or h200:8, which is required, perhaps --sweep, and the script's own flags. --sweep
+    tries meshes: 0 where one of them fits. A UserError ends the process with exit code 2 and a
+    line on stderr; `--help` after a script with 0. `--help` without one prints what plan.py takes,
+    and returns 0.
     """
     if not HELP.isdisjoint(argv) and argv[0].startswith("-"):
         flags.ending_in_one_line(lambda: print(f"{__doc__}\n{FLAGS_HELP}"))

@@ -39,9 +39,10 @@ class LoadedRun(NamedTuple):
 def load_run(run: str, reward: bool = False) -> LoadedRun:
     """Load a language model, or with `reward` a reward model: the newest step of the run `run`.
 
-    `run`: its folder, or a RunAtStep, of which it is that step. Which of the two models it is
-    follows from its parameters: a reward model has a scalar head. Adapters come merged. Raises
-    UserError for the other kind, and as load_params does. All processes must call it.
+    `run`: its folder, or a RunAtStep, a str too, of which it is that step. Which of the two models
+    it is follows from its parameters: a reward model has a scalar head. They are NumPy arrays, and
+    need no mesh; adapters come merged. Raises UserError for the other kind, and as load_params
+    does, as for a missing run. All processes must call it.
     """
     # A run of the other kind is named by its script.
     script = load_config(run)["script"]
@@ -66,15 +67,16 @@ def make_sampler(
 
     Returns respond(params, prompts, key, rows=256) -> a list of responses, n to each prompt, in
     the order of the prompts, of which there must be one or more. `params`: whole parameters.
-    Prompts and responses are lists of token ids; prompts are not cut; a response has its end token
-    where it came to one, and no padding. `rows`: prompts decoded in one call, each call with a key
-    of its own. Prompts are padded on the left to a power of two in length, and the last of several
-    calls is filled up to `rows`: so few shapes are compiled. Waits for the device; every process
-    must call it.
+    Prompts and responses are lists of token ids; a response has its end token where it came to
+    one, and no padding. Prompts are not cut: that one and `max_new_tokens` fit the context is up
+    to the caller (not checked). `rows`: most prompts decoded in one call, any number, each call
+    with a key of its own. Prompts are padded on the left to a power of two in length, which may
+    exceed the context, and the last of several calls is filled up to `rows`: so few shapes are
+    compiled. Waits for the device; every process must call it.
 
-    `slots`: responses decoded at a time (`generate_in_slots`); None: all of a call (`generate`).
-    `ends`: ids of tokens that end a response beside the tokenizer's. Raises UserError where
-    `max_new_tokens` is not below the model's context.
+    `slots`: responses decoded at a time over all devices (`generate_in_slots`), any number from 1;
+    None: all of a call (`generate`). `ends`: ids of tokens that end a response beside the
+    tokenizer's. make_sampler raises UserError where `max_new_tokens` is not below the context.
     """
     require(
         sampling.max_new_tokens < config.context,
@@ -139,7 +141,7 @@ def full_parts(items: Sequence[Item], size: int) -> Iterator[tuple[int, list[Ite
 def filled(items: Sequence[Item], size: int) -> list[Item]:
     """Return a list of `items` filled up to `size` with copies of the first; there must be one.
 
-    Longer `items` are returned whole.
+    Longer `items` are returned whole. Raises IndexError where there is none.
     """
     return [*items, *[items[0]] * (size - len(items))]
 
@@ -147,7 +149,8 @@ def filled(items: Sequence[Item], size: int) -> list[Item]:
 def split_evenly(items: Sequence[Item], size: int) -> list[list[Item]]:
     """Cut `items` into lists of `size`, in order: such as n responses to each prompt, by prompt.
 
-    The last list is shorter where `size` does not divide their number; no items give [].
+    The last list is shorter where `size`, at least 1, does not divide their number; no items give
+    [].
     """
     return [list(items[start : start + size]) for start in range(0, len(items), size)]
 
@@ -155,7 +158,8 @@ def split_evenly(items: Sequence[Item], size: int) -> list[list[Item]]:
 def in_parts(count: int, rows: int, name: str, unit: str = "prompt") -> Iterator[int]:
     """Yield 0, `rows`, 2 `rows`, ... below `count`, under a progress bar on stderr called `name`.
 
-    These are where each part of `count` prompts, or of what `unit` calls them, starts.
+    These are where each part of `count` prompts, or of what `unit` calls them, starts. The bar
+    counts prompts, not parts; each process that calls it shows one.
     """
     with tqdm(total=count, desc=name, unit=unit, mininterval=2) as bar:
         for start in range(0, count, rows):

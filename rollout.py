@@ -103,11 +103,11 @@ def make_rollout(
 ) -> Callable[[Params, Prompts, Array], Rollout]:
     """Compile rollout(params, prompts, key) -> Rollout: sample `n` responses to each prompt.
 
-    `apply`: of a LanguageModel of shape `config`; `params`: its whole parameters. `prompts`:
-    Prompts, on the current mesh, as is the Rollout. `eos`: ids of the tokens that end a response;
-    `pad`: that of padding. Rows are in the order of the prompts, `n` to each. `tensor`: devices
-    over which weights are cut meanwhile, as `check_rollout` allows; None: the mesh's tensor.
-    `in_stages`: decode fewer rows where many have ended (sampling.stages_of). Nothing is donated.
+    `apply`, `params`: of a LanguageModel of shape `config`, whole, perhaps with adapters.
+    `prompts`: Prompts on the current mesh, as is the Rollout: `n` rows to each, in order, R =
+    `sampling.max_new_tokens`. `eos`: ids that end a response; `pad`: id of padding. `tensor`:
+    devices that cut weights meanwhile, as `check_rollout` allows (unchecked here); None: the
+    mesh's. `in_stages`: decode fewer rows where many have ended (stages_of). Nothing is donated.
     """
     # Each device along tensor has a key/value head; where these are fewer, they are copied.
     copies = 1
@@ -149,9 +149,9 @@ class RolloutConfig:
 def check_rollout(config: RolloutConfig, model: ModelConfig, mesh: Mesh) -> None:
     """Raise UserError where weights of a `model` cannot be cut over `config.tensor` of `mesh`.
 
-    None passes. Otherwise it must be a multiple of the mesh's tensor that divides tensor x fsdp,
-    and divide the model's heads and `mlp_width`, and divide its key/value heads or be a multiple
-    of them; and the mesh must have no sequence axis.
+    A `config.tensor` of None passes. Otherwise it must be a multiple of the mesh's tensor that
+    divides tensor x fsdp, and divide the model's heads and `mlp_width`, and divide its key/value
+    heads or be a multiple of them; and the mesh's sequence, if it has that axis, must be 1.
     """
     if config.tensor is None:
         return
@@ -207,9 +207,11 @@ class WideRollout:
             return self.sample(*laid)
 
     def weights(self, params: Params) -> Params:
-        """Return the ShapeDtypeStructs, on `mesh`, of `params` as `sample` takes them.
+        """Return the ShapeDtypeStructs, laid on `mesh`, of `params` as `sample` takes them.
 
-        `params`: arrays or shapes of whole parameters.
+        `params`: arrays or shapes of whole parameters. The tree is like it, with key/value heads
+        `copies` times; weights that sharding.RULES cut over fsdp are of the compute type, others
+        of their own.
         """
         copied = jax.eval_shape(partial(with_copied_heads, copies=self.copies), params)
         return gathered_shapes(copied, self.mesh, self.model.compute_dtype)
@@ -217,8 +219,9 @@ class WideRollout:
     def lay(self, params: Params) -> Callable[[Params, Prompts, Array], tuple[Any, ...]]:
         """Compile lay(params, prompts, key) -> the three arguments of `sample`, laid on `mesh`.
 
-        `params`: arrays or shapes, like those that lay is called with: on `training`, as prompts
-        are. Nothing is donated.
+        `params`: whole parameters, arrays or shapes, of the shapes and types that lay is then
+        called with. Its arguments lie on the mesh `training`; prompts [B, P] may be of any shape.
+        Nothing is donated.
         """
         weights = self.weights(params)
         places = jax.tree.map(lambda weight: weight.sharding, weights)
@@ -239,10 +242,10 @@ def with_head_each(
 ) -> tuple[Apply, ModelConfig, int]:
     """Return (apply, config, copies): a model with a key/value head for each device of `tensor`.
 
-    `copies`: of each key/value head. It is 1, and `apply` and `config` are as given, where the
-    model has as many heads or more. Else `kv_heads` must divide `tensor` (`check_rollout`), and
-    the new `apply`, model.LanguageModel's whatever was given, takes parameters of
-    `with_copied_heads`.
+    `copies`: of each key/value head. It is 1, and `apply` and `config` are as given, where
+    `kv_heads` is `tensor` or more. Else `kv_heads` must divide `tensor` (checked by
+    `check_rollout`, not here); the new `config` has `tensor` of them, and the new `apply`,
+    model.LanguageModel's whatever was given, takes parameters of `with_copied_heads`.
     """
     if config.kv_heads >= tensor:
         return apply, config, 1
@@ -320,13 +323,14 @@ def rollout_metrics(
 ) -> Batch:
     """Summarise a Rollout, `batch`, and log-probabilities of its tokens: float32 scalars by name.
 
-    kl, kl_k3: estimates of KL(policy || reference) in nats a response. entropy: minus the mean
-    log-probability of the sampled tokens, an estimate, nats a token. length: tokens a response.
-    ended: share of responses that `ended`. repeats: share of tokens equal to the one before.
-    sampler_gap, sampler_gap_mean: the largest and the mean absolute difference between the
-    sampler's log-probability of a token and `logp_BR`; sampler_k3: KL(sampler || `logp_BR`) in
-    nats a token. `logp_BR`, `reference_BR`: the policy's and the reference's log-probabilities of
-    `response_BR`, in nats, at the sampling temperature. What is outside the mask counts nowhere.
+    `logp_BR`, `reference_BR`: the policy's and the reference's log-probabilities of `response_BR`,
+    in nats, at the sampling temperature. Means over responses, empty ones too: kl (k1), kl_k3:
+    estimates of KL(policy || reference), in nats a response; length, in tokens; ended, the share
+    that `ended`. Means over all tokens under the mask, outside which nothing counts: entropy, an
+    estimate by minus `logp_BR`, in nats; repeats, the share of tokens equal to the one before, a
+    response's first left out; sampler_gap_mean, of the absolute difference between
+    `sampler_logp_BR` and `logp_BR`; sampler_k3, KL(sampler || `logp_BR`), in nats. sampler_gap:
+    the largest difference.
     """
     mask_BR = batch["mask_BR"]
 
@@ -361,9 +365,9 @@ def rollout_metrics(
 def mean_metrics(updates: Sequence[Metrics]) -> Metrics:
     """Return the mean of each metric over an iteration's updates; of integer counters the last.
 
-    `updates`: rows of metrics, {name: scalar on the device}, of train_step.make_train_step; one or
-    more, with the same names. An update that failed makes its means nan. Does not wait for the
-    device.
+    `updates`: metrics, {name: scalar on the device}, of train_step.make_train_step's step; one or
+    more, with the same names. Where one value is not finite, neither is the mean. Does not wait
+    for the device.
     """
 
     def mean_of(*values: Array) -> Array:
@@ -389,10 +393,11 @@ def sample_rows(
 ) -> list[SampleRow]:
     """Return {"prompt": text, "response": text} for each of `records`, for samples.md.
 
-    The prompt is its last message, or the raw text; the response is the first of its `n`.
-    `response_BR`: token ids of the rollout, over all hosts, `n` neighbouring rows a prompt.
-    `records`: of this host's prompts, in order, of the schema `prompt`. Waits for the device.
-    Every process must call it; the rows are right on the first one alone.
+    The prompt is its last message, or the raw text; the response is the first of its `n`, without
+    control tokens and padding. `response_BR`: token ids of the rollout, over all hosts, `n`
+    neighbouring rows a prompt. `records`: of this host's prompts, in order, of the schema
+    `prompt`. Waits for the device. All processes must call it; the rows are right on the first
+    alone.
     """
     # This host's rows are the first of all only on the first host.
     firsts = to_host(response_BR)[::n][: len(records)]
@@ -431,17 +436,19 @@ def make_experience(
     """Make experience(policy, reference, key) -> (batch, metrics, shown): sample and score.
 
     It runs rounds. A round takes the next batch of `prompts`, samples with `rollout`
-    (`make_rollout`), scores, and calls `compute_targets(policy, reference, rollout, scores,
-    scalars)` for what to learn from, arrays [B, ...] with a `mask_BR`, and its metrics. Groups of
-    `group` neighbouring rows whose mask is empty are replaced by those of further rounds. Rounds
+    (`make_rollout`) by a key of its own, scores, and calls `compute_targets(policy, reference,
+    rollout, scores, scalars)` for what to learn from, arrays [B, ...] with a `mask_BR`, and its
+    metrics, scalars. Groups of `group` neighbouring rows, the rollout's `n`, whose mask is empty
+    are replaced by those of further rounds (`refill_groups`; what is too many is dropped). Rounds
     end where every row has a usable token, and after `max_rounds`; then empty groups remain. So
     mask whole groups or none: a single empty row is not replaced, and has all rounds run.
 
-    Prompts are padded on the left, with the id `pad`, to `prompt_length`, so that all rounds have
-    one shape. `policy`, `reference`: whole parameters of language models. Metrics are means over
-    the rounds, scalars on the device, `rounds`, a float, and `kept`, the share of rows with a
-    usable token. `shown`: a Shown of the last round, replaced or not. Waits for the device in each
-    round. Every process must call it.
+    Prompts, of at most `prompt_length` tokens (else ValueError), are padded on the left, with the
+    id `pad`, to that length, so that all rounds have one shape. `policy`, `reference`: whole
+    parameters of language models. Metrics: means of a round's over the rounds; `rounds`, a float;
+    and `kept`, the share of the rows of `batch` with a usable token, on the device. `shown`: a
+    Shown of the last round, replaced or not. Waits for the device in each round. Every process
+    must call it.
     """
     refill = jax.jit(partial(refill_groups, group=group))
 
@@ -478,9 +485,10 @@ def make_experience(
 
 
 def widened(batch: dict[str, np.ndarray], length: int, pad: int) -> dict[str, np.ndarray]:
-    """Pad prompts [B, T] on the left to [B, `length`]: tokens with the id `pad`, all else with 0.
+    """Pad prompts [B, T] on the left to [B, `length`]: `tokens_BT` with `pad`, the rest with 0.
 
-    `batch`: NumPy arrays by the names of `Prompts`; T is at most `length` (ValueError otherwise).
+    `batch`: NumPy arrays by the names of `Prompts`; `pad`: an id; T is at most `length`
+    (ValueError otherwise).
     """
     # Columns in front of each row; segment id 0 says that they are padding.
     missing = length - batch["tokens_BT"].shape[1]
@@ -495,9 +503,9 @@ def refill_groups(pool: Batch, fresh: Batch, group: int) -> Batch:
     """Return `pool` with masked-out groups replaced by unmasked ones of `fresh` (DAPO, eq. 11).
 
     Both have the same keys and shapes, [B, ...] each, as has the result, `mask_BR` among them, and
-    `group`, a Python int, neighbouring rows a prompt. A group is masked out where its mask is all
-    0. Groups of `pool` that are left come first, then those of `fresh`; where these are too few,
-    masked-out groups remain, last.
+    `group`, a Python int that divides B, neighbouring rows a prompt. A group is masked out where
+    its mask is all 0. Groups of `pool` that are left come first, then those of `fresh`, in order,
+    as many as there are places; where these are too few, masked-out groups remain, last.
     """
     # The groups of both, those of `pool` first.
     both = {}
@@ -524,10 +532,10 @@ def refill_groups(pool: Batch, fresh: Batch, group: int) -> Batch:
 def shuffled(
     batch: Mapping[str, Any], key: Array, parts: int, is_fresh: bool = False
 ) -> list[Batch]:
-    """Cut the rows of `batch`, in random order, into `parts` minibatches of equal size.
+    """Cut the rows of `batch`, in random order, into `parts` minibatches of B / parts rows.
 
-    `batch`: arrays [B, ...] by name; `parts`, static, must divide B. Minibatches have its keys,
-    and `is_first_B`, bool: True in the first of a batch that `is_fresh`, not trained on yet.
+    `batch`: arrays [B, ...] by name, no `room`; `parts`, static, must divide B (ValueError). The
+    minibatches have its keys and `is_first_B`, bool, True in all rows of the first if `is_fresh`.
     """
     # One order for all arrays of the batch.
     rows = jax.tree.leaves(batch)[0].shape[0]
@@ -548,10 +556,10 @@ def shuffled_minibatches(
 ) -> Iterator[Batch]:
     """Yield the `parts` minibatches of each epoch, every epoch in another random order.
 
-    They are those of `shuffled`, `epochs` x `parts` in all, `is_fresh` in the first epoch. Where
-    packing saves rows, each has the `room` of real tokens (objectives/unpadded.py), by
-    `segment_ids_BT` of `batch`, for a cut into `microbatches`. `key`: the iteration's; sampling
-    folds it with numbers of rows and rounds, this with another. Waits for the device once.
+    They are those of `shuffled`, `epochs` x `parts` in all, `is_fresh` in the first epoch. `batch`
+    has what `model_inputs` reads; where packing its real tokens saves rows all have one `room`
+    (`find_room`, by a cut into `microbatches`), else none. `key`: the iteration's; sampling may
+    have it too. The first `next` waits for the device. Every process must call it.
     """
     # A number that no row has: else an epoch's order would come of the bits of a row's tokens.
     batch = with_room(batch, None)
@@ -569,13 +577,13 @@ def shuffled_minibatches(
 
 
 def check_first_update(update: Metrics, metrics: Metrics, dtype: jnp.dtype, start: int) -> None:
-    """Assert that an update began at the policy that sampled: ratio 1, and KL 0 in a new run.
+    """Assert that an update began at the policy that sampled: ratio 1, and all of `check_sampler`.
 
     Call it once per start, after the first update; it waits for the device. `update`: that step's
-    metrics, of the parameters before it, so policy and old policy were equal; `approx_kl`, of the
-    recorded log-probabilities, and `clipped` are read. `metrics`, `dtype`, `start`: see
-    `check_sampler`. Raises AssertionError: a breach is a bug, not a setting. In bfloat16 a product
-    over other rows may be tiled, and so rounded, otherwise: by hundredths of a nat a token.
+    metrics, by their bare names, of the parameters before it, so policy and old policy were equal:
+    `clipped` must be 0, and `approx_kl`, of recorded log-probabilities, below 1e-9 in float32,
+    else 1e-3: there a product over other rows may be tiled, and so rounded, otherwise. `metrics`,
+    `dtype`, `start`: see `check_sampler`. Raises AssertionError: a breach is a bug, not a setting.
     """
     # Policy and old policy are the same parameters: no token's ratio may have moved.
     exact = dtype == jnp.float32
@@ -593,9 +601,9 @@ def check_sampler(metrics: Metrics, dtype: jnp.dtype, start: int) -> None:
     """Assert that sampler and training agree on log-probabilities, and that a new run has KL 0.
 
     Call it once per start, with the first rollout, made before any update; it waits for the
-    device. `metrics`: of `rollout_metrics`, scalars, of which `kl` and `sampler_gap` are read.
-    `dtype`: the model's compute type, which sets the tolerance; the gap is checked in float32
-    alone. `start`: steps done before this start, 0 in a new run. Raises AssertionError.
+    device. `metrics`: of `rollout_metrics`. If `dtype`, the compute type, is float32,
+    `sampler_gap` must be below 1e-4 nats; in a new run, where `start`, the steps done before this
+    start, is 0, `kl` within `start_tolerance` of 0. Raises AssertionError.
     """
     # In a new run policy and reference are the same parameters.
     kl = float(metrics["kl"])
@@ -608,14 +616,17 @@ def check_sampler(metrics: Metrics, dtype: jnp.dtype, start: int) -> None:
 
 
 def start_tolerance(dtype: jnp.dtype) -> float:
-    """Return the tolerance, in nats a response, of what starts at 0; `dtype`: compute type."""
+    """Return how far from 0 a new run's KL may be, in nats a response: 1e-4 in float32, else 1e-2.
+
+    `dtype`: the model's compute type.
+    """
     return 1e-4 if dtype == jnp.float32 else 1e-2
 
 
 def check_kl(metrics: Mapping[str, float], limit: float) -> None:
-    """Raise UserError where the newest `kl`, in nats a response, is above `limit`.
+    """Raise UserError where the newest `kl`, in nats a response, is above `limit` (inf: never).
 
-    `metrics`: a row of metrics; without a `kl` it passes, for rows are written one step late.
+    `metrics`: a row of metrics; with a nan, or without a `kl`, as before the first row, it passes.
     """
     # So far from the reference a policy has found text that the reward alone likes.
     kl = metrics.get("kl", 0.0)

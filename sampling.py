@@ -71,9 +71,9 @@ class SamplingConfig:
 
 
 def check_temperature(temperature: float) -> None:
-    """Raise UserError for a --temperature above 0 and below COLDEST, or below 0.
+    """Raise UserError unless --temperature, `temperature`, is 0 or at least COLDEST, 1e-6.
 
-    `draw` would take it for 0, and a loss would divide by it.
+    `draw` would take one between for 0, and a loss would divide by it.
     """
     require(
         temperature == 0 or temperature >= COLDEST,
@@ -100,9 +100,10 @@ class Samples:
 def truncate(logits_BV: jax.Array, top_k: int, top_p: float) -> jax.Array:
     """Return the logits [B, V], -inf for all but the top k tokens, and all outside the nucleus p.
 
-    `top_k`, an int, and `top_p`, a float: static. `top_k` 0 and `top_p` 1 leave all tokens in. The
-    nucleus is of what the top k leave: the likeliest tokens that together hold `top_p`, the one
-    that crosses it among them. Tokens as likely as the last one kept stay too.
+    `logits_BV`: divided by the temperature. `top_k`, an int, and `top_p`, a float in (0, 1]:
+    static. `top_k` 0, or V and more, and `top_p` 1 leave all tokens in. The nucleus is of what the
+    top k leave, by its softmax: the likeliest tokens that together hold `top_p`, the one that
+    crosses it among them. Tokens as likely as the last one kept, of either, stay too.
     """
     # All below the k-th likeliest.
     if top_k:
@@ -134,7 +135,7 @@ def draw(
 
     `logits_BV`: before the temperature. `row_B`: numbers of the responses, `t_B`: indices of the
     tokens, from 0, int32. The noise depends on `key` and these two alone, so a response is the
-    same in whatever company and slot it is made. The log-probability is in nats, at the sampling
+    same in whatever company and slot it is made. The log-probability, float32, is in nats, at the
     temperature (at 0, where the likeliest token is taken, at 1), before top-k and top-p.
     """
     # What the token is the maximum of.
@@ -165,7 +166,10 @@ def draw(
 
 
 def ends(token_B: jax.Array, eos: Ends) -> jax.Array:
-    """Return bools of the shape of `token_B`, token ids: True where one is among `eos`."""
+    """Return bools of the shape of `token_B`, token ids: True where one is among `eos`.
+
+    `eos`: an id, or several.
+    """
     return jnp.isin(token_B, jnp.asarray(eos).reshape(-1))
 
 
@@ -175,10 +179,12 @@ def ends(token_B: jax.Array, eos: Ends) -> jax.Array:
 def prefill(
     apply: Apply, config: ModelConfig, params: Params, prompts: Prompts, room: int
 ) -> tuple[jax.Array, KVCache]:
-    """Run the prompts [B, P] through the model of shape `config`, into an empty cache.
+    """Run the left-padded prompts [B, P] through the model of shape `config`, into an empty cache.
 
     Returns the logits [B, V], float32, of the token after each prompt, and the cache, stacked,
     with the prompts in its first P slots and `room` (a Python int) free slots behind them.
+    `apply`, `params`: of a LanguageModel; the parameters stacked too (not of
+    layers.unstack_params).
     """
     # All prompts in one pass, into an empty cache.
     rows, length = prompts["tokens_BT"].shape
@@ -197,10 +203,10 @@ def prefill(
 def first_tokens(
     logits_BV: jax.Array, key: jax.Array, sampling: SamplingConfig, pad: int
 ) -> Samples:
-    """Draw the first token of each response; return Samples [B, R], the rest padding yet.
+    """Draw the first token, t = 0, of each response; return Samples [B, R], the rest padding yet.
 
-    R is `sampling.max_new_tokens`. `logits_BV`: of each response's first token; row b is of
-    response b (see `draw`). `pad`: the id of padding.
+    R is `sampling.max_new_tokens`; padding has id `pad`, mask and log-probability 0. `logits_BV`:
+    row b is of response b's first token, before the temperature (see `draw`).
     """
     # Token 0 of every response.
     rows = logits_BV.shape[0]
@@ -222,9 +228,9 @@ def first_tokens(
 def make_step(apply: Apply, params: Params, key: jax.Array, sampling: SamplingConfig) -> Step:
     """Make step(cache, token_B, last_B, row_B, t_B) -> (cache, next token_B, its logp_B), all [B].
 
-    It adds `token_B`, token t - 1 of each response `row_B`, to the cache of those before, and
-    draws token `t_B` (see `draw`). `params` and the cache are stacked, or both unstacked
-    (layers.py). `last_B`: position of the last token of each response's prompt.
+    It puts `token_B`, token t - 1 of each response `row_B`, into the cache's next slot, at
+    position last + t, and draws token `t_B` (see `draw`). `params` and cache: both stacked or both
+    unstacked (layers.py). `last_B`: position, from 0, of the last token of each response's prompt.
     """
 
     def step(cache, token_B, last_B, row_B, t_B):
@@ -255,13 +261,15 @@ class Stage(NamedTuple):
 
 
 def stages_of(rows: int, prompt: int, limit: int) -> list[Stage]:
-    """Choose the stages of `generate` for `rows` responses of at most `limit` tokens.
+    """Choose the stages of `generate`, for `rows` responses of at most `limit` tokens: a list.
 
-    `prompt`: columns of the prompts. Each stage is one more program to compile, so responses of
-    fewer than SHORTEST tokens have a single one. Otherwise the first stage has half of the cache's
+    `rows`: all responses, of all prompts; `prompt`: columns of the prompts. Each stage is one more
+    program to compile, so responses of fewer than SHORTEST tokens have a single one, of all rows
+    and room for all tokens but the last. Otherwise the first stage has half of the cache's
     columns, if these hold the prompts and a quarter of a response, and the next has all; the last
-    ones have half of the rows, a quarter and so on, HALVINGS times at most and down to FEWEST on
-    each device.
+    ones have half of the rows, a quarter and so on, rounded down on each device, HALVINGS times at
+    most and no fewer than FEWEST of the platform. Devices are those that the current mesh splits
+    rows over.
     """
     # All rows and all columns: what every response fits into. The last token is not read.
     room = limit - 1
@@ -322,17 +330,17 @@ def generate(
     n: int = 1,
     stages: Sequence[Stage] | None = None,
 ) -> Samples:
-    """Sample `n` responses to each of the prompts, [B / n, P]; call it under jit.
+    """Sample `n` responses to each of the left-padded prompts, [B / n, P]; call it under jit.
 
     `apply`, `params`: of a LanguageModel of shape `config`. A response ends with `eos`, an id, or
     with any of several; the loop when every row has ended. `pad`: the id behind a response.
     Samples are [B, max_new_tokens], in the order of the prompts, n to each; a prompt is prefilled
-    once. What row b draws depends on its prompt, `key` and b alone. Arguments that are not arrays
-    are static.
+    once. What row b draws depends on its prompt, `key` and b alone, but for rounding. Arguments
+    that are not arrays are static.
 
-    `stages`: of `stages_of`, or others: first all rows, whose columns grow until there is room for
-    all tokens but the last; then fewer and fewer rows. None: one stage. They change the time that
-    it takes, and log-probabilities by rounding.
+    `stages`: stages_of(B, P, max_new_tokens), or others: first all rows, whose columns grow until
+    there is room for all tokens but the last; then fewer and fewer rows (else AssertionError).
+    None: one stage. They change the time that it takes, and log-probabilities by rounding.
     """
     # Prefill, and the first token of each response, which may be its last.
     last_B = jnp.repeat(prompts["positions_BT"][:, -1], n, axis=0)
@@ -390,11 +398,13 @@ def generate(
 def in_stages(
     one_more: Callable[[Decoding], Decoding], state: Decoding, stages: Sequence[Stage]
 ) -> Samples:
-    """Repeat `one_more` until all responses have ended or are full; return their Samples.
+    """Repeat `one_more` until all responses have ended or are full; return Samples in their order.
 
     one_more(state) -> state after one more token of each row. `state`: of as many rows and columns
     as the first of `stages`, its cache unstacked. A stage ends when its columns are full, or when
-    all responses that go on fit into the rows of a later one.
+    on each device the responses that go on fit into the rows of a later one; a response is full
+    when the last stage's columns are. Raises AssertionError for a stage of fewer rows before all
+    columns.
     """
     stage, *later = stages
     fewer = max((other.rows for other in later if other.rows < stage.rows), default=0)
@@ -436,15 +446,18 @@ def in_stages(
 
 
 def rows_of(cache: KVCache) -> dict[str, Any]:
-    """Return {name: field} of an unstacked cache: the fields whose arrays have response rows."""
+    """Return the fields of an unstacked cache that have response rows, {name: field}.
+
+    They are `k_LBKSH` and `v_LBKSH`, a tuple of arrays [B, K, S, H] each, and `valid_BS`.
+    """
     return {"k_LBKSH": cache.k_LBKSH, "v_LBKSH": cache.v_LBKSH, "valid_BS": cache.valid_BS}
 
 
 def take_rows(places_DB: jax.Array, x: jax.Array) -> jax.Array:
     """Return rows of `x` [A, ...], B of each of D devices, as [D B, ...].
 
-    Device d holds rows d A / D to (d + 1) A / D - 1. `places_DB`: int numbers of rows on their own
-    device, from 0.
+    Device d holds rows d A / D to (d + 1) A / D - 1; D must divide A. `places_DB`: int numbers of
+    rows on their own device, from 0 and below A / D.
     """
     devices, _ = places_DB.shape
     x_DA = x.reshape(devices, -1, *x.shape[1:])
@@ -453,7 +466,10 @@ def take_rows(places_DB: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def put_rows(places_DB: jax.Array, x: jax.Array, rows: jax.Array) -> jax.Array:
-    """Return `x` [A, ...] with `rows` [D B, ...] at `places_DB`, where `take_rows` took them."""
+    """Return `x` [A, ...] with `rows` [D B, ...] in place of those that `take_rows` takes.
+
+    `places_DB`: as there, none twice on a device. `x` itself is not changed.
+    """
     devices, _ = places_DB.shape
     x_DA = x.reshape(devices, -1, *x.shape[1:])
     rows_DB = rows.reshape(devices, -1, *x.shape[1:])
@@ -462,9 +478,10 @@ def put_rows(places_DB: jax.Array, x: jax.Array, rows: jax.Array) -> jax.Array:
 
 
 def with_columns(cache: KVCache, more: int) -> KVCache:
-    """Return `cache` with `more` free columns behind those it has, 0 or above.
+    """Return `cache` with `more` free columns, of 0, behind those it has: `valid_BS` too.
 
-    `cache`: unstacked, with a tuple of one array [B, K, S, H] a layer. `more`: a Python int.
+    `cache`: unstacked, with a tuple of one array [B, K, S, H] a layer. `more`: a Python int, 0 or
+    above.
     """
 
     def wider(x: jax.Array, axis: int) -> jax.Array:

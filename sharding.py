@@ -67,9 +67,10 @@ class MeshConfig:
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Make the mesh over `devices` (None: over all) and set it as the current one (jax.set_mesh).
 
-    Its axes, in the order of AXES: data, fsdp and tensor, and stage and sequence unless their size
-    is 1. Raises UserError for a size of 0 or below -1, for more than one -1, and where the product
-    of the sizes is not the number of devices.
+    Its axes, from the outermost: stage, data, fsdp, sequence, tensor, all of AxisType.Auto; stage
+    and sequence are left out where `config` has 1 for them. One size may be -1: what the others
+    leave of the devices. Raises UserError for a size of 0 or below -1, for more than one -1, and
+    where the sizes do not multiply to the number of devices.
     """
     if devices is None:
         devices = jax.devices()
@@ -110,9 +111,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 def with_wider_tensor(mesh: Mesh, tensor: int) -> Mesh:
     """Return a mesh of the same devices in the same order, with `tensor` along its tensor axis.
 
-    Its fsdp axis is as much shorter. `tensor`: a multiple of the tensor axis of `mesh` that
-    divides tensor x fsdp (not checked). `mesh` must not have a sequence axis. The new mesh is not
-    set as the current one.
+    Its fsdp axis is shorter by the same factor; others, stage too, stay. `tensor`: a multiple of
+    the mesh's tensor that divides its tensor x fsdp. `mesh` must not have a sequence axis. Neither
+    is checked. The new mesh is not set as the current one.
     """
     # fsdp is as much shorter as tensor is longer.
     joined = tensor // mesh.shape["tensor"]
@@ -137,7 +138,8 @@ def platform() -> str:
 def along(mesh: AnyMesh, *axes: str) -> int:
     """Return how many devices lie along `axes` together, the product of their sizes.
 
-    An axis that `mesh` does not have counts 1; with no `axes` the result is 1.
+    An axis that `mesh` does not have counts 1; with no `axes`, or on an empty mesh, the result is
+    1. Axes of a shard_map count in full.
     """
     return math.prod(mesh.shape.get(axis, 1) for axis in axes)
 
@@ -145,10 +147,11 @@ def along(mesh: AnyMesh, *axes: str) -> int:
 def fitting(mesh: AnyMesh, size: int, *axes: str | None) -> str | tuple[str, ...] | None:
     """Return the PartitionSpec entry that cuts a dimension of `size` over the `axes` that fit.
 
-    `axes`: names of mesh axes, tried in order; None is passed over. An axis fits if `mesh` has it
-    and it divides `size` together with the axes that fitted before it. Returns one axis as its
-    name, several as a tuple of names, and None where no axis fits. Inside a shard_map its own axes
-    do not fit.
+    `axes`: names of mesh axes, tried in order; None is passed over. An axis, of one device too,
+    fits if `mesh` has it and its size times those of the axes that fitted before it divides
+    `size`. Axes over which `mesh` is manual, as the abstract mesh inside a shard_map is over its
+    own, do not fit. Returns one axis as its name, several as a tuple of names, and None where no
+    axis fits.
     """
     found: list[str] = []
     for axis in axes:
@@ -167,15 +170,19 @@ def fitting(mesh: AnyMesh, size: int, *axes: str | None) -> str | tuple[str, ...
 
 
 def path_name(path: tuple[Any, ...]) -> str:
-    """Return the names of a jax.tree_util key path joined by /: `decoder/layers/attention/q`."""
+    """Return the names of a jax.tree_util key path joined by /: `decoder/layers/attention/q`.
+
+    An index is its number, 0/q; the empty path is "".
+    """
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def spec_of(name: str, shape: tuple[int, ...], mesh: AnyMesh) -> P:
     """Return the PartitionSpec on `mesh` of a parameter, or of an optimiser's copy of it.
 
-    `name`: the path by `path_name`, of which RULES match the end. `shape`: of the array. Axes that
-    do not fit a dimension (`fitting`) are left out. Where no rule matches, the result is P(),
+    `name`: the path by `path_name`. `shape`: of the array. The first rule of RULES that matches
+    the end of the path, whole names, and has as many axes as `shape` is taken; axes that do not
+    fit a dimension (`fitting`) are left out of it. Where there is none the result is P(),
     replicated.
     """
     # Of each axis of the rule, what the mesh has and the shape allows.
@@ -195,8 +202,9 @@ def _rule_of(name: str, ndim: int) -> list[tuple[str | None, ...]]:
 def uncut(name: str, shape: tuple[int, ...], mesh: AnyMesh) -> dict[str, int]:
     """Return {mesh axis: dimension} where RULES would cut a parameter but its size forbids it.
 
-    `name`, `shape`: as in `spec_of`. `dimension`: its number, from 0. Axes of one device are left
-    out. Returns {} where every axis of the rule fits, and where no rule matches.
+    `name`, `shape`: as in `spec_of`. `dimension`: its number, from 0. Axes of one device, or that
+    `mesh` does not have, are left out. Returns {} where every axis of the rule fits, and where no
+    rule matches.
     """
     # Dimension by dimension: which axes the rule names, and which of them divide it.
     found = {}
@@ -212,7 +220,7 @@ def shardings_of(tree: Any, mesh: Mesh) -> Any:
     """Return a tree like `tree` with a NamedSharding on `mesh` for each leaf, by RULES.
 
     `tree`: arrays or ShapeDtypeStructs: parameters, or a whole TrainState, for RULES match the end
-    of a leaf's path. Leaves that match no rule are replicated.
+    of a leaf's path (`spec_of`). Leaves that match no rule are replicated.
     """
 
     def sharding_of(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
@@ -224,8 +232,9 @@ def shardings_of(tree: Any, mesh: Mesh) -> Any:
 def abstract(tree: Any, mesh: Mesh) -> Any:
     """Return a tree like `tree` of ShapeDtypeStructs, with shardings on `mesh` by RULES.
 
-    `tree`: arrays or ShapeDtypeStructs: parameters, a TrainState, or all items of a checkpoint.
-    Leaves that match no rule are replicated. A checkpoint is restored onto the result.
+    `tree`: arrays, NumPy's too, or ShapeDtypeStructs: parameters, a TrainState, or all items of a
+    checkpoint. Types are kept; leaves that match no rule are replicated. A checkpoint is restored
+    onto the result.
     """
 
     def described(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
@@ -237,8 +246,9 @@ def abstract(tree: Any, mesh: Mesh) -> Any:
 def init_sharded(init: Callable[..., Any], mesh: Mesh, *args: Any) -> Any:
     """Return `init(*args)`, computed under one jit, with each leaf laid on `mesh` by RULES.
 
-    `args`: trees of arrays, not donated. `init` returns any tree of arrays, such as a TrainState:
-    without this an optimiser's moments would be replicated.
+    `args`: trees of arrays, such as a key, traced and not donated. `mesh` need not be current,
+    unless `init` reads it. `init` returns any tree of arrays, such as a TrainState: without this
+    an optimiser's moments would be replicated.
     """
     # Shapes first: they say where each leaf lies.
     shapes = jax.eval_shape(init, *args)
@@ -249,8 +259,9 @@ def init_sharded(init: Callable[..., Any], mesh: Mesh, *args: Any) -> Any:
 def to_memory(tree: Any, memory: Memory) -> Any:
     """Move a tree of arrays on the mesh to the memory `device` or the hosts' `pinned_host`.
 
-    Returns a tree like `tree`; each array keeps its sharding. Arrays that lie there already are
-    returned as they are. Those given are not freed.
+    Returns a tree like `tree`; each array keeps its sharding otherwise. Arrays that lie there
+    already are returned as they are. Those given are not freed. For calls outside jit; does not
+    wait for the copies. A CPU has both memories too.
     """
     places = jax.tree.map(lambda x: x.sharding.with_memory_kind(memory), tree)
     return jax.device_put(tree, places)
@@ -259,7 +270,8 @@ def to_memory(tree: Any, memory: Memory) -> Any:
 def to_host(tree: Any) -> Any:
     """Return `tree` with whole NumPy arrays in place of JAX arrays, on every process.
 
-    Waits for the device. With several processes all must call it.
+    Types are kept, bfloat16 too; leaves that are no JAX arrays are returned as they are. Waits for
+    the device. With several processes all must call it.
     """
 
     def whole(x: Any) -> Any:
@@ -280,9 +292,10 @@ def to_host(tree: Any) -> Any:
 def to_mesh(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """Lay this host's rows of a batch on the mesh; return global arrays [B, ...] by name.
 
-    `batch`: arrays of NumPy, [rows, ...]; B is the rows of all hosts (hosts that read the same
-    part of the data, see `data_shard`, give the same rows). B is split over data and fsdp, which
-    must divide it. Every host must call it.
+    `batch`: arrays of NumPy, [rows, ...]; B is the rows of all hosts, each host's where its
+    devices stand on the mesh (hosts that read the same part, see `data_shard`, give the same
+    rows). B is split over data and fsdp, other axes are whole. Raises JAX's ValueError where data
+    x fsdp does not divide B. Every host must call it.
     """
     # Each host gives its rows; the arrays are as long as all hosts' together.
     sharding = NamedSharding(mesh, BATCH)
@@ -302,12 +315,12 @@ class DataShard(TypedDict):
 
 
 def data_shard(mesh: Mesh, owners: np.ndarray | None = None, host: int | None = None) -> DataShard:
-    """Return which part of the data this host reads, as arguments of data.batches.
+    """Return which part of the data this host reads, as keyword arguments of data.batches.
 
     Hosts whose devices hold the same rows of a batch, as where tensor spans them, read the same
     part. `owners`: the process index of each device, in the shape of `mesh.devices`; None: JAX's.
-    `host`: the process index of this host; None: JAX's. Raises UserError for a mesh on which two
-    hosts share some rows but not all, or hold unequal numbers of rows.
+    `host`: the process index of this host, which must own a device; None: JAX's. Raises UserError
+    for a mesh on which two hosts share some rows but not all, or hold unequal numbers of rows.
     """
     # As JAX says, unless told otherwise.
     if owners is None:
@@ -342,10 +355,10 @@ def check_batch(
 ) -> None:
     """Raise UserError unless a batch of `rows` rows splits evenly over micro-batches and the mesh.
 
-    `rows` must be a positive multiple of `microbatches` x data x fsdp. `name`: the flag that set
-    it, without the dashes. `length`, tokens of a row, must be a multiple of the square of
-    sequence; 0 passes. `layers` must be a multiple of stage; 0 says that the script runs no
-    pipeline, and then stage must be 1.
+    `rows`, those of all hosts, must be a positive multiple of `microbatches` x data x fsdp.
+    `name`: the flag that set it, without the dashes. `length`, tokens of a row, must be a multiple
+    of the square of sequence; 0 passes. `layers` must be a multiple of stage; 0 says that the
+    script runs no pipeline, and then stage must be 1.
     """
     # The ring deals a row's tokens to stripes, each of which it cuts again.
     sequence = along(mesh, "sequence")
@@ -374,7 +387,9 @@ def check_batch(
 def in_microbatches(x: jax.Array, parts: int) -> jax.Array:
     """Return `x` [B, ...] as [parts, B / parts, ...]; `parts` is a Python int that divides B.
 
-    Part i has rows i, i + parts, i + 2 parts, ..., so each device keeps to the rows that it holds.
+    Part i has rows i, i + parts, i + 2 parts, ..., so each device keeps to the rows that it holds,
+    where each part splits evenly over the devices. Raises JAX's TypeError where `parts` does not
+    divide B.
     """
     rows, *rest = x.shape
     dealt = x.reshape(rows // parts, parts, *rest)
@@ -402,7 +417,7 @@ def batch_devices(rows: int) -> int:
 
 
 def constrain_batch(x: jax.Array) -> jax.Array:
-    """Keep the first axis of `x` [B, ...] split over data and fsdp; return `x`.
+    """Keep the first axis of `x` [B, ...] split over data and fsdp, the others whole; return `x`.
 
     Without a mesh, or where data x fsdp does not divide B, `x` is returned as it is.
     """
@@ -414,8 +429,9 @@ def constrain_batch(x: jax.Array) -> jax.Array:
 def constrain_tokens(x: jax.Array, *axes: str) -> jax.Array:
     """Keep `x` [B, T, ...] split: rows over data and fsdp, tokens over `axes`; return `x`.
 
-    `axes`: names of mesh axes; those that do not fit T are left out (`fitting`). Without a mesh,
-    or where data x fsdp does not divide B, `x` is returned as it is.
+    `axes`: names of mesh axes; those that do not fit T are left out (`fitting`). Without any, T is
+    whole, as the axes after T always are. Without a mesh, or where data x fsdp does not divide B,
+    `x` is returned as it is.
     """
     mesh = get_abstract_mesh()
     if not _rows_split(mesh, x):
@@ -427,9 +443,9 @@ def constrain_tokens(x: jax.Array, *axes: str) -> jax.Array:
 def constrain_residual(x_BTD: jax.Array) -> jax.Array:
     """Keep the residual stream split between layers, its tokens over sequence and tensor.
 
-    Returns `x_BTD`. Rows are split over data and fsdp. An axis that does not divide the tokens is
-    left out. Without a mesh, or where data x fsdp does not divide the rows, `x_BTD` is returned as
-    it is.
+    Returns `x_BTD`. Rows are split over data and fsdp; D is whole. An axis that does not divide
+    the tokens is left out. Without a mesh, or where data x fsdp does not divide the rows, `x_BTD`
+    is returned as it is.
 
     Korthikanti et al. 2022. Otherwise each device of the tensor axis would keep all of it, for
     every layer, until the backward pass.
@@ -440,9 +456,10 @@ def constrain_residual(x_BTD: jax.Array) -> jax.Array:
 def constrain_units(x: jax.Array) -> jax.Array:
     """Keep heads [B, T, N, H] or hidden units [B, T, F], axis 2, split over tensor; return `x`.
 
-    Then XLA gathers the tokens, not the weights. Rows are split over data and fsdp and tokens over
-    sequence, where these divide them. Where tensor has one device, or does not divide axis 2, `x`
-    is returned as it is; with one device it may have any shape.
+    Then XLA gathers the tokens, not the weights. Rows are split over data and fsdp if their
+    product divides B, tokens over sequence if it divides T; else they stay whole. Without a mesh,
+    where tensor has one device, or where it does not divide axis 2, `x` is returned as it is; with
+    one device it may have any shape.
     """
     # Heads that tensor does not divide stay whole on every device.
     mesh = get_abstract_mesh()
@@ -455,9 +472,9 @@ def constrain_units(x: jax.Array) -> jax.Array:
 
 
 def constrain_rows(table_VD: jax.Array) -> jax.Array:
-    """Gather the embedding [V, D] over fsdp, and keep V split over tensor where that divides it.
+    """Gather the embedding [V, D] over fsdp, keep V split over tensor, and return it.
 
-    Returns the array; without a mesh `table_VD` as it is.
+    V is whole where tensor does not divide it. Without a mesh `table_VD` is returned as it is.
     """
     mesh = get_abstract_mesh()
     if mesh.empty:
@@ -489,9 +506,10 @@ def constrain_params(tree: Any) -> Any:
 def gathered(params: Any, dtype: Any) -> Any:
     """Gather weights for many passes in a row: cast to `dtype`, and cut over tensor alone.
 
-    `params`: a tree of parameters; RULES match the ends of their paths. Otherwise decoding would
-    gather them for each token. Weights that RULES cut over no other axis of the mesh, be it of one
-    device, are returned as they are, in their own type; without a mesh all are.
+    Otherwise decoding would gather them for each token. `params`: a tree of parameters; RULES
+    match the ends of their paths. Those whose `spec_of` names no axis but tensor (norms, biases)
+    are returned as they are, in their own type; an fsdp axis of one device counts as named, so
+    matrices are cast there too. Without a mesh all of `params` is returned as it is.
     """
     mesh = get_abstract_mesh()
     if mesh.empty:
@@ -510,7 +528,8 @@ def gathered(params: Any, dtype: Any) -> Any:
 def gathered_shapes(params: Any, mesh: Mesh, dtype: Any) -> Any:
     """Return what `gathered` makes of `params` on `mesh`, as a tree of ShapeDtypeStructs.
 
-    `params`: arrays or ShapeDtypeStructs. The shardings are on `mesh`, which need not be current.
+    `params`: arrays or ShapeDtypeStructs. All shardings are by RULES on `mesh`, which need not be
+    current, also those of leaves that `gathered` returns as they are.
     """
 
     def whole(path: tuple[Any, ...], leaf: Any) -> jax.ShapeDtypeStruct:
@@ -532,9 +551,11 @@ def flat(x: jax.Array, *axes: str) -> jax.Array:
     """Return [B, T, ...] as [B T, ...], or as it is where the current mesh cuts the tokens.
 
     `axes`: names of the mesh axes that may cut the tokens, such as "sequence"; one of more than
-    one device cuts them. XLA's CPU backend runs the backward pass of a matmul over one leading
-    axis up to three times as fast as over two, and other backends do not mind; but XLA cannot
-    split a sum over B T as tokens are cut.
+    one device counts as cutting them, whatever T is. Without a mesh `x` is flattened.
+
+    XLA's CPU backend runs the backward pass of a matmul over one leading axis up to three times as
+    fast as over two, and other backends do not mind; but XLA cannot split a sum over B T as tokens
+    are cut.
     """
     mesh = get_abstract_mesh()
     if mesh.empty or along(mesh, *axes) == 1:

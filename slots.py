@@ -62,10 +62,11 @@ def generate_in_slots(
 ) -> Samples:
     """Sample what `generate` does, `slots` responses at a time: where one ends the next begins.
 
-    The other arguments and the result, Samples [A, max_new_tokens], are as in `generate`; call it
-    under jit. Faster than `generate` where responses are of unequal length. Takes a cache of
-    `slots` rows, at least 1, and until the end that of all prompts, [A / n, P], which are
-    prefilled together. With as many slots as responses, or more, it is `generate`.
+    The other arguments and the result, Samples [A, max_new_tokens], are as in `generate`, whose
+    tokens these are but for rounding; call it under jit. Faster than `generate` where responses
+    are of unequal length. `slots`: a Python int, at least 1. Takes a cache of `slots` rows of P +
+    max_new_tokens, and until the end that of all prompts, [A / n, P], which are prefilled
+    together. With as many slots as responses, or more, it is `generate`.
     """
     # Nothing to refill with: all start at once.
     total = prompts["tokens_BT"].shape[0] * n
@@ -154,12 +155,14 @@ def enter(
     limit: int,
     entering: int,
 ) -> Slots:
-    """Put the next `entering` of the A responses into free slots; return the new Slots.
+    """Put the next `entering` of the A responses, or the fewer that are left, into free slots.
 
-    Fewer enter where fewer are left; as many slots as enter must be free (not checked). `prompts`:
-    the unstacked cache, A / n rows, of all prompts. A prompt's columns are rolled so that it ends
-    where the ring is written next. `first_A`: first token of each response, which ends it where it
-    is among `eos`; `limit`: most tokens of a response. `limit` and `entering` are Python ints.
+    Returns the new Slots. As many slots as enter must be free (not checked). `prompts`: the
+    unstacked cache of all prompts, A / n rows, of which row a // n is response a's. A prompt's
+    columns are rolled so that it ends where the ring is written next. `first_A`: first token of
+    each response, int32; where it is among `eos`, or `limit` is 1, the response has ended and its
+    slot is free again. `limit`: most tokens of a response, the first included. `limit` and
+    `entering` are Python ints.
     """
     total = first_A.shape[0]
     count, width = prompts.valid_BS.shape

@@ -139,10 +139,11 @@ def check(config: Config) -> None:
 
 
 def load_teacher(config: Config) -> tuple[ModelConfig, Tokenizer]:
-    """Return the teacher's shape and tokenizer; UserError where the student cannot have them.
+    """Return the shape and tokenizer of the run --teacher; UserError for models that do not fit.
 
-    Both models must have room for all tokens and rows; a student from --init must have the
-    teacher's tokenizer.
+    The vocabularies of both models (the student's is `config.model`) must hold the tokenizer, and
+    their contexts rows of --length and of --max_prompt + --max_new_tokens. A student from --init
+    must have the teacher's tokenizer. UserError also for a run that is missing.
     """
     teacher_model = stored_model(config.teacher)
     tokenizer = Tokenizer.load(config.teacher)
@@ -166,7 +167,8 @@ def load_teacher_params(
 ) -> Params:
     """Load the teacher's whole parameters, laid on `mesh`; UserError as load_params raises it.
 
-    `teacher_model`: of `load_teacher`.
+    They are float32 jax.Arrays. `teacher_model`: of `load_teacher`. A reward model is refused too.
+    All processes must call it.
     """
     init, _ = init_and_apply(LanguageModel(teacher_model))
     # Straight onto its shards, never whole on one device.
@@ -190,14 +192,16 @@ class DistillUpdate(NamedTuple):
     data_step: Callable[[TrainState, Batch, Params], tuple[TrainState, dict[str, jax.Array]]]
     """data_step(state, batch, held) -> (state, metrics): labels and teacher; donates `state`."""
     own_step: Callable[[TrainState, Batch, Params], tuple[TrainState, dict[str, jax.Array]]]
-    """own_step, the same on own samples: the teacher alone. Its metrics begin with `own/`."""
+    """own_step, the same on own samples: the teacher alone. Its metrics begin with `own/`, but for
+    train_step.COUNTS."""
 
 
 def make_update(config: Config, teacher_model: ModelConfig) -> DistillUpdate:
     """Make the student's initialiser, its optimiser, its loss and the two jitted steps.
 
     `teacher_model`: of `load_teacher`. Batches of data_step are chat_batches' on the mesh, those
-    of own_step `make_own_samples`'.
+    of own_step `make_own_samples`'. Both donate their state, not `held`. Raises UserError as
+    make_optimizer does.
     """
     # Two models, which may be of different shapes.
     init, apply = init_and_apply(LanguageModel(config.model))
@@ -240,10 +244,12 @@ def make_update(config: Config, teacher_model: ModelConfig) -> DistillUpdate:
 
 
 def student_and_teacher(lora: LoraConfig, held: Params | None, trained: Params) -> Params:
-    """Return {"student", "teacher"}, the whole parameters of both.
+    """Return {"student", "teacher"}, the whole parameters of both, no weight copied.
 
-    `lora`: the student's. `held`: {"base", "teacher"}, the base being what lies under the
-    student's adapters, None without. `trained`: the student's whole parameters, or its adapters.
+    `lora`: the student's. `held`, not None: {"base", "teacher"}, where "base" is the parameters
+    under the student's adapters, None without LoRA. `trained`: the student's whole parameters, or
+    its adapters, which are laid beside the base's weights (lora.with_adapters). Derivatives are
+    not stopped: differentiate by `trained` alone.
     """
     # Without adapters `trained` is the student as it is.
     assert held is not None
@@ -256,10 +262,11 @@ def make_own_samples(
 ) -> Callable[[Params, Batch, int], Batch]:
     """Make own_samples(student, prompts, step) -> one response to each prompt, as a batch.
 
-    `student`: its whole parameters. `prompts`: left-padded, of prompt_batches, on the mesh;
-    `step`: an int, gives the key, with --seed. The batch, [B, P + R]: `tokens_BT`,
-    `segment_ids_BT` and `positions_BT`, int32, and `loss_mask_BT`, float32, 1 for the response's
-    tokens.
+    `student`: its whole parameters, not donated. `prompts`: left-padded [B, P], of prompt_batches,
+    on the current mesh; `step`: an int, gives the key, with --seed. The batch, [B, P + R] with R =
+    --max_new_tokens: `tokens_BT`, `segment_ids_BT` (0 for padding, else 1) and `positions_BT`,
+    int32, and `loss_mask_BT`, float32, 1 at the response's own tokens, its end token included.
+    Compiled; all processes must call own_samples.
     """
     # The student's own sampler.
     _, apply = init_and_apply(LanguageModel(config.model))
@@ -291,7 +298,8 @@ def make_own_samples(
 def is_own(config: Config, step: int) -> bool:
     """Return True if `step` trains on own samples: a coin tossed with the odds --on_policy.
 
-    It depends on --seed and `step` alone: all hosts, and a resumed run, toss alike.
+    Beside the odds it depends on --seed and `step` alone: all hosts, and a resumed run, toss
+    alike.
     """
     return np.random.default_rng((config.seed, step)).random() < config.on_policy
 
@@ -299,7 +307,8 @@ def is_own(config: Config, step: int) -> bool:
 def prompts_of(chats: Source) -> Source:
     """Turn conversations (schema `chat`) into prompts, {"prompt": messages without the last}.
 
-    Returns a Source like `chats`; each record is read when it is asked for.
+    Returns a Source like `chats`, whose records have no other key; each is read when it is asked
+    for. The last turn is the assistant's, after another, as the schema has it.
     """
 
     def read(row: int) -> dict[str, Any]:
@@ -311,9 +320,10 @@ def prompts_of(chats: Source) -> Source:
 def main(config: Config) -> dict[str, float]:
     """Distil a teacher into a student; return the last row of metrics, {name: float}.
 
-    Returns {} where no step ran: in a dry run, and where --run has done its --steps already.
-    `config`: of flags.parse, which takes `model` from an --init; in one made by hand it must be
-    that run's. Raises UserError for settings or files that do not fit.
+    The row is the last of metrics.jsonl in --run; {} where no step ran: in a dry run, and where
+    --run has done its --steps already. `config`: of flags.parse, which takes `model` from --init,
+    where there is one; in one made by hand it must be that run's. All processes must call it.
+    Raises UserError for settings or files that do not fit.
     """
     # A mesh of all devices, and a batch that splits over it.
     config = pin_inputs(config)

@@ -159,10 +159,9 @@ class Config:
 def check(config: Config) -> None:
     """Raise UserError for numbers out of range, and for settings that cannot run together.
 
-    `beta` must be above 0, and `label_smoothing` at least 0 and below 0.5, whatever the loss;
-    `eval_records` as data.sources.check_eval_records has it. `unpaired` is for kto alone;
-    best_vs_worst is for neither kto nor rrhf. `config`: of `with_paper_defaults`, which fills a
-    `beta` of None.
+    `beta` must be above 0 and not None (`with_paper_defaults` fills it), `label_smoothing` at
+    least 0 and below 0.5, `eval_records` at least 1, all whatever the loss. `unpaired` is for kto
+    alone; pairs="best_vs_worst" is for neither kto nor rrhf. No other field is looked at.
     """
     # Numbers.
     require(config.beta is not None and config.beta > 0, f"--beta={config.beta}: must be above 0")
@@ -194,9 +193,11 @@ class DirectObjective(NamedTuple):
 def make_objective(config: Config, apply: Apply) -> DirectObjective:
     """Bind --loss to its settings and to the policy's `apply`, of a LanguageModel.
 
-    `config`: of `with_paper_defaults`, with a `beta`. The objective takes whole parameters and a
-    batch of `make_prepare`: objectives.reward's Candidates, with `reference_BC` where
-    `needs_reference`, and `kl_B` for kto.
+    `config`: of `with_paper_defaults` (AssertionError for a `beta` of None). The result's
+    objective(params, batch) -> LossSum takes whole parameters and a batch of `make_prepare`:
+    objectives.reward's Candidates, with `reference_BC` where the result's `needs_reference` is
+    True, for dpo, cdpo, robust_dpo, ipo, slic and kto, and `kl_B` for kto. A batch without them is
+    a KeyError.
     """
     beta = config.beta
     assert beta is not None, "with_paper_defaults comes first"
@@ -246,8 +247,8 @@ def make_update(config: Config) -> Update:
     """Make the Update of a LanguageModel: its initialiser, optimiser, loss and jitted step.
 
     `config`: of `with_paper_defaults`. The loss is `make_objective`'s, its batches
-    `make_prepare`'s. The step donates its state; its `base` is the parameters under the adapters,
-    None without LoRA.
+    `make_prepare`'s. step(state, batch, base) donates its state alone; `base` is the parameters
+    under the adapters, None without LoRA. Raises UserError as train_step.make_optimizer.
     """
     init, apply = init_and_apply(LanguageModel(config.model))
     objective = make_objective(config, apply).objective
@@ -269,13 +270,15 @@ def make_batches(
     others: Source | None = None,
     **options: Any,
 ) -> Batches:
-    """Iterate without end over the candidates that --loss compares, as comparison_batches does.
+    """Iterate without end over the candidates that --loss compares, [B, C, T], shuffled by `seed`.
 
-    `source`: records of the schema `comparison`, or for kto of `unpaired` too. kto's candidates
-    are judged responses and, last, one to another prompt: of `source`, or where that has one
-    prompt alone, of `others`, of either schema; UserError, at once, where there is none.
-    `options`: those of `BatchOptions` that `config` does not give: `seed`, `process`, `processes`
-    and `without`; all may be left out.
+    Batches are NumPy arrays, as of data.batches.comparison_batches: of --batch_size prompts over
+    all processes, B of them this one's. `source`: records of the schema `comparison`, or for kto
+    of `unpaired` too. kto's candidates are judged responses and, last, one to another prompt: of
+    `source`, or where that has one prompt alone, of `others`, of either schema; UserError, at
+    once, where there is none. Other losses do not read `others`. `options`: those of
+    `BatchOptions` that `config` does not give: `seed`, 0 if left out, `process`, 0, `processes`,
+    1, and `without`, numbers from 1 of batches to pass over, none.
     """
     # KTO's candidates: the best and the worst response, or one judged response; and one more.
     if config.loss == "kto":
@@ -293,12 +296,13 @@ def make_prepare(
 ) -> Callable[[Params, HostBatch], Batch]:
     """Make prepare(policy, batch) -> `batch` on the mesh, with all that --loss reads.
 
-    `config`: of `with_paper_defaults`. `batch`: a host's, of `make_batches`; `policy`: whole
-    parameters of a language model. Added are `reference_BC`, if the loss needs it, by `cached`
-    (with_reference of rewards.reference.cached_reference) or, where that is None, by a pass of
+    `config`: of `with_paper_defaults`. `batch`: this process's, of `make_batches`; `policy`: whole
+    parameters of a language model, read for kto alone. Added are `reference_BC`, float32, a
+    candidate's log-probability in nats, by `cached` (with_reference of
+    rewards.reference.cached_reference) or, where that is None and the loss needs it, by a pass of
     `reference`, whole parameters; and for kto `kl_B`, in place of the last candidate
-    (direct.kto_kl_estimate). `cached` and `reference` are None where they are not needed. Nothing
-    is donated.
+    (direct.kto_kl_estimate). A loss that needs a reference needs one of the two; for others both
+    are None. All processes must call prepare. Nothing is donated.
     """
     _, apply = init_and_apply(LanguageModel(config.model))
     is_online = make_objective(config, apply).needs_reference and cached is None
@@ -323,9 +327,9 @@ def make_prepare(
 def trained_on(config: Config, batch: HostBatch) -> dict[str, np.ndarray]:
     """Return `model_inputs` of the candidates that are trained on, by name, as NumPy arrays.
 
-    `batch`: a host's, of `make_batches`, [B, C, T]. They are `tokens_BCT`, `segment_ids_BCT` and
-    `positions_BCT` of all candidates, or for kto [B, C - 1, T], without the last, which serves
-    the estimate of the KL alone: those that `make_prepare` leaves.
+    `batch`: a process's, of `make_batches`, [B, C, T]. The keys are `tokens_BCT`,
+    `segment_ids_BCT` and `positions_BCT`, [B, C, T] each; for kto [B, C - 1, T], without the last
+    candidate, which serves the estimate of the KL alone, as in what `make_prepare` leaves.
     """
     read = model_inputs(batch)
     # The last one is of kto's estimate alone.
@@ -333,7 +337,10 @@ def trained_on(config: Config, batch: HostBatch) -> dict[str, np.ndarray]:
 
 
 def with_paper_defaults(config: Config) -> Config:
-    """Return `config` with the paper's value for a `beta` of None; print a line that says so."""
+    """Return `config` with the paper's value for a `beta` of None: 0.1, for simpo 2.
+
+    Where it fills one it prints a line on stdout that says so.
+    """
     # Most papers use 0.1.
     paper = direct.PAPERS.get(config.loss, direct.USUAL)
     line = flags.paper_defaults_line(config, config.loss, paper)
@@ -345,9 +352,10 @@ def with_paper_defaults(config: Config) -> Config:
 def main(config: Config) -> dict[str, float]:
     """Train a policy on preferences; return the last row of metrics, {name: float}.
 
-    Returns {} where no step ran: in a dry run, and where --run has done its --steps already.
-    `config`: of flags.parse, which takes `model` from an --init; in one made by hand it must be
-    that run's. Raises UserError for settings or files that do not fit.
+    Returns {} where no step ran: in a dry run, and where --run has done its --steps already. Fills
+    a `beta` of None. `config`: of flags.parse, which takes `model` from the run --init; in one
+    made by hand it must be that run's. Checkpoints, metrics.jsonl and samples go into --run. All
+    processes must call it. Raises UserError for settings or files that do not fit.
     """
     # A mesh of all devices, and a batch that splits over it.
     config = pin_inputs(with_paper_defaults(config))

@@ -206,7 +206,7 @@ class Config:
 
     @property
     def length(self) -> int:
-        """Return the tokens of a row, prompt and response: a property."""
+        """Return the tokens of a row, `max_prompt` + `max_new_tokens`: a property."""
         return self.max_prompt + self.max_new_tokens
 
     @property
@@ -241,11 +241,12 @@ def make_method(config: Config, apply: Apply) -> tuple[Advantages, Objective]:
     """Return the advantages and the objective of --method, as functions.
 
     `config`: of runtime.flags.with_paper_defaults, with no field of the method at None. `apply`:
-    of the policy. advantages(rewards_BR, mask_BR) -> [B, R]: `rewards_BR` are all that a token
-    gets, with --kl_in=reward less its KL, and must be 0 after a row's last token; rows are in
-    groups of `samples_per_prompt` neighbours; the result is 0 where masked. objective(params,
-    batch) -> sums, a train_step.Objective: its batch is an Experience, and it adds the KL only
-    with --kl_in=loss.
+    of the policy. advantages(rewards_BR, mask_BR) -> [B, R] float32, 0 where `mask_BR` is 0:
+    `rewards_BR` are all that a token gets, with --kl_in=reward less its KL, and must be 0 after a
+    row's last token; rows are in groups of `samples_per_prompt` neighbours. objective(params,
+    batch) -> sums, a train_step.Objective: `params` are the policy's alone, whole; `batch` is an
+    Experience, whose `reference_BR` the KL is measured by; it is in the loss only with
+    --kl_in=loss.
     """
     # Advantages of whole responses, from their group; of tokens, from the whole batch.
     size = config.samples_per_prompt
@@ -290,14 +291,15 @@ def make_advantages(
 
     It returns (Experience, metrics). `config`: of with_paper_defaults, with no field of the method
     at None. `policy`, `reference`: whole parameters that `apply` takes, both needed without a KL
-    too. `rollout`: a Rollout on the mesh. `advantages`: of `make_method`. `scores`: {reward: [B]}
-    and `scalars`: {reward: [B, R + 1]} of rewards.scorer.make_reward_scorer; with --shaping alone
-    those of the first reward are read. `eos`: ids that end a response. With --dynamic_sampling
-    `mask_BR` is 0 in every row of a group whose scores, after the rule on a missing end, are all
-    equal, so that it counts nowhere. Nothing is donated. Metrics are scalars on the device, means
-    over the rollout: `reward/NAME` of each reward, `score` (combined), `score_with_eos_rule`
-    (after that rule), `groups_with_signal` (share of groups whose scores differ), and those of
-    `rollout_metrics`.
+    too; nothing is donated. `rollout`: a Rollout on the mesh. `advantages`: of `make_method`.
+    `scores`: {reward: [B]} for each of --reward, pooled by --combine. `scalars`: {reward: [B, R +
+    1]}, of which with --shaping the first reward's, a reward model's, are read, else none. Both
+    are of rewards.scorer.make_reward_scorer. `eos`: ids that end a response. With
+    --dynamic_sampling `mask_BR` of the Experience is 0 in every row of a group whose scores, after
+    the rule --missing_eos, are all equal, so that it counts nowhere. Metrics are scalars on the
+    device, means over all of the rollout's rows: `reward/NAME` of each reward, `score` (pooled),
+    `score_with_eos_rule` (after that rule), `groups_with_signal` (share of groups whose scores
+    differ), and those of `rollout_metrics`.
     """
     size = config.samples_per_prompt
 
@@ -368,9 +370,10 @@ def make_advantages(
 def make_update(config: Config, init: Init, objective: Objective) -> Update:
     """Make the policy's Update: its optimiser over `config.updates`, its loss and its jitted step.
 
-    `init`: of the policy, handed through. `objective`: of `make_method`. Batches: rows of an
-    Experience (`shuffled_minibatches`). The step donates its state; its `base` is the parameters
-    under the adapters, None without LoRA.
+    No field of the method is read of `config`. `init`: of the policy, handed through. `objective`:
+    of `make_method`. Batches: rows of an Experience (`shuffled_minibatches`). The step donates its
+    state; its `base` is the parameters under the adapters, None without LoRA. Raises UserError as
+    make_optimizer does.
     """
     optimizer = make_optimizer(config.optimizer, config.updates)
     step = make_train_step(
@@ -384,9 +387,10 @@ def make_update(config: Config, init: Init, objective: Objective) -> Update:
 
 
 def check_flags(given: Config, config: Config) -> None:
-    """Raise UserError for a flag that --method or another setting leaves unread.
+    """Raise UserError for a changed flag that --method or another setting leaves unread.
 
-    `given`: as the user gave it. `config`: what with_paper_defaults made of it.
+    They are `unbiased_std`, `shaping`, `kl_in` and `max_rounds`; one at its default passes.
+    `given`: before with_paper_defaults, as the user gave it. `config`: what that made of it.
     """
     # Flags of single methods.
     readers = {}
@@ -406,8 +410,9 @@ def check_flags(given: Config, config: Config) -> None:
 def check(config: Config, mesh: jax.sharding.Mesh) -> None:
     """Raise UserError for settings out of range, and for settings that cannot run together.
 
-    `config`: of with_paper_defaults, with no field of the method at None (TypeError otherwise).
-    `mesh`: of `make_mesh`.
+    Among them the rewards (check_rewards; none is loaded), `check_group`, and sizes that the mesh
+    does not divide; not `check_flags`. `config`: of with_paper_defaults, with no field of the
+    method at None (TypeError otherwise). `mesh`: of `make_mesh`.
     """
     # What is rewarded, and how many responses are compared.
     check_rewards(config)
@@ -471,10 +476,10 @@ def note_rounding(config: Config) -> None:
 
 
 def check_group(config: Config) -> None:
-    """Raise UserError for a group size that does not divide the batch, or is too small to compare.
+    """Raise UserError for a group size that does not divide --batch_size, or is too small.
 
-    The size, `samples_per_prompt`, must not be None. It must be at least 2, but for reinforce_pp
-    without --dynamic_sampling.
+    The size, `samples_per_prompt`, must not be None (TypeError). It must be at least 2, so that
+    responses are compared, but for reinforce_pp without --dynamic_sampling at least 1.
     """
     # Groups are cut from the batch.
     size = config.samples_per_prompt
@@ -493,12 +498,13 @@ def check_group(config: Config) -> None:
 def open_prompts(
     config: Config, source: Source, tokenizer: Tokenizer, mesh: jax.sharding.Mesh
 ) -> Batches:
-    """Open batches of prompts, --batch_size / --samples_per_prompt of them over all hosts.
+    """Return endless batches of prompts, --batch_size / --samples_per_prompt over all hosts.
 
-    `source`: records of the schema `prompt`, of which this host reads its part. Batches are
-    left-padded NumPy arrays (data.batches.prompt_batches) of at most --max_prompt tokens;
+    `source`: records of the schema `prompt`, of which this host reads its part, in an order by
+    --seed. Batches are NumPy arrays of this host's prompts, left-padded
+    (data.batches.prompt_batches); longer ones than --max_prompt tokens are cut on the left.
     `.records` are those of the last batch. `config`: of with_paper_defaults, with no field of the
-    method at None.
+    method at None. Raises UserError where the hosts do not divide the prompts.
     """
     # Every host reads its own part, in an order that the seed gives.
     shard: dict[str, Any] = {"seed": config.seed, **data_shard(mesh)}
@@ -509,14 +515,16 @@ def open_prompts(
 def load_score(config: Config, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -> Score:
     """Load the rewards; return score(rollout, records) -> ({reward: [B]}, {reward: [B, R + 1]}).
 
-    `reward`: as --reward names it. score takes a Rollout on the mesh, and a record for each of
+    `reward`: the text of --reward. score takes a Rollout on the mesh, and a record for each of
     this host's prompts, in order. The first dict has the score of each response by each reward;
     the second, of reward models alone, the scalars at the prompt's last token and at the
-    response's R. All arrays are on the mesh, where the models stay. For a function or a server
-    score waits for the device, and raises UserError where it returns no finite number. All
-    processes must call load_score and score.
+    response's R, which mean nothing at padding. All are float32 on the mesh, where the models
+    stay. For a function or a server score waits for the device, and raises UserError where it
+    returns no finite number; what models give is not checked. All processes must call load_score
+    and score.
 
-    Raises UserError for a reward that cannot be loaded or reached, and for a model of steps.
+    Raises UserError for a reward that cannot be loaded or reached, for a model of another
+    tokenizer, and for a model of steps.
     """
     # The models stay on the mesh: they are given once for all.
     reward_models, score = make_reward_scorer(config.reward, tokenizer, mesh)
@@ -526,9 +534,10 @@ def load_score(config: Config, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) ->
 def main(config: Config) -> dict[str, float]:
     """Train a policy by --method; return the last row of metrics, {name: float}.
 
-    Returns {} where no step ran: in a dry run, and where --run has done its --steps already.
-    `config`: of flags.parse, which takes `model` from --init; in one made by hand it must be that
-    run's. Raises UserError for settings or files that do not fit.
+    The row is the last of metrics.jsonl in --run; {} where no step ran: in a dry run, and where
+    --run has done its --steps already. `config`: of flags.parse, before with_paper_defaults, which
+    main calls. The parser takes `model` from --init; in a config made by hand it must be that
+    run's. All processes must call it. Raises UserError for settings or files that do not fit.
     """
     # What the paper sets, and a mesh of all devices.
     given = config

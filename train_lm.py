@@ -91,7 +91,8 @@ def make_update(config: Config) -> Update:
     """Make the Update of a LanguageModel: its initialiser, optimiser, loss and jitted step.
 
     Batches are data.batches.text_batches' on the mesh; the loss is likelihood_objective. The step
-    donates its state; its `base` is the parameters under the adapters, None without LoRA.
+    donates its state; its `base` is the parameters under the adapters, None without LoRA. Raises
+    UserError as make_optimizer does.
     """
     init, apply = init_and_apply(LanguageModel(config.model, config.microbatches))
     objective = partial(likelihood_objective, apply)
@@ -111,8 +112,10 @@ def main(config: Config) -> dict[str, float]:
     """Pre-train on documents; return the last row of metrics, {name: float}.
 
     Returns {} where no step ran: in a dry run, and where --run has done its --steps already.
-    `config`: of flags.parse, which takes `model` from an --init; in one made by hand it must be
-    that run's. Raises UserError for settings or files that do not fit.
+    `config`: of flags.parse, which takes `model` from an --init; one made by hand must have that
+    run's (else UserError). After a loss spike it goes on from a checkpoint
+    (runtime.guard.guarded). Raises UserError for settings or files that do not fit, and ends after
+    a signal as Run.steps says. Every process must call it.
     """
     # A mesh of all devices, and a batch that splits over it.
     config = pin_inputs(config)

@@ -240,7 +240,7 @@ class Config:
 
     @property
     def length(self) -> int:
-        """Return the tokens of a row, prompt and response: a property."""
+        """Return the tokens of a row, `max_prompt` + `max_new_tokens`: a property."""
         return self.max_prompt + self.max_new_tokens
 
 
@@ -279,12 +279,12 @@ def make_advantages(
 
     `models`: a Models; `apply` is the policy's and the reference's, `scalar_apply` the critic's.
     `rollout`: a Rollout on the mesh. `scores`: {reward: [B]} and `scalars`: {reward: [B, R + 1]}
-    of rewards.scorer.make_reward_scorer; scalars are read with --step_rewards alone. `kl_coef`:
-    beta, a scalar. `eos`: ids that end a response; `newlines`: ids of tokens that end a step.
+    of rewards.scorer.make_reward_scorer; scalars, read with --step_rewards alone, may be {}.
+    `kl_coef`: beta, a scalar. `eos`: ids that end a response; `newlines`: ids that end a step.
     Nothing is donated. Metrics, scalars on the device: `reward/NAME`, each reward's mean; `score`,
-    the mean of the combined rewards, or sums of step rewards; `score_with_eos_rule`, after the
-    rule on a missing end; `reward`, the mean sum of a response's token rewards, the KL in them;
-    `value`, a state's mean; `explained_variance`; `kl_coef`; those of `rollout_metrics`.
+    the mean of combined rewards, or sums of step rewards; `score_with_eos_rule`, after the rule on
+    a missing end; `reward`, the mean sum of a response's token rewards, -beta KL in them; `value`,
+    a state's mean; `explained_variance`, of returns by values; `kl_coef`; `rollout_metrics`.
     """
 
     @jax.jit
@@ -360,9 +360,9 @@ def raw_scores(
     """Return each response's score [B], before the rule on its end, and the steps' rewards [B, R].
 
     Without --step_rewards: `scores`, {reward: [B]}, as --combine says, and zeros. With it a step's
-    last token gets the change of the score there, a probability that begins at 0 (step_rewards),
-    by the log-odds `scalars`, {reward: [B, R + 1]}, of the one --reward; the score is their sum.
-    `newlines`: ids of tokens that end a step; `eos`: ids that end a response.
+    last token (step_ends) gets the change of the score there, a probability that begins at 0, by
+    the log-odds at index t + 1 of `scalars`, {reward: [B, R + 1]}, of the one --reward; the score
+    is their sum. `newlines`: ids of tokens that end a step; `eos`: ids that end a response.
     """
     # One score a response.
     mask_BR = rollout["mask_BR"]
@@ -379,7 +379,7 @@ def raw_scores(
 def check(config: Config, mesh: jax.sharding.Mesh) -> None:
     """Raise UserError for settings out of range, and for settings that cannot run together.
 
-    `mesh`: of `make_mesh`.
+    `mesh`: of `make_mesh`. Only settings are compared; no run or data is opened.
     """
     # Rows are cut into groups and into minibatches.
     rows = config.batch_size
@@ -441,10 +441,10 @@ class ModelUpdate(NamedTuple):
 
 
 def make_policy_update(config: Config, apply: Apply) -> ModelUpdate:
-    """Make the policy's ModelUpdate: its optimiser, its jitted step, its learning rate.
+    """Make the policy's ModelUpdate: policy_objective within --clip, by --optimizer.
 
     `apply`: of the policy. Minibatches: rows of an Experience (`shuffled_minibatches`), perhaps
-    with a "text" by `add_text`. Raises UserError as `make_update` does.
+    with a "text" by `add_text`. Raises UserError as train_ppo.make_update does.
     """
     # The clipped surrogate, with text in it where `add_text` lays some beside the minibatch.
     objective = partial(
@@ -460,7 +460,7 @@ def make_policy_update(config: Config, apply: Apply) -> ModelUpdate:
 def make_critic_update(config: Config, scalar_apply: Apply) -> ModelUpdate:
     """Make the critic's ModelUpdate: value_objective within --value_clip, by --value_optimizer.
 
-    `scalar_apply`: of the critic. Minibatches and errors: as of make_policy_update, without text.
+    `scalar_apply`: of the critic. As make_policy_update, but a "text" is not read.
     """
     # The clipped square error of the values.
     objective = partial(value_objective, scalar_apply, clip=config.value_clip)
@@ -471,8 +471,8 @@ def make_update(config: Config, objective: Objective, options: OptimizerConfig) 
     """Make the ModelUpdate of `objective`: its step, optimiser and rate, over the whole run.
 
     `objective`: of whole parameters; the step lays its state's adapters on the `base` it is given.
-    `options`: of the optimiser. The run has --steps x --epochs x --minibatches updates. Raises
-    UserError as make_optimizer does, as for a warm-up that is not below their number.
+    `options`: of the optimiser; its schedule counts the run's --steps x --epochs x --minibatches
+    updates. Raises UserError as make_optimizer does, as for a warm-up not below their number.
     """
     # The schedule counts updates, not iterations.
     updates = config.steps * config.epochs * config.minibatches
@@ -493,9 +493,11 @@ def open_data(
     """Open {"prompts": batches} of `source`, and with --ptx_data "text": batches too.
 
     `source`: records of the schema `prompt`. Batches are endless iterators over NumPy arrays, of
-    which this host reads its part: over all hosts --batch_size / --samples_per_prompt prompts,
-    left-padded to at most --max_prompt, and batch_size / minibatches packed rows [B, T] of text, T
-    = `config.length`.
+    which this host reads its part, in an order by --seed. Over all hosts they have --batch_size /
+    --samples_per_prompt prompts, left-padded to a width that varies up to --max_prompt, longer
+    ones cut on the left; and batch_size / minibatches packed rows [B, T] of text, T =
+    `config.length`. Raises UserError as open_source does for the text, and for hosts that do not
+    divide the rows.
     """
     # Every host reads its own part, in an order that the seed gives.
     shard: dict[str, Any] = {"seed": config.seed, **data_shard(mesh)}
@@ -549,9 +551,10 @@ def fresh_items(
     """Build what a checkpoint holds before the first iteration: policy, critic and beta.
 
     Keys: `params` and `rest` of the policy's TrainState (`from_items` joins them), `value`, the
-    critic's TrainState, and `beta`, a float32 scalar. `policy`, `critic`: whole parameters to
-    start from, with LoRA too, which lays new adapters on them. They are copied, for the steps
-    donate theirs, and reference and reward models stay. The optimisers: of the two `ModelUpdate`s.
+    critic's TrainState, and `beta`, --kl_coef as a float32 scalar. `policy`, `critic`: whole
+    parameters to start from; with LoRA the states hold new adapters alone, drawn by --seed. They
+    are copied, for the steps donate theirs, and reference and reward models stay. The optimisers:
+    of the two `ModelUpdate`s. Run it by sharding.init_sharded, which lays the result.
     """
     # The keys are of adapters, which start at random.
     keys = jax.random.split(jax.random.key(config.seed))
@@ -565,10 +568,11 @@ def fresh_items(
 
 
 def at_mean(critic: TrainState, score_B: jax.Array) -> TrainState:
-    """Return a critic that knows nothing, with values of the mean of `score_B`, by its bias.
+    """Return the TrainState `critic` with the mean of `score_B`, [B], added to its bias.
 
-    From 0 the way to a constant would be an advantage, below 0 where scores are: the last token
-    has the most of it, so that ending would be unlearned before the critic has learned.
+    For a new critic, whose values are 0: they are then that mean. From 0 the way to a constant
+    would be an advantage, below 0 where scores are: the last token has the most of it, so that
+    ending would be unlearned before the critic has learned. Other arrays are shared, not copied.
     """
     bias = critic.params["bias"]
     mean = jax.device_put(bias + score_B.mean(), bias.sharding)
@@ -578,7 +582,8 @@ def at_mean(critic: TrainState, score_B: jax.Array) -> TrainState:
 def next_beta(config: Config, beta: jax.Array, kl: jax.Array) -> jax.Array:
     """Return beta moved towards --kl_target (objectives.policy.adapt_kl); `beta` without a target.
 
-    `beta` and `kl`, scalars; `kl`: the iteration's mean in nats a response, by k1.
+    `beta` and `kl`, scalars of the device; `kl`: the iteration's, of `rollout_metrics`, in nats a
+    response. Does not wait for the device.
     """
     # Without a target beta is fixed.
     if config.kl_target is None:
@@ -609,9 +614,10 @@ class Loaded(NamedTuple):
 def load_models(config: Config, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -> Loaded:
     """Load the reward models, the reference, and what the critic starts from, onto `mesh`.
 
-    The policy starts as a copy of the reference, --init. The critic's start may be a reward
-    model's own arrays: copy it too. `tokenizer`: that of --init. Raises UserError for a run of
-    another kind, shape or tokenizer, and for a reward that cannot be loaded or reached.
+    The policy starts as a copy of the reference, --init. The critic starts from the first reward
+    model, whose own arrays these are, so copy them; without one from the decoder of --init under a
+    head of zeros. `tokenizer`: that of --init. Raises UserError for a run of another kind, shape
+    or tokenizer, and for a reward that cannot be loaded or reached. All processes must call it.
     """
     # Rewards: of responses, or with --step_rewards of their steps.
     of_steps = config.step_rewards != "none"
@@ -638,9 +644,10 @@ def load_models(config: Config, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -
 def put_aside(config: Config, loaded: Loaded) -> Loaded:
     """Drop the critic's start; with --offload move reference and rewards to the host's memory.
 
-    Returns a new Loaded, whose `critic` is None. The critic's buffers are freed only where nothing
-    else holds them: those of a reward model stay. Without --offload reference and rewards stay as
-    they are.
+    Returns a new Loaded, whose `critic` is None. Buffers on the devices are freed only where
+    nothing else holds them: let go of `loaded`; the critic's that are a reward model's stay. What
+    is in the host's memory (pinned_host) sharding.to_memory brings back for a use. Without
+    --offload reference and rewards stay as they are.
     """
     # Without --offload they stay where they are, and nothing is copied.
     memory: Memory = "pinned_host" if config.offload else "device"
@@ -651,11 +658,11 @@ def put_aside(config: Config, loaded: Loaded) -> Loaded:
 def first_samples(
     config: Config, prompts: Batches, rollout: Rollout, tokenizer: Tokenizer
 ) -> list[SampleRow]:
-    """Return {"prompt": text, "response": text} for the first eight prompts of `rollout`.
+    """Return {"prompt": text, "response": text} for the first eight prompts of `rollout`, or all.
 
     `prompts`: the stream that `rollout` was sampled from, not advanced since. Rows are those of
-    `sample_rows`, with the first response of each prompt. Every process must call it; the rows are
-    right on the first one alone.
+    `sample_rows`, with the first response of each prompt. Waits for the device. Every process must
+    call it; the rows are right on the first one alone.
     """
     # Rows of a rollout are in the order of its prompts, a group to each.
     group = config.samples_per_prompt
@@ -674,8 +681,8 @@ def main(config: Config) -> dict[str, float]:
     """Train a policy by PPO; return the last row of metrics, {name: float}.
 
     Returns {} where no step ran: in a dry run, and where --run has done its --steps already.
-    `config`: of flags.parse, which takes `model` from --init; in one made by hand it must be that
-    run's. Raises UserError for settings or files that do not fit.
+    `config`: of flags.parse, which takes `model` from --init; one made by hand must have that
+    run's. Raises UserError for settings or files that do not fit. All processes must call it.
     """
     config = pin_inputs(config)
     mesh = make_mesh(config.mesh)

@@ -104,8 +104,9 @@ class Config:
 def make_update(config: Config) -> Update:
     """Make the Update of a ScalarModel: its initialiser, optimiser, loss and jitted step.
 
-    Batches are data.steps.steps_batches' on the mesh; the loss is process_objective. The step
-    donates its state; its `base` is the parameters under the adapters, None without LoRA.
+    Batches are data.steps.steps_batches' on the mesh; the loss is process_objective. step(state,
+    batch, base) donates its state alone; `base` is the parameters under the adapters, None without
+    LoRA. Raises UserError as train_step.make_optimizer.
     """
     init, apply = init_and_apply(ScalarModel(config.model))
     objective = partial(process_objective, apply)
@@ -128,9 +129,10 @@ def make_step_evaluation(
     """Make evaluate(params) -> the measures of evaluation.steps.step_table, {"eval/NAME": float}.
 
     They are accuracy, auc, first_error, wrong and steps, which that function explains. `apply`: of
-    a ScalarModel; `params`: its whole parameters. Evaluated are the first `most` records (schema
-    `steps`) of `source`, but for those without a labelled step within `length` tokens. evaluate
-    waits for the device, and every process must call it. Raises UserError where no record is left.
+    a ScalarModel; `params`: its whole parameters. The first `most` records (schema `steps`) of
+    `source` are taken, and of them those left out that have no labelled step within `length`
+    tokens; a note on stderr counts them. make_step_evaluation raises UserError where none is left.
+    evaluate waits for the device, and every process must call it.
     """
     first = source.first(most)
     records = [record for record in first if encode_steps(record, tokenizer, length).rows]
@@ -163,8 +165,9 @@ def main(config: Config) -> dict[str, float]:
     """Train on solutions with labelled steps; return the last row of metrics, {name: float}.
 
     Returns {} where no step ran: in a dry run, and where --run has done its --steps already.
-    `config`: of flags.parse, which takes `model` from an --init; in one made by hand it must be
-    that run's. Raises UserError for settings or files that do not fit.
+    `config`: of flags.parse, which takes `model` from the run --init; in one made by hand it must
+    be that run's. Checkpoints and metrics.jsonl go into --run. All processes must call it. Raises
+    UserError for settings or files that do not fit.
     """
     # A mesh of all devices, and a batch that splits over it.
     config = pin_inputs(config)

@@ -169,14 +169,14 @@ class Config:
 
     @property
     def length(self) -> int:
-        """Return the tokens of a row, prompt and response: a property."""
+        """Return the tokens of a row, `max_prompt` + `max_new_tokens`: a property."""
         return self.max_prompt + self.max_new_tokens
 
     @property
     def pool_rows(self) -> int:
-        """Return the rows of the pool, for one round and `replay_rounds` before it: a property.
+        """Return the rows of the pool, `batch_size` x (1 + `replay_rounds`): a property.
 
-        `replay_rounds` must not be None (TypeError).
+        TypeError where `replay_rounds` is None.
         """
         return self.batch_size * (1 + self.replay_rounds)
 
@@ -184,9 +184,9 @@ class Config:
     def most_updates(self) -> int:
         """Return the most updates that a round can have: a property.
 
-        These are --epochs passes over the most responses that can be chosen, in minibatches,
-        rounded up once. The most are the whole pool with above_threshold, else one in
-        `samples_per_prompt` of it. No field of the method may be None.
+        It is `epochs` x M / `minibatch_size`, rounded up, where M is the most responses that can
+        be chosen: `pool_rows`, with best and top divided by `samples_per_prompt`. The method's
+        fields must be filled (flags.with_paper_defaults).
         """
         # Above a threshold all may be.
         most = self.pool_rows
@@ -196,9 +196,9 @@ class Config:
 
     @property
     def schedule_updates(self) -> int:
-        """Return --steps times `most_updates`: a property.
+        """Return `steps` x `most_updates`, the updates that the schedule is made for: a property.
 
-        No field of the method may be None.
+        The method's fields must be filled (flags.with_paper_defaults).
         """
         return self.steps * self.most_updates
 
@@ -214,15 +214,19 @@ class Config:
 
 
 def divided_up(count: int, size: int) -> int:
-    """Return count / size, rounded up to an int."""
+    """Return count / size, ints, `size` above 0, rounded up to an int."""
     return -(-count // size)
 
 
 def check(config: Config, mesh: jax.sharding.Mesh) -> None:
     """Raise UserError for settings out of range, and for settings that cannot run together.
 
-    `config`: of runtime.flags.with_paper_defaults, which fills the method's fields (TypeError
-    where one is None). `mesh`: of `make_mesh`.
+    `samples_per_prompt`, at least 1, must divide `batch_size`; `epochs` is at least 1,
+    `replay_rounds` and `kl_coef` at least 0; above_threshold needs a `threshold`, which the others
+    must not have. Then rewards.scorer.check_missing_eos, check_temperature and check_rollout, and
+    sharding.check_batch of a minibatch and of a round's prompts on `mesh`, of `make_mesh`.
+    `config`: of runtime.flags.with_paper_defaults, which fills the method's fields (TypeError for
+    a None).
     """
     # Sizes.
     group = config.samples_per_prompt
@@ -270,12 +274,14 @@ def make_targets(
 ) -> Callable[..., tuple[ScoredRollout, Batch]]:
     """Compile compute_targets(policy, reference, rollout, scores, scalars) -> (scored, metrics).
 
-    `policy`, `reference`: whole parameters that `apply` takes. `rollout`: a Rollout on the mesh.
-    `scores`: {reward: [B]} of rewards.scorer.make_reward_scorer, of which that of --reward is
-    read; `scalars` are not read. `eos`: ids that end a response. `scored`: a ScoredRollout; with
-    --missing_eos=lowest a response without an end has score -inf in it. Metrics are scalars on the
-    device: the mean `score` before the rule on a missing end, the mean `score_with_eos_rule` after
-    it (without -inf), and those of `rollout_metrics`. Nothing is donated.
+    `policy`, `reference`: whole parameters that `apply` takes, for the metrics alone: no KL is in
+    the score. `rollout`: a Rollout on the mesh. `scores`: {reward: [B]} of
+    rewards.scorer.make_reward_scorer, read at the name that --reward gives; `scalars` are not
+    read. `eos`: ids that end a response. `scored`: a ScoredRollout; with --missing_eos=lowest a
+    response without an end has score -inf in it. Metrics are scalars on the device, means over all
+    B: `score`, before the rule on a missing end; `score_with_eos_rule`, after
+    objectives.policy.missing_eos, whose finite score counts where `scored` has -inf; and those of
+    `rollout_metrics`. Nothing is donated.
     """
 
     @jax.jit
@@ -322,10 +328,10 @@ class PoolFunctions(NamedTuple):
 
 
 def make_pool_functions(config: Config, mesh: jax.sharding.Mesh) -> PoolFunctions:
-    """Compile what --select, --distinct and --minibatch_size make of the pool.
+    """Compile what --select, --distinct and --minibatch_size make of the pool: PoolFunctions.
 
-    `config`: of with_paper_defaults, with no field of the method at None. `mesh`: of `make_mesh`.
-    Nothing is donated.
+    `config`: of flags.with_paper_defaults, with no field of the method at None. `mesh`: of
+    `make_mesh`. Nothing is donated, and none waits for the device.
     """
     # Which rows are imitated, by their scores.
     group = config.samples_per_prompt
@@ -370,13 +376,14 @@ def minibatches_of(
 ) -> tuple[list[Pool], Batch]:
     """Choose the responses to imitate, cut them into minibatches; return (minibatches, metrics).
 
-    `functions`: of `make_pool_functions`. `pool`: of its `add`, not donated. `key` gives one
-    random order of the chosen rows; --epochs passes in that order, end to end, are cut into
-    minibatches of --minibatch_size rows, of which the very last alone is filled up, with the first
-    rows of the order. Each has the `room` of its real tokens, if packing saves any
-    (objectives/unpadded.py). Where nothing was chosen the list is empty, and a note on stderr
-    names the round, `step`, from 1. Metrics, scalars on the device: `chosen`, how many responses;
-    `chosen_score`, their mean score; `best_score`, the highest of the pool. Waits for the device.
+    `functions`: of `make_pool_functions`. `pool`: of its `add`, not donated. `key`, a PRNG key,
+    gives one random order of the chosen rows; it is repeated --epochs times, end to end, and cut
+    into minibatches of --minibatch_size rows. The last alone is filled up, by repeating the order
+    again; those rows count as others do. All have one `room` for their real tokens, if packing
+    saves any (objectives/unpadded.py). Where nothing was chosen the list is empty, and a note on
+    stderr names the round, `step`, from 1. Metrics, scalars on the device: `chosen`, how many
+    responses; `chosen_score`, their mean score, 0 for none; `best_score`, the highest of the pool,
+    -inf for none. Waits for the device; all processes must call it.
     """
     # How many were chosen says how many minibatches there are.
     chosen_B, metrics = functions.choose(pool)
@@ -397,7 +404,8 @@ def minibatches_of(
 def note_nothing_chosen(config: Config, step: int, best: float) -> None:
     """Say on stderr, on process 0 alone, that round `step`, from 1, had no response to imitate.
 
-    `best`: the best score of the pool; -inf: no response in it had ended.
+    `best`: the best score of the pool, a float; at -inf the note says that no response had ended,
+    else that none reached --threshold.
     """
     # The others would say the same.
     if jax.process_index() != 0:
@@ -412,9 +420,10 @@ def make_update(config: Config, init: Init, apply: Apply) -> Update:
     """Make the policy's Update: optimiser over `schedule_updates`, loss and jitted step.
 
     `init`: of the policy, handed through. `apply`: of the policy. Batches are those of
-    `minibatches_of`. The step donates its state. Its `base` is {"base", "reference"}: the
-    parameters under the policy's adapters (None without LoRA), and the reference's whole
-    parameters.
+    `minibatches_of`. step(state, batch, base) donates its state alone. Its `base` is never None:
+    {"base", "reference"}, the parameters under the policy's adapters (None without LoRA), and the
+    reference's whole parameters, with a `kl_coef` of 0 too. `on_all` sets the schedule's place in
+    the state before each step.
     """
 
     # The objective sees two models; only what is trained of the policy has a gradient.
@@ -446,11 +455,12 @@ def on_all(
 ) -> tuple[TrainState, Metrics]:
     """Update `policy`, which is donated, on each of the minibatches; return (policy, metrics).
 
-    `update`: of `make_update`. `minibatches`: of `minibatches_of` at round `step`, from 1.
-    `frozen`: the step's base, {"base", "reference"} as in `make_update`; not donated. Metrics,
-    scalars on the device: the updates' as `policy/NAME`, their means, of counters the last, and
-    `learning_rate`, that of the last update. Without minibatches `policy` is returned as it is,
-    and {}.
+    `update`: of `make_update`. `minibatches`: of `minibatches_of` at round `step`, from 1; each
+    update is put at its place in the schedule (`config.place`). `frozen`: the step's base,
+    {"base", "reference"} as in `make_update`; not donated. Metrics, scalars on the device:
+    `policy/NAME`, the plain means of what the updates return, of their counters
+    (train_step.COUNTS) the last, and `learning_rate`, that of the last update. Without minibatches
+    `policy` is returned as it is, and {}. All processes must call it.
     """
     updates = []
     for number, minibatch in enumerate(minibatches):
@@ -469,10 +479,11 @@ def fresh_items(
 ) -> dict[str, Any]:
     """Build what a checkpoint holds before the first round: the policy's state, an empty pool.
 
-    Keys: `params` and `rest` of the state (train_state.as_items), and `pool`, of `pool_rows` rows.
-    `optimizer`: of `make_update`. `pad`: the id of padding. `reference`: whole parameters to start
-    from, with LoRA too, which lays new adapters on them; they are copied, for the step donates its
-    own.
+    Keys: `params` and `rest` of the state (train_state.as_items), and `pool`, imitate.empty_pool
+    of `pool_rows` rows. `optimizer`: the Update's, of `make_update`. `pad`: the id of padding.
+    `reference`: whole parameters to start from, which are copied, for the step donates its own;
+    with LoRA the state has new adapters for them instead, random by --seed. sharding.init_sharded
+    runs it and lays the result on the mesh.
     """
     # The policy starts as the reference, or as new adapters on it.
     trained = trainable_part(config.lora, reference, jax.random.key(config.seed))
@@ -486,11 +497,12 @@ def fresh_items(
 def open_prompts(
     config: Config, source: Source, tokenizer: Tokenizer, mesh: jax.sharding.Mesh
 ) -> Batches:
-    """Open batches of prompts, --batch_size / --samples_per_prompt of them over all hosts.
+    """Open endless batches of prompts, --batch_size / --samples_per_prompt of them over all hosts.
 
-    `source`: records of the schema `prompt`, of which this host reads its part. Batches are
-    left-padded NumPy arrays (data.batches.prompt_batches) of at most --max_prompt tokens;
-    `.records` are those of the last batch. `config`: of with_paper_defaults, with no field of the
+    `source`: records of the schema `prompt`, of which this host reads its part, in an order by
+    --seed. Batches are NumPy arrays, padded on the left (data.batches.prompt_batches); prompts are
+    cut on the left to --max_prompt tokens, and the width is at most that. `.records` are those of
+    the last batch, one a prompt. `config`: of flags.with_paper_defaults, with no field of the
     method at None.
     """
     # Every host reads its own part, in an order that the seed gives.
@@ -502,12 +514,12 @@ def open_prompts(
 def load_score(config: Config, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -> Score:
     """Load the reward; return score(rollout, records) -> ({reward: [B]}, {reward: [B, R + 1]}).
 
-    It takes a Rollout on the mesh, and a record for each of this host's prompts, in order. The
-    first dict has the score of each response. The second is {} for a function or a server; for a
-    reward model it has the scalars at the prompt's last token and at the response's R. All arrays
-    are on the mesh, as the model stays. All processes must call load_score and score; for a
-    function or a server score waits for the device, and raises UserError where it returns no
-    finite number.
+    The key `reward` is what --reward says. score takes a Rollout on the mesh, and a record for
+    each of this host's prompts, in order, not for each response. The first dict has the score of
+    each response, of all hosts. The second is {} for a function or a server; for a reward model it
+    has the scalars at the prompt's last token and at the response's R. All arrays are on the mesh,
+    as the model stays. All processes must call load_score and score; for a function or a server
+    score waits for the device, and raises UserError where it returns no finite number.
 
     Raises UserError for a reward that cannot be loaded or reached, and for a model of steps.
     """
@@ -519,9 +531,10 @@ def load_score(config: Config, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) ->
 def main(config: Config) -> dict[str, float]:
     """Train a policy by --method, in rounds; return the last row of metrics, {name: float}.
 
-    Returns {} where no step ran: in a dry run, and where --run has done its --steps already.
-    `config`: of flags.parse, which takes `model` from --init; in one made by hand it must be that
-    run's. Raises UserError for settings or files that do not fit.
+    Returns {} where no step ran: in a dry run, and where --run has done its --steps already. Fills
+    the method's fields that are None. `config`: of flags.parse, which takes `model` from the run
+    --init; in one made by hand it must be that run's. Checkpoints, metrics.jsonl and samples go
+    into --run. All processes must call it. Raises UserError for settings or files that do not fit.
     """
     # What the paper sets, and a mesh of all devices.
     config = with_paper_defaults(config, config.method, imitate.PAPERS[config.method])

@@ -111,6 +111,7 @@ def make_update(config: Config) -> Update:
 
     Batches are data.batches.comparison_batches' on the mesh; the loss is ranking_objective. The
     step donates its state; its `base` is the parameters under the adapters, None without LoRA.
+    Raises UserError as make_optimizer does.
     """
     # The loss: on comparisons, and on the best responses as text where lm_coef is above 0.
     init, apply = init_and_apply(ScalarModel(config.model))
@@ -136,9 +137,10 @@ def make_update(config: Config) -> Update:
 def reference_responses(config: Config, source: Source) -> tuple[list[list[Message]], list[str]]:
     """Return (prompts, responses): prompts as lists of messages, a good response to each, a text.
 
-    With --demonstrations: its first conversations, the last turn as the response. Without: the
-    first comparisons of `source` (records of the schema `comparison`), each with the first of its
-    best responses. At most REFERENCE_RESPONSES.
+    With --demonstrations: its first conversations, the last turn as the response; `source` is not
+    read then. Without: the first comparisons of `source` (records of the schema `comparison`),
+    each with the first of its best responses. At most REFERENCE_RESPONSES, the same on every host.
+    Raises UserError as open_source does.
     """
     prompts: list[list[Message]] = []
     responses: list[str] = []
@@ -162,12 +164,13 @@ def reference_responses(config: Config, source: Source) -> tuple[list[list[Messa
 def mean_score(
     params: Params, score: Callable[..., list[float]], config: Config, source: Source
 ) -> jax.Array:
-    """Return the mean reward of `reference_responses`, a float32 scalar.
+    """Return the mean reward of `reference_responses`, a float32 scalar, the same on every host.
 
     `params`: whole parameters of a reward model. `score`: of rewards.models.make_text_scorer,
-    score(params, prompts, responses) -> rewards. `source`: records of the schema `comparison`,
-    read unless --demonstrations is given. The model's bias less this mean scores those responses 0
-    on average (Stiennon et al. 2020, section 3.4).
+    score(params, prompts, responses) -> rewards; so it waits for the device, and all processes
+    must call it. `source`: records of the schema `comparison`, read unless --demonstrations is
+    given. The model's bias less this mean scores those responses 0 on average (Stiennon et al.
+    2020, section 3.4).
     """
     rewards = score(params, *reference_responses(config, source))
     return jnp.float32(np.mean(rewards))
@@ -185,9 +188,11 @@ def shifted(params: Params, mean: jax.Array) -> Params:
 def main(config: Config) -> dict[str, float]:
     """Train a reward model on comparisons; return the last row of metrics, {name: float}.
 
-    Returns {} where no step ran: in a dry run, and where --run has done its --steps already.
-    `config`: of flags.parse, which takes `model` from an --init; in one made by hand it must be
-    that run's. Raises UserError for settings or files that do not fit.
+    After the last step its bias is shifted (`mean_score`), before that step is evaluated and
+    saved. The row is the last of metrics.jsonl in --run; {} where no step ran: in a dry run, and
+    where --run has done its --steps already. `config`: of flags.parse, which takes `model` from
+    --init, where there is one; in one made by hand it must be that run's. All processes must call
+    it. Raises UserError for settings or files that do not fit.
     """
     # A mesh of all devices, and a batch that splits over it.
     config = pin_inputs(config)

@@ -88,8 +88,10 @@ class Config:
 def make_update(config: Config) -> Update:
     """Make the Update of a LanguageModel: its initialiser, optimiser, loss and jitted step.
 
-    Batches are data.batches.chat_batches' on the mesh; the loss is likelihood_objective. The step
-    donates its state; its `base` is the parameters under the adapters, None without LoRA.
+    Batches are data.batches.chat_batches' on the mesh; the loss is likelihood_objective, of whole
+    parameters. The step donates its state; its `base` is the parameters under the adapters, None
+    without LoRA. Nothing is loaded, and no mesh need be current before the step runs. Raises
+    UserError as make_optimizer does.
     """
     init, apply = init_and_apply(LanguageModel(config.model, config.microbatches))
     objective = partial(likelihood_objective, apply)
@@ -110,9 +112,11 @@ def make_update(config: Config) -> Update:
 def main(config: Config) -> dict[str, float]:
     """Fine-tune on conversations; return the last row of metrics, {name: float}.
 
-    Returns {} where no step ran: in a dry run, and where --run has done its --steps already.
-    `config`: of flags.parse, which takes `model` from an --init; in one made by hand it must be
-    that run's. Raises UserError for settings or files that do not fit.
+    The row, which has `step` too, has the metrics of an evaluation if its step had one. Returns {}
+    where no step ran: in a dry run, and where --run has done its --steps already; a run that is
+    there is resumed, and after a loss spike begun anew from a checkpoint (`guarded`). `config`: of
+    flags.parse, which takes `model` from an --init; in one made by hand it must be that run's.
+    Raises UserError for settings or files that do not fit. All processes must call it.
     """
     # A mesh of all devices, and a batch that splits over it.
     config = pin_inputs(config)

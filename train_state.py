@@ -38,9 +38,10 @@ def pin_inputs(config: Any) -> Any:
 
     `config`: an instance of a script's Config; a new one is returned. Each run it names becomes a
     RunAtStep (runtime/inputs.py): that run at the step that `config.run` began with, or the
-    newest. Where `lora.rank` is above 0, `lora.base` becomes the SHA-256 of --init's step. What
-    this process prepares of data files is kept from now on, unless `dry_run`; bad rows are met as
-    `on_bad_row` says. Raises UserError as with_pinned_runs and note_lora_base do.
+    newest. Where `lora.rank` is above 0, `lora.base` becomes the SHA-256 of --init's step. From
+    now on this process keeps the data files that it prepares in $PLUMB_CACHE, unless `dry_run`,
+    and meets bad rows as `on_bad_row` says. Raises UserError for an input that is not what the run
+    began with, for a folder `run` of something else, and for a rank without --init.
     """
     config = with_pinned_runs(config)
     keep_prepared(not getattr(config, "dry_run", False))
@@ -55,10 +56,11 @@ def load_params(run: str, step: int | None = None, shapes: Any = None) -> dict[s
     """Load the parameters of the run in the folder `run`, at `step` or the newest, a nested dict.
 
     `run`: a folder, or a RunAtStep, whose own step is then the default. The parameters are those
-    that it trains: of train_ppo the policy's, not the critic's. They are NumPy arrays without
-    `shapes`; with it, a tree of ShapeDtypeStructs with shardings, jax.Arrays laid so, and names,
-    shapes and types are checked against it (types not for adapters). Adapters (lora.py) come
-    merged into their base, read at the step that the run noted. All processes must call it.
+    that it trains: of train_ppo the policy's, not the critic's. Without `shapes` they are NumPy
+    arrays as saved, whole on every process; with it, a tree of ShapeDtypeStructs with shardings,
+    jax.Arrays laid so, and names, shapes and types are checked against it. Adapters (lora.py) come
+    merged into their base, read at the step that the run noted; then types are not checked, and
+    are the base's. All processes must call it.
 
     Raises UserError for a missing run, step or base, a damaged file, other parameters, and a run
     of a fork whose model.py is not the one imported. Notes on stderr a run of the root's model.py
@@ -122,13 +124,14 @@ def has_scalar_head(run: str) -> bool:
 def starting_params(
     init: Init, config: ModelConfig, run: str | None, mesh: jax.sharding.Mesh, seed: int
 ) -> Params:
-    """Initialise parameters on the mesh, then copy every subtree that `run` also has.
+    """Initialise parameters on the mesh, then take those top-level entries that `run` also has.
 
-    So a reward model starts with a policy's decoder and a new head, or goes on from another reward
-    model. `config`: the shape of the model that `init` makes. `run`: a run's folder; None: all is
-    random, by `seed`. Returns the nested dict that `init` makes, laid as sharding.py says. Raises
-    UserError for a run of another shape, for a language model that would start from a reward
-    model, and as `load_params` does.
+    These are `decoder`, `unembed`, `head` and `bias`: so a reward model starts with a policy's
+    decoder and a new head, or goes on from another reward model. What `init` does not make is left
+    out. `config`: the shape of the model that `init` makes. `run`: a run's folder or a RunAtStep;
+    None: all is random. `seed` gives what is random. Returns the nested dict that `init` makes,
+    laid as sharding.py says. All processes must call it. Raises UserError for a run of another
+    shape, for a language model that would start from a reward model, and as `load_params` does.
     """
     if run is None:
         return init_sharded(init, mesh, jax.random.key(seed))
@@ -176,9 +179,10 @@ def starting_critic(
     """Return (parameters, apply) of the value model that a run starts with.
 
     `models`: {folder: parameters on the mesh} of reward models. The value model starts as the
-    first of them, with the same arrays, not copied; for {}, as the decoder of --init under a head
-    of zeros, by `model`, `init` and `seed` of `config`, the script's. `apply`: of a ScalarModel
-    (see model.init_and_apply) of the shape that the first folder holds, for {} of `config.model`.
+    first of them, with the same arrays, not copied: copy them before a step donates them. For {}
+    it starts as the decoder of --init (None: a random one) under a head of zeros, by `model`,
+    `init` and `seed` of `config`, the script's. `apply`: of a ScalarModel (see
+    model.init_and_apply) of the shape that the first folder holds, for {} of `config.model`.
     Raises UserError as `starting_params` does. All processes must call it.
     """
     # As in InstructGPT (Ouyang et al. 2022, appendix C) the critic starts as the reward model.
@@ -227,8 +231,8 @@ def fresh_state(
     """Return the TrainState that a script starts from: of `params`, or with LoRA of new adapters.
 
     `config`: the script's, of which `lora` is read. `params`: whole parameters. The state holds
-    arrays of `params` themselves, which a step donates: copy them, or call this under jit. `key`:
-    for the adapters' random part; not used without LoRA.
+    arrays of `params` themselves (with LoRA a ScalarModel's head and bias), which a step donates:
+    copy them, or call this under jit. `key`: for the adapters' random part; not used without LoRA.
     """
     return init_state(trainable_part(config.lora, params, key), optimizer)
 
@@ -239,7 +243,7 @@ def shapes_of(
     """Return the ShapeDtypeStructs, laid on `mesh`, of a fresh state as a checkpoint stores it.
 
     Keys: `params` and `rest`, see as_items; and `base`, of the parameters under the adapters, None
-    without LoRA, which no checkpoint holds: leave it out of what `Checkpoints.restore` is given.
+    without LoRA. No checkpoint holds `base`: leave it out of what `Checkpoints.restore` is given.
     `config`: the script's, of which `lora` and `seed` are read. `init`, `optimizer`: of the
     script's Update. Nothing is computed.
     """
@@ -258,12 +262,13 @@ def start_or_resume(
     optimizer: optax.GradientTransformation,
     mesh: jax.sharding.Mesh,
 ) -> Start:
-    """Return the state of the newest checkpoint, or a fresh one on `starting_params`.
+    """Return the state of the newest good checkpoint, or a fresh one on `starting_params`.
 
     `checkpoints`: of the run's own folder, opened. `config`: the script's, of which `model`,
-    `init`, `seed` and `lora` are read. `init`, `optimizer`: of the script's Update. Parameters
-    under adapters are in no checkpoint: a resumed run too takes them from `starting_params`.
-    Raises UserError as `starting_params` and `Checkpoints.restore` do.
+    `init`, `seed` and `lora` are read. `init`, `optimizer`: of the script's Update. A resumed run
+    does not read --init, but with LoRA: parameters under adapters are in no checkpoint, and come
+    from `starting_params` again. The state shares no array with `base`. All processes must call
+    it. Raises UserError as `starting_params` and `Checkpoints.restore` do.
     """
     # All parameters are in the checkpoint, unless it holds adapters.
     shapes = shapes_of(config, init, optimizer, mesh)

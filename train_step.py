@@ -88,9 +88,10 @@ class OptimizerConfig:
 
     @property
     def unused(self) -> dict[str, str]:
-        """Return {field: name of the optimiser} for the fields that it does not read; a property.
+        """Return {field: "adafactor"} for the fields that this config's optimiser does not read.
 
-        They are ADAMW_ALONE for adafactor; {} for adamw.
+        A property, for messages. With name "adafactor" the fields are beta1, beta2, eps and moment
+        (ADAMW_ALONE); with "adamw" it is {}.
         """
         if self.name == "adafactor":
             return dict.fromkeys(ADAMW_ALONE, "adafactor")
@@ -115,10 +116,11 @@ class TrainState:
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """Make schedule(count) -> learning rate, a scalar, for a run of `steps` updates.
 
-    `count`: updates done before, from 0, a Python int or an array. The first update already
-    learns: the warm-up starts at 1/(warmup + 1) of the peak, not at 0. A warm-up left at its
-    default is half of a run that is no longer than it. Raises UserError for a warm-up that is not
-    below `steps`.
+    `count`: updates done before, from 0, a Python int or an array. The warm-up starts at
+    `1/(warmup + 1)` of the peak, not at 0, and is at the peak at `count = warmup`; the decay ends
+    at `count = steps - 1`, and stays there (`inverse_sqrt` has neither). In a run of at most 20
+    steps a warm-up of 20, the default, is `steps // 2`, for `inverse_sqrt` too. Raises UserError
+    for any other warm-up that is not below `steps`.
     """
     # A run shorter than the warm-up that nobody has set warms up for half of it.
     if config.warmup == OptimizerConfig.warmup and 0 < steps <= config.warmup:
@@ -150,7 +152,9 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 def at_place(state: "TrainState", place: int) -> "TrainState":
     """Return `state` with its optimiser's schedule at update `place`, from 0; nothing else moves.
 
-    `state`: its optimiser is of make_optimizer. `place`: a Python int. For a step outside jit.
+    The counters of the state, by which `make_rate` goes, and Adam's count for its bias stay;
+    arrays are those of `state`. `state`: its optimiser is of make_optimizer. `place`: a Python
+    int. Not for use under jit.
     """
 
     def is_schedule(part: Any) -> bool:
@@ -167,8 +171,8 @@ def at_place(state: "TrainState", place: int) -> "TrainState":
 def inverse_sqrt(config: OptimizerConfig) -> optax.Schedule:
     """Return the schedule of T5 (Raffel et al. 2020, section 3.1.2) and PaLM (section 5).
 
-    schedule(count) -> lr sqrt(k / max(n, k)) at update n = count + 1, with k the warm-up, at least
-    1: the peak up to update k.
+    schedule(count) -> lr sqrt(k / max(n, k)) at update n = count + 1, with k = max(warmup, 1), as
+    `config` has it: the peak up to update k. The length of a run plays no part.
     """
     constant = max(config.warmup, 1)
 
@@ -180,10 +184,12 @@ def inverse_sqrt(config: OptimizerConfig) -> optax.Schedule:
 
 
 def make_rate(config: OptimizerConfig, steps: int) -> Callable[["TrainState"], jax.Array]:
-    """Make rate(state) -> the learning rate of the update that `state` is the result of.
+    """Make rate(state) -> the learning rate of the last update taken on the way to `state`.
 
     A float32 scalar on the device; before any update, the first one's. `config` and `steps` are
     those that make_optimizer was given. Updates that were not taken do not advance the schedule.
+    It goes by the counters of `state`, whatever `at_place` has set. Raises UserError as
+    make_schedule.
     """
     schedule = make_schedule(config, steps)
 
@@ -196,9 +202,10 @@ def make_rate(config: OptimizerConfig, steps: int) -> Callable[["TrainState"], j
 
 
 def decayed(params: Params) -> Any:
-    """Return a tree of bools like `params`: True under weight decay, all but norms and biases.
+    """Return a tree of Python bools like `params`: True under weight decay; a mask for optax.
 
-    `params`: a tree of arrays; a leaf is told by the end of its name, `norm` or `bias`.
+    False are leaves whose path ends in `norm` or `bias`, as q_norm and q_bias do. `params`: a tree
+    of arrays.
     """
 
     def is_decayed(path: Any, leaf: Any) -> bool:
@@ -208,10 +215,13 @@ def decayed(params: Params) -> Any:
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Make the optimiser for a run of `steps` updates, without clipping, which the step does.
+    """Make the optimiser for a run of `steps` updates: optax.adamw, or optax.adafactor.
 
-    Its learning rate follows make_schedule(config, steps). Raises UserError as that does, and for
-    adafactor with a beta1 that is neither the default nor 0.
+    Its learning rate follows make_schedule(config, steps). Both decay by `weight_decay` times it,
+    on the leaves of `decayed`. Clipping by the global norm is left to the step; adafactor, as
+    optax has it, scales an update by the RMS of its parameter, and has no first moment whether
+    beta1 is the default or 0. Raises UserError as make_schedule does, and for adafactor with
+    another beta1.
     """
     # Adafactor: a factored second moment and no first, for models whose AdamW does not fit.
     schedule = make_schedule(config, steps)
@@ -288,18 +298,18 @@ def make_train_step(
 
     `state`, a TrainState of `optimizer`, is donated: its buffers are gone after the call; `base`
     and `batch` are not. `batch`: arrays [B, ...] by name, as `objective` reads them.
-    `microbatches`: parts into which B is cut, one after another; it must divide B (on a mesh with
-    stages the pipeline cuts). Sums are divided by the total weight at the end, so the result does
-    not depend on the cut, whatever the counts of tokens. `max_norm`: largest global gradient norm,
-    inf for any; a longer gradient is scaled down to it. `full(base, state.params)`: the whole
-    parameters that the objective sees, where `state.params` are adapters on `base`; gradients are
-    of `state.params` alone.
+    `microbatches`: parts of B computed one after another; it must divide B (on a mesh with stages
+    the pipeline cuts). Sums are divided by the total weight at the end, so the result does not
+    depend on the cut. `max_norm`: largest global gradient norm, inf for any; a longer gradient is
+    scaled down to it. `full(base, state.params)`: the whole parameters that the objective sees,
+    where `state.params` are adapters on `base`; gradients are of `state.params` alone. Every
+    process must call it; it does not wait for the device.
 
     Metrics are of the parameters before the update, scalars on the device: `loss`, the objective's
-    own as means, each over its own weight, `grad_norm` before clipping, and counts of the state's
-    updates, this one included: `updates`, those taken, `skipped`, whose loss or gradient was not
-    finite, and `left_out`, whose loss and weight were 0 (`loss` and `grad_norm` are then 0). The
-    last two kinds change nothing but the counters.
+    own as means, each over its own weight (0 where that is 0), `grad_norm` before clipping, and
+    the state's counts so far, this update included: `updates`, those taken, `skipped`, whose loss
+    or gradient (shown as it is) was not finite, and `left_out`, whose total loss and weight were 0
+    (`loss` and `grad_norm` are then 0). The last two kinds change nothing but the counters.
     """
 
     # The sum of losses, differentiated by the parameters that the state holds.
@@ -391,9 +401,9 @@ def make_train_step(
 def make_evaluation(objective: Objective) -> Callable[[Params, list[Batch]], dict[str, float]]:
     """Make evaluate(params, batches) -> {"eval/loss", "eval/NAME"}, means over all batches.
 
-    NAME: each metric of `objective`, over its own weight; all are floats. `params`: what
-    `objective` takes. `batches`: a list of batches on the mesh, one or more; not donated. Waits
-    for the device. Every process must call it.
+    NAME: each metric of `objective`, over its own weight; all are floats, 0 where the weight is 0.
+    `params`: what `objective` takes. `batches`: a list of batches on the mesh, one or more; not
+    donated; each new shape is compiled. Waits for the device. Every process must call it.
     """
 
     @jax.jit

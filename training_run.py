@@ -47,7 +47,8 @@ def script_name(config: Any) -> str:
     """Name the script that defines the class of `config`, by its path from the root without `.py`.
 
     `config`: an instance of a script's Config. A fork's name has its folder:
-    `experiments/alibi/train_sft`; that of a script outside the repository is its whole path.
+    `experiments/alibi/train_sft`; that of a script outside the repository is its whole path,
+    without `.py` too.
     """
     # The module of a script that is started is `__main__`, which knows its file too.
     module = sys.modules[type(config).__module__]
@@ -122,9 +123,9 @@ class Run:
 
         For a script with more than one state; others call `start_or_resume`. `shapes`: the tree
         that `save_when_due` is given, as ShapeDtypeStructs with shardings (sharding.abstract).
-        Returns that tree of arrays, laid so. Sets `start` to the checkpoint's step. Damaged
-        checkpoints are passed over with a warning. Raises UserError for other names, shapes or
-        dtypes, or where all are damaged.
+        Returns that tree of arrays, laid so. Sets `start` to the checkpoint's step, in a new run
+        to 0, where `data` stays as it is. Damaged checkpoints are passed over with a warning.
+        Raises UserError for other names, shapes or dtypes, or where all are damaged.
         """
         # Damaged checkpoints are passed over, with a warning.
         found = self._checkpoints.restore(shapes)
@@ -143,8 +144,9 @@ class Run:
 
         `init`, `optimizer`: of the script's Update. A fresh state has random parameters of `init`,
         those of --init, or adapters on them. `data` is set to where the checkpoint left it, and
-        `start` to its step. The base: the parameters under the adapters, None without LoRA. Arrays
-        lie on `mesh` as sharding.py says. Raises UserError as `restore` and
+        `start` to its step; in a new run it stays as it is, and `start` is 0. The base: the
+        parameters under the adapters, read from --init in a resumed run too; None without LoRA.
+        Arrays lie on `mesh` as sharding.py says. Raises UserError as `restore` and
         train_state.starting_params do.
         """
         step, state, extra, base = start_or_resume(
@@ -180,9 +182,10 @@ class Run:
     def describe(self, what: str, params: Any, rest: Any, *, length: int) -> None:
         """Print the arithmetic of the run: sizes, mesh, memory, steps; and what is read and cut.
 
-        `what`: the title, behind the run's folder. `params`: the tree of what is trained. `rest`:
-        a tree of all else that lies on the devices. `length`: tokens a row. Call it after the
-        state is restored.
+        `what`: the title, printed behind the run's folder. `params`: the tree of what is trained.
+        `rest`: a tree of all else that lies on the devices, such as the optimiser's state and
+        other models; both of arrays, or of ShapeDtypeStructs with shardings. `length`: tokens a
+        row. Call it after the state is restored. It shows on the first process alone.
         """
         # A row of the batch may hold several candidates, each of `length` tokens.
         candidates = max([candidates_of(data.peek()) for data in self._data.values()], default=1)
@@ -206,9 +209,10 @@ class Run:
     def steps(self) -> Iterator[int]:
         """Yield the steps still to do, `start` + 1 to `config.steps`; stop after a signal's save.
 
-        Call it once, after the state is restored: rows of metrics after `start` are removed. Call
-        `save_when_due` in each step: it makes that save. Where steps are left after a signal,
-        leaving the Run raises KeyboardInterrupt (Ctrl-C) or SystemExit(128 + the signal's number).
+        Call it once, after the state is restored: rows of metrics and samples after `start` are
+        removed. Call `save_when_due` in each step: it makes that save; no signal stops a run that
+        does not. Leaving the Run then raises KeyboardInterrupt after Ctrl-C, and after SIGTERM or
+        SIGHUP, where steps are left, SystemExit(128 + the signal's number).
         """
         # The terminal, metrics.jsonl, TensorBoard and samples.md.
         recorder = Recorder(
@@ -240,11 +244,14 @@ class Run:
         """Keep the metrics of `step`; write those of the step before, and wait for these alone.
 
         `metrics`: by name, scalars of the device or of Python, or pairs (sum, weight), written as
-        their quotient. Further calls for a step join its row. `tokens`: how many the step trained
-        on, for the throughput. Added are the learning rate, in a script with one update a step,
-        and of the data, on this host, how many records were cut or dropped so far, and of files
-        the epochs. Raises UserError where the step was compiled too often or the updates come to
-        nothing, and guard.Spike.
+        their quotient; null where that is not finite. `tokens`: how many the step trained on, over
+        all hosts, for the throughput; 0: none is written. Further calls for a step join its row:
+        `tokens` add up, a name that is there is replaced. Added are the learning rate, in a script
+        with one update a step, and of the data, on this host, how many records were cut or dropped
+        so far, and of files the epochs. Raises UserError where the step was compiled more than 32
+        times; for the row that it writes UserError after 20 updates in a row that were not finite,
+        or at the last step where none was taken, and guard.Spike, which is none, where the Run's
+        `guard` finds one.
         """
         self._recorder(step, {**metrics, **self._data_metrics()}, tokens=tokens)
 
@@ -267,8 +274,8 @@ class Run:
     def samples(self, step: int, rows: list[SampleRow]) -> None:
         """Append `rows` to samples.md under `step`, and show the first two on the terminal.
 
-        A row: {"prompt": text, "response": text}; further keys are written as text too. Only the
-        first process writes.
+        Call it within `steps`. A row: {"prompt": text, "response": text}; further keys are written
+        as text too. Only the first process writes.
         """
         self._recorder.samples(step, rows)
 
@@ -277,12 +284,14 @@ class Run:
         return every > 0 and (step % every == 0 or step == self.config.steps)
 
     def save_when_due(self, step: int, items: dict[str, Any], data: Data) -> None:
-        """Save every `save_every` steps, at the last one and after a signal.
+        """Save every `save_every` steps (0: never), at the last one and after a signal.
 
         Call it at every step, on every process: here they agree to stop, and then `steps` ends.
         `step`: steps done, from 1. `items`: what `restore` gives, or `as_items(state)`; they may
-        be donated after the call. `data`: what is read, whose position is saved with them. Raises
-        UserError, when it saves, for parameters that are not finite or where the last save failed.
+        be donated after the call. `data`: what is read, whose position is saved with them. A save
+        waits for the device, and until the save before it is on the disk. Raises, when it saves,
+        UserError for `items["params"]` that are not finite, where the last save failed and where
+        the folder is gone, and what `record` raises.
         """
         if self._checkpoints.due(step, self.config.save_every, self.config.steps):
             # The metrics first: a resumed run cuts rows after its checkpoint and repeats none.
@@ -292,10 +301,10 @@ class Run:
 
     @property
     def last_metrics(self) -> dict[str, float]:
-        """Return the newest row of metrics that is written, {name: float}; {} before the first.
+        """Return the newest row of metrics that is written, {name: float}; a property.
 
-        A property, to be read once `steps` has begun. Rows, which have `step` too, are written a
-        step late, the last on exit.
+        {} before the first row of this start of the run. To be read once `steps` has begun, on any
+        process. Rows, which have `step` too, are written a step late, the last on exit.
         """
         return self._recorder.last
 
@@ -330,10 +339,10 @@ def make_greedy_samples(
 
     `prompts`: one or more lists of messages, the user's last; only the last `max_prompt` tokens of
     each are seen, and only the last message is shown, as "prompt". Responses have at most
-    `max_new_tokens` tokens, which with `max_prompt` must fit the model's context. `params`: whole
-    parameters of a language model of shape `model_config`. `key` changes nothing. sample waits for
-    the device, and every process must call it. Raises UserError where `max_new_tokens` alone is
-    too long for the context.
+    `max_new_tokens` tokens; with `max_prompt` they must fit the model's context (not checked, but
+    UserError where `max_new_tokens` alone is not below it). `params`: whole parameters of a
+    language model of shape `model_config`. `key` changes nothing. sample waits for the device, and
+    every process must call it.
     """
     # Greedy: the samples of two steps then differ by their parameters alone.
     sampling = SamplingConfig(temperature=0.0, max_new_tokens=max_new_tokens)

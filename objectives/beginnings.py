@@ -14,9 +14,10 @@ Array = jax.Array
 
 
 def owners(tokens_BT: Array, segment_ids_BT: Array, positions_BT: Array) -> Array:
-    """Return the first row that begins as a row does up to each of its tokens, [B, T] int32.
+    """Return the first row, by index, that begins as a row does up to each token, [B, T] int32.
 
-    Rows begin alike while they are equal in all three arrays. B for padding.
+    Rows begin alike up to column t where all three arrays, ints [B, T], are equal in columns 0 to
+    t. B for padding, segment id 0.
     """
     rows = len(tokens_BT)
 
@@ -34,7 +35,10 @@ def owners(tokens_BT: Array, segment_ids_BT: Array, positions_BT: Array) -> Arra
 
 
 def is_own(owner_BT: Array) -> Array:
-    """Return [B, T] bool: True for the distinct tokens, those that their own row owns."""
+    """Return [B, T] bool: True for the distinct tokens, those that their own row owns.
+
+    `owner_BT`: of `owners`. False for padding.
+    """
     row_B1 = jnp.arange(len(owner_BT))[:, None]
     return owner_BT == row_B1
 
@@ -52,7 +56,14 @@ class Shared(NamedTuple):
 
 
 def share_slots(owner_BT: Array, rows: int) -> Shared:
-    """Give each distinct token of a group a slot, one after the other, in `rows` rows of T."""
+    """Give each distinct token of B rows of T a slot, in `rows` rows of T slots; return Shared.
+
+    `owner_BT`: of `owners`, [B, T]. Slots are filled one after the other in the order of the
+    tokens, row by row, so a row's own tokens may go on in the next row of slots. `rows`: a Python
+    int. Tokens past the last slot get none: nothing is raised, but their `slot_BT` is rows x T or
+    above, and `fits_B` [B] is False for each row that has one. `slot_BT`: [B, T], `token_NT`:
+    [rows, T], int32.
+    """
     count, length = owner_BT.shape
     is_own_BT = is_own(owner_BT)
     number_BT = jnp.cumsum(is_own_BT.reshape(-1)).reshape(count, length) - 1

@@ -41,7 +41,8 @@ def log_ratio_gap(
     """Return h = log [pi(y_w) / ref(y_w)] - log [pi(y_l) / ref(y_l)], elementwise, in nats.
 
     Arguments: log p(response | prompt) in nats under the policy pi and under the reference ref, of
-    the chosen response y_w and of the rejected one y_l; [B], or shapes that broadcast.
+    the chosen response y_w and of the rejected one y_l; [B], or shapes that broadcast. Gradients
+    reach all four.
     """
     return (policy_chosen - reference_chosen) - (policy_rejected - reference_rejected)
 
@@ -56,8 +57,8 @@ def dpo(
 ) -> Array:
     """Return DPO's losses, [B] (direct preference optimisation, Rafailov et al. 2023, eq. 7).
 
-    The loss is -log sigmoid(beta h), h as in `log_ratio_gap`. Log-probabilities: sums over a
-    response's tokens, in nats; [B], or shapes that broadcast.
+    The loss is -log sigmoid(beta h), beta > 0, h as in `log_ratio_gap`. Log-probabilities: sums
+    over a response's tokens, in nats; [B], or shapes that broadcast.
     """
     h = log_ratio_gap(
         policy_chosen_logps,
@@ -80,9 +81,10 @@ def cdpo(
 ) -> Array:
     """Return conservative DPO's losses, [B] (Mitchell 2023).
 
-    Each label is taken to be wrong with probability `label_smoothing`, in [0, 1/2): the loss is
-    the mean of `dpo`'s of the pair and of the swapped pair under that probability.
-    Log-probabilities: sums over a response's tokens, in nats; [B], or shapes that broadcast.
+    With e = `label_smoothing`, the probability that a label is wrong, in [0, 1/2) (not checked),
+    the loss is (1 - e) dpo(h) + e dpo(-h): `dpo`'s loss at the gap h of `log_ratio_gap`, and at
+    the swapped pair's. Log-probabilities: sums over a response's tokens, in nats; [B], or shapes
+    that broadcast.
     """
     h = log_ratio_gap(
         policy_chosen_logps,
@@ -105,11 +107,13 @@ def robust_dpo(
     beta: float,
     label_smoothing: float = 0.1,
 ) -> Array:
-    """Return robust DPO's losses, [B] (Chowdhury et al. 2024); they have no lower bound.
+    """Return robust DPO's losses, [B] (Chowdhury et al. 2024).
 
-    Over labels flipped with probability `label_smoothing`, in [0, 1/2), their mean is the mean of
-    `dpo`'s over the true labels. Log-probabilities: sums over a response's tokens, in nats; [B],
-    or shapes that broadcast.
+    With e = `label_smoothing`, the probability that a label is flipped, in [0, 1/2) (not checked),
+    the loss is ((1 - e) dpo(h) - e dpo(-h)) / (1 - 2 e), dpo(h) being `dpo`'s loss at the gap h of
+    `log_ratio_gap`: its mean over flips is `dpo`'s of the true label. For e > 0 it has no lower
+    bound. Log-probabilities: sums over a response's tokens, in nats; [B], or shapes that
+    broadcast.
     """
     h = log_ratio_gap(
         policy_chosen_logps,
@@ -215,10 +219,11 @@ def kto(
 ) -> Array:
     """Return KTO's losses of pairs, [B]: the mean of the chosen and the rejected response's loss.
 
-    `kto_unpaired` gives both: the chosen response is desirable, the rejected one is not.
-    Log-probabilities: sums over a response's tokens, in nats; [B], or shapes that broadcast. `kl`:
-    an estimate of KL(policy || reference) in nats, [B] or one for all; below 0 it counts as 0, and
-    no gradient passes through it. The weights multiply the chosen and the rejected one's loss.
+    Half their sum, whatever the weights. `kto_unpaired` gives both: the chosen response is
+    desirable, the rejected one is not. Log-probabilities: sums over a response's tokens, in nats;
+    [B], or shapes that broadcast. `kl`: an estimate of KL(policy || reference) in nats, [B] or one
+    for all; below 0 it counts as 0, and no gradient passes through it. The weights multiply the
+    chosen and the rejected one's loss.
     """
     good = kto_unpaired(
         policy_chosen_logps,
@@ -250,7 +255,7 @@ def mismatched_kl(
     It is the mean of policy_logps - reference_logps: log-probabilities of the same responses, each
     paired with another prompt than its own (z0 of Ethayarajh et al. 2024), summed over tokens, in
     nats. `where`: bool, True for entries that count; None: all count. All arrays have one shape,
-    any. The result is nan where no entry counts.
+    any. The result is nan where no entry counts. Gradients pass; the KTO losses stop them.
     """
     return jnp.mean(policy_logps - reference_logps, where=where)
 
@@ -261,8 +266,8 @@ def mismatched_kl(
 def log_complement(logp: Array) -> Array:
     """Return log(1 - p) from log p, elementwise, in nats; p counts as at most 1 - 1e-6.
 
-    At p = 1 value and gradient would be infinite. Above the bound the gradient is the one at 1 -
-    1e-6, not 0, so that a certain token can still be unlearned.
+    At p = 1 value and gradient would be infinite. Above the bound, even above 1, the gradient in
+    log p is the one at 1 - 1e-6, not 0, so that a certain token can still be unlearned.
     """
     # The value is clamped; its gradient there reaches logp unclamped.
     at_most = logp + jax.lax.stop_gradient(jnp.minimum(logp, -1e-6) - logp)
@@ -272,9 +277,9 @@ def log_complement(logp: Array) -> Array:
 def orpo(chosen_mean_logps: Array, rejected_mean_logps: Array, *, beta: float) -> Array:
     """Return ORPO's losses, [B] (Hong et al. 2024, eq. 6); `beta` is the paper's lambda.
 
-    The loss is the chosen response's NLL per token plus beta times -log sigmoid of the log odds
-    ratio. Log-probabilities: means over a response's tokens, in nats; [B], or shapes that
-    broadcast.
+    The loss is the chosen response's NLL per token plus beta times -log sigmoid(o_chosen -
+    o_rejected), with the log odds o = log p - log(1 - p), the latter by `log_complement`.
+    Log-probabilities: means over a response's tokens, in nats; [B], or shapes that broadcast.
     """
     odds_chosen = chosen_mean_logps - log_complement(chosen_mean_logps)
     odds_rejected = rejected_mean_logps - log_complement(rejected_mean_logps)
@@ -302,9 +307,9 @@ def cpo(
 ) -> Array:
     """Return CPO's losses, [B]: DPO under a uniform reference, plus the chosen response's NLL.
 
-    Xu et al. 2024, eq. 3. Log-probabilities: sums over a response's tokens, in nats; [B], or
-    shapes that broadcast. `nll_weight` multiplies the NLL, a sum over tokens too, as in the paper;
-    the authors' program takes a mean.
+    Xu et al. 2024, eq. 3: -log sigmoid(beta (chosen - rejected)) - nll_weight chosen.
+    Log-probabilities: sums over a response's tokens, in nats; [B], or shapes that broadcast. The
+    NLL is a sum over tokens too, as in the paper; the authors' program takes a mean.
     """
     # The reference, uniform, drops out of the gap.
     preference = -jax.nn.log_sigmoid(beta * (chosen_logps - rejected_logps))
@@ -322,9 +327,9 @@ def slic_hf(
 ) -> Array:
     """Return SLiC-HF's losses, [B]: a hinge of margin `delta`, plus `weight` times a target's NLL.
 
-    Zhao et al. 2023, section 2. Log-probabilities: sums over a response's tokens, in nats; [B], or
-    shapes that broadcast. `target_logps`: the same of the response to imitate; None: the chosen
-    one. `delta` is in nats.
+    Zhao et al. 2023, section 2: max(0, delta - chosen + rejected) - weight target.
+    Log-probabilities: sums over a response's tokens, in nats; [B], or shapes that broadcast.
+    `target_logps`: the same of the response to imitate; None: the chosen one. `delta` is in nats.
     """
     if target_logps is None:
         target_logps = chosen_logps
@@ -340,9 +345,10 @@ def rrhf(logps_BC: Array, ranks_BC: Array, tokens_BC: Array) -> Array:
     """Return RRHF's losses, [B] (Yuan et al. 2023): hinges summed over pairs, plus the best's NLL.
 
     `logps_BC`: log-probabilities summed over a candidate's tokens, in nats. `ranks_BC`: int, 1 is
-    best, equal ranks tie, 0 marks an absent candidate. `tokens_BC`: numbers of tokens; hinges,
-    without a margin, compare means per token, and ties have none. The NLL, summed over tokens, is
-    the first best candidate's; in a row without a candidate the loss has no meaning: mask it.
+    best, equal ranks tie, 0 marks an absent candidate. `tokens_BC`: numbers of tokens, 0 counts as
+    1. A pair's hinge is max(0, worse - better) of means per token, without a margin; ties have
+    none. The NLL, summed over tokens, is that of the first candidate of the lowest rank there; in
+    a row without a candidate the loss has no meaning: mask it.
     """
     # Yuan et al. 2023, section 3: p_i, L_rank and L_ft
     mean_BC = logps_BC / jnp.maximum(tokens_BC, 1.0)
@@ -378,11 +384,12 @@ def extreme_pair(ranks_BC: Array) -> Array:
 def candidate_token_logprobs(
     apply: Apply, params: Params, batch: Candidates, temperature: float = 1.0
 ) -> Array:
-    """Return the log-probability of each candidate's tokens, [B, C, T] nats; 0 off the loss mask.
+    """Return the log-probability of each candidate's tokens, [B, C, T] float32 nats.
 
-    `apply` and `params`: of a LanguageModel. One pass over all candidates. Index t is token t of
-    `tokens_BCT`. Logits are divided by `temperature`, above 0. Ranks and margins of `batch` are
-    not read.
+    `apply` and `params`: of a LanguageModel; its whole parameters, not adapters alone. One pass
+    over all candidates. Index t is token t of `tokens_BCT`; index 0, which nothing predicts, and
+    tokens off `loss_mask_BCT` have 0. Logits are divided by `temperature`, above 0. Ranks and
+    margins of `batch` are not read.
     """
     # M = B * C rows for the model.
     rows = flat_candidates(batch)
@@ -398,9 +405,9 @@ def candidate_logprobs(
 ) -> Array:
     """Return the log-probability of each candidate response, [B, C] nats, summed over its tokens.
 
-    `apply` and `params`: of a LanguageModel. The tokens are those under `loss_mask_BCT`; logits
-    are divided by `temperature`, above 0. An absent candidate has 0, a certainty: mask it by its
-    rank.
+    It is float32. `apply` and `params`: of a LanguageModel; its whole parameters. The tokens are
+    those under `loss_mask_BCT`; logits are divided by `temperature`, above 0. An absent candidate
+    has 0, a certainty: mask it by its rank.
     """
     return candidate_token_logprobs(apply, params, batch, temperature).sum(-1)
 
@@ -417,16 +424,17 @@ def preference_objective(
 ) -> LossSum:
     """Sum over prompts the mean of `loss` over each ranking's pairs; ties form no pair.
 
-    `apply` and `params`: of a LanguageModel. `loss(chosen, rejected)` takes the policy's
-    log-probabilities, sums over tokens in nats, of shapes that broadcast to [B, C, C], and returns
-    losses of that shape; where `batch` has the reference's, `reference_BC` [B, C], it is
+    `apply` and `params`: of a LanguageModel; its whole parameters. `loss(chosen, rejected)` takes
+    the policy's log-probabilities, sums over tokens in nats, of shapes that broadcast to
+    [B, C, C], and returns losses of that shape, finite also where there is no pair, for they are
+    multiplied by 0. Where `batch` has the reference's, `reference_BC` [B, C], it is
     `loss(chosen, rejected, reference_chosen, reference_rejected)`. `per_token`: the policy's are
     means over tokens (the reference's are used as they are). `extremes`: one pair a prompt, first
     best against first worst. `temperature`, above 0, divides the logits. Margins are not read.
 
-    The weight is the number of prompts with a pair. Metrics, means over all those pairs: accuracy,
-    margin, chosen and rejected (`pair_metrics`), of log-ratios to the reference, or without one of
-    the log-probabilities that `loss` takes.
+    The weight is the number of prompts with a pair. Metrics, means over all pairs that the loss is
+    of: accuracy, margin, chosen and rejected (`pair_metrics`), of log-ratios to the reference, or
+    without one of the log-probabilities that `loss` takes.
     """
     # Log-probabilities of the candidates; an absent one's 0 would be a certainty.
     ranks_BC = batch["ranks_BC"]
@@ -451,10 +459,12 @@ def kto_kl_estimate(apply: Apply, policy: Params, batch: Candidates) -> Candidat
     """Return `batch` without its last candidate, and with `kl_B` [B] float32, estimated from it.
 
     `batch`: as data.preferences.with_mismatched makes it, where a row's last candidate answers
-    another prompt, with `reference_BC` [B, C] added, the reference's log-probabilities in nats,
-    and no `room`. Arrays [B, C, ...] become [B, C - 1, ...]; `margin_B`, which KTO does not use,
-    is left out. `kl_B` holds `mismatched_kl` over the last candidates of all rows, the same in
-    each row. `apply` and `policy`: of a LanguageModel; its whole parameters, not adapters alone.
+    another prompt, `margin_B` included, with `reference_BC` [B, C] added, the reference's
+    log-probabilities in nats, and no `room`. Returns a new dict: arrays [B, C, ...],
+    `reference_BC` too, become [B, C - 1, ...]; `margin_B`, which KTO does not use, is left out.
+    `kl_B` holds `mismatched_kl` over the last candidates of all B rows, whatever their rank, but
+    for rows that only fill the batch up (without tokens); it is the same in each row. `apply` and
+    `policy`: of a LanguageModel; its whole parameters, not adapters alone.
     """
     # All arrays of the batch but the margin have a candidate axis.
     per_candidate = {name: x for name, x in batch.items() if name != "margin_B"}
@@ -478,11 +488,11 @@ def kto_objective(
 ) -> LossSum:
     """Sum `kto_unpaired` over judged responses: rank 1 is desirable, 2 is not, 0 is not judged.
 
-    `apply` and `params`: of a LanguageModel. `batch`: as `kto_kl_estimate` returns, with
-    `reference_BC` [B, C], nats, and `kl_B` [B]. The weight is the number of judged responses.
-    Metrics: `desirable` and `undesirable`, the mean log-ratio to the reference of such responses;
-    `kl`, the estimate, which may be below 0 (the loss then takes 0); with more than one candidate
-    a prompt, also those of `pair_metrics` on log-ratios.
+    `apply` and `params`: of a LanguageModel; its whole parameters. `batch`: as `kto_kl_estimate`
+    returns, with no other ranks, `reference_BC` [B, C], nats, and `kl_B` [B]. The weight is the
+    number of judged responses. Metrics: `desirable` and `undesirable`, the mean log-ratio to the
+    reference of such responses; `kl`, the estimate, which may be below 0 (the loss then takes 0);
+    with more than one candidate a prompt, also those of `pair_metrics` on log-ratios.
     """
     ranks_BC = batch["ranks_BC"]
     kl_B = batch["kl_B"]
@@ -524,10 +534,12 @@ def ranked_objective(
 ) -> LossSum:
     """Sum `loss` of whole rankings over the prompts that have a pair; the weight is their number.
 
-    `apply` and `params`: of a LanguageModel. `loss(logps_BC, ranks_BC, tokens_BC) -> [B]`, such as
-    `rrhf`: log-probabilities are sums over tokens, in nats. Metrics: `first`, the share of prompts
-    whose first best candidate is the likeliest, and those of `pair_metrics`, on log-probabilities.
-    `per_token` makes these metrics, not the loss, go by means over tokens.
+    `apply` and `params`: of a LanguageModel; its whole parameters.
+    `loss(logps_BC, ranks_BC, tokens_BC) -> [B]`, such as `rrhf`: log-probabilities are sums over
+    tokens, in nats; losses of prompts without a pair are masked. Metrics: `first`, the share of
+    the prompts with a pair whose first best candidate is the likeliest, or as likely, and those of
+    `pair_metrics`, on log-probabilities. `per_token` makes all these metrics, not the loss, go by
+    means over tokens.
     """
     ranks_BC = batch["ranks_BC"]
     tokens_BC = batch["loss_mask_BCT"].sum(-1)

@@ -30,10 +30,10 @@ def kl(logp_BTV: Array, logq_BTV: Array) -> Array:
 def forward_kl(student_BTV: Array, teacher_BTV: Array, mask_BT: Array) -> Array:
     """Return KL(teacher || student), [B, T] nats, 0 where `mask_BT` is 0, from the logits of both.
 
-    `mask_BT`: 1 at positions that count. Gradients reach both: the caller keeps the teacher's out.
-    The student learns to cover all that the teacher may say. Plus the teacher's entropy it is the
-    cross-entropy with soft targets of Hinton et al. 2015, section 2, whose gradient is their eq.
-    2; Agarwal et al. 2024, section 2.
+    Logits [B, T, V], of one V, must be finite. `mask_BT`: 1 at positions that count, else 0.
+    Gradients reach both: the caller keeps the teacher's out. The student learns to cover all that
+    the teacher may say. Plus the teacher's entropy it is the cross-entropy with soft targets of
+    Hinton et al. 2015, section 2, whose gradient is their eq. 2; Agarwal et al. 2024, section 2.
     """
     # The expectation is under the teacher: what it may say and the student would not costs.
     teacher_logp_BTV = jax.nn.log_softmax(teacher_BTV)
@@ -44,8 +44,9 @@ def forward_kl(student_BTV: Array, teacher_BTV: Array, mask_BT: Array) -> Array:
 def reverse_kl(student_BTV: Array, teacher_BTV: Array, mask_BT: Array) -> Array:
     """Return KL(student || teacher), [B, T] nats, 0 where `mask_BT` is 0, from the logits of both.
 
-    `mask_BT`: 1 at positions that count. The student seeks a mode of the teacher. Agarwal et al.
-    2024, section 2.
+    Logits [B, T, V], of one V, must be finite. `mask_BT`: 1 at positions that count, else 0.
+    Gradients reach both: the caller keeps the teacher's out. The student seeks a mode of the
+    teacher. Agarwal et al. 2024, section 2.
     """
     # The expectation is under the student: what the teacher alone would say costs nothing.
     student_logp_BTV = jax.nn.log_softmax(student_BTV)
@@ -57,8 +58,9 @@ def jsd(student_BTV: Array, teacher_BTV: Array, mask_BT: Array, *, beta: float) 
     """Return the generalised Jensen-Shannon divergence, [B, T] nats, from logits; 0 < `beta` < 1.
 
     beta KL(teacher || M) + (1 - beta) KL(student || M), M = beta teacher + (1 - beta) student
-    (Agarwal et al. 2024, eq. 1); 0 where `mask_BT` is 0. Divided by beta it tends to the forward
-    KL as beta tends to 0; divided by 1 - beta, to the reverse KL as beta tends to 1.
+    (Agarwal et al. 2024, eq. 1); 0 where `mask_BT` is 0. Gradients reach both. `beta` is not
+    checked. Divided by beta it tends to the forward KL as beta tends to 0; divided by 1 - beta, to
+    the reverse KL as beta tends to 1.
     """
     logp_BTV = jax.nn.log_softmax(teacher_BTV)
     logq_BTV = jax.nn.log_softmax(student_BTV)
@@ -84,17 +86,19 @@ def distill_objective(
 ) -> LossSum:
     """Sum alpha CE + (1 - alpha) tau^2 D(teacher, student) over tokens, in nats.
 
-    The weight is the number of tokens, those under the batch's `loss_mask_BT`. `params`:
-    {"student", "teacher"}, whole parameters of two LanguageModels, whose functions are `apply` and
-    `teacher_apply`. Gradients reach both: the caller keeps the teacher's out. CE: the student's
-    cross-entropy to the tokens of `batch`. D is `divergence`: `forward_kl`, `reverse_kl`, or `jsd`
-    with `beta` bound, on logits divided by `tau`; tau^2 makes up for its gradient, which falls as
-    1/tau^2 (Hinton et al. 2015, section 2).
+    The weight is the number of tokens, those under the batch's `loss_mask_BT`, each counted at the
+    position that predicts it. `params`: {"student", "teacher"}, whole parameters of two
+    LanguageModels, whose functions are `apply` and `teacher_apply`; both are always run. Gradients
+    reach both: the caller keeps the teacher's out. CE: the student's cross-entropy to the tokens
+    of `batch`, at temperature 1. D is `divergence`: `forward_kl`, `reverse_kl`, or `jsd` with
+    `beta` bound, on logits divided by `tau`; tau^2 makes up for its gradient, which falls as
+    1/tau^2 (Hinton et al. 2015, section 2). Auxiliary losses of the models are not added.
 
-    `labelled=False`, for the student's own samples, whose tokens are no targets, drops CE and
-    keeps the factors of D (Agarwal et al. 2024, section 3; here a token weighs the same in
-    responses of any length). Vocabularies may be padded to different sizes: D is over the ids that
-    both have. Metrics, nats a token: `nll`, which is CE, and `divergence`, D without its factors.
+    `labelled=False`, for the student's own samples, whose tokens are no targets, drops CE from the
+    loss, not from the metrics, and keeps the factors of D (Agarwal et al. 2024, section 3; here a
+    token weighs the same in responses of any length). Vocabularies may be padded to different
+    sizes: D is over the ids that both have, each model normalised over them. Metrics, nats a
+    token: `nll`, which is CE, and `divergence`, D without its factors.
     """
     # Logits of both; position t predicts token t + 1.
     student = apply(params["student"], *inputs(batch))

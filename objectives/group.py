@@ -100,8 +100,9 @@ PAPERS: dict[str, dict[str, Any]] = {
 def overlong_penalty(length_B: Array, longest: int, window: float) -> Array:
     """Return the penalty on long responses, [B] in [-1, 0] (Yu et al. 2025, DAPO, eq. 13).
 
-    It is 0 up to `longest - window` tokens, then falls linearly to -1 at `longest`; it is added to
-    the score. `length_B`: tokens of each response. `window`, in tokens, must be above 0.
+    It is 0 up to `longest - window` tokens, then falls linearly to -1 at `longest`, and is -1
+    beyond; it is added to the score. `length_B`: tokens of each response. `window`, in tokens,
+    must be above 0 (not checked).
     """
     # How far into the window the response reaches.
     beyond_B = length_B - (longest - window)
@@ -144,7 +145,7 @@ def normalised(rewards_QC: Array, *, unbiased: bool = False, eps: float = 1e-4) 
 
     Q prompts with C responses each: a row is a group. Shao et al. 2024, section 4.1.2. The
     variance is divided by C, with `unbiased` by C - 1. Equal rewards give exactly 0, as does C =
-    1; `eps` keeps rounding from passing for a difference.
+    1, with `unbiased` too; `eps` keeps rounding from passing for a difference.
     """
     # The mean and the deviation of each group.
     centred_QC = centred(rewards_QC)
@@ -173,9 +174,9 @@ def by_response(
     """Give each token the advantage of its response, [B, R]; 0 where `mask_BR` is 0.
 
     `rewards_BR`: rewards of tokens, 0 off the mask; their sum over a row is the response's reward.
-    Rows are responses, the `group` of them to one prompt next to each other; `group` must divide
-    B. `advantage`, such as `centred`, maps rewards [Q, C] to advantages [Q, C], Q prompts, C =
-    `group`. `mask_BR`: 1 for the response's tokens, else 0.
+    Rows are responses, the `group` of them to one prompt next to each other; `group` must divide B
+    (TypeError). `advantage`, such as `centred`, maps rewards [Q, C] to advantages [Q, C], Q
+    prompts, C = `group`. `mask_BR`: 1 for the response's tokens, else 0.
     """
     # Rows by group, and back.
     total_QC = rewards_BR.sum(1).reshape(-1, group)
@@ -188,11 +189,12 @@ def reinforce_pp(
 ) -> Array:
     """Return the rewards from t on, normalised over the batch's tokens, [B, R]; 0 off the mask.
 
-    Hu et al. 2025, REINFORCE++. `rewards_BR`: rewards of tokens, 0 off the mask. A `group` above
-    1 must divide B: each `group` neighbouring rows answer one prompt, and the mean of their sums
-    of rewards is subtracted at each of their tokens before it is normalised: the paper's variant
-    with a baseline, which also has the KL in the loss, by k2. The variance is divided by the
-    number of tokens n, with `unbiased` by n - 1.
+    Hu et al. 2025, REINFORCE++. `rewards_BR`: rewards of tokens, 0 off the mask; they are summed
+    without a discount, then normalised by objectives.policy.whiten. A `group` above 1 must divide
+    B (TypeError): each `group` neighbouring rows answer one prompt, and the mean of their sums of
+    rewards is subtracted at each of their tokens before it is normalised: the paper's variant with
+    a baseline (its KL, by k2, is the caller's to put into the loss). The variance is divided by
+    the number of tokens n, with `unbiased` by n - 1.
     """
     # Advantages without a critic and without discounts are the rewards still to come.
     zeros_BR = jnp.zeros_like(rewards_BR)
@@ -213,7 +215,8 @@ def log_ratio(change_BR: Array, mask_BR: Array, level: Ratio) -> Array:
     `change_BR`: log pi - log pi_old of each token, nats, 0 where `mask_BR` is 0, where the result
     is 0 too. `level`: "token", its own (GRPO); "sequence", the sum over its response (RLOO: the
     response is one action); "geometric", the mean over its response, s_i = (pi(y) / pi_old(y))^(1
-    / |y|) (Zheng et al. 2025, GSPO, eq. 7).
+    / |y|) (Zheng et al. 2025, GSPO, eq. 7). Sum and mean pass gradients to all of the response's
+    tokens. KeyError for another level.
     """
     # Of the whole response: 0 at padding, so sums over R are over its tokens.
     whole_B1 = change_BR.sum(1, keepdims=True)
@@ -229,9 +232,10 @@ def row_weights(mask_BR: Array, average: Average) -> tuple[Array, Array]:
     """Return the weight of each response's tokens, and its part of the denominator, [B] each.
 
     The batch's loss is the sum over tokens of weight times loss, divided by the sum of the parts.
-    Both are 0 for a response without tokens. `average`: "sequence", mean over a response's tokens,
-    then over responses (GRPO, eq. 3); "tokens", mean over all tokens (DAPO, eq. 8); "constant",
-    sum over a response's tokens / R, then mean over responses (Dr. GRPO).
+    Both are 0 for a response without tokens. By `average`, for a response of n tokens: "sequence",
+    1 / n and 1, mean over a response's tokens, then over responses (GRPO, eq. 3); "tokens", 1 and
+    n, mean over all tokens (DAPO, eq. 8); "constant", 1 / R and 1, sum over a response's tokens /
+    R, then mean over responses (Dr. GRPO). KeyError for another.
     """
     # Numerator and denominator of each average, as parts a response.
     length_B = mask_BR.sum(1)
@@ -258,13 +262,14 @@ def surrogate_objective(
 ) -> LossSum:
     """Sum the clipped surrogate over responses, plus `kl_coef` times each token's KL estimate.
 
-    Shao et al. 2024, eq. 3 and 4. `apply` and `params`: of a LanguageModel. `batch` also has
-    `old_logp_BR` and `reference_BR`, the tokens' log-probabilities in nats before the updates and
-    under the reference, and `advantages_BR`, [B, R] each; `is_first_B`: see `clipped_surrogate`.
-    `ratio`: see `log_ratio`. `average`: see `row_weights`, whose second result sums to the weight.
-    Ratios are clipped to [1 - `clip`, 1 + `clip_high`]. `temperature`: the sampler's, 0 counts as
-    1. `kl_coef` 0 leaves the KL out of the loss, not out of the metrics. Metrics: those of
-    `clipped_surrogate`, and kl, the mean estimate per token.
+    A loss, to be minimised. Shao et al. 2024, eq. 3 and 4. `apply` and `params`: of a
+    LanguageModel. `batch` also has `old_logp_BR` and `reference_BR`, the tokens' log-probabilities
+    in nats before the updates and under the reference, at `temperature`, and `advantages_BR`, [B,
+    R] each; perhaps `is_first_B`: see `clipped_surrogate`. `ratio`: see `log_ratio`. `average`:
+    see `row_weights`, whose second result sums to the weight. Ratios are clipped to [1 - `clip`, 1
+    + `clip_high`]. `temperature`: the sampler's, 0 counts as 1. `kl_coef` 0 leaves the KL out of
+    the loss, not out of the metrics. Metrics: those of `clipped_surrogate`, and kl, the mean
+    estimate per token.
     """
     # The surrogate of each token, by the method's importance ratio.
     mask_BR = batch["mask_BR"]

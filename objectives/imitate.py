@@ -78,7 +78,7 @@ def top_fraction(scores_B: Array, one_in: int) -> Array:
 
     RAFT's acceptance ratio. `scores_B`: -inf marks a row without a response, which is neither
     counted nor chosen. Of N responses exactly N / `one_in`, rounded up, are chosen; of equal
-    scores the first rows. `one_in`: 1 or above.
+    scores the first rows. `one_in`: an int, 1 or above.
     """
     # Both sorts are stable, so the first of equal rows ranks first.
     order_B = jnp.argsort(-scores_B)
@@ -98,10 +98,10 @@ def passing(scores_B: Array, threshold: float) -> Array:
 
 
 def first_of_equal(tokens_BT: Array, group: int) -> Array:
-    """Return [B] bool: False for a response whose row of tokens is an earlier one's of its group.
+    """Return [B] bool: False for a row whose tokens are those of an earlier row of its group.
 
-    `tokens_BT`: ids; rows are compared whole, prompt and padding too, within each `group` of
-    neighbouring rows. `group` must divide B. (RFT compares equations.)
+    `tokens_BT`: ids; rows are compared whole, prompt and padding too, with a response or without,
+    within each `group` of neighbouring rows. `group` must divide B. (RFT compares equations.)
     """
     tokens_QCT = tokens_BT.reshape(-1, group, tokens_BT.shape[1])
     equal_QCC = (tokens_QCT[:, :, None] == tokens_QCT[:, None]).all(-1)
@@ -115,8 +115,8 @@ def first_of_equal(tokens_BT: Array, group: int) -> Array:
 def empty_pool(rows: int, prompt: int, response: int, pad: int) -> Pool:
     """Return a pool of `rows` empty rows, each of `prompt` + `response` tokens.
 
-    All tokens are `pad`, the id of padding; segment ids, positions and loss masks are 0, scores
-    are -inf. The sizes are Python numbers.
+    All tokens are `pad`, the id of padding; segment ids, positions and loss masks, [B, T] all, are
+    0, scores [B] are -inf. The sizes are Python numbers.
     """
     zeros_BT = jnp.zeros((rows, prompt + response), jnp.int32)
     return {
@@ -132,9 +132,9 @@ def added(pool: Pool, batch: Mapping[str, Any], number: Array | int) -> Pool:
     """Return the pool with a round's rollout, `batch`, in place of its oldest rows.
 
     `batch`: a Rollout with `score_B` [B] float32, of the prompt's and response's lengths that
-    `empty_pool` was given; its `mask_BR` becomes the pool's loss mask. B must divide the pool's
-    rows. `number`: rounds before this one, 0 in the first; a Python number or an int scalar.
-    `pool` is not changed.
+    `empty_pool` was given; its `mask_BR`, behind zeros for the prompt, becomes the pool's
+    `loss_mask_BT`. B, the same in all rounds, must divide the pool's rows. `number`: rounds before
+    this one, 0 in the first; a Python number or an int scalar. `pool` is not changed.
     """
     # The rows of the oldest round, in a ring.
     rows = batch["score_B"].shape[0]
@@ -151,10 +151,10 @@ def added(pool: Pool, batch: Mapping[str, Any], number: Array | int) -> Pool:
 def drawn(pool: Pool, chosen_B: Array, key: Array, parts: int, rows: int) -> list[Pool]:
     """Return `parts` minibatches of `rows` rows: the chosen ones in a random order, over and over.
 
-    The order is drawn once, from the PRNG key `key`; where parts x rows exceeds the number of
-    chosen rows it is repeated from its beginning. `chosen_B`: bool, one a row of `pool`; where
-    none is True row 0 is repeated. Minibatches have the keys of `pool`. `parts` and `rows` are
-    static under jit.
+    The order is drawn once, from the PRNG key `key`; of it the first parts x rows are taken, and
+    where that exceeds the number of chosen rows it is repeated from its beginning. `chosen_B`:
+    bool, one a row of `pool`; where none is True row 0 is repeated, its loss mask as it is: do not
+    train on that. Minibatches have the keys of `pool`. `parts` and `rows` are static under jit.
     """
     # Chosen rows first, in random order.
     random_B = jax.random.uniform(key, chosen_B.shape)
@@ -180,10 +180,10 @@ def imitation_objective(
     """Sum -log p(y | x) + beta KL(p_0(. | x, y_<t) || p(. | x, y_<t)) over the loss mask, in nats.
 
     `params`: {"policy", "reference"}, whole parameters of two LanguageModels of one `apply`; no
-    gradient reaches the reference, p_0. `kl_coef` is beta; 0 leaves supervised fine-tuning, the
-    reference is not read then, and there are no metrics. `batch`: rows of a Pool, whose scores are
-    not read. The weight is the number of tokens under the loss mask. Metrics: nll and
-    reference_kl, per token.
+    gradient reaches the reference, p_0. `kl_coef` is beta, a Python number; 0 leaves supervised
+    fine-tuning: then "reference" is not read and may be absent, and there are no metrics. `batch`:
+    rows of a Pool, whose scores are not read, and perhaps a `room`. The weight is the number of
+    tokens under the loss mask. Metrics: nll and reference_kl, per token, the KL without beta.
     """
     mask_BT = batch["loss_mask_BT"]
     tokens = mask_BT.sum()

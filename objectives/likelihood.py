@@ -38,8 +38,8 @@ TOKENS = 1024
 def label_logprobs(logits_BTV: jax.Array, labels_BT: jax.Array) -> jax.Array:
     """Return log softmax(logits)[label], in nats, [B, T] float32.
 
-    `labels_BT`: ids of the tokens, int, at the position of the logits that predict them (not
-    shifted). Finite logits never give -inf.
+    `labels_BT`: ids of the tokens, int, below V, at the position of the logits that predict them
+    (not shifted). Finite logits never give -inf.
     """
     return _label_logprobs(logits_BTV.astype(jnp.float32), labels_BT)
 
@@ -88,8 +88,8 @@ def hidden_logprobs(
     """Return `label_logprobs` of logits / temperature, [B, T] float32 nats, from hidden states.
 
     `x_BTD` and `unembed_DV`: of a LanguageOutput, or a slice of its positions. `labels_BT`: the id
-    that each position predicts, int. `temperature` must be above 0. The logits are made in parts
-    (see LOGITS), and in the backward pass again.
+    that each position predicts, int. `temperature`: above 0, not checked. The logits are made in
+    parts (see LOGITS), and in the backward pass again.
     """
     batch, length, _ = x_BTD.shape
 
@@ -155,7 +155,8 @@ def _parts(tokens: int, vocab: int) -> int:
 def token_logprobs(logits_BTV: jax.Array, tokens_BT: jax.Array) -> jax.Array:
     """Return [B, T] float32: at t log p(token t | tokens before t), in nats; at 0 it is 0.
 
-    `logits_BTV`: of all positions of `tokens_BT`; those at t - 1 predict token t.
+    `logits_BTV`: of all positions of `tokens_BT`; those at t - 1 predict token t. In packed rows
+    an example's first token has what the example before it predicts: mask it.
     """
     # Shifted afterwards: a slice of the logits would copy them, and its gradient pad them again.
     logp_BT = label_logprobs(logits_BTV, following(tokens_BT))
@@ -163,7 +164,7 @@ def token_logprobs(logits_BTV: jax.Array, tokens_BT: jax.Array) -> jax.Array:
 
 
 def following(tokens_BT: jax.Array) -> jax.Array:
-    """Return each position's label, [B, T]: the next token's id; at T - 1 token 0's, not used."""
+    """Return each position's label, [B, T]: the next token's id; at T - 1 the row's first."""
     return jnp.roll(tokens_BT, -1, axis=1)
 
 
@@ -204,9 +205,9 @@ def response_mask(batch: Mapping[str, Any]) -> jax.Array:
 def likelihood_objective(apply: Apply, params: Params, batch: TokenBatch) -> LossSum:
     """Return the negative log-likelihood of the tokens under `loss_mask_BT`, summed, in nats.
 
-    `apply` and `params`: of a LanguageModel. The mask may hold weights other than 0 and 1; its sum
-    is the weight. Metrics: none, or, where the model has an auxiliary loss, `auxiliary_loss`, its
-    mean a token, which is also added to the loss.
+    `apply` and `params`: of a LanguageModel. The mask, at a token's own index, may hold weights
+    other than 0 and 1; its sum is the weight. Metrics: none, or, where the model has an auxiliary
+    loss, `auxiliary_loss`, its mean a token; times the weight it is added to the loss sum.
     """
     # The log-probability of each token, at the token's own index.
     mask_BT = batch["loss_mask_BT"]

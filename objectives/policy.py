@@ -51,7 +51,8 @@ names."""
 def masked(x: Array, mask: Array | float) -> Array:
     """Return `x` where `mask` is above 0, else 0: whatever else is there, infinite or nan.
 
-    `mask` broadcasts against `x`; it selects, it does not scale.
+    `mask`, numbers or bools, broadcasts against `x`; it selects, it does not scale. The gradient
+    to what is left out is 0.
     """
     return jnp.where(mask > 0, x, 0.0)
 
@@ -61,7 +62,7 @@ def kl_estimate(
 ) -> Array:
     """Estimate KL(policy || reference) at each token in nats, from tokens of the policy.
 
-    Schulman 2020. k1 = log ratio: unbiased. k2 = (log ratio)^2 / 2. k3 = exp(-k1) - 1 + k1:
+    Schulman 2020. k1 = logp - reference_logp: unbiased. k2 = k1^2 / 2. k3 = exp(-k1) - 1 + k1:
     unbiased and never negative. Log-probabilities of the tokens, nats; all arrays have the same
     shape. 0 where `mask` is 0. Raises ValueError for another estimator.
     """
@@ -80,10 +81,10 @@ def kl_estimate(
 def lowest(score_B: Array, passes_B: Array) -> Array:
     """Return the scores [B], one value below all of them in place of those that do not pass.
 
-    The value is the lowest of all scores less their standard deviation; where all are equal, less
-    1 or a thousandth of their size, whichever is more. So no scale of rewards pays for not
-    passing. Adding a constant to all or multiplying all changes no proportion between the results.
-    `passes_B`: bool.
+    The value is the lowest of all B scores less their standard deviation, by B; where all are
+    equal, less 1 or a thousandth of their size, whichever is more. So no scale of rewards pays for
+    not passing. Where they differ, adding a constant or multiplying by one above 0 changes no
+    proportion between the results. `passes_B`: bool.
     """
     # In units of the largest, so that no square overflows; zeros have any unit.
     size = jnp.abs(score_B).max()
@@ -98,7 +99,7 @@ def missing_eos(score_B: Array, ended_B: Array, rule: MissingEos, score: float =
 
     `ended_B`, bool: True for a response with its end-of-turn token; its score stays. Other scores:
     "lowest" puts below all in the batch (`lowest`), "replace" sets to `score`, "penalty" adds
-    `score` to, "none" leaves.
+    `score` to (below 0 it lowers them), "none" leaves. KeyError for another rule.
     """
     # Its score after each rule.
     without = {
@@ -120,11 +121,12 @@ def combined(
 ) -> Array:
     """Combine several scores of each response, [B] each, into one, [B].
 
-    `how`: "mean"; "weighted", the sum of scores times `weights`, one a score; "minimum"; "gated",
-    the first score where all others are at least `gate`, elsewhere `floor`, or with None a value
-    below all first scores (`lowest`). Raises ValueError for another. A reward a criterion: Glaese
-    et al. 2022 (a preference beside rules); Touvron et al. 2023, section 3.2.3 (Llama 2:
-    helpfulness counts where safety reaches a threshold).
+    `how`: "mean"; "weighted", the sum of scores times `weights`, which must be as many (not
+    checked) and are not normalised; "minimum"; "gated", the first score where all others are at
+    least `gate`, elsewhere `floor`, or with None a value below all first scores (`lowest`). Raises
+    ValueError for another. A reward a criterion: Glaese et al. 2022 (a preference beside rules);
+    Touvron et al. 2023, section 3.2.3 (Llama 2: helpfulness counts where safety reaches a
+    threshold).
     """
     # C here: criteria.
     scores_BC = jnp.stack(list(scores), axis=1)
@@ -167,8 +169,8 @@ def score_position(mask_BR: Array, at: ScoreAt) -> tuple[Array, Array]:
 
     The value mask, float32, is 1 for states that have a value. "last": the score is added at the
     last action, -1 for a response without any, and the value mask is `mask_BR`. "after": one
-    position later (0 without any), whose state then has a value too; at the last action if no
-    position is left. Raises ValueError for another `at`.
+    position later, 0 for a response without any, and the state there has a value too; at the last
+    action if no position is left. Raises ValueError for another `at`.
     """
     # Not its length less one: a mask may have holes.
     place_R = jnp.arange(mask_BR.shape[1])
@@ -222,7 +224,7 @@ def adapt_kl(beta: Array, kl: Array, target: float, horizon: float, episodes: in
 
 
 def masked_mean(x: Array, mask: Array) -> Array:
-    """Return the mean of `x` where `mask` is 1, over all axes: a scalar; 0 where it is nowhere."""
+    """Return the mean of `x` where `mask`, 0 or 1, of its shape, is 1: a scalar; 0 if nowhere."""
     # At least 1: an empty mask has mean 0, not nan.
     count = jnp.maximum(mask.sum(), 1.0)
     return masked(x, mask).sum() / count
@@ -233,7 +235,7 @@ def whiten(x: Array, mask: Array, *, shift_mean: bool = True, unbiased: bool = F
 
     Mean and variance are over all axes where `mask` is 1. Without `shift_mean` the mean is added
     back: the result has the mean of `x` and deviation 1. `unbiased` divides the variance by n - 1,
-    not by n.
+    at least 1, not by n.
     """
     # Mean and variance of what is under the mask.
     mean = masked_mean(x, mask)
@@ -284,8 +286,8 @@ def gae(
 def explained_variance(values_BR: Array, returns_BR: Array, mask_BR: Array) -> Array:
     """Return 1 - var(returns - values) / var(returns) over the masked states, a scalar.
 
-    1: the critic knows every return; 0: as good as their mean; below 0: worse. `mask_BR`: 1 for
-    states that count. A variance of returns below 1e-8 counts as 1e-8.
+    1: values are the returns, up to a constant; 0: as good as the returns' mean; below 0: worse.
+    `mask_BR`: 1 for states that count. A variance of returns below 1e-8 counts as 1e-8.
     """
 
     def variance(x_BR: Array) -> Array:
@@ -301,11 +303,11 @@ def explained_variance(values_BR: Array, returns_BR: Array, mask_BR: Array) -> A
 def clipped_policy_loss(
     log_ratio: Array, advantage: Array, clip: float, clip_high: float
 ) -> Array:
-    """Return max(-A ratio, -A clip(ratio, 1 - clip, 1 + clip_high)), elementwise.
+    """Return max(-A ratio, -A clip(ratio, 1 - clip, 1 + clip_high)), elementwise: a loss.
 
     Schulman et al. 2017, eq. 7, where `clip_high` is `clip` (apart: Yu et al. 2025, eq. 10).
-    `log_ratio`: log pi - log pi_old, of the shape of `advantage`, A. Infinite clips leave
-    REINFORCE's weighted loss.
+    `log_ratio`: log pi - log pi_old, nats, of the shape of `advantage`, A; ratio is its exp.
+    Infinite clips leave REINFORCE's weighted loss.
     """
     ratio = jnp.exp(log_ratio)
     clipped = jnp.clip(ratio, 1 - clip, 1 + clip_high)
@@ -328,7 +330,10 @@ def clipped_value_loss(value: Array, old_value: Array, returns: Array, clip: flo
 
 
 def entropy(logits_BTV: Array) -> Array:
-    """Return -sum_v p_v log p_v of each next token's distribution, [B, T] in nats."""
+    """Return -sum_v p_v log p_v, p = softmax(logits), of each next token, [B, T] in nats.
+
+    Logits must be finite: -inf gives nan.
+    """
     # One term a token of the vocabulary.
     logp_BTV = jax.nn.log_softmax(logits_BTV)
     terms_BTV = jnp.exp(logp_BTV) * logp_BTV
@@ -341,7 +346,7 @@ def entropy(logits_BTV: Array) -> Array:
 def response_states(batch: Responses, x_BT: Array) -> Array:
     """Select the positions from the prompt's last on, [B, R + 1, ...], of [B, T, ...].
 
-    `x_BT`: a model's output, one entry a token of `batch`, of which shapes alone are read. Index t
+    `x_BT`: a model's output, one entry a token of `batch`, whose shapes alone are read. Index t
     predicts response token t, from the state in which it was emitted; index R predicts nothing.
     """
     # P = T - R; position P - 1 is the prompt's last.
@@ -419,10 +424,10 @@ def clipped_surrogate(
 
     `logp_BR`: the policy's, nats. `batch`: `mask_BR`, `old_logp_BR` and `advantages_BR`, [B, R],
     and perhaps `is_first_B`, bool, True for rows of the first minibatch trained on since they were
-    sampled: their ratio is 1, however `old_logp_BR` is rounded. `log_ratio(change_BR, mask_BR)`
-    makes the importance ratio's log [B, R] from the tokens' log-ratios, 0 at padding. Metrics,
-    (sum, tokens) each: approx_kl, half the mean square log-ratio to `old_logp_BR`; nll_per_token,
-    minus the mean log-probability; those of `clip_metrics`.
+    sampled: their ratio is 1, its gradient as ever. `log_ratio(change_BR, mask_BR)` makes the
+    importance ratio's log [B, R] from the tokens' log-ratios, 0 at padding. Metrics, (sum, tokens)
+    each: approx_kl, half the mean square log-ratio to `old_logp_BR`, in those rows too;
+    nll_per_token, minus the mean log-probability; those of `clip_metrics`.
     """
     # Log-ratios of the tokens: padding gets 0, so that nothing there can overflow.
     mask_BR = batch["mask_BR"]
@@ -476,10 +481,10 @@ def policy_objective(
     """Sum PPO's clipped surrogate less `entropy_coef` times the entropy over response tokens.
 
     Schulman et al. 2017, eq. 9. `apply`: of a LanguageModel. `batch` also has `old_logp_BR` and
-    `advantages_BR`, [B, R]; with a "text" in it (`with_text`) the text's negative log-likelihood
-    is added: PPO-ptx (Ouyang et al. 2022, eq. 2). `clip`: on both sides. `temperature`: the
-    sampler's, 0 counts as 1. The weight is the number of response tokens. Metrics: those of
-    `clipped_surrogate`; entropy with an `entropy_coef`, text_nll with a text.
+    `advantages_BR`, [B, R], perhaps `is_first_B` (`clipped_surrogate`) and "text", of `with_text`,
+    whose negative log-likelihood is added: PPO-ptx (Ouyang et al. 2022, eq. 2). `clip`: on both
+    sides. `temperature`: the sampler's; 0 counts as 1. The weight is the count of response tokens.
+    Metrics: `clipped_surrogate`'s; with a coefficient entropy, with a text text_nll.
     """
     # The entropy needs whole distributions; without it the logits are never held at once.
     mask_BR = batch["mask_BR"]
@@ -507,10 +512,11 @@ def policy_objective(
 def with_text(batch: Responses, text: TokenBatch, coefficient: float) -> dict[str, Any]:
     """Return `batch` with packed pre-training rows beside it, as "text"; neither is changed.
 
-    `text`: of data.batches.text_batches, on the mesh, with a loss mask that is not all 0. Its mean
-    loss per token counts `coefficient` times the policy's: its loss mask is multiplied by
+    `text`: of data.batches.text_batches, on the mesh, with a `loss_mask_BT` that is not all 0. Its
+    mean loss per token counts `coefficient` times the policy's: that mask is multiplied by
     coefficient x (tokens under `mask_BR`) / (tokens under it), counted over the whole batch, so
-    that the objective stays a sum over micro-batches.
+    that the objective stays a sum over micro-batches, whose number must divide the text's rows
+    too.
     """
     # The text's weight in the sum that the loss is; its mask carries it.
     response_mask_BR = batch["mask_BR"]

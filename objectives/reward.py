@@ -83,7 +83,8 @@ def pair_means(loss_BCC: Array, pairs_BCC: Array) -> tuple[Array, Array]:
     """Return the mean of `loss_BCC` over each prompt's pairs, [B], and 1.0 where it has one, [B].
 
     Without a pair both are 0. `loss_BCC`: at [b, i, j] the loss of candidate i as the better, j as
-    the worse. `pairs_BCC`: 1 for a pair, else 0, as `better_pairs` returns.
+    the worse, finite off the pairs too. `pairs_BCC`: 1 for a pair, else 0, as `better_pairs`
+    returns.
     """
     # Ouyang et al. 2022, eq. 1: all pairs of a prompt weigh as much as one
     count_B = pairs_BCC.sum((1, 2))
@@ -93,7 +94,7 @@ def pair_means(loss_BCC: Array, pairs_BCC: Array) -> tuple[Array, Array]:
 
 
 def pair_metrics(score_BC: Array, pairs_BCC: Array) -> Metrics:
-    """Return four (sum, weight) metrics over all pairs of `pairs_BCC`; the weight is their number.
+    """Return four (sum, weight) metrics by name over all pairs; the weight is their number.
 
     accuracy: share of pairs whose better candidate has the higher score, equal scores count half.
     margin: the better's score less the worse's. chosen, rejected: the better's score and the
@@ -125,9 +126,8 @@ def ranking_loss(
     """Return each prompt's mean loss over its pairs, [B] in nats, and 1.0 where it has one, [B].
 
     Without a pair both are 0. The loss of a pair is `bradley_terry` with the prompt's margin,
-    `margin_B`, plus `center_rewards_coef` times `center_rewards`. Two candidates: the plain
-    Bradley-Terry loss. `ranks_BC`: int, 1 is best, equal ranks form no pair, 0 marks an absent
-    candidate.
+    `margin_B` (zeros for none), plus `center_rewards_coef` times `center_rewards`. `ranks_BC`:
+    int, 1 is best, equal ranks form no pair, 0 marks an absent candidate.
     """
     # Every candidate against every other; `better_pairs` picks those that form a pair.
     better = rewards_BC[:, :, None]
@@ -140,8 +140,8 @@ def ranking_loss(
 def flat_candidates(batch: Candidates) -> dict[str, Any]:
     """Return the candidates of a batch as rows of a TokenBatch, [B * C, T], for `run_model`.
 
-    It has `tokens_BT`, `segment_ids_BT` and `positions_BT`, and `batch`'s `room` if it has one.
-    Candidate c of prompt b is row b * C + c.
+    It has `tokens_BT`, `segment_ids_BT` and `positions_BT`, and, as it is, `batch`'s `room`
+    (objectives.unpadded.Room) if it has one. Candidate c of prompt b is row b * C + c.
     """
     length = batch["tokens_BCT"].shape[-1]
     rows: dict[str, Any] = {}
@@ -163,12 +163,13 @@ def ranking_objective(
     """Sum `ranking_loss` over prompts; with `lm_coef`, add that times the best response's NLL.
 
     `apply` and `params`: of a ScalarModel; a candidate's reward is the scalar at its last token.
-    `center_rewards_coef` times (r_better + r_worse)^2 is added to a pair's loss, to hold rewards
-    near 0. The NLL, in nats per response token, of the first best candidate of each prompt that
-    has a pair, comes from the same pass and keeps the reward model fluent in what it judges
-    (Askell et al. 2021). The weight is the number of prompts with a pair; others add nothing.
-    Metrics: those of `pair_metrics` on rewards, and with `lm_coef` `nll`, its mean over those
-    prompts.
+    Margins are the batch's `margin_B`. `center_rewards_coef` times (r_better + r_worse)^2 is added
+    to a pair's loss, to hold rewards near 0. The NLL is of the first best candidate of each prompt
+    that has a pair, its mean over the tokens under `loss_mask_BCT`, in nats; unembedded by the
+    embedding's transpose from the same pass, it keeps the reward model fluent in what it judges
+    (Askell et al. 2021). `lm_coef` is a Python number. The weight is the number of prompts with a
+    pair; others add nothing. Metrics: those of `pair_metrics` on rewards, and with `lm_coef`
+    `nll`, its mean over those prompts.
     """
     # The reward of a candidate is the scalar at its last token.
     ranks_BC = batch["ranks_BC"]
@@ -245,12 +246,13 @@ def step_ends(
 ) -> Array:
     """Return [B, T] bool: True at the last token of each step, among the tokens under `mask_BT`.
 
-    `tokens_BT`: ids. `mask_BT`: above 0 for the response's tokens, whose others are passed over;
-    elsewhere the result is False. `newlines`: ids of tokens that end a line. `eos`: id or ids that
-    end a turn, perhaps none. A step is a line with a token, if only of spaces: it ends at the
-    first newline after it, or, the last line, at the row's last token. Further newlines are no
-    steps, nor is an `eos` straight after a newline; one alone is a step. data.steps.lines_of has
-    the same rule for texts, but takes lines of spaces, and an empty text, for no steps.
+    `tokens_BT`: ids. `mask_BT`: above 0 for the response's tokens; all others, also those that
+    stand between these, are passed over, and False in the result. `newlines`: ids of tokens that
+    end a line. `eos`: id or ids that end a turn, perhaps none. A step is a line with a token, if
+    only of spaces: it ends at the first newline after it, or, the last line, at the row's last
+    token, its `eos` included. Further newlines are no steps, nor is an `eos` straight after a
+    newline; an `eos` that is the whole response is a step. data.steps.lines_of has the same rule
+    for texts, but takes lines of spaces, and an empty text, for no steps.
     """
     is_real_BT = mask_BT > 0
     is_newline_BT = is_real_BT & jnp.isin(tokens_BT, jnp.asarray(newlines))
@@ -276,10 +278,11 @@ def _at_last_before(x_BT: Array, is_real_BT: Array) -> Array:
 def running_score(logits_BT: Array, ends_BT: Array, how: StepScore) -> Array:
     """Return the log of the score of the steps that have ended by t, [B, T]; -inf before any has.
 
-    `logits_BT`: log-odds that a step is right, read where `ends_BT`, bool, marks a step's last
-    token (`step_ends`). `how`: "product", the probability that all steps are right (Lightman et
-    al. 2023, section 2.6); "minimum", the least of the steps' probabilities (their appendix F);
-    "last", the latest step's probability, for models of outcomes. Raises ValueError for another.
+    A step that ends at t counts. `logits_BT`: log-odds that a step is right, read where `ends_BT`,
+    bool, marks a step's last token (`step_ends`). `how`: "product", the probability that all steps
+    are right (Lightman et al. 2023, section 2.6); "minimum", the least of the steps' probabilities
+    (their appendix F); "last", the latest step's probability, for models of outcomes. Raises
+    ValueError for another.
     """
     # A step's log-probability stands at its end; 0, a factor of 1, everywhere else.
     logp_BT = jnp.where(ends_BT, jax.nn.log_sigmoid(logits_BT), 0.0)
@@ -303,8 +306,9 @@ def step_rewards(logits_BT: Array, ends_BT: Array, how: StepScore) -> Array:
 
     `logits_BT`: log-odds that a step is right, read where `ends_BT`, bool, marks a step's last
     token. `how`: "product", "minimum" or "last" of the steps' probabilities is the score
-    (`running_score`), in [0, 1]; before the first step it is 0. A row's changes sum to its final
-    score, which re-ranking goes by, so a response gains nothing from having more steps.
+    (`running_score`, whose ValueError it raises for another), in [0, 1]; before the first step it
+    is 0. A row's changes sum to its final score, which re-ranking goes by, so a response gains
+    nothing from having more steps.
     """
     # Of the score itself, not its log: 0 before the first step has ended.
     log_score_BT = running_score(logits_BT, ends_BT, how)

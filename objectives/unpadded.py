@@ -85,9 +85,10 @@ class Places(NamedTuple):
 def first_fit(length_B: Array, longest: int, rows: int) -> Places:
     """Put rows of `length_B` tokens, the longest first, each into the first packed row with room.
 
-    There are `rows` packed rows of `longest` tokens, the most that a row has. As many as there are
-    rows to pack are always enough; with fewer, down to those that are used then, the places are
-    the same.
+    There are `rows` packed rows of `longest` tokens, two static ints; no length is above
+    `longest`. As many packed rows as rows to pack are always enough; with fewer, down to those
+    that are used then, the places are the same. With still fewer, rows without room are False in
+    `fits_B`, and what else the result says of these means nothing. Equal lengths keep their order.
     """
 
     # The longest first, which leaves the least room unused.
@@ -133,8 +134,8 @@ class Slots(NamedTuple):
 def assign_slots(segment_ids_BT: Array, rows: int) -> Slots:
     """Give each real token of a group a slot in `rows` packed rows of T.
 
-    `segment_ids_BT`: int, 0 for padding; a row's real tokens lie next to one another. `rows` is
-    static. A row that finds no room (`fits_B`) gets no slots.
+    `segment_ids_BT`: int, 0 for padding; a row's real tokens lie next to one another, as one
+    example. `rows` is static. A row that finds no room gets no slots, and False in `fits_B`.
     """
     # A row's real tokens lie next to one another, in their order.
     count, length = segment_ids_BT.shape
@@ -182,9 +183,9 @@ class Layout(NamedTuple):
 def layout_of(batch: TokenBatch) -> Layout:
     """Lay out the rows of `batch` as its `room`, a Room, says: packed or shared.
 
-    `batch`: rows of one example each, padded on either side; it must have a `room` (`with_room`).
-    Each device of the current mesh lays out its own rows. Rows for which the room is too small
-    are False in `fits_B` of the result; nothing is raised.
+    `batch`: rows of one example each, padded on the left, on the right or on both; it must have a
+    `room` (`with_room`; KeyError). Each device of the current mesh lays out its own rows. Rows for
+    which the room is too small are False in `fits_B` of the result; nothing is raised.
     """
     # Each device has slots for its own rows.
     groups = batch_devices(len(batch["tokens_BT"]))
@@ -212,10 +213,10 @@ def layout_of(batch: TokenBatch) -> Layout:
 def run_model(apply: Apply, params: Params, batch: TokenBatch) -> Any:
     """Return apply(params, ...) of the rows of `batch`, [B, T] each, as if they were run as rows.
 
-    Rows hold one example each, with padding on either side. Where `batch` has a `room`
-    (`find_room`) its real tokens alone are run, packed or shared; then `x_BTD` and `scalars_BT`
-    are 0 at padding. Where the room, found for other rows, is too small, rows without a place are
-    NaN. The output's other fields are as apply returns them.
+    Where `batch` has no `room` (`find_room`) they are. Else each row holds one example, padded on
+    either side or both, and real tokens alone are run, packed or shared; then `x_BTD` and
+    `scalars_BT` are 0 at padding. Where the room, found for other rows, is too small, rows without
+    a place are NaN throughout. The output's other fields are as apply returns them.
     """
     if "room" not in batch:
         return apply(params, *inputs(batch))
@@ -246,13 +247,17 @@ def run_model(apply: Apply, params: Params, batch: TokenBatch) -> Any:
 
 
 def can_pack() -> bool:
-    """True unless the mesh splits a row's tokens, or hands rows from stage to stage."""
+    """Return True unless the current mesh, if any, splits a row's tokens or has stages."""
     mesh = get_abstract_mesh()
     return mesh.empty or along(mesh, "sequence", "stage") == 1
 
 
 def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Return tokens, segment ids and positions of a batch by name: [B, T], or [B, C, T]."""
+    """Return tokens, segment ids and positions of a batch by name: [B, T], or [B, C, T].
+
+    In that order, `tokens_BT`, `segment_ids_BT`, `positions_BT`, or with candidates `tokens_BCT`
+    and so on; the batch must have them.
+    """
     axes = "BCT" if "tokens_BCT" in batch else "BT"
     names = [f"{name}_{axes}" for name in ("tokens", "segment_ids", "positions")]
     return {name: batch[name] for name in names}
@@ -263,10 +268,10 @@ def rows_needed(arrays: tuple[Array, ...], microbatches: int) -> Array:
     """Return the most rows of T slots that a group of this batch needs, [2] int32: packed, shared.
 
     Packed, real tokens of whole rows lie side by side; shared, what rows begin with in common is
-    held once. A group: the rows of one micro-batch that one device of the current mesh holds, or
-    all of the micro-batch without a mesh, or where data x fsdp does not divide its rows. `arrays`:
-    the values of `model_inputs`, in its order, [B, T], or [B, C, T], which are B C rows.
-    `microbatches`, static, must divide B, with candidates too.
+    held once. A group: the rows of one micro-batch (sharding.in_microbatches) that one device of
+    the current mesh holds, or all of the micro-batch without a mesh, or where data x fsdp does not
+    divide its rows. `arrays`: the values of `model_inputs`, in its order, [B, T], or [B, C, T],
+    which are B C rows. `microbatches`, static, must divide B, with candidates too.
     """
     *rows, length = arrays[0].shape
     groups = microbatches * batch_devices(math.prod(rows) // microbatches)
@@ -292,7 +297,10 @@ class Measured(NamedTuple):
 
 
 def measure(*batches: Mapping[str, Any], microbatches: int = 1) -> Measured:
-    """Count the rows that each of these batches needs; see `find_room`. Does not wait."""
+    """Count the rows that each of these batches needs, for `room_of`. Does not wait.
+
+    Arguments are those of `find_room`; all processes must call it.
+    """
     of_batches = [tuple(model_inputs(batch).values()) for batch in batches]
     *shape, _ = of_batches[0][0].shape
     rows = math.prod(shape) // microbatches
@@ -306,7 +314,9 @@ def measure(*batches: Mapping[str, Any], microbatches: int = 1) -> Measured:
 def room_of(measured: Measured, sizes: int) -> Room | None:
     """Return the least room that holds `measured`, or None where it would save nothing.
 
-    `sizes`: rooms between one and its half.
+    Shares of rooms are 2^(-k / `sizes`), k = 1, 2, ...; packed or shared, whichever takes less.
+    None too where `measured` says that no layout can be used. Waits for the device; the same on
+    every process.
     """
     if measured.needed is None:
         return None
@@ -324,18 +334,19 @@ def room_of(measured: Measured, sizes: int) -> Room | None:
 def find_room(
     *batches: Mapping[str, Any], microbatches: int = 1, sizes: int = OF_ROLLOUTS
 ) -> Room | None:
-    """Return the room that each of these batches fits in; None where a layout would save nothing.
+    """Return the one room that all these batches fit in; None where a layout would save nothing.
 
     `batches`: each has rows [B, T] or candidates [B, C, T], all of one shape, as `model_inputs`
-    reads them. They are later cut into `microbatches` and over the current mesh. `sizes`: rooms
-    between one and its half, from which the least that fits is taken. Waits for the device. None
-    too where the mesh splits a row's tokens, or has stages.
+    reads them, on the current mesh. They are later cut into `microbatches`, which must divide B,
+    with candidates too. A row or candidate holds one example (not checked). `sizes`: rooms between
+    one and its half, from which the least that fits is taken. Waits for the device; all processes
+    must call it. None too where the mesh splits a row's tokens, or has stages.
     """
     return room_of(measure(*batches, microbatches=microbatches), sizes)
 
 
 def with_room(batch: Rows, room: Room | None) -> Rows:
-    """Return `batch` with `room` in place of one that it has; None takes it out."""
+    """Return a copy of `batch` with `room` in place of one that it has; None takes it out."""
     fields: dict[str, Any] = {name: x for name, x in batch.items() if name != "room"}
     if room is not None:
         fields["room"] = room
@@ -345,10 +356,10 @@ def with_room(batch: Rows, room: Room | None) -> Rows:
 def unpadded(batch: Rows, microbatches: int = 1, sizes: int = OF_DATA) -> Rows:
     """Return `batch` with the `room` that its real tokens need, or with none if it saves nothing.
 
-    `batch`: rows [B, T] or candidates [B, C, T], on the current mesh, later cut into
-    `microbatches`, which must divide B, with candidates too; a `room` that it has is replaced or
-    taken out. `sizes`: rooms to choose from between one and its half (`find_room`). Waits for the
-    device; all processes must call it.
+    `batch`: rows [B, T] or candidates [B, C, T], on the current mesh, of one example each (not
+    checked), later cut into `microbatches`, which must divide B, with candidates too. A copy is
+    returned, in which a `room` that it has is replaced or taken out. `sizes`: rooms to choose from
+    between one and its half (`find_room`). Waits for the device; all processes must call it.
     """
     return with_room(batch, find_room(batch, microbatches=microbatches, sizes=sizes))
 
@@ -362,9 +373,12 @@ def measured_ahead(
 ) -> Iterator[tuple[HostBatch, Room | None]]:
     """Yield the next `steps` batches of data, each with the room that it needs on the mesh.
 
-    A batch is measured before the step before it is run, so to ask for its room waits for no
+    `mesh`: the current one. What is yielded is as `next(batches)` gives it, not on the mesh yet
+    and without a `room` in it; no batch is read beyond `steps`. A batch is measured one step
+    ahead, before the one that precedes it is trained on, so to ask for its room waits for no
     update that has just been dispatched. The data's position is that of what has been yielded.
-    trained_on(a host's batch) -> the `model_inputs` of those of its rows that are trained on.
+    trained_on(a host's batch) -> the `model_inputs` of those of its rows that are trained on,
+    which `microbatches` cut. All processes must call it.
     """
 
     def measure_next() -> Measured:
