@@ -64,10 +64,12 @@ def generate_in_slots(
 
     The other arguments and the result, Samples [A, max_new_tokens], are as in `generate`, whose
     tokens these are but for rounding; call it under jit. Faster than `generate` where responses
-    are of unequal length. `slots`: a Python int, at least 1. Takes a cache of `slots` rows of P +
-    max_new_tokens, and until the end that of all prompts, [A / n, P], which are prefilled
+    are of unequal length. `slots`: a Python int; ValueError below 1. Takes a cache of `slots` rows
+    of P + max_new_tokens, and until the end that of all prompts, [A / n, P], which are prefilled
     together. With as many slots as responses, or more, it is `generate`.
     """
+    if slots < 1:
+        raise ValueError(f"slots={slots}: must be at least 1")
     # Nothing to refill with: all start at once.
     total = prompts["tokens_BT"].shape[0] * n
     if slots >= total:

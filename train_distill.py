@@ -37,7 +37,7 @@ from runtime.errors import require
 from runtime.hosts import HostsConfig
 from sampling import SamplingConfig
 from sharding import MeshConfig, abstract, check_batch, data_shard, make_mesh, to_mesh
-from train_state import as_items, load_params, pin_inputs
+from train_state import as_items, has_scalar_head, load_params, pin_inputs
 from train_step import (
     COUNTS,
     Batch,
@@ -146,6 +146,10 @@ def load_teacher(config: Config) -> tuple[ModelConfig, Tokenizer]:
     must have the teacher's tokenizer. UserError also for a run that is missing.
     """
     teacher_model = stored_model(config.teacher)
+    require(
+        not has_scalar_head(config.teacher),
+        f"--teacher={config.teacher}: a reward model, which predicts no tokens; name a policy",
+    )
     tokenizer = Tokenizer.load(config.teacher)
     # A distribution over tokens is another's only where the tokens are the same.
     if config.init is not None:

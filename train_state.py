@@ -190,10 +190,11 @@ def starting_critic(
         run, params = next(iter(models.items()))
         _, apply = init_and_apply(ScalarModel(stored_model(run)))
         return params, apply
-    # A head of zeros: the first values are 0.
+    # A head of zeros, and no shift from a reward model's: the first values are 0.
     init, apply = init_and_apply(ScalarModel(config.model))
     params = starting_params(init, config.model, config.init, mesh, config.seed)
-    return {**params, "head": jnp.zeros_like(params["head"])}, apply
+    zeros = {name: jnp.zeros_like(params[name]) for name in ("head", "bias")}
+    return {**params, **zeros}, apply
 
 
 # --- the state of a run

@@ -512,7 +512,7 @@ def kto_objective(
     # Implicit rewards, over beta.
     score_BC = logp_BC - batch["reference_BC"]
     metrics = {}
-    for name, side_BC in (("desirable", ranks_BC == 1), ("undesirable", ranks_BC == 2)):
+    for name, side_BC in (("desirable", ranks_BC == 1), ("undesirable", ranks_BC > 1)):
         metrics[name] = ((score_BC * side_BC).sum(), side_BC.sum().astype(jnp.float32))
     there_B = batch["segment_ids_BCT"].any((1, 2)).astype(jnp.float32)
     metrics["kl"] = ((kl_B * there_B).sum(), there_B.sum())

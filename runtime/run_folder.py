@@ -288,7 +288,9 @@ def load_model_config(run: str, model_class: type[ModelT]) -> ModelT:
     config = load_config(run)
     refuse_other_model_code(run, config)
     # Compare the names before the dataclass is made: it would raise a TypeError.
-    stored = config.get("model", {})
+    stored = config.get("model")
+    if not isinstance(stored, dict):
+        raise UserError(f"{run}/config.json: has no model; restore the file or start another run")
     known = set()
     required = set()
     for field in dataclasses.fields(model_class):  # type: ignore[arg-type]

@@ -373,7 +373,8 @@ def test_certain_and_absent_candidates_leave_the_gradient_finite():
 
 def test_kto_objective_judges_by_rank():
     table, reference = normal(7, 7), normal(7, 7, seed=1)
-    batch = candidates([[1, 2], [2, 0], [1, 0], [0, 0]])
+    # Every rank but the first is undesirable, 0 is not judged.
+    batch = candidates([[1, 3], [2, 0], [1, 0], [0, 0]])
     sums, theirs = sums_in_loops(table, batch)[0], sums_in_loops(reference, batch)[0]
     batch |= {"reference_BC": theirs.astype(np.float32), "kl_B": np.full(4, 0.3, np.float32)}
     loss, (weight, metrics) = jax.jit(partial(direct.kto_objective, bigram, beta=0.3))(
@@ -387,6 +388,9 @@ def test_kto_objective_judges_by_rank():
     assert float(loss) == pytest.approx(4 - sum(values), rel=2e-6) and float(weight) == 4
     assert [float(x) for x in metrics["desirable"]] == pytest.approx(
         [r[0, 0] + r[2, 0], 2], rel=1e-4
+    )
+    assert [float(x) for x in metrics["undesirable"]] == pytest.approx(
+        [r[0, 1] + r[1, 0], 2], rel=1e-4
     )
     assert [float(x) for x in metrics["accuracy"]] == [r[0, 0] > r[0, 1], 1]
 

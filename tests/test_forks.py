@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from running import run
 
@@ -20,7 +21,8 @@ from model_config import PRESETS, ModelConfig, stored_model
 from runtime.checkpoint import Checkpoints
 from runtime.errors import UserError, command_name
 from runtime.run_folder import describe_run, load_model_config
-from train_state import has_scalar_head, load_params
+from sharding import MeshConfig, make_mesh
+from train_state import has_scalar_head, load_params, starting_critic
 
 ROOT = pathlib.Path(__file__).parents[1]
 TINY = ["--model.preset=tiny", "--length=32", "--batch_size=8", "--steps=1", "--eval_every=0"]
@@ -63,6 +65,18 @@ def test_a_reward_model_is_told_by_its_head_whatever_script_made_it(tmp_path):
         has_scalar_head(str(tmp_path / "empty"))
 
 
+def test_a_critic_from_a_reward_model_s_decoder_starts_at_0(tmp_path):
+    init, _ = init_and_apply(ScalarModel(PRESETS["tiny"]))
+    params = init(jax.random.key(0)) | {"bias": jnp.float32(3.0)}
+    folder = save(tmp_path / "judge", "train_rm", params)
+    config = SimpleNamespace(model=PRESETS["tiny"], init=folder, seed=0)
+    critic, apply = starting_critic(config, {}, make_mesh(MeshConfig()))
+    rows = jnp.ones((1, 4), jnp.int32)
+    np.testing.assert_array_equal(apply(critic, rows, rows, rows).scalars_BT, 0.0)
+    # Control: its decoder is the reward model's.
+    np.testing.assert_array_equal(critic["decoder"]["embed"], params["decoder"]["embed"])
+
+
 def test_fields_that_this_code_does_not_know_end_in_a_line_with_the_remedy(tmp_path):
     folder = save(tmp_path / "run", "experiments/mine/train_sft", {"w": jnp.ones(2)})
     assert stored_model(folder) == PRESETS["tiny"]
@@ -87,6 +101,10 @@ def test_fields_that_a_run_lacks_are_named_unless_they_have_a_default(tmp_path):
     with pytest.raises(UserError, match="lacks slopes; read it with the version that made it"):
         load_model_config(folder, Needs)
     assert stored_model(folder).layers == 2
+    # Without any field it is no shape of ours, which would be the default one in silence.
+    path.write_text(json.dumps({"script": "train_sft"}))
+    with pytest.raises(UserError, match=r"config\.json: has no model"):
+        stored_model(folder)
 
 
 def test_a_fork_s_model_code_is_stored_and_its_runs_need_it(tmp_path, monkeypatch):

@@ -56,6 +56,13 @@ def files(tmp_path_factory):
             "teacher", settings, script="train_sft", tokenizer=tokenizer.model
         ) as checkpoints:
             checkpoints.save(1, {"params": params})
+        # And a reward model.
+        head = np.ones(params["decoder"]["final_norm"].shape)
+        scalar = {"decoder": params["decoder"], "head": head, "bias": np.ones(())}
+        with Checkpoints(
+            "judge", settings, script="train_rm", tokenizer=tokenizer.model
+        ) as checkpoints:
+            checkpoints.save(1, {"params": scalar})
     return folder
 
 
@@ -189,6 +196,7 @@ def test_resuming_is_bitwise_equal(adapters):
 
 MISTAKES = {
     "no teacher": (["--teacher=nowhere"], "nowhere"),
+    "a reward model": (["--teacher=judge"], "--teacher=judge: a reward model"),
     "another tokenizer": (["--init=stranger"], "tokenizer"),
     "alpha": (["--alpha=1.5"], "--alpha"),
     "tau": (["--tau=0"], "--tau"),
