@@ -170,7 +170,8 @@ def open_part(config: Config, schema: Schema) -> Source:
     """Open the split of --data that is measured, `config.part`, as records of `schema`.
 
     All of its records: --n is for the caller. What is built in is made by --seed. Raises UserError
-    for data that is missing or malformed, and for the split "all" of what is no file.
+    for data that is missing or malformed or lacks the schema, and for the split "all" of what is
+    no file.
     """
     return open_source(config.data, schema, config.part, seed=config.seed)
 
@@ -204,10 +205,11 @@ def evaluate_perplexity(config: Config) -> dict[str, Any]:
     """Measure a policy's perplexity per assistant token on conversations.
 
     The run is `config.folder("policy")`. Read are the first --n conversations of --data, cut on
-    the right to --length tokens. Returns the keys of `what_is_read`; `tokens`, how many were
-    predicted, ends of the assistant's turns included; `loss`, their mean negative log-probability
-    in nats; and `perplexity`, its exp. Raises UserError for a run or --data that cannot be read,
-    for a --length beyond the model's context, and where no token of an assistant is left.
+    the right to --length tokens. Returns the keys of `what_is_read` as they are; `tokens`, how
+    many were predicted, ends of the assistant's turns included; `loss`, their mean negative
+    log-probability in nats; and `perplexity`, its exp. Raises UserError for a run or --data that
+    cannot be read, for a --length beyond the model's context, and where no token of an assistant
+    is left.
     """
     # The policy, and the conversations that it is to predict.
     model, tokenizer, params = load_run(config.folder("policy"))
@@ -304,7 +306,7 @@ def main(config: Config) -> dict[str, Any]:
     gold: `evaluate_alignment`, which also writes summary.json and report.html into --run.
     perplexity, accuracy, win_rate: `evaluate_perplexity` and so on, which write nothing. Raises
     UserError for an --n below 1, for gold with a --data but world or with a --split, and as they
-    do.
+    do. Sets the current mesh, and --on_bad_row for the process.
     """
     # Settings that cannot be are met before any file is read.
     if config.n < 1:

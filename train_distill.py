@@ -300,9 +300,9 @@ def make_own_samples(
 
 
 def is_own(config: Config, step: int) -> bool:
-    """Return True if `step` trains on own samples: a coin tossed with the odds --on_policy.
+    """Return True if `step` trains on own samples, which has the probability --on_policy.
 
-    Beside the odds it depends on --seed and `step` alone: all hosts, and a resumed run, toss
+    Beside that the toss depends on --seed and `step` alone: all hosts, and a resumed run, toss
     alike.
     """
     return np.random.default_rng((config.seed, step)).random() < config.on_policy

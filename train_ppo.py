@@ -359,10 +359,10 @@ def raw_scores(
 ) -> tuple[jax.Array, jax.Array]:
     """Return each response's score [B], before the rule on its end, and the steps' rewards [B, R].
 
-    Without --step_rewards: `scores`, {reward: [B]}, as --combine says, and zeros. With it a step's
-    last token (step_ends) gets the change of the score there, a probability that begins at 0, by
-    the log-odds at index t + 1 of `scalars`, {reward: [B, R + 1]}, of the one --reward; the score
-    is their sum. `newlines`: ids of tokens that end a step; `eos`: ids that end a response.
+    Without --step_rewards: `scores`, {reward: [B]}, as --combine says, and zeros. With it the sum
+    of the rewards: each step's last token (step_ends) gets the change of the product, minimum or
+    last of the steps' probabilities so far, from 0, as the flag says, of log-odds at t + 1 in
+    `scalars`, {reward: [B, R + 1]}. `newlines`, `eos`: ids of tokens that end a step, a response.
     """
     # One score a response.
     mask_BR = rollout["mask_BR"]

@@ -516,10 +516,11 @@ def load_score(config: Config, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) ->
 
     The key `reward` is what --reward says. score takes a Rollout on the mesh, and a record for
     each of this host's prompts, in order, not for each response. The first dict has the score of
-    each response, of all hosts. The second is {} for a function or a server; for a reward model it
-    has the scalars at the prompt's last token and at the response's R. All arrays are on the mesh,
-    as the model stays. All processes must call load_score and score; for a function or a server
-    score waits for the device, and raises UserError where it returns no finite number.
+    each response, of all hosts. The second is {} for a function or a server; for a reward model,
+    whose score is its scalar at the response's last token, it has the scalars at the prompt's last
+    token and at the response's R, which mean nothing at padding. All arrays are on the mesh, as
+    the model stays. All processes must call load_score and score; for a function or a server score
+    waits for the device, and raises UserError where it returns no finite number.
 
     Raises UserError for a reward that cannot be loaded or reached, and for a model of steps.
     """

@@ -109,7 +109,7 @@ class Config:
 def make_update(config: Config) -> Update:
     """Make the Update of a ScalarModel: its initialiser, optimiser, loss and jitted step.
 
-    Batches are data.batches.comparison_batches' on the mesh; the loss is ranking_objective. The
+    Batches are data.batches.comparison_batches' on the mesh, the loss is ranking_objective. The
     step donates its state; its `base` is the parameters under the adapters, None without LoRA.
     Raises UserError as make_optimizer does.
     """

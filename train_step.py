@@ -118,9 +118,10 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
     `count`: updates done before, from 0, a Python int or an array. The warm-up starts at
     `1/(warmup + 1)` of the peak, not at 0, and is at the peak at `count = warmup`; the decay ends
-    at `count = steps - 1`, and stays there (`inverse_sqrt` has neither). In a run of at most 20
-    steps a warm-up of 20, the default, is `steps // 2`, for `inverse_sqrt` too. Raises UserError
-    for any other warm-up that is not below `steps`.
+    at `count = steps - 1`, and stays there. `inverse_sqrt` does not warm up: its first `warmup`
+    updates are at the peak, then it falls without an end. In a run of at most 20 steps a `warmup`
+    of 20, the default, counts as `steps // 2`, whatever the schedule. Raises UserError for any
+    other `warmup` that is not below `steps`.
     """
     # A run shorter than the warm-up that nobody has set warms up for half of it.
     if config.warmup == OptimizerConfig.warmup and 0 < steps <= config.warmup:

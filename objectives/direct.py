@@ -458,12 +458,13 @@ def preference_objective(
 def kto_kl_estimate(apply: Apply, policy: Params, batch: Candidates) -> Candidates:
     """Return `batch` without its last candidate, and with `kl_B` [B] float32, estimated from it.
 
-    `batch`: as data.preferences.with_mismatched makes it, where a row's last candidate answers
-    another prompt, `margin_B` included, with `reference_BC` [B, C] added, the reference's
-    log-probabilities in nats, and no `room`. Returns a new dict: arrays [B, C, ...],
-    `reference_BC` too, become [B, C - 1, ...]; `margin_B`, which KTO does not use, is left out.
-    `kl_B` holds `mismatched_kl` over the last candidates of all B rows, whatever their rank, but
-    for rows that only fill the batch up (without tokens); it is the same in each row. `apply` and
+    `batch`: of comparison_batches over the records of data.preferences.with_mismatched, where a
+    row's last candidate answers another prompt, `margin_B` included, with `reference_BC` [B, C]
+    added, the reference's log-probabilities in nats, and no `room`. Returns a new dict: arrays
+    [B, C, ...], `reference_BC` too, become [B, C - 1, ...]; `margin_B`, which KTO does not use, is
+    left out. `kl_B` holds `mismatched_kl`, perhaps below 0, over the last candidates of all B
+    rows, whatever their rank, but for rows that only fill the batch up (without tokens), nan where
+    all do; it is the same in each row. Gradients pass: the KTO losses stop them. `apply` and
     `policy`: of a LanguageModel; its whole parameters, not adapters alone.
     """
     # All arrays of the batch but the margin have a candidate axis.
