@@ -221,7 +221,9 @@ def newest_turns(messages: list[Message], tokenizer: Tokenizer, room: int) -> li
 def edit_lines() -> None:
     """Let lines that `input` reads be edited, be of any length, and be pasted several at a time.
 
-    Call it before the first is read, where stdin is a terminal. Without readline it does nothing.
+    Call it before the first is read, where stdin is a terminal. Lines that are pasted together
+    then come from one `input`, once Enter is pressed, with their newlines; where the terminal does
+    not mark a paste, from an `input` each. Without readline it does nothing.
     """
     # Where Python has been built with it.
     with contextlib.suppress(ImportError):

@@ -163,8 +163,8 @@ def enter(
     unstacked cache of all prompts, A / n rows, of which row a // n is response a's. A prompt's
     columns are rolled so that it ends where the ring is written next. `first_A`: first token of
     each response, int32; where it is among `eos`, or `limit` is 1, the response has ended and its
-    slot is free again. `limit`: most tokens of a response, the first included. `limit` and
-    `entering` are Python ints.
+    slot is free again. Tokens are for the caller to keep: Slots have the last of each alone.
+    `limit`: most tokens of a response, the first included. `limit` and `entering` are Python ints.
     """
     total = first_A.shape[0]
     count, width = prompts.valid_BS.shape

@@ -360,10 +360,10 @@ def raw_scores(
     """Return each response's score [B], before the rule on its end, and the steps' rewards [B, R].
 
     Without --step_rewards: `scores`, {reward: [B]}, as --combine says, and zeros. With it the sum
-    of the rewards: each step's last token (step_ends) gets the change of the product, minimum or
-    last of the steps' probabilities so far, from 0, as the flag says, of log-odds at t + 1 in
-    `scalars`, {reward: [B, R + 1]}. `newlines`, `eos`: ids of tokens that end a step, a response.
-    """
+    of the rewards: who gives both takes it off the score first. Each step's last token gets the
+    change of the product, minimum or last of the steps' probabilities so far, from 0, as the flag
+    says, by log-odds at t + 1 in `scalars`, {reward: [B, R + 1]}. `newlines`, `eos`: ids that end
+    a step, a response."""
     # One score a response.
     mask_BR = rollout["mask_BR"]
     if config.step_rewards == "none":

@@ -185,7 +185,8 @@ class Run:
         `what`: the title, printed behind the run's folder. `params`: the tree of what is trained.
         `rest`: a tree of all else that lies on the devices, such as the optimiser's state and
         other models; both of arrays, or of ShapeDtypeStructs with shardings. `length`: tokens a
-        row. Call it after the state is restored. It shows on the first process alone.
+        row. Call it after start_or_resume or restore, whose `data` is what is read. It shows on
+        the first process alone.
         """
         # A row of the batch may hold several candidates, each of `length` tokens.
         candidates = max([candidates_of(data.peek()) for data in self._data.values()], default=1)

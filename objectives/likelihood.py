@@ -206,8 +206,9 @@ def likelihood_objective(apply: Apply, params: Params, batch: TokenBatch) -> Los
     """Return the negative log-likelihood of the tokens under `loss_mask_BT`, summed, in nats.
 
     `apply` and `params`: of a LanguageModel. The mask, at a token's own index, may hold weights
-    other than 0 and 1; its sum is the weight. Metrics: none, or, where the model has an auxiliary
-    loss, `auxiliary_loss`, its mean a token; times the weight it is added to the loss sum.
+    other than 0 and 1; its sum is the weight. At an example's first token, which nothing predicts,
+    it must be 0 (not checked). Metrics: none, or, where the model has an auxiliary loss,
+    `auxiliary_loss`, its mean a token; times the weight it is added to the loss sum.
     """
     # The log-probability of each token, at the token's own index.
     mask_BT = batch["loss_mask_BT"]
