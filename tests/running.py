@@ -9,6 +9,9 @@ import pytest
 
 from runtime import flags
 
+ONE_DEVICE = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
+"""XLA_FLAGS of a process that is to have one device."""
+
 
 def run(script: Any, *argv: Any) -> Any:
     """Return what `script`, a module, returns under the flags `argv`; raise UserError."""

@@ -15,7 +15,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from running import fails, rows_of, run
+from running import ONE_DEVICE, fails, rows_of, run
 
 import train_rm
 import train_sft
@@ -532,7 +532,7 @@ def test_training_survives_its_server_being_killed(runs, tmp_path, script, rewar
     # PPO's reward is a function: a model would start the critic too.
     reward = runs / reward if script == "train_grpo" else reward
     # One device each: eight simulated ones starve one another on few cores.
-    one = {**os.environ, "XLA_FLAGS": ""}
+    one = {**os.environ, "XLA_FLAGS": ONE_DEVICE}
     common = [
         f"--init={runs}/sft",
         "--batch_size=64",

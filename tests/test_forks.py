@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from running import run
+from running import ONE_DEVICE, run
 
 import train_sft
 from model import ScalarModel, init_and_apply
@@ -136,7 +136,7 @@ def test_a_forked_model_trains_resumes_and_is_refused_by_the_root(tmp_path):
         shutil.copy(ROOT / name, fork)
 
     def start(*command, path):
-        environment = {**os.environ, "PYTHONPATH": path, "XLA_FLAGS": ""}
+        environment = {**os.environ, "PYTHONPATH": path, "XLA_FLAGS": ONE_DEVICE}
         command = [sys.executable, *map(str, command)]
         return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 

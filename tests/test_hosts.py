@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import AxisType
-from running import rows_of, run, write
+from running import ONE_DEVICE, rows_of, run, write
 
 import train_dpo
 import train_sft
@@ -85,7 +85,8 @@ def free_port() -> int:
 def start_two(script, argv, faults=(None, None), at="step", stall=5):
     """Start two processes of `script`; `faults`: what each of them does."""
     address = f"127.0.0.1:{free_port()}"
-    environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT), "PLUMB_TEST": str(ROOT)}
+    environment = {**os.environ, "XLA_FLAGS": ONE_DEVICE}
+    environment |= {"PYTHONPATH": str(ROOT), "PLUMB_TEST": str(ROOT)}
     processes = []
     for index, fault in enumerate(faults):
         flags = [
@@ -198,7 +199,7 @@ def start_unlike(tmp_path, argv, name):
         last = {word.partition("=")[0]: word for word in start}
         source = (first if index else "") + "\n" + SCRIPT
         command = [sys.executable, "-c", source, *last.values()]
-        environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(roots[index])}
+        environment = {**os.environ, "XLA_FLAGS": ONE_DEVICE, "PYTHONPATH": str(roots[index])}
         processes.append(
             subprocess.Popen(
                 command,
@@ -263,7 +264,7 @@ def start_apart(tmp_path, *flags):
             f"--hosts.index={index}",
         ]
         command = [sys.executable, "-c", SCRIPT, *ALIKE, *own, f"--run={tmp_path}/two"]
-        environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+        environment = {**os.environ, "XLA_FLAGS": ONE_DEVICE, "PYTHONPATH": str(ROOT)}
         pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
         processes.append(subprocess.Popen(command, env=environment, cwd=tmp_path, **pipes))
     return processes, ports

@@ -14,7 +14,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from running import fails, rows_of, run
+from running import ONE_DEVICE, fails, rows_of, run
 
 import evaluate
 import generate
@@ -199,7 +199,7 @@ def five_ppo_iterations(runs, folder):
 def one_device_ppo(runs, tmp_path_factory):
     """Run five iterations on one device, in a process that has no other."""
     folder = tmp_path_factory.mktemp("one_device")
-    environment = {**os.environ, "XLA_FLAGS": ""}
+    environment = {**os.environ, "XLA_FLAGS": ONE_DEVICE}
     argv = command("train_ppo", *five_ppo_iterations(runs, folder / "ppo"))
     subprocess.run(argv, check=True, env=environment, cwd=ROOT, capture_output=True)
     return folder / "ppo"
@@ -334,7 +334,7 @@ def resumes(runs, tmp_path, script, points):
         "JAX_COMPILATION_CACHE_DIR": f"{tmp_path}/compiled",
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
     }
-    environment = {**os.environ, "XLA_FLAGS": "", **kept}
+    environment = {**os.environ, "XLA_FLAGS": ONE_DEVICE, **kept}
     whole = command(script, *common, f"--run={tmp_path}/whole")
     subprocess.run(whole, check=True, env=environment, cwd=ROOT, capture_output=True)
     expected = load_params(f"{tmp_path}/whole")
