@@ -175,7 +175,7 @@ def updated(objective, params, batch, mesh_config, microbatches, is_packed):
     return jax.device_get((state.params, metrics["loss"], metrics["grad_norm"]))
 
 
-@pytest.mark.parametrize("microbatches", [1, 2])
+@pytest.mark.parametrize("microbatches", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_an_update_on_a_mesh_equals_the_padded_one_on_another(microbatches):
     objective, _ = OBJECTIVES["ppo"]
     update = partial(updated, objective, LM_INIT(jax.random.key(1)), rollout(32))
