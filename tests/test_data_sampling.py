@@ -278,7 +278,7 @@ def test_verdicts_are_written_between_the_marks(study, tmp_path):
     given = [f"--results={study}/results.jsonl", f"--readme={page}", f"--figure={tmp_path}/c.png"]
     assert run(verdicts, *given)["done"] == len(PLAN)
     text = page.read_text()
-    assert text.startswith("before") and text.endswith("after\n") and "old" not in text
+    assert text.startswith("before") and text.endswith("after\n") and "\nold\n" not in text
     assert f"{len(PLAN)} of {len(PLAN)} runs are done" in text and "| not run |" in text
 
 
@@ -311,9 +311,9 @@ def rising(aligner, sampler, budget, rng):
 
 
 def test_a_plateau_is_told_from_a_line():
-    found = verdicts.plateau(made(saturating))
+    found = verdicts.plateau(made(saturating), draws=40)
     assert [one.verdict for one in found] == ["confirmed", "confirmed"]
-    found = verdicts.plateau(made(rising))
+    found = verdicts.plateau(made(rising), draws=40)
     assert [one.verdict for one in found] == ["refuted", "refuted"]
     assert [one.verdict for one in verdicts.plateau({})] == ["not run", "not run"]
 

@@ -1,5 +1,6 @@
 """Judge many small policies at a time: each answers its own held-out prompts, side by side."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -36,6 +37,7 @@ class Verdict(NamedTuple):
 Judge = Callable[[Params, Sequence[int]], list[Verdict]]
 
 
+@functools.cache
 def make_court(model: ModelConfig, tokenizer: Tokenizer, prompts: int, new_tokens: int) -> Judge:
     """Make judge(params, seeds) -> a Verdict of each member.
 

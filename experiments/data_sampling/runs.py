@@ -296,13 +296,15 @@ def run_group(config: Config, judge: Judge, group: Sequence[Run]) -> list[dict[s
     # Filled up to the usual number, so that one program serves all groups.
     members = filled(group, config.members)
     model = loaded(config.init)
-    began = time.perf_counter()
     params: Params
     if group[0].sampler == "none":
+        began = time.perf_counter()
         params = jax.tree.map(lambda x: np.stack([np.asarray(x)] * len(members)), model.params)
     else:
+        # Pools and what is chosen of them are not counted: other runs share them.
         own_pools = [pool_of(config, run.pool, run.aligner, run.seed).rows for run in members]
         orders = [order_of_run(config, run) for run in members]
+        began = time.perf_counter()
         own = settings(group[0], model.config, config.pairs)
         longest = steps_of(group[0]._replace(budget=100), config.pairs)
         params = train(own, model.params, own_pools, orders, longest)
@@ -333,7 +335,7 @@ def run_group(config: Config, judge: Judge, group: Sequence[Run]) -> list[dict[s
 def forecast(left: Sequence[Run], results: dict[Run, dict[str, Any]], pairs: int) -> float:
     """Return the seconds that the runs left take, by those that are done; nan without any.
 
-    Training goes by the steps, judging is the same for all.
+    Training goes by the steps, judging is the same for all. Medians: the first runs compile.
     """
     done = [row for row in results.values() if row["steps"]]
     if not done:
@@ -342,8 +344,9 @@ def forecast(left: Sequence[Run], results: dict[Run, dict[str, Any]], pairs: int
     seconds = 0.0
     for aligner in BATCH:
         own = [row for row in done if row["aligner"] == aligner]
-        steps = sum(row["steps"] for row in own)
-        a_step = sum(row["train_seconds"] for row in own) / max(steps, 1)
+        if not own:
+            return float("nan")
+        a_step = float(np.median([row["train_seconds"] / row["steps"] for row in own]))
         theirs = [run for run in left if run.aligner == aligner]
         seconds += sum(steps_of(run, pairs) * a_step + judging for run in theirs)
     return seconds

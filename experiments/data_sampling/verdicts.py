@@ -134,8 +134,8 @@ def held_out_aic(curve: fits.Curve, x_N: np.ndarray, y_NS: np.ndarray) -> tuple[
     return aic, r_squared
 
 
-def plateau(results: Results) -> list[Verdict]:
-    """Judge claim 1, by the curve of random rows of the clean pool."""
+def plateau(results: Results, draws: int = fits.DRAWS) -> list[Verdict]:
+    """Judge claim 1, by the curve of random rows of the clean pool; `draws` of the bootstrap."""
     claim = "1. plateau"
     verdicts = []
     for aligner in BATCH:
@@ -149,7 +149,7 @@ def plateau(results: Results) -> list[Verdict]:
         aic, r_squared = held_out_aic(fits.PLATEAU, x_N, y_NS)
         rivals = {curve.name: held_out_aic(curve, x_N, y_NS)[0] for curve in RIVALS}
         best = min(rivals, key=rivals.__getitem__)
-        rate = fits.bootstrap(fits.PLATEAU, x_N, y_NS.T)["b"]
+        rate = fits.bootstrap(fits.PLATEAU, x_N, y_NS.T, draws=draws)["b"]
         # A rate at the least one searched is a line.
         least = fits.PLATEAU.bounds(x_N)[0][0]
         holds = aic < rivals[best] and r_squared >= LEAST_R_SQUARED and rate.low > 1.01 * least
