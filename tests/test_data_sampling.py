@@ -280,6 +280,7 @@ def test_verdicts_are_written_between_the_marks(study, tmp_path):
     text = page.read_text()
     assert text.startswith("before") and text.endswith("after\n") and "\nold\n" not in text
     assert f"{len(PLAN)} of {len(PLAN)} runs are done" in text and "| not run |" in text
+    assert "Win rate" in text and "an update of kto took" in text
 
 
 # --- verdicts, on scores that are known

@@ -71,8 +71,12 @@ class Config:
 # ---- Scores ----
 
 
-def gold_of(results: Results, pool: str, aligner: str, sampler: str, budget: float) -> BySeed:
+def gold_of(
+    results: Results, pool: str, aligner: str, sampler: str, budget: float, measure: str = "gold"
+) -> BySeed:
     """Return the gold share of each seed that has run; budget 0 is the SFT model.
+
+    `measure`: another name in a line of results.jsonl.
 
     At 100 % all samplers take the same rows.
     """
@@ -84,7 +88,7 @@ def gold_of(results: Results, pool: str, aligner: str, sampler: str, budget: flo
     for run, row in results.items():
         same = (run.pool, run.aligner, run.sampler) == (pool, aligner, sampler)
         if same and run.budget == budget and run.schedule == "own":
-            scores[run.seed] = row["gold"]
+            scores[run.seed] = row[measure]
     return scores
 
 
@@ -420,13 +424,14 @@ def verdict_table(results: Results) -> str:
     return table(["claim", "setting", "seeds", "found", "verdict"], lines)
 
 
-def gold_table(results: Results) -> str:
-    """Tabulate the gold share by budget, mean over seeds, of all that has run."""
+def score_table(results: Results, measure: str) -> str:
+    """Tabulate `measure` by budget, mean over seeds, of all that has run."""
     lines = []
     for pool in pools.POOLS:
         for aligner in BATCH:
             for sampler in pools.SAMPLERS:
-                cells = [gold_of(results, pool, aligner, sampler, x) for x in (0, *BUDGETS)]
+                where = (results, pool, aligner, sampler)
+                cells = [gold_of(*where, x, measure) for x in (0, *BUDGETS)]
                 ran = [cell for cell in cells[1:-1] if cell]
                 if not ran:
                     continue
@@ -435,6 +440,20 @@ def gold_table(results: Results) -> str:
                 lines.append([pool, aligner, sampler, seeds, *shown])
     head = ["pool", "aligner", "sampler", "seeds", "SFT", *(f"{x:g} %" for x in BUDGETS)]
     return table(head, lines)
+
+
+def seconds_line(results: Results) -> str:
+    """Say what an update and judging took, median over runs on the machine at hand."""
+    told = []
+    for aligner in BATCH:
+        trained = [row for run, row in results.items() if row["steps"] and run.aligner == aligner]
+        if trained:
+            a_step = np.median([row["train_seconds"] / row["steps"] for row in trained])
+            judging = np.median([row["judge_seconds"] for row in trained])
+            told.append(
+                f"an update of {aligner} took {1000 * a_step:.0f} ms, judging {judging:.1f} s"
+            )
+    return f"Wall time, median over runs: {'; '.join(told)}." if told else ""
 
 
 def cell_of(values: Sequence[float]) -> str:
@@ -464,11 +483,13 @@ def main(config: Config) -> dict[str, int]:
     planned = plan()
     done = len([run for run in planned if run in results])
     parts = [
-        f"{done} of {len(planned)} runs are done.",
+        f"{done} of {len(planned)} runs are done. {seconds_line(results)}",
         verdict_table(results).strip(),
         "Gold: the share of 512 held-out prompts that pass all criteria, mean over seeds, ± half "
         "of the 95 % interval.",
-        gold_table(results).strip(),
+        score_table(results, "gold").strip(),
+        "Win rate against demonstrations, likewise: more criteria pass; ties count half.",
+        score_table(results, "win_rate").strip(),
     ]
     page = pathlib.Path(config.readme).read_text()
     before, _, rest = page.partition(FIRST)
