@@ -265,6 +265,19 @@ def test_a_study_stops_and_goes_on_where_it_was(study, capsys):
         assert again[key]["gold"] == line["gold"]
 
 
+def test_every_sampler_chooses_distinct_rows(study):
+    config = runs.Config(init=f"{study}/sft", work=str(study), pairs=40)
+    pool = runs.pool_of(config, "clean", "kto", 0)
+    chosen = {}
+    for sampler in pools.SAMPLERS:
+        seen = pools.look(sampler, pool, config.init, runs.loaded(config.init), 0)
+        chosen[sampler] = set(pools.choose(seen, 8).tolist())
+        assert len(chosen[sampler]) == 8 and chosen[sampler] <= set(range(80))
+    # The null control takes other rows, and A and B are opposite ends.
+    assert chosen["isa_A"] != chosen["isa_A" + pools.SHUFFLED]
+    assert not chosen["isa_A"] & chosen["isa_B"]
+
+
 def test_results_of_another_start_are_refused(study, tmp_path, capsys):
     row = json.loads((study / "results.jsonl").read_text().splitlines()[0])
     (tmp_path / "other.jsonl").write_text(json.dumps({**row, "init": "another"}) + "\n")
