@@ -425,7 +425,8 @@ def test_wins_are_by_criteria_and_ties_half():
         world.demonstration(i, split="heldout", seed=court.HELD_OUT)["response"] for i in range(40)
     ]
     verdict = court.judged(requests, shown, 0, 1.0)
-    assert verdict.win_rate == 0.5 and 0 < verdict.gold < 1
+    passed = [world.gold(one.text, text).all for one, text in zip(requests, shown, strict=True)]
+    assert verdict.win_rate == 0.5 and verdict.gold == sum(passed) / 40
     perfect = [world.respond(request, 1.0, random.Random(0)) for request in requests]
     verdict = court.judged(requests, perfect, 0, 1.0)
     assert verdict.gold == verdict.criteria == 1.0 and verdict.win_rate > 0.5

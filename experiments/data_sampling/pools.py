@@ -54,7 +54,7 @@ def make_pairs(model: LoadedRun, count: int, seed: int) -> list[Pair]:
     """Sample responses of `model` to the world's prompts of `seed` until `count` pairs are had.
 
     A pair is the first response to a prompt that passes all criteria, and the first that fails
-    one. Responses without an end are in none.
+    one. Responses without an end, and empty ones, are in none.
     """
     tokenizer = model.tokenizer
     sampling = SamplingConfig(1.0, max_new_tokens=NEW_TOKENS)
@@ -75,8 +75,8 @@ def make_pairs(model: LoadedRun, count: int, seed: int) -> list[Pair]:
             found: dict[bool, str] = {}
             room = LENGTH - len(tokens[i])
             for j in range(i * TRIES, (i + 1) * TRIES):
-                if ended[j] and len(responses[j]) <= room:
-                    text = tokenizer.decode(responses[j])
+                text = tokenizer.decode(responses[j])
+                if ended[j] and text.strip() and len(responses[j]) <= room:
                     found.setdefault(world.gold(prompt, text).all, text)
             if len(found) == 2:
                 pair = {"prompt": prompt, "chosen": found[True], "rejected": found[False]}
@@ -128,14 +128,17 @@ def with_duplicates(pairs: Sequence[Pair], rng: random.Random) -> list[Pair]:
 
 
 def with_noise(pairs: Sequence[Pair], rng: random.Random) -> list[Pair]:
-    """Replace both responses of NOISE of the pairs by as many words of the pool at random."""
-    words = [word for pair in pairs for word in (pair["chosen"] + " " + pair["rejected"]).split()]
+    """Replace both responses of NOISE of the pairs by those of another pair, their words shuffled.
+
+    They are as long as responses are, and neither answers nor says anything.
+    """
     damaged = list(pairs)
     for row in some_rows(len(pairs), NOISE, rng):
+        other = rng.choice([*pairs[:row], *pairs[row + 1 :]])
         noise = {}
         for side in ("chosen", "rejected"):
-            drawn = rng.choices(words, k=len(pairs[row][side].split()))
-            noise[side] = " ".join(drawn)
+            words = other[side].split()
+            noise[side] = " ".join(rng.sample(words, len(words)))
         damaged[row] = {**pairs[row], **noise}
     return damaged
 

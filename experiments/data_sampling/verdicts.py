@@ -9,6 +9,7 @@ Thresholds are the README's, declared before any run. A verdict is confirmed, re
 import runtime.interrupt  # noqa: F401
 
 import dataclasses
+import json
 import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -64,6 +65,8 @@ class Config:
     """Lines of experiments.data_sampling.runs."""
     readme: str = str(HERE / "README.md")
     """Page with the tables, between two marks."""
+    pilot: str = str(HERE / "pilot.jsonl")
+    """Lines of experiments.data_sampling.pilot."""
     figure: str = str(HERE / "curves.png")
     """Figure to write."""
 
@@ -318,7 +321,8 @@ def savings(results: Results) -> list[Verdict]:
             verdict = "refuted"
         elif at_little > LEAST_SAVED and kept[f"clean, {aligner}"] == "confirmed":
             verdict = "confirmed"
-        verdicts.append(Verdict(claim, f"clean, {aligner}", 1, found, verdict))
+        seeds = len(gold_of(results, "clean", aligner, "isa_A", little))
+        verdicts.append(Verdict(claim, f"clean, {aligner}", seeds, found, verdict))
     return verdicts
 
 
@@ -442,6 +446,18 @@ def score_table(results: Results, measure: str) -> str:
     return table(head, lines)
 
 
+def pilot_table(path: str) -> str:
+    """Tabulate gold by learning rate, of the one seed that rates were chosen on."""
+    lines = [json.loads(line) for line in pathlib.Path(path).read_text().splitlines()]
+    rates = sorted({line["rate"] for line in lines})
+    found = {(line["aligner"], line["budget"], line["rate"]): line["gold"] for line in lines}
+    rows = []
+    for aligner, budget in sorted({(line["aligner"], line["budget"]) for line in lines}):
+        golds = [f"{found[aligner, budget, rate]:.3f}" for rate in rates]
+        rows.append([aligner, f"{budget} %", *golds])
+    return table(["aligner", "budget", *(f"{rate:g}" for rate in rates)], rows)
+
+
 def seconds_line(results: Results) -> str:
     """Say what an update and judging took, median over runs on the machine at hand."""
     told = []
@@ -490,6 +506,8 @@ def main(config: Config) -> dict[str, int]:
         score_table(results, "gold").strip(),
         "Win rate against demonstrations, likewise: more criteria pass; ties count half.",
         score_table(results, "win_rate").strip(),
+        "Gold by the learning rate, the pilot's seed alone:",
+        pilot_table(config.pilot).strip(),
     ]
     page = pathlib.Path(config.readme).read_text()
     before, _, rest = page.partition(FIRST)
