@@ -454,8 +454,8 @@ test_data_sampling.py::test_savings_count_the_selection
 - least = 1 - sum(flops["isa_A", BUDGETS[0]].values()) / whole
 + least = 1 - flops["isa_A", BUDGETS[0]]["training"] / whole
 test_data_sampling.py::test_the_null_controls
-- interval(lost["isa_A"] - lost["random"])
-+ interval(lost["random"] - lost["isa_A"])
+- interval(lost_isa_S - lost_random_S)
++ interval(lost_random_S - lost_isa_S)
 """
 
 

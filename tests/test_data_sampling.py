@@ -381,6 +381,7 @@ def test_a_hump_is_told_from_a_plateau():
 
     (verdict,) = verdicts.hump(made(score))
     assert verdict.verdict == "confirmed" and "dpo peaks at 25 %" in verdict.found
+    assert verdict.seeds == 10
     (verdict,) = verdicts.hump(made(rising))
     assert verdict.verdict == "refuted"
 
@@ -394,6 +395,9 @@ def test_the_null_controls():
         for run, row in results.items()
     }
     assert {one.verdict for one in verdicts.shuffled(better)} == {"refuted"}
+    # A seed that lacks a budget is left out on both sides.
+    del better[Run("clean", "dpo", "isa_A_shuffled", 5, "own", 0)]
+    assert [one.seeds for one in verdicts.shuffled(better)] == [9, 10]
 
     # Duplicates that cost random rows more, then reading A more.
     for loser, expected in (("random", "confirmed"), ("isa_A", "refuted")):

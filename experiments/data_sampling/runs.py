@@ -43,6 +43,8 @@ HERE = pathlib.Path(__file__).parent
 Schedule = Literal["own", "equal_steps"]
 BUDGETS = (1, 2, 3.5, 5, 10, 25, 50, 75, 100)
 """Percent of the pool."""
+LITTLE = 5
+"""The largest budget below 10 %: what "less than 10 %" is judged by."""
 SEEDS = 5
 HEADLINE_SEEDS = 10
 BATCH: dict[Aligner, int] = {"dpo": 10, "kto": 20}
@@ -103,6 +105,9 @@ def plan() -> list[Run]:
     for seeds in (first, rest):
         runs += block(("clean",), ("random", "isa_A"), "own", seeds)
 
+    # Fewer rows or fewer updates? The same rows with the updates of all data.
+    runs += block(("clean",), ("random", "isa_A"), "equal_steps", first, (LITTLE,))
+
     # What it rests on: the null control, redundant rows, then every damage and every sampler.
     others = [name for name in pools.SAMPLERS if name not in ("random", "isa_A")]
     shuffled = "isa_A" + pools.SHUFFLED
@@ -112,20 +117,24 @@ def plan() -> list[Run]:
     runs += block(("clean", "duplicates", "noise", "flipped"), others, "own", first)
     runs += block(("duplicates", "noise", "flipped"), (shuffled,), "own", first)
 
-    # The other schedule.
+    # The other schedule, at all budgets.
     runs += block(("clean",), ("random", "isa_A"), "equal_steps", first)
     return list(dict.fromkeys(runs))
 
 
 def block(
-    names: Iterable[str], samplers: Iterable[str], schedule: Schedule, seeds: Iterable[int]
+    names: Iterable[str],
+    samplers: Iterable[str],
+    schedule: Schedule,
+    seeds: Iterable[int],
+    budgets: Iterable[float] = BUDGETS,
 ) -> Iterator[Run]:
-    """Yield the runs of some pools with some samplers at every budget, by both aligners.
+    """Yield the runs of some pools with some samplers at some budgets, by both aligners.
 
     All rows are the same whichever the sampler, and so are both schedules: one run.
     """
     for name in names:
-        for budget in BUDGETS:
+        for budget in budgets:
             for aligner in BATCH:
                 for sampler in samplers:
                     for seed in seeds:

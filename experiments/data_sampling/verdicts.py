@@ -21,7 +21,16 @@ from evaluation import fits
 from evaluation.intervals import Interval
 from experiments.curves import Series, draw
 from experiments.data_sampling import pools
-from experiments.data_sampling.runs import BATCH, BUDGETS, HERE, Run, plan, read_results
+from experiments.data_sampling.runs import (
+    BATCH,
+    BUDGETS,
+    HERE,
+    LITTLE,
+    Run,
+    Schedule,
+    plan,
+    read_results,
+)
 from experiments.methods.table import table
 from experiments.seeds import half
 from runtime import flags
@@ -32,8 +41,6 @@ LAST = "<!-- end -->"
 RIVALS = (fits.LINE, fits.LOGARITHM, fits.POWER)
 """Curves that the plateau must beat."""
 LEAST_R_SQUARED = 0.95
-LITTLE = 9.9
-"""Percent of the data that is "less than 10 %", at most."""
 LEAST_SHARE = 0.90
 LEAST_LOW_END = 0.85
 """Share of the gain that little data must keep, and the lower end of its interval."""
@@ -49,7 +56,7 @@ Results = dict[Run, dict[str, Any]]
 BySeed = dict[int, float]
 
 
-class Verdict(NamedTuple):
+class Finding(NamedTuple):
     """What was found on a claim, in one setting."""
 
     claim: str
@@ -75,14 +82,21 @@ class Config:
 
 
 def gold_of(
-    results: Results, pool: str, aligner: str, sampler: str, budget: float, measure: str = "gold"
+    results: Results,
+    pool: str,
+    aligner: str,
+    sampler: str,
+    budget: float,
+    schedule: Schedule = "own",
+    measure: str = "gold",
 ) -> BySeed:
     """Return the gold share of each seed that has run; budget 0 is the SFT model.
 
-    `measure`: another name in a line of results.jsonl.
-
-    At 100 % all samplers take the same rows.
+    At 100 % all samplers take the same rows, and both schedules are one. `measure`: another name
+    in a line of results.jsonl.
     """
+    if budget in (0, 100):
+        schedule = "own"
     if budget == 0:
         pool, aligner, sampler = "clean", "dpo", "none"
     elif budget == 100:
@@ -90,7 +104,7 @@ def gold_of(
     scores = {}
     for run, row in results.items():
         same = (run.pool, run.aligner, run.sampler) == (pool, aligner, sampler)
-        if same and run.budget == budget and run.schedule == "own":
+        if same and run.budget == budget and run.schedule == schedule:
             scores[run.seed] = row[measure]
     return scores
 
@@ -101,9 +115,15 @@ def in_common(*parts: BySeed) -> np.ndarray:
     return np.array([[part[seed] for seed in seeds] for part in parts])
 
 
-def curve_of(results: Results, pool: str, aligner: str, sampler: str) -> np.ndarray:
-    """Return the scores at budget 0 and each of BUDGETS, [budgets, seeds], of seeds with all."""
-    return in_common(*(gold_of(results, pool, aligner, sampler, x) for x in (0, *BUDGETS)))
+def curves_of(results: Results, aligner: str, *cells: tuple[str, str]) -> list[np.ndarray]:
+    """Return for each cell, a pool and a sampler, the scores at budget 0 and BUDGETS.
+
+    [1 + budgets, seeds], of the seeds that have run at every budget of every cell.
+    """
+    parts = []
+    for pool, sampler in cells:
+        parts += [gold_of(results, pool, aligner, sampler, x) for x in (0, *BUDGETS)]
+    return np.split(in_common(*parts), len(cells))
 
 
 def interval(values: Sequence[float] | np.ndarray) -> Interval:
@@ -117,8 +137,8 @@ def ends(found: Interval) -> str:
     return f"{found.value:.3f} [{found.low:.3f}, {found.high:.3f}]"
 
 
-def not_enough(claim: str, setting: str, seeds: int) -> Verdict:
-    return Verdict(claim, setting, seeds, "", "not run" if seeds == 0 else "undecided: few seeds")
+def not_enough(claim: str, setting: str, seeds: int) -> Finding:
+    return Finding(claim, setting, seeds, "", "not run" if seeds == 0 else "undecided: few seeds")
 
 
 # ---- 1. Plateau ----
@@ -141,16 +161,16 @@ def held_out_aic(curve: fits.Curve, x_N: np.ndarray, y_NS: np.ndarray) -> tuple[
     return aic, r_squared
 
 
-def plateau(results: Results, draws: int = fits.DRAWS) -> list[Verdict]:
+def plateau(results: Results, draws: int = fits.DRAWS) -> list[Finding]:
     """Judge claim 1, by the curve of random rows of the clean pool; `draws` of the bootstrap."""
     claim = "1. plateau"
-    verdicts = []
+    findings = []
     for aligner in BATCH:
-        y_NS = curve_of(results, "clean", aligner, "random")
+        (y_NS,) = curves_of(results, aligner, ("clean", "random"))
         seeds = y_NS.shape[1]
         setting = f"clean, {aligner}, random"
         if seeds < FEWEST_SEEDS:
-            verdicts.append(not_enough(claim, setting, seeds))
+            findings.append(not_enough(claim, setting, seeds))
             continue
         x_N = np.array([0, *BUDGETS], float)
         aic, r_squared = held_out_aic(fits.PLATEAU, x_N, y_NS)
@@ -165,8 +185,8 @@ def plateau(results: Results, draws: int = fits.DRAWS) -> list[Verdict]:
             f"rate {ends(rate)} per percent"
         )
         verdict = "confirmed" if holds else "refuted"
-        verdicts.append(Verdict(claim, setting, seeds, found, verdict))
-    return verdicts
+        findings.append(Finding(claim, setting, seeds, found, verdict))
+    return findings
 
 
 # ---- 2. Less than 10 % is comparable ----
@@ -186,19 +206,23 @@ def share_kept(none_S: np.ndarray, little_S: np.ndarray, all_S: np.ndarray) -> I
     return Interval(float(little / whole), float(low), float(high))
 
 
-def little_data(results: Results, sampler: str = "isa_A") -> list[Verdict]:
-    """Judge claim 2 in each pool and by each aligner, at the largest budget below 10 %."""
-    budget = max(x for x in BUDGETS if x <= LITTLE)
-    claim = f"2. {sampler} at {budget:g} %"
-    verdicts = []
-    for pool in pools.POOLS:
+def little_data(
+    results: Results, names: Iterable[str] = tuple(pools.POOLS), schedule: Schedule = "own"
+) -> list[Finding]:
+    """Judge claim 2 in each pool of `names` and by each aligner, at the budget LITTLE."""
+    claim = f"2. isa_A at {LITTLE:g} %"
+    if schedule == "equal_steps":
+        claim += ", updates of all data"
+    findings = []
+    for pool in names:
         for aligner in BATCH:
-            parts = [gold_of(results, pool, aligner, sampler, x) for x in (0, budget, 100)]
+            where = (results, pool, aligner, "isa_A")
+            parts = [gold_of(*where, x, schedule) for x in (0, LITTLE, 100)]
             scores = in_common(*parts)
             seeds = scores.shape[1]
             setting = f"{pool}, {aligner}"
             if seeds < FEWEST_SEEDS:
-                verdicts.append(not_enough(claim, setting, seeds))
+                findings.append(not_enough(claim, setting, seeds))
                 continue
             gain = interval(scores[2] - scores[0])
             share = share_kept(*scores)
@@ -210,8 +234,8 @@ def little_data(results: Results, sampler: str = "isa_A") -> list[Verdict]:
             elif share.high < LEAST_SHARE:
                 verdict = "refuted"
             found = f"share of the gain {ends(share)}; gain of all data {ends(gain)}"
-            verdicts.append(Verdict(claim, setting, seeds, found, verdict))
-    return verdicts
+            findings.append(Finding(claim, setting, seeds, found, verdict))
+    return findings
 
 
 # ---- 3. Better than others ----
@@ -256,7 +280,7 @@ def compared(results: Results, pool: str, aligner: str, budget: float) -> Compar
     return Comparison(name, interval(difference_S), p)
 
 
-def better(results: Results) -> list[Verdict]:
+def better(results: Results) -> list[Finding]:
     """Judge claim 3 over all pools, aligners and budgets below all data."""
     claim = "3. better than others"
     cells = [(pool, aligner, x) for pool in pools.POOLS for aligner in BATCH for x in BUDGETS[:-1]]
@@ -282,7 +306,7 @@ def better(results: Results) -> list[Verdict]:
         verdict = "confirmed"
     elif below or (len(comparisons) == len(cells) and above == 0):
         verdict = "refuted"
-    return [Verdict(claim, "all that has run", fewest_seeds(results, comparisons), told, verdict)]
+    return [Finding(claim, "all that has run", fewest_seeds(results, comparisons), told, verdict)]
 
 
 def fewest_seeds(results: Results, cells: Iterable[tuple[str, str, float]]) -> int:
@@ -293,27 +317,26 @@ def fewest_seeds(results: Results, cells: Iterable[tuple[str, str, float]]) -> i
 # ---- 4. Savings ----
 
 
-def savings(results: Results) -> list[Verdict]:
+def savings(results: Results) -> list[Finding]:
     """Judge claim 4 by the FLOPs of runs on the clean pool, their selection counted."""
     claim = "4. savings"
-    kept = {verdict.setting: verdict.verdict for verdict in little_data(results)}
-    verdicts = []
+    kept = {one.setting: one.verdict for one in little_data(results)}
+    findings = []
     for aligner in BATCH:
         flops = {}
         for run, row in results.items():
             if run.pool == "clean" and run.aligner == aligner and run.schedule == "own":
                 flops[run.sampler, run.budget] = row["flops"]
-        little = max(x for x in BUDGETS if x <= LITTLE)
-        needed = [("isa_A", BUDGETS[0]), ("isa_A", little), ("all", 100)]
+        needed = [("isa_A", BUDGETS[0]), ("isa_A", LITTLE), ("all", 100)]
         if any(cell not in flops for cell in needed):
-            verdicts.append(not_enough(claim, f"clean, {aligner}", 0))
+            findings.append(not_enough(claim, f"clean, {aligner}", 0))
             continue
         whole = sum(flops["all", 100].values())
         least = 1 - sum(flops["isa_A", BUDGETS[0]].values()) / whole
-        at_little = 1 - sum(flops["isa_A", little].values()) / whole
-        training = 1 - flops["isa_A", little]["training"] / whole
+        at_little = 1 - sum(flops["isa_A", LITTLE].values()) / whole
+        training = 1 - flops["isa_A", LITTLE]["training"] / whole
         found = (
-            f"saved at {little:g} % {at_little:.3f}, of training alone {training:.3f}; "
+            f"saved at {LITTLE:g} % {at_little:.3f}, of training alone {training:.3f}; "
             f"at {BUDGETS[0]:g} % {least:.3f}"
         )
         verdict = "undecided"
@@ -321,80 +344,77 @@ def savings(results: Results) -> list[Verdict]:
             verdict = "refuted"
         elif at_little > LEAST_SAVED and kept[f"clean, {aligner}"] == "confirmed":
             verdict = "confirmed"
-        seeds = len(gold_of(results, "clean", aligner, "isa_A", little))
-        verdicts.append(Verdict(claim, f"clean, {aligner}", seeds, found, verdict))
-    return verdicts
+        seeds = len(gold_of(results, "clean", aligner, "isa_A", LITTLE))
+        findings.append(Finding(claim, f"clean, {aligner}", seeds, found, verdict))
+    return findings
 
 
 # ---- 5. Null controls ----
 
 
-def shuffled(results: Results) -> list[Verdict]:
+def shuffled(results: Results) -> list[Finding]:
     """Judge the first control of claim 5: ISA on shuffled embeddings equals random rows."""
     claim = "5. shuffled embeddings equal random"
-    verdicts = []
+    findings = []
     for aligner in BATCH:
-        control = curve_of(results, "clean", aligner, "isa_A" + pools.SHUFFLED)
-        random = curve_of(results, "clean", aligner, "random")
-        seeds = min(control.shape[1], random.shape[1])
+        cells = (("clean", "isa_A" + pools.SHUFFLED), ("clean", "random"))
+        control_NS, random_NS = curves_of(results, aligner, *cells)
+        seeds = control_NS.shape[1]
         setting = f"clean, {aligner}"
         if seeds < FEWEST_SEEDS:
-            verdicts.append(not_enough(claim, setting, seeds))
+            findings.append(not_enough(claim, setting, seeds))
             continue
         # Budgets below all data; budget 0 comes first.
-        difference = interval((control[1:-1, :seeds] - random[1:-1, :seeds]).mean(0))
+        difference = interval((control_NS - random_NS)[1:-1].mean(0))
         verdict = "confirmed" if difference.low <= 0 <= difference.high else "refuted"
         found = f"mean difference over budgets {ends(difference)}"
-        verdicts.append(Verdict(claim, setting, seeds, found, verdict))
-    return verdicts
+        findings.append(Finding(claim, setting, seeds, found, verdict))
+    return findings
 
 
-def duplicates(results: Results) -> list[Verdict]:
+def duplicates(results: Results) -> list[Finding]:
     """Judge the second control of claim 5: duplicates break reading A less than random."""
     claim = "5. duplicates break reading A less"
-    verdicts = []
+    findings = []
     for aligner in BATCH:
-        parts = {}
-        for sampler in ("isa_A", "random"):
-            for pool in ("clean", "duplicates"):
-                parts[sampler, pool] = curve_of(results, pool, aligner, sampler)[1:-1]
-        seeds = min(part.shape[1] for part in parts.values())
+        cells = [(pool, by) for by in ("isa_A", "random") for pool in ("clean", "duplicates")]
+        isa_NS, broken_isa_NS, random_NS, broken_random_NS = curves_of(results, aligner, *cells)
+        seeds = isa_NS.shape[1]
         setting = f"clean and duplicates, {aligner}"
         if seeds < FEWEST_SEEDS:
-            verdicts.append(not_enough(claim, setting, seeds))
+            findings.append(not_enough(claim, setting, seeds))
             continue
-        lost = {}
-        for sampler in ("isa_A", "random"):
-            clean_NS = parts[sampler, "clean"][:, :seeds]
-            lost[sampler] = (clean_NS - parts[sampler, "duplicates"][:, :seeds]).mean(0)
-        difference = interval(lost["isa_A"] - lost["random"])
+        lost_isa_S = (isa_NS - broken_isa_NS)[1:-1].mean(0)
+        lost_random_S = (random_NS - broken_random_NS)[1:-1].mean(0)
+        difference = interval(lost_isa_S - lost_random_S)
         verdict = "undecided"
         if difference.high < 0:
             verdict = "confirmed"
         elif difference.low > 0:
             verdict = "refuted"
         found = (
-            f"lost by duplicates, mean over budgets: isa_A {lost['isa_A'].mean():.3f}, random "
-            f"{lost['random'].mean():.3f}, difference {ends(difference)}"
+            f"lost by duplicates, mean over budgets: isa_A {lost_isa_S.mean():.3f}, random "
+            f"{lost_random_S.mean():.3f}, difference {ends(difference)}"
         )
-        verdicts.append(Verdict(claim, setting, seeds, found, verdict))
-    return verdicts
+        findings.append(Finding(claim, setting, seeds, found, verdict))
+    return findings
 
 
 # ---- 6. Plateau against hump ----
 
 
-def hump(results: Results) -> list[Verdict]:
+def hump(results: Results) -> list[Finding]:
     """Judge claim 6: on random rows DPO falls from its peak to all data, KTO does not."""
     claim = "6. dpo humps, kto plateaus"
     falls = {}
     told = []
-    seeds = len(BUDGETS)
+    counts = []
     for aligner in BATCH:
-        y_NS = curve_of(results, "clean", aligner, "random")[1:]
-        seeds = min(seeds, y_NS.shape[1])
-        if seeds < FEWEST_SEEDS:
-            return [not_enough(claim, "clean, random", seeds)]
+        (curve_NS,) = curves_of(results, aligner, ("clean", "random"))
+        y_NS = curve_NS[1:]
+        counts.append(y_NS.shape[1])
+        if counts[-1] < FEWEST_SEEDS:
+            return [not_enough(claim, "clean, random", counts[-1])]
         peak = int(y_NS.mean(1).argmax())
         fall_S = y_NS[peak] - y_NS[-1]
         error = float(np.std(fall_S, ddof=1) / len(fall_S) ** 0.5)
@@ -404,7 +424,7 @@ def hump(results: Results) -> list[Verdict]:
             f"{fall_S.mean():.3f}, standard error {error:.3f}"
         )
     verdict = "confirmed" if falls["dpo"] and not falls["kto"] else "refuted"
-    return [Verdict(claim, "clean, random", seeds, "; ".join(told), verdict)]
+    return [Finding(claim, "clean, random", min(counts), "; ".join(told), verdict)]
 
 
 # ---- The page ----
@@ -412,14 +432,16 @@ def hump(results: Results) -> list[Verdict]:
 
 def verdict_table(results: Results) -> str:
     """Tabulate all claims in the README's order; what has not run of a claim is one row."""
-    verdicts = plateau(results) + little_data(results) + better(results) + savings(results)
-    verdicts += shuffled(results) + duplicates(results) + hump(results)
+    findings = plateau(results) + little_data(results)
+    findings += little_data(results, ("clean",), "equal_steps")
+    findings += better(results) + savings(results)
+    findings += shuffled(results) + duplicates(results) + hump(results)
     lines = []
     missing: dict[str, list[str]] = {}
-    for one in verdicts:
+    for one in findings:
         if one.verdict == "not run":
             missing.setdefault(one.claim, []).append(one.setting)
-    for one in verdicts:
+    for one in findings:
         if one.verdict != "not run":
             lines.append([one.claim, one.setting, str(one.seeds), one.found, one.verdict])
         elif one.claim in missing:
@@ -429,21 +451,20 @@ def verdict_table(results: Results) -> str:
 
 
 def score_table(results: Results, measure: str) -> str:
-    """Tabulate `measure` by budget, mean over seeds, of all that has run."""
+    """Tabulate `measure` by budget, mean over seeds, of all that has run, in the plan's order."""
+    places = {}
+    for run in plan():
+        if run in results and run.sampler in pools.SAMPLERS:
+            places[run.pool, run.schedule, run.aligner, run.sampler] = True
     lines = []
-    for pool in pools.POOLS:
-        for aligner in BATCH:
-            for sampler in pools.SAMPLERS:
-                where = (results, pool, aligner, sampler)
-                cells = [gold_of(*where, x, measure) for x in (0, *BUDGETS)]
-                ran = [cell for cell in cells[1:-1] if cell]
-                if not ran:
-                    continue
-                shown = [cell_of(list(cell.values())) for cell in cells]
-                seeds = f"{min(map(len, ran))} to {max(map(len, ran))}"
-                lines.append([pool, aligner, sampler, seeds, *shown])
-    head = ["pool", "aligner", "sampler", "seeds", "SFT", *(f"{x:g} %" for x in BUDGETS)]
-    return table(head, lines)
+    for pool, schedule, aligner, sampler in places:
+        where = (results, pool, aligner, sampler)
+        cells = [gold_of(*where, x, schedule, measure) for x in (0, *BUDGETS)]
+        most = max(len(cell) for cell in cells[1:-1])
+        shown = [cell_of(list(cell.values())) for cell in cells]
+        lines.append([pool, schedule, aligner, sampler, str(most), *shown])
+    head = ["pool", "schedule", "aligner", "sampler", "seeds", "SFT"]
+    return table([*head, *(f"{x:g} %" for x in BUDGETS)], lines)
 
 
 def pilot_table(path: str) -> str:
@@ -485,7 +506,8 @@ def series_of(results: Results) -> list[Series]:
     curves = []
     for aligner in BATCH:
         for sampler in ("random", "isa_A"):
-            y_NS = curve_of(results, "clean", aligner, sampler)[1:]
+            (curve_NS,) = curves_of(results, aligner, ("clean", sampler))
+            y_NS = curve_NS[1:]
             if y_NS.shape[1] > 1:
                 errors = [half(list(row)) for row in y_NS]
                 name = f"{aligner}, {sampler}"
