@@ -449,8 +449,8 @@ test_data_sampling.py::test_a_hump_is_told_from_a_plateau
 - fall_S = y_NS[peak] - y_NS[-1]
 + fall_S = y_NS[peak] - y_NS[0]
 test_data_sampling.py::test_savings_count_the_selection
-- at_little = 1 - sum(flops["isa_A", little].values()) / whole
-+ at_little = 1 - flops["isa_A", little]["training"] / whole
+- at_little = 1 - sum(flops["isa_A", LITTLE].values()) / whole
++ at_little = 1 - flops["isa_A", LITTLE]["training"] / whole
 - least = 1 - sum(flops["isa_A", BUDGETS[0]].values()) / whole
 + least = 1 - flops["isa_A", BUDGETS[0]]["training"] / whole
 test_data_sampling.py::test_the_null_controls
