@@ -10,7 +10,7 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 
@@ -64,7 +64,7 @@ def draw(
 
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     for points in curves:
-        style = {"marker": ".", "capsize": 2, "label": points.name}
+        style: dict[str, Any] = {"marker": ".", "capsize": 2, "label": points.name}
         axes.errorbar(points.x, points.y, points.half, **style)
     if log:
         axes.set_xscale("log")

@@ -13,7 +13,7 @@ import train_dpo
 import train_sft
 from data.tokenizer import Tokenizer
 from evaluation import fits
-from experiments.data_sampling import court, pools, runs, side_by_side, verdicts
+from experiments.data_sampling import chosen, court, pools, runs, side_by_side, verdicts
 from experiments.data_sampling.runs import Run
 from model import LanguageModel, init_and_apply
 from model_config import ModelConfig
@@ -150,11 +150,11 @@ def test_learning_rates_of_a_run_are_those_of_its_own_schedule():
 
 
 def test_each_epoch_has_each_chosen_row_once():
-    chosen = np.array([3, 5, 8, 9])
-    order = side_by_side.order_of(chosen, 2, 4, seed=0)
+    rows = np.array([3, 5, 8, 9])
+    order = side_by_side.order_of(rows, 2, 4, seed=0)
     assert order.shape == (4, 2)
     for epoch in (order[:2], order[2:]):
-        assert sorted(epoch.ravel().tolist()) == chosen.tolist()
+        assert sorted(epoch.ravel().tolist()) == rows.tolist()
 
 
 # --- the plan
@@ -268,14 +268,23 @@ def test_a_study_stops_and_goes_on_where_it_was(study, capsys):
 def test_every_sampler_chooses_distinct_rows(study):
     config = runs.Config(init=f"{study}/sft", work=str(study), pairs=40)
     pool = runs.pool_of(config, "clean", "kto", 0)
-    chosen = {}
+    taken = {}
     for sampler in pools.SAMPLERS:
         seen = pools.look(sampler, pool, config.init, runs.loaded(config.init), 0)
-        chosen[sampler] = set(pools.choose(seen, 8).tolist())
-        assert len(chosen[sampler]) == 8 and chosen[sampler] <= set(range(80))
+        taken[sampler] = set(pools.choose(seen, 8).tolist())
+        assert len(taken[sampler]) == 8 and taken[sampler] <= set(range(80))
     # The null control takes other rows, and A and B are opposite ends.
-    assert chosen["isa_A"] != chosen["isa_A" + pools.SHUFFLED]
-    assert not chosen["isa_A"] & chosen["isa_B"]
+    assert taken["isa_A"] != taken["isa_A" + pools.SHUFFLED]
+    assert not taken["isa_A"] & taken["isa_B"]
+
+
+def test_desirable_rows_are_counted(study):
+    given = [f"--study.init={study}/sft", f"--study.work={study}", "--study.pairs=40"]
+    lines = run(chosen, *given, "--samplers", "random", "isa_A", "--seeds=1", f"--out={study}/c")
+    assert len(lines) == 2 * len(runs.BUDGETS[:-1])
+    # 60 of 80 rows, of which 40 are desirable: a third at least, two thirds at most.
+    assert all(1 / 3 <= line["desirable"] <= 2 / 3 for line in lines if line["budget"] == 75)
+    assert f"{lines[0]['desirable']:.3f}" in verdicts.chosen_table(f"{study}/c")
 
 
 def test_results_of_another_start_are_refused(study, tmp_path, capsys):
@@ -328,7 +337,7 @@ def test_a_plateau_is_told_from_a_line():
     found = verdicts.plateau(made(saturating), draws=40)
     assert [one.verdict for one in found] == ["confirmed", "confirmed"]
     found = verdicts.plateau(made(rising), draws=40)
-    assert [one.verdict for one in found] == ["refuted", "refuted"]
+    assert all(one.verdict.startswith("refuted: AIC") for one in found)
     assert [one.verdict for one in verdicts.plateau({})] == ["not run", "not run"]
 
 

@@ -48,7 +48,7 @@ def make_court(model: ModelConfig, tokenizer: Tokenizer, prompts: int, new_token
     _, apply = init_and_apply(LanguageModel(model))
     sampling = SamplingConfig(1.0, max_new_tokens=new_tokens)
 
-    def sample(params: Params, batch: Batch, key: jax.Array) -> Samples:
+    def sample(params: Params, batch: dict[str, jax.Array], key: jax.Array) -> Samples:
         ends = tokenizer.ends
         return generate(apply, model, params, batch, key, sampling, eos=ends, pad=tokenizer.pad)
 

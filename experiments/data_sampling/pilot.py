@@ -32,6 +32,8 @@ from runtime import flags
 from runtime.writes import atomic_text
 from sharding import MeshConfig, make_mesh
 
+Line = dict[str, float | str]
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -68,19 +70,24 @@ def trained(config: Config, run: Run) -> Params:
     return states.params
 
 
-def main(config: Config) -> list[dict[str, float | str]]:
+def main(config: Config) -> list[Line]:
     """Try all rates by both aligners; write and return a line each."""
     make_mesh(MeshConfig(), jax.devices()[:1])
     study = config.study
     model = loaded(study.init)
     judge = make_court(model.config, model.tokenizer, study.prompts, pools.NEW_TOKENS)
-    lines: list[dict[str, float | str]] = []
+    lines: list[Line] = []
     for aligner in BATCH:
         for budget, sampler in ((10, "random"), (100, "all")):
             run = Run("clean", aligner, sampler, budget, "own", config.seed)
             verdicts = judge(trained(config, run), [config.seed] * len(config.rates))
             for rate, verdict in zip(config.rates, verdicts, strict=True):
-                line = {"aligner": aligner, "budget": budget, "rate": rate, "gold": verdict.gold}
+                line: Line = {
+                    "aligner": aligner,
+                    "budget": budget,
+                    "rate": rate,
+                    "gold": verdict.gold,
+                }
                 lines.append(line)
                 print(line, flush=True)
     with atomic_text(config.out) as file:

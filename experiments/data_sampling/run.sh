@@ -10,4 +10,5 @@ $PYTHON train_lm.py --run=$WORK/lm $SHAPE
 $PYTHON train_sft.py --init=$WORK/lm --run=$WORK/sft
 test -s experiments/data_sampling/pilot.jsonl || $PYTHON -m experiments.data_sampling.pilot --study.init=$WORK/sft --study.work=$WORK
 $PYTHON -m experiments.data_sampling.runs --init=$WORK/sft --work=$WORK
+test -s experiments/data_sampling/chosen.jsonl || $PYTHON -m experiments.data_sampling.chosen --study.init=$WORK/sft --study.work=$WORK
 $PYTHON -m experiments.data_sampling.verdicts

@@ -22,9 +22,16 @@ from data.batches import Batch
 from model import LanguageModel, Params, init_and_apply
 from objectives import direct
 from train_state import init_state
-from train_step import OptimizerConfig, TrainState, make_optimizer, make_schedule, make_train_step
+from train_step import (
+    Metrics,
+    OptimizerConfig,
+    TrainState,
+    make_optimizer,
+    make_schedule,
+    make_train_step,
+)
 
-Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
+Step = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
 
 
 # ---- Learning rates as data ----
@@ -33,7 +40,7 @@ Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
 class Rates(NamedTuple):
     """State of `scale_by_rates`."""
 
-    count: jax.Array
+    taken: jax.Array
     """Updates taken, int32."""
     rates_S: jax.Array
     """Learning rate of each update, float32."""
@@ -46,9 +53,9 @@ def scale_by_rates(rates_S: np.ndarray) -> optax.GradientTransformation:
         return Rates(jnp.int32(0), jnp.asarray(rates_S, jnp.float32))
 
     def update(updates: Params, state: Rates, params: Params | None = None):
-        rate = state.rates_S[state.count]
+        rate = state.rates_S[state.taken]
         scaled = jax.tree.map(lambda x: rate * x, updates)
-        return scaled, state._replace(count=state.count + 1)
+        return scaled, state._replace(taken=state.taken + 1)
 
     return optax.GradientTransformation(init, update)
 
@@ -98,7 +105,7 @@ def _make_step(config: train_dpo.Config) -> Step:
     optimizer = make_table_optimizer(config.optimizer, np.zeros(1))
     update = make_train_step(objective, optimizer, max_norm=config.optimizer.clip)
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+    def step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, Metrics]:
         if config.loss == "kto":
             batch = direct.kto_kl_estimate(apply, state.params, batch)
         return update(state, batch)

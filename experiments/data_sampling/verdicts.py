@@ -74,6 +74,8 @@ class Config:
     """Page with the tables, between two marks."""
     pilot: str = str(HERE / "pilot.jsonl")
     """Lines of experiments.data_sampling.pilot."""
+    chosen: str = str(HERE / "chosen.jsonl")
+    """Lines of experiments.data_sampling.chosen."""
     figure: str = str(HERE / "curves.png")
     """Figure to write."""
 
@@ -179,12 +181,17 @@ def plateau(results: Results, draws: int = fits.DRAWS) -> list[Finding]:
         rate = fits.bootstrap(fits.PLATEAU, x_N, y_NS.T, draws=draws)["b"]
         # A rate at the least one searched is a line.
         least = fits.PLATEAU.bounds(x_N)[0][0]
-        holds = aic < rivals[best] and r_squared >= LEAST_R_SQUARED and rate.low > 1.01 * least
+        conditions = {
+            "AIC": aic < rivals[best],
+            "R²": r_squared >= LEAST_R_SQUARED,
+            "rate": rate.low > 1.01 * least,
+        }
+        fails = [name for name, holds in conditions.items() if not holds]
         found = (
             f"AIC {aic:.1f}, {best} {rivals[best]:.1f}; R² {r_squared:.3f}; "
             f"rate {ends(rate)} per percent"
         )
-        verdict = "confirmed" if holds else "refuted"
+        verdict = f"refuted: {', '.join(fails)}" if fails else "confirmed"
         findings.append(Finding(claim, setting, seeds, found, verdict))
     return findings
 
@@ -479,6 +486,19 @@ def pilot_table(path: str) -> str:
     return table(["aligner", "budget", *(f"{rate:g}" for rate in rates)], rows)
 
 
+def chosen_table(path: str) -> str:
+    """Tabulate the share of desirable rows among those chosen, mean over seeds."""
+    shares: dict[str, dict[float, list[float]]] = {}
+    for line in pathlib.Path(path).read_text().splitlines():
+        row = json.loads(line)
+        by_budget = shares.setdefault(row["sampler"], {})
+        by_budget.setdefault(row["budget"], []).append(row["desirable"])
+    rows = []
+    for sampler, by_budget in shares.items():
+        rows.append([sampler, *(cell_of(by_budget[budget]) for budget in BUDGETS[:-1])])
+    return table(["sampler", *(f"{budget:g} %" for budget in BUDGETS[:-1])], rows)
+
+
 def seconds_line(results: Results) -> str:
     """Say what an update and judging took, median over runs on the machine at hand."""
     told = []
@@ -528,6 +548,8 @@ def main(config: Config) -> dict[str, int]:
         score_table(results, "gold").strip(),
         "Win rate against demonstrations, likewise: more criteria pass; ties count half.",
         score_table(results, "win_rate").strip(),
+        "Share of desirable rows among those chosen for KTO in the clean pool, of which half are:",
+        chosen_table(config.chosen).strip(),
         "Gold by the learning rate, the pilot's seed alone:",
         pilot_table(config.pilot).strip(),
     ]
