@@ -544,8 +544,8 @@ def main(config: Config) -> dict[str, int]:
     parts = [
         f"{done} of {len(planned)} runs are done. {seconds_line(results)}",
         verdict_table(results).strip(),
-        f"Gold: the share of {StudyConfig().prompts} held-out prompts that pass all criteria, mean "
-        "over seeds, ± half of the 95 % interval.",
+        f"Gold: the share of {StudyConfig().prompts} held-out prompts that pass all criteria, "
+        "mean over seeds, ± half of the 95 % interval.",
         score_table(results, "gold").strip(),
         "Win rate against demonstrations, likewise: more criteria pass; ties count half.",
         score_table(results, "win_rate").strip(),
