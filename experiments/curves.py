@@ -9,6 +9,8 @@ import runtime.interrupt  # noqa: F401
 import dataclasses
 import json
 import pathlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import matplotlib
 
@@ -43,25 +45,50 @@ def series(run: str, metric: str) -> tuple[list[int], list[float]]:
     return steps, values
 
 
-def main(config: Config) -> dict[str, float]:
-    """Write the figure; return the last value of each run's curve, by the run's folder."""
+class Series(NamedTuple):
+    """Points of one curve."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    half: Sequence[float] | None = None
+    """Half of each point's interval; None: points have none."""
+
+
+def draw(
+    curves: Sequence[Series], xlabel: str, ylabel: str, out: str, *, log: bool = False
+) -> None:
+    """Write a figure, .svg or .png, of curves; `log`: over the logarithm of x."""
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    last = {}
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    for run in config.runs.split(","):
-        steps, values = series(run, config.metric)
-        places = [step / steps[-1] for step in steps] if config.share else steps
-        axes.plot(places, values, marker=".", label=pathlib.Path(run).name)
-        last[run] = values[-1]
-    axes.set_xlabel("share of the run's steps" if config.share else "step")
-    axes.set_ylabel(config.metric)
+    for points in curves:
+        style: dict[str, Any] = {"marker": ".", "capsize": 2, "label": points.name}
+        axes.errorbar(points.x, points.y, points.half, **style)
+    if log:
+        axes.set_xscale("log")
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    pathlib.Path(config.out).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(config.out)
+    pathlib.Path(out).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out)
     pyplot.close(figure)
+
+
+def main(config: Config) -> dict[str, float]:
+    """Write the figure; return the last value of each run's curve, by the run's folder."""
+    last = {}
+    curves = []
+    for run in config.runs.split(","):
+        steps, values = series(run, config.metric)
+        places: list[float] = [*steps]
+        if config.share:
+            places = [step / steps[-1] for step in steps]
+        curves.append(Series(pathlib.Path(run).name, places, values))
+        last[run] = values[-1]
+    draw(curves, "share of the run's steps" if config.share else "step", config.metric, config.out)
     print(config.out)
     return last
 

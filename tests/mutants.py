@@ -403,6 +403,59 @@ test_tables.py::test_a_method_is_judged_on_fresh_prompts_and_choices_on_others
 test_tables.py::test_best_of_n_of_the_study_takes_the_highest_reward
 - scored.ranks_PN[:, :n].argmax(1)
 + scored.rewards_PN[:, :n].argmax(1)
+
+== experiments/data_sampling/pools.py
+test_data_sampling.py::test_each_damage_is_of_its_share
+- "chosen": pair["rejected"], "rejected": pair["chosen"]}
++ "chosen": pair["chosen"], "rejected": pair["rejected"]}
+
+== experiments/data_sampling/court.py
+test_data_sampling.py::test_wins_are_by_criteria_and_ties_half
+- 0.5 * (1 + np.sign(
++ (0 + np.sign(
+- passed.append(ours.all)
++ passed.append(ours.helpful)
+
+== experiments/data_sampling/runs.py
+test_data_sampling.py::test_steps_go_by_the_budget_or_are_equal
+- whole if run.schedule == "equal_steps" else run
++ whole if run.schedule == "own" else run
+test_data_sampling.py::test_flops_count_what_choosing_takes
+- selection = passes * whole * one
++ selection = 0 * whole * one
+
+== experiments/data_sampling/side_by_side.py
+test_data_sampling.py::test_each_epoch_has_each_chosen_row_once
+- rng.permutation(chosen)
++ rng.choice(chosen, len(chosen))
+test_data_sampling.py::test_learning_rates_of_a_run_are_those_of_its_own_schedule
+- for count in range(config.steps)]
++ for count in range(1, config.steps + 1)]
+
+== experiments/data_sampling/verdicts.py
+test_data_sampling.py::test_a_curve_is_judged_on_seeds_that_were_not_fitted
+- ((y_NS[:, ::2], y_NS[:, 1::2]),
++ ((y_NS[:, ::2], y_NS[:, ::2]),
+test_data_sampling.py::test_the_share_kept_is_of_the_gain
+- np.stack([little_S - none_S, all_S - none_S])
++ np.stack([little_S, all_S])
+test_data_sampling.py::test_holms_correction
+- highest = max(highest, (count - rank)
++ highest = max(highest, (count)
+test_data_sampling.py::test_isa_is_compared_with_the_best_other_sampler
+- pair[1].mean() > best[1].mean()
++ pair[1].mean() < best[1].mean()
+test_data_sampling.py::test_a_hump_is_told_from_a_plateau
+- fall_S = y_NS[peak] - y_NS[-1]
++ fall_S = y_NS[peak] - y_NS[0]
+test_data_sampling.py::test_savings_count_the_selection
+- at_little = 1 - sum(flops["isa_A", LITTLE].values()) / whole
++ at_little = 1 - flops["isa_A", LITTLE]["training"] / whole
+- least = 1 - sum(flops["isa_A", BUDGETS[0]].values()) / whole
++ least = 1 - flops["isa_A", BUDGETS[0]]["training"] / whole
+test_data_sampling.py::test_the_null_controls
+- interval(lost_isa_S - lost_random_S)
++ interval(lost_random_S - lost_isa_S)
 """
 
 
