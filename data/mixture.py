@@ -50,6 +50,8 @@ class Mixture(Source):
     """As --data has them."""
     shares_SP: tuple[tuple[int, ...], ...]
     """For each stage the share of each part in its draws, of about WHOLE; 0: not in the stage."""
+    spread_P: tuple[int, ...]
+    """The share of each part by which the records lie; all stages count alike."""
 
     @property
     def is_endless(self) -> bool:
@@ -78,16 +80,15 @@ class Mixture(Source):
         return ends
 
     def label_of(self, i: int) -> str:
-        part, _ = placed(i, spread(self.shares_SP), sizes_of(self.parts))
+        part, _ = placed(i, self.spread_P, sizes_of(self.parts))
         return self.parts[part].label
 
     def alone(self) -> list[Source]:
         # Through this source, which another may wrap.
-        shares = spread(self.shares_SP)
         sizes = sizes_of(self.parts)
 
         def read(part: int, row: int) -> Record:
-            return self[place_of(part, row, shares, sizes)]
+            return self[place_of(part, row, self.spread_P, sizes)]
 
         found = []
         for number, part in enumerate(self.parts):
@@ -141,11 +142,11 @@ def mixed(
     shares_SP = tuple(tuple(shares_of(stage, parts)) for stage in stages)
 
     # Records lie in the order of `place_of`.
-    spread_shares = spread(shares_SP)
+    spread_P = tuple(whole([sum(shares) for shares in zip(*shares_SP, strict=True)]))
     sizes = sizes_of(parts)
 
     def read(i: int) -> Record:
-        part, row = placed(i, spread_shares, sizes)
+        part, row = placed(i, spread_P, sizes)
         return parts[part].source[row]
 
     skipped: list[str] = []
@@ -160,6 +161,7 @@ def mixed(
         parts=tuple(parts),
         stages=tuple(stages),
         shares_SP=shares_SP,
+        spread_P=spread_P,
     )
 
 
@@ -235,11 +237,6 @@ def whole(weights: Sequence[float]) -> list[int]:
     return shares
 
 
-def spread(shares_SP: Sequence[Sequence[int]]) -> tuple[int, ...]:
-    """Return one share for each part, for where no stage is meant: all stages count alike."""
-    return tuple(whole([sum(shares) for shares in zip(*shares_SP, strict=True)]))
-
-
 def sizes_of(parts: Sequence[Part]) -> tuple[int, ...]:
     """Return the number of rows of each part."""
     return tuple(len(part.source) for part in parts)
@@ -274,12 +271,32 @@ def place_of(part: int, row: Any, shares: Sequence[int], sizes: Sequence[int]) -
 @functools.lru_cache(4096)
 def placed(i: int, shares: tuple[int, ...], sizes: tuple[int, ...]) -> tuple[int, int]:
     """Return the part and the row that `place_of` puts at the index `i`."""
-    for part, size in enumerate(sizes):
+    # What lies before it of parts that have ended, and which parts share the rest.
+    rest = i
+    going_on = []
+    for part, last in enumerate(last_places(shares, sizes)):
+        if last < i:
+            rest -= sizes[part]
+        else:
+            going_on.append(part)
+
+    # A part's row is near its share of the rest: look for it there.
+    total = sum(shares[part] for part in going_on)
+    for part in going_on:
         place = functools.partial(place_of, part, shares=shares, sizes=sizes)
-        row = bisect.bisect_left(range(min(size, i + 1)), i, key=place)
-        if row < size and place(row) == i:
+        near = rest * shares[part] // total
+        start = max(near - len(sizes), 0)
+        rows = range(start, min(near + len(sizes) + 1, sizes[part]))
+        row = start + bisect.bisect_left(rows, i, key=place)
+        if row < rows.stop and place(row) == i:
             return part, row
     raise IndexError(i)
+
+
+@functools.cache
+def last_places(shares: tuple[int, ...], sizes: tuple[int, ...]) -> list[int]:
+    """Return the index of each part's last row."""
+    return [place_of(part, size - 1, shares, sizes) for part, size in enumerate(sizes)]
 
 
 # --- draws
@@ -311,7 +328,7 @@ class Draws:
     def __init__(self, mixture: Mixture, seed: int, stage: int):
         self._shares = mixture.shares_SP[stage]
         self._seed = [seed, stage]
-        self._places = spread(mixture.shares_SP)
+        self._spread_P = mixture.spread_P
         self._sizes = sizes_of(mixture.parts)
         self._orders: list[Order | None] = []
         for part in mixture.parts:
@@ -341,7 +358,7 @@ class Draws:
         for part, (before, after) in enumerate(zip(before_P, after_P, strict=True)):
             rows = [self._row(part, draw) for draw in range(before, after)]
             indices_N[parts_N == part] = place_of(
-                part, np.array(rows, np.int64), self._places, self._sizes
+                part, np.array(rows, np.int64), self._spread_P, self._sizes
             )
         return indices_N
 
