@@ -4,6 +4,7 @@ Joulin et al. 2017, without the hidden layer: logistic regression on hashed n-gr
 of web pages was of this kind (Brown et al. 2020, appendix A).
 """
 
+import itertools
 import re
 import zlib
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ FEATURES = 1 << 18
 """Places that n-grams are hashed to."""
 DECAY = 1e-4
 """Weight of half the squared weights, beside the mean loss."""
-STEPS = 200
+STEPS = 50
 """Iterations of L-BFGS, at most."""
 
 
@@ -27,7 +28,7 @@ def features(texts: Sequence[str]) -> scipy.sparse.csr_matrix:
     places: list[int] = []
     for text in texts:
         words = re.findall(r"\w+|[^\w\s]", text.casefold())
-        pairs = [f"{one} {two}" for one, two in zip(words, words[1:], strict=False)]
+        pairs = [f"{one} {two}" for one, two in itertools.pairwise(words)]
         places += [zlib.crc32(gram.encode()) % FEATURES for gram in (*words, *pairs)]
         starts.append(len(places))
     counts = np.ones(len(places))

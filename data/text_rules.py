@@ -123,7 +123,7 @@ def _too_many(what: str, count: int, all_of_them: int, most: float) -> str | Non
 
 
 def lexicon_rule(unwanted: Iterable[str]) -> Rule:
-    """Return a rule that objects to texts with any of these words or phrases, whole, in any case."""
+    """Return a rule that objects to texts with one of these words or phrases, in any case."""
     phrases = sorted({" ".join(phrase.casefold().split()) for phrase in unwanted} - {""})
     spaced = [re.escape(phrase).replace(r"\ ", r"\s+") for phrase in phrases]
     pattern = re.compile(rf"(?<!\w)(?:{'|'.join(spaced)})(?!\w)")
@@ -164,12 +164,16 @@ def is_card(text: str) -> bool:
 
 
 def is_ip(text: str) -> bool:
-    """Return whether a text is an address of a machine other than this one."""
+    """Return whether a text is an address of a machine other than this one.
+
+    Few groups without a digit, as in `a::b`, are rather a name in a program.
+    """
     try:
         address = ipaddress.ip_address(text)
     except ValueError:
         return False
-    return not (address.is_loopback or address.is_unspecified)
+    is_name = address.version == 6 and (text.count(":") < 3 or not re.search(r"\d", text))
+    return not (address.is_loopback or address.is_unspecified or is_name)
 
 
 CHECKS: dict[str, Callable[[str], bool]] = {"card": is_card, "ip": is_ip}
@@ -186,13 +190,15 @@ def without_personal_data(text: str) -> tuple[str, list[str]]:
     for kind, pattern in CANDIDATES.items():
         check = CHECKS.get(kind)
 
-        def replaced(found: re.Match[str], kind: str = kind, check: Rule | None = check) -> str:
+        parts = []
+        end = 0
+        for found in pattern.finditer(text):
             if check is not None and not check(found[0]):
-                return found[0]
+                continue
+            parts += [text[end : found.start()], f"<{kind}>"]
             kinds.append(kind)
-            return f"<{kind}>"
-
-        text = pattern.sub(replaced, text)
+            end = found.end()
+        text = "".join([*parts, text[end:]])
     return text, kinds
 
 

@@ -461,7 +461,9 @@ def test_scripts_train_on_mixtures_and_tell_the_shares(files, capsys):
     assert "Its share of the examples read so far" in (files / "sft" / "report.html").read_text()
     told = " ".join(capsys.readouterr().out.split())
     assert "60.0% a.jsonl, 20.0% docs.jsonl@text, 20.0% world of the records drawn;" in told
-    assert "a.jsonl: 57 rows;" in told
+    assert re.search(
+        r"; a\.jsonl: \d+ rows; .*; docs\.jsonl: \d+ rows; .*; world: endless; ", told
+    )
 
     # Each source is pinned by its content.
     assert json.loads((files / "sft" / "config.json").read_text())["inputs"].keys() == {
