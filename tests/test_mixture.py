@@ -485,7 +485,7 @@ def test_scripts_train_on_mixtures_and_tell_the_shares(files, capsys):
     prompts += ["--batch_size=16", "--minibatches=2", "--max_prompt=24", "--max_new_tokens=8"]
     run(train_ppo, *prompts, "--run=ppo")
     for name in ("rm", "dpo", "ppo"):
-        assert rows_of(name)[-1]["data/share/world"] == pytest.approx(0.5, abs=0.15)
+        assert rows_of(name)[-1]["data/share/world"] == pytest.approx(0.5, abs=0.3)
 
 
 @pytest.mark.slow
