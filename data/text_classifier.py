@@ -14,7 +14,7 @@ import scipy.optimize
 import scipy.sparse
 import scipy.special
 
-FEATURES = 1 << 18
+FEATURES = 1 << 16
 """Places that n-grams are hashed to."""
 DECAY = 1e-4
 """Weight of half the squared weights, beside the mean loss."""

@@ -126,9 +126,8 @@ def main(config: Config) -> dict[str, float]:
 
     # Data: conversations, among which a mixture may have documents, the tokenizer they fit, and
     # packed rows. Batches at fault of a loss spike are left out (runtime/guard.py).
-    opened = partial(open_source, config.data, "chat", seed=config.seed, with_texts=True)
-    train_chats = opened(split="train")
-    held_out_chats = opened(split="heldout")
+    train_chats = open_source(config.data, "chat", "train", seed=config.seed, with_texts=True)
+    held_out_chats = open_source(config.data, "chat", "heldout", seed=config.seed, with_texts=True)
     tokenizer = tokenizer_for(config, train_chats)
     check_fit(config.model, tokenizer.size, config.length)
     packed = partial(
