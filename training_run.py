@@ -261,7 +261,7 @@ class Run:
         # Of mixtures, what each of their sources has given.
         for name, data in self._data.items():
             for label, (of_examples, of_tokens) in data.shares.items():
-                source = f"{name}/{label}" if name else label
+                source = f"{name}/{label}" if len(streams) > 1 else label
                 metrics[f"data/share/{source}"] = of_examples
                 metrics[f"data/token_share/{source}"] = of_tokens
         # Of several streams the one that is seen most often.
