@@ -51,8 +51,8 @@ def jaccard(one: np.ndarray, other: np.ndarray) -> float:
 class NearDuplicates:
     """Texts seen so far, each to be asked for among those before it.
 
-    `text_at(row)` reads a text again, where its key is that of another. About 2 kB a text are
-    kept.
+    `text_at(row)` reads a text again, where its key is that of another. About 1.5 kB a text
+    are kept.
     """
 
     def __init__(self, text_at: Callable[[int], str], least: float, seed: int = 0):
