@@ -249,15 +249,15 @@ class Run:
         all hosts, for the throughput; 0: none is written. Further calls for a step join its row:
         `tokens` add up, a name that is there is replaced. Added are the learning rate, in a script
         with one update a step, and of the data, on this host, how many records were cut or dropped
-        so far, and of files the epochs. Raises UserError where the step was compiled more than 32
-        times; for the row that it writes UserError after 20 updates in a row that were not finite,
-        or at the last step where none was taken, and guard.Spike, which is none, where the Run's
-        `guard` finds one.
+        so far, of files the epochs, and of mixtures the shares of their sources. Raises UserError
+        where the step was compiled more than 32 times; for the row that it writes UserError after
+        20 updates in a row that were not finite, or at the last step where none was taken, and
+        guard.Spike, which is none, where the Run's `guard` finds one.
         """
         self._recorder(step, {**metrics, **self._data_metrics()}, tokens=tokens)
 
     def _data_metrics(self) -> dict[str, float]:
-        """Return the records so far that were cut or dropped as too long, and the epochs."""
+        """Return the records so far that were cut or dropped, the shares read, and the epochs."""
         # Counts are of all streams, and stay 0 where nothing is cut.
         streams = self._data.values()
         if not streams:
@@ -266,6 +266,12 @@ class Run:
             "data/truncated": sum(data.truncated for data in streams),
             "data/dropped": sum(data.dropped for data in streams),
         }
+        # Of mixtures, what each of their sources has given.
+        for name, data in self._data.items():
+            for label, (of_examples, of_tokens) in data.shares.items():
+                source = f"{name}/{label}" if len(streams) > 1 else label
+                metrics[f"data/share/{source}"] = of_examples
+                metrics[f"data/token_share/{source}"] = of_tokens
         # Of several streams the one that is seen most often.
         epochs = [data.epoch for data in streams if not data.is_endless]
         if epochs:

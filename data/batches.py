@@ -5,6 +5,7 @@ The iterator resumes exactly where it stopped. Every host reads a disjoint part 
 order. Lengths are counted in tokens throughout.
 """
 
+import bisect
 import functools
 import math
 import sys
@@ -12,16 +13,15 @@ from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, Required, Self, TypedDict, Unpack
+from typing import Any, NamedTuple, NotRequired, Required, Self, TypedDict, Unpack
 
-import grain
 import jax
 import numpy as np
 
-from data.lengths import MEASURED, Encode, Encoded, lengths_line
+from data.lengths import MEASURED, Encode, Encoded, lengths_line, tokens_of
 from data.packing import at_a_space, pack, split_document
 from data.records import Record
-from data.sources import ENDLESS, Source
+from data.source import Source
 from data.tokenizer import Tokenizer
 from runtime.errors import UserError
 
@@ -84,6 +84,12 @@ def encode_chat(record: Record, tokenizer: Tokenizer, length: int) -> Encoded:
     row = {"tokens": tokens[:end], "mask": mask[:end]}
     rows = [row] if any(row["mask"]) else []
     return Encoded(rows, len(tokens) > length)
+
+
+def encode_chat_or_text(record: Record, tokenizer: Tokenizer, length: int) -> Encoded:
+    """Encode a conversation as `encode_chat`, a document mixed among them as `encode_text`."""
+    encode = encode_text if "text" in record else encode_chat
+    return encode(record, tokenizer, length)
 
 
 def encode_comparison(record: Record, tokenizer: Tokenizer, length: int) -> Encoded:
@@ -351,13 +357,17 @@ class BatchOptions(TypedDict, total=False):
     """Numbers, from 1, of batches that are passed over."""
 
 
+Read = dict[str, tuple[int, int]]
+"""By the source of a mixture: its examples that gave rows, and their tokens."""
+
+
 class Position(TypedDict):
     """Where a `Batches` stands: all that the batches to come depend on beside its arguments."""
 
     batches: int
     """Batches made so far, those passed over too."""
     window: int
-    """Windows used up."""
+    """Windows used up, of the stage at hand."""
     row: int
     """Rows used of the window at hand."""
     truncated: int
@@ -366,15 +376,19 @@ class Position(TypedDict):
     """Examples left out as too long, on this host."""
     processes: int
     """Hosts that the batches are for."""
+    read: NotRequired[Read]
+    """Of a mixture, what each of its sources gave so far on this host."""
 
 
 class Window(NamedTuple):
     """The rows that a window of consecutive examples gives on this host."""
 
+    stage: int
     number: int
     rows: list[Row]
     truncated: int
     dropped: int
+    read: Read
 
 
 class Made(NamedTuple):
@@ -397,7 +411,8 @@ class Batches:
     ahead, on a thread; that never shows in `state`.
 
     The order is cut into windows of consecutive examples, each a function of (seed, number):
-    with packing the PACKING_WINDOW examples packed together, else those of one batch.
+    with packing the PACKING_WINDOW examples packed together, else those of one batch. A mixture
+    may have stages, each with an order and windows of its own.
     """
 
     def __init__(
@@ -420,7 +435,6 @@ class Batches:
             )
         self._batch_size = batch_size
         self._layout = layout
-        self._source = source
         self._tokenizer = tokenizer
         self._length = length
         self._process = process
@@ -429,10 +443,15 @@ class Batches:
         self._rows = batch_size // processes
         self._window_size = PACKING_WINDOW if layout.packed else self._rows
 
-        # Indices past the end of the range are those of the next epoch, in another order.
-        self._order = grain.MapDataset.range(len(source)).seed(seed).shuffle()
+        # Shares of a mixture are of tokens as they are trained on.
+        self._source = source.weighed(self._tokens_of)
+        # The stages of a mixture; other sources have one. Each has an order of its own.
+        self._batch_tokens = batch_size * length if layout.packed else None
+        self._stage_ends = source.stage_ends(self._batch_tokens)
+        stages = range(len(self._stage_ends) + 1)
+        self._orders = [self._source.order(seed, stage) for stage in stages]
         # The last window made: several batches are cut from it.
-        self._window = Window(-1, [], 0, 0)
+        self._window = Window(0, -1, [], 0, 0, {})
         # One thread makes the next batch while this one is used.
         self._thread = ThreadPoolExecutor(1, "batches")
         self._ahead: Future[Made] | None = None
@@ -469,13 +488,31 @@ class Batches:
 
     @property
     def epoch(self) -> float:
-        """Passes over the source so far; after a restore those of whole windows, until `next`."""
-        return self._windows * self._window_size * self._processes / len(self._source)
+        """Passes over the source so far; after a restore those of whole windows, until `next`.
+
+        Of a mixture, of the source that is seen most often, in the stage at hand.
+        """
+        draws = self._windows * self._window_size * self._processes
+        return self._source.passes(draws, self._stage(max(self._position["batches"] - 1, 0)))
 
     @property
     def is_endless(self) -> bool:
         """True for what is built in, of which no run sees the end."""
-        return len(self._source) == ENDLESS
+        return self._source.is_endless
+
+    @property
+    def shares(self) -> dict[str, tuple[float, float]]:
+        """Shares of a mixture's sources in what was read so far, on this host: {} of others.
+
+        By source: its share of the examples, and of their tokens.
+        """
+        read = self._position.get("read", {})
+        all_examples = sum(examples for examples, _ in read.values())
+        all_tokens = sum(tokens for _, tokens in read.values())
+        shares = {}
+        for label, (examples, tokens) in read.items():
+            shares[label] = (examples / all_examples, tokens / all_tokens)
+        return shares
 
     @property
     def truncated(self) -> int:
@@ -493,15 +530,25 @@ class Batches:
         return self._source.skipped
 
     def lengths_line(self, records: int = MEASURED) -> str:
-        """Say how many rows the source has, how long they are, and what of them is lost."""
-        return lengths_line(
-            self._source,
-            self._layout.encode,
-            self._tokenizer,
-            self._length,
-            flag=self._layout.flag,
-            records=records,
-        )
+        """Say how many rows the source has, how long they are, and what of them is lost.
+
+        Of a mixture, of each of its sources, after their shares.
+        """
+        lines = []
+        shares = self._source.describe_shares(self._batch_tokens)
+        if shares:
+            lines.append(shares)
+        for source in self._source.alone():
+            line = lengths_line(
+                source,
+                self._layout.encode,
+                self._tokenizer,
+                self._length,
+                flag=self._layout.flag,
+                records=records,
+            )
+            lines.append(line)
+        return "; ".join(lines)
 
     def peek(self) -> Batch:
         """Return the batch that `next` will return."""
@@ -587,6 +634,14 @@ class Batches:
         fixed = self._processes > 1
         return self._layout.pad(rows, self._length, self._tokenizer.pad, fixed=fixed)
 
+    def _tokens_of(self, record: Record) -> int:
+        """Count the tokens that a record gives, cut to the rows' length."""
+        return tokens_of(self._layout.encode(record, self._tokenizer, self._length).rows)
+
+    def _stage(self, batches: int) -> int:
+        """Return the stage that the batch after so many is in, from 0."""
+        return bisect.bisect_right(self._stage_ends, batches)
+
     def _make(self, position: Position) -> Made:
         """Make the next batch after `position` that is not passed over."""
         made = self._make_batch(position)
@@ -613,16 +668,23 @@ class Batches:
     def _take_rows(self, position: Position) -> tuple[list[Row], Position]:
         """Take the rows of one batch from as many windows as it needs; also the position after."""
         after = position.copy()
+        # A stage begins with its own first window.
+        stage = self._stage(position["batches"])
+        if position["batches"] in self._stage_ends:
+            after["window"] = 0
+            after["row"] = 0
         after["batches"] += 1
         rows: list[Row] = []
         # Examples in a row that gave nothing.
         fruitless = 0
         while len(rows) < self._rows:
-            window = self._make_window(after["window"])
-            # What is cut counts with the window's first rows.
+            window = self._make_window(stage, after["window"])
+            # What is cut, and what is read of each source, counts with the window's first rows.
             if after["row"] == 0:
                 after["truncated"] += window.truncated
                 after["dropped"] += window.dropped
+                if window.read:
+                    after["read"] = added(after.get("read", {}), window.read)
             missing = self._rows - len(rows)
             taken = window.rows[after["row"] : after["row"] + missing]
             rows += taken
@@ -638,25 +700,29 @@ class Batches:
                 after["row"] = 0
         return rows, after
 
-    def _make_window(self, number: int) -> Window:
-        """Encode, and where the layout says so pack, the examples of window `number`."""
-        if self._window.number == number:
+    def _make_window(self, stage: int, number: int) -> Window:
+        """Encode, and where the layout says so pack, the examples of a window of a stage."""
+        if (self._window.stage, self._window.number) == (stage, number):
             return self._window
         rows: list[Row] = []
         truncated = 0
         dropped = 0
+        read: Read = {}
         first = number * self._window_size
         for i in range(first, first + self._window_size):
             # Hosts take turns along the one order.
-            index = self._order[i * self._processes + self._process]
+            index = self._orders[stage][i * self._processes + self._process]
             record = self._source[index]
             encoded = self._layout.encode(record, self._tokenizer, self._length)
             rows += encoded.rows
             truncated += encoded.is_cut
             dropped += not encoded.rows
+            label = self._source.label_of(index)
+            if label is not None and encoded.rows:
+                read = added(read, {label: (1, tokens_of(encoded.rows))})
         if self._layout.packed:
             rows = self._packed(rows)
-        self._window = Window(number, rows, truncated, dropped)
+        self._window = Window(stage, number, rows, truncated, dropped, read)
         return self._window
 
     def _packed(self, rows: list[Row]) -> list[Row]:
@@ -667,6 +733,15 @@ class Batches:
         for b in range(len(arrays["tokens_BT"])):
             packed_rows.append({name: array[b] for name, array in arrays.items()})
         return packed_rows
+
+
+def added(read: Read, more: Read) -> Read:
+    """Return the sums of two counts of what was read."""
+    sums = dict(read)
+    for label, (examples, tokens) in more.items():
+        before = sums.get(label, (0, 0))
+        sums[label] = (before[0] + examples, before[1] + tokens)
+    return sums
 
 
 def text_batches(source: Source, tokenizer: Tokenizer, **options: Unpack[BatchOptions]) -> Batches:
@@ -681,10 +756,12 @@ def text_batches(source: Source, tokenizer: Tokenizer, **options: Unpack[BatchOp
 def chat_batches(source: Source, tokenizer: Tokenizer, **options: Unpack[BatchOptions]) -> Batches:
     """Iterate over packed conversations, the assistant's tokens and their eos predicted.
 
-    `source`: records of the schema `chat`. Rows [B, T] have T = `length`; conversations that are
-    longer are cut on the right. Options are those of `BatchOptions`.
+    `source`: records of the schema `chat`, among them documents where a mixture has them, of which
+    every token is predicted. Rows [B, T] have T = `length`; conversations that are longer are cut
+    on the right. Options are those of `BatchOptions`.
     """
-    return Batches(Layout(encode_chat, pad_examples, packed=True), source, tokenizer, **options)
+    layout = Layout(encode_chat_or_text, pad_examples, packed=True)
+    return Batches(layout, source, tokenizer, **options)
 
 
 def prompt_batches(

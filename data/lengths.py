@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data.records import Record
-from data.sources import ENDLESS, Source
+from data.source import Source
 from data.tokenizer import Tokenizer
 
 Row = dict[str, Any]
@@ -111,7 +111,7 @@ def lengths_line(
     """
     found = measure_lengths(source, encode, tokenizer, length, records)
     measured = len(found.tokens_N)
-    rows = "endless" if len(source) == ENDLESS else f"{len(source):,} rows"
+    rows = "endless" if source.is_endless else f"{len(source):,} rows"
     if measured == 0:
         return f"{source.name}: {rows}"
     median, high = np.percentile(found.tokens_N, [50, 95])

@@ -2,7 +2,7 @@
 
     open_source("world" | "arithmetic" | "path.jsonl[.gz]" | "path.json" | "path.csv" |
                 "part-*.parquet" | "folder/of/datasets" | "hf:<owner>/<name>[:config][@split]" |
-                "tfds:<name>[/config]", schema, split, seed=0)
+                "tfds:<name>[/config]" | "a.jsonl:2 b.parquet:1", schema, split, seed=0)
 
 Files are validated row by row and prepared once as an ArrayRecord file, in $PLUMB_CACHE. Errors
 in a file read `file:line: field: reason`, or `file:row: ...` where rows are no lines. What is
@@ -18,8 +18,7 @@ import pathlib
 import sys
 import tempfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -28,13 +27,16 @@ from tqdm import tqdm
 from data.fields import FieldError, LeftOut, Row, name_shown, unlike_keys
 from data.formats import READERS, NumberedRow, is_lines
 from data.messages import is_trained
+from data.mixture import mixed
 from data.records import SCHEMAS, Record, Schema, unread_fields
+from data.source import ENDLESS, Source
 from runtime.compiled import cache_folder
 from runtime.data_files import KINDS, content_sum, files_named
 from runtime.errors import UserError, require
 from runtime.foreign import one_line
 from runtime.hosts import progressed
 from runtime.inputs import BUILT_IN, catalogue_folder, newest_prepared
+from runtime.mixtures import Share, is_mixture, names_in, read_mixture
 from runtime.writes import beside, is_full_disk, remove_all_left_over
 from tasks import arithmetic, world
 
@@ -44,11 +46,9 @@ held out or stored in another way than before: files prepared with another versi
 again. Renaming, comments and messages need no new version."""
 SOURCES = (
     "world, arithmetic, a .jsonl[.gz], .json, .csv or .parquet file, a folder of `datasets`, "
-    "hf:<owner>/<name>, or tfds:<name>"
+    "hf:<owner>/<name>, tfds:<name>, or several as in 'a.jsonl:2 b.jsonl:1'"
 )
 """What --data may name, for messages."""
-ENDLESS = 1 << 30
-"""Records a split of what is built in is said to have: more than any run reads."""
 HELDOUT_SHARE = 0.05
 """Share held out of a source without a held-out split of its own."""
 HELDOUT_MOST = 1000
@@ -62,54 +62,47 @@ SUMS = "sums.json"
 Split = Literal["train", "heldout", "all"]
 
 
-@dataclass(frozen=True)
-class Source:
-    """`len(source)` records; `source[i]` is a dict in the schema asked for, from i = 0."""
-
-    name: str
-    """For messages: the path or the catalogue name."""
-    rows: Sequence[int] | np.ndarray
-    """For each record, its index where it is stored."""
-    read: Callable[[int], Record]
-    """The record stored at an index."""
-    candidates: int = 2
-    """The most responses that a comparison has."""
-    skipped: Sequence[str] = ()
-    """What is wrong with each row that was left out, `file:line: field: reason`."""
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def first(self, most: int) -> list[Record]:
-        """Return the first `most` records, or all where there are fewer."""
-        return [self[i] for i in range(min(most, len(self)))]
-
-    def __getitem__(self, i: int) -> Record:
-        return self.read(int(self.rows[i]))
-
-
-def open_source(data: str, schema: Schema, split: Split, *, seed: int = 0) -> Source:
+def open_source(
+    data: str, schema: Schema, split: Split, *, seed: int = 0, with_texts: bool = False
+) -> Source:
     """Open the records of `data` in `schema` (see data/records.py).
 
-    `data`: world, arithmetic, tfds:<name>, or what names files (runtime/data_files.py). `split`:
-    train or heldout, which share no prompt; or all, of files alone. `seed`: that of what is built
-    in. Raises UserError for what is missing or malformed, naming file, line and field, and
-    ValueError for another schema or split.
+    `data`: world, arithmetic, tfds:<name>, what names files (runtime/data_files.py), or several of
+    these as a mixture (runtime/mixtures.py). `split`: train or heldout, which share no prompt; or
+    all, of files alone. `seed`: that of what is built in. `with_texts`: a mixture may have sources
+    of documents, records of the schema text. Raises UserError for what is missing or malformed,
+    naming file, line and field, and ValueError for another schema or split.
     """
     if schema not in SCHEMAS or split not in get_args(Split):
         raise ValueError(f"schema {schema!r}, split {split!r}")
+    if is_mixture(data):
+        return _mixture(data, schema, split, seed, with_texts)
+    return _open_one(data, schema, split, seed)
+
+
+def _open_one(
+    data: str, schema: Schema, split: Split, seed: int, held_out_elsewhere: Collection[int] = ()
+) -> Source:
+    """Open what is no mixture; as `open_source`.
+
+    `held_out_elsewhere`: hashes of rows that no file trains on.
+    """
     if not is_file(data):
         if split == "all":
             raise UserError(f"{data}: has no split {split}, only train and heldout")
         if data in BUILT_IN:
             return _built_in(data, schema, split, seed)
         return _catalogue(data.removeprefix("tfds:"), schema, split)
-    return _local(data, schema, split)
+    return _local(data, schema, split, held_out_elsewhere)
 
 
 def is_file(data: str) -> bool:
-    """Tell a file from what is built in and from the catalogue, by its name alone."""
-    return data not in BUILT_IN and not data.startswith("tfds:")
+    """Tell files from what is built in and from the catalogue, by the name alone.
+
+    A mixture is files where all that it names is.
+    """
+    names = names_in(data) or [data]
+    return all(name not in BUILT_IN and not name.startswith("tfds:") for name in names)
 
 
 def evaluated_split(data: str) -> Split:
@@ -247,6 +240,41 @@ def _arithmetic(split: arithmetic.Split, seed: int) -> dict[str, Callable[[int],
     return {"text": text, "chat": chat, "prompt": prompt, "steps": steps}
 
 
+# ---- Mixtures ----
+
+
+def _mixture(data: str, schema: Schema, split: Split, seed: int, with_texts: bool) -> Source:
+    """Open each source of a mixture, and join them."""
+    stages = read_mixture(data)
+    shares: dict[str, Share] = {}
+    for stage in stages:
+        shares |= {share.label: share for share in stage.shares}
+
+    # What one file holds out no other may train on: prompts may stand in several.
+    schemas: dict[str, Schema] = {}
+    held_out_hashes: set[int] = set()
+    for label, share in shares.items():
+        require(
+            with_texts or not share.as_text,
+            f"mixture: {label}: documents are mixed into conversations by train_sft.py alone; "
+            "leave @text out",
+        )
+        schemas[label] = "text" if share.as_text else schema
+        if is_file(share.data):
+            keys_N = _keys_of(share.data, schemas[label])
+            held_out_hashes.update(keys_N[held_out(keys_N)].tolist())
+
+    require(
+        not all(share.as_text for share in shares.values()),
+        f"{data}: holds documents alone; train_lm.py trains on them",
+    )
+
+    sources = []
+    for label, share in shares.items():
+        sources.append(_open_one(share.data, schemas[label], split, seed, held_out_hashes))
+    return mixed(data, stages, sources, list(shares))
+
+
 # ---- The TFDS catalogue ----
 
 
@@ -334,7 +362,14 @@ def _plain(value: Any) -> Any:
 # ---- Local files ----
 
 
-def _local(data: str, schema: Schema, split: Split) -> Source:
+def _keys_of(data: str, schema: Schema) -> np.ndarray:
+    """Return the hashes of the rows of files that decide which are held out, uint64 [N]."""
+    with np.load(_prepared(data, _data_files(data), schema) / "split.npz") as saved:
+        return saved["keys"]
+
+
+def _local(data: str, schema: Schema, split: Split, held_out_elsewhere: Collection[int]) -> Source:
+    """Open files; hashes of rows `held_out_elsewhere` are not trained on."""
     folder = _prepared(data, _data_files(data), schema)
     stored = _stored(folder / RECORDS)
     with np.load(folder / "split.npz") as saved:
@@ -358,7 +393,12 @@ def _local(data: str, schema: Schema, split: Split) -> Source:
     if split == "heldout":
         name = f"the held-out split of {data}"
         return Source(name, np.flatnonzero(held_out_N), read, candidates, skipped)
-    return Source(data, np.flatnonzero(~held_out_N), read, candidates, skipped)
+    train_N = ~held_out_N
+    if held_out_elsewhere:
+        train_N &= ~np.isin(keys_N, np.array([*held_out_elsewhere], np.uint64))
+        if not train_N.any():
+            raise UserError(f"{data}: all its prompts are held out of other sources; add others")
+    return Source(data, np.flatnonzero(train_N), read, candidates, skipped)
 
 
 @functools.cache
@@ -397,6 +437,8 @@ def _key(record: Record) -> int:
 
 def _data_files(data: str) -> list[pathlib.Path]:
     """Return the files that `data` names; raise UserError for none, or for other files."""
+    if is_mixture(data):
+        raise UserError(f"{data}: is a mixture, which this command does not read; name one file")
     files = files_named(data)
     if not files:
         if pathlib.Path(data).is_dir():

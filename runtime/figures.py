@@ -37,6 +37,11 @@ EXPLAINED = {
     "skipped": "Updates so far whose loss or gradient was not finite: they changed nothing.",
     "left_out": "Updates so far in whose batch nothing counted: they changed nothing.",
 }
+OF_SOURCES = {
+    "data/share/": "Its share of the examples read so far, on the first host.",
+    "data/token_share/": "Its share of the tokens read so far, on the first host.",
+}
+"""By the beginning of a name, whose rest is a source of a mixture."""
 HIDDEN = ("step", "seconds", "tokens_per_second", "updates", "tokens_seen", "peak_memory")
 FAULTS = ("skipped", "left_out", "truncated", "dropped")
 """Counts of updates that were not taken and of records that were cut, of which a figure is drawn
@@ -102,7 +107,7 @@ def panels(
                 curves.append((label, steps, values))
         if curves:
             drawn = _draw(curves, unit, legend=len(curves) > 1)
-            figures.append(_figure(title or name, drawn, EXPLAINED.get(name, "")))
+            figures.append(_figure(title or name, drawn, _explanation(name)))
     return figures
 
 
@@ -219,6 +224,14 @@ def _smooth(values: np.ndarray) -> np.ndarray:
     low = np.maximum(at - half, 0)
     high = np.minimum(at + half + 1, len(values))
     return (totals[high] - totals[low]) / (high - low)
+
+
+def _explanation(name: str) -> str:
+    """Return what is said under the figure of a metric; "" for one that is not known."""
+    for start, text in OF_SOURCES.items():
+        if name.startswith(start):
+            return text
+    return EXPLAINED.get(name, "")
 
 
 def _figure(title: str, svg: str, explanation: str) -> str:

@@ -1,10 +1,10 @@
 """Inputs of a run: what its config names by path is pinned by content, and cannot change under it.
 
 config.json holds `inputs`, by flag: {"data": {"sha256"}} of a file, or of several by one name;
-{"init": {"step", "sha256"}} of a run, the step that is read and the sum of its manifest, which has
-the sums of all its files; {"data": {"version", "sha256"}} of tfds:name; {"reward.0":
-{"module_sha256"}} of module:function, the sum of the module's own file. What that module imports
-is not covered.
+{"data.0": {"sha256"}} of a source in a mixture; {"init": {"step", "sha256"}} of a run, the step
+that is read and the sum of its manifest, which has the sums of all its files; {"data":
+{"version", "sha256"}} of tfds:name; {"reward.0": {"module_sha256"}} of module:function, the sum of
+the module's own file. What that module imports is not covered.
 A run that is resumed reads the steps that it began with, however long their runs have gone on.
 """
 
@@ -22,6 +22,7 @@ import jax
 
 from runtime.data_files import files_named, joint_sum
 from runtime.errors import UserError
+from runtime.mixtures import names_in
 from runtime.run_folder import (
     finished_steps,
     has_begun,
@@ -68,8 +69,8 @@ def named_inputs(config: Any) -> dict[str, str]:
 
     Inputs are files, runs, data sets of the catalogue and functions, as Content has them. Every
     field of the dataclass that holds free text is looked at, also one that a fork adds, but not
-    `run`, where the script writes. Of a field with several names the flags are `FIELD.0`,
-    `FIELD.1`.
+    `run`, where the script writes. Of a field with several names, and of a mixture of data, the
+    flags are `FIELD.0`, `FIELD.1`.
     """
     # Of types alone: what a choice among words says may be the name of a folder here.
     hints = typing.get_type_hints(type(config))
@@ -79,11 +80,19 @@ def named_inputs(config: Any) -> dict[str, str]:
             continue
         value = getattr(config, field.name)
         # One path, or several.
-        if isinstance(value, str):
-            found[field.name] = value
+        several = _several_names(value)
+        if several is not None:
+            found |= {f"{field.name}.{number}": one for number, one in enumerate(several)}
         elif value is not None:
-            found |= {f"{field.name}.{number}": one for number, one in enumerate(value)}
+            found[field.name] = value
     return {flag: name for flag, name in found.items() if _is_input(name)}
+
+
+def _several_names(value: Any) -> list[str] | None:
+    """Return the names in a field's value where it has several: a list, or a mixture of data."""
+    if isinstance(value, str):
+        return names_in(value) or None
+    return None if value is None else list(value)
 
 
 def _is_input(name: str) -> bool:
@@ -241,9 +250,11 @@ def with_pinned_runs(config: ConfigT) -> ConfigT:
     pins = _stored_pins(run, named)
     changes: dict[str, Any] = {}
     for flag, path in named.items():
-        if not is_run(path):
-            continue
         field, _, number = flag.partition(".")
+        # A run in a mixture is no data, which is told where it is opened.
+        is_in_mixture = number and isinstance(getattr(config, field), str)
+        if not is_run(path) or is_in_mixture:
+            continue
         at = _at_pin(run, field, path, pins.get(flag, {}))
         if not number:
             changes[field] = at
@@ -328,8 +339,9 @@ def _stored_path(stored: dict[str, Any], flag: str) -> Any:
     value = stored.get(field)
     if not number:
         return value
-    is_there = isinstance(value, list) and number.isdigit() and int(number) < len(value)
-    return value[int(number)] if is_there else None
+    several = _several_names(value) if isinstance(value, str | list) else None
+    is_there = several is not None and number.isdigit() and int(number) < len(several)
+    return several[int(number)] if several is not None and is_there else None
 
 
 def _told_other(run: str, field: str, path: str, what: str) -> str:

@@ -12,6 +12,7 @@ from functools import partial
 import jax
 
 from data.batches import chat_batches
+from data.mixture import first_conversations
 from data.sources import OnBadRow, open_source
 from data.tokenizer import tokenizer_for
 from lora import LoraConfig, with_adapters
@@ -123,10 +124,10 @@ def main(config: Config) -> dict[str, float]:
     )
     check_memory(config, mesh)
 
-    # Data: conversations, the tokenizer they fit, and packed rows. Batches at fault of a loss
-    # spike are left out (runtime/guard.py).
-    train_chats = open_source(config.data, "chat", "train", seed=config.seed)
-    held_out_chats = open_source(config.data, "chat", "heldout", seed=config.seed)
+    # Data: conversations, among which a mixture may have documents, the tokenizer they fit, and
+    # packed rows. Batches at fault of a loss spike are left out (runtime/guard.py).
+    train_chats = open_source(config.data, "chat", "train", seed=config.seed, with_texts=True)
+    held_out_chats = open_source(config.data, "chat", "heldout", seed=config.seed, with_texts=True)
     tokenizer = tokenizer_for(config, train_chats)
     check_fit(config.model, tokenizer.size, config.length)
     packed = partial(
@@ -147,7 +148,7 @@ def main(config: Config) -> dict[str, float]:
     full = partial(with_adapters, config.lora)
 
     # Samples: greedy answers to the last questions of held-out conversations.
-    sample_chats = [held_out_chats[i]["messages"] for i in range(min(8, len(held_out_chats)))]
+    sample_chats = first_conversations(held_out_chats, 8)
     sample = make_greedy_samples(
         config.model,
         tokenizer,

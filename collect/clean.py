@@ -1,0 +1,321 @@
+"""Leave out the rows of a file that are duplicates, of low quality, toxic or personal.
+
+    python -m collect.clean --data=pages.jsonl --rules=exact,near,gopher --out=clean.jsonl
+
+Rows are written as they stand, so that every training script reads the file as it did --data.
+Beside it, `<out>.dropped.jsonl` names each row that was left out or changed, the rule and the
+reason. The rules and their papers: docs/less_data.md.
+"""
+
+import runtime.interrupt  # noqa: F401
+
+import collections
+import dataclasses
+import hashlib
+import json
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+
+from collect.examples import open_rows, rows_as_written, schema_of
+from collect.scores import perplexities
+from data import text_rules
+from data.near_duplicates import LEAST_NEAR, NearDuplicates, normal
+from data.records import Schema
+from data.source import Source
+from data.sources import is_file
+from data.text_classifier import TextClassifier
+from data.text_rules import Rule
+from data.tokenizer import texts_of
+from model_config import stored_model
+from responses import in_parts, load_run
+from runtime import flags
+from runtime.errors import UserError, refuse_unread, require
+from runtime.run_folder import atomic_text
+from sharding import MeshConfig, make_mesh
+
+PART = 1024
+"""Texts a call of the classifier."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    # What is read and written
+    data: str = "pages.jsonl"
+    """Rows: a file in any layout that training reads."""
+    out: str = "runs/clean.jsonl"
+    """File to write."""
+    rules: str = "exact,near"
+    """Rules, in the order in which they are asked, parted by commas (docs/less_data.md)."""
+    schema: Schema | None = None
+    """How rows are read; None: as comparison, unpaired, steps, chat, text or prompt, the first
+    that reads the first row."""
+
+    # Rules
+    near: float = 0.7
+    """Least similarity of near duplicates: what two texts share of their word 3-grams."""
+    init: str | None = None
+    """Run of the language model whose perplexity is measured (perplexity)."""
+    perplexity_share: float = 0.1
+    """Share of the rows left out, those of the highest perplexity."""
+    length: int | None = None
+    """Longest text, in tokens, whose perplexity is measured; None: the model's context."""
+    good: str | None = None
+    """File of rows as they should be (classifier)."""
+    bad: str | None = None
+    """File of rows as they should not be (classifier)."""
+    least_good: float = 0.5
+    """Least chance that a row is a good one (classifier)."""
+    lexicon: str | None = None
+    """File of unwanted words and phrases, one a line (lexicon)."""
+    personal: Literal["replace", "drop"] = "replace"
+    """What is done with personal data: replaced by <email> and the like, or the row dropped."""
+
+
+class Given(NamedTuple):
+    """What a rule looks at."""
+
+    config: Config
+    source: Source
+
+    def text(self, row: int) -> str:
+        """Return all text of a row, whatever its schema."""
+        return "\n".join(texts_of(self.source[row]))
+
+
+Found = Iterator[tuple[int, str]]
+"""Rows that a rule objects to, each with the reason."""
+Finder = Callable[[Given, Sequence[int]], Found]
+"""find(given, rows): those of the rows to which a rule objects."""
+
+
+# ---- Rules: of the rows that are left, those that go ----
+
+
+def exact(given: Given, rows: Sequence[int]) -> Found:
+    """Find rows that repeat an earlier one, but for case, marks and spaces."""
+    first: dict[bytes, int] = {}
+    for row in rows:
+        digest = hashlib.sha256(normal(given.text(row)).encode()).digest()
+        earlier = first.setdefault(digest, row)
+        if earlier != row:
+            yield row, f"as row {earlier + 1}"
+
+
+def near(given: Given, rows: Sequence[int]) -> Found:
+    """Find rows that share most of their word n-grams with an earlier one that is kept."""
+    seen = NearDuplicates(given.text, given.config.near)
+    for row in rows:
+        found = seen.before(row)
+        if found is not None:
+            earlier, similarity = found
+            yield row, f"{similarity:.2f} of row {earlier + 1}"
+
+
+def by_text(rule: Rule) -> Finder:
+    """Make a function that finds the rows to whose text a rule objects."""
+
+    def find(given: Given, rows: Sequence[int]) -> Found:
+        for row in rows:
+            reason = rule(given.text(row))
+            if reason is not None:
+                yield row, reason
+
+    return find
+
+
+def lexicon(given: Given, rows: Sequence[int]) -> Found:
+    """Find rows with an unwanted word."""
+    rule = text_rules.lexicon_rule(words_of(given.config.lexicon or ""))
+    yield from by_text(rule)(given, rows)
+
+
+def perplexity(given: Given, rows: Sequence[int]) -> Found:
+    """Find the share of rows of the highest perplexity (Wenzek et al. 2020, section 3.3)."""
+    config = given.config
+    most = round(config.perplexity_share * len(rows))
+    if most == 0:
+        return
+    run = config.init or ""
+    model = load_run(run)
+    model = model._replace(params=jax.device_put(model.params))
+    source = given.source
+    left = dataclasses.replace(source, rows=[source.rows[row] for row in rows])
+    scores_N = perplexities(model, left, config.length or stored_model(run).context)
+    for place in sorted(np.argsort(scores_N, kind="stable")[-most:].tolist()):
+        yield rows[place], f"{scores_N[place]:.4g}"
+
+
+def classifier(given: Given, rows: Sequence[int]) -> Found:
+    """Find rows that look more like those of --bad than like those of --good."""
+    config = given.config
+    model = TextClassifier(texts_in(config.good or ""), texts_in(config.bad or ""))
+    for start in in_parts(len(rows), PART, "classifier", "row"):
+        part = rows[start : start + PART]
+        chances_N = model.chances([given.text(row) for row in part])
+        for row, chance in zip(part, chances_N.tolist(), strict=True):
+            if chance < config.least_good:
+                yield row, f"{chance:.3f}"
+
+
+def personal(given: Given, rows: Sequence[int]) -> Found:
+    """Find rows with personal data."""
+    for row in rows:
+        _, kinds = text_rules.without_personal_data(given.text(row))
+        if kinds:
+            yield row, text_rules.counted(kinds)
+
+
+RULES: dict[str, Finder] = {
+    "exact": exact,
+    "near": near,
+    "lexicon": lexicon,
+    "perplexity": perplexity,
+    "classifier": classifier,
+    "personal": personal,
+}
+RULES |= {name: by_text(rule) for name, rule in (text_rules.GOPHER | text_rules.C4).items()}
+GROUPS = {"gopher": list(text_rules.GOPHER), "c4": list(text_rules.C4)}
+"""Names of several rules."""
+
+
+# ---- The command ----
+
+
+def rules_of(config: Config) -> list[str]:
+    """Return the rules that --rules names, in their order; UserError for one that is none."""
+    names: list[str] = []
+    for name in config.rules.split(","):
+        names += GROUPS.get(name, [name])
+    for name in names:
+        known = ", ".join([*GROUPS, *RULES])
+        require(
+            name in RULES, f"--rules={config.rules}: {name!r} is no rule; give some of {known}"
+        )
+        require(names.count(name) == 1, f"--rules={config.rules}: {name} stands there twice")
+    return names
+
+
+def check(config: Config) -> None:
+    """Raise UserError for settings that cannot run together."""
+    names = rules_of(config)
+    require(is_file(config.data), f"--data={config.data}: is no file; there is nothing to clean")
+    for name, needed in (
+        ("perplexity", "init"),
+        ("classifier", "good"),
+        ("classifier", "bad"),
+        ("lexicon", "lexicon"),
+    ):
+        require(
+            name not in names or getattr(config, needed) is not None,
+            f"--rules={config.rules}: {name} needs --{needed}",
+        )
+    require(
+        LEAST_NEAR <= config.near <= 1,
+        f"--near={config.near:g}: must be between {LEAST_NEAR:g} and 1; what is less alike is "
+        "not found",
+    )
+    for field in ("perplexity_share", "least_good"):
+        value = getattr(config, field)
+        require(0 <= value <= 1, f"--{field}={value:g}: must be between 0 and 1")
+    refuse_unread(
+        config,
+        {
+            "near": ("near" in names, "--rules=near"),
+            "init": ("perplexity" in names, "--rules=perplexity"),
+            "perplexity_share": ("perplexity" in names, "--rules=perplexity"),
+            "length": ("perplexity" in names, "--rules=perplexity"),
+            "good": ("classifier" in names, "--rules=classifier"),
+            "bad": ("classifier" in names, "--rules=classifier"),
+            "least_good": ("classifier" in names, "--rules=classifier"),
+            "lexicon": ("lexicon" in names, "--rules=lexicon"),
+            "personal": ("personal" in names, "--rules=personal"),
+        },
+    )
+    if config.lexicon is not None:
+        words_of(config.lexicon)
+
+
+def words_of(path: str) -> list[str]:
+    """Return the lines of a lexicon; UserError for a file that cannot be read or is empty."""
+    try:
+        lines = pathlib.Path(path).read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as fault:
+        raise UserError(f"--lexicon={path}: cannot be read as text ({fault})") from None
+    found = [line for line in lines if line.strip()]
+    require(bool(found), f"--lexicon={path}: has no words; write one a line")
+    return found
+
+
+def texts_in(data: str) -> list[str]:
+    """Return the text of each row of a file."""
+    source = open_rows(data, schema_of(data, None), seed=0)
+    return ["\n".join(texts_of(source[i])) for i in range(len(source))]
+
+
+def replaced(value: Any) -> Any:
+    """Return a row, or what it holds, without personal data in its texts."""
+    if isinstance(value, str):
+        return text_rules.without_personal_data(value)[0]
+    if isinstance(value, dict):
+        return {key: replaced(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [replaced(item) for item in value]
+    return value
+
+
+def main(config: Config) -> dict[str, int]:
+    """Write the rows that stay, whole or not at all; return the counts of what each rule found.
+
+    Also of all `rows`, and of those that are `kept`.
+    """
+    check(config)
+    make_mesh(MeshConfig())
+    schema = schema_of(config.data, config.schema)
+    given = Given(config, open_rows(config.data, schema, seed=0))
+    rows = list(range(len(given.source)))
+
+    # The files are opened at once: a place that cannot be written shows before models run.
+    beside = f"{config.out}.dropped.jsonl"
+    counts = collections.Counter[str]()
+    with atomic_text(config.out, anew=True) as out, atomic_text(beside) as dropped:
+        # Rules one after the other, each over what is left.
+        left = rows
+        found: dict[int, tuple[str, str]] = {}
+        changed: dict[int, str] = {}
+        for name in rules_of(config):
+            objections = dict(RULES[name](given, left))
+            counts[name] = len(objections)
+            if name == "personal" and config.personal == "replace":
+                changed = objections
+                continue
+            found |= {row: (name, reason) for row, reason in objections.items()}
+            left = [row for row in left if row not in objections]
+        require(bool(left), f"{config.data}: no row is left; leave out some of {config.rules}")
+
+        # The rows as they stand, in their order.
+        lines = rows_as_written(config.data, schema, given.source)
+        for row, line in enumerate(lines):
+            if row in changed and row not in found:
+                line = json.dumps(replaced(json.loads(line)), ensure_ascii=False)
+            if row not in found:
+                out.write(f"{line}\n")
+
+        # What went, or was changed, and why.
+        for row in rows:
+            if row not in found and row not in changed:
+                continue
+            name, reason = found.get(row) or ("personal", changed[row])
+            told = {"row": row + 1, "rule": name, "reason": reason, "kept": row not in found}
+            dropped.write(json.dumps(told) + "\n")
+    told_counts = ", ".join(f"{name} {count:,}" for name, count in counts.items())
+    print(f"{config.out}: {len(left):,} of {len(rows):,} rows; found by {told_counts}")
+    print(f"{beside} tells of each row that was left out or changed")
+    return {"rows": len(rows), "kept": len(left), **counts}
+
+
+if __name__ == "__main__":
+    flags.run(main, Config)

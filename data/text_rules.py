@@ -1,0 +1,207 @@
+"""Rules on a text by itself: heuristics of quality, words of a lexicon, personal data.
+
+A rule returns why it objects, or None. The numbers of `GOPHER` and `C4` are those of their papers,
+for English web pages; conversations are shorter, so name single rules for them.
+"""
+
+import collections
+import ipaddress
+import re
+from collections.abc import Callable, Iterable, Sequence
+
+Rule = Callable[[str], str | None]
+"""rule(text): why it objects to a text; None where it does not."""
+
+# --- Gopher (Rae et al. 2021, section A.1.1)
+
+STOP_WORDS = frozenset(["the", "be", "to", "of", "and", "that", "have", "with"])
+
+
+def words(text: str) -> str | None:
+    """Object to fewer than 50 words or more than 100,000."""
+    count = len(text.split())
+    return None if 50 <= count <= 100_000 else f"{count} words"
+
+
+def word_length(text: str) -> str | None:
+    """Object to words of a mean length outside 3 to 10 letters."""
+    found = text.split()
+    mean = sum(map(len, found)) / max(len(found), 1)
+    return None if 3 <= mean <= 10 else f"words of {mean:.1f} letters"
+
+
+def symbols(text: str) -> str | None:
+    """Object to more than one hash sign or ellipsis to ten words."""
+    count = text.count("#") + text.count("...") + text.count("…")
+    return _too_many("symbols to words", count, len(text.split()), 0.1)
+
+
+def bullets(text: str) -> str | None:
+    """Object to more than 90 % of lines that begin with a bullet."""
+    lines = _lines(text)
+    count = sum(line.startswith(("-", "*", "•", "‣", "●")) for line in lines)
+    return _too_many("lines are bullets", count, len(lines), 0.9)
+
+
+def ellipses(text: str) -> str | None:
+    """Object to more than 30 % of lines that end in an ellipsis."""
+    lines = _lines(text)
+    count = sum(line.endswith(("...", "…")) for line in lines)
+    return _too_many("lines end in an ellipsis", count, len(lines), 0.3)
+
+
+def letters(text: str) -> str | None:
+    """Object to more than 20 % of words without a letter."""
+    found = text.split()
+    count = sum(not any(map(str.isalpha, word)) for word in found)
+    return _too_many("words have no letter", count, len(found), 0.2)
+
+
+def stop_words(text: str) -> str | None:
+    """Object to fewer than two of eight common English words."""
+    found = STOP_WORDS & {word.strip(".,;:!?\"'()").casefold() for word in text.split()}
+    return None if len(found) >= 2 else f"{len(found)} of {len(STOP_WORDS)} stop words"
+
+
+def repeated_lines(text: str) -> str | None:
+    """Object to more than 30 % of lines that stand there before (table A1)."""
+    lines = _lines(text)
+    return _too_many("lines are repeated", len(lines) - len(set(lines)), len(lines), 0.3)
+
+
+def repeated_words(text: str) -> str | None:
+    """Object to a 4-gram that has more than 16 % of the text's letters (table A1)."""
+    found = text.split()
+    grams = collections.Counter(zip(found, found[1:], found[2:], found[3:], strict=False))
+    if not grams:
+        return None
+    gram, count = grams.most_common(1)[0]
+    # A 4-gram that stands once is no repetition.
+    size = count * sum(map(len, gram)) if count > 1 else 0
+    return _too_many("letters are of one 4-gram", size, sum(map(len, found)), 0.16)
+
+
+GOPHER: dict[str, Rule] = {
+    "words": words,
+    "word_length": word_length,
+    "symbols": symbols,
+    "bullets": bullets,
+    "ellipses": ellipses,
+    "letters": letters,
+    "stop_words": stop_words,
+    "repeated_lines": repeated_lines,
+    "repeated_words": repeated_words,
+}
+
+# --- C4 (Raffel et al. 2020, section 2.2), its rules that leave out whole pages
+
+
+def lorem_ipsum(text: str) -> str | None:
+    """Object to the printers' filler text."""
+    return "lorem ipsum" if "lorem ipsum" in text.casefold() else None
+
+
+def braces(text: str) -> str | None:
+    """Object to curly brackets, which stand in program text."""
+    return "a curly bracket" if "{" in text or "}" in text else None
+
+
+C4: dict[str, Rule] = {"lorem_ipsum": lorem_ipsum, "braces": braces}
+
+
+def _lines(text: str) -> list[str]:
+    """Return the lines that say something."""
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def _too_many(what: str, count: int, all_of_them: int, most: float) -> str | None:
+    share = count / max(all_of_them, 1)
+    return f"{share:.0%} {what}" if share > most else None
+
+
+# --- words that are not wanted
+
+
+def lexicon_rule(unwanted: Iterable[str]) -> Rule:
+    """Return a rule that objects to texts with one of these words or phrases, in any case."""
+    phrases = sorted({" ".join(phrase.casefold().split()) for phrase in unwanted} - {""})
+    spaced = [re.escape(phrase).replace(r"\ ", r"\s+") for phrase in phrases]
+    pattern = re.compile(rf"(?<!\w)(?:{'|'.join(spaced)})(?!\w)")
+
+    def rule(text: str) -> str | None:
+        found = pattern.search(text.casefold())
+        return f"has {found[0]!r}" if found else None
+
+    return rule
+
+
+# --- personal data
+
+CANDIDATES = {
+    "email": re.compile(r"(?<![\w.+-])[\w.+-]+@[\w-]+(?:\.[\w-]+)*\.[^\W\d_]{2,}(?![\w-])"),
+    "ip": re.compile(
+        r"(?<![\w.:])(?:\d{1,3}(?:\.\d{1,3}){3}|(?:[0-9a-f]{0,4}:){2,7}[0-9a-f]{0,4})(?![\w:]|\.\d)",
+        re.IGNORECASE,
+    ),
+    "card": re.compile(r"(?<![\w.-])\d(?:[ -]?\d){12,18}(?![\w-]|\.\d)"),
+    "phone": re.compile(
+        r"(?<![\w.-])(?:\+\d{1,3}[ .-]?(?:\(0?\)[ ]?)?(?:\(?\d{1,4}\)?[ .-]?){2,4}\d{2,4}"
+        r"|\(\d{3}\)[ ]?\d{3}[ .-]\d{4}|\d{3}[.-]\d{3}[.-]\d{4}"
+        r"|0\d{1,4}[ /-]\d{3,4}[ -]?\d{3,5})(?![\w-]|\.\d)"
+    ),
+}
+"""What may be personal, in the order in which it is looked for."""
+
+
+def is_card(text: str) -> bool:
+    """Return whether the digits of a text have the check digit of payment cards (Luhn 1960)."""
+    digits = [int(letter) for letter in text if letter.isdigit()]
+    total = 0
+    for place, digit in enumerate(reversed(digits)):
+        doubled = digit * 2 if place % 2 else digit
+        total += doubled - 9 if doubled > 9 else doubled
+    return total % 10 == 0 and any(digits)
+
+
+def is_ip(text: str) -> bool:
+    """Return whether a text is an address of a machine other than this one.
+
+    Few groups without a digit, as in `a::b`, are rather a name in a program.
+    """
+    try:
+        address = ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    is_name = address.version == 6 and (text.count(":") < 3 or not re.search(r"\d", text))
+    return not (address.is_loopback or address.is_unspecified or is_name)
+
+
+CHECKS: dict[str, Callable[[str], bool]] = {"card": is_card, "ip": is_ip}
+
+
+def without_personal_data(text: str) -> tuple[str, list[str]]:
+    """Replace e-mail addresses, IP addresses, card and phone numbers by <email>, <ip>, ...
+
+    Returns the text, all else of it unchanged, and the kind of each that was replaced. Phone
+    numbers are those with a country code, or written in the American way, or with a leading 0 and
+    a space: plain digits are left.
+    """
+    kinds: list[str] = []
+    for kind, pattern in CANDIDATES.items():
+        check = CHECKS.get(kind)
+
+        parts = []
+        end = 0
+        for found in pattern.finditer(text):
+            if check is not None and not check(found[0]):
+                continue
+            parts += [text[end : found.start()], f"<{kind}>"]
+            kinds.append(kind)
+            end = found.end()
+        text = "".join([*parts, text[end:]])
+    return text, kinds
+
+
+def counted(kinds: Sequence[str]) -> str:
+    """Say how many there are of each kind, as in `2 email, 1 card`."""
+    return ", ".join(f"{count} {kind}" for kind, count in collections.Counter(kinds).items())
