@@ -139,10 +139,12 @@ def empty_cache(config: ModelConfig, batch: int, slots: int) -> KVCache:
 def rope_frequencies(config: ModelConfig) -> jax.Array:
     """Return the angle per position of each rotated pair, [H/2] float32, in radians.
 
+    Here H is `config.rope_width`, a head's width or a share of it.
+
     Su et al. 2021. `rope_scale` and `rope_llama3` of `config` are applied.
     """
     # Pair i turns by base^(-2i / H) a position.
-    width = config.head_dim
+    width = config.rope_width
     exponents = jnp.arange(0, width, 2, dtype=jnp.float32) / width
     frequencies = config.rope_base**-exponents
     if config.rope_llama3 is None:
@@ -162,7 +164,7 @@ def rope_turns(config: ModelConfig, positions_BT: jax.Array) -> Turns:
 
     `positions_BT`: int32. They serve all layers.
     """
-    # One angle a pair, so H here is half of a head.
+    # One angle a pair, so H here is half of what turns of a head.
     positions_BT1 = positions_BT[..., None].astype(jnp.float32)
     angles_BTH = positions_BT1 * rope_frequencies(config)
     # One more axis, for the heads.
@@ -174,17 +176,19 @@ def rope_turns(config: ModelConfig, positions_BT: jax.Array) -> Turns:
 def rotate(x_BTNH: jax.Array, turns: Turns) -> jax.Array:
     """Turn queries or keys by RoPE, half-split: dimension i turns with i + H/2.
 
-    `x_BTNH`: [B, T, N or K, H]; its shape and type come back. `turns`: of `rope_turns`. As in
-    GPT-NeoX and Hugging Face's Llama. Weights whose convention turns 2i with 2i + 1 (Meta's,
-    llama2.c's) need their q and k permuted.
+    `x_BTNH`: [B, T, N or K, H]; its shape and type come back. `turns`: of `rope_turns`; where they
+    are of fewer pairs than a head has, its last dimensions stay as they are. As in GPT-NeoX and
+    Hugging Face's Llama. Weights whose convention turns 2i with 2i + 1 (Meta's, llama2.c's) need
+    their q and k permuted.
     """
     # In float32: in bfloat16 the angles of far positions would lose their last bits.
     cos, sin = turns
+    half = cos.shape[-1]
     x32 = x_BTNH.astype(jnp.float32)
-    first, second = jnp.split(x32, 2, axis=-1)
+    first, second, rest = jnp.split(x32, [half, 2 * half], axis=-1)
     turned_first = first * cos - second * sin
     turned_second = second * cos + first * sin
-    turned = jnp.concatenate([turned_first, turned_second], axis=-1)
+    turned = jnp.concatenate([turned_first, turned_second, rest], axis=-1)
     return turned.astype(x_BTNH.dtype)
 
 

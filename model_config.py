@@ -6,7 +6,7 @@ from typing import Literal
 import jax.numpy as jnp
 
 from runtime.errors import UserError
-from runtime.ranges import ABOVE_0, AT_LEAST_1, check_ranges
+from runtime.ranges import ABOVE_0, AT_LEAST_1, Range, check_ranges
 from runtime.run_folder import load_model_config
 from sharding import platform
 
@@ -22,6 +22,7 @@ RANGES = {
     "window": AT_LEAST_1,
     "rope_base": AT_LEAST_1,
     "rope_scale": ABOVE_0,
+    "rope_share": Range(low=0, high=1, without_low=True),
     "rope_llama3": ABOVE_0,
     "norm_eps": ABOVE_0,
 }
@@ -59,6 +60,9 @@ class ModelConfig:
     """Positions are multiplied by this (linear interpolation)."""
     rope_llama3: tuple[float, float, float, float] | None = None
     """Llama 3.1 frequency scaling: factor, low and high frequency factor, original context."""
+    rope_share: float = 1.0
+    """Share of a head's width that RoPE turns, its first numbers (Phi 3, GPT-NeoX); the rest stays
+    as it is."""
 
     # What models differ in
     norm_eps: float = 1e-5
@@ -99,6 +103,11 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise UserError(f"--model.head_dim={self.head_dim}: RoPE needs an even width")
+        if self.rope_width < 2 or self.rope_width % 2:
+            raise UserError(
+                f"--model.rope_share={self.rope_share}: RoPE needs an even width, not "
+                f"{self.rope_width} of the {self.head_dim} numbers of a head"
+            )
         # Llama 3.1 interpolates from the low frequency factor up to the high one.
         if self.rope_llama3 is not None and not self.rope_llama3[1] < self.rope_llama3[2]:
             raise UserError(
@@ -112,6 +121,11 @@ class ModelConfig:
         if name not in PRESETS:
             raise UserError(f"--model.preset={name}: unknown; choose one of {', '.join(PRESETS)}")
         return PRESETS[name]
+
+    @property
+    def rope_width(self) -> int:
+        """Return how many numbers of a head RoPE turns: a property."""
+        return int(self.head_dim * self.rope_share)
 
     @property
     def compute_dtype(self) -> jnp.dtype:
@@ -225,6 +239,20 @@ _PRESETS = (
         context=32768,
         tied=False,
         window=4096,
+        remat="full",
+    ),
+    ModelConfig(
+        preset="phi3-mini",
+        vocab=32064,
+        width=3072,
+        mlp_width=8192,
+        layers=32,
+        heads=32,
+        kv_heads=32,
+        head_dim=96,
+        context=4096,
+        tied=False,
+        window=2047,
         remat="full",
     ),
 )

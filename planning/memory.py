@@ -5,6 +5,7 @@ it refuses could not have started; one that it lets pass may still be too large.
 """
 
 import dataclasses
+import functools
 import math
 import os
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from model import LanguageModel, init_and_apply
 from model_config import PRESETS, ModelConfig
 from objectives.likelihood import LOGITS, TOKENS
 from runtime.errors import UserError
@@ -28,20 +30,12 @@ GB = 1e9
 # --- what a run needs
 
 
+@functools.cache
 def parameter_count(model: ModelConfig) -> int:
     """Count the parameters of a language model of this shape."""
-    # A layer: attention, the feed-forward layer, two norms.
-    heads_width = model.heads * model.head_dim
-    kv_width = model.kv_heads * model.head_dim
-    attention = 2 * model.width * (heads_width + kv_width)
-    if model.qkv_bias:
-        attention += heads_width + 2 * kv_width
-    if model.qk_norm:
-        attention += 2 * model.head_dim
-    layer = attention + 3 * model.width * model.mlp_width + 2 * model.width
-    # The embedding, the final norm, and an unembedding of its own.
-    tables = model.vocab * model.width * (1 if model.tied else 2)
-    return model.layers * layer + tables + model.width
+    init, _ = init_and_apply(LanguageModel(model))
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
 
 
 def needed_bytes(config: Any, axes: Mapping[str, int]) -> dict[str, float]:

@@ -40,6 +40,7 @@ PUBLISHED = {  # parameter counts of the published checkpoints
     "llama3-70b": 70_553_706_496,
     "qwen3-0.6b": 596_049_920,
     "mistral-7b": 7_241_732_096,
+    "phi3-mini": 3_821_079_552,
     "stories260k": 260_032,
 }
 

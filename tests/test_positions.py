@@ -19,6 +19,7 @@ OTHERS = {
     "heads": 8,
     "kv_heads": 4,
     "head_dim": 10,
+    "rope_share": 0.5,
     "norm_eps": 1e-6,
     "tied": False,
     "qkv_bias": True,

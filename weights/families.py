@@ -1,7 +1,10 @@
 """Model families that the decoder covers: Hugging Face's config.json to ModelConfig, and back."""
 
+import dataclasses
 import pathlib
 import reprlib
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from data.tokenizer import Tokenizer
@@ -19,41 +22,88 @@ from runtime.foreign import (
     read_object,
     whole,
 )
-
-
-class Family(NamedTuple):
-    """A model_type of Hugging Face."""
-
-    architecture: str
-    defaults: dict[str, Any]
-    """Values where its config.json is silent, beside DEFAULTS."""
-
-
-FAMILIES = {
-    "llama": Family("LlamaForCausalLM", {}),
-    "mistral": Family("MistralForCausalLM", {"sliding_window": 4096}),
-    "qwen2": Family("Qwen2ForCausalLM", {}),
-    "qwen3": Family("Qwen3ForCausalLM", {"head_dim": 128}),
-    "gemma": Family(
-        "GemmaForCausalLM",
-        {"head_dim": 256, "tie_word_embeddings": True, "hidden_act": "gelu"},
-    ),
-}
-DEFAULTS = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "hidden_act": "silu"}
+from weights.layouts import PHI3, Layout
 
 GEMMA: dict[str, Any] = {"activation": "gelu", "scale_embedding": True, "zero_centered_norm": True}
 """Fields of ModelConfig that Gemma sets otherwise than the other families."""
 
-# The family to export a model as, by what it has of gemma, qk_norm, qkv_bias and window.
-EXPORTED_AS = {
-    (): "llama",
-    ("window",): "mistral",
-    ("qkv_bias",): "qwen2",
-    ("qkv_bias", "window"): "qwen2",
-    ("qk_norm",): "qwen3",
-    ("qk_norm", "window"): "qwen3",
-    ("gemma",): "gemma",
+
+NOTHING: Mapping[str, Any] = MappingProxyType({})
+SILU: Mapping[str, str] = MappingProxyType({"silu": "silu"})
+
+
+class Family(NamedTuple):
+    """A model_type of Hugging Face: what its config.json says, and how its tensors lie."""
+
+    architecture: str
+    defaults: Mapping[str, Any] = NOTHING
+    """Values where its config.json is silent, beside DEFAULTS."""
+    fields: Mapping[str, Any] = NOTHING
+    """Fields of ModelConfig that all its models have so, where it is not ModelConfig's default."""
+    settings: Mapping[str, str] = NOTHING
+    """Fields of ModelConfig that its config.json sets, and their names there, beside SETTINGS."""
+    activations: Mapping[str, str] = SILU
+    """The activations that it has: Hugging Face's names, the exported one first, and ours."""
+    ropes: tuple[str, ...] = ("default", "linear", "llama3")
+    """The types of RoPE that it has."""
+    layouts: Mapping[str, Layout] = NOTHING
+    """How its weights lie where they lie otherwise than in LAYOUTS."""
+
+
+WINDOW = {"window": "sliding_window"}
+"""The setting of families that have a window."""
+
+FAMILIES = {
+    "llama": Family("LlamaForCausalLM"),
+    "mistral": Family("MistralForCausalLM", {"sliding_window": 4096}, settings=WINDOW),
+    "qwen2": Family("Qwen2ForCausalLM", fields={"qkv_bias": True}, settings=WINDOW),
+    "qwen3": Family(
+        "Qwen3ForCausalLM", {"head_dim": 128}, fields={"qk_norm": True}, settings=WINDOW
+    ),
+    "gemma": Family(
+        "GemmaForCausalLM",
+        {"head_dim": 256, "tie_word_embeddings": True, "hidden_act": "gelu"},
+        fields=GEMMA,
+        # Its "gelu" is the tanh approximation.
+        activations={"gelu_pytorch_tanh": "gelu", "gelu": "gelu"},
+    ),
+    "phi3": Family(
+        "Phi3ForCausalLM",
+        {"rms_norm_eps": 1e-5},
+        settings={**WINDOW, "rope_share": "partial_rotary_factor"},
+        ropes=("default",),
+        layouts=PHI3,
+    ),
 }
+"""By model_type. A model is exported as the family that it was read from, or else as the first
+here that has all its features."""
+
+DEFAULTS = {
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "hidden_act": "silu",
+    "rope_theta": 10_000.0,
+    "partial_rotary_factor": 1.0,
+}
+
+SETTINGS = {
+    "vocab": "vocab_size",
+    "width": "hidden_size",
+    "mlp_width": "intermediate_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "context": "max_position_embeddings",
+    "norm_eps": "rms_norm_eps",
+    "tied": "tie_word_embeddings",
+    "activation": "hidden_act",
+    "rope_base": "rope_theta",
+}
+"""Fields of ModelConfig that every config.json sets, and their names there."""
+
+NOT_SET = ("preset", "dtype", "remat", "rope_scale", "rope_llama3")
+"""Fields of ModelConfig that tell no family: how it is computed, and what `ropes` is about."""
 
 REFUSED = (
     "attention_bias",
@@ -67,7 +117,7 @@ REFUSED = (
     "num_experts",
     "num_local_experts",
 )
-"""Settings of a config.json that the decoder does not have: they are false, 0, empty or absent."""
+"""Settings that are false, 0, empty or absent in a family that does not have them."""
 
 LLAMA3_ROPE = (
     "factor",
@@ -150,78 +200,72 @@ def model_of(path: pathlib.Path) -> ModelConfig:
             f"{path}: missing; name a folder with config.json and safetensors"
         ) from None
     check_values(path, given, KINDS)
-    family = given.get("model_type")
-    if family not in FAMILIES:
-        why = ": soft caps, and norms after layers" if family == "gemma2" else ""
+    name = given.get("model_type")
+    if name not in FAMILIES:
+        why = ": soft caps, and norms after layers" if name == "gemma2" else ""
         raise UserError(
-            f"{path}: model_type {reprlib.repr(family)} is not covered{why}; "
+            f"{path}: model_type {reprlib.repr(name)} is not covered{why}; "
             f"covered are {', '.join(FAMILIES)}"
         )
 
     # A null means silence, but for the window, where it means none.
-    theirs = {**DEFAULTS, **FAMILIES[family].defaults}
-    for name, value in given.items():
-        if value is not None or name == "sliding_window":
-            theirs[name] = value
-    _refuse_uncovered(family, theirs, path)
+    theirs = {**DEFAULTS, **FAMILIES[name].defaults}
+    for setting, value in given.items():
+        if value is not None or setting == "sliding_window":
+            theirs[setting] = value
+    _refuse_uncovered(name, theirs, path)
 
     # A name that has no default must be there.
     try:
-        return _model_config(family, theirs, path)
-    except KeyError as name:
-        raise UserError(f"{path}: {name} is missing; restore the file") from None
+        return _model_config(name, theirs, path)
+    except KeyError as missing:
+        raise UserError(f"{path}: {missing} is missing; restore the file") from None
 
 
-def _model_config(family: str, theirs: dict[str, Any], path: pathlib.Path) -> ModelConfig:
+def _model_config(name: str, theirs: dict[str, Any], path: pathlib.Path) -> ModelConfig:
     """Return the model of checked values; raises KeyError for the name of a missing one."""
+    # What a silent file leaves to others of its fields.
     heads = theirs["num_attention_heads"]
-    shape = {
-        "preset": family,
-        "vocab": theirs["vocab_size"],
-        "width": theirs["hidden_size"],
-        "mlp_width": theirs["intermediate_size"],
-        "layers": theirs["num_hidden_layers"],
-        "heads": heads,
-        "kv_heads": theirs.get("num_key_value_heads", heads),
-        "head_dim": theirs.get("head_dim", theirs["hidden_size"] // heads),
-        "context": theirs["max_position_embeddings"],
-        "norm_eps": theirs["rms_norm_eps"],
-        "tied": theirs["tie_word_embeddings"],
-        "qkv_bias": family == "qwen2",
-        "qk_norm": family == "qwen3",
-        "window": _window(family, theirs, path),
-        "remat": "full",
-        **_rope(theirs, path),
-        **(GEMMA if family == "gemma" else {}),
-    }
+    theirs.setdefault("num_key_value_heads", heads)
+    theirs.setdefault("head_dim", theirs["hidden_size"] // heads)
+    theirs["sliding_window"] = _window(name, theirs, path)
+    rope_fields = _rope(name, theirs, path)
+
+    # What the family has, and what the file says.
+    family = FAMILIES[name]
+    settings = {**SETTINGS, **family.settings}
+    fields = dict(family.fields)
+    for ours, setting in settings.items():
+        fields[ours] = theirs[setting]
+    fields["activation"] = family.activations[fields["activation"]]
+    fields |= rope_fields
     try:
-        return ModelConfig(**shape)
+        return ModelConfig(preset=name, remat="full", **fields)
     # It speaks of flags, which its fields are elsewhere.
     except UserError as fault:
         raise UserError(f"{path}: {fault}; restore the file") from None
 
 
-def _refuse_uncovered(family: str, theirs: dict[str, Any], path: pathlib.Path) -> None:
-    """Raise UserError for a bias, a quantisation or an activation that the decoder lacks."""
-    for name in REFUSED:
-        if theirs.get(name):
-            raise UserError(f"{path}: {name} is not covered; use a checkpoint without")
-    # Gemma's "gelu" is the tanh approximation.
-    known = {"gelu", "gelu_pytorch_tanh"} if family == "gemma" else {"silu"}
-    for name in ("hidden_act", "hidden_activation"):
-        activation = theirs.get(name)
-        if activation is not None and activation not in known:
+def _refuse_uncovered(name: str, theirs: dict[str, Any], path: pathlib.Path) -> None:
+    """Raise UserError for a setting or an activation that the family does not have."""
+    family = FAMILIES[name]
+    for setting in REFUSED:
+        if theirs.get(setting) and setting not in family.settings.values():
+            raise UserError(f"{path}: {setting} is not covered; use a checkpoint without")
+    for setting in ("hidden_act", "hidden_activation"):
+        activation = theirs.get(setting)
+        if activation is not None and activation not in family.activations:
             raise UserError(
-                f"{path}: {name} {reprlib.repr(activation)} is not covered; "
-                f"{family} has {' or '.join(known)} here"
+                f"{path}: {setting} {reprlib.repr(activation)} is not covered; "
+                f"{name} has {' or '.join(sorted(family.activations))} here"
             )
 
 
-def _window(family: str, theirs: dict[str, Any], path: pathlib.Path) -> int | None:
+def _window(name: str, theirs: dict[str, Any], path: pathlib.Path) -> int | None:
     """Return the sliding window of all layers, or None; raises UserError where layers differ."""
-    kinds = _layer_kinds(family, theirs)
+    kinds = _layer_kinds(name, theirs)
     given = theirs.get("layer_types", kinds)
-    if theirs.get("use_sliding_window") and family in ("qwen2", "qwen3"):
+    if theirs.get("use_sliding_window") and name in ("qwen2", "qwen3"):
         kinds = given
     if given != kinds or len(kinds) != theirs["num_hidden_layers"]:
         raise UserError(f"{path}: layer_types contradicts the other fields; restore the file")
@@ -239,56 +283,114 @@ def _window(family: str, theirs: dict[str, Any], path: pathlib.Path) -> int | No
     return window
 
 
-def _layer_kinds(family: str, theirs: dict[str, Any]) -> list[str]:
+def _layer_kinds(name: str, theirs: dict[str, Any]) -> list[str]:
     """Return the kind of each layer, by a config.json without `layer_types`."""
     layers = theirs["num_hidden_layers"]
-    if family == "mistral":
-        full = layers if theirs["sliding_window"] is None else 0
-    elif family in ("qwen2", "qwen3") and theirs.get("use_sliding_window"):
+    if name in ("mistral", "phi3"):
+        full = layers if theirs.get("sliding_window") is None else 0
+    elif name in ("qwen2", "qwen3") and theirs.get("use_sliding_window"):
         full = min(layers, theirs.get("max_window_layers", 28))
     else:
         full = layers
     return [FULL] * full + [SLIDING] * (layers - full)
 
 
-def _rope(theirs: dict[str, Any], path: pathlib.Path) -> dict[str, Any]:
+def _rope(name: str, theirs: dict[str, Any], path: pathlib.Path) -> dict[str, Any]:
     """Return RoPE's fields of ModelConfig.
 
     Theirs are `rope_scaling` beside `rope_theta`, or the two together as `rope_parameters`.
     """
-    rope = {"rope_theta": theirs.get("rope_theta", 10_000.0)}
-    rope["partial_rotary_factor"] = theirs.get("partial_rotary_factor", 1)
+    family = FAMILIES[name]
+    rope = {"rope_theta": theirs["rope_theta"]}
+    rope["partial_rotary_factor"] = theirs["partial_rotary_factor"]
     for part in ("rope_scaling", "rope_parameters"):
         given = theirs.get(part, {})
         check_values(path, given, ROPE_KINDS)
         rope |= {name: value for name, value in given.items() if value is not None}
     unknown = rope.keys() - ROPE_KINDS.keys()
-    if rope["partial_rotary_factor"] != 1:
+    if rope["partial_rotary_factor"] != 1 and "rope_share" not in family.settings:
         unknown.add("partial_rotary_factor")
 
     # Older files say `type`.
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "linear", "llama3") or unknown:
+    if kind not in family.ropes or unknown:
         with_what = f" with {reprlib.repr(sorted(unknown))}" if unknown else ""
         raise UserError(
             f"{path}: RoPE of type {reprlib.repr(kind)}{with_what} is not covered; "
-            "covered are default, linear and llama3, whole"
+            f"{name} has {' or '.join(family.ropes)} here"
         )
-    base = {"rope_base": float(rope["rope_theta"])}
+
+    fields: dict[str, Any] = {"rope_base": float(rope["rope_theta"])}
+    fields["rope_share"] = float(rope["partial_rotary_factor"])
     if kind == "linear":
-        return {**base, "rope_scale": 1 / rope["factor"]}
-    if kind == "default":
-        return base
-    numbers = tuple(float(rope[name]) for name in LLAMA3_ROPE)
-    if numbers[1] >= numbers[2]:
-        raise UserError(
-            f"{path}: low_freq_factor {numbers[1]:g} is not below high_freq_factor "
-            f"{numbers[2]:g}; restore the file"
-        )
-    return {**base, "rope_llama3": numbers}
+        fields["rope_scale"] = 1 / rope["factor"]
+    if kind == "llama3":
+        fields["rope_llama3"] = _numbers(rope, LLAMA3_ROPE)
+        _, low, high, _ = fields["rope_llama3"]
+        if low >= high:
+            raise UserError(
+                f"{path}: low_freq_factor {low:g} is not below high_freq_factor {high:g}; "
+                "restore the file"
+            )
+    return fields
+
+
+def _numbers(rope: dict[str, Any], names: tuple[str, ...]) -> tuple[float, ...]:
+    """Return the numbers of `rope` with these names; raises KeyError for a missing one."""
+    return tuple(float(rope[name]) for name in names)
 
 
 # --- our config to Hugging Face's
+
+
+def family_of(model: ModelConfig) -> str:
+    """Return the family that `model` is exported as, a key of FAMILIES.
+
+    Raises UserError where no family has all its features.
+    """
+    # The one that it was read from, if it has them still.
+    names = list(FAMILIES)
+    if model.preset in FAMILIES:
+        names.insert(0, model.preset)
+    for name in names:
+        if not _lacks(name, model):
+            return name
+    features = _lacks("llama", model)
+    together = " together" if len(features) > 1 else ""
+    raise UserError(
+        f"--run: no Hugging Face family has {' and '.join(features)}{together}; "
+        "export is not possible"
+    )
+
+
+def _lacks(name: str, model: ModelConfig) -> list[str]:
+    """Return the fields of `model` whose values the family cannot have."""
+    family = FAMILIES[name]
+    settings = {**SETTINGS, **family.settings}
+    lacking = []
+    for field in dataclasses.fields(ModelConfig):
+        needed = family.fields.get(field.name, field.default)
+        is_free = field.name in settings or field.name in NOT_SET
+        if not is_free and getattr(model, field.name) != needed:
+            lacking.append(field.name)
+    if model.activation not in family.activations.values():
+        lacking.append("activation")
+
+    # One type of RoPE at most, and one that the family has.
+    ropes = _ropes(model)
+    if len(ropes) > 1 or not set(family.ropes).issuperset(ropes):
+        lacking.extend(ropes.values())
+    return lacking
+
+
+def _ropes(model: ModelConfig) -> dict[str, str]:
+    """Return the types of RoPE that `model` needs beside the default, and the fields they are."""
+    ropes = {}
+    if model.rope_llama3:
+        ropes["llama3"] = "rope_llama3"
+    if model.rope_scale != 1:
+        ropes["linear"] = "rope_scale"
+    return ropes
 
 
 def config_of(model: ModelConfig, tokenizer: Tokenizer, dtype: str) -> dict[str, Any]:
@@ -296,37 +398,26 @@ def config_of(model: ModelConfig, tokenizer: Tokenizer, dtype: str) -> dict[str,
 
     Raises UserError where no family has all its features.
     """
-    features = _features(model)
-    if features not in EXPORTED_AS or (model.rope_llama3 and model.rope_scale != 1):
-        both = features if features not in EXPORTED_AS else ("rope_llama3", "rope_scale")
-        together = " together" if len(both) > 1 else ""
-        raise UserError(
-            f"--run: no Hugging Face family has {' and '.join(both)}{together}; "
-            "export is not possible"
-        )
-    family = EXPORTED_AS[features]
-    qwen = {}
-    if family in ("qwen2", "qwen3"):
-        qwen = {"use_sliding_window": model.window is not None, "max_window_layers": 0}
+    name = family_of(model)
+    family = FAMILIES[name]
+    settings = {}
+    for ours, setting in {**SETTINGS, **family.settings}.items():
+        settings[setting] = getattr(model, ours)
+    activation = SETTINGS["activation"]
+    for theirs, ours in family.activations.items():
+        if ours == model.activation:
+            settings[activation] = theirs
+            break
+    if name in ("qwen2", "qwen3"):
+        settings["use_sliding_window"] = model.window is not None
+        settings["max_window_layers"] = 0
     return {
-        "architectures": [FAMILIES[family].architecture],
-        "model_type": family,
-        "vocab_size": model.vocab,
-        "hidden_size": model.width,
-        "intermediate_size": model.mlp_width,
-        "num_hidden_layers": model.layers,
-        "num_attention_heads": model.heads,
-        "num_key_value_heads": model.kv_heads,
-        "head_dim": model.head_dim,
-        "hidden_act": "gelu_pytorch_tanh" if family == "gemma" else "silu",
-        "max_position_embeddings": model.context,
-        "rms_norm_eps": model.norm_eps,
-        "rope_theta": model.rope_base,
-        "rope_scaling": _rope_scaling(model),
-        "tie_word_embeddings": model.tied,
-        "sliding_window": model.window,
-        **qwen,
+        "architectures": [family.architecture],
+        "model_type": name,
+        "sliding_window": None,
         "attention_bias": False,
+        **settings,
+        "rope_scaling": _rope_scaling(model),
         **generation_of(tokenizer),
         "torch_dtype": dtype,
     }
@@ -344,18 +435,6 @@ def generation_of(tokenizer: Tokenizer) -> dict[str, Any]:
 def end_ids(tokenizer: Tokenizer) -> int | list[int]:
     """Return `eos_token_id`: an id, or a list where several tokens end a response."""
     return tokenizer.eos if len(tokenizer.ends) == 1 else tokenizer.ends
-
-
-def _features(model: ModelConfig) -> tuple[str, ...]:
-    """Return what distinguishes the families, as EXPORTED_AS names it."""
-    features = [name for name, value in GEMMA.items() if getattr(model, name) == value]
-    # All three together are Gemma; one alone is no family's.
-    if len(features) == len(GEMMA):
-        features = ["gemma"]
-    for name in ("qk_norm", "qkv_bias", "window"):
-        if getattr(model, name):
-            features.append(name)
-    return tuple(features)
 
 
 def _rope_scaling(model: ModelConfig) -> dict[str, Any] | None:

@@ -1,0 +1,285 @@
+"""Families of models in Hugging Face folders, against float64 loops and against transformers."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from data.tokenizer import Tokenizer
+from layers import unstack_cache, unstack_params
+from model import LanguageModel, empty_cache, init_and_apply, unembed
+from model_config import stored_model
+from runtime.errors import UserError
+from tests.test_weights import (
+    CORPUS,
+    SHAPE,
+    TOKENS,
+    D,
+    F,
+    L,
+    N,
+    V,
+    exported,
+    logits,
+    logits_of,
+    run_of,
+    their_logits,
+    tiny,
+    write,
+)
+from train_state import load_params
+from weights import families
+
+TIED = {"tie_word_embeddings": True}
+# The fields of config.json beside SHAPE.
+CONFIGS = {
+    "phi 3": {"model_type": "phi3", "sliding_window": 4},
+    "phi 3, partial rotary": {
+        "model_type": "phi3",
+        "head_dim": 8,
+        "partial_rotary_factor": 0.75,
+        **TIED,
+    },
+}
+
+
+# --- the reference: float64, a query at a time; rows of their matrices are outputs
+
+
+def shapes(c):
+    """Return {name: shape} of a layer's tensors in a folder, as published."""
+    n, k = c["num_attention_heads"], c["num_key_value_heads"]
+    h = c.get("head_dim", D // N)
+    family = c["model_type"]
+    if family == "phi3":
+        return {
+            "self_attn.qkv_proj.weight": (n * h + 2 * k * h, D),
+            "self_attn.o_proj.weight": (D, n * h),
+            "mlp.gate_up_proj.weight": (2 * F, D),
+            "mlp.down_proj.weight": (D, F),
+            "input_layernorm.weight": (D,),
+            "post_attention_layernorm.weight": (D,),
+        }
+    raise AssertionError(family)
+
+
+def checkpoint(c, seed=0):
+    """Return random tensors by their names in a folder of the family."""
+    rng = np.random.default_rng(seed)
+
+    def random(name, shape):
+        noise = 0.3 * rng.normal(size=shape)
+        return np.float32(noise + 1 if "norm" in name and "weight" in name else noise)
+
+    tensors = {"model.embed_tokens.weight": (V, D), "model.norm.weight": (D,)}
+    if not c.get("tie_word_embeddings", False):
+        tensors["lm_head.weight"] = (V, D)
+    for i in range(L):
+        for name, shape in shapes(c).items():
+            tensors[f"model.layers.{i}.{name}"] = shape
+    return {name: random(name, shape) for name, shape in tensors.items()}
+
+
+def layer_of(w, c):
+    """Return the matrices of a layer apart: q, k, v [heads, H, D], o, gate, up, down."""
+    n, k = c["num_attention_heads"], c["num_key_value_heads"]
+    h = c.get("head_dim", D // N)
+    rows = w["self_attn.qkv_proj.weight"]
+    return {
+        "q": rows[: n * h].reshape(n, h, D),
+        "k": rows[n * h : n * h + k * h].reshape(k, h, D),
+        "v": rows[n * h + k * h :].reshape(k, h, D),
+        "o": w["self_attn.o_proj.weight"],
+        "gate": w["mlp.gate_up_proj.weight"][:F],
+        "up": w["mlp.gate_up_proj.weight"][F:],
+        "down": w["mlp.down_proj.weight"],
+    }
+
+
+def turned(x_TNH, c):
+    """Turn pairs (i, i + half) of the first numbers of a head as complex numbers: RoPE."""
+    T, _, h = x_TNH.shape
+    width = int(h * c.get("partial_rotary_factor", 1))
+    half = width // 2
+    angles = c["rope_theta"] ** (-2 * np.arange(half) / width)
+    z = x_TNH[..., :half] + 1j * x_TNH[..., half:width]
+    z = z * np.exp(1j * np.arange(T)[:, None] * angles)[:, None]
+    return np.concatenate([z.real, z.imag, x_TNH[..., width:]], -1)
+
+
+def attended(q_TNH, k_TKH, v_TKH, window):
+    """Return what each query sees of the keys up to it, of a window or all."""
+    T, n, h = q_TNH.shape
+    k = k_TKH.shape[1]
+    out = np.zeros_like(q_TNH)
+    for t in range(T):
+        first = 0 if window is None else max(0, t - window + 1)
+        for head in range(n):
+            own = head * k // n
+            scores = k_TKH[first : t + 1, own] @ q_TNH[t, head] / np.sqrt(h)
+            weight = np.exp(scores - scores.max())
+            out[t, head] = weight / weight.sum() @ v_TKH[first : t + 1, own]
+    return out.reshape(T, -1)
+
+
+def forward(tensors, c, tokens_T):
+    """Return float64 logits [T, V]."""
+    w = {name: np.asarray(x, np.float64) for name, x in tensors.items()}
+
+    def norm(x, scale):
+        return x / np.sqrt((x * x).mean(-1, keepdims=True) + c["rms_norm_eps"]) * scale
+
+    x_TD = w["model.embed_tokens.weight"][tokens_T]
+    for i in range(L):
+        at = f"model.layers.{i}."
+        own = {name.removeprefix(at): x for name, x in w.items() if name.startswith(at)}
+        p = layer_of(own, c)
+        y_TD = norm(x_TD, own["input_layernorm.weight"])
+        q, k, v = (np.einsum("td,nhd->tnh", y_TD, p[name]) for name in "qkv")
+        seen = attended(turned(q, c), turned(k, c), v, c.get("sliding_window"))
+        x_TD = x_TD + seen @ p["o"].T
+        y_TD = norm(x_TD, own["post_attention_layernorm.weight"])
+        gate = y_TD @ p["gate"].T
+        x_TD = x_TD + (gate / (1 + np.exp(-gate)) * (y_TD @ p["up"].T)) @ p["down"].T
+    x_TD = norm(x_TD, w["model.norm.weight"])
+    return x_TD @ w.get("lm_head.weight", w["model.embed_tokens.weight"]).T
+
+
+# --- against the reference
+
+
+def decoded(model, params, tokens_T):
+    """Return the logits [T, V] of tokens that enter a cache: some at once, then one by one."""
+    apply = init_and_apply(LanguageModel(model))[1]
+    params = unstack_params(params, model.compute_dtype)
+    cache = unstack_cache(empty_cache(model, 1, len(tokens_T)))
+
+    def enter(cache, first, last):
+        tokens_BT = tokens_T[None, first:last]
+        positions_BT = jnp.arange(first, last)[None]
+        output = apply(params, tokens_BT, jnp.ones_like(tokens_BT), positions_BT, cache)
+        return unembed(output.x_BTD, output.unembed_DV)[0], output.cache
+
+    prefill, cache = enter(cache, 0, 5)
+    parts = [prefill]
+    one = jax.jit(
+        lambda cache, token_11, position_11: apply(
+            params, token_11, jnp.ones_like(token_11), position_11, cache
+        )
+    )
+    for t in range(5, len(tokens_T)):
+        output = one(cache, tokens_T[None, t : t + 1], jnp.full((1, 1), t))
+        cache = output.cache
+        parts.append(unembed(output.x_BTD, output.unembed_DV)[0])
+    return np.concatenate(parts)
+
+
+# A change of config.json that must show in the logits.
+MATTERS = {
+    "rope_theta": 7.0,
+    "rms_norm_eps": 0.3,
+    "sliding_window": 2,
+    "partial_rotary_factor": 0.5,
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_decoding_and_the_round_trip(name, tmp_path):
+    c = SHAPE | CONFIGS[name]
+    tensors = checkpoint(c)
+    sharded = ["--mesh.data=2", "--mesh.fsdp=2", "--mesh.tensor=2"]
+    run_of(write(tmp_path / "theirs", c, tensors), tmp_path / "run", *sharded)
+    want = forward(tensors, c, TOKENS)
+    np.testing.assert_allclose(logits(tmp_path / "run"), want, atol=1e-4)
+    # Control: each setting that the file has matters.
+    for setting, value in MATTERS.items():
+        if setting in c and c[setting] is not None:
+            other = forward(tensors, {**c, setting: value}, TOKENS)
+            assert np.abs(other - want).max() > 1e-2, setting
+
+    # A token at a time, through a cache.
+    model, params = stored_model(str(tmp_path / "run")), load_params(str(tmp_path / "run"))
+    np.testing.assert_allclose(decoded(model, params, TOKENS), want, atol=1e-4)
+
+    # Out again, to the bit.
+    folder = exported(tmp_path / "run", tmp_path / "ours")
+    again = load_file(folder / "model.safetensors")
+    assert again.keys() == tensors.keys()
+    for tensor, x in tensors.items():
+        np.testing.assert_array_equal(again[tensor], x)
+    assert families.model_of(folder / "config.json") == model
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_transformers_agrees_both_ways(name, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    # The defaults would lie outside of so small a vocabulary.
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    theirs = tiny(transformers, SHAPE | CONFIGS[name] | ids)
+    want = their_logits(theirs)
+    greedy = theirs.generate(
+        torch.tensor(TOKENS[None]), max_new_tokens=8, do_sample=False, eos_token_id=None
+    )
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    options = {"attn_implementation": "eager", "dtype": torch.float32}
+    for dtype in ("float32", "bfloat16"):
+        folder = tmp_path / dtype
+        theirs.to(getattr(torch, dtype)).save_pretrained(folder)
+        Tokenizer.train(CORPUS, folder / "tokenizer.model", V)
+        run_of(folder, tmp_path / f"{dtype}-run")
+        # In float32, of weights that may have been rounded.
+        rounded = their_logits(load(folder, **options))
+        np.testing.assert_allclose(logits(tmp_path / f"{dtype}-run"), rounded, atol=1e-4)
+        assert dtype == "bfloat16" or np.array_equal(rounded, want)
+
+    # Their greedy tokens are ours.
+    model = stored_model(str(tmp_path / "float32-run"))
+    params = load_params(str(tmp_path / "float32-run"))
+    sequence = greedy[0].numpy().astype(np.int32)
+    found_TV = logits_of(model)(params, sequence[None])[0]
+    np.testing.assert_array_equal(
+        np.argmax(found_TV[len(TOKENS) - 1 : -1], -1), sequence[len(TOKENS) :]
+    )
+
+    # Ours, read by them.
+    folder = exported(tmp_path / "float32-run", tmp_path / "ours")
+    loaded, told = load(folder, output_loading_info=True, **options)
+    assert not any(told[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert type(loaded) is type(theirs)
+    np.testing.assert_array_equal(their_logits(loaded), want)
+
+
+# --- what is not covered
+
+
+UNCOVERED = {
+    "longrope": {"model_type": "phi3", "rope_scaling": {"type": "longrope", "factor": 4.0}},
+    "RoPE needs an even width": {"model_type": "phi3", "partial_rotary_factor": 0.25},
+    "'partial_rotary_factor'": {"model_type": "llama", "partial_rotary_factor": 0.5},
+}
+
+
+@pytest.mark.parametrize("why", UNCOVERED)
+def test_what_is_not_covered_is_refused_in_one_line(why, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(SHAPE | UNCOVERED[why]))
+    with pytest.raises(UserError, match=why) as fault:
+        families.model_of(path)
+    assert str(path) in str(fault.value) and "\n" not in str(fault.value)
+
+
+def test_a_model_is_exported_as_the_family_that_it_was_read_from(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(SHAPE | CONFIGS["phi 3"]))
+    phi3 = families.model_of(path)
+    assert families.family_of(phi3) == "phi3"
+    # What has no other family's name is the first that fits; what no longer fits is another.
+    assert families.family_of(dataclasses.replace(phi3, preset="mine")) == "mistral"
+    assert families.family_of(dataclasses.replace(phi3, qk_norm=True)) == "qwen3"
+    with pytest.raises(UserError, match="no Hugging Face family has rope_share and qk_norm"):
+        families.family_of(dataclasses.replace(phi3, rope_share=0.5, qk_norm=True, window=None))
