@@ -198,26 +198,27 @@ def rotate(x_BTNH: jax.Array, turns: Turns) -> jax.Array:
 # For the backward pass x alone is kept: to compute the norm again is cheaper.
 @partial(jax.checkpoint, prevent_cse=False)
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """Divide `x` by its root mean square over the last axis, multiply it by `scale`, in float32.
+    """Divide `x` by its root mean square over the last axes, multiply it by `scale`, in float32.
 
-    Zhang and Sennrich 2019. `scale`: an array, one factor for each place of that axis. `eps` is
+    Zhang and Sennrich 2019. `scale`: an array of these axes, one factor for each place. `eps` is
     added to the mean square. Returns x's shape and type.
     """
+    axes = tuple(range(-scale.ndim, 0))
     x32 = x.astype(jnp.float32)
-    mean_square = jnp.mean(x32 * x32, axis=-1, keepdims=True)
+    mean_square = jnp.mean(x32 * x32, axis=axes, keepdims=True)
     normed = x32 * jax.lax.rsqrt(mean_square + eps) * scale
     return normed.astype(x.dtype)
 
 
-def scaled_norm(module: nn.Module, name: str, x: jax.Array) -> jax.Array:
-    """Apply RMSNorm to the last axis of `x` with the parameter `name` of `module` as its scale.
+def scaled_norm(module: nn.Module, name: str, x: jax.Array, axes: int = 1) -> jax.Array:
+    """Apply RMSNorm over the last `axes` of `x`, with the parameter `name` of `module` as scale.
 
     Call it inside a Flax `module` with a `config`, a ModelConfig; the parameter is created there.
     With `config.zero_centered_norm` it is the scale less 1. Returns x's shape and type.
     """
     # Either way the scale starts at 1.
     config = module.config
-    shape = x.shape[-1:]
+    shape = x.shape[-axes:]
     if config.zero_centered_norm:
         scale = 1 + module.param(name, nn.initializers.zeros, shape)
     else:
@@ -302,7 +303,10 @@ class Attention(nn.Module):
             q_MNH = plus_bias(q_MNH, self.param("q_bias", zeros, q_heads))
             k_MKH = plus_bias(k_MKH, self.param("k_bias", zeros, kv_heads))
             v_MKH = plus_bias(v_MKH, self.param("v_bias", zeros, kv_heads))
-        if c.qk_norm:
+        if c.qk_norm and c.qk_norm_over == "heads":
+            q_MNH = scaled_norm(self, "q_heads_norm", q_MNH, axes=2)
+            k_MKH = scaled_norm(self, "k_heads_norm", k_MKH, axes=2)
+        elif c.qk_norm:
             q_MNH = scaled_norm(self, "q_norm", q_MNH)
             k_MKH = scaled_norm(self, "k_norm", k_MKH)
 
@@ -391,7 +395,7 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """One pre-norm layer. layers.py runs it; the carry is its input and its output.
+    """One layer. layers.py runs it; the carry is its input and its output.
 
     `ring`: devices over which the tokens are striped (kernels/ring.py); segment ids are not.
     """
@@ -413,17 +417,24 @@ class Block(nn.Module):
         load-balancing loss in place of None, a float32 scalar, coefficient included.
         """
         # Tokens see tokens before them.
+        c = self.config
         x_BTD, cache, layer = carry
-        normed_BTD = scaled_norm(self, "attention_norm", x_BTD)
-        attention_layer = Attention(self.config, self.ring, name="attention")
-        attended_BTD, cache = attention_layer(normed_BTD, segment_ids_BT, turns, cache, layer)
+        input_BTD = self.normed("attention_norm", x_BTD, c.norms != "after")
+        attention_layer = Attention(c, self.ring, name="attention")
+        attended_BTD, cache = attention_layer(input_BTD, segment_ids_BT, turns, cache, layer)
+        attended_BTD = self.normed("attention_out_norm", attended_BTD, c.norms != "before")
         x_BTD = constrain_residual(x_BTD + attended_BTD)
 
         # Each token by itself.
-        normed_BTD = scaled_norm(self, "mlp_norm", x_BTD)
-        mlp_layer = SwiGLU(self.config, name="mlp")
-        x_BTD = constrain_residual(x_BTD + mlp_layer(normed_BTD))
+        input_BTD = self.normed("mlp_norm", x_BTD, c.norms != "after")
+        mlp_layer = SwiGLU(c, name="mlp")
+        out_BTD = self.normed("mlp_out_norm", mlp_layer(input_BTD), c.norms != "before")
+        x_BTD = constrain_residual(x_BTD + out_BTD)
         return (x_BTD, cache, layer + 1), None
+
+    def normed(self, name: str, x_BTD: jax.Array, is_there: bool) -> jax.Array:
+        """Return `x_BTD` after the norm `name`, where that `is_there`, or else as it is."""
+        return scaled_norm(self, name, x_BTD) if is_there else x_BTD
 
 
 # --- the decoder and its heads

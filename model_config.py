@@ -72,7 +72,12 @@ class ModelConfig:
     qkv_bias: bool = False
     """Bias on q, k, v (Qwen 2)."""
     qk_norm: bool = False
-    """RMSNorm on each q and k head before RoPE (Qwen 3)."""
+    """RMSNorm on q and k before RoPE (Qwen 3)."""
+    qk_norm_over: Literal["head", "heads"] = "head"
+    """Numbers that this norm is over: each head's (Qwen 3), or those of all heads (OLMo 2)."""
+    norms: Literal["before", "after", "both"] = "before"
+    """Where a layer's norms are: before attention and the feed-forward layer, after them, or both
+    (OLMo 2: after; Gemma 2: both)."""
     window: int | None = None
     """Sliding window of attention, in tokens (Mistral 7B v0.1); None: every earlier token."""
     activation: Literal["silu", "gelu", "gelu_erf"] = "silu"
@@ -253,6 +258,24 @@ _PRESETS = (
         context=4096,
         tied=False,
         window=2047,
+        remat="full",
+    ),
+    ModelConfig(
+        preset="olmo2-7b",
+        vocab=100352,
+        width=4096,
+        mlp_width=11008,
+        layers=32,
+        heads=32,
+        kv_heads=32,
+        head_dim=128,
+        context=4096,
+        rope_base=500_000.0,
+        norm_eps=1e-06,
+        tied=False,
+        qk_norm=True,
+        qk_norm_over="heads",
+        norms="after",
         remat="full",
     ),
 )

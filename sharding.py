@@ -32,10 +32,11 @@ only if asked for."""
 RULES = (
     (r"decoder/embed", P("tensor", "fsdp")),
     (r"decoder/final_norm", P(None)),
-    (r"decoder/layers/(attention|mlp)_norm", P("stage", None)),
+    (r"decoder/layers/(attention|mlp)(_out)?_norm", P("stage", None)),
     (r"decoder/layers/attention/[qkv]", P("stage", "fsdp", "tensor", None)),
     (r"decoder/layers/attention/[qkv]_bias", P("stage", "tensor", None)),
     (r"decoder/layers/attention/[qk]_norm", P("stage", None)),
+    (r"decoder/layers/attention/[qk]_heads_norm", P("stage", "tensor", None)),
     (r"decoder/layers/attention/o", P("stage", "tensor", None, "fsdp")),
     (r"decoder/layers/mlp/(gate|up)", P("stage", "fsdp", "tensor")),
     (r"decoder/layers/mlp/down", P("stage", "tensor", "fsdp")),

@@ -44,6 +44,8 @@ CONFIGS = {
         "partial_rotary_factor": 0.75,
         **TIED,
     },
+    "olmo 2": {"model_type": "olmo2", "num_key_value_heads": 1, "head_dim": 8},
+    "olmo 2, tied": {"model_type": "olmo2", **TIED},
 }
 
 
@@ -63,6 +65,16 @@ def shapes(c):
             "mlp.down_proj.weight": (D, F),
             "input_layernorm.weight": (D,),
             "post_attention_layernorm.weight": (D,),
+        }
+    apart = {f"self_attn.{x}_proj.weight": (m * h, D) for x, m in {"q": n, "k": k, "v": k}.items()}
+    apart |= {"self_attn.o_proj.weight": (D, n * h), "mlp.down_proj.weight": (D, F)}
+    apart |= {f"mlp.{x}_proj.weight": (F, D) for x in ("gate", "up")}
+    if family == "olmo2":
+        return apart | {
+            "self_attn.q_norm.weight": (n * h,),
+            "self_attn.k_norm.weight": (k * h,),
+            "post_attention_layernorm.weight": (D,),
+            "post_feedforward_layernorm.weight": (D,),
         }
     raise AssertionError(family)
 
@@ -88,6 +100,15 @@ def layer_of(w, c):
     """Return the matrices of a layer apart: q, k, v [heads, H, D], o, gate, up, down."""
     n, k = c["num_attention_heads"], c["num_key_value_heads"]
     h = c.get("head_dim", D // N)
+    if c["model_type"] != "phi3":
+        heads = {
+            x: w[f"self_attn.{x}_proj.weight"].reshape(m, h, D)
+            for x, m in {"q": n, "k": k, "v": k}.items()
+        }
+        return heads | {
+            "o": w["self_attn.o_proj.weight"],
+            **{x: w[f"mlp.{x}_proj.weight"] for x in ("gate", "up", "down")},
+        }
     rows = w["self_attn.qkv_proj.weight"]
     return {
         "q": rows[: n * h].reshape(n, h, D),
@@ -126,6 +147,13 @@ def attended(q_TNH, k_TKH, v_TKH, window):
     return out.reshape(T, -1)
 
 
+# Norms before and after attention, before and after the feed-forward layer: their names.
+NORMS = {
+    "phi3": ("input", None, "post_attention", None),
+    "olmo2": (None, "post_attention", None, "post_feedforward"),
+}
+
+
 def forward(tensors, c, tokens_T):
     """Return float64 logits [T, V]."""
     w = {name: np.asarray(x, np.float64) for name, x in tensors.items()}
@@ -138,13 +166,22 @@ def forward(tensors, c, tokens_T):
         at = f"model.layers.{i}."
         own = {name.removeprefix(at): x for name, x in w.items() if name.startswith(at)}
         p = layer_of(own, c)
-        y_TD = norm(x_TD, own["input_layernorm.weight"])
+        in_attention, out_attention, in_mlp, out_mlp = NORMS[c["model_type"]]
+
+        def at_place(name, x, own=own):
+            return x if name is None else norm(x, own[f"{name}_layernorm.weight"])
+
+        y_TD = at_place(in_attention, x_TD)
         q, k, v = (np.einsum("td,nhd->tnh", y_TD, p[name]) for name in "qkv")
+        if c["model_type"] == "olmo2":
+            q = norm(q.reshape(len(q), -1), own["self_attn.q_norm.weight"]).reshape(q.shape)
+            k = norm(k.reshape(len(k), -1), own["self_attn.k_norm.weight"]).reshape(k.shape)
         seen = attended(turned(q, c), turned(k, c), v, c.get("sliding_window"))
-        x_TD = x_TD + seen @ p["o"].T
-        y_TD = norm(x_TD, own["post_attention_layernorm.weight"])
+        x_TD = x_TD + at_place(out_attention, seen @ p["o"].T)
+        y_TD = at_place(in_mlp, x_TD)
         gate = y_TD @ p["gate"].T
-        x_TD = x_TD + (gate / (1 + np.exp(-gate)) * (y_TD @ p["up"].T)) @ p["down"].T
+        hidden = gate / (1 + np.exp(-gate)) * (y_TD @ p["up"].T)
+        x_TD = x_TD + at_place(out_mlp, hidden @ p["down"].T)
     x_TD = norm(x_TD, w["model.norm.weight"])
     return x_TD @ w.get("lm_head.weight", w["model.embed_tokens.weight"]).T
 

@@ -20,6 +20,8 @@ OTHERS = {
     "kv_heads": 4,
     "head_dim": 10,
     "rope_share": 0.5,
+    "qk_norm_over": "heads",
+    "norms": "both",
     "norm_eps": 1e-6,
     "tied": False,
     "qkv_bias": True,

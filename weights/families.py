@@ -22,7 +22,7 @@ from runtime.foreign import (
     read_object,
     whole,
 )
-from weights.layouts import PHI3, Layout
+from weights.layouts import NORMS_AFTER, PHI3, Layout
 
 GEMMA: dict[str, Any] = {"activation": "gelu", "scale_embedding": True, "zero_centered_norm": True}
 """Fields of ModelConfig that Gemma sets otherwise than the other families."""
@@ -73,6 +73,12 @@ FAMILIES = {
         settings={**WINDOW, "rope_share": "partial_rotary_factor"},
         ropes=("default",),
         layouts=PHI3,
+    ),
+    "olmo2": Family(
+        "Olmo2ForCausalLM",
+        {"rms_norm_eps": 1e-5},
+        fields={"norms": "after", "qk_norm": True, "qk_norm_over": "heads"},
+        layouts=NORMS_AFTER,
     ),
 }
 """By model_type. A model is exported as the family that it was read from, or else as the first
@@ -202,7 +208,7 @@ def model_of(path: pathlib.Path) -> ModelConfig:
     check_values(path, given, KINDS)
     name = given.get("model_type")
     if name not in FAMILIES:
-        why = ": soft caps, and norms after layers" if name == "gemma2" else ""
+        why = ": soft caps" if name == "gemma2" else ""
         raise UserError(
             f"{path}: model_type {reprlib.repr(name)} is not covered{why}; "
             f"covered are {', '.join(FAMILIES)}"

@@ -36,6 +36,8 @@ LAYOUTS = {
     "decoder/layers/attention/v_bias": Layout("KH", ATTENTION + "v_proj.bias", ("KH",)),
     "decoder/layers/attention/q_norm": Layout("H", ATTENTION + "q_norm.weight", ("H",)),
     "decoder/layers/attention/k_norm": Layout("H", ATTENTION + "k_norm.weight", ("H",)),
+    "decoder/layers/attention/q_heads_norm": Layout("NH", ATTENTION + "q_norm.weight", ("NH",)),
+    "decoder/layers/attention/k_heads_norm": Layout("KH", ATTENTION + "k_norm.weight", ("KH",)),
     "decoder/layers/mlp/gate": Layout("DF", MLP + "gate_proj.weight", ("F", "D")),
     "decoder/layers/mlp/up": Layout("DF", MLP + "up_proj.weight", ("F", "D")),
     "decoder/layers/mlp/down": Layout("FD", MLP + "down_proj.weight", ("D", "F")),
@@ -43,6 +45,17 @@ LAYOUTS = {
 }
 """By the path of a parameter of ours: Llama's, of which the other families' tables say where they
 differ."""
+
+NORMS_AFTER = {
+    "decoder/layers/attention_out_norm": Layout(
+        "D", LAYER + "post_attention_layernorm.weight", ("D",)
+    ),
+    "decoder/layers/mlp_norm": Layout("D", LAYER + "pre_feedforward_layernorm.weight", ("D",)),
+    "decoder/layers/mlp_out_norm": Layout(
+        "D", LAYER + "post_feedforward_layernorm.weight", ("D",)
+    ),
+}
+"""Norms of layers that have some after attention and the feed-forward layer (OLMo 2, Gemma 2)."""
 
 PHI3 = {
     "decoder/layers/attention/q": Layout("DNH", ATTENTION + "qkv_proj.weight", ("NH", "D")),
