@@ -19,6 +19,7 @@ So logits, log-probabilities and values of a response's tokens come from positio
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -141,12 +142,14 @@ def rope_frequencies(config: ModelConfig) -> jax.Array:
 
     Here H is `config.rope_width`, a head's width or a share of it.
 
-    Su et al. 2021. `rope_scale` and `rope_llama3` of `config` are applied.
+    Su et al. 2021. `rope_scale`, `rope_llama3` and `rope_yarn` of `config` are applied.
     """
     # Pair i turns by base^(-2i / H) a position.
     width = config.rope_width
     exponents = jnp.arange(0, width, 2, dtype=jnp.float32) / width
     frequencies = config.rope_base**-exponents
+    if config.rope_yarn is not None:
+        return frequencies * _yarn_stretch(config, *config.rope_yarn) * config.rope_scale
     if config.rope_llama3 is None:
         return frequencies * config.rope_scale
 
@@ -159,10 +162,34 @@ def rope_frequencies(config: ModelConfig) -> jax.Array:
     return frequencies * stretch * config.rope_scale
 
 
+def _yarn_stretch(
+    config: ModelConfig, factor: float, fast: float, slow: float, context: float, _: float
+) -> jax.Array:
+    """Return what YaRN multiplies each pair's frequency by, [H/2] float32.
+
+    Peng et al. 2023, "NTK-by-parts": pairs that turn often over the original context are kept,
+    those that turn little are stretched by the factor, and between them, by the pair's number, it
+    is interpolated.
+    """
+
+    # The pair that makes so many full rotations over the original context, a fraction.
+    def pair_of(rotations: float) -> float:
+        turns = math.log(context / (rotations * 2 * math.pi))
+        return config.rope_width * turns / (2 * math.log(config.rope_base))
+
+    # Whole pairs, as the published models were trained.
+    first = max(math.floor(pair_of(fast)), 0)
+    last = min(math.ceil(pair_of(slow)), config.rope_width - 1)
+    pairs_H = jnp.arange(config.rope_width // 2, dtype=jnp.float32)
+    stretched_H = jnp.clip((pairs_H - first) / max(last - first, 0.001), 0.0, 1.0)
+    return 1 - stretched_H + stretched_H / factor
+
+
 def rope_turns(config: ModelConfig, positions_BT: jax.Array) -> Turns:
     """Return the cosine and the sine of each pair's angle, float32, [B, T, 1, H/2] each.
 
-    `positions_BT`: int32. They serve all layers.
+    `positions_BT`: int32. They serve all layers. YaRN's are multiplied by its last number, which
+    sharpens attention.
     """
     # One angle a pair, so H here is half of what turns of a head.
     positions_BT1 = positions_BT[..., None].astype(jnp.float32)
@@ -170,6 +197,9 @@ def rope_turns(config: ModelConfig, positions_BT: jax.Array) -> Turns:
     # One more axis, for the heads.
     cos = jnp.cos(angles_BTH)[:, :, None, :]
     sin = jnp.sin(angles_BTH)[:, :, None, :]
+    if config.rope_yarn is not None:
+        magnitude = config.rope_yarn[-1]
+        return cos * magnitude, sin * magnitude
     return cos, sin
 
 

@@ -24,6 +24,7 @@ RANGES = {
     "rope_scale": ABOVE_0,
     "rope_share": Range(low=0, high=1, without_low=True),
     "rope_llama3": ABOVE_0,
+    "rope_yarn": ABOVE_0,
     "norm_eps": ABOVE_0,
 }
 """Ranges of ModelConfig's numbers (runtime/ranges.py)."""
@@ -60,6 +61,9 @@ class ModelConfig:
     """Positions are multiplied by this (linear interpolation)."""
     rope_llama3: tuple[float, float, float, float] | None = None
     """Llama 3.1 frequency scaling: factor, low and high frequency factor, original context."""
+    rope_yarn: tuple[float, float, float, float, float] | None = None
+    """YaRN: factor, rotations from which a pair is kept, rotations below which it is stretched
+    whole, original context, and what cosines and sines are multiplied by."""
     rope_share: float = 1.0
     """Share of a head's width that RoPE turns, its first numbers (Phi 3, GPT-NeoX); the rest stays
     as it is."""
@@ -96,8 +100,9 @@ class ModelConfig:
 
     def __post_init__(self):
         # A stored config is JSON, which has lists only.
-        if self.rope_llama3 is not None:
-            object.__setattr__(self, "rope_llama3", tuple(self.rope_llama3))
+        for name in ("rope_llama3", "rope_yarn"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, tuple(getattr(self, name)))
         # Numbers that no model can have.
         check_ranges(self, RANGES, "model.")
         # Each key/value head serves as many query heads; RoPE turns pairs.
@@ -118,6 +123,15 @@ class ModelConfig:
             raise UserError(
                 f"--model.rope_llama3={self.rope_llama3}: its low frequency factor must be below "
                 "the high one"
+            )
+        if self.rope_yarn is not None and self.rope_llama3 is not None:
+            raise UserError(
+                f"--model.rope_yarn={self.rope_yarn}: not with --model.rope_llama3; "
+                "set one of the two to None"
+            )
+        if self.rope_yarn is not None and not self.rope_yarn[2] < self.rope_yarn[1]:
+            raise UserError(
+                f"--model.rope_yarn={self.rope_yarn}: its third number must be below its second"
             )
 
     @staticmethod

@@ -45,6 +45,25 @@ CONFIGS = {
         **TIED,
     },
     "olmo 2": {"model_type": "olmo2", "num_key_value_heads": 1, "head_dim": 8},
+    "yarn": {
+        "model_type": "llama",
+        "head_dim": 16,
+        "rope_theta": 10000.0,
+        "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+        **TIED,
+    },
+    "yarn, all of it": {
+        "model_type": "mistral",
+        "sliding_window": None,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 3.0,
+            "beta_fast": 4.0,
+            "beta_slow": 0.5,
+            "original_max_position_embeddings": 32,
+            "attention_factor": 1.3,
+        },
+    },
     "olmo 2, tied": {"model_type": "olmo2", **TIED},
 }
 
@@ -69,6 +88,11 @@ def shapes(c):
     apart = {f"self_attn.{x}_proj.weight": (m * h, D) for x, m in {"q": n, "k": k, "v": k}.items()}
     apart |= {"self_attn.o_proj.weight": (D, n * h), "mlp.down_proj.weight": (D, F)}
     apart |= {f"mlp.{x}_proj.weight": (F, D) for x in ("gate", "up")}
+    if family in ("llama", "mistral"):
+        return apart | {
+            "input_layernorm.weight": (D,),
+            "post_attention_layernorm.weight": (D,),
+        }
     if family == "olmo2":
         return apart | {
             "self_attn.q_norm.weight": (n * h,),
@@ -127,7 +151,21 @@ def turned(x_TNH, c):
     width = int(h * c.get("partial_rotary_factor", 1))
     half = width // 2
     angles = c["rope_theta"] ** (-2 * np.arange(half) / width)
-    z = x_TNH[..., :half] + 1j * x_TNH[..., half:width]
+    rope = c.get("rope_scaling", {})
+    magnitude = 1.0
+    if "factor" in rope:
+        # YaRN, pair by pair: where the ramp begins and ends is solved from the wavelength.
+        magnitude = rope.get("attention_factor", 1 + np.log(rope["factor"]) / 10)
+        context, base = rope["original_max_position_embeddings"], c["rope_theta"]
+        turns = [
+            context / (2 * np.pi * rope.get(*x)) for x in (("beta_fast", 32), ("beta_slow", 1))
+        ]
+        low, high = (width / 2 * np.log(x) / np.log(base) for x in turns)
+        low, high = max(np.floor(low), 0), min(np.ceil(high), width - 1)
+        for i in range(half):
+            part = min(max((i - low) / (high - low), 0), 1)
+            angles[i] = part * angles[i] / rope["factor"] + (1 - part) * angles[i]
+    z = magnitude * (x_TNH[..., :half] + 1j * x_TNH[..., half:width])
     z = z * np.exp(1j * np.arange(T)[:, None] * angles)[:, None]
     return np.concatenate([z.real, z.imag, x_TNH[..., width:]], -1)
 
@@ -149,6 +187,8 @@ def attended(q_TNH, k_TKH, v_TKH, window):
 
 # Norms before and after attention, before and after the feed-forward layer: their names.
 NORMS = {
+    "llama": ("input", None, "post_attention", None),
+    "mistral": ("input", None, "post_attention", None),
     "phi3": ("input", None, "post_attention", None),
     "olmo2": (None, "post_attention", None, "post_feedforward"),
 }
@@ -221,6 +261,7 @@ MATTERS = {
     "rms_norm_eps": 0.3,
     "sliding_window": 2,
     "partial_rotary_factor": 0.5,
+    "rope_scaling": {},
 }
 
 
@@ -296,6 +337,11 @@ def test_transformers_agrees_both_ways(name, tmp_path):
 
 UNCOVERED = {
     "longrope": {"model_type": "phi3", "rope_scaling": {"type": "longrope", "factor": 4.0}},
+    "remove it": {"model_type": "llama", "rope_scaling": {"type": "dynamic", "factor": 2.0}},
+    "'truncate'": {
+        "model_type": "llama",
+        "rope_scaling": {"type": "yarn", "factor": 2.0, "truncate": False},
+    },
     "RoPE needs an even width": {"model_type": "phi3", "partial_rotary_factor": 0.25},
     "'partial_rotary_factor'": {"model_type": "llama", "partial_rotary_factor": 0.5},
 }

@@ -36,6 +36,7 @@ POSITIONS = {
     "rope_base": 1e5,
     "rope_scale": 0.5,
     "rope_llama3": (8.0, 1.0, 4.0, 64.0),
+    "rope_yarn": (4.0, 32.0, 1.0, 64.0, 1.1),
     "window": 16,
 }
 """Another value of each field that may change."""

@@ -391,8 +391,8 @@ def test_mistakes_are_one_line(tmp_path, capsys):
     )
     assert "model_type 'gemma2' is not covered: soft caps" in told({**c, "model_type": "gemma2"})
     assert "model_type None" in told({k: x for k, x in c.items() if k != "model_type"})
-    assert "'yarn' is not covered" in told(
-        {**c, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}
+    assert "'longrope' is not covered" in told(
+        {**c, "rope_scaling": {"rope_type": "longrope", "factor": 4.0}}
     )
     assert "'factor' is missing" in told({**c, "rope_scaling": {"rope_type": "linear"}})
     assert "attention_bias is not covered" in told({**c, "attention_bias": True})

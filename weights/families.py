@@ -1,6 +1,7 @@
 """Model families that the decoder covers: Hugging Face's config.json to ModelConfig, and back."""
 
 import dataclasses
+import math
 import pathlib
 import reprlib
 from collections.abc import Mapping
@@ -44,7 +45,7 @@ class Family(NamedTuple):
     """Fields of ModelConfig that its config.json sets, and their names there, beside SETTINGS."""
     activations: Mapping[str, str] = SILU
     """The activations that it has: Hugging Face's names, the exported one first, and ours."""
-    ropes: tuple[str, ...] = ("default", "linear", "llama3")
+    ropes: tuple[str, ...] = ("default", "linear", "llama3", "yarn")
     """The types of RoPE that it has."""
     layouts: Mapping[str, Layout] = NOTHING
     """How its weights lie where they lie otherwise than in LAYOUTS."""
@@ -108,7 +109,7 @@ SETTINGS = {
 }
 """Fields of ModelConfig that every config.json sets, and their names there."""
 
-NOT_SET = ("preset", "dtype", "remat", "rope_scale", "rope_llama3")
+NOT_SET = ("preset", "dtype", "remat", "rope_scale", "rope_llama3", "rope_yarn")
 """Fields of ModelConfig that tell no family: how it is computed, and what `ropes` is about."""
 
 REFUSED = (
@@ -132,6 +133,14 @@ LLAMA3_ROPE = (
     "original_max_position_embeddings",
 )
 """Hugging Face's names of ModelConfig.rope_llama3's four numbers."""
+YARN_ROPE = (
+    "factor",
+    "beta_fast",
+    "beta_slow",
+    "original_max_position_embeddings",
+    "attention_factor",
+)
+"""Hugging Face's names of ModelConfig.rope_yarn's five numbers."""
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 """The kinds of layers in `layer_types`."""
@@ -187,6 +196,12 @@ ROPE_KINDS = {
     "high_freq_factor": POSITIVE,
     "original_max_position_embeddings": TOKENS,
     "partial_rotary_factor": number(0, 1),
+    "beta_fast": POSITIVE,
+    "beta_slow": POSITIVE,
+    "attention_factor": POSITIVE,
+    "mscale": POSITIVE,
+    "mscale_all_dim": POSITIVE,
+    "truncate": FLAG,
 }
 """Kinds of the fields of `rope_scaling` and `rope_parameters`; others are not covered."""
 
@@ -314,11 +329,18 @@ def _rope(name: str, theirs: dict[str, Any], path: pathlib.Path) -> dict[str, An
         check_values(path, given, ROPE_KINDS)
         rope |= {name: value for name, value in given.items() if value is not None}
     unknown = rope.keys() - ROPE_KINDS.keys()
+    if not rope.get("truncate", True):
+        unknown.add("truncate")
     if rope["partial_rotary_factor"] != 1 and "rope_share" not in family.settings:
         unknown.add("partial_rotary_factor")
 
     # Older files say `type`.
     kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "dynamic":
+        raise UserError(
+            f"{path}: RoPE of type 'dynamic' is not covered: it turns a token by the length of "
+            "the whole text; remove it, for up to max_position_embeddings it is the default"
+        )
     if kind not in family.ropes or unknown:
         with_what = f" with {reprlib.repr(sorted(unknown))}" if unknown else ""
         raise UserError(
@@ -338,7 +360,29 @@ def _rope(name: str, theirs: dict[str, Any], path: pathlib.Path) -> dict[str, An
                 f"{path}: low_freq_factor {low:g} is not below high_freq_factor {high:g}; "
                 "restore the file"
             )
+    if kind == "yarn":
+        fields["rope_yarn"] = _yarn(rope, theirs)
     return fields
+
+
+def _yarn(rope: dict[str, Any], theirs: dict[str, Any]) -> tuple[float, ...]:
+    """Return ModelConfig.rope_yarn; what a file may leave out is as in transformers."""
+    factor = rope["factor"]
+
+    # Peng et al. 2023, eq. 22; DeepSeek's files give two coefficients, whose quotient counts.
+    def magnitude(coefficient: float) -> float:
+        return 0.1 * coefficient * math.log(factor) + 1 if factor > 1 else 1.0
+
+    attention_factor = magnitude(1)
+    if "mscale" in rope and "mscale_all_dim" in rope:
+        attention_factor = magnitude(rope["mscale"]) / magnitude(rope["mscale_all_dim"])
+    silent = {
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "original_max_position_embeddings": theirs["max_position_embeddings"],
+        "attention_factor": attention_factor,
+    }
+    return _numbers({**silent, **rope}, YARN_ROPE)
 
 
 def _numbers(rope: dict[str, Any], names: tuple[str, ...]) -> tuple[float, ...]:
@@ -394,6 +438,8 @@ def _ropes(model: ModelConfig) -> dict[str, str]:
     ropes = {}
     if model.rope_llama3:
         ropes["llama3"] = "rope_llama3"
+    if model.rope_yarn:
+        ropes["yarn"] = "rope_yarn"
     if model.rope_scale != 1:
         ropes["linear"] = "rope_scale"
     return ropes
@@ -449,6 +495,10 @@ def _rope_scaling(model: ModelConfig) -> dict[str, Any] | None:
         rope: dict[str, Any] = {"rope_type": "llama3"}
         rope.update(zip(LLAMA3_ROPE, model.rope_llama3, strict=True))
         rope[LLAMA3_ROPE[3]] = int(rope[LLAMA3_ROPE[3]])
+        return rope
+    if model.rope_yarn:
+        rope = {"rope_type": "yarn", **dict(zip(YARN_ROPE, model.rope_yarn, strict=True))}
+        rope[YARN_ROPE[3]] = int(rope[YARN_ROPE[3]])
         return rope
     if model.rope_scale != 1:
         return {"rope_type": "linear", "factor": 1 / model.rope_scale}
