@@ -52,6 +52,9 @@ Turns = tuple[jax.Array, jax.Array]
 Stack = Any
 """An array stacked over the layers, or a tuple of one array a layer (layers.unstack_cache)."""
 
+EVERY_TOKEN = 1 << 30
+"""The window of a layer that has none, among layers that have one."""
+
 # The mesh's axes that cut the tokens of a layer's input.
 TOKEN_AXES = ("sequence", "tensor")
 
@@ -79,6 +82,23 @@ class KVCache:
 
 
 @flax.struct.dataclass
+class SoftCapped:
+    """An unembedding whose logits s become cap tanh(s / cap), as `unembed` makes them."""
+
+    matrix_DV: jax.Array
+    cap: float = flax.struct.field(pytree_node=False)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Return the matrix's shape: a property."""
+        return self.matrix_DV.shape
+
+
+Unembedding = jax.Array | SoftCapped
+"""What makes logits of hidden states: a matrix [D, V], or one whose logits are capped."""
+
+
+@flax.struct.dataclass
 class LanguageOutput:
     """Hidden states of a language model, and the unembedding that makes logits of them.
 
@@ -89,7 +109,7 @@ class LanguageOutput:
     x_BTD: jax.Array
     """Hidden states after the last norm, in the compute type; that of position t predicts token t
     + 1."""
-    unembed_DV: jax.Array
+    unembed_DV: Unembedding
     """The unembedding, or the embedding's transpose where they are tied."""
     cache: KVCache | None = None
     """The given cache with these tokens added; None where none was given."""
@@ -106,7 +126,7 @@ class ScalarOutput:
     """Float32: at each position the scalar of the tokens up to it and including it."""
     x_BTD: jax.Array
     """Hidden states after the last norm, in the compute type."""
-    unembed_DV: jax.Array
+    unembed_DV: Unembedding
     """The embedding's transpose: a language-model loss beside the scalars unembeds with it."""
     auxiliary_loss: jax.Array | None = None
     """As in LanguageOutput."""
@@ -302,13 +322,14 @@ class Attention(nn.Module):
         turns: Turns,
         cache: KVCache | None,
         layer: jax.Array,
+        window: int | jax.Array | None,
     ) -> tuple[jax.Array, KVCache | None]:
         """Return what the tokens see, [B, T, D], and the cache with their keys and values.
 
         `x_BTD`: normed residual stream, whose type comes back. `segment_ids_BT`: 0 is padding; not
         read with a cache in use. `turns`: of `rope_turns`. `cache`: stacked, or None, and then
         None comes back; its `length` and `valid_BS` stay. `layer`: the layer's number in the
-        cache, from 0.
+        cache, from 0. `window`: see kernels.attention.attention.
         """
         # Weights; o, which adds to the residual stream, starts smaller, by the depth.
         c = self.config
@@ -346,6 +367,9 @@ class Attention(nn.Module):
         v_BTKH = v_MKH.reshape(batch, length, *kv_heads)
 
         # What the tokens attend to.
+        scores: dict[str, Any] = {"window": window, "soft_cap": c.attention_soft_cap}
+        if c.score_width is not None:
+            scores["scale"] = c.score_width**-0.5
         if cache is not None:
             cache = _with_tokens(cache, layer, k_BTKH, v_BTKH)
         if cache is not None and not cache.is_empty:
@@ -353,7 +377,7 @@ class Attention(nn.Module):
             k_BKSH = jax.lax.dynamic_index_in_dim(cache.k_LBKSH, layer, keepdims=False)
             v_BKSH = jax.lax.dynamic_index_in_dim(cache.v_LBKSH, layer, keepdims=False)
             out_BTNH = decode_attention(
-                q_BTNH, k_BKSH, v_BKSH, cache.valid_BS, cache.length, window=c.window
+                q_BTNH, k_BKSH, v_BKSH, cache.valid_BS, cache.length, **scores
             )
         else:
             # Training, or prefill of an empty cache: the tokens see one another only. That is
@@ -364,9 +388,9 @@ class Attention(nn.Module):
                 k_BTKH,
                 v_BTKH,
                 segment_ids=segment_ids_BT,
-                window=c.window,
                 ring=self.ring,
                 finite_padding=True,
+                **scores,
             )
 
         # Back to the width of the residual stream.
@@ -439,19 +463,26 @@ class Block(nn.Module):
         carry: Carry,
         segment_ids_BT: jax.Array,
         turns: Turns,
+        has_window: jax.Array | None = None,
     ) -> tuple[Carry, jax.Array | None]:
         """Return (residual stream, cache, number of the next layer), and its auxiliary loss.
 
         `carry`: (residual stream [B, T, D], cache or None, this layer's number, from 0). `turns`:
-        of `rope_turns`. This layer has no such loss: a mixture of experts returns its
+        of `rope_turns`. `has_window`: this layer's, a bool, where layers differ in that; None:
+        all have config.window. This layer has no such loss: a mixture of experts returns its
         load-balancing loss in place of None, a float32 scalar, coefficient included.
         """
         # Tokens see tokens before them.
         c = self.config
         x_BTD, cache, layer = carry
+        window: int | jax.Array | None = c.window
+        if window is not None and has_window is not None:
+            window = jnp.where(has_window, window, EVERY_TOKEN)
         input_BTD = self.normed("attention_norm", x_BTD, c.norms != "after")
         attention_layer = Attention(c, self.ring, name="attention")
-        attended_BTD, cache = attention_layer(input_BTD, segment_ids_BT, turns, cache, layer)
+        attended_BTD, cache = attention_layer(
+            input_BTD, segment_ids_BT, turns, cache, layer, window
+        )
         attended_BTD = self.normed("attention_out_norm", attended_BTD, c.norms != "before")
         x_BTD = constrain_residual(x_BTD + attended_BTD)
 
@@ -514,6 +545,13 @@ def _embedded_backward(dtype, saved, cotangent_BTD):
 embedded.defvjp(_embedded_forward, _embedded_backward)
 
 
+def _own(config: ModelConfig) -> tuple[np.ndarray, ...]:
+    """Return what each layer has for itself: if it has the window, where layers differ in that."""
+    has_window_L = np.array(config.windowed_layers)
+    is_mixed = has_window_L.any() and not has_window_L.all()
+    return (has_window_L,) if is_mixed else ()
+
+
 class Decoder(nn.Module):
     """Embedding, layers, final norm. `microbatches`: of a pipeline, if the mesh has stages."""
 
@@ -559,7 +597,7 @@ class Decoder(nn.Module):
         if cache is not None:
             cache = _with_valid(cache, segment_ids_BT)
         x_BTD, cache, auxiliary_loss = run_layers(
-            self, Block, ring, x_BTD, cache, (segment_ids_BT, turns)
+            self, Block, ring, x_BTD, cache, (segment_ids_BT, turns), _own(c)
         )
         if cache is not None:
             used = cache.length + length
@@ -602,14 +640,25 @@ def _logits_backward(saved, cotangent_MV):
 unrounded_logits.defvjp(_logits_forward, _logits_backward)
 
 
-def unembed(x_BTD: jax.Array, unembed_DV: jax.Array) -> jax.Array:
+def with_soft_cap(config: ModelConfig, unembed_DV: jax.Array) -> Unembedding:
+    """Return the unembedding of a model whose logits may have a soft cap."""
+    if config.logit_soft_cap is None:
+        return unembed_DV
+    return SoftCapped(unembed_DV, config.logit_soft_cap)
+
+
+def unembed(x_BTD: jax.Array, unembed_DV: Unembedding) -> jax.Array:
     """Return the logits [B, T, V] of hidden states: float32, or float64 where these are.
 
     `x_BTD` and `unembed_DV`: of a LanguageOutput, or a slice of its positions. Logits are not
     rounded to x's type on the way: at 16 that would be by 0.06.
     """
     x_MD = flat(x_BTD, "stage", "sequence")
-    logits_MV = unrounded_logits(x_MD, unembed_DV.astype(x_MD.dtype))
+    if isinstance(unembed_DV, SoftCapped):
+        logits_MV = unrounded_logits(x_MD, unembed_DV.matrix_DV.astype(x_MD.dtype))
+        logits_MV = unembed_DV.cap * jnp.tanh(logits_MV / unembed_DV.cap)
+    else:
+        logits_MV = unrounded_logits(x_MD, unembed_DV.astype(x_MD.dtype))
     batch, length, _ = x_BTD.shape
     return logits_MV.reshape(batch, length, -1)
 
@@ -639,7 +688,7 @@ class LanguageModel(nn.Module):
             unembed_DV = embed_VD.T
         else:
             unembed_DV = self.param("unembed", _normal(c.width), (c.width, c.vocab))
-        return LanguageOutput(x_BTD, unembed_DV, cache, auxiliary_loss)
+        return LanguageOutput(x_BTD, with_soft_cap(c, unembed_DV), cache, auxiliary_loss)
 
 
 class ScalarModel(nn.Module):
@@ -665,7 +714,8 @@ class ScalarModel(nn.Module):
         # Accelerators would round its factors to half of float32's bits.
         products_BT = jnp.einsum("BTD,D->BT", x32_BTD, head_D, precision="highest")
         scalars_BT = products_BT + bias
-        return ScalarOutput(scalars_BT, x_BTD, embed_VD.T, auxiliary_loss)
+        unembed_DV = with_soft_cap(c, embed_VD.T)
+        return ScalarOutput(scalars_BT, x_BTD, unembed_DV, auxiliary_loss)
 
 
 def init_and_apply(model: nn.Module) -> tuple[Callable[[jax.Array], Params], Callable[..., Any]]:

@@ -26,6 +26,9 @@ RANGES = {
     "rope_llama3": ABOVE_0,
     "rope_yarn": ABOVE_0,
     "norm_eps": ABOVE_0,
+    "score_width": ABOVE_0,
+    "attention_soft_cap": ABOVE_0,
+    "logit_soft_cap": ABOVE_0,
 }
 """Ranges of ModelConfig's numbers (runtime/ranges.py)."""
 
@@ -84,6 +87,14 @@ class ModelConfig:
     (OLMo 2: after; Gemma 2: both)."""
     window: int | None = None
     """Sliding window of attention, in tokens (Mistral 7B v0.1); None: every earlier token."""
+    window_pattern: tuple[bool, ...] = (True,)
+    """Layers that have the window, a pattern repeated over them: True False is Gemma 2's."""
+    score_width: float | None = None
+    """Attention scores are divided by the square root of this; None: of head_dim (Gemma 2)."""
+    attention_soft_cap: float | None = None
+    """Scores s become cap tanh(s / cap); None: they stay (Gemma 2)."""
+    logit_soft_cap: float | None = None
+    """The same of the logits."""
     activation: Literal["silu", "gelu", "gelu_erf"] = "silu"
     """Gate of the feed-forward layers; gelu is its tanh approximation (Gemma), gelu_erf exact."""
     scale_embedding: bool = False
@@ -100,7 +111,7 @@ class ModelConfig:
 
     def __post_init__(self):
         # A stored config is JSON, which has lists only.
-        for name in ("rope_llama3", "rope_yarn"):
+        for name in ("rope_llama3", "rope_yarn", "window_pattern"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         # Numbers that no model can have.
@@ -117,6 +128,11 @@ class ModelConfig:
             raise UserError(
                 f"--model.rope_share={self.rope_share}: RoPE needs an even width, not "
                 f"{self.rope_width} of the {self.head_dim} numbers of a head"
+            )
+        if not any(self.window_pattern):
+            raise UserError(
+                f"--model.window_pattern={self.window_pattern}: no layer has the window; "
+                "set --model.window=None"
             )
         # Llama 3.1 interpolates from the low frequency factor up to the high one.
         if self.rope_llama3 is not None and not self.rope_llama3[1] < self.rope_llama3[2]:
@@ -145,6 +161,15 @@ class ModelConfig:
     def rope_width(self) -> int:
         """Return how many numbers of a head RoPE turns: a property."""
         return int(self.head_dim * self.rope_share)
+
+    @property
+    def windowed_layers(self) -> tuple[bool, ...]:
+        """Return for each layer if it has the window: a property."""
+        repeats = -(-self.layers // len(self.window_pattern))
+        pattern = self.window_pattern * repeats
+        return tuple(
+            self.window is not None and has_window for has_window in pattern[: self.layers]
+        )
 
     @property
     def compute_dtype(self) -> jnp.dtype:
@@ -272,6 +297,28 @@ _PRESETS = (
         context=4096,
         tied=False,
         window=2047,
+        remat="full",
+    ),
+    ModelConfig(
+        preset="gemma2-2b",
+        vocab=256000,
+        width=2304,
+        mlp_width=9216,
+        layers=26,
+        heads=8,
+        kv_heads=4,
+        head_dim=256,
+        context=8192,
+        norm_eps=1e-06,
+        norms="both",
+        window=4096,
+        window_pattern=(True, False),
+        score_width=256.0,
+        attention_soft_cap=50.0,
+        logit_soft_cap=30.0,
+        activation="gelu",
+        scale_embedding=True,
+        zero_centered_norm=True,
         remat="full",
     ),
     ModelConfig(

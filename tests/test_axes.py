@@ -44,6 +44,7 @@ CONFIG = dataclasses.replace(
     qk_norm=True,
     dtype="float32",
 )
+MIXED = {"window": 5, "window_pattern": (True, False), "attention_soft_cap": 2.0, "norms": "both"}
 OPTIMIZER = make_optimizer(OptimizerConfig(lr=3e-3, warmup=1), 5)
 
 
@@ -320,7 +321,7 @@ def test_parts_of_a_chunked_loss_are_of_all_devices(monkeypatch):
     "sizes", [{"sequence": 4, "data": 2}, {"stage": 2, "sequence": 2, "tensor": 2}]
 )
 @pytest.mark.parametrize(
-    "change", [{"window": 5}, {"remat": "full", "tied": False}, {"qkv_bias": True, **GEMMA}]
+    "change", [{"window": 5}, MIXED, {"remat": "full", "tied": False}, {"qkv_bias": True, **GEMMA}]
 )
 def test_variants_of_the_model_equal_one_device(sizes, change):
     changed = dataclasses.replace(CONFIG, **change)

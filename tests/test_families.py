@@ -34,6 +34,7 @@ from tests.test_weights import (
 from train_state import load_params
 from weights import families
 
+FULL, SLIDING = families.FULL, families.SLIDING
 TIED = {"tie_word_embeddings": True}
 # The fields of config.json beside SHAPE.
 CONFIGS = {
@@ -45,6 +46,31 @@ CONFIGS = {
         **TIED,
     },
     "olmo 2": {"model_type": "olmo2", "num_key_value_heads": 1, "head_dim": 8},
+    "gemma 2": {
+        "model_type": "gemma2",
+        "head_dim": 8,
+        "sliding_window": 3,
+        "query_pre_attn_scalar": 5,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 3.0,
+    },
+    "gemma 2, untied, without caps": {
+        "model_type": "gemma2",
+        "tie_word_embeddings": False,
+        "head_dim": 4,
+        "sliding_window": 5,
+        "query_pre_attn_scalar": 4,
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": None,
+        "layer_types": [FULL, FULL, SLIDING],
+    },
+    "qwen 3, mixed windows": {
+        "model_type": "qwen3",
+        "head_dim": 8,
+        "use_sliding_window": True,
+        "sliding_window": 3,
+        "max_window_layers": 1,
+    },
     "yarn": {
         "model_type": "llama",
         "head_dim": 16,
@@ -93,6 +119,12 @@ def shapes(c):
             "input_layernorm.weight": (D,),
             "post_attention_layernorm.weight": (D,),
         }
+    if family == "gemma2":
+        names = (*NORMS[family], "pre_feedforward")
+        return apart | {f"{name}_layernorm.weight": (D,) for name in names}
+    if family == "qwen3":
+        heads = {"self_attn.q_norm.weight": (h,), "self_attn.k_norm.weight": (h,)}
+        return apart | heads | {f"{name}_layernorm.weight": (D,) for name in NORMS[family][::2]}
     if family == "olmo2":
         return apart | {
             "self_attn.q_norm.weight": (n * h,),
@@ -112,7 +144,7 @@ def checkpoint(c, seed=0):
         return np.float32(noise + 1 if "norm" in name and "weight" in name else noise)
 
     tensors = {"model.embed_tokens.weight": (V, D), "model.norm.weight": (D,)}
-    if not c.get("tie_word_embeddings", False):
+    if not c.get("tie_word_embeddings", c["model_type"].startswith("gemma")):
         tensors["lm_head.weight"] = (V, D)
     for i in range(L):
         for name, shape in shapes(c).items():
@@ -170,7 +202,18 @@ def turned(x_TNH, c):
     return np.concatenate([z.real, z.imag, x_TNH[..., width:]], -1)
 
 
-def attended(q_TNH, k_TKH, v_TKH, window):
+def window_of(c, layer):
+    """Return the window of a layer, or None."""
+    default = [SLIDING] * L
+    if c["model_type"] == "gemma2":
+        default = [FULL if i % 2 else SLIDING for i in range(L)]
+    if c["model_type"] == "qwen3":
+        default = [SLIDING if i >= c["max_window_layers"] else FULL for i in range(L)]
+    kinds = c.get("layer_types", default)
+    return c.get("sliding_window") if kinds[layer] == SLIDING else None
+
+
+def attended(q_TNH, k_TKH, v_TKH, window, c):
     """Return what each query sees of the keys up to it, of a window or all."""
     T, n, h = q_TNH.shape
     k = k_TKH.shape[1]
@@ -179,7 +222,11 @@ def attended(q_TNH, k_TKH, v_TKH, window):
         first = 0 if window is None else max(0, t - window + 1)
         for head in range(n):
             own = head * k // n
-            scores = k_TKH[first : t + 1, own] @ q_TNH[t, head] / np.sqrt(h)
+            scores = k_TKH[first : t + 1, own] @ q_TNH[t, head]
+            scores = scores / np.sqrt(c.get("query_pre_attn_scalar", h))
+            if c.get("attn_logit_softcapping"):
+                cap = c["attn_logit_softcapping"]
+                scores = cap * np.tanh(scores / cap)
             weight = np.exp(scores - scores.max())
             out[t, head] = weight / weight.sum() @ v_TKH[first : t + 1, own]
     return out.reshape(T, -1)
@@ -191,6 +238,8 @@ NORMS = {
     "mistral": ("input", None, "post_attention", None),
     "phi3": ("input", None, "post_attention", None),
     "olmo2": (None, "post_attention", None, "post_feedforward"),
+    "qwen3": ("input", None, "post_attention", None),
+    "gemma2": ("input", "post_attention", "pre_feedforward", "post_feedforward"),
 }
 
 
@@ -198,10 +247,18 @@ def forward(tensors, c, tokens_T):
     """Return float64 logits [T, V]."""
     w = {name: np.asarray(x, np.float64) for name, x in tensors.items()}
 
-    def norm(x, scale):
-        return x / np.sqrt((x * x).mean(-1, keepdims=True) + c["rms_norm_eps"]) * scale
+    is_gemma = c["model_type"].startswith("gemma")
 
-    x_TD = w["model.embed_tokens.weight"][tokens_T]
+    def norm(x, scale):
+        root = np.sqrt((x * x).mean(-1, keepdims=True) + c["rms_norm_eps"])
+        return x / root * (scale + is_gemma)
+
+    def activation(x):
+        if is_gemma:
+            return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+        return x / (1 + np.exp(-x))
+
+    x_TD = w["model.embed_tokens.weight"][tokens_T] * (np.sqrt(D) if is_gemma else 1)
     for i in range(L):
         at = f"model.layers.{i}."
         own = {name.removeprefix(at): x for name, x in w.items() if name.startswith(at)}
@@ -216,14 +273,17 @@ def forward(tensors, c, tokens_T):
         if c["model_type"] == "olmo2":
             q = norm(q.reshape(len(q), -1), own["self_attn.q_norm.weight"]).reshape(q.shape)
             k = norm(k.reshape(len(k), -1), own["self_attn.k_norm.weight"]).reshape(k.shape)
-        seen = attended(turned(q, c), turned(k, c), v, c.get("sliding_window"))
+        if c["model_type"] == "qwen3":
+            q, k = norm(q, own["self_attn.q_norm.weight"]), norm(k, own["self_attn.k_norm.weight"])
+        seen = attended(turned(q, c), turned(k, c), v, window_of(c, i), c)
         x_TD = x_TD + at_place(out_attention, seen @ p["o"].T)
         y_TD = at_place(in_mlp, x_TD)
-        gate = y_TD @ p["gate"].T
-        hidden = gate / (1 + np.exp(-gate)) * (y_TD @ p["up"].T)
+        hidden = activation(y_TD @ p["gate"].T) * (y_TD @ p["up"].T)
         x_TD = x_TD + at_place(out_mlp, hidden @ p["down"].T)
     x_TD = norm(x_TD, w["model.norm.weight"])
-    return x_TD @ w.get("lm_head.weight", w["model.embed_tokens.weight"]).T
+    logits_TV = x_TD @ w.get("lm_head.weight", w["model.embed_tokens.weight"]).T
+    cap = c.get("final_logit_softcapping")
+    return cap * np.tanh(logits_TV / cap) if cap else logits_TV
 
 
 # --- against the reference
@@ -262,6 +322,11 @@ MATTERS = {
     "sliding_window": 2,
     "partial_rotary_factor": 0.5,
     "rope_scaling": {},
+    "layer_types": [SLIDING, FULL, FULL],
+    "max_window_layers": 2,
+    "query_pre_attn_scalar": 2,
+    "attn_logit_softcapping": 0.5,
+    "final_logit_softcapping": 1.0,
 }
 
 

@@ -33,6 +33,10 @@ VARIANTS = {
     "bias and norm": dataclasses.replace(TINY, qkv_bias=True, qk_norm=True, tied=False),
     "norms after": dataclasses.replace(TINY, norms="after", qk_norm=True, qk_norm_over="heads"),
     "norms on both sides": dataclasses.replace(TINY, norms="both", rope_share=0.5),
+    "mixed windows": dataclasses.replace(TINY, window=3, window_pattern=(False, True)),
+    "soft caps": dataclasses.replace(
+        TINY, attention_soft_cap=0.5, logit_soft_cap=1.0, score_width=9.0
+    ),
     "window": dataclasses.replace(TINY, window=3, rope_scale=0.5),
     "llama3 rope": dataclasses.replace(TINY, rope_llama3=(8.0, 1.0, 4.0, 64.0), rope_base=100.0),
 }
@@ -42,6 +46,7 @@ PUBLISHED = {  # parameter counts of the published checkpoints
     "llama3-70b": 70_553_706_496,
     "qwen3-0.6b": 596_049_920,
     "mistral-7b": 7_241_732_096,
+    "gemma2-2b": 2_614_341_888,
     "olmo2-7b": 7_298_617_344,
     "phi3-mini": 3_821_079_552,
     "stories260k": 260_032,

@@ -22,6 +22,9 @@ OTHERS = {
     "rope_share": 0.5,
     "qk_norm_over": "heads",
     "norms": "both",
+    "score_width": 5.0,
+    "attention_soft_cap": 50.0,
+    "logit_soft_cap": 30.0,
     "norm_eps": 1e-6,
     "tied": False,
     "qkv_bias": True,
@@ -38,6 +41,7 @@ POSITIONS = {
     "rope_llama3": (8.0, 1.0, 4.0, 64.0),
     "rope_yarn": (4.0, 32.0, 1.0, 64.0, 1.1),
     "window": 16,
+    "window_pattern": (True, False),
 }
 """Another value of each field that may change."""
 

@@ -108,6 +108,8 @@ def test_counts_of_hosts_have_ranges(name):
         (ModelConfig, {"rope_llama3": (0.0, 0.0, 0.0, 0.0)}),
         (ModelConfig, {"rope_llama3": (8.0, 4.0, 1.0, 8192.0)}),
         (ModelConfig, {"rope_share": 0.0}),
+        (ModelConfig, {"window_pattern": (False,)}),
+        (ModelConfig, {"attention_soft_cap": 0.0}),
         (ModelConfig, {"rope_yarn": (4.0, 32.0, 1.0, 64.0, 0.0)}),
         (ModelConfig, {"rope_yarn": (4.0, 1.0, 32.0, 64.0, 1.0)}),
         (LoraConfig, {"alpha": 0.0}),

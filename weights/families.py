@@ -52,14 +52,16 @@ class Family(NamedTuple):
 
 
 WINDOW = {"window": "sliding_window"}
-"""The setting of families that have a window."""
+"""The setting of families that have a window in all layers or in none."""
+WINDOWS = {**WINDOW, "window_pattern": "layer_types"}
+"""Those of families that may have it in some layers."""
 
 FAMILIES = {
     "llama": Family("LlamaForCausalLM"),
     "mistral": Family("MistralForCausalLM", {"sliding_window": 4096}, settings=WINDOW),
-    "qwen2": Family("Qwen2ForCausalLM", fields={"qkv_bias": True}, settings=WINDOW),
+    "qwen2": Family("Qwen2ForCausalLM", fields={"qkv_bias": True}, settings=WINDOWS),
     "qwen3": Family(
-        "Qwen3ForCausalLM", {"head_dim": 128}, fields={"qk_norm": True}, settings=WINDOW
+        "Qwen3ForCausalLM", {"head_dim": 128}, fields={"qk_norm": True}, settings=WINDOWS
     ),
     "gemma": Family(
         "GemmaForCausalLM",
@@ -67,6 +69,29 @@ FAMILIES = {
         fields=GEMMA,
         # Its "gelu" is the tanh approximation.
         activations={"gelu_pytorch_tanh": "gelu", "gelu": "gelu"},
+    ),
+    "gemma2": Family(
+        "Gemma2ForCausalLM",
+        {
+            "head_dim": 256,
+            "tie_word_embeddings": True,
+            "hidden_act": "gelu_pytorch_tanh",
+            "hidden_activation": "gelu_pytorch_tanh",
+            "query_pre_attn_scalar": 256,
+            "sliding_window": 4096,
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+        },
+        fields={**GEMMA, "norms": "both"},
+        settings={
+            **WINDOWS,
+            "activation": "hidden_activation",
+            "score_width": "query_pre_attn_scalar",
+            "attention_soft_cap": "attn_logit_softcapping",
+            "logit_soft_cap": "final_logit_softcapping",
+        },
+        activations={"gelu_pytorch_tanh": "gelu", "gelu": "gelu"},
+        layouts=NORMS_AFTER,
     ),
     "phi3": Family(
         "Phi3ForCausalLM",
@@ -84,6 +109,9 @@ FAMILIES = {
 }
 """By model_type. A model is exported as the family that it was read from, or else as the first
 here that has all its features."""
+
+QWEN = ("qwen2", "qwen3")
+"""Families with a switch of their windows, `use_sliding_window`."""
 
 DEFAULTS = {
     "rms_norm_eps": 1e-6,
@@ -111,6 +139,9 @@ SETTINGS = {
 
 NOT_SET = ("preset", "dtype", "remat", "rope_scale", "rope_llama3", "rope_yarn")
 """Fields of ModelConfig that tell no family: how it is computed, and what `ropes` is about."""
+
+MAY_BE_NONE = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping")
+"""Settings of which null is a value."""
 
 REFUSED = (
     "attention_bias",
@@ -173,6 +204,9 @@ KINDS = {
     "sliding_window": TOKENS,
     "max_window_layers": whole(0, 10_000),
     "layer_types": list_of(one_of(FULL, SLIDING)),
+    "query_pre_attn_scalar": POSITIVE,
+    "attn_logit_softcapping": POSITIVE,
+    "final_logit_softcapping": POSITIVE,
     # Positions
     "rope_theta": POSITIVE,
     "rope_scaling": OBJECT,
@@ -223,16 +257,15 @@ def model_of(path: pathlib.Path) -> ModelConfig:
     check_values(path, given, KINDS)
     name = given.get("model_type")
     if name not in FAMILIES:
-        why = ": soft caps" if name == "gemma2" else ""
         raise UserError(
-            f"{path}: model_type {reprlib.repr(name)} is not covered{why}; "
+            f"{path}: model_type {reprlib.repr(name)} is not covered; "
             f"covered are {', '.join(FAMILIES)}"
         )
 
-    # A null means silence, but for the window, where it means none.
+    # A null means silence, but where it means that there is none.
     theirs = {**DEFAULTS, **FAMILIES[name].defaults}
     for setting, value in given.items():
-        if value is not None or setting == "sliding_window":
+        if value is not None or setting in MAY_BE_NONE:
             theirs[setting] = value
     _refuse_uncovered(name, theirs, path)
 
@@ -249,7 +282,7 @@ def _model_config(name: str, theirs: dict[str, Any], path: pathlib.Path) -> Mode
     heads = theirs["num_attention_heads"]
     theirs.setdefault("num_key_value_heads", heads)
     theirs.setdefault("head_dim", theirs["hidden_size"] // heads)
-    theirs["sliding_window"] = _window(name, theirs, path)
+    theirs["sliding_window"], theirs["layer_types"] = _windows(name, theirs, path)
     rope_fields = _rope(name, theirs, path)
 
     # What the family has, and what the file says.
@@ -282,26 +315,35 @@ def _refuse_uncovered(name: str, theirs: dict[str, Any], path: pathlib.Path) -> 
             )
 
 
-def _window(name: str, theirs: dict[str, Any], path: pathlib.Path) -> int | None:
-    """Return the sliding window of all layers, or None; raises UserError where layers differ."""
+def _windows(
+    name: str, theirs: dict[str, Any], path: pathlib.Path
+) -> tuple[int | None, tuple[bool, ...]]:
+    """Return ModelConfig's window and window_pattern.
+
+    Raises UserError where the file contradicts itself or its family.
+    """
     kinds = _layer_kinds(name, theirs)
     given = theirs.get("layer_types", kinds)
-    if theirs.get("use_sliding_window") and name in ("qwen2", "qwen3"):
+    # Layers of families that may differ are as listed; Qwen's switch turns all windows off.
+    may_differ = "window_pattern" in FAMILIES[name].settings
+    if may_differ and (name not in QWEN or theirs.get("use_sliding_window")):
         kinds = given
     if given != kinds or len(kinds) != theirs["num_hidden_layers"]:
         raise UserError(f"{path}: layer_types contradicts the other fields; restore the file")
-    # Qwen's layers have a window or not, each by itself; the decoder has one for all.
-    if len(set(kinds)) > 1:
-        raise UserError(
-            f"{path}: layers with and without a window are not covered; "
-            "use a checkpoint whose layers are alike"
-        )
-    if kinds[0] == FULL:
-        return None
+    if SLIDING not in kinds:
+        return None, (True,)
     window = theirs.get("sliding_window", 4096)
     if window is None:
         raise UserError(f"{path}: sliding_window is missing; restore the file")
-    return window
+    return window, _pattern([kind == SLIDING for kind in kinds])
+
+
+def _pattern(layers: list[bool]) -> tuple[bool, ...]:
+    """Return the shortest pattern that gives `layers` when it is repeated."""
+    size = 1
+    while (layers[:size] * len(layers))[: len(layers)] != layers:
+        size += 1
+    return tuple(layers[:size])
 
 
 def _layer_kinds(name: str, theirs: dict[str, Any]) -> list[str]:
@@ -309,8 +351,11 @@ def _layer_kinds(name: str, theirs: dict[str, Any]) -> list[str]:
     layers = theirs["num_hidden_layers"]
     if name in ("mistral", "phi3"):
         full = layers if theirs.get("sliding_window") is None else 0
-    elif name in ("qwen2", "qwen3") and theirs.get("use_sliding_window"):
+    elif name in QWEN and theirs.get("use_sliding_window"):
         full = min(layers, theirs.get("max_window_layers", 28))
+    elif name == "gemma2":
+        pairs = -(-layers // 2)
+        return ([SLIDING, FULL] * pairs)[:layers]
     else:
         full = layers
     return [FULL] * full + [SLIDING] * (layers - full)
@@ -455,12 +500,19 @@ def config_of(model: ModelConfig, tokenizer: Tokenizer, dtype: str) -> dict[str,
     settings = {}
     for ours, setting in {**SETTINGS, **family.settings}.items():
         settings[setting] = getattr(model, ours)
-    activation = SETTINGS["activation"]
+
+    # What has other words there.
+    activation = family.settings.get("activation", SETTINGS["activation"])
     for theirs, ours in family.activations.items():
         if ours == model.activation:
             settings[activation] = theirs
             break
-    if name in ("qwen2", "qwen3"):
+    if "window_pattern" in family.settings:
+        kinds = [SLIDING if has_window else FULL for has_window in model.windowed_layers]
+        settings["layer_types"] = kinds
+    if "score_width" in family.settings:
+        settings["query_pre_attn_scalar"] = _whole(model.score_width or model.head_dim)
+    if name in QWEN:
         settings["use_sliding_window"] = model.window is not None
         settings["max_window_layers"] = 0
     return {
@@ -473,6 +525,11 @@ def config_of(model: ModelConfig, tokenizer: Tokenizer, dtype: str) -> dict[str,
         **generation_of(tokenizer),
         "torch_dtype": dtype,
     }
+
+
+def _whole(value: float) -> float:
+    """Return `value`, as an int if it is whole: transformers insists on that."""
+    return int(value) if value == int(value) else value
 
 
 def generation_of(tokenizer: Tokenizer) -> dict[str, Any]:
