@@ -22,7 +22,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import flax.struct
@@ -132,6 +132,13 @@ class ScalarOutput:
     """As in LanguageOutput."""
 
 
+class TurnsByWindow(NamedTuple):
+    """Turns of layers that differ in them."""
+
+    without_window: Turns
+    with_window: Turns
+
+
 Carry = tuple[jax.Array, KVCache | None, jax.Array]
 """From layer to layer: the residual stream [B, T, D], the cache, and the layer's number."""
 
@@ -221,6 +228,18 @@ def rope_turns(config: ModelConfig, positions_BT: jax.Array) -> Turns:
         magnitude = config.rope_yarn[-1]
         return cos * magnitude, sin * magnitude
     return cos, sin
+
+
+def local_turns(config: ModelConfig, positions_BT: jax.Array, base: float) -> Turns:
+    """Return `rope_turns` by another base, `rope_local_base`, and without any scaling."""
+    local = dataclasses.replace(
+        config,
+        rope_base=base,
+        rope_scale=1.0,
+        rope_llama3=None,
+        rope_yarn=None,
+    )
+    return rope_turns(local, positions_BT)
 
 
 def rotate(x_BTNH: jax.Array, turns: Turns) -> jax.Array:
@@ -462,14 +481,14 @@ class Block(nn.Module):
         self,
         carry: Carry,
         segment_ids_BT: jax.Array,
-        turns: Turns,
+        turns: Turns | TurnsByWindow,
         has_window: jax.Array | None = None,
     ) -> tuple[Carry, jax.Array | None]:
         """Return (residual stream, cache, number of the next layer), and its auxiliary loss.
 
         `carry`: (residual stream [B, T, D], cache or None, this layer's number, from 0). `turns`:
-        of `rope_turns`. `has_window`: this layer's, a bool, where layers differ in that; None:
-        all have config.window. This layer has no such loss: a mixture of experts returns its
+        of `rope_turns`. `has_window`: this layer's, a bool, where layers differ in that; None: all
+        have config.window. This layer has no such loss: a mixture of experts returns its
         load-balancing loss in place of None, a float32 scalar, coefficient included.
         """
         # Tokens see tokens before them.
@@ -478,10 +497,15 @@ class Block(nn.Module):
         window: int | jax.Array | None = c.window
         if window is not None and has_window is not None:
             window = jnp.where(has_window, window, EVERY_TOKEN)
+        if isinstance(turns, TurnsByWindow):
+            choose = partial(jnp.where, has_window)
+            own_turns: Turns = jax.tree.map(choose, turns.with_window, turns.without_window)
+        else:
+            own_turns = turns
         input_BTD = self.normed("attention_norm", x_BTD, c.norms != "after")
         attention_layer = Attention(c, self.ring, name="attention")
         attended_BTD, cache = attention_layer(
-            input_BTD, segment_ids_BT, turns, cache, layer, window
+            input_BTD, segment_ids_BT, own_turns, cache, layer, window
         )
         attended_BTD = self.normed("attention_out_norm", attended_BTD, c.norms != "before")
         x_BTD = constrain_residual(x_BTD + attended_BTD)
@@ -546,10 +570,13 @@ embedded.defvjp(_embedded_forward, _embedded_backward)
 
 
 def _own(config: ModelConfig) -> tuple[np.ndarray, ...]:
-    """Return what each layer has for itself: if it has the window, where layers differ in that."""
+    """Return what each layer has for itself: if it has the window, where that makes layers differ.
+
+    They differ where some have one and some have none, and where RoPE is another in it.
+    """
     has_window_L = np.array(config.windowed_layers)
-    is_mixed = has_window_L.any() and not has_window_L.all()
-    return (has_window_L,) if is_mixed else ()
+    differ = not has_window_L.all() or config.rope_local_base is not None
+    return (has_window_L,) if has_window_L.any() and differ else ()
 
 
 class Decoder(nn.Module):
@@ -593,11 +620,15 @@ class Decoder(nn.Module):
             x_BTD *= jnp.asarray(c.width**0.5, x_BTD.dtype)
 
         # The layers. A cache first learns which of its new slots hold a real token.
-        turns = rope_turns(c, positions_BT)
+        own = _own(c)
+        turns: Turns | TurnsByWindow = rope_turns(c, positions_BT)
+        if own and c.rope_local_base is not None:
+            local = local_turns(c, positions_BT, c.rope_local_base)
+            turns = TurnsByWindow(rope_turns(c, positions_BT), local)
         if cache is not None:
             cache = _with_valid(cache, segment_ids_BT)
         x_BTD, cache, auxiliary_loss = run_layers(
-            self, Block, ring, x_BTD, cache, (segment_ids_BT, turns), _own(c)
+            self, Block, ring, x_BTD, cache, (segment_ids_BT, turns), own
         )
         if cache is not None:
             used = cache.length + length

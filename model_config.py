@@ -21,6 +21,7 @@ RANGES = {
     "context": AT_LEAST_1,
     "window": AT_LEAST_1,
     "rope_base": AT_LEAST_1,
+    "rope_local_base": AT_LEAST_1,
     "rope_scale": ABOVE_0,
     "rope_share": Range(low=0, high=1, without_low=True),
     "rope_llama3": ABOVE_0,
@@ -60,6 +61,9 @@ class ModelConfig:
     # Positions
     rope_base: float = 10_000.0
     """Base of RoPE's frequencies."""
+    rope_local_base: float | None = None
+    """Base in layers that have the window, where neither `rope_scale` nor another scaling applies
+    (Gemma 3); None: as in the others."""
     rope_scale: float = 1.0
     """Positions are multiplied by this (linear interpolation)."""
     rope_llama3: tuple[float, float, float, float] | None = None
@@ -316,6 +320,29 @@ _PRESETS = (
         score_width=256.0,
         attention_soft_cap=50.0,
         logit_soft_cap=30.0,
+        activation="gelu",
+        scale_embedding=True,
+        zero_centered_norm=True,
+        remat="full",
+    ),
+    ModelConfig(
+        preset="gemma3-1b",
+        vocab=262144,
+        width=1152,
+        mlp_width=6912,
+        layers=26,
+        heads=4,
+        kv_heads=1,
+        head_dim=256,
+        context=32768,
+        rope_base=1_000_000.0,
+        rope_local_base=10_000.0,
+        norm_eps=1e-06,
+        qk_norm=True,
+        norms="both",
+        window=512,
+        window_pattern=(True, True, True, True, True, False),
+        score_width=256.0,
         activation="gelu",
         scale_embedding=True,
         zero_centered_norm=True,

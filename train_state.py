@@ -27,6 +27,7 @@ NOT_COMPARED = ("preset", "dtype", "remat")
 POSITIONS = (
     "context",
     "rope_base",
+    "rope_local_base",
     "rope_scale",
     "rope_llama3",
     "rope_yarn",

@@ -44,7 +44,13 @@ CONFIG = dataclasses.replace(
     qk_norm=True,
     dtype="float32",
 )
-MIXED = {"window": 5, "window_pattern": (True, False), "attention_soft_cap": 2.0, "norms": "both"}
+MIXED = {
+    "window": 5,
+    "window_pattern": (True, False),
+    "attention_soft_cap": 2.0,
+    "norms": "both",
+    "rope_local_base": 100.0,
+}
 OPTIMIZER = make_optimizer(OptimizerConfig(lr=3e-3, warmup=1), 5)
 
 

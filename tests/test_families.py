@@ -64,6 +64,30 @@ CONFIGS = {
         "final_logit_softcapping": None,
         "layer_types": [FULL, FULL, SLIDING],
     },
+    "gemma 3": {
+        "model_type": "gemma3_text",
+        "head_dim": 8,
+        "sliding_window": 3,
+        "sliding_window_pattern": 3,
+        "query_pre_attn_scalar": 5,
+        "rope_theta": 1000.0,
+        "rope_local_base_freq": 30.0,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    },
+    "gemma 3, untied": {
+        "model_type": "gemma3_text",
+        "tie_word_embeddings": False,
+        "num_key_value_heads": 1,
+        "head_dim": 4,
+        "sliding_window": 5,
+        "query_pre_attn_scalar": 4,
+        "rope_theta": None,
+        "rope_parameters": {
+            "full_attention": {"rope_theta": 50.0, "rope_type": "default"},
+            "sliding_attention": {"rope_theta": 20.0, "rope_type": "default"},
+        },
+        "layer_types": [FULL, SLIDING, FULL],
+    },
     "qwen 3, mixed windows": {
         "model_type": "qwen3",
         "head_dim": 8,
@@ -119,11 +143,11 @@ def shapes(c):
             "input_layernorm.weight": (D,),
             "post_attention_layernorm.weight": (D,),
         }
-    if family == "gemma2":
-        names = (*NORMS[family], "pre_feedforward")
-        return apart | {f"{name}_layernorm.weight": (D,) for name in names}
+    heads = {"self_attn.q_norm.weight": (h,), "self_attn.k_norm.weight": (h,)}
+    if family.startswith("gemma"):
+        apart |= heads if family == "gemma3_text" else {}
+        return apart | {f"{name}_layernorm.weight": (D,) for name in NORMS[family]}
     if family == "qwen3":
-        heads = {"self_attn.q_norm.weight": (h,), "self_attn.k_norm.weight": (h,)}
         return apart | heads | {f"{name}_layernorm.weight": (D,) for name in NORMS[family][::2]}
     if family == "olmo2":
         return apart | {
@@ -177,15 +201,27 @@ def layer_of(w, c):
     }
 
 
-def turned(x_TNH, c):
+def rope_of(c, window):
+    """Return the base of RoPE, and what it is scaled by, of layers with the window or without."""
+    nested = c.get("rope_parameters", {})
+    if "sliding_attention" in nested:
+        return nested["full_attention" if window is None else "sliding_attention"]
+    if "rope_local_base_freq" in c and window is not None:
+        return {"rope_theta": c["rope_local_base_freq"]}
+    return {"rope_theta": c["rope_theta"], **c.get("rope_scaling", {})}
+
+
+def turned(x_TNH, c, window):
     """Turn pairs (i, i + half) of the first numbers of a head as complex numbers: RoPE."""
     T, _, h = x_TNH.shape
     width = int(h * c.get("partial_rotary_factor", 1))
     half = width // 2
-    angles = c["rope_theta"] ** (-2 * np.arange(half) / width)
-    rope = c.get("rope_scaling", {})
+    rope = rope_of(c, window)
+    angles = rope["rope_theta"] ** (-2 * np.arange(half) / width)
     magnitude = 1.0
-    if "factor" in rope:
+    if rope.get("rope_type") == "linear":
+        angles /= rope["factor"]
+    elif "factor" in rope:
         # YaRN, pair by pair: where the ramp begins and ends is solved from the wavelength.
         magnitude = rope.get("attention_factor", 1 + np.log(rope["factor"]) / 10)
         context, base = rope["original_max_position_embeddings"], c["rope_theta"]
@@ -205,6 +241,9 @@ def turned(x_TNH, c):
 def window_of(c, layer):
     """Return the window of a layer, or None."""
     default = [SLIDING] * L
+    if c["model_type"] == "gemma3_text":
+        every = c.get("sliding_window_pattern", 6)
+        default = [FULL if i % every == every - 1 else SLIDING for i in range(L)]
     if c["model_type"] == "gemma2":
         default = [FULL if i % 2 else SLIDING for i in range(L)]
     if c["model_type"] == "qwen3":
@@ -239,6 +278,7 @@ NORMS = {
     "phi3": ("input", None, "post_attention", None),
     "olmo2": (None, "post_attention", None, "post_feedforward"),
     "qwen3": ("input", None, "post_attention", None),
+    "gemma3_text": ("input", "post_attention", "pre_feedforward", "post_feedforward"),
     "gemma2": ("input", "post_attention", "pre_feedforward", "post_feedforward"),
 }
 
@@ -273,9 +313,10 @@ def forward(tensors, c, tokens_T):
         if c["model_type"] == "olmo2":
             q = norm(q.reshape(len(q), -1), own["self_attn.q_norm.weight"]).reshape(q.shape)
             k = norm(k.reshape(len(k), -1), own["self_attn.k_norm.weight"]).reshape(k.shape)
-        if c["model_type"] == "qwen3":
+        if c["model_type"] in ("qwen3", "gemma3_text"):
             q, k = norm(q, own["self_attn.q_norm.weight"]), norm(k, own["self_attn.k_norm.weight"])
-        seen = attended(turned(q, c), turned(k, c), v, window_of(c, i), c)
+        window = window_of(c, i)
+        seen = attended(turned(q, c, window), turned(k, c, window), v, window, c)
         x_TD = x_TD + at_place(out_attention, seen @ p["o"].T)
         y_TD = at_place(in_mlp, x_TD)
         hidden = activation(y_TD @ p["gate"].T) * (y_TD @ p["up"].T)
@@ -318,6 +359,8 @@ def decoded(model, params, tokens_T):
 # A change of config.json that must show in the logits.
 MATTERS = {
     "rope_theta": 7.0,
+    "rope_local_base_freq": 3.0,
+    "sliding_window_pattern": 2,
     "rms_norm_eps": 0.3,
     "sliding_window": 2,
     "partial_rotary_factor": 0.5,

@@ -33,7 +33,9 @@ VARIANTS = {
     "bias and norm": dataclasses.replace(TINY, qkv_bias=True, qk_norm=True, tied=False),
     "norms after": dataclasses.replace(TINY, norms="after", qk_norm=True, qk_norm_over="heads"),
     "norms on both sides": dataclasses.replace(TINY, norms="both", rope_share=0.5),
-    "mixed windows": dataclasses.replace(TINY, window=3, window_pattern=(False, True)),
+    "mixed windows": dataclasses.replace(
+        TINY, window=3, window_pattern=(False, True), rope_local_base=50.0
+    ),
     "soft caps": dataclasses.replace(
         TINY, attention_soft_cap=0.5, logit_soft_cap=1.0, score_width=9.0
     ),
@@ -46,6 +48,7 @@ PUBLISHED = {  # parameter counts of the published checkpoints
     "llama3-70b": 70_553_706_496,
     "qwen3-0.6b": 596_049_920,
     "mistral-7b": 7_241_732_096,
+    "gemma3-1b": 999_885_952,
     "gemma2-2b": 2_614_341_888,
     "olmo2-7b": 7_298_617_344,
     "phi3-mini": 3_821_079_552,

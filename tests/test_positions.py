@@ -37,6 +37,7 @@ OTHERS = {
 POSITIONS = {
     "context": 512,
     "rope_base": 1e5,
+    "rope_local_base": 2e4,
     "rope_scale": 0.5,
     "rope_llama3": (8.0, 1.0, 4.0, 64.0),
     "rope_yarn": (4.0, 32.0, 1.0, 64.0, 1.1),

@@ -627,15 +627,13 @@ def tiny(transformers, c):
     import torch
 
     torch.manual_seed(0)
-    classes = [
-        families.FAMILIES[c["model_type"]][0],
-        families.FAMILIES[c["model_type"]][0].replace("ForCausalLM", "Config"),
-    ]
-    model_class, config_class = (getattr(transformers, x) for x in classes)
     options = {k: x for k, x in c.items() if k != "model_type" and (k, x) != ("rope_theta", None)}
     if c["model_type"] == "gemma":
         options["hidden_act"] = "gelu_pytorch_tanh"
-    model = model_class(config_class(**options, attn_implementation="eager")).eval()
+    config = transformers.AutoConfig.for_model(c["model_type"], **options)
+    make = transformers.AutoModelForCausalLM.from_config
+    model = make(config, attn_implementation="eager").eval()
+    assert type(model).__name__ == families.FAMILIES[c["model_type"]].architecture
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))

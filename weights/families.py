@@ -56,6 +56,22 @@ WINDOW = {"window": "sliding_window"}
 WINDOWS = {**WINDOW, "window_pattern": "layer_types"}
 """Those of families that may have it in some layers."""
 
+GEMMA_DEFAULTS = {
+    "head_dim": 256,
+    "tie_word_embeddings": True,
+    "hidden_act": "gelu_pytorch_tanh",
+    "hidden_activation": "gelu_pytorch_tanh",
+}
+GEMMA2_SETTINGS = {
+    **WINDOWS,
+    "activation": "hidden_activation",
+    "score_width": "query_pre_attn_scalar",
+    "attention_soft_cap": "attn_logit_softcapping",
+    "logit_soft_cap": "final_logit_softcapping",
+}
+TANH_GELU = {"gelu_pytorch_tanh": "gelu", "gelu": "gelu"}
+"""Gemma's activations: its "gelu" is the tanh approximation."""
+
 FAMILIES = {
     "llama": Family("LlamaForCausalLM"),
     "mistral": Family("MistralForCausalLM", {"sliding_window": 4096}, settings=WINDOW),
@@ -65,32 +81,36 @@ FAMILIES = {
     ),
     "gemma": Family(
         "GemmaForCausalLM",
-        {"head_dim": 256, "tie_word_embeddings": True, "hidden_act": "gelu"},
+        GEMMA_DEFAULTS,
         fields=GEMMA,
-        # Its "gelu" is the tanh approximation.
-        activations={"gelu_pytorch_tanh": "gelu", "gelu": "gelu"},
+        activations=TANH_GELU,
     ),
     "gemma2": Family(
         "Gemma2ForCausalLM",
         {
-            "head_dim": 256,
-            "tie_word_embeddings": True,
-            "hidden_act": "gelu_pytorch_tanh",
-            "hidden_activation": "gelu_pytorch_tanh",
+            **GEMMA_DEFAULTS,
             "query_pre_attn_scalar": 256,
             "sliding_window": 4096,
             "attn_logit_softcapping": 50.0,
             "final_logit_softcapping": 30.0,
         },
         fields={**GEMMA, "norms": "both"},
-        settings={
-            **WINDOWS,
-            "activation": "hidden_activation",
-            "score_width": "query_pre_attn_scalar",
-            "attention_soft_cap": "attn_logit_softcapping",
-            "logit_soft_cap": "final_logit_softcapping",
+        settings=GEMMA2_SETTINGS,
+        activations=TANH_GELU,
+        layouts=NORMS_AFTER,
+    ),
+    "gemma3_text": Family(
+        "Gemma3ForCausalLM",
+        {
+            **GEMMA_DEFAULTS,
+            "query_pre_attn_scalar": 256,
+            "sliding_window": 4096,
+            "rope_theta": 1_000_000.0,
+            "rope_local_base_freq": 10_000.0,
         },
-        activations={"gelu_pytorch_tanh": "gelu", "gelu": "gelu"},
+        fields={**GEMMA, "norms": "both", "qk_norm": True},
+        settings={**GEMMA2_SETTINGS, "rope_local_base": "rope_local_base_freq"},
+        activations=TANH_GELU,
         layouts=NORMS_AFTER,
     ),
     "phi3": Family(
@@ -119,7 +139,12 @@ DEFAULTS = {
     "hidden_act": "silu",
     "rope_theta": 10_000.0,
     "partial_rotary_factor": 1.0,
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
 }
+
+FULL_EVERY = {"gemma2": 2, "gemma3_text": 6}
+"""Of so many layers the last has no window, where config.json lists no `layer_types`."""
 
 SETTINGS = {
     "vocab": "vocab_size",
@@ -204,11 +229,13 @@ KINDS = {
     "sliding_window": TOKENS,
     "max_window_layers": whole(0, 10_000),
     "layer_types": list_of(one_of(FULL, SLIDING)),
+    "sliding_window_pattern": whole(1, 10_000),
     "query_pre_attn_scalar": POSITIVE,
     "attn_logit_softcapping": POSITIVE,
     "final_logit_softcapping": POSITIVE,
     # Positions
     "rope_theta": POSITIVE,
+    "rope_local_base_freq": POSITIVE,
     "rope_scaling": OBJECT,
     "rope_parameters": OBJECT,
     "partial_rotary_factor": number(0, 1),
@@ -353,20 +380,22 @@ def _layer_kinds(name: str, theirs: dict[str, Any]) -> list[str]:
         full = layers if theirs.get("sliding_window") is None else 0
     elif name in QWEN and theirs.get("use_sliding_window"):
         full = min(layers, theirs.get("max_window_layers", 28))
-    elif name == "gemma2":
-        pairs = -(-layers // 2)
-        return ([SLIDING, FULL] * pairs)[:layers]
+    elif name in FULL_EVERY:
+        every = theirs.get("sliding_window_pattern", FULL_EVERY[name])
+        return [SLIDING if number % every else FULL for number in range(1, layers + 1)]
     else:
         full = layers
     return [FULL] * full + [SLIDING] * (layers - full)
 
 
-def _rope(name: str, theirs: dict[str, Any], path: pathlib.Path) -> dict[str, Any]:
-    """Return RoPE's fields of ModelConfig.
+def _rope_settings(name: str, theirs: dict[str, Any], path: pathlib.Path) -> dict[str, Any]:
+    """Return the settings of RoPE, `rope_type` among them; raises UserError for others.
 
     Theirs are `rope_scaling` beside `rope_theta`, or the two together as `rope_parameters`.
     """
     family = FAMILIES[name]
+    if "rope_local_base" in family.settings:
+        _unnest_rope(theirs, path)
     rope = {"rope_theta": theirs["rope_theta"]}
     rope["partial_rotary_factor"] = theirs["partial_rotary_factor"]
     for part in ("rope_scaling", "rope_parameters"):
@@ -392,7 +421,13 @@ def _rope(name: str, theirs: dict[str, Any], path: pathlib.Path) -> dict[str, An
             f"{path}: RoPE of type {reprlib.repr(kind)}{with_what} is not covered; "
             f"{name} has {' or '.join(family.ropes)} here"
         )
+    return {**rope, "rope_type": kind}
 
+
+def _rope(name: str, theirs: dict[str, Any], path: pathlib.Path) -> dict[str, Any]:
+    """Return RoPE's fields of ModelConfig; raises KeyError for a number that is missing."""
+    rope = _rope_settings(name, theirs, path)
+    kind = rope["rope_type"]
     fields: dict[str, Any] = {"rope_base": float(rope["rope_theta"])}
     fields["rope_share"] = float(rope["partial_rotary_factor"])
     if kind == "linear":
@@ -408,6 +443,20 @@ def _rope(name: str, theirs: dict[str, Any], path: pathlib.Path) -> dict[str, An
     if kind == "yarn":
         fields["rope_yarn"] = _yarn(rope, theirs)
     return fields
+
+
+def _unnest_rope(theirs: dict[str, Any], path: pathlib.Path) -> None:
+    """Bring newer files of Gemma 3 into the older form: one RoPE, and the base of local layers."""
+    given = theirs.get("rope_parameters", {})
+    if FULL not in given and SLIDING not in given:
+        return
+    check_values(path, given, {FULL: OBJECT, SLIDING: OBJECT})
+    local = given.get(SLIDING) or {}
+    check_values(path, local, ROPE_KINDS)
+    if local.get("rope_type", "default") != "default":
+        raise UserError(f"{path}: {SLIDING}: RoPE of another type than default is not covered")
+    theirs["rope_local_base_freq"] = local.get("rope_theta", theirs["rope_local_base_freq"])
+    theirs["rope_parameters"] = given.get(FULL) or {}
 
 
 def _yarn(rope: dict[str, Any], theirs: dict[str, Any]) -> tuple[float, ...]:
