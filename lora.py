@@ -64,7 +64,10 @@ def trainable_part(config: LoraConfig, params: Params, key: jax.Array) -> Params
         layers[part] = {}
         for name, count in inputs.items():
             key, own_key = jax.random.split(key)
-            weight = params["decoder"]["layers"][part][name]
+            # A feed-forward layer may have no gate.
+            weight = params["decoder"]["layers"][part].get(name)
+            if weight is None:
+                continue
             depth, *shape = weight.shape
             # From the inputs to the rank, and from there to the outputs.
             a_shape = (depth, *shape[:count], config.rank)
@@ -123,6 +126,8 @@ def merge(config: LoraConfig, base: Params, trained: Params) -> Params:
     for part, adapters in trained["decoder"]["layers"].items():
         merged = dict(layers[part])
         for name in INPUTS[part]:
+            if name not in merged:
+                continue
             w = merged[name]
             depth = w.shape[0]
             a = adapters[f"{name}_a"]

@@ -279,11 +279,28 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     return normed.astype(x.dtype)
 
 
-def scaled_norm(module: nn.Module, name: str, x: jax.Array, axes: int = 1) -> jax.Array:
-    """Apply RMSNorm over the last `axes` of `x`, with the parameter `name` of `module` as scale.
+# For the backward pass x alone is kept, as above.
+@partial(jax.checkpoint, prevent_cse=False)
+def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> jax.Array:
+    """Shift `x` to mean 0 and variance 1 over the last axes, scale it and add `bias`, in float32.
 
-    Call it inside a Flax `module` with a `config`, a ModelConfig; the parameter is created there.
-    With `config.zero_centered_norm` it is the scale less 1. Returns x's shape and type.
+    Ba et al. 2016. `scale`, `bias`: arrays of these axes. `eps` is added to the variance. Returns
+    x's shape and type.
+    """
+    axes = tuple(range(-scale.ndim, 0))
+    x32 = x.astype(jnp.float32)
+    centered = x32 - jnp.mean(x32, axis=axes, keepdims=True)
+    variance = jnp.mean(centered * centered, axis=axes, keepdims=True)
+    normed = centered * jax.lax.rsqrt(variance + eps) * scale + bias
+    return normed.astype(x.dtype)
+
+
+def scaled_norm(module: nn.Module, name: str, x: jax.Array, axes: int = 1) -> jax.Array:
+    """Apply a norm over the last `axes` of `x`, with the parameter `name` of `module` as scale.
+
+    Call it inside a Flax `module` with a `config`, a ModelConfig; the parameter is created there,
+    and that of LayerNorm's bias. With `config.zero_centered_norm` it is the scale less 1. Returns
+    x's shape and type.
     """
     # Either way the scale starts at 1.
     config = module.config
@@ -292,6 +309,9 @@ def scaled_norm(module: nn.Module, name: str, x: jax.Array, axes: int = 1) -> ja
         scale = 1 + module.param(name, nn.initializers.zeros, shape)
     else:
         scale = module.param(name, nn.initializers.ones, shape)
+    if config.norm == "layer":
+        bias = module.param(f"{name}_bias", nn.initializers.zeros, shape)
+        return layer_norm(x, scale, bias, config.norm_eps)
     return rms_norm(x, scale, config.norm_eps)
 
 
@@ -415,6 +435,8 @@ class Attention(nn.Module):
         # Back to the width of the residual stream.
         out_MNH = flat(out_BTNH, *TOKEN_AXES)
         out_MD = linear(self, "...NH,NHD->...D", out_MNH, "o", o_NHD)
+        if c.o_bias:
+            out_MD = plus_bias(out_MD, self.param("o_bias", nn.initializers.zeros, (c.width,)))
         return out_MD.reshape(x_BTD.shape), cache
 
 
@@ -429,6 +451,17 @@ def _with_tokens(
     k_LBKSH = jax.lax.dynamic_update_slice(cache.k_LBKSH, k_1BKTH, start)
     v_LBKSH = jax.lax.dynamic_update_slice(cache.v_LBKSH, v_1BKTH, start)
     return dataclasses.replace(cache, k_LBKSH=k_LBKSH, v_LBKSH=v_LBKSH)
+
+
+def activation_of(config: ModelConfig) -> Callable[[jax.Array], jax.Array]:
+    """Return the activation of feed-forward layers."""
+    # The tanh approximation is Gemma's, up to 5e-4 from the exact one.
+    activations: dict[str, Callable[[jax.Array], jax.Array]] = {
+        "silu": nn.silu,
+        "gelu": nn.gelu,
+        "gelu_erf": partial(nn.gelu, approximate=False),
+    }
+    return activations[config.activation]
 
 
 class SwiGLU(nn.Module):
@@ -446,12 +479,7 @@ class SwiGLU(nn.Module):
         up_DF = self.param("up", _normal(c.width), in_shape)
         down_fan_in = c.mlp_width * 2 * c.layers
         down_FD = self.param("down", _normal(down_fan_in), (c.mlp_width, c.width))
-        # The tanh approximation is Gemma's, up to 5e-4 from the exact one.
-        activation = {
-            "silu": nn.silu,
-            "gelu": nn.gelu,
-            "gelu_erf": partial(nn.gelu, approximate=False),
-        }[c.activation]
+        activation = activation_of(c)
 
         # For the backward pass gate and up alone are kept.
         @partial(jax.checkpoint, prevent_cse=False)
@@ -462,8 +490,41 @@ class SwiGLU(nn.Module):
         x_MD = flat(x_BTD, *TOKEN_AXES)
         gate_MF = constrain_units(linear(self, "...D,DF->...F", x_MD, "gate", gate_DF))
         up_MF = constrain_units(linear(self, "...D,DF->...F", x_MD, "up", up_DF))
+        if c.mlp_bias:
+            zeros = nn.initializers.zeros
+            gate_MF = plus_bias(gate_MF, self.param("gate_bias", zeros, (c.mlp_width,)))
+            up_MF = plus_bias(up_MF, self.param("up_bias", zeros, (c.mlp_width,)))
         hidden_MF = gated(gate_MF, up_MF)
         out_MD = linear(self, "...F,FD->...D", hidden_MF, "down", down_FD)
+        if c.mlp_bias:
+            out_MD = plus_bias(out_MD, self.param("down_bias", zeros, (c.width,)))
+        return out_MD.reshape(x_BTD.shape)
+
+
+class MLP(nn.Module):
+    """Feed-forward layer without a gate, as in GPT-NeoX."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        """Return down(activation(up(x))), [B, T, D], in x's type."""
+        # Weights as in SwiGLU.
+        c = self.config
+        zeros = nn.initializers.zeros
+        up_DF = self.param("up", _normal(c.width), (c.width, c.mlp_width))
+        down_fan_in = c.mlp_width * 2 * c.layers
+        down_FD = self.param("down", _normal(down_fan_in), (c.mlp_width, c.width))
+
+        # Each token by itself.
+        x_MD = flat(x_BTD, *TOKEN_AXES)
+        up_MF = constrain_units(linear(self, "...D,DF->...F", x_MD, "up", up_DF))
+        if c.mlp_bias:
+            up_MF = plus_bias(up_MF, self.param("up_bias", zeros, (c.mlp_width,)))
+        hidden_MF = activation_of(c)(up_MF)
+        out_MD = linear(self, "...F,FD->...D", hidden_MF, "down", down_FD)
+        if c.mlp_bias:
+            out_MD = plus_bias(out_MD, self.param("down_bias", zeros, (c.width,)))
         return out_MD.reshape(x_BTD.shape)
 
 
@@ -508,11 +569,13 @@ class Block(nn.Module):
             input_BTD, segment_ids_BT, own_turns, cache, layer, window
         )
         attended_BTD = self.normed("attention_out_norm", attended_BTD, c.norms != "before")
+        layer_input_BTD = x_BTD
         x_BTD = constrain_residual(x_BTD + attended_BTD)
 
         # Each token by itself.
-        input_BTD = self.normed("mlp_norm", x_BTD, c.norms != "after")
-        mlp_layer = SwiGLU(c, name="mlp")
+        read_BTD = layer_input_BTD if c.parallel_residual else x_BTD
+        input_BTD = self.normed("mlp_norm", read_BTD, c.norms != "after")
+        mlp_layer = SwiGLU(c, name="mlp") if c.gated else MLP(c, name="mlp")
         out_BTD = self.normed("mlp_out_norm", mlp_layer(input_BTD), c.norms != "before")
         x_BTD = constrain_residual(x_BTD + out_BTD)
         return (x_BTD, cache, layer + 1), None

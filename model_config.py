@@ -46,7 +46,7 @@ class ModelConfig:
     width: int = 128
     """Model width D."""
     mlp_width: int = 256
-    """Hidden width F of SwiGLU."""
+    """Hidden width F of the feed-forward layers."""
     layers: int = 4
     """Number of blocks L."""
     heads: int = 4
@@ -76,12 +76,18 @@ class ModelConfig:
     as it is."""
 
     # What models differ in
+    norm: Literal["rms", "layer"] = "rms"
+    """RMSNorm, or LayerNorm with a bias (GPT-NeoX)."""
     norm_eps: float = 1e-5
-    """Added to the mean square in RMSNorm."""
+    """Added to the mean square, or the variance, in norms."""
     tied: bool = True
     """Unembed with the embedding's transpose."""
     qkv_bias: bool = False
     """Bias on q, k, v (Qwen 2)."""
+    o_bias: bool = False
+    """Bias on the way back from the heads."""
+    mlp_bias: bool = False
+    """Biases of the feed-forward layers."""
     qk_norm: bool = False
     """RMSNorm on q and k before RoPE (Qwen 3)."""
     qk_norm_over: Literal["head", "heads"] = "head"
@@ -100,7 +106,11 @@ class ModelConfig:
     logit_soft_cap: float | None = None
     """The same of the logits."""
     activation: Literal["silu", "gelu", "gelu_erf"] = "silu"
-    """Gate of the feed-forward layers; gelu is its tanh approximation (Gemma), gelu_erf exact."""
+    """Of the feed-forward layers; gelu is its tanh approximation (Gemma), gelu_erf exact."""
+    gated: bool = True
+    """The activation gates another branch (SwiGLU); False: there is no other (GPT-NeoX)."""
+    parallel_residual: bool = False
+    """The feed-forward layer reads a layer's input, not what attention made of it (GPT-NeoX)."""
     scale_embedding: bool = False
     """Multiply embedded tokens by sqrt(D) (Gemma)."""
     zero_centered_norm: bool = False
@@ -301,6 +311,27 @@ _PRESETS = (
         context=4096,
         tied=False,
         window=2047,
+        remat="full",
+    ),
+    ModelConfig(
+        preset="pythia-1b",
+        vocab=50304,
+        width=2048,
+        mlp_width=8192,
+        layers=16,
+        heads=8,
+        kv_heads=8,
+        head_dim=256,
+        context=2048,
+        rope_share=0.25,
+        norm="layer",
+        tied=False,
+        qkv_bias=True,
+        o_bias=True,
+        mlp_bias=True,
+        activation="gelu_erf",
+        gated=False,
+        parallel_residual=True,
         remat="full",
     ),
     ModelConfig(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,6 @@ from tests.test_weights import (
     D,
     F,
     L,
-    N,
     V,
     exported,
     logits,
@@ -36,6 +36,16 @@ from weights import families
 
 FULL, SLIDING = families.FULL, families.SLIDING
 TIED = {"tie_word_embeddings": True}
+NEOX = {
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-3,
+    "rotary_emb_base": 100.0,
+    "rotary_pct": 0.5,
+    "use_parallel_residual": True,
+    "attention_bias": True,
+}
 # The fields of config.json beside SHAPE.
 CONFIGS = {
     "phi 3": {"model_type": "phi3", "sliding_window": 4},
@@ -88,6 +98,16 @@ CONFIGS = {
         },
         "layer_types": [FULL, SLIDING, FULL],
     },
+    "gpt-neox": {"model_type": "gpt_neox", **NEOX},
+    "gpt-neox, one residual": {
+        "model_type": "gpt_neox",
+        **NEOX,
+        "use_parallel_residual": False,
+        "rotary_pct": 1.0,
+        "hidden_act": "gelu_pytorch_tanh",
+        "attention_bias": False,
+        **TIED,
+    },
     "qwen 3, mixed windows": {
         "model_type": "qwen3",
         "head_dim": 8,
@@ -124,7 +144,7 @@ CONFIGS = {
 def shapes(c):
     """Return {name: shape} of a layer's tensors in a folder, as published."""
     n, k = c["num_attention_heads"], c["num_key_value_heads"]
-    h = c.get("head_dim", D // N)
+    h = c.get("head_dim", D // n)
     family = c["model_type"]
     if family == "phi3":
         return {
@@ -135,6 +155,19 @@ def shapes(c):
             "input_layernorm.weight": (D,),
             "post_attention_layernorm.weight": (D,),
         }
+    if family == "gpt_neox":
+        matrices = {
+            "attention.query_key_value": (3 * D, D),
+            "attention.dense": (D, D),
+            "mlp.dense_h_to_4h": (F, D),
+            "mlp.dense_4h_to_h": (D, F),
+            "input_layernorm": (D,),
+            "post_attention_layernorm": (D,),
+        }
+        biases = {f"{name}.bias": shape[:1] for name, shape in matrices.items()}
+        if not c["attention_bias"]:
+            biases = {name: x for name, x in biases.items() if not name.startswith("attention")}
+        return {f"{name}.weight": shape for name, shape in matrices.items()} | biases
     apart = {f"self_attn.{x}_proj.weight": (m * h, D) for x, m in {"q": n, "k": k, "v": k}.items()}
     apart |= {"self_attn.o_proj.weight": (D, n * h), "mlp.down_proj.weight": (D, F)}
     apart |= {f"mlp.{x}_proj.weight": (F, D) for x in ("gate", "up")}
@@ -159,6 +192,18 @@ def shapes(c):
     raise AssertionError(family)
 
 
+# What comes before a layer's number, and the names of embedding, last norm and head.
+NAMES = {
+    "gpt_neox": (
+        "gpt_neox.layers.",
+        "gpt_neox.embed_in.weight",
+        "gpt_neox.final_layer_norm",
+        "embed_out.weight",
+    )
+}
+LLAMA_NAMES = ("model.layers.", "model.embed_tokens.weight", "model.norm", "lm_head.weight")
+
+
 def checkpoint(c, seed=0):
     """Return random tensors by their names in a folder of the family."""
     rng = np.random.default_rng(seed)
@@ -167,19 +212,38 @@ def checkpoint(c, seed=0):
         noise = 0.3 * rng.normal(size=shape)
         return np.float32(noise + 1 if "norm" in name and "weight" in name else noise)
 
-    tensors = {"model.embed_tokens.weight": (V, D), "model.norm.weight": (D,)}
+    layers, embed, last_norm, head = NAMES.get(c["model_type"], LLAMA_NAMES)
+    tensors = {embed: (V, D), f"{last_norm}.weight": (D,)}
+    if c["model_type"] == "gpt_neox":
+        tensors[f"{last_norm}.bias"] = (D,)
     if not c.get("tie_word_embeddings", c["model_type"].startswith("gemma")):
-        tensors["lm_head.weight"] = (V, D)
+        tensors[head] = (V, D)
     for i in range(L):
         for name, shape in shapes(c).items():
-            tensors[f"model.layers.{i}.{name}"] = shape
+            tensors[f"{layers}{i}.{name}"] = shape
     return {name: random(name, shape) for name, shape in tensors.items()}
 
 
 def layer_of(w, c):
     """Return the matrices of a layer apart: q, k, v [heads, H, D], o, gate, up, down."""
     n, k = c["num_attention_heads"], c["num_key_value_heads"]
-    h = c.get("head_dim", D // N)
+    h = c.get("head_dim", D // n)
+    if c["model_type"] == "gpt_neox":
+        # Of each head q, k and v, one behind another.
+        parts = w["attention.query_key_value.weight"].reshape(n, 3, h, D)
+        biases = np.zeros((n, 3, h))
+        if c["attention_bias"]:
+            biases = w["attention.query_key_value.bias"].reshape(n, 3, h)
+        return {
+            **{x: parts[:, i] for i, x in enumerate("qkv")},
+            **{f"{x}_bias": biases[:, i] for i, x in enumerate("qkv")},
+            "o": w["attention.dense.weight"],
+            "o_bias": w.get("attention.dense.bias", 0),
+            "up": w["mlp.dense_h_to_4h.weight"],
+            "up_bias": w["mlp.dense_h_to_4h.bias"],
+            "down": w["mlp.dense_4h_to_h.weight"],
+            "down_bias": w["mlp.dense_4h_to_h.bias"],
+        }
     if c["model_type"] != "phi3":
         heads = {
             x: w[f"self_attn.{x}_proj.weight"].reshape(m, h, D)
@@ -208,13 +272,15 @@ def rope_of(c, window):
         return nested["full_attention" if window is None else "sliding_attention"]
     if "rope_local_base_freq" in c and window is not None:
         return {"rope_theta": c["rope_local_base_freq"]}
+    if "rotary_emb_base" in c:
+        return {"rope_theta": c["rotary_emb_base"]}
     return {"rope_theta": c["rope_theta"], **c.get("rope_scaling", {})}
 
 
 def turned(x_TNH, c, window):
     """Turn pairs (i, i + half) of the first numbers of a head as complex numbers: RoPE."""
     T, _, h = x_TNH.shape
-    width = int(h * c.get("partial_rotary_factor", 1))
+    width = int(h * c.get("partial_rotary_factor", c.get("rotary_pct", 1)))
     half = width // 2
     rope = rope_of(c, window)
     angles = rope["rope_theta"] ** (-2 * np.arange(half) / width)
@@ -278,51 +344,80 @@ NORMS = {
     "phi3": ("input", None, "post_attention", None),
     "olmo2": (None, "post_attention", None, "post_feedforward"),
     "qwen3": ("input", None, "post_attention", None),
+    "gpt_neox": ("input", None, "post_attention", None),
     "gemma3_text": ("input", "post_attention", "pre_feedforward", "post_feedforward"),
     "gemma2": ("input", "post_attention", "pre_feedforward", "post_feedforward"),
 }
 
 
+def norm(x, c, scale, bias=None):
+    """Return RMSNorm over the last axis, or with a bias LayerNorm."""
+    if bias is not None:
+        x = x - x.mean(-1, keepdims=True)
+        return x / np.sqrt((x * x).mean(-1, keepdims=True) + c["layer_norm_eps"]) * scale + bias
+    root = np.sqrt((x * x).mean(-1, keepdims=True) + c["rms_norm_eps"])
+    return x / root * (scale + c["model_type"].startswith("gemma"))
+
+
+def activation(x, c):
+    """Return SiLU, or GELU exact or by tanh."""
+    if c["model_type"].startswith("gemma") or c.get("hidden_act") == "gelu_pytorch_tanh":
+        return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+    if c.get("hidden_act") == "gelu":
+        return 0.5 * x * (1 + np.vectorize(math.erf)(x / np.sqrt(2)))
+    return x / (1 + np.exp(-x))
+
+
+def seen_by(y_TD, own, p, c, window):
+    """Return what attention makes of its input."""
+    q, k, v = (
+        np.einsum("td,nhd->tnh", y_TD, p[name]) + p.get(f"{name}_bias", 0) for name in "qkv"
+    )
+    if "self_attn.q_norm.weight" in own:
+        # Over each head, or in OLMo 2 over all of them.
+        shape = (len(q), 1, -1) if c["model_type"] == "olmo2" else (len(q), -1, q.shape[-1])
+        q = norm(q.reshape(shape), c, own["self_attn.q_norm.weight"]).reshape(q.shape)
+        k = norm(k.reshape(shape), c, own["self_attn.k_norm.weight"]).reshape(k.shape)
+    seen = attended(turned(q, c, window), turned(k, c, window), v, window, c)
+    return seen @ p["o"].T + p.get("o_bias", 0)
+
+
+def fed_forward(y_TD, p, c):
+    """Return what the feed-forward layer makes of its input."""
+    hidden = y_TD @ p["up"].T + p.get("up_bias", 0)
+    if "gate" in p:
+        hidden *= activation(y_TD @ p["gate"].T + p.get("gate_bias", 0), c)
+    else:
+        hidden = activation(hidden, c)
+    return hidden @ p["down"].T + p.get("down_bias", 0)
+
+
 def forward(tensors, c, tokens_T):
     """Return float64 logits [T, V]."""
     w = {name: np.asarray(x, np.float64) for name, x in tensors.items()}
-
+    layers, embed, last_norm, head = NAMES.get(c["model_type"], LLAMA_NAMES)
     is_gemma = c["model_type"].startswith("gemma")
+    in_attention, out_attention, in_mlp, out_mlp = NORMS[c["model_type"]]
 
-    def norm(x, scale):
-        root = np.sqrt((x * x).mean(-1, keepdims=True) + c["rms_norm_eps"])
-        return x / root * (scale + is_gemma)
-
-    def activation(x):
-        if is_gemma:
-            return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
-        return x / (1 + np.exp(-x))
-
-    x_TD = w["model.embed_tokens.weight"][tokens_T] * (np.sqrt(D) if is_gemma else 1)
+    x_TD = w[embed][tokens_T] * (np.sqrt(D) if is_gemma else 1)
     for i in range(L):
-        at = f"model.layers.{i}."
+        at = f"{layers}{i}."
         own = {name.removeprefix(at): x for name, x in w.items() if name.startswith(at)}
         p = layer_of(own, c)
-        in_attention, out_attention, in_mlp, out_mlp = NORMS[c["model_type"]]
 
         def at_place(name, x, own=own):
-            return x if name is None else norm(x, own[f"{name}_layernorm.weight"])
+            if name is None:
+                return x
+            name = f"{name}_layernorm"
+            return norm(x, c, own[f"{name}.weight"], own.get(f"{name}.bias"))
 
         y_TD = at_place(in_attention, x_TD)
-        q, k, v = (np.einsum("td,nhd->tnh", y_TD, p[name]) for name in "qkv")
-        if c["model_type"] == "olmo2":
-            q = norm(q.reshape(len(q), -1), own["self_attn.q_norm.weight"]).reshape(q.shape)
-            k = norm(k.reshape(len(k), -1), own["self_attn.k_norm.weight"]).reshape(k.shape)
-        if c["model_type"] in ("qwen3", "gemma3_text"):
-            q, k = norm(q, own["self_attn.q_norm.weight"]), norm(k, own["self_attn.k_norm.weight"])
-        window = window_of(c, i)
-        seen = attended(turned(q, c, window), turned(k, c, window), v, window, c)
-        x_TD = x_TD + at_place(out_attention, seen @ p["o"].T)
-        y_TD = at_place(in_mlp, x_TD)
-        hidden = activation(y_TD @ p["gate"].T) * (y_TD @ p["up"].T)
-        x_TD = x_TD + at_place(out_mlp, hidden @ p["down"].T)
-    x_TD = norm(x_TD, w["model.norm.weight"])
-    logits_TV = x_TD @ w.get("lm_head.weight", w["model.embed_tokens.weight"]).T
+        attended_TD = at_place(out_attention, seen_by(y_TD, own, p, c, window_of(c, i)))
+        read_TD = x_TD if c.get("use_parallel_residual") else x_TD + attended_TD
+        fed_TD = at_place(out_mlp, fed_forward(at_place(in_mlp, read_TD), p, c))
+        x_TD = x_TD + attended_TD + fed_TD
+    x_TD = norm(x_TD, c, w[f"{last_norm}.weight"], w.get(f"{last_norm}.bias"))
+    logits_TV = x_TD @ w.get(head, w[embed]).T
     cap = c.get("final_logit_softcapping")
     return cap * np.tanh(logits_TV / cap) if cap else logits_TV
 
@@ -361,6 +456,9 @@ MATTERS = {
     "rope_theta": 7.0,
     "rope_local_base_freq": 3.0,
     "sliding_window_pattern": 2,
+    "layer_norm_eps": 0.3,
+    "rotary_emb_base": 7.0,
+    "rotary_pct": 1.0,
     "rms_norm_eps": 0.3,
     "sliding_window": 2,
     "partial_rotary_factor": 0.5,
@@ -373,6 +471,11 @@ MATTERS = {
 }
 
 
+def is_read(setting, c):
+    """Return False for settings of SHAPE that GPT-NeoX has by other names."""
+    return c["model_type"] != "gpt_neox" or setting not in ("rope_theta", "rms_norm_eps")
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_logits_decoding_and_the_round_trip(name, tmp_path):
     c = SHAPE | CONFIGS[name]
@@ -383,7 +486,7 @@ def test_logits_decoding_and_the_round_trip(name, tmp_path):
     np.testing.assert_allclose(logits(tmp_path / "run"), want, atol=1e-4)
     # Control: each setting that the file has matters.
     for setting, value in MATTERS.items():
-        if setting in c and c[setting] is not None:
+        if setting in c and c[setting] not in (None, value) and is_read(setting, c):
             other = forward(tensors, {**c, setting: value}, TOKENS)
             assert np.abs(other - want).max() > 1e-2, setting
 

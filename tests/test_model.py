@@ -36,6 +36,16 @@ VARIANTS = {
     "mixed windows": dataclasses.replace(
         TINY, window=3, window_pattern=(False, True), rope_local_base=50.0
     ),
+    "as gpt-neox": dataclasses.replace(
+        TINY,
+        norm="layer",
+        qkv_bias=True,
+        o_bias=True,
+        mlp_bias=True,
+        gated=False,
+        parallel_residual=True,
+        rope_share=0.5,
+    ),
     "soft caps": dataclasses.replace(
         TINY, attention_soft_cap=0.5, logit_soft_cap=1.0, score_width=9.0
     ),
@@ -49,6 +59,7 @@ PUBLISHED = {  # parameter counts of the published checkpoints
     "qwen3-0.6b": 596_049_920,
     "mistral-7b": 7_241_732_096,
     "gemma3-1b": 999_885_952,
+    "pythia-1b": 1_011_781_632,
     "gemma2-2b": 2_614_341_888,
     "olmo2-7b": 7_298_617_344,
     "phi3-mini": 3_821_079_552,

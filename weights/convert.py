@@ -63,8 +63,8 @@ All settings are in the run's config.json, which is not part of this folder. The
 where there is one, is the one that the model was trained with.
 """
 
-COMPUTED = "rotary_emb.inv_freq"
-"""Ending of the names of tensors that old folders have, and that are computed here."""
+COMPUTED = ("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias")
+"""Endings of the names of tensors that old folders have, and that are computed here."""
 
 ONE_FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -292,7 +292,7 @@ def read_params(
 
     def leaf(path: tuple[Any, ...], like: jax.ShapeDtypeStruct) -> jax.Array:
         layout = layouts[path_name(path)]
-        before = _rows_before(path_name(path), layouts, _sizes(model))
+        place = _place_of(path_name(path), layouts, _sizes(model))
 
         # The devices that hold each part of the array.
         holders: dict[str, list[jax.Device]] = {}
@@ -304,7 +304,7 @@ def read_params(
         # Each copy is waited for, so that at most one part is held twice.
         parts = []
         for part, devices in holders.items():
-            array = _read_part(files, model, layout, before, like.shape, indices[part])
+            array = _read_part(files, model, layout, place, like.shape, indices[part])
             for device in devices:
                 parts.append(jax.device_put(array, device).block_until_ready())
         return jax.make_array_from_single_device_arrays(like.shape, like.sharding, parts)
@@ -312,17 +312,42 @@ def read_params(
     return jax.tree_util.tree_map_with_path(leaf, abstract(shapes_of(model), mesh))
 
 
+class Place(NamedTuple):
+    """Where the rows of a parameter lie in its tensor; in a head where weights take turns."""
+
+    before: int
+    """Rows of other parameters before its own."""
+    own: int
+    rows: int
+    """Rows of all."""
+
+
+def _place_of(path: str, layouts: dict[str, Layout], sizes: dict[str, int]) -> Place:
+    """Return the place of the parameter `path` in the tensor that it may share."""
+    before = own = rows = 0
+    for other, layout in layouts.items():
+        if layout.name != layouts[path].name:
+            continue
+        count = _their_shape(layout, sizes)[0]
+        if layout.takes_turns:
+            count //= sizes[layout.theirs[0][0]]
+        if other == path:
+            before, own = rows, count
+        rows += count
+    return Place(before, own, rows)
+
+
 def _read_part(
     files: dict[str, pathlib.Path],
     model: ModelConfig,
     layout: Layout,
-    before: int,
+    place: Place,
     shape: tuple[int, ...],
     index: tuple[slice, ...],
 ) -> np.ndarray:
     """Read the part `index` of a parameter of `shape` that is laid out so, in float32.
 
-    In its tensor `before` rows of other parameters come before its own.
+    `place`: of its rows in a tensor that it shares.
     """
     spans = []
     for cut, size in zip(index, shape, strict=True):
@@ -338,7 +363,13 @@ def _read_part(
         inner = math.prod(sizes[axis] for axis in group[1:])
         outer = span_of[group[0]]
         cuts.append(slice(outer.start * inner, outer.stop * inner))
-    cuts[0] = slice(before + cuts[0].start, before + cuts[0].stop)
+    # Of a tensor whose heads hold several weights, whole heads are read.
+    first = cuts[0]
+    if layout.takes_turns:
+        heads = span_of[layout.theirs[0][0]]
+        cuts[0] = slice(heads.start * place.rows, heads.stop * place.rows)
+    else:
+        cuts[0] = slice(place.before + first.start, place.before + first.stop)
 
     # Layer by layer: their tensor, its joined axes apart, and in our order.
     their_axes = "".join(layout.theirs)
@@ -348,22 +379,14 @@ def _read_part(
         # Opened for each tensor: a file that stays open holds its pages.
         with safe_open(files[name], "numpy") as file:
             tensor = file.get_slice(name)[tuple(cuts)]
+        if layout.takes_turns:
+            by_head = tensor.reshape(len(heads), place.rows, *tensor.shape[1:])
+            tensor = by_head[:, place.before : place.before + place.own]
         tensor = tensor.reshape([len(span_of[axis]) for axis in their_axes]).transpose(order)
         part[i if has_layers else ...] = tensor
         if not np.isfinite(tensor).all():
             raise UserError(f"{files[name]}: {name}: holds NaN or infinity; restore the file")
     return part
-
-
-def _rows_before(path: str, layouts: dict[str, Layout], sizes: dict[str, int]) -> int:
-    """Return the rows of other parameters before those of `path` in the tensor that they share."""
-    rows = 0
-    for other, layout in layouts.items():
-        if other == path:
-            break
-        if layout.name == layouts[path].name:
-            rows += _their_shape(layout, sizes)[0]
-    return rows
 
 
 def write_tensors(
@@ -410,13 +433,17 @@ def _as_theirs(
     """Return a tensor of theirs, from our parameters by path."""
     # The reverse of _read_part: their order, axes joined, and what shares a tensor together.
     parts = []
+    takes_turns = False
     for path in tensor.ours:
         layout = layouts[path]
         leaf = leaves[path]
         array = np.asarray(leaf if tensor.layer is None else leaf[tensor.layer])
         array = array.transpose([layout.ours.index(axis) for axis in "".join(layout.theirs)])
-        parts.append(array.reshape(-1, *tensor.shape[1:]))
-    return np.ascontiguousarray(np.concatenate(parts), dtype)
+        takes_turns = layout.takes_turns
+        heads = array.shape[:1] if takes_turns else ()
+        parts.append(array.reshape(*heads, -1, *tensor.shape[1:]))
+    joined = np.concatenate(parts, axis=1 if takes_turns else 0)
+    return np.ascontiguousarray(joined.reshape(tensor.shape), dtype)
 
 
 # --- folders

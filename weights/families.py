@@ -23,7 +23,7 @@ from runtime.foreign import (
     read_object,
     whole,
 )
-from weights.layouts import NORMS_AFTER, PHI3, Layout
+from weights.layouts import NEOX, NORMS_AFTER, PHI3, Layout
 
 GEMMA: dict[str, Any] = {"activation": "gelu", "scale_embedding": True, "zero_centered_norm": True}
 """Fields of ModelConfig that Gemma sets otherwise than the other families."""
@@ -45,6 +45,8 @@ class Family(NamedTuple):
     """Fields of ModelConfig that its config.json sets, and their names there, beside SETTINGS."""
     activations: Mapping[str, str] = SILU
     """The activations that it has: Hugging Face's names, the exported one first, and ours."""
+    splits_width: bool = False
+    """Heads share the model's width: head_dim is width / heads."""
     ropes: tuple[str, ...] = ("default", "linear", "llama3", "yarn")
     """The types of RoPE that it has."""
     layouts: Mapping[str, Layout] = NOTHING
@@ -56,6 +58,8 @@ WINDOW = {"window": "sliding_window"}
 WINDOWS = {**WINDOW, "window_pattern": "layer_types"}
 """Those of families that may have it in some layers."""
 
+ATTENTION_BIAS = {"qkv_bias": "attention_bias", "o_bias": "attention_bias"}
+"""The setting of families whose q, k, v and o have biases, or none of them."""
 GEMMA_DEFAULTS = {
     "head_dim": 256,
     "tie_word_embeddings": True,
@@ -119,6 +123,29 @@ FAMILIES = {
         settings={**WINDOW, "rope_share": "partial_rotary_factor"},
         ropes=("default",),
         layouts=PHI3,
+    ),
+    "gpt_neox": Family(
+        "GPTNeoXForCausalLM",
+        {
+            "hidden_act": "gelu",
+            "layer_norm_eps": 1e-5,
+            "rotary_emb_base": 10_000.0,
+            "rotary_pct": 0.25,
+            "use_parallel_residual": True,
+            "attention_bias": True,
+        },
+        fields={"norm": "layer", "gated": False, "mlp_bias": True},
+        settings={
+            "kv_heads": "num_attention_heads",
+            "norm_eps": "layer_norm_eps",
+            "rope_base": "rotary_emb_base",
+            "rope_share": "rotary_pct",
+            "parallel_residual": "use_parallel_residual",
+            **ATTENTION_BIAS,
+        },
+        activations={"gelu": "gelu_erf", "gelu_pytorch_tanh": "gelu", "gelu_new": "gelu"},
+        splits_width=True,
+        layouts=NEOX,
     ),
     "olmo2": Family(
         "Olmo2ForCausalLM",
@@ -222,6 +249,10 @@ KINDS = {
     "max_position_embeddings": TOKENS,
     # Layers
     "rms_norm_eps": number(0, 1),
+    "layer_norm_eps": number(0, 1),
+    "attention_bias": FLAG,
+    "mlp_bias": FLAG,
+    "use_parallel_residual": FLAG,
     "tie_word_embeddings": FLAG,
     "hidden_act": TEXT,
     "hidden_activation": TEXT,
@@ -235,6 +266,8 @@ KINDS = {
     "final_logit_softcapping": POSITIVE,
     # Positions
     "rope_theta": POSITIVE,
+    "rotary_emb_base": POSITIVE,
+    "rotary_pct": number(0, 1),
     "rope_local_base_freq": POSITIVE,
     "rope_scaling": OBJECT,
     "rope_parameters": OBJECT,
@@ -396,8 +429,10 @@ def _rope_settings(name: str, theirs: dict[str, Any], path: pathlib.Path) -> dic
     family = FAMILIES[name]
     if "rope_local_base" in family.settings:
         _unnest_rope(theirs, path)
-    rope = {"rope_theta": theirs["rope_theta"]}
-    rope["partial_rotary_factor"] = theirs["partial_rotary_factor"]
+    rope = {"rope_theta": theirs[family.settings.get("rope_base", "rope_theta")]}
+    rope["partial_rotary_factor"] = theirs[
+        family.settings.get("rope_share", "partial_rotary_factor")
+    ]
     for part in ("rope_scaling", "rope_parameters"):
         given = theirs.get(part, {})
         check_values(path, given, ROPE_KINDS)
@@ -519,6 +554,14 @@ def _lacks(name: str, model: ModelConfig) -> list[str]:
             lacking.append(field.name)
     if model.activation not in family.activations.values():
         lacking.append("activation")
+    if family.splits_width and model.heads * model.head_dim != model.width:
+        lacking.append("head_dim")
+    # What one setting says of several fields must hold of all.
+    first_of: dict[str, str] = {}
+    for ours, setting in settings.items():
+        first = first_of.setdefault(setting, ours)
+        if getattr(model, ours) != getattr(model, first):
+            lacking.append(ours)
 
     # One type of RoPE at most, and one that the family has.
     ropes = _ropes(model)

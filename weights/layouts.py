@@ -16,6 +16,8 @@ class Layout(NamedTuple):
     """Their name of the tensor, with a place for the layer's number."""
     theirs: tuple[str, ...]
     """Their axes; one of theirs may join two of ours."""
+    takes_turns: bool = False
+    """Weights that share a tensor lie one behind another within each head, not as wholes."""
 
 
 LAYER = "model.layers.{}."
@@ -56,6 +58,36 @@ NORMS_AFTER = {
     ),
 }
 """Norms of layers that have some after attention and the feed-forward layer (OLMo 2, Gemma 2)."""
+
+NEOX_LAYER = "gpt_neox.layers.{}."
+QKV = NEOX_LAYER + "attention.query_key_value."
+NEOX = {
+    "decoder/embed": Layout("VD", "gpt_neox.embed_in.weight", ("V", "D")),
+    "decoder/final_norm": Layout("D", "gpt_neox.final_layer_norm.weight", ("D",)),
+    "decoder/final_norm_bias": Layout("D", "gpt_neox.final_layer_norm.bias", ("D",)),
+    "decoder/layers/attention_norm": Layout("D", NEOX_LAYER + "input_layernorm.weight", ("D",)),
+    "decoder/layers/attention_norm_bias": Layout("D", NEOX_LAYER + "input_layernorm.bias", ("D",)),
+    "decoder/layers/mlp_norm": Layout("D", NEOX_LAYER + "post_attention_layernorm.weight", ("D",)),
+    "decoder/layers/mlp_norm_bias": Layout(
+        "D", NEOX_LAYER + "post_attention_layernorm.bias", ("D",)
+    ),
+    "decoder/layers/attention/q": Layout("DNH", QKV + "weight", ("NH", "D"), takes_turns=True),
+    "decoder/layers/attention/k": Layout("DKH", QKV + "weight", ("KH", "D"), takes_turns=True),
+    "decoder/layers/attention/v": Layout("DKH", QKV + "weight", ("KH", "D"), takes_turns=True),
+    "decoder/layers/attention/q_bias": Layout("NH", QKV + "bias", ("NH",), takes_turns=True),
+    "decoder/layers/attention/k_bias": Layout("KH", QKV + "bias", ("KH",), takes_turns=True),
+    "decoder/layers/attention/v_bias": Layout("KH", QKV + "bias", ("KH",), takes_turns=True),
+    "decoder/layers/attention/o": Layout(
+        "NHD", NEOX_LAYER + "attention.dense.weight", ("D", "NH")
+    ),
+    "decoder/layers/attention/o_bias": Layout("D", NEOX_LAYER + "attention.dense.bias", ("D",)),
+    "decoder/layers/mlp/up": Layout("DF", NEOX_LAYER + "mlp.dense_h_to_4h.weight", ("F", "D")),
+    "decoder/layers/mlp/up_bias": Layout("F", NEOX_LAYER + "mlp.dense_h_to_4h.bias", ("F",)),
+    "decoder/layers/mlp/down": Layout("FD", NEOX_LAYER + "mlp.dense_4h_to_h.weight", ("D", "F")),
+    "decoder/layers/mlp/down_bias": Layout("D", NEOX_LAYER + "mlp.dense_4h_to_h.bias", ("D",)),
+    "unembed": Layout("DV", "embed_out.weight", ("V", "D")),
+}
+"""Names of its own, and q, k and v of one head after another."""
 
 PHI3 = {
     "decoder/layers/attention/q": Layout("DNH", ATTENTION + "qkv_proj.weight", ("NH", "D")),
