@@ -108,6 +108,9 @@ CONFIGS = {
         "attention_bias": False,
         **TIED,
     },
+    "llama, biases": {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
+    "llama, attention biases": {"model_type": "llama", "attention_bias": True, **TIED},
+    "llama, mlp biases": {"model_type": "llama", "mlp_bias": True, "head_dim": 8},
     "qwen 3, mixed windows": {
         "model_type": "qwen3",
         "head_dim": 8,
@@ -171,6 +174,7 @@ def shapes(c):
     apart = {f"self_attn.{x}_proj.weight": (m * h, D) for x, m in {"q": n, "k": k, "v": k}.items()}
     apart |= {"self_attn.o_proj.weight": (D, n * h), "mlp.down_proj.weight": (D, F)}
     apart |= {f"mlp.{x}_proj.weight": (F, D) for x in ("gate", "up")}
+    apart |= biases_of(apart, c)
     if family in ("llama", "mistral"):
         return apart | {
             "input_layernorm.weight": (D,),
@@ -190,6 +194,16 @@ def shapes(c):
             "post_feedforward_layernorm.weight": (D,),
         }
     raise AssertionError(family)
+
+
+def biases_of(matrices, c):
+    """Return the shapes of the biases that a Llama's config.json asks for."""
+    biases = {}
+    for name, (rows, _) in matrices.items():
+        part = "attention" if name.startswith("self_attn") else "mlp"
+        if c.get(f"{part}_bias"):
+            biases[name.replace("weight", "bias")] = (rows,)
+    return biases
 
 
 # What comes before a layer's number, and the names of embedding, last norm and head.
@@ -249,8 +263,12 @@ def layer_of(w, c):
             x: w[f"self_attn.{x}_proj.weight"].reshape(m, h, D)
             for x, m in {"q": n, "k": k, "v": k}.items()
         }
+        for x, m in {"q": n, "k": k, "v": k}.items():
+            heads[f"{x}_bias"] = w.get(f"self_attn.{x}_proj.bias", np.zeros(m * h)).reshape(m, h)
         return heads | {
             "o": w["self_attn.o_proj.weight"],
+            "o_bias": w.get("self_attn.o_proj.bias", 0),
+            **{f"{x}_bias": w.get(f"mlp.{x}_proj.bias", 0) for x in ("gate", "up", "down")},
             **{x: w[f"mlp.{x}_proj.weight"] for x in ("gate", "up", "down")},
         }
     rows = w["self_attn.qkv_proj.weight"]
@@ -574,6 +592,9 @@ def test_a_model_is_exported_as_the_family_that_it_was_read_from(tmp_path):
     assert families.family_of(phi3) == "phi3"
     # What has no other family's name is the first that fits; what no longer fits is another.
     assert families.family_of(dataclasses.replace(phi3, preset="mine")) == "mistral"
+    biased = dataclasses.replace(phi3, qkv_bias=True)
+    assert families.family_of(biased) == "qwen2"
+    assert families.family_of(dataclasses.replace(biased, o_bias=True, window=None)) == "llama"
     assert families.family_of(dataclasses.replace(phi3, qk_norm=True)) == "qwen3"
     with pytest.raises(UserError, match="no Hugging Face family has rope_share and qk_norm"):
         families.family_of(dataclasses.replace(phi3, rope_share=0.5, qk_norm=True, window=None))

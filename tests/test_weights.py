@@ -395,7 +395,8 @@ def test_mistakes_are_one_line(tmp_path, capsys):
         {**c, "rope_scaling": {"rope_type": "longrope", "factor": 4.0}}
     )
     assert "'factor' is missing" in told({**c, "rope_scaling": {"rope_type": "linear"}})
-    assert "attention_bias is not covered" in told({**c, "attention_bias": True})
+    biased = {"model_type": "mistral", "attention_bias": True}
+    assert "attention_bias is not covered" in told({**c, **biased})
     assert "quantization_config" in told({**c, "quantization_config": {"bits": 4}})
     assert "hidden_act 'relu'" in told({**c, "hidden_act": "relu"})
     assert "'hidden_size' is missing" in told({k: x for k, x in c.items() if k != "hidden_size"})

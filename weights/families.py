@@ -68,6 +68,7 @@ GEMMA_DEFAULTS = {
 }
 GEMMA2_SETTINGS = {
     **WINDOWS,
+    **ATTENTION_BIAS,
     "activation": "hidden_activation",
     "score_width": "query_pre_attn_scalar",
     "attention_soft_cap": "attn_logit_softcapping",
@@ -77,16 +78,20 @@ TANH_GELU = {"gelu_pytorch_tanh": "gelu", "gelu": "gelu"}
 """Gemma's activations: its "gelu" is the tanh approximation."""
 
 FAMILIES = {
-    "llama": Family("LlamaForCausalLM"),
+    "llama": Family("LlamaForCausalLM", settings={**ATTENTION_BIAS, "mlp_bias": "mlp_bias"}),
     "mistral": Family("MistralForCausalLM", {"sliding_window": 4096}, settings=WINDOW),
     "qwen2": Family("Qwen2ForCausalLM", fields={"qkv_bias": True}, settings=WINDOWS),
     "qwen3": Family(
-        "Qwen3ForCausalLM", {"head_dim": 128}, fields={"qk_norm": True}, settings=WINDOWS
+        "Qwen3ForCausalLM",
+        {"head_dim": 128},
+        fields={"qk_norm": True},
+        settings={**WINDOWS, **ATTENTION_BIAS},
     ),
     "gemma": Family(
         "GemmaForCausalLM",
         GEMMA_DEFAULTS,
         fields=GEMMA,
+        settings=ATTENTION_BIAS,
         activations=TANH_GELU,
     ),
     "gemma2": Family(
@@ -151,6 +156,7 @@ FAMILIES = {
         "Olmo2ForCausalLM",
         {"rms_norm_eps": 1e-5},
         fields={"norms": "after", "qk_norm": True, "qk_norm_over": "heads"},
+        settings=ATTENTION_BIAS,
         layouts=NORMS_AFTER,
     ),
 }
@@ -166,6 +172,8 @@ DEFAULTS = {
     "hidden_act": "silu",
     "rope_theta": 10_000.0,
     "partial_rotary_factor": 1.0,
+    "attention_bias": False,
+    "mlp_bias": False,
     "attn_logit_softcapping": None,
     "final_logit_softcapping": None,
 }

@@ -36,6 +36,7 @@ LAYOUTS = {
     "decoder/layers/attention/q_bias": Layout("NH", ATTENTION + "q_proj.bias", ("NH",)),
     "decoder/layers/attention/k_bias": Layout("KH", ATTENTION + "k_proj.bias", ("KH",)),
     "decoder/layers/attention/v_bias": Layout("KH", ATTENTION + "v_proj.bias", ("KH",)),
+    "decoder/layers/attention/o_bias": Layout("D", ATTENTION + "o_proj.bias", ("D",)),
     "decoder/layers/attention/q_norm": Layout("H", ATTENTION + "q_norm.weight", ("H",)),
     "decoder/layers/attention/k_norm": Layout("H", ATTENTION + "k_norm.weight", ("H",)),
     "decoder/layers/attention/q_heads_norm": Layout("NH", ATTENTION + "q_norm.weight", ("NH",)),
@@ -43,6 +44,9 @@ LAYOUTS = {
     "decoder/layers/mlp/gate": Layout("DF", MLP + "gate_proj.weight", ("F", "D")),
     "decoder/layers/mlp/up": Layout("DF", MLP + "up_proj.weight", ("F", "D")),
     "decoder/layers/mlp/down": Layout("FD", MLP + "down_proj.weight", ("D", "F")),
+    "decoder/layers/mlp/gate_bias": Layout("F", MLP + "gate_proj.bias", ("F",)),
+    "decoder/layers/mlp/up_bias": Layout("F", MLP + "up_proj.bias", ("F",)),
+    "decoder/layers/mlp/down_bias": Layout("D", MLP + "down_proj.bias", ("D",)),
     "unembed": Layout("DV", "lm_head.weight", ("V", "D")),
 }
 """By the path of a parameter of ours: Llama's, of which the other families' tables say where they
