@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from runtime.errors import UserError
 from sharding import along, constrain_residual, in_microbatches, path_name, platform
 
 Remat = Literal["none", "dots", "full"]
@@ -191,7 +192,10 @@ def _over_stages(
         weights, own = layers
         (x_BTD, _, _), losses_L = part.apply({"params": weights}, (x_BTD, None, 0), *rows, *own)
         if losses_L is not None:
-            raise NotImplementedError("a pipeline does not carry auxiliary losses")
+            raise UserError(
+                f"--mesh.stage={stages}: a pipeline does not carry the experts' balancing loss; "
+                "use --model.router_loss_coef=0, or no stages"
+            )
         return x_BTD
 
     weights: Params = decoder.get_variable("params", "layers")

@@ -528,6 +528,71 @@ class MLP(nn.Module):
         return out_MD.reshape(x_BTD.shape)
 
 
+class MixtureOfExperts(nn.Module):
+    """Feed-forward layer of E experts, of which each token uses a few (Shazeer et al. 2017).
+
+    No token is dropped, whatever the load (MegaBlocks: Gale et al. 2023). Here M counts tokens, A
+    the choices of all tokens, `experts_per_token` each.
+    """
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        """Return the experts' weighted sum, [B, T, D] in x's type, and the balancing loss.
+
+        The loss is a float32 scalar, coefficient included, or None where that is 0.
+        """
+        # Weights of the router, and of all experts, as SwiGLU's.
+        c = self.config
+        in_shape = (c.experts, c.width, c.mlp_width)
+        down_fan_in = c.mlp_width * 2 * c.layers
+        router_DE = self.param("router", _normal(c.width), (c.width, c.experts))
+        gate_EDF = self.param("expert_gate", _normal(c.width), in_shape)
+        up_EDF = self.param("expert_up", _normal(c.width), in_shape)
+        down_EFD = self.param(
+            "expert_down", _normal(down_fan_in), (c.experts, c.mlp_width, c.width)
+        )
+
+        # The experts of each token, in float32: their order hangs on small differences.
+        x_MD = x_BTD.reshape(-1, c.width)
+        logits_ME = jnp.einsum(
+            "MD,DE->ME", x_MD.astype(jnp.float32), router_DE, precision="highest"
+        )
+        shares_ME = jax.nn.softmax(logits_ME, axis=-1)
+        chosen_MC, experts_MC = jax.lax.top_k(shares_ME, c.experts_per_token)
+        if c.router_norm:
+            chosen_MC /= chosen_MC.sum(axis=-1, keepdims=True)
+
+        # The choices in the order of the experts, so that each has an unbroken run of rows.
+        experts_A = experts_MC.reshape(-1)
+        order_A = jnp.argsort(experts_A)
+        token_A = order_A // c.experts_per_token
+        load_E = jnp.bincount(experts_A, length=c.experts).astype(jnp.int32)
+        x_AD = x_MD[token_A]
+
+        def by_expert(rows: jax.Array, weights: jax.Array) -> jax.Array:
+            return jax.lax.ragged_dot(rows, weights.astype(rows.dtype), load_E)
+
+        hidden_AF = activation_of(c)(by_expert(x_AD, gate_EDF)) * by_expert(x_AD, up_EDF)
+        out_AD = by_expert(hidden_AF, down_EFD)
+
+        # Each token's sum, in float32.
+        weight_A1 = chosen_MC.reshape(-1)[order_A][:, None]
+        sum_MD = jnp.zeros(x_MD.shape, jnp.float32)
+        sum_MD = sum_MD.at[token_A].add(out_AD.astype(jnp.float32) * weight_A1)
+        out_BTD = sum_MD.astype(x_BTD.dtype).reshape(x_BTD.shape)
+        if not c.router_loss_coef:
+            return out_BTD, None
+
+        # Fedus et al. 2021 (Switch), eq. 4: load times mean share, of which the share alone has a
+        # derivative. Tokens of padding count too.
+        load_share_E = load_E / x_MD.shape[0]
+        mean_share_E = shares_ME.mean(axis=0)
+        loss = c.experts * jnp.sum(load_share_E * mean_share_E)
+        return out_BTD, c.router_loss_coef * loss / c.layers
+
+
 class Block(nn.Module):
     """One layer. layers.py runs it; the carry is its input and its output.
 
@@ -549,8 +614,8 @@ class Block(nn.Module):
 
         `carry`: (residual stream [B, T, D], cache or None, this layer's number, from 0). `turns`:
         of `rope_turns`. `has_window`: this layer's, a bool, where layers differ in that; None: all
-        have config.window. This layer has no such loss: a mixture of experts returns its
-        load-balancing loss in place of None, a float32 scalar, coefficient included.
+        have config.window. The loss is a mixture of experts', of which each token's mean is meant:
+        a float32 scalar, coefficient included; others have None.
         """
         # Tokens see tokens before them.
         c = self.config
@@ -575,10 +640,15 @@ class Block(nn.Module):
         # Each token by itself.
         read_BTD = layer_input_BTD if c.parallel_residual else x_BTD
         input_BTD = self.normed("mlp_norm", read_BTD, c.norms != "after")
-        mlp_layer = SwiGLU(c, name="mlp") if c.gated else MLP(c, name="mlp")
-        out_BTD = self.normed("mlp_out_norm", mlp_layer(input_BTD), c.norms != "before")
+        loss = None
+        if c.experts:
+            fed_BTD, loss = MixtureOfExperts(c, name="mlp")(input_BTD)
+        else:
+            mlp_layer = SwiGLU(c, name="mlp") if c.gated else MLP(c, name="mlp")
+            fed_BTD = mlp_layer(input_BTD)
+        out_BTD = self.normed("mlp_out_norm", fed_BTD, c.norms != "before")
         x_BTD = constrain_residual(x_BTD + out_BTD)
-        return (x_BTD, cache, layer + 1), None
+        return (x_BTD, cache, layer + 1), loss
 
     def normed(self, name: str, x_BTD: jax.Array, is_there: bool) -> jax.Array:
         """Return `x_BTD` after the norm `name`, where that `is_there`, or else as it is."""

@@ -6,7 +6,7 @@ from typing import Literal
 import jax.numpy as jnp
 
 from runtime.errors import UserError
-from runtime.ranges import ABOVE_0, AT_LEAST_1, Range, check_ranges
+from runtime.ranges import ABOVE_0, AT_LEAST_0, AT_LEAST_1, Range, check_ranges
 from runtime.run_folder import load_model_config
 from sharding import platform
 
@@ -27,6 +27,8 @@ RANGES = {
     "rope_llama3": ABOVE_0,
     "rope_yarn": ABOVE_0,
     "norm_eps": ABOVE_0,
+    "experts_per_token": AT_LEAST_1,
+    "router_loss_coef": AT_LEAST_0,
     "score_width": ABOVE_0,
     "attention_soft_cap": ABOVE_0,
     "logit_soft_cap": ABOVE_0,
@@ -109,6 +111,14 @@ class ModelConfig:
     """Of the feed-forward layers; gelu is its tanh approximation (Gemma), gelu_erf exact."""
     gated: bool = True
     """The activation gates another branch (SwiGLU); False: there is no other (GPT-NeoX)."""
+    experts: int = 0
+    """Experts E of each feed-forward layer (Mixtral, Qwen 3); 0: it is one network."""
+    experts_per_token: int = 2
+    """Experts that each token goes to."""
+    router_norm: bool = True
+    """The weights of a token's experts add up to 1; False: they stay shares among all experts."""
+    router_loss_coef: float = 0.001
+    """Coefficient of the loss that balances the experts' load; 0: there is none."""
     parallel_residual: bool = False
     """The feed-forward layer reads a layer's input, not what attention made of it (GPT-NeoX)."""
     scale_embedding: bool = False
@@ -148,6 +158,7 @@ class ModelConfig:
                 f"--model.window_pattern={self.window_pattern}: no layer has the window; "
                 "set --model.window=None"
             )
+        self._check_experts()
         # Llama 3.1 interpolates from the low frequency factor up to the high one.
         if self.rope_llama3 is not None and not self.rope_llama3[1] < self.rope_llama3[2]:
             raise UserError(
@@ -162,6 +173,20 @@ class ModelConfig:
         if self.rope_yarn is not None and not self.rope_yarn[2] < self.rope_yarn[1]:
             raise UserError(
                 f"--model.rope_yarn={self.rope_yarn}: its third number must be below its second"
+            )
+
+    def _check_experts(self) -> None:
+        """Raise UserError for experts that no layer can have."""
+        # A token goes to different experts; each of them is a SwiGLU.
+        if self.experts and self.experts_per_token > self.experts:
+            raise UserError(
+                f"--model.experts_per_token={self.experts_per_token}: more than "
+                f"--model.experts={self.experts}; lower it"
+            )
+        if self.experts and (self.mlp_bias or not self.gated):
+            raise UserError(
+                f"--model.experts={self.experts}: experts are gated and without biases; "
+                "leave --model.mlp_bias and --model.gated out"
             )
 
     @staticmethod
@@ -297,6 +322,40 @@ _PRESETS = (
         context=32768,
         tied=False,
         window=4096,
+        remat="full",
+    ),
+    ModelConfig(
+        preset="qwen3-30b-a3b",
+        vocab=151936,
+        width=2048,
+        mlp_width=768,
+        layers=48,
+        heads=32,
+        kv_heads=4,
+        head_dim=128,
+        context=40960,
+        rope_base=1_000_000.0,
+        norm_eps=1e-06,
+        tied=False,
+        qk_norm=True,
+        experts=128,
+        experts_per_token=8,
+        remat="full",
+    ),
+    ModelConfig(
+        preset="mixtral-8x7b",
+        vocab=32000,
+        width=4096,
+        mlp_width=14336,
+        layers=32,
+        heads=32,
+        kv_heads=8,
+        head_dim=128,
+        context=32768,
+        rope_base=1_000_000.0,
+        tied=False,
+        experts=8,
+        router_loss_coef=0.02,
         remat="full",
     ),
     ModelConfig(

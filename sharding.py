@@ -43,6 +43,10 @@ RULES = (
     (r"decoder/layers/mlp/(gate|up)_bias", P("stage", "tensor")),
     (r"decoder/layers/mlp/down", P("stage", "tensor", "fsdp")),
     (r"decoder/layers/mlp/down_bias", P("stage", None)),
+    # The experts themselves are dealt to the tensor axis.
+    (r"decoder/layers/mlp/router", P("stage", "fsdp", None)),
+    (r"decoder/layers/mlp/expert_(gate|up)", P("stage", "tensor", "fsdp", None)),
+    (r"decoder/layers/mlp/expert_down", P("stage", "tensor", None, "fsdp")),
     (r"unembed", P("fsdp", "tensor")),
     (r"head", P(None)),
     (r"bias", P()),

@@ -254,6 +254,10 @@ SIZES = {
     "gate": (None, "width", "mlp_width"),
     "up": (None, "width", "mlp_width"),
     "down": (None, "mlp_width", "width"),
+    "router": (None, "width", "experts"),
+    "expert_gate": (None, "experts", "width", None),
+    "expert_up": (None, "experts", "width", None),
+    "expert_down": (None, "experts", None, "width"),
     "gate_bias": (None, "mlp_width"),
     "up_bias": (None, "mlp_width"),
 }

@@ -65,6 +65,8 @@ def _mlp_parameters(model: ModelConfig) -> int:
     # From the model's width to the hidden one, once or twice, and back.
     ways_in = 2 if model.gated else 1
     count = (ways_in + 1) * model.width * model.mlp_width
+    if model.experts:
+        count = model.experts * (count + model.width)
     if model.mlp_bias:
         count += ways_in * model.mlp_width + model.width
     return count

@@ -61,6 +61,7 @@ UNLIKE_LLAMA = {
     "parallel_residual": True,
     "logit_soft_cap": 3.0,
 }
+EXPERTS = {"experts": 4, "router_loss_coef": 0.0}
 OPTIMIZER = make_optimizer(OptimizerConfig(lr=3e-3, warmup=1), 5)
 
 
@@ -342,6 +343,7 @@ def test_parts_of_a_chunked_loss_are_of_all_devices(monkeypatch):
         {"window": 5},
         MIXED,
         UNLIKE_LLAMA,
+        EXPERTS,
         {"remat": "full", "tied": False},
         {"qkv_bias": True, **GEMMA},
     ],

@@ -111,6 +111,32 @@ CONFIGS = {
     "llama, biases": {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
     "llama, attention biases": {"model_type": "llama", "attention_bias": True, **TIED},
     "llama, mlp biases": {"model_type": "llama", "mlp_bias": True, "head_dim": 8},
+    "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
+    "mixtral, window": {
+        "model_type": "mixtral",
+        "num_local_experts": 6,
+        "num_experts_per_tok": 3,
+        "sliding_window": 4,
+        **TIED,
+    },
+    "qwen 3 moe": {
+        "model_type": "qwen3_moe",
+        "head_dim": 8,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 8,
+        "norm_topk_prob": False,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    },
+    "qwen 3 moe, tied": {
+        "model_type": "qwen3_moe",
+        "num_experts": 4,
+        "num_experts_per_tok": 1,
+        "moe_intermediate_size": 12,
+        "norm_topk_prob": True,
+        **TIED,
+    },
     "qwen 3, mixed windows": {
         "model_type": "qwen3",
         "head_dim": 8,
@@ -180,12 +206,16 @@ def shapes(c):
             "input_layernorm.weight": (D,),
             "post_attention_layernorm.weight": (D,),
         }
+    if family in EXPERTS:
+        apart = {name: x for name, x in apart.items() if not name.startswith("mlp")}
+        apart |= experts_of(c)
     heads = {"self_attn.q_norm.weight": (h,), "self_attn.k_norm.weight": (h,)}
     if family.startswith("gemma"):
         apart |= heads if family == "gemma3_text" else {}
         return apart | {f"{name}_layernorm.weight": (D,) for name in NORMS[family]}
-    if family == "qwen3":
-        return apart | heads | {f"{name}_layernorm.weight": (D,) for name in NORMS[family][::2]}
+    if family in ("mixtral", "qwen3", "qwen3_moe"):
+        apart |= {} if family == "mixtral" else heads
+        return apart | {f"{name}_layernorm.weight": (D,) for name in NORMS[family][::2]}
     if family == "olmo2":
         return apart | {
             "self_attn.q_norm.weight": (n * h,),
@@ -194,6 +224,17 @@ def shapes(c):
             "post_feedforward_layernorm.weight": (D,),
         }
     raise AssertionError(family)
+
+
+def experts_of(c):
+    """Return the shapes of a layer's router and experts."""
+    layer, gate, up, down, count = EXPERTS[c["model_type"]]
+    width = c.get("moe_intermediate_size", F)
+    found = {f"{layer}.gate.weight": (c[count], D)}
+    for e in range(c[count]):
+        for name, shape in ((gate, (width, D)), (up, (width, D)), (down, (D, width))):
+            found[f"{layer}.experts.{e}.{name}.weight"] = shape
+    return found
 
 
 def biases_of(matrices, c):
@@ -205,6 +246,12 @@ def biases_of(matrices, c):
             biases[name.replace("weight", "bias")] = (rows,)
     return biases
 
+
+# The layer of experts; names of gate, up and down; the setting that counts them.
+EXPERTS = {
+    "mixtral": ("block_sparse_moe", "w1", "w3", "w2", "num_local_experts"),
+    "qwen3_moe": ("mlp", "gate_proj", "up_proj", "down_proj", "num_experts"),
+}
 
 # What comes before a layer's number, and the names of embedding, last norm and head.
 NAMES = {
@@ -269,7 +316,7 @@ def layer_of(w, c):
             "o": w["self_attn.o_proj.weight"],
             "o_bias": w.get("self_attn.o_proj.bias", 0),
             **{f"{x}_bias": w.get(f"mlp.{x}_proj.bias", 0) for x in ("gate", "up", "down")},
-            **{x: w[f"mlp.{x}_proj.weight"] for x in ("gate", "up", "down")},
+            **{x: w.get(f"mlp.{x}_proj.weight") for x in ("gate", "up", "down")},
         }
     rows = w["self_attn.qkv_proj.weight"]
     return {
@@ -362,6 +409,8 @@ NORMS = {
     "phi3": ("input", None, "post_attention", None),
     "olmo2": (None, "post_attention", None, "post_feedforward"),
     "qwen3": ("input", None, "post_attention", None),
+    "mixtral": ("input", None, "post_attention", None),
+    "qwen3_moe": ("input", None, "post_attention", None),
     "gpt_neox": ("input", None, "post_attention", None),
     "gemma3_text": ("input", "post_attention", "pre_feedforward", "post_feedforward"),
     "gemma2": ("input", "post_attention", "pre_feedforward", "post_feedforward"),
@@ -410,6 +459,23 @@ def fed_forward(y_TD, p, c):
     return hidden @ p["down"].T + p.get("down_bias", 0)
 
 
+def by_experts(y_TD, own, c):
+    """Return what the experts make of their input, a token at a time."""
+    layer, gate, up, down, _ = EXPERTS[c["model_type"]]
+    out = np.zeros_like(y_TD)
+    for t, y in enumerate(y_TD):
+        logits = own[f"{layer}.gate.weight"] @ y
+        shares = np.exp(logits - logits.max())
+        shares /= shares.sum()
+        best = np.argsort(-shares)[: c["num_experts_per_tok"]]
+        total = shares[best].sum() if c.get("norm_topk_prob", True) else 1
+        for e in best:
+            w = {x: own[f"{layer}.experts.{e}.{x}.weight"] for x in (gate, up, down)}
+            hidden = activation(w[gate] @ y, c) * (w[up] @ y)
+            out[t] += shares[e] / total * (w[down] @ hidden)
+    return out
+
+
 def forward(tensors, c, tokens_T):
     """Return float64 logits [T, V]."""
     w = {name: np.asarray(x, np.float64) for name, x in tensors.items()}
@@ -432,7 +498,10 @@ def forward(tensors, c, tokens_T):
         y_TD = at_place(in_attention, x_TD)
         attended_TD = at_place(out_attention, seen_by(y_TD, own, p, c, window_of(c, i)))
         read_TD = x_TD if c.get("use_parallel_residual") else x_TD + attended_TD
-        fed_TD = at_place(out_mlp, fed_forward(at_place(in_mlp, read_TD), p, c))
+        read_TD = at_place(in_mlp, read_TD)
+        has_experts = c["model_type"] in EXPERTS
+        fed_TD = by_experts(read_TD, own, c) if has_experts else fed_forward(read_TD, p, c)
+        fed_TD = at_place(out_mlp, fed_TD)
         x_TD = x_TD + attended_TD + fed_TD
     x_TD = norm(x_TD, c, w[f"{last_norm}.weight"], w.get(f"{last_norm}.bias"))
     logits_TV = x_TD @ w.get(head, w[embed]).T
@@ -474,6 +543,8 @@ MATTERS = {
     "rope_theta": 7.0,
     "rope_local_base_freq": 3.0,
     "sliding_window_pattern": 2,
+    "num_experts_per_tok": 2,
+    "norm_topk_prob": True,
     "layer_norm_eps": 0.3,
     "rotary_emb_base": 7.0,
     "rotary_pct": 1.0,

@@ -100,8 +100,8 @@ class Tensor(NamedTuple):
     name: str
     ours: tuple[str, ...]
     """Paths of the parameters that lie in it, one behind another."""
-    layer: int | None
-    """Its layer; None for a tensor that no layer has."""
+    index: tuple[int, ...]
+    """Its layer, and its expert, where it is of one."""
     shape: tuple[int, ...]
 
 
@@ -133,11 +133,17 @@ def their_tensors(model: ModelConfig) -> Iterator[Tensor]:
         shape = shapes.setdefault(layout.name, [0, *rest])
         shape[0] += rows
 
-    # None: what no layer has.
-    for layer in (None, *range(model.layers)):
+    # First what no layer has.
+    for name, shape in shapes.items():
+        if "{}" not in name:
+            yield Tensor(name, tuple(ours[name]), (), tuple(shape))
+    for layer in range(model.layers):
         for name, shape in shapes.items():
-            if ("{}" in name) == (layer is not None):
-                yield Tensor(name.format(layer), tuple(ours[name]), layer, tuple(shape))
+            places = name.count("{}")
+            experts = range(model.experts) if places == 2 else [None]
+            for expert in experts if places else []:
+                index = (layer,) if expert is None else (layer, expert)
+                yield Tensor(name.format(*index), tuple(ours[name]), index, tuple(shape))
 
 
 def _their_shape(layout: Layout, sizes: dict[str, int]) -> tuple[int, ...]:
@@ -157,6 +163,7 @@ def _sizes(model: ModelConfig) -> dict[str, int]:
         "N": model.heads,
         "K": model.kv_heads,
         "H": model.head_dim,
+        "E": model.experts,
     }
 
 
@@ -353,8 +360,9 @@ def _read_part(
     for cut, size in zip(index, shape, strict=True):
         spans.append(range(*cut.indices(size)))
     part = np.empty([len(span) for span in spans], np.float32)
-    has_layers = "{}" in layout.name
-    span_of = dict(zip(layout.ours, spans[has_layers:], strict=True))
+    # The axes of layers and experts, of which each has a tensor; then those of the tensor.
+    places = layout.name.count("{}")
+    span_of = dict(zip(layout.ours, spans[places:], strict=True))
 
     # Where an axis of theirs joins two, the inner one, a head's width, is never cut.
     sizes = _sizes(model)
@@ -371,11 +379,12 @@ def _read_part(
     else:
         cuts[0] = slice(place.before + first.start, place.before + first.stop)
 
-    # Layer by layer: their tensor, its joined axes apart, and in our order.
+    # One by one: their tensor, its joined axes apart, and in our order.
     their_axes = "".join(layout.theirs)
     order = [their_axes.index(axis) for axis in layout.ours]
-    for i, layer in enumerate(spans[0] if has_layers else [None]):
-        name = layout.name.format(layer)
+    for at in np.ndindex(part.shape[:places]):
+        numbers = [span[i] for span, i in zip(spans, at, strict=False)]
+        name = layout.name.format(*numbers)
         # Opened for each tensor: a file that stays open holds its pages.
         with safe_open(files[name], "numpy") as file:
             tensor = file.get_slice(name)[tuple(cuts)]
@@ -383,7 +392,7 @@ def _read_part(
             by_head = tensor.reshape(len(heads), place.rows, *tensor.shape[1:])
             tensor = by_head[:, place.before : place.before + place.own]
         tensor = tensor.reshape([len(span_of[axis]) for axis in their_axes]).transpose(order)
-        part[i if has_layers else ...] = tensor
+        part[at] = tensor
         if not np.isfinite(tensor).all():
             raise UserError(f"{files[name]}: {name}: holds NaN or infinity; restore the file")
     return part
@@ -437,7 +446,7 @@ def _as_theirs(
     for path in tensor.ours:
         layout = layouts[path]
         leaf = leaves[path]
-        array = np.asarray(leaf if tensor.layer is None else leaf[tensor.layer])
+        array = np.asarray(leaf[tensor.index])
         array = array.transpose([layout.ours.index(axis) for axis in "".join(layout.theirs)])
         takes_turns = layout.takes_turns
         heads = array.shape[:1] if takes_turns else ()

@@ -15,6 +15,7 @@ from runtime.foreign import (
     FLAG,
     OBJECT,
     TEXT,
+    Kind,
     check_values,
     either,
     list_of,
@@ -23,7 +24,7 @@ from runtime.foreign import (
     read_object,
     whole,
 )
-from weights.layouts import NEOX, NORMS_AFTER, PHI3, Layout
+from weights.layouts import MIXTRAL, NEOX, NORMS_AFTER, PHI3, QWEN_MOE, Layout
 
 GEMMA: dict[str, Any] = {"activation": "gelu", "scale_embedding": True, "zero_centered_norm": True}
 """Fields of ModelConfig that Gemma sets otherwise than the other families."""
@@ -60,6 +61,7 @@ WINDOWS = {**WINDOW, "window_pattern": "layer_types"}
 
 ATTENTION_BIAS = {"qkv_bias": "attention_bias", "o_bias": "attention_bias"}
 """The setting of families whose q, k, v and o have biases, or none of them."""
+ROUTER = {"experts_per_token": "num_experts_per_tok", "router_loss_coef": "router_aux_loss_coef"}
 GEMMA_DEFAULTS = {
     "head_dim": 256,
     "tie_word_embeddings": True,
@@ -152,6 +154,38 @@ FAMILIES = {
         splits_width=True,
         layouts=NEOX,
     ),
+    "mixtral": Family(
+        "MixtralForCausalLM",
+        {
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1_000_000.0,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "router_aux_loss_coef": 0.001,
+        },
+        settings={**WINDOW, **ROUTER, "experts": "num_local_experts"},
+        layouts=MIXTRAL,
+    ),
+    "qwen3_moe": Family(
+        "Qwen3MoeForCausalLM",
+        {
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 768,
+            "norm_topk_prob": False,
+            "router_aux_loss_coef": 0.001,
+        },
+        fields={"qk_norm": True},
+        settings={
+            **WINDOW,
+            **ATTENTION_BIAS,
+            **ROUTER,
+            "experts": "num_experts",
+            "mlp_width": "moe_intermediate_size",
+            "router_norm": "norm_topk_prob",
+        },
+        layouts=QWEN_MOE,
+    ),
     "olmo2": Family(
         "Olmo2ForCausalLM",
         {"rms_norm_eps": 1e-5},
@@ -163,7 +197,7 @@ FAMILIES = {
 """By model_type. A model is exported as the family that it was read from, or else as the first
 here that has all its features."""
 
-QWEN = ("qwen2", "qwen3")
+QWEN = ("qwen2", "qwen3", "qwen3_moe")
 """Families with a switch of their windows, `use_sliding_window`."""
 
 DEFAULTS = {
@@ -214,6 +248,7 @@ REFUSED = (
     "final_logit_softcapping",
     "num_experts",
     "num_local_experts",
+    "mlp_only_layers",
 )
 """Settings that are false, 0, empty or absent in a family that does not have them."""
 
@@ -241,6 +276,7 @@ SIZE = whole(1, 1 << 24)
 TOKENS = whole(1, (1 << 31) - 1)
 TOKEN = whole(0, (1 << 31) - 1)
 POSITIVE = number(0, 1e12)
+ZERO = Kind("0", lambda value: type(value) in (int, float) and value == 0)
 DTYPES = ("float32", "float16", "bfloat16", "auto")
 DTYPE = one_of(*DTYPES, *(f"torch.{name}" for name in DTYPES[:3]))
 
@@ -269,6 +305,14 @@ KINDS = {
     "max_window_layers": whole(0, 10_000),
     "layer_types": list_of(one_of(FULL, SLIDING)),
     "sliding_window_pattern": whole(1, 10_000),
+    "num_experts": SIZE,
+    "num_local_experts": SIZE,
+    "num_experts_per_tok": SIZE,
+    "moe_intermediate_size": SIZE,
+    "norm_topk_prob": FLAG,
+    "router_aux_loss_coef": either(number(0, 1e12), ZERO),
+    # Every layer has experts, or none has.
+    "decoder_sparse_step": whole(1, 1),
     "query_pre_attn_scalar": POSITIVE,
     "attn_logit_softcapping": POSITIVE,
     "final_logit_softcapping": POSITIVE,
@@ -335,6 +379,9 @@ def model_of(path: pathlib.Path) -> ModelConfig:
     for setting, value in given.items():
         if value is not None or setting in MAY_BE_NONE:
             theirs[setting] = value
+    # transformers 5 writes the number of Qwen's experts by Mixtral's name.
+    if name == "qwen3_moe" and "num_local_experts" in theirs:
+        theirs["num_experts"] = theirs.pop("num_local_experts")
     _refuse_uncovered(name, theirs, path)
 
     # A name that has no default must be there.
@@ -417,8 +464,10 @@ def _pattern(layers: list[bool]) -> tuple[bool, ...]:
 def _layer_kinds(name: str, theirs: dict[str, Any]) -> list[str]:
     """Return the kind of each layer, by a config.json without `layer_types`."""
     layers = theirs["num_hidden_layers"]
-    if name in ("mistral", "phi3"):
+    if name in ("mistral", "phi3", "mixtral"):
         full = layers if theirs.get("sliding_window") is None else 0
+    elif name == "qwen3_moe" and theirs.get("use_sliding_window"):
+        full = 0
     elif name in QWEN and theirs.get("use_sliding_window"):
         full = min(layers, theirs.get("max_window_layers", 28))
     elif name in FULL_EVERY:

@@ -11,9 +11,9 @@ class Layout(NamedTuple):
     """
 
     ours: str
-    """Axes of ours, without the layer's."""
+    """Axes of ours, without the layer's and the expert's."""
     name: str
-    """Their name of the tensor, with a place for the layer's number."""
+    """Their name of the tensor, with a place for the layer's number, and one for the expert's."""
     theirs: tuple[str, ...]
     """Their axes; one of theirs may join two of ours."""
     takes_turns: bool = False
@@ -92,6 +92,29 @@ NEOX = {
     "unembed": Layout("DV", "embed_out.weight", ("V", "D")),
 }
 """Names of its own, and q, k and v of one head after another."""
+
+MIXTRAL_MOE = LAYER + "block_sparse_moe."
+MIXTRAL = {
+    "decoder/layers/mlp/router": Layout("DE", MIXTRAL_MOE + "gate.weight", ("E", "D")),
+    "decoder/layers/mlp/expert_gate": Layout(
+        "DF", MIXTRAL_MOE + "experts.{}.w1.weight", ("F", "D")
+    ),
+    "decoder/layers/mlp/expert_up": Layout("DF", MIXTRAL_MOE + "experts.{}.w3.weight", ("F", "D")),
+    "decoder/layers/mlp/expert_down": Layout(
+        "FD", MIXTRAL_MOE + "experts.{}.w2.weight", ("D", "F")
+    ),
+}
+QWEN_MOE = {
+    "decoder/layers/mlp/router": Layout("DE", MLP + "gate.weight", ("E", "D")),
+    "decoder/layers/mlp/expert_gate": Layout(
+        "DF", MLP + "experts.{}.gate_proj.weight", ("F", "D")
+    ),
+    "decoder/layers/mlp/expert_up": Layout("DF", MLP + "experts.{}.up_proj.weight", ("F", "D")),
+    "decoder/layers/mlp/expert_down": Layout(
+        "FD", MLP + "experts.{}.down_proj.weight", ("D", "F")
+    ),
+}
+"""Mixtures of experts, each with tensors of its own."""
 
 PHI3 = {
     "decoder/layers/attention/q": Layout("DNH", ATTENTION + "qkv_proj.weight", ("NH", "D")),
