@@ -591,12 +591,23 @@ def family_of(model: ModelConfig) -> str:
     for name in names:
         if not _lacks(name, model):
             return name
-    features = _lacks("llama", model)
+    features = _features(model)
     together = " together" if len(features) > 1 else ""
     raise UserError(
         f"--run: no Hugging Face family has {' and '.join(features)}{together}; "
         "export is not possible"
     )
+
+
+def _features(model: ModelConfig) -> list[str]:
+    """Return the fields in which `model` differs from a plain Llama, sizes aside."""
+    features = []
+    for field in dataclasses.fields(ModelConfig):
+        is_size = field.name in SETTINGS and field.name != "activation"
+        differs = getattr(model, field.name) != field.default
+        if differs and not is_size and field.name not in NOT_SET:
+            features.append(field.name)
+    return [*features, *_ropes(model).values()]
 
 
 def _lacks(name: str, model: ModelConfig) -> list[str]:
