@@ -2,9 +2,10 @@
 
 `run_layers` chooses. What a layer is, is model.py's; here it is a Flax module whose call is
 
-    (x_BTD, cache, layer), *rows  ->  (x_BTD, cache, layer + 1), auxiliary loss or None
+    (x_BTD, cache, layer), *rows, *own  ->  (x_BTD, cache, layer + 1), auxiliary loss or None
 
-with `rows` what every layer reads of a batch's rows (segment ids, RoPE's cosines and sines).
+with `rows` what every layer reads of a batch's rows (segment ids, RoPE's cosines and sines), and
+`own` what each has for itself beside its parameters, where layers differ (a window or none).
 Parameters of all layers are stacked: their first axis is the layer. Suffixes are those of the
 legend in model.py; here M is micro-batches.
 
@@ -22,6 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from runtime.errors import UserError
 from sharding import along, constrain_residual, in_microbatches, path_name, platform
 
 Remat = Literal["none", "dots", "full"]
@@ -39,35 +41,37 @@ def run_layers(
     x_BTD: jax.Array,
     cache: Cache,
     rows: tuple[Any, Any],
+    own: tuple[Any, ...] = (),
 ) -> tuple[jax.Array, Cache, jax.Array | None]:
     """Run all layers; return the hidden states [B, T, D], the cache, and the sum of their losses.
 
     Call it inside `decoder`, also to initialise: its parameters `layers` are the layers', and its
-    `config` is read. `block_class(config, ring)` is one layer, called with ((x_BTD, cache, layer),
-    *rows) and returning ((x_BTD, cache, layer + 1), auxiliary loss or None). `ring`: devices over
-    which the tokens, those of `x_BTD` too, are striped (kernels/ring.py), 1 without. `rows`: the
-    pair of trees of [B, ...] arrays that each layer reads, in model.py (segment ids, turns).
-    `cache`: None, which comes back, or one that comes back with these tokens' keys and values, its
-    `length` as it was: stacked, or unstacked on parameters of `unstack_params`. Without a cache a
-    mesh with a stage axis makes it a pipeline of `decoder.microbatches`, which raises
-    NotImplementedError for layers with losses. The sum is of the auxiliary losses, a scalar; None
-    where the layers have none, and with an unstacked cache.
+    `config` is read. `block_class(config, ring)` is one layer, called and returning as this
+    module's docstring says; `ring`: devices over which the tokens, those of `x_BTD` too, are
+    striped (kernels/ring.py), 1 without. `rows`: the pair of trees of [B, ...] arrays that each
+    layer reads, in model.py (segment ids, turns). `own`: trees of arrays [L, ...], of which each
+    layer gets its own part. `cache`: None, which comes back, or one that comes back with these
+    tokens' keys and values, its `length` as it was: stacked, or unstacked on parameters of
+    `unstack_params`. Without a cache a mesh with a stage axis makes it a pipeline of
+    `decoder.microbatches`, which raises NotImplementedError for layers with losses. The sum is of
+    the auxiliary losses, a scalar; None where the layers have none, and with an unstacked cache.
     """
     # Decoding, where the caller has unstacked the layers.
     if cache is not None and isinstance(cache.k_LBKSH, tuple):
-        x_BTD, cache = _one_by_one(decoder, block_class, x_BTD, cache, rows)
+        x_BTD, cache = _one_by_one(decoder, block_class, x_BTD, cache, rows, own)
         return x_BTD, cache, None
 
     # Training on a mesh with stages. Parameters are initialised under the scan.
     stages = along(jax.sharding.get_abstract_mesh(), "stage")
     if stages > 1 and cache is None and not decoder.is_initializing():
-        return _over_stages(decoder, block_class, ring, x_BTD, rows, stages), None, None
+        return _over_stages(decoder, block_class, ring, x_BTD, rows, own, stages), None, None
 
     # All else. The cache rides in the carry: as xs and ys the scan would copy all of it.
     config = decoder.config
-    layers = _scan(block_class, config.remat, config.layers)(config, ring, name="layers")
+    layers_class = _scan(block_class, config.remat, config.layers, len(own))
+    layers = layers_class(config, ring, name="layers")
     carry = (x_BTD, cache, jnp.int32(0))
-    (x_BTD, cache, _), losses_L = layers(carry, *rows)
+    (x_BTD, cache, _), losses_L = layers(carry, *rows, *own)
     loss = None if losses_L is None else losses_L.sum()
     return x_BTD, cache, loss
 
@@ -75,14 +79,19 @@ def run_layers(
 # --- one scan
 
 
-def _scan(block_class: type[nn.Module], remat: Remat, layers: int) -> Callable[..., nn.Module]:
-    """Return the class of `layers` blocks under one scan, which compiles one of them."""
+def _scan(
+    block_class: type[nn.Module], remat: Remat, layers: int, own: int
+) -> Callable[..., nn.Module]:
+    """Return the class of `layers` blocks under one scan, which compiles one of them.
+
+    `own`: how many arguments each layer has for itself.
+    """
     # Parameters have the layer as their first axis; what the rows have is the same for all.
     return nn.scan(
         _with_remat(block_class, remat),
         variable_axes={"params": 0},
         split_rngs={"params": True},
-        in_axes=(nn.broadcast, nn.broadcast),
+        in_axes=(nn.broadcast, nn.broadcast, *(0,) * own),
         length=layers,
     )
 
@@ -136,6 +145,7 @@ def _one_by_one(
     x_BTD: jax.Array,
     cache: Cache,
     rows: tuple[Any, Any],
+    own: tuple[Any, ...],
 ) -> tuple[jax.Array, Cache]:
     """Run unstacked layers on an unstacked cache."""
     # The leaves of the weights are tuples, which jax.tree would take for more branches.
@@ -154,7 +164,8 @@ def _one_by_one(
             cache, k_LBKSH=cache.k_LBKSH[i][None], v_LBKSH=cache.v_LBKSH[i][None]
         )
         carry = (x_BTD, own_cache, 0)
-        (x_BTD, own_cache, _), _ = block.apply({"params": own_weights}, carry, *rows)
+        more = jax.tree.map(lambda x, i=i: x[i], own)
+        (x_BTD, own_cache, _), _ = block.apply({"params": own_weights}, carry, *rows, *more)
         # Back among those of the other layers.
         keys.append(own_cache.k_LBKSH[0])
         values.append(own_cache.v_LBKSH[0])
@@ -170,22 +181,27 @@ def _over_stages(
     ring: int,
     x_BTD: jax.Array,
     rows: tuple[Any, Any],
+    own: tuple[Any, ...],
     stages: int,
 ) -> jax.Array:
     """Run the layers as a pipeline, an equal part of them on each of `stages` devices."""
     # A stage's part of the layers, as one scan.
     config = decoder.config
-    part_class = _scan(block_class, config.remat, config.layers // stages)
+    part_class = _scan(block_class, config.remat, config.layers // stages, len(own))
     part = part_class(config, ring, parent=None)
 
-    def run(weights, x_BTD, *rows):
-        (x_BTD, _, _), losses_L = part.apply({"params": weights}, (x_BTD, None, 0), *rows)
+    def run(layers, x_BTD, *rows):
+        weights, own = layers
+        (x_BTD, _, _), losses_L = part.apply({"params": weights}, (x_BTD, None, 0), *rows, *own)
         if losses_L is not None:
-            raise NotImplementedError("a pipeline does not carry auxiliary losses")
+            raise UserError(
+                f"--mesh.stage={stages}: a pipeline does not carry the experts' balancing loss; "
+                "use --model.router_loss_coef=0, or no stages"
+            )
         return x_BTD
 
     weights: Params = decoder.get_variable("params", "layers")
-    return pipelined(run, weights, x_BTD, rows, decoder.microbatches)
+    return pipelined(run, (weights, own), x_BTD, rows, decoder.microbatches)
 
 
 def pipelined(

@@ -3,8 +3,9 @@
     python train_sft.py --init=runs/llama --lora.rank=8 --run=runs/llama-sft
 
 Beside the weight `q` [L, D, N, H] lie `q_a` [L, D, rank] and `q_b` [L, rank, N, H], and likewise
-for every matrix of the layers; where model.py finds them it adds x A B (eq. 3). A reward model's
-head is trained whole, among the adapters. train_state.load_params loads a run of adapters merged.
+for every matrix of the layers but experts; where model.py finds them it adds x A B (eq. 3). A
+reward model's head is trained whole, among the adapters. train_state.load_params loads a run of
+adapters merged.
 """
 
 import dataclasses
@@ -65,7 +66,10 @@ def trainable_part(config: LoraConfig, params: Params, key: jax.Array) -> Params
         layers[part] = {}
         for name, count in inputs.items():
             key, own_key = jax.random.split(key)
-            weight = params["decoder"]["layers"][part][name]
+            # A feed-forward layer may have no gate, or be experts, which have no adapters.
+            weight = params["decoder"]["layers"][part].get(name)
+            if weight is None:
+                continue
             depth, *shape = weight.shape
             # From the inputs to the rank, and from there to the outputs.
             a_shape = (depth, *shape[:count], config.rank)
@@ -127,6 +131,8 @@ def merge(config: LoraConfig, base: Params, trained: Params) -> Params:
     for part, adapters in trained["decoder"]["layers"].items():
         merged = dict(layers[part])
         for name in INPUTS[part]:
+            if name not in merged:
+                continue
             w = merged[name]
             depth = w.shape[0]
             a = adapters[f"{name}_a"]

@@ -19,9 +19,10 @@ So logits, log-probabilities and values of a response's tokens come from positio
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import flax.struct
@@ -51,6 +52,9 @@ Turns = tuple[jax.Array, jax.Array]
 Stack = Any
 """An array stacked over the layers, or a tuple of one array a layer (layers.unstack_cache)."""
 
+EVERY_TOKEN = 1 << 30
+"""The window of a layer that has none, among layers that have one."""
+
 # The mesh's axes that cut the tokens of a layer's input.
 TOKEN_AXES = ("sequence", "tensor")
 
@@ -78,6 +82,23 @@ class KVCache:
 
 
 @flax.struct.dataclass
+class SoftCapped:
+    """An unembedding whose logits s become cap tanh(s / cap), as `unembed` makes them."""
+
+    matrix_DV: jax.Array
+    cap: float = flax.struct.field(pytree_node=False)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Return the matrix's shape: a property."""
+        return self.matrix_DV.shape
+
+
+Unembedding = jax.Array | SoftCapped
+"""What makes logits of hidden states: a matrix [D, V], or one whose logits are capped."""
+
+
+@flax.struct.dataclass
 class LanguageOutput:
     """Hidden states of a language model, and the unembedding that makes logits of them.
 
@@ -88,7 +109,7 @@ class LanguageOutput:
     x_BTD: jax.Array
     """Hidden states after the last norm, in the compute type; that of position t predicts token t
     + 1."""
-    unembed_DV: jax.Array
+    unembed_DV: Unembedding
     """The unembedding, or the embedding's transpose where they are tied."""
     cache: KVCache | None = None
     """The given cache with these tokens added; None where none was given."""
@@ -105,10 +126,17 @@ class ScalarOutput:
     """Float32: at each position the scalar of the tokens up to it and including it."""
     x_BTD: jax.Array
     """Hidden states after the last norm, in the compute type."""
-    unembed_DV: jax.Array
+    unembed_DV: Unembedding
     """The embedding's transpose: a language-model loss beside the scalars unembeds with it."""
     auxiliary_loss: jax.Array | None = None
     """As in LanguageOutput."""
+
+
+class TurnsByWindow(NamedTuple):
+    """Turns of layers that differ in them."""
+
+    without_window: Turns
+    with_window: Turns
 
 
 Carry = tuple[jax.Array, KVCache | None, jax.Array]
@@ -139,13 +167,16 @@ def empty_cache(config: ModelConfig, batch: int, slots: int) -> KVCache:
 def rope_frequencies(config: ModelConfig) -> jax.Array:
     """Return the angle per position of each rotated pair, [H/2] float32, in radians.
 
-    Pair i has `rope_base`^(-2i / H) (Su et al. 2021), slowed by `rope_llama3` if `config` has it,
-    times its `rope_scale`.
+    Here H is `config.rope_width`, a head's width or a share of it. Pair i has `rope_base`^(-2i /
+    H) (Su et al. 2021), slowed by `rope_llama3` or `rope_yarn` if `config` has one, times its
+    `rope_scale`.
     """
     # Pair i turns by base^(-2i / H) a position.
-    width = config.head_dim
+    width = config.rope_width
     exponents = jnp.arange(0, width, 2, dtype=jnp.float32) / width
     frequencies = config.rope_base**-exponents
+    if config.rope_yarn is not None:
+        return frequencies * _yarn_stretch(config, *config.rope_yarn) * config.rope_scale
     if config.rope_llama3 is None:
         return frequencies * config.rope_scale
 
@@ -158,34 +189,74 @@ def rope_frequencies(config: ModelConfig) -> jax.Array:
     return frequencies * stretch * config.rope_scale
 
 
+def _yarn_stretch(
+    config: ModelConfig, factor: float, fast: float, slow: float, context: float, _: float
+) -> jax.Array:
+    """Return what YaRN multiplies each pair's frequency by, [H/2] float32.
+
+    Peng et al. 2023, "NTK-by-parts": pairs that turn often over the original context are kept,
+    those that turn little are stretched by the factor, and between them, by the pair's number, it
+    is interpolated.
+    """
+
+    # The pair that makes so many full rotations over the original context, a fraction.
+    def pair_of(rotations: float) -> float:
+        turns = math.log(context / (rotations * 2 * math.pi))
+        return config.rope_width * turns / (2 * math.log(config.rope_base))
+
+    # Whole pairs, as the published models were trained.
+    first = max(math.floor(pair_of(fast)), 0)
+    last = min(math.ceil(pair_of(slow)), config.rope_width - 1)
+    pairs_H = jnp.arange(config.rope_width // 2, dtype=jnp.float32)
+    stretched_H = jnp.clip((pairs_H - first) / max(last - first, 0.001), 0.0, 1.0)
+    return 1 - stretched_H + stretched_H / factor
+
+
 def rope_turns(config: ModelConfig, positions_BT: jax.Array) -> Turns:
     """Return (cosine, sine) of each pair's angle, float32, [B, T, 1, H/2] each, for all layers.
 
-    `positions_BT`: int32.
+    `positions_BT`: int32. YaRN's are multiplied by its last number, which sharpens attention.
     """
-    # One angle a pair, so H here is half of a head.
+    # One angle a pair, so H here is half of what turns of a head.
     positions_BT1 = positions_BT[..., None].astype(jnp.float32)
     angles_BTH = positions_BT1 * rope_frequencies(config)
     # One more axis, for the heads.
     cos = jnp.cos(angles_BTH)[:, :, None, :]
     sin = jnp.sin(angles_BTH)[:, :, None, :]
+    if config.rope_yarn is not None:
+        magnitude = config.rope_yarn[-1]
+        return cos * magnitude, sin * magnitude
     return cos, sin
+
+
+def local_turns(config: ModelConfig, positions_BT: jax.Array, base: float) -> Turns:
+    """Return `rope_turns` by another base, `rope_local_base`, and without any scaling."""
+    local = dataclasses.replace(
+        config,
+        rope_base=base,
+        rope_scale=1.0,
+        rope_llama3=None,
+        rope_yarn=None,
+    )
+    return rope_turns(local, positions_BT)
 
 
 def rotate(x_BTNH: jax.Array, turns: Turns) -> jax.Array:
     """Turn queries or keys by RoPE, half-split: dimension i turns with i + H/2.
 
     `x_BTNH`: [B, T, N or K, H]; its shape and type come back, computed in float32. `turns`: of
-    `rope_turns`. As in GPT-NeoX and Hugging Face's Llama. Weights whose convention turns 2i with
-    2i + 1 (Meta's, llama2.c's) need their q and k permuted.
+    `rope_turns`; where they are of fewer pairs than a head has, its last dimensions stay as they
+    are. As in GPT-NeoX and Hugging Face's Llama. Weights whose convention turns 2i with 2i + 1
+    (Meta's, llama2.c's) need their q and k permuted.
     """
     # In float32: in bfloat16 the angles of far positions would lose their last bits.
     cos, sin = turns
+    half = cos.shape[-1]
     x32 = x_BTNH.astype(jnp.float32)
-    first, second = jnp.split(x32, 2, axis=-1)
+    first, second, rest = jnp.split(x32, [half, 2 * half], axis=-1)
     turned_first = first * cos - second * sin
     turned_second = second * cos + first * sin
-    turned = jnp.concatenate([turned_first, turned_second], axis=-1)
+    turned = jnp.concatenate([turned_first, turned_second, rest], axis=-1)
     return turned.astype(x_BTNH.dtype)
 
 
@@ -195,31 +266,52 @@ def rotate(x_BTNH: jax.Array, turns: Turns) -> jax.Array:
 # For the backward pass x alone is kept: to compute the norm again is cheaper.
 @partial(jax.checkpoint, prevent_cse=False)
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """Divide `x` by its root mean square over the last axis, multiply it by `scale`, in float32.
+    """Divide `x` by its root mean square over the last axes, multiply it by `scale`, in float32.
 
-    Zhang and Sennrich 2019. `scale`: an array, one factor for each place of that axis. `eps` is
+    Zhang and Sennrich 2019. `scale`: an array of these axes, one factor for each place. `eps` is
     added to the mean square. Returns x's shape and type (float64 is computed in float32 too).
     """
+    axes = tuple(range(-scale.ndim, 0))
     x32 = x.astype(jnp.float32)
-    mean_square = jnp.mean(x32 * x32, axis=-1, keepdims=True)
+    mean_square = jnp.mean(x32 * x32, axis=axes, keepdims=True)
     normed = x32 * jax.lax.rsqrt(mean_square + eps) * scale
     return normed.astype(x.dtype)
 
 
-def scaled_norm(module: nn.Module, name: str, x: jax.Array) -> jax.Array:
-    """Apply RMSNorm to the last axis of `x` with the parameter `name` of `module` as its scale.
+# For the backward pass x alone is kept, as above.
+@partial(jax.checkpoint, prevent_cse=False)
+def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> jax.Array:
+    """Shift `x` to mean 0 and variance 1 over the last axes, scale it and add `bias`, in float32.
+
+    Ba et al. 2016. `scale`, `bias`: arrays of these axes. `eps` is added to the variance. Returns
+    x's shape and type.
+    """
+    axes = tuple(range(-scale.ndim, 0))
+    x32 = x.astype(jnp.float32)
+    centered = x32 - jnp.mean(x32, axis=axes, keepdims=True)
+    variance = jnp.mean(centered * centered, axis=axes, keepdims=True)
+    normed = centered * jax.lax.rsqrt(variance + eps) * scale + bias
+    return normed.astype(x.dtype)
+
+
+def scaled_norm(module: nn.Module, name: str, x: jax.Array, axes: int = 1) -> jax.Array:
+    """Apply a norm over the last `axes` of `x`, with the parameter `name` of `module` as scale.
 
     Call it inside a Flax `module` with a `config`, a ModelConfig, whose `norm_eps` is read; the
-    parameter, float32, of that axis' size, is created there. With `config.zero_centered_norm` it
-    is the scale less 1; the scale starts at 1. Returns x's shape and type.
+    parameter, float32, of those axes, is created there, and that of LayerNorm's bias. With
+    `config.zero_centered_norm` it is the scale less 1; the scale starts at 1. Returns x's shape
+    and type.
     """
     # Either way the scale starts at 1.
     config = module.config
-    shape = x.shape[-1:]
+    shape = x.shape[-axes:]
     if config.zero_centered_norm:
         scale = 1 + module.param(name, nn.initializers.zeros, shape)
     else:
         scale = module.param(name, nn.initializers.ones, shape)
+    if config.norm == "layer":
+        bias = module.param(f"{name}_bias", nn.initializers.zeros, shape)
+        return layer_norm(x, scale, bias, config.norm_eps)
     return rms_norm(x, scale, config.norm_eps)
 
 
@@ -270,13 +362,14 @@ class Attention(nn.Module):
         turns: Turns,
         cache: KVCache | None,
         layer: jax.Array,
+        window: int | jax.Array | None,
     ) -> tuple[jax.Array, KVCache | None]:
         """Return what the tokens see, [B, T, D], and the cache with their keys and values.
 
         `x_BTD`: normed residual stream, whose type comes back. `segment_ids_BT`: 0 is padding; not
         read with a cache in use. `turns`: of `rope_turns`. `cache`: stacked, or None, and then
         None comes back; its `length` and `valid_BS` stay. `layer`: the layer's number in the
-        cache, from 0.
+        cache, from 0. `window`: see kernels.attention.attention.
         """
         # Weights; o, which adds to the residual stream, starts smaller, by the depth.
         c = self.config
@@ -301,7 +394,10 @@ class Attention(nn.Module):
             q_MNH = plus_bias(q_MNH, self.param("q_bias", zeros, q_heads))
             k_MKH = plus_bias(k_MKH, self.param("k_bias", zeros, kv_heads))
             v_MKH = plus_bias(v_MKH, self.param("v_bias", zeros, kv_heads))
-        if c.qk_norm:
+        if c.qk_norm and c.qk_norm_over == "heads":
+            q_MNH = scaled_norm(self, "q_heads_norm", q_MNH, axes=2)
+            k_MKH = scaled_norm(self, "k_heads_norm", k_MKH, axes=2)
+        elif c.qk_norm:
             q_MNH = scaled_norm(self, "q_norm", q_MNH)
             k_MKH = scaled_norm(self, "k_norm", k_MKH)
 
@@ -311,6 +407,9 @@ class Attention(nn.Module):
         v_BTKH = v_MKH.reshape(batch, length, *kv_heads)
 
         # What the tokens attend to.
+        scores: dict[str, Any] = {"window": window, "soft_cap": c.attention_soft_cap}
+        if c.score_width is not None:
+            scores["scale"] = c.score_width**-0.5
         if cache is not None:
             cache = _with_tokens(cache, layer, k_BTKH, v_BTKH)
         if cache is not None and not cache.is_empty:
@@ -318,7 +417,7 @@ class Attention(nn.Module):
             k_BKSH = jax.lax.dynamic_index_in_dim(cache.k_LBKSH, layer, keepdims=False)
             v_BKSH = jax.lax.dynamic_index_in_dim(cache.v_LBKSH, layer, keepdims=False)
             out_BTNH = decode_attention(
-                q_BTNH, k_BKSH, v_BKSH, cache.valid_BS, cache.length, window=c.window
+                q_BTNH, k_BKSH, v_BKSH, cache.valid_BS, cache.length, **scores
             )
         else:
             # Training, or prefill of an empty cache: the tokens see one another only. That is
@@ -329,14 +428,16 @@ class Attention(nn.Module):
                 k_BTKH,
                 v_BTKH,
                 segment_ids=segment_ids_BT,
-                window=c.window,
                 ring=self.ring,
                 finite_padding=True,
+                **scores,
             )
 
         # Back to the width of the residual stream.
         out_MNH = flat(out_BTNH, *TOKEN_AXES)
         out_MD = linear(self, "...NH,NHD->...D", out_MNH, "o", o_NHD)
+        if c.o_bias:
+            out_MD = plus_bias(out_MD, self.param("o_bias", nn.initializers.zeros, (c.width,)))
         return out_MD.reshape(x_BTD.shape), cache
 
 
@@ -351,6 +452,17 @@ def _with_tokens(
     k_LBKSH = jax.lax.dynamic_update_slice(cache.k_LBKSH, k_1BKTH, start)
     v_LBKSH = jax.lax.dynamic_update_slice(cache.v_LBKSH, v_1BKTH, start)
     return dataclasses.replace(cache, k_LBKSH=k_LBKSH, v_LBKSH=v_LBKSH)
+
+
+def activation_of(config: ModelConfig) -> Callable[[jax.Array], jax.Array]:
+    """Return the activation of feed-forward layers."""
+    # The tanh approximation is Gemma's, up to 5e-4 from the exact one.
+    activations: dict[str, Callable[[jax.Array], jax.Array]] = {
+        "silu": nn.silu,
+        "gelu": nn.gelu,
+        "gelu_erf": partial(nn.gelu, approximate=False),
+    }
+    return activations[config.activation]
 
 
 class SwiGLU(nn.Module):
@@ -368,12 +480,7 @@ class SwiGLU(nn.Module):
         up_DF = self.param("up", _normal(c.width), in_shape)
         down_fan_in = c.mlp_width * 2 * c.layers
         down_FD = self.param("down", _normal(down_fan_in), (c.mlp_width, c.width))
-        # The tanh approximation is Gemma's, up to 5e-4 from the exact one.
-        activation = {
-            "silu": nn.silu,
-            "gelu": nn.gelu,
-            "gelu_erf": partial(nn.gelu, approximate=False),
-        }[c.activation]
+        activation = activation_of(c)
 
         # For the backward pass gate and up alone are kept.
         @partial(jax.checkpoint, prevent_cse=False)
@@ -384,13 +491,111 @@ class SwiGLU(nn.Module):
         x_MD = flat(x_BTD, *TOKEN_AXES)
         gate_MF = constrain_units(linear(self, "...D,DF->...F", x_MD, "gate", gate_DF))
         up_MF = constrain_units(linear(self, "...D,DF->...F", x_MD, "up", up_DF))
+        if c.mlp_bias:
+            zeros = nn.initializers.zeros
+            gate_MF = plus_bias(gate_MF, self.param("gate_bias", zeros, (c.mlp_width,)))
+            up_MF = plus_bias(up_MF, self.param("up_bias", zeros, (c.mlp_width,)))
         hidden_MF = gated(gate_MF, up_MF)
         out_MD = linear(self, "...F,FD->...D", hidden_MF, "down", down_FD)
+        if c.mlp_bias:
+            out_MD = plus_bias(out_MD, self.param("down_bias", zeros, (c.width,)))
         return out_MD.reshape(x_BTD.shape)
 
 
+class MLP(nn.Module):
+    """Feed-forward layer without a gate, as in GPT-NeoX."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        """Return down(activation(up(x))), [B, T, D], in x's type."""
+        # Weights as in SwiGLU.
+        c = self.config
+        zeros = nn.initializers.zeros
+        up_DF = self.param("up", _normal(c.width), (c.width, c.mlp_width))
+        down_fan_in = c.mlp_width * 2 * c.layers
+        down_FD = self.param("down", _normal(down_fan_in), (c.mlp_width, c.width))
+
+        # Each token by itself.
+        x_MD = flat(x_BTD, *TOKEN_AXES)
+        up_MF = constrain_units(linear(self, "...D,DF->...F", x_MD, "up", up_DF))
+        if c.mlp_bias:
+            up_MF = plus_bias(up_MF, self.param("up_bias", zeros, (c.mlp_width,)))
+        hidden_MF = activation_of(c)(up_MF)
+        out_MD = linear(self, "...F,FD->...D", hidden_MF, "down", down_FD)
+        if c.mlp_bias:
+            out_MD = plus_bias(out_MD, self.param("down_bias", zeros, (c.width,)))
+        return out_MD.reshape(x_BTD.shape)
+
+
+class MixtureOfExperts(nn.Module):
+    """Feed-forward layer of E experts, of which each token uses a few (Shazeer et al. 2017).
+
+    No token is dropped, whatever the load (MegaBlocks: Gale et al. 2023). Here M counts tokens, A
+    the choices of all tokens, `experts_per_token` each.
+    """
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        """Return the experts' weighted sum, [B, T, D] in x's type, and the balancing loss.
+
+        The loss is a float32 scalar, coefficient included, or None where that is 0.
+        """
+        # Weights of the router, and of all experts, as SwiGLU's.
+        c = self.config
+        in_shape = (c.experts, c.width, c.mlp_width)
+        down_fan_in = c.mlp_width * 2 * c.layers
+        router_DE = self.param("router", _normal(c.width), (c.width, c.experts))
+        gate_EDF = self.param("expert_gate", _normal(c.width), in_shape)
+        up_EDF = self.param("expert_up", _normal(c.width), in_shape)
+        down_EFD = self.param(
+            "expert_down", _normal(down_fan_in), (c.experts, c.mlp_width, c.width)
+        )
+
+        # The experts of each token, in float32: their order hangs on small differences.
+        x_MD = x_BTD.reshape(-1, c.width)
+        logits_ME = jnp.einsum(
+            "MD,DE->ME", x_MD.astype(jnp.float32), router_DE, precision="highest"
+        )
+        shares_ME = jax.nn.softmax(logits_ME, axis=-1)
+        chosen_MC, experts_MC = jax.lax.top_k(shares_ME, c.experts_per_token)
+        if c.router_norm:
+            chosen_MC /= chosen_MC.sum(axis=-1, keepdims=True)
+
+        # The choices in the order of the experts, so that each has an unbroken run of rows.
+        experts_A = experts_MC.reshape(-1)
+        order_A = jnp.argsort(experts_A)
+        token_A = order_A // c.experts_per_token
+        load_E = jnp.bincount(experts_A, length=c.experts).astype(jnp.int32)
+        x_AD = x_MD[token_A]
+
+        def by_expert(rows: jax.Array, weights: jax.Array) -> jax.Array:
+            return jax.lax.ragged_dot(rows, weights.astype(rows.dtype), load_E)
+
+        hidden_AF = activation_of(c)(by_expert(x_AD, gate_EDF)) * by_expert(x_AD, up_EDF)
+        out_AD = by_expert(hidden_AF, down_EFD)
+
+        # Each token's sum, in float32.
+        weight_A1 = chosen_MC.reshape(-1)[order_A][:, None]
+        sum_MD = jnp.zeros(x_MD.shape, jnp.float32)
+        sum_MD = sum_MD.at[token_A].add(out_AD.astype(jnp.float32) * weight_A1)
+        out_BTD = sum_MD.astype(x_BTD.dtype).reshape(x_BTD.shape)
+        if not c.router_loss_coef:
+            return out_BTD, None
+
+        # Fedus et al. 2021 (Switch), eq. 4: load times mean share, of which the share alone has a
+        # derivative. Tokens of padding count too.
+        load_share_E = load_E / x_MD.shape[0]
+        mean_share_E = shares_ME.mean(axis=0)
+        loss = c.experts * jnp.sum(load_share_E * mean_share_E)
+        return out_BTD, c.router_loss_coef * loss / c.layers
+
+
 class Block(nn.Module):
-    """One pre-norm layer. layers.py runs it; the carry is its input and its output.
+    """One layer. layers.py runs it; the carry is its input and its output.
 
     `ring`: devices over which the tokens are striped (kernels/ring.py); segment ids are not.
     """
@@ -403,26 +608,52 @@ class Block(nn.Module):
         self,
         carry: Carry,
         segment_ids_BT: jax.Array,
-        turns: Turns,
+        turns: Turns | TurnsByWindow,
+        has_window: jax.Array | None = None,
     ) -> tuple[Carry, jax.Array | None]:
         """Return (residual stream, cache, number of the next layer), and its auxiliary loss.
 
         `carry`: (residual stream [B, T, D], cache or None, this layer's number, from 0). `turns`:
-        of `rope_turns`. This layer has no such loss: a mixture of experts returns its
-        load-balancing loss in place of None, a float32 scalar, coefficient included.
+        of `rope_turns`. `has_window`: this layer's, a bool, where layers differ in that; None: all
+        have config.window. The loss is a mixture of experts', of which each token's mean is meant:
+        a float32 scalar, coefficient included; others have None.
         """
         # Tokens see tokens before them.
+        c = self.config
         x_BTD, cache, layer = carry
-        normed_BTD = scaled_norm(self, "attention_norm", x_BTD)
-        attention_layer = Attention(self.config, self.ring, name="attention")
-        attended_BTD, cache = attention_layer(normed_BTD, segment_ids_BT, turns, cache, layer)
+        window: int | jax.Array | None = c.window
+        if window is not None and has_window is not None:
+            window = jnp.where(has_window, window, EVERY_TOKEN)
+        if isinstance(turns, TurnsByWindow):
+            choose = partial(jnp.where, has_window)
+            own_turns: Turns = jax.tree.map(choose, turns.with_window, turns.without_window)
+        else:
+            own_turns = turns
+        input_BTD = self.normed("attention_norm", x_BTD, c.norms != "after")
+        attention_layer = Attention(c, self.ring, name="attention")
+        attended_BTD, cache = attention_layer(
+            input_BTD, segment_ids_BT, own_turns, cache, layer, window
+        )
+        attended_BTD = self.normed("attention_out_norm", attended_BTD, c.norms != "before")
+        layer_input_BTD = x_BTD
         x_BTD = constrain_residual(x_BTD + attended_BTD)
 
         # Each token by itself.
-        normed_BTD = scaled_norm(self, "mlp_norm", x_BTD)
-        mlp_layer = SwiGLU(self.config, name="mlp")
-        x_BTD = constrain_residual(x_BTD + mlp_layer(normed_BTD))
-        return (x_BTD, cache, layer + 1), None
+        read_BTD = layer_input_BTD if c.parallel_residual else x_BTD
+        input_BTD = self.normed("mlp_norm", read_BTD, c.norms != "after")
+        loss = None
+        if c.experts:
+            fed_BTD, loss = MixtureOfExperts(c, name="mlp")(input_BTD)
+        else:
+            mlp_layer = SwiGLU(c, name="mlp") if c.gated else MLP(c, name="mlp")
+            fed_BTD = mlp_layer(input_BTD)
+        out_BTD = self.normed("mlp_out_norm", fed_BTD, c.norms != "before")
+        x_BTD = constrain_residual(x_BTD + out_BTD)
+        return (x_BTD, cache, layer + 1), loss
+
+    def normed(self, name: str, x_BTD: jax.Array, is_there: bool) -> jax.Array:
+        """Return `x_BTD` after the norm `name`, where that `is_there`, or else as it is."""
+        return scaled_norm(self, name, x_BTD) if is_there else x_BTD
 
 
 # --- the decoder and its heads
@@ -473,6 +704,16 @@ def _embedded_backward(dtype, saved, cotangent_BTD):
 embedded.defvjp(_embedded_forward, _embedded_backward)
 
 
+def _own(config: ModelConfig) -> tuple[np.ndarray, ...]:
+    """Return what each layer has for itself: if it has the window, where that makes layers differ.
+
+    They differ where some have one and some have none, and where RoPE is another in it.
+    """
+    has_window_L = np.array(config.windowed_layers)
+    differ = not has_window_L.all() or config.rope_local_base is not None
+    return (has_window_L,) if has_window_L.any() and differ else ()
+
+
 class Decoder(nn.Module):
     """Embedding, layers, final norm. `microbatches`: of a pipeline, if the mesh has stages."""
 
@@ -514,11 +755,15 @@ class Decoder(nn.Module):
             x_BTD *= jnp.asarray(c.width**0.5, x_BTD.dtype)
 
         # The layers. A cache first learns which of its new slots hold a real token.
-        turns = rope_turns(c, positions_BT)
+        own = _own(c)
+        turns: Turns | TurnsByWindow = rope_turns(c, positions_BT)
+        if own and c.rope_local_base is not None:
+            local = local_turns(c, positions_BT, c.rope_local_base)
+            turns = TurnsByWindow(rope_turns(c, positions_BT), local)
         if cache is not None:
             cache = _with_valid(cache, segment_ids_BT)
         x_BTD, cache, auxiliary_loss = run_layers(
-            self, Block, ring, x_BTD, cache, (segment_ids_BT, turns)
+            self, Block, ring, x_BTD, cache, (segment_ids_BT, turns), own
         )
         if cache is not None:
             used = cache.length + length
@@ -561,7 +806,14 @@ def _logits_backward(saved, cotangent_MV):
 unrounded_logits.defvjp(_logits_forward, _logits_backward)
 
 
-def unembed(x_BTD: jax.Array, unembed_DV: jax.Array) -> jax.Array:
+def with_soft_cap(config: ModelConfig, unembed_DV: jax.Array) -> Unembedding:
+    """Return the unembedding of a model whose logits may have a soft cap."""
+    if config.logit_soft_cap is None:
+        return unembed_DV
+    return SoftCapped(unembed_DV, config.logit_soft_cap)
+
+
+def unembed(x_BTD: jax.Array, unembed_DV: Unembedding) -> jax.Array:
     """Return the logits [B, T, V] of hidden states: float32, or float64 where these are.
 
     `x_BTD` and `unembed_DV`: of a LanguageOutput, or a slice of its positions; the second is cast
@@ -569,7 +821,11 @@ def unembed(x_BTD: jax.Array, unembed_DV: jax.Array) -> jax.Array:
     to x's type on the way: at 16 that would be by 0.06.
     """
     x_MD = flat(x_BTD, "stage", "sequence")
-    logits_MV = unrounded_logits(x_MD, unembed_DV.astype(x_MD.dtype))
+    if isinstance(unembed_DV, SoftCapped):
+        logits_MV = unrounded_logits(x_MD, unembed_DV.matrix_DV.astype(x_MD.dtype))
+        logits_MV = unembed_DV.cap * jnp.tanh(logits_MV / unembed_DV.cap)
+    else:
+        logits_MV = unrounded_logits(x_MD, unembed_DV.astype(x_MD.dtype))
     batch, length, _ = x_BTD.shape
     return logits_MV.reshape(batch, length, -1)
 
@@ -599,7 +855,7 @@ class LanguageModel(nn.Module):
             unembed_DV = embed_VD.T
         else:
             unembed_DV = self.param("unembed", _normal(c.width), (c.width, c.vocab))
-        return LanguageOutput(x_BTD, unembed_DV, cache, auxiliary_loss)
+        return LanguageOutput(x_BTD, with_soft_cap(c, unembed_DV), cache, auxiliary_loss)
 
 
 class ScalarModel(nn.Module):
@@ -625,7 +881,8 @@ class ScalarModel(nn.Module):
         # Accelerators would round its factors to half of float32's bits.
         products_BT = jnp.einsum("BTD,D->BT", x32_BTD, head_D, precision="highest")
         scalars_BT = products_BT + bias
-        return ScalarOutput(scalars_BT, x_BTD, embed_VD.T, auxiliary_loss)
+        unembed_DV = with_soft_cap(c, embed_VD.T)
+        return ScalarOutput(scalars_BT, x_BTD, unembed_DV, auxiliary_loss)
 
 
 def init_and_apply(model: nn.Module) -> tuple[Callable[[jax.Array], Params], Callable[..., Any]]:

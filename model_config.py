@@ -6,7 +6,7 @@ from typing import Literal
 import jax.numpy as jnp
 
 from runtime.errors import UserError
-from runtime.ranges import ABOVE_0, AT_LEAST_1, check_ranges
+from runtime.ranges import ABOVE_0, AT_LEAST_0, AT_LEAST_1, Range, check_ranges
 from runtime.run_folder import load_model_config
 from sharding import platform
 
@@ -21,9 +21,17 @@ RANGES = {
     "context": AT_LEAST_1,
     "window": AT_LEAST_1,
     "rope_base": AT_LEAST_1,
+    "rope_local_base": AT_LEAST_1,
     "rope_scale": ABOVE_0,
+    "rope_share": Range(low=0, high=1, without_low=True),
     "rope_llama3": ABOVE_0,
+    "rope_yarn": ABOVE_0,
     "norm_eps": ABOVE_0,
+    "experts_per_token": AT_LEAST_1,
+    "router_loss_coef": AT_LEAST_0,
+    "score_width": ABOVE_0,
+    "attention_soft_cap": ABOVE_0,
+    "logit_soft_cap": ABOVE_0,
 }
 """Ranges of ModelConfig's numbers (runtime/ranges.py)."""
 
@@ -40,7 +48,7 @@ class ModelConfig:
     width: int = 128
     """Model width D."""
     mlp_width: int = 256
-    """Hidden width F of SwiGLU."""
+    """Hidden width F of the feed-forward layers."""
     layers: int = 4
     """Number of blocks L."""
     heads: int = 4
@@ -55,24 +63,64 @@ class ModelConfig:
     # Positions
     rope_base: float = 10_000.0
     """Base of RoPE's frequencies."""
+    rope_local_base: float | None = None
+    """Base in layers that have the window, where neither `rope_scale` nor another scaling applies
+    (Gemma 3); None: as in the others."""
     rope_scale: float = 1.0
     """Positions are multiplied by this (linear interpolation)."""
     rope_llama3: tuple[float, float, float, float] | None = None
     """Llama 3.1 frequency scaling: factor, low and high frequency factor, original context."""
+    rope_yarn: tuple[float, float, float, float, float] | None = None
+    """YaRN: factor, rotations from which a pair is kept, rotations below which it is stretched
+    whole, original context, and what cosines and sines are multiplied by."""
+    rope_share: float = 1.0
+    """Share of a head's width that RoPE turns, its first numbers (Phi 3, GPT-NeoX); the rest stays
+    as it is."""
 
     # What models differ in
+    norm: Literal["rms", "layer"] = "rms"
+    """RMSNorm, or LayerNorm with a bias (GPT-NeoX)."""
     norm_eps: float = 1e-5
-    """Added to the mean square in RMSNorm."""
+    """Added to the mean square, or the variance, in norms."""
     tied: bool = True
     """Unembed with the embedding's transpose."""
     qkv_bias: bool = False
     """Bias on q, k, v (Qwen 2)."""
+    o_bias: bool = False
+    """Bias on the way back from the heads."""
+    mlp_bias: bool = False
+    """Biases of the feed-forward layers."""
     qk_norm: bool = False
-    """RMSNorm on each q and k head before RoPE (Qwen 3)."""
+    """RMSNorm on q and k before RoPE (Qwen 3)."""
+    qk_norm_over: Literal["head", "heads"] = "head"
+    """Numbers that this norm is over: each head's (Qwen 3), or those of all heads (OLMo 2)."""
+    norms: Literal["before", "after", "both"] = "before"
+    """Where a layer's norms are: before attention and the feed-forward layer, after them, or both
+    (OLMo 2: after; Gemma 2: both)."""
     window: int | None = None
     """Sliding window of attention, in tokens (Mistral 7B v0.1); None: every earlier token."""
+    window_pattern: tuple[bool, ...] = (True,)
+    """Layers that have the window, a pattern repeated over them: True False is Gemma 2's."""
+    score_width: float | None = None
+    """Attention scores are divided by the square root of this; None: of head_dim (Gemma 2)."""
+    attention_soft_cap: float | None = None
+    """Scores s become cap tanh(s / cap); None: they stay (Gemma 2)."""
+    logit_soft_cap: float | None = None
+    """The same of the logits."""
     activation: Literal["silu", "gelu", "gelu_erf"] = "silu"
-    """Gate of the feed-forward layers; gelu is its tanh approximation (Gemma), gelu_erf exact."""
+    """Of the feed-forward layers; gelu is its tanh approximation (Gemma), gelu_erf exact."""
+    gated: bool = True
+    """The activation gates another branch (SwiGLU); False: there is no other (GPT-NeoX)."""
+    experts: int = 0
+    """Experts E of each feed-forward layer (Mixtral, Qwen 3); 0: it is one network."""
+    experts_per_token: int = 2
+    """Experts that each token goes to."""
+    router_norm: bool = True
+    """The weights of a token's experts add up to 1; False: they stay shares among all experts."""
+    router_loss_coef: float = 0.001
+    """Coefficient of the loss that balances the experts' load; 0: there is none."""
+    parallel_residual: bool = False
+    """The feed-forward layer reads a layer's input, not what attention made of it (GPT-NeoX)."""
     scale_embedding: bool = False
     """Multiply embedded tokens by sqrt(D) (Gemma)."""
     zero_centered_norm: bool = False
@@ -87,8 +135,9 @@ class ModelConfig:
 
     def __post_init__(self):
         # A stored config is JSON, which has lists only.
-        if self.rope_llama3 is not None:
-            object.__setattr__(self, "rope_llama3", tuple(self.rope_llama3))
+        for name in ("rope_llama3", "rope_yarn", "window_pattern"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, tuple(getattr(self, name)))
         # Numbers that no model can have.
         check_ranges(self, RANGES, "model.")
         # Each key/value head serves as many query heads; RoPE turns pairs.
@@ -99,11 +148,45 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise UserError(f"--model.head_dim={self.head_dim}: RoPE needs an even width")
+        if self.rope_width < 2 or self.rope_width % 2:
+            raise UserError(
+                f"--model.rope_share={self.rope_share}: RoPE needs an even width, not "
+                f"{self.rope_width} of the {self.head_dim} numbers of a head"
+            )
+        if not any(self.window_pattern):
+            raise UserError(
+                f"--model.window_pattern={self.window_pattern}: no layer has the window; "
+                "set --model.window=None"
+            )
+        self._check_experts()
         # Llama 3.1 interpolates from the low frequency factor up to the high one.
         if self.rope_llama3 is not None and not self.rope_llama3[1] < self.rope_llama3[2]:
             raise UserError(
                 f"--model.rope_llama3={self.rope_llama3}: its low frequency factor must be below "
                 "the high one"
+            )
+        if self.rope_yarn is not None and self.rope_llama3 is not None:
+            raise UserError(
+                f"--model.rope_yarn={self.rope_yarn}: not with --model.rope_llama3; "
+                "set one of the two to None"
+            )
+        if self.rope_yarn is not None and not self.rope_yarn[2] < self.rope_yarn[1]:
+            raise UserError(
+                f"--model.rope_yarn={self.rope_yarn}: its third number must be below its second"
+            )
+
+    def _check_experts(self) -> None:
+        """Raise UserError for experts that no layer can have."""
+        # A token goes to different experts; each of them is a SwiGLU.
+        if self.experts and self.experts_per_token > self.experts:
+            raise UserError(
+                f"--model.experts_per_token={self.experts_per_token}: more than "
+                f"--model.experts={self.experts}; lower it"
+            )
+        if self.experts and (self.mlp_bias or not self.gated):
+            raise UserError(
+                f"--model.experts={self.experts}: experts are gated and without biases; "
+                "leave --model.mlp_bias and --model.gated out"
             )
 
     @staticmethod
@@ -112,6 +195,20 @@ class ModelConfig:
         if name not in PRESETS:
             raise UserError(f"--model.preset={name}: unknown; choose one of {', '.join(PRESETS)}")
         return PRESETS[name]
+
+    @property
+    def rope_width(self) -> int:
+        """Return how many numbers of a head RoPE turns: a property."""
+        return int(self.head_dim * self.rope_share)
+
+    @property
+    def windowed_layers(self) -> tuple[bool, ...]:
+        """Return for each layer if it has the window: a property."""
+        repeats = -(-self.layers // len(self.window_pattern))
+        pattern = self.window_pattern * repeats
+        return tuple(
+            self.window is not None and has_window for has_window in pattern[: self.layers]
+        )
 
     @property
     def compute_dtype(self) -> jnp.dtype:
@@ -225,6 +322,138 @@ _PRESETS = (
         context=32768,
         tied=False,
         window=4096,
+        remat="full",
+    ),
+    ModelConfig(
+        preset="qwen3-30b-a3b",
+        vocab=151936,
+        width=2048,
+        mlp_width=768,
+        layers=48,
+        heads=32,
+        kv_heads=4,
+        head_dim=128,
+        context=40960,
+        rope_base=1_000_000.0,
+        norm_eps=1e-06,
+        tied=False,
+        qk_norm=True,
+        experts=128,
+        experts_per_token=8,
+        remat="full",
+    ),
+    ModelConfig(
+        preset="mixtral-8x7b",
+        vocab=32000,
+        width=4096,
+        mlp_width=14336,
+        layers=32,
+        heads=32,
+        kv_heads=8,
+        head_dim=128,
+        context=32768,
+        rope_base=1_000_000.0,
+        tied=False,
+        experts=8,
+        router_loss_coef=0.02,
+        remat="full",
+    ),
+    ModelConfig(
+        preset="phi3-mini",
+        vocab=32064,
+        width=3072,
+        mlp_width=8192,
+        layers=32,
+        heads=32,
+        kv_heads=32,
+        head_dim=96,
+        context=4096,
+        tied=False,
+        window=2047,
+        remat="full",
+    ),
+    ModelConfig(
+        preset="pythia-1b",
+        vocab=50304,
+        width=2048,
+        mlp_width=8192,
+        layers=16,
+        heads=8,
+        kv_heads=8,
+        head_dim=256,
+        context=2048,
+        rope_share=0.25,
+        norm="layer",
+        tied=False,
+        qkv_bias=True,
+        o_bias=True,
+        mlp_bias=True,
+        activation="gelu_erf",
+        gated=False,
+        parallel_residual=True,
+        remat="full",
+    ),
+    ModelConfig(
+        preset="gemma2-2b",
+        vocab=256000,
+        width=2304,
+        mlp_width=9216,
+        layers=26,
+        heads=8,
+        kv_heads=4,
+        head_dim=256,
+        context=8192,
+        norm_eps=1e-06,
+        norms="both",
+        window=4096,
+        window_pattern=(True, False),
+        score_width=256.0,
+        attention_soft_cap=50.0,
+        logit_soft_cap=30.0,
+        activation="gelu",
+        scale_embedding=True,
+        zero_centered_norm=True,
+        remat="full",
+    ),
+    ModelConfig(
+        preset="gemma3-1b",
+        vocab=262144,
+        width=1152,
+        mlp_width=6912,
+        layers=26,
+        heads=4,
+        kv_heads=1,
+        head_dim=256,
+        context=32768,
+        rope_base=1_000_000.0,
+        rope_local_base=10_000.0,
+        norm_eps=1e-06,
+        qk_norm=True,
+        norms="both",
+        window=512,
+        window_pattern=(True, True, True, True, True, False),
+        score_width=256.0,
+        activation="gelu",
+        scale_embedding=True,
+        zero_centered_norm=True,
+        remat="full",
+    ),
+    ModelConfig(
+        preset="olmo2-7b",
+        vocab=100352,
+        width=4096,
+        mlp_width=11008,
+        layers=32,
+        heads=32,
+        kv_heads=32,
+        head_dim=128,
+        context=4096,
+        rope_base=500_000.0,
+        norm_eps=1e-06,
+        tied=False,
+        qk_norm=True,
+        qk_norm_over="heads",
+        norms="after",
         remat="full",
     ),
 )

@@ -267,8 +267,8 @@ def with_copied_heads(params: Params, copies: int) -> Params:
         return params
 
     def copied(path: tuple[Any, ...], leaf: Array) -> Array:
-        # k and v, their biases, and the outputs of their adapters: [..., K, H].
-        is_by_head = re.search(r"attention/[kv](_bias|_b)?$", path_name(path))
+        # k and v, their biases, a norm over all heads, the outputs of adapters: [..., K, H].
+        is_by_head = re.search(r"attention/[kv](_bias|_b|_heads_norm(_bias)?)?$", path_name(path))
         return jnp.repeat(leaf, copies, axis=-2) if is_by_head else leaf
 
     return jax.tree_util.tree_map_with_path(copied, params)

@@ -24,7 +24,16 @@ from train_step import TrainState
 # What a run may compute with otherwise than the run it starts from, none of it a parameter: how
 # it is computed, and positions, so that a model can be trained on for a longer context.
 NOT_COMPARED = ("preset", "dtype", "remat")
-POSITIONS = ("context", "rope_base", "rope_scale", "rope_llama3", "window")
+POSITIONS = (
+    "context",
+    "rope_base",
+    "rope_local_base",
+    "rope_scale",
+    "rope_llama3",
+    "rope_yarn",
+    "window",
+    "window_pattern",
+)
 
 Init = Callable[[jax.Array], Params]
 """init(key) -> random parameters."""

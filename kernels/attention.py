@@ -345,7 +345,7 @@ def attention(
     *,
     segment_ids: jax.Array | SharedRows | None = None,
     causal: bool = True,
-    window: int | None = None,
+    window: int | jax.Array | None = None,
     soft_cap: float | None = None,
     scale: float | None = None,
     implementation: Implementation = "auto",
@@ -354,16 +354,17 @@ def attention(
 ) -> jax.Array:
     """Return self-attention (T = S) with grouped queries, [B, T, N, H] in q's type.
 
-    `segment_ids` [B, T]: a token sees its own segment only, an unbroken run of one id (the same
-    id again is another segment); 0 is padding, which sees nothing and is not seen. SharedRows in
+    `segment_ids` [B, T]: a token sees its own segment only, an unbroken run of one id (the same id
+    again is another segment); 0 is padding, which sees nothing and is not seen. SharedRows in
     their place: of the rows, for tokens in slots (kernels/layouts.py), causal only. `window`: a
-    token sees itself and the window - 1 tokens before it. `soft_cap`: scores become soft_cap *
-    tanh(scores / soft_cap) (Gemma 2). `scale` defaults to 1/sqrt(H). A row that sees nothing
-    gives zeros. Under a mesh every implementation but the reference runs on each device's own
-    rows and heads. `ring`: devices of the mesh's sequence axis over which the tokens of q, k, v
-    and the result, though not of `segment_ids`, are striped (kernels/ring.py). Infinity and NaN at
-    padding reach no other token in `reference` and `xla_chunked`, for q, k and v are set to 0
-    there; with `finite_padding` the caller says that there is none, which saves that pass.
+    token sees itself and the window - 1 tokens before it; every implementation but `library` takes
+    it as an array too. `soft_cap`: scores become soft_cap * tanh(scores / soft_cap) (Gemma 2).
+    `scale` defaults to 1/sqrt(H). A row that sees nothing gives zeros. Under a mesh every
+    implementation but the reference runs on each device's own rows and heads. `ring`: devices of
+    the mesh's sequence axis over which the tokens of q, k, v and the result, though not of
+    `segment_ids`, are striped (kernels/ring.py). Infinity and NaN at padding reach no other token
+    in `reference` and `xla_chunked`, for q, k and v are set to 0 there; with `finite_padding` the
+    caller says that there is none, which saves that pass.
 
     Raises UserError where the implementation asked for does not serve the shape.
     """
@@ -421,7 +422,7 @@ def slot_distances(length: int, slots: int, at: jax.Array) -> jax.Array:
 
 
 def seen_slots(
-    valid_BS: jax.Array, length: int, at: jax.Array, window: int | None = None
+    valid_BS: jax.Array, length: int, at: jax.Array, window: int | jax.Array | None = None
 ) -> jax.Array:
     """Return [B, T, S] bool: the slots that each of `length` new tokens sees, its own among them.
 
@@ -445,7 +446,7 @@ def decode_attention(
     valid_BS: jax.Array,
     at: jax.Array,
     *,
-    window: int | None = None,
+    window: int | jax.Array | None = None,
     soft_cap: float | None = None,
     scale: float | None = None,
 ) -> jax.Array:

@@ -43,7 +43,7 @@ def visible_ranges(
     length: int,
     segment_ids: jax.Array | None,
     causal: bool,
-    window: int | None,
+    window: int | jax.Array | None,
 ) -> tuple[Ranges, Ranges]:
     """Return (the keys that each query sees, the queries that see each key), both [B, T].
 

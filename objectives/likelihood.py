@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import get_abstract_mesh
 
-from model import Params, unembed
+from model import Params, Unembedding, unembed
 from sharding import along
 
 Apply = Callable[..., Any]
@@ -83,7 +83,7 @@ _label_logprobs.defvjp(_label_logprobs_forward, _label_logprobs_backward)
 
 
 def hidden_logprobs(
-    x_BTD: jax.Array, unembed_DV: jax.Array, labels_BT: jax.Array, temperature: float = 1.0
+    x_BTD: jax.Array, unembed_DV: Unembedding, labels_BT: jax.Array, temperature: float = 1.0
 ) -> jax.Array:
     """Return `label_logprobs` of logits / temperature, [B, T] float32 nats, from hidden states.
 

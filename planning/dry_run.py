@@ -249,9 +249,17 @@ SIZES = {
     "k": (None, "width", "kv_heads", None),
     "v": (None, "width", "kv_heads", None),
     "o": (None, "heads", None, "width"),
+    "q_heads_norm": (None, "heads", None),
+    "k_heads_norm": (None, "kv_heads", None),
     "gate": (None, "width", "mlp_width"),
     "up": (None, "width", "mlp_width"),
     "down": (None, "mlp_width", "width"),
+    "router": (None, "width", "experts"),
+    "expert_gate": (None, "experts", "width", None),
+    "expert_up": (None, "experts", "width", None),
+    "expert_down": (None, "experts", None, "width"),
+    "gate_bias": (None, "mlp_width"),
+    "up_bias": (None, "mlp_width"),
 }
 LARGE = 0.05
 """Share of what a device holds of the parameters, from which one of them is large."""

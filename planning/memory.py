@@ -30,18 +30,46 @@ GB = 1e9
 
 def parameter_count(model: ModelConfig) -> int:
     """Count the parameters of a language model of this shape."""
-    # A layer: attention, the feed-forward layer, two norms.
-    heads_width = model.heads * model.head_dim
-    kv_width = model.kv_heads * model.head_dim
-    attention = 2 * model.width * (heads_width + kv_width)
-    if model.qkv_bias:
-        attention += heads_width + 2 * kv_width
-    if model.qk_norm:
-        attention += 2 * model.head_dim
-    layer = attention + 3 * model.width * model.mlp_width + 2 * model.width
+    # By arithmetic, before anything is traced; tests/test_memory.py counts the arrays.
+    norm = _norm_parameters(model, model.width)
+    norms = 4 if model.norms == "both" else 2
+    layer = _attention_parameters(model) + _mlp_parameters(model) + norms * norm
     # The embedding, the final norm, and an unembedding of its own.
     tables = model.vocab * model.width * (1 if model.tied else 2)
-    return model.layers * layer + tables + model.width
+    return model.layers * layer + tables + norm
+
+
+def _norm_parameters(model: ModelConfig, width: int) -> int:
+    """Count the parameters of a norm over `width` numbers: a scale, and LayerNorm's bias."""
+    return width * (2 if model.norm == "layer" else 1)
+
+
+def _attention_parameters(model: ModelConfig) -> int:
+    """Count the parameters of a layer's attention."""
+    heads_width = model.heads * model.head_dim
+    kv_width = model.kv_heads * model.head_dim
+    count = 2 * model.width * (heads_width + kv_width)
+    if model.qkv_bias:
+        count += heads_width + 2 * kv_width
+    if model.o_bias:
+        count += model.width
+    if model.qk_norm:
+        is_of_a_head = model.qk_norm_over == "head"
+        normed = 2 * model.head_dim if is_of_a_head else heads_width + kv_width
+        count += _norm_parameters(model, normed)
+    return count
+
+
+def _mlp_parameters(model: ModelConfig) -> int:
+    """Count the parameters of a layer's feed-forward layer."""
+    # From the model's width to the hidden one, once or twice, and back.
+    ways_in = 2 if model.gated else 1
+    count = (ways_in + 1) * model.width * model.mlp_width
+    if model.experts:
+        count = model.experts * (count + model.width)
+    if model.mlp_bias:
+        count += ways_in * model.mlp_width + model.width
+    return count
 
 
 def needed_bytes(config: Any, axes: Mapping[str, int]) -> dict[str, float]:

@@ -80,9 +80,11 @@ def forward_flops(config: ModelConfig, rows: int, length: int, unembedded: float
 
     `unembedded`: positions a row that become logits. Causal attention counts half.
     """
-    # q and o for each query head, k and v for each key/value head; then SwiGLU's three.
+    # q and o for each query head, k and v for each key/value head; then SwiGLU's three, or two.
     projections = 2 * config.width * (config.heads + config.kv_heads) * config.head_dim
-    mlp = 3 * config.width * config.mlp_width
+    mlp = (3 if config.gated else 2) * config.width * config.mlp_width
+    if config.experts:
+        mlp = config.experts_per_token * mlp + config.width * config.experts
     attention = 2 * length * length * config.heads * config.head_dim
     layers = config.layers * (2 * length * (projections + mlp) + attention)
     return rows * (layers + 2 * unembedded * config.vocab * config.width)

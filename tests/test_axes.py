@@ -44,6 +44,24 @@ CONFIG = dataclasses.replace(
     qk_norm=True,
     dtype="float32",
 )
+MIXED = {
+    "window": 5,
+    "window_pattern": (True, False),
+    "attention_soft_cap": 2.0,
+    "norms": "both",
+    "rope_local_base": 100.0,
+}
+UNLIKE_LLAMA = {
+    "norm": "layer",
+    "qk_norm_over": "heads",
+    "qkv_bias": True,
+    "o_bias": True,
+    "mlp_bias": True,
+    "gated": False,
+    "parallel_residual": True,
+    "logit_soft_cap": 3.0,
+}
+EXPERTS = {"experts": 4, "router_loss_coef": 0.0}
 OPTIMIZER = make_optimizer(OptimizerConfig(lr=3e-3, warmup=1), 5)
 
 
@@ -320,7 +338,15 @@ def test_parts_of_a_chunked_loss_are_of_all_devices(monkeypatch):
     "sizes", [{"sequence": 4, "data": 2}, {"stage": 2, "sequence": 2, "tensor": 2}]
 )
 @pytest.mark.parametrize(
-    "change", [{"window": 5}, {"remat": "full", "tied": False}, {"qkv_bias": True, **GEMMA}]
+    "change",
+    [
+        {"window": 5},
+        MIXED,
+        UNLIKE_LLAMA,
+        EXPERTS,
+        {"remat": "full", "tied": False},
+        {"qkv_bias": True, **GEMMA},
+    ],
 )
 def test_variants_of_the_model_equal_one_device(sizes, change):
     changed = dataclasses.replace(CONFIG, **change)

@@ -245,8 +245,12 @@ def test_attention_over_slots_sees_each_token_s_own_beginning(
     assert largest_difference(gotten, wanted) < 1e-5
 
 
-def test_a_model_with_a_window_sees_through_it(rng):
-    init, apply = init_and_apply(LanguageModel(dataclasses.replace(CONFIG, window=3)))
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"window_pattern": (False, True), "rope_local_base": 50.0, "logit_soft_cap": 2.0}],
+)
+def test_a_model_with_a_window_sees_through_it(fields, rng):
+    init, apply = init_and_apply(LanguageModel(dataclasses.replace(CONFIG, window=3, **fields)))
     batch = groups()
     params = init(jax.random.key(1))
     run = jax.jit(partial(run_model, apply))

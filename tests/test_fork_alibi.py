@@ -14,6 +14,7 @@ from model_config import PRESETS
 from objectives.likelihood import inputs, token_logprobs
 from objectives.unpadded import Room, run_model, with_room
 from rollout import join_responses
+from runtime.errors import UserError
 from sampling import SamplingConfig, generate
 from slots import generate_in_slots
 
@@ -42,6 +43,13 @@ def in_loops(q_BTNH, k_BTKH, v_BTKH, segments_BT, slopes_N):
         weights = np.exp(scores - scores.max())
         out[b, t, n] = weights @ v_BTKH[b, seen, n // group] / weights.sum()
     return out
+
+
+def test_fields_that_it_does_not_have_are_refused():
+    changed = dataclasses.replace(CONFIG, logit_soft_cap=30.0)
+    init, _ = alibi.init_and_apply(alibi.LanguageModel(changed))
+    with pytest.raises(UserError, match=r"--model.logit_soft_cap=30.0: .* has none; leave it out"):
+        jax.eval_shape(init, jax.random.key(0))
 
 
 def test_attention_equals_loops():

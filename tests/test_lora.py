@@ -1,5 +1,6 @@
 """Adapters: the base at first, the chain rule in float64, and they alone in a script's runs."""
 
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -47,8 +48,9 @@ def largest_gap(one, other):
 
 
 @pytest.mark.parametrize("model", [LanguageModel, ScalarModel])
-def test_adapters_start_as_the_base_and_merge_to_what_they_do(model):
-    params, apply = make(TINY, model)
+@pytest.mark.parametrize("shape", [TINY, dataclasses.replace(TINY, gated=False)])
+def test_adapters_start_as_the_base_and_merge_to_what_they_do(model, shape):
+    params, apply = make(shape, model)
     inputs = rows(random_tokens(2, 7), (0, 2))
 
     def out(tree):

@@ -3,14 +3,16 @@
 import dataclasses
 import re
 
+import jax
 import pytest
 from running import fails
-from test_model import PUBLISHED
+from test_model import PUBLISHED, VARIANTS
 
 import train_dpo
 import train_grpo
 import train_rm
 import train_sft
+from model import LanguageModel, init_and_apply
 from model_config import PRESETS
 from planning import memory
 from planning.memory import check_memory, needed_bytes, parameter_count
@@ -38,6 +40,15 @@ def with_preset(name, config=SFT):
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_parameters_are_counted_as_they_are_published(name):
     assert parameter_count(PRESETS[name]) == PUBLISHED[name]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_parameters_are_counted_as_they_are_made(name):
+    for over in ("head", "heads"):
+        config = dataclasses.replace(VARIANTS[name], qk_norm=True, qk_norm_over=over)
+        init, _ = init_and_apply(LanguageModel(config))
+        shapes = jax.eval_shape(init, jax.random.key(0))
+        assert parameter_count(config) == sum(x.size for x in jax.tree.leaves(shapes))
 
 
 @pytest.mark.parametrize(

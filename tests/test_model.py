@@ -12,6 +12,7 @@ from data.packing import pack
 from layers import run_layers
 from model import (
     LanguageModel,
+    MixtureOfExperts,
     ScalarModel,
     ScalarOutput,
     SwiGLU,
@@ -31,6 +32,25 @@ TINY = dataclasses.replace(PRESETS["tiny"], vocab=40, width=16, mlp_width=24, la
 VARIANTS = {
     "grouped": TINY,
     "bias and norm": dataclasses.replace(TINY, qkv_bias=True, qk_norm=True, tied=False),
+    "norms after": dataclasses.replace(TINY, norms="after", qk_norm=True, qk_norm_over="heads"),
+    "norms on both sides": dataclasses.replace(TINY, norms="both", rope_share=0.5),
+    "mixed windows": dataclasses.replace(
+        TINY, window=3, window_pattern=(False, True), rope_local_base=50.0
+    ),
+    "as gpt-neox": dataclasses.replace(
+        TINY,
+        norm="layer",
+        qkv_bias=True,
+        o_bias=True,
+        mlp_bias=True,
+        gated=False,
+        parallel_residual=True,
+        rope_share=0.5,
+    ),
+    "experts": dataclasses.replace(TINY, experts=4, experts_per_token=2, router_norm=False),
+    "soft caps": dataclasses.replace(
+        TINY, attention_soft_cap=0.5, logit_soft_cap=1.0, score_width=9.0
+    ),
     "window": dataclasses.replace(TINY, window=3, rope_scale=0.5),
     "llama3 rope": dataclasses.replace(TINY, rope_llama3=(8.0, 1.0, 4.0, 64.0), rope_base=100.0),
 }
@@ -40,6 +60,13 @@ PUBLISHED = {  # parameter counts of the published checkpoints
     "llama3-70b": 70_553_706_496,
     "qwen3-0.6b": 596_049_920,
     "mistral-7b": 7_241_732_096,
+    "gemma3-1b": 999_885_952,
+    "pythia-1b": 1_011_781_632,
+    "mixtral-8x7b": 46_702_792_704,
+    "qwen3-30b-a3b": 30_532_122_624,
+    "gemma2-2b": 2_614_341_888,
+    "olmo2-7b": 7_298_617_344,
+    "phi3-mini": 3_821_079_552,
     "stories260k": 260_032,
 }
 
@@ -404,6 +431,31 @@ def test_gelu_is_by_name_the_tanh_form_or_the_exact_one():
         got = np.asarray(layer.apply(weights, x.reshape(1, -1, 1))).reshape(-1)
         np.testing.assert_allclose(got, x * (x * (1 + curve) / 2), atol=1e-5)
     assert np.abs(tanh - exact).max() > 1e-4  # control: they differ
+
+
+def test_experts_drop_no_token_and_balance_their_load():
+    config = dataclasses.replace(TINY, experts=4, experts_per_token=1, router_loss_coef=0.5)
+    rng = np.random.default_rng(0)
+    x_BTD = rng.normal(size=(2, 5, config.width)).astype(np.float32)
+    x_BTD[..., 0] = 1.0
+    init = MixtureOfExperts(config).init(jax.random.key(0), x_BTD)["params"]
+    third = {name: init[f"expert_{name}"][2] for name in ("gate", "up", "down")}
+
+    # All tokens to the third expert: it is the layer, and the load is as uneven as can be.
+    router_DE = jnp.zeros_like(init["router"]).at[0, 2].set(50.0)
+    got, loss = MixtureOfExperts(config).apply({"params": {**init, "router": router_DE}}, x_BTD)
+    want = SwiGLU(config).apply({"params": third}, x_BTD)
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    assert float(loss) == pytest.approx(0.5 * 4 / config.layers)
+
+    # Control: a router without a preference has a fourth of that loss, and another output.
+    even = {**init, "router": jnp.zeros_like(router_DE)}
+    other, loss = MixtureOfExperts(config).apply({"params": even}, x_BTD)
+    assert float(loss) == pytest.approx(0.5 / config.layers)
+    assert np.abs(other - want).max() > 1e-3
+    # Both coefficient and loss may be none.
+    silent = dataclasses.replace(config, router_loss_coef=0.0)
+    assert MixtureOfExperts(silent).apply({"params": even}, x_BTD)[1] is None
 
 
 @pytest.mark.parametrize(

@@ -135,11 +135,13 @@ def test_a_device_holds_its_part_of_the_weights_and_of_the_cache(tensor):
     assert f"[{rows},{heads},{slots},4]" in sampling.as_text()
 
 
-def test_copied_heads_compute_what_one_did():
+@pytest.mark.parametrize("over", ["head", "heads"])
+def test_copied_heads_compute_what_one_did(over):
     """Of adapters too; heads that are dealt in another order do not."""
     make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
-    init, apply = init_and_apply(LanguageModel(MODEL))
-    _, wide_apply = init_and_apply(LanguageModel(dataclasses.replace(MODEL, kv_heads=8)))
+    model = dataclasses.replace(MODEL, qk_norm_over=over)
+    init, apply = init_and_apply(LanguageModel(model))
+    _, wide_apply = init_and_apply(LanguageModel(dataclasses.replace(model, kv_heads=8)))
     apply, wide_apply = jax.jit(apply), jax.jit(wide_apply)
     lora = LoraConfig(rank=2)
     base = away_from_zero(init(jax.random.key(0)))
@@ -152,7 +154,10 @@ def test_copied_heads_compute_what_one_did():
     copied = with_copied_heads(params, 2)
     np.testing.assert_allclose(wide_apply(copied, *inputs).x_BTD, want, atol=1e-5)
 
-    for name in ("k", "v_bias", "v_b"):
+    by_head = ["k", "v_bias", "v_b"]
+    if over == "heads":
+        by_head.append("k_heads_norm")
+    for name in by_head:
         attention = copied["decoder"]["layers"]["attention"]
         turned = {**attention, name: jnp.roll(attention[name], 1, axis=-2)}
         layers = {**copied["decoder"]["layers"], "attention": turned}

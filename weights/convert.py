@@ -5,7 +5,7 @@
 
 A folder holds config.json, safetensors and a tokenizer. Every script can --init from the run.
 
-Covered are Llama 2 and 3, Mistral, Qwen 2 and 3, and Gemma 1, where all layers are the decoder's.
+Covered are the families of weights/families.py, where all layers are the decoder's.
 """
 
 import runtime.interrupt  # noqa: F401
@@ -38,7 +38,8 @@ from runtime.run_folder import finished_steps, load_config, plumb_version
 from runtime.writes import atomic_folder
 from sharding import MeshConfig, abstract, make_mesh, path_name
 from train_state import load_params
-from weights.families import config_of, generation_of, model_of
+from weights.families import FAMILIES, config_of, family_of, generation_of, model_of
+from weights.layouts import LAYOUTS, Layout
 
 SHARD_BYTES = 4 << 30
 """Largest file of an export. To write one takes so much memory more than the model."""
@@ -62,49 +63,12 @@ All settings are in the run's config.json, which is not part of this folder. The
 where there is one, is the one that the model was trained with.
 """
 
-COMPUTED = "rotary_emb.inv_freq"
-"""Ending of the names of tensors that old folders have, and that are computed here."""
-
-LAYER = "model.layers.{}."
-EMBED = "model.embed_tokens.weight"
-HEAD = "lm_head.weight"
+COMPUTED = ("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias")
+"""Endings of the names of tensors that old folders have, and that are computed here."""
 
 ONE_FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 """Names in a folder: of the file where there is one, of the index where there are several."""
-
-
-class Layout(NamedTuple):
-    """How a weight lies here and in Hugging Face's files, in the letters of model.py's legend."""
-
-    ours: str
-    """Axes of ours, without the layer's."""
-    name: str
-    """Their name of the tensor, with a place for the layer's number."""
-    theirs: tuple[str, ...]
-    """Their axes; one of theirs may join two of ours."""
-
-
-LAYOUTS = {
-    "decoder/embed": Layout("VD", EMBED, ("V", "D")),
-    "decoder/final_norm": Layout("D", "model.norm.weight", ("D",)),
-    "decoder/layers/attention_norm": Layout("D", LAYER + "input_layernorm.weight", ("D",)),
-    "decoder/layers/mlp_norm": Layout("D", LAYER + "post_attention_layernorm.weight", ("D",)),
-    "decoder/layers/attention/q": Layout("DNH", LAYER + "self_attn.q_proj.weight", ("NH", "D")),
-    "decoder/layers/attention/k": Layout("DKH", LAYER + "self_attn.k_proj.weight", ("KH", "D")),
-    "decoder/layers/attention/v": Layout("DKH", LAYER + "self_attn.v_proj.weight", ("KH", "D")),
-    "decoder/layers/attention/o": Layout("NHD", LAYER + "self_attn.o_proj.weight", ("D", "NH")),
-    "decoder/layers/attention/q_bias": Layout("NH", LAYER + "self_attn.q_proj.bias", ("NH",)),
-    "decoder/layers/attention/k_bias": Layout("KH", LAYER + "self_attn.k_proj.bias", ("KH",)),
-    "decoder/layers/attention/v_bias": Layout("KH", LAYER + "self_attn.v_proj.bias", ("KH",)),
-    "decoder/layers/attention/q_norm": Layout("H", LAYER + "self_attn.q_norm.weight", ("H",)),
-    "decoder/layers/attention/k_norm": Layout("H", LAYER + "self_attn.k_norm.weight", ("H",)),
-    "decoder/layers/mlp/gate": Layout("DF", LAYER + "mlp.gate_proj.weight", ("F", "D")),
-    "decoder/layers/mlp/up": Layout("DF", LAYER + "mlp.up_proj.weight", ("F", "D")),
-    "decoder/layers/mlp/down": Layout("FD", LAYER + "mlp.down_proj.weight", ("D", "F")),
-    "unembed": Layout("DV", HEAD, ("V", "D")),
-}
-"""By the path of a parameter of ours."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,10 +98,10 @@ class Tensor(NamedTuple):
     """A tensor of Hugging Face's files."""
 
     name: str
-    ours: str
-    """Path of the parameter that it is part of."""
-    layer: int | None
-    """Its layer; None for a parameter that no layer has."""
+    ours: tuple[str, ...]
+    """Paths of the parameters that lie in it, one behind another."""
+    index: tuple[int, ...]
+    """Its layer, and its expert, where it is of one."""
     shape: tuple[int, ...]
 
 
@@ -147,23 +111,47 @@ def shapes_of(model: ModelConfig) -> Params:
     return jax.eval_shape(init, jax.random.key(0))
 
 
+def layouts_of(model: ModelConfig) -> dict[str, Layout]:
+    """Return how each parameter of `model` lies in a folder of its family, by its path."""
+    known = {**LAYOUTS, **FAMILIES[family_of(model)].layouts}
+    paths = set()
+    for path, _ in jax.tree_util.tree_leaves_with_path(shapes_of(model)):
+        paths.add(path_name(path))
+    # In the table's order, in which those that share a tensor lie there.
+    return {path: layout for path, layout in known.items() if path in paths}
+
+
 def their_tensors(model: ModelConfig) -> Iterator[Tensor]:
     """Yield every tensor that a Hugging Face folder of `model` has, layer by layer."""
     sizes = _sizes(model)
-    shapes = {}
-    for path, _ in jax.tree_util.tree_leaves_with_path(shapes_of(model)):
-        ours = path_name(path)
-        shape = []
-        for group in LAYOUTS[ours].theirs:
-            shape.append(math.prod(sizes[axis] for axis in group))
-        shapes[ours] = tuple(shape)
+    ours: dict[str, list[str]] = {}
+    shapes: dict[str, list[int]] = {}
+    for path, layout in layouts_of(model).items():
+        rows, *rest = _their_shape(layout, sizes)
+        # What shares a tensor lengthens its first axis.
+        ours.setdefault(layout.name, []).append(path)
+        shape = shapes.setdefault(layout.name, [0, *rest])
+        shape[0] += rows
 
-    # None: what no layer has.
-    for layer in (None, *range(model.layers)):
-        for ours, shape in shapes.items():
-            name = LAYOUTS[ours].name
-            if ("{}" in name) == (layer is not None):
-                yield Tensor(name.format(layer), ours, layer, shape)
+    # First what no layer has.
+    for name, shape in shapes.items():
+        if "{}" not in name:
+            yield Tensor(name, tuple(ours[name]), (), tuple(shape))
+    for layer in range(model.layers):
+        for name, shape in shapes.items():
+            places = name.count("{}")
+            experts = range(model.experts) if places == 2 else [None]
+            for expert in experts if places else []:
+                index = (layer,) if expert is None else (layer, expert)
+                yield Tensor(name.format(*index), tuple(ours[name]), index, tuple(shape))
+
+
+def _their_shape(layout: Layout, sizes: dict[str, int]) -> tuple[int, ...]:
+    """Return the shape of a parameter, some of whose axes are joined, in their files."""
+    shape = []
+    for group in layout.theirs:
+        shape.append(math.prod(sizes[axis] for axis in group))
+    return tuple(shape)
 
 
 def _sizes(model: ModelConfig) -> dict[str, int]:
@@ -175,6 +163,7 @@ def _sizes(model: ModelConfig) -> dict[str, int]:
         "N": model.heads,
         "K": model.kv_heads,
         "H": model.head_dim,
+        "E": model.experts,
     }
 
 
@@ -186,14 +175,16 @@ def find_model(folder: pathlib.Path) -> tuple[ModelConfig, dict[str, pathlib.Pat
     """
     model = model_of(folder / "config.json")
     files = _tensor_files(folder)
-    has_head = HEAD in files
+    table = {**LAYOUTS, **FAMILIES[family_of(model)].layouts}
+    head = table["unembed"].name
+    has_head = head in files
     stored = dataclasses.replace(model, tied=model.tied and not has_head)
     _check_tensors(folder, files, stored)
     if model.tied and has_head:
-        if _are_equal(files, HEAD, EMBED):
+        if _are_equal(files, head, table["decoder/embed"].name):
             return model, files
         print(
-            f"note: {folder}: config.json ties {HEAD} to the embedding, but the files have "
+            f"note: {folder}: config.json ties {head} to the embedding, but the files have "
             "another; it is kept, and the run is not tied",
             file=sys.stderr,
         )
@@ -304,8 +295,11 @@ def read_params(
     Raises UserError for a tensor that holds NaN or infinity.
     """
 
+    layouts = layouts_of(model)
+
     def leaf(path: tuple[Any, ...], like: jax.ShapeDtypeStruct) -> jax.Array:
-        layout = LAYOUTS[path_name(path)]
+        layout = layouts[path_name(path)]
+        place = _place_of(path_name(path), layouts, _sizes(model))
 
         # The devices that hold each part of the array.
         holders: dict[str, list[jax.Device]] = {}
@@ -317,7 +311,7 @@ def read_params(
         # Each copy is waited for, so that at most one part is held twice.
         parts = []
         for part, devices in holders.items():
-            array = _read_part(files, model, layout, like.shape, indices[part])
+            array = _read_part(files, model, layout, place, like.shape, indices[part])
             for device in devices:
                 parts.append(jax.device_put(array, device).block_until_ready())
         return jax.make_array_from_single_device_arrays(like.shape, like.sharding, parts)
@@ -325,20 +319,50 @@ def read_params(
     return jax.tree_util.tree_map_with_path(leaf, abstract(shapes_of(model), mesh))
 
 
+class Place(NamedTuple):
+    """Where the rows of a parameter lie in its tensor; in a head where weights take turns."""
+
+    before: int
+    """Rows of other parameters before its own."""
+    own: int
+    rows: int
+    """Rows of all."""
+
+
+def _place_of(path: str, layouts: dict[str, Layout], sizes: dict[str, int]) -> Place:
+    """Return the place of the parameter `path` in the tensor that it may share."""
+    before = own = rows = 0
+    for other, layout in layouts.items():
+        if layout.name != layouts[path].name:
+            continue
+        count = _their_shape(layout, sizes)[0]
+        if layout.takes_turns:
+            count //= sizes[layout.theirs[0][0]]
+        if other == path:
+            before, own = rows, count
+        rows += count
+    return Place(before, own, rows)
+
+
 def _read_part(
     files: dict[str, pathlib.Path],
     model: ModelConfig,
     layout: Layout,
+    place: Place,
     shape: tuple[int, ...],
     index: tuple[slice, ...],
 ) -> np.ndarray:
-    """Read the part `index` of a parameter of `shape` that is laid out so, in float32."""
+    """Read the part `index` of a parameter of `shape` that is laid out so, in float32.
+
+    `place`: of its rows in a tensor that it shares.
+    """
     spans = []
     for cut, size in zip(index, shape, strict=True):
         spans.append(range(*cut.indices(size)))
     part = np.empty([len(span) for span in spans], np.float32)
-    has_layers = "{}" in layout.name
-    span_of = dict(zip(layout.ours, spans[has_layers:], strict=True))
+    # The axes of layers and experts, of which each has a tensor; then those of the tensor.
+    places = layout.name.count("{}")
+    span_of = dict(zip(layout.ours, spans[places:], strict=True))
 
     # Where an axis of theirs joins two, the inner one, a head's width, is never cut.
     sizes = _sizes(model)
@@ -347,17 +371,28 @@ def _read_part(
         inner = math.prod(sizes[axis] for axis in group[1:])
         outer = span_of[group[0]]
         cuts.append(slice(outer.start * inner, outer.stop * inner))
+    # Of a tensor whose heads hold several weights, whole heads are read.
+    first = cuts[0]
+    if layout.takes_turns:
+        heads = span_of[layout.theirs[0][0]]
+        cuts[0] = slice(heads.start * place.rows, heads.stop * place.rows)
+    else:
+        cuts[0] = slice(place.before + first.start, place.before + first.stop)
 
-    # Layer by layer: their tensor, its joined axes apart, and in our order.
+    # One by one: their tensor, its joined axes apart, and in our order.
     their_axes = "".join(layout.theirs)
     order = [their_axes.index(axis) for axis in layout.ours]
-    for i, layer in enumerate(spans[0] if has_layers else [None]):
-        name = layout.name.format(layer)
+    for at in np.ndindex(part.shape[:places]):
+        numbers = [span[i] for span, i in zip(spans, at, strict=False)]
+        name = layout.name.format(*numbers)
         # Opened for each tensor: a file that stays open holds its pages.
         with safe_open(files[name], "numpy") as file:
             tensor = file.get_slice(name)[tuple(cuts)]
+        if layout.takes_turns:
+            by_head = tensor.reshape(len(heads), place.rows, *tensor.shape[1:])
+            tensor = by_head[:, place.before : place.before + place.own]
         tensor = tensor.reshape([len(span_of[axis]) for axis in their_axes]).transpose(order)
-        part[i if has_layers else ...] = tensor
+        part[at] = tensor
         if not np.isfinite(tensor).all():
             raise UserError(f"{files[name]}: {name}: holds NaN or infinity; restore the file")
     return part
@@ -373,6 +408,8 @@ def write_tensors(
     leaves = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         leaves[path_name(path)] = leaf
+
+    layouts = layouts_of(model)
 
     # Which tensors each file gets, layer by layer.
     files: list[list[Tensor]] = [[]]
@@ -390,7 +427,7 @@ def write_tensors(
         name = f"model-{i:05}-of-{len(files):05}.safetensors"
         if len(files) == 1:
             name = ONE_FILE
-        content = {tensor.name: _as_theirs(leaves, tensor, dtype) for tensor in tensors}
+        content = {tensor.name: _as_theirs(leaves, layouts, tensor, dtype) for tensor in tensors}
         save_file(content, folder / name, {"format": "pt"})
         file_of.update(dict.fromkeys(content, name))
     if len(files) > 1:
@@ -399,14 +436,23 @@ def write_tensors(
         (folder / INDEX).write_text(text)
 
 
-def _as_theirs(leaves: Params, tensor: Tensor, dtype: str) -> np.ndarray:
+def _as_theirs(
+    leaves: Params, layouts: dict[str, Layout], tensor: Tensor, dtype: str
+) -> np.ndarray:
     """Return a tensor of theirs, from our parameters by path."""
-    # The reverse of _read_part: their order, and axes joined.
-    layout = LAYOUTS[tensor.ours]
-    leaf = leaves[tensor.ours]
-    array = np.asarray(leaf if tensor.layer is None else leaf[tensor.layer])
-    array = array.transpose([layout.ours.index(axis) for axis in "".join(layout.theirs)])
-    return np.ascontiguousarray(array.reshape(tensor.shape), dtype)
+    # The reverse of _read_part: their order, axes joined, and what shares a tensor together.
+    parts = []
+    takes_turns = False
+    for path in tensor.ours:
+        layout = layouts[path]
+        leaf = leaves[path]
+        array = np.asarray(leaf[tensor.index])
+        array = array.transpose([layout.ours.index(axis) for axis in "".join(layout.theirs)])
+        takes_turns = layout.takes_turns
+        heads = array.shape[:1] if takes_turns else ()
+        parts.append(array.reshape(*heads, -1, *tensor.shape[1:]))
+    joined = np.concatenate(parts, axis=1 if takes_turns else 0)
+    return np.ascontiguousarray(joined.reshape(tensor.shape), dtype)
 
 
 # --- folders

@@ -490,6 +490,31 @@ def _embedded_backward(dtype, saved, cotangent_BTD):
 embedded.defvjp(_embedded_forward, _embedded_backward)
 
 
+NOT_HERE = (
+    "norm",
+    "norms",
+    "qk_norm_over",
+    "o_bias",
+    "mlp_bias",
+    "gated",
+    "parallel_residual",
+    "window_pattern",
+    "score_width",
+    "attention_soft_cap",
+    "logit_soft_cap",
+)
+"""Fields of ModelConfig that this fork does not have, besides RoPE's."""
+
+
+def _refuse_what_is_not_here(config: ModelConfig) -> None:
+    """Raise UserError for a value that this fork would pass over."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        is_served = field.name not in NOT_HERE or value == field.default
+        fault = f"--model.{field.name}={value}: experiments/alibi has none; leave it out"
+        require(is_served, fault)
+
+
 class Decoder(nn.Module):
     """Embedding, layers, final norm. `microbatches`: of a pipeline, if the mesh has stages."""
 
@@ -512,6 +537,7 @@ class Decoder(nn.Module):
         for more tokens than the cache has slots.
         """
         c = self.config
+        _refuse_what_is_not_here(c)
         length = tokens_BT.shape[1]
         embed_VD = self.param("embed", _normal(c.width), (c.vocab, c.width))
 
