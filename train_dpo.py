@@ -155,6 +155,11 @@ class Config:
     dry_run: bool = False
     """Print shapes, shardings, memory and the first batch, and write nothing."""
 
+    @property
+    def schema(self) -> Schema:
+        """What a record of --data is: a comparison, or one judged response."""
+        return "unpaired" if self.unpaired else "comparison"
+
 
 def check(config: Config) -> None:
     """Raise UserError for numbers out of range, and for settings that cannot run together.
@@ -366,9 +371,8 @@ def main(config: Config) -> dict[str, float]:
 
     # Data: comparisons or judged responses, the tokenizer they fit, and batches of prompts with
     # all their candidates.
-    schema: Schema = "unpaired" if config.unpaired else "comparison"
-    source = open_source(config.data, schema, "train", seed=config.seed)
-    held_out = open_source(config.data, schema, "heldout", seed=config.seed)
+    source = open_source(config.data, config.schema, "train", seed=config.seed)
+    held_out = open_source(config.data, config.schema, "heldout", seed=config.seed)
     tokenizer = tokenizer_for(config, source)
     check_fit(config.model, tokenizer.size, config.length)
     candidates = partial(make_batches, config, tokenizer=tokenizer, **data_shard(mesh))
@@ -389,11 +393,10 @@ def main(config: Config) -> dict[str, float]:
     )
 
     # Samples: greedy answers to held-out prompts. The gold program judges the world's own.
-    prompts = [held_out[i]["prompt"] for i in range(min(8, len(held_out)))]
     sample = make_greedy_samples(
         config.model,
         tokenizer,
-        prompts,
+        [held_out[i]["prompt"] for i in range(min(8, len(held_out)))],
         max_prompt=config.length,
         max_new_tokens=config.max_new_tokens,
     )
@@ -449,7 +452,9 @@ def main(config: Config) -> dict[str, float]:
             # this moment where it is not held.
             if run.due(step, config.eval_every):
                 policy = full(base, state.params)
-                run.record(step, evaluate(policy, [prepare(policy, b) for b in eval_batches]))
+                run.record(
+                    step, evaluate(policy, list(map(partial(prepare, policy), eval_batches)))
+                )
                 run.samples(step, sample(policy, jax.random.key(step)))
                 if gold is not None:
                     run.record(step, gold(policy, reference or load_reference()))
