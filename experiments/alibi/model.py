@@ -502,6 +502,10 @@ NOT_HERE = (
     "score_width",
     "attention_soft_cap",
     "logit_soft_cap",
+    "experts",
+    "experts_per_token",
+    "router_norm",
+    "router_loss_coef",
 )
 """Fields of ModelConfig that this fork does not have, besides RoPE's."""
 
