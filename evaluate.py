@@ -47,6 +47,7 @@ FOLDERS: dict[Role, str] = {"base": "lm", "sft": "sft", "reward": "rm", "policy"
 
 @dataclasses.dataclass(frozen=True)
 class Config:
+    # What is measured, and on which data
     run: str = "runs/align"
     """Folder for summary.json and report.html; the runs below default to folders in it."""
     measure: Literal["gold", "perplexity", "accuracy", "win_rate"] = "gold"
@@ -57,6 +58,7 @@ class Config:
     """stop: end at the first bad row of a file; skip: leave bad rows out, and list them."""
     split: Split | None = None
     """Part of --data; None: all of a file, else what is held out."""
+    # The runs that are measured, by their roles
     base: str | None = None
     """Pre-trained run; None: <run>/lm."""
     sft: str | None = None
@@ -67,6 +69,7 @@ class Config:
     """Aligned run, or the one to measure; None: <run>/ppo."""
     against: str | None = None
     """Run that the policy's responses are compared with (win_rate; default: the SFT run)."""
+    # How much is read and sampled
     n: int = 1000
     """Prompts, or records, at most: the first so many, each once."""
     temperature: float = 1.0
@@ -136,6 +139,7 @@ def evaluate_alignment(config: Config) -> dict[str, Any]:
     sampled = {}
     for stage in tqdm(STAGES, desc="evaluate", unit="model"):
         _, own_tokenizer, params = load_run(runs[stage])
+        # The KL compares probabilities of the same tokens.
         if own_tokenizer.sha256 != tokenizer.sha256:
             raise UserError(
                 f"{runs[stage]}: its tokenizer is not that of {reference_run}; evaluate them apart"
@@ -315,6 +319,7 @@ def main(config: Config) -> dict[str, Any]:
         config.measure != "gold" or (config.data == "world" and config.split is None),
         "--measure=gold: is of the world's held-out prompts; leave --data and --split out",
     )
+    # For the whole process: what a bad row does, and a mesh of all devices.
     set_on_bad_row(config.on_bad_row)
     make_mesh(MeshConfig())
 

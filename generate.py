@@ -43,6 +43,7 @@ QUESTIONS = (
 class Config:
     """Text from a run."""
 
+    # The model, and what it answers
     run: str = "runs/align/ppo"
     """Run to sample from."""
     prompt: str = ""
@@ -51,6 +52,7 @@ class Config:
     """No chat template: continue the prompt as it is, and print nothing else."""
     chat: bool = False
     """Talk in the terminal, a line a message; an empty line or end of input leaves."""
+    # How many responses, and how their tokens are drawn
     n: int = 1
     """Samples for the prompt."""
     temperature: float = 1.0
@@ -166,6 +168,7 @@ def chat(reply: Reply, tokenizer: Tokenizer, key: jax.Array, room: int) -> str:
     blank message or the end of input leaves. Ctrl-C during a reply drops the message and goes on;
     at the prompt it raises KeyboardInterrupt. `key`: split for each turn.
     """
+    # Messages that come through a pipe are not typed, so there is nothing to edit.
     if sys.stdin.isatty():
         edit_lines()
     # Until there is nothing more to say.
@@ -212,6 +215,7 @@ def newest_turns(messages: list[Message], tokenizer: Tokenizer, room: int) -> li
     to a user's. The tokens are those of `tokenizer.prompt`, which raises UserError for a message
     that spells a control token.
     """
+    # By pairs, a question and its reply, so that what is left begins with the user.
     for start in range(0, len(messages), 2):
         if len(tokenizer.prompt(messages[start:])) <= room:
             return messages[start:]
@@ -245,6 +249,7 @@ def read_message() -> str:
         lines.append(input("> "))
         if lines[0].startswith(QUOTES):
             return read_quoted(lines[0].removeprefix(QUOTES))
+        # Nobody types so fast: what waits already was pasted with the line before.
         while sys.stdin.isatty() and select.select([sys.stdin], [], [], PASTED)[0]:
             lines.append(input())
     return "\n".join(lines)
@@ -257,6 +262,7 @@ def read_quoted(first: str) -> str:
     \"\"\" nothing is read. Returns all lines, `first` too, joined by newlines, without the closing
     \"\"\", behind which not even a blank may stand.
     """
+    # The end of input closes the quotes too.
     lines = [first]
     with contextlib.suppress(EOFError):
         while not lines[-1].endswith(QUOTES):

@@ -113,6 +113,7 @@ def with_adapters(config: LoraConfig, base: Params | None, trained: Params) -> P
         for name, x in adapters.items():
             beside[name] = x * scale if name.endswith("_b") else x
         layers[part] = beside
+    # `trained` may have a head; the adapters of its decoder are laid in already.
     decoder = {**base["decoder"], "layers": layers}
     return {**base, **trained, "decoder": decoder}
 
@@ -131,6 +132,7 @@ def merge(config: LoraConfig, base: Params, trained: Params) -> Params:
     for part, adapters in trained["decoder"]["layers"].items():
         merged = dict(layers[part])
         for name in INPUTS[part]:
+            # There may be no gate, or experts, which have no adapters.
             if name not in merged:
                 continue
             w = merged[name]

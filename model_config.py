@@ -166,11 +166,13 @@ class ModelConfig:
                 f"--model.rope_llama3={self.rope_llama3}: its low frequency factor must be below "
                 "the high one"
             )
+        # Both scale the same frequencies.
         if self.rope_yarn is not None and self.rope_llama3 is not None:
             raise UserError(
                 f"--model.rope_yarn={self.rope_yarn}: not with --model.rope_llama3; "
                 "set one of the two to None"
             )
+        # YaRN stretches pairs of few rotations, and keeps those of many.
         if self.rope_yarn is not None and not self.rope_yarn[2] < self.rope_yarn[1]:
             raise UserError(
                 f"--model.rope_yarn={self.rope_yarn}: its third number must be below its second"
@@ -205,6 +207,7 @@ class ModelConfig:
     @property
     def windowed_layers(self) -> tuple[bool, ...]:
         """Return for each layer if it has the window: a property."""
+        # As often as covers all layers; the last repetition is cut.
         repeats = -(-self.layers // len(self.window_pattern))
         pattern = self.window_pattern * repeats
         return tuple(
@@ -267,6 +270,7 @@ _PRESETS = (
         rope_llama3=(32.0, 1.0, 4.0, 8192.0),
         remat="full",
     ),
+    # Llama 3 itself, whose context needs no scaling of positions
     ModelConfig(
         preset="llama3-8b",
         vocab=128256,
@@ -295,7 +299,8 @@ _PRESETS = (
         tied=False,
         remat="full",
     ),
-    # Others
+    # Others, and what sets each apart from Llama
+    # Norms on queries and keys
     ModelConfig(
         preset="qwen3-0.6b",
         vocab=151936,
@@ -311,6 +316,7 @@ _PRESETS = (
         qk_norm=True,
         remat="full",
     ),
+    # A window in every layer
     ModelConfig(
         preset="mistral-7b",
         vocab=32000,
@@ -325,6 +331,7 @@ _PRESETS = (
         window=4096,
         remat="full",
     ),
+    # Many small experts, of which each token goes to 8
     ModelConfig(
         preset="qwen3-30b-a3b",
         vocab=151936,
@@ -343,6 +350,7 @@ _PRESETS = (
         experts_per_token=8,
         remat="full",
     ),
+    # Few large experts, of which each token goes to 2
     ModelConfig(
         preset="mixtral-8x7b",
         vocab=32000,
@@ -359,6 +367,7 @@ _PRESETS = (
         router_loss_coef=0.02,
         remat="full",
     ),
+    # As many key/value heads as query heads, and a window
     ModelConfig(
         preset="phi3-mini",
         vocab=32064,
@@ -373,6 +382,7 @@ _PRESETS = (
         window=2047,
         remat="full",
     ),
+    # GPT-NeoX: LayerNorm, biases, parallel branches, RoPE on a quarter of each head
     ModelConfig(
         preset="pythia-1b",
         vocab=50304,
@@ -394,6 +404,7 @@ _PRESETS = (
         parallel_residual=True,
         remat="full",
     ),
+    # A window in every other layer, norms on both sides, soft caps
     ModelConfig(
         preset="gemma2-2b",
         vocab=256000,
@@ -416,6 +427,7 @@ _PRESETS = (
         zero_centered_norm=True,
         remat="full",
     ),
+    # A window in five layers of six, with a base of RoPE of their own
     ModelConfig(
         preset="gemma3-1b",
         vocab=262144,
@@ -439,6 +451,7 @@ _PRESETS = (
         zero_centered_norm=True,
         remat="full",
     ),
+    # Norms after the layers; those on queries and keys are over all heads
     ModelConfig(
         preset="olmo2-7b",
         vocab=100352,

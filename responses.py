@@ -89,6 +89,7 @@ def make_sampler(
 
     @jax.jit
     def sample(params: Params, prompts: dict[str, jax.Array], key: jax.Array) -> Samples:
+        # A search over steps, say, also stops at the end of a line.
         eos = jnp.array([*tokenizer.ends, *ends])
         return decode(
             apply, config, params, prompts, key, sampling, eos=eos, pad=tokenizer.pad, n=n

@@ -170,6 +170,7 @@ def ends(token_B: jax.Array, eos: Ends) -> jax.Array:
 
     `eos`: an id, or several.
     """
+    # One id is taken as a list of one.
     return jnp.isin(token_B, jnp.asarray(eos).reshape(-1))
 
 
@@ -406,6 +407,7 @@ def in_stages(
     when the last stage's columns are. Raises AssertionError for a stage of fewer rows before all
     columns.
     """
+    # The next smaller number of rows, at which this stage may end; 0: when all have ended.
     stage, *later = stages
     fewer = max((other.rows for other in later if other.rows < stage.rows), default=0)
     devices = batch_devices(stage.rows)
@@ -450,6 +452,7 @@ def rows_of(cache: KVCache) -> dict[str, Any]:
 
     They are `k_LBKSH` and `v_LBKSH`, a tuple of arrays [B, K, S, H] each, and `valid_BS`.
     """
+    # The length is one number for all rows: they advance together.
     return {"k_LBKSH": cache.k_LBKSH, "v_LBKSH": cache.v_LBKSH, "valid_BS": cache.valid_BS}
 
 
@@ -459,6 +462,7 @@ def take_rows(places_DB: jax.Array, x: jax.Array) -> jax.Array:
     Device d holds rows d A / D to (d + 1) A / D - 1; D must divide A. `places_DB`: int numbers of
     rows on their own device, from 0 and below A / D.
     """
+    # Each device takes from the rows that it holds, so that none is sent.
     devices, _ = places_DB.shape
     x_DA = x.reshape(devices, -1, *x.shape[1:])
     taken = jax.vmap(lambda own, places_B: own[places_B])(x_DA, places_DB)
@@ -470,6 +474,7 @@ def put_rows(places_DB: jax.Array, x: jax.Array, rows: jax.Array) -> jax.Array:
 
     `places_DB`: as there, none twice on a device. `x` itself is not changed.
     """
+    # Each device puts its rows back among those that it holds.
     devices, _ = places_DB.shape
     x_DA = x.reshape(devices, -1, *x.shape[1:])
     rows_DB = rows.reshape(devices, -1, *x.shape[1:])
@@ -489,6 +494,7 @@ def with_columns(cache: KVCache, more: int) -> KVCache:
         padding[axis] = (0, more)
         return jnp.pad(x, padding)
 
+    # The new columns are not valid, so attention passes them over until they are filled.
     return dataclasses.replace(
         cache,
         k_LBKSH=tuple(wider(k_BKSH, 2) for k_BKSH in cache.k_LBKSH),

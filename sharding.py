@@ -80,6 +80,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     leave of the devices. Raises UserError for a size of 0 or below -1, for more than one -1, and
     where the sizes do not multiply to the number of devices.
     """
+    # All devices of all hosts, unless told otherwise.
     if devices is None:
         devices = jax.devices()
     count = len(devices)
@@ -110,6 +111,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         shape += (count // fixed if size == -1 else size,)
     # jax.make_mesh refuses axes that share a dimension of the torus, as 128 x 4 on 8 x 8 x 8.
     places = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    # XLA chooses how arrays are laid that no rule or constraint names.
     kinds = (AxisType.Auto,) * len(shape)
     mesh = Mesh(places, tuple(sizes), axis_types=kinds)
     jax.set_mesh(mesh)
@@ -126,6 +128,7 @@ def with_wider_tensor(mesh: Mesh, tensor: int) -> Mesh:
     # fsdp is as much shorter as tensor is longer.
     joined = tensor // mesh.shape["tensor"]
     sizes = {**mesh.shape, "fsdp": mesh.shape["fsdp"] // joined, "tensor": tensor}
+    # In the same order: neighbours along fsdp become neighbours along tensor.
     places = mesh.devices.reshape(tuple(sizes.values()))
     return Mesh(places, mesh.axis_names, axis_types=mesh.axis_types)
 
@@ -399,6 +402,7 @@ def in_microbatches(x: jax.Array, parts: int) -> jax.Array:
     where each part splits evenly over the devices. Raises JAX's TypeError where `parts` does not
     divide B.
     """
+    # Dealt like cards: blocks would give each part to a few devices alone.
     rows, *rest = x.shape
     dealt = x.reshape(rows // parts, parts, *rest)
     return dealt.swapaxes(0, 1)
@@ -429,6 +433,7 @@ def constrain_batch(x: jax.Array) -> jax.Array:
 
     Without a mesh, or where data x fsdp does not divide B, `x` is returned as it is.
     """
+    # Rows that the devices do not divide, such as one prompt, are left to XLA.
     if not _rows_split(get_abstract_mesh(), x):
         return x
     return with_sharding_constraint(x, BATCH)
@@ -474,6 +479,7 @@ def constrain_units(x: jax.Array) -> jax.Array:
     tensor = along(mesh, "tensor")
     if tensor == 1 or x.shape[2] % tensor:
         return x
+    # Tokens stay cut over sequence alone: tensor now cuts heads or units.
     rows = BATCH[0] if _rows_split(mesh, x) else None
     tokens = fitting(mesh, x.shape[1], "sequence")
     return with_sharding_constraint(x, P(rows, tokens, "tensor"))
@@ -526,8 +532,10 @@ def gathered(params: Any, dtype: Any) -> Any:
     def whole(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
         spec = spec_of(path_name(path), leaf.shape, mesh)
         left = _over_tensor(spec)
+        # There is nothing to gather: it is whole already, or cut over tensor alone.
         if left == spec:
             return leaf
+        # Cast before it is gathered, so that fewer bytes are sent.
         return with_sharding_constraint(leaf.astype(dtype), left)
 
     return jax.tree_util.tree_map_with_path(whole, params)
@@ -543,6 +551,7 @@ def gathered_shapes(params: Any, mesh: Mesh, dtype: Any) -> Any:
     def whole(path: tuple[Any, ...], leaf: Any) -> jax.ShapeDtypeStruct:
         spec = spec_of(path_name(path), leaf.shape, mesh)
         left = _over_tensor(spec)
+        # Only what is gathered is cast.
         kept = leaf.dtype if left == spec else dtype
         return jax.ShapeDtypeStruct(leaf.shape, kept, sharding=NamedSharding(mesh, left))
 

@@ -316,6 +316,7 @@ def prompts_of(chats: Source) -> Source:
     """
 
     def read(row: int) -> dict[str, Any]:
+        # The student gives the last turn itself.
         return {"prompt": chats.read(row)["messages"][:-1]}
 
     return dataclasses.replace(chats, read=read)

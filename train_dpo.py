@@ -322,6 +322,7 @@ def make_prepare(
         if is_online:
             reference_BC = logprobs(reference, unpadded(on_mesh))
             on_mesh = {**on_mesh, "reference_BC": reference_BC}
+        # The estimate is of the policy as it is now, so it cannot be cached.
         if config.loss == "kto":
             on_mesh = with_kl(policy, on_mesh)
         return on_mesh

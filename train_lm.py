@@ -94,6 +94,7 @@ def make_update(config: Config) -> Update:
     donates its state; its `base` is the parameters under the adapters, None without LoRA. Raises
     UserError as make_optimizer does.
     """
+    # A pipeline is inside the model, which then cuts the batch itself.
     init, apply = init_and_apply(LanguageModel(config.model, config.microbatches))
     objective = partial(likelihood_objective, apply)
     optimizer = make_optimizer(config.optimizer, config.steps)

@@ -134,6 +134,7 @@ def make_step_evaluation(
     tokens; a note on stderr counts them. make_step_evaluation raises UserError where none is left.
     evaluate waits for the device, and every process must call it.
     """
+    # A solution that is cut before its first label has nothing to measure.
     first = source.first(most)
     records = [record for record in first if encode_steps(record, tokenizer, length).rows]
     note_left_out(source.name, len(first) - len(records), len(first), length)
@@ -145,6 +146,7 @@ def make_step_evaluation(
     for start in range(0, len(filled), EVAL_ROWS):
         part = filled[start : start + EVAL_ROWS]
         batches.append(collate(encode_steps, pad, part, tokenizer, length))
+    # The labels, without those that fill the last part up.
     targets_NT = np.concatenate([batch["targets_BT"] for batch in batches])[: len(records)]
     mask_NT = np.concatenate([batch["loss_mask_BT"] for batch in batches])[: len(records)]
 

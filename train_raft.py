@@ -253,6 +253,7 @@ def check(config: Config, mesh: jax.sharding.Mesh) -> None:
         "give --select=above_threshold",
     )
 
+    # A rule for missing ends, and a temperature that a loss can divide by.
     check_missing_eos(config)
     check_temperature(config.temperature)
 
@@ -432,8 +433,10 @@ def make_update(config: Config, init: Init, apply: Apply) -> Update:
         policy = with_adapters(config.lora, frozen["base"], trained)
         return {"policy": policy, "reference": frozen["reference"]}
 
+    # The loss: likelihood of what was chosen, and the pull to the reference.
     objective = partial(imitate.imitation_objective, apply, kl_coef=config.kl_coef)
 
+    # The schedule is made for as many updates as a run can have.
     optimizer = make_optimizer(config.optimizer, config.schedule_updates)
     step = make_train_step(
         objective,
@@ -468,6 +471,7 @@ def on_all(
         place = config.place(step, number, len(minibatches))
         policy, metrics = update.step(at_place(policy, place), minibatch, frozen)
         updates.append(metrics)
+    # Where nothing was chosen the policy stays as it is.
     if not updates:
         return policy, {}
     rate = make_schedule(config.optimizer, config.schedule_updates)(place)

@@ -52,7 +52,9 @@ def pin_inputs(config: Any) -> Any:
     and meets bad rows as `on_bad_row` says. Raises UserError for an input that is not what the run
     began with, for a folder `run` of something else, and for a rank without --init.
     """
+    # The runs that are named may be trained on meanwhile: each is read at one step.
     config = with_pinned_runs(config)
+    # A dry run writes nothing, not even into the cache.
     keep_prepared(not getattr(config, "dry_run", False))
     set_on_bad_row(getattr(config, "on_bad_row", "stop"))
     return note_lora_base(config) if hasattr(config, "lora") else config
@@ -93,6 +95,7 @@ def _merged(run: str, config: dict[str, Any], adapters: Params, shapes: Any) -> 
     `shapes` is as of load_params. Raises UserError where the base's step is gone, and for other
     shapes.
     """
+    # The base's step that the adapters were trained on: a later one has other weights.
     lora = LoraConfig(**config["lora"])
     base = config["init"]
     step = base_step(lora, base)
@@ -101,6 +104,7 @@ def _merged(run: str, config: dict[str, Any], adapters: Params, shapes: Any) -> 
             f"{run}: its base, a step of {base}, is gone; "
             "restore that run, or train the adapters anew"
         )
+    # On the host, where no mesh is asked for.
     if shapes is None:
         return merge(lora, load_params(base, step), adapters)
 
@@ -304,6 +308,7 @@ def as_items(state: TrainState) -> dict[str, Any]:
 
     `rest` is a TrainState whose `params` are {}. Nothing is copied.
     """
+    # Apart, so that other runs read the parameters without the optimiser's moments.
     rest = dataclasses.replace(state, params={})
     return {"params": state.params, "rest": rest}
 

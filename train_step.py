@@ -196,6 +196,7 @@ def make_rate(config: OptimizerConfig, steps: int) -> Callable[["TrainState"], j
 
     @jax.jit
     def rate(state: TrainState) -> jax.Array:
+        # The schedule counts from 0, so the last update taken is number `taken` - 1 to it.
         taken = state.step - state.skipped - state.left_out
         return jnp.float32(schedule(jnp.maximum(taken - 1, 0)))
 
@@ -210,6 +211,7 @@ def decayed(params: Params) -> Any:
     """
 
     def is_decayed(path: Any, leaf: Any) -> bool:
+        # Norms and biases set scales and shifts, which decay would only distort.
         return re.search(r"(norm|bias)$", path_name(path)) is None
 
     return jax.tree_util.tree_map_with_path(is_decayed, params)

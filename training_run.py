@@ -103,7 +103,9 @@ class Run:
         )
 
     def __enter__(self) -> "Run":
+        # The folder, which must be new or this run's.
         self._open.enter_context(self._checkpoints)
+        # A loss spike takes the run back to its newest checkpoint: there should be some.
         is_guarded = self._guard is not None and self._guard.threshold > 0
         if is_guarded and self.config.save_every == 0 and jax.process_index() == 0:
             print(
@@ -161,6 +163,7 @@ class Run:
         Rows of the data that were skipped are listed in skipped.txt.
         """
         self.start = step
+        # One stream is kept as several are, with an empty name.
         self._data = data if isinstance(data, dict) else {"": data}
         # Older checkpoints hold the data's position alone.
         if isinstance(extra, dict) and extra.keys() == {"position", "rows"}:
@@ -379,6 +382,7 @@ def _set_position(data: Data, position: Any) -> None:
     # A new run starts at the beginning.
     if not position:
         return
+    # Several streams, by the names under which `_position` keeps them.
     if isinstance(data, dict):
         for name, state in position.items():
             data[name].restore(state)

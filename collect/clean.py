@@ -218,9 +218,6 @@ def check(config: Config) -> None:
         f"--near={config.near:g}: must be between {LEAST_NEAR:g} and 1; what is less alike is "
         "not found",
     )
-    for field in ("perplexity_share", "least_good"):
-        value = getattr(config, field)
-        require(0 <= value <= 1, f"--{field}={value:g}: must be between 0 and 1")
     refuse_unread(
         config,
         {

@@ -39,6 +39,7 @@ def is_own(owner_BT: Array) -> Array:
 
     `owner_BT`: of `owners`. False for padding.
     """
+    # A row owns a token where no earlier row begins alike.
     row_B1 = jnp.arange(len(owner_BT))[:, None]
     return owner_BT == row_B1
 
@@ -64,6 +65,7 @@ def share_slots(owner_BT: Array, rows: int) -> Shared:
     above, and `fits_B` [B] is False for each row that has one. `slot_BT`: [B, T], `token_NT`:
     [rows, T], int32.
     """
+    # Distinct tokens are numbered row by row; a token's number is its slot.
     count, length = owner_BT.shape
     is_own_BT = is_own(owner_BT)
     number_BT = jnp.cumsum(is_own_BT.reshape(-1)).reshape(count, length) - 1

@@ -92,6 +92,7 @@ def cdpo(
         reference_chosen_logps,
         reference_rejected_logps,
     )
+    # DPO's losses of the pair as it is labelled, and swapped.
     right = -jax.nn.log_sigmoid(beta * h)
     wrong = -jax.nn.log_sigmoid(-beta * h)
     # Mitchell 2023: smoothed cross-entropy
@@ -121,6 +122,7 @@ def robust_dpo(
         reference_chosen_logps,
         reference_rejected_logps,
     )
+    # DPO's losses of the pair as it is labelled, and swapped.
     right = -jax.nn.log_sigmoid(beta * h)
     wrong = -jax.nn.log_sigmoid(-beta * h)
     # Chowdhury et al. 2024: the unbiased estimate of the loss without noise
@@ -225,6 +227,7 @@ def kto(
     for all; below 0 it counts as 0, and no gradient passes through it. The weights multiply the
     chosen and the rejected one's loss.
     """
+    # Each response is judged by itself; both share the estimate of the KL.
     good = kto_unpaired(
         policy_chosen_logps,
         reference_chosen_logps,
@@ -396,6 +399,7 @@ def candidate_token_logprobs(
     output = run_model(apply, params, rows)
     labels_MT = following(rows["tokens_BT"])
     logp_MT = hidden_logprobs(output.x_BTD, output.unembed_DV, labels_MT, temperature)
+    # Back to candidates; what is not of the response adds nothing to its sum.
     logp_BCT = shifted(logp_MT).reshape(batch["tokens_BCT"].shape)
     return logp_BCT * batch["loss_mask_BCT"]
 
@@ -515,6 +519,7 @@ def kto_objective(
     metrics = {}
     for name, side_BC in (("desirable", ranks_BC == 1), ("undesirable", ranks_BC > 1)):
         metrics[name] = ((score_BC * side_BC).sum(), side_BC.sum().astype(jnp.float32))
+    # The estimate is the same in all rows; those that only fill the batch up do not count.
     there_B = batch["segment_ids_BCT"].any((1, 2)).astype(jnp.float32)
     metrics["kl"] = ((kl_B * there_B).sum(), there_B.sum())
     if ranks_BC.shape[1] > 1:
@@ -542,6 +547,7 @@ def ranked_objective(
     `pair_metrics`, on log-probabilities. `per_token` makes all these metrics, not the loss, go by
     means over tokens.
     """
+    # A loss for each ranking; it counts where one candidate is better than another.
     ranks_BC = batch["ranks_BC"]
     tokens_BC = batch["loss_mask_BCT"].sum(-1)
     logp_BC = candidate_logprobs(apply, params, batch)

@@ -120,6 +120,7 @@ def distill_objective(
     # Cross-entropy on the tokens themselves.
     logp_BT = token_logprobs(student_BTV, batch["tokens_BT"])
     nll = -(logp_BT * mask_BT).sum()
+    # What the student sampled itself is no target for it.
     labels = alpha * nll if labelled else 0.0
     loss = labels + (1 - alpha) * tau**2 * gap
     tokens = mask_BT.sum()

@@ -101,6 +101,7 @@ def pair_metrics(score_BC: Array, pairs_BCC: Array) -> Metrics:
     worse's. `score_BC`: what candidates are compared by. `pairs_BCC`: 1 at [b, i, j] where i is
     better than j, else 0, as `better_pairs` returns.
     """
+    # Each measure at [b, i, j], of candidate i as the better of the two.
     pairs = pairs_BCC.sum()
     better_BCC = score_BC[:, :, None]
     worse_BCC = score_BC[:, None, :]
@@ -268,6 +269,7 @@ def step_ends(
 
 def _at_last_before(x_BT: Array, is_real_BT: Array) -> Array:
     """Return `x_BT`, bool, at the last real token before each; False where there is none."""
+    # The index of the last real token up to each place, then of that before it; -1: none.
     index_T = jnp.arange(x_BT.shape[1])
     last_BT = jax.lax.cummax(jnp.where(is_real_BT, index_T, -1), axis=1)
     before_BT = jnp.pad(last_BT[:, :-1], ((0, 0), (1, 0)), constant_values=-1)

@@ -113,6 +113,7 @@ def rows_used(segment_ids_BT: Array) -> Array:
     `segment_ids_BT`: of the rows as they are, not packed yet; 0 is padding. Packed rows have T
     tokens too. At least 1, also where all is padding.
     """
+    # As many packed rows as rows are always enough; counted is how many are used.
     rows, longest = segment_ids_BT.shape
     length_B = (segment_ids_BT > 0).sum(1)
     return first_fit(length_B, longest, rows).row_B.max() + 1
@@ -194,12 +195,14 @@ def layout_of(batch: TokenBatch) -> Layout:
     room = batch["room"]
     rows = room.rows(tokens_GBT.shape[1])
 
+    # Shared: beginnings are held once, and attention runs over the rows as they are.
     if room.is_shared:
         owner_GBT = jax.vmap(owners)(*by_group)
         shared = jax.vmap(partial(share_slots, rows=rows))(owner_GBT)
         seen = SharedRows(batch["segment_ids_BT"], shared.slot_BT, owner_GBT, shared.token_NT)
         return Layout(seen.slots, seen.rows, seen, shared.fits_B.reshape(-1))
 
+    # Packed: attention runs over the packed rows, in which each row is a segment.
     slots = jax.vmap(partial(assign_slots, rows=rows))(segment_ids_GBT)
     segment_ids_NT = slots.segment_ids_NT.reshape(-1, segment_ids_GBT.shape[-1])
     return Layout(
@@ -382,6 +385,7 @@ def measured_ahead(
     """
 
     def measure_next() -> Measured:
+        # Peeked at: the data's position stays before what has not been yielded.
         rows = to_mesh(dict(trained_on(batches.peek())), mesh)
         return measure(rows, microbatches=microbatches)
 

@@ -117,6 +117,9 @@ SCRIPTS: Ranges = {
     "check": FROM_0_TO_1,
     "shaping": AT_LEAST_0,
     "reliability": FROM_0_TO_1,
+    "near": FROM_0_TO_1,
+    "perplexity_share": FROM_0_TO_1,
+    "least_good": FROM_0_TO_1,
     "noise": AT_LEAST_0,
 }
 """Ranges of what scripts have in common, whichever script has it: a name has one meaning."""
