@@ -251,6 +251,7 @@ def test_tokenizers_trained_here_have_a_template_for_others(tmp_path):
         assert tokenizer.pieces.encode_with_controls(text) == tokenizer.prompt(messages[:-1])
 
 
+@pytest.mark.slow
 def test_a_chat_model_is_fine_tuned_and_answers(model, tmp_path, capsys, monkeypatch):
     shape = SHAPE | CONFIGS["llama 2"]
     theirs = write(tmp_path / "theirs", shape, checkpoint(shape))

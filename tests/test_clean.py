@@ -290,6 +290,7 @@ def test_conversations_are_judged_by_all_their_text(tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_the_classifier_and_a_models_perplexity_leave_out_corrupted_rows(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rng = random.Random(0)

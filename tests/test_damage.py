@@ -219,6 +219,7 @@ def faults_of(
     return faults
 
 
+@pytest.mark.slow
 def test_each_kind_of_file_damaged_once(runs, tmp_path):
     """Each damage to each kind of file, for the readers in turn."""
     trials = []
@@ -239,6 +240,7 @@ def test_three_hundred_damages(runs, tmp_path):
     assert faults_of(runs, tmp_path, trials) == []
 
 
+@pytest.mark.slow
 def test_controls(runs, tmp_path):
     """An undamaged run is read by all, and the spike is known."""
     assert spike_count(str(runs[0])) == 1 and left_out(str(runs[0])) == {1}

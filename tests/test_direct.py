@@ -509,6 +509,7 @@ def kto_optimum(reference, weights, beta):
     return policy(bisect(kl_exceeds, 0.0, 10.0))
 
 
+@pytest.mark.slow
 def test_kto_reaches_its_own_optimum():
     """Each response is desirable more often than not; one that mostly is not is driven out."""
     start = start_tables()

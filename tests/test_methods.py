@@ -116,6 +116,7 @@ def test_an_online_method_samples_judges_and_updates(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_run_is_measured_once(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "HERE", tmp_path)
     options = [

@@ -450,6 +450,7 @@ TINY = ["--model.preset=tiny", "--eval_every=2", "--optimizer.warmup=0", "--save
 ROWS_OF_32 = ["--batch_size=8", "--length=32"]
 
 
+@pytest.mark.slow
 def test_scripts_train_on_mixtures_and_tell_the_shares(files, capsys):
     mixture = "a.jsonl:3 docs.jsonl:1@text world:1"
     flags = [*TINY, *ROWS_OF_32, "--steps=4"]

@@ -115,6 +115,7 @@ def test_a_reward_model_goes_on_from_another_head_and_all(runs):
         )
 
 
+@pytest.mark.slow
 def test_a_forks_reward_model_is_one_whatever_its_scripts_name(runs, tmp_path, monkeypatch):
     """A run is what it holds: a reward model has a scalar head."""
     shutil.copy(ROOT / "train_rm.py", tmp_path / "my_rm.py")
@@ -205,15 +206,9 @@ def one_device_ppo(runs, tmp_path_factory):
     return folder / "ppo"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "mesh",
-    [
-        *(
-            pytest.param(m, marks=pytest.mark.slow)
-            for m in [(8, 1, 1, 1), (1, 8, 1, 1), (2, 1, 4, 1), (2, 1, 2, 2)]
-        ),
-        (2, 2, 2, 1),
-    ],
+    "mesh", [(8, 1, 1, 1), (1, 8, 1, 1), (2, 1, 4, 1), (2, 1, 2, 2), (2, 2, 2, 1)]
 )
 def test_ppo_is_equal_over_meshes(runs, one_device_ppo, tmp_path, mesh):
     axes = [

@@ -623,6 +623,7 @@ def test_without_the_cuda_compiler_the_cpus_stands_in(monkeypatch, capsys):
     assert {axes for _, axes in result.cost.moved} >= {"fsdp", "tensor"}
 
 
+@pytest.mark.slow
 @needs_eight
 def test_weights_cut_further_while_sampling_are_planned(monkeypatch, capsys):
     """Half of the weights is read for a token, and each layer's sums go through twice the chips.

@@ -549,6 +549,7 @@ def test_what_is_written_is_written_whole_or_not_at_all(tmp_path):
         pass
 
 
+@pytest.mark.slow
 def test_a_process_model_learns_from_rows_of_every_kind(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PLUMB_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)

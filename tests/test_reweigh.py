@@ -33,6 +33,7 @@ def words(letters, seed):
     return " ".join("".join(rng.choice(letters) for _ in range(3)) for _ in range(12))
 
 
+@pytest.mark.slow
 def test_a_source_that_is_learnt_falls_to_the_floor(tmp_path, monkeypatch, capsys):
     """The first run learns b alone, the next one a alone: b has no more to give."""
     monkeypatch.chdir(tmp_path)

@@ -231,6 +231,7 @@ def test_irrelevant_instructions_have_a_high_ifd(choose):
     assert np.median(value[:30]) > 1.5 * np.median(value[30:])
 
 
+@pytest.mark.slow
 def test_less_finds_the_rows_of_the_validations_task(choose, tmp_path):
     """Of two tasks that the model has not learnt, and one that it has."""
     pool = []

@@ -188,6 +188,7 @@ def test_the_world_has_judgements():
     assert 0.4 < np.mean(judged) < 0.8
 
 
+@pytest.mark.slow
 def test_kto_on_comparisons_with_gold_evaluation(files):
     options = [
         "--loss=kto",
