@@ -25,6 +25,8 @@ BLOCK = 1024
 """Draws that are shuffled together: of so many in a row each source has its share, to one row."""
 WEIGHED = 500
 """Records of a source, its first, whose mean length turns shares of tokens into shares of rows."""
+LEAST = 1e-12
+"""Least share of a source, of the largest: a small temperature leaves none without any."""
 
 
 class Part(NamedTuple):
@@ -166,18 +168,19 @@ def mixed(
 
 
 def first_conversations(source: Source, most: int) -> list[list[Message]]:
-    """Return the messages of the first conversations of a source, passing over its documents.
+    """Return the messages of the first conversations of a source, of a mixture's parts in turns.
 
-    `source`: records of the schema `chat`, at least one of them; a mixture may have documents too.
+    `source`: records of the schema `chat`; a mixture may have parts that are documents too, which
+    are passed over.
     """
+    # A part is of one schema.
+    parts = [part for part in source.alone() if "messages" in part[0]]
     found: list[list[Message]] = []
-    for i in range(len(source)):
-        if len(found) == most:
-            break
-        record = source[i]
-        if "messages" in record:
-            found.append(record["messages"])
-    return found
+    for row in range(most):
+        for part in parts:
+            if row < len(part):
+                found.append(part[row]["messages"])
+    return found[:most]
 
 
 def _batches_of(stage: Stage, batch_tokens: int | None) -> int:
@@ -207,7 +210,7 @@ def shares_of(stage: Stage, parts: Sequence[Part]) -> list[int]:
     """Return the share of each part in the draws of a stage, of about WHOLE.
 
     It is proportional to weight, or to weight * min(rows, cap) (Raffel et al. 2020, section
-    3.5.2), to the power 1 / temperature.
+    3.5.2), to the power 1 / temperature; at least LEAST of the largest.
     """
     by_label = {share.label: share for share in stage.shares}
     weights = []
@@ -223,8 +226,13 @@ def shares_of(stage: Stage, parts: Sequence[Part]) -> list[int]:
             )
         counted = min(rows, share.cap or rows) if share.by_rows else 1
         weights.append(share.weight * counted)
-    total = sum(weights)
-    return whole([(weight / total) ** (1 / stage.temperature) for weight in weights])
+    # Of the largest: no power is too large a number.
+    largest = max(weights)
+    shares = []
+    for weight in weights:
+        share = (weight / largest) ** (1 / stage.temperature)
+        shares.append(max(share, LEAST) if weight else 0.0)
+    return whole(shares)
 
 
 def whole(weights: Sequence[float]) -> list[int]:
