@@ -130,18 +130,25 @@ class Mixture(Source):
 
 
 def mixed(
-    name: str, stages: Sequence[Stage], sources: Sequence[Source], labels: Sequence[str]
+    name: str,
+    stages: Sequence[Stage],
+    sources: Sequence[Source],
+    labels: Sequence[str],
+    rows_P: Sequence[int] | None = None,
 ) -> Mixture:
     """Make one source of several, each named by a label of the stages' shares.
 
-    Raises UserError where a weight counts the rows of a source without an end.
+    `rows_P`: the rows of each that its weight is times, where it counts rows; None: all of the
+    source. Raises UserError where a weight counts the rows of a source without an end.
     """
     # Each part once, whatever the stages that name it.
     in_order = {share.label: share.in_order for stage in stages for share in stage.shares}
     parts = []
     for source, label in zip(sources, labels, strict=True):
         parts.append(Part(label, source, in_order[label]))
-    shares_SP = tuple(tuple(shares_of(stage, parts)) for stage in stages)
+    if rows_P is None:
+        rows_P = sizes_of(parts)
+    shares_SP = tuple(tuple(shares_of(stage, parts, rows_P)) for stage in stages)
 
     # Records lie in the order of `place_of`.
     spread_P = tuple(whole([sum(shares) for shares in zip(*shares_SP, strict=True)]))
@@ -206,7 +213,7 @@ def _batches_of(stage: Stage, batch_tokens: int | None) -> int:
 # --- shares
 
 
-def shares_of(stage: Stage, parts: Sequence[Part]) -> list[int]:
+def shares_of(stage: Stage, parts: Sequence[Part], rows_P: Sequence[int]) -> list[int]:
     """Return the share of each part in the draws of a stage, of about WHOLE.
 
     It is proportional to weight, or to weight * min(rows, cap) (Raffel et al. 2020, section
@@ -214,12 +221,11 @@ def shares_of(stage: Stage, parts: Sequence[Part]) -> list[int]:
     """
     by_label = {share.label: share for share in stage.shares}
     weights = []
-    for part in parts:
+    for part, rows in zip(parts, rows_P, strict=True):
         share = by_label.get(part.label)
         if share is None:
             weights.append(0.0)
             continue
-        rows = len(part.source)
         if share.by_rows and share.cap is None and part.source.is_endless:
             raise UserError(
                 f"mixture: {share.data}: has no end, so its rows do not count; add @cap=ROWS"

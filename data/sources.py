@@ -279,9 +279,15 @@ def _mixture(data: str, schema: Schema, split: Split, seed: int, with_texts: boo
     )
 
     sources = []
+    rows = []
     for label, share in shares.items():
-        sources.append(_open_one(share.data, schemas[label], split, seed, held_out_hashes))
-    return mixed(data, stages, sources, list(shares))
+        source = _open_one(share.data, schemas[label], split, seed, held_out_hashes)
+        sources.append(source)
+        # What is held out has the shares of what is trained on.
+        if split == "heldout" and share.by_rows:
+            source = _open_one(share.data, schemas[label], "train", seed, held_out_hashes)
+        rows.append(len(source))
+    return mixed(data, stages, sources, list(shares), rows)
 
 
 # ---- The TFDS catalogue ----

@@ -429,6 +429,22 @@ def test_no_prompt_that_one_file_holds_out_is_trained_on(files):
     assert prompts("heldout", "a.jsonl") | prompts("heldout", "b.jsonl") == prompts("heldout")
 
 
+def test_what_is_held_out_has_the_shares_of_what_is_trained_on(files):
+    """A cap is of the rows that are trained on, and cuts none of the few that are held out."""
+    write(files / "big.jsonl", [{"text": f"big {i}"} for i in range(900)])
+    write(files / "small.jsonl", [{"text": f"small {i}"} for i in range(200)])
+    words = "big.jsonl:1@cap=250 small.jsonl:1@cap=250"
+    train, held_out, all_of_it = (
+        open_source(words, "text", split) for split in ("train", "heldout", "all")
+    )
+    assert held_out.shares_SP == train.shares_SP
+    assert shares_of(train)[0] == pytest.approx(250 / (250 + len(train.parts[1].source)))
+    assert shares_of(all_of_it)[0] == pytest.approx(250 / 450)
+    # Control: of the rows that are held out the shares are others.
+    alone = mixed(words, held_out.stages, held_out.alone(), ["big.jsonl", "small.jsonl"])
+    assert shares_of(alone)[0] > 0.7
+
+
 def test_a_file_is_not_read_both_as_conversations_and_as_documents(files):
     for data in ("a.jsonl:1 a.jsonl:1@text", "a.jsonl steps=3 -> b.jsonl:1 ./a.jsonl:1@text"):
         with pytest.raises(UserError, match=r"a.jsonl: stands there with @text and without"):
