@@ -22,7 +22,8 @@ import train_rm
 import train_sft
 from data import batches as batches_module
 from data import mixture as mixture_module
-from data.batches import chat_batches, prompt_batches, text_batches
+from data.batches import chat_batches, encode_comparison, prompt_batches, text_batches
+from data.lengths import tokens_of, trained_tokens_of
 from data.mixture import BLOCK, Mixture, counts, first_conversations, mixed, place_of, placed
 from data.source import ENDLESS, Source
 from data.sources import evaluated_split, open_source
@@ -382,6 +383,23 @@ def test_shares_of_tokens(tokenizer):
     assert found["tokens"]["long"][1] == pytest.approx(0.5, abs=0.05)
     assert found["examples"]["long"][0] == pytest.approx(0.5, abs=0.01)
     assert found["examples"]["long"][1] > 0.9  # control
+
+
+def test_shares_of_tokens_are_of_those_that_are_trained_on(tokenizer):
+    """Of two sources whose answers are alike one has a prompt twenty times as long."""
+    long = Source("long", range(400), lambda i: {"messages": talk("a 1 b 2 " * 20, f"b {i}")})
+    short = Source("short", range(400), lambda i: {"messages": talk("a 1", f"b {i}")})
+    words = "long:1 short:1 unit=tokens"
+    mixture = mixed(words, read_mixture(words), [long, short], ["long", "short"])
+    batches = chat_batches(mixture, tokenizer, batch_size=8, length=256)
+    for _ in range(10):
+        next(batches)
+    np.testing.assert_allclose(batches.shares["long"], [0.5, 0.5], atol=0.02)
+    # A comparison's are its responses.
+    record = {"prompt": talk("a 1"), "responses": ["b 1", "b 2 c 3"], "ranking": [1, 2]}
+    rows = encode_comparison(record, tokenizer, 256).rows
+    counts = [len(tokenizer.answer(response)) for response in record["responses"]]
+    assert trained_tokens_of(rows) == sum(counts) < tokens_of(rows)
 
 
 def test_shares_count_what_gave_rows(tokenizer):
