@@ -23,7 +23,7 @@ import numpy as np
 from collect.examples import open_rows, rows_as_written, schema_of
 from collect.scores import perplexities
 from data import text_rules
-from data.near_duplicates import LEAST_NEAR, NearDuplicates, normal
+from data.near_duplicates import LEAST_NEAR, NearDuplicates
 from data.records import Schema
 from data.source import Source
 from data.sources import is_file
@@ -95,11 +95,23 @@ Finder = Callable[[Given, Sequence[int]], Found]
 # ---- Rules: of the rows that are left, those that go ----
 
 
+def folded(value: Any) -> Any:
+    """Return a record, or what it holds, with its texts in lower case and single spaces."""
+    if isinstance(value, str):
+        return " ".join(value.casefold().split())
+    if isinstance(value, dict):
+        return {key: folded(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [folded(item) for item in value]
+    return value
+
+
 def exact(given: Given, rows: Sequence[int]) -> Found:
-    """Find rows that repeat an earlier one, but for case, marks and spaces."""
+    """Find rows that repeat an earlier one, labels and all, but for case and spaces."""
     first: dict[bytes, int] = {}
     for row in rows:
-        digest = hashlib.sha256(normal(given.text(row)).encode()).digest()
+        record = json.dumps(folded(given.source[row]), sort_keys=True)
+        digest = hashlib.sha256(record.encode()).digest()
         earlier = first.setdefault(digest, row)
         if earlier != row:
             yield row, f"as row {earlier + 1}"

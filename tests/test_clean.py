@@ -66,6 +66,46 @@ def test_similarity_is_of_sets():
     assert len(ngrams("one two")) == 1 and len(ngrams("")) == 1
 
 
+def test_texts_without_a_word_are_near_no_other():
+    texts = ["🙂", "🙁", "x < y", "x > y", "🙂"]
+    seen = NearDuplicates(texts.__getitem__, 0.7)
+    assert [seen.before(row) for row in range(5)] == [None, None, None, (2, 1.0), None]
+
+
+@pytest.mark.parametrize(
+    ("first", "other", "is_same"),
+    [
+        ({"text": "A  b.\nC"}, {"text": "a b. c"}, True),
+        ({"text": "3+4=?"}, {"text": "3*4=?"}, False),
+        ({"text": "x<y"}, {"text": "x>y"}, False),
+        ({"text": "🙂"}, {"text": "🙁"}, False),
+        ({"text": "a", "id": 1}, {"text": "a", "id": 2}, True),  # nothing reads it
+        (
+            {"prompt": "a", "response": "b", "label": True},
+            {"prompt": "a", "response": "b", "label": False},
+            False,
+        ),
+        (
+            {"prompt": "a", "responses": ["b", "c"], "ranking": [1, 2]},
+            {"prompt": "A", "responses": ["b", "c"], "ranking": [2, 1]},
+            False,
+        ),
+        (
+            {"prompt": "a", "steps": ["b"], "labels": [1]},
+            {"prompt": "a", "steps": ["b"], "labels": [0]},
+            False,
+        ),
+    ],
+)
+def test_exact_duplicates_are_alike_in_all_that_training_reads(
+    tmp_path, monkeypatch, first, other, is_same
+):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "pages.jsonl", [first, other, first])
+    counts = run(clean, "--data=pages.jsonl", "--rules=exact", "--out=clean.jsonl")
+    assert counts["exact"] == 1 + is_same
+
+
 # --- quality
 
 GOOD = [
@@ -219,7 +259,7 @@ def pages(tmp_path, monkeypatch):
     words = document(rng)
     rows = [
         {"id": 0, "text": " ".join(words)},
-        {"id": 1, "text": " ".join(words).upper() + "!"},
+        {"id": 1, "text": " ".join(words).upper() + "\n"},
         {"id": 2, "text": edited(words, 0.05, rng), "note": "nearly wríte ☃"},
         {"id": 3, "text": GOOD[0], "note": "ask a@b.example.org"},
         {"id": 4, "text": f"{GOOD[1]} Call 555-123-4567."},
