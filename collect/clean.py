@@ -20,11 +20,12 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
-from collect.examples import open_rows, rows_as_written, schema_of
+from collect.examples import as_line, open_rows, rows_as_written, schema_of
 from collect.scores import perplexities
 from data import text_rules
+from data.fields import FieldError
 from data.near_duplicates import LEAST_NEAR, NearDuplicates
-from data.records import Schema
+from data.records import SCHEMAS, Schema
 from data.source import Source
 from data.sources import is_file
 from data.text_classifier import TextClassifier
@@ -251,7 +252,7 @@ def check(config: Config) -> None:
 def words_of(path: str) -> list[str]:
     """Return the lines of a lexicon; UserError for a file that cannot be read or is empty."""
     try:
-        lines = pathlib.Path(path).read_text().splitlines()
+        lines = pathlib.Path(path).read_text("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as fault:
         raise UserError(f"--lexicon={path}: cannot be read as text ({fault})") from None
     found = [line for line in lines if line.strip()]
@@ -274,6 +275,20 @@ def replaced(value: Any) -> Any:
     if isinstance(value, list):
         return [replaced(item) for item in value]
     return value
+
+
+def without_personal_data(line: str, schema: Schema) -> str | None:
+    """Return a row, as JSON, without personal data in its texts; None where some is left.
+
+    It is where it stands in no text: a number, or messages written as JSON text.
+    """
+    row = replaced(json.loads(line))
+    try:
+        texts = texts_of(SCHEMAS[schema](row))
+        _, kinds = text_rules.without_personal_data("\n".join(texts))
+    except FieldError:
+        return None
+    return None if kinds else as_line(row)
 
 
 def main(config: Config) -> dict[str, int]:
@@ -308,10 +323,14 @@ def main(config: Config) -> dict[str, int]:
         # The rows as they stand, in their order.
         lines = rows_as_written(config.data, schema, given.source)
         for row, line in enumerate(lines):
+            written: str | None = line
             if row in changed and row not in found:
-                line = json.dumps(replaced(json.loads(line)), ensure_ascii=False)
+                written = without_personal_data(line, schema)
+                if written is None:
+                    found[row] = ("personal", f"{changed[row]}, not in a text that can be changed")
             if row not in found:
-                out.write(f"{line}\n")
+                out.write(f"{written}\n")
+        require(len(found) < len(rows), f"{config.data}: no row is left of those to be changed")
 
         # What went, or was changed, and why.
         for row in rows:
@@ -321,9 +340,10 @@ def main(config: Config) -> dict[str, int]:
             told = {"row": row + 1, "rule": name, "reason": reason, "kept": row not in found}
             dropped.write(json.dumps(told) + "\n")
     told_counts = ", ".join(f"{name} {count:,}" for name, count in counts.items())
-    print(f"{config.out}: {len(left):,} of {len(rows):,} rows; found by {told_counts}")
+    kept = len(rows) - len(found)
+    print(f"{config.out}: {kept:,} of {len(rows):,} rows; found by {told_counts}")
     print(f"{beside} tells of each row that was left out or changed")
-    return {"rows": len(rows), "kept": len(left), **counts}
+    return {"rows": len(rows), "kept": kept, **counts}
 
 
 if __name__ == "__main__":

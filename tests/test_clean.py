@@ -16,6 +16,7 @@ from data.near_duplicates import NearDuplicates, jaccard, ngrams
 from data.text_classifier import TextClassifier
 from data.text_rules import C4, GOPHER, is_card, lexicon_rule, without_personal_data
 from evaluation.steps import auc
+from runtime.errors import UserError
 from tasks import world
 
 VOCABULARY = [f"{a}{b}" for a in "bdfgklmnprst" for b in "aeiou"]
@@ -312,6 +313,43 @@ def test_rules_are_asked_in_their_order_and_personal_rows_may_go(pages, tmp_path
         "personal",
         "words",
     ]
+
+
+def test_a_row_whose_personal_data_cannot_be_replaced_goes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said = [{"role": "user", "content": "Call me:\n555-123-4567"}]
+    said.append({"role": "assistant", "content": "ok"})
+    rows = [
+        {"messages": json.dumps(said)},  # a letter, of \\n, stands before the number
+        {"question": "my card?", "answer": 4111111111111111},
+        {"question": "my card?", "answer": "4111111111111111"},
+        {"messages": said},
+    ]
+    write(tmp_path / "chats.jsonl", rows)
+    counts = run(clean, "--data=chats.jsonl", "--rules=personal", "--out=clean.jsonl")
+    assert counts == {"rows": 4, "kept": 2, "personal": 4}
+    assert [row["kept"] for row in told("clean.jsonl")] == [False, False, True, True]
+    text = (tmp_path / "clean.jsonl").read_text()
+    assert len(text.splitlines()) == 2 and "<card>" in text and "<phone>" in text
+    assert "4111" not in text and "555" not in text
+    # All rows are of this kind.
+    write(tmp_path / "chats.jsonl", rows[:2])
+    with pytest.raises(UserError, match="no row is left"):
+        clean.main(Config(data="chats.jsonl", rules="personal", out="none.jsonl"))
+    assert not (tmp_path / "none.jsonl").exists()
+
+
+def test_what_no_text_file_holds_is_written_as_an_escape(tmp_path, monkeypatch):
+    """Half a surrogate pair in a field that nothing reads; a mark at the lexicon's beginning."""
+    monkeypatch.chdir(tmp_path)
+    rows = [{"text": "wríte", "note": "\ud83d"}, {"text": "a@b.example.org", "note": "\ud83d"}]
+    rows.append({"text": "darn"})
+    write(tmp_path / "pages.jsonl", rows)
+    (tmp_path / "words.txt").write_text("darn\n", "utf-8-sig")
+    flags = ["--rules=lexicon,personal", "--lexicon=words.txt", "--out=clean.jsonl"]
+    assert run(clean, "--data=pages.jsonl", *flags)["kept"] == 2
+    written = [json.loads(line) for line in (tmp_path / "clean.jsonl").read_text().splitlines()]
+    assert written == [rows[0], {"text": "<email>", "note": "\ud83d"}]
 
 
 def test_conversations_are_judged_by_all_their_text(tmp_path):
