@@ -142,6 +142,13 @@ def test_a_rule_objects_to_its_own_example_and_to_no_good_one(name):
     assert [rule(text) for text in GOOD] == [None, None]
 
 
+def test_hash_signs_and_ellipses_are_counted_apart():
+    words = " word" * 100
+    assert GOPHER["symbols"]("#" * 10 + words) is None
+    assert GOPHER["symbols"]("# " * 9 + "... " * 9 + words) is None
+    assert GOPHER["symbols"]("#" * 11 + words) and GOPHER["symbols"]("... " * 12 + words)
+
+
 def corrupted(text, rng):
     """Return a text whose words are in any order, a third of them broken."""
     words = text.split()
@@ -208,7 +215,8 @@ def personal_data(rng):
         (f"({number[:3]}) {number[3:6]}-{number[6:10]}", "phone"),
         (f"{number[:3]}-{number[3:6]}-{number[6:10]}", "phone"),
         (f"+44 20 {number[:4]} {number[4:8]}", "phone"),
-        (f"0{number[:2]} {number[2:6]} {number[6:10]}", "phone"),
+        (f"0{rng.randrange(10, 100)} {number[2:6]} {number[6:10]}", "phone"),
+        (f"1-{number[:3]}-{number[3:6]}-{number[6:10]}", "phone"),
     ]
     return rng.choice(choices)
 
@@ -226,6 +234,19 @@ def test_personal_data_is_replaced_and_the_text_around_it_stays():
 
 
 @pytest.mark.parametrize(
+    ("text", "cleaned"),
+    [
+        ("http://192.0.2.17:8080/x", "http://<ip>:8080/x"),
+        ("IP:192.0.2.17.", "IP:<ip>."),
+        ("call 1-800-555-1234 or 1 (800) 555-1234", "call <phone> or <phone>"),
+        ("Tel.555-123-4567", "Tel.<phone>"),
+    ],
+)
+def test_personal_data_beside_marks_is_replaced(text, cleaned):
+    assert without_personal_data(text)[0] == cleaned
+
+
+@pytest.mark.parametrize(
     "text",
     [
         "in 1999-2004, on 2024-12-31 at 12:30:45, for 1,250.00 or 3.14159",
@@ -233,6 +254,7 @@ def test_personal_data_is_replaced_and_the_text_around_it_stays():
         "the number 1234567890123456 fails the check; 12345 and 2147483648 are plain",
         "std::vector, a::b, x @ y, user@localhost, 50 000 people, 3-2-1",
         "2 + 2 = 4, +5 points, 0.5 of 0 10, 10 000 000",
+        "x +10000, grid: 00 100 200, 01/2024 10000, 7.555-123-4567",
     ],
 )
 def test_other_numbers_stay(text):
