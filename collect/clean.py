@@ -23,6 +23,7 @@ import numpy as np
 from collect.examples import as_line, open_rows, rows_as_written, schema_of
 from collect.scores import perplexities
 from data import text_rules
+from data.batches import SHORTEST_PROMPT
 from data.fields import FieldError
 from data.near_duplicates import LEAST_NEAR, NearDuplicates
 from data.records import SCHEMAS, Schema
@@ -157,7 +158,7 @@ def perplexity(given: Given, rows: Sequence[int]) -> Found:
     model = model._replace(params=jax.device_put(model.params))
     source = given.source
     left = dataclasses.replace(source, rows=[source.rows[row] for row in rows])
-    scores_N = perplexities(model, left, config.length or stored_model(run).context)
+    scores_N = perplexities(model, left, longest(run, config.length))
     for place in sorted(np.argsort(scores_N, kind="stable")[-most:].tolist()):
         yield rows[place], f"{scores_N[place]:.4g}"
 
@@ -245,8 +246,28 @@ def check(config: Config) -> None:
             "personal": ("personal" in names, "--rules=personal"),
         },
     )
+    # What rules read is opened before the first of them runs.
     if config.lexicon is not None:
         words_of(config.lexicon)
+    for name, data in (("good", config.good), ("bad", config.bad)):
+        require(data is None or is_file(data), f"--{name}={data}: is no file; name one")
+        if data is not None:
+            open_rows(data, schema_of(data, None), seed=0)
+    if config.init is not None:
+        longest(config.init, config.length)
+
+
+def longest(run: str, length: int | None) -> int:
+    """Return the most tokens of a text; UserError where the model's context is shorter."""
+    context = stored_model(run).context
+    if length is None:
+        return context
+    require(
+        SHORTEST_PROMPT < length <= context,
+        f"--length={length}: must be above {SHORTEST_PROMPT} and at most the model's context of "
+        f"{context}",
+    )
+    return length
 
 
 def words_of(path: str) -> list[str]:

@@ -22,7 +22,7 @@ from runtime.mixtures import Stage
 WHOLE = 1 << 30
 """All shares together: shares are whole numbers, so that every machine counts alike."""
 BLOCK = 1024
-"""Draws that are shuffled together: of so many in a row each source has its share, to one row."""
+"""Draws that are shuffled together: in each block of so many a source has its share, to a row."""
 WEIGHED = 500
 """Records of a source, its first, whose mean length turns shares of tokens into shares of rows."""
 LEAST = 1e-12

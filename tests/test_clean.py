@@ -390,7 +390,9 @@ def test_conversations_are_judged_by_all_their_text(tmp_path):
     ]
 
 
-def test_the_classifier_and_a_models_perplexity_leave_out_corrupted_rows(tmp_path, monkeypatch):
+def test_the_classifier_and_a_models_perplexity_leave_out_corrupted_rows(
+    tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     rng = random.Random(0)
     texts = [world.text(i) for i in range(900)]
@@ -408,6 +410,9 @@ def test_the_classifier_and_a_models_perplexity_leave_out_corrupted_rows(tmp_pat
     counts = run(clean, *flags, "--rules=perplexity", "--init=lm", "--out=p.jsonl")
     assert counts == {"rows": 200, "kept": 180, "perplexity": 20}
     assert len(planted & {row["row"] for row in told("p.jsonl")}) >= 19
+    for length in ("5", "100000"):
+        argv = [*flags, "--rules=perplexity", "--init=lm", "--out=n.jsonl", f"--length={length}"]
+        assert f"--length={length}: must be above 8 and at most" in fails(clean, argv, capsys)
     models = ["--good=train.jsonl", "--bad=bad.jsonl"]
     run(clean, *flags, "--rules=classifier", *models, "--out=c.jsonl")
     found = {row["row"] for row in told("c.jsonl")}
@@ -428,11 +433,25 @@ def test_the_classifier_and_a_models_perplexity_leave_out_corrupted_rows(tmp_pat
         (["--data=world"], "--data=world: is no file"),
         (["--data=pages.jsonl:1 pages.jsonl:2"], "is a mixture, which this command does not read"),
         (["--rules=words"], "no row is left"),
+        (["--rules=near,perplexity", "--init=none"], "none: no run here"),
+        (
+            ["--rules=near,classifier", "--good=world", "--bad=pages.jsonl"],
+            "--good=world: is no file",
+        ),
+        (
+            ["--rules=near,classifier", "--good=pages.jsonl", "--bad=none.jsonl"],
+            "none.jsonl: no such file",
+        ),
     ],
 )
-def test_mistakes_are_one_line_and_leave_nothing(pages, tmp_path, capsys, flags, told):
+def test_mistakes_are_one_line_and_leave_nothing(
+    pages, tmp_path, monkeypatch, capsys, flags, told
+):
     if flags == ["--rules=words"]:
         write(tmp_path / "pages.jsonl", [{"text": "short"}])
+    # What is missing is told before a rule has run.
+    if "--rules=near" in flags[0]:
+        monkeypatch.setattr(clean, "NearDuplicates", None)
     argv = ["--data=pages.jsonl", "--out=clean.jsonl", *flags]
     assert told in fails(clean, argv, capsys)
     assert not (tmp_path / "clean.jsonl").exists()
