@@ -23,6 +23,8 @@ SHARE = re.compile(r"(?P<data>.+):(?P<weight>(?:\d+\.?\d*|\.\d+)(?:e-?\d+)?)(?P<
 OPTION = re.compile(r"rows|text|in_order|cap=[1-9]\d*")
 SETTINGS = ("unit", "temperature", "tokens", "steps")
 SETTING = re.compile(rf"({'|'.join(SETTINGS)})=(.*)")
+LIKE_A_SETTING = re.compile(r"[a-z_]+=(?:\w*|[\d.e+-]+)")
+"""A word and a word or number; names of files have a dot in them."""
 MOST_WEIGHT = 1e15
 """Weights are below it: products with numbers of rows stay finite."""
 
@@ -131,6 +133,11 @@ def _stage(words: Sequence[str]) -> Stage:
     for word in words:
         setting = _setting(word)
         if setting is None:
+            require(
+                not LIKE_A_SETTING.fullmatch(word),
+                f"mixture: {word}: neither a setting, which are {'=, '.join(SETTINGS)}=, nor a "
+                "source with a weight, such as a.jsonl:1",
+            )
             named.append(word)
             continue
         require(setting[1] not in settings, f"mixture: {setting[1]}= stands twice in a stage")
@@ -173,11 +180,6 @@ def _share(word: str, is_alone: bool) -> Share:
     """Read a source and its weight; a stage's only source needs none."""
     found = SHARE.fullmatch(word)
     if found is None:
-        require(
-            is_alone or "=" not in word,
-            f"mixture: {word}: neither a source with a weight, such as a.jsonl:1, nor a setting; "
-            f"settings are {'=, '.join(SETTINGS)}=",
-        )
         require(
             is_alone,
             f"mixture: {word}: has no weight, which is a number above 0, such as a.jsonl:1; names "

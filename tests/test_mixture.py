@@ -115,7 +115,11 @@ def test_words_are_read():
         ("a.jsonl:2 b.jsonl", "b.jsonl: has no weight, which is a number above 0"),
         ("a.jsonl:2 b.jsonl:-1", "b.jsonl:-1: has no weight, which is a number above 0"),
         ("my a.jsonl:2 b.jsonl:1", "my: has no weight, which is a number above 0, such as a.js"),
-        ("a.jsonl:2 b.jsonl:1 temprature=2", "settings are unit=, temperature=, tokens=, steps="),
+        (
+            "a.jsonl:2 b.jsonl:1 temprature=2.5",
+            "neither a setting, which are unit=, temperature=, tokens=, steps=, nor a source",
+        ),
+        ("world tokns=5 -> a.jsonl", "tokns=5: neither a setting"),
         ("a.jsonl:1e999 b.jsonl:1", "must be above 0 and below 1e+15"),
         ("a.jsonl:1e-999 b.jsonl:1", "must be above 0 and below 1e+15"),
         ("a.jsonl:1@cap=5@cap=7 b.jsonl:1@rows", "@cap stands there twice"),
