@@ -20,11 +20,13 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
-from collect.examples import open_rows, rows_as_written, schema_of
+from collect.examples import as_line, open_rows, rows_as_written, schema_of
 from collect.scores import perplexities
 from data import text_rules
-from data.near_duplicates import LEAST_NEAR, NearDuplicates, normal
-from data.records import Schema
+from data.batches import SHORTEST_PROMPT
+from data.fields import FieldError
+from data.near_duplicates import LEAST_NEAR, NearDuplicates
+from data.records import SCHEMAS, Schema
 from data.source import Source
 from data.sources import is_file
 from data.text_classifier import TextClassifier
@@ -95,11 +97,23 @@ Finder = Callable[[Given, Sequence[int]], Found]
 # ---- Rules: of the rows that are left, those that go ----
 
 
+def folded(value: Any) -> Any:
+    """Return a record, or what it holds, with its texts in lower case and single spaces."""
+    if isinstance(value, str):
+        return " ".join(value.casefold().split())
+    if isinstance(value, dict):
+        return {key: folded(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [folded(item) for item in value]
+    return value
+
+
 def exact(given: Given, rows: Sequence[int]) -> Found:
-    """Find rows that repeat an earlier one, but for case, marks and spaces."""
+    """Find rows that repeat an earlier one, labels and all, but for case and spaces."""
     first: dict[bytes, int] = {}
     for row in rows:
-        digest = hashlib.sha256(normal(given.text(row)).encode()).digest()
+        record = json.dumps(folded(given.source[row]), sort_keys=True)
+        digest = hashlib.sha256(record.encode()).digest()
         earlier = first.setdefault(digest, row)
         if earlier != row:
             yield row, f"as row {earlier + 1}"
@@ -144,7 +158,7 @@ def perplexity(given: Given, rows: Sequence[int]) -> Found:
     model = model._replace(params=jax.device_put(model.params))
     source = given.source
     left = dataclasses.replace(source, rows=[source.rows[row] for row in rows])
-    scores_N = perplexities(model, left, config.length or stored_model(run).context)
+    scores_N = perplexities(model, left, longest(run, config.length))
     for place in sorted(np.argsort(scores_N, kind="stable")[-most:].tolist()):
         yield rows[place], f"{scores_N[place]:.4g}"
 
@@ -232,14 +246,34 @@ def check(config: Config) -> None:
             "personal": ("personal" in names, "--rules=personal"),
         },
     )
+    # What rules read is opened before the first of them runs.
     if config.lexicon is not None:
         words_of(config.lexicon)
+    for name, data in (("good", config.good), ("bad", config.bad)):
+        require(data is None or is_file(data), f"--{name}={data}: is no file; name one")
+        if data is not None:
+            open_rows(data, schema_of(data, None), seed=0)
+    if config.init is not None:
+        longest(config.init, config.length)
+
+
+def longest(run: str, length: int | None) -> int:
+    """Return the most tokens of a text; UserError where the model's context is shorter."""
+    context = stored_model(run).context
+    if length is None:
+        return context
+    require(
+        SHORTEST_PROMPT < length <= context,
+        f"--length={length}: must be above {SHORTEST_PROMPT} and at most the model's context of "
+        f"{context}",
+    )
+    return length
 
 
 def words_of(path: str) -> list[str]:
     """Return the lines of a lexicon; UserError for a file that cannot be read or is empty."""
     try:
-        lines = pathlib.Path(path).read_text().splitlines()
+        lines = pathlib.Path(path).read_text("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as fault:
         raise UserError(f"--lexicon={path}: cannot be read as text ({fault})") from None
     found = [line for line in lines if line.strip()]
@@ -262,6 +296,20 @@ def replaced(value: Any) -> Any:
     if isinstance(value, list):
         return [replaced(item) for item in value]
     return value
+
+
+def without_personal_data(line: str, schema: Schema) -> str | None:
+    """Return a row, as JSON, without personal data in its texts; None where some is left.
+
+    It is where it stands in no text: a number, or messages written as JSON text.
+    """
+    row = replaced(json.loads(line))
+    try:
+        texts = texts_of(SCHEMAS[schema](row))
+        _, kinds = text_rules.without_personal_data("\n".join(texts))
+    except FieldError:
+        return None
+    return None if kinds else as_line(row)
 
 
 def main(config: Config) -> dict[str, int]:
@@ -296,10 +344,14 @@ def main(config: Config) -> dict[str, int]:
         # The rows as they stand, in their order.
         lines = rows_as_written(config.data, schema, given.source)
         for row, line in enumerate(lines):
+            written: str | None = line
             if row in changed and row not in found:
-                line = json.dumps(replaced(json.loads(line)), ensure_ascii=False)
+                written = without_personal_data(line, schema)
+                if written is None:
+                    found[row] = ("personal", f"{changed[row]}, not in a text that can be changed")
             if row not in found:
-                out.write(f"{line}\n")
+                out.write(f"{written}\n")
+        require(len(found) < len(rows), f"{config.data}: no row is left of those to be changed")
 
         # What went, or was changed, and why.
         for row in rows:
@@ -309,9 +361,10 @@ def main(config: Config) -> dict[str, int]:
             told = {"row": row + 1, "rule": name, "reason": reason, "kept": row not in found}
             dropped.write(json.dumps(told) + "\n")
     told_counts = ", ".join(f"{name} {count:,}" for name, count in counts.items())
-    print(f"{config.out}: {len(left):,} of {len(rows):,} rows; found by {told_counts}")
+    kept = len(rows) - len(found)
+    print(f"{config.out}: {kept:,} of {len(rows):,} rows; found by {told_counts}")
     print(f"{beside} tells of each row that was left out or changed")
-    return {"rows": len(rows), "kept": len(left), **counts}
+    return {"rows": len(rows), "kept": kept, **counts}
 
 
 if __name__ == "__main__":

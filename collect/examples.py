@@ -147,5 +147,16 @@ def rows_as_written(data: str, schema: Schema, source: Source) -> Iterator[str]:
     if is_file(data):
         rows = itertools.islice(rows_of(data, schema), len(source))
     for row in rows:
-        # Parquet has dates, which JSON has as texts.
-        yield json.dumps(row, ensure_ascii=False, default=str)
+        yield as_line(row)
+
+
+def as_line(row: Any) -> str:
+    """Return a row as a line of JSON that UTF-8 can hold."""
+    # Parquet has dates, which JSON has as texts.
+    line = json.dumps(row, ensure_ascii=False, default=str)
+    try:
+        line.encode()
+    # Half of a surrogate pair is no letter: it stays an escape.
+    except UnicodeEncodeError:
+        return json.dumps(row, default=str)
+    return line

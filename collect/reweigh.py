@@ -9,6 +9,7 @@ Prints how far the held-out loss of each source fell from one run to the other, 
 import runtime.interrupt  # noqa: F401
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -17,6 +18,7 @@ import numpy as np
 
 from collect.examples import record_example
 from collect.scores import make_response_losses
+from data.batches import SHORTEST_PROMPT
 from data.mixture import Mixture
 from data.source import Source
 from data.sources import open_source
@@ -24,7 +26,11 @@ from model_config import stored_model
 from responses import load_run
 from runtime import flags
 from runtime.errors import UserError, require
+from runtime.mixtures import is_mixture
 from sharding import MeshConfig, make_mesh
+
+NONE = "0.0000"
+"""A share that is none, as it is written."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +70,10 @@ def progress_shares(progress_P: Sequence[float], floor: float) -> list[float]:
 
 
 def held_out_losses(run: str, parts: Sequence[Source], length: int, most: int) -> list[float]:
-    """Return a model's mean loss a token, in nats, on the first `most` records of each part."""
+    """Return a model's mean loss a token, in nats, on the first `most` records of each part.
+
+    Raises UserError for one that is not finite, naming the run and the part.
+    """
     config, tokenizer, params = load_run(run)
     params = jax.device_put(params)
     measure = make_response_losses(config, tokenizer, length)
@@ -72,7 +81,12 @@ def held_out_losses(run: str, parts: Sequence[Source], length: int, most: int) -
     for part in parts:
         examples = [record_example(record, tokenizer, length) for record in part.first(most)]
         loss_N, tokens_N = measure(params, examples).T
-        means.append(float(loss_N.sum() / tokens_N.sum()))
+        mean = float(loss_N.sum() / max(tokens_N.sum(), 1))
+        require(
+            math.isfinite(mean),
+            f"{run}: its loss on {part.name} is {mean}; name a run whose training went well",
+        )
+        means.append(mean)
     return means
 
 
@@ -94,10 +108,11 @@ def main(config: Config) -> dict[str, float]:
 
     # Held-out losses before and after.
     context = min(stored_model(run).context for run in (config.before, config.init))
-    length = config.length or context
+    length = context if config.length is None else config.length
     require(
-        length <= context,
-        f"--length={length}: must be at most the models' context of {context}",
+        SHORTEST_PROMPT < length <= context,
+        f"--length={length}: must be above {SHORTEST_PROMPT} and at most the models' context of "
+        f"{context}",
     )
     parts = [part.source for part in source.parts]
     before_P = held_out_losses(config.before, parts, length, config.records)
@@ -109,18 +124,28 @@ def main(config: Config) -> dict[str, float]:
     rows = zip(labels, before_P, after_P, shares_P, strict=True)
     for label, before, after, share in rows:
         print(f"{label}: held-out loss {before:.3f} -> {after:.3f}; share {share:.4f}")
+        if f"{share:.4f}" == NONE:
+            print(f"{label}: left out, its share is none; --floor keeps it in")
     print(f"--data='{' '.join(next_words(source, shares_P))}'")
     return dict(zip(labels, shares_P, strict=True))
 
 
 def next_words(source: Mixture, shares_P: Sequence[float]) -> list[str]:
-    """Return the words of a mixture with these shares, its sources read as before."""
+    """Return the words of a mixture with these shares, its sources read as before.
+
+    Without the sources whose share is none; of a single one that is read as any file, its name.
+    """
     by_label = {share.label: share for stage in source.stages for share in stage.shares}
     words = []
     for part, weight in zip(source.parts, shares_P, strict=True):
         share = by_label[part.label]
         options = part.label.removeprefix(share.data)
-        words.append(f"{share.data}:{weight:.4f}{options}")
+        if f"{weight:.4f}" != NONE:
+            words.append(f"{share.data}:{weight:.4f}{options}")
+    if len(words) == 1 and not is_mixture(words[0]):
+        return [words[0].rpartition(":")[0]]
+    if any(stage.by_tokens for stage in source.stages):
+        words.append("unit=tokens")
     return words
 
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, NotRequired, Required, Self, TypedDict, Unpa
 import jax
 import numpy as np
 
-from data.lengths import MEASURED, Encode, Encoded, lengths_line, tokens_of
+from data.lengths import MEASURED, Encode, Encoded, lengths_line, trained_tokens_of
 from data.packing import at_a_space, pack, split_document
 from data.records import Record
 from data.source import Source
@@ -504,7 +504,7 @@ class Batches:
     def shares(self) -> dict[str, tuple[float, float]]:
         """Shares of a mixture's sources in what was read so far, on this host: {} of others.
 
-        By source: its share of the examples, and of their tokens.
+        By source: its share of the examples, and of their tokens that are trained on.
         """
         read = self._position.get("read", {})
         all_examples = sum(examples for examples, _ in read.values())
@@ -635,8 +635,8 @@ class Batches:
         return self._layout.pad(rows, self._length, self._tokenizer.pad, fixed=fixed)
 
     def _tokens_of(self, record: Record) -> int:
-        """Count the tokens that a record gives, cut to the rows' length."""
-        return tokens_of(self._layout.encode(record, self._tokenizer, self._length).rows)
+        """Count the tokens of a record that are trained on, cut to the rows' length."""
+        return trained_tokens_of(self._layout.encode(record, self._tokenizer, self._length).rows)
 
     def _stage(self, batches: int) -> int:
         """Return the stage that the batch after so many is in, from 0."""
@@ -719,7 +719,7 @@ class Batches:
             dropped += not encoded.rows
             label = self._source.label_of(index)
             if label is not None and encoded.rows:
-                read = added(read, {label: (1, tokens_of(encoded.rows))})
+                read = added(read, {label: (1, trained_tokens_of(encoded.rows))})
         if self._layout.packed:
             rows = self._packed(rows)
         self._window = Window(stage, number, rows, truncated, dropped, read)

@@ -59,6 +59,20 @@ def tokens_of(rows: Sequence[Row]) -> int:
     return count
 
 
+def trained_tokens_of(rows: Sequence[Row]) -> int:
+    """Count the tokens of rows that are trained on.
+
+    They are those of the mask; without one the responses', and all of a prompt to generate from.
+    """
+    count = 0
+    for row in rows:
+        if "mask" in row:
+            count += int(np.sum(row["mask"]))
+        else:
+            count += len(row.get("tokens", ())) + sum(map(len, row.get("responses", ())))
+    return count
+
+
 def longest_of(rows: Sequence[Row]) -> int:
     """Return the tokens of the longest sequence in rows; 0 without any."""
     longest = 0

@@ -22,9 +22,11 @@ from runtime.mixtures import Stage
 WHOLE = 1 << 30
 """All shares together: shares are whole numbers, so that every machine counts alike."""
 BLOCK = 1024
-"""Draws that are shuffled together: of so many in a row each source has its share, to one row."""
+"""Draws that are shuffled together: in each block of so many a source has its share, to a row."""
 WEIGHED = 500
 """Records of a source, its first, whose mean length turns shares of tokens into shares of rows."""
+LEAST = 1e-12
+"""Least share of a source, of the largest: a small temperature leaves none without any."""
 
 
 class Part(NamedTuple):
@@ -128,18 +130,25 @@ class Mixture(Source):
 
 
 def mixed(
-    name: str, stages: Sequence[Stage], sources: Sequence[Source], labels: Sequence[str]
+    name: str,
+    stages: Sequence[Stage],
+    sources: Sequence[Source],
+    labels: Sequence[str],
+    rows_P: Sequence[int] | None = None,
 ) -> Mixture:
     """Make one source of several, each named by a label of the stages' shares.
 
-    Raises UserError where a weight counts the rows of a source without an end.
+    `rows_P`: the rows of each that its weight is times, where it counts rows; None: all of the
+    source. Raises UserError where a weight counts the rows of a source without an end.
     """
     # Each part once, whatever the stages that name it.
     in_order = {share.label: share.in_order for stage in stages for share in stage.shares}
     parts = []
     for source, label in zip(sources, labels, strict=True):
         parts.append(Part(label, source, in_order[label]))
-    shares_SP = tuple(tuple(shares_of(stage, parts)) for stage in stages)
+    if rows_P is None:
+        rows_P = sizes_of(parts)
+    shares_SP = tuple(tuple(shares_of(stage, parts, rows_P)) for stage in stages)
 
     # Records lie in the order of `place_of`.
     spread_P = tuple(whole([sum(shares) for shares in zip(*shares_SP, strict=True)]))
@@ -166,18 +175,19 @@ def mixed(
 
 
 def first_conversations(source: Source, most: int) -> list[list[Message]]:
-    """Return the messages of the first conversations of a source, passing over its documents.
+    """Return the messages of the first conversations of a source, of a mixture's parts in turns.
 
-    `source`: records of the schema `chat`, at least one of them; a mixture may have documents too.
+    `source`: records of the schema `chat`; a mixture may have parts that are documents too, which
+    are passed over.
     """
+    # A part is of one schema.
+    parts = [part for part in source.alone() if "messages" in part[0]]
     found: list[list[Message]] = []
-    for i in range(len(source)):
-        if len(found) == most:
-            break
-        record = source[i]
-        if "messages" in record:
-            found.append(record["messages"])
-    return found
+    for row in range(most):
+        for part in parts:
+            if row < len(part):
+                found.append(part[row]["messages"])
+    return found[:most]
 
 
 def _batches_of(stage: Stage, batch_tokens: int | None) -> int:
@@ -203,28 +213,32 @@ def _batches_of(stage: Stage, batch_tokens: int | None) -> int:
 # --- shares
 
 
-def shares_of(stage: Stage, parts: Sequence[Part]) -> list[int]:
+def shares_of(stage: Stage, parts: Sequence[Part], rows_P: Sequence[int]) -> list[int]:
     """Return the share of each part in the draws of a stage, of about WHOLE.
 
     It is proportional to weight, or to weight * min(rows, cap) (Raffel et al. 2020, section
-    3.5.2), to the power 1 / temperature.
+    3.5.2), to the power 1 / temperature; at least LEAST of the largest.
     """
     by_label = {share.label: share for share in stage.shares}
     weights = []
-    for part in parts:
+    for part, rows in zip(parts, rows_P, strict=True):
         share = by_label.get(part.label)
         if share is None:
             weights.append(0.0)
             continue
-        rows = len(part.source)
         if share.by_rows and share.cap is None and part.source.is_endless:
             raise UserError(
                 f"mixture: {share.data}: has no end, so its rows do not count; add @cap=ROWS"
             )
         counted = min(rows, share.cap or rows) if share.by_rows else 1
         weights.append(share.weight * counted)
-    total = sum(weights)
-    return whole([(weight / total) ** (1 / stage.temperature) for weight in weights])
+    # Of the largest: no power is too large a number.
+    largest = max(weights)
+    shares = []
+    for weight in weights:
+        share = (weight / largest) ** (1 / stage.temperature)
+        shares.append(max(share, LEAST) if weight else 0.0)
+    return whole(shares)
 
 
 def whole(weights: Sequence[float]) -> list[int]:

@@ -69,9 +69,12 @@ class NearDuplicates:
     def before(self, row: int) -> tuple[int, float] | None:
         """Return an earlier row that is near `row`, and their similarity; None without one.
 
-        A row that has none is kept for those to come.
+        A row that has none is kept for those to come. A text without a word is near no other.
         """
-        hashes_N = ngrams(self._text_at(row))
+        text = self._text_at(row)
+        if not normal(text):
+            return None
+        hashes_N = ngrams(text)
         keys = self._keys(hashes_N)
         # The nearest of those that share a key; of equally near ones the first.
         best: tuple[int, float] | None = None

@@ -250,8 +250,10 @@ def _mixture(data: str, schema: Schema, split: Split, seed: int, with_texts: boo
     for stage in stages:
         shares |= {share.label: share for share in stage.shares}
 
-    # What one file holds out no other may train on: prompts may stand in several.
+    # What one file holds out no other may train on: prompts may stand in several. A conversation
+    # and its text have different hashes.
     schemas: dict[str, Schema] = {}
+    read_as_text: dict[pathlib.Path, bool] = {}
     held_out_hashes: set[int] = set()
     for label, share in shares.items():
         require(
@@ -261,6 +263,13 @@ def _mixture(data: str, schema: Schema, split: Split, seed: int, with_texts: boo
         )
         schemas[label] = "text" if share.as_text else schema
         if is_file(share.data):
+            for file in _data_files(share.data):
+                as_text = read_as_text.setdefault(file.resolve(), share.as_text)
+                require(
+                    as_text == share.as_text,
+                    f"mixture: {share.data}: stands there with @text and without, so that what "
+                    "is held out would be trained on; name it once",
+                )
             keys_N = _keys_of(share.data, schemas[label])
             held_out_hashes.update(keys_N[held_out(keys_N)].tolist())
 
@@ -270,9 +279,15 @@ def _mixture(data: str, schema: Schema, split: Split, seed: int, with_texts: boo
     )
 
     sources = []
+    rows = []
     for label, share in shares.items():
-        sources.append(_open_one(share.data, schemas[label], split, seed, held_out_hashes))
-    return mixed(data, stages, sources, list(shares))
+        source = _open_one(share.data, schemas[label], split, seed, held_out_hashes)
+        sources.append(source)
+        # What is held out has the shares of what is trained on.
+        if split == "heldout" and share.by_rows:
+            source = _open_one(share.data, schemas[label], "train", seed, held_out_hashes)
+        rows.append(len(source))
+    return mixed(data, stages, sources, list(shares), rows)
 
 
 # ---- The TFDS catalogue ----

@@ -31,9 +31,10 @@ def word_length(text: str) -> str | None:
 
 
 def symbols(text: str) -> str | None:
-    """Object to more than one hash sign or ellipsis to ten words."""
-    count = text.count("#") + text.count("...") + text.count("…")
-    return _too_many("symbols to words", count, len(text.split()), 0.1)
+    """Object to more than one hash sign to ten words, or more than one ellipsis."""
+    hashes = text.count("#")
+    ellipses = text.count("...") + text.count("…")
+    return _too_many("symbols to words", max(hashes, ellipses), len(text.split()), 0.1)
 
 
 def bullets(text: str) -> str | None:
@@ -140,14 +141,18 @@ def lexicon_rule(unwanted: Iterable[str]) -> Rule:
 CANDIDATES = {
     "email": re.compile(r"(?<![\w.+-])[\w.+-]+@[\w-]+(?:\.[\w-]+)*\.[^\W\d_]{2,}(?![\w-])"),
     "ip": re.compile(
-        r"(?<![\w.:])(?:\d{1,3}(?:\.\d{1,3}){3}|(?:[0-9a-f]{0,4}:){2,7}[0-9a-f]{0,4})(?![\w:]|\.\d)",
+        # A colon may stand before and behind an address of four numbers: `IP:...`, a port.
+        r"(?<![\w.])\d{1,3}(?:\.\d{1,3}){3}(?!\w|\.\d)"
+        r"|(?<![\w.:])(?:[0-9a-f]{0,4}:){2,7}[0-9a-f]{0,4}(?![\w:]|\.\d)",
         re.IGNORECASE,
     ),
     "card": re.compile(r"(?<![\w.-])\d(?:[ -]?\d){12,18}(?![\w-]|\.\d)"),
     "phone": re.compile(
-        r"(?<![\w.-])(?:\+\d{1,3}[ .-]?(?:\(0?\)[ ]?)?(?:\(?\d{1,4}\)?[ .-]?){2,4}\d{2,4}"
-        r"|\(\d{3}\)[ ]?\d{3}[ .-]\d{4}|\d{3}[.-]\d{3}[.-]\d{4}"
-        r"|0\d{1,4}[ /-]\d{3,4}[ -]?\d{3,5})(?![\w-]|\.\d)"
+        # A word and its dot may stand before it, as in `Tel.`, a number's may not.
+        r"(?<![\w-])(?<!\d\.)"
+        r"(?:\+\d{1,3}[ .-]?(?:\(0?\)[ ]?)?(?:\(?\d{1,4}\)?[ .-]?){2,4}\d{2,4}"
+        r"|(?:1[ .-])?(?:\(\d{3}\)[ ]?\d{3}[ .-]\d{4}|\d{3}[.-]\d{3}[.-]\d{4})"
+        r"|0[1-9]\d{0,3}[ -]\d{3,4}[ -]?\d{3,5})(?![\w-]|\.\d)"
     ),
 }
 """What may be personal, in the order in which it is looked for."""
@@ -163,6 +168,11 @@ def is_card(text: str) -> bool:
     return total % 10 == 0 and any(digits)
 
 
+def is_phone(text: str) -> bool:
+    """Return whether a text has the 8 digits or more of a whole phone number."""
+    return sum(map(str.isdigit, text)) >= 8
+
+
 def is_ip(text: str) -> bool:
     """Return whether a text is an address of a machine other than this one.
 
@@ -176,7 +186,7 @@ def is_ip(text: str) -> bool:
     return not (address.is_loopback or address.is_unspecified or is_name)
 
 
-CHECKS: dict[str, Callable[[str], bool]] = {"card": is_card, "ip": is_ip}
+CHECKS: dict[str, Callable[[str], bool]] = {"card": is_card, "ip": is_ip, "phone": is_phone}
 
 
 def without_personal_data(text: str) -> tuple[str, list[str]]:

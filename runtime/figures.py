@@ -33,13 +33,14 @@ EXPLAINED = {
     "learning_rate": "Of the update, as the schedule has it.",
     "data/truncated": "Records so far of which a part was cut off, on the first host.",
     "data/dropped": "Records so far that were too long to be used, on the first host.",
-    "data/epoch": "Passes over the data so far.",
+    "data/epoch": "Passes over the data so far; of a mixture since its stage began.",
     "skipped": "Updates so far whose loss or gradient was not finite: they changed nothing.",
     "left_out": "Updates so far in whose batch nothing counted: they changed nothing.",
 }
 OF_SOURCES = {
     "data/share/": "Its share of the examples read so far, on the first host.",
-    "data/token_share/": "Its share of the tokens read so far, on the first host.",
+    "data/token_share/": "Its share of the tokens read so far that are trained on, on the first "
+    "host.",
 }
 """By the beginning of a name, whose rest is a source of a mixture."""
 HIDDEN = ("step", "seconds", "tokens_per_second", "updates", "tokens_seen", "peak_memory")

@@ -21,7 +21,12 @@ ARROW = "->"
 SHARE = re.compile(r"(?P<data>.+):(?P<weight>(?:\d+\.?\d*|\.\d+)(?:e-?\d+)?)(?P<options>(?:@.*)?)")
 """A source, its weight and its options, as in `a.jsonl:2@cap=5000`."""
 OPTION = re.compile(r"rows|text|in_order|cap=[1-9]\d*")
-SETTING = re.compile(r"(unit|temperature|tokens|steps)=(.*)")
+SETTINGS = ("unit", "temperature", "tokens", "steps")
+SETTING = re.compile(rf"({'|'.join(SETTINGS)})=(.*)")
+LIKE_A_SETTING = re.compile(r"[a-z_]+=(?:\w*|[\d.e+-]+)")
+"""A word and a word or number; names of files have a dot in them."""
+MOST_WEIGHT = 1e15
+"""Weights are below it: products with numbers of rows stay finite."""
 
 
 class Share(NamedTuple):
@@ -66,13 +71,14 @@ def is_mixture(data: str) -> bool:
     It has several words, of which one ends in a weight or is the arrow; or one word with an
     option, as in `a.jsonl:1@in_order`. The path of a file or folder that exists is that path.
     """
+    if os.path.exists(data):
+        return False
     words = data.split()
     if len(words) == 1:
         share = SHARE.fullmatch(data)
         options = share["options"].split("@")[1:] if share else []
         return bool(options) and all(OPTION.fullmatch(option) for option in options)
-    named = any(word == ARROW or SHARE.fullmatch(word) for word in words)
-    return named and not os.path.exists(data)
+    return any(word == ARROW or SHARE.fullmatch(word) for word in words)
 
 
 def names_in(data: str) -> list[str]:
@@ -127,6 +133,11 @@ def _stage(words: Sequence[str]) -> Stage:
     for word in words:
         setting = _setting(word)
         if setting is None:
+            require(
+                not LIKE_A_SETTING.fullmatch(word),
+                f"mixture: {word}: neither a setting, which are {'=, '.join(SETTINGS)}=, nor a "
+                "source with a weight, such as a.jsonl:1",
+            )
             named.append(word)
             continue
         require(setting[1] not in settings, f"mixture: {setting[1]}= stands twice in a stage")
@@ -169,13 +180,23 @@ def _share(word: str, is_alone: bool) -> Share:
     """Read a source and its weight; a stage's only source needs none."""
     found = SHARE.fullmatch(word)
     if found is None:
-        require(is_alone, f"mixture: {word} has no weight; write {word}:1")
+        require(
+            is_alone,
+            f"mixture: {word}: has no weight, which is a number above 0, such as a.jsonl:1; names "
+            "hold no spaces",
+        )
         return Share(word, 1.0)
     weight = float(found["weight"])
-    require(weight > 0, f"mixture: {word}: a weight must be above 0; leave the source out")
+    require(
+        0 < weight < MOST_WEIGHT,
+        f"mixture: {word}: a weight must be above 0 and below {MOST_WEIGHT:g}; for none leave the "
+        "source out",
+    )
     options = found["options"].split("@")[1:]
     cap = None
-    for option in options:
+    kinds = [option.partition("=")[0] for option in options]
+    for kind, option in zip(kinds, options, strict=True):
+        require(kinds.count(kind) == 1, f"mixture: {word}: @{kind} stands there twice")
         require(
             OPTION.fullmatch(option) is not None,
             f"mixture: {word}: @{option} is no option; give @rows, @cap=ROWS, @text or @in_order",

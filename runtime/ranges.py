@@ -84,6 +84,7 @@ SCRIPTS: Ranges = {
     # Rows of data that are chosen, and among which.
     "k": ABOVE_0,
     "rows": AT_LEAST_1,
+    "records": AT_LEAST_1,
     "project": AT_LEAST_1,
     "validation_records": AT_LEAST_1,
     "temperature": AT_LEAST_0,

@@ -16,6 +16,7 @@ from data.near_duplicates import NearDuplicates, jaccard, ngrams
 from data.text_classifier import TextClassifier
 from data.text_rules import C4, GOPHER, is_card, lexicon_rule, without_personal_data
 from evaluation.steps import auc
+from runtime.errors import UserError
 from tasks import world
 
 VOCABULARY = [f"{a}{b}" for a in "bdfgklmnprst" for b in "aeiou"]
@@ -66,6 +67,46 @@ def test_similarity_is_of_sets():
     assert len(ngrams("one two")) == 1 and len(ngrams("")) == 1
 
 
+def test_texts_without_a_word_are_near_no_other():
+    texts = ["🙂", "🙁", "x < y", "x > y", "🙂"]
+    seen = NearDuplicates(texts.__getitem__, 0.7)
+    assert [seen.before(row) for row in range(5)] == [None, None, None, (2, 1.0), None]
+
+
+@pytest.mark.parametrize(
+    ("first", "other", "is_same"),
+    [
+        ({"text": "A  b.\nC"}, {"text": "a b. c"}, True),
+        ({"text": "3+4=?"}, {"text": "3*4=?"}, False),
+        ({"text": "x<y"}, {"text": "x>y"}, False),
+        ({"text": "🙂"}, {"text": "🙁"}, False),
+        ({"text": "a", "id": 1}, {"text": "a", "id": 2}, True),  # nothing reads it
+        (
+            {"prompt": "a", "response": "b", "label": True},
+            {"prompt": "a", "response": "b", "label": False},
+            False,
+        ),
+        (
+            {"prompt": "a", "responses": ["b", "c"], "ranking": [1, 2]},
+            {"prompt": "A", "responses": ["b", "c"], "ranking": [2, 1]},
+            False,
+        ),
+        (
+            {"prompt": "a", "steps": ["b"], "labels": [1]},
+            {"prompt": "a", "steps": ["b"], "labels": [0]},
+            False,
+        ),
+    ],
+)
+def test_exact_duplicates_are_alike_in_all_that_training_reads(
+    tmp_path, monkeypatch, first, other, is_same
+):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "pages.jsonl", [first, other, first])
+    counts = run(clean, "--data=pages.jsonl", "--rules=exact", "--out=clean.jsonl")
+    assert counts["exact"] == 1 + is_same
+
+
 # --- quality
 
 GOOD = [
@@ -99,6 +140,13 @@ def test_a_rule_objects_to_its_own_example_and_to_no_good_one(name):
     rule = (GOPHER | C4)[name]
     assert rule(BAD[name]), name
     assert [rule(text) for text in GOOD] == [None, None]
+
+
+def test_hash_signs_and_ellipses_are_counted_apart():
+    words = " word" * 100
+    assert GOPHER["symbols"]("#" * 10 + words) is None
+    assert GOPHER["symbols"]("# " * 9 + "... " * 9 + words) is None
+    assert GOPHER["symbols"]("#" * 11 + words) and GOPHER["symbols"]("... " * 12 + words)
 
 
 def corrupted(text, rng):
@@ -167,7 +215,8 @@ def personal_data(rng):
         (f"({number[:3]}) {number[3:6]}-{number[6:10]}", "phone"),
         (f"{number[:3]}-{number[3:6]}-{number[6:10]}", "phone"),
         (f"+44 20 {number[:4]} {number[4:8]}", "phone"),
-        (f"0{number[:2]} {number[2:6]} {number[6:10]}", "phone"),
+        (f"0{rng.randrange(10, 100)} {number[2:6]} {number[6:10]}", "phone"),
+        (f"1-{number[:3]}-{number[3:6]}-{number[6:10]}", "phone"),
     ]
     return rng.choice(choices)
 
@@ -185,6 +234,19 @@ def test_personal_data_is_replaced_and_the_text_around_it_stays():
 
 
 @pytest.mark.parametrize(
+    ("text", "cleaned"),
+    [
+        ("http://192.0.2.17:8080/x", "http://<ip>:8080/x"),
+        ("IP:192.0.2.17.", "IP:<ip>."),
+        ("call 1-800-555-1234 or 1 (800) 555-1234", "call <phone> or <phone>"),
+        ("Tel.555-123-4567", "Tel.<phone>"),
+    ],
+)
+def test_personal_data_beside_marks_is_replaced(text, cleaned):
+    assert without_personal_data(text)[0] == cleaned
+
+
+@pytest.mark.parametrize(
     "text",
     [
         "in 1999-2004, on 2024-12-31 at 12:30:45, for 1,250.00 or 3.14159",
@@ -192,6 +254,7 @@ def test_personal_data_is_replaced_and_the_text_around_it_stays():
         "the number 1234567890123456 fails the check; 12345 and 2147483648 are plain",
         "std::vector, a::b, x @ y, user@localhost, 50 000 people, 3-2-1",
         "2 + 2 = 4, +5 points, 0.5 of 0 10, 10 000 000",
+        "x +10000, grid: 00 100 200, 01/2024 10000, 7.555-123-4567",
     ],
 )
 def test_other_numbers_stay(text):
@@ -219,7 +282,7 @@ def pages(tmp_path, monkeypatch):
     words = document(rng)
     rows = [
         {"id": 0, "text": " ".join(words)},
-        {"id": 1, "text": " ".join(words).upper() + "!"},
+        {"id": 1, "text": " ".join(words).upper() + "\n"},
         {"id": 2, "text": edited(words, 0.05, rng), "note": "nearly wríte ☃"},
         {"id": 3, "text": GOOD[0], "note": "ask a@b.example.org"},
         {"id": 4, "text": f"{GOOD[1]} Call 555-123-4567."},
@@ -274,6 +337,43 @@ def test_rules_are_asked_in_their_order_and_personal_rows_may_go(pages, tmp_path
     ]
 
 
+def test_a_row_whose_personal_data_cannot_be_replaced_goes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said = [{"role": "user", "content": "Call me:\n555-123-4567"}]
+    said.append({"role": "assistant", "content": "ok"})
+    rows = [
+        {"messages": json.dumps(said)},  # a letter, of \\n, stands before the number
+        {"question": "my card?", "answer": 4111111111111111},
+        {"question": "my card?", "answer": "4111111111111111"},
+        {"messages": said},
+    ]
+    write(tmp_path / "chats.jsonl", rows)
+    counts = run(clean, "--data=chats.jsonl", "--rules=personal", "--out=clean.jsonl")
+    assert counts == {"rows": 4, "kept": 2, "personal": 4}
+    assert [row["kept"] for row in told("clean.jsonl")] == [False, False, True, True]
+    text = (tmp_path / "clean.jsonl").read_text()
+    assert len(text.splitlines()) == 2 and "<card>" in text and "<phone>" in text
+    assert "4111" not in text and "555" not in text
+    # All rows are of this kind.
+    write(tmp_path / "chats.jsonl", rows[:2])
+    with pytest.raises(UserError, match="no row is left"):
+        clean.main(Config(data="chats.jsonl", rules="personal", out="none.jsonl"))
+    assert not (tmp_path / "none.jsonl").exists()
+
+
+def test_what_no_text_file_holds_is_written_as_an_escape(tmp_path, monkeypatch):
+    """Half a surrogate pair in a field that nothing reads; a mark at the lexicon's beginning."""
+    monkeypatch.chdir(tmp_path)
+    rows = [{"text": "wríte", "note": "\ud83d"}, {"text": "a@b.example.org", "note": "\ud83d"}]
+    rows.append({"text": "darn"})
+    write(tmp_path / "pages.jsonl", rows)
+    (tmp_path / "words.txt").write_text("darn\n", "utf-8-sig")
+    flags = ["--rules=lexicon,personal", "--lexicon=words.txt", "--out=clean.jsonl"]
+    assert run(clean, "--data=pages.jsonl", *flags)["kept"] == 2
+    written = [json.loads(line) for line in (tmp_path / "clean.jsonl").read_text().splitlines()]
+    assert written == [rows[0], {"text": "<email>", "note": "\ud83d"}]
+
+
 def test_conversations_are_judged_by_all_their_text(tmp_path):
     talk = [{"prompt": f"say {i}", "response": "well " * 9 + str(i)} for i in range(4)]
     talk[2]["response"] = "darn"
@@ -291,7 +391,9 @@ def test_conversations_are_judged_by_all_their_text(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_classifier_and_a_models_perplexity_leave_out_corrupted_rows(tmp_path, monkeypatch):
+def test_the_classifier_and_a_models_perplexity_leave_out_corrupted_rows(
+    tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     rng = random.Random(0)
     texts = [world.text(i) for i in range(900)]
@@ -309,6 +411,9 @@ def test_the_classifier_and_a_models_perplexity_leave_out_corrupted_rows(tmp_pat
     counts = run(clean, *flags, "--rules=perplexity", "--init=lm", "--out=p.jsonl")
     assert counts == {"rows": 200, "kept": 180, "perplexity": 20}
     assert len(planted & {row["row"] for row in told("p.jsonl")}) >= 19
+    for length in ("5", "100000"):
+        argv = [*flags, "--rules=perplexity", "--init=lm", "--out=n.jsonl", f"--length={length}"]
+        assert f"--length={length}: must be above 8 and at most" in fails(clean, argv, capsys)
     models = ["--good=train.jsonl", "--bad=bad.jsonl"]
     run(clean, *flags, "--rules=classifier", *models, "--out=c.jsonl")
     found = {row["row"] for row in told("c.jsonl")}
@@ -329,11 +434,25 @@ def test_the_classifier_and_a_models_perplexity_leave_out_corrupted_rows(tmp_pat
         (["--data=world"], "--data=world: is no file"),
         (["--data=pages.jsonl:1 pages.jsonl:2"], "is a mixture, which this command does not read"),
         (["--rules=words"], "no row is left"),
+        (["--rules=near,perplexity", "--init=none"], "none: no run here"),
+        (
+            ["--rules=near,classifier", "--good=world", "--bad=pages.jsonl"],
+            "--good=world: is no file",
+        ),
+        (
+            ["--rules=near,classifier", "--good=pages.jsonl", "--bad=none.jsonl"],
+            "none.jsonl: no such file",
+        ),
     ],
 )
-def test_mistakes_are_one_line_and_leave_nothing(pages, tmp_path, capsys, flags, told):
+def test_mistakes_are_one_line_and_leave_nothing(
+    pages, tmp_path, monkeypatch, capsys, flags, told
+):
     if flags == ["--rules=words"]:
         write(tmp_path / "pages.jsonl", [{"text": "short"}])
+    # What is missing is told before a rule has run.
+    if "--rules=near" in flags[0]:
+        monkeypatch.setattr(clean, "NearDuplicates", None)
     argv = ["--data=pages.jsonl", "--out=clean.jsonl", *flags]
     assert told in fails(clean, argv, capsys)
     assert not (tmp_path / "clean.jsonl").exists()

@@ -22,8 +22,9 @@ import train_rm
 import train_sft
 from data import batches as batches_module
 from data import mixture as mixture_module
-from data.batches import chat_batches, prompt_batches, text_batches
-from data.mixture import BLOCK, Mixture, counts, mixed, place_of, placed
+from data.batches import chat_batches, encode_comparison, prompt_batches, text_batches
+from data.lengths import tokens_of, trained_tokens_of
+from data.mixture import BLOCK, Mixture, counts, first_conversations, mixed, place_of, placed
 from data.source import ENDLESS, Source
 from data.sources import evaluated_split, open_source
 from data.tokenizer import Tokenizer
@@ -86,6 +87,10 @@ def test_what_exists_is_no_mixture(tmp_path, monkeypatch):
     write(tmp_path / name, [{"text": "a"}])
     assert not is_mixture(name)
     assert len(open_source(name, "text", "all")) == 1
+    # One word with an option, too.
+    assert is_mixture("a.jsonl:1@rows")
+    write(tmp_path / "a.jsonl:1@rows", [{"text": "a"}])
+    assert not is_mixture("a.jsonl:1@rows")
 
 
 def test_words_are_read():
@@ -107,8 +112,17 @@ def test_words_are_read():
 @pytest.mark.parametrize(
     ("data", "told"),
     [
-        ("a.jsonl:2 b.jsonl", "b.jsonl has no weight; write b.jsonl:1"),
-        ("a.jsonl:2 b.jsonl:-1", "b.jsonl:-1 has no weight"),
+        ("a.jsonl:2 b.jsonl", "b.jsonl: has no weight, which is a number above 0"),
+        ("a.jsonl:2 b.jsonl:-1", "b.jsonl:-1: has no weight, which is a number above 0"),
+        ("my a.jsonl:2 b.jsonl:1", "my: has no weight, which is a number above 0, such as a.js"),
+        (
+            "a.jsonl:2 b.jsonl:1 temprature=2.5",
+            "neither a setting, which are unit=, temperature=, tokens=, steps=, nor a source",
+        ),
+        ("world tokns=5 -> a.jsonl", "tokns=5: neither a setting"),
+        ("a.jsonl:1e999 b.jsonl:1", "must be above 0 and below 1e+15"),
+        ("a.jsonl:1e-999 b.jsonl:1", "must be above 0 and below 1e+15"),
+        ("a.jsonl:1@cap=5@cap=7 b.jsonl:1@rows", "@cap stands there twice"),
         ("a.jsonl:2 b.jsonl:0", "must be above 0"),
         ("a.jsonl:2 b.jsonl:1@cup=3", "@cup=3 is no option; give @rows, @cap=ROWS"),
         ("a.jsonl:2 a.jsonl:1", "stands twice"),
@@ -176,11 +190,15 @@ def test_draws_of_different_sources_are_mixed():
         ("a:1@cap=1000 b:3@cap=1000", [1000, 900]),  # the weight after the cap
         ("a:4 b:1 temperature=2", [2, 1]),
         ("a:1@rows b:1@rows temperature=1e9", [1, 1]),
+        ("a:9e14@rows b:9e14@rows", [5000, 300]),
+        ("a:1 b:1 temperature=1e-5", [1, 1]),
+        ("a:3 b:1 temperature=1e-3", [1, 0]),
     ],
 )
 def test_shares_by_rows_caps_and_temperature(words, weights):
     shares = shares_of(mixture_of(words, a=5000, b=300))
     np.testing.assert_allclose(shares, np.array(weights) / sum(weights), atol=1e-8)
+    assert (shares > 0).all()
 
 
 def test_rows_of_what_has_no_end_do_not_count():
@@ -371,6 +389,23 @@ def test_shares_of_tokens(tokenizer):
     assert found["examples"]["long"][1] > 0.9  # control
 
 
+def test_shares_of_tokens_are_of_those_that_are_trained_on(tokenizer):
+    """Of two sources whose answers are alike one has a prompt twenty times as long."""
+    long = Source("long", range(400), lambda i: {"messages": talk("a 1 b 2 " * 20, f"b {i}")})
+    short = Source("short", range(400), lambda i: {"messages": talk("a 1", f"b {i}")})
+    words = "long:1 short:1 unit=tokens"
+    mixture = mixed(words, read_mixture(words), [long, short], ["long", "short"])
+    batches = chat_batches(mixture, tokenizer, batch_size=8, length=256)
+    for _ in range(10):
+        next(batches)
+    np.testing.assert_allclose(batches.shares["long"], [0.5, 0.5], atol=0.02)
+    # A comparison's are its responses.
+    record = {"prompt": talk("a 1"), "responses": ["b 1", "b 2 c 3"], "ranking": [1, 2]}
+    rows = encode_comparison(record, tokenizer, 256).rows
+    counts = [len(tokenizer.answer(response)) for response in record["responses"]]
+    assert trained_tokens_of(rows) == sum(counts) < tokens_of(rows)
+
+
 def test_shares_count_what_gave_rows(tokenizer):
     """Records that are dropped are in no share."""
     good = Source("good", range(50), lambda i: {"messages": talk("a 1", f"b {i}")})
@@ -414,6 +449,40 @@ def test_no_prompt_that_one_file_holds_out_is_trained_on(files):
     assert len(prompts("train")) > 30 and not prompts("train") & prompts("heldout")
     # Each holds out its own, the first of which may stand in the other.
     assert prompts("heldout", "a.jsonl") | prompts("heldout", "b.jsonl") == prompts("heldout")
+
+
+def test_what_is_held_out_has_the_shares_of_what_is_trained_on(files):
+    """A cap is of the rows that are trained on, and cuts none of the few that are held out."""
+    write(files / "big.jsonl", [{"text": f"big {i}"} for i in range(900)])
+    write(files / "small.jsonl", [{"text": f"small {i}"} for i in range(200)])
+    words = "big.jsonl:1@cap=250 small.jsonl:1@cap=250"
+    train, held_out, all_of_it = (
+        open_source(words, "text", split) for split in ("train", "heldout", "all")
+    )
+    assert held_out.shares_SP == train.shares_SP
+    assert shares_of(train)[0] == pytest.approx(250 / (250 + len(train.parts[1].source)))
+    assert shares_of(all_of_it)[0] == pytest.approx(250 / 450)
+    # Control: of the rows that are held out the shares are others.
+    alone = mixed(words, held_out.stages, held_out.alone(), ["big.jsonl", "small.jsonl"])
+    assert shares_of(alone)[0] > 0.7
+
+
+def test_a_file_is_not_read_both_as_conversations_and_as_documents(files):
+    for data in ("a.jsonl:1 a.jsonl:1@text", "a.jsonl steps=3 -> b.jsonl:1 ./a.jsonl:1@text"):
+        with pytest.raises(UserError, match=r"a.jsonl: stands there with @text and without"):
+            open_source(data, "chat", "train", with_texts=True)
+    open_source("a.jsonl:1 b.jsonl:1@text", "chat", "train", with_texts=True)  # control
+
+
+def test_the_first_conversations_are_found_among_endless_documents(files):
+    """Conversations that end are followed by no walk through documents without an end."""
+    write(files / "tiny.jsonl", [{"messages": talk(f"q {i}", "r")} for i in range(6)])
+    for data, most, found in (("tiny.jsonl:9 world:1@text", 8, 1), ("a.jsonl:1 world:1", 8, 8)):
+        source = open_source(data, "chat", "heldout", with_texts=True)
+        assert len(first_conversations(source, most)) == found
+    # In turns.
+    said = [messages[0]["content"] for messages in first_conversations(source, 2)]
+    assert said[0].startswith("a ") and not said[1].startswith("a ")
 
 
 def test_an_evaluation_reads_all_of_files(files):

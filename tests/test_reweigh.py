@@ -8,7 +8,10 @@ from running import fails, run, write
 
 import train_lm
 from collect import reweigh
-from collect.reweigh import progress_shares
+from collect.reweigh import held_out_losses, next_words, progress_shares
+from data.mixture import mixed
+from data.source import Source
+from runtime.errors import UserError
 from runtime.mixtures import read_mixture
 
 
@@ -28,9 +31,35 @@ def test_shares_follow_progress_down_to_the_floor(floor):
         progress_shares([1, 1, 1], 0.4)
 
 
+@pytest.mark.parametrize(
+    ("data", "shares", "told"),
+    [
+        (
+            "a:2@rows b:1@rows c:1@rows unit=tokens",
+            [0.5, 0.5, 0.00004],
+            "a:0.5000 b:0.5000 unit=tokens",
+        ),
+        ("a:1 b:1@in_order c:1", [0.2, 0.7, 0.1], "a:0.2000 b:0.7000@in_order c:0.1000"),
+        ("a:1 b:1 c:1 unit=tokens", [0, 1, 0], "b"),
+        ("a:1 b:1@in_order c:1", [0, 1, 0], "b:1.0000@in_order"),
+    ],
+)
+def test_the_mixture_told_can_be_read(data, shares, told):
+    stages = read_mixture(data)
+    labels = [share.label for share in stages[0].shares]
+    sources = [Source(label, range(9), {}.__getitem__) for label in labels]
+    assert " ".join(next_words(mixed(data, stages, sources, labels), shares)) == told
+    read_mixture(told)
+
+
 def words(letters, seed):
     rng = random.Random(seed)
     return " ".join("".join(rng.choice(letters) for _ in range(3)) for _ in range(12))
+
+
+def nothing_but_nan(_, examples):
+    """Return losses that are no numbers, each of one token."""
+    return np.array([[np.nan, 1.0]] * len(examples))
 
 
 @pytest.mark.slow
@@ -54,6 +83,27 @@ def test_a_source_that_is_learnt_falls_to_the_floor(tmp_path, monkeypatch, capsy
     # Control: from the start to the first run, it is the other way round.
     shares = run(reweigh, *flags, "--before=start", "--init=first")
     assert shares["b.jsonl"] > shares["a.jsonl"]
+
+    # A source whose share is none is left out, and that is said.
+    run(reweigh, *flags[:2], "--floor=0", "--before=first", "--init=next")
+    told = capsys.readouterr().out.splitlines()
+    assert told[-2:] == [
+        "b.jsonl: left out, its share is none; --floor keeps it in",
+        "--data='a.jsonl'",
+    ]
+
+    models = ["--before=first", "--init=next"]
+    told = fails(reweigh, [*flags, *models, "--length=5"], capsys)
+    assert "--length=5: must be above 8 and at most the models' context of" in told
+    told = fails(reweigh, [*flags, *models, "--records=0"], capsys)
+    assert "--records=0: must be at least 1" in told
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(UserError, match="next: its loss on b is nan"),
+    ):
+        patch.setattr(reweigh, "make_response_losses", lambda *_: nothing_but_nan)
+        part = Source("b", range(3), lambda i: {"text": f"xy {i}"})
+        held_out_losses("next", [part], 64, 3)
 
     assert "is no mixture" in fails(reweigh, ["--data=a.jsonl", "--schema=text"], capsys)
     told = fails(reweigh, [*flags[:2], "--floor=0.6"], capsys)
