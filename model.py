@@ -707,11 +707,12 @@ embedded.defvjp(_embedded_forward, _embedded_backward)
 def _own(config: ModelConfig) -> tuple[np.ndarray, ...]:
     """Return what each layer has for itself: if it has the window, where that makes layers differ.
 
-    They differ where some have one and some have none, and where RoPE is another in it.
+    They differ where some lack the window that the config has, perhaps all that are run (the first
+    few of a model), and where RoPE is another in it.
     """
     has_window_L = np.array(config.windowed_layers)
     differ = not has_window_L.all() or config.rope_local_base is not None
-    return (has_window_L,) if has_window_L.any() and differ else ()
+    return (has_window_L,) if config.window is not None and differ else ()
 
 
 class Decoder(nn.Module):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from data.packing import pack
-from layers import run_layers
+from layers import run_layers, unstack_params
 from model import (
     LanguageModel,
     MixtureOfExperts,
@@ -26,7 +26,7 @@ from model import (
 from model_config import PRESETS, ModelConfig
 from objectives.likelihood import likelihood_objective, token_logprobs
 from runtime.errors import UserError
-from sharding import path_name
+from sharding import MeshConfig, gathered, make_mesh, path_name
 
 TINY = dataclasses.replace(PRESETS["tiny"], vocab=40, width=16, mlp_width=24, layers=2, head_dim=4)
 VARIANTS = {
@@ -188,6 +188,18 @@ def test_cached_equals_uncached_under_left_padding(variant):
         params, tokens_BT[:, -1:], ones, ones * (total - 2), cache.replace(length=cache.length - 1)
     )
     assert np.abs(wrong[:, 0] - want[:, -1]).max() > 1e-3  # control: a position off by one shows
+
+
+def test_layers_without_the_window_have_none_where_no_other_is_run():
+    # The first layer of a model whose second has the window.
+    config = dataclasses.replace(TINY, layers=1, window=2, window_pattern=(False, True))
+    inputs = rows(random_tokens(1, 8), [0])
+    params, apply = make(config)
+    want, _ = make(dataclasses.replace(TINY, layers=1))[1](params, *inputs)
+    np.testing.assert_allclose(apply(params, *inputs)[0], want, atol=1e-5)
+    # Control: a window would show.
+    windowed, _ = make(dataclasses.replace(TINY, layers=1, window=2))[1](params, *inputs)
+    assert np.abs(windowed - want).max() > 1e-2
 
 
 def test_prefill_of_rows_of_unequal_length():
@@ -431,6 +443,20 @@ def test_gelu_is_by_name_the_tanh_form_or_the_exact_one():
         got = np.asarray(layer.apply(weights, x.reshape(1, -1, 1))).reshape(-1)
         np.testing.assert_allclose(got, x * (x * (1 + curve) / 2), atol=1e-5)
     assert np.abs(tanh - exact).max() > 1e-4  # control: they differ
+
+
+def test_the_sampler_has_the_routers_of_the_trainer():
+    params, _ = make(VARIANTS["experts"])
+    unstacked = unstack_params(params, jnp.bfloat16)["decoder"]["layers"]["mlp"]
+    routers = params["decoder"]["layers"]["mlp"]["router"]
+    np.testing.assert_array_equal(np.stack(unstacked["router"]), routers)
+    assert unstacked["expert_up"][0].dtype == jnp.bfloat16  # control: others are cast
+    # On a mesh too, where weights are gathered for many tokens.
+    mesh = make_mesh(MeshConfig(fsdp=2, data=2, tensor=2))
+    with jax.set_mesh(mesh):
+        gather = jax.jit(lambda params: gathered(params, jnp.bfloat16))
+        whole = gather(params)["decoder"]["layers"]["mlp"]
+    assert whole["router"].dtype == jnp.float32 and whole["expert_up"].dtype == jnp.bfloat16
 
 
 def test_experts_drop_no_token_and_balance_their_load():
