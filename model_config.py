@@ -119,7 +119,7 @@ class ModelConfig:
     """The weights of a token's experts add up to 1; False: they stay shares among all experts."""
     router_loss_coef: float = 0.001
     """Coefficient of the loss that balances the experts' load; 0: there is none.
-    Only train_lm.py and train_sft.py add it."""
+    Only train_lm.py and train_sft.py add it, and train_ppo.py for the text of --ptx_data."""
     parallel_residual: bool = False
     """The feed-forward layer reads a layer's input, not what attention made of it (GPT-NeoX)."""
     scale_embedding: bool = False

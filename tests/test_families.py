@@ -656,6 +656,19 @@ def test_what_is_not_covered_is_refused_in_one_line(why, tmp_path):
     assert str(path) in str(fault.value) and "\n" not in str(fault.value)
 
 
+def test_gemma_3_without_a_base_of_its_windows_has_that_of_all_layers(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(SHAPE | CONFIGS["gemma 3"]))
+    gemma3 = families.model_of(path)
+    tokenizer = Tokenizer.train(CORPUS, tmp_path / "tokenizer.model", V)
+    one_base = dataclasses.replace(gemma3, rope_local_base=None, rope_scale=1.0)
+    path.write_text(json.dumps(families.config_of(one_base, tokenizer, "float32")))
+    assert families.model_of(path) == dataclasses.replace(one_base, rope_local_base=1000.0)
+    # What is scaled there has no name.
+    with pytest.raises(UserError, match="no Hugging Face family has"):
+        families.family_of(dataclasses.replace(gemma3, rope_local_base=None))
+
+
 def test_a_model_is_exported_as_the_family_that_it_was_read_from(tmp_path):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(SHAPE | CONFIGS["phi 3"]))

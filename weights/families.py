@@ -635,6 +635,10 @@ def _lacks(name: str, model: ModelConfig) -> list[str]:
     ropes = _ropes(model)
     if len(ropes) > 1 or not set(family.ropes).issuperset(ropes):
         lacking.extend(ropes.values())
+    # Layers with the window have a base there that no scaling applies to.
+    has_local = "rope_local_base" in family.settings and model.window is not None
+    if has_local and model.rope_local_base is None and ropes:
+        lacking.append("rope_local_base")
     return lacking
 
 
@@ -672,6 +676,9 @@ def config_of(model: ModelConfig, tokenizer: Tokenizer, dtype: str) -> dict[str,
         settings["layer_types"] = kinds
     if "score_width" in family.settings:
         settings["query_pre_attn_scalar"] = _whole(model.score_width or model.head_dim)
+    # Silence would be another base.
+    if "rope_local_base" in family.settings:
+        settings["rope_local_base_freq"] = model.rope_local_base or model.rope_base
     if name in QWEN:
         settings["use_sliding_window"] = model.window is not None
         settings["max_window_layers"] = 0
