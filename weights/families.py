@@ -77,7 +77,9 @@ GEMMA2_SETTINGS = {
     "logit_soft_cap": "final_logit_softcapping",
 }
 TANH_GELU = {"gelu_pytorch_tanh": "gelu", "gelu": "gelu"}
-"""Gemma's activations: its "gelu" is the tanh approximation."""
+"""The activations of the first Gemma, whose files say "gelu" of the tanh approximation."""
+GEMMA2_GELU = {"gelu_pytorch_tanh": "gelu", "gelu": "gelu_erf"}
+"""Those of the later ones, whose `hidden_activation` means what it says."""
 
 FAMILIES = {
     "llama": Family("LlamaForCausalLM", settings={**ATTENTION_BIAS, "mlp_bias": "mlp_bias"}),
@@ -107,7 +109,7 @@ FAMILIES = {
         },
         fields={**GEMMA, "norms": "both"},
         settings=GEMMA2_SETTINGS,
-        activations=TANH_GELU,
+        activations=GEMMA2_GELU,
         layouts=NORMS_AFTER,
     ),
     "gemma3_text": Family(
@@ -121,7 +123,7 @@ FAMILIES = {
         },
         fields={**GEMMA, "norms": "both", "qk_norm": True},
         settings={**GEMMA2_SETTINGS, "rope_local_base": "rope_local_base_freq"},
-        activations=TANH_GELU,
+        activations=GEMMA2_GELU,
         layouts=NORMS_AFTER,
     ),
     "phi3": Family(
@@ -291,6 +293,7 @@ KINDS = {
     "num_key_value_heads": SIZE,
     "head_dim": SIZE,
     "max_position_embeddings": TOKENS,
+    "original_max_position_embeddings": TOKENS,
     # Layers
     "rms_norm_eps": number(0, 1),
     "layer_norm_eps": number(0, 1),
@@ -520,6 +523,10 @@ def _rope(name: str, theirs: dict[str, Any], path: pathlib.Path) -> dict[str, An
     """Return RoPE's fields of ModelConfig; raises KeyError for a number that is missing."""
     rope = _rope_settings(name, theirs, path)
     kind = rope["rope_type"]
+    # A number beside `rope_scaling` wins over the one in it, as in transformers 5.
+    context = theirs.get("original_max_position_embeddings")
+    if context is not None:
+        rope["original_max_position_embeddings"] = context
     fields: dict[str, Any] = {"rope_base": float(rope["rope_theta"])}
     fields["rope_share"] = float(rope["partial_rotary_factor"])
     if kind == "linear":
@@ -549,6 +556,8 @@ def _unnest_rope(theirs: dict[str, Any], path: pathlib.Path) -> None:
         raise UserError(f"{path}: {SLIDING}: RoPE of another type than default is not covered")
     theirs["rope_local_base_freq"] = local.get("rope_theta", theirs["rope_local_base_freq"])
     theirs["rope_parameters"] = given.get(FULL) or {}
+    # Nor is a number beside them read.
+    theirs.pop("original_max_position_embeddings", None)
 
 
 def _yarn(rope: dict[str, Any], theirs: dict[str, Any]) -> tuple[float, ...]:
