@@ -484,6 +484,40 @@ def test_experts_drop_no_token_and_balance_their_load():
     assert MixtureOfExperts(silent).apply({"params": even}, x_BTD)[1] is None
 
 
+def test_experts_equal_a_sum_over_all_of_them():
+    config = dataclasses.replace(TINY, experts=4, experts_per_token=2, router_loss_coef=0.0)
+    layer = MixtureOfExperts(config)
+    x_BTD = np.random.default_rng(0).normal(size=(2, 5, config.width)).astype(np.float32)
+    params = layer.init(jax.random.key(0), x_BTD)["params"]
+
+    def dense(params, x_BTD):
+        """All experts of all tokens, weighted by 0 where a token did not choose them."""
+        shares_BTE = jax.nn.softmax(x_BTD @ params["router"])
+        least_BT1 = jnp.sort(shares_BTE)[..., -2:-1]
+        weights_BTE = jnp.where(shares_BTE >= least_BT1, shares_BTE, 0)
+        weights_BTE /= weights_BTE.sum(-1, keepdims=True)
+        outs = [
+            SwiGLU(config).apply(
+                {"params": {name: params[f"expert_{name}"][e] for name in ("gate", "up", "down")}},
+                x_BTD,
+            )
+            for e in range(config.experts)
+        ]
+        return jnp.einsum("EBTD,BTE->BTD", jnp.stack(outs), weights_BTE)
+
+    def sum_of_squares(of):
+        return lambda params, x_BTD: jnp.square(of(params, x_BTD)).sum()
+
+    def sparse(params, x_BTD):
+        return layer.apply({"params": params}, x_BTD)[0]
+
+    np.testing.assert_allclose(sparse(params, x_BTD), dense(params, x_BTD), atol=1e-5)
+    got = jax.grad(sum_of_squares(sparse), argnums=(0, 1))(params, x_BTD)
+    want = jax.grad(sum_of_squares(dense), argnums=(0, 1))(params, x_BTD)
+    jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, atol=1e-4), got, want)
+    assert max(float(jnp.abs(g).max()) for g in jax.tree.leaves(want)) > 1e-2  # control
+
+
 @pytest.mark.parametrize(
     "fields", [{"kv_heads": 3}, {"head_dim": 5}, {"layers": 0}, {"vocab": -1}]
 )
