@@ -693,6 +693,10 @@ def test_gemma_3_without_a_base_of_its_windows_has_that_of_all_layers(tmp_path):
     one_base = dataclasses.replace(gemma3, rope_local_base=None, rope_scale=1.0)
     path.write_text(json.dumps(families.config_of(one_base, tokenizer, "float32")))
     assert families.model_of(path) == dataclasses.replace(one_base, rope_local_base=1000.0)
+    # Where no layer has the window there is no other base.
+    everywhere = dataclasses.replace(one_base, window=None, window_pattern=(True,))
+    path.write_text(json.dumps(families.config_of(everywhere, tokenizer, "float32")))
+    assert families.model_of(path) == everywhere
     # What is scaled there has no name.
     with pytest.raises(UserError, match="no Hugging Face family has"):
         families.family_of(dataclasses.replace(gemma3, rope_local_base=None))

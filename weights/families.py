@@ -411,6 +411,9 @@ def _model_config(name: str, theirs: dict[str, Any], path: pathlib.Path) -> Mode
         fields[ours] = theirs[setting]
     fields["activation"] = family.activations[fields["activation"]]
     fields |= rope_fields
+    # Where no layer has the window, none has its base.
+    if fields.get("window") is None:
+        fields.pop("rope_local_base", None)
     try:
         return ModelConfig(preset=name, remat="full", **fields)
     # It speaks of flags, which its fields are elsewhere.
