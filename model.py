@@ -534,6 +534,9 @@ class MixtureOfExperts(nn.Module):
 
     No token is dropped, whatever the load (MegaBlocks: Gale et al. 2023). Here M counts tokens, C
     the choices of each, `experts_per_token`, and A the choices of all.
+
+    Tokens are sorted by their experts as one batch: where a mesh cuts it over data and fsdp, each
+    device gathers the tokens of all, in every layer.
     """
 
     config: ModelConfig
