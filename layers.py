@@ -53,8 +53,8 @@ def run_layers(
     layer gets its own part. `cache`: None, which comes back, or one that comes back with these
     tokens' keys and values, its `length` as it was: stacked, or unstacked on parameters of
     `unstack_params`. Without a cache a mesh with a stage axis makes it a pipeline of
-    `decoder.microbatches`, which raises NotImplementedError for layers with losses. The sum is of
-    the auxiliary losses, a scalar; None where the layers have none, and with an unstacked cache.
+    `decoder.microbatches`, which raises UserError for layers with losses. The sum is of the
+    auxiliary losses, a scalar; None where the layers have none, and with an unstacked cache.
     """
     # Decoding, where the caller has unstacked the layers.
     if cache is not None and isinstance(cache.k_LBKSH, tuple):
@@ -115,13 +115,14 @@ def unstack_params(params: Params, dtype: jnp.dtype) -> Params:
 
     For a loop over tokens, where slicing a stack would copy it at every token; an apply takes them
     only with a cache of `unstack_cache`. All weights, the embedding and adapters among them, are
-    cast once to `dtype`, in which they are multiplied; norms and biases keep their type. `params`:
-    whole parameters of a LanguageModel (model.Params), perhaps with lora.with_adapters'.
+    cast once to `dtype`, in which they are multiplied; norms, biases and the routers of experts,
+    which are computed with in float32, keep their type. `params`: whole parameters of a
+    LanguageModel (model.Params), perhaps with lora.with_adapters'.
     """
 
     def leaf(path: tuple[Any, ...], weight: jax.Array) -> Any:
         name = path_name(path)
-        if not name.endswith(("norm", "bias")):
+        if not name.endswith(("norm", "bias", "router")):
             weight = weight.astype(dtype)
         return tuple(weight) if "/layers/" in name else weight
 

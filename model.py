@@ -532,8 +532,11 @@ class MLP(nn.Module):
 class MixtureOfExperts(nn.Module):
     """Feed-forward layer of E experts, of which each token uses a few (Shazeer et al. 2017).
 
-    No token is dropped, whatever the load (MegaBlocks: Gale et al. 2023). Here M counts tokens, A
-    the choices of all tokens, `experts_per_token` each.
+    No token is dropped, whatever the load (MegaBlocks: Gale et al. 2023). Here M counts tokens, C
+    the choices of each, `experts_per_token`, and A the choices of all.
+
+    Tokens are sorted by their experts as one batch: where a mesh cuts it over data and fsdp, each
+    device gathers the tokens of all, in every layer.
     """
 
     config: ModelConfig
@@ -565,12 +568,13 @@ class MixtureOfExperts(nn.Module):
         if c.router_norm:
             chosen_MC /= chosen_MC.sum(axis=-1, keepdims=True)
 
-        # The choices in the order of the experts, so that each has an unbroken run of rows.
+        # The choices in the order of the experts, so that each has an unbroken run of rows. Tokens
+        # are repeated first: no sum, here or in the derivative, then hangs on a scatter's order.
         experts_A = experts_MC.reshape(-1)
         order_A = jnp.argsort(experts_A)
-        token_A = order_A // c.experts_per_token
         load_E = jnp.bincount(experts_A, length=c.experts).astype(jnp.int32)
-        x_AD = x_MD[token_A]
+        repeated_AD = jnp.repeat(x_MD, c.experts_per_token, axis=0)
+        x_AD = repeated_AD.at[order_A].get(unique_indices=True)
 
         def by_expert(rows: jax.Array, weights: jax.Array) -> jax.Array:
             return jax.lax.ragged_dot(rows, weights.astype(rows.dtype), load_E)
@@ -578,10 +582,11 @@ class MixtureOfExperts(nn.Module):
         hidden_AF = activation_of(c)(by_expert(x_AD, gate_EDF)) * by_expert(x_AD, up_EDF)
         out_AD = by_expert(hidden_AF, down_EFD)
 
-        # Each token's sum, in float32.
-        weight_A1 = chosen_MC.reshape(-1)[order_A][:, None]
-        sum_MD = jnp.zeros(x_MD.shape, jnp.float32)
-        sum_MD = sum_MD.at[token_A].add(out_AD.astype(jnp.float32) * weight_A1)
+        # Back in the order of the tokens, whose sums are in float32.
+        back_A = jnp.argsort(order_A)
+        out_MCD = out_AD.at[back_A].get(unique_indices=True).reshape(*experts_MC.shape, -1)
+        out_MCD = out_MCD.astype(jnp.float32)
+        sum_MD = jnp.einsum("MCD,MC->MD", out_MCD, chosen_MC, precision="highest")
         out_BTD = sum_MD.astype(x_BTD.dtype).reshape(x_BTD.shape)
         if not c.router_loss_coef:
             return out_BTD, None
@@ -707,11 +712,12 @@ embedded.defvjp(_embedded_forward, _embedded_backward)
 def _own(config: ModelConfig) -> tuple[np.ndarray, ...]:
     """Return what each layer has for itself: if it has the window, where that makes layers differ.
 
-    They differ where some have one and some have none, and where RoPE is another in it.
+    They differ where some lack the window that the config has, perhaps all that are run (the first
+    few of a model), and where RoPE is another in it.
     """
     has_window_L = np.array(config.windowed_layers)
     differ = not has_window_L.all() or config.rope_local_base is not None
-    return (has_window_L,) if has_window_L.any() and differ else ()
+    return (has_window_L,) if config.window is not None and differ else ()
 
 
 class Decoder(nn.Module):

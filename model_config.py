@@ -5,7 +5,7 @@ from typing import Literal
 
 import jax.numpy as jnp
 
-from runtime.errors import UserError
+from runtime.errors import UserError, require
 from runtime.ranges import ABOVE_0, AT_LEAST_0, AT_LEAST_1, Range, check_ranges
 from runtime.run_folder import load_model_config
 from sharding import platform
@@ -34,6 +34,15 @@ RANGES = {
     "logit_soft_cap": ABOVE_0,
 }
 """Ranges of ModelConfig's numbers (runtime/ranges.py)."""
+NEEDED = {
+    "rope_local_base": "window",
+    "window_pattern": "window",
+    "qk_norm_over": "qk_norm",
+    "experts_per_token": "experts",
+    "router_norm": "experts",
+    "router_loss_coef": "experts",
+}
+"""Fields of ModelConfig that nothing reads without another, and that one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +128,7 @@ class ModelConfig:
     """The weights of a token's experts add up to 1; False: they stay shares among all experts."""
     router_loss_coef: float = 0.001
     """Coefficient of the loss that balances the experts' load; 0: there is none.
-    Only train_lm.py and train_sft.py add it."""
+    Only train_lm.py and train_sft.py add it, and train_ppo.py for the text of --ptx_data."""
     parallel_residual: bool = False
     """The feed-forward layer reads a layer's input, not what attention made of it (GPT-NeoX)."""
     scale_embedding: bool = False
@@ -141,6 +150,7 @@ class ModelConfig:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         # Numbers that no model can have.
         check_ranges(self, RANGES, "model.")
+        self._refuse_unread()
         # Each key/value head serves as many query heads; RoPE turns pairs.
         if self.heads % self.kv_heads:
             raise UserError(
@@ -176,6 +186,17 @@ class ModelConfig:
         if self.rope_yarn is not None and not self.rope_yarn[2] < self.rope_yarn[1]:
             raise UserError(
                 f"--model.rope_yarn={self.rope_yarn}: its third number must be below its second"
+            )
+
+    def _refuse_unread(self) -> None:
+        """Raise UserError for a field that would have no effect, rather than pass it over."""
+        for name, needed in NEEDED.items():
+            value = getattr(self, name)
+            default = getattr(ModelConfig, name)
+            require(
+                bool(getattr(self, needed)) or value == default,
+                f"--model.{name}={value}: not read without --model.{needed}; "
+                f"set that, or this to {default}",
             )
 
     def _check_experts(self) -> None:

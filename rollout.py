@@ -150,8 +150,9 @@ def check_rollout(config: RolloutConfig, model: ModelConfig, mesh: Mesh) -> None
     """Raise UserError where weights of a `model` cannot be cut over `config.tensor` of `mesh`.
 
     A `config.tensor` of None passes. Otherwise it must be a multiple of the mesh's tensor that
-    divides tensor x fsdp, and divide the model's heads and `mlp_width`, and divide its key/value
-    heads or be a multiple of them; and the mesh's sequence, if it has that axis, must be 1.
+    divides tensor x fsdp, and divide the model's heads and `mlp_width` (its experts, where it has
+    them), and divide its key/value heads or be a multiple of them; and the mesh's sequence, if it
+    has that axis, must be 1.
     """
     if config.tensor is None:
         return
@@ -169,7 +170,8 @@ def check_rollout(config: RolloutConfig, model: ModelConfig, mesh: Mesh) -> None
     require(sequence == 1, f"{given}: not with --mesh.sequence={sequence}; leave one out")
 
     # What is cut: all but norms, and a vocabulary that does not divide, as on any mesh.
-    for name in ("heads", "mlp_width"):
+    # Experts are dealt out whole.
+    for name in ("heads", "experts" if model.experts else "mlp_width"):
         size = getattr(model, name)
         require(size % config.tensor == 0, f"{given}: must divide --model.{name}={size}")
     kv_heads = model.kv_heads

@@ -43,8 +43,9 @@ RULES = (
     (r"decoder/layers/mlp/(gate|up)_bias", P("stage", "tensor")),
     (r"decoder/layers/mlp/down", P("stage", "tensor", "fsdp")),
     (r"decoder/layers/mlp/down_bias", P("stage", None)),
-    # The experts themselves are dealt to the tensor axis.
-    (r"decoder/layers/mlp/router", P("stage", "fsdp", None)),
+    # A router is small, and whole on every device: so `gathered` keeps it in float32. The experts
+    # themselves are dealt to the tensor axis.
+    (r"decoder/layers/mlp/router", P("stage", None, None)),
     (r"decoder/layers/mlp/expert_(gate|up)", P("stage", "tensor", "fsdp", None)),
     (r"decoder/layers/mlp/expert_down", P("stage", "tensor", None, "fsdp")),
     (r"unembed", P("fsdp", "tensor")),
@@ -521,9 +522,9 @@ def gathered(params: Any, dtype: Any) -> Any:
     """Gather weights for many passes in a row: cast to `dtype`, and cut over tensor alone.
 
     Otherwise decoding would gather them for each token. `params`: a tree of parameters; RULES
-    match the ends of their paths. Those whose `spec_of` names no axis but tensor (norms, biases)
-    are returned as they are, in their own type; an fsdp axis of one device counts as named, so
-    matrices are cast there too. Without a mesh all of `params` is returned as it is.
+    match the ends of their paths. Those whose `spec_of` names no axis but tensor (norms, biases,
+    routers) are returned as they are, in their own type; an fsdp axis of one device counts as
+    named, so matrices are cast there too. Without a mesh all of `params` is returned as it is.
     """
     mesh = get_abstract_mesh()
     if mesh.empty:

@@ -22,8 +22,9 @@ from sharding import abstract, init_sharded
 from train_step import TrainState
 
 # What a run may compute with otherwise than the run it starts from, none of it a parameter: how
-# it is computed, and positions, so that a model can be trained on for a longer context.
-NOT_COMPARED = ("preset", "dtype", "remat")
+# it is computed, a coefficient of its loss, and positions, so that a model can be trained on for a
+# longer context.
+NOT_COMPARED = ("preset", "dtype", "remat", "router_loss_coef")
 POSITIONS = (
     "context",
     "rope_base",

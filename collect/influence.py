@@ -112,8 +112,10 @@ def make_loss(config: ModelConfig) -> Loss:
 
     def loss(adapters: Params, base: Params, batch: Batch) -> jax.Array:
         full = with_adapters(LORA, base, adapters)
-        total, (weight, _) = likelihood_objective(apply, full, batch)
-        return total / jnp.maximum(weight, 1)
+        total, (weight, beside) = likelihood_objective(apply, full, batch)
+        # The loss that balances experts says nothing of a row's text.
+        balancing, _ = beside.get("auxiliary_loss", (0.0, weight))
+        return (total - balancing) / jnp.maximum(weight, 1)
 
     return loss
 

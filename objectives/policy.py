@@ -484,7 +484,7 @@ def policy_objective(
     `advantages_BR`, [B, R], perhaps `is_first_B` (`clipped_surrogate`) and "text", of `with_text`,
     whose negative log-likelihood is added: PPO-ptx (Ouyang et al. 2022, eq. 2). `clip`: on both
     sides. `temperature`: the sampler's; 0 counts as 1. The weight is the count of response tokens.
-    Metrics: `clipped_surrogate`'s; with a coefficient entropy, with a text text_nll.
+    Metrics: `clipped_surrogate`'s; with a coefficient entropy, with a text its text_nll.
     """
     # The entropy needs whole distributions; without it the logits are never held at once.
     mask_BR = batch["mask_BR"]
@@ -503,9 +503,9 @@ def policy_objective(
         loss -= entropy_coef * bonus
         metrics["entropy"] = (bonus, tokens)
     if "text" in batch:
-        nll, (weight, _) = likelihood_objective(apply, params, batch["text"])
-        loss += nll
-        metrics["text_nll"] = (nll, weight)
+        added, (weight, beside) = likelihood_objective(apply, params, batch["text"])
+        loss += added
+        metrics["text_nll"] = (added - beside.get("auxiliary_loss", (0.0, weight))[0], weight)
     return loss, (tokens, metrics)
 
 

@@ -78,15 +78,22 @@ class Plan(NamedTuple):
 def forward_flops(config: ModelConfig, rows: int, length: int, unembedded: float) -> float:
     """Return the FLOPs of matmuls in one forward pass over `rows` sequences of `length` tokens.
 
-    `unembedded`: positions a row that become logits. Causal attention counts half.
+    `unembedded`: positions a row that become logits. Causal attention counts half, and of a layer
+    with a window the keys in it.
     """
     # q and o for each query head, k and v for each key/value head; then SwiGLU's three, or two.
     projections = 2 * config.width * (config.heads + config.kv_heads) * config.head_dim
     mlp = (3 if config.gated else 2) * config.width * config.mlp_width
     if config.experts:
         mlp = config.experts_per_token * mlp + config.width * config.experts
-    attention = 2 * length * length * config.heads * config.head_dim
-    layers = config.layers * (2 * length * (projections + mlp) + attention)
+    layers = config.layers * 2 * length * (projections + mlp)
+
+    # Scores and weighted values, of the most keys that a query of each layer sees: the first
+    # queries see fewer, on average half of them.
+    for has_window in config.windowed_layers:
+        most = min(config.window or length, length) if has_window else length
+        seen = most * length - most * most / 2
+        layers += 4 * seen * config.heads * config.head_dim
     return rows * (layers + 2 * unembedded * config.vocab * config.width)
 
 

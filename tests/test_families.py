@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 from data.tokenizer import Tokenizer
 from layers import unstack_cache, unstack_params
-from model import LanguageModel, empty_cache, init_and_apply, unembed
+from model import LanguageModel, empty_cache, init_and_apply, rope_frequencies, unembed
 from model_config import stored_model
 from runtime.errors import UserError
 from tests.test_weights import (
@@ -72,6 +72,7 @@ CONFIGS = {
         "query_pre_attn_scalar": 4,
         "attn_logit_softcapping": None,
         "final_logit_softcapping": None,
+        "hidden_activation": "gelu",
         "layer_types": [FULL, FULL, SLIDING],
     },
     "gemma 3": {
@@ -428,9 +429,11 @@ def norm(x, c, scale, bias=None):
 
 def activation(x, c):
     """Return SiLU, or GELU exact or by tanh."""
-    if c["model_type"].startswith("gemma") or c.get("hidden_act") == "gelu_pytorch_tanh":
+    default = "gelu_pytorch_tanh" if c["model_type"].startswith("gemma") else "silu"
+    name = c.get("hidden_activation") or c.get("hidden_act") or default
+    if name == "gelu_pytorch_tanh":
         return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
-    if c.get("hidden_act") == "gelu":
+    if name == "gelu":
         return 0.5 * x * (1 + np.vectorize(math.erf)(x / np.sqrt(2)))
     return x / (1 + np.exp(-x))
 
@@ -654,6 +657,49 @@ def test_what_is_not_covered_is_refused_in_one_line(why, tmp_path):
     with pytest.raises(UserError, match=why) as fault:
         families.model_of(path)
     assert str(path) in str(fault.value) and "\n" not in str(fault.value)
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "yarn", "factor": 4.0, "beta_fast": 4.0},
+        {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    ],
+)
+def test_an_original_context_beside_rope_scaling_wins(rope, tmp_path):
+    name = "original_max_position_embeddings"
+
+    def written(given, **beside):
+        c = {**SHAPE, "model_type": "llama", "rope_scaling": {**rope, name: given}, **beside}
+        (tmp_path / "config.json").write_text(json.dumps(c))
+        return families.model_of(tmp_path / "config.json")
+
+    inside = written(16)
+    assert written(32) != inside  # control
+    assert written(32, **{name: 16}) == inside
+    # That is how transformers reads this file.
+    transformers = pytest.importorskip("transformers")
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_config(config)
+    want = theirs.model.rotary_emb.inv_freq
+    np.testing.assert_allclose(rope_frequencies(inside), want, rtol=1e-5)
+
+
+def test_gemma_3_without_a_base_of_its_windows_has_that_of_all_layers(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(SHAPE | CONFIGS["gemma 3"]))
+    gemma3 = families.model_of(path)
+    tokenizer = Tokenizer.train(CORPUS, tmp_path / "tokenizer.model", V)
+    one_base = dataclasses.replace(gemma3, rope_local_base=None, rope_scale=1.0)
+    path.write_text(json.dumps(families.config_of(one_base, tokenizer, "float32")))
+    assert families.model_of(path) == dataclasses.replace(one_base, rope_local_base=1000.0)
+    # Where no layer has the window there is no other base.
+    everywhere = dataclasses.replace(one_base, window=None, window_pattern=(True,))
+    path.write_text(json.dumps(families.config_of(everywhere, tokenizer, "float32")))
+    assert families.model_of(path) == everywhere
+    # What is scaled there has no name.
+    with pytest.raises(UserError, match="no Hugging Face family has"):
+        families.family_of(dataclasses.replace(gemma3, rope_local_base=None))
 
 
 def test_a_model_is_exported_as_the_family_that_it_was_read_from(tmp_path):

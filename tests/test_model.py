@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from data.packing import pack
-from layers import run_layers
+from layers import run_layers, unstack_params
 from model import (
     LanguageModel,
     MixtureOfExperts,
@@ -26,7 +26,7 @@ from model import (
 from model_config import PRESETS, ModelConfig
 from objectives.likelihood import likelihood_objective, token_logprobs
 from runtime.errors import UserError
-from sharding import path_name
+from sharding import MeshConfig, gathered, make_mesh, path_name
 
 TINY = dataclasses.replace(PRESETS["tiny"], vocab=40, width=16, mlp_width=24, layers=2, head_dim=4)
 VARIANTS = {
@@ -188,6 +188,18 @@ def test_cached_equals_uncached_under_left_padding(variant):
         params, tokens_BT[:, -1:], ones, ones * (total - 2), cache.replace(length=cache.length - 1)
     )
     assert np.abs(wrong[:, 0] - want[:, -1]).max() > 1e-3  # control: a position off by one shows
+
+
+def test_layers_without_the_window_have_none_where_no_other_is_run():
+    # The first layer of a model whose second has the window.
+    config = dataclasses.replace(TINY, layers=1, window=2, window_pattern=(False, True))
+    inputs = rows(random_tokens(1, 8), [0])
+    params, apply = make(config)
+    want, _ = make(dataclasses.replace(TINY, layers=1))[1](params, *inputs)
+    np.testing.assert_allclose(apply(params, *inputs)[0], want, atol=1e-5)
+    # Control: a window would show.
+    windowed, _ = make(dataclasses.replace(TINY, layers=1, window=2))[1](params, *inputs)
+    assert np.abs(windowed - want).max() > 1e-2
 
 
 def test_prefill_of_rows_of_unequal_length():
@@ -433,6 +445,20 @@ def test_gelu_is_by_name_the_tanh_form_or_the_exact_one():
     assert np.abs(tanh - exact).max() > 1e-4  # control: they differ
 
 
+def test_the_sampler_has_the_routers_of_the_trainer():
+    params, _ = make(VARIANTS["experts"])
+    unstacked = unstack_params(params, jnp.bfloat16)["decoder"]["layers"]["mlp"]
+    routers = params["decoder"]["layers"]["mlp"]["router"]
+    np.testing.assert_array_equal(np.stack(unstacked["router"]), routers)
+    assert unstacked["expert_up"][0].dtype == jnp.bfloat16  # control: others are cast
+    # On a mesh too, where weights are gathered for many tokens.
+    mesh = make_mesh(MeshConfig(fsdp=2, data=2, tensor=2))
+    with jax.set_mesh(mesh):
+        gather = jax.jit(lambda params: gathered(params, jnp.bfloat16))
+        whole = gather(params)["decoder"]["layers"]["mlp"]
+    assert whole["router"].dtype == jnp.float32 and whole["expert_up"].dtype == jnp.bfloat16
+
+
 def test_experts_drop_no_token_and_balance_their_load():
     config = dataclasses.replace(TINY, experts=4, experts_per_token=1, router_loss_coef=0.5)
     rng = np.random.default_rng(0)
@@ -456,6 +482,40 @@ def test_experts_drop_no_token_and_balance_their_load():
     # Both coefficient and loss may be none.
     silent = dataclasses.replace(config, router_loss_coef=0.0)
     assert MixtureOfExperts(silent).apply({"params": even}, x_BTD)[1] is None
+
+
+def test_experts_equal_a_sum_over_all_of_them():
+    config = dataclasses.replace(TINY, experts=4, experts_per_token=2, router_loss_coef=0.0)
+    layer = MixtureOfExperts(config)
+    x_BTD = np.random.default_rng(0).normal(size=(2, 5, config.width)).astype(np.float32)
+    params = layer.init(jax.random.key(0), x_BTD)["params"]
+
+    def dense(params, x_BTD):
+        """All experts of all tokens, weighted by 0 where a token did not choose them."""
+        shares_BTE = jax.nn.softmax(x_BTD @ params["router"])
+        least_BT1 = jnp.sort(shares_BTE)[..., -2:-1]
+        weights_BTE = jnp.where(shares_BTE >= least_BT1, shares_BTE, 0)
+        weights_BTE /= weights_BTE.sum(-1, keepdims=True)
+        outs = [
+            SwiGLU(config).apply(
+                {"params": {name: params[f"expert_{name}"][e] for name in ("gate", "up", "down")}},
+                x_BTD,
+            )
+            for e in range(config.experts)
+        ]
+        return jnp.einsum("EBTD,BTE->BTD", jnp.stack(outs), weights_BTE)
+
+    def sum_of_squares(of):
+        return lambda params, x_BTD: jnp.square(of(params, x_BTD)).sum()
+
+    def sparse(params, x_BTD):
+        return layer.apply({"params": params}, x_BTD)[0]
+
+    np.testing.assert_allclose(sparse(params, x_BTD), dense(params, x_BTD), atol=1e-5)
+    got = jax.grad(sum_of_squares(sparse), argnums=(0, 1))(params, x_BTD)
+    want = jax.grad(sum_of_squares(dense), argnums=(0, 1))(params, x_BTD)
+    jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, atol=1e-4), got, want)
+    assert max(float(jnp.abs(g).max()) for g in jax.tree.leaves(want)) > 1e-2  # control
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """plan.py: what is read from compiled programs; small plans through real compilers, where here."""
 
+import dataclasses
 import importlib
 import importlib.util
 from functools import partial
@@ -306,6 +307,19 @@ def test_forward_flops_are_those_of_the_compiled_model():
     text = jax.jit(logits_BTV).lower(params, tokens).compile().as_text()
     masked = rows * c.layers * 2 * length * length * c.heads * c.head_dim
     assert hlo.cost(text, {"data": 1}).flops == forward_flops(c, rows, length, length) + masked
+
+
+def test_forward_flops_count_the_keys_in_a_window():
+    c = dataclasses.replace(PRESETS["tiny"], window=6, window_pattern=(True, False))
+    rows, length = 3, 24
+    without = forward_flops(PRESETS["tiny"], rows, length, 0)
+    # Queries see 1, 2, ... 6, 6, ... keys; where causality hides some, half of their own counts.
+    unseen = sum(max(query + 1 - c.window, 0) for query in range(length))
+    unseen -= (length - c.window) / 2
+    left_out = rows * 4 * c.heads * c.head_dim * unseen
+    assert forward_flops(c, rows, length, 0) == without - left_out
+    # A window as long as the rows leaves nothing out.
+    assert forward_flops(dataclasses.replace(c, window=length), rows, length, 0) == without
 
 
 def hidden(rng, rows=2, length=10, width=6, vocab=11):

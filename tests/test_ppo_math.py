@@ -1,5 +1,6 @@
 """PPO against float64 loops, exact enumeration and the closed form of its optimum."""
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -442,6 +443,22 @@ def test_pretraining_text_adds_its_mean_loss_whatever_the_microbatches():
         assert float(metrics["text_nll"]) == pytest.approx(
             -(np.log(said) * kept).sum() / kept.sum(), abs=1e-6
         )
+
+
+def test_text_nll_is_without_the_loss_that_balances_experts():
+    def balanced(*args):
+        return dataclasses.replace(tabular(*args), auxiliary_loss=jnp.float32(0.5))
+
+    mask = np.ones((9, 2), np.float32)
+    batch = with_text(some_targets(mask), text_rows(mask), 2.0)
+    losses, nlls = [], []
+    for apply in (tabular, balanced):
+        loss, (_, metrics) = policy_objective(apply, tables(0), batch, clip=0.2, temperature=1.0)
+        losses.append(float(loss))
+        nlls.append(float(metrics["text_nll"][0]))
+    assert nlls[0] == pytest.approx(nlls[1], rel=1e-6)
+    # It is in the loss: a half a token, of 18 that count twice.
+    assert losses[1] - losses[0] == pytest.approx(18.0, rel=1e-5)
 
 
 def optimum(reference, known_B, reward_B, beta, text_weight, rate=0.05, steps=1500):

@@ -1,5 +1,6 @@
 """Choosing rows by models, as a command: planted rows come first, rows stay as written."""
 
+import dataclasses
 import functools
 import gzip
 import itertools
@@ -26,7 +27,9 @@ from data.selection import highest
 from data.sources import open_source
 from evaluation.steps import auc
 from experiments import curves
+from lora import lora_base, trainable_part
 from model import LanguageModel, init_and_apply, unembed
+from model_config import PRESETS
 from objectives.likelihood import token_logprobs
 from responses import load_run
 from rewards.models import make_text_scorer
@@ -229,6 +232,24 @@ def test_irrelevant_instructions_have_a_high_ifd(choose):
     assert planted_auc(table, 30) >= 0.9
     value = np.array([row["score"] for row in table])
     assert np.median(value[:30]) > 1.5 * np.median(value[30:])
+
+
+def test_a_rows_influence_is_without_the_loss_that_balances_experts():
+    batch = {
+        "tokens_BT": np.arange(1, 9, dtype=np.int32)[None],
+        "segment_ids_BT": np.ones((1, 8), np.int32),
+        "positions_BT": np.arange(8, dtype=np.int32)[None],
+        "loss_mask_BT": np.ones((1, 8), np.float32),
+    }
+    losses = []
+    for coefficient in (0.0, 0.5):
+        config = dataclasses.replace(PRESETS["tiny"], experts=4, router_loss_coef=coefficient)
+        init, _ = init_and_apply(LanguageModel(config))
+        params = init(jax.random.key(0))
+        adapters = trainable_part(influence.LORA, params, jax.random.key(1))
+        base = lora_base(influence.LORA, params)
+        losses.append(float(influence.make_loss(config)(adapters, base, batch)))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
 @pytest.mark.slow

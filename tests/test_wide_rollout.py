@@ -174,6 +174,7 @@ def test_copied_heads_compute_what_one_did(over):
         (16, {}, "divides tensor x fsdp = 8"),
         (8, {"heads": 12}, "must divide --model.heads=12"),
         (4, {"mlp_width": 66}, "must divide --model.mlp_width=66"),
+        (4, {"experts": 6}, "must divide --model.experts=6"),
         (8, {"heads": 24, "kv_heads": 3}, "must divide --model.kv_heads=3, or be a multiple"),
     ],
 )
@@ -185,6 +186,8 @@ def test_what_does_not_fit_is_refused_in_a_line(tensor, fields, words):
     # Controls.
     check_rollout(RolloutConfig(), model, mesh)
     check_rollout(RolloutConfig(4), MODEL, mesh)
+    experts = dataclasses.replace(MODEL, experts=4, mlp_width=66)
+    check_rollout(RolloutConfig(4), experts, mesh)
 
 
 def test_a_sequence_axis_is_refused():

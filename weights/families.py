@@ -77,7 +77,9 @@ GEMMA2_SETTINGS = {
     "logit_soft_cap": "final_logit_softcapping",
 }
 TANH_GELU = {"gelu_pytorch_tanh": "gelu", "gelu": "gelu"}
-"""Gemma's activations: its "gelu" is the tanh approximation."""
+"""The activations of the first Gemma, whose files say "gelu" of the tanh approximation."""
+GEMMA2_GELU = {"gelu_pytorch_tanh": "gelu", "gelu": "gelu_erf"}
+"""Those of the later ones, whose `hidden_activation` means what it says."""
 
 FAMILIES = {
     "llama": Family("LlamaForCausalLM", settings={**ATTENTION_BIAS, "mlp_bias": "mlp_bias"}),
@@ -107,7 +109,7 @@ FAMILIES = {
         },
         fields={**GEMMA, "norms": "both"},
         settings=GEMMA2_SETTINGS,
-        activations=TANH_GELU,
+        activations=GEMMA2_GELU,
         layouts=NORMS_AFTER,
     ),
     "gemma3_text": Family(
@@ -121,7 +123,7 @@ FAMILIES = {
         },
         fields={**GEMMA, "norms": "both", "qk_norm": True},
         settings={**GEMMA2_SETTINGS, "rope_local_base": "rope_local_base_freq"},
-        activations=TANH_GELU,
+        activations=GEMMA2_GELU,
         layouts=NORMS_AFTER,
     ),
     "phi3": Family(
@@ -291,6 +293,7 @@ KINDS = {
     "num_key_value_heads": SIZE,
     "head_dim": SIZE,
     "max_position_embeddings": TOKENS,
+    "original_max_position_embeddings": TOKENS,
     # Layers
     "rms_norm_eps": number(0, 1),
     "layer_norm_eps": number(0, 1),
@@ -408,6 +411,9 @@ def _model_config(name: str, theirs: dict[str, Any], path: pathlib.Path) -> Mode
         fields[ours] = theirs[setting]
     fields["activation"] = family.activations[fields["activation"]]
     fields |= rope_fields
+    # Where no layer has the window, none has its base.
+    if fields.get("window") is None:
+        fields.pop("rope_local_base", None)
     try:
         return ModelConfig(preset=name, remat="full", **fields)
     # It speaks of flags, which its fields are elsewhere.
@@ -520,6 +526,10 @@ def _rope(name: str, theirs: dict[str, Any], path: pathlib.Path) -> dict[str, An
     """Return RoPE's fields of ModelConfig; raises KeyError for a number that is missing."""
     rope = _rope_settings(name, theirs, path)
     kind = rope["rope_type"]
+    # A number beside `rope_scaling` wins over the one in it, as in transformers 5.
+    context = theirs.get("original_max_position_embeddings")
+    if context is not None:
+        rope["original_max_position_embeddings"] = context
     fields: dict[str, Any] = {"rope_base": float(rope["rope_theta"])}
     fields["rope_share"] = float(rope["partial_rotary_factor"])
     if kind == "linear":
@@ -549,6 +559,8 @@ def _unnest_rope(theirs: dict[str, Any], path: pathlib.Path) -> None:
         raise UserError(f"{path}: {SLIDING}: RoPE of another type than default is not covered")
     theirs["rope_local_base_freq"] = local.get("rope_theta", theirs["rope_local_base_freq"])
     theirs["rope_parameters"] = given.get(FULL) or {}
+    # Nor is a number beside them read.
+    theirs.pop("original_max_position_embeddings", None)
 
 
 def _yarn(rope: dict[str, Any], theirs: dict[str, Any]) -> tuple[float, ...]:
@@ -635,6 +647,10 @@ def _lacks(name: str, model: ModelConfig) -> list[str]:
     ropes = _ropes(model)
     if len(ropes) > 1 or not set(family.ropes).issuperset(ropes):
         lacking.extend(ropes.values())
+    # Layers with the window have a base there that no scaling applies to.
+    has_local = "rope_local_base" in family.settings and model.window is not None
+    if has_local and model.rope_local_base is None and ropes:
+        lacking.append("rope_local_base")
     return lacking
 
 
@@ -672,6 +688,9 @@ def config_of(model: ModelConfig, tokenizer: Tokenizer, dtype: str) -> dict[str,
         settings["layer_types"] = kinds
     if "score_width" in family.settings:
         settings["query_pre_attn_scalar"] = _whole(model.score_width or model.head_dim)
+    # Silence would be another base.
+    if "rope_local_base" in family.settings:
+        settings["rope_local_base_freq"] = model.rope_local_base or model.rope_base
     if name in QWEN:
         settings["use_sliding_window"] = model.window is not None
         settings["max_window_layers"] = 0
