@@ -242,7 +242,6 @@ def small(study):
     ]
 
 
-@pytest.mark.slow
 def test_a_study_stops_and_goes_on_where_it_was(study, capsys):
     # Nothing is started after its minutes are over.
     assert run(runs, *small(study), "--minutes=0") == {"done": 0, "left": len(PLAN)}
