@@ -74,11 +74,11 @@ class Config:
     lexicon: str | None = None
     """File of unwanted words and phrases, one a line (lexicon)."""
     personal: Literal["replace", "drop"] = "replace"
-    """What is done with personal data: replaced by <email> and the like, or the row dropped."""
+    """Replace personal data by <email> and the like, or drop the row that has some (personal)."""
 
 
 class Given(NamedTuple):
-    """What a rule looks at."""
+    """The settings and the rows that a rule reads."""
 
     config: Config
     source: Source

@@ -227,7 +227,7 @@ def loaded(run: str, reward: bool = False) -> LoadedRun:
 
 
 class Given(NamedTuple):
-    """What a method's scores are computed from."""
+    """The inputs from which a method computes its scores."""
 
     config: Config
     source: Source

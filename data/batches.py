@@ -377,7 +377,7 @@ class Position(TypedDict):
     processes: int
     """Hosts that the batches are for."""
     read: NotRequired[Read]
-    """Of a mixture, what each of its sources gave so far on this host."""
+    """Counts of what each source of a mixture gave so far on this host."""
 
 
 class Window(NamedTuple):
@@ -398,7 +398,7 @@ class Made(NamedTuple):
     records: list[Record]
     position: Position
     windows: float
-    """Of the window at hand the share of its rows that is used."""
+    """The share of the current window's rows that is used."""
 
 
 class Batches:
@@ -526,7 +526,7 @@ class Batches:
 
     @property
     def skipped(self) -> Sequence[str]:
-        """What is wrong with each row of the source that was left out."""
+        """The fault of each row of the source that was left out."""
         return self._source.skipped
 
     def lengths_line(self, records: int = MEASURED) -> str:
