@@ -93,28 +93,20 @@ NEOX = {
 }
 """Names of its own, and q, k and v of one head after another."""
 
-MIXTRAL_MOE = LAYER + "block_sparse_moe."
-MIXTRAL = {
-    "decoder/layers/mlp/router": Layout("DE", MIXTRAL_MOE + "gate.weight", ("E", "D")),
-    "decoder/layers/mlp/expert_gate": Layout(
-        "DF", MIXTRAL_MOE + "experts.{}.w1.weight", ("F", "D")
-    ),
-    "decoder/layers/mlp/expert_up": Layout("DF", MIXTRAL_MOE + "experts.{}.w3.weight", ("F", "D")),
-    "decoder/layers/mlp/expert_down": Layout(
-        "FD", MIXTRAL_MOE + "experts.{}.w2.weight", ("D", "F")
-    ),
-}
-QWEN_MOE = {
-    "decoder/layers/mlp/router": Layout("DE", MLP + "gate.weight", ("E", "D")),
-    "decoder/layers/mlp/expert_gate": Layout(
-        "DF", MLP + "experts.{}.gate_proj.weight", ("F", "D")
-    ),
-    "decoder/layers/mlp/expert_up": Layout("DF", MLP + "experts.{}.up_proj.weight", ("F", "D")),
-    "decoder/layers/mlp/expert_down": Layout(
-        "FD", MLP + "experts.{}.down_proj.weight", ("D", "F")
-    ),
-}
-"""Mixtures of experts, each with tensors of its own."""
+
+def _experts(folder: str, gate: str, up: str, down: str) -> dict[str, Layout]:
+    """Return the layouts of a mixture of experts in which each expert has tensors of its own."""
+    expert = folder + "experts.{}."
+    return {
+        "decoder/layers/mlp/router": Layout("DE", folder + "gate.weight", ("E", "D")),
+        "decoder/layers/mlp/expert_gate": Layout("DF", f"{expert}{gate}.weight", ("F", "D")),
+        "decoder/layers/mlp/expert_up": Layout("DF", f"{expert}{up}.weight", ("F", "D")),
+        "decoder/layers/mlp/expert_down": Layout("FD", f"{expert}{down}.weight", ("D", "F")),
+    }
+
+
+MIXTRAL = _experts(LAYER + "block_sparse_moe.", "w1", "w3", "w2")
+QWEN_MOE = _experts(MLP, "gate_proj", "up_proj", "down_proj")
 
 PHI3 = {
     "decoder/layers/attention/q": Layout("DNH", ATTENTION + "qkv_proj.weight", ("NH", "D")),
