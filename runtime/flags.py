@@ -5,7 +5,6 @@ import dataclasses
 import io
 import pathlib
 import re
-import signal
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
@@ -85,8 +84,13 @@ def parse(cls: type[ConfigT], argv: Sequence[str] | None = None) -> ConfigT:
         model = _starting_model(default.model, words)
         default = dataclasses.replace(default, model=model)  # type: ignore[type-var]
     if "--help" in words:
-        # A pager that is left early ends the program, without a traceback.
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+        with terminal.ended_by_pipe():
+            return _read(cls, words, default)
+    return _read(cls, words, default)
+
+
+def _read(cls: type[ConfigT], words: list[str], default: ConfigT) -> ConfigT:
+    """Fill `cls` from the flags `words` over `default`; raise UserError as `parse` says."""
     # The script's first line heads its --help; tyro's own messages are caught.
     about = (sys.modules[cls.__module__].__doc__ or "").partition("\n")[0]
     # Indented, since tyro joins a line that begins with a letter to the one before.

@@ -1,10 +1,12 @@
 """Output of a process: streams that outlive their reader, and text that is safe to show."""
 
+import contextlib
 import io
 import os
 import re
 import signal
 import sys
+from collections.abc import Iterator
 
 from runtime.errors import UserError
 
@@ -117,6 +119,22 @@ def outlive_stdout() -> None:
     """Go on when nobody reads stdout: for commands whose work is in files."""
     if isinstance(sys.stdout, Stream):
         sys.stdout.is_product = False
+
+
+@contextlib.contextmanager
+def ended_by_pipe() -> Iterator[None]:
+    """End by SIGPIPE, without a traceback, where a pager is left while help is printed.
+
+    A context manager. Afterwards the signal is handled as before: a process that goes on, such as
+    one that runs many tests, would otherwise end without a word at any pipe or socket that closes.
+    """
+    before = signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        # What is still buffered would meet the closed pipe later.
+        sys.stdout.flush()
+        signal.signal(signal.SIGPIPE, before)
 
 
 def end_by_pipe() -> None:

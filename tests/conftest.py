@@ -94,8 +94,7 @@ class Passed:
 def memory_maps_are_left():
     """Forget compiled programs before they have all memory maps that Linux allows a process.
 
-    Each program takes some of the 65,530. A worker had 39,000 at the end of the suite, when the
-    other one, in a save, ended without a word.
+    Each program takes some of the 65,530: a worker had 39,000 at the end of the suite.
     """
     yield
     maps = pathlib.Path("/proc/self/maps")

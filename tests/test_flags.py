@@ -2,6 +2,7 @@
 
 import ast
 import pathlib
+import signal
 
 import pytest
 from running import fails
@@ -70,3 +71,11 @@ def test_help_is_80_columns_wide(capsys, monkeypatch):
     with pytest.raises(SystemExit):
         flags.parse(train_ppo.Config, ["--help"])
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+
+
+def test_help_leaves_the_process_its_signals(capsys):
+    """A process left with SIGPIPE's default ends without a word at the next pipe that closes."""
+    before = signal.getsignal(signal.SIGPIPE)
+    with pytest.raises(SystemExit):
+        flags.parse(train_ppo.Config, ["--help"])
+    assert signal.getsignal(signal.SIGPIPE) == before != signal.SIG_DFL
