@@ -36,6 +36,7 @@ from layers import run_layers
 from model_config import ModelConfig
 from sharding import (
     along,
+    by_rows,
     constrain_residual,
     constrain_rows,
     constrain_tokens,
@@ -532,11 +533,8 @@ class MLP(nn.Module):
 class MixtureOfExperts(nn.Module):
     """Feed-forward layer of E experts, of which each token uses a few (Shazeer et al. 2017).
 
-    No token is dropped, whatever the load (MegaBlocks: Gale et al. 2023). Here M counts tokens, C
-    the choices of each, `experts_per_token`, and A the choices of all.
-
-    Tokens are sorted by their experts as one batch: where a mesh cuts it over data and fsdp, each
-    device gathers the tokens of all, in every layer.
+    No token is dropped, whatever the load (MegaBlocks: Gale et al. 2023). On a mesh each device
+    routes and sorts the tokens of its own rows.
     """
 
     config: ModelConfig
@@ -550,53 +548,74 @@ class MixtureOfExperts(nn.Module):
         # Weights of the router, and of all experts, as SwiGLU's.
         c = self.config
         in_shape = (c.experts, c.width, c.mlp_width)
+        out_shape = (c.experts, c.mlp_width, c.width)
         down_fan_in = c.mlp_width * 2 * c.layers
         router_DE = self.param("router", _normal(c.width), (c.width, c.experts))
         gate_EDF = self.param("expert_gate", _normal(c.width), in_shape)
         up_EDF = self.param("expert_up", _normal(c.width), in_shape)
-        down_EFD = self.param(
-            "expert_down", _normal(down_fan_in), (c.experts, c.mlp_width, c.width)
-        )
+        down_EFD = self.param("expert_down", _normal(down_fan_in), out_shape)
 
-        # The experts of each token, in float32: their order hangs on small differences.
-        x_MD = x_BTD.reshape(-1, c.width)
-        logits_ME = jnp.einsum(
-            "MD,DE->ME", x_MD.astype(jnp.float32), router_DE, precision="highest"
-        )
-        shares_ME = jax.nn.softmax(logits_ME, axis=-1)
-        chosen_MC, experts_MC = jax.lax.top_k(shares_ME, c.experts_per_token)
-        if c.router_norm:
-            chosen_MC /= chosen_MC.sum(axis=-1, keepdims=True)
-
-        # The choices in the order of the experts, so that each has an unbroken run of rows. Tokens
-        # are repeated first: no sum, here or in the derivative, then hangs on a scatter's order.
-        experts_A = experts_MC.reshape(-1)
-        order_A = jnp.argsort(experts_A)
-        load_E = jnp.bincount(experts_A, length=c.experts).astype(jnp.int32)
-        repeated_AD = jnp.repeat(x_MD, c.experts_per_token, axis=0)
-        x_AD = repeated_AD.at[order_A].get(unique_indices=True)
-
-        def by_expert(rows: jax.Array, weights: jax.Array) -> jax.Array:
-            return jax.lax.ragged_dot(rows, weights.astype(rows.dtype), load_E)
-
-        hidden_AF = activation_of(c)(by_expert(x_AD, gate_EDF)) * by_expert(x_AD, up_EDF)
-        out_AD = by_expert(hidden_AF, down_EFD)
-
-        # Back in the order of the tokens, whose sums are in float32.
-        back_A = jnp.argsort(order_A)
-        out_MCD = out_AD.at[back_A].get(unique_indices=True).reshape(*experts_MC.shape, -1)
-        out_MCD = out_MCD.astype(jnp.float32)
-        sum_MD = jnp.einsum("MCD,MC->MD", out_MCD, chosen_MC, precision="highest")
-        out_BTD = sum_MD.astype(x_BTD.dtype).reshape(x_BTD.shape)
+        # Experts are gathered over the axes that cut rows, in the type in which they multiply.
+        experts = [weight.astype(x_BTD.dtype) for weight in (gate_EDF, up_EDF, down_EFD)]
+        feed = partial(feed_experts, config=c)
+        out_BTD, loads_E, shares_E = by_rows(feed, x_BTD, router_DE, *experts)
         if not c.router_loss_coef:
             return out_BTD, None
 
         # Fedus et al. 2021 (Switch), eq. 4: load times mean share, of which the share alone has a
         # derivative. Tokens of padding count too.
-        load_share_E = load_E / x_MD.shape[0]
-        mean_share_E = shares_ME.mean(axis=0)
-        loss = c.experts * jnp.sum(load_share_E * mean_share_E)
+        load_E = loads_E.mean(axis=0)
+        share_E = shares_E.mean(axis=0)
+        loss = c.experts * jnp.sum(load_E * share_E)
         return out_BTD, c.router_loss_coef * loss / c.layers
+
+
+def feed_experts(
+    x_BTD: jax.Array,
+    router_DE: jax.Array,
+    gate_EDF: jax.Array,
+    up_EDF: jax.Array,
+    down_EFD: jax.Array,
+    *,
+    config: ModelConfig,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Route tokens to experts; return their weighted sum, the experts' load and mean share.
+
+    `router_DE`: float32; the other weights in x's type. Returns [B, T, D] in x's type, and two
+    float32 arrays [1, E] over all tokens: how many experts' choices fell on each, a token, and the
+    router's mean probability of it. Here M counts tokens, C the choices of each,
+    config.experts_per_token, and A the choices of all.
+    """
+    # The experts of each token, in float32: their order hangs on small differences.
+    x_MD = x_BTD.reshape(-1, config.width)
+    logits_ME = jnp.einsum("MD,DE->ME", x_MD.astype(jnp.float32), router_DE, precision="highest")
+    shares_ME = jax.nn.softmax(logits_ME, axis=-1)
+    chosen_MC, experts_MC = jax.lax.top_k(shares_ME, config.experts_per_token)
+    if config.router_norm:
+        chosen_MC /= chosen_MC.sum(axis=-1, keepdims=True)
+
+    # The choices in the order of the experts, so that each has an unbroken run of rows. Tokens
+    # are repeated first: no sum, here or in the derivative, then hangs on a scatter's order.
+    experts_A = experts_MC.reshape(-1)
+    order_A = jnp.argsort(experts_A)
+    load_E = jnp.bincount(experts_A, length=config.experts).astype(jnp.int32)
+    repeated_AD = jnp.repeat(x_MD, config.experts_per_token, axis=0)
+    x_AD = repeated_AD.at[order_A].get(unique_indices=True)
+
+    # SwiGLU of each run of rows by its expert.
+    gate_AF = jax.lax.ragged_dot(x_AD, gate_EDF, load_E)
+    up_AF = jax.lax.ragged_dot(x_AD, up_EDF, load_E)
+    hidden_AF = activation_of(config)(gate_AF) * up_AF
+    out_AD = jax.lax.ragged_dot(hidden_AF, down_EFD, load_E)
+
+    # Back in the order of the tokens, whose sums are in float32.
+    back_A = jnp.argsort(order_A)
+    out_MCD = out_AD.at[back_A].get(unique_indices=True).reshape(*experts_MC.shape, -1)
+    out_MCD = out_MCD.astype(jnp.float32)
+    sum_MD = jnp.einsum("MCD,MC->MD", out_MCD, chosen_MC, precision="highest")
+    out_BTD = sum_MD.astype(x_BTD.dtype).reshape(x_BTD.shape)
+    load_share_E = load_E / x_MD.shape[0]
+    return out_BTD, load_share_E[None], shares_ME.mean(axis=0)[None]
 
 
 class Block(nn.Module):

@@ -429,6 +429,23 @@ def batch_devices(rows: int) -> int:
     return ways if rows % ways == 0 else 1
 
 
+def by_rows(run: Callable[..., Any], x: jax.Array, *whole: jax.Array) -> Any:
+    """Return `run(x, *whole)`, computed on each device of data and fsdp for its own rows alone.
+
+    `x`: [B, ...]. `whole`: arrays that each of these devices gets whole. `run` returns a tree of
+    arrays, whose first axes are joined over the devices: a device's rows, or one entry a device.
+    Other axes of the mesh are left to XLA. Where data x fsdp does not cut the rows, `run` is
+    called once, with all of them.
+    """
+    if batch_devices(x.shape[0]) == 1:
+        return run(x, *whole)
+    specs = [P() for _ in whole]
+    on_mesh = jax.shard_map(
+        run, in_specs=(BATCH, *specs), out_specs=BATCH, axis_names={"data", "fsdp"}
+    )
+    return on_mesh(x, *whole)
+
+
 def constrain_batch(x: jax.Array) -> jax.Array:
     """Keep the first axis of `x` [B, ...] split over data and fsdp, the others whole; return `x`.
 

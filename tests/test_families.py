@@ -521,23 +521,16 @@ def decoded(model, params, tokens_T):
     params = unstack_params(params, model.compute_dtype)
     cache = unstack_cache(empty_cache(model, 1, len(tokens_T)))
 
-    def enter(cache, first, last):
-        tokens_BT = tokens_T[None, first:last]
-        positions_BT = jnp.arange(first, last)[None]
+    @jax.jit
+    def enter(params, cache, tokens_BT, positions_BT):
         output = apply(params, tokens_BT, jnp.ones_like(tokens_BT), positions_BT, cache)
         return unembed(output.x_BTD, output.unembed_DV)[0], output.cache
 
-    prefill, cache = enter(cache, 0, 5)
-    parts = [prefill]
-    one = jax.jit(
-        lambda cache, token_11, position_11: apply(
-            params, token_11, jnp.ones_like(token_11), position_11, cache
-        )
-    )
-    for t in range(5, len(tokens_T)):
-        output = one(cache, tokens_T[None, t : t + 1], jnp.full((1, 1), t))
-        cache = output.cache
-        parts.append(unembed(output.x_BTD, output.unembed_DV)[0])
+    parts = []
+    positions_T = np.arange(len(tokens_T))
+    for at_once in np.split(positions_T, range(5, len(tokens_T))):
+        logits_TV, cache = enter(params, cache, tokens_T[None, at_once], at_once[None])
+        parts.append(logits_TV)
     return np.concatenate(parts)
 
 

@@ -17,6 +17,7 @@ from planning import hlo
 from runtime.errors import UserError
 from sharding import (
     MeshConfig,
+    abstract,
     check_batch,
     constrain_batch,
     init_sharded,
@@ -83,10 +84,10 @@ OBJECTIVES = {
 }
 
 
-def five_steps(mesh, name, microbatches=1):
+def five_steps(mesh, name, microbatches=1, config=CONFIG):
     """Return losses, parameters and the whole sharded state after five updates on `mesh`."""
     model, objective, batches = OBJECTIVES[name]
-    init, apply = init_and_apply(model(CONFIG))
+    init, apply = init_and_apply(model(config))
     with jax.set_mesh(mesh):
         state = init_sharded(lambda key: init_state(init(key), OPTIMIZER), mesh, jax.random.key(0))
         step = make_train_step(partial(objective, apply), OPTIMIZER, microbatches)
@@ -131,6 +132,30 @@ def test_five_steps_equal_one_device_and_one_batch(shape, name):
     everywhere = sum(x.size for x in jax.tree.leaves((adam.mu, state.params)))
     split = shape[1] * shape[2]
     assert here == everywhere if split == 1 else here < everywhere / split * 1.5 + 200
+
+
+@needs_eight
+def test_each_device_routes_the_tokens_of_its_own_rows():
+    config = dataclasses.replace(
+        CONFIG, experts=4, experts_per_token=2, mlp_width=40, router_loss_coef=0.5
+    )
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    losses, params, _ = five_steps(mesh, "likelihood", config=config)
+    want_losses, want_params, _ = five_steps(one_device(), "likelihood", config=config)
+    np.testing.assert_allclose(losses, want_losses, rtol=1e-5)
+    jax.tree.map(
+        lambda got, want: np.testing.assert_allclose(got, want, atol=2e-4), params, want_params
+    )
+
+    # 8 rows of 10 tokens, 2 experts each: no device has more than its fourth of the choices.
+    init, apply = init_and_apply(LanguageModel(config))
+    batch = to_mesh(likelihood_batch(0), mesh)
+    objective = partial(likelihood_objective, apply)
+    gradient = jax.jit(jax.grad(lambda params: objective(params, batch)[0]))
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    text = gradient.lower(abstract(shapes, mesh)).compile().as_text()
+    assert "f32[40,16]" in text
+    assert "f32[160," not in text
 
 
 @needs_eight
