@@ -36,7 +36,7 @@ from layers import run_layers
 from model_config import ModelConfig
 from sharding import (
     along,
-    by_rows,
+    by_rows_and_experts,
     constrain_residual,
     constrain_rows,
     constrain_tokens,
@@ -534,7 +534,7 @@ class MixtureOfExperts(nn.Module):
     """Feed-forward layer of E experts, of which each token uses a few (Shazeer et al. 2017).
 
     No token is dropped, whatever the load (MegaBlocks: Gale et al. 2023). On a mesh each device
-    routes and sorts the tokens of its own rows.
+    routes the tokens of its own rows, and multiplies those that its own experts take.
     """
 
     config: ModelConfig
@@ -555,10 +555,10 @@ class MixtureOfExperts(nn.Module):
         up_EDF = self.param("expert_up", _normal(c.width), in_shape)
         down_EFD = self.param("expert_down", _normal(down_fan_in), out_shape)
 
-        # Experts are gathered over the axes that cut rows, in the type in which they multiply.
-        experts = [weight.astype(x_BTD.dtype) for weight in (gate_EDF, up_EDF, down_EFD)]
+        # Experts are gathered over fsdp in the type in which they multiply.
+        experts = tuple(weight.astype(x_BTD.dtype) for weight in (gate_EDF, up_EDF, down_EFD))
         feed = partial(feed_experts, config=c)
-        out_BTD, loads_E, shares_E = by_rows(feed, x_BTD, router_DE, *experts)
+        out_BTD, loads_E, shares_E = by_rows_and_experts(feed, x_BTD, router_DE, experts)
         if not c.router_loss_coef:
             return out_BTD, None
 
@@ -573,18 +573,19 @@ class MixtureOfExperts(nn.Module):
 def feed_experts(
     x_BTD: jax.Array,
     router_DE: jax.Array,
-    gate_EDF: jax.Array,
-    up_EDF: jax.Array,
-    down_EFD: jax.Array,
+    experts: tuple[jax.Array, ...],
+    first: int | jax.Array,
+    total: Callable[[jax.Array], jax.Array],
     *,
     config: ModelConfig,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Route tokens to experts; return their weighted sum, the experts' load and mean share.
 
-    `router_DE`: float32; the other weights in x's type. Returns [B, T, D] in x's type, and two
-    float32 arrays [1, E] over all tokens: how many experts' choices fell on each, a token, and the
-    router's mean probability of it. Here M counts tokens, C the choices of each,
-    config.experts_per_token, and A the choices of all.
+    `router_DE`: float32, of all experts. `experts`: gate, up and down, as in MixtureOfExperts, of
+    those from number `first` on, in x's type. `total`: sums arrays over those who have the others.
+    Returns [B, T, D] in x's type, and two float32 arrays [1, E] over all tokens: how many
+    choices a token fell on each expert, and the router's mean probability of it. Here M counts
+    tokens, C the choices of each, config.experts_per_token, and A the choices of all.
     """
     # The experts of each token, in float32: their order hangs on small differences.
     x_MD = x_BTD.reshape(-1, config.width)
@@ -594,25 +595,31 @@ def feed_experts(
     if config.router_norm:
         chosen_MC /= chosen_MC.sum(axis=-1, keepdims=True)
 
-    # The choices in the order of the experts, so that each has an unbroken run of rows. Tokens
-    # are repeated first: no sum, here or in the derivative, then hangs on a scatter's order.
+    # The choices in the order of the experts from `first` on, and last those of others: so each
+    # expert here has an unbroken run of rows. Tokens are repeated first: no sum, here or in the
+    # derivative, then hangs on a scatter's order.
+    gate_EDF, up_EDF, down_EFD = experts
+    experts_here = gate_EDF.shape[0]
     experts_A = experts_MC.reshape(-1)
-    order_A = jnp.argsort(experts_A)
+    order_A = jnp.argsort((experts_A - first) % config.experts)
     load_E = jnp.bincount(experts_A, length=config.experts).astype(jnp.int32)
+    runs_E = jax.lax.dynamic_slice_in_dim(load_E, first, experts_here)
     repeated_AD = jnp.repeat(x_MD, config.experts_per_token, axis=0)
     x_AD = repeated_AD.at[order_A].get(unique_indices=True)
 
-    # SwiGLU of each run of rows by its expert.
-    gate_AF = jax.lax.ragged_dot(x_AD, gate_EDF, load_E)
-    up_AF = jax.lax.ragged_dot(x_AD, up_EDF, load_E)
+    # SwiGLU of each run of rows by its expert; nothing of the rows behind them.
+    gate_AF = jax.lax.ragged_dot(x_AD, gate_EDF, runs_E)
+    up_AF = jax.lax.ragged_dot(x_AD, up_EDF, runs_E)
     hidden_AF = activation_of(config)(gate_AF) * up_AF
-    out_AD = jax.lax.ragged_dot(hidden_AF, down_EFD, load_E)
+    out_AD = jax.lax.ragged_dot(hidden_AF, down_EFD, runs_E)
+    is_here_A = jnp.arange(len(order_A)) < runs_E.sum()
+    out_AD = jnp.where(is_here_A[:, None], out_AD, 0)
 
     # Back in the order of the tokens, whose sums are in float32.
     back_A = jnp.argsort(order_A)
     out_MCD = out_AD.at[back_A].get(unique_indices=True).reshape(*experts_MC.shape, -1)
     out_MCD = out_MCD.astype(jnp.float32)
-    sum_MD = jnp.einsum("MCD,MC->MD", out_MCD, chosen_MC, precision="highest")
+    sum_MD = total(jnp.einsum("MCD,MC->MD", out_MCD, chosen_MC, precision="highest"))
     out_BTD = sum_MD.astype(x_BTD.dtype).reshape(x_BTD.shape)
     load_share_E = load_E / x_MD.shape[0]
     return out_BTD, load_share_E[None], shares_ME.mean(axis=0)[None]

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, TypedDict
 
 import jax
@@ -429,21 +430,47 @@ def batch_devices(rows: int) -> int:
     return ways if rows % ways == 0 else 1
 
 
-def by_rows(run: Callable[..., Any], x: jax.Array, *whole: jax.Array) -> Any:
-    """Return `run(x, *whole)`, computed on each device of data and fsdp for its own rows alone.
+def by_rows_and_experts(
+    run: Callable[..., Any], x: jax.Array, router: jax.Array, experts: tuple[jax.Array, ...]
+) -> Any:
+    """Return `run(x, router, experts, first, total)`, each device with its own rows and experts.
 
-    `x`: [B, ...]. `whole`: arrays that each of these devices gets whole. `run` returns a tree of
-    arrays, whose first axes are joined over the devices: a device's rows, or one entry a device.
-    Other axes of the mesh are left to XLA. Where data x fsdp does not cut the rows, `run` is
-    called once, with all of them.
+    `x`: [B, ...]; data and fsdp cut its rows, where the two divide them. `router` is whole on each
+    device. `experts`: arrays [E, ...]; tensor cuts their first axis, where it divides it. `first`:
+    the number of the first expert that a device has. `total(y)`: sums over the devices that have
+    the same rows and other experts. `run` returns a tree of arrays that is equal on these, and
+    whose first axes are joined over the others: a device's rows, or one entry a device. Other axes
+    of the mesh are left to XLA. Without a mesh `run` is called once, with all.
     """
-    if batch_devices(x.shape[0]) == 1:
-        return run(x, *whole)
-    specs = [P() for _ in whole]
+    # What the mesh cuts.
+    mesh = get_abstract_mesh()
+    count = experts[0].shape[0]
+    has_rows_cut = batch_devices(x.shape[0]) > 1
+    has_experts_cut = along(mesh, "tensor") > 1 and count % along(mesh, "tensor") == 0
+    axes = {"data", "fsdp"} if has_rows_cut else set()
+    if has_experts_cut:
+        axes.add("tensor")
+    if not axes:
+        return run(x, router, experts, 0, lambda y: y)
+
+    def local(x: jax.Array, router: jax.Array, experts: tuple[jax.Array, ...]) -> Any:
+        if not has_experts_cut:
+            return run(x, router, experts, 0, lambda y: y)
+        first = jax.lax.axis_index("tensor") * experts[0].shape[0]
+        return run(x, router, experts, first, partial(jax.lax.psum, axis_name="tensor"))
+
+    # Unchecked: with the check JAX 0.10 has a wrong derivative of x[i] where `i` differs over
+    # devices and `x` does not.
+    rows = BATCH if has_rows_cut else P()
+    expert = P("tensor") if has_experts_cut else P()
     on_mesh = jax.shard_map(
-        run, in_specs=(BATCH, *specs), out_specs=BATCH, axis_names={"data", "fsdp"}
+        local,
+        in_specs=(rows, P(), expert),
+        out_specs=rows,
+        axis_names=frozenset(axes),
+        check_vma=False,
     )
-    return on_mesh(x, *whole)
+    return on_mesh(x, router, experts)
 
 
 def constrain_batch(x: jax.Array) -> jax.Array:

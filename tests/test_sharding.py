@@ -135,7 +135,7 @@ def test_five_steps_equal_one_device_and_one_batch(shape, name):
 
 
 @needs_eight
-def test_each_device_routes_the_tokens_of_its_own_rows():
+def test_each_device_has_the_tokens_of_its_own_rows_and_its_own_experts():
     config = dataclasses.replace(
         CONFIG, experts=4, experts_per_token=2, mlp_width=40, router_loss_coef=0.5
     )
@@ -147,15 +147,16 @@ def test_each_device_routes_the_tokens_of_its_own_rows():
         lambda got, want: np.testing.assert_allclose(got, want, atol=2e-4), params, want_params
     )
 
-    # 8 rows of 10 tokens, 2 experts each: no device has more than its fourth of the choices.
+    # 8 rows of 10 tokens, 2 experts each: no device has more than its fourth of the choices, and
+    # of the four experts its two.
     init, apply = init_and_apply(LanguageModel(config))
     batch = to_mesh(likelihood_batch(0), mesh)
     objective = partial(likelihood_objective, apply)
     gradient = jax.jit(jax.grad(lambda params: objective(params, batch)[0]))
     shapes = jax.eval_shape(init, jax.random.key(0))
     text = gradient.lower(abstract(shapes, mesh)).compile().as_text()
-    assert "f32[40,16]" in text
-    assert "f32[160," not in text
+    assert "f32[40,16]" in text and "f32[2,16,40]" in text
+    assert "f32[160," not in text and "f32[4,16,40]" not in text
 
 
 @needs_eight
