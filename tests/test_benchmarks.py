@@ -182,7 +182,13 @@ TINY_FLAGS = {
 }
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+@pytest.mark.parametrize(
+    "script",
+    [
+        pytest.param(script, id=script.stem, marks=pytest.mark.slow if number else ())
+        for number, script in enumerate(SCRIPTS)
+    ],
+)
 def test_a_script_runs_where_little_is_installed(script, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(BLOCKER)
     environment = {**os.environ, "PYTHONPATH": str(tmp_path), "PYTHON": sys.executable}
@@ -229,6 +235,7 @@ def test_flags_are_read_without_tyro(capsys):
     assert "Tokens of a prompt. (default: 64)" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_training_benchmark_writes_what_it_prints(tmp_path, capsys):
     flags = ("--model=tiny", "--batch=2", "--length=16", "--peers", "flax", "--rounds=2")
     result = measured(train, *flags, "--seconds=0.1", f"--out={tmp_path}")

@@ -109,7 +109,7 @@ def alone(config, params, batches):
     return state.params, losses
 
 
-@pytest.mark.parametrize("loss", ["dpo", "kto"])
+@pytest.mark.parametrize("loss", ["dpo", pytest.param("kto", marks=pytest.mark.slow)])
 def test_a_member_is_trained_as_by_train_dpo_alone(loss):
     init, _ = init_and_apply(LanguageModel(MODEL))
     params = init(jax.random.key(0))
@@ -242,6 +242,7 @@ def small(study):
     ]
 
 
+@pytest.mark.slow
 def test_a_study_stops_and_goes_on_where_it_was(study, capsys):
     # Nothing is started after its minutes are over.
     assert run(runs, *small(study), "--minutes=0") == {"done": 0, "left": len(PLAN)}

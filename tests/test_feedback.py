@@ -335,6 +335,7 @@ def test_the_files_are_in_the_trainers_schemas(runs, tmp_path):
     assert {f"violated/{name}/3" for name in (*NAMES, "all")} <= out.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("write", ["comparisons", "revisions"])
 def test_a_policy_that_judges_itself(runs, tmp_path, write):
     """One run answers, and judges or revises by principles that have names of their own."""

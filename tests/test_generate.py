@@ -290,6 +290,7 @@ def test_stages_hold_every_response(rows, prompt, limit):
     assert stages_of(rows, prompt, 8) == [Stage(rows, 7)]  # few tokens are not worth compiling for
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(jax.device_count() != 8, reason="needs eight devices")
 def test_stages_on_a_mesh_keep_rows_on_their_device():
     config = dataclasses.replace(CONFIG, vocab=64, layers=1)

@@ -150,6 +150,7 @@ def test_a_spike_is_of_loss_and_gradient_both_and_needs_a_history():
     )
 
 
+@pytest.mark.slow
 def test_poison_is_skipped(tmp_path, monkeypatch, capfd):
     argv = [*LM, "--steps=66", "--keep_checkpoints=9", "--save_every=20", "--guard.skip=2"]
     poison(monkeypatch, {64})

@@ -92,9 +92,8 @@ TRAINERS = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", ["grpo", *(pytest.param(name, marks=slow) for name in ("rloo", "ppo", "raft"))]
-)
+@slow
+@pytest.mark.parametrize("name", ["grpo", "rloo", "ppo", "raft"])
 def test_a_constant_reward_does_not_teach_not_to_end(name):
     script, options = TRAINERS[name]
     run(script, *COMMON, *options, f"--run={name}")

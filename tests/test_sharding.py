@@ -104,8 +104,14 @@ def on_one_device(name):
 
 
 @needs_eight
-@pytest.mark.parametrize("name", OBJECTIVES)
-@pytest.mark.parametrize("shape", MESHES, ids=lambda shape: "x".join(map(str, shape)))
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        *(("likelihood", shape) for shape in MESHES),
+        ("ranking", (2, 2, 2)),
+        *(pytest.param("ranking", shape, marks=pytest.mark.slow) for shape in MESHES[:2]),
+    ],
+)
 def test_five_steps_equal_one_device_and_one_batch(shape, name):
     mesh = make_mesh(MeshConfig(*shape))
     microbatches = 1 if shape[0] * shape[1] == 8 else 2  # the rows are eight

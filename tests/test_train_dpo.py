@@ -122,6 +122,7 @@ def test_resuming_is_bitwise_equal_and_needs_no_reference(files, finished, monke
     assert len(loaded) == 2 and rows_of(copy)[-1]["step"] == 8
 
 
+@pytest.mark.slow
 def test_cached_reference_equals_online_on_another_mesh(files, finished):
     axes = ["--mesh.data=2", "--mesh.fsdp=2", "--mesh.tensor=2"]
     run(
@@ -153,6 +154,7 @@ def test_cache_holds_the_log_probabilities_of_the_starting_policy(files, finishe
     assert (kept[batch["ranks_BC"] > 0] < 0).all() and (kept[batch["ranks_BC"] == 0] == 0).all()
 
 
+@pytest.mark.slow
 def test_one_device_and_two_microbatches_equal_eight(files, finished, monkeypatch):
     def one_device(_):
         types = (jax.sharding.AxisType.Auto,) * 3
@@ -456,13 +458,10 @@ def test_a_bad_judgement_names_file_line_and_field(field, capsys, tmp_path, monk
 # ---- Several hosts ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "flags"),
-    [
-        (train_dpo, ["--loss=simpo"]),
-        pytest.param(train_rm, [], marks=pytest.mark.slow),
-        pytest.param(train_prm, ["--model.vocab=320"], marks=pytest.mark.slow),
-    ],
+    [(train_dpo, ["--loss=simpo"]), (train_rm, []), (train_prm, ["--model.vocab=320"])],
 )
 def test_tokens_of_all_hosts_are_counted(script, flags, tmp_path, monkeypatch):
     """As on two hosts: each reads half a batch, and `to_mesh` makes one of both halves."""

@@ -65,6 +65,7 @@ COMMON = [
 ]
 
 
+@pytest.mark.slow
 def test_a_checkable_reward_is_learnt_in_a_few_rounds(files):
     """Digits in a response of at most eight tokens, from a policy that knows nothing."""
     run(
