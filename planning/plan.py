@@ -353,8 +353,11 @@ def compile_and_tabulate(
 
     # The configuration, then the tables.
     shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    counted = f"{chips} chips"
+    if chip.devices > 1:
+        counted = f"{chips // chip.devices} chips of {chip.devices} devices, called chips here,"
     lines = [
-        f"{script.name}, {config.model.preset} on {topology}: {chips} chips as {shape}; "
+        f"{script.name}, {config.model.preset} on {topology}: {counted} as {shape}; "
         f"{config.batch_size / chips:.3g} of {config.batch_size} sequences a chip; "
         f"compiled in {sum(result.seconds for result in results):.0f} CPU-s"
     ]
