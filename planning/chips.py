@@ -59,7 +59,8 @@ class Chip(NamedTuple):
 # bidirectional bandwidth between chips, halved. The page of v4 has none: "How to Scale Your Model"
 # (Austin et al. 2025), part 2, has 45 GB/s each way for each of its 6 links. A mesh axis along one
 # dimension of the torus (of 3, 2, 3, 2, 3) has that dimension's part alone: the time by it is a
-# bound. The two halves of an Ironwood chip are a JAX device each, with half of all that it has.
+# bound. JAX has both cores of a v4 chip as one device, and each half of an Ironwood chip as a
+# device of its own, with half of all that the chip has.
 #
 # GPUs, of SXM boards. `memory`: of what XLA describes the three quarters that JAX takes, unless
 # XLA_PYTHON_CLIENT_MEM_FRACTION is larger. `bandwidth`: as XLA describes it. From NVIDIA's data
@@ -87,8 +88,11 @@ def gpu_chip(kind: str, *, flops: float, nvlink: float) -> Chip:
     )
 
 
+CHIP_CONFIGS = {"v4": "megacore"}
+"""How libtpu is to take a chip where JAX does not take it as libtpu does by itself."""
+
 CHIPS = {
-    "v4": Chip(31.25 * GIB, 275e12, 1200e9, 6 * 45e9, TPU_LATENCY),
+    "v4": Chip(30.75 * GIB, 275e12, 1200e9, 6 * 45e9, TPU_LATENCY),
     "v5e": Chip(15.75 * GIB, 197e12, 819e9, 400e9 / 2, TPU_LATENCY),
     "v5p": Chip(95.74 * GIB, 459e12, 2765e9, 1200e9 / 2, TPU_LATENCY),
     "v6e": Chip(31.25 * GIB, 918e12, 1638e9, 800e9 / 2, TPU_LATENCY),
@@ -167,11 +171,15 @@ def tpus(topology: str) -> list[Any]:
     """Return the TPUs of `topology` to compile for; raise UserError."""
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("libtpu is not installed; pip install -r requirements-tpu.txt")
+    kind = topology.partition(":")[0]
+    options = {}
+    if kind in CHIP_CONFIGS:
+        options["chip_config_name"] = CHIP_CONFIGS[kind]
     # There is no metadata server to ask.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     try:
         with quiet():
-            pod = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+            pod = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options)
             return list(pod.devices)
     except (ValueError, RuntimeError) as fault:
         raise UserError(

@@ -54,5 +54,5 @@ def world_defaults_note(config: Any, words: Sequence[str] | None = None) -> str:
     return (
         f"{model} has {count / 1e9:.2f} billion parameters, and {', '.join(left)} "
         f"{'is the default' if len(left) == 1 else 'are the defaults'} for the built-in world: "
-        "set them for this model, as in recipes/"
+        "set what fits this model, as in recipes/"
     )
