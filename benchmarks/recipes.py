@@ -150,15 +150,16 @@ def main(names: list[str]) -> None:
             raise UserError(f"{name}: unknown; choose of all, {', '.join(known)}")
     chosen = list(known) if "all" in names else names
 
-    # What benchmarks/pods.py has compiled is not compiled again.
-    ready = compiled_plans()
-    results = read_results()
+    # What is compiled already is left out of `all`.
+    ready = compiled_plans() if "all" in names else {}
     for name in chosen:
         for plan in plans_of(known[name]):
-            if frozenset(shlex.split(plan)) in ready and "all" in names:
+            if frozenset(shlex.split(plan)) in ready:
                 continue
-            results[plan] = pods.printed(shlex.split(plan))
-            print(f"{name}: {results[plan].splitlines()[-1]}", flush=True)
+            text = pods.printed(shlex.split(plan))
+            print(f"{name}: {text.splitlines()[-1]}", flush=True)
+            # Read anew: another process may have compiled others meanwhile.
+            results = read_results() | {plan: text}
             RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     write_page()
 
