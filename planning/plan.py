@@ -466,7 +466,8 @@ def sweep(script: Script, config: Any, topology: str, devices: list[Any]) -> Ver
 
 HELP = {"--help", "-h"}
 FLAGS_HELP = f"""plan.py's own flags:
-  --topology CHIP:SHAPE  Chips to plan for ({", ".join(CHIPS)}), as in v5e:16x16 or h200:8.
+  --topology CHIP:SHAPE  Chips to plan for, as in v5e:16x16 or h200:8. Of
+                         {", ".join(CHIPS)}.
   --sweep                Try meshes, each with the fewest micro-batches that fit, and plan the
                          fastest.
 All other flags are the script's: plan.py SCRIPT --help lists them.
