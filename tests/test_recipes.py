@@ -318,5 +318,6 @@ def test_the_first_steps_run_with_a_tiny_model_of_the_family(name, tmp_path):
         script = script_of(command)
         config = flags.parse(script.Config, small(command, tmp_path))
         metrics = script.main(config)
-        assert metrics["step"] == 2 and metrics["updates"] > 0
+        updates = [metrics[name] for name in metrics if name.endswith("updates")]
+        assert metrics["step"] == 2 and min(updates) > 0
         assert all(math.isfinite(value) for value in metrics.values())
