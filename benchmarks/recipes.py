@@ -82,6 +82,7 @@ def commands_of(path: pathlib.Path) -> list[list[str]]:
         recorded = pathlib.Path(folder, "recorded")
         environment = {"PATH": os.environ["PATH"], "PYTHON": str(recorder)}
         environment["RECORDED"] = str(recorded)
+        environment["RUNS"] = "runs"
         subprocess.run(["sh", str(path)], cwd=ROOT, env=environment, check=True, timeout=60)
         text = recorded.read_text()
     return [command.split("\n") for command in text.removesuffix("\n\n").split("\n\n")]

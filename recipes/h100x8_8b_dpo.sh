@@ -3,10 +3,13 @@
 #
 #   hardware  8 H100 or H200 in one machine, without SLURM: one process takes them all
 #   start     python -m weights.convert --read=path/to/Llama-3-Base-8B-SFT \
-#               --run=runs/llama3-8b-sft    # of princeton-nlp, as the paper's
+#               --run=runs/llama3-8b-sft
+#             It is princeton-nlp's, as the paper's. Write "eos_token_id": [128001, 128009] into its
+#             generation_config.json first: its template ends a turn with 128009, which the file
+#             does not name, and is refused without
 #   batch     128 comparisons of at most 2,048 tokens, in 8 micro-batches
 #   rate      5e-7, cosine after 10 % of warm-up; beta 0.01
-#   steps     477, one pass
+#   steps     477, about one pass
 #   remat     full
 #   mesh      fsdp 8
 #   aims at   AlpacaEval 2 LC 18.2, Arena-Hard 15.9: DPO in SimPO's table (Meng et al. 2024, arXiv

@@ -5,10 +5,13 @@
 #   start     python -m weights.convert --read=path/to/Llama-3.1-Tulu-3-8B-DPO \
 #               --run=runs/tulu3-8b-dpo
 #   batch     1,024 rollouts, 16 for each of 64 prompts, at most 512 + 512 tokens; two updates
-#             in 16 micro-batches each
+#             in 16 micro-batches each. As in open-instruct's script for one machine,
+#             tulu3/grpo_fast_8b_single_node.sh; the model's own run had 48 prompts
 #   rate      5e-7, constant; beta 0.01 in the loss
-#   steps     1,950 iterations, 2 million rollouts. The model's data has MATH and IFEval too, and
-#             responses of up to 2,048 tokens
+#   steps     1,950 iterations, 2 million rollouts, about 18 passes: the model's data is larger
+#   differs   the questions stand alone; the model's prompts put eight worked examples before each,
+#             as its number is measured, and its data has MATH and IFEval too. Its lengths are
+#             2,048 + 2,048. A right answer scores 1, not 10, which GRPO's advantages cannot tell
 #   remat     full
 #   mesh      fsdp 8
 #   aims at   GSM8K 90.0: Tulu 3.1 8B (Lambert et al. 2024, arXiv 2411.15124; card of

@@ -4,9 +4,10 @@
 #   hardware  8 H100 or H200 in one machine, without SLURM: one process takes them all
 #   start     python -m weights.convert --read=path/to/Meta-Llama-3-8B-Instruct \
 #               --run=runs/llama3-8b-instruct
-#   batch     512 comparisons of at most 2,048 tokens, in 16 micro-batches
+#   batch     512 comparisons of at most 2,048 tokens, in 16 micro-batches; the paper's lengths go
+#             up to 4,096
 #   rate      2e-6, cosine after 3 % of warm-up
-#   steps     1,365, one pass
+#   steps     1,365, about one pass
 #   remat     full
 #   mesh      fsdp 8
 #   aims at   RewardBench: chat 99.4, chat hard 65.1, safety 88.8, reasoning 88.3:

@@ -5,7 +5,7 @@
 #   start     python -m weights.convert --read=path/to/mistral-7b-sft-beta --run=runs/zephyr-sft
 #   batch     32 comparisons of at most 1,024 tokens
 #   rate      5e-7, linear to 0 after 10 % of warm-up; beta 0.1
-#   steps     5,730, three passes
+#   steps     5,730, about three passes
 #   remat     full
 #   mesh      fsdp 8
 #   aims at   MT-Bench 7.34, AlpacaEval 90.60: Zephyr 7B (Tunstall et al. 2023, arXiv 2310.16944)

@@ -2,11 +2,15 @@
 # Align an SFT model of Llama 3 8B by DPO on UltraFeedback, on 256 TPUs.
 #
 #   hardware  TPU v5e-256; every host runs this script
+#   hosts     all see the folder of runs: RUNS=/mnt/runs sh recipes/v5e256_8b_dpo.sh
 #   start     python -m weights.convert --read=path/to/Llama-3-Base-8B-SFT \
-#               --run=runs/llama3-8b-sft    # of princeton-nlp, as the paper's
+#               --run=$RUNS/llama3-8b-sft
+#             It is princeton-nlp's, as the paper's. Write "eos_token_id": [128001, 128009] into its
+#             generation_config.json first: its template ends a turn with 128009, which the file
+#             does not name, and is refused without
 #   batch     256 comparisons of at most 1,024 tokens; the paper's: 128 of 2,048
 #   rate      5e-7, cosine after 10 % of warm-up; beta 0.01
-#   steps     238, one pass
+#   steps     238, about one pass
 #   remat     full
 #   mesh      fsdp 64 x tensor 4
 #   aims at   AlpacaEval 2 LC 18.2, Arena-Hard 15.9: DPO in SimPO's table (Meng et al. 2024, arXiv
@@ -17,9 +21,10 @@
 
 set -eu
 PYTHON=${PYTHON:-.venv/bin/python}
-INIT=${INIT:-runs/llama3-8b-sft}
+RUNS=${RUNS:?name a folder that all hosts see}
+INIT=${INIT:-$RUNS/llama3-8b-sft}
 DATA=${DATA:-hf:HuggingFaceH4/ultrafeedback_binarized@train_prefs}
-RUN=${RUN:-runs/llama3-8b-dpo}
+RUN=${RUN:-$RUNS/llama3-8b-dpo}
 
 sh recipes/until_done.sh "$PYTHON" train_dpo.py \
   --init="$INIT" \

@@ -2,12 +2,17 @@
 # Train Tulu 3 8B DPO by GRPO on checked answers to GSM8K, on 256 TPUs.
 #
 #   hardware  TPU v5e-256; every host runs this script
+#   hosts     all see the folder of runs: RUNS=/mnt/runs sh recipes/v5e256_8b_grpo.sh
 #   start     python -m weights.convert --read=path/to/Llama-3.1-Tulu-3-8B-DPO \
-#               --run=runs/tulu3-8b-dpo
-#   batch     1,024 rollouts, 16 for each of 64 prompts, at most 512 + 512 tokens; two updates
+#               --run=$RUNS/tulu3-8b-dpo
+#   batch     1,024 rollouts, 16 for each of 64 prompts, at most 512 + 512 tokens; two updates.
+#             As in open-instruct's script for one machine, tulu3/grpo_fast_8b_single_node.sh; the
+#             model's own run had 48 prompts
 #   rate      5e-7, constant; beta 0.01 in the loss
-#   steps     1,950 iterations, 2 million rollouts. The model's data has MATH and IFEval too, and
-#             responses of up to 2,048 tokens
+#   steps     1,950 iterations, 2 million rollouts, about 18 passes: the model's data is larger
+#   differs   the questions stand alone; the model's prompts put eight worked examples before each,
+#             as its number is measured, and its data has MATH and IFEval too. Its lengths are
+#             2,048 + 2,048. A right answer scores 1, not 10, which GRPO's advantages cannot tell
 #   remat     full
 #   mesh      fsdp 64 x tensor 4; tensor 8 while sampling
 #   aims at   GSM8K 90.0: Tulu 3.1 8B (Lambert et al. 2024, arXiv 2411.15124; card of
@@ -20,9 +25,10 @@
 
 set -eu
 PYTHON=${PYTHON:-.venv/bin/python}
-INIT=${INIT:-runs/tulu3-8b-dpo}
+RUNS=${RUNS:?name a folder that all hosts see}
+INIT=${INIT:-$RUNS/tulu3-8b-dpo}
 DATA=${DATA:-hf:openai/gsm8k:main}
-RUN=${RUN:-runs/tulu3-8b-grpo}
+RUN=${RUN:-$RUNS/tulu3-8b-grpo}
 
 sh recipes/until_done.sh "$PYTHON" train_grpo.py \
   --init="$INIT" \

@@ -2,11 +2,12 @@
 # Train a reward model of Llama 3 8B Instruct on 700,000 comparisons, on 256 TPUs.
 #
 #   hardware  TPU v5e-256; every host runs this script
+#   hosts     all see the folder of runs: RUNS=/mnt/runs sh recipes/v5e256_8b_rm.sh
 #   start     python -m weights.convert --read=path/to/Meta-Llama-3-8B-Instruct \
-#               --run=runs/llama3-8b-instruct
-#   batch     256 comparisons of at most 2,048 tokens, half of the paper's 512
+#               --run=$RUNS/llama3-8b-instruct
+#   batch     256 comparisons of at most 2,048 tokens; the paper's: 512 of 4,096
 #   rate      2e-6, cosine after 3 % of warm-up
-#   steps     2,730, one pass
+#   steps     2,730, about one pass
 #   remat     full
 #   mesh      fsdp 64 x tensor 4
 #   aims at   RewardBench: chat 99.4, chat hard 65.1, safety 88.8, reasoning 88.3:
@@ -17,9 +18,10 @@
 
 set -eu
 PYTHON=${PYTHON:-.venv/bin/python}
-INIT=${INIT:-runs/llama3-8b-instruct}
+RUNS=${RUNS:?name a folder that all hosts see}
+INIT=${INIT:-$RUNS/llama3-8b-instruct}
 DATA=${DATA:-hf:hendrydong/preference_700K}
-RUN=${RUN:-runs/llama3-8b-rm}
+RUN=${RUN:-$RUNS/llama3-8b-rm}
 
 sh recipes/until_done.sh "$PYTHON" train_rm.py \
   --init="$INIT" \

@@ -3,35 +3,42 @@
 #
 #   hardware  TPU v5p, 512 chips as 8 x 8 x 8 (v5p-1024 to Google Cloud, which counts cores); every
 #             host runs this script
+#   hosts     all see the folder of runs: RUNS=/mnt/runs sh recipes/v5p512_70b_ppo.sh
 #   start     python -m weights.convert --read=path/to/Llama-3.1-Tulu-3-70B-DPO \
-#               --run=runs/tulu3-70b-dpo
-#   batch     512 rollouts of at most 512 + 512 tokens, one update on all of them, four passes
-#   rate      1e-7, linear to 0 after 10 % of warm-up; beta 0.07; a response without an end scores
-#             -10
-#   steps     780 iterations, 400,000 rollouts. The paper's data has MATH and IFEval too, and its
-#             critic starts from a reward model
+#               --run=$RUNS/tulu3-70b-dpo
+#   batch     640 rollouts, the paper's, of at most 512 + 512 tokens, one update on all of them,
+#             four passes
+#   rate      1e-7, linear to 0 after 10 % of warm-up; beta 0.07; a right answer scores 10, a
+#             response without an end -10
+#   steps     625 iterations, 400,000 rollouts, about 56 passes: the paper's data is larger
+#   differs   the questions stand alone; the paper's prompts put eight worked examples before each,
+#             as its number is measured, and its data has MATH and IFEval too. Its lengths are
+#             2,048 + 2,048, and its critic starts from a reward model
 #   remat     full
 #   mesh      fsdp 128 x tensor 4; tensor 8 while sampling
-#   aims at   GSM8K 93.5: Tulu 3 70B (Lambert et al. 2024, arXiv 2411.15124)
+#   aims at   GSM8K 93.5, from 93.5: Tulu 3 70B (Lambert et al. 2024, arXiv 2411.15124)
 #   not run   at full size
 #   plan      .venv/bin/python plan.py train_ppo --model.preset=llama3-70b --topology=v5p:8x8x8 \
-#               --mesh.fsdp=128 --mesh.tensor=4 --rollout.tensor=8 --batch_size=512 \
+#               --mesh.fsdp=128 --mesh.tensor=4 --rollout.tensor=8 --batch_size=640 \
 #               --minibatches=1 --microbatches=1 --epochs=4 --max_prompt=512 \
 #               --max_new_tokens=512 --reward=tasks.answers:number
 
 set -eu
 PYTHON=${PYTHON:-.venv/bin/python}
-INIT=${INIT:-runs/tulu3-70b-dpo}
+RUNS=${RUNS:?name a folder that all hosts see}
+INIT=${INIT:-$RUNS/tulu3-70b-dpo}
 DATA=${DATA:-hf:openai/gsm8k:main}
-RUN=${RUN:-runs/tulu3-70b-ppo}
+RUN=${RUN:-$RUNS/tulu3-70b-ppo}
 
 sh recipes/until_done.sh "$PYTHON" train_ppo.py \
   --init="$INIT" \
   --data="$DATA" \
   --run="$RUN" \
   --reward=tasks.answers:number \
-  --steps=780 \
-  --batch_size=512 \
+  --combine=weighted \
+  --weights=10 \
+  --steps=625 \
+  --batch_size=640 \
   --minibatches=1 \
   --microbatches=1 \
   --epochs=4 \
@@ -49,11 +56,11 @@ sh recipes/until_done.sh "$PYTHON" train_ppo.py \
   --model.dtype=bfloat16 \
   --optimizer.lr=1e-7 \
   --optimizer.schedule=linear \
-  --optimizer.warmup=312 \
+  --optimizer.warmup=250 \
   --optimizer.final_lr=0 \
   --value_optimizer.lr=1e-7 \
   --value_optimizer.schedule=linear \
-  --value_optimizer.warmup=312 \
+  --value_optimizer.warmup=250 \
   --value_optimizer.final_lr=0 \
   --mesh.fsdp=128 \
   --mesh.tensor=4 \

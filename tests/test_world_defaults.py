@@ -5,9 +5,11 @@ import dataclasses
 import pytest
 from running import run
 
+import train_distill
 import train_grpo
 import train_ppo
 import train_sft
+from lora import LoraConfig
 from model_config import PRESETS
 from planning import world_defaults
 from planning.world_defaults import defaults_left, world_defaults_note
@@ -45,6 +47,40 @@ def test_what_is_set_is_not_named():
     assert defaults_left(large(train_sft), ["--batch-size=8", "--length", "256"]) == [
         "--optimizer.lr=0.002"
     ]
+
+
+def test_own_samples_have_lengths_of_their_own():
+    names = [flag.split("=")[0] for flag in defaults_left(large(train_distill, on_policy=0.5), [])]
+    assert names == ["--optimizer.lr", *(f"--{name}" for name in world_defaults.SIZES)]
+
+
+def test_a_preset_is_named_where_it_makes_the_model_and_adapters_have_no_rate_named():
+    preset = ["--model.preset=llama3-8b"]
+    assert world_defaults_note(large(train_sft), preset).startswith("llama3-8b has 8.03 billion")
+    assert world_defaults_note(large(train_sft), [*preset, "--init=runs/llama"]).startswith(
+        "runs/"
+    )
+    adapters = large(train_ppo, lora=LoraConfig(rank=8))
+    assert defaults_left(adapters, []) == [
+        flag for flag in defaults_left(large(train_ppo), []) if "optimizer" not in flag
+    ]
+
+
+def test_a_fork_with_other_fields_is_told_what_it_has():
+    @dataclasses.dataclass
+    class Fork:
+        """A script with one size, which lacks a default elsewhere, and no --init."""
+
+        rounds: int
+        model: object = PRESETS["llama3-8b"]
+        batch_size: int = 4
+
+    fork = Fork(rounds=3)
+    assert defaults_left(fork, []) == ["--batch_size=4"]
+    assert world_defaults_note(fork, []).startswith("the model has 8.03 billion parameters")
+    assert world_defaults_note(Fork(rounds=3, batch_size=64), []) == ""
+    # A model of the fork's own, which cannot be counted here.
+    assert world_defaults_note(Fork(rounds=3, model={"layers": 4}), []) == ""
 
 
 def test_a_small_model_is_told_nothing():
