@@ -21,8 +21,8 @@ def defaults_left(config: Any, words: Sequence[str]) -> list[str]:
     `config`: a training script's, or a fork's: fields that it lacks, and those without a default,
     are passed over. `words`: the command line. A flag counts as left where its value is the
     default's and it is not among the words; so a config that was made in Python leaves what equals
-    the default. With adapters no rate is
-    listed: theirs are larger than a whole model's, as the world's are.
+    the default. With adapters no rate is listed: theirs are larger than a whole model's, as the
+    world's are.
     """
     given = _names(words)
     default = types.SimpleNamespace(**_defaults(config))

@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import json
 import math
+import operator
 import pathlib
 import re
 import shlex
@@ -11,22 +12,24 @@ import subprocess
 
 import jax
 import pytest
-from running import write
+from running import run, write
 
 import train_sft
 from benchmarks import recipes
 from model_config import ModelConfig
 from planning import plan
-from runtime import flags
+from runtime import data_files, flags
 from runtime.errors import UserError
 from sharding import MeshConfig, check_batch
 from train_step import make_schedule
+from weights import convert
 
 RECIPES = recipes.recipes()
 PLANNED = (
     *("batch_size", "microbatches", "minibatches", "epochs", "samples_per_prompt"),
     *("length", "max_prompt", "max_new_tokens"),
-    *("mesh", "rollout", "lora", "offload", "reward"),
+    *("mesh", "rollout", "lora", "offload", "reward", "loss", "reference"),
+    *("optimizer.name", "optimizer.moment", "value_optimizer.name", "value_optimizer.moment"),
 )
 """Fields that decide what a plan compiles."""
 
@@ -63,8 +66,15 @@ ROWS = {
     },
     "hf:trl-lib/tldr": {"prompt": POST, "completion": " {} cats."},
     "hf:trl-lib/tldr-preference": {"prompt": POST, "chosen": " {} cats.", "rejected": " cats."},
-    "hf:Anthropic/hh-rlhf": {"chosen": TALK + " it is {}.", "rejected": TALK + " no idea."},
+    "runs/hh-rlhf/helpful-*/train.jsonl.gz": {
+        "chosen": TALK + " it is {}.",
+        "rejected": TALK + " no idea.",
+    },
 }
+ROWS["hf:trl-lib/tldr-preference@validation"] = ROWS["hf:trl-lib/tldr-preference"]
+ROWS["runs/hh-rlhf/helpful-*/test.jsonl.gz"] = ROWS["runs/hh-rlhf/helpful-*/train.jsonl.gz"]
+DATA_FLAGS = ("data", "eval_data", "demonstrations")
+"""Flags that name rows."""
 
 
 def numbered(value, number):
@@ -151,9 +161,36 @@ def test_commands_are_accepted_at_full_size_and_planned_as_they_are(name, tmp_pa
         check(command, config, devices)
         # What the plan compiles is what the command runs.
         for field in PLANNED:
-            if hasattr(config, field) and (field != "reward" or "reward" in argv):
-                assert getattr(config, field) == getattr(planned, field), field
+            if hasattr(config, field.split(".")[0]) and (field != "reward" or "reward" in argv):
+                value = operator.attrgetter(field)
+                assert value(config) == value(planned), field
         assert config.model.remat == planned.model.remat == "full"
+        # What auto is on these chips.
+        assert {config.model.dtype, planned.model.dtype} <= {"auto", "bfloat16"}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_data_sets_are_named_as_data_is(name):
+    for command in recipes.commands_of(RECIPES[name]):
+        values = values_of(command)
+        for data in {values[flag] for flag in DATA_FLAGS if flag in values}:
+            assert data in ROWS
+            if data.startswith(data_files.HUB):
+                repository, _, split = data_files.hub_parts(data)
+                assert f"hf:{repository}" in data and data.endswith(split or data)
+            else:
+                assert data.endswith(data_files.KINDS)
+
+
+def test_a_wrong_name_on_the_hub_and_files_of_a_pattern_are_seen(tmp_path):
+    """Controls of the test above; a pattern may have its star in a folder's name."""
+    with pytest.raises(UserError, match="must be hf:"):
+        data_files.hub_parts("hf:openai/gsm8k:main:test")
+    for part in ("base", "online"):
+        (tmp_path / f"helpful-{part}").mkdir()
+        (tmp_path / f"helpful-{part}" / "train.jsonl.gz").touch()
+    found = data_files.files_named(f"{tmp_path}/helpful-*/train.jsonl.gz")
+    assert [path.parent.name for path in found] == ["helpful-base", "helpful-online"]
 
 
 def test_a_wrong_flag_an_impossible_mesh_and_a_wrong_size_are_seen(tmp_path):
@@ -191,33 +228,51 @@ def test_the_table_of_the_page_has_the_results():
     assert recipes.verdict("train_sft --length=1", {}) == "not yet compiled"
     # Every plan that was compiled is still a recipe's, and fits.
     plans = [argv for path in RECIPES.values() for argv in recipes.plans_of(path)]
-    for argv, text in recipes.read_results().items():
+    results = recipes.read_results()
+    assert results or not recipes.RESULTS.exists()
+    for argv, text in results.items():
         assert argv in plans and text.splitlines()[-1].startswith("fits: ")
 
 
+def executable(path: pathlib.Path, script: str) -> None:
+    """Write a shell script that can be run."""
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+
+
 def test_a_command_is_started_again_where_that_is_of_use(tmp_path):
-    """Codes 75 and 143 are met again, 2 and Ctrl-C's 130 are not; sleep is stood in for."""
-    (tmp_path / "sleep").write_text("#!/bin/sh\n")
-    (tmp_path / "sleep").chmod(0o755)
+    """Codes 75 and 143 are met again, 2, 127 and Ctrl-C's 130 are not, nor are five in a row.
+
+    sleep is stood in for, and in the second half date: with 200 seconds between two calls, five in
+    a row are no reason to give up.
+    """
+    slow = tmp_path / "slow"
+    slow.mkdir()
+    executable(tmp_path / "sleep", "")
+    executable(slow / "date", f"echo >> {slow}/calls; echo $(($(wc -l < {slow}/calls) * 200))")
     program = tmp_path / "program"
     count = tmp_path / "count"
-    for codes, starts, end in (
-        ((0,), 1, 0),
-        ((75, 143, 0), 3, 0),
-        ((2, 0), 1, 2),
-        ((1, 0), 1, 1),
-        ((75, 130, 0), 2, 130),
+    for codes, starts, end, path in (
+        ((0,), 1, 0, ""),
+        ((75, 143, 0), 3, 0, ""),
+        ((2, 0), 1, 2, ""),
+        ((1, 0), 1, 1, ""),
+        ((75, 130, 0), 2, 130, ""),
+        ((126, 0), 1, 126, ""),
+        ((127, 0), 1, 127, ""),
+        ((*4 * [139], 0), 5, 0, ""),
+        ((*5 * [139], 0), 5, 139, ""),
+        ((*7 * [139], 0), 8, 0, f"{slow}:"),
     ):
         count.write_text("")
         cases = "".join(f"{n}) exit {code};; " for n, code in enumerate(codes, 1))
-        program.write_text(
-            f'#!/bin/sh\necho >> {count}\ncase $(wc -l < {count} | tr -d " ") in {cases} esac\n'
+        executable(
+            program, f'echo >> {count}\ncase $(wc -l < {count} | tr -d " ") in {cases} esac'
         )
-        program.chmod(0o755)
         ended = subprocess.run(
             ["sh", "recipes/until_done.sh", str(program)],
             cwd=recipes.ROOT,
-            env={"PATH": f"{tmp_path}:/usr/bin:/bin"},
+            env={"PATH": f"{path}{tmp_path}:/usr/bin:/bin"},
         )
         assert (ended.returncode, count.read_text().count("\n")) == (end, starts)
 
@@ -233,6 +288,7 @@ SMALL = {
     "minibatches": 1,
     "epochs": 1,
     "eval_every": 2,
+    "eval_records": 8,
     "save_every": 2,
     "optimizer.warmup": 1,
     "value_optimizer.warmup": 1,
@@ -282,10 +338,11 @@ def small(command: list[str], folder: pathlib.Path) -> list[str]:
         changed["rollout.tensor"] = 2 * mesh_tensor
 
     # The data set's rows as a file, and all runs in the folder.
-    data = values["data"]
-    rows = [numbered(ROWS[data], number) for number in range(80)]
-    name = re.sub(r"\W", "_", data)
-    changed["data"] = write(folder / f"{name}.jsonl", rows)
+    for flag in DATA_FLAGS:
+        if flag in values:
+            rows = [numbered(ROWS[values[flag]], number) for number in range(80)]
+            name = re.sub(r"\W", "_", values[flag])
+            changed[flag] = write(folder / f"{name}.jsonl", rows)
     values |= {name: str(value) for name, value in changed.items()}
     for name in ("init", "run", "reward"):
         if values.get(name, "").startswith("runs/"):
@@ -306,18 +363,76 @@ def test_the_first_steps_run_with_a_tiny_model_of_the_family(name, tmp_path):
     planned, _ = planned_config(recipes.plans_of(RECIPES[name])[0])
 
     # A run to start from, in the place of the imported one.
-    start = train_sft.Config(
-        run=str(tmp_path / values_of(commands[0])["init"]),
-        model=tiny(planned.model),
-        steps=1,
-        length=64,
-        eval_every=0,
-    )
-    train_sft.main(start)
+    train_start(tmp_path / values_of(commands[0])["init"], planned.model)
     for command in commands:
-        script = script_of(command)
-        config = flags.parse(script.Config, small(command, tmp_path))
-        metrics = script.main(config)
-        updates = [metrics[name] for name in metrics if name.endswith("updates")]
-        assert metrics["step"] == 2 and min(updates) > 0
-        assert all(math.isfinite(value) for value in metrics.values())
+        take_steps(command, tmp_path)
+
+
+def train_start(folder: pathlib.Path, model: ModelConfig) -> None:
+    """Train a tiny model of the family of `model` for one step, as a run in `folder`."""
+    start = train_sft.Config(run=str(folder), model=tiny(model), steps=1, length=64, eval_every=0)
+    train_sft.main(start)
+
+
+def take_steps(command: list[str], folder: pathlib.Path) -> None:
+    """Take the first two steps of a command in the small, from and to runs in `folder`."""
+    script = script_of(command)
+    config = flags.parse(script.Config, small(command, folder))
+    metrics = script.main(config)
+    updates = [metrics[name] for name in metrics if name.endswith("updates")]
+    assert metrics["step"] == 2 and min(updates) > 0
+    assert all(math.isfinite(value) for value in metrics.values())
+
+
+LLAMA_3 = (
+    "{{ bos_token }}{% for message in messages %}{{ '<|start_header_id|>' + message['role'] + "
+    "'<|end_header_id|>\\n\\n' + message['content'] + '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}"
+    "{% endif %}"
+)
+TULU_3 = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>\\n' + message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
+)
+BEGIN, END, END_OF_TURN = "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"
+SPECIAL = [BEGIN, END, END_OF_TURN, "<|start_header_id|>", "<|end_header_id|>"]
+
+
+def with_llama_tokenizer(folder: pathlib.Path, template: str, ends: list[str]) -> None:
+    """Give an exported folder a tokenizer with Llama 3's special tokens, in place of its own."""
+    tokenizers = pytest.importorskip("tokenizers")
+    made = tokenizers.ByteLevelBPETokenizer()
+    texts = [numbered(USER["content"] + RIGHT["content"], number) for number in range(80)]
+    made.train_from_iterator(texts, 300, show_progress=False)
+    made.add_special_tokens(SPECIAL)
+    (folder / "tokenizer.model").unlink(missing_ok=True)
+    made.save(str(folder / "tokenizer.json"))
+    names = {"bos_token": BEGIN, "eos_token": END, "chat_template": template}
+    (folder / "tokenizer_config.json").write_text(json.dumps(names))
+    ids = [made.token_to_id(end) for end in ends]
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(jax.device_count() != 8, reason="needs eight devices")
+def test_folders_with_a_chat_template_are_read_as_the_comments_say(tmp_path):
+    """A template may end a turn by the eos; another end must stand in generation_config.json."""
+    planned, _ = planned_config(recipes.plans_of(RECIPES["h100x8_8b_sft"])[0])
+    train_start(tmp_path / "first", planned.model)
+    for name, template, ends, is_read in (
+        ("h100x8_8b_sft", TULU_3, [END], True),
+        ("h100x8_8b_dpo", LLAMA_3, [END, END_OF_TURN], True),
+        ("h100x8_8b_dpo", LLAMA_3, [END], False),
+    ):
+        place = tmp_path / f"{name}-{len(ends)}"
+        folder = place / "folder"
+        run(convert, f"--write={folder}", f"--run={tmp_path}/first")
+        with_llama_tokenizer(folder, template, ends)
+        (command,) = recipes.commands_of(RECIPES[name])
+        run(convert, f"--read={folder}", f"--run={place / values_of(command)['init']}")
+        if is_read:
+            take_steps(command, place)
+        else:
+            with pytest.raises(UserError, match="template ends an assistant's turn with none"):
+                take_steps(command, place)
