@@ -4,14 +4,14 @@
 #   hardware  8 H100 or H200 in one machine, without SLURM: one process takes them all
 #   start     python -m weights.convert --read=path/to/Llama-3.1-Tulu-3-8B-DPO \
 #               --run=runs/tulu3-8b-dpo
-#   batch     1,024 rollouts, 16 for each of 64 prompts, at most 512 + 512 tokens; two updates
-#             in 16 micro-batches each. As in open-instruct's script for one machine,
-#             tulu3/grpo_fast_8b_single_node.sh; the model's own run had 48 prompts
+#   batch     1,024 rollouts, 16 for each of 64 prompts, at most 1,024 + 512 tokens; two updates
+#             in 32 micro-batches each. Eight worked examples stand before each question. As in
+#             open-instruct's script for one machine, tulu3/grpo_fast_8b_single_node.sh; the model's
+#             own run had 48 prompts
 #   rate      5e-7, constant; beta 0.01 in the loss
 #   steps     1,950 iterations, 2 million rollouts, about 18 passes: the model's data is larger
-#   differs   the questions stand alone; the model's prompts put eight worked examples before each,
-#             as its number is measured, and its data has MATH and IFEval too. Its lengths are
-#             2,048 + 2,048. A right answer scores 1, not 10, which GRPO's advantages cannot tell
+#   differs   the model's data has MATH and IFEval too, and its lengths are 2,048 + 2,048. A right
+#             answer scores 1, not 10, which GRPO's advantages cannot tell
 #   remat     full
 #   mesh      fsdp 8
 #   aims at   GSM8K 90.0: Tulu 3.1 8B (Lambert et al. 2024, arXiv 2411.15124; card of
@@ -19,13 +19,13 @@
 #   not run   at full size
 #   plan      .venv/bin/python plan.py train_grpo --model.preset=llama3-8b --topology=h100:8 \
 #               --mesh.fsdp=8 --batch_size=1024 \
-#               --samples_per_prompt=16 --minibatches=2 --microbatches=16 --epochs=1 \
-#               --max_prompt=512 --max_new_tokens=512 --reward=tasks.answers:number
+#               --samples_per_prompt=16 --minibatches=2 --microbatches=32 --epochs=1 \
+#               --max_prompt=1024 --max_new_tokens=512 --reward=tasks.answers:number
 
 set -eu
 PYTHON=${PYTHON:-.venv/bin/python}
 INIT=${INIT:-runs/tulu3-8b-dpo}
-DATA=${DATA:-hf:openai/gsm8k:main}
+DATA=${DATA:-hf:allenai/RLVR-GSM}
 RUN=${RUN:-runs/tulu3-8b-grpo}
 
 sh recipes/until_done.sh "$PYTHON" train_grpo.py \
@@ -38,9 +38,9 @@ sh recipes/until_done.sh "$PYTHON" train_grpo.py \
   --batch_size=1024 \
   --samples_per_prompt=16 \
   --minibatches=2 \
-  --microbatches=16 \
+  --microbatches=32 \
   --epochs=1 \
-  --max_prompt=512 \
+  --max_prompt=1024 \
   --max_new_tokens=512 \
   --temperature=1.0 \
   --kl_coef=0.01 \

@@ -4,27 +4,26 @@
 #   hardware  8 H100 or H200 in one machine, without SLURM: one process takes them all
 #   start     python -m weights.convert --read=path/to/Llama-3.1-Tulu-3-8B-DPO \
 #               --run=runs/tulu3-8b-dpo
-#   batch     224 rollouts, the paper's, of at most 512 + 512 tokens, one update on all of them, in
-#             7 micro-batches, four passes
+#   batch     224 rollouts, the paper's, of at most 1,024 + 512 tokens, one update on all of them,
+#             in 14 micro-batches, four passes. Eight worked examples stand before each question
 #   rate      3e-7, linear to 0; beta 0.05; a right answer scores 10, a response without an end
 #             -10
 #   steps     446 iterations, 100,000 rollouts, about 14 passes
-#   differs   the questions stand alone; the paper's prompts put eight worked examples before each,
-#             as its number is measured, and its data has MATH and IFEval too. Its lengths are
-#             2,048 + 2,048, and its critic starts from a reward model
+#   differs   the paper's data has MATH and IFEval too, its lengths are 2,048 + 2,048, and its
+#             critic starts from a reward model
 #   remat     full
 #   mesh      fsdp 8
 #   aims at   GSM8K 87.6, from 84.3: Tulu 3 8B (Lambert et al. 2024, arXiv 2411.15124)
 #   not run   at full size
 #   plan      .venv/bin/python plan.py train_ppo --model.preset=llama3-8b --topology=h100:8 \
 #               --mesh.fsdp=8 --batch_size=224 \
-#               --minibatches=1 --microbatches=7 --epochs=4 --max_prompt=512 \
+#               --minibatches=1 --microbatches=14 --epochs=4 --max_prompt=1024 \
 #               --max_new_tokens=512 --reward=tasks.answers:number
 
 set -eu
 PYTHON=${PYTHON:-.venv/bin/python}
 INIT=${INIT:-runs/tulu3-8b-dpo}
-DATA=${DATA:-hf:openai/gsm8k:main}
+DATA=${DATA:-hf:allenai/RLVR-GSM}
 RUN=${RUN:-runs/tulu3-8b-ppo}
 
 sh recipes/until_done.sh "$PYTHON" train_ppo.py \
@@ -37,9 +36,9 @@ sh recipes/until_done.sh "$PYTHON" train_ppo.py \
   --steps=446 \
   --batch_size=224 \
   --minibatches=1 \
-  --microbatches=7 \
+  --microbatches=14 \
   --epochs=4 \
-  --max_prompt=512 \
+  --max_prompt=1024 \
   --max_new_tokens=512 \
   --temperature=1.0 \
   --kl_coef=0.05 \

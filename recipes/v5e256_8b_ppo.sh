@@ -5,28 +5,28 @@
 #   hosts     all see the folder of runs: RUNS=/mnt/runs sh recipes/v5e256_8b_ppo.sh
 #   start     python -m weights.convert --read=path/to/Llama-3.1-Tulu-3-8B-DPO \
 #               --run=$RUNS/tulu3-8b-dpo
-#   batch     256 rollouts of at most 512 + 512 tokens, one update on all of them, four passes; the
-#             paper's 224 do not divide by 64
+#   batch     256 rollouts of at most 1,024 + 512 tokens, one update on all of them, in 2
+#             micro-batches, four passes; the paper's 224 do not divide by 64. Eight worked
+#             examples stand before each question
 #   rate      3e-7, linear to 0; beta 0.05; a right answer scores 10, a response without an end
 #             -10
 #   steps     390 iterations, 100,000 rollouts, about 14 passes
-#   differs   the questions stand alone; the paper's prompts put eight worked examples before each,
-#             as its number is measured, and its data has MATH and IFEval too. Its lengths are
-#             2,048 + 2,048, and its critic starts from a reward model
+#   differs   the paper's data has MATH and IFEval too, its lengths are 2,048 + 2,048, and its
+#             critic starts from a reward model
 #   remat     full
 #   mesh      fsdp 64 x tensor 4; tensor 8 while sampling
 #   aims at   GSM8K 87.6, from 84.3: Tulu 3 8B (Lambert et al. 2024, arXiv 2411.15124)
 #   not run   at full size
 #   plan      .venv/bin/python plan.py train_ppo --model.preset=llama3-8b --topology=v5e:16x16 \
 #               --mesh.fsdp=64 --mesh.tensor=4 --rollout.tensor=8 --batch_size=256 \
-#               --minibatches=1 --microbatches=1 --epochs=4 --max_prompt=512 \
+#               --minibatches=1 --microbatches=2 --epochs=4 --max_prompt=1024 \
 #               --max_new_tokens=512 --reward=tasks.answers:number
 
 set -eu
 PYTHON=${PYTHON:-.venv/bin/python}
 RUNS=${RUNS:?name a folder that all hosts see}
 INIT=${INIT:-$RUNS/tulu3-8b-dpo}
-DATA=${DATA:-hf:openai/gsm8k:main}
+DATA=${DATA:-hf:allenai/RLVR-GSM}
 RUN=${RUN:-$RUNS/tulu3-8b-ppo}
 
 sh recipes/until_done.sh "$PYTHON" train_ppo.py \
@@ -39,9 +39,9 @@ sh recipes/until_done.sh "$PYTHON" train_ppo.py \
   --steps=390 \
   --batch_size=256 \
   --minibatches=1 \
-  --microbatches=1 \
+  --microbatches=2 \
   --epochs=4 \
-  --max_prompt=512 \
+  --max_prompt=1024 \
   --max_new_tokens=512 \
   --temperature=1.0 \
   --kl_coef=0.05 \

@@ -6,28 +6,27 @@
 #   hosts     all see the folder of runs: RUNS=/mnt/runs sh recipes/v5p512_70b_ppo.sh
 #   start     python -m weights.convert --read=path/to/Llama-3.1-Tulu-3-70B-DPO \
 #               --run=$RUNS/tulu3-70b-dpo
-#   batch     640 rollouts, the paper's, of at most 512 + 512 tokens, one update on all of them,
-#             four passes
+#   batch     640 rollouts, the paper's, of at most 1,024 + 512 tokens, one update on all of them,
+#             four passes. Eight worked examples stand before each question
 #   rate      1e-7, linear to 0 after 10 % of warm-up; beta 0.07; a right answer scores 10, a
 #             response without an end -10
 #   steps     625 iterations, 400,000 rollouts, about 56 passes: the paper's data is larger
-#   differs   the questions stand alone; the paper's prompts put eight worked examples before each,
-#             as its number is measured, and its data has MATH and IFEval too. Its lengths are
-#             2,048 + 2,048, and its critic starts from a reward model
+#   differs   the paper's data has MATH and IFEval too, its lengths are 2,048 + 2,048, and its
+#             critic starts from a reward model
 #   remat     full
 #   mesh      fsdp 128 x tensor 4; tensor 8 while sampling
 #   aims at   GSM8K 93.5, from 93.5: Tulu 3 70B (Lambert et al. 2024, arXiv 2411.15124)
 #   not run   at full size
 #   plan      .venv/bin/python plan.py train_ppo --model.preset=llama3-70b --topology=v5p:8x8x8 \
 #               --mesh.fsdp=128 --mesh.tensor=4 --rollout.tensor=8 --batch_size=640 \
-#               --minibatches=1 --microbatches=1 --epochs=4 --max_prompt=512 \
+#               --minibatches=1 --microbatches=1 --epochs=4 --max_prompt=1024 \
 #               --max_new_tokens=512 --reward=tasks.answers:number
 
 set -eu
 PYTHON=${PYTHON:-.venv/bin/python}
 RUNS=${RUNS:?name a folder that all hosts see}
 INIT=${INIT:-$RUNS/tulu3-70b-dpo}
-DATA=${DATA:-hf:openai/gsm8k:main}
+DATA=${DATA:-hf:allenai/RLVR-GSM}
 RUN=${RUN:-$RUNS/tulu3-70b-ppo}
 
 sh recipes/until_done.sh "$PYTHON" train_ppo.py \
@@ -42,7 +41,7 @@ sh recipes/until_done.sh "$PYTHON" train_ppo.py \
   --minibatches=1 \
   --microbatches=1 \
   --epochs=4 \
-  --max_prompt=512 \
+  --max_prompt=1024 \
   --max_new_tokens=512 \
   --temperature=1.0 \
   --kl_coef=0.07 \

@@ -60,6 +60,11 @@ ROWS = {
         "score_chosen": 8.0,
         "score_rejected": 5.0,
     },
+    "hf:allenai/RLVR-GSM": {
+        "messages": [{"role": "user", "content": "Question: 1 and {}?"}],
+        "ground_truth": "{}",
+        "dataset": "gsm8k",
+    },
     "hf:openai/gsm8k:main": {
         "question": "A hen lays {} eggs. How many?",
         "answer": "It lays {} eggs.\n#### {}",
