@@ -31,6 +31,7 @@ from data.tokenizer import Tokenizer
 from model import Params
 from model_config import ModelConfig
 from planning.dry_run import Data, candidates_of, describe, lengths_of
+from planning.world_defaults import world_defaults_note
 from responses import make_sampler
 from runtime.checkpoint import Checkpoints
 from runtime.guard import GuardConfig
@@ -205,6 +206,7 @@ class Run:
             start=self.start,
             microbatches=self.config.microbatches,
             data=lengths_of(self._data),
+            note=world_defaults_note(self.config),
         )
         print(text)
 

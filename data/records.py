@@ -433,11 +433,19 @@ def _answer(row: Row, name: str) -> tuple[str, Any]:
 
 
 def read_prompt_of_conversation(row: Row, field: str) -> Record:
-    """Read a conversation as its prompt: the last turn, where the assistant's, is the answer."""
+    """Read a conversation as its prompt: the last turn, where the assistant's, is the answer.
+
+    A `ground_truth` beside the conversation, as in RLVR's sets, is the answer in its place.
+    """
     turns = messages_of(row[field], field)
     if turns[-1]["role"] == "user":
-        return {"prompt": opened(row, turns)}
-    return _asked_and_answer(read_conversation(row, field), field)
+        record: Record = {"prompt": opened(row, turns)}
+    else:
+        record = _asked_and_answer(read_conversation(row, field), field)
+    truth = row.get("ground_truth")
+    if not is_empty(truth):
+        record["answer"] = answer_text(truth, "ground_truth")
+    return record
 
 
 def read_prompt_of_chat(row: Row, *fields: str) -> Record:
@@ -653,7 +661,7 @@ LAYOUTS: dict[Schema, list[Layout]] = {
         *_each(read_prompt_of_chat, *TREE),
         *_each(read_prompt, "prompt", more=f"{ANSWERS} {JUDGED}"),
         # A conversation, whose last turn is the answer.
-        *_each(read_prompt_of_conversation, CONVERSATIONS),
+        *_each(read_prompt_of_conversation, CONVERSATIONS, more="ground_truth"),
         *_each(read_prompt_of_chat, "chosen", "rejected", more=ASKED),
         *_each(read_prompt_of_chat, "instruction", "instances"),
         *_each(read_prompt_of_chat, *BATTLE),

@@ -3,8 +3,6 @@
 import contextlib
 import importlib.util
 import os
-import pathlib
-import re
 import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -12,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.experimental import topologies
 
+from planning.gpus import GPUS, Gpu, describe_gpu
 from runtime.errors import UserError
 
 GIB = 2**30
@@ -39,7 +38,7 @@ class Latency(NamedTuple):
 
 
 class Chip(NamedTuple):
-    """Limits of a chip."""
+    """Limits of a chip, or of each JAX device that it has."""
 
     memory: float
     """Bytes that programs may use."""
@@ -51,45 +50,57 @@ class Chip(NamedTuple):
     """Bytes a second that it can receive over all its links together."""
     latency: Latency
     """Of collectives among such chips."""
-
-
-H200 = (pathlib.Path(__file__).parent / "h200.txtpb").read_text()
-"""Description of the chip for XLA's compiler (openxla/xla, Apache-2.0)."""
-
-
-def described(name: str) -> float:
-    """Return a number of H200's description by its name."""
-    return float(re.search(rf"{name}: (\d+)", H200)[1])
+    devices: int = 1
+    """JAX devices a chip."""
 
 
 # TPUs. `memory`: what libtpu 0.0.42 names as available when a program is too large. The rest:
-# Google Cloud's pages "TPU v5e", "TPU v5p" and "TPU v6e"; their bidirectional bandwidth between
-# chips, halved. A mesh axis along one dimension of the torus (of 2, 3, 2) has that dimension's
-# part alone: the time by it is a bound.
+# Google Cloud's pages "TPU v4", "TPU v5e", "TPU v5p", "TPU v6e" and "TPU7x (Ironwood)"; their
+# bidirectional bandwidth between chips, halved. The page of v4 has none: "How to Scale Your Model"
+# (Austin et al. 2025), part 2, has 45 GB/s each way for each of its 6 links. A mesh axis along one
+# dimension of the torus (of 3, 2, 3, 2, 3) has that dimension's part alone: the time by it is a
+# bound. JAX has both cores of a v4 chip as one device, and each half of an Ironwood chip as a
+# device of its own, with half of all that the chip has.
 #
-# H200. `memory`: of what XLA describes the three quarters that JAX takes, unless
-# XLA_PYTHON_CLIENT_MEM_FRACTION is larger. From NVIDIA's data sheet dense bfloat16 and half of
-# NVLink's 900 GB/s.
+# GPUs, of SXM boards. `memory`: of what XLA describes the three quarters that JAX takes, unless
+# XLA_PYTHON_CLIENT_MEM_FRACTION is larger. `bandwidth`: as XLA describes it. From NVIDIA's data
+# sheets of A100 80GB, H100, H200 and HGX B200 dense bfloat16, which is half of what they give with
+# sparsity, and half of NVLink's 600, 900, 900 and 1,800 GB/s.
 #
-# Latency. TPUs: "How to Scale Your Model" (Austin et al. 2025), part 3: about 1 us a hop, and a
-# small all-gather over 4 chips of v5e, 3 hops, that took 8 us. That leaves 5 us for its start;
-# that v5p and v6e are like it is an assumption. H200: a small all-reduce over two H100 takes about
-# 6 us by NCCL (github.com/NVIDIA/nccl, issue 1259); that more GPUs on the switch add nothing, and
-# that a hop is within it, is an assumption.
+# Latency. TPUs: "How to Scale Your Model", part 3: about 1 us a hop, and a small all-gather over 4
+# chips of v5e, 3 hops, that took 8 us. That leaves 5 us for its start; that the others are like it
+# is an assumption. GPUs: a small all-reduce over two H100 takes about 6 us by NCCL
+# (github.com/NVIDIA/nccl, issue 1259); that more GPUs on the switch add nothing, that a hop is
+# within it, and that other GPUs are like it, are assumptions.
 TPU_LATENCY = Latency(start=8e-6 - 3 * 1e-6, hop=1e-6)
 GPU_LATENCY = Latency(start=6e-6, hop=0.0, has_switch=True)
 
+
+def gpu_chip(kind: str, *, flops: float, nvlink: float) -> Chip:
+    """Return the limits of a GPU of GPUS; `nvlink`: bytes a second, both ways together."""
+    numbers = GPUS[kind].numbers
+    return Chip(
+        memory=0.75 * numbers["device_memory_size"],
+        flops=flops,
+        bandwidth=numbers["memory_bandwidth"],
+        links=nvlink / 2,
+        latency=GPU_LATENCY,
+    )
+
+
+CHIP_CONFIGS = {"v4": "megacore"}
+"""How libtpu is to take a chip where JAX does not take it as libtpu does by itself."""
+
 CHIPS = {
+    "v4": Chip(30.75 * GIB, 275e12, 1200e9, 6 * 45e9, TPU_LATENCY),
     "v5e": Chip(15.75 * GIB, 197e12, 819e9, 400e9 / 2, TPU_LATENCY),
     "v5p": Chip(95.74 * GIB, 459e12, 2765e9, 1200e9 / 2, TPU_LATENCY),
     "v6e": Chip(31.25 * GIB, 918e12, 1638e9, 800e9 / 2, TPU_LATENCY),
-    "h200": Chip(
-        0.75 * described("device_memory_size"),
-        989e12,
-        described("memory_bandwidth"),
-        900e9 / 2,
-        GPU_LATENCY,
-    ),
+    "tpu7x": Chip(94.75 * GIB, 2307e12 / 2, 7380e9 / 2, 1200e9 / 2 / 2, TPU_LATENCY, devices=2),
+    "a100": gpu_chip("a100", flops=312e12, nvlink=600e9),
+    "h100": gpu_chip("h100", flops=989e12, nvlink=900e9),
+    "h200": gpu_chip("h200", flops=989e12, nvlink=900e9),
+    "b200": gpu_chip("b200", flops=2250e12, nvlink=1800e9),
 }
 
 REACHED = (0.455 / 0.787, 0.611 / 0.787)
@@ -125,22 +136,22 @@ def devices_of(topology: str) -> list[Any]:
         raise UserError(
             f"--topology={topology}: unknown chip; {', '.join(CHIPS)}, as in v5e:16x16 or h200:8"
         )
-    if kind == "h200":
+    if kind in GPUS:
         if not shape.isdecimal() or int(shape) < 1:
             raise UserError(
-                f"--topology={topology}: the number of GPUs of a machine, as in h200:8"
+                f"--topology={topology}: the number of GPUs of a machine, as in {kind}:8"
             )
-        return gpus(int(shape))
+        return gpus(GPUS[kind], int(shape))
     return tpus(topology)
 
 
-def gpus(count: int) -> list[Any]:
-    """Return `count` H200s of one machine to compile for, or without the compiler CPU devices."""
+def gpus(gpu: Gpu, count: int) -> list[Any]:
+    """Return `count` GPUs of one machine to compile for, or without the compiler CPU devices."""
     if importlib.util.find_spec("jax_cuda13_plugin") is None:
         return simulated(count)
     with quiet():
         described_gpus = topologies.get_topology_desc(
-            platform="cuda", target_config=H200, topology=f"1x1x{count}"
+            platform="cuda", target_config=describe_gpu(gpu), topology=f"1x1x{count}"
         )
         return list(described_gpus.devices)
 
@@ -160,11 +171,15 @@ def tpus(topology: str) -> list[Any]:
     """Return the TPUs of `topology` to compile for; raise UserError."""
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("libtpu is not installed; pip install -r requirements-tpu.txt")
+    kind = topology.partition(":")[0]
+    options = {}
+    if kind in CHIP_CONFIGS:
+        options["chip_config_name"] = CHIP_CONFIGS[kind]
     # There is no metadata server to ask.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     try:
         with quiet():
-            pod = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+            pod = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options)
             return list(pod.devices)
     except (ValueError, RuntimeError) as fault:
         raise UserError(

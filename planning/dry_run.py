@@ -13,6 +13,7 @@ import optax
 
 from data.batches import Batch, Batches
 from data.tokenizer import Tokenizer
+from planning.world_defaults import world_defaults_note
 from runtime.run_folder import array_type
 from runtime.terminal import printable
 from sharding import path_name, uncut
@@ -76,6 +77,7 @@ def preview_items(
         steps=config.steps,
         microbatches=config.microbatches,
         data=lengths_of(streams),
+        note=world_defaults_note(config),
     )
     print(text)
 
@@ -180,13 +182,15 @@ def describe(
     start: int = 0,
     microbatches: int = 1,
     data: str = "",
+    note: str = "",
 ) -> str:
     """Return the arithmetic of a run in a few lines of at most 80 columns.
 
     `params` and `rest` (the optimiser's state, other models): trees of arrays or of
     ShapeDtypeStructs with their shardings. `batch_size`: rows over all devices, each of
     `candidates` sequences of at most `length` tokens. `start`: steps finished. `microbatches`:
-    those of a pipeline. `data`: what is read and what is lost of it, as a sentence.
+    those of a pipeline. `data`: what is read and what is lost of it, as a sentence. `note`: what
+    else should be known before the first step.
     """
     # What is trained.
     leaves = jax.tree.leaves(params)
@@ -221,7 +225,8 @@ def describe(
     }
     if data:
         lines["data"] = data
-    notes = _uncut_notes(params, mesh)
+    notes = [note] if note else []
+    notes += _uncut_notes(params, mesh)
     if notes:
         lines["note"] = " ".join(notes)
     if stages > 1:

@@ -353,8 +353,11 @@ def compile_and_tabulate(
 
     # The configuration, then the tables.
     shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    counted = f"{chips} chips"
+    if chip.devices > 1:
+        counted = f"{chips // chip.devices} chips of {chip.devices} devices, called chips here,"
     lines = [
-        f"{script.name}, {config.model.preset} on {topology}: {chips} chips as {shape}; "
+        f"{script.name}, {config.model.preset} on {topology}: {counted} as {shape}; "
         f"{config.batch_size / chips:.3g} of {config.batch_size} sequences a chip; "
         f"compiled in {sum(result.seconds for result in results):.0f} CPU-s"
     ]
@@ -463,7 +466,8 @@ def sweep(script: Script, config: Any, topology: str, devices: list[Any]) -> Ver
 
 HELP = {"--help", "-h"}
 FLAGS_HELP = f"""plan.py's own flags:
-  --topology CHIP:SHAPE  Chips to plan for ({", ".join(CHIPS)}), as in v5e:16x16 or h200:8.
+  --topology CHIP:SHAPE  Chips to plan for, as in v5e:16x16 or h200:8. Of
+                         {", ".join(CHIPS)}.
   --sweep                Try meshes, each with the fewest micro-batches that fit, and plan the
                          fastest.
 All other flags are the script's: plan.py SCRIPT --help lists them.

@@ -53,13 +53,22 @@ def _saved_by_datasets(folder: pathlib.Path) -> list[pathlib.Path]:
     return [folder / file["filename"] for file in files]
 
 
-@functools.cache
-def _on_the_hub(name: str) -> list[pathlib.Path]:
-    """Fetch a data set of the Hub, unless it is kept already; return its Arrow files."""
+def hub_parts(name: str) -> tuple[str, str | None, str | None]:
+    """Return (repository, config, split) of a name on the Hub, None for what it leaves open.
+
+    Raises UserError for what is no hf:<owner>/<name>[:config][@split].
+    """
     parts = re.fullmatch(r"hf:([\w.-]+/[\w.-]+)(?::([\w.-]+))?(?:@([\w.-]+))?", name)
     if parts is None:
         raise UserError(f"{name}: must be hf:<owner>/<name>[:config][@split]")
     repository, config, split = parts.groups()
+    return repository, config, split
+
+
+@functools.cache
+def _on_the_hub(name: str) -> list[pathlib.Path]:
+    """Fetch a data set of the Hub, unless it is kept already; return its Arrow files."""
+    repository, config, split = hub_parts(name)
     try:
         import datasets
     except ImportError:

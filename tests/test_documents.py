@@ -11,7 +11,10 @@ import pytest
 from experiments.methods import pages
 
 ROOT = pathlib.Path(__file__).parents[1]
-READ_BY_USERS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md"))]
+READ_BY_USERS = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "recipes/README.md")),
+    *sorted(ROOT.glob("docs/**/*.md")),
+]
 LINKED = [*READ_BY_USERS, ROOT / "CHANGELOG.md", *sorted(ROOT.glob("experiments/**/README.md"))]
 
 COMMAND = re.compile(r"(?:plan\.py (\w+)|python3? -m ([\w.]+)|([\w/]+)\.py)((?: +\S+)*)")

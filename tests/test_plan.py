@@ -21,7 +21,8 @@ from model import LanguageModel, init_and_apply, unembed
 from model_config import PRESETS
 from objectives import likelihood
 from planning import hlo, plan
-from planning.chips import CHIPS
+from planning.chips import CHIPS, devices_of
+from planning.gpus import GPUS, describe_gpu
 from planning.programs import LAYOUTS, forward_flops, layout_of
 from rollout import RolloutConfig
 from runtime.errors import UserError
@@ -615,12 +616,50 @@ def test_a_pipeline_compiles_for_a_tpu_and_sends_its_activations_alone(capsys):
 
 
 @needs_cuda
-def test_a_plan_for_gpus_is_of_the_cuda_compiler(capsys):
+@pytest.mark.parametrize("kind", GPUS)
+def test_a_plan_for_gpus_is_of_the_cuda_compiler(kind, capsys):
     argv = [word for word in TINY if "topology" not in word]
-    verdict = plan.main(["train_sft", *argv, "--topology=h200:4", "--batch_size=8", "--length=64"])
+    argv += [f"--topology={kind}:4", "--batch_size=8", "--length=64"]
+    verdict = plan.main(["train_sft", *argv])
     (result,) = verdict.results
     assert verdict.fits and abs(result.arguments / plan.bytes_of(result.program.args) - 1) < 0.02
     assert result.program.model_flops / 4 == pytest.approx(result.cost.flops, rel=0.1)
+
+
+def test_each_gpu_is_described_by_its_own_numbers():
+    """And its limits are those of the description, but for what XLA does not know."""
+    texts = {kind: describe_gpu(gpu) for kind, gpu in GPUS.items()}
+    assert len(set(texts.values())) == len(GPUS)
+    for kind, gpu in GPUS.items():
+        for field, value in gpu.numbers.items():
+            assert f"  {field}: {value}\n" in texts[kind]
+        # No place of the template is left; XLA's own sign for a cache is a dollar.
+        assert "$" not in texts[kind].replace("B L2$", "")
+        chip = CHIPS[kind]
+        assert chip.memory == 0.75 * gpu.numbers["device_memory_size"]
+        assert chip.bandwidth == gpu.numbers["memory_bandwidth"] and chip.devices == 1
+    assert "major: 8\n    feature_extension: NONE" in texts["a100"]
+    assert "major: 10\n    feature_extension: ACCELERATED_FEATURES" in texts["b200"]
+
+
+@pytest.mark.parametrize("kind", GPUS)
+def test_every_gpu_is_as_many_devices_as_are_asked_for(kind, monkeypatch):
+    """Of the CPU, where CUDA's compiler is not there."""
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if "cuda" in name else found(name)
+    )
+    assert len(devices_of(f"{kind}:4")) == 4
+    for shape in ("0", "2x2", ""):
+        with pytest.raises(UserError, match=f"--topology={kind}:{shape}: the number of GPUs"):
+            devices_of(f"{kind}:{shape}")
+
+
+@needs_tpu
+@pytest.mark.parametrize("topology", ["v4:2x2x1", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
+def test_every_tpu_is_known_to_its_compiler(topology):
+    kind = topology.partition(":")[0]
+    assert len(devices_of(topology)) == 4 * CHIPS[kind].devices
 
 
 @needs_eight

@@ -3,13 +3,13 @@
 import dataclasses
 import re
 import sys
-from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 from running import run
 
+import train_ppo
 import train_rm
 import train_sft
 from data.batches import chat_batches, prompt_batches
@@ -71,9 +71,7 @@ def test_a_dry_run_counts_prompt_and_response(tokenizer, capsys):
         open_source("world", "prompt", "train"), tokenizer, batch_size=8, length=20
     )
     leaf = jax.device_put(np.zeros(2), jax.NamedSharding(make_mesh(MeshConfig()), jax.P(None)))
-    online = SimpleNamespace(
-        run="r", steps=2, batch_size=8, microbatches=1, max_prompt=20, max_new_tokens=24
-    )
+    online = train_ppo.Config(run="r", steps=2, batch_size=8, max_prompt=20, max_new_tokens=24)
     preview_items(online, {"params": {"w": leaf}}, prompts, tokenizer)
     out = capsys.readouterr().out
     assert (
