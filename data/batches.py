@@ -479,7 +479,7 @@ class Batches:
         """
         if state["processes"] != self._processes:
             raise UserError(
-                f"the data's position was saved on {state['processes']} hosts, these are "
+                f"the data's position was saved on {state['processes']} hosts, but this run has "
                 f"{self._processes}; resume on as many"
             )
         self._position = state.copy()

@@ -126,7 +126,7 @@ def opened(row: Row, messages: list[Message]) -> list[Message]:
         first, *messages = messages
         said.append(first["content"])
     if len(set(said)) > 1:
-        raise FieldError("system", "says another thing than the system's turn; keep one of them")
+        raise FieldError("system", "differs from the system's turn; keep one of them")
 
     # The tools go below it, in the same turn.
     texts = said[:1]
@@ -746,7 +746,7 @@ def layout_of(row: Row, schema: Schema) -> Layout:
 def fitting_layouts(schema: Schema, names: frozenset[str]) -> tuple[Layout, ...]:
     """Return the layout of `schema` that reads a row with these fields, and its rivals behind it.
 
-    Rivals are read as the first one is, by other names: they could say another thing. Nothing is
+    Rivals are read as the first one is, by other names: they may differ from it. Nothing is
     returned where no layout fits.
     """
     fitting = [layout for layout in LAYOUTS[schema] if names >= set(layout.fields)]
@@ -775,7 +775,7 @@ def _refuse_ambiguous(row: Row, schema: Schema, record: Record) -> None:
             # Named by the fields in which they differ.
             ours = " and ".join(name for name in first.fields if name not in rival.fields)
             theirs = " and ".join(name for name in rival.fields if name not in first.fields)
-            raise FieldError(theirs, f"says another thing than {ours}; keep one of them")
+            raise FieldError(theirs, f"differs from {ours}; keep one of them")
 
 
 def fields_read(layout: Layout) -> frozenset[str]:

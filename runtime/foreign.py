@@ -104,7 +104,7 @@ def check_values(path: pathlib.Path, content: Mapping[str, Any], kinds: dict[str
             continue
         # Shortened, in depth too: it may be the whole of a file.
         shown = reprlib.repr(value)
-        raise UserError(f"{path}: {name} is {shown}, wanted is {kind.words}; restore the file")
+        raise UserError(f"{path}: {name} is {shown}, not {kind.words}; restore the file")
 
 
 # --- files

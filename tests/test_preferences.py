@@ -56,7 +56,9 @@ def test_contrasts_are_between_prompts_that_differ():
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_one_prompt_alone_has_no_other(count):
-    with pytest.raises(UserError, match=r"rows: holds 1 prompts.*add rows with other prompts"):
+    with pytest.raises(
+        UserError, match=r"rows: holds only 1 different prompts.*add rows with other prompts"
+    ):
         with_mismatched(judged(*["a"] * count))
 
 
