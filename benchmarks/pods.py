@@ -341,17 +341,17 @@ WHY_LOWER = (
 )
 ROLLOUTS = (
     "The rollout of `train_ppo` and `train_grpo` is different: it gathers the weights over fsdp "
-    "in bfloat16, once for all tokens that it decodes, and keeps them cut over tensor only, or over "
-    "`--rollout.tensor` chips: neighbours along fsdp join tensor for that time. Each token reads "
-    "all of a chip's part, which is most of what decoding takes; over more chips that part is "
-    "smaller, but the collectives, two a layer, go through more chips. For `ppo-8b`, 512 rows of "
-    "512 + 512 tokens:"
+    "in bfloat16, once for all tokens that it decodes, and keeps them cut over tensor only, or "
+    "over `--rollout.tensor` chips: neighbours along fsdp join tensor for that time. Each token "
+    "reads all of a chip's part, which is most of what decoding takes; over more chips that part "
+    "is smaller, but the collectives, two a layer, go through more chips. For `ppo-8b`, 512 rows "
+    "of 512 + 512 tokens:"
 )
 ROLLOUT_REMARKS = (
     "All other programs of the iteration are those of the plan above, by bytes. Latency is that "
     "of the rollout only, by the table of planning/chips.py, none of it overlapped. At 16 chips "
-    "there are fewer key/value heads, 8, than chips, and each is copied: the cache, of all heads, then "
-    "takes twice as much of a chip."
+    "there are fewer key/value heads, 8, than chips, and each is copied: the cache, of all heads, "
+    "then takes twice as much of a chip."
 )
 SWEEP_REMARK = (
     "- `--sweep` tries data 2, 4 and 8 beside fsdp too, and puts the least bound first: data 2 x "
