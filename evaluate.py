@@ -312,7 +312,7 @@ def main(config: Config) -> dict[str, Any]:
     UserError for an --n below 1, for gold with a --data but world or with a --split, and as they
     do. Sets the current mesh, and --on_bad_row for the process.
     """
-    # Settings that cannot be are met before any file is read.
+    # Impossible settings are refused before any file is read.
     if config.n < 1:
         raise UserError(f"--n={config.n}: must be at least 1")
     require(

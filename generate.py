@@ -249,7 +249,7 @@ def read_message() -> str:
         lines.append(input("> "))
         if lines[0].startswith(QUOTES):
             return read_quoted(lines[0].removeprefix(QUOTES))
-        # Nobody types so fast: what waits already was pasted with the line before.
+        # Nobody types so fast: a line that waits already was pasted with the one before.
         while sys.stdin.isatty() and select.select([sys.stdin], [], [], PASTED)[0]:
             lines.append(input())
     return "\n".join(lines)

@@ -226,7 +226,7 @@ def pipelined(
     x_MBTD = in_microbatches(x_BTD, microbatches)
     rows_M = jax.tree.map(lambda x: in_microbatches(x, microbatches), rows)
 
-    # XLA's CPU backend dies of sums over stage in bfloat16, here and in the derivative.
+    # XLA's CPU backend crashes on sums over stage in bfloat16, here and in the derivative.
     summed = jnp.float32 if platform() == "cpu" else x_BTD.dtype
 
     def stage(weights, x_MBTD, rows_M):
@@ -235,7 +235,7 @@ def pipelined(
         x_MBTD = x_MBTD.astype(x_BTD.dtype)
 
         def tick(x_BTD, t):
-            # Idle stages compute too, on whatever is there: nobody takes it.
+            # Idle stages compute too, on whatever is there: nothing reads it.
             i = jnp.clip(t - here, 0, microbatches - 1)
             # The first stage takes a new micro-batch, the others what came from the one before.
             x_BTD = jnp.where(here == 0, x_MBTD[i], x_BTD)

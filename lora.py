@@ -104,11 +104,11 @@ def with_adapters(config: LoraConfig, base: Params | None, trained: Params) -> P
     """
     if base is None:
         return trained
-    # model.py multiplies A and B alone, so B carries the factor.
+    # model.py multiplies only A and B, so B carries the factor.
     scale = config.alpha / config.rank
     layers = dict(base["decoder"]["layers"])
     for part, adapters in trained["decoder"]["layers"].items():
-        # A new dict, for the base's own stays as it is.
+        # A new dict: the base's own stays as it is.
         beside = dict(layers[part])
         for name, x in adapters.items():
             beside[name] = x * scale if name.endswith("_b") else x

@@ -200,7 +200,7 @@ def _yarn_stretch(
     is interpolated.
     """
 
-    # The pair that makes so many full rotations over the original context, a fraction.
+    # The pair, perhaps a fraction, that makes so many rotations over the original context.
     def pair_of(rotations: float) -> float:
         turns = math.log(context / (rotations * 2 * math.pi))
         return config.rope_width * turns / (2 * math.log(config.rope_base))
@@ -218,7 +218,7 @@ def rope_turns(config: ModelConfig, positions_BT: jax.Array) -> Turns:
 
     `positions_BT`: int32. YaRN's are multiplied by its last number, which sharpens attention.
     """
-    # One angle a pair, so H here is half of what turns of a head.
+    # One angle a pair, so H here is half of the part of a head that turns.
     positions_BT1 = positions_BT[..., None].astype(jnp.float32)
     angles_BTH = positions_BT1 * rope_frequencies(config)
     # One more axis, for the heads.
@@ -264,7 +264,7 @@ def rotate(x_BTNH: jax.Array, turns: Turns) -> jax.Array:
 # --- norms and weights
 
 
-# For the backward pass x alone is kept: to compute the norm again is cheaper.
+# Only x is kept for the backward pass: computing the norm again is cheaper.
 @partial(jax.checkpoint, prevent_cse=False)
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     """Divide `x` by its root mean square over the last axes, multiply it by `scale`, in float32.
@@ -279,7 +279,7 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     return normed.astype(x.dtype)
 
 
-# For the backward pass x alone is kept, as above.
+# Only x is kept for the backward pass, as above.
 @partial(jax.checkpoint, prevent_cse=False)
 def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> jax.Array:
     """Shift `x` to mean 0 and variance 1 over the last axes, scale it and add `bias`, in float32.
@@ -402,7 +402,7 @@ class Attention(nn.Module):
             q_MNH = scaled_norm(self, "q_norm", q_MNH)
             k_MKH = scaled_norm(self, "k_norm", k_MKH)
 
-        # A row a sequence again.
+        # One row a sequence again.
         q_BTNH = rotate(q_MNH.reshape(batch, length, *q_heads), turns)
         k_BTKH = rotate(k_MKH.reshape(batch, length, *kv_heads), turns)
         v_BTKH = v_MKH.reshape(batch, length, *kv_heads)
@@ -483,7 +483,7 @@ class SwiGLU(nn.Module):
         down_FD = self.param("down", _normal(down_fan_in), (c.mlp_width, c.width))
         activation = activation_of(c)
 
-        # For the backward pass gate and up alone are kept.
+        # Only gate and up are kept for the backward pass.
         @partial(jax.checkpoint, prevent_cse=False)
         def gated(gate_MF, up_MF):
             return activation(gate_MF) * up_MF
@@ -587,7 +587,7 @@ def feed_experts(
     choices a token fell on each expert, and the router's mean probability of it. Here M counts
     tokens, C the choices of each, config.experts_per_token, and A the choices of all.
     """
-    # The experts of each token, in float32: their order hangs on small differences.
+    # The experts of each token, in float32: their order depends on small differences.
     x_MD = x_BTD.reshape(-1, config.width)
     logits_ME = jnp.einsum("MD,DE->ME", x_MD.astype(jnp.float32), router_DE, precision="highest")
     shares_ME = jax.nn.softmax(logits_ME, axis=-1)
@@ -597,7 +597,7 @@ def feed_experts(
 
     # The choices in the order of the experts from `first` on, and last those of others: so each
     # expert here has an unbroken run of rows. Tokens are repeated first: no sum, here or in the
-    # derivative, then hangs on a scatter's order.
+    # derivative, then depends on the order of a scatter.
     gate_EDF, up_EDF, down_EFD = experts
     experts_here = gate_EDF.shape[0]
     experts_A = experts_MC.reshape(-1)
@@ -779,7 +779,7 @@ class Decoder(nn.Module):
             tokens_BT = striped(tokens_BT, ring)
             positions_BT = striped(positions_BT, ring)
 
-        # The lookup. Only then are the tokens cut over tensor, for in it the vocabulary is.
+        # The lookup. Only then are tokens cut over tensor: in the lookup the vocabulary is.
         x_BTD = embedded(embed_VD, tokens_BT, c.compute_dtype)
         x_BTD = constrain_tokens(x_BTD, "sequence")
         x_BTD = constrain_residual(x_BTD)
@@ -925,7 +925,7 @@ def init_and_apply(model: nn.Module) -> tuple[Callable[[jax.Array], Params], Cal
     T] as Decoder.__call__ says. That of a LanguageModel takes a KVCache as a fifth argument,
     `cache` (default None); the output's `cache` is then the new one.
     """
-    # NumPy: not on a device, for plan.py has none.
+    # In NumPy, not on a device: plan.py has none.
     token_11 = np.ones((1, 1), np.int32)
 
     def init(key: jax.Array) -> Params:

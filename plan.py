@@ -18,7 +18,7 @@ import pathlib
 import sys
 
 if __name__ == "__main__" and len(sys.argv) > 1 and "/" in sys.argv[1]:
-    # Before any module that a fork may have its own of is imported.
+    # Before importing any module that a fork may replace.
     sys.path.insert(0, str(pathlib.Path(sys.argv[1]).resolve().parent))
 
 from planning.plan import FLAGS_HELP, HELP, Verdict, main
@@ -37,7 +37,7 @@ def run(argv: list[str]) -> int:
     if not HELP.isdisjoint(argv) and argv[0].startswith("-"):
         flags.ending_in_one_line(lambda: print(f"{__doc__}\n{FLAGS_HELP}"))
         return 0
-    # `ending_in_one_line` returns nothing: the verdict comes out by a list.
+    # `ending_in_one_line` returns nothing, so the verdict comes out in a list.
     verdicts: list[Verdict | None] = []
     flags.ending_in_one_line(lambda: verdicts.append(main(argv)))
     verdict = verdicts[0]

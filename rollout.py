@@ -630,7 +630,7 @@ def check_kl(metrics: Mapping[str, float], limit: float) -> None:
 
     `metrics`: a row of metrics; with a nan, or without a `kl`, as before the first row, it passes.
     """
-    # So far from the reference a policy has found text that the reward alone likes.
+    # A policy this far from the reference has found text that only the reward likes.
     kl = metrics.get("kl", 0.0)
     if kl > limit:
         raise UserError(f"--kl_limit={limit}: KL reached {kl:.1f} nats; raise --kl_coef")

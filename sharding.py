@@ -127,7 +127,7 @@ def with_wider_tensor(mesh: Mesh, tensor: int) -> Mesh:
     the mesh's tensor that divides its tensor x fsdp. `mesh` must not have a sequence axis. Neither
     is checked. The new mesh is not set as the current one.
     """
-    # fsdp is as much shorter as tensor is longer.
+    # fsdp shrinks by as much as tensor grows.
     joined = tensor // mesh.shape["tensor"]
     sizes = {**mesh.shape, "fsdp": mesh.shape["fsdp"] // joined, "tensor": tensor}
     # In the same order: neighbours along fsdp become neighbours along tensor.

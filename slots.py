@@ -88,7 +88,7 @@ def generate_in_slots(
     step = make_step(apply, params, key, sampling)
     limit = sampling.max_new_tokens
 
-    # An eighth of the slots is refilled at once, for each refill copies the prompts' cache.
+    # An eighth of the slots is refilled at once: each refill copies the prompts' cache.
     entering = max(1, slots // 8)
 
     def must_enter(state: Slots) -> jax.Array:

@@ -151,7 +151,7 @@ def load_teacher(config: Config) -> tuple[ModelConfig, Tokenizer]:
         f"--teacher={config.teacher}: a reward model, which predicts no tokens; name a policy",
     )
     tokenizer = Tokenizer.load(config.teacher)
-    # A distribution over tokens is another's only where the tokens are the same.
+    # Distributions over tokens can be compared only where the tokens are the same.
     if config.init is not None:
         theirs = Tokenizer.load(config.init).sha256
         require(
@@ -288,7 +288,7 @@ def make_own_samples(
         # Another key each step, and the same one after resuming.
         key = jax.random.fold_in(jax.random.key(config.seed), step)
         samples = rollout(student, prompts, key)
-        # Rows as of conversations, of which the response alone is learnt.
+        # Rows as conversations have them; only the response is learnt.
         return {
             "tokens_BT": samples["tokens_BT"],
             "segment_ids_BT": samples["segment_ids_BT"],

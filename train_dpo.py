@@ -338,7 +338,7 @@ def trained_on(config: Config, batch: HostBatch) -> dict[str, np.ndarray]:
     candidate, which serves the estimate of the KL alone, as in what `make_prepare` leaves.
     """
     read = model_inputs(batch)
-    # The last one is of kto's estimate alone.
+    # The last one serves KTO's estimate only.
     return {name: x_BCT[:, :-1] if config.loss == "kto" else x_BCT for name, x_BCT in read.items()}
 
 

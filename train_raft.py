@@ -307,7 +307,7 @@ def make_targets(
             **rollout_metrics(logp_BR, reference_BR, rollout, eos),
         }
         if config.missing_eos == "lowest":
-            # Below all is not enough here: of a group without an end the best would be imitated.
+            # A lowest score is not enough: the best of a group without an end would be imitated.
             score_B = jnp.where(ended_B, score_B, -jnp.inf)
         return {**rollout, "score_B": score_B}, metrics
 

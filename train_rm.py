@@ -182,7 +182,7 @@ def shifted(params: Params, mean: jax.Array) -> Params:
     `params`: whole parameters of a ScalarModel, or with LoRA what is trained of them; its other
     arrays are shared. `mean`: a scalar.
     """
-    # All rewards move alike, so no comparison comes out otherwise.
+    # All rewards move alike, so no comparison changes.
     return {**params, "bias": params["bias"] - mean}
 
 

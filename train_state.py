@@ -53,7 +53,7 @@ def pin_inputs(config: Any) -> Any:
     and meets bad rows as `on_bad_row` says. Raises UserError for an input that is not what the run
     began with, for a folder `run` of something else, and for a rank without --init.
     """
-    # The runs that are named may be trained on meanwhile: each is read at one step.
+    # The named runs may be trained further meanwhile: each is read at one step.
     config = with_pinned_runs(config)
     # A dry run writes nothing, not even into the cache.
     keep_prepared(not getattr(config, "dry_run", False))

@@ -375,7 +375,7 @@ def make_train_step(
             params=if_finite(params, state.params),
             opt_state=if_finite(opt_state, state.opt_state),
         )
-        # Laid as it came: else XLA lays some of it otherwise, and the next step is compiled anew.
+        # Laid out as it came: else XLA may lay it out otherwise, and the next step compiles anew.
         state = constrain_params(state)
 
         # Sums of metrics to means, the loss first.

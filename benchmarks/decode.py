@@ -134,9 +134,11 @@ def full_row(config: Config, batch: int) -> Row:
     }
     name = generated(config, batch)
     sides = {"plumb": Side(our_sampler, (config, batch))}
+    for peer in config.peers:
+        sides[peer] = every[peer]
     return Row(
         what=name,
-        sides=sides | {peer: every[peer] for peer in config.peers},
+        sides=sides,
         tokens={name: batch * config.new, PREFILL: batch},
         facts={"batch": batch, "bytes_per_step": bytes_per_step(config, batch)},
     )
@@ -151,7 +153,9 @@ def ending_tokens(vocab: int, limit: int) -> np.ndarray:
     The weights are random, so each token of the vocabulary is about as likely; pad, 0, is no end.
     """
     number = max(1, 4 * vocab // limit)
-    return np.random.default_rng(0).choice(np.arange(1, vocab), number, replace=False)
+    candidates = np.arange(1, vocab)
+    rng = np.random.default_rng(0)
+    return rng.choice(candidates, number, replace=False)
 
 
 def geometric(config: Config) -> str:
@@ -184,16 +188,17 @@ def our_geometric(config: Config, in_slots: bool) -> Built:
     def fixed(params, prompts, key):
         return generate(apply, model, params, prompts, key, sampling, **options)
 
+    # Fixed batches, each with a key of its own.
     parts = []
     for start in range(0, config.requests, slots):
-        parts.append({name: x[start : start + slots] for name, x in prompts.items()})
-    keys = [jax.random.fold_in(key, i) for i in range(len(parts))]
+        part = {name: x[start : start + slots] for name, x in prompts.items()}
+        parts.append((part, jax.random.fold_in(key, len(parts))))
 
     def call() -> float:
         if in_slots:
             every = [refilled(params, prompts, key)]
         else:
-            every = [fixed(params, part, own) for part, own in zip(parts, keys, strict=True)]
+            every = [fixed(params, part, own_key) for part, own_key in parts]
         return sum(float(samples.mask_BR.sum()) for samples in every)
 
     tokens = call()
@@ -295,6 +300,7 @@ def split_attention(
 
     The softmaxes of the parts are joined afterwards.
     """
+    # Queries in groups that share a key head; keys and values cut into parts.
     batch, kv_heads, slots, width = k_BKSH.shape
     apart_shape = (batch, kv_heads, parts, slots // parts, width)
     q_BKGH = q_BTNH.reshape(batch, kv_heads, -1, width) * width**-0.5
@@ -326,12 +332,18 @@ ATTENTIONS = {
 
 def long_cache_side(what: str, batch: int, name: str) -> Built:
     """Return a side of ATTENTIONS. Eight query heads share two key heads."""
+    # Queries, keys and values.
+    cached = (batch, 2, LONG_CACHE, 64)
+    shapes = ((batch, 1, 8, 64), cached, cached)
     keys = jax.random.split(jax.random.key(0), 3)
-    shapes = [(batch, 1, 8, 64), (batch, 2, LONG_CACHE, 64), (batch, 2, LONG_CACHE, 64)]
+    dtype = ModelConfig().compute_dtype
     arrays = []
     for key, shape in zip(keys, shapes, strict=True):
-        arrays.append(jax.random.normal(key, shape, ModelConfig().compute_dtype))
-    arrays += [jnp.ones((batch, LONG_CACHE), jnp.int32), jnp.int32(LONG_CACHE - 1)]
+        arrays.append(jax.random.normal(key, shape, dtype))
+
+    # All slots are valid, and the new token stands in the last one.
+    arrays.append(jnp.ones((batch, LONG_CACHE), jnp.int32))
+    arrays.append(jnp.int32(LONG_CACHE - 1))
     run = jax.jit(ATTENTIONS[name])
 
     def call() -> None:
@@ -342,8 +354,9 @@ def long_cache_side(what: str, batch: int, name: str) -> Built:
 
 def same_outputs(outputs: dict[str, np.ndarray]) -> None:
     """Raise AssertionError unless all sides give the same, to the rounding of bfloat16."""
+    first, *_ = outputs.values()
     for side, out in outputs.items():
-        np.testing.assert_allclose(out, next(iter(outputs.values())), atol=1e-2, err_msg=side)
+        np.testing.assert_allclose(out, first, atol=1e-2, err_msg=side)
 
 
 def long_cache_row(batch: int) -> Row:
@@ -363,21 +376,27 @@ def bytes_per_step(config: Config, batch: int) -> float:
     # Of an embedding that is not also the unembedding only some rows are read.
     if not model.tied:
         weights -= model.vocab * model.width
-    mean_length = config.prompt + config.new / 2
+    # Keys and values of a token, in all layers.
     per_token = 2 * model.layers * model.kv_heads * model.head_dim
-    return model.compute_dtype.itemsize * (weights + batch * per_token * mean_length)
+    mean_length = config.prompt + config.new / 2
+    cache = batch * per_token * mean_length
+    return model.compute_dtype.itemsize * (weights + cache)
 
 
 def add_roofline(result: dict[str, Any]) -> None:
     """Add the share of the memory's speed at which a decode step reads what it must."""
     peak = peaks(result["device"])
+    # The first token comes with the prefill.
+    steps = result["config"]["new"] - 1
     for row in result["rows"]:
-        if "bytes_per_step" in row and row.get("lines"):
-            whole, prefill = row["lines"]
-            whole["ms_per_step"] = (whole["ms"] - prefill["ms"]) / (result["config"]["new"] - 1)
-            if peak:
-                least_ms = 1e3 * row["bytes_per_step"] / peak[1]
-                whole["of_roofline"] = least_ms / whole["ms_per_step"]
+        if "bytes_per_step" not in row or not row.get("lines"):
+            continue
+        whole, prefill = row["lines"]
+        whole["ms_per_step"] = (whole["ms"] - prefill["ms"]) / steps
+        if peak:
+            _, bytes_per_s = peak
+            least_ms = 1e3 * row["bytes_per_step"] / bytes_per_s
+            whole["of_roofline"] = least_ms / whole["ms_per_step"]
 
 
 def rows(config: Config) -> list[Row]:

@@ -66,19 +66,22 @@ def exact_head(
     q_TH: np.ndarray, k_SH: np.ndarray, v_SH: np.ndarray, dout_TH: np.ndarray, seen_TS: np.ndarray
 ) -> tuple[np.ndarray, ...]:
     """Return output, dq, dk and dv of one head, from the formulas, in the type of its factors."""
+    # The weights: softmax of the scores of the keys that are seen.
     scale = q_TH.shape[-1] ** -0.5
-    scores_TS = np.where(seen_TS, scale * q_TH @ k_SH.T, -np.inf)
+    scores_TS = scale * q_TH @ k_SH.T
+    scores_TS = np.where(seen_TS, scores_TS, -np.inf)
     weights_TS = np.exp(scores_TS - scores_TS.max(1, keepdims=True))
     weights_TS /= weights_TS.sum(1, keepdims=True)
+    out_TH = weights_TS @ v_SH
+
+    # Back through the softmax: d score = weight (d weight - its mean).
     dweights_TS = dout_TH @ v_SH.T
     mean_T1 = (weights_TS * dweights_TS).sum(1, keepdims=True)
     dscores_TS = scale * weights_TS * (dweights_TS - mean_T1)
-    return (
-        weights_TS @ v_SH,
-        dscores_TS @ k_SH,
-        dscores_TS.T @ q_TH,
-        weights_TS.T @ dout_TH,
-    )
+    dq_TH = dscores_TS @ k_SH
+    dk_SH = dscores_TS.T @ q_TH
+    dv_SH = weights_TS.T @ dout_TH
+    return out_TH, dq_TH, dk_SH, dv_SH
 
 
 def exact(arrays: list[np.ndarray], ids_T: np.ndarray) -> list[np.ndarray]:
@@ -86,41 +89,55 @@ def exact(arrays: list[np.ndarray], ids_T: np.ndarray) -> list[np.ndarray]:
 
     `arrays`: q, k, v and a cotangent, [B, T, heads, H]; `ids_T`: the tokens' segments.
     """
-    q_BTNH, k_BSKH, _, _ = arrays
+    q_BTNH, k_BSKH, v_BSKH, dout_BTNH = arrays
     batch, length, heads, _ = q_BTNH.shape
     group = heads // k_BSKH.shape[2]
-    seen_TS = np.tril(np.ones((length, length), bool)) & (ids_T[:, None] == ids_T)
-    results = [np.zeros(x.shape) for x in (q_BTNH, *arrays[:3])]
+
+    # Earlier tokens of the same segment, and the token itself.
+    is_causal_TS = np.tril(np.ones((length, length), bool))
+    is_same_TS = ids_T[:, None] == ids_T
+    seen_TS = is_causal_TS & is_same_TS
+
+    # Head by head; a key/value head's gradients are summed over its group's.
+    out_BTNH = np.zeros(q_BTNH.shape)
+    dq_BTNH = np.zeros(q_BTNH.shape)
+    dk_BSKH = np.zeros(k_BSKH.shape)
+    dv_BSKH = np.zeros(v_BSKH.shape)
     for b, n in np.ndindex(batch, heads):
-        places = (n, n // group, n // group, n)
-        factors = [x[b, :, place] for x, place in zip(arrays, places, strict=True)]
-        parts = exact_head(*factors, seen_TS)
-        for out, part, place in zip(results, parts, (n, n, n // group, n // group), strict=True):
-            out[b, :, place] += part
-    return results
+        k = n // group
+        own = (q_BTNH[b, :, n], k_BSKH[b, :, k], v_BSKH[b, :, k], dout_BTNH[b, :, n])
+        out_TH, dq_TH, dk_SH, dv_SH = exact_head(*own, seen_TS)
+        out_BTNH[b, :, n] = out_TH
+        dq_BTNH[b, :, n] = dq_TH
+        dk_BSKH[b, :, k] += dk_SH
+        dv_BSKH[b, :, k] += dv_SH
+    return [out_BTNH, dq_BTNH, dk_BSKH, dv_BSKH]
 
 
 def checked(what: str, case: str, implementation: str) -> Built:
     """Return a side that has been compared with float64; raise AssertionError for an error."""
+    # Queries, keys, values and a cotangent, and the segment of each token.
     batch, length, heads, kv_heads, width, ends = CASES[case]
     rng = np.random.default_rng(0)
     arrays = []
     for n in (heads, kv_heads, kv_heads, heads):
-        arrays.append(jnp.asarray(rng.normal(size=(batch, length, n, width)), jnp.bfloat16))
+        drawn = rng.normal(size=(batch, length, n, width))
+        arrays.append(jnp.asarray(drawn, jnp.bfloat16))
     ids_T = 1 + np.searchsorted(ends[:-1], np.arange(length), side="right")
     packed = {"segment_ids": np.tile(ids_T, (batch, 1))} if ends else {}
 
-    run = jax.jit(
-        timed_attention.both_passes(
-            functools.partial(attention, implementation=implementation, **packed)
-        )
-    )
+    # Both passes of the kernels, and of float64 on the same rounded arrays.
+    kernel = functools.partial(attention, implementation=implementation, **packed)
+    run = jax.jit(timed_attention.both_passes(kernel))
     got = run(*arrays)
     want = exact([np.asarray(x, np.float64) for x in arrays], ids_T)
+
+    # The largest error of each result, beside the largest magnitude.
     errors = {}
     for name, one, other in zip(("out", "dq", "dk", "dv"), got, want, strict=True):
-        error = np.abs(np.asarray(one, np.float64) - other).max() / np.abs(other).max()
-        errors[name] = float(error)
+        largest = np.abs(other).max()
+        error = np.abs(np.asarray(one, np.float64) - other).max()
+        errors[name] = float(error / largest)
     assert max(errors.values()) < TOLERANCE, f"errors of the largest magnitude: {errors}"
 
     def call() -> None:

@@ -19,13 +19,18 @@ from model_config import ModelConfig
 
 def turned(x_BTNH: jax.Array, base: float) -> jax.Array:
     """Return `x_BTNH` turned by RoPE, half-split."""
-    length, width = x_BTNH.shape[1], x_BTNH.shape[-1]
+    _, length, _, width = x_BTNH.shape
+    # An angle for each position and each pair of a head's numbers.
     frequency_H = base ** (-jnp.arange(0, width, 2) / width)
     angle_TH = jnp.arange(length)[:, None] * frequency_H
-    cos, sin = jnp.cos(angle_TH)[:, None], jnp.sin(angle_TH)[:, None]
+    cos_T1H = jnp.cos(angle_TH)[:, None]
+    sin_T1H = jnp.sin(angle_TH)[:, None]
+    # A pair is a number of the first half and one of the second.
     first, second = jnp.split(x_BTNH, 2, axis=-1)
-    both = [first * cos - second * sin, second * cos + first * sin]
-    return jnp.concatenate(both, axis=-1).astype(x_BTNH.dtype)
+    turned_first = first * cos_T1H - second * sin_T1H
+    turned_second = second * cos_T1H + first * sin_T1H
+    both = jnp.concatenate([turned_first, turned_second], axis=-1)
+    return both.astype(x_BTNH.dtype)
 
 
 class Layer(nn.Module):
@@ -36,21 +41,26 @@ class Layer(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         c = self.config
-        options = {"use_bias": False, "dtype": c.compute_dtype}
+        norm = functools.partial(nn.RMSNorm, c.norm_eps, dtype=c.compute_dtype)
+        heads = functools.partial(nn.DenseGeneral, use_bias=False, dtype=c.compute_dtype)
+        dense = functools.partial(nn.Dense, use_bias=False, dtype=c.compute_dtype)
 
-        h_BTD = nn.RMSNorm(c.norm_eps, dtype=c.compute_dtype, name="attention_norm")(x_BTD)
-        q_BTNH = nn.DenseGeneral((c.heads, c.head_dim), name="q", **options)(h_BTD)
-        k_BTKH = nn.DenseGeneral((c.kv_heads, c.head_dim), name="k", **options)(h_BTD)
-        v_BTKH = nn.DenseGeneral((c.kv_heads, c.head_dim), name="v", **options)(h_BTD)
-        out_BTNH = jax.nn.dot_product_attention(
-            turned(q_BTNH, c.rope_base), turned(k_BTKH, c.rope_base), v_BTKH, is_causal=True
-        )
-        x_BTD += nn.DenseGeneral(c.width, axis=(-2, -1), name="o", **options)(out_BTNH)
+        # Attention.
+        h_BTD = norm(name="attention_norm")(x_BTD)
+        q_BTNH = heads((c.heads, c.head_dim), name="q")(h_BTD)
+        k_BTKH = heads((c.kv_heads, c.head_dim), name="k")(h_BTD)
+        v_BTKH = heads((c.kv_heads, c.head_dim), name="v")(h_BTD)
+        q_BTNH = turned(q_BTNH, c.rope_base)
+        k_BTKH = turned(k_BTKH, c.rope_base)
+        out_BTNH = jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, is_causal=True)
+        x_BTD += heads(c.width, axis=(-2, -1), name="o")(out_BTNH)
 
-        h_BTD = nn.RMSNorm(c.norm_eps, dtype=c.compute_dtype, name="mlp_norm")(x_BTD)
-        gate_BTF = nn.Dense(c.mlp_width, name="gate", **options)(h_BTD)
-        up_BTF = nn.Dense(c.mlp_width, name="up", **options)(h_BTD)
-        return x_BTD + nn.Dense(c.width, name="down", **options)(nn.silu(gate_BTF) * up_BTF)
+        # SwiGLU.
+        h_BTD = norm(name="mlp_norm")(x_BTD)
+        gate_BTF = dense(c.mlp_width, name="gate")(h_BTD)
+        up_BTF = dense(c.mlp_width, name="up")(h_BTD)
+        gated_BTF = nn.silu(gate_BTF) * up_BTF
+        return x_BTD + dense(c.width, name="down")(gated_BTF)
 
 
 class Llama(nn.Module):
@@ -81,13 +91,17 @@ def with_our_weights(config: ModelConfig, params: Params) -> Params:
     }
     if not config.tied:
         theirs["unembed"] = {"kernel": params["unembed"]}
+    # Ours hold all layers in one array, theirs one by one.
     for i in range(config.layers):
-        theirs[f"layer{i}"] = {
+        layer = {
             "attention_norm": {"scale": layers["attention_norm"][i]},
             "mlp_norm": {"scale": layers["mlp_norm"][i]},
-            **{x: {"kernel": layers["attention"][x][i]} for x in ("q", "k", "v", "o")},
-            **{x: {"kernel": layers["mlp"][x][i]} for x in ("gate", "up", "down")},
         }
+        for name in ("q", "k", "v", "o"):
+            layer[name] = {"kernel": layers["attention"][name][i]}
+        for name in ("gate", "up", "down"):
+            layer[name] = {"kernel": layers["mlp"][name][i]}
+        theirs[f"layer{i}"] = layer
     return theirs
 
 
@@ -96,19 +110,19 @@ def trainer(
 ) -> Callable[[], float]:
     """Return a function that makes one step on `tokens_BT` from `params` on, and its loss."""
     net = Llama(model)
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adamw(lr, 0.9, 0.95, 1e-8, weight_decay=0.1)
-    )
+    adamw = optax.adamw(lr, 0.9, 0.95, 1e-8, weight_decay=0.1)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), adamw)
     weights = with_our_weights(model, params)
     state = (weights, optimizer.init(weights))
     tokens = jax.device_put(tokens_BT)
 
     def loss_of(weights: Params) -> jax.Array:
+        # Position t predicts token t + 1.
         logits_BTV = net.apply({"params": weights}, tokens)
-        losses_BT = optax.softmax_cross_entropy_with_integer_labels(
-            logits_BTV[:, :-1].astype(jnp.float32), tokens[:, 1:]
-        )
-        return losses_BT.mean()
+        predicting = logits_BTV[:, :-1].astype(jnp.float32)
+        labels = tokens[:, 1:]
+        losses = optax.softmax_cross_entropy_with_integer_labels(predicting, labels)
+        return losses.mean()
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state):

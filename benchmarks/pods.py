@@ -324,32 +324,34 @@ def compile_rollouts() -> None:
 
 INTRODUCTION = (
     "By the chips' compilers on two shared CPU cores (`python -m benchmarks.pods all`); nothing "
-    "has run on a TPU. What a step takes at least is a roofline of compute, memory and a chip's "
-    "links together, each fully overlapped: a bound, no forecast. CPU-s are the processor's."
+    "has run on a TPU. The least time of a step is a roofline of compute, memory and a chip's "
+    "links together, each fully overlapped: a bound, not a forecast. CPU-s are seconds of the "
+    "processor."
 )
 OTHER_DECODER = (
     "Peaks beside those of another decoder, written separately in plain JAX and compiled in the "
-    "same way. Of it only model sizes and peaks are known; Plumb's shapes are the published ones "
-    "of these sizes (`REFERENCES` in `benchmarks/pods.py`):"
+    "same way. Only its model sizes and peaks are known; Plumb's shapes are the published ones of "
+    "these sizes (`REFERENCES` in `benchmarks/pods.py`):"
 )
 WHY_LOWER = (
     "Where tensor is above 1, Plumb's peak is lower because the residual stream is split over "
     "tensor between layers; the other decoder keeps it whole on each device. Without remat it is "
-    "lower because norms and gates are computed again even so: without the two `jax.checkpoint` "
-    "of model.py the last line's peak comes within 3 % of the other's."
+    "lower because norms and gates are recomputed even then: without the two `jax.checkpoint` of "
+    "model.py the last line's peak comes within 3 % of the other's."
 )
 ROLLOUTS = (
-    "The rollout of `train_ppo` and `train_grpo` is another matter: it gathers the weights over "
-    "fsdp in bfloat16, once for all tokens that it decodes, and keeps them cut over tensor alone, "
-    "or over `--rollout.tensor` chips: neighbours along fsdp join tensor for that time. A token "
-    "reads all of a chip's part, which is most of what decoding takes; but its collectives, two a "
-    "layer, go through more chips. Of `ppo-8b`, 512 rows of 512 + 512 tokens:"
+    "The rollout of `train_ppo` and `train_grpo` is different: it gathers the weights over fsdp "
+    "in bfloat16, once for all tokens that it decodes, and keeps them cut over tensor only, or "
+    "over `--rollout.tensor` chips: neighbours along fsdp join tensor for that time. Each token "
+    "reads all of a chip's part, which is most of what decoding takes; over more chips that part "
+    "is smaller, but the collectives, two a layer, go through more chips. For `ppo-8b`, 512 rows "
+    "of 512 + 512 tokens:"
 )
 ROLLOUT_REMARKS = (
-    "All other programs of the iteration are those of the plan above, by bytes. Latency is of the "
-    "rollout alone, by the table of planning/chips.py, none of it overlapped. At 16 chips the 8 "
-    "key/value heads are fewer than the chips, and each is copied: the cache, of all heads, then "
-    "takes twice as much of a chip."
+    "All other programs of the iteration are those of the plan above, by bytes. Latency is that "
+    "of the rollout only, by the table of planning/chips.py, none of it overlapped. At 16 chips "
+    "there are fewer key/value heads, 8, than chips, and each is copied: the cache, of all heads, "
+    "then takes twice as much of a chip."
 )
 SWEEP_REMARK = (
     "- `--sweep` tries data 2, 4 and 8 beside fsdp too, and puts the least bound first: data 2 x "

@@ -90,8 +90,11 @@ class Row:
 
 def within(rows: Sequence[Row], limits: Sequence[float]) -> list[Row]:
     """Return `rows` with these limits in order, the last of them for all that are left."""
-    given = [*limits, *[limits[-1]] * len(rows)]
-    return [dataclasses.replace(row, limit=limit) for row, limit in zip(rows, given, strict=False)]
+    limited = []
+    for number, row in enumerate(rows):
+        limit = limits[min(number, len(limits) - 1)]
+        limited.append(dataclasses.replace(row, limit=limit))
+    return limited
 
 
 # ---- A side, in its process ----
@@ -138,7 +141,8 @@ def _jax_matmul() -> tuple[Call, float]:
     on_cpu = jax.default_backend() == "cpu"
     m, k, n = CPU_MATMUL if on_cpu else ACCELERATOR_MATMUL
     dtype = jnp.float32 if on_cpu else jnp.bfloat16
-    a, b = jnp.ones((m, k), dtype), jnp.ones((k, n), dtype)
+    a = jnp.ones((m, k), dtype)
+    b = jnp.ones((k, n), dtype)
     product = jax.jit(jnp.dot)
 
     def call() -> None:
@@ -154,7 +158,8 @@ def _torch_matmul() -> tuple[Call, float]:
     on_gpu = torch.cuda.is_available()
     m, k, n = ACCELERATOR_MATMUL if on_gpu else CPU_MATMUL
     kind = {"device": "cuda", "dtype": torch.bfloat16} if on_gpu else {}
-    a, b = torch.ones((m, k), **kind), torch.ones((k, n), **kind)
+    a = torch.ones((m, k), **kind)
+    b = torch.ones((k, n), **kind)
 
     def call() -> None:
         torch.mm(a, b)
@@ -182,19 +187,13 @@ def _serve(pipe: Any, cores: int, build: Callable[..., Built], args: tuple[Any, 
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
         clock = time.process_time
     try:
+        # Made, compiled and run once; then the benchmark hears what it is.
         built = build(*args)
         for call in built.calls.values():
             call()
-        about = {
-            "library": built.library,
-            "versions": {
-                package: importlib.metadata.version(package)
-                for package in (built.library, *built.packages)
-            },
-            "threads": threads_of(built.library),
-            **(built.facts or {}),
-        }
-        pipe.send(("done", (about, built.check)))
+        pipe.send(("done", (about(built), built.check)))
+
+        # Timed as often as it is asked.
         while True:
             what, at_least = pipe.recv()
             if what == "matmul":
@@ -213,6 +212,19 @@ def _serve(pipe: Any, cores: int, build: Callable[..., Built], args: tuple[Any, 
     # Told in the row.
     except BaseException as fault:
         pipe.send(("failed", in_one_line(fault)))
+
+
+def about(built: Built) -> dict[str, Any]:
+    """Return what is recorded of a side: its library, versions, threads, and its own facts."""
+    versions = {}
+    for package in (built.library, *built.packages):
+        versions[package] = importlib.metadata.version(package)
+    return {
+        "library": built.library,
+        "versions": versions,
+        "threads": threads_of(built.library),
+        **(built.facts or {}),
+    }
 
 
 def in_one_line(fault: BaseException) -> str:
@@ -278,6 +290,7 @@ def measure(row: Row, rounds: int, at_least: float, cores: int = 0) -> dict[str,
     `at_least`: seconds that a timing fills with calls. `cores`: those that each side is held to,
     whose own seconds are then counted; 0: all, and the seconds that pass.
     """
+    # Late sides are left out, so that the others have the rest of the time.
     start = time.monotonic()
     until = start + row.limit
     result: dict[str, Any] = {
@@ -336,8 +349,11 @@ def _time(
     for side in sides.values():
         side.update({"seconds": {}, "tokens": {}, "matmul_gflops": []})
     for turn in range(rounds):
+        names = list(processes)
+        if turn % 2:
+            names.reverse()
         this_round = {}
-        for name in list(processes)[:: -1 if turn % 2 else 1]:
+        for name in names:
             try:
                 timed = processes[name].ask("time", at_least, until)
                 matmul = processes[name].ask("matmul", 0, until)
@@ -349,6 +365,7 @@ def _time(
             except Failed as fault:
                 result["left_out"][name] = str(fault)
                 processes.pop(name).end()
+        # All sides were timed: the round counts.
         for name, (timed, matmul) in this_round.items():
             for call, (seconds, tokens) in timed.items():
                 sides[name]["seconds"].setdefault(call, []).append(seconds)
@@ -367,9 +384,11 @@ def _summarise(row: Row, result: dict[str, Any]) -> None:
     timed = [name for name in row.sides if sides.get(name, {}).get("seconds")]
 
     def rates(name: str, call: str) -> list[float]:
+        """Return a side's tokens per second in each round."""
         pairs = zip(sides[name]["seconds"][call], sides[name]["tokens"][call], strict=True)
         return [(tokens or row.tokens[call]) / seconds for seconds, tokens in pairs]
 
+    # A line for each call of the first side, beside those of the others that have it.
     result["lines"] = []
     for call in sides[timed[0]]["seconds"] if timed else ():
         ours, *peers = timed
@@ -408,13 +427,14 @@ def cpu_name() -> str:
     path = pathlib.Path("/proc/cpuinfo")
     if not path.exists():
         return platform.processor() or platform.machine()
-    first = path.read_text().partition("\n\n")[0]
+    # Processors are parted by blank lines; all are alike.
+    first, _, _ = path.read_text().partition("\n\n")
     facts = {}
     for line in first.splitlines():
         name, _, value = line.partition(":")
         facts[name.strip()] = value.strip()
-    numbers = [f"{name} {facts[name]}" for name in ("cpu family", "model") if name in facts]
     name = facts.get("model name", platform.machine())
+    numbers = [f"{name} {facts[name]}" for name in ("cpu family", "model") if name in facts]
     return f"{name} ({', '.join(numbers)})" if numbers else name
 
 
@@ -423,12 +443,12 @@ def _device() -> Built:
     import jax
 
     device = jax.devices()[0]
-    about = {
+    facts = {
         "platform": device.platform,
         "device": cpu_name() if device.platform == "cpu" else device.device_kind,
         "platform_version": device.client.platform_version.splitlines()[0],
     }
-    return Built({}, "jax", check=about)
+    return Built({}, "jax", check=facts)
 
 
 def machine() -> dict[str, Any]:
@@ -438,7 +458,7 @@ def machine() -> dict[str, Any]:
     """
     process = Process(Side(_device, ()))
     try:
-        _, about = process.answer(time.monotonic() + START_S)
+        _, device = process.answer(time.monotonic() + START_S)
     except Late:
         raise UserError(f"no device after {START_S:g} s; is another process using it?") from None
     except Failed as fault:
@@ -447,7 +467,7 @@ def machine() -> dict[str, Any]:
         process.end()
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        **about,
+        **device,
         "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
         "malloc": os.environ.get("GLIBC_TUNABLES", ""),
@@ -480,6 +500,7 @@ def run_rows(
     `config` has `rounds`, `seconds`, `cores` (see `measure`) and `out`, the folder.
     `finish(result)` may add to all results so far before they are written.
     """
+    # The machine before any row, and the settings.
     described = dataclasses.asdict(config)
     folder = pathlib.Path(described.pop("out"))
     result = {**machine(), "load_average": [os.getloadavg()[0]], "config": described, "rows": []}
@@ -493,6 +514,7 @@ def run_rows(
         result["load_average"].append(os.getloadavg()[0])
         if finish:
             finish(result)
+        # At once whole: a kill while it is written leaves the file before.
         written = path.with_suffix(".part")
         written.write_text(json.dumps(result, indent=1) + "\n")
         written.replace(path)
@@ -512,6 +534,7 @@ def print_row(row: dict[str, Any]) -> None:
         for peer, (median, least, greatest) in line["faster_than"].items():
             words.append(f"{peer} {median:.2f} ({least:.2f}-{greatest:.2f})")
         words += shares(line)
+        # The first word stands behind the numbers, the others below it.
         start = f"{line['what']:32}{line['ms']:10.1f}{line['tokens_per_s']:10.0f}"
         for word in words or [""]:
             print(f"{start}  {word}".rstrip())

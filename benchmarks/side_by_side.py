@@ -78,10 +78,14 @@ def plain_batch(
 ) -> dict[str, np.ndarray]:
     """Return a batch of random tokens [rows, length], all real, all but the first predicted."""
     shape = (rows, length)
+    # The first ids are control tokens.
+    rng = np.random.default_rng(seed)
+    tokens_BT = rng.integers(3, model.vocab, shape, np.int32)
     position_T = np.arange(length, dtype=np.int32)
+    mask_T = np.float32(position_T > 0)
     return {
-        "tokens_BT": np.random.default_rng(seed).integers(3, model.vocab, shape, np.int32),
-        "loss_mask_BT": np.broadcast_to(np.float32(position_T > 0), shape),
+        "tokens_BT": tokens_BT,
+        "loss_mask_BT": np.broadcast_to(mask_T, shape),
         "segment_ids_BT": np.ones(shape, np.int32),
         "positions_BT": np.broadcast_to(position_T, shape),
     }
@@ -92,6 +96,7 @@ def plain_batch(
 
 def measured_on(result: dict[str, Any]) -> str:
     """Return where and how well a file of results was measured, as a sentence."""
+    # Over all rows: each library's rates of a matmul, its threads and its version.
     rates: dict[str, list[float]] = {}
     threads: dict[str, int] = {}
     versions: dict[str, str] = {}
@@ -101,20 +106,28 @@ def measured_on(result: dict[str, Any]) -> str:
         threads |= row.get("threads", {})
         for side in row["sides"].values():
             versions |= side["versions"]
-    words = []
-    for library, every in rates.items():
-        least, greatest = min(every), max(every)
-        count = f"{threads[library]} thread{'s' if threads[library] > 1 else ''}"
-        words.append(f"{library} {least:,.0f} to {greatest:,.0f} ({count})")
-    named = ", ".join(f"{library} {version}" for library, version in versions.items())
-    before, *after = result["load_average"]
+
+    # The machine, and how much of it each side had.
+    has = "1 core" if result["cores"] == 1 else f"{result['cores']} cores"
     cores = result["config"].get("cores")
     clock = f", each side on {cores}, seconds of its own work" if cores else ""
-    has = "1 core" if result["cores"] == 1 else f"{result['cores']} cores"
+    before, *after = result["load_average"]
+    most_after = max(after)
+
+    # The libraries, and how fast each was there.
+    named = ", ".join(f"{library} {version}" for library, version in versions.items())
+    words = []
+    for library, every in rates.items():
+        least = min(every)
+        greatest = max(every)
+        plural = "s" if threads[library] > 1 else ""
+        count = f"{threads[library]} thread{plural}"
+        words.append(f"{library} {least:,.0f} to {greatest:,.0f} ({count})")
+    rated = ", ".join(words) or "not recorded"
     return (
         f"{result['device']}, {has}{clock}; {result['date']}, {named}; load "
-        f"{before:.1f} before, {max(after):.1f} at most after; GFLOP/s of a matmul in the same "
-        f"rounds: {', '.join(words) or 'not recorded'}."
+        f"{before:.1f} before, {most_after:.1f} at most after; GFLOP/s of a matmul in the same "
+        f"rounds: {rated}."
     )
 
 
@@ -133,30 +146,39 @@ def line_cells(line: dict[str, Any]) -> list[str]:
 
 def markdown(folder: pathlib.Path) -> str:
     """Return the results of all benchmarks beside peers, in a folder, as tables."""
-    paths: list[pathlib.Path] = []
-    for name in ("train", "decode", "ppo"):
-        paths += sorted(folder.glob(f"{name}-*.json"))
     parts = []
-    for path in paths:
-        result = json.loads(path.read_text())
-        lines = [measured_on(result), ""]
-        lines += ["| what | ms | tokens/s | times as fast as |", "|---|---|---|---|"]
-        for row in result["rows"]:
-            for line in row.get("lines", []):
-                lines.append(f"| {' | '.join(line_cells(line))} |")
-            left_out = [f"{side}: {why}" for side, why in row["left_out"].items()]
-            if "over_limit" in row:
-                left_out.append(f"over its limit of {row['limit_s']:g} s: {row['over_limit']}")
-            if left_out:
-                lines.append(f"| {row['what']} | left out: {'; '.join(left_out)} | | |")
-        parts.append("\n".join(lines))
+    for name in ("train", "decode", "ppo"):
+        for path in sorted(folder.glob(f"{name}-*.json")):
+            result = json.loads(path.read_text())
+            parts.append(table_of(result))
     return "\n\n".join(parts)
+
+
+def table_of(result: dict[str, Any]) -> str:
+    """Return the table of one file of results, behind a sentence on where it was measured."""
+    lines = [measured_on(result), ""]
+    lines.append("| what | ms | tokens/s | times as fast as |")
+    lines.append("|---|---|---|---|")
+    for row in result["rows"]:
+        for line in row.get("lines", []):
+            cells = " | ".join(line_cells(line))
+            lines.append(f"| {cells} |")
+        # Sides that gave no number, and why.
+        left_out = [f"{side}: {why}" for side, why in row["left_out"].items()]
+        if "over_limit" in row:
+            left_out.append(f"over its limit of {row['limit_s']:g} s: {row['over_limit']}")
+        if left_out:
+            why = "; ".join(left_out)
+            lines.append(f"| {row['what']} | left out: {why} | | |")
+    return "\n".join(lines)
 
 
 def main() -> None:
     """Write the README's table."""
     # There are no arguments; a typo must not write.
     argparse.ArgumentParser(description=__doc__.partition("\n")[0]).parse_args()
+
+    # Between the page's marks.
     readme = pathlib.Path(__file__).parents[1] / "README.md"
     before, _, rest = readme.read_text().partition("<!-- benchmarks -->\n")
     _, _, after = rest.partition("<!-- end -->\n")

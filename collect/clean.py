@@ -124,9 +124,10 @@ def near(given: Given, rows: Sequence[int]) -> Found:
     seen = NearDuplicates(given.text, given.config.near)
     for row in rows:
         found = seen.before(row)
-        if found is not None:
-            earlier, similarity = found
-            yield row, f"{similarity:.2f} of row {earlier + 1}"
+        if found is None:
+            continue
+        earlier, similarity = found
+        yield row, f"{similarity:.2f} of row {earlier + 1}"
 
 
 def by_text(rule: Rule) -> Finder:
@@ -156,17 +157,25 @@ def perplexity(given: Given, rows: Sequence[int]) -> Found:
     run = config.init or ""
     model = load_run(run)
     model = model._replace(params=jax.device_put(model.params))
+
+    # The perplexity of the rows that are left.
     source = given.source
     left = dataclasses.replace(source, rows=[source.rows[row] for row in rows])
     scores_N = perplexities(model, left, longest(run, config.length))
-    for place in sorted(np.argsort(scores_N, kind="stable")[-most:].tolist()):
+
+    # The highest, in the order of the file.
+    highest = np.argsort(scores_N, kind="stable")[-most:]
+    for place in sorted(highest.tolist()):
         yield rows[place], f"{scores_N[place]:.4g}"
 
 
 def classifier(given: Given, rows: Sequence[int]) -> Found:
     """Find rows that look more like those of --bad than like those of --good."""
+    # Trained first, on the rows of the two files.
     config = given.config
-    model = TextClassifier(texts_in(config.good or ""), texts_in(config.bad or ""))
+    good = texts_in(config.good or "")
+    bad = texts_in(config.bad or "")
+    model = TextClassifier(good, bad)
     for start in in_parts(len(rows), PART, "classifier", "row"):
         part = rows[start : start + PART]
         chances_N = model.chances([given.text(row) for row in part])
@@ -217,12 +226,15 @@ def check(config: Config) -> None:
     """Raise UserError for settings that cannot run together."""
     names = rules_of(config)
     require(is_file(config.data), f"--data={config.data}: is no file; there is nothing to clean")
-    for name, needed in (
+
+    # What a rule needs.
+    needs = (
         ("perplexity", "init"),
         ("classifier", "good"),
         ("classifier", "bad"),
         ("lexicon", "lexicon"),
-    ):
+    )
+    for name, needed in needs:
         require(
             name not in names or getattr(config, needed) is not None,
             f"--rules={config.rules}: {name} needs --{needed}",
@@ -301,9 +313,10 @@ def replaced(value: Any) -> Any:
 def without_personal_data(line: str, schema: Schema) -> str | None:
     """Return a row, as JSON, without personal data in its texts; None where some is left.
 
-    It is where it stands in no text: a number, or messages written as JSON text.
+    Some is left where it is outside texts: in a number, or in messages written as JSON text.
     """
     row = replaced(json.loads(line))
+    # Looked for once more in what a script would read of the row.
     try:
         texts = texts_of(SCHEMAS[schema](row))
         _, kinds = text_rules.without_personal_data("\n".join(texts))
@@ -313,9 +326,9 @@ def without_personal_data(line: str, schema: Schema) -> str | None:
 
 
 def main(config: Config) -> dict[str, int]:
-    """Write the rows that stay, whole or not at all; return the counts of what each rule found.
+    """Write the rows that stay, whole or not at all; return how many rows each rule found.
 
-    Also of all `rows`, and of those that are `kept`.
+    Also the number of all `rows`, and of those `kept`.
     """
     check(config)
     make_mesh(MeshConfig())

@@ -56,8 +56,9 @@ class Config:
 def progress_shares(progress_P: Sequence[float], floor: float) -> list[float]:
     """Return a share for each source in proportion to its progress, none below `floor`.
 
-    What has got worse has no progress. Where no source has any, all have equal shares. Shares
-    add up to 1. Raises ValueError for a floor that so many sources cannot have.
+    A source that has got worse counts as one without progress. Where no source has any, all have
+    equal shares. Shares add up to 1. Raises ValueError for a floor that so many sources cannot
+    have.
     """
     count = len(progress_P)
     if not 0 <= floor * count <= 1:
@@ -65,7 +66,10 @@ def progress_shares(progress_P: Sequence[float], floor: float) -> list[float]:
     gains_P = np.maximum(np.array(progress_P, float), 0)
     if gains_P.sum() == 0:
         gains_P = np.ones(count)
-    shares_P = floor + (1 - floor * count) * gains_P / gains_P.sum()
+
+    # Each has the floor; what that leaves is shared out by progress.
+    spare = 1 - floor * count
+    shares_P = floor + spare * gains_P / gains_P.sum()
     return shares_P.tolist()
 
 
@@ -82,6 +86,7 @@ def held_out_losses(run: str, parts: Sequence[Source], length: int, most: int) -
         examples = [record_example(record, tokenizer, length) for record in part.first(most)]
         loss_N, tokens_N = measure(params, examples).T
         mean = float(loss_N.sum() / max(tokens_N.sum(), 1))
+        # A loss that is not a number would make all shares so.
         require(
             math.isfinite(mean),
             f"{run}: its loss on {part.name} is {mean}; name a run whose training went well",
@@ -92,6 +97,7 @@ def held_out_losses(run: str, parts: Sequence[Source], length: int, most: int) -
 
 def main(config: Config) -> dict[str, float]:
     """Print the losses of each source and the next mixture; return the share of each source."""
+    # The mixture's sources; one of conversations may have documents among them.
     make_mesh(MeshConfig())
     with_texts = config.schema == "chat"
     source = open_source(
@@ -118,7 +124,7 @@ def main(config: Config) -> dict[str, float]:
     before_P = held_out_losses(config.before, parts, length, config.records)
     after_P = held_out_losses(config.init, parts, length, config.records)
 
-    # What the next stage draws.
+    # What the next stage draws: more of what got better.
     progress_P = [before - after for before, after in zip(before_P, after_P, strict=True)]
     shares_P = progress_shares(progress_P, config.floor)
     rows = zip(labels, before_P, after_P, shares_P, strict=True)
@@ -126,22 +132,31 @@ def main(config: Config) -> dict[str, float]:
         print(f"{label}: held-out loss {before:.3f} -> {after:.3f}; share {share:.4f}")
         if f"{share:.4f}" == NONE:
             print(f"{label}: left out, its share is none; --floor keeps it in")
-    print(f"--data='{' '.join(next_words(source, shares_P))}'")
+    words = next_words(source, shares_P)
+    print(f"--data='{' '.join(words)}'")
     return dict(zip(labels, shares_P, strict=True))
 
 
 def next_words(source: Mixture, shares_P: Sequence[float]) -> list[str]:
     """Return the words of a mixture with these shares, its sources read as before.
 
-    Without the sources whose share is none; of a single one that is read as any file, its name.
+    Sources whose share is none are left out. Where one is left that is read as any file, its name
+    is the only word.
     """
-    by_label = {share.label: share for stage in source.stages for share in stage.shares}
+    # What each source is called by itself: its label also says how it is read.
+    names = {}
+    for stage in source.stages:
+        for share in stage.shares:
+            names[share.label] = share.data
+
     words = []
     for part, weight in zip(source.parts, shares_P, strict=True):
-        share = by_label[part.label]
-        options = part.label.removeprefix(share.data)
+        name = names[part.label]
+        options = part.label.removeprefix(name)
         if f"{weight:.4f}" != NONE:
-            words.append(f"{share.data}:{weight:.4f}{options}")
+            words.append(f"{name}:{weight:.4f}{options}")
+
+    # A single source with a weight would be taken for the name of a file.
     if len(words) == 1 and not is_mixture(words[0]):
         return [words[0].rpartition(":")[0]]
     if any(stage.by_tokens for stage in source.stages):

@@ -64,11 +64,16 @@ def make_response_losses(
 
     @jax.jit
     def of_batch(params: Params, batch: TokenBatch) -> jax.Array:
+        # The log-probability of each token, at the token's own index.
         output = apply(params, *inputs(batch))
         labels_BT = following(batch["tokens_BT"])
         logp_BT = shifted(hidden_logprobs(output.x_BTD, output.unembed_DV, labels_BT))
+
+        # Summed over the response's.
         mask_BT = batch["loss_mask_BT"]
-        return jnp.stack([-(logp_BT * mask_BT).sum(1), mask_BT.sum(1)], axis=1)
+        loss_B = -(logp_BT * mask_BT).sum(1)
+        tokens_B = mask_BT.sum(1)
+        return jnp.stack([loss_B, tokens_B], axis=1)
 
     def losses(params: Params, examples: Sequence[Example]) -> np.ndarray:
         return over_examples(partial(of_batch, params), examples, length, tokenizer.pad)
@@ -123,8 +128,9 @@ def chances_of_yes(judge: LoadedRun, source: Source, question: str = QUESTION) -
         for record in records:
             prompt, response = texts_to_judge(record)
             asked = prompt if isinstance(prompt, str) else request_text(prompt)
-            # Not by format, which would read braces of the texts.
-            filled = question.replace("{response}", response, 1).replace("{prompt}", asked, 1)
+            # Not by format, which would read the braces in texts.
+            filled = question.replace("{response}", response, 1)
+            filled = filled.replace("{prompt}", asked, 1)
             questions.append(filled)
         return probability_of_yes(questions)
 
@@ -135,7 +141,11 @@ def lengths(tokenizer: Tokenizer, source: Source) -> np.ndarray:
     """Return the tokens of each response."""
 
     def score(records: list[Record]) -> np.ndarray:
-        return np.array([len(tokenizer.encode(texts_to_judge(record)[1])) for record in records])
+        tokens = []
+        for record in records:
+            _, response = texts_to_judge(record)
+            tokens.append(len(tokenizer.encode(response)))
+        return np.array(tokens)
 
     return over_records(score, source, "length")
 
@@ -158,18 +168,20 @@ def implicit_margins(
     measures = [make_response_losses(run.config, tokenizer, length) for run in runs]
 
     def score(records: list[Record]) -> np.ndarray:
-        ratio = []
+        # log p / p_ref of the best responses, then of the worst.
+        prompts = [record["prompt"] for record in records]
+        ratios = []
         for texts in zip(*map(extremes, records), strict=True):
-            prompts = [record["prompt"] for record in records]
             pairs = zip(prompts, texts, strict=True)
             examples = [example_of(*pair, tokenizer, length) for pair in pairs]
-            own, theirs = (
-                losses(run.params, examples)[:, 0]
-                for losses, run in zip(measures, runs, strict=True)
-            )
-            # Losses are negative log-probabilities.
-            ratio.append(theirs - own)
-        return np.where(ties(records), np.nan, ratio[0] - ratio[1])
+            losses = []
+            for measure, run in zip(measures, runs, strict=True):
+                losses.append(measure(run.params, examples)[:, 0])
+            # A loss is the negative of a log-probability.
+            own, theirs = losses
+            ratios.append(theirs - own)
+        best, worst = ratios
+        return np.where(ties(records), np.nan, best - worst)
 
     return over_records(score, source, "implicit margin")
 
@@ -185,7 +197,8 @@ def reward_margins(models: Sequence[LoadedRun], source: Source, length: int) -> 
         prompts = [record["prompt"] for record in records]
         best, worst = zip(*map(extremes, records), strict=True)
         margins = [rewards(prompts, best) - rewards(prompts, worst) for rewards in measures]
-        return np.where(ties(records)[:, None], np.nan, np.stack(margins, axis=1))
+        margin_NM = np.stack(margins, axis=1)
+        return np.where(ties(records)[:, None], np.nan, margin_NM)
 
     return over_records(score, source, "reward").T
 
@@ -218,14 +231,18 @@ def extremes(record: Record) -> tuple[str, str]:
 
 def ties(records: Sequence[Record]) -> np.ndarray:
     """Return where all responses of a comparison tie, [n] bool."""
-    return np.array([best_and_worst_response(record)[1] is None for record in records])
+    found = []
+    for record in records:
+        _, worst = best_and_worst_response(record)
+        found.append(worst is None)
+    return np.array(found)
 
 
 # --- uncertainty, for active learning
 
 
 def entropy(p: np.ndarray) -> np.ndarray:
-    """Return the entropy of a coin that shows heads with chance p, in nats."""
+    """Return the entropy of a coin that shows heads with probability p, in nats."""
     return special.entr(p) + special.entr(1 - p)
 
 
@@ -250,7 +267,9 @@ def bald(margins_MN: np.ndarray) -> np.ndarray:
     The entropy of the mean preference less the mean entropy (Houlsby et al. 2011).
     """
     p_MN = special.expit(margins_MN)
-    return entropy(p_MN.mean(0)) - entropy(p_MN).mean(0)
+    of_mean_N = entropy(p_MN.mean(0))
+    mean_N = entropy(p_MN).mean(0)
+    return of_mean_N - mean_N
 
 
 UNCERTAINTIES: dict[str, Callable[[np.ndarray], np.ndarray]] = {

@@ -78,10 +78,13 @@ def encode_chat(record: Record, tokenizer: Tokenizer, length: int) -> Encoded:
     left.
     """
     tokens, mask = tokenizer.chat(record["messages"])
+
+    # Cut only where it is too long, and between words.
     end = length
     if len(tokens) > length:
         end = at_a_space(tokens, length, tokenizer.word_starts, -1, length)
     row = {"tokens": tokens[:end], "mask": mask[:end]}
+    # The cut may have taken all of the assistant's turns.
     rows = [row] if any(row["mask"]) else []
     return Encoded(rows, len(tokens) > length)
 
@@ -215,8 +218,8 @@ def blank(shape: tuple[int, ...], pad: int, masked: bool) -> Batch:
 
     `masked`: with a loss mask.
     """
-    letters = "BCT" if len(shape) == 3 else "BT"
     # The keys of `Batch`, such as segment_ids_BCT.
+    letters = "BCT" if len(shape) == 3 else "BT"
     batch = {f"tokens_{letters}": np.full(shape, pad, np.int32)}
     if masked:
         batch[f"loss_mask_{letters}"] = np.zeros(shape, np.float32)
@@ -262,6 +265,7 @@ def pad_comparisons(
     batch["ranks_BC"] = np.zeros(shape[:2], np.int32)
     batch["margin_B"] = np.array([row["margin"] for row in rows], np.float32)
 
+    # Candidate by candidate: its prompt, then its response.
     for b, row in enumerate(rows):
         count = len(row["responses"])
         if count > candidates:
@@ -479,7 +483,7 @@ class Batches:
         """
         if state["processes"] != self._processes:
             raise UserError(
-                f"the data's position was saved on {state['processes']} hosts, these are "
+                f"the data's position was saved on {state['processes']} hosts, but this run has "
                 f"{self._processes}; resume on as many"
             )
         self._position = state.copy()

@@ -22,6 +22,7 @@ JUDGEMENTS = ("desirable", "label")
 
 
 def _words(text: str) -> frozenset[str]:
+    """Return the words of a text, which are parted by spaces."""
     return frozenset(text.split())
 
 
@@ -61,7 +62,9 @@ class LeftOut(FieldError):
 def shown(value: Any) -> str:
     """Return a value for a message: in one line, at most 60 characters, printable."""
     text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    if len(text) > 60:
+        text = f"{text[:57]}..."
+    return text
 
 
 def name_shown(name: str) -> str:
@@ -71,7 +74,9 @@ def name_shown(name: str) -> str:
 
 def missing(row: Row, field: str, wanted: str) -> FieldError:
     """Make the error for a row without `field`, which says what is needed and what is there."""
-    found = ", ".join(name_shown(name) for name in list(row)[:8]) or "nothing"
+    # A table may have hundreds of columns.
+    names = list(row)[:8]
+    found = ", ".join(map(name_shown, names)) or "nothing"
     return FieldError(field, f"missing; the row needs {wanted} and has {found}")
 
 
@@ -147,6 +152,7 @@ def switch(row: Row, place: str) -> bool | None:
 
     `place`: where the message is in the row.
     """
+    # What each key says: 1 of ON, or 0 of OFF, is yes.
     answers = set()
     for name in (*ON, *OFF):
         value = row.get(name)
@@ -163,6 +169,7 @@ def switch(row: Row, place: str) -> bool | None:
 @functools.lru_cache(4096)
 def _words_of(name: str) -> tuple[list[str], bool]:
     """Return the words in a name without FORMS at its end, and if one is of OTHERS_TURNS."""
+    # camelCase is parted where a capital letter begins a word.
     separate = re.sub(r"([a-z])([A-Z])", r"\1 \2", name).lower()
     words = re.findall(r"[a-z]+", separate)
     on_others = not OTHERS_TURNS.isdisjoint(words)
@@ -188,10 +195,15 @@ def changes_training(name: str, value: Any, switches_only: bool = False) -> bool
     words, on_others = _words_of(name)
     if is_empty(value) or not words or {words[0], words[-1]} & FACTS:
         return False
+
+    # Switches: what they say when they change nothing is also the default.
     if not SWITCH_ON.isdisjoint(words):
-        return value != (0 if on_others else 1)
+        default = 0 if on_others else 1
+        return value != default
     if name in OFF or not SWITCH_OFF.isdisjoint(words):
         return value != 0
+
+    # A response judged bad would be trained on as if it were good.
     if name in JUDGEMENTS:
         return value is False
     return not switches_only and value is not False and words[-1] in CONTENT

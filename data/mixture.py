@@ -106,24 +106,30 @@ class Mixture(Source):
         for source in self.alone():
             tokens = [tokens_of(record) for record in source.first(WEIGHED)]
             means.append(max(float(np.mean(tokens)), 1.0))
+
+        # A share of tokens is a share of records over the tokens of each.
         shares_SP = []
         for stage, shares_P in zip(self.stages, self.shares_SP, strict=True):
-            records = [share / mean for share, mean in zip(shares_P, means, strict=True)]
-            shares_SP.append(tuple(whole(records)) if stage.by_tokens else shares_P)
+            if stage.by_tokens:
+                records = [share / mean for share, mean in zip(shares_P, means, strict=True)]
+                shares_P = tuple(whole(records))
+            shares_SP.append(shares_P)
         return dataclasses.replace(self, shares_SP=tuple(shares_SP))
 
     def describe_shares(self, batch_tokens: int | None) -> str:
+        # What each stage draws.
         lines = []
         for number, shares_P in enumerate(self.shares_SP):
             total = sum(shares_P)
-            named = [
-                f"{share / total:.1%} {part.label}"
-                for part, share in zip(self.parts, shares_P, strict=True)
-                if share
-            ]
-            lines.append(f"{', '.join(named)} of the records drawn")
+            named = []
+            for part, share in zip(self.parts, shares_P, strict=True):
+                if share:
+                    named.append(f"{share / total:.1%} {part.label}")
+            line = f"{', '.join(named)} of the records drawn"
             if len(self.shares_SP) > 1:
-                lines[-1] = f"stage {number + 1}: {lines[-1]}"
+                line = f"stage {number + 1}: {line}"
+            lines.append(line)
+        # And where it ends.
         for number, end in enumerate(self.stage_ends(batch_tokens)):
             lines[number] += f", to batch {end:,}"
         return "; ".join(lines)
@@ -138,11 +144,15 @@ def mixed(
 ) -> Mixture:
     """Make one source of several, each named by a label of the stages' shares.
 
-    `rows_P`: the rows of each that its weight is times, where it counts rows; None: all of the
-    source. Raises UserError where a weight counts the rows of a source without an end.
+    `rows_P`: how many rows of each its weight is multiplied by, where the weight counts rows;
+    None: all of the source. Raises UserError where a weight counts the rows of a source without
+    an end.
     """
-    # Each part once, whatever the stages that name it.
-    in_order = {share.label: share.in_order for stage in stages for share in stage.shares}
+    # Each part once, however many stages name it.
+    in_order = {}
+    for stage in stages:
+        for share in stage.shares:
+            in_order[share.label] = share.in_order
     parts = []
     for source, label in zip(sources, labels, strict=True):
         parts.append(Part(label, source, in_order[label]))
@@ -150,8 +160,9 @@ def mixed(
         rows_P = sizes_of(parts)
     shares_SP = tuple(tuple(shares_of(stage, parts, rows_P)) for stage in stages)
 
-    # Records lie in the order of `place_of`.
-    spread_P = tuple(whole([sum(shares) for shares in zip(*shares_SP, strict=True)]))
+    # Records lie in the order of `place_of`, by the shares of all stages together.
+    together = [sum(shares_S) for shares_S in zip(*shares_SP, strict=True)]
+    spread_P = tuple(whole(together))
     sizes = sizes_of(parts)
 
     def read(i: int) -> Record:
@@ -232,7 +243,8 @@ def shares_of(stage: Stage, parts: Sequence[Part], rows_P: Sequence[int]) -> lis
             )
         counted = min(rows, share.cap or rows) if share.by_rows else 1
         weights.append(share.weight * counted)
-    # Of the largest: no power is too large a number.
+
+    # Each over the largest, so that no power overflows.
     largest = max(weights)
     shares = []
     for weight in weights:
@@ -323,6 +335,7 @@ def counts(draws: int, shares: Sequence[int]) -> list[int]:
     """
     found = []
     remaining = sum(shares)
+    # A part's share of the draws that those before it leave.
     for share in shares:
         count = draws * share // remaining if remaining else 0
         found.append(count)
@@ -362,12 +375,15 @@ class Draws:
 
     def _indices(self, block: int) -> np.ndarray:
         """Return the indices of a block of draws, int64 [BLOCK]."""
+        # The part of each draw: as many of each as the block has of it, shuffled.
         before_P = counts(block * BLOCK, self._shares)
         after_P = counts((block + 1) * BLOCK, self._shares)
-        numbers = np.subtract(after_P, before_P)
-        parts_N = np.repeat(np.arange(len(numbers)), numbers)
-        np.random.default_rng([*self._seed, block]).shuffle(parts_N)
+        numbers_P = np.subtract(after_P, before_P)
+        parts_N = np.repeat(np.arange(len(numbers_P)), numbers_P)
+        rng = np.random.default_rng([*self._seed, block])
+        rng.shuffle(parts_N)
 
+        # The row of each draw: a part's draws go through its rows.
         indices_N = np.zeros(BLOCK, np.int64)
         for part, (before, after) in enumerate(zip(before_P, after_P, strict=True)):
             rows = [self._row(part, draw) for draw in range(before, after)]

@@ -1,12 +1,12 @@
 """Near duplicates: texts that share most of their word n-grams, found without comparing all pairs.
 
-Each text is the set of its n-grams, as hashes. Two sets are alike by their Jaccard similarity, the
-size of the intersection over that of the union. MinHash (Broder 1997) estimates it: of a random
-function over hashes, the least value over a set is the same for two sets with a chance of just
-that. BANDS groups of ROWS such values each are keys; texts that share a key are compared (locality
-sensitive hashing, Leskovec et al. 2020, section 3.4). So two texts of similarity s are compared
-with a chance of 1 - (1 - s^ROWS)^BANDS: 0.996 at 0.75, 0.80 at 0.6, 0.05 at 0.3. Whether they are
-alike is then decided by their sets themselves.
+Each text is the set of hashes of its n-grams. How alike two sets are is their Jaccard similarity:
+the size of their intersection over that of their union. MinHash (Broder 1997) estimates it: map
+all hashes by one random function, and the least value in each of two sets is the same with a
+probability equal to their similarity. ROWS such values make a key, and a text has BANDS keys; only
+texts that share a key are compared (locality-sensitive hashing, Leskovec et al. 2020, section
+3.4). So two texts of similarity s are compared with probability 1 - (1 - s^ROWS)^BANDS: 0.996 at
+0.75, 0.80 at 0.6, 0.05 at 0.3. Their sets themselves then decide whether they are near.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from collections.abc import Callable
 import numpy as np
 
 WORDS = 3
-"""Words of an n-gram. Of shorter texts all words are one."""
+"""Words of an n-gram; a shorter text is a single n-gram."""
 BANDS = 20
 ROWS = 5
 LEAST_NEAR = 0.6
@@ -33,6 +33,7 @@ def normal(text: str) -> str:
 def ngrams(text: str) -> np.ndarray:
     """Return the hashes of a text's distinct n-grams of words, sorted, uint64 below PRIME."""
     words = normal(text).split()
+    # A text of fewer than WORDS words has one n-gram: all of it.
     count = max(len(words) - WORDS + 1, 1)
     hashes = set()
     for start in range(count):
@@ -45,7 +46,8 @@ def ngrams(text: str) -> np.ndarray:
 def jaccard(one: np.ndarray, other: np.ndarray) -> float:
     """Return the similarity of two sets of hashes: the shared part of all, in [0, 1]."""
     shared = len(np.intersect1d(one, other, assume_unique=True))
-    return shared / (len(one) + len(other) - shared)
+    union = len(one) + len(other) - shared
+    return shared / union
 
 
 class NearDuplicates:
@@ -59,11 +61,14 @@ class NearDuplicates:
         """Call texts near whose n-grams have a similarity of at least `least`."""
         self._text_at = text_at
         self._least = least
+
+        # One random function for each of V values: x -> (a x + b) mod PRIME.
         rng = np.random.default_rng(seed)
-        # One random function a value: x -> (a * x + b) mod PRIME.
         values = BANDS * ROWS
         self._a_V1 = rng.integers(1, PRIME, (values, 1), np.uint64)
         self._b_V1 = rng.integers(0, PRIME, (values, 1), np.uint64)
+
+        # The first row that had each key.
         self._rows: dict[bytes, int] = {}
 
     def before(self, row: int) -> tuple[int, float] | None:
@@ -76,23 +81,40 @@ class NearDuplicates:
             return None
         hashes_N = ngrams(text)
         keys = self._keys(hashes_N)
-        # The nearest of those that share a key; of equally near ones the first.
-        best: tuple[int, float] | None = None
-        for other in sorted({self._rows[key] for key in keys if key in self._rows}):
-            similarity = jaccard(hashes_N, ngrams(self._text_at(other)))
-            if similarity >= self._least and (best is None or similarity > best[1]):
-                best = other, similarity
-        if best is None:
-            for key in keys:
-                self._rows.setdefault(key, row)
-        return best
+
+        # Only rows that share a key are read again and compared.
+        candidates = set()
+        for key in keys:
+            if key in self._rows:
+                candidates.add(self._rows[key])
+
+        # The nearest of them; of equally near ones the first.
+        nearest = None
+        most = 0.0
+        for other in sorted(candidates):
+            other_text = self._text_at(other)
+            similarity = jaccard(hashes_N, ngrams(other_text))
+            if similarity >= self._least and (nearest is None or similarity > most):
+                nearest = other
+                most = similarity
+        if nearest is not None:
+            return nearest, most
+
+        # Near none: later rows may be near this one.
+        for key in keys:
+            self._rows.setdefault(key, row)
+        return None
 
     def _keys(self, hashes_N: np.ndarray) -> list[bytes]:
         """Return the keys of a set of hashes, one a band."""
+        # The least value of each random function over the set.
         values_VN = (self._a_V1 * hashes_N + self._b_V1) % np.uint64(PRIME)
         least_V = values_VN.min(1)
+        bands = least_V.reshape(BANDS, ROWS)
+
+        # The band is hashed too, so that equal values in two bands are two keys.
         keys = []
-        for band, values in enumerate(least_V.reshape(BANDS, ROWS)):
+        for band, values in enumerate(bands):
             digest = hashlib.blake2b(values.tobytes(), digest_size=8, salt=bytes([band]))
             keys.append(digest.digest())
         return keys

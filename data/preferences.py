@@ -72,8 +72,8 @@ def records_of_other_prompts(
             return records_of_other_prompts(prompt, others, places)
         if record is None:
             raise UserError(
-                f"{source.name}: holds {len(prompts)} prompts, and each record needs one more "
-                "that is another's; add rows with other prompts"
+                f"{source.name}: too few different prompts ({len(prompts)}) to give each record "
+                "one more; add rows with other prompts"
             )
         prompts.append(record["prompt"])
         found.append(record)

@@ -126,26 +126,36 @@ def opened(row: Row, messages: list[Message]) -> list[Message]:
         first, *messages = messages
         said.append(first["content"])
     if len(set(said)) > 1:
-        raise FieldError("system", "says another thing than the system's turn; keep one of them")
-    tools = "" if is_empty(row.get("tools")) else tools_text(row["tools"], "tools")
-    texts = [text for text in (*said[:1], tools) if text]
-    system = [turn("system", "\n\n".join(texts))] if texts else []
+        raise FieldError("system", "differs from the system's turn; keep one of them")
+
+    # The tools go below it, in the same turn.
+    texts = said[:1]
+    if not is_empty(row.get("tools")):
+        texts.append(tools_text(row["tools"], "tools"))
+    texts = [text for text in texts if text]
+    system = []
+    if texts:
+        system.append(turn("system", "\n\n".join(texts)))
     return [*system, *_history(row), *messages]
 
 
 def _history(row: Row) -> list[Message]:
     """Read the earlier turns of a row: [[what was asked, what was answered], ...], or messages."""
     pairs = row.get("history") or []
-    if isinstance(pairs, list) and pairs and isinstance(pairs[0], dict):
-        return messages_of(pairs, "history")
     if not isinstance(pairs, list):
         raise FieldError("history", "must be a list of pairs, [asked, answered]")
+    # Its first item tells which of the two it is.
+    if pairs and isinstance(pairs[0], dict):
+        return messages_of(pairs, "history")
     turns = []
     for i, pair in enumerate(pairs):
+        place = f"history[{i}]"
         if not isinstance(pair, list) or len(pair) != 2:
-            raise FieldError(f"history[{i}]", "must be a pair, [asked, answered]")
-        turns.append(turn("user", text_of(pair[0], f"history[{i}][0]")))
-        turns.append(turn("assistant", text_of(pair[1], f"history[{i}][1]")))
+            raise FieldError(place, "must be a pair, [asked, answered]")
+        asked = text_of(pair[0], f"{place}[0]")
+        answered = text_of(pair[1], f"{place}[1]")
+        turns.append(turn("user", asked))
+        turns.append(turn("assistant", answered))
     return turns
 
 
@@ -170,8 +180,10 @@ def _chat(turns: list[Message], field: str) -> Record:
     """Return a conversation as a record, without what follows the last turn trained on."""
     if len(turns) < 2 or turns[-1]["role"] != "assistant":
         raise FieldError(field, "must end with an assistant's turn, after another's")
+    # An assistant may greet first, but somebody must ask.
     if turns[0]["role"] == "assistant" and len(turns) < 3:
         raise FieldError(field, "nobody asks anything; begin with the user's turn")
+    # Turns that are not trained on serve only those behind them.
     while turns and not is_trained(turns[-1]):
         turns = turns[:-1]
     if len(turns) < 2:
@@ -202,9 +214,13 @@ def read_instances(row: Row, instruction: str, instances: str) -> Record:
         raise FieldError("instances", "must be a list of objects with input and output")
     if len(found) > 1:
         raise FieldError("instances", "must be one; write each of them in a row of its own")
+    instance = found[0]
     place = "instances[0]."
-    texts = [text_of(row[instruction], instruction), *_texts(found[0], ["input"], place)]
-    output = get(found[0], "output", place)
+
+    # The instruction, its input below it where there is one, and the output.
+    texts = [text_of(row[instruction], instruction)]
+    texts += _texts(instance, ["input"], place)
+    output = get(instance, "output", place)
     response = text_of(output, f"{place}output")
     turns = [turn("user", "\n\n".join(texts)), turn("assistant", response)]
     return _chat(opened(row, turns), "instances")
@@ -241,6 +257,7 @@ def read_pair(row: Row, asked: str, chosen: str, rejected: str) -> Record:
 def read_pair_after_messages(row: Row, asked: str, chosen: str, rejected: str) -> Record:
     """Read a pair of responses to a conversation; one that is answered already says nothing."""
     turns = messages_of(row[asked], asked)
+    # Such a conversation repeats one of the two, which are whole conversations then.
     if turns[-1]["role"] == "assistant":
         return read_whole_pair(row, chosen, rejected)
     better = opened(row, continued(turns, row[chosen], chosen))
@@ -264,8 +281,7 @@ def _pair(better: list[Message], worse: list[Message]) -> Record:
             "rejected", "must be the conversation of chosen up to the last turn; remove the row"
         )
     _refuse_unasked(prompt, "chosen")
-    rank = 1 if chosen == rejected else 2
-    return {"prompt": prompt, "responses": [chosen, rejected], "ranking": [1, rank]}
+    return _two(prompt, chosen, rejected, 0)
 
 
 def _refuse_unasked(prompt: list[Message], field: str) -> None:
@@ -293,7 +309,7 @@ def read_ranked(row: Row, asked: str, responses: str, ranking: str) -> Record:
 
 
 def read_scored(row: Row, asked: str, completions: str) -> Record:
-    """Read UltraFeedback's own row: responses with scores, of which the highest is the best."""
+    """Read UltraFeedback's own row: responses with scores; the highest is the best."""
     prompt = opened(row, _request(row, asked))
     given = row[completions]
     if not isinstance(given, list) or len(given) < 2:
@@ -305,7 +321,7 @@ def read_scored(row: Row, asked: str, completions: str) -> Record:
         if not isinstance(completion, dict):
             raise FieldError(place, "must be an object with response and overall_score")
         responses.append(text_of(completion.get("response"), f"{place}.response"))
-        # The second is the mean of its four aspects.
+        # Where the overall score is missing, the mean of its four aspects serves.
         score: Any = completion.get("overall_score", completion.get("fine-grained_score"))
         if not is_number(score):
             raise FieldError(f"{place}.overall_score", f"must be a number, not {shown(score)}")
@@ -315,11 +331,10 @@ def read_scored(row: Row, asked: str, completions: str) -> Record:
 
 def read_battle(row: Row, first: str, second: str, winner: str) -> Record:
     """Read two whole conversations of an arena, and which of them won."""
-    turns = [conversation_of(row[name], name) for name in (first, second)]
-    (prompt, one), (other_prompt, other) = (
-        last_and_before(opened(row, said), name)
-        for said, name in zip(turns, (first, second), strict=True)
-    )
+    first_turns = conversation_of(row[first], first)
+    second_turns = conversation_of(row[second], second)
+    prompt, one = last_and_before(opened(row, first_turns), first)
+    other_prompt, other = last_and_before(opened(row, second_turns), second)
     if prompt != other_prompt:
         raise FieldError(
             second, f"must be the conversation of {first} up to the last turn; remove the row"
@@ -335,28 +350,29 @@ def read_two(row: Row, asked: str, first: str, second: str, better: str) -> Reco
     request = prompt_of(row[asked], asked) if asked == "history" else _request(row, asked)
     one = text_of(row[first], first)
     other = text_of(row[second], second)
-    return _two(opened(earlier, request), one, other, _winner(row, better))
+    prompt = opened(earlier, request)
+    return _two(prompt, one, other, _winner(row, better))
 
 
 def _winner(row: Row, field: str) -> int | None:
     """Return the number of the better of two, 0 or 1; None for a tie."""
     said = row[field]
-    if isinstance(said, str):
-        named = WINNERS.get(said.lower(), -1)
-    else:
-        number = whole_number(said)
-        named = number if number in (0, 1) else -1
-        # SHP says by 1 that the first is better.
-        if field == "labels" and named != -1:
-            named = 1 - named
-    if named == -1:
+    if isinstance(said, str) and said.lower() in WINNERS:
+        return WINNERS[said.lower()]
+    number = whole_number(said)
+    if number is None or number not in (0, 1):
         words = ", ".join(WINNERS)
         raise FieldError(field, f"must be 0, 1, or one of {words}, not {shown(said)}")
-    return named
+    # In SHP 1 says that the first is better.
+    return 1 - number if field == "labels" else number
 
 
 def _two(prompt: list[Message], first: str, second: str, better: int | None) -> Record:
-    """Return two responses as a comparison; None: they tie, as equal texts do."""
+    """Return two responses as a comparison.
+
+    `better`: the number of the better one, 0 or 1; None for a tie. Equal texts tie, whatever it
+    says.
+    """
     ranking = [1, 1]
     if better is not None and first != second:
         ranking[1 - better] = 2
@@ -365,7 +381,8 @@ def _two(prompt: list[Message], first: str, second: str, better: int | None) -> 
 
 def read_tree(row: Row, name: str, root: str) -> Record:
     """Read a tree of OASST as the conversation of its best replies."""
-    return _chat(opened(row, best_path(an_object(row, root), root)), root)
+    turns = best_path(an_object(row, root), root)
+    return _chat(opened(row, turns), root)
 
 
 def read_tree_replies(row: Row, name: str, root: str) -> Record:
@@ -392,15 +409,18 @@ def read_judged(row: Row, asked: str, answered: str, label: str) -> Record:
 
 def read_judged_conversation(row: Row, field: str, label: str) -> Record:
     """Read a whole conversation, and whether its last turn is desirable."""
-    return _judged(row, conversation_of(row[field], field), field, label)
+    turns = conversation_of(row[field], field)
+    return _judged(row, turns, field, label)
 
 
 def _judged(row: Row, turns: list[Message], field: str, label: str) -> Record:
-    if not isinstance(row[label], bool):
-        raise FieldError(label, f"must be true or false, not {shown(row[label])}")
+    """Return `turns`, of `field`, as a prompt and a response that field `label` judges."""
+    desirable = row[label]
+    if not isinstance(desirable, bool):
+        raise FieldError(label, f"must be true or false, not {shown(desirable)}")
     prompt, response = last_and_before(opened(row, turns), field)
     _refuse_unasked(prompt, field)
-    return {"prompt": prompt, "response": response, "desirable": row[label]}
+    return {"prompt": prompt, "response": response, "desirable": desirable}
 
 
 # ---- Prompts ----
@@ -412,11 +432,14 @@ def read_prompt(row: Row, asked: str) -> Record:
     # A response that was judged bad is no answer.
     if any(row.get(name) is False for name in JUDGEMENTS):
         return {"prompt": prompt}
+
+    # The first field that says something.
     for name in ANSWERS.split():
         field, value = _answer(row, name)
         if isinstance(value, list | dict) and value:
             # A response in turns: what its last one says.
-            _, value = last_and_before(continued(prompt, value, field), field)
+            turns = continued(prompt, value, field)
+            _, value = last_and_before(turns, field)
         if not is_empty(value) and str(value).strip():
             return {"prompt": prompt, "answer": answer_text(value, field)}
     return {"prompt": prompt}
@@ -428,8 +451,10 @@ def _answer(row: Row, name: str) -> tuple[str, Any]:
     if name == "reward_model":
         truth = value.get("ground_truth") if isinstance(value, dict) else None
         return "reward_model.ground_truth", truth
-    # A judgement is no answer.
-    return name, None if name in JUDGEMENTS and isinstance(value, bool) else value
+    # `label` may be an answer; true and false are judgements.
+    if name in JUDGEMENTS and isinstance(value, bool):
+        value = None
+    return name, value
 
 
 def read_prompt_of_conversation(row: Row, field: str) -> Record:
@@ -454,6 +479,7 @@ def read_prompt_of_chat(row: Row, *fields: str) -> Record:
 
 
 def _asked_and_answer(chat: Record, field: str) -> Record:
+    """Return a conversation, of `field`, as a prompt and the answer that its last turn is."""
     *asked, answer = chat["messages"]
     _refuse_unasked(asked, field)
     return {"prompt": asked, "answer": answer["content"]}
@@ -481,6 +507,7 @@ def read_steps(row: Row, asked: str, steps: str, labels: str) -> Record:
 
 def read_stepwise(row: Row, asked: str, steps: str, labels: str) -> Record:
     """Read TRL's stepwise supervision: steps, and whether each is right; lines are joined."""
+    # True and false become words. What is no list is left to `read_steps` to refuse.
     told = row[labels]
     if isinstance(told, list):
         words = {True: "positive", False: "negative"}
@@ -488,10 +515,12 @@ def read_stepwise(row: Row, asked: str, steps: str, labels: str) -> Record:
     joined = row[steps]
     if isinstance(joined, list):
         joined = [_one_line(step, f"{steps}[{i}]") for i, step in enumerate(joined)]
-    return read_steps({**row, steps: joined, labels: told}, asked, steps, labels)
+    adapted = {**row, steps: joined, labels: told}
+    return read_steps(adapted, asked, steps, labels)
 
 
 def _one_line(value: Any, field: str) -> str:
+    """Return the text of `field` with all space in it single."""
     return " ".join(text_of(value, field).split())
 
 
@@ -506,28 +535,34 @@ def _check_step_label(label: Any, field: str) -> None:
 
 def read_math_shepherd(row: Row, solution: str, marked: str) -> Record:
     """Read Math-Shepherd's row: `label` is the solution with + or - at the end of each step."""
+    # The problem, up to the first step.
     said = text_of(row[marked], marked)
     first = re.search(r"\bStep 1:", said)
-    if first is None or not said[: first.start()].strip():
+    problem = "" if first is None else said[: first.start()].strip()
+    if first is None or not problem:
         raise FieldError(marked, "must be a problem and its steps, from 'Step 1:' on")
+
+    # A step a line, its mark at the end.
+    solved = said[first.start() :].strip()
     steps = []
     labels = []
-    for line in said[first.start() :].strip().split("\n"):
-        step = re.fullmatch(r"(.*\S)\s*([+-])\s*", line)
-        if step is None:
+    for line in solved.split("\n"):
+        found = re.fullmatch(r"(.*\S)\s*([+-])\s*", line)
+        if found is None:
             raise FieldError(marked, f"each step must end with + or -, not {shown(line)}")
-        steps.append(step[1])
-        labels.append("positive" if step[2] == "+" else "negative")
-    prompt = [turn("user", said[: first.start()].strip())]
-    return {"prompt": opened(row, prompt), "steps": steps, "labels": labels}
+        step, mark = found.groups()
+        steps.append(step)
+        labels.append("positive" if mark == "+" else "negative")
+    prompt = opened(row, [turn("user", problem)])
+    return {"prompt": prompt, "steps": steps, "labels": labels}
 
 
 def read_prm800k(row: Row, question: str, label: str) -> Record:
     """Read a labelled PRM800K solution (Lightman et al. 2023): the trajectory, no alternatives.
 
-    A step's text is the chosen completion's, else the human's, else (the labelling ended here)
-    the first one's. What a human wrote counts as positive. A step of several lines becomes one
-    line. Problems given up may have no step; batches drop them.
+    A step's text is the chosen completion's, else the human's, else, where the labelling ended,
+    the first completion's. What a human wrote counts as positive. A step of several lines becomes
+    one line. Problems that were given up may have no step; batches drop them.
     """
     problem = get(an_object(row, question), "problem", "question.")
     prompt = prompt_of(problem, "question.problem")
@@ -570,6 +605,8 @@ def _prm800k_completion(stage: Any, place: str) -> Row | None:
     chosen = stage.get("chosen_completion")
     human = stage.get("human_completion")
     completions = stage["completions"]
+
+    # None was good enough: a human wrote one, as a text or as an object, and may have rated it.
     if chosen is None and human is not None:
         written = {"text": human} if isinstance(human, str) else human
         if not isinstance(written, dict):
@@ -597,14 +634,18 @@ def _prm800k_completion(stage: Any, place: str) -> Row | None:
 def _each(read: Callable[..., Record], *names: str, more: str = "") -> list[Layout]:
     """Return a layout for each choice of one of the names that each field goes by.
 
-    Names are parted by spaces; so are those in `more`. Of requests only an instruction has INPUTS.
+    Names are parted by spaces; so are those in `more`. A request other than an instruction has no
+    INPUTS: they are taken out of its `more`.
     """
+    # Requests whose input is part of what they ask.
+    whole_requests = set(REQUESTS.split()) - {"instruction"}
+    choices = [name.split() for name in names]
     layouts = []
-    for fields in itertools.product(*(name.split() for name in names)):
-        others = set(REQUESTS.split()) - {"instruction"}
-        without = set() if others.isdisjoint(fields) else set(INPUTS.split())
-        read_too = tuple(name for name in more.split() if name not in without)
-        layouts.append(Layout(fields, read, read_too))
+    for fields in itertools.product(*choices):
+        read_too = more.split()
+        if not whole_requests.isdisjoint(fields):
+            read_too = [name for name in read_too if name not in INPUTS.split()]
+        layouts.append(Layout(fields, read, tuple(read_too)))
     return layouts
 
 
@@ -696,9 +737,14 @@ def layout_of(row: Row, schema: Schema) -> Layout:
     fitting = fitting_layouts(schema, frozenset(row))
     if fitting:
         return fitting[0]
-    # The one of which most is there, the first of equals; more than half of it.
-    nearest = max(LAYOUTS[schema], key=lambda layout: len(row.keys() & set(layout.fields)))
+
+    # The layout that most fields of the row belong to; the first of equals.
+    def known(layout: Layout) -> int:
+        return len(row.keys() & set(layout.fields))
+
+    nearest = max(LAYOUTS[schema], key=known)
     absent = [name for name in nearest.fields if name not in row]
+    # With half of it missing the row may be meant as something else.
     if 2 * len(absent) >= len(nearest.fields):
         raise missing(row, *WANTED[schema])
     raise missing(row, absent[0], ", ".join(nearest.fields))
@@ -706,9 +752,10 @@ def layout_of(row: Row, schema: Schema) -> Layout:
 
 @functools.lru_cache(MOST_KINDS_OF_ROWS)
 def fitting_layouts(schema: Schema, names: frozenset[str]) -> tuple[Layout, ...]:
-    """Return the layouts of `schema` that fit a row with these fields, in their order.
+    """Return the layout of `schema` that reads a row with these fields, and its rivals behind it.
 
-    Behind the first, which reads the row, stand those alone that are its like, with other names.
+    Rivals are read as the first one is, by other names: they may differ from it. Nothing is
+    returned where no layout fits.
     """
     fitting = [layout for layout in LAYOUTS[schema] if names >= set(layout.fields)]
     if not fitting:
@@ -716,14 +763,15 @@ def fitting_layouts(schema: Schema, names: frozenset[str]) -> tuple[Layout, ...]
     first, *others = fitting
     # What the first one reads beside its fields is no second choice: the input of an instruction.
     known = {*first.fields, *first.more}
-    rivals = [
-        other for other in others if other.read is first.read and not known >= set(other.fields)
-    ]
+    rivals = []
+    for other in others:
+        if other.read is first.read and not known >= set(other.fields):
+            rivals.append(other)
     return (first, *rivals)
 
 
 def _refuse_ambiguous(row: Row, schema: Schema, record: Record) -> None:
-    """Raise FieldError for a row whose fields say two things for one."""
+    """Raise FieldError for a row in which two fields say different things for one."""
     first, *rivals = fitting_layouts(schema, frozenset(row))
     for rival in rivals:
         try:
@@ -732,9 +780,10 @@ def _refuse_ambiguous(row: Row, schema: Schema, record: Record) -> None:
         except FieldError:
             continue
         if other != record:
+            # Named by the fields in which they differ.
             ours = " and ".join(name for name in first.fields if name not in rival.fields)
             theirs = " and ".join(name for name in rival.fields if name not in first.fields)
-            raise FieldError(theirs, f"says another thing than {ours}; keep one of them")
+            raise FieldError(theirs, f"differs from {ours}; keep one of them")
 
 
 def fields_read(layout: Layout) -> frozenset[str]:
@@ -765,6 +814,7 @@ def text_record(row: Row) -> Record:
     row = without_nulls(row)
     if "text" in row:
         return _adapted(row, "text")
+    # All of a text is trained on, so no turn of a conversation may ask not to be.
     messages = _adapted(row, "chat")["messages"]
     for i, message in enumerate(messages):
         if "weight" in message:
@@ -832,10 +882,12 @@ SCHEMAS: dict[Schema, Callable[[Row], Record]] = {
 def unread_fields(row: Row, schema: Schema) -> frozenset[str]:
     """Return the names of the fields of a row of `schema` that nothing reads, also in messages."""
     row = without_nulls(row)
+    # A text may be a conversation.
     if schema == "text" and "text" not in row:
         schema = "chat"
     read = fields_read(layout_of(row, schema))
     unread = row.keys() - read
+    # Keys of messages are read by name too.
     for name in row.keys() & read:
         for message in _messages_in(row[name]):
             unread |= {f"{name}[].{key}" for key in message.keys() - MESSAGE_KEYS}

@@ -99,6 +99,8 @@ def within_labels(select: Select) -> Select:
     ) -> Array:
         count = count_of(k, embeddings, scores, labels)
         labels = given(labels, "labels")
+
+        # How many rows of each label are chosen, in proportion to how many there are.
         names, label_N = np.unique(labels, return_inverse=True)
         shares = k * np.bincount(label_N) / count
         chosen = []
@@ -119,6 +121,7 @@ def within_labels(select: Select) -> Select:
 def whole_parts(shares: Array, total: int) -> list[int]:
     """Round shares, which add up to `total`, to whole numbers that do (largest remainders)."""
     whole = np.floor(shares).astype(int)
+    # What rounding down leaves goes, one each, to those that lost most by it.
     left = total - int(whole.sum())
     by_remainder = np.argsort(whole - shares, kind="stable")
     whole[by_remainder[:left]] += 1
@@ -147,16 +150,20 @@ def at_rank(
     scores = given(scores, "scores")
     order = scored_in_order(scores)
     require(k <= len(order), f"{k} rows of {len(order)} that have a score: choose fewer")
-    # From the highest: a `rank` of 1 starts at its first.
-    start = round((1 - rank) * (len(order) - k))
+
+    # The highest come first: a `rank` of 1 starts at the first of them.
+    spare = len(order) - k
+    start = round((1 - rank) * spare)
     band = order[start : start + k]
+    # The lowest are returned lowest first.
     return band[::-1] if rank == 0 else band
 
 
 def scored_in_order(scores: Array) -> Array:
     """Return the indices of rows that have a score, the highest first, equal ones as they come."""
     scored = np.flatnonzero(~np.isnan(scores))
-    return scored[np.argsort(-scores[scored], kind="stable")]
+    order = np.argsort(-scores[scored], kind="stable")
+    return scored[order]
 
 
 def highest(
@@ -220,17 +227,17 @@ def collision_probability(distance: Array, width: float) -> Array:
     floor((w x + b) / width), w standard normal, b uniform. 1 at distance 0.
     """
     ratio = width / np.maximum(distance, 1e-12)
-    return (
-        1 - 2 * special.ndtr(-ratio) - np.sqrt(2 / np.pi) / ratio * (1 - np.exp(-(ratio**2) / 2))
-    )
+    tails = 2 * special.ndtr(-ratio)
+    fall = 1 - np.exp(-(ratio**2) / 2)
+    return 1 - tails - np.sqrt(2 / np.pi) / ratio * fall
 
 
 def typical_distance(embeddings: Array, key: jax.Array, pairs: int = 1000) -> float:
     """Return the median distance of `pairs` pairs of rows drawn at random; 1 where it is 0."""
     first, second = generator(key).integers(len(embeddings), size=(2, pairs))
-    # In order, for a file on the disk.
     difference = as_float(embeddings[first]) - as_float(embeddings[second])
-    return float(np.median(np.linalg.norm(difference, axis=1))) or 1.0
+    distances = np.linalg.norm(difference, axis=1)
+    return float(np.median(distances)) or 1.0
 
 
 def kernel_sums(
@@ -254,33 +261,46 @@ def kernel_sums(
     width_key, key = jax.random.split(key)
     width = width or typical_distance(embeddings, width_key)
     rng = generator(key)
-    planes = rng.standard_normal((dimension, repeats * hashes), dtype=np.float32) / width
-    shifts = rng.random(repeats * hashes, dtype=np.float32)
+
+    # A hash is the strip between parallel planes that a row falls in (Datar et al. 2004).
+    total = repeats * hashes
+    planes = rng.standard_normal((dimension, total), dtype=np.float32) / width
+    shifts = rng.random(total, dtype=np.float32)
+
     # A table's hashes are mixed into one bucket: by odd multipliers, and the highest bits.
-    odd = rng.integers(1 << 63, size=(repeats, hashes), dtype=np.uint64) * np.uint64(2)
-    odd = odd + np.uint64(1)
+    halves = rng.integers(1 << 63, size=(repeats, hashes), dtype=np.uint64)
+    odd = halves * np.uint64(2) + np.uint64(1)
     first_bucket = np.arange(repeats) * buckets
 
     def places(rows: slice) -> Array:
         """Return [rows, repeats]: where each row falls in all tables, laid end to end."""
-        hashed = np.floor(as_float(embeddings[rows]) @ planes + shifts).astype(np.int64)
-        hashed = hashed.reshape(-1, repeats, hashes).astype(np.uint64)
-        mixed = (hashed * odd).sum(2, dtype=np.uint64)
+        # The strips that a row falls in, [rows, repeats, hashes].
+        shifted = as_float(embeddings[rows]) @ planes + shifts
+        strips = np.floor(shifted).astype(np.int64)
+        strips = strips.reshape(-1, repeats, hashes).astype(np.uint64)
+
+        # From them a table's bucket; what overflows is meant to.
+        mixed = (strips * odd).sum(2, dtype=np.uint64)
         mixed ^= mixed >> np.uint64(32)
         mixed *= np.uint64(0x9E3779B97F4A7C15)
-        return (mixed >> np.uint64(40)).astype(np.int64) % buckets + first_bucket
+        highest_bits = mixed >> np.uint64(40)
+        return highest_bits.astype(np.int64) % buckets + first_bucket
 
-    # First pass: count.
+    # First pass: count the rows in each bucket.
     table = np.zeros(repeats * buckets, np.int64)
     for rows in parts(count):
-        table += np.bincount(places(rows).ravel(), minlength=len(table))
+        found = places(rows).ravel()
+        table += np.bincount(found, minlength=len(table))
 
-    # Second pass: look up. Every other row meets this one by chance in one bucket of `buckets`.
+    # Second pass: look up each row's buckets.
     sums = np.empty(count)
     for rows in parts(count):
         sums[rows] = table[places(rows)].mean(1)
+
+    # Any other row falls into the same bucket by chance once in `buckets` tables.
     chance = 1 / buckets
-    return np.maximum((sums - count * chance) / (1 - chance), 1.0)
+    by_chance = count * chance
+    return np.maximum((sums - by_chance) / (1 - chance), 1.0)
 
 
 # --- greedy, over embeddings
@@ -311,13 +331,15 @@ def log_det(
     def gains(rows: Array) -> Array:
         # Half the logarithm of 1 + this / noise grows with it.
         x_CD = unit_rows(rows_ND[rows])
-        return np.einsum("CD,CD->C", x_CD @ inverse_DD, x_CD)
+        solved_CD = x_CD @ inverse_DD
+        return np.einsum("CD,CD->C", solved_CD, x_CD)
 
     def take(row: int) -> None:
         # A grows by x x^T / noise: its inverse by Sherman and Morrison.
         x_D = unit_rows(rows_ND[row][None])[0]
         solved_D = inverse_DD @ x_D
-        inverse_DD[:] -= np.outer(solved_D, solved_D / (noise + solved_D @ x_D))
+        scale = noise + solved_D @ x_D
+        inverse_DD[:] -= np.outer(solved_D, solved_D / scale)
 
     return np.array(stochastic_greedy(count, k, gains, take, generator(key)))
 
@@ -365,8 +387,11 @@ def k_center(
         while len(chosen) < own_k:
             # Squared distances to the one that came last; rounding takes none below 0.
             last = chosen[-1]
-            distance_N = square_N + square_N[last] - 2 * (x_ND @ x_ND[last])
-            np.minimum(nearest_N, np.maximum(distance_N, 0), out=nearest_N)
+            product_N = x_ND @ x_ND[last]
+            distance_N = square_N + square_N[last] - 2 * product_N
+            distance_N = np.maximum(distance_N, 0)
+            np.minimum(nearest_N, distance_N, out=nearest_N)
+            # A chosen row is never chosen again.
             nearest_N[last] = -1
             chosen.append(int(nearest_N.argmax()))
         return chosen
@@ -387,16 +412,22 @@ def stochastic_greedy(
     monotone submodular value the expected one is at least 1 - 1/e - MISSED of the best set's. Up
     to FEWEST rows all are looked at, which makes it at least 1 - 1/e (Nemhauser et al. 1978).
     """
-    few = max(FEWEST, math.ceil(count / k * math.log(1 / MISSED)))
+    # So many that, with chance 1 - MISSED, a row of the best set is among them.
+    few = math.ceil(count / k * math.log(1 / MISSED))
+    few = max(FEWEST, few)
+
+    # The first `left` of `rest` are the rows not chosen yet.
     rest = rng.permutation(count)
     chosen = []
     for left in range(count, count - k, -1):
-        # The rows looked at, by their places among those that are left.
+        # Of the rows looked at, the one that adds most.
         places = np.arange(left) if left <= few else rng.integers(left, size=few)
-        place = places[int(gains(rest[places]).argmax())]
-        chosen.append(int(rest[place]))
-        take(chosen[-1])
-        # The last of those that are left takes the place of the chosen one.
+        gain = gains(rest[places])
+        place = places[int(gain.argmax())]
+        row = int(rest[place])
+        chosen.append(row)
+        take(row)
+        # The last of those that are left takes its place.
         rest[place] = rest[left - 1]
     return chosen
 
@@ -413,11 +444,14 @@ def in_blocks(
     block's rows stand for all; what `choose` guarantees holds of each block by itself. N rows up
     to BLOCK are one block. Chosen rows come block by block.
     """
+    # The rows of each block; a single one is not shuffled.
     count = len(embeddings)
     rng = generator(key)
     blocks = math.ceil(count / BLOCK)
     order = rng.permutation(count) if blocks > 1 else np.arange(count)
     rows_of_blocks = np.array_split(order, blocks)
+
+    # A block's share of the k chosen rows is its share of all rows.
     shares = np.array([k * len(rows) / count for rows in rows_of_blocks])
     chosen = []
     for rows, own_k in zip(rows_of_blocks, whole_parts(shares, k), strict=True):

@@ -72,6 +72,8 @@ def tokenizer_json(model: bytes) -> dict[str, Any]:
     spec = read_spec(model)
     _refuse_uncovered(spec, model)
     tokens = _bpe(spec) if spec.algorithm == BPE else _unigram(spec)
+
+    # Tokens found in a text as they are spelled: special ones, and symbols where they may be.
     added = []
     for i, piece in enumerate(spec.pieces):
         is_special = piece.type in (CONTROL, UNKNOWN)
@@ -109,12 +111,15 @@ def added_token(i: int, name: str, special: bool) -> dict[str, Any]:
 def _refuse_uncovered(spec: Spec, model: bytes) -> None:
     """Raise UserError for what a tokenizer.json has no word for."""
     types = {piece.type for piece in spec.pieces}
+    # Symbols are added tokens, which are found before a text is normalised or segmented.
+    is_changed = bool(spec.charsmap) or spec.algorithm == UNIGRAM
     faults = {
         "another algorithm than BPE and Unigram": spec.algorithm not in (BPE, UNIGRAM),
         "spaces that are not marked in front of words": not spec.marks_words,
         "unused pieces": UNUSED in types,
-        "user-defined symbols beside a normaliser or in Unigram": USER_DEFINED in types
-        and (bool(spec.charsmap) or spec.algorithm == UNIGRAM),
+        "user-defined symbols beside a normaliser or in Unigram": (
+            USER_DEFINED in types and is_changed
+        ),
         "pieces that its merges do not make": spec.cuts_text and not _makes_all(spec, model),
     }
     for fault, is_there in faults.items():
@@ -141,16 +146,17 @@ def _makes_all(spec: Spec, model: bytes) -> bool:
 def _bpe(spec: Spec) -> dict[str, Any]:
     """Return the model: ids of pieces, and all pairs that make a piece, the best pieces first."""
     ids = {piece.text: i for i, piece in enumerate(spec.pieces)}
-    normal = {piece.text for piece in spec.pieces if piece.type == NORMAL}
-    pairs = []
-    for piece in spec.pieces:
-        if piece.type == NORMAL:
-            for cut in range(len(piece.text) - 1, 0, -1):
-                left, right = piece.text[:cut], piece.text[cut:]
-                if left in normal and right in normal:
-                    pairs.append((piece.score, left, right))
-    # A stable sort: of equals the earlier piece, then the longer left half.
-    pairs.sort(key=lambda pair: -pair[0])
+    normal = [piece for piece in spec.pieces if piece.type == NORMAL]
+    texts = {piece.text for piece in normal}
+
+    # All pairs of pieces that are a piece when joined. The sort is stable: of equal scores the
+    # earlier piece comes first, then the longer left half.
+    merges = []
+    for piece in sorted(normal, key=_minus_score):
+        for cut in range(len(piece.text) - 1, 0, -1):
+            left, right = piece.text[:cut], piece.text[cut:]
+            if left in texts and right in texts:
+                merges.append([left, right])
     return {
         "type": "BPE",
         "dropout": None,
@@ -161,18 +167,26 @@ def _bpe(spec: Spec) -> dict[str, Any]:
         # A symbol stands alone where the pre-tokenizer has cut it out.
         "ignore_merges": spec.cuts_text,
         "vocab": ids,
-        "merges": [[left, right] for _, left, right in pairs],
+        "merges": merges,
     }
+
+
+def _minus_score(piece: Piece) -> float:
+    """Return a key to sort pieces by, the highest score first."""
+    return -piece.score
 
 
 def _unigram(spec: Spec) -> dict[str, Any]:
     """Return the model: pieces with their scores, which no control token and no byte has."""
+    # So far below all scores that no segmentation has such a token.
     scores = [piece.score for piece in spec.pieces if piece.type == NORMAL]
+    never = min(scores) - NEVER
     vocab = []
     for piece in spec.pieces:
-        score = piece.score if piece.type == NORMAL else min(scores) - NEVER
+        score = piece.score if piece.type == NORMAL else never
         vocab.append([piece.text, score])
-    return {"type": "Unigram", "unk_id": spec.pieces.index(_unk(spec)), "vocab": vocab}
+    unk = spec.pieces.index(_unk(spec))
+    return {"type": "Unigram", "unk_id": unk, "vocab": vocab}
 
 
 def _unk(spec: Spec) -> Piece:
@@ -198,6 +212,7 @@ def _normalizer(spec: Spec) -> dict[str, Any] | None:
 
 
 def _replacement(pattern: dict[str, str], content: str) -> dict[str, Any]:
+    """Return the step that writes `content` in place of `pattern`, a String or a Regex."""
     return {"type": "Replace", "pattern": pattern, "content": content}
 
 
@@ -205,6 +220,7 @@ def _pre_tokenizer(spec: Spec) -> dict[str, Any] | None:
     """Return how a text is cut: at symbols, where added tokens would not do; None for not."""
     if not spec.cuts_text:
         return None
+    # The longest first: an alternative that matches is taken.
     longest_first = sorted(spec.symbols, key=len, reverse=True)
     pattern = {"Regex": "|".join(map(re.escape, longest_first))}
     return {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
@@ -271,8 +287,11 @@ def split_template(model: bytes) -> tuple[bytes, str | None]:
 
 def _in_four_bytes(number: int) -> bytes:
     """Return a protocol buffer's number, seven bits a byte, in as many bytes as a long one."""
-    parts = [number >> shift & 127 for shift in (0, 7, 14, 21)]
-    return bytes([*(part | 128 for part in parts[:3]), parts[3]])
+    low = [number >> shift & 127 for shift in (0, 7, 14)]
+    # The highest bit of a byte says that another one follows.
+    continued = [part | 128 for part in low]
+    last = number >> 21 & 127
+    return bytes([*continued, last])
 
 
 def read_spec(model: bytes) -> Spec:
@@ -286,6 +305,8 @@ def read_spec(model: bytes) -> Spec:
         elif number in parts:
             parts[number].update(_fields(value))
     trainer, normalizer = parts.values()
+
+    # A field that is not there has its default.
     own = [piece.text for piece in pieces if piece.type == USER_DEFINED]
     return Spec(
         pieces=pieces,
@@ -319,7 +340,7 @@ def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
             value, at = _varint(message, at)
             yield number, value
             continue
-        # Of 8 bytes, of 4, or with their number in front.
+        # A value has 8 bytes, or 4, or their number stands before it.
         size = {1: 8, 5: 4}.get(wire_type)
         if size is None:
             size, at = _varint(message, at)

@@ -20,21 +20,29 @@ STOP_WORDS = frozenset(["the", "be", "to", "of", "and", "that", "have", "with"])
 def words(text: str) -> str | None:
     """Object to fewer than 50 words or more than 100,000."""
     count = len(text.split())
-    return None if 50 <= count <= 100_000 else f"{count} words"
+    if 50 <= count <= 100_000:
+        return None
+    return f"{count} words"
 
 
 def word_length(text: str) -> str | None:
     """Object to words of a mean length outside 3 to 10 letters."""
     found = text.split()
-    mean = sum(map(len, found)) / max(len(found), 1)
-    return None if 3 <= mean <= 10 else f"words of {mean:.1f} letters"
+    size = sum(map(len, found))
+    mean = size / max(len(found), 1)
+    if 3 <= mean <= 10:
+        return None
+    return f"words of {mean:.1f} letters"
 
 
 def symbols(text: str) -> str | None:
     """Object to more than one hash sign to ten words, or more than one ellipsis."""
     hashes = text.count("#")
     ellipses = text.count("...") + text.count("…")
-    return _too_many("symbols to words", max(hashes, ellipses), len(text.split()), 0.1)
+    # Each of the two has a bound of its own; the one that there is more of decides.
+    more = max(hashes, ellipses)
+    count = len(text.split())
+    return _too_many("symbols to words", more, count, 0.1)
 
 
 def bullets(text: str) -> str | None:
@@ -54,20 +62,31 @@ def ellipses(text: str) -> str | None:
 def letters(text: str) -> str | None:
     """Object to more than 20 % of words without a letter."""
     found = text.split()
-    count = sum(not any(map(str.isalpha, word)) for word in found)
+    count = 0
+    for word in found:
+        has_letter = any(map(str.isalpha, word))
+        count += not has_letter
     return _too_many("words have no letter", count, len(found), 0.2)
 
 
 def stop_words(text: str) -> str | None:
     """Object to fewer than two of eight common English words."""
-    found = STOP_WORDS & {word.strip(".,;:!?\"'()").casefold() for word in text.split()}
-    return None if len(found) >= 2 else f"{len(found)} of {len(STOP_WORDS)} stop words"
+    found = set()
+    for word in text.split():
+        # A word may have punctuation around it.
+        bare = word.strip(".,;:!?\"'()").casefold()
+        if bare in STOP_WORDS:
+            found.add(bare)
+    if len(found) >= 2:
+        return None
+    return f"{len(found)} of {len(STOP_WORDS)} stop words"
 
 
 def repeated_lines(text: str) -> str | None:
-    """Object to more than 30 % of lines that stand there before (table A1)."""
+    """Object to more than 30 % of lines that repeat an earlier one (table A1)."""
     lines = _lines(text)
-    return _too_many("lines are repeated", len(lines) - len(set(lines)), len(lines), 0.3)
+    repeats = len(lines) - len(set(lines))
+    return _too_many("lines are repeated", repeats, len(lines), 0.3)
 
 
 def repeated_words(text: str) -> str | None:
@@ -77,9 +96,12 @@ def repeated_words(text: str) -> str | None:
     if not grams:
         return None
     gram, count = grams.most_common(1)[0]
-    # A 4-gram that stands once is no repetition.
-    size = count * sum(map(len, gram)) if count > 1 else 0
-    return _too_many("letters are of one 4-gram", size, sum(map(len, found)), 0.16)
+    # A 4-gram that occurs once repeats nothing.
+    if count == 1:
+        return None
+    repeated = count * sum(map(len, gram))
+    size = sum(map(len, found))
+    return _too_many("letters are of one 4-gram", repeated, size, 0.16)
 
 
 GOPHER: dict[str, Rule] = {
@@ -99,25 +121,33 @@ GOPHER: dict[str, Rule] = {
 
 def lorem_ipsum(text: str) -> str | None:
     """Object to the printers' filler text."""
-    return "lorem ipsum" if "lorem ipsum" in text.casefold() else None
+    if "lorem ipsum" in text.casefold():
+        return "lorem ipsum"
+    return None
 
 
 def braces(text: str) -> str | None:
-    """Object to curly brackets, which stand in program text."""
-    return "a curly bracket" if "{" in text or "}" in text else None
+    """Object to curly brackets, which mark program text."""
+    if "{" in text or "}" in text:
+        return "a curly bracket"
+    return None
 
 
 C4: dict[str, Rule] = {"lorem_ipsum": lorem_ipsum, "braces": braces}
 
 
 def _lines(text: str) -> list[str]:
-    """Return the lines that say something."""
-    return [line.strip() for line in text.splitlines() if line.strip()]
+    """Return the lines that are not blank, without the space around them."""
+    stripped = [line.strip() for line in text.splitlines()]
+    return [line for line in stripped if line]
 
 
 def _too_many(what: str, count: int, all_of_them: int, most: float) -> str | None:
+    """Object, naming `what`, where `count` is more than the share `most` of `all_of_them`."""
     share = count / max(all_of_them, 1)
-    return f"{share:.0%} {what}" if share > most else None
+    if share > most:
+        return f"{share:.0%} {what}"
+    return None
 
 
 # --- words that are not wanted
@@ -125,9 +155,19 @@ def _too_many(what: str, count: int, all_of_them: int, most: float) -> str | Non
 
 def lexicon_rule(unwanted: Iterable[str]) -> Rule:
     """Return a rule that objects to texts with one of these words or phrases, in any case."""
-    phrases = sorted({" ".join(phrase.casefold().split()) for phrase in unwanted} - {""})
-    spaced = [re.escape(phrase).replace(r"\ ", r"\s+") for phrase in phrases]
-    pattern = re.compile(rf"(?<!\w)(?:{'|'.join(spaced)})(?!\w)")
+    # Each phrase once, its words parted by single spaces.
+    phrases = set()
+    for phrase in unwanted:
+        words = phrase.casefold().split()
+        phrases.add(" ".join(words))
+    phrases.discard("")
+
+    # One pattern for all: whole words, parted by any space.
+    spaced = []
+    for phrase in sorted(phrases):
+        spaced.append(re.escape(phrase).replace(r"\ ", r"\s+"))
+    choices = "|".join(spaced)
+    pattern = re.compile(rf"(?<!\w)(?:{choices})(?!\w)")
 
     def rule(text: str) -> str | None:
         found = pattern.search(text.casefold())
@@ -161,29 +201,32 @@ CANDIDATES = {
 def is_card(text: str) -> bool:
     """Return whether the digits of a text have the check digit of payment cards (Luhn 1960)."""
     digits = [int(letter) for letter in text if letter.isdigit()]
+    # From the right every second digit counts double, as the sum of the digits of that.
     total = 0
     for place, digit in enumerate(reversed(digits)):
-        doubled = digit * 2 if place % 2 else digit
-        total += doubled - 9 if doubled > 9 else doubled
+        value = digit * 2 if place % 2 else digit
+        total += value - 9 if value > 9 else value
     return total % 10 == 0 and any(digits)
 
 
 def is_phone(text: str) -> bool:
     """Return whether a text has the 8 digits or more of a whole phone number."""
-    return sum(map(str.isdigit, text)) >= 8
+    digits = sum(map(str.isdigit, text))
+    return digits >= 8
 
 
 def is_ip(text: str) -> bool:
-    """Return whether a text is an address of a machine other than this one.
-
-    Few groups without a digit, as in `a::b`, are rather a name in a program.
-    """
+    """Return whether a text is the address of a machine other than this one."""
     try:
         address = ipaddress.ip_address(text)
     except ValueError:
         return False
-    is_name = address.version == 6 and (text.count(":") < 3 or not re.search(r"\d", text))
-    return not (address.is_loopback or address.is_unspecified or is_name)
+    # Few groups, or none with a digit, are more likely a name in a program: `a::b`.
+    if address.version == 6:
+        has_few_groups = text.count(":") < 3
+        if has_few_groups or not re.search(r"\d", text):
+            return False
+    return not address.is_loopback and not address.is_unspecified
 
 
 CHECKS: dict[str, Callable[[str], bool]] = {"card": is_card, "ip": is_ip, "phone": is_phone}
@@ -192,14 +235,15 @@ CHECKS: dict[str, Callable[[str], bool]] = {"card": is_card, "ip": is_ip, "phone
 def without_personal_data(text: str) -> tuple[str, list[str]]:
     """Replace e-mail addresses, IP addresses, card and phone numbers by <email>, <ip>, ...
 
-    Returns the text, all else of it unchanged, and the kind of each that was replaced. Phone
-    numbers are those with a country code, or written in the American way, or with a leading 0 and
-    a space: plain digits are left.
+    Returns the text, otherwise unchanged, and the kind of each replacement. A phone number is one
+    with a country code, or written in the American way, or with a leading 0 and a space; plain
+    digits are left.
     """
     kinds: list[str] = []
+    # One kind after another: a later one finds `<email>` where an address stood.
     for kind, pattern in CANDIDATES.items():
         check = CHECKS.get(kind)
-
+        # The text in pieces: what stands before each match, the kind in its place, the rest.
         parts = []
         end = 0
         for found in pattern.finditer(text):
@@ -214,4 +258,5 @@ def without_personal_data(text: str) -> tuple[str, list[str]]:
 
 def counted(kinds: Sequence[str]) -> str:
     """Say how many there are of each kind, as in `2 email, 1 card`."""
-    return ", ".join(f"{count} {kind}" for kind, count in collections.Counter(kinds).items())
+    counts = collections.Counter(kinds)
+    return ", ".join(f"{count} {kind}" for kind, count in counts.items())

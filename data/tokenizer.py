@@ -119,7 +119,7 @@ class Tokenizer:
         for i in self.ends:
             if not 0 <= i < self.size:
                 raise UserError(
-                    f"eos_token_id {i} is none of the tokenizer's {self.size} tokens; correct it"
+                    f"eos_token_id {i} is not among the tokenizer's {self.size} tokens; correct it"
                 )
 
     def _control(self, piece: str) -> int | None:
@@ -334,7 +334,7 @@ class Tokenizer:
         head = self.pieces.encode_with_controls(template.render(before, True))
         if tokens[: len(head)] != head:
             raise UserError(
-                "the model's chat template writes this conversation otherwise than its beginning "
+                "the model's chat template writes the beginning of this conversation differently "
                 "as a prompt, so an assistant's tokens cannot be told from others; leave out the "
                 "earlier turns, or use a model with another template"
             )

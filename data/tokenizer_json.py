@@ -251,6 +251,8 @@ def read_tokenizer(folder: pathlib.Path) -> bytes:
     template = read_template(folder)
     file = file_in(folder, "tokenizer.model")
     described = file_in(folder, "tokenizer.json")
+
+    # A SentencePiece model as it is, where it says all that is known of its tokens.
     if file.exists():
         model = file.read_bytes()
         pieces = sentencepiece_pieces(model)
@@ -258,6 +260,8 @@ def read_tokenizer(folder: pathlib.Path) -> bytes:
             if template is not None:
                 model = with_template(model, template)
             return with_ends(model, given.more_ends(pieces.eos_id()))
+
+    # Else the folder's tokenizer.json, or one made from the model with those tokens added.
     if described.exists():
         content = read_object(described)
     elif file.exists():
@@ -266,6 +270,8 @@ def read_tokenizer(folder: pathlib.Path) -> bytes:
         raise UserError(
             f"{folder}: no tokenizer.model, and no tokenizer.json; restore one of them"
         )
+
+    # What a run keeps beside it: which tokens begin, end and fill up a text.
     inner = _parsed(content)
     special = {**_special(folder, inner, given), "chat_template": template}
     # Other tools are to begin a text as a run does.
@@ -275,6 +281,7 @@ def read_tokenizer(folder: pathlib.Path) -> bytes:
 
 def _given(folder: pathlib.Path) -> Given:
     """Read the files beside a tokenizer."""
+    # Special tokens, as the first file that names each one has it, and added ones by id.
     names: dict[str, str] = {}
     added: dict[int, str] = {}
     words: set[int] = set()
@@ -293,6 +300,8 @@ def _given(folder: pathlib.Path) -> Given:
             added[int(i)] = token["content"]
             if token.get("special") is False:
                 words.add(int(i))
+
+    # Older folders have them in a file of their own.
     path = folder / "added_tokens.json"
     older = read_object_if_there(path)
     check_values(path, older, dict.fromkeys(older, TOKEN))
@@ -327,12 +336,15 @@ def sentencepiece_pieces(model: bytes) -> sentencepiece.SentencePieceProcessor:
 
 def _says_the_same(pieces: sentencepiece.SentencePieceProcessor, given: Given) -> bool:
     """True if a SentencePiece model has all that the files beside it name."""
+    # The model's bos and eos must be called as the files call them.
     added = dict(given.added)
     for kind, i in {"bos": pieces.bos_id(), "eos": pieces.eos_id()}.items():
         if kind in given.names:
             added.setdefault(i, given.names[kind])
             if added[i] != given.names[kind]:
                 return False
+
+    # And it must have each token that they name, under the same id.
     for i, name in added.items():
         if not 0 <= i < pieces.get_piece_size():
             return False
@@ -343,6 +355,7 @@ def _says_the_same(pieces: sentencepiece.SentencePieceProcessor, given: Given) -
 
 def _with_added(content: dict[str, Any], given: Given) -> dict[str, Any]:
     """Return a SentencePiece model's tokenizer.json with the tokens that are named beside it."""
+    # The pieces that are there, by id: BPE and Unigram keep them differently.
     tokens = {token["id"]: token for token in content["added_tokens"]}
     vocab = content["model"]["vocab"]
     is_bpe = content["model"]["type"] == "BPE"
@@ -350,6 +363,8 @@ def _with_added(content: dict[str, Any], given: Given) -> dict[str, Any]:
         pieces = {i: piece for piece, i in vocab.items()}
     else:
         pieces = {i: piece for i, (piece, _) in enumerate(vocab)}
+
+    # Tokens that are new, or called otherwise.
     for i, name in sorted(given.added.items()):
         old = pieces.get(i, "")
         if i in pieces and old in (name, name.replace(SPACE_MARK, " ")):
@@ -365,6 +380,7 @@ def _with_added(content: dict[str, Any], given: Given) -> dict[str, Any]:
 
 def _special(folder: pathlib.Path, inner: Any, given: Given) -> dict[str, Any]:
     """Return the entry ADDED: which tokens of `inner`, as the package reads it, are special."""
+    # By name, or by the id where only that is given; a text must have an end.
     names: dict[str, str | None] = {}
     for kind in ("bos", "eos"):
         first = given.ids.get(kind, [None])[0]
@@ -376,6 +392,8 @@ def _special(folder: pathlib.Path, inner: Any, given: Given) -> dict[str, Any]:
         raise UserError(
             f"{folder}/tokenizer_config.json: eos_token: missing; name the token that ends a text"
         )
+
+    # Files and tokenizer must agree on every id.
     for i, name in given.added.items():
         if inner.token_to_id(name) != i:
             raise UserError(
@@ -387,6 +405,8 @@ def _special(folder: pathlib.Path, inner: Any, given: Given) -> dict[str, Any]:
             raise UserError(
                 f"{folder}: {kind}_token {name!r} is no token of the tokenizer; restore the files"
             )
+
+    # Without a bos the eos begins a text.
     names["bos"] = names["bos"] or names["eos"]
     names["pad"] = _pad_name(inner, given.names.get("pad"), names)
     return {**names, "ends": given.more_ends(inner.token_to_id(names["eos"]))}

@@ -1,11 +1,12 @@
 """Trees of messages, as OASST publishes them: the best conversation, and the ranked replies.
 
-A tree is its first message, {"role": "prompter", "text", "replies": [...]}; replies are messages
-of the same form, `rank` 0 the best of its siblings, and the roles take turns. Messages that are
-deleted, and all below them, are left out.
+A tree is its first message, {"role": "prompter", "text", "replies": [...]}. Replies are messages
+of the same form; among siblings `rank` 0 is the best. The roles take turns. Deleted messages, and
+all below them, are left out.
 """
 
 import math
+from typing import NamedTuple
 
 from data.fields import FieldError, Row, shown, text_of, whole_number
 from data.messages import Message, Role, turn
@@ -15,19 +16,19 @@ ROLES: dict[str, Role] = {"prompter": "user", "user": "user", "assistant": "assi
 
 
 def best_path(root: Row, field: str) -> list[Message]:
-    """Return the turns from the root down, at each the best reply, to an assistant's.
+    """Return the turns from the root down, each the best reply to the one before it.
 
-    `field`: where the tree is in the row. Of replies without ranks the first is the best. Raises
-    FieldError where nothing answers the root.
+    The last is an assistant's. `field`: where the tree is in the row. Of replies without ranks the
+    first is the best. Raises FieldError where nothing answers the root.
     """
     turns = [_turn_of(root, field)]
-    node, place = root, field
-    while True:
-        replies = _replies(node, place)
-        if not replies:
-            break
-        place, node = min(replies, key=lambda reply: _rank(*reply))
-        turns.append(_turn_of(node, place))
+    replies = _replies(root, field)
+    while replies:
+        best = min(replies, key=_rank)
+        turns.append(_turn_of(best.node, best.place))
+        replies = _replies(best.node, best.place)
+
+    # A question that nobody answered is no end of a conversation.
     if turns[-1]["role"] == "user":
         turns.pop()
     if not turns:
@@ -40,12 +41,23 @@ def ranked_replies(root: Row, field: str) -> tuple[list[Message], list[str], lis
 
     `field`: where the tree is in the row. Raises FieldError for fewer than two such replies.
     """
-    replies = _replies(root, field)
-    ranked = [reply for reply in replies if _rank(*reply) < math.inf]
+    # Ranks are counted anew, as those of replies left out are missing; the lowest is the best.
+    ranked = []
+    scores = []
+    for reply in _replies(root, field):
+        rank = _rank(reply)
+        if rank < math.inf:
+            ranked.append(reply)
+            scores.append(-rank)
     if len(ranked) < 2:
         raise FieldError(f"{field}.replies", "must be two or more with ranks; remove the row")
-    responses = [_turn_of(node, place)["content"] for place, node in ranked]
-    return [_turn_of(root, field)], responses, ranks_of([-_rank(*reply) for reply in ranked])
+
+    responses = []
+    for reply in ranked:
+        message = _turn_of(reply.node, reply.place)
+        responses.append(message["content"])
+    prompt = [_turn_of(root, field)]
+    return prompt, responses, ranks_of(scores)
 
 
 def ranks_of(scores: list[float]) -> list[int]:
@@ -57,30 +69,40 @@ def ranks_of(scores: list[float]) -> list[int]:
     return ranks
 
 
-def _replies(node: Row, place: str) -> list[tuple[str, Row]]:
-    """Return the replies to a message that are not deleted, each with its place in the row."""
+class _Reply(NamedTuple):
+    """A message below another one."""
+
+    place: str
+    """Where it is in the row: `prompt.replies[0]`."""
+    node: Row
+
+
+def _replies(node: Row, place: str) -> list[_Reply]:
+    """Return the replies to the message `node`, which is at `place`, that are not deleted."""
     replies = node.get("replies") or []
     if not isinstance(replies, list) or not all(isinstance(reply, dict) for reply in replies):
         raise FieldError(f"{place}.replies", "must be a list of messages")
-    return [
-        (f"{place}.replies[{i}]", reply)
-        for i, reply in enumerate(replies)
-        if not reply.get("deleted")
-    ]
+    # Numbered before deleted ones are left out: a message names the place in the file.
+    kept = []
+    for i, reply in enumerate(replies):
+        if not reply.get("deleted"):
+            kept.append(_Reply(f"{place}.replies[{i}]", reply))
+    return kept
 
 
-def _rank(place: str, node: Row) -> float:
+def _rank(reply: _Reply) -> float:
     """Return a reply's rank, infinite where it has none."""
-    rank = node.get("rank")
+    rank = reply.node.get("rank")
     if rank is None:
         return math.inf
     number = whole_number(rank)
     if number is None:
-        raise FieldError(f"{place}.rank", f"must be a whole number, not {shown(rank)}")
+        raise FieldError(f"{reply.place}.rank", f"must be a whole number, not {shown(rank)}")
     return number
 
 
 def _turn_of(node: Row, place: str) -> Message:
+    """Return the message `node`, which is at `place` in the row, as a turn."""
     role = node.get("role")
     if role not in ROLES:
         raise FieldError(f"{place}.role", f"must be prompter or assistant, not {shown(role)}")

@@ -56,6 +56,7 @@ def linked(text: str, folder: pathlib.Path) -> dict[str, Ranges]:
 
     Raises KeyError for a name that is not in its file.
     """
+    # All names of each file, and those of them that the page links to.
     known: dict[str, Ranges] = {}
     files: dict[str, Ranges] = {}
     for name, file in LINK.findall(text):
@@ -79,6 +80,7 @@ def lines_of(ranges: Ranges) -> int:
 
 def table(files: dict[str, Ranges]) -> str:
     """Write a row for each file, the longest first: its linked names in order, and their lines."""
+    # Sorted by the count, which is then left out.
     rows = []
     for file, ranges in files.items():
         in_order = sorted(ranges, key=ranges.__getitem__)

@@ -103,6 +103,7 @@ def _risen(x: Array, middle: float, exponent: float) -> Array:
 
 
 def _beside_ones(x: Array) -> Array:
+    """Return the basis of start + slope x, [N, 2]."""
     return np.stack([np.ones_like(x), x], axis=1)
 
 
@@ -178,19 +179,28 @@ def fit(
     def solved(log_searched: Array) -> tuple[Array, Array]:
         """Return the best linear parameters beside these, and the weighted errors [N]."""
         basis = curve.basis(x_N, *np.exp(log_searched))
-        linear = np.linalg.lstsq(basis * root_N[:, None], y_N * root_N, rcond=None)[0]
+        weighted = basis * root_N[:, None]
+        linear, *_ = np.linalg.lstsq(weighted, y_N * root_N, rcond=None)
         return linear, (basis @ linear - y_N) * root_N
+
+    def errors(log_searched: Array) -> Array:
+        _, error_N = solved(log_searched)
+        return error_N
+
+    def squared_error(log_searched: Array) -> float:
+        return float(np.square(errors(log_searched)).sum())
 
     # Trials on a grid, the best of them refined. Without searched parameters it is one trial.
     limits = np.log(np.array(curve.bounds(x_N)).reshape(-1, 2))
     axes = [np.linspace(low, high, TRIALS) for low, high in limits]
     trials = [np.array(trial) for trial in itertools.product(*axes)]
-    searched = min(trials, key=lambda trial: float(np.square(solved(trial)[1]).sum()))
+    searched = min(trials, key=squared_error)
     if axes:
-        found = optimize.least_squares(
-            lambda trial: solved(trial)[1], searched, bounds=(limits[:, 0], limits[:, 1])
-        )
+        bounds = (limits[:, 0], limits[:, 1])
+        found = optimize.least_squares(errors, searched, bounds=bounds)
         searched = found.x
+
+    # The best linear parameters beside them.
     linear, error_N = solved(searched)
     count = linear.size + searched.size
     if len(x_N) < count:
@@ -238,7 +248,8 @@ def r_squared(y: Array, fitted: Array, weights: Array | float = 1.0) -> float:
     weight_N = np.broadcast_to(weights, y.shape)
     mean = np.average(y, weights=weight_N)
     errors = (weight_N * (y - fitted) ** 2).sum()
-    return float(1 - errors / (weight_N * (y - mean) ** 2).sum())
+    distances = (weight_N * (y - mean) ** 2).sum()
+    return float(1 - errors / distances)
 
 
 def aic(error_N: Array, parameters: int) -> float:
@@ -247,7 +258,8 @@ def aic(error_N: Array, parameters: int) -> float:
     N log(mean squared error) + 2 (parameters + 1), the 1 for the width; -inf for no error at all.
     """
     with np.errstate(divide="ignore"):
-        return float(len(error_N) * np.log(np.mean(error_N**2)) + 2 * (parameters + 1))
+        log_error = np.log(np.mean(error_N**2))
+    return float(len(error_N) * log_error + 2 * (parameters + 1))
 
 
 # --- intervals
@@ -272,13 +284,17 @@ def bootstrap(
         # Each budget has as many points as any other: their means have the same fit.
         return list(fit(curve, x, own_SN.mean(0)).parameters.values())
 
-    rows = [parameters_of(y_SN[rng.integers(seeds, size=seeds)]) for _ in range(draws)]
-    low, high = np.percentile(np.array(rows), [2.5, 97.5], axis=0)
+    # The fits to draws, then the fit to all seeds.
+    rows = []
+    for _ in range(draws):
+        drawn = rng.integers(seeds, size=seeds)
+        rows.append(parameters_of(y_SN[drawn]))
+    lows, highs = np.percentile(np.array(rows), [2.5, 97.5], axis=0).tolist()
     whole = fit(curve, x, y_SN.mean(0)).parameters
-    return {
-        name: Interval(value, float(low[i]), float(high[i]))
-        for i, (name, value) in enumerate(whole.items())
-    }
+    intervals = {}
+    for (name, value), low, high in zip(whole.items(), lows, highs, strict=True):
+        intervals[name] = Interval(value, low, high)
+    return intervals
 
 
 def _checked(

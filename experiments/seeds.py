@@ -15,9 +15,13 @@ from scipy import stats
 
 def half(values: Sequence[float]) -> float:
     """Return half of the 95 % interval of the mean over seeds (Student's t); nan of one seed."""
-    if len(values) < 2:
+    count = len(values)
+    if count < 2:
         return float("nan")
-    return float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5)
+    # So many standard errors to either side.
+    errors = stats.t.ppf(0.975, count - 1)
+    deviation = np.std(values, ddof=1)
+    return float(errors * deviation / count**0.5)
 
 
 def leaves(tree: Any, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], float]:
@@ -25,21 +29,25 @@ def leaves(tree: Any, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], float
 
     Lists, which are intervals over prompts, are left out.
     """
+    if isinstance(tree, int | float):
+        return {path: float(tree)}
+    found: dict[tuple[str, ...], float] = {}
     if isinstance(tree, dict):
-        return {
-            key: x for name, part in tree.items() for key, x in leaves(part, (*path, name)).items()
-        }
-    return {path: float(tree)} if isinstance(tree, int | float) else {}
+        for name, part in tree.items():
+            found |= leaves(part, (*path, name))
+    return found
 
 
 if __name__ == "__main__":
     if len(sys.argv) < 2:
         sys.exit("seeds.py: name runs that have a summary.json, one a seed")
-    seeds = [
-        leaves(json.loads((pathlib.Path(run) / "summary.json").read_text()))
-        for run in sys.argv[1:]
-    ]
-    for path, _ in seeds[0].items():
+    seeds = []
+    for run in sys.argv[1:]:
+        summary = pathlib.Path(run) / "summary.json"
+        seeds.append(leaves(json.loads(summary.read_text())))
+    # A row a number: its name, the mean with its interval, and each seed's.
+    for path in seeds[0]:
         values = [of_seed[path] for of_seed in seeds]
+        name = ", ".join(path)
         shown = ", ".join(f"{x:.3f}" for x in values)
-        print(f"| {', '.join(path)} | {np.mean(values):.3f} ±{half(values):.3f} | {shown} |")
+        print(f"| {name} | {np.mean(values):.3f} ±{half(values):.3f} | {shown} |")

@@ -1,22 +1,22 @@
-"""Run a model over the tokens that a batch needs alone, and put its outputs back in the rows.
+"""Run a model over only the tokens that a batch needs, and put its outputs back in the rows.
 
 Rows of a rollout are padded on both sides: with responses of a quarter of the longest length,
 most of a batch is padding. And all responses to a prompt begin with it: with eight of them, seven
 of its eight copies are computed for nothing. So tokens are laid out anew in N rows of slots, the
-model runs over these, and what it gives for a token is put back wherever the token stands.
-Objectives keep their arrays [B, ...], and what they compute is equal but for rounding.
+model runs over these, and its output for a token is put back wherever the token stands.
+Objectives keep their arrays [B, ...], and their results change by rounding alone.
 
 packed: a row's real tokens become a segment of a packed row, as data/packing.py packs text.
-shared: each beginning that rows have in common is held once (objectives/beginnings.py), where that
-saves enough to pay for attention, which then runs over the rows as they are.
+shared: a beginning that rows have in common is held once (objectives/beginnings.py). Attention
+still runs over the rows as they are, so this is used only where it saves enough besides.
 
 A program needs the layout and the number of rows when it is compiled. `find_room` measures a
-batch, and waits for the device; what it finds travels with the batch as `room`, and `run_model`
+batch, which waits for the device; the result travels with the batch as `room`, and `run_model`
 reads it. A batch without one is run as it is. Batches of data are measured a step ahead
 (`measured_ahead`), so that the device always has work.
 
-B rows of T tokens, of which each of G groups has its own B / G: those that one device holds, of
-one micro-batch. A group has slots for itself, so nothing crosses devices. N rows of slots a group.
+There are B rows of T tokens, in G groups of B / G: the rows of one micro-batch that one device
+holds. Each group has N rows of slots for itself, so nothing crosses devices.
 """
 
 import math
@@ -42,13 +42,14 @@ HostBatch = dict[str, np.ndarray]
 Rows = TypeVar("Rows", bound=Mapping[str, Any])
 """A batch: arrays by name, and perhaps a `room`."""
 
-# Each new room compiles a script's programs again, so there are but few: so many between one and
+# Each new room compiles a script's programs again, so there are few: this many between a share and
 # its half. Lengths of rollouts drift while a policy learns; those of data stay as they are.
 OF_ROLLOUTS = 2
 OF_DATA = 8
 
-# Share of a padded pass that shared rows take even without a token: attention, and laying rows out
-# for it. Measured with the world's model on a CPU (benchmarks/README.md); a wider model has less.
+# What shared rows cost even without a token, as a share of a padded pass: attention, and laying
+# rows out for it. Measured with the world's model on a CPU (benchmarks/README.md); less in a wider
+# model.
 LAID_OUT = 0.4
 
 
@@ -59,7 +60,7 @@ class Room:
     share: float = flax.struct.field(pytree_node=False)
     """Rows of slots over rows, at most 1."""
     is_shared: bool = flax.struct.field(pytree_node=False, default=False)
-    """What rows begin with in common is held once; else they are packed."""
+    """Beginnings that rows have in common are held once; else rows are packed."""
 
     def rows(self, rows: int) -> int:
         """Return the number of rows of slots for a group of `rows` rows, rounded up."""
@@ -86,18 +87,18 @@ def first_fit(length_B: Array, longest: int, rows: int) -> Places:
     """Put rows of `length_B` tokens, the longest first, each into the first packed row with room.
 
     There are `rows` packed rows of `longest` tokens, two static ints; no length is above
-    `longest`. As many packed rows as rows to pack are always enough; with fewer, down to those
-    that are used then, the places are the same. With still fewer, rows without room are False in
-    `fits_B`, and what else the result says of these means nothing. Equal lengths keep their order.
+    `longest`. As many packed rows as rows to pack are always enough, and with fewer the places are
+    the same down to the number used then. With still fewer, rows without room are False in
+    `fits_B`, and the rest of the result means nothing for them. Equal lengths keep their order.
     """
 
-    # The longest first, which leaves the least room unused.
     def put(free_N: Array, length: Array) -> tuple[Array, tuple[Array, Array, Array]]:
         has_room_N = free_N >= length
         row = jnp.argmax(has_room_N)
         start = longest - free_N[row]
         return free_N.at[row].add(-length), (row, start, has_room_N[row])
 
+    # The longest first, which leaves the least room unused.
     order_B = jnp.argsort(-length_B, stable=True)
     empty_N = jnp.full(rows, longest, length_B.dtype)
     _, (row_B, start_B, fits_B) = jax.lax.scan(put, empty_N, length_B[order_B])
@@ -113,10 +114,11 @@ def rows_used(segment_ids_BT: Array) -> Array:
     `segment_ids_BT`: of the rows as they are, not packed yet; 0 is padding. Packed rows have T
     tokens too. At least 1, also where all is padding.
     """
-    # As many packed rows as rows are always enough; counted is how many are used.
+    # As many packed rows as rows are always enough; the last one used tells how many are needed.
     rows, longest = segment_ids_BT.shape
     length_B = (segment_ids_BT > 0).sum(1)
-    return first_fit(length_B, longest, rows).row_B.max() + 1
+    places = first_fit(length_B, longest, rows)
+    return places.row_B.max() + 1
 
 
 class Slots(NamedTuple):
@@ -146,21 +148,26 @@ def assign_slots(segment_ids_BT: Array, rows: int) -> Slots:
     index_BT = jnp.cumsum(real_BT, axis=1) - 1
     slot_BT = first_B[:, None] + index_BT
 
+    # Padding has no slot, nor has a row that found no room.
     has_slot_BT = real_BT & places.fits_B[:, None]
+    of_token_BT = jnp.where(has_slot_BT, slot_BT, -1)
 
-    # The other way round; what has no slot goes past the last one: dropped.
-    none_N = jnp.full(rows * length, -1, jnp.int32)
+    # The other way round: the token in each of M slots. What has no slot goes past the last one,
+    # where it is dropped.
+    slots = rows * length
+    none_M = jnp.full(slots, -1, jnp.int32)
     token_BT = jnp.arange(count * length, dtype=jnp.int32).reshape(count, length)
-    known_BT = jnp.where(has_slot_BT, slot_BT, rows * length)
-    of_slot_N = none_N.at[known_BT].set(token_BT, mode="drop")
+    known_BT = jnp.where(has_slot_BT, slot_BT, slots)
+    of_slot_M = none_M.at[known_BT].set(token_BT, mode="drop")
 
     # Ranks differ within a packed row, so each row is a segment of its own there.
-    row_N = of_slot_N // length
-    segment_N = jnp.where(of_slot_N < 0, 0, 1 + places.rank_B[row_N])
+    row_M = of_slot_M // length
+    rank_M = places.rank_B[row_M]
+    segment_M = jnp.where(of_slot_M < 0, 0, 1 + rank_M)
     return Slots(
-        of_token_BT=jnp.where(has_slot_BT, slot_BT, -1).astype(jnp.int32),
-        of_slot_NT=of_slot_N.reshape(rows, length),
-        segment_ids_NT=segment_N.reshape(rows, length).astype(jnp.int32),
+        of_token_BT=of_token_BT.astype(jnp.int32),
+        of_slot_NT=of_slot_M.reshape(rows, length),
+        segment_ids_NT=segment_M.reshape(rows, length).astype(jnp.int32),
         fits_B=places.fits_B,
     )
 
@@ -189,22 +196,26 @@ def layout_of(batch: TokenBatch) -> Layout:
     which the room is too small are False in `fits_B` of the result; nothing is raised.
     """
     # Each device has slots for its own rows.
-    groups = batch_devices(len(batch["tokens_BT"]))
-    by_group = [x.reshape(groups, -1, *x.shape[1:]) for x in inputs(batch)]
-    tokens_GBT, segment_ids_GBT, _ = by_group
+    count, length = batch["tokens_BT"].shape
+    groups = batch_devices(count)
+    rows_GBT = (groups, count // groups, length)
+    by_group = [x_BT.reshape(rows_GBT) for x_BT in inputs(batch)]
     room = batch["room"]
-    rows = room.rows(tokens_GBT.shape[1])
+    rows = room.rows(count // groups)
 
     # Shared: beginnings are held once, and attention runs over the rows as they are.
     if room.is_shared:
         owner_GBT = jax.vmap(owners)(*by_group)
-        shared = jax.vmap(partial(share_slots, rows=rows))(owner_GBT)
+        assign_shared = jax.vmap(partial(share_slots, rows=rows))
+        shared = assign_shared(owner_GBT)
         seen = SharedRows(batch["segment_ids_BT"], shared.slot_BT, owner_GBT, shared.token_NT)
         return Layout(seen.slots, seen.rows, seen, shared.fits_B.reshape(-1))
 
     # Packed: attention runs over the packed rows, in which each row is a segment.
-    slots = jax.vmap(partial(assign_slots, rows=rows))(segment_ids_GBT)
-    segment_ids_NT = slots.segment_ids_NT.reshape(-1, segment_ids_GBT.shape[-1])
+    _, segment_ids_GBT, _ = by_group
+    assign_packed = jax.vmap(partial(assign_slots, rows=rows))
+    slots = assign_packed(segment_ids_GBT)
+    segment_ids_NT = slots.segment_ids_NT.reshape(-1, length)
     return Layout(
         slots=lambda x: each_group(moved, x, slots.of_slot_NT, slots.of_token_BT),
         rows=lambda x: each_group(moved, x, slots.of_token_BT, slots.of_slot_NT),
@@ -231,18 +242,16 @@ def run_model(apply: Apply, params: Params, batch: TokenBatch) -> Any:
     positions_NT = layout.slots(positions_BT)
     output = apply(params, tokens_NT, layout.segment_ids, positions_NT)
 
-    # What it gave for each token, back to where the token stands. A room that is too small is a
-    # fault of the caller's: what depends on it is not a number, rather than wrong.
-    def put_back(x: Array) -> Array:
-        back = layout.rows(x)
-        fits = layout.fits_B.reshape(-1, *[1] * (back.ndim - 1))
-        return jnp.where(fits, back, jnp.nan)
-
-    per_token = {
-        name: put_back(getattr(output, name))
-        for name in ("x_BTD", "scalars_BT")
-        if hasattr(output, name)
-    }
+    # Each token's outputs, back to where the token stands. A room that is too small is the
+    # caller's fault: what depends on it is not a number, rather than wrong.
+    per_token = {}
+    for name in ("x_BTD", "scalars_BT"):
+        if not hasattr(output, name):
+            continue
+        back = layout.rows(getattr(output, name))
+        other_axes = [1] * (back.ndim - 1)
+        fits = layout.fits_B.reshape(-1, *other_axes)
+        per_token[name] = jnp.where(fits, back, jnp.nan)
     return output.replace(**per_token)
 
 
@@ -270,24 +279,31 @@ def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
 def rows_needed(arrays: tuple[Array, ...], microbatches: int) -> Array:
     """Return the most rows of T slots that a group of this batch needs, [2] int32: packed, shared.
 
-    Packed, real tokens of whole rows lie side by side; shared, what rows begin with in common is
-    held once. A group: the rows of one micro-batch (sharding.in_microbatches) that one device of
+    Packed, real tokens of whole rows lie side by side; shared, beginnings in common are held once.
+    A group: the rows of one micro-batch (sharding.in_microbatches) that one device of
     the current mesh holds, or all of the micro-batch without a mesh, or where data x fsdp does not
     divide its rows. `arrays`: the values of `model_inputs`, in its order, [B, T], or [B, C, T],
     which are B C rows. `microbatches`, static, must divide B, with candidates too.
     """
     *rows, length = arrays[0].shape
-    groups = microbatches * batch_devices(math.prod(rows) // microbatches)
+    rows_of_one = math.prod(rows) // microbatches
+    groups = microbatches * batch_devices(rows_of_one)
 
     def by_group(x: Array) -> Array:
         return in_microbatches(x, microbatches).reshape(groups, -1, length)
 
     tokens_GBT, segment_ids_GBT, positions_GBT = map(by_group, arrays)
+
+    # Packed: by packing them.
     packed_G = jax.vmap(rows_used)(segment_ids_GBT)
+
+    # Shared: as many rows as distinct tokens fill, rounded up; at least 1, also without a token.
     owner_GBT = jax.vmap(owners)(tokens_GBT, segment_ids_GBT, positions_GBT)
-    distinct_G = jax.vmap(is_own)(owner_GBT).sum((1, 2))
-    filled_G = -(-distinct_G // length)
-    return jnp.stack([packed_G.max(), jnp.maximum(filled_G.max(), 1)])
+    is_own_GBT = jax.vmap(is_own)(owner_GBT)
+    distinct_G = is_own_GBT.sum((1, 2))
+    shared_G = -(-distinct_G // length)
+    shared = jnp.maximum(shared_G.max(), 1)
+    return jnp.stack([packed_G.max(), shared])
 
 
 class Measured(NamedTuple):
@@ -304,12 +320,19 @@ def measure(*batches: Mapping[str, Any], microbatches: int = 1) -> Measured:
 
     Arguments are those of `find_room`; all processes must call it.
     """
-    of_batches = [tuple(model_inputs(batch).values()) for batch in batches]
-    *shape, _ = of_batches[0][0].shape
-    rows = math.prod(shape) // microbatches
+    of_batches = []
+    for batch in batches:
+        arrays = model_inputs(batch)
+        of_batches.append(tuple(arrays.values()))
+
+    # The rows of a group, alike in all batches.
+    tokens, _, _ = of_batches[0]
+    rows = tokens.size // tokens.shape[-1] // microbatches
     own = rows // batch_devices(rows)
     if not can_pack():
         return Measured(None, own)
+
+    # One room serves all: the most that any of them needs.
     needed = [rows_needed(arrays, microbatches) for arrays in of_batches]
     return Measured(jnp.stack(needed).max(0), own)
 
@@ -324,14 +347,18 @@ def room_of(measured: Measured, sizes: int) -> Room | None:
     if measured.needed is None:
         return None
     packed, distinct = measured.needed.tolist()
-    # Attention is over all rows where beginnings are shared.
+
+    # What each would cost, in rows: attention is over all rows where beginnings are shared.
     shared = LAID_OUT * measured.rows + (1 - LAID_OUT) * distinct
     is_shared = shared < packed
-    share = (distinct if is_shared else packed) / measured.rows
+    needed = distinct if is_shared else packed
+    share = needed / measured.rows
 
     # The largest k for which 2 to the power of -k / sizes is no less than the share.
-    steps = math.floor(-sizes * math.log2(share) + 1e-9)
-    return Room(2 ** (-steps / sizes), is_shared) if steps else None
+    k = math.floor(-sizes * math.log2(share) + 1e-9)
+    if k == 0:
+        return None
+    return Room(2 ** (-k / sizes), is_shared)
 
 
 def find_room(

@@ -48,16 +48,20 @@ def number(above: float, most: float) -> Kind:
 
 def one_of(*values: str) -> Kind:
     """Return the kind of the texts `values`."""
-    return Kind(
-        f"one of {', '.join(values)}", lambda value: type(value) is str and value in values
-    )
+
+    def holds(value: Any) -> bool:
+        return type(value) is str and value in values
+
+    return Kind(f"one of {', '.join(values)}", holds)
 
 
 def object_of(kind: Kind) -> Kind:
     """Return the kind of objects, of one field or more, whose values are of `kind`."""
 
     def holds(value: Any) -> bool:
-        return type(value) is dict and bool(value) and all(map(kind.holds, value.values()))
+        if type(value) is not dict or not value:
+            return False
+        return all(map(kind.holds, value.values()))
 
     return Kind(f"an object whose values are {kind.words}", holds)
 
@@ -66,15 +70,21 @@ def list_of(kind: Kind) -> Kind:
     """Return the kind of lists, of one value or more, each of `kind`."""
 
     def holds(value: Any) -> bool:
-        return type(value) is list and bool(value) and all(map(kind.holds, value))
+        if type(value) is not list or not value:
+            return False
+        return all(map(kind.holds, value))
 
     return Kind(f"a list of {kind.words}", holds)
 
 
 def either(*kinds: Kind) -> Kind:
     """Return the kind of values that are of one of `kinds`."""
+
+    def holds(value: Any) -> bool:
+        return any(kind.holds(value) for kind in kinds)
+
     words = " or ".join(kind.words for kind in kinds)
-    return Kind(words, lambda value: any(kind.holds(value) for kind in kinds))
+    return Kind(words, holds)
 
 
 FLAG = Kind("true or false", lambda value: type(value) is bool)
@@ -90,10 +100,11 @@ def check_values(path: pathlib.Path, content: Mapping[str, Any], kinds: dict[str
     """
     for name, kind in kinds.items():
         value = content.get(name)
-        if value is not None and not kind.holds(value):
-            # Shortened, in depth too.
-            shown = reprlib.repr(value)
-            raise UserError(f"{path}: {name} is {shown}, wanted is {kind.words}; restore the file")
+        if value is None or kind.holds(value):
+            continue
+        # Shortened, in depth too: it may be the whole of a file.
+        shown = reprlib.repr(value)
+        raise UserError(f"{path}: {name} is {shown}, not {kind.words}; restore the file")
 
 
 # --- files
@@ -105,18 +116,23 @@ def file_in(folder: pathlib.Path, name: str) -> pathlib.Path:
     A link may lead anywhere in the folder, and from a snapshot of Hugging Face's cache to the
     cache's own files, `blobs` beside `snapshots`.
     """
-    path = folder / name
+    # Where the file must be when all links are followed.
     inside = folder.resolve()
     if inside.parent.name == "snapshots":
         inside = inside.parents[1]
+
+    # Where it is.
+    path = folder / name
+    shown = reprlib.repr(name)
     try:
         target = path.resolve()
     except (OSError, ValueError, RuntimeError) as fault:
-        raise UserError(f"{folder}: {reprlib.repr(name)}: {one_line(fault)}; restore it") from None
-    if pathlib.PurePath(name).name != name or not target.is_relative_to(inside):
-        raise UserError(
-            f"{folder}: {reprlib.repr(name)} lies outside the folder; put the file itself there"
-        )
+        raise UserError(f"{folder}: {shown}: {one_line(fault)}; restore it") from None
+
+    # A name with a folder in it is refused too, wherever it leads.
+    is_name = pathlib.PurePath(name).name == name
+    if not is_name or not target.is_relative_to(inside):
+        raise UserError(f"{folder}: {shown} lies outside the folder; put the file itself there")
     return path
 
 
@@ -127,6 +143,7 @@ def read_object(path: pathlib.Path) -> dict[str, Any]:
     link leads out of the folder (`file_in`); FileNotFoundError where there is no file.
     """
     path = file_in(path.parent, path.name)
+    # A missing file is the caller's to judge; any other fault is the file's.
     try:
         text = path.read_text(encoding="utf-8")
         content = json.loads(text, object_pairs_hook=_without_twins)

@@ -74,6 +74,7 @@ def is_mixture(data: str) -> bool:
     if os.path.exists(data):
         return False
     words = data.split()
+    # A single word with a weight may as well be the name of a file: only an option tells.
     if len(words) == 1:
         share = SHARE.fullmatch(data)
         options = share["options"].split("@")[1:] if share else []
@@ -104,6 +105,7 @@ def read_mixture(data: str) -> tuple[Stage, ...]:
 
     Raises UserError for a word that is none, naming it.
     """
+    # The words of each stage.
     stages: list[list[str]] = [[]]
     for word in data.split():
         if word == ARROW:
@@ -111,6 +113,8 @@ def read_mixture(data: str) -> tuple[Stage, ...]:
         else:
             stages[-1].append(word)
     read = tuple(_stage(words) for words in stages)
+
+    # Every stage but the last one has an end.
     for number, stage in enumerate(read, 1):
         is_last = number == len(read)
         has_end = stage.tokens is not None or stage.steps is not None
@@ -128,6 +132,7 @@ def read_mixture(data: str) -> tuple[Stage, ...]:
 
 def _stage(words: Sequence[str]) -> Stage:
     """Read the words of a stage."""
+    # A word is a setting or a source.
     named = []
     settings: dict[str, str] = {}
     for word in words:
@@ -142,7 +147,10 @@ def _stage(words: Sequence[str]) -> Stage:
             continue
         require(setting[1] not in settings, f"mixture: {setting[1]}= stands twice in a stage")
         settings[setting[1]] = setting[2]
-    shares = [_share(word, is_alone=len(named) == 1) for word in named]
+
+    # Sources: each once, and all weighed alike.
+    is_alone = len(named) == 1
+    shares = [_share(word, is_alone) for word in named]
     require(bool(shares), f"mixture: a stage names no source; write one on each side of {ARROW}")
     labels = [share.label for share in shares]
     for label in labels:
@@ -153,6 +161,8 @@ def _stage(words: Sequence[str]) -> Stage:
             f"mixture: {share.data}: of a stage's weights all count rows or none does; add @rows "
             "or @cap=N to the others, or leave it out",
         )
+
+    # Settings.
     unit = settings.get("unit", "examples")
     require(
         unit in ("examples", "tokens"),
@@ -163,11 +173,11 @@ def _stage(words: Sequence[str]) -> Stage:
         "mixture: a stage ends by tokens= or by steps=, not by both",
     )
     return Stage(
-        tuple(shares),
-        unit == "tokens",
-        _number(settings, "temperature") or 1.0,
-        _whole(settings, "tokens"),
-        _whole(settings, "steps"),
+        shares=tuple(shares),
+        by_tokens=unit == "tokens",
+        temperature=_number(settings, "temperature") or 1.0,
+        tokens=_whole(settings, "tokens"),
+        steps=_whole(settings, "steps"),
     )
 
 
@@ -192,6 +202,8 @@ def _share(word: str, is_alone: bool) -> Share:
         f"mixture: {word}: a weight must be above 0 and below {MOST_WEIGHT:g}; for none leave the "
         "source out",
     )
+
+    # Options: each of a kind once.
     options = found["options"].split("@")[1:]
     cap = None
     kinds = [option.partition("=")[0] for option in options]
@@ -203,8 +215,15 @@ def _share(word: str, is_alone: bool) -> Share:
         )
         if option.startswith("cap="):
             cap = int(option.removeprefix("cap="))
-    by_rows = "rows" in options or cap is not None
-    return Share(found["data"], weight, by_rows, cap, "text" in options, "in_order" in options)
+    return Share(
+        data=found["data"],
+        weight=weight,
+        # A bound on the rows that count says that they do.
+        by_rows="rows" in options or cap is not None,
+        cap=cap,
+        as_text="text" in options,
+        in_order="in_order" in options,
+    )
 
 
 def _number(settings: dict[str, str], name: str) -> float | None:

@@ -183,14 +183,14 @@ CASES = {
         (
             "two answers",
             lines({"question": "q", "answer": "a", "response": "b"}),
-            "1: response: says another thing than answer; keep one",
+            "1: response: differs from answer; keep one",
         ),
         ("two answers alike", lines({"question": "q", "answer": "a", "response": "a"}), QA),
         ("two answers, one empty", lines({"question": "q", "answer": "a", "response": ""}), QA),
         (
             "two conversations",
             lines({"messages": talk("q", "a"), "conversations": talk("q", "b")}),
-            "1: conversations: says another thing than messages; keep one",
+            "1: conversations: differs from messages; keep one",
         ),
         (
             "a row that is not trained on",
@@ -320,7 +320,7 @@ CASES = {
         (
             "two requests",
             lines({"prompt": "q", "question": "r"}),
-            "1: question: says another thing than prompt; keep one",
+            "1: question: differs from prompt; keep one",
         ),
         (
             "SHP",

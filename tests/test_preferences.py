@@ -50,18 +50,20 @@ def test_contrasts_are_between_prompts_that_differ():
     for i in range(len(source)):
         contents = [asked[0]["content"] for asked in made[i]["prompts"]]
         assert contents[0] == rows[i]["prompt"][0]["content"] and len(set(contents)) == 3
-    with pytest.raises(UserError, match="holds 3 prompts"):
+    with pytest.raises(UserError, match=r"too few different prompts \(3\)"):
         with_other_prompts(source, 4)[0]
 
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_one_prompt_alone_has_no_other(count):
-    with pytest.raises(UserError, match=r"rows: holds 1 prompts.*add rows with other prompts"):
+    with pytest.raises(
+        UserError, match=r"rows: too few different prompts.*add rows with other prompts"
+    ):
         with_mismatched(judged(*["a"] * count))
 
 
 def test_a_held_out_split_of_one_prompt_takes_others_from_the_training_split():
     made = with_mismatched(judged("a", "a"), others=judged("b", "c", "a"))
     assert {made[i]["responses"][-1][0] for i in range(2)} <= {"b", "c"}
-    with pytest.raises(UserError, match="holds 1 prompts"):
+    with pytest.raises(UserError, match=r"too few different prompts \(1\)"):
         with_mismatched(judged("a", "a"), others=judged("a"))

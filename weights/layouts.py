@@ -25,10 +25,12 @@ ATTENTION = LAYER + "self_attn."
 MLP = LAYER + "mlp."
 
 LAYOUTS = {
+    # The embedding, and norms
     "decoder/embed": Layout("VD", "model.embed_tokens.weight", ("V", "D")),
     "decoder/final_norm": Layout("D", "model.norm.weight", ("D",)),
     "decoder/layers/attention_norm": Layout("D", LAYER + "input_layernorm.weight", ("D",)),
     "decoder/layers/mlp_norm": Layout("D", LAYER + "post_attention_layernorm.weight", ("D",)),
+    # Attention: weights, biases, norms of each head's queries and keys, norms over all heads
     "decoder/layers/attention/q": Layout("DNH", ATTENTION + "q_proj.weight", ("NH", "D")),
     "decoder/layers/attention/k": Layout("DKH", ATTENTION + "k_proj.weight", ("KH", "D")),
     "decoder/layers/attention/v": Layout("DKH", ATTENTION + "v_proj.weight", ("KH", "D")),
@@ -41,12 +43,14 @@ LAYOUTS = {
     "decoder/layers/attention/k_norm": Layout("H", ATTENTION + "k_norm.weight", ("H",)),
     "decoder/layers/attention/q_heads_norm": Layout("NH", ATTENTION + "q_norm.weight", ("NH",)),
     "decoder/layers/attention/k_heads_norm": Layout("KH", ATTENTION + "k_norm.weight", ("KH",)),
+    # The feed-forward layer
     "decoder/layers/mlp/gate": Layout("DF", MLP + "gate_proj.weight", ("F", "D")),
     "decoder/layers/mlp/up": Layout("DF", MLP + "up_proj.weight", ("F", "D")),
     "decoder/layers/mlp/down": Layout("FD", MLP + "down_proj.weight", ("D", "F")),
     "decoder/layers/mlp/gate_bias": Layout("F", MLP + "gate_proj.bias", ("F",)),
     "decoder/layers/mlp/up_bias": Layout("F", MLP + "up_proj.bias", ("F",)),
     "decoder/layers/mlp/down_bias": Layout("D", MLP + "down_proj.bias", ("D",)),
+    # The head, where it is not the embedding
     "unembed": Layout("DV", "lm_head.weight", ("V", "D")),
 }
 """By the path of a parameter of ours: Llama's, of which the other families' tables say where they
@@ -66,6 +70,7 @@ NORMS_AFTER = {
 NEOX_LAYER = "gpt_neox.layers.{}."
 QKV = NEOX_LAYER + "attention.query_key_value."
 NEOX = {
+    # The embedding, and norms, which have biases
     "decoder/embed": Layout("VD", "gpt_neox.embed_in.weight", ("V", "D")),
     "decoder/final_norm": Layout("D", "gpt_neox.final_layer_norm.weight", ("D",)),
     "decoder/final_norm_bias": Layout("D", "gpt_neox.final_layer_norm.bias", ("D",)),
@@ -75,6 +80,7 @@ NEOX = {
     "decoder/layers/mlp_norm_bias": Layout(
         "D", NEOX_LAYER + "post_attention_layernorm.bias", ("D",)
     ),
+    # Attention: one tensor for q, k and v
     "decoder/layers/attention/q": Layout("DNH", QKV + "weight", ("NH", "D"), takes_turns=True),
     "decoder/layers/attention/k": Layout("DKH", QKV + "weight", ("KH", "D"), takes_turns=True),
     "decoder/layers/attention/v": Layout("DKH", QKV + "weight", ("KH", "D"), takes_turns=True),
@@ -85,6 +91,7 @@ NEOX = {
         "NHD", NEOX_LAYER + "attention.dense.weight", ("D", "NH")
     ),
     "decoder/layers/attention/o_bias": Layout("D", NEOX_LAYER + "attention.dense.bias", ("D",)),
+    # The feed-forward layer, which has no gate, and the head
     "decoder/layers/mlp/up": Layout("DF", NEOX_LAYER + "mlp.dense_h_to_4h.weight", ("F", "D")),
     "decoder/layers/mlp/up_bias": Layout("F", NEOX_LAYER + "mlp.dense_h_to_4h.bias", ("F",)),
     "decoder/layers/mlp/down": Layout("FD", NEOX_LAYER + "mlp.dense_4h_to_h.weight", ("D", "F")),

@@ -133,7 +133,7 @@ def empty_cache(config: ModelConfig, batch: int, slots: int) -> KVCache:
 # --- norms and weights
 
 
-# For the backward pass x alone is kept: to compute the norm again is cheaper.
+# Only x is kept for the backward pass: computing the norm again is cheaper.
 @partial(jax.checkpoint, prevent_cse=False)
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     """Divide `x` by its root mean square over the last axis and scale it, in float32.
@@ -323,7 +323,7 @@ class Attention(nn.Module):
             q_MNH = scaled_norm(self, "q_norm", q_MNH)
             k_MKH = scaled_norm(self, "k_norm", k_MKH)
 
-        # A row a sequence again.
+        # One row a sequence again.
         q_BTNH = q_MNH.reshape(batch, length, *q_heads)
         k_BTKH = k_MKH.reshape(batch, length, *kv_heads)
         v_BTKH = v_MKH.reshape(batch, length, *kv_heads)
@@ -392,7 +392,7 @@ class SwiGLU(nn.Module):
             "gelu_erf": partial(nn.gelu, approximate=False),
         }[c.activation]
 
-        # For the backward pass gate and up alone are kept.
+        # Only gate and up are kept for the backward pass.
         @partial(jax.checkpoint, prevent_cse=False)
         def gated(gate_MF, up_MF):
             return activation(gate_MF) * up_MF
@@ -551,7 +551,7 @@ class Decoder(nn.Module):
             tokens_BT = striped(tokens_BT, ring)
             positions_BT = striped(positions_BT, ring)
 
-        # The lookup. Only then are the tokens cut over tensor, for in it the vocabulary is.
+        # The lookup. Only then are tokens cut over tensor: in the lookup the vocabulary is.
         x_BTD = embedded(embed_VD, tokens_BT, c.compute_dtype)
         x_BTD = constrain_tokens(x_BTD, "sequence")
         x_BTD = constrain_residual(x_BTD)
@@ -674,7 +674,7 @@ def init_and_apply(model: nn.Module) -> tuple[Callable[[jax.Array], Params], Cal
     LanguageOutput or ScalarOutput; that of a LanguageModel takes a KVCache as a fifth argument,
     `cache`. See Decoder.__call__ for the arguments.
     """
-    # NumPy: not on a device, for plan.py has none.
+    # In NumPy, not on a device: plan.py has none.
     token_11 = np.ones((1, 1), np.int32)
 
     def init(key: jax.Array) -> Params:

@@ -10,6 +10,7 @@ problems.
 import runtime.interrupt  # noqa: F401
 
 import collections
+import itertools
 import json
 import sys
 
@@ -32,16 +33,17 @@ def within(scores: np.ndarray, right: np.ndarray, problems: list[str]) -> float:
 
     Pairs are a right and a wrong solution to one problem.
     """
+    # The rows of each problem.
     of_problem = collections.defaultdict(list)
     for i, problem in enumerate(problems):
         of_problem[problem].append(i)
-    gaps = [
-        scores[i] - scores[j]
-        for own in of_problem.values()
-        for i in own
-        for j in own
-        if right[i] > right[j]
-    ]
+
+    # The right solution's score less the wrong one's, for each such pair.
+    gaps = []
+    for own in of_problem.values():
+        for i, j in itertools.product(own, own):
+            if right[i] > right[j]:
+                gaps.append(scores[i] - scores[j])
     return float(np.mean(0.5 * (np.sign(gaps) + 1)))
 
 
@@ -54,17 +56,30 @@ def main() -> None:
     mesh = make_mesh(MeshConfig())
     tokenizer = Tokenizer.load(policy)
     source = open_source(labelled, "steps", "all")
-    rows = [source[i] for i in range(len(source))]
-    right = np.array([row["labels"][-1] for row in rows]) > 0.5
-    prompts = [tokenizer.prompt(row["prompt"]) for row in rows]
-    responses = [tokenizer.answer("\n".join(row["steps"])) for row in rows]
-    verdicts = [arithmetic.verdicts(row["prompt"][-1]["content"], row["steps"]) for row in rows]
-    faulty = np.array([arithmetic.NEGATIVE in of_one for of_one in verdicts])
+
+    # Solutions, which of them are right, and which have a wrong step.
+    prompts = []
+    responses = []
+    problems = []
+    is_right = []
+    is_faulty = []
+    for row in source.first(len(source)):
+        prompts.append(tokenizer.prompt(row["prompt"]))
+        responses.append(tokenizer.answer("\n".join(row["steps"])))
+        problems.append(json.dumps(row["prompt"]))
+        is_right.append(row["labels"][-1] > 0.5)
+        verdicts = arithmetic.verdicts(row["prompt"][-1]["content"], row["steps"])
+        is_faulty.append(arithmetic.NEGATIVE in verdicts)
+    right = np.array(is_right)
+    faulty = np.array(is_faulty)
     told = f"{right.mean():.3f} right, of those with a wrong step {right[faulty].mean():.3f}"
-    print(f"{labelled}: {len(rows)} distinct solutions, {told}")
+    print(f"{labelled}: {len(right)} distinct solutions, {told}")
+
+    # How well each model tells them apart.
     for model in models:
-        scores = make_step_scorer(model, tokenizer, mesh, LENGTH)(prompts, responses)["last"]
-        inside = within(scores, right, [json.dumps(row["prompt"]) for row in rows])
+        score = make_step_scorer(model, tokenizer, mesh, LENGTH)
+        scores = score(prompts, responses)["last"]
+        inside = within(scores, right, problems)
         print(f"{model}: AUC {auc(scores, right):.3f}, within a problem {inside:.3f}")
 
 

@@ -62,13 +62,14 @@ def make_court(model: ModelConfig, tokenizer: Tokenizer, prompts: int, new_token
         keys = jax.vmap(jax.random.key)(np.array(seeds))
         samples = to_host(sample_all(params, batch, keys))
 
-        # Member by member.
+        # Each member's responses, as texts.
         verdicts = []
         for member, seed in enumerate(seeds):
             lengths_B = samples.mask_BR[member].sum(1).astype(int)
             rows = zip(samples.response_BR[member], lengths_B, strict=True)
             texts = [tokenizer.decode(response[:length].tolist()) for response, length in rows]
-            verdicts.append(judged(requests[member], texts, seed, float(lengths_B.mean())))
+            mean_length = float(lengths_B.mean())
+            verdicts.append(judged(requests[member], texts, seed, mean_length))
         return verdicts
 
     return judge
@@ -101,5 +102,12 @@ def judged(
         theirs = world.gold(request.text, shown["response"])
         passed.append(ours.all)
         criteria.append(ours.total)
-        wins.append(0.5 * (1 + np.sign(sum(ours) - sum(theirs))))
-    return Verdict(float(np.mean(passed)), float(np.mean(criteria)), float(np.mean(wins)), length)
+        # 1 for more criteria than the demonstrator, 1/2 for as many, 0 for fewer.
+        sign = np.sign(sum(ours) - sum(theirs))
+        wins.append(0.5 * (1 + sign))
+    return Verdict(
+        gold=float(np.mean(passed)),
+        criteria=float(np.mean(criteria)),
+        win_rate=float(np.mean(wins)),
+        length=length,
+    )

@@ -13,6 +13,7 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import pathlib
 import random
@@ -133,15 +134,12 @@ def block(
 
     All rows are the same whichever the sampler, and so are both schedules: one run.
     """
-    for name in names:
-        for budget in budgets:
-            for aligner in BATCH:
-                for sampler in samplers:
-                    for seed in seeds:
-                        if budget == 100:
-                            yield Run(name, aligner, "all", budget, "own", seed)
-                        else:
-                            yield Run(name, aligner, sampler, budget, schedule, seed)
+    cells = itertools.product(names, budgets, BATCH, samplers, seeds)
+    for name, budget, aligner, sampler, seed in cells:
+        if budget == 100:
+            yield Run(name, aligner, "all", budget, "own", seed)
+        else:
+            yield Run(name, aligner, sampler, budget, schedule, seed)
 
 
 def groups_of(runs: Sequence[Run], members: int) -> list[list[Run]]:
@@ -149,14 +147,18 @@ def groups_of(runs: Sequence[Run], members: int) -> list[list[Run]]:
 
     A group stands where its first run does.
     """
+    # Runs that one program trains.
     alike: dict[tuple[Any, ...], list[Run]] = collections.defaultdict(list)
     for run in runs:
         alike[run.aligner, run.budget, run.schedule].append(run)
+
+    # Cut, and put back in the order of the plan.
     groups = []
     for same in alike.values():
-        groups += [same[i : i + members] for i in range(0, len(same), members)]
-    place = {run: number for number, run in enumerate(runs)}
-    return sorted(groups, key=lambda group: place[group[0]])
+        for start in range(0, len(same), members):
+            groups.append(same[start : start + members])
+    places = {run: number for number, run in enumerate(runs)}
+    return sorted(groups, key=lambda group: places[group[0]])
 
 
 def read_results(path: str) -> dict[Run, dict[str, Any]]:
@@ -165,10 +167,11 @@ def read_results(path: str) -> dict[Run, dict[str, Any]]:
     if not pathlib.Path(path).exists():
         return results
     for line in pathlib.Path(path).read_text().splitlines():
-        # A process that was killed as it wrote.
+        # A process that was killed as it wrote leaves half a line.
         with contextlib.suppress(json.JSONDecodeError):
             row = json.loads(line)
-            results[Run(*(row[name] for name in Run._fields))] = row
+            run = Run(*(row[name] for name in Run._fields))
+            results[run] = row
     return results
 
 
@@ -176,9 +179,11 @@ def append(path: str, lines: Sequence[dict[str, Any]]) -> None:
     """Write lines behind those of results.jsonl, apart from one that was cut short."""
     text = "".join(json.dumps(line) + "\n" for line in lines)
     with open(path, "a+b") as file:
+        # The last line of a file may have no end.
         if file.tell():
             file.seek(-1, 2)
-            text = text if file.read() == b"\n" else "\n" + text
+            is_whole = file.read() == b"\n"
+            text = text if is_whole else "\n" + text
         file.write(text.encode())
 
 
@@ -225,14 +230,18 @@ def flops_of(run: Run, model: ModelConfig, pairs: int) -> dict[str, float]:
     """
     if run.sampler == "none":
         return {"training": 0.0, "selection": 0.0}
+
+    # A forward pass of one response, the rows trained on, and those with repetitions.
     one = forward_flops(model, 1, pools.LENGTH, pools.LENGTH)
     rows = rows_of(run, pairs)
     trained = steps_of(run, pairs) * BATCH[run.aligner]
     if run.aligner == "dpo":
         training = 2 * one * (3 * trained + rows)
     else:
-        # The row itself, and one of another prompt, of which nothing is learned.
-        training = one * (3 * trained + rows) + one * (trained + rows)
+        # The row itself, and one of another prompt, from which nothing is learned.
+        own = one * (3 * trained + rows)
+        unrelated = one * (trained + rows)
+        training = own + unrelated
 
     # One pass over all rows for what is chosen by embeddings or by a score, two for ifd.
     method = pools.SAMPLERS.get(run.sampler, {}).get("method", "random")
@@ -306,6 +315,8 @@ def run_group(config: Config, judge: Judge, group: Sequence[Run]) -> list[dict[s
     members = filled(group, config.members)
     model = loaded(config.init)
     params: Params
+
+    # The SFT model as it is, once for each member, or trained.
     if group[0].sampler == "none":
         began = time.perf_counter()
         params = jax.tree.map(lambda x: np.stack([np.asarray(x)] * len(members)), model.params)
@@ -346,6 +357,7 @@ def forecast(left: Sequence[Run], results: dict[Run, dict[str, Any]], pairs: int
 
     Training goes by the steps, judging is the same for all. Medians: the first runs compile.
     """
+    # The SFT model's own lines have no steps.
     done = [row for row in results.values() if row["steps"]]
     if not done:
         return float("nan")
@@ -384,6 +396,8 @@ def main(config: Config) -> dict[str, int]:
     refuse_other_start(config, results)
     model = loaded(config.init)
     judge = make_court(model.config, model.tokenizer, config.prompts, pools.NEW_TOKENS)
+
+    # Group by group; each is written at once, so that a stop loses no more than one.
     done = 0
     for group in groups_of(left, config.members):
         if config.minutes is not None and time.monotonic() - began > 60 * config.minutes:

@@ -48,17 +48,21 @@ class Config:
 
 def labels(config: Config, rows: list[dict], reliability: float) -> None:
     """Print the share of looks that are right, and of untied pairs that are ranked by gold."""
-    looks = [
-        world_feedback.finds(row["prompt"][-1]["content"], text, name, reliability, config.seed)
-        == getattr(world.gold(row["prompt"][-1]["content"], text), name)
-        for row in rows
-        for text in row["responses"]
-        for name in NAMES
-    ]
+    # A look at each criterion of each response: right where it says what gold says.
+    looks = []
+    for row in rows:
+        request = row["prompt"][-1]["content"]
+        for text in row["responses"]:
+            gold = world.gold(request, text)
+            for name in NAMES:
+                said = world_feedback.finds(request, text, name, reliability, config.seed)
+                looks.append(said == getattr(gold, name))
+
+    # Pairs as the looks at all criteria rank them.
     prefer, _ = make_simulated(NAMES, reliability, 1, config.seed)
-    ranked = feedback.comparison_rows(
-        prefer, [row["prompt"] for row in rows], [row["responses"] for row in rows]
-    )
+    prompts = [row["prompt"] for row in rows]
+    responses = [row["responses"] for row in rows]
+    ranked = feedback.comparison_rows(prefer, prompts, responses)
     right = feedback.agreement(ranked)
     print(
         f"{reliability:11}{np.mean(looks):12.3f}{len(looks):9}{np.mean(right):12.3f}{len(right):9}"
@@ -69,10 +73,10 @@ def revisions(config: Config, rows: list[dict], reliability: float) -> None:
     """Print the shares violated before and after each of three revisions."""
     rounds = feedback.Config.rounds
     _, revise = make_simulated(NAMES, reliability, 1, config.seed)
-    prompts, first = [row["prompt"] for row in rows], [row["responses"][0] for row in rows]
-    made = feedback.revision_rows(
-        NAMES, revise, feedback.pick_first, prompts, first, rounds, jax.random.key(config.seed)
-    )
+    prompts = [row["prompt"] for row in rows]
+    first = [row["responses"][0] for row in rows]
+    key = jax.random.key(config.seed)
+    made = feedback.revision_rows(NAMES, revise, feedback.pick_first, prompts, first, rounds, key)
     print(f"reliability {reliability}, {len(made)} responses")
     feedback.report_revisions(made, rounds)
 
@@ -82,29 +86,33 @@ def classifiers(config: Config, rows: list[dict]) -> None:
 
     "found": the share of broken ones that it finds; "real": the share of finds that are broken.
     """
-    shown = [
-        (row, text, world.gold(row["prompt"][-1]["content"], text))
-        for row in rows
-        for text in row["responses"]
-    ]
+    # Every response with its row and what gold says of it.
+    shown = []
+    for row in rows:
+        for text in row["responses"]:
+            gold = world.gold(row["prompt"][-1]["content"], text)
+            shown.append((row, text, gold))
+
+    # Rules by their name and the criterion that each stands for.
     tried = [(name, criterion, getattr(rules, name)) for name, criterion in RULES]
     if config.judge is not None:
         judge = load_run(config.judge)
         principles = read_principles(feedback.Config.principles)
-        tried += [
-            (config.judge, name, make_keeps(judge, text)) for name, text in principles.items()
-        ]
-    columns = "".join(
-        f"{name:>10}" for name in ("criterion", "broken", "accuracy", "found", "real")
-    )
+        for name, principle in principles.items():
+            tried.append((config.judge, name, make_keeps(judge, principle)))
+
+    names = ("criterion", "broken", "accuracy", "found", "real")
+    columns = "".join(f"{name:>10}" for name in names)
     print(f"{'rule':20}{columns}   n={len(shown)}")
     for name, criterion, keeps in tried:
+        # What the rule calls broken, and what is.
         said = np.array(
             [keeps(text, row) < 0.5 for row, text, _ in tqdm(shown, name, leave=False)]
         )
         broken = np.array([not getattr(gold, criterion) for _, _, gold in shown])
         shares = (broken.mean(), (said == broken).mean(), said[broken].mean(), broken[said].mean())
-        print(f"{name:20}{criterion:>10}" + "".join(f"{share:10.3f}" for share in shares))
+        cells = "".join(f"{share:10.3f}" for share in shares)
+        print(f"{name:20}{criterion:>10}{cells}")
 
 
 def main(config: Config) -> None:

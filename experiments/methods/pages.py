@@ -309,11 +309,11 @@ def index(texts: dict[str, Source], rows: Rows) -> str:
         "Gain in the share of 1,000 held-out prompts of the built-in world that pass all three "
         "criteria, over the [SFT](sft.md) model that each starts from; about the same training "
         "FLOPs each; means over five to seven seeds with 95 % intervals (Student's t). KL to SFT "
-        "in nats per response. TFLOPs with the training of the reward models. A difference within "
-        "its interval is none.",
+        "is in nats per response; TFLOPs include the training of the reward models. A difference "
+        "within its interval counts as none.",
         markdown_table(head, ranked).strip(),
-        "## Methods outside of the comparison",
-        "They have other data, another starting point, or go with any method.",
+        "## Methods outside the comparison",
+        "They use other data or another starting point, or go with any method.",
         markdown_table(["page", "method", "needs"], others).strip(),
         "## Notation",
         "`x` is a prompt and `y` a response; `y_w` is the chosen one and `y_l` the rejected one. "

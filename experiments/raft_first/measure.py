@@ -28,6 +28,46 @@ class Config:
     """Limits of the KL to the SFT policy, in nats a response."""
 
 
+Curve = dict[int, dict[str, Any]]
+"""{step: its row of metrics}, of the steps with a gold evaluation, in order."""
+
+
+def curve_of(run: str) -> Curve:
+    """Read the gold evaluations of a run."""
+    curve = {}
+    for row in read_rows(run):
+        if "gold/all" in row:
+            curve[row["step"]] = row
+    return curve
+
+
+def first_step(curve: Curve, target: float) -> int | None:
+    """Return the first step at which the share `target` passes; None where it never does."""
+    for step, row in curve.items():
+        if row["gold/all"] >= target:
+            return step
+    return None
+
+
+def most_within(curve: Curve, limit: float) -> float | None:
+    """Return the most that passes at a KL of at most `limit`; None where no step has so little."""
+    shares = [row["gold/all"] for row in curve.values() if row["gold/kl"] <= limit]
+    return max(shares, default=None)
+
+
+def show(curves: dict[str, Curve]) -> None:
+    """Print all runs' shares and KL, a line a step."""
+    head = "".join(f"{name:>16}" for name in curves)
+    print(f"share (KL to where it began)\nstep {head}")
+    for step in sorted(set().union(*curves.values())):
+        cells = []
+        for curve in curves.values():
+            row = curve.get(step)
+            cells.append(f"{row['gold/all']:.3f} ({row['gold/kl']:.2f})" if row else "")
+        line = "".join(f"{cell:>16}" for cell in cells)
+        print(f"{step:4} {line}")
+
+
 def main(config: Config) -> dict[str, Any]:
     """Find each run's first step at or above each target; return and print what was found.
 
@@ -35,42 +75,25 @@ def main(config: Config) -> dict[str, Any]:
     """
     curves = {}
     for name in ("from_sft", "from_raft", "raft"):
-        curves[name] = {
-            row["step"]: row for row in read_rows(f"{config.run}/{name}") if "gold/all" in row
-        }
-    reached = {
-        name: {
-            str(target): next(
-                (step for step, row in curve.items() if row["gold/all"] >= target), None
-            )
-            for target in config.targets
-        }
-        for name, curve in curves.items()
-    }
-    within = {
-        name: {
-            str(most): max(
-                (row["gold/all"] for row in curves[name].values() if row["gold/kl"] <= most),
-                default=None,
-            )
-            for most in config.limits
-        }
-        for name in ("from_sft", "raft")
-    }
-    print("share (KL to where it began)\nstep " + "".join(f"{name:>16}" for name in curves))
-    for step in sorted(set().union(*curves.values())):
-        rows = (curve.get(step) for curve in curves.values())
-        cells = (f"{row['gold/all']:.3f} ({row['gold/kl']:.2f})" if row else "" for row in rows)
-        print(f"{step:4} " + "".join(f"{cell:>16}" for cell in cells))
-    for name in curves:
+        curves[name] = curve_of(f"{config.run}/{name}")
+    show(curves)
+
+    # How soon each share is reached.
+    reached = {}
+    for name, curve in curves.items():
+        reached[name] = {str(target): first_step(curve, target) for target in config.targets}
         print(f"{name}: first step at a share {reached[name]}")
-    for name in within:
-        rounded = {most: x and round(x, 3) for most, x in within[name].items()}
+
+    # How much passes at which KL; PPO from RAFT has its KL to RAFT's policy.
+    within = {}
+    for name in ("from_sft", "raft"):
+        within[name] = {str(limit): most_within(curves[name], limit) for limit in config.limits}
+        rounded = {limit: x and round(x, 3) for limit, x in within[name].items()}
         print(f"{name}: most within a KL {rounded}")
-    (pathlib.Path(config.run) / "summary.json").write_text(
-        json.dumps({"reached": reached, "within": within}) + "\n"
-    )
-    return {"reached": reached, "within": within}
+    found = {"reached": reached, "within": within}
+    summary = pathlib.Path(config.run) / "summary.json"
+    summary.write_text(json.dumps(found) + "\n")
+    return found
 
 
 if __name__ == "__main__":

@@ -53,10 +53,14 @@ def read(path: str, model: ModelConfig) -> tuple[ModelConfig, Params]:
         ) from None
     if len(content) < 28:
         raise UserError(f"{path}: too short for a header; name a llama2.c .bin file")
+
+    # The header: seven sizes; a vocabulary below 0 says that the head is not the embedding.
     D, F, L, N, K, V, T = (int(x) for x in np.frombuffer(content, "<i4", 7))
     tied = V > 0
     V = abs(V)
     H = D // max(N, 1)
+
+    # Then the tensors, in this order; RoPE's tables, two of them, are not read.
     shapes = [
         (V, D),
         (L, D),
@@ -67,23 +71,29 @@ def read(path: str, model: ModelConfig) -> tuple[ModelConfig, Params]:
         (L, D),
         (L, F, D),
         (L, D, F),
+        (L, F, D),
+        (D,),
+        (T, H // 2),
+        (T, H // 2),
     ]
-    shapes += [(L, F, D), (D,), (T, H // 2), (T, H // 2)] + ([] if tied else [(V, D)])
+    if not tied:
+        shapes.append((V, D))
     sizes = [int(np.prod(shape)) for shape in shapes]
     if min((D, F, L, N, K, V, T)) < 1 or len(content) != 28 + 4 * sum(sizes):
         raise UserError(
             f"{path}: its size does not fit its header (llama2.c version 0, float32); "
             "restore the file"
         )
-    parts = np.split(np.frombuffer(content, "<f4", offset=28), np.cumsum(sizes)[:-1])
-    embed, norm1, wq, wk, wv, wo, norm2, w1, w2, w3, final, *rest = (
-        part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)
-    )
+    numbers = np.frombuffer(content, "<f4", offset=28)
+    parts = np.split(numbers, np.cumsum(sizes)[:-1])
+    tensors = [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
+    embed, norm1, wq, wk, wv, wo, norm2, w1, w2, w3, final, *rest = tensors
 
     def inward(w: np.ndarray) -> np.ndarray:
         """Move the input dimension, llama2.c's last, after the layers'."""
         return np.moveaxis(w, -1, 1)
 
+    # Into our tree, with our order of axes.
     attention = {
         "q": half_split(inward(wq)),
         "k": half_split(inward(wk)),
@@ -117,8 +127,13 @@ def main(config: Config) -> Params:
             f"{config.tokenizer}: {tokenizer.size} tokens, {config.bin} has {model.vocab}; "
             "name its own"
         )
-    wanted = jax.eval_shape(init_and_apply(LanguageModel(model))[0], jax.random.key(0))
-    assert jax.tree.map(lambda x: x.shape, wanted) == jax.tree.map(lambda x: x.shape, params)
+
+    # The shapes are those of a model that is made here.
+    init, _ = init_and_apply(LanguageModel(model))
+    wanted = jax.eval_shape(init, jax.random.key(0))
+    assert jax.tree.map(np.shape, wanted) == jax.tree.map(np.shape, params)
+
+    # A finished run of no steps.
     config = dataclasses.replace(config, model=model)
     with Checkpoints(
         config.run, config, script="import_llama2c", tokenizer=tokenizer.model

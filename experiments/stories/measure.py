@@ -86,29 +86,38 @@ def make_tell(
         samples = generate(
             apply, model, policy, prompts, key, sampling, eos=tokenizer.bos, pad=tokenizer.pad
         )
-        reference_BR = response_logprobs(apply, reference, join_responses(prompts, samples), 1.0)
-        sums = {
-            "length": samples.mask_BR,
-            "ended": (samples.response_BR == tokenizer.bos) * samples.mask_BR,
+        rows = join_responses(prompts, samples)
+        reference_BR = response_logprobs(apply, reference, rows, 1.0)
+
+        # Sums over each story's own tokens.
+        mask_BR = samples.mask_BR
+        terms = {
+            "length": mask_BR,
+            "ended": (samples.response_BR == tokenizer.bos) * mask_BR,
+            "kl": (samples.logp_BR - reference_BR) * mask_BR,
+            "nll": -reference_BR * mask_BR,
         }
-        sums |= {
-            "kl": (samples.logp_BR - reference_BR) * samples.mask_BR,
-            "nll": -reference_BR * samples.mask_BR,
-        }
-        return samples.response_BR, {name: x.sum(1) for name, x in sums.items()}
+        sums = {name: x_BR.sum(1) for name, x_BR in terms.items()}
+        return samples.response_BR, sums
 
     def tell(policy: Params, reference: Params, openings: Sequence[str], seed: int):
         stories = []
         counts = collections.defaultdict(list)
         for start in range(0, len(openings), rows):
+            # Every batch has as many rows: one program.
             part = openings[start : start + rows]
-            padded = [{"tokens": [tokenizer.bos, *tokenizer.encode(text)]} for text in part]
+            encoded = [tokenizer.encode(text) for text in part]
+            padded = [{"tokens": [tokenizer.bos, *tokens]} for tokens in encoded]
             padded += padded[:1] * (rows - len(part))
             batch = pad_prompts(padded, max_prompt, tokenizer.pad, fixed=True)
             key = jax.random.fold_in(jax.random.key(seed), start)
             response_BR, sums = jax.device_get(sample(policy, reference, batch, key))
-            for text, row in zip(part, response_BR.tolist(), strict=False):
-                stories.append(tokenizer.decode([*tokenizer.encode(text), *row])[len(text) :])
+
+            # A story goes on in its opening's last word, so both are decoded together.
+            responses = response_BR.tolist()
+            for text, tokens, response in zip(part, encoded, responses, strict=False):
+                whole = tokenizer.decode([*tokens, *response])
+                stories.append(whole[len(text) :])
             for name, x_B in sums.items():
                 counts[name] += x_B[: len(part)].tolist()
         return stories, {name: np.array(x) for name, x in counts.items()}
@@ -126,43 +135,68 @@ def summarise(
     openings: Sequence[str], stories: Sequence[str], counts: dict[str, np.ndarray]
 ) -> dict[str, float]:
     """Return the numbers of ROWS for one set of stories."""
+    out: dict[str, Any] = {}
+
+    # The reward and its parts.
     parts = [happy.parts(o, s) for o, s in zip(openings, stories, strict=True)]
-    tokens = [happy.words(story) for story in stories]
-    complete = [happy.sentences(story)[0] for story in stories]
-    triples, pairs = ([ngrams(story, n) for story in stories] for n in (3, 2))
-    all_words = sum(map(len, tokens))
-    said = [pair for row in pairs for pair in row]
-    commonest = collections.Counter(triple for row in triples for triple in set(row)).most_common(
-        1
-    )[0][1]
-    also = {"also_happy": set(happy.ALSO_HAPPY.split()), "also_sad": set(happy.ALSO_SAD.split())}
-    lengths = [len(happy.words(sentence)) for row in complete for sentence in row]
-    repeated = sum(len(row) - len(set(row)) for row in triples) / max(sum(map(len, triples)), 1)
-    out = {name: np.mean([part[name] for part in parts]) for name in ("score", "happy", "sad")}
-    out |= {
-        name: 100 * sum(word in listed for row in tokens for word in row) / all_words
-        for name, listed in also.items()
-    }
-    out |= {name: counts[name].mean() for name in ("kl", "length", "ended")}
-    out |= {
-        "perplexity": math.exp(counts["nll"].sum() / counts["length"].sum()),
-        "sentence": np.mean(lengths),
-        "repeated": repeated,
-        "distinct": len(set(said)) / len(said),
-        "first": len({row[0] if row else "" for row in complete}) / len(stories),
-        "formula": commonest / len(stories),
-    }
+    for name in ("score", "happy", "sad"):
+        out[name] = np.mean([part[name] for part in parts])
+
+    # Words that say the same and that the reward does not list, per 100 words.
+    words = []
+    for story in stories:
+        words += happy.words(story)
+    for name, text in (("also_happy", happy.ALSO_HAPPY), ("also_sad", happy.ALSO_SAD)):
+        listed = set(text.split())
+        out[name] = 100 * sum(word in listed for word in words) / len(words)
+
+    # What the models say of the tokens.
+    for name in ("kl", "length", "ended"):
+        out[name] = counts[name].mean()
+    out["perplexity"] = math.exp(counts["nll"].sum() / counts["length"].sum())
+
+    # Sentences: how long they are, and how many stories begin with one of their own.
+    lengths = []
+    firsts = set()
+    for story in stories:
+        sentences, _ = happy.sentences(story)
+        lengths += [len(happy.words(sentence)) for sentence in sentences]
+        firsts.add(sentences[0] if sentences else "")
+    out["sentence"] = np.mean(lengths)
+    out["first"] = len(firsts) / len(stories)
+
+    # Repetition: within a story, and over all stories.
+    pairs = []
+    count = 0
+    repeated = 0
+    for story in stories:
+        pairs += ngrams(story, 2)
+        triples = ngrams(story, 3)
+        count += len(triples)
+        repeated += len(triples) - len(set(triples))
+    _, commonest = commonest_triple(stories)
+    out["repeated"] = repeated / max(count, 1)
+    out["distinct"] = len(set(pairs)) / len(pairs)
+    out["formula"] = commonest / len(stories)
     return {name: round(float(out[name]), 6) for name in ROWS}
+
+
+def commonest_triple(stories: Sequence[str]) -> tuple[str, int]:
+    """Return the three words in a row that the most stories have, and how many have them."""
+    triples = collections.Counter[tuple[str, ...]]()
+    for story in stories:
+        triples.update(set(ngrams(story, 3)))
+    triple, count = triples.most_common(1)[0]
+    return " ".join(triple), count
 
 
 def interval(values: Sequence[float]) -> dict[str, float]:
     """Return the mean over seeds, with its 95 % interval by Student's t; one seed has none."""
     mean = float(np.mean(values))
     width = half(values)
-    return {
-        "mean": mean,
-        **({} if math.isnan(width) else {"low": mean - width, "high": mean + width}),
-    }
+    if math.isnan(width):
+        return {"mean": mean}
+    return {"mean": mean, "low": mean - width, "high": mean + width}
 
 
 def markdown(results: dict[str, Any]) -> str:
@@ -213,65 +247,92 @@ SCRIPTS = ("experiments/stories/train_ppo", "stories_ppo")
 """How a run of train_ppo.py here names its script: today, and in older runs."""
 
 
-def main(config: Config) -> dict[str, Any]:
-    settings = [load_config(run) for run in config.after]
-    differing = {"run", "seed", "mesh", "versions", "keep_checkpoints", "eval_every", "save_every"}
+MAY_DIFFER = {"run", "seed", "mesh", "versions", "keep_checkpoints", "eval_every", "save_every"}
+"""Settings in which runs that are measured together may differ."""
+KEPT = (
+    "steps",
+    "batch_size",
+    "minibatches",
+    "epochs",
+    "kl_coef",
+    "max_new_tokens",
+    "optimizer",
+    "value_optimizer",
+)
+"""Settings of the runs that results.json has."""
+Told = dict[str, tuple[list[str], dict[str, np.ndarray]]]
+"""{before, after: what `tell` returns}."""
+
+
+def check_alike(config: Config, settings: Sequence[dict[str, Any]]) -> None:
+    """Raise UserError unless all runs are of train_ppo.py here and differ in MAY_DIFFER alone."""
     for run, other in zip(config.after, settings, strict=True):
         if other["script"] not in SCRIPTS:
             raise UserError(
                 f"--after: {run} is a run of {other['script']}; "
                 "name runs of experiments/stories/train_ppo.py"
             )
-        for name in other.keys() - differing:
+        for name in other.keys() - MAY_DIFFER:
             if other[name] != settings[0][name]:
                 raise UserError(
                     f"--after: {run} has another {name} than {config.after[0]}; measure them apart"
                 )
+
+
+def samples_of(openings: Sequence[str], told: Told) -> list[dict[str, Any]]:
+    """Return each opening with its stories before and after, and their rewards."""
+    found = []
+    for i, opening in enumerate(openings):
+        sample: dict[str, Any] = {"opening": opening}
+        for when, (stories, _) in told.items():
+            sample[when] = stories[i]
+            sample[f"{when}_score"] = happy.parts(opening, stories[i])["score"]
+        found.append(sample)
+    return found
+
+
+def main(config: Config) -> dict[str, Any]:
+    """Sample and measure all runs, write results.json, print the tables; return the results."""
+    settings = [load_config(run) for run in config.after]
+    check_alike(config, settings)
+
+    # The split's openings, again and again, until there are n.
+    openings = happy.openings(config.split)
+    rounds = -(-config.n // len(openings))
+    openings = (openings * rounds)[: config.n]
+
+    # Stories of the original and of each run, under the same keys.
     model = stored_model(config.before)
     tokenizer = Tokenizer.load(config.before)
-    openings = happy.openings(config.split)
-    openings = (openings * -(-config.n // len(openings)))[: config.n]
     tell = make_tell(model, tokenizer, settings[0]["max_prompt"], settings[0]["max_new_tokens"])
     original = load_params(config.before)
     runs = []
     shown = []
     for number, (run, other) in enumerate(zip(config.after, settings, strict=True)):
-        told = {"before": tell(original, original, openings, config.seed + number)}
-        told["after"] = tell(load_params(run), original, openings, config.seed + number)
+        seed = config.seed + number
+        told: Told = {
+            "before": tell(original, original, openings, seed),
+            "after": tell(load_params(run), original, openings, seed),
+        }
         row: dict[str, Any] = {"seed": other["seed"]}
         row["iteration"] = finished_steps((pathlib.Path(run) / "checkpoints").absolute())[0]
-        row |= {when: summarise(openings, *stories) for when, stories in told.items()}
-        triples = collections.Counter(
-            triple for story in told["after"][0] for triple in set(ngrams(story, 3))
-        )
-        runs.append({**row, "formula": " ".join(triples.most_common(1)[0][0])})
-        for i in range(config.shown if number == 0 else 0):
-            sample: dict[str, Any] = {"opening": openings[i]}
-            for when, (stories, _) in told.items():
-                sample |= {
-                    when: stories[i],
-                    f"{when}_score": happy.parts(openings[i], stories[i])["score"],
-                }
-            shown.append(sample)
-    means = {
-        when: {name: interval([run[when][name] for run in runs]) for name in ROWS}
-        for when in ("before", "after")
-    }
-    kept = (
-        "steps",
-        "batch_size",
-        "minibatches",
-        "epochs",
-        "kl_coef",
-        "max_new_tokens",
-        "optimizer",
-        "value_optimizer",
-    )
+        for when, (stories, counts) in told.items():
+            row[when] = summarise(openings, stories, counts)
+        after, _ = told["after"]
+        row["formula"], _ = commonest_triple(after)
+        runs.append(row)
+        if number == 0:
+            shown = samples_of(openings[: config.shown], told)
+
+    # Means over the seeds, beside what was measured of each.
+    means: dict[str, Any] = {}
+    for when in ("before", "after"):
+        means[when] = {name: interval([run[when][name] for run in runs]) for name in ROWS}
+    words = ["--after", *config.after, f"--n={config.n}"]
     results = {
-        "command": "python experiments/stories/measure.py "
-        + " ".join(["--after", *config.after, f"--n={config.n}"]),
+        "command": "python experiments/stories/measure.py " + " ".join(words),
         "n": config.n,
-        "settings": {name: settings[0][name] for name in kept},
+        "settings": {name: settings[0][name] for name in KEPT},
         **means,
         "runs": runs,
         "samples": shown,
