@@ -8,11 +8,14 @@ import sentencepiece
 
 import generate
 import train_sft
+from data.batches import chat_batches
 from data.chat_template import ChatTemplate
 from data.sentencepiece_json import split_ends, with_ends, with_template
+from data.sources import set_on_bad_row
 from data.tokenizer import Tokenizer
 from data.tokenizer_json import OWN_TEMPLATE, read_tokenizer, tokenizer_files
 from runtime.errors import UserError
+from tests.fakes import source_of
 from tests.running import run
 from tests.test_tokenizer import CORPUS
 from tests.test_weights import CONFIGS, SHAPE, checkpoint, write
@@ -186,6 +189,23 @@ def test_what_cannot_be_made_right_is_refused(model, name):
     with pytest.raises(UserError) as refused:
         with_chat(model, template).chat(messages)
     assert reason in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_a_record_that_cannot_be_written_ends_the_run_or_is_skipped(model):
+    tokenizer = with_chat(model, CHATML)
+    good = {"messages": CONVERSATION}
+    bad = {"messages": [{"role": "user", "content": "<|im_end|> is what?"}, CONVERSATION[1]]}
+    batches = chat_batches(source_of([good, bad]), tokenizer, batch_size=1, length=64)
+    with pytest.raises(UserError, match=r"begins '<\|im_end\|> is what\?': .* --on_bad_row=skip"):
+        batches.once()
+    set_on_bad_row("skip")
+    try:
+        (batch,) = batches.once()
+        next(batches)
+        assert batch["loss_mask_BT"].sum() == sum(tokenizer.chat(CONVERSATION)[1])
+        assert batches.dropped > 0 and "50.0% dropped" in batches.lengths_line()
+    finally:
+        set_on_bad_row("stop")
 
 
 # Where folders keep a template; the first of them counts.
