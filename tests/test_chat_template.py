@@ -8,7 +8,7 @@ import sentencepiece
 
 import generate
 import train_sft
-from data.batches import chat_batches
+from data.batches import prompt_batches
 from data.chat_template import ChatTemplate
 from data.sentencepiece_json import split_ends, with_ends, with_template
 from data.sources import set_on_bad_row
@@ -193,17 +193,18 @@ def test_what_cannot_be_made_right_is_refused(model, name):
 
 def test_a_record_that_cannot_be_written_ends_the_run_or_is_skipped(model):
     tokenizer = with_chat(model, CHATML)
-    good = {"messages": CONVERSATION}
-    bad = {"messages": [{"role": "user", "content": "<|im_end|> is what?"}, CONVERSATION[1]]}
-    batches = chat_batches(source_of([good, bad]), tokenizer, batch_size=1, length=64)
+    good = {"prompt": CONVERSATION[:1]}
+    bad = {"prompt": [{"role": "user", "content": "<|im_end|> is what?"}]}
+    batches = prompt_batches(source_of([good, bad]), tokenizer, batch_size=1, length=64)
     with pytest.raises(UserError, match=r"begins '<\|im_end\|> is what\?': .* --on_bad_row=skip"):
         batches.once()
     set_on_bad_row("skip")
     try:
-        (batch,) = batches.once()
-        next(batches)
-        assert batch["loss_mask_BT"].sum() == sum(tokenizer.chat(CONVERSATION)[1])
-        assert batches.dropped > 0 and "50.0% dropped" in batches.lengths_line()
+        assert len(batches.once()) == 1 and "50.0% dropped" in batches.lengths_line()
+        for _ in range(4):
+            next(batches)
+            assert batches.records == [good]
+        assert batches.dropped > 0
     finally:
         set_on_bad_row("stop")
 
