@@ -1,5 +1,5 @@
-# `make align`: the whole pipeline on the built-in world. `make test`: the tests. Each sets up
-# .venv first.
+# `make align`: the whole pipeline on the built-in world. `make assistant MODEL=FOLDER`: the same
+# from a published model. `make test`: the tests. Each sets up .venv first.
 PYTHON ?= python3
 RUN ?= runs/align
 SEED ?= 0
@@ -9,12 +9,17 @@ BIN := .venv/bin
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 export JAX_PLATFORMS ?= $(if $(wildcard /dev/nvidia0 /dev/accel0 /dev/vfio/0),,cpu)
 
-.PHONY: align test test-rest test-fast test-slow mutants lint clean
+.PHONY: align assistant test test-rest test-fast test-slow mutants lint clean
 
 .venv: requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
 	touch .venv
+
+# What reads the folders and the data sets of the Hugging Face Hub.
+.venv/hf: requirements-hf.txt | .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-hf.txt
+	touch .venv/hf
 
 # Two rounds: a short PPO run with a weak KL penalty exploits the first reward model; its responses
 # are ranked too, so the second reward model knows the first one's holes.
@@ -34,6 +39,36 @@ align: .venv
 	$(BIN)/python train_rm.py --init=$(FIRST)/rm --data=$(RUN)/comparisons.jsonl --run=$(RUN)/rm $(RM)
 	$(BIN)/python train_ppo.py --init=$(RUN)/sft --reward=$(RUN)/rm --run=$(RUN)/ppo --seed=$(SEED)
 	$(BIN)/python evaluate.py --run=$(RUN) --seed=$$((1000 + $(SEED)))  # prompts that no choice of ours has seen
+
+# A small assistant of one's own: low-rank adapters on a published model (docs/assistant.md).
+# CHATS, PAIRS and PROMPTS are what --data takes. Flags in *_FLAGS come last, and win.
+CHATS ?= world
+PAIRS ?= world
+PROMPTS ?= $(PAIRS)
+LENGTH ?= 512
+LORA := --lora.rank=16 --lora.alpha=32
+OFTEN := --save_every=50 --eval_every=150
+ROLLOUT := --max_prompt=256 --max_new_tokens=128
+SFT = --data='$(CHATS)' --length=$(LENGTH) --steps=300 --optimizer.lr=2e-4 $(LORA) $(OFTEN) $(SFT_FLAGS)
+REWARD = --data='$(PAIRS)' --length=$(LENGTH) --steps=300 --batch_size=8 --optimizer.lr=1e-4 --eval_records=200 $(LORA) $(OFTEN) $(REWARD_FLAGS)
+DPO = --data='$(PAIRS)' --length=$(LENGTH) --steps=300 --batch_size=8 --optimizer.lr=5e-5 --eval_records=200 $(LORA) $(OFTEN) $(ROLLOUT) $(DPO_FLAGS)
+PPO = --data='$(PROMPTS)' --steps=50 --batch_size=32 --kl_coef=0.05 --optimizer.lr=5e-5 --value_optimizer.lr=1e-4 --save_every=5 --eval_every=25 $(LORA) $(ROLLOUT) $(PPO_FLAGS)
+
+assistant: RUN := runs/assistant
+assistant: .venv .venv/hf
+	$(if $(wildcard $(MODEL)/config.json),,$(error MODEL=$(MODEL): has no config.json; give the folder of a model, as docs/assistant.md says))
+	$(BIN)/python -m weights.convert --read=$(MODEL) --run=$(RUN)/base
+# A mistake in the pairs or the prompts ends it now, and not after hours.
+	$(BIN)/python train_dpo.py --init=$(RUN)/base --run=$(RUN)/dry_run --dry_run $(DPO) > $(RUN)/pairs.txt
+	$(BIN)/python train_ppo.py --init=$(RUN)/base --reward=tasks.rules:brief --run=$(RUN)/dry_run --dry_run $(PPO) > $(RUN)/prompts.txt
+	$(BIN)/python train_sft.py --init=$(RUN)/base --run=$(RUN)/sft --seed=$(SEED) $(SFT)
+	$(BIN)/python train_rm.py --init=$(RUN)/sft --run=$(RUN)/rm --seed=$(SEED) $(REWARD)
+	$(BIN)/python train_dpo.py --init=$(RUN)/sft --run=$(RUN)/dpo --seed=$(SEED) $(DPO)
+	$(BIN)/python train_ppo.py --init=$(RUN)/sft --reward=$(RUN)/rm --run=$(RUN)/ppo --seed=$(SEED) $(PPO)
+# An export of an earlier state stands in the way: it is yours to remove.
+	test $(RUN)/dpo-hf -nt $(RUN)/dpo/checkpoints || $(BIN)/python -m weights.convert --run=$(RUN)/dpo --write=$(RUN)/dpo-hf
+	test $(RUN)/ppo-hf -nt $(RUN)/ppo/checkpoints || $(BIN)/python -m weights.convert --run=$(RUN)/ppo --write=$(RUN)/ppo-hf
+	@echo "Talk to it: $(BIN)/python generate.py --run=$(RUN)/ppo --chat --temperature=0.7 --max_new_tokens=256"
 
 test: .venv
 	$(BIN)/python -m pytest -q -rs -n 2 --dist loadfile

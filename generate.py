@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import jax
 
-from data.tokenizer import Message, Tokenizer
+from data.tokenizer import Message, Tokenizer, is_ended
 from responses import load_run, make_sampler
 from runtime import flags
 from runtime.errors import UserError, require
@@ -164,9 +164,10 @@ def chat(reply: Reply, tokenizer: Tokenizer, key: jax.Array, room: int) -> str:
     `reply`: a Reply; what it returns is decoded and printed here. `room`: most tokens that a chat
     may have before a reply. What exceeds it is forgotten, the oldest pair of turns first. A
     message that alone exceeds it, or that spells a control token, is refused, and nothing is
-    forgotten for it. /clear begins anew, as if nothing had been said, so the last reply is "". A
-    blank message or the end of input leaves. Ctrl-C during a reply drops the message and goes on;
-    at the prompt it raises KeyboardInterrupt. `key`: split for each turn.
+    forgotten for it. That a reply was cut off, for it has no end, is said. /clear begins anew, as
+    if nothing had been said, so the last reply is "". A blank message or the end of input leaves.
+    Ctrl-C during a reply drops the message and goes on; at the prompt it raises KeyboardInterrupt.
+    `key`: split for each turn.
     """
     # Messages that come through a pipe are not typed, so there is nothing to edit.
     if sys.stdin.isatty():
@@ -200,12 +201,15 @@ def chat(reply: Reply, tokenizer: Tokenizer, key: jax.Array, room: int) -> str:
         # The answer, which belongs to the next prompt too.
         key, turn_key = jax.random.split(key)
         try:
-            response = tokenizer.decode(reply(tokenizer.prompt(fitting), turn_key))
+            tokens = reply(tokenizer.prompt(fitting), turn_key)
         except KeyboardInterrupt:
             print("[stopped: the message is forgotten]")
             continue
+        response = tokenizer.decode(tokens)
         messages = [*fitting, {"role": "assistant", "content": response}]
         print(printable(response))
+        if not is_ended(tokens, tokenizer.ends):
+            print(f"[cut off at --max_new_tokens={len(tokens)}]")
 
 
 def newest_turns(messages: list[Message], tokenizer: Tokenizer, room: int) -> list[Message]:

@@ -22,6 +22,7 @@ from data.lengths import MEASURED, Encode, Encoded, lengths_line, trained_tokens
 from data.packing import at_a_space, pack, split_document
 from data.records import Record
 from data.source import Source
+from data.sources import are_bad_rows_skipped
 from data.tokenizer import Tokenizer
 from runtime.errors import UserError
 
@@ -50,6 +51,8 @@ PACKING_WINDOW = 512
 """Consecutive examples that are packed together."""
 SHORTEST_PROMPT = 8
 """Tokens of a prompt longer than this that must be left of it, or the record is dropped."""
+SHOWN = 40
+"""Characters of a record by which a message names it."""
 Pad = Callable[..., Batch]
 """pad(rows, length, pad, fixed=False): rows as one batch; `pad` is the id of the padding."""
 
@@ -135,6 +138,29 @@ def encode_prompt(record: Record, tokenizer: Tokenizer, length: int) -> Encoded:
         tokens = [tokenizer.bos, *tokenizer.encode(record["text"])]
     row = {"tokens": without_beginning(tokens, length, tokenizer), "record": record}
     return Encoded([row], len(tokens) > length)
+
+
+def encode_or_leave_out(
+    encode: Encode, name: str, record: Record, tokenizer: Tokenizer, length: int
+) -> Encoded:
+    """Encode a record of the source `name` by `encode`; leave it out if that cannot be done.
+
+    A model's chat template may refuse a conversation, or a message may spell a control token. With
+    --on_bad_row=skip such a record counts as dropped; else UserError says how it begins.
+    """
+    try:
+        return encode(record, tokenizer, length)
+    except UserError as fault:
+        if are_bad_rows_skipped():
+            return Encoded([], True)
+        messages = record.get("messages") or record.get("prompt")
+        if not messages:
+            raise
+        beginning = messages[0]["content"][:SHOWN]
+        raise UserError(
+            f"{name}: the record that begins {beginning!r}: {fault}; "
+            "--on_bad_row=skip leaves such records out"
+        ) from None
 
 
 def cut_left(tokens: list[int], length: int, tokenizer: Tokenizer) -> list[int]:
@@ -439,6 +465,7 @@ class Batches:
             )
         self._batch_size = batch_size
         self._layout = layout
+        self._encode = partial(encode_or_leave_out, layout.encode, source.name)
         self._tokenizer = tokenizer
         self._length = length
         self._process = process
@@ -545,7 +572,7 @@ class Batches:
         for source in self._source.alone():
             line = lengths_line(
                 source,
-                self._layout.encode,
+                partial(encode_or_leave_out, self._layout.encode, source.name),
                 self._tokenizer,
                 self._length,
                 flag=self._layout.flag,
@@ -599,7 +626,7 @@ class Batches:
         for i in range(len(self._source))[:records]:
             if room <= 0:
                 break
-            encoded = self._layout.encode(self._source[i], self._tokenizer, self._length)
+            encoded = self._encode(self._source[i], self._tokenizer, self._length)
             rows += encoded.rows
             room -= sum(len(row["tokens"]) if packed else self._length for row in encoded.rows)
             cut += encoded.is_cut
@@ -640,7 +667,7 @@ class Batches:
 
     def _tokens_of(self, record: Record) -> int:
         """Count the tokens of a record that are trained on, cut to the rows' length."""
-        return trained_tokens_of(self._layout.encode(record, self._tokenizer, self._length).rows)
+        return trained_tokens_of(self._encode(record, self._tokenizer, self._length).rows)
 
     def _stage(self, batches: int) -> int:
         """Return the stage that the batch after so many is in, from 0."""
@@ -717,7 +744,7 @@ class Batches:
             # Hosts take turns along the one order.
             index = self._orders[stage][i * self._processes + self._process]
             record = self._source[index]
-            encoded = self._layout.encode(record, self._tokenizer, self._length)
+            encoded = self._encode(record, self._tokenizer, self._length)
             rows += encoded.rows
             truncated += encoded.is_cut
             dropped += not encoded.rows

@@ -161,6 +161,11 @@ def set_on_bad_row(choice: OnBadRow) -> None:
     _on_bad_row = choice
 
 
+def are_bad_rows_skipped() -> bool:
+    """Tell whether bad rows are left out, as `set_on_bad_row` says."""
+    return _on_bad_row == "skip"
+
+
 def keep_prepared(keep: bool) -> None:
     """Keep local files that are prepared from now on in $PLUMB_CACHE, or, as a dry run, nowhere.
 

@@ -1,11 +1,12 @@
 """Measures of a reward model on held-out comparisons: accuracy, calibration, length."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
-from data.batches import encode_comparison
+from data.batches import encode_comparison, encode_or_leave_out
 from data.records import Record
 from data.sources import Source
 from data.tokenizer import Tokenizer
@@ -165,7 +166,8 @@ def make_comparison_evaluation(
     """
     # The records, and what of them does not depend on parameters.
     read = source.first(most)
-    records = [record for record in read if encode_comparison(record, tokenizer, length).rows]
+    encode = partial(encode_or_leave_out, encode_comparison, source.name)
+    records = [record for record in read if encode(record, tokenizer, length).rows]
     note_left_out(source.name, len(read) - len(records), len(read), length)
     prompts, responses, ranks_NC, lengths_NC, criteria = as_comparisons(records, tokenizer)
     gap_P, _ = ordered_pairs(np.zeros(ranks_NC.shape), ranks_NC)

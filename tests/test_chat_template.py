@@ -8,11 +8,14 @@ import sentencepiece
 
 import generate
 import train_sft
+from data.batches import prompt_batches
 from data.chat_template import ChatTemplate
 from data.sentencepiece_json import split_ends, with_ends, with_template
+from data.sources import set_on_bad_row
 from data.tokenizer import Tokenizer
 from data.tokenizer_json import OWN_TEMPLATE, read_tokenizer, tokenizer_files
 from runtime.errors import UserError
+from tests.fakes import source_of
 from tests.running import run
 from tests.test_tokenizer import CORPUS
 from tests.test_weights import CONFIGS, SHAPE, checkpoint, write
@@ -186,6 +189,24 @@ def test_what_cannot_be_made_right_is_refused(model, name):
     with pytest.raises(UserError) as refused:
         with_chat(model, template).chat(messages)
     assert reason in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_a_record_that_cannot_be_written_ends_the_run_or_is_skipped(model):
+    tokenizer = with_chat(model, CHATML)
+    good = {"prompt": CONVERSATION[:1]}
+    bad = {"prompt": [{"role": "user", "content": "<|im_end|> is what?"}]}
+    batches = prompt_batches(source_of([good, bad]), tokenizer, batch_size=1, length=64)
+    with pytest.raises(UserError, match=r"begins '<\|im_end\|> is what\?': .* --on_bad_row=skip"):
+        batches.once()
+    set_on_bad_row("skip")
+    try:
+        assert len(batches.once()) == 1 and "50.0% dropped" in batches.lengths_line()
+        for _ in range(4):
+            next(batches)
+            assert batches.records == [good]
+        assert batches.dropped > 0
+    finally:
+        set_on_bad_row("stop")
 
 
 # Where folders keep a template; the first of them counts.

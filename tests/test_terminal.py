@@ -135,6 +135,19 @@ def test_ctrl_c_stops_the_reply_and_keeps_the_chat(tokenizer, monkeypatch, capsy
     assert "[stopped" in capsys.readouterr().out
 
 
+def test_a_reply_that_was_cut_off_is_told(tokenizer, monkeypatch, capsys):
+    part = tokenizer.encode("ok.")
+    for tokens, is_told in ((part, True), ([*part, tokenizer.eos], False)):
+
+        def reply(so_far, key, tokens=tokens):
+            return tokens
+
+        monkeypatch.setattr("generate.read_message", iter(["hello.", ""]).__next__)
+        assert generate.chat(reply, tokenizer, jax.random.key(0), 40) == "ok."
+        shown = capsys.readouterr().out
+        assert (f"[cut off at --max_new_tokens={len(part)}]" in shown) == is_told
+
+
 def test_lines_pasted_together_or_between_quotes_are_one_message(tokenizer, monkeypatch):
     lines = ["a", "", "b", '"""c', "", 'd"""', '"""e"""', "/clear", "f"]
     prompts, _ = chat(tokenizer, monkeypatch, lines, pasted=(0, 1), room=99)

@@ -521,7 +521,11 @@ def save(
 
 
 def import_run(config: Config, folder: pathlib.Path) -> Params:
-    """Write the run `config.run` at step 0, from a Hugging Face folder; return its parameters."""
+    """Write the run `config.run` at step 0, from a Hugging Face folder; return its parameters.
+
+    Where an earlier import of this very folder is there, they are its. Raises UserError as `load`
+    does, and where the run holds another model.
+    """
     mesh = make_mesh(config.mesh)
     model, files = find_model(folder)
     try:
@@ -534,7 +538,9 @@ def import_run(config: Config, folder: pathlib.Path) -> Params:
             f"of {model.vocab}: they do not belong together; restore the files"
         )
     if finished_steps(pathlib.Path(config.run) / "checkpoints"):
-        raise UserError(f"{config.run}: holds a checkpoint already; name another --run")
+        _refuse_other_import(config.run, folder, model, tokenizer, files)
+        print(f"{config.run}: has been imported from {folder}")
+        return load_params(config.run)
 
     # Saved as a finished run of no steps, that any script can start from.
     params = read_params(files, model, mesh)
@@ -545,6 +551,31 @@ def import_run(config: Config, folder: pathlib.Path) -> Params:
         checkpoints.save(0, {"params": params})
     print(f"{config.run}: {_count(params):,} parameters of {folder}")
     return params
+
+
+def _refuse_other_import(
+    run: str,
+    folder: pathlib.Path,
+    model: ModelConfig,
+    tokenizer: Tokenizer,
+    files: dict[str, pathlib.Path],
+) -> None:
+    """Raise UserError unless `run` was imported from `folder` as it is now.
+
+    `model`, `tokenizer` and `files`: what the folder holds now.
+    """
+    stored = load_config(run)
+    # Runs of other scripts have no such field; an exporting command makes no run.
+    read = stored.get("read")
+    if read is None or pathlib.Path(read).resolve() != folder.resolve():
+        raise UserError(f"{run}: holds a checkpoint already; name another --run")
+    # Weights are told by their time, for reading them again would hold the model twice.
+    imported = os.stat(pathlib.Path(run) / "config.json").st_mtime
+    newest = max(os.stat(file).st_mtime for file in files.values())
+    is_same_shape = stored_model(run) == model
+    is_same_tokenizer = Tokenizer.load(run).sha256 == tokenizer.sha256
+    if newest > imported or not (is_same_shape and is_same_tokenizer):
+        raise UserError(f"{run}: {folder} has changed since it was imported; name another --run")
 
 
 def export_run(config: Config, folder: str) -> Params:
