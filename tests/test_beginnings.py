@@ -67,13 +67,23 @@ def rankings(prompts=8, seed=0):
     return alike(comparisons(prompts, seed), 3, 3)
 
 
+COMPARED = ("ppo", "grpo", "dpo", "reward model", "process reward model")
+
+
 def alike_of(name):
     """Return an objective of test_unpadded, its parameters, and rows for it that begin alike."""
     objective, make_batch = OBJECTIVES[name]
     return objective, params_of(objective), {rollout: groups, comparisons: rankings}[make_batch]()
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+# The rest differ in what test_unpadded.py compares already.
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in COMPARED else pytest.param(name, marks=pytest.mark.slow)
+        for name in OBJECTIVES
+    ],
+)
 def test_losses_metrics_and_gradients_equal_the_padded_ones(name):
     objective, params, batch = alike_of(name)
     room = find_room(batch)
@@ -103,7 +113,7 @@ NAMES = ("tokens", "segment_ids", "positions")
 @pytest.mark.parametrize(
     "name, microbatches",
     [
-        ("grpo", 2),
+        pytest.param("grpo", 2, marks=pytest.mark.slow),
         pytest.param("grpo", 1, marks=pytest.mark.slow),
         pytest.param("reward model", 2, marks=pytest.mark.slow),
         pytest.param("reward model", 1, marks=pytest.mark.slow),

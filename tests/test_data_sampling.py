@@ -109,7 +109,8 @@ def alone(config, params, batches):
     return state.params, losses
 
 
-@pytest.mark.parametrize("loss", ["dpo", pytest.param("kto", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["dpo", "kto"])
 def test_a_member_is_trained_as_by_train_dpo_alone(loss):
     init, _ = init_and_apply(LanguageModel(MODEL))
     params = init(jax.random.key(0))

@@ -561,7 +561,11 @@ def is_read(setting, c):
     return c["model_type"] != "gpt_neox" or setting not in ("rope_theta", "rms_norm_eps")
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    "name",
+    # A comma tells a variant of a family.
+    [pytest.param(name, marks=pytest.mark.slow) if ", " in name else name for name in CONFIGS],
+)
 def test_logits_decoding_and_the_round_trip(name, tmp_path):
     c = SHAPE | CONFIGS[name]
     tensors = checkpoint(c)

@@ -660,6 +660,7 @@ def test_the_gradient_of_each_kl_estimate():
     assert np.abs(forward - reverse).max() > 0.05
 
 
+@pytest.mark.slow
 def test_a_tighter_gate_lowers_violations_at_a_cost():
     """The gate is on a harm score; of nine responses the most helpful are the most harmful."""
     helpful, harmless = np.linspace(-1, 3, 9), np.linspace(1, -1, 9)

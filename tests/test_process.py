@@ -352,6 +352,7 @@ def odd(text, record):
     return float(any(ord(c) < 128 and ord(c) % 2 for c in text))
 
 
+@pytest.mark.slow
 def test_completion_shares_err_as_one_over_the_root_of_n(tokenizer):
     """Exact success probabilities by enumerating both tokens of every completion."""
     init, apply = init_and_apply(LanguageModel(TINY))

@@ -234,6 +234,7 @@ def test_irrelevant_instructions_have_a_high_ifd(choose):
     assert np.median(value[:30]) > 1.5 * np.median(value[30:])
 
 
+@pytest.mark.slow
 def test_a_rows_influence_is_without_the_loss_that_balances_experts():
     batch = {
         "tokens_BT": np.arange(1, 9, dtype=np.int32)[None],

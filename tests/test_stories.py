@@ -255,6 +255,7 @@ def ppo(folder, *argv):
     return stories_ppo.main(config.parse(stories_ppo.Config, argv))
 
 
+@pytest.mark.slow
 def test_two_iterations_log_kl_and_samples_before_and_after(tiny):
     """The run itself asserts ratio 1 (check_first_update); here is what it wrote of it."""
     first, second = [
@@ -297,6 +298,7 @@ def test_resuming_gives_the_same_policy(tiny, tmp_path):
     assert ours == theirs
 
 
+@pytest.mark.slow
 def test_measured_before_equals_after_when_nothing_was_trained(tiny, tmp_path, capsys):
     """Against itself KL is 0 and every number equal; the trained run is measured by hand."""
     argv = [

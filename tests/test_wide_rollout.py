@@ -64,7 +64,7 @@ def start(mesh, model=MODEL):
     [
         ((1, 4, 2), 4),
         pytest.param((1, 4, 2), 8, marks=pytest.mark.slow),
-        ((2, 4, 1), 2),
+        pytest.param((2, 4, 1), 2, marks=pytest.mark.slow),
         pytest.param((1, 8, 1), 8, marks=pytest.mark.slow),
     ],
     ids=lambda value: str(value).replace(", ", "x"),

@@ -88,7 +88,9 @@ def test_a_small_model_is_told_nothing():
     assert world_defaults_note(small, []) == ""
 
 
-@pytest.mark.parametrize("more", [["--dry_run"], []])
+@pytest.mark.parametrize(
+    "more", [["--dry_run"], pytest.param([], id="run", marks=pytest.mark.slow)]
+)
 def test_a_run_says_it_at_its_start(more, tmp_path, capsys, monkeypatch):
     flags = ["--model.preset=tiny", "--steps=1", "--length=64", "--batch_size=8", *more]
     flags += ["--eval_every=0", f"--run={tmp_path}/run"]
