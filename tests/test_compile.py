@@ -22,7 +22,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from kernels.attention import attention
-from planning.chips import H200
+from planning.gpus import GPUS, describe_gpu
 from sharding import BATCH
 
 HEADS = P(BATCH[0], None, "tensor", None)
@@ -58,7 +58,8 @@ def tpus(topology):
 
 def h200():
     """Return a mesh of one H200, to compile for."""
-    described = topologies.get_topology_desc(platform="cuda", target_config=H200, topology="1x1x1")
+    h200 = describe_gpu(GPUS["h200"])
+    described = topologies.get_topology_desc(platform="cuda", target_config=h200, topology="1x1x1")
     return set_mesh(described.devices[:1], 1, 1, 1)
 
 
