@@ -40,7 +40,7 @@ from rewards.judges import (
 )
 from rewards.models import make_text_scorer
 from runtime import flags
-from runtime.errors import UserError, require
+from runtime.errors import UserError, refuse_unread, require
 from runtime.run_folder import atomic_text
 from sampling import SamplingConfig
 from sharding import MeshConfig, make_mesh
@@ -303,7 +303,13 @@ def check(config: Config) -> None:
         config.reward is None or not config.comparing,
         f"--reward={config.reward}: picks revisions; give --write=revisions",
     )
-    require(0 <= config.reliability <= 1, f"--reliability={config.reliability}: must be in 0..1")
+    refuse_unread(
+        config,
+        {
+            "rounds": (not config.comparing, "--write=revisions"),
+            "reliability": (config.judge is None, "the simulated judge"),
+        },
+    )
     require(
         config.judge is not None or config.data == "world",
         f"--data={config.data}: name a run that judges (--judge); "

@@ -21,7 +21,7 @@ from data.records import Record
 from data.sources import Split, evaluated_split, open_source
 from data.steps import problems
 from data.tokenizer import Tokenizer, is_ended
-from decoding.report import as_json, write_result
+from decoding.report import as_json, refuse_other_files, write_result
 from evaluation.intervals import Interval, share_interval
 from model_config import check_fit
 from objectives.policy import MissingEos, missing_eos
@@ -223,6 +223,7 @@ def main(config: Config) -> tuple[Interval, float]:
         f"--beams={config.beams}, --branch={config.branch}, --prompts={config.prompts}: "
         "must be at least 1",
     )
+    refuse_other_files(config.out, config.solutions)
     mesh = make_mesh(MeshConfig())
     check = load_check(config.check)
     split = config.split or evaluated_split(config.data)
@@ -245,7 +246,7 @@ def main(config: Config) -> tuple[Interval, float]:
         write_result(config.out, config, tokens, as_json(accuracy), right)
     if config.solutions is not None:
         # Those that are right and came to their end.
-        with atomic_text(config.solutions) as file:
+        with atomic_text(config.solutions, anew=True) as file:
             for record, text, hit, end in zip(records, texts, right, ended_N, strict=True):
                 if hit and end:
                     said = {"role": "assistant", "content": text}

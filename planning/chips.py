@@ -126,7 +126,8 @@ def devices_of(topology: str) -> list[Any]:
             f"--topology={topology}: unknown chip; {', '.join(CHIPS)}, as in v5e:16x16 or h200:8"
         )
     if kind == "h200":
-        if not shape.isdecimal() or int(shape) < 1:
+        # No machine has more, and as many are made of this one's processor.
+        if not re.fullmatch(r"[1-9][0-9]{0,2}", shape):
             raise UserError(
                 f"--topology={topology}: the number of GPUs of a machine, as in h200:8"
             )

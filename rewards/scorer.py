@@ -5,8 +5,8 @@ record), or the address of a server (rewards/serve.py).
 """
 
 import importlib
-import math
-import pathlib
+import os
+import reprlib
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -30,6 +30,8 @@ Check = Callable[[str, Record], float]
 Arrays = dict[str, jax.Array]
 Score = Callable[[dict[str, Params], Batch, Sequence[Record]], tuple[Arrays, Arrays]]
 """score(models, batch, records) -> (scores, scalars), by reward; see `make_reward_scorer`."""
+LARGEST = float(np.finfo(np.float32).max)
+"""Size of the largest reward."""
 # What a function's reward depends on of a batch.
 SEEN = ("response_BR", "mask_BR")
 
@@ -72,7 +74,7 @@ def is_server(reward: str) -> bool:
 
 def is_function(reward: str) -> bool:
     """True for `module:function` or a server's address, False for a run's folder."""
-    return ":" in reward and not pathlib.Path(reward).is_dir()
+    return ":" in reward and not os.path.isdir(reward)
 
 
 def load_function(reward: str, flag: str = "--reward") -> Check:
@@ -307,12 +309,17 @@ def decode_responses(rows: dict[str, np.ndarray], tokenizer: Tokenizer) -> list[
 
 
 def check_scores(reward: str, scores: Sequence[Any], count: int) -> None:
-    """Raise UserError, which names `reward`, unless `scores` are `count` finite numbers."""
+    """Raise UserError, which names `reward`, unless `scores` are `count` finite numbers.
+
+    They are to be finite in float32, as which they are used.
+    """
     for score in scores:
-        is_number = isinstance(score, int | float | np.number | np.bool_)
-        if not is_number or not math.isfinite(score):
+        value = score.item() if isinstance(score, np.generic) else score
+        # NaN is not at most any number; an integer of any length is compared as it is.
+        if not isinstance(value, int | float) or not abs(value) <= LARGEST:
             raise UserError(
-                f"--reward={reward}: returned {score!r}; it must return a finite number"
+                f"--reward={reward}: returned {reprlib.repr(score)}; it must return a finite "
+                f"number, at most {LARGEST:.3g} either way"
             )
     if len(scores) != count:
         raise UserError(f"--reward={reward}: returned {len(scores)} scores for {count} responses")

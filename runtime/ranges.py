@@ -90,6 +90,7 @@ SCRIPTS: Ranges = {
     "temperature": AT_LEAST_0,
     "top_p": Range(low=0, high=1, without_low=True),
     "port": Range(low=0, high=65535),
+    "max_mib": AT_LEAST_1,
     # Losses and rewards.
     "gamma": FROM_0_TO_1,
     "gae_lambda": FROM_0_TO_1,

@@ -20,6 +20,7 @@ from collect import rank as collect
 from collect import spin as collect_spin
 from runtime import flags
 from runtime.errors import TryAgain, UserError
+from weights import convert
 
 TINY = [
     "--model.preset=tiny",
@@ -85,6 +86,12 @@ MISTAKES = {
     "no steps": (train_ppo, ["--steps=0"], "--steps=0: must be at least 1"),
     "no folder": (train_sft, [*TINY, "--run="], "--run=: names no folder; give one"),
     "too long a name": (train_sft, [*TINY, f"--run={'r' * 300}"], "File name too long"),
+    "a name too long for data": (train_sft, [*TINY, f"--data={'d' * 300}.jsonl"], "no such file"),
+    "a name too long to start from": (train_sft, [f"--init={'i' * 300}"], "name too long"),
+    "a name too long for a catalogue": (train_sft, [*TINY, f"--data=tfds:{'t' * 300}"], "tfds:t"),
+    "a name too long for a tokenizer": (train_sft, [*TINY, f"--tokenizer={'t' * 300}"], "ttt"),
+    "a name too long to read": (convert, [f"--read={'r' * 300}"], "rrr"),
+    "a name too long to write": (convert, [f"--write={'w' * 300}", "--run=nowhere"], "nowhere"),
     "no such source": (train_sft, [*TINY, "--data=chats.csv"], "chats.csv"),
     "no such file": (train_sft, [*TINY, "--data=nowhere.jsonl"], "nowhere.jsonl"),
     "no such catalogue name": (train_sft, [*TINY, "--data=tfds:gms8k"], "gms8k"),

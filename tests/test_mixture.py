@@ -124,6 +124,7 @@ def test_words_are_read():
         ("a.jsonl:1e-999 b.jsonl:1", "must be above 0 and below 1e+15"),
         ("a.jsonl:1@cap=5@cap=7 b.jsonl:1@rows", "@cap stands there twice"),
         ("a.jsonl:2 b.jsonl:0", "must be above 0"),
+        (f"a.jsonl:1@cap={'9' * 5000} b.jsonl:1@rows", "is no option; give @rows, @cap=ROWS"),
         ("a.jsonl:2 b.jsonl:1@cup=3", "@cup=3 is no option; give @rows, @cap=ROWS"),
         ("a.jsonl:2 a.jsonl:1", "stands twice"),
         ("a.jsonl:2 b.jsonl:1@rows", "all count rows or none does"),

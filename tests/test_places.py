@@ -1,0 +1,105 @@
+"""Where commands write: never over files of others, never in place of what is no file."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from running import fails, write
+
+import evaluate
+from collect import clean, select
+from decoding import rerank, step_beam
+from decoding.report import RESULT
+from evaluation.alignment import STAGES
+from runtime.errors import UserError
+from runtime.writes import atomic_text
+
+ROOT = pathlib.Path(__file__).parents[1]
+ROWS = [{"prompt": f"say {i}", "response": f"{i}!"} for i in range(9)]
+CLEAN = ["--data=rows.jsonl", "--rules=exact"]
+SELECT = ["--data=rows.jsonl", "--k=3"]
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PLUMB_CACHE", str(tmp_path / "cache"))
+    write(tmp_path / "rows.jsonl", ROWS)
+
+
+# What lies there, the command that would write to it, and what the line says.
+TAKEN = {
+    "out.jsonl.dropped.jsonl": (clean, [*CLEAN, "--out=out.jsonl"], "exists; remove it"),
+    "out.jsonl.scores.jsonl": (select, [*SELECT, "--out=out.jsonl"], "exists; remove it"),
+    "search.json": (step_beam, ["--out=search.json"], "is not of this command"),
+    "rerank.json": (rerank, ["--out=rerank.json"], "is not of this command"),
+    "found.jsonl": (step_beam, ["--solutions=found.jsonl"], "exists; remove it"),
+    "all/summary.json": (evaluate, ["--run=all"], "is not of this command"),
+    "all/report.html": (evaluate, ["--run=all"], "is not of this command"),
+}
+
+
+@pytest.mark.parametrize("name", TAKEN)
+@pytest.mark.parametrize("content", ["mine\n", '{"mine": 1}\n'])
+def test_a_file_of_others_is_left_as_it_is(name, content, tmp_path, capsys):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(content)
+    script, argv, told = TAKEN[name]
+    line = fails(script, argv, capsys)
+    assert f"{name}: exists" in line and told in line
+    assert path.read_text() == content
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "names", "script", "flag"),
+    [
+        ("search.json", RESULT, step_beam, "--out=search.json"),
+        ("rerank.json", RESULT, rerank, "--out=rerank.json"),
+        ("all/summary.json", STAGES, evaluate, "--run=all"),
+    ],
+)
+def test_a_result_of_the_same_command_may_be_replaced(name, names, script, flag, tmp_path, capsys):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(dict.fromkeys(names)))
+    # It goes on to the runs, which are not there.
+    assert "no run here" in fails(script, [flag, "--data=world"], capsys)
+
+
+def test_two_files_have_two_places(capsys):
+    line = fails(step_beam, ["--out=both", "--solutions=both"], capsys)
+    assert "--out=both: names the file of --solutions too" in line
+
+
+@pytest.mark.parametrize("anew", [True, False])
+@pytest.mark.parametrize("name", ["pipe", "folder", "", "n" * 300])
+def test_what_is_no_file_is_not_replaced_by_one(name, anew, tmp_path):
+    """As /dev/null would be, whose name is often given."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(UserError) as fault, atomic_text(name, anew) as file:
+        file.write("x")
+    assert "\n" not in str(fault.value)
+    assert sorted(tmp_path.iterdir()) == before and (tmp_path / "pipe").is_fifo()
+
+
+WRITES = """
+import sys
+from runtime.writes import atomic_text
+with atomic_text(sys.argv[1]) as file:
+    file.write("caf\\u00e9 \\u2019 half \\ud800")
+"""
+
+
+def test_files_are_utf_8_in_every_locale(tmp_path):
+    plain = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    environment = {**os.environ, **plain, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", WRITES, str(tmp_path / "text")]
+    subprocess.run(command, env=environment, check=True)
+    assert (tmp_path / "text").read_bytes().decode() == "café ’ half \\ud800"
