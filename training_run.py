@@ -204,7 +204,7 @@ class Run:
             steps=self.config.steps,
             start=self.start,
             microbatches=self.config.microbatches,
-            data=lengths_of(self._data),
+            data=lengths_of(self._data, self.config.steps),
         )
         print(text)
 

@@ -465,7 +465,7 @@ def _data_files(data: str) -> list[pathlib.Path]:
         raise UserError(f"{data}: {what}; give {SOURCES}")
     for file in files:
         if not file.name.endswith(KINDS):
-            raise UserError(f"--data={file}: not a source; give {SOURCES}")
+            raise UserError(f"{file}: not a source; give {SOURCES}")
     return files
 
 

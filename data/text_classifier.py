@@ -29,9 +29,7 @@ def features(texts: Sequence[str]) -> scipy.sparse.csr_matrix:
     for text in texts:
         words = re.findall(r"\w+|[^\w\s]", text.casefold())
         pairs = [f"{one} {two}" for one, two in itertools.pairwise(words)]
-        # Half of a surrogate pair, which a row of JSON may hold, is a mark as any.
-        grams = [gram.encode(errors="surrogatepass") for gram in (*words, *pairs)]
-        places += [zlib.crc32(gram) % FEATURES for gram in grams]
+        places += [zlib.crc32(gram.encode()) % FEATURES for gram in (*words, *pairs)]
         starts.append(len(places))
     counts = np.ones(len(places))
     matrix = scipy.sparse.csr_matrix((counts, places, starts), (len(texts), FEATURES))

@@ -75,7 +75,7 @@ def preview_items(
         length=length,
         steps=config.steps,
         microbatches=config.microbatches,
-        data=lengths_of(streams),
+        data=lengths_of(streams, config.steps),
     )
     print(text)
 
@@ -230,9 +230,18 @@ def describe(
     return "\n".join([title, *_wrapped(lines)])
 
 
-def lengths_of(data: dict[str, Batches]) -> str:
-    """Say of each stream how long its records are and what of them is lost."""
-    return "; ".join(batches.lengths_line() for batches in data.values())
+def lengths_of(data: dict[str, Batches], steps: int) -> str:
+    """Say of each stream how long its records are and what of them is lost.
+
+    Also where `steps` batches do not come to a stage of a mixture.
+    """
+    told = []
+    for batches in data.values():
+        told.append(batches.lengths_line())
+        number, end = batches.stage_beyond(steps)
+        if number:
+            told.append(f"stage {number} begins after batch {end:,}: not in {steps:,} steps")
+    return "; ".join(told)
 
 
 def candidates_of(batch: Batch) -> int:

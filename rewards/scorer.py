@@ -5,6 +5,7 @@ record), or the address of a server (rewards/serve.py).
 """
 
 import importlib
+import inspect
 import os
 import reprlib
 from collections.abc import Callable, Sequence
@@ -22,7 +23,7 @@ from objectives.policy import Combine, MissingEos, combined, last_token, respons
 from rewards.client import SENT, Question, ask
 from rewards.models import Batch, load_reward_model, make_scalars
 from runtime.errors import UserError, refuse_unread, require
-from runtime.inputs import search_current_folder
+from runtime.inputs import FUNCTION, search_current_folder
 from sharding import BATCH, to_mesh
 
 Check = Callable[[str, Record], float]
@@ -84,17 +85,32 @@ def load_function(reward: str, flag: str = "--reward") -> Check:
     `flag`, for a module or name that is not there, or no function.
     """
     or_a_run = ", or the folder of a train_rm run" if flag == "--reward" else ""
+    # As it is pinned by (runtime/inputs.py); no relative name, which Python would refuse.
+    if not FUNCTION.fullmatch(reward):
+        raise UserError(f"{flag}={reward}: names no function; give module:function{or_a_run}")
     module, _, name = reward.partition(":")
     search_current_folder()
     try:
         function = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as fault:
         raise UserError(f"{flag}={reward}: {fault}; give module:function{or_a_run}") from None
-    if not callable(function):
+    if not callable(function) or not _takes_two(function):
         raise UserError(
             f"{flag}={reward}: not a function; write one that takes (response, record)"
         )
     return function
+
+
+def _takes_two(function: Callable) -> bool:
+    """Tell if a function can be called with a response and a record, as far as Python knows."""
+    try:
+        inspect.signature(function).bind("", {})
+    except TypeError:
+        return False
+    except ValueError:
+        # One of another language does not say.
+        return True
+    return True
 
 
 def load_check(check: str) -> Check:

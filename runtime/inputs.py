@@ -35,6 +35,9 @@ from runtime.run_folder import (
 BUILT_IN = ("world", "arithmetic")
 """Sources of data that are no paths, whatever the current folder holds."""
 
+FUNCTION = re.compile(r"[^\W\d][\w.]*:[^\W\d]\w*")
+"""The name of a function, module:function."""
+
 ConfigT = TypeVar("ConfigT")
 Content = dict[str, Any]
 """{"sha256"} of a file, {"step", "sha256"} of a run, {"version", "sha256"} of a catalogue's data
@@ -147,7 +150,7 @@ def newest_prepared(data: str) -> pathlib.Path | None:
 
 def module_file(function: str) -> str | None:
     """Return the file of the module of `function`, module:function; None where there is none."""
-    if not re.fullmatch(r"[^\W\d][\w.]*:[^\W\d]\w*", function):
+    if not FUNCTION.fullmatch(function):
         return None
     search_current_folder()
     try:

@@ -173,13 +173,6 @@ def test_the_classifier_tells_corrupted_text():
 # --- toxicity
 
 
-def test_the_classifier_reads_half_of_a_surrogate_pair():
-    """A row of JSON may hold one, which UTF-8 does not."""
-    model = TextClassifier(["good words", "fine words"], ["bad \ud800 words", "\udfff"])
-    good, bad = model.chances(["good words", "\ud800 \udfff"])
-    assert good > 0.5 > bad
-
-
 def test_words_of_a_lexicon_are_found_whole_and_in_any_case():
     rule = lexicon_rule(["darn", "Holy Cow ", "", "c++"])
     rng = random.Random(0)

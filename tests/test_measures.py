@@ -461,7 +461,8 @@ def test_completions_label_a_step_by_the_share_that_comes_right(collecting, monk
 
 
 def test_a_check_says_how_right_in_0_to_1(tmp_path, monkeypatch):
-    (tmp_path / "my_check.py").write_text("def odd(response, record): return len(response)\n")
+    functions = "def odd(response, record): return len(response)\ndef one(response): return 1\n"
+    (tmp_path / "my_check.py").write_text(functions)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     check = steps.load_check("my_check:odd")
@@ -470,6 +471,11 @@ def test_a_check_says_how_right_in_0_to_1(tmp_path, monkeypatch):
         check("aa", {})
     with pytest.raises(UserError, match=r"^--check=my_check:even: .*; give module:function$"):
         steps.load_check("my_check:even")
+    with pytest.raises(UserError, match=r"my_check:one: .* takes \(response, record\)$"):
+        steps.load_check("my_check:one")
+    for name in (".", ".:odd", "..my_check:odd", "my_check", "my_check:", ":odd", "a b:c"):
+        with pytest.raises(UserError, match=r"names no function; give module:function$"):
+            steps.load_check(name)
 
 
 @pytest.mark.parametrize(

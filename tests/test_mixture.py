@@ -28,6 +28,7 @@ from data.mixture import BLOCK, Mixture, counts, first_conversations, mixed, pla
 from data.source import ENDLESS, Source
 from data.sources import evaluated_split, open_source
 from data.tokenizer import Tokenizer
+from planning.dry_run import lengths_of
 from runtime.errors import UserError
 from runtime.mixtures import is_mixture, names_in, read_mixture
 from train_state import load_params
@@ -358,6 +359,18 @@ def test_a_stage_ends_at_its_token(tokenizer):
         tokens += batch["tokens_BT"].size
     told = batches.lengths_line()
     assert "stage 1: 50.0% a, 50.0% b of the records drawn, to batch 10; stage 2: " in told
+
+
+def test_a_stage_that_a_run_does_not_come_to_is_told(tokenizer):
+    mixture = mixture_of("a steps=10 -> b steps=4 -> a", a=30, b=30)
+    batches = text_batches(mixture, tokenizer, batch_size=4, length=32)
+    for steps, number, end in ((3, 2, 10), (10, 2, 10), (11, 3, 14), (14, 3, 14)):
+        told = f"; stage {number} begins after batch {end}: not in {steps} steps"
+        assert lengths_of({"": batches}, steps).endswith(told)
+    for steps, words in ((15, "a steps=10 -> b steps=4 -> a"), (1, "a:1 b:1")):
+        mixture = mixture_of(words, a=30, b=30)
+        batches = text_batches(mixture, tokenizer, batch_size=4, length=32)
+        assert "not in" not in lengths_of({"": batches}, steps)
 
 
 def test_stages_of_tokens_are_whole_batches_of_packed_rows(tokenizer):
