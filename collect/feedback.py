@@ -38,7 +38,7 @@ from rewards.judges import (
     make_simulated,
     read_principles,
 )
-from rewards.models import make_text_scorer
+from rewards.models import make_text_scorer, refuse_nan
 from runtime import flags
 from runtime.errors import UserError, refuse_unread, require
 from runtime.run_folder import atomic_text
@@ -255,7 +255,9 @@ def make_pick(reward: str | None) -> Pick:
         for prompt, texts in zip(prompts, candidates, strict=True):
             repeated += [prompt] * len(texts)
             flat += texts
-        scores = iter(score_texts(params, repeated, flat))
+        flat_scores = score_texts(params, repeated, flat)
+        refuse_nan(reward, flat_scores)
+        scores = iter(flat_scores)
         return [max(texts, key=lambda _: next(scores)) for texts in candidates]
 
     return pick

@@ -119,6 +119,7 @@ SCRIPTS: Ranges = {
     "check": FROM_0_TO_1,
     "shaping": AT_LEAST_0,
     "reliability": FROM_0_TO_1,
+    "reliabilities": FROM_0_TO_1,
     "near": FROM_0_TO_1,
     "perplexity_share": FROM_0_TO_1,
     "least_good": FROM_0_TO_1,

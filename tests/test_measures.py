@@ -540,6 +540,21 @@ def test_a_judge_whose_answers_are_no_numbers_is_refused(logit, monkeypatch):
         probability_of_a(["which?"])
 
 
+def test_nothing_is_chosen_by_a_score_that_is_nan(monkeypatch):
+    models.refuse_nan("rm", [1.0, -math.inf])
+    with pytest.raises(UserError, match="rm: its scores are not finite; name a run"):
+        models.refuse_nan("rm", np.array([[1.0, math.nan]]))
+    # So is a refinement that is to be picked.
+    monkeypatch.setattr(feedback, "load_run", load_letters)
+    scorer_of = {"good": [1.0, 2.0], "bad": [1.0, math.nan]}
+    monkeypatch.setattr(
+        feedback, "make_text_scorer", lambda *options: lambda run, *texts: scorer_of[run]
+    )
+    assert feedback.make_pick("good")([said("q")], [["a", "b"]]) == ["b"]
+    with pytest.raises(UserError, match="bad: its scores are not finite"):
+        feedback.make_pick("bad")([said("q")], [["a", "b"]])
+
+
 def test_rows_are_not_chosen_by_numbers_that_are_not_finite(monkeypatch):
     rows = [examples.Example([1], [5, 2]), examples.Example([1], [6, 2])]
 

@@ -14,6 +14,11 @@ from collect import clean, select
 from decoding import rerank, step_beam
 from decoding.report import RESULT
 from evaluation.alignment import STAGES
+from experiments import curves
+from experiments.data_sampling import verdicts
+from experiments.feedback import measure as feedback
+from experiments.raft_first import measure as raft_first
+from experiments.shared_trunk import measure as shared_trunk
 from runtime.errors import UserError
 from runtime.writes import atomic_text
 
@@ -87,6 +92,32 @@ def test_what_is_no_file_is_not_replaced_by_one(name, anew, tmp_path):
         file.write("x")
     assert "\n" not in str(fault.value)
     assert sorted(tmp_path.iterdir()) == before and (tmp_path / "pipe").is_fifo()
+
+
+EXPERIMENTS = {
+    "curves: no run": (curves, ["--runs=none"], "none/metrics.jsonl: missing"),
+    "curves: damaged rows alone": (curves, ["--runs=damaged", "--metric=loss"], "has no loss"),
+    "curves: nulls alone": (curves, ["--runs=nulls", "--metric=loss"], "has no loss; it has"),
+    "curves: no figure": (curves, ["--out=rows.jsonl"], "--out=rows.jsonl: must end in .svg"),
+    "raft_first: no run": (raft_first, ["--run=none"], "none/from_sft: has no metrics of gold"),
+    "feedback: not of the world": (feedback, ["--file=pairs.jsonl"], "not a prompt of the"),
+    "feedback: no reliability": (feedback, ["--reliabilities=2"], "--reliabilities=2.0: must"),
+    "shared_trunk: no seeds": (shared_trunk, ["--seeds"], "--seeds: name at least one"),
+    "verdicts: no file": (verdicts, ["--results=none"], "none: no such file"),
+    "verdicts: no marks": (verdicts, ["--readme=rows.jsonl"], "--readme=rows.jsonl: lacks the"),
+}
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_mistakes_in_experiments_are_one_line_too(name, tmp_path, capsys):
+    for folder, line in (("damaged", '{"step": 1, "lo'), ("nulls", '{"step": 1, "loss": null}')):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "metrics.jsonl").write_text(line + "\n")
+    write(tmp_path / "pairs.jsonl", [{"prompt": "1+1", "chosen": "2", "rejected": "3"}] * 9)
+    before = (tmp_path / "rows.jsonl").read_bytes()
+    script, argv, told = EXPERIMENTS[name]
+    assert told in fails(script, argv, capsys)
+    assert (tmp_path / "rows.jsonl").read_bytes() == before
 
 
 WRITES = """

@@ -15,6 +15,7 @@ import pathlib
 from typing import Any
 
 from runtime import flags
+from runtime.errors import require
 from runtime.rows import read_rows
 
 
@@ -38,6 +39,10 @@ def main(config: Config) -> dict[str, Any]:
         curves[name] = {
             row["step"]: row for row in read_rows(f"{config.run}/{name}") if "gold/all" in row
         }
+        require(
+            bool(curves[name]),
+            f"{config.run}/{name}: has no metrics of gold; name the folder that run.sh made",
+        )
     reached = {
         name: {
             str(target): next(

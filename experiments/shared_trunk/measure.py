@@ -22,6 +22,7 @@ from evaluation.gold import CRITERIA, gold_rows, make_kl_sampler, summarise
 from experiments.seeds import half
 from responses import load_run
 from runtime import flags
+from runtime.errors import require
 from runtime.rows import read_rows
 from sampling import SamplingConfig
 from sharding import MeshConfig, make_mesh
@@ -61,7 +62,8 @@ def train(config: Config, way: str, seed: int, run: str) -> None:
     """Run the script, or go on with what a stopped start of it has done."""
     command = [sys.executable, SCRIPTS[way], *SIZES, f"--seed={seed}", f"--run={run}"]
     command += [f"--init={config.init}", f"--reward={config.reward}"]
-    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": "."})
+    code = subprocess.run(command, env={**os.environ, "PYTHONPATH": "."}).returncode
+    require(code == 0, f"{run}: {SCRIPTS[way]} ended with code {code}, as it says above")
 
 
 def judge(config: Config, seed: int, run: str) -> Result:
@@ -105,6 +107,7 @@ def table(results: list[Result]) -> str:
 
 def main(config: Config) -> dict[str, float]:
     """Train and judge what is not in the results yet; print the table of all; return {}."""
+    require(bool(config.seeds), "--seeds: name at least one")
     make_mesh(MeshConfig())
     path = pathlib.Path(config.out)
     results: list[Result] = []
