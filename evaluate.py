@@ -129,7 +129,9 @@ def evaluate_alignment(config: Config) -> dict[str, Any]:
     out = pathlib.Path(config.run)
     with disk_faults(out):
         refuse_other_object(out / "summary.json", STAGES)
-        is_known = (out / "summary.json").exists()
+        # That an empty one passes says nothing of the report.
+        summary_file = out / "summary.json"
+        is_known = summary_file.exists() and summary_file.stat().st_size > 0
         require(
             is_known or not (out / "report.html").exists(),
             f"{out / 'report.html'}: exists, and is not of this command; name the folder of "

@@ -158,10 +158,10 @@ def main() -> None:
     # There are no arguments; a typo must not write.
     argparse.ArgumentParser(description=__doc__.partition("\n")[0]).parse_args()
     readme = pathlib.Path(__file__).parents[1] / "README.md"
-    before, _, rest = readme.read_text().partition("<!-- benchmarks -->\n")
+    before, _, rest = readme.read_text("utf-8").partition("<!-- benchmarks -->\n")
     _, _, after = rest.partition("<!-- end -->\n")
     table = markdown(pathlib.Path(RESULTS))
-    readme.write_text(f"{before}<!-- benchmarks -->\n{table}\n<!-- end -->\n{after}")
+    readme.write_text(f"{before}<!-- benchmarks -->\n{table}\n<!-- end -->\n{after}", "utf-8")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -30,19 +31,18 @@ def refuse_other_files(out: str | None, solutions: str | None = None) -> None:
     """Raise UserError where a search would write over what is none of its files.
 
     To be called before the search. `out`: place of `write_result`, where a search's result may be,
-    and nothing else. `solutions`: of a file that must be new, and another.
+    and nothing else. `solutions`: that of another file.
     """
+    if out is None:
+        return
+    # One place has many names, as `a` and `./a`.
     require(
-        out is None or out != solutions,
+        solutions is None or os.path.realpath(out) != os.path.realpath(solutions),
         f"--out={out}: names the file of --solutions too; give each a place of its own",
     )
-    if out is not None:
-        with disk_faults(pathlib.Path(out)):
-            refuse_taken(pathlib.Path(out), anew=False)
-            refuse_other_object(pathlib.Path(out), RESULT)
-    if solutions is not None:
-        with disk_faults(pathlib.Path(solutions)):
-            refuse_taken(pathlib.Path(solutions))
+    with disk_faults(pathlib.Path(out)):
+        refuse_taken(pathlib.Path(out), anew=False)
+        refuse_other_object(pathlib.Path(out), RESULT)
 
 
 def write_result(

@@ -9,10 +9,11 @@ from again: expert iteration (Anthony et al. 2017), as experiments/arithmetic/se
 
 import runtime.interrupt  # noqa: F401
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, TextIO
 
 import jax
 import numpy as np
@@ -224,34 +225,39 @@ def main(config: Config) -> tuple[Interval, float]:
         "must be at least 1",
     )
     refuse_other_files(config.out, config.solutions)
-    mesh = make_mesh(MeshConfig())
-    check = load_check(config.check)
-    split = config.split or evaluated_split(config.data)
-    source = open_source(config.data, "prompt", split, seed=config.seed)
-    records = source.first(config.prompts)
-    found, sampled, tokenizer = search_problems(config, records, mesh)
-
-    # How many are right.
-    texts = [tokenizer.decode(tokens) for tokens in found]
-    ended_N = has_ended(found, tokenizer.ends)
-    counts_N = ended_N | (config.missing_eos == "none")
-    checked_N = np.array([check(*pair) for pair in zip(texts, records, strict=True)])
-    right = (checked_N * counts_N).tolist()
-    accuracy = share_interval(right)
-    tokens = sampled / len(records)
-    which = f"{len(records)} problems ({config.data}, {split})"
-    print(f"{which}: {accuracy} right, {tokens:.0f} tokens each")
-
-    if config.out is not None:
-        write_result(config.out, config, tokens, as_json(accuracy), right)
+    # Made before the search: where it cannot be, nothing is searched in vain.
+    opened: contextlib.AbstractContextManager[TextIO | None] = contextlib.nullcontext()
     if config.solutions is not None:
+        opened = atomic_text(config.solutions, anew=True)
+    with opened as solutions:
+        mesh = make_mesh(MeshConfig())
+        check = load_check(config.check)
+        split = config.split or evaluated_split(config.data)
+        source = open_source(config.data, "prompt", split, seed=config.seed)
+        records = source.first(config.prompts)
+        found, sampled, tokenizer = search_problems(config, records, mesh)
+
+        # How many are right.
+        texts = [tokenizer.decode(tokens) for tokens in found]
+        ended_N = has_ended(found, tokenizer.ends)
+        counts_N = ended_N | (config.missing_eos == "none")
+        checked_N = np.array([check(*pair) for pair in zip(texts, records, strict=True)])
+        right = (checked_N * counts_N).tolist()
+
         # Those that are right and came to their end.
-        with atomic_text(config.solutions, anew=True) as file:
+        if solutions is not None:
             for record, text, hit, end in zip(records, texts, right, ended_N, strict=True):
                 if hit and end:
                     said = {"role": "assistant", "content": text}
                     row = {"messages": [*record["prompt"], said]}
-                    file.write(json.dumps(row) + "\n")
+                    solutions.write(json.dumps(row) + "\n")
+
+    accuracy = share_interval(right)
+    tokens = sampled / len(records)
+    which = f"{len(records)} problems ({config.data}, {split})"
+    print(f"{which}: {accuracy} right, {tokens:.0f} tokens each")
+    if config.out is not None:
+        write_result(config.out, config, tokens, as_json(accuracy), right)
     return accuracy, tokens
 
 

@@ -40,8 +40,10 @@ def series(run: str, metric: str) -> tuple[list[int], list[float]]:
     steps = [int(row["step"]) for row in known]
     values = [row[metric] for row in known]
     if not steps:
-        names = sorted({name for row in rows for name in row})
-        raise UserError(f"{path}: has no {metric}; it has {', '.join(names)}")
+        # Those alone that a curve can be drawn of.
+        names = sorted({name for row in rows for name in row if row[name] is not None})
+        told = ", ".join(names) or "no rows"
+        raise UserError(f"{path}: has no finite {metric}; it has {told}")
     return steps, values
 
 

@@ -88,7 +88,7 @@ def refuse_taken(out: pathlib.Path, anew: bool = True) -> None:
     if not out.is_file():
         raise UserError(f"{out}: a folder or a device, no file; name another")
     if anew and out.stat().st_size:
-        raise UserError(f"{out}: exists; remove it or name another --out")
+        raise UserError(f"{out}: exists; remove it or name another place")
 
 
 @contextlib.contextmanager

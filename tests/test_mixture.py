@@ -373,6 +373,20 @@ def test_a_stage_that_a_run_does_not_come_to_is_told(tokenizer):
         assert "not in" not in lengths_of({"": batches}, steps)
 
 
+def test_a_stage_is_told_by_the_batches_that_a_step_reads_of_its_stream(tokenizer):
+    mixture = mixture_of("a steps=10 -> b steps=4 -> a", a=30, b=30)
+    batches = text_batches(mixture, tokenizer, batch_size=4, length=32)
+    # PPO reads text for each of its updates.
+    a_step = train_ppo.batches_a_step(train_ppo.Config(epochs=2, minibatches=2))
+    # Three steps: three batches of prompts, twelve of text.
+    prompts, text = (lengths_of({name: batches}, 3, a_step) for name in ("prompts", "text"))
+    assert prompts.endswith("; stage 2 begins after batch 10: not in 3 steps")
+    assert text.endswith("; stage 3 begins after batch 14: not in 3 steps")
+    # Four come to all of the text.
+    both = lengths_of({"prompts": batches, "text": batches}, 4, a_step)
+    assert both.count("not in 4 steps") == 1 and "stage 2 begins after batch 10: not" in both
+
+
 def test_stages_of_tokens_are_whole_batches_of_packed_rows(tokenizer):
     mixture = mixture_of("a tokens=1000 -> b", a=30, b=30)
     with pytest.raises(

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from running import fails, write
+from running import fails, run, write
 
 import evaluate
 from collect import clean, select
@@ -41,7 +41,11 @@ TAKEN = {
     "out.jsonl.scores.jsonl": (select, [*SELECT, "--out=out.jsonl"], "exists; remove it"),
     "search.json": (step_beam, ["--out=search.json"], "is not of this command"),
     "rerank.json": (rerank, ["--out=rerank.json"], "is not of this command"),
-    "found.jsonl": (step_beam, ["--solutions=found.jsonl"], "exists; remove it"),
+    "found.jsonl": (
+        step_beam,
+        ["--solutions=found.jsonl"],
+        "exists; remove it or name another place",
+    ),
     "all/summary.json": (evaluate, ["--run=all"], "is not of this command"),
     "all/report.html": (evaluate, ["--run=all"], "is not of this command"),
 }
@@ -76,9 +80,39 @@ def test_a_result_of_the_same_command_may_be_replaced(name, names, script, flag,
     assert "no run here" in fails(script, [flag, "--data=world"], capsys)
 
 
-def test_two_files_have_two_places(capsys):
-    line = fails(step_beam, ["--out=both", "--solutions=both"], capsys)
+@pytest.mark.parametrize("solutions", ["both", "./both", "link/both"])
+def test_two_files_have_two_places(solutions, tmp_path, capsys):
+    (tmp_path / "link").symlink_to(tmp_path)
+    line = fails(step_beam, ["--out=both", f"--solutions={solutions}"], capsys)
     assert "--out=both: names the file of --solutions too" in line
+
+
+def test_a_place_that_cannot_be_written_is_told_before_the_search(capsys):
+    # There is no run to search with either.
+    line = fails(step_beam, ["--solutions=rows.jsonl/found.jsonl"], capsys)
+    assert "rows.jsonl/found.jsonl: not saved" in line
+
+
+def test_an_empty_summary_does_not_give_a_report_away(tmp_path, capsys):
+    (tmp_path / "summary.json").touch()
+    (tmp_path / "report.html").write_text("mine")
+    line = fails(evaluate, [f"--run={tmp_path}"], capsys)
+    assert "report.html: exists, and is not of this command" in line
+
+
+@pytest.mark.parametrize(("ends", "code"), [(75, 75), (143, 143), (-15, 143), (-9, 137)])
+def test_codes_that_a_restart_goes_by_are_passed_on(ends, code, monkeypatch):
+    ended = subprocess.CompletedProcess([], ends)
+    monkeypatch.setattr(shared_trunk.subprocess, "run", lambda *args, **named: ended)
+    with pytest.raises(SystemExit) as stop:
+        run(shared_trunk)
+    assert stop.value.code == code
+
+
+def test_another_code_of_a_run_is_one_line(monkeypatch, capsys):
+    ended = subprocess.CompletedProcess([], 1)
+    monkeypatch.setattr(shared_trunk.subprocess, "run", lambda *args, **named: ended)
+    assert "train_ppo.py ended with code 1" in fails(shared_trunk, ["--out=new.jsonl"], capsys)
 
 
 @pytest.mark.parametrize("anew", [True, False])
@@ -96,8 +130,12 @@ def test_what_is_no_file_is_not_replaced_by_one(name, anew, tmp_path):
 
 EXPERIMENTS = {
     "curves: no run": (curves, ["--runs=none"], "none/metrics.jsonl: missing"),
-    "curves: damaged rows alone": (curves, ["--runs=damaged", "--metric=loss"], "has no loss"),
-    "curves: nulls alone": (curves, ["--runs=nulls", "--metric=loss"], "has no loss; it has"),
+    "curves: damaged rows alone": (curves, ["--runs=damaged", "--metric=loss"], "it has no rows"),
+    "curves: nulls alone": (
+        curves,
+        ["--runs=nulls", "--metric=loss"],
+        "has no finite loss; it has step",
+    ),
     "curves: no figure": (curves, ["--out=rows.jsonl"], "--out=rows.jsonl: must end in .svg"),
     "raft_first: no run": (raft_first, ["--run=none"], "none/from_sft: has no metrics of gold"),
     "feedback: not of the world": (feedback, ["--file=pairs.jsonl"], "not a prompt of the"),
@@ -128,9 +166,36 @@ with atomic_text(sys.argv[1]) as file:
 """
 
 
-def test_files_are_utf_8_in_every_locale(tmp_path):
+# In an empty folder: pages of studies, all of which have characters beyond ASCII.
+WRITES_PAGES = """
+import pathlib, shutil
+from experiments.data_sampling import verdicts
+from experiments.methods import pages, table
+shutil.copy(table.HERE / "README.md", "verdicts.md")
+with open("verdicts.md", "ab") as file:
+    file.write(f"{verdicts.FIRST}{verdicts.LAST}".encode())
+verdicts.main(verdicts.Config(readme="verdicts.md", figure="curves.png"))
+pages.main(pages.Config(out="pages"))
+shutil.copytree(table.HERE, "methods")
+table.HERE = pathlib.Path("methods").resolve()
+table.main()
+"""
+
+
+def in_c_locale(program, *argv):
     plain = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
     environment = {**os.environ, **plain, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", WRITES, str(tmp_path / "text")]
-    subprocess.run(command, env=environment, check=True)
+    subprocess.run([sys.executable, "-c", program, *argv], env=environment, check=True)
+
+
+@pytest.mark.slow
+def test_pages_of_studies_are_utf_8_in_every_locale(tmp_path):
+    in_c_locale(WRITES_PAGES)
+    for page in ("verdicts.md", "pages/README.md", "pages/dpo.md", "methods/README.md"):
+        content = (tmp_path / page).read_bytes()
+        assert not content.isascii() and content.decode()
+
+
+def test_files_are_utf_8_in_every_locale(tmp_path):
+    in_c_locale(WRITES, str(tmp_path / "text"))
     assert (tmp_path / "text").read_bytes().decode() == "café ’ half \\ud800"

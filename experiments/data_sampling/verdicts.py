@@ -541,7 +541,7 @@ def main(config: Config) -> dict[str, int]:
     """Write the tables and the figure; return the counts of runs `done` and `planned`."""
     for path in (config.results, config.pilot, config.chosen, config.readme):
         require(pathlib.Path(path).is_file(), f"{path}: no such file; name another")
-    page = pathlib.Path(config.readme).read_text()
+    page = pathlib.Path(config.readme).read_text("utf-8")
     is_marked = FIRST in page and LAST in page.partition(FIRST)[2]
     require(is_marked, f"--readme={config.readme}: lacks the marks {FIRST} and {LAST}")
     results = read_results(config.results)

@@ -284,11 +284,11 @@ def main() -> None:
         "memory": memory(),
         "tuning": tuning(),
     }
-    text = readme.read_text()
+    text = readme.read_text("utf-8")
     for name, part in parts.items():
         before, _, rest = text.partition(f"<!-- {name} -->\n")
         text = f"{before}<!-- {name} -->\n{part}{rest[rest.index('<!-- end -->') :]}"
-    readme.write_text(text)
+    readme.write_text(text, "utf-8")
     plot(rows)
 
 
