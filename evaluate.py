@@ -33,9 +33,11 @@ from model import LanguageModel, init_and_apply
 from model_config import check_fit
 from responses import load_run
 from runtime import flags
-from runtime.errors import UserError, require
+from runtime.errors import UserError, refuse_unread, require
+from runtime.foreign import refuse_other_object
 from runtime.report import alignment_report
 from runtime.rows import read_rows
+from runtime.writes import atomic_text, disk_faults
 from sampling import SamplingConfig
 from sharding import MeshConfig, make_mesh
 from tasks import world
@@ -120,9 +122,22 @@ def evaluate_alignment(config: Config) -> dict[str, Any]:
     first --n held-out prompts of tasks/world.py, made by --seed. --data is not read. Prints a
     table, and returns what summary.json holds: {"base", "sft", "ppo", "reward_model"}, each a dict
     of measures, see evaluation.alignment.summarise_alignment. Files of an earlier call are
-    replaced. Raises UserError for a model that is missing or has another tokenizer than the SFT
-    run, and for a reward run without metrics.jsonl.
+    replaced. Raises UserError where --run has such files of another command, for a model that is
+    missing or has another tokenizer than the SFT run, and for a reward run without metrics.jsonl.
     """
+    # What lies in the folder already must be an earlier call's.
+    out = pathlib.Path(config.run)
+    with disk_faults(out):
+        refuse_other_object(out / "summary.json", STAGES)
+        # That an empty one passes says nothing of the report.
+        summary_file = out / "summary.json"
+        is_known = summary_file.exists() and summary_file.stat().st_size > 0
+        require(
+            is_known or not (out / "report.html").exists(),
+            f"{out / 'report.html'}: exists, and is not of this command; name the folder of "
+            "the whole alignment, as runs/align",
+        )
+
     # The prompts, and the reference of the KL.
     requests = [world.prompt(i, split="heldout", seed=config.seed) for i in range(config.n)]
     prompts = [request.text for request in requests]
@@ -153,9 +168,8 @@ def evaluate_alignment(config: Config) -> dict[str, Any]:
     summary, rows = summarise_alignment(requests, sampled, reward_metrics[-1])
 
     # Files, then the table.
-    out = pathlib.Path(config.run)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    with atomic_text(str(out / "summary.json")) as file:
+        file.write(json.dumps(summary, indent=1) + "\n")
     report = alignment_report(
         config.run,
         runs["base"],
@@ -304,21 +318,49 @@ def print_table(table: dict[str, Any]) -> None:
         print(f"{name:28} " + " to ".join(texts))
 
 
+def check(config: Config) -> None:
+    """Raise UserError for an --n below 1, and for flags that --measure does not read."""
+    measure = config.measure
+    require(config.n >= 1, f"--n={config.n}: must be at least 1")
+    require(
+        measure != "gold" or (config.data == "world" and config.split is None),
+        "--measure=gold: is of the world's held-out prompts; leave --data and --split out",
+    )
+    samples = (measure in ("gold", "win_rate"), "--measure=gold or win_rate")
+    refuse_unread(
+        config,
+        {
+            "on_bad_row": (measure != "gold", "a measure of --data"),
+            "base": (measure == "gold", "--measure=gold"),
+            "sft": (
+                measure == "gold" or (measure == "win_rate" and config.against is None),
+                "--measure=gold, or win_rate where --against is left out",
+            ),
+            "reward": (measure != "perplexity", "--measure=gold, accuracy or win_rate"),
+            "policy": (measure != "accuracy", "--measure=gold, perplexity or win_rate"),
+            "against": (measure == "win_rate", "--measure=win_rate"),
+            "temperature": samples,
+            "max_prompt": samples,
+            "max_new_tokens": samples,
+            "missing_eos": (measure == "win_rate", "--measure=win_rate"),
+            "length": (
+                measure in ("perplexity", "accuracy"),
+                "--measure=perplexity or accuracy",
+            ),
+        },
+    )
+
+
 def main(config: Config) -> dict[str, Any]:
     """Measure what --measure names, print it, and return it: a dict of measures by name.
 
     gold: `evaluate_alignment`, which also writes summary.json and report.html into --run.
     perplexity, accuracy, win_rate: `evaluate_perplexity` and so on, which write nothing. Raises
-    UserError for an --n below 1, for gold with a --data but world or with a --split, and as they
-    do. Sets the current mesh, and --on_bad_row for the process.
+    UserError for an --n below 1, for flags that the measure does not read, and as they do. Sets
+    the current mesh, and --on_bad_row for the process.
     """
     # Impossible settings are refused before any file is read.
-    if config.n < 1:
-        raise UserError(f"--n={config.n}: must be at least 1")
-    require(
-        config.measure != "gold" or (config.data == "world" and config.split is None),
-        "--measure=gold: is of the world's held-out prompts; leave --data and --split out",
-    )
+    check(config)
     # For the whole process: what a bad row does, and a mesh of all devices.
     set_on_bad_row(config.on_bad_row)
     make_mesh(MeshConfig())

@@ -521,6 +521,14 @@ def open_data(
     return {"prompts": prompts, "text": text}
 
 
+def batches_a_step(config: Config) -> dict[str, int]:
+    """Return how many batches an iteration reads of the streams of `open_data`, by their names.
+
+    Of the prompts one; of the text of --ptx_data one for each update, as `add_text` does.
+    """
+    return {"prompts": 1, "text": config.epochs * config.minibatches}
+
+
 # One program for all minibatches.
 mixed = jax.jit(with_text, static_argnames="coefficient")
 
@@ -729,7 +737,7 @@ def main(config: Config) -> dict[str, float]:
     # A dry run ends here and has written nothing.
     if config.dry_run:
         shapes["held"] = (loaded.reference, loaded.rewards)
-        return preview_items(config, shapes, data, tokenizer)
+        return preview_items(config, shapes, data, tokenizer, batches_a_step(config))
 
     with Run(config, tokenizer, unit="iteration") as run:
         # The states of the newest checkpoint, or of a new run.
@@ -746,6 +754,7 @@ def main(config: Config) -> dict[str, float]:
             policy.params,
             (policy.opt_state, critic, *on_devices(config, loaded)),
             length=config.length,
+            batches_a_step=batches_a_step(config),
         )
 
         for step in run.steps():

@@ -17,7 +17,7 @@ What a step does stays in the script; what every script does around its steps is
 import contextlib
 import pathlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -183,14 +183,23 @@ class Run:
             with atomic_text(f"{self.config.run}/skipped.txt") as file:
                 file.writelines(f"{line}\n" for line in lines)
 
-    def describe(self, what: str, params: Any, rest: Any, *, length: int) -> None:
+    def describe(
+        self,
+        what: str,
+        params: Any,
+        rest: Any,
+        *,
+        length: int,
+        batches_a_step: Mapping[str, int] | None = None,
+    ) -> None:
         """Print the arithmetic of the run: sizes, mesh, memory, steps; and what is read and cut.
 
         `what`: the title, printed behind the run's folder. `params`: the tree of what is trained.
         `rest`: a tree of all else that lies on the devices, such as the optimiser's state and
         other models; both of arrays, or of ShapeDtypeStructs with shardings. `length`: tokens a
-        row. Call it after start_or_resume or restore, whose `data` is what is read. It shows on
-        the first process alone.
+        row. `batches_a_step`: {name of a stream: batches that a step reads of it}, where that is
+        not one. Call it after start_or_resume or restore, whose `data` is what is read. It shows
+        on the first process alone.
         """
         # A row of the batch may hold several candidates, each of `length` tokens.
         candidates = max([candidates_of(data.peek()) for data in self._data.values()], default=1)
@@ -205,7 +214,7 @@ class Run:
             steps=self.config.steps,
             start=self.start,
             microbatches=self.config.microbatches,
-            data=lengths_of(self._data),
+            data=lengths_of(self._data, self.config.steps, batches_a_step),
             note=world_defaults_note(self.config),
         )
         print(text)

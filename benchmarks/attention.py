@@ -267,7 +267,7 @@ def write_readme(folder: pathlib.Path) -> None:
     for platform in RUNS_ON:
         parts.append(table(platform, folder))
     parts.append(schedule_table(folder))
-    (folder / "README.md").write_text("\n\n".join(parts) + "\n")
+    (folder / "README.md").write_text("\n\n".join(parts) + "\n", "utf-8")
 
 
 def main(config: Config) -> dict[str, Any]:

@@ -175,10 +175,10 @@ def table_of(result: dict[str, Any]) -> str:
 
 def write_table(result: dict[str, Any]) -> None:
     """Write the table into the document, between its two marks."""
-    text = DOCUMENT.read_text()
+    text = DOCUMENT.read_text("utf-8")
     before, _, rest = text.partition(FIRST)
     _, _, after = rest.partition(LAST)
-    DOCUMENT.write_text(f"{before}{FIRST}\n\n{table_of(result)}\n\n{LAST}{after}")
+    DOCUMENT.write_text(f"{before}{FIRST}\n\n{table_of(result)}\n\n{LAST}{after}", "utf-8")
 
 
 if __name__ == "__main__":

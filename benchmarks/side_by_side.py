@@ -180,10 +180,10 @@ def main() -> None:
 
     # Between the page's marks.
     readme = pathlib.Path(__file__).parents[1] / "README.md"
-    before, _, rest = readme.read_text().partition("<!-- benchmarks -->\n")
+    before, _, rest = readme.read_text("utf-8").partition("<!-- benchmarks -->\n")
     _, _, after = rest.partition("<!-- end -->\n")
     table = markdown(pathlib.Path(RESULTS))
-    readme.write_text(f"{before}<!-- benchmarks -->\n{table}\n<!-- end -->\n{after}")
+    readme.write_text(f"{before}<!-- benchmarks -->\n{table}\n<!-- end -->\n{after}", "utf-8")
 
 
 if __name__ == "__main__":

@@ -339,7 +339,7 @@ def main(config: Config) -> dict[str, int]:
     # The files are opened at once: a place that cannot be written shows before models run.
     beside = f"{config.out}.dropped.jsonl"
     counts = collections.Counter[str]()
-    with atomic_text(config.out, anew=True) as out, atomic_text(beside) as dropped:
+    with atomic_text(config.out, anew=True) as out, atomic_text(beside, anew=True) as dropped:
         # Rules one after the other, each over what is left.
         left = rows
         found: dict[int, tuple[str, str]] = {}

@@ -14,7 +14,7 @@ from data.records import Record, Schema
 from data.sources import Source, first_row, is_file, open_source, reads, rows_of
 from data.tokenizer import Tokenizer
 from responses import SHORTEST_WIDTH, full_parts
-from runtime.errors import UserError
+from runtime.errors import UserError, require
 from sharding import to_host
 
 ORDER: tuple[Schema, ...] = ("comparison", "unpaired", "steps", "chat", "text", "prompt")
@@ -125,9 +125,17 @@ def padded_parts(examples: Sequence[Example], length: int, pad: int) -> Iterator
 def over_examples(
     measure: Callable[[Batch], jax.Array], examples: Sequence[Example], length: int, pad: int
 ) -> np.ndarray:
-    """Return `measure(batch)`, [B, ...], of all examples, in their order, on the host."""
+    """Return `measure(batch)`, [B, ...], of all examples, in their order, on the host.
+
+    Raises UserError for a number that is not finite: rows would be chosen by it.
+    """
     found = [to_host(measure(batch)) for batch in padded_parts(examples, length, pad)]
-    return np.concatenate(found)[: len(examples)]
+    values = np.concatenate(found)[: len(examples)]
+    require(
+        bool(np.isfinite(values).all()),
+        "the model's numbers on these rows are not finite; name a run whose training went well",
+    )
+    return values
 
 
 # --- the rows themselves

@@ -38,9 +38,9 @@ from rewards.judges import (
     make_simulated,
     read_principles,
 )
-from rewards.models import make_text_scorer
+from rewards.models import make_text_scorer, refuse_nan
 from runtime import flags
-from runtime.errors import UserError, require
+from runtime.errors import UserError, refuse_unread, require
 from runtime.run_folder import atomic_text
 from sampling import SamplingConfig
 from sharding import MeshConfig, make_mesh
@@ -255,7 +255,9 @@ def make_pick(reward: str | None) -> Pick:
         for prompt, texts in zip(prompts, candidates, strict=True):
             repeated += [prompt] * len(texts)
             flat += texts
-        scores = iter(score_texts(params, repeated, flat))
+        flat_scores = score_texts(params, repeated, flat)
+        refuse_nan(reward, flat_scores)
+        scores = iter(flat_scores)
         return [max(texts, key=lambda _: next(scores)) for texts in candidates]
 
     return pick
@@ -303,7 +305,13 @@ def check(config: Config) -> None:
         config.reward is None or not config.comparing,
         f"--reward={config.reward}: picks revisions; give --write=revisions",
     )
-    require(0 <= config.reliability <= 1, f"--reliability={config.reliability}: must be in 0..1")
+    refuse_unread(
+        config,
+        {
+            "rounds": (not config.comparing, "--write=revisions"),
+            "reliability": (config.judge is None, "the simulated judge"),
+        },
+    )
     require(
         config.judge is not None or config.data == "world",
         f"--data={config.data}: name a run that judges (--judge); "

@@ -22,6 +22,7 @@ from data.batches import SHORTEST_PROMPT
 from data.mixture import Mixture
 from data.source import Source
 from data.sources import open_source
+from data.tokenizer import Tokenizer
 from model_config import stored_model
 from responses import load_run
 from runtime import flags
@@ -112,7 +113,13 @@ def main(config: Config) -> dict[str, float]:
         f"{len(labels)} sources",
     )
 
-    # Held-out losses before and after.
+    # Held-out losses before and after, a token: the same tokens.
+    before, after = (Tokenizer.load(run).sha256 for run in (config.before, config.init))
+    require(
+        before == after,
+        f"--before={config.before}: another tokenizer than --init={config.init}, so that their "
+        "losses a token do not compare; name runs of one",
+    )
     context = min(stored_model(run).context for run in (config.before, config.init))
     length = context if config.length is None else config.length
     require(

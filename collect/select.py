@@ -15,7 +15,7 @@ import json
 import math
 from collections.abc import Callable
 from types import ModuleType
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TextIO
 
 import jax
 import numpy as np
@@ -353,19 +353,18 @@ def rows_to_choose(k: float, count: int) -> int:
     return number
 
 
-def write_scores(path: str, scores_N: np.ndarray, chosen: np.ndarray) -> None:
+def write_scores(file: TextIO, scores_N: np.ndarray, chosen: np.ndarray) -> None:
     """Write a line for each row: its number from 1, its score, whether it is chosen, as which."""
     order_N = np.zeros(len(scores_N), int)
     order_N[chosen] = np.arange(1, len(chosen) + 1)
-    with atomic_text(path) as file:
-        for i, (score, order) in enumerate(zip(scores_N.tolist(), order_N.tolist(), strict=True)):
-            line = {
-                "row": i + 1,
-                "score": score if math.isfinite(score) else None,
-                "chosen": order > 0,
-                "order": order or None,
-            }
-            file.write(json.dumps(line) + "\n")
+    for i, (score, order) in enumerate(zip(scores_N.tolist(), order_N.tolist(), strict=True)):
+        line = {
+            "row": i + 1,
+            "score": score if math.isfinite(score) else None,
+            "chosen": order > 0,
+            "order": order or None,
+        }
+        file.write(json.dumps(line) + "\n")
 
 
 def main(config: Config) -> dict[str, int]:
@@ -385,9 +384,10 @@ def main(config: Config) -> dict[str, int]:
     count = len(source)
     k = rows_to_choose(config.k, count)
 
-    # The file is opened at once: a place that cannot be written shows before models run.
+    # The files are opened at once: a place that cannot be written shows before models run.
     key = jax.random.key(config.seed)
-    with atomic_text(config.out, anew=True) as file:
+    scores_path = f"{config.out}.scores.jsonl"
+    with atomic_text(config.out, anew=True) as file, atomic_text(scores_path, anew=True) as beside:
         # What the method chooses by.
         embeddings = None
         room = longest(config)
@@ -407,8 +407,7 @@ def main(config: Config) -> dict[str, int]:
         is_chosen_N[chosen] = True
         lines = rows_as_written(config.data, schema, source)
         file.writelines(f"{line}\n" for line, kept in zip(lines, is_chosen_N, strict=True) if kept)
-        scores_path = f"{config.out}.scores.jsonl"
-        write_scores(scores_path, scores_N, chosen)
+        write_scores(beside, scores_N, chosen)
     print(f"{config.out}: {k} of {count} rows by {config.method}; {scores_path} tells of all")
     return {"rows": count, "chosen": k}
 

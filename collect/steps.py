@@ -38,7 +38,7 @@ from responses import (
 )
 from rewards.scorer import Check, load_check
 from runtime import flags
-from runtime.errors import require
+from runtime.errors import refuse_unread, require
 from runtime.run_folder import atomic_text
 from sampling import SamplingConfig
 from sharding import MeshConfig, make_mesh
@@ -217,6 +217,13 @@ def check_config(config: Config) -> None:
         config.labels != "gold" or config.data == "arithmetic",
         f"--labels=gold: no program checks the steps of {config.data}; "
         "take outcome or completions",
+    )
+    refuse_unread(
+        config,
+        {
+            "completions": (config.labels == "completions", "--labels=completions"),
+            "check": (config.labels != "gold", "--labels=outcome or completions"),
+        },
     )
 
 

@@ -581,6 +581,16 @@ class Batches:
             lines.append(line)
         return "; ".join(lines)
 
+    def stage_beyond(self, batches: int) -> tuple[int, int]:
+        """Return the first stage of a mixture, from 1, that so many batches do not come to.
+
+        Also the number of batches before it. (0, 0) where they come to all.
+        """
+        for number, end in enumerate(self._stage_ends, 2):
+            if end >= batches:
+                return number, end
+        return 0, 0
+
     def peek(self) -> Batch:
         """Return the batch that `next` will return."""
         if self._ahead is None:

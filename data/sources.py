@@ -14,6 +14,7 @@ import glob
 import gzip
 import hashlib
 import json
+import os
 import pathlib
 import sys
 import tempfile
@@ -351,13 +352,15 @@ def _how_to_prepare(name: str, data_dir: pathlib.Path) -> str:
 
     root = pathlib.Path(tfds.__file__).parent
     base = name.split("/")[0]
-    modules = sorted([*root.glob(f"*/{base}.py"), *root.glob(f"*/{base}/{base}.py")])
+    places = (f"*/{base}.py", f"*/{base}/{base}.py")
+    # By os.path, to which a name that is too long is none.
+    modules = [pathlib.Path(found) for place in places for found in glob.glob(str(root / place))]
     known = base in tfds.list_builders(with_community_datasets=False)
     if not known and not modules:
         return "the TFDS catalogue has no such name either: check the spelling"
     needed = ""
     if not known:
-        module = modules[0].relative_to(root.parent).with_suffix("")
+        module = min(modules).relative_to(root.parent).with_suffix("")
         needed = f"import {'.'.join(module.parts)}; "
     return (
         "prepare it once: python -c "
@@ -461,13 +464,13 @@ def _data_files(data: str) -> list[pathlib.Path]:
         raise UserError(f"{data}: is a mixture, which this command does not read; name one file")
     files = files_named(data)
     if not files:
-        if pathlib.Path(data).is_dir():
+        if os.path.isdir(data):
             raise UserError(f"{data}: is a folder; name files in it, such as {data}/*.jsonl")
         what = "no file of a known kind" if glob.has_magic(data) else "no such file"
         raise UserError(f"{data}: {what}; give {SOURCES}")
     for file in files:
         if not file.name.endswith(KINDS):
-            raise UserError(f"--data={file}: not a source; give {SOURCES}")
+            raise UserError(f"{file}: not a source; give {SOURCES}")
     return files
 
 

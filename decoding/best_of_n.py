@@ -27,6 +27,7 @@ from model_config import check_fit, stored_model
 from objectives.imitate import best_of_n_kl
 from objectives.policy import missing_eos
 from responses import filled, in_parts, split_evenly
+from rewards.models import refuse_nan
 from rewards.scorer import make_reward_scorer
 from rollout import ended, make_rollout
 from runtime import flags
@@ -126,6 +127,7 @@ def sample_and_score(config: Config, records: list[Record], mesh: jax.sharding.M
     count = len(records)
     shape = (-1, config.n)
     rewards_PN = np.concatenate(rewards).reshape(shape)[:count]
+    refuse_nan(config.reward, rewards_PN)
     ended_PN = np.concatenate(are_ended).reshape(shape)[:count]
     ranks_PN = missing_eos(rewards_PN, ended_PN, config.missing_eos)
     texts_PN = split_evenly(texts, config.n)

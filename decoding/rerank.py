@@ -22,7 +22,7 @@ import numpy as np
 from data.records import Record
 from data.sources import Split, evaluated_split, open_source
 from data.steps import problems
-from decoding.report import as_json, powers_of_two, write_result
+from decoding.report import as_json, powers_of_two, refuse_other_files, write_result
 from evaluation.intervals import Interval, share_interval
 from evaluation.steps import majority
 from evaluation.tables import cells
@@ -212,6 +212,7 @@ def main(config: Config) -> dict[str, dict[int, Interval]]:
         min(config.n, config.prompts) >= 1,
         f"--n={config.n}, --prompts={config.prompts}: must be at least 1",
     )
+    refuse_other_files(config.out)
     # Problems, and the answers to them.
     mesh = make_mesh(MeshConfig())
     split = config.split or evaluated_split(config.data)

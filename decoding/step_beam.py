@@ -9,10 +9,11 @@ from again: expert iteration (Anthony et al. 2017), as experiments/arithmetic/se
 
 import runtime.interrupt  # noqa: F401
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, TextIO
 
 import jax
 import numpy as np
@@ -21,7 +22,7 @@ from data.records import Record
 from data.sources import Split, evaluated_split, open_source
 from data.steps import problems
 from data.tokenizer import Tokenizer, is_ended
-from decoding.report import as_json, write_result
+from decoding.report import as_json, refuse_other_files, write_result
 from evaluation.intervals import Interval, share_interval
 from model_config import check_fit
 from objectives.policy import MissingEos, missing_eos
@@ -223,34 +224,40 @@ def main(config: Config) -> tuple[Interval, float]:
         f"--beams={config.beams}, --branch={config.branch}, --prompts={config.prompts}: "
         "must be at least 1",
     )
-    mesh = make_mesh(MeshConfig())
-    check = load_check(config.check)
-    split = config.split or evaluated_split(config.data)
-    source = open_source(config.data, "prompt", split, seed=config.seed)
-    records = source.first(config.prompts)
-    found, sampled, tokenizer = search_problems(config, records, mesh)
-
-    # How many are right.
-    texts = [tokenizer.decode(tokens) for tokens in found]
-    ended_N = has_ended(found, tokenizer.ends)
-    counts_N = ended_N | (config.missing_eos == "none")
-    checked_N = np.array([check(*pair) for pair in zip(texts, records, strict=True)])
-    right = (checked_N * counts_N).tolist()
-    accuracy = share_interval(right)
-    tokens = sampled / len(records)
-    which = f"{len(records)} problems ({config.data}, {split})"
-    print(f"{which}: {accuracy} right, {tokens:.0f} tokens each")
-
-    if config.out is not None:
-        write_result(config.out, config, tokens, as_json(accuracy), right)
+    refuse_other_files(config.out, config.solutions)
+    # Made before the search: where it cannot be, nothing is searched in vain.
+    opened: contextlib.AbstractContextManager[TextIO | None] = contextlib.nullcontext()
     if config.solutions is not None:
+        opened = atomic_text(config.solutions, anew=True)
+    with opened as solutions:
+        mesh = make_mesh(MeshConfig())
+        check = load_check(config.check)
+        split = config.split or evaluated_split(config.data)
+        source = open_source(config.data, "prompt", split, seed=config.seed)
+        records = source.first(config.prompts)
+        found, sampled, tokenizer = search_problems(config, records, mesh)
+
+        # How many are right.
+        texts = [tokenizer.decode(tokens) for tokens in found]
+        ended_N = has_ended(found, tokenizer.ends)
+        counts_N = ended_N | (config.missing_eos == "none")
+        checked_N = np.array([check(*pair) for pair in zip(texts, records, strict=True)])
+        right = (checked_N * counts_N).tolist()
+
         # Those that are right and came to their end.
-        with atomic_text(config.solutions) as file:
+        if solutions is not None:
             for record, text, hit, end in zip(records, texts, right, ended_N, strict=True):
                 if hit and end:
                     said = {"role": "assistant", "content": text}
                     row = {"messages": [*record["prompt"], said]}
-                    file.write(json.dumps(row) + "\n")
+                    solutions.write(json.dumps(row) + "\n")
+
+    accuracy = share_interval(right)
+    tokens = sampled / len(records)
+    which = f"{len(records)} problems ({config.data}, {split})"
+    print(f"{which}: {accuracy} right, {tokens:.0f} tokens each")
+    if config.out is not None:
+        write_result(config.out, config, tokens, as_json(accuracy), right)
     return accuracy, tokens
 
 

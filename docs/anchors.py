@@ -35,7 +35,7 @@ def ranges_of(path: pathlib.Path) -> Ranges:
     Those of a script's `main` are its loop's: what stands before is done once.
     """
     ranges: Ranges = {}
-    for node in ast.parse(path.read_text()).body:
+    for node in ast.parse(path.read_text("utf-8")).body:
         if not isinstance(node, ast.FunctionDef | ast.ClassDef):
             continue
         # Decorators come before the line of `def`.
@@ -109,4 +109,4 @@ def anchored(text: str, folder: pathlib.Path) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(anchored(PAGE.read_text(), PAGE.parent))
+    PAGE.write_text(anchored(PAGE.read_text("utf-8"), PAGE.parent), "utf-8")

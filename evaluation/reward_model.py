@@ -39,8 +39,12 @@ def ordered_pairs(rewards_NC: np.ndarray, ranks_NC: np.ndarray) -> tuple[np.ndar
 
 
 def right_order(gap_P: np.ndarray) -> np.ndarray:
-    """Return [P]: 1 where the better candidate has the higher reward, 1/2 for a tie, else 0."""
-    return (gap_P > 0) + 0.5 * (gap_P == 0)
+    """Return [P]: 1 where the better candidate has the higher reward, 1/2 for a tie, else 0.
+
+    A gap of nan has nan.
+    """
+    right_P = (gap_P > 0) + 0.5 * (gap_P == 0)
+    return np.where(np.isnan(gap_P), np.nan, right_P)
 
 
 def accuracy(gap_P: np.ndarray) -> float:
@@ -62,7 +66,10 @@ def calibration_error(gap_P: np.ndarray) -> float:
     """Return the mean distance of confidence from accuracy, over bins of equal confidence.
 
     Confidence is sigmoid(|gap|), the probability that Bradley-Terry gives the pair's own order.
+    nan where a gap is.
     """
+    if np.isnan(gap_P).any():
+        return float("nan")
     right_P = right_order(gap_P)
     size_P = np.abs(gap_P)
     confidence_P = 1 / (1 + np.exp(-size_P))

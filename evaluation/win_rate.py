@@ -69,12 +69,15 @@ def ruled(ours: Judged, theirs: Judged, rule: MissingEos) -> tuple[np.ndarray, n
 
 
 def wins(ours: Sequence[float] | np.ndarray, theirs: Sequence[float] | np.ndarray) -> np.ndarray:
-    """Compare scores prompt by prompt: 1 where ours is higher, 1/2 for a tie, else 0."""
+    """Compare scores prompt by prompt: 1 where ours is higher, 1/2 for a tie, else 0.
+
+    A score of nan is in no order: nan.
+    """
     our_N = np.asarray(ours)
     their_N = np.asarray(theirs)
     won_N = our_N > their_N
     tied_N = our_N == their_N
-    return won_N + 0.5 * tied_N
+    return np.where(np.isnan(our_N) | np.isnan(their_N), np.nan, won_N + 0.5 * tied_N)
 
 
 def win_rate_table(ours: np.ndarray, theirs: np.ndarray) -> dict[str, Any]:

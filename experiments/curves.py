@@ -7,7 +7,6 @@
 import runtime.interrupt  # noqa: F401
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -15,7 +14,8 @@ from typing import Any, NamedTuple
 import matplotlib
 
 from runtime import flags
-from runtime.errors import UserError
+from runtime.errors import UserError, require
+from runtime.rows import read_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,15 +33,17 @@ class Config:
 def series(run: str, metric: str) -> tuple[list[int], list[float]]:
     """Return the steps at which the run in folder `run` recorded `metric`, and its values."""
     path = pathlib.Path(run) / "metrics.jsonl"
-    try:
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
-    except OSError as fault:
-        raise UserError(f"{path}: {fault.strerror}; name the folder of a run") from None
-    steps = [row["step"] for row in rows if metric in row]
-    values = [row[metric] for row in rows if metric in row]
+    require(path.is_file(), f"{path}: missing; name the folder of a run")
+    rows = read_rows(run)
+    # A value that was not finite is null.
+    known = [row for row in rows if row.get(metric) is not None]
+    steps = [int(row["step"]) for row in known]
+    values = [row[metric] for row in known]
     if not steps:
-        names = sorted({name for row in rows for name in row})
-        raise UserError(f"{path}: has no {metric}; it has {', '.join(names)}")
+        # Those alone that a curve can be drawn of.
+        names = sorted({name for row in rows for name in row if row[name] is not None})
+        told = ", ".join(names) or "no rows"
+        raise UserError(f"{path}: has no finite {metric}; it has {told}")
     return steps, values
 
 
@@ -79,6 +81,7 @@ def draw(
 
 def main(config: Config) -> dict[str, float]:
     """Write the figure; return the last value of each run's curve, by the run's folder."""
+    require(config.out.endswith((".svg", ".png")), f"--out={config.out}: must end in .svg or .png")
     last = {}
     curves = []
     for run in config.runs.split(","):

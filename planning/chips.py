@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import os
+import re
 import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -137,7 +138,8 @@ def devices_of(topology: str) -> list[Any]:
             f"--topology={topology}: unknown chip; {', '.join(CHIPS)}, as in v5e:16x16 or h200:8"
         )
     if kind in GPUS:
-        if not shape.isdecimal() or int(shape) < 1:
+        # No machine has more, and as many are made of this one's processor.
+        if not re.fullmatch(r"[1-9][0-9]{0,2}", shape):
             raise UserError(
                 f"--topology={topology}: the number of GPUs of a machine, as in {kind}:8"
             )

@@ -4,7 +4,7 @@ import math
 import os
 import sys
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -50,14 +50,19 @@ def preview(
 
 
 def preview_items(
-    config: Any, items: dict[str, Any], data: Data, tokenizer: Tokenizer
+    config: Any,
+    items: dict[str, Any],
+    data: Data,
+    tokenizer: Tokenizer,
+    batches_a_step: Mapping[str, int] | None = None,
 ) -> dict[str, float]:
     """Print a run's arithmetic, its parameters' shapes and shardings, and the first batch as text.
 
     `config`: the script's. `items`: shapes with shardings of its checkpoint, the parameters under
     `params`, and of what else it holds. `data`: what the run would read; the batch is the first
-    stream's. Tokens under the loss mask are green; in brackets where stdout is no terminal or
-    NO_COLOR is in the environment. Returns {}, the metrics of no step.
+    stream's. `batches_a_step`: as for `lengths_of`. Tokens under the loss mask are green; in
+    brackets where stdout is no terminal or NO_COLOR is in the environment. Returns {}, the metrics
+    of no step.
     """
     streams = data if isinstance(data, dict) else {"": data}
     batch = next(next(iter(streams.values())))
@@ -76,7 +81,7 @@ def preview_items(
         length=length,
         steps=config.steps,
         microbatches=config.microbatches,
-        data=lengths_of(streams),
+        data=lengths_of(streams, config.steps, batches_a_step),
         note=world_defaults_note(config),
     )
     print(text)
@@ -235,9 +240,22 @@ def describe(
     return "\n".join([title, *_wrapped(lines)])
 
 
-def lengths_of(data: dict[str, Batches]) -> str:
-    """Say of each stream how long its records are and what of them is lost."""
-    return "; ".join(batches.lengths_line() for batches in data.values())
+def lengths_of(
+    data: dict[str, Batches], steps: int, batches_a_step: Mapping[str, int] | None = None
+) -> str:
+    """Say of each stream how long its records are and what of them is lost.
+
+    Also where `steps` do not come to a stage of its mixture. `batches_a_step`: {name of a stream:
+    batches that a step reads of it}; of streams that it lacks a step reads one.
+    """
+    told = []
+    for name, batches in data.items():
+        told.append(batches.lengths_line())
+        a_step = (batches_a_step or {}).get(name, 1)
+        number, end = batches.stage_beyond(steps * a_step)
+        if number:
+            told.append(f"stage {number} begins after batch {end:,}: not in {steps:,} steps")
+    return "; ".join(told)
 
 
 def candidates_of(batch: Batch) -> int:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import jax
 
+from model_config import check_fit
 from planning import hlo
 from planning.chips import CHIPS, GIB, REACHED, Chip, devices_of
 from planning.programs import Layout, Plan, Program, layout_of
@@ -573,6 +574,12 @@ def main(argv: list[str]) -> Verdict | None:
     command = read_command(argv)
     script = load_script(command.script)
     config = flags.parse(script.module.Config, command.flags)
+    # As the run itself would refuse it: the model's context must hold the rows.
+    if hasattr(config, "length"):
+        length = config.length
+    else:
+        length = config.max_prompt + config.max_new_tokens
+    check_fit(config.model, config.model.vocab, length)
     # After the flags: a mistake in them is told at once.
     devices = devices_of(command.topology)
     if devices[0].platform == "cpu":

@@ -115,7 +115,8 @@ def _post(address: urllib.parse.SplitResult, body: str, wait: float) -> Reply:
     connection = http.client.HTTPConnection(host, address.port or 80, timeout=wait)
     try:
         headers = {"Content-Type": "application/json"}
-        connection.request("POST", address.path or "/", body, headers)
+        query = f"?{address.query}" if address.query else ""
+        connection.request("POST", (address.path or "/") + query, body, headers)
         response = connection.getresponse()
         text = response.read().decode(errors="replace")
         return Reply(response.status, response.reason, text)

@@ -62,7 +62,7 @@ def read_principles(path: str) -> dict[str, str]:
     cannot be read or holds none, and for a name given twice.
     """
     try:
-        text = pathlib.Path(path).read_text()
+        text = pathlib.Path(path).read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as fault:
         raise UserError(
             f"--principles={path}: {fault}; give a text file, one principle a line"
@@ -151,6 +151,10 @@ def make_probability_of_a(
             batch = pad_prompts(padded, width, tokenizer.pad, fixed=True)
             answers_N = np.asarray(probability(params, batch))
             out += answers_N[: len(part)].tolist()
+        require(
+            bool(np.isfinite(out).all()),
+            f"{flag}: its answers are not finite; name a run whose training went well",
+        )
         return np.array(out)
 
     return probability_of_a

@@ -18,7 +18,7 @@ from objectives.policy import last_token
 from objectives.reward import StepScore, running_score, step_ends
 from objectives.unpadded import run_model
 from responses import Tokens, full_parts
-from runtime.errors import UserError
+from runtime.errors import UserError, require
 from runtime.run_folder import load_config
 from sharding import abstract, to_host, to_mesh
 from train_state import has_scalar_head, load_params
@@ -72,6 +72,14 @@ def load_reward_model(
     init, _ = init_and_apply(ScalarModel(config))
     shapes = jax.eval_shape(init, jax.random.key(0))
     return RewardModel(config, load_params(run, shapes=abstract(shapes, mesh)))
+
+
+def refuse_nan(run: str, scores: Sequence[float] | np.ndarray) -> None:
+    """Raise UserError for a score of `run` that is nan: nothing is chosen by it."""
+    require(
+        not np.isnan(scores).any(),
+        f"{run}: its scores are not finite; name a run whose training went well",
+    )
 
 
 def make_scalars(config: ModelConfig) -> Callable[[Params, Batch], jax.Array]:
@@ -179,6 +187,7 @@ def make_step_scorer(
         for way in STEP_SCORES:
             all_rows = np.concatenate([part_scores[way] for part_scores in found])
             scores_N[way] = all_rows[: len(rows)]
+            refuse_nan(run, scores_N[way])
         return scores_N
 
     return score_steps

@@ -5,8 +5,9 @@ record), or the address of a server (rewards/serve.py).
 """
 
 import importlib
-import math
-import pathlib
+import inspect
+import os
+import reprlib
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -22,7 +23,7 @@ from objectives.policy import Combine, MissingEos, combined, last_token, respons
 from rewards.client import SENT, Question, ask
 from rewards.models import Batch, load_reward_model, make_scalars
 from runtime.errors import UserError, refuse_unread, require
-from runtime.inputs import search_current_folder
+from runtime.inputs import FUNCTION, search_current_folder
 from sharding import BATCH, to_mesh
 
 Check = Callable[[str, Record], float]
@@ -30,6 +31,8 @@ Check = Callable[[str, Record], float]
 Arrays = dict[str, jax.Array]
 Score = Callable[[dict[str, Params], Batch, Sequence[Record]], tuple[Arrays, Arrays]]
 """score(models, batch, records) -> (scores, scalars), by reward; see `make_reward_scorer`."""
+LARGEST = float(np.finfo(np.float32).max)
+"""Size of the largest reward."""
 # What a function's reward depends on of a batch.
 SEEN = ("response_BR", "mask_BR")
 
@@ -72,7 +75,7 @@ def is_server(reward: str) -> bool:
 
 def is_function(reward: str) -> bool:
     """True for `module:function` or a server's address, False for a run's folder."""
-    return ":" in reward and not pathlib.Path(reward).is_dir()
+    return ":" in reward and not os.path.isdir(reward)
 
 
 def load_function(reward: str, flag: str = "--reward") -> Check:
@@ -82,17 +85,32 @@ def load_function(reward: str, flag: str = "--reward") -> Check:
     `flag`, for a module or name that is not there, or no function.
     """
     or_a_run = ", or the folder of a train_rm run" if flag == "--reward" else ""
+    # As it is pinned by (runtime/inputs.py); no relative name, which Python would refuse.
+    if not FUNCTION.fullmatch(reward):
+        raise UserError(f"{flag}={reward}: names no function; give module:function{or_a_run}")
     module, _, name = reward.partition(":")
     search_current_folder()
     try:
         function = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as fault:
         raise UserError(f"{flag}={reward}: {fault}; give module:function{or_a_run}") from None
-    if not callable(function):
+    if not callable(function) or not _takes_two(function):
         raise UserError(
             f"{flag}={reward}: not a function; write one that takes (response, record)"
         )
     return function
+
+
+def _takes_two(function: Callable) -> bool:
+    """Tell if a function can be called with a response and a record, as far as Python knows."""
+    try:
+        inspect.signature(function).bind("", {})
+    except TypeError:
+        return False
+    except ValueError:
+        # One of another language does not say.
+        return True
+    return True
 
 
 def load_check(check: str) -> Check:
@@ -307,12 +325,17 @@ def decode_responses(rows: dict[str, np.ndarray], tokenizer: Tokenizer) -> list[
 
 
 def check_scores(reward: str, scores: Sequence[Any], count: int) -> None:
-    """Raise UserError, which names `reward`, unless `scores` are `count` finite numbers."""
+    """Raise UserError, which names `reward`, unless `scores` are `count` finite numbers.
+
+    They are to be finite in float32, as which they are used.
+    """
     for score in scores:
-        is_number = isinstance(score, int | float | np.number | np.bool_)
-        if not is_number or not math.isfinite(score):
+        value = score.item() if isinstance(score, np.generic) else score
+        # NaN is not at most any number; an integer of any length is compared as it is.
+        if not isinstance(value, int | float) or not abs(value) <= LARGEST:
             raise UserError(
-                f"--reward={reward}: returned {score!r}; it must return a finite number"
+                f"--reward={reward}: returned {reprlib.repr(score)}; it must return a finite "
+                f"number, at most {LARGEST:.3g} either way"
             )
     if len(scores) != count:
         raise UserError(f"--reward={reward}: returned {len(scores)} scores for {count} responses")

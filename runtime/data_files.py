@@ -7,18 +7,22 @@ save_to_disk, or `hf:<owner>/<name>[:config][@split]`, which `datasets` fetches 
 import functools
 import glob
 import hashlib
-import json
 import os
 import pathlib
 import re
 
 from runtime.errors import UserError
-from runtime.foreign import one_line
+from runtime.foreign import TEXT, Kind, check_values, file_in, list_of, one_line, read_object
 
 HUB = "hf:"
 """How a name on the Hugging Face Hub begins."""
 KINDS = (".jsonl", ".jsonl.gz", ".json", ".csv", ".parquet", ".arrow")
 """Endings of the files that are data; a pattern of other files names none."""
+FILE = Kind(
+    "an object with a filename",
+    lambda value: type(value) is dict and type(value.get("filename")) is str,
+)
+"""An entry of a folder's state.json."""
 MOST_SUMS = 4096
 """Files whose sums are kept while a command runs."""
 
@@ -32,9 +36,10 @@ def files_named(name: str) -> list[pathlib.Path]:
     if name.startswith(HUB):
         return _on_the_hub(name)
     path = pathlib.Path(name)
-    if path.is_file():
+    # By os.path, which says no where a name is too long to be one.
+    if os.path.isfile(name):
         return [path]
-    if path.is_dir():
+    if os.path.isdir(name):
         return _saved_by_datasets(path)
     found = [pathlib.Path(match) for match in sorted(glob.glob(name, recursive=True))]
     return [match for match in found if match.is_file() and match.name.endswith(KINDS)]
@@ -44,13 +49,17 @@ def _saved_by_datasets(folder: pathlib.Path) -> list[pathlib.Path]:
     """Return the Arrow files of a folder written by save_to_disk; [] for any other folder."""
     splits = folder / "dataset_dict.json"
     if splits.is_file():
-        names = [f"{folder / split}" for split in json.loads(splits.read_text())["splits"]]
+        content = read_object(splits)
+        check_values(splits, content, {"splits": list_of(TEXT)})
+        names = [f"{folder / split}" for split in content.get("splits", [])]
         raise UserError(f"{folder}: holds several splits; name one of {', '.join(names)}")
     state = folder / "state.json"
     if not state.is_file():
         return []
-    files = json.loads(state.read_text()).get("_data_files", [])
-    return [folder / file["filename"] for file in files]
+    content = read_object(state)
+    check_values(state, content, {"_data_files": list_of(FILE)})
+    files = content.get("_data_files") or []
+    return [file_in(folder, file["filename"]) for file in files]
 
 
 def hub_parts(name: str) -> tuple[str, str | None, str | None]:

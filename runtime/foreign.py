@@ -6,7 +6,7 @@ A mistake in them is one line that names the file, the field and what is wanted.
 import json
 import pathlib
 import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 from runtime.errors import UserError
@@ -184,6 +184,21 @@ def read_object_if_there(path: pathlib.Path) -> dict[str, Any]:
         return read_object(path)
     except FileNotFoundError:
         return {}
+
+
+def refuse_other_object(path: pathlib.Path, names: Collection[str]) -> None:
+    """Raise UserError for a file that is no JSON object with `names`: it is not replaced.
+
+    No file, and an empty one, pass. Raises OSError for a name that no file can have.
+    """
+    if not path.exists() or not path.stat().st_size:
+        return
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        content = None
+    if type(content) is not dict or not content.keys() >= set(names):
+        raise UserError(f"{path}: exists, and is not of this command; name another place")
 
 
 def one_line(fault: Exception) -> str:

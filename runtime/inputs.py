@@ -8,6 +8,7 @@ the module's own file. What that module imports is not covered.
 A run that is resumed reads the steps that it began with, however long their runs have gone on.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.util
@@ -33,6 +34,9 @@ from runtime.run_folder import (
 
 BUILT_IN = ("world", "arithmetic")
 """Sources of data that are no paths, whatever the current folder holds."""
+
+FUNCTION = re.compile(r"[^\W\d][\w.]*:[^\W\d]\w*")
+"""The name of a function, module:function."""
 
 ConfigT = TypeVar("ConfigT")
 Content = dict[str, Any]
@@ -133,6 +137,9 @@ def newest_prepared(data: str) -> pathlib.Path | None:
     kind, _, name = data.partition(":")
     if kind != "tfds" or not name:
         return None
+    # By os.path, which finds nothing where a name is too long to be one.
+    if not os.path.isdir(catalogue_folder() / name):
+        return None
     described = (catalogue_folder() / name).glob("[0-9]*/dataset_info.json")
 
     def numbers(folder: pathlib.Path) -> list[int]:
@@ -143,7 +150,7 @@ def newest_prepared(data: str) -> pathlib.Path | None:
 
 def module_file(function: str) -> str | None:
     """Return the file of the module of `function`, module:function; None where there is none."""
-    if not re.fullmatch(r"[^\W\d][\w.]*:[^\W\d]\w*", function):
+    if not FUNCTION.fullmatch(function):
         return None
     search_current_folder()
     try:
@@ -205,11 +212,15 @@ def at_newest(run: str) -> RunAtStep:
     if isinstance(run, RunAtStep):
         return run
     folder = pathlib.Path(run) / "checkpoints"
-    steps = finished_steps(folder)
-    if not steps:
-        raise UserError(f"{run}: no checkpoint; name the folder of a finished run")
-    note_lost_manifest(folder, steps[0])
-    return run_at_step(run, steps[0], manifest_sum(run, steps[0]))
+    while True:
+        steps = finished_steps(folder)
+        if not steps:
+            raise UserError(f"{run}: no checkpoint; name the folder of a finished run")
+        # Where a trainer has removed it meanwhile there is a newer one.
+        with contextlib.suppress(FileNotFoundError):
+            sha256 = manifest_sum(run, steps[0])
+            note_lost_manifest(folder, steps[0])
+            return run_at_step(run, steps[0], sha256)
 
 
 def manifest_sum(run: str, step: int) -> str:
@@ -225,8 +236,10 @@ def step_of_sum(run: str, sha256: str) -> int | None:
     """Return the step of `run` whose manifest has the SHA-256 `sha256` (hex); None without one."""
     # Newest first: that is mostly the one.
     for step in finished_steps(pathlib.Path(run) / "checkpoints"):
-        if manifest_sum(run, step) == sha256:
-            return step
+        # Gone where a trainer has removed it meanwhile.
+        with contextlib.suppress(FileNotFoundError):
+            if manifest_sum(run, step) == sha256:
+                return step
     return None
 
 

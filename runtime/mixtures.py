@@ -20,7 +20,7 @@ ARROW = "->"
 """Stands between two stages."""
 SHARE = re.compile(r"(?P<data>.+):(?P<weight>(?:\d+\.?\d*|\.\d+)(?:e-?\d+)?)(?P<options>(?:@.*)?)")
 """A source, its weight and its options, as in `a.jsonl:2@cap=5000`."""
-OPTION = re.compile(r"rows|text|in_order|cap=[1-9]\d*")
+OPTION = re.compile(r"rows|text|in_order|cap=[1-9]\d{0,17}")
 SETTINGS = ("unit", "temperature", "tokens", "steps")
 SETTING = re.compile(rf"({'|'.join(SETTINGS)})=(.*)")
 LIKE_A_SETTING = re.compile(r"[a-z_]+=(?:\w*|[\d.e+-]+)")

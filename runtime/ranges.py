@@ -90,6 +90,7 @@ SCRIPTS: Ranges = {
     "temperature": AT_LEAST_0,
     "top_p": Range(low=0, high=1, without_low=True),
     "port": Range(low=0, high=65535),
+    "max_mib": AT_LEAST_1,
     # Losses and rewards.
     "gamma": FROM_0_TO_1,
     "gae_lambda": FROM_0_TO_1,
@@ -118,6 +119,7 @@ SCRIPTS: Ranges = {
     "check": FROM_0_TO_1,
     "shaping": AT_LEAST_0,
     "reliability": FROM_0_TO_1,
+    "reliabilities": FROM_0_TO_1,
     "near": FROM_0_TO_1,
     "perplexity_share": FROM_0_TO_1,
     "least_good": FROM_0_TO_1,

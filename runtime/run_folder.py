@@ -272,7 +272,19 @@ def _stored_config(run: str) -> dict[str, Any]:
     for name in ("model", "lora", "guard", "inputs", "versions"):
         if not isinstance(config.get(name, {}), dict):
             raise UserError(f"{path}: {name}: damaged; restore the file or start another run")
+    is_code = isinstance(config.get("model_code", ""), str)
+    if not is_code or not _are_forms(config.get("earlier", [])):
+        raise UserError(
+            f"{path}: earlier or model_code: damaged; restore the file or start another run"
+        )
     return config
+
+
+def _are_forms(earlier: Any) -> bool:
+    """Tell if a value of a config.json is what `_forms` reads: {name: [value]} of each form."""
+    if not isinstance(earlier, list) or not all(isinstance(form, dict) for form in earlier):
+        return False
+    return all(isinstance(values, list) for form in earlier for values in form.values())
 
 
 # --- the model of a run, which may be a fork's
@@ -312,7 +324,7 @@ def load_model_config(run: str, model_class: type[ModelT]) -> ModelT:
         )
     try:
         return model_class(**stored)
-    except (TypeError, ValueError, ArithmeticError, AttributeError) as fault:
+    except (TypeError, ValueError, ArithmeticError, AttributeError, LookupError) as fault:
         raise UserError(
             f"{run}/config.json: model: {fault}; restore the file or start another run"
         ) from None

@@ -58,22 +58,37 @@ def sync_folder(folder: pathlib.Path) -> None:
 def atomic_text(path: str, anew: bool = False) -> Iterator[TextIO]:
     """Open a text file that appears at `path` once all is written; a fault leaves nothing.
 
-    A context manager. The file's folder is made. A file that exists is replaced; `anew`: raise
-    UserError if it is not empty. Raises UserError, as `disk_faults` does, where the file cannot be
-    made; what goes wrong as it is written is raised as it is.
+    A context manager. The text is UTF-8 wherever it is written; what that cannot hold is spelled
+    out. The file's folder is made. A file that exists is replaced; `anew`: raise UserError if it
+    is not empty. Raises UserError, as `disk_faults` does, where the file cannot be made, and for a
+    folder, a pipe or a device; what goes wrong as it is written is raised as it is.
     """
     out = pathlib.Path(path)
-    if anew and out.exists() and out.stat().st_size:
-        raise UserError(f"{out}: exists; remove it or name another --out")
     # What the caller writes is no fault of the disk's until it is closed.
     with contextlib.ExitStack() as stack:
         with disk_faults(out):
+            refuse_taken(out, anew)
             out.parent.mkdir(parents=True, exist_ok=True)
             new, lock = stack.enter_context(beside(out))
-            file = os.fdopen(os.dup(lock), "w")
+            file = os.fdopen(os.dup(lock), "w", encoding="utf-8", errors="backslashreplace")
         with file:
             yield file
         new.replace(out)
+
+
+def refuse_taken(out: pathlib.Path, anew: bool = True) -> None:
+    """Raise UserError where a file at `out` would take the place of what is no file.
+
+    As of a folder, a pipe or /dev/null. With `anew` that of a file that is not empty is not taken
+    either. Raises OSError for a name that no file can have.
+    """
+    if not out.exists():
+        return
+    # To rename a file to a device's name would remove the device.
+    if not out.is_file():
+        raise UserError(f"{out}: a folder or a device, no file; name another")
+    if anew and out.stat().st_size:
+        raise UserError(f"{out}: exists; remove it or name another place")
 
 
 @contextlib.contextmanager

@@ -18,8 +18,11 @@ import train_rm
 import train_sft
 from collect import rank as collect
 from collect import spin as collect_spin
+from model_config import ModelConfig
 from runtime import flags
 from runtime.errors import TryAgain, UserError
+from runtime.run_folder import load_model_config
+from weights import convert
 
 TINY = [
     "--model.preset=tiny",
@@ -85,6 +88,12 @@ MISTAKES = {
     "no steps": (train_ppo, ["--steps=0"], "--steps=0: must be at least 1"),
     "no folder": (train_sft, [*TINY, "--run="], "--run=: names no folder; give one"),
     "too long a name": (train_sft, [*TINY, f"--run={'r' * 300}"], "File name too long"),
+    "a name too long for data": (train_sft, [*TINY, f"--data={'d' * 300}.jsonl"], "no such file"),
+    "a name too long to start from": (train_sft, [f"--init={'i' * 300}"], "name too long"),
+    "a name too long for a catalogue": (train_sft, [*TINY, f"--data=tfds:{'t' * 300}"], "tfds:t"),
+    "a name too long for a tokenizer": (train_sft, [*TINY, f"--tokenizer={'t' * 300}"], "ttt"),
+    "a name too long to read": (convert, [f"--read={'r' * 300}"], "rrr"),
+    "a name too long to write": (convert, [f"--write={'w' * 300}", "--run=nowhere"], "nowhere"),
     "no such source": (train_sft, [*TINY, "--data=chats.csv"], "chats.csv"),
     "no such file": (train_sft, [*TINY, "--data=nowhere.jsonl"], "nowhere.jsonl"),
     "no such catalogue name": (train_sft, [*TINY, "--data=tfds:gms8k"], "gms8k"),
@@ -207,6 +216,23 @@ def test_ctrl_c_while_a_command_imports_is_one_line(tmp_path):
         )
         assert ended.returncode == code
         assert (ended.stderr == "stopped by the keyboard\n") == (code == 130)
+
+
+DAMAGED = {
+    "earlier": ["x", {}, [3], [{"seed": 3}]],
+    "model_code": [3, []],
+    "model": [[], {"rope_yarn": [1]}, {"rope_llama3": [1, 2]}, {"window_pattern": 3}],
+}
+
+
+@pytest.mark.parametrize("field", DAMAGED)
+def test_a_damaged_config_of_a_run_is_one_line(field, tmp_path):
+    for value in DAMAGED[field]:
+        config = {"script": "train_sft", "model": {}, field: value}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(UserError, match=rf"config\.json: .*{field}") as fault:
+            load_model_config(str(tmp_path), ModelConfig)
+        assert "restore the file" in str(fault.value)
 
 
 def test_a_folder_that_is_not_a_run_is_left_alone(capsys, tmp_path):

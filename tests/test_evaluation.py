@@ -210,6 +210,15 @@ def test_an_interval_shows_its_half_width():
     assert share_interval([]).ends == [0.0, 1.0]
 
 
+def test_what_is_not_finite_has_no_accuracy_and_wins_nothing():
+    """A reward of nan is neither above another nor below it: not 0 of all pairs, but no number."""
+    gaps = np.array([1.0, np.nan, 0.0])
+    assert np.isnan(accuracy(gaps)) and np.isnan(calibration_error(gaps))
+    assert accuracy(gaps[[0, 2]]) == 0.75
+    np.testing.assert_array_equal(wins([np.nan, 2, 1], [0, 1, np.nan]), [np.nan, 1, np.nan])
+    assert np.isnan(win_rate_table(np.array([np.nan, 2.0]), np.array([0.0, 1.0]))["win_rate"])
+
+
 def test_ties_are_half_a_win():
     assert wins([1, 2, 3], [2, 2, 2]).tolist() == [0, 0.5, 1]
     table = win_rate_table(np.array([1.0, 2, 3, 4]), np.array([2.0, 2, 2, 2]))

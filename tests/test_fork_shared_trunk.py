@@ -1,5 +1,6 @@
 """The fork experiments/shared_trunk: both losses of one pass are those of two models, the run."""
 
+import pathlib
 from functools import partial
 
 import jax
@@ -189,6 +190,12 @@ def test_it_learns_resumes_to_the_bit_and_is_read_as_a_language_model(here):
     assert set(whole) == set(load_run("sft").params)
     run(generate, "--run=whole", "--prompt=1 plus 1", "--max_new_tokens=4")
     run(train_ppo, *SMALL, "--steps=1", "--init=whole", "--run=next")
+
+
+def test_a_dry_run_writes_nothing(here, capsys):
+    assert run(train_ppo, *SMALL, "--dry_run", "--run=dry") == {}
+    assert "the run samples responses" in capsys.readouterr().out
+    assert not pathlib.Path("dry").exists()
 
 
 MISTAKES = {

@@ -230,6 +230,29 @@ def test_names_of_nothing_are_one_line(tmp_path):
         assert "\n" not in str(fault.value)
 
 
+DAMAGED = ["{", "[]", "[" * 100_000, '{"_data_files": 3, "splits": 3}', '{"a": 1, "a": 2}']
+DAMAGED += ['{"_data_files": [{}], "splits": [{}]}', '{"_data_files": [3], "splits": []}']
+
+
+@pytest.mark.parametrize("name", ["state.json", "dataset_dict.json"])
+def test_a_damaged_folder_of_datasets_is_one_line(tmp_path, name):
+    for content in DAMAGED:
+        (tmp_path / name).write_text(content)
+        with pytest.raises(UserError, match=name) as fault:
+            open_source(str(tmp_path), "text", "train")
+        assert "\n" not in str(fault.value)
+
+
+def test_a_folder_of_datasets_names_files_of_its_own(tmp_path):
+    as_saved_folder(tmp_path / "folder", ROWS)
+    write(tmp_path / "mine.jsonl", ROWS)
+    for outside in ("../mine.jsonl", str(tmp_path / "mine.jsonl")):
+        state = {"_data_files": [{"filename": outside}]}
+        (tmp_path / "folder" / "state.json").write_text(json.dumps(state))
+        with pytest.raises(UserError, match="lies outside the folder"):
+            open_source(str(tmp_path / "folder"), "comparison", "train")
+
+
 # ---- The Hub, by `datasets` ----
 
 

@@ -17,6 +17,7 @@ from running import fails, run, write
 import train_grpo
 import train_rm
 import train_sft
+from runtime import inputs as pinning
 from runtime import run_folder
 from runtime.checkpoint import Checkpoints
 from runtime.errors import UserError
@@ -115,6 +116,21 @@ def test_the_step_that_a_run_began_with_is_read_however_long_it_went_on(inputs, 
     named = config.teacher if field == "teacher" else config.reward[0]
     with pytest.raises(UserError, match=r"no checkpoint of step 1 \(finished.*restore it"):
         load_params(named)
+
+
+def test_a_step_that_a_trainer_removes_meanwhile_is_passed_over(inputs, monkeypatch):
+    """The names of steps are read first, then their manifests: one of them may be gone by then."""
+    resume(inputs)
+    extend("sft", 2)
+    before = iter([[9, 2, 1]])
+    there = pinning.finished_steps
+    monkeypatch.setattr(pinning, "finished_steps", lambda folder: next(before, there(folder)))
+    assert pinning.at_newest("sft").step == 2
+    before = iter([[9, 2, 1]])
+    assert pinning.step_of_sum("sft", load_config("run")["inputs"]["teacher"]["sha256"]) == 1
+    # Where it is the last of them there is none.
+    before = iter([[9]])
+    assert pinning.step_of_sum("sft", "0" * 64) is None
 
 
 def test_a_run_that_has_saved_nothing_may_begin_anew_on_other_content(inputs):

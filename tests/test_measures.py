@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 from fakes import Letters, load_letters, open_in_memory, said, source_of, told
 from preference_cases import lookup, mean_so_far
+from running import fails
 
 import evaluate
 import responses
 import train_dpo
 import train_ppo
 import train_rm
-from collect import feedback, rank, spin, steps
+from collect import examples, feedback, rank, spin, steps
 from data.batches import comparison_batches
 from data.sources import evaluated_split, open_source
 from evaluation import gold
@@ -34,9 +35,11 @@ from experiments.unlikelihood.objective import unlikelihood_objective
 from model_config import PRESETS
 from objectives import direct
 from rewards import judges, models, scorer
+from rewards.scorer import check_scores
 from runtime.errors import UserError
 from sampling import Samples, SamplingConfig
 from tasks import rules, world
+from weights import convert
 
 CAPITAL = "what is the capital of sweden?"
 # Of the three criteria: all, all but honest, all but harmless, honest and harmless, honest alone.
@@ -458,7 +461,8 @@ def test_completions_label_a_step_by_the_share_that_comes_right(collecting, monk
 
 
 def test_a_check_says_how_right_in_0_to_1(tmp_path, monkeypatch):
-    (tmp_path / "my_check.py").write_text("def odd(response, record): return len(response)\n")
+    functions = "def odd(response, record): return len(response)\ndef one(response): return 1\n"
+    (tmp_path / "my_check.py").write_text(functions)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     check = steps.load_check("my_check:odd")
@@ -467,6 +471,100 @@ def test_a_check_says_how_right_in_0_to_1(tmp_path, monkeypatch):
         check("aa", {})
     with pytest.raises(UserError, match=r"^--check=my_check:even: .*; give module:function$"):
         steps.load_check("my_check:even")
+    with pytest.raises(UserError, match=r"my_check:one: .* takes \(response, record\)$"):
+        steps.load_check("my_check:one")
+    for name in (".", ".:odd", "..my_check:odd", "my_check", "my_check:", ":odd", "a b:c"):
+        with pytest.raises(UserError, match=r"names no function; give module:function$"):
+            steps.load_check(name)
+
+
+@pytest.mark.parametrize(
+    ("module", "flags", "words"),
+    [
+        (evaluate, ["--measure=accuracy", "--policy=a"], "--policy=a: not read without"),
+        (evaluate, ["--measure=accuracy", "--max_prompt=9"], "--max_prompt=9: not read without"),
+        (evaluate, ["--measure=perplexity", "--reward=a"], "--reward=a: not read without"),
+        (evaluate, ["--measure=win_rate", "--length=9"], "--length=9: not read without"),
+        (
+            evaluate,
+            ["--measure=win_rate", "--against=a", "--sft=b"],
+            "--sft=b: not read without --measure=gold, or win_rate where --against is left out",
+        ),
+        (evaluate, ["--against=a"], "--against=a: not read without --measure=win_rate"),
+        (evaluate, ["--on_bad_row=skip"], "--on_bad_row=skip: not read without"),
+        (steps, ["--completions=9"], "--completions=9: not read without --labels=completions"),
+        (steps, ["--check=a:b"], "--check=a:b: not read without --labels=outcome"),
+        (feedback, ["--rounds=9"], "--rounds=9: not read without --write=revisions"),
+        (
+            feedback,
+            ["--judge=a", "--reliability=0.5"],
+            "--reliability=0.5: not read without the simulated judge",
+        ),
+        (convert, ["--read=a", "--dtype=bfloat16"], "--dtype=bfloat16: not read without --write"),
+        (convert, ["--read=a", "--license=mit"], "--license=mit: not read without --write"),
+    ],
+)
+def test_a_flag_that_changes_nothing_is_refused(module, flags, words, capsys):
+    assert words in fails(module, flags, capsys)
+
+
+@pytest.mark.parametrize(
+    "score",
+    [
+        *(math.nan, -math.inf, 1e39, -(10**400), "1", None, 1j),
+        *(np.complex64(1), np.ones(1), np.float16("inf"), np.float64(1e39)),
+        np.datetime64(1, "s"),
+    ],
+)
+def test_a_reward_is_a_finite_number_also_in_float32(score):
+    good = [1, -1.5, True, np.float16(2), np.int8(3), np.bool_(1), 3.4e38]
+    check_scores("mine:own", good, len(good))
+    with pytest.raises(UserError, match=r"--reward=mine:own: returned .* must return a finite"):
+        check_scores("mine:own", [1.0, score], 2)
+
+
+@pytest.mark.parametrize("logit", [math.nan, math.inf, 2.0])
+def test_a_judge_whose_answers_are_no_numbers_is_refused(logit, monkeypatch):
+    def apply(params, tokens_BT, *unused):
+        return SimpleNamespace(x_BTD=tokens_BT, unembed_DV=None)
+
+    monkeypatch.setattr(judges, "init_and_apply", lambda model: (None, apply))
+    monkeypatch.setattr(judges, "unembed", lambda x_BT, _: jnp.full((*x_BT.shape, 256), logit))
+    probability_of_a = judges.make_probability_of_a(
+        judges.LoadedRun(PRESETS["tiny"], Letters(), {})
+    )
+    if math.isfinite(logit):
+        assert probability_of_a(["which?"]).tolist() == [0.5]
+        return
+    with pytest.raises(UserError, match="--judge: its answers are not finite"):
+        probability_of_a(["which?"])
+
+
+def test_nothing_is_chosen_by_a_score_that_is_nan(monkeypatch):
+    models.refuse_nan("rm", [1.0, -math.inf])
+    with pytest.raises(UserError, match="rm: its scores are not finite; name a run"):
+        models.refuse_nan("rm", np.array([[1.0, math.nan]]))
+    # So is a refinement that is to be picked.
+    monkeypatch.setattr(feedback, "load_run", load_letters)
+    scorer_of = {"good": [1.0, 2.0], "bad": [1.0, math.nan]}
+    monkeypatch.setattr(
+        feedback, "make_text_scorer", lambda *options: lambda run, *texts: scorer_of[run]
+    )
+    assert feedback.make_pick("good")([said("q")], [["a", "b"]]) == ["b"]
+    with pytest.raises(UserError, match="bad: its scores are not finite"):
+        feedback.make_pick("bad")([said("q")], [["a", "b"]])
+
+
+def test_rows_are_not_chosen_by_numbers_that_are_not_finite(monkeypatch):
+    rows = [examples.Example([1], [5, 2]), examples.Example([1], [6, 2])]
+
+    def measure(last):
+        return lambda batch: jnp.where(jnp.arange(len(batch["tokens_BT"])) == 1, last, 1.0)
+
+    assert examples.over_examples(measure(2.0), rows, 16, 0).tolist() == [1.0, 2.0]
+    for last in (math.nan, -math.inf):
+        with pytest.raises(UserError, match="are not finite; name a run whose training"):
+            examples.over_examples(measure(last), rows, 16, 0)
 
 
 @pytest.mark.parametrize("module", [rank, spin, feedback, steps])

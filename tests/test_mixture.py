@@ -28,6 +28,7 @@ from data.mixture import BLOCK, Mixture, counts, first_conversations, mixed, pla
 from data.source import ENDLESS, Source
 from data.sources import evaluated_split, open_source
 from data.tokenizer import Tokenizer
+from planning.dry_run import lengths_of
 from runtime.errors import UserError
 from runtime.mixtures import is_mixture, names_in, read_mixture
 from train_state import load_params
@@ -124,6 +125,7 @@ def test_words_are_read():
         ("a.jsonl:1e-999 b.jsonl:1", "must be above 0 and below 1e+15"),
         ("a.jsonl:1@cap=5@cap=7 b.jsonl:1@rows", "@cap stands there twice"),
         ("a.jsonl:2 b.jsonl:0", "must be above 0"),
+        (f"a.jsonl:1@cap={'9' * 5000} b.jsonl:1@rows", "is no option; give @rows, @cap=ROWS"),
         ("a.jsonl:2 b.jsonl:1@cup=3", "@cup=3 is no option; give @rows, @cap=ROWS"),
         ("a.jsonl:2 a.jsonl:1", "stands twice"),
         ("a.jsonl:2 b.jsonl:1@rows", "all count rows or none does"),
@@ -357,6 +359,32 @@ def test_a_stage_ends_at_its_token(tokenizer):
         tokens += batch["tokens_BT"].size
     told = batches.lengths_line()
     assert "stage 1: 50.0% a, 50.0% b of the records drawn, to batch 10; stage 2: " in told
+
+
+def test_a_stage_that_a_run_does_not_come_to_is_told(tokenizer):
+    mixture = mixture_of("a steps=10 -> b steps=4 -> a", a=30, b=30)
+    batches = text_batches(mixture, tokenizer, batch_size=4, length=32)
+    for steps, number, end in ((3, 2, 10), (10, 2, 10), (11, 3, 14), (14, 3, 14)):
+        told = f"; stage {number} begins after batch {end}: not in {steps} steps"
+        assert lengths_of({"": batches}, steps).endswith(told)
+    for steps, words in ((15, "a steps=10 -> b steps=4 -> a"), (1, "a:1 b:1")):
+        mixture = mixture_of(words, a=30, b=30)
+        batches = text_batches(mixture, tokenizer, batch_size=4, length=32)
+        assert "not in" not in lengths_of({"": batches}, steps)
+
+
+def test_a_stage_is_told_by_the_batches_that_a_step_reads_of_its_stream(tokenizer):
+    mixture = mixture_of("a steps=10 -> b steps=4 -> a", a=30, b=30)
+    batches = text_batches(mixture, tokenizer, batch_size=4, length=32)
+    # PPO reads text for each of its updates.
+    a_step = train_ppo.batches_a_step(train_ppo.Config(epochs=2, minibatches=2))
+    # Three steps: three batches of prompts, twelve of text.
+    prompts, text = (lengths_of({name: batches}, 3, a_step) for name in ("prompts", "text"))
+    assert prompts.endswith("; stage 2 begins after batch 10: not in 3 steps")
+    assert text.endswith("; stage 3 begins after batch 14: not in 3 steps")
+    # Four come to all of the text.
+    both = lengths_of({"prompts": batches, "text": batches}, 4, a_step)
+    assert both.count("not in 4 steps") == 1 and "stage 2 begins after batch 10: not" in both
 
 
 def test_stages_of_tokens_are_whole_batches_of_packed_rows(tokenizer):

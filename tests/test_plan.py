@@ -758,6 +758,9 @@ def test_what_does_not_fit_says_so_and_names_a_field(capsys):
         ),
         pytest.param(["train_sft", "--topology=v5e:2x9"], "--topology=v5e:2x9", marks=needs_tpu),
         (["train_raft", "--topology=v5e:2x2"], "planning/programs.py"),
+        (["train_sft", "--topology=h200:1", "--length=9999"], "sequences of 9999 tokens: outside"),
+        (["train_sft", "--topology=h200:0"], "--topology=h200:0: the number of GPUs"),
+        (["train_sft", f"--topology=h200:{'9' * 5000}"], "the number of GPUs of a machine"),
         pytest.param(
             ["train_dpo", "--topology=v5e:2x2", "--loss=kto"],
             "--loss=kto: plan.py knows",

@@ -1,6 +1,7 @@
 """Weights of a mixture that follow what a model still learns."""
 
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -60,6 +61,17 @@ def words(letters, seed):
 def nothing_but_nan(_, examples):
     """Return losses that are no numbers, each of one token."""
     return np.array([[np.nan, 1.0]] * len(examples))
+
+
+def test_losses_of_two_tokenizers_are_not_compared(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PLUMB_CACHE", str(tmp_path / "cache"))
+    for name in ("a", "b"):
+        write(tmp_path / f"{name}.jsonl", [{"text": words("ab", i)} for i in range(30)])
+    monkeypatch.setattr(reweigh.Tokenizer, "load", lambda run: SimpleNamespace(sha256=run))
+    flags = ["--data=a.jsonl:1 b.jsonl:1", "--schema=text", "--before=first", "--init=next"]
+    line = fails(reweigh, flags, capsys)
+    assert "--before=first: another tokenizer than --init=next" in line
 
 
 @pytest.mark.slow

@@ -546,7 +546,7 @@ def test_curves_of_runs_end_at_their_last_values(folder, tmp_path):
     last = run(curves, f"--runs={','.join(runs)}", "--metric=loss", f"--out={out}")
     assert last == {name: rows_of(name)[-1]["loss"] for name in runs}
     assert out.read_text().startswith("<?xml")
-    with pytest.raises(UserError, match="has no nothing; it has"):
+    with pytest.raises(UserError, match="has no finite nothing; it has"):
         run(curves, f"--runs={runs[0]}", "--metric=nothing", f"--out={out}")
 
 

@@ -3,15 +3,18 @@
 import contextlib
 import copy
 import http.client
+import http.server
 import json
 import socket
 import threading
 import time
 
 import pytest
+from running import fails
 
 from data.tokenizer import Tokenizer
 from rewards import serve
+from rewards.client import ask
 from runtime.errors import UserError
 from tasks import rules, world
 
@@ -160,6 +163,36 @@ def test_a_drip_is_cut_off_and_holds_up_no_one(server, tokenizer, monkeypatch):
         assert b" 408 " in answer and time.monotonic() - began < 5
         silent.settimeout(10)
         assert silent.recv(1000) == b""
+
+
+@pytest.mark.parametrize("path", ["/", "/score", "/score?model=a&n=2", "/?n=1"])
+def test_the_whole_address_is_asked(path):
+    asked = []
+
+    class Echo(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            asked.append(self.path)
+            body = b'{"scores": [1.0]}'
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *unused):
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Echo) as server:
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        # Without a path the root is asked.
+        given = path.removeprefix("/") if path == "/" else path
+        address = f"http://127.0.0.1:{server.server_port}{given}"
+        question = {"tokenizer": "", "texts": ["a"], "records": [{}], "batch": {}}
+        assert ask(address, question) == [1.0]
+    assert asked == [path]
+
+
+def test_a_server_takes_some_question(capsys):
+    assert "--max_mib=0: must be at least 1" in fails(serve, ["--max_mib=0"], capsys)
 
 
 def test_a_server_for_all_says_so_and_a_function_needs_a_tokenizer():

@@ -32,7 +32,7 @@ from model import LanguageModel, Params, init_and_apply
 from model_config import ModelConfig, stored_model
 from runtime import flags
 from runtime.checkpoint import Checkpoints
-from runtime.errors import UserError
+from runtime.errors import UserError, refuse_unread
 from runtime.foreign import TEXT, check_values, file_in, object_of, one_line, read_object
 from runtime.run_folder import finished_steps, load_config, plumb_version
 from runtime.writes import atomic_folder
@@ -490,7 +490,8 @@ def save(
     out = pathlib.Path(folder)
     if "head" in params:
         raise UserError(f"{out}: not written: a reward model; only language models are exported")
-    if out.exists():
+    # By os.path, which says no where a name is too long to be one.
+    if os.path.lexists(out):
         raise UserError(f"{out}: exists already; name another folder")
 
     # What is small, in full, before anything is written.
@@ -609,6 +610,8 @@ def _count(params: Params) -> int:
 
 def main(config: Config) -> Params:
     """Import or export; return the parameters."""
+    exports = (config.write is not None, "--write")
+    refuse_unread(config, {"dtype": exports, "license": exports})
     if config.read is not None and config.write is None:
         return import_run(config, pathlib.Path(config.read))
     if config.write is not None and config.read is None:

@@ -36,6 +36,7 @@ from experiments.data_sampling.runs import Config as StudyConfig
 from experiments.methods.table import table
 from experiments.seeds import half
 from runtime import flags
+from runtime.errors import require
 from runtime.writes import atomic_text
 
 FIRST = "<!-- written by python -m experiments.data_sampling.verdicts -->"
@@ -660,6 +661,11 @@ def series_of(results: Results) -> list[Series]:
 
 def main(config: Config) -> dict[str, int]:
     """Write the tables and the figure; return the counts of runs `done` and `planned`."""
+    for path in (config.results, config.pilot, config.chosen, config.readme):
+        require(pathlib.Path(path).is_file(), f"{path}: no such file; name another")
+    page = pathlib.Path(config.readme).read_text("utf-8")
+    is_marked = FIRST in page and LAST in page.partition(FIRST)[2]
+    require(is_marked, f"--readme={config.readme}: lacks the marks {FIRST} and {LAST}")
     results = read_results(config.results)
     planned = plan()
     done = len([run for run in planned if run in results])
@@ -681,7 +687,6 @@ def main(config: Config) -> dict[str, int]:
     body = "\n\n".join(parts)
 
     # Between the page's marks, and the figure.
-    page = pathlib.Path(config.readme).read_text()
     before, _, rest = page.partition(FIRST)
     _, _, after = rest.partition(LAST)
     with atomic_text(config.readme) as file:

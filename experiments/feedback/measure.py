@@ -21,6 +21,7 @@ from evaluation.gold import CRITERIA
 from responses import load_run
 from rewards.judges import make_keeps, make_simulated, read_principles
 from runtime import flags
+from runtime.errors import UserError
 from tasks import rules, world, world_feedback
 
 RULES = (
@@ -119,6 +120,12 @@ def main(config: Config) -> None:
     """Print the three tables."""
     source = open_source(config.file, "comparison", "all")
     rows = [source[i] for i in range(min(config.prompts, len(source)))]
+    # The gold program knows the world's prompts alone.
+    try:
+        for row in rows:
+            world.gold(row["prompt"][-1]["content"], row["responses"][0])
+    except ValueError as fault:
+        raise UserError(f"{config.file}: {fault}; give a file of collect.rank") from None
     print(f"{'reliability':>11}{'looks right':>12}{'looks':>9}{'pairs right':>12}{'pairs':>9}")
     for reliability in config.reliabilities:
         labels(config, rows, reliability)

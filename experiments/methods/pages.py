@@ -53,7 +53,7 @@ class Point(NamedTuple):
 
 def sources() -> dict[str, Source]:
     """Read methods.toml: the entries of each method, in the order of the file."""
-    return tomllib.loads((HERE / "methods.toml").read_text())
+    return tomllib.loads((HERE / "methods.toml").read_text("utf-8"))
 
 
 def family_of(method: str) -> str:
@@ -160,7 +160,7 @@ def draw(found: dict[str, Point], family: str, path: pathlib.Path) -> None:
         write_names(right, own, colours)
         text = io.StringIO()
         figure.savefig(text, format="svg", metadata={"Date": None})
-    path.write_text(compact(text.getvalue()))
+    path.write_text(compact(text.getvalue()), "utf-8")
 
 
 def compact(svg: str) -> str:
@@ -334,8 +334,8 @@ def main(config: Config) -> None:
 
     # A page for every method of methods.toml, measured or not.
     for method, source in texts.items():
-        (out / f"{method}.md").write_text(page(method, source, rows))
-    (out / "README.md").write_text(index(texts, rows))
+        (out / f"{method}.md").write_text(page(method, source, rows), "utf-8")
+    (out / "README.md").write_text(index(texts, rows), "utf-8")
     # SFT is what all are measured against, and has no figure.
     for family in FAMILIES:
         if family != "SFT":

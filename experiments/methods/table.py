@@ -325,13 +325,13 @@ def main() -> None:
         "memory": memory(),
         "tuning": tuning(),
     }
-    text = readme.read_text()
+    text = readme.read_text("utf-8")
     for name, part in parts.items():
         mark = f"<!-- {name} -->\n"
         before, _, rest = text.partition(mark)
         after = rest[rest.index("<!-- end -->") :]
         text = f"{before}{mark}{part}{after}"
-    readme.write_text(text)
+    readme.write_text(text, "utf-8")
     plot(rows)
 
 

@@ -15,6 +15,7 @@ import pathlib
 from typing import Any
 
 from runtime import flags
+from runtime.errors import require
 from runtime.rows import read_rows
 
 
@@ -75,7 +76,12 @@ def main(config: Config) -> dict[str, Any]:
     """
     curves = {}
     for name in ("from_sft", "from_raft", "raft"):
-        curves[name] = curve_of(f"{config.run}/{name}")
+        run = f"{config.run}/{name}"
+        curves[name] = curve_of(run)
+        require(
+            bool(curves[name]),
+            f"{run}: has no metrics of gold; name the folder that run.sh made",
+        )
     show(curves)
 
     # How soon each share is reached.

@@ -22,6 +22,7 @@ from evaluation.gold import CRITERIA, gold_rows, make_kl_sampler, summarise
 from experiments.seeds import half
 from responses import load_run
 from runtime import flags
+from runtime.errors import TryAgain, require
 from runtime.rows import read_rows
 from sampling import SamplingConfig
 from sharding import MeshConfig, make_mesh
@@ -58,10 +59,20 @@ Result = dict[str, Any]
 
 
 def train(config: Config, way: str, seed: int, run: str) -> None:
-    """Run the script, or go on with what a stopped start of it has done."""
+    """Run the script, or go on with what a stopped start of it has done.
+
+    Raises UserError where it fails; SystemExit, with its code, where it was stopped by a signal or
+    the same command may succeed (runtime.errors.TryAgain).
+    """
     command = [sys.executable, SCRIPTS[way], *SIZES, f"--seed={seed}", f"--run={run}"]
     command += [f"--init={config.init}", f"--reward={config.reward}"]
-    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": "."})
+    code = subprocess.run(command, env={**os.environ, "PYTHONPATH": "."}).returncode
+    # Who restarts commands goes by these codes. A shell gives 128 and more for signals.
+    if code < 0:
+        raise SystemExit(128 - code)
+    if code >= TryAgain.code:
+        raise SystemExit(code)
+    require(code == 0, f"{run}: {SCRIPTS[way]} ended with code {code}, as it says above")
 
 
 def judge(config: Config, seed: int, run: str) -> Result:
@@ -105,6 +116,7 @@ def table(results: list[Result]) -> str:
 
 def main(config: Config) -> dict[str, float]:
     """Train and judge what is not in the results yet; print the table of all; return {}."""
+    require(bool(config.seeds), "--seeds: name at least one")
     make_mesh(MeshConfig())
     path = pathlib.Path(config.out)
     results: list[Result] = []

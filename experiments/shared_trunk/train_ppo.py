@@ -345,7 +345,7 @@ def main(config: Config) -> dict[str, float]:
     shapes = abstract(jax.eval_shape(fresh, reference), mesh)
     if config.dry_run:
         held = {**shapes, "held": (reference, rewards)}
-        return preview_items(config, held, next(prompts), tokenizer)
+        return preview_items(config, held, prompts, tokenizer)
 
     with Run(config, tokenizer, unit="iteration") as run:
         # The state of the newest checkpoint, or of a new run.
