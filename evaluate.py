@@ -15,14 +15,22 @@ import dataclasses
 import json
 import pathlib
 import sys
+from functools import partial
 from typing import Any, Literal
 
 from tqdm import tqdm
 
-from data.batches import encode_chat, encode_comparison, encode_prompt
+from data.bad_rows import OnBadRow, set_on_bad_row
+from data.batches import (
+    encode_chat,
+    encode_comparison,
+    encode_or_leave_out,
+    encode_prompt,
+    is_refused,
+)
 from data.lengths import MEASURED, Encode, lengths_line
 from data.records import Schema
-from data.sources import OnBadRow, Source, Split, evaluated_split, open_source, set_on_bad_row
+from data.sources import Source, Split, evaluated_split, open_source
 from data.tokenizer import Tokenizer
 from evaluation.alignment import STAGES, gold_table, sample_rows, summarise_alignment
 from evaluation.gold import make_kl_sampler
@@ -201,7 +209,9 @@ def tell_lengths(config: Config, source: Source, encode: Encode, tokenizer: Toke
     if encode is encode_prompt:
         length, flag = config.max_prompt, "--max_prompt"
     records = min(config.n, MEASURED)
-    line = lengths_line(source, encode, tokenizer, length, flag=flag, records=records)
+    # What the chat template refuses has no length.
+    leaving_out = partial(encode_or_leave_out, encode, source.name)
+    line = lengths_line(source, leaving_out, tokenizer, length, flag=flag, records=records)
     print(line, file=sys.stderr)
 
 
@@ -269,6 +279,13 @@ def evaluate_win_rate(config: Config) -> dict[str, Any]:
         )
     prompts = [record["prompt"] for record in records]
 
+    # Those that every run concerned can read: each may have a template of its own.
+    other = config.against or config.folder("sft")
+    for run in (config.folder("policy"), other, config.folder("reward")):
+        tokenizer = Tokenizer.load(run)
+        prompts = [prompt for prompt in prompts if not is_refused(prompt, tokenizer, source.name)]
+    require(bool(prompts), f"--data={config.data}: the chat templates refuse all prompts read")
+
     # The reward model, which scores the responses of each policy.
     reward = load_run(config.folder("reward"), reward=True)
     judge = make_judge(reward, config.sampling, config.max_prompt, config.seed)
@@ -277,7 +294,7 @@ def evaluate_win_rate(config: Config) -> dict[str, Any]:
     policy = load_run(config.folder("policy"))
     tell_lengths(config, source, encode_prompt, policy.tokenizer)
     ours = judge(policy, prompts)
-    theirs = judge(load_run(config.against or config.folder("sft")), prompts)
+    theirs = judge(load_run(other), prompts)
 
     # How often ours is preferred, after the rule on responses without an end.
     return {
