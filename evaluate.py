@@ -279,22 +279,21 @@ def evaluate_win_rate(config: Config) -> dict[str, Any]:
         )
     prompts = [record["prompt"] for record in records]
 
-    # Those that every run concerned can read: each may have a template of its own.
-    other = config.against or config.folder("sft")
-    for run in (config.folder("policy"), other, config.folder("reward")):
-        tokenizer = Tokenizer.load(run)
-        prompts = [prompt for prompt in prompts if not is_refused(prompt, tokenizer, source.name)]
-    require(bool(prompts), f"--data={config.data}: the chat templates refuse all prompts read")
-
-    # The reward model, which scores the responses of each policy.
+    # The reward model, which scores the responses of each of two policies.
     reward = load_run(config.folder("reward"), reward=True)
     judge = make_judge(reward, config.sampling, config.max_prompt, config.seed)
-
-    # Two policies, one after the other, on the same prompts.
     policy = load_run(config.folder("policy"))
+    other = load_run(config.against or config.folder("sft"))
     tell_lengths(config, source, encode_prompt, policy.tokenizer)
+
+    # Prompts that all three can read: each may have a chat template of its own.
+    for run in (reward, policy, other):
+        prompts = [text for text in prompts if not is_refused(text, run.tokenizer, source.name)]
+    require(bool(prompts), f"--data={config.data}: the chat templates refuse all prompts read")
+
+    # The policies, one after the other, on the same prompts.
     ours = judge(policy, prompts)
-    theirs = judge(load_run(other), prompts)
+    theirs = judge(other, prompts)
 
     # How often ours is preferred, after the rule on responses without an end.
     return {
