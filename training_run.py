@@ -177,17 +177,19 @@ class Run:
     def _list_skipped(self) -> None:
         """Write skipped.txt, what is wrong with each row of the data that was left out, if any."""
         path = pathlib.Path(self.config.run) / "skipped.txt"
-        # Rows of files in all streams, then records that were refused: each once.
-        lines: list[str] = []
+        # Rows of files, of all streams, each once; then records that were refused.
+        rows: dict[str, None] = {}
         for batches in self._data.values():
-            lines += batches.skipped
-        # Those that a resumed run met before.
+            rows |= dict.fromkeys(batches.skipped)
+        lines = [*rows, *refused_records()]
+        # Of a resumed run those that it met before come first.
         if self.start and path.exists():
-            lines += path.read_text(encoding="utf-8").splitlines()
-        lines += refused_records()
+            before = path.read_text(encoding="utf-8").splitlines()
+            known = set(before)
+            lines = [*before, *(line for line in lines if line not in known)]
         if lines and jax.process_index() == 0:
             with atomic_text(str(path)) as file:
-                file.writelines(f"{line}\n" for line in dict.fromkeys(lines))
+                file.writelines(f"{line}\n" for line in lines)
 
     def describe(self, what: str, params: Any, rest: Any, *, length: int) -> None:
         """Print the arithmetic of the run: sizes, mesh, memory, steps; and what is read and cut.
