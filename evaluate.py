@@ -266,7 +266,8 @@ def evaluate_win_rate(config: Config) -> dict[str, Any]:
     as `config.sampling` says. Returns the keys of `what_is_read`, and of
     evaluation.win_rate.win_rate_table: `n`, prompts, `win_rate`, where a tie is half a win, its 95
     % interval `win_rate_ci`, [low, high], and the mean rewards `reward` and `reward_against`, all
-    after the rule of --missing_eos on the responses of both together. Then `ended` and
+    after the rule of --missing_eos on the responses of both together. Prompts that the chat
+    template of one of the three runs refuses are not among `n`. Then `ended` and
     `ended_against`, the shares of responses that ended. Raises UserError for a --data of raw text
     or that cannot be read, and for a run that cannot be loaded.
     """
