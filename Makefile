@@ -9,7 +9,7 @@ BIN := .venv/bin
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 export JAX_PLATFORMS ?= $(if $(wildcard /dev/nvidia0 /dev/accel0 /dev/vfio/0),,cpu)
 
-.PHONY: align assistant test test-rest test-fast test-slow mutants lint clean
+.PHONY: align assistant model-folder test test-rest test-fast test-slow mutants lint clean
 
 .venv: requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv .venv
@@ -54,21 +54,27 @@ REWARD = --data='$(PAIRS)' --length=$(LENGTH) --steps=300 --batch_size=8 --optim
 DPO = --data='$(PAIRS)' --length=$(LENGTH) --steps=300 --batch_size=8 --optimizer.lr=5e-5 --eval_records=200 $(LORA) $(OFTEN) $(ROLLOUT) $(DPO_FLAGS)
 PPO = --data='$(PROMPTS)' --steps=50 --batch_size=32 --kl_coef=0.05 --optimizer.lr=5e-5 --value_optimizer.lr=1e-4 --save_every=5 --eval_every=25 $(LORA) $(ROLLOUT) $(PPO_FLAGS)
 
+ifeq ($(origin RUN),file)
 assistant: RUN := runs/assistant
-assistant: .venv .venv/hf
-	$(if $(wildcard $(MODEL)/config.json),,$(error MODEL=$(MODEL): has no config.json; give the folder of a model, as docs/assistant.md says))
-	$(BIN)/python -m weights.convert --read=$(MODEL) --run=$(RUN)/base
-# A mistake in the pairs or the prompts ends it now, and not after hours.
-	$(BIN)/python train_dpo.py --init=$(RUN)/base --run=$(RUN)/dry_run --dry_run $(DPO) > $(RUN)/pairs.txt
-	$(BIN)/python train_ppo.py --init=$(RUN)/base --reward=tasks.rules:brief --run=$(RUN)/dry_run --dry_run $(PPO) > $(RUN)/prompts.txt
-	$(BIN)/python train_sft.py --init=$(RUN)/base --run=$(RUN)/sft --seed=$(SEED) $(SFT)
-	$(BIN)/python train_rm.py --init=$(RUN)/sft --run=$(RUN)/rm --seed=$(SEED) $(REWARD)
-	$(BIN)/python train_dpo.py --init=$(RUN)/sft --run=$(RUN)/dpo --seed=$(SEED) $(DPO)
-	$(BIN)/python train_ppo.py --init=$(RUN)/sft --reward=$(RUN)/rm --run=$(RUN)/ppo --seed=$(SEED) $(PPO)
-# An export of an earlier state stands in the way: it is yours to remove.
-	test $(RUN)/dpo-hf -nt $(RUN)/dpo/checkpoints || $(BIN)/python -m weights.convert --run=$(RUN)/dpo --write=$(RUN)/dpo-hf
-	test $(RUN)/ppo-hf -nt $(RUN)/ppo/checkpoints || $(BIN)/python -m weights.convert --run=$(RUN)/ppo --write=$(RUN)/ppo-hf
-	@echo "Talk to it: $(BIN)/python generate.py --run=$(RUN)/ppo --chat --temperature=0.7 --max_new_tokens=256"
+endif
+assistant: model-folder .venv .venv/hf
+	$(BIN)/python -m weights.convert --read='$(MODEL)' --run='$(RUN)/base'
+# All rows of pairs and prompts are checked now, and the first 500 written as tokens, so that most
+# mistakes in them do not show after hours.
+	$(BIN)/python train_dpo.py --init='$(RUN)/base' --run='$(RUN)/dry_run' --dry_run $(DPO) > '$(RUN)/pairs.txt'
+	$(BIN)/python train_ppo.py --init='$(RUN)/base' --reward=tasks.rules:brief --run='$(RUN)/dry_run' --dry_run $(PPO) > '$(RUN)/prompts.txt'
+	$(BIN)/python train_sft.py --init='$(RUN)/base' --run='$(RUN)/sft' --seed=$(SEED) $(SFT)
+	$(BIN)/python train_rm.py --init='$(RUN)/sft' --run='$(RUN)/rm' --seed=$(SEED) $(REWARD)
+	$(BIN)/python train_dpo.py --init='$(RUN)/sft' --run='$(RUN)/dpo' --seed=$(SEED) $(DPO)
+	$(BIN)/python train_ppo.py --init='$(RUN)/sft' --reward='$(RUN)/rm' --run='$(RUN)/ppo' --seed=$(SEED) $(PPO)
+# An export of an earlier state stands in the way: remove $(RUN)/dpo-hf or $(RUN)/ppo-hf then.
+	test '$(RUN)/dpo-hf/config.json' -nt '$(RUN)/dpo/checkpoints' || $(BIN)/python -m weights.convert --run='$(RUN)/dpo' --write='$(RUN)/dpo-hf'
+	test '$(RUN)/ppo-hf/config.json' -nt '$(RUN)/ppo/checkpoints' || $(BIN)/python -m weights.convert --run='$(RUN)/ppo' --write='$(RUN)/ppo-hf'
+	@echo "Talk to it: $(BIN)/python generate.py --run='$(RUN)/ppo' --chat --temperature=0.7 --max_new_tokens=256"
+
+# Asked before anything is installed, and by the shell, which takes a folder as Python does.
+model-folder:
+	$(if $(shell test -f '$(MODEL)/config.json' && echo there),,$(error MODEL=$(MODEL): has no config.json; give the folder of a model, as docs/assistant.md says, without ~))
 
 test: .venv
 	$(BIN)/python -m pytest -q -rs -n 2 --dist loadfile

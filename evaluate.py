@@ -15,14 +15,22 @@ import dataclasses
 import json
 import pathlib
 import sys
+from functools import partial
 from typing import Any, Literal
 
 from tqdm import tqdm
 
-from data.batches import encode_chat, encode_comparison, encode_prompt
+from data.bad_rows import OnBadRow, set_on_bad_row
+from data.batches import (
+    encode_chat,
+    encode_comparison,
+    encode_or_leave_out,
+    encode_prompt,
+    is_refused,
+)
 from data.lengths import MEASURED, Encode, lengths_line
 from data.records import Schema
-from data.sources import OnBadRow, Source, Split, evaluated_split, open_source, set_on_bad_row
+from data.sources import Source, Split, evaluated_split, open_source
 from data.tokenizer import Tokenizer
 from evaluation.alignment import STAGES, gold_table, sample_rows, summarise_alignment
 from evaluation.gold import make_kl_sampler
@@ -215,7 +223,9 @@ def tell_lengths(config: Config, source: Source, encode: Encode, tokenizer: Toke
     if encode is encode_prompt:
         length, flag = config.max_prompt, "--max_prompt"
     records = min(config.n, MEASURED)
-    line = lengths_line(source, encode, tokenizer, length, flag=flag, records=records)
+    # What the chat template refuses has no length.
+    leaving_out = partial(encode_or_leave_out, encode, source.name)
+    line = lengths_line(source, leaving_out, tokenizer, length, flag=flag, records=records)
     print(line, file=sys.stderr)
 
 
@@ -270,7 +280,8 @@ def evaluate_win_rate(config: Config) -> dict[str, Any]:
     as `config.sampling` says. Returns the keys of `what_is_read`, and of
     evaluation.win_rate.win_rate_table: `n`, prompts, `win_rate`, where a tie is half a win, its 95
     % interval `win_rate_ci`, [low, high], and the mean rewards `reward` and `reward_against`, all
-    after the rule of --missing_eos on the responses of both together. Then `ended` and
+    after the rule of --missing_eos on the responses of both together. Prompts that the chat
+    template of one of the three runs refuses are not among `n`. Then `ended` and
     `ended_against`, the shares of responses that ended. Raises UserError for a --data of raw text
     or that cannot be read, and for a run that cannot be loaded.
     """
@@ -283,15 +294,21 @@ def evaluate_win_rate(config: Config) -> dict[str, Any]:
         )
     prompts = [record["prompt"] for record in records]
 
-    # The reward model, which scores the responses of each policy.
+    # The reward model, which scores the responses of each of two policies.
     reward = load_run(config.folder("reward"), reward=True)
     judge = make_judge(reward, config.sampling, config.max_prompt, config.seed)
-
-    # Two policies, one after the other, on the same prompts.
     policy = load_run(config.folder("policy"))
+    other = load_run(config.against or config.folder("sft"))
     tell_lengths(config, source, encode_prompt, policy.tokenizer)
+
+    # Prompts that all three can read: each may have a chat template of its own.
+    for run in (reward, policy, other):
+        prompts = [text for text in prompts if not is_refused(text, run.tokenizer, source.name)]
+    require(bool(prompts), f"--data={config.data}: the chat templates refuse all prompts read")
+
+    # The policies, one after the other, on the same prompts.
     ours = judge(policy, prompts)
-    theirs = judge(load_run(config.against or config.folder("sft")), prompts)
+    theirs = judge(other, prompts)
 
     # How often ours is preferred, after the rule on responses without an end.
     return {

@@ -18,10 +18,11 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
+from data.bad_rows import OnBadRow
 from data.batches import Batches, comparison_batches
 from data.preferences import with_mismatched
 from data.records import Schema
-from data.sources import OnBadRow, Source, check_eval_records, open_source
+from data.sources import Source, check_eval_records, open_source
 from data.tokenizer import Tokenizer, tokenizer_for
 from evaluation.gold import make_gold_evaluation
 from lora import LoraConfig, with_adapters

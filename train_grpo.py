@@ -20,8 +20,9 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from data.bad_rows import OnBadRow
 from data.batches import Batches, prompt_batches
-from data.sources import OnBadRow, Source, open_source
+from data.sources import Source, open_source
 from data.tokenizer import Tokenizer
 from evaluation.gold import make_gold_evaluation
 from lora import LoraConfig, with_adapters

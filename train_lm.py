@@ -11,8 +11,9 @@ from functools import partial
 
 import jax
 
+from data.bad_rows import OnBadRow
 from data.batches import text_batches
-from data.sources import OnBadRow, open_source
+from data.sources import open_source
 from data.tokenizer import tokenizer_for
 from lora import LoraConfig, with_adapters
 from model import LanguageModel, init_and_apply

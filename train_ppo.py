@@ -19,8 +19,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from data.bad_rows import OnBadRow
 from data.batches import Batches, prompt_batches, text_batches
-from data.sources import OnBadRow, Source, open_source
+from data.sources import Source, open_source
 from data.tokenizer import Tokenizer
 from evaluation.gold import make_gold_evaluation
 from lora import LoraConfig, lora_base, with_adapters

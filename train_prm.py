@@ -18,8 +18,9 @@ from typing import Literal
 import jax
 import numpy as np
 
-from data.batches import collate
-from data.sources import OnBadRow, Source, check_eval_records, evaluated_split, open_source
+from data.bad_rows import OnBadRow
+from data.batches import collate, encode_or_leave_out
+from data.sources import Source, check_eval_records, evaluated_split, open_source
 from data.steps import encode_steps, pad_steps, steps_batches
 from data.tokenizer import Tokenizer, tokenizer_for
 from evaluation.steps import step_table
@@ -136,8 +137,10 @@ def make_step_evaluation(
     """
     # A solution that is cut before its first label has nothing to measure.
     first = source.first(most)
-    records = [record for record in first if encode_steps(record, tokenizer, length).rows]
-    note_left_out(source.name, len(first) - len(records), len(first), length)
+    encode = partial(encode_or_leave_out, encode_steps, source.name)
+    found = [encode(record, tokenizer, length) for record in first]
+    records = [record for record, encoded in zip(first, found, strict=True) if encoded.rows]
+    note_left_out(source.name, found, length)
 
     # Parts of one shape, for one compilation: the last is filled with the first record.
     filled = records + records[:1] * (-len(records) % EVAL_ROWS)

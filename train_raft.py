@@ -22,8 +22,9 @@ import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from data.bad_rows import OnBadRow
 from data.batches import Batches, prompt_batches
-from data.sources import OnBadRow, Source, open_source
+from data.sources import Source, open_source
 from data.tokenizer import Tokenizer
 from evaluation.gold import make_gold_evaluation
 from lora import LoraConfig, lora_base, trainable_part, with_adapters

@@ -17,10 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from data.batches import comparison_batches
+from data.bad_rows import OnBadRow
+from data.batches import comparison_batches, is_refused
 from data.records import Message
-from data.sources import OnBadRow, Source, check_eval_records, evaluated_split, open_source
-from data.tokenizer import tokenizer_for
+from data.sources import Source, check_eval_records, evaluated_split, open_source
+from data.tokenizer import Tokenizer, tokenizer_for
 from evaluation.reward_model import make_comparison_evaluation
 from lora import LoraConfig, with_adapters
 from model import Params, ScalarModel, init_and_apply
@@ -134,13 +135,16 @@ def make_update(config: Config) -> Update:
     return Update(init, optimizer, objective, step)
 
 
-def reference_responses(config: Config, source: Source) -> tuple[list[list[Message]], list[str]]:
+def reference_responses(
+    config: Config, source: Source, tokenizer: Tokenizer
+) -> tuple[list[list[Message]], list[str]]:
     """Return (prompts, responses): prompts as lists of messages, a good response to each, a text.
 
     With --demonstrations: its first conversations, the last turn as the response; `source` is not
     read then. Without: the first comparisons of `source` (records of the schema `comparison`),
-    each with the first of its best responses. At most REFERENCE_RESPONSES, the same on every host.
-    Raises UserError as open_source does.
+    each with the first of its best responses. At most REFERENCE_RESPONSES, the same on every host;
+    of them those left out that the chat template of `tokenizer` refuses. Raises UserError as
+    open_source and data.bad_rows do, and where none is left.
     """
     prompts: list[list[Message]] = []
     responses: list[str] = []
@@ -148,6 +152,8 @@ def reference_responses(config: Config, source: Source) -> tuple[list[list[Messa
         # The comparisons' own best.
         for i in range(min(REFERENCE_RESPONSES, len(source))):
             record = source[i]
+            if is_refused(record["prompt"], tokenizer, source.name):
+                continue
             best = int(np.argmin(record["ranking"]))
             prompts.append(record["prompt"])
             responses.append(record["responses"][best])
@@ -156,23 +162,28 @@ def reference_responses(config: Config, source: Source) -> tuple[list[list[Messa
         chats = open_source(config.demonstrations, "chat", "train", seed=config.seed)
         for i in range(min(REFERENCE_RESPONSES, len(chats))):
             *prompt, answer = chats[i]["messages"]
+            if is_refused(prompt, tokenizer, chats.name):
+                continue
             prompts.append(prompt)
             responses.append(answer["content"])
+    require(bool(prompts), "the chat template refuses all reference responses; give others")
     return prompts, responses
 
 
 def mean_score(
-    params: Params, score: Callable[..., list[float]], config: Config, source: Source
+    params: Params,
+    score: Callable[..., list[float]],
+    prompts: list[list[Message]],
+    responses: list[str],
 ) -> jax.Array:
-    """Return the mean reward of `reference_responses`, a float32 scalar, the same on every host.
+    """Return the mean reward of reference responses, a float32 scalar, the same on every host.
 
     `params`: whole parameters of a reward model. `score`: of rewards.models.make_text_scorer,
     score(params, prompts, responses) -> rewards; so it waits for the device, and all processes
-    must call it. `source`: records of the schema `comparison`, read unless --demonstrations is
-    given. The model's bias less this mean scores those responses 0 on average (Stiennon et al.
-    2020, section 3.4).
+    must call it. `prompts` and `responses`: of `reference_responses`. The model's bias less this
+    mean scores those responses 0 on average (Stiennon et al. 2020, section 3.4).
     """
-    rewards = score(params, *reference_responses(config, source))
+    rewards = score(params, prompts, responses)
     return jnp.float32(np.mean(rewards))
 
 
@@ -230,6 +241,8 @@ def main(config: Config) -> dict[str, float]:
         config.model, held_out, tokenizer, config.length, config.eval_records
     )
     score = make_text_scorer(config.model, tokenizer, config.length)
+    # Read now: a mistake in them must not show at the last step.
+    references = reference_responses(config, source, tokenizer)
     full = partial(with_adapters, config.lora)
 
     # A dry run ends here and has written nothing.
@@ -250,7 +263,7 @@ def main(config: Config) -> dict[str, float]:
 
             # The last step shifts the reward: reference responses score 0 on average.
             if step == config.steps:
-                mean = mean_score(full(base, state.params), score, config, source)
+                mean = mean_score(full(base, state.params), score, *references)
                 state = dataclasses.replace(state, params=shifted(state.params, mean))
 
             # Accuracy and calibration on held-out comparisons, of the shifted reward at the end.

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from data.sources import keep_prepared, set_on_bad_row
+from data.bad_rows import set_on_bad_row
+from data.sources import keep_prepared
 from lora import LoraConfig, base_step, lora_base, merge, note_lora_base, trainable_part
 from model import LanguageModel, Params, ScalarModel, init_and_apply
 from model_config import ModelConfig, stored_model

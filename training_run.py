@@ -25,7 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from data.batches import Batches
+from data.bad_rows import are_bad_rows_skipped, refused_records
+from data.batches import Batches, is_refused
 from data.records import Message
 from data.tokenizer import Tokenizer
 from model import Params
@@ -161,7 +162,7 @@ class Run:
     def _go_on(self, step: int, extra: Any, data: Data) -> None:
         """Go on after `step`: `extra` is what its checkpoint holds beside the state, or None.
 
-        Rows of the data that were skipped are listed in skipped.txt.
+        Rows of the data that were skipped are listed in skipped.txt, now and at each save.
         """
         self.start = step
         # One stream is kept as several are, with an empty name.
@@ -175,12 +176,19 @@ class Run:
 
     def _list_skipped(self) -> None:
         """Write skipped.txt, what is wrong with each row of the data that was left out, if any."""
-        # Of all streams, each row once.
-        lines: list[str] = []
+        path = pathlib.Path(self.config.run) / "skipped.txt"
+        # Rows of files, of all streams, each once; then records that were refused.
+        rows: dict[str, None] = {}
         for batches in self._data.values():
-            lines += batches.skipped
+            rows |= dict.fromkeys(batches.skipped)
+        lines = [*rows, *refused_records()]
+        # Of a resumed run those that it met before come first.
+        if self.start and path.exists():
+            before = path.read_text(encoding="utf-8").splitlines()
+            known = set(before)
+            lines = [*before, *(line for line in lines if line not in known)]
         if lines and jax.process_index() == 0:
-            with atomic_text(f"{self.config.run}/skipped.txt") as file:
+            with atomic_text(str(path)) as file:
                 file.writelines(f"{line}\n" for line in lines)
 
     def describe(
@@ -280,6 +288,8 @@ class Run:
             "data/truncated": sum(data.truncated for data in streams),
             "data/dropped": sum(data.dropped for data in streams),
         }
+        if are_bad_rows_skipped():
+            metrics["data/refused"] = sum(data.refused for data in streams)
         # Of mixtures, what each of their sources has given.
         for name, data in self._data.items():
             for label, (of_examples, of_tokens) in data.shares.items():
@@ -319,6 +329,7 @@ class Run:
             self._recorder.flush()
             extra = {"position": _position(data), "rows": self._recorder.seal()}
             self._checkpoints.save(step, items, extra)
+            self._list_skipped()
 
     @property
     def last_metrics(self) -> dict[str, float]:
@@ -363,17 +374,21 @@ def make_greedy_samples(
     `max_new_tokens` tokens; with `max_prompt` they must fit the model's context (not checked, but
     UserError where `max_new_tokens` alone is not below it). `params`: whole parameters of a
     language model of shape `model_config`. `key` changes nothing. sample waits for the device, and
-    every process must call it.
+    every process must call it. Prompts that the model's chat template refuses are left out, or
+    end the command, as data.bad_rows says; without any left there are no samples.
     """
     # Greedy: the samples of two steps then differ by their parameters alone.
     sampling = SamplingConfig(temperature=0.0, max_new_tokens=max_new_tokens)
     respond = make_sampler(model_config, sampling, tokenizer)
+    prompts = [prompt for prompt in prompts if not is_refused(prompt, tokenizer, "samples")]
     prompt_tokens = [tokenizer.prompt(prompt)[-max_prompt:] for prompt in prompts]
     # What samples.md shows of each prompt.
     questions = [prompt[-1]["content"] for prompt in prompts]
 
     def sample(params: Params, key: jax.Array) -> list[SampleRow]:
         """Respond to all prompts with a language model's `params`; `key` is not used greedily."""
+        if not prompts:
+            return []
         return sample_pairs(questions, respond(params, prompt_tokens, key), tokenizer)
 
     return sample

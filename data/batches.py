@@ -18,11 +18,11 @@ from typing import Any, NamedTuple, NotRequired, Required, Self, TypedDict, Unpa
 import jax
 import numpy as np
 
-from data.lengths import MEASURED, Encode, Encoded, lengths_line, trained_tokens_of
+from data.bad_rows import RecordRefused, refuse_record
+from data.lengths import MEASURED, NO_LIMIT, Encode, Encoded, lengths_line, trained_tokens_of
 from data.packing import at_a_space, pack, split_document
-from data.records import Record
+from data.records import Message, Record
 from data.source import Source
-from data.sources import are_bad_rows_skipped
 from data.tokenizer import Tokenizer
 from runtime.errors import UserError
 
@@ -51,8 +51,6 @@ PACKING_WINDOW = 512
 """Consecutive examples that are packed together."""
 SHORTEST_PROMPT = 8
 """Tokens of a prompt longer than this that must be left of it, or the record is dropped."""
-SHOWN = 40
-"""Characters of a record by which a message names it."""
 Pad = Callable[..., Batch]
 """pad(rows, length, pad, fixed=False): rows as one batch; `pad` is the id of the padding."""
 
@@ -143,24 +141,27 @@ def encode_prompt(record: Record, tokenizer: Tokenizer, length: int) -> Encoded:
 def encode_or_leave_out(
     encode: Encode, name: str, record: Record, tokenizer: Tokenizer, length: int
 ) -> Encoded:
-    """Encode a record of the source `name` by `encode`; leave it out if that cannot be done.
+    """Encode a record of the source `name` by `encode`, or leave it out as data.bad_rows does.
 
     A model's chat template may refuse a conversation, or a message may spell a control token. With
-    --on_bad_row=skip such a record counts as dropped; else UserError says how it begins.
+    --on_bad_row=skip such a record is refused; else UserError says how it begins.
     """
     try:
         return encode(record, tokenizer, length)
-    except UserError as fault:
-        if are_bad_rows_skipped():
-            return Encoded([], True)
-        messages = record.get("messages") or record.get("prompt")
-        if not messages:
-            raise
-        beginning = messages[0]["content"][:SHOWN]
-        raise UserError(
-            f"{name}: the record that begins {beginning!r}: {fault}; "
-            "--on_bad_row=skip leaves such records out"
-        ) from None
+    except RecordRefused as fault:
+        refuse_record(name, record, fault)
+        return Encoded([], truncated=False, is_refused=True)
+
+
+def is_refused(prompt: str | Sequence[Message], tokenizer: Tokenizer, name: str) -> bool:
+    """Tell whether a prompt of the source `name` must be left out, as by `encode_or_leave_out`.
+
+    For prompts that are not read in batches. Raises UserError as that does.
+    """
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return encode_or_leave_out(
+        encode_prompt, name, {"prompt": messages}, tokenizer, NO_LIMIT
+    ).is_refused
 
 
 def cut_left(tokens: list[int], length: int, tokenizer: Tokenizer) -> list[int]:
@@ -404,6 +405,8 @@ class Position(TypedDict):
     """Examples of which a part was cut off, on this host."""
     dropped: int
     """Examples left out as too long, on this host."""
+    refused: NotRequired[int]
+    """Examples that the model's chat template refuses, on this host."""
     processes: int
     """Hosts that the batches are for."""
     read: NotRequired[Read]
@@ -418,6 +421,7 @@ class Window(NamedTuple):
     rows: list[Row]
     truncated: int
     dropped: int
+    refused: int
     read: Read
 
 
@@ -482,7 +486,7 @@ class Batches:
         stages = range(len(self._stage_ends) + 1)
         self._orders = [self._source.order(seed, stage) for stage in stages]
         # The last window made: several batches are cut from it.
-        self._window = Window(0, -1, [], 0, 0, {})
+        self._window = Window(0, -1, [], 0, 0, 0, {})
         # One thread makes the next batch while this one is used.
         self._thread = ThreadPoolExecutor(1, "batches")
         self._ahead: Future[Made] | None = None
@@ -556,6 +560,11 @@ class Batches:
         return self._position["dropped"]
 
     @property
+    def refused(self) -> int:
+        """Examples that the model's chat template refused so far, on this host."""
+        return self._position.get("refused", 0)
+
+    @property
     def skipped(self) -> Sequence[str]:
         """The fault of each row of the source that was left out."""
         return self._source.skipped
@@ -623,8 +632,9 @@ class Batches:
         """Make the batches of an evaluation: each record once, in the source's order.
 
         At most the first `records`, and at most so many `batches`; None: no limit. The last batch
-        is filled up with rows of padding, which count nothing. A note says what is cut or left
-        out as too long. The iterator stays where it is. Raises UserError where no record fits.
+        is filled up with rows of padding, which count nothing. A note says what is cut, left out
+        as too long, or refused. The iterator stays where it is. Raises UserError where no record
+        fits.
         """
         # Rows of all hosts, until the batches can hold no more tokens.
         packed = self._layout.packed
@@ -633,6 +643,7 @@ class Batches:
         rows: list[Row] = []
         cut = 0
         left_out = 0
+        refused = 0
         for i in range(len(self._source))[:records]:
             if room <= 0:
                 break
@@ -640,17 +651,17 @@ class Batches:
             rows += encoded.rows
             room -= sum(len(row["tokens"]) if packed else self._length for row in encoded.rows)
             cut += encoded.is_cut
-            left_out += not encoded.rows
-        if (cut or left_out) and self._process == 0:
+            left_out += encoded.is_dropped
+            refused += encoded.is_refused
+        if (cut or left_out or refused) and self._process == 0:
+            also = f"; the chat template refuses {refused} more" if refused else ""
             print(
                 f"note: {self._source.name}: of the records evaluated, {cut} are cut and "
-                f"{left_out} left out, longer than {self._length} tokens",
+                f"{left_out} left out, longer than {self._length} tokens{also}",
                 file=sys.stderr,
             )
         if not rows:
-            raise UserError(
-                f"{self._source.name}: no record fits {self._length} tokens; raise --length"
-            )
+            raise self._nothing_left(refused, "raise --length")
         if packed:
             rows = self._packed(rows)
         rows = rows[:most]
@@ -724,6 +735,8 @@ class Batches:
             if after["row"] == 0:
                 after["truncated"] += window.truncated
                 after["dropped"] += window.dropped
+                if window.refused:
+                    after["refused"] = after.get("refused", 0) + window.refused
                 if window.read:
                     after["read"] = added(after.get("read", {}), window.read)
             missing = self._rows - len(rows)
@@ -733,13 +746,18 @@ class Batches:
 
             fruitless = 0 if window.rows else fruitless + self._window_size
             if fruitless > min(len(self._source), 10_000):
-                raise UserError(
-                    f"{self._source.name}: no record fits {self._length} tokens; raise length"
-                )
+                raise self._nothing_left(after.get("refused", 0), "raise length")
             if after["row"] == len(window.rows):
                 after["window"] += 1
                 after["row"] = 0
         return rows, after
+
+    def _nothing_left(self, refused: int, remedy: str) -> UserError:
+        """Make the UserError of a source of which no record can be used."""
+        fault = f"no record fits {self._length} tokens"
+        if refused:
+            fault = f"the chat template refuses {refused:,} records; of the others {fault}"
+        return UserError(f"{self._source.name}: {fault}; {remedy}")
 
     def _make_window(self, stage: int, number: int) -> Window:
         """Encode, and where the layout says so pack, the examples of a window of a stage."""
@@ -748,6 +766,7 @@ class Batches:
         rows: list[Row] = []
         truncated = 0
         dropped = 0
+        refused = 0
         read: Read = {}
         first = number * self._window_size
         for i in range(first, first + self._window_size):
@@ -757,13 +776,14 @@ class Batches:
             encoded = self._encode(record, self._tokenizer, self._length)
             rows += encoded.rows
             truncated += encoded.is_cut
-            dropped += not encoded.rows
+            dropped += encoded.is_dropped
+            refused += encoded.is_refused
             label = self._source.label_of(index)
             if label is not None and encoded.rows:
                 read = added(read, {label: (1, trained_tokens_of(encoded.rows))})
         if self._layout.packed:
             rows = self._packed(rows)
-        self._window = Window(stage, number, rows, truncated, dropped, read)
+        self._window = Window(stage, number, rows, truncated, dropped, refused, read)
         return self._window
 
     def _packed(self, rows: list[Row]) -> list[Row]:

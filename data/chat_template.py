@@ -11,6 +11,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
+from data.bad_rows import RecordRefused
 from data.messages import Message
 from runtime.errors import UserError
 from runtime.foreign import TEXT, Kind, check_values, either, file_in, one_line
@@ -41,7 +42,8 @@ class ChatTemplate:
     def render(self, messages: Sequence[Message], opens_answer: bool) -> str:
         """Return the conversation as a text; with `opens_answer`, the beginning of an answer too.
 
-        Raises UserError for messages that the template does not take, such as a system's turn.
+        Raises RecordRefused for messages that the template does not take, such as a system's turn,
+        and UserError where it fails otherwise.
         """
         turns = [{name: message[name] for name in ("role", "content")} for message in messages]
         try:
@@ -52,6 +54,8 @@ class ChatTemplate:
                 documents=None,
                 **self._tokens,
             )
+        except RecordRefused as fault:
+            raise RecordRefused(f"the model's chat template: {one_line(fault)}") from None
         # A template can fail in any way that a program can.
         except Exception as fault:
             raise UserError(f"the model's chat template: {one_line(fault)}") from None
@@ -103,8 +107,8 @@ def _as_json(value: Any, **options: Any) -> str:
 
 
 def _refuse(message: str) -> NoReturn:
-    """Fail, as a template asks for it."""
-    raise UserError(message)
+    """Refuse the messages, as a template asks for it."""
+    raise RecordRefused(message)
 
 
 # --- in folders

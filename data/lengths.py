@@ -25,11 +25,18 @@ class Encoded(NamedTuple):
     """Usually one; none where the record is dropped."""
     truncated: bool
     """True where tokens were cut off, or everything dropped."""
+    is_refused: bool = False
+    """True where the model's chat template refuses the record, which has no rows then."""
 
     @property
     def is_cut(self) -> bool:
         """True where a part is left; a record that is dropped does not also count as cut."""
         return self.truncated and bool(self.rows)
+
+    @property
+    def is_dropped(self) -> bool:
+        """True where nothing is left; a record that is refused does not also count as dropped."""
+        return not self.rows and not self.is_refused
 
 
 Encode = Callable[[Record, Tokenizer, int], Encoded]
@@ -40,12 +47,14 @@ class Lengths(NamedTuple):
     """Lengths of the first records of a source, and what is lost of them at a limit."""
 
     tokens_N: np.ndarray
-    """Tokens of each record before any cut, int64 [N]; of a comparison those of its longest
-    candidate, prompt and response."""
+    """Tokens of each record before any cut, int64 [N], but of those refused; of a comparison those
+    of its longest candidate, prompt and response."""
     cut: int
     """Records of which a part is cut off."""
     dropped: int
-    """Records left out."""
+    """Records left out as too long."""
+    refused: int
+    """Records that the model's chat template refuses."""
     lost: float
     """Share of all their tokens that is cut off or dropped."""
 
@@ -93,21 +102,26 @@ def measure_lengths(
     sizes = []
     cut = 0
     dropped = 0
+    refused = 0
     tokens = 0
     kept = 0
     for i in range(min(records, len(source))):
         record = source[i]
         whole = encode(record, tokenizer, NO_LIMIT)
+        if whole.is_refused:
+            refused += 1
+            continue
         sizes.append(longest_of(whole.rows))
         # Few records are cut: only those are encoded twice.
         fits = whole if sizes[-1] <= length else encode(record, tokenizer, length)
         cut += fits.is_cut
-        dropped += not fits.rows
+        dropped += fits.is_dropped
         count = tokens_of(whole.rows)
         tokens += count
         # A document that goes on in another row repeats a token there.
         kept += min(count, tokens_of(fits.rows))
-    return Lengths(np.array(sizes, np.int64), cut, dropped, 1 - kept / max(tokens, 1))
+    lost = 1 - kept / max(tokens, 1)
+    return Lengths(np.array(sizes, np.int64), cut, dropped, refused, lost)
 
 
 def lengths_line(
@@ -126,13 +140,19 @@ def lengths_line(
     found = measure_lengths(source, encode, tokenizer, length, records)
     measured = len(found.tokens_N)
     rows = "endless" if source.is_endless else f"{len(source):,} rows"
+    refused = ""
+    if found.refused:
+        refused = f"; of the first {measured + found.refused:,} the chat template refuses "
+        refused += f"{found.refused:,}"
     if measured == 0:
-        return f"{source.name}: {rows}"
+        return f"{source.name}: {rows}{refused}"
     median, high = np.percentile(found.tokens_N, [50, 95])
     part = "" if measured == len(source) else f" of the first {measured:,}"
+    if refused:
+        part = f" of the other {measured:,}"
     line = (
-        f"{source.name}: {rows}; {median:,.0f} tokens at the median{part}, {high:,.0f} at the "
-        f"95th percentile; at {flag}={length} {found.cut / measured:.1%} are cut and "
+        f"{source.name}: {rows}{refused}; {median:,.0f} tokens at the median{part}, {high:,.0f} "
+        f"at the 95th percentile; at {flag}={length} {found.cut / measured:.1%} are cut and "
         f"{found.dropped / measured:.1%} dropped, {found.lost:.1%} of the tokens lost"
     )
     if found.cut + found.dropped > MUCH * measured:

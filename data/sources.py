@@ -25,6 +25,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 from tqdm import tqdm
 
+from data.bad_rows import are_bad_rows_skipped
 from data.fields import FieldError, LeftOut, Row, name_shown, unlike_keys
 from data.formats import READERS, NumberedRow, is_lines
 from data.messages import is_trained
@@ -151,20 +152,7 @@ def reads(row: Row, schema: Schema) -> bool:
     return True
 
 
-OnBadRow = Literal["stop", "skip"]
-_on_bad_row: OnBadRow = "stop"
 _for_now: tempfile.TemporaryDirectory | None = None
-
-
-def set_on_bad_row(choice: OnBadRow) -> None:
-    """Stop at a bad row of a file from now on, as at first, or skip it; each is then listed."""
-    global _on_bad_row
-    _on_bad_row = choice
-
-
-def are_bad_rows_skipped() -> bool:
-    """Tell whether bad rows are left out, as `set_on_bad_row` says."""
-    return _on_bad_row == "skip"
 
 
 def keep_prepared(keep: bool) -> None:
@@ -491,7 +479,8 @@ def _prepared(data: str, files: Sequence[pathlib.Path], schema: Schema) -> pathl
     cache = cache_folder()
     # Its name is a hash of all that it depends on.
     contents = [f"{file.suffix} {_file_sum(file)}" for file in files]
-    identity = " ".join([schema, str(SCHEMA_VERSION), _on_bad_row, *contents])
+    choice = "skip" if are_bad_rows_skipped() else "stop"
+    identity = " ".join([schema, str(SCHEMA_VERSION), choice, *contents])
     folder = cache / hashlib.sha256(identity.encode()).hexdigest()[:32]
     remove_all_left_over(cache)
     # A dry run leaves nothing behind.
@@ -640,7 +629,7 @@ def _write(files: Sequence[pathlib.Path], schema: Schema, path: pathlib.Path) ->
 
     skipped: list[str] = []
     left_out: list[str] = []
-    on_fault = _stop if _on_bad_row == "stop" else skipped.append
+    on_fault = skipped.append if are_bad_rows_skipped() else _stop
     rows = _rows_and_records(files, schema, on_fault, left_out.append)
     writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
 

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import sentencepiece
 
+from data.bad_rows import RecordRefused
 from data.chat_template import ChatTemplate
 from data.messages import Message, is_trained
 from data.records import Record
@@ -105,7 +106,11 @@ class Tokenizer:
         """The id that ends an assistant's turn: the eos, unless the chat template has another."""
         if self.template is None:
             return self.eos
-        tokens, mask = self.chat(PROBE)
+        try:
+            tokens, mask = self.chat(PROBE)
+        except RecordRefused as fault:
+            # No record's fault: it would refuse any.
+            raise UserError(str(fault)) from None
         return [token for token, counts in zip(tokens, mask, strict=True) if counts][-1]
 
     def _refuse_no_ids(self) -> None:
@@ -269,8 +274,9 @@ class Tokenizer:
 
         It starts with bos; each assistant's turn ends with eos, the others do not. Where the model
         has a chat template of its own, all is as that has it. The mask is 1 on the tokens of each
-        assistant's turn and its end, else 0; so it is on a turn of weight 0. Raises UserError for
-        messages that the template does not take, or that spell one of its control tokens.
+        assistant's turn and its end, else 0; so it is on a turn of weight 0. Raises RecordRefused
+        for messages that the template does not take, or that spell one of its control tokens, and
+        UserError for a template that fails.
         """
         if self.template is not None:
             return self._templated_chat(self.template, messages)
@@ -329,11 +335,11 @@ class Tokenizer:
     ) -> int:
         """Return where, in a conversation of `tokens`, the answer to the messages `before` starts.
 
-        That is where the same messages end as a prompt; UserError where they are no beginning.
+        That is where the same messages end as a prompt; RecordRefused where they are no beginning.
         """
         head = self.pieces.encode_with_controls(template.render(before, True))
         if tokens[: len(head)] != head:
-            raise UserError(
+            raise RecordRefused(
                 "the model's chat template writes the beginning of this conversation differently "
                 "as a prompt, so an assistant's tokens cannot be told from others; leave out the "
                 "earlier turns, or use a model with another template"
@@ -341,11 +347,11 @@ class Tokenizer:
         return len(head)
 
     def _refuse_controls(self, messages: Sequence[Message]) -> None:
-        """Raise UserError for a message that would open or end a turn."""
+        """Raise RecordRefused for a message that would open or end a turn."""
         for message in messages:
             found = self._control_words.search(message["content"])
             if found:
-                raise UserError(
+                raise RecordRefused(
                     f"a message of the {message['role']} spells {found[0]}, a control token of "
                     "the model's chat template; take it out"
                 )

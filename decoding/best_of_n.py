@@ -107,9 +107,9 @@ def sample_and_score(config: Config, records: list[Record], mesh: jax.sharding.M
         part = filled(records[start : start + rows], rows)
         tokens = []
         for record in part:
-            encoded, is_cut = encode_prompt(record, tokenizer, config.max_prompt)
-            tokens += encoded
-            if is_cut:
+            encoded = encode_prompt(record, tokenizer, config.max_prompt)
+            tokens += encoded.rows
+            if encoded.truncated:
                 say_cut()
         padded = pad_prompts(tokens, config.max_prompt, tokenizer.pad, fixed=True)
         batch = to_mesh(padded, mesh)

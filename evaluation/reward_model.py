@@ -174,8 +174,9 @@ def make_comparison_evaluation(
     # The records, and what of them does not depend on parameters.
     read = source.first(most)
     encode = partial(encode_or_leave_out, encode_comparison, source.name)
-    records = [record for record in read if encode(record, tokenizer, length).rows]
-    note_left_out(source.name, len(read) - len(records), len(read), length)
+    found = [encode(record, tokenizer, length) for record in read]
+    records = [record for record, encoded in zip(read, found, strict=True) if encoded.rows]
+    note_left_out(source.name, found, length)
     prompts, responses, ranks_NC, lengths_NC, criteria = as_comparisons(records, tokenizer)
     gap_P, _ = ordered_pairs(np.zeros(ranks_NC.shape), ranks_NC)
     require(gap_P.size > 0, f"{source.name}: its responses tie; give comparisons that differ")

@@ -1,10 +1,11 @@
 """Rows of tables for a terminal, and notes on what is not in them."""
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import jax
 
+from data.lengths import Encoded
 from runtime.errors import require
 
 
@@ -13,16 +14,23 @@ def cells(values: Iterable[object], spec: str) -> str:
     return "".join(format(value, spec) for value in values)
 
 
-def note_left_out(name: str, left_out: int, count: int, length: int) -> None:
-    """Say on stderr how many of `count` records do not fit; raise UserError where none does.
+def note_left_out(name: str, found: Sequence[Encoded], length: int) -> None:
+    """Say on stderr how many of the records `found` have no rows; raise UserError where none has.
 
     `name`: of their source. `length`: tokens that hold one, --length.
     """
-    require(left_out < count, f"{name}: no record fits into {length} tokens; raise --length")
+    count = len(found)
+    refused = sum(encoded.is_refused for encoded in found)
+    left_out = sum(encoded.is_dropped for encoded in found)
+    also = f"; the chat template refuses {refused} more" if refused else ""
+    require(
+        left_out + refused < count,
+        f"{name}: no record fits into {length} tokens; raise --length{also}",
+    )
     # The other processes would say the same.
-    if left_out and jax.process_index() == 0:
+    if (left_out or refused) and jax.process_index() == 0:
         print(
             f"note: {name}: {left_out} of {count} records are not evaluated: "
-            f"they have no part that counts in {length} tokens",
+            f"they have no part that counts in {length} tokens{also}",
             file=sys.stderr,
         )

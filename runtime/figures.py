@@ -33,6 +33,7 @@ EXPLAINED = {
     "learning_rate": "Of the update, as the schedule has it.",
     "data/truncated": "Records so far of which a part was cut off, on the first host.",
     "data/dropped": "Records so far that were too long to be used, on the first host.",
+    "data/refused": "Records so far that the chat template refuses, on the first host.",
     "data/epoch": "Passes over the data so far; of a mixture since its stage began.",
     "skipped": "Updates so far whose loss or gradient was not finite: they changed nothing.",
     "left_out": "Updates so far in whose batch nothing counted: they changed nothing.",
@@ -44,7 +45,7 @@ OF_SOURCES = {
 }
 """By the beginning of a name, whose rest is a source of a mixture."""
 HIDDEN = ("step", "seconds", "tokens_per_second", "updates", "tokens_seen", "peak_memory")
-FAULTS = ("skipped", "left_out", "truncated", "dropped")
+FAULTS = ("skipped", "left_out", "truncated", "dropped", "refused")
 """Counts of updates that were not taken and of records that were cut, of which a figure is drawn
 where there are any."""
 # Colours that matplotlib draws with; in the page they become the style sheet's, light or dark.

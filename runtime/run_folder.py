@@ -36,7 +36,9 @@ FREE = {"run", "steps", "keep_checkpoints", "mesh", "rollout", "hosts", "offload
 FREE |= {"eval_every", "save_every", "log_every", "sample_every"}
 # These say when a run gives up, and nothing of what it computes until then.
 SAYS_WHEN_TO_GIVE_UP = {"guard.most", "kl_limit"}
-FREE |= SAYS_WHEN_TO_GIVE_UP
+# So does this: a run that stops at bad rows has skipped none, so its order of records stays.
+FREED_LATER = SAYS_WHEN_TO_GIVE_UP | {"on_bad_row"}
+FREE |= FREED_LATER
 """Config fields that may change when a run is resumed; all others decide its results."""
 
 NO_FIELDS = {"versions", "inputs", "earlier"}
@@ -177,14 +179,15 @@ def identity_hash(config: dict[str, Any]) -> str:
 def accepted_hashes(config: dict[str, Any]) -> set[str]:
     """Return the hashes under which the steps of a run with this config.json may be saved.
 
-    `config`: read from it. For each form that it has had there are two: today's identity_hash, and
-    one from the time when the fields in SAYS_WHEN_TO_GIVE_UP counted too.
+    `config`: read from it. For each form that it has had there are three: today's identity_hash,
+    one from the time when the fields in FREED_LATER counted too, and one from when those in
+    SAYS_WHEN_TO_GIVE_UP had been freed alone.
     """
-    # Runs from before they were free have manifests that name the hash of all.
+    # Runs from before fields were free have manifests that name the hash of all.
     hashes = set()
     for form in _forms(config):
-        decides = {name: form[name] for name in form.keys() - SAYS_WHEN_TO_GIVE_UP}
-        hashes |= {_hash(form), _hash(decides)}
+        for freed in (set(), SAYS_WHEN_TO_GIVE_UP, FREED_LATER):
+            hashes.add(_hash({name: form[name] for name in form.keys() - freed}))
     return hashes
 
 
@@ -194,7 +197,7 @@ def _forms(config: dict[str, Any]) -> list[dict[str, Any]]:
     The first is as it is. `earlier` lists the others by what they had otherwise: {name: [value]},
     with [] for a setting that was absent.
     """
-    now = _identity(config, FREE - SAYS_WHEN_TO_GIVE_UP)
+    now = _identity(config, FREE - FREED_LATER)
     forms = [now]
     for differences in config.get("earlier", []):
         form = {name: value for name, value in now.items() if name not in differences}

@@ -15,8 +15,13 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
+import evaluate
 import generate
+import train_rm
+import train_sft
+from data.sources import open_source
 from data.tokenizer import Tokenizer
 from experiments.stories import import_llama2c
 from model_config import stored_model
@@ -49,6 +54,13 @@ SETTINGS = {
     "PPO_FLAGS": f"--steps=1 {FEW} --minibatches=1 --epochs=1 --max_prompt=32 --max_new_tokens=8",
 }
 
+ENVIRONMENT = {
+    name: value
+    for name, value in os.environ.items()
+    if not name.startswith("MAKE") and name != "RUN"
+}
+"""Not as a part of the make that runs these tests."""
+
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 
 
@@ -59,9 +71,7 @@ def make(*words: str, **settings: Any) -> subprocess.CompletedProcess:
     """Run `make assistant`, as if packages were installed already; return what came of it."""
     given = [f"{name}={value}" for name, value in settings.items()]
     command = ["make", "-o", ".venv", "-o", ".venv/hf", *words, "assistant", *given]
-    # Not as a part of the make that runs these tests.
-    env = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
 
 
 def recipe(**settings: Any) -> list[str]:
@@ -239,6 +249,24 @@ def test_a_folder_without_a_model_is_one_line(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_folder_is_named_as_its_user_wrote_it(tmp_path):
+    """Spaces in names are kept; RUN of the environment is not overridden."""
+    (tmp_path / "my model").mkdir()
+    (tmp_path / "my model/config.json").touch()
+    for named in (f"{tmp_path}/my run", None):
+        given = {} if named is None else {"RUN": named}
+        env = {**ENVIRONMENT, **given}
+        command = ["make", "-n", "-o", ".venv", "-o", ".venv/hf", "assistant"]
+        command.append(f"MODEL={tmp_path}/my model")
+        told = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+        assert told.returncode == 0, told.stderr
+        words = shlex.split(told.stdout.splitlines()[0])
+        assert words[3:] == [
+            f"--read={tmp_path}/my model",
+            f"--run={named or 'runs/assistant'}/base",
+        ]
+
+
 def test_a_bad_pair_is_told_before_the_first_stage(walked, tmp_path):
     folder, _, _ = walked
     broken = tmp_path / "broken.jsonl"
@@ -250,6 +278,55 @@ def test_a_bad_pair_is_told_before_the_first_stage(walked, tmp_path):
     assert run_line(lines[0]) is not None
     with pytest.raises(UserError, match=r"broken\.jsonl:1: "):
         run_line(lines[1])
+
+
+def test_refused_rows_are_left_out_to_the_end_of_sft_and_of_the_reward_model(walked, tmp_path):
+    folder, _, _ = walked
+    # Every third row spells what ends a turn; among them are rows that are held out.
+    spelt = {}
+    for name, path in data(tmp_path).items():
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        for row in rows[::3]:
+            for messages in (row["messages"], row.get("chosen", []), row.get("rejected", [])):
+                if messages:
+                    messages[0] = {**messages[0], "content": row["prompt"] + " <|im_end|>"}
+            row["prompt"] += " <|im_end|>"
+        spelt[name] = write_rows(path, rows)
+    held_out = open_source(str(spelt["CHATS"]), "chat", "heldout").first(8)
+    refused = [record for record in held_out if "<|im_end|>" in record["messages"][0]["content"]]
+    assert 0 < len(refused) < len(held_out)
+
+    few = ["--length=64", "--lora.rank=2", "--batch_size=8", "--save_every=0", "--steps=1"]
+    stages = {
+        "sft": (train_sft, [f"--data={spelt['CHATS']}"]),
+        "rm": (train_rm, [f"--data={spelt['PAIRS']}"]),
+    }
+    for name, (script, named) in stages.items():
+        started = [f"--init={folder}/run/base", f"--run={tmp_path}/{name}", *named, *few]
+        with pytest.raises(UserError, match=r"spells <\|im_end\|>.* --on_bad_row=skip leaves"):
+            run(script, *started)
+        assert not (tmp_path / name / "checkpoints/1").exists()
+
+        # The remedy that it names, in the same run.
+        run(script, *started, "--on_bad_row=skip")
+        (row,) = rows_of(tmp_path / name)
+        assert row["data/refused"] > 0 and row["data/dropped"] == 0
+        told = (tmp_path / name / "skipped.txt").read_text().splitlines()
+        # Once each, however often it was met: in batches, samples, references, evaluations.
+        assert 0 < len(set(told)) == len(told) <= 72
+        assert all("spells <|im_end|>" in line for line in told)
+    assert (tmp_path / "sft/samples.md").read_text().count("who sat there") == len(held_out) - len(
+        refused
+    )
+
+    # What is evaluated leaves them out too.
+    skip = [f"--data={spelt['PAIRS']}", "--on_bad_row=skip", f"--run={tmp_path}", "--n=9"]
+    found = run(evaluate, "--measure=accuracy", "--length=64", *skip)
+    assert found["records"] == 9 and np.isfinite(found["eval/accuracy"])
+    answered = run(
+        evaluate, "--measure=win_rate", f"--policy={tmp_path}/sft", "--max_new_tokens=4", *skip
+    )
+    assert answered["n"] == 6
 
 
 # --- an import is made once
@@ -266,7 +343,14 @@ def test_an_import_is_kept_and_never_taken_for_another(tmp_path, capsys):
     with pytest.raises(UserError, match="holds a checkpoint already"):
         run(convert, f"--read={other}", f"--run={tmp_path}/run")
     (file,) = first.glob("*.safetensors")
+    # A later time alone is no change, and other weights are one with whatever time.
     os.utime(file)
+    run(convert, f"--read={first}", f"--run={tmp_path}/run")
+    time = file.stat().st_mtime
+    weights = load_file(file)
+    name = next(iter(weights))
+    save_file({**weights, name: weights[name] + 1}, file, {"format": "pt"})
+    os.utime(file, (time - 9, time - 9))
     with pytest.raises(UserError, match="has changed since it was imported"):
         run(convert, f"--read={first}", f"--run={tmp_path}/run")
 

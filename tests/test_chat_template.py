@@ -8,10 +8,10 @@ import sentencepiece
 
 import generate
 import train_sft
-from data.batches import prompt_batches
+from data.bad_rows import refused_records, set_on_bad_row
+from data.batches import chat_batches, prompt_batches
 from data.chat_template import ChatTemplate
 from data.sentencepiece_json import split_ends, with_ends, with_template
-from data.sources import set_on_bad_row
 from data.tokenizer import Tokenizer
 from data.tokenizer_json import OWN_TEMPLATE, read_tokenizer, tokenizer_files
 from runtime.errors import UserError
@@ -200,11 +200,46 @@ def test_a_record_that_cannot_be_written_ends_the_run_or_is_skipped(model):
         batches.once()
     set_on_bad_row("skip")
     try:
-        assert len(batches.once()) == 1 and "50.0% dropped" in batches.lengths_line()
+        assert len(batches.once()) == 1
+        told = batches.lengths_line()
+        size = len(tokenizer.prompt(good["prompt"]))
+        assert f"the chat template refuses 1; {size} tokens at the median" in told
+        assert "0.0% dropped" in told
         for _ in range(4):
             next(batches)
             assert batches.records == [good]
-        assert batches.dropped > 0
+        # Not as one that is too long; however often it is met, it is listed once.
+        assert batches.refused >= 2 and batches.dropped == 0
+        (line,) = refused_records()
+        assert line.startswith("tests: the record that begins '<|im_end|> is what?': ")
+
+        # Nor is it blamed on the length where nothing else is there.
+        alone = prompt_batches(source_of([bad]), tokenizer, batch_size=1, length=64)
+        for read in (alone.once, lambda: next(alone)):
+            with pytest.raises(UserError, match=r"the chat template refuses [0-9,]+ records"):
+                read()
+    finally:
+        set_on_bad_row("stop")
+
+
+def test_a_template_that_fails_in_itself_is_never_skipped(model):
+    chat = {"messages": CONVERSATION}
+    set_on_bad_row("skip")
+    try:
+        for name in ("a template without an end", "today's date"):
+            template, _, reason = REFUSED[name]
+            batches = chat_batches(
+                source_of([chat]), with_chat(model, template), batch_size=1, length=64
+            )
+            with pytest.raises(UserError, match=reason.split(";")[0]):
+                batches.once()
+        assert not refused_records()
+
+        # Control: what the template refuses is.
+        template, messages, _ = REFUSED["roles that it does not take"]
+        source = source_of([{"messages": messages}, chat])
+        batches = chat_batches(source, with_chat(model, template), batch_size=1, length=64)
+        assert len(batches.once()) == 1 and len(refused_records()) == 1
     finally:
         set_on_bad_row("stop")
 

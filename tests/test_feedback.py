@@ -392,7 +392,7 @@ def test_a_response_is_scored_after_its_prompt_as_training_cuts_it(runs):
     prompt = asked("what is the capital of france? " * 20)
     length = 40
     record = {"prompt": prompt, "responses": ["it is paris."] * 2, "ranking": [1, 2]}
-    [row], cut = encode_comparison(record, tokenizer, length)
+    [row], cut, _ = encode_comparison(record, tokenizer, length)
     batch = pad_comparisons([row], length, tokenizer.pad)
     flat = (batch[name][0] for name in ("tokens_BCT", "segment_ids_BCT", "positions_BCT"))
     output = init_and_apply(ScalarModel(model))[1](params, *flat)

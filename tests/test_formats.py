@@ -15,8 +15,9 @@ from running import fails, write
 
 import train_sft
 from data import formats
+from data.bad_rows import set_on_bad_row
 from data.batches import chat_batches
-from data.sources import open_source, set_on_bad_row
+from data.sources import open_source
 from data.tokenizer import Tokenizer
 from runtime import data_files
 from runtime.checkpoint import Checkpoints

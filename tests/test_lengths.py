@@ -56,7 +56,7 @@ def test_lengths_are_those_before_any_cut(tokenizer):
     lost = 2 * long - len(kept["tokens"])
     assert found.lost == pytest.approx(lost / (7 * short + 2 * long))
     # Control: where all fits nothing is lost.
-    assert measure_lengths(source_of(records), encode_chat, tokenizer, long)[1:] == (0, 0, 0.0)
+    assert measure_lengths(source_of(records), encode_chat, tokenizer, long)[1:] == (0, 0, 0, 0.0)
 
 
 def test_of_a_comparison_the_longest_candidate_counts(tokenizer):
@@ -68,7 +68,7 @@ def test_of_a_comparison_the_longest_candidate_counts(tokenizer):
 
 def test_a_document_loses_nothing(tokenizer):
     found = measure_lengths(source_of([{"text": LONG}] * 3), encode_text, tokenizer, 16)
-    assert found[1:] == (0, 0, 0.0)
+    assert found[1:] == (0, 0, 0, 0.0)
     assert found.tokens_N.tolist() == [len(tokenizer.document(LONG))] * 3
 
 

@@ -238,17 +238,18 @@ def test_the_shift_makes_good_responses_score_zero(monkeypatch):
     config = train_rm.Config()
     source = source_of([pair("aaa", "a"), pair("a", "bbbbb"), pair("aaaaa", "b")])
     params = {"bias": jnp.float32(0.5), "head": jnp.float32(7)}
-    mean = train_rm.mean_score(params, score, config, source)
+    references = train_rm.reference_responses(config, source, Letters())
+    mean = train_rm.mean_score(params, score, *references)
     # The best responses have 3, 1 and 5 letters.
     assert float(mean) == pytest.approx(3.5)
     after = train_rm.shifted(params, mean)
-    assert float(train_rm.mean_score(after, score, config, source)) == pytest.approx(0.0)
+    assert float(train_rm.mean_score(after, score, *references)) == pytest.approx(0.0)
     assert after["head"] == params["head"]
 
     # Or the last turns of demonstrations.
     monkeypatch.setattr(train_rm, "open_source", open_in_memory(CHATS))
     shown = train_rm.Config(demonstrations="mine.jsonl")
-    prompts, responses = train_rm.reference_responses(shown, source)
+    prompts, responses = train_rm.reference_responses(shown, source, Letters())
     assert responses == ["yes" * (i + 1) for i in range(5)]
     assert prompts[2] == said("say 2")
 

@@ -11,6 +11,7 @@ Covered are the families of weights/families.py, where all layers are the decode
 import runtime.interrupt  # noqa: F401
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -32,6 +33,7 @@ from model import LanguageModel, Params, init_and_apply
 from model_config import ModelConfig, stored_model
 from runtime import flags
 from runtime.checkpoint import Checkpoints
+from runtime.data_files import content_sum
 from runtime.errors import UserError, refuse_unread
 from runtime.foreign import TEXT, check_values, file_in, object_of, one_line, read_object
 from runtime.run_folder import finished_steps, load_config, plumb_version
@@ -89,6 +91,8 @@ class Config:
     """Over which the imported weights are laid: split over all devices."""
     model: tyro.conf.Suppress[ModelConfig] = ModelConfig()
     """Filled from config.json."""
+    weights_sha256: tyro.conf.Suppress[str | None] = None
+    """Filled at an import: the sum of the files of weights."""
 
 
 # --- tensors
@@ -492,7 +496,7 @@ def save(
         raise UserError(f"{out}: not written: a reward model; only language models are exported")
     # By os.path, which says no where a name is too long to be one.
     if os.path.lexists(out):
-        raise UserError(f"{out}: exists already; name another folder")
+        raise UserError(f"{out}: exists already; remove it, or name another folder")
 
     # What is small, in full, before anything is written.
     content = config_of(config, tokenizer, dtype)
@@ -539,13 +543,13 @@ def import_run(config: Config, folder: pathlib.Path) -> Params:
             f"of {model.vocab}: they do not belong together; restore the files"
         )
     if finished_steps(pathlib.Path(config.run) / "checkpoints"):
-        _refuse_other_import(config.run, folder, model, tokenizer, files)
+        _refuse_other_import(config.run, folder, model, tokenizer, weights_sum(files))
         print(f"{config.run}: has been imported from {folder}")
         return load_params(config.run)
 
     # Saved as a finished run of no steps, that any script can start from.
     params = read_params(files, model, mesh)
-    config = dataclasses.replace(config, model=model)
+    config = dataclasses.replace(config, model=model, weights_sha256=weights_sum(files))
     with Checkpoints(
         config.run, config, script="weights", tokenizer=tokenizer.model
     ) as checkpoints:
@@ -554,28 +558,33 @@ def import_run(config: Config, folder: pathlib.Path) -> Params:
     return params
 
 
+def weights_sum(files: dict[str, pathlib.Path]) -> str:
+    """Return the SHA-256 of the sums of the files of weights, each read once, by their names.
+
+    `files`: of `find_model`, the file of each tensor.
+    """
+    paths = sorted(set(files.values()), key=lambda path: path.name)
+    lines = [f"{content_sum(path)} {path.name}\n" for path in paths]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
 def _refuse_other_import(
-    run: str,
-    folder: pathlib.Path,
-    model: ModelConfig,
-    tokenizer: Tokenizer,
-    files: dict[str, pathlib.Path],
+    run: str, folder: pathlib.Path, model: ModelConfig, tokenizer: Tokenizer, weights: str
 ) -> None:
     """Raise UserError unless `run` was imported from `folder` as it is now.
 
-    `model`, `tokenizer` and `files`: what the folder holds now.
+    `model`, `tokenizer` and `weights`, of `weights_sum`: what the folder holds now.
     """
     stored = load_config(run)
     # Runs of other scripts have no such field; an exporting command makes no run.
     read = stored.get("read")
     if read is None or pathlib.Path(read).resolve() != folder.resolve():
         raise UserError(f"{run}: holds a checkpoint already; name another --run")
-    # Weights are told by their time, for reading them again would hold the model twice.
-    imported = os.stat(pathlib.Path(run) / "config.json").st_mtime
-    newest = max(os.stat(file).st_mtime for file in files.values())
+    # By their content: times change with copies, and stay where other weights are moved in.
+    is_same_weights = stored.get("weights_sha256") == weights
     is_same_shape = stored_model(run) == model
     is_same_tokenizer = Tokenizer.load(run).sha256 == tokenizer.sha256
-    if newest > imported or not (is_same_shape and is_same_tokenizer):
+    if not (is_same_weights and is_same_shape and is_same_tokenizer):
         raise UserError(f"{run}: {folder} has changed since it was imported; name another --run")
 
 

@@ -11,9 +11,10 @@ from functools import partial
 
 import jax
 
+from data.bad_rows import OnBadRow
 from data.batches import chat_batches
 from data.mixture import first_conversations
-from data.sources import OnBadRow, open_source
+from data.sources import open_source
 from data.tokenizer import tokenizer_for
 from lora import LoraConfig, with_adapters
 from model import LanguageModel, init_and_apply

@@ -14,8 +14,9 @@ from functools import partial
 
 import jax
 
+from data.bad_rows import OnBadRow
 from data.batches import comparison_batches
-from data.sources import OnBadRow, check_eval_records, open_source
+from data.sources import check_eval_records, open_source
 from data.tokenizer import tokenizer_for
 from evaluation.gold import make_gold_evaluation
 from experiments.figa.batches import with_edit_weights

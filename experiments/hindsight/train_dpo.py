@@ -15,8 +15,9 @@ from functools import partial
 import jax
 import numpy as np
 
+from data.bad_rows import OnBadRow
 from data.batches import Batch, chat_batches
-from data.sources import OnBadRow, check_eval_records, open_source
+from data.sources import check_eval_records, open_source
 from data.tokenizer import tokenizer_for
 from evaluation.gold import make_gold_evaluation
 from experiments.hindsight.batches import hide_past_tokens, hindsight_chains

@@ -15,9 +15,10 @@ from typing import Literal
 
 import jax
 
+from data.bad_rows import OnBadRow
 from data.batches import comparison_batches
 from data.preferences import with_mismatched
-from data.sources import OnBadRow, check_eval_records, open_source
+from data.sources import check_eval_records, open_source
 from data.tokenizer import tokenizer_for
 from evaluation.gold import make_gold_evaluation
 from experiments.unlikelihood.batches import with_rank_weights
