@@ -69,7 +69,8 @@ OF_A_WORLD: dict[str, tuple[Method, ...]] = {
 JUDGED_BY = {"world": world_writer.PRINCIPLES, "arithmetic": arithmetic_writer.PRINCIPLES}
 """Names of the principles that each simulated writer knows."""
 IDLE_ROUNDS = 3
-"""So many rounds without a row that stays, one after the other, are the last ones."""
+"""So many rounds without a row that stays, one after the other, are the last ones of methods that
+have no last one by themselves."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,15 +190,25 @@ Rounds = Iterator[list[Made]]
 """What a method made, round by round."""
 
 
+def until_idle(rounds: Rounds) -> Rounds:
+    """Yield rounds until several of them, one after the other, have no row that stays."""
+    idle = 0
+    for made in rounds:
+        yield made
+        idle = 0 if any(not one.rule for one in made) else idle + 1
+        if idle == IDLE_ROUNDS:
+            return
+
+
 def by_self_instruct(config: Config, ask: Ask, object_to: Object) -> Rounds:
     """Grow a pool of tasks from seeds."""
-    return self_instruct(seed_tasks(config), ask, object_to, config.seed)
+    return until_idle(self_instruct(seed_tasks(config), ask, object_to, config.seed))
 
 
 def by_evol_instruct(config: Config, ask: Ask, object_to: Object) -> Rounds:
     """Take instructions on, round after round."""
     seeds = [(name, prompt) for name, prompt, _ in answered_pairs(config)]
-    return evol_instruct(seeds, ask, object_to, config.seed)
+    return until_idle(evol_instruct(seeds, ask, object_to, config.seed))
 
 
 def by_back_translate(config: Config, ask: Ask, object_to: Object) -> Rounds:
@@ -213,12 +224,12 @@ def by_rewrite(config: Config, ask: Ask, object_to: Object) -> Rounds:
 
 def by_topics(config: Config, ask: Ask, object_to: Object) -> Rounds:
     """Write as many instructions on each topic."""
-    return topics(lines_of("topics", config.topics or ""), ask, object_to)
+    return until_idle(topics(lines_of("topics", config.topics or ""), ask, object_to))
 
 
 def by_refusals(config: Config, ask: Ask, object_to: Object) -> Rounds:
     """Write risky requests and harmless ones that look like them."""
-    return refusals(lines_of("topics", config.topics or ""), ask, object_to)
+    return until_idle(refusals(lines_of("topics", config.topics or ""), ask, object_to))
 
 
 def by_invert(config: Config, ask: Ask, object_to: Object) -> Rounds:
@@ -242,16 +253,6 @@ METHODS: dict[Method, Callable[[Config, Ask, Object], Rounds]] = {
     "invert": by_invert,
     "describe": by_describe,
 }
-
-
-def until_idle(rounds: Rounds) -> Rounds:
-    """Yield rounds until several of them, one after the other, have no row that stays."""
-    idle = 0
-    for made in rounds:
-        yield made
-        idle = 0 if any(not one.rule for one in made) else idle + 1
-        if idle == IDLE_ROUNDS:
-            return
 
 
 # ---- The command ----
@@ -341,6 +342,10 @@ def make_objections(config: Config, ask: Ask) -> Object:
     return principled(ask, principles)
 
 
+FREE = ("out", "rows")
+"""Fields on which no reply depends."""
+
+
 def settings_of(config: Config) -> dict[str, Any]:
     """Return what the replies depend on: flags, and the content of what they name."""
     fields = dataclasses.asdict(config)
@@ -350,10 +355,6 @@ def settings_of(config: Config) -> dict[str, Any]:
         if name not in FREE:
             settings[f"content of --{name}"] = content
     return settings
-
-
-FREE = ("out", "rows")
-"""Fields on which no reply depends."""
 
 
 def sidecar_line(made: Made, row: int | None) -> str:
@@ -381,7 +382,7 @@ def main(config: Config) -> dict[str, int]:
             tqdm(total=config.rows, desc=config.method, unit="row", mininterval=2) as bar,
         ):
             object_to = make_objections(config, ask)
-            rounds = until_idle(METHODS[config.method](config, ask, object_to))
+            rounds = METHODS[config.method](config, ask, object_to)
             for made in itertools.chain.from_iterable(rounds):
                 counts["made"] += 1
                 if made.rule:
