@@ -47,6 +47,7 @@ from collect.writers import Question, kept_replies, run_writer
 from data.rouge import SimilarTexts, common_words, rouge_l
 from data.sources import open_source
 from data.tokenizer import Tokenizer
+from experiments.instruct import quality
 from model import LanguageModel, init_and_apply
 from model_config import PRESETS
 from runtime.checkpoint import Checkpoints
@@ -953,3 +954,39 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path, monkeypatch, capsys, 
     # Replies of a writer that writes nothing that stays are kept: they were paid for.
     left = {"made.jsonl.replies.jsonl"} if flags == ["--reliability=0"] else set()
     assert set(os.listdir(tmp_path)) - before == left
+
+
+# --- the study experiments/instruct
+
+
+def test_the_verdict_is_of_paired_differences():
+    shares = {"filtered": (0.5, 0.6), "all, equal steps": (0.4, 0.4)}
+    results = [
+        {"arm": arm, "seed": seed, "all": share}
+        for arm, of_seeds in shares.items()
+        for seed, share in enumerate(of_seeds)
+    ]
+    results.append({"arm": "all, equal passes", "seed": 7, "all": 0.9})
+    found = quality.verdict(results)
+    gap, width = found["all, equal steps"]
+    assert gap == pytest.approx(-0.15)
+    # Student's t with one degree of freedom; the differences are -0.1 and -0.2.
+    assert width == pytest.approx(12.706 * 0.05, rel=1e-3)
+    assert np.isnan(found["all, equal passes"][0])  # no filtered run of its seed
+
+
+@pytest.mark.slow
+def test_the_study_runs_and_goes_on(tmp_path, monkeypatch):
+    lm = f"{tmp_path}/lm"
+    tiny = ["--model.preset=tiny", "--length=64", "--steps=1", "--batch_size=8", "--eval_every=0"]
+    run(train_sft, f"--run={lm}", *tiny)
+    flags = [f"--init={lm}", f"--work={tmp_path}/work", f"--out={tmp_path}/results.jsonl"]
+    flags += ["--share=0.01", "--prompts=16"]
+    quality.main(quality.flags.parse(quality.Config, [*flags, "--seeds", "0"]))
+    first = lines(tmp_path / "results.jsonl")
+    assert [(line["arm"], line["seed"]) for line in first] == [(name, 0) for name in quality.ARMS]
+    quality.main(quality.flags.parse(quality.Config, [*flags, "--seeds", "0", "1"]))
+    both = lines(tmp_path / "results.jsonl")
+    assert both[:3] == first and len(both) == 6
+    sizes = {len(lines(path)) for path in (tmp_path / "work").glob("rows-*-0.jsonl")}
+    assert sizes == {15, 63}
