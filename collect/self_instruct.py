@@ -218,8 +218,8 @@ def _instructions(
             question("instructions", INSTRUCTIONS, shown=text, next=str(len(shown) + 1))
         )
 
-    fresh = []
-    gone = []
+    fresh: list[Made] = []
+    gone: list[Made] = []
     for shown, reply in zip(lists, ask(questions), strict=True):
         of = tuple(task.id for task in shown)
         # A reply that is no list is told as one that goes.

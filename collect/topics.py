@@ -127,7 +127,7 @@ def _requests(
     names: Sequence[str], replies: Sequence[str], by: str, number: int, similar: SimilarTexts
 ) -> list[Made]:
     """Read one request on each topic; those that stay are added to `similar`."""
-    made = []
+    made: list[Made] = []
     for name, reply in zip(names, replies, strict=True):
         text = without_heading(reply, "instruction", "request", "question")
         row = {"instruction": text, "input": ""}
