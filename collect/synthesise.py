@@ -37,7 +37,15 @@ from collect.instructions import (
 from collect.rewrite import rewrite
 from collect.self_instruct import self_instruct
 from collect.topics import refusals, topics
-from collect.writers import SIMULATED, Ask, Reply, kept_replies, run_writer, simulated_writer
+from collect.writers import (
+    SIMULATED,
+    Ask,
+    Reply,
+    judged_by,
+    kept_replies,
+    run_writer,
+    simulated_writer,
+)
 from data.sources import is_file
 from rewards.judges import read_principles
 from runtime import flags
@@ -105,6 +113,8 @@ class Config:
     # Who writes
     init: str | None = None
     """Run of the language model that writes and judges; None: the world's simulated one."""
+    judge: str | None = None
+    """Run of the language model that judges what --init writes; None: --init itself."""
     reliability: float = 0.9
     """The chance that each thing is right that the simulated writer writes or judges."""
     temperature: float = 0.7
@@ -284,6 +294,7 @@ def check(config: Config) -> None:
         "topics": (on_topics, "--method=topics or refusals"),
         "descriptions": (is_described, "--method=describe"),
         "init": (is_written, "a --method that writes"),
+        "judge": (is_written and not is_simulated, "--init"),
         "reliability": (is_simulated, "the simulated writer"),
         "temperature": (is_written and not is_simulated, "--init"),
         "max_new_tokens": (is_written and not is_simulated, "--init"),
@@ -315,7 +326,11 @@ def check_writer(config: Config) -> None:
 def make_reply(config: Config) -> Reply:
     """Make the writer: the model of --init, else the simulated one."""
     if config.init is not None:
-        return run_writer(config.init, config.temperature, config.max_new_tokens, config.seed)
+        settings = (config.temperature, config.max_new_tokens, config.seed)
+        write = run_writer(config.init, *settings)
+        if config.judge is None:
+            return write
+        return judged_by(write, run_writer(config.judge, *settings))
     if config.method in BY_TEMPLATE:
         return no_writer
     return simulated_writer(source_of(config), config.reliability, config.seed)

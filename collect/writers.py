@@ -26,6 +26,12 @@ QUESTIONS = 64
 """Questions a call: so many replies are lost at most where a command is killed."""
 
 
+JUDGEMENTS = frozenset(
+    ["principle", "score", "score_instruction", "same", "means", "about", "harmful", "declines"]
+)
+"""Steps that judge what was written, instead of writing."""
+
+
 class Question(NamedTuple):
     """What a writer is asked."""
 
@@ -65,6 +71,19 @@ def run_writer(run: str, temperature: float, max_new_tokens: int, seed: int) -> 
         key = jax.random.fold_in(jax.random.key(seed), number)
         # Of what never ended nothing is left.
         return ["".join(loaded.tokenizer.ended([tokens])).strip() for tokens in ask(chats, key)]
+
+    return reply
+
+
+def judged_by(write: Reply, judge: Reply) -> Reply:
+    """Make a Reply of two: `judge` is asked what judges, `write` all else.
+
+    The questions of one call are all of the one sort or of the other.
+    """
+
+    def reply(questions: Sequence[Question], number: int) -> list[str]:
+        is_judgement = questions[0].step in JUDGEMENTS
+        return judge(questions, number) if is_judgement else write(questions, number)
 
     return reply
 

@@ -55,9 +55,8 @@ from runtime.errors import UserError
 from tasks import arithmetic, arithmetic_writer, world, world_writer
 
 ROOT = pathlib.Path(__file__).parents[1]
-JUDGING = {"principle", "score", "means", "score_instruction", "same", "kind"}
-JUDGING |= {"about", "harmful", "declines"}
-"""Steps in which a writer judges instead of writing."""
+JUDGING = {*writers.JUDGEMENTS, "kind"}
+"""Steps in which a simulated writer judges instead of writing."""
 
 
 def asking(source, writes, judges=1.0, seed=0, asked=None):
@@ -895,6 +894,40 @@ def test_replies_are_kept_by_calls_and_belong_to_their_questions(tmp_path):
     assert ask_and_stop("text", 0) == [] and not path.exists()
 
 
+def test_a_judge_of_its_own_judges_and_the_writer_writes():
+    """In every method, and no call asks both."""
+    asked = {"write": set(), "judge": set()}
+
+    def make(name, reliability):
+        reply = writers.simulated_writer("world", reliability, 0)
+
+        def answer(questions, number):
+            asked[name].update(one.step for one in questions)
+            assert len({one.step in writers.JUDGEMENTS for one in questions}) == 1
+            return reply(questions, number)
+
+        return answer
+
+    reply = writers.judged_by(make("write", 0.5), make("judge", 1.0))
+    numbers = itertools.count()
+
+    def ask(questions):
+        return reply(questions, next(numbers)) if questions else []
+
+    object_to = principled(ask, dict.fromkeys(world_writer.PRINCIPLES, ""))
+    pairs = typed_pairs(40)
+    rows = rounds_of(self_instruct(world_seeds(), ask, object_to, 0), 2)
+    rows += rounds_of(rewrite(pairs, ask, object_to, "output"), 1)
+    rows += rounds_of(rewrite(pairs, ask, object_to, "instruction"), 1)
+    rows += rounds_of(topics(["capital", "colour"], ask, object_to), 2)
+    rows += rounds_of(refusals(world_writer.facts.HARMS[:5], ask, object_to), 1)
+    outputs = [(name, answer) for name, _, answer in pairs]
+    rows += rounds_of(back_translate(outputs, ask, object_to, 5), 1)
+    assert asked["judge"] == writers.JUDGEMENTS - {"same"}
+    assert not asked["write"] & writers.JUDGEMENTS and "answer" in asked["write"]
+    assert all(gold_of(one).all for one in kept(rows))
+
+
 def test_a_run_writes(tmp_path):
     """Of random weights: what it writes is a function of the call's number."""
     tokenizer = Tokenizer.train((world.text(i) for i in range(200)), tmp_path / "made", 512)
@@ -921,6 +954,7 @@ def test_a_run_writes(tmp_path):
         (["--method=evol_instruct"], "the simulated writer of world does not know it"),
         (["--data=arithmetic"], "--data=arithmetic: not read without a --method that reads rows"),
         (["--temperature=1"], "--temperature=1.0: not read without --init"),
+        (["--judge=none"], "--judge=none: not read without --init"),
         (["--init=none", "--reliability=0.5"], "not read without the simulated writer"),
         (["--least_score=4"], "--least_score=4: not read without --method=back_translate"),
         (
