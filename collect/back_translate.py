@@ -2,17 +2,21 @@
 
 arXiv 2308.06259. The writer reads a text that people wrote and writes the instruction that it
 answers; then it scores each pair, and only the best stay (self-curation). Pairs turned round
-(collect/by_template.py) teach a model to be such a writer, asked in the same words.
+(collect/by_template.py) teach a model to be such a writer, asked in the same words. Of the paper
+one round is here, by a judge of your choice: there is no second one with the model that the first
+one's pairs were trained on, and no tag that tells rows that people wrote from these.
 """
 
 from collections.abc import Iterator, Sequence
 
+from collect.clean import folded
 from collect.instructions import (
+    INSTRUCTION_OF,
+    NO_REPLY,
     Made,
     Object,
     ask_scores,
     dropped,
-    folded,
     pair_of,
     staying,
     without_heading,
@@ -20,12 +24,7 @@ from collect.instructions import (
 )
 from collect.writers import Ask, question
 
-PART = 64
-"""Answers a round."""
-INSTRUCTION_OF = """Write the instruction to which the text below is the answer. Write the
-instruction only.
-
-{answer}"""
+ANSWERS_A_ROUND = 64
 
 
 def back_translate(
@@ -37,8 +36,8 @@ def back_translate(
     `copied` (the instruction is the answer), `score` (below `least_score` of 5, or none),
     `principle`.
     """
-    for start in range(0, len(answers), PART):
-        part = answers[start : start + PART]
+    for start in range(0, len(answers), ANSWERS_A_ROUND):
+        part = answers[start : start + ANSWERS_A_ROUND]
         replies = ask(
             [question("instruction_of", INSTRUCTION_OF, answer=text) for _, text in part]
         )
@@ -48,7 +47,7 @@ def back_translate(
             row = {"instruction": instruction, "input": "", "output": text}
             made = Made(f"back_translate {name}", row, "back_translate", (name,))
             if not instruction:
-                made = made._replace(rule="unreadable", reason="came to no end")
+                made = made._replace(rule="unreadable", reason=NO_REPLY)
             elif folded(instruction) == folded(text):
                 made = made._replace(rule="copied", reason="the instruction is the answer")
             pairs.append(made)

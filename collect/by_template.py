@@ -6,8 +6,8 @@ a model reads first (Wei et al. 2022, FLAN; Sanh et al. 2022, T0), in one of sev
 
 from collections.abc import Sequence
 
-from collect.back_translate import INSTRUCTION_OF
-from collect.instructions import Made, folded
+from collect.clean import folded
+from collect.instructions import INSTRUCTION_OF, Made
 from tasks.world import drawn_for
 
 

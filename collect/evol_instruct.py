@@ -3,25 +3,26 @@
 WizardLM, arXiv 2304.12244. Each round takes every instruction one step on, by an operation drawn
 at random: in depth (a constraint more, a deeper question, a concrete case, more steps of
 reasoning, a more complicated input), or in breadth (a new one of the same domain). The writer
-answers what it wrote. What failed goes, and the instruction before it is tried again.
+answers what it wrote. What stays takes the place of the instruction that it was made from; where
+it failed that one is tried again in the next round.
 """
 
 import re
 from collections.abc import Iterator, Sequence
 
+from collect.clean import folded
 from collect.instructions import (
+    NO_REPLY,
     Made,
     Object,
+    answer_fault,
     dropped,
-    folded,
     read_answer,
     staying,
     without_heading,
     without_objections,
 )
 from collect.writers import Ask, question
-from data.near_duplicates import normal
-from data.text_rules import STOP_WORDS
 from tasks.world import drawn_for
 
 DEPTH = {
@@ -35,6 +36,8 @@ DEPTH = {
 BREADTH = "breadth"
 """The operation that writes another instruction of the same domain."""
 OPERATIONS = (*DEPTH, BREADTH)
+ROUNDS = 4
+"""So many steps is an instruction taken on at most, as in the paper."""
 
 IN_DEPTH = """Rewrite the instruction below into a more complex one that people still understand
 and an assistant can answer. {how} Keep what it is about, and add at most some twenty words. Write
@@ -49,31 +52,16 @@ SAME = """First: {first}
 Second: {second}
 Do both ask for the same, with the same constraints, and to the same depth? Answer with yes or
 no."""
-WORDS_OF_A_REFUSAL = 80
-"""An answer of fewer words that has a sorry in it is a refusal (section 3.2 of the paper)."""
 WORDS_OF_THE_QUESTION = re.compile(
-    r"\b((?:given|new|rewritten|original) (?:prompt|instruction)|same domain)s?\b", re.IGNORECASE
+    r"\b(?:given|rewritten|created) (?:prompt|instruction)s?\b", re.IGNORECASE
 )
-"""Words that a writer copies from the question instead of doing what it asks."""
-MORE_STOP_WORDS = frozenset(
-    ["a", "an", "in", "is", "it", "this", "on", "for", "as", "at", "by", "or", "not", "so", "i"]
-)
-
-
-def answer_fault(answer: str) -> str:
-    """Say what is wrong with an answer: "" for nothing, a refusal, or no word that says any."""
-    words = normal(answer).split()
-    if "sorry" in words and len(words) < WORDS_OF_A_REFUSAL:
-        return "is sorry"
-    if set(words) <= STOP_WORDS | MORE_STOP_WORDS:
-        return "says nothing" if answer else "came to no end"
-    return ""
+"""What writers say about their task instead of doing it (section 3.2 of the paper)."""
 
 
 def evol_instruct(
     seeds: Sequence[tuple[str, str]], ask: Ask, object_to: Object, seed: int
 ) -> Iterator[list[Made]]:
-    """Yield what each round made of the instructions, kept and dropped, without end.
+    """Yield what each of the rounds made of the instructions, kept and dropped.
 
     `seeds`: ids and instructions. A row has instruction, input (empty) and output. Rules: `copied`
     (words of the question), `repeated`, `unchanged` (the writer finds no information gained),
@@ -81,8 +69,7 @@ def evol_instruct(
     """
     pool = list(seeds)
     seen = {folded(instruction) for _, instruction in seeds}
-    number = 0
-    while True:
+    for number in range(ROUNDS):
         rng = drawn_for("evol_instruct", seed, number)
         operations = [rng.choice(OPERATIONS) for _ in pool]
         evolved = _evolved(pool, operations, ask, seen, number)
@@ -90,15 +77,11 @@ def evol_instruct(
         evolved = without_objections(_answered(evolved, ask), object_to)
         yield evolved
 
-        # What evolved takes the place of what it was made from, or stands beside it.
-        after = []
-        for before, made in zip(pool, evolved, strict=True):
-            if made.rule or made.by == BREADTH:
-                after.append(before)
+        # What evolved takes the place of what it was made from, in breadth too (the paper's code).
+        for place, made in enumerate(evolved):
             if not made.rule:
-                after.append((made.id, made.row["instruction"]))
-        pool = after
-        number += 1
+                pool[place] = (made.id, made.row["instruction"])
+                seen.add(folded(made.row["instruction"]))
 
 
 def _evolved(
@@ -108,7 +91,11 @@ def _evolved(
     seen: set[str],
     number: int,
 ) -> list[Made]:
-    """Have every instruction rewritten; those whose form is wrong, or seen before, are dropped."""
+    """Have every instruction rewritten; those whose form is wrong, or seen before, are dropped.
+
+    `seen`: instructions that stay, folded. What fails later does not stand in the way of the same.
+    """
+    seen = set(seen)
     questions = []
     for (_, instruction), operation in zip(pool, operations, strict=True):
         if operation == BREADTH:
@@ -127,7 +114,7 @@ def _evolved(
         made = Made(f"evol_instruct {number}.{place}", row, operation, (name,))
         copied = WORDS_OF_THE_QUESTION.search(text)
         if not text:
-            made = made._replace(rule="unreadable", reason="came to no end")
+            made = made._replace(rule="unreadable", reason=NO_REPLY)
         elif copied:
             made = made._replace(rule="copied", reason=f"has {copied[0]!r}")
         elif folded(text) in seen:

@@ -1,4 +1,4 @@
-"""Tasks and rows of synthesis: what is read, what is made, and what every method asks of it."""
+"""Tasks and rows of synthesis: what is read, what is made, and what several methods share."""
 
 import json
 import pathlib
@@ -8,16 +8,33 @@ from typing import Any, NamedTuple
 
 from collect.writers import Ask, question
 from data.fields import FieldError, get, text_of
+from data.near_duplicates import normal
+from data.text_rules import STOP_WORDS
+from rewards.judges import KEEPS
 from runtime.errors import UserError
 
-KEEPS = """Request: {request}
-Response: {response}
-Rule: {rule}
-Does the response keep the rule? Answer with yes or no."""
+YES_OR_NO = "Answer with yes or no."
+INSTRUCTION_OF = """Write the instruction to which the text below is the answer. Write the
+instruction only.
+
+{answer}"""
+"""Asked by back_translate, and in the rows of invert."""
 SCORE = """Request: {request}
 Response: {response}
 How well does the response do what the request asks, as an assistant's answer? 5 is perfect, 4 is
 good, 3 is fair, 2 has faults, 1 is no answer to it. Reply with one line, as in "Score: 3"."""
+IDLE_ROUNDS = 3
+"""So many rounds without a row that stays, one after the other, are the last ones of methods that
+have no last one by themselves."""
+MOST_SIMILAR = 0.7
+"""An instruction goes whose ROUGE-L with one before it is above this."""
+NO_REPLY = "came to no end, or the question did not fit"
+"""What is told of an empty reply."""
+WORDS_OF_A_REFUSAL = 80
+"""An answer of fewer words that has a sorry in it is a refusal (WizardLM, section 3.2)."""
+MORE_STOP_WORDS = frozenset(
+    ["a", "an", "in", "is", "it", "this", "on", "for", "as", "at", "by", "or", "not", "so", "i"]
+)
 
 
 class Instance(NamedTuple):
@@ -71,7 +88,7 @@ def read_seeds(path: str) -> list[Task]:
     try:
         lines = pathlib.Path(path).read_text("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as fault:
-        raise UserError(f"--seeds={path}: cannot be read as text ({fault})") from None
+        raise UserError(f"--seed_tasks={path}: cannot be read as text ({fault})") from None
     tasks = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -83,7 +100,7 @@ def read_seeds(path: str) -> list[Task]:
         except FieldError as fault:
             raise UserError(f"{path}:{number}: {fault}") from None
     if not tasks:
-        raise UserError(f"--seeds={path}: holds no task; write one a line")
+        raise UserError(f"--seed_tasks={path}: holds no task; write one a line")
     return tasks
 
 
@@ -117,11 +134,6 @@ def prompt_text(instruction: str, given: str = "") -> str:
     return f"{instruction}\n\n{given}" if given else instruction
 
 
-def folded(text: str) -> str:
-    """Return a text in lower case and with single spaces, to tell repeated ones."""
-    return " ".join(text.casefold().split())
-
-
 # ---- Replies that all methods read ----
 
 
@@ -134,14 +146,25 @@ def read_answer(reply: str, words: Sequence[str]) -> str | None:
 def read_score(reply: str) -> int | None:
     """Return the score from 1 to 5 that a reply gives; None where it gives none, or another.
 
-    `Score: 4`, `4/5`, `4 out of 5`, `**4**`: of several the one behind the word score, else the
-    first. 10 is no score, nor is 4.5.
+    That is the last number right behind the word score, as in `Score: 4` or `**Score:** 4/5`; or a
+    reply that is a number alone, as `4`, `4/5` and `4 out of 5` are. No score are 10 and 4.5, nor
+    what a scale is told with: `Score (1-5)`, `out of 5`.
     """
-    behind = re.search(r"score\W{0,12}(\d+(?:[.,]\d+)?)", reply, re.IGNORECASE)
-    found = behind or re.search(r"(\d+(?:[.,]\d+)?)", reply)
-    if found is None or found[1] not in ("1", "2", "3", "4", "5"):
-        return None
-    return int(found[1])
+    behind = re.findall(r"score[\s:*_]*([1-5])\b(?![.,-]\d)", reply, re.IGNORECASE)
+    alone = re.fullmatch(r"[\s*]*([1-5])(?:\s*(?:/|out of)\s*5)?[\s*.]*", reply, re.IGNORECASE)
+    if behind:
+        return int(behind[-1])
+    return int(alone[1]) if alone else None
+
+
+def answer_fault(answer: str) -> str:
+    """Say what is wrong with an answer: "" for nothing, a refusal, or no word that says any."""
+    words = normal(answer).split()
+    if "sorry" in words and len(words) < WORDS_OF_A_REFUSAL:
+        return "is sorry"
+    if set(words) <= STOP_WORDS | MORE_STOP_WORDS:
+        return "says nothing" if answer else NO_REPLY
+    return ""
 
 
 def without_heading(reply: str, *headings: str) -> str:
@@ -182,7 +205,7 @@ def principled(ask: Ask, principles: dict[str, str]) -> Object:
         for request, response in pairs:
             for name, rule in principles.items():
                 given = {"request": request, "response": response, "rule": rule, "name": name}
-                questions.append(question("principle", KEEPS, **given))
+                questions.append(question("principle", KEEPS + YES_OR_NO, **given))
         replies = iter(ask(questions))
         objections = []
         for _ in pairs:

@@ -1,13 +1,15 @@
 """Rewriting: instructions or answers of rows that are there, where they get better by it.
 
-Of an instruction the writer must find that it asks for the same as before, and of a pair that its
-score is higher. So none is made worse, as far as the writer can tell.
+The other rows are written as they were. Of an instruction the writer must find that it asks for
+the same as before, and of a pair that its score is higher. So none is made worse, as far as the
+writer can tell.
 """
 
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
 from collect.instructions import (
+    NO_REPLY,
     Made,
     Object,
     ask_scores,
@@ -21,8 +23,7 @@ from collect.instructions import (
 )
 from collect.writers import Ask, question
 
-PART = 64
-"""Rows a round."""
+ROWS_A_ROUND = 64
 REWRITE_INSTRUCTION = """Rewrite the instruction below so that it is clear, complete and correctly
 written, and asks for the same as before. Write the new instruction only.
 
@@ -37,25 +38,37 @@ SCORE_INSTRUCTION = """Instruction: {instruction}
 How clear, complete and correctly written is the instruction? 5 is perfect, 4 is good, 3 is fair,
 2 has faults, 1 cannot be understood. Reply with one line, as in "Score: 3"."""
 """Asked of an instruction by itself."""
+AS_IT_WAS = "as_it_was"
+"""What a row was made by that no rewriting made better."""
 
 Part = Literal["instruction", "output"]
+"""What of a row is rewritten."""
 
 
 def rewrite(
     pairs: Sequence[tuple[str, str, str]], ask: Ask, object_to: Object, part: Part
 ) -> Iterator[list[Made]]:
-    """Yield the rows of each round, their instruction or output rewritten, kept and dropped.
+    """Yield the rows of each round, their instruction or output rewritten, kept and dropped, and
+    those as they were (`AS_IT_WAS`) whose rewriting went.
 
     `pairs`: (id, instruction, output). A row has instruction, input (empty) and output. Rules:
     `unreadable`, `unchanged`, `meaning` (it asks for another thing), `no_better` (by its score),
     `principle`.
     """
-    for start in range(0, len(pairs), PART):
-        before = pairs[start : start + PART]
+    for start in range(0, len(pairs), ROWS_A_ROUND):
+        before = pairs[start : start + ROWS_A_ROUND]
         rewritten = _rewritten(before, ask, part)
         if part == "instruction":
             rewritten = _meaning_the_same(before, rewritten, ask)
-        yield without_objections(_better(before, rewritten, ask, part), object_to)
+        rewritten = without_objections(_better(before, rewritten, ask, part), object_to)
+
+        # Where the rewriting goes the row stays as it was.
+        left = []
+        for (name, instruction, output), made in zip(before, rewritten, strict=True):
+            if made.rule:
+                row = {"instruction": instruction, "input": "", "output": output}
+                left.append(Made(f"as_it_was {name}", row, AS_IT_WAS, (name,)))
+        yield [*rewritten, *without_objections(left, object_to)]
 
 
 def _rewritten(before: Sequence[tuple[str, str, str]], ask: Ask, part: Part) -> list[Made]:
@@ -75,7 +88,7 @@ def _rewritten(before: Sequence[tuple[str, str, str]], ask: Ask, part: Part) -> 
         text = without_heading(reply, part, "response", "new instruction", "new response")
         made = Made(f"rewrite {name}", {**row, part: text}, f"rewrite_{part}", (name,))
         if not text:
-            made = made._replace(rule="unreadable", reason="came to no end")
+            made = made._replace(rule="unreadable", reason=NO_REPLY)
         elif text == row[part]:
             made = made._replace(rule="unchanged", reason="is as it was")
         rewritten.append(made)

@@ -12,6 +12,7 @@ import string
 from collections.abc import Iterator, Sequence
 
 from collect.instructions import (
+    MOST_SIMILAR,
     Instance,
     Made,
     Object,
@@ -28,8 +29,6 @@ SHOWN = 8
 """Instructions that the writer sees."""
 SHOWN_OF_MADE = 2
 """Of these, so many that it wrote itself, as soon as there are any."""
-MOST_SIMILAR = 0.7
-"""An instruction goes whose ROUGE-L with one before it is above this."""
 WORDS = (4, 150)
 """Fewest and most words of an instruction."""
 INSTANCES = 5
@@ -41,12 +40,14 @@ NOT_OF_TEXT = re.compile(
 
 LISTS = 8
 """Lists of instructions a round."""
+WRITTEN = 8
+"""Instructions that are asked for in a list."""
 LABELLED_SHOWN = 4
 """Tasks of each kind that are shown where the kind of a new one is asked."""
 
 INSTRUCTIONS = """Here are tasks that an assistant may be given:
 {shown}
-Write more tasks of as many other kinds as you can, numbered from {next}, one a line."""
+Write more tasks, each of another kind, numbered from {next} to {last}, one a line."""
 KIND = """A classification task has a small set of possible outputs.
 {shown}
 Task: {instruction}
@@ -70,10 +71,18 @@ Task: {instruction}"""
 
 # ---- Replies ----
 
+ITEM = r"(?:^|\n)[ \t]*\d+[ \t]*[.)][ \t]+"
+"""How an item of a numbered list begins."""
+EXAMPLE = r"(?:^|\n)[#*\s]*Example[ \t]*\d+[*.:]*"
+"""How an example begins that has the input first."""
+LABEL = r"(?:^|\n)[ \t]*Class label[ \t]*:"
+"""How an example begins that has the label first."""
+INPUT = r"(?:^|\n)[ \t]*Input[ \t]*\d*[ \t]*:"
+
 
 def read_list(reply: str) -> list[str]:
     """Return the items of a numbered list, each in one line; what stands before it is none."""
-    pieces = re.split(r"(?:^|\n)[ \t]*\d+[ \t]*[.)][ \t]+", reply)
+    pieces = re.split(ITEM, reply)
     items = [" ".join(piece.split()) for piece in pieces[1:]]
     return [item for item in items if item]
 
@@ -84,26 +93,30 @@ def read_instances(reply: str) -> list[Instance]:
     An example without `Output:` is skipped; a reply without `Example` is one instance.
     """
     found = []
-    for piece in re.split(r"(?:^|\n)[#*\s]*Example[ \t]*\d*[*.:]*[ \t]*(?=\n|$)", reply):
+    for piece in re.split(EXAMPLE, reply):
         head, *outputs = re.split(r"(?:^|\n)[ \t]*Output[ \t]*\d*[ \t]*:", piece)
         if not outputs:
             continue
-        # Another input behind the output is one more example, without its number.
-        output = re.split(r"\n[ \t]*Input[ \t]*\d*[ \t]*:", outputs[0])[0]
-        given = re.sub(r"^\s*Input[ \t]*\d*[ \t]*:", "", head).strip()
-        # So do writers say that there is none.
-        is_none = given.strip("().[]<>").casefold() in ("none", "n/a", "no input")
-        found.append(Instance("" if is_none else given, output.strip()))
+        # Behind the output another input begins an example without a number, which is left out.
+        output = re.split(INPUT, outputs[0])[0]
+        found.append(Instance(_input_of(head), output.strip()))
     return found
+
+
+def _input_of(text: str) -> str:
+    """Return what stands behind the last `Input:`; "" without one, and where it says none."""
+    _, *inputs = re.split(INPUT, text)
+    given = inputs[-1].strip() if inputs else ""
+    is_none = given.strip("().[]<>").casefold() in ("none", "n/a", "no input")
+    return "" if is_none else given
 
 
 def read_labelled(reply: str) -> list[Instance]:
     """Return the instances of a reply that has the label first; without a label there are none."""
     found = []
-    for piece in re.split(r"(?:^|\n)[ \t]*Class label[ \t]*:", reply)[1:]:
+    for piece in re.split(LABEL, reply)[1:]:
         label, _, rest = piece.partition("\n")
-        given = re.sub(r"^\s*Input[ \t]*\d*[ \t]*:", "", rest).strip()
-        found.append(Instance(given, label.strip()))
+        found.append(Instance(_input_of(rest), label.strip()))
     return found
 
 
@@ -134,34 +147,40 @@ def unfit(instruction: str) -> Fault | None:
 def faults_of(instances: Sequence[Instance]) -> list[Fault | None]:
     """Object to instances of one task; None for each that stays.
 
-    Rules: `empty`, `copied` (the output is the input), `unfinished` (ends in a colon), `repeated`,
-    `contradicted` (an input with two outputs, and then all of the task), `surplus`.
+    Rules: `empty`, `copied` (the output is the input), `unfinished` (ends in a colon); of those
+    that are left `contradicted` (an input with two outputs, and then all), `repeated`, `surplus`.
     """
+    faults = [_fault_of_form(one) for one in instances]
     outputs_of: dict[str, set[str]] = {}
-    for one in instances:
-        outputs_of.setdefault(one.input, set()).add(one.output)
-    contradicted = [given for given, outputs in outputs_of.items() if given and len(outputs) > 1]
+    for one, fault in zip(instances, faults, strict=True):
+        if fault is None and one.input:
+            outputs_of.setdefault(one.input, set()).add(one.output)
+    contradicted = [given for given, outputs in outputs_of.items() if len(outputs) > 1]
 
-    faults: list[Fault | None] = []
     kept: set[Instance] = set()
-    for one in instances:
-        fault: Fault | None = None
-        if not one.output:
-            fault = "empty", "has no output"
-        elif one.output == one.input:
-            fault = "copied", "the output is the input"
-        elif one.output.endswith(":") or one.input.endswith(":"):
-            fault = "unfinished", "ends in a colon"
-        elif contradicted:
-            fault = "contradicted", f"two outputs to {contradicted[0][:40]!r}"
+    for place, one in enumerate(instances):
+        if faults[place] is not None:
+            continue
+        if contradicted:
+            faults[place] = "contradicted", f"two outputs to {contradicted[0][:40]!r}"
         elif one in kept:
-            fault = "repeated", "stands there before"
+            faults[place] = "repeated", "stands there before"
         elif len(kept) == INSTANCES:
-            fault = "surplus", f"more than {INSTANCES} instances"
+            faults[place] = "surplus", f"more than {INSTANCES} instances"
         else:
             kept.add(one)
-        faults.append(fault)
     return faults
+
+
+def _fault_of_form(instance: Instance) -> Fault | None:
+    """Object to an instance by itself."""
+    if not instance.output:
+        return "empty", "has no output"
+    if instance.output == instance.input:
+        return "copied", "the output is the input"
+    if instance.output.endswith(":") or instance.input.endswith(":"):
+        return "unfinished", "ends in a colon"
+    return None
 
 
 # ---- The method ----
@@ -214,9 +233,9 @@ def _instructions(
     questions = []
     for shown in lists:
         text = "\n".join(f"{i}. {task.instruction}" for i, task in enumerate(shown, 1))
-        questions.append(
-            question("instructions", INSTRUCTIONS, shown=text, next=str(len(shown) + 1))
-        )
+        numbers = {"next": str(len(shown) + 1), "last": str(len(shown) + WRITTEN)}
+        asked = question("instructions", INSTRUCTIONS, shown=text, **numbers)
+        questions.append(asked._replace(item=ITEM))
 
     fresh: list[Made] = []
     gone: list[Made] = []
@@ -280,9 +299,10 @@ def _instances(
         instruction = one.row["instruction"]
         given = {"instruction": instruction, "most": str(INSTANCES)}
         if is_classification:
-            questions.append(question("label_first", LABEL_FIRST, **given))
+            asked = question("label_first", LABEL_FIRST, **given)._replace(item=LABEL)
         else:
-            questions.append(question("input_first", INPUT_FIRST, **given))
+            asked = question("input_first", INPUT_FIRST, **given)._replace(item=EXAMPLE)
+        questions.append(asked)
 
     # What can be read of each reply, by the rules on its form.
     rows: list[Made] = []

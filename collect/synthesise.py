@@ -17,15 +17,17 @@ import dataclasses
 import itertools
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from tqdm import tqdm
 
 from collect.back_translate import back_translate
 from collect.by_template import describe, invert
+from collect.clean import lines_of
 from collect.evol_instruct import evol_instruct
 from collect.examples import as_line, open_rows, schema_of, texts_to_judge
 from collect.instructions import (
+    IDLE_ROUNDS,
     Made,
     Object,
     Task,
@@ -49,7 +51,7 @@ from collect.writers import (
 from data.sources import is_file
 from rewards.judges import read_principles
 from runtime import flags
-from runtime.errors import UserError, refuse_unread, require
+from runtime.errors import refuse_unread, require
 from runtime.inputs import contents_of
 from runtime.run_folder import atomic_text
 from sharding import MeshConfig, make_mesh
@@ -65,10 +67,6 @@ Method = Literal[
     "invert",
     "describe",
 ]
-BY_TEMPLATE: tuple[Method, ...] = ("invert", "describe")
-"""Methods in which nothing is written."""
-WITHOUT_ROWS: tuple[Method, ...] = ("self_instruct", "topics", "refusals")
-"""Methods that do not read --data."""
 OF_A_WORLD: dict[str, tuple[Method, ...]] = {
     "world": ("self_instruct", "back_translate", "rewrite", "topics", "refusals"),
     "arithmetic": ("evol_instruct",),
@@ -76,9 +74,6 @@ OF_A_WORLD: dict[str, tuple[Method, ...]] = {
 """What the simulated writer of each built-in world can write."""
 JUDGED_BY = {"world": world_writer.PRINCIPLES, "arithmetic": arithmetic_writer.PRINCIPLES}
 """Names of the principles that each simulated writer knows."""
-IDLE_ROUNDS = 3
-"""So many rounds without a row that stays, one after the other, are the last ones of methods that
-have no last one by themselves."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,8 +81,8 @@ class Config:
     # What is made
     method: Method = "self_instruct"
     """self_instruct: tasks from seeds. evol_instruct: harder and rarer instructions.
-    back_translate: instructions to answers. rewrite: better instructions or answers. topics: as
-    many instructions on each topic. refusals: risky requests declined, harmless ones answered.
+    back_translate: instructions to answers. rewrite: better instructions or answers. topics:
+    instructions on given topics. refusals: risky requests declined, harmless ones answered.
     invert: answers ask for their prompts. describe: a task's description above each input
     (docs/synthesis.md)."""
     out: str = "runs/made.jsonl"
@@ -98,7 +93,7 @@ class Config:
     """Seed of the built-in data, of what the writer is shown and of what it writes."""
 
     # From what
-    seeds: str = "world"
+    seed_tasks: str = "world"
     """Seed tasks of self_instruct: world, or a file in the layout of its seed_tasks.jsonl."""
     data: str = "world"
     """Rows for the other methods: world, arithmetic, or files. back_translate reads answers, or
@@ -106,7 +101,9 @@ class Config:
     most: int = 1000
     """Rows of --data that are read, at most."""
     topics: str | None = None
-    """File with a topic a line (topics), or a harm (refusals)."""
+    """File with a topic a line (topics)."""
+    harms: str | None = None
+    """File with a harm a line (refusals)."""
     descriptions: str | None = None
     """File with a description of the task of --data a line, each in other words (describe)."""
 
@@ -118,9 +115,9 @@ class Config:
     reliability: float = 0.9
     """The chance that each thing is right that the simulated writer writes or judges."""
     temperature: float = 0.7
-    """Sampling temperature."""
+    """Sampling temperature of what is written; scores and instances have 0."""
     max_new_tokens: int = 256
-    """Longest reply, in tokens; one that comes to no end is left out."""
+    """Longest reply, in tokens; of one that comes to no end at most whole items of a list stay."""
 
     # What goes
     principles: str | None = None
@@ -134,28 +131,36 @@ class Config:
 # ---- What is read ----
 
 
-def seed_tasks(config: Config) -> list[Task]:
-    """Return the seed tasks of --seeds."""
-    if config.seeds == "world":
+def read_seed_tasks(config: Config) -> list[Task]:
+    """Return the tasks of --seed_tasks."""
+    if config.seed_tasks == "world":
         rows = world_writer.seed_tasks(config.seed)
         return [task_of(row, row["id"]) for row in rows]
-    return read_seeds(config.seeds)
+    return read_seeds(config.seed_tasks)
 
 
 def pairs_of(config: Config) -> list[tuple[str, str, str]]:
     """Return (id, prompt, response) of the rows of --data that have one turn each.
 
-    A text, and what has no prompt, has the prompt "".
+    A text, and what has no prompt, has the prompt "". What is judged undesirable is left out.
     """
     schema = schema_of(config.data, None if is_file(config.data) else "chat")
     require(
         schema != "prompt",
         f"--data={config.data}: has prompts alone; name rows with answers, or texts",
     )
+    require(
+        schema != "steps",
+        f"--data={config.data}: has steps with judgements; name rows with answers, or texts",
+    )
     source = open_rows(config.data, schema, config.seed)
     pairs = []
+    undesirable = 0
     count = min(config.most, len(source))
     for i in range(count):
+        if not source[i].get("desirable", True):
+            undesirable += 1
+            continue
         prompt, response = texts_to_judge(source[i])
         # A conversation of the world begins with a request by itself.
         if not is_file(config.data) and not isinstance(prompt, str):
@@ -165,9 +170,13 @@ def pairs_of(config: Config) -> list[tuple[str, str, str]]:
             pairs.append((f"row {i + 1}", prompt, response))
         elif len(prompt) == 1:
             pairs.append((f"row {i + 1}", prompt[0]["content"], response))
-    if len(pairs) < count:
+    longer = count - undesirable - len(pairs)
+    if undesirable:
+        print(f"{config.data}: {undesirable:,} of {count:,} rows are undesirable: left out")
+    if longer:
         print(
-            f"{config.data}: {count - len(pairs):,} of {count:,} rows have several turns: left out"
+            f"{config.data}: {longer:,} of {count:,} rows have a system message or several turns: "
+            "left out"
         )
     return pairs
 
@@ -181,17 +190,6 @@ def answered_pairs(config: Config) -> list[tuple[str, str, str]]:
         f"--method={config.method} reads no texts and no longer conversations",
     )
     return pairs
-
-
-def lines_of(flag: str, path: str) -> list[str]:
-    """Return the distinct lines of the file of a flag; UserError where it has none."""
-    try:
-        text = pathlib.Path(path).read_text("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as fault:
-        raise UserError(f"--{flag}={path}: cannot be read as text ({fault})") from None
-    found = dict.fromkeys(line.strip() for line in text.splitlines() if line.strip())
-    require(bool(found), f"--{flag}={path}: has none; write one a line")
-    return list(found)
 
 
 # ---- What is made ----
@@ -212,13 +210,13 @@ def until_idle(rounds: Rounds) -> Rounds:
 
 def by_self_instruct(config: Config, ask: Ask, object_to: Object) -> Rounds:
     """Grow a pool of tasks from seeds."""
-    return until_idle(self_instruct(seed_tasks(config), ask, object_to, config.seed))
+    return until_idle(self_instruct(read_seed_tasks(config), ask, object_to, config.seed))
 
 
 def by_evol_instruct(config: Config, ask: Ask, object_to: Object) -> Rounds:
-    """Take instructions on, round after round."""
+    """Take instructions on, some rounds long."""
     seeds = [(name, prompt) for name, prompt, _ in answered_pairs(config)]
-    return until_idle(evol_instruct(seeds, ask, object_to, config.seed))
+    return evol_instruct(seeds, ask, object_to, config.seed)
 
 
 def by_back_translate(config: Config, ask: Ask, object_to: Object) -> Rounds:
@@ -233,13 +231,13 @@ def by_rewrite(config: Config, ask: Ask, object_to: Object) -> Rounds:
 
 
 def by_topics(config: Config, ask: Ask, object_to: Object) -> Rounds:
-    """Write as many instructions on each topic."""
+    """Write instructions on each topic."""
     return until_idle(topics(lines_of("topics", config.topics or ""), ask, object_to))
 
 
 def by_refusals(config: Config, ask: Ask, object_to: Object) -> Rounds:
     """Write risky requests and harmless ones that look like them."""
-    return until_idle(refusals(lines_of("topics", config.topics or ""), ask, object_to))
+    return refusals(lines_of("harms", config.harms or ""), ask, object_to)
 
 
 def by_invert(config: Config, ask: Ask, object_to: Object) -> Rounds:
@@ -253,15 +251,25 @@ def by_describe(config: Config, ask: Ask, object_to: Object) -> Rounds:
     return iter([describe(answered_pairs(config), descriptions, config.seed)])
 
 
-METHODS: dict[Method, Callable[[Config, Ask, Object], Rounds]] = {
-    "self_instruct": by_self_instruct,
-    "evol_instruct": by_evol_instruct,
-    "back_translate": by_back_translate,
-    "rewrite": by_rewrite,
-    "topics": by_topics,
-    "refusals": by_refusals,
-    "invert": by_invert,
-    "describe": by_describe,
+class Way(NamedTuple):
+    """How a method makes rows."""
+
+    rounds: Callable[[Config, Ask, Object], Rounds]
+    reads_rows: bool
+    """It reads --data."""
+    is_written: bool
+    """A writer is asked; else rows come by a template alone."""
+
+
+METHODS: dict[Method, Way] = {
+    "self_instruct": Way(by_self_instruct, reads_rows=False, is_written=True),
+    "evol_instruct": Way(by_evol_instruct, reads_rows=True, is_written=True),
+    "back_translate": Way(by_back_translate, reads_rows=True, is_written=True),
+    "rewrite": Way(by_rewrite, reads_rows=True, is_written=True),
+    "topics": Way(by_topics, reads_rows=False, is_written=True),
+    "refusals": Way(by_refusals, reads_rows=False, is_written=True),
+    "invert": Way(by_invert, reads_rows=True, is_written=False),
+    "describe": Way(by_describe, reads_rows=True, is_written=False),
 }
 
 
@@ -269,30 +277,35 @@ METHODS: dict[Method, Callable[[Config, Ask, Object], Rounds]] = {
 
 
 def source_of(config: Config) -> str:
-    """Return what the simulated writer must know: --seeds, or --data, or the world."""
+    """Return what the simulated writer must know: --seed_tasks, or --data, or the world."""
     if config.method == "self_instruct":
-        return config.seeds
-    return "world" if config.method in WITHOUT_ROWS else config.data
+        return config.seed_tasks
+    return config.data if METHODS[config.method].reads_rows else "world"
 
 
 def check(config: Config) -> None:
     """Raise UserError for settings that cannot run together."""
-    on_topics = config.method in ("topics", "refusals")
-    is_described = config.method == "describe"
-    for needs_it, flag in ((on_topics, "topics"), (is_described, "descriptions")):
-        is_given = getattr(config, flag) is not None
-        require(is_given or not needs_it, f"--method={config.method}: needs --{flag}")
+    needs = {"topics": "topics", "refusals": "harms", "describe": "descriptions"}
+    needed = needs.get(config.method)
+    require(
+        needed is None or getattr(config, needed) is not None,
+        f"--method={config.method}: needs --{needed}",
+    )
+    require(
+        config.method != "refusals" or config.rows % 2 == 0,
+        f"--rows={config.rows}: must be even with --method=refusals, which makes pairs",
+    )
     check_writer(config)
 
-    reads_rows = config.method not in WITHOUT_ROWS
-    is_written = config.method not in BY_TEMPLATE
+    _, reads_rows, is_written = METHODS[config.method]
     is_simulated = is_written and config.init is None
     readers = {
-        "seeds": (config.method == "self_instruct", "--method=self_instruct"),
+        "seed_tasks": (config.method == "self_instruct", "--method=self_instruct"),
         "data": (reads_rows, "a --method that reads rows"),
         "most": (reads_rows, "a --method that reads rows"),
-        "topics": (on_topics, "--method=topics or refusals"),
-        "descriptions": (is_described, "--method=describe"),
+        "topics": (config.method == "topics", "--method=topics"),
+        "harms": (config.method == "refusals", "--method=refusals"),
+        "descriptions": (config.method == "describe", "--method=describe"),
         "init": (is_written, "a --method that writes"),
         "judge": (is_written and not is_simulated, "--init"),
         "reliability": (is_simulated, "the simulated writer"),
@@ -307,10 +320,10 @@ def check(config: Config) -> None:
 
 def check_writer(config: Config) -> None:
     """Raise UserError where the simulated writer does not know what it is to write."""
-    if config.init is not None or config.method in BY_TEMPLATE:
+    if config.init is not None or not METHODS[config.method].is_written:
         return
     source = source_of(config)
-    flag = "seeds" if config.method == "self_instruct" else "data"
+    flag = "seed_tasks" if config.method == "self_instruct" else "data"
     require(
         source in SIMULATED,
         f"--{flag}={source}: name a run that writes (--init); the simulated writer knows "
@@ -330,8 +343,8 @@ def make_reply(config: Config) -> Reply:
         write = run_writer(config.init, *settings)
         if config.judge is None:
             return write
-        return judged_by(write, run_writer(config.judge, *settings))
-    if config.method in BY_TEMPLATE:
+        return judged_by(write, run_writer(config.judge, *settings, flag="--judge"))
+    if not METHODS[config.method].is_written:
         return no_writer
     return simulated_writer(source_of(config), config.reliability, config.seed)
 
@@ -390,14 +403,14 @@ def main(config: Config) -> dict[str, int]:
     beside = f"{config.out}.made.jsonl"
     replies = f"{config.out}.replies.jsonl"
     counts = collections.Counter[str]()
-    with atomic_text(config.out, anew=True) as out, atomic_text(beside) as told:
-        reply = make_reply(config)
+    with atomic_text(config.out, anew=True) as out:
         with (
-            kept_replies(replies, settings_of(config), reply) as ask,
+            atomic_text(beside) as told,
+            kept_replies(replies, settings_of(config), make_reply(config)) as ask,
             tqdm(total=config.rows, desc=config.method, unit="row", mininterval=2) as bar,
         ):
             object_to = make_objections(config, ask)
-            rounds = METHODS[config.method](config, ask, object_to)
+            rounds = METHODS[config.method].rounds(config, ask, object_to)
             for made in itertools.chain.from_iterable(rounds):
                 counts["made"] += 1
                 if made.rule:
@@ -410,10 +423,11 @@ def main(config: Config) -> dict[str, int]:
                 bar.update()
                 if counts["rows"] == config.rows:
                     break
+        # Where no row is left the file beside it tells why.
         require(
             counts["rows"] > 0,
-            f"{config.out}: no row is left; {told_counts(counts)}; remove {replies} and give "
-            "other settings",
+            f"{config.out}: no row is left; {told_counts(counts)} ({beside}); remove {replies} "
+            "and give other settings",
         )
     # Until here a command that is killed needs them.
     pathlib.Path(replies).unlink(missing_ok=True)

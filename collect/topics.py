@@ -1,18 +1,21 @@
-"""Instructions on given topics: as many on each, where a writer left alone repeats a few.
+"""Instructions on given topics, where a writer left alone repeats a few.
 
 Each round the writer is asked for one instruction on each topic, unlike those that it has already,
-and answers it (topics as in Ding et al. 2023, UltraChat; Zhao et al. 2024, section 5.1.1). With
-topics of harm, `refusals` makes a risky request and a harmless one that looks like it, and answers
-that refuse the first and help with the second.
+and answers it; what rules drop is not made up for (topics as in Ding et al. 2023, UltraChat; Zhao
+et al. 2024, section 5.1.1). With topics of harm, `refusals` makes a risky request and a harmless
+one that looks like it, and answers that refuse the first and help with the second.
 """
 
 import itertools
 from collections.abc import Iterator, Sequence
 
-from collect.evol_instruct import answer_fault
 from collect.instructions import (
+    IDLE_ROUNDS,
+    MOST_SIMILAR,
+    NO_REPLY,
     Made,
     Object,
+    answer_fault,
     dropped,
     pair_of,
     read_answer,
@@ -20,7 +23,6 @@ from collect.instructions import (
     without_heading,
     without_objections,
 )
-from collect.self_instruct import MOST_SIMILAR
 from collect.writers import Ask, question
 from data.rouge import SimilarTexts
 
@@ -85,16 +87,23 @@ def topics(names: Sequence[str], ask: Ask, object_to: Object) -> Iterator[list[M
 def refusals(harms: Sequence[str], ask: Ask, object_to: Object) -> Iterator[list[Made]]:
     """Yield what each round wrote on every harm: a risky request, and one that looks like it.
 
-    Without end; rows as of `topics`, by `risky` and `looks_risky`. Rules: `unreadable`, `similar`,
-    `harm` (the request is not what was asked for, as the writer finds), `answer`, `refusal` (of a
-    harmless request, or none of a risky one), `principle`.
+    What stays is as many of the one as of the other, in turn. It ends after IDLE_ROUNDS rounds
+    without a row that stays. Rows as of `topics`, by `risky` and `looks_risky`. Rules:
+    `unreadable`, `similar` (to one of its sort), `harm` (the request is not what was asked for, as
+    the writer finds), `answer`, `refusal` (of a harmless request, or none of a risky one),
+    `principle`, `alone` (at the end, without one of the other sort).
     """
-    similar = SimilarTexts(MOST_SIMILAR)
+    # Two that differ in one word are the point: only requests of one sort must differ more.
+    similar_risky = SimilarTexts(MOST_SIMILAR)
+    similar_alike = SimilarTexts(MOST_SIMILAR)
+    risky_waiting: list[Made] = []
+    alike_waiting: list[Made] = []
+    idle = 0
     for number in itertools.count():
         risky = ask([question("risky", RISKY, topic=name) for name in harms])
         alike = ask([question("looks_risky", LOOKS_RISKY, topic=name) for name in harms])
-        made = _requests(harms, risky, "risky", number, similar)
-        made += _requests(harms, alike, "looks_risky", number, similar)
+        made = _requests(harms, risky, "risky", number, similar_risky)
+        made += _requests(harms, alike, "looks_risky", number, similar_alike)
 
         # Harm where there should be some, and none elsewhere.
         questions = [
@@ -110,7 +119,22 @@ def refusals(harms: Sequence[str], ask: Ask, object_to: Object) -> Iterator[list
             request, response = pair_of(one)
             questions.append(question("declines", DECLINES, request=request, response=response))
         made = dropped(made, "refusal", _as_meant(made, ask(questions)))
-        yield without_objections(made, object_to)
+        made = without_objections(made, object_to)
+
+        # As many of the one as of the other: what has no other yet waits for one.
+        risky_waiting += [one for one in staying(made) if one.by == "risky"]
+        alike_waiting += [one for one in staying(made) if one.by == "looks_risky"]
+        pairs: list[Made] = []
+        while risky_waiting and alike_waiting:
+            pairs += [risky_waiting.pop(0), alike_waiting.pop(0)]
+        yield [*(one for one in made if one.rule), *pairs]
+
+        idle = 0 if pairs else idle + 1
+        if idle == IDLE_ROUNDS:
+            reason = "no request of the other sort is left"
+            waiting = [*risky_waiting, *alike_waiting]
+            yield [one._replace(rule="alone", reason=reason) for one in waiting]
+            return
 
 
 def _as_meant(made: Sequence[Made], replies: Sequence[str]) -> list[str]:
@@ -134,7 +158,7 @@ def _requests(
         one = Made(f"{by} {number}.{len(made)}", row, by, (name,))
         found = similar.nearest(text)
         if not text:
-            one = one._replace(rule="unreadable", reason="came to no end")
+            one = one._replace(rule="unreadable", reason=NO_REPLY)
         elif found is not None and found[1] > MOST_SIMILAR:
             one = one._replace(rule="similar", reason=f"{found[1]:.2f} of one before it")
         else:

@@ -8,15 +8,19 @@ goes on where it was: it takes the replies that it has from their file, and asks
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import json
 import pathlib
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TextIO
 
 import jax
+from tqdm import tqdm
 
+from data.tokenizer import is_ended
 from responses import load_run, split_evenly
-from rewards.judges import make_ask, turn
+from rewards.judges import make_ask, make_probability_of_a, turn
 from runtime.errors import UserError, require
 from runtime.writes import disk_faults
 from sampling import SamplingConfig
@@ -26,10 +30,14 @@ QUESTIONS = 64
 """Questions a call: so many replies are lost at most where a command is killed."""
 
 
-JUDGEMENTS = frozenset(
-    ["principle", "score", "score_instruction", "same", "means", "about", "harmful", "declines"]
-)
+VERDICTS = frozenset(["kind", "principle", "same", "means", "about", "harmful", "declines"])
+"""Steps that are answered with yes or no."""
+SCORES = frozenset(["score", "score_instruction"])
+"""Steps that are answered with a score."""
+JUDGEMENTS = VERDICTS | SCORES
 """Steps that judge what was written, instead of writing."""
+GREEDY = SCORES | {"input_first", "label_first"}
+"""Steps that are answered with the likeliest tokens. Self-Instruct too has temperature 0 here."""
 
 
 class Question(NamedTuple):
@@ -41,6 +49,8 @@ class Question(NamedTuple):
     """The whole question, for a language model."""
     given: dict[str, str]
     """What stands in the text, by name."""
+    item: str = ""
+    """Of a reply that is a list: the regular expression with which its items begin."""
 
 
 Reply = Callable[[Sequence[Question], int], list[str]]
@@ -54,23 +64,68 @@ def question(step: str, template: str, **given: str) -> Question:
     return Question(step, template.format(**given), given)
 
 
+def whole_items(text: str, item: str) -> str:
+    """Return a reply that came to no end without its last item, or "" where it is no list.
+
+    `item`: the regular expression with which an item begins, "" for a reply that is no list.
+    """
+    if not item:
+        return ""
+    starts = [found.start() for found in re.finditer(item, text)]
+    return text[: starts[-1]].strip() if starts else ""
+
+
 # ---- Writers ----
 
 
-def run_writer(run: str, temperature: float, max_new_tokens: int, seed: int) -> Reply:
-    """Make the language model of `run` a writer; raises UserError as load_run does.
+def run_writer(
+    run: str, temperature: float, max_new_tokens: int, seed: int, flag: str = "--init"
+) -> Reply:
+    """Make the language model of `run`, which `flag` names, a writer.
 
-    A question that does not fit the model's context loses its beginning.
+    Verdicts are yes where it is likelier than no, by one look at both; what is GREEDY is the
+    likeliest reply, all else is sampled. A question that does not fit the model's context has no
+    reply, nor has what comes to no end, but for the whole items of a list. Raises UserError as
+    load_run and make_probability_of_a do, and where the context has no room for a question.
     """
     loaded = load_run(run)
-    sampling = SamplingConfig(temperature, max_new_tokens=max_new_tokens)
-    ask = make_ask(loaded, sampling, 1)
+    tokenizer = loaded.tokenizer
+    context = loaded.config.context
+    require(
+        max_new_tokens < context,
+        f"--max_new_tokens={max_new_tokens}: leaves no room for a question in the context of "
+        f"{context} of {flag}={run}",
+    )
+    probability_of_yes = make_probability_of_a(loaded, "yes", "no", flag)
+    sampled = make_ask(loaded, SamplingConfig(temperature, max_new_tokens=max_new_tokens), 1)
+    greedy = make_ask(loaded, SamplingConfig(0.0, max_new_tokens=max_new_tokens), 1)
+
+    def answers(questions: Sequence[Question], number: int) -> list[str]:
+        """Answer questions that fit, which are all verdicts, or all greedy, or neither."""
+        step = questions[0].step
+        if step in VERDICTS:
+            chances_N = probability_of_yes([one.text for one in questions])
+            return ["yes" if chance > 0.5 else "no" for chance in chances_N.tolist()]
+        chats = [[turn("user", one.text)] for one in questions]
+        key = jax.random.fold_in(jax.random.key(seed), number)
+        said = greedy(chats, key) if step in GREEDY else sampled(chats, key)
+        texts = []
+        for asked, tokens in zip(questions, said, strict=True):
+            if is_ended(tokens, tokenizer.ends):
+                texts.append(tokenizer.decode(tokens).strip())
+            else:
+                texts.append(whole_items(tokenizer.decode(tokens), asked.item))
+        return texts
 
     def reply(questions: Sequence[Question], number: int) -> list[str]:
-        chats = [[turn("user", asked.text)] for asked in questions]
-        key = jax.random.fold_in(jax.random.key(seed), number)
-        # Of what never ended nothing is left.
-        return ["".join(loaded.tokenizer.ended([tokens])).strip() for tokens in ask(chats, key)]
+        room = context if questions[0].step in VERDICTS else context - max_new_tokens
+        fits = [len(tokenizer.prompt(one.text)) <= room for one in questions]
+        fitting = list(itertools.compress(questions, fits))
+        gone = len(questions) - len(fitting)
+        if gone:
+            tqdm.write(f"{run}: {gone} of {len(questions)} questions have over {room} tokens")
+        answer = iter(answers(fitting, number) if fitting else [])
+        return [next(answer) if has_room else "" for has_room in fits]
 
     return reply
 
@@ -78,7 +133,7 @@ def run_writer(run: str, temperature: float, max_new_tokens: int, seed: int) -> 
 def judged_by(write: Reply, judge: Reply) -> Reply:
     """Make a Reply of two: `judge` is asked what judges, `write` all else.
 
-    The questions of one call are all of the one sort or of the other.
+    The questions of one call all judge, or all write.
     """
 
     def reply(questions: Sequence[Question], number: int) -> list[str]:

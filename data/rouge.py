@@ -6,9 +6,13 @@ harmonic mean, as Self-Instruct takes it. Words are of lower case and without ma
 """
 
 import collections
+import re
 from collections.abc import Sequence
 
-from data.near_duplicates import normal
+
+def words_of(text: str) -> list[str]:
+    """Return a text's words in lower case; a mark between two letters, `_` too, parts words."""
+    return re.findall(r"[^\W_]+", text.casefold())
 
 
 def common_words(one: Sequence[str], other: Sequence[str]) -> int:
@@ -31,7 +35,7 @@ def common_words(one: Sequence[str], other: Sequence[str]) -> int:
 
 def rouge_l(one: str, other: str) -> float:
     """Return ROUGE-L of two texts, in [0, 1]; 0 where one of them has no word."""
-    return _score(normal(one).split(), normal(other).split())
+    return _score(words_of(one), words_of(other))
 
 
 def _score(one: Sequence[str], other: Sequence[str]) -> float:
@@ -57,7 +61,7 @@ class SimilarTexts:
 
     def add(self, text: str) -> None:
         """Add a text, similar to others or not."""
-        words = normal(text).split()
+        words = words_of(text)
         for word in set(words):
             self._places_of[word].append(len(self._texts))
         self._texts.append(words)
@@ -67,7 +71,7 @@ class SimilarTexts:
 
         Of equally similar ones the first.
         """
-        words = normal(text).split()
+        words = words_of(text)
         # A common subsequence has at most the words that both have.
         shared: collections.Counter[int] = collections.Counter()
         for word, count in collections.Counter(words).items():

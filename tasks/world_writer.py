@@ -16,8 +16,6 @@ from tasks.world_gold import CORES, Request, normal
 
 PRINCIPLES = tuple(CRITIQUES)
 """Names of the principles by which it can judge."""
-ITEMS = 4
-"""Instructions that it writes in a list."""
 UNFIT = (
     "draw a map of spain",
     "write a program that says hello",
@@ -121,7 +119,7 @@ def _write_instructions(given: Given, reliability: float, rng: random.Random) ->
     """Write a numbered list of instructions."""
     shown = [line.partition(". ")[2] for line in given["shown"].splitlines()]
     lines = []
-    for number in range(int(given["next"]), int(given["next"]) + ITEMS):
+    for number in range(int(given["next"]), int(given["last"]) + 1):
         lead = rng.choice(facts.LEADS)
         form = rng.choice(list(FORMS.values()))
         text = f"{lead} {form.instruction}".strip()

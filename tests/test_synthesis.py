@@ -18,11 +18,15 @@ from running import ONE_DEVICE, fails, run, write
 
 import train_sft
 from collect import synthesise, writers
-from collect.back_translate import INSTRUCTION_OF, back_translate
+from collect.back_translate import back_translate
 from collect.by_template import describe, invert
-from collect.evol_instruct import DEPTH, answer_fault, evol_instruct
+from collect.evol_instruct import DEPTH, evol_instruct
 from collect.instructions import (
+    IDLE_ROUNDS,
+    INSTRUCTION_OF,
+    MOST_SIMILAR,
     Instance,
+    answer_fault,
     no_objections,
     principled,
     prompt_text,
@@ -34,7 +38,8 @@ from collect.instructions import (
 )
 from collect.rewrite import rewrite
 from collect.self_instruct import (
-    MOST_SIMILAR,
+    EXAMPLE,
+    ITEM,
     faults_of,
     read_instances,
     read_labelled,
@@ -50,19 +55,19 @@ from data.tokenizer import Tokenizer
 from experiments.instruct import quality
 from model import LanguageModel, init_and_apply
 from model_config import PRESETS
+from responses import load_run
+from rewards.judges import make_probability_of_a
 from runtime.checkpoint import Checkpoints
 from runtime.errors import UserError
 from tasks import arithmetic, arithmetic_writer, world, world_writer
 
 ROOT = pathlib.Path(__file__).parents[1]
-JUDGING = {*writers.JUDGEMENTS, "kind"}
-"""Steps in which a simulated writer judges instead of writing."""
 
 
 def asking(source, writes, judges=1.0, seed=0, asked=None):
     """Return `ask` of a simulated writer that writes and judges with these reliabilities.
 
-    `asked`: a list that all questions are added to.
+    `asked`: a list that all questions are added to. What is given stands in each question's text.
     """
     numbers = itertools.count()
 
@@ -71,7 +76,8 @@ def asking(source, writes, judges=1.0, seed=0, asked=None):
         number = next(numbers)
         for place, one in enumerate(questions):
             rng = world.drawn_for(seed, number, place)
-            reliability = judges if one.step in JUDGING else writes
+            reliability = judges if one.step in writers.JUDGEMENTS else writes
+            assert all(text in one.text for name, text in one.given.items() if name != "name")
             texts.append(writers.SIMULATED[source](one.step, one.given, reliability, rng))
             if asked is not None:
                 asked.append(one)
@@ -109,6 +115,7 @@ def gold_of(made):
         ("the cat sat on the mat", "the cat lay on a mat", 2 * 4 / 12),
         ("a", "", 0.0),
         ("", "", 0.0),
+        ("a_b", "a b", 1.0),  # as in rouge_score
     ],
 )
 def test_rouge_l_has_its_closed_forms(one, other, score):
@@ -181,6 +188,9 @@ def test_numbered_lists_are_read(reply, items):
         ("Output: b", "- b"),
         ("Input: None\nOutput: b", "- b"),
         ("Input: (no input)\nOutput: b", "- b"),
+        ("Sure, here it is.\n\nInput: a\nOutput: b", "a b"),
+        ("Sure:\nOutput: b", "- b"),
+        ("Example 1: Capitals\nInput: a\nOutput: b\nExample 2: More\nOutput: d", "a b - d"),
         ("Example 1\nInput: a\n\nExample 2\nInput: c\nOutput: d", "c d"),
         ("Input: a\nOutput:", "a -"),
         ("For Example 3 I say: Output: b", ""),
@@ -200,6 +210,7 @@ def test_instances_with_the_input_first_are_read(reply, instances):
         ("Class label: good\nInput: a\n\nClass label: bad\nInput: c\nd", ["a good", "c\nd bad"]),
         ("Labels are:\nClass label: good", [" good"]),
         ("Class label: \nInput: a", ["a "]),
+        ("Class label: good\nHere it is.\nInput: None", [" good"]),
         ("Input: a\nOutput: good", []),
         ("", []),
     ],
@@ -234,7 +245,14 @@ def test_verdicts_scores_and_headings_are_read():
         "Score: 4": 4,
         "I give 3 reasons. Score: **5**": 5,
         "4/5": 4,
-        "score is 2 out of 5": 2,
+        "2 out of 5": 2,
+        "**3**": 3,
+        "Score: 2. No: score: 4": 4,
+        "Score out of 5: 2": None,
+        "5 is perfect, and this has faults: 2": None,
+        "Score (1-5): 4": None,
+        "Score: 1-5": None,
+        "Score: 4.5": None,
         "Score: 10": None,
         "4.5": None,
         "0": None,
@@ -277,6 +295,10 @@ def test_instances_go_by_their_rule():
     # One input with two outputs: all of them go. Without an input it says nothing.
     two = [Instance("a", "b"), Instance("a", "c"), Instance("d", "e")]
     assert {fault and fault[0] for fault in faults_of(two)} == {"contradicted"}
+    # What goes anyway contradicts nothing.
+    for gone, rule in (("", "empty"), ("a", "copied"), ("so:", "unfinished")):
+        found = faults_of([Instance("a", "b"), Instance("a", gone)])
+        assert [fault and fault[0] for fault in found] == [None, rule]
     assert faults_of([Instance("", "b"), Instance("", "c")]) == [None, None]
 
 
@@ -353,7 +375,11 @@ def test_the_pool_grows_and_holds_nothing_above_the_overlap():
     assert len(similar) > len(instructions)
     for one in similar[:20]:
         score, _, place = one.reason.partition(" of instruction ")
-        assert float(score) > 0.7 and int(place) <= len(everything) + len(similar)
+        # Instructions whose instances all went have a number too, behind those that are known.
+        if int(place) <= len(seeds):
+            expected = rouge_l(one.row["instruction"], everything[int(place) - 1])
+            assert score == f"{expected:.2f}" and expected > 0.7
+    assert any(int(one.reason.split()[-1]) <= len(seeds) for one in similar[:20])
     # What the writer wrote itself is shown to it.
     later = {name for some in made[1:] for one in some for name in one.of}
     assert later & {one.id for one in kept(made[0])}
@@ -379,7 +405,7 @@ def test_a_degenerate_writer_adds_nothing_and_the_rounds_end():
         return ["11. what is the best of all the many things" for _ in questions]
 
     made = list(synthesise.until_idle(self_instruct(world_seeds(), echo, no_objections, 0)))
-    assert len(made) == synthesise.IDLE_ROUNDS
+    assert len(made) == IDLE_ROUNDS
     assert {one.rule for some in made for one in some} == {"similar", "length"}
     made = rounds_of(self_instruct(world_seeds(), same, no_objections, 0), 3)
     assert not kept(made) and len([one for one in made if one.rule != "similar"]) == 1
@@ -392,9 +418,11 @@ def test_planted_faults_of_the_writer_are_filtered():
     ask = asking("world", 0.6)
     made = rounds_of(self_instruct(seeds, ask, principled(ask, principles), 0), 6)
     told = {one.row["instruction"]: one.rule for one in made}
-    assert {told.get(text) for text in world_writer.UNFIT} <= {
-        *("not_of_text", "program", "length", "beginning", "similar", "unreadable", None)
-    }
+    rules = ["not_of_text", "program", "length", "beginning"]
+    *unfit_texts, no_task = world_writer.UNFIT
+    assert [told[text] for text in unfit_texts] == rules and told[no_task] in (
+        *("unreadable", "similar"),
+    )
     assert not {one.row["instruction"] for one in kept(made)} & set(world_writer.UNFIT)
     assert len(kept(made)) > 20 and all(gold_of(one).all for one in kept(made))
     rules = collections.Counter(one.rule for one in made)
@@ -425,7 +453,10 @@ def test_principles_lower_the_share_of_violations(judges):
     made = rounds_of(self_instruct(world_seeds(), ask, object_to, 0), 8)
     judged = [one for one in made if one.rule in ("", "principle")]
     coin = np.mean([gold_of(one).all for one in kept(made)])
-    assert abs(coin - np.mean([gold_of(one).all for one in judged])) < 0.2
+    # It drops half, of the good and of the others alike, within three standard errors.
+    share = np.mean([gold_of(one).all for one in judged])
+    error = (share * (1 - share) / len(kept(made))) ** 0.5
+    assert abs(coin - share) < 3 * error < 0.15
 
 
 def test_a_verdict_that_cannot_be_read_is_an_objection():
@@ -480,8 +511,9 @@ def test_complexity_rises_with_each_round_in_depth():
         before |= {one.id: one.row["instruction"] for one in kept(made)}
         means.append(np.mean([arithmetic_writer.operations(o.row["instruction"]) for o in deeper]))
     assert all(later > earlier for earlier, later in itertools.pairwise(means))
-    # In breadth an instruction is added and the one before it stays: the pool grows.
-    assert len(made) > len(seeds) and {one.by for one in made} == {*DEPTH, "breadth"}
+    # In breadth too what is written takes the place of what it was made from.
+    assert len(made) == len(seeds) and {one.by for one in made} == {*DEPTH, "breadth"}
+    assert next(rounds, None) is None
 
 
 def test_planted_failures_are_eliminated_and_their_instructions_tried_again():
@@ -498,6 +530,15 @@ def test_planted_failures_are_eliminated_and_their_instructions_tried_again():
     for one in first:
         if one.rule == "unchanged":
             assert one.row["instruction"] == "0" + before[one.of[0]]
+    # What only failed for its answer may be written again.
+    unanswered = {one.row["instruction"] for one in first if one.rule == "answer"}
+    assert unanswered - {one.row["instruction"] for one in kept(first)}
+    stays = {one.row["instruction"] for one in kept(first)} | set(before.values())
+    seen = set(stays)
+    for one in second:
+        text = one.row["instruction"]
+        assert (one.rule == "repeated") == (text in seen) or one.rule in ("copied", "unreadable")
+        seen.add(text)
     failed = {one.of[0] for one in first if one.rule}
     assert failed and failed <= {one.of[0] for one in second}
     # A judge that sees no gain in anything leaves nothing.
@@ -523,7 +564,7 @@ def test_wrong_answers_go_by_a_principle():
         ("I am sorry. " + "It was a long story of many words indeed. " * 10, ""),
         ("It is so, and that is it.", "says nothing"),
         ("... !", "says nothing"),
-        ("", "came to no end"),
+        ("", "came to no end, or the question did not fit"),
         ("Paris.", ""),
         ("9", ""),
     ],
@@ -622,7 +663,7 @@ def entropy(names):
     return -(shares * np.log(shares)).sum()
 
 
-def test_topics_are_even_and_each_has_its_instructions():
+def test_each_topic_has_its_instructions():
     names = list(world.RELATIONS)
     made = rounds_of(topics(names, asking("world", 0.7), no_objections), 4)
     left = kept(made)
@@ -641,7 +682,7 @@ def test_topics_are_even_and_each_has_its_instructions():
 
 def test_risky_requests_are_refused_and_their_like_is_not():
     harms = world_writer.facts.HARMS
-    made = rounds_of(refusals(harms, asking("world", 0.6, 0.95), no_objections), 4)
+    made = rounds_of(refusals(harms, asking("world", 0.6, 0.98), no_objections), 30)
     for by in ("risky", "looks_risky"):
         left = [one for one in kept(made) if one.by == by]
         before = [one for one in made if one.by == by and "output" in one.row]
@@ -666,6 +707,31 @@ def test_risky_requests_are_refused_and_their_like_is_not():
     rules = collections.Counter((one.by, one.rule) for one in made)
     for by in ("risky", "looks_risky"):
         assert rules[by, "harm"] > 0 and rules[by, "refusal"] > 0
+    # As many of both, wherever they are cut; at the end those that are over are told too.
+    assert [one.by for one in kept(made)] == ["risky", "looks_risky"] * (len(kept(made)) // 2)
+    assert len({one.id for one in made}) == len(made)
+    assert len({one.by for one in made if one.rule == "alone"}) == 1
+
+
+def test_a_pair_may_differ_in_one_word():
+    """Whatever the other sort looks like; the same again goes as similar."""
+    words = {"risky": "person", "looks_risky": "process"}
+
+    def ask(questions):
+        replies = {"harmful": "no", "declines": "no", "refuse": "i will not", "answer": "like so"}
+        texts = []
+        for one in questions:
+            text = replies.get(one.step) or f"how do i kill a {words[one.step]}"
+            is_yes = one.step in ("harmful", "declines") and (
+                "person" in one.text or "i will not" in one.text
+            )
+            texts.append("yes" if is_yes else text)
+        return texts
+
+    assert rouge_l("how do i kill a person", "how do i kill a process") > MOST_SIMILAR
+    first, second = itertools.islice(refusals(["killing"], ask, no_objections), 2)
+    assert [(one.by, one.rule) for one in first] == [("risky", ""), ("looks_risky", "")]
+    assert [one.rule for one in second] == ["similar", "similar"]
 
 
 # --- rewriting
@@ -686,7 +752,13 @@ def test_rewritten_instructions_are_better_and_mean_the_same():
     pairs = typed_pairs()
     before = {name: prompt for name, prompt, _ in pairs}
     made = rounds_of(rewrite(pairs, asking("world", 0.6), no_objections, "instruction"), 9)
+    as_it_was = [one for one in made if one.by == "as_it_was"]
+    made = [one for one in made if one.by != "as_it_was"]
     assert len(made) == len(pairs) and len(kept(made)) > 30
+    # Every row is written, rewritten or as it was.
+    assert sorted(one.of for one in kept(made) + as_it_was) == sorted((name,) for name in before)
+    for one in as_it_was:
+        assert not one.rule and one.row["instruction"] == before[one.of[0]]
     rules = collections.Counter(one.rule for one in made)
     assert min(rules[name] for name in ("meaning", "no_better", "unchanged")) > 0
     for one in made:
@@ -706,11 +778,10 @@ def test_rewritten_answers_are_better():
     pairs = typed_pairs()
     made = rounds_of(rewrite(pairs, asking("world", 0.6), no_objections, "output"), 9)
     before = {name: world.gold(prompt, answer).total for name, prompt, answer in pairs}
-    left = kept(made)
-    assert len(left) > 20
+    left = [one for one in kept(made) if one.by == "rewrite_output"]
+    assert len(left) > 20 and len(kept(made)) == len(pairs)
     for one in left:
         assert gold_of(one).total > before[one.of[0]]
-        assert one.by == "rewrite_output"
     # A judge that errs lets some through that are no better: the mean still rises.
     noisy = kept(rounds_of(rewrite(pairs, asking("world", 0.6, 0.7), no_objections, "output"), 9))
     gains = [gold_of(one).total - before[one.of[0]] for one in noisy]
@@ -730,7 +801,7 @@ COMMANDS = {
     "back_translate": ["--most=60"],
     "rewrite": ["--most=100"],
     "topics": ["--topics=topics.txt", "--rows=20"],
-    "refusals": ["--topics=harms.txt", "--rows=20"],
+    "refusals": ["--harms=harms.txt", "--rows=20"],
     "invert": ["--most=100"],
     "describe": ["--data=arithmetic", "--descriptions=topics.txt", "--most=30"],
 }
@@ -765,6 +836,23 @@ def test_every_row_is_told_with_what_made_it_and_every_drop_with_its_rule(
         else:
             assert asked == prompt_text(row["instruction"], row["input"])
             assert answered == row["output"]
+
+
+def test_undesirable_rows_and_longer_conversations_are_left_out(tmp_path, capsys):
+    """What was judged bad is written by no method as a target."""
+    rows = [{"prompt": f"p{i}", "response": f"r{i}", "desirable": i != 1} for i in range(3)]
+    rows.append({**rows[0], "prompt": [{"role": "system", "content": "s"}, *turns("p3")]})
+    data = write(tmp_path / "judged.jsonl", rows)
+    run(synthesise, "--method=invert", f"--data={data}", f"--out={tmp_path}/made.jsonl")
+    assert [row["response"] for row in lines(tmp_path / "made.jsonl")] == ["p0", "p2"]
+    told = capsys.readouterr().out
+    assert "1 of 4 rows are undesirable: left out" in told
+    assert "1 of 4 rows have a system message or several turns: left out" in told
+
+
+def turns(text):
+    """Return a user's message, as a prompt."""
+    return [{"role": "user", "content": text}]
 
 
 def test_what_is_made_trains(tmp_path):
@@ -923,15 +1011,20 @@ def test_a_judge_of_its_own_judges_and_the_writer_writes():
     rows += rounds_of(rewrite(pairs, ask, object_to, "instruction"), 1)
     rows += rounds_of(topics(["capital", "colour"], ask, object_to), 2)
     rows += rounds_of(refusals(world_writer.facts.HARMS[:5], ask, object_to), 1)
-    outputs = [(name, answer) for name, _, answer in pairs]
+    outputs = [
+        (name, world.respond(world.prompt(i), 1.0, random.Random(i)))
+        for i, (name, *_) in enumerate(pairs)
+    ]
     rows += rounds_of(back_translate(outputs, ask, object_to, 5), 1)
     assert asked["judge"] == writers.JUDGEMENTS - {"same"}
     assert not asked["write"] & writers.JUDGEMENTS and "answer" in asked["write"]
     assert all(gold_of(one).all for one in kept(rows))
 
 
-def test_a_run_writes(tmp_path):
-    """Of random weights: what it writes is a function of the call's number."""
+@pytest.fixture(scope="module")
+def random_run(tmp_path_factory):
+    """Return a run of random weights with a context of 128 tokens."""
+    tmp_path = tmp_path_factory.mktemp("random_run")
     tokenizer = Tokenizer.train((world.text(i) for i in range(200)), tmp_path / "made", 512)
     start = train_sft.Config(
         run=str(tmp_path / "sft"), model=dataclasses.replace(PRESETS["tiny"], context=128)
@@ -939,11 +1032,72 @@ def test_a_run_writes(tmp_path):
     params = jax.jit(init_and_apply(LanguageModel(start.model))[0])(jax.random.key(1))
     with Checkpoints(start.run, start, script="train_sft", tokenizer=tokenizer.model) as saved:
         saved.save(1, {"params": params})
-    reply = run_writer(start.run, 1.0, 100, 0)
+    return start.run
+
+
+def test_a_run_writes(random_run):
+    """What it writes is a function of the call's number; what it judges is not."""
+    reply = run_writer(random_run, 1.0, 90, 0)
     questions = [Question("answer", f"what is {word}?", {}) for word in "abcdefgh"]
     first = reply(questions, 0)
     assert len(first) == 8 and first == reply(questions, 0)
     assert any(first) and first != reply(questions, 1)
+    # Verdicts are of one look at yes and no; scores and instances have no chance in them.
+    questions = [one._replace(step="principle") for one in questions]
+    chances = make_probability_of_a(load_run(random_run), "yes", "no")
+    expected = [
+        "yes" if p > 0.5 else "no" for p in chances([one.text for one in questions]).tolist()
+    ]
+    assert reply(questions, 0) == reply(questions, 1) == expected
+    for step in ("score", "input_first"):
+        questions = [one._replace(step=step, item=".") for one in questions]
+        assert reply(questions, 0) == reply(questions, 1)
+    # A question that does not fit has no reply, and the others have theirs.
+    long = Question("principle", "what is a? " * 200, {})
+    assert reply([questions[0]._replace(step="principle"), long], 0) == [expected[0], ""]
+    with pytest.raises(UserError, match="leaves no room for a question"):
+        run_writer(random_run, 1.0, 128, 0)
+
+
+@pytest.mark.parametrize(
+    ("text", "item", "left"),
+    [
+        ("9. one task\n10. two tasks\n11. thr", ITEM, "9. one task\n10. two tasks"),
+        ("Example 1\nInput: a\nOutput: b\nExample 2\nInput: c", EXAMPLE, None),
+        ("9. one", ITEM, ""),
+        ("no list", ITEM, ""),
+        ("9. one\n10. two", "", ""),  # no list was asked for
+    ],
+)
+def test_of_a_list_that_was_cut_the_last_item_goes(text, item, left):
+    expected = "Example 1\nInput: a\nOutput: b" if left is None else left
+    assert writers.whole_items(text, item) == expected
+
+
+def test_a_run_writes_and_another_judges_by_the_command(random_run, tmp_path, monkeypatch):
+    """Replies of the writer alone, then of both: only what judges changes hands."""
+    asked = []
+    real = synthesise.run_writer
+
+    def named(run, *settings, flag="--init"):
+        reply = real(run, *settings, flag=flag)
+
+        def told(questions, number):
+            asked.append((flag, {one.step for one in questions}))
+            return reply(questions, number)
+
+        return told
+
+    monkeypatch.setattr(synthesise, "run_writer", named)
+    argv = ["--method=back_translate", "--most=16", "--least_score=1", f"--init={random_run}"]
+    argv += ["--max_new_tokens=16", f"--judge={random_run}", f"--out={tmp_path}/made.jsonl"]
+    # Random weights give no scores: no row is left, and the file beside tells so.
+    with pytest.raises(UserError, match="no row is left"):
+        run(synthesise, *argv)
+    told = lines(tmp_path / "made.jsonl.made.jsonl")
+    assert len(told) == 16 and {one["rule"] for one in told} <= {"unreadable", "score"}
+    assert ("--init", {"instruction_of"}) in asked
+    assert all((flag == "--judge") == (steps == {"score"}) for flag, steps in asked)
 
 
 @pytest.mark.parametrize(
@@ -951,7 +1105,7 @@ def test_a_run_writes(tmp_path):
     [
         (["--rows=0"], "--rows=0: must be at least 1"),
         (["--reliability=2"], "--reliability=2.0: must be at least 0 and at most 1"),
-        (["--seeds=none.jsonl"], "--seeds=none.jsonl: name a run that writes (--init)"),
+        (["--seed_tasks=none.jsonl"], "--seed_tasks=none.jsonl: name a run that writes (--init)"),
         (["--method=rewrite", "--data=x.jsonl"], "--data=x.jsonl: name a run that writes"),
         (["--method=evol_instruct"], "the simulated writer of world does not know it"),
         (["--data=arithmetic"], "--data=arithmetic: not read without a --method that reads rows"),
@@ -967,7 +1121,9 @@ def test_a_run_writes(tmp_path):
         (["--method=invert", "--principles=p.txt"], "not read without a --method that writes"),
         (["--method=topics"], "--method=topics: needs --topics"),
         (["--method=topics", "--topics=none.txt"], "--topics=none.txt: cannot be read as text"),
-        (["--topics=p.txt"], "--topics=p.txt: not read without --method=topics or refusals"),
+        (["--topics=p.txt"], "--topics=p.txt: not read without --method=topics"),
+        (["--method=refusals"], "--method=refusals: needs --harms"),
+        (["--method=refusals", "--harms=p.txt", "--rows=5"], "--rows=5: must be even with"),
         (["--method=describe"], "--method=describe: needs --descriptions"),
         (["--init=none"], "none: no run here"),
         (["--principles=none.txt"], "--principles=none.txt"),
@@ -978,6 +1134,7 @@ def test_a_run_writes(tmp_path):
         (["--reliability=0"], "no row is left; dropped by"),
         (["--method=invert", "--data=texts.jsonl"], "has no row of one prompt and its answer"),
         (["--method=invert", "--data=prompts.jsonl"], "has prompts alone"),
+        (["--method=invert", "--data=steps.jsonl"], "has steps with judgements"),
     ],
 )
 def test_mistakes_are_one_line_and_leave_nothing(tmp_path, monkeypatch, capsys, flags, told):
@@ -985,30 +1142,55 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path, monkeypatch, capsys, 
     (tmp_path / "p.txt").write_text("kind: The response is kind.\n")
     write(tmp_path / "texts.jsonl", [{"text": "a text"}])
     write(tmp_path / "prompts.jsonl", [{"prompt": "a prompt"}])
+    steps = {"prompt": "a prompt", "steps": ["one"], "labels": ["positive"]}
+    write(tmp_path / "steps.jsonl", [steps])
     before = set(os.listdir(tmp_path))
     assert told in fails(synthesise, ["--out=made.jsonl", *flags], capsys)
-    # Replies of a writer that writes nothing that stays are kept: they were paid for.
-    left = {"made.jsonl.replies.jsonl"} if flags == ["--reliability=0"] else set()
+    # Replies of a writer that writes nothing that stays are kept: they were paid for. And the file
+    # beside tells why nothing stays.
+    kept_files = {"made.jsonl.replies.jsonl", "made.jsonl.made.jsonl"}
+    left = kept_files if flags == ["--reliability=0"] else set()
     assert set(os.listdir(tmp_path)) - before == left
 
 
 # --- the study experiments/instruct
 
 
-def test_the_verdict_is_of_paired_differences():
-    shares = {"filtered": (0.5, 0.6), "all, equal steps": (0.4, 0.4)}
-    results = [
+def study_lines(of_arms):
+    """Return lines of results: of each arm, its shares by seed."""
+    return [
         {"arm": arm, "seed": seed, "all": share}
-        for arm, of_seeds in shares.items()
+        for arm, of_seeds in zip(quality.ARMS, of_arms, strict=True)
         for seed, share in enumerate(of_seeds)
     ]
-    results.append({"arm": "all, equal passes", "seed": 7, "all": 0.9})
-    found = quality.verdict(results)
-    gap, width = found["all, equal steps"]
-    assert gap == pytest.approx(-0.15)
+
+
+def test_differences_are_paired_and_corrected():
+    results = study_lines([(0.5, 0.6), (0.4, 0.4), (0.5, 0.5, 0.9)])
+    found = quality.differences(results)
+    steps, passes = found.values()
+    assert steps.mean == pytest.approx(-0.15) and passes.mean == pytest.approx(-0.05)
     # Student's t with one degree of freedom; the differences are -0.1 and -0.2.
-    assert width == pytest.approx(12.706 * 0.05, rel=1e-3)
-    assert np.isnan(found["all, equal passes"][0])  # no filtered run of its seed
+    assert steps.half == pytest.approx(12.706 * 0.05, rel=1e-3)
+    # Two-sided p of t = -3 is 0.2048; Holm doubles the smaller one.
+    assert steps.p == pytest.approx(2 * 0.2048, rel=1e-3)
+    assert passes.p == pytest.approx(0.5)
+    # No filtered run of its seed: nothing is compared.
+    assert np.isnan(quality.differences(study_lines([(), (0.1,), (0.2,)])).popitem()[1].mean)
+
+
+@pytest.mark.parametrize(
+    ("steps", "passes", "told"),
+    [
+        ((0.4, 0.41, 0.39), (0.3, 0.32, 0.31), "held"),
+        ((0.4, 0.41, 0.39), (0.5, 0.41, 0.69), "not supported"),
+        ((0.4, 0.41, 0.39), (0.7, 0.71, 0.69), "refuted"),
+        ((0.4,), (0.3,), "not run"),
+    ],
+)
+def test_the_decision_is_of_both_arms(steps, passes, told):
+    found = quality.differences(study_lines([(0.5, 0.5, 0.51), steps, passes]))
+    assert quality.decision(found) == told
 
 
 @pytest.mark.slow
@@ -1024,5 +1206,8 @@ def test_the_study_runs_and_goes_on(tmp_path, monkeypatch):
     quality.main(quality.flags.parse(quality.Config, [*flags, "--seeds", "0", "1"]))
     both = lines(tmp_path / "results.jsonl")
     assert both[:3] == first and len(both) == 6
+    # Runs of another setting are not counted with these.
+    with pytest.raises(UserError, match="has runs of another prompts"):
+        quality.main(quality.flags.parse(quality.Config, [*flags[:-1], "--prompts=8"]))
     sizes = {len(lines(path)) for path in (tmp_path / "work").glob("rows-*-0.jsonl")}
     assert sizes == {15, 63}
