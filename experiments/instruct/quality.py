@@ -109,12 +109,13 @@ def rows_of(config: Config, arm: Arm, seed: int) -> str:
 def trained(config: Config, name: str, seed: int) -> str:
     """Return the run of an arm and a seed, trained to its end."""
     arm = ARMS[name]
-    run = f"{config.work}/{name.replace(', ', '-').replace(' ', '-')}-{seed}"
+    steps = max(1, round(config.share * arm.steps))
+    run = f"{config.work}/{name.replace(', ', '-').replace(' ', '-')}-{steps}-{seed}"
     argv = [
         f"--run={run}",
         f"--init={config.init}",
         f"--data={rows_of(config, arm, seed)}",
-        f"--steps={max(1, round(config.share * arm.steps))}",
+        f"--steps={steps}",
         f"--seed={seed}",
         "--eval_every=0",
     ]
