@@ -144,7 +144,7 @@ def by_text(rule: Rule) -> Finder:
 
 def lexicon(given: Given, rows: Sequence[int]) -> Found:
     """Find rows with an unwanted word."""
-    rule = text_rules.lexicon_rule(words_of(given.config.lexicon or ""))
+    rule = text_rules.lexicon_rule(lines_of("lexicon", given.config.lexicon or ""))
     yield from by_text(rule)(given, rows)
 
 
@@ -260,7 +260,7 @@ def check(config: Config) -> None:
     )
     # What rules read is opened before the first of them runs.
     if config.lexicon is not None:
-        words_of(config.lexicon)
+        lines_of("lexicon", config.lexicon)
     for name, data in (("good", config.good), ("bad", config.bad)):
         require(data is None or is_file(data), f"--{name}={data}: is no file; name one")
         if data is not None:
@@ -282,15 +282,18 @@ def longest(run: str, length: int | None) -> int:
     return length
 
 
-def words_of(path: str) -> list[str]:
-    """Return the lines of a lexicon; UserError for a file that cannot be read or is empty."""
+def lines_of(flag: str, path: str) -> list[str]:
+    """Return the distinct lines of the file `path` of a flag, without spaces around them.
+
+    Raises UserError for a file that cannot be read or has none.
+    """
     try:
-        lines = pathlib.Path(path).read_text("utf-8-sig").splitlines()
+        text = pathlib.Path(path).read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as fault:
-        raise UserError(f"--lexicon={path}: cannot be read as text ({fault})") from None
-    found = [line for line in lines if line.strip()]
-    require(bool(found), f"--lexicon={path}: has no words; write one a line")
-    return found
+        raise UserError(f"--{flag}={path}: cannot be read as text ({fault})") from None
+    found = dict.fromkeys(line.strip() for line in text.splitlines() if line.strip())
+    require(bool(found), f"--{flag}={path}: has none; write one a line")
+    return list(found)
 
 
 def texts_in(data: str) -> list[str]:

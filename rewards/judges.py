@@ -26,10 +26,11 @@ Response A: {a}
 Response B: {b}
 Principle: {principle}
 Which response follows the principle better? Answer with A or B."""
-CLASSIFY = """Request: {request}
+KEEPS = """Request: {request}
 Response: {response}
 Rule: {rule}
-Does the response keep the rule? Answer with A for yes or B for no."""
+Does the response keep the rule? """
+CLASSIFY = KEEPS + "Answer with A for yes or B for no."
 CRITIQUE = "Say how your last answer breaks this principle: {principle}"
 REVISE = "Write your answer again, so that it follows the principle. Write the answer only."
 # Questions a call of a language model, padded to a multiple of so many tokens.

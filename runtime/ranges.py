@@ -84,6 +84,7 @@ SCRIPTS: Ranges = {
     # Rows of data that are chosen, and among which.
     "k": ABOVE_0,
     "rows": AT_LEAST_1,
+    "most": AT_LEAST_1,
     "records": AT_LEAST_1,
     "project": AT_LEAST_1,
     "validation_records": AT_LEAST_1,
@@ -123,6 +124,7 @@ SCRIPTS: Ranges = {
     "near": FROM_0_TO_1,
     "perplexity_share": FROM_0_TO_1,
     "least_good": FROM_0_TO_1,
+    "least_score": Range(low=1, high=5),
     "noise": AT_LEAST_0,
 }
 """Ranges of what scripts have in common, whichever script has it: a name has one meaning."""

@@ -51,7 +51,8 @@ def _rng(*key: object) -> random.Random:
     return random.Random("/".join(map(str, key)))
 
 
-def _is_held_out(text: str) -> bool:
+def is_held_out(text: str) -> bool:
+    """Return whether a problem is of the held-out split."""
     return _rng("held out", text).random() < 0.1
 
 
@@ -61,7 +62,7 @@ def problem(index: int, *, split: Split = "train", seed: int = 0) -> str:
     # Draw until one falls into this split.
     while True:
         text = _draw(rng)
-        if _is_held_out(text) == (split == "heldout"):
+        if is_held_out(text) == (split == "heldout"):
             return text
 
 

@@ -30,6 +30,7 @@ __all__ = [
     "demonstration",
     "drawn_for",
     "extract_answer",
+    "final_mark",
     "gold",
     "judgement",
     "noise_ceiling",
@@ -123,8 +124,12 @@ def _draw(rng: random.Random, split: Split, kind: str | None = None) -> Request:
     lead = rng.choice(leads)
     tail = rng.choice(tails)
     words = f"{lead} {request.core} {tail}".strip()
-    mark = "?" if _QUESTION.match(request.core) else "."
-    return replace(request, text=words + mark)
+    return replace(request, text=words + final_mark(request.core))
+
+
+def final_mark(core: str) -> str:
+    """Return the mark that ends a request, by its text without courtesies."""
+    return "?" if _QUESTION.match(core) else "."
 
 
 def prompt(index: int, *, split: Split = "train", seed: int = 0) -> Request:

@@ -230,6 +230,62 @@ test_select.py::test_perplexity_and_ifd_are_of_the_response_alone
 - given_loss_N / alone_loss_N
 + alone_loss_N / given_loss_N
 
+== data/rouge.py
+test_synthesis.py::test_the_most_similar_text_is_missed_by_no_short_cut
+- shared[place] += count
++ shared[place] += 1
+test_synthesis.py::test_the_longest_common_subsequence_is_that_of_the_table
+- | (row - hits)
++ & (row - hits)
+test_synthesis.py::test_rouge_l_has_its_closed_forms
+- return 2 * common_words(
++ return common_words(
+
+== collect/self_instruct.py
+test_synthesis.py::test_the_pool_grows_and_holds_nothing_above_the_overlap
+- unfit(item) or _too_similar(item, similar)
++ unfit(item)
+- made += tasks
++ tasks += made
+test_synthesis.py::test_classification_is_asked_with_its_label_first
+- ["yes", "no"]) == "yes")
++ ["yes", "no"]) == "no")
+test_synthesis.py::test_instances_go_by_their_rule
+- elif one in kept:
++ elif one in instances:
+
+== collect/evol_instruct.py
+test_synthesis.py::test_planted_failures_are_eliminated_and_their_instructions_tried_again
+- seen.add(folded(made.row["instruction"]))
++ pass
+- "" if verdict == "no" else
++ "" if verdict else
+
+== collect/back_translate.py
+test_synthesis.py::test_curated_instructions_fit_their_answers
+- "" if score >= least_score
++ "" if score <= least_score
+
+== collect/topics.py
+test_synthesis.py::test_a_pair_may_differ_in_one_word
+- "looks_risky", number, similar_alike)
++ "looks_risky", number, similar_risky)
+
+== collect/rewrite.py
+test_synthesis.py::test_rewritten_instructions_are_better_and_mean_the_same
+- and second > first
++ and second >= first
+- "" if verdict == "yes"
++ "" if verdict
+
+== collect/writers.py
+test_synthesis.py::test_what_was_stopped_goes_on_and_ends_as_if_it_had_not_been
+- file.truncate(len(whole[:end].encode()))
++ pass
+test_synthesis.py::test_of_a_list_that_was_cut_the_last_item_goes
+- text[: starts[-1]].strip()
++ text.strip()
+
 == evaluation/fits.py
 test_fits.py::test_the_papers_own_parameters_on_its_own_table
 - 1 - errors /

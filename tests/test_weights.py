@@ -427,8 +427,9 @@ def test_mistakes_are_one_line(tmp_path, capsys):
     assert "--read" in fails(weights, [], capsys)
 
     run_of(write(tmp_path / "good", c, tensors | {embed: tensors[embed] + 1}), tmp_path / "run")
+    write(tmp_path / "other", c, tensors)
     assert "name another --run" in fails(
-        weights, [f"--read={tmp_path / 'good'}", f"--run={tmp_path / 'run'}"], capsys
+        weights, [f"--read={tmp_path / 'other'}", f"--run={tmp_path / 'run'}"], capsys
     )
     assert "exists" in fails(
         weights, [f"--run={tmp_path / 'run'}", f"--write={tmp_path / 'good'}"], capsys
