@@ -2,9 +2,9 @@
 # Fine-tune Llama 3.1 8B on the conversations of Tulu 3, on 8 GPUs.
 #
 #   hardware  8 H100 or H200 in one machine, without SLURM: one process takes them all
-#   start     python -m weights.convert --read=path/to/Llama-3.1-8B --run=runs/llama3.1-8b
-#             Write the chat_template of allenai/Llama-3.1-Tulu-3-8B-SFT's tokenizer_config.json
-#             into chat_template.jinja there first: a base has none, and roles would be spelled
+#   start     Write the chat_template of allenai/Llama-3.1-Tulu-3-8B-SFT's tokenizer_config.json
+#             to path/to/Llama-3.1-8B/chat_template.jinja first: a base has none. Then
+#             python -m weights.convert --read=path/to/Llama-3.1-8B --run=runs/llama3.1-8b
 #   batch     24 rows of 4,096 tokens, packed, which hold about as many tokens as the paper's 128
 #             conversations, a row each
 #   rate      5e-6, linear to 0 after 3 % of warm-up, as the paper's

@@ -3,9 +3,9 @@
 #
 #   hardware  TPU v5e-256; every host runs this script
 #   hosts     all see the folder of runs: RUNS=/mnt/runs sh recipes/v5e256_8b_sft.sh
-#   start     python -m weights.convert --read=path/to/Llama-3.1-8B --run=$RUNS/llama3.1-8b
-#             Write the chat_template of allenai/Llama-3.1-Tulu-3-8B-SFT's tokenizer_config.json
-#             into chat_template.jinja there first: a base has none, and roles would be spelled
+#   start     Write the chat_template of allenai/Llama-3.1-Tulu-3-8B-SFT's tokenizer_config.json
+#             to path/to/Llama-3.1-8B/chat_template.jinja first: a base has none. Then
+#             python -m weights.convert --read=path/to/Llama-3.1-8B --run=$RUNS/llama3.1-8b
 #   batch     64 rows of 2,048 tokens, packed, one for each shard. They hold somewhat more tokens
 #             than the paper's 128 conversations of at most 4,096, a row each
 #   rate      5e-6, linear to 0 after 3 % of warm-up, as the paper's

@@ -4,9 +4,9 @@
 #   hardware  TPU v5p, 512 chips as 8 x 8 x 8 (v5p-1024 to Google Cloud, which counts cores); every
 #             host runs this script
 #   hosts     all see the folder of runs: RUNS=/mnt/runs sh recipes/v5p512_70b_sft.sh
-#   start     python -m weights.convert --read=path/to/Llama-3.1-70B --run=$RUNS/llama3.1-70b
-#             Write the chat_template of allenai/Llama-3.1-Tulu-3-70B-SFT's tokenizer_config.json
-#             into chat_template.jinja there first: a base has none, and roles would be spelled
+#   start     Write the chat_template of allenai/Llama-3.1-Tulu-3-70B-SFT's tokenizer_config.json
+#             to path/to/Llama-3.1-70B/chat_template.jinja first: a base has none. Then
+#             python -m weights.convert --read=path/to/Llama-3.1-70B --run=$RUNS/llama3.1-70b
 #   batch     128 rows of 4,096 tokens, packed, one for each shard. They hold about five times the
 #             tokens of the paper's 128 conversations, a row each
 #   rate      2e-6, linear to 0 after 3 % of warm-up: the paper's, not raised for the larger batch

@@ -142,11 +142,13 @@ def test_targets_stand_at_each_labelled_step_s_last_token(tokenizer):
             "labels": labels,
         }
     )
-    (row,), lost = encode_steps(record, tokenizer, 64)
+    encoded = encode_steps(record, tokenizer, 64)
+    (row,) = encoded.rows
     text = "27+8=35\nso 35\n35-6=29\nso 29\nanswer 28"
     prompt = tokenizer.prompt("27+8-6")
     # The row is as a policy samples it.
-    assert row["tokens"] == [*prompt, *tokenizer.encode(text), tokenizer.eos] and not lost
+    assert row["tokens"] == [*prompt, *tokenizer.encode(text), tokenizer.eos]
+    assert not encoded.truncated
     ends = [
         t
         for t in range(len(prompt), len(row["tokens"]))
@@ -160,9 +162,10 @@ def test_targets_stand_at_each_labelled_step_s_last_token(tokenizer):
     # The rule by which responses are read.
     found = step_ends(batch["tokens_BT"], mask_BT, tokenizer.newlines(), tokenizer.eos)
     assert np.flatnonzero(found[0]).tolist() == ends
-    short, lost = encode_steps(record, tokenizer, ends[2])
-    assert lost and sum(short[0]["mask"]) == 1
-    assert encode_steps(record, tokenizer, ends[0]) == ([], True)  # no label is left
+    short = encode_steps(record, tokenizer, ends[2])
+    assert short.truncated and sum(short.rows[0]["mask"]) == 1
+    no_label_is_left = encode_steps(record, tokenizer, ends[0])
+    assert not no_label_is_left.rows and no_label_is_left.truncated
 
 
 # ---- Losses, scores, rewards ----
