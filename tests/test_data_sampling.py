@@ -289,6 +289,7 @@ def test_desirable_rows_are_counted(study):
     assert f"{lines[0]['desirable']:.3f}" in verdicts.chosen_table(f"{study}/c")
 
 
+@pytest.mark.slow  # reads the results of the study above
 def test_results_of_another_start_are_refused(study, tmp_path, capsys):
     row = json.loads((study / "results.jsonl").read_text().splitlines()[0])
     (tmp_path / "other.jsonl").write_text(json.dumps({**row, "init": "another"}) + "\n")
@@ -296,6 +297,7 @@ def test_results_of_another_start_are_refused(study, tmp_path, capsys):
     assert "another model than --init" in told
 
 
+@pytest.mark.slow  # reads the results of the study above
 def test_verdicts_are_written_between_the_marks(study, tmp_path):
     page = tmp_path / "README.md"
     page.write_text(f"before\n\n{verdicts.FIRST}\nold\n{verdicts.LAST}\n\nafter\n")
