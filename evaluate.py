@@ -65,7 +65,7 @@ class Config:
     data: str = "world"
     """World, files, or tfds:<name>; not read by gold."""
     on_bad_row: OnBadRow = "stop"
-    """stop: end at the first bad row of a file; skip: leave bad rows out, and list them."""
+    """stop: end at the first bad row of a file; skip: leave bad rows out, with a note."""
     split: Split | None = None
     """Part of --data; None: all of a file, else what is held out."""
     # The runs that are measured, by their roles

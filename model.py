@@ -607,13 +607,16 @@ def feed_experts(
     repeated_AD = jnp.repeat(x_MD, config.experts_per_token, axis=0)
     x_AD = repeated_AD.at[order_A].get(unique_indices=True)
 
-    # SwiGLU of each run of rows by its expert; nothing of the rows behind them.
+    # Of rows behind the runs a ragged product may hold anything, in its derivative too.
+    is_here_A1 = (jnp.arange(len(order_A)) < runs_E.sum())[:, None]
+    x_AD = jnp.where(is_here_A1, x_AD, 0)
+
+    # SwiGLU of each run of rows by its expert.
     gate_AF = jax.lax.ragged_dot(x_AD, gate_EDF, runs_E)
     up_AF = jax.lax.ragged_dot(x_AD, up_EDF, runs_E)
     hidden_AF = activation_of(config)(gate_AF) * up_AF
     out_AD = jax.lax.ragged_dot(hidden_AF, down_EFD, runs_E)
-    is_here_A = jnp.arange(len(order_A)) < runs_E.sum()
-    out_AD = jnp.where(is_here_A[:, None], out_AD, 0)
+    out_AD = jnp.where(is_here_A1, out_AD, 0)
 
     # Back in the order of the tokens, whose sums are in float32.
     back_A = jnp.argsort(order_A)

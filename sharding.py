@@ -453,7 +453,13 @@ def by_rows_and_experts(
     if not axes:
         return run(x, router, experts, 0, lambda y: y)
 
+    # XLA's CPU backend crashes on sums over some of the axes in bfloat16, here in the derivative.
+    computed = x.dtype
+    summed = np.float32 if platform() == "cpu" else computed
+
     def local(x: jax.Array, router: jax.Array, experts: tuple[jax.Array, ...]) -> Any:
+        x = x.astype(computed)
+        experts = tuple(weight.astype(computed) for weight in experts)
         if not has_experts_cut:
             return run(x, router, experts, 0, lambda y: y)
         first = jax.lax.axis_index("tensor") * experts[0].shape[0]
@@ -470,7 +476,8 @@ def by_rows_and_experts(
         axis_names=frozenset(axes),
         check_vma=False,
     )
-    return on_mesh(x, router, experts)
+    experts = tuple(weight.astype(summed) for weight in experts)
+    return on_mesh(x.astype(summed), router, experts)
 
 
 def constrain_batch(x: jax.Array) -> jax.Array:

@@ -15,6 +15,7 @@ What a step does stays in the script; what every script does around its steps is
 """
 
 import contextlib
+import itertools
 import pathlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,6 +37,7 @@ from planning.world_defaults import world_defaults_note
 from responses import make_sampler
 from runtime.checkpoint import Checkpoints
 from runtime.guard import GuardConfig
+from runtime.hosts import all_gather_json
 from runtime.metrics import Recorder
 from runtime.rows import Seal
 from runtime.run_folder import atomic_text, path_from_root
@@ -181,7 +183,9 @@ class Run:
         rows: dict[str, None] = {}
         for batches in self._data.values():
             rows |= dict.fromkeys(batches.skipped)
-        lines = [*rows, *refused_records()]
+        # Each host meets its own part of the records.
+        refused = itertools.chain.from_iterable(all_gather_json(refused_records()))
+        lines = list(dict.fromkeys([*rows, *refused]))
         # Of a resumed run those that it met before come first.
         if self.start and path.exists():
             before = path.read_text(encoding="utf-8").splitlines()

@@ -116,7 +116,9 @@ def read_labelled(reply: str) -> list[Instance]:
     found = []
     for piece in re.split(LABEL, reply)[1:]:
         label, _, rest = piece.partition("\n")
-        found.append(Instance(_input_of(rest), label.strip()))
+        # Writers often leave the heading out.
+        given = _input_of(rest) if re.search(INPUT, rest) else rest.strip()
+        found.append(Instance(given, label.strip()))
     return found
 
 

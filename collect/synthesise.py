@@ -163,12 +163,12 @@ def pairs_of(config: Config) -> list[tuple[str, str, str]]:
             continue
         prompt, response = texts_to_judge(source[i])
         # A conversation of the world begins with a request by itself.
-        if not is_file(config.data) and not isinstance(prompt, str):
+        if config.data in SIMULATED and not isinstance(prompt, str):
             response = source[i]["messages"][1]["content"]
             prompt = prompt[:1]
         if isinstance(prompt, str):
             pairs.append((f"row {i + 1}", prompt, response))
-        elif len(prompt) == 1:
+        elif [message["role"] for message in prompt] == ["user"]:
             pairs.append((f"row {i + 1}", prompt[0]["content"], response))
     longer = count - undesirable - len(pairs)
     if undesirable:

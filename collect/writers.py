@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, TextIO
 import jax
 from tqdm import tqdm
 
+from data.bad_rows import RecordRefused
 from data.tokenizer import is_ended
 from responses import load_run, split_evenly
 from rewards.judges import make_ask, make_probability_of_a, turn
@@ -117,15 +118,25 @@ def run_writer(
                 texts.append(whole_items(tokenizer.decode(tokens), asked.item))
         return texts
 
+    def has_room(text: str, room: int) -> bool:
+        """Tell if a question can be asked; one that spells a control token cannot."""
+        try:
+            return len(tokenizer.prompt(text)) <= room
+        except RecordRefused:
+            return False
+
     def reply(questions: Sequence[Question], number: int) -> list[str]:
         room = context if questions[0].step in VERDICTS else context - max_new_tokens
-        fits = [len(tokenizer.prompt(one.text)) <= room for one in questions]
+        fits = [has_room(one.text, room) for one in questions]
         fitting = list(itertools.compress(questions, fits))
         gone = len(questions) - len(fitting)
         if gone:
-            tqdm.write(f"{run}: {gone} of {len(questions)} questions have over {room} tokens")
+            tqdm.write(
+                f"{run}: {gone} of {len(questions)} questions have over {room} tokens, "
+                "or are refused by the chat template"
+            )
         answer = iter(answers(fitting, number) if fitting else [])
-        return [next(answer) if has_room else "" for has_room in fits]
+        return [next(answer) if is_asked else "" for is_asked in fits]
 
     return reply
 

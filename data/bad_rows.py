@@ -20,7 +20,7 @@ SHOWN = 40
 
 _on_bad_row: OnBadRow = "stop"
 _refused: dict[str, str] = {}
-"""What is wrong with each record refused so far, by its prompt: each is there once, in order."""
+"""What is wrong with the first refused record of each prompt so far, by the prompt, in order."""
 
 
 class RecordRefused(UserError):
@@ -56,7 +56,7 @@ def refuse_record(name: str, record: Mapping[str, Any], fault: RecordRefused) ->
     line = f"{name}: {which}: {fault}"
     if not are_bad_rows_skipped():
         raise UserError(f"{line}; --on_bad_row=skip leaves such records out") from None
-    # The other processes would say the same.
+    # One line is enough: skipped.txt has those of all hosts.
     if not _refused and jax.process_index() == 0:
         print(f"note: left out, and so will be others like it: {line}", file=sys.stderr)
     # A conversation may be met again as a prompt, without its answer.

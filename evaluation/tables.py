@@ -22,6 +22,7 @@ def note_left_out(name: str, found: Sequence[Encoded], length: int) -> None:
     count = len(found)
     refused = sum(encoded.is_refused for encoded in found)
     left_out = sum(encoded.is_dropped for encoded in found)
+    require(refused < count, f"{name}: the chat template refuses all {count} records")
     also = f"; the chat template refuses {refused} more" if refused else ""
     require(
         left_out + refused < count,

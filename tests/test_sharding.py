@@ -104,6 +104,14 @@ def on_one_device(name):
 
 
 @needs_eight
+def test_experts_train_in_bfloat16_where_rows_alone_are_cut():
+    config = dataclasses.replace(CONFIG, experts=4, layers=1, dtype="bfloat16")
+    losses, _, _ = five_steps(make_mesh(MeshConfig(data=1, fsdp=8)), "likelihood", config=config)
+    want, _, _ = five_steps(one_device(), "likelihood", config=config)
+    np.testing.assert_allclose(losses, want, rtol=1e-2)
+
+
+@needs_eight
 @pytest.mark.parametrize(
     ("name", "shape"),
     [

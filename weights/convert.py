@@ -581,7 +581,8 @@ def _refuse_other_import(
     if read is None or pathlib.Path(read).resolve() != folder.resolve():
         raise UserError(f"{run}: holds a checkpoint already; name another --run")
     # By their content: times change with copies, and stay where other weights are moved in.
-    is_same_weights = stored.get("weights_sha256") == weights
+    # Imports from before the sum was kept have none.
+    is_same_weights = stored.get("weights_sha256") in (None, weights)
     is_same_shape = stored_model(run) == model
     is_same_tokenizer = Tokenizer.load(run).sha256 == tokenizer.sha256
     if not (is_same_weights and is_same_shape and is_same_tokenizer):
