@@ -136,10 +136,7 @@ def evaluate_alignment(config: Config) -> dict[str, Any]:
     # What lies in the folder already must be an earlier call's.
     out = pathlib.Path(config.run)
     with disk_faults(out):
-        refuse_other_object(out / "summary.json", STAGES)
-        # That an empty one passes says nothing of the report.
-        summary_file = out / "summary.json"
-        is_known = summary_file.exists() and summary_file.stat().st_size > 0
+        is_known = refuse_other_object(out / "summary.json", STAGES)
         require(
             is_known or not (out / "report.html").exists(),
             f"{out / 'report.html'}: exists, and is not of this command; name the folder of "
@@ -303,7 +300,8 @@ def evaluate_win_rate(config: Config) -> dict[str, Any]:
 
     # Prompts that all three can read: each may have a chat template of its own.
     for run in (reward, policy, other):
-        prompts = [text for text in prompts if not is_refused(text, run.tokenizer, source.name)]
+        tokenizer = run.tokenizer
+        prompts = [asked for asked in prompts if not is_refused(asked, tokenizer, source.name)]
     require(bool(prompts), f"--data={config.data}: the chat templates refuse all prompts read")
 
     # The policies, one after the other, on the same prompts.

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from runtime.errors import UserError
-from sharding import along, constrain_residual, in_microbatches, path_name, platform
+from sharding import along, constrain_residual, in_microbatches, path_name, summed_type
 
 Remat = Literal["none", "dots", "full"]
 """Outputs that the backward pass recomputes: none, all but those of matmuls, or everything."""
@@ -226,8 +226,8 @@ def pipelined(
     x_MBTD = in_microbatches(x_BTD, microbatches)
     rows_M = jax.tree.map(lambda x: in_microbatches(x, microbatches), rows)
 
-    # XLA's CPU backend crashes on sums over stage in bfloat16, here and in the derivative.
-    summed = jnp.float32 if platform() == "cpu" else x_BTD.dtype
+    # The results, and in the derivative the micro-batches, are summed over stage.
+    summed = summed_type(x_BTD.dtype)
 
     def stage(weights, x_MBTD, rows_M):
         """Run this stage's part of the layers on every micro-batch."""

@@ -148,6 +148,14 @@ def platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
+def summed_type(dtype: Any) -> Any:
+    """Return the type in which arrays of `dtype` enter a shard_map over some axes that sums them.
+
+    XLA's CPU backend crashes on such sums in bfloat16, in the derivative too.
+    """
+    return np.float32 if platform() == "cpu" else dtype
+
+
 def along(mesh: AnyMesh, *axes: str) -> int:
     """Return how many devices lie along `axes` together, the product of their sizes.
 
@@ -453,9 +461,9 @@ def by_rows_and_experts(
     if not axes:
         return run(x, router, experts, 0, lambda y: y)
 
-    # XLA's CPU backend crashes on sums over some of the axes in bfloat16, here in the derivative.
+    # In the derivative experts are summed over the devices that share them.
     computed = x.dtype
-    summed = np.float32 if platform() == "cpu" else computed
+    summed = summed_type(computed)
 
     def local(x: jax.Array, router: jax.Array, experts: tuple[jax.Array, ...]) -> Any:
         x = x.astype(computed)

@@ -19,12 +19,12 @@ import jax
 import numpy as np
 
 from data.bad_rows import OnBadRow
-from data.batches import collate, encode_or_leave_out
+from data.batches import collate
 from data.sources import Source, check_eval_records, evaluated_split, open_source
 from data.steps import encode_steps, pad_steps, steps_batches
 from data.tokenizer import Tokenizer, tokenizer_for
 from evaluation.steps import step_table
-from evaluation.tables import note_left_out
+from evaluation.tables import evaluated_records
 from lora import LoraConfig, with_adapters
 from model import Params, ScalarModel, init_and_apply
 from model_config import ModelConfig, check_fit
@@ -136,11 +136,7 @@ def make_step_evaluation(
     evaluate waits for the device, and every process must call it.
     """
     # A solution that is cut before its first label has nothing to measure.
-    first = source.first(most)
-    encode = partial(encode_or_leave_out, encode_steps, source.name)
-    found = [encode(record, tokenizer, length) for record in first]
-    records = [record for record, encoded in zip(first, found, strict=True) if encoded.rows]
-    note_left_out(source.name, found, length)
+    records = evaluated_records(source, encode_steps, tokenizer, length, most)
 
     # Parts of one shape, for one compilation: the last is filled with the first record.
     filled = records + records[:1] * (-len(records) % EVAL_ROWS)

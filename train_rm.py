@@ -10,6 +10,7 @@ on average.
 import runtime.interrupt  # noqa: F401
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from functools import partial
 
@@ -150,24 +151,23 @@ def reference_responses(
     responses: list[str] = []
     if config.demonstrations is None:
         # The comparisons' own best.
-        for i in range(min(REFERENCE_RESPONSES, len(source))):
-            record = source[i]
-            if is_refused(record["prompt"], tokenizer, source.name):
-                continue
+        name = source.name
+        for record in source.first(REFERENCE_RESPONSES):
             best = int(np.argmin(record["ranking"]))
             prompts.append(record["prompt"])
             responses.append(record["responses"][best])
     else:
         # The last turns of demonstrations.
         chats = open_source(config.demonstrations, "chat", "train", seed=config.seed)
-        for i in range(min(REFERENCE_RESPONSES, len(chats))):
-            *prompt, answer = chats[i]["messages"]
-            if is_refused(prompt, tokenizer, chats.name):
-                continue
+        name = chats.name
+        for record in chats.first(REFERENCE_RESPONSES):
+            *prompt, answer = record["messages"]
             prompts.append(prompt)
             responses.append(answer["content"])
-    require(bool(prompts), "the chat template refuses all reference responses; give others")
-    return prompts, responses
+
+    kept = [not is_refused(prompt, tokenizer, name) for prompt in prompts]
+    require(any(kept), "the chat template refuses all reference responses; give others")
+    return list(itertools.compress(prompts, kept)), list(itertools.compress(responses, kept))
 
 
 def mean_score(

@@ -15,7 +15,6 @@ What a step does stays in the script; what every script does around its steps is
 """
 
 import contextlib
-import itertools
 import pathlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -178,19 +177,20 @@ class Run:
 
     def _list_skipped(self) -> None:
         """Write skipped.txt, what is wrong with each row of the data that was left out, if any."""
+        if not are_bad_rows_skipped():
+            return
         path = pathlib.Path(self.config.run) / "skipped.txt"
-        # Rows of files, of all streams, each once; then records that were refused.
-        rows: dict[str, None] = {}
-        for batches in self._data.values():
-            rows |= dict.fromkeys(batches.skipped)
-        # Each host meets its own part of the records.
-        refused = itertools.chain.from_iterable(all_gather_json(refused_records()))
-        lines = list(dict.fromkeys([*rows, *refused]))
         # Of a resumed run those that it met before come first.
+        lines: list[str] = []
         if self.start and path.exists():
-            before = path.read_text(encoding="utf-8").splitlines()
-            known = set(before)
-            lines = [*before, *(line for line in lines if line not in known)]
+            lines += path.read_text(encoding="utf-8").splitlines()
+        # Rows of files, of all streams; then records, of which each host meets its own part.
+        for batches in self._data.values():
+            lines += batches.skipped
+        for of_a_host in all_gather_json(refused_records()):
+            lines += of_a_host
+        # Each once.
+        lines = list(dict.fromkeys(lines))
         if lines and jax.process_index() == 0:
             with atomic_text(str(path)) as file:
                 file.writelines(f"{line}\n" for line in lines)

@@ -153,15 +153,13 @@ def encode_or_leave_out(
         return Encoded([], truncated=False, is_refused=True)
 
 
-def is_refused(prompt: str | Sequence[Message], tokenizer: Tokenizer, name: str) -> bool:
+def is_refused(prompt: Sequence[Message], tokenizer: Tokenizer, name: str) -> bool:
     """Tell whether a prompt of the source `name` must be left out, as by `encode_or_leave_out`.
 
     For prompts that are not read in batches. Raises UserError as that does.
     """
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    return encode_or_leave_out(
-        encode_prompt, name, {"prompt": messages}, tokenizer, NO_LIMIT
-    ).is_refused
+    record = {"prompt": prompt}
+    return encode_or_leave_out(encode_prompt, name, record, tokenizer, NO_LIMIT).is_refused
 
 
 def cut_left(tokens: list[int], length: int, tokenizer: Tokenizer) -> list[int]:
@@ -661,7 +659,7 @@ class Batches:
                 file=sys.stderr,
             )
         if not rows:
-            raise self._nothing_left(refused, "raise --length")
+            raise self._nothing_left(left_out, refused, "raise --length")
         if packed:
             rows = self._packed(rows)
         rows = rows[:most]
@@ -746,18 +744,21 @@ class Batches:
 
             fruitless = 0 if window.rows else fruitless + self._window_size
             if fruitless > min(len(self._source), 10_000):
-                raise self._nothing_left(after.get("refused", 0), "raise length")
+                raise self._nothing_left(after["dropped"], after.get("refused", 0), "raise length")
             if after["row"] == len(window.rows):
                 after["window"] += 1
                 after["row"] = 0
         return rows, after
 
-    def _nothing_left(self, refused: int, remedy: str) -> UserError:
+    def _nothing_left(self, dropped: int, refused: int, remedy: str) -> UserError:
         """Make the UserError of a source of which no record can be used."""
+        name = self._source.name
+        if refused and not dropped:
+            return UserError(f"{name}: the chat template refuses all {refused:,} records read")
         fault = f"no record fits {self._length} tokens"
         if refused:
             fault = f"the chat template refuses {refused:,} records; of the others {fault}"
-        return UserError(f"{self._source.name}: {fault}; {remedy}")
+        return UserError(f"{name}: {fault}; {remedy}")
 
     def _make_window(self, stage: int, number: int) -> Window:
         """Encode, and where the layout says so pack, the examples of a window of a stage."""

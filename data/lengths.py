@@ -141,15 +141,14 @@ def lengths_line(
     measured = len(found.tokens_N)
     rows = "endless" if source.is_endless else f"{len(source):,} rows"
     refused = ""
+    part = "" if measured == len(source) else f" of the first {measured:,}"
     if found.refused:
-        refused = f"; of the first {measured + found.refused:,} the chat template refuses "
-        refused += f"{found.refused:,}"
+        first = measured + found.refused
+        refused = f"; of the first {first:,} the chat template refuses {found.refused:,}"
+        part = f" of the other {measured:,}"
     if measured == 0:
         return f"{source.name}: {rows}{refused}"
     median, high = np.percentile(found.tokens_N, [50, 95])
-    part = "" if measured == len(source) else f" of the first {measured:,}"
-    if refused:
-        part = f" of the other {measured:,}"
     line = (
         f"{source.name}: {rows}{refused}; {median:,.0f} tokens at the median{part}, {high:,.0f} "
         f"at the 95th percentile; at {flag}={length} {found.cut / measured:.1%} are cut and "

@@ -1,16 +1,15 @@
 """Measures of a reward model on held-out comparisons: accuracy, calibration, length."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
-from data.batches import encode_comparison, encode_or_leave_out
+from data.batches import encode_comparison
 from data.records import Record
 from data.sources import Source
 from data.tokenizer import Tokenizer
-from evaluation.tables import note_left_out
+from evaluation.tables import evaluated_records
 from model import Params
 from model_config import ModelConfig
 from rewards.models import Prompt, make_text_scorer
@@ -172,11 +171,7 @@ def make_comparison_evaluation(
     left out, with a note; raises UserError where none is left, or all of them tie.
     """
     # The records, and what of them does not depend on parameters.
-    read = source.first(most)
-    encode = partial(encode_or_leave_out, encode_comparison, source.name)
-    found = [encode(record, tokenizer, length) for record in read]
-    records = [record for record, encoded in zip(read, found, strict=True) if encoded.rows]
-    note_left_out(source.name, found, length)
+    records = evaluated_records(source, encode_comparison, tokenizer, length, most)
     prompts, responses, ranks_NC, lengths_NC, criteria = as_comparisons(records, tokenizer)
     gap_P, _ = ordered_pairs(np.zeros(ranks_NC.shape), ranks_NC)
     require(gap_P.size > 0, f"{source.name}: its responses tie; give comparisons that differ")

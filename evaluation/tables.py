@@ -5,7 +5,11 @@ from collections.abc import Iterable, Sequence
 
 import jax
 
-from data.lengths import Encoded
+from data.batches import encode_or_leave_out
+from data.lengths import Encode, Encoded
+from data.records import Record
+from data.source import Source
+from data.tokenizer import Tokenizer
 from runtime.errors import require
 
 
@@ -14,7 +18,23 @@ def cells(values: Iterable[object], spec: str) -> str:
     return "".join(format(value, spec) for value in values)
 
 
-def note_left_out(name: str, found: Sequence[Encoded], length: int) -> None:
+def evaluated_records(
+    source: Source, encode: Encode, tokenizer: Tokenizer, length: int, most: int
+) -> list[Record]:
+    """Return those of the first `most` records of `source` that `encode` makes rows of.
+
+    A note on stderr counts the others: too long for `length` tokens, or refused by the chat
+    template. Raises UserError where none is left, and for a refused one as data.bad_rows does.
+    """
+    read = source.first(most)
+    found = []
+    for record in read:
+        found.append(encode_or_leave_out(encode, source.name, record, tokenizer, length))
+    _note_left_out(source.name, found, length)
+    return [record for record, encoded in zip(read, found, strict=True) if encoded.rows]
+
+
+def _note_left_out(name: str, found: Sequence[Encoded], length: int) -> None:
     """Say on stderr how many of the records `found` have no rows; raise UserError where none has.
 
     `name`: of their source. `length`: tokens that hold one, --length.

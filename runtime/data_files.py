@@ -10,6 +10,7 @@ import hashlib
 import os
 import pathlib
 import re
+from collections.abc import Iterable
 
 from runtime.errors import UserError
 from runtime.foreign import TEXT, Kind, check_values, file_in, list_of, one_line, read_object
@@ -108,6 +109,15 @@ def content_sum(path: str | os.PathLike) -> str:
 def _file_sum(path: str, *status: int) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def named_sum(paths: Iterable[pathlib.Path]) -> str:
+    """Return the SHA-256 of the names and sums of files, in the order given.
+
+    Raises UserError where a file cannot be read.
+    """
+    lines = [f"{path.name} {joint_sum(str(path))}\n" for path in paths]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def joint_sum(name: str) -> str:

@@ -83,10 +83,9 @@ def parse(cls: type[ConfigT], argv: Sequence[str] | None = None) -> ConfigT:
     if hasattr(default, "model"):
         model = _starting_model(default.model, words)
         default = dataclasses.replace(default, model=model)  # type: ignore[type-var]
-    if "--help" in words:
-        with terminal.ended_by_pipe():
-            return _read(cls, words, default)
-    return _read(cls, words, default)
+    ending = terminal.ended_by_pipe() if "--help" in words else contextlib.nullcontext()
+    with ending:
+        return _read(cls, words, default)
 
 
 def _read(cls: type[ConfigT], words: list[str], default: ConfigT) -> ConfigT:

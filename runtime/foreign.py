@@ -186,19 +186,21 @@ def read_object_if_there(path: pathlib.Path) -> dict[str, Any]:
         return {}
 
 
-def refuse_other_object(path: pathlib.Path, names: Collection[str]) -> None:
+def refuse_other_object(path: pathlib.Path, names: Collection[str]) -> bool:
     """Raise UserError for a file that is no JSON object with `names`: it is not replaced.
 
-    No file, and an empty one, pass. Raises OSError for a name that no file can have.
+    Returns True for such an object, False for no file or an empty one. Raises OSError for a name
+    that no file can have.
     """
     if not path.exists() or not path.stat().st_size:
-        return
+        return False
     try:
         content = json.loads(path.read_bytes())
     except (ValueError, RecursionError):
         content = None
     if type(content) is not dict or not content.keys() >= set(names):
         raise UserError(f"{path}: exists, and is not of this command; name another place")
+    return True
 
 
 def one_line(fault: Exception) -> str:

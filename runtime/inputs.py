@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 import jax
 
-from runtime.data_files import files_named, joint_sum
+from runtime.data_files import files_named, joint_sum, named_sum
 from runtime.errors import UserError
 from runtime.mixtures import names_in
 from runtime.run_folder import (
@@ -196,12 +196,12 @@ def _content_of(name: str) -> Content:
 
 def _prepared_sum(folder: pathlib.Path) -> str:
     """Return the SHA-256 of the names and sums of what is read of a prepared data set."""
-    lines = []
+    paths = []
     for path in sorted(folder.iterdir()):
         # It describes the others, and differs between versions of TFDS.
         if path.is_file() and path.name != "dataset_info.json":
-            lines.append(f"{path.name} {joint_sum(str(path))}\n")
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
+            paths.append(path)
+    return named_sum(paths)
 
 
 def at_newest(run: str) -> RunAtStep:

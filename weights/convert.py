@@ -11,7 +11,6 @@ Covered are the families of weights/families.py, where all layers are the decode
 import runtime.interrupt  # noqa: F401
 
 import dataclasses
-import hashlib
 import json
 import math
 import os
@@ -33,7 +32,7 @@ from model import LanguageModel, Params, init_and_apply
 from model_config import ModelConfig, stored_model
 from runtime import flags
 from runtime.checkpoint import Checkpoints
-from runtime.data_files import content_sum
+from runtime.data_files import named_sum
 from runtime.errors import UserError, refuse_unread
 from runtime.foreign import TEXT, check_values, file_in, object_of, one_line, read_object
 from runtime.run_folder import finished_steps, load_config, plumb_version
@@ -559,13 +558,11 @@ def import_run(config: Config, folder: pathlib.Path) -> Params:
 
 
 def weights_sum(files: dict[str, pathlib.Path]) -> str:
-    """Return the SHA-256 of the sums of the files of weights, each read once, by their names.
+    """Return the SHA-256 of the names and sums of the files of weights, each read once.
 
     `files`: of `find_model`, the file of each tensor.
     """
-    paths = sorted(set(files.values()), key=lambda path: path.name)
-    lines = [f"{content_sum(path)} {path.name}\n" for path in paths]
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
+    return named_sum(sorted(set(files.values()), key=lambda path: path.name))
 
 
 def _refuse_other_import(
