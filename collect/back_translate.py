@@ -9,7 +9,7 @@ one's pairs were trained on, and no tag that tells rows that people wrote from t
 
 from collections.abc import Iterator, Sequence
 
-from collect.clean import folded
+from collect.examples import folded
 from collect.instructions import (
     INSTRUCTION_OF,
     NO_REPLY,
@@ -51,10 +51,10 @@ def back_translate(
             elif folded(instruction) == folded(text):
                 made = made._replace(rule="copied", reason="the instruction is the answer")
             pairs.append(made)
-        yield without_objections(curated(pairs, ask, least_score), object_to)
+        yield without_objections(_curated(pairs, ask, least_score), object_to)
 
 
-def curated(pairs: Sequence[Made], ask: Ask, least_score: int) -> list[Made]:
+def _curated(pairs: Sequence[Made], ask: Ask, least_score: int) -> list[Made]:
     """Drop the pairs to which the writer gives a score below `least_score`, or none."""
     reasons = []
     for score in ask_scores(ask, [pair_of(made) for made in staying(pairs)]):

@@ -6,7 +6,7 @@ a model reads first (Wei et al. 2022, FLAN; Sanh et al. 2022, T0), in one of sev
 
 from collections.abc import Sequence
 
-from collect.clean import folded
+from collect.examples import folded
 from collect.instructions import INSTRUCTION_OF, Made
 from tasks.world import drawn_for
 

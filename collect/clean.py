@@ -13,14 +13,20 @@ import collections
 import dataclasses
 import hashlib
 import json
-import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
 
-from collect.examples import as_line, open_rows, rows_as_written, schema_of
+from collect.examples import (
+    as_line,
+    folded,
+    lines_in,
+    open_rows,
+    rows_as_written,
+    schema_of,
+)
 from collect.scores import perplexities
 from data import text_rules
 from data.batches import SHORTEST_PROMPT
@@ -35,7 +41,7 @@ from data.tokenizer import texts_of
 from model_config import stored_model
 from responses import in_parts, load_run
 from runtime import flags
-from runtime.errors import UserError, refuse_unread, require
+from runtime.errors import refuse_unread, require
 from runtime.run_folder import atomic_text
 from sharding import MeshConfig, make_mesh
 
@@ -97,17 +103,6 @@ Finder = Callable[[Given, Sequence[int]], Found]
 # ---- Rules: of the rows that are left, those that go ----
 
 
-def folded(value: Any) -> Any:
-    """Return a record, or what it holds, with its texts in lower case and single spaces."""
-    if isinstance(value, str):
-        return " ".join(value.casefold().split())
-    if isinstance(value, dict):
-        return {key: folded(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [folded(item) for item in value]
-    return value
-
-
 def exact(given: Given, rows: Sequence[int]) -> Found:
     """Find rows that repeat an earlier one, labels and all, but for case and spaces."""
     first: dict[bytes, int] = {}
@@ -144,7 +139,7 @@ def by_text(rule: Rule) -> Finder:
 
 def lexicon(given: Given, rows: Sequence[int]) -> Found:
     """Find rows with an unwanted word."""
-    rule = text_rules.lexicon_rule(lines_of("lexicon", given.config.lexicon or ""))
+    rule = text_rules.lexicon_rule(lines_in("lexicon", given.config.lexicon or ""))
     yield from by_text(rule)(given, rows)
 
 
@@ -260,7 +255,7 @@ def check(config: Config) -> None:
     )
     # What rules read is opened before the first of them runs.
     if config.lexicon is not None:
-        lines_of("lexicon", config.lexicon)
+        lines_in("lexicon", config.lexicon)
     for name, data in (("good", config.good), ("bad", config.bad)):
         require(data is None or is_file(data), f"--{name}={data}: is no file; name one")
         if data is not None:
@@ -280,20 +275,6 @@ def longest(run: str, length: int | None) -> int:
         f"{context}",
     )
     return length
-
-
-def lines_of(flag: str, path: str) -> list[str]:
-    """Return the distinct lines of the file `path` of a flag, without spaces around them.
-
-    Raises UserError for a file that cannot be read or has none.
-    """
-    try:
-        text = pathlib.Path(path).read_text("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as fault:
-        raise UserError(f"--{flag}={path}: cannot be read as text ({fault})") from None
-    found = dict.fromkeys(line.strip() for line in text.splitlines() if line.strip())
-    require(bool(found), f"--{flag}={path}: has none; write one a line")
-    return list(found)
 
 
 def texts_in(data: str) -> list[str]:

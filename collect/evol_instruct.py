@@ -10,15 +10,16 @@ it failed that one is tried again in the next round.
 import re
 from collections.abc import Iterator, Sequence
 
-from collect.clean import folded
+from collect.examples import folded
 from collect.instructions import (
     NO_REPLY,
     Made,
     Object,
     answer_fault,
+    ask_verdicts,
     dropped,
-    read_answer,
     staying,
+    with_outputs,
     without_heading,
     without_objections,
 )
@@ -55,7 +56,7 @@ no."""
 WORDS_OF_THE_QUESTION = re.compile(
     r"\b(?:given|rewritten|created) (?:prompt|instruction)s?\b", re.IGNORECASE
 )
-"""What writers say about their task instead of doing it (section 3.2 of the paper)."""
+"""Phrases by which a writer talks about its task instead of doing it (WizardLM, section 3.2)."""
 
 
 def evol_instruct(
@@ -131,8 +132,9 @@ def _gaining(pool: Sequence[tuple[str, str]], evolved: Sequence[Made], ask: Ask)
     for (_, before), made in zip(pool, evolved, strict=True):
         if not made.rule:
             questions.append(question("same", SAME, first=before, second=made.row["instruction"]))
-    verdicts = [read_answer(reply, ["yes", "no"]) for reply in ask(questions)]
-    reasons = ["" if verdict == "no" else "asks for the same" for verdict in verdicts]
+    reasons = []
+    for verdict in ask_verdicts(ask, questions):
+        reasons.append("" if verdict == "no" else "asks for the same")
     return dropped(evolved, "unchanged", reasons)
 
 
@@ -140,10 +142,5 @@ def _answered(evolved: Sequence[Made], ask: Ask) -> list[Made]:
     """Have the writer answer what it wrote; drop what it cannot answer."""
     left = [made.row["instruction"] for made in staying(evolved)]
     answers = ask([question("answer", "{instruction}", instruction=text) for text in left])
-    answer = iter(answers)
-    answered = []
-    for made in evolved:
-        if not made.rule:
-            made = made._replace(row={**made.row, "output": next(answer)})
-        answered.append(made)
-    return dropped(answered, "answer", [answer_fault(text) for text in answers])
+    faults = [answer_fault(text) for text in answers]
+    return dropped(with_outputs(evolved, answers), "answer", faults)

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -168,3 +169,31 @@ def as_line(row: Any) -> str:
     except UnicodeEncodeError:
         return json.dumps(row, default=str)
     return line
+
+
+def folded(value: Any) -> Any:
+    """Return a record, or what it holds, with its texts in lower case and single spaces."""
+    if isinstance(value, str):
+        return " ".join(value.casefold().split())
+    if isinstance(value, dict):
+        return {key: folded(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [folded(item) for item in value]
+    return value
+
+
+# --- files of lines
+
+
+def lines_in(flag: str, path: str) -> list[str]:
+    """Return the distinct lines of the file `path` of a flag, without spaces around them.
+
+    Raises UserError for a file that cannot be read or has none.
+    """
+    try:
+        text = pathlib.Path(path).read_text("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as fault:
+        raise UserError(f"--{flag}={path}: cannot be read as text ({fault})") from None
+    found = dict.fromkeys(line.strip() for line in text.splitlines() if line.strip())
+    require(bool(found), f"--{flag}={path}: has none; write one a line")
+    return list(found)

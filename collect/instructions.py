@@ -1,14 +1,14 @@
 """Tasks and rows of synthesis: what is read, what is made, and what several methods share."""
 
-import json
 import pathlib
 import re
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
-from collect.writers import Ask, question
-from data.fields import FieldError, get, text_of
+from collect.writers import Ask, Question, question
+from data.fields import FieldError, Row, get, text_of
 from data.near_duplicates import normal
+from data.sources import read_lines
 from data.text_rules import STOP_WORDS
 from rewards.judges import KEEPS
 from runtime.errors import UserError
@@ -29,7 +29,7 @@ have no last one by themselves."""
 MOST_SIMILAR = 0.7
 """An instruction goes whose ROUGE-L with one before it is above this."""
 NO_REPLY = "came to no end, or the question did not fit"
-"""What is told of an empty reply."""
+"""The reason given for dropping an empty reply."""
 WORDS_OF_A_REFUSAL = 80
 """An answer of fewer words that has a sorry in it is a refusal (WizardLM, section 3.2)."""
 MORE_STOP_WORDS = frozenset(
@@ -60,17 +60,19 @@ class Made(NamedTuple):
     id: str
     """That of the task or the row, among all that is made."""
     row: dict[str, str]
-    """What is written: instruction, input and output; of a row that goes what there is."""
+    """The fields to write: instruction, input and output; of a dropped row those it got so far."""
     by: str
-    """What made it: a method, or one of its operations."""
+    """The method, or the operation of a method, that made the row."""
     of: tuple[str, ...]
     """Ids of what it was made from."""
     rule: str = ""
     """Name of the rule that drops it; empty for a row that stays."""
     reason: str = ""
-    """What the rule objects to."""
+    """The rule's objection; empty for a row that stays."""
 
 
+Rounds = Iterator[list[Made]]
+"""The rows of a method, a list a round."""
 Object = Callable[[Sequence[tuple[str, str]]], list[str]]
 """object_to(pairs of prompt and response) -> of each the principle that it breaks, "" for none."""
 
@@ -79,35 +81,29 @@ Object = Callable[[Sequence[tuple[str, str]]], list[str]]
 
 
 def read_seeds(path: str) -> list[Task]:
-    """Read seed tasks, a JSON object a line.
+    """Read seed tasks from a JSON Lines file.
 
     Fields: `instruction`, `instances`, a list of {"input", "output"}, and where there are
     `is_classification` and `id`. Raises UserError for a file that cannot be read, and for a row
     that does not fit, as `file:line: field: reason`.
     """
-    try:
-        lines = pathlib.Path(path).read_text("utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as fault:
-        raise UserError(f"--seed_tasks={path}: cannot be read as text ({fault})") from None
     tasks = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            tasks.append(task_of(json.loads(line), f"seed {number}"))
-        except ValueError as fault:
-            raise UserError(f"{path}:{number}: line: is not JSON ({fault})") from None
-        except FieldError as fault:
-            raise UserError(f"{path}:{number}: {fault}") from None
+    try:
+        for number, row in read_lines(pathlib.Path(path)):
+            if isinstance(row, FieldError):
+                raise row
+            tasks.append(task_of(row, f"seed {number}"))
+    except FieldError as fault:
+        raise UserError(f"{path}:{number}: {fault}") from None
+    except OSError as fault:
+        raise UserError(f"--seed_tasks={path}: cannot be read ({fault})") from None
     if not tasks:
         raise UserError(f"--seed_tasks={path}: holds no task; write one a line")
     return tasks
 
 
-def task_of(row: Any, number: str) -> Task:
+def task_of(row: Row, number: str) -> Task:
     """Return a row of the seeds' layout as a task, called `number` where it has no id."""
-    if not isinstance(row, dict):
-        raise FieldError("line", "must be an object")
     instruction = text_of(get(row, "instruction"), "instruction")
     found = get(row, "instances")
     if not isinstance(found, list) or not found:
@@ -137,9 +133,9 @@ def prompt_text(instruction: str, given: str = "") -> str:
 # ---- Replies that all methods read ----
 
 
-def read_answer(reply: str, words: Sequence[str]) -> str | None:
-    """Return which of `words`, in lower case, a reply says first; None where it says none."""
-    found = re.search(rf"\b({'|'.join(words)})\b", reply.casefold())
+def read_verdict(reply: str) -> str | None:
+    """Return which of yes and no a reply says first; None where it says neither."""
+    found = re.search(r"\b(yes|no)\b", reply.casefold())
     return found[1] if found else None
 
 
@@ -182,6 +178,11 @@ def without_heading(reply: str, *headings: str) -> str:
 # ---- Judgements ----
 
 
+def ask_verdicts(ask: Ask, questions: Sequence[Question]) -> list[str | None]:
+    """Ask questions that are answered with yes or no; None where neither can be read."""
+    return [read_verdict(reply) for reply in ask(questions)]
+
+
 def ask_scores(ask: Ask, pairs: Sequence[tuple[str, str]]) -> list[int | None]:
     """Ask for a score from 1 to 5 of each (prompt, response); None where none can be read."""
     questions = [question("score", SCORE, request=p, response=r) for p, r in pairs]
@@ -206,11 +207,10 @@ def principled(ask: Ask, principles: dict[str, str]) -> Object:
             for name, rule in principles.items():
                 given = {"request": request, "response": response, "rule": rule, "name": name}
                 questions.append(question("principle", KEEPS + YES_OR_NO, **given))
-        replies = iter(ask(questions))
+        verdicts = iter(ask_verdicts(ask, questions))
         objections = []
         for _ in pairs:
-            verdicts = {name: read_answer(next(replies), ["yes", "no"]) for name in principles}
-            broken = [name for name, verdict in verdicts.items() if verdict != "yes"]
+            broken = [name for name in principles if next(verdicts) != "yes"]
             objections.append(", ".join(broken))
         return objections
 
@@ -226,6 +226,17 @@ def pair_of(made: Made) -> tuple[str, str]:
 def staying(rows: Sequence[Made]) -> list[Made]:
     """Return the rows that no rule has dropped."""
     return [made for made in rows if not made.rule]
+
+
+def with_outputs(rows: Sequence[Made], outputs: Sequence[str]) -> list[Made]:
+    """Return all rows, of which those that stay so far get the outputs, in their order."""
+    output_of = iter(outputs)
+    answered = []
+    for made in rows:
+        if not made.rule:
+            made = made._replace(row={**made.row, "output": next(output_of)})
+        answered.append(made)
+    return answered
 
 
 def dropped(rows: Sequence[Made], rule: str, reasons: Sequence[str]) -> list[Made]:
@@ -244,3 +255,16 @@ def dropped(rows: Sequence[Made], rule: str, reasons: Sequence[str]) -> list[Mad
 def without_objections(rows: Sequence[Made], object_to: Object) -> list[Made]:
     """Drop the rows that break a principle, of those that stay so far."""
     return dropped(rows, "principle", object_to([pair_of(made) for made in staying(rows)]))
+
+
+# ---- Rounds ----
+
+
+def until_idle(rounds: Rounds) -> Rounds:
+    """Yield rounds until IDLE_ROUNDS of them, one after the other, have no row that stays."""
+    idle = 0
+    for made in rounds:
+        yield made
+        idle = 0 if staying(made) else idle + 1
+        if idle == IDLE_ROUNDS:
+            return

@@ -13,9 +13,9 @@ from collect.instructions import (
     Made,
     Object,
     ask_scores,
+    ask_verdicts,
     dropped,
     pair_of,
-    read_answer,
     read_score,
     staying,
     without_heading,
@@ -39,10 +39,10 @@ How clear, complete and correctly written is the instruction? 5 is perfect, 4 is
 2 has faults, 1 cannot be understood. Reply with one line, as in "Score: 3"."""
 """Asked of an instruction by itself."""
 AS_IT_WAS = "as_it_was"
-"""What a row was made by that no rewriting made better."""
+"""The `by` of a row that no rewriting made better."""
 
 Part = Literal["instruction", "output"]
-"""What of a row is rewritten."""
+"""The part of a row that is rewritten."""
 
 
 def rewrite(
@@ -67,7 +67,7 @@ def rewrite(
         for (name, instruction, output), made in zip(before, rewritten, strict=True):
             if made.rule:
                 row = {"instruction": instruction, "input": "", "output": output}
-                left.append(Made(f"as_it_was {name}", row, AS_IT_WAS, (name,)))
+                left.append(Made(f"{AS_IT_WAS} {name}", row, AS_IT_WAS, (name,)))
         yield [*rewritten, *without_objections(left, object_to)]
 
 
@@ -104,8 +104,9 @@ def _meaning_the_same(
         if not made.rule:
             given = {"first": instruction, "second": made.row["instruction"]}
             questions.append(question("means", MEANS, **given))
-    verdicts = [read_answer(reply, ["yes", "no"]) for reply in ask(questions)]
-    reasons = ["" if verdict == "yes" else "asks for another thing" for verdict in verdicts]
+    reasons = []
+    for verdict in ask_verdicts(ask, questions):
+        reasons.append("" if verdict == "yes" else "asks for another thing")
     return dropped(rewritten, "meaning", reasons)
 
 

@@ -6,6 +6,7 @@ and writes instances: of classification the label first, so that all labels come
 the input first. A task with an instance that is left joins the pool, and is shown in later rounds.
 """
 
+import itertools
 import random
 import re
 import string
@@ -17,7 +18,7 @@ from collect.instructions import (
     Made,
     Object,
     Task,
-    read_answer,
+    ask_verdicts,
     without_objections,
 )
 from collect.writers import Ask, question
@@ -28,7 +29,7 @@ from tasks.world import drawn_for
 SHOWN = 8
 """Instructions that the writer sees."""
 SHOWN_OF_MADE = 2
-"""Of these, so many that it wrote itself, as soon as there are any."""
+"""The writer's own instructions among these, at most."""
 WORDS = (4, 150)
 """Fewest and most words of an instruction."""
 INSTANCES = 5
@@ -200,15 +201,13 @@ def self_instruct(
     similar = SimilarTexts(MOST_SIMILAR)
     for task in seeds:
         similar.add(task.instruction)
-    number = 0
-    while True:
+    for number in itertools.count():
         rng = drawn_for("self_instruct", seed, number)
         fresh, gone = _instructions(seeds, made, similar, ask, rng, number)
         kinds = _kinds(seeds, fresh, ask, rng)
         tasks, rows = _instances(kinds, ask, object_to)
         made += tasks
         yield [*gone, *rows]
-        number += 1
 
 
 def _shown(seeds: Sequence[Task], made: Sequence[Task], rng: random.Random) -> list[Task]:
@@ -262,7 +261,7 @@ def _instructions(
 
 def _too_similar(instruction: str, similar: SimilarTexts) -> Fault | None:
     found = similar.nearest(instruction)
-    if found is None or found[1] <= MOST_SIMILAR:
+    if found is None:
         return None
     place, score = found
     return "similar", f"{score:.2f} of instruction {place + 1}"
@@ -285,11 +284,8 @@ def _kinds(
     questions = [
         question("kind", KIND, shown=shown, instruction=one.row["instruction"]) for one in fresh
     ]
-    replies = ask(questions)
-    return [
-        (one, read_answer(reply, ["yes", "no"]) == "yes")
-        for one, reply in zip(fresh, replies, strict=True)
-    ]
+    verdicts = ask_verdicts(ask, questions)
+    return [(one, verdict == "yes") for one, verdict in zip(fresh, verdicts, strict=True)]
 
 
 def _instances(

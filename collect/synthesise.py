@@ -16,25 +16,25 @@ import collections
 import dataclasses
 import itertools
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 from tqdm import tqdm
 
 from collect.back_translate import back_translate
 from collect.by_template import describe, invert
-from collect.clean import lines_of
 from collect.evol_instruct import evol_instruct
-from collect.examples import as_line, open_rows, schema_of, texts_to_judge
+from collect.examples import as_line, lines_in, open_rows, schema_of, texts_to_judge
 from collect.instructions import (
-    IDLE_ROUNDS,
     Made,
     Object,
+    Rounds,
     Task,
     no_objections,
     principled,
     read_seeds,
     task_of,
+    until_idle,
 )
 from collect.rewrite import rewrite
 from collect.self_instruct import self_instruct
@@ -42,6 +42,7 @@ from collect.topics import refusals, topics
 from collect.writers import (
     SIMULATED,
     Ask,
+    Question,
     Reply,
     judged_by,
     kept_replies,
@@ -52,7 +53,7 @@ from data.sources import is_file
 from rewards.judges import read_principles
 from runtime import flags
 from runtime.errors import refuse_unread, require
-from runtime.inputs import contents_of
+from runtime.inputs import BUILT_IN, contents_of
 from runtime.run_folder import atomic_text
 from sharding import MeshConfig, make_mesh
 from tasks import arithmetic_writer, world_writer
@@ -71,7 +72,7 @@ OF_A_WORLD: dict[str, tuple[Method, ...]] = {
     "world": ("self_instruct", "back_translate", "rewrite", "topics", "refusals"),
     "arithmetic": ("evol_instruct",),
 }
-"""What the simulated writer of each built-in world can write."""
+"""Methods whose questions the simulated writer of each built-in world can answer."""
 JUDGED_BY = {"world": world_writer.PRINCIPLES, "arithmetic": arithmetic_writer.PRINCIPLES}
 """Names of the principles that each simulated writer knows."""
 
@@ -125,7 +126,7 @@ class Config:
     least_score: int = 5
     """Least score, of 5, of pairs that stay (back_translate)."""
     part: Literal["instruction", "output"] = "instruction"
-    """What is rewritten (rewrite)."""
+    """The part of a row that is rewritten (rewrite)."""
 
 
 # ---- What is read ----
@@ -163,7 +164,7 @@ def pairs_of(config: Config) -> list[tuple[str, str, str]]:
             continue
         prompt, response = texts_to_judge(source[i])
         # A conversation of the world begins with a request by itself.
-        if config.data in SIMULATED and not isinstance(prompt, str):
+        if config.data in BUILT_IN and not isinstance(prompt, str):
             response = source[i]["messages"][1]["content"]
             prompt = prompt[:1]
         if isinstance(prompt, str):
@@ -194,19 +195,6 @@ def answered_pairs(config: Config) -> list[tuple[str, str, str]]:
 
 # ---- What is made ----
 
-Rounds = Iterator[list[Made]]
-"""What a method made, round by round."""
-
-
-def until_idle(rounds: Rounds) -> Rounds:
-    """Yield rounds until several of them, one after the other, have no row that stays."""
-    idle = 0
-    for made in rounds:
-        yield made
-        idle = 0 if any(not one.rule for one in made) else idle + 1
-        if idle == IDLE_ROUNDS:
-            return
-
 
 def by_self_instruct(config: Config, ask: Ask, object_to: Object) -> Rounds:
     """Grow a pool of tasks from seeds."""
@@ -232,12 +220,12 @@ def by_rewrite(config: Config, ask: Ask, object_to: Object) -> Rounds:
 
 def by_topics(config: Config, ask: Ask, object_to: Object) -> Rounds:
     """Write instructions on each topic."""
-    return until_idle(topics(lines_of("topics", config.topics or ""), ask, object_to))
+    return until_idle(topics(lines_in("topics", config.topics or ""), ask, object_to))
 
 
 def by_refusals(config: Config, ask: Ask, object_to: Object) -> Rounds:
     """Write risky requests and harmless ones that look like them."""
-    return refusals(lines_of("harms", config.harms or ""), ask, object_to)
+    return refusals(lines_in("harms", config.harms or ""), ask, object_to)
 
 
 def by_invert(config: Config, ask: Ask, object_to: Object) -> Rounds:
@@ -247,7 +235,7 @@ def by_invert(config: Config, ask: Ask, object_to: Object) -> Rounds:
 
 def by_describe(config: Config, ask: Ask, object_to: Object) -> Rounds:
     """Put descriptions of the task above inputs; nothing is written or judged."""
-    descriptions = lines_of("descriptions", config.descriptions or "")
+    descriptions = lines_in("descriptions", config.descriptions or "")
     return iter([describe(answered_pairs(config), descriptions, config.seed)])
 
 
@@ -295,10 +283,11 @@ def check(config: Config) -> None:
         config.method != "refusals" or config.rows % 2 == 0,
         f"--rows={config.rows}: must be even with --method=refusals, which makes pairs",
     )
-    check_writer(config)
 
     _, reads_rows, is_written = METHODS[config.method]
     is_simulated = is_written and config.init is None
+    if is_simulated:
+        check_simulated_writer(config)
     readers = {
         "seed_tasks": (config.method == "self_instruct", "--method=self_instruct"),
         "data": (reads_rows, "a --method that reads rows"),
@@ -318,10 +307,8 @@ def check(config: Config) -> None:
     refuse_unread(config, readers)
 
 
-def check_writer(config: Config) -> None:
+def check_simulated_writer(config: Config) -> None:
     """Raise UserError where the simulated writer does not know what it is to write."""
-    if config.init is not None or not METHODS[config.method].is_written:
-        return
     source = source_of(config)
     flag = "seed_tasks" if config.method == "self_instruct" else "data"
     require(
@@ -349,7 +336,7 @@ def make_reply(config: Config) -> Reply:
     return simulated_writer(source_of(config), config.reliability, config.seed)
 
 
-def no_writer(questions: Sequence[Any], number: int) -> list[str]:
+def no_writer(questions: Sequence[Question], number: int) -> list[str]:
     """Reply to nothing, for methods by a template; a Reply."""
     raise AssertionError("a template asks nothing")
 

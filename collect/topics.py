@@ -10,16 +10,17 @@ import itertools
 from collections.abc import Iterator, Sequence
 
 from collect.instructions import (
-    IDLE_ROUNDS,
     MOST_SIMILAR,
     NO_REPLY,
     Made,
     Object,
     answer_fault,
+    ask_verdicts,
     dropped,
     pair_of,
-    read_answer,
     staying,
+    until_idle,
+    with_outputs,
     without_heading,
     without_objections,
 )
@@ -74,8 +75,9 @@ def topics(names: Sequence[str], ask: Ask, object_to: Object) -> Iterator[list[M
             question("about", IS_ABOUT, instruction=one.row["instruction"], topic=one.of[0])
             for one in staying(made)
         ]
-        verdicts = [read_answer(reply, ["yes", "no"]) for reply in ask(questions)]
-        reasons = ["" if verdict == "yes" else "is about another topic" for verdict in verdicts]
+        reasons = []
+        for verdict in ask_verdicts(ask, questions):
+            reasons.append("" if verdict == "yes" else "is about another topic")
         made = dropped(made, "off_topic", reasons)
         made = _answered(made, ask)
         made = without_objections(made, object_to)
@@ -93,12 +95,23 @@ def refusals(harms: Sequence[str], ask: Ask, object_to: Object) -> Iterator[list
     the writer finds), `answer`, `refusal` (of a harmless request, or none of a risky one),
     `principle`, `alone` (at the end, without one of the other sort).
     """
+    waiting: dict[str, list[Made]] = {"risky": [], "looks_risky": []}
+    yield from until_idle(_paired(harms, ask, object_to, waiting))
+    reason = "no request of the other sort is left"
+    left = [*waiting["risky"], *waiting["looks_risky"]]
+    yield [one._replace(rule="alone", reason=reason) for one in left]
+
+
+def _paired(
+    harms: Sequence[str], ask: Ask, object_to: Object, waiting: dict[str, list[Made]]
+) -> Iterator[list[Made]]:
+    """Yield the rounds of `refusals`, without end.
+
+    `waiting`: by sort the rows that stay and have no other yet; changed in place.
+    """
     # Two that differ in one word are the point: only requests of one sort must differ more.
     similar_risky = SimilarTexts(MOST_SIMILAR)
     similar_alike = SimilarTexts(MOST_SIMILAR)
-    risky_waiting: list[Made] = []
-    alike_waiting: list[Made] = []
-    idle = 0
     for number in itertools.count():
         risky = ask([question("risky", RISKY, topic=name) for name in harms])
         alike = ask([question("looks_risky", LOOKS_RISKY, topic=name) for name in harms])
@@ -110,7 +123,7 @@ def refusals(harms: Sequence[str], ask: Ask, object_to: Object) -> Iterator[list
             question("harmful", IS_HARMFUL, instruction=one.row["instruction"])
             for one in staying(made)
         ]
-        made = dropped(made, "harm", _as_meant(made, ask(questions)))
+        made = dropped(made, "harm", _as_meant(made, ask_verdicts(ask, questions)))
 
         # Refusals of the one, answers to the other.
         made = _answered(made, ask)
@@ -118,30 +131,22 @@ def refusals(harms: Sequence[str], ask: Ask, object_to: Object) -> Iterator[list
         for one in staying(made):
             request, response = pair_of(one)
             questions.append(question("declines", DECLINES, request=request, response=response))
-        made = dropped(made, "refusal", _as_meant(made, ask(questions)))
+        made = dropped(made, "refusal", _as_meant(made, ask_verdicts(ask, questions)))
         made = without_objections(made, object_to)
 
         # As many of the one as of the other: what has no other yet waits for one.
-        risky_waiting += [one for one in staying(made) if one.by == "risky"]
-        alike_waiting += [one for one in staying(made) if one.by == "looks_risky"]
+        for one in staying(made):
+            waiting[one.by].append(one)
         pairs: list[Made] = []
-        while risky_waiting and alike_waiting:
-            pairs += [risky_waiting.pop(0), alike_waiting.pop(0)]
+        while all(waiting.values()):
+            pairs += [waiting["risky"].pop(0), waiting["looks_risky"].pop(0)]
         yield [*(one for one in made if one.rule), *pairs]
 
-        idle = 0 if pairs else idle + 1
-        if idle == IDLE_ROUNDS:
-            reason = "no request of the other sort is left"
-            waiting = [*risky_waiting, *alike_waiting]
-            yield [one._replace(rule="alone", reason=reason) for one in waiting]
-            return
 
-
-def _as_meant(made: Sequence[Made], replies: Sequence[str]) -> list[str]:
+def _as_meant(made: Sequence[Made], verdicts: Sequence[str | None]) -> list[str]:
     """Return what is against those that stay: yes is right of what is risky, no of the others."""
     reasons = []
-    for one, reply in zip(staying(made), replies, strict=True):
-        verdict = read_answer(reply, ["yes", "no"])
+    for one, verdict in zip(staying(made), verdicts, strict=True):
         wanted = "yes" if one.by == "risky" else "no"
         reasons.append("" if verdict == wanted else f"{verdict}, where {wanted} is meant")
     return reasons
@@ -159,7 +164,7 @@ def _requests(
         found = similar.nearest(text)
         if not text:
             one = one._replace(rule="unreadable", reason=NO_REPLY)
-        elif found is not None and found[1] > MOST_SIMILAR:
+        elif found is not None:
             one = one._replace(rule="similar", reason=f"{found[1]:.2f} of one before it")
         else:
             similar.add(text)
@@ -176,15 +181,9 @@ def _answered(made: Sequence[Made], ask: Ask) -> list[Made]:
             step, template = ("refuse", REFUSE)
         questions.append(question(step, template, instruction=one.row["instruction"]))
     answers = ask(questions)
-    answer = iter(answers)
-    answered = []
-    for one in made:
-        if not one.rule:
-            one = one._replace(row={**one.row, "output": next(answer)})
-        answered.append(one)
     # A refusal may be sorry.
     reasons = []
     for one, text in zip(staying(made), answers, strict=True):
         fault = answer_fault(text)
         reasons.append("" if one.by == "risky" and fault == "is sorry" else fault)
-    return dropped(answered, "answer", reasons)
+    return dropped(with_outputs(made, answers), "answer", reasons)

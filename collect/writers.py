@@ -42,16 +42,16 @@ GREEDY = SCORES | {"input_first", "label_first"}
 
 
 class Question(NamedTuple):
-    """What a writer is asked."""
+    """A question to a writer."""
 
     step: str
     """The name of the step that asks, by which the simulated writers know it."""
     text: str
     """The whole question, for a language model."""
     given: dict[str, str]
-    """What stands in the text, by name."""
+    """The values that fill the text's template, by name."""
     item: str = ""
-    """Of a reply that is a list: the regular expression with which its items begin."""
+    """The regular expression with which an item of the reply begins; empty where it is no list."""
 
 
 Reply = Callable[[Sequence[Question], int], list[str]]
@@ -154,8 +154,8 @@ def judged_by(write: Reply, judge: Reply) -> Reply:
     return reply
 
 
-SIMULATED = {"world": world_writer.reply, "arithmetic": arithmetic_writer.reply}
-"""The writer of each built-in world: reply(step, given, reliability, rng) -> a text."""
+SIMULATED = {"world": world_writer.STEPS, "arithmetic": arithmetic_writer.STEPS}
+"""The writer of each built-in world, by step: write(given, reliability, rng) -> a text."""
 
 
 def simulated_writer(name: str, reliability: float, seed: int) -> Reply:
@@ -164,13 +164,13 @@ def simulated_writer(name: str, reliability: float, seed: int) -> Reply:
 
     What it writes is a function of the question, the call's number and the seed.
     """
-    write = SIMULATED[name]
+    steps = SIMULATED[name]
 
     def reply(questions: Sequence[Question], number: int) -> list[str]:
         texts = []
         for place, asked in enumerate(questions):
             rng = world.drawn_for("writer", seed, number, place)
-            texts.append(write(asked.step, asked.given, reliability, rng))
+            texts.append(steps[asked.step](asked.given, reliability, rng))
         return texts
 
     return reply

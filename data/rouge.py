@@ -50,14 +50,11 @@ class SimilarTexts:
     nothing is missed by it.
     """
 
-    def __init__(self, least: float):
-        """Call texts similar whose ROUGE-L is at least `least`."""
-        self._least = least
+    def __init__(self, most: float):
+        """Call texts similar whose ROUGE-L is above `most`."""
+        self._most = most
         self._texts: list[list[str]] = []
         self._places_of: dict[str, list[int]] = collections.defaultdict(list)
-
-    def __len__(self) -> int:
-        return len(self._texts)
 
     def add(self, text: str) -> None:
         """Add a text, similar to others or not."""
@@ -67,7 +64,8 @@ class SimilarTexts:
         self._texts.append(words)
 
     def nearest(self, text: str) -> tuple[int, float] | None:
-        """Return the number of the most similar text, from 0, and its ROUGE-L; None without one.
+        """Return the number of the most similar text, from 0, and its ROUGE-L; None where none is
+        similar.
 
         Of equally similar ones the first.
         """
@@ -79,12 +77,14 @@ class SimilarTexts:
                 shared[place] += count
 
         best: tuple[int, float] | None = None
+        highest = self._most
         for place in sorted(shared):
             other = self._texts[place]
-            most = 2 * shared[place] / (len(words) + len(other))
-            if most < self._least:
+            bound = 2 * shared[place] / (len(words) + len(other))
+            if bound <= highest:
                 continue
             score = _score(words, other)
-            if score >= self._least and (best is None or score > best[1]):
+            if score > highest:
                 best = place, score
+                highest = score
         return best

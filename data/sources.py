@@ -655,7 +655,7 @@ def _stop(fault: str) -> None:
 
 def _rows(path: pathlib.Path) -> Iterator[NumberedRow]:
     """Yield the rows of a file, of whatever format, with their numbers."""
-    read = _read_lines if is_lines(path) else READERS[path.suffix]
+    read = read_lines if is_lines(path) else READERS[path.suffix]
     return read(path)
 
 
@@ -685,8 +685,12 @@ def _rows_and_records(
             yield row, record
 
 
-def _read_lines(path: pathlib.Path) -> Iterator[NumberedRow]:
-    """Yield the rows of a JSON Lines file, blank lines skipped."""
+def read_lines(path: pathlib.Path) -> Iterator[NumberedRow]:
+    """Yield (number, row) of each line of a .jsonl[.gz] file, from 1, blank lines skipped.
+
+    A line that is no JSON object yields (number, FieldError). Raises UserError for a broken gzip
+    file and OSError for a file that cannot be opened.
+    """
     for number, line in _lines(path):
         if not line.strip():
             continue

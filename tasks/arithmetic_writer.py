@@ -11,22 +11,10 @@ from collections.abc import Callable
 
 from tasks import arithmetic
 from tasks.answers import last_number
+from tasks.world_writer import Given, yes_or_no
 
 PRINCIPLES = ("right",)
 """Names of the principles by which it can judge: a response ends in the right answer."""
-
-Given = dict[str, str]
-"""What stands in a question, by name."""
-
-
-def operations(problem: str) -> int:
-    """Return the number of operations of a problem: how complex it is."""
-    return len(re.findall(r"[+-]", problem))
-
-
-def is_problem(text: str) -> bool:
-    """Return whether a text is a problem of this world, of any number of operations."""
-    return re.fullmatch(r"\d+(?:[+-]\d+)+", text) is not None
 
 
 def _deepen(given: Given, reliability: float, rng: random.Random) -> str:
@@ -54,8 +42,7 @@ def _broaden(given: Given, reliability: float, rng: random.Random) -> str:
 def _judge_same(given: Given, reliability: float, rng: random.Random) -> str:
     """Say whether two problems are the same, but for leading zeros."""
     first, second = (re.sub(r"\b0+(?=\d)", "", given[name]) for name in ("first", "second"))
-    mistaken = rng.random() >= reliability
-    return "Yes." if (first == second) != mistaken else "No."
+    return yes_or_no(first == second, reliability, rng)
 
 
 def _answer(given: Given, reliability: float, rng: random.Random) -> str:
@@ -69,8 +56,8 @@ def _answer(given: Given, reliability: float, rng: random.Random) -> str:
 
 def _judge_principle(given: Given, reliability: float, rng: random.Random) -> str:
     """Say whether a response ends in the right answer."""
-    mistaken = rng.random() >= reliability
-    return "Yes." if arithmetic.solved(given["request"], given["response"]) != mistaken else "No."
+    verdict = arithmetic.solved(given["request"], given["response"])
+    return yes_or_no(verdict, reliability, rng)
 
 
 STEPS: dict[str, Callable[[Given, float, random.Random], str]] = {
@@ -80,11 +67,3 @@ STEPS: dict[str, Callable[[Given, float, random.Random], str]] = {
     "answer": _answer,
     "principle": _judge_principle,
 }
-
-
-def reply(step: str, given: Given, reliability: float, rng: random.Random) -> str:
-    """Reply to the question of a step, rightly with probability `reliability`.
-
-    Raises KeyError for a step that it does not know.
-    """
-    return STEPS[step](given, reliability, rng)

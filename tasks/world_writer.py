@@ -36,7 +36,7 @@ class Form(NamedTuple):
 
     instruction: str
     inputs: list[str]
-    """What may stand at its end: the requests are of the training split."""
+    """Texts that may stand at its end: the requests are of the training split."""
     is_classification: bool
     """One of two things is the answer."""
 
@@ -81,7 +81,7 @@ def request_of(instruction: str, given: str) -> Request:
     return parse(f"{instruction} {given}")
 
 
-def seed_tasks(seed: int = 0) -> list[dict[str, Any]]:
+def seed_tasks(seed: int) -> list[dict[str, Any]]:
     """Return tasks of the world that are right, in the layout of Self-Instruct's seeds.
 
     A fifth of them is classification. A function of `seed`.
@@ -112,7 +112,7 @@ def seed_tasks(seed: int = 0) -> list[dict[str, Any]]:
 # ---- Steps of Self-Instruct ----
 
 Given = dict[str, str]
-"""What stands in a question, by name."""
+"""The values in a question, by name."""
 
 
 def _write_instructions(given: Given, reliability: float, rng: random.Random) -> str:
@@ -132,7 +132,7 @@ def _write_instructions(given: Given, reliability: float, rng: random.Random) ->
 def _tell_kind(given: Given, reliability: float, rng: random.Random) -> str:
     form = form_of(given["instruction"])
     is_classification = form is not None and form.is_classification
-    return _yes_or_no(is_classification, reliability, rng)
+    return yes_or_no(is_classification, reliability, rng)
 
 
 def _write_instances(
@@ -174,7 +174,7 @@ def _write_label_first(given: Given, reliability: float, rng: random.Random) -> 
 # ---- Verdicts ----
 
 
-def _yes_or_no(verdict: bool, reliability: float, rng: random.Random) -> str:
+def yes_or_no(verdict: bool, reliability: float, rng: random.Random) -> str:
     """Say yes or no, the right one with probability `reliability`."""
     mistaken = rng.random() >= reliability
     return "Yes." if verdict != mistaken else "No."
@@ -186,7 +186,7 @@ def _judge_principle(given: Given, reliability: float, rng: random.Random) -> st
         verdict = getattr(gold(given["request"], given["response"]), given["name"])
     except ValueError:
         verdict = False
-    return _yes_or_no(verdict, reliability, rng)
+    return yes_or_no(verdict, reliability, rng)
 
 
 def _score(given: Given, reliability: float, rng: random.Random) -> str:
@@ -214,7 +214,7 @@ def _judge_meaning(given: Given, reliability: float, rng: random.Random) -> str:
         verdict = meaning(parse(given["first"])) == meaning(parse(given["second"]))
     except ValueError:
         verdict = False
-    return _yes_or_no(verdict, reliability, rng)
+    return yes_or_no(verdict, reliability, rng)
 
 
 def _score_instruction(given: Given, reliability: float, rng: random.Random) -> str:
@@ -308,7 +308,7 @@ def _write_on_topic(given: Given, reliability: float, rng: random.Random) -> str
 
 def _judge_topic(given: Given, reliability: float, rng: random.Random) -> str:
     """Say whether a request is of the relation or category that a topic names."""
-    return _yes_or_no(_relation(given) == given["topic"], reliability, rng)
+    return yes_or_no(_relation(given) == given["topic"], reliability, rng)
 
 
 def _relation(given: Given) -> str:
@@ -356,7 +356,7 @@ def _harmless(harm: str, rng: random.Random) -> str:
 
 def _judge_harm(given: Given, reliability: float, rng: random.Random) -> str:
     """Say whether a request asks for help with a harm."""
-    return _yes_or_no(_relation(given) == "harm", reliability, rng)
+    return yes_or_no(_relation(given) == "harm", reliability, rng)
 
 
 def _refuse(given: Given, reliability: float, rng: random.Random) -> str:
@@ -377,7 +377,7 @@ REFUSALS = {normal(form.format(h=harm)) for form in facts.REFUSALS for harm in f
 def _judge_refusal(given: Given, reliability: float, rng: random.Random) -> str:
     """Say whether a response has a refusal in it."""
     said = normal(given["response"])
-    return _yes_or_no(any(refusal in said for refusal in REFUSALS), reliability, rng)
+    return yes_or_no(any(refusal in said for refusal in REFUSALS), reliability, rng)
 
 
 STEPS: dict[str, Callable[[Given, float, random.Random], str]] = {
@@ -401,11 +401,3 @@ STEPS: dict[str, Callable[[Given, float, random.Random], str]] = {
     "refuse": _refuse,
     "declines": _judge_refusal,
 }
-
-
-def reply(step: str, given: Given, reliability: float, rng: random.Random) -> str:
-    """Reply to the question of a step, rightly with probability `reliability`.
-
-    Raises KeyError for a step that it does not know.
-    """
-    return STEPS[step](given, reliability, rng)

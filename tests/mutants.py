@@ -248,8 +248,8 @@ test_synthesis.py::test_the_pool_grows_and_holds_nothing_above_the_overlap
 - made += tasks
 + tasks += made
 test_synthesis.py::test_classification_is_asked_with_its_label_first
-- ["yes", "no"]) == "yes")
-+ ["yes", "no"]) == "no")
+- (one, verdict == "yes")
++ (one, verdict == "no")
 test_synthesis.py::test_instances_go_by_their_rule
 - elif one in kept:
 + elif one in instances:

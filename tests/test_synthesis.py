@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -30,10 +31,11 @@ from collect.instructions import (
     no_objections,
     principled,
     prompt_text,
-    read_answer,
     read_score,
     read_seeds,
+    read_verdict,
     task_of,
+    until_idle,
     without_heading,
 )
 from collect.rewrite import rewrite
@@ -59,7 +61,7 @@ from responses import load_run
 from rewards.judges import make_probability_of_a
 from runtime.checkpoint import Checkpoints
 from runtime.errors import UserError
-from tasks import arithmetic, arithmetic_writer, world, world_writer
+from tasks import arithmetic, world, world_writer
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -78,7 +80,7 @@ def asking(source, writes, judges=1.0, seed=0, asked=None):
             rng = world.drawn_for(seed, number, place)
             reliability = judges if one.step in writers.JUDGEMENTS else writes
             assert all(text in one.text for name, text in one.given.items() if name != "name")
-            texts.append(writers.SIMULATED[source](one.step, one.given, reliability, rng))
+            texts.append(writers.SIMULATED[source][one.step](one.given, reliability, rng))
             if asked is not None:
                 asked.append(one)
         return texts
@@ -140,21 +142,21 @@ def test_the_longest_common_subsequence_is_that_of_the_table():
         assert common_words(one, other) == longest_by_table(one, other)
 
 
-@pytest.mark.parametrize("least", [0.3, 0.7])
-def test_the_most_similar_text_is_missed_by_no_short_cut(least):
+@pytest.mark.parametrize("most", [0.3, 0.7])
+def test_the_most_similar_text_is_missed_by_no_short_cut(most):
     rng = random.Random(1)
     texts = [" ".join(rng.choices("abcdefghi", k=rng.randrange(1, 9))) for _ in range(200)]
-    similar = SimilarTexts(least)
+    similar = SimilarTexts(most)
     found = 0
     for i, text in enumerate(texts):
         scores = [rouge_l(text, other) for other in texts[:i]]
         best = max(scores, default=0)
-        expected = (scores.index(best), best) if best >= least else None
+        expected = (scores.index(best), best) if best > most else None
         assert similar.nearest(text) == (expected and pytest.approx(expected))
         found += expected is not None
         similar.add(text)
-    assert found > 20 and len(similar) == 200
-    assert least < 0.5 or found < 195  # control: not everything is similar
+    assert found > 20
+    assert most < 0.5 or found < 195  # control: not everything is similar
 
 
 # --- replies
@@ -239,7 +241,7 @@ def test_whatever_is_cut_or_shuffled_is_read_without_a_fault(read):
 
 def test_verdicts_scores_and_headings_are_read():
     verdicts = ["Yes.", "**No**, it does not.", "I know that", "Not yet", "", "no; yes it is"]
-    read = [read_answer(text, ["yes", "no"]) for text in verdicts]
+    read = [read_verdict(text) for text in verdicts]
     assert read == ["yes", "no", None, None, None, "no"]
     scores = {
         "Score: 4": 4,
@@ -330,7 +332,7 @@ def test_seeds_are_read_in_their_layout(tmp_path):
         ({"instruction": "x", "instances": []}, ":1: instances: must be a list"),
         ({"instruction": "x", "instances": [{"input": "y"}]}, ":1: instances[0].output: missing"),
         ({**rows[0], "is_classification": "no"}, ":1: is_classification: must be true or false"),
-        ([], ":1: line: must be an object"),
+        ([], ":1: line: must be a JSON object"),
     ):
         (tmp_path / "wrong.jsonl").write_text(json.dumps(wrong))
         with pytest.raises(UserError) as fault:
@@ -339,6 +341,8 @@ def test_seeds_are_read_in_their_layout(tmp_path):
     (tmp_path / "wrong.jsonl").write_text("\n{")
     with pytest.raises(UserError, match=":2: line: is not JSON"):
         read_seeds(str(tmp_path / "wrong.jsonl"))
+    with pytest.raises(UserError, match=r"^--seed_tasks=\S*none.jsonl: cannot be read"):
+        read_seeds(str(tmp_path / "none.jsonl"))
 
 
 # --- Self-Instruct: the pool
@@ -404,7 +408,7 @@ def test_a_degenerate_writer_adds_nothing_and_the_rounds_end():
     def same(questions):
         return ["11. what is the best of all the many things" for _ in questions]
 
-    made = list(synthesise.until_idle(self_instruct(world_seeds(), echo, no_objections, 0)))
+    made = list(until_idle(self_instruct(world_seeds(), echo, no_objections, 0)))
     assert len(made) == IDLE_ROUNDS
     assert {one.rule for some in made for one in some} == {"similar", "length"}
     made = rounds_of(self_instruct(world_seeds(), same, no_objections, 0), 3)
@@ -494,22 +498,32 @@ def problems(count=40):
     return [(f"row {i}", arithmetic.problem(i)) for i in range(count)]
 
 
+def operations(problem):
+    """Return the number of operations of a problem: how complex it is."""
+    return len(re.findall(r"[+-]", problem))
+
+
+def is_problem(text):
+    """Return whether a text is a problem of arithmetic, of any number of operations."""
+    return re.fullmatch(r"\d+(?:[+-]\d+)+", text) is not None
+
+
 def test_complexity_rises_with_each_round_in_depth():
     seeds = problems()
     before = dict(seeds)
     rounds = evol_instruct(seeds, asking("arithmetic", 1.0), no_objections, 0)
-    means = [np.mean([arithmetic_writer.operations(text) for _, text in seeds])]
+    means = [np.mean([operations(text) for _, text in seeds])]
     for _ in range(4):
         made = next(rounds)
         deeper = [one for one in kept(made) if one.by in DEPTH]
         for one in deeper:
             parent = before[one.of[0]]
-            more = arithmetic_writer.operations(one.row["instruction"])
-            assert more == arithmetic_writer.operations(parent) + 1
+            more = operations(one.row["instruction"])
+            assert more == operations(parent) + 1
             assert one.row["instruction"].startswith(parent)
             assert arithmetic.solved(one.row["instruction"], one.row["output"])
         before |= {one.id: one.row["instruction"] for one in kept(made)}
-        means.append(np.mean([arithmetic_writer.operations(o.row["instruction"]) for o in deeper]))
+        means.append(np.mean([operations(o.row["instruction"]) for o in deeper]))
     assert all(later > earlier for earlier, later in itertools.pairwise(means))
     # In breadth too what is written takes the place of what it was made from.
     assert len(made) == len(seeds) and {one.by for one in made} == {*DEPTH, "breadth"}
@@ -525,7 +539,7 @@ def test_planted_failures_are_eliminated_and_their_instructions_tried_again():
     before = dict(seeds)
     for one in kept(first):
         text = one.row["instruction"]
-        assert arithmetic_writer.is_problem(text) and not text.startswith("0")
+        assert is_problem(text) and not text.startswith("0")
         assert text != before[one.of[0]] and "sorry" not in one.row["output"].lower()
     for one in first:
         if one.rule == "unchanged":
@@ -690,8 +704,8 @@ def test_risky_requests_are_refused_and_their_like_is_not():
         refused, of_all = (
             np.mean(
                 [
-                    world_writer.reply(
-                        "declines", {"response": o.row["output"]}, 1.0, random.Random(0)
+                    world_writer.STEPS["declines"](
+                        {"response": o.row["output"]}, 1.0, random.Random(0)
                     )
                     == "Yes."
                     for o in some
@@ -1203,8 +1217,11 @@ def test_the_study_runs_and_goes_on(tmp_path, monkeypatch):
     quality.main(quality.flags.parse(quality.Config, [*flags, "--seeds", "0"]))
     first = lines(tmp_path / "results.jsonl")
     assert [(line["arm"], line["seed"]) for line in first] == [(name, 0) for name in quality.ARMS]
+    # A line that was cut short, as a kill leaves it, is passed over.
+    with (tmp_path / "results.jsonl").open("a") as file:
+        file.write('{"arm": "filt')
     quality.main(quality.flags.parse(quality.Config, [*flags, "--seeds", "0", "1"]))
-    both = lines(tmp_path / "results.jsonl")
+    both = quality.whole_lines(str(tmp_path / "results.jsonl"))
     assert both[:3] == first and len(both) == 6
     # Runs of another setting are not counted with these.
     with pytest.raises(UserError, match="has runs of another prompts"):

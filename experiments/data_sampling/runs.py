@@ -164,15 +164,22 @@ def groups_of(runs: Sequence[Run], members: int) -> list[list[Run]]:
 def read_results(path: str) -> dict[Run, dict[str, Any]]:
     """Read results.jsonl: {run: its line}; {} without the file. Lines cut short are left out."""
     results: dict[Run, dict[str, Any]] = {}
+    for row in whole_lines(path):
+        run = Run(*(row[name] for name in Run._fields))
+        results[run] = row
+    return results
+
+
+def whole_lines(path: str) -> list[dict[str, Any]]:
+    """Read the lines that `append` wrote; [] without the file. Lines cut short are left out."""
     if not pathlib.Path(path).exists():
-        return results
+        return []
+    rows = []
     for line in pathlib.Path(path).read_text().splitlines():
         # A process that was killed as it wrote leaves half a line.
         with contextlib.suppress(json.JSONDecodeError):
-            row = json.loads(line)
-            run = Run(*(row[name] for name in Run._fields))
-            results[run] = row
-    return results
+            rows.append(json.loads(line))
+    return rows
 
 
 def append(path: str, lines: Sequence[dict[str, Any]]) -> None:

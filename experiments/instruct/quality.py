@@ -12,7 +12,6 @@ that do not fit and poor answers alike.
 import runtime.interrupt  # noqa: F401
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -23,6 +22,7 @@ from scipy import stats
 import train_sft
 from collect import synthesise
 from evaluation.gold import CRITERIA, gold_rows, gold_shares, make_kl_sampler
+from experiments.data_sampling.runs import append, whole_lines
 from experiments.data_sampling.verdicts import holm
 from experiments.seeds import half
 from responses import load_run
@@ -135,13 +135,14 @@ def judged(run: str, seed: int, prompts: int) -> dict[str, float]:
 
 
 class Difference(NamedTuple):
-    """What an arm without quality control has more than the filtered one, paired by seed."""
+    """The gold of an arm without quality control less that of the filtered one, paired by seed."""
 
     mean: float
     half: float
     """Half of the 95 % interval of the mean."""
     p: float
-    """Of a two-sided paired t-test, corrected for both comparisons; nan below two seeds."""
+    """The p-value of a two-sided paired t-test, corrected for both comparisons; nan below two
+    seeds."""
 
 
 def differences(results: Sequence[dict[str, Any]]) -> dict[str, Difference]:
@@ -183,11 +184,8 @@ def setting_of(config: Config) -> dict[str, Any]:
 
 
 def read_results(config: Config) -> list[dict[str, Any]]:
-    """Return the lines of --out; UserError where one is of another setting."""
-    out = pathlib.Path(config.out)
-    if not out.exists():
-        return []
-    results = [json.loads(line) for line in out.read_text().splitlines()]
+    """Return the whole lines of --out; UserError where one is of another setting."""
+    results = whole_lines(config.out)
     for name, value in setting_of(config).items():
         others = {line[name] for line in results} - {value}
         require(
@@ -212,8 +210,7 @@ def main(config: Config) -> str:
             shares = judged(run, seed, config.prompts)
             line = {"arm": name, "seed": seed, **setting_of(config), **shares}
             results.append(line)
-            with out.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            append(config.out, [line])
 
     found = differences(results)
     print(f"{len(results)} runs ({', '.join(CRITERIA)} in {out})")
