@@ -73,6 +73,8 @@ test_evaluation.py::test_calibration_by_hand
 test_evaluation.py::test_length_correlation_is_of_candidates_alone
 - length_correlation(rewards_NC[real_NC], lengths_NC[real_NC])
 + length_correlation(rewards_NC.ravel(), lengths_NC.ravel())
+
+== evaluation/tables.py
 test_measures.py::test_the_first_n_comparisons_are_read
 - source.first(most)
 + source.first(most - 1)
