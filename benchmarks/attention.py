@@ -130,26 +130,24 @@ def rows(config: Config) -> list[Row]:
     for segments, length, what in itertools.product(config.segments, config.lengths, MATMULS):
         batch = max(1, config.tokens // length)
         part = length // segments
-        seen = segments * part * (part + 1) // 2
         parts = f"{part}" if segments == 1 else f"{segments} x {part}"
-        found.append(
-            Row(
-                what=f"{what}, {parts}",
-                sides={
-                    name: Side(side, (config, what, length, segments, name))
-                    for name in config.implementations
-                },
-                tokens={what: batch * length},
-                facts={
-                    "parts": parts,
-                    "length": length,
-                    "segments": segments,
-                    "batch": batch,
-                    "pass": what,
-                    "flops": 2 * MATMULS[what] * batch * config.heads * config.width * seen,
-                },
-            )
-        )
+        sides = {}
+        for name in config.implementations:
+            sides[name] = Side(side, (config, what, length, segments, name))
+
+        # A token sees those of its own part up to itself: pairs of a sequence, in one head. In a
+        # matmul each pair takes a product and a sum for each number of the head's width.
+        seen = segments * part * (part + 1) // 2
+        matmul_flops = 2 * batch * config.heads * config.width * seen
+        facts = {
+            "parts": parts,
+            "length": length,
+            "segments": segments,
+            "batch": batch,
+            "pass": what,
+            "flops": MATMULS[what] * matmul_flops,
+        }
+        found.append(Row(f"{what}, {parts}", sides, tokens={what: batch * length}, facts=facts))
     return within(found, config.row_limits)
 
 
@@ -198,11 +196,15 @@ def cells(row: dict[str, Any], name: str) -> str:
     if "ms" not in one:
         why = row["left_out"].get(name) or f"over the row's limit of {row['limit_s']:g} s"
         return f"{start} {why} | | | |"
-    ratio = ""
-    if "ms" in row["sides"].get("library", {}):
-        ratio = f"{one['ms'] / row['sides']['library']['ms']:.2f}"
-    every = one["seconds"][row["pass"]]
-    spread = f"{one['ms']:.3g} ({1e3 * min(every):.3g} to {1e3 * max(every):.3g})"
+
+    # The median with the fastest and the slowest round, in ms, and beside the library's median.
+    ms = one["ms"]
+    seconds = one["seconds"][row["pass"]]
+    least = 1e3 * min(seconds)
+    greatest = 1e3 * max(seconds)
+    spread = f"{ms:.3g} ({least:.3g} to {greatest:.3g})"
+    library_ms = row["sides"].get("library", {}).get("ms")
+    ratio = "" if library_ms is None else f"{ms / library_ms:.2f}"
     return f"{start} {spread} | {one['tflops']:.3g} | {ratio} | {one['temporary_MiB']:.0f} |"
 
 

@@ -311,16 +311,20 @@ def split_attention(
     scores_BKCGS = jnp.einsum(
         "BKGH,BKCSH->BKCGS", q_BKGH, k_BKCSH, preferred_element_type=jnp.float32
     )
-    seen = (valid_BS > 0).reshape(batch, 1, parts, 1, -1)
-    top = jnp.max(jnp.where(seen, scores_BKCGS, -1e30), axis=-1, keepdims=True)
-    weights_BKCGS = jnp.where(seen, jnp.exp(scores_BKCGS - top), 0.0)
+    seen_B1C1S = (valid_BS > 0).reshape(batch, 1, parts, 1, -1)
+    masked_BKCGS = jnp.where(seen_B1C1S, scores_BKCGS, -1e30)
+    top_BKCG1 = masked_BKCGS.max(-1, keepdims=True)
+    weights_BKCGS = jnp.where(seen_B1C1S, jnp.exp(scores_BKCGS - top_BKCG1), 0.0)
+    total_BKCG1 = weights_BKCGS.sum(-1, keepdims=True)
     out_BKCGH = jnp.einsum("BKCGS,BKCSH->BKCGH", weights_BKCGS.astype(v_BKSH.dtype), v_BKCSH)
 
     # All parts at the scale of the greatest score.
-    kept = jnp.exp(top - jnp.max(top, axis=2, keepdims=True))
-    out_BKGH = (out_BKCGH * kept).sum(2)
-    total_BKG1 = (weights_BKCGS.sum(-1, keepdims=True) * kept).sum(2)
-    return (out_BKGH / total_BKG1).astype(q_BTNH.dtype).reshape(q_BTNH.shape)
+    greatest_BK1G1 = top_BKCG1.max(2, keepdims=True)
+    kept_BKCG1 = jnp.exp(top_BKCG1 - greatest_BK1G1)
+    out_BKGH = (out_BKCGH * kept_BKCG1).sum(2)
+    total_BKG1 = (total_BKCG1 * kept_BKCG1).sum(2)
+    mean_BKGH = out_BKGH / total_BKG1
+    return mean_BKGH.astype(q_BTNH.dtype).reshape(q_BTNH.shape)
 
 
 ATTENTIONS = {

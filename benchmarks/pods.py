@@ -396,16 +396,24 @@ def section(results: dict[str, str], rollouts: dict[str, Any]) -> str:
     return "\n".join([*lines, END])
 
 
+def with_section(page: str, begin: str, section: str) -> str:
+    """Return a page with `section` in place of the one that starts with the mark `begin`.
+
+    Both sections end with the mark END.
+    """
+    before, rest = page.split(begin, 1)
+    _, after = rest.split(END, 1)
+    return before + section + after
+
+
 def write_page(results: dict[str, str]) -> None:
     """Write the section into docs/pods.md, in place of the one that it has."""
     page = PAGE.read_text("utf-8") if PAGE.exists() else f"# Pods\n\n{BEGIN}{END}\n"
     if BEGIN not in page:
         page = f"{page.rstrip()}\n\n{BEGIN}{END}\n"
-    before, rest = page.split(BEGIN, 1)
-    _, after = rest.split(END, 1)
     PAGE.parent.mkdir(exist_ok=True)
     rollouts = json.loads(ROLLOUT_RESULTS.read_text()) if ROLLOUT_RESULTS.exists() else {}
-    PAGE.write_text(before + section(results, rollouts) + after, "utf-8")
+    PAGE.write_text(with_section(page, BEGIN, section(results, rollouts)), "utf-8")
 
 
 def printed(argv: list[str]) -> str:

@@ -9,13 +9,10 @@ before, seconds to minutes each; `all` is all of them.
 """
 
 import json
-import os
 import pathlib
 import re
 import shlex
-import subprocess
 import sys
-import tempfile
 
 from benchmarks import pods
 from runtime import flags
@@ -26,12 +23,6 @@ FOLDER = ROOT / "recipes"
 PAGE = FOLDER / "README.md"
 RESULTS = ROOT / "benchmarks" / "results" / "recipes.json"
 BEGIN = "<!-- written by benchmarks/recipes.py: begin -->"
-END = "<!-- end -->"
-
-RECORDER = """#!/bin/sh
-# Stands in for Python: writes its arguments, one a line, and an empty line.
-printf '%s\\n' "$@" '' >> "$RECORDED"
-"""
 
 # --- what a recipe says and does
 
@@ -68,24 +59,6 @@ def plans_of(path: pathlib.Path) -> list[str]:
         if name == "plan":
             plans.append(text.removeprefix(".venv/bin/python plan.py "))
     return plans
-
-
-def commands_of(path: pathlib.Path) -> list[list[str]]:
-    """Run a recipe with a recorder in Python's place; return the arguments of each command.
-
-    The first of them is the script.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        recorder = pathlib.Path(folder, "python")
-        recorder.write_text(RECORDER)
-        recorder.chmod(0o755)
-        recorded = pathlib.Path(folder, "recorded")
-        environment = {"PATH": os.environ["PATH"], "PYTHON": str(recorder)}
-        environment["RECORDED"] = str(recorded)
-        environment["RUNS"] = "runs"
-        subprocess.run(["sh", str(path)], cwd=ROOT, env=environment, check=True, timeout=60)
-        text = recorded.read_text()
-    return [command.split("\n") for command in text.removesuffix("\n\n").split("\n\n")]
 
 
 # --- the table
@@ -132,15 +105,13 @@ def section() -> str:
             verdicts.append(f"`{script}` {verdict(plan, printed)}")
         link = f"[{name}]({path.name})"
         rows.append([link, fields["hardware"], fields["aims at"], "; ".join(verdicts)])
-    return "\n".join([BEGIN, *pods.table(rows), END])
+    return "\n".join([BEGIN, *pods.table(rows), pods.END])
 
 
 def write_page() -> None:
     """Write the table into recipes/README.md, in place of the one that it has."""
-    page = PAGE.read_text()
-    before, rest = page.split(BEGIN, 1)
-    _, after = rest.split(END, 1)
-    PAGE.write_text(before + section() + after)
+    page = PAGE.read_text("utf-8")
+    PAGE.write_text(pods.with_section(page, BEGIN, section()), "utf-8")
 
 
 def main(names: list[str]) -> None:

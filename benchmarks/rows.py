@@ -373,39 +373,48 @@ def _time(
             sides[name]["matmul_gflops"].append(matmul)
 
 
-def _summarise(row: Row, result: dict[str, Any]) -> None:
-    """Add to a row its lines: for each call of the first side ms, tokens/s and ratios of speed.
+def _lines(row: Row, sides: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return for each call of the first side that was timed ms, tokens/s and ratios of speed.
 
-    The first of those that were timed. A ratio is of tokens per second, in the same round; of them
-    the median, the least and the greatest are kept. Also the matmul rates become medians, by
-    library.
+    A ratio is of tokens per second, in the same round; of them the median, the least and the
+    greatest are kept. No lines where no side was timed.
     """
-    sides = result["sides"]
     timed = [name for name in row.sides if sides.get(name, {}).get("seconds")]
+    if not timed:
+        return []
+    ours, *peers = timed
 
     def rates(name: str, call: str) -> list[float]:
         """Return a side's tokens per second in each round."""
         pairs = zip(sides[name]["seconds"][call], sides[name]["tokens"][call], strict=True)
         return [(tokens or row.tokens[call]) / seconds for seconds, tokens in pairs]
 
-    # A line for each call of the first side, beside those of the others that have it.
-    result["lines"] = []
-    for call in sides[timed[0]]["seconds"] if timed else ():
-        ours, *peers = timed
-        line: dict[str, Any] = {
-            "what": call,
-            "side": ours,
-            "ms": 1e3 * statistics.median(sides[ours]["seconds"][call]),
-            "tokens_per_s": statistics.median(rates(ours, call)),
-            "faster_than": {},
-        }
+    # Each call beside those of the other sides that have it.
+    lines = []
+    for call, seconds in sides[ours]["seconds"].items():
+        faster_than = {}
         for peer in peers:
             if call in sides[peer]["seconds"]:
                 pairs = zip(rates(ours, call), rates(peer, call), strict=False)
                 ratios = [mine / theirs for mine, theirs in pairs]
-                line["faster_than"][peer] = [statistics.median(ratios), min(ratios), max(ratios)]
-        result["lines"].append(line)
+                faster_than[peer] = [statistics.median(ratios), min(ratios), max(ratios)]
+        line = {
+            "what": call,
+            "side": ours,
+            "ms": 1e3 * statistics.median(seconds),
+            "tokens_per_s": statistics.median(rates(ours, call)),
+            "faster_than": faster_than,
+        }
+        lines.append(line)
+    return lines
 
+
+def _summarise(row: Row, result: dict[str, Any]) -> None:
+    """Add to a row its lines, of `_lines`, and by library its threads and median matmul rate."""
+    sides = result["sides"]
+    result["lines"] = _lines(row, sides)
+
+    # By library: sides that share one share its threads, and their rates are taken together.
     gflops: dict[str, list[float]] = {}
     for side in sides.values():
         measured = side.pop("matmul_gflops")

@@ -75,8 +75,9 @@ def timed(path: str, method: str, k: int, seed: int, results: Any) -> None:
     started = time.perf_counter()
     chosen = choose(method, embeddings, k, key)
     seconds = time.perf_counter() - started
-    if len(set(chosen.tolist())) != k:
-        raise ValueError(f"{method}: {k} rows asked for, {len(set(chosen.tolist()))} chosen")
+    distinct = len(set(chosen.tolist()))
+    if distinct != k:
+        raise ValueError(f"{method}: {k} rows asked for, {distinct} chosen")
     results.put({"seconds": round(seconds, 2), "peak_mib": peak_mib(), "before_mib": before})
 
 
@@ -166,8 +167,16 @@ def table_of(result: dict[str, Any]) -> str:
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for row in result["rows"]:
-        cells = [row["method"], f"{row['k']:,}", f"{row['seconds']:,.1f}", f"{row['peak_mib']:,}"]
-        lines.append(f"| {' | '.join([*cells, str(row['cores']), str(row['load'])])} |")
+        cells = [
+            row["method"],
+            f"{row['k']:,}",
+            f"{row['seconds']:,.1f}",
+            f"{row['peak_mib']:,}",
+            f"{row['cores']}",
+            f"{row['load']}",
+        ]
+        joined = " | ".join(cells)
+        lines.append(f"| {joined} |")
     shape = f"{result['rows_chosen_among']:,} random rows of {result['width']} numbers"
     lines += ["", f"{shape}; {result['cpu']}, numpy {result['numpy']}."]
     return "\n".join(lines)

@@ -22,6 +22,7 @@ import numpy as np
 from collect.examples import (
     as_line,
     folded,
+    length_within,
     lines_in,
     open_rows,
     rows_as_written,
@@ -29,7 +30,6 @@ from collect.examples import (
 )
 from collect.scores import perplexities
 from data import text_rules
-from data.batches import SHORTEST_PROMPT
 from data.fields import FieldError
 from data.near_duplicates import LEAST_NEAR, NearDuplicates
 from data.records import SCHEMAS, Schema
@@ -266,15 +266,7 @@ def check(config: Config) -> None:
 
 def longest(run: str, length: int | None) -> int:
     """Return the most tokens of a text; UserError where the model's context is shorter."""
-    context = stored_model(run).context
-    if length is None:
-        return context
-    require(
-        SHORTEST_PROMPT < length <= context,
-        f"--length={length}: must be above {SHORTEST_PROMPT} and at most the model's context of "
-        f"{context}",
-    )
-    return length
+    return length_within(length, stored_model(run).context)
 
 
 def texts_in(data: str) -> list[str]:

@@ -111,6 +111,21 @@ def record_example(record: Record, tokenizer: Tokenizer, length: int) -> Example
     return example_of(*texts_to_judge(record), tokenizer, length)
 
 
+def length_within(length: int | None, context: int, whose: str = "the model's") -> int:
+    """Return `length`, the most tokens of an example, or where it is None the whole `context`.
+
+    Raises UserError for a --length that is no length, naming the context as `whose`.
+    """
+    if length is None:
+        return context
+    require(
+        SHORTEST_PROMPT < length <= context,
+        f"--length={length}: must be above {SHORTEST_PROMPT} and at most {whose} context of "
+        f"{context}",
+    )
+    return length
+
+
 def padded_parts(examples: Sequence[Example], length: int, pad: int) -> Iterator[Batch]:
     """Yield the examples in batches of ROWS, padded on the right; the last one is filled up.
 

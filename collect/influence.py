@@ -24,7 +24,7 @@ from data.sources import Source
 from lora import LoraConfig, lora_base, trainable_part, with_adapters
 from model import LanguageModel, Params, init_and_apply
 from model_config import ModelConfig
-from objectives.likelihood import likelihood_objective
+from objectives.likelihood import likelihood_objective, without_auxiliary
 from responses import LoadedRun
 
 LORA = LoraConfig(rank=8, alpha=16.0)
@@ -114,8 +114,7 @@ def make_loss(config: ModelConfig) -> Loss:
         full = with_adapters(LORA, base, adapters)
         total, (weight, beside) = likelihood_objective(apply, full, batch)
         # The loss that balances experts says nothing of a row's text.
-        balancing, _ = beside.get("auxiliary_loss", (0.0, weight))
-        return (total - balancing) / jnp.maximum(weight, 1)
+        return without_auxiliary(total, beside) / jnp.maximum(weight, 1)
 
     return loss
 
@@ -194,9 +193,15 @@ def projected(x_NP: jax.Array, key: jax.Array, width: int = WIDTH) -> jax.Array:
 
 def random_signs(key: jax.Array, rows: int, width: int) -> jax.Array:
     """Draw 1 and -1 with equal chances, [rows, width], one random bit each."""
+    # Enough words of 32 bits for each row, and their bits one after another.
     words = jax.random.bits(key, (rows, -(-width // 32)), jnp.uint32)
-    bits = (words[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
-    return 1.0 - 2.0 * bits.reshape(rows, -1)[:, :width].astype(jnp.float32)
+    shifts = jnp.arange(32, dtype=jnp.uint32)
+    bits = (words[:, :, None] >> shifts) & 1
+    bits = bits.reshape(rows, -1)
+
+    # As many as a row is wide: 0 becomes 1, and 1 becomes -1.
+    kept = bits[:, :width].astype(jnp.float32)
+    return 1.0 - 2.0 * kept
 
 
 def cosines(rows_NW: np.ndarray, target_W: np.ndarray) -> np.ndarray:

@@ -16,9 +16,8 @@ from typing import Literal
 import jax
 import numpy as np
 
-from collect.examples import record_example
+from collect.examples import length_within, record_example
 from collect.scores import make_response_losses
-from data.batches import SHORTEST_PROMPT
 from data.mixture import Mixture
 from data.source import Source
 from data.sources import open_source
@@ -29,9 +28,6 @@ from runtime import flags
 from runtime.errors import UserError, require
 from runtime.mixtures import is_mixture
 from sharding import MeshConfig, make_mesh
-
-NONE = "0.0000"
-"""A share that is none, as it is written."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,12 +117,7 @@ def main(config: Config) -> dict[str, float]:
         "losses a token do not compare; name runs of one",
     )
     context = min(stored_model(run).context for run in (config.before, config.init))
-    length = context if config.length is None else config.length
-    require(
-        SHORTEST_PROMPT < length <= context,
-        f"--length={length}: must be above {SHORTEST_PROMPT} and at most the models' context of "
-        f"{context}",
-    )
+    length = length_within(config.length, context, "the models'")
     parts = [part.source for part in source.parts]
     before_P = held_out_losses(config.before, parts, length, config.records)
     after_P = held_out_losses(config.init, parts, length, config.records)
@@ -137,7 +128,7 @@ def main(config: Config) -> dict[str, float]:
     rows = zip(labels, before_P, after_P, shares_P, strict=True)
     for label, before, after, share in rows:
         print(f"{label}: held-out loss {before:.3f} -> {after:.3f}; share {share:.4f}")
-        if f"{share:.4f}" == NONE:
+        if round(share, 4) == 0:
             print(f"{label}: left out, its share is none; --floor keeps it in")
     words = next_words(source, shares_P)
     print(f"--data='{' '.join(words)}'")
@@ -160,7 +151,8 @@ def next_words(source: Mixture, shares_P: Sequence[float]) -> list[str]:
     for part, weight in zip(source.parts, shares_P, strict=True):
         name = names[part.label]
         options = part.label.removeprefix(name)
-        if f"{weight:.4f}" != NONE:
+        # To the digits that are written.
+        if round(weight, 4) > 0:
             words.append(f"{name}:{weight:.4f}{options}")
 
     # A single source with a weight would be taken for the name of a file.

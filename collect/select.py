@@ -22,9 +22,8 @@ import numpy as np
 
 from collect import influence, scores
 from collect.embeddings import embed
-from collect.examples import labels_of, open_rows, rows_as_written, schema_of
+from collect.examples import labels_of, length_within, open_rows, rows_as_written, schema_of
 from data import selection
-from data.batches import SHORTEST_PROMPT
 from data.records import Schema
 from data.selection import Select
 from data.sources import Source, is_file
@@ -336,14 +335,7 @@ def longest(config: Config) -> int:
     if config.method in ("margin", "active"):
         runs = (config.reward or "").split(",")
     context = min(stored_model(run).context for run in runs)
-    if config.length is None:
-        return context
-    require(
-        SHORTEST_PROMPT < config.length <= context,
-        f"--length={config.length}: must be above {SHORTEST_PROMPT} and at most the model's "
-        f"context of {context}",
-    )
-    return config.length
+    return length_within(config.length, context)
 
 
 def rows_to_choose(k: float, count: int) -> int:

@@ -156,14 +156,14 @@ def mixed(
     parts = []
     for source, label in zip(sources, labels, strict=True):
         parts.append(Part(label, source, in_order[label]))
+    sizes = sizes_of(parts)
     if rows_P is None:
-        rows_P = sizes_of(parts)
+        rows_P = sizes
     shares_SP = tuple(tuple(shares_of(stage, parts, rows_P)) for stage in stages)
 
     # Records lie in the order of `place_of`, by the shares of all stages together.
     together = [sum(shares_S) for shares_S in zip(*shares_SP, strict=True)]
     spread_P = tuple(whole(together))
-    sizes = sizes_of(parts)
 
     def read(i: int) -> Record:
         part, row = placed(i, spread_P, sizes)

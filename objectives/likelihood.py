@@ -223,3 +223,14 @@ def likelihood_objective(apply: Apply, params: Params, batch: TokenBatch) -> Los
         return loss, (tokens, {})
     auxiliary_loss = tokens * output.auxiliary_loss
     return loss + auxiliary_loss, (tokens, {"auxiliary_loss": (auxiliary_loss, tokens)})
+
+
+def without_auxiliary(loss: jax.Array, metrics: Metrics) -> jax.Array:
+    """Return the loss sum of `likelihood_objective` without the model's auxiliary loss, in nats.
+
+    `metrics`: returned beside it. What is left is the negative log-likelihood alone.
+    """
+    if "auxiliary_loss" not in metrics:
+        return loss
+    auxiliary_loss, _ = metrics["auxiliary_loss"]
+    return loss - auxiliary_loss

@@ -28,6 +28,7 @@ from objectives.likelihood import (
     hidden_logprobs,
     label_logprobs,
     likelihood_objective,
+    without_auxiliary,
 )
 from objectives.unpadded import run_model
 
@@ -505,7 +506,7 @@ def policy_objective(
     if "text" in batch:
         added, (weight, beside) = likelihood_objective(apply, params, batch["text"])
         loss += added
-        metrics["text_nll"] = (added - beside.get("auxiliary_loss", (0.0, weight))[0], weight)
+        metrics["text_nll"] = (without_auxiliary(added, beside), weight)
     return loss, (tokens, metrics)
 
 

@@ -53,6 +53,8 @@ class Chip(NamedTuple):
     """Of collectives among such chips."""
     devices: int = 1
     """JAX devices a chip."""
+    config_name: str = ""
+    """How libtpu is to take it where JAX does not take it as libtpu does by itself."""
 
 
 # TPUs. `memory`: what libtpu 0.0.42 names as available when a program is too large. The rest:
@@ -89,11 +91,8 @@ def gpu_chip(kind: str, *, flops: float, nvlink: float) -> Chip:
     )
 
 
-CHIP_CONFIGS = {"v4": "megacore"}
-"""How libtpu is to take a chip where JAX does not take it as libtpu does by itself."""
-
 CHIPS = {
-    "v4": Chip(30.75 * GIB, 275e12, 1200e9, 6 * 45e9, TPU_LATENCY),
+    "v4": Chip(30.75 * GIB, 275e12, 1200e9, 6 * 45e9, TPU_LATENCY, config_name="megacore"),
     "v5e": Chip(15.75 * GIB, 197e12, 819e9, 400e9 / 2, TPU_LATENCY),
     "v5p": Chip(95.74 * GIB, 459e12, 2765e9, 1200e9 / 2, TPU_LATENCY),
     "v6e": Chip(31.25 * GIB, 918e12, 1638e9, 800e9 / 2, TPU_LATENCY),
@@ -175,8 +174,8 @@ def tpus(topology: str) -> list[Any]:
         raise UserError("libtpu is not installed; pip install -r requirements-tpu.txt")
     kind = topology.partition(":")[0]
     options = {}
-    if kind in CHIP_CONFIGS:
-        options["chip_config_name"] = CHIP_CONFIGS[kind]
+    if CHIPS[kind].config_name:
+        options["chip_config_name"] = CHIPS[kind].config_name
     # There is no metadata server to ask.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     try:

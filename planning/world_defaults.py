@@ -1,13 +1,12 @@
 """Defaults that fit the built-in world, told where a model is much larger than the world's."""
 
-import dataclasses
 import sys
-import types
 from collections.abc import Sequence
 from typing import Any
 
 from model_config import ModelConfig
 from planning.memory import parameter_count
+from runtime.run_folder import default_settings
 
 LARGE = 100e6
 """Parameters from which a model is no longer the world's."""
@@ -25,12 +24,12 @@ def defaults_left(config: Any, words: Sequence[str]) -> list[str]:
     world's are.
     """
     given = _names(words)
-    default = types.SimpleNamespace(**_defaults(config))
+    defaults = default_settings(config)
     has_adapters = _value(config, "lora.rank") not in (None, 0)
     left = []
     for name in SIZES if has_adapters else (*RATES, *SIZES):
         value = _value(config, name)
-        if value is not None and name not in given and value == _value(default, name):
+        if value is not None and name not in given and value == defaults.get(name):
             left.append(f"--{name}={value}")
     return left
 
@@ -38,17 +37,6 @@ def defaults_left(config: Any, words: Sequence[str]) -> list[str]:
 def _names(words: Sequence[str]) -> set[str]:
     """Return the flags that stand in a command line, as the fields of a config are named."""
     return {word.partition("=")[0].removeprefix("--").replace("-", "_") for word in words}
-
-
-def _defaults(config: Any) -> dict[str, Any]:
-    """Return the defaults of the fields of `config` that have one."""
-    defaults = {}
-    for field in dataclasses.fields(config):
-        if field.default is not dataclasses.MISSING:
-            defaults[field.name] = field.default
-        elif field.default_factory is not dataclasses.MISSING:
-            defaults[field.name] = field.default_factory()
-    return defaults
 
 
 def _value(config: Any, name: str) -> Any:

@@ -6,10 +6,12 @@ import io
 import json
 import math
 import operator
+import os
 import pathlib
 import re
 import shlex
 import subprocess
+import tempfile
 
 import jax
 import pytest
@@ -84,6 +86,31 @@ ROWS["hf:trl-lib/tldr-preference@validation"] = ROWS["hf:trl-lib/tldr-preference
 ROWS["runs/hh-rlhf/helpful-*/test.jsonl.gz"] = ROWS["runs/hh-rlhf/helpful-*/train.jsonl.gz"]
 DATA_FLAGS = ("data", "eval_data", "demonstrations")
 """Flags that name rows."""
+
+RECORDER = """#!/bin/sh
+# Stands in for Python: writes its arguments, one a line, and an empty line.
+printf '%s\\n' "$@" '' >> "$RECORDED"
+"""
+
+
+def commands_of(path: pathlib.Path) -> list[list[str]]:
+    """Run a recipe with a recorder in Python's place; return the arguments of each command.
+
+    The first of them is the script.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        recorder = pathlib.Path(folder, "python")
+        recorder.write_text(RECORDER)
+        recorder.chmod(0o755)
+        recorded = pathlib.Path(folder, "recorded")
+        environment = {"PATH": os.environ["PATH"], "PYTHON": str(recorder)}
+        environment["RECORDED"] = str(recorded)
+        environment["RUNS"] = "runs"
+        subprocess.run(
+            ["sh", str(path)], cwd=recipes.ROOT, env=environment, check=True, timeout=60
+        )
+        text = recorded.read_text()
+    return [command.split("\n") for command in text.removesuffix("\n\n").split("\n\n")]
 
 
 def numbered(value, number):
@@ -160,7 +187,7 @@ def plan_filled(script, config):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_commands_are_accepted_at_full_size_and_planned_as_they_are(name, tmp_path):
-    commands = recipes.commands_of(RECIPES[name])
+    commands = commands_of(RECIPES[name])
     plans = recipes.plans_of(RECIPES[name])
     assert len(commands) == len(plans) >= 1
     for number, (command, argv) in enumerate(zip(commands, plans, strict=True)):
@@ -180,7 +207,7 @@ def test_commands_are_accepted_at_full_size_and_planned_as_they_are(name, tmp_pa
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_data_sets_are_named_as_data_is(name):
-    for command in recipes.commands_of(RECIPES[name]):
+    for command in commands_of(RECIPES[name]):
         values = values_of(command)
         for data in {values[flag] for flag in DATA_FLAGS if flag in values}:
             assert data in ROWS
@@ -204,7 +231,7 @@ def test_a_wrong_name_on_the_hub_and_files_of_a_pattern_are_seen(tmp_path):
 
 def test_a_wrong_flag_an_impossible_mesh_and_a_wrong_size_are_seen(tmp_path):
     """Controls of the test above."""
-    (command,) = recipes.commands_of(RECIPES["v5e256_8b_grpo"])
+    (command,) = commands_of(RECIPES["v5e256_8b_grpo"])
     (argv,) = recipes.plans_of(RECIPES["v5e256_8b_grpo"])
     planned, devices = planned_config(argv)
     with pytest.raises(UserError, match="sample_per_prompt"):
@@ -233,7 +260,7 @@ def test_a_comment_says_all_that_a_reader_asks(name):
 
 
 def test_the_table_of_the_page_has_the_results():
-    assert recipes.section() in recipes.PAGE.read_text()
+    assert recipes.section() in recipes.PAGE.read_text("utf-8")
     assert recipes.verdict("train_sft --length=1", {}) == "not yet compiled"
     # Every plan that was compiled is still a recipe's, and fits.
     plans = [argv for path in RECIPES.values() for argv in recipes.plans_of(path)]
@@ -368,7 +395,7 @@ def small(command: list[str], folder: pathlib.Path) -> list[str]:
     ],
 )
 def test_the_first_steps_run_with_a_tiny_model_of_the_family(name, tmp_path):
-    commands = recipes.commands_of(RECIPES[name])
+    commands = commands_of(RECIPES[name])
     planned, _ = planned_config(recipes.plans_of(RECIPES[name])[0])
 
     # A run to start from, in the place of the imported one.
@@ -468,6 +495,6 @@ def test_the_first_steps_run_from_a_folder_with_a_chat_template(tmp_path):
         place.mkdir()
         run(convert, f"--write={place}/folder", f"--run={tmp_path}/first")
         with_llama_tokens(place / "folder", template, ends)
-        (command,) = recipes.commands_of(RECIPES[name])
+        (command,) = commands_of(RECIPES[name])
         run(convert, f"--read={place}/folder", f"--run={place / values_of(command)['init']}")
         take_steps(command, place)

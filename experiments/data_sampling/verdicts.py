@@ -664,8 +664,9 @@ def main(config: Config) -> dict[str, int]:
     for path in (config.results, config.pilot, config.chosen, config.readme):
         require(pathlib.Path(path).is_file(), f"{path}: no such file; name another")
     page = pathlib.Path(config.readme).read_text("utf-8")
-    is_marked = FIRST in page and LAST in page.partition(FIRST)[2]
-    require(is_marked, f"--readme={config.readme}: lacks the marks {FIRST} and {LAST}")
+    before, _, rest = page.partition(FIRST)
+    _, last, after = rest.partition(LAST)
+    require(bool(last), f"--readme={config.readme}: lacks the marks {FIRST} and {LAST}")
     results = read_results(config.results)
     planned = plan()
     done = len([run for run in planned if run in results])
@@ -687,8 +688,6 @@ def main(config: Config) -> dict[str, int]:
     body = "\n\n".join(parts)
 
     # Between the page's marks, and the figure.
-    before, _, rest = page.partition(FIRST)
-    _, _, after = rest.partition(LAST)
     with atomic_text(config.readme) as file:
         file.write(f"{before}{FIRST}\n\n{body}\n\n{LAST}{after}")
     curves = series_of(results)

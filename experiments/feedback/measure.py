@@ -119,7 +119,7 @@ def classifiers(config: Config, rows: list[dict]) -> None:
 def main(config: Config) -> None:
     """Print the three tables."""
     source = open_source(config.file, "comparison", "all")
-    rows = [source[i] for i in range(min(config.prompts, len(source)))]
+    rows = source.first(config.prompts)
     # The gold program knows the world's prompts alone.
     try:
         for row in rows:
