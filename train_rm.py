@@ -166,7 +166,7 @@ def reference_responses(
             responses.append(answer["content"])
 
     kept = [not is_refused(prompt, tokenizer, name) for prompt in prompts]
-    require(any(kept), "the chat template refuses all reference responses; give others")
+    require(any(kept), "the chat template refuses every reference response; give others")
     return list(itertools.compress(prompts, kept)), list(itertools.compress(responses, kept))
 
 

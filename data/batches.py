@@ -754,7 +754,7 @@ class Batches:
         """Make the UserError of a source of which no record can be used."""
         name = self._source.name
         if refused and not dropped:
-            return UserError(f"{name}: the chat template refuses all {refused:,} records read")
+            return UserError(f"{name}: the chat template refuses every record read ({refused:,})")
         fault = f"no record fits {self._length} tokens"
         if refused:
             fault = f"the chat template refuses {refused:,} records; of the others {fault}"

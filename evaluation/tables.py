@@ -42,7 +42,7 @@ def _note_left_out(name: str, found: Sequence[Encoded], length: int) -> None:
     count = len(found)
     refused = sum(encoded.is_refused for encoded in found)
     left_out = sum(encoded.is_dropped for encoded in found)
-    require(refused < count, f"{name}: the chat template refuses all {count} records")
+    require(refused < count, f"{name}: the chat template refuses every record ({count:,})")
     also = f"; the chat template refuses {refused} more" if refused else ""
     require(
         left_out + refused < count,
