@@ -307,14 +307,25 @@ def walk(
 # --- FLOPs
 
 
+def is_matmul(op: Op) -> bool:
+    """Return whether this is a dot, or what a compiler makes of one on a TPU or a GPU."""
+    if op.code == "custom-call":
+        return 'custom_call_target="__cublas$' in op.rest
+    return op.code in ("dot", "convolution")
+
+
 def matmul_flops(op: Op, computation: Computation) -> float:
-    """Return the FLOPs of a dot or of a convolution, which a TPU's compiler makes of a dot."""
+    """Return the FLOPs of a matmul: a dot, a TPU's convolution or a GPU's call of cuBLAS."""
     if op.code == "convolution":
         return convolution_flops(op, computation)
     # A multiplication and an addition for each element of the result and each that is summed.
     out = dims_of(op)
     left = dims_of(computation[op.operands[0]])
-    contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", op.rest)[1]
+    if op.code == "dot":
+        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", op.rest)[1]
+    else:
+        quoted = re.search(r'"lhs_contracting_dimensions":\[([\d,"]*)\]', op.rest)[1]
+        contracted = quoted.replace('"', "")
     summed = [left[dimension] for dimension in _integers(contracted)]
     return 2.0 * math.prod(out) * math.prod(summed)
 
@@ -596,7 +607,7 @@ def cost(text: str, mesh: dict[str, int]) -> Cost:
     seen = set()
     for op, computation, name, times, fused in walk(module, entry):
         # Computed, and moved in the chip.
-        if op.code in ("dot", "convolution"):
+        if is_matmul(op):
             total.flops += times * matmul_flops(op, computation)
         elif op.code == "custom-call":
             total.flops += times * kernel_flops(op, computation)

@@ -118,7 +118,7 @@ def compile_program(program: Program, plan: Plan, mesh: jax.sharding.Mesh) -> Re
     mesh = program.mesh or mesh
     try:
         with jax.set_mesh(mesh):
-            executable = program.function.lower(*program.args).compile()
+            executable = compiled(program.function.lower(*program.args))
     except jax.errors.JaxRuntimeError as fault:
         needed = _needed_bytes(str(fault))
         if needed is None:
@@ -137,6 +137,18 @@ def compile_program(program: Program, plan: Plan, mesh: jax.sharding.Mesh) -> Re
         new_outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
         temporaries = memory.temp_size_in_bytes + new_outputs
     return Result(program, arguments, temporaries, held, cost, time.process_time() - start)
+
+
+def compiled(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    """Compile a lowered program, on a GPU with cuBLAS's matmuls where XLA's own have no tiles."""
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as fault:
+        # XLA tries its Triton matmuls out on the GPU; without one it takes the first, and for some
+        # shapes there is none.
+        if "find output tile sizes" not in str(fault):
+            raise
+        return lowered.compile(compiler_options={"xla_gpu_enable_triton_gemm": False})
 
 
 def _needed_bytes(fault: str) -> float | None:

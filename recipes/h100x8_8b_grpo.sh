@@ -13,12 +13,12 @@
 #   differs   the model's data has MATH and IFEval too, and its lengths are 2,048 + 2,048. A right
 #             answer scores 1, not 10, which GRPO's advantages cannot tell
 #   remat     full
-#   mesh      fsdp 8
+#   mesh      fsdp 8; decoding weights over tensor 8
 #   aims at   GSM8K 90.0: Tulu 3.1 8B (Lambert et al. 2024, arXiv 2411.15124; card of
 #             allenai/Llama-3.1-Tulu-3.1-8B)
 #   not run   at full size
 #   plan      .venv/bin/python plan.py train_grpo --model.preset=llama3-8b --topology=h100:8 \
-#               --mesh.fsdp=8 --batch_size=1024 \
+#               --mesh.fsdp=8 --rollout.tensor=8 --batch_size=1024 \
 #               --samples_per_prompt=16 --minibatches=2 --microbatches=32 --epochs=1 \
 #               --max_prompt=1024 --max_new_tokens=512 --reward=tasks.answers:number
 
@@ -55,4 +55,5 @@ sh recipes/until_done.sh "$PYTHON" train_grpo.py \
   --optimizer.lr=5e-7 \
   --optimizer.schedule=constant \
   --mesh.fsdp=8 \
+  --rollout.tensor=8 \
   --save_every=40

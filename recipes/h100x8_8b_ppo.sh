@@ -12,11 +12,11 @@
 #   differs   the paper's data has MATH and IFEval too, its lengths are 2,048 + 2,048, and its
 #             critic starts from a reward model
 #   remat     full
-#   mesh      fsdp 8
+#   mesh      fsdp 8; decoding weights over tensor 8
 #   aims at   GSM8K 87.6, from 84.3: Tulu 3 8B (Lambert et al. 2024, arXiv 2411.15124)
 #   not run   at full size
 #   plan      .venv/bin/python plan.py train_ppo --model.preset=llama3-8b --topology=h100:8 \
-#               --mesh.fsdp=8 --batch_size=224 \
+#               --mesh.fsdp=8 --rollout.tensor=8 --batch_size=224 \
 #               --minibatches=1 --microbatches=14 --epochs=4 --max_prompt=1024 \
 #               --max_new_tokens=512 --reward=tasks.answers:number
 
@@ -57,4 +57,5 @@ sh recipes/until_done.sh "$PYTHON" train_ppo.py \
   --value_optimizer.schedule=linear \
   --value_optimizer.final_lr=0 \
   --mesh.fsdp=8 \
+  --rollout.tensor=8 \
   --save_every=40

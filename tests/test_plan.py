@@ -292,6 +292,25 @@ def test_a_convolution_counts_only_places_inside_the_array():
     assert hlo.matmul_flops(op, computation) == 2 * 16 * 8 * 32 * want and 0 < want < 16
 
 
+def test_a_matmul_of_cublas_counts_like_the_dot_that_it_was():
+    """Copied from a program compiled for an H100: a batch of 4, contracted over 640."""
+    text = """HloModule m
+
+ENTRY %main (a: bf16[4,4096,640], b: bf16[4,640,96]) -> bf16[4,4096,96] {
+  %a = bf16[4,4096,640]{2,1,0} parameter(0)
+  %b = bf16[4,640,96]{2,1,0} parameter(1)
+  %custom-call.2 = (bf16[4,4096,96]{2,1,0}, s8[4194304]{0}) custom-call(%a, %b), \
+custom_call_target="__cublas$lt$matmul", backend_config={"gemm_backend_config":{\
+"dot_dimension_numbers":{"lhs_contracting_dimensions":["2"],"rhs_contracting_dimensions":["1"],\
+"lhs_batch_dimensions":["0"],"rhs_batch_dimensions":["0"]}}}
+  ROOT %out = bf16[4,4096,96]{2,1,0} get-tuple-element(%custom-call.2), index=0
+}
+"""
+    assert hlo.cost(text, {"data": 1}).flops == 2 * 4 * 4096 * 96 * 640
+    other = text.replace("__cublas$lt$matmul", "SomethingElse")
+    assert hlo.cost(other, {"data": 1}).flops == 0
+
+
 def test_forward_flops_are_those_of_the_compiled_model():
     """Against the CPU's compiler, whose attention computes the half that causality masks too."""
     c = PRESETS["tiny"]
