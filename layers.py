@@ -19,6 +19,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
@@ -110,21 +111,69 @@ def _with_remat(block_class: type[nn.Module], remat: Remat) -> type[nn.Module]:
 # --- one by one, for decoding
 
 
-def unstack_params(params: Params, dtype: jnp.dtype) -> Params:
+@flax.struct.dataclass
+class Int8Weight:
+    """A weight of one layer that stands for `values` times `scale`."""
+
+    values: jax.Array
+    """int8, of the weight's shape, from -127 to 127."""
+    scale: jax.Array
+    """Of the type that is computed in, with 1 along SUMMED_AXES: one number for each output."""
+
+
+SUMMED_AXES = {
+    "q": (0,),
+    "k": (0,),
+    "v": (0,),
+    "o": (0, 1),
+    "gate": (0,),
+    "up": (0,),
+    "down": (0,),
+}
+"""The axes of a layer's weights over which a product with it sums: an output's are the others."""
+
+
+def in_int8(weight: jax.Array, axes: tuple[int, ...]) -> Int8Weight:
+    """Return `weight` rounded to 127 steps each way of the largest of each output.
+
+    `axes`: over which products sum. An error is half a step at most: a 254th of that largest,
+    besides the rounding of the scale's type.
+    """
+    # The scale is rounded first, so that values are of what it is then.
+    largest = jnp.max(jnp.abs(weight), axis=axes, keepdims=True)
+    scale = jnp.where(largest > 0, largest / 127, 1).astype(weight.dtype)
+    steps = jnp.round(weight.astype(jnp.float32) / scale.astype(jnp.float32))
+    return Int8Weight(jnp.clip(steps, -127, 127).astype(jnp.int8), scale)
+
+
+def whole_weight(weight: jax.Array | Int8Weight) -> jax.Array:
+    """Return the weight that an Int8Weight stands for, in its scale's type; others as they are."""
+    if not isinstance(weight, Int8Weight):
+        return weight
+    return weight.values.astype(weight.scale.dtype) * weight.scale
+
+
+def unstack_params(params: Params, dtype: jnp.dtype, *, int8: bool = False) -> Params:
     """Return `params` with a tuple of L arrays in place of each stack [L, ...] of the layers.
 
     For a loop over tokens, where slicing a stack would copy it at every token; an apply takes them
     only with a cache of `unstack_cache`. All weights, the embedding and adapters among them, are
     cast once to `dtype`, in which they are multiplied; norms, biases and the routers of experts,
-    which are computed with in float32, keep their type. `params`: whole parameters of a
-    LanguageModel (model.Params), perhaps with lora.with_adapters'.
+    which are computed with in float32, keep their type. With `int8` the layers' weights that are
+    named in SUMMED_AXES, all but those of experts, are Int8Weights. `params`: whole parameters of
+    a LanguageModel (model.Params), perhaps with lora.with_adapters'.
     """
 
     def leaf(path: tuple[Any, ...], weight: jax.Array) -> Any:
         name = path_name(path)
         if not name.endswith(("norm", "bias", "router")):
             weight = weight.astype(dtype)
-        return tuple(weight) if "/layers/" in name else weight
+        if "/layers/" not in name:
+            return weight
+        own_name = name.rsplit("/", 1)[-1]
+        if int8 and own_name in SUMMED_AXES:
+            return tuple(in_int8(own, SUMMED_AXES[own_name]) for own in weight)
+        return tuple(weight)
 
     return jax.tree_util.tree_map_with_path(leaf, params)
 
@@ -159,7 +208,10 @@ def _one_by_one(
     keys = []
     values = []
     for i in range(decoder.config.layers):
-        own_weights = jax.tree.map(lambda stack, i=i: stack[i], weights, is_leaf=is_stack)
+        # Of int8 only what is read for a product becomes a whole weight, and as a part of it.
+        own_weights = jax.tree.map(
+            lambda stack, i=i: whole_weight(stack[i]), weights, is_leaf=is_stack
+        )
         # A cache of this layer alone, in which its number is 0.
         own_cache = dataclasses.replace(
             cache, k_LBKSH=cache.k_LBKSH[i][None], v_LBKSH=cache.v_LBKSH[i][None]

@@ -578,41 +578,41 @@ def shuffled_minibatches(
             yield with_room(minibatch, room)
 
 
-def check_first_update(update: Metrics, metrics: Metrics, dtype: jnp.dtype, start: int) -> None:
+def check_first_update(
+    update: Metrics, metrics: Metrics, dtype: jnp.dtype, start: int, int8: bool = False
+) -> None:
     """Assert that an update began at the policy that sampled: ratio 1, and all of `check_sampler`.
 
     Call it once per start, after the first update; it waits for the device. `update`: that step's
-    metrics, by their bare names, of the parameters before it, so policy and old policy were equal:
-    `clipped` must be 0, and `approx_kl`, of recorded log-probabilities, below 1e-9 in float32,
-    else 1e-3: there a product over other rows may be tiled, and so rounded, otherwise. `metrics`,
-    `dtype`, `start`: see `check_sampler`. Raises AssertionError: a breach is a bug, not a setting.
+    metrics, of the parameters before it, so policy and old policy were equal: `clipped` must be 0,
+    and `approx_kl` below 1e-9 in float32, else 1e-3: a product over other rows may be rounded
+    otherwise. The rest: see `check_sampler`. Raises AssertionError: a breach is a bug.
     """
     # Policy and old policy are the same parameters: no token's ratio may have moved.
-    exact = dtype == jnp.float32
     changed = float(update["approx_kl"])
-    limit = 1e-9 if exact else 1e-3
+    limit = 1e-9 if dtype == jnp.float32 else 1e-3
     assert changed < limit, f"ratio is not 1: mean square log ratio {2 * changed}"
 
     # Nor may any be outside the clips, in any type (`is_first_B`).
     clipped = float(update["clipped"])
     assert clipped == 0, f"clipped of the first update is {clipped}"
-    check_sampler(metrics, dtype, start)
+    check_sampler(metrics, dtype, start, int8)
 
 
-def check_sampler(metrics: Metrics, dtype: jnp.dtype, start: int) -> None:
+def check_sampler(metrics: Metrics, dtype: jnp.dtype, start: int, int8: bool = False) -> None:
     """Assert that sampler and training agree on log-probabilities, and that a new run has KL 0.
 
-    Call it once per start, with the first rollout, made before any update; it waits for the
-    device. `metrics`: of `rollout_metrics`. If `dtype`, the compute type, is float32,
-    `sampler_gap` must be below 1e-4 nats; in a new run, where `start`, the steps done before this
-    start, is 0, `kl` within `start_tolerance` of 0. Raises AssertionError.
+    Call it once per start, with the first rollout, before any update; it waits for the device.
+    `metrics`: of `rollout_metrics`. Where `dtype`, the compute type, is float32 and the sampler's
+    is not `int8`, `sampler_gap` must be below 1e-4 nats; in a new run, where `start`, the steps
+    done before, is 0, `kl` within `start_tolerance` of 0. Raises AssertionError.
     """
     # In a new run policy and reference are the same parameters.
     kl = float(metrics["kl"])
     assert start > 0 or abs(kl) < start_tolerance(dtype), f"KL to the reference starts at {kl}"
 
-    # Decoding and training are two programs for one computation.
-    exact = dtype == jnp.float32
+    # Decoding and training are two programs for one computation, but for rounded weights.
+    exact = dtype == jnp.float32 and not int8
     gap = float(metrics["sampler_gap"])
     assert gap < 1e-4 or not exact, f"sampler and trainer disagree by {gap} nats"
 

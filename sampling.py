@@ -62,6 +62,8 @@ class SamplingConfig:
     """Only the likeliest tokens that together hold this probability (nucleus)."""
     max_new_tokens: int = 24
     """Longest response, its end-of-turn token included."""
+    int8: bool = False
+    """Decode with the layers' weights in int8 (layers.py); prompts are read with whole ones."""
 
     def __post_init__(self):
         check_ranges(self, RANGES)
@@ -361,7 +363,7 @@ def generate(
         length=cache.length,
     )
     cache = unstack_cache(cache)
-    params = unstack_params(params, config.compute_dtype)
+    params = unstack_params(params, config.compute_dtype, int8=sampling.int8)
     token_B = samples.response_BR[:, 0]
     rows = Decoded(
         row_B=jnp.arange(last_B.size),

@@ -78,7 +78,7 @@ def generate_in_slots(
     # Prefill all prompts, and draw the first token of every response.
     logits_BV, prompt_cache = prefill(apply, config, params, prompts, 0)
     prompt_cache = unstack_cache(prompt_cache)
-    params = unstack_params(params, config.compute_dtype)
+    params = unstack_params(params, config.compute_dtype, int8=sampling.int8)
     logits_AV = jnp.repeat(logits_BV, n, axis=0)
     samples = first_tokens(logits_AV, key, sampling, pad)
     first_A = samples.response_BR[:, 0]

@@ -110,6 +110,8 @@ class Config:
     # Run
     mesh: MeshConfig = MeshConfig()
     """Devices along each axis."""
+    int8: bool = False
+    """Sample with weights in int8, half of bfloat16 to read."""
     rollout: RolloutConfig = RolloutConfig()
     """Devices over which the student is cut while it samples."""
     hosts: HostsConfig = HostsConfig()
@@ -275,7 +277,9 @@ def make_own_samples(
     """
     # The student's own sampler.
     _, apply = init_and_apply(LanguageModel(config.model))
-    sampling = SamplingConfig(config.temperature, max_new_tokens=config.max_new_tokens)
+    sampling = SamplingConfig(
+        config.temperature, max_new_tokens=config.max_new_tokens, int8=config.int8
+    )
     rollout = make_rollout(
         apply,
         config.model,

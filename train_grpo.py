@@ -190,6 +190,8 @@ class Config:
     # Run
     mesh: MeshConfig = MeshConfig()
     """Devices along each axis."""
+    int8: bool = False
+    """Sample with weights in int8, half of bfloat16 to read; `sampler_gap` shows the rounding."""
     rollout: RolloutConfig = RolloutConfig()
     """Devices over which the policy is cut while it samples."""
     hosts: HostsConfig = HostsConfig()
@@ -567,7 +569,9 @@ def main(config: Config) -> dict[str, float]:
         rollout=make_rollout(
             apply,
             config.model,
-            SamplingConfig(config.temperature, max_new_tokens=config.max_new_tokens),
+            SamplingConfig(
+                config.temperature, max_new_tokens=config.max_new_tokens, int8=config.int8
+            ),
             eos=tokenizer.ends,
             pad=tokenizer.pad,
             n=config.samples_per_prompt,
@@ -615,7 +619,7 @@ def main(config: Config) -> dict[str, float]:
                 updates.append(update_metrics)
                 if step == run.start + 1 and len(updates) == 1:
                     check_first_update(
-                        update_metrics, metrics, config.model.compute_dtype, run.start
+                        update_metrics, metrics, config.model.compute_dtype, run.start, config.int8
                     )
 
             # 5. Record means over the updates, and stop where the policy has left the reference

@@ -224,6 +224,8 @@ class Config:
     # Run
     mesh: MeshConfig = MeshConfig()
     """Devices along each axis."""
+    int8: bool = False
+    """Sample with weights in int8, half of bfloat16 to read; `sampler_gap` shows the rounding."""
     rollout: RolloutConfig = RolloutConfig()
     """Devices over which the policy is cut while it samples."""
     hosts: HostsConfig = HostsConfig()
@@ -710,7 +712,7 @@ def main(config: Config) -> dict[str, float]:
     sample_rollout = make_rollout(
         loaded.apply,
         config.model,
-        SamplingConfig(config.temperature, max_new_tokens=config.max_new_tokens),
+        SamplingConfig(config.temperature, max_new_tokens=config.max_new_tokens, int8=config.int8),
         eos=tokenizer.ends,
         pad=tokenizer.pad,
         n=config.samples_per_prompt,
@@ -800,7 +802,7 @@ def main(config: Config) -> dict[str, float]:
                 # Once a start: is the ratio 1 where it must be?
                 if step == run.start + 1 and len(updates) == 1:
                     check_first_update(
-                        policy_metrics, metrics, config.model.compute_dtype, run.start
+                        policy_metrics, metrics, config.model.compute_dtype, run.start, config.int8
                     )
 
             # 5. Record means over the updates; beta moves towards the target KL, if there is one.

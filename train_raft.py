@@ -153,6 +153,8 @@ class Config:
     # Run
     mesh: MeshConfig = MeshConfig()
     """Devices along each axis."""
+    int8: bool = False
+    """Sample with weights in int8, half of bfloat16 to read."""
     rollout: RolloutConfig = RolloutConfig()
     """Devices over which the policy is cut while it samples."""
     hosts: HostsConfig = HostsConfig()
@@ -565,7 +567,9 @@ def main(config: Config) -> dict[str, float]:
         rollout=make_rollout(
             apply,
             config.model,
-            SamplingConfig(config.temperature, max_new_tokens=config.max_new_tokens),
+            SamplingConfig(
+                config.temperature, max_new_tokens=config.max_new_tokens, int8=config.int8
+            ),
             eos=tokenizer.ends,
             pad=tokenizer.pad,
             n=config.samples_per_prompt,

@@ -5,7 +5,7 @@
 
 The first writes the section of docs/pods.md from benchmarks/results/pods.json. The second compiles
 the named plans before, half a minute to five minutes each; `all` is all of them. `rollouts` is the
-table of --rollout.tensor (benchmarks/results/rollouts.json).
+table of --rollout.tensor and --int8 (benchmarks/results/rollouts.json).
 """
 
 import contextlib
@@ -243,20 +243,24 @@ def references_table(results: dict[str, str]) -> list[str]:
 
 # ---- Rollouts whose weights are cut over more chips ----
 
-TENSORS = (4, 8, 16)
-"""Chips over which the weights are cut while sampling; the first is the mesh's own."""
+ROLLOUTS_OF_8B = (
+    "",
+    "--rollout.tensor=8",
+    "--rollout.tensor=16",
+    "--int8",
+    "--rollout.tensor=8 --int8",
+    "--rollout.tensor=16 --int8",
+)
+"""Flags of the rollouts that are compared; the mesh's own tensor is 4."""
 
 
-def rollout_cost(tensor: int) -> dict[str, float]:
-    """Compile the rollout of `ppo-8b`; return what it costs a chip.
+def rollout_cost(more: str) -> dict[str, float]:
+    """Compile the rollout of `ppo-8b` with `more` flags; return what it costs a chip.
 
-    Its weights are cut over `tensor` chips, and what lays them so is in it. Bytes, FLOPs, seconds
-    of latency.
+    What lays the weights over other chips is in it. Bytes, FLOPs, seconds of latency.
     """
     # As plan.py does, but the rollout alone.
-    argv = CASES["ppo-8b"].split()
-    if tensor != TENSORS[0]:
-        argv.append(f"--rollout.tensor={tensor}")
+    argv = [*CASES["ppo-8b"].split(), *more.split()]
     command = plan.read_command(argv)
     config = flags.parse(train_ppo.Config, command.flags)
     mesh = make_mesh(config.mesh, devices_of(command.topology))
@@ -281,9 +285,9 @@ def rollout_cost(tensor: int) -> dict[str, float]:
 
 
 def rollouts_table(rollouts: dict[str, Any], ppo: str) -> list[str]:
-    """Return a table of rollouts by the chips that weights are cut over.
+    """Return a table of rollouts by their flags.
 
-    `rollouts`: what `rollout_cost` returned, by tensor. `ppo`: what plan.py printed for `ppo-8b`,
+    `rollouts`: what `rollout_cost` returned, by flags. `ppo`: what plan.py printed for `ppo-8b`,
     of which the other programs' rooflines are taken.
     """
     # What an iteration takes beside its rollout.
@@ -292,10 +296,10 @@ def rollouts_table(rollouts: dict[str, Any], ppo: str) -> list[str]:
     others = step - number(columns[8])
 
     chip = CHIPS["v5e"]
-    head = ["`--rollout.tensor`", "memory GB a chip", "peak GiB", "rollout by bytes, s"]
+    head = ["flags", "memory GB a chip", "peak GiB", "rollout by bytes, s"]
     head += ["latency of its collectives, s", "rollout, s", "iteration, s"]
     rows = [head]
-    for tensor, whole in rollouts.items():
+    for more, whole in rollouts.items():
         seconds = max(
             whole["flops"] / chip.flops,
             whole["memory"] / chip.bandwidth,
@@ -303,7 +307,7 @@ def rollouts_table(rollouts: dict[str, Any], ppo: str) -> list[str]:
         )
         rollout = seconds + whole["latency"]
         figures = [seconds, whole["latency"], rollout, others + rollout]
-        name = f"{tensor} (the mesh's)" if int(tensor) == TENSORS[0] else tensor
+        name = f"`{more}`" if more else "none"
         memory, own_peak = whole["memory"] / 1e9, whole["peak"] / GIB
         rows.append([name, f"{memory:,.0f}", f"{own_peak:.2f}", *(f"{x:.2f}" for x in figures)])
     return table(rows)
@@ -312,11 +316,11 @@ def rollouts_table(rollouts: dict[str, Any], ppo: str) -> list[str]:
 def compile_rollouts() -> None:
     """Compile the rollouts of `rollouts_table` and write their costs."""
     rollouts: dict[str, Any] = {}
-    for tensor in TENSORS:
+    for more in ROLLOUTS_OF_8B:
         start = time.process_time()
-        rollouts[str(tensor)] = rollout_cost(tensor)
+        rollouts[more] = rollout_cost(more)
         seconds = time.process_time() - start
-        print(f"rollout over {tensor} chips: {seconds:.0f} CPU-s", flush=True)
+        print(f"rollout, {more or 'no flags'}: {seconds:.0f} CPU-s", flush=True)
         ROLLOUT_RESULTS.write_text(json.dumps(rollouts, indent=1) + "\n")
 
 
@@ -344,8 +348,8 @@ ROLLOUTS = (
     "in bfloat16, once for all tokens that it decodes, and keeps them cut over tensor only, or "
     "over `--rollout.tensor` chips: neighbours along fsdp join tensor for that time. Each token "
     "reads all of a chip's part, which is most of what decoding takes; over more chips that part "
-    "is smaller, but the collectives, two a layer, go through more chips. For `ppo-8b`, 512 rows "
-    "of 512 + 512 tokens:"
+    "is smaller, but the collectives, two a layer, go through more chips. With `--int8` "
+    "the layers take half of it. For `ppo-8b`, 512 rows of 512 + 512 tokens, where tensor is 4:"
 )
 ROLLOUT_REMARKS = (
     "All other programs of the iteration are those of the plan above, by bytes. Latency is that "

@@ -273,13 +273,14 @@ def rollout_programs(
     model = config.model
     rows = config.batch_size
     n = config.samples_per_prompt
-    # A fork may have no such flag.
+    # A fork may have no such flags.
     tensor = getattr(config, "rollout", RolloutConfig()).tensor
+    int8 = getattr(config, "int8", False)
     # The ids of the control tokens do not change the shapes.
     full_prompts = [full_row(config.max_prompt)] * (rows // n)
     prompts = on_batch_axes(pad_prompts(full_prompts, config.max_prompt, 0), mesh)
     # As long as they may be: no response ends early, so all are decoded in one stage.
-    sampling = SamplingConfig(config.temperature, max_new_tokens=config.max_new_tokens)
+    sampling = SamplingConfig(config.temperature, max_new_tokens=config.max_new_tokens, int8=int8)
     rollout = make_rollout(
         apply, model, sampling, eos=1, pad=0, n=n, tensor=tensor, in_stages=False
     )

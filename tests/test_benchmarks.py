@@ -320,7 +320,7 @@ def test_the_page_of_pods_has_the_results():
     rollouts = json.loads(pods.ROLLOUT_RESULTS.read_text())
     assert pods.section(results, rollouts) in pods.PAGE.read_text()
     _, _, *rows = pods.rollouts_table(rollouts, results["ppo-8b"])
-    assert len(rows) == len(pods.TENSORS)
+    assert len(rows) == len(pods.ROLLOUTS_OF_8B)
     beside = []
     for row in rows:
         *_, by_bytes, latency, rollout, iteration = row.strip("| ").split(" | ")

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from layers import unstack_cache, unstack_params
+from layers import SUMMED_AXES, in_int8, unstack_cache, unstack_params, whole_weight
 from model import LanguageModel, LanguageOutput, empty_cache, init_and_apply, unembed
 from model_config import PRESETS
 from objectives.policy import response_logprobs
@@ -349,6 +349,76 @@ def test_unstacked_layers_in_bfloat16_change_no_bit():
     # Control: the norms' scales too.
     rounded = jax.tree.map(lambda w: w.astype(jnp.bfloat16), apart)
     assert (op_by_op(rounded, *one, tuples)[0] != want).any()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_weight_in_int8_is_within_half_a_step_of_each_output(dtype):
+    """`o` is summed over two axes; an output of zeros alone stays zeros."""
+    rng = np.random.default_rng(0)
+    weight_NHD = rng.normal(size=(4, 8, 6)) * np.logspace(-6, 3, 6)
+    weight_NHD[..., 2] = 0
+    weight = jnp.asarray(weight_NHD, dtype)
+    short = in_int8(weight, SUMMED_AXES["o"])
+    assert short.values.dtype == jnp.int8 and short.scale.shape == (1, 1, 6)
+    exact = np.asarray(weight, np.float64)
+    got = np.asarray(short.values, np.float64) * np.asarray(short.scale, np.float64)
+    steps = np.abs(exact).max((0, 1)) / 127
+    # The largest may lie beyond step 127 by what the scale was rounded down.
+    rounding = float(jnp.finfo(dtype).eps) / 2 * np.abs(exact).max((0, 1))
+    assert (np.abs(got - exact) <= 0.5 * steps + rounding + 1e-12).all()
+    assert (got[..., 2] == 0).all()
+    # A scale for all outputs together would lose the small ones.
+    assert (got[..., 0] != 0).any()
+
+
+@pytest.mark.parametrize("slots", [None, 2])
+def test_decoding_in_int8_is_decoding_with_the_rounded_weights(slots):
+    """The first token is the whole weights'; norms and embedding are theirs throughout."""
+    params = model()[0]
+    prompts = left_padded(PROMPTS)
+    sampling = SamplingConfig(max_new_tokens=6, int8=True)
+    key = jax.random.key(3)
+    _, apply = init_and_apply(LanguageModel(CONFIG))
+
+    def sampled(params, sampling):
+        how = {"eos": NEVER, "pad": PAD}
+        if slots is None:
+            return generate(apply, CONFIG, params, prompts, key, sampling, **how)
+        return generate_in_slots(apply, CONFIG, params, prompts, key, sampling, slots=slots, **how)
+
+    got = jax.jit(sampled, static_argnums=1)(params, sampling)
+    plain = jax.jit(sampled, static_argnums=1)(params, SamplingConfig(max_new_tokens=6))
+    # Responses by the definition: each token's log-probability under the rounded weights, on the
+    # cache that the whole ones made of the prompt.
+    apart = unstack_params(params, jnp.float32, int8=True)
+    is_tuple = lambda leaf: isinstance(leaf, tuple)  # noqa: E731
+    rounded = jax.tree.map(
+        lambda stack: tuple(whole_weight(x) for x in stack) if is_tuple(stack) else stack,
+        apart,
+        is_leaf=is_tuple,
+    )
+    room = 5
+    inputs = [prompts[name] for name in ("tokens_BT", "segment_ids_BT", "positions_BT")]
+    rows, width = inputs[0].shape
+    logits, cache = logits_and_cache(apply)(
+        params, *inputs, empty_cache(CONFIG, rows, width + room)
+    )
+    logits = logits[:, -1:]
+    cache = unstack_cache(cache)
+    one = jnp.ones((rows, 1), jnp.int32)
+    for t in range(6):
+        token_B = got.response_BR[:, t]
+        logp_BV = jax.nn.log_softmax(logits[:, 0])
+        want_B = jnp.take_along_axis(logp_BV, token_B[:, None], axis=1)[:, 0]
+        np.testing.assert_allclose(got.logp_BR[:, t], want_B, atol=2e-5)
+        if t < room:
+            positions = inputs[2][:, -1:] + t + 1
+            logits, cache = logits_and_cache(apply)(
+                rounded, token_B[:, None], one, positions, cache
+            )
+    # Control: it is not what the whole weights draw.
+    np.testing.assert_array_equal(got.response_BR[:, 0], plain.response_BR[:, 0])
+    assert np.abs(got.logp_BR - plain.logp_BR).max() > 1e-4
 
 
 def kept_by_definition(logits, k, p):

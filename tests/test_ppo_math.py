@@ -358,6 +358,11 @@ def test_a_first_update_off_the_policy_is_refused():
         ]
         with pytest.raises(AssertionError):
             check_first_update(*bad, jnp.float32, 0)
+    # Weights in int8 explain a gap, and nothing else.
+    metrics["sampler_gap"] = 0.01
+    check_first_update(update, metrics, jnp.float32, 0, int8=True)
+    with pytest.raises(AssertionError):
+        check_first_update({**update, "clipped": 0.01}, metrics, jnp.float32, 0, int8=True)
 
 
 # ---- Further terms: entropy, pre-training text, an adaptive KL, the missing end
