@@ -14,6 +14,7 @@ from decoding import best_of_n
 from model import LanguageModel, init_and_apply
 from model_config import PRESETS
 from runtime.checkpoint import Checkpoints
+from runtime.errors import UserError
 from train_state import load_params
 
 SHORT = [
@@ -103,14 +104,17 @@ def test_one_sample_a_prompt_is_self_training_and_learns_nothing(files):
 
 
 @pytest.mark.slow
-def test_a_threshold_that_nothing_passes_changes_nothing_and_is_told(files, capsys):
-    run(train_raft, *COMMON, "--method=expert", "--threshold=80.5", "--steps=1", "--run=none")
+def test_a_threshold_that_nothing_passes_ends_without_a_policy_and_is_told(files, capsys):
+    with pytest.raises(UserError, match="none: no update was taken"):
+        run(train_raft, *COMMON, "--method=expert", "--threshold=80.5", "--steps=1", "--run=none")
     told = [
         line for line in capsys.readouterr().err.splitlines() if line.startswith("note: round")
     ]
     assert len(told) == 1 and "--threshold=80.5" in told[0] and "nothing was learnt" in told[0]
-    jax.tree.map(np.testing.assert_array_equal, load_params("none"), load_params("sft"))
     assert [(row["chosen"], row["updates"]) for row in rows_of("none")] == [(0, 0)]
+    # Nor is there a checkpoint that could be taken for an aligned policy.
+    with pytest.raises(UserError):
+        load_params("none")
 
 
 @pytest.mark.slow
