@@ -30,6 +30,7 @@ from collect.examples import (
 )
 from collect.scores import perplexities
 from data import text_rules
+from data.bad_rows import OnBadRow, set_on_bad_row
 from data.fields import FieldError
 from data.near_duplicates import LEAST_NEAR, NearDuplicates
 from data.records import SCHEMAS, Schema
@@ -61,6 +62,8 @@ class Config:
     schema: Schema | None = None
     """How rows are read; None: as comparison, unpaired, steps, chat, text or prompt, the first
     that reads the first row."""
+    on_bad_row: OnBadRow = "stop"
+    """stop: end at the first bad row of a file; skip: leave bad rows out, with a note."""
 
     # Rules
     near: float = 0.7
@@ -307,6 +310,7 @@ def main(config: Config) -> dict[str, int]:
     Also the number of all `rows`, and of those `kept`.
     """
     check(config)
+    set_on_bad_row(config.on_bad_row)
     make_mesh(MeshConfig())
     schema = schema_of(config.data, config.schema)
     given = Given(config, open_rows(config.data, schema, seed=0))

@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import os
 import pathlib
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -22,9 +23,10 @@ from model_config import ModelConfig
 from objectives.likelihood import inputs
 from objectives.policy import last_places
 from responses import LoadedRun, in_parts
+from runtime.data_files import content_sum
 from runtime.errors import UserError, require
 from runtime.inputs import at_newest
-from runtime.writes import atomic_file
+from runtime.writes import atomic_file, atomic_text
 
 Batch = dict[str, Any]
 # Records read at a time.
@@ -64,26 +66,44 @@ def embed(run: str, loaded: LoadedRun, source: Source, data_sum: str, **how: Any
     """Return the embeddings of all records of `source` by the run `run`, [N, D] float32.
 
     They are kept in $PLUMB_CACHE as a NumPy file named by a hash of all that they depend on: the
-    run's weights, `data_sum`, and `how`; found there, they are not computed again. The array is
-    memory-mapped: a part is in memory while it is read. `how`: `length`, in tokens, and `layer`,
-    as of `make_last_states`.
+    run's weights, `data_sum`, and `how`; found there, whole by the sum beside it, they are not
+    computed again. The array is memory-mapped: a part is in memory while it is read. `how`:
+    `length`, in tokens, and `layer`, as of `make_last_states`.
     """
     identity = [VERSION, at_newest(run).sha256, loaded.tokenizer.sha256, data_sum, *how.items()]
     name = hashlib.sha256(repr(identity).encode()).hexdigest()[:32]
     cache = pathlib.Path(os.environ.get("PLUMB_CACHE", "~/.cache/plumb")).expanduser()
     path = cache / f"embeddings-{name}.npy"
-    if not path.exists():
+    if not is_whole(path):
         write_embeddings(path, loaded, source, **how)
+    return np.load(path, mmap_mode="r")
+
+
+def is_whole(path: pathlib.Path) -> bool:
+    """Tell whether the file `path` has the sum that is written beside it; note one that has not.
+
+    Raises UserError for a file that cannot be read.
+    """
+    if not path.exists():
+        return False
     try:
-        return np.load(path, mmap_mode="r")
-    except (OSError, ValueError) as fault:
-        raise UserError(f"{path}: cannot be read ({fault}); remove it") from None
+        whole = sum_of(path).exists() and sum_of(path).read_text() == content_sum(path)
+    except OSError as fault:
+        raise UserError(f"{path}: cannot be read ({fault.strerror}); remove it") from None
+    if not whole:
+        print(f"note: {path}: is damaged; the embeddings are computed again", file=sys.stderr)
+    return whole
+
+
+def sum_of(path: pathlib.Path) -> pathlib.Path:
+    """Return the file beside `path` that holds its sum."""
+    return path.with_suffix(".sum")
 
 
 def write_embeddings(
     path: pathlib.Path, loaded: LoadedRun, source: Source, *, length: int, layer: int | None
 ) -> None:
-    """Compute the embeddings of `embed` and write them, part by part, whole or not at all."""
+    """Compute the embeddings of `embed`; write them, part by part, then their sum beside them."""
     config, tokenizer, params = loaded
     last_states = make_last_states(config, layer)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -101,3 +121,5 @@ def write_embeddings(
                 lambda batch: last_states(params, batch), examples, length, tokenizer.pad
             )
             file.write(np.ascontiguousarray(states_ND, np.float32).tobytes())
+    with atomic_text(str(sum_of(path))) as file:
+        file.write(content_sum(path))

@@ -24,6 +24,7 @@ from typing import Any, Literal, TypedDict
 import jax
 import numpy as np
 
+from data.bad_rows import OnBadRow, set_on_bad_row
 from data.batches import cut_left
 from data.sources import Source, open_source
 from evaluation.gold import CRITERIA
@@ -93,6 +94,8 @@ class Config:
     """Prompts: world, files, or tfds:<name>."""
     split: Literal["train", "heldout"] = "train"
     """Part of the prompts."""
+    on_bad_row: OnBadRow = "stop"
+    """stop: end at the first bad row of a file; skip: leave bad rows out, with a note."""
     prompts: int = 10000
     """Prompts that are responded to, at most."""
     samples: int | None = None
@@ -375,6 +378,7 @@ def main(config: Config) -> dict[str, float]:
     """
     check(config)
     principles = read_principles(config.principles)
+    set_on_bad_row(config.on_bad_row)
     make_mesh(MeshConfig())
     sampling = SamplingConfig(config.temperature, max_new_tokens=config.max_new_tokens)
     # Who answers, who judges, and who picks among revisions.

@@ -18,6 +18,7 @@ import numpy as np
 
 from collect.examples import length_within, record_example
 from collect.scores import make_response_losses
+from data.bad_rows import OnBadRow, set_on_bad_row
 from data.mixture import Mixture
 from data.source import Source
 from data.sources import open_source
@@ -36,6 +37,8 @@ class Config:
     """The mixture."""
     schema: Literal["chat", "text"] = "chat"
     """How its sources are read: conversations, or documents."""
+    on_bad_row: OnBadRow = "stop"
+    """stop: end at the first bad row of a file; skip: leave bad rows out, with a note."""
     before: str = "runs/align/lm"
     """Run of the language model before it was trained."""
     init: str = "runs/align/sft"
@@ -95,6 +98,7 @@ def held_out_losses(run: str, parts: Sequence[Source], length: int, most: int) -
 def main(config: Config) -> dict[str, float]:
     """Print the losses of each source and the next mixture; return the share of each source."""
     # The mixture's sources; one of conversations may have documents among them.
+    set_on_bad_row(config.on_bad_row)
     make_mesh(MeshConfig())
     with_texts = config.schema == "chat"
     source = open_source(

@@ -24,6 +24,7 @@ from collect import influence, scores
 from collect.embeddings import embed
 from collect.examples import labels_of, length_within, open_rows, rows_as_written, schema_of
 from data import selection
+from data.bad_rows import OnBadRow, set_on_bad_row
 from data.records import Schema
 from data.selection import Select
 from data.sources import Source, is_file
@@ -98,6 +99,8 @@ class Config:
     schema: Schema | None = None
     """How rows are read; None: as comparison, unpaired, steps, chat, text or prompt, the first
     that reads the first row."""
+    on_bad_row: OnBadRow = "stop"
+    """stop: end at the first bad row of a file; skip: leave bad rows out, with a note."""
     rows: int | None = None
     """Rows chosen among, the first ones; None: all of a file."""
     within_labels: bool = False
@@ -362,6 +365,7 @@ def write_scores(file: TextIO, scores_N: np.ndarray, chosen: np.ndarray) -> None
 def main(config: Config) -> dict[str, int]:
     """Write the chosen rows, whole or not at all; return the counts of `rows` and `chosen`."""
     check(config)
+    set_on_bad_row(config.on_bad_row)
     make_mesh(MeshConfig())
 
     # The rows, and how many of them are wanted.

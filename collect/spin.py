@@ -15,6 +15,7 @@ from typing import Literal
 
 import jax
 
+from data.bad_rows import OnBadRow, set_on_bad_row
 from data.batches import cut_left
 from data.sources import open_source
 from data.tokenizer import Message
@@ -37,6 +38,8 @@ class Config:
     """Demonstrations: world, arithmetic, files, or tfds:<name>."""
     split: Literal["train", "heldout"] = "train"
     """Part of the demonstrations."""
+    on_bad_row: OnBadRow = "stop"
+    """stop: end at the first bad row of a file; skip: leave bad rows out, with a note."""
     out: str = "runs/spin/1.jsonl"
     """File to write."""
     prompts: int = 10000
@@ -54,6 +57,7 @@ def main(config: Config) -> dict[str, int]:
     if config.prompts < 1:
         raise UserError(f"--prompts={config.prompts}: must be at least 1")
     # The opponent.
+    set_on_bad_row(config.on_bad_row)
     make_mesh(MeshConfig())
     model, tokenizer, params = load_run(config.init)
     sampling = SamplingConfig(config.temperature, max_new_tokens=config.max_new_tokens)

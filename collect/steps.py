@@ -21,6 +21,7 @@ from typing import Literal, NamedTuple
 import jax
 import numpy as np
 
+from data.bad_rows import OnBadRow, set_on_bad_row
 from data.records import Record
 from data.sources import open_source
 from data.steps import lines_of, problems
@@ -87,6 +88,8 @@ class Config:
     """Problems with answers: arithmetic, files, or tfds:<name>."""
     split: Literal["train", "heldout"] = "train"
     """Part of the problems."""
+    on_bad_row: OnBadRow = "stop"
+    """stop: end at the first bad row of a file; skip: leave bad rows out, with a note."""
     labels: Literal["gold", "outcome", "completions"] = "gold"
     """gold: by the program, up to the first wrong step (arithmetic only). outcome: the last step,
     by --check. completions: each step, by the share of its completions that pass --check (Wang et
@@ -240,6 +243,7 @@ def main(config: Config) -> dict[str, int]:
     Returns the counts of `lines` (solutions), `steps` (labels but None) and `completions`.
     """
     check_config(config)
+    set_on_bad_row(config.on_bad_row)
     make_mesh(MeshConfig())
     model, tokenizer, params = load_run(config.init)
     # A completion may begin near a solution's end, and be as long.

@@ -49,6 +49,7 @@ from collect.writers import (
     run_writer,
     simulated_writer,
 )
+from data.bad_rows import OnBadRow, set_on_bad_row
 from data.sources import is_file
 from rewards.judges import read_principles
 from runtime import flags
@@ -99,6 +100,8 @@ class Config:
     data: str = "world"
     """Rows for the other methods: world, arithmetic, or files. back_translate reads answers, or
     texts; the others read prompts with their answers."""
+    on_bad_row: OnBadRow = "stop"
+    """stop: end at the first bad row of a file; skip: leave bad rows out, with a note."""
     most: int = 1000
     """Rows of --data that are read, at most."""
     topics: str | None = None
@@ -357,7 +360,7 @@ def make_objections(config: Config, ask: Ask) -> Object:
     return principled(ask, principles)
 
 
-FREE = ("out", "rows")
+FREE = ("out", "rows", "on_bad_row")
 """Fields on which no reply depends."""
 
 
@@ -386,6 +389,7 @@ def main(config: Config) -> dict[str, int]:
     Also of the `rows` that stay, and of all that were `made`.
     """
     check(config)
+    set_on_bad_row(config.on_bad_row)
     make_mesh(MeshConfig())
     beside = f"{config.out}.made.jsonl"
     replies = f"{config.out}.replies.jsonl"

@@ -12,7 +12,7 @@ from evaluation.intervals import Interval, mean_interval, share_interval
 from model import LanguageModel, Params, init_and_apply
 from model_config import ModelConfig
 from objectives.policy import response_logprobs
-from responses import full_parts
+from responses import full_parts, refuse_not_finite
 from rollout import join_responses
 from runtime.errors import require
 from sampling import Samples, SamplingConfig, generate
@@ -125,6 +125,7 @@ def make_kl_sampler(
             batch = pad_prompts(padded, prompt_length, tokenizer.pad, fixed=True)
             key = jax.random.fold_in(jax.random.key(seed), start)
             samples, kl_B = to_host(sample(params, reference, batch, key))
+            refuse_not_finite(samples)
 
             # Responses without their padding.
             for response_R, mask_R, kl in zip(

@@ -1,5 +1,6 @@
 """Cleaning: duplicates, quality, toxicity and personal data are found, and little else."""
 
+import importlib
 import json
 import pathlib
 import random
@@ -457,3 +458,25 @@ def test_mistakes_are_one_line_and_leave_nothing(
     assert told in fails(clean, argv, capsys)
     assert not (tmp_path / "clean.jsonl").exists()
     assert Config().out not in (str(path) for path in tmp_path.iterdir())
+
+
+# --- rows that cannot be read
+
+
+def test_every_collector_that_reads_files_can_leave_bad_rows_out():
+    """Also in fact, as here: the bad row is named, and left out where that is asked for."""
+    for path in sorted(pathlib.Path(clean.__file__).parent.glob("*.py")):
+        module = importlib.import_module(f"collect.{path.stem}")
+        config = getattr(module, "Config", None)
+        if config is not None and hasattr(config, "data"):
+            assert config.on_bad_row == "stop", path.stem
+
+
+def test_a_bad_row_ends_the_cleaning_or_is_left_out(tmp_path, capsys):
+    rows = [{"text": "One good row of words."}, {"text": 7}, {"text": "And another one."}]
+    data = str(write(tmp_path / "mixed.jsonl", rows))
+    flags = [f"--data={data}", f"--out={tmp_path}/out.jsonl", "--rules=exact"]
+    assert "mixed.jsonl:2" in fails(clean, flags, capsys)
+    assert not (tmp_path / "out.jsonl").exists()
+    assert run(clean, *flags, "--on_bad_row=skip")["kept"] == 2
+    assert "mixed.jsonl:2" in capsys.readouterr().err

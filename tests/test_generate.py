@@ -2,6 +2,7 @@ import dataclasses
 import functools
 import itertools
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from layers import SUMMED_AXES, in_int8, unstack_cache, unstack_params, whole_we
 from model import LanguageModel, LanguageOutput, empty_cache, init_and_apply, unembed
 from model_config import PRESETS
 from objectives.policy import response_logprobs
+from responses import make_sampler
 from rollout import join_responses, make_rollout
 from runtime.errors import UserError
 from sampling import SamplingConfig, Stage, generate, stages_of, truncate
@@ -349,6 +351,20 @@ def test_unstacked_layers_in_bfloat16_change_no_bit():
     # Control: the norms' scales too.
     rounded = jax.tree.map(lambda w: w.astype(jnp.bfloat16), apart)
     assert (op_by_op(rounded, *one, tuples)[0] != want).any()
+
+
+def test_a_model_whose_logits_are_not_finite_draws_nothing():
+    """Weights that are finite, but too large for what they are multiplied in."""
+    config = dataclasses.replace(CONFIG, dtype="float16")
+    params = jax.tree.map(lambda weight: 1e4 * weight, model()[0])
+    sampling = SamplingConfig(max_new_tokens=3)
+    tokenizer = types.SimpleNamespace(ends=(EOS,), pad=PAD)
+    respond = make_sampler(config, sampling, tokenizer)
+    with pytest.raises(UserError, match="log-probabilities are not finite"):
+        respond(params, PROMPTS, jax.random.key(0))
+    # Control: float32 holds them.
+    respond = make_sampler(CONFIG, sampling, tokenizer)
+    assert len(respond(params, PROMPTS, jax.random.key(0))) == len(PROMPTS)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -458,7 +458,7 @@ def messages_of(row):
 
 
 def test_embeddings_are_computed_once_and_do_not_depend_on_the_batch(
-    folder, tmp_path, monkeypatch
+    folder, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setenv("PLUMB_CACHE", str(tmp_path / "cache"))
     sft = str(folder / "sft")
@@ -469,8 +469,9 @@ def test_embeddings_are_computed_once_and_do_not_depend_on_the_batch(
         how = {"length": 64, "layer": None, **how}
         return embeddings.embed(sft, load_run(sft), source, data_sum, **how)
 
-    first = embedded()
-    assert isinstance(first, np.memmap) and first.shape == (50, 32)
+    mapped = embedded()
+    assert isinstance(mapped, np.memmap) and mapped.shape == (50, 32)
+    first = np.array(mapped)
     # Found again: nothing is computed.
     with monkeypatch.context() as patch:
         patch.setattr(embeddings, "write_embeddings", None)
@@ -478,6 +479,15 @@ def test_embeddings_are_computed_once_and_do_not_depend_on_the_batch(
         for how in ({"data_sum": "b"}, {"length": 63}, {"layer": 1}):
             with pytest.raises(TypeError):
                 embedded(**how)
+    # A flipped bit is noticed, and mended by computing them again; so is a lost sum.
+    (path,) = (tmp_path / "cache").glob("embeddings-*.npy")
+    content = bytearray(path.read_bytes())
+    content[-7] ^= 1
+    for damage in (lambda: path.write_bytes(content), lambda: path.with_suffix(".sum").unlink()):
+        damage()
+        np.testing.assert_array_equal(embedded(), first)
+        assert "embeddings are computed again" in capsys.readouterr().err
+        assert embeddings.is_whole(path)
     # In parts of another size, other rows beside it.
     monkeypatch.setattr(embeddings, "RECORDS", 7)
     np.testing.assert_allclose(embedded("c"), first, atol=2e-5)
