@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from data.bad_rows import are_bad_rows_skipped, refused_records
+from data.bad_rows import are_bad_rows_skipped, bad_rows, refused_records
 from data.batches import Batches, is_refused
 from data.records import Message
 from data.tokenizer import Tokenizer
@@ -184,9 +184,8 @@ class Run:
         lines: list[str] = []
         if self.start and path.exists():
             lines += path.read_text(encoding="utf-8").splitlines()
-        # Rows of files, of all streams; then records, of which each host meets its own part.
-        for batches in self._data.values():
-            lines += batches.skipped
+        # Rows of all files; then records, of which each host meets its own part.
+        lines += bad_rows()
         for of_a_host in all_gather_json(refused_records()):
             lines += of_a_host
         # Each once.

@@ -6,7 +6,7 @@ be written for a model: its chat template refuses them. That shows when they are
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -19,6 +19,8 @@ SHOWN = 40
 """Characters of a record by which a message names it."""
 
 _on_bad_row: OnBadRow = "stop"
+_unreadable: dict[str, None] = {}
+"""What is wrong with each bad row of the files opened so far, in order."""
 _refused: dict[str, str] = {}
 """What is wrong with the first refused record of each prompt so far, by the prompt, in order."""
 
@@ -28,9 +30,10 @@ class RecordRefused(UserError):
 
 
 def set_on_bad_row(choice: OnBadRow) -> None:
-    """Stop at a bad row from now on, as at first, or skip it; forget what was refused so far."""
+    """Stop at a bad row from now on, as at first, or skip it; forget what was left out so far."""
     global _on_bad_row
     _on_bad_row = choice
+    _unreadable.clear()
     _refused.clear()
 
 
@@ -39,8 +42,18 @@ def are_bad_rows_skipped() -> bool:
     return _on_bad_row == "skip"
 
 
+def list_bad_rows(faults: Iterable[str]) -> None:
+    """Note what is wrong with each row of a file that was left out when it was read."""
+    _unreadable.update(dict.fromkeys(faults))
+
+
+def bad_rows() -> list[str]:
+    """Return what is wrong with each row left out of the files opened since `set_on_bad_row`."""
+    return list(_unreadable)
+
+
 def refused_records() -> list[str]:
-    """Return what is wrong with each record that was left out since `set_on_bad_row`."""
+    """Return what is wrong with each record that was refused since `set_on_bad_row`."""
     return list(_refused.values())
 
 

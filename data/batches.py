@@ -562,11 +562,6 @@ class Batches:
         """Examples that the model's chat template refused so far, on this host."""
         return self._position.get("refused", 0)
 
-    @property
-    def skipped(self) -> Sequence[str]:
-        """The fault of each row of the source that was left out."""
-        return self._source.skipped
-
     def lengths_line(self, records: int = MEASURED) -> str:
         """Say how many rows the source has, how long they are, and what of them is lost.
 

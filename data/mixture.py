@@ -169,15 +169,11 @@ def mixed(
         part, row = placed(i, spread_P, sizes)
         return parts[part].source[row]
 
-    skipped: list[str] = []
-    for source in sources:
-        skipped += source.skipped
     return Mixture(
         name,
         range(sum(sizes)),
         read,
         max(source.candidates for source in sources),
-        skipped,
         parts=tuple(parts),
         stages=tuple(stages),
         shares_SP=shares_SP,

@@ -31,8 +31,6 @@ class Source:
     """The record stored at an index."""
     candidates: int = 2
     """The most responses that a comparison has."""
-    skipped: Sequence[str] = ()
-    """What is wrong with each row that was left out, `file:line: field: reason`."""
 
     def __len__(self) -> int:
         return len(self.rows)

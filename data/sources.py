@@ -25,7 +25,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 from tqdm import tqdm
 
-from data.bad_rows import are_bad_rows_skipped
+from data.bad_rows import are_bad_rows_skipped, list_bad_rows
 from data.fields import FieldError, LeftOut, Row, name_shown, unlike_keys
 from data.formats import READERS, NumberedRow, is_lines
 from data.messages import is_trained
@@ -386,7 +386,7 @@ def _local(data: str, schema: Schema, split: Split, held_out_elsewhere: Collecti
     with np.load(folder / "split.npz") as saved:
         keys_N = saved["keys"]
         candidates = int(saved["candidates"])
-    skipped = json.loads((folder / "skipped.json").read_text())
+    list_bad_rows(json.loads((folder / "skipped.json").read_text()))
 
     def read(i: int) -> Record:
         return json.loads(stored[i])
@@ -396,20 +396,20 @@ def _local(data: str, schema: Schema, split: Split, held_out_elsewhere: Collecti
         for note in json.loads((folder / "notes.json").read_text()):
             _say_once(f"note: {data}: {note}")
     if split == "all":
-        return Source(data, np.arange(len(keys_N)), read, candidates, skipped)
+        return Source(data, np.arange(len(keys_N)), read, candidates)
     held_out_N = held_out(keys_N)
     if held_out_N.all():
         same = "has one row" if len(keys_N) == 1 else "all its prompts or texts are the same"
         raise UserError(f"{data}: {same}: none can be held out; add others")
     if split == "heldout":
         name = f"the held-out split of {data}"
-        return Source(name, np.flatnonzero(held_out_N), read, candidates, skipped)
+        return Source(name, np.flatnonzero(held_out_N), read, candidates)
     train_N = ~held_out_N
     if held_out_elsewhere:
         train_N &= ~np.isin(keys_N, np.array([*held_out_elsewhere], np.uint64))
         if not train_N.any():
             raise UserError(f"{data}: all its prompts are held out of other sources; add others")
-    return Source(data, np.flatnonzero(train_N), read, candidates, skipped)
+    return Source(data, np.flatnonzero(train_N), read, candidates)
 
 
 @functools.cache
@@ -455,6 +455,8 @@ def _data_files(data: str) -> list[pathlib.Path]:
         if os.path.isdir(data):
             raise UserError(f"{data}: is a folder; name files in it, such as {data}/*.jsonl")
         what = "no file of a known kind" if glob.has_magic(data) else "no such file"
+        if os.path.exists(data):
+            raise UserError(f"{data}: can be read only once; write it into a file")
         raise UserError(f"{data}: {what}; give {SOURCES}")
     for file in files:
         if not file.name.endswith(KINDS):

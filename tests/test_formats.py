@@ -15,7 +15,7 @@ from running import fails, write
 
 import train_sft
 from data import formats
-from data.bad_rows import set_on_bad_row
+from data.bad_rows import bad_rows, set_on_bad_row
 from data.batches import chat_batches
 from data.sources import open_source
 from data.tokenizer import Tokenizer
@@ -401,13 +401,16 @@ def test_bad_rows_are_skipped_counted_and_listed(with_bad_rows, capsys, name):
     set_on_bad_row("skip")
     source = open_source(data, "text", "all")
     assert [source[i] for i in range(len(source))] == GOOD
-    assert len(source.skipped) == 2
-    for said, wanted in zip(source.skipped, FAULTS[name], strict=True):
+    skipped = bad_rows()
+    assert len(skipped) == 2
+    for said, wanted in zip(skipped, FAULTS[name], strict=True):
         assert said.startswith(f"{data}:{wanted}")
-    note = f"note: {data}: 2 of 42 rows are skipped; the first is {source.skipped[0]}"
+    note = f"note: {data}: 2 of 42 rows are skipped; the first is {skipped[0]}"
     assert note in capsys.readouterr().err
     # Kept: the same again, of what is kept.
-    assert list(open_source(data, "text", "train").skipped) == list(source.skipped)
+    set_on_bad_row("skip")
+    open_source(data, "text", "train")
+    assert bad_rows() == skipped
 
     # And stopped at again, although it is kept.
     set_on_bad_row("stop")
@@ -419,7 +422,7 @@ def test_rows_that_say_so_are_not_trained_on(tmp_path, capsys):
     rows = [*GOOD[:3], {"text": "a", "weight": 0}, *GOOD[3:], {"text": "b", "train": False}]
     data = str(write(tmp_path / "rows.jsonl", rows))
     source = open_source(data, "text", "all")
-    assert [source[i] for i in range(len(source))] == GOOD and not source.skipped
+    assert [source[i] for i in range(len(source))] == GOOD and not bad_rows()
     note = f"note: {data}: 2 rows say that they are not trained on: left out"
     assert note in capsys.readouterr().err
     # Control: with their weight they are there.
@@ -440,21 +443,26 @@ def test_a_run_lists_the_rows_that_it_skipped(tmp_path, capsys):
     assert "chats.jsonl:10: response: is empty" in fails(train_sft, flags, capsys)
     assert not (tmp_path / "run").exists()
 
-    # As the script does it, up to its first step.
+    # As a script does it, up to its first step; some have a file for evaluations too.
+    evaluated = write(tmp_path / "evaluated.jsonl", [*CHATS[:3], {"prompt": "a", "response": ""}])
+
     def begin(folder, *more):
         config = train_sft.Config(run=str(tmp_path / folder), data=str(data), **dict(more))
         config = pin_inputs(config)
         source = open_source(config.data, "chat", "train")
+        open_source(str(evaluated), "chat", "all")
         texts = [f"{row['prompt']} {row['response']}" for row in CHATS]
         tokenizer = Tokenizer.train(texts, tmp_path, 300)
         with Run(config, tokenizer) as frame:
             frame.restore({}, chat_batches(source, tokenizer, batch_size=8, length=32))
         return tmp_path / folder / "skipped.txt"
 
-    (line,) = begin("run", ("on_bad_row", "skip")).read_text().splitlines()
+    line, of_evaluated = begin("run", ("on_bad_row", "skip")).read_text().splitlines()
     assert line.startswith(f"{data}:10: response: is empty")
+    assert of_evaluated.startswith(f"{evaluated}:4: response: is empty")
     # Control: a run that skips nothing lists nothing.
     write(data, CHATS)
+    write(evaluated, CHATS)
     assert not begin("other", ("on_bad_row", "skip")).exists()
 
 

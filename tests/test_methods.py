@@ -10,9 +10,11 @@ import running
 import train_sft
 from data.batches import pad_prompts
 from data.tokenizer import Tokenizer
+from experiments.child import check_ended
 from experiments.methods import run as study
 from experiments.seeds import half
 from model_config import ModelConfig
+from runtime.errors import UserError
 
 # Attention's own products are small beside its weights here, so that 2 FLOPs a weight and token
 # are nearly all.
@@ -155,3 +157,15 @@ def test_the_interval_over_three_seeds_is_student_s():
     # t of 0.975 with 2 degrees.
     assert half([0.0, 1.0, 2.0]) == pytest.approx(4.302652729911275 / 3**0.5)
     assert half([1.0]) != half([1.0])  # of one seed there is none
+
+
+@pytest.mark.parametrize(("code", "want"), [(75, 75), (130, 130), (-15, 143), (-9, 137)])
+def test_a_study_ends_as_the_run_that_it_started(code, want):
+    """For who starts commands again: 75 means once more, signals mean stopped."""
+    with pytest.raises(SystemExit) as stop:
+        check_ended(code, "a line")
+    assert stop.value.code == want
+    check_ended(0, "a line")
+    for mistake in (1, 2):
+        with pytest.raises(UserError, match="a line"):
+            check_ended(mistake, "a line")

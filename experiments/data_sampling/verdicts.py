@@ -294,7 +294,10 @@ def little_data_of(results: Results, pool: str, aligner: str, schedule: Schedule
         verdict = "confirmed"
     elif share.high < LEAST_SHARE:
         verdict = "refuted"
-    found = f"share of the gain {ends(share)}; gain of all data {ends(gain)}"
+    # A share of nothing says nothing.
+    found = f"gain of all data {ends(gain)}"
+    if gain.low > 0:
+        found = f"share of the gain {ends(share)}; {found}"
     return Finding(claim, setting, seeds, found, verdict)
 
 

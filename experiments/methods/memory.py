@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 
+from experiments.child import check_ended
 from runtime import flags
 from runtime.errors import UserError
 from runtime.rows import read_rows
@@ -85,8 +86,8 @@ def run(words: list[str], folder: pathlib.Path) -> dict[str, float]:
             )
             time.sleep(0.02)
         process.wait()
-    if process.returncode:
-        raise UserError(f"{log}: the run ended with {process.returncode}; its last lines say why")
+    code = process.returncode
+    check_ended(code, f"{log}: the run ended with {code}; its last lines say why")
     # The first two steps may compile, the last one saves.
     ticks = (spent[STEPS - 1] - spent[2]) / (STEPS - 3)
     return {"cpu_seconds": ticks / os.sysconf("SC_CLK_TCK"), "peak_mb": peak}

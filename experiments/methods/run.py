@@ -28,6 +28,7 @@ import train_dpo
 from data.tokenizer import Tokenizer
 from decoding import best_of_n
 from evaluation.gold import CRITERIA, gold_rows, make_kl_sampler, summarise
+from experiments.child import check_ended
 from experiments.hindsight.batches import HELPFUL
 from experiments.quark.quark import conditioned
 from model_config import ModelConfig, stored_model
@@ -254,10 +255,8 @@ def train(words: list[str], run: pathlib.Path) -> dict[str, float]:
             process = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT, env=paths)
             _, status, used = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            raise UserError(
-                f"{log}: the run ended with {process.returncode}; its last lines say why"
-            )
+        code = process.returncode
+        check_ended(code, f"{log}: the run ended with {code}; its last lines say why")
         seconds = {
             "seconds": time.monotonic() - began,
             "cpu_seconds": used.ru_utime + used.ru_stime,

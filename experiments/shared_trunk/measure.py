@@ -19,10 +19,11 @@ from typing import Any
 import numpy as np
 
 from evaluation.gold import CRITERIA, gold_rows, make_kl_sampler, summarise
+from experiments.child import check_ended
 from experiments.seeds import half
 from responses import load_run
 from runtime import flags
-from runtime.errors import TryAgain, require
+from runtime.errors import require
 from runtime.rows import read_rows
 from sampling import SamplingConfig
 from sharding import MeshConfig, make_mesh
@@ -67,12 +68,7 @@ def train(config: Config, way: str, seed: int, run: str) -> None:
     command = [sys.executable, SCRIPTS[way], *SIZES, f"--seed={seed}", f"--run={run}"]
     command += [f"--init={config.init}", f"--reward={config.reward}"]
     code = subprocess.run(command, env={**os.environ, "PYTHONPATH": "."}).returncode
-    # Who restarts commands goes by these codes. A shell gives 128 and more for signals.
-    if code < 0:
-        raise SystemExit(128 - code)
-    if code >= TryAgain.code:
-        raise SystemExit(code)
-    require(code == 0, f"{run}: {SCRIPTS[way]} ended with code {code}, as it says above")
+    check_ended(code, f"{run}: {SCRIPTS[way]} ended with code {code}, as it says above")
 
 
 def judge(config: Config, seed: int, run: str) -> Result:
