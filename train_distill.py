@@ -313,6 +313,13 @@ def is_own(config: Config, step: int) -> bool:
     return np.random.default_rng((config.seed, step)).random() < config.on_policy
 
 
+def batches_a_step(config: Config) -> dict[str, float]:
+    """Return how many batches of each stream a step reads, in the mean over all steps."""
+    own_steps = sum(is_own(config, step) for step in range(1, config.steps + 1))
+    own_share = own_steps / config.steps
+    return {"batches": 1 - own_share, "prompts": own_share}
+
+
 def prompts_of(chats: Source) -> Source:
     """Turn conversations (schema `chat`) into prompts, {"prompt": messages without the last}.
 
@@ -388,11 +395,12 @@ def main(config: Config) -> dict[str, float]:
         gold = make_gold_evaluation(config, tokenizer, reference=teacher_model)
 
     # A dry run ends here and has written nothing.
+    data = {"batches": batches, "prompts": prompts}
     if config.dry_run:
-        return preview(config, update.init, update.optimizer, mesh, batches, tokenizer)
+        shares = batches_a_step(config)
+        return preview(config, update.init, update.optimizer, mesh, data, tokenizer, shares)
     with Run(config, tokenizer) as run:
         # Both streams go on where a resumed run left them. The teacher is loaded once.
-        data = {"batches": batches, "prompts": prompts}
         state, base = run.start_or_resume(update.init, update.optimizer, mesh, data)
         held = {"base": base, "teacher": load_teacher_params(config, teacher_model, mesh)}
         run.describe(
@@ -400,6 +408,7 @@ def main(config: Config) -> dict[str, float]:
             state.params,
             (state.opt_state, held),
             length=config.length,
+            batches_a_step=batches_a_step(config),
         )
         for step in run.steps():
             # One update, on own samples or on data; its metrics are written while the next runs.

@@ -201,7 +201,7 @@ class Run:
         rest: Any,
         *,
         length: int,
-        batches_a_step: Mapping[str, int] | None = None,
+        batches_a_step: Mapping[str, float] | None = None,
     ) -> None:
         """Print the arithmetic of the run: sizes, mesh, memory, steps; and what is read and cut.
 

@@ -41,12 +41,14 @@ def preview(
     mesh: jax.sharding.Mesh,
     data: Data,
     tokenizer: Tokenizer,
+    batches_a_step: Mapping[str, float] | None = None,
 ) -> dict[str, float]:
     """Print what `preview_items` does, for a script whose state is `start_or_resume`'s; return {}.
 
     Models that it only reads are not counted.
     """
-    return preview_items(config, shapes_of(config, init, optimizer, mesh), data, tokenizer)
+    shapes = shapes_of(config, init, optimizer, mesh)
+    return preview_items(config, shapes, data, tokenizer, batches_a_step)
 
 
 def preview_items(
@@ -54,7 +56,7 @@ def preview_items(
     items: dict[str, Any],
     data: Data,
     tokenizer: Tokenizer,
-    batches_a_step: Mapping[str, int] | None = None,
+    batches_a_step: Mapping[str, float] | None = None,
 ) -> dict[str, float]:
     """Print a run's arithmetic, its parameters' shapes and shardings, and the first batch as text.
 
@@ -241,18 +243,18 @@ def describe(
 
 
 def lengths_of(
-    data: dict[str, Batches], steps: int, batches_a_step: Mapping[str, int] | None = None
+    data: dict[str, Batches], steps: int, batches_a_step: Mapping[str, float] | None = None
 ) -> str:
     """Say of each stream how long its records are and what of them is lost.
 
     Also where `steps` do not come to a stage of its mixture. `batches_a_step`: {name of a stream:
-    batches that a step reads of it}; of streams that it lacks a step reads one.
+    batches that a step reads of it, on average}; of streams that it lacks a step reads one.
     """
     told = []
     for name, batches in data.items():
         told.append(batches.lengths_line())
         a_step = (batches_a_step or {}).get(name, 1)
-        number, end = batches.stage_beyond(steps * a_step)
+        number, end = batches.stage_beyond(round(steps * a_step))
         if number:
             told.append(f"stage {number} begins after batch {end:,}: not in {steps:,} steps")
     return "; ".join(told)

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from running import fails, rows_of, run, write
 
+import train_distill
 import train_dpo
 import train_ppo
 import train_rm
@@ -385,6 +386,19 @@ def test_a_stage_is_told_by_the_batches_that_a_step_reads_of_its_stream(tokenize
     # Four come to all of the text.
     both = lengths_of({"prompts": batches, "text": batches}, 4, a_step)
     assert both.count("not in 4 steps") == 1 and "stage 2 begins after batch 10: not" in both
+
+
+def test_a_step_of_distillation_reads_data_or_prompts(tokenizer):
+    """So that 30 steps come to stage 2, after 10 batches, of one stream and not of the other."""
+    mixture = mixture_of("a steps=10 -> b", a=30, b=30)
+    batches = text_batches(mixture, tokenizer, batch_size=4, length=32)
+    config = train_distill.Config(on_policy=0.75, steps=30)
+    own = sum(train_distill.is_own(config, step) for step in range(1, 31))
+    assert own > 10 >= 30 - own
+    a_step = train_distill.batches_a_step(config)
+    told = lengths_of({"batches": batches}, 30, a_step)
+    assert told.endswith("; stage 2 begins after batch 10: not in 30 steps")
+    assert "not in" not in lengths_of({"prompts": batches}, 30, a_step)
 
 
 def test_stages_of_tokens_are_whole_batches_of_packed_rows(tokenizer):
