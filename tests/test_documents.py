@@ -81,6 +81,19 @@ def test_a_figure_is_small():
 # --- links and files
 
 
+def test_the_tests_that_keep_faults_out_are_there():
+    named = 0
+    for row in (ROOT / "docs" / "faults.md").read_text().splitlines():
+        for part in row.split("; "):
+            file, *names = re.findall(r"`(\w+)`", part) or [""]
+            if file.startswith("test_"):
+                functions = (ROOT / "tests" / f"{file}.py").read_text()
+                missing = [name for name in names if f"def test_{name}(" not in functions]
+                assert names and not missing, row
+                named += len(names)
+    assert named > 150
+
+
 @pytest.mark.parametrize("path", LINKED, ids=name_of)
 def test_relative_links_resolve(path):
     broken = [link for link in links_of(path) if not (path.parent / link).exists()]

@@ -1,6 +1,9 @@
+import importlib
+
 """The loss-spike guard: what it sees and leaves out; the run stays a function of its folder."""
 
 import json
+import pathlib
 import shutil
 from types import SimpleNamespace
 
@@ -250,3 +253,10 @@ def test_silent_on_twenty_clean_runs(tmp_path):
         )
     most = np.max(largest, axis=0).round(1)
     print(f"largest deviations over 20 runs, of loss and gradient norm: {most}")
+
+
+def test_every_script_that_trains_has_the_guard():
+    for path in pathlib.Path(guard.__file__).parents[1].glob("train_*.py"):
+        config = getattr(importlib.import_module(path.stem), "Config", None)
+        if config is not None:
+            assert isinstance(config().guard, guard.GuardConfig), path.stem
