@@ -1,7 +1,9 @@
 """The study experiments/data_sampling: pools, members side by side, resuming, verdicts."""
 
+import fcntl
 import json
 import random
+from concurrent import futures
 
 import jax
 import jax.numpy as jnp
@@ -178,6 +180,36 @@ def test_the_plan_has_each_run_once_and_the_headline_first():
         assert len({(run.aligner, run.budget, run.schedule) for run in group}) == 1
 
 
+def test_parts_hold_all_runs_once_and_each_costs_its_share():
+    planned = runs.plan()
+    for of in (1, 2, 4):
+        parts = [runs.part_of(planned, part, of) for part in range(of)]
+        assert sorted(run for part in parts for run in part) == sorted(planned)
+        # No two parts make the same rows.
+        cells = [{(run.pool, run.aligner) for run in part} for part in parts]
+        assert sum(map(len, cells)) == len(set().union(*cells)) == 8
+    # A pool's updates by both aligners are alike: of two parts each has two pools by either.
+    for part in (0, 1):
+        own = {(run.pool, run.aligner) for run in runs.part_of(planned, part, 2)}
+        assert [aligner for _, aligner in own].count("kto") == 2
+
+
+def test_lines_wait_for_those_of_another_process(tmp_path):
+    path = tmp_path / "results.jsonl"
+    with open(path, "a") as other, futures.ThreadPoolExecutor(1) as pool:
+        # The other process is at work: half a line is in the file.
+        fcntl.flock(other, fcntl.LOCK_EX)
+        other.write('{"one": ')
+        other.flush()
+        appended = pool.submit(runs.append, str(path), [{"two": 2}])
+        assert not futures.wait([appended], timeout=0.3).done
+        other.write("1}\n")
+        other.flush()
+        fcntl.flock(other, fcntl.LOCK_UN)
+        appended.result(timeout=60)
+    assert path.read_text() == '{"one": 1}\n{"two": 2}\n'
+
+
 def test_steps_go_by_the_budget_or_are_equal():
     run = Run("clean", "dpo", "random", 1, "own", 0)
     assert runs.steps_of(run, 2000) == 2
@@ -247,9 +279,13 @@ def small(study):
 def test_a_study_stops_and_goes_on_where_it_was(study, capsys):
     # Nothing is started after its minutes are over.
     assert run(runs, *small(study), "--minutes=0") == {"done": 0, "left": len(PLAN)}
-    assert run(runs, *small(study)) == {"done": len(PLAN), "left": 0}
+    # Two processes share the rest: the first has the clean pool for dpo, the other one for kto.
+    first = [one for one in PLAN if one.pool == "clean" or one.aligner == "kto"]
+    assert run(runs, *small(study), "--of=2", "--part=0") == {"done": len(first), "left": 0}
+    assert run(runs, *small(study), "--of=2", "--part=1") == {"done": len(PLAN), "left": 0}
     lines = [json.loads(line) for line in (study / "results.jsonl").read_text().splitlines()]
-    assert [Run(*(line[name] for name in Run._fields)) for line in lines] == PLAN
+    rest = [one for one in PLAN if one not in first]
+    assert [Run(*(line[name] for name in Run._fields)) for line in lines] == first + rest
     assert {line["steps"] for line in lines} == {0, 2, 4}
     assert all(0 <= line["gold"] <= line["criteria"] <= 1 for line in lines)
 

@@ -3,6 +3,8 @@
     sh experiments/data_sampling/run.sh                            # the SFT model first, then this
     python -m experiments.data_sampling.runs --missing             # what is left, and for how long
     python -m experiments.data_sampling.runs --minutes=60          # the next hour's worth
+    taskset -c 0 python -m experiments.data_sampling.runs --of=2 --part=0 &    # one process a core
+    taskset -c 1 python -m experiments.data_sampling.runs --of=2 --part=1
 
 What results.jsonl has is not run again: stop and start it at will. The headline comes first.
 """
@@ -12,6 +14,7 @@ import runtime.interrupt  # noqa: F401
 import collections
 import contextlib
 import dataclasses
+import fcntl
 import functools
 import itertools
 import json
@@ -76,6 +79,10 @@ class Config:
     """Print what is left and the time it takes, and run nothing."""
     minutes: float | None = None
     """Start no more runs after so many minutes; None: run all that is left."""
+    of: int = 1
+    """Processes that share the runs and the file."""
+    part: int = 0
+    """Which of them this one is, from 0."""
 
 
 class Run(NamedTuple):
@@ -142,6 +149,21 @@ def block(
             yield Run(name, aligner, sampler, budget, schedule, seed)
 
 
+def part_of(runs: Iterable[Run], part: int, of: int) -> list[Run]:
+    """Return the runs of process `part`, from 0, of `of` processes.
+
+    All runs of a pool by one aligner are of one part, so its rows are made and embedded once. The
+    costlier aligner is each part's in turn: of two parts, the first has it in every second pool.
+    """
+    names, aligners = list(pools.POOLS), list(BATCH)
+    own = []
+    for run in runs:
+        number = names.index(run.pool) + aligners.index(run.aligner)
+        if number % of == part:
+            own.append(run)
+    return own
+
+
 def groups_of(runs: Sequence[Run], members: int) -> list[list[Run]]:
     """Cut runs into groups that train side by side: of one aligner, budget and schedule.
 
@@ -186,6 +208,8 @@ def append(path: str, lines: Sequence[dict[str, Any]]) -> None:
     """Write lines behind those of results.jsonl, apart from one that was cut short."""
     text = "".join(json.dumps(line) + "\n" for line in lines)
     with open(path, "a+b") as file:
+        # One process at a time; the lock ends as the file is closed.
+        fcntl.flock(file, fcntl.LOCK_EX)
         # The last line of a file may have no end.
         if file.tell():
             file.seek(-1, 2)
@@ -390,10 +414,15 @@ def tell_missing(left: Sequence[Run], results: dict[Run, dict[str, Any]], pairs:
 
 
 def main(config: Config) -> dict[str, int]:
-    """Run what is missing of the plan; return the counts of runs `done` and `left`."""
+    """Run what this part lacks; return the counts of all runs `done` and of its own `left`."""
     began = time.monotonic()
+    require(
+        0 <= config.part < config.of,
+        f"--part={config.part}: must be 0 or more, and below --of={config.of}",
+    )
     results = read_results(config.out)
-    left = [run for run in plan() if run not in results]
+    own = part_of(plan(), config.part, config.of)
+    left = [run for run in own if run not in results]
     if config.missing:
         tell_missing(left, results, config.pairs)
         return {"done": len(results), "left": len(left)}
