@@ -1,7 +1,6 @@
-import importlib
-
 """The loss-spike guard: what it sees and leaves out; the run stays a function of its folder."""
 
+import importlib
 import json
 import pathlib
 import shutil
