@@ -35,6 +35,7 @@ from planning.memory import check_memory
 from rollout import RolloutConfig, check_rollout, make_rollout
 from runtime import flags
 from runtime.errors import require
+from runtime.guard import GuardConfig, batches_of_steps, guarded, left_out
 from runtime.hosts import HostsConfig
 from sampling import SamplingConfig
 from sharding import MeshConfig, abstract, check_batch, data_shard, make_mesh, to_mesh
@@ -114,6 +115,8 @@ class Config:
     """Sample with weights in int8, half of bfloat16 to read."""
     rollout: RolloutConfig = RolloutConfig()
     """Devices over which the student is cut while it samples."""
+    guard: GuardConfig = GuardConfig()
+    """A loss spike, and what is then left out."""
     hosts: HostsConfig = HostsConfig()
     """Processes of this run."""
     seed: int = 0
@@ -304,13 +307,25 @@ def make_own_samples(
     return own_samples
 
 
-def is_own(config: Config, step: int) -> bool:
-    """Return True if `step` trains on own samples, which has the probability --on_policy.
+def is_own(config: Config, number: int) -> bool:
+    """Return True if batch `number`, from 1, is of own samples: with a chance of --on_policy.
 
-    Beside that the toss depends on --seed and `step` alone: all hosts, and a resumed run, toss
-    alike.
+    Beside that the toss depends on --seed and `number` alone: all hosts, and a resumed run, toss
+    alike. A step's number is its own until batches are left out (runtime/guard.py).
     """
-    return np.random.default_rng((config.seed, step)).random() < config.on_policy
+    return np.random.default_rng((config.seed, number)).random() < config.on_policy
+
+
+def left_out_of_streams(config: Config, numbers: frozenset[int]) -> dict[str, set[int]]:
+    """Return which batches of each stream are those of `numbers`, the run's left out ones."""
+    counts = {"batches": 0, "prompts": 0}
+    without: dict[str, set[int]] = {"batches": set(), "prompts": set()}
+    for number in range(1, max(numbers, default=0) + 1):
+        stream = "prompts" if is_own(config, number) else "batches"
+        counts[stream] += 1
+        if number in numbers:
+            without[stream].add(counts[stream])
+    return without
 
 
 def batches_a_step(config: Config) -> dict[str, float]:
@@ -334,6 +349,7 @@ def prompts_of(chats: Source) -> Source:
     return dataclasses.replace(chats, read=read)
 
 
+@guarded
 def main(config: Config) -> dict[str, float]:
     """Distil a teacher into a student; return the last row of metrics, {name: float}.
 
@@ -363,13 +379,17 @@ def main(config: Config) -> dict[str, float]:
         length=config.length,
         **data_shard(mesh),
     )
-    batches = packed(train_chats, seed=config.seed)
+    # Batches at fault of a loss spike are left out, of either stream (runtime/guard.py).
+    at_fault = left_out(config.run)
+    without = left_out_of_streams(config, at_fault)
+    batches = packed(train_chats, seed=config.seed, without=without["batches"])
     prompts = prompt_batches(
         prompts_of(train_chats),
         tokenizer,
         batch_size=config.batch_size,
         length=config.max_prompt,
         seed=config.seed,
+        without=without["prompts"],
         **data_shard(mesh),
     )
     held_out_batches = packed(held_out_chats).once(batches=EVAL_BATCHES)
@@ -399,7 +419,7 @@ def main(config: Config) -> dict[str, float]:
     if config.dry_run:
         shares = batches_a_step(config)
         return preview(config, update.init, update.optimizer, mesh, data, tokenizer, shares)
-    with Run(config, tokenizer) as run:
+    with Run(config, tokenizer, guard=config.guard) as run:
         # Both streams go on where a resumed run left them. The teacher is loaded once.
         state, base = run.start_or_resume(update.init, update.optimizer, mesh, data)
         held = {"base": base, "teacher": load_teacher_params(config, teacher_model, mesh)}
@@ -410,9 +430,10 @@ def main(config: Config) -> dict[str, float]:
             length=config.length,
             batches_a_step=batches_a_step(config),
         )
+        numbers = batches_of_steps(config.steps, at_fault)
         for step in run.steps():
             # One update, on own samples or on data; its metrics are written while the next runs.
-            if is_own(config, step):
+            if is_own(config, numbers[step - 1]):
                 student = full(held, state.params)["student"]
                 batch = own_samples(student, to_mesh(next(prompts), mesh), step)
                 state, metrics = update.own_step(state, batch, held)

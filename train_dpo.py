@@ -36,6 +36,7 @@ from planning.memory import check_memory
 from rewards.reference import cached_reference
 from runtime import flags
 from runtime.errors import require
+from runtime.guard import GuardConfig, guarded, left_out
 from runtime.hosts import HostsConfig
 from sharding import MeshConfig, check_batch, data_shard, make_mesh, to_mesh
 from train_state import as_items, pin_inputs, starting_params
@@ -145,6 +146,8 @@ class Config:
     # Run
     mesh: MeshConfig = MeshConfig()
     """Devices along each axis."""
+    guard: GuardConfig = GuardConfig()
+    """A loss spike, and what is then left out."""
     hosts: HostsConfig = HostsConfig()
     """Processes of this run."""
     seed: int = 0
@@ -356,6 +359,7 @@ def with_paper_defaults(config: Config) -> Config:
     return flags.fill_paper_defaults(config, paper)
 
 
+@guarded
 def main(config: Config) -> dict[str, float]:
     """Train a policy on preferences; return the last row of metrics, {name: float}.
 
@@ -378,7 +382,9 @@ def main(config: Config) -> dict[str, float]:
     tokenizer = tokenizer_for(config, source)
     check_fit(config.model, tokenizer.size, config.length)
     candidates = partial(make_batches, config, tokenizer=tokenizer, **data_shard(mesh))
-    batches = candidates(source, seed=config.seed)
+    # Batches at fault of a loss spike are left out (runtime/guard.py).
+    at_fault = left_out(config.run)
+    batches = candidates(source, seed=config.seed, without=at_fault)
     eval_batches = []
     if config.eval_every:
         eval_batches = candidates(held_out, others=source).once(records=config.eval_records)
@@ -409,15 +415,17 @@ def main(config: Config) -> dict[str, float]:
     # A dry run ends here and has written nothing.
     if config.dry_run:
         return preview(config, update.init, update.optimizer, mesh, batches, tokenizer)
-    with Run(config, tokenizer) as run:
+    with Run(config, tokenizer, guard=config.guard) as run:
         # The reference's log-probabilities: cached before there is a state, so that one model is
         # held at a time; or, online, by a second model. The base of adapters is the reference.
         cached = None
         if needs_reference and config.reference == "cached":
+            # Those left out too: they may not have been when it was cached.
+            count = config.steps + len(at_fault)
             cached = cached_reference(
                 config.run,
-                chain(eval_batches, islice(candidates(source, seed=config.seed), config.steps)),
-                (len(eval_batches), config.steps),
+                chain(eval_batches, islice(candidates(source, seed=config.seed), count)),
+                (len(eval_batches), count),
                 jax.jit(partial(direct.candidate_logprobs, apply)),
                 load_reference,
                 mesh,

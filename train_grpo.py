@@ -61,6 +61,7 @@ from rollout import (
 from runtime import flags
 from runtime.errors import refuse_unread, require
 from runtime.flags import with_paper_defaults
+from runtime.guard import GuardConfig, guarded_by_samples
 from runtime.hosts import HostsConfig
 from sampling import Apply, Ends, SamplingConfig, check_temperature
 from sharding import MeshConfig, check_batch, data_shard, make_mesh
@@ -194,6 +195,8 @@ class Config:
     """Sample with weights in int8, half of bfloat16 to read; `sampler_gap` shows the rounding."""
     rollout: RolloutConfig = RolloutConfig()
     """Devices over which the policy is cut while it samples."""
+    guard: GuardConfig = GuardConfig()
+    """A spike of the policy's updates, after which other responses are drawn."""
     hosts: HostsConfig = HostsConfig()
     """Processes of this run."""
     seed: int = 0
@@ -534,6 +537,7 @@ def load_score(config: Config, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) ->
     return partial(score, reward_models)
 
 
+@guarded_by_samples
 def main(config: Config) -> dict[str, float]:
     """Train a policy by --method; return the last row of metrics, {name: float}.
 
@@ -594,7 +598,7 @@ def main(config: Config) -> dict[str, float]:
     # A dry run ends here and has written nothing.
     if config.dry_run:
         return preview(config, init, update.optimizer, mesh, prompts, tokenizer)
-    with Run(config, tokenizer, unit="iteration") as run:
+    with Run(config, tokenizer, unit="iteration", guard=config.guard) as run:
         policy, base = run.start_or_resume(init, update.optimizer, mesh, prompts)
         # The base of adapters is the reference; else it is loaded beside the policy.
         reference = base or starting_params(init, config.model, config.init, mesh, config.seed)
@@ -607,7 +611,7 @@ def main(config: Config) -> dict[str, float]:
 
         for step in run.steps():
             # 1. Rollout, 2. score, 3. advantages.
-            key = jax.random.fold_in(jax.random.key(config.seed), step)
+            key = run.key(step)
             experience, metrics, shown = experience_of(full(base, policy.params), reference, key)
 
             # 4. Updates: epochs over shuffled minibatches.

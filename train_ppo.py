@@ -68,6 +68,7 @@ from rollout import (
 )
 from runtime import flags
 from runtime.errors import refuse_unread, require
+from runtime.guard import GuardConfig, guarded_by_samples
 from runtime.hosts import HostsConfig
 from runtime.samples import SampleRow
 from sampling import Apply, Ends, SamplingConfig, check_temperature
@@ -228,6 +229,8 @@ class Config:
     """Sample with weights in int8, half of bfloat16 to read; `sampler_gap` shows the rounding."""
     rollout: RolloutConfig = RolloutConfig()
     """Devices over which the policy is cut while it samples."""
+    guard: GuardConfig = GuardConfig()
+    """A spike of the policy's updates, after which other responses are drawn."""
     hosts: HostsConfig = HostsConfig()
     """Processes of this run."""
     seed: int = 0
@@ -688,6 +691,7 @@ def on_devices(config: Config, loaded: Loaded) -> tuple[Any, ...]:
     return () if config.offload else (loaded.reference, loaded.rewards)
 
 
+@guarded_by_samples
 def main(config: Config) -> dict[str, float]:
     """Train a policy by PPO; return the last row of metrics, {name: float}.
 
@@ -742,7 +746,7 @@ def main(config: Config) -> dict[str, float]:
         shapes["held"] = (loaded.reference, loaded.rewards)
         return preview_items(config, shapes, data, tokenizer, batches_a_step(config))
 
-    with Run(config, tokenizer, unit="iteration") as run:
+    with Run(config, tokenizer, unit="iteration", guard=config.guard) as run:
         # The states of the newest checkpoint, or of a new run.
         items = run.restore(shapes, data)
         if items is None:
@@ -762,7 +766,7 @@ def main(config: Config) -> dict[str, float]:
 
         for step in run.steps():
             # 1. Rollout: sample responses; the sampler's log-probabilities are kept.
-            key = jax.random.fold_in(jax.random.key(config.seed), step)
+            key = run.key(step)
             rollout = sample_rollout(
                 full(loaded.policy_base, policy.params), to_mesh(next(data["prompts"]), mesh), key
             )

@@ -34,6 +34,7 @@ from objectives.unpadded import measured_ahead, with_room
 from planning.dry_run import preview
 from planning.memory import check_memory
 from runtime import flags
+from runtime.guard import GuardConfig, guarded, left_out
 from runtime.hosts import HostsConfig
 from sharding import MeshConfig, check_batch, data_shard, make_mesh, to_host, to_mesh
 from train_state import as_items, pin_inputs
@@ -86,6 +87,8 @@ class Config:
     # Run
     mesh: MeshConfig = MeshConfig()
     """Devices along each axis."""
+    guard: GuardConfig = GuardConfig()
+    """A loss spike, and what is then left out."""
     hosts: HostsConfig = HostsConfig()
     """Processes of this run."""
     seed: int = 0
@@ -162,6 +165,7 @@ def make_step_evaluation(
     return evaluate
 
 
+@guarded
 def main(config: Config) -> dict[str, float]:
     """Train on solutions with labelled steps; return the last row of metrics, {name: float}.
 
@@ -192,6 +196,7 @@ def main(config: Config) -> dict[str, float]:
         batch_size=config.batch_size,
         length=config.length,
         seed=config.seed,
+        without=left_out(config.run),
         **data_shard(mesh),
     )
 
@@ -205,7 +210,7 @@ def main(config: Config) -> dict[str, float]:
     # A dry run ends here and has written nothing.
     if config.dry_run:
         return preview(config, update.init, update.optimizer, mesh, batches, tokenizer)
-    with Run(config, tokenizer) as run:
+    with Run(config, tokenizer, guard=config.guard) as run:
         state, base = run.start_or_resume(update.init, update.optimizer, mesh, batches)
         title = f"step-wise reward model on {source.name}"
         run.describe(title, state.params, (state.opt_state, base), length=config.length)

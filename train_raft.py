@@ -55,6 +55,7 @@ from rollout import (
 from runtime import flags
 from runtime.errors import require
 from runtime.flags import with_paper_defaults
+from runtime.guard import GuardConfig, guarded_by_samples
 from runtime.hosts import HostsConfig
 from sampling import Apply, Ends, SamplingConfig, check_temperature
 from sharding import (
@@ -157,6 +158,8 @@ class Config:
     """Sample with weights in int8, half of bfloat16 to read."""
     rollout: RolloutConfig = RolloutConfig()
     """Devices over which the policy is cut while it samples."""
+    guard: GuardConfig = GuardConfig()
+    """A loss spike, after which other responses are drawn."""
     hosts: HostsConfig = HostsConfig()
     """Processes of this run."""
     seed: int = 0
@@ -536,6 +539,7 @@ def load_score(config: Config, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) ->
     return partial(score, reward_models)
 
 
+@guarded_by_samples
 def main(config: Config) -> dict[str, float]:
     """Train a policy by --method, in rounds; return the last row of metrics, {name: float}.
 
@@ -599,7 +603,7 @@ def main(config: Config) -> dict[str, float]:
         items = {**shapes, "held": reference}
         return preview_items(config, items, prompts, tokenizer)
 
-    with Run(config, tokenizer, unit="round") as run:
+    with Run(config, tokenizer, unit="round", guard=config.guard) as run:
         # The state and the pool of the newest checkpoint, or of a new run.
         items = run.restore(shapes, prompts) or init_sharded(fresh, mesh, reference)
         policy = from_items(items)
@@ -612,7 +616,7 @@ def main(config: Config) -> dict[str, float]:
         )
         for step in run.steps():
             # 1. Sample responses and score them; they take the place of the pool's oldest.
-            key = jax.random.fold_in(jax.random.key(config.seed), step)
+            key = run.key(step)
             rollout, metrics, shown = experience_of(full(policy.params), reference, key)
             pool = functions.add(pool, rollout, step - 1)
 

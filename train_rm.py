@@ -34,6 +34,7 @@ from planning.memory import check_memory
 from rewards.models import make_text_scorer
 from runtime import flags
 from runtime.errors import require
+from runtime.guard import GuardConfig, guarded, left_out
 from runtime.hosts import HostsConfig
 from sharding import MeshConfig, check_batch, data_shard, make_mesh, to_mesh
 from train_state import as_items, pin_inputs
@@ -92,6 +93,8 @@ class Config:
     # Run
     mesh: MeshConfig = MeshConfig()
     """Devices along each axis."""
+    guard: GuardConfig = GuardConfig()
+    """A loss spike, and what is then left out."""
     hosts: HostsConfig = HostsConfig()
     """Processes of this run."""
     seed: int = 0
@@ -197,6 +200,7 @@ def shifted(params: Params, mean: jax.Array) -> Params:
     return {**params, "bias": params["bias"] - mean}
 
 
+@guarded
 def main(config: Config) -> dict[str, float]:
     """Train a reward model on comparisons; return the last row of metrics, {name: float}.
 
@@ -231,6 +235,7 @@ def main(config: Config) -> dict[str, float]:
         batch_size=config.batch_size,
         length=config.length,
         seed=config.seed,
+        without=left_out(config.run),
         **data_shard(mesh),
     )
 
@@ -248,7 +253,7 @@ def main(config: Config) -> dict[str, float]:
     # A dry run ends here and has written nothing.
     if config.dry_run:
         return preview(config, update.init, update.optimizer, mesh, batches, tokenizer)
-    with Run(config, tokenizer) as run:
+    with Run(config, tokenizer, guard=config.guard) as run:
         state, base = run.start_or_resume(update.init, update.optimizer, mesh, batches)
         title = f"reward model on {source.name}, {source.candidates} candidates a prompt"
         run.describe(title, state.params, (state.opt_state, base), length=config.length)

@@ -35,7 +35,7 @@ from planning.dry_run import Data, candidates_of, describe, lengths_of
 from planning.world_defaults import world_defaults_note
 from responses import make_sampler
 from runtime.checkpoint import Checkpoints
-from runtime.guard import GuardConfig
+from runtime.guard import GuardConfig, spike_count
 from runtime.hosts import all_gather_json
 from runtime.metrics import Recorder
 from runtime.rows import Seal
@@ -91,6 +91,8 @@ class Run:
         # For the recorder, which `steps` makes once it is known where the run starts.
         self._unit = unit
         self._guard = guard
+        # Read when the run has gone back already, if it does.
+        self._spikes = 0
         # The data that is read, and the sum of the rows of metrics that are there already.
         self._data: dict[str, Batches] = {}
         self._seal: Seal | None = None
@@ -108,6 +110,7 @@ class Run:
     def __enter__(self) -> "Run":
         # The folder, which must be new or this run's.
         self._open.enter_context(self._checkpoints)
+        self._spikes = spike_count(self.config.run)
         # A loss spike takes the run back to its newest checkpoint: there should be some.
         is_guarded = self._guard is not None and self._guard.threshold > 0
         if is_guarded and self.config.save_every == 0 and jax.process_index() == 0:
@@ -231,6 +234,11 @@ class Run:
         print(text)
 
     # --- around each step
+
+    def key(self, step: int) -> jax.Array:
+        """Return the key of what a step draws: of --seed, and of the spikes gone back from."""
+        key = jax.random.fold_in(jax.random.key(self.config.seed), step)
+        return jax.random.fold_in(key, self._spikes) if self._spikes else key
 
     def steps(self) -> Iterator[int]:
         """Yield the steps still to do, `start` + 1 to `config.steps`; stop after a signal's save.

@@ -39,12 +39,10 @@ def ranges_of(path: pathlib.Path) -> Ranges:
         if not isinstance(node, ast.FunctionDef | ast.ClassDef):
             continue
         # Decorators come before the line of `def`.
-        first = node.lineno
+        first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
         if isinstance(node, ast.FunctionDef) and node.name == "main":
             loop = loop_of(node)
             first = loop.lineno if loop is not None else first
-        for decorator in node.decorator_list:
-            first = min(first, decorator.lineno)
         last = node.end_lineno
         assert last is not None
         ranges[node.name] = (first, last)

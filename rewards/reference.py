@@ -73,7 +73,14 @@ def cached_reference(
         # One pass over all batches, with a second model in memory for as long as it takes.
         reference = load_reference()
         often = 0.1 if sys.stderr.isatty() else 10.0
-        progress = tqdm(batches, "reference", sum(counts), unit="batch", mininterval=often)
+        progress = tqdm(
+            batches,
+            "reference",
+            sum(counts),
+            unit="batch",
+            mininterval=often,
+            disable=jax.process_index() > 0,
+        )
         for batch in progress:
             progressed()
             keys = candidate_keys(batch)

@@ -2,7 +2,8 @@
 
 PaLM (Chowdhery et al. 2022, section 5.1) and OPT (Zhang et al. 2022, section 2.5) did so by hand.
 The run's `left_out.json` lists the batches left out, so that the run stays a function of its
-folder and resumes to the bit.
+folder and resumes to the bit. A run that learns from its own samples leaves out none: it draws
+others.
 """
 
 import dataclasses
@@ -27,8 +28,21 @@ RECENT = 1000
 """Steps over which spikes are counted against GuardConfig.most, and a run's own noise is known."""
 TIMES_OWN_NOISE = 2.0
 """A spike is so many times as far out as the farthest step among those."""
+WATCHED = (
+    ("loss", "grad_norm"),
+    ("own/loss", "own/grad_norm"),
+    ("policy/approx_kl", "policy/grad_norm"),
+    ("policy/loss", "policy/grad_norm"),
+)
+"""What is watched of a row of metrics, the first that it has. A policy-gradient loss says nothing
+of its step, and may be below 0; how far the step has moved the policy does, and is not."""
 MOST_STEPS = 10_000_000
 """More than any run has."""
+LEFT_OUT = "batches {first} to {last} are left out"
+"""What is done otherwise after a spike, unless a script says something else."""
+
+Main = Callable[[Any], dict[str, float]]
+"""A script's main: main(config) -> its last metrics."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,21 +112,24 @@ def own_noise(history_S2: np.ndarray, window: int) -> float:
     return float(above_N2.min(axis=1).max())
 
 
-def loss_and_norm(row: dict[str, float | None]) -> list[float] | None:
-    """Return [loss, gradient norm] of a row of metrics, {name: value}.
+def watched(row: dict[str, float | None]) -> tuple[str, list[float]] | None:
+    """Return (name of the loss, [loss, gradient norm]) of a row of metrics, as WATCHED has them.
 
-    None where one is missing or not finite: the step then changed no parameters.
+    `row`: {name: value}. None where one is missing or not finite: the step then changed no
+    parameters.
     """
-    values = [row.get("loss"), row.get("grad_norm")]
-    if None in values or not np.isfinite(values).all():
-        return None
-    return values
+    for names in WATCHED:
+        if row.keys() >= set(names):
+            values = [row[name] for name in names]
+            is_finite = None not in values and np.isfinite(values).all()
+            return (names[0], values) if is_finite else None
+    return None
 
 
 def is_spike(config: GuardConfig, history: Sequence[list[float]], values: list[float]) -> bool:
     """True if a step's loss and gradient norm both stand out from `history`, the steps before.
 
-    `values` and each of `history`: [loss, gradient norm], from `loss_and_norm`. False where the
+    `values` and each of `history`: [loss, gradient norm], from `watched`. False where the
     guard is off or `history` has less than half of its window. The gradient norm alone often
     stands out without a fault, and a hard batch raises the loss alone.
     """
@@ -181,17 +198,18 @@ def _spike(
     if not 0 <= resumed_after <= step < MOST_STEPS:
         raise ValueError(f"step {step}")
     # The batches of the steps after the checkpoint, those left out before not counted.
-    numbers = _batches_of_steps(step, _numbers(before))
+    numbers = batches_of_steps(step, _numbers(before))
     batches = numbers[max(resumed_after, step - skip) :]
     return {"step": step, "resumed_after": resumed_after, "batches": batches}
 
 
-def go_back(config: Any, step: int) -> None:
+def go_back(config: Any, step: int, instead: str = LEFT_OUT) -> None:
     """Undo a spike at `step`: remove checkpoints that hold batches at fault, and list the batches.
 
     `config`: the script's, of which `run` and `guard` are read. The list is the run's
-    left_out.json. All processes must call it. Raises UserError after too many spikes in RECENT
-    steps.
+    left_out.json. `instead`: what is then done otherwise, for the note on stderr; it may name
+    {first} and {last}, the batches. All processes must call it. Raises UserError after too many
+    spikes in RECENT steps.
     """
     # A run that spikes again and again has another fault than its batches; a long one meets a
     # hard batch now and then.
@@ -224,16 +242,19 @@ def go_back(config: Any, step: int) -> None:
         spikes.append(spike)
         path = pathlib.Path(config.run, "left_out.json")
         atomic_bytes(path, json.dumps(spikes, indent=1).encode())
-        which = f"batches {batches[0]} to {batches[-1]} are left out"
-        print(f"note: loss spike at step {step}: back to step {good}; {which}", file=sys.stderr)
+        told = instead.format(first=batches[0], last=batches[-1])
+        print(f"note: loss spike at step {step}: back to step {good}; {told}", file=sys.stderr)
     multihost_utils.sync_global_devices("gone back")
 
 
-def _batches_of_steps(steps: int, without: frozenset[int]) -> list[int]:
-    """Return the batch number of each step so far, where those of `without` were skipped."""
+def batches_of_steps(steps: int, without: frozenset[int]) -> list[int]:
+    """Return the batch number of each of the first `steps`, where those of `without` are skipped.
+
+    Batches are numbered from 1, in the order of the data.
+    """
     numbers: list[int] = []
     number = 0
-    # Batches are numbered in the order of the data, those left out too.
+    # Those left out have numbers too.
     while len(numbers) < steps:
         number += 1
         if number not in without:
@@ -241,11 +262,12 @@ def _batches_of_steps(steps: int, without: frozenset[int]) -> list[int]:
     return numbers
 
 
-def guarded(main: Callable[[Any], dict[str, float]]) -> Callable[[Any], dict[str, float]]:
+def guarded(main: Main, instead: str = LEFT_OUT) -> Main:
     """Wrap a script's `main(config)`, which returns metrics: after a spike go back, begin anew.
 
-    To begin anew is to resume the run from the checkpoint that `go_back` leaves. Returns a
-    function that is called as `main` is and returns what its last attempt does.
+    To begin anew is to resume the run from the checkpoint that `go_back` leaves, without the
+    batches that `left_out` names; `instead`: see `go_back`. Returns a function that is called as
+    `main` is and returns what its last attempt does.
     """
 
     @functools.wraps(main)
@@ -258,6 +280,14 @@ def guarded(main: Callable[[Any], dict[str, float]]) -> Callable[[Any], dict[str
                 step = spike.step
             # The attempt's arrays were held by its frames: free them before the next.
             gc.collect()
-            go_back(config, step)
+            go_back(config, step, instead)
 
     return run
+
+
+def guarded_by_samples(main: Main) -> Main:
+    """Wrap the `main` of a script that learns from its own samples, as `guarded` does.
+
+    What it takes from the checkpoint on are other samples: the keys of training_run.Run.key.
+    """
+    return guarded(main, "from there on other responses are drawn")

@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from runtime.errors import UserError
-from runtime.guard import GuardConfig, Spike, is_spike, loss_and_norm
+from runtime.guard import GuardConfig, Spike, is_spike, watched
 from runtime.hosts import all_gather_json, finished_step
 from runtime.report import run_report
 from runtime.rows import Rows, Seal, read_rows
@@ -87,7 +87,7 @@ class Recorder:
         self._recent: collections.deque = collections.deque(maxlen=20)
         # Tokens trained on, those of earlier starts too.
         self._tokens_seen: float = 0
-        # Loss and gradient norm of the last rows, for the guard.
+        # Loss and gradient norm of the last rows, and which loss, for the guard.
         self._guard = guard
         self._history: collections.deque = collections.deque(maxlen=guard and guard.history)
         # Updates that come to nothing end the run.
@@ -104,7 +104,7 @@ class Recorder:
             self._open_files()
         if self._guard is not None:
             rows = read_rows(str(self.run), quiet=True) if self._shows else []
-            seen = [loss_and_norm(row) for row in rows]
+            seen = [watched(row) for row in rows]
             history = [values for values in seen if values]
             # Process 0 read them: all get the same.
             of_all = all_gather_json(history[-self._guard.history :])
@@ -239,9 +239,11 @@ class Recorder:
             self._write(step, values, now)
         # After the row is written, so that faults and a spike can be seen in metrics.jsonl.
         self._check_updates(step, values)
-        seen = loss_and_norm(values)
+        seen = watched(values)
         if self._guard is not None and seen:
-            if is_spike(self._guard, self._history, seen):
+            name, latest = seen
+            history = [earlier for of, earlier in self._history if of == name]
+            if is_spike(self._guard, history, latest):
                 raise Spike(step)
             self._history.append(seen)
 

@@ -10,7 +10,10 @@ import jax
 import numpy as np
 import pytest
 from running import rows_of, run
+from test_kill import SCRIPTS, without_times
+from test_kill import folder as folder
 
+import train_distill
 import train_lm
 from data.batches import Batches
 from runtime import guard
@@ -146,8 +149,8 @@ def test_a_spike_is_of_loss_and_gradient_both_and_needs_a_history():
     assert not guard.is_spike(config, history[:15], [6.0, 4.0])
     assert not guard.is_spike(guard.GuardConfig(threshold=0), history, [6.0, 4.0])
     assert (
-        guard.loss_and_norm({"loss": float("nan"), "grad_norm": 1.0})
-        is guard.loss_and_norm({"loss": 1.0})
+        guard.watched({"loss": float("nan"), "grad_norm": 1.0})
+        is guard.watched({"loss": 1.0})
         is None
     )
 
@@ -255,7 +258,78 @@ def test_silent_on_twenty_clean_runs(tmp_path):
 
 
 def test_every_script_that_trains_has_the_guard():
-    for path in pathlib.Path(guard.__file__).parents[1].glob("train_*.py"):
-        config = getattr(importlib.import_module(path.stem), "Config", None)
-        if config is not None:
-            assert isinstance(config().guard, guard.GuardConfig), path.stem
+    for script in SCRIPTS:
+        config = importlib.import_module(script).Config()
+        assert isinstance(config.guard, guard.GuardConfig), script
+
+
+def test_of_a_policy_the_change_is_watched_and_not_the_loss():
+    row = {"policy/loss": -0.1, "policy/grad_norm": 2.0, "policy/approx_kl": 0.5}
+    assert guard.watched(row) == ("policy/approx_kl", [0.5, 2.0])
+    assert guard.watched({**row, "loss": 3.0, "grad_norm": 4.0}) == ("loss", [3.0, 4.0])
+    assert guard.watched({**row, "policy/approx_kl": None}) is None
+    # RAFT's, which is a likelihood.
+    likelihood = {"policy/loss": 3.0, "policy/grad_norm": 2.0}
+    assert guard.watched(likelihood) == ("policy/loss", [3.0, 2.0])
+
+
+def test_each_stream_of_distillation_leaves_out_its_own_batches():
+    """Against the loop: what a run without spikes reads, less what the numbers name."""
+    config = train_distill.Config(on_policy=0.4, steps=40)
+    left_out = frozenset({3, 4, 5, 20, 21, 37})
+
+    def read(numbers):
+        counts = {False: 0, True: 0}
+        batches = {}
+        for number in range(1, 60):
+            own = train_distill.is_own(config, number)
+            counts[own] += 1
+            if number in numbers:
+                batches[number] = ("prompts" if own else "batches", counts[own])
+        return batches
+
+    numbers = guard.batches_of_steps(config.steps, left_out)
+    assert len(numbers) == 40 and not left_out & set(numbers)
+    at_fault = train_distill.left_out_of_streams(config, left_out)
+    assert set(read(left_out).values()) == {
+        (stream, count) for stream, counts in at_fault.items() for count in counts
+    }
+    # So a stream without them gives each step the batch of its number.
+    remaining = {stream: iter(sorted(set(range(1, 60)) - at_fault[stream])) for stream in at_fault}
+    wanted = read(frozenset(numbers))
+    for number in numbers:
+        stream, count = wanted[number]
+        assert next(remaining[stream]) == count
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_script_goes_back_from_a_spike_and_resumes_to_the_bit(script, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    module = importlib.import_module(script)
+    flags = [*SCRIPTS[script], "--keep_checkpoints=9", "--guard.skip=2"]
+    run(module, *flags, f"--run={script}-calm")
+
+    # The fourth step is a spike, once.
+    steps = []
+
+    def is_spike(config, history, values):
+        steps.append(values)
+        return len(steps) == 4
+
+    with monkeypatch.context() as patch:
+        patch.setattr("runtime.metrics.is_spike", is_spike)
+        run(module, *flags, f"--run={script}-spiked")
+    (spike,) = json.loads(pathlib.Path(f"{script}-spiked/left_out.json").read_text())
+    assert (spike["step"], spike["resumed_after"], spike["batches"]) == (4, 2, [3, 4])
+    calm, spiked = (rows_of(pathlib.Path(f"{script}-{name}")) for name in ("calm", "spiked"))
+    assert [row["step"] for row in spiked] == [1, 2, 3, 4, 5, 6]
+    # Before the spike all is as it was, and after it nothing.
+    same = [a == b for a, b in zip(without_times(calm), without_times(spiked), strict=True)]
+    assert same == [True, True, False, False, False, False]
+
+    # As if killed at the fifth step.
+    shutil.copytree(f"{script}-spiked", f"{script}-again")
+    shutil.rmtree(f"{script}-again/checkpoints/6")
+    run(module, *flags, f"--run={script}-again")
+    equal(f"{script}-again", f"{script}-spiked")
