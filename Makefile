@@ -11,9 +11,11 @@ export JAX_PLATFORMS ?= $(if $(wildcard /dev/nvidia0 /dev/accel0 /dev/vfio/0),,c
 
 .PHONY: align assistant model-folder test test-rest test-fast test-slow mutants lint clean
 
-.venv: requirements.txt requirements-dev.txt
+# LOCKED=1: the very versions that the tests ran with.
+PACKAGES := $(if $(LOCKED),--require-hashes -r requirements.lock,-r requirements.txt -r requirements-dev.txt)
+.venv: requirements.txt requirements-dev.txt requirements.lock
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check $(PACKAGES)
 	touch .venv
 
 # What reads the folders and the data sets of the Hugging Face Hub.

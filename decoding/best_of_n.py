@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 import jax
 import numpy as np
 
+from data.bad_rows import OnBadRow, set_on_bad_row
 from data.batches import encode_prompt, pad_prompts, say_cut
 from data.records import Record
 from data.sources import Split, evaluated_split, open_source
@@ -52,6 +53,8 @@ class Config:
     """Prompts: world, files, or tfds:<name>."""
     split: Split | None = None
     """Part of --data; None: all of a file, else what is held out."""
+    on_bad_row: OnBadRow = "stop"
+    """stop: end at the first bad row of a file; skip: leave bad rows out, with a note."""
     n: int = 16
     """Samples a prompt; reported are the best of the first 1, 2, 4, ... and of all."""
     prompts: int = 500
@@ -160,6 +163,7 @@ def main(config: Config) -> dict[int, dict[str, Interval]]:
     """
     if config.n < 1 or config.prompts < 1:
         raise UserError(f"--n={config.n}, --prompts={config.prompts}: must be at least 1")
+    set_on_bad_row(config.on_bad_row)
     mesh = make_mesh(MeshConfig())
 
     # Prompts; in the world also what they request, which the gold program needs.

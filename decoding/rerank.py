@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from data.bad_rows import OnBadRow, set_on_bad_row
 from data.records import Record
 from data.sources import Split, evaluated_split, open_source
 from data.steps import problems
@@ -55,6 +56,8 @@ class Config:
     """Problems with answers of: arithmetic, files, or tfds:<name>."""
     split: Split | None = None
     """Part of --data; None: all of a file, else what is held out."""
+    on_bad_row: OnBadRow = "stop"
+    """stop: end at the first bad row of a file; skip: leave bad rows out, with a note."""
     check: str = "tasks.answers:number"
     """module:function that is 1 where a response (first argument) has its record's answer."""
     n: int = 16
@@ -214,6 +217,7 @@ def main(config: Config) -> dict[str, dict[int, Interval]]:
     )
     refuse_other_files(config.out)
     # Problems, and the answers to them.
+    set_on_bad_row(config.on_bad_row)
     mesh = make_mesh(MeshConfig())
     split = config.split or evaluated_split(config.data)
     source = open_source(config.data, "prompt", split, seed=config.seed)

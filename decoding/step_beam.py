@@ -18,6 +18,7 @@ from typing import Literal, TextIO
 import jax
 import numpy as np
 
+from data.bad_rows import OnBadRow, set_on_bad_row
 from data.records import Record
 from data.sources import Split, evaluated_split, open_source
 from data.steps import problems
@@ -52,6 +53,8 @@ class Config:
     """Problems with answers of: arithmetic, files, or tfds:<name>."""
     split: Split | None = None
     """Part of these problems; None: all of a file, else what is held out."""
+    on_bad_row: OnBadRow = "stop"
+    """stop: end at the first bad row of a file; skip: leave bad rows out, with a note."""
     check: str = "tasks.answers:number"
     """module:function that is 1 where a response (first argument) has its record's answer."""
     beams: int = 4
@@ -230,6 +233,7 @@ def main(config: Config) -> tuple[Interval, float]:
     if config.solutions is not None:
         opened = atomic_text(config.solutions, anew=True)
     with opened as solutions:
+        set_on_bad_row(config.on_bad_row)
         mesh = make_mesh(MeshConfig())
         check = load_check(config.check)
         split = config.split or evaluated_split(config.data)

@@ -463,10 +463,10 @@ def test_mistakes_are_one_line_and_leave_nothing(
 # --- rows that cannot be read
 
 
-def test_every_collector_that_reads_files_can_leave_bad_rows_out():
-    """Also in fact, as here: the bad row is named, and left out where that is asked for."""
-    for path in sorted(pathlib.Path(clean.__file__).parent.glob("*.py")):
-        module = importlib.import_module(f"collect.{path.stem}")
+@pytest.mark.parametrize("folder", ["collect", "decoding"])
+def test_every_collector_and_search_that_reads_files_can_leave_bad_rows_out(folder):
+    for path in sorted((pathlib.Path(clean.__file__).parents[1] / folder).glob("*.py")):
+        module = importlib.import_module(f"{folder}.{path.stem}")
         config = getattr(module, "Config", None)
         if config is not None and hasattr(config, "data"):
             assert config.on_bad_row == "stop", path.stem

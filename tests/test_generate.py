@@ -154,6 +154,15 @@ def scripted(next_token):
     return apply, calls
 
 
+def test_any_of_several_ends_ends_a_row():
+    apply, _ = scripted([0, 5, 0, 4, 2, 6, 3, 0])  # 1 5 6 3 4 2
+    run = jax.jit(functools.partial(generate, apply, CONFIG, sampling=GREEDY, pad=PAD))
+    prompts = left_padded([[3], [1], [4]])
+    for eos, lengths in (((2, 6), [2, 2, 1]), ((6, 2), [2, 2, 1]), ((4, 3, 9), [1, 3, 6])):
+        samples = run({}, prompts, jax.random.key(0), eos=jnp.array(eos))
+        assert samples.mask_BR.sum(1).tolist() == lengths, eos
+
+
 def test_rows_end_at_eos_and_the_loop_when_all_have():
     apply, calls = scripted([0, 5, 0, 4, 2, 6, 3, 0])  # 1 5 6 3 4 2, and 2 ends it
     run = jax.jit(functools.partial(generate, apply, CONFIG, sampling=GREEDY, eos=EOS, pad=PAD))

@@ -79,6 +79,9 @@ def test_first_ppo_update_has_ratio_one_and_kl_zero(runs):
     """check_first_update asserts it in the run itself; here is what the run wrote."""
     first = json.loads((runs / "ppo" / "metrics.jsonl").read_text().splitlines()[0])
     assert abs(first["kl"]) < 1e-5 and first["sampler_gap"] < 1e-4
+    # By these a run is judged.
+    assert first.keys() >= {"ended", "sampler_gap_mean", "sampler_k3", "learning_rate"}
+    assert np.isfinite(first["explained_variance"])
     assert first["kl_k3"] >= 0 and 0 <= first["ended"] <= 1
 
 

@@ -196,6 +196,9 @@ def test_process_objective_and_its_gradient_against_numpy(tokenizer):
     np.testing.assert_allclose(grad, mask_BT * (p - targets_BT), atol=1e-6)
     right = (((p > 0.5) == (targets_BT >= 0.5)) * mask_BT).sum()
     assert [float(x) for x in metrics["accuracy"]] == [right, mask_BT.sum()]
+    # A logit of 0 is half right.
+    (_, (_, undecided)) = objective(jnp.zeros((4, 9)))
+    assert float(undecided["accuracy"][0]) == 0.5 * mask_BT.sum()
     extreme = jnp.full((4, 9), 200.0)
     assert (
         np.isfinite(objective(extreme)[0])
