@@ -100,6 +100,7 @@ PAIRS = (
 that is read where nothing says which is better."""
 BATTLE = ("conversation_a", "conversation_b", "winner")
 SHP = ("history", "human_ref_A", "human_ref_B", "labels")
+SUMMARIES = ("info", "summaries", "choice")
 TREE = ("message_tree_id", "prompt")
 WINNERS: dict[str, int | None] = {
     "model_a": 0,
@@ -352,6 +353,33 @@ def read_two(row: Row, asked: str, first: str, second: str, better: str) -> Reco
     other = text_of(row[second], second)
     prompt = opened(earlier, request)
     return _two(prompt, one, other, _winner(row, better))
+
+
+def read_summaries(row: Row, info: str, summaries: str, choice: str) -> Record:
+    """Read two summaries of a post or an article, and which was chosen (Stiennon et al. 2020).
+
+    A post is asked about in the words of the authors' code, an article by TL;DR alone.
+    """
+    about = an_object(row, info)
+    said = row[summaries]
+    if not (isinstance(said, list) and len(said) == 2):
+        raise FieldError(summaries, f"must be a list of two, not {shown(said)}")
+    texts = []
+    for number, summary in enumerate(said):
+        place = f"{summaries}[{number}]"
+        if not isinstance(summary, dict) or "text" not in summary:
+            raise FieldError(place, f"must be an object with a text, not {shown(summary)}")
+        texts.append(text_of(summary["text"], f"{place}.text"))
+
+    # What is summarised; columns of the other kind are null.
+    if about.get("post") is not None:
+        fields = ("subreddit", "title", "post")
+        subreddit, title, post = (text_of(about.get(name), f"{info}.{name}") for name in fields)
+        asked = f"SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {post}\n\nTL;DR:"
+    else:
+        asked = text_of(about.get("article"), f"{info}.article") + "\n\nTL;DR:"
+    first, second = texts
+    return _two([{"role": "user", "content": asked}], first, second, _winner(row, choice))
 
 
 def _winner(row: Row, field: str) -> int | None:
@@ -671,6 +699,7 @@ LAYOUTS: dict[Schema, list[Layout]] = {
         *_each(read_best, *BATTLE),
         *_pairs(read_best, REQUESTS),
         *_each(read_best, *SHP),
+        *_each(read_best, *SUMMARIES),
         # Self-Instruct; Alpaca and Dolly; what answers a prompt or a question elsewhere.
         *_each(read_instances, "instruction", "instances"),
         *_each(read_answered, "instruction", "output response completion", more=INPUTS),
@@ -687,11 +716,12 @@ LAYOUTS: dict[Schema, list[Layout]] = {
         *_each(read_pair_after_messages, CONVERSATIONS, "chosen", "rejected"),
         *_each(read_pair, "input", "chosen", "rejected"),
         *_each(read_whole_pair, "chosen", "rejected"),
-        # UltraFeedback as it was published, arenas, PKU, SHP, OASST.
+        # UltraFeedback as it was published, arenas, PKU, SHP, summaries, OASST.
         *_each(read_scored, "instruction prompt", "completions", more=INPUTS),
         *_each(read_battle, *BATTLE),
         *_pairs(read_two, REQUESTS),
         *_each(read_two, *SHP),
+        *_each(read_summaries, *SUMMARIES),
         *_each(read_tree_replies, *TREE),
     ],
     "unpaired": [
@@ -707,6 +737,7 @@ LAYOUTS: dict[Schema, list[Layout]] = {
         *_each(read_prompt_of_chat, "instruction", "instances"),
         *_each(read_prompt_of_chat, *BATTLE),
         *_each(read_prompt_of_chat, *SHP),
+        *_each(read_prompt_of_chat, *SUMMARIES),
         *_each(read_prompt_of_chat, "inputs_pretokenized", "targets_pretokenized"),
         *_each(read_prompt, OTHER_REQUESTS, more=f"{ANSWERS} {INPUTS} {JUDGED}"),
         *_each(read_prompt, "input", more=ANSWERS),

@@ -285,6 +285,31 @@ CASES = {
             "1: better_response_id: must be 0, 1",
         ),
         (
+            "an article's summaries, the second is chosen",
+            lines(
+                {
+                    "info": {"article": "It rained.", "post": None},
+                    "summaries": [{"text": "Dry."}, {"text": "Wet."}],
+                    "choice": 1,
+                }
+            ),
+            {
+                "prompt": talk("It rained.\n\nTL;DR:"),
+                "responses": ["Dry.", "Wet."],
+                "ranking": [2, 1],
+            },
+        ),
+        (
+            "summaries of nothing",
+            lines({"info": {"id": "x"}, "summaries": [{"text": "a"}, {"text": "b"}], "choice": 1}),
+            "1: info.article: must be a string",
+        ),
+        (
+            "a summary alone",
+            lines({"info": {"article": "x"}, "summaries": [{"text": "a"}], "choice": 0}),
+            "1: summaries: must be a list of two",
+        ),
+        (
             "SHP, B is better",
             lines({"history": "q", "human_ref_A": "a", "human_ref_B": "b", "labels": 0}),
             {"prompt": talk("q"), "responses": ["a", "b"], "ranking": [2, 1]},
