@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from data.packing import pack
@@ -405,6 +406,36 @@ def test_auxiliary_losses_of_the_layers_are_summed(has_loss):
         assert float(auxiliary_loss) == pytest.approx(float((weights_L**2).sum()))
     else:
         assert auxiliary_loss is None
+
+
+def test_a_loss_curve_in_bfloat16_is_within_one_percent_of_float32s():
+    """Over 60 updates that halve the loss; and a weight of 1e-30 stays what it is."""
+    batch = likelihood_batch()
+    weight = batch["loss_mask_BT"].sum()
+    optimizer = optax.adam(3e-3)
+    curves = {}
+    for dtype in ("float32", "bfloat16"):
+        config = dataclasses.replace(TINY, dtype=dtype, tied=False)
+        init, apply = init_and_apply(LanguageModel(config))
+        params = init(jax.random.key(0))
+        params["decoder"]["embed"] = params["decoder"]["embed"].at[-1, 0].set(1e-30)
+        objective = functools.partial(likelihood_objective, apply)
+
+        @jax.jit
+        def update(params, state, objective=objective):
+            (loss, _), grads = jax.value_and_grad(objective, has_aux=True)(params, batch)
+            updates, state = optimizer.update(grads, state)
+            return optax.apply_updates(params, updates), state, loss / weight
+
+        state = optimizer.init(params)
+        losses = []
+        for _ in range(60):
+            params, state, loss = update(params, state)
+            losses.append(float(loss))
+        assert float(params["decoder"]["embed"][-1, 0]) == np.float32(1e-30)  # a token not met
+        curves[dtype] = np.array(losses)
+    assert curves["float32"][-1] < 0.5 * curves["float32"][0]
+    np.testing.assert_allclose(curves["bfloat16"], curves["float32"], rtol=0.01)
 
 
 def test_bfloat16_compute_keeps_logits_and_losses_float32():
