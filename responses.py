@@ -109,7 +109,7 @@ def make_sampler(
             batch = pad_prompts(padded, width, tokenizer.pad, fixed=True)
             part_key = jax.random.fold_in(key, start)
             samples = to_host(sample(params, batch, part_key))
-            refuse_not_finite(samples)
+            refuse_not_finite(samples.logp_BR)
 
             # Responses without their padding.
             lengths_B = samples.mask_BR.sum(1).astype(int)
@@ -121,11 +121,11 @@ def make_sampler(
     return respond
 
 
-def refuse_not_finite(samples: Samples) -> None:
-    """Raise UserError for `samples`, on the host, of a model whose logits were not finite."""
+def refuse_not_finite(logp_BR: np.ndarray) -> None:
+    """Raise UserError where a sampler's log-probabilities say that its logits were not finite."""
     # Of such logits no token is the best: what was drawn is no token either.
     require(
-        bool(np.isfinite(samples.logp_BR).all()),
+        bool(np.isfinite(logp_BR).all()),
         "the model's log-probabilities are not finite: its weights are damaged, or too large for "
         "its --model.dtype",
     )

@@ -31,7 +31,7 @@ from runtime.writes import atomic_file, atomic_text
 Batch = dict[str, Any]
 # Records read at a time.
 RECORDS = 1024
-VERSION = 1
+VERSION = 2
 """Version of what is kept. Raise it when a row would have another embedding than before."""
 
 
@@ -87,7 +87,7 @@ def is_whole(path: pathlib.Path) -> bool:
     if not path.exists():
         return False
     try:
-        whole = sum_of(path).exists() and sum_of(path).read_text() == content_sum(path)
+        whole = sum_of(path).exists() and sum_of(path).read_bytes() == content_sum(path).encode()
     except OSError as fault:
         raise UserError(f"{path}: cannot be read ({fault.strerror}); remove it") from None
     if not whole:

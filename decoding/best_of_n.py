@@ -27,7 +27,7 @@ from model import LanguageModel, init_and_apply
 from model_config import check_fit, stored_model
 from objectives.imitate import best_of_n_kl
 from objectives.policy import missing_eos
-from responses import filled, in_parts, split_evenly
+from responses import filled, in_parts, refuse_not_finite, split_evenly
 from rewards.models import refuse_nan
 from rewards.scorer import make_reward_scorer
 from rollout import ended, make_rollout
@@ -120,6 +120,7 @@ def sample_and_score(config: Config, records: list[Record], mesh: jax.sharding.M
 
         # The responses, n to each prompt, and their rewards.
         rollout = sample_rollout(params, batch, key)
+        refuse_not_finite(np.asarray(rollout["sampler_logp_BR"]))
         scores, _ = score(models, rollout, part)
         rewards.append(np.asarray(scores[config.reward]))
         are_ended.append(np.asarray(ended(rollout, tokenizer.ends)))

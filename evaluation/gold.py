@@ -125,7 +125,7 @@ def make_kl_sampler(
             batch = pad_prompts(padded, prompt_length, tokenizer.pad, fixed=True)
             key = jax.random.fold_in(jax.random.key(seed), start)
             samples, kl_B = to_host(sample(params, reference, batch, key))
-            refuse_not_finite(samples)
+            refuse_not_finite(samples.logp_BR)
 
             # Responses without their padding.
             for response_R, mask_R, kl in zip(

@@ -483,7 +483,12 @@ def test_embeddings_are_computed_once_and_do_not_depend_on_the_batch(
     (path,) = (tmp_path / "cache").glob("embeddings-*.npy")
     content = bytearray(path.read_bytes())
     content[-7] ^= 1
-    for damage in (lambda: path.write_bytes(content), lambda: path.with_suffix(".sum").unlink()):
+    sums = path.with_suffix(".sum")
+    for damage in (
+        lambda: path.write_bytes(content),
+        lambda: sums.write_bytes(b"\xff" + sums.read_bytes()[1:]),
+        lambda: sums.unlink(),
+    ):
         damage()
         np.testing.assert_array_equal(embedded(), first)
         assert "embeddings are computed again" in capsys.readouterr().err

@@ -11,6 +11,7 @@ from data.batches import Batch, cut_left, pad_prompts
 from data.tokenizer import Tokenizer
 from model import LanguageModel, Params, init_and_apply
 from model_config import ModelConfig
+from responses import refuse_not_finite
 from sampling import Samples, SamplingConfig, generate
 from sharding import to_host
 from tasks import world
@@ -61,6 +62,7 @@ def make_court(model: ModelConfig, tokenizer: Tokenizer, prompts: int, new_token
         batch = {name: np.stack([own[name] for own in batches]) for name in batches[0]}
         keys = jax.vmap(jax.random.key)(np.array(seeds))
         samples = to_host(sample_all(params, batch, keys))
+        refuse_not_finite(samples.logp_BR)
 
         # Each member's responses, as texts.
         verdicts = []

@@ -285,19 +285,18 @@ def little_data_of(results: Results, pool: str, aligner: str, schedule: Schedule
         return not_enough(claim, setting, seeds)
     none_S, little_S, all_S = scores
     gain = interval(all_S - none_S)
-    share = share_kept(none_S, little_S, all_S)
-
-    verdict = "undecided"
+    found = f"gain of all data {ends(gain)}"
     if gain.low <= 0:
-        verdict = "undecided: all data gain nothing"
-    elif share.value >= LEAST_SHARE and share.low >= LEAST_LOW_END:
+        # A share of nothing says nothing.
+        return Finding(claim, setting, seeds, found, "undecided: all data gain nothing")
+
+    share = share_kept(none_S, little_S, all_S)
+    verdict = "undecided"
+    if share.value >= LEAST_SHARE and share.low >= LEAST_LOW_END:
         verdict = "confirmed"
     elif share.high < LEAST_SHARE:
         verdict = "refuted"
-    # A share of nothing says nothing.
-    found = f"gain of all data {ends(gain)}"
-    if gain.low > 0:
-        found = f"share of the gain {ends(share)}; {found}"
+    found = f"share of the gain {ends(share)}; {found}"
     return Finding(claim, setting, seeds, found, verdict)
 
 
