@@ -316,8 +316,15 @@ def is_own(config: Config, number: int) -> bool:
     return np.random.default_rng((config.seed, number)).random() < config.on_policy
 
 
-def left_out_of_streams(config: Config, numbers: frozenset[int]) -> dict[str, set[int]]:
-    """Return which batches of each stream are those of `numbers`, the run's left out ones."""
+def own_steps(config: Config) -> list[bool]:
+    """Return for each step of the run whether it trains on own samples."""
+    numbers = batches_of_steps(config.steps, left_out(config.run))
+    return [is_own(config, number) for number in numbers]
+
+
+def left_out_of_streams(config: Config) -> dict[str, set[int]]:
+    """Return which batches of each stream the run leaves out, numbered within the stream."""
+    numbers = left_out(config.run)
     counts = {"batches": 0, "prompts": 0}
     without: dict[str, set[int]] = {"batches": set(), "prompts": set()}
     for number in range(1, max(numbers, default=0) + 1):
@@ -330,8 +337,7 @@ def left_out_of_streams(config: Config, numbers: frozenset[int]) -> dict[str, se
 
 def batches_a_step(config: Config) -> dict[str, float]:
     """Return how many batches of each stream a step reads, in the mean over all steps."""
-    own_steps = sum(is_own(config, step) for step in range(1, config.steps + 1))
-    own_share = own_steps / config.steps
+    own_share = sum(own_steps(config)) / config.steps
     return {"batches": 1 - own_share, "prompts": own_share}
 
 
@@ -380,8 +386,7 @@ def main(config: Config) -> dict[str, float]:
         **data_shard(mesh),
     )
     # Batches at fault of a loss spike are left out, of either stream (runtime/guard.py).
-    at_fault = left_out(config.run)
-    without = left_out_of_streams(config, at_fault)
+    without = left_out_of_streams(config)
     batches = packed(train_chats, seed=config.seed, without=without["batches"])
     prompts = prompt_batches(
         prompts_of(train_chats),
@@ -417,8 +422,15 @@ def main(config: Config) -> dict[str, float]:
     # A dry run ends here and has written nothing.
     data = {"batches": batches, "prompts": prompts}
     if config.dry_run:
-        shares = batches_a_step(config)
-        return preview(config, update.init, update.optimizer, mesh, data, tokenizer, shares)
+        return preview(
+            config,
+            update.init,
+            update.optimizer,
+            mesh,
+            data,
+            tokenizer,
+            batches_a_step(config),
+        )
     with Run(config, tokenizer, guard=config.guard) as run:
         # Both streams go on where a resumed run left them. The teacher is loaded once.
         state, base = run.start_or_resume(update.init, update.optimizer, mesh, data)
@@ -430,10 +442,10 @@ def main(config: Config) -> dict[str, float]:
             length=config.length,
             batches_a_step=batches_a_step(config),
         )
-        numbers = batches_of_steps(config.steps, at_fault)
+        are_own = own_steps(config)
         for step in run.steps():
             # One update, on own samples or on data; its metrics are written while the next runs.
-            if is_own(config, numbers[step - 1]):
+            if are_own[step - 1]:
                 student = full(held, state.params)["student"]
                 batch = own_samples(student, to_mesh(next(prompts), mesh), step)
                 state, metrics = update.own_step(state, batch, held)

@@ -297,6 +297,14 @@ def make_batches(
     )
 
 
+def passed(config: Config) -> int:
+    """Return how many batches the steps of a run go through, those left out counted too.
+
+    Of all of them the reference is cached: which are left out shows later.
+    """
+    return config.steps + len(left_out(config.run))
+
+
 def make_prepare(
     config: Config,
     mesh: jax.sharding.Mesh,
@@ -383,8 +391,7 @@ def main(config: Config) -> dict[str, float]:
     check_fit(config.model, tokenizer.size, config.length)
     candidates = partial(make_batches, config, tokenizer=tokenizer, **data_shard(mesh))
     # Batches at fault of a loss spike are left out (runtime/guard.py).
-    at_fault = left_out(config.run)
-    batches = candidates(source, seed=config.seed, without=at_fault)
+    batches = candidates(source, seed=config.seed, without=left_out(config.run))
     eval_batches = []
     if config.eval_every:
         eval_batches = candidates(held_out, others=source).once(records=config.eval_records)
@@ -420,12 +427,10 @@ def main(config: Config) -> dict[str, float]:
         # held at a time; or, online, by a second model. The base of adapters is the reference.
         cached = None
         if needs_reference and config.reference == "cached":
-            # Those left out too: they may not have been when it was cached.
-            count = config.steps + len(at_fault)
             cached = cached_reference(
                 config.run,
-                chain(eval_batches, islice(candidates(source, seed=config.seed), count)),
-                (len(eval_batches), count),
+                chain(eval_batches, islice(candidates(source, seed=config.seed), passed(config))),
+                (len(eval_batches), passed(config)),
                 jax.jit(partial(direct.candidate_logprobs, apply)),
                 load_reference,
                 mesh,

@@ -273,33 +273,34 @@ def test_of_a_policy_the_change_is_watched_and_not_the_loss():
     assert guard.watched(likelihood) == ("policy/loss", [3.0, 2.0])
 
 
-def test_each_stream_of_distillation_leaves_out_its_own_batches():
-    """Against the loop: what a run without spikes reads, less what the numbers name."""
+def test_each_stream_of_distillation_leaves_out_its_own_batches(monkeypatch):
+    """Against the loop: what a run without spikes reads, less what is left out."""
     config = train_distill.Config(on_policy=0.4, steps=40)
     left_out = frozenset({3, 4, 5, 20, 21, 37})
+    monkeypatch.setattr(train_distill, "left_out", lambda run: left_out)
 
-    def read(numbers):
-        counts = {False: 0, True: 0}
-        batches = {}
-        for number in range(1, 60):
-            own = train_distill.is_own(config, number)
-            counts[own] += 1
-            if number in numbers:
-                batches[number] = ("prompts" if own else "batches", counts[own])
-        return batches
+    # The batches of all numbers, each by its number within its stream.
+    counts = {"prompts": 0, "batches": 0}
+    batches = {}
+    for number in range(1, 60):
+        stream = "prompts" if train_distill.is_own(config, number) else "batches"
+        counts[stream] += 1
+        batches[number] = (stream, counts[stream])
+    without = train_distill.left_out_of_streams(config)
+    assert {batches[number] for number in left_out} == {
+        (stream, count) for stream, numbers in without.items() for count in numbers
+    }
 
+    # So a stream without them gives each step the batch of its number.
+    remaining = {
+        stream: iter(sorted(set(range(1, 60)) - numbers)) for stream, numbers in without.items()
+    }
     numbers = guard.batches_of_steps(config.steps, left_out)
     assert len(numbers) == 40 and not left_out & set(numbers)
-    at_fault = train_distill.left_out_of_streams(config, left_out)
-    assert set(read(left_out).values()) == {
-        (stream, count) for stream, counts in at_fault.items() for count in counts
-    }
-    # So a stream without them gives each step the batch of its number.
-    remaining = {stream: iter(sorted(set(range(1, 60)) - at_fault[stream])) for stream in at_fault}
-    wanted = read(frozenset(numbers))
-    for number in numbers:
-        stream, count = wanted[number]
-        assert next(remaining[stream]) == count
+    own = train_distill.own_steps(config)
+    for number, is_own in zip(numbers, own, strict=True):
+        stream, count = batches[number]
+        assert is_own == (stream == "prompts") and next(remaining[stream]) == count
 
 
 @pytest.mark.slow
