@@ -15,6 +15,8 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from running import rows_of, run
+from running import write as write_rows
 from safetensors.numpy import load_file, save_file
 
 import evaluate
@@ -29,8 +31,6 @@ from responses import load_run
 from runtime import flags
 from runtime.errors import UserError
 from runtime.terminal import printable
-from tests.running import rows_of, run
-from tests.running import write as write_rows
 from tests.test_chat_template import CHATML, folder_of
 from tests.test_tokenizer import CORPUS
 from tests.test_weights import CONFIGS, SHAPE, checkpoint, logits_of, write

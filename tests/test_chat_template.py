@@ -5,6 +5,7 @@ import json
 
 import pytest
 import sentencepiece
+from running import run
 
 import generate
 import train_sft
@@ -16,7 +17,6 @@ from data.tokenizer import Tokenizer
 from data.tokenizer_json import OWN_TEMPLATE, read_tokenizer, tokenizer_files
 from runtime.errors import UserError
 from tests.fakes import source_of
-from tests.running import run
 from tests.test_tokenizer import CORPUS
 from tests.test_weights import CONFIGS, SHAPE, checkpoint, write
 from weights import convert
