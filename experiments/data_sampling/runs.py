@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import fcntl
 import functools
+import hashlib
 import itertools
 import json
 import pathlib
@@ -39,7 +40,6 @@ from planning.programs import forward_flops
 from responses import LoadedRun, filled, load_run
 from runtime import flags
 from runtime.errors import require
-from runtime.inputs import at_newest
 from sharding import MeshConfig, make_mesh
 from train_step import OptimizerConfig
 
@@ -288,9 +288,13 @@ def flops_of(run: Run, model: ModelConfig, pairs: int) -> dict[str, float]:
 # ---- Groups of runs ----
 
 
+@functools.cache
 def init_sum(init: str) -> str:
-    """Return the beginning of the hash of the SFT model's weights."""
-    return at_newest(init).sha256[:12]
+    """Return the beginning of the hash of the SFT model's weights, wherever its run lies."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(loaded(init).params):
+        digest.update(np.asarray(leaf).tobytes())
+    return digest.hexdigest()[:12]
 
 
 def refuse_other_start(config: Config, results: dict[Run, dict[str, Any]]) -> None:
