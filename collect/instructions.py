@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from collect.writers import Ask, Question, question
 from data.fields import FieldError, Row, get, text_of
+from data.formats import read_lines
 from data.near_duplicates import normal
-from data.sources import read_lines
 from data.text_rules import STOP_WORDS
 from rewards.judges import KEEPS
 from runtime.errors import UserError

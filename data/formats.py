@@ -1,18 +1,20 @@
-"""Files of other formats than JSON Lines as numbered rows: JSON arrays, CSV, Parquet and Arrow.
+"""Files of all formats as numbered rows: JSON Lines, JSON arrays, CSV, Parquet and Arrow.
 
 Each reader takes a path and yields (number, row), or (number, FieldError) for a row that cannot be
 read while those after it can. Where nothing more can be read it raises UserError. No reader holds
-more of a file than a part of it. Rows are numbered from 1; in CSV the header is row 1, as in a
-spreadsheet.
+more of a file than a piece of it. Rows are numbered from 1, lines with the blank ones; in CSV the
+header is row 1, as in a spreadsheet. JSON Lines and Parquet can be cut into parts.
 """
 
 import contextlib
 import csv
+import gzip
 import json
 import pathlib
 import sys
+import zlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TextIO
 
 from data.fields import FieldError, Row, unlike_keys
 from data.records import ANSWERS, INPUTS, REQUESTS, RESPONSES, SYSTEM
@@ -35,6 +37,50 @@ LONGEST_TOKEN = 16
 """Characters of JSON that are judged together, such as \\uD83D\\uDE00 and -Infinity."""
 
 
+class Part(NamedTuple):
+    """Rows of a file that follow each other, and can be read without those before them."""
+
+    path: pathlib.Path
+    size: int
+    """Bytes of the file that it takes, about."""
+    start: int = 0
+    """Where it begins: a byte of JSON Lines, a row group of Parquet."""
+    end: int | None = None
+    """Where it ends, likewise; None: with the file."""
+    before: int = 0
+    """Rows of the file before it; of JSON Lines, lines."""
+
+
+def whole(path: pathlib.Path) -> Part:
+    """Return all of a file as one part; raises OSError."""
+    return Part(path, path.stat().st_size)
+
+
+def parts_of(path: pathlib.Path, size: int) -> list[Part]:
+    """Cut a file into parts of about `size` bytes, in order; one part where it cannot be cut.
+
+    Of Parquet each row group is a part. Raises OSError, or UserError for a Parquet file that is
+    none.
+    """
+    all_of_it = whole(path)
+    if all_of_it.size <= size:
+        return [all_of_it]
+    if is_lines(path) and path.suffix != ".gz":
+        return _parts_of_lines(path, size)
+    if path.suffix == ".parquet":
+        return _parts_of_parquet(path)
+    return [all_of_it]
+
+
+def read_part(part: Part) -> Iterator[NumberedRow]:
+    """Yield the rows of a part with their numbers in the file; raises as the readers do."""
+    if is_lines(part.path):
+        return read_lines(part.path, part.start, part.end, part.before)
+    if part.path.suffix == ".parquet":
+        return read_parquet(part.path, part.start, part.end, part.before)
+    return READERS[part.path.suffix](part.path)
+
+
 def is_lines(path: pathlib.Path) -> bool:
     """Tell whether a file is JSON Lines: by its name, and of `.json` by its first character."""
     if path.suffix != ".json":
@@ -42,6 +88,102 @@ def is_lines(path: pathlib.Path) -> bool:
     with path.open("rb") as file:
         # Many data sets call their JSON Lines `.json`.
         return file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"{"
+
+
+# ---- JSON Lines ----
+
+
+def read_lines(
+    path: pathlib.Path, start: int = 0, end: int | None = None, before: int = 0
+) -> Iterator[NumberedRow]:
+    """Yield (number, row) of each line of a .jsonl[.gz] file, from 1, blank lines skipped.
+
+    `start`, `end`, `before`: see Part; of a file that is not compressed. A line that is no JSON
+    object yields (number, FieldError). Raises UserError for a broken gzip file and OSError for a
+    file that cannot be opened.
+    """
+    for number, line in enumerate(_lines(path, start, end), before + 1):
+        if not line.strip():
+            continue
+        try:
+            yield number, _row(line)
+        except FieldError as fault:
+            yield number, fault
+
+
+def _lines(path: pathlib.Path, start: int, end: int | None) -> Iterator[bytes]:
+    """Yield the lines of a .jsonl[.gz] file between two bytes at which lines begin."""
+    opened = gzip.open if path.suffix == ".gz" else open
+    number = 0
+    try:
+        with opened(path, "rb") as lines:
+            lines.seek(start)
+            at = start
+            for line in lines:
+                yield line
+                number += 1
+                at += len(line)
+                if at == end:
+                    return
+    except (EOFError, gzip.BadGzipFile, zlib.error) as fault:
+        raise UserError(
+            f"{path}:{number + 1}: broken gzip file ({fault}); compress it again"
+        ) from None
+
+
+def _parts_of_lines(path: pathlib.Path, size: int) -> list[Part]:
+    """Cut JSON Lines at the first line that ends at or after each multiple of `size` bytes."""
+    parts: list[Part] = []
+    with path.open("rb") as file:
+        start = before = 0
+        while True:
+            lines = _pass(file, size)
+            end = file.tell()
+            if end == start:
+                return parts
+            parts.append(Part(path, end - start, start, end, before))
+            start, before = end, before + lines
+
+
+def _pass(file: BinaryIO, size: int) -> int:
+    """Go forward by `size` bytes and to the end of the line there; return the lines passed."""
+    lines = 0
+    while size > 0:
+        block = file.read(min(size, BUFFER))
+        if not block:
+            break
+        size -= len(block)
+        lines += block.count(b"\n")
+    rest = file.readline()
+    return lines + bool(rest)
+
+
+def _row(line: bytes) -> Row:
+    """Read a line as a JSON object; raises FieldError for the field `line`."""
+    if not line.strip(b"\0 \r\n\t"):
+        raise FieldError("line", "holds NULs alone, as a crash leaves them; remove it")
+    try:
+        # Without its newline, at which the parser would say the fault is.
+        text = line.decode("utf-8-sig").rstrip()
+        row = json.loads(text, object_pairs_hook=unlike_keys)
+    except UnicodeDecodeError as fault:
+        raise FieldError(
+            "line", f"is not UTF-8 (byte {fault.start + 1}); save the file as UTF-8"
+        ) from None
+    except json.JSONDecodeError as fault:
+        reason = f"{fault.msg}, column {fault.colno}"
+        raise FieldError("line", f"is not JSON ({reason}); write one object a line") from None
+    except RecursionError:
+        raise FieldError("line", "is not JSON that can be read (it nests too deep)") from None
+    except ValueError:
+        raise FieldError("line", "holds a number of too many digits; write a string") from None
+    if not isinstance(row, dict):
+        raise FieldError(
+            "line",
+            f"must be a JSON object, not {type(row).__name__}; write one object a line, or name a "
+            "file that is an array .json",
+        )
+    return row
 
 
 # ---- JSON arrays ----
@@ -225,15 +367,37 @@ def _value(cell: str) -> Any:
 # ---- Parquet and Arrow ----
 
 
-def read_parquet(path: pathlib.Path) -> Iterator[NumberedRow]:
-    """Yield the rows of a Parquet file, of which a part of one row group is held at a time."""
+def read_parquet(
+    path: pathlib.Path, start: int = 0, end: int | None = None, before: int = 0
+) -> Iterator[NumberedRow]:
+    """Yield the rows of a Parquet file, of which a piece of one row group is held at a time.
+
+    `start`, `end`, `before`: see Part.
+    """
+    with _parquet(path) as file:
+        groups = range(start, file.num_row_groups if end is None else end)
+        yield from _rows_of(file.iter_batches(ROWS, row_groups=groups), before)
+
+
+@contextlib.contextmanager
+def _parquet(path: pathlib.Path) -> "Iterator[pyarrow.parquet.ParquetFile]":
+    """Open a Parquet file; its faults are UserErrors."""
     # Slow to import, as below.
     import pyarrow.parquet
 
     # By default the columns of a row group are read whole, and kept until the last one.
     options = {"buffer_size": BUFFER, "pre_buffer": False}
     with _in_one_line(path), pyarrow.parquet.ParquetFile(path, **options) as file:
-        yield from _rows_of(file.iter_batches(ROWS))
+        yield file
+
+
+def _parts_of_parquet(path: pathlib.Path) -> list[Part]:
+    """Cut a Parquet file into its row groups."""
+    with _parquet(path) as file:
+        rows = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+    size = path.stat().st_size // max(1, len(rows))
+    starts = range(len(rows))
+    return [Part(path, size, i, i + 1, sum(rows[:i])) for i in starts]
 
 
 def read_arrow(path: pathlib.Path) -> Iterator[NumberedRow]:
@@ -256,8 +420,8 @@ def _in_one_line(path: pathlib.Path) -> Iterator[None]:
         raise UserError(f"{path}: cannot be read ({one_line(fault)})") from None
 
 
-def _rows_of(batches: "Iterable[pyarrow.RecordBatch]") -> Iterator[NumberedRow]:
-    number = 0
+def _rows_of(batches: "Iterable[pyarrow.RecordBatch]", before: int = 0) -> Iterator[NumberedRow]:
+    number = before
     for batch in batches:
         for row in batch.to_pylist():
             number += 1

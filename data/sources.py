@@ -11,38 +11,34 @@ prepared is checked by its sums, and prepared again where it is damaged.
 
 import functools
 import glob
-import gzip
 import hashlib
 import json
 import os
 import pathlib
 import sys
 import tempfile
-import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any, Literal, get_args
 
 import numpy as np
-from tqdm import tqdm
 
 from data.bad_rows import are_bad_rows_skipped, list_bad_rows
-from data.fields import FieldError, LeftOut, Row, name_shown, unlike_keys
-from data.formats import READERS, NumberedRow, is_lines
-from data.messages import is_trained
+from data.fields import FieldError, Row
+from data.formats import read_part, whole
 from data.mixture import mixed
-from data.records import SCHEMAS, Record, Schema, unread_fields
+from data.preparing import damage, prepare, rows_and_records, stored_records
+from data.records import SCHEMAS, Record, Schema
 from data.source import ENDLESS, Source
 from runtime.compiled import cache_folder
 from runtime.data_files import KINDS, content_sum, files_named
 from runtime.errors import UserError, require
 from runtime.foreign import one_line
-from runtime.hosts import progressed
 from runtime.inputs import BUILT_IN, catalogue_folder, newest_prepared
 from runtime.mixtures import Share, is_mixture, names_in, read_mixture
 from runtime.writes import beside, is_full_disk, remove_all_left_over
 from tasks import arithmetic, world
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 """Version of what is kept of a file. Raise it whenever a row would be adapted (data/records.py),
 held out or stored in another way than before: files prepared with another version are prepared
 again. Renaming, comments and messages need no new version."""
@@ -55,11 +51,6 @@ HELDOUT_SHARE = 0.05
 """Share held out of a source without a held-out split of its own."""
 HELDOUT_MOST = 1000
 """Most rows held out of such a source."""
-
-RECORDS = "records.array_record"
-"""File of a prepared folder: the records, one after the other, each as JSON."""
-SUMS = "sums.json"
-"""File of a prepared folder: the SHA-256 of each other file."""
 
 Split = Literal["train", "heldout", "all"]
 
@@ -129,14 +120,15 @@ def rows_of(data: str, schema: Schema) -> Iterator[Row]:
     def passed_over(_: str) -> None:
         """What is wrong with a row was said when the source was opened."""
 
-    for row, _ in _rows_and_records(_data_files(data), schema, passed_over, passed_over):
+    parts = map(whole, _data_files(data))
+    for row, _ in rows_and_records(parts, schema, passed_over, passed_over):
         yield row
 
 
 def first_row(data: str) -> Row:
     """Return the first row of files; UserError where there is none to read."""
     for path in _data_files(data):
-        for number, row in _rows(path):
+        for number, row in read_part(whole(path)):
             if isinstance(row, FieldError):
                 raise UserError(f"{path}:{number}: {row}")
             return row
@@ -382,7 +374,7 @@ def _keys_of(data: str, schema: Schema) -> np.ndarray:
 def _local(data: str, schema: Schema, split: Split, held_out_elsewhere: Collection[int]) -> Source:
     """Open files; hashes of rows `held_out_elsewhere` are not trained on."""
     folder = _prepared(data, _data_files(data), schema)
-    stored = _stored(folder / RECORDS)
+    stored = stored_records(folder)
     with np.load(folder / "split.npz") as saved:
         keys_N = saved["keys"]
         candidates = int(saved["candidates"])
@@ -433,19 +425,6 @@ def held_out(keys_N: np.ndarray) -> np.ndarray:
     return keys_N == ordered[0]
 
 
-def _key(record: Record) -> int:
-    """Hash what decides whether a record is held out: its prompt, or all of it without one.
-
-    So no prompt is in both splits, whatever the schema.
-    """
-    messages = record.get("prompt") or record.get("messages", [])
-    if messages and messages[-1]["role"] == "assistant":
-        messages = messages[:-1]
-    text = json.dumps(messages or record, sort_keys=True)
-    digest = hashlib.sha256(text.encode()).digest()
-    return int.from_bytes(digest[:8])
-
-
 def _data_files(data: str) -> list[pathlib.Path]:
     """Return the files that `data` names; raise UserError for none, or for other files."""
     if is_mixture(data):
@@ -490,14 +469,14 @@ def _prepared(data: str, files: Sequence[pathlib.Path], schema: Schema) -> pathl
         cache = pathlib.Path(_for_now.name)
         folder = cache / folder.name
     if folder.exists():
-        fault = _damage(folder)
+        fault = damage(folder)
         if fault is None:
             return folder
         print(f"note: {folder}: {fault}; {data} is prepared again", file=sys.stderr)
         _remove(folder)
 
     try:
-        _prepare(data, files, schema, folder)
+        prepare(data, files, schema, folder)
     # ArrayRecord has errors of its own for a full disk.
     except Exception as fault:
         if not isinstance(fault, OSError) and not is_full_disk(fault):
@@ -507,18 +486,6 @@ def _prepared(data: str, files: Sequence[pathlib.Path], schema: Schema) -> pathl
             "free the disk, or set PLUMB_CACHE to another"
         ) from None
     return folder
-
-
-def _damage(folder: pathlib.Path) -> str | None:
-    """Return what is wrong with a prepared folder, by its sums; None for one that is whole."""
-    try:
-        sums = json.loads((folder / SUMS).read_bytes())
-        for name, digest in sums.items():
-            if content_sum(folder / name) != digest:
-                return f"{name} is damaged"
-    except (OSError, ValueError, AttributeError) as fault:
-        return f"is damaged ({fault})"
-    return None if "split.npz" in sums else "is damaged"
 
 
 def _remove(folder: pathlib.Path) -> None:
@@ -531,215 +498,3 @@ def _remove(folder: pathlib.Path) -> None:
         return
     except OSError as fault:
         raise UserError(f"{folder}: is damaged ({fault.strerror}); remove it") from None
-
-
-# ---- Preparing, all of it or nothing ----
-
-
-class Facts(NamedTuple):
-    """Facts of a file, known once all of it has been read."""
-
-    keys_N: np.ndarray
-    """For each record the hash that decides whether it is held out, uint64."""
-    candidates: int
-    """The most responses that a comparison has."""
-    notes: list[str]
-    """What the user may not have meant."""
-    skipped: list[str]
-    """What is wrong with each row that was left out."""
-
-
-def _facts(
-    rows: Iterable[tuple[Row, Record]], schema: Schema, skipped: list[str], left_out: list[str]
-) -> Facts:
-    """Go through all rows and their records.
-
-    `skipped`: what is wrong with rows that are passed over; `left_out`: those that say themselves
-    that they are not trained on. Both are filled while the rows are read.
-    """
-    keys = []
-    candidates = 0
-    turns = 0
-    trained = 0
-    unread: set[str] = set()
-    for row, record in rows:
-        keys.append(_key(record))
-        candidates = max(candidates, len(record.get("responses", ())))
-        unread |= unread_fields(row, schema)
-        # Turns that are context only.
-        said = [
-            message for message in record.get("messages", ()) if message["role"] == "assistant"
-        ]
-        turns += len(said)
-        trained += sum(map(is_trained, said))
-
-    notes = []
-    if skipped:
-        count = f"{len(skipped):,} of {len(skipped) + len(keys):,} rows are skipped"
-        notes.append(f"{count}; the first is {skipped[0]}")
-    if left_out:
-        notes.append(f"{len(left_out):,} rows say that they are not trained on: left out")
-    if unread:
-        names = [name_shown(name) for name in sorted(unread)]
-        more = f" and {len(names) - 12} more" if len(names) > 12 else ""
-        notes.append(f"fields that nothing reads: {', '.join(names[:12])}{more}")
-    if trained < turns:
-        notes.append(
-            f"{turns - trained} of {turns} assistant's turns are not trained on "
-            "(weight 0, or they call tools)"
-        )
-    return Facts(np.array(keys, np.uint64), candidates, notes, skipped)
-
-
-def _prepare(
-    data: str, files: Sequence[pathlib.Path], schema: Schema, folder: pathlib.Path
-) -> None:
-    """Make `folder` of `files`: all of it or nothing. Raises OSError where there is no room."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with beside(folder, is_folder=True) as (partial, _):
-        built = partial / "built"
-        built.mkdir()
-        facts = _write(files, schema, built / RECORDS)
-        if facts.skipped and not len(facts.keys_N):
-            raise UserError(facts.skipped[0])
-        if not len(facts.keys_N):
-            raise UserError(f"{data}: has no rows; give a file that has some")
-        np.savez(built / "split.npz", keys=facts.keys_N, candidates=facts.candidates)
-        (built / "notes.json").write_text(json.dumps(facts.notes))
-        (built / "skipped.json").write_text(json.dumps(facts.skipped))
-        sums = {file.name: content_sum(file) for file in built.iterdir()}
-        (built / SUMS).write_text(json.dumps(sums))
-        try:
-            built.rename(folder)
-        except OSError:
-            # Another process may have been faster.
-            if not folder.exists():
-                raise
-
-
-def _stored(path: pathlib.Path) -> Sequence[bytes]:
-    """Open a file of records, each read when it is asked for."""
-    from array_record.python.array_record_data_source import ArrayRecordDataSource
-
-    return ArrayRecordDataSource(str(path))
-
-
-def _write(files: Sequence[pathlib.Path], schema: Schema, path: pathlib.Path) -> Facts:
-    """Write the records of `files` to `path`, one a group, so that each is read by itself."""
-    # Not there where a benchmark runs without data.
-    from array_record.python import array_record_module
-
-    skipped: list[str] = []
-    left_out: list[str] = []
-    on_fault = skipped.append if are_bad_rows_skipped() else _stop
-    rows = _rows_and_records(files, schema, on_fault, left_out.append)
-    writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
-
-    def written() -> Iterator[tuple[Row, Record]]:
-        for row, record in tqdm(rows, f"preparing {files[0].name}", unit="row"):
-            writer.write(json.dumps(record).encode())
-            yield row, record
-
-    # In one go: a file is read once.
-    try:
-        facts = _facts(written(), schema, skipped, left_out)
-    finally:
-        writer.close()
-    stored = len(_stored(path)) if len(facts.keys_N) else 0
-    if stored != len(facts.keys_N):
-        raise RuntimeError(f"{files[0]}: {len(facts.keys_N)} rows, but {stored} are kept of them")
-    return facts
-
-
-def _stop(fault: str) -> None:
-    raise UserError(fault)
-
-
-def _rows(path: pathlib.Path) -> Iterator[NumberedRow]:
-    """Yield the rows of a file, of whatever format, with their numbers."""
-    read = read_lines if is_lines(path) else READERS[path.suffix]
-    return read(path)
-
-
-def _rows_and_records(
-    files: Sequence[pathlib.Path],
-    schema: Schema,
-    on_fault: Callable[[str], None] = _stop,
-    on_left_out: Callable[[str], None] = _stop,
-) -> Iterator[tuple[Row, Record]]:
-    """Yield each row of the files, one after the other, and its record.
-
-    Called with `file:line: field: reason`, and the row passed over, are `on_fault` for a bad row
-    and `on_left_out` for one that says that it is not trained on.
-    """
-    adapt = SCHEMAS[schema]
-    for path in files:
-        for number, row in _rows(path):
-            progressed()
-            try:
-                if isinstance(row, FieldError):
-                    raise row
-                record = adapt(row)
-            except FieldError as fault:
-                pass_over = on_left_out if isinstance(fault, LeftOut) else on_fault
-                pass_over(f"{path}:{number}: {fault}")
-                continue
-            yield row, record
-
-
-def read_lines(path: pathlib.Path) -> Iterator[NumberedRow]:
-    """Yield (number, row) of each line of a .jsonl[.gz] file, from 1, blank lines skipped.
-
-    A line that is no JSON object yields (number, FieldError). Raises UserError for a broken gzip
-    file and OSError for a file that cannot be opened.
-    """
-    for number, line in _lines(path):
-        if not line.strip():
-            continue
-        try:
-            yield number, _row(line)
-        except FieldError as fault:
-            yield number, fault
-
-
-def _lines(path: pathlib.Path) -> Iterator[tuple[int, bytes]]:
-    """Yield each line of a .jsonl[.gz] file and its number, from 1."""
-    opened = gzip.open if path.suffix == ".gz" else open
-    number = 0
-    try:
-        with opened(path, "rb") as lines:
-            for line in lines:
-                number += 1
-                yield number, line
-    except (EOFError, gzip.BadGzipFile, zlib.error) as fault:
-        raise UserError(
-            f"{path}:{number + 1}: broken gzip file ({fault}); compress it again"
-        ) from None
-
-
-def _row(line: bytes) -> Row:
-    """Read a line as a JSON object; raises FieldError for the field `line`."""
-    if not line.strip(b"\0 \r\n\t"):
-        raise FieldError("line", "holds NULs alone, as a crash leaves them; remove it")
-    try:
-        # Without its newline, at which the parser would say the fault is.
-        text = line.decode("utf-8-sig").rstrip()
-        row = json.loads(text, object_pairs_hook=unlike_keys)
-    except UnicodeDecodeError as fault:
-        raise FieldError(
-            "line", f"is not UTF-8 (byte {fault.start + 1}); save the file as UTF-8"
-        ) from None
-    except json.JSONDecodeError as fault:
-        reason = f"{fault.msg}, column {fault.colno}"
-        raise FieldError("line", f"is not JSON ({reason}); write one object a line") from None
-    except RecursionError:
-        raise FieldError("line", "is not JSON that can be read (it nests too deep)") from None
-    except ValueError:
-        raise FieldError("line", "holds a number of too many digits; write a string") from None
-    if not isinstance(row, dict):
-        raise FieldError(
-            "line",
-            f"must be a JSON object, not {type(row).__name__}; write one object a line, or name a "
-            "file that is an array .json",
-        )
-    return row

@@ -473,13 +473,13 @@ def test_parquet_is_never_read_whole(tmp_path, monkeypatch):
     sizes = []
     each = formats._rows_of
 
-    def counted(batches):
+    def counted(batches, before):
         def watched():
             for batch in batches:
                 sizes.append(batch.num_rows)
                 yield batch
 
-        return each(watched())
+        return each(watched(), before)
 
     monkeypatch.setattr(formats, "_rows_of", counted)
     read = formats.read_parquet(tmp_path / "rows.parquet")

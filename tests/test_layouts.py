@@ -11,8 +11,9 @@ import re
 import pytest
 
 from data.fields import FieldError
+from data.formats import whole
+from data.preparing import rows_and_records
 from data.records import LAYOUTS, SCHEMAS, layout_of, without_nulls
-from data.sources import _rows_and_records
 from data.trees import best_path, ranked_replies
 from runtime.errors import UserError
 
@@ -21,6 +22,13 @@ PAGE = pathlib.Path(__file__).parents[1] / "docs" / "data.md"
 
 def said(role, content, **keys):
     return {"role": role, "content": content, **keys}
+
+
+def records_of(path, schema):
+    def stop(fault):
+        raise UserError(fault)
+
+    return [record for _, record in rows_and_records([whole(path)], schema, stop, stop)]
 
 
 def talk(*contents):
@@ -416,20 +424,19 @@ def test_a_file_is_read_or_refused(tmp_path, schema, content, wanted):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(content)
     if isinstance(wanted, dict):
-        records = [record for _, record in _rows_and_records([path], schema)]
-        assert records[0] == wanted
+        assert records_of(path, schema)[0] == wanted
         # Adapting again changes nothing.
         assert SCHEMAS[schema](wanted) == wanted
         return
     with pytest.raises(UserError) as fault:
-        list(_rows_and_records([path], schema))
+        records_of(path, schema)
     assert str(fault.value).startswith(f"{path}:{wanted}") and "\n" not in str(fault.value)
 
 
 def test_an_array_of_the_same_rows_is_read(tmp_path):
     path = tmp_path / "rows.json"
     path.write_text(json.dumps([QA, QA]))
-    assert [record for _, record in _rows_and_records([path], "chat")] == [QA, QA]
+    assert records_of(path, "chat") == [QA, QA]
 
 
 # ---- The examples of docs/data.md ----

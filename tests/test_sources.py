@@ -11,7 +11,7 @@ import pytest
 import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 
-from data import sources
+from data import preparing, sources
 from data.records import SCHEMAS
 from data.sources import held_out, keep_prepared, open_source
 from runtime.errors import UserError
@@ -312,7 +312,7 @@ def test_a_preparation_that_fails_or_loses_rows_leaves_nothing(tmp_path, cache, 
     data = write(tmp_path / "a.jsonl", [{"text": f"text {i}"} for i in range(20)])
     with monkeypatch.context() as patch:
         patch.setattr(
-            sources.np, "savez", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full"))
+            preparing.np, "savez", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full"))
         )
         with pytest.raises(UserError, match=r"disk full.*set PLUMB_CACHE"):
             open_source(data, "text", "train")
@@ -348,7 +348,7 @@ def test_a_file_is_read_once_and_its_rows_are_not_held(tmp_path, monkeypatch):
         assert len(held) <= 1
         return Counted(adapt(row))
 
-    monkeypatch.setitem(sources.SCHEMAS, "text", counted)
+    monkeypatch.setitem(preparing.SCHEMAS, "text", counted)
     open_source(data, "text", "train")
     assert len(alive) == 50
 
@@ -402,7 +402,7 @@ def test_a_full_cache_disk_is_one_line(tmp_path, cache, monkeypatch):
     def full(*_):
         raise RuntimeError("Failed to finalize writing: \nwrite() failed: No space left on device")
 
-    monkeypatch.setattr(sources, "_write", full)
+    monkeypatch.setattr(preparing, "_write", full)
     with pytest.raises(UserError, match=r"No space left on device.*free the disk") as fault:
         open_source(data, "text", "train")
     assert "\n" not in str(fault.value) and not list(cache.iterdir())
