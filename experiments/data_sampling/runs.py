@@ -1,4 +1,4 @@
-"""Run the study: about 4,500 small alignments, several side by side, a line each in results.jsonl.
+"""Run the study: about 2,700 small alignments, several side by side, a line each in results.jsonl.
 
     sh experiments/data_sampling/run.sh                            # the SFT model first, then this
     python -m experiments.data_sampling.runs --missing             # what is left, and for how long
@@ -49,6 +49,8 @@ BUDGETS = (1, 2, 3.5, 5, 10, 25, 50, 75, 100)
 """Percent of the pool."""
 LITTLE = 5
 """The largest budget below 10 %: what "less than 10 %" is judged by."""
+TWO_BUDGETS = (3.5, 10)
+"""Those of most samplers in damaged pools."""
 SEEDS = 5
 HEADLINE_SEEDS = 10
 BATCH: dict[Aligner, int] = {"dpo": 10, "kto": 20}
@@ -117,13 +119,14 @@ def plan() -> list[Run]:
     runs += block(("clean",), ("random", "isa_A"), "equal_steps", first, (LITTLE,))
 
     # What it rests on: the null control, redundant rows, then every damage and every sampler.
-    others = [name for name in pools.SAMPLERS if name not in ("random", "isa_A")]
+    damaged = ("duplicates", "noise", "flipped")
     shuffled = "isa_A" + pools.SHUFFLED
-    others.remove(shuffled)
+    others = [name for name in pools.SAMPLERS if name not in ("random", "isa_A", shuffled)]
     runs += block(("clean",), (shuffled,), "own", first)
-    runs += block(("duplicates", "noise", "flipped"), ("random", "isa_A"), "own", first)
-    runs += block(("clean", "duplicates", "noise", "flipped"), others, "own", first)
-    runs += block(("duplicates", "noise", "flipped"), (shuffled,), "own", first)
+    runs += block(damaged, ("random", "isa_A"), "own", first)
+    runs += block(("clean",), others, "own", first)
+    runs += block(damaged, [*others, shuffled], "own", first, TWO_BUDGETS)
+    runs += block(damaged, ("log_det",), "own", first)
 
     # The other schedule, at all budgets.
     runs += block(("clean",), ("random", "isa_A"), "equal_steps", first)
