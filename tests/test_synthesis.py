@@ -54,7 +54,6 @@ from collect.writers import Question, kept_replies, run_writer
 from data.rouge import SimilarTexts, common_words, rouge_l
 from data.sources import open_source
 from data.tokenizer import Tokenizer
-from experiments.instruct import quality
 from model import LanguageModel, init_and_apply
 from model_config import PRESETS
 from responses import load_run
@@ -1165,66 +1164,3 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path, monkeypatch, capsys, 
     kept_files = {"made.jsonl.replies.jsonl", "made.jsonl.made.jsonl"}
     left = kept_files if flags == ["--reliability=0"] else set()
     assert set(os.listdir(tmp_path)) - before == left
-
-
-# --- the study experiments/instruct
-
-
-def study_lines(of_arms):
-    """Return lines of results: of each arm, its shares by seed."""
-    return [
-        {"arm": arm, "seed": seed, "all": share}
-        for arm, of_seeds in zip(quality.ARMS, of_arms, strict=True)
-        for seed, share in enumerate(of_seeds)
-    ]
-
-
-def test_differences_are_paired_and_corrected():
-    results = study_lines([(0.5, 0.6), (0.4, 0.4), (0.5, 0.5, 0.9)])
-    found = quality.differences(results)
-    steps, passes = found.values()
-    assert steps.mean == pytest.approx(-0.15) and passes.mean == pytest.approx(-0.05)
-    # Student's t with one degree of freedom; the differences are -0.1 and -0.2.
-    assert steps.half == pytest.approx(12.706 * 0.05, rel=1e-3)
-    # Two-sided p of t = -3 is 0.2048; Holm doubles the smaller one.
-    assert steps.p == pytest.approx(2 * 0.2048, rel=1e-3)
-    assert passes.p == pytest.approx(0.5)
-    # No filtered run of its seed: nothing is compared.
-    assert np.isnan(quality.differences(study_lines([(), (0.1,), (0.2,)])).popitem()[1].mean)
-
-
-@pytest.mark.parametrize(
-    ("steps", "passes", "told"),
-    [
-        ((0.4, 0.41, 0.39), (0.3, 0.32, 0.31), "held"),
-        ((0.4, 0.41, 0.39), (0.5, 0.41, 0.69), "not supported"),
-        ((0.4, 0.41, 0.39), (0.7, 0.71, 0.69), "refuted"),
-        ((0.4,), (0.3,), "not run"),
-    ],
-)
-def test_the_decision_is_of_both_arms(steps, passes, told):
-    found = quality.differences(study_lines([(0.5, 0.5, 0.51), steps, passes]))
-    assert quality.decision(found) == told
-
-
-@pytest.mark.slow
-def test_the_study_runs_and_goes_on(tmp_path, monkeypatch):
-    lm = f"{tmp_path}/lm"
-    tiny = ["--model.preset=tiny", "--length=64", "--steps=1", "--batch_size=8", "--eval_every=0"]
-    run(train_sft, f"--run={lm}", *tiny)
-    flags = [f"--init={lm}", f"--work={tmp_path}/work", f"--out={tmp_path}/results.jsonl"]
-    flags += ["--share=0.01", "--prompts=16"]
-    quality.main(quality.flags.parse(quality.Config, [*flags, "--seeds", "0"]))
-    first = lines(tmp_path / "results.jsonl")
-    assert [(line["arm"], line["seed"]) for line in first] == [(name, 0) for name in quality.ARMS]
-    # A line that was cut short, as a kill leaves it, is passed over.
-    with (tmp_path / "results.jsonl").open("a") as file:
-        file.write('{"arm": "filt')
-    quality.main(quality.flags.parse(quality.Config, [*flags, "--seeds", "0", "1"]))
-    both = quality.whole_lines(str(tmp_path / "results.jsonl"))
-    assert both[:3] == first and len(both) == 6
-    # Runs of another setting are not counted with these.
-    with pytest.raises(UserError, match="has runs of another prompts"):
-        quality.main(quality.flags.parse(quality.Config, [*flags[:-1], "--prompts=8"]))
-    sizes = {len(lines(path)) for path in (tmp_path / "work").glob("rows-*-0.jsonl")}
-    assert sizes == {15, 63}
