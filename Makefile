@@ -9,7 +9,7 @@ BIN := .venv/bin
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 export JAX_PLATFORMS ?= $(if $(wildcard /dev/nvidia0 /dev/accel0 /dev/vfio/0),,cpu)
 
-.PHONY: align assistant model-folder test test-rest test-fast test-slow mutants lint clean
+.PHONY: align assistant model-folder test test-rest test-fast test-slow test-peers mutants lint clean
 
 # LOCKED=1: the very versions that the tests ran with.
 PACKAGES := $(if $(LOCKED),--require-hashes -r requirements.lock,-r requirements.txt -r requirements-dev.txt)
@@ -22,6 +22,12 @@ PACKAGES := $(if $(LOCKED),--require-hashes -r requirements.lock,-r requirements
 .venv/hf: requirements-hf.txt | .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-hf.txt
 	touch .venv/hf
+
+# The libraries that results are compared with, gigabytes of them.
+.venv/bench: requirements-bench.txt | .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-bench.txt
+	touch .venv/bench
+PEERS := tests/test_families.py tests/test_weights.py tests/test_chat_template.py tests/test_assistant.py
 
 # Two rounds: a short PPO run with a weak KL penalty exploits the first reward model; its responses
 # are ranked too, so the second reward model knows the first one's holes.
@@ -91,6 +97,10 @@ test-fast: .venv
 
 test-slow: .venv
 	$(BIN)/python -m pytest -q -rs -m slow -n 2 --dist loadfile -o faulthandler_timeout=7200
+
+# What `make test` leaves out: models, templates and tokenizers beside transformers.
+test-peers: .venv .venv/hf .venv/bench
+	$(BIN)/python -m pytest -q -rs -n 2 --dist loadfile $(PEERS)
 
 # Faults planted in what measures: each must fail its test.
 mutants: .venv

@@ -48,6 +48,7 @@ sh recipes/until_done.sh "$PYTHON" train_grpo.py \
   --kl_in=loss \
   --kl_estimator=k3 \
   --average=tokens \
+  --unbiased_std=True \
   --clip=0.2 \
   --clip_high=0.2 \
   --missing_eos=none \
@@ -57,6 +58,7 @@ sh recipes/until_done.sh "$PYTHON" train_grpo.py \
   --optimizer.lr=3e-5 \
   --optimizer.schedule=constant \
   --optimizer.beta2=0.999 \
+  --optimizer.eps=1e-8 \
   --optimizer.weight_decay=0.01 \
   --mesh.data=8 \
   --save_every=20

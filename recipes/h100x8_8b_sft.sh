@@ -11,8 +11,8 @@
 #   steps     12,300, about two passes; data/epoch in metrics.jsonl tells
 #   remat     full
 #   mesh      fsdp 8
-#   aims at   GSM8K 76.2, average of twelve 60.4: Tulu 3 8B SFT (Lambert et al. 2024, arXiv
-#             2411.15124)
+#   aims at   GSM8K 76.2, average of twelve 60.6: Tulu 3 8B SFT (Lambert et al. 2024, arXiv
+#             2411.15124, table 6)
 #   not run   at full size
 #   plan      .venv/bin/python plan.py train_sft --model.preset=llama3-8b --topology=h100:8 \
 #               --mesh.fsdp=8 --batch_size=24 --microbatches=1 --length=4096

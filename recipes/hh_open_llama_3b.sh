@@ -8,12 +8,13 @@
 #   rate      SFT 2e-5, reward model 5e-6, linear to 0
 #   steps     SFT on the chosen responses 1,400, some two passes; data/epoch in metrics.jsonl tells.
 #             Reward model 1,700, about one pass
-#   differs   what is longer than 512 tokens is cut on the left, not left out; the authors' batch of
-#             SFT is not known
+#   differs   what is longer than 512 tokens is cut on the left, not left out; the authors' rows of
+#             SFT have 1,024 tokens; their reward model trains on the first 6,275 test rows too and
+#             is judged by the others; their batches are not known
 #   remat     full
 #   mesh      fsdp 8
-#   aims at   0.755 of the helpful part's test pairs (Dong et al. 2023, RAFT, arXiv 2304.06767; card
-#             of weqweasdas/hh_rlhf_rm_open_llama_3b)
+#   aims at   0.755 of the helpful part's last 6,226 test pairs (Dong et al. 2023, RAFT, arXiv
+#             2304.06767; card of weqweasdas/hh_rlhf_rm_open_llama_3b)
 #   not run   at full size
 #   plan      .venv/bin/python plan.py train_sft --model.vocab=32000 --model.width=3200 \
 #               --model.mlp_width=8640 --model.layers=26 --model.heads=32 --model.kv_heads=32 \

@@ -12,7 +12,9 @@
 #   details   the score stands behind the last token, variances divide by n - 1, and rewards are
 #             not whitened, as in TRL; the reward's mean is 0 on the references of the SFT data
 #   differs   Pythia has no chat template: <|user|> stands before a post, <|assistant|> before its
-#             summary, so lengths are a dozen tokens or more above the paper's 565, 638 and 512
+#             summary, so lengths are a dozen tokens or more above the paper's 562, 638 and 512. The
+#             paper's SFT predicts the post too, and its validation split lacks the 2,284
+#             comparisons of news that TRL's has
 #   remat     full
 #   mesh      fsdp 8
 #   aims at   reward model 0.628 on the validation split (Huang et al. 2024, arXiv 2403.17031);

@@ -48,6 +48,8 @@ sh recipes/until_done.sh "$PYTHON" train_grpo.py \
   --kl_coef=0.01 \
   --kl_in=loss \
   --kl_estimator=k3 \
+  --average=tokens \
+  --unbiased_std=True \
   --clip=0.2 \
   --clip_high=0.2 \
   --missing_eos=replace \
@@ -56,6 +58,7 @@ sh recipes/until_done.sh "$PYTHON" train_grpo.py \
   --model.dtype=bfloat16 \
   --optimizer.lr=5e-7 \
   --optimizer.schedule=constant \
+  --optimizer.eps=1e-8 \
   --mesh.fsdp=64 \
   --mesh.tensor=4 \
   --rollout.tensor=8 \

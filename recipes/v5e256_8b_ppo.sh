@@ -12,7 +12,8 @@
 #             -10
 #   steps     390 iterations, 100,000 rollouts, about 14 passes
 #   differs   the paper's data has MATH and IFEval too, its lengths are 2,048 + 2,048, and its
-#             critic starts from a reward model
+#             critic starts from a reward model; open-instruct's command plans 10 million rollouts,
+#             of which an early checkpoint was kept
 #   remat     full
 #   mesh      fsdp 64 x tensor 4; tensor 8 while sampling
 #   aims at   GSM8K 87.6, from 84.3: Tulu 3 8B (Lambert et al. 2024, arXiv 2411.15124)
@@ -47,6 +48,8 @@ sh recipes/until_done.sh "$PYTHON" train_ppo.py \
   --kl_coef=0.05 \
   --missing_eos=replace \
   --missing_eos_score=-10 \
+  --score_at=after \
+  --whiten_unbiased=True \
   --gamma=1.0 \
   --gae_lambda=0.95 \
   --clip=0.2 \
@@ -56,9 +59,13 @@ sh recipes/until_done.sh "$PYTHON" train_ppo.py \
   --optimizer.lr=3e-7 \
   --optimizer.schedule=linear \
   --optimizer.final_lr=0 \
+  --optimizer.eps=1e-8 \
+  --optimizer.weight_decay=0.01 \
   --value_optimizer.lr=3e-7 \
   --value_optimizer.schedule=linear \
   --value_optimizer.final_lr=0 \
+  --value_optimizer.eps=1e-8 \
+  --value_optimizer.weight_decay=0.01 \
   --mesh.fsdp=64 \
   --mesh.tensor=4 \
   --rollout.tensor=8 \

@@ -12,8 +12,8 @@
 #   steps     9,200, about two passes; data/epoch in metrics.jsonl tells
 #   remat     full
 #   mesh      fsdp 64 x tensor 4
-#   aims at   GSM8K 76.2, average of twelve 60.4: Tulu 3 8B SFT (Lambert et al. 2024, arXiv
-#             2411.15124)
+#   aims at   GSM8K 76.2, average of twelve 60.6: Tulu 3 8B SFT (Lambert et al. 2024, arXiv
+#             2411.15124, table 6)
 #   not run   at full size
 #   plan      .venv/bin/python plan.py train_sft --model.preset=llama3-8b --topology=v5e:16x16 \
 #               --mesh.fsdp=64 --mesh.tensor=4 --batch_size=64 --length=2048

@@ -47,6 +47,8 @@ sh recipes/until_done.sh "$PYTHON" train_ppo.py \
   --kl_coef=0.07 \
   --missing_eos=replace \
   --missing_eos_score=-10 \
+  --score_at=after \
+  --whiten_unbiased=True \
   --gamma=1.0 \
   --gae_lambda=0.95 \
   --clip=0.2 \
@@ -57,10 +59,14 @@ sh recipes/until_done.sh "$PYTHON" train_ppo.py \
   --optimizer.schedule=linear \
   --optimizer.warmup=250 \
   --optimizer.final_lr=0 \
+  --optimizer.eps=1e-8 \
+  --optimizer.weight_decay=0.01 \
   --value_optimizer.lr=1e-7 \
   --value_optimizer.schedule=linear \
   --value_optimizer.warmup=250 \
   --value_optimizer.final_lr=0 \
+  --value_optimizer.eps=1e-8 \
+  --value_optimizer.weight_decay=0.01 \
   --mesh.fsdp=128 \
   --mesh.tensor=4 \
   --rollout.tensor=8 \
