@@ -370,7 +370,7 @@ def small(command: list[str], folder: pathlib.Path) -> list[str]:
     if "samples_per_prompt" in values:
         changed |= {"samples_per_prompt": 2, "batch_size": 16 * parts}
     if "rollout.tensor" in values:
-        mesh_tensor = changed["mesh.tensor"]
+        mesh_tensor = changed.get("mesh.tensor", 1)
         changed["rollout.tensor"] = 2 * mesh_tensor
 
     # The data set's rows as a file, and all runs in the folder.
