@@ -27,7 +27,7 @@ PACKAGES := $(if $(LOCKED),--require-hashes -r requirements.lock,-r requirements
 .venv/bench: requirements-bench.txt | .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-bench.txt
 	touch .venv/bench
-PEERS := tests/test_families.py tests/test_weights.py tests/test_chat_template.py tests/test_assistant.py
+PEERS := tests/test_families.py tests/test_weights.py tests/test_chat_template.py
 
 # Two rounds: a short PPO run with a weak KL penalty exploits the first reward model; its responses
 # are ranked too, so the second reward model knows the first one's holes.

@@ -239,7 +239,10 @@ def test_a_template_that_fails_in_itself_is_never_skipped(model):
         template, messages, _ = REFUSED["roles that it does not take"]
         source = source_of([{"messages": messages}, chat])
         batches = chat_batches(source, with_chat(model, template), batch_size=1, length=64)
-        assert len(batches.once()) == 1 and len(refused_records()) == 1
+        assert len(batches.once()) == 1
+        # Batches of an earlier test may still be read ahead, and be refused.
+        begins = CONVERSATION[0]["content"]
+        assert len([line for line in refused_records() if begins in line]) == 1
     finally:
         set_on_bad_row("stop")
 

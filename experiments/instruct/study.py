@@ -17,13 +17,12 @@ from scipy import stats
 
 import train_sft
 from evaluation.gold import GoldRow, gold_rows, gold_shares, make_kl_sampler
-from experiments.data_sampling.runs import append, whole_lines
+from experiments.data_sampling.runs import append, init_sum, whole_lines
 from experiments.data_sampling.verdicts import holm
 from experiments.seeds import half
 from responses import load_run
 from runtime import flags
 from runtime.errors import require
-from runtime.inputs import at_newest
 from runtime.writes import atomic_text
 from sampling import SamplingConfig
 from tasks import world
@@ -171,8 +170,7 @@ def gold_of_run(config: Config, run: str, seed: int) -> dict[str, float]:
 
 def setting_of(config: Config) -> dict[str, Any]:
     """Return what runs must share that are compared."""
-    init = at_newest(config.init).sha256[:12]
-    return {"share": config.share, "prompts": config.prompts, "init": init}
+    return {"share": config.share, "prompts": config.prompts, "init": init_sum(config.init)}
 
 
 def results_file(config: Config, name: str) -> pathlib.Path:
