@@ -9,7 +9,7 @@ import pytest
 from running import run
 
 import train_sft
-from experiments.instruct import families, few_good, kinds, quality, replay, verdicts
+from experiments.instruct import descriptions, families, few_good, kinds, quality, replay, verdicts
 from experiments.instruct.study import (
     Comparison,
     Config,
@@ -133,7 +133,41 @@ def test_families_help_where_the_curve_is_a_plateau():
     assert decided(0.6 - 0.02 * x) == "refuted"
 
 
+def test_without_descriptions_tasks_held_out_fall_more():
+    rng = np.random.default_rng(0)
+
+    def decided(of_held_out, of_trained_on):
+        results = []
+        for seed in range(5):
+            noise = rng.normal(0, 0.002, 2)
+            described = {"trained on": 0.8 + noise[0], "held out": 0.5 + noise[1]}
+            alone = {"trained on": 0.8 - of_trained_on, "held out": 0.5 - of_held_out}
+            results.append({"arm": descriptions.DESCRIBED, "seed": seed, **described})
+            results.append({"arm": descriptions.ALONE, "seed": seed, **alone})
+        return all_above(outcomes(descriptions.compare(results)))
+
+    assert decided(0.4, 0.1) == "held"
+    assert decided(0.1, 0.4) == "refuted"
+
+
 # --- rows
+
+
+def test_a_task_is_described_in_its_own_words_and_others_are_held_out():
+    left_out, taken = descriptions.tasks_of(2)
+    assert len(left_out) == descriptions.LEFT_OUT and not {*left_out} & {*taken}
+    assert {*left_out, *taken} == {*descriptions.TASKS} and len(descriptions.TASKS) == 12
+    inputs = descriptions.asked(taken, 200, seed=2)
+    assert len(inputs) == 200
+    names = Counter()
+    for one in inputs:
+        name = f"{one.request.kind} {one.request.relation}"
+        # Of some countries nobody knows the capital.
+        name = name.replace("unknowable", "lookup")
+        names["listing" if one.request.kind == "listing" else name] += 1
+        assert one.request.text.endswith(one.given)
+        assert descriptions.shown(one, False) == one.given
+    assert names.keys() == {*taken} and max(names.values()) - min(names.values()) <= 1
 
 
 @pytest.mark.parametrize("poor", few_good.POOR)
@@ -192,7 +226,7 @@ def test_the_studies_run_and_go_on(tmp_path):
     def main(study, *more):
         study.main(flags.parse(Config, [*argv, *more]))
 
-    for study in (families, few_good, kinds, replay, quality):
+    for study in (descriptions, families, few_good, kinds, replay, quality):
         main(study, "--prompts=16", "--seeds", "0")
         first = lines(tmp_path / f"{study.STUDY.name}.jsonl")
         arms = [(line["arm"], line["seed"]) for line in first]

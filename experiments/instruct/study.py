@@ -144,12 +144,19 @@ def trained(config: Config, run: str, training: Training, seed: int) -> str:
     return path
 
 
-def judged(run: str, requests: Sequence[Request], seed: int) -> list[GoldRow]:
-    """Return what the gold program says of a run's responses at temperature 1."""
+def judged(
+    run: str, requests: Sequence[Request], seed: int, prompts: Sequence[str] | None = None
+) -> list[GoldRow]:
+    """Return what the gold program says of a run's responses at temperature 1.
+
+    `prompts`: what the run is shown of each request; None: its text.
+    """
+    if prompts is None:
+        prompts = [request.text for request in requests]
     model, tokenizer, params = load_run(run)
     sampling = SamplingConfig(1.0, max_new_tokens=MAX_NEW_TOKENS)
     sample = make_kl_sampler(model, sampling, tokenizer, MAX_PROMPT)
-    responses = sample(params, params, [request.text for request in requests], seed)
+    responses = sample(params, params, prompts, seed)
     return gold_rows(requests, [response.text for response in responses])
 
 

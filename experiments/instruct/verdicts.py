@@ -9,12 +9,19 @@ import dataclasses
 import pathlib
 
 from experiments.data_sampling.runs import whole_lines
-from experiments.instruct import families, few_good, kinds, quality, replay
+from experiments.instruct import descriptions, families, few_good, kinds, quality, replay
 from experiments.instruct.study import HERE, Study, outcomes, told
 from runtime import flags
 from runtime.writes import atomic_text
 
-STUDIES = (families.STUDY, few_good.STUDY, quality.STUDY, kinds.STUDY, replay.STUDY)
+STUDIES = (
+    families.STUDY,
+    descriptions.STUDY,
+    few_good.STUDY,
+    quality.STUDY,
+    kinds.STUDY,
+    replay.STUDY,
+)
 MARK = "<!-- written by python -m experiments.instruct.verdicts -->"
 """What stands below it in README.md is written by this."""
 
