@@ -1,6 +1,6 @@
 """What a bad row does: it ends the command or, with --on_bad_row=skip, is left out and listed.
 
-Rows of files are found bad when a file is first read (data/sources.py). Of good rows some cannot
+Rows of files are found bad when a file is first read (data/preparing.py). Of good rows some cannot
 be written for a model: its chat template refuses them. That shows when they are encoded.
 """
 

@@ -1,6 +1,6 @@
 """Values of a row's fields: what they must be, and which fields change what is trained on.
 
-Everything here raises FieldError, which names the field; data/sources.py adds file and line.
+Everything here raises FieldError, which names the field; data/preparing.py adds file and line.
 """
 
 import functools

@@ -59,17 +59,17 @@ def whole(path: pathlib.Path) -> Part:
 def parts_of(path: pathlib.Path, size: int) -> list[Part]:
     """Cut a file into parts of about `size` bytes, in order; one part where it cannot be cut.
 
-    Of Parquet each row group is a part. Raises OSError, or UserError for a Parquet file that is
+    Parquet is cut between its row groups. Raises OSError, or UserError for a Parquet file that is
     none.
     """
-    all_of_it = whole(path)
-    if all_of_it.size <= size:
-        return [all_of_it]
+    uncut = [whole(path)]
+    if uncut[0].size <= size:
+        return uncut
     if is_lines(path) and path.suffix != ".gz":
         return _parts_of_lines(path, size)
     if path.suffix == ".parquet":
-        return _parts_of_parquet(path)
-    return [all_of_it]
+        return _parts_of_parquet(path, size)
+    return uncut
 
 
 def read_part(part: Part) -> Iterator[NumberedRow]:
@@ -123,7 +123,7 @@ def _lines(path: pathlib.Path, start: int, end: int | None) -> Iterator[bytes]:
                 yield line
                 number += 1
                 at += len(line)
-                if at == end:
+                if end is not None and at >= end:
                     return
     except (EOFError, gzip.BadGzipFile, zlib.error) as fault:
         raise UserError(
@@ -391,13 +391,21 @@ def _parquet(path: pathlib.Path) -> "Iterator[pyarrow.parquet.ParquetFile]":
         yield file
 
 
-def _parts_of_parquet(path: pathlib.Path) -> list[Part]:
-    """Cut a Parquet file into its row groups."""
+def _parts_of_parquet(path: pathlib.Path, size: int) -> list[Part]:
+    """Cut a Parquet file between row groups, into parts of about `size` bytes."""
     with _parquet(path) as file:
         rows = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
-    size = path.stat().st_size // max(1, len(rows))
-    starts = range(len(rows))
-    return [Part(path, size, i, i + 1, sum(rows[:i])) for i in starts]
+    # Groups are taken to be alike: a part has as many.
+    parts_wanted = -(-path.stat().st_size // size)
+    together = -(-len(rows) // parts_wanted)
+    parts = []
+    before = 0
+    for start in range(0, len(rows), together):
+        end = min(start + together, len(rows))
+        share = path.stat().st_size * (end - start) // len(rows)
+        parts.append(Part(path, share, start, end, before))
+        before += sum(rows[start:end])
+    return parts
 
 
 def read_arrow(path: pathlib.Path) -> Iterator[NumberedRow]:

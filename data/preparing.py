@@ -6,6 +6,7 @@ kept, and what is said of bad rows, does not depend on how many there are.
 """
 
 import concurrent.futures
+import contextlib
 import functools
 import hashlib
 import json
@@ -13,7 +14,9 @@ import multiprocessing
 import os
 import pathlib
 import signal
+import sys
 import threading
+import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, NamedTuple
@@ -32,13 +35,15 @@ from runtime.hosts import progressed
 from runtime.writes import beside
 
 PART = 32 << 20
-"""Bytes of data that are prepared together, at least: two seconds' work."""
-MOST_PARTS = 64
-"""Files of records in a prepared folder, at most."""
+"""Bytes of data that are prepared together, about as many at least: two seconds' work."""
+MOST_GROUPS = 64
+"""Files of records in a prepared folder, about as many at most."""
+GROUPS_A_PROCESS = 2
+"""Files of records for which a process more is started, which takes a second to start."""
 SUMS = "sums.json"
 """File of a prepared folder: the SHA-256 of each other file."""
 RECORDS = "records-{:05}.array_record"
-"""A file of records in a prepared folder, one after the other, each as JSON."""
+"""A file of records in a prepared folder, each as JSON; by their names in the data's order."""
 LOOK = 0.2
 """Seconds between two looks at what processes have done."""
 
@@ -46,8 +51,8 @@ LOOK = 0.2
 class Found(NamedTuple):
     """What is found in some of the rows."""
 
-    keys: list[int]
-    """For each record the hash that decides whether it is held out, 64 bits."""
+    keys_N: np.ndarray
+    """For each record the hash that decides whether it is held out, uint64."""
     candidates: int
     """The most responses that a comparison has."""
     turns: int
@@ -58,8 +63,8 @@ class Found(NamedTuple):
     """Fields that nothing reads."""
     skipped: list[str]
     """What is wrong with each row that was passed over."""
-    left_out: list[str]
-    """The rows that say themselves that they are not trained on."""
+    left_out: int
+    """Rows that say themselves that they are not trained on."""
 
 
 # ---- A folder, all of it or nothing ----
@@ -77,12 +82,11 @@ def prepare(
         built = partial / "built"
         built.mkdir()
         found = _write(files, schema, built)
-        if found.skipped and not found.keys:
+        if found.skipped and not len(found.keys_N):
             raise UserError(found.skipped[0])
-        if not found.keys:
+        if not len(found.keys_N):
             raise UserError(f"{data}: has no rows; give a file that has some")
-        keys_N = np.array(found.keys, np.uint64)
-        np.savez(built / "split.npz", keys=keys_N, candidates=found.candidates)
+        np.savez(built / "split.npz", keys=found.keys_N, candidates=found.candidates)
         (built / "notes.json").write_text(json.dumps(_notes(found)))
         (built / "skipped.json").write_text(json.dumps(found.skipped))
         sums = {file.name: content_sum(file) for file in built.iterdir()}
@@ -109,7 +113,7 @@ def damage(folder: pathlib.Path) -> str | None:
 
 def stored_records(folder: pathlib.Path) -> Sequence[bytes]:
     """Open the records of a prepared folder, each read when it is asked for."""
-    return _stored(sorted(folder.glob(RECORDS.replace("{:05}", "*"))))
+    return _stored(sorted(folder.glob("*.array_record")))
 
 
 def _stored(paths: Sequence[pathlib.Path]) -> Sequence[bytes]:
@@ -122,10 +126,10 @@ def _notes(found: Found) -> list[str]:
     """Return what the user may not have meant."""
     notes = []
     if found.skipped:
-        count, rows = len(found.skipped), len(found.skipped) + len(found.keys)
+        count, rows = len(found.skipped), len(found.skipped) + len(found.keys_N)
         notes.append(f"{count:,} of {rows:,} rows are skipped; the first is {found.skipped[0]}")
     if found.left_out:
-        notes.append(f"{len(found.left_out):,} rows say that they are not trained on: left out")
+        notes.append(f"{found.left_out:,} rows say that they are not trained on: left out")
     if found.unread:
         names = [name_shown(name) for name in sorted(found.unread)]
         more = f" and {len(names) - 12} more" if len(names) > 12 else ""
@@ -149,17 +153,23 @@ def _write(files: Sequence[pathlib.Path], schema: Schema, folder: pathlib.Path) 
         functools.partial(_write_group, group, schema, skip, folder / RECORDS.format(number))
         for number, group in enumerate(groups)
     ]
+    cores = len(os.sched_getaffinity(0))
     with tqdm(desc=f"preparing {files[0].name}", unit="row") as bar:
-        processes = min(len(tasks), len(os.sched_getaffinity(0)))
-        if processes == 1:
-            return _merged([task(bar.update) for task in tasks])
-        return _merged(_by_processes(tasks, processes, bar))
+        processes = min(cores, len(tasks) // GROUPS_A_PROCESS)
+        if processes > 1:
+            return _merged(_by_processes(tasks, processes, bar))
+
+        def count_row() -> None:
+            progressed()
+            bar.update()
+
+        return _merged([task(count_row) for task in tasks])
 
 
 def _groups(files: Sequence[pathlib.Path]) -> list[list[Part]]:
-    """Cut files into parts, and those into at most MOST_PARTS groups of about equal bytes."""
+    """Cut files into parts, and those into groups of about equal bytes, in order."""
     whole = sum(file.stat().st_size for file in files)
-    size = max(PART, whole // MOST_PARTS)
+    size = max(PART, -(-whole // MOST_GROUPS))
     groups: list[list[Part]] = []
     filled = 0
     for file in files:
@@ -175,13 +185,13 @@ def _groups(files: Sequence[pathlib.Path]) -> list[list[Part]]:
 def _merged(all_found: Sequence[Found]) -> Found:
     """Put together what was found in groups of parts, in their order."""
     return Found(
-        keys=[key for found in all_found for key in found.keys],
+        keys_N=np.concatenate([found.keys_N for found in all_found]),
         candidates=max(found.candidates for found in all_found),
         turns=sum(found.turns for found in all_found),
         trained=sum(found.trained for found in all_found),
         unread=frozenset().union(*(found.unread for found in all_found)),
         skipped=[fault for found in all_found for fault in found.skipped],
-        left_out=[row for found in all_found for row in found.left_out],
+        left_out=sum(found.left_out for found in all_found),
     )
 
 
@@ -192,9 +202,9 @@ def _write_group(
     path: pathlib.Path,
     on_row: Callable[[], Any],
 ) -> Found:
-    """Write the records of `parts` to `path`, one a group, so that each is read by itself.
+    """Write the records of `parts` to `path`, so that each can be read by itself.
 
-    `skip`: pass over bad rows, else raise UserError. `on_row`: called for each record.
+    `skip`: pass over bad rows, else raise UserError. `on_row`: called for each row.
     """
     # Not there where a benchmark runs without data.
     from array_record.python import array_record_module
@@ -202,14 +212,13 @@ def _write_group(
     skipped: list[str] = []
     left_out: list[str] = []
     on_fault = skipped.append if skip else _stop
-    rows = rows_and_records(parts, schema, on_fault, left_out.append)
+    rows = rows_and_records(parts, schema, on_fault, left_out.append, on_row)
     keys = []
     candidates = turns = trained = 0
     unread: set[str] = set()
     writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
     try:
         for row, record in rows:
-            on_row()
             writer.write(json.dumps(record).encode())
             keys.append(_key(record))
             candidates = max(candidates, len(record.get("responses", ())))
@@ -225,7 +234,8 @@ def _write_group(
     stored = len(_stored([path])) if keys else 0
     if stored != len(keys):
         raise RuntimeError(f"{parts[0].path}: {len(keys)} rows, but {stored} are kept of them")
-    return Found(keys, candidates, turns, trained, frozenset(unread), skipped, left_out)
+    keys_N = np.array(keys, np.uint64)
+    return Found(keys_N, candidates, turns, trained, frozenset(unread), skipped, len(left_out))
 
 
 def rows_and_records(
@@ -233,16 +243,18 @@ def rows_and_records(
     schema: Schema,
     on_fault: Callable[[str], None],
     on_left_out: Callable[[str], None],
+    on_row: Callable[[], Any] = progressed,
 ) -> Iterator[tuple[Row, Record]]:
     """Yield each row of the parts, one after the other, and its record.
 
     Called with `file:line: field: reason`, and the row passed over, are `on_fault` for a bad row
-    and `on_left_out` for one that says that it is not trained on.
+    and `on_left_out` for one that says that it is not trained on. `on_row`: called for each row,
+    whether or not it is passed over.
     """
     adapt = SCHEMAS[schema]
     for part in parts:
         for number, row in read_part(part):
-            progressed()
+            on_row()
             try:
                 if isinstance(row, FieldError):
                     raise row
@@ -280,17 +292,22 @@ def _by_processes(
     """Run tasks in several processes; return what each found. The first that fails is raised."""
     # Forked, they would have the locks of this process's threads, and no thread to free them.
     context = multiprocessing.get_context("spawn")
-    rows = context.Value("q")
-    pool = concurrent.futures.ProcessPoolExecutor(processes, context, _start, (rows,))
+    # Without locks, which a process that is killed may hold: each task counts in a place of its
+    # own.
+    rows = context.RawArray("q", len(tasks))
+    is_stopped = context.RawValue("b")
+    pool = concurrent.futures.ProcessPoolExecutor(processes, context, _start, (rows, is_stopped))
     try:
-        futures = [pool.submit(_run, task) for task in tasks]
+        with _without_main():
+            futures = [pool.submit(_run, number, task) for number, task in enumerate(tasks)]
         found = []
         for future in futures:
             while not concurrent.futures.wait([future], timeout=LOOK).done:
-                progressed()
-                bar.update(rows.value - bar.n)
+                if sum(rows) > bar.n:
+                    progressed()
+                bar.update(sum(rows) - bar.n)
             found.append(future.result())
-        bar.update(rows.value - bar.n)
+        bar.update(sum(rows) - bar.n)
         return found
     except BrokenProcessPool:
         raise TryAgain(
@@ -298,17 +315,35 @@ def _by_processes(
             "fewer cores (taskset) where there is little"
         ) from None
     finally:
+        is_stopped.value = True
         pool.shutdown(cancel_futures=True)
 
 
-_rows_done: Any = None
-"""In a process of the pool: the rows that all of them have prepared."""
+@contextlib.contextmanager
+def _without_main() -> Iterator[None]:
+    """Let processes begin without the main module.
+
+    Else each would run the command's file, or a user's script, once more: for its names, which
+    are not needed, and all that it imports.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
-def _start(rows: Any) -> None:
+_rows: Any = None
+"""In a process of the pool: the rows that each task has done."""
+_is_stopped: Any = None
+"""In a process of the pool: whether its parent asks for no more."""
+
+
+def _start(rows: Any, is_stopped: Any) -> None:
     """Prepare a process of the pool: it ends with its parent, which alone is interrupted."""
-    global _rows_done
-    _rows_done = rows
+    global _rows, _is_stopped
+    _rows, _is_stopped = rows, is_stopped
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
@@ -320,11 +355,12 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _run(task: Callable[[Callable[[], Any]], Found]) -> Found:
-    """Run a task in a process of the pool."""
-    return task(_count_row)
+def _run(number: int, task: Callable[[Callable[[], Any]], Found]) -> Found:
+    """Run task `number` in a process of the pool."""
 
+    def count_row() -> None:
+        _rows[number] += 1
+        if _is_stopped.value:
+            raise RuntimeError("stopped by its parent")
 
-def _count_row() -> None:
-    with _rows_done.get_lock():
-        _rows_done.value += 1
+    return task(count_row)

@@ -4,7 +4,7 @@
                 "part-*.parquet" | "folder/of/datasets" | "hf:<owner>/<name>[:config][@split]" |
                 "tfds:<name>[/config]" | "a.jsonl:2 b.parquet:1", schema, split, seed=0)
 
-Files are validated row by row and prepared once as an ArrayRecord file, in $PLUMB_CACHE. Errors
+Files are validated row by row and prepared once as ArrayRecord files, in $PLUMB_CACHE. Errors
 in a file read `file:line: field: reason`, or `file:row: ...` where rows are no lines. What is
 prepared is checked by its sums, and prepared again where it is damaged.
 """

@@ -52,7 +52,7 @@ test_preparing.py::test_parts_of_lines_have_the_lines_and_numbers_of_the_file
 + start, before = end, before
 - return lines + bool(rest)
 + return lines
-- if at == end:
+- if end is not None and at >= end:
 + if at >= path.stat().st_size:
 test_preparing.py::test_parts_of_parquet_are_its_row_groups
 - groups = range(start, file.num_row_groups if end is None else end)
@@ -63,6 +63,9 @@ test_preparing.py::test_several_processes_keep_what_one_keeps
 + return _stored(list(folder
 - unread=frozenset().union(*(found.unread for found in all_found)),
 + unread=all_found[0].unread,
+test_preparing.py::test_a_script_is_not_run_again_in_each_process
+- with _without_main():
++ with contextlib.nullcontext():
 == evaluation/reward_model.py
 test_measures.py::test_a_reward_model_is_measured_on_every_pair_and_ties_are_half
 - (gap_P > 0) +

@@ -88,6 +88,14 @@ def test_parts_of_parquet_are_its_row_groups(tmp_path):
     parts = parts_of(path, 100)
     assert [part.before for part in parts] == [0, 20, 40, 60, 80]
     assert [row for part in parts for row in read_part(part)] == list(read_parquet(path))
+    # Larger ones hold several row groups, so that a file is not opened for each.
+    parts = parts_of(path, path.stat().st_size // 2)
+    assert [(part.start, part.end, part.before) for part in parts] == [
+        (0, 2, 0),
+        (2, 4, 40),
+        (4, 5, 80),
+    ]
+    assert [row for part in parts for row in read_part(part)] == list(read_parquet(path))
 
 
 def test_other_formats_are_one_part(tmp_path):
@@ -122,7 +130,7 @@ def test_the_first_bad_row_is_named_whichever_process_met_it(tmp_path, cores, ca
     rows = texts(500)
     rows[260] = rows[470] = {"text": 3}
     data = write(tmp_path / "a.jsonl", rows)
-    cores(2, 10_000)
+    cores(2, 5_000)
     with pytest.raises(UserError, match=r"a\.jsonl:261: text"):
         open_source(data, "text", "train")
     assert not list(cache.iterdir())
@@ -139,6 +147,7 @@ def test_the_first_bad_row_is_named_whichever_process_met_it(tmp_path, cores, ca
 
 
 BEGUN = """
+print("begun")
 import os, sys
 from data import preparing
 from data.sources import open_source
@@ -146,6 +155,19 @@ os.sched_getaffinity = lambda _: {0, 1}
 preparing.PART = 50_000
 open_source(sys.argv[1], "text", "train")
 """
+
+
+def test_a_script_is_not_run_again_in_each_process(tmp_path, cache):
+    data = write(tmp_path / "a.jsonl", texts(2000))
+    script = tmp_path / "script.py"
+    script.write_text(BEGUN.replace("50_000", "5_000"))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(script), data]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "begun\n"
+    (folder,) = cache.iterdir()
+    assert len(list(folder.glob("*.array_record"))) > 10
 
 
 def children(process):
