@@ -118,7 +118,7 @@ def plan() -> list[Run]:
     # Fewer rows or fewer updates? The same rows with the updates of all data.
     runs += block(("clean",), ("random", "isa_A"), "equal_steps", first, (LITTLE,))
 
-    # What it rests on: the null control, redundant rows, then every damage and every sampler.
+    # What it rests on: the null control, every damage, then the other samplers.
     damaged = ("duplicates", "noise", "flipped")
     shuffled = "isa_A" + pools.SHUFFLED
     others = [name for name in pools.SAMPLERS if name not in ("random", "isa_A", shuffled)]

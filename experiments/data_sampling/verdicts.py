@@ -325,12 +325,16 @@ class Comparison(NamedTuple):
 
 
 def compared(results: Results, pool: str, aligner: str, budget: float) -> Comparison | None:
-    """Compare ISA with the best other sampler that has run there; None for too few seeds."""
-    # The other sampler with the highest mean.
+    """Compare ISA with the best other sampler planned there; None for too few seeds."""
+    # The other sampler with the highest mean. In damaged pools some have run, for one aligner, at
+    # budgets that are no longer planned.
+    planned = set(plan())
     ours = gold_of(results, pool, aligner, "isa_A", budget)
     best = None
     for other in pools.SAMPLERS:
         if other.startswith("isa"):
+            continue
+        if Run(pool, aligner, other, budget, "own", 0) not in planned:
             continue
         theirs = gold_of(results, pool, aligner, other, budget)
         pair = in_common(ours, theirs)

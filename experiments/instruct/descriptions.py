@@ -5,7 +5,8 @@
 A task is a family of requests whose input stands at the end, such as `what is the capital of` and
 `spain`. One arm is tuned and asked with a description before each input, drawn from the family's
 wordings (collect/by_template.py), the other with the inputs alone. Of each seed three families are
-held out. What descriptions.jsonl has is not run again.
+held out; of the other tasks each fifth input is asked, and not trained on. What descriptions.jsonl
+has is not run again.
 """
 
 import runtime.interrupt  # noqa: F401
@@ -47,11 +48,22 @@ QUALITY = 1.0
 DESCRIBED, ALONE = "described", "inputs alone"
 
 
+APART = 5
+"""Of so many inputs of a task one is asked, and not trained on."""
+
+
 class Task(NamedTuple):
     """A family of requests: what may stand before an input, and the inputs."""
 
     descriptions: list[str]
     inputs: list[str]
+
+    def inputs_of(self, split: world.Split) -> list[str]:
+        """Return the inputs that are trained on, or those that are asked."""
+        apart = self.inputs[::APART]
+        if split == "heldout":
+            return apart
+        return [given for given in self.inputs if given not in apart]
 
 
 class Asked(NamedTuple):
@@ -83,12 +95,12 @@ def tasks_of(seed: int) -> tuple[list[str], list[str]]:
     return mixed[:LEFT_OUT], mixed[LEFT_OUT:]
 
 
-def asked(names: Sequence[str], count: int, seed: int) -> list[Asked]:
-    """Draw `count` inputs, in turn of each task, with a description for each."""
+def asked(names: Sequence[str], count: int, split: world.Split, seed: int) -> list[Asked]:
+    """Draw `count` inputs of a split, in turn of each task, with a description for each."""
     pairs_of: dict[str, list[tuple[str, str, str]]] = {name: [] for name in names}
     for number in range(count):
         name = names[number % len(names)]
-        given = world.drawn_for("input", seed, number).choice(TASKS[name].inputs)
+        given = world.drawn_for("input", seed, number).choice(TASKS[name].inputs_of(split))
         # The number keeps an input apart that is drawn again.
         pairs_of[name].append((str(number), given, str(number)))
     found = []
@@ -108,7 +120,7 @@ def arm(config: Config, seed: int, *, is_described: bool) -> Training:
     """Return an arm: ROWS inputs of the tasks trained on, described or alone, with answers."""
     _, taken = tasks_of(seed)
     rows = []
-    for number, one in enumerate(asked(taken, scaled(config, ROWS), seed)):
+    for number, one in enumerate(asked(taken, scaled(config, ROWS), "train", seed)):
         rng = world.drawn_for("descriptions", seed, number)
         rows.append((shown(one, is_described), world.respond(one.request, QUALITY, rng)))
     sort = "described" if is_described else "alone"
@@ -121,16 +133,16 @@ ARMS = {
 }
 
 
-def measure(config: Config, run: str, seed: int) -> dict[str, float]:
+def measure(config: Config, arm: str, run: str, seed: int) -> dict[str, float]:
     """Return the shares of inputs that pass, of tasks trained on and of those held out.
 
-    A run is asked as it was tuned, which the name of its folder says.
+    A run is asked as it was tuned.
     """
-    is_described = "described" in run
+    is_described = arm == DESCRIBED
     shares = {}
     left_out, taken = tasks_of(seed)
     for name, tasks in (("trained on", taken), ("held out", left_out)):
-        inputs = asked(tasks, config.prompts, HELD_OUT + seed)
+        inputs = asked(tasks, config.prompts, "heldout", HELD_OUT + seed)
         prompts = [shown(one, is_described) for one in inputs]
         rows = judged(run, [one.request for one in inputs], seed, prompts)
         shares[name] = float(np.mean([row["all"] for row in rows]))

@@ -90,7 +90,7 @@ def arm(config: Config, seed: int, *, count: int) -> Training:
 ARMS = {str(count): partial(arm, count=count) for count in COUNTS}
 
 
-def measure(config: Config, run: str, seed: int) -> dict[str, Any]:
+def measure(config: Config, arm: str, run: str, seed: int) -> dict[str, Any]:
     """Return the share of requests of the families held out that pass all criteria."""
     left_out, _ = families_of(seed)
     requests = list(requests_of(left_out, config.prompts, "heldout", HELD_OUT + seed))

@@ -11,8 +11,6 @@ import runtime.interrupt  # noqa: F401
 from collections.abc import Iterator, Sequence
 from functools import partial
 
-import numpy as np
-
 from experiments.instruct.study import (
     LEVEL,
     Comparison,
@@ -28,6 +26,7 @@ from experiments.instruct.study import (
     run_study,
     scaled,
     table_of,
+    too_few,
 )
 from runtime import flags
 from tasks import world
@@ -87,8 +86,9 @@ def decide(found: Sequence[Found], results: Sequence[Line] = ()) -> str:
 
     Held where there is one; refuted where they are worse at the largest; not supported else.
     """
-    if any(np.isnan(one.p) for one in found):
-        return "not run"
+    undecided = too_few(found)
+    if undecided:
+        return undecided
     better = [one.p < LEVEL and one.mean > 0 for one in found]
     if better[-1]:
         # The smallest share from which on all are better.

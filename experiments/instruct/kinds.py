@@ -75,13 +75,13 @@ def arm(config: Config, seed: int, *, names: Sequence[str]) -> Training:
 ARMS = {" + ".join(part): partial(arm, names=part) for part in PARTS}
 
 
-def measure(config: Config, run: str, seed: int) -> dict[str, Any]:
+def measure(config: Config, arm: str, run: str, seed: int) -> dict[str, Any]:
     """Return the share of held-out requests of each kind that pass, and of all of them."""
     rows = judged(run, held_out_requests(config, seed), seed)
     shares = {"all": float(np.mean([row["all"] for row in rows]))}
     for kind in world.KINDS:
         own = [row["all"] for row in rows if row["kind"] == kind]
-        shares[kind] = float(np.mean(own)) if own else 0.0
+        shares[kind] = float(np.mean(own)) if own else float("nan")
     return shares
 
 

@@ -55,7 +55,7 @@ def arm(config: Config, seed: int, *, share: int) -> Training:
 ARMS = {name_of(share): partial(arm, share=share) for share in SHARES}
 
 
-def measure(config: Config, run: str, seed: int) -> dict[str, float]:
+def measure(config: Config, arm: str, run: str, seed: int) -> dict[str, float]:
     """Return a run's gold, and its loss on held-out documents in nats a token."""
     model, tokenizer, params = load_run(run)
     _, apply = init_and_apply(LanguageModel(model))
@@ -64,7 +64,7 @@ def measure(config: Config, run: str, seed: int) -> dict[str, float]:
     means = make_evaluation(partial(likelihood_objective, apply))(
         params, packed.once(batches=BATCHES)
     )
-    return {**gold_of_run(config, run, seed), "document_loss": means["eval/loss"]}
+    return {**gold_of_run(config, arm, run, seed), "document_loss": means["eval/loss"]}
 
 
 def compare(results: Sequence[Line]) -> list[Comparison]:

@@ -4,8 +4,6 @@ A study trains each of its arms on each seed, measures the runs, and keeps a lin
 compared is paired by seed; a comparison is written so that the claim expects it to be above 0.
 """
 
-import runtime.interrupt  # noqa: F401
-
 import dataclasses
 import json
 import pathlib
@@ -31,6 +29,8 @@ from tasks.world_gold import Request
 HERE = pathlib.Path(__file__).parent
 STEPS = 200
 """Steps of an arm, unless a claim says otherwise."""
+SEEDS = 5
+"""Seeds that a claim is decided on, at least."""
 LEVEL = 0.05
 """Chance of any false difference among the comparisons of a claim."""
 HELD_OUT = 1000
@@ -66,8 +66,8 @@ class Training(NamedTuple):
 Line = dict[str, Any]
 Arm = Callable[[Config, int], Training]
 """Writes the rows of a seed, unless they are there."""
-Measure = Callable[[Config, str, int], dict[str, Any]]
-"""Measures the run of a seed: what its line has beside arm and seed."""
+Measure = Callable[[Config, str, str, int], dict[str, Any]]
+"""Measures an arm's run of a seed: what its line has beside arm and seed."""
 
 
 class Comparison(NamedTuple):
@@ -81,6 +81,7 @@ class Found(NamedTuple):
     """A comparison's outcome."""
 
     what: str
+    seeds: int
     mean: float
     half: float
     """Half of the 95 % interval of the mean over seeds."""
@@ -166,7 +167,7 @@ def held_out_requests(config: Config, seed: int) -> list[Request]:
     return [world.prompt(i, split="heldout", seed=HELD_OUT + seed) for i in prompts]
 
 
-def gold_of_run(config: Config, run: str, seed: int) -> dict[str, float]:
+def gold_of_run(config: Config, arm: str, run: str, seed: int) -> dict[str, float]:
     """Return the shares of held-out requests that pass each criterion, and all of them."""
     rows = judged(run, held_out_requests(config, seed), seed)
     return {name: interval.value for name, interval in gold_shares(rows).items()}
@@ -214,12 +215,23 @@ def outcomes(comparisons: Sequence[Comparison]) -> list[Found]:
     if min(len(one.gaps) for one in comparisons) < 2:
         corrected = np.full(len(comparisons), np.nan)
     else:
-        corrected = holm([float(stats.ttest_1samp(one.gaps, 0.0).pvalue) for one in comparisons])
+        corrected = holm([p_value(one.gaps) for one in comparisons])
     found = []
     for one, p in zip(comparisons, corrected.tolist(), strict=True):
         mean = float(np.mean(one.gaps)) if one.gaps else float("nan")
-        found.append(Found(one.what, mean, half(one.gaps), p))
+        found.append(Found(one.what, len(one.gaps), mean, half(one.gaps), p))
     return found
+
+
+def p_value(gaps: Sequence[float]) -> float:
+    """Return the p-value of a two-sided t-test against 0; 1 where no gap differs from it."""
+    return float(stats.ttest_1samp(gaps, 0.0).pvalue) if any(gaps) else 1.0
+
+
+def too_few(found: Sequence[Found]) -> str | None:
+    """Return what is said of a claim that too few seeds have run; None for enough."""
+    seeds = min(one.seeds for one in found)
+    return None if seeds >= SEEDS else f"undecided: {seeds} of {SEEDS} seeds"
 
 
 def all_above(found: Sequence[Found], results: Sequence[Line] = ()) -> str:
@@ -227,8 +239,9 @@ def all_above(found: Sequence[Found], results: Sequence[Line] = ()) -> str:
 
     Held where each is, by its corrected p; refuted where one is below; not supported else.
     """
-    if any(np.isnan(one.p) for one in found):
-        return "not run"
+    undecided = too_few(found)
+    if undecided:
+        return undecided
     if any(one.p < LEVEL and one.mean < 0 for one in found):
         return "refuted"
     held = all(one.p < LEVEL and one.mean > 0 for one in found)
@@ -273,7 +286,7 @@ def run_study(config: Config, study: Study) -> str:
             words = name.replace(",", "").replace(" %", "").replace(" ", "-")
             run = f"{study.name}-{words}-{config.share:g}-{seed}"
             run = trained(config, run, arm(config, seed), seed)
-            measured = study.measure(config, run, seed)
+            measured = study.measure(config, name, run, seed)
             line = {"arm": name, "seed": seed, **setting_of(config), **measured}
             results.append(line)
             append(str(out), [line])
