@@ -258,6 +258,7 @@ def study(tmp_path_factory):
         yield folder
 
 
+WHOLE_PLAN = runs.plan
 PLAN = [Run("clean", "dpo", "none", 0, "own", seed) for seed in range(2)]
 for _aligner in ("dpo", "kto"):
     for _sampler, _budget in (("random", 50), ("isa_A", 50), ("all", 100)):
@@ -409,13 +410,19 @@ def test_holms_correction():
     np.testing.assert_allclose(corrected, [0.03, 0.06, 0.06, 0.02])
 
 
-def test_isa_is_compared_with_the_best_other_sampler():
+def test_isa_is_compared_with_the_best_other_sampler(monkeypatch):
+    # Not that of the few runs below.
+    monkeypatch.setattr(verdicts, "plan", WHOLE_PLAN)
+
     def score(aligner, sampler, budget, rng):
         return {"isa_A": 0.6, "random": 0.55, "k_center": 0.65}[sampler] + rng.normal(0, 0.003)
 
     results = made(score, samplers=("isa_A", "random", "k_center"))
     one = verdicts.compared(results, "clean", "dpo", 5)
     assert one.other == "k_center" and one.difference.high < 0
+    # One that is not planned there is no rival.
+    noise = {run._replace(pool="noise"): line for run, line in results.items()}
+    assert verdicts.compared(noise, "noise", "dpo", 5).other == "random"
     (verdict,) = verdicts.better(results)
     assert verdict.verdict == "refuted" and verdict.seeds == 10
     # Without the better one it is above everywhere, and the other pools are still to be run.
