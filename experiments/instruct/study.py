@@ -270,7 +270,11 @@ def table_of(measures: Sequence[str]) -> Callable[[Sequence[Line]], str]:
 
 def told(found: Sequence[Found]) -> list[str]:
     """Return a line on each comparison."""
-    return [f"{one.what}: {one.mean:+.3f} ±{one.half:.3f}, p {one.p:.3f}" for one in found]
+    lines = []
+    for one in found:
+        p = "p < 0.001" if one.p < 0.001 else f"p {one.p:.3f}"
+        lines.append(f"{one.what}: {one.mean:+.3f} ±{one.half:.3f}, {p}")
+    return lines
 
 
 def run_study(config: Config, study: Study) -> str:
