@@ -1,4 +1,4 @@
-"""What a bad row does: it ends the command or, with --on_bad_row=skip, is left out and listed.
+"""Bad rows: they end the command or, with --on_bad_row=skip, are left out and listed.
 
 Rows of files are found bad when a file is first read (data/preparing.py). Of good rows some cannot
 be written for a model: its chat template refuses them. That shows when they are encoded.
@@ -20,9 +20,9 @@ SHOWN = 40
 
 _on_bad_row: OnBadRow = "stop"
 _unreadable: dict[str, None] = {}
-"""What is wrong with each bad row of the files opened so far, in order."""
+"""Faults of the bad rows of the files opened so far, in order."""
 _refused: dict[str, str] = {}
-"""What is wrong with the first refused record of each prompt so far, by the prompt, in order."""
+"""Faults of the first refused record of each prompt so far, by the prompt, in order."""
 
 
 class RecordRefused(UserError):

@@ -451,7 +451,6 @@ def _without_filling(value: Any) -> Any:
 READERS: dict[str, Callable[[pathlib.Path], Iterator[NumberedRow]]] = {
     ".json": read_json_array,
     ".csv": read_csv,
-    ".parquet": read_parquet,
     ".arrow": read_arrow,
 }
-"""The reader of each format but JSON Lines, by the ending of a file's name."""
+"""The reader of each format that cannot be cut, by the ending of a file's name."""

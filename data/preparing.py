@@ -49,7 +49,7 @@ LOOK = 0.2
 
 
 class Found(NamedTuple):
-    """What is found in some of the rows."""
+    """Counts and faults of some of the rows."""
 
     keys_N: np.ndarray
     """For each record the hash that decides whether it is held out, uint64."""
@@ -62,7 +62,7 @@ class Found(NamedTuple):
     unread: frozenset[str]
     """Fields that nothing reads."""
     skipped: list[str]
-    """What is wrong with each row that was passed over."""
+    """Faults of the rows that were passed over."""
     left_out: int
     """Rows that say themselves that they are not trained on."""
 
@@ -301,13 +301,16 @@ def _by_processes(
         with _without_main():
             futures = [pool.submit(_run, number, task) for number, task in enumerate(tasks)]
         found = []
+        told = 0
         for future in futures:
             while not concurrent.futures.wait([future], timeout=LOOK).done:
-                if sum(rows) > bar.n:
+                done = sum(rows)
+                if done > told:
                     progressed()
-                bar.update(sum(rows) - bar.n)
+                    bar.update(done - told)
+                    told = done
             found.append(future.result())
-        bar.update(sum(rows) - bar.n)
+        bar.update(sum(rows) - told)
         return found
     except BrokenProcessPool:
         raise TryAgain(

@@ -46,7 +46,7 @@ SOURCES = (
     "world, arithmetic, a .jsonl[.gz], .json, .csv or .parquet file, a folder of `datasets`, "
     "hf:<owner>/<name>, tfds:<name>, or several as in 'a.jsonl:2 b.jsonl:1'"
 )
-"""What --data may name, for messages."""
+"""Sources that --data may name, for messages."""
 HELDOUT_SHARE = 0.05
 """Share held out of a source without a held-out split of its own."""
 HELDOUT_MOST = 1000

@@ -66,6 +66,9 @@ test_preparing.py::test_several_processes_keep_what_one_keeps
 test_preparing.py::test_a_script_is_not_run_again_in_each_process
 - with _without_main():
 + with contextlib.nullcontext():
+test_preparing.py::test_only_rows_are_progress
+- if done > told:
++ if True:
 == evaluation/reward_model.py
 test_measures.py::test_a_reward_model_is_measured_on_every_pair_and_ties_are_half
 - (gap_P > 0) +

@@ -326,6 +326,14 @@ def test_desirable_rows_are_counted(study):
     assert f"{lines[0]['desirable']:.3f}" in verdicts.chosen_table(f"{study}/c")
 
 
+def test_a_start_is_told_by_its_weights_alone(rng):
+    params = {"embed": rng.normal(size=(3, 2)), "head": rng.normal(size=2)}
+    again = {name: jnp.asarray(values) for name, values in params.items()}
+    other = {**params, "head": params["head"] + 1e-3}
+    single = {name: np.float32(values) for name, values in params.items()}
+    assert pools.weights_sum(single) == pools.weights_sum(again) != pools.weights_sum(other)
+
+
 @pytest.mark.slow  # reads the results of the study above
 def test_results_of_another_start_are_refused(study, tmp_path, capsys):
     row = json.loads((study / "results.jsonl").read_text().splitlines()[0])

@@ -9,14 +9,15 @@ import pytest
 from running import run
 
 import train_sft
+from experiments.data_sampling.runs import whole_lines
 from experiments.instruct import descriptions, families, few_good, kinds, quality, replay, verdicts
+from experiments.instruct import run as studies
 from experiments.instruct.study import (
     Comparison,
     Config,
     all_above,
     kept_rows,
     outcomes,
-    whole_lines,
 )
 from runtime import flags
 from runtime.errors import UserError
@@ -71,7 +72,7 @@ NEITHER = (0.3, -0.3, 0.01, 0.1, -0.1)
     ],
 )
 def test_a_claim_is_held_where_every_comparison_is_above_0(gaps, told):
-    assert all_above(outcomes([Comparison("", list(of_seeds)) for of_seeds in gaps])) == told
+    assert all_above(outcomes([Comparison("", list(of_seeds)) for of_seeds in gaps]), []) == told
 
 
 @pytest.mark.parametrize(
@@ -84,7 +85,7 @@ def test_few_good_rows_are_enough_from_a_share_of_poor_ones_on(better_from, told
     measures = {few_good.GOOD: few}
     for poor in few_good.POOR:
         measures[few_good.many(poor)] = better if poor >= better_from else worse
-    assert few_good.decide(outcomes(few_good.compare(results_of(measures)))) == told
+    assert few_good.decide(outcomes(few_good.compare(results_of(measures))), []) == told
 
 
 def test_the_mixture_with_the_best_mean_rank_is_told():
@@ -97,7 +98,7 @@ def test_the_mixture_with_the_best_mean_rank_is_told():
             results.append({"arm": name, "seed": seed, "all": 0.5, **shares})
     ranks = kinds.mean_ranks(results)
     assert set(ranks[kinds.ALL_THREE].values()) == {1.0}
-    assert all_above(outcomes(kinds.compare(results))) == "held"
+    assert all_above(outcomes(kinds.compare(results)), []) == "held"
     # A seed that an arm lacks is not ranked.
     assert 4 not in kinds.mean_ranks(results[:-1])[kinds.ALL_THREE]
 
@@ -113,7 +114,7 @@ def test_replay_asks_for_less_forgetting_and_little_loss_of_gold():
                 share = gold_at_5 if arm == "5 %" else 0.5
                 line = {"arm": arm, "seed": seed, "all": share + noise}
                 results.append({**line, "document_loss": loss + noise})
-        return all_above(outcomes(replay.compare(results)))
+        return all_above(outcomes(replay.compare(results)), [])
 
     assert decided(0.49) == "held"
     assert decided(0.45) == "refuted"
@@ -147,7 +148,7 @@ def test_without_descriptions_tasks_held_out_fall_more():
             alone = {"trained on": 0.8 - of_trained_on, "held out": 0.5 - of_held_out}
             results.append({"arm": descriptions.DESCRIBED, "seed": seed, **described})
             results.append({"arm": descriptions.ALONE, "seed": seed, **alone})
-        return all_above(outcomes(descriptions.compare(results)))
+        return all_above(outcomes(descriptions.compare(results)), [])
 
     assert decided(0.4, 0.1) == "held"
     assert decided(0.1, 0.4) == "refuted"
@@ -230,24 +231,26 @@ def test_the_studies_run_and_go_on(tmp_path):
     run(train_sft, f"--run={lm}", *tiny)
     argv = [f"--init={lm}", f"--work={tmp_path}/work", f"--out={tmp_path}", "--share=0.01"]
 
-    def main(study, *more):
-        study.main(flags.parse(Config, [*argv, *more]))
+    def main(*more):
+        return studies.main(flags.parse(studies.Config, [*argv, *more]))
 
-    for study in (descriptions, families, few_good, kinds, replay, quality):
-        main(study, "--prompts=16", "--seeds", "0")
-        first = lines(tmp_path / f"{study.STUDY.name}.jsonl")
+    decisions = main("--prompts=16", "--seeds", "0")
+    assert {*decisions.values()} == {"undecided: 1 of 5 seeds"}
+    for study in studies.STUDIES:
+        first = lines(tmp_path / f"{study.name}.jsonl")
         arms = [(line["arm"], line["seed"]) for line in first]
-        assert arms == [(name, 0) for name in study.ARMS]
+        assert arms == [(name, 0) for name in study.arms]
 
     # A line that was cut short, as a kill leaves it, is passed over.
     results = tmp_path / "quality.jsonl"
     with results.open("a") as file:
         file.write('{"arm": "filt')
-    main(quality, "--prompts=16", "--seeds", "0", "1")
+    first = whole_lines(str(results))
+    assert list(main("--study=quality", "--prompts=16", "--seeds", "0", "1")) == ["quality"]
     both = whole_lines(str(results))
     assert both[:3] == first and len(both) == 6
     # Runs of another setting are not counted with these.
     with pytest.raises(UserError, match="has runs of another prompts"):
-        main(quality, "--prompts=8")
+        main("--study=quality", "--prompts=8")
     sizes = {len(lines(path)) for path in (tmp_path / "work").glob("rows-all-*-0.jsonl")}
     assert sizes == {63}

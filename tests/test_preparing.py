@@ -9,9 +9,11 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from tqdm import tqdm
 
 from data import formats, preparing
 from data.bad_rows import set_on_bad_row
@@ -144,6 +146,58 @@ def test_the_first_bad_row_is_named_whichever_process_met_it(tmp_path, cores, ca
         assert ":261: text" in first and ":471: text" in second
     finally:
         set_on_bad_row("stop")
+
+
+def test_a_file_that_grew_since_it_was_cut_is_not_read_to_its_end(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"text": "a"}\n' * 100)
+    first, *_ = parts_of(path, 500)
+    path.write_bytes(b'{"text": "ab"}\n' * 100)
+    assert len(list(read_part(first))) < 40
+
+
+def nothing():
+    return preparing.Found(np.array([], np.uint64), 0, 0, 0, frozenset(), [], 0)
+
+
+def idle(on_row):
+    """Do no row."""
+    time.sleep(1)
+    return nothing()
+
+
+def busy(on_row):
+    """Do some rows."""
+    for _ in range(5):
+        on_row()
+        time.sleep(0.3)
+    return nothing()
+
+
+def endless(on_row):
+    """Do rows until it is stopped."""
+    while True:
+        on_row()
+        time.sleep(0.01)
+
+
+def failing(on_row):
+    raise UserError("a bad row")
+
+
+@pytest.mark.parametrize(("task", "is_progress"), [(idle, False), (busy, True)])
+def test_only_rows_are_progress(monkeypatch, task, is_progress):
+    calls = []
+    monkeypatch.setattr(preparing, "progressed", lambda: calls.append(1))
+    with tqdm(disable=True) as bar:
+        preparing._by_processes([task, task], 2, bar)
+    assert bool(calls) == is_progress
+
+
+def test_a_fault_stops_what_the_others_do(cache):
+    """Else this would never end."""
+    with tqdm(disable=True) as bar, pytest.raises(UserError, match="a bad row"):
+        preparing._by_processes([failing, endless, endless], 2, bar)
 
 
 BEGUN = """

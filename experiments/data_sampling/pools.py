@@ -25,7 +25,6 @@ from data.sources import Source
 from model import LanguageModel, Params, init_and_apply
 from objectives import direct
 from responses import LoadedRun, has_ended, make_sampler
-from runtime.inputs import at_newest
 from runtime.writes import atomic_text
 from sampling import SamplingConfig
 from sharding import to_host
@@ -84,10 +83,18 @@ def make_pairs(model: LoadedRun, count: int, seed: int) -> list[Pair]:
     return pairs[:count]
 
 
-def kept_pairs(folder: str, run: str, model: LoadedRun, count: int, seed: int) -> list[Pair]:
-    """Return `make_pairs` of `model`, the newest step of `run`; kept in `folder`, made once."""
-    weights = at_newest(run).sha256
-    path = pathlib.Path(folder) / f"pairs-{weights[:12]}-{count}-{seed}.jsonl"
+def weights_sum(params: Params) -> str:
+    """Return the beginning of the hash of a model's weights, wherever its run lies."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(params):
+        digest.update(np.asarray(leaf).tobytes())
+    return digest.hexdigest()[:12]
+
+
+def kept_pairs(folder: str, model: LoadedRun, count: int, seed: int) -> list[Pair]:
+    """Return `make_pairs` of `model`; kept in `folder`, made once."""
+    weights = weights_sum(model.params)
+    path = pathlib.Path(folder) / f"pairs-{weights}-{count}-{seed}.jsonl"
     if not path.exists():
         pairs = make_pairs(model, count, seed)
         with atomic_text(str(path)) as file:

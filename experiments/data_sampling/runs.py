@@ -16,7 +16,6 @@ import contextlib
 import dataclasses
 import fcntl
 import functools
-import hashlib
 import itertools
 import json
 import pathlib
@@ -293,11 +292,8 @@ def flops_of(run: Run, model: ModelConfig, pairs: int) -> dict[str, float]:
 
 @functools.cache
 def init_sum(init: str) -> str:
-    """Return the beginning of the hash of the SFT model's weights, wherever its run lies."""
-    digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(loaded(init).params):
-        digest.update(np.asarray(leaf).tobytes())
-    return digest.hexdigest()[:12]
+    """Return what the SFT model's weights are told by."""
+    return pools.weights_sum(loaded(init).params)
 
 
 def refuse_other_start(config: Config, results: dict[Run, dict[str, Any]]) -> None:
@@ -315,7 +311,7 @@ def refuse_other_start(config: Config, results: dict[Run, dict[str, Any]]) -> No
 def pool_of(config: Config, name: str, aligner: Aligner, seed: int) -> Pool:
     """Return a seed's pool, clean or damaged, as `aligner` reads it."""
     model = loaded(config.init)
-    pairs = pools.kept_pairs(config.work, config.init, model, config.pairs, seed)
+    pairs = pools.kept_pairs(config.work, model, config.pairs, seed)
     damaged = pools.POOLS[name](pairs, random.Random(f"{name}/{seed}"))
     return pools.make_pool(damaged, aligner, model, f"{name} pool {seed}")
 

@@ -1,24 +1,20 @@
 """Does tuning collapse without descriptions of the tasks? Claim 2 of README.md.
 
-    python -m experiments.instruct.descriptions      # rows, runs, descriptions.jsonl, the decision
+    python -m experiments.instruct.run --study=descriptions
 
 A task is a family of requests whose input stands at the end, such as `what is the capital of` and
 `spain`. One arm is tuned and asked with a description before each input, drawn from the family's
 wordings (collect/by_template.py), the other with the inputs alone. Of each seed three families are
-held out; of the other tasks each fifth input is asked, and not trained on. What descriptions.jsonl
-has is not run again.
+held out; of the other tasks each fifth input is asked, and not trained on.
 """
-
-import runtime.interrupt  # noqa: F401
 
 import random
 from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
-import numpy as np
-
 from collect.by_template import describe
+from evaluation.gold import gold_shares
 from experiments.instruct.study import (
     HELD_OUT,
     Comparison,
@@ -31,11 +27,8 @@ from experiments.instruct.study import (
     judged,
     kept_rows,
     paired,
-    run_study,
     scaled,
-    table_of,
 )
-from runtime import flags
 from tasks import world
 from tasks.world_gold import Request
 from tasks.world_writer import FORMS, request_of
@@ -145,7 +138,7 @@ def measure(config: Config, arm: str, run: str, seed: int) -> dict[str, float]:
         inputs = asked(tasks, config.prompts, "heldout", HELD_OUT + seed)
         prompts = [shown(one, is_described) for one in inputs]
         rows = judged(run, [one.request for one in inputs], seed, prompts)
-        shares[name] = float(np.mean([row["all"] for row in rows]))
+        shares[name] = gold_shares(rows)["all"].value
     return shares
 
 
@@ -169,14 +162,5 @@ STUDY = Study(
     measure=measure,
     compare=compare,
     decide=all_above,
-    table=table_of(("trained on", "held out")),
+    measures=("trained on", "held out"),
 )
-
-
-def main(config: Config) -> str:
-    """Run what is left, and return the decision on all that there is."""
-    return run_study(config, STUDY)
-
-
-if __name__ == "__main__":
-    flags.run(main, Config)

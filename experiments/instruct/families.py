@@ -1,13 +1,10 @@
 """Do more kinds of tasks help, and then less and less? Claim 1 of README.md.
 
-    python -m experiments.instruct.families          # rows, runs, families.jsonl, the decision
+    python -m experiments.instruct.run --study=families
 
 A family of requests is a kind with one relation, such as lookups of capitals. Of each seed five
-are held out, and the same number of rows is drawn from 1, 2, 4, 8 or 16 of the others. What
-families.jsonl has is not run again.
+are held out, and the same number of rows is drawn from 1, 2, 4, 8 or 16 of the others.
 """
-
-import runtime.interrupt  # noqa: F401
 
 import random
 from collections.abc import Iterator, Sequence
@@ -17,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from evaluation import fits
+from evaluation.gold import gold_shares
 from experiments.data_sampling.verdicts import held_out_aic
 from experiments.instruct.study import (
     HELD_OUT,
@@ -31,11 +29,8 @@ from experiments.instruct.study import (
     judged,
     kept_rows,
     paired,
-    run_study,
     scaled,
-    table_of,
 )
-from runtime import flags
 from tasks import world
 from tasks.world_gold import CORES, Request
 
@@ -95,7 +90,7 @@ def measure(config: Config, arm: str, run: str, seed: int) -> dict[str, Any]:
     left_out, _ = families_of(seed)
     requests = list(requests_of(left_out, config.prompts, "heldout", HELD_OUT + seed))
     verdicts = judged(run, requests, seed)
-    return {"all": float(np.mean([row["all"] for row in verdicts]))}
+    return {"all": gold_shares(verdicts)["all"].value}
 
 
 def compare(results: Sequence[Line]) -> list[Comparison]:
@@ -106,7 +101,7 @@ def compare(results: Sequence[Line]) -> list[Comparison]:
 
 def decide(found: Sequence[Found], results: Sequence[Line]) -> str:
     """Decide by the comparison and, where it holds, by the shape of the curve."""
-    decision = all_above(found)
+    decision = all_above(found, results)
     if decision != "held":
         return decision
     shares = [by_seed(results, str(count)) for count in COUNTS]
@@ -126,14 +121,5 @@ STUDY = Study(
     measure=measure,
     compare=compare,
     decide=decide,
-    table=table_of(("all",)),
+    measures=("all",),
 )
-
-
-def main(config: Config) -> str:
-    """Run what is left, and return the decision on all that there is."""
-    return run_study(config, STUDY)
-
-
-if __name__ == "__main__":
-    flags.run(main, Config)

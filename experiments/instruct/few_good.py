@@ -1,12 +1,10 @@
 """Are a few good rows enough? Claim 3 of README.md.
 
-    python -m experiments.instruct.few_good          # rows, runs, few_good.jsonl, the decision
+    python -m experiments.instruct.run --study=few_good
 
 A good response passes all criteria, a poor one fails at least one; both are the world's
-demonstrators'. What few_good.jsonl has is not run again.
+demonstrators'.
 """
-
-import runtime.interrupt  # noqa: F401
 
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -23,12 +21,9 @@ from experiments.instruct.study import (
     gold_of_run,
     kept_rows,
     paired,
-    run_study,
     scaled,
-    table_of,
     too_few,
 )
-from runtime import flags
 from tasks import world
 from tasks.world_gold import Request, gold
 
@@ -81,7 +76,7 @@ def compare(results: Sequence[Line]) -> list[Comparison]:
     ]
 
 
-def decide(found: Sequence[Found], results: Sequence[Line] = ()) -> str:
+def decide(found: Sequence[Found], results: Sequence[Line]) -> str:
     """Say from which share of poor rows on the few good ones are better.
 
     Held where there is one; refuted where they are worse at the largest; not supported else.
@@ -105,14 +100,5 @@ STUDY = Study(
     measure=gold_of_run,
     compare=compare,
     decide=decide,
-    table=table_of(("all", "helpful", "honest", "harmless")),
+    measures=("all", "helpful", "honest", "harmless"),
 )
-
-
-def main(config: Config) -> str:
-    """Run what is left, and return the decision on all that there is."""
-    return run_study(config, STUDY)
-
-
-if __name__ == "__main__":
-    flags.run(main, Config)

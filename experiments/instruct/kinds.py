@@ -1,12 +1,10 @@
 """Is a mixture of kinds of rows the best? Claim 6 of README.md.
 
-    python -m experiments.instruct.kinds          # rows, runs, kinds.jsonl, the decision
+    python -m experiments.instruct.run --study=kinds
 
 Lookups, small talk and written rows (the filtered ones of quality.py), alone, in pairs and all
-three, at equal rows. What kinds.jsonl has is not run again.
+three, at equal rows.
 """
-
-import runtime.interrupt  # noqa: F401
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -16,6 +14,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from evaluation.gold import gold_shares
 from experiments.instruct.quality import FILTERED_ROWS, PRINCIPLES, written_rows
 from experiments.instruct.study import (
     Comparison,
@@ -28,11 +27,8 @@ from experiments.instruct.study import (
     judged,
     kept_rows,
     paired,
-    run_study,
     scaled,
-    table_of,
 )
-from runtime import flags
 from tasks import world
 
 QUALITY = 0.7
@@ -78,7 +74,7 @@ ARMS = {" + ".join(part): partial(arm, names=part) for part in PARTS}
 def measure(config: Config, arm: str, run: str, seed: int) -> dict[str, Any]:
     """Return the share of held-out requests of each kind that pass, and of all of them."""
     rows = judged(run, held_out_requests(config, seed), seed)
-    shares = {"all": float(np.mean([row["all"] for row in rows]))}
+    shares = {"all": gold_shares(rows)["all"].value}
     for kind in world.KINDS:
         own = [row["all"] for row in rows if row["kind"] == kind]
         shares[kind] = float(np.mean(own)) if own else float("nan")
@@ -110,16 +106,6 @@ def compare(results: Sequence[Line]) -> list[Comparison]:
     return [paired(f"rank of {name} less all three's", ranks[name], best) for name in others]
 
 
-def table(results: Sequence[Line]) -> str:
-    """Tabulate gold and mean ranks of the arms."""
-    ranks = mean_ranks(results)
-    with_ranks = [
-        {**line, "mean rank": ranks[line["arm"]].get(line["seed"], float("nan"))}
-        for line in results
-    ]
-    return table_of(("all", "mean rank"))(with_ranks)
-
-
 STUDY = Study(
     name="kinds",
     claim="6. a mixture of kinds is best",
@@ -127,14 +113,5 @@ STUDY = Study(
     measure=measure,
     compare=compare,
     decide=all_above,
-    table=table,
+    measures=("all", *world.KINDS),
 )
-
-
-def main(config: Config) -> str:
-    """Run what is left, and return the decision on all that there is."""
-    return run_study(config, STUDY)
-
-
-if __name__ == "__main__":
-    flags.run(main, Config)

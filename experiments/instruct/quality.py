@@ -1,13 +1,10 @@
 """Do more written rows without quality control hurt? Claim 4 of README.md.
 
-    python -m experiments.instruct.quality          # rows, runs, quality.jsonl, the decision
+    python -m experiments.instruct.run --study=quality
 
-What quality.jsonl has is not run again: stop and start it at will. The rows are back-translations
-of the world's conversations, whose answers have faults of their own: the filter drops instructions
-that do not fit and poor answers alike.
+The rows are back-translations of the world's conversations, whose answers have faults of their
+own: the filter drops instructions that do not fit and poor answers alike.
 """
-
-import runtime.interrupt  # noqa: F401
 
 import pathlib
 from collections.abc import Sequence
@@ -25,11 +22,8 @@ from experiments.instruct.study import (
     by_seed,
     gold_of_run,
     paired,
-    run_study,
     scaled,
-    table_of,
 )
-from runtime import flags
 from runtime.errors import require
 
 FILTERED_ROWS = 1500
@@ -103,14 +97,5 @@ STUDY = Study(
     measure=gold_of_run,
     compare=compare,
     decide=all_above,
-    table=table_of(("all", "helpful", "honest", "harmless")),
+    measures=("all", "helpful", "honest", "harmless"),
 )
-
-
-def main(config: Config) -> str:
-    """Run what is left, and return the decision on all that there is."""
-    return run_study(config, STUDY)
-
-
-if __name__ == "__main__":
-    flags.run(main, Config)

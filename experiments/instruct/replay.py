@@ -1,12 +1,9 @@
 """Does a little of the pre-training text limit forgetting? Claim 7 of README.md.
 
-    python -m experiments.instruct.replay          # runs, replay.jsonl, the decision
+    python -m experiments.instruct.run --study=replay
 
-Conversations with 0, 1, 5 and 20 % documents among the examples. What replay.jsonl has is not run
-again.
+Conversations with 0, 1, 5 and 20 % documents among the examples.
 """
-
-import runtime.interrupt  # noqa: F401
 
 import itertools
 from collections.abc import Sequence
@@ -24,13 +21,10 @@ from experiments.instruct.study import (
     by_seed,
     gold_of_run,
     paired,
-    run_study,
-    table_of,
 )
 from model import LanguageModel, init_and_apply
 from objectives.likelihood import likelihood_objective
 from responses import load_run
-from runtime import flags
 from train_step import make_evaluation
 
 SHARES = (0, 1, 5, 20)
@@ -86,14 +80,5 @@ STUDY = Study(
     measure=measure,
     compare=compare,
     decide=all_above,
-    table=table_of(("all", "document_loss")),
+    measures=("all", "document_loss"),
 )
-
-
-def main(config: Config) -> str:
-    """Run what is left, and return the decision on all that there is."""
-    return run_study(config, STUDY)
-
-
-if __name__ == "__main__":
-    flags.run(main, Config)

@@ -15,12 +15,10 @@ from scipy import stats
 
 import train_sft
 from evaluation.gold import GoldRow, gold_rows, gold_shares, make_kl_sampler
-from experiments.data_sampling.runs import append, init_sum, whole_lines
 from experiments.data_sampling.verdicts import holm
 from experiments.seeds import half
 from responses import load_run
 from runtime import flags
-from runtime.errors import require
 from runtime.writes import atomic_text
 from sampling import SamplingConfig
 from tasks import world
@@ -45,8 +43,6 @@ class Config:
     """Run of the pre-trained model."""
     work: str = "runs/instruct"
     """Folder of the rows and the runs."""
-    out: str = str(HERE)
-    """Folder of the files of results, one a study; the runs that they have are not run again."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     """Seeds: of the rows, of their order, of the held-out prompts."""
     prompts: int = 1000
@@ -100,8 +96,8 @@ class Study(NamedTuple):
     measure: Measure
     compare: Callable[[Sequence[Line]], list[Comparison]]
     decide: Callable[[Sequence[Found], Sequence[Line]], str]
-    table: Callable[[Sequence[Line]], str]
-    """Tabulates the arms, for README.md."""
+    measures: tuple[str, ...]
+    """Those that README.md has of each arm."""
 
 
 # ---- Rows ----
@@ -176,30 +172,6 @@ def gold_of_run(config: Config, arm: str, run: str, seed: int) -> dict[str, floa
 # ---- Results ----
 
 
-def setting_of(config: Config) -> dict[str, Any]:
-    """Return what runs must share that are compared."""
-    return {"share": config.share, "prompts": config.prompts, "init": init_sum(config.init)}
-
-
-def results_file(config: Config, name: str) -> pathlib.Path:
-    """Return the file that has a study's lines."""
-    return pathlib.Path(config.out) / f"{name}.jsonl"
-
-
-def read_results(config: Config, name: str) -> list[Line]:
-    """Return the whole lines of a study; UserError where one is of another setting."""
-    path = results_file(config, name)
-    results = whole_lines(str(path))
-    for setting, value in setting_of(config).items():
-        others = {line[setting] for line in results} - {value}
-        require(
-            not others,
-            f"{path}: has runs of another {setting} ({others}, and now {value}); name another "
-            "folder by --out, or the same setting",
-        )
-    return results
-
-
 def by_seed(results: Sequence[Line], arm: str, measure: str = "all") -> dict[int, float]:
     """Return an arm's measure by seed."""
     return {line["seed"]: line[measure] for line in results if line["arm"] == arm}
@@ -234,7 +206,7 @@ def too_few(found: Sequence[Found]) -> str | None:
     return None if seeds >= SEEDS else f"undecided: {seeds} of {SEEDS} seeds"
 
 
-def all_above(found: Sequence[Found], results: Sequence[Line] = ()) -> str:
+def all_above(found: Sequence[Found], results: Sequence[Line]) -> str:
     """Decide a claim that holds where every comparison is above 0.
 
     Held where each is, by its corrected p; refuted where one is below; not supported else.
@@ -248,26 +220,6 @@ def all_above(found: Sequence[Found], results: Sequence[Line] = ()) -> str:
     return "held" if held else "not supported"
 
 
-def cell(values: Sequence[float]) -> str:
-    """Return a mean over seeds and half of its interval, for a table."""
-    return f"{np.mean(values):.3f} ±{half(values):.3f}"
-
-
-def table_of(measures: Sequence[str]) -> Callable[[Sequence[Line]], str]:
-    """Make the function that tabulates arms by their measures, mean over seeds."""
-
-    def table(results: Sequence[Line]) -> str:
-        """Return the table of the arms of `results`, in their order."""
-        lines = [f"| arm | seeds | {' | '.join(measures)} |", "|---" * (2 + len(measures)) + "|"]
-        for arm in dict.fromkeys(line["arm"] for line in results):
-            own = [by_seed(results, arm, measure) for measure in measures]
-            cells = [cell(list(values.values())) for values in own]
-            lines.append(f"| {arm} | {len(own[0])} | {' | '.join(cells)} |")
-        return "\n".join(lines)
-
-    return table
-
-
 def told(found: Sequence[Found]) -> list[str]:
     """Return a line on each comparison."""
     lines = []
@@ -275,30 +227,3 @@ def told(found: Sequence[Found]) -> list[str]:
         p = "p < 0.001" if one.p < 0.001 else f"p {one.p:.3f}"
         lines.append(f"{one.what}: {one.mean:+.3f} ±{one.half:.3f}, {p}")
     return lines
-
-
-def run_study(config: Config, study: Study) -> str:
-    """Run what is left of a study; print and return the decision on all that there is."""
-    results = read_results(config, study.name)
-    done = {(line["arm"], line["seed"]) for line in results}
-    out = results_file(config, study.name)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    for seed in config.seeds:
-        for name, arm in study.arms.items():
-            if (name, seed) in done:
-                continue
-            words = name.replace(",", "").replace(" %", "").replace(" ", "-")
-            run = f"{study.name}-{words}-{config.share:g}-{seed}"
-            run = trained(config, run, arm(config, seed), seed)
-            measured = study.measure(config, name, run, seed)
-            line = {"arm": name, "seed": seed, **setting_of(config), **measured}
-            results.append(line)
-            append(str(out), [line])
-
-    found = outcomes(study.compare(results))
-    decision = study.decide(found, results)
-    print(f"{len(results)} runs in {out}")
-    for line in told(found):
-        print(line)
-    print(f"{study.claim}: {decision}")
-    return decision

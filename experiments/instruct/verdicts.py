@@ -7,21 +7,16 @@ import runtime.interrupt  # noqa: F401
 
 import dataclasses
 import pathlib
+from collections.abc import Sequence
 
 from experiments.data_sampling.runs import whole_lines
-from experiments.instruct import descriptions, families, few_good, kinds, quality, replay
-from experiments.instruct.study import HERE, Study, outcomes, told
+from experiments.data_sampling.verdicts import cell_of
+from experiments.instruct.run import STUDIES
+from experiments.instruct.study import HERE, Line, Study, by_seed, outcomes, told
+from experiments.methods.table import table
 from runtime import flags
 from runtime.writes import atomic_text
 
-STUDIES = (
-    families.STUDY,
-    descriptions.STUDY,
-    few_good.STUDY,
-    quality.STUDY,
-    kinds.STUDY,
-    replay.STUDY,
-)
 MARK = "<!-- written by python -m experiments.instruct.verdicts -->"
 """What stands below it in README.md is written by this."""
 
@@ -34,6 +29,15 @@ class Config:
     """Page whose end is written."""
 
 
+def arms_table(study: Study, results: Sequence[Line]) -> str:
+    """Tabulate a study's arms by their measures, means over seeds."""
+    rows = []
+    for arm in study.arms:
+        own = [list(by_seed(results, arm, measure).values()) for measure in study.measures]
+        rows.append([arm, str(len(own[0])), *map(cell_of, own)])
+    return table(["arm", "seeds", *study.measures], rows).strip()
+
+
 def section(study: Study, folder: str) -> str:
     """Return what README.md says of one study: its verdict, its comparisons, its arms."""
     results = whole_lines(str(pathlib.Path(folder) / f"{study.name}.jsonl"))
@@ -42,7 +46,7 @@ def section(study: Study, folder: str) -> str:
     found = outcomes(study.compare(results))
     compared = "\n".join(f"- {line}" for line in told(found))
     decision = study.decide(found, results)
-    return f"### {study.claim}: {decision}\n\n{study.table(results)}\n\n{compared}\n"
+    return f"### {study.claim}: {decision}\n\n{arms_table(study, results)}\n\n{compared}\n"
 
 
 def main(config: Config) -> None:
